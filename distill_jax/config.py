@@ -1,0 +1,225 @@
+"""Configs: ml-collections files at the edge, frozen dataclasses inside.
+
+The dataclasses below declare every key, its type and its default once. A file in configs/
+starts from `base()`, which holds them all, so that any key can be overridden on the command
+line and an unknown one is refused; `resolve` turns the result into a `Config` once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from distill_jax import folder
+from distill_jax.errors import InputError
+from distill_jax.schedules import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Where a model comes from and how it is computed."""
+
+  source: str = ""  # a folder, a .gguf, "package:…", "hub:…", "run:WORKDIR"; "": random weights
+  family: str = "llama"  # without a source: a module of distill_jax/models …
+  shape: str = ""  # … and one of its named shapes
+  keep_layers: tuple[int, ...] = ()  # layers of the source to keep; (): all
+  dtype: str = "float32"  # of matrix products
+  param_dtype: str = "float32"  # of the stored parameters
+  remat: str = "none"  # none | dots | full
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Devices on each mesh axis; -1 is the rest."""
+
+  data: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """The corpus that is packed into sequences."""
+
+  kind: str = "text"  # pydoc | text | jsonl | tfds
+  path: str = ""
+  split: str = "train"
+  field: str = "text"
+  heldout_fraction: float = 0.1
+  tokenizer: str = ""  # "": the model's own
+  seq_len: int = 1024
+  sequences: int = 0  # at most this many; 0: all
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+  """What is stored of the teacher, and how the pass over the corpus runs."""
+
+  kind: str = "sampled"  # sampled | topk | text
+  n: int = 63  # points of systematic sampling, or k
+  temperature: float = 1.0
+  batch_size: int = 8
+  chunk: int = 128  # positions of each sequence whose logits exist at once
+  sequences_per_shard: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+  """AdamW and the learning rate's course."""
+
+  peak_lr: float = 3e-4
+  schedule: str = "cosine"  # cosine | linear | constant | wsd
+  warmup_steps: int = 0
+  decay_fraction: float = 0.2  # wsd: the last part of training, in which the rate falls
+  end_fraction: float = 0.0  # of the peak, at the end
+  plateau_patience: int = 0  # steps without a better loss until the rate halves; 0: never
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+  accumulate: int = 1  # microbatches a step
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """The length of a run and where its data lies."""
+
+  records: tuple[str, ...] = ()  # stores; several are mixed
+  mixture: tuple[float, ...] = ()  # their weights; (): by size
+  online: bool = False  # the teacher runs in the step, and its records are not read
+  steps: int = 1000
+  batch_size: int = 8  # sequences a step, over all devices
+  chunk: int = 128  # positions of each sequence whose logits exist at once
+  checkpoint_every: int = 500
+  keep: int = 2  # checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+  """What `evaluate` measures beside the teacher and the student before training."""
+
+  models: dict[str, str] = dataclasses.field(default_factory=dict)  # name: source
+  batch_size: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """The Hugging Face folder."""
+
+  dir: str = ""
+  dtype: str = "bfloat16"
+  shard_bytes: int = 5_000_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The whole story of a run."""
+
+  seed: int = 0
+  teacher: Model = Model()
+  student: Model = Model()
+  mesh: Mesh = Mesh()
+  data: Data = Data()
+  records: Records = Records()
+  losses: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Loss
+  optim: Optim = Optim()
+  train: Train = Train()
+  evaluate: Evaluate = Evaluate()
+  export: Export = Export()
+
+
+def base() -> ConfigDict:
+  """Every key with its default, for a file in configs/ to start from."""
+  return ConfigDict(dataclasses.asdict(Config()))
+
+
+def loss(name: str, **fields: Any) -> ConfigDict:
+  """One entry of `losses`: a module of distill_jax/losses with all its keys.
+
+  A weight or temperature is a number or `schedule(...)`.
+  """
+  keys = {
+    f.name: f.default.values[0] if isinstance(f.default, Schedule) else f.default
+    for f in dataclasses.fields(folder.load("losses", name).Loss)
+  }
+  _known(fields, keys, f"losses.{name}")
+  return ConfigDict({"loss": name, **keys, **fields}, type_safe=False)
+
+
+def schedule(*points: tuple[float, float], shape: str = "linear") -> dict[str, Any]:
+  """A weight or temperature that follows the step: see distill_jax/schedules.py."""
+  return {"points": points, "shape": shape}
+
+
+def resolve(config: ConfigDict) -> Config:
+  """A config as frozen dataclasses; what does not fit is refused by its dotted name."""
+  tree = config.to_dict()
+  losses = {name: _loss(fields, f"losses.{name}") for name, fields in tree.pop("losses").items()}
+  return dataclasses.replace(_build(Config, tree, ""), losses=losses)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+  """The resolved config as plain values, for a run's config.json."""
+  tree = dataclasses.asdict(config)
+  for name, value in config.losses.items():
+    tree["losses"][name] = {"loss": type(value).__module__.rpartition(".")[2], **tree["losses"][name]}
+  return tree
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+  """The inverse of `to_dict`, from a run's config.json."""
+  return resolve(ConfigDict(tree, convert_dict=True))
+
+
+def _loss(fields: dict[str, Any], at: str) -> Any:
+  if "loss" not in fields:
+    raise InputError(f"{at} has no key 'loss'; name a module of distill_jax/losses there")
+  cls = folder.load("losses", fields["loss"]).Loss
+  return _build(cls, {k: v for k, v in fields.items() if k != "loss"}, at)
+
+
+def _known(given: Any, known: Any, at: str) -> None:
+  for key in given:
+    if key not in known:
+      near = difflib.get_close_matches(key, known, 1)
+      hint = f"did you mean {near[0]!r}?" if near else f"it holds {', '.join(known)}"
+      raise InputError(f"config key {(at + '.' if at else '') + key!r} is unknown; {hint}")
+
+
+def _build(cls: Any, tree: dict[str, Any], at: str) -> Any:
+  """A dataclass from a dict, checked field by field."""
+  hints = typing.get_type_hints(cls)
+  _known(tree, hints, at)
+  path = lambda key: f"{at}.{key}" if at else key
+  return cls(**{key: _value(hints[key], value, path(key)) for key, value in tree.items()})
+
+
+def _value(hint: Any, value: Any, at: str) -> Any:
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if hint is Any:
+    return value
+  if hint is Schedule:
+    if isinstance(value, dict):
+      points = tuple((float(s), float(v)) for s, v in value["points"])
+      return Schedule(points, value["shape"])
+    return Schedule(((0.0, float(_value(float, value, at))),))
+  if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+    return _build(hint, value, at)
+  if origin is tuple and isinstance(value, list | tuple):
+    return tuple(_value(args[0], v, at) for v in value)
+  if origin is dict and isinstance(value, dict):
+    return {k: _value(args[1], v, f"{at}.{k}") for k, v in value.items()}
+  if origin is types.UnionType and value is None and type(None) in args:
+    return None
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if isinstance(hint, type) and type(value) is hint:
+    return value
+  want = getattr(hint, "__name__", str(hint))
+  raise InputError(f"config key {at!r} is {value!r}, a {type(value).__name__}; it wants {want}")

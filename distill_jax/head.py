@@ -1,0 +1,141 @@
+"""The fused vocabulary head: logits exist for one chunk of positions at a time.
+
+A loss over the vocabulary is a sum over positions, and the weights and the token count that
+scale it are known before it starts. So the gradient of each chunk is pulled back at once,
+in the forward pass: three matrix products, as without chunks, nothing computed twice, and
+memory that does not grow with positions times vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distill_jax.types import Batch, Targets
+
+# (logits_BCV float32, the chunk of the batch) -> anything that merges by addition.
+ChunkFn = Callable[[jax.Array, Batch], Any]
+
+
+def logits(hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+  """float32 [B, T, V], whatever the dtype of the product's inputs."""
+  return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+
+
+def fold(fn: ChunkFn, hidden_BTD: jax.Array, head_VD: jax.Array, batch: Batch, chunk: int) -> Any:
+  """Sums `fn(logits_BCV, chunk of the batch)` over chunks, with no gradient: for metrics."""
+  hidden_nBCD, pieces, whole = _split(hidden_BTD, batch, chunk)
+
+  def one(hidden_BCD, piece):
+    with jax.named_scope("head"):
+      return fn(logits(hidden_BCD, head_VD), whole(piece))
+
+  zero = _zeros_like_first(one, hidden_nBCD, pieces)
+  add = lambda total, xs: (jax.tree.map(jnp.add, total, one(*xs)), None)
+  return jax.lax.scan(add, zero, (hidden_nBCD, pieces))[0]
+
+
+def loss(
+  fn: Callable[[jax.Array, Batch], tuple[jax.Array, Any]],
+  hidden_BTD: jax.Array, head_VD: jax.Array, batch: Batch, chunk: int,
+) -> tuple[jax.Array, Any]:  # fmt: skip
+  """Sums a loss over chunks; its gradient is ready when the forward pass ends.
+
+  Args:
+    fn: (logits_BCV float32, chunk of the batch) -> (loss, metrics): a scalar already
+      weighted and divided by the global token count, and a tree that merges by addition.
+    hidden_BTD: after the final norm, float32 or bfloat16.
+    head_VD: the unembedding, in the same dtype.
+    batch: labels, mask and targets; masked positions may hold anything, NaN included.
+    chunk: positions of each sequence at once; it need not divide T.
+
+  Returns:
+    (total loss, metrics), float32. The total is differentiable in hidden_BTD and head_VD,
+    the metrics are not. The gradient of the head is summed in float32.
+  """
+
+  def one(hidden_BCD, head_VD, piece):
+    with jax.named_scope("head"):
+      return fn(logits(hidden_BCD, head_VD), piece)
+
+  @jax.custom_vjp
+  def total(hidden_BTD, head_VD):
+    return fold(fn, hidden_BTD, head_VD, batch, chunk)
+
+  def forward(hidden_BTD, head_VD):
+    hidden_nBCD, pieces, whole = _split(hidden_BTD, batch, chunk)
+
+    def body(carry, xs):
+      sums, head_grad_VD = carry
+      hidden_BCD, piece = xs
+      with jax.named_scope("head"):
+        fn_logits = lambda z_BCV: fn(z_BCV, whole(piece))
+        value, pull, metrics = jax.vjp(fn_logits, logits(hidden_BCD, head_VD), has_aux=True)
+        grad_BCV = pull(jnp.ones_like(value))[0].astype(head_VD.dtype)
+        grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, head_VD)
+        head_grad_VD += jnp.einsum(
+          "BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32
+        )
+      return (jax.tree.map(jnp.add, sums, (value, metrics)), head_grad_VD), grad_BCD
+
+    first = lambda h, p: one(h, head_VD, whole(p))
+    zero = _zeros_like_first(first, hidden_nBCD, pieces)
+    init = (zero, jnp.zeros(head_VD.shape, jnp.float32))
+    (sums, head_grad_VD), grad_nBCD = jax.lax.scan(body, init, (hidden_nBCD, pieces))
+    return sums, (_join(grad_nBCD, hidden_BTD.shape[1]), head_grad_VD.astype(head_VD.dtype))
+
+  def backward(grads, cotangent):
+    return jax.tree.map(lambda g: (g * cotangent[0]).astype(g.dtype), grads)
+
+  total.defvjp(forward, backward)
+  return total(hidden_BTD, head_VD)
+
+
+def _split(hidden_BTD: jax.Array, batch: Batch, chunk: int):
+  """Chunks along positions as a leading axis, and what makes a whole Batch of a chunk.
+
+  Masked positions are zeroed here, once: a NaN there would survive `0 * NaN` in the
+  gradient of the head. The last chunk is filled up with masked positions.
+  """
+  T = hidden_BTD.shape[1]
+  chunk = min(chunk, T)
+  n = -(-T // chunk)
+
+  def cut(x_BT):
+    mask = batch.mask_BT.reshape(batch.mask_BT.shape + (1,) * (x_BT.ndim - 2))
+    x_BT = jnp.where(mask, x_BT, jnp.zeros((), x_BT.dtype))
+    x_BT = jnp.pad(x_BT, ((0, 0), (0, n * chunk - T)) + ((0, 0),) * (x_BT.ndim - 2))
+    return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], n, chunk, *x_BT.shape[2:]), 1, 0)
+
+  # What has no position axis stays out of the scan and is put back into every chunk.
+  heads = {name: t.head_VD for name, t in batch.targets.items()}
+  targets = {n: t.replace(head_VD=None, taps_PBTD=None) for n, t in batch.targets.items()}
+  pieces = jax.tree.map(cut, (batch.labels_BT, batch.mask_BT, targets))
+
+  def whole(piece: tuple[jax.Array, jax.Array, dict[str, Targets]]) -> Batch:
+    labels, mask, parts = piece
+    parts = {name: t.replace(head_VD=heads[name]) for name, t in parts.items()}
+    return Batch(batch.inputs, labels, mask, parts)
+
+  return cut(hidden_BTD), pieces, whole
+
+
+def _join(x_nBCD: jax.Array, T: int) -> jax.Array:
+  n, B, C, D = x_nBCD.shape
+  return jnp.moveaxis(x_nBCD, 0, 1).reshape(B, n * C, D)[:, :T]
+
+
+def _zeros_like_first(fn: Callable, *stacked: Any) -> Any:
+  shapes = jax.eval_shape(fn, *jax.tree.map(lambda x: x[0], stacked))
+  return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def logp_at(logits_BCV: jax.Array, ids_BCK: jax.Array) -> jax.Array:
+  """log softmax at a few ids, [B, C, K], without the log-probabilities of all the others."""
+  picked = jnp.take_along_axis(logits_BCV, ids_BCK, axis=-1)
+  return picked - jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
+
+

@@ -1,0 +1,73 @@
+"""One declaration a parameter: shape, initialiser, sharding, Hugging Face name and layout.
+
+A model declares `self.q = param(key, "embed:64 heads:4 head_dim:16", hf="...", out="heads
+head_dim")` once; sharding.py, optim.py and hub/ read everything they need from it, so
+import, export and sharding cannot be forgotten or disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def param(key: jax.Array, dims: str, hf: str, out: str = "", init: str | float = "fan_in"):
+  """Declares and initialises one parameter, in float32.
+
+  Args:
+    key: PRNG key.
+    dims: our axes and sizes in order, as "embed:64 heads:4 head_dim:16".
+    hf: the tensor's name in a Hugging Face checkpoint. `{layers}` and `{experts}` are
+      axes that Hugging Face spreads over tensors, added by `stack`.
+    out: the axes that torch puts first (its Linear weights are [out, in]), in order. The
+      stored tensor is [prod(out), prod(the rest)]; without `out` it is stored as it is.
+    init: "fan_in" (normal, deviation 1/sqrt of the axes not in `out`), "ones", "zeros",
+      or the standard deviation of a normal.
+
+  Returns:
+    An `nnx.Param` with metadata `axes`, `hf` and `out`.
+  """
+  pairs = [d.split(":") for d in dims.split()]
+  axes, shape = tuple(a for a, _ in pairs), tuple(int(n) for _, n in pairs)
+  first = tuple(out.split())
+  if init == "ones":
+    value = jnp.ones(shape, jnp.float32)
+  elif init == "zeros":
+    value = jnp.zeros(shape, jnp.float32)
+  else:
+    fan_in = math.prod(n for a, n in zip(axes, shape, strict=True) if a not in first)
+    std = 1 / math.sqrt(fan_in) if init == "fan_in" else float(init)
+    value = std * jax.random.normal(key, shape, jnp.float32)
+  return nnx.Param(value, axes=axes, hf=hf, out=first)
+
+
+def stack(n: int, make: Callable[[jax.Array], Any], key: jax.Array, axis: str = "layers") -> Any:
+  """`n` copies of a module (or parameter) along a new first axis, ready for `lax.scan`."""
+  stacked = jax.vmap(make)(jax.random.split(key, n))
+  # vmap does not lift metadata: the new axis gets its name here.
+  return map_params(lambda v: v.replace(axes=(axis, *v.get_metadata()["axes"])), stacked)
+
+
+def is_param(x: Any) -> bool:
+  return isinstance(x, nnx.Variable)
+
+
+def map_params(fn: Callable[[Any], Any], tree: Any, *rest: Any) -> Any:
+  """`jax.tree.map` whose leaves are whole parameters, metadata and all."""
+  return jax.tree.map(fn, tree, *rest, is_leaf=is_param)
+
+
+def named_params(tree: Any) -> Iterator[tuple[str, Any]]:
+  """(path, parameter) pairs; the path is dotted, as "layers.q"."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param):
+    yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
+
+
+def count(tree: Any) -> int:
+  """How many numbers the parameters hold."""
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

@@ -1,0 +1,60 @@
+"""Values that follow the step number: weights and temperatures of losses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from distill_jax.errors import InputError
+
+SHAPES = ("linear", "cosine", "step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """A list of (step, value) points and how to go from each to the next.
+
+  One point is a constant; two are linear or cosine; more are piecewise; a first value of 0
+  held to a later point is a delay. Before the first point and after the last the value is
+  held. The shape "step" jumps to a point's value at its step.
+  """
+
+  points: tuple[tuple[float, float], ...]
+  shape: str = "linear"
+
+  def __post_init__(self):
+    steps = [s for s, _ in self.points]
+    if not steps or steps != sorted(set(steps)) or steps[0] < 0:
+      raise InputError(
+        f"schedule points {self.points}: steps start at 0 or later and rise from point to point"
+      )
+    if self.shape not in SHAPES:
+      raise InputError(f"schedule shape {self.shape!r} is unknown; it can be one of {SHAPES}")
+
+  def __call__(self, step: jax.Array | int) -> jax.Array:
+    """The value at a step, a float32 scalar."""
+    xs = jnp.asarray([s for s, _ in self.points], jnp.float32)
+    ys = jnp.asarray([v for _, v in self.points], jnp.float32)
+    step = jnp.asarray(step, jnp.float32)
+    i = jnp.clip(jnp.searchsorted(xs, step, side="right") - 1, 0, len(self.points) - 1)
+    j = jnp.minimum(i + 1, len(self.points) - 1)
+    part = jnp.clip((step - xs[i]) / jnp.maximum(xs[j] - xs[i], 1), 0, 1)
+    if self.shape == "cosine":
+      part = 0.5 - 0.5 * jnp.cos(jnp.pi * part)
+    elif self.shape == "step":
+      part = jnp.floor(part)
+    return ys[i] + part * (ys[j] - ys[i])
+
+  @property
+  def values(self) -> tuple[float, ...]:
+    return tuple(v for _, v in self.points)
+
+  @property
+  def last_step(self) -> float:
+    return self.points[-1][0]
+
+
+def constant(value: float) -> Schedule:
+  return Schedule(((0, float(value)),))

@@ -1,0 +1,110 @@
+"""Logical axes to mesh axes: the one table, and what is derived from it.
+
+Models name logical axes only. A parameter is kept as the storage column says and, where
+it is used, gathered as the compute column says; activations follow the compute column.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from distill_jax import params
+from distill_jax.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# logical axis: (storage, compute). `table` is the width of the embedding table: with the
+# name `embed` its rows would be looked up along the axis that the batch is sharded over.
+TABLE: dict[str, tuple[Any, Any]] = {
+  "batch": (None, BATCH),
+  "seq": (None, None),
+  "embed": ("fsdp", None),
+  "table": ("fsdp", None),
+  "vocab": ("tensor", "tensor"),
+  "heads": ("tensor", "tensor"),
+  "kv_heads": ("tensor", "tensor"),
+  "head_dim": (None, None),
+  "mlp": ("tensor", "tensor"),
+  "norm": (None, None),
+  "layers": (None, None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """Logical axis to mesh axis, in two columns. Hashable, so that jit may close over it."""
+
+  table: tuple[tuple[str, tuple[Any, Any]], ...] = tuple(TABLE.items())
+
+  def spec(self, axes: tuple[str, ...], column: str) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes; a collision raises."""
+    table, which = dict(self.table), ("storage", "compute").index(column)
+    unknown = [a for a in axes if a not in table]
+    if unknown:
+      raise InputError(f"logical axis {unknown[0]!r} has no rule; there are {sorted(table)}")
+    names = tuple(table[a][which] for a in axes)
+    used = [m for n in names if n for m in ((n,) if isinstance(n, str) else n)]
+    if len(set(used)) < len(used):
+      raise InputError(f"axes {axes} map onto {names}: a mesh axis is used twice; change the rules")
+    return PartitionSpec(*names)
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = None) -> Mesh:
+  """A mesh with axes (data, fsdp, tensor); -1, on one axis at most, means the rest."""
+  devices = list(jax.devices() if devices is None else devices)
+  shape = [data, fsdp, tensor]
+  if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
+    raise InputError(f"mesh {shape}: sizes are at least 1, and one at most is -1 (the rest)")
+  if -1 in shape:
+    known = -math.prod(shape)
+    if len(devices) % known:
+      raise InputError(f"mesh {shape} does not divide the {len(devices)} devices here")
+    shape[shape.index(-1)] = len(devices) // known
+  if math.prod(shape) != len(devices):
+    raise InputError(
+      f"mesh {dict(zip(MESH_AXES, shape, strict=True))} wants {math.prod(shape)} devices and there "
+      f"are {len(devices)}; set mesh.fsdp=-1 to use them all"
+    )
+  return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+  """The storage sharding of every leaf: parameters by their axes, the rest replicated.
+
+  Raises:
+    InputError: an axis does not divide over its mesh axes, named with the parameter.
+  """
+
+  def of(path, v):
+    if not params.is_param(v):
+      return NamedSharding(mesh, PartitionSpec())
+    spec = rules.spec(v.get_metadata()["axes"], "storage")
+    for axis, n, part in zip(v.get_metadata()["axes"], v.shape, spec, strict=True):
+      ways = math.prod(mesh.shape[m] for m in ((part,) if isinstance(part, str) else part or ()))
+      if n % ways:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        raise InputError(
+          f"{name}: axis {axis!r} of size {n} does not divide over mesh axis {part!r} of size "
+          f"{ways}; choose another mesh or another rule for {axis!r}"
+        )
+    return v.replace(NamedSharding(mesh, spec))
+
+  return jax.tree_util.tree_map_with_path(of, tree, is_leaf=params.is_param)
+
+
+def constrain(x: jax.Array, axes: str, rules: Rules) -> jax.Array:
+  """Pins an activation's sharding, as `constrain(x_BTD, "batch seq embed", rules)`."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, rules.spec(tuple(axes.split()), "compute"))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """How a batch's first axis is spread."""
+  return NamedSharding(mesh, PartitionSpec(BATCH))

@@ -1,0 +1,104 @@
+"""The five nouns, and the legend of shape letters.
+
+Arrays carry their axes as a suffix, `x_BTD`, one letter an axis:
+
+  B batch (sequences)      D model width           K entries of a stored distribution
+  T positions (tokens)     V vocabulary            P tapped layers
+  L layers                 H query heads           h width of one head
+  G key/value heads        F feed-forward width    C positions of one chunk
+
+`_BT` is [batch, position], `_VD` the unembedding's rows. A scalar has no suffix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Inputs:
+  """What a text model reads: all int32 [B, T].
+
+  `segments_BT` numbers the documents packed into a row from 1; 0 is padding. Attention
+  never crosses a segment, and positions start at 0 in each.
+  """
+
+  tokens_BT: jax.Array
+  positions_BT: jax.Array
+  segments_BT: jax.Array
+
+
+@struct.dataclass
+class Targets:
+  """What a teacher said about each position, never the teacher itself.
+
+  One of three supports, told apart by which fields are there:
+    sampled  `ids_BTK`, `weight_BTK`: unbiased estimates of p, summing to 1; unused
+             entries have weight 0.
+    top-k    `ids_BTK`, `logp_BTK`: true log-probabilities; unused entries are -inf.
+    dense    `hidden_BTD`, `head_VD`: an online teacher, its logits made a chunk at a time.
+  """
+
+  ids_BTK: jax.Array | None = None  # int32
+  weight_BTK: jax.Array | None = None  # float32
+  logp_BTK: jax.Array | None = None  # float32
+  entropy_BT: jax.Array | None = None  # float32, nats
+  label_logp_BT: jax.Array | None = None  # float32, nats: log p(label)
+  hidden_BTD: jax.Array | None = None
+  head_VD: jax.Array | None = None
+  taps_PBTD: jax.Array | None = None
+
+
+@struct.dataclass
+class Batch:
+  """One global training batch. `mask_BT` is the only mask: which labels are trained on."""
+
+  inputs: Inputs
+  labels_BT: jax.Array  # int32
+  mask_BT: jax.Array  # bool
+  targets: dict[str, Targets] = struct.field(default_factory=dict)
+
+
+@struct.dataclass
+class Output:
+  """What a model says: the loss owns the unembedding, so there are no logits here."""
+
+  hidden_BTD: jax.Array  # after the final norm
+  head_VD: jax.Array  # the unembedding, as it is multiplied: logits = hidden @ head.T
+  taps_PBTD: jax.Array | None = None  # residual stream after each layer asked for
+  aux: dict[str, Any] = struct.field(default_factory=dict)
+
+
+@struct.dataclass
+class Mean:
+  """A total and a count: the only metric and loss type. Merges by addition."""
+
+  total: jax.Array
+  count: jax.Array
+
+  @classmethod
+  def of(cls, x_BT: jax.Array, mask_BT: jax.Array) -> Mean:
+    """Sums where the mask is set. `where`, not `*`: NaN in padding is harmless."""
+    x_BT = jnp.where(mask_BT, x_BT.astype(jnp.float32), 0.0)
+    return cls(jnp.sum(x_BT), jnp.sum(mask_BT, dtype=jnp.float32))
+
+  def __add__(self, other: Mean) -> Mean:
+    return Mean(self.total + other.total, self.count + other.count)
+
+  def value(self) -> jax.Array:
+    """The mean; 0 when nothing was counted."""
+    return self.total / jnp.maximum(self.count, 1.0)
+
+
+@struct.dataclass
+class TrainState:
+  """All that training changes. `adapters` belong to losses and are never exported."""
+
+  step: jax.Array  # int32
+  params: Any  # the student, an nnx.Module
+  adapters: dict[str, Any]
+  opt: Any
