@@ -105,6 +105,7 @@ class Evaluate:
   """What `evaluate` measures beside the teacher and the student before training."""
 
   models: dict[str, str] = dataclasses.field(default_factory=dict)  # name: source
+  sequences: int = 0  # held-out sequences; 0: all
   batch_size: int = 8
 
 

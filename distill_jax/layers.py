@@ -111,7 +111,7 @@ def scan_layers(
     raise InputError(f"taps {taps}: each is a different layer from 0 to {n - 1}")
   slots = np.full(n, len(taps), np.int32)
   slots[list(taps)] = np.arange(len(taps))
-  step = how.checkpoint(lambda layer, x: apply(how.view(layer), x))
+  step = how.checkpoint(lambda layer, x: apply(how.view(params.unstack(layer)), x))
 
   def body(carry, xs):
     (x, buffer), (layer, slot) = carry, xs

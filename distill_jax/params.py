@@ -53,6 +53,11 @@ def stack(n: int, make: Callable[[jax.Array], Any], key: jax.Array, axis: str = 
   return map_params(lambda v: v.replace(axes=(axis, *v.get_metadata()["axes"])), stacked)
 
 
+def unstack(layer: Any) -> Any:
+  """Takes the first axis' name off parameters that `lax.scan` or indexing took it from."""
+  return map_params(lambda v: v.replace(axes=v.get_metadata()["axes"][1:]), layer)
+
+
 def is_param(x: Any) -> bool:
   return isinstance(x, nnx.Variable)
 

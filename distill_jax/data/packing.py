@@ -7,7 +7,8 @@ is a segment of its row; attention and positions never cross segments (types.Inp
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence as Ids
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Ids
 
 import numpy as np
 

@@ -17,6 +17,9 @@ from distill_jax.params import param, stack
 from distill_jax.types import Inputs, Output
 
 
+HF_MODEL_TYPES = ("llama",)  # of config.json
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
   """Llama 3.1's rope scaling: low frequencies are slowed by `factor`."""
@@ -45,6 +48,13 @@ class Config:
   tie_word_embeddings: bool = False
 
   def __post_init__(self):
+    kinds = {"int": int, "float": float, "bool": bool}  # annotations are strings here
+    for f in dataclasses.fields(self):
+      x = getattr(self, f.name)
+      if type(x) is not kinds.get(str(f.type), type(x)) or (type(x) in (int, float) and not x > 0):
+        raise InputError(f"{f.name} is {x!r:.60}; a positive {f.type} was expected")
+    if self.head_dim % 2:
+      raise InputError(f"head_dim is {self.head_dim}; rope turns pairs, so it has to be even")
     if self.num_attention_heads % self.num_key_value_heads:
       raise InputError(
         f"{self.num_attention_heads} attention heads do not divide over "
@@ -71,7 +81,7 @@ class Config:
       num_key_value_heads=hf.get("num_key_value_heads") or heads,
       head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
       max_position_embeddings=hf["max_position_embeddings"],
-      rms_norm_eps=hf["rms_norm_eps"],
+      rms_norm_eps=float(hf["rms_norm_eps"]),
       rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
       rope_scaling=None if kind == "default" else RopeScaling(
         **{f.name: rope[f.name] for f in dataclasses.fields(RopeScaling)}

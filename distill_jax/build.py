@@ -1,0 +1,92 @@
+"""A model from its entry in a config: random, imported, or out of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from distill_jax import checkpoint, folder, params, sharding, workdir
+from distill_jax.config import Model
+from distill_jax.errors import InputError
+from distill_jax.hub import load as hub
+from distill_jax.layers import Compute
+
+RUN = "run:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+  """A model beside how it is computed and, where it was imported, what came with it."""
+
+  model: Any
+  config: Any  # the family's Config
+  how: Compute
+  pretrained: hub.Pretrained | None  # tokenizer, generation config, digest; None if random
+
+
+def compute(spec: Model) -> Compute:
+  return Compute(dtype=spec.dtype, remat=spec.remat)
+
+
+def pretrained(spec: Model) -> hub.Pretrained | None:
+  """What a source holds, its weights unread; None without a source."""
+  if not spec.source:
+    return None
+  if spec.source.startswith(RUN):
+    return pretrained(workdir.read_config(spec.source.removeprefix(RUN)).student)
+  return hub.open_model(spec.source)
+
+
+def shape(spec: Model) -> tuple[str, Any]:
+  """(family, its Config) of a model, with no weight read or made."""
+  if spec.source.startswith(RUN):
+    return shape(workdir.read_config(spec.source.removeprefix(RUN)).student)
+  if spec.source:
+    source = hub.open_model(spec.source)
+    kept = spec.keep_layers or range(source.config.num_hidden_layers)
+    return source.family, dataclasses.replace(source.config, num_hidden_layers=len(kept))
+  shapes = folder.load("models", spec.family).CONFIGS
+  if spec.shape not in shapes:
+    raise InputError(f"{spec.family} has no shape {spec.shape!r}; it names {', '.join(shapes)}")
+  return spec.family, shapes[spec.shape]
+
+
+def abstract(spec: Model) -> Any:
+  """The model as shapes: what `build` would make, in no memory."""
+  family, config = shape(spec)
+  make = folder.load("models", family).Model
+  model = jax.eval_shape(lambda key: _cast(make(config, key), spec.param_dtype), jax.random.key(0))
+  return model
+
+
+def build(spec: Model, mesh: Mesh, key: jax.Array) -> Built:
+  """The model with its parameters, sharded over the mesh as the rules store them."""
+  how = compute(spec)
+  if spec.source.startswith(RUN):
+    run = Path(spec.source.removeprefix(RUN))
+    like = abstract(workdir.read_config(run).student)
+    like = place(like, sharding.shardings(like, mesh, how.rules))
+    return Built(checkpoint.restore_params(run, like), shape(spec)[1], how, pretrained(spec))
+  if spec.source:
+    source = hub.open_model(spec.source)
+    model = hub.load(source, mesh, how, spec.param_dtype, spec.keep_layers)
+    return Built(model, model.config, how, source)
+  family, config = shape(spec)
+  make = folder.load("models", family).Model
+  where = sharding.shardings(abstract(spec), mesh, how.rules)
+  init = lambda key: _cast(make(config, key), spec.param_dtype)
+  return Built(jax.jit(init, out_shardings=where)(key), config, how, None)
+
+
+def place(abstract: Any, where: Any) -> Any:
+  """An abstract tree that carries shardings, as orbax wants it."""
+  leaf = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  return jax.tree.map(leaf, abstract, where)
+
+
+def _cast(model: Any, dtype: str) -> Any:
+  return params.map_params(lambda v: v.replace(v[...].astype(dtype)), model)

@@ -1,0 +1,98 @@
+"""`distill-jax VERB --config=FILE --workdir=DIR --config.key=value [--json]`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from distill_jax import config as configs
+from distill_jax.errors import InputError
+from distill_jax.workdir import Workdir
+
+# verb: module and function, (Config, workdir) -> result; imported when called.
+VERBS = {
+  "record": "teacher:record",
+  "train": "train:train",
+  "evaluate": "evaluate:evaluate",
+  "export": "hub.verb:export",
+  "report": "report_verb:report",
+  "inspect": "records.verb:inspect",
+}
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "the config file, as configs/demo.py")
+WORKDIR = flags.DEFINE_string("workdir", None, "the folder of the run")
+JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Runs one verb. Exit code 2: the input cannot be used, and one sentence says why."""
+  argv = list(sys.argv if argv is None else argv)
+  try:
+    result = run(argv)
+  except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  print(json.dumps(result) if JSON.value else summary(result), flush=True)
+
+
+def run(argv: list[str]) -> dict[str, Any]:
+  """Parses the command line and calls the verb inside its workdir."""
+  verb = argv[1] if len(argv) > 1 else ""
+  if verb not in VERBS:
+    raise InputError(f"{verb or 'no verb'!r} is not a verb; the verbs are {', '.join(VERBS)}")
+  config = parse(argv[:1] + argv[2:])
+  if not WORKDIR.value:
+    raise InputError("--workdir is missing; name the folder of the run")
+  module, name = VERBS[verb].split(":")
+  function: Callable = getattr(importlib.import_module(f"distill_jax.{module}"), name)
+  with Workdir(WORKDIR.value, config) as workdir:
+    return function(config, workdir)
+
+
+def parse(argv: list[str]) -> configs.Config:
+  """The resolved config of a command line; a wrong flag, key or value is refused."""
+  if not any(a.startswith(("--config=", "-config=")) or a == "--config" for a in argv):
+    raise InputError("--config is missing; name a file such as configs/demo.py")
+  try:
+    rest = flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    raise InputError(_flag_error(argv, error)) from error
+  except (FileNotFoundError, ImportError) as error:
+    raise InputError(f"the config cannot be read: {error}; name a file in configs/") from error
+  if len(rest) > 1:
+    raise InputError(f"{rest[1]!r} is neither a verb nor a flag; flags begin with --")
+  return configs.resolve(CONFIG.value)
+
+
+def summary(result: dict[str, Any]) -> str:
+  """The numbers of a result, a line each, for a person."""
+  return "\n".join(f"{name}: {value}" for name, value in result.items())
+
+
+def _flag_error(argv: list[str], error: Exception) -> str:
+  known = sorted(_keys(configs.base(), "config"))
+  for arg in argv:
+    key = arg.lstrip("-").split("=")[0]
+    if key.startswith("config.") and key not in known and str(error).find(key.split(".")[-1]) >= 0:
+      near = difflib.get_close_matches(key, known, 1)
+      hint = f"did you mean --{near[0]}?" if near else "see distill_jax/config.py"
+      return f"config key {key.removeprefix('config.')!r} is unknown; {hint}"
+  return " ".join(str(error).split())
+
+
+def _keys(tree: Any, at: str):
+  for key, value in tree.items():
+    yield f"{at}.{key}"
+    if hasattr(value, "items"):
+      yield from _keys(value, f"{at}.{key}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,66 @@
+"""A config's corpus as packed sequences: source, tokenizer and packing put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from distill_jax.config import Data
+from distill_jax.data import packing, sources, tokenizers
+from distill_jax.errors import InputError
+from distill_jax.hub.load import Pretrained
+
+LINES = 256  # documents tokenized at once
+
+
+def tokenizer_of(data: Data, pretrained: Pretrained | None) -> tokenizers.Tokenizer:
+  """The tokenizer that a config names, or the one that came with the model."""
+  if data.tokenizer:
+    return tokenizers.load_tokenizer(data.tokenizer)
+  if pretrained is None or pretrained.tokenizer is None:
+    raise InputError("the model brings no tokenizer; name one in data.tokenizer")
+  files = pretrained.tokenizer
+  raw = files.json.encode() if files.json is not None else files.sentencepiece
+  assert raw is not None
+  eos, bos = (pretrained.generation.get(f"{name}_token_id") for name in ("eos", "bos"))
+  eos = eos[0] if isinstance(eos, list) else eos
+  return tokenizers.Tokenizer(raw, f"the tokenizer of {pretrained.source}", eos, bos)
+
+
+def source_of(data: Data) -> sources.Source:
+  names = (f.name for f in dataclasses.fields(sources.Source))
+  return sources.Source(**{name: getattr(data, name) for name in names})
+
+
+def sequences(data: Data, tokenizer: tokenizers.Tokenizer) -> Iterator[dict[str, np.ndarray]]:
+  """Packed sequences in corpus order, at most `data.sequences`, as records without targets.
+
+  Yields: {tokens_T int32, segments_T int32, mask_T bool}; unlike packing's mask of tokens,
+    `mask_T` says at which positions there is a label to learn.
+  """
+  packed = packing.pack(_tokens(data, tokenizer), data.seq_len, tokenizer.eos_id)
+  for row in itertools.islice(packed, data.sequences or None):
+    learnt_T = packing.to_inputs(row.tokens_T, row.segments_T, row.mask_T)[-1]
+    yield {"tokens_T": row.tokens_T, "segments_T": row.segments_T, "mask_T": learnt_T}
+
+
+def check(data: Data, tokenizer: tokenizers.Tokenizer, rows: int, longest: int) -> None:
+  """Refuses a tokenizer or a sequence length that the model cannot read."""
+  if tokenizer.vocab_size > rows:
+    raise InputError(
+      f"{tokenizer.where} has {tokenizer.vocab_size} tokens and the model's embedding {rows} rows; "
+      f"take the tokenizer that belongs to these weights"
+    )
+  if data.seq_len > longest:
+    raise InputError(
+      f"data.seq_len is {data.seq_len} and the model reads at most {longest} tokens; lower it"
+    )
+
+
+def _tokens(data: Data, tokenizer: tokenizers.Tokenizer) -> Iterator[list[int]]:
+  documents = sources.documents(source_of(data))
+  while some := list(itertools.islice(documents, LINES)):
+    yield from tokenizer.encode_batch(some)

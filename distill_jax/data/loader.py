@@ -1,0 +1,75 @@
+"""The loader: batch n is a function of (stores, seed, n), on any number of processes.
+
+grain's datasets are read at random: shuffled, repeated and mixed, element i is known without
+those before it. So there is no loader state to save: the position is the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from distill_jax.data import packing
+from distill_jax.errors import InputError
+from distill_jax.types import Batch, Inputs, Targets
+
+STORED = {"ids_TK": "ids_BTK", "weight_TK": "weight_BTK", "logp_TK": "logp_BTK",
+          "entropy_T": "entropy_BT", "label_logp_T": "label_logp_BT"}  # fmt: skip
+
+
+def batches(
+  stores: Sequence[Any], *, batch_size: int, seed: int, start: int = 0,
+  mixture: Sequence[float] = (), process_index: int = 0, process_count: int = 1,
+) -> Iterator[Batch]:  # fmt: skip
+  """This process's rows of every global batch from step `start` on, as numpy arrays.
+
+  Args:
+    stores: random access to records (records/store.py), all of one sequence length.
+    batch_size: of the global batch; process p reads rows p, p + P, ... of it.
+    seed: of the order; each epoch has its own.
+    mixture: weights of the stores; empty: by size.
+
+  Raises:
+    InputError: the batch does not divide over the processes, or a store is empty.
+  """
+  if batch_size % process_count:
+    raise InputError(f"batch size {batch_size} does not divide over {process_count} processes")
+  if mixture and len(mixture) != len(stores):
+    raise InputError(f"train.mixture has {len(mixture)} weights for {len(stores)} stores")
+  if not all(len(store) for store in stores):
+    raise InputError("a store holds no sequence; record it first")
+  rows = [grain.MapDataset.source(store).shuffle(seed=seed).repeat() for store in stores]
+  weights = list(mixture) or [len(store) for store in stores]
+  ds = rows[0] if len(rows) == 1 else grain.MapDataset.mix(rows, weights=weights)
+  ds = ds[process_index::process_count].batch(batch_size // process_count, batch_fn=collate)
+  ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+  return iter(ds[start:].to_iter_dataset(ahead))
+
+
+def collate(records: Sequence[dict[str, np.ndarray]]) -> Batch:
+  """Records of single sequences to a Batch; differing K are filled up with weight 0."""
+  stack = lambda name: np.stack([r[name] for r in records])
+  tokens, segments, mask = stack("tokens_T"), stack("segments_T"), stack("mask_T")
+  tokens, positions, segments, labels, _ = packing.to_inputs(tokens, segments, mask)
+  stored = {ours: _stack_padded([r[name] for r in records], -np.inf if "logp_TK" in name else 0)
+            for name, ours in STORED.items() if name in records[0]}  # fmt: skip
+  targets = {"teacher": Targets(**stored)} if "ids_BTK" in stored else {}
+  return Batch(Inputs(tokens, positions, segments), labels, mask, targets)
+
+
+def to_device(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
+  """The global batch, from each process's own rows."""
+  put = lambda x: jax.make_array_from_process_local_data(sharding, x)
+  return jax.tree.map(put, batch)
+
+
+def _stack_padded(arrays: list[np.ndarray], fill: float) -> np.ndarray:
+  if arrays[0].ndim == 1:
+    return np.stack(arrays)
+  K = max(a.shape[1] for a in arrays)
+  fit = lambda a: np.pad(a, ((0, 0), (0, K - a.shape[1])), constant_values=fill)
+  return np.stack([fit(a) for a in arrays])

@@ -1,0 +1,210 @@
+"""Where text comes from: a stream of documents, always in the same order.
+
+What is held out is a function of the documents alone: a document goes by a hash of its
+text (of its topic's name for `pydoc`), so neither order nor company moves it, and equal
+documents fall on the same side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distill_jax.errors import InputError
+
+KINDS = ("pydoc", "text", "jsonl", "tfds")
+RUN = 8  # words: a shared run as long as this counts as the same text
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A corpus.
+
+  Attributes:
+    kind: "pydoc", Python's language reference as the running CPython carries it, a topic
+      a document; "text", a UTF-8 file or a folder of .txt files, a file a document;
+      "jsonl", a file or a folder of .jsonl files, one object a line; "tfds", a TFDS
+      dataset in array_record format.
+    path: the file or folder. For tfds a prepared folder (it holds dataset_info.json), or
+      DATA_DIR/NAME[:VERSION], or a NAME in TFDS's own data folder. Empty for pydoc.
+    split: "train" or "heldout"; for tfds any split the dataset has ("train[:90%]").
+    field: which field holds the text (jsonl, tfds).
+    heldout_fraction: the share of documents held out, in expectation. 0 takes every
+      document whatever the split: for a corpus with a held-out file of its own. TFDS has
+      splits of its own and does not read this.
+  """
+
+  kind: str
+  path: str = ""
+  split: str = "train"
+  field: str = "text"
+  heldout_fraction: float = 0.1
+
+  def __post_init__(self):
+    if self.kind not in KINDS:
+      raise InputError(f"source kind is {self.kind!r}; it can be one of {', '.join(KINDS)}")
+    if self.kind != "tfds" and self.split not in ("train", "heldout"):
+      raise InputError(f"split is {self.split!r}; a {self.kind} source has 'train' and 'heldout'")
+    if not 0 <= self.heldout_fraction < 1:
+      raise InputError(f"heldout_fraction is {self.heldout_fraction}; give at least 0 and below 1")
+    if self.kind == "pydoc" and self.split == "heldout" and self.heldout_fraction == 0:
+      raise InputError("heldout_fraction is 0, so pydoc has no held-out topics; give 0.1, say")
+    if self.kind != "pydoc" and not self.path:
+      raise InputError(f"a {self.kind} source has no path; name its file or folder in `path`")
+
+
+def documents(source: Source) -> Iterator[str]:
+  """The documents of a source, one at a time. Blank ones are passed over.
+
+  Text is taken as it stands, line ends included: nothing is normalised.
+
+  Raises:
+    InputError: a file that is missing, malformed or not UTF-8, or no document at all.
+      Files and arguments are checked as the stream reaches them.
+  """
+  read = {"pydoc": _pydoc, "text": _text, "jsonl": _jsonl, "tfds": _tfds}[source.kind]
+  seen = kept = 0
+  for document in read(source):
+    if not document.strip():
+      continue
+    seen += 1
+    if source.kind in ("pydoc", "tfds") or _chosen(document, source):
+      kept += 1
+      yield document
+  if not kept:
+    where = source.path or "the topics"
+    raise InputError(
+      f"{where}: no text in any document; give a corpus that holds some" if not seen else
+      f"{where}: none of its {seen} documents falls into split {source.split!r}; give more "
+      "documents, or heldout_fraction=0 and a file of its own for each split"
+    )  # fmt: skip
+
+
+def digest(source: Source) -> str:
+  """sha256 over the documents, each with its length before it: the corpus' name."""
+  h = hashlib.sha256()
+  for document in documents(source):
+    raw = document.encode()
+    h.update(len(raw).to_bytes(8, "big") + raw)
+  return h.hexdigest()
+
+
+def _chosen(key: str, source: Source) -> bool:
+  """Does the document with this key belong to the split?"""
+  if source.heldout_fraction == 0:
+    return True
+  where = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+  return (where < source.heldout_fraction) == (source.split == "heldout")
+
+
+def _pydoc(source: Source) -> Iterator[str]:
+  """Topics sorted by name, split by name, less the training text that is held out.
+
+  The reference repeats itself: "compound" holds all of "for" and "while". Nine tenths of
+  the held-out lines would stand in the training topics too, so a training paragraph that
+  shares a run of eight words with a held-out topic is left out.
+  """
+  topics = importlib.import_module("pydoc_data.topics").topics
+  names = [name for name in sorted(topics) if _chosen(name, source)]
+  if source.split == "heldout" or source.heldout_fraction == 0:
+    yield from (topics[name] for name in names)
+    return
+  mine = set(names)
+  heldout = {run for name in topics if name not in mine for run in _runs(topics[name])}
+  for name in names:
+    paragraphs = topics[name].split("\n\n")
+    yield "\n\n".join(p for p in paragraphs if heldout.isdisjoint(_runs(p)))
+
+
+def _runs(text: str) -> Iterator[tuple[str, ...]]:
+  words = text.split()
+  return zip(*(words[i:] for i in range(RUN)), strict=False)
+
+
+def _files(source: Source, suffix: str) -> list[Path]:
+  path = Path(source.path)
+  if path.is_dir():
+    if not (files := sorted(p for p in path.glob(f"*{suffix}") if p.is_file())):
+      raise InputError(f"{path} is a folder without {suffix} files; name one that has some")
+    return files
+  if not path.is_file():
+    raise InputError(f"{path} is not there; name a {suffix} file or a folder of them")
+  return [path]
+
+
+def _text(source: Source) -> Iterator[str]:
+  for file in _files(source, ".txt"):
+    yield _utf8(file.read_bytes(), file, 0)
+
+
+def _jsonl(source: Source) -> Iterator[str]:
+  for file in _files(source, ".jsonl"):
+    with file.open("rb") as lines:
+      offset = 0
+      for number, raw in enumerate(lines, 1):
+        line = _utf8(raw, file, offset)
+        offset += len(raw)
+        if line.strip():
+          yield _field(line, source.field, f"{file}, line {number}")
+
+
+def _utf8(raw: bytes, where: Path | str, offset: int) -> str:
+  try:
+    return raw.decode()
+  except UnicodeDecodeError as e:
+    raise InputError(
+      f"{where}: byte {offset + e.start} is 0x{raw[e.start]:02x}, which is not UTF-8; convert the "
+      "file to UTF-8"
+    ) from e
+
+
+def _field(line: str, field: str, where: str) -> str:
+  try:
+    record = json.loads(line)
+  except (ValueError, RecursionError) as e:
+    raise InputError(f"{where}: not JSON ({e}); mend the line") from e
+  if not isinstance(record, dict):
+    raise InputError(f"{where}: a JSON {type(record).__name__}; each line is one object {{...}}")
+  return _string(record, field, where)
+
+
+def _string(record: dict[str, Any], field: str, where: str) -> str:
+  """The text in one field; bytes (as TFDS gives them) are UTF-8."""
+  if field not in record:
+    there = ", ".join(map(repr, record)) or "none"
+    raise InputError(f"{where}: no field {field!r}; the fields there are {there}")
+  value = record[field]
+  if isinstance(value, bytes):
+    return _utf8(value, f"{where}, field {field!r}", 0)
+  if not isinstance(value, str):
+    kind = type(value).__name__
+    raise InputError(f"{where}: field {field!r} holds {kind}; name one that holds a string")
+  # JSON can spell half a surrogate pair ("\ud800"), which is no character.
+  if bad := next((c for c in value if "\ud800" <= c <= "\udfff"), None):
+    raise InputError(f"{where}: field {field!r} holds half a surrogate pair, {bad!r}; mend it")
+  return value
+
+
+def _tfds(source: Source) -> Iterator[str]:
+  import tensorflow_datasets as tfds  # here, because it takes seconds
+
+  path = Path(source.path)
+  try:
+    if (path / "dataset_info.json").is_file():
+      records = tfds.builder_from_directory(path).as_data_source(source.split)
+    else:
+      data_dir = path.parent if len(path.parts) > 1 else None
+      records = tfds.data_source(path.name, split=source.split, data_dir=data_dir, download=False)
+  except (ValueError, NotImplementedError, AssertionError, FileNotFoundError) as e:
+    reason = str(e).partition("\n")[0].rstrip(". ")
+    raise InputError(
+      f"{path}: split {source.split!r} cannot be read ({reason}); give a dataset prepared with "
+      "file_format='array_record' and one of its splits"
+    ) from e
+  for number, record in enumerate(records):
+    yield _string(record, source.field, f"{path}[{source.split}], record {number}")

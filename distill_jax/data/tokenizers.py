@@ -1,0 +1,241 @@
+"""Text to token ids and back: Hugging Face tokenizer.json and sentencepiece models.
+
+`load_tokenizer` is the one way in; the two kinds cannot be told apart afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+
+from distill_jax.errors import InputError
+
+FILES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
+# Looked for in this order where nothing names them. A document's end comes before a
+# turn's end: packing separates documents.
+EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "<|im_end|>")
+BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>", "<|im_start|>")
+
+
+class Tokenizer:
+  """A tokenizer of either kind. Picklable: it is its file, and the backend is made anew.
+
+  Attributes:
+    kind: "huggingface" or "sentencepiece".
+    raw: the file, byte for byte.
+    filename: what the file is called in a model's folder.
+    vocab_size: the largest id + 1: the rows that an embedding table must have.
+    eos_id, bos_id: ids, or None where there is none.
+    digest: sha256 of what the file says (a JSON file's spacing does not count).
+  """
+
+  def __init__(self, raw: bytes, where: str, eos: str | int | None, bos: str | int | None):
+    self.raw, self.where = raw, where
+    self.kind = "huggingface" if raw.lstrip()[:1] == b"{" else "sentencepiece"
+    self.filename = FILES[self.kind]
+    if self.kind == "huggingface":
+      ids = self._backend.get_vocab(with_added_tokens=True).values()
+      self.vocab_size = max(ids, default=-1) + 1
+      canonical = json.dumps(json.loads(raw), sort_keys=True).encode()
+    else:
+      self.vocab_size, canonical = self._backend.get_piece_size(), raw
+    if not self.vocab_size:
+      raise InputError(f"{where}: a tokenizer without a vocabulary; give a whole one")
+    self.digest = hashlib.sha256(canonical).hexdigest()
+    self.eos_id, self.bos_id = self._special(eos, EOS), self._special(bos, BOS)
+
+  def __repr__(self) -> str:
+    return f"Tokenizer({self.where}, {self.kind}, vocab_size={self.vocab_size})"
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {k: v for k, v in self.__dict__.items() if k != "_backend"}
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of a text, with nothing added before or after it.
+
+    Special tokens spelt out in the text of a Hugging Face tokenizer become those tokens,
+    as they do in transformers.
+    """
+    if self.kind == "sentencepiece":
+      return self._backend.encode(text)
+    return self._backend.encode(text, add_special_tokens=False).ids
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of each text, on all cores."""
+    if self.kind == "sentencepiece":
+      return self._backend.encode(list(texts))
+    batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [e.ids for e in batch]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Text of ids. Special tokens are spelt out (sentencepiece leaves control pieces out)."""
+    ids = [int(i) for i in ids]
+    if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
+      raise InputError(
+        f"token id {bad[0]} is outside {self.where}, which ends at {self.vocab_size - 1}; decode "
+        "with the tokenizer that made it"
+      )
+    if self.kind == "sentencepiece":
+      return self._backend.decode(ids)
+    return self._backend.decode(ids, skip_special_tokens=False)
+
+  def token_id(self, token: str) -> int | None:
+    """The id of one token by its name; None where there is no such token."""
+    if self.kind == "sentencepiece":
+      i = self._backend.piece_to_id(token)
+      return i if self._backend.id_to_piece(i) == token else None
+    return self._backend.token_to_id(token)
+
+  @functools.cached_property
+  def _backend(self) -> Any:
+    return (_huggingface if self.kind == "huggingface" else _sentencepiece)(self.raw, self.where)
+
+  def _special(self, given: str | int | None, names: Sequence[str]) -> int | None:
+    if isinstance(given, int):
+      if not 0 <= given < self.vocab_size:
+        raise InputError(f"{given} is no token of {self.where}; ids end at {self.vocab_size - 1}")
+      return given
+    if given is None:
+      found = [i for name in names if (i := self.token_id(name)) is not None]
+      return found[0] if found else None
+    if (i := self.token_id(given)) is None:
+      raise InputError(f"{self.where} has no token {given!r}; name one that is in its vocabulary")
+    return i
+
+
+def load_tokenizer(
+  source: str | Path, eos: str | int | None = None, bos: str | int | None = None
+) -> Tokenizer:
+  """Loads a tokenizer.json or a sentencepiece model.
+
+  Args:
+    source: the file, a folder that holds tokenizer.json or tokenizer.model (the first is
+      taken where both are), or the JSON text itself.
+    eos, bos: a token or its id. Without: what tokenizer_config.json beside the file says,
+      or else the first of `EOS` and `BOS` that the vocabulary has, or None.
+
+  Raises:
+    InputError: a file that is missing or of neither kind, or a token it does not have.
+  """
+  if isinstance(source, str) and source.lstrip()[:1] == "{":
+    return Tokenizer(source.encode(), "the tokenizer given as JSON", eos, bos)
+  path = Path(source)
+  if path.is_dir():
+    if not (found := [path / name for name in FILES.values() if (path / name).is_file()]):
+      raise InputError(f"{path} holds no {' or '.join(FILES.values())}; name a tokenizer's folder")
+    path = found[0]
+  if not path.is_file():
+    raise InputError(f"{path} is not there; name a tokenizer.json, a .model file or their folder")
+  named = _named(path.parent / "tokenizer_config.json")
+  return Tokenizer(
+    path.read_bytes(), str(path),
+    named.get("eos_token") if eos is None else eos,
+    named.get("bos_token") if bos is None else bos,
+  )  # fmt: skip
+
+
+def train_sentencepiece(
+  documents: Iterable[str], vocab_size: int, out_path: str | Path, model_type: str = "unigram"
+) -> Tokenizer:
+  """Trains a sentencepiece model on a corpus and writes it, whole or not at all.
+
+  The same documents give the same bytes. Text is not normalised and unknown characters
+  fall back to bytes, so that encoding loses nothing (only U+2581, sentencepiece's own
+  mark, comes back as a space).
+
+  Args:
+    documents: read once, line by line.
+    vocab_size: pieces, the 256 bytes and <unk>, <s>, </s> included.
+    out_path: where the .model file goes; one that is there is replaced.
+    model_type: "unigram" or "bpe".
+
+  Raises:
+    InputError: a corpus that is empty or too small for the vocabulary.
+  """
+  if model_type not in ("unigram", "bpe"):
+    raise InputError(f"model_type is {model_type!r}; it can be 'unigram' or 'bpe'")
+  out, model = Path(out_path), io.BytesIO()
+  # All of it at once, as sentencepiece keeps it too: an error in `documents` stays itself.
+  if not (lines := [line for text in documents for line in text.split("\n") if line]):
+    raise InputError("the corpus to train a sentencepiece model on holds no text; give some")
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size,
+      model_type=model_type, byte_fallback=True, character_coverage=0.9995,
+      normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+      max_sentence_length=1 << 30,  # the default leaves longer lines out without a word
+      num_threads=1, minloglevel=2,  # sums over threads would depend on their number
+    )  # fmt: skip
+  except RuntimeError as e:
+    reason = " ".join(str(e).split("] ")[-1].split()).rstrip(".")
+    raise InputError(
+      f"no sentencepiece model of {vocab_size} pieces can be trained on this corpus ({reason}); "
+      "give more text or another vocab_size"
+    ) from e
+  _write(out, model.getvalue())
+  return load_tokenizer(out)
+
+
+def _huggingface(raw: bytes, where: str) -> tokenizers.Tokenizer:
+  try:
+    text = raw.decode()
+    model = json.loads(text).get("model")
+  except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    raise InputError(f"{where} is not whole JSON ({e}); give a tokenizer.json as saved") from e
+  if not isinstance(model, dict):
+    raise InputError(f"{where} is JSON without a 'model'; give a Hugging Face tokenizer.json")
+  try:
+    backend = tokenizers.Tokenizer.from_str(text)
+  except BaseException as e:
+    # The library raises bare `Exception`; its subclasses are somebody else's.
+    if type(e) is not Exception:
+      raise
+    raise InputError(
+      f"{where} is no tokenizer that `tokenizers` can read ({e}); give a tokenizer.json as saved"
+    ) from e
+  # Many files carry a length limit and padding; neither may touch a corpus.
+  backend.no_truncation()
+  backend.no_padding()
+  return backend
+
+
+def _sentencepiece(raw: bytes, where: str) -> sentencepiece.SentencePieceProcessor:
+  wrong = f"{where} is neither a Hugging Face tokenizer.json nor a whole sentencepiece model"
+  if not raw:  # which sentencepiece takes for an uninitialised model
+    raise InputError(f"{wrong}: it is empty; give one of the two")
+  try:
+    return sentencepiece.SentencePieceProcessor(model_proto=raw)
+  except RuntimeError as e:
+    raise InputError(f"{wrong}; give one of the two") from e
+
+
+def _named(config: Path) -> dict[str, str]:
+  """The eos_token and bos_token that a tokenizer_config.json names."""
+  if not config.is_file():
+    return {}
+  try:
+    said = json.loads(config.read_bytes())
+  except ValueError as e:
+    raise InputError(f"{config} is not JSON ({e}); mend or remove it") from e
+  tokens = {k: said.get(k) for k in ("eos_token", "bos_token")}
+  # An added token is spelt as a string, or as an object that holds it.
+  return {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items() if v}
+
+
+def _write(path: Path, raw: bytes) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(f".{path.name}.{os.getpid()}.part")
+  with part.open("wb") as f:
+    f.write(raw)
+    f.flush()
+    os.fsync(f.fileno())
+  part.replace(path)

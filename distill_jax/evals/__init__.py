@@ -1,0 +1,1 @@
+"""One evaluator a file: a pure function of (model, batch) -> {name: Mean}."""

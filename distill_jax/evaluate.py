@@ -1,0 +1,104 @@
+"""`evaluate`: the teacher, the student before training, and any models, on held-out text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from distill_jax import build, params, sharding, workdir
+from distill_jax.config import Config
+from distill_jax.data import corpus, loader
+from distill_jax.evals import lm
+from distill_jax.progress import Progress
+from distill_jax.step import online_targets
+from distill_jax.types import Batch, Mean
+
+TIMED = 2  # passes over one batch that the throughput is taken from
+
+
+def evaluate(config: Config, folder: Path) -> dict[str, Any]:
+  """Measures every model on the same held-out sequences, against the teacher's own pass.
+
+  Writes evaluation.json into the workdir and returns it: `models` by name ("teacher",
+  "start", then those of evaluate.models), each with ce, perplexity, kl, agreement, accuracy,
+  entropy, parameters, bytes and tokens_per_second (scoring, measured here).
+  """
+  mesh = sharding.make_mesh(**vars(config.mesh))
+  with jax.set_mesh(mesh):
+    key = jax.random.key(config.seed)
+    specs = {"start": config.student}
+    specs |= {n: dataclasses.replace(config.student, source=s, keep_layers=())
+              for n, s in config.evaluate.models.items()}  # fmt: skip
+    teacher = build.build(config.teacher, mesh, key)
+    data = dataclasses.replace(config.data, split="heldout", sequences=config.evaluate.sequences)
+    tokenizer = corpus.tokenizer_of(data, teacher.pretrained)
+    corpus.check(data, tokenizer, teacher.config.vocab_size, teacher.config.max_position_embeddings)
+    rows = list(corpus.sequences(data, tokenizer))
+    models = {"teacher": teacher} | {n: build.build(s, mesh, key) for n, s in specs.items()}
+    results = _measure_all(config, models, rows, mesh)
+  tokens = results["teacher"].pop("tokens")
+  for row in results.values():
+    row.pop("tokens", None)
+  evaluation = {"models": results, "tokens": tokens, "corpus": f"{data.kind} {data.path} heldout"}
+  workdir.write_json(folder / "evaluation.json", evaluation)
+  return evaluation
+
+
+def _measure_all(
+  config: Config, models: dict[str, build.Built], rows: list[dict[str, np.ndarray]], mesh: Any
+) -> dict[str, dict[str, float]]:
+  """Every model on every batch; the teacher runs once a batch for all of them."""
+  chunk, size = config.train.chunk, config.evaluate.batch_size
+  where = sharding.batch_sharding(mesh)
+  teacher = models["teacher"]
+  targets_of = jax.jit(functools.partial(online_targets, how=teacher.how))
+  measure = {n: jax.jit(functools.partial(lm.measure, how=m.how, chunk=chunk))
+             for n, m in models.items()}  # fmt: skip
+  totals: dict[str, dict[str, Mean]] = {}
+  positions = len(rows) * len(rows[0]["tokens_T"])
+  with Progress("evaluate", positions * len(models), "tokens") as progress:
+    for batch in _batches(rows, size):
+      batch = loader.to_device(batch, where)
+      targets = {"teacher": targets_of(teacher.model, batch.inputs)}
+      for name, m in models.items():
+        means = jax.device_get(measure[name](m.model, batch.replace(targets=targets)))
+        before = totals.get(name)
+        totals[name] = means if before is None else {k: before[k] + v for k, v in means.items()}
+        progress.add(batch.mask_BT.size)
+  return {n: _row(totals[n]) | _size(m) | _speed(m, batch, chunk) for n, m in models.items()}
+
+
+def _row(means: dict[str, Mean]) -> dict[str, float]:
+  row = {name: float(mean.value()) for name, mean in means.items()}
+  return row | {"perplexity": math.exp(min(row["ce"], 700)), "tokens": float(means["ce"].count)}
+
+
+def _size(m: build.Built) -> dict[str, int]:
+  weights = jax.tree.leaves(m.model)
+  return {"parameters": params.count(m.model), "bytes": sum(w.nbytes for w in weights)}
+
+
+def _speed(m: build.Built, batch: Batch, chunk: int) -> dict[str, float]:
+  score = jax.jit(functools.partial(lm.score, how=m.how, chunk=chunk))
+  jax.block_until_ready(score(m.model, batch))  # compile
+  start = time.perf_counter()
+  for _ in range(TIMED):
+    jax.block_until_ready(score(m.model, batch))
+  return {"tokens_per_second": TIMED * batch.mask_BT.size / (time.perf_counter() - start)}
+
+
+def _batches(rows: list[dict[str, np.ndarray]], size: int) -> Iterator[Batch]:
+  """Batches of one size: the last is filled up with rows that hold padding alone."""
+  for i in range(0, len(rows), size):
+    some = rows[i : i + size]
+    empty = {name: np.zeros_like(x) for name, x in some[0].items()}
+    yield loader.collate(some + [empty] * (size - len(some)))
+

@@ -1,0 +1,1 @@
+"""Models in and out: safetensors folders and GGUF files, by the parameters' own declarations."""

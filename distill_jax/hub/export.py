@@ -1,0 +1,192 @@
+"""A model out to a Hugging Face folder, by the parameters' own declarations."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from distill_jax import params
+from distill_jax.errors import InputError
+from distill_jax.hub import declared
+from distill_jax.hub.safetensors_folder import INDEX, SINGLE
+from distill_jax.hub.tokenizer import TokenizerFiles
+from distill_jax.hub.weights import float_dtype
+
+CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where one tensor of the checkpoint comes from."""
+
+  name: str
+  param: Any
+  at: tuple[int, ...]  # along the parameter's loop axes
+  shape: tuple[int, ...]
+
+  def value(self, dtype: np.dtype) -> np.ndarray:
+    # One tensor comes to the host, whatever the sharding of the stack it is cut from.
+    x = np.asarray(self.param[(*self.at, ...)])
+    y = declared.Layout(self.param).to_theirs(x, dtype)
+    if dtype == np.float16 and np.isinf(y).any() and not np.isinf(x).any():
+      raise InputError(
+        f"{self.name} holds {np.abs(x).max():.3g}, past float16's 65504; export as bfloat16"
+      )
+    return y
+
+
+def export(
+  model: Any,
+  target: str | os.PathLike[str],
+  *,
+  tokenizer: TokenizerFiles | None,
+  generation: dict[str, Any],
+  card: str,
+  dtype: str = "bfloat16",
+  shard_bytes: int = SHARD_BYTES,
+) -> pathlib.Path:
+  """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` takes as it is.
+
+  It is written beside the target under another name, synced to disk and renamed: the
+  target is there whole or not at all. Host memory holds one tensor at a time.
+
+  Args:
+    model: a family's Model; its `config` becomes config.json.
+    target: the folder to make; it must not exist.
+    tokenizer: written as it was read (`Pretrained.tokenizer`); None writes none.
+    generation: becomes generation_config.json; its token ids go into config.json too.
+    card: README.md, Markdown.
+    dtype: of the tensors: "float32", "bfloat16" or "float16".
+    shard_bytes: the largest a safetensors file may be, unless one tensor is larger.
+
+  Raises:
+    InputError: the target exists, the disk is too full, the dtype cannot hold a value.
+  """
+  target, to = pathlib.Path(target).absolute(), float_dtype(dtype)
+  if target.exists():
+    raise InputError(f"{target} exists, and export overwrites nothing; name a folder that does not")
+  if shard_bytes < 1:
+    raise InputError(f"shard_bytes is {shard_bytes}; it is a positive number of bytes")
+  sources = _sources(model)
+  need = sum(math.prod(s.shape) for s in sources) * to.itemsize
+  target.parent.mkdir(parents=True, exist_ok=True)
+  if (free := shutil.disk_usage(target.parent).free) < need:
+    raise InputError(f"{target} needs {need} bytes and the disk has {free}; make room")
+  work = target.parent / f".{target.name}.{os.getpid()}.tmp"
+  work.mkdir()
+  try:
+    _write_weights(work, sources, dtype, shard_bytes)
+    _write_texts(work, model.config.to_hf(), dtype, tokenizer, generation, card)
+    _sync(work)
+    work.rename(target)
+    _sync(target.parent)
+  finally:
+    shutil.rmtree(work, ignore_errors=True)  # gone already, if all went well
+  return target
+
+
+def _sources(model: Any) -> list[Source]:
+  """The checkpoint's tensors, layer by layer; a name declared twice is a bug, and raises."""
+  sources = [
+    Source(name, v, at, declared.Layout(v).shape)
+    for _, v in params.named_params(model)
+    for name, at in declared.tensors(v)
+  ]
+  if len({s.name for s in sources}) < len(sources):
+    raise ValueError("two parameters declare the same Hugging Face name")
+  natural = lambda s: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", s.name)]
+  return sorted(sources, key=natural)
+
+
+def _shards(sources: list[Source], itemsize: int, limit: int) -> Iterator[list[Source]]:
+  shard: list[Source] = []
+  size = 0
+  for s in sources:
+    n = math.prod(s.shape) * itemsize
+    if shard and size + n > limit:
+      yield shard
+      shard, size = [], 0
+    shard.append(s)
+    size += n
+  yield shard
+
+
+def _write_weights(folder: pathlib.Path, sources: list[Source], dtype: str, limit: int) -> None:
+  itemsize = float_dtype(dtype).itemsize
+  shards = list(_shards(sources, itemsize, limit))
+  where = {}
+  for i, shard in enumerate(shards, 1):
+    name = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+    where |= {s.name: name for s in shard}
+    with (folder / name).open("wb") as f:
+      _write_shard(f, shard, dtype)
+      _sync(f)
+  if len(shards) > 1:
+    total = sum(math.prod(s.shape) for s in sources)
+    meta = {"total_parameters": total, "total_size": total * itemsize}
+    _write_json(folder / INDEX, {"metadata": meta, "weight_map": where})
+
+
+def _write_shard(f: BinaryIO, shard: list[Source], dtype: str) -> None:
+  """One safetensors file, a tensor at a time."""
+  to, at = float_dtype(dtype), 0
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+  for s in shard:
+    end = at + math.prod(s.shape) * to.itemsize
+    header[s.name] = {"dtype": CODES[dtype], "shape": list(s.shape), "data_offsets": [at, end]}
+    at = end
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+  f.write(len(text).to_bytes(8, "little") + text)
+  for s in shard:
+    f.write(s.value(to).reshape(-1).view(np.uint8).data)
+
+
+def _write_texts(
+  folder: pathlib.Path, hf: dict[str, Any], dtype: str, tokenizer: TokenizerFiles | None,
+  generation: dict[str, Any], card: str,
+) -> None:  # fmt: skip
+  ids = {k: v for k, v in generation.items() if k.endswith("_token_id")}
+  # transformers 5 reads `dtype`, older ones and vLLM `torch_dtype`.
+  _write_json(folder / "config.json", {**hf, "dtype": dtype, "torch_dtype": dtype, **ids})
+  _write_json(folder / "generation_config.json", generation)
+  _write(folder / "README.md", card.encode())
+  if tokenizer is not None:
+    _write_json(folder / "tokenizer_config.json", tokenizer.config)
+    if tokenizer.json is not None:
+      _write(folder / "tokenizer.json", tokenizer.json.encode())
+    if tokenizer.sentencepiece is not None:
+      _write(folder / "tokenizer.model", tokenizer.sentencepiece)
+
+
+def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+  _write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _write(path: pathlib.Path, data: bytes) -> None:
+  with path.open("wb") as f:
+    f.write(data)
+    _sync(f)
+
+
+def _sync(what: BinaryIO | pathlib.Path) -> None:
+  """Forces a file, or a folder's list of names, to the disk."""
+  if not isinstance(what, pathlib.Path):
+    what.flush()
+    os.fsync(what.fileno())
+    return
+  fd = os.open(what, os.O_RDONLY)
+  try:
+    os.fsync(fd)
+  finally:
+    os.close(fd)

@@ -1,0 +1,113 @@
+"""A tokenizer.json from a GGUF file's metadata: byte-level BPE."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from distill_jax.errors import InputError
+from distill_jax.hub.tokenizer import TokenizerFiles
+
+CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+LLAMA_3 = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# How text is cut before merging, by tokenizer.ggml.pre. "smollm" isolates every digit first:
+# so do SmolLM2's own tokenizer.json and llama.cpp. (transformers 5.23 reads this GGUF
+# without that rule, and gives other ids where two or more spaces precede a digit.)
+CUTS: dict[str, list[dict[str, Any]]] = {
+  "gpt-2": [BYTES],
+  "smollm": [DIGITS, BYTES],
+  "llama-bpe": [
+    {"type": "Split", "pattern": {"Regex": LLAMA_3}, "behavior": "Isolated", "invert": False},
+    {**BYTES, "use_regex": False},
+  ],
+}
+
+
+def tokenizer_files(meta: dict[str, Any], path: pathlib.Path) -> TokenizerFiles:
+  """The tokenizer of a GGUF file with metadata `meta`.
+
+  Raises:
+    InputError: not a byte-level BPE, a cutting rule that is not known, or damaged lists.
+  """
+  key = lambda name, default=None: meta.get(f"tokenizer.ggml.{name}", default)
+  model, pre = key("model"), key("pre")
+  if model != "gpt2" or pre not in CUTS:
+    raise InputError(
+      f"{path} has a tokenizer of model {model!r} and pre {pre!r}; from GGUF, model 'gpt2' with pre "
+      f"{', '.join(CUTS)} is read: give the safetensors folder of this model"
+    )
+  tokens, merges, types = key("tokens"), key("merges"), key("token_type")
+  _check_lists(tokens, merges, types, path)
+  special = {}
+  for role, name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+    if (i := key(f"{name}_token_id")) is not None:
+      if type(i) is not int or not 0 <= i < len(tokens):
+        raise InputError(f"{path} has {name}_token_id {i!r} for {len(tokens)} tokens")
+      special[f"{role}_token"] = tokens[i]
+  config = {
+    "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+    "model_max_length": meta.get(f"{meta['general.architecture']}.context_length"), **special,
+  }  # fmt: skip
+  if template := meta.get("tokenizer.chat_template"):
+    config["chat_template"] = template
+  bos = special.get("bos_token") if key("add_bos_token", pre == "llama-bpe") else None
+  text = json.dumps(_tokenizer_json(tokens, merges, types, pre, bos), ensure_ascii=False)
+  return TokenizerFiles(text, None, config)
+
+
+def _check_lists(tokens: Any, merges: Any, types: Any, path: pathlib.Path) -> None:
+  strings = lambda x: isinstance(x, list) and all(isinstance(s, str) for s in x)
+  if not strings(tokens) or not strings(merges) or not isinstance(types, list):
+    raise InputError(f"{path} lacks its tokenizer's tokens, merges or token_type; fetch it again")
+  if len(set(tokens)) != len(tokens) or len(types) != len(tokens):
+    raise InputError(
+      f"{path} has {len(tokens)} tokens, {len(set(tokens))} of them different, and {len(types)} "
+      "token types; fetch it again"
+    )
+  known = set(tokens)
+  for merge in merges:
+    a, _, b = merge.partition(" ")
+    if not {a, b, a + b} <= known:
+      raise InputError(f"{path} merges {merge!r}, which is not in its vocabulary; fetch it again")
+
+
+def _tokenizer_json(tokens, merges, types, pre: str, bos: str | None) -> dict[str, Any]:
+  added = [
+    {
+      "id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+      "normalized": False, "special": kind == CONTROL,
+    }
+    for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+    if kind in (CONTROL, USER_DEFINED)
+  ]  # fmt: skip
+  cuts = CUTS[pre]
+  vocab = {token: i for i, token in enumerate(tokens)}
+  return {
+    "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+    "normalizer": None,
+    "pre_tokenizer": cuts[0] if len(cuts) == 1 else {"type": "Sequence", "pretokenizers": cuts},
+    "post_processor": _begins_with(bos, vocab[bos]) if bos is not None else None,
+    "decoder": {**BYTES, "add_prefix_space": True},
+    "model": {
+      "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+      "ignore_merges": pre == "llama-bpe", "vocab": vocab, "merges": merges,
+    },
+  }  # fmt: skip
+
+
+def _begins_with(bos: str, i: int) -> dict[str, Any]:
+  """A post-processor that puts `bos` first."""
+  token, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+  return {
+    "type": "TemplateProcessing",
+    "single": [token, text],
+    "pair": [token, text, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {bos: {"id": bos, "ids": [i], "tokens": [bos]}},
+  }

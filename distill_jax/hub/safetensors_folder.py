@@ -1,0 +1,151 @@
+"""Weights in a Hugging Face folder: one safetensors file, or shards with an index.
+
+The format: 8 bytes, the header's length; the header, a JSON object from tensor names to
+dtype, shape and byte range; then the tensors, back to back, little-endian.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from distill_jax.errors import InputError
+from distill_jax.hub.weights import Index, parse_json, read_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER = 100_000_000  # bytes: the limit of the safetensors library
+DTYPES = {
+  "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+  "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+  "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+  "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+class Entry(NamedTuple):
+  """Where one tensor lies."""
+
+  path: pathlib.Path
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  begin: int  # byte of the file
+  end: int
+
+
+class SafetensorsFolder:
+  """Reads a folder's tensors, memory-mapped, a slice at a time.
+
+  Raises:
+    InputError: no safetensors here; a shard that is missing, outside the folder,
+      truncated, or at odds with the index; a tensor given twice.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    self.files, index = _shards(folder)
+    self._entries: dict[str, Entry] = {}
+    for path in self.files:
+      for name, entry in read_header(path).items():
+        if name in self._entries:
+          first = self._entries[name].path.name
+          raise InputError(f"{name} is in {first} and again in {path.name}; keep one of them")
+        self._entries[name] = entry
+    if index is not None:
+      self._check_index(folder / INDEX, index)
+    self._maps: dict[pathlib.Path, np.ndarray] = {}
+
+  def _check_index(self, path: pathlib.Path, index: dict[str, str]) -> None:
+    for name, shard in index.items():
+      if name not in self._entries or self._entries[name].path.name != shard:
+        raise InputError(f"{path} says that {name} is in {shard}, which does not hold it")
+    if extra := sorted(self._entries.keys() - index.keys()):
+      where = self._entries[extra[0]].path.name
+      raise InputError(f"{where} holds {extra[0]}, which {path} does not name; fetch both again")
+
+  def names(self) -> set[str]:
+    return set(self._entries)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return self._entries[name].shape
+
+  def dtype(self, name: str) -> np.dtype:
+    return self._entries[name].dtype
+
+  def read(self, name: str, index: Index | None = None) -> np.ndarray:
+    """A view of the file: bytes are read when they are used, and only those of the slice."""
+    e = self._entries[name]
+    if e.path not in self._maps:
+      self._maps[e.path] = np.memmap(e.path, np.uint8, "r").view(np.ndarray)
+    x = self._maps[e.path][e.begin : e.end].view(e.dtype).reshape(e.shape)
+    return x if index is None else x[index]
+
+
+def _shards(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], dict[str, str] | None]:
+  """The files to read, and the index where there is one."""
+  single, index = folder / SINGLE, folder / INDEX
+  if index.exists():
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+      raise InputError(f"{index} has no weight_map from tensor names to files; fetch it again")
+    files = sorted(set(weight_map.values()))
+    for name in files:
+      # Only the name is judged: the Hub's cache keeps files as links to its blobs.
+      if not name.endswith(".safetensors") or "/" in name or "\\" in name or "\0" in name:
+        raise InputError(f"{index} names {name!r}, which is not a safetensors file in its folder")
+      if not (folder / name).is_file():
+        raise InputError(f"{index} names {name}, which is not in the folder; fetch that file")
+    if single.exists() and SINGLE not in files:
+      raise InputError(f"{folder} holds both {SINGLE} and {INDEX}; delete the one that is not meant")
+    return tuple(folder / f for f in files), weight_map
+  if single.is_file():
+    return (single,), None
+  if pickles := sorted(p.name for p in folder.glob("*.bin")):
+    raise InputError(
+      f"{folder} holds {pickles[0]}, a pickle that can run code; only safetensors are read: save "
+      "the model again with save_pretrained(dir, safe_serialization=True)"
+    )
+  raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}; give a folder with weights")
+
+
+def read_header(path: pathlib.Path) -> dict[str, Entry]:
+  """The tensors of one file; every length, type and byte range is checked against the file."""
+  size = path.stat().st_size
+  with path.open("rb") as f:
+    n = int.from_bytes(f.read(8), "little")
+    if size < 8 or n > min(MAX_HEADER, size - 8):
+      raise InputError(
+        f"{path} is {size} bytes and its header claims {n}; it is truncated or no safetensors file, "
+        "fetch it again"
+      )
+    header = parse_json(f.read(n), f"the header of {path}")
+  header.pop("__metadata__", None)
+  entries = {name: _entry(path, name, raw, 8 + n) for name, raw in header.items()}
+  at = 8 + n
+  for name, e in sorted(entries.items(), key=lambda item: item[1][3:]):
+    if e.begin != at:
+      raise InputError(f"{path}: {name} begins at byte {e.begin} where {at} was expected; fetch it again")
+    at = e.end
+  if at != size:
+    raise InputError(f"{path} is {size} bytes and its tensors end at {at}; it is truncated or has junk")
+  return entries
+
+
+def _entry(path: pathlib.Path, name: str, raw: Any, start: int) -> Entry:
+  whole = lambda x: isinstance(x, list) and all(type(n) is int and 0 <= n < 2**63 for n in x)
+  if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
+    raise InputError(f"{path}: {name} is not described by dtype, shape and data_offsets")
+  kind, shape, span = raw["dtype"], raw["shape"], raw["data_offsets"]
+  if not isinstance(kind, str) or kind not in DTYPES:
+    raise InputError(f"{path}: {name} has dtype {kind!r}; known are {', '.join(DTYPES)}")
+  if not whole(shape) or not whole(span) or len(span) != 2 or len(shape) > 16:
+    raise InputError(f"{path}: {name} has shape {shape!r:.100} and data_offsets {span!r:.100}")
+  dtype = np.dtype(DTYPES[kind])
+  if span[1] - span[0] != math.prod(shape) * dtype.itemsize:
+    raise InputError(
+      f"{path}: {name} is {kind} of shape {shape}, which is not the {span[1] - span[0]} bytes given"
+    )
+  return Entry(path, dtype, tuple(shape), start + span[0], start + span[1])

@@ -1,0 +1,76 @@
+"""The tokenizer that travels with a model: its files, and how many tokens it has."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from distill_jax.errors import InputError
+from distill_jax.hub.weights import parse_json, read_json
+
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFiles:
+  """A Hugging Face tokenizer as its files hold it; one of `json` and `sentencepiece` is set.
+
+  Attributes:
+    json: the text of tokenizer.json.
+    sentencepiece: the bytes of tokenizer.model.
+    config: tokenizer_config.json: the special tokens' names, and `chat_template`.
+  """
+
+  json: str | None
+  sentencepiece: bytes | None
+  config: dict[str, Any]
+
+  @property
+  def chat_template(self) -> str | None:
+    """The Jinja source of the default chat template; None without one."""
+    template = self.config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+      template = {t["name"]: t["template"] for t in template}.get("default")
+    return template
+
+  def size(self) -> int:
+    """Ids that the tokenizer can give: the largest one plus 1."""
+    if self.json is None:
+      import sentencepiece
+
+      return sentencepiece.SentencePieceProcessor(model_proto=self.sentencepiece).get_piece_size()
+    parsed = parse_json(self.json.encode(), "tokenizer.json")
+    try:
+      vocab = parsed["model"]["vocab"]
+      ids = [t["id"] for t in parsed.get("added_tokens") or []]
+      return max([*ids, *(vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1])]) + 1
+    except (KeyError, TypeError, ValueError) as e:
+      raise InputError(f"tokenizer.json has no vocabulary ({e!r}); fetch the file again") from e
+
+
+def read_tokenizer(folder: pathlib.Path) -> TokenizerFiles | None:
+  """The tokenizer in a Hugging Face folder; None where there is none."""
+  text, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
+  if not text.exists() and not pieces.exists():
+    return None
+  optional = lambda name: read_json(folder / name) if (folder / name).exists() else {}
+  config = optional("tokenizer_config.json")
+  named = optional("special_tokens_map.json")  # where older folders name them
+  config |= {k: named[k] for k in ROLES if k in named and config.get(k) is None}
+  if (template := folder / "chat_template.jinja").exists():
+    config["chat_template"] = template.read_text(encoding="utf-8")
+  return TokenizerFiles(
+    json=text.read_text(encoding="utf-8") if text.exists() else None,
+    sentencepiece=pieces.read_bytes() if pieces.exists() else None,
+    config=config,
+  )
+
+
+def check_vocabulary(tokens: int, rows: int) -> None:
+  """Refuses a tokenizer with more tokens than the embedding has rows; spare rows are padding."""
+  if tokens > rows:
+    raise InputError(
+      f"the tokenizer has {tokens} tokens and the model's embedding {rows} rows; take the tokenizer "
+      "that belongs to these weights"
+    )

@@ -1,0 +1,90 @@
+"""A record on disk: a tf.train.Example whose features are single byte strings.
+
+Packed bytes, because tf.Example itself stores float16 as float32 and integers as varints.
+Every record begins with a `key`: the manifest's tag and the record's place in the store,
+so that a shard of another store, or one under another's name, is found when it is read.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from tensorflow_datasets.proto import tf_example_pb2
+
+from distill_jax.errors import InputError
+from distill_jax.records import codec, taps
+from distill_jax.records.manifest import Manifest
+
+FIELDS = {
+  "key": "8 bytes of the manifest's digest, then the sequence's number, little-endian uint64",
+  "tokens": "token ids, segment ids and loss mask; read with distill_jax.records",
+  "head": "counts of positions and entries, and the pieces the id space is cut into",
+  "lengths": "entries of each position",
+  "high": "which piece of the id space each entry is in: unary gaps",
+  "low": "where in its piece each entry is",
+  "argmax": "which entry is the teacher's likeliest token",
+  "counts": "sample counts of the other entries: unary",
+  "logp": "float16 log-probabilities of the entries",
+  "scalars": "float16 log-probability of each label, then float16 entropies, in nats",
+  "taps": "int8 hidden states, then a float32 scale a vector",
+}
+
+
+def names(m: Manifest) -> list[str]:
+  """The features a record of this store has."""
+  out = ["key", "tokens"]
+  if m.kind != "text":
+    out += ["head", "lengths", "high", "low", "argmax", "scalars"]
+    out += ["counts"] * (m.kind == "sampled") + ["logp"] * m.spec.has_logp
+  return out + ["taps"] * (m.taps is not None)
+
+
+def encode(index: int, seq: codec.Sequence, m: Manifest) -> dict[str, bytes]:
+  """The fields of sequence number `index`; see codec for what `seq` holds.
+
+  Raises:
+    InputError: the sequence does not fit the manifest.
+  """
+  if len(seq["tokens_T"]) != m.seq_len:
+    raise InputError(f"sequence {index} has {len(seq['tokens_T'])} tokens, not {m.seq_len}")
+  fields = {"key": key(index, m), "tokens": codec.encode_tokens(seq, m.spec)}
+  if m.kind != "text":
+    fields |= codec.encode_targets(seq, m.spec)
+  if m.taps is not None:
+    fields["taps"] = taps.encode(seq, m.taps)
+  return fields
+
+
+def decode(index: int, fields: dict[str, bytes], m: Manifest) -> codec.Sequence:
+  """The inverse of `encode`; raises InputError if the record is not number `index` of m."""
+  if sorted(fields) != sorted(names(m)):
+    raise InputError(f"it has the fields {sorted(fields)} where {sorted(names(m))} belong")
+  if fields["key"] != key(index, m):
+    tag, number = fields["key"][:8], int.from_bytes(fields["key"][8:], "little")
+    raise InputError(
+      f"it is record {number} of store {tag.hex()} where record {index} of store {m.tag.hex()} "
+      "belongs"
+    )
+  seq = codec.decode_tokens(fields["tokens"], m.spec)
+  if m.kind != "text":
+    seq |= codec.decode_targets(fields, seq["mask_T"], m.spec)
+  if m.taps is not None:
+    seq |= taps.decode(fields["taps"], seq["segments_T"], m.taps)
+  return seq
+
+
+def key(index: int, m: Manifest) -> bytes:
+  return m.tag + struct.pack("<Q", index)
+
+
+def serialize(fields: dict[str, bytes]) -> bytes:
+  example = tf_example_pb2.Example()
+  for name, value in fields.items():
+    example.features.feature[name].bytes_list.value.append(value)
+  return example.SerializeToString(deterministic=True)
+
+
+def parse(data: bytes) -> dict[str, Any]:
+  features = tf_example_pb2.Example.FromString(data).features.feature
+  return {name: f.bytes_list.value[0] for name, f in features.items()}

@@ -1,0 +1,216 @@
+"""What a store of records is: made once, checked by everything that touches the folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from distill_jax.errors import InputError
+from distill_jax.records import codec
+
+FORMAT = 1
+NAME = "manifest.json"
+CONVENTIONS = ("tail_bucket", "renormalise", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+  """Hidden states kept beside the targets.
+
+  Attributes:
+    layers: whose outputs, in the order of the P axis.
+    width: numbers a vector, after the projection.
+    seed: of the fixed random projection (taps.projection), or None without one.
+  """
+
+  layers: tuple[int, ...]
+  width: int
+  seed: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """One finished shard: sequences first .. first + count - 1."""
+
+  name: str
+  first: int
+  count: int
+  bytes: int
+  sha256: str
+  tokens: int  # positions that are not padding
+  targets: int  # positions with targets (mask_T set)
+  entries: int
+  fields: dict[str, int]  # payload bytes by field
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """Everything a reader must know before the first record.
+
+  Attributes:
+    kind, n, logp, entropy: see codec.Spec.
+    vocab_size: of the tokenizer; ids are below it.
+    seq_len: tokens a sequence.
+    teacher: {"name", "config", "digest"}; {} for kind "text" without one.
+    tokenizer, corpus: their digests.
+    sequences_per_shard: of every shard but the last of each extent.
+    extents: sequences recorded by each run that made the store longer; a run gives the one
+      total it wants, as `extents=(total,)`.
+    missing_mass: where the mass outside a truncated record goes (topk): "tail_bucket",
+      "renormalise"; "none" for kinds that miss nothing in expectation.
+    temperature: of the recorded distribution.
+    taps: hidden states kept, or None.
+    shards: finished shards, in order.
+  """
+
+  kind: str
+  n: int
+  vocab_size: int
+  seq_len: int
+  teacher: dict[str, Any]
+  tokenizer: str
+  corpus: str
+  sequences_per_shard: int
+  extents: tuple[int, ...]
+  logp: bool = False
+  entropy: bool = True
+  missing_mass: str = "none"
+  temperature: float = 1.0
+  taps: Taps | None = None
+  format_version: int = FORMAT
+  shards: tuple[Shard, ...] = ()
+
+  def __post_init__(self):
+    codec.Spec(self.kind, self.n, self.vocab_size, self.logp, self.entropy)
+    if self.missing_mass not in CONVENTIONS or (self.kind == "topk") == (
+      self.missing_mass == "none"
+    ):
+      raise InputError(
+        f"missing_mass is {self.missing_mass!r} for kind {self.kind!r}; topk names tail_bucket or "
+        "renormalise, the other kinds none"
+      )
+    if self.temperature != 1.0 and self.missing_mass == "renormalise":
+      raise InputError(
+        f"temperature is {self.temperature} over renormalised top-k records, which does not "
+        "define the mass left out; record at temperature 1 or with tail_bucket"
+      )
+    if self.sequences_per_shard < 1 or self.seq_len < 1 or min(self.extents, default=0) < 1:
+      raise InputError(
+        f"sequences_per_shard={self.sequences_per_shard}, seq_len={self.seq_len}, extents="
+        f"{self.extents}: each is at least 1; an empty corpus makes no records"
+      )
+
+  @property
+  def spec(self) -> codec.Spec:
+    return codec.Spec(self.kind, self.n, self.vocab_size, self.logp, self.entropy)
+
+  @property
+  def total(self) -> int:
+    """Sequences in all, finished or not."""
+    return sum(self.extents)
+
+  @property
+  def ranges(self) -> list[range]:
+    """The sequences of every shard, by shard number."""
+    out, first = [], 0
+    for extent in self.extents:
+      last = first + extent
+      for start in range(first, last, self.sequences_per_shard):
+        out.append(range(start, min(start + self.sequences_per_shard, last)))
+      first = last
+    return out
+
+  @property
+  def identity(self) -> dict[str, Any]:
+    """All that two runs must agree on to write into one folder."""
+    fields = _plain(dataclasses.asdict(self))
+    return {k: v for k, v in fields.items() if k not in ("extents", "shards")}
+
+  @property
+  def tag(self) -> bytes:
+    """Eight bytes of the identity's digest: every record carries them."""
+    text = json.dumps(self.identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).digest()[:8]
+
+  def save(self, folder: Path) -> None:
+    text = json.dumps(_plain(dataclasses.asdict(self)), indent=1)
+    write_atomically(folder / NAME, text + "\n")
+
+
+def shard_name(number: int) -> str:
+  """The file of shard `number`; tfds finds it by {SPLIT}-{SHARD_INDEX}.{FILEFORMAT}."""
+  return f"records-{number:05d}.array_record"
+
+
+def load(folder: str | os.PathLike) -> Manifest:
+  """Reads the manifest of a folder.
+
+  Raises:
+    InputError: there is none, or it is not one this version reads.
+  """
+  path = Path(folder) / NAME
+  try:
+    fields = json.loads(path.read_text())
+  except FileNotFoundError as e:
+    raise InputError(f"{folder} holds no {NAME}; give a folder that `record` wrote") from e
+  except (OSError, ValueError) as e:
+    raise InputError(f"{path} cannot be read ({e}); restore it or record again") from e
+  version = fields.get("format_version") if isinstance(fields, dict) else None
+  if version != FORMAT:
+    raise InputError(f"{path} has format {version!r}, this version reads {FORMAT}; record again")
+  try:
+    taps = fields.pop("taps")
+    return Manifest(
+      **{
+        **fields,
+        "extents": tuple(fields["extents"]),
+        "shards": tuple(Shard(**s) for s in fields["shards"]),
+        "taps": taps and Taps(tuple(taps["layers"]), taps["width"], taps["seed"]),
+      }
+    )
+  except (TypeError, KeyError) as e:
+    raise InputError(f"{path} is not a whole manifest ({e}); restore it or record again") from e
+
+
+def require_same(want: Manifest, found: Manifest, folder: Path) -> None:
+  """Refuses to mix two recordings in one folder, naming both sides."""
+  a, b = want.identity, found.identity
+  for key, here in a.items():
+    if here != b[key]:
+      if isinstance(here, dict) and isinstance(b[key], dict):
+        sub = next(k for k in {**here, **b[key]} if here.get(k) != b[key].get(k))
+        key, here, there = f"{key}.{sub}", here.get(sub), b[key].get(sub)
+      else:
+        there = b[key]
+      raise InputError(
+        f"{folder} holds records with {key}={there!r} and this run has {key}={here!r}; "
+        "choose another folder, or the settings of the first recording"
+      )
+
+
+def write_atomically(path: Path, text: str) -> None:
+  """A whole file or none, on disk when this returns."""
+  part = path.with_name(f".{path.name}.{os.getpid()}")
+  with part.open("w") as f:
+    f.write(text)
+    f.flush()
+    os.fsync(f.fileno())
+  part.replace(path)
+  sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+  fd = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(fd)
+  finally:
+    os.close(fd)
+
+
+def _plain(x: Any) -> Any:
+  """As JSON gives it back: tuples become lists."""
+  return json.loads(json.dumps(x))

