@@ -28,6 +28,12 @@ class Built:
   pretrained: hub.Pretrained | None  # tokenizer, generation config, digest; None if random
 
 
+def keys(seed: int) -> dict[str, jax.Array]:
+  """Where all randomness of a run begins, each use with a key of its own."""
+  names = ("student", "teacher", "records")
+  return dict(zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True))
+
+
 def compute(spec: Model) -> Compute:
   return Compute(dtype=spec.dtype, remat=spec.remat)
 
@@ -38,7 +44,13 @@ def pretrained(spec: Model) -> hub.Pretrained | None:
     return None
   if spec.source.startswith(RUN):
     return pretrained(workdir.read_config(spec.source.removeprefix(RUN)).student)
-  return hub.open_model(spec.source)
+  source = hub.open_model(spec.source)
+  if spec.digest and source.digest != spec.digest:
+    raise InputError(
+      f"{spec.source} has digest {source.digest} and the config wants {spec.digest}; it is another "
+      f"model, or a damaged file"
+    )
+  return source
 
 
 def shape(spec: Model) -> tuple[str, Any]:
@@ -59,20 +71,24 @@ def abstract(spec: Model) -> Any:
   """The model as shapes: what `build` would make, in no memory."""
   family, config = shape(spec)
   make = folder.load("models", family).Model
-  model = jax.eval_shape(lambda key: _cast(make(config, key), spec.param_dtype), jax.random.key(0))
-  return model
+  init = lambda key: _cast(make(config, key), spec.param_dtype)
+  return jax.eval_shape(init, jax.random.key(0))
 
 
-def build(spec: Model, mesh: Mesh, key: jax.Array) -> Built:
-  """The model with its parameters, sharded over the mesh as the rules store them."""
+def build(spec: Model, mesh: Mesh, key: jax.Array, step: int | None = None) -> Built:
+  """The model with its parameters, sharded over the mesh as the rules store them.
+
+  `step` chooses the checkpoint of a run; None is the last.
+  """
   how = compute(spec)
   if spec.source.startswith(RUN):
     run = Path(spec.source.removeprefix(RUN))
     like = abstract(workdir.read_config(run).student)
     like = place(like, sharding.shardings(like, mesh, how.rules))
-    return Built(checkpoint.restore_params(run, like), shape(spec)[1], how, pretrained(spec))
+    return Built(checkpoint.restore_params(run, like, step), shape(spec)[1], how, pretrained(spec))
   if spec.source:
-    source = hub.open_model(spec.source)
+    source = pretrained(spec)
+    assert source is not None
     model = hub.load(source, mesh, how, spec.param_dtype, spec.keep_layers)
     return Built(model, model.config, how, source)
   family, config = shape(spec)

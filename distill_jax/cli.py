@@ -21,9 +21,9 @@ VERBS = {
   "record": "teacher:record",
   "train": "train:train",
   "evaluate": "evaluate:evaluate",
-  "export": "hub.verb:export",
-  "report": "report_verb:report",
-  "inspect": "records.verb:inspect",
+  "export": "verbs:export",
+  "report": "verbs:report",
+  "inspect": "verbs:inspect",
 }
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the config file, as configs/demo.py")

@@ -27,6 +27,7 @@ class Model:
   source: str = ""  # a folder, a .gguf, "package:…", "hub:…", "run:WORKDIR"; "": random weights
   family: str = "llama"  # without a source: a module of distill_jax/models …
   shape: str = ""  # … and one of its named shapes
+  digest: str = ""  # the sha256 that the source must have (a store's manifest names it); "": any
   keep_layers: tuple[int, ...] = ()  # layers of the source to keep; (): all
   dtype: str = "float32"  # of matrix products
   param_dtype: str = "float32"  # of the stored parameters
@@ -114,8 +115,18 @@ class Export:
   """The Hugging Face folder."""
 
   dir: str = ""
+  step: int = 0  # of the checkpoint; 0: the last
+  evaluation: str = ""  # an evaluation.json whose numbers go on the model card
   dtype: str = "bfloat16"
   shard_bytes: int = 5_000_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+  """What `inspect` does beside describing a store."""
+
+  sequence: int = -1  # shows this one, token by token; -1: none
+  verify: bool = False  # reads every record and checks every digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +144,7 @@ class Config:
   train: Train = Train()
   evaluate: Evaluate = Evaluate()
   export: Export = Export()
+  inspect: Inspect = Inspect()
 
 
 def base() -> ConfigDict:
@@ -169,7 +181,7 @@ def to_dict(config: Config) -> dict[str, Any]:
   """The resolved config as plain values, for a run's config.json."""
   tree = dataclasses.asdict(config)
   for name, value in config.losses.items():
-    tree["losses"][name] = {"loss": type(value).__module__.rpartition(".")[2], **tree["losses"][name]}
+    tree["losses"][name]["loss"] = type(value).__module__.rpartition(".")[2]
   return tree
 
 

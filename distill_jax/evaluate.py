@@ -33,16 +33,18 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
   """
   mesh = sharding.make_mesh(**vars(config.mesh))
   with jax.set_mesh(mesh):
-    key = jax.random.key(config.seed)
+    keys = build.keys(config.seed)
     specs = {"start": config.student}
     specs |= {n: dataclasses.replace(config.student, source=s, keep_layers=())
               for n, s in config.evaluate.models.items()}  # fmt: skip
-    teacher = build.build(config.teacher, mesh, key)
+    teacher = build.build(config.teacher, mesh, keys["teacher"])
     data = dataclasses.replace(config.data, split="heldout", sequences=config.evaluate.sequences)
     tokenizer = corpus.tokenizer_of(data, teacher.pretrained)
     corpus.check(data, tokenizer, teacher.config.vocab_size, teacher.config.max_position_embeddings)
     rows = list(corpus.sequences(data, tokenizer))
-    models = {"teacher": teacher} | {n: build.build(s, mesh, key) for n, s in specs.items()}
+    models = {"teacher": teacher} | {
+      n: build.build(s, mesh, keys["student"]) for n, s in specs.items()
+    }
     results = _measure_all(config, models, rows, mesh)
   tokens = results["teacher"].pop("tokens")
   for row in results.values():
@@ -58,21 +60,17 @@ def _measure_all(
   """Every model on every batch; the teacher runs once a batch for all of them."""
   chunk, size = config.train.chunk, config.evaluate.batch_size
   where = sharding.batch_sharding(mesh)
-  teacher = models["teacher"]
-  targets_of = jax.jit(functools.partial(online_targets, how=teacher.how))
-  measure = {n: jax.jit(functools.partial(lm.measure, how=m.how, chunk=chunk))
-             for n, m in models.items()}  # fmt: skip
-  totals: dict[str, dict[str, Mean]] = {}
-  positions = len(rows) * len(rows[0]["tokens_T"])
-  with Progress("evaluate", positions * len(models), "tokens") as progress:
-    for batch in _batches(rows, size):
+  forward = {n: jax.jit(functools.partial(online_targets, how=m.how)) for n, m in models.items()}
+  compare = jax.jit(functools.partial(lm.compare, chunk=chunk))
+  totals: Any = None
+  batches = list(_batches(rows, size))
+  with Progress("evaluate", len(batches) * batches[0].mask_BT.size, "tokens") as progress:
+    for batch in batches:
       batch = loader.to_device(batch, where)
-      targets = {"teacher": targets_of(teacher.model, batch.inputs)}
-      for name, m in models.items():
-        means = jax.device_get(measure[name](m.model, batch.replace(targets=targets)))
-        before = totals.get(name)
-        totals[name] = means if before is None else {k: before[k] + v for k, v in means.items()}
-        progress.add(batch.mask_BT.size)
+      outputs = {n: forward[n](m.model, batch.inputs) for n, m in models.items()}
+      means = jax.device_get(compare(outputs, batch))
+      totals = means if totals is None else jax.tree.map(np.add, totals, means)
+      progress.add(batch.mask_BT.size)
   return {n: _row(totals[n]) | _size(m) | _speed(m, batch, chunk) for n, m in models.items()}
 
 

@@ -26,7 +26,7 @@ def learning_rate(c: Optim, steps: int) -> optax.Schedule:
     raise InputError(f"optim.schedule is {c.schedule!r}; it can be one of {SCHEDULES}")
   if not 0 <= c.warmup_steps < steps:
     raise InputError(
-      f"optim.warmup_steps is {c.warmup_steps} and train.steps {steps}; warm-up ends before training"
+      f"optim.warmup_steps is {c.warmup_steps} and train.steps {steps}; warm-up ends first"
     )
   peak, end, rest = c.peak_lr, c.peak_lr * c.end_fraction, steps - c.warmup_steps
   warmup = optax.linear_schedule(peak / (c.warmup_steps + 1), peak, c.warmup_steps)

@@ -88,6 +88,8 @@ class Step:
       for name, fn in self.losses.items():
         means[name] = Mean.of(fn.per_token(logits_BCV, piece, step), piece.mask_BT)
         total += fn.weight(step) / count * means[name].total
+      ce_BC = -head.logp_at(jax.lax.stop_gradient(logits_BCV), piece.labels_BT[..., None])[..., 0]
+      means["ce"] = Mean.of(ce_BC, piece.mask_BT)
       for name, targets in piece.targets.items():
         kl_BC = jax.lax.stop_gradient(forward_kl(targets, logits_BCV))
         means[f"kl/{name}"] = Mean.of(kl_BC, piece.mask_BT)

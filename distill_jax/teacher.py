@@ -59,9 +59,10 @@ def _pass(config: Config, mesh: Any, rows: Rows, todo: list[range], writer: Writ
   """The teacher's pass over the shards still missing: one batch and one shard in flight."""
   summarise = None
   if config.records.kind != "text":
-    teacher = build.build(config.teacher, mesh, jax.random.key(config.seed))
+    keys = build.keys(config.seed)
+    teacher = build.build(config.teacher, mesh, keys["teacher"])
     one_batch = jax.jit(functools.partial(_summarise, how=teacher.how, config=config))
-    summarise = functools.partial(one_batch, teacher.model, jax.random.key(config.seed))
+    summarise = functools.partial(one_batch, teacher.model, keys["records"])
   T = config.data.seq_len
   with (
     ThreadPoolExecutor(1) as background,

@@ -16,6 +16,7 @@ from distill_jax.errors import InputError
 from distill_jax.metrics import MetricsWriter
 from distill_jax.progress import Progress
 from distill_jax.records.store import Store, open_store
+from distill_jax.schedules import constant
 from distill_jax.step import Step
 from distill_jax.types import Batch
 
@@ -83,16 +84,16 @@ def _loop(
 
 def prepare(config: Config, mesh: Any, saves: Any) -> tuple[Step, Any, dict[str, Any]]:
   """(the step, the state to go on from, online teachers)."""
-  key = jax.random.key(config.seed)
+  keys = build.keys(config.seed)
   teachers = {}
   if config.train.online:
-    teachers["teacher"] = build.build(config.teacher, mesh, key).model
+    teachers["teacher"] = build.build(config.teacher, mesh, keys["teacher"]).model
   step = make_step(config)
   like = jax.eval_shape(step.init, build.abstract(config.student))
   where = sharding.shardings(like, mesh, step.student.rules)
   if saves.latest_step() is not None:
     return step, checkpoint.restore(saves, build.place(like, where)), teachers
-  model = build.build(config.student, mesh, key).model
+  model = build.build(config.student, mesh, keys["student"]).model
   return step, jax.jit(step.init, out_shardings=where, donate_argnums=0)(model), teachers
 
 
@@ -146,9 +147,9 @@ def check(config: Config, stores: list[Store]) -> None:
           f"losses.{name} wants a teacher and records {path} hold text alone; record with "
           f"records.kind=sampled or set train.online=True"
         )
-      if hasattr(fn, "temperature") and not config.train.online:
-        if any(t != about.temperature for t in fn.temperature.values):
-          raise InputError(
-            f"losses.{name}.temperature is {fn.temperature.values} and records {path} were made "
-            f"at {about.temperature}; record at that temperature"
-          )
+      temperatures = () if config.train.online else getattr(fn, "temperature", constant(1)).values
+      if hasattr(fn, "temperature") and any(t != about.temperature for t in temperatures):
+        raise InputError(
+          f"losses.{name}.temperature is {temperatures} and records {path} were made at "
+          f"{about.temperature}; record at that temperature"
+        )

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 
-@struct.dataclass
-class Inputs:
+class Inputs(struct.PyTreeNode):
   """What a text model reads: all int32 [B, T].
 
   `segments_BT` numbers the documents packed into a row from 1; 0 is padding. Attention
@@ -32,8 +31,7 @@ class Inputs:
   segments_BT: jax.Array
 
 
-@struct.dataclass
-class Targets:
+class Targets(struct.PyTreeNode):
   """What a teacher said about each position, never the teacher itself.
 
   One of three supports, told apart by which fields are there:
@@ -53,8 +51,7 @@ class Targets:
   taps_PBTD: jax.Array | None = None
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
   """One global training batch. `mask_BT` is the only mask: which labels are trained on."""
 
   inputs: Inputs
@@ -63,8 +60,7 @@ class Batch:
   targets: dict[str, Targets] = struct.field(default_factory=dict)
 
 
-@struct.dataclass
-class Output:
+class Output(struct.PyTreeNode):
   """What a model says: the loss owns the unembedding, so there are no logits here."""
 
   hidden_BTD: jax.Array  # after the final norm
@@ -73,8 +69,7 @@ class Output:
   aux: dict[str, Any] = struct.field(default_factory=dict)
 
 
-@struct.dataclass
-class Mean:
+class Mean(struct.PyTreeNode):
   """A total and a count: the only metric and loss type. Merges by addition."""
 
   total: jax.Array
@@ -94,8 +89,7 @@ class Mean:
     return self.total / jnp.maximum(self.count, 1.0)
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """All that training changes. `adapters` belong to losses and are never exported."""
 
   step: jax.Array  # int32

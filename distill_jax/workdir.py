@@ -18,7 +18,7 @@ from distill_jax.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
 # A run may go on with these changed: they do not decide what is computed.
-MAY_CHANGE = ("mesh", "evaluate", "export")
+MAY_CHANGE = ("mesh", "evaluate", "export", "inspect")
 
 
 def write_json(path: Path, tree: Any) -> None:

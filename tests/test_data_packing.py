@@ -122,3 +122,9 @@ def test_refuses_arguments_at_once():
     pack([[1]], 4, -1)
   with pytest.raises(InputError, match="one shape"):
     to_inputs(np.zeros((2, 4)), np.zeros((2, 4)), np.zeros((2, 3)))
+
+
+def test_padding_is_never_learnt_whatever_the_mask_says():
+  segments = np.array([1, 1, 0, 0, 0])
+  *_, mask = to_inputs(np.array([5, 6, 0, 0, 0]), segments, np.ones(5, bool))
+  assert mask.tolist() == [True, False, False, False, False]

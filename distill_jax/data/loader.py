@@ -6,7 +6,7 @@ those before it. So there is no loader state to save: the position is the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -52,17 +52,19 @@ def batches(
 
 def collate(records: Sequence[dict[str, np.ndarray]]) -> Batch:
   """Records of single sequences to a Batch; differing K are filled up with weight 0."""
-  stack = lambda name: np.stack([r[name] for r in records])
+  # numpy here, jax arrays once `to_device` has made the global batch
+  stack: Callable[[str], Any] = lambda name: np.stack([r[name] for r in records])
   tokens, segments, mask = stack("tokens_T"), stack("segments_T"), stack("mask_T")
-  tokens, positions, segments, labels, _ = packing.to_inputs(tokens, segments, mask)
-  stored = {ours: _stack_padded([r[name] for r in records], -np.inf if "logp_TK" in name else 0)
+  inputs: Any = packing.to_inputs(tokens, segments, mask)
+  tokens, positions, segments, labels, _ = inputs
+  stored: dict[str, Any] = {ours: _stack_padded([r[name] for r in records], -np.inf if "logp_TK" in name else 0)
             for name, ours in STORED.items() if name in records[0]}  # fmt: skip
   targets = {"teacher": Targets(**stored)} if "ids_BTK" in stored else {}
   return Batch(Inputs(tokens, positions, segments), labels, mask, targets)
 
 
-def to_device(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
-  """The global batch, from each process's own rows."""
+def to_device(batch: Any, sharding: jax.sharding.Sharding) -> Any:
+  """The global batch (or any tree of its rows), from each process's own rows."""
   put = lambda x: jax.make_array_from_process_local_data(sharding, x)
   return jax.tree.map(put, batch)
 

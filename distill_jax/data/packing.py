@@ -109,9 +109,7 @@ def to_inputs(
 
 
 def _empty(seq_len: int) -> Sequence:
-  return Sequence(
-    np.zeros(seq_len, np.int32), np.zeros(seq_len, np.int32), np.zeros(seq_len, bool)
-  )
+  return Sequence(np.zeros(seq_len, np.int32), np.zeros(seq_len, np.int32), np.zeros(seq_len, bool))
 
 
 def _arrays(document: Document, number: int, eos_id: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,8 @@
-"""Next-token quality of a language model beside its teacher, from full distributions."""
+"""Next-token quality of language models beside their teacher, from full distributions."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,40 +10,47 @@ import jax.numpy as jnp
 
 from distill_jax import head
 from distill_jax.layers import Compute
-from distill_jax.types import Batch, Mean, Output
+from distill_jax.types import Batch, Mean, Output, Targets
 
 
-def measure(model: Any, batch: Batch, how: Compute, chunk: int) -> dict[str, Mean]:
-  """Means over the labels of a batch, in nats.
+def compare(
+  outputs: Mapping[str, Targets], batch: Batch, chunk: int, teacher: str = "teacher"
+) -> dict[str, dict[str, Mean]]:
+  """Every model beside the teacher, over the labels of a batch, in nats.
 
   Args:
-    batch: `targets["teacher"]` is online (hidden states and head), so that every number is
-      exact; without it only the student's own are given.
+    outputs: hidden states and head of each model by name, the teacher's among them.
 
   Returns:
-    ce: -log q(label). entropy: of q. accuracy: q's top token is the label.
-    kl: KL(p || q). agreement: p and q have the same top token.
+    By model: ce, -log q(label); entropy of q; accuracy, q's top token is the label;
+    kl, KL(p || q); agreement, p and q have the same top token.
   """
-  out: Output = model(batch.inputs, how)
 
-  def chunk_metrics(logits_BCV: jax.Array, piece: Batch) -> dict[str, Mean]:
-    logq_BCV = jax.nn.log_softmax(logits_BCV)
-    top_BC = jnp.argmax(logits_BCV, -1)
-    per_token = {
-      "ce": -jnp.take_along_axis(logq_BCV, piece.labels_BT[..., None], -1)[..., 0],
-      "entropy": -jnp.sum(jnp.exp(logq_BCV) * logq_BCV, -1),
-      "accuracy": top_BC == piece.labels_BT,
-    }
-    if "teacher" in piece.targets:
-      teacher = piece.targets["teacher"]
-      assert teacher.hidden_BTD is not None and teacher.head_VD is not None
-      teacher_BCV = head.logits(teacher.hidden_BTD, teacher.head_VD)
-      logp_BCV = jax.nn.log_softmax(teacher_BCV)
-      per_token["kl"] = jnp.sum(jnp.exp(logp_BCV) * (logp_BCV - logq_BCV), -1)
-      per_token["agreement"] = top_BC == jnp.argmax(teacher_BCV, -1)
-    return {name: Mean.of(x_BC, piece.mask_BT) for name, x_BC in per_token.items()}
+  def chunk_metrics(teacher_BCV: jax.Array, piece: Batch) -> dict[str, dict[str, Mean]]:
+    logp_BCV = jax.nn.log_softmax(teacher_BCV)
+    means = {teacher: _metrics(logp_BCV, logp_BCV, piece)}
+    for name, t in piece.targets.items():
+      assert t.hidden_BTD is not None and t.head_VD is not None
+      logq_BCV = jax.nn.log_softmax(head.logits(t.hidden_BTD, t.head_VD))
+      means[name] = _metrics(logp_BCV, logq_BCV, piece)
+    return means
 
-  return head.fold(chunk_metrics, out.hidden_BTD, out.head_VD, batch, chunk)
+  p = outputs[teacher]
+  assert p.hidden_BTD is not None and p.head_VD is not None
+  others = {name: t for name, t in outputs.items() if name != teacher}
+  return head.fold(chunk_metrics, p.hidden_BTD, p.head_VD, batch.replace(targets=others), chunk)
+
+
+def _metrics(logp_BCV: jax.Array, logq_BCV: jax.Array, piece: Batch) -> dict[str, Mean]:
+  top_BC = jnp.argmax(logq_BCV, -1)
+  per_token = {
+    "ce": -jnp.take_along_axis(logq_BCV, piece.labels_BT[..., None], -1)[..., 0],
+    "entropy": -jnp.sum(jnp.exp(logq_BCV) * logq_BCV, -1),
+    "accuracy": top_BC == piece.labels_BT,
+    "kl": jnp.sum(jnp.exp(logp_BCV) * (logp_BCV - logq_BCV), -1),
+    "agreement": top_BC == jnp.argmax(logp_BCV, -1),
+  }
+  return {name: Mean.of(x_BC, piece.mask_BT) for name, x_BC in per_token.items()}
 
 
 def score(model: Any, batch: Batch, how: Compute, chunk: int) -> Mean:

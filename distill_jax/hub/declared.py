@@ -7,7 +7,6 @@ of each, and how values move between the two layouts.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -39,11 +38,21 @@ def tensors(
   axes = loop_axes(v)
   sizes = v.shape[: len(axes)]
   index = index or (slice(None),) * len(axes)
-  for at in itertools.product(*(range(n)[s] for n, s in zip(sizes, index, strict=False))):
+  for at in _grid([range(n)[s] for n, s in zip(sizes, index, strict=False)]):
     named = dict(zip(axes, at, strict=True))
     if layers and "layers" in named:
       named["layers"] = layers[named["layers"]]
     yield v.get_metadata()["hf"].format(**named), at
+
+
+def _grid(ranges: list[range]) -> Iterator[tuple[int, ...]]:
+  """itertools.product, without its copy of the ranges: a damaged config can make them huge."""
+  if not ranges:
+    yield ()
+    return
+  for i in ranges[0]:
+    for rest in _grid(ranges[1:]):
+      yield (i, *rest)
 
 
 def matcher(v: Any) -> Callable[[str], bool]:
@@ -56,7 +65,7 @@ def matcher(v: Any) -> Callable[[str], bool]:
 
   def matches(given: str) -> bool:
     found = name.fullmatch(given)
-    return bool(found) and all(int(i) < sizes[a] for a, i in found.groupdict().items())
+    return found is not None and all(int(i) < sizes[a] for a, i in found.groupdict().items())
 
   return matches
 

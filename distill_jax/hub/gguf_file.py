@@ -22,7 +22,10 @@ from gguf import quants
 from distill_jax.errors import InputError
 from distill_jax.hub.weights import Index
 
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+# The value types of the metadata, as struct codes.
+SCALARS = {
+  0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
 STRING, ARRAY = 8, 9
 NAMES = {
   "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
@@ -57,7 +60,8 @@ class GGUFFile:
   """
 
   def __init__(self, path: pathlib.Path):
-    self.path, self.files = path, (path,)
+    self.path = path
+    self.files: tuple[pathlib.Path, ...] = (path,)
     cursor = _Cursor(path)
     count, keys = cursor.start()
     self.meta = cursor.metadata(keys)
@@ -69,9 +73,9 @@ class GGUFFile:
     self._entries = self._named(cursor.tensors(count, self.meta.get("general.alignment", 32)))
     self._map = np.frombuffer(cursor.data, np.uint8)
 
-  def number(self, key: str, default: Any = None, kind: type = int) -> Any:
+  def number(self, key: str, default: Any = None, kind: type[int] | type[float] = int) -> Any:
     """A number of the metadata, under `llama.`; InputError where it is absent or none."""
-    value = self.meta.get(f"llama.{key}", default)
+    value: Any = self.meta.get(f"llama.{key}", default)
     if type(value) is not kind or not 0 < value < 2**40:
       raise InputError(
         f"{self.path} has llama.{key}={value!r:.60} where a positive {kind.__name__} was expected; "
@@ -279,6 +283,7 @@ class _Cursor:
 
   def _kind(self, name: str, kind: int) -> gguf.GGMLQuantizationType:
     known = {int(k): k for k in gguf.GGMLQuantizationType}
-    if kind not in known or (kind > 1 and not hasattr(getattr(quants, known[kind].name, 0), "qtype")):
+    plain = kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+    if kind not in known or not (plain or hasattr(quants, known[kind].name)):
       raise InputError(f"{self.path}: {name} has type {kind}, which the gguf package cannot read")
     return known[kind]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from distill_jax.errors import InputError
@@ -35,12 +36,12 @@ def tokenizer_files(meta: dict[str, Any], path: pathlib.Path) -> TokenizerFiles:
   Raises:
     InputError: not a byte-level BPE, a cutting rule that is not known, or damaged lists.
   """
-  key = lambda name, default=None: meta.get(f"tokenizer.ggml.{name}", default)
+  key: Callable[..., Any] = lambda name, *other: meta.get(f"tokenizer.ggml.{name}", *other)
   model, pre = key("model"), key("pre")
   if model != "gpt2" or pre not in CUTS:
     raise InputError(
-      f"{path} has a tokenizer of model {model!r} and pre {pre!r}; from GGUF, model 'gpt2' with pre "
-      f"{', '.join(CUTS)} is read: give the safetensors folder of this model"
+      f"{path} has a tokenizer of model {model!r} and pre {pre!r}; from GGUF, model 'gpt2' with "
+      f"pre {', '.join(CUTS)} is read: give the safetensors folder of this model"
     )
   tokens, merges, types = key("tokens"), key("merges"), key("token_type")
   _check_lists(tokens, merges, types, path)

@@ -90,8 +90,8 @@ def open_model(source: str) -> Pretrained:
     weights: Weights = SafetensorsFolder(path)
     tokenizer, generation = read_tokenizer(path), read_json(extra) if extra.exists() else {}
   elif path.suffix == ".gguf":
-    weights = GGUFFile(path)
-    hf, tokenizer, generation = weights.config(), tokenizer_files(weights.meta, path), {}
+    weights = file = GGUFFile(path)
+    hf, tokenizer, generation = file.config(), tokenizer_files(file.meta, path), {}
     family = _family(hf, path)
   else:
     raise InputError(f"{path} is neither a folder nor a .gguf file; give one of them")
@@ -105,10 +105,10 @@ def open_model(source: str) -> Pretrained:
 def _family(hf: dict[str, Any], path: pathlib.Path) -> str:
   """The module of distill_jax.models that has this config.json's model_type."""
   kinds = {k: n for n in folder.names("models") for k in folder.load("models", n).HF_MODEL_TYPES}
-  if (kind := hf.get("model_type")) not in kinds:
+  if not isinstance(kind := hf.get("model_type"), str) or kind not in kinds:
     raise InputError(
-      f"{path} is of model_type {kind!r}, architectures {hf.get('architectures')}; the families here "
-      f"have {', '.join(sorted(kinds))}"
+      f"{path} is of model_type {kind!r}, architectures {hf.get('architectures')}; the families "
+      f"here have {', '.join(sorted(kinds))}"
     )
   return kinds[kind]
 
@@ -148,7 +148,7 @@ def load(
   """
   config, L = pretrained.config, pretrained.config.num_hidden_layers
   if bad := [i for i in keep_layers if not 0 <= i < L]:
-    raise InputError(f"keep_layers names layer {bad[0]}; {pretrained.source} has layers 0 to {L - 1}")
+    raise InputError(f"keep_layers names layer {bad[0]}; {pretrained.source} has 0 to {L - 1}")
   family = folder.load("models", pretrained.family)
   build = lambda c: jax.eval_shape(lambda key: family.Model(c, key), jax.random.key(0))
   whole = build(config)
@@ -162,7 +162,7 @@ def load(
   )
   to = float_dtype(dtype)
   filler = _Filler(pretrained.weights, to, keep_layers, progress, sum(sizes) * to.itemsize)
-  return params.map_params(lambda v, place: filler.fill(v, place.get_value()), model, places)
+  return jax.tree.map(filler.fill, model, places, is_leaf=params.is_param)
 
 
 def _leaves(tree: Any) -> list[Any]:
@@ -223,13 +223,14 @@ class _Filler:
   total: int
   done: int = 0
 
-  def fill(self, v: Any, place: NamedSharding) -> Any:
-    """The parameter `v` (abstract), its value read into its sharding.
+  def fill(self, v: Any, where: Any) -> Any:
+    """The parameter `v` (abstract), its value read into the sharding in `where`.
 
     One shard after another, where jax.make_array_from_callback would keep all of this
     process's shards of a stacked parameter on the host at once.
     """
-    arrays = {}
+    place: NamedSharding = where.get_value()
+    arrays: dict[Any, jax.Array] = {}
     for spans, devices in shards_here(v, place).items():
       x = self.shard(v, spans)
       arrays |= {d: jax.device_put(x, d).block_until_ready() for d in devices}
@@ -245,7 +246,8 @@ class _Filler:
     loops, layout = len(declared.loop_axes(v)), declared.Layout(v)
     read, shape, left = layout.slices(index[loops:])
     for name, at in declared.tensors(v, index, self.keep):
-      here = out[(*(i - a for i, (a, _) in zip(at, spans, strict=False)), ...)]
+      within: tuple[Any, ...] = tuple(i - a for i, (a, _) in zip(at, spans, strict=False))
+      here = out[(*within, ...)]
       layout.to_ours(self.weights.read(name, read), shape, left, here)
       self.done += here.nbytes
       if self.progress is not None:
@@ -257,6 +259,7 @@ def shards_here(v: Any, place: NamedSharding) -> dict[Spans, list[Any]]:
   """The different parts of `v` that this process holds, each with its devices."""
   parts: dict[Spans, list[Any]] = {}
   for device, index in place.addressable_devices_indices_map(v.shape).items():
+    assert index is not None  # this process's own devices have one
     spans = tuple(s.indices(n)[:2] for s, n in zip(index, v.shape, strict=True))
     parts.setdefault(spans, []).append(device)
   return parts

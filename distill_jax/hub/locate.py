@@ -71,7 +71,7 @@ def _from_hub(rest: str) -> pathlib.Path:
         repo, revision=revision or None, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
       )
     )
-  # Network failures, refusals and offline mode are OSErrors there; a malformed name is a ValueError.
+  # No network, no access and offline mode are OSErrors there; a malformed name, a ValueError.
   except (OSError, ValueError) as e:
     raise InputError(
       f"hub:{rest} cannot be fetched ({type(e).__name__}: {' '.join(str(e).split())[:200]}); check "

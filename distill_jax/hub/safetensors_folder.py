@@ -99,7 +99,7 @@ def _shards(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], dict[str, s
       if not (folder / name).is_file():
         raise InputError(f"{index} names {name}, which is not in the folder; fetch that file")
     if single.exists() and SINGLE not in files:
-      raise InputError(f"{folder} holds both {SINGLE} and {INDEX}; delete the one that is not meant")
+      raise InputError(f"{folder} holds both {SINGLE} and {INDEX}; delete the one not meant")
     return tuple(folder / f for f in files), weight_map
   if single.is_file():
     return (single,), None
@@ -118,8 +118,8 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
     n = int.from_bytes(f.read(8), "little")
     if size < 8 or n > min(MAX_HEADER, size - 8):
       raise InputError(
-        f"{path} is {size} bytes and its header claims {n}; it is truncated or no safetensors file, "
-        "fetch it again"
+        f"{path} is {size} bytes and its header claims {n}; it is truncated or no safetensors "
+        "file, fetch it again"
       )
     header = parse_json(f.read(n), f"the header of {path}")
   header.pop("__metadata__", None)
@@ -127,10 +127,12 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
   at = 8 + n
   for name, e in sorted(entries.items(), key=lambda item: item[1][3:]):
     if e.begin != at:
-      raise InputError(f"{path}: {name} begins at byte {e.begin} where {at} was expected; fetch it again")
+      raise InputError(f"{path}: {name} begins at byte {e.begin} and not at {at}; fetch it again")
     at = e.end
   if at != size:
-    raise InputError(f"{path} is {size} bytes and its tensors end at {at}; it is truncated or has junk")
+    raise InputError(
+      f"{path} is {size} bytes and its tensors end at {at}: truncated, or junk; fetch it again"
+    )
   return entries
 
 

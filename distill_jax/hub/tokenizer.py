@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from distill_jax.errors import InputError
-from distill_jax.hub.weights import parse_json, read_json
+from distill_jax.hub.weights import parse_json, read_json, read_text
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -30,8 +30,11 @@ class TokenizerFiles:
   def chat_template(self) -> str | None:
     """The Jinja source of the default chat template; None without one."""
     template = self.config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-      template = {t["name"]: t["template"] for t in template}.get("default")
+    try:
+      if isinstance(template, list):  # several, by name
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    except (KeyError, TypeError) as e:
+      raise InputError(f"tokenizer_config.json has a chat_template without {e}") from e
     return template
 
   def size(self) -> int:
@@ -57,11 +60,14 @@ def read_tokenizer(folder: pathlib.Path) -> TokenizerFiles | None:
   optional = lambda name: read_json(folder / name) if (folder / name).exists() else {}
   config = optional("tokenizer_config.json")
   named = optional("special_tokens_map.json")  # where older folders name them
-  config |= {k: named[k] for k in ROLES if k in named and config.get(k) is None}
+  for role in ROLES:
+    if role in named and config.get(role) is None:
+      token = named[role]
+      config[role] = token["content"] if isinstance(token, dict) and "content" in token else token
   if (template := folder / "chat_template.jinja").exists():
-    config["chat_template"] = template.read_text(encoding="utf-8")
+    config["chat_template"] = read_text(template)
   return TokenizerFiles(
-    json=text.read_text(encoding="utf-8") if text.exists() else None,
+    json=read_text(text) if text.exists() else None,
     sentencepiece=pieces.read_bytes() if pieces.exists() else None,
     config=config,
   )
@@ -71,6 +77,6 @@ def check_vocabulary(tokens: int, rows: int) -> None:
   """Refuses a tokenizer with more tokens than the embedding has rows; spare rows are padding."""
   if tokens > rows:
     raise InputError(
-      f"the tokenizer has {tokens} tokens and the model's embedding {rows} rows; take the tokenizer "
-      "that belongs to these weights"
+      f"the tokenizer has {tokens} tokens and the model's embedding {rows} rows; take the "
+      "tokenizer that belongs to these weights"
     )

@@ -70,3 +70,11 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """The JSON object in a file."""
   return parse_json(path.read_bytes(), str(path))
+
+
+def read_text(path: pathlib.Path) -> str:
+  """The text of a file, which has to be UTF-8."""
+  try:
+    return path.read_bytes().decode()
+  except UnicodeDecodeError as e:
+    raise InputError(f"{path} is not UTF-8 ({e}); fetch the file again") from e

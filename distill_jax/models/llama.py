@@ -16,8 +16,16 @@ from distill_jax.errors import InputError
 from distill_jax.params import param, stack
 from distill_jax.types import Inputs, Output
 
-
 HF_MODEL_TYPES = ("llama",)  # of config.json
+
+
+def _check_numbers(config: Any) -> None:
+  """Refuses, by name, a field of the wrong kind, or a number no model can have."""
+  kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}  # annotations are strings here
+  for f in dataclasses.fields(config):
+    x, kind = getattr(config, f.name), kinds.get(str(f.type))
+    if kind and (type(x) not in kind or (kind != (bool,) and not 0 < x < 2**31)):
+      raise InputError(f"{f.name} is {x!r:.60}; a {f.type}, above 0 if a number, was expected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +36,14 @@ class RopeScaling:
   low_freq_factor: float
   high_freq_factor: float
   original_max_position_embeddings: int
+
+  def __post_init__(self):
+    _check_numbers(self)
+    if self.low_freq_factor >= self.high_freq_factor:
+      raise InputError(
+        f"rope scaling has low_freq_factor {self.low_freq_factor} and high_freq_factor "
+        f"{self.high_freq_factor}; the first has to be the smaller"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +64,7 @@ class Config:
   tie_word_embeddings: bool = False
 
   def __post_init__(self):
-    kinds = {"int": int, "float": float, "bool": bool}  # annotations are strings here
-    for f in dataclasses.fields(self):
-      x = getattr(self, f.name)
-      if type(x) is not kinds.get(str(f.type), type(x)) or (type(x) in (int, float) and not x > 0):
-        raise InputError(f"{f.name} is {x!r:.60}; a positive {f.type} was expected")
+    _check_numbers(self)
     if self.head_dim % 2:
       raise InputError(f"head_dim is {self.head_dim}; rope turns pairs, so it has to be even")
     if self.num_attention_heads % self.num_key_value_heads:

@@ -62,6 +62,7 @@ class Manifest:
       total it wants, as `extents=(total,)`.
     missing_mass: where the mass outside a truncated record goes (topk): "tail_bucket",
       "renormalise"; "none" for kinds that miss nothing in expectation.
+    nucleus: topk entries are cut where they hold this mass; 1 is no cut.
     temperature: of the recorded distribution.
     taps: hidden states kept, or None.
     shards: finished shards, in order.
@@ -79,6 +80,7 @@ class Manifest:
   logp: bool = False
   entropy: bool = True
   missing_mass: str = "none"
+  nucleus: float = 1.0
   temperature: float = 1.0
   taps: Taps | None = None
   format_version: int = FORMAT

@@ -27,6 +27,7 @@ from distill_jax import sharding
 from distill_jax.errors import InputError
 
 FINE, BLOCK = 16, 256  # BLOCK = FINE * FINE
+TOP_BLOCK = 64
 KINDS = ("sampled", "topk")
 
 
@@ -53,7 +54,7 @@ def top_k(
 ) -> tuple[jax.Array, jax.Array]:
   """The k largest logits and their ids: float32 and int32 [B, C, k], largest first."""
   width = logits_BCV.shape[-1]
-  top, ids = jax.lax.top_k(logits_BCV, min(k, width))
+  top, ids = _local_top_k(logits_BCV, min(k, width))
   if axis is not None:
     ids = ids + jax.lax.axis_index(axis) * width
     top, ids = (jax.lax.all_gather(x, axis, axis=2, tiled=True) for x in (top, ids))
@@ -62,10 +63,25 @@ def top_k(
   return top, ids.astype(jnp.int32)
 
 
+def _local_top_k(x_BCV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """`lax.top_k`, ties and all: the k largest lie in the k blocks of the largest maxima."""
+  width = x_BCV.shape[-1]
+  if width < 4 * k * TOP_BLOCK:
+    return jax.lax.top_k(x_BCV, k)
+  x_BCV = jnp.pad(x_BCV, ((0, 0), (0, 0), (0, -width % TOP_BLOCK)), constant_values=-jnp.inf)
+  x_BCbt = x_BCV.reshape(*x_BCV.shape[:2], -1, TOP_BLOCK)
+  _, blocks_BCk = jax.lax.top_k(jnp.max(x_BCbt, -1), k)
+  blocks_BCk = jnp.sort(blocks_BCk, -1)  # of equal logits the lowest id is taken
+  few_BCkt = _rows(x_BCbt, blocks_BCk)
+  top, at = jax.lax.top_k(few_BCkt.reshape(*few_BCkt.shape[:2], -1), k)
+  block = jnp.take_along_axis(blocks_BCk, at // TOP_BLOCK, -1)
+  return top, block * TOP_BLOCK + at % TOP_BLOCK
+
+
 def summarise(
   hidden_BTD: jax.Array, head_VD: jax.Array, labels_BT: jax.Array, u_BT: jax.Array | None,
   *, n: int, chunk: int, vocab_size: int | None = None, kind: str = "sampled",
-  logp: bool = False, temperature: float = 1.0,
+  logp: bool = False, temperature: float = 1.0, nucleus: float = 1.0,
 ) -> dict[str, jax.Array]:  # fmt: skip
   """What is recorded of a teacher, without ever holding [B, T, V] logits.
 
@@ -83,6 +99,7 @@ def summarise(
     kind: "sampled" or "topk".
     logp: for "sampled", true log-probabilities of the ids as well.
     temperature: every output describes softmax(logits / temperature).
+    nucleus: for "topk", entries past the fewest that hold this mass get logp -inf.
 
   Returns:
     ids int32 [B, T, n] (nondecreasing if sampled, likeliest first if topk), logp float32
@@ -98,7 +115,7 @@ def summarise(
     raise InputError(f"records kind {kind!r} has no sampler; the kinds here are {KINDS}")
   if kind == "sampled" and u_BT is None:
     raise InputError("kind 'sampled' found no u_BT; give one uniform offset a position")
-  if not 0 < n or (kind == "topk" and n > vocab_size) or not 0 < vocab_size <= rows:
+  if n < 1 or (kind == "topk" and n > vocab_size) or not 0 < vocab_size <= rows:
     raise InputError(
       f"n={n} and vocab_size={vocab_size} over a head of {rows} rows: n is from 1 (to the "
       "vocabulary for topk), vocab_size from 1 to the rows"
@@ -109,7 +126,7 @@ def summarise(
     u_BT = jnp.zeros(labels_BT.shape, jnp.float32)
   one = functools.partial(
     _chunk, n=n, vocab_size=vocab_size, kind=kind, logp=logp or kind == "topk",
-    scale=1.0 / temperature,
+    scale=1.0 / temperature, nucleus=nucleus,
   )  # fmt: skip
 
   def scan(hidden_BTD, head_VD, labels_BT, u_BT, axis=None):
@@ -129,7 +146,7 @@ def summarise(
 
 
 def _chunk(
-  hidden_BCD, head_VD, labels_BC, u_BC, *, n, vocab_size, kind, logp, scale, axis
+  hidden_BCD, head_VD, labels_BC, u_BC, *, n, vocab_size, kind, logp, scale, nucleus, axis
 ) -> dict[str, Any]:
   logits_BCV = jnp.einsum(
     "BCD,VD->BCV", hidden_BCD.astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32
@@ -140,14 +157,10 @@ def _chunk(
   ids_11V = first + jnp.arange(width, dtype=jnp.int32)[None, None]
   if vocab_size < width * (1 if axis is None else jax.lax.axis_size(axis)):
     logits_BCV = jnp.where(ids_11V < vocab_size, logits_BCV, -jnp.inf)
-  peak_BC = _max(jnp.max(logits_BCV, -1), axis)
-  # The lowest id of equal logits, as argmax has it (jnp.argmax itself is ten times slower
-  # on a CPU, and would not do across shards).
-  argmax_BC = jnp.min(jnp.where(logits_BCV == peak_BC[..., None], ids_11V, jnp.int32(2**31 - 1)), -1)
-  argmax_BC = argmax_BC if axis is None else jax.lax.pmin(argmax_BC, axis)
+  peak_BC, argmax_BC = _argmax(logits_BCV, axis)
   z_BCV = logits_BCV - peak_BC[..., None]
   e_BCV = jnp.exp(z_BCV)
-  mass_BC = _sum(jnp.sum(e_BCV, -1), axis)
+  mass_BC = _sum(jnp.sum(_groups(e_BCV, 0.0), (-1, -2)), axis)
   log_mass_BC = jnp.log(mass_BC)
   dot_BC = _sum(jnp.sum(jnp.where(e_BCV > 0, e_BCV * z_BCV, 0.0), -1), axis)
 
@@ -167,21 +180,49 @@ def _chunk(
       out["logp"] = pick(out["ids"])
   else:
     top_BCN, out["ids"] = top_k(z_BCV, n, axis=axis)
-    out["logp"] = top_BCN - log_mass_BC[..., None]
+    logp_BCN = top_BCN - log_mass_BC[..., None]
+    p_BCN = jnp.exp(logp_BCN)
+    inside = jnp.cumsum(p_BCN, -1) - p_BCN < nucleus  # the mass before an entry
+    out["logp"] = logp_BCN if nucleus >= 1 else jnp.where(inside, logp_BCN, -jnp.inf)
   return out
+
+
+def _argmax(logits_BCV: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
+  """The largest logit and the lowest of the ids that have it, in one pass over V.
+
+  jnp.argmax is ten times slower on a CPU than a maximum, so: maxima of groups, then the
+  first group with the largest, then the first place in it.
+  """
+  x_BCgf = _groups(logits_BCV, -jnp.inf)
+  top_BCg = jnp.max(x_BCgf, -1)
+  peak_BC = _max(jnp.max(top_BCg, -1), axis)
+  first_equal = lambda x: jnp.argmax(x == peak_BC[..., None], -1).astype(jnp.int32)
+  group_BC = first_equal(top_BCg)
+  id_BC = group_BC * FINE + first_equal(_rows(x_BCgf, group_BC[..., None])[..., 0, :])
+  if axis is not None:
+    id_BC = id_BC + jax.lax.axis_index(axis) * logits_BCV.shape[-1]
+    mine = jnp.max(top_BCg, -1) == peak_BC
+    id_BC = jax.lax.pmin(jnp.where(mine, id_BC, jnp.iinfo(jnp.int32).max), axis)
+  return peak_BC, id_BC
+
+
+def _groups(x_BCV: jax.Array, fill: float) -> jax.Array:
+  """[B, C, V / FINE, FINE], padded to whole blocks."""
+  pad = ((0, 0), (0, 0), (0, -x_BCV.shape[-1] % BLOCK))
+  x = jnp.pad(x_BCV, pad, constant_values=fill)
+  return x.reshape(*x.shape[:2], -1, FINE)
 
 
 def _points(e_BCV: jax.Array, u_BC: jax.Array, n: int, axis: str | None) -> jax.Array:
   """`systematic`, on unnormalised probabilities."""
   width = e_BCV.shape[-1]
-  pad = -width % BLOCK
-  e_BCV = jnp.pad(e_BCV, ((0, 0), (0, 0), (0, pad)))
-  e_BCgf = e_BCV.reshape(*e_BCV.shape[:2], -1, FINE)  # g: groups of FINE tokens
+  e_BCgf = _groups(e_BCV, 0.0)  # g: groups of FINE tokens
   group_BCg = jnp.sum(e_BCgf, -1)
   group_BCbf = group_BCg.reshape(*group_BCg.shape[:2], -1, FINE)
   block_BCb = jnp.cumsum(jnp.sum(group_BCbf, -1), -1)
 
-  shard, shards = 0, 1
+  shard: Any = 0
+  shards = 1
   before_BC, mass_BC = jnp.zeros_like(block_BCb[..., -1]), block_BCb[..., -1]
   if axis is not None:
     shard, shards = jax.lax.axis_index(axis), jax.lax.axis_size(axis)

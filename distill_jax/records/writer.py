@@ -130,7 +130,7 @@ class Writer:
         tokens += int((seq["segments_T"] > 0).sum())
         if self.manifest.kind != "text":
           targets += int(seq["mask_T"].sum())
-          entries += codec.entries(record)
+          entries += codec.count_entries(record)
         for name, value in record.items():
           fields[name] += len(value)
     finally:

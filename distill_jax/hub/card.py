@@ -1,0 +1,58 @@
+"""The model card of an exported student: its data, teacher, losses and measured numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from distill_jax.config import Config
+
+COLUMNS = ("ce", "perplexity", "kl", "agreement", "parameters")
+
+
+def card(config: Config, step: int, evaluation: Mapping[str, Any] | None) -> str:
+  """README.md in Markdown. Numbers are those of `evaluation`; without it the card says so."""
+  student, data, optim, train = config.student, config.data, config.optim, config.train
+  kept = f", layers {list(student.keep_layers)}" if student.keep_layers else ""
+  lines = [
+    "---",
+    "library_name: transformers",
+    "tags: [knowledge-distillation, distill_jax]",
+    "---",
+    "# A distilled student",
+    "",
+    f"Trained by distill_jax for {step:,} steps of {train.batch_size} sequences.",
+    "",
+    f"- Teacher: `{config.teacher.source or config.teacher.shape}`",
+    f"- Student before training: `{student.source or student.shape}`{kept}",
+    f"- Data: `{data.kind}` `{data.path}`, sequences of {data.seq_len} tokens",
+    f"- Optimiser: AdamW, peak rate {optim.peak_lr:g}, {optim.schedule}, "
+    f"weight decay {optim.weight_decay:g}",
+    *(_loss(name, fn) for name, fn in config.losses.items()),
+    "",
+    *_measured(evaluation),
+  ]
+  return "\n".join(lines) + "\n"
+
+
+def _loss(name: str, fn: Any) -> str:
+  keys = {f.name: getattr(fn, f.name) for f in dataclasses.fields(fn)}
+  said = (f"{k} {v.values if hasattr(v, 'values') else v}" for k, v in keys.items())
+  return f"- Loss `{name}` ({type(fn).__module__.rpartition('.')[2]}): {', '.join(said)}"
+
+
+def _measured(evaluation: Mapping[str, Any] | None) -> list[str]:
+  if evaluation is None:
+    return ["Not measured: run `distill-jax evaluate` and export again with its evaluation.json."]
+  rows = [
+    f"Measured on {evaluation['tokens']:,.0f} tokens of {evaluation['corpus']}; "
+    "ce and kl in nats a token, kl and agreement with the teacher.",
+    "",
+    "| model | " + " | ".join(COLUMNS) + " |",
+    "|---" * (len(COLUMNS) + 1) + "|",
+  ]
+  for name, row in evaluation["models"].items():
+    numbers = (f"{row[c]:,}" if isinstance(row[c], int) else f"{row[c]:.4g}" for c in COLUMNS)
+    rows.append(f"| {name} | " + " | ".join(numbers) + " |")
+  return rows

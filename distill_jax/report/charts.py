@@ -1,0 +1,135 @@
+"""Plots drawn by hand: boxes placed by percent, with SVG paths only for curves.
+
+So text keeps its size at any width, and a plot costs a few kilobytes.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from distill_jax.report.numbers import COLUMNS, cell, tone
+
+if TYPE_CHECKING:
+  from distill_jax.report import Run
+
+POINTS = 600  # of one curve, at most
+escape = html.escape
+
+
+def dots(labels: Mapping[str, str], models: Mapping[str, Mapping[str, float | None]]) -> str:
+  """One dot a model and a panel a number."""
+  panels = ""
+  for key in ("ce", "kl", "agreement"):
+    name, note, write = COLUMNS[key]
+    known = [x for m in models.values() if (x := m[key]) is not None and math.isfinite(x)]
+    lo, hi, ticks = _axis([*known, 0.0] if key == "kl" else known, 3)
+    if key == "agreement":
+      lo, hi, ticks = 0.0, 1.0, [0.0, 0.5, 1.0]
+    place = lambda x, lo=lo, hi=hi: 100 * (x - lo) / (hi - lo)
+    lines = "".join(f'<i class="grid" style="left:{place(t):.2f}%"></i>' for t in ticks)
+    rows = ""
+    for m, numbers in models.items():
+      x = numbers[key]
+      at = place(x) if x is not None and math.isfinite(x) else None
+      dot = f'<i class="dot {tone(m)}" style="left:{at:.2f}%"></i>' if at is not None else ""
+      track, value = (lines + dot, cell(write(x))) if dot else (cell(write(x)), "")
+      rows += (
+        f'<div class="row"><span>{escape(labels[m])}</span><div class="track">{track}</div>'
+        f"<b>{value}</b></div>"
+      )
+    form = "{:.0%}" if key == "agreement" else "{:g}"
+    axis = "".join(f'<span style="left:{place(t):.2f}%">{form.format(t)}</span>' for t in ticks)
+    panels += (
+      f"<figure><figcaption>{escape(name)}<small>{escape(note)}</small></figcaption>{rows}"
+      f'<div class="row axis"><span></span><div class="track">{axis}</div><b></b></div></figure>'
+    )
+  return f'<div class="panels">{panels}</div>'
+
+
+def curves(labels: Mapping[str, str], runs: Mapping[str, Run]) -> str:
+  """Curves of the quantities that every run wrote, since only those can be compared."""
+  if not runs:
+    return '<p class="bad">No run with a metrics.jsonl was given.</p>'
+  shared = set.intersection(*({k for row in r.rows for k in row} for r in runs.values()))
+  kls = sorted(k for k in shared if k.startswith("kl/"))
+  keys = [k for k in ("ce", *kls[:1]) if k in shared] or [k for k in ("loss",) if k in shared]
+  if not keys:
+    return f'<p class="bad">The runs {escape(", ".join(runs))} wrote no number in common.</p>'
+  names = {"ce": "Cross-entropy of the training labels", "loss": "Training loss, each run's own"}
+  charts = "".join(_chart(k, names.get(k, "KL to the teacher, training text"), runs) for k in keys)
+  legend = "".join(
+    f'<span><i class="dot {tone(name)}"></i>{escape(labels.get(name, name))}, '
+    f"{len(run.rows):,} steps</span>"
+    for name, run in runs.items()
+  )
+  return f'<p class="legend">{legend}</p><div class="charts">{charts}</div>'
+
+
+def _chart(key: str, title: str, runs: Mapping[str, Run]) -> str:
+  series = {
+    name: np.array([[row["step"], row[key]] for row in run.rows if key in row], float)
+    for name, run in runs.items()
+  }
+  every = np.concatenate(list(series.values()))
+  finite = every[np.isfinite(every[:, 1])]
+  lo, hi, ticks = _axis(finite[:, 1].tolist(), 4)
+  x_lo, x_hi = float(every[:, 0].min()), float(max(every[:, 0].max(), every[:, 0].min() + 1))
+  x_ticks = [t for t in _axis([x_lo, x_hi], 4)[2] if x_lo <= t <= x_hi and t == int(t)]
+  across, up = lambda x: (x - x_lo) / (x_hi - x_lo), lambda y: (hi - y) / (hi - lo)
+  paths, window = "", 1
+  for name, points in series.items():
+    width = max(1, len(points) // 20)
+    window = max(window, width)
+    for kind, xy in (("raw", points), ("mean", _smooth(points, width))):
+      xy = xy[:: -(-len(xy) // POINTS)]
+      d = _path(1000 * across(xy[:, 0]), 1000 * up(xy[:, 1]))
+      paths += f'<path class="{kind} {tone(name)}" d="{d}"/>'
+  grid = "".join(f'<i class="grid" style="top:{100 * up(t):.2f}%"></i>' for t in ticks)
+  y = "".join(f'<span class="y" style="top:{100 * up(t):.2f}%">{t:g}</span>' for t in ticks)
+  x = "".join(f'<span class="x" style="left:{100 * across(t):.2f}%">{t:g}</span>' for t in x_ticks)
+  note = f"by step; thick: mean over {window} steps"
+  if broken := len(every) - len(finite):
+    note += f"; {broken} values are NaN or infinite and leave a hole"
+  return (
+    f"<figure><figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>"
+    f'<div class="plot">{grid}<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
+    f'aria-label="{escape(title)}">{paths}</svg>{y}{x}</div></figure>'
+  )
+
+
+def _axis(values: Sequence[float], n: int) -> tuple[float, float, list[float]]:
+  """(low, high, about n round ticks) that hold the values."""
+  lo, hi = (min(values), max(values)) if values else (0.0, 1.0)
+  if hi - lo <= 1e-6 * max(1.0, abs(hi)):
+    lo, hi = lo - 0.5, hi + 0.5
+  raw = (hi - lo) / n
+  base = 10 ** math.floor(math.log10(raw))
+  step = next(s * base for s in (1, 2, 5, 10) if s * base >= raw)
+  first, last = math.floor(lo / step), math.ceil(hi / step)
+  ticks = [round(i * step, 10) for i in range(first, last + 1)]
+  return ticks[0], ticks[-1], ticks
+
+
+def _smooth(points: np.ndarray, width: int) -> np.ndarray:
+  """Running mean over `width` values, each at the middle of its window."""
+  if len(points) < width:
+    return points
+  kernel = np.ones(width) / width
+  return np.stack([np.convolve(c, kernel, "valid") for c in points.T], 1)
+
+
+def _path(x: np.ndarray, y: np.ndarray) -> str:
+  """An SVG path that breaks where y is not finite."""
+  d, pen = [], "M"
+  for a, b in zip(x, y, strict=True):
+    if not math.isfinite(b):
+      pen = "M"
+      continue
+    d.append(f"{pen}{a:.1f} {b:.1f}")
+    pen = "L"
+  return "".join(d)

@@ -1,0 +1,153 @@
+"""How the report looks: one HTML page, some tens of kilobytes, that asks for nothing else."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from distill_jax.report import charts
+from distill_jax.report.numbers import COLUMNS, cell, percent, text, tone
+from distill_jax.report.style import CSS
+
+if TYPE_CHECKING:
+  from distill_jax.report import Gap, Run
+
+escape = html.escape
+
+
+def render(
+  headline: str,
+  about: str,
+  labels: Mapping[str, str],
+  models: Mapping[str, Mapping[str, float | None]],
+  gaps: Sequence[Gap],
+  runs: Mapping[str, Run],
+  records: Mapping[str, Any] | None,
+  export_dir: str,
+  commands: Mapping[str, str],
+) -> str:
+  """The page. `models` holds every number of every model shown, None where not measured."""
+  sections = [
+    ("Held-out results", charts.dots(labels, models) + _table(labels, models)),
+    ("Share of the gap closed", _gaps(gaps)),
+    ("Training", charts.curves(labels, runs)),
+    ("Teacher records", _records(records)),
+    ("To repeat it", _repeat(labels, runs, commands, export_dir)),
+  ]
+  body = "".join(f"<section><h2>{escape(name)}</h2>{part}</section>" for name, part in sections)
+  return (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    '<meta name="color-scheme" content="light dark">'
+    f"<title>distill_jax report</title><style>{CSS}</style></head>\n<body><main><header>"
+    f'<p class="kicker">distill_jax · report</p><h1>{escape(headline)}</h1>'
+    f'<p class="about">{escape(about)}</p>{_tiles(models, gaps, records)}</header>\n'
+    f"{body}</main></body></html>\n"
+  )
+
+
+def _tiles(models: Mapping, gaps: Sequence[Gap], records: Mapping[str, Any] | None) -> str:
+  """Four figures to take away."""
+  teacher, ours = models["teacher"], models["distilled"]
+
+  def ratio(key: str) -> str:
+    a, b = ours[key], teacher[key]
+    return text(None) if a is None or b is None else f"{a / b:.2f}×" if b else "not defined"
+
+  closed = gaps[0].share
+  tiles = [
+    (percent(closed) if closed is not None else "—", "of the hard-label student's KL gap closed"),
+    (ratio("parameters"), "the teacher's parameters"),
+    (ratio("tokens_per_second"), "the teacher's tokens a second"),
+    (text((records or {}).get("bytes_per_token"), 1), "bytes a token of the records"),
+  ]
+  return '<dl class="tiles">{}</dl>'.format(
+    "".join(f"<div><dd>{cell(v)}</dd><dt>{escape(k)}</dt></div>" for v, k in tiles)
+  )
+
+
+def _table(labels: Mapping[str, str], models: Mapping[str, Mapping[str, float | None]]) -> str:
+  head = "".join(
+    f'<th scope="col"><i class="dot {tone(m)}"></i>{escape(labels[m])}</th>' for m in models
+  )
+  rows = ""
+  for key, (name, note, write) in COLUMNS.items():
+    cells = "".join(f"<td>{cell(write(numbers[key]))}</td>" for numbers in models.values())
+    small = f"<small>{escape(note)}</small>" if note else ""
+    rows += f'<tr><th scope="row">{escape(name)}{small}</th>{cells}</tr>'
+  return (  # wider than a phone from five models on, and then scrolled sideways
+    f'<div class="wide"><table class="results" style="--models:{len(models)}">'
+    f"<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+  )
+
+
+def _gaps(gaps: Sequence[Gap]) -> str:
+  rows = ""
+  for gap in gaps:
+    share = f"<b>{percent(gap.share)}</b>" if gap.share is not None else "<b>—</b>"
+    note = gap.why or _in_words(gap.share)
+    bar = 0.0 if gap.share is None else 100 * min(max(gap.share, 0.0), 1.0)
+    rows += (
+      f'<div class="gap"><div><strong>{escape(gap.name)}</strong>'
+      f"<small>{escape(gap.meaning[0].upper() + gap.meaning[1:])}.</small></div>"
+      f'<div class="bar"><i style="width:{bar:.1f}%"></i></div>{share}<em>{escape(note)}</em></div>'
+    )
+  return rows
+
+
+def _in_words(share: float | None) -> str:
+  if share is None:
+    return ""
+  if share < 0:
+    return "the gap grew"
+  return "past the teacher" if share > 1 else ""
+
+
+def _records(records: Mapping[str, Any] | None) -> str:
+  """Bytes a token beside those of a teacher stored in full and of its 64 best."""
+  if not records or records.get("bytes_per_token") is None:
+    return '<p class="bad">The bytes a token of the records were not measured.</p>'
+  ours, vocab = float(records["bytes_per_token"]), records.get("vocab_size")
+  entries = records.get("entries_per_token")
+  about = f"Kind {records.get('kind')}, n = {records.get('n')}"
+  if entries is not None:
+    about += f": {text(float(entries), 1)} entries a token on average"
+  costs = [("These records", ours), ("Top 64, int32 ids and float32 log-probabilities", 64 * 8.0)]
+  if vocab is not None:
+    costs.append((f"All {int(vocab):,} logits in float32", 4.0 * int(vocab)))
+  rows = "".join(
+    f'<tr><th scope="row">{escape(name)}</th><td>{text(cost, 1 if cost < 1000 else 0)}</td>'
+    f"<td>{f'{cost / ours:,.1f}×' if ours > 0 else 'not defined'}</td></tr>"
+    for name, cost in costs
+  )
+  return (
+    f'<p>{escape(about)}.</p><table class="costs"><thead><tr><td></td><th>bytes a token</th>'
+    f"<th>beside these</th></tr></thead><tbody>{rows}</tbody></table>"
+  )
+
+
+def _repeat(
+  labels: Mapping[str, str], runs: Mapping[str, Run], commands: Mapping[str, str], export_dir: str
+) -> str:
+  parts = "".join(
+    f"<h3>{escape(labels.get(name, name))}</h3><pre>{escape(command)}</pre>"
+    for name, command in commands.items()
+  )
+  if export_dir:
+    parts += f"<p>The distilled student lies in <code>{escape(export_dir)}</code>.</p>"
+  for name, run in runs.items():
+    said = run.versions
+    packages = ", ".join(f"{k} {v}" for k, v in said.get("packages", {}).items())
+    facts = [
+      f"git {said.get('git') or 'unknown'}", f"Python {said.get('python', 'unknown')}",
+      packages or "package versions unknown", str(said.get("platform", "platform unknown")),
+      f"started {said.get('started', 'at an unknown time')}",
+    ]  # fmt: skip
+    config = json.dumps(run.config, indent=1, sort_keys=True)
+    parts += (
+      f"<details><summary>{escape(labels.get(name, name))}: config and versions</summary>"
+      f'<p class="facts">{escape("; ".join(facts))}.</p><pre>{escape(config)}</pre></details>'
+    )
+  return parts or '<p class="bad">No run folder was given.</p>'

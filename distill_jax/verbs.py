@@ -1,0 +1,85 @@
+"""The verbs that only join what other modules do: export, report, inspect."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from distill_jax import build, params, sharding
+from distill_jax import report as pages
+from distill_jax.config import Config
+from distill_jax.data import corpus
+from distill_jax.errors import InputError
+from distill_jax.hub import card, load
+from distill_jax.hub import export as hub
+from distill_jax.progress import Progress
+from distill_jax.records import inspect as records
+from distill_jax.records.store import open_store
+
+
+def export(config: Config, workdir: Path) -> dict[str, Any]:
+  """Writes the run in `workdir` as a Hugging Face folder into export.dir."""
+  if not config.export.dir:
+    raise InputError("export.dir is empty; name the folder to make")
+  evaluation = None
+  if config.export.evaluation:
+    evaluation = _read(Path(config.export.evaluation))
+  mesh = sharding.make_mesh(**vars(config.mesh))
+  spec = dataclasses.replace(config.student, source=build.RUN + str(workdir), keep_layers=())
+  with jax.set_mesh(mesh):
+    built = build.build(spec, mesh, build.keys(config.seed)["student"], config.export.step or None)
+    came = built.pretrained
+    tokenizer = came.tokenizer if came else None
+    if config.data.tokenizer:
+      path = Path(config.data.tokenizer)
+      tokenizer = load.read_tokenizer(path if path.is_dir() else path.parent)
+    hub.export(
+      built.model, config.export.dir, tokenizer=tokenizer,
+      generation=came.generation if came else {}, dtype=config.export.dtype,
+      shard_bytes=config.export.shard_bytes,
+      card=card.card(config, config.export.step or config.train.steps, evaluation),
+    )  # fmt: skip
+  return {"export_dir": config.export.dir, "parameters": params.count(built.model)}
+
+
+def report(config: Config, workdir: Path) -> dict[str, Any]:
+  """Writes report.html into `workdir` from the evaluation there and the runs it names."""
+  runs = {
+    name: source.removeprefix(build.RUN)
+    for name, source in config.evaluate.models.items()
+    if source.startswith(build.RUN)
+  }
+  about = records.describe(open_store(config.train.records[0])) if config.train.records else None
+  return pages.report(workdir, runs=runs, records=about, export_dir=config.export.dir)
+
+
+def inspect(config: Config, workdir: Path) -> dict[str, Any]:
+  """Describes the store in `workdir`; --config.inspect.sequence shows one, .verify reads all."""
+  store = open_store(workdir)
+  if config.inspect.verify:
+    with Progress("verify", len(store), "sequences") as progress:
+      store.verify(lambda done, total: progress.add(done - progress.done))
+  if config.inspect.sequence >= 0:
+    if config.inspect.sequence >= len(store):
+      raise InputError(
+        f"inspect.sequence is {config.inspect.sequence} and {workdir} holds {len(store)} sequences"
+      )
+    tokenizer = corpus.tokenizer_of(config.data, build.pretrained(config.teacher))
+    if tokenizer.digest != store.manifest.tokenizer:
+      raise InputError(
+        f"{workdir} was recorded with tokenizer {store.manifest.tokenizer[:12]} and "
+        f"{tokenizer.where} is {tokenizer.digest[:12]}; name the store's own in data.tokenizer"
+      )
+    print(records.show(store, config.inspect.sequence, tokenizer.decode), file=sys.stderr)
+  return records.describe(store)
+
+
+def _read(path: Path) -> dict[str, Any]:
+  if not path.is_file():
+    raise InputError(f"{path} is not there; run evaluate first or leave export.evaluation empty")
+  return json.loads(path.read_text())

