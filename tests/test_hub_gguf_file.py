@@ -66,6 +66,15 @@ def test_a_truncated_file_is_refused_before_any_weight(cut, tmp_path):
     GGUFFile(tmp_path / "y.gguf")
 
 
+def test_bytes_after_the_last_tensor_are_refused(tmp_path):
+  """A tensor whose sizes were damaged into smaller ones leaves such a rest."""
+  write_gguf(tmp_path / "x.gguf")
+  with (tmp_path / "x.gguf").open("ab") as f:
+    f.write(bytes(64))
+  with pytest.raises(InputError, match="its tensors end at byte"):
+    GGUFFile(tmp_path / "x.gguf")
+
+
 def test_what_is_no_gguf_file(tmp_path):
   (tmp_path / "x.gguf").write_bytes(b"GGUF")
   with pytest.raises(InputError, match="too few"):

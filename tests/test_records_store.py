@@ -212,6 +212,13 @@ def test_resuming_redoes_only_what_is_missing(whole, tmp_path):
   assert contents(tmp_path) == contents(whole)
 
 
+def test_a_damaged_shard_is_deleted_and_redone_alone(whole, copy):
+  (copy / shard_name(1)).unlink()
+  (copy / shard_name(3)).write_bytes(b"cut")
+  assert record(copy) == [range(3, 6), range(9, 10)]
+  assert contents(copy) == contents(whole)
+
+
 def test_extending_rewrites_nothing(copy):
   before = contents(copy)
   assert record(copy, manifest(17)) == [range(10, 13), range(13, 16), range(16, 17)]

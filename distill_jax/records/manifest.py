@@ -160,7 +160,7 @@ def load(folder: str | os.PathLike) -> Manifest:
   except FileNotFoundError as e:
     raise InputError(f"{folder} holds no {NAME}; give a folder that `record` wrote") from e
   except (OSError, ValueError) as e:
-    raise InputError(f"{path} cannot be read ({e}); restore it or record again") from e
+    raise InputError(f"{path} cannot be read ({e}); delete it and run `record` again") from e
   version = fields.get("format_version") if isinstance(fields, dict) else None
   if version != FORMAT:
     raise InputError(f"{path} has format {version!r}, this version reads {FORMAT}; record again")
@@ -175,7 +175,9 @@ def load(folder: str | os.PathLike) -> Manifest:
       }
     )
   except (TypeError, KeyError) as e:
-    raise InputError(f"{path} is not a whole manifest ({e}); restore it or record again") from e
+    raise InputError(
+      f"{path} is not a whole manifest ({e}); delete it and run `record` again"
+    ) from e
 
 
 def require_same(want: Manifest, found: Manifest, folder: Path) -> None:

@@ -50,8 +50,8 @@ class Store:
       return example.decode(i, example.parse(data), self.manifest)
     except (InputError, DecodeError) as e:
       raise InputError(
-        f"{self.folder / shard.name}, record {i}: {e}; the shard is not the one that was written, "
-        "so delete it with its .json and manifest entry and record again"
+        f"{self.folder / shard.name}, record {i}: {e}; this shard is not the one that was "
+        "written, so delete it and run `record` again"
       ) from e
 
   def read(self, i: int) -> tuple[Shard, bytes]:
@@ -67,7 +67,7 @@ class Store:
     except (RuntimeError, ValueError, IndexError) as e:
       raise InputError(
         f"{self.folder / shard.name}, record {i}: the file is damaged ({str(e).split(';')[0]}); "
-        "restore it or record again"
+        "delete it and run `record` again"
       ) from e
 
   def verify(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -83,7 +83,7 @@ class Store:
       if (found := digest(self.folder / shard.name)) != shard.sha256:
         raise InputError(
           f"{self.folder / shard.name} has digest {found[:12]}, the manifest {shard.sha256[:12]}; "
-          "restore it or record again"
+          "delete it and run `record` again"
         )
       for i in range(shard.first, shard.first + shard.count):
         self[i]
@@ -134,15 +134,16 @@ def _reader(folder: Path, shard: Shard) -> Any:
   found = path.stat().st_size if path.is_file() else None
   if found != shard.bytes:
     what = "is missing" if found is None else f"is {found} bytes, the manifest has {shard.bytes}"
-    raise InputError(f"{path} {what}; restore it or record again")
+    raise InputError(f"{path} {what}; delete it and run `record` again")
   try:
     reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
     count = reader.num_records() if reader.ok() else 0
   except (RuntimeError, ValueError) as e:
-    raise InputError(f"{path} does not open ({e}); restore it or record again") from e
+    raise InputError(f"{path} does not open ({e}); delete it and run `record` again") from e
   if count != shard.count:
     raise InputError(
-      f"{path} holds {count} records, the manifest has {shard.count}; restore it or record again"
+      f"{path} holds {count} records, the manifest has {shard.count}; delete it and run `record` "
+      "again"
     )
   return reader
 

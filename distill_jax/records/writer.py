@@ -81,10 +81,20 @@ class Writer:
     return found
 
   def missing(self) -> list[range]:
-    """The ranges of sequences that this process has still to write, in order."""
-    todo = list(enumerate(self.manifest.ranges))[self._mine]
-    done = {s.first for s in self.manifest.shards}
-    return [r for s, r in todo if r.start not in done and not self._part(s).exists()]
+    """The ranges of sequences that this process has still to write, in order.
+
+    A registered shard whose file is gone, or has another size, is written again.
+    """
+    done = self._finished()
+    return [r for r in self.manifest.ranges[self._mine] if r.start not in done]
+
+  def _finished(self) -> dict[int, Shard]:
+    """Registered shards that are there, by first sequence."""
+    known = {s.first: s for s in self.manifest.shards}
+    for number, r in enumerate(self.manifest.ranges):
+      if (note := self._note(number)).exists():
+        known[r.start] = Shard(**json.loads(note.read_text()))
+    return {first: s for first, s in known.items() if is_there(self.folder, s)}
 
   def write_shard(self, sequences_of: range, sequences: Iterable[codec.Sequence]) -> Shard:
     """Writes one whole shard. Returns when it is on disk and registered.
@@ -145,9 +155,8 @@ class Writer:
     return {"tokens": tokens, "targets": targets, "entries": entries, "fields": fields}
 
   def _publish(self, part: Path, path: Path, shard: Shard, number: int) -> None:
-    note = self._part(number)
-    if note.exists():  # another writer, with another process count, was here first
-      other = Shard(**json.loads(note.read_text()))
+    # Another writer, with another process count, may have been here first.
+    if (other := self._finished().get(shard.first)) is not None:
       part.unlink()
       if other.sha256 != shard.sha256:
         raise InputError(
@@ -157,9 +166,9 @@ class Writer:
       return
     part.replace(path)
     manifest_lib.sync_folder(self.folder)
-    manifest_lib.write_atomically(note, json.dumps(dataclasses.asdict(shard)) + "\n")
+    manifest_lib.write_atomically(self._note(number), json.dumps(dataclasses.asdict(shard)) + "\n")
 
-  def _part(self, number: int) -> Path:
+  def _note(self, number: int) -> Path:
     return self.folder / f"{manifest_lib.shard_name(number)}.json"
 
   def complete(self) -> Manifest | None:
@@ -168,12 +177,9 @@ class Writer:
     Returns:
       The finished manifest, or None while another process still has shards to write.
     """
-    shards = {s.first: s for s in self.manifest.shards}
-    for number, r in enumerate(self.manifest.ranges):
-      if r.start not in shards:
-        if not self._part(number).exists():
-          return None
-        shards[r.start] = Shard(**json.loads(self._part(number).read_text()))
+    shards = self._finished()
+    if len(shards) < len(self.manifest.ranges):
+      return None
     done = dataclasses.replace(self.manifest, shards=tuple(shards[k] for k in sorted(shards)))
     with _writing(self.folder):
       tfds_info.write(self.folder, done)
@@ -191,6 +197,11 @@ class Writer:
 
   def __exit__(self, *_) -> None:
     self.close()
+
+
+def is_there(folder: Path, shard: Shard) -> bool:
+  path = folder / shard.name
+  return path.is_file() and path.stat().st_size == shard.bytes
 
 
 def digest(path: Path) -> str:
