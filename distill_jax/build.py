@@ -75,6 +75,17 @@ def abstract(spec: Model) -> Any:
   return jax.eval_shape(init, jax.random.key(0))
 
 
+def identity(spec: Model, seed: int) -> dict[str, str]:
+  """Who a teacher is, for a store's manifest: its name and the sha256 of its weights."""
+  if spec.source.startswith(RUN):
+    digest = checkpoint.digest(spec.source.removeprefix(RUN))
+  elif (source := pretrained(spec)) is not None:
+    digest = source.digest
+  else:
+    digest = f"random, seed {seed}"
+  return {"name": spec.source or f"{spec.family} {spec.shape}", "digest": digest}
+
+
 def build(spec: Model, mesh: Mesh, key: jax.Array, step: int | None = None) -> Built:
   """The model with its parameters, sharded over the mesh as the rules store them.
 

@@ -7,6 +7,7 @@ read without the classes that made it. The position of the loader is the step it
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,21 @@ def restore_params(workdir: str | Path, abstract: Any, step: int | None = None) 
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       flat = reader.restore((folder / str(step) / "default").absolute(), args=args)
   return jax.tree.unflatten(jax.tree.structure(abstract), [flat[p] for p in wanted])
+
+
+def digest(workdir: str | Path) -> str:
+  """sha256, in hex, over the files of a run's last checkpoint in order of name."""
+  with ocp.CheckpointManager((Path(workdir) / "checkpoints").absolute()) as saves:
+    step = saves.latest_step()
+  if step is None:
+    raise InputError(f"{workdir} holds no checkpoint; train there first")
+  total = hashlib.sha256()
+  folder = Path(workdir) / "checkpoints" / str(step)
+  for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    total.update(str(path.relative_to(folder)).encode())
+    with path.open("rb") as f:
+      total.update(hashlib.file_digest(f, "sha256").digest())
+  return total.hexdigest()
 
 
 def _paths(tree: Any) -> list[tuple[str, Any]]:

@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -58,17 +59,21 @@ def run(argv: list[str]) -> dict[str, Any]:
 
 def parse(argv: list[str]) -> configs.Config:
   """The resolved config of a command line; a wrong flag, key or value is refused."""
-  if not any(a.startswith(("--config=", "-config=")) or a == "--config" for a in argv):
-    raise InputError("--config is missing; name a file such as configs/demo.py")
+  named = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
+  if not named:
+    raise InputError("--config is missing; name a file such as --config=configs/demo.py")
+  if not Path(named[-1].partition(":")[0]).is_file():
+    raise InputError(f"the config {named[-1]} is not there; name a file such as configs/demo.py")
   try:
     rest = flags.FLAGS(argv)
+    given = CONFIG.value
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     raise InputError(_flag_error(argv, error)) from error
-  except (FileNotFoundError, ImportError) as error:
-    raise InputError(f"the config cannot be read: {error}; name a file in configs/") from error
+  except (OSError, ImportError, SyntaxError) as error:
+    raise InputError(f"the config {named[-1]} does not run: {_one_line(error)}") from error
   if len(rest) > 1:
     raise InputError(f"{rest[1]!r} is neither a verb nor a flag; flags begin with --")
-  return configs.resolve(CONFIG.value)
+  return configs.resolve(given)
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -84,6 +89,10 @@ def _flag_error(argv: list[str], error: Exception) -> str:
       near = difflib.get_close_matches(key, known, 1)
       hint = f"did you mean --{near[0]}?" if near else "see distill_jax/config.py"
       return f"config key {key.removeprefix('config.')!r} is unknown; {hint}"
+  return _one_line(error)
+
+
+def _one_line(error: Exception) -> str:
   return " ".join(str(error).split())
 
 

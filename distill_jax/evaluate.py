@@ -32,6 +32,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
   entropy, parameters, bytes and tokens_per_second (scoring, measured here).
   """
   mesh = sharding.make_mesh(**vars(config.mesh))
+  sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, mesh)
   with jax.set_mesh(mesh):
     keys = build.keys(config.seed)
     specs = {"start": config.student}

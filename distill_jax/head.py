@@ -112,7 +112,7 @@ def _split(hidden_BTD: jax.Array, batch: Batch, chunk: int):
 
   # What has no position axis stays out of the scan and is put back into every chunk.
   heads = {name: t.head_VD for name, t in batch.targets.items()}
-  targets = {n: t.replace(head_VD=None, taps_PBTD=None) for n, t in batch.targets.items()}
+  targets = {n: t.replace(head_VD=None, taps_BPTD=None) for n, t in batch.targets.items()}
   pieces = jax.tree.map(cut, (batch.labels_BT, batch.mask_BT, targets))
 
   def whole(piece: tuple[jax.Array, jax.Array, dict[str, Targets]]) -> Batch:

@@ -105,6 +105,17 @@ def constrain(x: jax.Array, axes: str, rules: Rules) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, rules.spec(tuple(axes.split()), "compute"))
 
 
+def check_batch(name: str, size: int, mesh: Mesh, accumulate: int = 1) -> None:
+  """Refuses a batch (config key `name`) that does not divide over the mesh's batch axes."""
+  ways = math.prod(mesh.shape[a] for a in BATCH)
+  if size < 1 or size % (ways * accumulate):
+    micro = f" in {accumulate} microbatches" if accumulate > 1 else ""
+    raise InputError(
+      f"{name} is {size}, which does not divide over {ways} devices{micro}; take a multiple of "
+      f"{ways * accumulate}"
+    )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """How a batch's first axis is spread."""
   return NamedSharding(mesh, PartitionSpec(BATCH))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from distill_jax import build, sharding
@@ -19,50 +21,58 @@ from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.layers import Compute
 from distill_jax.progress import Progress
-from distill_jax.records import sampler
-from distill_jax.records.manifest import Manifest
-from distill_jax.records.writer import Writer
+from distill_jax.records import from_logprobs, sampler, taps
+from distill_jax.records.store import Manifest, Store, Taps, Writer
 from distill_jax.types import Batch, Output
 
+TAPS_SEED = 0  # of the fixed projection; the manifest names it
 Rows = list[dict[str, np.ndarray]]
+# (records without targets) -> what the device will have said about them
+Summarise = Callable[[Rows, int], dict[str, jax.Array]]
 
 
 def record(config: Config, folder: Path) -> dict[str, Any]:
   """Writes the store of a corpus into `folder`; what is already there is not done again.
 
-  Returns: sequences, tokens, entries and bytes of the whole store.
+  Returns: sequences in all and recorded now; tokens, entries and bytes of the whole store.
+
+  Raises:
+    InputError: the teacher, tokenizer and corpus do not fit together, or the folder holds
+      other records; before anything is compiled.
   """
   mesh = sharding.make_mesh(**vars(config.mesh))
-  pretrained = build.pretrained(config.teacher)
-  tokenizer = corpus.tokenizer_of(config.data, pretrained)
-  _, shape = build.shape(config.teacher)
-  corpus.check(config.data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
-  if config.records.batch_size % jax.process_count():
-    raise InputError(
-      f"records.batch_size is {config.records.batch_size} and there are {jax.process_count()} "
-      f"processes; each reads an equal share"
-    )
-  rows = list(corpus.sequences(config.data, tokenizer))
-  manifest = _manifest(config, pretrained, tokenizer, rows)
+  tokenizer = corpus.tokenizer_of(config.data, build.pretrained(config.teacher))
+  if config.records.logprobs:
+    rows = list(_dump(config, tokenizer))
+  else:
+    _, shape = build.shape(config.teacher)
+    corpus.check(config.data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
+    if config.records.kind != "text":
+      how = build.compute(config.teacher)
+      sharding.shardings(build.abstract(config.teacher), mesh, how.rules)  # does it divide?
+    rows = list(corpus.sequences(config.data, tokenizer))
+  _check(config)
+  sharding.check_batch("records.batch_size", config.records.batch_size, mesh)
+  manifest = _manifest(config, tokenizer, rows)
   with Writer(folder, manifest, jax.process_index(), jax.process_count()) as writer:
+    _check_same_corpus(writer, rows)
     if todo := writer.missing():
       with jax.set_mesh(mesh):
-        _pass(config, mesh, rows, todo, writer)
+        _pass(config, mesh, tokenizer, rows, todo, writer)
     done = writer.complete()
   if done is None:  # other processes are still writing; the last one completes the manifest
-    return {"sequences": 0}
+    return {"sequences": 0, "recorded_now": sum(map(len, todo))}
   sums = {k: sum(getattr(s, k) for s in done.shards) for k in ("tokens", "entries", "bytes")}
   return {"sequences": done.total, "recorded_now": sum(map(len, todo)), **sums}
 
 
-def _pass(config: Config, mesh: Any, rows: Rows, todo: list[range], writer: Writer) -> None:
-  """The teacher's pass over the shards still missing: one batch and one shard in flight."""
+def _pass(
+  config: Config, mesh: Any, tokenizer: Tokenizer, rows: Rows, todo: list[range], writer: Writer
+) -> None:
+  """The teacher's pass over the shards still missing, writing behind it."""
   summarise = None
-  if config.records.kind != "text":
-    keys = build.keys(config.seed)
-    teacher = build.build(config.teacher, mesh, keys["teacher"])
-    one_batch = jax.jit(functools.partial(_summarise, how=teacher.how, config=config))
-    summarise = functools.partial(one_batch, teacher.model, keys["records"])
+  if config.records.kind != "text" and not config.records.logprobs:
+    summarise = _summariser(config, mesh, tokenizer)
   T = config.data.seq_len
   with (
     ThreadPoolExecutor(1) as background,
@@ -71,7 +81,7 @@ def _pass(config: Config, mesh: Any, rows: Rows, todo: list[range], writer: Writ
     writing: Future | None = None
     for shard in todo:
       sequences: Rows = []
-      for some in _recorded(config, mesh, rows, shard, summarise):
+      for some in _recorded(config, rows, shard, summarise):
         sequences += some
         progress.add(len(some) * T)
       if writing is not None:
@@ -81,8 +91,27 @@ def _pass(config: Config, mesh: Any, rows: Rows, todo: list[range], writer: Writ
       writing.result()
 
 
+def _summariser(config: Config, mesh: Any, tokenizer: Tokenizer) -> Summarise:
+  keys = build.keys(config.seed)
+  teacher = build.build(config.teacher, mesh, keys["teacher"])
+  where = sharding.batch_sharding(mesh)
+  one_batch = jax.jit(
+    functools.partial(
+      _summarise, how=teacher.how, config=config, vocab_size=tokenizer.vocab_size,
+      project=_projection(config, teacher.config.hidden_size),
+    )
+  )  # fmt: skip
+
+  def summarise(some: Rows, first: int) -> dict[str, jax.Array]:
+    batch = loader.to_device(loader.collate(some), where)
+    index_B = loader.to_device(np.arange(first, first + len(some), dtype=np.int32), where)
+    return one_batch(teacher.model, keys["records"], batch, index_B)
+
+  return summarise
+
+
 def _recorded(
-  config: Config, mesh: Any, rows: Rows, shard: range, summarise: Any
+  config: Config, rows: Rows, shard: range, summarise: Summarise | None
 ) -> Iterator[Rows]:
   """Batches of a shard's records; each is read once the next one is dispatched."""
   size = config.records.batch_size // jax.process_count()
@@ -92,10 +121,8 @@ def _recorded(
     if summarise is None:
       yield some
       continue
-    fill = [dict.fromkeys(some[0], 0 * some[0]["tokens_T"])] * (size - len(some))
-    batch = loader.to_device(loader.collate(some + fill), sharding.batch_sharding(mesh))
-    index_B = np.arange(first, first + size, dtype=np.int32)
-    said = summarise(batch, loader.to_device(index_B, sharding.batch_sharding(mesh)))
+    padding = {name: np.zeros_like(x) for name, x in some[0].items()}
+    said = summarise(some + [padding] * (size - len(some)), first)
     if pending is not None:
       yield _rows(*pending)
     pending = some, said
@@ -109,49 +136,109 @@ def _rows(some: Rows, said: dict[str, jax.Array]) -> Rows:
   return [row | {name: x[i] for name, x in local.items()} for i, row in enumerate(some)]
 
 
-def _local(x: jax.Array) -> np.ndarray:
-  parts = sorted(
-    {s.index[0].start or 0: s for s in x.addressable_shards}.items()
-  )  # replicas start alike and count once
-  return np.concatenate([np.asarray(s.data) for _, s in parts])
+def _local(x_B: jax.Array) -> np.ndarray:
+  parts = {s.index[0].start or 0: s for s in x_B.addressable_shards}  # replicas count once
+  return np.concatenate([np.asarray(parts[start].data) for start in sorted(parts)])
 
 
 def _summarise(
-  model: Any, key: jax.Array, batch: Batch, index_B: jax.Array, *, how: Compute, config: Config
-) -> dict[str, jax.Array]:
+  model: Any, key: jax.Array, batch: Batch, index_B: jax.Array, *, how: Compute, config: Config,
+  vocab_size: int, project: np.ndarray | None,
+) -> dict[str, jax.Array]:  # fmt: skip
   """What is stored of a batch. The offsets depend on the sequence's number alone."""
-  T = batch.labels_BT.shape[1]
+  c, T = config.records, batch.labels_BT.shape[1]
   u_BT = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (T,)))(index_B)
-  out: Output = model(batch.inputs, how)
-  c = config.records
+  out: Output = model(batch.inputs, how, c.taps)
   said = sampler.summarise(
-    out.hidden_BTD, out.head_VD, batch.labels_BT, u_BT,
-    n=c.n, chunk=c.chunk, kind=c.kind, temperature=c.temperature,
+    out.hidden_BTD, out.head_VD, batch.labels_BT, u_BT, n=c.n, chunk=c.chunk,
+    vocab_size=vocab_size, kind=c.kind, logp=c.logp, temperature=c.temperature, nucleus=c.nucleus,
   )  # fmt: skip
   names = {"ids": "ids_BTN", "logp": "logp_BTN"}
-  return {names.get(name, f"{name}_BT"): x for name, x in said.items()}
+  said = {names.get(name, f"{name}_BT"): x for name, x in said.items()}
+  if out.taps_PBTD is not None:
+    q_PBTD, scale_PBT = taps.quantise(out.taps_PBTD, project)
+    said |= {
+      "taps_BPTD": jnp.moveaxis(q_PBTD, 0, 1),
+      "taps_scale_BPT": jnp.moveaxis(scale_PBT, 0, 1),
+    }
+  return said
 
 
-def _manifest(config: Config, pretrained: Any, tokenizer: Tokenizer, rows: Rows) -> Manifest:
-  c, text = config.records, config.records.kind == "text"
-  teacher = {}
-  if not text:
-    digest = pretrained.digest if pretrained else f"random seed {config.seed}"
-    teacher = {"name": config.teacher.source or config.teacher.shape, "digest": digest}
-  return Manifest(
-    kind=c.kind, n=0 if text else c.n, vocab_size=tokenizer.vocab_size,
-    seq_len=config.data.seq_len, teacher=teacher, tokenizer=tokenizer.digest,
-    corpus=_digest(rows), sequences_per_shard=c.sequences_per_shard, extents=(len(rows),),
-    missing_mass="tail_bucket" if c.kind == "topk" else "none", temperature=c.temperature,
+def _dump(config: Config, tokenizer: Tokenizer) -> Iterator[dict[str, np.ndarray]]:
+  """A served teacher's own responses: what it read and what it said."""
+  c = config.records
+  path = Path(c.logprobs)
+  if not path.is_file():
+    raise InputError(f"records.logprobs is {c.logprobs}, which is not there; name a JSONL file")
+  if c.kind != "topk":
+    raise InputError(f"records.kind is {c.kind!r}; a server's top log-probabilities are 'topk'")
+
+  def token_id(token: str) -> int | None:
+    ids = tokenizer.encode(token)
+    return ids[0] if len(ids) == 1 else tokenizer.token_id(token)
+
+  return from_logprobs.sequences(
+    path, c.logprobs_format, n=c.n, seq_len=config.data.seq_len, token_id=token_id,
+    vocab_size=tokenizer.vocab_size, missing_mass=c.missing_mass,
   )  # fmt: skip
+
+
+def _manifest(config: Config, tokenizer: Tokenizer, rows: Rows) -> Manifest:
+  c, kept = config.records, None
+  if c.kind == "text":
+    teacher = {}
+  elif c.logprobs:
+    teacher = {"name": c.logprobs_format, "digest": "unknown: behind a server"}
+  else:
+    teacher = build.identity(config.teacher, config.seed)
+  if c.taps:
+    width = c.taps_width or build.shape(config.teacher)[1].hidden_size
+    kept = Taps(c.taps, width, TAPS_SEED if c.taps_width else None)
+  return Manifest(
+    kind=c.kind, n=0 if c.kind == "text" else c.n, logp=c.logp, nucleus=c.nucleus,
+    vocab_size=tokenizer.vocab_size, seq_len=config.data.seq_len, teacher=teacher,
+    tokenizer=tokenizer.digest, corpus=_digest(rows), entropy=not c.logprobs,
+    sequences_per_shard=c.sequences_per_shard, extents=(len(rows),), taps=kept,
+    missing_mass=c.missing_mass if c.kind == "topk" else "none", temperature=c.temperature,
+  )  # fmt: skip
+
+
+def _projection(config: Config, width: int) -> np.ndarray | None:
+  c = config.records
+  return taps.projection(TAPS_SEED, width, c.taps_width) if c.taps_width else None
 
 
 def _digest(rows: Rows) -> str:
-  """Of the packed sequences themselves: what the teacher saw is what the student sees."""
+  """Of the corpus' beginning, so that a corpus that has grown is still the same one.
+
+  What follows is checked against the finished shards, in `_check_same_corpus`.
+  """
   total = hashlib.sha256()
-  for row in rows:
-    for name in sorted(row):
-      total.update(row[name].tobytes())
+  for name in ("tokens_T", "segments_T", "mask_T"):
+    total.update(np.ascontiguousarray(rows[0][name]).tobytes())
   return total.hexdigest()
 
 
+def _check(config: Config) -> None:
+  c = config.records
+  if c.batch_size % jax.process_count():
+    raise InputError(
+      f"records.batch_size is {c.batch_size} and there are {jax.process_count()} processes; each "
+      "reads an equal share"
+    )
+  if c.taps_width and not c.taps:
+    raise InputError(f"records.taps_width is {c.taps_width} and records.taps is empty; name layers")
+
+
+def _check_same_corpus(writer: Writer, rows: Rows) -> None:
+  """Refuses to go on with a store whose text is not the one at hand, before the end of it."""
+  finished = writer.finished()
+  shards = [finished[first] for first in sorted(finished)]
+  store = Store(writer.folder, dataclasses.replace(writer.manifest, shards=tuple(shards)))
+  for shard in shards:
+    last = shard.first + shard.count - 1
+    if not np.array_equal(store[last]["tokens_T"], rows[last]["tokens_T"]):
+      raise InputError(
+        f"{writer.folder} holds another text in sequence {last}; the corpus has changed since "
+        "it was recorded, so choose another folder"
+      )

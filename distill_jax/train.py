@@ -32,14 +32,15 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
   stores = open_stores(config)
   check(config, stores)
   mesh = sharding.make_mesh(**vars(config.mesh))
+  c = config.train
+  sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
   with jax.set_mesh(mesh), checkpoint.manager(workdir, config.train.keep) as saves:
     step, state, teachers = prepare(config, mesh, saves)
     where = jax.tree.map(lambda x: x.sharding, state)
     step_fn = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
     batches = loader.batches(
-      stores, batch_size=config.train.batch_size, seed=config.seed, start=int(state.step),
-      mixture=config.train.mixture, process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      stores, batch_size=c.batch_size, seed=config.seed, start=int(state.step),
+      mixture=c.mixture, process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     return _loop(config, workdir, step_fn, state, teachers, batches, saves, mesh)
 
@@ -123,11 +124,8 @@ def check(config: Config, stores: list[Store]) -> None:
     raise InputError("losses is empty, so there is nothing to train on; add ce or kd")
   if all(v == 0 for fn in config.losses.values() for v in fn.weight.values):
     raise InputError("every weight in losses is 0, so nothing would be trained")
-  if config.train.batch_size % config.optim.accumulate:
-    raise InputError(
-      f"train.batch_size is {config.train.batch_size} and optim.accumulate "
-      f"{config.optim.accumulate}; the batch divides into microbatches"
-    )
+  if config.optim.accumulate < 1:
+    raise InputError(f"optim.accumulate is {config.optim.accumulate}; it is at least 1")
   _, shape = build.shape(config.student)
   for path, store in zip(config.train.records, stores, strict=True):
     about = store.manifest

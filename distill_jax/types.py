@@ -48,7 +48,7 @@ class Targets(struct.PyTreeNode):
   label_logp_BT: jax.Array | None = None  # float32, nats: log p(label)
   hidden_BTD: jax.Array | None = None
   head_VD: jax.Array | None = None
-  taps_PBTD: jax.Array | None = None
+  taps_BPTD: jax.Array | None = None
 
 
 class Batch(struct.PyTreeNode):

@@ -32,6 +32,7 @@ def tiny(folder: Path) -> ml_collections.ConfigDict:
   """A config of everything, its files under `folder`."""
   c = config.base()
   c.teacher.shape = c.student.shape = "tiny"
+  c.teacher.source = f"run:{folder / 'teacher'}"
   c.data.kind = "text"
   c.data.path = str(write_text(folder / "text.txt"))
   c.data.tokenizer = str(write_tokenizer(folder / "tokenizer.json"))

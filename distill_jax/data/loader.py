@@ -57,8 +57,13 @@ def collate(records: Sequence[dict[str, np.ndarray]]) -> Batch:
   tokens, segments, mask = stack("tokens_T"), stack("segments_T"), stack("mask_T")
   inputs: Any = packing.to_inputs(tokens, segments, mask)
   tokens, positions, segments, labels, _ = inputs
-  stored: dict[str, Any] = {ours: _stack_padded([r[name] for r in records], -np.inf if "logp_TK" in name else 0)
-            for name, ours in STORED.items() if name in records[0]}  # fmt: skip
+  stored: dict[str, Any] = {
+    ours: _stack_padded([r[name] for r in records], -np.inf if name == "logp_TK" else 0)
+    for name, ours in STORED.items()
+    if name in records[0]
+  }
+  if "taps_PTD" in records[0]:
+    stored["taps_BPTD"] = stack("taps_PTD")
   targets = {"teacher": Targets(**stored)} if "ids_BTK" in stored else {}
   return Batch(Inputs(tokens, positions, segments), labels, mask, targets)
 

@@ -37,5 +37,6 @@ def forward_kl(targets: Targets, logits_BCV: jax.Array, T: jax.Array | float = 1
     logq_BCV = jax.nn.log_softmax(logits_BCV / T)
     return jnp.sum(jnp.exp(logp_BCV) * (logp_BCV - logq_BCV), -1)
   assert targets.ids_BTK is not None and targets.weight_BTK is not None
+  assert targets.entropy_BT is not None
   logq_BCK = head.logp_at(logits_BCV / T, targets.ids_BTK)
   return -targets.entropy_BT - jnp.sum(targets.weight_BTK * logq_BCK, -1)

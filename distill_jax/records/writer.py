@@ -85,11 +85,11 @@ class Writer:
 
     A registered shard whose file is gone, or has another size, is written again.
     """
-    done = self._finished()
+    done = self.finished()
     return [r for r in self.manifest.ranges[self._mine] if r.start not in done]
 
-  def _finished(self) -> dict[int, Shard]:
-    """Registered shards that are there, by first sequence."""
+  def finished(self) -> dict[int, Shard]:
+    """Registered shards that are there, by any process: by first sequence."""
     known = {s.first: s for s in self.manifest.shards}
     for number, r in enumerate(self.manifest.ranges):
       if (note := self._note(number)).exists():
@@ -156,7 +156,7 @@ class Writer:
 
   def _publish(self, part: Path, path: Path, shard: Shard, number: int) -> None:
     # Another writer, with another process count, may have been here first.
-    if (other := self._finished().get(shard.first)) is not None:
+    if (other := self.finished().get(shard.first)) is not None:
       part.unlink()
       if other.sha256 != shard.sha256:
         raise InputError(
@@ -177,7 +177,7 @@ class Writer:
     Returns:
       The finished manifest, or None while another process still has shards to write.
     """
-    shards = self._finished()
+    shards = self.finished()
     if len(shards) < len(self.manifest.ranges):
       return None
     done = dataclasses.replace(self.manifest, shards=tuple(shards[k] for k in sorted(shards)))

