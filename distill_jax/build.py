@@ -30,7 +30,7 @@ class Built:
 
 def keys(seed: int) -> dict[str, jax.Array]:
   """Where all randomness of a run begins, each use with a key of its own."""
-  names = ("student", "teacher", "records")
+  names = ("student", "teacher", "records", "adapters")
   return dict(zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True))
 
 

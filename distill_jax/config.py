@@ -68,6 +68,7 @@ class Records:
   missing_mass: str = "tail_bucket"  # topk: tail_bucket | renormalise
   temperature: float = 1.0
   taps: tuple[int, ...] = ()  # layers whose outputs are stored, int8
+  taps_of: str = "hidden"  # hidden | qkv, the layers' queries, keys and values
   taps_width: int = 0  # of a fixed random projection of the taps; 0: none
   logprobs: str = ""  # a JSONL dump of a served teacher's responses, instead of a teacher here
   logprobs_format: str = "vllm"  # vllm | sglang | openai
@@ -92,6 +93,8 @@ class Optim:
   weight_decay: float = 0.1
   clip_norm: float = 1.0
   accumulate: int = 1  # microbatches a step
+  balance_every: int = 0  # steps between measurements of the losses' gradient norms, which are
+  # then held in the ratio of their weights; 0: weights are weights
 
 
 @dataclasses.dataclass(frozen=True)

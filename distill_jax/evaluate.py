@@ -18,7 +18,7 @@ from distill_jax.config import Config
 from distill_jax.data import corpus, loader
 from distill_jax.evals import lm
 from distill_jax.progress import Progress
-from distill_jax.step import online_targets
+from distill_jax.step import online
 from distill_jax.types import Batch, Mean
 
 TIMED = 2  # passes over one batch that the throughput is taken from
@@ -46,7 +46,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     models = {"teacher": teacher} | {
       n: build.build(s, mesh, keys["student"]) for n, s in specs.items()
     }
-    results = _measure_all(config, models, rows, mesh)
+    results = _measure_all(config, models, rows, tokenizer.vocab_size, mesh)
   tokens = results["teacher"].pop("tokens")
   for row in results.values():
     row.pop("tokens", None)
@@ -56,19 +56,20 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def _measure_all(
-  config: Config, models: dict[str, build.Built], rows: list[dict[str, np.ndarray]], mesh: Any
-) -> dict[str, dict[str, float]]:
+  config: Config, models: dict[str, build.Built], rows: list[dict[str, np.ndarray]],
+  vocab_size: int, mesh: Any,
+) -> dict[str, dict[str, float]]:  # fmt: skip
   """Every model on every batch; the teacher runs once a batch for all of them."""
   chunk, size = config.train.chunk, config.evaluate.batch_size
   where = sharding.batch_sharding(mesh)
-  forward = {n: jax.jit(functools.partial(online_targets, how=m.how)) for n, m in models.items()}
-  compare = jax.jit(functools.partial(lm.compare, chunk=chunk))
+  forward = {n: jax.jit(functools.partial(online, how=m.how)) for n, m in models.items()}
+  compare = jax.jit(functools.partial(lm.compare, chunk=chunk, vocab_size=vocab_size))
   totals: Any = None
   batches = list(_batches(rows, size))
   with Progress("evaluate", len(batches) * batches[0].mask_BT.size, "tokens") as progress:
     for batch in batches:
       batch = loader.to_device(batch, where)
-      outputs = {n: forward[n](m.model, batch.inputs) for n, m in models.items()}
+      outputs = {n: forward[n](m.model, batch.inputs)[0] for n, m in models.items()}
       means = jax.device_get(compare(outputs, batch))
       totals = means if totals is None else jax.tree.map(np.add, totals, means)
       progress.add(batch.mask_BT.size)

@@ -33,6 +33,8 @@ TABLE: dict[str, tuple[Any, Any]] = {
   "mlp": ("tensor", "tensor"),
   "norm": (None, None),
   "layers": (None, None),
+  "pairs": (None, None),  # of adapters, as the next
+  "teacher_embed": (None, None),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distill_jax import head
+from distill_jax import features, head, token_metrics
+from distill_jax.features import Features, Needs
 from distill_jax.layers import Compute
-from distill_jax.losses.kd import forward_kl
-from distill_jax.types import Batch, Inputs, Mean, Output, Targets, TrainState
+from distill_jax.types import Batch, Inputs, Mean, Output, Recorded, Targets, TrainState
+
+NOTHING = Needs()
+Teachers = Mapping[str, Any]  # online teachers by name
+Weights = dict[str, jax.Array]  # of the losses, by name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # jit hashes it: by identity
@@ -21,12 +26,17 @@ class Step:
   """All that is static about a training step: what is minimised, and how it is computed.
 
   Attributes:
-    losses: by name; each a dataclass with `weight` and `per_token`.
+    losses: by name; see distill_jax/losses.
     learning_rate: of the step number.
     optimizer: all of the update but the learning rate.
     student, teacher: how each is computed.
     chunk: positions of each sequence whose logits exist at once.
     accumulate: microbatches a step; the gradient is that of the whole batch.
+    vocab_size: tokens; further rows of a head are padding. None: no row is.
+    student_config, teacher_config: shapes, for whole-sequence losses.
+    recorded: what the targets in a batch are.
+    balance_every: steps between measurements of the losses' gradient norms, which are then
+      held in the ratio of the losses' weights; 0: never, weights are weights.
   """
 
   losses: Mapping[str, Any]
@@ -36,13 +46,21 @@ class Step:
   teacher: Compute
   chunk: int
   accumulate: int = 1
+  vocab_size: int | None = None
+  student_config: Any = None
+  teacher_config: Any = None
+  recorded: Recorded = Recorded()
+  balance_every: int = 0
 
-  def init(self, model: Any) -> TrainState:
+  def init(self, model: Any, adapters: dict[str, Any] | None = None) -> TrainState:
     """The state before step 0."""
-    return TrainState(jnp.zeros((), jnp.int32), model, {}, self.optimizer.init(model))
+    adapters = adapters or {}
+    balance = {name: jnp.ones(()) for name in self.losses} if self.balance_every else {}
+    opt = self.optimizer.init((model, adapters))
+    return TrainState(jnp.zeros((), jnp.int32), model, adapters, opt, balance)
 
   def __call__(
-    self, state: TrainState, batch: Batch, teachers: Mapping[str, Any]
+    self, state: TrainState, batch: Batch, teachers: Teachers
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step: (state, batch, online teachers by name) -> (state, metrics as scalars).
 
@@ -50,55 +68,139 @@ class Step:
     microbatches nor the mesh change the gradient.
     """
     count = jnp.maximum(jnp.sum(batch.mask_BT, dtype=jnp.float32), 1.0)
+    trained = (state.params, state.adapters)
+    pieces = jax.tree.map(self._microbatches, batch)
+    first = jax.tree.map(lambda x: x[0], pieces)
     grad = jax.value_and_grad(self._loss, has_aux=True)
+    weights = {name: fn.weight(state.step) for name, fn in self.losses.items()}
+    balance = self._balance(state, trained, first, teachers, weights, count)
+    scaled = {name: w * balance.get(name, 1.0) for name, w in weights.items()}
 
     def micro(piece: Batch):
-      return grad(state.params, piece, teachers, state.step, count)
+      return grad(trained, piece, teachers, state.step, count, scaled)
 
     if self.accumulate == 1:
-      (loss, means), grads = micro(batch)
+      (loss, means), grads = micro(first)
     else:
-      pieces = jax.tree.map(self._microbatches, batch)
-      zero = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype),
-        jax.eval_shape(micro, jax.tree.map(lambda x: x[0], pieces)),
-      )
+      shapes = jax.eval_shape(micro, first)
+      zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
       add = lambda total, piece: (jax.tree.map(jnp.add, total, micro(piece)), None)
       ((loss, means), grads), _ = jax.lax.scan(add, zero, pieces)
 
     with jax.named_scope("update"):
       rate = self.learning_rate(state.step)
-      updates, opt = self.optimizer.update(grads, state.opt, state.params, value=loss)
+      updates, opt = self.optimizer.update(grads, state.opt, trained, value=loss)
       updates = jax.tree.map(lambda u: -rate * u, updates)
-      new = TrainState(
-        state.step + 1, optax.apply_updates(state.params, updates), state.adapters, opt
-      )
+      params, adapters = optax.apply_updates(trained, updates)
     metrics = {"loss": loss, "learning_rate": rate, "grad_norm": optax.tree.norm(grads)}
     metrics |= {name: mean.value() for name, mean in means.items()}
-    for name, fn in self.losses.items():
-      metrics[f"weight/{name}"] = fn.weight(state.step)
-    return new, metrics | {"tokens": count}
+    metrics |= {"perplexity": jnp.exp(metrics["ce"]), "tokens": count}
+    metrics |= {f"weight/{name}": w for name, w in scaled.items()}
+    metrics |= {
+      f"temperature/{name}": fn.temperature(state.step)
+      for name, fn in self.losses.items()
+      if hasattr(fn, "temperature")
+    }
+    return TrainState(state.step + 1, params, adapters, opt, balance), metrics
 
-  def _loss(self, model: Any, batch: Batch, teachers: Mapping[str, Any], step, count):
-    out: Output = model(batch.inputs, self.student)
-    batch = batch.replace(targets={**batch.targets, **self._online(teachers, batch.inputs)})
+  def _loss(
+    self, trained: Any, batch: Batch, teachers: Teachers, step: Any, count: Any, weights: Weights
+  ) -> tuple[jax.Array, dict[str, Mean]]:
+    model, adapters = trained
+    ours, theirs = self.needs()
+    out: Output = model(batch.inputs, self.student, ours.taps)
+    targets, taught = self._taught(batch, teachers, theirs)
+    batch = batch.replace(targets=targets)
 
     def chunk_loss(logits_BCV: jax.Array, piece: Batch):
       total, means = jnp.zeros((), jnp.float32), {}
       for name, fn in self.losses.items():
-        means[name] = Mean.of(fn.per_token(logits_BCV, piece, step), piece.mask_BT)
-        total += fn.weight(step) / count * means[name].total
-      ce_BC = -head.logp_at(jax.lax.stop_gradient(logits_BCV), piece.labels_BT[..., None])[..., 0]
-      means["ce"] = Mean.of(ce_BC, piece.mask_BT)
-      for name, targets in piece.targets.items():
-        kl_BC = jax.lax.stop_gradient(forward_kl(targets, logits_BCV))
-        means[f"kl/{name}"] = Mean.of(kl_BC, piece.mask_BT)
-      return total, means
+        if hasattr(fn, "per_token"):
+          means[name] = Mean.of(fn.per_token(logits_BCV, piece, step), piece.mask_BT)
+          total += weights[name] / count * means[name].total
+      fixed = jax.lax.stop_gradient(logits_BCV)
+      return total, means | token_metrics.means(fixed, piece, self.recorded)
 
-    return head.loss(chunk_loss, out.hidden_BTD, out.head_VD, batch, self.chunk)
+    total, means = head.loss(
+      chunk_loss, out.hidden_BTD, out.head_VD, batch, self.chunk, self.vocab_size
+    )
+    mine = ours.of(model, out, batch.inputs, self.student)
+    for name, fn in self.losses.items():
+      if hasattr(fn, "whole"):
+        with jax.named_scope(name):
+          pairs = fn.pairs(self.student_config, self.teacher_config)
+          means[name] = fn.whole(mine, taught[fn.teacher], adapters.get(name, {}), batch, pairs)
+          total += weights[name] / count * means[name].total
+    return total, means
 
-  def _online(self, teachers: Mapping[str, Any], inputs: Inputs) -> dict[str, Targets]:
-    return {name: online_targets(model, inputs, self.teacher) for name, model in teachers.items()}
+  def fit(
+    self, names: list[str], model: Any, adapters: dict[str, Any], batch: Batch, teachers: Teachers
+  ) -> dict[str, Any]:
+    """The adapters of these losses as their losses fit them on one batch."""
+    ours, theirs = self.needs()
+    out: Output = model(batch.inputs, self.student, ours.taps)
+    mine = ours.of(model, out, batch.inputs, self.student)
+    _, taught = self._taught(batch, teachers, theirs)
+    fitted = {}
+    for name in names:
+      fn = self.losses[name]
+      pairs = fn.pairs(self.student_config, self.teacher_config)
+      fitted[name] = fn.fit(adapters[name], pairs, mine, taught[fn.teacher], batch)
+    return fitted
+
+  def needs(self) -> tuple[Needs, Needs]:
+    """The features that the losses compare, of the student and of the teacher."""
+    ours, theirs = Needs(), Needs()
+    for fn in self.losses.values():
+      if hasattr(fn, "needs"):
+        a, b = fn.needs(self.student_config, self.teacher_config)
+        ours, theirs = ours | a, theirs | b
+    return ours, theirs
+
+  def _taught(
+    self, batch: Batch, teachers: Teachers, needs: Needs
+  ) -> tuple[dict[str, Targets], dict[str, Features]]:
+    """Targets and features of every teacher, from its records or from itself."""
+    targets, taught = dict(batch.targets), {}
+    for name, t in targets.items():
+      if t.taps_BPTD is not None:
+        taught[name] = self._recorded_features(t.taps_BPTD)
+        targets[name] = t.replace(taps_BPTD=None)
+    for name, model in teachers.items():
+      targets[name], taught[name] = online(model, batch.inputs, self.teacher, needs)
+    return targets, taught
+
+  def _recorded_features(self, taps_BPTD: jax.Array) -> Features:
+    by_layer = {layer: taps_BPTD[:, i] for i, layer in enumerate(self.recorded.taps)}
+    if self.recorded.taps_of == "hidden":
+      return Features(by_layer, {})
+    split = functools.partial(features.unflat_qkv, config=self.teacher_config)
+    return Features({}, {layer: split(x) for layer, x in by_layer.items()})
+
+  def _balance(self, state, trained, batch, teachers, weights, count) -> dict[str, jax.Array]:
+    """Factors that hold the losses' gradient norms in the ratio of their weights.
+
+    Every `balance_every` steps each loss is pulled back alone on the first microbatch; the
+    factors keep the mean norm, so that the learning rate means what it did. The idea of
+    GradNorm (arXiv:1711.02257), solved at once instead of learned.
+    """
+    if not self.balance_every:
+      return state.balance
+    names = list(self.losses)
+
+    def norm(one_hot: jax.Array) -> jax.Array:
+      alone = dict(zip(names, one_hot, strict=True))
+      grads = jax.grad(self._loss, has_aux=True)(trained, batch, teachers, state.step, count, alone)
+      return optax.tree.norm(grads[0])
+
+    def measure():
+      norms = jax.lax.map(norm, jnp.eye(len(names)))
+      w = jnp.stack([weights[name] for name in names])
+      mean = jnp.sum(w * norms) / jnp.maximum(jnp.sum(w), 1e-9)
+      factors = jnp.where(norms > 0, mean / jnp.where(norms > 0, norms, 1), 1)
+      return dict(zip(names, factors, strict=True))
+
+    return jax.lax.cond(state.step % self.balance_every == 0, measure, lambda: state.balance)
 
   def _microbatches(self, x_B: jax.Array) -> jax.Array:
     """[B, ...] -> [accumulate, B / accumulate, ...], each spread over devices as B was."""
@@ -106,10 +208,11 @@ class Step:
     return jnp.moveaxis(rows, 1, 0)
 
 
-def online_targets(model: Any, inputs: Inputs, how: Compute) -> Targets:
-  """A teacher that runs beside the student: hidden states and head, no logits."""
+def online(
+  model: Any, inputs: Inputs, how: Compute, needs: Needs = NOTHING
+) -> tuple[Targets, Features]:
+  """A teacher that runs beside the student: hidden states, head, features; no logits."""
   with jax.named_scope("teacher"):
-    out: Output = model(inputs, how)
-    return jax.lax.stop_gradient(Targets(hidden_BTD=out.hidden_BTD, head_VD=out.head_VD))
-
-
+    out: Output = model(inputs, how, needs.taps)
+    said = Targets(hidden_BTD=out.hidden_BTD, head_VD=out.head_VD)
+    return jax.lax.stop_gradient((said, needs.of(model, out, inputs, how)))

@@ -19,6 +19,7 @@ from distill_jax.config import Config
 from distill_jax.data import corpus, loader
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
+from distill_jax.features import Needs, flat_qkv
 from distill_jax.layers import Compute
 from distill_jax.progress import Progress
 from distill_jax.records import from_logprobs, sampler, taps
@@ -98,7 +99,7 @@ def _summariser(config: Config, mesh: Any, tokenizer: Tokenizer) -> Summarise:
   one_batch = jax.jit(
     functools.partial(
       _summarise, how=teacher.how, config=config, vocab_size=tokenizer.vocab_size,
-      project=_projection(config, teacher.config.hidden_size),
+      project=_projection(config, _width(config)),
     )
   )  # fmt: skip
 
@@ -148,15 +149,18 @@ def _summarise(
   """What is stored of a batch. The offsets depend on the sequence's number alone."""
   c, T = config.records, batch.labels_BT.shape[1]
   u_BT = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (T,)))(index_B)
-  out: Output = model(batch.inputs, how, c.taps)
+  needs = _needs(config)
+  out: Output = model(batch.inputs, how, needs.taps)
   said = sampler.summarise(
     out.hidden_BTD, out.head_VD, batch.labels_BT, u_BT, n=c.n, chunk=c.chunk,
     vocab_size=vocab_size, kind=c.kind, logp=c.logp, temperature=c.temperature, nucleus=c.nucleus,
   )  # fmt: skip
   names = {"ids": "ids_BTN", "logp": "logp_BTN"}
   said = {names.get(name, f"{name}_BT"): x for name, x in said.items()}
-  if out.taps_PBTD is not None:
-    q_PBTD, scale_PBT = taps.quantise(out.taps_PBTD, project)
+  if c.taps:
+    kept = needs.of(model, out, batch.inputs, how)
+    flat = [kept.hidden[i] if i in kept.hidden else flat_qkv(kept.qkv[i]) for i in c.taps]
+    q_PBTD, scale_PBT = taps.quantise(jnp.stack(flat), project)
     said |= {
       "taps_BPTD": jnp.moveaxis(q_PBTD, 0, 1),
       "taps_scale_BPT": jnp.moveaxis(scale_PBT, 0, 1),
@@ -192,8 +196,8 @@ def _manifest(config: Config, tokenizer: Tokenizer, rows: Rows) -> Manifest:
   else:
     teacher = build.identity(config.teacher, config.seed)
   if c.taps:
-    width = c.taps_width or build.shape(config.teacher)[1].hidden_size
-    kept = Taps(c.taps, width, TAPS_SEED if c.taps_width else None)
+    width = c.taps_width or _width(config)
+    kept = Taps(c.taps, width, TAPS_SEED if c.taps_width else None, c.taps_of)
   return Manifest(
     kind=c.kind, n=0 if c.kind == "text" else c.n, logp=c.logp, nucleus=c.nucleus,
     vocab_size=tokenizer.vocab_size, seq_len=config.data.seq_len, teacher=teacher,
@@ -201,6 +205,19 @@ def _manifest(config: Config, tokenizer: Tokenizer, rows: Rows) -> Manifest:
     sequences_per_shard=c.sequences_per_shard, extents=(len(rows),), taps=kept,
     missing_mass=c.missing_mass if c.kind == "topk" else "none", temperature=c.temperature,
   )  # fmt: skip
+
+
+def _needs(config: Config) -> Needs:
+  c = config.records
+  return Needs(hidden=c.taps) if c.taps_of == "hidden" else Needs(qkv=c.taps)
+
+
+def _width(config: Config) -> int:
+  """Numbers a tapped vector has."""
+  _, c = build.shape(config.teacher)
+  if config.records.taps_of == "hidden":
+    return c.hidden_size
+  return (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
 
 
 def _projection(config: Config, width: int) -> np.ndarray | None:
@@ -225,6 +242,11 @@ def _check(config: Config) -> None:
     raise InputError(
       f"records.batch_size is {c.batch_size} and there are {jax.process_count()} processes; each "
       "reads an equal share"
+    )
+  if c.taps_of not in ("hidden", "qkv") or (c.taps_of == "qkv" and (c.taps_width or 0 in c.taps)):
+    raise InputError(
+      f"records.taps_of is {c.taps_of!r} with taps {c.taps} and taps_width {c.taps_width}; it is "
+      "'hidden', or 'qkv' of layers from 1 on without a projection"
     )
   if c.taps_width and not c.taps:
     raise InputError(f"records.taps_width is {c.taps_width} and records.taps is empty; name layers")

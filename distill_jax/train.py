@@ -9,16 +9,15 @@ from typing import Any
 
 import jax
 
-from distill_jax import build, checkpoint, optim, sharding
+from distill_jax import build, checkpoint, checks, optim, sharding
 from distill_jax.config import Config
 from distill_jax.data import loader
 from distill_jax.errors import InputError
 from distill_jax.metrics import MetricsWriter
 from distill_jax.progress import Progress
 from distill_jax.records.store import Store, open_store
-from distill_jax.schedules import constant
 from distill_jax.step import Step
-from distill_jax.types import Batch
+from distill_jax.types import Batch, Recorded
 
 
 def train(config: Config, workdir: Path) -> dict[str, Any]:
@@ -30,18 +29,17 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     FloatingPointError: a loss that is not finite; the last good checkpoint stays.
   """
   stores = open_stores(config)
-  check(config, stores)
+  checks.check_run(config, stores)
   mesh = sharding.make_mesh(**vars(config.mesh))
   c = config.train
   sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
+  step = make_step(config, stores)
+  checks.check_features(config, step, stores)
   with jax.set_mesh(mesh), checkpoint.manager(workdir, config.train.keep) as saves:
-    step, state, teachers = prepare(config, mesh, saves)
+    state, teachers = prepare(config, mesh, saves, step, stores)
     where = jax.tree.map(lambda x: x.sharding, state)
     step_fn = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-    batches = loader.batches(
-      stores, batch_size=c.batch_size, seed=config.seed, start=int(state.step),
-      mixture=c.mixture, process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
+    batches = _batches(config, stores, int(state.step))
     return _loop(config, workdir, step_fn, state, teachers, batches, saves, mesh)
 
 
@@ -83,23 +81,54 @@ def _loop(
   return last
 
 
-def prepare(config: Config, mesh: Any, saves: Any) -> tuple[Step, Any, dict[str, Any]]:
-  """(the step, the state to go on from, online teachers)."""
+def prepare(
+  config: Config, mesh: Any, saves: Any, step: Step, stores: list[Store]
+) -> tuple[Any, dict[str, Any]]:
+  """(the state to go on from, online teachers)."""
   keys = build.keys(config.seed)
   teachers = {}
   if config.train.online:
     teachers["teacher"] = build.build(config.teacher, mesh, keys["teacher"]).model
-  step = make_step(config)
-  like = jax.eval_shape(step.init, build.abstract(config.student))
+  adapters = lambda: _adapters(step, stores, keys["adapters"])
+  like = jax.eval_shape(lambda model: step.init(model, adapters()), build.abstract(config.student))
   where = sharding.shardings(like, mesh, step.student.rules)
   if saves.latest_step() is not None:
-    return step, checkpoint.restore(saves, build.place(like, where)), teachers
+    return checkpoint.restore(saves, build.place(like, where)), teachers
   model = build.build(config.student, mesh, keys["student"]).model
-  return step, jax.jit(step.init, out_shardings=where, donate_argnums=0)(model), teachers
+  fitted = _fit(config, step, stores, model, teachers, adapters(), mesh)
+  return jax.jit(step.init, out_shardings=where, donate_argnums=0)(model, fitted), teachers
 
 
-def make_step(config: Config) -> Step:
-  """The step that a config describes."""
+def _adapters(step: Step, stores: list[Store], key: jax.Array) -> dict[str, Any]:
+  """The parameters that losses own, by loss."""
+  recorded = stores[0].manifest.taps if step.recorded.taps else None
+  width = recorded.width if recorded else getattr(step.teacher_config, "hidden_size", 0)
+  adapters = {
+    name: fn.init(jax.random.fold_in(key, i), step.student_config, step.teacher_config, width)
+    for i, (name, fn) in enumerate(step.losses.items())
+    if hasattr(fn, "init")
+  }
+  return {name: made for name, made in adapters.items() if made}
+
+
+def _fit(
+  config: Config, step: Step, stores: list[Store], model: Any, teachers: Any, adapters: Any,
+  mesh: Any,
+) -> dict[str, Any]:  # fmt: skip
+  """Adapters that start as the least-squares fit on the first batch."""
+  asked = [n for n in adapters if getattr(step.losses[n], "projection", "") == "least_squares"]
+  if not asked:
+    return adapters
+  batch = loader.to_device(next(_batches(config, stores, 0)), sharding.batch_sharding(mesh))
+  return adapters | jax.jit(lambda *args: step.fit(asked, *args))(model, adapters, batch, teachers)
+
+
+def make_step(config: Config, stores: list[Store]) -> Step:
+  """The step that a config describes, on these stores."""
+  about = stores[0].manifest
+  online = config.train.online
+  taps = about.taps if not online else None
+  whole = any(hasattr(fn, "whole") for fn in config.losses.values())
   return Step(
     losses=config.losses,
     learning_rate=optim.learning_rate(config.optim, config.train.steps),
@@ -108,7 +137,25 @@ def make_step(config: Config) -> Step:
     teacher=build.compute(config.teacher),
     chunk=config.train.chunk,
     accumulate=config.optim.accumulate,
+    vocab_size=about.vocab_size,
+    student_config=build.shape(config.student)[1],
+    teacher_config=build.shape(config.teacher)[1] if whole else None,
+    recorded=Recorded(
+      temperature=about.temperature,
+      missing_mass=about.missing_mass,
+      taps=taps.layers if taps else (),
+      taps_of=taps.of if taps else "hidden",
+    ),
+    balance_every=config.optim.balance_every,
   )
+
+
+def _batches(config: Config, stores: list[Store], start: int) -> Iterator[Batch]:
+  c = config.train
+  return loader.batches(
+    stores, batch_size=c.batch_size, seed=config.seed, start=start, mixture=c.mixture,
+    targets=not c.online, process_index=jax.process_index(), process_count=jax.process_count(),
+  )  # fmt: skip
 
 
 def open_stores(config: Config) -> list[Store]:
@@ -116,38 +163,3 @@ def open_stores(config: Config) -> list[Store]:
   if not config.train.records:
     raise InputError("train.records names no store; record one and give its folder")
   return [open_store(path) for path in config.train.records]
-
-
-def check(config: Config, stores: list[Store]) -> None:
-  """What can be known to be wrong before anything is read or compiled."""
-  if not config.losses:
-    raise InputError("losses is empty, so there is nothing to train on; add ce or kd")
-  if all(v == 0 for fn in config.losses.values() for v in fn.weight.values):
-    raise InputError("every weight in losses is 0, so nothing would be trained")
-  if config.optim.accumulate < 1:
-    raise InputError(f"optim.accumulate is {config.optim.accumulate}; it is at least 1")
-  _, shape = build.shape(config.student)
-  for path, store in zip(config.train.records, stores, strict=True):
-    about = store.manifest
-    if about.vocab_size > shape.vocab_size:
-      raise InputError(
-        f"records {path} are over {about.vocab_size} tokens and the student has "
-        f"{shape.vocab_size} rows; record with the student's tokenizer"
-      )
-    if about.seq_len > shape.max_position_embeddings:
-      raise InputError(
-        f"records {path} hold sequences of {about.seq_len} tokens and the student reads at most "
-        f"{shape.max_position_embeddings}; record with a smaller data.seq_len"
-      )
-    for name, fn in config.losses.items():
-      if hasattr(fn, "teacher") and about.kind == "text" and not config.train.online:
-        raise InputError(
-          f"losses.{name} wants a teacher and records {path} hold text alone; record with "
-          f"records.kind=sampled or set train.online=True"
-        )
-      temperatures = () if config.train.online else getattr(fn, "temperature", constant(1)).values
-      if hasattr(fn, "temperature") and any(t != about.temperature for t in temperatures):
-        raise InputError(
-          f"losses.{name}.temperature is {temperatures} and records {path} were made at "
-          f"{about.temperature}; record at that temperature"
-        )

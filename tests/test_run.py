@@ -43,7 +43,7 @@ def train(c, workdir):
 
 def last_state(c, workdir):
   resolved = config.resolve(c)
-  step = training.make_step(resolved)
+  step = training.make_step(resolved, training.open_stores(resolved))
   like = jax.eval_shape(step.init, build.abstract(resolved.student))
   mesh = sharding.make_mesh()
   like = build.place(like, sharding.shardings(like, mesh, step.student.rules))

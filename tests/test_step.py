@@ -12,7 +12,7 @@ from distill_jax.layers import Compute
 from distill_jax.losses import ce, kd
 from distill_jax.models import llama
 from distill_jax.schedules import constant
-from distill_jax.step import Step, online_targets
+from distill_jax.step import Step, online
 from distill_jax.types import Batch, Inputs, Targets
 
 B, T, K, V = 8, 16, 5, llama.TINY.vocab_size
@@ -152,7 +152,7 @@ def test_identical_teacher_gives_no_kl_and_no_gradient():
 def test_online_targets_carry_no_gradient_to_the_teacher():
   model = llama.Model(llama.TINY, jax.random.key(3))
   batch = make_batch()
-  total = lambda m: jnp.sum(online_targets(m, batch.inputs, Compute()).hidden_BTD)
+  total = lambda m: jnp.sum(online(m, batch.inputs, Compute())[0].hidden_BTD)
   assert all(not np.any(g) for g in jax.tree.leaves(jax.grad(total)(model)))
 
 

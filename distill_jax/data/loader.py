@@ -6,6 +6,7 @@ those before it. So there is no loader state to save: the position is the step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,15 +16,24 @@ import numpy as np
 
 from distill_jax.data import packing
 from distill_jax.errors import InputError
+from distill_jax.records import taps
 from distill_jax.types import Batch, Inputs, Targets
 
-STORED = {"ids_TK": "ids_BTK", "weight_TK": "weight_BTK", "logp_TK": "logp_BTK",
-          "entropy_T": "entropy_BT", "label_logp_T": "label_logp_BT"}  # fmt: skip
+# What a record calls a field, and what Targets calls it.
+STORED = {
+  "ids_TK": "ids_BTK",
+  "weight_TK": "weight_BTK",
+  "logp_TK": "logp_BTK",
+  "entropy_T": "entropy_BT",
+  "label_logp_T": "label_logp_BT",
+  "argmax_T": "top_BT",
+}
 
 
 def batches(
   stores: Sequence[Any], *, batch_size: int, seed: int, start: int = 0,
-  mixture: Sequence[float] = (), process_index: int = 0, process_count: int = 1,
+  mixture: Sequence[float] = (), targets: bool = True, process_index: int = 0,
+  process_count: int = 1,
 ) -> Iterator[Batch]:  # fmt: skip
   """This process's rows of every global batch from step `start` on, as numpy arrays.
 
@@ -32,6 +42,7 @@ def batches(
     batch_size: of the global batch; process p reads rows p, p + P, ... of it.
     seed: of the order; each epoch has its own.
     mixture: weights of the stores; empty: by size.
+    targets: False leaves what the stores hold of a teacher out, for an online one.
 
   Raises:
     InputError: the batch does not divide over the processes, or a store is empty.
@@ -45,12 +56,13 @@ def batches(
   rows = [grain.MapDataset.source(store).shuffle(seed=seed).repeat() for store in stores]
   weights = list(mixture) or [len(store) for store in stores]
   ds = rows[0] if len(rows) == 1 else grain.MapDataset.mix(rows, weights=weights)
-  ds = ds[process_index::process_count].batch(batch_size // process_count, batch_fn=collate)
+  to_batch = functools.partial(collate, with_targets=targets)
+  ds = ds[process_index::process_count].batch(batch_size // process_count, batch_fn=to_batch)
   ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
   return iter(ds[start:].to_iter_dataset(ahead))
 
 
-def collate(records: Sequence[dict[str, np.ndarray]]) -> Batch:
+def collate(records: Sequence[dict[str, np.ndarray]], with_targets: bool = True) -> Batch:
   """Records of single sequences to a Batch; differing K are filled up with weight 0."""
   # numpy here, jax arrays once `to_device` has made the global batch
   stack: Callable[[str], Any] = lambda name: np.stack([r[name] for r in records])
@@ -63,8 +75,10 @@ def collate(records: Sequence[dict[str, np.ndarray]]) -> Batch:
     if name in records[0]
   }
   if "taps_PTD" in records[0]:
-    stored["taps_BPTD"] = stack("taps_PTD")
-  targets = {"teacher": Targets(**stored)} if "ids_BTK" in stored else {}
+    vectors = [taps.dequantise(r["taps_PTD"], r["taps_scale_PT"]) for r in records]
+    stored["taps_BPTD"] = np.stack(vectors)
+  has = with_targets and "ids_BTK" in stored
+  targets = {"teacher": Targets(**stored)} if has else {}
   return Batch(Inputs(tokens, positions, segments), labels, mask, targets)
 
 

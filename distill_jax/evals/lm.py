@@ -8,14 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill_jax import head
+from distill_jax import divergences, head
 from distill_jax.layers import Compute
 from distill_jax.types import Batch, Mean, Output, Targets
 
 
 def compare(
-  outputs: Mapping[str, Targets], batch: Batch, chunk: int, teacher: str = "teacher"
-) -> dict[str, dict[str, Mean]]:
+  outputs: Mapping[str, Targets], batch: Batch, chunk: int, vocab_size: int | None = None,
+  teacher: str = "teacher",
+) -> dict[str, dict[str, Mean]]:  # fmt: skip
   """Every model beside the teacher, over the labels of a batch, in nats.
 
   Args:
@@ -31,23 +32,27 @@ def compare(
     means = {teacher: _metrics(logp_BCV, logp_BCV, piece)}
     for name, t in piece.targets.items():
       assert t.hidden_BTD is not None and t.head_VD is not None
-      logq_BCV = jax.nn.log_softmax(head.logits(t.hidden_BTD, t.head_VD))
+      z_BCV = head.fit_rows(head.logits(t.hidden_BTD, t.head_VD), teacher_BCV)
+      logq_BCV = jax.nn.log_softmax(z_BCV)
       means[name] = _metrics(logp_BCV, logq_BCV, piece)
     return means
 
   p = outputs[teacher]
   assert p.hidden_BTD is not None and p.head_VD is not None
   others = {name: t for name, t in outputs.items() if name != teacher}
-  return head.fold(chunk_metrics, p.hidden_BTD, p.head_VD, batch.replace(targets=others), chunk)
+  batch = batch.replace(targets=others)
+  return head.fold(chunk_metrics, p.hidden_BTD, p.head_VD, batch, chunk, vocab_size)
 
 
 def _metrics(logp_BCV: jax.Array, logq_BCV: jax.Array, piece: Batch) -> dict[str, Mean]:
-  top_BC = jnp.argmax(logq_BCV, -1)
+  top_BC, q_BCV = jnp.argmax(logq_BCV, -1), jnp.exp(logq_BCV)
+  real_BCV = logp_BCV > -jnp.inf  # rows past the vocabulary have no probability
+  safe = (jnp.where(real_BCV, x, 0) for x in (logp_BCV, logq_BCV))
   per_token = {
     "ce": -jnp.take_along_axis(logq_BCV, piece.labels_BT[..., None], -1)[..., 0],
-    "entropy": -jnp.sum(jnp.exp(logq_BCV) * logq_BCV, -1),
+    "entropy": -jnp.sum(q_BCV * jnp.where(q_BCV > 0, logq_BCV, 0), -1),
     "accuracy": top_BC == piece.labels_BT,
-    "kl": jnp.sum(jnp.exp(logp_BCV) * (logp_BCV - logq_BCV), -1),
+    "kl": jnp.sum(jnp.where(real_BCV, divergences.forward_kl(*safe), 0), -1),
     "agreement": top_BC == jnp.argmax(logp_BCV, -1),
   }
   return {name: Mean.of(x_BC, piece.mask_BT) for name, x_BC in per_token.items()}

@@ -13,7 +13,7 @@ from flax import nnx
 
 from distill_jax import layers, sharding
 from distill_jax.errors import InputError
-from distill_jax.params import param, stack
+from distill_jax.params import param, stack, unstack
 from distill_jax.types import Inputs, Output
 
 HF_MODEL_TYPES = ("llama",)  # of config.json
@@ -165,13 +165,17 @@ class Block(nnx.Module):
     self.up = linear("mlp.up_proj", f"embed:{D} mlp:{F}", "mlp")
     self.down = linear("mlp.down_proj", f"mlp:{F} embed:{D}", "embed")
 
+  def qkv(self, x_BTD: jax.Array, angles: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, H, h], keys and values [B, T, G, h] from the layer's input."""
+    y_BTD = layers.rms_norm(x_BTD, self.attn_norm[...], self.eps)
+    q_BTHh = layers.rope(jnp.einsum("BTD,DHh->BTHh", y_BTD, self.q[...]), angles)
+    k_BTGh = layers.rope(jnp.einsum("BTD,DGh->BTGh", y_BTD, self.k[...]), angles)
+    v_BTGh = jnp.einsum("BTD,DGh->BTGh", y_BTD, self.v[...])
+    return q_BTHh, k_BTGh, v_BTGh
+
   def __call__(self, x_BTD: jax.Array, angles: Any, segments_BT: jax.Array) -> jax.Array:
     with jax.named_scope("attention"):
-      y_BTD = layers.rms_norm(x_BTD, self.attn_norm[...], self.eps)
-      q_BTHh = layers.rope(jnp.einsum("BTD,DHh->BTHh", y_BTD, self.q[...]), angles)
-      k_BTGh = layers.rope(jnp.einsum("BTD,DGh->BTGh", y_BTD, self.k[...]), angles)
-      v_BTGh = jnp.einsum("BTD,DGh->BTGh", y_BTD, self.v[...])
-      a_BTHh = layers.attention(q_BTHh, k_BTGh, v_BTGh, segments_BT)
+      a_BTHh = layers.attention(*self.qkv(x_BTD, angles), segments_BT)
       x_BTD = x_BTD + jnp.einsum("BTHh,HhD->BTD", a_BTHh, self.o[...])
     with jax.named_scope("mlp"):
       y_BTD = layers.rms_norm(x_BTD, self.mlp_norm[...], self.eps)
@@ -205,3 +209,8 @@ class Model(nnx.Module):
     x_BTD = layers.rms_norm(x_BTD, self.norm[...], self.config.rms_norm_eps)
     head_VD = embed_VD if self.config.tie_word_embeddings else how.view(self.head)[...]
     return Output(x_BTD, head_VD, taps_PBTD)
+
+  def qkv(self, layer: int, x_BTD: jax.Array, inputs: Inputs, how: layers.Compute):
+    """Queries, keys and values of one layer, from the output of the layer before it."""
+    block = how.view(unstack(jax.tree.map(lambda w: w[layer], self.layers)))
+    return block.qkv(x_BTD, layers.rope_angles(inputs.positions_BT, self.config.inv_freq()))

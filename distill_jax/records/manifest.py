@@ -25,11 +25,13 @@ class Taps:
     layers: whose outputs, in the order of the P axis.
     width: numbers a vector, after the projection.
     seed: of the fixed random projection (taps.projection), or None without one.
+    of: "hidden", the layers' outputs, or "qkv", their queries, keys and values end to end.
   """
 
   layers: tuple[int, ...]
   width: int
   seed: int | None = None
+  of: str = "hidden"
 
 
 @dataclasses.dataclass(frozen=True)

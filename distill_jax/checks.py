@@ -1,0 +1,89 @@
+"""What can be known to be wrong with a training run before anything is read or compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distill_jax import build, supports
+from distill_jax.config import Config
+from distill_jax.errors import InputError
+from distill_jax.records.store import Manifest, Store
+from distill_jax.step import Step
+
+
+def check_run(config: Config, stores: list[Store]) -> None:
+  """Refuses losses, records and a student that do not fit together."""
+  if not config.losses:
+    raise InputError("losses is empty, so there is nothing to train on; add ce or kd")
+  if all(v == 0 for fn in config.losses.values() for v in fn.weight.values):
+    raise InputError("every weight in losses is 0, so nothing would be trained")
+  if config.optim.accumulate < 1:
+    raise InputError(f"optim.accumulate is {config.optim.accumulate}; it is at least 1")
+  _, shape = build.shape(config.student)
+  for path, store in zip(config.train.records, stores, strict=True):
+    about = store.manifest
+    if about.vocab_size > shape.vocab_size:
+      raise InputError(
+        f"records {path} are over {about.vocab_size} tokens and the student has "
+        f"{shape.vocab_size} rows; record with the student's tokenizer"
+      )
+    if about.seq_len > shape.max_position_embeddings:
+      raise InputError(
+        f"records {path} hold sequences of {about.seq_len} tokens and the student reads at most "
+        f"{shape.max_position_embeddings}; record with a smaller data.seq_len"
+      )
+    for name, fn in config.losses.items():
+      if hasattr(fn, "teacher") and not config.train.online:
+        _check_records(name, fn, path, about)
+  for name, fn in config.losses.items():
+    for key in ("weight", "temperature"):
+      last = getattr(fn, key, fn.weight).last_step
+      if last > config.train.steps:
+        raise InputError(
+          f"losses.{name}.{key} is scheduled to step {last:g} and training ends at "
+          f"{config.train.steps}; end it by then"
+        )
+
+
+def _check_records(name: str, fn: Any, path: str, about: Manifest) -> None:
+  """Refuses a loss that these records cannot serve."""
+  if about.kind == "text":
+    raise InputError(
+      f"losses.{name} wants a teacher and records {path} hold text alone; record with "
+      "records.kind=sampled or set train.online=True"
+    )
+  if not hasattr(fn, "per_token"):
+    return
+  other = any(t != about.temperature for t in fn.temperature.values)
+  try:
+    supports.check(about.kind, about.logp, fn.divergence, other)
+  except InputError as error:
+    raise InputError(f"losses.{name} over records {path}: {error}") from error
+  if about.kind == "topk" and fn.missing_mass != about.missing_mass:
+    raise InputError(
+      f"losses.{name}.missing_mass is {fn.missing_mass!r} and records {path} were made with "
+      f"{about.missing_mass!r}; name the same convention"
+    )
+  if about.kind == "topk" and other and about.missing_mass == "tail_bucket":
+    raise InputError(
+      f"losses.{name}.temperature is {fn.temperature.values} over top-k records with a tail "
+      f"bucket, which does not say what a temperature makes of the tail; keep it at "
+      f"{about.temperature:g} or record with records.missing_mass=renormalise"
+    )
+
+
+def check_features(config: Config, step: Step, stores: list[Store]) -> None:
+  """Refuses whole-sequence losses whose layers are not there, or not in the records."""
+  _, needs = step.needs()  # a layer map that does not fit raises here
+  if config.train.online or not needs.taps:
+    return
+  if any(store.manifest.taps != stores[0].manifest.taps for store in stores):
+    raise InputError(f"records {config.train.records} hold other taps; mix stores with the same")
+  for of, layers in (("hidden", needs.hidden), ("qkv", needs.qkv)):
+    held = step.recorded.taps if step.recorded.taps_of == of else ()
+    if missing := sorted(set(layers) - set(held)):
+      raise InputError(
+        f"the losses compare {of} of teacher layers {list(layers)} and the records lack {missing}; "
+        f"record with records.taps_of={of} and records.taps={tuple(layers)}, or set "
+        "train.online=True"
+      )

@@ -1,0 +1,97 @@
+"""What whole-sequence losses compare: chosen hidden states, and chosen queries, keys, values.
+
+Nothing is kept of the other layers. Queries, keys and values of layer l are made again from
+the output of layer l - 1, so a tap is all they cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from distill_jax.errors import InputError
+from distill_jax.layers import Compute
+from distill_jax.types import Inputs, Output
+
+Pairs = tuple[tuple[int, int], ...]  # (student layer, teacher layer)
+
+
+class Features(struct.PyTreeNode):
+  """By layer: hidden states [B, T, D], and (q, k, v) of [B, T, heads, h] each."""
+
+  hidden: dict[int, jax.Array]
+  qkv: dict[int, tuple[jax.Array, jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+  """The layers whose features a model has to give."""
+
+  hidden: tuple[int, ...] = ()
+  qkv: tuple[int, ...] = ()
+
+  def __or__(self, other: Needs) -> Needs:
+    union = lambda a, b: tuple(sorted({*a, *b}))
+    return Needs(union(self.hidden, other.hidden), union(self.qkv, other.qkv))
+
+  @property
+  def taps(self) -> tuple[int, ...]:
+    """The layers whose outputs are tapped for them."""
+    return tuple(sorted({*self.hidden, *(layer - 1 for layer in self.qkv)}))
+
+  def of(self, model: Any, out: Output, inputs: Inputs, how: Compute) -> Features:
+    """The features of a model that ran with `taps`."""
+    if not self.taps:
+      return Features({}, {})
+    assert out.taps_PBTD is not None
+    tapped = dict(zip(self.taps, out.taps_PBTD, strict=True))
+    qkv = {layer: model.qkv(layer, tapped[layer - 1], inputs, how) for layer in self.qkv}
+    return Features({layer: tapped[layer] for layer in self.hidden}, qkv)
+
+
+def pairs(layers: str, student: int, teacher: int) -> Pairs:
+  """Which student layer learns from which teacher layer.
+
+  Args:
+    layers: "uniform" (every student layer, from teacher layers at equal steps, the last
+      from the last: TinyBERT, arXiv:1909.10351), "last", or pairs as "0:4 5:29".
+    student, teacher: how many layers each has.
+
+  Raises:
+    InputError: a pair that is not two numbers, or a layer that is not there.
+  """
+  if layers == "uniform":
+    return tuple((i, (i + 1) * teacher // student - 1) for i in range(student))
+  if layers == "last":
+    return ((student - 1, teacher - 1),)
+  try:
+    a_b = [tuple(map(int, pair.split(":"))) for pair in layers.split()]
+    chosen = tuple((a, b) for a, b in a_b)
+  except ValueError:
+    raise InputError(
+      f"layers is {layers!r}; it is 'uniform', 'last' or student:teacher pairs as '0:4 5:29'"
+    ) from None
+  bad = [(a, b) for a, b in chosen if not (0 <= a < student and 0 <= b < teacher)]
+  if bad or not chosen:
+    raise InputError(
+      f"layers is {layers!r}; the student has layers 0 to {student - 1} and the teacher 0 to "
+      f"{teacher - 1}"
+    )
+  return chosen
+
+
+def flat_qkv(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+  """(q, k, v) as one vector a position, [B, T, D], for records."""
+  return jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in qkv], -1)
+
+
+def unflat_qkv(x_BTD: jax.Array, config: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The inverse, for a teacher of this config."""
+  H, G, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+  q, k, v = jnp.split(x_BTD, [H * h, (H + G) * h], -1)
+  heads = lambda x: x.reshape(*x.shape[:2], -1, h)
+  return heads(q), heads(k), heads(v)

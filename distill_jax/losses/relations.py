@@ -1,0 +1,99 @@
+"""Attention relations: how queries, keys and values relate among themselves (MiniLM)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distill_jax import features
+from distill_jax.errors import InputError
+from distill_jax.features import Features, Needs
+from distill_jax.schedules import Schedule, constant
+from distill_jax.types import Batch, Mean
+
+QUERIES = 128  # rows of a relation at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """KL between query-query, key-key and value-value relations (MiniLMv2, arXiv:2012.15828).
+
+  A relation is softmax(x x^T / sqrt(d)) over the positions that a position can see. All
+  heads are joined and split anew into `heads` relation heads, so that teacher and student
+  may have other heads and widths. The mean over relation heads and the three relations.
+  Rows of a relation exist for a block of positions at a time.
+
+  Attributes:
+    layers: see features.pairs; not layer 0.
+    heads: relation heads; they divide the joined width of queries and of keys on both sides.
+  """
+
+  weight: Schedule = constant(1.0)
+  teacher: str = "teacher"
+  layers: str = "last"
+  heads: int = 1
+
+  def pairs(self, student: Any, teacher: Any) -> features.Pairs:
+    return features.pairs(self.layers, student.num_hidden_layers, teacher.num_hidden_layers)
+
+  def needs(self, student: Any, teacher: Any) -> tuple[Needs, Needs]:
+    for who, c in (("student", student), ("teacher", teacher)):
+      for n in (c.num_attention_heads, c.num_key_value_heads):
+        if self.heads < 1 or n * c.head_dim % self.heads:
+          raise InputError(
+            f"relations have {self.heads} heads and the {who} {n} of {c.head_dim}, which they do "
+            "not divide; choose another losses.….heads"
+          )
+    ours, theirs = zip(*self.pairs(student, teacher), strict=True)
+    if 0 in (*ours, *theirs):
+      raise InputError("relations of layer 0 cannot be tapped; name layers from 1 on")
+    return Needs(qkv=ours), Needs(qkv=theirs)
+
+  def init(self, key: jax.Array, student: Any, teacher: Any, width: int) -> dict[str, Any]:
+    del key, student, teacher, width
+    return {}
+
+  def whole(
+    self, student: Features, teacher: Features, adapters: dict[str, Any], batch: Batch,
+    pairs: features.Pairs,
+  ) -> Mean:  # fmt: skip
+    del adapters
+    total = Mean(jnp.zeros(()), jnp.zeros(()))
+    segments = batch.inputs.segments_BT
+    for a, b in pairs:
+      for s, t in zip(student.qkv[a], teacher.qkv[b], strict=True):
+        kl_BT = _relation_kl(self._split(s), self._split(jax.lax.stop_gradient(t)), segments)
+        total += Mean.of(kl_BT, batch.mask_BT)
+    n = 3 * len(pairs)
+    return Mean(total.total / n, total.count / n)
+
+  def _split(self, x_BTHh: jax.Array) -> jax.Array:
+    B, T = x_BTHh.shape[:2]
+    return x_BTHh.reshape(B, T, self.heads, -1).astype(jnp.float32)
+
+
+def _relation_kl(s_BTRd: jax.Array, t_BTRd: jax.Array, segments_BT: jax.Array) -> jax.Array:
+  """KL(teacher's relation || student's), mean over R relation heads, float32 [B, T]."""
+  B, T = segments_BT.shape
+  C = min(QUERIES, T)
+  n = -(-T // C)
+
+  @jax.checkpoint  # the backward pass makes a block's rows again
+  def block(start: jax.Array) -> jax.Array:
+    at_C = jnp.minimum(start + jnp.arange(C), T - 1)
+    sees_BCT = segments_BT[:, at_C, None] == segments_BT[:, None, :]
+    sees_BCT &= at_C[None, :, None] >= jnp.arange(T)[None, None, :]
+
+    def log_relation(x_BTRd):
+      z = jnp.einsum("BCRd,BTRd->BRCT", x_BTRd[:, at_C], x_BTRd) / math.sqrt(x_BTRd.shape[-1])
+      return jax.nn.log_softmax(jnp.where(sees_BCT[:, None], z, -1e30))
+
+    t, s = log_relation(t_BTRd), log_relation(s_BTRd)
+    return jnp.mean(jnp.sum(jnp.exp(t) * (t - s), -1), 1)  # unseen: exp(t) is 0, t - s finite
+
+  blocks_nBC = jax.lax.map(block, jnp.arange(n) * C)
+  return jnp.moveaxis(blocks_nBC, 0, 1).reshape(B, n * C)[:, :T]
