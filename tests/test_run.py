@@ -175,3 +175,96 @@ def test_a_workdir_of_another_config_is_refused(folder):
   c.optim.peak_lr = 5e-3
   with pytest.raises(InputError, match=r"holds a run with optim.peak_lr=0.01 and this config has"):
     train(c, folder / "whole")
+
+
+@pytest.mark.parametrize("kind, options, losses", [
+  ("topk", {"n": 8}, {"r": ("reverse_kl", 1.0), "j": ("jensen_shannon", 1.0)}),
+  ("topk", {"n": 8, "missing_mass": "renormalise"}, {"f": ("forward_kl", 2.0)}),
+  ("sampled", {"logp": True}, {"s": ("skew_kl", 1.0), "f": ("forward_kl", 2.0)}),
+])  # fmt: skip
+def test_every_kind_of_record_trains(folder, kind, options, losses):
+  c = tiny.tiny(folder)
+  name = f"{kind}-{'-'.join(options)}"
+  c.records.kind = kind
+  for key, value in options.items():
+    c.records[key] = value
+  missing = options.get("missing_mass", "tail_bucket")
+  c.losses = {
+    n: config.loss("kd", divergence=d, temperature=T, missing_mass=missing)
+    for n, (d, T) in losses.items()
+  }
+  c.train.records = (str(folder / name),)
+  c.train.steps = c.train.checkpoint_every = 12
+  record(config.resolve(c), folder / name)
+  train(c, folder / f"{name}-run")
+  rows = read_metrics(folder / f"{name}-run")
+  assert rows[-1]["loss"] < rows[0]["loss"]
+  assert rows[0]["teacher_ce/teacher"] > 0
+
+
+def test_what_records_cannot_serve_is_refused(folder):
+  c = tiny.tiny(folder)
+  c.losses = {"r": config.loss("kd", divergence="reverse_kl")}
+  with pytest.raises(InputError, match=r"losses.r over records .*record with records.logp=True"):
+    train(c, folder / "refused")
+  c.losses = {"f": config.loss("kd", weight=config.schedule((0, 0.0), (7, 1.0)))}
+  with pytest.raises(InputError, match="scheduled to step 7 and training ends at 6"):
+    train(c, folder / "refused2")
+  c.losses = {"f": config.loss("kd")}
+  c.train.records = (str(folder / "text"),)
+  with pytest.raises(InputError, match="hold text alone"):
+    train(c, folder / "refused3")
+
+
+def test_metrics_are_the_same_offline(folder):
+  """Recorded and online teachers tell the same of the same batch, but for sampling and float16."""
+  recorded = read_metrics(folder / "whole")[0]
+  online = read_metrics(folder / "online")[0]
+  for name in ("ce", "entropy", "perplexity"):
+    assert recorded[name] == pytest.approx(online[name], rel=1e-5), name
+  for name in ("teacher_ce/teacher", "teacher_entropy/teacher"):
+    assert recorded[name] == pytest.approx(online[name], rel=1e-3), name
+  assert recorded["agreement/teacher"] == online["agreement/teacher"]
+
+
+def test_a_failed_write_fails_the_recording(folder, monkeypatch):
+  from distill_jax.records.writer import Writer
+
+  def full(*_):
+    raise InputError("the disk is full")
+
+  monkeypatch.setattr(Writer, "write_shard", full)
+  with pytest.raises(InputError, match="the disk is full"):
+    record(config.resolve(tiny.tiny(folder)), folder / "full")
+
+
+def test_a_store_is_extended_by_a_longer_corpus_and_not_by_another(folder):
+  c = tiny.tiny(folder)
+  c.data.sequences = 8
+  record(config.resolve(c), folder / "short")
+  first = sorted((folder / "short").glob("*.array_record"))[0]
+  before = first.read_bytes()
+  c.data.sequences = 14
+  again = record(config.resolve(c), folder / "short")
+  assert (again["sequences"], again["recorded_now"]) == (14, 6)
+  assert first.read_bytes() == before
+  text = (folder / "text.txt").read_text()
+  c.data.path = str(folder / "other.txt")
+  (folder / "other.txt").write_text(text[:200] + "Something else." + text[200:])
+  c.data.sequences = 20
+  with pytest.raises(InputError, match="holds another text in sequence 5"):
+    record(config.resolve(c), folder / "short")
+
+
+def test_a_served_teacher_s_dump_becomes_records(folder):
+  """vLLM's prompt_logprobs, written by hand, through the verb."""
+  ids = [65, 66, 67, 68]
+  top = [None] + [{str(i): {"logprob": -0.1}, "9": {"logprob": -3.0}} for i in ids[1:]]
+  line = json.dumps({"prompt_token_ids": ids, "prompt_logprobs": top})
+  (folder / "dump.jsonl").write_text(line + "\n")
+  c = tiny.tiny(folder)
+  c.records.kind, c.records.n, c.records.logprobs = "topk", 4, str(folder / "dump.jsonl")
+  done = record(config.resolve(c), folder / "served")
+  assert done["sequences"] == 1
+  row = open_store(folder / "served")[0]
+  assert sorted(row["ids_TK"][0][row["logp_TK"][0] > -np.inf]) == [9, 66]

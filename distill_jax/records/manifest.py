@@ -173,7 +173,7 @@ def load(folder: str | os.PathLike) -> Manifest:
         **fields,
         "extents": tuple(fields["extents"]),
         "shards": tuple(Shard(**s) for s in fields["shards"]),
-        "taps": taps and Taps(tuple(taps["layers"]), taps["width"], taps["seed"]),
+        "taps": taps and Taps(**{**taps, "layers": tuple(taps["layers"])}),
       }
     )
   except (TypeError, KeyError) as e:
