@@ -6,6 +6,8 @@ from typing import Any
 
 from distill_jax import build, supports
 from distill_jax.config import Config
+from distill_jax.data import corpus
+from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.records.store import Manifest, Store
 from distill_jax.step import Step
@@ -20,6 +22,7 @@ def check_run(config: Config, stores: list[Store]) -> None:
   if config.optim.accumulate < 1:
     raise InputError(f"optim.accumulate is {config.optim.accumulate}; it is at least 1")
   _, shape = build.shape(config.student)
+  tokenizer = _tokenizer(config)
   for path, store in zip(config.train.records, stores, strict=True):
     about = store.manifest
     if about.vocab_size > shape.vocab_size:
@@ -32,6 +35,18 @@ def check_run(config: Config, stores: list[Store]) -> None:
         f"records {path} hold sequences of {about.seq_len} tokens and the student reads at most "
         f"{shape.max_position_embeddings}; record with a smaller data.seq_len"
       )
+    if tokenizer is not None and tokenizer.digest != about.tokenizer:
+      raise InputError(
+        f"records {path} were made with tokenizer {about.tokenizer[:12]} and {tokenizer.where} is "
+        f"{tokenizer.digest[:12]}; record with the student's tokenizer, or name the records' in "
+        "data.tokenizer"
+      )
+    recorded = about.teacher.get("digest")
+    if config.teacher.digest and about.kind != "text" and recorded != config.teacher.digest:
+      raise InputError(
+        f"records {path} are of a teacher with digest {recorded} and teacher.digest is "
+        f"{config.teacher.digest}; name the records of that teacher"
+      )
     for name, fn in config.losses.items():
       if hasattr(fn, "teacher") and not config.train.online:
         _check_records(name, fn, path, about)
@@ -43,6 +58,14 @@ def check_run(config: Config, stores: list[Store]) -> None:
           f"losses.{name}.{key} is scheduled to step {last:g} and training ends at "
           f"{config.train.steps}; end it by then"
         )
+
+
+def _tokenizer(config: Config) -> Tokenizer | None:
+  """The student's tokenizer; None for a random student when the config names none."""
+  source = build.pretrained(config.student)
+  if not config.data.tokenizer and (source is None or source.tokenizer is None):
+    return None
+  return corpus.tokenizer_of(config.data, source)
 
 
 def _check_records(name: str, fn: Any, path: str, about: Manifest) -> None:

@@ -83,9 +83,9 @@ def alpha_beta(
       "limits are forward_kl and reverse_kl"
     )
   mixed = jnp.exp(alpha * logp + beta * logq)
-  return (
-    alpha / total * jnp.exp(total * logp) + beta / total * jnp.exp(total * logq) - mixed
-  ) / (alpha * beta)
+  return (alpha / total * jnp.exp(total * logp) + beta / total * jnp.exp(total * logq) - mixed) / (
+    alpha * beta
+  )
 
 
 def total_variation(logp: jax.Array, logq: jax.Array) -> jax.Array:

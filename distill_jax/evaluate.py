@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill_jax import build, params, sharding, workdir
+from distill_jax import build, files, params, sharding
 from distill_jax.config import Config
 from distill_jax.data import corpus, loader
 from distill_jax.evals import lm
@@ -51,7 +51,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
   for row in results.values():
     row.pop("tokens", None)
   evaluation = {"models": results, "tokens": tokens, "corpus": f"{data.kind} {data.path} heldout"}
-  workdir.write_json(folder / "evaluation.json", evaluation)
+  files.write_json(folder / "evaluation.json", evaluation)
   return evaluation
 
 
@@ -101,4 +101,3 @@ def _batches(rows: list[dict[str, np.ndarray]], size: int) -> Iterator[Batch]:
     some = rows[i : i + size]
     empty = {name: np.zeros_like(x) for name, x in some[0].items()}
     yield loader.collate(some + [empty] * (size - len(some)))
-

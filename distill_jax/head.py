@@ -196,5 +196,3 @@ def logp_at(logits_BCV: jax.Array, ids_BCK: jax.Array) -> jax.Array:
   """log softmax at a few ids, [B, C, K], without the log-probabilities of all the others."""
   picked = jnp.take_along_axis(logits_BCV, ids_BCK, axis=-1)
   return picked - jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
-
-

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from distill_jax.errors import InputError
+from distill_jax.files import write_whole
 
 FILE = "metrics.jsonl"
 
@@ -112,12 +112,7 @@ def _clean(path: Path, purge_step: int | None) -> int:
   kept = [(row, line) for row, line in rows if purge_step is None or row["step"] < purge_step]
   raw = b"".join(line for _, line in kept)
   if len(raw) != path.stat().st_size:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("wb") as f:
-      f.write(raw)
-      f.flush()
-      os.fsync(f.fileno())
-    part.replace(path)
+    write_whole(path, raw)
   return int(kept[-1][0]["step"]) if kept else -1
 
 

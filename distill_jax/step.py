@@ -128,8 +128,8 @@ class Step:
     for name, fn in self.losses.items():
       if hasattr(fn, "whole"):
         with jax.named_scope(name):
-          pairs = fn.pairs(self.student_config, self.teacher_config)
-          means[name] = fn.whole(mine, taught[fn.teacher], adapters.get(name, {}), batch, pairs)
+          own = adapters.get(name, {})
+          means[name] = fn.whole(mine, taught[fn.teacher], own, batch, self.pairs(fn))
           total += weights[name] / count * means[name].total
     return total, means
 
@@ -144,16 +144,20 @@ class Step:
     fitted = {}
     for name in names:
       fn = self.losses[name]
-      pairs = fn.pairs(self.student_config, self.teacher_config)
-      fitted[name] = fn.fit(adapters[name], pairs, mine, taught[fn.teacher], batch)
+      fitted[name] = fn.fit(adapters[name], self.pairs(fn), mine, taught[fn.teacher], batch)
     return fitted
+
+  def pairs(self, fn: Any) -> features.Pairs:
+    """The (student layer, teacher layer) pairs of a whole-sequence loss."""
+    ours, theirs = self.student_config, self.teacher_config
+    return features.pairs(fn.layers, ours.num_hidden_layers, theirs.num_hidden_layers)
 
   def needs(self) -> tuple[Needs, Needs]:
     """The features that the losses compare, of the student and of the teacher."""
     ours, theirs = Needs(), Needs()
     for fn in self.losses.values():
       if hasattr(fn, "needs"):
-        a, b = fn.needs(self.student_config, self.teacher_config)
+        a, b = fn.needs(self.pairs(fn), self.student_config, self.teacher_config)
         ours, theirs = ours | a, theirs | b
     return ours, theirs
 

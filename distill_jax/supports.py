@@ -1,8 +1,8 @@
 """Teacher and student on the same outcomes, for any kind of targets.
 
-  dense    every token: an online teacher's logits, made for the chunk.
-  top-k    the k stored tokens, and what the convention does with the mass outside them.
-  sampled  the sampled tokens, each with an unbiased estimate of its p.
+dense    every token: an online teacher's logits, made for the chunk.
+top-k    the k stored tokens, and what the convention does with the mass outside them.
+sampled  the sampled tokens, each with an unbiased estimate of its p.
 """
 
 from __future__ import annotations

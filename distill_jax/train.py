@@ -13,7 +13,7 @@ from distill_jax import build, checkpoint, checks, optim, sharding
 from distill_jax.config import Config
 from distill_jax.data import loader
 from distill_jax.errors import InputError
-from distill_jax.metrics import MetricsWriter
+from distill_jax.metrics import MetricsWriter, read_metrics
 from distill_jax.progress import Progress
 from distill_jax.records.store import Store, open_store
 from distill_jax.step import Step
@@ -39,6 +39,8 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     state, teachers = prepare(config, mesh, saves, step, stores)
     where = jax.tree.map(lambda x: x.sharding, state)
     step_fn = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    if int(state.step) == config.train.steps:
+      return read_metrics(workdir)[-1]  # finished before
     batches = _batches(config, stores, int(state.step))
     return _loop(config, workdir, step_fn, state, teachers, batches, saves, mesh)
 
@@ -104,7 +106,7 @@ def _adapters(step: Step, stores: list[Store], key: jax.Array) -> dict[str, Any]
   recorded = stores[0].manifest.taps if step.recorded.taps else None
   width = recorded.width if recorded else getattr(step.teacher_config, "hidden_size", 0)
   adapters = {
-    name: fn.init(jax.random.fold_in(key, i), step.student_config, step.teacher_config, width)
+    name: fn.init(jax.random.fold_in(key, i), step.pairs(fn), step.student_config, width)
     for i, (name, fn) in enumerate(step.losses.items())
     if hasattr(fn, "init")
   }

@@ -15,21 +15,11 @@ from typing import Any
 
 from distill_jax import config as configs
 from distill_jax.errors import InputError
+from distill_jax.files import write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
 # A run may go on with these changed: they do not decide what is computed.
 MAY_CHANGE = ("mesh", "evaluate", "export", "inspect")
-
-
-def write_json(path: Path, tree: Any) -> None:
-  """Writes whole or not at all: a temporary name, fsync, rename."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  with temporary.open("w", encoding="utf-8") as f:
-    json.dump(tree, f, indent=1, sort_keys=True)
-    f.write("\n")
-    f.flush()
-    os.fsync(f.fileno())
-  temporary.rename(path)
 
 
 class Workdir:

@@ -21,6 +21,7 @@ from distill_jax.types import Batch, Inputs
 from distill_jax.workdir import Workdir
 
 B, T, D, E = 2, 9, 6, 10
+KEY = jax.random.key(0)
 
 
 def batch_of(mask, segments=None):
@@ -79,7 +80,7 @@ def test_least_squares_is_the_best_projection(mask):
   t[~mask] = 1e3  # not to be fitted
   shape = dataclasses.replace(llama.TINY, hidden_size=D, num_hidden_layers=1)
   loss = hidden.Loss(projection="least_squares", layers="last")
-  adapters = loss.init(jax.random.key(0), shape, shape, E)
+  adapters = loss.init(jax.random.key(0), ((0, 0),), shape, E)
   assert adapters["project"].shape == (1, D, E)
   student, teacher = Features({0: jnp.float32(s)}, {}), Features({0: jnp.float32(t)}, {})
   start = loss.whole(student, teacher, adapters, batch_of(mask), ((0, 0),)).value()
@@ -92,7 +93,7 @@ def test_least_squares_is_the_best_projection(mask):
 def test_orthogonal_projection_keeps_lengths():
   shape = dataclasses.replace(llama.TINY, hidden_size=D, num_hidden_layers=2)
   loss = hidden.Loss(projection="orthogonal")
-  project = loss.init(jax.random.key(0), shape, shape, E)["project"][...]
+  project = loss.init(jax.random.key(0), ((0, 0), (1, 1)), shape, E)["project"][...]
   for p in np.asarray(project):
     np.testing.assert_allclose(p @ p.T, np.eye(D), atol=1e-6)
   assert not np.allclose(project[0], project[1])
@@ -151,12 +152,14 @@ def test_relational_by_its_formula(mask):
   want = []
   for b in range(B):
     at = np.flatnonzero(mask[b])
+
     def parts(x):
       e = x[None, :] - x[:, None]
       d = np.linalg.norm(e, axis=-1)
       off = ~np.eye(len(x), dtype=bool)
       unit = e / np.where(d > 0, d, 1)[..., None]
       return d / d[off].mean(), np.einsum("ijd,ikd->ijk", unit, unit), off
+
     (ds, angle_s, off), (dt, angle_t, _) = parts(s[b, at]), parts(t[b, at])
     triple = off[:, :, None] & off[:, None, :] & off[None]
     loss = huber(ds - dt)[off].mean() + 2.0 * huber(angle_s - angle_t)[triple].mean()
@@ -181,10 +184,10 @@ def test_layer_maps():
 
 
 @pytest.mark.parametrize("make, message", [
-  (lambda c: hidden.Loss(projection="orthogonal").init(jax.random.key(0), c, c, 32), "leave it"),
-  (lambda c: hidden.Loss().init(jax.random.key(0), c, c, 48), "set projection to"),
-  (lambda c: relations.Loss(heads=5).needs(c, c), "do not divide"),
-  (lambda c: relations.Loss(layers="0:1").needs(c, c), "layer 0 cannot be tapped"),
+  (lambda c: hidden.Loss(projection="orthogonal").init(KEY, ((0, 1),), c, 32), "leave it"),
+  (lambda c: hidden.Loss().init(jax.random.key(0), ((0, 1),), c, 48), "set projection to"),
+  (lambda c: relations.Loss(heads=5).needs(((1, 1),), c, c), "do not divide"),
+  (lambda c: relations.Loss().needs(((0, 1),), c, c), "layer 0 cannot be tapped"),
   (lambda c: hidden.Loss(distance="l1"), "distance is 'l1'"),
   (lambda c: relational.Loss(tokens=2), "3 tokens"),
 ])  # fmt: skip
@@ -269,7 +272,7 @@ def test_relations_from_recorded_queries_keys_values(tmp_path):
 def test_projected_taps_and_adapters_resume(tmp_path):
   """Adapters train, are in the checkpoint, and a resumed run is the uninterrupted one."""
   c = feature_config(tmp_path)
-  c.records.taps_width = 48
+  c.records.taps_width, c.optim.peak_lr = 48, 1e-3
   c.losses = {
     "soft": config.loss("kd"),
     "hidden": config.loss("hidden", layers="0:1 1:2", projection="least_squares"),

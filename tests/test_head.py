@@ -26,9 +26,10 @@ def problem(seed=0):
 
 def reference(hidden, rows, ids, weight, labels, mask, T_):
   """Closed forms in float64: d(logits) = scale * (T^2 (q_T - p) / T * soft + (q - y) * hard)."""
-  softmax = lambda z: np.exp(z - z.max(-1, keepdims=True)) / np.exp(
-    z - z.max(-1, keepdims=True)
-  ).sum(-1, keepdims=True)
+  softmax = lambda z: (
+    np.exp(z - z.max(-1, keepdims=True))
+    / np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)
+  )
   z = hidden @ rows.T
   q, qT = softmax(z), softmax(z / T_)
   p, y = np.zeros_like(z), np.zeros_like(z)

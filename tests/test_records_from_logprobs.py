@@ -34,9 +34,7 @@ SGLANG = {
 
 
 def openai(**change):
-  top = lambda *pairs: [
-    {"token": t, "logprob": x, "bytes": list(t.encode())} for t, x in pairs
-  ]
+  top = lambda *pairs: [{"token": t, "logprob": x, "bytes": list(t.encode())} for t, x in pairs]
   return {
     "id": "chatcmpl-1", "object": "chat.completion", "prompt_token_ids": [1],
     "choices": [{"index": 0, "message": {"role": "assistant", "content": " cat sat"},

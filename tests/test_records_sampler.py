@@ -139,9 +139,7 @@ def test_top_k_is_that_of_jax_with_ties(V):
 
 def test_nucleus_keeps_the_fewest_entries_that_hold_the_mass():
   hidden, head, labels, _ = example()
-  out = sampler.summarise(
-    hidden, head / 3, labels, None, n=40, chunk=4, kind="topk", nucleus=0.6
-  )
+  out = sampler.summarise(hidden, head / 3, labels, None, n=40, chunk=4, kind="topk", nucleus=0.6)
   p = np.sort(softmax(hidden.astype(np.float64) @ head.T / 3), -1)[..., ::-1]
   want = np.minimum((np.cumsum(p, -1) < 0.6).sum(-1) + 1, 40)
   got = np.isfinite(out["logp"]).sum(-1)

@@ -211,9 +211,26 @@ def test_what_records_cannot_serve_is_refused(folder):
   with pytest.raises(InputError, match="scheduled to step 7 and training ends at 6"):
     train(c, folder / "refused2")
   c.losses = {"f": config.loss("kd")}
+  c.data.tokenizer = str(other_tokenizer(folder))
+  with pytest.raises(InputError, match="were made with tokenizer .* and .*other.json is"):
+    train(c, folder / "refused4")
+  c = tiny.tiny(folder)
+  c.teacher.digest = "abc"
+  with pytest.raises(InputError, match="are of a teacher with digest .* teacher.digest is abc"):
+    train(c, folder / "refused5")
+  c = tiny.tiny(folder)
   c.train.records = (str(folder / "text"),)
   with pytest.raises(InputError, match="hold text alone"):
     train(c, folder / "refused3")
+
+
+def other_tokenizer(folder):
+  import tokenizers
+
+  other = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  other.add_special_tokens(["<extra>"])
+  other.save(str(folder / "other.json"))
+  return folder / "other.json"
 
 
 def test_metrics_are_the_same_offline(folder):
@@ -252,7 +269,7 @@ def test_a_store_is_extended_by_a_longer_corpus_and_not_by_another(folder):
   c.data.path = str(folder / "other.txt")
   (folder / "other.txt").write_text(text[:200] + "Something else." + text[200:])
   c.data.sequences = 20
-  with pytest.raises(InputError, match="holds another text in sequence 5"):
+  with pytest.raises(InputError, match="holds another text in sequence 7"):
     record(config.resolve(c), folder / "short")
 
 

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import sentencepiece
 import tokenizers
 
 from distill_jax.errors import InputError
+from distill_jax.files import write_whole
 
 FILES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 # Looked for in this order where nothing names them. A document's end comes before a
@@ -181,7 +181,7 @@ def train_sentencepiece(
       f"no sentencepiece model of {vocab_size} pieces can be trained on this corpus ({reason}); "
       "give more text or another vocab_size"
     ) from e
-  _write(out, model.getvalue())
+  write_whole(out, model.getvalue())
   return load_tokenizer(out)
 
 
@@ -229,13 +229,3 @@ def _named(config: Path) -> dict[str, str]:
   tokens = {k: said.get(k) for k in ("eos_token", "bos_token")}
   # An added token is spelt as a string, or as an object that holds it.
   return {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items() if v}
-
-
-def _write(path: Path, raw: bytes) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f".{path.name}.{os.getpid()}.part")
-  with part.open("wb") as f:
-    f.write(raw)
-    f.flush()
-    os.fsync(f.fileno())
-  part.replace(path)

@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill_jax import features
 from distill_jax.errors import InputError
-from distill_jax.features import Features, Needs
+from distill_jax.features import Features, Needs, Pairs
 from distill_jax.params import param
 from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch, Mean
@@ -46,21 +45,19 @@ class Loss:
         f"{DISTANCES} and one of {PROJECTIONS}"
       )
 
-  def pairs(self, student: Any, teacher: Any) -> features.Pairs:
-    return features.pairs(self.layers, student.num_hidden_layers, teacher.num_hidden_layers)
-
-  def needs(self, student: Any, teacher: Any) -> tuple[Needs, Needs]:
-    ours, theirs = zip(*self.pairs(student, teacher), strict=True)
+  def needs(self, pairs: Pairs, student: Any, teacher: Any) -> tuple[Needs, Needs]:
+    del student, teacher
+    ours, theirs = zip(*pairs, strict=True)
     return Needs(hidden=ours), Needs(hidden=theirs)
 
-  def init(self, key: jax.Array, student: Any, teacher: Any, width: int) -> dict[str, Any]:
+  def init(self, key: jax.Array, pairs: Pairs, student: Any, width: int) -> dict[str, Any]:
     """The projections [P, D, E], one a pair; {} where the widths are equal.
 
     Args:
-      student, teacher: configs.
+      student: its config.
       width: of the teacher's hidden states as they are given (records may project them).
     """
-    D, n = student.hidden_size, len(self.pairs(student, teacher))
+    D, n = student.hidden_size, len(pairs)
     if width == D and self.projection != "none":
       raise InputError(
         f"projection is {self.projection!r} and both hidden states have {D} numbers; leave it "
@@ -79,7 +76,7 @@ class Loss:
     return {"project": project.replace(start)}
 
   def fit(
-    self, adapters: dict[str, Any], pairs: features.Pairs, student: Features, teacher: Features,
+    self, adapters: dict[str, Any], pairs: Pairs, student: Features, teacher: Features,
     batch: Batch,
   ) -> dict[str, Any]:  # fmt: skip
     """The projections that best map the student's hidden states of one batch."""
@@ -96,7 +93,7 @@ class Loss:
 
   def whole(
     self, student: Features, teacher: Features, adapters: dict[str, Any], batch: Batch,
-    pairs: features.Pairs,
+    pairs: Pairs,
   ) -> Mean:  # fmt: skip
     total = Mean(jnp.zeros(()), jnp.zeros(()))
     for i, (a, b) in enumerate(pairs):

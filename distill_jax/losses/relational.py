@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill_jax import features
 from distill_jax.errors import InputError
-from distill_jax.features import Features, Needs
+from distill_jax.features import Features, Needs, Pairs
 from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch, Mean
 
@@ -40,20 +39,14 @@ class Loss:
         "is at least 0"
       )
 
-  def pairs(self, student: Any, teacher: Any) -> features.Pairs:
-    return features.pairs(self.layers, student.num_hidden_layers, teacher.num_hidden_layers)
-
-  def needs(self, student: Any, teacher: Any) -> tuple[Needs, Needs]:
-    ours, theirs = zip(*self.pairs(student, teacher), strict=True)
+  def needs(self, pairs: Pairs, student: Any, teacher: Any) -> tuple[Needs, Needs]:
+    del student, teacher
+    ours, theirs = zip(*pairs, strict=True)
     return Needs(hidden=ours), Needs(hidden=theirs)
-
-  def init(self, key: jax.Array, student: Any, teacher: Any, width: int) -> dict[str, Any]:
-    del key, student, teacher, width
-    return {}
 
   def whole(
     self, student: Features, teacher: Features, adapters: dict[str, Any], batch: Batch,
-    pairs: features.Pairs,
+    pairs: Pairs,
   ) -> Mean:  # fmt: skip
     del adapters
     T = batch.mask_BT.shape[1]

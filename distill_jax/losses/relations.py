@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill_jax import features
 from distill_jax.errors import InputError
-from distill_jax.features import Features, Needs
+from distill_jax.features import Features, Needs, Pairs
 from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch, Mean
 
@@ -37,10 +36,7 @@ class Loss:
   layers: str = "last"
   heads: int = 1
 
-  def pairs(self, student: Any, teacher: Any) -> features.Pairs:
-    return features.pairs(self.layers, student.num_hidden_layers, teacher.num_hidden_layers)
-
-  def needs(self, student: Any, teacher: Any) -> tuple[Needs, Needs]:
+  def needs(self, pairs: Pairs, student: Any, teacher: Any) -> tuple[Needs, Needs]:
     for who, c in (("student", student), ("teacher", teacher)):
       for n in (c.num_attention_heads, c.num_key_value_heads):
         if self.heads < 1 or n * c.head_dim % self.heads:
@@ -48,18 +44,14 @@ class Loss:
             f"relations have {self.heads} heads and the {who} {n} of {c.head_dim}, which they do "
             "not divide; choose another losses.….heads"
           )
-    ours, theirs = zip(*self.pairs(student, teacher), strict=True)
+    ours, theirs = zip(*pairs, strict=True)
     if 0 in (*ours, *theirs):
       raise InputError("relations of layer 0 cannot be tapped; name layers from 1 on")
     return Needs(qkv=ours), Needs(qkv=theirs)
 
-  def init(self, key: jax.Array, student: Any, teacher: Any, width: int) -> dict[str, Any]:
-    del key, student, teacher, width
-    return {}
-
   def whole(
     self, student: Features, teacher: Features, adapters: dict[str, Any], batch: Batch,
-    pairs: features.Pairs,
+    pairs: Pairs,
   ) -> Mean:  # fmt: skip
     del adapters
     total = Mean(jnp.zeros(()), jnp.zeros(()))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError
+from distill_jax.files import write_whole
 from distill_jax.records import codec
 
 FORMAT = 1
@@ -142,7 +143,7 @@ class Manifest:
 
   def save(self, folder: Path) -> None:
     text = json.dumps(_plain(dataclasses.asdict(self)), indent=1)
-    write_atomically(folder / NAME, text + "\n")
+    write_whole(folder / NAME, text + "\n")
 
 
 def shard_name(number: int) -> str:
@@ -196,25 +197,6 @@ def require_same(want: Manifest, found: Manifest, folder: Path) -> None:
         f"{folder} holds records with {key}={there!r} and this run has {key}={here!r}; "
         "choose another folder, or the settings of the first recording"
       )
-
-
-def write_atomically(path: Path, text: str) -> None:
-  """A whole file or none, on disk when this returns."""
-  part = path.with_name(f".{path.name}.{os.getpid()}")
-  with part.open("w") as f:
-    f.write(text)
-    f.flush()
-    os.fsync(f.fileno())
-  part.replace(path)
-  sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-  fd = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(fd)
-  finally:
-    os.close(fd)
 
 
 def _plain(x: Any) -> Any:

@@ -49,9 +49,7 @@ def systematic(
   return _points(jnp.exp(logits_BCV - peak_BC[..., None]), u_BC, n, axis)
 
 
-def top_k(
-  logits_BCV: jax.Array, k: int, *, axis: str | None = None
-) -> tuple[jax.Array, jax.Array]:
+def top_k(logits_BCV: jax.Array, k: int, *, axis: str | None = None) -> tuple[jax.Array, jax.Array]:
   """The k largest logits and their ids: float32 and int32 [B, C, k], largest first."""
   width = logits_BCV.shape[-1]
   top, ids = _local_top_k(logits_BCV, min(k, width))

@@ -146,5 +146,3 @@ def _reader(folder: Path, shard: Shard) -> Any:
       "again"
     )
   return reader
-
-

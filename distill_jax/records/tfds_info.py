@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from distill_jax.files import write_whole
 from distill_jax.records import example
-from distill_jax.records.manifest import Manifest, write_atomically
+from distill_jax.records.manifest import Manifest
 
 SPLIT = "records"
 # Without the number of shards in the names, a store is extended without renaming any.
@@ -44,4 +45,4 @@ def write(folder: Path, m: Manifest) -> None:
     info.set_splits(tfds.core.splits.SplitDict([split]))
     info.write_to_directory(scratch)
     for made in Path(scratch).iterdir():
-      write_atomically(folder / made.name, made.read_text())
+      write_whole(folder / made.name, made.read_text())

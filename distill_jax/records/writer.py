@@ -20,6 +20,7 @@ from typing import IO
 
 from array_record.python import array_record_module
 
+from distill_jax import files
 from distill_jax.errors import InputError
 from distill_jax.records import codec, example, tfds_info
 from distill_jax.records import manifest as manifest_lib
@@ -165,8 +166,8 @@ class Writer:
         )
       return
     part.replace(path)
-    manifest_lib.sync_folder(self.folder)
-    manifest_lib.write_atomically(self._note(number), json.dumps(dataclasses.asdict(shard)) + "\n")
+    files.sync_folder(self.folder)
+    files.write_whole(self._note(number), json.dumps(dataclasses.asdict(shard)) + "\n")
 
   def _note(self, number: int) -> Path:
     return self.folder / f"{manifest_lib.shard_name(number)}.json"

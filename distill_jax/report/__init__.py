@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError
+from distill_jax.files import write_whole
 from distill_jax.metrics import FILE, read_metrics, spell
 from distill_jax.report import page
 from distill_jax.report.numbers import COLUMNS, percent, text
@@ -197,7 +197,7 @@ def report(
     export_dir=str(export_dir),
     commands=_commands(folder, loaded),
   )
-  _write(folder / out, html)
+  write_whole(folder / out, html)
   return summary(evaluation, records, export_dir)
 
 
@@ -243,13 +243,3 @@ def _json(path: Path) -> dict[str, Any]:
   if not isinstance(tree, dict):
     raise InputError(f"{path} holds a JSON {type(tree).__name__}; it must be one object")
   return tree
-
-
-def _write(path: Path, text: str) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f".{path.name}.{os.getpid()}.part")
-  with part.open("w", encoding="utf-8") as f:
-    f.write(text)
-    f.flush()
-    os.fsync(f.fileno())
-  part.replace(path)
