@@ -59,8 +59,8 @@ def shape(spec: Model) -> tuple[str, Any]:
     return shape(workdir.read_config(spec.source.removeprefix(RUN)).student)
   if spec.source:
     source = hub.open_model(spec.source)
-    kept = spec.keep_layers or range(source.config.num_hidden_layers)
-    return source.family, dataclasses.replace(source.config, num_hidden_layers=len(kept))
+    kept = spec.keep_layers
+    return source.family, source.config.keep(kept) if kept else source.config
   shapes = folder.load("models", spec.family).CONFIGS
   if spec.shape not in shapes:
     raise InputError(f"{spec.family} has no shape {spec.shape!r}; it names {', '.join(shapes)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -52,18 +52,20 @@ class Compute:
     return jax.checkpoint(fn, policy=dots if self.remat == "dots" else None)
 
 
-def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
   """Root-mean-square norm in float32, returned in the input's dtype (arXiv:1910.07467)."""
   x = x_BTD.astype(jnp.float32)
   x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
-  scale = jnp.broadcast_to(scale_D.astype(jnp.float32), x.shape)
+  scale = jnp.broadcast_to(scale_D.astype(jnp.float32) + offset, x.shape)
   return (x * scale).astype(x_BTD.dtype)
 
 
-def rope_angles(positions_BT: jax.Array, inv_freq: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def rope_angles(
+  positions_BT: jax.Array, inv_freq: np.ndarray, amplitude: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
   """(cos, sin) of rotary embeddings, float32 [B, T, h/2] (arXiv:2104.09864)."""
   angles = positions_BT[..., None].astype(jnp.float32) * inv_freq[None, None, :]
-  return jnp.cos(angles), jnp.sin(angles)
+  return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
 
 
 def rope(x_BTHh: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -73,27 +75,101 @@ def rope(x_BTHh: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHh.dtype)
 
 
-def attention(q_BTHh: jax.Array, k_BTGh: jax.Array, v_BTGh: jax.Array, segments_BT: jax.Array):
-  """Causal attention within segments, grouped heads, scale 1/sqrt(h). Returns [B, T, H, h].
+def attention(
+  q_BTHh: jax.Array, k_BTGh: jax.Array, v_BTGh: jax.Array, segments_BT: jax.Array,
+  window: Any = None, scale: float | None = None,
+) -> jax.Array:  # fmt: skip
+  """Causal attention within segments, grouped heads. Returns [B, T, H, h].
 
   A position always sees itself, padding too, so no row of the softmax is empty.
+
+  Args:
+    window: how many positions, itself among them, a position sees; may be traced.
+    scale: of the scores; 1/sqrt(h) by default.
   """
-  same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+  mask_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+  if window is not None:  # positions of a segment are consecutive, so places tell distances
+    at = jnp.arange(segments_BT.shape[1])
+    mask_BTS &= (at[:, None] - at[None, :] < window)[None]
   return jax.nn.dot_product_attention(
-    q_BTHh, k_BTGh, v_BTGh, mask=same_BTS[:, None], is_causal=True, implementation="xla"
+    q_BTHh, k_BTGh, v_BTGh, mask=mask_BTS[:, None], scale=scale, is_causal=True,
+    implementation="xla",
+  )  # fmt: skip
+
+
+def gated_mlp(
+  x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array,
+  activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+) -> jax.Array:  # fmt: skip
+  """down(activation(gate(x)) * up(x)); SwiGLU with silu (arXiv:2002.05202)."""
+  return (activation(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
+
+
+def experts(
+  x_BTD: jax.Array, ids_BTK: jax.Array, weight_BTK: jax.Array,
+  gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, rules: sharding.Rules,
+) -> jax.Array:  # fmt: skip
+  """Each position through its K chosen gated feed-forwards, summed by weight. Returns [B, T, D].
+
+  Every device sorts its own positions by expert and multiplies them in groups, by those
+  experts (or that part of each) that it holds; what it lacks comes from the devices that
+  share its positions.
+
+  Args:
+    ids_BTK: int32, the experts of each position.
+    weight_BTK: float32.
+
+  Raises:
+    InputError: experts are computed along a mesh axis that positions are spread over.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return _grouped(x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD, 0)
+  rows = rules.spec(("batch", "seq", "embed"), "compute")
+  up = rules.spec(("experts", "embed", "expert_mlp"), "compute")
+  down = rules.spec(("experts", "expert_mlp", "embed"), "compute")
+  names = lambda *parts: [a for p in parts for a in ((p,) if isinstance(p, str) else p or ())]
+  parts = names(up[0], up[2])
+  if both := set(parts) & set(names(*rows)):
+    raise InputError(
+      f"experts are computed along mesh axis {both.pop()!r}, which the batch is spread over; give "
+      "'experts' and 'expert_mlp' another axis, or none, in the compute column"
+    )
+
+  def here(x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD):
+    if parts:  # said here: left to the gather below, jax 0.10 forgets it in the gradient
+      x_BTD = jax.lax.pcast(x_BTD, tuple(parts), to="varying")
+    first = jax.lax.axis_index(up[0]) * gate_EDF.shape[0] if up[0] else 0
+    y_BTD = _grouped(x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD, first)
+    return jax.lax.psum(y_BTD, tuple(parts)) if parts else y_BTD
+
+  return jax.shard_map(here, in_specs=(rows, rows, rows, up, up, down), out_specs=rows)(
+    x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD
   )
 
 
-def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array):
-  """down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
-  return (jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
+def _grouped(x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD, first) -> jax.Array:
+  """`experts` for the E experts from number `first` on; the choices of others add nothing."""
+  (B, T, D), K, E = x_BTD.shape, ids_BTK.shape[-1], gate_EDF.shape[0]
+  ids_N = ids_BTK.reshape(-1) - first  # N = B * T * K choices
+  mine_N = (ids_N >= 0) & (ids_N < E)
+  ids_N = jnp.where(mine_N, ids_N, E)  # the others' are sorted behind the last group
+  order_N = jnp.argsort(ids_N)
+  sizes_E = jnp.zeros(E, jnp.int32).at[ids_N].add(1, mode="drop")
+  product = lambda x_ND, w_EDF: jax.lax.ragged_dot(x_ND, w_EDF, sizes_E)
+  # Rows behind the last group may hold anything, in the gradient too.
+  only_mine = lambda x_ND: jnp.where(mine_N[order_N][:, None], x_ND, 0)
+  x_ND = only_mine(x_BTD.reshape(-1, D)[order_N // K])
+  h_NF = jax.nn.silu(product(x_ND, gate_EDF)) * product(x_ND, up_EDF)
+  y_ND = only_mine(product(h_NF, down_EFD))[jnp.argsort(order_N)]
+  y_BTKD = y_ND.reshape(B, T, K, D)
+  return jnp.einsum("BTKD,BTK->BTD", y_BTKD, weight_BTK.astype(y_BTKD.dtype))
 
 
 def scan_layers(
-  layers: Any, apply: Callable[[Any, jax.Array], jax.Array], x_BTD: jax.Array,
-  taps: tuple[int, ...], how: Compute,
+  stacks: Sequence[Any], apply: Callable[[Any, jax.Array, jax.Array], jax.Array],
+  x_BTD: jax.Array, taps: tuple[int, ...], how: Compute,
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
-  """Runs `x = apply(layer, x)` over stacked layers, keeping the layers asked for.
+  """Runs `x = apply(layer, its number, x)` over stacks of layers, keeping those asked for.
 
   A tapped activation is written into a buffer carried through the scan; a layer that is
   not asked for writes to a slot out of bounds, which `mode="drop"` discards. So memory
@@ -105,19 +181,24 @@ def scan_layers(
   Raises:
     InputError: a tap is not the index of a layer.
   """
-  n = jax.tree.leaves(layers)[0].shape[0]
+  sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in stacks]
+  n = sum(sizes)
   bad = [t for t in taps if not 0 <= t < n]
   if bad or len(set(taps)) < len(taps):
     raise InputError(f"taps {taps}: each is a different layer from 0 to {n - 1}")
   slots = np.full(n, len(taps), np.int32)
   slots[list(taps)] = np.arange(len(taps))
-  step = how.checkpoint(lambda layer, x: apply(how.view(params.unstack(layer)), x))
+  step = how.checkpoint(lambda layer, i, x: apply(how.view(params.unstack(layer)), i, x))
 
   def body(carry, xs):
-    (x, buffer), (layer, slot) = carry, xs
-    x = sharding.constrain(step(layer, x), "batch seq embed", how.rules)
+    (x, buffer), (layer, i, slot) = carry, xs
+    x = sharding.constrain(step(layer, i, x), "batch seq embed", how.rules)
     return (x, buffer.at[slot].set(x, mode="drop") if taps else None), None
 
-  buffer = jnp.zeros((len(taps), *x_BTD.shape), x_BTD.dtype) if taps else None
-  (x_BTD, buffer), _ = jax.lax.scan(body, (x_BTD, buffer), (layers, jnp.asarray(slots)))
-  return x_BTD, buffer
+  carry = x_BTD, jnp.zeros((len(taps), *x_BTD.shape), x_BTD.dtype) if taps else None
+  first = 0
+  for stack, size in zip(stacks, sizes, strict=True):
+    numbers = np.arange(first, first + size, dtype=np.int32)
+    carry, _ = jax.lax.scan(body, carry, (stack, numbers, slots[first : first + size]))
+    first += size
+  return carry

@@ -30,7 +30,7 @@ def param(key: jax.Array, dims: str, hf: str, out: str = "", init: str | float =
       or the standard deviation of a normal.
 
   Returns:
-    An `nnx.Param` with metadata `axes`, `hf` and `out`.
+    An `nnx.Param` with metadata `axes`, `hf` and `out`, and `first`, which `stack` sets.
   """
   pairs = [d.split(":") for d in dims.split()]
   axes, shape = tuple(a for a, _ in pairs), tuple(int(n) for _, n in pairs)
@@ -43,14 +43,20 @@ def param(key: jax.Array, dims: str, hf: str, out: str = "", init: str | float =
     fan_in = math.prod(n for a, n in zip(axes, shape, strict=True) if a not in first)
     std = 1 / math.sqrt(fan_in) if init == "fan_in" else float(init)
     value = std * jax.random.normal(key, shape, jnp.float32)
-  return nnx.Param(value, axes=axes, hf=hf, out=first)
+  return nnx.Param(value, axes=axes, hf=hf, out=first, first=0)
 
 
-def stack(n: int, make: Callable[[jax.Array], Any], key: jax.Array, axis: str = "layers") -> Any:
-  """`n` copies of a module (or parameter) along a new first axis, ready for `lax.scan`."""
+def stack(
+  n: int, make: Callable[[jax.Array], Any], key: jax.Array, axis: str = "layers", first: int = 0
+) -> Any:
+  """`n` copies of a module (or parameter) along a new first axis, ready for `lax.scan`.
+
+  `first` is the number that Hugging Face gives to the first layer of the stack.
+  """
   stacked = jax.vmap(make)(jax.random.split(key, n))
   # vmap does not lift metadata: the new axis gets its name here.
-  return map_params(lambda v: v.replace(axes=(axis, *v.get_metadata()["axes"])), stacked)
+  named = lambda v: v.replace(axes=(axis, *v.get_metadata()["axes"]), first=first)
+  return map_params(named, stacked)
 
 
 def unstack(layer: Any) -> Any:

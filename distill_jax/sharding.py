@@ -32,6 +32,10 @@ TABLE: dict[str, tuple[Any, Any]] = {
   "head_dim": (None, None),
   "mlp": ("tensor", "tensor"),
   "norm": (None, None),
+  "bias": (None, None),
+  "experts": ("tensor", "tensor"),
+  "expert_mlp": (None, None),
+  "routes": (None, None),  # the experts, where a router chooses among them
   "layers": (None, None),
   "pairs": (None, None),  # of adapters, as the next
   "teacher_embed": (None, None),

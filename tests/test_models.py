@@ -1,6 +1,7 @@
 """What every family keeps: causality, packing, named taps. Truths, not comparisons."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,32 +12,53 @@ from distill_jax import folder, layers
 from distill_jax.errors import InputError
 from distill_jax.types import Inputs
 
-FAMILIES = folder.names("models")
 T = 12
+TINY = [
+  (name, shape)
+  for name in folder.names("models")
+  for shape in folder.load("models", name).CONFIGS
+  if shape.startswith("tiny")
+]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=TINY, ids=lambda p: " ".join(p))
 def family(request):
-  module = folder.load("models", request.param)
-  return module, module.Model(module.TINY, jax.random.key(0))
+  name, shape = request.param
+  module = folder.load("models", name)
+  config = module.CONFIGS[shape]
+  return module, jax.jit(lambda key: module.Model(config, key))(jax.random.key(0))
 
 
-def influence(module, model, segments_T, positions_T):
-  """|d hidden_t / d embedding of token s|, [t, s]: who sees whom."""
-  tokens = jnp.arange(T)[None]  # all different, so that each has a row of its own
-  inputs = Inputs(tokens, jnp.asarray(positions_T)[None], jnp.asarray(segments_T)[None])
+@functools.partial(jax.jit, static_argnames=("dtype", "taps"))
+def run(model, inputs, dtype="float32", taps=()):
+  return model(inputs, layers.Compute(dtype), taps)
+
+
+@jax.jit
+def sensitivity(model, inputs):
+  """|d hidden / d embedding table|, summed over both widths, [t, row]."""
 
   def hidden(rows_VD):
     model_ = jax.tree.map(lambda x: x, model)
     model_.embed = model.embed.replace(rows_VD)
     return model_(inputs, layers.Compute()).hidden_BTD[0]
 
-  grad_TDVD = jax.jacrev(hidden)(model.embed[...])
-  return np.abs(np.asarray(grad_TDVD[:, :, :T])).sum((1, 3))
+  hidden_TD, pull = jax.vjp(hidden, model.embed[...])
+  basis = jnp.eye(hidden_TD.size).reshape(-1, *hidden_TD.shape)
+  # One after another: ragged_dot has no rule for vmap here.
+  sizes = jax.lax.map(lambda unit_TD: jnp.abs(pull(unit_TD)[0]).sum(1), basis)
+  return sizes.reshape(*hidden_TD.shape, -1).sum(1)
+
+
+def influence(model, segments_T, positions_T):
+  """|d hidden_t / d embedding of token s|, [t, s]: who sees whom."""
+  tokens = jnp.arange(T)[None]  # all different, so that each has a row of its own
+  inputs = Inputs(tokens, jnp.asarray(positions_T)[None], jnp.asarray(segments_T)[None])
+  return np.asarray(sensitivity(model, inputs))[:, :T]
 
 
 def test_a_position_sees_itself_and_what_came_before(family):
-  seen = influence(*family, np.ones(T, np.int32), np.arange(T, dtype=np.int32))
+  seen = influence(family[1], np.ones(T, np.int32), np.arange(T, dtype=np.int32))
   assert np.all(seen[np.triu_indices(T, 1)] == 0)
   assert np.all(seen[np.tril_indices(T)] > 0)
 
@@ -44,7 +66,7 @@ def test_a_position_sees_itself_and_what_came_before(family):
 def test_documents_of_a_row_do_not_see_each_other(family):
   segments = np.array([1] * 5 + [2] * 4 + [0] * 3, np.int32)
   positions = np.array([*range(5), *range(4), *range(3)], np.int32)
-  seen = influence(*family, segments, positions)
+  seen = influence(family[1], segments, positions)
   apart = segments[:, None] != segments[None, :]
   assert np.all(seen[apart] == 0)
   assert np.all(np.diag(seen) > 0)
@@ -55,25 +77,25 @@ def test_a_packed_document_is_read_as_if_it_were_alone(family):
   tokens = jax.random.randint(jax.random.key(1), (1, T), 0, 256)
   segments = jnp.asarray([[1] * 5 + [2] * 7])
   positions = jnp.asarray([[*range(5), *range(7)]])
-  packed = model(Inputs(tokens, positions, segments), layers.Compute()).hidden_BTD[:, 5:]
+  packed = run(model, Inputs(tokens, positions, segments)).hidden_BTD[:, 5:]
   alone = Inputs(tokens[:, 5:], positions[:, 5:], jnp.ones((1, 7), jnp.int32))
-  np.testing.assert_allclose(packed, model(alone, layers.Compute()).hidden_BTD, atol=2e-6)
+  np.testing.assert_allclose(packed, run(model, alone).hidden_BTD, atol=2e-6)
 
 
 def test_taps_are_the_layers_asked_for_in_that_order(family):
-  module, model = family
+  _, model = family
   inputs = Inputs(*(jnp.ones((1, T), jnp.int32),) * 3)
-  L = module.TINY.num_hidden_layers
-  all_taps = model(inputs, layers.Compute(), taps=tuple(range(L))).taps_PBTD
-  two = model(inputs, layers.Compute(), taps=(L - 1, 0)).taps_PBTD
+  L = model.config.num_hidden_layers
+  all_taps = run(model, inputs, taps=tuple(range(L))).taps_PBTD
+  two = run(model, inputs, taps=(L - 1, 0)).taps_PBTD
   np.testing.assert_array_equal(two, all_taps[jnp.asarray([L - 1, 0])])
-  assert model(inputs, layers.Compute()).taps_PBTD is None
+  assert run(model, inputs).taps_PBTD is None
   with pytest.raises(InputError, match=f"from 0 to {L - 1}"):
-    model(inputs, layers.Compute(), taps=(L,))
+    run(model, inputs, taps=(L,))
 
 
 def test_configs_survive_hugging_face_form(family):
-  config = family[0].TINY
+  config = family[1].config
   assert family[0].Config.from_hf(config.to_hf()) == config
   assert dataclasses.is_dataclass(config)
 
@@ -81,8 +103,8 @@ def test_configs_survive_hugging_face_form(family):
 def test_bfloat16_is_near_float32(family):
   _, model = family
   inputs = Inputs(*(jnp.ones((1, T), jnp.int32),) * 3)
-  exact = model(inputs, layers.Compute()).hidden_BTD
-  half = model(inputs, layers.Compute(dtype="bfloat16")).hidden_BTD
+  exact = run(model, inputs).hidden_BTD
+  half = run(model, inputs, "bfloat16").hidden_BTD
   assert half.dtype == jnp.bfloat16
   # bfloat16 keeps 8 bits: 2**-8 an operation, over a dozen of them a layer.
   np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=0.1)

@@ -35,13 +35,14 @@ def tensors(
 
   With `layers`, our layer i goes by the name of layer `layers[i]`.
   """
-  axes = loop_axes(v)
+  axes, first = loop_axes(v), v.get_metadata()["first"]
   sizes = v.shape[: len(axes)]
   index = index or (slice(None),) * len(axes)
   for at in _grid([range(n)[s] for n, s in zip(sizes, index, strict=False)]):
     named = dict(zip(axes, at, strict=True))
-    if layers and "layers" in named:
-      named["layers"] = layers[named["layers"]]
+    if "layers" in named:
+      named["layers"] += first
+      named["layers"] = layers[named["layers"]] if layers else named["layers"]
     yield v.get_metadata()["hf"].format(**named), at
 
 
@@ -61,11 +62,13 @@ def matcher(v: Any) -> Callable[[str], bool]:
   pattern = re.escape(hf)
   for axis in axes:
     pattern = pattern.replace(re.escape("{" + axis + "}"), f"(?P<{axis}>0|[1-9][0-9]{{0,8}})")
-  name, sizes = re.compile(pattern), dict(zip(axes, v.shape, strict=False))
+  first = lambda axis: v.get_metadata()["first"] if axis == "layers" else 0
+  known = {a: range(first(a), first(a) + n) for a, n in zip(axes, v.shape, strict=False)}
+  name = re.compile(pattern)
 
   def matches(given: str) -> bool:
     found = name.fullmatch(given)
-    return found is not None and all(int(i) < sizes[a] for a, i in found.groupdict().items())
+    return found is not None and all(int(i) in known[a] for a, i in found.groupdict().items())
 
   return matches
 

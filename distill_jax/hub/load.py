@@ -153,8 +153,7 @@ def load(
   build = lambda c: jax.eval_shape(lambda key: family.Model(c, key), jax.random.key(0))
   whole = build(config)
   _check(pretrained.weights, whole, pretrained)
-  cut = dataclasses.replace(config, num_hidden_layers=len(keep_layers)) if keep_layers else config
-  model = build(cut)
+  model = build(config.keep(keep_layers) if keep_layers else config)
   places = sharding.shardings(model, mesh, how.rules)
   sizes = (
     len(shards_here(v, place)) * math.prod(place.shard_shape(v.shape))

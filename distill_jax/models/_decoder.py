@@ -1,0 +1,272 @@
+"""The decoder that families share: config.json, a layer, the model around the layers.
+
+A family subclasses Config, and sets there what tells it apart; where that is not enough,
+it overrides a method of Block or Model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from distill_jax import layers, sharding
+from distill_jax.errors import InputError
+from distill_jax.models import _rope
+from distill_jax.params import param, stack, unstack
+from distill_jax.types import Inputs, Output
+
+TINY: dict[str, Any] = {  # the smallest model of every family
+  "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+  "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+  "max_position_embeddings": 128, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The shape of a model, in Hugging Face's words."""
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  num_key_value_heads: int
+  head_dim: int
+  max_position_embeddings: int
+  rms_norm_eps: float = 1e-5
+  rope_theta: float = 10_000.0
+  rope_scaling: _rope.Scaling | None = None
+  tie_word_embeddings: bool = False
+
+  # Of a family, not of a model: what it writes into config.json, and how it computes.
+  MODEL_TYPE: ClassVar[str]
+  ARCHITECTURE: ClassVar[str]
+  FIXED: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}  # the only values it can do
+  QKV_BIAS: ClassVar[bool] = False
+  QK_NORM: ClassVar[bool] = False  # of each head, before rope
+  NORM_OFFSET: ClassVar[float] = 0.0  # added to the scale of a norm
+
+  def __post_init__(self):
+    _rope.check_numbers(self)
+    if self.head_dim % 2:
+      raise InputError(f"head_dim is {self.head_dim}; rope turns pairs, so it has to be even")
+    if self.num_attention_heads % self.num_key_value_heads:
+      raise InputError(
+        f"{self.num_attention_heads} attention heads do not divide over "
+        f"{self.num_key_value_heads} key/value heads"
+      )
+
+  @classmethod
+  def from_hf(cls, hf: dict[str, Any]) -> Self:
+    """From a Hugging Face config.json; what this family cannot do is refused by name."""
+    for key, want in cls.FIXED.items():
+      if hf.get(key, want) != want:
+        raise InputError(
+          f"config.json has {key}={hf[key]!r}; the {cls.MODEL_TYPE} family has {want!r} only"
+        )
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    heads = hf["num_attention_heads"]
+    values: dict[str, Any] = {
+      "num_key_value_heads": hf.get("num_key_value_heads") or heads,
+      "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
+      "rms_norm_eps": hf["rms_norm_eps"],
+      "rope_theta": rope.get("rope_theta", hf.get("rope_theta", 10_000.0)),
+      "rope_scaling": _rope.read(rope),
+    }
+    for f in dataclasses.fields(cls):
+      if f.name not in values and (f.name in hf or f.default is dataclasses.MISSING):
+        values[f.name] = hf[f.name]
+      if f.type == "float" and type(values.get(f.name)) is int:
+        values[f.name] = float(values[f.name])
+    return cls(**values)
+
+  def to_hf(self) -> dict[str, Any]:
+    """The config.json of this model."""
+    hf = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    theta, scaling = hf.pop("rope_theta"), _rope.write(hf.pop("rope_scaling"))
+    return {
+      "architectures": [self.ARCHITECTURE], "model_type": self.MODEL_TYPE,
+      "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
+      **self.FIXED, **hf,
+      # The first key is read by transformers 5, the two others by older ones and by vLLM.
+      "rope_parameters": {**scaling, "rope_theta": theta}, "rope_theta": theta,
+      "rope_scaling": scaling if self.rope_scaling else None,
+    }  # fmt: skip
+
+  def keep(self, kept: tuple[int, ...]) -> Self:
+    """The config of a model that has these layers of this one, in this order."""
+    return dataclasses.replace(self, num_hidden_layers=len(kept))
+
+  @property
+  def window(self) -> int | None:
+    """How many positions, its own among them, a position attends to; None: all."""
+    return None
+
+  @property
+  def attention_scale(self) -> float:
+    return self.head_dim**-0.5
+
+  @property
+  def embed_scale(self) -> float:
+    return 1.0
+
+
+class Declare:
+  """Parameters of one layer, each with a key of its own."""
+
+  def __init__(self, key: jax.Array, c: Config, at: str = "model.layers.{layers}."):
+    self._keys, self._at = iter(jax.random.split(key, 20)), at
+    self._ones = "zeros" if c.NORM_OFFSET else "ones"
+
+  def norm(self, name: str, width: int):
+    return param(next(self._keys), f"norm:{width}", f"{self._at}{name}.weight", init=self._ones)
+
+  def linear(self, name: str, dims: str, out: str):
+    return param(next(self._keys), dims, f"{self._at}{name}.weight", out)
+
+  def bias(self, name: str, width: int):
+    """Flat, with the axis that tells optim.py not to decay it."""
+    return param(next(self._keys), f"bias:{width}", f"{self._at}{name}", init="zeros")
+
+
+class Block(nnx.Module):
+  """One layer: attention, then feed-forward, each normed and added to the residual."""
+
+  MLP_NORM = "post_attention_layernorm"  # the name of the norm before the feed-forward
+
+  def __init__(self, c: Any, key: jax.Array):
+    declare = Declare(key, c)
+    self.config = c
+    self.attn_norm = declare.norm("input_layernorm", c.hidden_size)
+    self.declare_attention(c, declare)
+    self.mlp_norm = declare.norm(self.MLP_NORM, c.hidden_size)
+    self.declare_mlp(c, declare)
+
+  def declare_attention(self, c: Any, declare: Declare) -> None:
+    D, H, G, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    at, q, kv = "self_attn.", f"embed:{D} heads:{H} head_dim:{h}", f"kv_heads:{G} head_dim:{h}"
+    self.q = declare.linear(f"{at}q_proj", q, "heads head_dim")
+    self.k = declare.linear(f"{at}k_proj", f"embed:{D} {kv}", "kv_heads head_dim")
+    self.v = declare.linear(f"{at}v_proj", f"embed:{D} {kv}", "kv_heads head_dim")
+    self.o = declare.linear(f"{at}o_proj", f"heads:{H} head_dim:{h} embed:{D}", "embed")
+    if c.QKV_BIAS:
+      self.q_bias = declare.bias(f"{at}q_proj.bias", H * h)
+      self.k_bias = declare.bias(f"{at}k_proj.bias", G * h)
+      self.v_bias = declare.bias(f"{at}v_proj.bias", G * h)
+    if c.QK_NORM:
+      self.q_norm = declare.norm(f"{at}q_norm", h)
+      self.k_norm = declare.norm(f"{at}k_norm", h)
+
+  def declare_mlp(self, c: Any, declare: Declare) -> None:
+    D, F = c.hidden_size, c.intermediate_size
+    self.gate = declare.linear("mlp.gate_proj", f"embed:{D} mlp:{F}", "mlp")
+    self.up = declare.linear("mlp.up_proj", f"embed:{D} mlp:{F}", "mlp")
+    self.down = declare.linear("mlp.down_proj", f"mlp:{F} embed:{D}", "embed")
+
+  def norm(self, x_BTD: jax.Array, scale: Any) -> jax.Array:
+    c = self.config
+    return layers.rms_norm(x_BTD, scale[...], c.rms_norm_eps, c.NORM_OFFSET)
+
+  def qkv(self, x_BTD: jax.Array, angles: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, H, h], keys and values [B, T, G, h] from the layer's input."""
+    y_BTD = self.norm(x_BTD, self.attn_norm)
+    q_BTHh = jnp.einsum("BTD,DHh->BTHh", y_BTD, self.q[...])
+    k_BTGh = jnp.einsum("BTD,DGh->BTGh", y_BTD, self.k[...])
+    v_BTGh = jnp.einsum("BTD,DGh->BTGh", y_BTD, self.v[...])
+    if self.config.QKV_BIAS:
+      biased = lambda x, b: x + b[...].reshape(1, 1, *x.shape[2:])
+      q_BTHh, k_BTGh = biased(q_BTHh, self.q_bias), biased(k_BTGh, self.k_bias)
+      v_BTGh = biased(v_BTGh, self.v_bias)
+    if self.config.QK_NORM:
+      q_BTHh, k_BTGh = self.norm(q_BTHh, self.q_norm), self.norm(k_BTGh, self.k_norm)
+    return layers.rope(q_BTHh, angles), layers.rope(k_BTGh, angles), v_BTGh
+
+  def attend(self, x_BTD, angles: Any, window: Any, segments_BT: jax.Array) -> jax.Array:
+    """What attention adds to the residual."""
+    a_BTHh = layers.attention(
+      *self.qkv(x_BTD, angles), segments_BT, window, self.config.attention_scale
+    )
+    return jnp.einsum("BTHh,HhD->BTD", a_BTHh, self.o[...])
+
+  def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
+    """What the feed-forward adds to the residual."""
+    y_BTD = self.norm(x_BTD, self.mlp_norm)
+    return layers.gated_mlp(y_BTD, self.gate[...], self.up[...], self.down[...])
+
+  def __call__(
+    self, x_BTD: jax.Array, angles: Any, window: Any, segments_BT: jax.Array, rules: sharding.Rules
+  ) -> jax.Array:
+    with jax.named_scope("attention"):
+      x_BTD = x_BTD + self.attend(x_BTD, angles, window, segments_BT)
+    with jax.named_scope("mlp"):
+      return x_BTD + self.feed_forward(x_BTD, rules)
+
+
+class Model(nnx.Module):
+  """Tokens in, hidden states and the unembedding out."""
+
+  def __init__(self, c: Any, key: jax.Array):
+    keys = jax.random.split(key, 4)
+    V, D = c.vocab_size, c.hidden_size
+    self.config = c
+    self.embed = param(
+      keys[0], f"vocab:{V} table:{D}", "model.embed_tokens.weight", "vocab", init=0.02
+    )
+    first = 0
+    for name, block, n in self.plan(c):
+      stack_key = jax.random.fold_in(keys[1], first) if first else keys[1]
+      setattr(self, name, stack(n, functools.partial(block, c), stack_key, first=first))
+      first += n
+    self.norm = Declare(keys[2], c, "model.").norm("norm", D)
+    if not c.tie_word_embeddings:
+      self.head = param(keys[3], f"vocab:{V} embed:{D}", "lm_head.weight", "vocab")
+
+  @staticmethod
+  def plan(c: Any) -> tuple[tuple[str, type[Block], int], ...]:
+    """The stacks of layers alike, from the first layer up: (attribute, Block, how many)."""
+    return (("layers", Block, c.num_hidden_layers),)
+
+  def sight(self, inputs: Inputs) -> Callable[[Any], tuple[Any, Any]]:
+    """Of a layer's number, perhaps traced: its (rotary angles, window)."""
+    c = self.config
+    freq = _rope.frequencies(c.rope_theta, c.head_dim, c.rope_scaling)
+    angles = layers.rope_angles(inputs.positions_BT, freq, _amplitude(c.rope_scaling))
+    return lambda layer: (angles, c.window)
+
+  def __call__(self, inputs: Inputs, how: layers.Compute, taps: tuple[int, ...] = ()) -> Output:
+    """Args: inputs, int32 [B, T]; taps, the layers whose output is kept. Returns: Output."""
+    with jax.named_scope("embed"):
+      embed_VD = how.view(self.embed)[...]
+      x_BTD = sharding.constrain(embed_VD[inputs.tokens_BT], "batch seq embed", how.rules)
+      if self.config.embed_scale != 1:
+        x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
+    sight = self.sight(inputs)
+    x_BTD, taps_PBTD = layers.scan_layers(
+      [getattr(self, name) for name, _, _ in self.plan(self.config)],
+      lambda layer, i, x: layer(x, *sight(i), inputs.segments_BT, how.rules),
+      x_BTD, taps, how,
+    )  # fmt: skip
+    scale_D = self.norm[...]
+    x_BTD = layers.rms_norm(x_BTD, scale_D, self.config.rms_norm_eps, self.config.NORM_OFFSET)
+    head_VD = embed_VD if self.config.tie_word_embeddings else how.view(self.head)[...]
+    return Output(x_BTD, head_VD, taps_PBTD)
+
+  def qkv(self, layer: int, x_BTD: jax.Array, inputs: Inputs, how: layers.Compute):
+    """Queries, keys and values of one layer, from the output of the layer before it."""
+    first = 0
+    for name, _, n in self.plan(self.config):
+      if first <= layer < first + n:
+        here = jax.tree.map(lambda w, i=layer - first: w[i], getattr(self, name))
+      first += n
+    return how.view(unstack(here)).qkv(x_BTD, self.sight(inputs)(layer)[0])
+
+
+def _amplitude(scaling: Any) -> float:
+  return scaling.amplitude if isinstance(scaling, _rope.Yarn) else 1.0

@@ -1,0 +1,159 @@
+"""Rotary frequencies, and the ways to stretch them over longer texts than were trained on.
+
+Each scaling is a frozen dataclass with the fields of config.json's `rope_parameters`
+(`rope_scaling` before transformers 5), found by its `rope_type`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from distill_jax.errors import InputError
+
+OTHER_KEYS = {"rope_type", "type", "rope_theta"}  # beside the scaling's own
+
+
+def check_numbers(config: Any) -> None:
+  """Refuses, by name, a field of the wrong kind, or a number no model can have."""
+  kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}  # annotations are strings here
+  for f in dataclasses.fields(config):
+    x, name = getattr(config, f.name), str(f.type).removesuffix(" | None")
+    if x is None and name != f.type:
+      continue
+    kind = kinds.get(name)
+    if kind and (type(x) not in kind or (kind != (bool,) and not 0 < x < 2**31)):
+      raise InputError(f"{f.name} is {x!r:.60}; a {name}, above 0 if a number, was expected")
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+  """Every frequency is slowed by `factor` (arXiv:2306.15595)."""
+
+  factor: float
+
+  def __post_init__(self):
+    check_numbers(self)
+
+  def slow(self, freq: np.ndarray, theta: float) -> np.ndarray:
+    return freq / self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3:
+  """Llama 3.1's: low frequencies are slowed by `factor` (arXiv:2407.21783)."""
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_max_position_embeddings: int
+
+  def __post_init__(self):
+    check_numbers(self)
+    if self.low_freq_factor >= self.high_freq_factor:
+      raise InputError(
+        f"rope scaling has low_freq_factor {self.low_freq_factor} and high_freq_factor "
+        f"{self.high_freq_factor}; the first has to be the smaller"
+      )
+
+  def slow(self, freq: np.ndarray, theta: float) -> np.ndarray:
+    # Wavelengths past original/low are slowed, under original/high kept, between mixed.
+    turns = self.original_max_position_embeddings * freq / (2 * math.pi)
+    keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+    return _mix(freq, self.factor, keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+  """YaRN (arXiv:2309.00071): low frequencies are slowed, and attention is sharpened.
+
+  `mscale` and `mscale_all_dim` are DeepSeek's: the first sharpens cosines and sines, the
+  second divides that out again and sharpens the whole head instead (`attention_scale`).
+  """
+
+  factor: float
+  original_max_position_embeddings: int
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  mscale: float | None = None
+  mscale_all_dim: float | None = None
+  attention_factor: float | None = None
+  truncate: bool = True
+
+  def __post_init__(self):
+    check_numbers(self)
+    if self.beta_slow >= self.beta_fast:
+      raise InputError(
+        f"rope scaling has beta_slow {self.beta_slow} and beta_fast {self.beta_fast}; the first "
+        "has to be the smaller"
+      )
+
+  def slow(self, freq: np.ndarray, theta: float) -> np.ndarray:
+    n = len(freq)
+    # The pair that turns `beta` times over the original length; fewer turns are slowed.
+    pair = lambda beta: (
+      n * math.log(self.original_max_position_embeddings / (beta * 2 * math.pi)) / math.log(theta)
+    )
+    low, high = pair(self.beta_fast), pair(self.beta_slow)
+    if self.truncate:
+      low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * n - 1)
+    ramp = (np.arange(n) - low) / (high - low if high != low else 0.001)
+    return _mix(freq, self.factor, 1 - ramp)
+
+  def sharpness(self, mscale: float = 1.0) -> float:
+    return 0.1 * mscale * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
+  @property
+  def amplitude(self) -> float:
+    """What cosines and sines are multiplied by."""
+    if self.attention_factor is not None:
+      return self.attention_factor
+    if self.mscale is not None and self.mscale_all_dim is not None:
+      return self.sharpness(self.mscale) / self.sharpness(self.mscale_all_dim)
+    return self.sharpness()
+
+
+Scaling = Linear | Llama3 | Yarn
+KINDS: dict[str, type] = {"linear": Linear, "llama3": Llama3, "yarn": Yarn}
+
+
+def _mix(freq: np.ndarray, factor: float, keep: np.ndarray) -> np.ndarray:
+  keep = np.clip(keep, 0, 1)
+  return keep * freq + (1 - keep) * freq / factor
+
+
+def frequencies(theta: float, width: int, scaling: Scaling | None) -> np.ndarray:
+  """Rotary frequencies of heads of this width, float32 [width / 2] (arXiv:2104.09864)."""
+  freq = theta ** -(np.arange(0, width, 2) / width)
+  return (scaling.slow(freq, theta) if scaling else freq).astype(np.float32)
+
+
+def read(rope: dict[str, Any]) -> Scaling | None:
+  """The scaling that config.json's rope_parameters ask for; None is the default rope.
+
+  Raises:
+    InputError: a rope type, or a key of one, that is not known here.
+  """
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind != "default" and kind not in KINDS:
+    raise InputError(f"config.json has rope type {kind!r}; there are default, {', '.join(KINDS)}")
+  fields = dataclasses.fields(KINDS[kind]) if kind != "default" else ()
+  known = OTHER_KEYS | {f.name for f in fields}
+  if unknown := sorted(k for k, v in rope.items() if k not in known and v is not None):
+    raise InputError(f"config.json has {unknown[0]} for rope type {kind!r}, which has no such key")
+  if kind == "default":
+    return None
+  given = {k: v for k, v in rope.items() if k not in OTHER_KEYS and v is not None}
+  required = (f.name for f in fields if f.default is dataclasses.MISSING)
+  return KINDS[kind](**{name: rope[name] for name in required} | given)
+
+
+def write(scaling: Scaling | None) -> dict[str, Any]:
+  """The inverse, without rope_theta."""
+  kind = next((k for k, t in KINDS.items() if isinstance(scaling, t)), "default")
+  given = dataclasses.asdict(scaling) if scaling else {}
+  return {"rope_type": kind, **{k: v for k, v in given.items() if v is not None}}

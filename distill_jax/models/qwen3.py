@@ -1,0 +1,121 @@
+"""Qwen3: queries and keys are normed; some are mixtures of experts (arXiv:2505.09388)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+
+from distill_jax import sharding
+from distill_jax.errors import InputError
+from distill_jax.models import _decoder
+from distill_jax.models._decoder import Block
+from distill_jax.models._experts import Experts, check_top_k, softmax_top_k
+from distill_jax.models.qwen2 import refuse_window
+
+__all__ = ["CONFIGS", "HF_MODEL_TYPES", "TINY", "Block", "Config", "Model"]
+
+HF_MODEL_TYPES = ("qwen3", "qwen3_moe")  # of config.json
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(_decoder.Config):
+  """The shape of a model, in Hugging Face's words. One with experts is a qwen3_moe."""
+
+  rms_norm_eps: float = 1e-6
+  num_experts: int | None = None
+  num_experts_per_tok: int | None = None
+  moe_intermediate_size: int | None = None
+  norm_topk_prob: bool = False
+
+  MODEL_TYPE = "qwen3"
+  ARCHITECTURE = "Qwen3ForCausalLM"
+  FIXED = {"hidden_act": "silu", "attention_bias": False}
+  QK_NORM = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    sizes = self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size
+    if any(sizes) and not all(sizes):
+      raise InputError(
+        "num_experts, num_experts_per_tok, moe_intermediate_size are "
+        f"{', '.join(map(str, sizes))}; a mixture of experts has all three"
+      )
+    if self.num_experts is not None:
+      check_top_k(self.num_experts_per_tok or 0, self.num_experts)
+
+  @classmethod
+  def from_hf(cls, hf: dict[str, Any]) -> Self:
+    refuse_window(hf)
+    if hf.get("model_type") != "qwen3_moe":
+      return super().from_hf(hf)
+    if hf.get("decoder_sparse_step", 1) != 1 or hf.get("mlp_only_layers"):
+      raise InputError(
+        f"config.json has decoder_sparse_step={hf.get('decoder_sparse_step')!r} and "
+        f"mlp_only_layers={hf.get('mlp_only_layers')!r}; this family has experts in every layer"
+      )
+    # transformers 5 writes the attribute that it maps num_experts to.
+    experts = hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"]
+    needed = {k: hf[k] for k in ("num_experts_per_tok", "moe_intermediate_size")}
+    return super().from_hf({**hf, **needed, "num_experts": experts})
+
+  def to_hf(self) -> dict[str, Any]:
+    hf = {**super().to_hf(), "use_sliding_window": False}
+    if self.num_experts is None:
+      for f in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"):
+        del hf[f]
+      return hf
+    moe = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+    return {**hf, **moe, "decoder_sparse_step": 1, "mlp_only_layers": []}
+
+
+class SparseBlock(Block):
+  """A layer whose feed-forward is a mixture of experts."""
+
+  def declare_mlp(self, c: Any, declare: _decoder.Declare) -> None:
+    self.experts = Experts(declare, c.hidden_size, c.num_experts, c.moe_intermediate_size)
+
+  def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
+    c, y_BTD = self.config, self.norm(x_BTD, self.mlp_norm)
+    logits_BTE = self.experts.logits(y_BTD)
+    chosen = softmax_top_k(logits_BTE, c.num_experts_per_tok, c.norm_topk_prob)
+    return self.experts(y_BTD, *chosen, rules)
+
+
+class Model(_decoder.Model):
+  """Tokens in, hidden states and the unembedding out."""
+
+  @staticmethod
+  def plan(c: Config) -> tuple[tuple[str, type[Block], int], ...]:
+    block = Block if c.num_experts is None else SparseBlock
+    return (("layers", block, c.num_hidden_layers),)
+
+
+TINY = Config(**_decoder.TINY)
+
+
+def _qwen3(width: int, mlp: int, layers: int, heads: int, kv: int = 8, **more: Any) -> Config:
+  return Config(
+    vocab_size=151_936, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
+    num_attention_heads=heads, num_key_value_heads=kv, head_dim=128,
+    max_position_embeddings=40_960, rope_theta=1_000_000.0, **more,
+  )  # fmt: skip
+
+
+CONFIGS = {
+  "tiny": TINY,
+  "tiny-moe": dataclasses.replace(
+    TINY, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True
+  ),
+  "qwen3-0.6b": _qwen3(1_024, 3_072, 28, 16, tie_word_embeddings=True),
+  "qwen3-1.7b": _qwen3(2_048, 6_144, 28, 16, tie_word_embeddings=True),
+  "qwen3-4b": _qwen3(2_560, 9_728, 36, 32, tie_word_embeddings=True),
+  "qwen3-8b": _qwen3(4_096, 12_288, 36, 32),
+  "qwen3-14b": _qwen3(5_120, 17_408, 40, 40),
+  "qwen3-32b": _qwen3(5_120, 25_600, 64, 64),
+  "qwen3-30b-a3b": _qwen3(
+    2_048, 6_144, 48, 32, kv=4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+    norm_topk_prob=True,
+  ),
+}  # fmt: skip
