@@ -23,6 +23,8 @@ from distill_jax.types import Batch, Targets
 # (logits_BCV float32, the chunk of the batch) -> anything that merges by addition.
 ChunkFn = Callable[[jax.Array, Batch], Any]
 
+BLOCK = 2**23  # bytes of the head's gradient that one product makes
+
 
 def logits(hidden_BTD: jax.Array, head_VD: jax.Array, vocab_size: int | None = None) -> jax.Array:
   """float32 [B, T, V], whatever the dtype of the product's inputs.
@@ -94,23 +96,26 @@ def loss(
     hidden_nBCD, pieces, whole = _split(hidden_BTD, batch, chunk)
 
     def one(hidden_BCD, piece):
-      """(loss, metrics) of a chunk, and the pull-back of its loss, all from one product."""
+      """(loss, metrics) of a chunk, and the gradient of its logits."""
       with jax.named_scope("head"):
         z_BCV = logits(hidden_BCD, head_VD, vocab_size)
         value, pull, metrics = jax.vjp(lambda z: fn(z, whole(piece)), z_BCV, has_aux=True)
         grad_BCV = pull(jnp.ones_like(value))[0].astype(head_VD.dtype)
-        grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, head_VD)
-        grad_VD = jnp.einsum(
-          "BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32
-        )
-      return ((value, metrics), grad_VD), grad_BCD
+      return (value, metrics), grad_BCV
+
+    head_SRD, blocks = _blocks(head_VD)
 
     def body(carry, xs):
-      sums, grad_BCD = one(*xs)
-      return jax.tree.map(jnp.add, carry, sums), grad_BCD
+      sums, total_SRD = carry
+      new, grad_BCV = one(*xs)
+      with jax.named_scope("head"):
+        grad_BCD, total_SRD = _pull_back(grad_BCV, xs[0], head_SRD, total_SRD, blocks)
+      return (jax.tree.map(jnp.add, sums, new), total_SRD), grad_BCD
 
     zero = _zeros_like_first(lambda *xs: one(*xs)[0], hidden_nBCD, pieces)
-    sums, grad_nBCD = jax.lax.scan(body, zero, (hidden_nBCD, pieces))
+    zero = (zero, jnp.zeros(head_SRD.shape, jnp.float32))
+    (sums, total_SRD), grad_nBCD = jax.lax.scan(body, zero, (hidden_nBCD, pieces))
+    sums = sums, total_SRD.reshape(head_VD.shape)
     # Summed over the devices that share the head once a pass, not once a chunk.
     sums, head_grad_VD = total(sums)
     return sums, head_grad_VD, _join(grad_nBCD, hidden_BTD.shape[1])
@@ -129,6 +134,46 @@ def loss(
 
   total.defvjp(forward, backward)
   return total(hidden_BTD, head_VD)
+
+
+def _blocks(head_VD: jax.Array) -> tuple[jax.Array, int]:
+  """The head as [S, R, D], a row of S for each device that may hold a part, and blocks of R."""
+  V, D = head_VD.shape
+  mesh = jax.sharding.get_abstract_mesh()
+  S = math.prod(n for axis, n in mesh.shape.items() if axis not in sharding.BATCH)
+  S = 1 if V % S else S
+  want = -(-V // S * D * 4 // BLOCK)
+  blocks = max(n for n in range(1, want + 1) if V // S % n == 0)
+  return head_VD.reshape(S, V // S, D), blocks
+
+
+def _pull_back(
+  grad_BCV: jax.Array, hidden_BCD: jax.Array, head_SRD: jax.Array, total_SRD: jax.Array, blocks: int
+) -> tuple[jax.Array, jax.Array]:
+  """The gradient of a chunk's hidden states, and the head's with the chunk's share added.
+
+  A block of the vocabulary at a time, within each device's part of it: no second array of
+  the head's size is made, and a block is still in cache when its sum is updated. What the
+  devices have of the hidden states' gradient is summed once, after the blocks.
+  """
+  B, C, D = hidden_BCD.shape
+  S, R, _ = head_SRD.shape
+  grad_SNR = jnp.moveaxis(grad_BCV.reshape(B * C, S, R), 1, 0)
+  hidden_ND = hidden_BCD.reshape(B * C, D)
+  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  rows = R // blocks
+
+  def block(i, carry):
+    grad_SND, total_SRD = carry
+    at = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, i * rows, rows, axis)
+    part_SNR = at(grad_SNR, 2)
+    grad_SND += dot("SNR,SRD->SND", part_SNR, at(head_SRD, 1))
+    new_SRD = at(total_SRD, 1) + dot("SNR,ND->SRD", part_SNR, hidden_ND)
+    return grad_SND, jax.lax.dynamic_update_slice_in_dim(total_SRD, new_SRD, i * rows, 1)
+
+  zero = jnp.zeros((S, B * C, D), jnp.float32)
+  grad_SND, total_SRD = jax.lax.fori_loop(0, blocks, block, (zero, total_SRD))
+  return jnp.sum(grad_SND, 0).reshape(B, C, D).astype(head_SRD.dtype), total_SRD
 
 
 def _per_batch_shard(fn: Callable, out_specs: Any, hidden_BTD, head_VD, batch: Batch) -> Any:

@@ -35,7 +35,7 @@ class Compute:
     """Parameters as they are used: in the compute dtype, gathered by the compute column."""
 
     def one(v):
-      x = v[...].astype(self.dtype)
+      x = v[...].astype("float32" if v.get_metadata()["exact"] else self.dtype)
       if not jax.sharding.get_abstract_mesh().empty:
         spec = self.rules.spec(v.get_metadata()["axes"], "compute")
         x = jax.lax.with_sharding_constraint(x, spec)
@@ -68,11 +68,21 @@ def rope_angles(
   return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
 
 
-def rope(x_BTHh: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotates the two halves of each head against each other, as Hugging Face lays them out."""
-  cos, sin = (a[:, :, None, :] for a in angles)
-  a, b = jnp.split(x_BTHh.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHh.dtype)
+def rope(
+  x_BTHh: jax.Array, angles: tuple[jax.Array, jax.Array], interleaved: bool = False
+) -> jax.Array:
+  """Rotates the two halves of each head against each other, as Hugging Face lays them out.
+
+  Interleaved, the even places are one half and the odd ones the other; they come out as
+  halves, which leaves the products of queries and keys as they are.
+  """
+  dtype, (cos, sin) = x_BTHh.dtype, (a[:, :, None, :] for a in angles)
+  x_BTHh = x_BTHh.astype(jnp.float32)
+  if interleaved:
+    a, b = x_BTHh[..., ::2], x_BTHh[..., 1::2]
+  else:
+    a, b = jnp.split(x_BTHh, 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(dtype)
 
 
 def attention(
@@ -91,10 +101,14 @@ def attention(
   if window is not None:  # positions of a segment are consecutive, so places tell distances
     at = jnp.arange(segments_BT.shape[1])
     mask_BTS &= (at[:, None] - at[None, :] < window)[None]
-  return jax.nn.dot_product_attention(
+  width = v_BTGh.shape[-1]
+  if less := q_BTHh.shape[-1] - width:  # the library has values as wide as keys
+    v_BTGh = jnp.pad(v_BTGh, ((0, 0), (0, 0), (0, 0), (0, less)))
+  a_BTHh = jax.nn.dot_product_attention(
     q_BTHh, k_BTGh, v_BTGh, mask=mask_BTS[:, None], scale=scale, is_causal=True,
     implementation="xla",
   )  # fmt: skip
+  return a_BTHh[..., :width]
 
 
 def gated_mlp(

@@ -16,7 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-def param(key: jax.Array, dims: str, hf: str, out: str = "", init: str | float = "fan_in"):
+def param(
+  key: jax.Array, dims: str, hf: str, out: str = "", init: str | float = "fan_in",
+  exact: bool = False,
+):  # fmt: skip
   """Declares and initialises one parameter, in float32.
 
   Args:
@@ -28,9 +31,10 @@ def param(key: jax.Array, dims: str, hf: str, out: str = "", init: str | float =
       stored tensor is [prod(out), prod(the rest)]; without `out` it is stored as it is.
     init: "fan_in" (normal, deviation 1/sqrt of the axes not in `out`), "ones", "zeros",
       or the standard deviation of a normal.
+    exact: it stays float32 where the others are read, used or written as bfloat16.
 
   Returns:
-    An `nnx.Param` with metadata `axes`, `hf` and `out`, and `first`, which `stack` sets.
+    An `nnx.Param` with metadata `axes`, `hf`, `out` and `exact`, and `first`, which `stack` sets.
   """
   pairs = [d.split(":") for d in dims.split()]
   axes, shape = tuple(a for a, _ in pairs), tuple(int(n) for _, n in pairs)
@@ -43,7 +47,7 @@ def param(key: jax.Array, dims: str, hf: str, out: str = "", init: str | float =
     fan_in = math.prod(n for a, n in zip(axes, shape, strict=True) if a not in first)
     std = 1 / math.sqrt(fan_in) if init == "fan_in" else float(init)
     value = std * jax.random.normal(key, shape, jnp.float32)
-  return nnx.Param(value, axes=axes, hf=hf, out=first, first=0)
+  return nnx.Param(value, axes=axes, hf=hf, out=first, exact=exact, first=0)
 
 
 def stack(

@@ -31,6 +31,8 @@ TABLE: dict[str, tuple[Any, Any]] = {
   "kv_heads": ("tensor", "tensor"),
   "head_dim": (None, None),
   "mlp": ("tensor", "tensor"),
+  "latent": (None, None),  # narrow, between two products; the second reads it as the next
+  "from_latent": ("fsdp", None),
   "norm": (None, None),
   "bias": (None, None),
   "experts": ("tensor", "tensor"),

@@ -17,6 +17,12 @@ BASE = {
   "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12,
   "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
 }  # fmt: skip
+DEEPSEEK = {
+  "num_key_value_heads": 4, "head_dim": 6, "q_lora_rank": 20, "kv_lora_rank": 28,
+  "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10, "first_k_dense_replace": 1,
+  "n_routed_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 20,
+  "n_shared_experts": 2, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7,
+}  # fmt: skip
 B, T = 2, 96
 # In units of the largest value: float32 keeps 6e-8, three layers in another order of
 # addition lose 4e-6 here (seen, the worst of all cases), gradients 1e-5. Times three.
@@ -102,6 +108,8 @@ def worst_gradient(theirs, ours, tokens_BT: np.ndarray) -> tuple[float, str]:
   for _, v in params.named_params(jax.jit(jax.grad(loss))(ours)):
     for name, at in declared.tensors(v):
       got[name] = declared.Layout(v).to_theirs(np.asarray(v[...])[at], np.dtype(np.float32))
+  for name in got.keys() & dict(theirs.named_buffers()).keys():  # torch trains no buffers
+    assert not got.pop(name).any()
   assert got.keys() == want.keys()
   return max((error(got[n], want[n]), n) for n in want)
 

@@ -16,6 +16,8 @@ from distill_jax.hub import load
 transformers = parity.transformers
 MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 KINDS = {
+  "deepseek_v3": ("deepseek_v3", parity.DEEPSEEK | {"kv_lora_rank": 24, "num_mtp_layers": 0}),
+  "gemma3": ("gemma3_text", {"sliding_window": 5, "sliding_window_pattern": 2}),
   "llama": ("llama", {}),
   "mistral": ("mistral", {"sliding_window": 5}),
   "qwen2": ("qwen2", {"tie_word_embeddings": True}),

@@ -10,6 +10,9 @@ torch, transformers = parity.torch, parity.transformers
 
 # Of the models' safetensors on the Hub, a tied head counted once.
 PUBLISHED = {
+  ("deepseek_v3", "deepseek-v3"): 671_026_419_200,  # without the layer of multi-token prediction
+  ("gemma3", "gemma-3-1b"): 999_885_952,
+  ("gemma3", "gemma-3-4b"): 3_880_263_168,  # the text model, of 4,300,079,472 with its eyes
   ("llama", "smollm2-135m"): 134_515_008,
   ("llama", "llama-3.2-1b"): 1_235_814_400,
   ("llama", "llama-3.2-3b"): 3_212_749_824,
@@ -46,7 +49,10 @@ def test_a_shape_has_its_published_size(which):
 
 
 # One of each kind: what transformers makes of our config.json, counted without memory.
-KINDS = ["llama-3.2-1b", "mistral-7b-v0.1", "qwen2.5-7b", "qwen3-4b", "qwen3-30b-a3b"]
+KINDS = [
+  "llama-3.2-1b", "mistral-7b-v0.1", "qwen2.5-7b", "qwen3-4b", "qwen3-30b-a3b", "gemma-3-4b",
+  "deepseek-v3",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KINDS)

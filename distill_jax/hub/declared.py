@@ -28,6 +28,11 @@ def loop_axes(v: Any) -> tuple[str, ...]:
   return axes
 
 
+def dtype_of(v: Any, dtype: np.dtype) -> np.dtype:
+  """What `v` is kept as where the other parameters are `dtype`."""
+  return np.dtype(np.float32) if v.get_metadata()["exact"] else dtype
+
+
 def tensors(
   v: Any, index: Index | None = None, layers: tuple[int, ...] = ()
 ) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -33,13 +33,18 @@ class Source:
   param: Any
   at: tuple[int, ...]  # along the parameter's loop axes
   shape: tuple[int, ...]
+  dtype: np.dtype
 
-  def value(self, dtype: np.dtype) -> np.ndarray:
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+  def value(self) -> np.ndarray:
     # One tensor comes to the host, whatever the sharding of the stack it is cut from.
     x = np.asarray(self.param[(*self.at, ...)])
     with np.errstate(over="ignore"):  # looked for below
-      y = declared.Layout(self.param).to_theirs(x, dtype)
-    if dtype == np.float16 and np.isinf(y).any() and not np.isinf(x).any():
+      y = declared.Layout(self.param).to_theirs(x, self.dtype)
+    if self.dtype == np.float16 and np.isinf(y).any() and not np.isinf(x).any():
       raise InputError(
         f"{self.name} holds {np.abs(x).max():.3g}, past float16's 65504; export as bfloat16"
       )
@@ -78,15 +83,15 @@ def export(
     raise InputError(f"{target} exists, and export overwrites nothing; name a folder that does not")
   if shard_bytes < 1:
     raise InputError(f"shard_bytes is {shard_bytes}; it is a positive number of bytes")
-  sources = _sources(model)
-  need = sum(math.prod(s.shape) for s in sources) * to.itemsize
+  sources = _sources(model, to)
+  need = sum(s.nbytes for s in sources)
   target.parent.mkdir(parents=True, exist_ok=True)
   if (free := shutil.disk_usage(target.parent).free) < need:
     raise InputError(f"{target} needs {need} bytes and the disk has {free}; make room")
   work = target.parent / f".{target.name}.{os.getpid()}.tmp"
   work.mkdir()
   try:
-    _write_weights(work, sources, dtype, shard_bytes)
+    _write_weights(work, sources, shard_bytes)
     _write_texts(work, model.config.to_hf(), dtype, tokenizer, generation, card)
     _sync(work)
     work.rename(target)
@@ -96,10 +101,10 @@ def export(
   return target
 
 
-def _sources(model: Any) -> list[Source]:
+def _sources(model: Any, dtype: np.dtype) -> list[Source]:
   """The checkpoint's tensors, layer by layer; a name declared twice is a bug, and raises."""
   sources = [
-    Source(name, v, at, declared.Layout(v).shape)
+    Source(name, v, at, declared.Layout(v).shape, declared.dtype_of(v, dtype))
     for _, v in params.named_params(model)
     for name, at in declared.tensors(v)
   ]
@@ -109,48 +114,46 @@ def _sources(model: Any) -> list[Source]:
   return sorted(sources, key=natural)
 
 
-def _shards(sources: list[Source], itemsize: int, limit: int) -> Iterator[list[Source]]:
+def _shards(sources: list[Source], limit: int) -> Iterator[list[Source]]:
   shard: list[Source] = []
   size = 0
   for s in sources:
-    n = math.prod(s.shape) * itemsize
-    if shard and size + n > limit:
+    if shard and size + s.nbytes > limit:
       yield shard
       shard, size = [], 0
     shard.append(s)
-    size += n
+    size += s.nbytes
   yield shard
 
 
-def _write_weights(folder: pathlib.Path, sources: list[Source], dtype: str, limit: int) -> None:
-  itemsize = float_dtype(dtype).itemsize
-  shards = list(_shards(sources, itemsize, limit))
+def _write_weights(folder: pathlib.Path, sources: list[Source], limit: int) -> None:
+  shards = list(_shards(sources, limit))
   where: dict[str, str] = {}
   for i, shard in enumerate(shards, 1):
     name = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
     where |= {s.name: name for s in shard}
     with (folder / name).open("wb") as f:
-      _write_shard(f, shard, dtype)
+      _write_shard(f, shard)
       _sync(f)
   if len(shards) > 1:
     total = sum(math.prod(s.shape) for s in sources)
-    meta = {"total_parameters": total, "total_size": total * itemsize}
+    meta = {"total_parameters": total, "total_size": sum(s.nbytes for s in sources)}
     _write_json(folder / INDEX, {"metadata": meta, "weight_map": where})
 
 
-def _write_shard(f: BinaryIO, shard: list[Source], dtype: str) -> None:
+def _write_shard(f: BinaryIO, shard: list[Source]) -> None:
   """One safetensors file, a tensor at a time."""
-  to, at = float_dtype(dtype), 0
+  at = 0
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
   for s in shard:
-    end = at + math.prod(s.shape) * to.itemsize
-    header[s.name] = {"dtype": CODES[dtype], "shape": list(s.shape), "data_offsets": [at, end]}
+    end, code = at + s.nbytes, CODES[s.dtype.name]
+    header[s.name] = {"dtype": code, "shape": list(s.shape), "data_offsets": [at, end]}
     at = end
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
   f.write(len(text).to_bytes(8, "little") + text)
   for s in shard:
-    f.write(s.value(to).reshape(-1).view(np.uint8).data)
+    f.write(s.value().reshape(-1).view(np.uint8).data)
 
 
 def _write_texts(

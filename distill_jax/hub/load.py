@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import pathlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from distill_jax import folder, layers, params, sharding
 from distill_jax.errors import InputError
-from distill_jax.hub import declared
+from distill_jax.hub import declared, float8
 from distill_jax.hub.gguf_file import GGUFFile
 from distill_jax.hub.gguf_tokenizer import tokenizer_files
 from distill_jax.hub.locate import locate
@@ -27,8 +26,6 @@ from distill_jax.hub.safetensors_folder import SafetensorsFolder
 from distill_jax.hub.tokenizer import TokenizerFiles, check_vocabulary, read_tokenizer
 from distill_jax.hub.weights import FLOATS, Weights, float_dtype, read_json
 
-# Buffers that older checkpoints hold; they follow from the config.
-BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -87,7 +84,7 @@ def open_model(source: str) -> Pretrained:
       raise InputError(f"{path} holds no config.json; give a Hugging Face folder or a .gguf file")
     hf, extra = read_json(path / "config.json"), path / "generation_config.json"
     family = _family(hf, path)
-    weights: Weights = SafetensorsFolder(path)
+    weights: Weights = float8.scaled(SafetensorsFolder(path), hf.get("quantization_config"), path)
     tokenizer, generation = read_tokenizer(path), read_json(extra) if extra.exists() else {}
   elif path.suffix == ".gguf":
     weights = file = GGUFFile(path)
@@ -155,12 +152,13 @@ def load(
   _check(pretrained.weights, whole, pretrained)
   model = build(config.keep(keep_layers) if keep_layers else config)
   places = sharding.shardings(model, mesh, how.rules)
-  sizes = (
-    len(shards_here(v, place)) * math.prod(place.shard_shape(v.shape))
-    for v, place in zip(_leaves(model), jax.tree.leaves(places), strict=True)
-  )
   to = float_dtype(dtype)
-  filler = _Filler(pretrained.weights, to, keep_layers, progress, sum(sizes) * to.itemsize)
+  total = sum(
+    len(shards_here(v, place)) * math.prod(place.shard_shape(v.shape))
+    * declared.dtype_of(v, to).itemsize
+    for v, place in zip(_leaves(model), jax.tree.leaves(places), strict=True)
+  )  # fmt: skip
+  filler = _Filler(pretrained.weights, to, keep_layers, progress, total)
   return jax.tree.map(filler.fill, model, places, is_leaf=params.is_param)
 
 
@@ -185,9 +183,8 @@ def _check(weights: Weights, model: Any, pretrained: Pretrained) -> None:
           f"{source}: {name} is {weights.dtype(name)}; {', '.join(FLOATS)} can be read"
         )
   known = [declared.matcher(v) for v in _leaves(model)]
-  unknown = sorted(
-    n for n in names if not any(k(n) for k in known) and not BUFFERS.fullmatch(n)
-  )  # fmt: skip
+  skips = pretrained.config.skips
+  unknown = sorted(n for n in names if not any(k(n) for k in known) and not skips(n))
   if HEAD in unknown and pretrained.config.tie_word_embeddings:
     unknown.remove(HEAD)
     _check_tied(weights, source)
@@ -241,7 +238,7 @@ class _Filler:
   def shard(self, v: Any, spans: Spans) -> np.ndarray:
     """The part of `v` between `spans`, (first, past the last) along each axis."""
     index = tuple(slice(a, b) for a, b in spans)
-    out = _aligned(tuple(b - a for a, b in spans), self.dtype)
+    out = _aligned(tuple(b - a for a, b in spans), declared.dtype_of(v, self.dtype))
     loops, layout = len(declared.loop_axes(v)), declared.Layout(v)
     read, shape, left = layout.slices(index[loops:])
     for name, at in declared.tensors(v, index, self.keep):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -21,6 +22,8 @@ from distill_jax.models import _rope
 from distill_jax.params import param, stack, unstack
 from distill_jax.types import Inputs, Output
 
+# Buffers that older checkpoints hold; they follow from the config.
+BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
 TINY: dict[str, Any] = {  # the smallest model of every family
   "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
   "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -52,11 +55,14 @@ class Config:
   QKV_BIAS: ClassVar[bool] = False
   QK_NORM: ClassVar[bool] = False  # of each head, before rope
   NORM_OFFSET: ClassVar[float] = 0.0  # added to the scale of a norm
+  MAY_BE_0: ClassVar[tuple[str, ...]] = ()  # fields
 
   def __post_init__(self):
-    _rope.check_numbers(self)
-    if self.head_dim % 2:
-      raise InputError(f"head_dim is {self.head_dim}; rope turns pairs, so it has to be even")
+    _rope.check_numbers(self, self.MAY_BE_0)
+    if self.rope_dim % 2:
+      raise InputError(
+        f"head_dim is {self.head_dim} and rope turns {self.rope_dim} of it; that has to be even"
+      )
     if self.num_attention_heads % self.num_key_value_heads:
       raise InputError(
         f"{self.num_attention_heads} attention heads do not divide over "
@@ -104,6 +110,15 @@ class Config:
     """The config of a model that has these layers of this one, in this order."""
     return dataclasses.replace(self, num_hidden_layers=len(kept))
 
+  def skips(self, name: str) -> bool:
+    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+    return BUFFERS.fullmatch(name) is not None
+
+  @property
+  def rope_dim(self) -> int:
+    """How much of a head rope turns."""
+    return self.head_dim
+
   @property
   def window(self) -> int | None:
     """How many positions, its own among them, a position attends to; None: all."""
@@ -131,15 +146,16 @@ class Declare:
   def linear(self, name: str, dims: str, out: str):
     return param(next(self._keys), dims, f"{self._at}{name}.weight", out)
 
-  def bias(self, name: str, width: int):
+  def bias(self, name: str, width: int, exact: bool = False):
     """Flat, with the axis that tells optim.py not to decay it."""
-    return param(next(self._keys), f"bias:{width}", f"{self._at}{name}", init="zeros")
+    return param(next(self._keys), f"bias:{width}", f"{self._at}{name}", init="zeros", exact=exact)
 
 
 class Block(nnx.Module):
   """One layer: attention, then feed-forward, each normed and added to the residual."""
 
   MLP_NORM = "post_attention_layernorm"  # the name of the norm before the feed-forward
+  activation: Callable[[jax.Array], jax.Array] = staticmethod(jax.nn.silu)
 
   def __init__(self, c: Any, key: jax.Array):
     declare = Declare(key, c)
@@ -198,7 +214,8 @@ class Block(nnx.Module):
   def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
     """What the feed-forward adds to the residual."""
     y_BTD = self.norm(x_BTD, self.mlp_norm)
-    return layers.gated_mlp(y_BTD, self.gate[...], self.up[...], self.down[...])
+    weights = self.gate[...], self.up[...], self.down[...]
+    return layers.gated_mlp(y_BTD, *weights, self.activation)
 
   def __call__(
     self, x_BTD: jax.Array, angles: Any, window: Any, segments_BT: jax.Array, rules: sharding.Rules
@@ -236,7 +253,7 @@ class Model(nnx.Module):
   def sight(self, inputs: Inputs) -> Callable[[Any], tuple[Any, Any]]:
     """Of a layer's number, perhaps traced: its (rotary angles, window)."""
     c = self.config
-    freq = _rope.frequencies(c.rope_theta, c.head_dim, c.rope_scaling)
+    freq = _rope.frequencies(c.rope_theta, c.rope_dim, c.rope_scaling)
     angles = layers.rope_angles(inputs.positions_BT, freq, _amplitude(c.rope_scaling))
     return lambda layer: (angles, c.window)
 

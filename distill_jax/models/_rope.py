@@ -17,12 +17,12 @@ from distill_jax.errors import InputError
 OTHER_KEYS = {"rope_type", "type", "rope_theta"}  # beside the scaling's own
 
 
-def check_numbers(config: Any) -> None:
+def check_numbers(config: Any, may_be_0: tuple[str, ...] = ()) -> None:
   """Refuses, by name, a field of the wrong kind, or a number no model can have."""
   kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}  # annotations are strings here
   for f in dataclasses.fields(config):
     x, name = getattr(config, f.name), str(f.type).removesuffix(" | None")
-    if x is None and name != f.type:
+    if (x is None and name != f.type) or (x == 0 and type(x) is int and f.name in may_be_0):
       continue
     kind = kinds.get(name)
     if kind and (type(x) not in kind or (kind != (bool,) and not 0 < x < 2**31)):

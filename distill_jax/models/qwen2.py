@@ -38,8 +38,7 @@ def refuse_window(hf: dict[str, Any]) -> None:
   used = hf.get("use_sliding_window") and hf.get("sliding_window") is not None
   layers = range(hf["num_hidden_layers"]) if used else ()
   kinds = hf.get("layer_types") or [  # spelt out by transformers 5
-    "full_attention" if i < hf.get("max_window_layers", 28) else "sliding_attention"
-    for i in layers
+    "full_attention" if i < hf.get("max_window_layers", 28) else "sliding_attention" for i in layers
   ]
   if set(kinds) - {"full_attention"}:
     raise InputError(

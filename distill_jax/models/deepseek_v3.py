@@ -1,0 +1,232 @@
+"""DeepSeek-V3 and R1: latent attention and many small experts (arXiv:2412.19437)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from distill_jax import layers, sharding
+from distill_jax.errors import InputError
+from distill_jax.models import _decoder, _rope
+from distill_jax.models._experts import Experts, check_top_k
+
+HF_MODEL_TYPES = ("deepseek_v3",)  # of config.json
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(_decoder.Config):
+  """The shape of a model, in Hugging Face's words.
+
+  `head_dim` is that of queries and keys; values have `v_head_dim`. Layers from
+  `first_k_dense_replace` on have experts.
+  """
+
+  rms_norm_eps: float = 1e-6
+  q_lora_rank: int | None = None
+  kv_lora_rank: int = 512
+  qk_nope_head_dim: int = 128
+  qk_rope_head_dim: int = 64
+  v_head_dim: int = 128
+  rope_interleave: bool = True
+  first_k_dense_replace: int = 0
+  n_routed_experts: int = 256
+  num_experts_per_tok: int = 8
+  moe_intermediate_size: int = 2_048
+  n_shared_experts: int = 1
+  n_group: int = 8
+  topk_group: int = 4
+  norm_topk_prob: bool = True
+  routed_scaling_factor: float = 2.5
+  num_nextn_predict_layers: int = 0  # in the checkpoint, past the last layer; not read
+
+  MODEL_TYPE = "deepseek_v3"
+  ARCHITECTURE = "DeepseekV3ForCausalLM"
+  FIXED = {
+    "hidden_act": "silu", "attention_bias": False, "moe_layer_freq": 1, "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+  }  # fmt: skip
+  MAY_BE_0 = ("first_k_dense_replace", "num_nextn_predict_layers")
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_top_k(self.num_experts_per_tok, self.n_routed_experts)
+    of_groups = self.n_routed_experts // self.n_group * self.topk_group
+    whole = self.n_routed_experts % self.n_group == 0 and self.n_routed_experts >= 2 * self.n_group
+    if not whole or self.topk_group > self.n_group or self.num_experts_per_tok > of_groups:
+      raise InputError(
+        f"n_routed_experts {self.n_routed_experts}, n_group {self.n_group}, topk_group "
+        f"{self.topk_group} and num_experts_per_tok {self.num_experts_per_tok} do not fit: groups "
+        "are equal, of at least 2, and those chosen hold the experts chosen"
+      )
+    if self.head_dim != self.qk_nope_head_dim + self.qk_rope_head_dim:
+      raise InputError(
+        f"head_dim is {self.head_dim}; it is qk_nope_head_dim {self.qk_nope_head_dim} and "
+        f"qk_rope_head_dim {self.qk_rope_head_dim} together"
+      )
+    if self.v_head_dim > self.head_dim:
+      raise InputError(
+        f"v_head_dim is {self.v_head_dim} and queries have {self.head_dim}; values are no wider"
+      )
+
+  @classmethod
+  def from_hf(cls, hf: dict[str, Any]) -> Self:
+    if hf.get("num_key_value_heads") not in (None, hf["num_attention_heads"]):
+      raise InputError(
+        f"config.json has num_key_value_heads={hf['num_key_value_heads']!r}; latent attention has "
+        f"as many as num_attention_heads, {hf['num_attention_heads']}"
+      )
+    # config.json's own head_dim, where transformers writes one, is the rotated part's.
+    head_dim = hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]
+    mtp = hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers", 0))
+    return super().from_hf({**hf, "head_dim": head_dim, "num_nextn_predict_layers": mtp})
+
+  def to_hf(self) -> dict[str, Any]:
+    hf = super().to_hf()
+    return {**hf, "head_dim": self.qk_rope_head_dim, "num_nextn_predict_layers": 0}
+
+  def keep(self, kept: tuple[int, ...]) -> Self:
+    dense = [i < self.first_k_dense_replace for i in kept]
+    if dense != sorted(dense, reverse=True):
+      raise InputError(
+        f"layers {kept} are kept of a model whose first {self.first_k_dense_replace} are dense; "
+        "name those before the ones with experts"
+      )
+    n = {"num_hidden_layers": len(kept), "first_k_dense_replace": sum(dense)}
+    return dataclasses.replace(self, **n)  # type: ignore[arg-type]
+
+  def skips(self, name: str) -> bool:
+    """Layers that predict further tokens come after the last one."""
+    found = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
+    first = self.num_hidden_layers
+    past = found is not None and first <= int(found[1]) < first + self.num_nextn_predict_layers
+    return past or super().skips(name)
+
+  @property
+  def attention_scale(self) -> float:
+    s, scale = self.rope_scaling, self.head_dim**-0.5
+    if isinstance(s, _rope.Yarn) and s.mscale_all_dim is not None:
+      return scale * s.sharpness(s.mscale_all_dim) ** 2
+    return scale
+
+  @property
+  def rope_dim(self) -> int:
+    return self.qk_rope_head_dim
+
+
+class Block(_decoder.Block):
+  """One dense layer: queries, keys and values come out of narrow latents."""
+
+  def declare_attention(self, c: Config, declare: _decoder.Declare) -> None:
+    D, H, at = c.hidden_size, c.num_attention_heads, "self_attn."
+    heads = lambda width: f"heads:{H} head_dim:{width}"
+    if c.q_lora_rank is None:
+      self.q = declare.linear(f"{at}q_proj", f"embed:{D} {heads(c.head_dim)}", "heads head_dim")
+    else:
+      R = c.q_lora_rank
+      self.q_down = declare.linear(f"{at}q_a_proj", f"embed:{D} latent:{R}", "latent")
+      self.q_norm = declare.norm(f"{at}q_a_layernorm", R)
+      up = f"from_latent:{R} {heads(c.head_dim)}"
+      self.q_up = declare.linear(f"{at}q_b_proj", up, "heads head_dim")
+    R = c.kv_lora_rank
+    down = f"embed:{D} latent:{R + c.qk_rope_head_dim}"
+    up = f"from_latent:{R} {heads(c.qk_nope_head_dim + c.v_head_dim)}"
+    self.kv_down = declare.linear(f"{at}kv_a_proj_with_mqa", down, "latent")
+    self.kv_norm = declare.norm(f"{at}kv_a_layernorm", R)
+    self.kv_up = declare.linear(f"{at}kv_b_proj", up, "heads head_dim")
+    self.o = declare.linear(f"{at}o_proj", f"{heads(c.v_head_dim)} embed:{D}", "embed")
+
+  def qkv(self, x_BTD: jax.Array, angles: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries and keys [B, T, H, h], values [B, T, H, v_head_dim] from the layer's input."""
+    c, y_BTD = self.config, self.norm(x_BTD, self.attn_norm)
+    heads = lambda y_BTR, up: jnp.einsum("BTR,RHh->BTHh", y_BTR, up[...])
+    latent = lambda y_BTR, scale: layers.rms_norm(y_BTR, scale[...], LATENT_EPS)
+    turn = lambda x_BTHr: layers.rope(x_BTHr, angles, c.rope_interleave)
+    if c.q_lora_rank is None:
+      q_BTHh = heads(y_BTD, self.q)
+    else:
+      q_BTHh = heads(latent(y_BTD @ self.q_down[...], self.q_norm), self.q_up)
+    kv_BTR, k_rope_BTr = jnp.split(y_BTD @ self.kv_down[...], [c.kv_lora_rank], -1)
+    kv_BTHh = heads(latent(kv_BTR, self.kv_norm), self.kv_up)
+    q_BTHn, q_rope_BTHr = jnp.split(q_BTHh, [c.qk_nope_head_dim], -1)
+    k_BTHn, v_BTHv = jnp.split(kv_BTHh, [c.qk_nope_head_dim], -1)
+    # One rotated key for all heads.
+    k_rope_BTHr = jnp.broadcast_to(
+      turn(k_rope_BTr[:, :, None]), (*k_BTHn.shape[:3], c.qk_rope_head_dim)
+    )
+    q_BTHh = jnp.concatenate([q_BTHn, turn(q_rope_BTHr)], -1)
+    return q_BTHh, jnp.concatenate([k_BTHn, k_rope_BTHr], -1), v_BTHv
+
+
+LATENT_EPS = 1e-6  # of the latents' norms, whatever config.json says of the others
+
+
+class SparseBlock(Block):
+  """One layer of experts, some chosen by their sigmoid, some for every position."""
+
+  def declare_mlp(self, c: Config, declare: _decoder.Declare) -> None:
+    D, E, F = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size
+    self.experts = Experts(declare, D, E, F)
+    # Added where experts are chosen and not where they are weighed: it balances their load,
+    # and no gradient reaches it. bfloat16 is too coarse: many differ by less.
+    self.balance = declare.bias("mlp.gate.e_score_correction_bias", E, exact=True)
+    shared, at = F * c.n_shared_experts, "mlp.shared_experts."
+    self.gate = declare.linear(f"{at}gate_proj", f"embed:{D} mlp:{shared}", "mlp")
+    self.up = declare.linear(f"{at}up_proj", f"embed:{D} mlp:{shared}", "mlp")
+    self.down = declare.linear(f"{at}down_proj", f"mlp:{shared} embed:{D}", "embed")
+
+  def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
+    y_BTD = self.norm(x_BTD, self.mlp_norm)
+    score_BTE = jax.nn.sigmoid(self.experts.logits(y_BTD))
+    chosen = choose(self.config, score_BTE, self.balance[...])
+    routed_BTD = self.experts(y_BTD, *chosen, rules)
+    return routed_BTD + super().feed_forward(x_BTD, rules)
+
+
+def choose(c: Config, score_BTE: jax.Array, balance_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(ids, weights) [B, T, K]: the best experts of the best groups.
+
+  A group is as good as its two best experts together.
+  """
+  choice_BTE = score_BTE + balance_E[None, None]
+  choice_BTGe = choice_BTE.reshape(*choice_BTE.shape[:2], c.n_group, -1)
+  group_BTG = jax.lax.top_k(choice_BTGe, 2)[0].sum(-1)
+  _, best_BTg = jax.lax.top_k(group_BTG, c.topk_group)
+  chosen_BTG = jax.nn.one_hot(best_BTg, c.n_group, dtype=bool).any(2)
+  choice_BTGe = jnp.where(chosen_BTG[..., None], choice_BTGe, -jnp.inf)
+  _, ids_BTK = jax.lax.top_k(choice_BTGe.reshape(score_BTE.shape), c.num_experts_per_tok)
+  weight_BTK = jnp.take_along_axis(score_BTE, ids_BTK, -1)
+  if c.norm_topk_prob:
+    weight_BTK /= weight_BTK.sum(-1, keepdims=True) + 1e-20
+  return ids_BTK, weight_BTK * c.routed_scaling_factor
+
+
+class Model(_decoder.Model):
+  """Tokens in, hidden states and the unembedding out."""
+
+  @staticmethod
+  def plan(c: Config) -> tuple[tuple[str, type[_decoder.Block], int], ...]:
+    dense = min(c.first_k_dense_replace, c.num_hidden_layers)
+    plan = ("dense", Block, dense), ("layers", SparseBlock, c.num_hidden_layers - dense)
+    return tuple(p for p in plan if p[2])
+
+
+TINY = Config(
+  **_decoder.TINY | {"num_key_value_heads": 4, "head_dim": 12},
+  q_lora_rank=16, kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10,
+  first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=24,
+  n_group=4, topk_group=2,
+)  # fmt: skip
+
+CONFIGS = {
+  "tiny": TINY,
+  "deepseek-v3": Config(  # and R1
+    vocab_size=129_280, hidden_size=7_168, intermediate_size=18_432, num_hidden_layers=61,
+    num_attention_heads=128, num_key_value_heads=128, head_dim=192, q_lora_rank=1_536,
+    max_position_embeddings=163_840, first_k_dense_replace=3,
+    rope_scaling=_rope.Yarn(40.0, 4_096, mscale=1.0, mscale_all_dim=1.0),
+  ),
+}  # fmt: skip

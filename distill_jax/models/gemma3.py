@@ -1,0 +1,151 @@
+"""Gemma 3, text: local and global attention in turns (arXiv:2503.19786)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from distill_jax import layers, sharding
+from distill_jax.errors import InputError
+from distill_jax.models import _decoder, _rope
+from distill_jax.types import Inputs
+
+HF_MODEL_TYPES = ("gemma3_text",)  # of config.json
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(_decoder.Config):
+  """The shape of a model, in Hugging Face's words.
+
+  `rope_theta` and `rope_scaling` are the global layers'; `layer_types` says which are.
+  """
+
+  rms_norm_eps: float = 1e-6
+  rope_theta: float = 1_000_000.0
+  tie_word_embeddings: bool = True
+  query_pre_attn_scalar: int = 256
+  sliding_window: int = 4_096
+  rope_local_base_freq: float = 10_000.0
+  layer_types: tuple[str, ...] = ()
+
+  MODEL_TYPE = "gemma3_text"
+  ARCHITECTURE = "Gemma3ForCausalLM"
+  FIXED = {
+    "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False,
+    "attn_logit_softcapping": None,  # transformers reads it and caps nothing
+    "final_logit_softcapping": None, "use_bidirectional_attention": False,
+  }  # fmt: skip
+  QK_NORM = True
+  NORM_OFFSET = 1.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    kinds = set(self.layer_types)
+    if len(self.layer_types) != self.num_hidden_layers or not kinds <= {LOCAL, GLOBAL}:
+      raise InputError(
+        f"layer_types has {len(self.layer_types)} layers of {sorted(kinds)}; "
+        f"{self.num_hidden_layers} of {LOCAL!r} or {GLOBAL!r} were expected"
+      )
+
+  @classmethod
+  def from_hf(cls, hf: dict[str, Any]) -> Self:
+    rope = hf.get("rope_parameters") or {}  # by kind of layer, since transformers 5
+    theta = {"rope_theta": hf.get("rope_theta", 1_000_000.0)}
+    far = theta | (rope.get(GLOBAL) or hf.get("rope_scaling") or {})
+    near = {"rope_theta": hf.get("rope_local_base_freq", 10_000.0)} | (rope.get(LOCAL) or {})
+    if _rope.read(near) is not None:
+      raise InputError(f"config.json has rope type {near['rope_type']!r} for {LOCAL}; default only")
+    turns = hf.get("sliding_window_pattern", 6)  # older configs: the last of so many is global
+    types = hf.get("layer_types") or [
+      LOCAL if (i + 1) % turns else GLOBAL for i in range(hf["num_hidden_layers"])
+    ]
+    own = {"layer_types": tuple(types), "rope_local_base_freq": near["rope_theta"]}
+    return super().from_hf({**hf, **own, "rope_parameters": far})
+
+  def to_hf(self) -> dict[str, Any]:
+    hf = super().to_hf()
+    near = {"rope_type": "default", "rope_theta": self.rope_local_base_freq}
+    both = {GLOBAL: hf["rope_parameters"], LOCAL: near}
+    return {**hf, "layer_types": list(self.layer_types), "rope_parameters": both}
+
+  def keep(self, kept: tuple[int, ...]) -> Self:
+    types = tuple(self.layer_types[i] for i in kept)
+    return dataclasses.replace(self, num_hidden_layers=len(kept), layer_types=types)
+
+  @property
+  def attention_scale(self) -> float:
+    return self.query_pre_attn_scalar**-0.5
+
+  @property
+  def embed_scale(self) -> float:
+    return self.hidden_size**0.5
+
+
+class Block(_decoder.Block):
+  """One layer: what attention and feed-forward add is normed once more."""
+
+  MLP_NORM = "pre_feedforward_layernorm"
+  activation = staticmethod(jax.nn.gelu)  # its tanh form, by default
+
+  def __init__(self, c: Config, key: jax.Array):
+    super().__init__(c, key)
+    declare = _decoder.Declare(key, c)
+    self.attn_post_norm = declare.norm("post_attention_layernorm", c.hidden_size)
+    self.mlp_post_norm = declare.norm("post_feedforward_layernorm", c.hidden_size)
+
+  def attend(self, x_BTD, angles: Any, window: Any, segments_BT: jax.Array) -> jax.Array:
+    return self.norm(super().attend(x_BTD, angles, window, segments_BT), self.attn_post_norm)
+
+  def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
+    return self.norm(super().feed_forward(x_BTD, rules), self.mlp_post_norm)
+
+
+class Model(_decoder.Model):
+  """Tokens in, hidden states and the unembedding out."""
+
+  @staticmethod
+  def plan(c: Config) -> tuple[tuple[str, type[_decoder.Block], int], ...]:
+    return (("layers", Block, c.num_hidden_layers),)
+
+  def sight(self, inputs: Inputs) -> Callable[[Any], tuple[Any, Any]]:
+    """Chosen by the layer's number, so that layers of both kinds are one scan."""
+    c, T = self.config, inputs.tokens_BT.shape[1]
+    of = lambda freq: layers.rope_angles(inputs.positions_BT, freq)
+    near = of(_rope.frequencies(c.rope_local_base_freq, c.head_dim, None))
+    far = of(_rope.frequencies(c.rope_theta, c.head_dim, c.rope_scaling))
+    local_L = jnp.asarray([kind == LOCAL for kind in c.layer_types])
+
+    def at(layer):
+      local = local_L[layer]
+      angles = jax.tree.map(lambda a, b: jnp.where(local, a, b), near, far)
+      return angles, jnp.where(local, c.sliding_window, T)
+
+    return at
+
+
+def _turns(n: int, of: int = 6) -> tuple[str, ...]:
+  return tuple(LOCAL if (i + 1) % of else GLOBAL for i in range(n))
+
+
+TINY = Config(
+  **_decoder.TINY, query_pre_attn_scalar=12, sliding_window=4, layer_types=_turns(3, of=2)
+)
+
+CONFIGS = {
+  "tiny": TINY,
+  "gemma-3-1b": Config(
+    vocab_size=262_144, hidden_size=1_152, intermediate_size=6_912, num_hidden_layers=26,
+    num_attention_heads=4, num_key_value_heads=1, head_dim=256, max_position_embeddings=32_768,
+    sliding_window=512, layer_types=_turns(26),
+  ),
+  "gemma-3-4b": Config(
+    vocab_size=262_208, hidden_size=2_560, intermediate_size=10_240, num_hidden_layers=34,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=256, max_position_embeddings=131_072,
+    sliding_window=1_024, layer_types=_turns(34), rope_scaling=_rope.Linear(8.0),
+  ),
+}  # fmt: skip
