@@ -38,6 +38,13 @@ def logits(hidden_BTD: jax.Array, head_VD: jax.Array, vocab_size: int | None = N
   return jnp.where(real_V[None, None], z_BTV, -jnp.inf)
 
 
+def soft_cap(logits_BTV: jax.Array, cap: float | None) -> jax.Array:
+  """cap * tanh(logits / cap), where a family has a cap (arXiv:2408.00118); padding stays -inf."""
+  if cap is None:
+    return logits_BTV
+  return jnp.where(logits_BTV > -jnp.inf, cap * jnp.tanh(logits_BTV / cap), -jnp.inf)
+
+
 def fit_rows(logits_BCV: jax.Array, like_BCV: jax.Array) -> jax.Array:
   """Logits over as many rows as `like` has: padding rows are cut, or added as -inf.
 
@@ -237,7 +244,15 @@ def _zeros_like_first(fn: Callable, *stacked: Any) -> Any:
   return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
+def log_sum_exp(logits_BCV: jax.Array) -> jax.Array:
+  """log of the sum of exponentials, [B, C, 1]: one form for every loss and metric.
+
+  What several of them ask of the same logits is then the same to XLA, and done once a chunk.
+  """
+  return jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
+
+
 def logp_at(logits_BCV: jax.Array, ids_BCK: jax.Array) -> jax.Array:
   """log softmax at a few ids, [B, C, K], without the log-probabilities of all the others."""
   picked = jnp.take_along_axis(logits_BCV, ids_BCK, axis=-1)
-  return picked - jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
+  return picked - log_sum_exp(logits_BCV)

@@ -113,6 +113,7 @@ class Step:
     batch = batch.replace(targets=targets)
 
     def chunk_loss(logits_BCV: jax.Array, piece: Batch):
+      logits_BCV = head.soft_cap(logits_BCV, out.soft_cap)
       total, means = jnp.zeros((), jnp.float32), {}
       for name, fn in self.losses.items():
         if hasattr(fn, "per_token"):
@@ -218,5 +219,5 @@ def online(
   """A teacher that runs beside the student: hidden states, head, features; no logits."""
   with jax.named_scope("teacher"):
     out: Output = model(inputs, how, needs.taps)
-    said = Targets(hidden_BTD=out.hidden_BTD, head_VD=out.head_VD)
+    said = Targets(hidden_BTD=out.hidden_BTD, head_VD=out.head_VD, soft_cap=out.soft_cap)
     return jax.lax.stop_gradient((said, needs.of(model, out, inputs, how)))

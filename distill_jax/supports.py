@@ -69,7 +69,8 @@ def divergence(
 def dense(targets: Targets, logits_BCV: jax.Array, T: jax.Array | float):
   """(logp, logq) over the student's rows; rows past either vocabulary have no probability."""
   assert targets.hidden_BTD is not None and targets.head_VD is not None
-  teacher = head.fit_rows(head.logits(targets.hidden_BTD, targets.head_VD), logits_BCV)
+  logits = head.logits(targets.hidden_BTD, targets.head_VD)
+  teacher = head.fit_rows(head.soft_cap(logits, targets.soft_cap), logits_BCV)
   return jax.nn.log_softmax(teacher / T), jax.nn.log_softmax(logits_BCV / T)
 
 

@@ -154,6 +154,7 @@ def _summarise(
   said = sampler.summarise(
     out.hidden_BTD, out.head_VD, batch.labels_BT, u_BT, n=c.n, chunk=c.chunk,
     vocab_size=vocab_size, kind=c.kind, logp=c.logp, temperature=c.temperature, nucleus=c.nucleus,
+    soft_cap=out.soft_cap,
   )  # fmt: skip
   names = {"ids": "ids_BTN", "logp": "logp_BTN"}
   said = {names.get(name, f"{name}_BT"): x for name, x in said.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from distill_jax import supports
+from distill_jax import head, supports
 from distill_jax.divergences import forward_kl
 from distill_jax.losses.kd import sampled_forward_kl
 from distill_jax.types import Batch, Mean, Recorded, Targets
@@ -19,7 +19,7 @@ def means(logits_BCV: jax.Array, piece: Batch, recorded: Recorded) -> dict[str, 
     at the recorded temperature under the name kl_at_T), teacher_ce, teacher_entropy,
     agreement (both have the same top token).
   """
-  lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+  lse_BC = head.log_sum_exp(logits_BCV)[..., 0]
   label_BC = jnp.take_along_axis(logits_BCV, piece.labels_BT[..., None], -1)[..., 0]
   per_token = {"ce": lse_BC - label_BC, "entropy": lse_BC - _mean_logit(logits_BCV, lse_BC)}
   for name, t in piece.targets.items():
@@ -35,7 +35,7 @@ def means(logits_BCV: jax.Array, piece: Batch, recorded: Recorded) -> dict[str, 
 
 def _online(t: Targets, logits_BCV: jax.Array, piece: Batch) -> dict[str, jax.Array]:
   logp_BCV, _ = supports.dense(t, logits_BCV, 1.0)
-  lse_BC = jax.nn.logsumexp(logp_BCV, axis=-1)  # 0 up to rounding
+  lse_BC = head.log_sum_exp(logp_BCV)[..., 0]  # 0 up to rounding
   label_BC = jnp.take_along_axis(logp_BCV, piece.labels_BT[..., None], -1)[..., 0]
   return {
     "teacher_ce": lse_BC - label_BC,

@@ -50,6 +50,7 @@ class Targets(struct.PyTreeNode):
   top_BT: jax.Array | None = None  # int32: the likeliest token
   hidden_BTD: jax.Array | None = None
   head_VD: jax.Array | None = None
+  soft_cap: float | None = struct.field(pytree_node=False, default=None)  # of its logits
   taps_BPTD: jax.Array | None = None
 
 
@@ -83,6 +84,7 @@ class Output(struct.PyTreeNode):
 
   hidden_BTD: jax.Array  # after the final norm
   head_VD: jax.Array  # the unembedding, as it is multiplied: logits = hidden @ head.T
+  soft_cap: float | None = struct.field(pytree_node=False, default=None)  # see head.soft_cap
   taps_PBTD: jax.Array | None = None  # residual stream after each layer asked for
   aux: dict[str, Any] = struct.field(default_factory=dict)
 

@@ -139,7 +139,7 @@ def test_what_is_sent_between_devices(shape):
   assert len(heads) == (math.prod(batch_axes) > 1)
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 2, 1), (1, 2, 2)])
+@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 2, 2)])
 def test_fsdp_gathers_the_head_once_a_step(shape):
   """A whole step of an untied model: its table and its head, each gathered once."""
   config = dataclasses.replace(llama.TINY, tie_word_embeddings=False)

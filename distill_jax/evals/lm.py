@@ -28,11 +28,12 @@ def compare(
   """
 
   def chunk_metrics(teacher_BCV: jax.Array, piece: Batch) -> dict[str, dict[str, Mean]]:
-    logp_BCV = jax.nn.log_softmax(teacher_BCV)
+    logp_BCV = jax.nn.log_softmax(head.soft_cap(teacher_BCV, p.soft_cap))
     means = {teacher: _metrics(logp_BCV, logp_BCV, piece)}
     for name, t in piece.targets.items():
       assert t.hidden_BTD is not None and t.head_VD is not None
-      z_BCV = head.fit_rows(head.logits(t.hidden_BTD, t.head_VD), teacher_BCV)
+      z_BCV = head.soft_cap(head.logits(t.hidden_BTD, t.head_VD), t.soft_cap)
+      z_BCV = head.fit_rows(z_BCV, teacher_BCV)
       logq_BCV = jax.nn.log_softmax(z_BCV)
       means[name] = _metrics(logp_BCV, logq_BCV, piece)
     return means
@@ -61,7 +62,9 @@ def _metrics(logp_BCV: jax.Array, logq_BCV: jax.Array, piece: Batch) -> dict[str
 def score(model: Any, batch: Batch, how: Compute, chunk: int) -> Mean:
   """-log q(label) alone: the work of a forward pass over a prompt, for timing."""
   out: Output = model(batch.inputs, how)
-  ce = lambda z_BCV, piece: Mean.of(
-    -head.logp_at(z_BCV, piece.labels_BT[..., None])[..., 0], piece.mask_BT
-  )
+
+  def ce(z_BCV: jax.Array, piece: Batch) -> Mean:
+    z_BCV = head.soft_cap(z_BCV, out.soft_cap)
+    return Mean.of(-head.logp_at(z_BCV, piece.labels_BT[..., None])[..., 0], piece.mask_BT)
+
   return head.fold(ce, out.hidden_BTD, out.head_VD, batch, chunk)

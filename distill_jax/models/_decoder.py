@@ -89,7 +89,7 @@ class Config:
     for f in dataclasses.fields(cls):
       if f.name not in values and (f.name in hf or f.default is dataclasses.MISSING):
         values[f.name] = hf[f.name]
-      if f.type == "float" and type(values.get(f.name)) is int:
+      if f.type in ("float", "float | None") and type(values.get(f.name)) is int:
         values[f.name] = float(values[f.name])
     return cls(**values)
 
@@ -127,6 +127,11 @@ class Config:
   @property
   def attention_scale(self) -> float:
     return self.head_dim**-0.5
+
+  @property
+  def soft_cap(self) -> float | None:
+    """Of the logits."""
+    return None
 
   @property
   def embed_scale(self) -> float:
@@ -273,7 +278,7 @@ class Model(nnx.Module):
     scale_D = self.norm[...]
     x_BTD = layers.rms_norm(x_BTD, scale_D, self.config.rms_norm_eps, self.config.NORM_OFFSET)
     head_VD = embed_VD if self.config.tie_word_embeddings else how.view(self.head)[...]
-    return Output(x_BTD, head_VD, taps_PBTD)
+    return Output(x_BTD, head_VD, self.config.soft_cap, taps_PBTD)
 
   def qkv(self, layer: int, x_BTD: jax.Array, inputs: Inputs, how: layers.Compute):
     """Queries, keys and values of one layer, from the output of the layer before it."""

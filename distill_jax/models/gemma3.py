@@ -32,13 +32,14 @@ class Config(_decoder.Config):
   sliding_window: int = 4_096
   rope_local_base_freq: float = 10_000.0
   layer_types: tuple[str, ...] = ()
+  final_logit_softcapping: float | None = None
 
   MODEL_TYPE = "gemma3_text"
   ARCHITECTURE = "Gemma3ForCausalLM"
   FIXED = {
     "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False,
     "attn_logit_softcapping": None,  # transformers reads it and caps nothing
-    "final_logit_softcapping": None, "use_bidirectional_attention": False,
+    "use_bidirectional_attention": False,
   }  # fmt: skip
   QK_NORM = True
   NORM_OFFSET = 1.0
@@ -80,6 +81,10 @@ class Config(_decoder.Config):
   @property
   def attention_scale(self) -> float:
     return self.query_pre_attn_scalar**-0.5
+
+  @property
+  def soft_cap(self) -> float | None:
+    return self.final_logit_softcapping
 
   @property
   def embed_scale(self) -> float:
@@ -138,6 +143,7 @@ TINY = Config(
 
 CONFIGS = {
   "tiny": TINY,
+  "tiny-cap": dataclasses.replace(TINY, final_logit_softcapping=2.0),
   "gemma-3-1b": Config(
     vocab_size=262_144, hidden_size=1_152, intermediate_size=6_912, num_hidden_layers=26,
     num_attention_heads=4, num_key_value_heads=1, head_dim=256, max_position_embeddings=32_768,

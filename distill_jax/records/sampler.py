@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from distill_jax import sharding
+from distill_jax import head, sharding
 from distill_jax.errors import InputError
 
 FINE, BLOCK = 16, 256  # BLOCK = FINE * FINE
@@ -80,6 +80,7 @@ def summarise(
   hidden_BTD: jax.Array, head_VD: jax.Array, labels_BT: jax.Array, u_BT: jax.Array | None,
   *, n: int, chunk: int, vocab_size: int | None = None, kind: str = "sampled",
   logp: bool = False, temperature: float = 1.0, nucleus: float = 1.0,
+  soft_cap: float | None = None,
 ) -> dict[str, jax.Array]:  # fmt: skip
   """What is recorded of a teacher, without ever holding [B, T, V] logits.
 
@@ -97,6 +98,7 @@ def summarise(
     kind: "sampled" or "topk".
     logp: for "sampled", true log-probabilities of the ids as well.
     temperature: every output describes softmax(logits / temperature).
+    soft_cap: of the logits, before the temperature.
     nucleus: for "topk", entries past the fewest that hold this mass get logp -inf.
 
   Returns:
@@ -124,7 +126,7 @@ def summarise(
     u_BT = jnp.zeros(labels_BT.shape, jnp.float32)
   one = functools.partial(
     _chunk, n=n, vocab_size=vocab_size, kind=kind, logp=logp or kind == "topk",
-    scale=1.0 / temperature, nucleus=nucleus,
+    cap=soft_cap, scale=1.0 / temperature, nucleus=nucleus,
   )  # fmt: skip
 
   def scan(hidden_BTD, head_VD, labels_BT, u_BT, axis=None):
@@ -144,11 +146,12 @@ def summarise(
 
 
 def _chunk(
-  hidden_BCD, head_VD, labels_BC, u_BC, *, n, vocab_size, kind, logp, scale, nucleus, axis
+  hidden_BCD, head_VD, labels_BC, u_BC, *, n, vocab_size, kind, logp, cap, scale, nucleus, axis
 ) -> dict[str, Any]:
   logits_BCV = jnp.einsum(
     "BCD,VD->BCV", hidden_BCD.astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32
   )
+  logits_BCV = head.soft_cap(logits_BCV, cap)
   logits_BCV = logits_BCV * scale if scale != 1.0 else logits_BCV
   width = head_VD.shape[0]
   first = 0 if axis is None else jax.lax.axis_index(axis) * width

@@ -1,0 +1,177 @@
+"""The fused head beside materialised logits: value and gradient, memory and time.
+
+  python tools/bench/head.py [--rounds=5] [--chunk=64] [--cases=d256,d1024,online,length]
+
+V=151,936, 2 sequences of 512 tokens, float32; hard labels and 63 sampled targets a token
+(`online`: a teacher's hidden states and head instead, D=256). The gradient is with respect
+to the hidden states and the head. Every round runs, in an order that changes,
+
+  fused          head.loss over losses kd and ce, as the training step calls it;
+  textbook       logits [B, T, V], kd from jax.nn.log_softmax, ce as optax has it;
+  one_softmax    the same from a single log_softmax, for both losses;
+  same_losses    our kd and ce on logits [B, T, V].
+
+The three rivals go through plain jax.value_and_grad. `time_ratio` is the median over rounds
+of fused / textbook, wall clock, and `temp_ratio` the same of the temporaries that
+memory_analysis() counts; of the two D the worse one. `RIVAL.time_ratio` and so on stand
+beside them. `length.T=N.temp_bytes`: temporaries of the fused head by sequence length; what
+grows is a copy of the hidden states and their gradient, cut into chunks. The last line is
+one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from distill_jax import head
+from distill_jax.losses import ce, kd
+from distill_jax.types import Batch, Targets
+
+B, T, V, POINTS = 2, 512, 151_936, 63
+SOFT, HARD = 0.7, 0.3
+CASES = {"d256": (256, "sampled"), "d1024": (1024, "sampled"), "online": (256, "dense")}
+RIVALS = ("textbook", "one_softmax", "same_losses")
+
+
+def problem(D: int, kind: str, T: int = T) -> tuple[jax.Array, jax.Array, Batch]:
+  """Hidden states, a head that makes logits of about unit size, labels and targets."""
+  keys = jax.random.split(jax.random.key(0), 7)
+  hidden_BTD = jax.random.normal(keys[0], (B, T, D))
+  rows = lambda key: jax.random.normal(key, (V, D)) / D**0.5
+  if kind == "dense":
+    targets = Targets(hidden_BTD=jax.random.normal(keys[1], (B, T, D)), head_VD=rows(keys[2]))
+  else:
+    ids = jnp.sort(jax.random.randint(keys[3], (B, T, POINTS), 0, V), -1)
+    weight = jax.random.dirichlet(keys[4], jnp.ones(POINTS), (B, T))
+    targets = Targets(ids_BTK=ids, weight_BTK=weight, entropy_BT=jnp.ones((B, T)))
+  labels = jax.random.randint(keys[5], (B, T), 0, V)
+  batch = Batch(None, labels, jnp.ones((B, T), bool), {"teacher": targets})  # type: ignore[arg-type]
+  return hidden_BTD, rows(keys[6]), batch
+
+
+def ours(logits_BCV: jax.Array, batch: Batch, count: float) -> tuple[jax.Array, dict]:
+  """As step.Step weighs them, without the metrics beside."""
+  soft_BC = kd.Loss().per_token(logits_BCV, batch, jnp.zeros((), jnp.int32))
+  hard_BC = ce.Loss().per_token(logits_BCV, batch, jnp.zeros((), jnp.int32))
+  loss_BC = jnp.where(batch.mask_BT, SOFT * soft_BC + HARD * hard_BC, 0.0)
+  return jnp.sum(loss_BC) / count, {}
+
+
+def textbook(logits_BTV: jax.Array, batch: Batch, one_softmax: bool) -> jax.Array:
+  """What is commonly written down: mean of kd and ce from log-probabilities of all tokens."""
+  logq_BTV = jax.nn.log_softmax(logits_BTV)
+  t = batch.targets["teacher"]
+  if t.hidden_BTD is not None:
+    logp_BTV = jax.nn.log_softmax(jnp.einsum("BTD,VD->BTV", t.hidden_BTD, t.head_VD))
+    soft_BT = jnp.sum(jnp.exp(logp_BTV) * (logp_BTV - logq_BTV), -1)
+  else:
+    picked_BTK = jnp.take_along_axis(logq_BTV, t.ids_BTK, -1)
+    soft_BT = -t.entropy_BT - jnp.sum(t.weight_BTK * picked_BTK, -1)
+  if one_softmax:
+    hard_BT = -jnp.take_along_axis(logq_BTV, batch.labels_BT[..., None], -1)[..., 0]
+  else:
+    hard_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.labels_BT)
+  return jnp.mean(SOFT * soft_BT + HARD * hard_BT)
+
+
+def programs(args: tuple, chunk: int) -> dict[str, Any]:
+  """Every contestant, compiled for the same arguments."""
+
+  def fused(hidden, rows, batch):
+    fn = functools.partial(ours, count=batch.mask_BT.size)
+    return head.loss(fn, hidden, rows, batch, chunk)[0]
+
+  def materialised(loss: Callable):
+    return lambda hidden, rows, batch: loss(
+      jnp.einsum("BTD,VD->BTV", hidden, rows, preferred_element_type=jnp.float32), batch
+    )
+
+  losses = {
+    "fused": fused,
+    "textbook": materialised(functools.partial(textbook, one_softmax=False)),
+    "one_softmax": materialised(functools.partial(textbook, one_softmax=True)),
+    "same_losses": materialised(lambda z, batch: ours(z, batch, batch.mask_BT.size)[0]),
+  }
+  compile = lambda f: jax.jit(jax.value_and_grad(f, argnums=(0, 1))).lower(*args).compile()
+  return {name: compile(f) for name, f in losses.items()}
+
+
+def temporaries(program: Any) -> int:
+  return program.memory_analysis().temp_size_in_bytes
+
+
+def check(programs: dict[str, Any], args: tuple) -> None:
+  """All contestants find the same loss and gradients."""
+  (want, grads) = jax.device_get(programs["fused"](*args))
+  for name in RIVALS:
+    value, got = jax.device_get(programs[name](*args))
+    np.testing.assert_allclose(value, want, rtol=1e-5, err_msg=name)
+    for a, b in zip(got, grads, strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max(), err_msg=name)
+
+
+def measure(name: str, rounds: int, chunk: int) -> dict[str, float]:
+  args = problem(*CASES[name])
+  made = programs(args, chunk)
+  check(made, args)  # and warms up
+  seconds: dict[str, list[float]] = {n: [] for n in made}
+  order = list(made)
+  for i in range(rounds):
+    for n in order[i % 4 :] + order[: i % 4]:
+      start = time.perf_counter()
+      jax.block_until_ready(made[n](*args))
+      seconds[n].append(time.perf_counter() - start)
+  out = {f"{n}.seconds": statistics.median(s) for n, s in seconds.items()}
+  out |= {f"{n}.temp_bytes": temporaries(p) for n, p in made.items()}
+  for rival in RIVALS:
+    pairs = zip(seconds["fused"], seconds[rival], strict=True)
+    out[f"{rival}.time_ratio"] = statistics.median(a / b for a, b in pairs)
+    out[f"{rival}.temp_ratio"] = temporaries(made["fused"]) / temporaries(made[rival])
+  out |= {key: out[f"textbook.{key}"] for key in ("time_ratio", "temp_ratio")}
+  return {f"{name}.{key}": value for key, value in out.items()}
+
+
+def lengths(chunk: int) -> dict[str, float]:
+  """Temporaries alone, so nothing is run."""
+  out = {}
+  for n in (512, 1024, 2048, 4096):
+    args = jax.eval_shape(lambda n=n: problem(256, "sampled", n))
+    fn = lambda h, w, b: head.loss(functools.partial(ours, count=1.0), h, w, b, chunk)[0]
+    program = jax.jit(jax.value_and_grad(fn, argnums=(0, 1))).lower(*args).compile()
+    out[f"length.T={n}.temp_bytes"] = temporaries(program)
+  return out
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--chunk", type=int, default=64, help="positions of each sequence at once")
+  parser.add_argument("--cases", default="d256,d1024,online,length")
+  args = parser.parse_args()
+  figures: dict[str, float] = {}
+  for name in args.cases.split(","):
+    new = lengths(args.chunk) if name == "length" else measure(name, args.rounds, args.chunk)
+    for key, value in new.items():
+      print(f"{key:36}{value:16,.3f}", flush=True)
+    figures |= new
+  for key in ("temp_ratio", "time_ratio"):
+    values = [figures[f"{d}.{key}"] for d in ("d256", "d1024") if f"{d}.{key}" in figures]
+    figures |= {key: max(values)} if values else {}
+  print(f"load {os.getloadavg()[0]:.1f}")
+  print(json.dumps({"chunk": args.chunk, **{k: round(v, 4) for k, v in figures.items()}}))
+
+
+if __name__ == "__main__":
+  main()
