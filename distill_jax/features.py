@@ -93,5 +93,5 @@ def unflat_qkv(x_BTD: jax.Array, config: Any) -> tuple[jax.Array, jax.Array, jax
   """The inverse, for a teacher of this config."""
   H, G, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
   q, k, v = jnp.split(x_BTD, [H * h, (H + G) * h], -1)
-  heads = lambda x: x.reshape(*x.shape[:2], -1, h)
-  return heads(q), heads(k), heads(v)
+  heads = lambda x, n: x.reshape(*x.shape[:2], n, -1)  # values may be narrower than keys
+  return heads(q, H), heads(k, G), heads(v, G)

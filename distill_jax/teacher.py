@@ -218,7 +218,10 @@ def _width(config: Config) -> int:
   _, c = build.shape(config.teacher)
   if config.records.taps_of == "hidden":
     return c.hidden_size
-  return (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+  values = getattr(c, "v_head_dim", c.head_dim)  # DeepSeek's are narrower than its keys
+  return (c.num_attention_heads + c.num_key_value_heads) * c.head_dim + (
+    c.num_key_value_heads * values
+  )
 
 
 def _projection(config: Config, width: int) -> np.ndarray | None:

@@ -1,6 +1,7 @@
 """Whole-sequence losses against float64 numpy; layer maps; taps recorded and online alike."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -270,16 +271,23 @@ def test_relations_from_recorded_queries_keys_values(tmp_path):
 
 
 def test_projected_taps_and_adapters_resume(tmp_path):
-  """Adapters train, are in the checkpoint, and a resumed run is the uninterrupted one."""
+  """Adapters start fitted, are in the checkpoint, and a resumed run is the uninterrupted one."""
   c = feature_config(tmp_path)
-  c.records.taps_width, c.optim.peak_lr = 48, 1e-3
+  c.records.taps_width, c.optim.peak_lr = 48, 1e-4
   c.losses = {
     "soft": config.loss("kd"),
     "hidden": config.loss("hidden", layers="0:1 1:2", projection="least_squares"),
   }
   record(config.resolve(c), tmp_path / "records")
+  c.train.checkpoint_every = 1
   _, whole = run(c, tmp_path, "whole")
-  assert whole[-1]["hidden"] < whole[0]["hidden"]
+  shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+  shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "3")
+  _, resumed = run(c, tmp_path, "stopped")
+  assert resumed == whole
+  c.losses["hidden"].projection = "orthogonal"
+  _, unfitted = run(c, tmp_path, "unfitted")
+  assert whole[0]["hidden"] < 0.5 * unfitted[0]["hidden"]
   c.losses["hidden"].projection = "none"
   with pytest.raises(InputError, match="have 32 numbers and the teacher's 48"):
     run(c, tmp_path, "none")

@@ -1,10 +1,13 @@
 """Every loss: one gradient, however the batch is cut, packed or padded; and no NaN."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import struct
 
 from distill_jax import folder
 from distill_jax.features import Features
@@ -13,9 +16,10 @@ from distill_jax.losses import ce, hidden, kd, relational, relations
 from distill_jax.models import llama
 from distill_jax.schedules import constant
 from distill_jax.step import Step
-from distill_jax.types import Batch, Inputs, Recorded, Targets
+from distill_jax.types import Batch, Inputs, Output, Recorded, Targets
 
-B, T, K, V = 4, 20, 5, llama.TINY.vocab_size
+B, T, D, K, V = 4, 20, 8, 5, 64
+SHAPE = dataclasses.replace(llama.TINY, num_hidden_layers=2)  # what the losses ask of a config
 CASES = {  # name: (loss, the targets it reads)
   "ce": (ce.Loss(), ""),
   "ce smoothed": (ce.Loss(label_smoothing=0.1, z_loss=0.01), ""),
@@ -31,6 +35,30 @@ WHOLE = {name: fn for name, (fn, _) in CASES.items() if hasattr(fn, "whole")}
 CAPTURE = optax.GradientTransformationExtraArgs(  # the optimizer's state is the gradient
   lambda params: jax.tree.map(jnp.zeros_like, params), lambda g, state, *_, **__: (g, g)
 )
+
+
+class Toy(struct.PyTreeNode):
+  """A model without layers, that compiles at once: each feature is a product of embeddings."""
+
+  embed_VD: jax.Array
+  layers_LDD: jax.Array
+
+  @classmethod
+  def init(cls, seed: int):
+    a, b = jax.random.split(jax.random.key(seed))
+    return cls(jax.random.normal(a, (V, D)), jax.random.normal(b, (2, D, D)) / D**0.5)
+
+  def __call__(self, inputs, how, taps=()):
+    del how
+    turn_BT = jnp.cos(inputs.positions_BT)[..., None]  # so that a place in a document matters
+    x_BTD = self.embed_VD[inputs.tokens_BT] * turn_BT
+    taps_PBTD = jnp.stack([x_BTD @ self.layers_LDD[i] for i in taps]) if taps else None
+    return Output(jnp.tanh(x_BTD @ self.layers_LDD[0]), self.embed_VD, taps_PBTD)
+
+  def qkv(self, layer, x_BTD, inputs, how):
+    del inputs, how
+    heads = (x_BTD @ self.layers_LDD[layer]).reshape(*x_BTD.shape[:2], 2, D // 2)
+    return heads, heads[..., ::-1], 2 * heads
 
 
 def test_every_loss_is_here():
@@ -83,16 +111,14 @@ ROWS = [(0, 1), (2, 3), (4, 5), (6, 7)]
 def gradient(name: str, batch: Batch, accumulate: int = 1):
   """(loss, its gradient) of a training step."""
   fn, kind = CASES[name]
-  keys = jax.random.split(jax.random.key(0))
-  student, teacher = (llama.Model(llama.TINY, key) for key in keys)
   T_ = fn.temperature.values[0] if kind == "sampled" else 1.0
   step = Step(
     losses={"it": fn}, learning_rate=lambda _: jnp.zeros(()), optimizer=CAPTURE,
     student=Compute(), teacher=Compute(), chunk=6, accumulate=accumulate,
-    student_config=llama.TINY, teacher_config=llama.TINY, recorded=Recorded(temperature=T_),
+    student_config=SHAPE, teacher_config=SHAPE, recorded=Recorded(temperature=T_),
   )  # fmt: skip
-  online = {"teacher": teacher} if kind == "online" else {}
-  state, metrics = jax.jit(step)(step.init(student), batch, online)
+  online = {"teacher": Toy.init(1)} if kind == "online" else {}
+  state, metrics = jax.jit(step)(step.init(Toy.init(0)), batch, online)
   return metrics["loss"], state.opt
 
 
@@ -132,7 +158,7 @@ def test_a_row_without_labels_changes_nothing(name):
   assert all(not np.any(g) for g in jax.tree.leaves(grads))  # NaN counts as any
 
 
-def features(seed: int, D: int = 8) -> Features:
+def features(seed: int) -> Features:
   keys = jax.random.split(jax.random.key(seed), 4)
   heads = (jax.random.normal(k, (B, T, 2, D // 2)) for k in keys[1:])
   return Features({1: jax.random.normal(keys[0], (B, T, D))}, {1: tuple(heads)})
