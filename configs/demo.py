@@ -11,7 +11,8 @@ or step by step, each command as a person would type it:
   distill-jax export   --config=configs/demo.py:distilled   --workdir=runs/demo/distilled
   distill-jax report   --config=configs/demo.py             --workdir=runs/demo
 
-Cost: DEMO_COST on 2 CPU cores. Expect, on held-out topics: DEMO_EXPECT.
+Cost: about 7 minutes on 2 idle CPU cores. Expect, on held-out topics with Python 3.11.7:
+cross-entropy 3.56 (hard labels 3.93, teacher 2.64), KL to the teacher 1.33 (2.16).
 
 The teacher reads 16,384 tokens once; the students read them four times. That is where soft
 labels help most: the text is short, and the hard-label twin learns it by heart. Both
@@ -46,11 +47,11 @@ def get_config(student: str = "distilled"):
 
   if student == "hard":
     c.losses.hard = config.loss("ce")
-    c.optim.peak_lr = 3e-4  # DEMO_HARD_RATES
+    c.optim.peak_lr = 3e-4  # KL 2.12 at 1.5e-4, 2.16 at 3e-4, 2.45 at 6e-4; ce 4.18, 3.93, 3.92
   elif student == "distilled":
     c.losses.soft = config.loss("kd", weight=0.9)
     c.losses.hard = config.loss("ce", weight=0.1)
-    c.optim.peak_lr = 1e-3  # DEMO_SOFT_RATES
+    c.optim.peak_lr = 1e-3  # on 48 sequences: KL 1.47 at 6e-4, 1.41 at 1e-3, 1.49 at 2e-3
   else:
     raise ValueError(f"configs/demo.py:{student} is neither demo.py:hard nor demo.py:distilled")
 

@@ -53,7 +53,7 @@ class Toy(struct.PyTreeNode):
     turn_BT = jnp.cos(inputs.positions_BT)[..., None]  # so that a place in a document matters
     x_BTD = self.embed_VD[inputs.tokens_BT] * turn_BT
     taps_PBTD = jnp.stack([x_BTD @ self.layers_LDD[i] for i in taps]) if taps else None
-    return Output(jnp.tanh(x_BTD @ self.layers_LDD[0]), self.embed_VD, taps_PBTD)
+    return Output(jnp.tanh(x_BTD @ self.layers_LDD[0]), self.embed_VD, taps_PBTD=taps_PBTD)
 
   def qkv(self, layer, x_BTD, inputs, how):
     del inputs, how

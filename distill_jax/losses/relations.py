@@ -58,14 +58,17 @@ class Loss:
     segments = batch.inputs.segments_BT
     for a, b in pairs:
       for s, t in zip(student.qkv[a], teacher.qkv[b], strict=True):
-        kl_BT = _relation_kl(self._split(s), self._split(jax.lax.stop_gradient(t)), segments)
+        s, t = self._split(s, segments), self._split(jax.lax.stop_gradient(t), segments)
+        kl_BT = _relation_kl(s, t, segments)
         total += Mean.of(kl_BT, batch.mask_BT)
     n = 3 * len(pairs)
     return Mean(total.total / n, total.count / n)
 
-  def _split(self, x_BTHh: jax.Array) -> jax.Array:
-    B, T = x_BTHh.shape[:2]
-    return x_BTHh.reshape(B, T, self.heads, -1).astype(jnp.float32)
+  def _split(self, x_BTHh: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """Relation heads, float32 [B, T, R, d]; 0 in padding, where a NaN would reach gradients."""
+    B, T = segments_BT.shape
+    x_BTRd = x_BTHh.reshape(B, T, self.heads, -1).astype(jnp.float32)
+    return jnp.where(segments_BT[..., None, None] > 0, x_BTRd, 0)
 
 
 def _relation_kl(s_BTRd: jax.Array, t_BTRd: jax.Array, segments_BT: jax.Array) -> jax.Array:
