@@ -32,7 +32,7 @@ clean-demo:
 	rm -rf $(DEMO)
 
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/.test
 	$(BIN)/python -m pytest -m slow

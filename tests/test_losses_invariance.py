@@ -1,6 +1,7 @@
 """Every loss: one gradient, however the batch is cut, packed or padded; and no NaN."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -108,17 +109,23 @@ def packed(rows: list[tuple[int, int]], kind: str) -> Batch:
 ROWS = [(0, 1), (2, 3), (4, 5), (6, 7)]
 
 
-def gradient(name: str, batch: Batch, accumulate: int = 1):
-  """(loss, its gradient) of a training step."""
+@functools.cache
+def program(name: str, accumulate: int):
   fn, kind = CASES[name]
-  T_ = fn.temperature.values[0] if kind == "sampled" else 1.0
+  recorded = Recorded(temperature=fn.temperature.values[0]) if kind == "sampled" else Recorded()
   step = Step(
     losses={"it": fn}, learning_rate=lambda _: jnp.zeros(()), optimizer=CAPTURE,
     student=Compute(), teacher=Compute(), chunk=6, accumulate=accumulate,
-    student_config=SHAPE, teacher_config=SHAPE, recorded=Recorded(temperature=T_),
+    student_config=SHAPE, teacher_config=SHAPE, recorded=recorded,
   )  # fmt: skip
-  online = {"teacher": Toy.init(1)} if kind == "online" else {}
-  state, metrics = jax.jit(step)(step.init(Toy.init(0)), batch, online)
+  return step, jax.jit(step)
+
+
+def gradient(name: str, batch: Batch, accumulate: int = 1):
+  """(loss, its gradient) of a training step."""
+  step, compiled = program(name, accumulate)
+  teachers = {"teacher": Toy.init(1)} if CASES[name][1] == "online" else {}
+  state, metrics = compiled(step.init(Toy.init(0)), batch, teachers)
   return metrics["loss"], state.opt
 
 
@@ -164,9 +171,10 @@ def features(seed: int) -> Features:
   return Features({1: jax.random.normal(keys[0], (B, T, D))}, {1: tuple(heads)})
 
 
-def whole(fn, student: Features, teacher: Features, batch: Batch):
-  loss = lambda s: fn.whole(s, teacher, {}, batch, ((1, 1),)).value()
-  return jax.jit(jax.value_and_grad(loss))(student)
+@functools.cache
+def whole_program(name: str):
+  loss = lambda s, t, batch: WHOLE[name].whole(s, t, {}, batch, ((1, 1),)).value()
+  return jax.jit(jax.value_and_grad(loss))
 
 
 def put(tree: Features, where_BT: jax.Array, value: float) -> Features:
@@ -183,7 +191,7 @@ def test_vectors_of_length_zero_give_no_nan(name):
     for zero_s, zero_t in ((True, False), (False, True), (True, True)):
       s, t = features(0), features(1)
       s, t = (put(s, where, 0) if zero_s else s), (put(t, where, 0) if zero_t else t)
-      loss, grads = whole(WHOLE[name], s, t, batch)
+      loss, grads = whole_program(name)(s, t, batch)
       assert np.isfinite(loss)
       assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
 
@@ -194,8 +202,8 @@ def test_nan_where_nothing_is_trained_is_harmless(name):
   batch = packed(ROWS, "")
   out = batch.inputs.segments_BT == 0 if name == "relations" else ~batch.mask_BT
   s, t = features(0), features(1)
-  want_loss, want = whole(WHOLE[name], s, t, batch)
-  loss, grads = whole(WHOLE[name], put(s, out, jnp.nan), put(t, out, jnp.nan), batch)
+  want_loss, want = whole_program(name)(s, t, batch)
+  loss, grads = whole_program(name)(put(s, out, jnp.nan), put(t, out, jnp.nan), batch)
   np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
   for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(g, w, atol=1e-7)

@@ -242,7 +242,8 @@ KILL = """
   sys.path[:0] = [{tests!r}, {root!r}]
   from pathlib import Path
   import test_records_store as t
-  from distill_jax.records import manifest, writer
+  from distill_jax import files
+  from distill_jax.records import writer
   countdown = {at}
   def maybe_die(fn):
     def wrapped(*a, **k):
@@ -257,7 +258,7 @@ KILL = """
   writer.digest = maybe_die(writer.digest)
   Path.replace = maybe_die(Path.replace)
   Path.unlink = maybe_die(Path.unlink)
-  manifest.sync_folder = maybe_die(manifest.sync_folder)
+  files.sync_folder = maybe_die(files.sync_folder)
   t.record({folder!r})
 """
 

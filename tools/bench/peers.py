@@ -1,0 +1,186 @@
+"""Our training step beside the ones that a user would pick instead, on the same shapes.
+
+  PY_TUNIX=…/python PY_TRL=…/python python tools/bench/peers.py [--configs=small32k,vocab152k]
+      [--rounds=2] [--peers=../shared/bench/peers] [--only=ours]
+
+The peers are scripts in the folder `--peers`, whose README says what they run and what their
+interpreters need: Tunix DistillationTrainer, TRL GKDTrainer and TRL DistillationTrainer. An
+interpreter that is not named is reported as absent, and its peer is left out. Ours are
+
+  online   step.Step on qwen3 of the same shape, kd at T=2 and ce by halves, with the teacher
+           in the step, as Tunix and TRL have it;
+  records  the same on 63 sampled targets a token: no teacher.
+
+Everyone runs in a process of its own, in turn, round after round, and is timed by the
+peers' own peer_shapes.StepClock: wall and CPU time of a step after warm-up, peak memory.
+`CONFIG.PEER.time_ratio` is ours online / peer, medians over rounds; `memory_ratio` the same
+of peak resident memory. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+PEERS = {  # name: (the variable that names its interpreter, script and flags)
+  "tunix": ("PY_TUNIX", ["bench_tunix.py"]),
+  "trl_gkd": ("PY_TRL", ["bench_trl.py", "--trainer", "gkd"]),
+  "trl_distill": ("PY_TRL", ["bench_trl.py", "--trainer", "distill"]),
+}
+OURS = ("online", "records")
+LIMIT = 580  # seconds for one process
+
+
+def ours(folder: str, name: str, kind: str) -> None:
+  """One of our contestants, in this process; prints a record as the peers do."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  sys.path.insert(0, folder)
+  shapes = importlib.import_module("peer_shapes")
+  from distill_jax import config, optim, params
+  from distill_jax.layers import Compute
+  from distill_jax.losses import ce, kd
+  from distill_jax.models import qwen3
+  from distill_jax.schedules import constant
+  from distill_jax.step import Step
+  from distill_jax.types import Batch, Inputs, Recorded, Targets
+
+  c = shapes.CONFIGS[name]
+  V, B, T, points = c["vocab"], c["batch"], c["seq"], 63
+
+  def model(s: dict[str, int], seed: int) -> qwen3.Model:
+    shape = qwen3.Config(
+      vocab_size=V, hidden_size=s["d"], intermediate_size=s["ffn"], num_hidden_layers=s["layers"],
+      num_attention_heads=s["heads"], num_key_value_heads=s["kv"], head_dim=s["head_dim"],
+      max_position_embeddings=T, rope_theta=1e6, tie_word_embeddings=True,
+    )  # fmt: skip
+    return qwen3.Model(shape, jax.random.key(seed))
+
+  rng = np.random.default_rng(0)
+  i32 = lambda x: jnp.asarray(x, jnp.int32)
+
+  def batch() -> Batch:
+    tokens = rng.integers(1, V, (B, T))
+    inputs = Inputs(i32(tokens), i32(np.tile(np.arange(T), (B, 1))), i32(np.ones((B, T))))
+    mask = jnp.broadcast_to(jnp.arange(T) < T - 1, (B, T))
+    if kind == "online":
+      return Batch(inputs, i32(np.roll(tokens, -1, 1)), mask)
+    said = Targets(
+      ids_BTK=i32(np.sort(rng.integers(0, V, (B, T, points)), -1)),
+      weight_BTK=jnp.full((B, T, points), 1 / points), entropy_BT=jnp.full((B, T), 2.0),
+    )  # fmt: skip
+    return Batch(inputs, i32(np.roll(tokens, -1, 1)), mask, {"teacher": said})
+
+  student = model(c["student"], 0)
+  teachers = {"teacher": model(c["teacher"], 1)} if kind == "online" else {}
+  o, half = config.Optim(peak_lr=shapes.LEARNING_RATE, schedule="constant"), constant(0.5)
+  hot = shapes.TEMPERATURE
+  step = Step(
+    losses={"soft": kd.Loss(weight=half, temperature=constant(hot)), "hard": ce.Loss(weight=half)},
+    learning_rate=optim.learning_rate(o, 100), optimizer=optim.optimizer(o), student=Compute(),
+    teacher=Compute(), chunk=128 // B, vocab_size=V, recorded=Recorded(temperature=hot),
+  )  # fmt: skip
+  program, state = jax.jit(step, donate_argnums=0), step.init(student)
+  counts = [params.count(m) for m in (student, *teachers.values())]
+  clock = shapes.StepClock(c["warmup"])
+  clock.start()
+  for _ in range(c["steps"]):
+    state, metrics = program(state, batch(), teachers)
+    jax.block_until_ready(state.params)
+    assert np.isfinite(float(metrics["loss"]))
+    clock.tick()
+  clock.report(
+    f"distill_jax/{kind}", name, B * T, temperature=hot, student_params=counts[0],
+    teacher_params=sum(counts[1:]), cores=len(os.sched_getaffinity(0)),
+  )  # fmt: skip
+
+
+def record_of(command: list[str]) -> dict[str, Any] | str:
+  """The JSON on the last line of a process, or what went wrong with it."""
+  done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+  if done.returncode:
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return f"failed: exit {done.returncode}, {last}"
+  return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def commands(folder: Path, config: str, only: str) -> tuple[dict[str, list[str]], dict[str, str]]:
+  """By name: (what to run, who is absent and why)."""
+  run, absent = {}, {}
+  for kind in OURS:
+    flags = ["--peers", str(folder), "--one", config, kind]
+    run[f"ours_{kind}"] = [sys.executable, str(HERE), *flags]
+  for name, (variable, script) in PEERS.items():
+    python = os.environ.get(variable, "")
+    if only == "ours":
+      absent[name] = "left out: --only=ours"
+    elif not Path(python).is_file():
+      is_not = f", which is {python}, no file" if python else ""
+      absent[name] = f"absent: set {variable}{is_not}"
+    else:
+      run[name] = [python, str(folder / script[0]), config, *script[1:]]
+  return run, absent
+
+
+def compare(config: str, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
+  """Medians over rounds, and ours online over each peer."""
+  out = {}
+  for name in rounds[0]:
+    median = lambda key, name=name: statistics.median(r[name][key] for r in rounds)
+    for key in ("step_ms_median", "cpu_ms_median", "peak_rss_mb", "tokens_per_s"):
+      out[f"{config}.{name}.{key}"] = median(key)
+    if name in PEERS:
+      ratio = lambda key, name=name: statistics.median(
+        r["ours_online"][key] / r[name][key] for r in rounds
+      )
+      out[f"{config}.{name}.time_ratio"] = ratio("step_ms_median")
+      out[f"{config}.{name}.cpu_time_ratio"] = ratio("cpu_ms_median")
+      out[f"{config}.{name}.memory_ratio"] = ratio("peak_rss_mb")
+  return out
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--peers", default=str(HERE.parents[3] / "shared/bench/peers"))
+  parser.add_argument("--configs", default="small32k,vocab152k", help="of peer_shapes.py")
+  parser.add_argument("--rounds", type=int, default=2)
+  parser.add_argument("--only", default="", choices=["", "ours"])
+  parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # a contestant, in this process
+  args = parser.parse_args()
+  folder = Path(args.peers).resolve()
+  if not (folder / "peer_shapes.py").is_file():
+    sys.exit(f"{folder} holds no peer_shapes.py; name the folder of the peer scripts by --peers")
+  if args.one:
+    return ours(str(folder), *args.one)
+  figures: dict[str, Any] = {}
+  for config in args.configs.split(","):
+    run, missing = commands(folder, config, args.only)
+    rounds = []
+    for _ in range(args.rounds):
+      got = {name: record_of(command) for name, command in run.items() if name not in missing}
+      missing |= {name: said for name, said in got.items() if isinstance(said, str)}
+      rounds.append(got)
+    kept = [{n: r for n, r in got.items() if n not in missing} for got in rounds]
+    figures |= missing
+    if lost := [name for name in run if name.startswith("ours") and name in missing]:
+      sys.exit("; ".join(f"{name} {missing[name]}" for name in lost))
+    figures |= {k: round(v, 4) for k, v in compare(config, kept).items()}
+  for name, value in figures.items():
+    print(f"{name:40}{value:>14}" if isinstance(value, str) else f"{name:40}{value:14,.3f}")
+  print(f"load {os.getloadavg()[0]:.1f}")
+  print(json.dumps(figures))
+  return None
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,131 @@
+"""A training step on records beside one on hard labels, and beside an online teacher.
+
+  python tools/bench/step.py [--rounds=5] [--layers=12] [--chunk=64] [--small]
+
+The student is SmolLM2-135M's shape with 12 layers and random weights, 2 sequences of 512
+tokens, float32, AdamW. Every round runs one step of each, in an order that changes:
+
+  hard     cross-entropy alone;
+  records  kd on 63 sampled targets a token, and cross-entropy;
+  online   the same losses with a teacher of 30 layers in the step.
+
+Each is step.Step, compiled as train.py does, metrics included. `records_over_hard` and
+`online_over_hard` are medians over rounds, wall clock; `…_cpu_time` the same in CPU time of
+all threads, for a machine that others use too. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill_jax import config, optim
+from distill_jax.layers import Compute
+from distill_jax.losses import ce, kd
+from distill_jax.models import llama
+from distill_jax.schedules import constant
+from distill_jax.step import Step
+from distill_jax.types import Batch, Inputs, Targets
+
+POINTS, ENTRIES = 63, 20  # of systematic sampling; and how many tokens they fall on
+
+
+def batch_of(vocab_size: int, B: int, T: int) -> Batch:
+  """Random tokens, and what records hold of a teacher: counts, entropy, label, top token."""
+  rng = np.random.default_rng(0)
+  i32 = lambda x: jnp.asarray(x, jnp.int32)
+  f32 = lambda x: jnp.asarray(x, jnp.float32)
+  tokens = rng.integers(0, vocab_size, (B, T))
+  ids = np.sort(rng.integers(0, vocab_size, (B, T, POINTS)), -1)
+  weight = np.zeros((B, T, POINTS))  # the loader fills up to N entries, as here
+  weight[..., :ENTRIES] = rng.multinomial(POINTS, np.ones(ENTRIES) / ENTRIES, (B, T)) / POINTS
+  targets = Targets(
+    ids_BTK=i32(ids), weight_BTK=f32(weight), entropy_BT=f32(rng.uniform(1, 4, (B, T))),
+    label_logp_BT=f32(-rng.uniform(1, 4, (B, T))), top_BT=i32(ids[..., 0]),
+  )  # fmt: skip
+  positions = np.broadcast_to(np.arange(T), (B, T))
+  inputs = Inputs(i32(tokens), i32(positions), i32(np.ones((B, T))))
+  mask = jnp.ones((B, T), bool)
+  return Batch(inputs, i32(np.roll(tokens, -1, 1)), mask, {"teacher": targets})
+
+
+def contestants(student: llama.Config, teacher: llama.Config, batch: Batch, chunk: int):
+  """By name: (the compiled step, its first state, batch, online teachers)."""
+  soft, hard = kd.Loss(weight=constant(0.7)), ce.Loss(weight=constant(0.3))
+  both = {"soft": soft, "hard": hard}
+  plain, model = batch.replace(targets={}), llama.Model(student, jax.random.key(0))
+  online = {"teacher": llama.Model(teacher, jax.random.key(1))}
+  o = config.Optim()
+  made = {}
+  for name, losses, given, teachers in (
+    ("hard", {"hard": ce.Loss()}, plain, {}),
+    ("records", both, batch, {}),
+    ("online", both, plain, online),
+  ):
+    step = Step(
+      losses=losses, learning_rate=optim.learning_rate(o, 1000), optimizer=optim.optimizer(o),
+      student=Compute(), teacher=Compute(), chunk=chunk, vocab_size=student.vocab_size,
+    )  # fmt: skip
+    state = step.init(jax.tree.map(jnp.copy, model))  # its own, as a step gives it up
+    program = jax.jit(step, donate_argnums=0).lower(state, given, teachers).compile()
+    made[name] = [program, state, given, teachers]
+  return made
+
+
+def run(contestant: list[Any]) -> tuple[float, float]:
+  """One step: its wall and CPU seconds. The state goes on from step to step."""
+  program, state, batch, teachers = contestant
+  start, cpu = time.perf_counter(), time.process_time()
+  contestant[1], metrics = program(state, batch, teachers)
+  loss = float(metrics["loss"])
+  seconds = time.perf_counter() - start, time.process_time() - cpu
+  assert np.isfinite(loss), loss
+  return seconds
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--layers", type=int, default=12)
+  parser.add_argument("--chunk", type=int, default=64, help="positions of each sequence at once")
+  parser.add_argument("--small", action="store_true", help="tiny shapes: does the script run?")
+  args = parser.parse_args()
+  teacher = llama.TINY if args.small else llama.CONFIGS["smollm2-135m"]
+  layers = 2 if args.small else args.layers
+  student = dataclasses.replace(teacher, num_hidden_layers=layers)
+  B, T = (2, 32) if args.small else (2, 512)
+  made = contestants(student, teacher, batch_of(student.vocab_size, B, T), args.chunk)
+  names = list(made)
+  wall, cpu = ({n: [] for n in names} for _ in range(2))
+  for i in range(args.rounds + 1):
+    for name in names[i % 3 :] + names[: i % 3]:
+      seconds = run(made[name])
+      if i:  # the first round warms up
+        wall[name].append(seconds[0])
+        cpu[name].append(seconds[1])
+
+  def ratio(times: dict[str, list[float]], a: str) -> float:
+    return statistics.median(x / y for x, y in zip(times[a], times["hard"], strict=True))
+
+  figures = {f"{a}_over_hard": ratio(wall, a) for a in ("records", "online")}
+  figures |= {f"{a}_over_hard_cpu_time": ratio(cpu, a) for a in ("records", "online")}
+  figures |= {f"{n}_seconds": statistics.median(s) for n, s in wall.items()}
+  figures |= {f"{n}_temp_bytes": m[0].memory_analysis().temp_size_in_bytes for n, m in made.items()}
+  figures |= {"tokens": B * T, "student_layers": layers, "chunk": args.chunk}
+  for name, value in figures.items():
+    print(f"{name:28}{value:16,.3f}")
+  print(f"load {os.getloadavg()[0]:.1f}")
+  print(json.dumps({k: round(v, 4) for k, v in figures.items()}))
+
+
+if __name__ == "__main__":
+  main()
