@@ -37,7 +37,7 @@ import optax
 
 from distill_jax import head
 from distill_jax.losses import ce, kd
-from distill_jax.types import Batch, Targets
+from distill_jax.types import Batch, Mean, Targets
 
 B, T, V, POINTS = 2, 512, 151_936, 63
 SOFT, HARD = 0.7, 0.3
@@ -62,11 +62,12 @@ def problem(D: int, kind: str, T: int = T) -> tuple[jax.Array, jax.Array, Batch]
 
 
 def ours(logits_BCV: jax.Array, batch: Batch, count: float) -> tuple[jax.Array, dict]:
-  """As step.Step weighs them, without the metrics beside."""
-  soft_BC = kd.Loss().per_token(logits_BCV, batch, jnp.zeros((), jnp.int32))
-  hard_BC = ce.Loss().per_token(logits_BCV, batch, jnp.zeros((), jnp.int32))
-  loss_BC = jnp.where(batch.mask_BT, SOFT * soft_BC + HARD * hard_BC, 0.0)
-  return jnp.sum(loss_BC) / count, {}
+  """As step.Step adds them up, without the metrics beside."""
+  total = jnp.zeros(())
+  for weight, loss in ((SOFT, kd.Loss()), (HARD, ce.Loss())):
+    mean = Mean.of(loss.per_token(logits_BCV, batch, jnp.zeros((), jnp.int32)), batch.mask_BT)
+    total += weight / count * mean.total
+  return total, {}
 
 
 def textbook(logits_BTV: jax.Array, batch: Batch, one_softmax: bool) -> jax.Array:
