@@ -45,16 +45,6 @@ class Loss:
     return T**2 * supports.divergence(terms, targets, logits_BCV, T, self.missing_mass)
 
 
-def forward_kl(
-  targets: Targets, logits_BCV: jax.Array, T: jax.Array | float = 1.0,
-  missing_mass: str = "tail_bucket",
-) -> jax.Array:  # fmt: skip
-  """KL(p_T || q_T) per position, float32 [B, C], from any targets."""
-  if targets.weight_BTK is not None:
-    return sampled_forward_kl(targets, logits_BCV, T)
-  return supports.divergence(divergences.forward_kl, targets, logits_BCV, T, missing_mass)
-
-
 def sampled_forward_kl(targets: Targets, logits_BCV: jax.Array, T: jax.Array | float) -> jax.Array:
   """-H(p) - sum_i w_i log q_i: the one divergence that counts alone serve without bias.
 
