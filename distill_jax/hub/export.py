@@ -16,6 +16,7 @@ import numpy as np
 
 from distill_jax import params
 from distill_jax.errors import InputError
+from distill_jax.files import sync_folder, write_whole
 from distill_jax.hub import declared
 from distill_jax.hub.safetensors_folder import INDEX, SINGLE
 from distill_jax.hub.tokenizer import TokenizerFiles
@@ -93,9 +94,9 @@ def export(
   try:
     _write_weights(work, sources, shard_bytes)
     _write_texts(work, model.config.to_hf(), dtype, tokenizer, generation, card)
-    _sync(work)
+    sync_folder(work)
     work.rename(target)
-    _sync(target.parent)
+    sync_folder(target.parent)
   finally:
     shutil.rmtree(work, ignore_errors=True)  # gone already, if all went well
   return target
@@ -134,7 +135,8 @@ def _write_weights(folder: pathlib.Path, sources: list[Source], limit: int) -> N
     where |= {s.name: name for s in shard}
     with (folder / name).open("wb") as f:
       _write_shard(f, shard)
-      _sync(f)
+      f.flush()
+      os.fsync(f.fileno())
   if len(shards) > 1:
     total = sum(math.prod(s.shape) for s in sources)
     meta = {"total_parameters": total, "total_size": sum(s.nbytes for s in sources)}
@@ -164,33 +166,14 @@ def _write_texts(
   # transformers 5 reads `dtype`, older ones and vLLM `torch_dtype`.
   _write_json(folder / "config.json", {**hf, "dtype": dtype, "torch_dtype": dtype, **ids})
   _write_json(folder / "generation_config.json", generation)
-  _write(folder / "README.md", card.encode())
+  write_whole(folder / "README.md", card.encode())
   if tokenizer is not None:
     _write_json(folder / "tokenizer_config.json", tokenizer.config)
     if tokenizer.json is not None:
-      _write(folder / "tokenizer.json", tokenizer.json.encode())
+      write_whole(folder / "tokenizer.json", tokenizer.json.encode())
     if tokenizer.sentencepiece is not None:
-      _write(folder / "tokenizer.model", tokenizer.sentencepiece)
+      write_whole(folder / "tokenizer.model", tokenizer.sentencepiece)
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-  _write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _write(path: pathlib.Path, data: bytes) -> None:
-  with path.open("wb") as f:
-    f.write(data)
-    _sync(f)
-
-
-def _sync(what: BinaryIO | pathlib.Path) -> None:
-  """Forces a file, or a folder's list of names, to the disk."""
-  if not isinstance(what, pathlib.Path):
-    what.flush()
-    os.fsync(what.fileno())
-    return
-  fd = os.open(what, os.O_RDONLY)
-  try:
-    os.fsync(fd)
-  finally:
-    os.close(fd)
+  write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
