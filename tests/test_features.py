@@ -147,28 +147,32 @@ def test_relations_in_blocks_are_the_same(mask, monkeypatch):
 # ------------------------------------------------------------------ relational
 
 
-def test_relational_by_its_formula(mask):
-  s, t = vectors(1, D), vectors(2, E)
+@pytest.mark.parametrize("positions", [32, 4])  # 4 does not divide 9
+def test_relational_by_its_formula(mask, monkeypatch, positions):
+  """Token by token, each with those before it in its document that are trained on."""
+  monkeypatch.setattr(relational, "POSITIONS", positions)
+  s, t, tokens = vectors(1, D), vectors(2, E), 4
+  segments = np.array([[1] * 5 + [2] * 4, [1] * 7 + [0] * 2])
   huber = lambda x: np.where(np.abs(x) <= 1, 0.5 * x * x, np.abs(x) - 0.5)
-  want = []
-  for b in range(B):
-    at = np.flatnonzero(mask[b])
+  want = 0.0
+  for b, i in zip(*np.nonzero(mask), strict=True):
+    near = range(max(0, i - tokens + 1), i)
+    near = [j for j in near if mask[b, j] and segments[b, j] == segments[b, i]]
+    if not near:
+      continue
 
-    def parts(x):
-      e = x[None, :] - x[:, None]
+    def parts(x, b=b, i=i, near=near):
+      e = x[b, i] - x[b, near]
       d = np.linalg.norm(e, axis=-1)
-      off = ~np.eye(len(x), dtype=bool)
-      unit = e / np.where(d > 0, d, 1)[..., None]
-      return d / d[off].mean(), np.einsum("ijd,ikd->ijk", unit, unit), off
+      unit = e / d[:, None]
+      return d / d.mean(), (unit @ unit.T)[~np.eye(len(near), dtype=bool)]
 
-    (ds, angle_s, off), (dt, angle_t, _) = parts(s[b, at]), parts(t[b, at])
-    triple = off[:, :, None] & off[:, None, :] & off[None]
-    loss = huber(ds - dt)[off].mean() + 2.0 * huber(angle_s - angle_t)[triple].mean()
-    want.append(loss * mask[b].sum())
-  args = ({}, batch_of(mask), ((0, 0),))
+    (ds, angle_s), (dt, angle_t) = parts(s), parts(t)
+    want += huber(ds - dt).mean() + 2.0 * (huber(angle_s - angle_t).mean() if len(near) > 1 else 0)
+  args = ({}, batch_of(mask, segments), ((0, 0),))
   one = lambda x: Features({0: jnp.float32(x)}, {})
-  got = relational.Loss().whole(one(s), one(t), *args)
-  np.testing.assert_allclose(got.total, sum(want), rtol=1e-5)
+  got = relational.Loss(tokens=tokens).whole(one(s), one(t), *args)
+  np.testing.assert_allclose(got.total, want, rtol=1e-5)
   assert got.count == mask.sum()
 
 

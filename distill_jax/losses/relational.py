@@ -1,4 +1,4 @@
-"""Relational knowledge: distances and angles between the tokens of a sequence (RKD)."""
+"""Relational knowledge: distances and angles between the tokens of a document (RKD)."""
 
 from __future__ import annotations
 
@@ -13,23 +13,29 @@ from distill_jax.features import Features, Needs, Pairs
 from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch, Mean
 
+POSITIONS = 32  # whose relations exist at once
+
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-  """Huber loss on pairwise distances and on angles of triples (RKD, arXiv:1904.05068).
+  """Huber loss on distances and angles between a token and those before it.
 
-  Distances are divided by their mean, so that widths may differ and no projection is needed.
-  The relations are those among `tokens` positions of a sequence, evenly spaced; so the loss
-  is a sum over sequences and knows nothing of the batch.
+  RKD (arXiv:1904.05068, equations 3 to 7) with relations among the examples of a batch
+  brought to tokens: those of a token are with the `tokens` - 1 before it in its document,
+  so it is a mean over tokens, as every other loss is, and knows nothing of the batch or of
+  how documents are packed. Distances are divided by their mean over the token's relations,
+  so that widths may differ and no projection is needed; angles are those at the token.
 
   Attributes:
+    layers: see features.pairs.
+    tokens: a token and those that it is related to.
     angle: the weight of the angle term beside the distance term's 1; 0 leaves it out.
   """
 
   weight: Schedule = constant(1.0)
   teacher: str = "teacher"
   layers: str = "last"
-  tokens: int = 32
+  tokens: int = 16
   angle: float = 2.0
 
   def __post_init__(self):
@@ -49,50 +55,55 @@ class Loss:
     pairs: Pairs,
   ) -> Mean:  # fmt: skip
     del adapters
-    T = batch.mask_BT.shape[1]
-    at = jnp.linspace(0, T - 1, min(self.tokens, T)).astype(jnp.int32)
-    keep_Bm = batch.mask_BT[:, at]
-    total_B = jnp.zeros(len(keep_Bm))
+    total = Mean(jnp.zeros(()), jnp.zeros(()))
+    keep = batch.mask_BT[..., None]
     for a, b in pairs:
-      s = student.hidden[a][:, at].astype(jnp.float32)
-      t = jax.lax.stop_gradient(teacher.hidden[b][:, at].astype(jnp.float32))
-      total_B += jax.vmap(_relational, in_axes=(0, 0, 0, None))(s, t, keep_Bm, self.angle)
-    # Each sequence counts by its tokens, as every other loss does.
-    tokens_B = jnp.sum(batch.mask_BT, 1, dtype=jnp.float32)
-    return Mean(jnp.sum(total_B * tokens_B) / len(pairs), jnp.sum(tokens_B))
+      s = jnp.where(keep, student.hidden[a].astype(jnp.float32), 0)
+      t = jnp.where(keep, jax.lax.stop_gradient(teacher.hidden[b].astype(jnp.float32)), 0)
+      total += Mean.of(self._relational(s, t, batch), batch.mask_BT)
+    return Mean(total.total / len(pairs), total.count / len(pairs))
+
+  def _relational(self, s_BTD: jax.Array, t_BTD: jax.Array, batch: Batch) -> jax.Array:
+    """The loss of each token, float32 [B, T]; 0 for one without relations."""
+    B, T = batch.mask_BT.shape
+    C, back_R = min(POSITIONS, T), 1 + jnp.arange(self.tokens - 1)  # R relations of a token
+    n = -(-T // C)
+
+    @jax.checkpoint  # the backward pass makes a block's relations again
+    def block(start: jax.Array) -> jax.Array:
+      at_C = jnp.minimum(start + jnp.arange(C), T - 1)
+      from_CR = at_C[:, None] - back_R[None]
+      of = lambda x_BT: (x_BT[:, at_C][:, :, None], x_BT[:, jnp.maximum(from_CR, 0)])
+      segment, others = of(batch.inputs.segments_BT)
+      keep, others_keep = of(batch.mask_BT)
+      real_BCR = (segment == others) & keep & others_keep & (from_CR >= 0)[None]
+
+      def relations(x_BTD):
+        x_BC1D, others_BCRD = of(x_BTD)
+        e_BCRD = x_BC1D - others_BCRD
+        d_BCR = _lengths(e_BCRD, real_BCR)
+        mean_BC1 = _mean(d_BCR, real_BCR)[..., None]
+        units_BCRD = e_BCRD / jnp.where(d_BCR > 0, d_BCR, 1)[..., None]
+        cosines = jnp.einsum("BCiD,BCjD->BCij", units_BCRD, units_BCRD)
+        return d_BCR / jnp.where(mean_BC1 > 0, mean_BC1, 1), cosines
+
+      (ds, angle_s), (dt, angle_t) = relations(s_BTD), relations(t_BTD)
+      loss_BC = _mean(_huber(ds - dt), real_BCR)
+      if self.angle:
+        other_RR = ~jnp.eye(len(back_R), dtype=bool)
+        two = real_BCR[..., :, None] & real_BCR[..., None, :] & other_RR[None, None]
+        huber = _huber(angle_s - angle_t).reshape(*loss_BC.shape, -1)
+        loss_BC += self.angle * _mean(huber, two.reshape(huber.shape))
+      return loss_BC
+
+    blocks_nBC = jax.lax.map(block, jnp.arange(n) * C)
+    return jnp.moveaxis(blocks_nBC, 0, 1).reshape(B, n * C)[:, :T]
 
 
-def _relational(s_mD: jax.Array, t_mD: jax.Array, keep_m: jax.Array, angle: float) -> jax.Array:
-  """The loss of one sequence, a mean over its pairs and triples; 0 with fewer than 2 tokens."""
-  s_mD, t_mD = (jnp.where(keep_m[:, None], x, 0) for x in (s_mD, t_mD))
-  other = ~jnp.eye(len(keep_m), dtype=bool)
-  pair_mm = keep_m[:, None] & keep_m[None, :] & other
-  loss = _mean(_huber(_distances(s_mD, pair_mm) - _distances(t_mD, pair_mm)), pair_mm)
-  if angle:
-    triple = pair_mm[:, :, None] & pair_mm[:, None, :] & other[None]
-    loss += angle * _mean(_huber(_angles(s_mD, pair_mm) - _angles(t_mD, pair_mm)), triple)
-  return loss
-
-
-def _distances(x_mD: jax.Array, pair_mm: jax.Array) -> jax.Array:
-  """Pairwise distances over their mean; 0 where there is no pair."""
-  d = _lengths(x_mD[:, None] - x_mD[None, :], pair_mm)
-  mean = _mean(d, pair_mm)
-  return d / jnp.where(mean > 0, mean, 1)
-
-
-def _angles(x_mD: jax.Array, pair_mm: jax.Array) -> jax.Array:
-  """Cosines of the angle at token i between tokens j and k, [m, m, m]."""
-  e_mmD = x_mD[None, :] - x_mD[:, None]
-  length = _lengths(e_mmD, pair_mm)[..., None]
-  e_mmD = jnp.where(length > 0, e_mmD / jnp.where(length > 0, length, 1), 0)
-  return jnp.einsum("ijD,ikD->ijk", e_mmD, e_mmD)
-
-
-def _lengths(e_mmD: jax.Array, pair_mm: jax.Array) -> jax.Array:
-  """Lengths whose gradient at 0 is 0, not NaN."""
-  square = jnp.sum(e_mmD**2, -1)
-  real = pair_mm & (square > 0)
+def _lengths(e: jax.Array, real: jax.Array) -> jax.Array:
+  """Lengths whose gradient at 0 is 0, not NaN; 0 where they are not real."""
+  square = jnp.sum(e * e, -1)
+  real &= square > 0
   return jnp.where(real, jnp.sqrt(jnp.where(real, square, 1)), 0)
 
 
@@ -102,4 +113,5 @@ def _huber(x: jax.Array) -> jax.Array:
 
 
 def _mean(x: jax.Array, where: jax.Array) -> jax.Array:
-  return jnp.sum(jnp.where(where, x, 0)) / jnp.maximum(jnp.sum(where), 1)
+  """Over the last axis; 0 of nothing."""
+  return jnp.sum(jnp.where(where, x, 0), -1) / jnp.maximum(jnp.sum(where, -1), 1)

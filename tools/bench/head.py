@@ -1,6 +1,6 @@
 """The fused head beside materialised logits: value and gradient, memory and time.
 
-  python tools/bench/head.py [--rounds=5] [--chunk=64] [--cases=d256,d1024,online,length]
+  python tools/bench/head.py [--rounds=5] [--cases=d256,d1024,online,length]
 
 V=151,936, 2 sequences of 512 tokens, float32; hard labels and 63 sampled targets a token
 (`online`: a teacher's hidden states and head instead, D=256). The gradient is with respect
@@ -9,9 +9,11 @@ to the hidden states and the head. Every round runs, in an order that changes,
   fused          head.loss over losses kd and ce, as the training step calls it;
   textbook       logits [B, T, V], kd from jax.nn.log_softmax, ce as optax has it;
   one_softmax    the same from a single log_softmax, for both losses;
-  same_losses    our kd and ce on logits [B, T, V].
+  same_losses    our kd and ce on logits [B, T, V];
+  products       the three matrix products alone, on all positions at once: what no head
+                 that has a gradient can do without.
 
-The three rivals go through plain jax.value_and_grad. `time_ratio` is the median over rounds
+The rivals go through plain jax.value_and_grad. `time_ratio` is the median over rounds
 of fused / textbook, wall clock, and `temp_ratio` the same of the temporaries that
 memory_analysis() counts; of the two D the worse one. `RIVAL.time_ratio` and so on stand
 beside them. `length.T=N.temp_bytes`: temporaries of the fused head by sequence length; what
@@ -41,7 +43,8 @@ from distill_jax.types import Batch, Mean, Targets
 
 B, T, V, POINTS = 2, 512, 151_936, 63
 SOFT, HARD = 0.7, 0.3
-CASES = {"d256": (256, "sampled"), "d1024": (1024, "sampled"), "online": (256, "dense")}
+# (D, kind of targets, positions of each sequence at once)
+CASES = {"d256": (256, "sampled", 86), "d1024": (1024, "sampled", 86), "online": (256, "dense", 64)}
 RIVALS = ("textbook", "one_softmax", "same_losses")
 
 
@@ -99,14 +102,22 @@ def programs(args: tuple, chunk: int) -> dict[str, Any]:
       jnp.einsum("BTD,VD->BTV", hidden, rows, preferred_element_type=jnp.float32), batch
     )
 
+  def products(hidden, rows, batch):
+    """Logits, and both gradients of half their squared length: nothing but products."""
+    del batch
+    z_BTV = jnp.einsum("BTD,VD->BTV", hidden, rows, preferred_element_type=jnp.float32)
+    grads = jnp.einsum("BTV,VD->BTD", z_BTV, rows), jnp.einsum("BTV,BTD->VD", z_BTV, hidden)
+    return z_BTV[0, 0, 0], grads
+
   losses = {
     "fused": fused,
     "textbook": materialised(functools.partial(textbook, one_softmax=False)),
     "one_softmax": materialised(functools.partial(textbook, one_softmax=True)),
     "same_losses": materialised(lambda z, batch: ours(z, batch, batch.mask_BT.size)[0]),
   }
-  compile = lambda f: jax.jit(jax.value_and_grad(f, argnums=(0, 1))).lower(*args).compile()
-  return {name: compile(f) for name, f in losses.items()}
+  compile = lambda f: jax.jit(f).lower(*args).compile()
+  made = {n: compile(jax.value_and_grad(f, argnums=(0, 1))) for n, f in losses.items()}
+  return made | {"products": compile(products)}
 
 
 def temporaries(program: Any) -> int:
@@ -123,28 +134,30 @@ def check(programs: dict[str, Any], args: tuple) -> None:
       np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max(), err_msg=name)
 
 
-def measure(name: str, rounds: int, chunk: int) -> dict[str, float]:
-  args = problem(*CASES[name])
+def measure(name: str, rounds: int) -> dict[str, float]:
+  D, kind, chunk = CASES[name]
+  args = problem(D, kind)
   made = programs(args, chunk)
   check(made, args)  # and warms up
   seconds: dict[str, list[float]] = {n: [] for n in made}
   order = list(made)
   for i in range(rounds):
-    for n in order[i % 4 :] + order[: i % 4]:
+    for n in order[i % len(order) :] + order[: i % len(order)]:
       start = time.perf_counter()
       jax.block_until_ready(made[n](*args))
       seconds[n].append(time.perf_counter() - start)
   out = {f"{n}.seconds": statistics.median(s) for n, s in seconds.items()}
   out |= {f"{n}.temp_bytes": temporaries(p) for n, p in made.items()}
-  for rival in RIVALS:
+  for rival in (*RIVALS, "products"):
     pairs = zip(seconds["fused"], seconds[rival], strict=True)
     out[f"{rival}.time_ratio"] = statistics.median(a / b for a, b in pairs)
-    out[f"{rival}.temp_ratio"] = temporaries(made["fused"]) / temporaries(made[rival])
+    if rival != "products":
+      out[f"{rival}.temp_ratio"] = temporaries(made["fused"]) / temporaries(made[rival])
   out |= {key: out[f"textbook.{key}"] for key in ("time_ratio", "temp_ratio")}
   return {f"{name}.{key}": value for key, value in out.items()}
 
 
-def lengths(chunk: int) -> dict[str, float]:
+def lengths(chunk: int = 64) -> dict[str, float]:
   """Temporaries alone, so nothing is run."""
   out = {}
   for n in (512, 1024, 2048, 4096):
@@ -158,12 +171,11 @@ def lengths(chunk: int) -> dict[str, float]:
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--rounds", type=int, default=5)
-  parser.add_argument("--chunk", type=int, default=64, help="positions of each sequence at once")
   parser.add_argument("--cases", default="d256,d1024,online,length")
   args = parser.parse_args()
   figures: dict[str, float] = {}
   for name in args.cases.split(","):
-    new = lengths(args.chunk) if name == "length" else measure(name, args.rounds, args.chunk)
+    new = lengths() if name == "length" else measure(name, args.rounds)
     for key, value in new.items():
       print(f"{key:36}{value:16,.3f}", flush=True)
     figures |= new
@@ -171,7 +183,7 @@ def main() -> None:
     values = [figures[f"{d}.{key}"] for d in ("d256", "d1024") if f"{d}.{key}" in figures]
     figures |= {key: max(values)} if values else {}
   print(f"load {os.getloadavg()[0]:.1f}")
-  print(json.dumps({"chunk": args.chunk, **{k: round(v, 4) for k, v in figures.items()}}))
+  print(json.dumps({k: round(v, 4) for k, v in figures.items()}))
 
 
 if __name__ == "__main__":
