@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ FILES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 # turn's end: packing separates documents.
 EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "<|im_end|>")
 BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>", "<|im_start|>")
+
+SPACE = "\u2581"  # how sentencepiece spells a space
 
 
 class Tokenizer:
@@ -69,6 +72,47 @@ class Tokenizer:
       return self._backend.encode(text)
     return self._backend.encode(text, add_special_tokens=False).ids
 
+  def encode_places(
+    self, text: str, special: Iterable[str] = ()
+  ) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a text as transformers gives them, and the characters that each stands for.
+
+    Unlike `encode`, it takes a sentencepiece model's control pieces for what they are
+    wherever the text spells them out, as transformers does.
+
+    Args:
+      special: more tokens that are a token each wherever the text has them.
+
+    Returns:
+      ids, and for each the (start, end) of its characters. Where several share one, the
+      last or all of them have it; what stands for nothing in the text has start == end.
+
+    Raises:
+      InputError: the text has one of `special` and the tokenizer does not; a sentencepiece
+        model that changes text, or puts a space before it, as it encodes.
+    """
+    hugging = self.kind == "huggingface"
+    added = self._backend.get_added_tokens_decoder().values() if hugging else ()
+    whole = {t.content for t in added} if hugging else {*self.special_tokens, *special}
+    if lost := [s for s in special if s in text and (s not in whole or self.token_id(s) is None)]:
+      raise InputError(
+        f"{self.where} has no special token {lost[0]!r}, which this text is written with; take "
+        "the tokenizer that belongs to it"
+      )
+    if hugging:
+      out = self._backend.encode(text, add_special_tokens=False)
+      return out.ids, out.offsets
+    ids: list[int] = []
+    places: list[tuple[int, int]] = []
+    at = 0
+    for i, part in enumerate(special_pattern(whole).split(text)):
+      known = self.token_id(part) if i % 2 else None
+      some, spans = self._pieces(part) if known is None else ([known], [(0, len(part))])
+      ids += some
+      places += [(at + a, at + b) for a, b in spans]
+      at += len(part)
+    return ids, places
+
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """`encode` of each text, on all cores."""
     if self.kind == "sentencepiece":
@@ -96,6 +140,34 @@ class Tokenizer:
     return self._backend.token_to_id(token)
 
   @functools.cached_property
+  def special_tokens(self) -> tuple[str, ...]:
+    """The tokens that are no text: marked special, or control pieces and the unknown one."""
+    if self.kind == "huggingface":
+      added = self._backend.get_added_tokens_decoder().values()
+      return tuple(t.content for t in added if t.special)
+    sp = self._backend
+    ids = (i for i in range(self.vocab_size) if sp.is_control(i) or sp.is_unknown(i))
+    return tuple(sp.id_to_piece(i) for i in ids)
+
+  def _pieces(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """`encode_places` of a text between control pieces of a sentencepiece model."""
+    sp, spaced = self._backend, text.replace(SPACE, " ")
+    if sp.normalize(text) != text.replace(" ", SPACE):
+      raise InputError(
+        f"{self.where} changes text before it encodes it, or puts a space first; what becomes of "
+        "that beside special tokens is for each model's tokenizer.json to say: give that"
+      )
+    ids, pieces = sp.encode(text), sp.encode(text, out_type=str)
+    # A byte of the text after another, and the character that it belongs to.
+    owner = [i for i, c in enumerate(spaced) for _ in c.encode()]
+    places, at = [], 0
+    for i, piece in zip(ids, pieces, strict=True):
+      n = 1 if sp.is_byte(i) else len(piece.replace(SPACE, " ").encode())
+      places.append((owner[at], owner[at + n - 1] + 1))
+      at += n
+    return ids, places
+
+  @functools.cached_property
   def _backend(self) -> Any:
     return (_huggingface if self.kind == "huggingface" else _sentencepiece)(self.raw, self.where)
 
@@ -110,6 +182,12 @@ class Tokenizer:
     if (i := self.token_id(given)) is None:
       raise InputError(f"{self.where} has no token {given!r}; name one that is in its vocabulary")
     return i
+
+
+def special_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+  """What splits a text at these tokens, the longest first, and keeps them: every second part."""
+  longest = sorted(filter(None, tokens), key=len, reverse=True)
+  return re.compile(f"({'|'.join(map(re.escape, longest)) or '(?!)'})")
 
 
 def load_tokenizer(
@@ -202,9 +280,11 @@ def _huggingface(raw: bytes, where: str) -> tokenizers.Tokenizer:
     raise InputError(
       f"{where} is no tokenizer that `tokenizers` can read ({e}); give a tokenizer.json as saved"
     ) from e
-  # Many files carry a length limit and padding; neither may touch a corpus.
+  # Many files carry a length limit and padding; neither may touch a corpus,
+  # and what a post-processor adds is never asked for, but it may narrow offsets.
   backend.no_truncation()
   backend.no_padding()
+  backend.post_processor = None
   return backend
 
 
