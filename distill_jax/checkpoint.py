@@ -1,86 +1,193 @@
-"""Checkpoints: orbax behind four functions.
+"""Checkpoints: orbax behind four functions, and a checksum of every array.
 
 A state is saved as a flat mapping from dotted path to array, so that a checkpoint can be
 read without the classes that made it. The position of the loader is the step itself
-(data/loader.py), so state and data cannot come apart.
+(data/loader.py), so state and data cannot come apart. Beside the state lies what it belongs
+to, `about`: the checksums, and whatever the caller says of its records.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from distill_jax.errors import InputError
 
+STATE, ABOUT = "state", "about"
+# What orbax, tensorstore and their JSON raise on damaged files, as seen by flipping bytes.
+DAMAGE = (ValueError, KeyError, TypeError, OSError, AttributeError, RuntimeError)
 
-def manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
-  """Asynchronous saves under workdir/checkpoints, the last `keep` kept."""
-  options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+
+def manager(workdir: Path, keep: int = 1, every: int = 0) -> ocp.CheckpointManager:
+  """Asynchronous saves under workdir/checkpoints: the last `keep` stay, and every `every`th."""
+  options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=every or None)
   return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
 
-def save(saves: ocp.CheckpointManager, step: int, state: Any) -> None:
+def save(saves: ocp.CheckpointManager, step: int, state: Any, about: dict[str, Any]) -> None:
   """Starts saving; the state may be donated to the next step once this returns."""
-  if not saves.save(step, args=ocp.args.StandardSave(_flatten(state))):
+  flat = dict(_paths(state))
+  about = {**about, "arrays": _describe(flat)}
+  unit = ocp.args.Composite(
+    state=ocp.args.StandardSave(flat),
+    about=ocp.args.JsonSave({**about, "sha256": _sha256(about)}),
+  )
+  if not saves.save(step, args=unit):
     raise InputError(f"checkpoint {step} is already in {saves.directory}; it is not overwritten")
 
 
-def restore(saves: ocp.CheckpointManager, abstract: Any, step: int | None = None) -> Any:
-  """The state of a step (the last without one), onto the abstract state's shardings."""
-  steps = saves.all_steps()
-  if step is None:
-    step = saves.latest_step()
-  if step is None or step not in steps:
-    raise InputError(f"{saves.directory} holds checkpoints {sorted(steps)} and not {step}")
-  flat = saves.restore(step, args=ocp.args.StandardRestore(_flatten(abstract)))
-  paths = [path for path, _ in _paths(abstract)]
-  return jax.tree.unflatten(jax.tree.structure(abstract), [flat[p] for p in paths])
+def restore(
+  saves: ocp.CheckpointManager, abstract: Any, about: dict[str, Any], step: int | None = None
+) -> Any:
+  """The state of a step (the last without one), onto the abstract state's shardings.
+
+  Raises:
+    InputError: there is no such checkpoint, it is damaged, it is of another model, or it was
+      saved with another `about`.
+  """
+  step = _step(saves, step)
+  found = _about(saves, step)
+  for name, want in about.items():
+    if found[name] != want:
+      raise InputError(
+        f"{saves.directory / str(step)} was saved with {name} {found[name]} and this run has "
+        f"{want}; bring the former back, or train in another --workdir"
+      )
+  return _read(saves, step, "", abstract)
 
 
 def restore_params(workdir: str | Path, abstract: Any, step: int | None = None) -> Any:
-  """The student's parameters alone, out of a run's checkpoint."""
+  """What a run has trained, alone, out of its checkpoint."""
+  with _open(workdir) as saves:
+    return _read(saves, _step(saves, step), "params.", abstract)
+
+
+def digest(workdir: str | Path) -> str:
+  """sha256, in hex, of what a run has trained, by the checksums in its last checkpoint."""
+  with _open(workdir) as saves:
+    arrays = _about(saves, _step(saves, None))["arrays"]
+  return _sha256({path: x for path, x in arrays.items() if path.startswith("params.")})
+
+
+@jax.jit
+def checksums(tree: Any) -> Any:
+  """Two uint32 of each array, the same on every mesh: sums, modulo 2^32, of hashed numbers.
+
+  Each number's bits are hashed with its place, by steps that lose nothing; so one number
+  changed always changes the sums, and integers add up the same in any order.
+  """
+
+  def one(x: jax.Array) -> jax.Array:
+    bits = x.view(f"uint{8 * x.dtype.itemsize}") if x.dtype != bool else x
+    bits = bits.astype(jnp.uint32)
+    for axis in range(x.ndim):
+      place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+      bits = _scramble(bits + place * jnp.uint32(0x9E3779B1))
+    return jnp.stack([jnp.sum(_scramble(x), dtype=jnp.uint32) for x in (bits, bits ^ 1)])
+
+  return jax.tree.map(one, tree)
+
+
+def _scramble(x: jax.Array) -> jax.Array:
+  """A bijection of uint32: the finaliser of MurmurHash3 (Appleby, public domain)."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
+
+
+def _read(saves: ocp.CheckpointManager, step: int, prefix: str, abstract: Any) -> Any:
+  """The arrays under a prefix, as `abstract` has them, each checked against its checksum."""
+  wanted = {prefix + path: leaf for path, leaf in _paths(abstract)}
+  where = Path(saves.directory) / str(step)
+  arrays = {p: x for p, x in _about(saves, step)["arrays"].items() if p.startswith(prefix)}
+  for path in sorted(arrays.keys() | wanted.keys()):
+    has = arrays[path]["is"] if path in arrays else "nothing"
+    wants = _is(wanted[path]) if path in wanted else "nothing"
+    if has != wants:
+      raise InputError(
+        f"{where} holds {path} as {has} and this model has {wants} there; it is of another model, "
+        "so choose another --workdir or the model that made it"
+      )
+  args = ocp.args.PyTreeRestore(
+    wanted,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+    partial_restore=True,
+  )
+  with _damage(saves, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    flat = reader.restore(where / STATE, args=args)
+  for path, found in _describe(flat).items():
+    if found != arrays[path]:
+      raise _damaged(saves, step, f"{path} is not as it was saved")
+  return jax.tree.unflatten(jax.tree.structure(abstract), [flat[p] for p in wanted])
+
+
+def _about(saves: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+  with _damage(saves, step):
+    unit = ocp.args.Composite(about=ocp.args.JsonRestore())
+    about = dict(saves.restore(step, args=unit)[ABOUT])
+    if about.pop("sha256") != _sha256(about):
+      raise ValueError(f"{ABOUT} is not as it was saved")
+  return about
+
+
+def _describe(flat: dict[str, jax.Array]) -> dict[str, Any]:
+  sums = jax.device_get(checksums(flat))
+  return {p: {"is": _is(x), "sums": [int(n) for n in sums[p]]} for p, x in flat.items()}
+
+
+def _is(x: Any) -> str:
+  return f"{x.dtype}{list(x.shape)}"
+
+
+def _sha256(tree: Any) -> str:
+  return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _open(workdir: str | Path) -> Iterator[ocp.CheckpointManager]:
   folder = Path(workdir) / "checkpoints"
   if not folder.is_dir():
     raise InputError(f"{workdir} holds no checkpoints; train there first")
   with ocp.CheckpointManager(folder.absolute()) as saves:
-    step = saves.latest_step() if step is None else step
-    if step is None or step not in saves.all_steps():
-      raise InputError(f"{folder} holds checkpoints {sorted(saves.all_steps())} and not {step}")
-    wanted = {f"params.{path}": leaf for path, leaf in _paths(abstract)}
-    args = ocp.args.PyTreeRestore(
-      wanted,
-      restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-      partial_restore=True,
+    yield saves
+
+
+def _step(saves: ocp.CheckpointManager, step: int | None) -> int:
+  """The step asked for, or the last one."""
+  there = sorted(saves.all_steps())
+  if not there or (step is not None and step not in there):
+    raise InputError(
+      f"{saves.directory} holds checkpoints {there} and not {step or 'any'}; name one of them, or "
+      "train there first"
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      flat = reader.restore((folder / str(step) / "default").absolute(), args=args)
-  return jax.tree.unflatten(jax.tree.structure(abstract), [flat[p] for p in wanted])
+  return there[-1] if step is None else step
 
 
-def digest(workdir: str | Path) -> str:
-  """sha256, in hex, over the files of a run's last checkpoint in order of name."""
-  with ocp.CheckpointManager((Path(workdir) / "checkpoints").absolute()) as saves:
-    step = saves.latest_step()
-  if step is None:
-    raise InputError(f"{workdir} holds no checkpoint; train there first")
-  total = hashlib.sha256()
-  folder = Path(workdir) / "checkpoints" / str(step)
-  for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-    total.update(str(path.relative_to(folder)).encode())
-    with path.open("rb") as f:
-      total.update(hashlib.file_digest(f, "sha256").digest())
-  return total.hexdigest()
+@contextmanager
+def _damage(saves: ocp.CheckpointManager, step: int) -> Iterator[None]:
+  try:
+    yield
+  except DAMAGE as e:
+    raise _damaged(saves, step, " ".join(str(e).split())[:200] or type(e).__name__) from e
+
+
+def _damaged(saves: ocp.CheckpointManager, step: int, why: str) -> InputError:
+  before = [s for s in sorted(saves.all_steps()) if s < step]
+  then = f"to go on from checkpoint {before[-1]}" if before else "to start anew"
+  return InputError(
+    f"checkpoint {saves.directory / str(step)} is damaged ({why}); move that folder away {then}"
+  )
 
 
 def _paths(tree: Any) -> list[tuple[str, Any]]:
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
   return [(name(path).removesuffix(".value"), leaf) for path, leaf in leaves]
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-  return dict(_paths(tree))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill_jax import build, files, params, sharding
+from distill_jax import build, files, params, processes, sharding
 from distill_jax.config import Config
 from distill_jax.data import corpus, loader
 from distill_jax.evals import lm
@@ -51,7 +51,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
   for row in results.values():
     row.pop("tokens", None)
   evaluation = {"models": results, "tokens": tokens, "corpus": f"{data.kind} {data.path} heldout"}
-  files.write_json(folder / "evaluation.json", evaluation)
+  processes.on_first(lambda: files.write_json(folder / "evaluation.json", evaluation))
   return evaluation
 
 
@@ -63,10 +63,13 @@ def _measure_all(
   chunk, size = config.train.chunk, config.evaluate.batch_size
   where = sharding.batch_sharding(mesh)
   forward = {n: jax.jit(functools.partial(online, how=m.how)) for n, m in models.items()}
-  compare = jax.jit(functools.partial(lm.compare, chunk=chunk, vocab_size=vocab_size))
+  compare = jax.jit(
+    functools.partial(lm.compare, chunk=chunk, vocab_size=vocab_size),
+    out_shardings=sharding.replicated(mesh),
+  )
   totals: Any = None
   batches = list(_batches(rows, size))
-  with Progress("evaluate", len(batches) * batches[0].mask_BT.size, "tokens") as progress:
+  with Progress("evaluate", len(batches) * size * len(rows[0]["mask_T"]), "tokens") as progress:
     for batch in batches:
       batch = loader.to_device(batch, where)
       outputs = {n: forward[n](m.model, batch.inputs)[0] for n, m in models.items()}
@@ -96,8 +99,9 @@ def _speed(m: build.Built, batch: Batch, chunk: int) -> dict[str, float]:
 
 
 def _batches(rows: list[dict[str, np.ndarray]], size: int) -> Iterator[Batch]:
-  """Batches of one size: the last is filled up with rows that hold padding alone."""
+  """This process's rows of batches of one size; the last is filled up with padding alone."""
+  empty = {name: np.zeros_like(x) for name, x in rows[0].items()}
   for i in range(0, len(rows), size):
     some = rows[i : i + size]
-    empty = {name: np.zeros_like(x) for name, x in some[0].items()}
-    yield loader.collate(some + [empty] * (size - len(some)))
+    whole = some + [empty] * (size - len(some))
+    yield loader.collate(whole[jax.process_index() :: jax.process_count()])

@@ -33,6 +33,8 @@ class Progress:
     clock: seconds, monotonic.
   """
 
+  shown = True  # False where another process of the run says it already
+
   def __init__(
     self, what: str, total: int, unit: str = "tokens", start: int = 0, every: float = 5.0,
     file: TextIO | None = None, clock: Callable[[], float] = time.monotonic,
@@ -69,6 +71,8 @@ class Progress:
     self._print(rate, f"{'stopped after' if kind else 'took'} {_span(took)}")
 
   def _print(self, rate: float, time_part: str) -> None:
+    if not self.shown:
+      return
     share = f"{100 * self.done // self.total}%" if self.total else "100%"
     parts = [
       self.what, f"{self.done:,}/{self.total:,} {self.unit}", share,

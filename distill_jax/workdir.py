@@ -11,19 +11,20 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from distill_jax import config as configs
+from distill_jax import processes
 from distill_jax.errors import InputError
 from distill_jax.files import write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
 # A run may go on with these changed: they do not decide what is computed.
-MAY_CHANGE = ("mesh", "evaluate", "export", "inspect")
+MAY_CHANGE = ("mesh", "evaluate", "export", "inspect", "profile_steps")
 
 
 class Workdir:
-  """Takes a folder for one run: `with Workdir(path, config):`.
+  """Takes a folder for one run, of however many processes: `with Workdir(path, config):`.
 
   Raises:
     InputError: another process holds the folder, or it holds a run of another config.
@@ -34,6 +35,11 @@ class Workdir:
     self.config = json.loads(json.dumps(configs.to_dict(config)))
 
   def __enter__(self) -> Path:
+    self._lock: IO[str] | None = None
+    processes.on_first(self._take)
+    return self.path
+
+  def _take(self) -> None:
     self.path.mkdir(parents=True, exist_ok=True)
     self._lock = (self.path / ".lock").open("a+")
     try:
@@ -55,10 +61,10 @@ class Workdir:
     self._lock.write(str(os.getpid()))
     self._lock.flush()
     write_json(self.path / "versions.json", versions())
-    return self.path
 
   def __exit__(self, *_: Any) -> None:
-    self._lock.close()
+    if self._lock is not None:
+      self._lock.close()
 
   def _check(self) -> None:
     file = self.path / "config.json"

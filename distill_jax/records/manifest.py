@@ -141,6 +141,12 @@ class Manifest:
     text = json.dumps(self.identity, sort_keys=True)
     return hashlib.sha256(text.encode()).digest()[:8]
 
+  @property
+  def digest(self) -> str:
+    """sha256, in hex, of what the store holds: another if a shard differs, or one is added."""
+    text = json.dumps({**self.identity, "shards": [s.sha256 for s in self.shards]}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
   def save(self, folder: Path) -> None:
     text = json.dumps(_plain(dataclasses.asdict(self)), indent=1)
     write_whole(folder / NAME, text + "\n")
