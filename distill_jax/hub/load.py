@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -10,6 +9,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -62,7 +62,7 @@ class Pretrained:
         return hashlib.file_digest(f, "sha256").digest()
 
     total = hashlib.sha256(json.dumps(self.config.to_hf(), sort_keys=True).encode())
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
+    with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
       for file_digest in pool.map(of, self.weights.files):
         total.update(file_digest)
     return total.hexdigest()
@@ -132,7 +132,7 @@ def load(
   """The model, each parameter in `dtype` in its storage sharding on `mesh`.
 
   Only the slices that this process's devices hold are read. Beside the parameters, host
-  memory holds one tensor of the checkpoint at a time, and the shard being filled where the
+  memory holds two tensors of the checkpoint at a time, and the shard being filled where the
   device's memory is not the host's.
 
   Args:
@@ -158,8 +158,9 @@ def load(
     * declared.dtype_of(v, to).itemsize
     for v, place in zip(_leaves(model), jax.tree.leaves(places), strict=True)
   )  # fmt: skip
-  filler = _Filler(pretrained.weights, to, keep_layers, progress, total)
-  return jax.tree.map(filler.fill, model, places, is_leaf=params.is_param)
+  with ThreadPoolExecutor(2) as pool:  # one tensor is read while another is laid out
+    filler = _Filler(pretrained.weights, to, keep_layers, progress, total, pool)
+    return jax.tree.map(filler.fill, model, places, is_leaf=params.is_param)
 
 
 def _leaves(tree: Any) -> list[Any]:
@@ -217,6 +218,7 @@ class _Filler:
   keep: tuple[int, ...]
   progress: Progress | None
   total: int
+  pool: ThreadPoolExecutor
   done: int = 0
 
   def fill(self, v: Any, where: Any) -> Any:
@@ -241,11 +243,16 @@ class _Filler:
     out = _aligned(tuple(b - a for a, b in spans), declared.dtype_of(v, self.dtype))
     loops, layout = len(declared.loop_axes(v)), declared.Layout(v)
     read, shape, left = layout.slices(index[loops:])
-    for name, at in declared.tensors(v, index, self.keep):
+
+    def one(tensor: tuple[str, tuple[int, ...]]) -> int:
+      name, at = tensor
       within: tuple[Any, ...] = tuple(i - a for i, (a, _) in zip(at, spans, strict=False))
       here = out[(*within, ...)]
       layout.to_ours(self.weights.read(name, read), shape, left, here)
-      self.done += here.nbytes
+      return here.nbytes
+
+    for n in self.pool.map(one, declared.tensors(v, index, self.keep)):
+      self.done += n
       if self.progress is not None:
         self.progress(self.done, self.total)
     return out

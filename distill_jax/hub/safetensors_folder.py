@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
 
 
 class SafetensorsFolder:
-  """Reads a folder's tensors, memory-mapped, a slice at a time.
+  """Reads a folder's tensors, a slice at a time, from any thread.
 
   Raises:
     InputError: no safetensors here; a shard that is missing, outside the folder,
@@ -56,7 +56,6 @@ class SafetensorsFolder:
         self._entries[name] = entry
     if index is not None:
       self._check_index(folder / INDEX, index)
-    self._maps: dict[pathlib.Path, np.ndarray] = {}
 
   def _check_index(self, path: pathlib.Path, index: dict[str, str]) -> None:
     for name, shard in index.items():
@@ -76,12 +75,26 @@ class SafetensorsFolder:
     return self._entries[name].dtype
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """A view of the file: bytes are read when they are used, and only those of the slice."""
+    """The rows of the slice come from the file; along other axes it is cut in memory.
+
+    Read, not mapped: a mapped file counts as memory of this process once it is touched.
+    """
     e = self._entries[name]
-    if e.path not in self._maps:
-      self._maps[e.path] = np.memmap(e.path, np.uint8, "r").view(np.ndarray)
-    x = self._maps[e.path][e.begin : e.end].view(e.dtype).reshape(e.shape)
-    return x if index is None else x[index]
+    first, last, _ = index[0].indices(e.shape[0]) if index and e.shape else (0, 1, 1)
+    rows = (last - first, *e.shape[1:]) if index and e.shape else e.shape
+    x = np.empty(rows, e.dtype)
+    row = (e.end - e.begin) // e.shape[0] if index and e.shape and e.shape[0] else 0
+    with e.path.open("rb", buffering=0) as f:
+      f.seek(e.begin + first * row)
+      _fill(f, x.reshape(-1).view(np.uint8).data, e.path)
+    return x if not index else x[(slice(None), *index[1:])]
+
+
+def _fill(f: BinaryIO, into: memoryview, path: pathlib.Path) -> None:
+  while len(into):
+    if not (n := f.readinto(into)):  # type: ignore[attr-defined]
+      raise InputError(f"{path} has become shorter since it was opened; fetch it again")
+    into = into[n:]
 
 
 def _shards(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], dict[str, str] | None]:
