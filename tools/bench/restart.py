@@ -1,0 +1,97 @@
+"""From the start of the process to the end of the first training step, cold and warm.
+
+  python tools/bench/restart.py [--shape=smollm2-135m] [--rounds=3]
+
+`distill-jax train` for two steps on a small store, as a new process with an empty workdir
+each time: first with an empty compilation cache of jax, then with what that run left
+(JAX_COMPILATION_CACHE_DIR). The end of the first step is when its row is in metrics.jsonl.
+`resume` is a third run in the warm one's workdir, one step further. Seconds, medians over
+rounds; `warm_over_cold` is paired. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CONFIG = """
+import sys
+sys.path.insert(0, {tests!r})
+import pathlib, tiny
+from distill_jax import config
+def get_config():
+  c = tiny.tiny(pathlib.Path({folder!r}))
+  c.teacher.source, c.student.shape = "", {shape!r}
+  c.losses = {{"hard": config.loss("ce")}}
+  c.records.kind = "text"
+  c.train.batch_size, c.train.steps, c.train.checkpoint_every = 2, 1000, 2
+  return c
+"""
+
+
+def first_row(folder: Path, workdir: Path, cache: Path, rows: int = 1) -> float:
+  """Seconds until metrics.jsonl holds so many rows; the run is stopped then, and saves."""
+  env = os.environ | {
+    "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }  # fmt: skip
+  line = [
+    sys.executable, "-m", "distill_jax.cli", "train", f"--config={folder / 'config.py'}",
+    f"--workdir={workdir}",
+  ]  # fmt: skip
+  metrics = workdir / "metrics.jsonl"
+  start = time.perf_counter()
+  with subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True) as run:
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < rows:
+      if run.poll() is not None:
+        raise SystemExit(run.stderr.read() if run.stderr else "it ended")
+      time.sleep(0.01)
+    seconds = time.perf_counter() - start
+    run.terminate()
+    run.communicate()
+  if run.returncode != os.EX_TEMPFAIL:
+    raise SystemExit(f"the run ended with {run.returncode}")
+  return seconds
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--shape", default="smollm2-135m")
+  parser.add_argument("--rounds", type=int, default=3)
+  args = parser.parse_args()
+  tests = str(Path(__file__).resolve().parents[2] / "tests")
+  sys.path.insert(0, tests)
+  rows: dict[str, list[float]] = {"cold": [], "warm": [], "resume": []}
+  with tempfile.TemporaryDirectory() as tmp:
+    folder = Path(tmp)
+    (folder / "config.py").write_text(
+      CONFIG.format(tests=tests, folder=str(folder), shape=args.shape)
+    )
+    record = [sys.executable, "-m", "distill_jax.cli", "record"]
+    where = [f"--config={folder / 'config.py'}", f"--workdir={folder / 'records'}"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([*record, *where], check=True, env=env, stdout=subprocess.DEVNULL)
+    for i in range(args.rounds):
+      cache = folder / f"cache{i}"
+      rows["cold"].append(first_row(folder, folder / f"cold{i}", cache))
+      rows["warm"].append(first_row(folder, folder / f"warm{i}", cache))
+      done = (folder / f"warm{i}" / "metrics.jsonl").read_bytes().count(b"\n")
+      rows["resume"].append(first_row(folder, folder / f"warm{i}", cache, done + 1))
+  figures = {f"{name}_seconds": statistics.median(s) for name, s in rows.items()}
+  pairs = zip(rows["warm"], rows["cold"], strict=True)
+  figures["warm_over_cold"] = statistics.median(a / b for a, b in pairs)
+  for key, value in figures.items():
+    print(f"{key:24}{value:10.2f}")
+  print(f"load {os.getloadavg()[0]:.1f}")
+  print(json.dumps({key: round(value, 3) for key, value in figures.items()}))
+
+
+if __name__ == "__main__":
+  main()
