@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from distill_jax import checkpoint, folder, params, sharding, workdir
-from distill_jax.config import Model
+from distill_jax import checkpoint, files, folder, lora, params, sharding, workdir
+from distill_jax.config import Config, Model, Student
 from distill_jax.errors import InputError
 from distill_jax.hub import load as hub
 from distill_jax.layers import Compute
 
 RUN = "run:"
+BASE = "base.json"  # in the folder of a run of adapters: whose they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +33,12 @@ class Built:
 
 def keys(seed: int) -> dict[str, jax.Array]:
   """Where all randomness of a run begins, each use with a key of its own."""
-  names = ("student", "teacher", "records", "adapters")
+  names = ("student", "teacher", "records", "adapters", "lora")
   return dict(zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True))
 
 
 def compute(spec: Model) -> Compute:
-  return Compute(dtype=spec.dtype, remat=spec.remat)
+  return Compute(dtype=spec.dtype, remat=spec.remat, attention=spec.attention)
 
 
 def pretrained(spec: Model) -> hub.Pretrained | None:
@@ -59,12 +62,34 @@ def shape(spec: Model) -> tuple[str, Any]:
     return shape(workdir.read_config(spec.source.removeprefix(RUN)).student)
   if spec.source:
     source = hub.open_model(spec.source)
-    kept = spec.keep_layers
-    return source.family, source.config.keep(kept) if kept else source.config
+    if spec.shape:
+      _check_shape(spec, source)
+    family, config = source.family, source.config
+  else:
+    family, config = spec.family, _named(spec)
+  return family, config.keep(spec.keep_layers) if spec.keep_layers else config
+
+
+def _named(spec: Model) -> Any:
   shapes = folder.load("models", spec.family).CONFIGS
   if spec.shape not in shapes:
     raise InputError(f"{spec.family} has no shape {spec.shape!r}; it names {', '.join(shapes)}")
-  return spec.family, shapes[spec.shape]
+  return shapes[spec.shape]
+
+
+def _check_shape(spec: Model, source: hub.Pretrained) -> None:
+  """Refuses a source that is not of the shape beside it, by which preflight has judged it."""
+  same = {"max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling"}  # no sizes
+  said, is_ = (
+    {k: v for k, v in vars(c).items() if k not in same} for c in (_named(spec), source.config)
+  )
+  if spec.family != source.family or said != is_:
+    key = next((k for k in is_ if said.get(k) != is_[k]), "family")
+    a, b = said.get(key, spec.family), is_.get(key, source.family)
+    raise InputError(
+      f"{spec.source} has {key} {b!r} and the shape beside it, {spec.family} {spec.shape}, has "
+      f"{a!r}; name its own shape, or none"
+    )
 
 
 def abstract(spec: Model) -> Any:
@@ -75,10 +100,22 @@ def abstract(spec: Model) -> Any:
   return jax.eval_shape(init, jax.random.key(0))
 
 
+def trained(spec: Student) -> Any:
+  """What training changes, as shapes: the model, or the adapters where it has some."""
+  model = abstract(spec)
+  if not spec.lora.rank:
+    return model
+  return jax.eval_shape(lambda key: lora.init(model, spec.lora, key), jax.random.key(0))
+
+
 def identity(spec: Model, seed: int) -> dict[str, str]:
   """Who a teacher is, for a store's manifest: its name and the sha256 of its weights."""
   if spec.source.startswith(RUN):
-    digest = checkpoint.digest(spec.source.removeprefix(RUN))
+    run = Path(spec.source.removeprefix(RUN))
+    config, digest = workdir.read_config(run), checkpoint.digest(run)
+    if config.student.lora.rank:
+      both = digest + identity(config.student, config.seed)["digest"]
+      digest = hashlib.sha256(both.encode()).hexdigest()
   elif (source := pretrained(spec)) is not None:
     digest = source.digest
   else:
@@ -89,14 +126,13 @@ def identity(spec: Model, seed: int) -> dict[str, str]:
 def build(spec: Model, mesh: Mesh, key: jax.Array, step: int | None = None) -> Built:
   """The model with its parameters, sharded over the mesh as the rules store them.
 
-  `step` chooses the checkpoint of a run; None is the last.
+  Adapters that a run has trained are merged into its model; those that `spec` asks for are
+  not made here. `step` chooses the checkpoint of a run; None is the last.
   """
   how = compute(spec)
   if spec.source.startswith(RUN):
-    run = Path(spec.source.removeprefix(RUN))
-    like = abstract(workdir.read_config(run).student)
-    like = place(like, sharding.shardings(like, mesh, how.rules))
-    return Built(checkpoint.restore_params(run, like, step), shape(spec)[1], how, pretrained(spec))
+    model = _of_run(Path(spec.source.removeprefix(RUN)), mesh, how, step)
+    return Built(model, shape(spec)[1], how, pretrained(spec))
   if spec.source:
     source = pretrained(spec)
     assert source is not None
@@ -107,6 +143,45 @@ def build(spec: Model, mesh: Mesh, key: jax.Array, step: int | None = None) -> B
   where = sharding.shardings(abstract(spec), mesh, how.rules)
   init = lambda key: _cast(make(config, key), spec.param_dtype)
   return Built(jax.jit(init, out_shardings=where)(key), config, how, None)
+
+
+def _of_run(run: Path, mesh: Mesh, how: Compute, step: int | None) -> Any:
+  config = workdir.read_config(run)
+  learnt = restore(run, mesh, step)
+  if not config.student.lora.rank:
+    return learnt
+  check_base(run, config)
+  base = build(config.student, mesh, keys(config.seed)["student"]).model
+  where = sharding.shardings(base, mesh, how.rules)
+  return jax.jit(lora.merged, out_shardings=where, donate_argnums=0)(base, learnt)
+
+
+def restore(run: Path, mesh: Mesh, step: int | None = None) -> Any:
+  """What a run has trained: its model, or the adapters alone."""
+  spec = workdir.read_config(run).student
+  like = trained(spec)
+  like = place(like, sharding.shardings(like, mesh, compute(spec).rules))
+  return checkpoint.restore_params(run, like, step)
+
+
+def pin_base(run: Path, config: Config) -> None:
+  """Writes down, once, which weights a run's adapters are trained on; refuses others."""
+  if not (run / BASE).exists():
+    files.write_json(run / BASE, identity(config.student, config.seed))
+  check_base(run, config)
+
+
+def check_base(run: Path, config: Config) -> None:
+  """Refuses other weights than those that a run's adapters were trained on."""
+  file = run / BASE
+  if not file.exists():
+    raise InputError(f"{run} holds adapters and no {BASE}, which names their base; train there")
+  was, now = json.loads(file.read_text()), identity(config.student, config.seed)
+  if was["digest"] != now["digest"]:
+    raise InputError(
+      f"the adapters in {run} were trained on {was['name']} with digest {was['digest']} and it now "
+      f"has {now['digest']}; bring the old weights back or train in another --workdir"
+    )
 
 
 def place(abstract: Any, where: Any) -> Any:

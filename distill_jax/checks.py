@@ -22,6 +22,7 @@ def check_run(config: Config, stores: list[Store]) -> None:
   if config.optim.accumulate < 1:
     raise InputError(f"optim.accumulate is {config.optim.accumulate}; it is at least 1")
   _, shape = build.shape(config.student)
+  build.trained(config.student)  # adapters that do not fit the student are refused
   tokenizer = _tokenizer(config)
   for path, store in zip(config.train.records, stores, strict=True):
     about = store.manifest

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from distill_jax import config as configs
-from distill_jax.errors import InputError
+from distill_jax import processes
+from distill_jax.errors import InputError, Preempted
 from distill_jax.workdir import Workdir
 
 # verb: module and function, (Config, workdir) -> result; imported when called.
@@ -27,30 +30,58 @@ VERBS = {
   "inspect": "verbs:inspect",
 }
 
+PREFLIGHT = "preflight"  # needs no workdir: it writes nothing
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "the config file, as configs/demo.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "the folder of the run")
+DISTRIBUTED = flags.DEFINE_string(
+  "distributed", "", "joins the processes of a run: 'auto', or HOST:PORT,COUNT,INDEX"
+)
+PROFILE = flags.DEFINE_string("profile_steps", "", "profiles steps FIRST to END-1, as 10:13")
+TOPOLOGY = flags.DEFINE_string("topology", "", "preflight: of TPUs, as v5p:4x4x4")
+SLICES = flags.DEFINE_integer("num_slices", 1, "preflight: so many slices of that topology")
+VERB = flags.DEFINE_string("verb", "train", "preflight: of train or of record")
 JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Runs one verb. Exit code 2: the input cannot be used, and one sentence says why."""
+  """Runs one verb; one sentence says why it stops before its end.
+
+  Exit code 2: the input cannot be used. 75: told to stop, run me again (EX_TEMPFAIL of
+  sysexits.h). 1: training has gone wrong.
+  """
   argv = list(sys.argv if argv is None else argv)
   try:
     result = run(argv)
   except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  print(json.dumps(result) if JSON.value else summary(result), flush=True)
+    sys.exit(_stop(2, f"error: {error}"))
+  except Preempted as error:
+    sys.exit(_stop(os.EX_TEMPFAIL, str(error)))
+  except FloatingPointError as error:
+    sys.exit(_stop(1, f"error: {error}"))
+  if processes.is_first():
+    print(json.dumps(result) if JSON.value else summary(argv[1], result), flush=True)
+
+
+def _stop(code: int, why: str) -> int:
+  print(why, file=sys.stderr, flush=True)
+  return code
 
 
 def run(argv: list[str]) -> dict[str, Any]:
   """Parses the command line and calls the verb inside its workdir."""
   verb = argv[1] if len(argv) > 1 else ""
-  if verb not in VERBS:
-    raise InputError(f"{verb or 'no verb'!r} is not a verb; the verbs are {', '.join(VERBS)}")
+  if verb not in (*VERBS, PREFLIGHT):
+    verbs = ", ".join((*VERBS, PREFLIGHT))
+    raise InputError(f"{verb or 'no verb'!r} is not a verb; the verbs are {verbs}")
   config = parse(argv[:1] + argv[2:])
+  if verb == PREFLIGHT:
+    from distill_jax import preflight
+
+    return preflight.preflight(config, TOPOLOGY.value, SLICES.value, VERB.value)
   if not WORKDIR.value:
     raise InputError("--workdir is missing; name the folder of the run")
+  processes.join(DISTRIBUTED.value)
   module, name = VERBS[verb].split(":")
   function: Callable = getattr(importlib.import_module(f"distill_jax.{module}"), name)
   with Workdir(WORKDIR.value, config) as workdir:
@@ -64,6 +95,7 @@ def parse(argv: list[str]) -> configs.Config:
     raise InputError("--config is missing; name a file such as --config=configs/demo.py")
   if not Path(named[-1].partition(":")[0]).is_file():
     raise InputError(f"the config {named[-1]} is not there; name a file such as configs/demo.py")
+  sys.path.append(str(Path(named[-1].partition(":")[0]).parent))  # it may import its neighbours
   try:
     rest = flags.FLAGS(argv)
     given = CONFIG.value
@@ -73,11 +105,13 @@ def parse(argv: list[str]) -> configs.Config:
     raise InputError(f"the config {named[-1]} does not run: {_one_line(error)}") from error
   if len(rest) > 1:
     raise InputError(f"{rest[1]!r} is neither a verb nor a flag; flags begin with --")
-  return configs.resolve(given)
+  return dataclasses.replace(configs.resolve(given), profile_steps=PROFILE.value)
 
 
-def summary(result: dict[str, Any]) -> str:
+def summary(verb: str, result: dict[str, Any]) -> str:
   """The numbers of a result, a line each, for a person."""
+  if verb == PREFLIGHT:
+    return importlib.import_module("distill_jax.preflight.report").text(result)
   return "\n".join(f"{name}: {value}" for name, value in result.items())
 
 

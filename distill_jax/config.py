@@ -26,12 +26,31 @@ class Model:
 
   source: str = ""  # a folder, a .gguf, "package:…", "hub:…", "run:WORKDIR"; "": random weights
   family: str = "llama"  # without a source: a module of distill_jax/models …
-  shape: str = ""  # … and one of its named shapes
+  shape: str = ""  # … and one of its named shapes; beside a source, what preflight goes by
   digest: str = ""  # the sha256 that the source must have (a store's manifest names it); "": any
   keep_layers: tuple[int, ...] = ()  # layers of the source to keep; (): all
   dtype: str = "float32"  # of matrix products
   param_dtype: str = "float32"  # of the stored parameters
-  remat: str = "none"  # none | dots | full
+  remat: str = "none"  # none | dots | offload | full
+  attention: str = "auto"  # auto | xla | splash | cudnn
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """Low-rank adapters, trained in the place of the model's own weights."""
+
+  rank: int = 0  # 0: none, and all weights are trained
+  alpha: float = 16.0  # a weight W is used as W + alpha / rank * A B
+  targets: tuple[str, ...] = (  # Hugging Face's names of linear layers, or ends of dotted ones
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+  )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Student(Model):
+  """The model that is trained."""
+
+  lora: Lora = Lora()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +127,8 @@ class Train:
   batch_size: int = 8  # sequences a step, over all devices
   chunk: int = 128  # positions of each sequence whose logits exist at once
   checkpoint_every: int = 500
-  keep: int = 2  # checkpoints
+  keep: int = 2  # checkpoints, the last ones
+  keep_every: int = 0  # and each whose step is a multiple of this; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +147,7 @@ class Export:
   dir: str = ""
   step: int = 0  # of the checkpoint; 0: the last
   evaluation: str = ""  # an evaluation.json whose numbers go on the model card
+  lora: str = "merged"  # of a run with adapters: merged | peft, they alone | base, all but they
   dtype: str = "bfloat16"
   shard_bytes: int = 5_000_000_000
 
@@ -145,7 +166,7 @@ class Config:
 
   seed: int = 0
   teacher: Model = Model()
-  student: Model = Model()
+  student: Student = Student()
   mesh: Mesh = Mesh()
   data: Data = Data()
   records: Records = Records()
@@ -155,6 +176,7 @@ class Config:
   evaluate: Evaluate = Evaluate()
   export: Export = Export()
   inspect: Inspect = Inspect()
+  profile_steps: str = ""  # the flag --profile_steps
 
 
 def base() -> ConfigDict:

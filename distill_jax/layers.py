@@ -1,4 +1,4 @@
-"""What decoder families share: norm, rope, attention, feed-forward, the scan over layers."""
+"""What decoder families share: norm, rope, feed-forward, the scan over layers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax import params, sharding
+from distill_jax import lora, params, sharding
 from distill_jax.errors import InputError
 
-REMAT = ("none", "full", "dots")
+REMAT = ("none", "full", "dots", "offload")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +23,22 @@ class Compute:
   Attributes:
     dtype: of matrix products and activations; norms, softmax and losses are float32.
     rules: logical to mesh axes.
-    remat: what the backward pass keeps of a layer: "none" recomputes nothing, "dots"
-      keeps matrix products, "full" keeps the layer's input alone.
+    remat: what the backward pass keeps of a layer: "none" recomputes nothing (and
+      keeps weights as merged with adapters), "dots" keeps matrix products, "offload" keeps
+      them too, in the host's memory, "full" keeps the layer's input alone.
+    attention: the kernel, one of distill_jax.attention.KERNELS.
   """
 
   dtype: str = "float32"
   rules: sharding.Rules = sharding.Rules()
   remat: str = "none"
+  attention: str = "auto"
 
   def view(self, tree: Any) -> Any:
-    """Parameters as they are used: in the compute dtype, gathered by the compute column."""
+    """Parameters as they are used: in the compute dtype, gathered by the compute column.
+
+    Low-rank adapters are merged into their weights before, where those are stored.
+    """
 
     def one(v):
       x = v[...].astype("float32" if v.get_metadata()["exact"] else self.dtype)
@@ -41,15 +47,20 @@ class Compute:
         x = jax.lax.with_sharding_constraint(x, spec)
       return v.replace(x)
 
-    return params.map_params(one, tree)
+    return params.map_params(one, lora.merge(tree))
 
   def checkpoint(self, fn: Callable) -> Callable:
     if self.remat not in REMAT:
       raise InputError(f"remat is {self.remat!r}; it can be one of {REMAT}")
     if self.remat == "none":
       return fn
-    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(fn, policy=dots if self.remat == "dots" else None)
+    policies = jax.checkpoint_policies
+    policy = {
+      "full": None,
+      "dots": policies.dots_with_no_batch_dims_saveable,
+      "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    }[self.remat]
+    return jax.checkpoint(fn, policy=policy)
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
@@ -83,32 +94,6 @@ def rope(
   else:
     a, b = jnp.split(x_BTHh, 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(dtype)
-
-
-def attention(
-  q_BTHh: jax.Array, k_BTGh: jax.Array, v_BTGh: jax.Array, segments_BT: jax.Array,
-  window: Any = None, scale: float | None = None,
-) -> jax.Array:  # fmt: skip
-  """Causal attention within segments, grouped heads. Returns [B, T, H, h].
-
-  A position always sees itself, padding too, so no row of the softmax is empty.
-
-  Args:
-    window: how many positions, itself among them, a position sees; may be traced.
-    scale: of the scores; 1/sqrt(h) by default.
-  """
-  mask_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
-  if window is not None:  # positions of a segment are consecutive, so places tell distances
-    at = jnp.arange(segments_BT.shape[1])
-    mask_BTS &= (at[:, None] - at[None, :] < window)[None]
-  width = v_BTGh.shape[-1]
-  if less := q_BTHh.shape[-1] - width:  # the library has values as wide as keys
-    v_BTGh = jnp.pad(v_BTGh, ((0, 0), (0, 0), (0, 0), (0, less)))
-  a_BTHh = jax.nn.dot_product_attention(
-    q_BTHh, k_BTGh, v_BTGh, mask=mask_BTS[:, None], scale=scale, is_causal=True,
-    implementation="xla",
-  )  # fmt: skip
-  return a_BTHh[..., :width]
 
 
 def gated_mlp(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,18 @@ class Log:
   and `goodput`, the share of the time since the process took up the run that went into
   steps, and not into compiling, waiting for data, or saving.
 
+  Args:
+    began: when the process took up the run, by `clock`.
+
   Attributes:
     last: the last row written.
   """
 
-  def __init__(self, workdir: Path, start: int, steps: int, began: float):
+  def __init__(
+    self, workdir: Path, start: int, steps: int, began: float,
+    clock: Callable[[], float] = time.monotonic,
+  ):  # fmt: skip
+    self._now = clock
     self.last: dict[str, float] = {}
     self._workdir, self._start, self._steps = workdir, start, steps
     self._began, self._mark, self._good = began, math.nan, 0.0
@@ -77,10 +85,10 @@ class Log:
 
   def saved(self) -> None:
     """The time since the last row went into saving."""
-    self._mark = time.monotonic()
+    self._mark = self._now()
 
   def _clock(self, tokens: float) -> dict[str, float]:
-    now = time.monotonic()
+    now = self._now()
     took, self._mark = now - self._mark, now
     if math.isnan(took):  # the first row of a process has its compilation in it
       return dict.fromkeys(CLOCK, 0.0)

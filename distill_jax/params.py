@@ -29,8 +29,9 @@ def param(
       axes that Hugging Face spreads over tensors, added by `stack`.
     out: the axes that torch puts first (its Linear weights are [out, in]), in order. The
       stored tensor is [prod(out), prod(the rest)]; without `out` it is stored as it is.
-    init: "fan_in" (normal, deviation 1/sqrt of the axes not in `out`), "ones", "zeros",
-      or the standard deviation of a normal.
+    init: "fan_in" (normal, deviation 1/sqrt(n), n the product of the axes not in `out`),
+      "uniform" (between -1/sqrt(n) and 1/sqrt(n)), "ones", "zeros", or the standard deviation
+      of a normal.
     exact: it stays float32 where the others are read, used or written as bfloat16.
 
   Returns:
@@ -45,8 +46,11 @@ def param(
     value = jnp.zeros(shape, jnp.float32)
   else:
     fan_in = math.prod(n for a, n in zip(axes, shape, strict=True) if a not in first)
-    std = 1 / math.sqrt(fan_in) if init == "fan_in" else float(init)
-    value = std * jax.random.normal(key, shape, jnp.float32)
+    if init == "uniform":
+      value = jax.random.uniform(key, shape, jnp.float32, -1, 1) / math.sqrt(fan_in)
+    else:
+      std = 1 / math.sqrt(fan_in) if init == "fan_in" else float(init)
+      value = std * jax.random.normal(key, shape, jnp.float32)
   return nnx.Param(value, axes=axes, hf=hf, out=first, exact=exact, first=0)
 
 
@@ -72,7 +76,7 @@ def is_param(x: Any) -> bool:
   return isinstance(x, nnx.Variable)
 
 
-def map_params(fn: Callable[[Any], Any], tree: Any, *rest: Any) -> Any:
+def map_params(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   """`jax.tree.map` whose leaves are whole parameters, metadata and all."""
   return jax.tree.map(fn, tree, *rest, is_leaf=is_param)
 

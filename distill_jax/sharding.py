@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distill_jax import params
@@ -39,6 +40,7 @@ TABLE: dict[str, tuple[Any, Any]] = {
   "expert_mlp": (None, None),
   "routes": (None, None),  # the experts, where a router chooses among them
   "layers": (None, None),
+  "rank": (None, None),  # of low-rank adapters
   "pairs": (None, None),  # of adapters, as the next
   "teacher_embed": (None, None),
 }
@@ -64,22 +66,43 @@ class Rules:
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = None) -> Mesh:
-  """A mesh with axes (data, fsdp, tensor); -1, on one axis at most, means the rest."""
+  """A mesh with axes (data, fsdp, tensor); -1, on one axis at most, means the rest.
+
+  Where devices are in several slices, `data` alone goes over the slow network between them.
+  """
   devices = list(jax.devices() if devices is None else devices)
+  shape = mesh_shape(data, fsdp, tensor, len(devices))
+  slices = len({getattr(d, "slice_index", None) for d in devices})
+  if shape[0] % slices:
+    raise InputError(
+      f"mesh.data is {shape[0]} and there are {slices} slices, over which the data axis alone is "
+      f"spread; set mesh.data to a multiple of {slices}"
+    )
+  split = {"allow_split_physical_axes": True}
+  if slices == 1:
+    grid = mesh_utils.create_device_mesh(shape, devices, **split)
+  else:
+    within = (shape[0] // slices, *shape[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, **split)
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_shape(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
+  """The sizes of the mesh axes over so many devices, the -1 among them resolved."""
   shape = [data, fsdp, tensor]
   if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
     raise InputError(f"mesh {shape}: sizes are at least 1, and one at most is -1 (the rest)")
   if -1 in shape:
     known = -math.prod(shape)
-    if len(devices) % known:
-      raise InputError(f"mesh {shape} does not divide the {len(devices)} devices here")
-    shape[shape.index(-1)] = len(devices) // known
-  if math.prod(shape) != len(devices):
+    if devices % known:
+      raise InputError(f"mesh {shape} does not divide the {devices} devices here")
+    shape[shape.index(-1)] = devices // known
+  if math.prod(shape) != devices:
     raise InputError(
       f"mesh {dict(zip(MESH_AXES, shape, strict=True))} wants {math.prod(shape)} devices and there "
-      f"are {len(devices)}; set mesh.fsdp=-1 to use them all"
+      f"are {devices}; set mesh.fsdp=-1 to use them all"
     )
-  return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  return shape[0], shape[1], shape[2]
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
@@ -127,3 +150,8 @@ def check_batch(name: str, size: int, mesh: Mesh, accumulate: int = 1) -> None:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """How a batch's first axis is spread."""
   return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Whole on every device."""
+  return NamedSharding(mesh, PartitionSpec())

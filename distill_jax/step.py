@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distill_jax import features, head, token_metrics
+from distill_jax import features, head, lora, token_metrics
 from distill_jax.features import Features, Needs
 from distill_jax.layers import Compute
 from distill_jax.types import Batch, Inputs, Mean, Output, Recorded, Targets, TrainState
@@ -53,17 +53,18 @@ class Step:
   balance_every: int = 0
 
   def init(self, model: Any, adapters: dict[str, Any] | None = None) -> TrainState:
-    """The state before step 0."""
+    """The state before step 0. `model` is what is trained: a model, or adapters of its base."""
     adapters = adapters or {}
     balance = {name: jnp.ones(()) for name in self.losses} if self.balance_every else {}
     opt = self.optimizer.init((model, adapters))
     return TrainState(jnp.zeros((), jnp.int32), model, adapters, opt, balance)
 
   def __call__(
-    self, state: TrainState, batch: Batch, teachers: Teachers
+    self, state: TrainState, batch: Batch, teachers: Teachers, base: Any = None
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step: (state, batch, online teachers by name) -> (state, metrics as scalars).
 
+    With a `base`, state.params are its low-rank adapters and it stays as it is.
     Losses are sums over tokens divided by the token count of the whole batch, so neither
     microbatches nor the mesh change the gradient.
     """
@@ -73,11 +74,11 @@ class Step:
     first = jax.tree.map(lambda x: x[0], pieces)
     grad = jax.value_and_grad(self._loss, has_aux=True)
     weights = {name: fn.weight(state.step) for name, fn in self.losses.items()}
-    balance = self._balance(state, trained, first, teachers, weights, count)
+    balance = self._balance(state, trained, first, teachers, weights, count, base)
     scaled = {name: w * balance.get(name, 1.0) for name, w in weights.items()}
 
     def micro(piece: Batch):
-      return grad(trained, piece, teachers, state.step, count, scaled)
+      return grad(trained, piece, teachers, state.step, count, scaled, base)
 
     if self.accumulate == 1:
       (loss, means), grads = micro(first)
@@ -104,9 +105,11 @@ class Step:
     return TrainState(state.step + 1, params, adapters, opt, balance), metrics
 
   def _loss(
-    self, trained: Any, batch: Batch, teachers: Teachers, step: Any, count: Any, weights: Weights
-  ) -> tuple[jax.Array, dict[str, Mean]]:
+    self, trained: Any, batch: Batch, teachers: Teachers, step: Any, count: Any, weights: Weights,
+    base: Any = None,
+  ) -> tuple[jax.Array, dict[str, Mean]]:  # fmt: skip
     model, adapters = trained
+    model = _student(model, base)
     ours, theirs = self.needs()
     out: Output = model(batch.inputs, self.student, ours.taps)
     targets, taught = self._taught(batch, teachers, theirs)
@@ -135,9 +138,11 @@ class Step:
     return total, means
 
   def fit(
-    self, names: list[str], model: Any, adapters: dict[str, Any], batch: Batch, teachers: Teachers
-  ) -> dict[str, Any]:
+    self, names: list[str], model: Any, adapters: dict[str, Any], batch: Batch, teachers: Teachers,
+    base: Any = None,
+  ) -> dict[str, Any]:  # fmt: skip
     """The adapters of these losses as their losses fit them on one batch."""
+    model = _student(model, base)
     ours, theirs = self.needs()
     out: Output = model(batch.inputs, self.student, ours.taps)
     mine = ours.of(model, out, batch.inputs, self.student)
@@ -182,7 +187,7 @@ class Step:
     split = functools.partial(features.unflat_qkv, config=self.teacher_config)
     return Features({}, {layer: split(x) for layer, x in by_layer.items()})
 
-  def _balance(self, state, trained, batch, teachers, weights, count) -> dict[str, jax.Array]:
+  def _balance(self, state, trained, batch, teachers, weights, count, base) -> dict[str, jax.Array]:
     """Factors that hold the losses' gradient norms in the ratio of their weights.
 
     Every `balance_every` steps each loss is pulled back alone on the first microbatch; the
@@ -195,7 +200,8 @@ class Step:
 
     def norm(one_hot: jax.Array) -> jax.Array:
       alone = dict(zip(names, one_hot, strict=True))
-      grads = jax.grad(self._loss, has_aux=True)(trained, batch, teachers, state.step, count, alone)
+      grad = jax.grad(self._loss, has_aux=True)
+      grads = grad(trained, batch, teachers, state.step, count, alone, base)
       return optax.tree.norm(grads[0])
 
     def measure():
@@ -211,6 +217,10 @@ class Step:
     """[B, ...] -> [accumulate, B / accumulate, ...], each spread over devices as B was."""
     rows = x_B.reshape(x_B.shape[0] // self.accumulate, self.accumulate, *x_B.shape[1:])
     return jnp.moveaxis(rows, 1, 0)
+
+
+def _student(trained: Any, base: Any) -> Any:
+  return trained if base is None else lora.join(base, trained)
 
 
 def online(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax import build, sharding
+from distill_jax import build, processes, sharding
 from distill_jax.config import Config
 from distill_jax.data import corpus, loader
 from distill_jax.data.tokenizers import Tokenizer
@@ -57,12 +57,14 @@ def record(config: Config, folder: Path) -> dict[str, Any]:
   manifest = _manifest(config, tokenizer, rows)
   with Writer(folder, manifest, jax.process_index(), jax.process_count()) as writer:
     _check_same_corpus(writer, rows)
-    if todo := writer.missing():
+    todo = writer.missing()
+    if processes.most(len(todo)):  # those who have nothing left to write compute with the others
       with jax.set_mesh(mesh):
         _pass(config, mesh, tokenizer, rows, todo, writer)
+    processes.wait("recorded")
     done = writer.complete()
-  if done is None:  # other processes are still writing; the last one completes the manifest
-    return {"sequences": 0, "recorded_now": sum(map(len, todo))}
+  if done is None:
+    raise InputError(f"{folder} still lacks shards of a process that is not here; run it again")
   sums = {k: sum(getattr(s, k) for s in done.shards) for k in ("tokens", "entries", "bytes")}
   return {"sequences": done.total, "recorded_now": sum(map(len, todo)), **sums}
 
@@ -78,30 +80,32 @@ def _pass(
   with (
     ThreadPoolExecutor(1) as background,
     Progress("record", sum(map(len, todo)) * T, "tokens") as progress,
+    processes.Preemption() as preemption,
   ):
     writing: Future | None = None
-    for shard in todo:
-      sequences: Rows = []
-      for some in _recorded(config, rows, shard, summarise):
-        sequences += some
-        progress.add(len(some) * T)
-      if writing is not None:
-        writing.result()  # a failed write fails the run
-      writing = background.submit(writer.write_shard, shard, sequences)
+    shards, sequences = iter(todo), []
+    shard = next(shards, range(0))
+    for n, some in enumerate(_recorded(config, rows, todo, summarise)):
+      sequences += some
+      progress.add(len(some) * T)
+      if some and len(sequences) == len(shard):
+        if writing is not None:
+          writing.result()  # a failed write fails the run
+        writing = background.submit(writer.write_shard, shard, sequences)
+        shard, sequences = next(shards, range(0)), []
+      if preemption.reached(n):
+        break
     if writing is not None:
       writing.result()
+  if processes.most(len(shard)):
+    raise processes.Preemption.stop("record", "finished shards are kept")
 
 
 def _summariser(config: Config, mesh: Any, tokenizer: Tokenizer) -> Summarise:
   keys = build.keys(config.seed)
   teacher = build.build(config.teacher, mesh, keys["teacher"])
   where = sharding.batch_sharding(mesh)
-  one_batch = jax.jit(
-    functools.partial(
-      _summarise, how=teacher.how, config=config, vocab_size=tokenizer.vocab_size,
-      project=_projection(config, _width(config)),
-    )
-  )  # fmt: skip
+  one_batch = jitted(config, teacher.how, tokenizer.vocab_size)
 
   def summarise(some: Rows, first: int) -> dict[str, jax.Array]:
     batch = loader.to_device(loader.collate(some), where)
@@ -111,19 +115,33 @@ def _summariser(config: Config, mesh: Any, tokenizer: Tokenizer) -> Summarise:
   return summarise
 
 
+def jitted(config: Config, how: Compute, vocab_size: int) -> Any:
+  """The pass as it is compiled: (teacher, key, batch, index_B) -> what is stored of the batch."""
+  project = _projection(config, _width(config))
+  fixed = {"how": how, "config": config, "vocab_size": vocab_size, "project": project}
+  return jax.jit(functools.partial(_summarise, **fixed))
+
+
 def _recorded(
-  config: Config, rows: Rows, shard: range, summarise: Summarise | None
+  config: Config, rows: Rows, todo: list[range], summarise: Summarise | None
 ) -> Iterator[Rows]:
-  """Batches of a shard's records; each is read once the next one is dispatched."""
+  """Batches of the shards' records; each is read once the next one is dispatched."""
   size = config.records.batch_size // jax.process_count()
+  parts = [
+    range(first, min(first + size, shard.stop))
+    for shard in todo
+    for first in range(shard.start, shard.stop, size)
+  ]
+  if summarise is None:
+    yield from (rows[part.start : part.stop] for part in parts)
+    return
+  padding = {name: np.zeros_like(x) for name, x in rows[0].items()}
+  # All processes compute together, so those with less to write go on with padding alone.
+  parts += [range(0)] * (processes.most(len(parts)) - len(parts))
   pending: tuple[Rows, Any] | None = None
-  for first in range(shard.start, shard.stop, size):
-    some = rows[first : min(first + size, shard.stop)]
-    if summarise is None:
-      yield some
-      continue
-    padding = {name: np.zeros_like(x) for name, x in some[0].items()}
-    said = summarise(some + [padding] * (size - len(some)), first)
+  for part in parts:
+    some = rows[part.start : part.stop]
+    said = summarise(some + [padding] * (size - len(some)), part.start)
     if pending is not None:
       yield _rows(*pending)
     pending = some, said
@@ -189,22 +207,31 @@ def _dump(config: Config, tokenizer: Tokenizer) -> Iterator[dict[str, np.ndarray
 
 
 def _manifest(config: Config, tokenizer: Tokenizer, rows: Rows) -> Manifest:
-  c, kept = config.records, None
+  c = config.records
   if c.kind == "text":
     teacher = {}
   elif c.logprobs:
     teacher = {"name": c.logprobs_format, "digest": "unknown: behind a server"}
   else:
     teacher = build.identity(config.teacher, config.seed)
+  about = describe(config, tokenizer.vocab_size, len(rows))
+  return dataclasses.replace(
+    about, teacher=teacher, tokenizer=tokenizer.digest, corpus=_digest(rows)
+  )
+
+
+def describe(config: Config, vocab_size: int, sequences: int) -> Manifest:
+  """What a store of this config says of itself, but for whose words and text they are."""
+  c, kept = config.records, None
   if c.taps:
     width = c.taps_width or _width(config)
     kept = Taps(c.taps, width, TAPS_SEED if c.taps_width else None, c.taps_of)
   return Manifest(
     kind=c.kind, n=0 if c.kind == "text" else c.n, logp=c.logp, nucleus=c.nucleus,
-    vocab_size=tokenizer.vocab_size, seq_len=config.data.seq_len, teacher=teacher,
-    tokenizer=tokenizer.digest, corpus=_digest(rows), entropy=not c.logprobs,
-    sequences_per_shard=c.sequences_per_shard, extents=(len(rows),), taps=kept,
-    missing_mass=c.missing_mass if c.kind == "topk" else "none", temperature=c.temperature,
+    vocab_size=vocab_size, seq_len=config.data.seq_len, teacher={}, tokenizer="", corpus="",
+    entropy=not c.logprobs, sequences_per_shard=c.sequences_per_shard, extents=(sequences,),
+    taps=kept, missing_mass=c.missing_mass if c.kind == "topk" else "none",
+    temperature=c.temperature,
   )  # fmt: skip
 
 

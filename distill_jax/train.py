@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from distill_jax import build, checkpoint, checks, optim, sharding
+from distill_jax import build, checkpoint, checks, lora, optim, processes, sharding
 from distill_jax.config import Config
 from distill_jax.data import loader
 from distill_jax.errors import InputError
-from distill_jax.metrics import MetricsWriter, read_metrics
-from distill_jax.progress import Progress
+from distill_jax.log import Log, Profile
+from distill_jax.metrics import read_metrics
 from distill_jax.records.store import Store, open_store
 from distill_jax.step import Step
-from distill_jax.types import Batch, Recorded
+from distill_jax.types import Batch, Recorded, TrainState
 
 
 def train(config: Config, workdir: Path) -> dict[str, Any]:
@@ -27,7 +28,9 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
   Raises:
     InputError: whatever in the config does not fit, before anything is compiled.
     FloatingPointError: a loss that is not finite; the last good checkpoint stays.
+    Preempted: SIGTERM came; the step it came in is saved.
   """
+  began = time.monotonic()
   stores = open_stores(config)
   checks.check_run(config, stores)
   mesh = sharding.make_mesh(**vars(config.mesh))
@@ -35,70 +38,76 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
   sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
   step = make_step(config, stores)
   checks.check_features(config, step, stores)
-  with jax.set_mesh(mesh), checkpoint.manager(workdir, config.train.keep) as saves:
-    state, teachers = prepare(config, mesh, saves, step, stores)
-    where = jax.tree.map(lambda x: x.sharding, state)
-    step_fn = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-    if int(state.step) == config.train.steps:
-      return read_metrics(workdir)[-1]  # finished before
-    batches = _batches(config, stores, int(state.step))
-    return _loop(config, workdir, step_fn, state, teachers, batches, saves, mesh)
-
-
-def _loop(
-  config: Config, workdir: Path, step_fn: Any, state: Any, teachers: Any,
-  batches: Iterator[Batch], saves: Any, mesh: Any,
-) -> dict[str, Any]:  # fmt: skip
-  """One step is kept in flight: a step's metrics are read once the next is dispatched."""
-  start, steps, where = int(state.step), config.train.steps, sharding.batch_sharding(mesh)
-  last: dict[str, float] = {}
+  if config.student.lora.rank:
+    processes.on_first(lambda: build.pin_base(workdir, config))
+  about = {"records": [store.manifest.digest for store in stores]}
+  profile = Profile(config.profile_steps, workdir)
   with (
-    MetricsWriter(workdir, purge_step=start) as writer,
-    Progress("train", steps, "steps", start=start) as progress,
+    jax.set_mesh(mesh),
+    checkpoint.manager(workdir, c.keep, c.keep_every) as saves,
+    processes.Preemption() as preemption,
   ):
-
-    def report(n: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
-      row = {name: float(x) for name, x in jax.device_get(metrics).items()}
-      if not math.isfinite(row["loss"]):
-        raise FloatingPointError(
-          f"the loss of step {n} is {row['loss']}; the last good checkpoint is "
-          f"{saves.latest_step()} in {saves.directory}; lower optim.peak_lr or look at its data"
-        )
-      writer.write(n, row)
-      progress.add(1, loss=row["loss"])
-      return row
-
-    pending: tuple[int, dict[str, jax.Array]] | None = None
-    for n in range(start, steps):
-      batch = loader.to_device(next(batches), where)
-      with jax.transfer_guard("disallow"):
-        state, metrics = step_fn(state, batch, teachers)
-      if pending is not None:
-        last = report(*pending)
-      pending = (n, metrics)
-      if (n + 1) % config.train.checkpoint_every == 0 or n + 1 == steps:
-        last, pending = report(*pending), None  # a state is saved once its loss is known finite
-        checkpoint.save(saves, n + 1, state)
-    saves.wait_until_finished()
-  return last
+    state, *frozen = prepare(config, mesh, saves, step, stores, about)
+    start, where = int(state.step), jax.tree.map(lambda x: x.sharding, state)
+    if start == c.steps:
+      return read_metrics(workdir)[-1]  # finished before
+    step_fn = jitted(step, where, mesh)
+    batches, rows = _batches(config, stores, start), sharding.batch_sharding(mesh)
+    with Log(workdir, start, c.steps, began) as log:
+      for n in range(start, c.steps):
+        batch = loader.to_device(next(batches), rows)
+        profile.step(n)
+        with jax.transfer_guard("disallow"):
+          state, metrics = step_fn(state, batch, *frozen)
+        log.step(n, metrics)  # and reads those of the step before: one step is in flight
+        stop = preemption.reached(n + 1)
+        if stop or (n + 1) % c.checkpoint_every == 0 or n + 1 == c.steps:
+          log.flush()  # a state is saved once its loss is known to be finite
+          checkpoint.save(saves, n + 1, state, about)
+          log.saved()
+        if stop and n + 1 < c.steps:
+          saves.wait_until_finished()
+          raise processes.Preemption.stop("train", f"step {n + 1} of {c.steps} is saved")
+      profile.stop()
+      saves.wait_until_finished()
+    return log.last
 
 
 def prepare(
-  config: Config, mesh: Any, saves: Any, step: Step, stores: list[Store]
-) -> tuple[Any, dict[str, Any]]:
-  """(the state to go on from, online teachers)."""
+  config: Config, mesh: Any, saves: Any, step: Step, stores: list[Store], about: dict[str, Any]
+) -> tuple[Any, ...]:
+  """(the state to go on from, online teachers); and the base, where its adapters are trained."""
   keys = build.keys(config.seed)
   teachers = {}
   if config.train.online:
     teachers["teacher"] = build.build(config.teacher, mesh, keys["teacher"]).model
   adapters = lambda: _adapters(step, stores, keys["adapters"])
-  like = jax.eval_shape(lambda model: step.init(model, adapters()), build.abstract(config.student))
+  like = abstract_state(config, step, stores)
   where = sharding.shardings(like, mesh, step.student.rules)
+  student, frozen = config.student, [teachers]
+  if student.lora.rank:
+    frozen.append(build.build(student, mesh, keys["student"]).model)
   if saves.latest_step() is not None:
-    return checkpoint.restore(saves, build.place(like, where)), teachers
-  model = build.build(config.student, mesh, keys["student"]).model
-  fitted = _fit(config, step, stores, model, teachers, adapters(), mesh)
-  return jax.jit(step.init, out_shardings=where, donate_argnums=0)(model, fitted), teachers
+    return checkpoint.restore(saves, build.place(like, where), about), *frozen
+  if student.lora.rank:
+    start = functools.partial(lora.init, build.abstract(student), student.lora)
+    model = jax.jit(start, out_shardings=where.params)(keys["lora"])
+  else:
+    model = build.build(student, mesh, keys["student"]).model
+  fitted = _fit(config, step, stores, model, frozen, adapters(), mesh)
+  return jax.jit(step.init, out_shardings=where, donate_argnums=0)(model, fitted), *frozen
+
+
+def abstract_state(config: Config, step: Step, stores: list[Store]) -> TrainState:
+  """The state before step 0 as shapes, in no memory."""
+  key = jax.eval_shape(jax.random.key, 0)
+  start = lambda model, key: step.init(model, _adapters(step, stores, key))
+  return jax.eval_shape(start, build.trained(config.student), key)
+
+
+def jitted(step: Step, where: Any, mesh: Any) -> Any:
+  """The step as it is compiled: (state, batch, teachers[, base]) -> (state, metrics)."""
+  return jax.jit(step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
 
 
 def _adapters(step: Step, stores: list[Store], key: jax.Array) -> dict[str, Any]:
@@ -114,7 +123,7 @@ def _adapters(step: Step, stores: list[Store], key: jax.Array) -> dict[str, Any]
 
 
 def _fit(
-  config: Config, step: Step, stores: list[Store], model: Any, teachers: Any, adapters: Any,
+  config: Config, step: Step, stores: list[Store], model: Any, frozen: list[Any], adapters: Any,
   mesh: Any,
 ) -> dict[str, Any]:  # fmt: skip
   """Adapters that start as the least-squares fit on the first batch."""
@@ -122,7 +131,7 @@ def _fit(
   if not asked:
     return adapters
   batch = loader.to_device(next(_batches(config, stores, 0)), sharding.batch_sharding(mesh))
-  return adapters | jax.jit(lambda *args: step.fit(asked, *args))(model, adapters, batch, teachers)
+  return adapters | jax.jit(lambda *args: step.fit(asked, *args))(model, adapters, batch, *frozen)
 
 
 def make_step(config: Config, stores: list[Store]) -> Step:

@@ -12,14 +12,17 @@ import jax
 
 from distill_jax import build, params, sharding
 from distill_jax import report as pages
-from distill_jax.config import Config
+from distill_jax.config import Config, Model
 from distill_jax.data import corpus
 from distill_jax.errors import InputError
-from distill_jax.hub import card, load
+from distill_jax.hub import card, load, peft
 from distill_jax.hub import export as hub
 from distill_jax.progress import Progress
 from distill_jax.records import inspect as records
 from distill_jax.records.store import open_store
+
+LORA = ("merged", "peft", "base")
+OURS = (build.RUN, "package:")  # sources that nobody else reads
 
 
 def export(config: Config, workdir: Path) -> dict[str, Any]:
@@ -29,22 +32,54 @@ def export(config: Config, workdir: Path) -> dict[str, Any]:
   evaluation = None
   if config.export.evaluation:
     evaluation = _read(Path(config.export.evaluation))
+  lora, c = config.student.lora, config.export
+  if c.lora not in LORA or (c.lora != "merged" and not lora.rank):
+    raise InputError(
+      f"export.lora is {c.lora!r} and student.lora.rank {lora.rank}; it can be one of {LORA}, the "
+      "last two where adapters were trained"
+    )
   mesh = sharding.make_mesh(**vars(config.mesh))
-  spec = dataclasses.replace(config.student, source=build.RUN + str(workdir), keep_layers=())
+  made_card = card.card(config, c.step or config.train.steps, evaluation)
+  came = build.pretrained(config.student)
+  tokenizer = came.tokenizer if came else None
+  if config.data.tokenizer:
+    path = Path(config.data.tokenizer)
+    tokenizer = load.read_tokenizer(path if path.is_dir() else path.parent)
   with jax.set_mesh(mesh):
-    built = build.build(spec, mesh, build.keys(config.seed)["student"], config.export.step or None)
-    came = built.pretrained
-    tokenizer = came.tokenizer if came else None
-    if config.data.tokenizer:
-      path = Path(config.data.tokenizer)
-      tokenizer = load.read_tokenizer(path if path.is_dir() else path.parent)
-    hub.export(
-      built.model, config.export.dir, tokenizer=tokenizer,
-      generation=came.generation if came else {}, dtype=config.export.dtype,
-      shard_bytes=config.export.shard_bytes,
-      card=card.card(config, config.export.step or config.train.steps, evaluation),
-    )  # fmt: skip
-  return {"export_dir": config.export.dir, "parameters": params.count(built.model)}
+    if c.lora == "peft":
+      build.check_base(workdir, config)
+      model = build.restore(workdir, mesh, c.step or None)
+      peft.export(
+        model, lora, c.dir, base=_base(config.student), tokenizer=tokenizer, card=made_card,
+        dtype=c.dtype,
+      )  # fmt: skip
+    else:
+      model = _model(config, workdir, mesh)
+      hub.export(
+        model, c.dir, tokenizer=tokenizer, generation=came.generation if came else {},
+        card=made_card, dtype=c.dtype, shard_bytes=c.shard_bytes,
+      )  # fmt: skip
+  return {"export_dir": c.dir, "parameters": params.count(model)}
+
+
+def _model(config: Config, workdir: Path, mesh: Any) -> Any:
+  """What a run has made; or, for export.lora=base, what its adapters belong to."""
+  spec, key = config.student, build.keys(config.seed)["student"]
+  if config.export.lora == "base":
+    build.check_base(workdir, config)
+    return build.build(spec, mesh, key).model
+  spec = dataclasses.replace(spec, source=build.RUN + str(workdir), keep_layers=())
+  return build.build(spec, mesh, key, config.export.step or None).model
+
+
+def _base(spec: Model) -> tuple[str, str] | None:
+  """(name, revision) of what PEFT can load; None: of nothing but what export.lora=base makes."""
+  if not spec.source or spec.keep_layers or spec.source.startswith(OURS):
+    return None
+  if not spec.source.startswith("hub:"):
+    return None if spec.source.endswith(".gguf") else (spec.source, "")
+  name, _, revision = spec.source.removeprefix("hub:").partition("@")
+  return name, revision
 
 
 def report(config: Config, workdir: Path) -> dict[str, Any]:

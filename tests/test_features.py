@@ -245,9 +245,7 @@ def run(c, folder, name):
   resolved = config.resolve(c)
   with Workdir(folder / name, resolved) as path:
     last = training.train(resolved, path)
-  from distill_jax.metrics import read_metrics
-
-  return last, read_metrics(path)
+  return last, tiny.measured(path)
 
 
 def test_features_from_records_and_from_an_online_teacher_alike(tmp_path):

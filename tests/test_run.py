@@ -13,7 +13,6 @@ from distill_jax import train as training
 from distill_jax.data import loader
 from distill_jax.errors import InputError
 from distill_jax.evaluate import evaluate
-from distill_jax.log import CLOCK
 from distill_jax.metrics import read_metrics
 from distill_jax.records.store import open_store
 from distill_jax.teacher import record
@@ -56,11 +55,6 @@ def last_state(c, workdir):
     return jax.device_get(checkpoint.restore(saves, like, {}))
 
 
-def measured(workdir):
-  """A run's rows without the wall clock."""
-  return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(workdir)]
-
-
 def test_resume_equals_uninterrupted_bit_for_bit(folder):
   """Stopped after step 4 of 6 by an error in the fifth batch, then run again."""
   c = tiny.tiny(folder)
@@ -81,7 +75,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(folder):
   train(c, stopped)
   a, b = last_state(c, whole), last_state(c, stopped)
   jax.tree.map(np.testing.assert_array_equal, a, b)
-  assert measured(whole) == measured(stopped)
+  assert tiny.measured(whole) == tiny.measured(stopped)
   assert [row["step"] for row in read_metrics(stopped)] == list(range(6))
 
 

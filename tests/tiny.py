@@ -7,6 +7,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from distill_jax import config
+from distill_jax.log import CLOCK
+from distill_jax.metrics import read_metrics
 
 SEQ_LEN = 32
 
@@ -52,3 +54,8 @@ def tiny(folder: Path) -> ml_collections.ConfigDict:
   c.train.chunk = 16
   c.train.checkpoint_every = 2
   return c
+
+
+def measured(workdir: Path) -> list[dict[str, float]]:
+  """A run's rows without the wall clock, which no two runs share."""
+  return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(workdir)]

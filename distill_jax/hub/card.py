@@ -17,7 +17,7 @@ def card(config: Config, step: int, evaluation: Mapping[str, Any] | None) -> str
   kept = f", layers {list(student.keep_layers)}" if student.keep_layers else ""
   lines = [
     "---",
-    "library_name: transformers",
+    f"library_name: {'peft' if config.export.lora == 'peft' else 'transformers'}",
     "tags: [knowledge-distillation, distill_jax]",
     "---",
     "# A distilled student",
@@ -26,6 +26,7 @@ def card(config: Config, step: int, evaluation: Mapping[str, Any] | None) -> str
     "",
     f"- Teacher: `{config.teacher.source or config.teacher.shape}`",
     f"- Student before training: `{student.source or student.shape}`{kept}",
+    *_adapters(config),
     f"- Data: `{data.kind}` `{data.path}`, sequences of {data.seq_len} tokens",
     f"- Optimiser: AdamW, peak rate {optim.peak_lr:g}, {optim.schedule}, "
     f"weight decay {optim.weight_decay:g}",
@@ -34,6 +35,16 @@ def card(config: Config, step: int, evaluation: Mapping[str, Any] | None) -> str
     *_measured(evaluation),
   ]
   return "\n".join(lines) + "\n"
+
+
+def _adapters(config: Config) -> list[str]:
+  lora = config.student.lora
+  if not lora.rank:
+    return []
+  what = {"merged": "merged into the weights", "peft": "alone, for the student before training"}
+  what |= {"base": "not in here: this is the student before training"}
+  on = ", ".join(lora.targets)
+  return [f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {on}; {what[config.export.lora]}"]
 
 
 def _loss(name: str, fn: Any) -> str:

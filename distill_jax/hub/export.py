@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,11 +11,12 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from distill_jax import params
+from distill_jax import params, processes
 from distill_jax.errors import InputError
 from distill_jax.files import sync_folder, write_whole
 from distill_jax.hub import declared
@@ -42,7 +44,7 @@ class Source:
 
   def value(self) -> np.ndarray:
     # One tensor comes to the host, whatever the sharding of the stack it is cut from.
-    x = np.asarray(self.param[(*self.at, ...)])
+    x = _host(self.param[...], self.at)
     with np.errstate(over="ignore"):  # looked for below
       y = declared.Layout(self.param).to_theirs(x, self.dtype)
     if self.dtype == np.float16 and np.isinf(y).any() and not np.isinf(x).any():
@@ -50,6 +52,14 @@ class Source:
         f"{self.name} holds {np.abs(x).max():.3g}, past float16's 65504; export as bfloat16"
       )
     return y
+
+
+def _host(x: Any, at: tuple[int, ...]) -> np.ndarray:
+  """One tensor of a stack; on a CPU alone the memory that it lies in."""
+  devices = x.sharding.device_set
+  if len(devices) == 1 and next(iter(devices)).platform == "cpu":
+    return np.asarray(x)[at]
+  return processes.to_host(x[(*at, ...)])
 
 
 def export(
@@ -79,30 +89,57 @@ def export(
   Raises:
     InputError: the target exists, the disk is too full, the dtype cannot hold a value.
   """
-  target, to = pathlib.Path(target).absolute(), float_dtype(dtype)
-  if target.exists():
-    raise InputError(f"{target} exists, and export overwrites nothing; name a folder that does not")
   if shard_bytes < 1:
     raise InputError(f"shard_bytes is {shard_bytes}; it is a positive number of bytes")
-  sources = _sources(model, to)
-  need = sum(s.nbytes for s in sources)
-  target.parent.mkdir(parents=True, exist_ok=True)
-  if (free := shutil.disk_usage(target.parent).free) < need:
-    raise InputError(f"{target} needs {need} bytes and the disk has {free}; make room")
+  tensors = sources(model, float_dtype(dtype))
+  with new_folder(target, tensors) as work:
+    if work is not None:
+      _write_weights(work, tensors, shard_bytes)
+      _write_texts(work, model.config.to_hf(), dtype, tokenizer, generation, card)
+  return pathlib.Path(target).absolute()
+
+
+@contextlib.contextmanager
+def new_folder(
+  target: str | os.PathLike[str], tensors: list[Source]
+) -> Iterator[pathlib.Path | None]:
+  """A folder to write into, synced and renamed to the target if nothing is raised.
+
+  The first process of a run writes; it is None on the others, which have then given it the
+  parts of the tensors that they hold.
+
+  Raises:
+    InputError: the target exists, or the disk has no room for the tensors.
+  """
+  target = pathlib.Path(target).absolute()
+  processes.on_first(lambda: _check_room(target, sum(s.nbytes for s in tensors)))
+  if not processes.is_first():
+    for s in tensors:
+      s.value()
+    yield None
+    processes.wait(f"exported {target}")
+    return
   work = target.parent / f".{target.name}.{os.getpid()}.tmp"
   work.mkdir()
   try:
-    _write_weights(work, sources, shard_bytes)
-    _write_texts(work, model.config.to_hf(), dtype, tokenizer, generation, card)
+    yield work
     sync_folder(work)
     work.rename(target)
     sync_folder(target.parent)
   finally:
     shutil.rmtree(work, ignore_errors=True)  # gone already, if all went well
-  return target
+  processes.wait(f"exported {target}")
 
 
-def _sources(model: Any, dtype: np.dtype) -> list[Source]:
+def _check_room(target: pathlib.Path, need: int) -> None:
+  if target.exists():
+    raise InputError(f"{target} exists, and export overwrites nothing; name a folder that does not")
+  target.parent.mkdir(parents=True, exist_ok=True)
+  if (free := shutil.disk_usage(target.parent).free) < need:
+    raise InputError(f"{target} needs {need} bytes and the disk has {free}; make room")
+
+
+def sources(model: Any, dtype: np.dtype) -> list[Source]:
   """The checkpoint's tensors, layer by layer; a name declared twice is a bug, and raises."""
   sources = [
     Source(name, v, at, declared.Layout(v).shape, declared.dtype_of(v, dtype))
@@ -134,17 +171,15 @@ def _write_weights(folder: pathlib.Path, sources: list[Source], limit: int) -> N
     name = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
     where |= {s.name: name for s in shard}
     with (folder / name).open("wb") as f:
-      _write_shard(f, shard)
-      f.flush()
-      os.fsync(f.fileno())
+      write_shard(f, shard)
   if len(shards) > 1:
     total = sum(math.prod(s.shape) for s in sources)
     meta = {"total_parameters": total, "total_size": sum(s.nbytes for s in sources)}
-    _write_json(folder / INDEX, {"metadata": meta, "weight_map": where})
+    write_json(folder / INDEX, {"metadata": meta, "weight_map": where})
 
 
-def _write_shard(f: BinaryIO, shard: list[Source]) -> None:
-  """One safetensors file, a tensor at a time."""
+def write_shard(f: BinaryIO, shard: list[Source]) -> None:
+  """One safetensors file, a tensor at a time, on disk when this returns."""
   at = 0
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
   for s in shard:
@@ -154,8 +189,17 @@ def _write_shard(f: BinaryIO, shard: list[Source]) -> None:
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
   f.write(len(text).to_bytes(8, "little") + text)
-  for s in shard:
-    f.write(s.value().reshape(-1).view(np.uint8).data)
+  with ThreadPoolExecutor(1) as background:  # one tensor is written while the next is made
+    writing: Future | None = None
+    for s in shard:
+      data = s.value().reshape(-1).view(np.uint8).data
+      if writing is not None:
+        writing.result()
+      writing = background.submit(f.write, data)
+    if writing is not None:
+      writing.result()
+  f.flush()
+  os.fsync(f.fileno())
 
 
 def _write_texts(
@@ -164,16 +208,21 @@ def _write_texts(
 ) -> None:  # fmt: skip
   ids = {k: v for k, v in generation.items() if k.endswith("_token_id")}
   # transformers 5 reads `dtype`, older ones and vLLM `torch_dtype`.
-  _write_json(folder / "config.json", {**hf, "dtype": dtype, "torch_dtype": dtype, **ids})
-  _write_json(folder / "generation_config.json", generation)
+  write_json(folder / "config.json", {**hf, "dtype": dtype, "torch_dtype": dtype, **ids})
+  write_json(folder / "generation_config.json", generation)
+  write_tokenizer(folder, tokenizer, card)
+
+
+def write_tokenizer(folder: pathlib.Path, tokenizer: TokenizerFiles | None, card: str) -> None:
+  """The tokenizer's files, if there are any, and the model card."""
   write_whole(folder / "README.md", card.encode())
   if tokenizer is not None:
-    _write_json(folder / "tokenizer_config.json", tokenizer.config)
+    write_json(folder / "tokenizer_config.json", tokenizer.config)
     if tokenizer.json is not None:
       write_whole(folder / "tokenizer.json", tokenizer.json.encode())
     if tokenizer.sentencepiece is not None:
       write_whole(folder / "tokenizer.model", tokenizer.sentencepiece)
 
 
-def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
   write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax import layers, sharding
+from distill_jax import attention, layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.models import _rope
 from distill_jax.params import param, stack, unstack
@@ -209,11 +209,14 @@ class Block(nnx.Module):
       q_BTHh, k_BTGh = self.norm(q_BTHh, self.q_norm), self.norm(k_BTGh, self.k_norm)
     return layers.rope(q_BTHh, angles), layers.rope(k_BTGh, angles), v_BTGh
 
-  def attend(self, x_BTD, angles: Any, window: Any, segments_BT: jax.Array) -> jax.Array:
+  def attend(
+    self, x_BTD, angles: Any, window: attention.Window, segments_BT, how: layers.Compute
+  ) -> jax.Array:
     """What attention adds to the residual."""
-    a_BTHh = layers.attention(
-      *self.qkv(x_BTD, angles), segments_BT, window, self.config.attention_scale
-    )
+    a_BTHh = attention.attention(
+      *self.qkv(x_BTD, angles), segments_BT, window, self.config.attention_scale,
+      how.attention, how.rules,
+    )  # fmt: skip
     return jnp.einsum("BTHh,HhD->BTD", a_BTHh, self.o[...])
 
   def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
@@ -223,12 +226,12 @@ class Block(nnx.Module):
     return layers.gated_mlp(y_BTD, *weights, self.activation)
 
   def __call__(
-    self, x_BTD: jax.Array, angles: Any, window: Any, segments_BT: jax.Array, rules: sharding.Rules
+    self, x_BTD, angles: Any, window: attention.Window, segments_BT, how: layers.Compute
   ) -> jax.Array:
     with jax.named_scope("attention"):
-      x_BTD = x_BTD + self.attend(x_BTD, angles, window, segments_BT)
+      x_BTD = x_BTD + self.attend(x_BTD, angles, window, segments_BT, how)
     with jax.named_scope("mlp"):
-      return x_BTD + self.feed_forward(x_BTD, rules)
+      return x_BTD + self.feed_forward(x_BTD, how.rules)
 
 
 class Model(nnx.Module):
@@ -255,7 +258,7 @@ class Model(nnx.Module):
     """The stacks of layers alike, from the first layer up: (attribute, Block, how many)."""
     return (("layers", Block, c.num_hidden_layers),)
 
-  def sight(self, inputs: Inputs) -> Callable[[Any], tuple[Any, Any]]:
+  def sight(self, inputs: Inputs) -> Callable[[Any], tuple[Any, attention.Window]]:
     """Of a layer's number, perhaps traced: its (rotary angles, window)."""
     c = self.config
     freq = _rope.frequencies(c.rope_theta, c.rope_dim, c.rope_scaling)
@@ -272,7 +275,7 @@ class Model(nnx.Module):
     sight = self.sight(inputs)
     x_BTD, taps_PBTD = layers.scan_layers(
       [getattr(self, name) for name, _, _ in self.plan(self.config)],
-      lambda layer, i, x: layer(x, *sight(i), inputs.segments_BT, how.rules),
+      lambda layer, i, x: layer(x, *sight(i), inputs.segments_BT, how),
       x_BTD, taps, how,
     )  # fmt: skip
     scale_D = self.norm[...]

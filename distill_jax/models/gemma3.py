@@ -9,7 +9,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from distill_jax import layers, sharding
+from distill_jax import attention, layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.models import _decoder, _rope
 from distill_jax.types import Inputs
@@ -103,8 +103,10 @@ class Block(_decoder.Block):
     self.attn_post_norm = declare.norm("post_attention_layernorm", c.hidden_size)
     self.mlp_post_norm = declare.norm("post_feedforward_layernorm", c.hidden_size)
 
-  def attend(self, x_BTD, angles: Any, window: Any, segments_BT: jax.Array) -> jax.Array:
-    return self.norm(super().attend(x_BTD, angles, window, segments_BT), self.attn_post_norm)
+  def attend(
+    self, x_BTD, angles: Any, window: attention.Window, segments_BT, how: layers.Compute
+  ) -> jax.Array:
+    return self.norm(super().attend(x_BTD, angles, window, segments_BT, how), self.attn_post_norm)
 
   def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
     return self.norm(super().feed_forward(x_BTD, rules), self.mlp_post_norm)
@@ -117,9 +119,9 @@ class Model(_decoder.Model):
   def plan(c: Config) -> tuple[tuple[str, type[_decoder.Block], int], ...]:
     return (("layers", Block, c.num_hidden_layers),)
 
-  def sight(self, inputs: Inputs) -> Callable[[Any], tuple[Any, Any]]:
+  def sight(self, inputs: Inputs) -> Callable[[Any], tuple[Any, attention.Window]]:
     """Chosen by the layer's number, so that layers of both kinds are one scan."""
-    c, T = self.config, inputs.tokens_BT.shape[1]
+    c = self.config
     of = lambda freq: layers.rope_angles(inputs.positions_BT, freq)
     near = of(_rope.frequencies(c.rope_local_base_freq, c.head_dim, None))
     far = of(_rope.frequencies(c.rope_theta, c.head_dim, c.rope_scaling))
@@ -128,7 +130,7 @@ class Model(_decoder.Model):
     def at(layer):
       local = local_L[layer]
       angles = jax.tree.map(lambda a, b: jnp.where(local, a, b), near, far)
-      return angles, jnp.where(local, c.sliding_window, T)
+      return angles, attention.OneOf((None, c.sliding_window), local.astype(jnp.int32))
 
     return at
 

@@ -1,0 +1,78 @@
+"""A run's rows: the clock beside the numbers, a profile on demand, preemption."""
+
+import os
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from distill_jax import log, processes
+from distill_jax.errors import InputError
+from distill_jax.log import Log, Profile
+from distill_jax.metrics import read_metrics
+
+
+def test_goodput_is_the_share_of_time_in_steps(tmp_path, monkeypatch):
+  """Steps of 2 s; 10 s before the first ends (compiling), 4 s of saving after the third."""
+  times = iter([110.0, 112.0, 114.0, 118.0, 120.0])  # row, row, row, saved, row
+  metrics = {"loss": jnp.float32(1.0), "tokens": jnp.float32(64.0)}
+  monkeypatch.setattr(log, "Progress", lambda *_, **__: Silent())
+  with Log(tmp_path, 0, 4, 100.0, lambda: next(times)) as it:
+    for n in range(3):
+      it.step(n, metrics)
+    it.flush()
+    it.saved()
+    it.step(3, metrics)
+    it.flush()
+  rows = read_metrics(tmp_path)
+  assert [r["step"] for r in rows] == [0, 1, 2, 3]
+  assert [r["step_seconds"] for r in rows] == [0, 2, 2, 2]
+  assert [r["tokens_per_second"] for r in rows] == [0, 32, 32, 32]
+  assert [r["goodput"] for r in rows] == [0, 2 / 12, 4 / 14, 6 / 20]
+
+
+class Silent:
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass
+
+  def add(self, *_, **__):
+    pass
+
+
+def test_a_loss_that_is_not_finite_writes_no_row(tmp_path):
+  with (
+    pytest.raises(FloatingPointError, match="loss of step 0 is nan"),
+    Log(tmp_path, 0, 2, time.monotonic()) as it,
+  ):
+    it.step(0, {"loss": jnp.float32(jnp.nan), "tokens": jnp.float32(1)})
+    it.flush()
+  assert read_metrics(tmp_path) == []
+
+
+def test_a_profile_of_the_steps_asked_for(tmp_path):
+  profile = Profile("1:3", tmp_path)
+  for n in range(4):
+    profile.step(n)
+    jax.block_until_ready(jnp.ones(8) + n)
+    assert profile._running == (1 <= n < 3)
+  assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("steps", ["3", "a:b", "3:3", "-1:2", "5:2"])
+def test_a_profile_of_nothing_is_refused(tmp_path, steps):
+  with pytest.raises(InputError, match="profile_steps is"):
+    Profile(steps, tmp_path)
+
+
+def test_sigterm_is_heard_and_the_old_handler_comes_back():
+  before = signal.getsignal(signal.SIGTERM)
+  with processes.Preemption() as preemption:
+    assert not preemption.reached(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert preemption.reached(1) and preemption.reached(2)
+  assert signal.getsignal(signal.SIGTERM) is before
