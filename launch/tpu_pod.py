@@ -1,0 +1,239 @@
+"""Runs one verb on a TPU slice, or on several, rented through gcloud's queued resources.
+
+  python launch/tpu_pod.py up --name=r1 --zone=us-east5-a --topology=v5p:4x4x4 --spot \\
+      [--num_slices=2] [--project=P] [--keep] [--dry_run] -- \\
+      train --config=configs/r1_qwen_7b.py --workdir=/mnt/shared/r1
+
+`up` creates the slices, installs the last commit on all hosts, runs the verb on them, fetches
+their logs to logs/NAME/ and deletes the slices (not with --keep). What was preempted is created
+again, and the same verb goes on from its last checkpoint, so the workdir is a folder that all
+hosts share and that outlives them. Any other failure stops, with the end of the log. The run
+outlives its launcher: Ctrl-C stops only the watching, `up` goes on with it, `delete` ends it.
+The steps alone: create, install, run, logs, delete. TPU7x has no queued resources: launch/gke.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from distill_jax.errors import InputError
+from distill_jax.preflight import chips
+
+ROOT = Path(__file__).parent.parent
+TRIES = 3  # of what may fail by a network's fault
+LOST_CONNECTION = 255  # ssh's own exit code
+# Chips with queued resources: their images (cloud.google.com/tpu/docs/runtimes).
+RUNTIMES = {
+  "v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite",
+  "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e",
+}  # fmt: skip
+# Of a queued resource and of its nodes; neither these nor READY and ACTIVE: it is lost.
+WAITING = {
+  "CREATING", "ACCEPTED", "PROVISIONING", "WAITING_FOR_RESOURCES", "DELETING",
+  "STARTING", "RESTARTING", "REPAIRING",
+}  # fmt: skip
+
+# Not in turns of 64 hosts, which is gcloud's way: they wait for each other.
+EVERYWHERE = ("--node=all", "--worker=all", "--batch-size=all")
+
+# Remote scripts take their values as "$1", "$@": no value is ever part of a script.
+INSTALL = (
+  'test -e "$1/.installed" || { tar -xzf "$1.tar.gz" && cd "$1" && sudo apt-get update -q && '
+  'sudo apt-get install -qy "$2-venv" && "$2" -m venv .venv && '
+  '.venv/bin/pip install -q -c tools/constraints.txt ".[tpu]" && touch .installed; }'
+)
+# The lock: after a lost connection the same run again waits for the first one's end.
+RUN = (
+  "trap '' HUP && exec 9>distill.lock && flock 9 && cd \"$1\" && shift && set -o pipefail && "
+  '.venv/bin/distill-jax "$@" --distributed=auto 2>&1 | tee -ap ../distill.log'
+)
+
+
+def gcloud(args: argparse.Namespace, *words: str) -> list[str]:
+  project = [f"--project={args.project}"] if args.project else []
+  return ["gcloud", "compute", "tpus", *words, f"--zone={args.zone}", *project]
+
+
+def ssh(args: argparse.Namespace, script: str, *values: str, more: tuple[str, ...] = ()):
+  """A script on every host of every slice at once, its values quoted for the remote shell."""
+  command = f"--command={shlex.join(['bash', '-c', script, 'bash', *values])}"
+  return gcloud(args, "queued-resources", "ssh", args.name, *EVERYWHERE, command, *more)
+
+
+def create(args: argparse.Namespace) -> list[str]:
+  chip, count = chips.parse(args.topology)
+  what = [f"--type={chip.name}", f"--topology={args.topology.partition(':')[2]}"]
+  if chip.name in ("v5e", "v6e"):  # a number of chips is a shape
+    what = [f"--accelerator-type={'v5litepod' if chip.name == 'v5e' else chip.name}-{count}"]
+  what += [f"--runtime-version={args.runtime or RUNTIMES[chip.name]}"]
+  what += [f"--node-id={args.name}"] if args.num_slices == 1 else [
+    f"--node-count={args.num_slices}", f"--node-prefix={args.name}"
+  ]  # fmt: skip
+  return gcloud(args, "queued-resources", "create", args.name, *what, *["--spot"] * args.spot)
+
+
+def plan(args: argparse.Namespace) -> dict[str, list[list[str]]]:
+  """The commands of each step."""
+  git = ["git", "-C", str(ROOT)]
+  commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+  folder = f"distill_jax-{commit.stdout[:12]}"
+  archive = f"{tempfile.gettempdir()}/{folder}.tar.gz"
+  logs = f"logs/{args.name}"
+  return {
+    "create": [create(args)],
+    "install": [
+      [*git, "archive", f"--prefix={folder}/", f"--output={archive}", "HEAD"],
+      gcloud(args, "queued-resources", "scp", archive, f"{args.name}:", *EVERYWHERE),
+      ssh(args, INSTALL, folder, args.python),
+    ],
+    "run": [ssh(args, RUN, folder, *args.verb)],
+    "logs": [
+      ["mkdir", "-p", logs],
+      ssh(args, "cat distill.log", more=(f"--output-directory={logs}",)),
+    ],
+    "delete": [gcloud(args, "queued-resources", "delete", args.name, "--force", "--quiet")],
+  }
+
+
+def call(line: list[str], capture: bool = False) -> subprocess.CompletedProcess:
+  return subprocess.run(line, stdout=subprocess.PIPE if capture else None, text=True)
+
+
+def sure(args: argparse.Namespace, line: list[str], capture: bool = False) -> str:
+  """The output of a command that may fail for a while, and then ends the launcher."""
+  for _ in range(TRIES):
+    if not (done := call(line, capture)).returncode:
+      return done.stdout
+    time.sleep(args.poll)
+  sys.exit(
+    f"error: {TRIES} times {done.returncode} from {shlex.join(line[:6])}; is it still rented?"
+  )
+
+
+def state(args: argparse.Namespace) -> str:
+  """ABSENT, WAITING, ACTIVE (every slice is ready) or LOST."""
+  listing = lambda what: {
+    item["name"].rpartition("/")[2]: item["state"]
+    for item in json.loads(sure(args, gcloud(args, what, "list", "--format=json"), True) or "[]")
+  }
+  found = listing("queued-resources").get(args.name)
+  if found is None:
+    return "ABSENT"
+  states = {found["state"]}
+  if states == {"ACTIVE"}:
+    many = args.num_slices > 1
+    names = [f"{args.name}-{i}" for i in range(args.num_slices)] if many else [args.name]
+    nodes = listing("tpu-vm")
+    states = {nodes.get(name, "missing") for name in names}
+  return "ACTIVE" if states == {"READY"} else "WAITING" if states <= WAITING | {"READY"} else "LOST"
+
+
+def bring_up(args: argparse.Namespace, steps: dict[str, list[list[str]]]) -> None:
+  """Returns when all slices are ready; what was lost is deleted and created anew."""
+  created = 0
+  while (now := state(args)) != "ACTIVE":
+    print(f"{args.name} is {now}", file=sys.stderr, flush=True)
+    if now == "LOST":
+      sure(args, steps["delete"][0])
+    elif now == "ABSENT" and created == TRIES:
+      sys.exit(f"error: {args.name} was created {TRIES} times and never ready; see gcloud above")
+    elif now == "ABSENT":
+      created += 1
+      call(steps["create"][0])
+    time.sleep(args.poll)
+
+
+def up(args: argparse.Namespace, steps: dict[str, list[list[str]]]) -> int:
+  """All steps, again from the first after a preemption: the verb's exit code."""
+  lost = 0
+  while True:
+    bring_up(args, steps)
+    for line in steps["install"]:
+      sure(args, line)
+    began = time.monotonic()
+    code = call(steps["run"][0]).returncode
+    if code == 0:
+      break
+    if code == os.EX_TEMPFAIL:
+      continue
+    time.sleep(args.poll)  # the state of a machine that was taken away follows its connections
+    if state(args) != "ACTIVE":
+      continue
+    if code != LOST_CONNECTION:
+      call(ssh(args, "hostname; tail -n 50 distill.log"))
+      print(f"error: {args.verb[0]} ended with {code}; its log is above", file=sys.stderr)
+      break
+    lost = lost + 1 if time.monotonic() - began < 10 * args.poll else 0
+    if lost == TRIES:
+      sys.exit(f"error: no connection to {args.name}, which is still rented, and may still run")
+  for line in steps["logs"]:
+    call(line)
+  if not args.keep:
+    sure(args, steps["delete"][0])
+  return code
+
+
+def name(text: str) -> str:
+  if not re.fullmatch(r"[a-z][a-z0-9.:-]*[a-z0-9]", text):
+    raise argparse.ArgumentTypeError(f"{text!r} is no name; lower-case letters, digits and - . :")
+  return text
+
+
+def topology(text: str) -> str:
+  try:
+    chip, _ = chips.parse(text)
+  except InputError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
+  if chip.name not in RUNTIMES:
+    raise argparse.ArgumentTypeError(f"{text} is not rented by queued resources; use launch/gke.py")
+  return text
+
+
+def main(argv: list[str] | None = None) -> None:
+  argv = sys.argv[1:] if argv is None else argv
+  split = argv.index("--") if "--" in argv else len(argv)
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+  parser.add_argument("step", choices=["up", "create", "install", "run", "logs", "delete"])
+  parser.add_argument("--name", type=name, required=True)
+  parser.add_argument("--zone", type=name, required=True)
+  parser.add_argument("--topology", type=topology, required=True, help="of a slice, as v5p:4x4x4")
+  parser.add_argument("--num_slices", type=int, default=1)
+  parser.add_argument("--project", type=name, help="left out: gcloud's own")
+  parser.add_argument("--spot", action="store_true", help="cheaper, and may be preempted")
+  parser.add_argument("--runtime", type=name, help="left out: the chip's usual image")
+  parser.add_argument("--python", type=name, default="python3.11", help="as the image's apt has it")
+  parser.add_argument("--poll", type=float, default=30, help="seconds between two looks")
+  parser.add_argument("--keep", action="store_true", help="leaves the slices rented")
+  parser.add_argument("--dry_run", action="store_true", help="print what would run, and stop")
+  args = parser.parse_args(argv[:split])
+  args.verb = argv[split + 1 :]
+  if args.num_slices < 1:
+    parser.error(f"--num_slices={args.num_slices}: at least 1")
+  if args.step in ("up", "run") and not args.verb:
+    parser.error("nothing to run; a verb and its flags come after --, as -- train --config=...")
+  if odd := [word for word in args.verb if not word.isprintable()]:
+    parser.error(f"{odd[0]!r} holds a line break or another control character; take it out")
+  steps = plan(args)
+  if args.dry_run:
+    for step in steps if args.step == "up" else [args.step]:
+      print(*map(shlex.join, steps[step]), sep="\n")
+    return
+  try:
+    if args.step == "up":
+      sys.exit(up(args, steps))
+    sys.exit(next((code for line in steps[args.step] if (code := call(line).returncode)), 0))
+  except KeyboardInterrupt:
+    sys.exit(f"{args.name} is still rented: `up` again goes on with it, `delete` ends it")
+
+
+if __name__ == "__main__":
+  main()
