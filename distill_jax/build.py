@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from distill_jax import checkpoint, files, folder, lora, params, sharding, workdir
+from distill_jax import checkpoint, files, folder, lora, params, sharding, storage, workdir
 from distill_jax.config import Config, Model, Student
 from distill_jax.errors import InputError
 from distill_jax.hub import load as hub
@@ -33,8 +33,13 @@ class Built:
 
 def keys(seed: int) -> dict[str, jax.Array]:
   """Where all randomness of a run begins, each use with a key of its own."""
-  names = ("student", "teacher", "records", "adapters", "lora")
+  names = ("student", "teacher", "records", "adapters", "lora", "generate")
   return dict(zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True))
+
+
+def run_folder(source: str) -> Path:
+  """The folder, on this machine, of the run that "run:WORKDIR" names."""
+  return storage.local(source.removeprefix(RUN))
 
 
 def compute(spec: Model) -> Compute:
@@ -46,7 +51,7 @@ def pretrained(spec: Model) -> hub.Pretrained | None:
   if not spec.source:
     return None
   if spec.source.startswith(RUN):
-    return pretrained(workdir.read_config(spec.source.removeprefix(RUN)).student)
+    return pretrained(workdir.read_config(run_folder(spec.source)).student)
   source = hub.open_model(spec.source)
   if spec.digest and source.digest != spec.digest:
     raise InputError(
@@ -59,7 +64,7 @@ def pretrained(spec: Model) -> hub.Pretrained | None:
 def shape(spec: Model) -> tuple[str, Any]:
   """(family, its Config) of a model, with no weight read or made."""
   if spec.source.startswith(RUN):
-    return shape(workdir.read_config(spec.source.removeprefix(RUN)).student)
+    return shape(workdir.read_config(run_folder(spec.source)).student)
   if spec.source:
     source = hub.open_model(spec.source)
     if spec.shape:
@@ -111,7 +116,7 @@ def trained(spec: Student) -> Any:
 def identity(spec: Model, seed: int) -> dict[str, str]:
   """Who a teacher is, for a store's manifest: its name and the sha256 of its weights."""
   if spec.source.startswith(RUN):
-    run = Path(spec.source.removeprefix(RUN))
+    run = run_folder(spec.source)
     config, digest = workdir.read_config(run), checkpoint.digest(run)
     if config.student.lora.rank:
       both = digest + identity(config.student, config.seed)["digest"]
@@ -131,7 +136,7 @@ def build(spec: Model, mesh: Mesh, key: jax.Array, step: int | None = None) -> B
   """
   how = compute(spec)
   if spec.source.startswith(RUN):
-    model = _of_run(Path(spec.source.removeprefix(RUN)), mesh, how, step)
+    model = _of_run(run_folder(spec.source), mesh, how, step)
     return Built(model, shape(spec)[1], how, pretrained(spec))
   if spec.source:
     source = pretrained(spec)

@@ -18,7 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
+from distill_jax import storage
 from distill_jax.errors import InputError
 
 STATE, ABOUT = "state", "about"
@@ -29,7 +31,7 @@ DAMAGE = (ValueError, KeyError, TypeError, OSError, AttributeError, RuntimeError
 def manager(workdir: Path, keep: int = 1, every: int = 0) -> ocp.CheckpointManager:
   """Asynchronous saves under workdir/checkpoints: the last `keep` stay, and every `every`th."""
   options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=every or None)
-  return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+  return ocp.CheckpointManager(epath.Path(storage.checkpoints(workdir)), options=options)
 
 
 def save(saves: ocp.CheckpointManager, step: int, state: Any, about: dict[str, Any]) -> None:
@@ -106,7 +108,7 @@ def _scramble(x: jax.Array) -> jax.Array:
 def _read(saves: ocp.CheckpointManager, step: int, prefix: str, abstract: Any) -> Any:
   """The arrays under a prefix, as `abstract` has them, each checked against its checksum."""
   wanted = {prefix + path: leaf for path, leaf in _paths(abstract)}
-  where = Path(saves.directory) / str(step)
+  where = saves.directory / str(step)
   arrays = {p: x for p, x in _about(saves, step)["arrays"].items() if p.startswith(prefix)}
   for path in sorted(arrays.keys() | wanted.keys()):
     has = arrays[path]["is"] if path in arrays else "nothing"
@@ -153,10 +155,10 @@ def _sha256(tree: Any) -> str:
 
 @contextmanager
 def _open(workdir: str | Path) -> Iterator[ocp.CheckpointManager]:
-  folder = Path(workdir) / "checkpoints"
+  folder = epath.Path(storage.checkpoints(workdir))
   if not folder.is_dir():
     raise InputError(f"{workdir} holds no checkpoints; train there first")
-  with ocp.CheckpointManager(folder.absolute()) as saves:
+  with ocp.CheckpointManager(folder) as saves:
     yield saves
 
 

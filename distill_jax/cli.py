@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from distill_jax import config as configs
-from distill_jax import processes
+from distill_jax import processes, storage
 from distill_jax.errors import InputError, Preempted
 from distill_jax.workdir import Workdir
 
@@ -24,6 +24,7 @@ from distill_jax.workdir import Workdir
 VERBS = {
   "record": "teacher:record",
   "train": "train:train",
+  "generate": "generate:generate",
   "evaluate": "evaluate:evaluate",
   "export": "verbs:export",
   "report": "verbs:report",
@@ -84,7 +85,7 @@ def run(argv: list[str]) -> dict[str, Any]:
   processes.join(DISTRIBUTED.value)
   module, name = VERBS[verb].split(":")
   function: Callable = getattr(importlib.import_module(f"distill_jax.{module}"), name)
-  with Workdir(WORKDIR.value, config) as workdir:
+  with storage.Synced(WORKDIR.value) as folder, Workdir(folder, config) as workdir:
     return function(config, workdir)
 
 

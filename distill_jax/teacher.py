@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax import build, processes, sharding
+from distill_jax import build, processes, sharding, storage
 from distill_jax.config import Config
 from distill_jax.data import corpus, loader
 from distill_jax.data.tokenizers import Tokenizer
@@ -54,7 +54,7 @@ def record(config: Config, folder: Path) -> dict[str, Any]:
     rows = list(corpus.sequences(config.data, tokenizer))
   _check(config)
   sharding.check_batch("records.batch_size", config.records.batch_size, mesh)
-  manifest = _manifest(config, tokenizer, rows)
+  manifest = manifest_of(config, tokenizer, rows)
   with Writer(folder, manifest, jax.process_index(), jax.process_count()) as writer:
     _check_same_corpus(writer, rows)
     todo = writer.missing()
@@ -62,6 +62,10 @@ def record(config: Config, folder: Path) -> dict[str, Any]:
       with jax.set_mesh(mesh):
         _pass(config, mesh, tokenizer, rows, todo, writer)
     processes.wait("recorded")
+    if jax.process_count() > 1 and (url := storage.remote_of(folder)):  # they may share no disk
+      storage.publish(folder)
+      processes.wait("published")
+      storage.fetch(url)
     done = writer.complete()
   if done is None:
     raise InputError(f"{folder} still lacks shards of a process that is not here; run it again")
@@ -206,7 +210,8 @@ def _dump(config: Config, tokenizer: Tokenizer) -> Iterator[dict[str, np.ndarray
   )  # fmt: skip
 
 
-def _manifest(config: Config, tokenizer: Tokenizer, rows: Rows) -> Manifest:
+def manifest_of(config: Config, tokenizer: Tokenizer, rows: Rows) -> Manifest:
+  """What a store of this config and these sequences says of itself."""
   c = config.records
   if c.kind == "text":
     teacher = {}

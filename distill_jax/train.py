@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from distill_jax import build, checkpoint, checks, lora, optim, processes, sharding
+from distill_jax import build, checkpoint, checks, lora, optim, processes, sharding, storage
 from distill_jax.config import Config
 from distill_jax.data import loader
 from distill_jax.errors import InputError
@@ -173,4 +173,4 @@ def open_stores(config: Config) -> list[Store]:
   """The stores that a config trains on, each checked against its manifest."""
   if not config.train.records:
     raise InputError("train.records names no store; record one and give its folder")
-  return [open_store(path) for path in config.train.records]
+  return [open_store(storage.local(path)) for path in config.train.records]

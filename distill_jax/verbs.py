@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from distill_jax import build, params, sharding
+from distill_jax import build, params, sharding, storage
 from distill_jax import report as pages
 from distill_jax.config import Config, Model
 from distill_jax.data import corpus
@@ -45,18 +45,18 @@ def export(config: Config, workdir: Path) -> dict[str, Any]:
   if config.data.tokenizer:
     path = Path(config.data.tokenizer)
     tokenizer = load.read_tokenizer(path if path.is_dir() else path.parent)
-  with jax.set_mesh(mesh):
+  with storage.new_folder(c.dir) as target, jax.set_mesh(mesh):
     if c.lora == "peft":
       build.check_base(workdir, config)
       model = build.restore(workdir, mesh, c.step or None)
       peft.export(
-        model, lora, c.dir, base=_base(config.student), tokenizer=tokenizer, card=made_card,
+        model, lora, target, base=_base(config.student), tokenizer=tokenizer, card=made_card,
         dtype=c.dtype,
       )  # fmt: skip
     else:
       model = _model(config, workdir, mesh)
       hub.export(
-        model, c.dir, tokenizer=tokenizer, generation=came.generation if came else {},
+        model, target, tokenizer=tokenizer, generation=came.generation if came else {},
         card=made_card, dtype=c.dtype, shard_bytes=c.shard_bytes,
       )  # fmt: skip
   return {"export_dir": c.dir, "parameters": params.count(model)}
@@ -85,11 +85,15 @@ def _base(spec: Model) -> tuple[str, str] | None:
 def report(config: Config, workdir: Path) -> dict[str, Any]:
   """Writes report.html into `workdir` from the evaluation there and the runs it names."""
   runs = {
-    name: source.removeprefix(build.RUN)
+    name: build.run_folder(source)
     for name, source in config.evaluate.models.items()
     if source.startswith(build.RUN)
   }
-  about = records.describe(open_store(config.train.records[0])) if config.train.records else None
+  about = (
+    records.describe(open_store(storage.local(config.train.records[0])))
+    if config.train.records
+    else None
+  )
   return pages.report(workdir, runs=runs, records=about, export_dir=config.export.dir)
 
 

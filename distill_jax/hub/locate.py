@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import pathlib
 
+from distill_jax import storage
 from distill_jax.errors import InputError
 
 # Weights are read from safetensors alone: a `.bin` is a pickle, which can run code.
@@ -18,7 +19,7 @@ def locate(source: str) -> pathlib.Path:
   Args:
     source: "package:NAME/PATH", a file inside an installed Python package (found without
       importing it); "hub:ORG/NAME" or "hub:ORG/NAME@REVISION", a Hugging Face repository,
-      downloaded into huggingface_hub's cache; anything else is a local path.
+      downloaded into huggingface_hub's cache; anything else is a path or a URL (storage.py).
 
   Raises:
     InputError: there is no such package, repository, network, file or folder.
@@ -28,7 +29,7 @@ def locate(source: str) -> pathlib.Path:
     return _in_package(rest)
   if kind == "hub":
     return _from_hub(rest)
-  path = pathlib.Path(source).expanduser()
+  path = storage.local(source) if storage.is_remote(source) else pathlib.Path(source).expanduser()
   if not path.exists():
     raise InputError(
       f"{source} does not exist; give a local file or folder, package:NAME/PATH or hub:ORG/NAME"

@@ -1,0 +1,192 @@
+"""Folders that lie elsewhere: gs://, s3://, and whatever else fsspec opens.
+
+A remote folder has a mirror on this machine, and all other code sees the mirror: files are
+fetched into it before they are read, and published from it once they are written. Only
+checkpoints, which no machine of a pod could hold alone, go straight to their place (orbax
+reads and writes there). Files are written under other names and renamed, so whatever has its
+own name is whole and may be published at any moment; names that begin with a dot stay here.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from distill_jax.errors import InputError
+
+REMOTE = ".remote"  # a file in a mirror: the URL of what it mirrors
+CHECKPOINTS = "checkpoints"
+EVERY = 30.0  # seconds between publications of a folder in use
+# Written anew under one name and perhaps in one size, so always fetched: all else is by size.
+SMALL = 2**20
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+  return "://" in str(path)
+
+
+def mirror(path: str | os.PathLike[str]) -> Path:
+  """The folder on this machine: the path itself, or the mirror of a URL."""
+  if not is_remote(path):
+    return Path(path)
+  url = str(path).rstrip("/")
+  cache = os.environ.get("DISTILL_JAX_CACHE", "~/.cache/distill_jax")
+  name = f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+  folder = Path(cache).expanduser() / "mirrors" / name
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / REMOTE).write_text(url)
+  return folder
+
+
+def remote_of(folder: str | os.PathLike[str]) -> str:
+  """The URL that a folder mirrors; "" for any other folder."""
+  file = Path(folder) / REMOTE
+  return file.read_text() if file.is_file() else ""
+
+
+def checkpoints(workdir: str | os.PathLike[str]) -> str:
+  """Where a run's checkpoints lie: a path or URL, as orbax takes it."""
+  url = remote_of(workdir).removeprefix("file://")
+  return f"{url}/{CHECKPOINTS}" if url else str((Path(workdir) / CHECKPOINTS).absolute())
+
+
+def fetch(path: str | os.PathLike[str]) -> Path:
+  """The folder on this machine, all that a URL holds in it but checkpoints.
+
+  Raises:
+    InputError: the URL cannot be reached, or needs a package that is not installed.
+  """
+  folder = mirror(path)
+  if not is_remote(path):
+    return folder
+  fs, root = _open(str(path))
+  for name, size in _listing(fs, root).items():
+    here = folder / name
+    if size >= SMALL and here.is_file() and here.stat().st_size == size:
+      continue
+    here.parent.mkdir(parents=True, exist_ok=True)
+    part = here.with_name(f".{here.name}.{os.getpid()}.part")
+    fs.get_file(f"{root}/{name}", str(part))
+    part.replace(here)
+  return folder
+
+
+@functools.cache
+def local(path: str | os.PathLike[str]) -> Path:
+  """`fetch`, once a process: for what is finished and does not change."""
+  return fetch(path)
+
+
+def publish(folder: Path, seen: dict[str, tuple[int, int]] | None = None) -> None:
+  """Copies a mirror's files to where it belongs, oldest first; any other folder stays alone.
+
+  `seen` holds what earlier calls have copied, by size and time, and is brought up to date.
+  """
+  if not (url := remote_of(folder)):
+    return
+  seen = {} if seen is None else seen
+  fs, root = _open(url)
+  there = _listing(fs, root) if not seen else {}
+  files = [p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder))]
+  for path in sorted(files, key=lambda p: (p.stat().st_mtime_ns, p.name)):
+    name, stat = path.relative_to(folder).as_posix(), path.stat()
+    version = stat.st_size, stat.st_mtime_ns
+    same = stat.st_size >= SMALL and there.get(name) == stat.st_size
+    if seen.get(name) != version and not same:
+      fs.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+      fs.put_file(str(path), f"{root}/{name}")
+    seen[name] = version
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+  """The folder to make: the path, or one on this machine that is copied to the URL once made.
+
+  Raises:
+    InputError: there is something at the URL.
+  """
+  if not is_remote(path):
+    yield Path(path)
+    return
+  fs, root = _open(str(path))
+  if _listing(fs, root):
+    raise InputError(f"{path} exists, and export overwrites nothing; name a folder that does not")
+  with tempfile.TemporaryDirectory() as tmp:
+    made = Path(tmp) / "made"
+    yield made
+    # The largest first: config.json comes once the weights are there.
+    for file in sorted(made.glob("*"), key=lambda p: -p.stat().st_size):
+      fs.makedirs(root, exist_ok=True)
+      fs.put_file(str(file), f"{root}/{file.name}")
+
+
+class Synced:
+  """A folder to work in: a path, or the mirror of a URL that is kept up to date; a context
+  manager. What is published at last is everything, also when an exception ends the work."""
+
+  def __init__(self, path: str | os.PathLike[str]):
+    self._path = path
+
+  def __enter__(self) -> Path:
+    self._folder = fetch(self._path)
+    self._seen = _fetched(self._path)
+    self._done = threading.Event()
+    self._thread = threading.Thread(target=self._keep, daemon=True)
+    if is_remote(self._path):
+      self._thread.start()
+    return self._folder
+
+  def _keep(self) -> None:
+    while not self._done.wait(EVERY):
+      publish(self._folder, self._seen)
+
+  def __exit__(self, *_: Any) -> None:
+    self._done.set()
+    if self._thread.is_alive():
+      self._thread.join()
+    publish(self._folder, self._seen)
+
+
+def _fetched(path: str | os.PathLike[str]) -> dict[str, tuple[int, int]]:
+  """What `publish` need not copy back, of a folder just fetched."""
+  if not is_remote(path):
+    return {}
+  stats = {name: (mirror(path) / name).stat() for name in _listing(*_open(str(path)))}
+  return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def _open(url: str) -> tuple[Any, str]:
+  scheme = url.partition("://")[0]
+  try:
+    fs, root = fsspec.core.url_to_fs(url.rstrip("/"))
+  except ImportError as e:
+    raise InputError(f"{url} needs a package that is not installed ({e}); install it") from e
+  except ValueError as e:
+    raise InputError(f"{url}: {scheme!r} is no file system that fsspec knows ({e})") from e
+  return fs, root.rstrip("/")
+
+
+def _listing(fs: Any, root: str) -> dict[str, int]:
+  """Files under a folder, by relative name: their sizes. Checkpoints are left out."""
+  try:
+    fs.invalidate_cache()
+    found = fs.find(root, detail=True)
+  except FileNotFoundError:
+    return {}
+  except OSError as e:
+    raise InputError(f"{root} cannot be listed ({e}); check the address and your rights") from e
+  names = {path.removeprefix(root).lstrip("/"): info["size"] for path, info in found.items()}
+  return {name: size for name, size in names.items() if name and not _hidden(Path(name))}
+
+
+def _hidden(name: Path) -> bool:
+  return name.parts[0] == CHECKPOINTS or any(part.startswith(".") for part in name.parts)
