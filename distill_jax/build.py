@@ -43,7 +43,8 @@ def run_folder(source: str) -> Path:
 
 
 def compute(spec: Model) -> Compute:
-  return Compute(dtype=spec.dtype, remat=spec.remat, attention=spec.attention)
+  rules = sharding.rules(spec.rules)
+  return Compute(dtype=spec.dtype, rules=rules, remat=spec.remat, attention=spec.attention)
 
 
 def pretrained(spec: Model) -> hub.Pretrained | None:

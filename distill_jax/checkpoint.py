@@ -42,8 +42,20 @@ def save(saves: ocp.CheckpointManager, step: int, state: Any, about: dict[str, A
     state=ocp.args.StandardSave(flat),
     about=ocp.args.JsonSave({**about, "sha256": _sha256(about)}),
   )
-  if not saves.save(step, args=unit):
+  with _writing(saves):
+    saved = saves.save(step, args=unit)
+  if not saved:
     raise InputError(f"checkpoint {step} is already in {saves.directory}; it is not overwritten")
+
+
+def wait(saves: ocp.CheckpointManager) -> None:
+  """Until what was saved is on disk.
+
+  Raises:
+    InputError: it cannot be written.
+  """
+  with _writing(saves):
+    saves.wait_until_finished()
 
 
 def restore(
@@ -171,6 +183,18 @@ def _step(saves: ocp.CheckpointManager, step: int | None) -> int:
       "train there first"
     )
   return there[-1] if step is None else step
+
+
+@contextmanager
+def _writing(saves: ocp.CheckpointManager) -> Iterator[None]:
+  """Also of the save before: it went on in the background."""
+  try:
+    yield
+  except (ValueError, OSError) as e:  # tensorstore's errors are ValueErrors
+    raise InputError(
+      f"a checkpoint cannot be written into {saves.directory} ({str(e).splitlines()[0][-200:]}); "
+      "free space, or choose another place, and run again: the checkpoints before it are whole"
+    ) from e
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import importlib
 import json
 import os
@@ -31,6 +32,7 @@ VERBS = {
   "inspect": "verbs:inspect",
 }
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # disks that take no more
 PREFLIGHT = "preflight"  # needs no workdir: it writes nothing
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the config file, as configs/demo.py")
@@ -60,6 +62,12 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(_stop(os.EX_TEMPFAIL, str(error)))
   except FloatingPointError as error:
     sys.exit(_stop(1, f"error: {error}"))
+  except OSError as error:
+    if error.errno not in FULL:
+      raise
+    where = error.filename or WORKDIR.value
+    why = f"error: {where} cannot be written ({error.strerror}); make room and run again: what is"
+    sys.exit(_stop(2, f"{why} finished is kept"))
   if processes.is_first():
     print(json.dumps(result) if JSON.value else summary(argv[1], result), flush=True)
 

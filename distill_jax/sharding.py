@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -63,6 +64,28 @@ class Rules:
     if len(set(used)) < len(used):
       raise InputError(f"axes {axes} map onto {names}: a mesh axis is used twice; change the rules")
     return PartitionSpec(*names)
+
+
+def rules(changes: Mapping[str, tuple[str, ...]]) -> Rules:
+  """The table with some rows of a config's own: {"experts": ("fsdp", "tensor")}.
+
+  Each row is (storage, compute), mesh axes by name: "" is none, "fsdp,tensor" both.
+
+  Raises:
+    InputError: a logical or a mesh axis is unknown, or a row is no pair.
+  """
+  table = dict(TABLE)
+  for axis, row in changes.items():
+    parts = [tuple(p for p in side.split(",") if p) for side in row]
+    unknown = [m for part in parts for m in part if m not in MESH_AXES]
+    if axis not in table or len(row) != 2 or unknown:
+      raise InputError(
+        f"rules.{axis} is {row}; a rule is (storage, compute) of mesh axes {', '.join(MESH_AXES)} "
+        f"for one of {', '.join(table)}"
+      )
+    one = lambda part: part[0] if len(part) == 1 else part or None
+    table[axis] = one(parts[0]), one(parts[1])
+  return Rules(tuple(table.items()))
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = None) -> Mesh:

@@ -55,6 +55,11 @@ def record(config: Config, folder: Path) -> dict[str, Any]:
   _check(config)
   sharding.check_batch("records.batch_size", config.records.batch_size, mesh)
   manifest = manifest_of(config, tokenizer, rows)
+  if jax.process_count() > len(manifest.ranges):
+    raise InputError(
+      f"{jax.process_count()} processes record {len(manifest.ranges)} shards, and each writes "
+      "shards of its own; start fewer or lower records.sequences_per_shard"
+    )
   with Writer(folder, manifest, jax.process_index(), jax.process_count()) as writer:
     _check_same_corpus(writer, rows)
     todo = writer.missing()

@@ -66,10 +66,10 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
           checkpoint.save(saves, n + 1, state, about)
           log.saved()
         if stop and n + 1 < c.steps:
-          saves.wait_until_finished()
+          checkpoint.wait(saves)
           raise processes.Preemption.stop("train", f"step {n + 1} of {c.steps} is saved")
       profile.stop()
-      saves.wait_until_finished()
+      checkpoint.wait(saves)
     return log.last
 
 

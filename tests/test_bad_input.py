@@ -186,3 +186,26 @@ def test_a_second_process_in_one_workdir(tmp_path):
   assert done.returncode == 2
   assert "is held by another process (pid 123)" in done.stderr
   assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_a_workdir_on_a_disk_that_takes_no_more(tmp_path):
+  """No file may grow at all, which the system says as it says that a disk is full."""
+  tiny.tiny(tmp_path)
+  argv = command(tmp_path, "record", RANDOM)
+  full = """
+import resource, sys
+from distill_jax import cli
+parse = cli.parse
+def and_then(argv):  # the config itself writes its corpus
+  config = parse(argv)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+  return config
+cli.parse = and_then
+cli.main(sys.argv)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", full, *argv[1:]], capture_output=True, text=True, check=False,
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"},
+  )  # fmt: skip
+  assert done.returncode == 2, done.stderr
+  assert "cannot be written (File too large); make room and run again" in done.stderr

@@ -146,6 +146,35 @@ def test_the_last_and_every_third_are_kept(tmp_path):
     assert sorted(saves.all_steps()) == [3, 6, 7, 8]
 
 
+FULL = """
+import jax, resource, sys, jax.numpy as jnp
+from pathlib import Path
+from distill_jax import checkpoint
+from distill_jax.errors import InputError
+with checkpoint.manager(Path(sys.argv[1]), keep=2) as saves:
+  checkpoint.save(saves, 1, {"x": jnp.arange(10)}, {})
+  checkpoint.wait(saves)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+  try:
+    checkpoint.save(saves, 2, {"x": jax.random.normal(jax.random.key(0), (10_000, 10))}, {})
+    checkpoint.wait(saves)
+  except InputError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_takes_no_more_leaves_the_checkpoint_before(tmp_path):
+  """No file may grow past 100 kB, which the system says as it says that a disk is full."""
+  line = [sys.executable, "-c", FULL, str(tmp_path)]
+  done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+  assert "a checkpoint cannot be written into" in done.stdout, done.stderr
+  assert "File too large" in done.stdout
+  with checkpoint.manager(tmp_path) as saves:
+    assert sorted(saves.all_steps()) == [1]
+    got = checkpoint.restore(saves, abstract({"x": jnp.arange(10)}), {})
+  np.testing.assert_array_equal(got["x"], np.arange(10))
+
+
 SAVER = """
 import sys, jax, jax.numpy as jnp
 from pathlib import Path

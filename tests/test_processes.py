@@ -45,9 +45,9 @@ def made(folder: Path):
   return scope["get_config"]()
 
 
-def launch(folder: Path, verb: str, workdir: str, *flags: str, processes: int = 2) -> list[str]:
+def launch(folder: Path, verb: str, workdir: str, *flags: str, processes=2, devices=2) -> list[str]:
   return [
-    sys.executable, "launch/local.py", f"--processes={processes}", f"--devices={4 // processes}",
+    sys.executable, "launch/local.py", f"--processes={processes}", f"--devices={devices}",
     "--", verb, f"--config={folder / 'config.py'}", f"--workdir={folder / workdir}", *flags,
   ]  # fmt: skip
 
@@ -86,8 +86,8 @@ def test_recording(folder):
   assert '"recorded_now": 0' in again
 
 
-def test_training_told_to_stop_goes_on_as_if_it_had_not_been(folder):
-  """SIGTERM to the launcher; exit code 75; the same command again; then the same metrics."""
+def test_training_told_to_stop_goes_on_as_another_number_of_processes(folder):
+  """SIGTERM to the launcher, exit code 75; then one process, on another mesh, to the end."""
   line = launch(folder, "train", "two", "--config.train.checkpoint_every=1000")
   metrics = folder / "two" / "metrics.jsonl"
   with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) as launched:
@@ -97,18 +97,46 @@ def test_training_told_to_stop_goes_on_as_if_it_had_not_been(folder):
       time.sleep(0.01)
     launched.send_signal(signal.SIGTERM)
     said, _ = launched.communicate(timeout=200)
-  if launched.returncode == 0:
-    pytest.fail("the run ended before the signal came; give it more steps")
   assert launched.returncode == os.EX_TEMPFAIL, said
   step = int(re.search(r"step (\d+) of 12 is saved", said)[1])
   assert 2 <= step < 12
-  run(line)
-  one, two = read_metrics(folder / "one"), read_metrics(folder / "two")
+  c = made(folder)
+  c.train.checkpoint_every, c.mesh.tensor = 1000, 2
+  resolved = config.resolve(c)
+  with Workdir(folder / "two", resolved) as workdir:
+    training.train(resolved, workdir)
+  compare(folder / "one", folder / "two")
+
+
+def compare(one: Path, two: Path) -> None:
+  """Sums over four devices in one process or in two: float32, in another order."""
+  one, two = read_metrics(one), read_metrics(two)
   assert [row["step"] for row in two] == list(range(12))
   for a, b in zip(one, two, strict=True):
     for name in a.keys() - CLOCK:
-      # Sums over four devices in one process or in two: float32, in another order.
       assert a[name] == pytest.approx(b[name], rel=2e-5, abs=2e-6), (a["step"], name)
+
+
+@pytest.mark.slow
+def test_four_processes_of_two_devices(folder):
+  line = launch(folder, "record", "records4", processes=4, devices=2)
+  run([*line, "--config.records.batch_size=8"])
+  assert len(open_store(folder / "records4")) == len(open_store(folder / "records"))
+  flags = ["--config.train.batch_size=8", "--config.train.steps=4"]
+  run([*launch(folder, "train", "four", processes=4, devices=2), *flags])
+  c = made(folder)
+  c.train.batch_size, c.train.steps = 8, 4
+  resolved = config.resolve(c)
+  with Workdir(folder / "eight", resolved) as workdir:
+    training.train(resolved, workdir)
+  for a, b in zip(read_metrics(folder / "four"), read_metrics(folder / "eight"), strict=True):
+    assert a["loss"] == pytest.approx(b["loss"], rel=2e-5)
+
+
+def test_more_processes_than_shards_are_refused(folder):
+  flag = "--config.records.sequences_per_shard=1000"
+  said = run([*launch(folder, "record", "one_shard"), flag], code=2)
+  assert "2 processes record 1 shards" in said
 
 
 def test_evaluation_and_export(folder):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from distill_jax import config, optim, params, sharding
+from distill_jax.errors import InputError
 from distill_jax.layers import Compute
 from distill_jax.losses import ce, kd
 from distill_jax.models import llama
@@ -52,7 +53,7 @@ def make_step(**changes) -> Step:
   return dataclasses.replace(step, **changes)
 
 
-def run(step: Step, mesh_shape=(1, 1, 1), steps: int = 3, batches=None):
+def run(step: Step, mesh_shape=(1, 1, 1), steps: int = 3, batches=None, online=False):
   batches = batches or [make_batch(n) for n in range(steps)]
   devices = jax.devices()[: int(np.prod(mesh_shape))]
   mesh = sharding.make_mesh(*mesh_shape, devices=devices)
@@ -61,10 +62,16 @@ def run(step: Step, mesh_shape=(1, 1, 1), steps: int = 3, batches=None):
     where = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), mesh, step.student.rules)
     state = jax.jit(init, out_shardings=where)(jax.random.key(0))
     step_fn = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    teachers = {}
+    if online:
+      make = lambda key: llama.Model(llama.TINY, key)
+      like = jax.eval_shape(make, jax.random.key(1))
+      theirs = sharding.shardings(like, mesh, step.teacher.rules)
+      teachers["teacher"] = jax.jit(make, out_shardings=theirs)(jax.random.key(1))
     rows = []
     for batch in batches:
       batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-      state, metrics = step_fn(state, batch, {})
+      state, metrics = step_fn(state, batch, teachers)
       rows.append({k: float(v) for k, v in metrics.items()})
   return jax.device_get(state), rows
 
@@ -101,6 +108,25 @@ def test_mesh_does_not_change_training(reference, shape):
   ):
     # Adam's first steps divide by a gradient that may be near 0: allow 1% of one update.
     np.testing.assert_allclose(a[...], b[...], atol=1e-4, err_msg=path)
+
+
+def test_teacher_and_student_have_rules_of_their_own():
+  """On one mesh: the teacher's layers spread otherwise than the student's, the same training."""
+  theirs = sharding.rules({"embed": ("", ""), "mlp": ("fsdp,tensor", "tensor")})
+  assert dict(theirs.table)["mlp"] == (("fsdp", "tensor"), "tensor")
+  _, want = run(make_step(), online=True)
+  _, rows = run(make_step(teacher=Compute(rules=theirs)), (1, 2, 2), online=True)
+  for row, wanted in zip(rows, want, strict=True):
+    for name in wanted:
+      assert row[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.parametrize("changes", [
+  {"embd": ("fsdp", "")}, {"embed": ("fsdp",)}, {"embed": ("model", "")},
+])  # fmt: skip
+def test_a_rule_that_is_none_is_refused(changes):
+  with pytest.raises(InputError, match="a rule is .storage, compute. of mesh axes data, fsdp"):
+    sharding.rules(changes)
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
