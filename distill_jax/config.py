@@ -33,6 +33,8 @@ class Model:
   param_dtype: str = "float32"  # of the stored parameters
   remat: str = "none"  # none | dots | offload | full
   attention: str = "auto"  # auto | xla | splash | cudnn
+  rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # rows of
+  # sharding.TABLE that are this model's own: {"experts": ("fsdp", "tensor")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +143,31 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Generate:
+  """What `generate` asks of the teacher. Text never depends on how it is computed."""
+
+  prompts: str = ""  # a .jsonl file, an object a line; or a text file, a prompt a line
+  field: str = "prompt"  # of the objects: text, or a list of chat messages
+  chat: bool = False  # text is what a user says in a chat; else it is what the model goes on from
+  samples: int = 1  # of each prompt
+  max_new_tokens: int = 256
+  cache_len: int = 1024  # positions of a row: a prompt and what comes of it
+  on_bad: str = "stop"  # stop | skip, what is to happen where a prompt cannot be used
+  temperature: float = 1.0  # 0: the likeliest token
+  top_k: int = 0  # 0: all
+  top_p: float = 1.0
+  min_p: float = 0.0
+  stop: tuple[str, ...] = ()  # a text ends before the first of these
+  repetition: int = 0  # a text ends once so many tokens are one run, over and over; 0: never
+  ignore_eos: bool = False
+  records_dir: str = ""  # a store of what was said, as records.kind has it; "": none
+  batch_size: int = 32  # rows at once
+  prefill_rows: int = 4  # prompts that are read at once …
+  prefill_chunk: int = 64  # … and how many tokens of each
+  steps: int = 8  # tokens of a row between two looks at the text
+
+
+@dataclasses.dataclass(frozen=True)
 class Export:
   """The Hugging Face folder."""
 
@@ -174,6 +201,7 @@ class Config:
   optim: Optim = Optim()
   train: Train = Train()
   evaluate: Evaluate = Evaluate()
+  generate: Generate = Generate()
   export: Export = Export()
   inspect: Inspect = Inspect()
   profile_steps: str = ""  # the flag --profile_steps
