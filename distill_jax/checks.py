@@ -50,7 +50,7 @@ def check_run(config: Config, stores: list[Store]) -> None:
       )
     for name, fn in config.losses.items():
       if hasattr(fn, "teacher") and not config.train.online:
-        _check_records(name, fn, path, about)
+        _check_records(name, fn, path, about, {s.manifest.kind for s in stores})
   for name, fn in config.losses.items():
     for key in ("weight", "temperature"):
       last = getattr(fn, key, fn.weight).last_step
@@ -69,12 +69,17 @@ def _tokenizer(config: Config) -> Tokenizer | None:
   return corpus.tokenizer_of(config.data, source)
 
 
-def _check_records(name: str, fn: Any, path: str, about: Manifest) -> None:
-  """Refuses a loss that these records cannot serve."""
+def _check_records(name: str, fn: Any, path: str, about: Manifest, kinds: set[str]) -> None:
+  """Refuses a loss that these records cannot serve.
+
+  Beside sampled records, text has no targets, and a loss of each token says nothing of it.
+  """
+  if about.kind == "text" and kinds == {"text", "sampled"} and hasattr(fn, "per_token"):
+    return
   if about.kind == "text":
     raise InputError(
       f"losses.{name} wants a teacher and records {path} hold text alone; record with "
-      "records.kind=sampled or set train.online=True"
+      "records.kind=sampled, mix it with sampled records alone, or set train.online=True"
     )
   if not hasattr(fn, "per_token"):
     return

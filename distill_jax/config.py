@@ -68,7 +68,7 @@ class Mesh:
 class Data:
   """The corpus that is packed into sequences."""
 
-  kind: str = "text"  # pydoc | text | jsonl | tfds
+  kind: str = "text"  # pydoc | text | jsonl | chat | tfds
   path: str = ""
   split: str = "train"
   field: str = "text"
@@ -76,6 +76,7 @@ class Data:
   tokenizer: str = ""  # "": the model's own
   seq_len: int = 1024
   sequences: int = 0  # at most this many; 0: all
+  on_bad: str = "stop"  # stop | skip, what is to happen where a chat cannot be used
 
 
 @dataclasses.dataclass(frozen=True)

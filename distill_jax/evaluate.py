@@ -42,7 +42,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     data = dataclasses.replace(config.data, split="heldout", sequences=config.evaluate.sequences)
     tokenizer = corpus.tokenizer_of(data, teacher.pretrained)
     corpus.check(data, tokenizer, teacher.config.vocab_size, teacher.config.max_position_embeddings)
-    rows = list(corpus.sequences(data, tokenizer))
+    rows = list(corpus.sequences(data, tokenizer, teacher.pretrained))
     models = {"teacher": teacher} | {
       n: build.build(s, mesh, keys["student"]) for n, s in specs.items()
     }

@@ -22,6 +22,7 @@ def means(logits_BCV: jax.Array, piece: Batch, recorded: Recorded) -> dict[str, 
   lse_BC = head.log_sum_exp(logits_BCV)[..., 0]
   label_BC = jnp.take_along_axis(logits_BCV, piece.labels_BT[..., None], -1)[..., 0]
   per_token = {"ce": lse_BC - label_BC, "entropy": lse_BC - _mean_logit(logits_BCV, lse_BC)}
+  out = {name: Mean.of(x_BC, piece.mask_BT) for name, x_BC in per_token.items()}
   for name, t in piece.targets.items():
     online = t.hidden_BTD is not None
     said = _online(t, logits_BCV, piece) if online else _offline(t, logits_BCV, recorded)
@@ -29,8 +30,11 @@ def means(logits_BCV: jax.Array, piece: Batch, recorded: Recorded) -> dict[str, 
     if kl is not None:
       T = 1.0 if online else recorded.temperature
       said[f"kl/{name}" if T == 1 else f"kl_at_{T:g}/{name}"] = kl
-    per_token |= {k if "/" in k else f"{k}/{name}": x for k, x in said.items()}
-  return {name: Mean.of(x_BC, piece.mask_BT) for name, x_BC in per_token.items()}
+    # Text among sampled records has no entries: of it the teacher has said nothing.
+    mask = piece.mask_BT
+    mask = mask if t.weight_BTK is None else mask & jnp.any(t.weight_BTK > 0, -1)
+    out |= {k if "/" in k else f"{k}/{name}": Mean.of(x, mask) for k, x in said.items()}
+  return out
 
 
 def _online(t: Targets, logits_BCV: jax.Array, piece: Batch) -> dict[str, jax.Array]:

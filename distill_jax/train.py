@@ -16,7 +16,7 @@ from distill_jax.data import loader
 from distill_jax.errors import InputError
 from distill_jax.log import Log, Profile
 from distill_jax.metrics import read_metrics
-from distill_jax.records.store import Store, open_store
+from distill_jax.records.store import Manifest, Store, open_store
 from distill_jax.step import Step
 from distill_jax.types import Batch, Recorded, TrainState
 
@@ -112,7 +112,7 @@ def jitted(step: Step, where: Any, mesh: Any) -> Any:
 
 def _adapters(step: Step, stores: list[Store], key: jax.Array) -> dict[str, Any]:
   """The parameters that losses own, by loss."""
-  recorded = stores[0].manifest.taps if step.recorded.taps else None
+  recorded = taught(stores).taps if step.recorded.taps else None
   width = recorded.width if recorded else getattr(step.teacher_config, "hidden_size", 0)
   adapters = {
     name: fn.init(jax.random.fold_in(key, i), step.pairs(fn), step.student_config, width)
@@ -136,7 +136,7 @@ def _fit(
 
 def make_step(config: Config, stores: list[Store]) -> Step:
   """The step that a config describes, on these stores."""
-  about = stores[0].manifest
+  about = taught(stores)
   online = config.train.online
   taps = about.taps if not online else None
   whole = any(hasattr(fn, "whole") for fn in config.losses.values())
@@ -167,6 +167,12 @@ def _batches(config: Config, stores: list[Store], start: int) -> Iterator[Batch]
     stores, batch_size=c.batch_size, seed=config.seed, start=start, mixture=c.mixture,
     targets=not c.online, process_index=jax.process_index(), process_count=jax.process_count(),
   )  # fmt: skip
+
+
+def taught(stores: list[Store]) -> Manifest:
+  """Of the first store that holds a teacher's targets; of the first, if none does."""
+  manifests = [store.manifest for store in stores]
+  return next((m for m in manifests if m.kind != "text"), manifests[0])
 
 
 def open_stores(config: Config) -> list[Store]:

@@ -1,5 +1,6 @@
 """What the backward pass recomputes: by the policy's name, and never by XLA's own choice."""
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -20,8 +21,9 @@ from distill_jax.types import Inputs
 XLA_GAVE_UP = "Involuntary full rematerialization"
 
 
+@functools.cache
 def gradient(remat: str):
-  model = jax.jit(lambda key: llama.Model(llama.TINY, key))(jax.random.key(0))
+  model = test_models.jit(lambda key: llama.Model(llama.TINY, key))(jax.random.key(0))
   inputs = Inputs(*(jnp.asarray(np.tile(np.arange(16), (2, 1)), jnp.int32),) * 3)
   inputs = inputs.replace(segments_BT=jnp.ones_like(inputs.segments_BT))
   loss = lambda m: jnp.sum(m(inputs, layers.Compute(remat=remat)).hidden_BTD ** 2)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from distill_jax.config import Data
-from distill_jax.data import packing, sources, tokenizers
+from distill_jax.data import chats, packing, sources, tokenizers
+from distill_jax.data.chat import ChatTemplate
 from distill_jax.errors import InputError
 from distill_jax.hub.load import Pretrained
+from distill_jax.hub.tokenizer import read_tokenizer
 
 LINES = 256  # documents tokenized at once
 
@@ -34,13 +37,34 @@ def source_of(data: Data) -> sources.Source:
   return sources.Source(**{name: getattr(data, name) for name in names})
 
 
-def sequences(data: Data, tokenizer: tokenizers.Tokenizer) -> Iterator[dict[str, np.ndarray]]:
+def template_of(data: Data, pretrained: Pretrained | None) -> ChatTemplate:
+  """The chat template of the tokenizer that a config names, or of the model's own."""
+  files, name = (pretrained.tokenizer, pretrained.source) if pretrained else (None, "the model")
+  if data.tokenizer:
+    path = Path(data.tokenizer)
+    files, name = read_tokenizer(path if path.is_dir() else path.parent), data.tokenizer
+  if files is None:
+    raise InputError(f"{name} brings no tokenizer, and so no chat template; set data.tokenizer")
+  return ChatTemplate.of(files, name)
+
+
+def sequences(
+  data: Data, tokenizer: tokenizers.Tokenizer, pretrained: Pretrained | None = None
+) -> Iterator[dict[str, np.ndarray]]:
   """Packed sequences in corpus order, at most `data.sequences`, as records without targets.
+
+  Chats are rendered by the template of `pretrained`, or of data.tokenizer; they are packed
+  whole, and the assistant's tokens alone are learnt.
 
   Yields: {tokens_T int32, segments_T int32, mask_T bool}; unlike packing's mask of tokens,
     `mask_T` says at which positions there is a label to learn.
   """
-  packed = packing.pack(_tokens(data, tokenizer), data.seq_len, tokenizer.eos_id)
+  if data.kind == "chat":
+    template = template_of(data, pretrained)
+    found = chats.tokens(source_of(data), tokenizer, template, data.seq_len, data.on_bad)
+    packed = packing.pack(found, data.seq_len, None, whole=True)
+  else:
+    packed = packing.pack(_tokens(data, tokenizer), data.seq_len, tokenizer.eos_id)
   for row in itertools.islice(packed, data.sequences or None):
     learnt_T = packing.to_inputs(row.tokens_T, row.segments_T, row.mask_T)[-1]
     yield {"tokens_T": row.tokens_T, "segments_T": row.segments_T, "mask_T": learnt_T}

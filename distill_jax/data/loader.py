@@ -54,6 +54,8 @@ def batches(
   if not all(len(store) for store in stores):
     raise InputError("a store holds no sequence; record it first")
   rows = [grain.MapDataset.source(store).shuffle(seed=seed).repeat() for store in stores]
+  unsaid = _unsaid([store[0] for store in stores]) if targets else {}
+  rows = [ds.map(functools.partial(_fill, unsaid=unsaid)) if unsaid else ds for ds in rows]
   weights = list(mixture) or [len(store) for store in stores]
   ds = rows[0] if len(rows) == 1 else grain.MapDataset.mix(rows, weights=weights)
   to_batch = functools.partial(collate, with_targets=targets)
@@ -80,6 +82,18 @@ def collate(records: Sequence[dict[str, np.ndarray]], with_targets: bool = True)
   has = with_targets and "ids_BTK" in stored
   targets = {"teacher": Targets(**stored)} if has else {}
   return Batch(Inputs(tokens, positions, segments), labels, mask, targets)
+
+
+def _unsaid(first: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """Where only some stores hold a teacher's targets: the fields that are nothing at all."""
+  fields = {name: x for row in first for name, x in row.items()}
+  if all(row.keys() == fields.keys() for row in first):
+    return {}
+  return {name: np.zeros_like(x) for name, x in fields.items()}
+
+
+def _fill(row: dict[str, np.ndarray], unsaid: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  return unsaid | row
 
 
 def to_device(batch: Any, sharding: jax.sharding.Sharding) -> Any:

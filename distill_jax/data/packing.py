@@ -33,7 +33,9 @@ class Sequence:
   mask_T: np.ndarray
 
 
-def pack(documents: Iterable[Document], seq_len: int, eos_id: int | None) -> Iterator[Sequence]:
+def pack(
+  documents: Iterable[Document], seq_len: int, eos_id: int | None, whole: bool = False
+) -> Iterator[Sequence]:
   """Packs documents into rows of `seq_len` tokens, in order, losing and doubling none.
 
   Args:
@@ -42,6 +44,8 @@ def pack(documents: Iterable[Document], seq_len: int, eos_id: int | None) -> Ite
     seq_len: tokens a row, at least 2.
     eos_id: appended to every document, and learnt where the document's last token is;
       None appends nothing.
+    whole: a document that does not fit into what is left of a row begins the next one, so
+      only those longer than a row are cut.
 
   Yields:
     Rows; the last is padded. One row is held at a time.
@@ -53,13 +57,18 @@ def pack(documents: Iterable[Document], seq_len: int, eos_id: int | None) -> Ite
     raise InputError(f"seq_len is {seq_len}; a row needs at least 2 tokens for one label")
   if eos_id is not None and not 0 <= eos_id < 2**31:
     raise InputError(f"eos_id is {eos_id}; give a token id, or None to append nothing")
-  return _rows(documents, seq_len, eos_id)
+  return _rows(documents, seq_len, eos_id, whole)
 
 
-def _rows(documents: Iterable[Document], seq_len: int, eos_id: int | None) -> Iterator[Sequence]:
+def _rows(
+  documents: Iterable[Document], seq_len: int, eos_id: int | None, whole: bool
+) -> Iterator[Sequence]:
   row, filled, segment, n_rows = _empty(seq_len), 0, 0, 0
   for number, document in enumerate(documents):
     ids, mask = _arrays(document, number, eos_id)
+    if whole and 0 < seq_len - filled < len(ids) and filled:
+      yield row
+      row, filled, segment, n_rows = _empty(seq_len), 0, 0, n_rows + 1
     while len(ids):
       take = min(seq_len - filled, len(ids))
       part, segment = slice(filled, filled + take), segment + 1

@@ -17,7 +17,7 @@ from typing import Any
 
 from distill_jax.errors import InputError
 
-KINDS = ("pydoc", "text", "jsonl", "tfds")
+KINDS = ("pydoc", "text", "jsonl", "chat", "tfds")
 RUN = 8  # words: a shared run as long as this counts as the same text
 
 
@@ -28,8 +28,9 @@ class Source:
   Attributes:
     kind: "pydoc", Python's language reference as the running CPython carries it, a topic
       a document; "text", a UTF-8 file or a folder of .txt files, a file a document;
-      "jsonl", a file or a folder of .jsonl files, one object a line; "tfds", a TFDS
-      dataset in array_record format.
+      "jsonl", a file or a folder of .jsonl files, one object a line; "chat", the same, each
+      line a chat and a document as it stands (chats.py); "tfds", a TFDS dataset in
+      array_record format.
     path: the file or folder. For tfds a prepared folder (it holds dataset_info.json), or
       DATA_DIR/NAME[:VERSION], or a NAME in TFDS's own data folder. Empty for pydoc.
     split: "train" or "heldout"; for tfds any split the dataset has ("train[:90%]").
@@ -67,7 +68,9 @@ def documents(source: Source) -> Iterator[str]:
     InputError: a file that is missing, malformed or not UTF-8, or no document at all.
       Files and arguments are checked as the stream reaches them.
   """
-  read = {"pydoc": _pydoc, "text": _text, "jsonl": _jsonl, "tfds": _tfds}[source.kind]
+  read = {"pydoc": _pydoc, "text": _text, "jsonl": _jsonl, "chat": _lines, "tfds": _tfds}[
+    source.kind
+  ]
   seen = kept = 0
   for document in read(source):
     if not document.strip():
@@ -143,6 +146,16 @@ def _text(source: Source) -> Iterator[str]:
 
 
 def _jsonl(source: Source) -> Iterator[str]:
+  for line, where in numbered(source):
+    yield _field(line, source.field, where)
+
+
+def _lines(source: Source) -> Iterator[str]:
+  return (line for line, _ in numbered(source))
+
+
+def numbered(source: Source) -> Iterator[tuple[str, str]]:
+  """Each line of .jsonl files that is not blank, and where it stands."""
   for file in _files(source, ".jsonl"):
     with file.open("rb") as lines:
       offset = 0
@@ -150,7 +163,7 @@ def _jsonl(source: Source) -> Iterator[str]:
         line = _utf8(raw, file, offset)
         offset += len(raw)
         if line.strip():
-          yield _field(line, source.field, f"{file}, line {number}")
+          yield line, f"{file}, line {number}"
 
 
 def _utf8(raw: bytes, where: Path | str, offset: int) -> str:
