@@ -2,7 +2,7 @@
 
   python launch/gke.py --name=r1 --image=REGISTRY/distill:1 --topology=v5p:4x4x4 --spot \\
       [--num_slices=2] [--queue=multislice-queue] [--dry_run] -- \\
-      train --config=configs/r1_qwen_7b.py --workdir=/mnt/shared/r1
+      train --config=configs/r1_qwen_7b.py --workdir=gs://BUCKET/r1
 
 The image has distill-jax on its PATH and this repository as its working folder. --queue is a
 Kueue queue; clusters that xpk made have multislice-queue. What is preempted, or ends with exit

@@ -2,7 +2,7 @@
 
   python launch/tpu_pod.py up --name=r1 --zone=us-east5-a --topology=v5p:4x4x4 --spot \\
       [--num_slices=2] [--project=P] [--keep] [--dry_run] -- \\
-      train --config=configs/r1_qwen_7b.py --workdir=/mnt/shared/r1
+      train --config=configs/r1_qwen_7b.py --workdir=gs://BUCKET/r1
 
 `up` creates the slices, installs the last commit on all hosts, runs the verb on them, fetches
 their logs to logs/NAME/ and deletes the slices (not with --keep). What was preempted is created
@@ -36,7 +36,7 @@ RUNTIMES = {
   "v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite",
   "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e",
 }  # fmt: skip
-# Of a queued resource and of its nodes; neither these nor READY and ACTIVE: it is lost.
+# States that end by themselves, of a queued resource or of a node.
 WAITING = {
   "CREATING", "ACCEPTED", "PROVISIONING", "WAITING_FOR_RESOURCES", "DELETING",
   "STARTING", "RESTARTING", "REPAIRING",
@@ -49,7 +49,7 @@ EVERYWHERE = ("--node=all", "--worker=all", "--batch-size=all")
 INSTALL = (
   'test -e "$1/.installed" || { tar -xzf "$1.tar.gz" && cd "$1" && sudo apt-get update -q && '
   'sudo apt-get install -qy "$2-venv" && "$2" -m venv .venv && '
-  '.venv/bin/pip install -q -c tools/constraints.txt ".[tpu]" && touch .installed; }'
+  '.venv/bin/pip install -q -c tools/constraints.txt ".[tpu]" gcsfs && touch .installed; }'
 )
 # The lock: after a lost connection the same run again waits for the first one's end.
 RUN = (
@@ -88,6 +88,7 @@ def plan(args: argparse.Namespace) -> dict[str, list[list[str]]]:
   folder = f"distill_jax-{commit.stdout[:12]}"
   archive = f"{tempfile.gettempdir()}/{folder}.tar.gz"
   logs = f"logs/{args.name}"
+  fetch = ssh(args, "cat distill.log", more=(f"--output-directory={logs}",))
   return {
     "create": [create(args)],
     "install": [
@@ -96,10 +97,7 @@ def plan(args: argparse.Namespace) -> dict[str, list[list[str]]]:
       ssh(args, INSTALL, folder, args.python),
     ],
     "run": [ssh(args, RUN, folder, *args.verb)],
-    "logs": [
-      ["mkdir", "-p", logs],
-      ssh(args, "cat distill.log", more=(f"--output-directory={logs}",)),
-    ],
+    "logs": [["mkdir", "-p", logs], fetch],
     "delete": [gcloud(args, "queued-resources", "delete", args.name, "--force", "--quiet")],
   }
 
@@ -110,13 +108,11 @@ def call(line: list[str], capture: bool = False) -> subprocess.CompletedProcess:
 
 def sure(args: argparse.Namespace, line: list[str], capture: bool = False) -> str:
   """The output of a command that may fail for a while, and then ends the launcher."""
-  for _ in range(TRIES):
+  for i in range(TRIES):
+    time.sleep(args.poll if i else 0)
     if not (done := call(line, capture)).returncode:
       return done.stdout
-    time.sleep(args.poll)
-  sys.exit(
-    f"error: {TRIES} times {done.returncode} from {shlex.join(line[:6])}; is it still rented?"
-  )
+  sys.exit(f"error: {shlex.join(line[:6])} fails; what is rented stays so until `delete`")
 
 
 def state(args: argparse.Namespace) -> str:

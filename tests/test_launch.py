@@ -1,5 +1,8 @@
 """The launchers: exactly what would run, no value becomes a command, and preemption goes on."""
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
 import shlex
@@ -7,24 +10,16 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
 NASTY = [
-  "a b",
-  "$(touch x)",
-  "`touch x`",
-  "; touch x",
-  "'",
-  '"',
-  "&& touch x",
-  "$HOME",
-  "*",
-  "#",
-  "a: b",
-]
+  "a b", "$(touch x)", "`touch x`", "; touch x", "'", '"', "&& touch x", "$HOME", "*", "#", "a: b",
+  "", "\\", "!!", "ü",
+]  # fmt: skip
 VERB = ["train", "--config=configs/r1_qwen_7b.py", *[f"--config.data.path={v}" for v in NASTY]]
 POD = ["--name=r1", "--zone=us-east5-a", "--topology=v5p:2x2x2", "--poll=0"]
 
@@ -38,12 +33,36 @@ def run(line, env=None, code=0, cwd=ROOT):
   return done
 
 
-def pod(*flags, **kw):
-  return run([sys.executable, ROOT / "launch/tpu_pod.py", *flags], **kw)
+def launcher(name):
+  """A script's main(), called here as its command would be: a start of jax is slow."""
+  spec = importlib.util.spec_from_file_location(name, ROOT / f"launch/{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+
+  def call(*flags, env=None, code=0, cwd=ROOT):
+    out, err, ended = io.StringIO(), io.StringIO(), 0
+    with (
+      contextlib.chdir(cwd),
+      mock.patch("tempfile.tempdir", str(cwd)),  # where the archive goes
+      mock.patch.dict(os.environ, env or {}),
+      contextlib.redirect_stdout(out),
+      contextlib.redirect_stderr(err),
+    ):
+      try:
+        module.main([str(f) for f in flags])
+      except SystemExit as e:
+        ended = e.code
+        if isinstance(ended, str):  # as the interpreter does
+          print(ended, file=sys.stderr)
+          ended = 1
+    done = subprocess.CompletedProcess(flags, ended or 0, out.getvalue(), err.getvalue())
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+  return call
 
 
-def gke(*flags, **kw):
-  return run([sys.executable, ROOT / "launch/gke.py", *flags], **kw)
+pod, gke = launcher("tpu_pod"), launcher("gke")
 
 
 def executable(path: Path, text: str) -> Path:
@@ -64,20 +83,30 @@ memory = json.loads((here / "memory.json").read_text())
 def leave(code=0):
   (here / "memory.json").write_text(json.dumps(memory))
   sys.exit(code)
+if memory["fails"] and words[:2] == memory["fails"][0]:
+  memory["fails"].pop(0)
+  leave(1)
+count = [w.partition("=")[2] for w in words if w.startswith("--node-count=")]
 if words[1] == "create":
-  memory["state"], memory["node"] = "ACTIVE", "READY"
+  memory["state"] = "ACTIVE"
+  names = ["r1-%d" % i for i in range(int(count[0]))] if count else ["r1"]
+  memory["nodes"] = dict.fromkeys(names, "READY")
 elif words[1] == "delete":
   memory["state"] = None
 elif words[:2] == ["queued-resources", "list"]:
-  rented = [{{"name": "x/r1", "state": {{"state": memory["state"]}}}}]
-  print(json.dumps(rented if memory["state"] else []))
+  rented = [{{"name": "x/other", "state": {{"state": "SUSPENDED"}}}}]
+  rented += [{{"name": "x/r1", "state": {{"state": memory["state"]}}}}] if memory["state"] else []
+  print(json.dumps(rented))
 elif words[:2] == ["tpu-vm", "list"]:
-  print(json.dumps([{{"name": "x/r1", "state": memory["node"]}}]))
+  print(json.dumps([{{"name": "x/" + n, "state": s}} for n, s in memory["nodes"].items()]))
 elif words[1] == "ssh" and any("distill-jax" in w and "exec 9" in w for w in words):
   code = memory["runs"].pop(0)
   if code == "preempted":
-    memory["node"] = "PREEMPTED"
+    memory["nodes"][max(memory["nodes"])] = "PREEMPTED"
     leave(255)
+  if code == "suspended":
+    memory["state"] = "SUSPENDED"
+    leave(1)
   leave(code)
 leave()
 """
@@ -87,11 +116,12 @@ leave()
 def gcloud(tmp_path):
   """A gcloud on the PATH that writes down what it is asked, and plays a rented slice."""
 
-  def make(runs):
+  def make(runs, fails=()):
     folder = tmp_path / "bin"
     folder.mkdir()
     executable(folder / "gcloud", GCLOUD.format(python=sys.executable, here=str(tmp_path)))
-    (tmp_path / "memory.json").write_text(json.dumps({"state": None, "node": None, "runs": runs}))
+    memory = {"state": None, "nodes": {}, "runs": runs, "fails": fails}
+    (tmp_path / "memory.json").write_text(json.dumps(memory))
     return {"PATH": f"{folder}:{os.environ['PATH']}"}
 
   return make
@@ -114,6 +144,43 @@ def test_a_pod_that_is_preempted_and_stopped_goes_on_to_the_end(gcloud, tmp_path
     "ssh", "delete",
   ]  # fmt: skip
   assert (tmp_path / "logs" / "r1").is_dir()
+
+
+def test_one_slice_of_two_is_taken_away(gcloud, tmp_path):
+  env = gcloud(["preempted", "suspended", 0])
+  pod("up", *POD, "--num_slices=2", "--keep", "--", *VERB, env=env, cwd=tmp_path)
+  steps, lines = asked(tmp_path)
+  assert (steps.count("create"), steps.count("delete"), steps[-1]) == (3, 2, "ssh")
+  [made, *_] = [words for words in lines if words[3] == "create"]
+  assert {"--node-count=2", "--node-prefix=r1"} <= set(made)
+
+
+def test_a_lost_connection_is_no_end_of_the_run(gcloud, tmp_path):
+  """The slice is still there: nothing is deleted, and the same run is watched again."""
+  pod("up", *POD, "--keep", "--", *VERB, env=gcloud([255, 255, 0]), cwd=tmp_path)
+  steps, _ = asked(tmp_path)
+  assert steps == ["create", *["scp", "ssh", "ssh"] * 3, "ssh"]
+
+
+def test_what_fails_once_is_tried_again_and_what_fails_always_stops(gcloud, tmp_path):
+  qr = "queued-resources"
+  fails = [[qr, "list"], [qr, "create"], [qr, "scp"], [qr, "ssh"], [qr, "ssh"], [qr, "delete"]]
+  pod("up", *POD, "--", *VERB, env=gcloud([0], fails), cwd=tmp_path)
+  steps, _ = asked(tmp_path)
+  assert steps == [
+    "create", "create", "scp", "scp", "ssh", "ssh", "ssh", "ssh", "ssh", "delete", "delete",
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize("step, words, tried", [
+  ("create", "was created 3 times and never ready", 3),
+  ("scp", "fails; what is rented stays so until `delete`", 3),
+])  # fmt: skip
+def test_what_always_fails_is_given_up(gcloud, tmp_path, step, words, tried):
+  fails = [["queued-resources", step]] * 9
+  done = pod("up", *POD, "--", *VERB, env=gcloud([], fails), code=1, cwd=tmp_path)
+  assert words in done.stderr
+  assert asked(tmp_path)[0].count(step) == tried
 
 
 def test_any_other_failure_stops_with_the_log(gcloud, tmp_path):
@@ -145,15 +212,8 @@ def test_a_dry_run_prints_the_commands_and_runs_none(gcloud, tmp_path):
   said = pod("up", *POD, "--spot", "--dry_run", "--", *VERB, env=gcloud([])).stdout
   lines = [shlex.split(line) for line in said.splitlines()]
   assert [line[0] for line in lines] == [
-    "gcloud",
-    "git",
-    "gcloud",
-    "gcloud",
-    "gcloud",
-    "mkdir",
-    "gcloud",
-    "gcloud",
-  ]
+    "gcloud", "git", "gcloud", "gcloud", "gcloud", "mkdir", "gcloud", "gcloud",
+  ]  # fmt: skip
   assert lines[0][3:6] == ["queued-resources", "create", "r1"]
   assert {"--type=v5p", "--topology=2x2x2", "--spot", "--zone=us-east5-a"} <= set(lines[0])
   assert not (tmp_path / "log.jsonl").exists()
@@ -176,10 +236,17 @@ def test_what_a_pod_cannot_run_is_refused():
   assert "line break" in pod("up", *POD, "--dry_run", "--", "a\nb", code=2).stderr
 
 
+def test_the_scripts_are_commands():
+  run([sys.executable, "launch/tpu_pod.py", "--help"])
+  run([sys.executable, "launch/gke.py", "--help"])
+  run(["bash", "-n", "launch/slurm.sbatch"])
+
+
 # ------------------------------------------------------------------ GKE
 
-# What the CustomResourceDefinition of jobset.x-k8s.io/v1alpha2 and Kubernetes' batch/v1 and
-# core/v1 OpenAPI schemas list as `required`, on the way to a container.
+# What the CustomResourceDefinition of jobset.x-k8s.io/v1alpha2 (kubernetes-sigs/jobset,
+# config/components/crd/bases, made from api/jobset/v1alpha2/jobset_types.go) and Kubernetes'
+# batch/v1 and core/v1 OpenAPI schemas list as `required`, on the way to a container.
 REQUIRED = {
   (): ("apiVersion", "kind", "metadata", "spec"),
   ("metadata",): ("name",),
@@ -250,8 +317,9 @@ def test_every_value_is_one_scalar():
   assert main["command"] == ["distill-jax"]
   assert main["args"] == [w.replace("$", "$$") for w in [*VERB, "--distributed=auto"]]
   tricky = ["yes", "1e3", "null", "- a", "{a: b}", "a: &b *b", "!!python/object:os.system", "~"]
-  said = yaml.safe_load(gke(*GKE, "--topology=v5e:2x2", "--", "train", *tricky).stdout)
-  assert job(said)["template"]["spec"]["containers"][0]["args"][1:-1] == tricky
+  text = gke(*GKE, "--topology=v5e:2x2", "--", "train", *tricky).stdout
+  assert '- "1e3"\n' in text  # to kubectl's reader a number, were it bare
+  assert job(yaml.safe_load(text))["template"]["spec"]["containers"][0]["args"][1:-1] == tricky
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -262,10 +330,24 @@ def test_every_value_is_one_scalar():
 ])  # fmt: skip
 def test_what_makes_no_jobset_is_refused(flags, words):
   assert words in gke(*GKE, *flags, "--", "train", code=2).stderr
-  assert (
-    "no image's name"
-    in gke("--name=r1", "--image=a b", "--topology=v5e:2x2", "--", "x", code=2).stderr
-  )
+
+
+@pytest.mark.parametrize("flag, words, verb", [
+  ("--image=a b", "no image's name", "train"),
+  ("--image=a\nb", "no image's name", "train"),
+  ("--name=r1\nspec: x", "lower-case letters", "train"),
+  ("--namespace=$(id)", "lower-case letters", "train"),
+  ("--spot", "line break", "a\nb"),
+])  # fmt: skip
+def test_what_is_no_name_is_refused(flag, words, verb):
+  assert words in gke(*GKE, "--topology=v5e:2x2", flag, "--", verb, code=2).stderr
+
+
+def test_nothing_of_the_template_is_left_to_fill():
+  jobset = json.dumps(rendered("--topology=v5e:2x2", "--spot"))
+  for word in ("NAME", "IMAGE", "TOPOLOGY", "ACCELERATOR", "VERB"):
+    assert word in (ROOT / "launch/gke_jobset.yaml").read_text()
+    assert f'"{word}"' not in jobset
 
 
 def test_the_jobset_goes_to_kubectl(tmp_path):
