@@ -80,6 +80,45 @@ def attention(
   )(*arrays)
 
 
+def cached(
+  q_BTHh: jax.Array, k_BGhS: jax.Array, v_BGSh: jax.Array, positions_BT: jax.Array,
+  window: Window, scale: float,
+) -> jax.Array:  # fmt: skip
+  """Attention of T positions to the S slots of a cache. Returns [B, T, H, width of values].
+
+  A row's slot s holds its position s; a position sees slots up to its own, whatever the
+  others hold (finite numbers). Scores and softmax are float32. Keys lie as the first product
+  reads them: for a few queries a row that is six times faster on a CPU than [B, S, G, h].
+  """
+  (B, T, H, h), (_, G, _, S) = q_BTHh.shape, k_BGhS.shape
+  sizes, at = window if isinstance(window, OneOf) else OneOf((window,), jnp.int32(0))
+  s = jnp.arange(S, dtype=jnp.int32)[None, None]
+  seen_BTS = s <= positions_BT[..., None]
+  if sizes != (None,):
+    seen_BTS &= positions_BT[..., None] - s < jnp.asarray([w or S for w in sizes])[at]
+  R = H // G  # queries that share a key
+  q_BGRTh = q_BTHh.reshape(B, T, G, R, h).transpose(0, 2, 3, 1, 4)
+  dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+  scores_BGRTS = dot(q_BGRTh.reshape(B, G, R * T, h), k_BGhS).reshape(B, G, R, T, S) * scale
+  scores_BGRTS = jnp.where(seen_BTS[:, None, None], scores_BGRTS, -jnp.inf)
+  p_BGRTS = jax.nn.softmax(scores_BGRTS, -1).astype(v_BGSh.dtype)
+  a_BGRTh = dot(p_BGRTS.reshape(B, G, R * T, S), v_BGSh).reshape(B, G, R, T, -1)
+  return a_BGRTh.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1).astype(v_BGSh.dtype)
+
+
+def put(kept: jax.Array, x_BT: jax.Array, slots_BT: jax.Array, axis: int) -> jax.Array:
+  """A cache with T new positions a row [B, T, ...] in their slots along `axis`.
+
+  A slot that is not there takes nothing.
+  """
+
+  def row(old: jax.Array, new_T: jax.Array, slots_T: jax.Array) -> jax.Array:
+    at = (slice(None),) * (axis - 1) + (slots_T,)
+    return old.at[at].set(jnp.moveaxis(new_T, 0, axis - 1), mode="drop")
+
+  return jax.vmap(row)(kept, x_BT, slots_BT)
+
+
 def choose(kernel: str, q_BTHh: jax.Array) -> str:
   """The kernel by its name, or, for "auto", the best that these devices and shapes have."""
   if kernel not in KERNELS:

@@ -70,6 +70,13 @@ def most(n: int) -> int:
   return int(np.max(multihost_utils.process_allgather(np.int32(n))))
 
 
+def from_first(x: np.ndarray) -> np.ndarray:
+  """The first process's array, which is of the same shape and dtype in all of them."""
+  if jax.process_count() == 1:
+    return x
+  return np.asarray(multihost_utils.broadcast_one_to_all(x))
+
+
 def wait(what: str) -> None:
   """Until every process is here."""
   if jax.process_count() > 1:

@@ -51,7 +51,7 @@ def record(config: Config, folder: Path) -> dict[str, Any]:
     if config.records.kind != "text":
       how = build.compute(config.teacher)
       sharding.shardings(build.abstract(config.teacher), mesh, how.rules)  # does it divide?
-    rows = list(corpus.sequences(config.data, tokenizer))
+    rows = list(corpus.sequences(config.data, tokenizer, build.pretrained(config.teacher)))
   _check(config)
   sharding.check_batch("records.batch_size", config.records.batch_size, mesh)
   manifest = manifest_of(config, tokenizer, rows)
@@ -127,8 +127,8 @@ def _summariser(config: Config, mesh: Any, tokenizer: Tokenizer) -> Summarise:
 def jitted(config: Config, how: Compute, vocab_size: int) -> Any:
   """The pass as it is compiled: (teacher, key, batch, index_B) -> what is stored of the batch."""
   project = _projection(config, _width(config))
-  fixed = {"how": how, "config": config, "vocab_size": vocab_size, "project": project}
-  return jax.jit(functools.partial(_summarise, **fixed))
+  fixed = functools.partial(_summarise, how=how, config=config, vocab_size=vocab_size)
+  return jax.jit(functools.partial(fixed, project=project))
 
 
 def _recorded(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -21,6 +21,8 @@ from distill_jax.errors import InputError
 from distill_jax.models import _rope
 from distill_jax.params import param, stack, unstack
 from distill_jax.types import Inputs, Output
+
+Cache = tuple[dict[str, jax.Array], ...]  # for each layer, by Block.CACHE
 
 # Buffers that older checkpoints hold; they follow from the config.
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -161,6 +163,9 @@ class Block(nnx.Module):
 
   MLP_NORM = "post_attention_layernorm"  # the name of the norm before the feed-forward
   activation: Callable[[jax.Array], jax.Array] = staticmethod(jax.nn.silu)
+  CACHE: ClassVar[dict[str, str]] = {  # what is kept of positions, and its axes there
+    "k": "batch kv_heads head_dim seq", "v": "batch kv_heads seq head_dim",
+  }  # fmt: skip
 
   def __init__(self, c: Any, key: jax.Array):
     declare = Declare(key, c)
@@ -217,7 +222,36 @@ class Block(nnx.Module):
       *self.qkv(x_BTD, angles), segments_BT, window, self.config.attention_scale,
       how.attention, how.rules,
     )  # fmt: skip
+    return self.merge(a_BTHh)
+
+  def merge(self, a_BTHh: jax.Array) -> jax.Array:
+    """What attention adds to the residual, from what its heads have read."""
     return jnp.einsum("BTHh,HhD->BTD", a_BTHh, self.o[...])
+
+  def remember(self, x_BTD: jax.Array, angles: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Queries as `recall` wants them, and [B, T, ...] what a cache keeps, named as in CACHE."""
+    q_BTHh, k_BTGh, v_BTGh = self.qkv(x_BTD, angles)
+    return q_BTHh, {"k": k_BTGh, "v": v_BTGh}
+
+  def recall(self, q_BTHh, positions_BT, kept: dict[str, jax.Array], window) -> jax.Array:
+    """What the heads read from S kept positions, as `merge` wants it."""
+    scale = self.config.attention_scale
+    return attention.cached(q_BTHh, kept["k"], kept["v"], positions_BT, window, scale)
+
+  def extend(
+    self, x_BTD, angles: Any, window: attention.Window, positions_BT, slots_BT,
+    kept: dict[str, jax.Array], rules: sharding.Rules,
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+    """The layer of T new positions that see what is kept: (its output, what is kept now)."""
+    with jax.named_scope("attention"):
+      q_BTHh, new = self.remember(x_BTD, angles)
+      put = lambda name, x_BT: attention.put(
+        kept[name], x_BT, slots_BT, self.CACHE[name].split().index("seq")
+      )
+      kept = {n: sharding.constrain(put(n, x), self.CACHE[n], rules) for n, x in new.items()}
+      x_BTD = x_BTD + self.merge(self.recall(q_BTHh, positions_BT, kept, window))
+    with jax.named_scope("mlp"):
+      return x_BTD + self.feed_forward(x_BTD, rules), kept
 
   def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
     """What the feed-forward adds to the residual."""
@@ -267,21 +301,54 @@ class Model(nnx.Module):
 
   def __call__(self, inputs: Inputs, how: layers.Compute, taps: tuple[int, ...] = ()) -> Output:
     """Args: inputs, int32 [B, T]; taps, the layers whose output is kept. Returns: Output."""
-    with jax.named_scope("embed"):
-      embed_VD = how.view(self.embed)[...]
-      x_BTD = sharding.constrain(embed_VD[inputs.tokens_BT], "batch seq embed", how.rules)
-      if self.config.embed_scale != 1:
-        x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
+    x_BTD, embed_VD = self._embedded(inputs.tokens_BT, how)
     sight = self.sight(inputs)
     x_BTD, taps_PBTD = layers.scan_layers(
       [getattr(self, name) for name, _, _ in self.plan(self.config)],
       lambda layer, i, x: layer(x, *sight(i), inputs.segments_BT, how),
       x_BTD, taps, how,
     )  # fmt: skip
-    scale_D = self.norm[...]
-    x_BTD = layers.rms_norm(x_BTD, scale_D, self.config.rms_norm_eps, self.config.NORM_OFFSET)
-    head_VD = embed_VD if self.config.tie_word_embeddings else how.view(self.head)[...]
-    return Output(x_BTD, head_VD, self.config.soft_cap, taps_PBTD)
+    return self._output(x_BTD, embed_VD, how, taps_PBTD)
+
+  def extend(
+    self, blocks: Sequence[Block], inputs: Inputs, cache: Cache, how: layers.Compute
+  ) -> tuple[Output, Cache]:
+    """The model of T more positions a row, which see those that a cache holds.
+
+    Args:
+      blocks: the layers one by one, in the stead of the model's stacks (decode/unroll.py).
+      inputs: int32 [B, T]. A row keeps its position p in slot p of the cache; what has
+        segment 0 is padding, and is not kept.
+      cache: for each layer, arrays by name, as its CACHE says; slots up to a position are
+        filled before it is read.
+
+    Returns: Output, and the cache with the new positions in it.
+    """
+    x_BTD, embed_VD = self._embedded(inputs.tokens_BT, how)
+    sight, now = self.sight(inputs), []
+    past = jnp.iinfo(jnp.int32).max  # the end of any cache
+    slots_BT = jnp.where(inputs.segments_BT > 0, inputs.positions_BT, past)
+    for i, block in enumerate(blocks):
+      x_BTD, kept = how.view(block).extend(
+        x_BTD, *sight(i), inputs.positions_BT, slots_BT, cache[i], how.rules
+      )
+      now.append(kept)
+      x_BTD = sharding.constrain(x_BTD, "batch seq embed", how.rules)
+    return self._output(x_BTD, embed_VD, how), tuple(now)
+
+  def _embedded(self, tokens_BT: jax.Array, how: layers.Compute) -> tuple[jax.Array, jax.Array]:
+    with jax.named_scope("embed"):
+      embed_VD = how.view(self.embed)[...]
+      x_BTD = sharding.constrain(embed_VD[tokens_BT], "batch seq embed", how.rules)
+      if self.config.embed_scale != 1:
+        x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
+      return x_BTD, embed_VD
+
+  def _output(self, x_BTD, embed_VD, how: layers.Compute, taps_PBTD=None) -> Output:
+    c = self.config
+    x_BTD = layers.rms_norm(x_BTD, self.norm[...], c.rms_norm_eps, c.NORM_OFFSET)
+    head_VD = embed_VD if c.tie_word_embeddings else how.view(self.head)[...]
+    return Output(x_BTD, head_VD, c.soft_cap, taps_PBTD)
 
   def qkv(self, layer: int, x_BTD: jax.Array, inputs: Inputs, how: layers.Compute):
     """Queries, keys and values of one layer, from the output of the layer before it."""

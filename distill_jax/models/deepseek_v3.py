@@ -9,7 +9,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from distill_jax import layers, sharding
+from distill_jax import attention, layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.models import _decoder, _rope
 from distill_jax.models._experts import Experts, check_top_k
@@ -120,6 +120,8 @@ class Config(_decoder.Config):
 class Block(_decoder.Block):
   """One dense layer: queries, keys and values come out of narrow latents."""
 
+  CACHE = {"latent": "batch latent seq"}
+
   def declare_attention(self, c: Config, declare: _decoder.Declare) -> None:
     D, H, at = c.hidden_size, c.num_attention_heads, "self_attn."
     heads = lambda width: f"heads:{H} head_dim:{width}"
@@ -141,6 +143,18 @@ class Block(_decoder.Block):
 
   def qkv(self, x_BTD: jax.Array, angles: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries and keys [B, T, H, h], values [B, T, H, v_head_dim] from the layer's input."""
+    c = self.config
+    q_BTHh, kv_BTR, k_rope_BTr = self._latent(x_BTD, angles)
+    kv_BTHh = jnp.einsum("BTR,RHh->BTHh", kv_BTR, self.kv_up[...])
+    k_BTHn, v_BTHv = jnp.split(kv_BTHh, [c.qk_nope_head_dim], -1)
+    # One rotated key for all heads.
+    k_rope_BTHr = jnp.broadcast_to(
+      k_rope_BTr[:, :, None], (*k_BTHn.shape[:3], c.qk_rope_head_dim)
+    )
+    return q_BTHh, jnp.concatenate([k_BTHn, k_rope_BTHr], -1), v_BTHv
+
+  def _latent(self, x_BTD: jax.Array, angles: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, H, h], the latent of keys and values [B, T, R], the rotated key [B, T, r]."""
     c, y_BTD = self.config, self.norm(x_BTD, self.attn_norm)
     heads = lambda y_BTR, up: jnp.einsum("BTR,RHh->BTHh", y_BTR, up[...])
     latent = lambda y_BTR, scale: layers.rms_norm(y_BTR, scale[...], LATENT_EPS)
@@ -150,15 +164,29 @@ class Block(_decoder.Block):
     else:
       q_BTHh = heads(latent(y_BTD @ self.q_down[...], self.q_norm), self.q_up)
     kv_BTR, k_rope_BTr = jnp.split(y_BTD @ self.kv_down[...], [c.kv_lora_rank], -1)
-    kv_BTHh = heads(latent(kv_BTR, self.kv_norm), self.kv_up)
     q_BTHn, q_rope_BTHr = jnp.split(q_BTHh, [c.qk_nope_head_dim], -1)
-    k_BTHn, v_BTHv = jnp.split(kv_BTHh, [c.qk_nope_head_dim], -1)
-    # One rotated key for all heads.
-    k_rope_BTHr = jnp.broadcast_to(
-      turn(k_rope_BTr[:, :, None]), (*k_BTHn.shape[:3], c.qk_rope_head_dim)
-    )
     q_BTHh = jnp.concatenate([q_BTHn, turn(q_rope_BTHr)], -1)
-    return q_BTHh, jnp.concatenate([k_BTHn, k_rope_BTHr], -1), v_BTHv
+    return q_BTHh, latent(kv_BTR, self.kv_norm), turn(k_rope_BTr[:, :, None])[:, :, 0]
+
+  def remember(self, x_BTD: jax.Array, angles: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The latent and the rotated key alone are kept, and queries are brought into their space.
+
+    Scores are q (c W)^T = (q W^T) c^T: one key for all heads (arXiv:2405.04434, 2.1.2).
+    """
+    c = self.config
+    q_BTHh, kv_BTR, k_rope_BTr = self._latent(x_BTD, angles)
+    q_BTHn, q_rope_BTHr = jnp.split(q_BTHh, [c.qk_nope_head_dim], -1)
+    up_RHn = self.kv_up[...][..., : c.qk_nope_head_dim]
+    q_BTHR = jnp.einsum("BTHn,RHn->BTHR", q_BTHn, up_RHn)
+    kept_BTL = jnp.concatenate([kv_BTR, k_rope_BTr], -1)
+    return jnp.concatenate([q_BTHR, q_rope_BTHr], -1), {"latent": kept_BTL}
+
+  def recall(self, q_BTHh, positions_BT, kept: dict[str, jax.Array], window) -> jax.Array:
+    c, kept_BGLS = self.config, kept["latent"][:, None]
+    v_BGSR = kept_BGLS[:, :, : c.kv_lora_rank].swapaxes(2, 3)
+    read = attention.cached(q_BTHh, kept_BGLS, v_BGSR, positions_BT, window, c.attention_scale)
+    up_RHv = self.kv_up[...][..., c.qk_nope_head_dim :]
+    return jnp.einsum("BTHR,RHv->BTHv", read, up_RHv)
 
 
 LATENT_EPS = 1e-6  # of the latents' norms, whatever config.json says of the others

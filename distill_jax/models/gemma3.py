@@ -103,10 +103,8 @@ class Block(_decoder.Block):
     self.attn_post_norm = declare.norm("post_attention_layernorm", c.hidden_size)
     self.mlp_post_norm = declare.norm("post_feedforward_layernorm", c.hidden_size)
 
-  def attend(
-    self, x_BTD, angles: Any, window: attention.Window, segments_BT, how: layers.Compute
-  ) -> jax.Array:
-    return self.norm(super().attend(x_BTD, angles, window, segments_BT, how), self.attn_post_norm)
+  def merge(self, a_BTHh: jax.Array) -> jax.Array:
+    return self.norm(super().merge(a_BTHh), self.attn_post_norm)
 
   def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
     return self.norm(super().feed_forward(x_BTD, rules), self.mlp_post_norm)

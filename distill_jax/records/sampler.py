@@ -145,15 +145,36 @@ def summarise(
     )(hidden_BTD, head_VD, labels_BT, u_BT)  # fmt: skip
 
 
-def _chunk(
-  hidden_BCD, head_VD, labels_BC, u_BC, *, n, vocab_size, kind, logp, cap, scale, nucleus, axis
-) -> dict[str, Any]:
+def of_logits(
+  logits_BCV: jax.Array, labels_BC: jax.Array, u_BC: jax.Array, **how: Any
+) -> dict[str, jax.Array]:
+  """`summarise` of logits that are there already, float32 [B, C, V], capped but not scaled.
+
+  Args:
+    how: n, kind, logp, temperature, nucleus, vocab_size: all of them, as `summarise` has them.
+  """
+  one: Any = functools.partial(_of_logits, scale=1.0 / how.pop("temperature"), **how)
+  if jax.sharding.get_abstract_mesh().empty:
+    return one(logits_BCV, labels_BC, u_BC, axis=None)
+  rows, vocab = PartitionSpec(sharding.BATCH), PartitionSpec(sharding.BATCH, None, "tensor")
+  return jax.shard_map(
+    functools.partial(one, axis="tensor"), in_specs=(vocab, rows, rows), out_specs=rows,
+    check_vma=False,
+  )(logits_BCV, labels_BC, u_BC)  # fmt: skip
+
+
+def _chunk(hidden_BCD, head_VD, labels_BC, u_BC, *, cap, **how) -> dict[str, Any]:
   logits_BCV = jnp.einsum(
     "BCD,VD->BCV", hidden_BCD.astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32
   )
-  logits_BCV = head.soft_cap(logits_BCV, cap)
+  return _of_logits(head.soft_cap(logits_BCV, cap), labels_BC, u_BC, **how)
+
+
+def _of_logits(
+  logits_BCV, labels_BC, u_BC, *, n, vocab_size, kind, logp, scale, nucleus, axis
+) -> dict[str, Any]:
   logits_BCV = logits_BCV * scale if scale != 1.0 else logits_BCV
-  width = head_VD.shape[0]
+  width = logits_BCV.shape[-1]
   first = 0 if axis is None else jax.lax.axis_index(axis) * width
   ids_11V = first + jnp.arange(width, dtype=jnp.int32)[None, None]
   if vocab_size < width * (1 if axis is None else jax.lax.axis_size(axis)):
@@ -186,6 +207,11 @@ def _chunk(
     inside = jnp.cumsum(p_BCN, -1) - p_BCN < nucleus  # the mass before an entry
     out["logp"] = logp_BCN if nucleus >= 1 else jnp.where(inside, logp_BCN, -jnp.inf)
   return out
+
+
+def argmax(logits_BCV: jax.Array) -> jax.Array:
+  """The likeliest tokens, the first of equals: int32 [B, C]."""
+  return _argmax(logits_BCV, None)[1]
 
 
 def _argmax(logits_BCV: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:

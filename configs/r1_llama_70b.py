@@ -1,0 +1,24 @@
+"""Llama 3.3 70B learns from sampled records of R1-Distill-Llama-70B, which is of its size.
+
+  distill-jax preflight --config=configs/r1_llama_70b.py --topology=v5p:4x4x8
+  distill-jax record    --config=configs/r1_llama_70b.py --workdir=records
+  distill-jax train     --config=configs/r1_llama_70b.py --workdir=runs/r1_llama_70b
+
+and with configs/r1_llama_70b.py:32768 on longer sequences. What preflight says of a step on
+v5p:4x4x8, for 256 sequences of 4,096 tokens and 128 of 32,768 (one a device):
+
+    tokens     GiB a device   GB sent  s/step   MFU    tokens/s  chip-hours
+     4,096  (not measured)
+    32,768  (not measured)
+
+Times are bounds at published peaks, not forecasts; chip-hours are those of 8.6 billion tokens.
+"""
+
+import _r1
+
+
+def get_config(seq_len="4096"):
+  return _r1.student(
+    "llama", "meta-llama/Llama-3.3-70B-Instruct", "llama-3.3-70b", seq_len,
+    batch={4_096: 256, 32_768: 128}, fsdp=128, peak_lr=2e-5,
+  )  # fmt: skip

@@ -1,0 +1,24 @@
+"""Qwen2.5 1.5B learns from sampled records of R1-Distill-Qwen-32B.
+
+  distill-jax preflight --config=configs/r1_qwen_1_5b.py --topology=v5e:4x8
+  distill-jax record    --config=configs/r1_qwen_1_5b.py --workdir=records
+  distill-jax train     --config=configs/r1_qwen_1_5b.py --workdir=runs/r1_qwen_1_5b
+
+and with configs/r1_qwen_1_5b.py:32768 on longer sequences. What preflight says of a step on
+v5e:4x8, for 128 sequences of 4,096 tokens and 32 of 32,768 (one a device):
+
+    tokens     GiB a device   GB sent  s/step   MFU    tokens/s  chip-hours
+     4,096  (not measured)
+    32,768  (not measured)
+
+Times are bounds at published peaks, not forecasts; chip-hours are those of 8.6 billion tokens.
+"""
+
+import _r1
+
+
+def get_config(seq_len="4096"):
+  return _r1.student(
+    "qwen2", "Qwen/Qwen2.5-1.5B", "qwen2.5-1.5b", seq_len,
+    batch={4_096: 128, 32_768: 32}, fsdp=32, peak_lr=1e-4,
+  )  # fmt: skip

@@ -1,0 +1,108 @@
+"""Generated texts as records: packed whole, with what the teacher said as it wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill_jax import teacher
+from distill_jax.config import Config, Records
+from distill_jax.data import packing
+from distill_jax.data.tokenizers import Tokenizer
+from distill_jax.errors import InputError
+from distill_jax.records.store import Writer
+
+Row = dict[str, Any]  # of samples.jsonl
+
+
+def token_record(c: Records) -> np.dtype:
+  """What is kept of each token, as sampler.of_logits says it."""
+  logp = [("logp", "<f4", (c.n,))] if c.logp or c.kind == "topk" else []
+  scalars = [("entropy", "<f4"), ("label_logp", "<f4"), ("argmax", "<i4")]
+  return np.dtype([("ids", "<i4", (c.n,)), *logp, *scalars])
+
+
+def check(config: Config) -> None:
+  """Refuses a store that generated texts cannot fill."""
+  if config.data.seq_len < config.generate.cache_len:
+    raise InputError(
+      f"data.seq_len is {config.data.seq_len} and texts have up to generate.cache_len "
+      f"{config.generate.cache_len} tokens; records hold them whole, so raise the first or lower "
+      "the other"
+    )
+  if config.records.taps:
+    raise InputError(
+      f"records.taps is {config.records.taps}, and texts are generated without taps; leave it "
+      "empty, or record the text"
+    )
+
+
+def write(
+  config: Config, tokenizer: Tokenizer, prompts: dict[int, list[int]], rows: Sequence[Row],
+  records: Callable[[int], np.ndarray],
+) -> dict[str, Any]:  # fmt: skip
+  """Packs texts in order, each after its prompt, into a store; only the texts are learnt.
+
+  Args:
+    rows: texts by their `prompt` and `tokens`.
+    records: of the number of one of these, what was kept of its tokens.
+  """
+  T = config.data.seq_len
+  packed = list(_pack([len(prompts[r["prompt"]]) + len(r["tokens"]) for r in rows], T))
+  light = [_sequence(prompts, [rows[i] for i in some], T) for some in packed]
+  manifest = teacher.manifest_of(config, tokenizer, light)
+  with Writer(Path(config.generate.records_dir), manifest) as writer:
+    for shard in writer.missing():
+      writer.write_shard(
+        shard,
+        (light[n] | _targets(config.records, prompts, rows, packed[n], T, records) for n in shard),
+      )
+    done = writer.complete()
+  assert done is not None
+  sums = {k: sum(getattr(s, k) for s in done.shards) for k in ("tokens", "entries", "bytes")}
+  return {"sequences": done.total, **sums}
+
+
+def _pack(lengths: Sequence[int], T: int) -> Iterator[list[int]]:
+  """The texts of each sequence: a text that does not fit begins the next one."""
+  some: list[int] = []
+  filled = 0
+  for i, n in enumerate(lengths):
+    if some and filled + n > T:
+      yield some
+      some, filled = [], 0
+    some.append(i)
+    filled += n
+  yield some
+
+
+def _sequence(prompts: dict[int, list[int]], rows: Sequence[Row], T: int) -> dict[str, np.ndarray]:
+  tokens, segments, mask = np.zeros(T, np.int32), np.zeros(T, np.int32), np.zeros(T, bool)
+  at = 0
+  for number, row in enumerate(rows, 1):
+    ids = [*prompts[row["prompt"]], *row["tokens"]]
+    tokens[at : at + len(ids)], segments[at : at + len(ids)] = ids, number
+    mask[at + len(ids) - len(row["tokens"]) : at + len(ids)] = True
+    at += len(ids)
+  learnt = packing.to_inputs(tokens, segments, mask)[-1]
+  return {"tokens_T": tokens, "segments_T": segments, "mask_T": learnt}
+
+
+def _targets(
+  c: Records, prompts: dict[int, list[int]], rows: Sequence[Row], some: Sequence[int], T: int,
+  records: Callable[[int], np.ndarray],
+) -> dict[str, np.ndarray]:  # fmt: skip
+  if c.kind == "text":
+    return {}
+  said = np.zeros(T, token_record(c))
+  at = 0
+  for i in some:
+    read, written = len(prompts[rows[i]["prompt"]]), len(rows[i]["tokens"])
+    first = at + read - 1  # the position whose label is the first token written
+    said[first : first + written] = records(i)
+    at += read + written
+  names = {"ids": "ids_TN", "logp": "logp_TN"}
+  return {names.get(n, f"{n}_T"): said[n] for n in said.dtype.names or ()}

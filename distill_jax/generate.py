@@ -1,0 +1,229 @@
+"""`generate`: the teacher goes on from prompts, many at once."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from distill_jax import build, files, processes, sharding
+from distill_jax.config import Config
+from distill_jax.data import corpus
+from distill_jax.data.tokenizers import Tokenizer
+from distill_jax.decode import prompts as reading
+from distill_jax.decode import store
+from distill_jax.decode.batch import Batch, Sample, Wanted
+from distill_jax.decode.device import Device, Spec
+from distill_jax.decode.finished import Finished
+from distill_jax.decode.sampling import Sampling
+from distill_jax.decode.stops import Stops
+from distill_jax.decode.unroll import unroll
+from distill_jax.errors import InputError
+from distill_jax.progress import Progress
+
+SAMPLES, REJECTED, SUMMARY = "samples.jsonl", "samples.rejected.jsonl", "generate.json"
+
+
+def generate(config: Config, folder: Path) -> dict[str, Any]:
+  """Writes samples.jsonl into `folder`, an object a sample, by prompt and sample.
+
+  A sample has `id` and `sample`, its numbers; `prompt`, text or messages as they were given,
+  and `about`, the other fields of that line; `text`, without what ended it; `tokens`, with it;
+  `reason`, one of stop, eos, length, repetition; `logprob` and `logprob_mean`, in nats, of its
+  tokens under the model as it is. Prompts that cannot be used are in samples.rejected.jsonl.
+  With generate.records_dir, a store of the same texts is made.
+
+  Which text comes is a function of (seed, prompt, sample), but for ties that floating point
+  breaks otherwise in a batch of another size or on other devices. The same command goes on
+  where it was stopped, and gives what it would have given.
+
+  Returns: prompts, rejected, samples, tokens, how many of each reason, and tokens_per_second
+    of this process's part; sequences, entries and bytes of the store.
+
+  Raises:
+    InputError: config, prompts and model do not fit together, before anything is compiled.
+    Preempted: SIGTERM came; finished samples are kept.
+  """
+  mesh = sharding.make_mesh(**vars(config.mesh))
+  tokenizer = corpus.tokenizer_of(config.data, build.pretrained(config.teacher))
+  stops = _check(config, tokenizer, mesh)
+  prompts = reading.read(config, tokenizer)
+  about = {"prompts": _digest(prompts.ids), "teacher": build.identity(config.teacher, config.seed)}
+  if (before := _finished_before(folder, about)) is not None:
+    return before
+  record = store.token_record(config.records) if _keeps_records(config) else None
+  wanted = [(p, s) for p in prompts.ids for s in range(config.generate.samples)]
+  finished: list[Finished] = []
+  processes.on_first(lambda: finished.append(Finished(folder, about, record)))
+  try:
+    rate = _decode(config, mesh, tokenizer, stops, prompts.ids, wanted, finished)
+    result: dict[str, Any] = {"prompts": len(prompts.ids), "rejected": len(prompts.rejected)}
+    publish = lambda: _publish(config, folder, tokenizer, prompts, finished[0])
+    processes.on_first(lambda: result.update(publish()))
+  finally:
+    for f in finished:
+      f.close()
+  processes.on_first(lambda: _last(folder, about, result, finished[0]))
+  return result | rate
+
+
+def _check(config: Config, tokenizer: Tokenizer, mesh: Any) -> Stops:
+  c, (_, shape) = config.generate, build.shape(config.teacher)
+  for name in ("samples", "max_new_tokens", "prefill_chunk", "steps"):
+    if getattr(c, name) < 1:
+      raise InputError(f"generate.{name} is {getattr(c, name)}; it is at least 1")
+  if not 2 <= c.cache_len <= shape.max_position_embeddings:
+    raise InputError(
+      f"generate.cache_len is {c.cache_len}; it is at least 2, and this model reads at most "
+      f"{shape.max_position_embeddings} tokens"
+    )
+  if tokenizer.vocab_size > shape.vocab_size:
+    raise InputError(
+      f"{tokenizer.where} has {tokenizer.vocab_size} tokens and the model's embedding "
+      f"{shape.vocab_size} rows; take the tokenizer that belongs to these weights"
+    )
+  sharding.check_batch("generate.batch_size", c.batch_size, mesh)
+  sharding.check_batch("generate.prefill_rows", c.prefill_rows, mesh)
+  sharding.shardings(build.abstract(config.teacher), mesh, build.compute(config.teacher).rules)
+  if c.records_dir:
+    store.check(config)
+  _sampling(config)
+  return Stops(tokenizer, c.stop, c.repetition)
+
+
+def _sampling(config: Config) -> Sampling:
+  c = config.generate
+  return Sampling(c.temperature, c.top_k, c.top_p, c.min_p)
+
+
+def _keeps_records(config: Config) -> bool:
+  return bool(config.generate.records_dir) and config.records.kind != "text"
+
+
+def _eos(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
+  """What ends a text: the ends that came with the model, and of a document."""
+  if config.generate.ignore_eos:
+    return ()
+  came = build.pretrained(config.teacher)
+  named = came.generation.get("eos_token_id") if came else None
+  ids = named if isinstance(named, list) else [named]
+  return tuple(sorted({i for i in (*ids, tokenizer.eos_id) if i is not None}))
+
+
+def _decode(
+  config: Config, mesh: Any, tokenizer: Tokenizer, stops: Stops, prompts: dict[int, list[int]],
+  wanted: list[Wanted], finished: list[Finished],
+) -> dict[str, float]:  # fmt: skip
+  """Makes the samples that are not there yet. Returns how fast.
+
+  All processes decode all rows; the first one writes.
+  """
+  have = {(row["prompt"], row["sample"]) for f in finished for row in f.rows}
+  lacks = processes.from_first(np.array([w not in have for w in wanted]))
+  todo = [w for w, lacking in zip(wanted, lacks, strict=True) if lacking]
+  if not todo:
+    return {"tokens_per_second": 0.0}
+  keys, tokens = build.keys(config.seed), 0
+  with (
+    jax.set_mesh(mesh),
+    processes.Preemption() as preemption,
+    Progress("generate", len(wanted), "samples", start=len(wanted) - len(todo)) as progress,
+  ):
+    batch = _batch(config, mesh, tokenizer, stops, prompts, keys)
+    start = time.perf_counter()
+    for n, (done, made) in enumerate(batch.run(todo)):
+      tokens += made
+      for f in finished:
+        f.add([_row(s, stops) for s in done], [s.records for s in done])
+      progress.add(len(done), tokens_per_second=tokens / (time.perf_counter() - start))
+      if preemption.reached(n):
+        raise processes.Preemption.stop("generate", "finished samples are kept")
+  return {"tokens_per_second": tokens / (time.perf_counter() - start)}
+
+
+def _batch(
+  config: Config, mesh: Any, tokenizer: Tokenizer, stops: Stops, prompts: dict[int, list[int]],
+  keys: dict[str, jax.Array],
+) -> Batch:  # fmt: skip
+  c, teacher = config.generate, build.build(config.teacher, mesh, keys["teacher"])
+  spec = Spec(
+    teacher.how, _sampling(config), c.steps, _eos(config, tokenizer), tokenizer.vocab_size,
+    config.records if _keeps_records(config) else None,
+  )  # fmt: skip
+  device = Device(
+    unroll(teacher.model, teacher.how), mesh, spec, c.batch_size, c.prefill_rows, c.cache_len,
+    {name: keys[name] for name in ("generate", "records")},
+  )  # fmt: skip
+  return Batch(
+    device, prompts, stops, spec.eos, rows=c.batch_size, fill=c.prefill_rows,
+    chunk=c.prefill_chunk, size=c.cache_len, longest=c.max_new_tokens,
+  )  # fmt: skip
+
+
+def _row(s: Sample, stops: Stops) -> dict[str, Any]:
+  """What is kept of a sample until all are there."""
+  said = s.tokens[:-1] if s.reason == "eos" else s.tokens
+  return {
+    "prompt": s.prompt, "sample": s.sample, "text": stops.text(said), "tokens": s.tokens,
+    "reason": s.reason, "logprob": sum(s.logps), "logprob_mean": sum(s.logps) / len(s.logps),
+  }  # fmt: skip
+
+
+def _publish(
+  config: Config, folder: Path, tokenizer: Tokenizer, prompts: reading.Prompts, finished: Finished
+) -> dict[str, Any]:
+  """The files, whole and in order, from what was written on the way."""
+  order = sorted(range(len(finished.rows)), key=lambda i: _number(finished.rows[i]))
+  rows = [finished.rows[i] for i in order]
+  lines = lambda objects: "".join(json.dumps(o, ensure_ascii=False) + "\n" for o in objects)
+  rejected = [{"id": n, "reason": why} for n, why in prompts.rejected.items()]
+  files.write_whole(folder / REJECTED, lines(rejected))
+  made: dict[str, Any] = {}
+  if config.generate.records_dir:
+    records = lambda i: finished.records(order[i])
+    made = store.write(config, tokenizer, prompts.ids, rows, records)
+    made["record_tokens"] = made.pop("tokens")
+  files.write_whole(folder / SAMPLES, lines(_whole(row, prompts) for row in rows))
+  reasons = collections.Counter(row["reason"] for row in rows)
+  tokens = sum(len(row["tokens"]) for row in rows)
+  return {"samples": len(rows), "tokens": tokens, **dict(sorted(reasons.items())), **made}
+
+
+def _whole(row: dict[str, Any], prompts: reading.Prompts) -> dict[str, Any]:
+  """A sample that tells what it answers."""
+  row = dict(row)
+  number = row.pop("prompt")
+  prompt, about = prompts.said[number]
+  return {"id": number, "sample": row.pop("sample"), "prompt": prompt, "about": about, **row}
+
+
+def _number(row: dict[str, Any]) -> Wanted:
+  return row["prompt"], row["sample"]
+
+
+def _last(folder: Path, about: dict[str, Any], result: dict[str, Any], finished: Finished) -> None:
+  files.write_json(folder / SUMMARY, {"of": about, **result})
+  finished.remove()
+
+
+def _finished_before(folder: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+  """What an earlier run made of the same prompts, if it came to its end."""
+  file = folder / SUMMARY
+  if not file.exists():
+    return None
+  said = json.loads(file.read_text())
+  if said.pop("of") != about:
+    raise InputError(
+      f"{folder} holds samples of other prompts or another teacher; choose another --workdir"
+    )
+  return said | {"tokens_per_second": 0.0}
+
+
+def _digest(prompts: dict[int, list[int]]) -> str:
+  return hashlib.sha256(json.dumps(list(prompts.items())).encode()).hexdigest()

@@ -1,0 +1,152 @@
+"""The programs that `train` and `record` would compile, from shapes: nothing is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from distill_jax import build, checks, sharding, teacher, train
+from distill_jax.config import Config, Model
+from distill_jax.data import loader
+from distill_jax.errors import InputError
+from distill_jax.records import example
+from distill_jax.records.store import Manifest, Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What is compiled, and what it is given.
+
+  Attributes:
+    lowered: jax's, ready to compile.
+    arguments: bytes a device by what they are, as "parameters", "optimizer", "batch".
+    rows: sequences a step, over all devices.
+  """
+
+  lowered: Any
+  arguments: dict[str, int]
+  rows: int
+
+
+def without_weights(config: Config) -> Config:
+  """The config with models by their named shapes, where they name one beside a source."""
+
+  def named(spec: Any) -> Any:
+    return dataclasses.replace(spec, source="") if spec.shape else spec
+
+  return dataclasses.replace(config, teacher=named(config.teacher), student=named(config.student))
+
+
+def of(config: Config, verb: str, mesh: Mesh) -> Program:
+  """The step of `train`, or the pass of `record`, as it is compiled on this mesh.
+
+  Raises:
+    InputError: what `verb` would refuse: a batch or dimension that does not divide, losses
+      that the records do not serve.
+  """
+  return {"train": _train, "record": _record}[verb](config, mesh)
+
+
+def manifest(config: Config) -> Manifest:
+  """What the records' manifest would say; the tokenizer has all rows of the model that reads."""
+  model = config.student if config.losses else config.teacher
+  return teacher.describe(config, build.shape(model)[1].vocab_size, sequences=1)
+
+
+def _train(config: Config, mesh: Mesh) -> Program:
+  about = manifest(config)
+  stores = [Store(Path("preflight"), about)]
+  alone = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=""))
+  alone = dataclasses.replace(alone, train=dataclasses.replace(alone.train, records=("records",)))
+  checks.check_run(alone, stores)
+  c = config.train
+  sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
+  step = train.make_step(config, stores)
+  checks.check_features(config, step, stores)
+  rules = step.student.rules
+  like = train.abstract_state(config, step, stores)
+  where = sharding.shardings(like, mesh, rules)
+  state = build.place(like, where)
+  batch = _batch(about, c.batch_size, mesh, targets=not c.online)
+  teachers, frozen = {}, []
+  if c.online:
+    teachers["teacher"] = _model(config.teacher, mesh)
+  if config.student.lora.rank:
+    frozen.append(_model(config.student, mesh))
+  with jax.set_mesh(mesh):
+    lowered = train.jitted(step, where, mesh).lower(state, batch, teachers, *frozen)
+  arguments = {
+    "parameters": bytes_of(state.params),
+    "optimizer": bytes_of((state.opt, state.adapters, state.balance)),
+    "frozen base": bytes_of(frozen),
+    "teacher": bytes_of(teachers),
+    "batch": bytes_of(batch),
+  }
+  return Program(lowered, {k: n for k, n in arguments.items() if n}, c.batch_size)
+
+
+def _record(config: Config, mesh: Mesh) -> Program:
+  if config.records.kind == "text" or config.records.logprobs:
+    raise InputError(
+      f"records.kind is {config.records.kind!r} and records.logprobs {config.records.logprobs!r}: "
+      "no teacher runs there, so there is nothing to compile; preflight another config"
+    )
+  rows = config.records.batch_size
+  sharding.check_batch("records.batch_size", rows, mesh)
+  about = manifest(dataclasses.replace(config, losses={}))
+  model, how = _model(config.teacher, mesh), build.compute(config.teacher)
+  batch = _batch(about, rows, mesh, targets=False)
+  whole = sharding.replicated(mesh)
+  key = build.place(jax.eval_shape(jax.random.key, 0), whole)
+  index_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding.batch_sharding(mesh))
+  with jax.set_mesh(mesh):
+    lowered = teacher.jitted(config, how, about.vocab_size).lower(model, key, batch, index_B)
+  return Program(lowered, {"teacher": bytes_of(model), "batch": bytes_of(batch)}, rows)
+
+
+def _model(spec: Model, mesh: Mesh) -> Any:
+  like = build.abstract(spec)
+  return build.place(like, sharding.shardings(like, mesh, build.compute(spec).rules))
+
+
+def _batch(about: Manifest, rows: int, mesh: Mesh, targets: bool) -> Any:
+  """Batches as the loader makes them: one made-up record is encoded and read back."""
+  T = about.seq_len
+  one: dict[str, np.ndarray] = {
+    "tokens_T": np.zeros(T, np.int32), "segments_T": np.ones(T, np.int32),
+    "mask_T": np.ones(T, bool),
+  }  # fmt: skip
+  if targets:
+    one = example.decode(0, example.encode(0, one | _said(about), about), about)
+  batch = loader.collate([one], with_targets=targets)
+  where = sharding.batch_sharding(mesh)
+  row = lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where)
+  return jax.tree.map(row, batch)
+
+
+def _said(about: Manifest) -> dict[str, np.ndarray]:
+  """Something that a teacher might have said of every position of one sequence."""
+  T, zeros = about.seq_len, np.zeros(about.seq_len, np.float32)
+  ids_N = np.arange(about.n) if about.kind == "topk" else np.zeros(about.n, np.int64)
+  said: dict[str, np.ndarray] = {
+    "ids_TN": np.tile(ids_N, (T, 1)), "logp_TN": np.zeros((T, about.n), np.float32),
+    "argmax_T": np.zeros(T, np.int32), "label_logp_T": zeros, "entropy_T": zeros,
+  }  # fmt: skip
+  if about.taps is not None:
+    P = len(about.taps.layers)
+    said["taps_PTD"] = np.zeros((P, T, about.taps.width), np.int8)
+    said["taps_scale_PT"] = np.zeros((P, T), np.float32)
+  return said if about.kind != "text" else {}
+
+
+def bytes_of(tree: Any) -> int:
+  """Bytes a device holds of a tree of placed shapes."""
+  of = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  return sum(map(of, jax.tree.leaves(tree)))

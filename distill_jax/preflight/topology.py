@@ -1,0 +1,75 @@
+"""A mesh of TPUs that are not here, and the environment in which libtpu compiles for them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from distill_jax import sharding
+from distill_jax.config import Mesh
+from distill_jax.errors import InputError
+from distill_jax.preflight import chips
+
+# Nothing is asked of a metadata server, no log is written to the terminal, and another
+# process may have libtpu too. libtpu reads this when it is loaded, at the first topology.
+ENVIRONMENT = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_STDERR_LOG_LEVEL": "3",
+  "TPU_MIN_LOG_LEVEL": "3",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+}
+
+
+def prepare() -> None:
+  """Sets this process up: all real work is on CPU, and TPU programs are not cached.
+
+  Raises:
+    InputError: libtpu is not installed.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise InputError(
+      "preflight compiles with libtpu, which is not installed; run pip install 'distill-jax[tpu]', "
+      "no TPU is needed"
+    )
+  os.environ.update(ENVIRONMENT)
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_enable_compilation_cache", False)
+
+
+@functools.cache
+def devices(topology: str, num_slices: int = 1) -> tuple[Any, ...]:
+  """The devices of a listed topology (chips.parse), all slices, in jax's order."""
+  more = {"num_slices": num_slices} if num_slices > 1 else {}
+  described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
+  return tuple(described.devices)
+
+
+def mesh(config: Mesh, topology: str, num_slices: int = 1) -> jax.sharding.Mesh:
+  """The mesh that a run on these slices would have.
+
+  Raises:
+    InputError: the topology is not listed, or the config's mesh does not divide it.
+  """
+  chips.parse(topology)
+  if not 1 <= num_slices <= 64:
+    raise InputError(f"--num_slices is {num_slices}; preflight takes 1 to 64 slices")
+  there = devices(topology, num_slices)
+  if any(d.core_on_chip for d in there) and topology.startswith("v4:"):
+    # A v4 chip is one device; libtpu describes its two cores, which mesh_utils refuses.
+    shape = sharding.mesh_shape(**vars(config), devices=len(there))
+    axes = {"axis_types": (jax.sharding.AxisType.Auto,) * 3}
+    return jax.sharding.Mesh(np.reshape(there, shape), sharding.MESH_AXES, **axes)
+  return sharding.make_mesh(**vars(config), devices=there)
+
+
+def slice_of(mesh: jax.sharding.Mesh) -> list[int]:
+  """The slice of each device, in the order of a program's partitions."""
+  return [getattr(d, "slice_index", 0) or 0 for d in mesh.devices.flat]

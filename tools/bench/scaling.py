@@ -1,0 +1,81 @@
+"""A 7B student on 16, 64, 256 and 1,024 TPU chips: what a device holds, and what it sends.
+
+  python tools/bench/scaling.py [--chip=v5p] [--tensor=4] [--small]
+
+No TPU is needed: preflight compiles the training step, as train.py jits it, for each slice
+(libtpu, .[tpu]). The student is Mistral-7B's shape (4,096 wide, so that the parts of up to 256
+devices end where a tile of memory ends) in bfloat16 with float32 parameters and moments, on
+sampled records of 4,096 tokens, one sequence to each group of `tensor` chips: four times the
+chips read four times the tokens.
+
+Of each slice N: `N.state_bytes` (parameters and optimiser), `N.peak_bytes`,
+`N.collective_bytes` by kind and in all, of one device. The claims: `state_times_chips_ratio`,
+the largest over the smallest of state bytes times chips, is 1 where the state falls as 1/N;
+`collective_growth` is the last slice's bytes over the first's. --small takes two slices and a
+tiny model. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from typing import Any
+
+from distill_jax import config, preflight
+from distill_jax.preflight import chips, collectives, programs, topology
+
+CHIPS = (16, 64, 256, 1024)
+
+
+def student(shape: str, seq_len: int, rows: int, tensor: int) -> config.Config:
+  c = config.base()
+  c.student.family, c.student.shape = "llama", shape
+  c.student.dtype, c.student.remat = "bfloat16", "full"
+  c.mesh.tensor = tensor
+  c.data.seq_len = seq_len
+  c.losses.soft, c.losses.hard = config.loss("kd", weight=0.9), config.loss("ce", weight=0.1)
+  c.train.batch_size, c.train.chunk = rows, min(512, seq_len)
+  return config.resolve(c)
+
+
+def measure(name: str, c: config.Config) -> dict[str, Any]:
+  """Bytes of one device."""
+  program = programs.of(c, "train", topology.mesh(c.mesh, name))
+  memory, compiled = preflight.compile_step(program)
+  sent = collectives.Program(compiled.as_text()).sent()
+  state = sum(program.arguments[part] for part in ("parameters", "optimizer"))
+  return {
+    "state_bytes": state, "peak_bytes": memory.peak, "collective_bytes": sum(sent.values()),
+    **{f"collective_bytes.{kind}": n for kind, n in sent.items()},
+  }  # fmt: skip
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--chip", default="v5p", choices=sorted(chips.CHIPS))
+  parser.add_argument("--tensor", type=int, default=4)
+  parser.add_argument("--small", action="store_true", help="two small slices, a tiny model")
+  args = parser.parse_args()
+  topology.prepare()
+  sizes = {chips.parse(name)[1]: name for name in chips.CHIPS[args.chip].topologies}
+  tensor = 2 if args.small else args.tensor
+  out: dict[str, Any] = {"chip": args.chip, "tensor": tensor}
+  counts = [n for n in ((4, 8) if args.small else CHIPS) if n in sizes]
+  for n in counts:
+    began = time.monotonic()
+    shape, seq_len = ("tiny", 128) if args.small else ("mistral-7b-v0.1", 4_096)
+    found = measure(sizes[n], student(shape, seq_len, n // tensor, tensor))
+    print(f"{sizes[n]:<12} {time.monotonic() - began:5.0f} s  {found}", flush=True)
+    out |= {f"{n}.{key}": value for key, value in found.items()}
+  whole = [out[f"{n}.state_bytes"] * n for n in counts]
+  first, last = counts[0], counts[-1]
+  out["state_times_chips_ratio"] = round(max(whole) / min(whole), 4)
+  growth = out[f"{last}.collective_bytes"] / max(1, out[f"{first}.collective_bytes"])
+  out["collective_growth"] = round(growth, 4) if math.isfinite(growth) else None
+  print(json.dumps(out))
+
+
+if __name__ == "__main__":
+  main()
