@@ -16,8 +16,9 @@ def student(family, name, shape, seq_len, batch, fsdp, peak_lr):
     family, name, shape: "qwen2", the repository of its first weights, its named shape.
     seq_len: as text, since it stands behind the config's name.
     batch: sequences a step, by seq_len.
-    fsdp: devices that parameters are spread over. What a device has of the model's width is
-      a multiple of 16: a tile of memory, short of which XLA gathers at twice the bytes.
+    fsdp: devices that parameters are spread over, half a v5p slice: where a gather spans a
+      whole one, XLA makes an all-reduce of it, which sends twice the bytes (for 7B on 64
+      chips 86 GB a step, 57 over 2 x 32).
   """
   if seq_len not in map(str, batch):
     raise ValueError(f"seq_len is {seq_len}; this config has {' and '.join(map(str, batch))}")

@@ -55,8 +55,10 @@ def generate(config: Config, folder: Path) -> dict[str, Any]:
   stops = _check(config, tokenizer, mesh)
   prompts = reading.read(config, tokenizer)
   about = {"prompts": _digest(prompts.ids), "teacher": build.identity(config.teacher, config.seed)}
-  if (before := _finished_before(folder, about)) is not None:
-    return before
+  before: list[dict[str, Any]] = []
+  processes.on_first(lambda: before.extend(_finished_before(folder, about)))
+  if processes.most(len(before)):
+    return before[0] if before else {}
   record = store.token_record(config.records) if _keeps_records(config) else None
   wanted = [(p, s) for p in prompts.ids for s in range(config.generate.samples)]
   finished: list[Finished] = []
@@ -212,17 +214,17 @@ def _last(folder: Path, about: dict[str, Any], result: dict[str, Any], finished:
   finished.remove()
 
 
-def _finished_before(folder: Path, about: dict[str, Any]) -> dict[str, Any] | None:
-  """What an earlier run made of the same prompts, if it came to its end."""
+def _finished_before(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+  """What an earlier run made of the same prompts: one, if it came to its end."""
   file = folder / SUMMARY
   if not file.exists():
-    return None
+    return []
   said = json.loads(file.read_text())
   if said.pop("of") != about:
     raise InputError(
       f"{folder} holds samples of other prompts or another teacher; choose another --workdir"
     )
-  return said | {"tokens_per_second": 0.0}
+  return [said | {"tokens_per_second": 0.0}]
 
 
 def _digest(prompts: dict[int, list[int]]) -> str:

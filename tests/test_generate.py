@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from distill_jax import build, config, sharding
 from distill_jax.data.tokenizers import load_tokenizer
+from distill_jax.decode.finished import Finished
 from distill_jax.errors import InputError
 from distill_jax.generate import generate
 from distill_jax.records import sampler
@@ -189,15 +190,17 @@ def test_chats_stops_and_rejected_prompts(tmp_path):
   c.data.tokenizer = str(chat_folder(tmp_path / "t", GOOD))
   hi = {"role": "user", "content": "hi"}
   rows = [{"q": "hi"}, {"q": [hi]}, {"q": "x" * 40}, {"p": "hi"}, {"q": [1]}, {"q": [hi, hi]}]
+  rows += [{"q": "\ud800"}, {"q": "hi", "answer": "\udfff"}]
   path = Path(c.generate.prompts)
   path.write_text("\n".join(map(json.dumps, rows)) + "\n\nno json\n")
   result = run(c, tmp_path / "one")
   got = {r["id"]: r for r in lines(tmp_path / "one" / "samples.jsonl")}
   why = {r["id"]: r["reason"] for r in lines(tmp_path / "one" / "samples.rejected.jsonl")}
-  assert got.keys() == {0, 1, 5} and why.keys() == {2, 3, 4, 6}
-  assert (result["prompts"], result["rejected"]) == (3, 4)
+  assert got.keys() == {0, 1, 5} and why.keys() == {2, 3, 4, 6, 7, 8}
+  assert (result["prompts"], result["rejected"]) == (3, 6)
   assert got[0]["tokens"] == got[1]["tokens"] != got[5]["tokens"]
-  for n, reason in ((2, "leaves at most 39"), (3, "no field 'q'"), (4, "messages"), (6, "line 8")):
+  said = {2: "most 39", 3: "no field 'q'", 4: "messages", 6: "half", 7: "half", 8: "line 10"}
+  for n, reason in said.items():
     assert reason in why[n]
   store = open_store(tmp_path / "r")
   assert store.manifest.kind == "text"
@@ -238,3 +241,24 @@ def test_refused(tmp_path, changes, says):
     c.data.seq_len = 64
   with pytest.raises(InputError, match=says):
     run(c, tmp_path / "w")
+
+
+def test_a_line_without_what_it_speaks_of_is_made_again(tmp_path):
+  """As in a copy of a workdir that was made while it was written to."""
+  record, about = np.dtype([("ids", "<i4", (3,))]), {"prompts": "p", "teacher": {}}
+  rows = [{"prompt": i, "sample": 0, "tokens": [1] * (i + 1)} for i in range(3)]
+  kept = [{"ids": [np.full(3, i, np.int32)] * (i + 1)} for i in range(3)]
+  with Finished(tmp_path, about, record) as f:
+    f.add(rows, kept)
+  with (tmp_path / "samples.part.bin").open("r+b") as b:
+    b.truncate(5 * record.itemsize + 1)
+  with Finished(tmp_path, about, record) as f:
+    assert f.rows == rows[:2]
+    f.add(rows[2:], kept[2:])
+  with Finished(tmp_path, about, record) as f:
+    assert f.rows == rows
+    for i in range(3):
+      assert f.records(i)["ids"].tolist() == [[i] * 3] * (i + 1)
+  (tmp_path / "samples.part.jsonl").write_text(json.dumps(about) + "\n{broken\n")
+  with pytest.raises(InputError, match="line 2 is damaged"):
+    Finished(tmp_path, about, record)

@@ -175,6 +175,12 @@ def test_records_are_what_the_recorder_says_of_the_text(kind):
         np.testing.assert_allclose(got[name], x, atol=2e-4, err_msg=name)
 
 
+def test_a_model_of_nan_is_found():
+  model = map_params(lambda v: v.replace(v[...] * jnp.nan), random_model())
+  with pytest.raises(FloatingPointError, match="token 0 of prompt 0, sample 0 is not finite"):
+    decode(model, one_device(), DRAWN, {0: [1, 2]})
+
+
 def test_ends():
   """By token and by length; nothing is kept of what a call makes after the end of a text."""
   model, read, mesh = random_model(), prompts(256), one_device()

@@ -92,6 +92,13 @@ def test_greedy_takes_the_first_of_equals_and_no_padding():
   assert set(map(int, drawn)) == {1, 3}
 
 
+def test_a_row_of_nan_ends():
+  """It would be drawn again for ever; who asked finds its log-probability not finite."""
+  z = jnp.asarray([[0.0, 1.0], [jnp.nan, jnp.nan], [-jnp.inf, -jnp.inf]])
+  keys = jax.random.split(jax.random.key(0), 3)
+  assert sampling.choose(z, keys, Sampling(1.0, top_p=0.9)).shape == (3,)
+
+
 def test_a_row_is_drawn_by_its_own_key():
   z, keys = jnp.asarray(logits()), jax.random.split(jax.random.key(1), 6)
   how = Sampling(1.0, top_p=0.3)

@@ -41,7 +41,11 @@ class Sample:
   def add(
     self, said: dict[str, np.ndarray], row: int, stops: Stops, eos: tuple[int, ...], limit: int
   ) -> None:
-    """Takes the row's new tokens, up to its end."""
+    """Takes the row's new tokens, up to its end.
+
+    Raises:
+      FloatingPointError: their probabilities are no numbers.
+    """
     old, new = len(self.tokens), said["token"][:, row]
     count = int((new >= 0).sum())
     self.tokens += new[:count].tolist()
@@ -53,7 +57,14 @@ class Sample:
     elif len(self.tokens) == limit:
       self.reason = "length"
     count = len(self.tokens) - old
-    self.logps += said["logp"][:count, row].tolist()
+    logps = said["logp"][:count, row]
+    if not np.isfinite(logps).all():
+      raise FloatingPointError(
+        f"the log-probability of token {old + int(np.argmin(np.isfinite(logps)))} of prompt "
+        f"{self.prompt}, sample {self.sample} is not finite; the model's weights are damaged, or "
+        "too large for its dtype"
+      )
+    self.logps += logps.tolist()
     for name, x in said.items():
       if name.startswith("record_"):
         self.records[name.removeprefix("record_")].extend(x[:count, row])

@@ -2,8 +2,8 @@
 
 Two files that are only ever appended to. `samples.part.jsonl` begins with what the samples are
 of, then has a line for each; `samples.part.bin` has what the device said of each token, in the
-same order, on disk before the line is. So what a line speaks of is there, and half a line is
-the last.
+same order, on disk before the line is. So half a line is the last, and what a line speaks of
+is there; in a copy that was made in between, lines without it are made again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Finished:
 
   def _read(self, path: Path, about: dict[str, Any]) -> None:
     self._lines.seek(0)
-    whole = 0
+    whole = size = 0
+    each = 0 if self._record is None else self._record.itemsize
+    there = os.fstat(self._binary.fileno()).st_size
     for number, raw in enumerate(self._lines):
       if not raw.endswith(b"\n"):
         break
@@ -52,6 +54,9 @@ class Finished:
           f"{path}, line {number + 1} is damaged ({e}); delete the file and run generate again"
         ) from e
       if number:
+        if size + each * len(row["tokens"]) > there:  # a copy made between the two writes
+          break
+        size += each * len(row["tokens"])
         self.rows.append(row)
       elif row != about:
         key = next(k for k in {**about, **row} if about.get(k) != row.get(k))
@@ -63,17 +68,12 @@ class Finished:
     self._lines.truncate(whole)
     if not whole:
       self._append([about])
-    each = 0 if self._record is None else self._record.itemsize
-    size = each * sum(len(row["tokens"]) for row in self.rows)
-    if (found := os.fstat(self._binary.fileno()).st_size) < size:
-      raise InputError(
-        f"{self._folder / BINARY} has {found} bytes and {LINES} speaks of {size}; delete both and "
-        "run generate again"
-      )
     self._binary.truncate(size)
 
   def add(self, rows: list[dict[str, Any]], records: list[dict[str, list[np.ndarray]]]) -> None:
     """Adds samples, and by name what is kept of their tokens. Returns when all is on disk."""
+    if not rows:
+      return
     if self._record is not None:
       for row, kept in zip(rows, records, strict=True):
         record = np.zeros(len(row["tokens"]), self._record)

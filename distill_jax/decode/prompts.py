@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from distill_jax.errors import InputError
 from distill_jax.hub import load
 
 ON_BAD = ("stop", "skip")
+HALF = re.compile("[\ud800-\udfff]")  # of a pair: JSON can spell it, and it is no character
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,4 +136,6 @@ def _value(raw: bytes, field: str) -> tuple[Any, dict[str, Any]]:
   if not isinstance(row, dict) or field not in row:
     there = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
     raise InputError(f"there is no field {field!r}, but {there or 'nothing'}")
+  if half := HALF.search(json.dumps(row, ensure_ascii=False)):
+    raise InputError(f"it holds half a surrogate pair, {half[0]!r}")
   return row.pop(field), row

@@ -73,7 +73,7 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, how: Sampling) -> jax.Array:
     )
 
   ids_BC = jnp.zeros(logits_BV.shape[:1] + (1,), jnp.int32)
-  start = jnp.int32(0), ids_BC, ids_BC > 0
+  start = jnp.int32(0), ids_BC, jnp.isnan(total_BC)  # of which no draw would ever be kept
   return jax.lax.while_loop(lambda carry: ~jnp.all(carry[2]), again, start)[1][:, 0]
 
 

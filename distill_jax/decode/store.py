@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distill_jax import teacher
+from distill_jax import storage, teacher
 from distill_jax.config import Config, Records
 from distill_jax.data import packing
 from distill_jax.data.tokenizers import Tokenizer
@@ -54,7 +53,7 @@ def write(
   packed = list(_pack([len(prompts[r["prompt"]]) + len(r["tokens"]) for r in rows], T))
   light = [_sequence(prompts, [rows[i] for i in some], T) for some in packed]
   manifest = teacher.manifest_of(config, tokenizer, light)
-  with Writer(Path(config.generate.records_dir), manifest) as writer:
+  with storage.Synced(config.generate.records_dir) as folder, Writer(folder, manifest) as writer:
     for shard in writer.missing():
       writer.write_shard(
         shard,

@@ -17,9 +17,8 @@ KINDS = (
   "collective-permute", "collective-broadcast",
 )  # fmt: skip
 DCN = "dcn "  # before the kind of what goes from slice to slice
-# A part that does not end where a tile of memory ends (16 of the rows, 128 of the columns in
-# bfloat16) is gathered by adding up arrays that are zero elsewhere, at twice the bytes.
-UNALIGNED = "all-gather as all-reduce"
+# Where a gather spans a whole 3D torus, libtpu adds up arrays that are zero elsewhere.
+BY_ADDING = "all-gather as all-reduce"
 BYTES = {"pred": 1, "bf16": 2}
 _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)")
 _CALL = re.compile(r"(?:^|[ })\]])([a-z][a-z0-9-]*)\(([^)]*)\)")
@@ -99,7 +98,7 @@ class Program:
     if scattered:
       return "reduce-scatter", size * _share("reduce-scatter", n)
     placed = [x for x in op.operands if "dynamic-update-slice" in x]
-    return (UNALIGNED if len(placed) == len(op.operands) else kind), size * _share(kind, n)
+    return (BY_ADDING if len(placed) == len(op.operands) else kind), size * _share(kind, n)
 
   def _turns(self, name: str, loop: Op) -> int:
     """How often a loop turns: its counter's first value, and the constant it is compared to.

@@ -9,7 +9,9 @@ turns, its first run untimed (it compiles); torch has as many threads as there a
 Ours runs as `generate` runs it, with the defaults of config.Generate: finished texts are
 looked for and rows refilled. `speedup_over_transformers` is the median over rounds of our
 tokens a second over theirs, `same_tokens` the share of tokens that both chose alike. The last
-line is one JSON object.
+line is one JSON object. Only an otherwise idle machine tells anything: with other work on the
+cores torch's threads wait for each other, and its rate falls to a tenth (seen); `load_before`,
+the load average at the start, says whether it was idle.
 """
 
 from __future__ import annotations
@@ -122,6 +124,7 @@ def main() -> None:
   if args.contest:
     contest(args.contest[0], Path(args.contest[1]), args.new)
     return
+  load = os.getloadavg()[0]
   rows: dict[str, list[dict]] = {name: [] for name in CONTESTANTS}
   with tempfile.TemporaryDirectory() as folder:
     prepare(Path(folder) / "model", args.batch, args.prompt)
@@ -143,10 +146,11 @@ def main() -> None:
     "speedup_over_transformers": statistics.median(b["seconds"] / a["seconds"] for a, b in pairs),
     **{f"{name}.tokens_per_second": rate[name] for name in CONTESTANTS},
     "same_tokens": sum(same) / len(same),
+    "load_before": load,
   }
   for key, value in figures.items():
     print(f"{key:36}{value:12,.3f}")
-  print(f"cores {CORES}, load {os.getloadavg()[0]:.1f}")
+  print(f"cores {CORES}")
   print(json.dumps({key: round(value, 4) for key, value in figures.items()}))
 
 

@@ -3,10 +3,9 @@
   python tools/bench/scaling.py [--chip=v5p] [--tensor=4] [--small]
 
 No TPU is needed: preflight compiles the training step, as train.py jits it, for each slice
-(libtpu, .[tpu]). The student is Mistral-7B's shape (4,096 wide, so that the parts of up to 256
-devices end where a tile of memory ends) in bfloat16 with float32 parameters and moments, on
-sampled records of 4,096 tokens, one sequence to each group of `tensor` chips: four times the
-chips read four times the tokens.
+(libtpu, .[tpu]). The student is Mistral-7B's shape (its width of 4,096 divides over all these
+chips) in bfloat16 with float32 parameters and moments, on sampled records of 4,096 tokens, one
+sequence to each group of `tensor` chips: four times the chips read four times the tokens.
 
 Of each slice N: `N.state_bytes` (parameters and optimiser), `N.peak_bytes`,
 `N.collective_bytes` by kind and in all, of one device. The claims: `state_times_chips_ratio`,
