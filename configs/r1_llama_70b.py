@@ -8,8 +8,8 @@ and with configs/r1_llama_70b.py:32768 on longer sequences. What preflight says 
 v5p:4x4x8, for 256 sequences of 4,096 tokens and 128 of 32,768 (one a device):
 
     tokens     GiB a device   GB sent  s/step   MFU    tokens/s  chip-hours
-     4,096  (not measured)
-    32,768    64.5 of 95.74      832   53.34    73%      78,630      3,884
+     4,096    36.5 of 95.74      554   10.32    75%     101,633      3,005
+    32,768    74.3 of 95.74      554   53.34    73%      78,630      3,884
 
 Times are bounds at published peaks, not forecasts; chip-hours are those of 8.6 billion tokens.
 """

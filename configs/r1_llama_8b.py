@@ -8,8 +8,8 @@ and with configs/r1_llama_8b.py:32768 on longer sequences. What preflight says o
 v5p:4x4x4, for 256 sequences of 4,096 tokens and 64 of 32,768 (one a device):
 
     tokens     GiB a device   GB sent  s/step   MFU    tokens/s  chip-hours
-     4,096    12.0 of 95.74       91    2.28    76%     460,297        332
-    32,768    17.8 of 95.74       91    6.97    73%     300,853        508
+     4,096    13.5 of 95.74       61    2.28    76%     460,297        332
+    32,768    20.0 of 95.74       61    6.97    73%     300,853        508
 
 Times are bounds at published peaks, not forecasts; chip-hours are those of 8.6 billion tokens.
 """

@@ -8,8 +8,8 @@ and with configs/r1_qwen_14b.py:32768 on longer sequences. What preflight says o
 v5p:4x4x4, for 256 sequences of 4,096 tokens and 64 of 32,768 (one a device):
 
     tokens     GiB a device   GB sent  s/step   MFU    tokens/s  chip-hours
-     4,096    19.0 of 95.74      168    4.26    75%     245,969        621
-    32,768    28.1 of 95.74      168   13.05    72%     160,658        951
+     4,096    23.2 of 95.74      112    4.26    75%     245,969        621
+    32,768    32.1 of 95.74      112   13.05    72%     160,658        951
 
 Times are bounds at published peaks, not forecasts; chip-hours are those of 8.6 billion tokens.
 """
