@@ -148,9 +148,7 @@ class Block(_decoder.Block):
     kv_BTHh = jnp.einsum("BTR,RHh->BTHh", kv_BTR, self.kv_up[...])
     k_BTHn, v_BTHv = jnp.split(kv_BTHh, [c.qk_nope_head_dim], -1)
     # One rotated key for all heads.
-    k_rope_BTHr = jnp.broadcast_to(
-      k_rope_BTr[:, :, None], (*k_BTHn.shape[:3], c.qk_rope_head_dim)
-    )
+    k_rope_BTHr = jnp.broadcast_to(k_rope_BTr[:, :, None], (*k_BTHn.shape[:3], c.qk_rope_head_dim))
     return q_BTHh, jnp.concatenate([k_BTHn, k_rope_BTHr], -1), v_BTHv
 
   def _latent(self, x_BTD: jax.Array, angles: Any) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -43,9 +43,7 @@ def prepare(folder: Path, batch: int, length: int) -> None:
 
   source = load.open_model(MODEL)
   model = load.load(source, sharding.make_mesh(devices=jax.devices()[:1]), Compute())
-  export.export(
-    model, folder, tokenizer=source.tokenizer, generation={}, card="", dtype="float32"
-  )
+  export.export(model, folder, tokenizer=source.tokenizer, generation={}, card="", dtype="float32")
   tokenizer = corpus.tokenizer_of(Data(), source)
   texts = sources.documents(sources.Source("pydoc", heldout_fraction=0.0))
   prompts = [ids[:length] for t in texts if len(ids := tokenizer.encode(t)) >= length][:batch]
