@@ -65,7 +65,7 @@ class Passes:
     self._hidden = jax.jit(lambda model, batch: model(batch.inputs, built.how).hidden_BTD)
     self._plain = jax.jit(functools.partial(lm.score, how=built.how, chunk=c.records.chunk))
     self._summarise = teacher._summariser(c, mesh, tokenizer)
-    self.writer = Writer(folder, teacher._manifest(c, tokenizer, self.all_rows))
+    self.writer = Writer(folder, teacher.manifest_of(c, tokenizer, self.all_rows))
     self.background = ThreadPoolExecutor(1)
     self.before: tuple[range, Rows] | None = None
 
@@ -90,7 +90,7 @@ class Passes:
       writing = self.background.submit(self.writer.write_shard, *self.before)
     shard = self.writer.manifest.ranges[i]
     sequences: Rows = []
-    for some in teacher._recorded(self.c, self.all_rows, shard, self._summarise):
+    for some in teacher._recorded(self.c, self.all_rows, [shard], self._summarise):
       sequences += some
     self.before = shard, sequences
     if writing is not None:
