@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
   sysexits.h). 1: training has gone wrong.
   """
   argv = list(sys.argv if argv is None else argv)
+  hush_libtpu()
   try:
     result = run(argv)
   except InputError as error:
@@ -70,6 +71,17 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(_stop(2, f"{why} finished is kept"))
   if processes.is_first():
     print(json.dumps(result) if JSON.value else summary(argv[1], result), flush=True)
+
+
+def hush_libtpu() -> None:
+  """Where there is no TPU, tells libtpu a host and a kind, before jax loads it.
+
+  preflight and the tests want libtpu on machines without a TPU, and there it would start
+  every command with six lines of errors about these two.
+  """
+  if not any(Path("/dev").glob("accel*")) and not Path("/dev/vfio").exists():
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def _stop(code: int, why: str) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -406,18 +407,52 @@ def test_two_at_once_for_a_slice_that_is_not_here(tmp_path):
     start(path, "--topology=v5e:2x2", "--json"),
     start(path, "--topology=v5e:2x2", "--verb=record"),
     start(path, "--topology=v5e:2x2", "--num_slices=2"),
+    start(path, "--topology=v5e:2x2", "--num_slices=2", "--config.mesh.data=2", "--json"),
   )
-  (out, err), (words, more), (_, refused) = (p.communicate(timeout=120) for p in both)
-  assert [p.returncode for p in both] == [0, 0, 2], err + more
+  said = [p.communicate(timeout=200) for p in both]
+  (out, err), (words, more), (_, refused), (two, _) = said
+  assert [p.returncode for p in both] == [0, 0, 2, 0], err + more
   r = json.loads(out.splitlines()[-1])
   assert all(r[key] is not None for key in KEYS) and r["fits"] and r["chips"] == 4
   assert r["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
+  parts, peak = sum(r["bytes_per_device"].values()), r["peak_bytes_per_device"]
+  assert 0.9 * peak < parts <= peak  # the layouts of small arguments are padded
   assert r["flops_per_step"] == sum(r["flops"].values()) - r["flops"]["recomputed"]
   assert 0 < r["mfu_bound"] <= 1
   assert r["tokens_per_second_bound"] == pytest.approx(8 * 128 / r["step_seconds_bound"])
+  assert r["store_bytes"] == pytest.approx(100 * 128 * r["store_bytes_per_token"], rel=0.01)
   assert r["chip_hours"] == pytest.approx(10 * r["step_seconds_bound"] * 4 / 3600)
   assert words.startswith("fits: ") and "records take about" in words
   assert "mesh.data is 1 and there are 2 slices" in refused
+  slow = json.loads(two.splitlines()[-1])
+  assert slow["chips"] == 8 and slow["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert set(r["collectives"]) | {"dcn all-reduce"} == set(slow["collectives"])
+  # Each device sends its part of the gradient, once, and a few sums.
+  gradient = slow["bytes_per_device"]["parameters"]
+  assert gradient / 4 < slow["collectives"]["dcn all-reduce"] < 1.2 * gradient
+
+
+def test_the_smallest_slice_may_have_another_mesh(monkeypatch):
+  """The config wants 16 devices of fsdp, which four have not."""
+  monkeypatch.setattr(topology, "prepare", lambda: None)
+  monkeypatch.setattr(topology, "mesh", lambda axes, name, _: sharding.make_mesh(**vars(axes)))
+  monkeypatch.setattr(pf, "compile_step", lambda *a: (pf.Memory(1, 0, 1, 2), "compiled"))
+  c = model_config()
+  c.mesh.fsdp = 16
+  found = pf._smallest(config.resolve(c), "train", chips.CHIPS["v5e"], 16, 1, fits=True)
+  assert found == {
+    "topology": "v5e:2x2", "mesh": {"data": 1, "fsdp": 4, "tensor": 1}, "proven": True,
+    "peak_bytes_per_device": 2,
+  }  # fmt: skip
+
+
+@needs_libtpu
+def test_libtpu_is_silent_where_there_is_no_tpu():
+  script = "from distill_jax import cli; cli.hush_libtpu(); import jax; jax.devices()"
+  env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_PLATFORMS", "TPU_"))}
+  env["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"  # else another process's lock would silence it
+  ran = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+  assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
 def test_the_words_of_a_verdict():

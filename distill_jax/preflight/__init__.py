@@ -26,14 +26,17 @@ TRIES = 3  # compiles in search of the smallest slice
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes a device. Of a program that does not fit, libtpu gives the whole alone.
+  """Bytes a device: the peak, and what it is made of.
 
-  It says "HLO temporaries" and means arguments and outputs too, as programs show that have none.
+  Of a program that does not fit, libtpu gives the whole alone. It says "HLO temporaries" and
+  means arguments and outputs too, as programs show that have none. Of one that fits, its
+  `temp_size_in_bytes` is more than ever lives at a time: it alone passes the peak of large
+  programs, and with the arguments the memory of chips for which they compile.
   """
 
   arguments: int
   outputs: int  # beside those that take the place of arguments
-  temporaries: int
+  temporaries: int  # what else lives at the peak
   peak: int
 
 
@@ -81,7 +84,9 @@ def preflight(
   out["store_bytes_per_token"] = round(estimate.record_bytes(about), 1)
   total = estimate.tokens(config, verb)
   out["tokens"] = total or None
-  out["store_bytes"] = round(total * out["store_bytes_per_token"]) if total else None
+  # Of a corpus of unknown length no more is known than what training sees, perhaps twice.
+  stored = estimate.tokens(config, "record") or total
+  out["store_bytes"] = round(stored * out["store_bytes_per_token"]) if stored else None
   out["smallest"] = _smallest(config, verb, chip, per_slice, num_slices, fits)
   return out
 
@@ -103,8 +108,8 @@ def compile_step(program: programs.Program, options: Any = None) -> tuple[Memory
     return Memory(given, 0, max(0, asked - given), asked), None
   m = compiled.memory_analysis()
   fresh = m.output_size_in_bytes - m.alias_size_in_bytes
-  memory = Memory(m.argument_size_in_bytes, fresh, m.temp_size_in_bytes, m.peak_memory_in_bytes)
-  return memory, compiled
+  given, peak = m.argument_size_in_bytes, m.peak_memory_in_bytes
+  return Memory(given, fresh, max(0, peak - given - fresh), peak), compiled
 
 
 def _speed(
@@ -138,25 +143,37 @@ def _smallest(
 ) -> dict[str, Any] | None:
   """The smallest listed slice of this chip on which the config fits, beside the one asked for.
 
-  Slices that cannot hold the arguments are passed over by arithmetic; the others are compiled,
-  in order of size, with little effort.
+  The mesh is the config's, or where that does not divide a slice, all of it is fsdp (beside
+  tensor). Slices that cannot hold the arguments are passed over by arithmetic; the others are
+  compiled, in order of size, with little effort.
   """
   tried = 0
   for name in chip.topologies:
     _, n = chips.parse(name)
     if n == per_slice or (fits and n > per_slice) or (not fits and n < per_slice):
       continue
+    mesh = _mesh(config, name, num_slices)
     try:
-      mesh = topology.mesh(config.mesh, name, num_slices)
-      if estimate.arguments(config, verb, mesh) > chip.hbm:
+      if mesh is None or estimate.arguments(config, verb, mesh) > chip.hbm:
         continue
       program = programs.of(config, verb, mesh)
-    except InputError:  # this config's mesh or batch does not divide over it
+    except InputError:  # a dimension or the batch does not divide over it
       continue
+    found = {"topology": name, "mesh": dict(mesh.shape)}
     if tried == TRIES:
-      return {"topology": name, "proven": False, "tried": tried}
+      return found | {"proven": False, "tried": tried}
     tried += 1
     memory, compiled = compile_step(program, QUICK)
     if compiled is not None and memory.peak <= chip.hbm:
-      return {"topology": name, "proven": True, "peak_bytes_per_device": memory.peak}
+      return found | {"proven": True, "peak_bytes_per_device": memory.peak}
+  return None
+
+
+def _mesh(config: Config, name: str, num_slices: int) -> Any:
+  """The config's mesh on these slices, or one of fsdp; None if its tensor does not divide them."""
+  for axes in (config.mesh, dataclasses.replace(config.mesh, data=num_slices, fsdp=-1)):
+    try:
+      return topology.mesh(axes, name, num_slices)
+    except InputError:
+      continue
   return None

@@ -42,7 +42,7 @@ def verdict(r: dict[str, Any]) -> str:
 
 
 def _store(r: dict[str, Any]) -> str:
-  whole = f", {r['store_bytes'] / 1e9:,.1f} GB in all" if r["store_bytes"] else ""
+  whole = f", at most {r['store_bytes'] / 1e9:,.1f} GB in all" if r["store_bytes"] else ""
   return f"records take about {r['store_bytes_per_token']} bytes a token{whole}"
 
 
@@ -50,17 +50,21 @@ def _smallest(r: dict[str, Any]) -> str:
   found = r["smallest"]
   if found is None:
     return (
-      "no smaller listed slice fits with this config's mesh and batch"
+      "no smaller listed slice fits with this config's batch"
       if r["fits"]
-      else "no larger listed slice fits with this config's mesh and batch"
+      else "no larger listed slice fits with this config's batch"
     )
   if found["proven"]:
     peak = _size(found["peak_bytes_per_device"])
-    return f"the smallest listed slice that fits is {found['topology']}, by a compile: {peak}"
+    return f"the smallest listed slice that fits is {_on(found)}, by a compile: {peak}"
   return (
-    f"{found['tried']} slices were compiled and did not fit; {found['topology']} is the next that "
+    f"{found['tried']} slices were compiled and did not fit; {_on(found)} is the next that "
     "holds the arguments"
   )
+
+
+def _on(found: dict[str, Any]) -> str:
+  return f"{found['topology']} with mesh {_mesh(found)}"
 
 
 def _slices(r: dict[str, Any]) -> str:
