@@ -87,19 +87,23 @@ def test_recording(folder):
 
 
 def test_training_told_to_stop_goes_on_as_another_number_of_processes(folder):
-  """SIGTERM to the launcher, exit code 75; then one process, on another mesh, to the end."""
+  """SIGTERM to the launcher, exit code 75; then one process, on another mesh, to the end.
+
+  The signal comes while the step compiles: jax looks for one once a second, and twelve small
+  steps take less than that.
+  """
   line = launch(folder, "train", "two", "--config.train.checkpoint_every=1000")
-  metrics = folder / "two" / "metrics.jsonl"
+  opened = folder / "two" / "config.json"
   with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) as launched:
     deadline = time.monotonic() + 200
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+    while not opened.exists():
       assert launched.poll() is None and time.monotonic() < deadline
       time.sleep(0.01)
     launched.send_signal(signal.SIGTERM)
     said, _ = launched.communicate(timeout=200)
   assert launched.returncode == os.EX_TEMPFAIL, said
   step = int(re.search(r"step (\d+) of 12 is saved", said)[1])
-  assert 2 <= step < 12
+  assert 1 <= step < 12
   c = made(folder)
   c.train.checkpoint_every, c.mesh.tensor = 1000, 2
   resolved = config.resolve(c)
