@@ -26,6 +26,7 @@ VERBS = {
   "record": "teacher:record",
   "train": "train:train",
   "generate": "generate:generate",
+  "filter": "filtering:filter_samples",
   "evaluate": "evaluate:evaluate",
   "export": "verbs:export",
   "report": "verbs:report",

@@ -144,6 +144,21 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Server:
+  """An OpenAI-compatible server that a teacher stands behind, as vLLM and SGLang are."""
+
+  url: str = ""  # as http://localhost:8000/v1; "": the teacher runs here
+  model: str = ""  # its name there; "": the only one that is served
+  api_key_env: str = ""  # the environment variable that holds the key; "": no key
+  in_flight: int = 32  # requests at once
+  requests_per_minute: float = 0.0  # 0: as many as there can be
+  timeout_s: float = 600.0  # for a whole answer
+  retries: int = 8  # of a request, after waits that grow
+  top_logprobs: int = 0  # of each token, kept in responses.jsonl for `record`; 0: none
+  extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # more fields of a request
+
+
+@dataclasses.dataclass(frozen=True)
 class Generate:
   """What `generate` asks of the teacher. Text never depends on how it is computed."""
 
@@ -166,6 +181,16 @@ class Generate:
   prefill_rows: int = 4  # prompts that are read at once …
   prefill_chunk: int = 64  # … and how many tokens of each
   steps: int = 8  # tokens of a row between two looks at the text
+  server: Server = Server()  # the teacher is behind this one
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+  """What `filter` reads, and the order of `filters`."""
+
+  samples: str = ""  # what `generate` wrote, or the folder it is in; "": the workdir
+  order: tuple[str, ...] = ()  # names in `filters`, all of them; (): there is only one
+  on_bad: str = "stop"  # stop | skip, what is to happen where a sample cannot be judged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +228,8 @@ class Config:
   train: Train = Train()
   evaluate: Evaluate = Evaluate()
   generate: Generate = Generate()
+  filter: Filter = Filter()
+  filters: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Filter
   export: Export = Export()
   inspect: Inspect = Inspect()
   profile_steps: str = ""  # the flag --profile_steps
@@ -226,6 +253,13 @@ def loss(name: str, **fields: Any) -> ConfigDict:
   return ConfigDict({"loss": name, **keys, **fields}, type_safe=False)
 
 
+def filter(name: str, **fields: Any) -> ConfigDict:
+  """One entry of `filters`: a module of distill_jax/filters with all its keys."""
+  keys = {f.name: f.default for f in dataclasses.fields(folder.load("filters", name).Filter)}
+  _known(fields, keys, f"filters.{name}")
+  return ConfigDict({"filter": name, **keys, **fields}, type_safe=False)
+
+
 def schedule(*points: tuple[float, float], shape: str = "linear") -> dict[str, Any]:
   """A weight or temperature that follows the step: see distill_jax/schedules.py."""
   return {"points": points, "shape": shape}
@@ -235,7 +269,10 @@ def resolve(config: ConfigDict) -> Config:
   """A config as frozen dataclasses; what does not fit is refused by its dotted name."""
   tree = config.to_dict()
   losses = {name: _loss(fields, f"losses.{name}") for name, fields in tree.pop("losses").items()}
-  return dataclasses.replace(_build(Config, tree, ""), losses=losses)
+  filters = {
+    name: _filter(fields, f"filters.{name}") for name, fields in tree.pop("filters", {}).items()
+  }
+  return dataclasses.replace(_build(Config, tree, ""), losses=losses, filters=filters)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -243,6 +280,8 @@ def to_dict(config: Config) -> dict[str, Any]:
   tree = dataclasses.asdict(config)
   for name, value in config.losses.items():
     tree["losses"][name]["loss"] = type(value).__module__.rpartition(".")[2]
+  for name, value in config.filters.items():
+    tree["filters"][name]["filter"] = type(value).__module__.rpartition(".")[2]
   return tree
 
 
@@ -256,6 +295,13 @@ def _loss(fields: dict[str, Any], at: str) -> Any:
     raise InputError(f"{at} has no key 'loss'; name a module of distill_jax/losses there")
   cls = folder.load("losses", fields["loss"]).Loss
   return _build(cls, {k: v for k, v in fields.items() if k != "loss"}, at)
+
+
+def _filter(fields: dict[str, Any], at: str) -> Any:
+  if "filter" not in fields:
+    raise InputError(f"{at} has no key 'filter'; name a module of distill_jax/filters there")
+  cls = folder.load("filters", fields["filter"]).Filter
+  return _build(cls, {k: v for k, v in fields.items() if k != "filter"}, at)
 
 
 def _known(given: Any, known: Any, at: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill_jax import build, files, processes, sharding
+from distill_jax import build, files, processes, served, sharding
 from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
@@ -50,6 +50,8 @@ def generate(config: Config, folder: Path) -> dict[str, Any]:
     InputError: config, prompts and model do not fit together, before anything is compiled.
     Preempted: SIGTERM came; finished samples are kept.
   """
+  if config.generate.server.url:
+    return served.generate(config, folder)
   mesh = sharding.make_mesh(**vars(config.mesh))
   tokenizer = corpus.tokenizer_of(config.data, build.pretrained(config.teacher))
   stops = _check(config, tokenizer, mesh)

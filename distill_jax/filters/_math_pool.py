@@ -1,0 +1,83 @@
+"""Worker processes that compare two answers, and are replaced when they do not come back."""
+
+from __future__ import annotations
+
+import json
+import queue
+import select
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from distill_jax.errors import InputError
+
+WORKER = Path(__file__).with_name("_math_worker.py")
+START = 120.0  # seconds that a worker may take to import sympy
+SLACK = 10.0  # seconds of the clock for one of computing, until a worker is ended from outside
+
+
+class Pool:
+  """As many workers as there are threads that ask; a context manager."""
+
+  def __init__(self, seconds: float):
+    self._seconds = seconds
+    self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+    self._all: set[subprocess.Popen[bytes]] = set()
+    self._lock = threading.Lock()
+
+  def __enter__(self) -> Pool:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    with self._lock:
+      for worker in self._all:
+        worker.kill()
+        worker.communicate()
+      self._all.clear()
+
+  def equal(self, key: str, answer: str) -> str:
+    """equal | other | key, the key cannot be parsed | timeout | crashed."""
+    try:
+      worker = self._idle.get_nowait()
+    except queue.Empty:
+      worker = self._start()
+    assert worker.stdin is not None
+    try:
+      worker.stdin.write(json.dumps([key, answer]).encode() + b"\n")
+      worker.stdin.flush()
+      said = _line(worker, self._seconds * SLACK)
+    except BrokenPipeError:
+      said = ""
+    if said:
+      self._idle.put(worker)
+      return said
+    out_of_time = worker.poll() is None
+    worker.kill()
+    worker.communicate()
+    with self._lock:
+      self._all.discard(worker)
+    return "timeout" if out_of_time or worker.returncode == -signal.SIGPROF else "crashed"
+
+  def _start(self) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-I", str(WORKER), str(self._seconds)]
+    worker = subprocess.Popen(
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+    )
+    with self._lock:
+      self._all.add(worker)
+    if _line(worker, START) != "ready":
+      raise InputError(f"math-verify does not start in {START:.0f} s; run {' '.join(command)}")
+    return worker
+
+
+def _line(worker: subprocess.Popen[bytes], seconds: float) -> str:
+  """The next line; "" at its end, or where none comes in time. Lines are short: one write."""
+  assert worker.stdout is not None
+  if not select.select([worker.stdout], [], [], seconds)[0]:
+    return ""
+  line = worker.stdout.readline()
+  if not line and worker.poll() is None:
+    worker.wait(5)
+  return line.decode().strip()

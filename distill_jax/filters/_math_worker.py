@@ -1,0 +1,47 @@
+"""A process of its own: reads ["key", "answer"] a line, says whether they are equal.
+
+Run as a script, with the seconds of computing that one answer may take: the kernel ends the
+process (SIGPROF) after them, wherever sympy is.
+"""
+
+import json
+import logging
+import resource
+import signal
+import sys
+
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+MEMORY = 4 * 2**30
+CONFIG = (LatexExtractionConfig(), ExprExtractionConfig())
+
+
+def read(answer: str) -> list:
+  """What sympy makes of an answer; [] where it makes nothing."""
+  found = parse(f"${answer}$", CONFIG, parsing_timeout=None)
+  return [] if all(isinstance(x, str) for x in found) else found
+
+
+def compare(key: str, answer: str) -> str:
+  gold = read(key)
+  if not gold:
+    return "key"
+  said = read(answer)
+  return "equal" if said and verify(gold, said, timeout_seconds=None) else "other"
+
+
+def main(seconds: float) -> None:
+  logging.disable()  # it warns that its own time limits, which need the main thread, are off
+  resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+  answers = sys.stdout
+  sys.stdout = sys.stderr
+  print("ready", file=answers, flush=True)
+  for line in sys.stdin:
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    verdict = compare(*json.loads(line))
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    print(verdict, file=answers, flush=True)
+
+
+if __name__ == "__main__":
+  main(float(sys.argv[1]))

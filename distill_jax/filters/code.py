@@ -1,0 +1,180 @@
+"""Programs that pass their tests, run in a sandbox (_jail.py).
+
+Tests have HumanEval's form: `prompt` begins a program that the sample ends, `test` defines
+check(candidate), and `entry_point` names what is checked. The verdict is a secret that the
+runner says after the check: exit codes and prints count for nothing. A program that searched
+the interpreter it shares with its test for that secret, or made its results equal everything,
+would pass: HumanEval's form leaves that open.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from distill_jax.errors import InputError
+from distill_jax.filters._sample import Bad, Judged, Sample, answer_part, ordered, string
+
+JAIL = Path(__file__).with_name("_jail.py")
+FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+REPORT = 4096  # bytes that are read of what a program says of itself
+ENV = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1",
+       "OPENBLAS_NUM_THREADS": "1"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+  """Attributes:
+  prompt, test, entry_point: fields of the prompt's line. A prompt of chat messages begins no
+    program.
+  cpu_seconds, wall_seconds: of one program.
+  memory: bytes of address space of one process.
+  processes: and threads, at once.
+  disk: bytes of files, which are in memory and go with the program.
+  isolated: no network, no files but its own, no processes of others: Linux namespaces, which
+    some machines permit to nobody. False: time, memory and size of files are limited, nothing
+    else is: for programs that you trust.
+  python: the interpreter; "": this one.
+  workers: programs at once.
+  """
+
+  prompt: str = "prompt"
+  test: str = "test"
+  entry_point: str = "entry_point"
+  cpu_seconds: int = 10
+  wall_seconds: float = 30.0
+  memory: int = 2**30
+  processes: int = 4
+  disk: int = 2**24
+  isolated: bool = True
+  python: str = ""
+  workers: int = 2
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if isinstance(value, int | float) and field.name != "isolated" and value <= 0:
+        raise InputError(f"a code filter's {field.name} is {value}; it is above 0")
+
+  def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
+    if why := self.run("def one(): return 1", "def check(f): assert f() == 1", "one"):
+      raise InputError(
+        f"the sandbox does not run a program that is right ({why}); set other limits"
+      )
+    yield from ordered(self._judge, samples, self.workers)
+
+  def _judge(self, sample: Sample) -> str | None:
+    test, entry = string(sample, self.test), string(sample, self.entry_point)
+    for part in (test, entry):
+      if isinstance(part, Bad):
+        return part
+    if not entry.isidentifier():
+      return Bad(f"no {self.entry_point}: {entry!r:.60} is no name")
+    try:
+      ast.parse(test)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+      return Bad(f"the test cannot be parsed: {e}")
+    said = sample["prompt"] if self.prompt == "prompt" else string(sample, self.prompt)
+    return self.run(program(said, sample["text"], entry), test, entry)
+
+  def run(self, source: str, test: str, entry: str) -> str | None:
+    """Why a program fails; None where check(entry) comes to its end.
+
+    Raises:
+      InputError: the sandbox cannot be made on this machine.
+    """
+    secret = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="distill-jax-") as folder:
+      Path(folder).chmod(0o755)
+      job = Path(folder) / "job.json"
+      job.write_text(json.dumps([secret, source, test, entry]))
+      here, there = os.pipe()
+      with job.open("rb") as reading:
+        job.unlink()
+        limits = dataclasses.asdict(self) | {"folder": folder, "fds": [reading.fileno(), there]}
+        limits["python"] = self.python or sys.executable
+        try:
+          ended = self._jail(limits, reading.fileno(), there)
+        finally:
+          os.close(there)
+          os.set_blocking(here, False)
+          try:
+            said = os.read(here, REPORT).decode(errors="replace")
+          except BlockingIOError:  # some process of the program is still there
+            said = ""
+          os.close(here)
+    if said == secret:
+      return None
+    return ended or _why(said)
+
+  def _jail(self, limits: dict[str, Any], *fds: int) -> str:
+    """Runs the program to its end, whatever it does. Returns how it was ended, or ""."""
+    process = subprocess.Popen(
+      [sys.executable, "-I", "-S", str(JAIL), json.dumps(limits)], pass_fds=fds, env=ENV,
+      stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+      start_new_session=True,
+    )  # fmt: skip
+    try:
+      _, error = process.communicate(timeout=self.wall_seconds)
+    except subprocess.TimeoutExpired:
+      return f"timeout: {self.wall_seconds} s of the clock"
+    finally:
+      if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    if process.returncode == 125:
+      raise InputError(
+        f"the sandbox cannot be made here ({error.decode(errors='replace').strip()[-200:]}); run "
+        "where namespaces are permitted, or, for programs that you trust, set isolated=False"
+      )
+    if process.returncode == 124:
+      return f"timeout: {self.cpu_seconds} s of computing"
+    return "killed" if process.returncode else ""
+
+
+def program(prompt: Any, text: str, entry: str) -> str:
+  """The whole program of a sample: its last block of Python, or all it says."""
+  answer = answer_part(text)
+  blocks = FENCE.findall(answer)
+  whole = [b for b in blocks if defines(b, entry)]
+  source = [answer, *blocks, *whole][-1]
+  begins = prompt if isinstance(prompt, str) else ""
+  if defines(source, entry):  # what the prompt imports and defines is still wanted, if it is code
+    return f"{begins}\n{source}" if _parses(begins) else source
+  return begins + source
+
+
+def defines(source: str, entry: str) -> bool:
+  return bool(re.search(rf"^(?:async\s+)?(?:def|class)\s+{re.escape(entry)}\b", source, re.M))
+
+
+def _parses(source: str) -> bool:
+  try:
+    ast.parse(source)
+  except (SyntaxError, ValueError, RecursionError, MemoryError):
+    return False
+  return True
+
+
+def _why(said: str) -> str:
+  kind, _, detail = said.partition(" ")
+  if kind not in ("raised", "asserted", "unparsed", "exited", "undefined"):
+    return "ended before the check was done"
+  return {
+    "asserted": "failed the test",
+    "unparsed": f"not Python: {detail}",
+    "exited": "ended before the check was done",
+    "undefined": f"does not define what is checked: {detail}",
+    "raised": f"raised: {detail}",
+  }[kind]

@@ -1,0 +1,163 @@
+"""A small OpenAI-compatible server that counts what it is asked and misbehaves on demand."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import email.utils
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+KEY = "sk-a-key-that-nobody-else-may-see"
+LONG = "This model's maximum context length is 64 tokens, and you asked for 99."
+
+
+class Server(ThreadingHTTPServer):
+  """Attributes:
+  faults: by prompt, what goes wrong with its next requests; the last one stays if forever.
+  asked: (time, prompt, seed) of each request for a sample.
+  answered: how often a prompt and seed had a whole answer.
+  most: requests at once.
+  """
+
+  daemon_threads = True
+  request_queue_size = 64
+
+  def __init__(self, owner="somebody", key=None, delay=0.0, answer=None):
+    super().__init__(("127.0.0.1", 0), Handler)
+    self.owner, self.key, self.delay, self.make = owner, key, delay, answer or plain
+    self.faults: dict[str, list[str]] = collections.defaultdict(list)
+    self.forever, self.model = False, "big"
+    self.asked: list[tuple[float, str, int]] = []
+    self.bodies: list[dict[str, Any]] = []
+    self.answered: collections.Counter = collections.Counter()
+    self.now = self.most = self.refused = 0
+    self.lock = threading.Lock()
+
+  @property
+  def url(self) -> str:
+    return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+  def handle_error(self, *_):
+    pass  # clients that are killed, and go away
+
+  def __enter__(self):
+    threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    return self
+
+  def __exit__(self, *_):
+    self.shutdown()
+    self.server_close()
+
+
+def text_of(body: dict[str, Any]) -> str:
+  return body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
+
+
+def plain(body: dict[str, Any]) -> dict[str, Any]:
+  """An answer that is a function of prompt and seed."""
+  said = f"{text_of(body)} -> {body['seed']} \u00e9"
+  inner = {"text": said} if "prompt" in body else {"message": {"content": said}}
+  return {"id": "x", "choices": [{"finish_reason": "stop", **inner}],
+          "usage": {"prompt_tokens": 3, "completion_tokens": 7}}  # fmt: skip
+
+
+class Handler(BaseHTTPRequestHandler):
+  protocol_version = "HTTP/1.1"
+  server: Server
+
+  def log_message(self, *_):
+    pass
+
+  def do_GET(self):
+    if self._let_in():
+      owner = self.server.owner
+      models = {"data": [{"id": self.server.model, "owned_by": owner}]} if owner else {}
+      self._send(200, models, no=not owner)
+
+  def do_POST(self):
+    s = self.server
+    body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    if not self._let_in():
+      return
+    prompt = text_of(body)
+    with s.lock:
+      s.asked.append((time.monotonic(), prompt, body["seed"]))
+      s.bodies.append(body)
+      s.now += 1
+      s.most = max(s.most, s.now)
+      todo = s.faults[prompt]
+      fault = (todo[0] if s.forever else todo.pop(0)) if todo else ""
+    try:
+      time.sleep(s.delay)
+      self._fault(fault) if fault else self._answer(body)
+    finally:
+      with s.lock:
+        s.now -= 1
+
+  def _answer(self, body):
+    self.server.answered[text_of(body), body["seed"]] += 1
+    self._send(200, self.server.make(body))
+
+  def _let_in(self) -> bool:
+    if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
+      self.server.refused += 1
+      self._send(401, {"error": f"wrong key {self.headers['Authorization']}"})
+      return False
+    return True
+
+  def _fault(self, fault: str):
+    if fault.startswith("429 "):
+      after = fault.removeprefix("429 ")
+      if after == "date":
+        after = email.utils.formatdate(time.time() + 2, usegmt=True)
+      self._send(429, {"error": "too fast"}, {"Retry-After": after})
+    elif fault.isdigit():
+      echo = f"out of order, {self.headers['Authorization']}"
+      self._send(int(fault), {"error": LONG if fault == "400" else echo})
+    elif fault == "close":
+      self.close_connection = True
+    elif fault in ("cut", "truncated"):
+      whole = json.dumps(plain({"prompt": "no", "seed": 0})).encode()
+      half = whole[: len(whole) // 2]
+      self._raw(200, half, len(whole) if fault == "cut" else len(half))
+      self.close_connection = True
+    elif fault == "silent":
+      with contextlib.suppress(OSError):
+        self.connection.settimeout(20)
+        self.connection.recv(1)  # until the client goes away
+      self.close_connection = True
+    elif fault == "drip":
+      self.send_response(200)
+      self.send_header("Content-Length", "1000")
+      self.end_headers()
+      with contextlib.suppress(OSError):
+        for _ in range(200):
+          self.wfile.write(b" ")
+          time.sleep(0.05)
+      self.close_connection = True
+    elif fault == "half":
+      answer = plain({"prompt": "no", "seed": 0})
+      answer["choices"][0]["text"] = "\ud83d"
+      self._send(200, answer)
+    elif fault == "abort":
+      self._send(200, {"choices": [{"text": "no", "finish_reason": "abort"}]})
+    elif fault == "filter":
+      self._send(200, {"choices": [{"text": "no", "finish_reason": "content_filter"}]})
+    else:
+      self._send(200, {"error": fault})
+
+  def _send(self, status: int, tree: Any, headers: dict[str, str] | None = None, no: bool = False):
+    raw = json.dumps(tree).encode()
+    self._raw(404 if no else status, raw, len(raw), headers or {})
+
+  def _raw(self, status: int, raw: bytes, length: int, headers: dict[str, str] | None = None):
+    with contextlib.suppress(OSError):
+      self.send_response(status)
+      for name, value in {"Content-Length": str(length), **(headers or {})}.items():
+        self.send_header(name, value)
+      self.end_headers()
+      self.wfile.write(raw)
