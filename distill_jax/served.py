@@ -69,6 +69,7 @@ def generate(config: Config, folder: Path) -> dict[str, Any]:
     rejected = [{"id": n, "reason": why} for n, why in prompts.rejected.items()]
     rejected += [{"id": p, "sample": s, "reason": why} for (p, s), why in asking.rejected.items()]
     rows = sorted(finished.rows, key=local._number)
+    assert len(rows) + len(asking.rejected) == len(prompts.said) * c.samples, "a sample is lost"
     if not rows:
       raise InputError(f"the server refuses all that is asked; first: {rejected[-1]['reason']}")
     lines = lambda objects: "".join(json.dumps(o, ensure_ascii=False) + "\n" for o in objects)
@@ -244,7 +245,8 @@ class _Asking:
     for wanted in todo:
       answered = self._client.answered
       try:
-        self._done.append(await self._sample(*wanted))
+        come = await self._sample(*wanted)  # before `_done` is looked up: _write replaces it
+        self._done.append(come)
         self._barren = 0
         continue
       except Failed as e:

@@ -28,7 +28,7 @@ FAULTS = ("429 1", "429 date", "429", "500", "503", "close", "cut", "truncated",
           "half", "abort", "no choices")  # fmt: skip
 
 
-def made(folder: Path, server: Server, prompts, **changes):
+def made(folder: Path, server: Server, prompts, /, **changes):
   c = tiny.tiny(folder)
   c.teacher.source = ""
   path = folder / "prompts.jsonl"
@@ -304,6 +304,14 @@ def test_killed_told_to_stop_and_gone_on_with_and_the_key_is_nowhere(job):
   """kill -9, then half a line on disk; SIGTERM; a wrong key; a server that echoes the right one."""
   server, folder, start = job
   part = folder / "samples.part.jsonl"
+
+  def silent_from(first: int) -> None:
+    """From this prompt on the server says nothing: no run comes to its end before it is told."""
+    server.faults.clear()
+    server.faults |= {f"p{i}": ["silent"] for i in range(first, 60)}
+
+  server.forever = True
+  silent_from(20)
   with start() as killed:
     wait_for(part, 8, killed)
     killed.send_signal(signal.SIGKILL)
@@ -312,6 +320,7 @@ def test_killed_told_to_stop_and_gone_on_with_and_the_key_is_nowhere(job):
   before = times_asked(server)
   with part.open("ab") as f:
     f.write(b'{"prompt": 4, "sam')
+  silent_from(40)
   with start() as told:
     wait_for(part, len(kept) + 8, told)
     told.send_signal(signal.SIGTERM)
@@ -326,7 +335,8 @@ def test_killed_told_to_stop_and_gone_on_with_and_the_key_is_nowhere(job):
     said += [out, err]
   assert wrong.returncode == 2 and "TEACHER_KEY" in err and "sk-wrong" not in err
   assert server.refused == 1  # not asked a second time
-  server.faults["p59"], server.forever = ["500"], True
+  server.faults.clear()
+  server.faults["p59"] = ["500"]
   with start() as failed:
     out, err = failed.communicate(timeout=60)
     said += [out, err]
