@@ -28,13 +28,19 @@ VERBS = {
   "generate": "generate:generate",
   "filter": "filtering:filter_samples",
   "evaluate": "evaluate:evaluate",
+  "efficiency": "efficiency:efficiency",
   "export": "verbs:export",
+  "shrink": "shrink:shrink",
   "report": "verbs:report",
   "inspect": "verbs:inspect",
 }
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # disks that take no more
 PREFLIGHT = "preflight"  # needs no workdir: it writes nothing
+TEXTS = {  # verbs whose result is more than numbers, and who puts it in words
+  PREFLIGHT: "distill_jax.preflight.report", "efficiency": "distill_jax.efficiency.table",
+  "shrink": "distill_jax.shrinking.table", "evaluate": "distill_jax.report.sets",
+}  # fmt: skip
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the config file, as configs/demo.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "the folder of the run")
@@ -132,8 +138,8 @@ def parse(argv: list[str]) -> configs.Config:
 
 def summary(verb: str, result: dict[str, Any]) -> str:
   """The numbers of a result, a line each, for a person."""
-  if verb == PREFLIGHT:
-    return importlib.import_module("distill_jax.preflight.report").text(result)
+  if verb in TEXTS:
+    return importlib.import_module(TEXTS[verb]).text(result)
   return "\n".join(f"{name}: {value}" for name, value in result.items())
 
 

@@ -19,6 +19,9 @@ from distill_jax import folder
 from distill_jax.errors import InputError
 from distill_jax.schedules import Schedule
 
+# Packages whose modules are entries of a config, and the dataclass in each of them.
+FOLDERS = {"losses": "Loss", "filters": "Filter", "evals": "Set"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -77,6 +80,8 @@ class Data:
   seq_len: int = 1024
   sequences: int = 0  # at most this many; 0: all
   on_bad: str = "stop"  # stop | skip, what is to happen where a chat cannot be used
+  trust: str = ""  # field of a chat's line: how far its labels are to be trusted, from 0 to 1, as
+  # votes leave "agreement"; what is missing to 1 is label smoothing (losses/ce.py); "": 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +130,8 @@ class Train:
 
   records: tuple[str, ...] = ()  # stores; several are mixed
   mixture: tuple[float, ...] = ()  # their weights; (): by size
+  teachers: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # name: the
+  # stores of one more teacher, of the same text, one for each of `records`
   online: bool = False  # the teacher runs in the step, and its records are not read
   steps: int = 1000
   batch_size: int = 8  # sequences a step, over all devices
@@ -136,11 +143,24 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-  """What `evaluate` measures beside the teacher and the student before training."""
+  """What `evaluate` measures: loss on held-out text, and the sets in `evals`.
 
-  models: dict[str, str] = dataclasses.field(default_factory=dict)  # name: source
+  Samples of sets are taken as `generate` takes them, with its keys but for those here.
+  """
+
+  models: dict[str, str] = dataclasses.field(default_factory=dict)  # name: source; of a server
+  # its address, as http://localhost:8000/v1, or http://…/v1#MODEL where it has several
+  heldout: bool = True  # the loss on held-out text, of the teacher and "start", the student
+  # before training, too
   sequences: int = 0  # held-out sequences; 0: all
-  batch_size: int = 8
+  batch_size: int = 8  # sequences at once, of text and of choices
+  on: tuple[str, ...] = ()  # who is asked the sets: of `models`, "teacher" and "start"; ():
+  # all of `models`, or the teacher where there are none
+  samples: int = 1  # of each question; DeepSeek-R1's protocol: 64 …
+  temperature: float = 0.6
+  top_p: float = 0.95
+  max_new_tokens: int = 1024  # … and 32,768
+  on_bad: str = "stop"  # stop | skip, what is to happen where a question cannot be used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +183,10 @@ class Generate:
   """What `generate` asks of the teacher. Text never depends on how it is computed."""
 
   prompts: str = ""  # a .jsonl file, an object a line; or a text file, a prompt a line
-  field: str = "prompt"  # of the objects: text, or a list of chat messages
+  field: str = "prompt"  # of the objects: text, or a list of chat messages; "text" of what `filter`
+  # has kept, to ask what the teacher said, with the answer keys of what it was asked
+  template: str = ""  # what each prompt, or the last of its messages, is put into where this says
+  # {prompt}, as "Say in other words, with all numbers:\n{prompt}"; "": prompts as they are
   chat: bool = False  # text is what a user says in a chat; else it is what the model goes on from
   samples: int = 1  # of each prompt
   max_new_tokens: int = 256
@@ -206,6 +229,44 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shrink:
+  """The smaller model that `shrink` makes of the teacher; 0 is as many as the teacher has."""
+
+  layers: int = 0  # more than the teacher has: some of them twice
+  layers_by: str = "loss"  # even | ends | influence | loss, how they are chosen
+  hidden: int = 0  # channels of the embedding
+  intermediate: int = 0  # channels of a dense feed-forward
+  heads: int = 0
+  kv_heads: int = 0
+  kv_heads_by: str = "drop"  # drop, with their query heads | merge, by the mean of neighbours
+  experts: int = 0
+  experts_by: str = "drop"  # drop | merge, into the nearest that is kept
+  expert_intermediate: int = 0  # channels of one expert
+  factorise: dict[str, int] = dataclasses.field(default_factory=dict)  # matrix: rank, by the
+  # end of its dotted name, as {"down_proj": 64}
+  sequences: int = 32  # of data, by which importance is measured
+  dir: str = ""  # the Hugging Face folder that is made; "": "model" in the workdir
+  target_params: float = 0.0  # search: so many parameters …
+  target_bytes: float = 0.0  # … or so many bytes in export.dtype …
+  target_decode_rate: float = 0.0  # … or so many tokens a second, one text at a time, here
+  steps: int = 100  # of distillation of each candidate
+
+
+@dataclasses.dataclass(frozen=True)
+class Efficiency:
+  """What `efficiency` compares the teacher and the student at."""
+
+  context: int = 4096  # positions of a row: what it has read and what it has said
+  batch_sizes: tuple[int, ...] = (1, 8, 64, 512)
+  chip: str = "v5p"  # v4 | v5e | v5p | v6e | tpu7x
+  teacher_dtype: str = "bfloat16"  # float32 | bfloat16 | float8, of its weights as it is served
+  student_dtype: str = "bfloat16"
+  cache_dtype: str = "bfloat16"  # of both
+  measure: bool = False  # runs both here too, at this context and these batch sizes
+  rounds: int = 5  # of measuring, each with both models
+
+
+@dataclasses.dataclass(frozen=True)
 class Inspect:
   """What `inspect` does beside describing a store."""
 
@@ -219,6 +280,8 @@ class Config:
 
   seed: int = 0
   teacher: Model = Model()
+  teachers: dict[str, str] = dataclasses.field(default_factory=dict)  # name: source of one more
+  # teacher that runs in the step, computed as `teacher` is
   student: Student = Student()
   mesh: Mesh = Mesh()
   data: Data = Data()
@@ -227,10 +290,13 @@ class Config:
   optim: Optim = Optim()
   train: Train = Train()
   evaluate: Evaluate = Evaluate()
+  evals: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Set
   generate: Generate = Generate()
   filter: Filter = Filter()
   filters: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Filter
   export: Export = Export()
+  shrink: Shrink = Shrink()
+  efficiency: Efficiency = Efficiency()
   inspect: Inspect = Inspect()
   profile_steps: str = ""  # the flag --profile_steps
 
@@ -245,19 +311,31 @@ def loss(name: str, **fields: Any) -> ConfigDict:
 
   A weight or temperature is a number or `schedule(...)`.
   """
-  keys = {
-    f.name: f.default.values[0] if isinstance(f.default, Schedule) else f.default
-    for f in dataclasses.fields(folder.load("losses", name).Loss)
-  }
-  _known(fields, keys, f"losses.{name}")
-  return ConfigDict({"loss": name, **keys, **fields}, type_safe=False)
+  return _entry("losses", name, fields)
 
 
 def filter(name: str, **fields: Any) -> ConfigDict:
   """One entry of `filters`: a module of distill_jax/filters with all its keys."""
-  keys = {f.name: f.default for f in dataclasses.fields(folder.load("filters", name).Filter)}
-  _known(fields, keys, f"filters.{name}")
-  return ConfigDict({"filter": name, **keys, **fields}, type_safe=False)
+  return _entry("filters", name, fields)
+
+
+def eval_set(name: str, **fields: Any) -> ConfigDict:
+  """One entry of `evals`: a set of distill_jax/evals with all its keys."""
+  return _entry("evals", name, fields)
+
+
+def _entry(package: str, name: str, fields: dict[str, Any]) -> ConfigDict:
+  keys = {
+    f.name: f.default.values[0] if isinstance(f.default, Schedule) else f.default
+    for f in dataclasses.fields(getattr(folder.load(package, name), FOLDERS[package]))
+  }
+  _known(fields, keys, f"{package}.{name}")
+  return ConfigDict({_key(package): name, **keys, **fields}, type_safe=False)
+
+
+def _key(package: str) -> str:
+  """What names an entry's module, as "loss"."""
+  return FOLDERS[package].lower()
 
 
 def schedule(*points: tuple[float, float], shape: str = "linear") -> dict[str, Any]:
@@ -268,20 +346,19 @@ def schedule(*points: tuple[float, float], shape: str = "linear") -> dict[str, A
 def resolve(config: ConfigDict) -> Config:
   """A config as frozen dataclasses; what does not fit is refused by its dotted name."""
   tree = config.to_dict()
-  losses = {name: _loss(fields, f"losses.{name}") for name, fields in tree.pop("losses").items()}
-  filters = {
-    name: _filter(fields, f"filters.{name}") for name, fields in tree.pop("filters", {}).items()
+  entries = {
+    package: {name: _made(package, fields, name) for name, fields in tree.pop(package, {}).items()}
+    for package in FOLDERS
   }
-  return dataclasses.replace(_build(Config, tree, ""), losses=losses, filters=filters)
+  return dataclasses.replace(_build(Config, tree, ""), **entries)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
   """The resolved config as plain values, for a run's config.json."""
   tree = dataclasses.asdict(config)
-  for name, value in config.losses.items():
-    tree["losses"][name]["loss"] = type(value).__module__.rpartition(".")[2]
-  for name, value in config.filters.items():
-    tree["filters"][name]["filter"] = type(value).__module__.rpartition(".")[2]
+  for package in FOLDERS:
+    for name, value in getattr(config, package).items():
+      tree[package][name][_key(package)] = type(value).__module__.rpartition(".")[2]
   return tree
 
 
@@ -290,18 +367,12 @@ def from_dict(tree: dict[str, Any]) -> Config:
   return resolve(ConfigDict(tree, convert_dict=True))
 
 
-def _loss(fields: dict[str, Any], at: str) -> Any:
-  if "loss" not in fields:
-    raise InputError(f"{at} has no key 'loss'; name a module of distill_jax/losses there")
-  cls = folder.load("losses", fields["loss"]).Loss
-  return _build(cls, {k: v for k, v in fields.items() if k != "loss"}, at)
-
-
-def _filter(fields: dict[str, Any], at: str) -> Any:
-  if "filter" not in fields:
-    raise InputError(f"{at} has no key 'filter'; name a module of distill_jax/filters there")
-  cls = folder.load("filters", fields["filter"]).Filter
-  return _build(cls, {k: v for k, v in fields.items() if k != "filter"}, at)
+def _made(package: str, fields: dict[str, Any], name: str) -> Any:
+  at, key = f"{package}.{name}", _key(package)
+  if key not in fields:
+    raise InputError(f"{at} has no key {key!r}; name a module of distill_jax/{package} there")
+  cls = getattr(folder.load(package, fields[key]), FOLDERS[package])
+  return _build(cls, {k: v for k, v in fields.items() if k != key}, at)
 
 
 def _known(given: Any, known: Any, at: str) -> None:

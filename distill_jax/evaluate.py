@@ -1,4 +1,4 @@
-"""`evaluate`: the teacher, the student before training, and any models, on held-out text."""
+"""`evaluate`: models on held-out text, beside their teacher, and on the sets in `evals`."""
 
 from __future__ import annotations
 
@@ -14,45 +14,136 @@ import jax
 import numpy as np
 
 from distill_jax import build, files, params, processes, sharding
-from distill_jax.config import Config
+from distill_jax.config import Config, Model
 from distill_jax.data import corpus, loader
-from distill_jax.evals import lm
+from distill_jax.errors import InputError
+from distill_jax.evals import _choices, _lm, _questions, _words
+from distill_jax.evals._likelihood import Scorer
+from distill_jax.evals._loaded import Loaded
+from distill_jax.evals._questions import Questions
 from distill_jax.progress import Progress
 from distill_jax.step import online
 from distill_jax.types import Batch, Mean
 
 TIMED = 2  # passes over one batch that the throughput is taken from
+ANSWERS = "evals"  # the folder of what models answered, by model and set
 
 
 def evaluate(config: Config, folder: Path) -> dict[str, Any]:
-  """Measures every model on the same held-out sequences, against the teacher's own pass.
+  """Measures models on held-out text, where evaluate.heldout, and on the sets in `evals`.
 
-  Writes evaluation.json into the workdir and returns it: `models` by name ("teacher",
-  "start", then those of evaluate.models), each with ce, perplexity, kl, agreement, accuracy,
-  entropy, parameters, bytes and tokens_per_second (scoring, measured here).
+  Writes evaluation.json into the workdir and returns it (on the first process whole):
+
+  models: by name ("teacher", "start", then those of evaluate.models), each with ce,
+    perplexity, kl, agreement, accuracy, entropy, parameters, bytes and tokens_per_second
+    (scoring, measured here), all on the same sequences, against the teacher's own pass.
+  tokens, corpus: how many of them, of what.
+  evals: by the name of a set, then of a model: questions, left_out and numbers, each {value,
+    low, high}: see evals/_words.py and evals/_choices.py, which keep what they did in
+    evals/MODEL/SET of the workdir. A set needs no teacher, and each model has its own tokenizer.
+
+  Raises:
+    InputError: there is nothing to measure; config, models, data and sets do not fit together.
+    Preempted: SIGTERM came while answers were sampled; finished ones are kept.
   """
+  if not config.evaluate.heldout and not config.evals:
+    raise InputError(
+      "evaluate.heldout is False and evals is empty: there is nothing to measure; add a set as "
+      "evals.gsm8k = config.eval_set('gsm8k')"
+    )
   mesh = sharding.make_mesh(**vars(config.mesh))
   sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, mesh)
+  asked = _asked(config) if config.evals else {}
+  questions = {
+    name: _questions.read(name, of, config.evaluate.on_bad) for name, of in config.evals.items()
+  }
+  _check_served(config, asked)
+  evaluation: dict[str, Any] = _heldout(config, mesh) if config.evaluate.heldout else {"models": {}}
+  if config.evals:
+    by_set: dict[str, dict[str, Any]] = {name: {} for name in config.evals}
+    for model, spec in asked.items():
+      for name, row in _on_sets(config, spec, questions, mesh, folder / ANSWERS / model).items():
+        by_set[name][model] = row
+    evaluation["evals"] = by_set
+  processes.on_first(lambda: files.write_json(folder / "evaluation.json", evaluation))
+  return evaluation
+
+
+def _specs(config: Config) -> dict[str, Model]:
+  """All models but the teacher."""
+  of = lambda source: dataclasses.replace(config.student, source=source, keep_layers=())
+  return {"start": config.student, **{n: of(s) for n, s in config.evaluate.models.items()}}
+
+
+def _asked(config: Config) -> dict[str, Model]:
+  """The models that are asked the sets."""
+  known = {"teacher": config.teacher, **_specs(config)}
+  names = config.evaluate.on or tuple(config.evaluate.models) or ("teacher",)
+  if strange := [name for name in names if name not in known]:
+    raise InputError(
+      f"evaluate.on names {strange[0]!r}, which is no model here; they are {', '.join(known)}"
+    )
+  return {name: known[name] for name in names}
+
+
+def _check_served(config: Config, asked: dict[str, Model]) -> None:
+  """Refuses what needs a model's likelihoods of a server."""
+  all_of = {"teacher": config.teacher, **_specs(config)}
+  served = [n for n, spec in all_of.items() if _words.is_served(spec)]
+  if served and config.evaluate.heldout:
+    raise InputError(
+      f"model {served[0]!r} is a server, which does not say how likely it finds a text; "
+      "set evaluate.heldout=False, or measure it by itself"
+    )
+  if config.generate.server.url and "teacher" in asked:
+    served.append("teacher")
+  for name, of in config.evals.items():
+    if of.judge() is None and (whom := [n for n in served if n in asked]):
+      raise InputError(
+        f"evals.{name} goes by the likelihood of its choices, which {whom[0]!r}, a server, does "
+        "not say; leave one of the two out, by evaluate.on"
+      )
+
+
+def _on_sets(
+  config: Config, spec: Model, questions: dict[str, Questions], mesh: Any, folder: Path
+) -> dict[str, dict[str, Any]]:
+  """One model on all sets: first those of choices, then those of words, which take it apart."""
+  key = "teacher" if spec is config.teacher else "student"
+  model = Loaded(spec, mesh, build.keys(config.seed)[key])
+  rows: dict[str, dict[str, Any]] = {}
+  choices = {name: q for name, q in questions.items() if config.evals[name].judge() is None}
+  if choices:
+    tokenizer = corpus.tokenizer_of(config.data, build.pretrained(spec))
+    size, chunk = config.evaluate.batch_size, config.train.chunk
+    scorer = Scorer(model.whole(), mesh, tokenizer, size, chunk)
+    for name, q in choices.items():
+      rows[name] = _choices.measure(scorer, tokenizer, q, folder / name)
+    del scorer  # it holds the model whole
+  for name, q in questions.items():
+    if name not in choices:
+      of = config.evals[name]
+      rows[name] = _words.measure(config, spec, of, q, folder / name, model.apart)
+  return {name: rows[name] for name in questions}
+
+
+def _heldout(config: Config, mesh: Any) -> dict[str, Any]:
+  """Every model on the same held-out sequences."""
   with jax.set_mesh(mesh):
     keys = build.keys(config.seed)
-    specs = {"start": config.student}
-    specs |= {n: dataclasses.replace(config.student, source=s, keep_layers=())
-              for n, s in config.evaluate.models.items()}  # fmt: skip
     teacher = build.build(config.teacher, mesh, keys["teacher"])
     data = dataclasses.replace(config.data, split="heldout", sequences=config.evaluate.sequences)
     tokenizer = corpus.tokenizer_of(data, teacher.pretrained)
     corpus.check(data, tokenizer, teacher.config.vocab_size, teacher.config.max_position_embeddings)
     rows = list(corpus.sequences(data, tokenizer, teacher.pretrained))
     models = {"teacher": teacher} | {
-      n: build.build(s, mesh, keys["student"]) for n, s in specs.items()
+      n: build.build(s, mesh, keys["student"]) for n, s in _specs(config).items()
     }
     results = _measure_all(config, models, rows, tokenizer.vocab_size, mesh)
   tokens = results["teacher"].pop("tokens")
   for row in results.values():
     row.pop("tokens", None)
-  evaluation = {"models": results, "tokens": tokens, "corpus": f"{data.kind} {data.path} heldout"}
-  processes.on_first(lambda: files.write_json(folder / "evaluation.json", evaluation))
-  return evaluation
+  return {"models": results, "tokens": tokens, "corpus": f"{data.kind} {data.path} heldout"}
 
 
 def _measure_all(
@@ -64,7 +155,7 @@ def _measure_all(
   where = sharding.batch_sharding(mesh)
   forward = {n: jax.jit(functools.partial(online, how=m.how)) for n, m in models.items()}
   compare = jax.jit(
-    functools.partial(lm.compare, chunk=chunk, vocab_size=vocab_size),
+    functools.partial(_lm.compare, chunk=chunk, vocab_size=vocab_size),
     out_shardings=sharding.replicated(mesh),
   )
   totals: Any = None
@@ -90,7 +181,7 @@ def _size(m: build.Built) -> dict[str, int]:
 
 
 def _speed(m: build.Built, batch: Batch, chunk: int) -> dict[str, float]:
-  score = jax.jit(functools.partial(lm.score, how=m.how, chunk=chunk))
+  score = jax.jit(functools.partial(_lm.score, how=m.how, chunk=chunk))
   jax.block_until_ready(score(m.model, batch))  # compile
   start = time.perf_counter()
   for _ in range(TIMED):

@@ -20,7 +20,7 @@ from distill_jax.files import write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
 # A run may go on with these changed: they do not decide what is computed.
-MAY_CHANGE = ("mesh", "evaluate", "export", "inspect", "profile_steps")
+MAY_CHANGE = ("mesh", "evaluate", "evals", "export", "efficiency", "inspect", "profile_steps")
 
 
 class Workdir:

@@ -9,7 +9,7 @@ import pytest
 
 from distill_jax import head, layers, step, supports
 from distill_jax.errors import InputError
-from distill_jax.evals import lm
+from distill_jax.evals import _lm as lm
 from distill_jax.losses import ce
 from distill_jax.models import gemma3
 from distill_jax.records import sampler

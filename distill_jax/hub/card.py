@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distill_jax.config import Config
+from distill_jax.report import sets
 
 COLUMNS = ("ce", "perplexity", "kl", "agreement", "parameters")
 
@@ -53,10 +54,18 @@ def _loss(name: str, fn: Any) -> str:
   return f"- Loss `{name}` ({type(fn).__module__.rpartition('.')[2]}): {', '.join(said)}"
 
 
+def _on_sets(evaluation: Mapping[str, Any]) -> list[str]:
+  evals = evaluation.get("evals")
+  return [*sets.markdown(evals), ""] if evals else []
+
+
 def _measured(evaluation: Mapping[str, Any] | None) -> list[str]:
   if evaluation is None:
     return ["Not measured: run `distill-jax evaluate` and export again with its evaluation.json."]
-  rows = [
+  rows = _on_sets(evaluation)
+  if not evaluation["models"]:
+    return rows
+  rows += [
     f"Measured on {evaluation['tokens']:,.0f} tokens of {evaluation['corpus']}; "
     "ce and kl in nats a token, kl and agreement with the teacher.",
     "",

@@ -17,7 +17,7 @@ from typing import Any
 from distill_jax.errors import InputError
 from distill_jax.files import write_whole
 from distill_jax.metrics import FILE, read_metrics, spell
-from distill_jax.report import page
+from distill_jax.report import page, sets
 from distill_jax.report.numbers import COLUMNS, percent, text
 
 MODELS = {
@@ -97,7 +97,8 @@ def summary(
   """The run in a few numbers, as strict JSON (design section 10).
 
   Returns:
-    teacher, start, hard, distilled: each {ce, kl, agreement}; gap_closed (of KL),
+    teacher, start, hard, distilled: each {ce, kl, agreement}; evals, where sets were
+    evaluated; gap_closed (of KL),
     gap_closed_ce; bytes_per_token; export_dir. What was not measured, or is not defined,
     is None; NaN and infinities are strings, as in metrics.jsonl.
   """
@@ -106,6 +107,8 @@ def summary(
     model: {k: _plain(number(evaluation, model, k)) for k in ("ce", "kl", "agreement")}
     for model in MODELS
   }
+  if evals := evaluation.get("evals"):
+    numbers["evals"] = evals
   return numbers | {
     "gap_closed": kl.share,
     "gap_closed_ce": ce.share,
@@ -164,7 +167,8 @@ def report(
 
   Args:
     workdir: where the page goes.
-    evaluation: {"models": {name: numbers}, "tokens": n, "corpus": text}; without it,
+    evaluation: {"models": {name: numbers}, "tokens": n, "corpus": text, "evals": {set: {name:
+      row}}}, of which the last, or all others, may be left out; without it,
       workdir/evaluation.json. Numbers of a model: ce, kl, entropy (nats a token),
       perplexity, agreement (0 to 1), parameters, bytes, tokens_per_second.
     runs: run folders by name; without it, each folder in workdir with a metrics.jsonl.
@@ -177,7 +181,8 @@ def report(
   """
   folder = Path(workdir)
   evaluation = _json(folder / "evaluation.json") if evaluation is None else evaluation
-  if not isinstance(evaluation.get("models"), dict) or not evaluation["models"]:
+  measured, evals = evaluation.get("models"), evaluation.get("evals") or {}
+  if not isinstance(measured, dict) or not (measured or evals):
     raise InputError(
       f"the evaluation for {folder} holds {sorted(evaluation)} and no models; run evaluate first"
     )
@@ -185,17 +190,19 @@ def report(
     runs = {p.parent.name: p.parent for p in sorted(folder.glob(f"*/{FILE}"))}
   order = [*MODELS, *runs]
   loaded = {n: _run(Path(runs[n])) for n in sorted(runs, key=order.index)}
-  shown = {name: _numbers(evaluation, name) for name in [*MODELS, *evaluation["models"]]}
+  names = [*MODELS, *measured] if measured else []
+  shown = {name: _numbers(evaluation, name) for name in names}
   html = page.render(
-    headline=headline(evaluation),
-    about=_about(evaluation),
-    labels={name: MODELS.get(name, name) for name in shown},
+    headline=headline(evaluation) if measured else sets.headline(evals),
+    about=_about(evaluation) if measured else "The loss on held-out text was not measured.",
+    labels={name: MODELS.get(name, name) for name in [*MODELS, *shown]},
     models=shown,
     gaps=gaps(evaluation),
     runs=loaded,
     records=records,
     export_dir=str(export_dir),
     commands=_commands(folder, loaded),
+    evals=evals,
   )
   write_whole(folder / out, html)
   return summary(evaluation, records, export_dir)

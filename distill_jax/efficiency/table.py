@@ -1,0 +1,133 @@
+"""What `efficiency` found, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distill_jax.report.numbers import size
+
+
+def text(r: dict[str, Any]) -> str:
+  """For a person: the claims first, then what they are made of."""
+  lines = [*claims(r), "", *_by_formula(r), "", *_bounds(r)]
+  if r["measured"]:
+    lines += ["", *_measured(r["measured"])]
+  if r["quality"]:
+    lines += ["", "quality, from evaluation.json"]
+    for name, row in r["quality"].items():
+      said = [f"{k} {_number(x)}" for k, x in row.items()]
+      lines.append(f"  {name:<22}{', '.join(said)}")
+  return "\n".join(lines)
+
+
+def claims(r: dict[str, Any]) -> list[str]:
+  """What the student saves, a sentence a kind of claim."""
+  t, s, ratios = r["models"]["teacher"], r["models"]["student"], r["ratios"]
+  memory, latency = ratios["memory"], ratios["latency"]
+  cached, speed = memory["with_cache"], ratios["throughput_per_chip"]
+  lines = [
+    f"memory: 1/{memory['same_dtype']:.3g} at equal dtype, 1/{memory['weights']:.3g} as served "
+    f"({t['dtype']} against {s['dtype']}), {_each(cached, '1/')} with the cache of "
+    f"{_batches(cached)} rows of {r['context']:,} positions",
+    f"operations: {_times(ratios['flops']['prefill'])} fewer a token in prefill, "
+    f"{_times(ratios['flops']['decode'])} in decoding",
+    f"speed, by bounds on {r['chip']}: {_each(speed)} times the decoded tokens a second a "
+    f"chip, at batches of {_batches(speed)}",
+    f"latency, by the same: one row's token comes {_times(latency['same_chips'])} as fast on as "
+    f"many chips, {_times(latency['own_chips'])} on the fewest that hold each model",
+  ]
+  if r["measured"]:
+    rows = r["measured"]["ratios"]
+    spans = [
+      _each([{"ratio": row[k]["median"]} for row in rows]) + f" times in {k}"
+      for k in ("prefill", "decode")
+    ]
+    lines.append(f"speed, measured here: {', '.join(spans)}, at batches of {_batches(rows)}")
+  return lines
+
+
+def _by_formula(r: dict[str, Any]) -> list[str]:
+  t, s = r["models"]["teacher"], r["models"]["student"]
+  rows = [
+    ("", "teacher", "student"),
+    ("served in", t["dtype"], s["dtype"]),
+    *(
+      (name, size(t[key], unit), size(s[key], unit))
+      for name, key, unit in (
+        ("parameters", "parameters", ""),
+        ("multiplied by a token", "active_parameters", ""),
+        ("weights", "weight_bytes", "B"),
+        ("cache a token", "cache_bytes_per_token", "B"),
+        ("cache of the context", "cache_bytes", "B"),
+        ("… in our decoder", "decoder_cache_bytes", "B"),
+      )
+    ),
+    *(
+      (f"{k}, FLOPs a token", size(t["flops_per_token"][k]), size(s["flops_per_token"][k]))
+      for k in ("prefill", "decode")
+    ),
+  ]
+  head = f"by formula, context {r['context']:,}, cache in {t['cache_dtype']}"
+  return [
+    f"teacher: {t['name']}", f"student: {s['name']}", "", head,
+    *(f"  {a:<24}{b:>12}{c:>12}" for a, b, c in rows),
+  ]  # fmt: skip
+
+
+def _bounds(r: dict[str, Any]) -> list[str]:
+  lines = [
+    f"decoding at most, on the fewest {r['chip']} that hold weights and cache",
+    f"  {'':<8}{'batch':>6}{'chips':>7}{'experts':>9}{'read a step':>13}{'tokens/s':>12}"
+    f"{'a chip':>10}  bound by",
+  ]
+  for who, model in r["models"].items():
+    for b in model["decode_bounds"]:
+      experts = "" if b["experts_read"] is None else f"{b['experts_read']:.1f}"
+      lines.append(
+        f"  {who:<8}{b['batch_size']:>6,}{b['chips']:>7,}{experts:>9}"
+        f"{size(b['bytes_read'], 'B'):>13}{b['tokens_per_second']:>12,.0f}"
+        f"{b['tokens_per_second_per_chip']:>10,.0f}  {b['bound_by']}"
+      )
+  return lines
+
+
+def _measured(m: dict[str, Any]) -> list[str]:
+  dtypes = " and ".join(dict.fromkeys(model["dtype"] for model in m["models"].values()))
+  head = f"measured on {m['device']} in {dtypes}, {m['prompt']} tokens read and {m['new']} decoded "
+  lines = [head + "a row: tokens a second, median (least to most)"]
+  lines.append(f"  {'':<8}{'batch':>6}{'weights':>10}{'cache':>10}{'prefill':>26}{'decode':>26}")
+  for who, model in m["models"].items():
+    for b in model["batches"]:
+      rates = [_rate(b[f"{k}_tokens_per_second"]) for k in ("prefill", "decode")]
+      lines.append(
+        f"  {who:<8}{b['batch_size']:>6,}{size(model['weight_bytes'], 'B'):>10}"
+        f"{size(b['cache_bytes'], 'B'):>10}{rates[0]:>26}{rates[1]:>26}"
+      )
+  for row in m["ratios"]:
+    rates = [_rate(row[k], 2) for k in ("prefill", "decode")]
+    lines.append(f"  {'times':<8}{row['batch_size']:>6,}{'':>20}{rates[0]:>26}{rates[1]:>26}")
+  return lines
+
+
+def _number(x: Any) -> str:
+  """As evaluate writes it: a number, or one with its interval."""
+  if isinstance(x, dict) and x.keys() == {"value", "low", "high"}:
+    return f"{x['value']:.4g} ({x['low']:.4g} to {x['high']:.4g})"
+  return f"{x:.4g}" if isinstance(x, int | float) else str(x)
+
+
+def _rate(x: dict[str, float], digits: int = 0) -> str:
+  return f"{x['median']:,.{digits}f} ({x['least']:,.{digits}f} to {x['most']:,.{digits}f})"
+
+
+def _times(x: float) -> str:
+  return f"{x:.3g} times"
+
+
+def _each(rows: list[dict[str, Any]], before: str = "") -> str:
+  """The ratios of all batch sizes, in their order."""
+  return ", ".join(f"{before}{row['ratio']:.3g}" for row in rows)
+
+
+def _batches(rows: list[dict[str, Any]]) -> str:
+  return ", ".join(f"{row['batch_size']:,}" for row in rows)

