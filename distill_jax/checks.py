@@ -9,11 +9,12 @@ from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
-from distill_jax.records.store import Manifest, Store
+from distill_jax.records.joined import Joined
+from distill_jax.records.store import Manifest
 from distill_jax.step import Step
 
 
-def check_run(config: Config, stores: list[Store]) -> None:
+def check_run(config: Config, stores: list[Joined]) -> None:
   """Refuses losses, records and a student that do not fit together."""
   if not config.losses:
     raise InputError("losses is empty, so there is nothing to train on; add ce or kd")
@@ -21,6 +22,7 @@ def check_run(config: Config, stores: list[Store]) -> None:
     raise InputError("every weight in losses is 0, so nothing would be trained")
   if config.optim.accumulate < 1:
     raise InputError(f"optim.accumulate is {config.optim.accumulate}; it is at least 1")
+  _check_teachers(config)
   _, shape = build.shape(config.student)
   build.trained(config.student)  # adapters that do not fit the student are refused
   tokenizer = _tokenizer(config)
@@ -49,8 +51,11 @@ def check_run(config: Config, stores: list[Store]) -> None:
         f"{config.teacher.digest}; name the records of that teacher"
       )
     for name, fn in config.losses.items():
-      if hasattr(fn, "teacher") and not config.train.online:
-        _check_records(name, fn, path, about, {s.manifest.kind for s in stores})
+      for teacher in teachers_of(fn):
+        if teacher == "teacher" and not config.train.online:
+          _check_records(name, fn, path, about, {s.manifest.kind for s in stores})
+        elif teacher in store.others:
+          _check_records(name, fn, path, store.others[teacher].manifest, set())
   for name, fn in config.losses.items():
     for key in ("weight", "temperature"):
       last = getattr(fn, key, fn.weight).last_step
@@ -59,6 +64,29 @@ def check_run(config: Config, stores: list[Store]) -> None:
           f"losses.{name}.{key} is scheduled to step {last:g} and training ends at "
           f"{config.train.steps}; end it by then"
         )
+
+
+def teachers_of(fn: Any) -> tuple[str, ...]:
+  """The teachers that a loss learns from."""
+  return getattr(fn, "teachers", (fn.teacher,) if hasattr(fn, "teacher") else ())
+
+
+def _check_teachers(config: Config) -> None:
+  """Refuses a loss that learns from a teacher that is not there, and teachers of one name."""
+  recorded, here = set(config.train.teachers), set(config.teachers)
+  if twice := sorted(recorded & here | {"teacher"} & (recorded | here)):
+    raise InputError(
+      f"teacher {twice[0]!r} is named twice; `teacher`, `teachers` and train.teachers each name "
+      "others"
+    )
+  known = {"teacher"} | recorded | here
+  for name, fn in config.losses.items():
+    if unknown := [t for t in teachers_of(fn) if t not in known]:
+      raise InputError(
+        f"losses.{name} learns from teacher {unknown[0]!r}, and the config names "
+        f"{', '.join(sorted(known))}; add it to train.teachers with its records, or to teachers "
+        "with its source"
+      )
 
 
 def _tokenizer(config: Config) -> Tokenizer | None:
@@ -101,7 +129,7 @@ def _check_records(name: str, fn: Any, path: str, about: Manifest, kinds: set[st
     )
 
 
-def check_features(config: Config, step: Step, stores: list[Store]) -> None:
+def check_features(config: Config, step: Step, stores: list[Joined]) -> None:
   """Refuses whole-sequence losses whose layers are not there, or not in the records."""
   _, needs = step.needs()  # a layer map that does not fit raises here
   if config.train.online or not needs.taps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ from typing import Any
 import jax
 
 from distill_jax import build, checkpoint, checks, lora, optim, processes, sharding, storage
-from distill_jax.config import Config
+from distill_jax.config import Config, Model
 from distill_jax.data import loader
 from distill_jax.errors import InputError
 from distill_jax.log import Log, Profile
 from distill_jax.metrics import read_metrics
-from distill_jax.records.store import Manifest, Store, open_store
+from distill_jax.records.joined import Joined
+from distill_jax.records.store import Manifest, open_store
 from distill_jax.step import Step
 from distill_jax.types import Batch, Recorded, TrainState
 
@@ -40,7 +42,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
   checks.check_features(config, step, stores)
   if config.student.lora.rank:
     processes.on_first(lambda: build.pin_base(workdir, config))
-  about = {"records": [store.manifest.digest for store in stores]}
+  about = {"records": [digest for store in stores for digest in store.digests]}
   profile = Profile(config.profile_steps, workdir)
   with (
     jax.set_mesh(mesh),
@@ -74,13 +76,13 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
 
 
 def prepare(
-  config: Config, mesh: Any, saves: Any, step: Step, stores: list[Store], about: dict[str, Any]
+  config: Config, mesh: Any, saves: Any, step: Step, stores: list[Joined], about: dict[str, Any]
 ) -> tuple[Any, ...]:
   """(the state to go on from, online teachers); and the base, where its adapters are trained."""
   keys = build.keys(config.seed)
   teachers = {}
-  if config.train.online:
-    teachers["teacher"] = build.build(config.teacher, mesh, keys["teacher"]).model
+  for name, spec in online(config).items():
+    teachers[name] = build.build(spec, mesh, keys["teacher"]).model
   adapters = lambda: _adapters(step, stores, keys["adapters"])
   like = abstract_state(config, step, stores)
   where = sharding.shardings(like, mesh, step.student.rules)
@@ -98,7 +100,7 @@ def prepare(
   return jax.jit(step.init, out_shardings=where, donate_argnums=0)(model, fitted), *frozen
 
 
-def abstract_state(config: Config, step: Step, stores: list[Store]) -> TrainState:
+def abstract_state(config: Config, step: Step, stores: list[Joined]) -> TrainState:
   """The state before step 0 as shapes, in no memory."""
   key = jax.eval_shape(jax.random.key, 0)
   start = lambda model, key: step.init(model, _adapters(step, stores, key))
@@ -110,7 +112,7 @@ def jitted(step: Step, where: Any, mesh: Any) -> Any:
   return jax.jit(step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
 
 
-def _adapters(step: Step, stores: list[Store], key: jax.Array) -> dict[str, Any]:
+def _adapters(step: Step, stores: list[Joined], key: jax.Array) -> dict[str, Any]:
   """The parameters that losses own, by loss."""
   recorded = taught(stores).taps if step.recorded.taps else None
   width = recorded.width if recorded else getattr(step.teacher_config, "hidden_size", 0)
@@ -123,7 +125,7 @@ def _adapters(step: Step, stores: list[Store], key: jax.Array) -> dict[str, Any]
 
 
 def _fit(
-  config: Config, step: Step, stores: list[Store], model: Any, frozen: list[Any], adapters: Any,
+  config: Config, step: Step, stores: list[Joined], model: Any, frozen: list[Any], adapters: Any,
   mesh: Any,
 ) -> dict[str, Any]:  # fmt: skip
   """Adapters that start as the least-squares fit on the first batch."""
@@ -134,7 +136,13 @@ def _fit(
   return adapters | jax.jit(lambda *args: step.fit(asked, *args))(model, adapters, batch, *frozen)
 
 
-def make_step(config: Config, stores: list[Store]) -> Step:
+def online(config: Config) -> dict[str, Model]:
+  """The teachers that run in the step, by name."""
+  more = {n: dataclasses.replace(config.teacher, source=s) for n, s in config.teachers.items()}
+  return ({"teacher": config.teacher} if config.train.online else {}) | more
+
+
+def make_step(config: Config, stores: list[Joined]) -> Step:
   """The step that a config describes, on these stores."""
   about = taught(stores)
   online = config.train.online
@@ -161,7 +169,7 @@ def make_step(config: Config, stores: list[Store]) -> Step:
   )
 
 
-def _batches(config: Config, stores: list[Store], start: int) -> Iterator[Batch]:
+def _batches(config: Config, stores: list[Joined], start: int) -> Iterator[Batch]:
   c = config.train
   return loader.batches(
     stores, batch_size=c.batch_size, seed=config.seed, start=start, mixture=c.mixture,
@@ -169,14 +177,22 @@ def _batches(config: Config, stores: list[Store], start: int) -> Iterator[Batch]
   )  # fmt: skip
 
 
-def taught(stores: list[Store]) -> Manifest:
+def taught(stores: list[Joined]) -> Manifest:
   """Of the first store that holds a teacher's targets; of the first, if none does."""
   manifests = [store.manifest for store in stores]
   return next((m for m in manifests if m.kind != "text"), manifests[0])
 
 
-def open_stores(config: Config) -> list[Store]:
-  """The stores that a config trains on, each checked against its manifest."""
+def open_stores(config: Config) -> list[Joined]:
+  """The stores that a config trains on, those of all teachers joined, each checked."""
   if not config.train.records:
     raise InputError("train.records names no store; record one and give its folder")
-  return [open_store(storage.local(path)) for path in config.train.records]
+  stores = [open_store(storage.local(path)) for path in config.train.records]
+  for name, paths in config.train.teachers.items():
+    if len(paths) != len(stores):
+      raise InputError(
+        f"train.teachers.{name} names {len(paths)} stores and train.records {len(stores)}; name "
+        "one of the same text for each"
+      )
+  more = {n: [open_store(storage.local(p)) for p in ps] for n, ps in config.train.teachers.items()}
+  return [Joined(store, {n: of[i] for n, of in more.items()}) for i, store in enumerate(stores)]

@@ -42,7 +42,7 @@ def batches(
     batch_size: of the global batch; process p reads rows p, p + P, ... of it.
     seed: of the order; each epoch has its own.
     mixture: weights of the stores; empty: by size.
-    targets: False leaves what the stores hold of a teacher out, for an online one.
+    targets: False leaves what the stores hold of "teacher" out, where that one is online.
 
   Raises:
     InputError: the batch does not divide over the processes, or a store is empty.
@@ -71,17 +71,26 @@ def collate(records: Sequence[dict[str, np.ndarray]], with_targets: bool = True)
   tokens, segments, mask = stack("tokens_T"), stack("segments_T"), stack("mask_T")
   inputs: Any = packing.to_inputs(tokens, segments, mask)
   tokens, positions, segments, labels, _ = inputs
-  stored: dict[str, Any] = {
-    ours: _stack_padded([r[name] for r in records], -np.inf if name == "logp_TK" else 0)
-    for name, ours in STORED.items()
-    if name in records[0]
+  others = dict.fromkeys(name.partition("/")[0] for name in records[0] if "/" in name)
+  asked = {name: f"{name}/" for name in others} | ({"teacher": ""} if with_targets else {})
+  targets = {
+    name: _targets(records, at) for name, at in asked.items() if f"{at}ids_TK" in records[0]
   }
-  if "taps_PTD" in records[0]:
-    vectors = [taps.dequantise(r["taps_PTD"], r["taps_scale_PT"]) for r in records]
+  smoothing = stack("smoothing_T") if "smoothing_T" in records[0] else None
+  return Batch(Inputs(tokens, positions, segments), labels, mask, targets, smoothing)
+
+
+def _targets(records: Sequence[dict[str, np.ndarray]], at: str) -> Targets:
+  """What one teacher said; `at` stands before the names of its fields (records/joined.py)."""
+  stored: dict[str, Any] = {
+    ours: _stack_padded([r[at + name] for r in records], -np.inf if name == "logp_TK" else 0)
+    for name, ours in STORED.items()
+    if at + name in records[0]
+  }
+  if f"{at}taps_PTD" in records[0]:
+    vectors = [taps.dequantise(r[f"{at}taps_PTD"], r[f"{at}taps_scale_PT"]) for r in records]
     stored["taps_BPTD"] = np.stack(vectors)
-  has = with_targets and "ids_BTK" in stored
-  targets = {"teacher": Targets(**stored)} if has else {}
-  return Batch(Inputs(tokens, positions, segments), labels, mask, targets)
+  return Targets(**stored)
 
 
 def _unsaid(first: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -38,6 +38,11 @@ class Chip:
   grids: tuple[str, ...]
 
   @property
+  def memory(self) -> int:
+    """Bytes of all devices of a chip."""
+    return self.hbm * (2 if self.name in ("v4", "tpu7x") else 1)
+
+  @property
   def topologies(self) -> tuple[str, ...]:
     return tuple(f"{self.name}:{grid}" for grid in self.grids)
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax import build, params, sharding
+from distill_jax import build, params, sharding, train
 from distill_jax.config import Config
 from distill_jax.preflight import collectives, programs
 from distill_jax.preflight.chips import Chip
@@ -105,7 +105,7 @@ def arguments(config: Config, verb: str, mesh: Any) -> int:
   size = lambda spec: _placed(build.abstract(spec), spec, mesh)
   if verb == "record":
     return size(config.teacher)
-  teacher = size(config.teacher) if config.train.online else 0
+  teacher = sum(size(spec) for spec in train.online(config).values())
   trained = _placed(build.trained(config.student), config.student, mesh)
   width = jnp.dtype(config.student.param_dtype).itemsize
   base = size(config.student) if config.student.lora.rank else 0

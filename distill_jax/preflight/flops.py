@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from distill_jax import build, lora, params
+from distill_jax import build, lora, params, train
 from distill_jax.config import Config, Model
 
 
@@ -88,8 +88,8 @@ def step(config: Config, verb: str, rows: int) -> dict[str, float]:
     return {"layers": one.weights, "attention": one.attention, "head": one.head}
   one = model(config.student, rows, T)
   out = {"layers": 3 * one.weights, "attention": 3 * one.attention, "head": 3 * one.head}
-  if config.train.online:
-    out["teacher"] = model(config.teacher, rows, T).forward
+  if online := train.online(config):
+    out["teacher"] = sum(model(spec, rows, T).forward for spec in online.values())
   if rank := config.student.lora.rank:  # A B, and what its factors get of its gradient
     out["adapters"] = 3 * 2.0 * rank * _adapted(config) * config.optim.accumulate
   again = {"none": 0.0, "full": one.weights + one.attention}

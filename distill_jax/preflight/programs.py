@@ -16,7 +16,7 @@ from distill_jax import build, checks, sharding, teacher, train
 from distill_jax.config import Config, Model
 from distill_jax.data import loader
 from distill_jax.errors import InputError
-from distill_jax.records import example
+from distill_jax.records import example, joined
 from distill_jax.records.store import Manifest, Store
 
 
@@ -41,7 +41,10 @@ def without_weights(config: Config) -> Config:
   def named(spec: Any) -> Any:
     return dataclasses.replace(spec, source="") if spec.shape else spec
 
-  return dataclasses.replace(config, teacher=named(config.teacher), student=named(config.student))
+  teachers = dict.fromkeys(config.teachers, "") if config.teacher.shape else config.teachers
+  return dataclasses.replace(
+    config, teacher=named(config.teacher), student=named(config.student), teachers=teachers
+  )
 
 
 def of(config: Config, verb: str, mesh: Mesh) -> Program:
@@ -62,7 +65,8 @@ def manifest(config: Config) -> Manifest:
 
 def _train(config: Config, mesh: Mesh) -> Program:
   about = manifest(config)
-  stores = [Store(Path("preflight"), about)]
+  store = Store(Path("preflight"), about)
+  stores = [joined.Joined(store, dict.fromkeys(config.train.teachers, store))]
   alone = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=""))
   alone = dataclasses.replace(alone, train=dataclasses.replace(alone.train, records=("records",)))
   checks.check_run(alone, stores)
@@ -74,10 +78,10 @@ def _train(config: Config, mesh: Mesh) -> Program:
   like = train.abstract_state(config, step, stores)
   where = sharding.shardings(like, mesh, rules)
   state = build.place(like, where)
-  batch = _batch(about, c.batch_size, mesh, targets=not c.online)
-  teachers, frozen = {}, []
-  if c.online:
-    teachers["teacher"] = _model(config.teacher, mesh)
+  recorded = [*(() if c.online else ("teacher",)), *c.teachers]
+  batch = _batch(about, c.batch_size, mesh, recorded)
+  teachers = {name: _model(spec, mesh) for name, spec in train.online(config).items()}
+  frozen = []
   if config.student.lora.rank:
     frozen.append(_model(config.student, mesh))
   with jax.set_mesh(mesh):
@@ -102,7 +106,7 @@ def _record(config: Config, mesh: Mesh) -> Program:
   sharding.check_batch("records.batch_size", rows, mesh)
   about = manifest(dataclasses.replace(config, losses={}))
   model, how = _model(config.teacher, mesh), build.compute(config.teacher)
-  batch = _batch(about, rows, mesh, targets=False)
+  batch = _batch(about, rows, mesh, recorded=[])
   whole = sharding.replicated(mesh)
   key = build.place(jax.eval_shape(jax.random.key, 0), whole)
   index_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding.batch_sharding(mesh))
@@ -116,16 +120,21 @@ def _model(spec: Model, mesh: Mesh) -> Any:
   return build.place(like, sharding.shardings(like, mesh, build.compute(spec).rules))
 
 
-def _batch(about: Manifest, rows: int, mesh: Mesh, targets: bool) -> Any:
-  """Batches as the loader makes them: one made-up record is encoded and read back."""
+def _batch(about: Manifest, rows: int, mesh: Mesh, recorded: list[str]) -> Any:
+  """Batches as the loader makes them, of what these teachers have said.
+
+  One made-up record is encoded and read back.
+  """
   T = about.seq_len
   one: dict[str, np.ndarray] = {
     "tokens_T": np.zeros(T, np.int32), "segments_T": np.ones(T, np.int32),
     "mask_T": np.ones(T, bool),
   }  # fmt: skip
-  if targets:
-    one = example.decode(0, example.encode(0, one | _said(about), about), about)
-  batch = loader.collate([one], with_targets=targets)
+  said = example.decode(0, example.encode(0, one | _said(about), about), about)
+  for name in recorded:
+    at = "" if name == "teacher" else f"{name}/"
+    one |= {at + field: x for field, x in said.items() if field not in joined.TEXT}
+  batch = loader.collate([one], with_targets="teacher" in recorded)
   where = sharding.batch_sharding(mesh)
   row = lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where)
   return jax.tree.map(row, batch)
