@@ -87,6 +87,16 @@ def named_params(tree: Any) -> Iterator[tuple[str, Any]]:
     yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
+def replace(tree: Any, values: dict[str, Any]) -> Any:
+  """The tree with these values, by path, in the place of its own."""
+
+  def one(path, v):
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return v.replace(values[name]) if name in values else v
+
+  return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_param)
+
+
 def count(tree: Any) -> int:
   """How many numbers the parameters hold."""
   return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

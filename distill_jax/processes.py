@@ -90,6 +90,11 @@ def to_host(x: jax.Array) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
+def from_host(x: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+  """The inverse: an array that every process has whole, spread as `where` says."""
+  return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+
 class Preemption:
   """Turns SIGTERM into a question asked once a step; a context manager.
 

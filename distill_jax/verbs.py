@@ -15,7 +15,7 @@ from distill_jax import report as pages
 from distill_jax.config import Config, Model
 from distill_jax.data import corpus
 from distill_jax.errors import InputError
-from distill_jax.hub import card, load, peft
+from distill_jax.hub import card, peft
 from distill_jax.hub import export as hub
 from distill_jax.progress import Progress
 from distill_jax.records import inspect as records
@@ -41,10 +41,7 @@ def export(config: Config, workdir: Path) -> dict[str, Any]:
   mesh = sharding.make_mesh(**vars(config.mesh))
   made_card = card.card(config, c.step or config.train.steps, evaluation)
   came = build.pretrained(config.student)
-  tokenizer = came.tokenizer if came else None
-  if config.data.tokenizer:
-    path = Path(config.data.tokenizer)
-    tokenizer = load.read_tokenizer(path if path.is_dir() else path.parent)
+  tokenizer = corpus.files_of(config.data, came)
   with storage.new_folder(c.dir) as target, jax.set_mesh(mesh):
     if c.lora == "peft":
       build.check_base(workdir, config)

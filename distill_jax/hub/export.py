@@ -131,9 +131,13 @@ def new_folder(
   processes.wait(f"exported {target}")
 
 
-def _check_room(target: pathlib.Path, need: int) -> None:
-  if target.exists():
+def check_new(target: str | os.PathLike[str]) -> None:
+  if pathlib.Path(target).exists():
     raise InputError(f"{target} exists, and export overwrites nothing; name a folder that does not")
+
+
+def _check_room(target: pathlib.Path, need: int) -> None:
+  check_new(target)
   target.parent.mkdir(parents=True, exist_ok=True)
   if (free := shutil.disk_usage(target.parent).free) < need:
     raise InputError(f"{target} needs {need} bytes and the disk has {free}; make room")

@@ -218,11 +218,16 @@ class Block(nnx.Module):
     self, x_BTD, angles: Any, window: attention.Window, segments_BT, how: layers.Compute
   ) -> jax.Array:
     """What attention adds to the residual."""
-    a_BTHh = attention.attention(
+    return self.merge(self.read(x_BTD, angles, window, segments_BT, how))
+
+  def read(
+    self, x_BTD, angles: Any, window: attention.Window, segments_BT, how: layers.Compute
+  ) -> jax.Array:
+    """What the heads read from the layer's input, [B, T, H, h]."""
+    return attention.attention(
       *self.qkv(x_BTD, angles), segments_BT, window, self.config.attention_scale,
       how.attention, how.rules,
     )  # fmt: skip
-    return self.merge(a_BTHh)
 
   def merge(self, a_BTHh: jax.Array) -> jax.Array:
     """What attention adds to the residual, from what its heads have read."""
@@ -301,14 +306,14 @@ class Model(nnx.Module):
 
   def __call__(self, inputs: Inputs, how: layers.Compute, taps: tuple[int, ...] = ()) -> Output:
     """Args: inputs, int32 [B, T]; taps, the layers whose output is kept. Returns: Output."""
-    x_BTD, embed_VD = self._embedded(inputs.tokens_BT, how)
+    x_BTD, embed_VD = self.embedded(inputs.tokens_BT, how)
     sight = self.sight(inputs)
     x_BTD, taps_PBTD = layers.scan_layers(
       [getattr(self, name) for name, _, _ in self.plan(self.config)],
       lambda layer, i, x: layer(x, *sight(i), inputs.segments_BT, how),
       x_BTD, taps, how,
     )  # fmt: skip
-    return self._output(x_BTD, embed_VD, how, taps_PBTD)
+    return self.output(x_BTD, embed_VD, how, taps_PBTD)
 
   def extend(
     self, blocks: Sequence[Block], inputs: Inputs, cache: Cache, how: layers.Compute
@@ -324,7 +329,7 @@ class Model(nnx.Module):
 
     Returns: Output, and the cache with the new positions in it.
     """
-    x_BTD, embed_VD = self._embedded(inputs.tokens_BT, how)
+    x_BTD, embed_VD = self.embedded(inputs.tokens_BT, how)
     sight, now = self.sight(inputs), []
     past = jnp.iinfo(jnp.int32).max  # the end of any cache
     slots_BT = jnp.where(inputs.segments_BT > 0, inputs.positions_BT, past)
@@ -334,9 +339,10 @@ class Model(nnx.Module):
       )
       now.append(kept)
       x_BTD = sharding.constrain(x_BTD, "batch seq embed", how.rules)
-    return self._output(x_BTD, embed_VD, how), tuple(now)
+    return self.output(x_BTD, embed_VD, how), tuple(now)
 
-  def _embedded(self, tokens_BT: jax.Array, how: layers.Compute) -> tuple[jax.Array, jax.Array]:
+  def embedded(self, tokens_BT: jax.Array, how: layers.Compute) -> tuple[jax.Array, jax.Array]:
+    """What the first layer reads, and the table."""
     with jax.named_scope("embed"):
       embed_VD = how.view(self.embed)[...]
       x_BTD = sharding.constrain(embed_VD[tokens_BT], "batch seq embed", how.rules)
@@ -344,7 +350,8 @@ class Model(nnx.Module):
         x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
       return x_BTD, embed_VD
 
-  def _output(self, x_BTD, embed_VD, how: layers.Compute, taps_PBTD=None) -> Output:
+  def output(self, x_BTD, embed_VD, how: layers.Compute, taps_PBTD=None) -> Output:
+    """What the model says, from what its last layer does."""
     c = self.config
     x_BTD = layers.rms_norm(x_BTD, self.norm[...], c.rms_norm_eps, c.NORM_OFFSET)
     head_VD = embed_VD if c.tie_word_embeddings else how.view(self.head)[...]

@@ -206,10 +206,13 @@ class SparseBlock(Block):
 
   def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
     y_BTD = self.norm(x_BTD, self.mlp_norm)
-    score_BTE = jax.nn.sigmoid(self.experts.logits(y_BTD))
-    chosen = choose(self.config, score_BTE, self.balance[...])
-    routed_BTD = self.experts(y_BTD, *chosen, rules)
+    routed_BTD = self.experts(y_BTD, *self.route(y_BTD), rules)
     return routed_BTD + super().feed_forward(x_BTD, rules)
+
+  def route(self, y_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(ids, weights) [B, T, K] of the experts that each normed position goes through."""
+    score_BTE = jax.nn.sigmoid(self.experts.logits(y_BTD))
+    return choose(self.config, score_BTE, self.balance[...])
 
 
 def choose(c: Config, score_BTE: jax.Array, balance_E: jax.Array) -> tuple[jax.Array, jax.Array]:

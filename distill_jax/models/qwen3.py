@@ -77,10 +77,13 @@ class SparseBlock(Block):
     self.experts = Experts(declare, c.hidden_size, c.num_experts, c.moe_intermediate_size)
 
   def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
-    c, y_BTD = self.config, self.norm(x_BTD, self.mlp_norm)
-    logits_BTE = self.experts.logits(y_BTD)
-    chosen = softmax_top_k(logits_BTE, c.num_experts_per_tok, c.norm_topk_prob)
-    return self.experts(y_BTD, *chosen, rules)
+    y_BTD = self.norm(x_BTD, self.mlp_norm)
+    return self.experts(y_BTD, *self.route(y_BTD), rules)
+
+  def route(self, y_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(ids, weights) [B, T, K] of the experts that each normed position goes through."""
+    c, logits_BTE = self.config, self.experts.logits(y_BTD)
+    return softmax_top_k(logits_BTE, c.num_experts_per_tok, c.norm_topk_prob)
 
 
 class Model(_decoder.Model):
