@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from distill_jax import build, files, processes, served, sharding
+from distill_jax import build, processes, served, sharding
 from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.decode import prompts as reading
-from distill_jax.decode import store
+from distill_jax.decode import samples, store
 from distill_jax.decode.batch import Batch, Sample, Wanted
 from distill_jax.decode.device import Device, Spec
 from distill_jax.decode.finished import Finished
 from distill_jax.decode.sampling import Sampling
 from distill_jax.decode.stops import Stops
-from distill_jax.decode.unroll import unroll
+from distill_jax.decode.unroll import Unrolled, unroll
 from distill_jax.errors import InputError
+from distill_jax.layers import Compute
 from distill_jax.progress import Progress
 
-SAMPLES, REJECTED, SUMMARY = "samples.jsonl", "samples.rejected.jsonl", "generate.json"
+Load = Callable[[], tuple[Unrolled, Compute]]
+
+SAMPLES, REJECTED = samples.SAMPLES, samples.REJECTED
 
 
-def generate(config: Config, folder: Path) -> dict[str, Any]:
+def generate(config: Config, folder: Path, load: Load | None = None) -> dict[str, Any]:
   """Writes samples.jsonl into `folder`, an object a sample, by prompt and sample.
 
   A sample has `id` and `sample`, its numbers; `prompt`, text or messages as they were given,
@@ -42,6 +45,8 @@ def generate(config: Config, folder: Path) -> dict[str, Any]:
   Which text comes is a function of (seed, prompt, sample), but for ties that floating point
   breaks otherwise in a batch of another size or on other devices. The same command goes on
   where it was stopped, and gives what it would have given.
+
+  `load` gives the teacher where there is more to do; without it, it is made from the config.
 
   Returns: prompts, rejected, samples, tokens, how many of each reason, and tokens_per_second
     of this process's part; sequences, entries and bytes of the store.
@@ -58,7 +63,7 @@ def generate(config: Config, folder: Path) -> dict[str, Any]:
   prompts = reading.read(config, tokenizer)
   about = {"prompts": _digest(prompts.ids), "teacher": build.identity(config.teacher, config.seed)}
   before: list[dict[str, Any]] = []
-  processes.on_first(lambda: before.extend(_finished_before(folder, about)))
+  processes.on_first(lambda: before.extend(samples.before(folder, about)))
   if processes.most(len(before)):
     return before[0] if before else {}
   record = store.token_record(config.records) if _keeps_records(config) else None
@@ -66,14 +71,15 @@ def generate(config: Config, folder: Path) -> dict[str, Any]:
   finished: list[Finished] = []
   processes.on_first(lambda: finished.append(Finished(folder, about, record)))
   try:
-    rate = _decode(config, mesh, tokenizer, stops, prompts.ids, wanted, finished)
+    load = load or (lambda: _load(config, mesh))
+    rate = _decode(config, mesh, tokenizer, stops, prompts.ids, wanted, finished, load)
     result: dict[str, Any] = {"prompts": len(prompts.ids), "rejected": len(prompts.rejected)}
     publish = lambda: _publish(config, folder, tokenizer, prompts, finished[0])
     processes.on_first(lambda: result.update(publish()))
   finally:
     for f in finished:
       f.close()
-  processes.on_first(lambda: _last(folder, about, result, finished[0]))
+  processes.on_first(lambda: samples.finish(folder, about, result, finished[0]))
   return result | rate
 
 
@@ -97,13 +103,8 @@ def _check(config: Config, tokenizer: Tokenizer, mesh: Any) -> Stops:
   sharding.shardings(build.abstract(config.teacher), mesh, build.compute(config.teacher).rules)
   if c.records_dir:
     store.check(config)
-  _sampling(config)
+  Sampling.of(c)
   return Stops(tokenizer, c.stop, c.repetition)
-
-
-def _sampling(config: Config) -> Sampling:
-  c = config.generate
-  return Sampling(c.temperature, c.top_k, c.top_p, c.min_p)
 
 
 def _keeps_records(config: Config) -> bool:
@@ -122,24 +123,24 @@ def _eos(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def _decode(
   config: Config, mesh: Any, tokenizer: Tokenizer, stops: Stops, prompts: dict[int, list[int]],
-  wanted: list[Wanted], finished: list[Finished],
+  wanted: list[Wanted], finished: list[Finished], load: Load,
 ) -> dict[str, float]:  # fmt: skip
   """Makes the samples that are not there yet. Returns how fast.
 
   All processes decode all rows; the first one writes.
   """
-  have = {(row["prompt"], row["sample"]) for f in finished for row in f.rows}
+  have = {samples.number(row) for f in finished for row in f.rows}
   lacks = processes.from_first(np.array([w not in have for w in wanted]))
   todo = [w for w, lacking in zip(wanted, lacks, strict=True) if lacking]
   if not todo:
     return {"tokens_per_second": 0.0}
-  keys, tokens = build.keys(config.seed), 0
+  tokens = 0
   with (
     jax.set_mesh(mesh),
     processes.Preemption() as preemption,
     Progress("generate", len(wanted), "samples", start=len(wanted) - len(todo)) as progress,
   ):
-    batch = _batch(config, mesh, tokenizer, stops, prompts, keys)
+    batch = batch_of(config, mesh, tokenizer, stops, prompts, *load())
     start = time.perf_counter()
     for n, (done, made) in enumerate(batch.run(todo)):
       tokens += made
@@ -151,17 +152,23 @@ def _decode(
   return {"tokens_per_second": tokens / (time.perf_counter() - start)}
 
 
-def _batch(
+def _load(config: Config, mesh: Any) -> tuple[Unrolled, Compute]:
+  teacher = build.build(config.teacher, mesh, build.keys(config.seed)["teacher"])
+  return unroll(teacher.model, teacher.how), teacher.how
+
+
+def batch_of(
   config: Config, mesh: Any, tokenizer: Tokenizer, stops: Stops, prompts: dict[int, list[int]],
-  keys: dict[str, jax.Array],
+  teacher: Unrolled, how: Compute,
 ) -> Batch:  # fmt: skip
-  c, teacher = config.generate, build.build(config.teacher, mesh, keys["teacher"])
+  """The decoder of a config, for prompts by number."""
+  c, keys = config.generate, build.keys(config.seed)
   spec = Spec(
-    teacher.how, _sampling(config), c.steps, _eos(config, tokenizer), tokenizer.vocab_size,
+    how, Sampling.of(c), c.steps, _eos(config, tokenizer), tokenizer.vocab_size,
     config.records if _keeps_records(config) else None,
   )  # fmt: skip
   device = Device(
-    unroll(teacher.model, teacher.how), mesh, spec, c.batch_size, c.prefill_rows, c.cache_len,
+    teacher, mesh, spec, c.batch_size, c.prefill_rows, c.cache_len,
     {name: keys[name] for name in ("generate", "records")},
   )  # fmt: skip
   return Batch(
@@ -183,50 +190,17 @@ def _publish(
   config: Config, folder: Path, tokenizer: Tokenizer, prompts: reading.Prompts, finished: Finished
 ) -> dict[str, Any]:
   """The files, whole and in order, from what was written on the way."""
-  order = sorted(range(len(finished.rows)), key=lambda i: _number(finished.rows[i]))
+  order = sorted(range(len(finished.rows)), key=lambda i: samples.number(finished.rows[i]))
   rows = [finished.rows[i] for i in order]
-  lines = lambda objects: "".join(json.dumps(o, ensure_ascii=False) + "\n" for o in objects)
-  rejected = [{"id": n, "reason": why} for n, why in prompts.rejected.items()]
-  files.write_whole(folder / REJECTED, lines(rejected))
+  samples.write_rejected(folder, prompts)
   made: dict[str, Any] = {}
   if config.generate.records_dir:
     records = lambda i: finished.records(order[i])
     made = store.write(config, tokenizer, prompts.ids, rows, records)
     made["record_tokens"] = made.pop("tokens")
-  files.write_whole(folder / SAMPLES, lines(_whole(row, prompts) for row in rows))
-  reasons = collections.Counter(row["reason"] for row in rows)
+  samples.write(folder, rows, prompts)
   tokens = sum(len(row["tokens"]) for row in rows)
-  return {"samples": len(rows), "tokens": tokens, **dict(sorted(reasons.items())), **made}
-
-
-def _whole(row: dict[str, Any], prompts: reading.Prompts) -> dict[str, Any]:
-  """A sample that tells what it answers."""
-  row = dict(row)
-  number = row.pop("prompt")
-  prompt, about = prompts.said[number]
-  return {"id": number, "sample": row.pop("sample"), "prompt": prompt, "about": about, **row}
-
-
-def _number(row: dict[str, Any]) -> Wanted:
-  return row["prompt"], row["sample"]
-
-
-def _last(folder: Path, about: dict[str, Any], result: dict[str, Any], finished: Finished) -> None:
-  files.write_json(folder / SUMMARY, {"of": about, **result})
-  finished.remove()
-
-
-def _finished_before(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-  """What an earlier run made of the same prompts: one, if it came to its end."""
-  file = folder / SUMMARY
-  if not file.exists():
-    return []
-  said = json.loads(file.read_text())
-  if said.pop("of") != about:
-    raise InputError(
-      f"{folder} holds samples of other prompts or another teacher; choose another --workdir"
-    )
-  return [said | {"tokens_per_second": 0.0}]
+  return {"samples": len(rows), "tokens": tokens, **samples.reasons(rows), **made}
 
 
 def _digest(prompts: dict[int, list[int]]) -> str:

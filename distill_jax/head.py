@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from distill_jax import sharding
-from distill_jax.types import Batch, Targets
+from distill_jax.types import Batch
 
 # (logits_BCV float32, the chunk of the batch) -> anything that merges by addition.
 ChunkFn = Callable[[jax.Array, Batch], Any]
@@ -224,12 +224,11 @@ def _split(hidden_BTD: jax.Array, batch: Batch, chunk: int):
   # What has no position axis stays out of the scan and is put back into every chunk.
   heads = {name: t.head_VD for name, t in batch.targets.items()}
   targets = {n: t.replace(head_VD=None, taps_BPTD=None) for n, t in batch.targets.items()}
-  pieces = jax.tree.map(cut, (batch.labels_BT, batch.mask_BT, targets))
+  pieces = jax.tree.map(cut, batch.replace(inputs=None, targets=targets))
 
-  def whole(piece: tuple[jax.Array, jax.Array, dict[str, Targets]]) -> Batch:
-    labels, mask, parts = piece
-    parts = {name: t.replace(head_VD=heads[name]) for name, t in parts.items()}
-    return batch.replace(labels_BT=labels, mask_BT=mask, targets=parts)
+  def whole(piece: Batch) -> Batch:
+    parts = {name: t.replace(head_VD=heads[name]) for name, t in piece.targets.items()}
+    return piece.replace(targets=parts)
 
   return cut(hidden_BTD), pieces, whole
 

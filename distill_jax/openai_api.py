@@ -52,18 +52,11 @@ class Served:
     return cls(model, owners[model] if owners.get(model) in OWN else "")
 
 
-def chat(config: Config, said: Any) -> Any:
-  """A prompt as it is sent: text to go on from, or messages."""
-  if isinstance(said, str) and config.generate.chat:
-    return [{"role": "user", "content": said}]
-  return said
-
-
 def request(
   config: Config, served: Served, said: Any, prompt: int, sample: int
 ) -> tuple[str, dict[str, Any]]:
   """(path, body) of the request for one sample."""
-  c, said = config.generate, chat(config, said)
+  c, said = config.generate, reading.asked(config.generate, said)
   digest = hashlib.sha256(f"{config.seed}/{prompt}/{sample}".encode()).digest()
   text, top = isinstance(said, str), c.server.top_logprobs
   body: dict[str, Any] = {
@@ -160,7 +153,7 @@ class PromptIds:
 
   def __init__(self, config: Config):
     self._config = config
-    self._template = reading._Template(config)
+    self._cut = reading.Cut(config)
     self._tokenizer: Tokenizer | None = None
 
   def of(self, said: Any, answer: Any) -> list[int]:
@@ -175,14 +168,12 @@ class PromptIds:
         self._tokenizer = corpus.tokenizer_of(data, came)
       except InputError as e:
         raise InputError(f"the server does not say the tokens of a prompt, and {e}") from e
-    said, tokenizer = chat(self._config, said), self._tokenizer
-    is_text = isinstance(said, str)
-    ids = tokenizer.encode(said) if is_text else self._template.ids(tokenizer, said)
+    ids = self._cut(self._tokenizer, said)
     count = (answer.get("usage") or {}).get("prompt_tokens", len(ids))
     if count != len(ids):
       raise InputError(
-        f"the server reads {count} tokens where {tokenizer.where} makes {len(ids)} of a prompt; "
-        "take the tokenizer, chat template and beginning of a text that the server has"
+        f"the server reads {count} tokens where {self._tokenizer.where} makes {len(ids)} of a "
+        "prompt; take the tokenizer, chat template and beginning of a text that the server has"
       )
     return ids
 

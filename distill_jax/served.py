@@ -8,7 +8,6 @@ the server then says the same is the server's affair.
 from __future__ import annotations
 
 import asyncio
-import collections
 import hashlib
 import json
 import time
@@ -19,13 +18,14 @@ from typing import Any
 import httpx2
 import jax
 
-from distill_jax import files, openai_api, processes
-from distill_jax import generate as local
+from distill_jax import openai_api, processes
 from distill_jax.client import Client, Failed, Refused
 from distill_jax.config import Config
 from distill_jax.decode import prompts as reading
+from distill_jax.decode import samples
 from distill_jax.decode.batch import Wanted
 from distill_jax.decode.finished import Finished
+from distill_jax.decode.sampling import Sampling
 from distill_jax.errors import InputError
 from distill_jax.openai_api import RESPONSES, PromptIds, Responses, Served
 from distill_jax.progress import Progress
@@ -58,30 +58,28 @@ def generate(config: Config, folder: Path) -> dict[str, Any]:
     Preempted: SIGTERM came; the same.
   """
   _check(config)
-  prompts, c = _prompts(config), config.generate
+  prompts, c = reading.read(config), config.generate
   digest = hashlib.sha256(json.dumps([*prompts.said.items()]).encode()).hexdigest()
   about = {"prompts": digest, "teacher": {"served": c.server.model}}
-  if before := local._finished_before(folder, about):
+  if before := samples.before(folder, about):
     return before[0]
   with Finished(folder, about, None) as finished, Responses(folder) as responses:
     asking = _Asking(config, folder, prompts, finished, responses)
     rate = asyncio.run(asking.run())
-    rejected = [{"id": n, "reason": why} for n, why in prompts.rejected.items()]
-    rejected += [{"id": p, "sample": s, "reason": why} for (p, s), why in asking.rejected.items()]
-    rows = sorted(finished.rows, key=local._number)
+    rejected = [{"id": p, "sample": s, "reason": w} for (p, s), w in asking.rejected.items()]
+    rows = sorted(finished.rows, key=samples.number)
     assert len(rows) + len(asking.rejected) == len(prompts.said) * c.samples, "a sample is lost"
     if not rows:
       raise InputError(f"the server refuses all that is asked; first: {rejected[-1]['reason']}")
-    lines = lambda objects: "".join(json.dumps(o, ensure_ascii=False) + "\n" for o in objects)
-    files.write_whole(folder / local.REJECTED, lines(rejected))
     if c.server.top_logprobs:
-      responses.publish([local._number(row) for row in rows])
-    files.write_whole(folder / local.SAMPLES, lines(_public(row, prompts) for row in rows))
-    result = {"prompts": len(prompts.said), "rejected": len(rejected), "samples": len(rows),
-              "tokens": sum(row["token_count"] for row in rows),
-              **dict(sorted(collections.Counter(row["reason"] for row in rows).items())),
-              "retried": asking.retried}  # fmt: skip
-    local._last(folder, about, result, finished)
+      responses.publish([samples.number(row) for row in rows])
+    result = {
+      "prompts": len(prompts.said), "rejected": samples.write_rejected(folder, prompts, rejected),
+      "samples": len(rows), "tokens": sum(row["token_count"] for row in rows),
+      **samples.reasons(rows), "retried": asking.retried,
+    }  # fmt: skip
+    samples.write(folder, rows, prompts)
+    samples.finish(folder, about, result, finished)
     responses.remove()
   return result | {"tokens_per_second": rate}
 
@@ -115,40 +113,7 @@ def _check(config: Config) -> None:
     raise InputError("generate.stop holds an empty string, which ends every text; leave it out")
   if jax.process_count() > 1:
     raise InputError("a server is asked by one process; leave --distributed out")
-  local._sampling(config)
-
-
-def _public(row: dict[str, Any], prompts: reading.Prompts) -> dict[str, Any]:
-  """A sample as it is told; what the server did not say is left out."""
-  whole = local._whole(row, prompts)
-  return whole if whole["tokens"] else {k: v for k, v in whole.items() if k != "tokens"}
-
-
-def _prompts(config: Config) -> reading.Prompts:
-  """All prompts of a config's file, as they are sent, without tokens."""
-  c, path = config.generate, Path(config.generate.prompts)
-  if c.on_bad not in reading.ON_BAD:
-    raise InputError(f"generate.on_bad is {c.on_bad!r}; it can be one of {reading.ON_BAD}")
-  if not c.prompts or not path.is_file():
-    raise InputError(f"generate.prompts is {c.prompts!r}, which is no file; name the prompts")
-  said: dict[int, tuple[Any, dict[str, Any]]] = {}
-  rejected: dict[int, str] = {}
-  for n, (line, raw) in enumerate(reading._lines(path)):
-    try:
-      jsonl = path.suffix == ".jsonl"
-      prompt, about = reading._value(raw, c.field) if jsonl else (reading._text(raw), {})
-      messages = prompt if isinstance(prompt, list) else [prompt]
-      is_chat = all(isinstance(m, dict) and "role" in m for m in messages)
-      if not prompt or not (isinstance(prompt, str) or (is_chat and messages is prompt)):
-        raise InputError(f"field {c.field!r} holds {prompt!r:.60}; it is text, or messages")
-      said[n] = prompt, about
-    except InputError as e:
-      if c.on_bad == "stop":
-        raise InputError(f"{path}, line {line}: {e}; mend it, or set generate.on_bad=skip") from e
-      rejected[n] = f"line {line}: {e}"
-  if not said:
-    raise InputError(f"{path} holds no prompt that can be used; {[*rejected.values()][:1]}")
-  return reading.Prompts({}, said, rejected)
+  Sampling.of(c)
 
 
 class _Asking:
@@ -174,7 +139,7 @@ class _Asking:
     """Asks for what is not there yet. Returns how many tokens came a second."""
     c = self._config.generate
     wanted = [(p, s) for p in self._prompts.said for s in range(c.samples)]
-    have = {local._number(row) for row in self._finished.rows}
+    have = {samples.number(row) for row in self._finished.rows}
     todo = [w for w in wanted if w not in have]
     if c.server.top_logprobs:
       self._responses.check(have)

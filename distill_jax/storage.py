@@ -86,6 +86,12 @@ def local(path: str | os.PathLike[str]) -> Path:
   return fetch(path)
 
 
+def file(path: str | os.PathLike[str]) -> Path:
+  """A file on this machine; that of a URL comes with all that is in its folder."""
+  folder, _, name = str(path).rpartition("/")
+  return local(folder) / name if is_remote(path) else Path(path)
+
+
 def publish(folder: Path, seen: dict[str, tuple[int, int]] | None = None) -> None:
   """Copies a mirror's files to where it belongs, oldest first; any other folder stays alone.
 

@@ -226,7 +226,11 @@ def manifest_of(config: Config, tokenizer: Tokenizer, rows: Rows) -> Manifest:
     teacher = build.identity(config.teacher, config.seed)
   about = describe(config, tokenizer.vocab_size, len(rows))
   return dataclasses.replace(
-    about, teacher=teacher, tokenizer=tokenizer.digest, corpus=_digest(rows)
+    about,
+    teacher=teacher,
+    tokenizer=tokenizer.digest,
+    corpus=_digest(rows),
+    smoothing="smoothing_T" in rows[0],
   )
 
 

@@ -71,12 +71,16 @@ class Recorded:
 
 
 class Batch(struct.PyTreeNode):
-  """One global training batch. `mask_BT` is the only mask: which labels are trained on."""
+  """One global training batch. `mask_BT` is the only mask: which labels are trained on.
+
+  `smoothing_BT` is what labels lack in certainty, from 0 to 1; None: nothing.
+  """
 
   inputs: Inputs
   labels_BT: jax.Array  # int32
   mask_BT: jax.Array  # bool
   targets: dict[str, Targets] = struct.field(default_factory=dict)
+  smoothing_BT: jax.Array | None = None  # float32
 
 
 class Output(struct.PyTreeNode):

@@ -21,14 +21,16 @@ class Server(ThreadingHTTPServer):
   asked: (time, prompt, seed) of each request for a sample.
   answered: how often a prompt and seed had a whole answer.
   most: requests at once.
+  together: if set, requests for samples are answered so many at a time.
   """
 
   daemon_threads = True
   request_queue_size = 64
 
-  def __init__(self, owner="somebody", key=None, delay=0.0, answer=None):
+  def __init__(self, owner="somebody", key=None, answer=None):
     super().__init__(("127.0.0.1", 0), Handler)
-    self.owner, self.key, self.delay, self.make = owner, key, delay, answer or plain
+    self.owner, self.key, self.make = owner, key, answer or plain
+    self.together: threading.Barrier | None = None
     self.faults: dict[str, list[str]] = collections.defaultdict(list)
     self.forever, self.model = False, "big"
     self.asked: list[tuple[float, str, int]] = []
@@ -92,7 +94,8 @@ class Handler(BaseHTTPRequestHandler):
       todo = s.faults[prompt]
       fault = (todo[0] if s.forever else todo.pop(0)) if todo else ""
     try:
-      time.sleep(s.delay)
+      if s.together:
+        s.together.wait(60)
       self._fault(fault) if fault else self._answer(body)
     finally:
       with s.lock:
@@ -127,7 +130,7 @@ class Handler(BaseHTTPRequestHandler):
       self.close_connection = True
     elif fault == "silent":
       with contextlib.suppress(OSError):
-        self.connection.settimeout(20)
+        self.connection.settimeout(300)
         self.connection.recv(1)  # until the client goes away
       self.close_connection = True
     elif fault == "drip":

@@ -4,9 +4,10 @@ import dataclasses
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
-import time
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from distill_jax import config, folder
 from distill_jax.errors import InputError
 from distill_jax.filtering import filter_samples
-from distill_jax.filters import _answers, near_duplicates, repetition
+from distill_jax.filters import _answers, _runner, code, near_duplicates, repetition
 from distill_jax.filters._sample import Bad
 
 
@@ -52,11 +53,16 @@ EQUAL = [
   ("1,000", "1000"), (r"5\text{ cm}", "5"), (r"\{1,2\}", r"\{2,1\}"), ("3", "x=3"),
   (r"\sqrt{8}", r"2\sqrt2"), ("x^2+2x+1", "(x+1)^2"), (r"\text{B}", "B"), ("72", "72.00"),
   ("18", r"\$18"), ("18", "18 dollars"), (r"3\frac{1}{2}", "7/2"), (r"\frac{\pi}{2}", r"0.5\pi"),
-  ("Paris", "paris"), ("So 70 + 2 = 72.\n#### 72", "72"), (r"Thus \boxed{\frac{3}{4}}.", "0.75"),
+  ("Paris", "paris"), ("Paris", r"\text{paris}"), (r"\text{No}", "no"),
+  (r"\text{June 20}", "June 20"), ("So 70 + 2 = 72.\n#### 72", "72"),
+  ("1000", "1{,}000"), (r"1\,000", "1000"), (r"\frac{1}{2}", "0.5."), ("50", r"50\%"),
+  ("[0,1)", "[0, 1)"), (r"(0,1)\cup(2,3)", r"(0,1) \cup (2,3)"), (r"5\text{ cm}^2", "5"),
+  (r"Thus \boxed{\frac{3}{4}}.", "0.75"),
 ]  # fmt: skip
 OTHER = [
   ("72", "73"), ("(1,2)", "(2,1)"), ("Paris", "Pairs"), (r"\frac12", r"\frac13"), ("1000", "1"),
-  ("x^2+1", "(x+1)^2"), ("2", "-2"), (r"\sqrt{2}", "1.41"),
+  ("x^2+1", "(x+1)^2"), ("No", "On"), ("[0,1)", "[0,1]"), ("1,2", "1"), (r"\text{(C)}", "(D)"),
+  ("2", "-2"), (r"\sqrt{2}", "1.41"),
 ]  # fmt: skip
 
 
@@ -89,9 +95,8 @@ def test_math_names_a_key_that_cannot_be_parsed():
 
 def test_math_outlives_what_sympy_does_not():
   bombs = [r"\boxed{9^{9^{9^{9}}}+1}", r"\boxed{\binom{10^9}{5\cdot 10^8}}", r"\boxed{4}"]
-  start = time.monotonic()
   whys = kinds("math", [one(t, answer="4", sample=i) for i, t in enumerate(bombs)], seconds=1.0)
-  assert whys[2] is None and all(whys[:2]) and time.monotonic() - start < 30
+  assert whys[2] is None and all(whys[:2])
   slow = one(r"\boxed{10^{10^{7}}!}", answer="4")
   assert kinds("math", [slow], seconds=0.5)[0] in ("timeout", "crashed", "wrong")
 
@@ -99,7 +104,8 @@ def test_math_outlives_what_sympy_does_not():
 @pytest.mark.parametrize(
   ("a", "b"),
   [("0.5", r"\frac{1}{2}"), ("1,000", "1000.0"), (r"336^\circ", "336"), (r"\text{ B}", "b"),
-   (r"\$18", "18"), ("-3/6", r"-\frac12"), ("2/0", "2/0"), ("10%", r"10\%")],
+   (r"\$18", "18"), (r"1\,000", "1{,}000"), ("-3/6", r"-\frac12"),
+   ("2/0", "2/0"), ("10%", r"10\%")],
 )  # fmt: skip
 def test_canonical_answers(a, b):
   assert _answers.canonical(a) == _answers.canonical(b)
@@ -263,13 +269,28 @@ def test_decontaminate(tmp_path, capsys):
 # Programs
 
 TEST = "def check(f):\n  assert f(2) == 4\n  assert f(3) == 9"
-LIMITS = {"cpu_seconds": 1, "wall_seconds": 2.5, "memory": 2**29}
+LIMITS = {"cpu_seconds": 1, "wall_seconds": 60.0, "memory": 2**29}
 EVIL = Path("/tmp/distill-jax-test-evil")
+# Is the secret anywhere in the program's interpreter? Are files of other processes to be had?
+LOOK = """import gc, os, sys
+  held, frame = [], sys._getframe()
+  while frame:
+    held += [*frame.f_locals.values(), *frame.f_globals.values()]
+    frame = frame.f_back
+  for o in gc.get_objects():
+    held += o.values() if isinstance(o, dict) else o if isinstance(o, (list, tuple)) else ()
+  secret = lambda o: isinstance(o, str) and len(o) == 32 and set(o) <= set("0123456789abcdef")
+  return x * x * any(map(secret, held))"""
+GRAB = """import ctypes, os
+  call, got = ctypes.CDLL(None).syscall, []
+  for pid in {1, os.getppid()}:
+    other = call(434, pid, 0)
+    got += [call(438, other, fd, 0) for fd in range(16)]
+  return x * x * (max(got) >= 0)"""  # pidfd_open, pidfd_getfd
 PROGRAMS = {  # what f does: why it is rejected
   "return x * x": None,
   "return x + 2": "failed the test",
   "while True: pass": "timeout",
-  "import time; time.sleep(60)": "timeout",
   "return len(bytearray(8 << 30))": "raised",
   "import sys; sys.exit(0)": "ended before the check was done",
   "import os; os._exit(0)": "ended before the check was done",
@@ -286,6 +307,14 @@ PROGRAMS = {  # what f does: why it is rejected
   "return f(x)": "raised",
   "import ctypes; ctypes.string_at(0)": "killed",
   "import os; [os.write(fd, b'x' * 40000) for fd in range(3, 9)]; return 0": "raised",
+  "return type('E', (int,), {'__eq__': lambda *a: True})(0)": "failed the test",
+  "return object()": "returned no plain value",
+  "import socket; socket.socket(socket.AF_UNIX).connect('SOCKET'); return x * x": "raised",
+  "open('/dev/zero', 'rb').read(1); return x * x": "raised",
+  "open('/dev/null', 'w').write('x'); return x * x": None,
+  "assert __import__('ctypes').CDLL(None).shmget(1, 1 << 20, 0o1666) >= 0": "failed the test",
+  LOOK: "failed the test",
+  GRAB: "failed the test",
 }
 
 
@@ -301,24 +330,36 @@ needs_namespaces = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def port():
   """Of a server here, which answers outside the sandbox."""
-  import socket
-
   with socket.create_server(("127.0.0.1", 0)) as server:
     number = server.getsockname()[1]
     socket.create_connection(("127.0.0.1", number), 2).close()
     yield number
 
 
+@pytest.fixture
+def socket_file():
+  """A socket that anybody may speak to."""
+  with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listening:
+    Path(folder).chmod(0o755)
+    path = Path(folder) / "s"
+    listening.bind(str(path))
+    path.chmod(0o777)
+    listening.listen()
+    yield str(path)
+
+
 @needs_namespaces
-def test_programs_do_no_harm(port):
+def test_programs_do_no_harm(port, socket_file):
   samples = [
-    one("def f(x):\n  " + body.replace("PORT", str(port)), prompt="", test=TEST, entry_point="f",
-        sample=i)
+    one("def f(x):\n  " + body.replace("PORT", str(port)).replace("SOCKET", socket_file), prompt="",
+        test=TEST, entry_point="f", sample=i)
     for i, body in enumerate(PROGRAMS)
   ]  # fmt: skip
   got = dict(zip(PROGRAMS, kinds("code", samples, **LIMITS), strict=True))
   assert got == PROGRAMS
   assert not EVIL.exists() and Path(__file__).exists()
+  asleep = code.Filter(wall_seconds=1.0).run("__import__('time').sleep(600)", TEST, "f")
+  assert asleep == "timeout: 1.0 s of the clock"
   mine = [p for p in Path("/proc").glob("[0-9]*/stat") if _parent(p) == os.getpid()]
   assert not [p for p in mine if b"_jail" in (p.parent / "cmdline").read_bytes()]
 
@@ -348,6 +389,10 @@ def test_programs_as_models_write_them():
   samples = [one(t, prompt=begin, test=TEST, entry_point="f") for t in texts]
   whys = kinds("code", samples, **LIMITS)
   assert dict(zip(texts, whys, strict=True)) == texts
+  both = begin + '  return x * x\n\n\ndef g(x):\n  "Of f."\n'
+  uses = "def check(g):\n  assert [g(x) for x in (1, 3)] == [f(f(x)) for x in (1, 3)]"
+  sample = one("  return f(f(x))", prompt=both, entry_point="g", test=uses)
+  assert kinds("code", [sample], **LIMITS) == [None]  # what the prompt defines, a test may use
   chat = one(f"```python\n{good.replace('List', 'int')}\n```", test=TEST, entry_point="f",
              prompt=[{"role": "user", "content": "Square."}])  # fmt: skip
   assert kinds("code", [chat], **LIMITS) == [None]
@@ -379,8 +424,6 @@ def test_the_sandbox_of_a_user_who_is_not_root(tmp_path):
 
 
 def test_a_machine_without_namespaces_is_refused(tmp_path, monkeypatch):
-  from distill_jax.filters import code
-
   jail = tmp_path / "jail.py"
   denied = "raise OSError(1, 'unshare: Operation not permitted')"
   jail.write_text(code.JAIL.read_text().replace('  call("unshare", flags)', f"  {denied}"))
@@ -538,3 +581,14 @@ def test_every_filter_says_what_it_is():
     assert module.__doc__ and dataclasses.is_dataclass(module.Filter)
     assert hasattr(module.Filter, "select") != hasattr(module.Filter, "keep")
     assert config.filter(name)["filter"] == name
+
+
+def test_plain_values_come_through_as_they_are():
+  values = [None, True, 1, -(2**80), 0.1, float("inf"), "ü\ud800", b"\x00", 1j, [], (1, [2, (3,)]),
+            {1, 2}, frozenset("ab"), {(1, 2): {"a": None}, "dict": 1}]  # fmt: skip
+  for value in values:
+    got = _runner.decode(json.loads(json.dumps(_runner.encode(value))))
+    assert got == value and type(got) is type(value)
+  assert _runner.encode([np.float64(0.5), np.arange(2), Counter("a")]) == _runner.encode(
+    [0.5, [0, 1], {"a": 1}]
+  )

@@ -2,20 +2,21 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import fsspec
 import jax
 import numpy as np
 import pytest
 import tiny
-from tokenizers import Tokenizer
+import transformers
+from jax.experimental.compilation_cache import compilation_cache
+from tokenizers import Tokenizer, processors
 
 from distill_jax import build, config, sharding
+from distill_jax.data import corpus
 from distill_jax.data.tokenizers import load_tokenizer
+from distill_jax.decode import prompts
 from distill_jax.decode.finished import Finished
 from distill_jax.errors import InputError
 from distill_jax.generate import generate
@@ -23,7 +24,6 @@ from distill_jax.records import sampler
 from distill_jax.records.store import open_store
 from distill_jax.types import Inputs
 
-ROOT = Path(__file__).parent.parent
 PROMPTS = ["3 times 6 is", "hello", "a", "0 times 3 is 0, as anyone can see.", "ünï"]
 
 
@@ -50,6 +50,19 @@ def run(c, folder: Path):
 
 def lines(path: Path) -> list[dict]:
   return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+  """Several runs here are of one program."""
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = [getattr(jax.config, name) for name in names]
+  for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.5), strict=True):
+    jax.config.update(name, value)
+  yield
+  for name, value in zip(names, before, strict=True):
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -123,34 +136,33 @@ def test_records_are_what_record_would_store(whole):
   assert same > 0.97 * learnt  # float32 ties
 
 
-def test_gone_on_with_after_kill_9(whole, tmp_path):
-  """In the middle of a line at that; the same samples and the same bytes of records come."""
+class Killed(BaseException):
+  pass
+
+
+def test_gone_on_with_wherever_it_was_stopped(whole, tmp_path, monkeypatch):
+  """In the middle of a line at that; the same samples and the same bytes of records come.
+
+  What is on disk then is on disk after kill -9 too, which test_served.py sends.
+  """
   folder, _ = whole
-  script = tmp_path / "run.py"
-  script.write_text(
-    f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}]\n"
-    "import conftest, time, pathlib\n"
-    "from distill_jax.decode.finished import Finished\n"
-    "import test_generate as t\n"
-    "add = Finished.add\n"
-    "def slow(self, rows, records):\n  add(self, rows, records); time.sleep(0.2)\n"
-    "Finished.add = slow\n"
-    f"t.run(t.made(pathlib.Path({str(folder)!r}), records_dir={str(tmp_path / 'records')!r}), "
-    f"pathlib.Path({str(tmp_path / 'killed')!r}))\n"
-  )
+  add = Finished.add
+
+  def some(self, rows, records):
+    add(self, rows, records)
+    if len(self.rows) >= 4:
+      raise Killed
+
+  c = made(folder, records_dir=str(tmp_path / "records"))
+  with monkeypatch.context() as stopped, pytest.raises(Killed):
+    stopped.setattr(Finished, "add", some)
+    run(c, tmp_path / "killed")
   part = tmp_path / "killed" / "samples.part.jsonl"
-  with subprocess.Popen([sys.executable, script], cwd=ROOT) as killed:
-    deadline = time.monotonic() + 200
-    while not part.exists() or len(part.read_bytes().splitlines()) < 5:
-      assert killed.poll() is None and time.monotonic() < deadline
-      time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
   before = part.read_bytes().splitlines(keepends=True)
   assert 5 <= len(before) < 16
   part.write_bytes(b"".join(before) + b'{"prompt": 4, "sam')
   with (tmp_path / "killed" / "samples.part.bin").open("ab") as f:
     f.write(b"half of a record")
-  c = made(folder, records_dir=str(tmp_path / "records"))
   run(c, tmp_path / "killed")
   one, two = (f / "samples.jsonl" for f in (folder / "whole", tmp_path / "killed"))
   assert one.read_bytes() == two.read_bytes()
@@ -217,6 +229,47 @@ def test_chats_stops_and_rejected_prompts(tmp_path):
   c.generate.on_bad = "stop"
   with pytest.raises(InputError, match="line 3: the prompt has"):
     run(c, tmp_path / "three")
+
+
+@pytest.mark.parametrize("bos", ["<s>", None])
+def test_text_begins_as_the_tokenizer_begins_it(tmp_path, bos):
+  """As transformers has it, and so do documents; chats begin as their template does."""
+  c = tiny.tiny(tmp_path)
+  path = tmp_path / "tokenizer.json"
+  said = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": GOOD}
+  if bos:
+    backend = Tokenizer.from_file(str(path))
+    backend.add_special_tokens([bos])
+    special = [(bos, backend.token_to_id(bos))]
+    backend.post_processor = processors.TemplateProcessing(
+      single=f"{bos} $A", special_tokens=special
+    )
+    backend.save(str(path))
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  c.generate.prompts = str(tmp_path / "prompts.jsonl")
+  hi = [{"role": "user", "content": "hi"}]
+  rows = [{"prompt": "ünï"}, {"prompt": hi}]
+  Path(c.generate.prompts).write_text("".join(json.dumps(r) + "\n" for r in rows))
+  tokenizer = load_tokenizer(path)
+  ids = prompts.read(config.resolve(c), tokenizer).ids
+  assert ids[0] == theirs("ünï").input_ids and (ids[0][0] == 256) == bool(bos)
+  chat = theirs.apply_chat_template(hi, add_generation_prompt=True, return_dict=False)
+  assert ids[1] == chat
+  row = next(corpus.sequences(config.resolve(c).data, tokenizer))
+  text = Path(c.data.path).read_text()[:20]
+  assert row["tokens_T"][: len(theirs(text).input_ids)].tolist() == theirs(text).input_ids
+
+
+def test_prompts_in_a_bucket(tmp_path, monkeypatch):
+  monkeypatch.setenv("DISTILL_JAX_CACHE", str(tmp_path))
+  fsspec.filesystem("memory").pipe("/bucket/asked/p.txt", b"one\n\ntwo\n")
+  c = config.base()
+  c.generate.prompts = "memory://bucket/asked/p.txt"
+  assert prompts.read(config.resolve(c)).said == {0: ("one", {}), 1: ("two", {})}
+  c.generate.prompts = "memory://bucket/asked/q.txt"
+  with pytest.raises(InputError, match="which is no file"):
+    prompts.read(config.resolve(c))
 
 
 def test_a_template_without_a_generation_prompt(tmp_path):

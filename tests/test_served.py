@@ -1,11 +1,13 @@
 """A teacher behind a server, and all that can go wrong on the way to it."""
 
+import asyncio
 import collections
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,8 +17,8 @@ import pytest
 import tiny
 from bad_server import KEY, Server
 
-from distill_jax import config, openai_api
-from distill_jax.client import Refused
+from distill_jax import client, config, openai_api
+from distill_jax.client import Client, Failed, Refused
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.generate import generate
@@ -24,8 +26,13 @@ from distill_jax.records.store import open_store
 from distill_jax.teacher import record
 
 ROOT = Path(__file__).parent.parent
-FAULTS = ("429 1", "429 date", "429", "500", "503", "close", "cut", "truncated", "silent", "drip",
+FAULTS = ("429 0.1", "429 date", "429", "500", "503", "close", "cut", "truncated", "silent", "drip",
           "half", "abort", "no choices")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+  monkeypatch.setattr(client, "FIRST_WAIT_S", 0.02)
 
 
 def made(folder: Path, server: Server, prompts, /, **changes):
@@ -36,7 +43,7 @@ def made(folder: Path, server: Server, prompts, /, **changes):
   path.write_text("".join(json.dumps(line) + "\n" for line in lines))
   c.generate.prompts = str(path)
   c.generate.server.url = server.url
-  c.generate.server.timeout_s = 1.0
+  c.generate.server.timeout_s = 20.0  # more than any answer here takes on a busy machine
   c.generate.server.retries = 3
   for name, value in changes.items():
     section = c.generate if hasattr(c.generate, name) else c.generate.server
@@ -64,7 +71,8 @@ def test_every_fault_is_got_over(tmp_path):
     for prompt, fault in zip(prompts, FAULTS, strict=True):
       wild.faults[prompt] = [fault]
     want = run(made(tmp_path, calm, prompts, samples=2), tmp_path / "calm")
-    got = run(made(tmp_path, wild, prompts, samples=2), tmp_path / "wild")
+    c = made(tmp_path, wild, prompts, samples=2, timeout_s=2.0)
+    got = run(c, tmp_path / "wild")
   names = ("samples.jsonl", "samples.rejected.jsonl")
   one, two = ([(tmp_path / f / n).read_bytes() for n in names] for f in ("calm", "wild"))
   assert one == two and want["retried"] == 0 and got["retried"] >= len(FAULTS)
@@ -82,15 +90,15 @@ def test_every_fault_is_got_over(tmp_path):
   assert len(wild.asked) == n  # although the server is gone by now
 
 
-@pytest.mark.parametrize("after", ["1", "date"])
-def test_waits_as_long_as_the_server_asks(tmp_path, after):
-  prompts = ["first", "second", "third"]
+@pytest.mark.parametrize("after, least", [("0.4", 0.4), ("date", 1.0)])
+def test_waits_as_long_as_the_server_asks(tmp_path, after, least):
+  """And none is asked for meanwhile: with one request in flight, the next is the same again."""
+  prompts = ["first", "second"]
   with Server() as server:
     server.faults["first"] = [f"429 {after}"]
     run(made(tmp_path, server, prompts, in_flight=1), tmp_path / "w")
-  t = [at for at, *_ in server.asked]
-  assert len(t) == 4 and t[1] - t[0] >= 0.95  # a date has whole seconds, so 1 to 2 of them
-  assert t[3] - t[1] < 0.5
+  (t0, *_), (t1, again, _), _ = server.asked
+  assert again == "first" and t1 - t0 >= least - 0.01  # a date has whole seconds: 1 to 2 of them
 
 
 def test_a_wait_of_a_day_is_not_waited_out(tmp_path):
@@ -100,27 +108,44 @@ def test_a_wait_of_a_day_is_not_waited_out(tmp_path):
       run(made(tmp_path, server, ["a"]), tmp_path / "w")
 
 
-def test_requests_in_flight_and_a_minute_are_limited(tmp_path):
-  prompts = [f"p{i}" for i in range(12)]
-  with Server(delay=0.2) as server:
-    run(made(tmp_path, server, prompts, in_flight=3), tmp_path / "few")
-    assert server.most == 3
-    server.most, server.asked = 0, []
-    run(made(tmp_path, server, prompts, in_flight=12), tmp_path / "many")
-    assert 6 <= server.most <= 12
-    server.asked = []
-    run(made(tmp_path, server, prompts, requests_per_minute=600.0), tmp_path / "paced")
-    t = [at for at, *_ in server.asked]
-    assert 0.8 * 1.1 < t[-1] - t[0] < 5  # 12 requests, 0.1 s apart
+@pytest.mark.parametrize("n", [3, 12])
+def test_requests_in_flight_are_as_many_as_are_asked_for(tmp_path, n):
+  """No answer comes before `n` requests wait for theirs."""
+  with Server() as server:
+    server.together = threading.Barrier(n)
+    run(made(tmp_path, server, [f"p{i}" for i in range(12)], in_flight=n), tmp_path / "w")
+  assert server.most == n and len(server.asked) == 12
 
 
-def test_busy_while_others_are_answered_is_no_failure(tmp_path):
+def test_requests_a_minute_are_limited(tmp_path):
+  with Server() as server:
+    c = made(tmp_path, server, [f"p{i}" for i in range(12)], requests_per_minute=1200.0)
+    start = time.monotonic()
+    run(c, tmp_path / "w")
+  assert max(at for at, *_ in server.asked) - start >= 12 / 20  # who are you, then 12 samples
+
+
+@pytest.mark.parametrize("others", [1, 0])
+def test_busy_while_others_are_answered_is_no_failure(monkeypatch, others):
   """One request is told to come back five times, of three that it may fail."""
-  prompts = ["unlucky", *(f"p{i}" for i in range(60))]
-  with Server(delay=0.1) as server:
-    server.faults["unlucky"] = ["429"] * 5
-    run(made(tmp_path, server, prompts, in_flight=2), tmp_path / "w")
-  assert times_asked(server)["unlucky", server.asked[0][2]] == 6
+  asking, times = Client(config.Server(url="http://a/v1", retries=3), 0), 0
+
+  async def once(path, body):
+    nonlocal times
+    times += 1
+    asking.answered += others  # since it was last told so
+    if times <= 5:
+      raise Failed("is busy", busy=True)
+    return "at last"
+
+  monkeypatch.setattr(asking, "_once", once)
+  ask = asking.ask("completions", {}, "unlucky", lambda said: said)
+  if others:
+    assert asyncio.run(ask) == "at last" and times == 6 and asking.retried == 5
+  else:
+    with pytest.raises(Failed, match="is busy, 4 times in a row"):
+      asyncio.run(ask)
+    assert times == 4
 
 
 @pytest.mark.parametrize("fault", ["silent", "500", "close"])
@@ -128,7 +153,9 @@ def test_a_server_that_never_answers_stops_the_run_and_loses_nothing(tmp_path, f
   prompts = [f"p{i}" for i in range(8)]
   with Server() as server:
     server.faults["p5"], server.forever = [fault], True
-    c = made(tmp_path, server, prompts, in_flight=1, timeout_s=0.2, retries=1)
+    c = made(tmp_path, server, prompts, in_flight=1, retries=1)
+    if fault == "silent":
+      c.generate.server.timeout_s = 0.5
     with pytest.raises(InputError) as error:
       run(c, tmp_path / "w")
     said = str(error.value)
@@ -138,7 +165,7 @@ def test_a_server_that_never_answers_stops_the_run_and_loses_nothing(tmp_path, f
     server.model = "small"
     with pytest.raises(InputError, match="holds samples of big and the server has small"):
       run(c, tmp_path / "w")
-    server.model = "big"
+    server.model, c.generate.server.timeout_s = "big", 20.0
     result = run(c, tmp_path / "w")
   assert result["samples"] == 8 and set(server.answered.values()) == {1}
   asked = times_asked(server)
@@ -272,37 +299,36 @@ def test_how_answers_are_read():
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-  """Starts the command line against a server that wants a key."""
+  """A config of 60 prompts for a server that wants a key, and its command line."""
   monkeypatch.setenv("TEACHER_KEY", KEY)
-  with Server(key=KEY, delay=0.1) as server:
+  with Server(key=KEY) as server:
     prompts = [f"p{i}" for i in range(60)]
-    c = made(tmp_path, server, prompts, in_flight=4, api_key_env="TEACHER_KEY")
+    c = made(tmp_path, server, prompts, in_flight=4, api_key_env="TEACHER_KEY", timeout_s=300.0)
     file = tmp_path / "served.py"
     file.write_text(
       "from ml_collections import ConfigDict\n"
       f"def get_config():\n  return ConfigDict({c.to_dict()!r}, convert_dict=True)\n"
     )
 
-    def start(*more, **environ):
-      command = [sys.executable, "-m", "distill_jax.cli", "generate", f"--config={file}", *more]
+    def start():
+      command = [sys.executable, "-m", "distill_jax.cli", "generate", f"--config={file}"]
       command += [f"--workdir={tmp_path / 'w'}", "--json"]
-      environ = os.environ | {"JAX_PLATFORMS": "cpu"} | environ
+      environ = os.environ | {"JAX_PLATFORMS": "cpu"}
       pipe = subprocess.PIPE
       return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=pipe, stderr=pipe, text=True)
 
-    yield server, tmp_path / "w", start
+    yield c, server, tmp_path / "w", start
 
 
-def wait_for(part: Path, rows: int, job) -> list[dict]:
-  deadline = time.monotonic() + 60
+def wait_for(part: Path, rows: int, job) -> None:
   while not part.exists() or part.read_bytes().count(b"\n") <= rows:
-    assert job.poll() is None and time.monotonic() < deadline
+    assert job.poll() is None
     time.sleep(0.01)
 
 
-def test_killed_told_to_stop_and_gone_on_with_and_the_key_is_nowhere(job):
+def test_killed_told_to_stop_and_gone_on_with_and_the_key_is_nowhere(job, monkeypatch, capfd):
   """kill -9, then half a line on disk; SIGTERM; a wrong key; a server that echoes the right one."""
-  server, folder, start = job
+  c, server, folder, start = job
   part = folder / "samples.part.jsonl"
 
   def silent_from(first: int) -> None:
@@ -313,7 +339,7 @@ def test_killed_told_to_stop_and_gone_on_with_and_the_key_is_nowhere(job):
   server.forever = True
   silent_from(20)
   with start() as killed:
-    wait_for(part, 8, killed)
+    wait_for(part, 20, killed)
     killed.send_signal(signal.SIGKILL)
     said = [killed.stderr.read()]
   kept = [(f"p{r['prompt']}", r["text"]) for r in lines(part)[1:]]
@@ -322,30 +348,24 @@ def test_killed_told_to_stop_and_gone_on_with_and_the_key_is_nowhere(job):
     f.write(b'{"prompt": 4, "sam')
   silent_from(40)
   with start() as told:
-    wait_for(part, len(kept) + 8, told)
+    wait_for(part, 40, told)
     told.send_signal(signal.SIGTERM)
-    out, err = told.communicate(timeout=60)
-    said += [out, err]
+    said += told.communicate(timeout=60)
   between = times_asked(server)
-  assert told.returncode == os.EX_TEMPFAIL and "told to stop" in err
+  assert told.returncode == os.EX_TEMPFAIL and "told to stop" in said[-1]
   again = [(f"p{r['prompt']}", r["text"]) for r in lines(part)[1:]]
-  assert again[: len(kept)] == kept
-  with start(TEACHER_KEY="sk-wrong") as wrong:
-    out, err = wrong.communicate(timeout=60)
-    said += [out, err]
-  assert wrong.returncode == 2 and "TEACHER_KEY" in err and "sk-wrong" not in err
+  assert len(kept) == 20 and len(again) == 40 and again[:20] == kept
+
+  server.faults.clear()
+  with monkeypatch.context() as other, pytest.raises(InputError, match="TEACHER_KEY") as wrong:
+    other.setenv("TEACHER_KEY", "sk-wrong")
+    run(c, folder)
   assert server.refused == 1  # not asked a second time
-  server.faults.clear()
   server.faults["p59"] = ["500"]
-  with start() as failed:
-    out, err = failed.communicate(timeout=60)
-    said += [out, err]
-  assert failed.returncode == 2 and "out of order, Bearer ***" in err
+  with pytest.raises(InputError, match=r"out of order, Bearer \*\*\*") as failed:
+    run(c, folder)
   server.faults.clear()
-  with start() as last:
-    out, err = last.communicate(timeout=60)
-    said += [out, err]
-  assert last.returncode == 0 and json.loads(out.splitlines()[-1])["samples"] == 60
+  assert run(c, folder)["samples"] == 60
   now = times_asked(server)
   seeds = dict(now.keys())
   assert len(seeds) == len(now) == 60  # the same seed whenever a prompt was asked
@@ -353,6 +373,7 @@ def test_killed_told_to_stop_and_gone_on_with_and_the_key_is_nowhere(job):
     one = prompt, seeds[prompt]
     assert now[one] == (before if i < len(kept) else between)[one]
     assert text == f"{prompt} -> {seeds[prompt]} \u00e9"
+  said += [str(wrong.value), str(failed.value), *capfd.readouterr()]
   assert all(KEY not in s and "sk-wrong" not in s for s in said)
   for path in folder.rglob("*"):
     assert path.is_dir() or KEY.encode() not in path.read_bytes()

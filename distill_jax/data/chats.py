@@ -22,13 +22,15 @@ ON_BAD = ("stop", "skip")
 
 
 def tokens(
-  source: Source, tokenizer: Tokenizer, template: ChatTemplate, longest: int, on_bad: str
-) -> Iterator[tuple[list[int], list[bool]]]:
-  """(ids, which of them to learn) of each chat of a source.
+  source: Source, tokenizer: Tokenizer, template: ChatTemplate, longest: int, on_bad: str,
+  trust: str = "",
+) -> Iterator[tuple[list[int], list[bool], float]]:  # fmt: skip
+  """(ids, which of them to learn, their label smoothing) of each chat of a source.
 
   A chat cannot be used that is no chat, that the template refuses, that is longer than
-  `longest` tokens, or that has nothing to learn: with on_bad "stop" it is refused, with "skip"
-  it is left out, and the standard error says how many were and why.
+  `longest` tokens, that has nothing to learn, or nothing from 0 to 1 in the field `trust`: with
+  on_bad "stop" it is refused, with "skip" it is left out, and the standard error says how many
+  were and why.
 
   Raises:
     InputError: as said; or no chat at all can be used.
@@ -41,6 +43,7 @@ def tokens(
     where = f"{source.path}, chat {number} of split {source.split!r}"
     try:
       messages, tools = parse(line, where)
+      smoothing = 1 - trusted(line, trust) if trust else 0.0
       ids, mask = template.tokens_and_mask(tokenizer, messages, tools)
       unmarked += len(template.mark(tokenizer, messages, tools).unmarked)
       why = _useless(ids, mask, longest)
@@ -55,7 +58,7 @@ def tokens(
       left_out[why] += 1
       continue
     used += 1
-    yield ids, mask
+    yield ids, mask, smoothing
   for why, n in left_out.most_common():
     print(f"{source.path}: {n} of {used + left_out.total()} chats left out: {why}", file=sys.stderr)
   if unmarked:
@@ -87,6 +90,17 @@ def parse(line: str, where: str) -> tuple[list[dict[str, Any]], list[dict[str, A
   ):
     raise InputError(f"{where}: neither a list of 'messages' nor 'prompt' and 'text'; give one")
   return messages, record.get("tools")
+
+
+def trusted(line: str, field: str) -> float:
+  """What a field says of how far a line's labels are to be trusted."""
+  value = json.loads(line).get(field)
+  if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    raise InputError(
+      f"its field {field!r} is {value!r:.60}, and data.trust names one from 0 to 1, such as "
+      "votes leave"
+    )
+  return float(value)
 
 
 def _useless(ids: list[int], mask: list[bool], longest: int) -> str:

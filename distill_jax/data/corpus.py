@@ -14,7 +14,7 @@ from distill_jax.data import chats, packing, sources, tokenizers
 from distill_jax.data.chat import ChatTemplate
 from distill_jax.errors import InputError
 from distill_jax.hub.load import Pretrained
-from distill_jax.hub.tokenizer import read_tokenizer
+from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
 
 LINES = 256  # documents tokenized at once
 
@@ -39,13 +39,19 @@ def source_of(data: Data) -> sources.Source:
 
 def template_of(data: Data, pretrained: Pretrained | None) -> ChatTemplate:
   """The chat template of the tokenizer that a config names, or of the model's own."""
-  files, name = (pretrained.tokenizer, pretrained.source) if pretrained else (None, "the model")
-  if data.tokenizer:
-    path = Path(data.tokenizer)
-    files, name = read_tokenizer(path if path.is_dir() else path.parent), data.tokenizer
+  name = data.tokenizer or (pretrained.source if pretrained else "the model")
+  files = files_of(data, pretrained)
   if files is None:
     raise InputError(f"{name} brings no tokenizer, and so no chat template; set data.tokenizer")
   return ChatTemplate.of(files, name)
+
+
+def files_of(data: Data, pretrained: Pretrained | None) -> TokenizerFiles | None:
+  """The files of the tokenizer that a config names, or of the model's own; None without."""
+  if not data.tokenizer:
+    return pretrained.tokenizer if pretrained else None
+  path = Path(data.tokenizer)
+  return read_tokenizer(path if path.is_dir() else path.parent)
 
 
 def sequences(
@@ -56,18 +62,24 @@ def sequences(
   Chats are rendered by the template of `pretrained`, or of data.tokenizer; they are packed
   whole, and the assistant's tokens alone are learnt.
 
+  Other documents begin with what the tokenizer begins a text with, as prompts do
+  (decode/prompts.py), and end with a document's end.
+
   Yields: {tokens_T int32, segments_T int32, mask_T bool}; unlike packing's mask of tokens,
-    `mask_T` says at which positions there is a label to learn.
+    `mask_T` says at which positions there is a label to learn. With data.trust, smoothing_T
+    float32 too.
   """
+  if data.trust and data.kind != "chat":
+    raise InputError(f"data.trust is {data.trust!r} and data.kind {data.kind!r}; it is for chats")
   if data.kind == "chat":
     template = template_of(data, pretrained)
-    found = chats.tokens(source_of(data), tokenizer, template, data.seq_len, data.on_bad)
+    source, longest = source_of(data), data.seq_len
+    found = chats.tokens(source, tokenizer, template, longest, data.on_bad, data.trust)
     packed = packing.pack(found, data.seq_len, None, whole=True)
   else:
     packed = packing.pack(_tokens(data, tokenizer), data.seq_len, tokenizer.eos_id)
   for row in itertools.islice(packed, data.sequences or None):
-    learnt_T = packing.to_inputs(row.tokens_T, row.segments_T, row.mask_T)[-1]
-    yield {"tokens_T": row.tokens_T, "segments_T": row.segments_T, "mask_T": learnt_T}
+    yield row.record() | ({"smoothing_T": row.smoothing_T} if data.trust else {})
 
 
 def check(data: Data, tokenizer: tokenizers.Tokenizer, rows: int, longest: int) -> None:
@@ -86,4 +98,4 @@ def check(data: Data, tokenizer: tokenizers.Tokenizer, rows: int, longest: int) 
 def _tokens(data: Data, tokenizer: tokenizers.Tokenizer) -> Iterator[list[int]]:
   documents = sources.documents(source_of(data))
   while some := list(itertools.islice(documents, LINES)):
-    yield from tokenizer.encode_batch(some)
+    yield from ([*tokenizer.begin, *ids] for ids in tokenizer.encode_batch(some))

@@ -14,7 +14,7 @@ import numpy as np
 
 from distill_jax.errors import InputError
 
-Document = Ids[int] | np.ndarray | tuple[Ids[int], Ids[bool]]
+Document = Ids[int] | np.ndarray | tuple[Ids[int], Ids[bool]] | tuple[Ids[int], Ids[bool], float]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,11 +26,18 @@ class Sequence:
     segments_T: int32, numbered from 1 in the row's own order; 0 is padding.
     mask_T: bool, the tokens that the documents want learnt. What is really learnt is
       `to_inputs`' to say: the first token of a segment has nothing to predict it.
+    smoothing_T: float32, of the labels of each document.
   """
 
   tokens_T: np.ndarray
   segments_T: np.ndarray
   mask_T: np.ndarray
+  smoothing_T: np.ndarray
+
+  def record(self) -> dict[str, np.ndarray]:
+    """A record without targets, whose mask says where there is a label to learn."""
+    learnt_T = to_inputs(self.tokens_T, self.segments_T, self.mask_T)[-1]
+    return {"tokens_T": self.tokens_T, "segments_T": self.segments_T, "mask_T": learnt_T}
 
 
 def pack(
@@ -39,8 +46,8 @@ def pack(
   """Packs documents into rows of `seq_len` tokens, in order, losing and doubling none.
 
   Args:
-    documents: token ids (all are learnt), or a tuple (ids, mask) of one length. An empty
-      document is passed over.
+    documents: token ids (all are learnt), or a tuple (ids, mask[, label smoothing]) of one
+      length. An empty document is passed over.
     seq_len: tokens a row, at least 2.
     eos_id: appended to every document, and learnt where the document's last token is;
       None appends nothing.
@@ -66,6 +73,7 @@ def _rows(
   row, filled, segment, n_rows = _empty(seq_len), 0, 0, 0
   for number, document in enumerate(documents):
     ids, mask = _arrays(document, number, eos_id)
+    smoothing = document[2] if isinstance(document, tuple) and len(document) == 3 else 0.0
     if whole and 0 < seq_len - filled < len(ids) and filled:
       yield row
       row, filled, segment, n_rows = _empty(seq_len), 0, 0, n_rows + 1
@@ -73,6 +81,7 @@ def _rows(
       take = min(seq_len - filled, len(ids))
       part, segment = slice(filled, filled + take), segment + 1
       row.tokens_T[part], row.segments_T[part], row.mask_T[part] = ids[:take], segment, mask[:take]
+      row.smoothing_T[part] = smoothing
       ids, mask, filled = ids[take:], mask[take:], filled + take
       if filled == seq_len:
         yield row
@@ -118,12 +127,12 @@ def to_inputs(
 
 
 def _empty(seq_len: int) -> Sequence:
-  return Sequence(np.zeros(seq_len, np.int32), np.zeros(seq_len, np.int32), np.zeros(seq_len, bool))
+  return Sequence(*(np.zeros(seq_len, kind) for kind in (np.int32, np.int32, bool, np.float32)))
 
 
 def _arrays(document: Document, number: int, eos_id: int | None) -> tuple[np.ndarray, np.ndarray]:
   """(ids int32, mask bool) of a document, eos included."""
-  ids, mask = document if isinstance(document, tuple) else (document, None)
+  ids, mask = document[:2] if isinstance(document, tuple) else (document, None)
   ids = np.asarray(ids)
   if not ids.size:
     return np.zeros(0, np.int32), np.zeros(0, bool)

@@ -140,6 +140,21 @@ class Tokenizer:
     return self._backend.token_to_id(token)
 
   @functools.cached_property
+  def begin(self) -> list[int]:
+    """What a text begins with by the tokenizer's own rule: a BOS, or nothing.
+
+    A tokenizer.json says so in its post-processor; a sentencepiece model that has a BOS is
+    given it, as Llama 2, Mistral and Gemma are. `encode` adds nothing.
+    """
+    if self.kind == "sentencepiece":
+      bos = self._backend.bos_id()
+      return [bos] if bos >= 0 else []
+    whole = tokenizers.Tokenizer.from_str(self.raw.decode()).encode("a").ids
+    plain = self.encode("a")
+    at = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return whole[:at]
+
+  @functools.cached_property
   def special_tokens(self) -> tuple[str, ...]:
     """The tokens that are no text: marked special, or control pieces and the unknown one."""
     if self.kind == "huggingface":

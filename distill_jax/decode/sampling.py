@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from distill_jax.config import Generate
 from distill_jax.errors import InputError
 from distill_jax.records import sampler
 
@@ -41,6 +42,10 @@ class Sampling:
         f"top_k is {self.top_k}, top_p {self.top_p:g} and min_p {self.min_p:g}; they are at least "
         "0 (all), above 0 up to 1 (all), and from 0 (all) to 1"
       )
+
+  @classmethod
+  def of(cls, c: Generate) -> Sampling:
+    return cls(c.temperature, c.top_k, c.top_p, c.min_p)
 
 
 def choose(logits_BV: jax.Array, keys_B: jax.Array, how: Sampling) -> jax.Array:

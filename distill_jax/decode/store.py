@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,15 +49,17 @@ def write(
     rows: texts by their `prompt` and `tokens`.
     records: of the number of one of these, what was kept of its tokens.
   """
-  T = config.data.seq_len
-  packed = list(_pack([len(prompts[r["prompt"]]) + len(r["tokens"]) for r in rows], T))
-  light = [_sequence(prompts, [rows[i] for i in some], T) for some in packed]
+  T, documents = config.data.seq_len, (_document(prompts[r["prompt"]], r["tokens"]) for r in rows)
+  packed = list(packing.pack(documents, T, None, whole=True))
+  light = [sequence.record() for sequence in packed]
+  ends = np.cumsum([sequence.segments_T.max() for sequence in packed])  # of the texts in each
+  some = lambda n: range(ends[n - 1] if n else 0, ends[n])
   manifest = teacher.manifest_of(config, tokenizer, light)
   with storage.Synced(config.generate.records_dir) as folder, Writer(folder, manifest) as writer:
     for shard in writer.missing():
       writer.write_shard(
         shard,
-        (light[n] | _targets(config.records, prompts, rows, packed[n], T, records) for n in shard),
+        (light[n] | _targets(config.records, prompts, rows, some(n), T, records) for n in shard),
       )
     done = writer.complete()
   assert done is not None
@@ -65,29 +67,8 @@ def write(
   return {"sequences": done.total, **sums}
 
 
-def _pack(lengths: Sequence[int], T: int) -> Iterator[list[int]]:
-  """The texts of each sequence: a text that does not fit begins the next one."""
-  some: list[int] = []
-  filled = 0
-  for i, n in enumerate(lengths):
-    if some and filled + n > T:
-      yield some
-      some, filled = [], 0
-    some.append(i)
-    filled += n
-  yield some
-
-
-def _sequence(prompts: dict[int, list[int]], rows: Sequence[Row], T: int) -> dict[str, np.ndarray]:
-  tokens, segments, mask = np.zeros(T, np.int32), np.zeros(T, np.int32), np.zeros(T, bool)
-  at = 0
-  for number, row in enumerate(rows, 1):
-    ids = [*prompts[row["prompt"]], *row["tokens"]]
-    tokens[at : at + len(ids)], segments[at : at + len(ids)] = ids, number
-    mask[at + len(ids) - len(row["tokens"]) : at + len(ids)] = True
-    at += len(ids)
-  learnt = packing.to_inputs(tokens, segments, mask)[-1]
-  return {"tokens_T": tokens, "segments_T": segments, "mask_T": learnt}
+def _document(prompt: list[int], said: list[int]) -> tuple[list[int], list[bool]]:
+  return [*prompt, *said], [False] * len(prompt) + [True] * len(said)
 
 
 def _targets(

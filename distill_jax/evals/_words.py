@@ -74,7 +74,8 @@ def _asking(config: Config, spec: Model, of: Any, folder: Path) -> Config:
       "them all the same; ask for 1, or set a temperature"
     )
   generate = dataclasses.replace(
-    config.generate, prompts=str(folder / PROMPTS), field="prompt", samples=samples,
+    config.generate, prompts=str(folder / PROMPTS), field="prompt", template="",
+    samples=samples,
     max_new_tokens=e.max_new_tokens, on_bad=e.on_bad, temperature=e.temperature, top_p=e.top_p,
     top_k=0, min_p=0.0, stop=of.stop or config.generate.stop, ignore_eos=False, records_dir="",
     server=server,

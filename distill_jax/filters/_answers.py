@@ -9,6 +9,8 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 FRACTION = r"\\[dt]?frac\s*(?:\{-?\d+\}|\d)\s*(?:\{\d+\}|\d)"
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 NUMBER = re.compile(rf"(?<![\w.\\])-?\$?(?:{FRACTION}|(?:{DIGITS})(?:/\d+)?)(?:\\?%)?")
+GROUPS = re.compile(r"(?<=\d)(?:\\[,!;:\s]|\{,\}|~)(?=\d{3}(?!\d))")  # 1\,000, 1{,}000
+TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 PLAIN_FRACTION = re.compile(r"(-?)\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))")
 
 
@@ -45,9 +47,15 @@ def key(text: str) -> str:
   return text.rpartition("####")[2].strip()
 
 
+def unwrapped(answer: str) -> str:
+  r"""What \text{…} holds where an answer is nothing else."""
+  match = TEXT.fullmatch(answer.strip())
+  return match[1].strip() if match else answer
+
+
 def canonical(answer: str) -> str:
   """One spelling for answers that are plainly equal: 0.5, 1/2 and \\frac{1}{2} are "1/2"."""
-  s = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", answer.strip())
+  s = TEXT.sub(r"\1", GROUPS.sub("", answer.strip()))
   s = re.sub(r"\\(?:left|right|!|,|;|\s)|\^\s*\{?\\circ\}?|°|\\?[$%]|\s", "", s)
   s = s.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").rstrip(".")
   if match := PLAIN_FRACTION.fullmatch(s):

@@ -1,9 +1,10 @@
 """Runs one program where it can do no harm; a script, on Linux.
 
-Its argument is a JSON object: the fields of code.Filter, `folder`, and `fds`, which the runner
-reads its job from and writes its report to. Two processes: the outer one makes the namespaces
-and waits; the inner one is the first of its own world of processes, so that all it starts end
-with it. There it has no network, sees all files read-only but an empty folder in memory, loses
+Its argument is a JSON object: the fields of code.Filter; `folder`; `runner`, the source of the
+program; and `fds`, which that reads its job from and writes its report to. Two processes: the
+outer one makes the namespaces and waits; the inner one is the first of its own world of
+processes, so that all it starts end with it. There it has no network and no device, sees all
+files read-only but an empty folder in memory, may not call what would get it around that, loses
 every privilege but root's to read, and becomes the program. The outer one exits with 125 where
 that cannot be done, 124 where the time to compute was used up, 1 where the program was killed
 otherwise.
@@ -12,49 +13,27 @@ otherwise.
 import ctypes
 import json
 import os
+import platform
 import resource
 import signal
+import struct
 import sys
 from pathlib import Path
 
 CLONE = {"NEWNS": 0x20000, "NEWIPC": 0x8000000, "NEWUSER": 0x10000000, "NEWPID": 0x20000000,
          "NEWNET": 0x40000000}  # fmt: skip
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 0x4000, 0x40000
-MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, ATTR_RDONLY, ATTR_NOSUID = 442, -100, 0x8000, 1, 2
+MS_BIND = 0x1000
+MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
+ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 8, 38, 47
+PR_SET_SECCOMP, AF_UNIX, EACCES, IO_URING_SETUP = 22, 1, 13, 425
+ARCHITECTURES = {"x86_64": (0xC000003E, 41, 29), "aarch64": (0xC00000B7, 198, 194)}  # and the
+# numbers of socket and shmget there
 CAP_VERSION, CAP_DAC_READ_SEARCH = 0x20080522, 2
 COVERED = ("/proc", "/run")  # other processes, and the sockets of services
+DEVICES = ("/dev/null", "/dev/urandom")  # those that stay
 NOBODY = 65534
-
-RUNNER = """
-import json, os, sys
-def main(read, write, run, compile, tell, leave):
-  with os.fdopen(read) as f:
-    secret, source, test, entry = json.load(f)
-  try:
-    names = {"__name__": "sample"}
-    try:
-      source, test = compile(source, "sample.py", "exec"), compile(test, "test.py", "exec")
-    except (SyntaxError, ValueError) as e:
-      report = "unparsed " + str(e)[:200]
-    else:
-      run(source, names)
-      if entry not in names:
-        report = "undefined " + entry
-      else:
-        run(test, names)
-        names["check"](names[entry])
-        report = secret
-  except AssertionError:
-    report = "asserted"
-  except (SystemExit, KeyboardInterrupt):
-    report = "exited"
-  except BaseException as e:
-    report = "raised " + type(e).__name__
-  tell(write, report.encode("utf-8", "replace"))
-  leave(0)
-main(int(sys.argv[1]), int(sys.argv[2]), exec, compile, os.write, os._exit)
-"""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -95,11 +74,18 @@ def mount(target, options, flags):
   call("mount", b"none", os.fsencode(target), b"tmpfs", flags | MS_NOSUID | MS_NODEV, options)
 
 
+def set_mount(path, flags, attributes, cleared=0):
+  what = (ctypes.c_uint64 * 4)(attributes, cleared, 0, 0)
+  call("syscall", ctypes.c_long(MOUNT_SETATTR), AT_FDCWD, path.encode(), flags, what, 32)
+
+
 def close_the_files(folder, disk):
   call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
-  attributes = (ctypes.c_uint64 * 4)(ATTR_RDONLY | ATTR_NOSUID, 0, 0, 0)
-  syscall = [ctypes.c_long(MOUNT_SETATTR), AT_FDCWD, b"/", AT_RECURSIVE, attributes, 32]
-  call("syscall", *syscall)
+  for path in DEVICES:
+    call("mount", path.encode(), path.encode(), None, MS_BIND, None)
+  set_mount("/", AT_RECURSIVE, ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV)
+  for path in DEVICES:
+    set_mount(path, 0, 0, ATTR_NODEV)
   for path in COVERED:
     if Path(path).is_dir():
       mount(path, b"size=4k,mode=0555", MS_RDONLY | MS_NOEXEC)
@@ -132,6 +118,28 @@ def turn_into(user):
   call("prctl", PR_CAP_AMBIENT, 2, CAP_DAC_READ_SEARCH, 0, 0)  # 2: raise, so that exec keeps it
 
 
+def forbid():
+  """Sockets that files name, memory that no limit counts, and io_uring, which asks for no call.
+
+  A filter of system calls, for good (seccomp(2)): offsets are those of struct seccomp_data.
+  """
+  if platform.machine() not in ARCHITECTURES:
+    raise OSError(f"no filter of system calls is known for {platform.machine()}")
+  architecture, socket, shmget = ARCHITECTURES[platform.machine()]
+  load, equal, at_least, leave = 0x20, 0x15, 0x35, 0x06
+  kill, allow, deny = 0x80000000, 0x7FFF0000, 0x50000 | EACCES
+  program = [
+    (load, 0, 0, 4), (equal, 1, 0, architecture), (leave, 0, 0, kill),
+    (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (leave, 0, 0, kill),  # x32, another numbering
+    (equal, 0, 1, IO_URING_SETUP), (leave, 0, 0, deny), (equal, 0, 1, shmget), (leave, 0, 0, deny),
+    (equal, 0, 3, socket), (load, 0, 0, 16), (equal, 0, 1, AF_UNIX), (leave, 0, 0, deny),
+    (leave, 0, 0, allow),
+  ]  # fmt: skip
+  code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+  where = ctypes.create_string_buffer(code, len(code))
+  call("prctl", PR_SET_SECCOMP, 2, struct.pack("HP", len(program), ctypes.addressof(where)), 0, 0)
+
+
 def become(job, root):
   """The inner process, up to the program."""
   if job["isolated"]:
@@ -140,12 +148,14 @@ def become(job, root):
   null = os.open("/dev/null", os.O_RDWR)
   os.dup2(null, 1)
   os.dup2(null, 2)
-  limit(job, 0 if root else 1)
+  limit(job, 1 if root else 2)
   if job["isolated"] and root:
     turn_into(2**30 + job["number"])
   call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+  if job["isolated"]:
+    forbid()
   call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of user has undone it
-  arguments = [job["python"], "-I", "-B", "-c", RUNNER, *map(str, job["fds"])]
+  arguments = [job["python"], "-I", "-B", "-c", job["runner"], *map(str, job["fds"])]
   os.execve(job["python"], arguments, dict(os.environ, HOME=job["folder"]))
 
 

@@ -1,10 +1,10 @@
 """Programs that pass their tests, run in a sandbox (_jail.py).
 
 Tests have HumanEval's form: `prompt` begins a program that the sample ends, `test` defines
-check(candidate), and `entry_point` names what is checked. The verdict is a secret that the
-runner says after the check: exit codes and prints count for nothing. A program that searched
-the interpreter it shares with its test for that secret, or made its results equal everything,
-would pass: HumanEval's form leaves that open.
+check(candidate), and `entry_point` names what is checked. Test and program run in two processes
+(_runner.py): the test sees what the program's function returns, plain values alone, and what the
+prompt defines, and the verdict is a secret that only its process knows. Exit codes, prints, and
+whatever a program finds in its interpreter count for nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 from distill_jax.errors import InputError
 from distill_jax.filters._sample import Bad, Judged, Sample, answer_part, ordered, string
 
-JAIL = Path(__file__).with_name("_jail.py")
+JAIL, RUNNER = (Path(__file__).with_name(name) for name in ("_jail.py", "_runner.py"))
 FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 REPORT = 4096  # bytes that are read of what a program says of itself
 ENV = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1",
@@ -86,10 +86,14 @@ class Filter:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
       return Bad(f"the test cannot be parsed: {e}")
     said = sample["prompt"] if self.prompt == "prompt" else string(sample, self.prompt)
-    return self.run(program(said, sample["text"], entry), test, entry)
+    begins = said if isinstance(said, str) and _parses(said) else ""
+    return self.run(program(said, sample["text"], entry), test, entry, begins)
 
-  def run(self, source: str, test: str, entry: str) -> str | None:
+  def run(self, source: str, test: str, entry: str, begins: str = "") -> str | None:
     """Why a program fails; None where check(entry) comes to its end.
+
+    Args:
+      begins: what the test may use beside what it defines, as the prompt's functions.
 
     Raises:
       InputError: the sandbox cannot be made on this machine.
@@ -98,12 +102,12 @@ class Filter:
     with tempfile.TemporaryDirectory(prefix="distill-jax-") as folder:
       Path(folder).chmod(0o755)
       job = Path(folder) / "job.json"
-      job.write_text(json.dumps([secret, source, test, entry]))
+      job.write_text(json.dumps([secret, begins, source, test, entry]))
       here, there = os.pipe()
       with job.open("rb") as reading:
         job.unlink()
         limits = dataclasses.asdict(self) | {"folder": folder, "fds": [reading.fileno(), there]}
-        limits["python"] = self.python or sys.executable
+        limits |= {"python": self.python or sys.executable, "runner": RUNNER.read_text()}
         try:
           ended = self._jail(limits, reading.fileno(), there)
         finally:
@@ -116,6 +120,8 @@ class Filter:
           os.close(here)
     if said == secret:
       return None
+    if said == "cpu":
+      return f"timeout: {self.cpu_seconds} s of computing"
     return ended or _why(said)
 
   def _jail(self, limits: dict[str, Any], *fds: int) -> str:
@@ -169,12 +175,11 @@ def _parses(source: str) -> bool:
 
 def _why(said: str) -> str:
   kind, _, detail = said.partition(" ")
-  if kind not in ("raised", "asserted", "unparsed", "exited", "undefined"):
-    return "ended before the check was done"
   return {
     "asserted": "failed the test",
     "unparsed": f"not Python: {detail}",
-    "exited": "ended before the check was done",
     "undefined": f"does not define what is checked: {detail}",
+    "other": f"returned no plain value: {detail}",
     "raised": f"raised: {detail}",
-  }[kind]
+    "killed": "killed",
+  }.get(kind, "ended before the check was done")

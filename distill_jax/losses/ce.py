@@ -19,7 +19,8 @@ class Loss:
 
   Attributes:
     label_smoothing: the label has 1 minus this, every token an equal part of the rest
-      (arXiv:1512.00567, section 7).
+      (arXiv:1512.00567, section 7). Of labels that the batch smooths (data.trust), it is of what
+      they have left.
     z_loss: times (log sum exp logits)^2, which keeps logits from drifting (PaLM,
       arXiv:2204.02311, section 5).
   """
@@ -40,10 +41,12 @@ class Loss:
     lse_BC = head.log_sum_exp(logits_BCV)[..., 0]
     label_BC = jnp.take_along_axis(logits_BCV, batch.labels_BT[..., None], -1)[..., 0]
     loss_BC = lse_BC - label_BC
-    if self.label_smoothing:
+    if self.label_smoothing or batch.smoothing_BT is not None:
+      own_BC = 0.0 if batch.smoothing_BT is None else batch.smoothing_BT
+      kept_BC = (1 - self.label_smoothing) * (1 - own_BC)
       real_BCV = logits_BCV > -jnp.inf  # rows past the vocabulary have no probability
       mean_BC = jnp.mean(logits_BCV, -1, where=real_BCV)
-      loss_BC += self.label_smoothing * (label_BC - mean_BC)
+      loss_BC += (1 - kept_BC) * (label_BC - mean_BC)
     if self.z_loss:
       loss_BC += self.z_loss * lse_BC**2
     return loss_BC

@@ -102,6 +102,28 @@ def decode_tokens(data: bytes, spec: Spec) -> Sequence:
   }  # fmt: skip
 
 
+def encode_smoothing(seq: Sequence) -> bytes:
+  """smoothing_T, float in [0, 1], one number a segment: a float16 each, in their order."""
+  segments, x_T = np.asarray(seq["segments_T"]), np.asarray(seq["smoothing_T"])
+  numbers, first = np.unique(segments, return_index=True)
+  x_S = x_T[first][numbers > 0]
+  real = segments > 0
+  if not np.array_equal(x_T[real], x_S[np.searchsorted(numbers[numbers > 0], segments[real])]):
+    raise InputError("smoothing_T differs within a segment; a document's labels have one smoothing")
+  if np.any(~((x_S >= 0) & (x_S <= 1))):
+    raise InputError(f"smoothing_T is from {x_S.min()} to {x_S.max()}; it is from 0 to 1")
+  return _half(x_S, "smoothing_T")
+
+
+def decode_smoothing(data: bytes, segments_T: np.ndarray) -> np.ndarray:
+  """The inverse: float32 [T]; 0 in padding."""
+  numbers, at_T = np.unique(segments_T, return_inverse=True)
+  padding = int(0 in numbers)
+  entries.whole("bytes of smoothing", len(data), 2 * (len(numbers) - padding))
+  x_S = np.frombuffer(data, "<f2").astype(np.float32)
+  return np.concatenate([np.zeros(padding, np.float32), x_S])[at_T]
+
+
 # ---------------------------------------------------------------- targets
 
 

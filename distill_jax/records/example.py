@@ -27,6 +27,7 @@ FIELDS = {
   "counts": "sample counts of the other entries: unary",
   "logp": "float16 log-probabilities of the entries",
   "scalars": "float16 log-probability of each label, then float16 entropies, in nats",
+  "smoothing": "float16 label smoothing of each segment",
   "taps": "int8 hidden states, then a float32 scale a vector",
 }
 
@@ -37,7 +38,7 @@ def names(m: Manifest) -> list[str]:
   if m.kind != "text":
     out += ["head", "lengths", "high", "low", "argmax", "scalars"]
     out += ["counts"] * (m.kind == "sampled") + ["logp"] * m.spec.has_logp
-  return out + ["taps"] * (m.taps is not None)
+  return out + ["smoothing"] * m.smoothing + ["taps"] * (m.taps is not None)
 
 
 def encode(index: int, seq: codec.Sequence, m: Manifest) -> dict[str, bytes]:
@@ -51,6 +52,8 @@ def encode(index: int, seq: codec.Sequence, m: Manifest) -> dict[str, bytes]:
   fields = {"key": key(index, m), "tokens": codec.encode_tokens(seq, m.spec)}
   if m.kind != "text":
     fields |= codec.encode_targets(seq, m.spec)
+  if m.smoothing:
+    fields["smoothing"] = codec.encode_smoothing(seq)
   if m.taps is not None:
     fields["taps"] = taps.encode(seq, m.taps)
   return fields
@@ -69,6 +72,8 @@ def decode(index: int, fields: dict[str, bytes], m: Manifest) -> codec.Sequence:
   seq = codec.decode_tokens(fields["tokens"], m.spec)
   if m.kind != "text":
     seq |= codec.decode_targets(fields, seq["mask_T"], m.spec)
+  if m.smoothing:
+    seq["smoothing_T"] = codec.decode_smoothing(fields["smoothing"], seq["segments_T"])
   if m.taps is not None:
     seq |= taps.decode(fields["taps"], seq["segments_T"], m.taps)
   return seq

@@ -68,6 +68,7 @@ class Manifest:
     nucleus: topk entries are cut where they hold this mass; 1 is no cut.
     temperature: of the recorded distribution.
     taps: hidden states kept, or None.
+    smoothing: each document has its own label smoothing.
     shards: finished shards, in order.
   """
 
@@ -86,6 +87,7 @@ class Manifest:
   nucleus: float = 1.0
   temperature: float = 1.0
   taps: Taps | None = None
+  smoothing: bool = False
   format_version: int = FORMAT
   shards: tuple[Shard, ...] = ()
 
@@ -133,7 +135,8 @@ class Manifest:
   def identity(self) -> dict[str, Any]:
     """All that two runs must agree on to write into one folder."""
     fields = _plain(dataclasses.asdict(self))
-    return {k: v for k, v in fields.items() if k not in ("extents", "shards")}
+    left_out = ["extents", "shards"] + ["smoothing"] * (not self.smoothing)  # older than it is
+    return {k: v for k, v in fields.items() if k not in left_out}
 
   @property
   def tag(self) -> bytes:
@@ -191,7 +194,7 @@ def load(folder: str | os.PathLike) -> Manifest:
 
 def require_same(want: Manifest, found: Manifest, folder: Path) -> None:
   """Refuses to mix two recordings in one folder, naming both sides."""
-  a, b = want.identity, found.identity
+  a, b = ({"smoothing": False, **m.identity} for m in (want, found))
   for key, here in a.items():
     if here != b[key]:
       if isinstance(here, dict) and isinstance(b[key], dict):
