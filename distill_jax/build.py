@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -11,8 +12,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from distill_jax import checkpoint, files, folder, lora, params, sharding, storage, workdir
-from distill_jax.config import Config, Model, Student
+from distill_jax import (
+  checkpoint,
+  files,
+  folder,
+  lora,
+  params,
+  quantise,
+  sharding,
+  storage,
+  workdir,
+)
+from distill_jax.config import Config, Model, Quantise, Student
 from distill_jax.errors import InputError
 from distill_jax.hub import load as hub
 from distill_jax.layers import Compute
@@ -44,7 +55,10 @@ def run_folder(source: str) -> Path:
 
 def compute(spec: Model) -> Compute:
   rules = sharding.rules(spec.rules)
-  return Compute(dtype=spec.dtype, rules=rules, remat=spec.remat, attention=spec.attention)
+  return Compute(
+    dtype=spec.dtype, rules=rules, remat=spec.remat, attention=spec.attention,
+    quantise=spec.quantise if isinstance(spec, Student) else Quantise(),
+  )  # fmt: skip
 
 
 def pretrained(spec: Model) -> hub.Pretrained | None:
@@ -132,8 +146,9 @@ def identity(spec: Model, seed: int) -> dict[str, str]:
 def build(spec: Model, mesh: Mesh, key: jax.Array, step: int | None = None) -> Built:
   """The model with its parameters, sharded over the mesh as the rules store them.
 
-  Adapters that a run has trained are merged into its model; those that `spec` asks for are
-  not made here. `step` chooses the checkpoint of a run; None is the last.
+  Adapters that a run has trained are merged into its model, and weights that it has trained as
+  integers are on their grids; what `spec` asks for of either is not made here. `step`
+  chooses the checkpoint of a run; None is the last.
   """
   how = compute(spec)
   if spec.source.startswith(RUN):
@@ -154,6 +169,10 @@ def build(spec: Model, mesh: Mesh, key: jax.Array, step: int | None = None) -> B
 def _of_run(run: Path, mesh: Mesh, how: Compute, step: int | None) -> Any:
   config = workdir.read_config(run)
   learnt = restore(run, mesh, step)
+  if config.student.quantise.bits:
+    on_grid = functools.partial(quantise.tree, spec=config.student.quantise)
+    where = sharding.shardings(learnt, mesh, how.rules)
+    return jax.jit(on_grid, out_shardings=where, donate_argnums=0)(learnt)
   if not config.student.lora.rank:
     return learnt
   check_base(run, config)

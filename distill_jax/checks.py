@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill_jax import build, supports
+from distill_jax import build, quantise, supports
 from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
@@ -25,6 +25,12 @@ def check_run(config: Config, stores: list[Joined]) -> None:
   _check_teachers(config)
   _, shape = build.shape(config.student)
   build.trained(config.student)  # adapters that do not fit the student are refused
+  quantise.check(config.student.quantise, build.abstract(config.student))
+  if config.student.quantise.bits and config.student.lora.rank:
+    raise InputError(
+      f"student.quantise.bits is {config.student.quantise.bits} and student.lora.rank "
+      f"{config.student.lora.rank}; a student is trained as integers or by adapters: set one to 0"
+    )
   tokenizer = _tokenizer(config)
   for path, store in zip(config.train.records, stores, strict=True):
     about = store.manifest

@@ -52,10 +52,19 @@ class Lora:
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantise:
+  """Integer weights of linear layers, in training and after it: see quantise.py."""
+
+  bits: int = 0  # 4 | 8; 0: none
+  group: int = 0  # inputs that share a scale; 0: all of an output's
+
+
+@dataclasses.dataclass(frozen=True)
 class Student(Model):
   """The model that is trained."""
 
   lora: Lora = Lora()
+  quantise: Quantise = Quantise()
 
 
 @dataclasses.dataclass(frozen=True)

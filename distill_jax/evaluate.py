@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from distill_jax import build, files, params, processes, sharding
-from distill_jax.config import Config, Model
+from distill_jax.config import Config, Model, Quantise
 from distill_jax.data import corpus, loader
 from distill_jax.errors import InputError
 from distill_jax.evals import _choices, _lm, _questions, _words
@@ -71,7 +71,8 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
 
 def _specs(config: Config) -> dict[str, Model]:
   """All models but the teacher."""
-  of = lambda source: dataclasses.replace(config.student, source=source, keep_layers=())
+  plain = dataclasses.replace(config.student, keep_layers=(), quantise=Quantise())
+  of = lambda source: dataclasses.replace(plain, source=source)
   return {"start": config.student, **{n: of(s) for n, s in config.evaluate.models.items()}}
 
 

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill_jax import lora, params, sharding
+from distill_jax.config import Quantise
 from distill_jax.errors import InputError
+from distill_jax.quantise import rounded
 
 REMAT = ("none", "full", "dots", "offload")
 
@@ -27,21 +29,26 @@ class Compute:
       keeps weights as merged with adapters), "dots" keeps matrix products, "offload" keeps
       them too, in the host's memory, "full" keeps the layer's input alone.
     attention: the kernel, one of distill_jax.attention.KERNELS.
+    quantise: linear weights are used as integers times a scale.
   """
 
   dtype: str = "float32"
   rules: sharding.Rules = sharding.Rules()
   remat: str = "none"
   attention: str = "auto"
+  quantise: Quantise = Quantise()
 
   def view(self, tree: Any) -> Any:
     """Parameters as they are used: in the compute dtype, gathered by the compute column.
 
-    Low-rank adapters are merged into their weights before, where those are stored.
+    Before that, where they are stored, low-rank adapters are merged into their weights, and
+    weights that are to be integers rounded.
     """
 
     def one(v):
-      x = v[...].astype("float32" if v.get_metadata()["exact"] else self.dtype)
+      x = rounded(v, self.quantise)[...].astype(
+        "float32" if v.get_metadata()["exact"] else self.dtype
+      )
       if not jax.sharding.get_abstract_mesh().empty:
         spec = self.rules.spec(v.get_metadata()["axes"], "compute")
         x = jax.lax.with_sharding_constraint(x, spec)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from distill_jax import build, params, sharding, storage
+from distill_jax import build, params, quantise, sharding, storage
 from distill_jax import report as pages
 from distill_jax.config import Config, Model
 from distill_jax.data import corpus
@@ -56,7 +56,10 @@ def export(config: Config, workdir: Path) -> dict[str, Any]:
         model, target, tokenizer=tokenizer, generation=came.generation if came else {},
         card=made_card, dtype=c.dtype, shard_bytes=c.shard_bytes,
       )  # fmt: skip
-  return {"export_dir": c.dir, "parameters": params.count(model)}
+  made = {"export_dir": c.dir, "parameters": params.count(model)}
+  if config.student.quantise.bits:  # what they would take; the folder has them in export.dtype
+    made["integer_bytes"] = quantise.nbytes(model, config.student.quantise)
+  return made
 
 
 def _model(config: Config, workdir: Path, mesh: Any) -> Any:

@@ -218,7 +218,7 @@ def test_the_batch_is_the_loaders(tmp_path, records):
   stores = train.open_stores(c)
   real = next(loader.batches(stores, batch_size=4, seed=0))
   mesh = sharding.make_mesh(fsdp=4)
-  ours = programs._batch(programs.manifest(c), 4, mesh, targets=True)
+  ours = programs._batch(programs.manifest(c), 4, mesh, ["teacher"])
   shape = lambda x: (x.shape, np.dtype(x.dtype))
   assert jax.tree.map(shape, ours) == jax.tree.map(shape, real)
 
