@@ -80,6 +80,26 @@ def attention(
   )(*arrays)
 
 
+def full(
+  q_BTHh: jax.Array, k_BSGh: jax.Array, v_BSGh: jax.Array, seen_BS: jax.Array | None = None,
+  causal: bool = False, scale: float | None = None, bias_BHTS: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+  """Attention of T positions to all S of a source (its own, perhaps): of encoders.
+
+  Args:
+    seen_BS: bool, the positions that are no padding; None: all. A row that has none of them
+      comes out finite.
+    causal: a position sees those before it and itself.
+    bias_BHTS: added to the scores, float32; any of its axes may be 1.
+
+  Returns: [B, T, H, h].
+  """
+  mask_B1TS = None if seen_BS is None else seen_BS[:, None, None, :]
+  return jax.nn.dot_product_attention(
+    q_BTHh, k_BSGh, v_BSGh, bias=bias_BHTS, mask=mask_B1TS, scale=scale, is_causal=causal
+  )
+
+
 def cached(
   q_BTHh: jax.Array, k_BGhS: jax.Array, v_BGSh: jax.Array, positions_BT: jax.Array,
   window: Window, scale: float,

@@ -78,6 +78,26 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float, offset: float = 0
   return (x * scale).astype(x_BTD.dtype)
 
 
+def layer_norm(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> jax.Array:
+  """Layer norm in float32, returned in the input's dtype (arXiv:1607.06450)."""
+  x = x_BTD.astype(jnp.float32)
+  x -= jnp.mean(x, -1, keepdims=True)
+  x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+  wide = lambda v: jnp.broadcast_to(v.astype(jnp.float32), x.shape)
+  return (x * wide(scale_D) + wide(bias_D)).astype(x_BTD.dtype)
+
+
+def with_bias(
+  hidden_BTD: jax.Array, head_VD: jax.Array, bias_V: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Hidden states and head whose product is hidden @ head.T + bias: one number wider."""
+  one_BT1 = jnp.ones((*hidden_BTD.shape[:2], 1), hidden_BTD.dtype)
+  return (
+    jnp.concatenate([hidden_BTD, one_BT1], -1),
+    jnp.concatenate([head_VD, bias_V.astype(head_VD.dtype)[:, None]], -1),
+  )
+
+
 def rope_angles(
   positions_BT: jax.Array, inv_freq: np.ndarray, amplitude: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:

@@ -40,6 +40,8 @@ TABLE: dict[str, tuple[Any, Any]] = {
   "experts": ("tensor", "tensor"),
   "expert_mlp": (None, None),
   "routes": (None, None),  # the experts, where a router chooses among them
+  "classes": (None, None),  # few
+  "places": (None, None),  # learned positions, and kinds of segments
   "layers": (None, None),
   "rank": (None, None),  # of low-rank adapters
   "pairs": (None, None),  # of adapters, as the next

@@ -7,7 +7,9 @@ Arrays carry their axes as a suffix, `x_BTD`, one letter an axis:
   L layers                 H query heads           h width of one head
   G key/value heads        F feed-forward width    C positions of one chunk
 
-`_BT` is [batch, position], `_VD` the unembedding's rows. A scalar has no suffix.
+  S positions of a source  W height and width      M mel bins, or channels of an image
+
+`_BT` is [batch, position], `_VD` the unembedding's rows, `_BWWM` images. A scalar has no suffix.
 """
 
 from __future__ import annotations
@@ -30,6 +32,32 @@ class Inputs(struct.PyTreeNode):
   tokens_BT: jax.Array
   positions_BT: jax.Array
   segments_BT: jax.Array
+
+
+class Images(struct.PyTreeNode):
+  """What an image model reads: float32 [B, height, width, channels], normalised."""
+
+  pixels_BWWM: jax.Array
+
+
+class Sounds(struct.PyTreeNode):
+  """What a speech model reads: log-mel frames, float32 [B, frames, bins]."""
+
+  mel_BSM: jax.Array
+
+
+class SourceTarget(struct.PyTreeNode):
+  """What an encoder-decoder reads: the source, and the target as far as it has got."""
+
+  source: Inputs | Sounds
+  target: Inputs
+
+
+class ImageText(struct.PyTreeNode):
+  """What a model of pictures and words reads, one text an image."""
+
+  images: Images
+  texts: Inputs
 
 
 class Targets(struct.PyTreeNode):
@@ -73,18 +101,24 @@ class Recorded:
 class Batch(struct.PyTreeNode):
   """One global training batch. `mask_BT` is the only mask: which labels are trained on.
 
-  `smoothing_BT` is what labels lack in certainty, from 0 to 1; None: nothing.
+  `smoothing_BT` is what labels lack in certainty, from 0 to 1; None: nothing. `rows_BT2` says
+  among which rows of the head a position chooses, (first, past the last); None: all of them.
   """
 
-  inputs: Inputs
+  inputs: Any  # Inputs, Images, Sounds, SourceTarget or ImageText, as the model reads
   labels_BT: jax.Array  # int32
   mask_BT: jax.Array  # bool
   targets: dict[str, Targets] = struct.field(default_factory=dict)
   smoothing_BT: jax.Array | None = None  # float32
+  rows_BT2: jax.Array | None = None  # int32
 
 
 class Output(struct.PyTreeNode):
-  """What a model says: the loss owns the unembedding, so there are no logits here."""
+  """What a model says: the loss owns the unembedding, so there are no logits here.
+
+  A position is a label to predict: of a classifier there is one, T = 1. A head's bias is a
+  column of `head_VD` beside a 1 in `hidden_BTD` (layers.with_bias).
+  """
 
   hidden_BTD: jax.Array  # after the final norm
   head_VD: jax.Array  # the unembedding, as it is multiplied: logits = hidden @ head.T

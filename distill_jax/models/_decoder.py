@@ -117,6 +117,11 @@ class Config:
     return BUFFERS.fullmatch(name) is not None
 
   @property
+  def head_rows(self) -> int:
+    """How many outcomes the model's head can tell apart."""
+    return self.vocab_size
+
+  @property
   def rope_dim(self) -> int:
     """How much of a head rope turns."""
     return self.head_dim

@@ -1,0 +1,151 @@
+"""The layer that encoders share: attention and feed-forward with biases and layer norms.
+
+BERT norms after each of the two, the others before. A family names the parts as Hugging Face
+does, and adds what reads its inputs and what it says of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from distill_jax import attention, layers
+from distill_jax.errors import InputError
+from distill_jax.models import _rope
+from distill_jax.params import param
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_new": jax.nn.gelu, "gelu_pytorch_tanh": jax.nn.gelu,
+  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+  "relu": jax.nn.relu, "silu": jax.nn.silu, "swish": jax.nn.silu,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The shape of a stack of layers, in Hugging Face's words."""
+
+  hidden_size: int
+  intermediate_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  hidden_act: str = "gelu"
+  layer_norm_eps: float = 1e-12
+
+  MAY_BE_0: ClassVar[tuple[str, ...]] = ()  # fields
+
+  def __post_init__(self):
+    _rope.check_numbers(self, self.MAY_BE_0)
+    if self.hidden_size % self.num_attention_heads:
+      raise InputError(
+        f"hidden_size is {self.hidden_size} and there are {self.num_attention_heads} heads, over "
+        "which it does not divide"
+      )
+    if self.hidden_act not in ACTIVATIONS:
+      raise InputError(
+        f"hidden_act is {self.hidden_act!r}; it can be one of {', '.join(ACTIVATIONS)}"
+      )
+
+  @property
+  def head_dim(self) -> int:
+    return self.hidden_size // self.num_attention_heads
+
+  @property
+  def num_key_value_heads(self) -> int:
+    return self.num_attention_heads
+
+  def keep(self, kept: tuple[int, ...]) -> Any:
+    """The config of a model that has these layers of this one, in this order."""
+    return dataclasses.replace(self, num_hidden_layers=len(kept))
+
+
+class Declare:
+  """Parameters of one module, each with a key of its own; `at` is Hugging Face's name of it."""
+
+  def __init__(self, key: jax.Array, at: str):
+    self._keys, self._at = iter(jax.random.split(key, 40)), at
+
+  def norm(self, name: str, width: int) -> tuple[Any, Any]:
+    """(scale, bias)"""
+    declared = lambda end, init: param(
+      next(self._keys), f"norm:{width}", f"{self._at}{name}.{end}", init=init
+    )
+    return declared("weight", "ones"), declared("bias", "zeros")
+
+  def linear(self, name: str, dims: str, out: str, init: str | float = "fan_in"):
+    return param(next(self._keys), dims, f"{self._at}{name}.weight", out, init=init)
+
+  def bias(self, name: str, width: int):
+    """Flat, with the axis that tells optim.py not to decay it."""
+    return param(next(self._keys), f"bias:{width}", f"{self._at}{name}.bias", init="zeros")
+
+
+class Block(nnx.Module):
+  """One layer. A subclass says what Hugging Face calls its parts."""
+
+  NAMES: ClassVar[dict[str, str]]  # of q, k, v, o, attn_norm, up, down, mlp_norm
+  PRE_NORM: ClassVar[bool] = True
+  CAUSAL: ClassVar[bool] = False
+  KEY_BIAS: ClassVar[bool] = True
+
+  def __init__(self, c: Any, at: str, key: jax.Array):
+    declare, names = Declare(key, at), self.NAMES
+    D, H, h, F = c.hidden_size, c.num_attention_heads, c.head_dim, c.intermediate_size
+    self.config = c
+    self.q, self.k, self.v = (
+      declare.linear(names[n], f"embed:{D} heads:{H} head_dim:{h}", "heads head_dim") for n in "qkv"
+    )
+    self.q_bias, self.v_bias = (declare.bias(names[n], D) for n in "qv")
+    if self.KEY_BIAS:
+      self.k_bias = declare.bias(names["k"], D)
+    self.o = declare.linear(names["o"], f"heads:{H} head_dim:{h} embed:{D}", "embed")
+    self.o_bias = declare.bias(names["o"], D)
+    self.attn_norm, self.attn_norm_bias = declare.norm(names["attn_norm"], D)
+    self.up = declare.linear(names["up"], f"embed:{D} mlp:{F}", "mlp")
+    self.up_bias = declare.bias(names["up"], F)
+    self.down = declare.linear(names["down"], f"mlp:{F} embed:{D}", "embed")
+    self.down_bias = declare.bias(names["down"], D)
+    self.mlp_norm, self.mlp_norm_bias = declare.norm(names["mlp_norm"], D)
+
+  def qkv(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values [B, S, H, h] from the layer's input."""
+    y_BSD = self.norm_attn(x_BSD) if self.PRE_NORM else x_BSD
+    heads = lambda w: jnp.einsum("BSD,DHh->BSHh", y_BSD, w[...])
+    biased = lambda x, b: x + b[...].reshape(1, 1, *x.shape[2:])
+    k_BSHh = heads(self.k)
+    k_BSHh = biased(k_BSHh, self.k_bias) if self.KEY_BIAS else k_BSHh
+    return biased(heads(self.q), self.q_bias), k_BSHh, biased(heads(self.v), self.v_bias)
+
+  def attend(self, x_BSD: jax.Array, seen_BS: jax.Array | None) -> jax.Array:
+    """What attention adds to the residual."""
+    a_BSHh = attention.full(*self.qkv(x_BSD), seen_BS, self.CAUSAL)
+    return jnp.einsum("BSHh,HhD->BSD", a_BSHh, self.o[...]) + self.o_bias[...][None, None]
+
+  def feed_forward(self, x_BSD: jax.Array) -> jax.Array:
+    h_BSF = x_BSD @ self.up[...] + self.up_bias[...][None, None]
+    h_BSF = ACTIVATIONS[self.config.hidden_act](h_BSF)
+    return h_BSF @ self.down[...] + self.down_bias[...][None, None]
+
+  def norm_attn(self, x_BSD: jax.Array) -> jax.Array:
+    eps = self.config.layer_norm_eps
+    return layers.layer_norm(x_BSD, self.attn_norm[...], self.attn_norm_bias[...], eps)
+
+  def norm_mlp(self, x_BSD: jax.Array) -> jax.Array:
+    eps = self.config.layer_norm_eps
+    return layers.layer_norm(x_BSD, self.mlp_norm[...], self.mlp_norm_bias[...], eps)
+
+  def __call__(self, x_BSD: jax.Array, seen_BS: jax.Array | None) -> jax.Array:
+    with jax.named_scope("attention"):
+      x_BSD = x_BSD + self.attend(x_BSD, seen_BS)
+      x_BSD = x_BSD if self.PRE_NORM else self.norm_attn(x_BSD)
+    with jax.named_scope("mlp"):
+      y_BSD = self.norm_mlp(x_BSD) if self.PRE_NORM else x_BSD
+      x_BSD = x_BSD + self.feed_forward(y_BSD)
+      return x_BSD if self.PRE_NORM else self.norm_mlp(x_BSD)

@@ -1,0 +1,138 @@
+"""BERT, and MiniLM, which has its shape (arXiv:1810.04805): texts to classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from distill_jax import layers, sharding
+from distill_jax.errors import InputError
+from distill_jax.models import _encoder
+from distill_jax.params import param, stack, unstack
+from distill_jax.types import Inputs, Output
+
+HF_MODEL_TYPES = ("bert",)  # of config.json
+PREFIX = "bert."  # of all but the head; a checkpoint of the body alone goes without
+FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(_encoder.Config):
+  """The shape of a model, in Hugging Face's words. There is no dropout."""
+
+  vocab_size: int = 30_522
+  max_position_embeddings: int = 512
+  type_vocab_size: int = 2
+  num_labels: int = 2
+
+  @classmethod
+  def from_hf(cls, hf: dict[str, Any]) -> Self:
+    """From a Hugging Face config.json; what this family cannot do is refused by name."""
+    for key, want in FIXED.items():
+      if hf.get(key, want) != want:
+        raise InputError(f"config.json has {key}={hf[key]!r}; the bert family has {want!r} only")
+    names = {f.name for f in dataclasses.fields(cls)} - {"num_labels"}
+    labels = len(hf["id2label"]) if "id2label" in hf else 2  # as transformers has it
+    return cls(**{name: hf[name] for name in names if name in hf}, num_labels=labels)
+
+  def to_hf(self) -> dict[str, Any]:
+    """The config.json of this model."""
+    hf = dataclasses.asdict(self)
+    n = hf.pop("num_labels")
+    return {
+      "architectures": ["BertForSequenceClassification"], "model_type": "bert", **FIXED, **hf,
+      "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "initializer_range": 0.02,
+      "id2label": {str(i): f"LABEL_{i}" for i in range(n)},
+      "label2id": {f"LABEL_{i}": i for i in range(n)},
+    }  # fmt: skip
+
+  def skips(self, name: str) -> bool:
+    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+    return name.endswith("embeddings.position_ids") or name.startswith("cls.")
+
+  @property
+  def head_rows(self) -> int:
+    return self.num_labels
+
+
+class Block(_encoder.Block):
+  """One layer, normed after attention and after the feed-forward."""
+
+  PRE_NORM = False
+  NAMES = {
+    "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
+    "o": "attention.output.dense", "attn_norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense", "down": "output.dense", "mlp_norm": "output.LayerNorm",
+  }  # fmt: skip
+
+
+class Model(nnx.Module):
+  """Texts in, one a row; the pooled first token and the classifier out, as one position."""
+
+  def __init__(self, c: Config, key: jax.Array):
+    keys, at, D = jax.random.split(key, 6), f"{PREFIX}embeddings.", c.hidden_size
+    table = lambda k, dims, name: param(
+      k, f"{dims} table:{D}", f"{at}{name}_embeddings.weight", init=0.02
+    )
+    self.config = c
+    self.embed = table(keys[0], f"vocab:{c.vocab_size}", "word")
+    self.places = table(keys[1], f"places:{c.max_position_embeddings}", "position")
+    self.kinds = table(keys[2], f"places:{c.type_vocab_size}", "token_type")
+    self.norm, self.norm_bias = _encoder.Declare(keys[3], at).norm("LayerNorm", D)
+    block = functools.partial(Block, c, PREFIX + "encoder.layer.{layers}.")
+    self.layers = stack(c.num_hidden_layers, block, keys[4])
+    declare = _encoder.Declare(keys[5], "")
+    # "heads" names the axis that a pooler's outputs are spread over, as queries are.
+    self.pool = declare.linear(f"{PREFIX}pooler.dense", f"embed:{D} heads:{D}", "heads")
+    self.pool_bias = declare.bias(f"{PREFIX}pooler.dense", D)
+    self.head = declare.linear("classifier", f"classes:{c.num_labels} embed:{D}", "classes", 0.02)
+    self.head_bias = declare.bias("classifier", c.num_labels)
+
+  def __call__(self, inputs: Inputs, how: layers.Compute, taps: tuple[int, ...] = ()) -> Output:
+    """Args: inputs, int32 [B, S]; taps, the layers whose output is kept. Returns: Output, T = 1."""
+    x_BSD, taps_PBSD = self.encoded(inputs, how, taps)
+    top = how.view({n: getattr(self, n) for n in ("pool", "pool_bias", "head", "head_bias")})
+    pooled_B1D = jnp.tanh(x_BSD[:, :1] @ top["pool"][...] + top["pool_bias"][...][None, None])
+    hidden, head = layers.with_bias(pooled_B1D, top["head"][...], top["head_bias"][...])
+    return Output(hidden, head, taps_PBTD=taps_PBSD)
+
+  def encoded(
+    self, inputs: Inputs, how: layers.Compute, taps: tuple[int, ...] = ()
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """The last layer's output [B, S, D], and the taps."""
+    with jax.named_scope("embed"):
+      x_BSD = how.view(self.embed)[...][inputs.tokens_BT]
+      x_BSD = x_BSD + how.view(self.places)[...][inputs.positions_BT]
+      x_BSD = x_BSD + how.view(self.kinds)[...][:1][None]
+      eps = self.config.layer_norm_eps
+      x_BSD = layers.layer_norm(x_BSD, self.norm[...], self.norm_bias[...], eps)
+      x_BSD = sharding.constrain(x_BSD, "batch seq embed", how.rules)
+    seen_BS = inputs.segments_BT > 0
+    run = lambda layer, i, x: layer(x, seen_BS)
+    return layers.scan_layers([self.layers], run, x_BSD, taps, how)
+
+  def qkv(self, layer: int, x_BSD: jax.Array, inputs: Inputs, how: layers.Compute):
+    """Queries, keys and values of one layer, from the output of the layer before it."""
+    here = jax.tree.map(lambda w: w[layer], self.layers)
+    return how.view(unstack(here)).qkv(x_BSD)
+
+
+TINY = Config(
+  hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=256,
+  max_position_embeddings=128,
+)  # fmt: skip
+
+CONFIGS = {
+  "tiny": TINY,
+  "minilm-l6": Config(
+    hidden_size=384, intermediate_size=1_536, num_hidden_layers=6, num_attention_heads=12
+  ),
+  "bert-base": Config(
+    hidden_size=768, intermediate_size=3_072, num_hidden_layers=12, num_attention_heads=12
+  ),
+}
