@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
@@ -79,6 +80,11 @@ def pretrained(spec: Model) -> hub.Pretrained | None:
 def shape(spec: Model) -> tuple[str, Any]:
   """(family, its Config) of a model, with no weight read or made."""
   if spec.source.startswith(RUN):
+    if spec.changes or spec.new:
+      raise InputError(
+        f"{spec.source} is a run, and changes {spec.changes} and new {spec.new} are not for runs; "
+        "export it and name the folder"
+      )
     return shape(workdir.read_config(run_folder(spec.source)).student)
   if spec.source:
     source = hub.open_model(spec.source)
@@ -87,7 +93,20 @@ def shape(spec: Model) -> tuple[str, Any]:
     family, config = source.family, source.config
   else:
     family, config = spec.family, _named(spec)
+  config = _changed(config, spec)
   return family, config.keep(spec.keep_layers) if spec.keep_layers else config
+
+
+def _changed(config: Any, spec: Model) -> Any:
+  """A family's Config with the fields that `changes` gives."""
+  known = [f.name for f in dataclasses.fields(config)]
+  for key in spec.changes:
+    if key not in known:
+      near = difflib.get_close_matches(key, known, 1)
+      hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+      raise InputError(f"changes names {key!r}, which no model of this family has; {hint}")
+  tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.changes.items()}
+  return dataclasses.replace(config, **tuples)
 
 
 def _named(spec: Model) -> Any:
@@ -157,7 +176,8 @@ def build(spec: Model, mesh: Mesh, key: jax.Array, step: int | None = None) -> B
   if spec.source:
     source = pretrained(spec)
     assert source is not None
-    model = hub.load(source, mesh, how, spec.param_dtype, spec.keep_layers)
+    new = hub.New(_changed(source.config, spec), spec.new, key)
+    model = hub.load(source, mesh, how, spec.param_dtype, spec.keep_layers, new=new)
     return Built(model, model.config, how, source)
   family, config = shape(spec)
   make = folder.load("models", family).Model

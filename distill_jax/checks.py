@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from distill_jax import build, quantise, supports
@@ -9,12 +10,11 @@ from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
-from distill_jax.records.joined import Joined
 from distill_jax.records.store import Manifest
 from distill_jax.step import Step
 
 
-def check_run(config: Config, stores: list[Joined]) -> None:
+def check_run(config: Config, stores: Sequence[Any]) -> None:
   """Refuses losses, records and a student that do not fit together."""
   if not config.losses:
     raise InputError("losses is empty, so there is nothing to train on; add ce or kd")
@@ -31,15 +31,16 @@ def check_run(config: Config, stores: list[Joined]) -> None:
       f"student.quantise.bits is {config.student.quantise.bits} and student.lora.rank "
       f"{config.student.lora.rank}; a student is trained as integers or by adapters: set one to 0"
     )
-  tokenizer = _tokenizer(config)
-  for path, store in zip(config.train.records, stores, strict=True):
+  tokenizer = None if config.tasks else _tokenizer(config)
+  paths = config.train.records or tuple(config.tasks)  # tasks bring their data with them
+  for path, store in zip(paths, stores, strict=True):
     about = store.manifest
-    if about.vocab_size > shape.vocab_size:
+    if not config.tasks and about.vocab_size > shape.vocab_size:
       raise InputError(
         f"records {path} are over {about.vocab_size} tokens and the student has "
         f"{shape.vocab_size} rows; record with the student's tokenizer"
       )
-    if about.seq_len > shape.max_position_embeddings:
+    if not config.tasks and about.seq_len > shape.max_position_embeddings:
       raise InputError(
         f"records {path} hold sequences of {about.seq_len} tokens and the student reads at most "
         f"{shape.max_position_embeddings}; record with a smaller data.seq_len"
@@ -113,7 +114,8 @@ def _check_records(name: str, fn: Any, path: str, about: Manifest, kinds: set[st
   if about.kind == "text":
     raise InputError(
       f"losses.{name} wants a teacher and records {path} hold text alone; record with "
-      "records.kind=sampled, mix it with sampled records alone, or set train.online=True"
+      "records.kind=sampled (dense, of few classes), mix it with sampled records alone, or set "
+      "train.online=True"
     )
   if not hasattr(fn, "per_token"):
     return
@@ -135,7 +137,7 @@ def _check_records(name: str, fn: Any, path: str, about: Manifest, kinds: set[st
     )
 
 
-def check_features(config: Config, step: Step, stores: list[Joined]) -> None:
+def check_features(config: Config, step: Step, stores: Sequence[Any]) -> None:
   """Refuses whole-sequence losses whose layers are not there, or not in the records."""
   _, needs = step.needs()  # a layer map that does not fit raises here
   if config.train.online or not needs.taps:

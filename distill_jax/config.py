@@ -20,7 +20,10 @@ from distill_jax.errors import InputError
 from distill_jax.schedules import Schedule
 
 # Packages whose modules are entries of a config, and the dataclass in each of them.
-FOLDERS = {"losses": "Loss", "filters": "Filter", "evals": "Set"}
+FOLDERS = {
+  "losses": "Loss", "filters": "Filter", "evals": "Set", "tasks": "Task",
+  "augmentations": "Augmentation",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,10 @@ class Model:
   shape: str = ""  # … and one of its named shapes; beside a source, what preflight goes by
   digest: str = ""  # the sha256 that the source must have (a store's manifest names it); "": any
   keep_layers: tuple[int, ...] = ()  # layers of the source to keep; (): all
+  changes: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields of the family's Config
+  # that are not as the source or the named shape has them, as {"num_labels": 10}
+  new: tuple[str, ...] = ()  # beginnings of Hugging Face's names of parameters that start random,
+  # whatever the source holds, as "classifier"
   dtype: str = "float32"  # of matrix products
   param_dtype: str = "float32"  # of the stored parameters
   remat: str = "none"  # none | dots | offload | full
@@ -97,7 +104,8 @@ class Data:
 class Records:
   """What is stored of the teacher, and how the pass over the corpus runs."""
 
-  kind: str = "sampled"  # sampled | topk | text
+  kind: str = "sampled"  # sampled | topk | text | dense, all classes of a task
+  task: str = ""  # which of `tasks`; "": the only one
   n: int = 63  # points of systematic sampling, or the k of topk
   logp: bool = False  # sampled: true log-probabilities beside the counts
   nucleus: float = 1.0  # topk: entries end where their mass reaches this
@@ -303,6 +311,10 @@ class Config:
   generate: Generate = Generate()
   filter: Filter = Filter()
   filters: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Filter
+  tasks: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Task; none: the next
+  # token of the corpus in `data`. Of several, each has a part of the student's head, in order,
+  # and train.records names a store for each, or none
+  augmentations: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Augmentation
   export: Export = Export()
   shrink: Shrink = Shrink()
   efficiency: Efficiency = Efficiency()
@@ -331,6 +343,16 @@ def filter(name: str, **fields: Any) -> ConfigDict:
 def eval_set(name: str, **fields: Any) -> ConfigDict:
   """One entry of `evals`: a set of distill_jax/evals with all its keys."""
   return _entry("evals", name, fields)
+
+
+def task(name: str, **fields: Any) -> ConfigDict:
+  """One entry of `tasks`: a module of distill_jax/tasks with all its keys."""
+  return _entry("tasks", name, fields)
+
+
+def augmentation(name: str, **fields: Any) -> ConfigDict:
+  """One entry of `augmentations`: a module of distill_jax/augmentations with all its keys."""
+  return _entry("augmentations", name, fields)
 
 
 def _entry(package: str, name: str, fields: dict[str, Any]) -> ConfigDict:

@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from distill_jax import build, files, params, processes, sharding
+from distill_jax import build, files, params, processes, sharding, tasked
 from distill_jax.config import Config, Model, Quantise
 from distill_jax.data import corpus, loader
 from distill_jax.errors import InputError
@@ -23,6 +23,7 @@ from distill_jax.evals._loaded import Loaded
 from distill_jax.evals._questions import Questions
 from distill_jax.progress import Progress
 from distill_jax.step import online
+from distill_jax.tasked import Row
 from distill_jax.types import Batch, Mean
 
 TIMED = 2  # passes over one batch that the throughput is taken from
@@ -37,7 +38,8 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
   models: by name ("teacher", "start", then those of evaluate.models), each with ce,
     perplexity, kl, agreement, accuracy, entropy, parameters, bytes and tokens_per_second
     (scoring, measured here), all on the same sequences, against the teacher's own pass.
-  tokens, corpus: how many of them, of what.
+  tokens, corpus: how many of them, of what. With `tasks`, these are of the first, and `tasks`
+    holds models and tokens of each; a token is a label.
   evals: by the name of a set, then of a model: questions, left_out and numbers, each {value,
     low, high}: see evals/_words.py and evals/_choices.py, which keep what they did in
     evals/MODEL/SET of the workdir. A set needs no teacher, and each model has its own tokenizer.
@@ -71,7 +73,9 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
 
 def _specs(config: Config) -> dict[str, Model]:
   """All models but the teacher."""
-  plain = dataclasses.replace(config.student, keep_layers=(), quantise=Quantise())
+  plain = dataclasses.replace(
+    config.student, keep_layers=(), changes={}, new=(), quantise=Quantise()
+  )
   of = lambda source: dataclasses.replace(plain, source=source)
   return {"start": config.student, **{n: of(s) for n, s in config.evaluate.models.items()}}
 
@@ -133,24 +137,48 @@ def _heldout(config: Config, mesh: Any) -> dict[str, Any]:
   with jax.set_mesh(mesh):
     keys = build.keys(config.seed)
     teacher = build.build(config.teacher, mesh, keys["teacher"])
-    data = dataclasses.replace(config.data, split="heldout", sequences=config.evaluate.sequences)
-    tokenizer = corpus.tokenizer_of(data, teacher.pretrained)
-    corpus.check(data, tokenizer, teacher.config.vocab_size, teacher.config.max_position_embeddings)
-    rows = list(corpus.sequences(data, tokenizer, teacher.pretrained))
+    parts = _tasks(config, teacher) if config.tasks else {"": _text(config, teacher)}
     models = {"teacher": teacher} | {
       n: build.build(s, mesh, keys["student"]) for n, s in _specs(config).items()
     }
-    results = _measure_all(config, models, rows, tokenizer.vocab_size, mesh)
-  tokens = results["teacher"].pop("tokens")
-  for row in results.values():
-    row.pop("tokens", None)
-  return {"models": results, "tokens": tokens, "corpus": f"{data.kind} {data.path} heldout"}
+    by_part = {
+      name: _measure_all(config, models, rows, classes, mesh)
+      for name, (rows, classes) in parts.items()
+    }
+  first = next(iter(by_part.values()))
+  tokens = {name: results["teacher"].pop("tokens") for name, results in by_part.items()}
+  for results in by_part.values():
+    for row in results.values():
+      row.pop("tokens", None)
+  if not config.tasks:
+    where = f"{config.data.kind} {config.data.path} heldout"
+    return {"models": first, "tokens": sum(tokens.values()), "corpus": where}
+  of = {name: {"models": by_part[name], "tokens": tokens[name]} for name in by_part}
+  where = f"{', '.join(by_part)} heldout"
+  return {"models": first, "tokens": next(iter(tokens.values())), "corpus": where, "tasks": of}
+
+
+def _text(config: Config, teacher: build.Built) -> tuple[Sequence[Row], int]:
+  """Packed held-out sequences, and how many tokens there are."""
+  data = dataclasses.replace(config.data, split="heldout", sequences=config.evaluate.sequences)
+  tokenizer = corpus.tokenizer_of(data, teacher.pretrained)
+  corpus.check(data, tokenizer, teacher.config.vocab_size, teacher.config.max_position_embeddings)
+  return list(corpus.sequences(data, tokenizer, teacher.pretrained)), tokenizer.vocab_size
+
+
+def _tasks(config: Config, teacher: build.Built) -> dict[str, tuple[Sequence[Row], int]]:
+  """By task: its held-out rows, and how many rows of the heads are classes."""
+  came, most = teacher.pretrained, config.evaluate.sequences
+  rows = {n: tasked.open_rows(config, n, "heldout", came, most) for n in config.tasks}
+  tasked.check(rows, teacher.config)
+  classes = sum(of.source.classes for of in rows.values())
+  parts = tasked.parts(rows)
+  return {name: (tasked.Tasked(of, None, part=parts[name]), classes) for name, of in rows.items()}
 
 
 def _measure_all(
-  config: Config, models: dict[str, build.Built], rows: list[dict[str, np.ndarray]],
-  vocab_size: int, mesh: Any,
-) -> dict[str, dict[str, float]]:  # fmt: skip
+  config: Config, models: dict[str, build.Built], rows: Sequence[Row], vocab_size: int, mesh: Any
+) -> dict[str, dict[str, float]]:
   """Every model on every batch; the teacher runs once a batch for all of them."""
   chunk, size = config.train.chunk, config.evaluate.batch_size
   where = sharding.batch_sharding(mesh)
@@ -160,9 +188,9 @@ def _measure_all(
     out_shardings=sharding.replicated(mesh),
   )
   totals: Any = None
-  batches = list(_batches(rows, size))
-  with Progress("evaluate", len(batches) * size * len(rows[0]["mask_T"]), "tokens") as progress:
-    for batch in batches:
+  read, n = tasked.reader(config), -(-len(rows) // size)
+  with Progress("evaluate", n * size * len(rows[0]["mask_T"]), "tokens") as progress:
+    for batch in _batches(rows, size, read):
       batch = loader.to_device(batch, where)
       outputs = {n: forward[n](m.model, batch.inputs)[0] for n, m in models.items()}
       means = jax.device_get(compare(outputs, batch))
@@ -190,10 +218,10 @@ def _speed(m: build.Built, batch: Batch, chunk: int) -> dict[str, float]:
   return {"tokens_per_second": TIMED * batch.mask_BT.size / (time.perf_counter() - start)}
 
 
-def _batches(rows: list[dict[str, np.ndarray]], size: int) -> Iterator[Batch]:
+def _batches(rows: Sequence[Row], size: int, read: Any = None) -> Iterator[Batch]:
   """This process's rows of batches of one size; the last is filled up with padding alone."""
   empty = {name: np.zeros_like(x) for name, x in rows[0].items()}
   for i in range(0, len(rows), size):
     some = rows[i : i + size]
-    whole = some + [empty] * (size - len(some))
-    yield loader.collate(whole[jax.process_index() :: jax.process_count()])
+    whole = [*some, *[empty] * (size - len(some))]
+    yield loader.collate(whole[jax.process_index() :: jax.process_count()], read=read)

@@ -45,6 +45,19 @@ def soft_cap(logits_BTV: jax.Array, cap: float | None) -> jax.Array:
   return jnp.where(logits_BTV > -jnp.inf, cap * jnp.tanh(logits_BTV / cap), -jnp.inf)
 
 
+def only_rows(logits_BCV: jax.Array, rows_BC2: jax.Array | None) -> jax.Array:
+  """Logits of those rows among which each position chooses, from `first` to before `past`.
+
+  The others are -inf, as padding rows are. None, and a position whose rows are (0, 0), as
+  masked ones' are, choose among all.
+  """
+  if rows_BC2 is None:
+    return logits_BCV
+  row_V = jnp.arange(logits_BCV.shape[-1])[None, None]
+  first, past = rows_BC2[..., :1], rows_BC2[..., 1:]
+  return jnp.where(((row_V >= first) & (row_V < past)) | (past == 0), logits_BCV, -jnp.inf)
+
+
 def fit_rows(logits_BCV: jax.Array, like_BCV: jax.Array) -> jax.Array:
   """Logits over as many rows as `like` has: padding rows are cut, or added as -inf.
 

@@ -116,7 +116,7 @@ class Step:
     batch = batch.replace(targets=targets)
 
     def chunk_loss(logits_BCV: jax.Array, piece: Batch):
-      logits_BCV = head.soft_cap(logits_BCV, out.soft_cap)
+      logits_BCV = head.only_rows(head.soft_cap(logits_BCV, out.soft_cap), piece.rows_BT2)
       total, means = jnp.zeros((), jnp.float32), {}
       for name, fn in self.losses.items():
         if hasattr(fn, "per_token"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax import build, processes, sharding, storage
-from distill_jax.config import Config
+from distill_jax import build, processes, sharding, storage, tasked
+from distill_jax.config import Config, Records
 from distill_jax.data import corpus, loader
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
@@ -23,13 +23,61 @@ from distill_jax.features import Needs, flat_qkv
 from distill_jax.layers import Compute
 from distill_jax.progress import Progress
 from distill_jax.records import from_logprobs, sampler, taps
+from distill_jax.records.joined import TEXT
 from distill_jax.records.store import Manifest, Store, Taps, Writer
 from distill_jax.types import Batch, Output
 
 TAPS_SEED = 0  # of the fixed projection; the manifest names it
-Rows = list[dict[str, np.ndarray]]
+STORED = (*TEXT, "smoothing_T")  # what a record keeps of a row beside what the teacher said
+Rows = Sequence[dict[str, np.ndarray]]
 # (records without targets) -> what the device will have said about them
 Summarise = Callable[[Rows, int], dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """What is recorded, packed text or the rows of a task.
+
+  Attributes:
+    rows: records without targets; of a task, with what a model reads beside them.
+    positions: of a row, T.
+    classes: outcomes at a position: tokens, or a task's classes.
+    vocabulary: the tokenizer's digest; "" of a task, whose digest says it.
+    digest: of the beginning of the text, or of the task.
+  """
+
+  rows: Rows
+  positions: int
+  classes: int
+  vocabulary: str
+  digest: str
+
+  @classmethod
+  def of_text(cls, rows: Rows, tokenizer: Tokenizer, positions: int) -> Corpus:
+    return cls(rows, positions, tokenizer.vocab_size, tokenizer.digest, _digest(rows))
+
+
+def corpus_of(config: Config) -> Corpus:
+  """The text or the task of a config.
+
+  Raises:
+    InputError: it is not there, or the teacher cannot read it.
+  """
+  came = build.pretrained(config.teacher)
+  if config.tasks:
+    name = tasked.chosen(config)
+    rows = tasked.open_rows(config, name, "train", came)
+    if config.records.kind != "text":
+      tasked.check({name: rows}, build.shape(config.teacher)[1])
+    return Corpus(rows, rows.source.positions, rows.source.classes, "", rows.digest)
+  tokenizer = corpus.tokenizer_of(config.data, came)
+  if config.records.logprobs:
+    text = list(_dump(config, tokenizer))
+  else:
+    _, shape = build.shape(config.teacher)
+    corpus.check(config.data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
+    text = list(corpus.sequences(config.data, tokenizer, came))
+  return Corpus.of_text(text, tokenizer, config.data.seq_len)
 
 
 def record(config: Config, folder: Path) -> dict[str, Any]:
@@ -42,30 +90,25 @@ def record(config: Config, folder: Path) -> dict[str, Any]:
       other records; before anything is compiled.
   """
   mesh = sharding.make_mesh(**vars(config.mesh))
-  tokenizer = corpus.tokenizer_of(config.data, build.pretrained(config.teacher))
-  if config.records.logprobs:
-    rows = list(_dump(config, tokenizer))
-  else:
-    _, shape = build.shape(config.teacher)
-    corpus.check(config.data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
-    if config.records.kind != "text":
-      how = build.compute(config.teacher)
-      sharding.shardings(build.abstract(config.teacher), mesh, how.rules)  # does it divide?
-    rows = list(corpus.sequences(config.data, tokenizer, build.pretrained(config.teacher)))
+  about = corpus_of(config)
+  config = dataclasses.replace(config, records=dense(config.records, about.classes))
+  if config.records.kind != "text" and not config.records.logprobs:
+    how = build.compute(config.teacher)
+    sharding.shardings(build.abstract(config.teacher), mesh, how.rules)  # does it divide?
   _check(config)
   sharding.check_batch("records.batch_size", config.records.batch_size, mesh)
-  manifest = manifest_of(config, tokenizer, rows)
+  manifest = manifest_of(config, about)
   if jax.process_count() > len(manifest.ranges):
     raise InputError(
       f"{jax.process_count()} processes record {len(manifest.ranges)} shards, and each writes "
       "shards of its own; start fewer or lower records.sequences_per_shard"
     )
   with Writer(folder, manifest, jax.process_index(), jax.process_count()) as writer:
-    _check_same_corpus(writer, rows)
+    _check_same_corpus(writer, about.rows)
     todo = writer.missing()
     if processes.most(len(todo)):  # those who have nothing left to write compute with the others
       with jax.set_mesh(mesh):
-        _pass(config, mesh, tokenizer, rows, todo, writer)
+        _pass(config, mesh, about, todo, writer)
     processes.wait("recorded")
     if jax.process_count() > 1 and (url := storage.remote_of(folder)):  # they may share no disk
       storage.publish(folder)
@@ -78,21 +121,19 @@ def record(config: Config, folder: Path) -> dict[str, Any]:
   return {"sequences": done.total, "recorded_now": sum(map(len, todo)), **sums}
 
 
-def _pass(
-  config: Config, mesh: Any, tokenizer: Tokenizer, rows: Rows, todo: list[range], writer: Writer
-) -> None:
+def _pass(config: Config, mesh: Any, about: Corpus, todo: list[range], writer: Writer) -> None:
   """The teacher's pass over the shards still missing, writing behind it."""
   summarise = None
   if config.records.kind != "text" and not config.records.logprobs:
-    summarise = _summariser(config, mesh, tokenizer)
-  T = config.data.seq_len
+    summarise = _summariser(config, mesh, about.classes)
+  T, rows = about.positions, about.rows
   with (
     ThreadPoolExecutor(1) as background,
     Progress("record", sum(map(len, todo)) * T, "tokens") as progress,
     processes.Preemption() as preemption,
   ):
     writing: Future | None = None
-    shards, sequences = iter(todo), []
+    shards, sequences = iter(todo), list[dict[str, np.ndarray]]()
     shard = next(shards, range(0))
     for n, some in enumerate(_recorded(config, rows, todo, summarise)):
       sequences += some
@@ -110,14 +151,14 @@ def _pass(
     raise processes.Preemption.stop("record", "finished shards are kept")
 
 
-def _summariser(config: Config, mesh: Any, tokenizer: Tokenizer) -> Summarise:
+def _summariser(config: Config, mesh: Any, classes: int) -> Summarise:
   keys = build.keys(config.seed)
   teacher = build.build(config.teacher, mesh, keys["teacher"])
   where = sharding.batch_sharding(mesh)
-  one_batch = jitted(config, teacher.how, tokenizer.vocab_size)
+  one_batch, read = jitted(config, teacher.how, classes), tasked.reader(config)
 
   def summarise(some: Rows, first: int) -> dict[str, jax.Array]:
-    batch = loader.to_device(loader.collate(some), where)
+    batch = loader.to_device(loader.collate(some, read=read), where)
     index_B = loader.to_device(np.arange(first, first + len(some), dtype=np.int32), where)
     return one_batch(teacher.model, keys["records"], batch, index_B)
 
@@ -150,7 +191,7 @@ def _recorded(
   pending: tuple[Rows, Any] | None = None
   for part in parts:
     some = rows[part.start : part.stop]
-    said = summarise(some + [padding] * (size - len(some)), part.start)
+    said = summarise([*some, *[padding] * (size - len(some))], part.start)
     if pending is not None:
       yield _rows(*pending)
     pending = some, said
@@ -161,7 +202,8 @@ def _recorded(
 def _rows(some: Rows, said: dict[str, jax.Array]) -> Rows:
   """This process's rows of what the device said, beside their tokens."""
   local = {name.replace("_B", "_"): _local(x) for name, x in said.items()}
-  return [row | {name: x[i] for name, x in local.items()} for i, row in enumerate(some)]
+  text = lambda row: {name: row[name] for name in STORED if name in row}
+  return [text(row) | {name: x[i] for name, x in local.items()} for i, row in enumerate(some)]
 
 
 def _local(x_B: jax.Array) -> np.ndarray:
@@ -215,7 +257,14 @@ def _dump(config: Config, tokenizer: Tokenizer) -> Iterator[dict[str, np.ndarray
   )  # fmt: skip
 
 
-def manifest_of(config: Config, tokenizer: Tokenizer, rows: Rows) -> Manifest:
+def dense(c: Records, classes: int) -> Records:
+  """Records of all classes are top-k ones from which nothing is missing."""
+  if c.kind != "dense":
+    return c
+  return dataclasses.replace(c, kind="topk", n=classes, missing_mass="renormalise", nucleus=1.0)
+
+
+def manifest_of(config: Config, about: Corpus) -> Manifest:
   """What a store of this config and these sequences says of itself."""
   c = config.records
   if c.kind == "text":
@@ -224,17 +273,17 @@ def manifest_of(config: Config, tokenizer: Tokenizer, rows: Rows) -> Manifest:
     teacher = {"name": c.logprobs_format, "digest": "unknown: behind a server"}
   else:
     teacher = build.identity(config.teacher, config.seed)
-  about = describe(config, tokenizer.vocab_size, len(rows))
+  said = describe(config, about.classes, len(about.rows), about.positions)
   return dataclasses.replace(
-    about,
+    said,
     teacher=teacher,
-    tokenizer=tokenizer.digest,
-    corpus=_digest(rows),
-    smoothing="smoothing_T" in rows[0],
+    tokenizer=about.vocabulary,
+    corpus=about.digest,
+    smoothing="smoothing_T" in about.rows[0],
   )
 
 
-def describe(config: Config, vocab_size: int, sequences: int) -> Manifest:
+def describe(config: Config, vocab_size: int, sequences: int, positions: int) -> Manifest:
   """What a store of this config says of itself, but for whose words and text they are."""
   c, kept = config.records, None
   if c.taps:
@@ -242,7 +291,7 @@ def describe(config: Config, vocab_size: int, sequences: int) -> Manifest:
     kept = Taps(c.taps, width, TAPS_SEED if c.taps_width else None, c.taps_of)
   return Manifest(
     kind=c.kind, n=0 if c.kind == "text" else c.n, logp=c.logp, nucleus=c.nucleus,
-    vocab_size=vocab_size, seq_len=config.data.seq_len, teacher={}, tokenizer="", corpus="",
+    vocab_size=vocab_size, seq_len=positions, teacher={}, tokenizer="", corpus="",
     entropy=not c.logprobs, sequences_per_shard=c.sequences_per_shard, extents=(sequences,),
     taps=kept, missing_mass=c.missing_mass if c.kind == "topk" else "none",
     temperature=c.temperature,

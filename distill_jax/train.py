@@ -5,13 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from distill_jax import build, checkpoint, checks, lora, optim, processes, sharding, storage
+from distill_jax import (
+  build,
+  checkpoint,
+  checks,
+  lora,
+  optim,
+  processes,
+  sharding,
+  storage,
+  tasked,
+  teacher,
+)
 from distill_jax.config import Config, Model
 from distill_jax.data import loader
 from distill_jax.errors import InputError
@@ -21,6 +32,8 @@ from distill_jax.records.joined import Joined
 from distill_jax.records.store import Manifest, open_store
 from distill_jax.step import Step
 from distill_jax.types import Batch, Recorded, TrainState
+
+Stores = Sequence[Any]  # of records.joined.Joined, or of tasked.Tasked
 
 
 def train(config: Config, workdir: Path) -> dict[str, Any]:
@@ -76,7 +89,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
 
 
 def prepare(
-  config: Config, mesh: Any, saves: Any, step: Step, stores: list[Joined], about: dict[str, Any]
+  config: Config, mesh: Any, saves: Any, step: Step, stores: Stores, about: dict[str, Any]
 ) -> tuple[Any, ...]:
   """(the state to go on from, online teachers); and the base, where its adapters are trained."""
   keys = build.keys(config.seed)
@@ -100,7 +113,7 @@ def prepare(
   return jax.jit(step.init, out_shardings=where, donate_argnums=0)(model, fitted), *frozen
 
 
-def abstract_state(config: Config, step: Step, stores: list[Joined]) -> TrainState:
+def abstract_state(config: Config, step: Step, stores: Stores) -> TrainState:
   """The state before step 0 as shapes, in no memory."""
   key = jax.eval_shape(jax.random.key, 0)
   start = lambda model, key: step.init(model, _adapters(step, stores, key))
@@ -112,7 +125,7 @@ def jitted(step: Step, where: Any, mesh: Any) -> Any:
   return jax.jit(step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
 
 
-def _adapters(step: Step, stores: list[Joined], key: jax.Array) -> dict[str, Any]:
+def _adapters(step: Step, stores: Stores, key: jax.Array) -> dict[str, Any]:
   """The parameters that losses own, by loss."""
   recorded = taught(stores).taps if step.recorded.taps else None
   width = recorded.width if recorded else getattr(step.teacher_config, "hidden_size", 0)
@@ -125,7 +138,7 @@ def _adapters(step: Step, stores: list[Joined], key: jax.Array) -> dict[str, Any
 
 
 def _fit(
-  config: Config, step: Step, stores: list[Joined], model: Any, frozen: list[Any], adapters: Any,
+  config: Config, step: Step, stores: Stores, model: Any, frozen: list[Any], adapters: Any,
   mesh: Any,
 ) -> dict[str, Any]:  # fmt: skip
   """Adapters that start as the least-squares fit on the first batch."""
@@ -142,7 +155,7 @@ def online(config: Config) -> dict[str, Model]:
   return ({"teacher": config.teacher} if config.train.online else {}) | more
 
 
-def make_step(config: Config, stores: list[Joined]) -> Step:
+def make_step(config: Config, stores: Stores) -> Step:
   """The step that a config describes, on these stores."""
   about = taught(stores)
   online = config.train.online
@@ -156,7 +169,7 @@ def make_step(config: Config, stores: list[Joined]) -> Step:
     teacher=build.compute(config.teacher),
     chunk=config.train.chunk,
     accumulate=config.optim.accumulate,
-    vocab_size=about.vocab_size,
+    vocab_size=sum(s.manifest.vocab_size for s in stores) if config.tasks else about.vocab_size,
     student_config=build.shape(config.student)[1],
     teacher_config=build.shape(config.teacher)[1] if whole else None,
     recorded=Recorded(
@@ -169,22 +182,50 @@ def make_step(config: Config, stores: list[Joined]) -> Step:
   )
 
 
-def _batches(config: Config, stores: list[Joined], start: int) -> Iterator[Batch]:
+def _batches(config: Config, stores: Stores, start: int) -> Iterator[Batch]:
   c = config.train
   return loader.batches(
     stores, batch_size=c.batch_size, seed=config.seed, start=start, mixture=c.mixture,
     targets=not c.online, process_index=jax.process_index(), process_count=jax.process_count(),
+    read=tasked.reader(config),
   )  # fmt: skip
 
 
-def taught(stores: list[Joined]) -> Manifest:
+def taught(stores: Stores) -> Manifest:
   """Of the first store that holds a teacher's targets; of the first, if none does."""
   manifests = [store.manifest for store in stores]
   return next((m for m in manifests if m.kind != "text"), manifests[0])
 
 
-def open_stores(config: Config) -> list[Joined]:
-  """The stores that a config trains on, those of all teachers joined, each checked."""
+def open_stores(config: Config) -> Stores:
+  """The stores that a config trains on, those of all teachers joined, each checked.
+
+  A task brings its own data, and needs records only of what a teacher has said.
+  """
+  if not config.tasks:
+    return _recorded(config)
+  came = build.pretrained(config.student)
+  rows = {name: tasked.open_rows(config, name, "train", came) for name in config.tasks}
+  tasked.check(rows, build.shape(config.student)[1])
+  said = _recorded(config) if config.train.records else []
+  if said and len(said) != len(rows):
+    raise InputError(
+      f"train.records names {len(said)} stores and there are {len(rows)} tasks; name one for each, "
+      "in their order, or none"
+    )
+  text = dataclasses.replace(config.records, kind="text", taps=())
+  plain = dataclasses.replace(config, records=text)
+  parts = tasked.parts(rows)
+  stores = []
+  for i, (name, of) in enumerate(rows.items()):
+    about = teacher.describe(plain, of.source.classes, len(of), of.source.positions)
+    records = said[i] if said else None
+    manifest = records.manifest if records else dataclasses.replace(about, corpus=of.digest)
+    stores.append(tasked.Tasked(of, records, manifest, parts[name]))
+  return stores
+
+
+def _recorded(config: Config) -> Stores:
   if not config.train.records:
     raise InputError("train.records names no store; record one and give its folder")
   stores = [open_store(storage.local(path)) for path in config.train.records]

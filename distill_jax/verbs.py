@@ -54,7 +54,7 @@ def export(config: Config, workdir: Path) -> dict[str, Any]:
       model = _model(config, workdir, mesh)
       hub.export(
         model, target, tokenizer=tokenizer, generation=came.generation if came else {},
-        card=made_card, dtype=c.dtype, shard_bytes=c.shard_bytes,
+        card=made_card, dtype=c.dtype, shard_bytes=c.shard_bytes, extra=_said_of_tasks(config),
       )  # fmt: skip
   made = {"export_dir": c.dir, "parameters": params.count(model)}
   if config.student.quantise.bits:  # what they would take; the folder has them in export.dtype
@@ -68,8 +68,15 @@ def _model(config: Config, workdir: Path, mesh: Any) -> Any:
   if config.export.lora == "base":
     build.check_base(workdir, config)
     return build.build(spec, mesh, key).model
-  spec = dataclasses.replace(spec, source=build.RUN + str(workdir), keep_layers=())
+  spec = dataclasses.replace(
+    spec, source=build.RUN + str(workdir), keep_layers=(), changes={}, new=()
+  )
   return build.build(spec, mesh, key, config.export.step or None).model
+
+
+def _said_of_tasks(config: Config) -> dict[str, dict[str, Any]]:
+  """What the exported folder says of a task; of several, each has but a part of the head."""
+  return next(iter(config.tasks.values())).hub() if len(config.tasks) == 1 else {}
 
 
 def _base(spec: Model) -> tuple[str, str] | None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from distill_jax import cli, config, efficiency, folder, head, params, sharding
 from distill_jax.config import Model
@@ -26,7 +27,7 @@ R1 = Model(family="deepseek_v3", shape="deepseek-v3")
 QWEN = Model(family="qwen2", shape="qwen2.5-7b")
 TINY = [
   (family, name)
-  for family in folder.names("models")
+  for family in tiny.decoder_families()
   for name in folder.load("models", family).CONFIGS
   if name.startswith("tiny")
 ]

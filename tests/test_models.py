@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from distill_jax import folder, layers
 from distill_jax.errors import InputError
@@ -18,7 +19,7 @@ FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes"
 jit = functools.partial(jax.jit, compiler_options=FAST)
 TINY = [
   (name, shape)
-  for name in folder.names("models")
+  for name in tiny.decoder_families()
   for shape in folder.load("models", name).CONFIGS
   if shape.startswith("tiny")
 ]

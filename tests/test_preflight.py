@@ -218,7 +218,7 @@ def test_the_batch_is_the_loaders(tmp_path, records):
   stores = train.open_stores(c)
   real = next(loader.batches(stores, batch_size=4, seed=0))
   mesh = sharding.make_mesh(fsdp=4)
-  ours = programs._batch(programs.manifest(c), 4, mesh, ["teacher"])
+  ours = programs._batch(c, programs.manifest(c), 4, mesh, ["teacher"])
   shape = lambda x: (x.shape, np.dtype(x.dtype))
   assert jax.tree.map(shape, ours) == jax.tree.map(shape, real)
 
@@ -287,9 +287,7 @@ def test_the_configs_at_both_lengths(path, seq_len, monkeypatch):
 def test_store_bytes_are_about_what_the_codec_writes():
   """12.7 entries at 63 points, ids drawn over the whole vocabulary: its worst case."""
   rng, T, V = np.random.default_rng(0), 512, 151_936
-  about = dataclasses.replace(
-    teacher.describe(config.resolve(model_config()), V, 1), n=63, seq_len=T
-  )
+  about = dataclasses.replace(teacher.describe(config.resolve(model_config()), V, 1, T), n=63)
   count = rng.multinomial(63 - 12, np.ones(12) / 12, T) + 1
   ids = np.sort(rng.integers(0, V, (T, 12)), -1)
   zeros = np.zeros(T, np.float32)

@@ -3,6 +3,7 @@
 import jax
 import parity
 import pytest
+import tiny
 
 from distill_jax import folder, params
 
@@ -35,7 +36,7 @@ PUBLISHED = {
 
 
 def test_every_shape_but_the_tiny_ones_is_here():
-  named = {(f, n) for f in folder.names("models") for n in folder.load("models", f).CONFIGS}
+  named = {(f, n) for f in tiny.decoder_families() for n in folder.load("models", f).CONFIGS}
   assert {(f, n) for f, n in named if not n.startswith("tiny")} == PUBLISHED.keys()
 
 

@@ -25,11 +25,15 @@ def tokenizer_of(data: Data, pretrained: Pretrained | None) -> tokenizers.Tokeni
     return tokenizers.load_tokenizer(data.tokenizer)
   if pretrained is None or pretrained.tokenizer is None:
     raise InputError("the model brings no tokenizer; name one in data.tokenizer")
-  files = pretrained.tokenizer
+  return of_files(pretrained.tokenizer, pretrained.source)
+
+
+def of_files(files: TokenizerFiles, source: str) -> tokenizers.Tokenizer:
+  """The tokenizer that came with the model `source`."""
   raw = files.json.encode() if files.json is not None else files.sentencepiece
   assert raw is not None
   # Documents end with the vocabulary's own document end, not with what ends a chat's turn.
-  return tokenizers.Tokenizer(raw, f"the tokenizer of {pretrained.source}", None, None)
+  return tokenizers.Tokenizer(raw, f"the tokenizer of {source}", None, None)
 
 
 def source_of(data: Data) -> sources.Source:

@@ -29,11 +29,13 @@ STORED = {
   "argmax_T": "top_BT",
 }
 
+Read = Callable[[Callable[[str], Any]], Batch]
+
 
 def batches(
   stores: Sequence[Any], *, batch_size: int, seed: int, start: int = 0,
   mixture: Sequence[float] = (), targets: bool = True, process_index: int = 0,
-  process_count: int = 1,
+  process_count: int = 1, read: Read | None = None,
 ) -> Iterator[Batch]:  # fmt: skip
   """This process's rows of every global batch from step `start` on, as numpy arrays.
 
@@ -43,6 +45,7 @@ def batches(
     seed: of the order; each epoch has its own.
     mixture: weights of the stores; empty: by size.
     targets: False leaves what the stores hold of "teacher" out, where that one is online.
+    read: see collate.
 
   Raises:
     InputError: the batch does not divide over the processes, or a store is empty.
@@ -58,26 +61,39 @@ def batches(
   rows = [ds.map(functools.partial(_fill, unsaid=unsaid)) if unsaid else ds for ds in rows]
   weights = list(mixture) or [len(store) for store in stores]
   ds = rows[0] if len(rows) == 1 else grain.MapDataset.mix(rows, weights=weights)
-  to_batch = functools.partial(collate, with_targets=targets)
+  to_batch = functools.partial(collate, with_targets=targets, read=read)
   ds = ds[process_index::process_count].batch(batch_size // process_count, batch_fn=to_batch)
   ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
   return iter(ds[start:].to_iter_dataset(ahead))
 
 
-def collate(records: Sequence[dict[str, np.ndarray]], with_targets: bool = True) -> Batch:
-  """Records of single sequences to a Batch; differing K are filled up with weight 0."""
+def collate(
+  records: Sequence[dict[str, np.ndarray]], with_targets: bool = True, read: Read | None = None
+) -> Batch:
+  """Records of single sequences to a Batch; differing K are filled up with weight 0.
+
+  Args:
+    read: makes the batch but for its targets, of stack(name), a field [B, ...]; by default of
+      packed text.
+  """
   # numpy here, jax arrays once `to_device` has made the global batch
   stack: Callable[[str], Any] = lambda name: np.stack([r[name] for r in records])
-  tokens, segments, mask = stack("tokens_T"), stack("segments_T"), stack("mask_T")
-  inputs: Any = packing.to_inputs(tokens, segments, mask)
-  tokens, positions, segments, labels, _ = inputs
+  batch = (read or _packed)(stack)
   others = dict.fromkeys(name.partition("/")[0] for name in records[0] if "/" in name)
   asked = {name: f"{name}/" for name in others} | ({"teacher": ""} if with_targets else {})
   targets = {
     name: _targets(records, at) for name, at in asked.items() if f"{at}ids_TK" in records[0]
   }
   smoothing = stack("smoothing_T") if "smoothing_T" in records[0] else None
-  return Batch(Inputs(tokens, positions, segments), labels, mask, targets, smoothing)
+  return batch.replace(targets=targets, smoothing_BT=smoothing)
+
+
+def _packed(stack: Callable[[str], Any]) -> Batch:
+  """Packed text: the label of a position is the next token."""
+  tokens, segments, mask = stack("tokens_T"), stack("segments_T"), stack("mask_T")
+  inputs: Any = packing.to_inputs(tokens, segments, mask)
+  tokens, positions, segments, labels, _ = inputs
+  return Batch(Inputs(tokens, positions, segments), labels, mask)
 
 
 def _targets(records: Sequence[dict[str, np.ndarray]], at: str) -> Targets:

@@ -76,7 +76,7 @@ def documents(source: Source) -> Iterator[str]:
     if not document.strip():
       continue
     seen += 1
-    if source.kind in ("pydoc", "tfds") or _chosen(document, source):
+    if source.kind in ("pydoc", "tfds") or chosen(document, source):
       kept += 1
       yield document
   if not kept:
@@ -97,7 +97,7 @@ def digest(source: Source) -> str:
   return h.hexdigest()
 
 
-def _chosen(key: str, source: Source) -> bool:
+def chosen(key: str, source: Source) -> bool:
   """Does the document with this key belong to the split?"""
   if source.heldout_fraction == 0:
     return True
@@ -113,7 +113,7 @@ def _pydoc(source: Source) -> Iterator[str]:
   shares a run of eight words with a held-out topic is left out.
   """
   topics = importlib.import_module("pydoc_data.topics").topics
-  names = [name for name in sorted(topics) if _chosen(name, source)]
+  names = [name for name in sorted(topics) if chosen(name, source)]
   if source.split == "heldout" or source.heldout_fraction == 0:
     yield from (topics[name] for name in names)
     return
@@ -166,6 +166,11 @@ def numbered(source: Source) -> Iterator[tuple[str, str]]:
           yield line, f"{file}, line {number}"
 
 
+def objects(source: Source) -> Iterator[tuple[dict[str, Any], str]]:
+  """The object on each line of .jsonl files, and where it stands."""
+  return ((_object(line, where), where) for line, where in numbered(source))
+
+
 def _utf8(raw: bytes, where: Path | str, offset: int) -> str:
   try:
     return raw.decode()
@@ -177,13 +182,17 @@ def _utf8(raw: bytes, where: Path | str, offset: int) -> str:
 
 
 def _field(line: str, field: str, where: str) -> str:
+  return _string(_object(line, where), field, where)
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
   try:
     record = json.loads(line)
   except (ValueError, RecursionError) as e:
     raise InputError(f"{where}: not JSON ({e}); mend the line") from e
   if not isinstance(record, dict):
     raise InputError(f"{where}: a JSON {type(record).__name__}; each line is one object {{...}}")
-  return _string(record, field, where)
+  return record
 
 
 def _string(record: dict[str, Any], field: str, where: str) -> str:

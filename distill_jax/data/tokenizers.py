@@ -141,7 +141,7 @@ class Tokenizer:
 
   @functools.cached_property
   def begin(self) -> list[int]:
-    """What a text begins with by the tokenizer's own rule: a BOS, or nothing.
+    """What a text begins with by the tokenizer's own rule: a BOS, BERT's [CLS], or nothing.
 
     A tokenizer.json says so in its post-processor; a sentencepiece model that has a BOS is
     given it, as Llama 2, Mistral and Gemma are. `encode` adds nothing.
@@ -149,10 +149,19 @@ class Tokenizer:
     if self.kind == "sentencepiece":
       bos = self._backend.bos_id()
       return [bos] if bos >= 0 else []
+    return self._around[0]
+
+  @property
+  def end(self) -> list[int]:
+    """What a tokenizer.json's post-processor puts behind a text: BERT's [SEP], or nothing."""
+    return [] if self.kind == "sentencepiece" else self._around[1]
+
+  @functools.cached_property
+  def _around(self) -> tuple[list[int], list[int]]:
     whole = tokenizers.Tokenizer.from_str(self.raw.decode()).encode("a").ids
     plain = self.encode("a")
     at = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    return whole[:at]
+    return whole[:at], whole[at + len(plain) :]
 
   @functools.cached_property
   def special_tokens(self) -> tuple[str, ...]:

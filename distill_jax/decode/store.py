@@ -54,7 +54,7 @@ def write(
   light = [sequence.record() for sequence in packed]
   ends = np.cumsum([sequence.segments_T.max() for sequence in packed])  # of the texts in each
   some = lambda n: range(ends[n - 1] if n else 0, ends[n])
-  manifest = teacher.manifest_of(config, tokenizer, light)
+  manifest = teacher.manifest_of(config, teacher.Corpus.of_text(light, tokenizer, T))
   with storage.Synced(config.generate.records_dir) as folder, Writer(folder, manifest) as writer:
     for shard in writer.missing():
       writer.write_shard(

@@ -28,7 +28,8 @@ def compare(
   """
 
   def chunk_metrics(teacher_BCV: jax.Array, piece: Batch) -> dict[str, dict[str, Mean]]:
-    logp_BCV = jax.nn.log_softmax(head.soft_cap(teacher_BCV, p.soft_cap))
+    teacher_BCV = head.only_rows(head.soft_cap(teacher_BCV, p.soft_cap), piece.rows_BT2)
+    logp_BCV = jax.nn.log_softmax(teacher_BCV)
     means = {teacher: _metrics(logp_BCV, logp_BCV, piece)}
     for name, t in piece.targets.items():
       assert t.hidden_BTD is not None and t.head_VD is not None

@@ -28,7 +28,12 @@ def card(config: Config, step: int, evaluation: Mapping[str, Any] | None) -> str
     f"- Teacher: `{config.teacher.source or config.teacher.shape}`",
     f"- Student before training: `{student.source or student.shape}`{kept}",
     *_adapters(config),
-    f"- Data: `{data.kind}` `{data.path}`, sequences of {data.seq_len} tokens",
+    *(_task(name, of) for name, of in config.tasks.items()),
+    *(
+      []
+      if config.tasks
+      else [f"- Data: `{data.kind}` `{data.path}`, sequences of {data.seq_len} tokens"]
+    ),
     f"- Optimiser: AdamW, peak rate {optim.peak_lr:g}, {optim.schedule}, "
     f"weight decay {optim.weight_decay:g}",
     *(_loss(name, fn) for name, fn in config.losses.items()),
@@ -46,6 +51,11 @@ def _adapters(config: Config) -> list[str]:
   what |= {"base": "not in here: this is the student before training"}
   on = ", ".join(lora.targets)
   return [f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {on}; {what[config.export.lora]}"]
+
+
+def _task(name: str, of: Any) -> str:
+  keys = ", ".join(f"{f.name} {getattr(of, f.name)}" for f in dataclasses.fields(of))
+  return f"- Task `{name}` ({type(of).__module__.rpartition('.')[2]}): {keys}"
 
 
 def _loss(name: str, fn: Any) -> str:

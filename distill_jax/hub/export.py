@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -70,6 +70,7 @@ def export(
   generation: dict[str, Any],
   card: str,
   dtype: str = "bfloat16",
+  extra: Mapping[str, dict[str, Any]] | None = None,
   shard_bytes: int = SHARD_BYTES,
 ) -> pathlib.Path:
   """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` takes as it is.
@@ -83,6 +84,7 @@ def export(
     tokenizer: written as it was read (`Pretrained.tokenizer`); None writes none.
     generation: becomes generation_config.json; its token ids go into config.json too.
     card: README.md, Markdown.
+    extra: more JSON files by name; what is given for config.json goes into it.
     dtype: of the tensors: "float32", "bfloat16" or "float16".
     shard_bytes: the largest a safetensors file may be, unless one tensor is larger.
 
@@ -95,7 +97,11 @@ def export(
   with new_folder(target, tensors) as work:
     if work is not None:
       _write_weights(work, tensors, shard_bytes)
-      _write_texts(work, model.config.to_hf(), dtype, tokenizer, generation, card)
+      files = dict(extra or {})
+      hf = model.config.to_hf() | files.pop("config.json", {})
+      _write_texts(work, hf, dtype, tokenizer, generation, card)
+      for name, value in files.items():
+        write_json(work / name, value)
   return pathlib.Path(target).absolute()
 
 
@@ -213,7 +219,8 @@ def _write_texts(
   ids = {k: v for k, v in generation.items() if k.endswith("_token_id")}
   # transformers 5 reads `dtype`, older ones and vLLM `torch_dtype`.
   write_json(folder / "config.json", {**hf, "dtype": dtype, "torch_dtype": dtype, **ids})
-  write_json(folder / "generation_config.json", generation)
+  if generation:
+    write_json(folder / "generation_config.json", generation)
   write_tokenizer(folder, tokenizer, card)
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from distill_jax import folder, layers, params, sharding
 from distill_jax.errors import InputError
-from distill_jax.hub import declared, float8
+from distill_jax.hub import declared, float8, prefixed
 from distill_jax.hub.gguf_file import GGUFFile
 from distill_jax.hub.gguf_tokenizer import tokenizer_files
 from distill_jax.hub.locate import locate
@@ -68,6 +68,24 @@ class Pretrained:
     return total.hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class New:
+  """What a model is that is not quite as its source.
+
+  Attributes:
+    config: the family's Config of the model, all layers of the source in it.
+    names: beginnings of Hugging Face's names of parameters that start random.
+    key: of their initialisers.
+  """
+
+  config: Any
+  names: tuple[str, ...] = ()
+  key: Any = None
+
+  def __contains__(self, name: str) -> bool:
+    return name.startswith(self.names) if self.names else False
+
+
 def open_model(source: str) -> Pretrained:
   """Finds a model and reads everything but its weights.
 
@@ -93,6 +111,7 @@ def open_model(source: str) -> Pretrained:
   else:
     raise InputError(f"{path} is neither a folder nor a .gguf file; give one of them")
   config = _config(family, hf, path)
+  weights = prefixed.prefixed(weights, getattr(folder.load("models", family), "PREFIX", ""))
   if tokenizer is not None:
     check_vocabulary(tokenizer.size(), config.vocab_size)
   ids = {k: hf[k] for k in IDS if hf.get(k) is not None}
@@ -128,6 +147,7 @@ def load(
   dtype: str = "float32",
   keep_layers: tuple[int, ...] = (),
   progress: Progress | None = None,
+  new: New | None = None,
 ) -> Any:
   """The model, each parameter in `dtype` in its storage sharding on `mesh`.
 
@@ -138,18 +158,20 @@ def load(
   Args:
     keep_layers: makes a student of these layers of the source, in this order; () is all.
     progress: called with (bytes done, bytes in all) after every tensor.
+    new: how the model differs from its source; None: in nothing.
 
   Raises:
     InputError: a tensor is missing, unknown, misshaped or not a float; a size does not
       divide over the mesh; a layer to keep is not there.
   """
-  config, L = pretrained.config, pretrained.config.num_hidden_layers
+  new = new or New(pretrained.config)
+  config, L = new.config, pretrained.config.num_hidden_layers
   if bad := [i for i in keep_layers if not 0 <= i < L]:
     raise InputError(f"keep_layers names layer {bad[0]}; {pretrained.source} has 0 to {L - 1}")
   family = folder.load("models", pretrained.family)
   build = lambda c: jax.eval_shape(lambda key: family.Model(c, key), jax.random.key(0))
   whole = build(config)
-  _check(pretrained.weights, whole, pretrained)
+  _check(pretrained.weights, whole, pretrained, new)
   model = build(config.keep(keep_layers) if keep_layers else config)
   places = sharding.shardings(model, mesh, how.rules)
   to = float_dtype(dtype)
@@ -158,23 +180,52 @@ def load(
     * declared.dtype_of(v, to).itemsize
     for v, place in zip(_leaves(model), jax.tree.leaves(places), strict=True)
   )  # fmt: skip
+  start = _random(family, model, places, new, to)
   with ThreadPoolExecutor(2) as pool:  # one tensor is read while another is laid out
     filler = _Filler(pretrained.weights, to, keep_layers, progress, total, pool)
-    return jax.tree.map(filler.fill, model, places, is_leaf=params.is_param)
+
+    def one(path, v, place):
+      name = jax.tree_util.keystr(path, simple=True, separator=".")
+      return v.replace(start[name]) if name in start else filler.fill(v, place)
+
+    return jax.tree_util.tree_map_with_path(one, model, places, is_leaf=params.is_param)
+
+
+def _random(family: Any, model: Any, places: Any, new: New, dtype: np.dtype) -> dict[str, Any]:
+  """By path: the parameters that start random, in their sharding."""
+  hf = {path: v.get_metadata()["hf"] for path, v in params.named_params(model)}
+  if lost := [n for n in new.names if not any(name.startswith(n) for name in hf.values())]:
+    raise InputError(
+      f"new names {lost[0]!r}, with which no parameter of the model begins; they are called "
+      f"{', '.join(sorted(set(hf.values())))}"
+    )
+  chosen = {path for path, name in hf.items() if name in new}
+  where = {p: place.get_value() for p, place in params.named_params(places) if p in chosen}
+
+  def init(key):
+    made = params.named_params(family.Model(model.config, key))
+    return {p: v[...].astype(declared.dtype_of(v, dtype)) for p, v in made if p in chosen}
+
+  return jax.jit(init, out_shardings=where)(new.key) if chosen else {}
 
 
 def _leaves(tree: Any) -> list[Any]:
   return [v for _, v in params.named_params(tree)]
 
 
-def _check(weights: Weights, model: Any, pretrained: Pretrained) -> None:
+def _check(weights: Weights, model: Any, pretrained: Pretrained, new: New) -> None:
   """Every tensor that the source's model needs is there as declared, and none besides."""
   names, source = weights.names(), pretrained.source
   for v in _leaves(model):
+    if v.get_metadata()["hf"] in new:
+      continue
     shape = declared.Layout(v).shape
     for name, _ in declared.tensors(v):  # lazily: a damaged config can ask for millions
       if name not in names:
-        raise InputError(f"{source} lacks the tensor {name}; its files and config.json disagree")
+        raise InputError(
+          f"{source} lacks the tensor {name}: its files and config.json disagree, or it is to "
+          "start random, which `new` would say"
+        )
       if weights.shape(name) != shape:
         raise InputError(
           f"{source}: {name} has shape {weights.shape(name)} where the config makes it {shape}"
@@ -185,6 +236,7 @@ def _check(weights: Weights, model: Any, pretrained: Pretrained) -> None:
         )
   known = [declared.matcher(v) for v in _leaves(model)]
   skips = pretrained.config.skips
+  known.append(new.__contains__)
   unknown = sorted(n for n in names if not any(k(n) for k in known) and not skips(n))
   if HEAD in unknown and pretrained.config.tie_word_embeddings:
     unknown.remove(HEAD)

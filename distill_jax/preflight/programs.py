@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distill_jax import build, checks, sharding, teacher, train
+from distill_jax import build, checks, sharding, tasked, teacher, train
 from distill_jax.config import Config, Model
 from distill_jax.data import loader
 from distill_jax.errors import InputError
@@ -59,8 +59,18 @@ def of(config: Config, verb: str, mesh: Mesh) -> Program:
 
 def manifest(config: Config) -> Manifest:
   """What the records' manifest would say; the tokenizer has all rows of the model that reads."""
-  model = config.student if config.losses else config.teacher
-  return teacher.describe(config, build.shape(model)[1].vocab_size, sequences=1)
+  if config.tasks:
+    rows = _rows(config)
+    classes, T = rows.source.classes, rows.source.positions
+  else:
+    model = config.student if config.losses else config.teacher
+    classes, T = build.shape(model)[1].vocab_size, config.data.seq_len
+  config = dataclasses.replace(config, records=teacher.dense(config.records, classes))
+  return teacher.describe(config, classes, sequences=1, positions=T)
+
+
+def _rows(config: Config) -> tasked.Rows:
+  return tasked.open_rows(config, tasked.chosen(config), "train", build.pretrained(config.teacher))
 
 
 def _train(config: Config, mesh: Mesh) -> Program:
@@ -79,7 +89,7 @@ def _train(config: Config, mesh: Mesh) -> Program:
   where = sharding.shardings(like, mesh, rules)
   state = build.place(like, where)
   recorded = [*(() if c.online else ("teacher",)), *c.teachers]
-  batch = _batch(about, c.batch_size, mesh, recorded)
+  batch = _batch(config, about, c.batch_size, mesh, recorded)
   teachers = {name: _model(spec, mesh) for name, spec in train.online(config).items()}
   frozen = []
   if config.student.lora.rank:
@@ -106,7 +116,7 @@ def _record(config: Config, mesh: Mesh) -> Program:
   sharding.check_batch("records.batch_size", rows, mesh)
   about = manifest(dataclasses.replace(config, losses={}))
   model, how = _model(config.teacher, mesh), build.compute(config.teacher)
-  batch = _batch(about, rows, mesh, recorded=[])
+  batch = _batch(config, about, rows, mesh, recorded=[])
   whole = sharding.replicated(mesh)
   key = build.place(jax.eval_shape(jax.random.key, 0), whole)
   index_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding.batch_sharding(mesh))
@@ -120,21 +130,23 @@ def _model(spec: Model, mesh: Mesh) -> Any:
   return build.place(like, sharding.shardings(like, mesh, build.compute(spec).rules))
 
 
-def _batch(about: Manifest, rows: int, mesh: Mesh, recorded: list[str]) -> Any:
+def _batch(config: Config, about: Manifest, rows: int, mesh: Mesh, recorded: list[str]) -> Any:
   """Batches as the loader makes them, of what these teachers have said.
 
-  One made-up record is encoded and read back.
+  One record, made up of text, is encoded and read back.
   """
   T = about.seq_len
   one: dict[str, np.ndarray] = {
     "tokens_T": np.zeros(T, np.int32), "segments_T": np.ones(T, np.int32),
     "mask_T": np.ones(T, bool),
   }  # fmt: skip
+  if config.tasks:
+    one = _rows(config)[0]
   said = example.decode(0, example.encode(0, one | _said(about), about), about)
   for name in recorded:
     at = "" if name == "teacher" else f"{name}/"
     one |= {at + field: x for field, x in said.items() if field not in joined.TEXT}
-  batch = loader.collate([one], with_targets="teacher" in recorded)
+  batch = loader.collate([one], "teacher" in recorded, tasked.reader(config))
   where = sharding.batch_sharding(mesh)
   row = lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where)
   return jax.tree.map(row, batch)

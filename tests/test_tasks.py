@@ -1,0 +1,172 @@
+"""Tasks beside language modelling, through record, train, evaluate and export."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from distill_jax import build, config, evaluate, tasked, teacher, train, verbs
+from distill_jax.errors import InputError
+from distill_jax.types import Batch
+from distill_jax.workdir import Workdir
+
+CLASSES = ("odd", "even")
+
+
+def write_numbers(path, n=40):
+  """Texts that name a number, and whether it is odd."""
+  lines = [{"text": f"the number {i} is here", "label": CLASSES[1 - i % 2]} for i in range(n)]
+  path.write_text("\n".join(map(json.dumps, lines)))
+  return path
+
+
+def configured(folder):
+  c = config.base()
+  for model, layers in ((c.teacher, 2), (c.student, 1)):
+    model.family, model.shape = "bert", "tiny"
+    model.changes = {"num_hidden_layers": layers}
+  c.tasks.parity = config.task(
+    "text_classes", path=str(write_numbers(folder / "numbers.jsonl")), classes=CLASSES,
+    max_tokens=32, heldout_fraction=0.3,
+    tokenizer=str(tiny.write_tokenizer(folder / "tokenizer.json")),
+  )  # fmt: skip
+  c.records.kind, c.records.batch_size = "dense", 4
+  c.losses.soft = config.loss("kd", weight=0.7, missing_mass="renormalise", temperature=2.0)
+  c.losses.hard = config.loss("ce", weight=0.3)
+  c.train.records = (str(folder / "records"),)
+  c.train.steps, c.train.batch_size, c.train.checkpoint_every = 2, 4, 2
+  c.evaluate.batch_size = 4
+  return c
+
+
+@pytest.fixture
+def c(tmp_path):
+  return configured(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """(folder, config, metrics of the last step) of a run from records."""
+  folder = tmp_path_factory.mktemp("run")
+  resolved = config.resolve(configured(folder))
+  with Workdir(folder / "records", resolved) as records:
+    teacher.record(resolved, records)
+  with Workdir(folder / "student", resolved) as student:
+    return folder, configured(folder), train.train(resolved, student)
+
+
+def test_a_student_learns_the_classes_of_texts(run, tmp_path):
+  """All verbs; the exported folder says in transformers what the run says."""
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  folder, c, last = run
+  assert last["tokens"] == 4 and 0 < last["kl/teacher"] < 1
+  c.evaluate.models = {"student": f"run:{folder / 'student'}"}
+  c.export.dir, c.export.dtype = str(tmp_path / "hub"), "float32"
+  resolved = config.resolve(c)
+  row = evaluate.evaluate(resolved, tmp_path)["models"]["student"]
+  assert 0 <= row["accuracy"] <= 1
+  verbs.export(resolved, folder / "student")
+  theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hub")
+  assert theirs.config.id2label == dict(enumerate(CLASSES))
+
+  rows = tasked.open_rows(resolved, "parity", "heldout", None)
+  ids, seen = (np.stack([r[k] for r in rows]) for k in ("read_S", "seen_S"))
+  labels = np.array([r["tokens_T"][0] for r in rows])
+  with torch.no_grad():
+    z = theirs(torch.tensor(ids).long(), attention_mask=torch.tensor(seen)).logits
+  ce = torch.nn.functional.cross_entropy(z, torch.tensor(labels).long())
+  assert row["ce"] == pytest.approx(float(ce), abs=2e-6)  # float32, three layers
+  assert row["accuracy"] == pytest.approx((z.argmax(-1).numpy() == labels).mean())
+
+
+def test_dense_records_give_the_gradient_of_the_teacher_beside_the_student(run):
+  """Stored in float16, they are off by what that rounds: 2^-11 of a log-probability below 1."""
+  _, c, _ = run
+  online = config.resolve(c)
+  online = dataclasses.replace(
+    online, train=dataclasses.replace(online.train, online=True, records=())
+  )
+  grads = []
+  for resolved in (config.resolve(c), online):
+    stores = train.open_stores(resolved)
+    step = train.make_step(resolved, stores)
+    batch = next(train._batches(resolved, stores, 0))
+    keys = build.keys(0)
+    mesh = train.sharding.make_mesh(devices=jax.devices()[:1])
+    student, models = build.build(resolved.student, mesh, keys["student"]).model, {}
+    if resolved.train.online:
+      models = {"teacher": build.build(resolved.teacher, mesh, keys["teacher"]).model}
+    batch = jax.tree.map(jax.numpy.asarray, batch)
+    weights = {"soft": 1.0, "hard": 1.0}
+    loss = lambda s, m=models, st=step, b=batch: st._loss((s, {}), b, m, 0, 4.0, weights)[0]
+    grads.append(jax.tree.leaves(jax.jit(jax.grad(loss))(student)))
+  for a, b in zip(*grads, strict=True):
+    assert np.abs(a - b).max() <= 1e-3 * max(np.abs(b).max(), 1e-3)
+
+
+def test_records_are_of_one_task_and_data(run):
+  _, c, _ = run
+  c = c.copy_and_resolve_references()
+  c.tasks.parity.max_tokens = 31
+  with pytest.raises(InputError, match="other data or another task or augmentation"):
+    train.open_stores(config.resolve(c))
+
+
+def test_several_tasks_share_a_body_and_have_a_head_each(c, tmp_path):
+  """Of each row, the classes of the other task get no probability, and no gradient."""
+  second = config.task(
+    "text_classes", path=c.tasks.parity.path, classes=("even", "odd"), max_tokens=32,
+    tokenizer=c.tasks.parity.tokenizer,
+  )  # fmt: skip
+  c.tasks.again = second
+  c.student.changes = {"num_labels": 4, "num_hidden_layers": 1}
+  c.losses = {"hard": config.loss("ce")}
+  c.train.records = ()
+  resolved = config.resolve(c)
+  stores = train.open_stores(resolved)
+  batch: Batch = next(train._batches(resolved, stores, 0))
+  first = batch.labels_BT[:, 0] < 2
+  assert 0 < first.sum() < 4
+  np.testing.assert_array_equal(batch.rows_BT2[first, 0], [[0, 2]] * first.sum())
+  np.testing.assert_array_equal(batch.rows_BT2[~first, 0], [[2, 4]] * (~first).sum())
+  with Workdir(tmp_path / "run", resolved) as folder:
+    last = train.train(resolved, folder)
+  assert 0.3 < last["ce"] < 1.2  # log 2 before training: not log 4
+
+
+@pytest.mark.parametrize(
+  "line, why",
+  [
+    ({"text": " ", "label": "odd"}, "line 41 has no text"),
+    ({"text": "two", "label": "prime"}, "line 41 has 'prime' in its field 'label'"),
+    ({"label": "odd"}, "line 41 has no text in its field 'text'"),
+  ],
+)
+def test_a_bad_line_stops_the_run_or_is_counted(c, tmp_path, capsys, line, why):
+  with (tmp_path / "numbers.jsonl").open("a") as f:
+    f.write("\n" + json.dumps(line))
+  with pytest.raises(InputError, match=why):
+    tasked.open_rows(config.resolve(c), "parity", "train", None)
+  c.tasks.parity.on_bad = "skip"
+  rows = tasked.open_rows(config.resolve(c), "parity", "train", None)
+  assert f"1 of {len(rows) + 1} examples left out" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused(c):
+  def refused(match, **changes):
+    for key, value in changes.items():
+      setattr(c.tasks.parity, key, value)
+    with pytest.raises(InputError, match=match):
+      train.open_stores(config.resolve(c))
+
+  refused("no text of class 'third'", classes=(*CLASSES, "third"))
+  c.tasks.parity.classes = CLASSES
+  refused("reads at most 128", max_tokens=200)
+  c.tasks.parity.max_tokens = 32
+  c.student.changes = {"num_labels": 1}
+  refused("have 2 classes and the model's head 1 rows")
+  c.student.changes = {"num_lables": 2}
+  refused("did you mean 'num_labels'")
