@@ -7,7 +7,7 @@ the output of layer l - 1, so a tap is all they cost.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax import struct
 
 from distill_jax.errors import InputError
 from distill_jax.layers import Compute
-from distill_jax.types import Inputs, Output
+from distill_jax.types import Batch, Inputs, Mean, Output
 
 Pairs = tuple[tuple[int, int], ...]  # (student layer, teacher layer)
 
@@ -82,6 +82,38 @@ def pairs(layers: str, student: int, teacher: int) -> Pairs:
       f"{teacher - 1}"
     )
   return chosen
+
+
+class Places(NamedTuple):
+  """Where a model's features stand among its positions.
+
+  Attributes:
+    keep_BS: bool, those that are compared.
+    segments_BS: int32, the documents, 0 in padding; what a position sees is in its own.
+    causal: a position sees only those before it, and itself.
+  """
+
+  keep_BS: jax.Array
+  segments_BS: jax.Array
+  causal: bool
+
+
+def places(batch: Batch, positions: int) -> Places:
+  """Of a decoder, those with labels; of an encoder, all of its `positions` but padding."""
+  if batch.seen_BS is None:
+    return Places(batch.mask_BT, batch.inputs.segments_BT, True)
+  keep_BS = jnp.broadcast_to(batch.seen_BS, (len(batch.seen_BS), positions))
+  return Places(keep_BS, keep_BS.astype(jnp.int32), False)
+
+
+def mean(x_BS: jax.Array, batch: Batch) -> Mean:
+  """Over labels, as every loss is; of an encoder, a label's is the mean over what was read."""
+  if batch.seen_BS is None:
+    return Mean.of(x_BS, batch.mask_BT)
+  keep_BS = places(batch, x_BS.shape[1]).keep_BS
+  total_B = jnp.sum(jnp.where(keep_BS, x_BS.astype(jnp.float32), 0), 1)
+  x_B1 = (total_B / jnp.maximum(jnp.sum(keep_BS, 1), 1))[:, None]
+  return Mean.of(jnp.broadcast_to(x_B1, batch.mask_BT.shape), batch.mask_BT)
 
 
 def flat_qkv(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:

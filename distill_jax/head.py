@@ -202,7 +202,7 @@ def _per_batch_shard(fn: Callable, out_specs: Any, hidden_BTD, head_VD, batch: B
   `total` sums a tree over the devices that hold other rows. Left to itself, the partitioner
   would sum every chunk's gradient of the head over them; the vocabulary is its own to shard.
   """
-  batch = batch.replace(inputs=None)  # the head has no use for them
+  batch = batch.replace(inputs=None, seen_BS=None)  # the head has no use for them
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or math.prod(mesh.shape[a] for a in sharding.BATCH) == 1:
     return fn(hidden_BTD, head_VD, batch, lambda tree: tree)

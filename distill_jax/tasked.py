@@ -200,4 +200,6 @@ def reader(config: Config) -> Callable[[Callable[[str], Any]], Batch] | None:
 
 def _read(task: Any, several: bool, stack: Callable[[str], Any]) -> Batch:
   among = stack("rows_T2") if several else None
-  return Batch(task.inputs(stack), stack("tokens_T"), stack("mask_T"), rows_BT2=among)
+  seen = task.seen(stack) if hasattr(task, "seen") else None
+  labels, mask = stack("tokens_T"), stack("mask_T")
+  return Batch(task.inputs(stack), labels, mask, rows_BT2=among, seen_BS=seen)

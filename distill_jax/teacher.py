@@ -332,6 +332,11 @@ def _digest(rows: Rows) -> str:
 
 def _check(config: Config) -> None:
   c = config.records
+  if config.tasks and c.taps:
+    raise InputError(
+      f"records.taps is {c.taps}, and of tasks no features are recorded; leave it empty and set "
+      "train.online=True for losses that compare them"
+    )
   if c.batch_size % jax.process_count():
     raise InputError(
       f"records.batch_size is {c.batch_size} and there are {jax.process_count()} processes; each "

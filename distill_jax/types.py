@@ -103,6 +103,8 @@ class Batch(struct.PyTreeNode):
 
   `smoothing_BT` is what labels lack in certainty, from 0 to 1; None: nothing. `rows_BT2` says
   among which rows of the head a position chooses, (first, past the last); None: all of them.
+  `seen_BS` is for models that say one thing of all that they read, where features are not at
+  the labels: the positions that are no padding, [B, 1] if none is; see features.places.
   """
 
   inputs: Any  # Inputs, Images, Sounds, SourceTarget or ImageText, as the model reads
@@ -111,6 +113,7 @@ class Batch(struct.PyTreeNode):
   targets: dict[str, Targets] = struct.field(default_factory=dict)
   smoothing_BT: jax.Array | None = None  # float32
   rows_BT2: jax.Array | None = None  # int32
+  seen_BS: jax.Array | None = None  # bool
 
 
 class Output(struct.PyTreeNode):

@@ -100,8 +100,8 @@ def test_dense_records_give_the_gradient_of_the_teacher_beside_the_student(run):
     if resolved.train.online:
       models = {"teacher": build.build(resolved.teacher, mesh, keys["teacher"]).model}
     batch = jax.tree.map(jax.numpy.asarray, batch)
-    weights = {"soft": 1.0, "hard": 1.0}
-    loss = lambda s, m=models, st=step, b=batch: st._loss((s, {}), b, m, 0, 4.0, weights)[0]
+    both = {"soft": 1.0, "hard": 1.0}
+    loss = lambda s, m=models, st=step, b=batch, w=both: st._loss((s, {}), b, m, 0, 4.0, w)[0]
     grads.append(jax.tree.leaves(jax.jit(jax.grad(loss))(student)))
   for a, b in zip(*grads, strict=True):
     assert np.abs(a - b).max() <= 1e-3 * max(np.abs(b).max(), 1e-3)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from distill_jax import features
 from distill_jax.errors import InputError
 from distill_jax.features import Features, Needs, Pairs
 from distill_jax.params import param
@@ -80,7 +81,8 @@ class Loss:
     batch: Batch,
   ) -> dict[str, Any]:  # fmt: skip
     """The projections that best map the student's hidden states of one batch."""
-    keep_N = batch.mask_BT.reshape(-1, 1)
+    positions = next(iter(student.hidden.values())).shape[1]
+    keep_N = features.places(batch, positions).keep_BS.reshape(-1, 1)
     rows = lambda x: jnp.where(keep_N, x.reshape(-1, x.shape[-1]).astype(jnp.float32), 0)
 
     def solve(s_ND, t_NE):
@@ -99,11 +101,11 @@ class Loss:
     for i, (a, b) in enumerate(pairs):
       s = student.hidden[a].astype(jnp.float32)
       t = jax.lax.stop_gradient(teacher.hidden[b].astype(jnp.float32))
-      mask = batch.mask_BT[..., None]
-      s, t = jnp.where(mask, s, 0), jnp.where(mask, t, 0)
+      keep_BS1 = features.places(batch, s.shape[1]).keep_BS[..., None]
+      s, t = jnp.where(keep_BS1, s, 0), jnp.where(keep_BS1, t, 0)
       if adapters:
         s = s @ adapters["project"][i]
-      total += Mean.of(_distance(self.distance, s, t), batch.mask_BT)
+      total += features.mean(_distance(self.distance, s, t), batch)
     return Mean(total.total / len(pairs), total.count / len(pairs))
 
 

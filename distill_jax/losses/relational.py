@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from distill_jax import features
 from distill_jax.errors import InputError
 from distill_jax.features import Features, Needs, Pairs
 from distill_jax.schedules import Schedule, constant
@@ -56,16 +57,17 @@ class Loss:
   ) -> Mean:  # fmt: skip
     del adapters
     total = Mean(jnp.zeros(()), jnp.zeros(()))
-    keep = batch.mask_BT[..., None]
+    keep = features.places(batch, student.hidden[pairs[0][0]].shape[1]).keep_BS[..., None]
     for a, b in pairs:
       s = jnp.where(keep, student.hidden[a].astype(jnp.float32), 0)
       t = jnp.where(keep, jax.lax.stop_gradient(teacher.hidden[b].astype(jnp.float32)), 0)
-      total += Mean.of(self._relational(s, t, batch), batch.mask_BT)
+      total += features.mean(self._relational(s, t, batch), batch)
     return Mean(total.total / len(pairs), total.count / len(pairs))
 
   def _relational(self, s_BTD: jax.Array, t_BTD: jax.Array, batch: Batch) -> jax.Array:
     """The loss of each token, float32 [B, T]; 0 for one without relations."""
-    B, T = batch.mask_BT.shape
+    B, T = s_BTD.shape[:2]
+    keep_BT, segments_BT, _ = features.places(batch, T)
     C, back_R = min(POSITIONS, T), 1 + jnp.arange(self.tokens - 1)  # R relations of a token
     n = -(-T // C)
 
@@ -74,8 +76,8 @@ class Loss:
       at_C = jnp.minimum(start + jnp.arange(C), T - 1)
       from_CR = at_C[:, None] - back_R[None]
       of = lambda x_BT: (x_BT[:, at_C][:, :, None], x_BT[:, jnp.maximum(from_CR, 0)])
-      segment, others = of(batch.inputs.segments_BT)
-      keep, others_keep = of(batch.mask_BT)
+      segment, others = of(segments_BT)
+      keep, others_keep = of(keep_BT)
       real_BCR = (segment == others) & keep & others_keep & (from_CR >= 0)[None]
 
       def relations(x_BTD):

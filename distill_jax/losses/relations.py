@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from distill_jax import features
 from distill_jax.errors import InputError
 from distill_jax.features import Features, Needs, Pairs
 from distill_jax.schedules import Schedule, constant
@@ -55,12 +56,12 @@ class Loss:
   ) -> Mean:  # fmt: skip
     del adapters
     total = Mean(jnp.zeros(()), jnp.zeros(()))
-    segments = batch.inputs.segments_BT
+    where = features.places(batch, student.qkv[pairs[0][0]][0].shape[1])
+    segments = where.segments_BS
     for a, b in pairs:
       for s, t in zip(student.qkv[a], teacher.qkv[b], strict=True):
         s, t = self._split(s, segments), self._split(jax.lax.stop_gradient(t), segments)
-        kl_BT = _relation_kl(s, t, segments)
-        total += Mean.of(kl_BT, batch.mask_BT)
+        total += features.mean(_relation_kl(s, t, segments, where.causal), batch)
     n = 3 * len(pairs)
     return Mean(total.total / n, total.count / n)
 
@@ -71,7 +72,9 @@ class Loss:
     return jnp.where(segments_BT[..., None, None] > 0, x_BTRd, 0)
 
 
-def _relation_kl(s_BTRd: jax.Array, t_BTRd: jax.Array, segments_BT: jax.Array) -> jax.Array:
+def _relation_kl(
+  s_BTRd: jax.Array, t_BTRd: jax.Array, segments_BT: jax.Array, causal: bool
+) -> jax.Array:
   """KL(teacher's relation || student's), mean over R relation heads, float32 [B, T]."""
   B, T = segments_BT.shape
   C = min(QUERIES, T)
@@ -81,7 +84,8 @@ def _relation_kl(s_BTRd: jax.Array, t_BTRd: jax.Array, segments_BT: jax.Array) -
   def block(start: jax.Array) -> jax.Array:
     at_C = jnp.minimum(start + jnp.arange(C), T - 1)
     sees_BCT = segments_BT[:, at_C, None] == segments_BT[:, None, :]
-    sees_BCT &= at_C[None, :, None] >= jnp.arange(T)[None, None, :]
+    if causal:
+      sees_BCT &= at_C[None, :, None] >= jnp.arange(T)[None, None, :]
 
     def log_relation(x_BTRd):
       z = jnp.einsum("BCRd,BTRd->BRCT", x_BTRd[:, at_C], x_BTRd) / math.sqrt(x_BTRd.shape[-1])

@@ -6,6 +6,8 @@ A task is a module with a frozen dataclass `Task`, an entry of `tasks` in a conf
                                 "heldout", came the model that reads them (hub.load.Pretrained,
                                 which may bring a tokenizer) or None
   inputs(stack) -> pytree       what a model reads, of a batch: stack(name) is a field [B, ...]
+  seen(stack) -> bool [B, S]    of models that say one thing of all they read: the positions that
+                                are no padding, [B, 1] where none is
   check(config) -> None         refuses a family's Config that cannot read or say this
   hub() -> {file: {key: value}} what the exported folder says of it, as {"config.json": {"id2label":
                                 ...}}

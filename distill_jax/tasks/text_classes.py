@@ -81,6 +81,9 @@ class Task:
     read: Any = (tokens, places, segments)  # numpy until to_device
     return Inputs(*read)
 
+  def seen(self, stack: Callable[[str], np.ndarray]) -> np.ndarray:
+    return stack("seen_S") > 0
+
   def check(self, config: Any) -> None:
     if not hasattr(config, "num_labels"):
       raise InputError(
