@@ -1,0 +1,50 @@
+"""Films liked or not: MiniLM, fine-tuned on rated snippets, teaches two of its layers.
+
+  python tools/sentiment.py DIR runs/sentiment    # its docstring says what DIR holds
+  distill-jax train    --config=configs/sentiment.py:teacher   --workdir=runs/sentiment/teacher
+  distill-jax record   --config=configs/sentiment.py           --workdir=runs/sentiment/records
+  distill-jax train    --config=configs/sentiment.py:hard      --workdir=runs/sentiment/hard
+  distill-jax train    --config=configs/sentiment.py:distilled --workdir=runs/sentiment/distilled
+  distill-jax evaluate --config=configs/sentiment.py           --workdir=runs/sentiment
+  distill-jax export   --config=configs/sentiment.py:distilled --workdir=runs/sentiment/distilled
+"""
+
+import os
+
+from distill_jax import config
+
+AT = os.environ.get("SENTIMENT", "runs/sentiment")  # where it all lies
+
+
+def get_config(student: str = "distilled"):
+  c = config.base()
+  c.tasks.liked = config.task(
+    "text_classes", path=f"{AT}/snippets.jsonl", classes=("negative", "positive"), max_tokens=40,
+    tokenizer=f"{AT}/minilm/tokenizer.json",
+  )  # fmt: skip
+  c.teacher.source = f"run:{AT}/teacher"
+  c.student.source = f"{AT}/minilm"
+  c.student.changes, c.student.new = {"num_labels": 2}, ("classifier",)
+  c.records.kind = "dense"  # two log-probabilities a text
+  c.records.batch_size = c.train.batch_size = c.evaluate.batch_size = 32
+  c.train.steps = c.train.checkpoint_every = 240
+  c.train.keep = 1
+  c.optim.warmup_steps, c.optim.weight_decay = 20, 0.01
+
+  if student == "teacher":
+    c.losses.hard = config.loss("ce")
+    c.optim.peak_lr = 1e-4
+  elif student in ("hard", "distilled"):
+    c.student.keep_layers = (0, 5)
+    c.optim.peak_lr = 2e-4
+    if student == "hard":
+      c.losses.hard = config.loss("ce")
+    else:
+      c.train.records = (f"{AT}/records",)
+      c.losses.soft = config.loss("kd", temperature=2.0, missing_mass="renormalise")
+  else:
+    raise ValueError(f"configs/sentiment.py:{student} is none of teacher, hard, distilled")
+
+  c.evaluate.models = {"hard": f"run:{AT}/hard", "distilled": f"run:{AT}/distilled"}
+  c.export.dir, c.export.dtype = f"{AT}/export", "float32"
+  return c
