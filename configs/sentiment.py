@@ -1,12 +1,12 @@
 """Films liked or not: MiniLM, fine-tuned on rated snippets, teaches two of its layers.
 
-  python tools/sentiment.py DIR runs/sentiment    # its docstring says what DIR holds
-  distill-jax train    --config=configs/sentiment.py:teacher   --workdir=runs/sentiment/teacher
-  distill-jax record   --config=configs/sentiment.py           --workdir=runs/sentiment/records
-  distill-jax train    --config=configs/sentiment.py:hard      --workdir=runs/sentiment/hard
-  distill-jax train    --config=configs/sentiment.py:distilled --workdir=runs/sentiment/distilled
-  distill-jax evaluate --config=configs/sentiment.py           --workdir=runs/sentiment
-  distill-jax export   --config=configs/sentiment.py:distilled --workdir=runs/sentiment/distilled
+python tools/sentiment.py DIR runs/sentiment    # its docstring says what DIR holds
+distill-jax train    --config=configs/sentiment.py:teacher   --workdir=runs/sentiment/teacher
+distill-jax record   --config=configs/sentiment.py           --workdir=runs/sentiment/records
+distill-jax train    --config=configs/sentiment.py:hard      --workdir=runs/sentiment/hard
+distill-jax train    --config=configs/sentiment.py:distilled --workdir=runs/sentiment/distilled
+distill-jax evaluate --config=configs/sentiment.py           --workdir=runs/sentiment
+distill-jax export   --config=configs/sentiment.py:distilled --workdir=runs/sentiment/distilled
 """
 
 import os

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from distill_jax import build, quantise, supports
+from distill_jax import build, params, quantise, supports
 from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
@@ -31,6 +31,8 @@ def check_run(config: Config, stores: Sequence[Any]) -> None:
       f"student.quantise.bits is {config.student.quantise.bits} and student.lora.rank "
       f"{config.student.lora.rank}; a student is trained as integers or by adapters: set one to 0"
     )
+  if config.student.only:
+    _check_only(config)
   tokenizer = None if config.tasks else _tokenizer(config)
   paths = config.train.records or tuple(config.tasks)  # tasks bring their data with them
   for path, store in zip(paths, stores, strict=True):
@@ -71,6 +73,21 @@ def check_run(config: Config, stores: Sequence[Any]) -> None:
           f"losses.{name}.{key} is scheduled to step {last:g} and training ends at "
           f"{config.train.steps}; end it by then"
         )
+
+
+def _check_only(config: Config) -> None:
+  names = [v.get_metadata()["hf"] for _, v in params.named_params(build.abstract(config.student))]
+  lost = [o for o in config.student.only if not any(n.startswith(o) for n in names)]
+  if lost:
+    raise InputError(
+      f"student.only names {lost[0]!r}, with which no parameter of the student begins; they are "
+      f"called {', '.join(sorted(set(names)))}"
+    )
+  if config.student.lora.rank:
+    raise InputError(
+      f"student.only is {config.student.only} and student.lora.rank {config.student.lora.rank}; "
+      "adapters leave all the rest as it is anyway: set one of the two"
+    )
 
 
 def teachers_of(fn: Any) -> tuple[str, ...]:

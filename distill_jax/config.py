@@ -72,6 +72,8 @@ class Student(Model):
 
   lora: Lora = Lora()
   quantise: Quantise = Quantise()
+  only: tuple[str, ...] = ()  # beginnings of Hugging Face's names of the parameters that are
+  # trained, as "classifier"; the others stay as they are, without optimizer state; (): all
 
 
 @dataclasses.dataclass(frozen=True)

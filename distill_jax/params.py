@@ -87,6 +87,19 @@ def named_params(tree: Any) -> Iterator[tuple[str, Any]]:
     yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
+def trains(tree: Any, only: tuple[str, ...]) -> Any:
+  """True for the parameters whose Hugging Face name begins with one of `only`.
+
+  What has no such name belongs to losses, and is trained; without `only` all are.
+  """
+
+  def one(v):
+    hf = v.get_metadata()["hf"] if is_param(v) else ""
+    return jax.tree.map(lambda _: not only or not hf or hf.startswith(only), v)
+
+  return map_params(one, tree)
+
+
 def replace(tree: Any, values: dict[str, Any]) -> Any:
   """The tree with these values, by path, in the place of its own."""
 

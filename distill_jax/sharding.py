@@ -140,6 +140,8 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
   def of(path, v):
     if not params.is_param(v):
       return NamedSharding(mesh, PartitionSpec())
+    if not jax.tree.leaves(v):  # moments of what is not trained
+      return v
     spec = rules.spec(v.get_metadata()["axes"], "storage")
     for axis, n, part in zip(v.get_metadata()["axes"], v.shape, spec, strict=True):
       ways = math.prod(mesh.shape[m] for m in ((part,) if isinstance(part, str) else part or ()))

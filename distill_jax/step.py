@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distill_jax import features, head, lora, token_metrics
+from distill_jax import features, head, lora, params, token_metrics
 from distill_jax.features import Features, Needs
 from distill_jax.layers import Compute
 from distill_jax.types import Batch, Inputs, Mean, Output, Recorded, Targets, TrainState
@@ -37,6 +37,8 @@ class Step:
     recorded: what the targets in a batch are.
     balance_every: steps between measurements of the losses' gradient norms, which are then
       held in the ratio of the losses' weights; 0: never, weights are weights.
+    only: see params.trains.
+    parts: of several tasks, each one's name and its first row of the head.
   """
 
   losses: Mapping[str, Any]
@@ -51,6 +53,8 @@ class Step:
   teacher_config: Any = None
   recorded: Recorded = Recorded()
   balance_every: int = 0
+  only: tuple[str, ...] = ()
+  parts: tuple[tuple[str, int], ...] = ()
 
   def init(self, model: Any, adapters: dict[str, Any] | None = None) -> TrainState:
     """The state before step 0. `model` is what is trained: a model, or adapters of its base."""
@@ -92,7 +96,7 @@ class Step:
       rate = self.learning_rate(state.step)
       updates, opt = self.optimizer.update(grads, state.opt, trained, value=loss)
       updates = jax.tree.map(lambda u: -rate * u, updates)
-      params, adapters = optax.apply_updates(trained, updates)
+      model, adapters = optax.apply_updates(trained, updates)
     metrics = {"loss": loss, "learning_rate": rate, "grad_norm": optax.tree.norm(grads)}
     metrics |= {name: mean.value() for name, mean in means.items()}
     metrics |= {"perplexity": jnp.exp(metrics["ce"]), "tokens": count}
@@ -102,13 +106,16 @@ class Step:
       for name, fn in self.losses.items()
       if hasattr(fn, "temperature")
     }
-    return TrainState(state.step + 1, params, adapters, opt, balance), metrics
+    return TrainState(state.step + 1, model, adapters, opt, balance), metrics
 
   def _loss(
     self, trained: Any, batch: Batch, teachers: Teachers, step: Any, count: Any, weights: Weights,
     base: Any = None,
   ) -> tuple[jax.Array, dict[str, Mean]]:  # fmt: skip
     model, adapters = trained
+    if self.only:
+      fixed = lambda x, learns: x if learns else jax.lax.stop_gradient(x)
+      model = jax.tree.map(fixed, model, params.trains(model, self.only))
     model = _student(model, base)
     ours, theirs = self.needs()
     out: Output = model(batch.inputs, self.student, ours.taps)
@@ -123,7 +130,7 @@ class Step:
           means[name] = Mean.of(fn.per_token(logits_BCV, piece, step), piece.mask_BT)
           total += weights[name] / count * means[name].total
       fixed = jax.lax.stop_gradient(logits_BCV)
-      return total, means | token_metrics.means(fixed, piece, self.recorded)
+      return total, means | token_metrics.means(fixed, piece, self.recorded, self.parts)
 
     total, means = head.loss(
       chunk_loss, out.hidden_BTD, out.head_VD, batch, self.chunk, self.vocab_size

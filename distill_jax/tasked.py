@@ -171,6 +171,14 @@ def parts(rows: Mapping[str, Rows]) -> dict[str, range | None]:
   return found
 
 
+def firsts(config: Config, stores: Sequence[Any]) -> tuple[tuple[str, int], ...]:
+  """Of several tasks, each one's name and its first row of the head; () of one."""
+  if len(config.tasks) < 2:
+    return ()
+  sizes = [store.manifest.vocab_size for store in stores]
+  return tuple((name, sum(sizes[:i])) for i, name in enumerate(config.tasks))
+
+
 def check(rows: Mapping[str, Rows], shape: Any) -> None:
   """Refuses a model that has no place for all classes, or cannot read the tasks."""
   total = sum(of.source.classes for of in rows.values())

@@ -11,18 +11,28 @@ from distill_jax.losses.kd import sampled_forward_kl
 from distill_jax.types import Batch, Mean, Recorded, Targets
 
 
-def means(logits_BCV: jax.Array, piece: Batch, recorded: Recorded) -> dict[str, Mean]:
+def means(
+  logits_BCV: jax.Array, piece: Batch, recorded: Recorded, parts: tuple[tuple[str, int], ...] = ()
+) -> dict[str, Mean]:
   """Means over a chunk's labels, in nats.
+
+  Args:
+    parts: of several tasks, each one's name and its first row of the head.
 
   Returns:
     ce, entropy: of the student. And by teacher, as far as its targets tell: kl (at T=1, or
     at the recorded temperature under the name kl_at_T), teacher_ce, teacher_entropy,
-    agreement (both have the same top token).
+    agreement (both have the same top token). By task: ce, and accuracy.
   """
   lse_BC = head.log_sum_exp(logits_BCV)[..., 0]
   label_BC = jnp.take_along_axis(logits_BCV, piece.labels_BT[..., None], -1)[..., 0]
   per_token = {"ce": lse_BC - label_BC, "entropy": lse_BC - _mean_logit(logits_BCV, lse_BC)}
   out = {name: Mean.of(x_BC, piece.mask_BT) for name, x_BC in per_token.items()}
+  for name, first in parts:
+    assert piece.rows_BT2 is not None
+    mask = piece.mask_BT & (piece.rows_BT2[..., 0] == first)
+    right = label_BC >= jnp.max(logits_BCV, -1)
+    out |= {f"ce/{name}": Mean.of(per_token["ce"], mask), f"accuracy/{name}": Mean.of(right, mask)}
   for name, t in piece.targets.items():
     online = t.hidden_BTD is not None
     said = _online(t, logits_BCV, piece) if online else _offline(t, logits_BCV, recorded)

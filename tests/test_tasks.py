@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import build, config, evaluate, tasked, teacher, train, verbs
+from distill_jax import build, config, evaluate, params, tasked, teacher, train, verbs
 from distill_jax.errors import InputError
 from distill_jax.types import Batch
 from distill_jax.workdir import Workdir
@@ -135,6 +135,31 @@ def test_several_tasks_share_a_body_and_have_a_head_each(c, tmp_path):
   with Workdir(tmp_path / "run", resolved) as folder:
     last = train.train(resolved, folder)
   assert 0.3 < last["ce"] < 1.2  # log 2 before training: not log 4
+  labels = next(train._batches(resolved, stores, 1)).labels_BT
+  share = (labels < 2).mean()
+  both = share * last["ce/parity"] + (1 - share) * last["ce/again"]
+  assert last["ce"] == pytest.approx(both, abs=1e-6)  # float32 sums
+
+
+def test_a_head_is_trained_without_its_body(c, tmp_path):
+  c.student.changes = {"num_hidden_layers": 1}
+  c.student.only, c.train.records = ("classifier",), ()
+  c.losses = {"hard": config.loss("ce")}
+  resolved = config.resolve(c)
+  with Workdir(tmp_path / "run", resolved) as folder:
+    train.train(resolved, folder)
+  mesh = train.sharding.make_mesh(devices=jax.devices()[:1])
+  was = build.build(resolved.student, mesh, build.keys(0)["student"]).model
+  now = build.restore(tmp_path / "run", mesh)
+  named = zip(params.named_params(was), params.named_params(now), strict=True)
+  changed = {p for (p, a), (_, b) in named if not np.array_equal(a[...], b[...])}
+  assert changed == {"head", "head_bias"}
+  step = train.make_step(resolved, train.open_stores(resolved))
+  state = train.abstract_state(resolved, step, train.open_stores(resolved))
+  assert params.count(state.opt) < 3 * (2 * 32 + 2)  # two moments of the head, and a count
+  c.student.only = ("clasifier",)
+  with pytest.raises(InputError, match="with which no parameter of the student begins"):
+    train.train(config.resolve(c), tmp_path / "other")
 
 
 @pytest.mark.parametrize(
