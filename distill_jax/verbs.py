@@ -74,9 +74,11 @@ def _model(config: Config, workdir: Path, mesh: Any) -> Any:
   return build.build(spec, mesh, key, config.export.step or None).model
 
 
-def _said_of_tasks(config: Config) -> dict[str, dict[str, Any]]:
+def _said_of_tasks(config: Config) -> dict[str, Any]:
   """What the exported folder says of a task; of several, each has but a part of the head."""
-  return next(iter(config.tasks.values())).hub() if len(config.tasks) == 1 else {}
+  if len(config.tasks) != 1:
+    return {}
+  return next(iter(config.tasks.values())).hub(build.shape(config.student)[1])
 
 
 def _base(spec: Model) -> tuple[str, str] | None:

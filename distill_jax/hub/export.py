@@ -70,7 +70,7 @@ def export(
   generation: dict[str, Any],
   card: str,
   dtype: str = "bfloat16",
-  extra: Mapping[str, dict[str, Any]] | None = None,
+  extra: Mapping[str, Any] | None = None,
   shard_bytes: int = SHARD_BYTES,
 ) -> pathlib.Path:
   """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` takes as it is.
@@ -101,6 +101,7 @@ def export(
       hf = model.config.to_hf() | files.pop("config.json", {})
       _write_texts(work, hf, dtype, tokenizer, generation, card)
       for name, value in files.items():
+        (work / name).parent.mkdir(exist_ok=True)
         write_json(work / name, value)
   return pathlib.Path(target).absolute()
 
@@ -235,5 +236,5 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: TokenizerFiles | None, card
       write_whole(folder / "tokenizer.model", tokenizer.sentencepiece)
 
 
-def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+def write_json(path: pathlib.Path, value: Any) -> None:
   write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

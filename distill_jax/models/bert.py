@@ -1,4 +1,4 @@
-"""BERT, and MiniLM, which has its shape (arXiv:1810.04805): texts to classes."""
+"""BERT, and MiniLM, which has its shape (arXiv:1810.04805): texts to classes, or to embeddings."""
 
 from __future__ import annotations
 
@@ -23,12 +23,18 @@ FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_
 
 @dataclasses.dataclass(frozen=True)
 class Config(_encoder.Config):
-  """The shape of a model, in Hugging Face's words. There is no dropout."""
+  """The shape of a model, in Hugging Face's words. There is no dropout.
+
+  With `num_labels` 0 it is a BertModel that says one embedding of a text: the mean of what the
+  last layer says of its tokens, brought to length 1, as sentence-transformers has it.
+  """
 
   vocab_size: int = 30_522
   max_position_embeddings: int = 512
   type_vocab_size: int = 2
   num_labels: int = 2
+
+  MAY_BE_0 = ("num_labels",)
 
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
@@ -38,14 +44,17 @@ class Config(_encoder.Config):
         raise InputError(f"config.json has {key}={hf[key]!r}; the bert family has {want!r} only")
     names = {f.name for f in dataclasses.fields(cls)} - {"num_labels"}
     labels = len(hf["id2label"]) if "id2label" in hf else 2  # as transformers has it
+    if hf.get("architectures") == ["BertModel"]:
+      labels = 0
     return cls(**{name: hf[name] for name in names if name in hf}, num_labels=labels)
 
   def to_hf(self) -> dict[str, Any]:
     """The config.json of this model."""
     hf = dataclasses.asdict(self)
     n = hf.pop("num_labels")
+    architecture = "BertForSequenceClassification" if n else "BertModel"
     return {
-      "architectures": ["BertForSequenceClassification"], "model_type": "bert", **FIXED, **hf,
+      "architectures": [architecture], "model_type": "bert", **FIXED, **hf,
       "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "initializer_range": 0.02,
       "id2label": {str(i): f"LABEL_{i}" for i in range(n)},
       "label2id": {f"LABEL_{i}": i for i in range(n)},
@@ -57,7 +66,12 @@ class Config(_encoder.Config):
 
   @property
   def head_rows(self) -> int:
-    return self.num_labels
+    return max(self.num_labels, 1)  # an embedding is said to a head of one row
+
+  @property
+  def embedding_size(self) -> int:
+    """Numbers of what stands for a whole text."""
+    return self.hidden_size
 
 
 class Block(_encoder.Block):
@@ -72,7 +86,7 @@ class Block(_encoder.Block):
 
 
 class Model(nnx.Module):
-  """Texts in, one a row; the pooled first token and the classifier out, as one position."""
+  """Texts in, one a row; out, as one position, the pooled first token and the classifier."""
 
   def __init__(self, c: Config, key: jax.Array):
     keys, at, D = jax.random.split(key, 6), f"{PREFIX}embeddings.", c.hidden_size
@@ -90,16 +104,22 @@ class Model(nnx.Module):
     # "heads" names the axis that a pooler's outputs are spread over, as queries are.
     self.pool = declare.linear(f"{PREFIX}pooler.dense", f"embed:{D} heads:{D}", "heads")
     self.pool_bias = declare.bias(f"{PREFIX}pooler.dense", D)
-    self.head = declare.linear("classifier", f"classes:{c.num_labels} embed:{D}", "classes", 0.02)
-    self.head_bias = declare.bias("classifier", c.num_labels)
+    if n := c.num_labels:
+      self.head = declare.linear("classifier", f"classes:{n} embed:{D}", "classes", 0.02)
+      self.head_bias = declare.bias("classifier", n)
 
   def __call__(self, inputs: Inputs, how: layers.Compute, taps: tuple[int, ...] = ()) -> Output:
     """Args: inputs, int32 [B, S]; taps, the layers whose output is kept. Returns: Output, T = 1."""
     x_BSD, taps_PBSD = self.encoded(inputs, how, taps)
+    mean_B1D = _mean(x_BSD, inputs.segments_BT > 0)
+    if not self.config.num_labels:
+      unit_B1D = layers.unit(mean_B1D)
+      no_head_1D = jnp.zeros_like(unit_B1D[0])
+      return Output(unit_B1D, no_head_1D, taps_PBTD=taps_PBSD, embedding_BTD=mean_B1D)
     top = how.view({n: getattr(self, n) for n in ("pool", "pool_bias", "head", "head_bias")})
     pooled_B1D = jnp.tanh(x_BSD[:, :1] @ top["pool"][...] + top["pool_bias"][...][None, None])
     hidden, head = layers.with_bias(pooled_B1D, top["head"][...], top["head_bias"][...])
-    return Output(hidden, head, taps_PBTD=taps_PBSD)
+    return Output(hidden, head, taps_PBTD=taps_PBSD, embedding_BTD=mean_B1D)
 
   def encoded(
     self, inputs: Inputs, how: layers.Compute, taps: tuple[int, ...] = ()
@@ -120,6 +140,13 @@ class Model(nnx.Module):
     """Queries, keys and values of one layer, from the output of the layer before it."""
     here = jax.tree.map(lambda w: w[layer], self.layers)
     return how.view(unstack(here)).qkv(x_BSD)
+
+
+def _mean(x_BSD: jax.Array, seen_BS: jax.Array) -> jax.Array:
+  """Over the tokens of each text, [B, 1, D]."""
+  x_BSD = jnp.where(seen_BS[..., None], x_BSD, 0)
+  n_B11 = jnp.maximum(jnp.sum(seen_BS, 1), 1)[:, None, None]
+  return jnp.sum(x_BSD, 1, keepdims=True) / n_B11.astype(x_BSD.dtype)
 
 
 TINY = Config(

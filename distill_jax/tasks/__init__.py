@@ -9,8 +9,8 @@ A task is a module with a frozen dataclass `Task`, an entry of `tasks` in a conf
   seen(stack) -> bool [B, S]    of models that say one thing of all they read: the positions that
                                 are no padding, [B, 1] where none is
   check(config) -> None         refuses a family's Config that cannot read or say this
-  hub() -> {file: {key: value}} what the exported folder says of it, as {"config.json": {"id2label":
-                                ...}}
+  hub(config) -> {file: JSON}   what the exported folder of a model of that Config says of it, as
+                                {"config.json": {"id2label": ...}}, which goes into that file
   seed, views, augment          of tasks that augment: see tasked.Rows
 
 and a Source has
