@@ -140,6 +140,13 @@ def _check_records(name: str, fn: Any, path: str, about: Manifest, kinds: set[st
 def check_features(config: Config, step: Step, stores: Sequence[Any]) -> None:
   """Refuses whole-sequence losses whose layers are not there, or not in the records."""
   _, needs = step.needs()  # a layer map that does not fit raises here
+  for name, fn in config.losses.items():
+    if hasattr(fn, "embeds") and not (
+      fn.teacher in config.teachers or (fn.teacher == "teacher" and config.train.online)
+    ):
+      raise InputError(
+        f"losses.{name} compares embeddings, which records do not hold; set train.online=True"
+      )
   if config.train.online or not needs.taps:
     return
   if any(store.manifest.taps != stores[0].manifest.taps for store in stores):

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+PAIRED = 2**31 - 1  # rows of a head that is made of the batch itself: as many as that makes
+
 
 class Inputs(struct.PyTreeNode):
   """What a text model reads: all int32 [B, T].

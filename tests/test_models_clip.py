@@ -26,6 +26,8 @@ TOWER = {"num_attention_heads": 4, "intermediate_size": 40}
 CAPTURE = optax.GradientTransformationExtraArgs(  # the optimizer's state is the gradient
   lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, state, *_, **__: (g, g)
 )
+# Compiling takes these tests' time, not running.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,13 @@ def batch(rows: int = B, seed: int = 0) -> Batch:
   return Batch(inputs, labels, jnp.ones((rows, 2), bool))
 
 
+def another(model):
+  """A model of the same shape that says something else."""
+  rng = np.random.default_rng(1)
+  noise = lambda x: jnp.asarray(np.asarray(x) + 0.1 * rng.normal(size=x.shape), jnp.float32)
+  return jax.tree.map(noise, model)
+
+
 def torch_inputs(b: Batch) -> dict:
   of = lambda x: torch.from_numpy(np.array(x))
   texts = b.inputs.texts
@@ -75,13 +84,12 @@ def torch_inputs(b: Batch) -> dict:
 @functools.cache
 def program(names: tuple[str, ...]):
   losses = {"ce": ce.Loss(), "kd": kd.Loss(), "embedding": embedding.Loss()}
-  config = dataclasses.replace(clip.TINY, vision=dataclasses.replace(clip.TINY.vision))
   step = Step(
     losses={n: losses[n] for n in names}, learning_rate=lambda _: jnp.zeros(()),
     optimizer=CAPTURE, student=layers.Compute(), teacher=layers.Compute(), chunk=8,
-    student_config=config, teacher_config=config,
+    student_config=clip.TINY, teacher_config=clip.TINY,
   )  # fmt: skip
-  return step, jax.jit(step)
+  return step, jax.jit(step, compiler_options=FAST)
 
 
 def gradient(names, model, b: Batch, teachers=None):
@@ -113,11 +121,10 @@ def test_vectors_logits_and_gradients_are_transformers(both):
       got[name] = declared.Layout(v).to_theirs(np.asarray(v[...])[at], np.dtype(np.float32))
   wanted = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
   assert got.keys() == wanted.keys()
-  # Keys' biases change no softmax: their gradients are 0 but for rounding, so each is
-  # measured against the largest of its tower.
   largest = max(np.abs(w).max() for w in wanted.values())
   for name, w in wanted.items():
-    scale = max(np.abs(w).max(), 1e-3 * largest)
+    # A bias of all keys changes no softmax: its gradient is 0 but for rounding.
+    scale = largest if name.endswith("k_proj.bias") else np.abs(w).max()
     assert np.abs(got[name].reshape(w.shape) - w).max() < parity.GRADIENT * scale, name
 
 
@@ -138,23 +145,19 @@ def test_an_export_is_read_by_transformers_bit_for_bit(both, tmp_path):
 
 def test_a_mesh_gives_one_devices_gradient(both):
   """InfoNCE, affinity mimicking and embeddings at once: every negative of the batch counts."""
-  student, teacher = (jax.jit(clip.Model, static_argnums=0)(both[2].config, jax.random.key(i))
-                      for i in (1, 2))  # fmt: skip
+  student, teacher = both[2], another(both[2])
   names, b = ("ce", "kd", "embedding"), batch()
   want_metrics, want = gradient(names, student, b, {"teacher": teacher})
-  for shape in ((2, 2, 1), (1, 2, 2)):
-    mesh = sharding.make_mesh(*shape)
-    with jax.set_mesh(mesh):
-      place = lambda m, mesh=mesh: jax.device_put(
-        m, sharding.shardings(m, mesh, layers.Compute().rules)
-      )
-      there = jax.device_put(b, sharding.batch_sharding(mesh))
-      metrics, got = gradient(names, place(student), there, {"teacher": place(teacher)})
-    for name in ("loss", "ce", "kl/teacher", "embedding"):
-      np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=2e-5)
-    largest = max(float(jnp.abs(w).max()) for w in jax.tree.leaves(want))
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-      np.testing.assert_allclose(g, w, atol=2e-5 * max(np.abs(w).max(), 0.01 * largest))
+  mesh = sharding.make_mesh(1, 2, 2)
+  with jax.set_mesh(mesh):
+    place = lambda m: jax.device_put(m, sharding.shardings(m, mesh, layers.Compute().rules))
+    there = jax.device_put(b, sharding.batch_sharding(mesh))
+    metrics, got = gradient(names, place(student), there, {"teacher": place(teacher)})
+  for name in ("loss", "ce", "kl/teacher", "embedding"):
+    np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=2e-5)
+  largest = max(float(jnp.abs(w).max()) for w in jax.tree.leaves(want))
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(g, w, atol=2e-5 * max(np.abs(w).max(), 0.01 * largest))
 
 
 def test_a_teachers_rows_are_the_students(both):
@@ -165,14 +168,12 @@ def test_a_teachers_rows_are_the_students(both):
   assert metrics["agreement/teacher"] == 1
   assert metrics["embedding"] < 1e-9
   # In float64, from transformers' own logits: the mean over both directions and all pairs.
-  other = jax.jit(clip.Model, static_argnums=0)(model.config, jax.random.key(1))
+  other = another(model)
   got, _ = gradient(("ce", "kd", "embedding"), model, b, {"teacher": other})
   out, said = (m(b.inputs, layers.Compute()) for m in (model, other))
   expected = []
   for at, rows in ((0, slice(0, B)), (1, slice(B, 2 * B))):
-    z, t = (
-      np.asarray(o.hidden_BTD[:, at] @ o.head_VD[rows].T, np.float64) for o in (out, said)
-    )
+    z, t = (np.asarray(o.hidden_BTD[:, at] @ o.head_VD[rows].T, np.float64) for o in (out, said))
     log_softmax = lambda x: x - np.log(np.exp(x).sum(-1, keepdims=True))
     q, p = log_softmax(z), log_softmax(t)
     expected.append((np.exp(p) * (p - q)).sum(-1).mean())
@@ -191,6 +192,7 @@ def test_a_row_that_is_filled_up_is_nobodys_negative(both):
 def test_layers_of_both_towers_are_kept_together():
   with pytest.raises(InputError, match="both towers"):
     clip.TINY.keep((0,))
-  same = dataclasses.replace(clip.TINY, text=dataclasses.replace(clip.TINY.text, num_hidden_layers=3))
+  text = dataclasses.replace(clip.TINY.text, num_hidden_layers=3)
+  same = dataclasses.replace(clip.TINY, text=text)
   kept = same.keep((0, 2))
   assert (kept.text.num_hidden_layers, kept.vision.num_hidden_layers) == (2, 2)

@@ -46,8 +46,8 @@ class Loss:
     for who, c in (("student", student), ("teacher", teacher)):
       if not hasattr(c, "embedding_size"):
         raise InputError(
-          f"the loss embedding compares what stands for a whole input, and the {who} is of a family "
-          f"that has none ({type(c).__module__}); take the loss hidden"
+          f"the loss embedding compares what stands for a whole input, which the {who}'s family "
+          f"({type(c).__module__.rpartition('.')[2]}) does not say; take the loss hidden"
         )
     return Needs(), Needs()
 

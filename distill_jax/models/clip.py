@@ -13,9 +13,9 @@ from flax import nnx
 
 from distill_jax import layers, sharding
 from distill_jax.errors import InputError
-from distill_jax.models import _encoder
+from distill_jax.models import _encoder, _rope
 from distill_jax.params import param, stack, unstack
-from distill_jax.types import Images, ImageText, Inputs, Output
+from distill_jax.types import PAIRED, Images, ImageText, Inputs, Output
 
 HF_MODEL_TYPES = ("clip",)  # of config.json
 MOST = math.log(100)  # of logit_scale, past which CLIP's authors found training unstable
@@ -59,7 +59,8 @@ class Vision(_encoder.Config):
     super().__post_init__()
     if self.image_size % self.patch_size:
       raise InputError(
-        f"image_size is {self.image_size} and patch_size {self.patch_size}, which does not divide it"
+        f"image_size is {self.image_size} and patch_size {self.patch_size}, which does not divide "
+        "it; take a divisor"
       )
 
   @property
@@ -69,11 +70,25 @@ class Vision(_encoder.Config):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The shape of a model. Layers, as losses of features count them, are the vision tower's."""
+  """The shape of a model. Layers, as losses of features count them, are the vision tower's.
+
+  A tower may be given as a dict of its fields, as `changes` of a config does.
+  """
 
   text: Text
   vision: Vision
   projection_dim: int = 512
+
+  def __post_init__(self):
+    for name, cls in (("text", Text), ("vision", Vision)):
+      if isinstance(fields := getattr(self, name), dict):
+        known = {f.name for f in dataclasses.fields(cls)}
+        if strange := sorted(fields.keys() - known):
+          raise InputError(
+            f"the {name} tower has no {strange[0]!r}; there are {', '.join(sorted(known))}"
+          )
+        object.__setattr__(self, name, cls(**fields))
+    _rope.check_numbers(self)
 
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
@@ -107,7 +122,7 @@ class Config:
     return name.endswith("embeddings.position_ids")
 
   # What the rest asks of every family.
-  head_rows = None  # the head is the batch itself
+  head_rows = PAIRED
   vocab_size = property(lambda self: self.text.vocab_size)
   max_position_embeddings = property(lambda self: self.text.max_position_embeddings)
   num_hidden_layers = property(lambda self: self.vision.num_hidden_layers)
@@ -164,12 +179,18 @@ class VisionTower(nnx.Module):
     self, inputs: Images, how: layers.Compute, taps: tuple[int, ...] = ()
   ) -> tuple[jax.Array, jax.Array | None]:
     """The last layer's output [B, 1 + patches, D], and the taps."""
-    c = self.config
+    return self._through(self.layers, inputs, how, taps)
+
+  def after(self, n: int, inputs: Images, how: layers.Compute) -> jax.Array:
+    """The output of the first n layers, [B, 1 + patches, D]."""
+    return self._through(jax.tree.map(lambda w: w[:n], self.layers), inputs, how, ())[0]
+
+  def _through(self, stacked: Any, inputs: Images, how: layers.Compute, taps: tuple[int, ...]):
     with jax.named_scope("embed"):
-      x_BSD = self.embedded(inputs.pixels_BWWM, how)
-      x_BSD = layers.layer_norm(x_BSD, self.norm[...], self.norm_bias[...], c.layer_norm_eps)
+      x_BSD, eps = self.embedded(inputs.pixels_BWWM, how), self.config.layer_norm_eps
+      x_BSD = layers.layer_norm(x_BSD, self.norm[...], self.norm_bias[...], eps)
       x_BSD = sharding.constrain(x_BSD, "batch seq embed", how.rules)
-    return layers.scan_layers([self.layers], lambda layer, i, x: layer(x, None), x_BSD, taps, how)
+    return layers.scan_layers([stacked], lambda layer, i, x: layer(x, None), x_BSD, taps, how)
 
   def embedded(self, pixels_BWWM: jax.Array, how: layers.Compute) -> jax.Array:
     """[B, 1 + patches, D]: what stands for the whole, then the patches row by row."""
@@ -240,7 +261,9 @@ class Model(nnx.Module):
     self.text = TextTower(c.text, "text_model.", keys[0])
     self.vision = VisionTower(c.vision, "vision_model.", keys[1])
     # "heads" names the axis that a projection's outputs are spread over, as queries are.
-    linear = lambda k, name, D: _encoder.Declare(k, "").linear(name, f"embed:{D} heads:{E}", "heads")
+    linear = lambda k, name, D: _encoder.Declare(k, "").linear(
+      name, f"embed:{D} heads:{E}", "heads"
+    )
     self.of_text = linear(keys[2], "text_projection", c.text.hidden_size)
     self.of_image = linear(keys[3], "visual_projection", c.vision.hidden_size)
     scale = param(key, "", "logit_scale", init="zeros", exact=True)
@@ -276,7 +299,9 @@ class Model(nnx.Module):
 
 
 TINY = Config(
-  Text(32, 64, 2, 4, vocab_size=256, max_position_embeddings=32, bos_token_id=254, eos_token_id=255),
+  Text(
+    32, 64, 2, 4, vocab_size=256, max_position_embeddings=32, bos_token_id=254, eos_token_id=255
+  ),
   Vision(48, 64, 3, 4, num_channels=1, image_size=8, patch_size=4),
   projection_dim=24,
 )  # fmt: skip
