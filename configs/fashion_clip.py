@@ -36,18 +36,18 @@ def get_config(arm: str = "distilled"):
   c.teacher.source = f"run:{R}/teacher"
   c.student.family, c.student.shape = "clip", "tiny"
   c.student.changes = {
-    "vision": tower(64, 2, **IMAGE), "text": tower(32, 1, **TOKENS), "projection_dim": 32,
+    "vision": tower(48, 2, **IMAGE), "text": tower(32, 1, **TOKENS), "projection_dim": 32,
   }  # fmt: skip
-  c.train.steps, c.train.batch_size = 400, 125  # 25 times through
+  c.train.steps, c.train.batch_size = 320, 125  # 20 times through
   c.optim.peak_lr, c.optim.warmup_steps, c.optim.b2 = 2e-3, 20, 0.98
 
   c.losses.hard = config.loss("ce")  # InfoNCE in both directions
   if arm == "teacher":
     c.tasks.pairs.path = f"{R}/train.jsonl"
     c.student.changes = {
-      "vision": tower(128, 5, **IMAGE), "text": tower(96, 2, **TOKENS), "projection_dim": 64,
+      "vision": tower(128, 3, **IMAGE), "text": tower(64, 1, **TOKENS), "projection_dim": 64,
     }  # fmt: skip
-    c.train.steps, c.optim.peak_lr = 800, 1e-3  # 5 times through
+    c.train.steps, c.optim.peak_lr = 640, 1e-3  # 4 times through
   elif arm == "distilled":
     c.train.online = True
     c.losses.affinity = config.loss("kd")
@@ -60,3 +60,4 @@ def get_config(arm: str = "distilled"):
   c.evaluate.models = {name: f"run:{R}/{name}" for name in students}
   c.evaluate.batch_size = 250
   c.export.dir = f"{R}/export"
+  return c

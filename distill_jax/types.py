@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-PAIRED = 2**31 - 1  # rows of a head that is made of the batch itself: as many as that makes
+PAIRED = 2**20  # rows of a head that is made of the batch itself, whatever the batch: no more than so
 
 
 class Inputs(struct.PyTreeNode):

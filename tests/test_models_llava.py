@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from distill_jax import layers, params
+from distill_jax import layers, params, sharding
 from distill_jax.errors import InputError
-from distill_jax.hub import declared
+from distill_jax.hub import declared, load
 from distill_jax.hub import export as hub_export
 from distill_jax.models import llava
 from distill_jax.types import Images, ImageText
@@ -36,12 +37,24 @@ def both(tmp_path_factory):
   with torch.no_grad():
     for name, p in theirs.named_parameters():
       p.copy_(int("norm" in name and "weight" in name) + 0.2 * torch.randn_like(p))
-  ours = parity.ours_from(theirs, tmp_path_factory.mktemp("llava"))
+  folder = published(tmp_path_factory.mktemp("llava"), theirs)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  ours = load.load(load.open_model(str(folder)), mesh, layers.Compute())
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, IMAGE, (B, T)).astype(np.int32)
   tokens[0, 2 : 2 + PATCHES] = tokens[1, 5 : 5 + PATCHES] = IMAGE
   pixels = rng.normal(size=(B, 12, 12, 3)).astype(np.float32)
   return theirs, ours, (tokens, pixels)
+
+
+def published(folder, model):
+  """A folder with the vision tower's names as older transformers, and the Hub, have them."""
+  model.save_pretrained(folder)
+  file = folder / "model.safetensors"
+  old = "vision_tower."
+  named = {n.replace(old, f"{old}vision_model."): x for n, x in load_file(file).items()}
+  save_file(named, file)
+  return folder
 
 
 def outputs(both):
