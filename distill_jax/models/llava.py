@@ -15,6 +15,7 @@ from distill_jax.models import _encoder, clip, llama
 from distill_jax.types import Images, ImageText, Output
 
 HF_MODEL_TYPES = ("llava",)  # of config.json
+AFTER, PREFIX = "vision_tower.", "vision_model."  # what transformers 5 leaves out, after what
 FIXED = {
   "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
   "vision_feature_select_strategy": "default",

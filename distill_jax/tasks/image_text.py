@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from distill_jax.tasks._left_out import LeftOut, check_on_bad
 
 from distill_jax.data import corpus, pictures, sources
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.errors import InputError
+from distill_jax.tasks._left_out import LeftOut, check_on_bad
 from distill_jax.types import PAIRED, Images, ImageText, Inputs
 
 
