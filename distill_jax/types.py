@@ -21,9 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-PAIRED = (
-  2**20
-)  # rows of a head that is made of the batch itself, whatever the batch: no more than so
+PAIRED = 2**20  # "rows" of a head that is made of the batch itself: it never has so many
 
 
 class Inputs(struct.PyTreeNode):

@@ -103,6 +103,15 @@ def test_logits_and_gradients_are_transformers(both):
     assert np.abs(got[name] - w).max() < parity.GRADIENT * scale, name
 
 
+def test_names_of_transformers_5_are_read_too(both, tmp_path):
+  theirs, ours, _ = both
+  theirs.save_pretrained(tmp_path)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  again = load.load(load.open_model(str(tmp_path)), mesh, layers.Compute())
+  for (name, a), (_, b) in zip(params.named_params(again), params.named_params(ours), strict=True):
+    np.testing.assert_array_equal(a[...], b[...], err_msg=name)
+
+
 def saved_name(name: str) -> str:
   """What transformers calls a parameter in memory, as published checkpoints have it."""
   name = name.removeprefix("model.")

@@ -22,6 +22,7 @@ class Retrieval:
     real_B = processes.to_host(batch.mask_BT)[:, 0]
     self._texts.append(processes.to_host(batch.inputs.texts.tokens_BT)[real_B])
     for name, t in outputs.items():
+      assert t.head_VD is not None
       both_2BE = processes.to_host(t.head_VD).reshape(2, len(real_B), -1)[..., :-1]
       self._said.setdefault(name, []).append(both_2BE[:, real_B])
 
@@ -29,7 +30,8 @@ class Retrieval:
     """What `recall` says of a model; nothing where nothing was added."""
     if model not in self._said:
       return {}
-    return recall(*np.concatenate(self._said[model], 1), np.concatenate(self._texts))
+    text_BE, image_BE = np.concatenate(self._said[model], 1)
+    return recall(text_BE, image_BE, np.concatenate(self._texts))
 
 
 def recall(text_BE: np.ndarray, image_BE: np.ndarray, tokens_BS: np.ndarray) -> dict[str, float]:

@@ -91,9 +91,9 @@ class Task:
     """(the image's file, its text, where that stands) of every pair."""
     path = Path(of.path)
     if path.is_dir():
-      for image in sorted(p for p in path.iterdir() if p.suffix.lower() in pictures.SUFFIXES):
-        text = image.with_suffix(".txt")
-        yield str(image), text.read_text() if text.is_file() else None, str(text)
+      for file in sorted(p for p in path.iterdir() if p.suffix.lower() in pictures.SUFFIXES):
+        text = file.with_suffix(".txt")
+        yield str(file), text.read_text() if text.is_file() else None, str(text)
       return
     for line, where in sources.objects(of):
       image = line.get(self.image)
