@@ -192,6 +192,17 @@ def test_a_row_that_is_filled_up_is_nobodys_negative(both):
   assert np.all(np.exp(z_B2V[..., ~real_V] - z_B2V[..., :1]) == 0)
 
 
+@pytest.mark.parametrize(
+  "shape, size",  # of the Hub's safetensors, without the buffers of positions
+  [("vit-b-32", 151_277_313), ("vit-b-16", 149_620_737), ("vit-l-14", 427_616_513)],
+)
+def test_a_shape_has_its_published_size(shape, size):
+  config = clip.CONFIGS[shape]
+  model = jax.eval_shape(lambda key: clip.Model(config, key), jax.random.key(0))
+  assert params.count(model) == size
+  assert clip.Config.from_hf(config.to_hf()) == config
+
+
 def test_layers_of_both_towers_are_kept_together():
   with pytest.raises(InputError, match="both towers"):
     clip.TINY.keep((0,))

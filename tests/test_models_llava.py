@@ -133,6 +133,13 @@ def test_transformers_reads_an_export(both, tmp_path):
     assert torch.equal(got, outputs(both).logits)
 
 
+def test_a_shape_has_its_published_size():
+  config = llava.CONFIGS["llava-1.5-7b"]
+  model = jax.eval_shape(lambda key: llava.Model(config, key), jax.random.key(0))
+  assert params.count(model) == 7_063_427_072
+  assert llava.Config.from_hf(config.to_hf()) == config
+
+
 def test_what_it_cannot_do_is_refused(both):
   hf = both[1].config.to_hf()
   assert llava.Config.from_hf(hf) == both[1].config

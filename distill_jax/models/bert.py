@@ -59,6 +59,10 @@ class Config(_encoder.Config):
   def head_rows(self) -> int:
     return self.num_labels
 
+  @property
+  def embedding_size(self) -> int:
+    return self.hidden_size
+
 
 class Block(_encoder.Block):
   """One layer, normed after attention and after the feed-forward."""
@@ -99,7 +103,11 @@ class Model(nnx.Module):
     top = how.view({n: getattr(self, n) for n in ("pool", "pool_bias", "head", "head_bias")})
     pooled_B1D = jnp.tanh(x_BSD[:, :1] @ top["pool"][...] + top["pool_bias"][...][None, None])
     hidden, head = layers.with_bias(pooled_B1D, top["head"][...], top["head_bias"][...])
-    return Output(hidden, head, taps_PBTD=taps_PBSD)
+    # The mean of a text's tokens, as sentence-transformers have it (arXiv:1908.10084).
+    seen_BS1 = (inputs.segments_BT > 0)[..., None]
+    total_B1D = jnp.sum(jnp.where(seen_BS1, x_BSD, 0), 1, keepdims=True)
+    mean_B1D = total_B1D / jnp.maximum(jnp.sum(seen_BS1, 1, keepdims=True), 1)
+    return Output(hidden, head, taps_PBTD=taps_PBSD, embedding_BTD=mean_B1D)
 
   def encoded(
     self, inputs: Inputs, how: layers.Compute, taps: tuple[int, ...] = ()

@@ -116,7 +116,7 @@ class Task:
     tokens, segments = stack("read_S"), stack("seen_S")
     places = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     texts: Any = (tokens, places, segments)  # numpy until to_device
-    pixels: Any = stack("pixels_WWM")
+    pixels: Any = pictures.normalised(stack("pixels_WWM"), self.mean, self.std)
     return ImageText(Images(pixels), Inputs(*texts))
 
   def check(self, config: Any) -> None:
@@ -181,6 +181,6 @@ class Source:
     read_S[: len(ids)], seen_S[: len(ids)] = ids, 1
     # The labels are rows of the batch that the pair will be in: see types.Batch.paired.
     return {
-      "pixels_WWM": pictures.normalised(pixels, c.mean, c.std), "read_S": read_S,
-      "seen_S": seen_S, "labels_T": np.zeros(2, np.int32), "mask_T": np.ones(2, bool),
+      "pixels_WWM": pixels, "read_S": read_S, "seen_S": seen_S,
+      "labels_T": np.zeros(2, np.int32), "mask_T": np.ones(2, bool),
     }  # fmt: skip
