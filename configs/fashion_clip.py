@@ -38,7 +38,7 @@ def get_config(arm: str = "distilled"):
   c.student.changes = {
     "vision": tower(48, 2, **IMAGE), "text": tower(32, 1, **TOKENS), "projection_dim": 32,
   }  # fmt: skip
-  c.train.steps, c.train.batch_size = 320, 125  # 20 times through
+  c.train.steps, c.train.batch_size = 240, 125  # 15 times through
   c.optim.peak_lr, c.optim.warmup_steps, c.optim.b2 = 2e-3, 20, 0.98
 
   c.losses.hard = config.loss("ce")  # InfoNCE in both directions
@@ -47,7 +47,7 @@ def get_config(arm: str = "distilled"):
     c.student.changes = {
       "vision": tower(128, 3, **IMAGE), "text": tower(64, 1, **TOKENS), "projection_dim": 64,
     }  # fmt: skip
-    c.train.steps, c.optim.peak_lr = 640, 1e-3  # 4 times through
+    c.train.steps, c.optim.peak_lr = 480, 1e-3  # 3 times through
   elif arm == "distilled":
     c.train.online = True
     c.losses.affinity = config.loss("kd")
