@@ -12,6 +12,7 @@ from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.records.store import Manifest
 from distill_jax.step import Step
+from distill_jax.types import PAIRED
 
 
 def check_run(config: Config, stores: Sequence[Any]) -> None:
@@ -22,6 +23,11 @@ def check_run(config: Config, stores: Sequence[Any]) -> None:
     raise InputError("every weight in losses is 0, so nothing would be trained")
   if config.optim.accumulate < 1:
     raise InputError(f"optim.accumulate is {config.optim.accumulate}; it is at least 1")
+  if config.optim.accumulate > 1 and any(s.manifest.vocab_size == PAIRED for s in stores):
+    raise InputError(
+      f"optim.accumulate is {config.optim.accumulate}, and each part of a batch would find its "
+      "pairs among fewer; set it to 1"
+    )
   _check_teachers(config)
   _, shape = build.shape(config.student)
   build.trained(config.student)  # adapters that do not fit the student are refused
@@ -157,6 +163,13 @@ def _check_records(name: str, fn: Any, path: str, about: Manifest, kinds: set[st
 def check_features(config: Config, step: Step, stores: Sequence[Any]) -> None:
   """Refuses whole-sequence losses whose layers are not there, or not in the records."""
   _, needs = step.needs()  # a layer map that does not fit raises here
+  for name, fn in config.losses.items():
+    if hasattr(fn, "embeds") and not (
+      fn.teacher in config.teachers or (fn.teacher == "teacher" and config.train.online)
+    ):
+      raise InputError(
+        f"losses.{name} compares embeddings, which records do not hold; set train.online=True"
+      )
   if config.train.online or not needs.taps:
     return
   if any(store.manifest.taps != stores[0].manifest.taps for store in stores):

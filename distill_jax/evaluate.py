@@ -21,10 +21,11 @@ from distill_jax.evals import _choices, _lm, _questions, _words
 from distill_jax.evals._likelihood import Scorer
 from distill_jax.evals._loaded import Loaded
 from distill_jax.evals._questions import Questions
+from distill_jax.evals._retrieval import Retrieval
 from distill_jax.progress import Progress
 from distill_jax.step import online
 from distill_jax.tasked import Row
-from distill_jax.types import Batch, Mean
+from distill_jax.types import PAIRED, Batch, Mean
 
 TIMED = 2  # passes over one batch that the throughput is taken from
 ANSWERS = "evals"  # the folder of what models answered, by model and set
@@ -39,7 +40,8 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     perplexity, kl, agreement, accuracy, entropy, parameters, bytes and tokens_per_second
     (scoring, measured here), all on the same sequences, against the teacher's own pass.
   tokens, corpus: how many of them, of what. With `tasks`, these are of the first, and `tasks`
-    holds models and tokens of each; a token is a label.
+    holds models and tokens of each; a token is a label. Of pairs, ce, kl, agreement and accuracy
+    are among those of a batch, and recall among all (evals/_retrieval.py).
   evals: by the name of a set, then of a model: questions, left_out and numbers, each {value,
     low, high}: see evals/_words.py and evals/_choices.py, which keep what they did in
     evals/MODEL/SET of the workdir. A set needs no teacher, and each model has its own tokenizer.
@@ -188,15 +190,19 @@ def _measure_all(
     out_shardings=sharding.replicated(mesh),
   )
   totals: Any = None
+  found = Retrieval()
   read, n = tasked.reader(config), -(-len(rows) // size)
   with Progress("evaluate", n * size * len(rows[0]["mask_T"]), "tokens") as progress:
     for batch in _batches(rows, size, read):
       batch = loader.to_device(batch, where)
       outputs = {n: forward[n](m.model, batch.inputs)[0] for n, m in models.items()}
       means = jax.device_get(compare(outputs, batch))
+      if vocab_size == PAIRED:
+        found.add(outputs, batch)
       totals = means if totals is None else jax.tree.map(np.add, totals, means)
       progress.add(batch.mask_BT.size)
-  return {n: _row(totals[n]) | _size(m) | _speed(m, batch, chunk) for n, m in models.items()}
+  of = lambda n, m: _row(totals[n]) | found.row(n) | _size(m) | _speed(m, batch, chunk)
+  return {n: of(n, m) for n, m in models.items()}
 
 
 def _row(means: dict[str, Mean]) -> dict[str, float]:

@@ -21,10 +21,14 @@ Pairs = tuple[tuple[int, int], ...]  # (student layer, teacher layer)
 
 
 class Features(struct.PyTreeNode):
-  """By layer: hidden states [B, T, D], and (q, k, v) of [B, T, heads, h] each."""
+  """By layer: hidden states [B, T, D], and (q, k, v) of [B, T, heads, h] each.
+
+  `embedding_BTD` is what stands for each position's whole input, where a family has it.
+  """
 
   hidden: dict[int, jax.Array]
   qkv: dict[int, tuple[jax.Array, jax.Array, jax.Array]]
+  embedding_BTD: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +50,11 @@ class Needs:
   def of(self, model: Any, out: Output, inputs: Inputs, how: Compute) -> Features:
     """The features of a model that ran with `taps`."""
     if not self.taps:
-      return Features({}, {})
+      return Features({}, {}, out.embedding_BTD)
     assert out.taps_PBTD is not None
     tapped = dict(zip(self.taps, out.taps_PBTD, strict=True))
     qkv = {layer: model.qkv(layer, tapped[layer - 1], inputs, how) for layer in self.qkv}
-    return Features({layer: tapped[layer] for layer in self.hidden}, qkv)
+    return Features({layer: tapped[layer] for layer in self.hidden}, qkv, out.embedding_BTD)
 
 
 def pairs(layers: str, student: int, teacher: int) -> Pairs:

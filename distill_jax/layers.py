@@ -87,6 +87,13 @@ def layer_norm(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: flo
   return (x * wide(scale_D) + wide(bias_D)).astype(x_BTD.dtype)
 
 
+def unit(x_BD: jax.Array) -> jax.Array:
+  """Vectors of length 1 over the last axis, float32; one of length 0 stays, without gradient."""
+  x_BD = x_BD.astype(jnp.float32)
+  square = jnp.sum(x_BD * x_BD, -1, keepdims=True)
+  return jnp.where(square > 0, x_BD * jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+
+
 def with_bias(
   hidden_BTD: jax.Array, head_VD: jax.Array, bias_V: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -96,6 +103,17 @@ def with_bias(
     jnp.concatenate([hidden_BTD, one_BT1], -1),
     jnp.concatenate([head_VD, bias_V.astype(head_VD.dtype)[:, None]], -1),
   )
+
+
+def patches(x_BWWM: jax.Array, w_DMpp: jax.Array) -> jax.Array:
+  """A convolution whose p x p windows lie side by side, as one product: [B, W/p, W/p, D].
+
+  Rows and columns that fill no window are left out, as torch does.
+  """
+  (B, H, W, M), p = x_BWWM.shape, w_DMpp.shape[-1]
+  h, w = H // p, W // p
+  x_BhpwpM = x_BWWM[:, : h * p, : w * p].reshape(B, h, p, w, p, M)
+  return jnp.einsum("BhpwqM,DMpq->BhwD", x_BhpwpM, w_DMpp)
 
 
 def rope_angles(

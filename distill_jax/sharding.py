@@ -42,6 +42,8 @@ TABLE: dict[str, tuple[Any, Any]] = {
   "routes": (None, None),  # the experts, where a router chooses among them
   "classes": (None, None),  # few
   "places": (None, None),  # learned positions, and kinds of segments
+  "channels": (None, None),  # of an image
+  "pixels": (None, None),  # height or width of a patch
   "layers": (None, None),
   "rank": (None, None),  # of low-rank adapters
   "pairs": (None, None),  # of adapters, as the next

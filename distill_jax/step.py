@@ -120,7 +120,7 @@ class Step:
     ours, theirs = self.needs()
     out: Output = model(batch.inputs, self.student, ours.taps)
     targets, taught = self._taught(batch, teachers, theirs)
-    batch = batch.replace(targets=targets)
+    batch = (batch.paired() if out.paired else batch).replace(targets=targets)
 
     def chunk_loss(logits_BCV: jax.Array, piece: Batch):
       logits_BCV = head.only_rows(head.soft_cap(logits_BCV, out.soft_cap), piece.rows_BT2)
@@ -236,5 +236,7 @@ def online(
   """A teacher that runs beside the student: hidden states, head, features; no logits."""
   with jax.named_scope("teacher"):
     out: Output = model(inputs, how, needs.taps)
-    said = Targets(hidden_BTD=out.hidden_BTD, head_VD=out.head_VD, soft_cap=out.soft_cap)
+    said = Targets(
+      hidden_BTD=out.hidden_BTD, head_VD=out.head_VD, soft_cap=out.soft_cap, paired=out.paired
+    )
     return jax.lax.stop_gradient((said, needs.of(model, out, inputs, how)))

@@ -20,7 +20,7 @@ import numpy as np
 from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.records.joined import TEXT, Joined
-from distill_jax.types import Batch
+from distill_jax.types import PAIRED, Batch
 
 Row = dict[str, np.ndarray]
 
@@ -189,6 +189,8 @@ def check(rows: Mapping[str, Rows], shape: Any) -> None:
     )
   for of in rows.values():
     of.task.check(shape)
+  if len(rows) > 1 and any(of.source.classes == PAIRED for of in rows.values()):
+    raise InputError(f"the tasks {', '.join(rows)} are several, and one has pairs; train it alone")
   kinds = {type(of.task) for of in rows.values()}
   sizes = {of.source.positions for of in rows.values()}
   if len(kinds) > 1 or len(sizes) > 1:

@@ -25,7 +25,7 @@ from distill_jax.progress import Progress
 from distill_jax.records import from_logprobs, sampler, taps
 from distill_jax.records.joined import TEXT
 from distill_jax.records.store import Manifest, Store, Taps, Writer
-from distill_jax.types import Batch, Output
+from distill_jax.types import PAIRED, Batch, Output
 
 TAPS_SEED = 0  # of the fixed projection; the manifest names it
 STORED = (*TEXT, "smoothing_T")  # what a record keeps of a row beside what the teacher said
@@ -67,6 +67,11 @@ def corpus_of(config: Config) -> Corpus:
   if config.tasks:
     name = tasked.chosen(config)
     rows = tasked.open_rows(config, name, "train", came)
+    if rows.source.classes == PAIRED:
+      raise InputError(
+        f"the task {name} chooses among the pairs of a batch, which no record knows; train with "
+        "train.online=True"
+      )
     if config.records.kind != "text":
       tasked.check({name: rows}, build.shape(config.teacher)[1])
     return Corpus(rows, rows.source.positions, rows.source.classes, "", rows.digest)

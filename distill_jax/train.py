@@ -129,8 +129,9 @@ def _adapters(step: Step, stores: Stores, key: jax.Array) -> dict[str, Any]:
   """The parameters that losses own, by loss."""
   recorded = taught(stores).taps if step.recorded.taps else None
   width = recorded.width if recorded else getattr(step.teacher_config, "hidden_size", 0)
+  of = lambda fn: fn.width(step.teacher_config) if hasattr(fn, "width") else width
   adapters = {
-    name: fn.init(jax.random.fold_in(key, i), step.pairs(fn), step.student_config, width)
+    name: fn.init(jax.random.fold_in(key, i), step.pairs(fn), step.student_config, of(fn))
     for i, (name, fn) in enumerate(step.losses.items())
     if hasattr(fn, "init")
   }

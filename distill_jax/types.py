@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+PAIRED = 2**20  # "rows" of a head that is made of the batch itself: it never has so many
+
 
 class Inputs(struct.PyTreeNode):
   """What a text model reads: all int32 [B, T].
@@ -79,6 +81,7 @@ class Targets(struct.PyTreeNode):
   hidden_BTD: jax.Array | None = None
   head_VD: jax.Array | None = None
   soft_cap: float | None = struct.field(pytree_node=False, default=None)  # of its logits
+  paired: bool = struct.field(pytree_node=False, default=False)  # see Output
   taps_BPTD: jax.Array | None = None
 
 
@@ -115,18 +118,33 @@ class Batch(struct.PyTreeNode):
   rows_BT2: jax.Array | None = None  # int32
   seen_BS: jax.Array | None = None  # bool
 
+  def paired(self) -> Batch:
+    """With labels and rows for a head that is the batch itself: B texts, then their B images.
+
+    Position 0 of row i, its image, chooses row i of the first B, position 1, its text, row
+    B + i of the others. To be called where the batch is global: traced, outside shard_map.
+    """
+    B = len(self.mask_BT)
+    first_2 = jnp.array([0, B], jnp.int32)
+    labels_BT = jnp.arange(B, dtype=jnp.int32)[:, None] + first_2[None]
+    rows_BT2 = jnp.broadcast_to(jnp.stack([first_2, first_2 + B], -1)[None], (B, 2, 2))
+    return self.replace(labels_BT=labels_BT, rows_BT2=rows_BT2)
+
 
 class Output(struct.PyTreeNode):
   """What a model says: the loss owns the unembedding, so there are no logits here.
 
   A position is a label to predict: of a classifier there is one, T = 1. A head's bias is a
-  column of `head_VD` beside a 1 in `hidden_BTD` (layers.with_bias).
+  column of `head_VD` beside a 1 in `hidden_BTD` (layers.with_bias). If it is `paired`, the
+  head is made of the batch itself, and Batch.paired says which of its rows are right.
   """
 
   hidden_BTD: jax.Array  # after the final norm
   head_VD: jax.Array  # the unembedding, as it is multiplied: logits = hidden @ head.T
   soft_cap: float | None = struct.field(pytree_node=False, default=None)  # see head.soft_cap
   taps_PBTD: jax.Array | None = None  # residual stream after each layer asked for
+  embedding_BTD: jax.Array | None = None  # what stands for a position's whole input, to compare
+  paired: bool = struct.field(pytree_node=False, default=False)
   aux: dict[str, Any] = struct.field(default_factory=dict)
 
 

@@ -13,14 +13,23 @@ from flax import struct
 from distill_jax import folder
 from distill_jax.features import Features
 from distill_jax.layers import Compute
-from distill_jax.losses import ce, hidden, kd, mixture, relational, relations
+from distill_jax.losses import ce, embedding, hidden, kd, mixture, relational, relations
 from distill_jax.models import llama
 from distill_jax.schedules import constant
 from distill_jax.step import Step
 from distill_jax.types import Batch, Inputs, Output, Recorded, Targets
 
 B, T, D, K, V = 4, 20, 8, 5, 64
-SHAPE = dataclasses.replace(llama.TINY, num_hidden_layers=2)  # what the losses ask of a config
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape(llama.Config):
+  """What the losses ask of a config."""
+
+  embedding_size = D
+
+
+SHAPE = Shape(**vars(dataclasses.replace(llama.TINY, num_hidden_layers=2)))
 CASES = {  # name: (loss, the targets it reads)
   "ce": (ce.Loss(), ""),
   "ce smoothed": (ce.Loss(label_smoothing=0.1, z_loss=0.01), ""),
@@ -30,6 +39,7 @@ CASES = {  # name: (loss, the targets it reads)
   "mixture": (mixture.Loss(by="entropy", label_trust=0.5), "online"),
   "hidden mse": (hidden.Loss(layers="uniform"), "online"),
   "hidden cosine": (hidden.Loss(distance="cosine"), "online"),
+  "embedding": (embedding.Loss(), "online"),
   "relations": (relations.Loss(heads=2), "online"),
   "relational": (relational.Loss(tokens=8), "online"),
 }
@@ -55,7 +65,8 @@ class Toy(struct.PyTreeNode):
     turn_BT = jnp.cos(inputs.positions_BT)[..., None]  # so that a place in a document matters
     x_BTD = self.embed_VD[inputs.tokens_BT] * turn_BT
     taps_PBTD = jnp.stack([x_BTD @ self.layers_LDD[i] for i in taps]) if taps else None
-    return Output(jnp.tanh(x_BTD @ self.layers_LDD[0]), self.embed_VD, taps_PBTD=taps_PBTD)
+    out_BTD = jnp.tanh(x_BTD @ self.layers_LDD[0])
+    return Output(out_BTD, self.embed_VD, taps_PBTD=taps_PBTD, embedding_BTD=out_BTD)
 
   def qkv(self, layer, x_BTD, inputs, how):
     del inputs, how
@@ -167,7 +178,8 @@ def test_a_row_without_labels_changes_nothing(name):
 def features(seed: int) -> Features:
   keys = jax.random.split(jax.random.key(seed), 4)
   heads = (jax.random.normal(k, (B, T, 2, D // 2)) for k in keys[1:])
-  return Features({1: jax.random.normal(keys[0], (B, T, D))}, {1: tuple(heads)})
+  hidden_BTD = jax.random.normal(keys[0], (B, T, D))
+  return Features({1: hidden_BTD}, {1: tuple(heads)}, hidden_BTD)
 
 
 @functools.cache

@@ -42,7 +42,7 @@ def compare(
   p = outputs[teacher]
   assert p.hidden_BTD is not None and p.head_VD is not None
   others = {name: t for name, t in outputs.items() if name != teacher}
-  batch = batch.replace(targets=others)
+  batch = (batch.paired() if p.paired else batch).replace(targets=others)
   return head.fold(chunk_metrics, p.hidden_BTD, p.head_VD, batch, chunk, vocab_size)
 
 
@@ -63,9 +63,10 @@ def _metrics(logp_BCV: jax.Array, logq_BCV: jax.Array, piece: Batch) -> dict[str
 def score(model: Any, batch: Batch, how: Compute, chunk: int) -> Mean:
   """-log q(label) alone: the work of a forward pass over a prompt, for timing."""
   out: Output = model(batch.inputs, how)
+  batch = batch.paired() if out.paired else batch
 
   def ce(z_BCV: jax.Array, piece: Batch) -> Mean:
-    z_BCV = head.soft_cap(z_BCV, out.soft_cap)
+    z_BCV = head.only_rows(head.soft_cap(z_BCV, out.soft_cap), piece.rows_BT2)
     return Mean.of(-head.logp_at(z_BCV, piece.labels_BT[..., None])[..., 0], piece.mask_BT)
 
   return head.fold(ce, out.hidden_BTD, out.head_VD, batch, chunk)

@@ -111,7 +111,9 @@ def open_model(source: str) -> Pretrained:
   else:
     raise InputError(f"{path} is neither a folder nor a .gguf file; give one of them")
   config = _config(family, hf, path)
-  weights = prefixed.prefixed(weights, getattr(folder.load("models", family), "PREFIX", ""))
+  module = folder.load("models", family)
+  prefix, after = (getattr(module, name, "") for name in ("PREFIX", "AFTER"))
+  weights = prefixed.prefixed(weights, prefix, after)
   if tokenizer is not None:
     check_vocabulary(tokenizer.size(), config.vocab_size)
   ids = {k: hf[k] for k in IDS if hf.get(k) is not None}

@@ -311,7 +311,13 @@ class Model(nnx.Module):
 
   def __call__(self, inputs: Inputs, how: layers.Compute, taps: tuple[int, ...] = ()) -> Output:
     """Args: inputs, int32 [B, T]; taps, the layers whose output is kept. Returns: Output."""
-    x_BTD, embed_VD = self.embedded(inputs.tokens_BT, how)
+    return self.read(*self.embedded(inputs.tokens_BT, how), inputs, how, taps)
+
+  def read(
+    self, x_BTD: jax.Array, embed_VD: jax.Array, inputs: Inputs, how: layers.Compute,
+    taps: tuple[int, ...] = (),
+  ) -> Output:  # fmt: skip
+    """The model above its embeddings: `__call__`, for what is embedded otherwise."""
     sight = self.sight(inputs)
     x_BTD, taps_PBTD = layers.scan_layers(
       [getattr(self, name) for name, _, _ in self.plan(self.config)],

@@ -111,6 +111,7 @@ class Model(nnx.Module):
   def __call__(self, inputs: Inputs, how: layers.Compute, taps: tuple[int, ...] = ()) -> Output:
     """Args: inputs, int32 [B, S]; taps, the layers whose output is kept. Returns: Output, T = 1."""
     x_BSD, taps_PBSD = self.encoded(inputs, how, taps)
+    # As sentence-transformers have it (arXiv:1908.10084).
     mean_B1D = _mean(x_BSD, inputs.segments_BT > 0)
     if not self.config.num_labels:
       unit_B1D = layers.unit(mean_B1D)

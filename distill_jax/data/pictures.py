@@ -1,0 +1,38 @@
+"""Image files to arrays."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+# What Pillow raises of bytes that are no whole image, or are larger than is safe.
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def decode(raw: bytes, size: int, channels: int) -> np.ndarray | None:
+  """An image as CLIP's processor cuts it, uint8 [size, size, channels]; None of another file.
+
+  The shorter side is brought to `size` (bicubic), and the middle taken.
+  """
+  try:
+    with Image.open(io.BytesIO(raw)) as opened:
+      image = opened.convert("L" if channels == 1 else "RGB")
+  except BROKEN:
+    return None
+  short = min(image.size)
+  if short != size:
+    width, height = (max(size, int(size * n / short)) for n in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+  left, top = ((n - size) // 2 for n in image.size)
+  image = image.crop((left, top, left + size, top + size))
+  return np.asarray(image, np.uint8).reshape(size, size, channels)
+
+
+def normalised(pixels_WWM: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+  """float32, pixels from 0 to 1 less the mean, over the deviation, of each channel."""
+  m, s = (np.asarray(x, np.float32) for x in (mean, std))
+  return (pixels_WWM.astype(np.float32) / 255 - m) / s

@@ -1,0 +1,157 @@
+"""LLaVA (arXiv:2304.08485, arXiv:2310.03744): a decoder that reads patches as tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from distill_jax import layers, params
+from distill_jax.errors import InputError
+from distill_jax.models import _encoder, clip, llama
+from distill_jax.types import Images, ImageText, Output
+
+HF_MODEL_TYPES = ("llava",)  # of config.json
+AFTER, PREFIX = "vision_tower.", "vision_model."  # what transformers 5 leaves out, after what
+FIXED = {
+  "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
+  "vision_feature_select_strategy": "default",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The shape of a model. Layers, as losses of features count them, are the decoder's.
+
+  Attributes:
+    feature_layer: of the vision tower, whose patches are read; negative ones count from behind,
+      -1 the last layer's output, as in Hugging Face's vision_feature_layer.
+    image_token: stands in a text, once a patch, where the picture is.
+  """
+
+  text: llama.Config
+  vision: clip.Vision
+  image_token: int
+  feature_layer: int = -2
+
+  def __post_init__(self):
+    n = self.vision.num_hidden_layers
+    if not -n - 1 <= self.feature_layer <= n:
+      raise InputError(
+        f"vision_feature_layer is {self.feature_layer} and the vision tower has {n} layers"
+      )
+    if not 0 <= self.image_token < self.text.vocab_size:
+      raise InputError(
+        f"image_token_index is {self.image_token} and the decoder has {self.text.vocab_size} tokens"
+      )
+
+  @classmethod
+  def from_hf(cls, hf: dict[str, Any]) -> Self:
+    """From a Hugging Face config.json; what this family cannot do is refused by name."""
+    for key, want in FIXED.items():
+      if hf.get(key, want) != want:
+        raise InputError(f"config.json has {key}={hf[key]!r}; the llava family has {want!r} only")
+    text, vision = hf["text_config"], hf["vision_config"]
+    kinds = text.get("model_type", "llama"), vision.get("model_type", "clip_vision_model")
+    if kinds[0] not in llama.HF_MODEL_TYPES or kinds[1] != "clip_vision_model":
+      raise InputError(f"config.json joins {kinds[1]} to {kinds[0]}; llava here is CLIP and Llama")
+    layer = hf.get("vision_feature_layer", -2)
+    if not isinstance(layer, int):
+      raise InputError(f"config.json has vision_feature_layer={layer!r}; here it is one layer")
+    token = hf["image_token_id"] if "image_token_id" in hf else hf["image_token_index"]
+    return cls(llama.Config.from_hf(text), clip.tower(clip.Vision, vision), token, layer)
+
+  def to_hf(self) -> dict[str, Any]:
+    """The config.json of this model."""
+    vision = {"model_type": "clip_vision_model", **dataclasses.asdict(self.vision)}
+    return {
+      "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", **FIXED,
+      "image_token_index": self.image_token, "image_seq_length": self.vision.patches,
+      "vision_feature_layer": self.feature_layer, "text_config": self.text.to_hf(),
+      "vision_config": vision, "tie_word_embeddings": self.text.tie_word_embeddings,
+    }  # fmt: skip
+
+  def keep(self, kept: tuple[int, ...]) -> Any:
+    """The config of a model that has these layers of the decoder of this one, in this order."""
+    raise InputError(
+      f"keep_layers {kept} would take layers out of both parts of a llava; name a shape of its own"
+    )
+
+  def skips(self, name: str) -> bool:
+    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+    return name.endswith("embeddings.position_ids") or self.text.skips(name)
+
+  # What the rest asks of every family.
+  head_rows = property(lambda self: self.text.vocab_size)
+  vocab_size = property(lambda self: self.text.vocab_size)
+  tie_word_embeddings = property(lambda self: self.text.tie_word_embeddings)
+  max_position_embeddings = property(lambda self: self.text.max_position_embeddings)
+  num_hidden_layers = property(lambda self: self.text.num_hidden_layers)
+  hidden_size = property(lambda self: self.text.hidden_size)
+  num_attention_heads = property(lambda self: self.text.num_attention_heads)
+  num_key_value_heads = property(lambda self: self.text.num_key_value_heads)
+  head_dim = property(lambda self: self.text.head_dim)
+
+
+class Model(nnx.Module):
+  """Texts with a picture each; hidden states of every token, the picture's among them."""
+
+  def __init__(self, c: Config, key: jax.Array):
+    keys, D = jax.random.split(key, 3), c.text.hidden_size
+    self.config = c
+    named = lambda v: v.replace(hf="language_model." + v.get_metadata()["hf"])
+    self.text = params.map_params(named, llama.Model(c.text, keys[0]))
+    self.vision = clip.VisionTower(c.vision, "vision_tower.vision_model.", keys[1])
+    declare = _encoder.Declare(keys[2], "multi_modal_projector.")
+    # "heads" names the axis that a projection's outputs are spread over, as queries are.
+    self.first = declare.linear("linear_1", f"embed:{c.vision.hidden_size} heads:{D}", "heads")
+    self.first_bias = declare.bias("linear_1", D)
+    self.second = declare.linear("linear_2", f"mlp:{D} embed:{D}", "embed")
+    self.second_bias = declare.bias("linear_2", D)
+
+  def __call__(self, inputs: ImageText, how: layers.Compute, taps: tuple[int, ...] = ()) -> Output:
+    """Args: inputs, texts that have the image token once a patch; taps, layers of the decoder."""
+    x_BTD, embed_VD = self.text.embedded(inputs.texts.tokens_BT, how)
+    with jax.named_scope("image"):
+      x_BTD = self.seen(x_BTD, inputs, how)
+    return self.text.read(x_BTD, embed_VD, inputs.texts, how, taps)
+
+  def seen(self, x_BTD: jax.Array, inputs: ImageText, how: layers.Compute) -> jax.Array:
+    """Embeddings with the picture's patches where the image token stands, in order."""
+    patches_BND = self.patches(inputs.images, how)
+    here_BT = inputs.texts.tokens_BT == self.config.image_token
+    which_BT = jnp.cumsum(here_BT, 1) - 1
+    which_BT = jnp.clip(which_BT, 0, patches_BND.shape[1] - 1)
+    image_BTD = jnp.take_along_axis(patches_BND, which_BT[..., None], 1)
+    return jnp.where(here_BT[..., None], image_BTD.astype(x_BTD.dtype), x_BTD)
+
+  def patches(self, inputs: Images, how: layers.Compute) -> jax.Array:
+    """What the decoder reads of a picture: [B, patches, D]."""
+    c = self.config
+    layer = c.feature_layer % (c.vision.num_hidden_layers + 1)  # 0 is what the first layer reads
+    x_BSD = self.vision.after(layer, inputs, how)[:, 1:]
+    w = how.view({n: getattr(self, n) for n in ("first", "first_bias", "second", "second_bias")})
+    h_BSD = x_BSD @ w["first"][...] + w["first_bias"][...][None, None]
+    h_BSD = _encoder.ACTIVATIONS["gelu"](h_BSD)
+    return h_BSD @ w["second"][...] + w["second_bias"][...][None, None]
+
+  def qkv(self, layer: int, x_BTD: jax.Array, inputs: ImageText, how: layers.Compute):
+    """Of one layer of the decoder, from the output of the layer before it."""
+    return self.text.qkv(layer, x_BTD, inputs.texts, how)
+
+
+TINY = Config(llama.TINY, dataclasses.replace(clip.TINY.vision), image_token=255)
+
+CONFIGS = {
+  "tiny": TINY,
+  "llava-1.5-7b": Config(
+    llama.Config(
+      vocab_size=32_064, hidden_size=4_096, intermediate_size=11_008, num_hidden_layers=32,
+      num_attention_heads=32, num_key_value_heads=32, head_dim=128, max_position_embeddings=4_096,
+    ),
+    clip.Vision(1_024, 4_096, 24, 16, image_size=336, patch_size=14), image_token=32_000,
+  ),
+}  # fmt: skip
