@@ -37,8 +37,8 @@ def check_run(config: Config, stores: Sequence[Any]) -> None:
       f"student.quantise.bits is {config.student.quantise.bits} and student.lora.rank "
       f"{config.student.lora.rank}; a student is trained as integers or by adapters: set one to 0"
     )
-  if config.student.only:
-    _check_only(config)
+  if config.student.frozen:
+    _check_frozen(config)
   tokenizer = None if config.tasks else _tokenizer(config)
   paths = config.train.records or tuple(config.tasks)  # tasks bring their data with them
   for path, store in zip(paths, stores, strict=True):
@@ -81,18 +81,20 @@ def check_run(config: Config, stores: Sequence[Any]) -> None:
         )
 
 
-def _check_only(config: Config) -> None:
+def _check_frozen(config: Config) -> None:
+  frozen = config.student.frozen
   names = [v.get_metadata()["hf"] for _, v in params.named_params(build.abstract(config.student))]
-  lost = [o for o in config.student.only if not any(n.startswith(o) for n in names)]
-  if lost:
+  lost = [start for start in frozen if not any(n.startswith(start) for n in names)]
+  if lost or all(n.startswith(frozen) for n in names):
+    which = f"{lost[0]!r}, with which no" if lost else f"{frozen}, with which every"
     raise InputError(
-      f"student.only names {lost[0]!r}, with which no parameter of the student begins; they are "
-      f"called {', '.join(sorted(set(names)))}"
+      f"student.frozen names {which} parameter of the student begins; they are called "
+      f"{', '.join(sorted(set(names)))}"
     )
   if config.student.lora.rank:
     raise InputError(
-      f"student.only is {config.student.only} and student.lora.rank {config.student.lora.rank}; "
-      "adapters leave all the rest as it is anyway: set one of the two"
+      f"student.frozen is {frozen} and student.lora.rank {config.student.lora.rank}; adapters "
+      "leave all the rest as it is anyway: set one of the two"
     )
 
 

@@ -72,8 +72,8 @@ class Student(Model):
 
   lora: Lora = Lora()
   quantise: Quantise = Quantise()
-  only: tuple[str, ...] = ()  # beginnings of Hugging Face's names of the parameters that are
-  # trained, as "classifier"; the others stay as they are, without optimizer state; (): all
+  frozen: tuple[str, ...] = ()  # beginnings of Hugging Face's names of parameters that stay as
+  # they are, as "model.encoder.", without optimizer state
 
 
 @dataclasses.dataclass(frozen=True)

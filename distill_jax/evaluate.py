@@ -22,6 +22,7 @@ from distill_jax.evals._likelihood import Scorer
 from distill_jax.evals._loaded import Loaded
 from distill_jax.evals._questions import Questions
 from distill_jax.evals._retrieval import Retrieval
+from distill_jax.evals._similarity import Similarity
 from distill_jax.progress import Progress
 from distill_jax.step import online
 from distill_jax.tasked import Row
@@ -190,19 +191,27 @@ def _measure_all(
     out_shardings=sharding.replicated(mesh),
   )
   totals: Any = None
-  found = Retrieval()
+  found = _gatherer(vocab_size)
   read, n = tasked.reader(config), -(-len(rows) // size)
   with Progress("evaluate", n * size * len(rows[0]["mask_T"]), "tokens") as progress:
     for batch in _batches(rows, size, read):
       batch = loader.to_device(batch, where)
       outputs = {n: forward[n](m.model, batch.inputs)[0] for n, m in models.items()}
       means = jax.device_get(compare(outputs, batch))
-      if vocab_size == PAIRED:
+      if found is not None:
         found.add(outputs, batch)
       totals = means if totals is None else jax.tree.map(np.add, totals, means)
       progress.add(batch.mask_BT.size)
-  of = lambda n, m: _row(totals[n]) | found.row(n) | _size(m) | _speed(m, batch, chunk)
-  return {n: of(n, m) for n, m in models.items()}
+  of = lambda n, m: _row(totals[n]) | _size(m) | _speed(m, batch, chunk)
+  more = lambda n: {} if found is None else found.row(n)
+  return {n: of(n, m) | more(n) for n, m in models.items()}
+
+
+def _gatherer(classes: int) -> Retrieval | Similarity | None:
+  """What is measured of embeddings; a head of one row says nothing else of them."""
+  if classes == PAIRED:
+    return Retrieval()
+  return Similarity() if classes == 1 else None
 
 
 def _row(means: dict[str, Mean]) -> dict[str, float]:

@@ -53,11 +53,11 @@ def decays(tree: Any) -> Any:
   return params.map_params(one, tree)
 
 
-def optimizer(c: Optim, only: tuple[str, ...] = ()) -> optax.GradientTransformationExtraArgs:
+def optimizer(c: Optim, frozen: tuple[str, ...] = ()) -> optax.GradientTransformationExtraArgs:
   """Everything but the learning rate, which the step applies itself and logs.
 
-  `update` takes `value=` (the loss) for reduce-on-plateau. Of parameters that are not trained
-  (params.trains) there is no state, and their update is their gradient, which is 0.
+  `update` takes `value=` (the loss) for reduce-on-plateau. Of frozen parameters there
+  is no state, and their update is their gradient, which is 0.
   """
   parts = [
     optax.clip_by_global_norm(c.clip_norm),
@@ -67,6 +67,6 @@ def optimizer(c: Optim, only: tuple[str, ...] = ()) -> optax.GradientTransformat
   if c.plateau_patience:
     parts.append(optax.contrib.reduce_on_plateau(factor=0.5, patience=c.plateau_patience))
   whole = optax.chain(*parts)
-  if only:
-    whole = optax.masked(whole, lambda tree: params.trains(tree, only))
+  if frozen:
+    whole = optax.masked(whole, lambda tree: params.trains(tree, frozen))
   return optax.with_extra_args_support(whole)

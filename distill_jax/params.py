@@ -87,15 +87,12 @@ def named_params(tree: Any) -> Iterator[tuple[str, Any]]:
     yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
-def trains(tree: Any, only: tuple[str, ...]) -> Any:
-  """True for the parameters whose Hugging Face name begins with one of `only`.
-
-  What has no such name belongs to losses, and is trained; without `only` all are.
-  """
+def trains(tree: Any, frozen: tuple[str, ...]) -> Any:
+  """False for the parameters whose Hugging Face name begins with one of `frozen`."""
 
   def one(v):
     hf = v.get_metadata()["hf"] if is_param(v) else ""
-    return jax.tree.map(lambda _: not only or not hf or hf.startswith(only), v)
+    return jax.tree.map(lambda _: not hf.startswith(frozen), v)
 
   return map_params(one, tree)
 

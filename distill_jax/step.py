@@ -37,7 +37,7 @@ class Step:
     recorded: what the targets in a batch are.
     balance_every: steps between measurements of the losses' gradient norms, which are then
       held in the ratio of the losses' weights; 0: never, weights are weights.
-    only: see params.trains.
+    frozen: see params.trains.
     parts: of several tasks, each one's name and its first row of the head.
   """
 
@@ -53,7 +53,7 @@ class Step:
   teacher_config: Any = None
   recorded: Recorded = Recorded()
   balance_every: int = 0
-  only: tuple[str, ...] = ()
+  frozen: tuple[str, ...] = ()
   parts: tuple[tuple[str, int], ...] = ()
 
   def init(self, model: Any, adapters: dict[str, Any] | None = None) -> TrainState:
@@ -113,9 +113,9 @@ class Step:
     base: Any = None,
   ) -> tuple[jax.Array, dict[str, Mean]]:  # fmt: skip
     model, adapters = trained
-    if self.only:
-      fixed = lambda x, learns: x if learns else jax.lax.stop_gradient(x)
-      model = jax.tree.map(fixed, model, params.trains(model, self.only))
+    if self.frozen:
+      still = lambda x, trains: x if trains else jax.lax.stop_gradient(x)
+      model = jax.tree.map(still, model, params.trains(model, self.frozen))
     model = _student(model, base)
     ours, theirs = self.needs()
     out: Output = model(batch.inputs, self.student, ours.taps)

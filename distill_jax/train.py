@@ -165,7 +165,7 @@ def make_step(config: Config, stores: Stores) -> Step:
   return Step(
     losses=config.losses,
     learning_rate=optim.learning_rate(config.optim, config.train.steps),
-    optimizer=optim.optimizer(config.optim, config.student.only),
+    optimizer=optim.optimizer(config.optim, config.student.frozen),
     student=build.compute(config.student),
     teacher=build.compute(config.teacher),
     chunk=config.train.chunk,
@@ -180,7 +180,7 @@ def make_step(config: Config, stores: Stores) -> Step:
       taps_of=taps.of if taps else "hidden",
     ),
     balance_every=config.optim.balance_every,
-    only=config.student.only,
+    frozen=config.student.frozen,
     parts=tasked.firsts(config, stores),
   )
 

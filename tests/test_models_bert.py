@@ -35,7 +35,9 @@ def theirs(kind):
 
 
 def batch():
-  tokens = np.random.default_rng(0).integers(0, 97, (B, S)).astype(np.int32)
+  tokens = np.random.default_rng(0).integers(
+    1, 97, (B, S)
+  )  # torch trains no row 0.astype(np.int32)
   segments = (np.arange(S)[None] < np.array([[10], [4], [7]])).astype(np.int32)
   places = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))
   return tokens, segments, Inputs(*map(jnp.asarray, (tokens, places, segments)))

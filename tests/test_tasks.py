@@ -10,6 +10,7 @@ import tiny
 
 from distill_jax import build, config, evaluate, params, tasked, teacher, train, verbs
 from distill_jax.errors import InputError
+from distill_jax.evals import _similarity
 from distill_jax.types import Batch
 from distill_jax.workdir import Workdir
 
@@ -143,7 +144,7 @@ def test_several_tasks_share_a_body_and_have_a_head_each(c, tmp_path):
 
 def test_a_head_is_trained_without_its_body(c, tmp_path):
   c.student.changes = {"num_hidden_layers": 1}
-  c.student.only, c.train.records = ("classifier",), ()
+  c.student.frozen, c.train.records = ("bert.",), ()
   c.losses = {"hard": config.loss("ce")}
   resolved = config.resolve(c)
   with Workdir(tmp_path / "run", resolved) as folder:
@@ -157,9 +158,10 @@ def test_a_head_is_trained_without_its_body(c, tmp_path):
   step = train.make_step(resolved, train.open_stores(resolved))
   state = train.abstract_state(resolved, step, train.open_stores(resolved))
   assert params.count(state.opt) < 3 * (2 * 32 + 2)  # two moments of the head, and a count
-  c.student.only = ("clasifier",)
-  with pytest.raises(InputError, match="with which no parameter of the student begins"):
-    train.train(config.resolve(c), tmp_path / "other")
+  for frozen, why in ((("brat.",), "'brat.', with which no"), (("bert.", "cl"), "which every")):
+    c.student.frozen = frozen
+    with pytest.raises(InputError, match=why):
+      train.train(config.resolve(c), tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -195,3 +197,40 @@ def test_what_does_not_fit_is_refused(c):
   refused("have 2 classes and the model's head 1 rows")
   c.student.changes = {"num_lables": 2}
   refused("did you mean 'num_labels'")
+
+
+def test_a_student_learns_the_embeddings_of_texts(c, tmp_path):
+  """From a wider teacher, online; and what evaluate says of them is what numpy says."""
+  c.tasks = {
+    "texts": config.task(
+      "text_embeddings", path=c.tasks.parity.path, max_tokens=32, heldout_fraction=0.3,
+      tokenizer=c.tasks.parity.tokenizer,
+    )
+  }  # fmt: skip
+  c.teacher.changes = {"num_labels": 0, "num_hidden_layers": 1, "hidden_size": 48}
+  c.student.changes = {"num_labels": 0, "num_hidden_layers": 1}
+  c.losses = {"embedding": config.loss("embedding", projection="orthogonal")}
+  c.train.records, c.train.online, c.train.steps = (), True, 8
+  c.optim.peak_lr = 1e-2
+  c.evaluate.models = {"student": f"run:{tmp_path / 'run'}"}
+  resolved = config.resolve(c)
+  with Workdir(tmp_path / "run", resolved) as folder:
+    last = train.train(resolved, folder)
+  first = train.read_metrics(tmp_path / "run")[0]
+  assert last["embedding"] < 0.8 * first["embedding"]
+  rows = evaluate.evaluate(resolved, tmp_path)["models"]
+  assert rows["teacher"]["spearman"] == pytest.approx(1) and rows["teacher"]["same_nearest"] == 1
+  assert -1 <= rows["student"]["spearman"] <= 1
+
+
+def test_models_are_alike_as_the_ranks_of_their_cosines():
+  turn = np.array([0.0, 0.1, 0.5, 1.7])  # angles: neighbours are 0-1, 1-0, 2-1, 3-2
+  circle = lambda a: np.stack([np.cos(a), np.sin(a)], -1).astype(np.float32)
+  assert _similarity.alike(circle(turn), circle(2 + turn)) == {
+    "spearman": pytest.approx(1.0), "same_nearest": 1.0,
+  }  # fmt: skip
+  # Apart by 1, 5, 17, 4, 16, 12 and by 2, 9, 3, 7, 1, 6 tenths: ranks 1 3 6 2 5 4, 2 6 3 5 1 4,
+  # whose differences have 44 for the sum of squares.
+  said = _similarity.alike(circle(np.array([0.0, 0.2, 0.9, 0.3])), circle(turn))
+  assert said["spearman"] == pytest.approx(1 - 6 * 44 / (6 * 35))
+  assert said["same_nearest"] == 0.25  # the nearest are 1 3 3 1 and 1 0 1 2

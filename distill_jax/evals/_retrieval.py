@@ -27,9 +27,7 @@ class Retrieval:
       self._said.setdefault(name, []).append(both_2BE[:, real_B])
 
   def row(self, model: str) -> dict[str, float]:
-    """What `recall` says of a model; nothing where nothing was added."""
-    if model not in self._said:
-      return {}
+    """What `recall` says of a model."""
     text_BE, image_BE = np.concatenate(self._said[model], 1)
     return recall(text_BE, image_BE, np.concatenate(self._texts))
 

@@ -25,9 +25,7 @@ class Similarity:
       self._said.setdefault(name, []).append(processes.to_host(t.hidden_BTD)[real_B, 0])
 
   def row(self, model: str) -> dict[str, float]:
-    """What `alike` says of a model beside the teacher; nothing where nothing was added."""
-    if model not in self._said:
-      return {}
+    """What `alike` says of a model beside the teacher."""
     return alike(*(np.concatenate(self._said[name]) for name in (model, "teacher")))
 
 

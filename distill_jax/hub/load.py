@@ -173,6 +173,7 @@ def load(
   family = folder.load("models", pretrained.family)
   build = lambda c: jax.eval_shape(lambda key: family.Model(c, key), jax.random.key(0))
   whole = build(config)
+  _check_new(new, whole)
   _check(pretrained.weights, whole, pretrained, new)
   model = build(config.keep(keep_layers) if keep_layers else config)
   places = sharding.shardings(model, mesh, how.rules)
@@ -193,15 +194,18 @@ def load(
     return jax.tree_util.tree_map_with_path(one, model, places, is_leaf=params.is_param)
 
 
-def _random(family: Any, model: Any, places: Any, new: New, dtype: np.dtype) -> dict[str, Any]:
-  """By path: the parameters that start random, in their sharding."""
-  hf = {path: v.get_metadata()["hf"] for path, v in params.named_params(model)}
-  if lost := [n for n in new.names if not any(name.startswith(n) for name in hf.values())]:
+def _check_new(new: New, model: Any) -> None:
+  names = {v.get_metadata()["hf"] for v in _leaves(model)}
+  if lost := [start for start in new.names if not any(n.startswith(start) for n in names)]:
     raise InputError(
       f"new names {lost[0]!r}, with which no parameter of the model begins; they are called "
-      f"{', '.join(sorted(set(hf.values())))}"
+      f"{', '.join(sorted(names))}"
     )
-  chosen = {path for path, name in hf.items() if name in new}
+
+
+def _random(family: Any, model: Any, places: Any, new: New, dtype: np.dtype) -> dict[str, Any]:
+  """By path: the parameters that start random, in their sharding."""
+  chosen = {path for path, v in params.named_params(model) if v.get_metadata()["hf"] in new}
   where = {p: place.get_value() for p, place in params.named_params(places) if p in chosen}
 
   def init(key):
