@@ -31,6 +31,7 @@ VERBS = {
   "efficiency": "efficiency:efficiency",
   "export": "verbs:export",
   "shrink": "shrink:shrink",
+  "chain": "chain:chain",
   "report": "verbs:report",
   "inspect": "verbs:inspect",
 }
@@ -40,6 +41,7 @@ PREFLIGHT = "preflight"  # needs no workdir: it writes nothing
 TEXTS = {  # verbs whose result is more than numbers, and who puts it in words
   PREFLIGHT: "distill_jax.preflight.report", "efficiency": "distill_jax.efficiency.table",
   "shrink": "distill_jax.shrinking.table", "evaluate": "distill_jax.report.sets",
+  "chain": "distill_jax.report.sets",
 }  # fmt: skip
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the config file, as configs/demo.py")

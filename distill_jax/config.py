@@ -272,6 +272,16 @@ class Shrink:
 
 
 @dataclasses.dataclass(frozen=True)
+class Link:
+  """One student of a chain, taught by the model before it: see chain.py."""
+
+  student: Student = Student()  # without source and shape: made of the model before it, …
+  shrink: Shrink = Shrink()  # … by these sizes
+  steps: int = 0  # 0: train.steps
+  peak_lr: float = 0.0  # 0: optim.peak_lr
+
+
+@dataclasses.dataclass(frozen=True)
 class Efficiency:
   """What `efficiency` compares the teacher and the student at."""
 
@@ -319,6 +329,8 @@ class Config:
   augmentations: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Augmentation
   export: Export = Export()
   shrink: Shrink = Shrink()
+  chain: tuple[str, ...] = ()  # names in `links`, from the teacher to the last student
+  links: dict[str, Link] = dataclasses.field(default_factory=dict)
   efficiency: Efficiency = Efficiency()
   inspect: Inspect = Inspect()
   profile_steps: str = ""  # the flag --profile_steps
@@ -355,6 +367,14 @@ def task(name: str, **fields: Any) -> ConfigDict:
 def augmentation(name: str, **fields: Any) -> ConfigDict:
   """One entry of `augmentations`: a module of distill_jax/augmentations with all its keys."""
   return _entry("augmentations", name, fields)
+
+
+def link(**fields: Any) -> ConfigDict:
+  """One entry of `links`, with all its keys: link(steps=64, student={"source": …})."""
+  entry = ConfigDict(dataclasses.asdict(Link()))
+  _known(fields, entry, "links")
+  entry.update(fields)
+  return entry
 
 
 def _entry(package: str, name: str, fields: dict[str, Any]) -> ConfigDict:

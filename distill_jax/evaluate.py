@@ -51,18 +51,12 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     InputError: there is nothing to measure; config, models, data and sets do not fit together.
     Preempted: SIGTERM came while answers were sampled; finished ones are kept.
   """
-  if not config.evaluate.heldout and not config.evals:
-    raise InputError(
-      "evaluate.heldout is False and evals is empty: there is nothing to measure; add a set as "
-      "evals.gsm8k = config.eval_set('gsm8k')"
-    )
+  asked = check(config)
   mesh = sharding.make_mesh(**vars(config.mesh))
   sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, mesh)
-  asked = _asked(config) if config.evals else {}
   questions = {
     name: _questions.read(name, of, config.evaluate.on_bad) for name, of in config.evals.items()
   }
-  _check_served(config, asked)
   evaluation: dict[str, Any] = _heldout(config, mesh) if config.evaluate.heldout else {"models": {}}
   if config.evals:
     by_set: dict[str, dict[str, Any]] = {name: {} for name in config.evals}
@@ -72,6 +66,18 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     evaluation["evals"] = by_set
   processes.on_first(lambda: files.write_json(folder / "evaluation.json", evaluation))
   return evaluation
+
+
+def check(config: Config) -> dict[str, Model]:
+  """The models that are asked the sets; refuses what cannot be measured, with nothing read."""
+  if not config.evaluate.heldout and not config.evals:
+    raise InputError(
+      "evaluate.heldout is False and evals is empty: there is nothing to measure; add a set as "
+      "evals.gsm8k = config.eval_set('gsm8k')"
+    )
+  asked = _asked(config) if config.evals else {}
+  _check_served(config, asked)
+  return asked
 
 
 def _specs(config: Config) -> dict[str, Model]:

@@ -43,7 +43,8 @@ def config_of(args: argparse.Namespace, records: Path) -> Config:
   c = configs.base()
   c.teacher.source = TEACHER
   c.data.kind, c.data.seq_len, c.data.sequences = "pydoc", args.seq_len, args.sequences
-  c.records.batch_size = c.train.batch_size = c.evaluate.batch_size = 2
+  c.records.batch_size = c.train.batch_size = 2
+  c.evaluate.batch_size = 1  # and of the text by which layers are left out
   c.train.records, c.train.chunk = (str(records),), 256
   c.train.checkpoint_every = args.steps
   c.losses.soft = configs.loss("kd", weight=0.9)
@@ -115,8 +116,10 @@ def main() -> None:
   with Workdir(args.workdir, config):  # one process; and never another config's results
     teacher.record(config, args.workdir / "records")
     source = Teacher(config)
-    for size in map(float, args.sizes.split(",")):
-      students = make(config, source, size, args.workdir / f"{size / 1e6:g}M")
+    sizes = [float(size) for size in args.sizes.split(",")]
+    # All are made first: the order in which layers can go is found once, for all sizes.
+    folders = {s: make(config, source, s, args.workdir / f"{s / 1e6:g}M") for s in sizes}
+    for size, students in folders.items():
       for name, folder in students.items():
         if not (folder / search.SCORE).exists():
           search.distil(config, folder)
