@@ -1,7 +1,7 @@
 """SmolLM2-135M made smaller in three ways, before and after the same short distillation.
 
   python tools/bench/shrink.py --workdir=/tmp/shrink [--sizes=100e6,70e6,45e6] [--steps=40]
-    [--sequences=32] [--seq_len=256] [--small]
+    [--sequences=32] [--seq_len=256] [--batch_size=2] [--layers_by=loss] [--small]
 
 At each size there are students of fewer layers (depth), of fewer heads and narrower feed-forwards
 (inner), of fewer embedding channels as well (width), and of random weights in the shape of the
@@ -43,7 +43,7 @@ def config_of(args: argparse.Namespace, records: Path) -> Config:
   c = configs.base()
   c.teacher.source = TEACHER
   c.data.kind, c.data.seq_len, c.data.sequences = "pydoc", args.seq_len, args.sequences
-  c.records.batch_size = c.train.batch_size = 2
+  c.records.batch_size, c.train.batch_size = 2, args.batch_size
   c.evaluate.batch_size = 1  # and of the text by which layers are left out
   c.train.records, c.train.chunk = (str(records),), 256
   c.train.checkpoint_every = args.steps
@@ -51,7 +51,7 @@ def config_of(args: argparse.Namespace, records: Path) -> Config:
   c.losses.hard = configs.loss("ce", weight=0.1)
   c.optim.peak_lr, c.optim.warmup_steps = args.peak_lr, 4
   c.evaluate.sequences = c.shrink.sequences = max(2, min(8, args.sequences // 4))
-  c.shrink.steps = args.steps
+  c.shrink.steps, c.shrink.layers_by = args.steps, args.layers_by
   c.export.dtype = "float32"
   return configs.resolve(c)
 
@@ -95,7 +95,8 @@ def row(size: float, name: str, folder: Path, config: Config, of_teacher: float)
     "ce_before": round(student["ce"], 4), "teacher_ce": round(of_teacher, 4),
     "ce": round(json.loads((folder / search.SCORE).read_text())["ce"], 4),
     "steps": config.shrink.steps, "sequences": config.data.sequences,
-    "seq_len": config.data.seq_len, "peak_lr": config.optim.peak_lr,
+    "seq_len": config.data.seq_len, "batch_size": config.train.batch_size,
+    "peak_lr": config.optim.peak_lr, "layers_by": config.shrink.layers_by,
     "kept": {k: v["kept"] for k, v in made["kept"].items() if v["kept"] != v["of"]},
   }  # fmt: skip
 
@@ -107,6 +108,8 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=40)
   parser.add_argument("--sequences", type=int, default=32)
   parser.add_argument("--seq_len", type=int, default=256)
+  parser.add_argument("--batch_size", type=int, default=2)
+  parser.add_argument("--layers_by", default="loss")
   parser.add_argument("--peak_lr", type=float, default=6e-4)
   parser.add_argument("--small", action="store_true")
   args = parser.parse_args()

