@@ -15,7 +15,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from distill_jax import build, checks, files, processes, sharding, storage, teacher, train, verbs
+from distill_jax import (
+  build,
+  checks,
+  files,
+  optim,
+  processes,
+  sharding,
+  storage,
+  teacher,
+  train,
+  verbs,
+)  # fmt: skip
 from distill_jax import evaluate as evaluation
 from distill_jax.config import Config, Link, Model, Student
 from distill_jax.data import corpus
@@ -184,6 +195,7 @@ def _check_models(config: Config, planned: dict[str, Planned]) -> None:
       _check_tokenizer(config, student, read.digest, teaches=name != config.chain[-1])
       untaught = dataclasses.replace(link.config.train, records=())
       checks.check_run(dataclasses.replace(link.config, student=student, train=untaught), [])
+      optim.learning_rate(link.config.optim, untaught.steps)  # does warm-up end?
     except InputError as e:
       raise InputError(f"links.{name}: {e}") from e
     spec = student

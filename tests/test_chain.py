@@ -148,6 +148,7 @@ def other_words(c, path):
   (of(quantise={"bits": 3}), "links.student: student.quantise has bits 3"),
   (other_words, "links.student: .*200 .*|links.student: the student has tokenizer"),
   (lambda c, path: setattr(c, "losses", {}), "links.assistant: losses is empty"),
+  (lambda c, path: c.optim.update(warmup_steps=4), "links.assistant: optim.warmup_steps is 4"),
   (lambda c, path: c.train.update(online=True), "train.online True; a chain records"),
   (lambda c, path: c.records.update(kind="text"), "records.kind is 'text'"),
   (lambda c, path: c.train.update(batch_size=0), "train.batch_size is 0"),

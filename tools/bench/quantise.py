@@ -46,7 +46,7 @@ def config_of(args: argparse.Namespace) -> Config:
   c.train.keep = c.evaluate.batch_size = 1
   c.losses.soft = configs.loss("kd", weight=0.9)
   c.losses.hard = configs.loss("ce", weight=0.1)
-  c.optim.peak_lr, c.optim.warmup_steps = args.peak_lr, 4
+  c.optim.peak_lr, c.optim.warmup_steps = args.peak_lr, min(4, args.steps // 2)
   c.evaluate.sequences = c.shrink.sequences = max(2, min(8, args.sequences // 4))
   return configs.resolve(c)
 

@@ -61,7 +61,7 @@ class Bench:
     c.records.batch_size = c.train.batch_size = c.evaluate.batch_size = 2
     c.train.chunk, c.train.keep = args.seq_len, 1
     c.evaluate.sequences, c.shrink.sequences = 8, 1
-    c.optim.warmup_steps = 2
+    c.optim.warmup_steps = 1
     return c
 
   def learn(self, name: str) -> None:
