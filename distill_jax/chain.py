@@ -79,14 +79,16 @@ def chain(config: Config, workdir: Path) -> dict[str, Any]:
   for link in planned.values():
     if not (link.folder / DONE).exists():
       _write(link.folder / DONE, _run(link))
-  if not (workdir / SCORES).exists():
-    evaluation.evaluate(final, workdir)
+  if (workdir / SCORES).exists():
+    result = json.loads((workdir / SCORES).read_text())
+  else:
+    result = evaluation.evaluate(final, workdir)
   if config.export.dir and not (workdir / EXPORTED).exists():
     last = planned[config.chain[-1]]
     out = dataclasses.replace(config.export, evaluation=str(workdir / SCORES))
     exported = verbs.export(dataclasses.replace(last.config, export=out), last.folder / "run")
     _write(workdir / EXPORTED, exported)
-  return json.loads((workdir / SCORES).read_text())
+  return result
 
 
 def plan(config: Config, workdir: Path) -> dict[str, Planned]:
@@ -116,8 +118,9 @@ def plan(config: Config, workdir: Path) -> dict[str, Planned]:
     planned[name] = Planned(folder, run, cut)
     # Computed as the teacher is; its shape and layers are in its run.
     before = dataclasses.replace(
-      config.teacher, source=planned[name].source, shape="", digest="", keep_layers=()
-    )
+      config.teacher, source=planned[name].source, shape="", digest="", keep_layers=(),
+      changes={}, new=(),
+    )  # fmt: skip
   return planned
 
 
@@ -164,6 +167,11 @@ def _check(config: Config, final: Config, planned: dict[str, Planned], workdir: 
       f"records.kind is {config.records.kind!r} and records.logprobs {config.records.logprobs!r}; "
       "a chain records what its own models say: take 'sampled' or 'topk'"
     )
+  if config.tasks:
+    raise InputError(
+      f"tasks names {', '.join(config.tasks)}, and a chain teaches the text of `data`; leave tasks "
+      "out, or run record and train link by link"
+    )
   mesh = sharding.make_mesh(**vars(config.mesh))
   for verb in ("records", "train", "evaluate"):
     micro = config.optim.accumulate if verb == "train" else 1
@@ -187,7 +195,7 @@ def _check_models(config: Config, planned: dict[str, Planned]) -> None:
         shape = _cut(link.config.shrink, family, shape)
         student = dataclasses.replace(  # what it is made of stands for it
           student, source=spec.source, family=spec.family, shape=spec.shape,
-          keep_layers=spec.keep_layers,
+          keep_layers=spec.keep_layers, changes=spec.changes, new=spec.new,
         )  # fmt: skip
       else:
         family, shape = build.shape(student)

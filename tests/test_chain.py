@@ -150,6 +150,8 @@ def other_words(c, path):
   (lambda c, path: setattr(c, "losses", {}), "links.assistant: losses is empty"),
   (lambda c, path: c.optim.update(warmup_steps=4), "links.assistant: optim.warmup_steps is 4"),
   (lambda c, path: c.train.update(online=True), "train.online True; a chain records"),
+  (lambda c, path: setattr(c.tasks, "films", config.task("text_classes", classes=("a", "b"))),
+   "tasks names films, and a chain teaches the text"),
   (lambda c, path: c.records.update(kind="text"), "records.kind is 'text'"),
   (lambda c, path: c.train.update(batch_size=0), "train.batch_size is 0"),
   (lambda c, path: c.evaluate.update(heldout=False), "there is nothing to measure"),
