@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import build, chain, checkpoint, cli, config, sharding, teacher, train
+from distill_jax import build, chain, checkpoint, config, sharding, teacher, train
 from distill_jax.data import loader
 from distill_jax.errors import InputError, Preempted
 from distill_jax.records.store import open_store
@@ -175,4 +175,3 @@ def test_keys_of_a_link():
   made = config.resolve(c)
   assert made.links["one"] == config.Link(config.Student(keep_layers=(1, 2)), steps=3)
   assert config.from_dict(json.loads(json.dumps(config.to_dict(made)))) == made
-  assert cli.VERBS["chain"] == "chain:chain"
