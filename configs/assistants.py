@@ -8,7 +8,7 @@ and its twin that learns from the teacher itself, for the same steps:
     --config.chain="('student',)"
 
 Each records, trains and measures, and goes on where it was stopped; runs/…/evaluation.json holds
-the numbers, runs/assistants/student/run is the student's run.
+the numbers, runs/assistants/student/run is the student's run. Not measured yet.
 """
 
 from distill_jax import config
