@@ -80,10 +80,10 @@ def pretrained(spec: Model) -> hub.Pretrained | None:
 def shape(spec: Model) -> tuple[str, Any]:
   """(family, its Config) of a model, with no weight read or made."""
   if spec.source.startswith(RUN):
-    if spec.changes or spec.new:
+    if spec.changes or spec.new or spec.keep_layers:
       raise InputError(
-        f"{spec.source} is a run, and changes {spec.changes} and new {spec.new} are not for runs; "
-        "export it and name the folder"
+        f"{spec.source} is a run, and keep_layers {spec.keep_layers}, changes {spec.changes} and "
+        f"new {spec.new} are not for runs; export it and name the folder"
       )
     return shape(workdir.read_config(run_folder(spec.source)).student)
   if spec.source:
