@@ -21,10 +21,11 @@ from distill_jax import (
   params,
   quantise,
   sharding,
+  share,
   storage,
   workdir,
 )
-from distill_jax.config import Config, Model, Quantise, Student
+from distill_jax.config import Config, Model, Quantise, Share, Student
 from distill_jax.errors import InputError
 from distill_jax.hub import load as hub
 from distill_jax.layers import Compute
@@ -140,8 +141,11 @@ def abstract(spec: Model) -> Any:
 
 
 def trained(spec: Student) -> Any:
-  """What training changes, as shapes: the model, or the adapters where it has some."""
+  """What training changes, as shapes: the model, its shared layers, or its adapters."""
   model = abstract(spec)
+  if spec.share != Share():
+    start = functools.partial(share.start, spec=spec.share, fit=bool(spec.source))
+    return jax.eval_shape(start, model, key=jax.random.key(0))
   if not spec.lora.rank:
     return model
   return jax.eval_shape(lambda key: lora.init(model, spec.lora, key), jax.random.key(0))
@@ -165,11 +169,15 @@ def identity(spec: Model, seed: int) -> dict[str, str]:
 def build(spec: Model, mesh: Mesh, key: jax.Array, step: int | None = None) -> Built:
   """The model with its parameters, sharded over the mesh as the rules store them.
 
-  Adapters that a run has trained are merged into its model, and weights that it has trained as
-  integers are on their grids; what `spec` asks for of either is not made here. `step`
-  chooses the checkpoint of a run; None is the last.
+  Adapters that a run has trained are merged into its model, shared layers are written out, and
+  weights that it has trained as integers are on their grids. Of what `spec` asks for, layers are
+  shared here, and adapters and integers are not made. `step` chooses the checkpoint of a run;
+  None is the last.
   """
   how = compute(spec)
+  if isinstance(spec, Student) and spec.share.layers:
+    built = build_shared(spec, mesh, key, step)
+    return dataclasses.replace(built, model=_written_out(built.model, mesh, how))
   if spec.source.startswith(RUN):
     model = _of_run(run_folder(spec.source), mesh, how, step)
     return Built(model, shape(spec)[1], how, pretrained(spec))
@@ -186,9 +194,25 @@ def build(spec: Model, mesh: Mesh, key: jax.Array, step: int | None = None) -> B
   return Built(jax.jit(init, out_shardings=where)(key), config, how, None)
 
 
+def build_shared(spec: Student, mesh: Mesh, key: jax.Array, step: int | None = None) -> Built:
+  """As `build`, but its model is the share.Shared that training starts from."""
+  built = build(dataclasses.replace(spec, share=Share()), mesh, key, step)
+  where = sharding.shardings(trained(spec), mesh, built.how.rules)
+  start = functools.partial(share.start, spec=spec.share, fit=bool(spec.source))
+  model = jax.jit(start, out_shardings=where)(built.model, key=jax.random.fold_in(key, 1))
+  return dataclasses.replace(built, model=model)
+
+
+def _written_out(shared: share.Shared, mesh: Mesh, how: Compute) -> Any:
+  where = sharding.shardings(jax.eval_shape(share.Shared.merged, shared), mesh, how.rules)
+  return jax.jit(share.Shared.merged, out_shardings=where)(shared)
+
+
 def _of_run(run: Path, mesh: Mesh, how: Compute, step: int | None) -> Any:
   config = workdir.read_config(run)
   learnt = restore(run, mesh, step)
+  if config.student.share.layers:
+    learnt = _written_out(learnt, mesh, how)
   if config.student.quantise.bits:
     on_grid = functools.partial(quantise.tree, spec=config.student.quantise)
     where = sharding.shardings(learnt, mesh, how.rules)
@@ -202,7 +226,7 @@ def _of_run(run: Path, mesh: Mesh, how: Compute, step: int | None) -> Any:
 
 
 def restore(run: Path, mesh: Mesh, step: int | None = None) -> Any:
-  """What a run has trained: its model, or the adapters alone."""
+  """What a run has trained: its model, the shared layers of one, or adapters alone."""
   spec = workdir.read_config(run).student
   like = trained(spec)
   like = place(like, sharding.shardings(like, mesh, compute(spec).rules))

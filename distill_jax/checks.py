@@ -30,12 +30,18 @@ def check_run(config: Config, stores: Sequence[Any]) -> None:
     )
   _check_teachers(config)
   _, shape = build.shape(config.student)
-  build.trained(config.student)  # adapters that do not fit the student are refused
+  build.trained(config.student)  # adapters or sharing that do not fit the student are refused
   quantise.check(config.student.quantise, build.abstract(config.student))
   if config.student.quantise.bits and config.student.lora.rank:
     raise InputError(
       f"student.quantise.bits is {config.student.quantise.bits} and student.lora.rank "
       f"{config.student.lora.rank}; a student is trained as integers or by adapters: set one to 0"
+    )
+  if config.student.share.layers and config.student.lora.rank:
+    raise InputError(
+      f"student.share.layers is {config.student.share.layers} and student.lora.rank "
+      f"{config.student.lora.rank}; shared layers are trained whole, with student.share.lora for "
+      "what each is on its own: set one to 0"
     )
   if config.student.frozen:
     _check_frozen(config)

@@ -67,10 +67,21 @@ class Quantise:
 
 
 @dataclasses.dataclass(frozen=True)
+class Share:
+  """Layers that have their weights in common: see share.py."""
+
+  layers: int = 0  # different ones, of which the model's are made; 0: each is its own
+  order: str = "cyclic"  # cyclic, the first again after the last | grouped, neighbours alike
+  start: str = "mean"  # mean | first, of a source's layers that are to be one
+  lora: Lora = Lora()  # each layer's own difference, which starts from the source's
+
+
+@dataclasses.dataclass(frozen=True)
 class Student(Model):
   """The model that is trained."""
 
   lora: Lora = Lora()
+  share: Share = Share()
   quantise: Quantise = Quantise()
   frozen: tuple[str, ...] = ()  # beginnings of Hugging Face's names of parameters that stay as
   # they are, as "model.encoder.", without optimizer state
@@ -261,6 +272,8 @@ class Shrink:
   experts: int = 0
   experts_by: str = "drop"  # drop | merge, into the nearest that is kept
   expert_intermediate: int = 0  # channels of one expert
+  window: int = 0  # positions that a layer sees, the last ones …
+  global_every: int = 4  # … but the last of so many layers, which sees all; 0: none does
   factorise: dict[str, int] = dataclasses.field(default_factory=dict)  # matrix: rank, by the
   # end of its dotted name, as {"down_proj": 64}
   sequences: int = 32  # of data, by which importance is measured

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from distill_jax import build, files, params, processes, sharding, tasked
-from distill_jax.config import Config, Model, Quantise
+from distill_jax.config import Config, Model, Quantise, Share
 from distill_jax.data import corpus, loader
 from distill_jax.errors import InputError
 from distill_jax.evals import _choices, _lm, _questions, _words
@@ -83,7 +83,7 @@ def check(config: Config) -> dict[str, Model]:
 def _specs(config: Config) -> dict[str, Model]:
   """All models but the teacher."""
   plain = dataclasses.replace(
-    config.student, keep_layers=(), changes={}, new=(), quantise=Quantise()
+    config.student, keep_layers=(), changes={}, new=(), quantise=Quantise(), share=Share()
   )
   of = lambda source: dataclasses.replace(plain, source=source)
   return {"start": config.student, **{n: of(s) for n, s in config.evaluate.models.items()}}

@@ -46,13 +46,15 @@ class Adapter(struct.PyTreeNode):
 Adapters = dict[str, Adapter]  # by the path of the weight, as "layers.q"
 
 
-def init(model: Any, spec: Lora, key: jax.Array) -> Adapters:
+def init(model: Any, spec: Lora, key: jax.Array, at: str = "student.lora") -> Adapters:
   """Adapters for a model (or its shapes), float32: A as PEFT draws it, B zero.
+
+  `at` is where the spec stands in the config.
 
   Raises:
     InputError: the spec does not fit the model; see `targets`.
   """
-  weights = targets(model, spec)
+  weights = targets(model, spec, at)
   keys = jax.random.split(key, len(weights))
   return {path: _adapter(v, spec, k) for (path, v), k in zip(weights.items(), keys, strict=True)}
 
@@ -69,7 +71,7 @@ def _adapter(weight: Any, spec: Lora, key: jax.Array) -> Adapter:
   return Adapter(**stacked, scale=spec.alpha / r)
 
 
-def targets(model: Any, spec: Lora) -> dict[str, Any]:
+def targets(model: Any, spec: Lora, at: str = "student.lora") -> dict[str, Any]:
   """The weights that are adapted, by path.
 
   A target names modules as PEFT's target_modules do: by the end of their dotted name.
@@ -80,11 +82,11 @@ def targets(model: Any, spec: Lora) -> dict[str, Any]:
   """
   if spec.rank < 1 or not 0 < spec.alpha < math.inf:
     raise InputError(
-      f"student.lora has rank {spec.rank} and alpha {spec.alpha:g}; the rank is at least 1 (0 for "
+      f"{at} has rank {spec.rank} and alpha {spec.alpha:g}; the rank is at least 1 (0 for "
       "no adapters) and alpha a positive number"
     )
   if not spec.targets or len(set(spec.targets)) < len(spec.targets):
-    raise InputError(f"student.lora.targets is {spec.targets}; name modules, each once")
+    raise InputError(f"{at}.targets is {spec.targets}; name modules, each once")
   linear = {path: v for path, v in params.named_params(model) if _is_linear(v)}
   name = lambda v: _module(v).rpartition(".")[2]
   # PEFT takes every layer that is called as experts' are, the shared ones too, for theirs.
@@ -95,25 +97,25 @@ def targets(model: Any, spec: Lora) -> dict[str, Any]:
     found = {p: v for p, v in linear.items() if f".{_module(v)}".endswith(f".{target}")}
     if not found:
       raise InputError(
-        f"student.lora.targets names {target!r} and the student has {names}; name some of these"
+        f"{at}.targets names {target!r} and the student has {names}; name some of these"
       )
     if target.rpartition(".")[2] in experts:
       raise InputError(
-        f"student.lora.targets names {target!r}, which in the student are experts, and adapters go "
+        f"{at}.targets names {target!r}, which in the student are experts, and adapters go "
         f"on layers that all tokens pass; name some of {names}"
       )
     for path, v in found.items():
-      _check_rank(path, v, spec.rank)
+      _check_rank(path, v, spec.rank, at)
     chosen |= found
   return {path: v for path, v in linear.items() if path in chosen}
 
 
-def _check_rank(path: str, weight: Any, rank: int) -> None:
+def _check_rank(path: str, weight: Any, rank: int, at: str) -> None:
   sizes = dict(zip(weight.get_metadata()["axes"], weight.shape, strict=True))
   inner, outer = (math.prod(sizes[name] for name in axes) for axes in _axes(weight))
   if rank > min(inner, outer):
     raise InputError(
-      f"student.lora.rank is {rank} and {path} is {inner} by {outer}; the rank is at most "
+      f"{at}.rank is {rank} and {path} is {inner} by {outer}; the rank is at most "
       f"{min(inner, outer)}"
     )
 

@@ -32,7 +32,7 @@ def shrink(config: Config, workdir: Path) -> dict[str, Any]:
   s = config.shrink
   if (workdir / RESULT).exists():  # finished before
     return json.loads((workdir / RESULT).read_text())
-  asked = [k for k in ("layers", *shapes.SIZES, "factorise") if getattr(s, k)]
+  asked = [k for k in ("layers", *shapes.SIZES, "factorise", "window") if getattr(s, k)]
   targets = [k for k in search.TARGETS if getattr(s, k)]
   if len(targets) > 1 or bool(targets) == bool(asked):
     raise InputError(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distill_jax import features, head, lora, params, token_metrics
+from distill_jax import features, head, lora, params, share, token_metrics
 from distill_jax.features import Features, Needs
 from distill_jax.layers import Compute
 from distill_jax.types import Batch, Inputs, Mean, Output, Recorded, Targets, TrainState
@@ -57,7 +57,7 @@ class Step:
   parts: tuple[tuple[str, int], ...] = ()
 
   def init(self, model: Any, adapters: dict[str, Any] | None = None) -> TrainState:
-    """The state before step 0. `model` is what is trained: a model, or adapters of its base."""
+    """The state before step 0, of what is trained: a model, its shared layers, or adapters."""
     adapters = adapters or {}
     balance = {name: jnp.ones(()) for name in self.losses} if self.balance_every else {}
     opt = self.optimizer.init((model, adapters))
@@ -227,6 +227,9 @@ class Step:
 
 
 def _student(trained: Any, base: Any) -> Any:
+  """The model that is computed, from what is trained."""
+  if isinstance(trained, share.Shared):
+    return trained.joined()
   return trained if base is None else lora.join(base, trained)
 
 

@@ -107,6 +107,8 @@ def prepare(
   if student.lora.rank:
     start = functools.partial(lora.init, build.abstract(student), student.lora)
     model = jax.jit(start, out_shardings=where.params)(keys["lora"])
+  elif student.share.layers:
+    model = build.build_shared(student, mesh, keys["student"]).model
   else:
     model = build.build(student, mesh, keys["student"]).model
   fitted = _fit(config, step, stores, model, frozen, adapters(), mesh)

@@ -12,7 +12,7 @@ import jax
 
 from distill_jax import build, params, quantise, sharding, storage
 from distill_jax import report as pages
-from distill_jax.config import Config, Model
+from distill_jax.config import Config, Model, Share
 from distill_jax.data import corpus
 from distill_jax.errors import InputError
 from distill_jax.hub import card, peft
@@ -57,6 +57,8 @@ def export(config: Config, workdir: Path) -> dict[str, Any]:
         card=made_card, dtype=c.dtype, shard_bytes=c.shard_bytes, extra=_said_of_tasks(config),
       )  # fmt: skip
   made = {"export_dir": c.dir, "parameters": params.count(model)}
+  if config.student.share.layers:  # the folder has each of them as often as it is used
+    made["shared_parameters"] = params.count(build.trained(config.student))
   if config.student.quantise.bits:  # what they would take; the folder has them in export.dtype
     made["integer_bytes"] = quantise.nbytes(model, config.student.quantise)
   return made
@@ -69,7 +71,7 @@ def _model(config: Config, workdir: Path, mesh: Any) -> Any:
     build.check_base(workdir, config)
     return build.build(spec, mesh, key).model
   spec = dataclasses.replace(
-    spec, source=build.RUN + str(workdir), keep_layers=(), changes={}, new=()
+    spec, source=build.RUN + str(workdir), keep_layers=(), changes={}, new=(), share=Share()
   )
   return build.build(spec, mesh, key, config.export.step or None).model
 

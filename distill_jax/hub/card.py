@@ -28,6 +28,7 @@ def card(config: Config, step: int, evaluation: Mapping[str, Any] | None) -> str
     f"- Teacher: `{config.teacher.source or config.teacher.shape}`",
     f"- Student before training: `{student.source or student.shape}`{kept}",
     *_adapters(config),
+    *_shared(config),
     *(_task(name, of) for name, of in config.tasks.items()),
     *(
       []
@@ -56,6 +57,14 @@ def _adapters(config: Config) -> list[str]:
 def _task(name: str, of: Any) -> str:
   keys = ", ".join(f"{f.name} {getattr(of, f.name)}" for f in dataclasses.fields(of))
   return f"- Task `{name}` ({type(of).__module__.rpartition('.')[2]}): {keys}"
+
+
+def _shared(config: Config) -> list[str]:
+  share = config.student.share
+  if not share.layers:
+    return []
+  deltas = f", each with a difference of rank {share.lora.rank} merged in" * bool(share.lora.rank)
+  return [f"- Layers: {share.layers} different ones, {share.order}, written out{deltas}"]
 
 
 def _loss(name: str, fn: Any) -> str:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from distill_jax import attention, layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.models import _decoder, _rope
+from distill_jax.models._windows import GLOBAL, LOCAL, check_kinds
 from distill_jax.types import Inputs
 
 HF_MODEL_TYPES = ("gemma3_text",)  # of config.json
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +46,7 @@ class Config(_decoder.Config):
 
   def __post_init__(self):
     super().__post_init__()
-    kinds = set(self.layer_types)
-    if len(self.layer_types) != self.num_hidden_layers or not kinds <= {LOCAL, GLOBAL}:
-      raise InputError(
-        f"layer_types has {len(self.layer_types)} layers of {sorted(kinds)}; "
-        f"{self.num_hidden_layers} of {LOCAL!r} or {GLOBAL!r} were expected"
-      )
+    check_kinds(self.layer_types, self.num_hidden_layers)
 
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
-from distill_jax.errors import InputError
-from distill_jax.models import _decoder
-from distill_jax.models._decoder import Block, Model
+from distill_jax.models import _decoder, _windows
+from distill_jax.models._decoder import Block
+from distill_jax.models._windows import Model
 
 __all__ = ["CONFIGS", "HF_MODEL_TYPES", "TINY", "Block", "Config", "Model"]
 
@@ -15,7 +15,7 @@ HF_MODEL_TYPES = ("qwen2",)  # of config.json
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(_decoder.Config):
+class Config(_windows.Config):
   """The shape of a model, in Hugging Face's words."""
 
   rms_norm_eps: float = 1e-6
@@ -23,28 +23,6 @@ class Config(_decoder.Config):
   MODEL_TYPE = "qwen2"
   ARCHITECTURE = "Qwen2ForCausalLM"
   QKV_BIAS = True
-
-  @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
-    refuse_window(hf)
-    return super().from_hf(hf)
-
-  def to_hf(self) -> dict[str, Any]:
-    return {**super().to_hf(), "use_sliding_window": False}
-
-
-def refuse_window(hf: dict[str, Any]) -> None:
-  """Qwen's config.json names a sliding window and says whether it is used; none has been."""
-  used = hf.get("use_sliding_window") and hf.get("sliding_window") is not None
-  layers = range(hf["num_hidden_layers"]) if used else ()
-  kinds = hf.get("layer_types") or [  # spelt out by transformers 5
-    "full_attention" if i < hf.get("max_window_layers", 28) else "sliding_attention" for i in layers
-  ]
-  if set(kinds) - {"full_attention"}:
-    raise InputError(
-      f"config.json has use_sliding_window={hf.get('use_sliding_window')!r} with layers that use "
-      "it; this family attends in full, set it to false if the model was trained so"
-    )
 
 
 TINY = Config(**_decoder.TINY)
@@ -62,6 +40,9 @@ def _qwen25(
 
 CONFIGS = {
   "tiny": TINY,
+  "tiny-window": dataclasses.replace(
+    TINY, sliding_window=5, layer_types=(_windows.LOCAL, _windows.GLOBAL, _windows.LOCAL)
+  ),
   "qwen2.5-0.5b": _qwen25(151_936, 896, 4_864, 24, 14, 2, tie_word_embeddings=True),
   "qwen2.5-1.5b": _qwen25(151_936, 1_536, 8_960, 28, 12, 2, tie_word_embeddings=True),
   "qwen2.5-7b": _qwen25(152_064, 3_584, 18_944, 28, 28, 4),

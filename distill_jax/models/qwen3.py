@@ -9,10 +9,9 @@ import jax
 
 from distill_jax import sharding
 from distill_jax.errors import InputError
-from distill_jax.models import _decoder
+from distill_jax.models import _decoder, _windows
 from distill_jax.models._decoder import Block
 from distill_jax.models._experts import Experts, check_top_k, softmax_top_k
-from distill_jax.models.qwen2 import refuse_window
 
 __all__ = ["CONFIGS", "HF_MODEL_TYPES", "TINY", "Block", "Config", "Model"]
 
@@ -20,7 +19,7 @@ HF_MODEL_TYPES = ("qwen3", "qwen3_moe")  # of config.json
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(_decoder.Config):
+class Config(_windows.Config):
   """The shape of a model, in Hugging Face's words. One with experts is a qwen3_moe."""
 
   rms_norm_eps: float = 1e-6
@@ -44,10 +43,14 @@ class Config(_decoder.Config):
       )
     if self.num_experts is not None:
       check_top_k(self.num_experts_per_tok or 0, self.num_experts)
+    if self.num_experts is not None and self.layer_types:
+      raise InputError(
+        f"use_sliding_window is on with a window of {self.sliding_window}; a mixture of experts "
+        "attends in full here, set it to false if the model was trained so"
+      )
 
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
-    refuse_window(hf)
     if hf.get("model_type") != "qwen3_moe":
       return super().from_hf(hf)
     if hf.get("decoder_sparse_step", 1) != 1 or hf.get("mlp_only_layers"):
@@ -58,10 +61,11 @@ class Config(_decoder.Config):
     # transformers 5 writes the attribute that it maps num_experts to.
     experts = hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"]
     needed = {k: hf[k] for k in ("num_experts_per_tok", "moe_intermediate_size")}
-    return super().from_hf({**hf, **needed, "num_experts": experts})
+    alike = {"max_window_layers": 0}  # of these, transformers windows all layers or none
+    return super().from_hf({**hf, **needed, **alike, "num_experts": experts})
 
   def to_hf(self) -> dict[str, Any]:
-    hf = {**super().to_hf(), "use_sliding_window": False}
+    hf = super().to_hf()
     if self.num_experts is None:
       for f in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"):
         del hf[f]
@@ -86,7 +90,7 @@ class SparseBlock(Block):
     return softmax_top_k(logits_BTE, c.num_experts_per_tok, c.norm_topk_prob)
 
 
-class Model(_decoder.Model):
+class Model(_windows.Model):
   """Tokens in, hidden states and the unembedding out."""
 
   @staticmethod

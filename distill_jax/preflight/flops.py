@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from distill_jax import build, lora, params, train
+from distill_jax import build, lora, params, share, train
 from distill_jax.config import Config, Model
 
 
@@ -90,7 +90,8 @@ def step(config: Config, verb: str, rows: int) -> dict[str, float]:
   out = {"layers": 3 * one.weights, "attention": 3 * one.attention, "head": 3 * one.head}
   if online := train.online(config):
     out["teacher"] = sum(model(spec, rows, T).forward for spec in online.values())
-  if rank := config.student.lora.rank:  # A B, and what its factors get of its gradient
+  if rank := config.student.lora.rank or config.student.share.lora.rank:
+    # A B, and what its factors get of its gradient
     out["adapters"] = 3 * 2.0 * rank * _adapted(config) * config.optim.accumulate
   again = {"none": 0.0, "full": one.weights + one.attention}
   out["recomputed"] = again.get(config.student.remat, one.attention)
@@ -101,7 +102,9 @@ def step(config: Config, verb: str, rows: int) -> dict[str, float]:
 
 def _adapted(config: Config) -> int:
   """Numbers of the weights that adapters go on."""
-  joined = lora.join(build.abstract(config.student), build.trained(config.student))
+  trained = build.trained(config.student)
+  adapters = trained.deltas if isinstance(trained, share.Shared) else trained
+  joined = lora.join(build.abstract(config.student), adapters)
   is_adapter = lambda x: isinstance(x, lora.Adapter)
   leaves = jax.tree.leaves(joined, is_leaf=lambda x: is_adapter(x) or params.is_param(x))
   return sum(params.count(x.weight) for x in leaves if is_adapter(x))

@@ -126,7 +126,7 @@ def distil(config: Config, folder: Path) -> None:
   steps = config.shrink.steps
   student = dataclasses.replace(
     config.student, source=str(folder / "model"), shape="", digest="", keep_layers=(),
-    lora=configs.Lora(),
+    lora=configs.Lora(), share=configs.Share(),
   )  # fmt: skip
   every = min(config.train.checkpoint_every, steps)
   length = dataclasses.replace(config.train, steps=steps, checkpoint_every=every, keep=1)
@@ -155,7 +155,7 @@ def score(config: Config, folders: dict[str, Path], rates: bool) -> None:
 def trained(config: Config, judge: Teacher, folder: Path) -> build.Built:
   """What a candidate has become."""
   run = f"{build.RUN}{folder / 'run'}"
-  spec = dataclasses.replace(config.student, source=run, keep_layers=())
+  spec = dataclasses.replace(config.student, source=run, keep_layers=(), share=configs.Share())
   with jax.set_mesh(judge.mesh):
     return build.build(spec, judge.mesh, build.keys(config.seed)["student"])
 

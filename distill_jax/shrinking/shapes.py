@@ -36,6 +36,11 @@ def abstract(family: str, config: Any) -> Any:
   return jax.eval_shape(lambda key: make(config, key), jax.random.key(0))
 
 
+def family_of(config: Any) -> str:
+  """The module of distill_jax/models whose Config it is."""
+  return type(config).__module__.rpartition(".")[2]
+
+
 def axes(family: str, config: Any) -> set[str]:
   """The names of all axes that a model's parameters have."""
   return {a for _, v in params.named_params(abstract(family, config)) for a in _names(v)}
@@ -56,6 +61,8 @@ def check(s: Shrink, family: str, config: Any) -> None:
   for key, ways in WAYS.items():
     if (way := getattr(s, key)) not in ways:
       raise InputError(f"shrink.{key} is {way!r}; it can be one of {', '.join(ways)}")
+  if s.window < 0:
+    raise InputError(f"shrink.window is {s.window}; it is at least 1, or 0 for as the teacher sees")
   for key in ("layers", *SIZES):
     if getattr(s, key) < 0:
       raise InputError(f"shrink.{key} is {getattr(s, key)}; it is at least 1, or 0 for all")

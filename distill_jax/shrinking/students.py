@@ -19,7 +19,7 @@ from distill_jax.errors import InputError
 from distill_jax.hub import export as hub
 from distill_jax.hub.weights import float_dtype
 from distill_jax.progress import Progress
-from distill_jax.shrinking import choose, cut, experts, factorise, measure, shapes, table
+from distill_jax.shrinking import choose, cut, experts, factorise, measure, shapes, table, windows
 from distill_jax.types import Batch
 
 
@@ -119,11 +119,17 @@ class Teacher:
     abstract = shapes.abstract(self.family, wide)
     factorise.targets(abstract, s.factorise)
     sharding.shardings(abstract, self.mesh, self.how.rules)  # does it divide?
+    if s.window:
+      L = self.shape.num_hidden_layers
+      windows.windowed(s, wide.keep(choose.even(s.layers or L, L)))
     with jax.set_mesh(self.mesh):
       layers = self.layers(s.layers or self.shape.num_hidden_layers, s.layers_by)
       whole = layers == tuple(range(self.shape.num_hidden_layers))
       config = wide if whole else wide.keep(layers)
       student, kept, factors = self._cut(s, config, layers)
+      if s.window:
+        config = windows.windowed(s, config)
+        student = windows.see(student, config, self.mesh, self.how.rules)
       result = {
         "dir": str(target), "kept": table.kept(s, self.shape, config, kept),
         "factorised": factors, "models": self._scores(config, student, random),
@@ -140,8 +146,9 @@ class Teacher:
 
   def untrained(self, config: Any) -> Any:
     """A model of that shape with random weights."""
-    make = folder.load("models", self.family).Model
-    where = sharding.shardings(shapes.abstract(self.family, config), self.mesh, self.how.rules)
+    family = shapes.family_of(config)
+    make = folder.load("models", family).Model
+    where = sharding.shardings(shapes.abstract(family, config), self.mesh, self.how.rules)
     key = build.keys(self.config.seed)["student"]
     return jax.jit(lambda key: make(config, key), out_shardings=where)(key)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distill_jax.config import Config, Shrink
+from distill_jax.models._windows import GLOBAL
 from distill_jax.shrinking import shapes
 from distill_jax.shrinking.cut import Kept
 
@@ -23,6 +24,10 @@ def kept(s: Shrink, was: Any, now: Any, chosen: Kept) -> dict[str, Any]:
       found[key] = {"kept": getattr(now, name), "of": getattr(was, name)}
       if key in by and found[key]["kept"] < found[key]["of"]:
         found[key]["by"] = by[key]
+  if s.window:
+    see_all = [i for i, kind in enumerate(now.layer_types) if kind == GLOBAL]
+    found["window"] = {"kept": s.window, "of": was.max_position_embeddings,
+                       "by": "all layers but", "numbers": see_all}  # fmt: skip
   return found
 
 
