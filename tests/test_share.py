@@ -1,0 +1,253 @@
+"""Shared layers: gradients summed, what they start from, a run that resumes, its export."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity
+import pytest
+import test_step
+import tiny
+
+from distill_jax import build, config, layers, params, sharding, share, verbs
+from distill_jax import train as training
+from distill_jax.config import Lora, Share, Student
+from distill_jax.errors import InputError
+from distill_jax.metrics import read_metrics
+from distill_jax.models import deepseek_v3, gemma3, llama, qwen3
+from distill_jax.preflight import flops
+from distill_jax.teacher import record
+from distill_jax.workdir import Workdir
+
+torch, transformers = parity.torch, parity.transformers
+HOW = layers.Compute()
+ON = ("q_proj", "o_proj", "down_proj")
+CASES = {  # name: (module, Config, spec, the different layer that each layer is)
+  "cyclic": (llama, dataclasses.replace(llama.TINY, num_hidden_layers=5), Share(2), [0, 1] * 3),
+  "grouped": (llama, dataclasses.replace(llama.TINY, num_hidden_layers=5),
+              Share(2, order="grouped"), [0, 0, 0, 1, 1]),
+  "experts": (qwen3, qwen3.CONFIGS["tiny-moe"], Share(1), [0, 0, 0]),
+  "windows": (gemma3, gemma3.TINY, Share(2), [0, 1, 0]),
+  "two stacks": (deepseek_v3, dataclasses.replace(deepseek_v3.TINY, num_hidden_layers=4),
+                 Share(3), [0, 1, 2, 1]),
+}  # fmt: skip
+
+
+def inputs(seed=0, size=(2, 12)):
+  return parity.plain_inputs(np.random.default_rng(seed).integers(0, 256, size).astype(np.int32))
+
+
+def random_model(module, c):
+  return jax.jit(lambda key: module.Model(c, key))(jax.random.key(1))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_shared_weight_s_gradient_is_the_sum_over_its_layers(name):
+  """Of the model of L layers that it makes, which knows of no sharing."""
+  module, c, spec, of = CASES[name]
+  shared = share.start(random_model(module, c), spec, jax.random.key(0), True)
+  whole = shared.whole()
+  assert whole.config == c and shared.unique.config.num_hidden_layers == spec.layers
+  loss = lambda m: jnp.sum(jnp.sin(m(inputs(), HOW).hidden_BTD))
+  want = jax.jit(jax.grad(loss))(whole)
+  got = jax.jit(jax.grad(lambda s: loss(s.joined())))(shared).unique
+  stacks = [stack for stack, _, _ in module.Model.plan(c)]
+  of = np.array(of[: c.num_hidden_layers])
+  first = 0
+  for stack in stacks:
+    theirs = dict(params.named_params(getattr(want, stack)))
+    n = next(iter(theirs.values())).shape[0]
+    local = of[first : first + n] - of[first]
+    for path, v in params.named_params(getattr(got, stack)):
+      assert len(v) == len(set(local))
+      for i, x in enumerate(np.asarray(v[...])):
+        total = np.float64(theirs[path][...])[local == i].sum(0)
+        np.testing.assert_allclose(x, total, atol=2e-5 * max(1, np.abs(total).max()), err_msg=path)
+    first += n
+  np.testing.assert_allclose(got.embed[...], want.embed[...], atol=1e-4)
+
+
+@pytest.mark.parametrize("order, of", [("cyclic", [0, 1, 0, 1, 0]), ("grouped", [0, 0, 0, 1, 1])])
+def test_what_it_starts_from(order, of):
+  """The mean of its layers, or the first; and deltas of full rank make up for all of the rest."""
+  model = random_model(llama, CASES["cyclic"][1])
+  spec = Share(2, order, lora=Lora(rank=32, alpha=7.0, targets=ON))
+  for how in ("mean", "first"):
+    shared = share.start(model, dataclasses.replace(spec, start=how), jax.random.key(0), True)
+    for path, v in params.named_params(model.layers):
+      mine = dict(params.named_params(shared.unique.layers))[path]
+      for i in range(2):
+        same = np.float64(v[...])[np.array(of) == i]
+        want = same.mean(0) if how == "mean" else same[0]
+        np.testing.assert_allclose(mine[i], want, atol=1e-6, err_msg=path)
+    merged = dict(params.named_params(shared.merged()))
+    for path, v in params.named_params(model):
+      if path in shared.deltas:
+        np.testing.assert_allclose(merged[path][...], v[...], atol=1e-5, err_msg=path)
+    assert sorted(shared.deltas) == ["layers.down", "layers.o", "layers.q"]
+
+
+def test_deltas_are_the_best_of_their_rank():
+  """The Frobenius norm that is left is that of numpy's remaining singular values."""
+  model = random_model(llama, CASES["cyclic"][1])
+  shared = share.start(model, Share(2, lora=Lora(rank=3, targets=ON)), jax.random.key(0), True)
+  whole, merged = shared.whole(), shared.merged()
+  for at in ("q", "o", "down"):
+    w, base, near = (np.float64(getattr(m.layers, at)[...]) for m in (model, whole, merged))
+    rows = 32 if at == "q" else w[0].size // 32  # inputs
+    for layer in range(5):
+      s = np.linalg.svd((w - base)[layer].reshape(rows, -1), compute_uv=False)
+      left = np.linalg.norm((w - near)[layer])
+      np.testing.assert_allclose(left, np.sqrt((s[3:] ** 2).sum()), rtol=1e-4)
+
+
+def test_a_delta_that_starts_at_nothing_can_learn():
+  """Layers 0 and 1 are the shared ones themselves: A is drawn there and B is 0, as LoRA's."""
+  model = random_model(llama, CASES["cyclic"][1])
+  spec = Share(2, start="first", lora=Lora(rank=2, targets=("q_proj",)))
+  for fit in (True, False):
+    delta = share.start(model, spec, jax.random.key(0), fit).deltas["layers.q"]
+    a, b = np.asarray(delta.a[...]), np.asarray(delta.b[...])
+    assert not b[:2].any() and (np.abs(a[:2]) > 0).all()
+    assert b[2:].any() == fit
+
+
+def steps(mesh_shape=(1, 1, 1)):
+  """(what is trained, metrics) after three steps."""
+  step = test_step.make_step()
+  mesh = sharding.make_mesh(*mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))])
+  spec = Share(2, lora=Lora(rank=2))
+  with jax.set_mesh(mesh):
+    init = lambda key: step.init(share.start(llama.Model(llama.TINY, key), spec, key, False))
+    where = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), mesh, step.student.rules)
+    state = jax.jit(init, out_shardings=where)(jax.random.key(0))
+    step_fn = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    rows = []
+    for n in range(3):
+      batch = jax.device_put(test_step.make_batch(n), sharding.batch_sharding(mesh))
+      state, metrics = step_fn(state, batch, {})
+      rows.append({k: float(v) for k, v in metrics.items()})
+  return jax.device_get(state.params), rows
+
+
+def test_mesh_does_not_change_training():
+  (one, rows), (four, others) = steps(), steps((1, 2, 2))
+  for row, want in zip(others, rows, strict=True):
+    for name in want:
+      assert row[name] == pytest.approx(want[name], rel=1e-5), name
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4)  # 1% of one of Adam's first updates
+  assert rows[2]["loss"] < rows[0]["loss"]
+
+
+def train(c, workdir):
+  resolved = config.resolve(c)
+  with Workdir(workdir, resolved) as path:
+    return training.train(resolved, path)
+
+
+def shared_config(folder):
+  """Two layers cut out of three, with deltas and integer weights, from a folder's weights."""
+  c = tiny.tiny(folder)
+  c.teacher.source = ""
+  c.student.source = str(folder / "base")
+  c.student.share.layers = 2
+  c.student.share.lora.rank = 3
+  c.student.quantise.bits = 8
+  return c
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp("share")
+  shape = {k: v for k, v in llama.TINY.to_hf().items() if k != "model_type"}
+  parity.torch_model("llama", **shape).save_pretrained(path / "base")
+  c = shared_config(path)
+  record(config.resolve(c), path / "records")
+  train(c, path / "whole")
+  return path
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder):
+  shutil.copytree(folder / "whole", folder / "stopped")
+  shutil.rmtree(folder / "stopped" / "checkpoints" / "6")
+  train(shared_config(folder), folder / "stopped")
+  mesh = sharding.make_mesh()
+  whole, stopped = (build.restore(folder / name, mesh) for name in ("whole", "stopped"))
+  assert isinstance(whole, share.Shared) and len(whole.unique.layers.q) == 2
+  jax.tree.map(np.testing.assert_array_equal, whole, stopped)
+  rows = read_metrics(folder / "whole")
+  assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_the_export_is_the_model_written_out(folder):
+  """Three layers in transformers, tied embeddings, with the logits of what was trained."""
+  c = shared_config(folder)
+  c.export.dir, c.export.dtype = str(folder / "export"), "float32"
+  resolved = config.resolve(c)
+  made = verbs.export(resolved, folder / "whole")
+  assert made["shared_parameters"] == params.count(build.trained(resolved.student))
+  assert made["shared_parameters"] < made["parameters"]
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  trained = build.restore(folder / "whole", mesh)
+  how, tokens_BT = build.compute(resolved.student), parity.tokens()
+  out = jax.jit(lambda s, i: s.joined()(i, how))(trained, parity.plain_inputs(tokens_BT))
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder / "export").eval()
+  assert len(model.model.layers) == 3
+  with torch.no_grad():
+    want = model(torch.from_numpy(tokens_BT).long()).logits
+  assert parity.error(out.hidden_BTD @ out.head_VD.T, want) < parity.FORWARD
+  assert (
+    "2 different ones, cyclic, written out, each with a difference of rank 3"
+    in (folder / "export" / "README.md").read_text()
+  )
+
+
+def test_a_run_is_a_source(folder):
+  """Its layers written out; without deltas those that share are equal."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  plain = Student(source=f"run:{folder / 'whole'}")
+  model = build.build(plain, mesh, jax.random.key(0)).model
+  assert model.config == build.shape(plain)[1] and model.config.num_hidden_layers == 3
+  np.testing.assert_array_equal(model.layers.attn_norm[0], model.layers.attn_norm[2])
+  assert (model.layers.q[0] != model.layers.q[2]).any()
+  again = dataclasses.replace(plain, share=Share(1))
+  model = build.build(again, mesh, jax.random.key(0)).model
+  np.testing.assert_array_equal(model.layers.q[0], model.layers.q[2])
+
+
+def test_preflight_counts_the_deltas(folder):
+  c = config.resolve(shared_config(folder))
+  weights = sum(params.count(v) for p, v in params.named_params(build.abstract(c.student))
+                if p in build.trained(c.student).deltas)  # fmt: skip
+  assert flops.step(c, "train", 4)["adapters"] == 3 * 2 * 3 * weights
+
+
+@pytest.mark.parametrize(
+  "changes, said",
+  [
+    ({"layers": 4}, r"layers is 4 and the student has 3 layers; it is from 1 to 3"),
+    ({"layers": -1}, r"layers is -1"),
+    ({"layers": 0}, r"layers is 0 .*leave student.share as it is"),
+    ({"order": "groups"}, r"order 'groups' .*one of cyclic, grouped"),
+    ({"start": "last"}, r"start 'last'"),
+    ({"lora": {"rank": 99}}, r"student.share.lora.rank is 99 and layers.q is 32 by 32"),
+    ({"lora": {"rank": 2, "targets": ("x",)}}, r"student.share.lora.targets names 'x'"),
+  ],
+)
+def test_what_cannot_be_shared_is_refused(folder, changes, said):
+  c = shared_config(folder)
+  c.student.share.update(changes)
+  with pytest.raises(InputError, match=said):
+    train(c, folder / "refused")
+
+
+def test_adapters_beside_shared_layers_are_refused(folder):
+  c = shared_config(folder)
+  c.student.lora.rank, c.student.quantise.bits = 2, 0
+  with pytest.raises(InputError, match=r"share.layers is 2 and student.lora.rank 2"):
+    train(c, folder / "refused")
+  with pytest.raises(InputError, match=r"first 1 are of another kind .*from 2 to 3"):
+    share.check(Share(1), deepseek_v3.Model(deepseek_v3.TINY, jax.random.key(0)))
