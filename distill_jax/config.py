@@ -221,6 +221,8 @@ class Generate:
   samples: int = 1  # of each prompt
   max_new_tokens: int = 256
   cache_len: int = 1024  # positions of a row: a prompt and what comes of it
+  cache_dtype: str = ""  # int8 | "", the compute dtype, of what is kept of positions; int8 changes
+  # what is said, a little
   on_bad: str = "stop"  # stop | skip, what is to happen where a prompt cannot be used
   temperature: float = 1.0  # 0: the likeliest token
   top_k: int = 0  # 0: all

@@ -26,6 +26,7 @@ from distill_jax.decode.stops import Stops
 from distill_jax.decode.unroll import Unrolled, unroll
 from distill_jax.errors import InputError
 from distill_jax.layers import Compute
+from distill_jax.models import _cache
 from distill_jax.progress import Progress
 
 Load = Callable[[], tuple[Unrolled, Compute]]
@@ -88,6 +89,11 @@ def _check(config: Config, tokenizer: Tokenizer, mesh: Any) -> Stops:
   for name in ("samples", "max_new_tokens", "prefill_chunk", "steps"):
     if getattr(c, name) < 1:
       raise InputError(f"generate.{name} is {getattr(c, name)}; it is at least 1")
+  if c.cache_dtype not in _cache.DTYPES:
+    raise InputError(
+      f"generate.cache_dtype is {c.cache_dtype!r}; it can be one of {_cache.DTYPES}, the first for "
+      "teacher.dtype"
+    )
   if not 2 <= c.cache_len <= shape.max_position_embeddings:
     raise InputError(
       f"generate.cache_len is {c.cache_len}; it is at least 2, and this model reads at most "
@@ -165,7 +171,7 @@ def batch_of(
   c, keys = config.generate, build.keys(config.seed)
   spec = Spec(
     how, Sampling.of(c), c.steps, _eos(config, tokenizer), tokenizer.vocab_size,
-    config.records if _keeps_records(config) else None,
+    config.records if _keeps_records(config) else None, c.cache_dtype,
   )  # fmt: skip
   device = Device(
     teacher, mesh, spec, c.batch_size, c.prefill_rows, c.cache_len,

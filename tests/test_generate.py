@@ -286,6 +286,7 @@ def test_a_template_without_a_generation_prompt(tmp_path):
   ({"batch_size": 3}, "generate.batch_size is 3"),
   ({"steps": 0}, "generate.steps"),
   ({"top_p": 0.0}, "top_p"),
+  ({"cache_dtype": "int4"}, "cache_dtype is 'int4'"),
   ({"records_dir": "r", "cache_len": 128}, "data.seq_len is 64"),
 ])  # fmt: skip
 def test_refused(tmp_path, changes, says):

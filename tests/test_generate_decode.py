@@ -45,10 +45,10 @@ def copied(model):
   return map_params(lambda v: v.replace(jnp.copy(v[...])), model)
 
 
-def device_of(model, mesh, how, rows=3, fill=2, eos=(), records=None):
+def device_of(model, mesh, how, rows=3, fill=2, eos=(), records=None, cache_dtype=""):
   """Of a model that may be used again."""
   with jax.set_mesh(mesh):
-    spec = Spec(HOW, how, 4, eos, model.config.vocab_size, records)
+    spec = Spec(HOW, how, 4, eos, model.config.vocab_size, records, cache_dtype)
     return Device(unroll(copied(model), HOW), mesh, spec, rows, fill, SIZE, build.keys(3))
 
 
@@ -65,8 +65,8 @@ def run(device, mesh, read, wanted=None, rows=3, fill=2, eos=(), stops=None):
   return {(s.prompt, s.sample): s for s in done}
 
 
-def decode(model, mesh, how, read, wanted=None, rows=3, fill=2, records=None):
-  device = device_of(model, mesh, how, rows, fill, records=records)
+def decode(model, mesh, how, read, wanted=None, rows=3, fill=2, records=None, cache_dtype=""):
+  device = device_of(model, mesh, how, rows, fill, records=records, cache_dtype=cache_dtype)
   return run(device, mesh, read, wanted, rows, fill)
 
 

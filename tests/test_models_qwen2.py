@@ -18,6 +18,7 @@ CASES = {
   "yarn": {"rope_parameters": YARN},
   "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
   "an unused window": {"use_sliding_window": False, "sliding_window": 4},
+  "a window": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
 }
 
 
@@ -29,7 +30,8 @@ def test_every_layer_and_the_logits_are_transformers(case, tmp_path):
 
 
 def test_gradients_are_transformers(tmp_path):
-  theirs = parity.torch_model("qwen2")
+  windows = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
+  theirs = parity.torch_model("qwen2", **windows)
   worst = parity.worst_gradient(theirs, parity.ours_from(theirs, tmp_path), parity.tokens())
   assert worst[0] < parity.GRADIENT, worst
 
@@ -52,11 +54,16 @@ def test_yarn_is_transformers(given):
   assert _rope.read(_rope.write(scaling)) == scaling
 
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 8}
+
+
 @pytest.mark.parametrize(
   "change, word",
   [
-    ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "use_sliding"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window"),
+    (WINDOW | {"layer_types": ["sliding_attention"]}, "has 1 layers .* 3 of"),
+    (WINDOW | {"layer_types": ["full_attention", "sliding_attention", "chunked"]}, "chunked"),
+    (WINDOW | {"max_window_layers": 1, "sliding_window": -8}, "sliding_window is -8"),
     ({"hidden_act": "gelu"}, "hidden_act"),
     ({"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"rope_parameters": YARN | {"beta_fast": 0.5}}, "beta_slow"),
@@ -71,6 +78,13 @@ def test_a_config_that_cannot_be_computed_is_refused(change, word):
 def test_a_window_past_the_last_layer_is_no_window():
   change = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
   assert qwen2.Config.from_hf(qwen2.TINY.to_hf() | change) == qwen2.TINY
+
+
+def test_layers_that_are_kept_keep_their_windows():
+  c = qwen2.CONFIGS["tiny-window"]
+  assert c.keep((2, 1)).layer_types == ("sliding_attention", "full_attention")
+  assert c.keep((1,)) == dataclasses.replace(qwen2.TINY, num_hidden_layers=1)
+  assert (c.window, c.keep((0, 2)).window) == (None, 5)
 
 
 def test_a_config_goes_through_config_json():

@@ -1,6 +1,7 @@
 """Shared layers: gradients summed, what they start from, a run that resumes, its export."""
 
 import dataclasses
+import functools
 import shutil
 
 import jax
@@ -35,38 +36,65 @@ CASES = {  # name: (module, Config, spec, the different layer that each layer is
 }  # fmt: skip
 
 
-def inputs(seed=0, size=(2, 12)):
-  return parity.plain_inputs(np.random.default_rng(seed).integers(0, 256, size).astype(np.int32))
-
-
+@functools.cache
 def random_model(module, c):
   return jax.jit(lambda key: module.Model(c, key))(jax.random.key(1))
 
 
+def draw(tree, seed=0):
+  rng = np.random.default_rng(seed)
+  return params.map_params(
+    lambda v: v.replace(jnp.asarray(rng.normal(0, 0.2, v.shape), jnp.float32)), tree
+  )
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_a_shared_weight_s_gradient_is_the_sum_over_its_layers(name):
-  """Of the model of L layers that it makes, which knows of no sharing."""
+def test_layers_that_share_are_equal_and_their_gradients_add_up(name):
+  """Whatever gradient the model of L layers has, as numpy sums it over the layers of a group."""
   module, c, spec, of = CASES[name]
-  shared = share.start(random_model(module, c), spec, jax.random.key(0), True)
-  whole = shared.whole()
+  shared = share.start(random_model(module, c), spec, jax.random.key(0), False)
+  whole, pull = jax.vjp(lambda s: s.whole(), shared)
   assert whole.config == c and shared.unique.config.num_hidden_layers == spec.layers
-  loss = lambda m: jnp.sum(jnp.sin(m(inputs(), HOW).hidden_BTD))
-  want = jax.jit(jax.grad(loss))(whole)
-  got = jax.jit(jax.grad(lambda s: loss(s.joined())))(shared).unique
-  stacks = [stack for stack, _, _ in module.Model.plan(c)]
-  of = np.array(of[: c.num_hidden_layers])
+  grads = draw(whole)
+  (got,) = pull(grads)
   first = 0
-  for stack in stacks:
-    theirs = dict(params.named_params(getattr(want, stack)))
-    n = next(iter(theirs.values())).shape[0]
-    local = of[first : first + n] - of[first]
-    for path, v in params.named_params(getattr(got, stack)):
-      assert len(v) == len(set(local))
+  for stack, _, n in module.Model.plan(c):
+    local = np.array(of[first : first + n]) - of[first]
+    ours, theirs = (dict(params.named_params(getattr(t, stack))) for t in (whole, grads))
+    for path, v in params.named_params(getattr(got.unique, stack)):
+      assert v.shape[0] == len(set(local))
       for i, x in enumerate(np.asarray(v[...])):
         total = np.float64(theirs[path][...])[local == i].sum(0)
-        np.testing.assert_allclose(x, total, atol=2e-5 * max(1, np.abs(total).max()), err_msg=path)
+        np.testing.assert_allclose(x, total, atol=1e-6, err_msg=path)
+      np.testing.assert_array_equal(ours[path][...], np.asarray(ours[path][...])[
+        [list(local).index(i) for i in local]
+      ])  # fmt: skip
     first += n
-  np.testing.assert_allclose(got.embed[...], want.embed[...], atol=1e-4)
+  np.testing.assert_array_equal(got.unique.embed[...], grads.embed[...])
+
+
+def test_the_loss_s_gradient_is_the_unshared_one_s_sum():
+  """Through the network, deltas and all: of the model of 5 layers, which knows of no sharing."""
+  model = random_model(llama, CASES["cyclic"][1])
+  spec = Share(2, lora=Lora(rank=2, alpha=3.0, targets=ON))
+  shared = share.start(model, spec, jax.random.key(0), False)
+  shared = shared.replace(deltas=draw(shared.deltas))
+  tokens = np.random.default_rng(0).integers(0, 256, (2, 12)).astype(np.int32)
+  inputs = parity.plain_inputs(tokens)
+  loss = lambda m: jnp.sum(jnp.sin(m(inputs, HOW).hidden_BTD))
+  both = lambda s, m: (jax.grad(lambda s: loss(s.joined()))(s), jax.grad(loss)(m))
+  got, want = jax.jit(both)(shared, shared.merged())
+  theirs = dict(params.named_params(want))
+  for path, v in params.named_params(got.unique):
+    x = np.float64(theirs[path][...])
+    if path.startswith("layers."):
+      x = np.stack([x[0::2].sum(0), x[1::2].sum(0)])
+    assert parity.error(v[...], x) < parity.GRADIENT, path
+  for path, delta in got.deltas.items():  # d(W + s A B) / dA, by hand
+    w, b = np.float64(theirs[path][...]), np.float64(shared.deltas[path].b[...])
+    rows = delta.a[...].shape[0], -1, int(np.prod(b.shape[2:]))
+    a = 1.5 * np.einsum("Lio,Lro->Lir", w.reshape(rows), b.reshape(5, 2, -1))
+    assert parity.error(np.asarray(delta.a[...]).reshape(a.shape), a) < parity.GRADIENT, path
 
 
 @pytest.mark.parametrize("order, of", [("cyclic", [0, 1, 0, 1, 0]), ("grouped", [0, 0, 0, 1, 1])])

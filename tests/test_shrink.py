@@ -17,7 +17,7 @@ from distill_jax import layers, params, sharding
 from distill_jax.config import Shrink
 from distill_jax.data import loader
 from distill_jax.hub import declared, export, load
-from distill_jax.shrinking import choose, cut, experts, factorise, measure, shapes
+from distill_jax.shrinking import choose, cut, experts, factorise, measure, shapes, windows
 
 torch, transformers = parity.torch, parity.transformers
 HOW = layers.Compute()
@@ -241,6 +241,40 @@ def test_equal_neighbours_merge_into_one_of_them(qwen2, measured):
   inputs = parity.plain_inputs(TOKENS % 96)
   run = jax.jit(lambda m: m(inputs, HOW).hidden_BTD)
   assert parity.error(run(student), run(twin)) < parity.FORWARD
+
+
+ROPES = [
+  {"rope_type": "default", "rope_theta": 1e4},
+  {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
+  {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+   "high_freq_factor": 4.0, "original_max_position_embeddings": 12},
+  {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 12},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda r: r["rope_type"])
+def test_a_llama_with_windows_is_a_qwen2(rope, tmp_path):
+  """transformers' Llama by transformers' Qwen2, where the window is as long as the text; where it
+  is shorter, what transformers loads sees what ours does."""
+  theirs = parity.torch_model("llama", rope_parameters=rope, tie_word_embeddings=True)
+  ours = parity.ours_from(theirs, tmp_path / "llama")
+  logits = lambda m: m(torch.from_numpy(TOKENS).long()).logits.detach().numpy()
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  for window in (TOKENS.shape[1], 4):
+    c = windows.windowed(Shrink(window=window, global_every=2), ours.config)
+    student = windows.see(jax.tree.map(jnp.copy, ours), c, mesh, HOW.rules)
+    to = tmp_path / str(window)
+    export.export(student, to, tokenizer=None, generation={}, card="", dtype="float32")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(to).eval()
+    assert loaded.config.model_type == "qwen2" and loaded.config.layer_types == [
+      "sliding_attention", "full_attention", "sliding_attention"
+    ]  # fmt: skip
+    if window == 4:
+      out = jax.jit(lambda m: m(parity.plain_inputs(TOKENS), HOW))(student)
+      assert parity.error(out.hidden_BTD @ out.head_VD.T, logits(loaded)) < parity.FORWARD
+      assert parity.error(logits(loaded), logits(theirs)) > 0.01
+    else:
+      assert parity.error(logits(loaded), logits(theirs)) < parity.FORWARD
 
 
 def test_layers_in_any_number():

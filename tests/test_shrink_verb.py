@@ -12,7 +12,7 @@ from distill_jax.config import Shrink
 from distill_jax.errors import InputError, Preempted
 from distill_jax.metrics import read_metrics
 from distill_jax.shrink import shrink
-from distill_jax.shrinking import candidates, search, shapes, table
+from distill_jax.shrinking import candidates, search, shapes, table, windows
 from distill_jax.workdir import Workdir
 
 SHAPE = dataclasses.replace(hub_tiny.CONFIG, vocab_size=256, tie_word_embeddings=True)
@@ -188,6 +188,33 @@ def test_shapes_that_a_family_cannot_have(family, name, asked, says):
 
 
 @pytest.mark.parametrize(
+  "family, name, says",
+  [
+    ("gemma3", "tiny", "no windows in some layers of a gemma3 model .* llama, qwen2, qwen3"),
+    ("deepseek_v3", "tiny", "a deepseek_v3 model"),
+    ("qwen3", "tiny-moe", "without experts"),
+    ("llama", "tiny-window", "the teacher has a window of 5 already"),
+  ],
+)
+def test_windows_that_transformers_cannot_load(family, name, says):
+  with pytest.raises(InputError, match=says):
+    windows.windowed(Shrink(window=4, global_every=2), folder.load("models", family).CONFIGS[name])
+
+
+@pytest.mark.parametrize("every, see_all", [(2, [1]), (0, [])])
+def test_a_student_with_windows(every, see_all, tmp_path):
+  c = tiny_config(tmp_path, window=8, global_every=every)
+  result = run(c, tmp_path / "run")
+  family, shape = build.shape(config.Model(source=result["dir"]))
+  assert (family, shape.sliding_window) == ("qwen2", 8)
+  assert [i for i, kind in enumerate(shape.layer_types) if kind == "full_attention"] == see_all
+  how = "all layers but: 1" if see_all else "all layers\n"
+  assert f"window: 8 of {shape.max_position_embeddings} by {how}" in table.text(result)
+  ce = {name: row["ce"] for name, row in result["models"].items()}
+  assert ce["student"] != ce["teacher"] and ce["random"] == pytest.approx(5.545, abs=0.2)
+
+
+@pytest.mark.parametrize(
   "asked, says",
   [
     ({}, "shrink sets nothing"),
@@ -196,6 +223,11 @@ def test_shapes_that_a_family_cannot_have(family, name, asked, says):
     ({"target_params": 1e9}, "wants 1,000,000,000 and the teacher has 45,344"),
     ({"target_params": 100.0}, "the smallest possible 1,"),
     ({"target_params": -5.0}, "it is a positive number"),
+    ({"window": -8}, "window is -8; it is at least 1"),
+    ({"window": 8, "global_every": 4}, "global_every is 4 and the student has 3 layers"),
+    ({"window": 8, "global_every": 2, "layers": 1}, "the student has 1 layers"),
+    ({"window": 8, "global_every": 1}, "all see all and none has the window of 8"),
+    ({"window": 8, "global_every": -1}, "global_every is -1"),
     ({"factorise": {"x_proj": 2}}, "names 'x_proj'; the student has down_proj, gate_proj"),
     ({"factorise": {"k_proj": 16}}, "rank 16 for k_proj and layers.k has 16; give 1 to 15"),
   ],

@@ -40,6 +40,7 @@ class Spec:
     eos: tokens that end a row.
     vocab_size: rows of the head from here on are padding.
     records: what else is kept of the distribution that each token is drawn from; None: nothing.
+    cache_dtype: see models/_cache.py.
   """
 
   how: Compute
@@ -48,6 +49,7 @@ class Spec:
   eos: tuple[int, ...]
   vocab_size: int
   records: config.Records | None = None
+  cache_dtype: str = ""
 
 
 class Device:
@@ -63,7 +65,9 @@ class Device:
   ):  # fmt: skip
     """`keys`: "generate" for the tokens, "records" for the records' offsets."""
     self._model, self._keys = model, keys
-    make = functools.partial(empty_cache, model, size=size, how=spec.how, mesh=mesh)
+    make = functools.partial(
+      empty_cache, model, size=size, how=spec.how, mesh=mesh, dtype=spec.cache_dtype
+    )
     self._cache, self._filled = make(rows=rows), make(rows=fill)
     place = lambda cache: jax.tree.map(lambda x: x.sharding, cache)
     where, there = place(self._cache), place(self._filled)

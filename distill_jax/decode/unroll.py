@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from distill_jax import params
 from distill_jax.layers import Compute
+from distill_jax.models import _cache
 from distill_jax.models._decoder import Cache
 from distill_jax.types import Inputs, Output
 
@@ -68,20 +69,26 @@ def _cast(v: Any, how: Compute) -> Any:
   return v if v.get_metadata()["exact"] else v.replace(v[...].astype(how.dtype))
 
 
-def empty_cache(unrolled: Unrolled, rows: int, size: int, how: Compute, mesh: Mesh) -> Cache:
-  """Zeros for `rows` sequences of up to `size` positions, sharded as the rules compute them."""
+def empty_cache(
+  unrolled: Unrolled, rows: int, size: int, how: Compute, mesh: Mesh, dtype: str = ""
+) -> Cache:
+  """Zeros for `rows` sequences of up to `size` positions, sharded as the rules compute them.
+
+  `dtype` is one of _cache.DTYPES: "" the compute dtype, "int8" integers with their scales.
+  """
   one = jnp.zeros((1, 1), jnp.int32)
   angles, _ = unrolled.rest.sight(Inputs(one, one, one))(0)
   x_BTD = jax.ShapeDtypeStruct((1, 1, unrolled.rest.config.hidden_size), how.dtype)
 
   def of(block: Any) -> dict[str, jax.Array]:
     _, kept = jax.eval_shape(lambda b, x: b.remember(x, angles), block, x_BTD)
-    return {name: zeros(x, tuple(block.CACHE[name].split())) for name, x in kept.items()}
+    parts = (_cache.shapes(x, name, block.CACHE[name], dtype) for name, x in kept.items())
+    return {name: zeros(*part) for named in parts for name, part in named.items()}
 
-  def zeros(x_BT: Any, axes: tuple[str, ...]) -> jax.Array:
-    shape = [rows, *x_BT.shape[2:]]
-    shape.insert(axes.index("seq"), size)
-    where = NamedSharding(mesh, how.rules.spec(axes, "compute"))
-    return jnp.zeros(shape, x_BT.dtype, device=where)
+  def zeros(of_one: tuple[int, ...], dtype: Any, axes: str) -> jax.Array:
+    shape = [rows, *of_one[2:]]
+    shape.insert(axes.split().index("seq"), size)
+    where = NamedSharding(mesh, how.rules.spec(tuple(axes.split()), "compute"))
+    return jnp.zeros(shape, dtype, device=where)
 
   return tuple(of(block) for block in unrolled.blocks)

@@ -50,7 +50,7 @@ class Contestant:
   def __init__(self, built: build.Built, model: Unrolled, mesh: Any, config: Config, rows: int):
     self._model, self._size, g = model, config.efficiency.context, config.generate
     self._new, self._chunk = CALLS * g.steps, g.prefill_chunk
-    self._cache = empty_cache(model, rows, self._size, built.how, mesh)
+    self._cache = empty_cache(model, rows, self._size, built.how, mesh, g.cache_dtype)
     self.cache_bytes = sum(x.nbytes for x in jax.tree.leaves(self._cache))
     where, said = jax.tree.map(lambda x: x.sharding, self._cache), sharding.replicated(mesh)
     spec = device.Spec(built.how, Sampling(0.0), g.steps, (), built.config.vocab_size)

@@ -21,8 +21,8 @@ from distill_jax.filters._sample import Bad, Sample, answer_part
 PROMPTS, ASKED, VERDICTS, LEFT_OUT = (
   "prompts.jsonl", "asked.json", "verdicts.jsonl", "left_out.jsonl",
 )  # fmt: skip
-HOW = ("samples", "temperature", "top_p", "max_new_tokens", "cache_len", "stop", "repetition",
-       "chat")  # fmt: skip  # what decides on answers, beside questions and model
+HOW = ("samples", "temperature", "top_p", "max_new_tokens", "cache_len", "cache_dtype", "stop",
+       "repetition", "chat")  # fmt: skip  # what decides on answers, beside questions and model
 OWN = re.compile(r"\bgenerate\.(samples|temperature|max_new_tokens|on_bad)\b")
 
 

@@ -18,11 +18,11 @@ from flax import nnx
 
 from distill_jax import attention, layers, sharding
 from distill_jax.errors import InputError
-from distill_jax.models import _rope
+from distill_jax.models import _cache, _rope
 from distill_jax.params import param, stack, unstack
 from distill_jax.types import Inputs, Output
 
-Cache = tuple[dict[str, jax.Array], ...]  # for each layer, by Block.CACHE
+Cache = tuple[_cache.Kept, ...]  # for each layer, by Block.CACHE
 
 # Buffers that older checkpoints hold; they follow from the config.
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -255,11 +255,9 @@ class Block(nnx.Module):
     """The layer of T new positions that see what is kept: (its output, what is kept now)."""
     with jax.named_scope("attention"):
       q_BTHh, new = self.remember(x_BTD, angles)
-      put = lambda name, x_BT: attention.put(
-        kept[name], x_BT, slots_BT, self.CACHE[name].split().index("seq")
-      )
-      kept = {n: sharding.constrain(put(n, x), self.CACHE[n], rules) for n, x in new.items()}
-      x_BTD = x_BTD + self.merge(self.recall(q_BTHh, positions_BT, kept, window))
+      kept = _cache.put(kept, new, slots_BT, self.CACHE, rules)
+      seen = _cache.read(kept, self.CACHE, x_BTD.dtype)
+      x_BTD = x_BTD + self.merge(self.recall(q_BTHh, positions_BT, seen, window))
     with jax.named_scope("mlp"):
       return x_BTD + self.feed_forward(x_BTD, rules), kept
 

@@ -26,8 +26,8 @@ def kept(s: Shrink, was: Any, now: Any, chosen: Kept) -> dict[str, Any]:
         found[key]["by"] = by[key]
   if s.window:
     see_all = [i for i, kind in enumerate(now.layer_types) if kind == GLOBAL]
-    found["window"] = {"kept": s.window, "of": was.max_position_embeddings,
-                       "by": "all layers but", "numbers": see_all}  # fmt: skip
+    found["window"] = {"kept": s.window, "of": was.max_position_embeddings, "by": "all layers"}
+    found["window"] |= {"by": "all layers but", "numbers": see_all} if see_all else {}
   return found
 
 

