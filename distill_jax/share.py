@@ -141,15 +141,28 @@ def _fitted(delta: lora.Adapter, weight: Any, shared: Any) -> lora.Adapter:
 
   def one(layers: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     rest = layers[0].astype(jnp.float32) - layers[1].astype(jnp.float32)
-    rows = rest.transpose(order).reshape(a[0, ..., 0].size, -1)
-    u, s, v = jnp.linalg.svd(rows, full_matrices=False)
-    root = jnp.sqrt(s[:rank] / delta.scale)
-    return u[:, :rank] * root[None], root[:, None] * v[:rank]
+    rest = rest.transpose(order).reshape(a[0, ..., 0].size, -1) / delta.scale
+    return factors(rest, rank) if len(rest) <= rest.shape[1] else factors(rest.T, rank, turn=True)
 
   new_a, new_b = jax.lax.map(one, (weight[...], shared[...]))  # a layer at a time
   differs = jnp.any(new_b != 0, -1).reshape(a.shape[0], *[1] * len(inner), rank)
   new_a = jnp.where(differs, new_a.reshape(a.shape), a)
   return delta.replace(a=delta.a.replace(new_a), b=delta.b.replace(new_b.reshape(b.shape)))
+
+
+def factors(x_IO: jax.Array, rank: int, turn: bool = False) -> tuple[jax.Array, jax.Array]:
+  """[I, rank] and [rank, O], of equal norms, whose product is nearest to x, which has I <= O.
+
+  By the eigenvectors of x x^T, the smaller of the two squares. With `turn` the factors of x^T:
+  [O, rank] and [rank, I].
+  """
+  _, u_II = jnp.linalg.eigh(jnp.matmul(x_IO, x_IO.T, precision="highest"))
+  u_IR = u_II[:, ::-1][:, :rank]  # the largest first
+  v_RO = jnp.matmul(u_IR.T, x_IO, precision="highest")
+  size_R = jnp.linalg.norm(v_RO, axis=1)  # the singular values
+  root_R = jnp.sqrt(size_R)
+  a_IR, b_RO = u_IR * root_R[None], v_RO / jnp.where(size_R > 0, root_R, 1.0)[:, None]
+  return (b_RO.T, a_IR.T) if turn else (a_IR, b_RO)
 
 
 def _stack(path: str) -> str:

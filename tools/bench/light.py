@@ -1,6 +1,6 @@
 """What lighter students of SmolLM2-135M cost in quality after the same short distillation.
 
-  python tools/bench/light.py --workdir=/tmp/light [--steps=30] [--sequences=32] [--seq_len=128]
+  python tools/bench/light.py --workdir=/tmp/light [--steps=20] [--sequences=24] [--seq_len=128]
     [--rows=depth,grouped,…] [--small]
 
 Rows: half of the layers (depth), by influence, beside as many different ones used twice, one after
@@ -64,7 +64,7 @@ def config_of(args: argparse.Namespace) -> Config:
   c.losses.soft = configs.loss("kd", weight=0.9)
   c.losses.hard = configs.loss("ce", weight=0.1)
   c.optim.peak_lr, c.optim.warmup_steps = args.peak_lr, min(4, args.steps // 2)
-  c.evaluate.sequences = c.shrink.sequences = max(2, min(16, args.sequences // 2))
+  c.evaluate.sequences = c.shrink.sequences = max(2, min(8, args.sequences // 2))
   c.export.dtype = "float32"
   return configs.resolve(c)
 
@@ -99,7 +99,9 @@ def cross_entropy(source: Teacher, spec: Student) -> float:
 def decoded(source: Teacher) -> dict[str, Any]:
   """The teacher's text read through a cache of its own, and one in int8: each position after
   those before it, as they are kept."""
-  model, how = unroll(source.built.model, Compute()), Compute()
+  how, key = Compute(), build.keys(source.config.seed)["teacher"]
+  with jax.set_mesh(source.mesh):  # another one, as it is taken apart
+    model = unroll(build.build(source.config.teacher, source.mesh, key).model, how)
   means: dict[str, list[Mean]] = {"": [], "int8": [], "same": []}
 
   @jax.jit
@@ -142,9 +144,9 @@ def rows(config: Config, names: list[str], workdir: Path) -> Iterator[dict[str, 
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--workdir", type=Path, required=True)
-  parser.add_argument("--rows", default=",".join((*ROWS, INT8)))  # int8 last: it ends the teacher
-  parser.add_argument("--steps", type=int, default=30)
-  parser.add_argument("--sequences", type=int, default=32)
+  parser.add_argument("--rows", default=",".join((*ROWS, INT8)))
+  parser.add_argument("--steps", type=int, default=20)
+  parser.add_argument("--sequences", type=int, default=24)
   parser.add_argument("--seq_len", type=int, default=128)
   parser.add_argument("--peak_lr", type=float, default=6e-4)
   parser.add_argument("--small", action="store_true")
