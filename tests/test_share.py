@@ -102,31 +102,32 @@ def test_the_loss_s_gradient_is_the_unshared_one_s_sum():
     assert parity.error(np.asarray(delta.a[...]).reshape(a.shape), a) < parity.GRADIENT, path
 
 
-@pytest.mark.parametrize("order, of", [("cyclic", [0, 1, 0, 1, 0]), ("grouped", [0, 0, 0, 1, 1])])
-def test_what_it_starts_from(order, of):
+@pytest.mark.parametrize(
+  "how, order, of", [("mean", "cyclic", [0, 1, 0, 1, 0]), ("first", "grouped", [0, 0, 0, 1, 1])]
+)
+def test_what_it_starts_from(how, order, of):
   """The mean of its layers, or the first; and deltas of full rank make up for all of the rest."""
   model = random_model(llama, CASES["cyclic"][1])
-  spec = Share(2, order, lora=Lora(rank=32, alpha=7.0, targets=ON))
-  for how in ("mean", "first"):
-    shared = started(model, dataclasses.replace(spec, start=how))
-    for path, v in params.named_params(model.layers):
-      mine = dict(params.named_params(shared.unique.layers))[path]
-      for i in range(2):
-        same = np.float64(v[...])[np.array(of) == i]
-        want = same.mean(0) if how == "mean" else same[0]
-        np.testing.assert_allclose(mine[i], want, atol=1e-6, err_msg=path)
-    merged = dict(params.named_params(shared.merged()))
-    for path, v in params.named_params(model):
-      if path in shared.deltas:
-        np.testing.assert_allclose(merged[path][...], v[...], atol=1e-5, err_msg=path)
-    assert sorted(shared.deltas) == ["layers.down", "layers.o", "layers.q"]
+  deltas = Lora(rank=32, alpha=7.0, targets=("q_proj", "down_proj"))
+  shared = started(model, Share(2, order, how, deltas))
+  unique = dict(params.named_params(shared.unique.layers))
+  for path, v in params.named_params(model.layers):
+    for i in range(2):
+      same = np.float64(v[...])[np.array(of) == i]
+      want = same.mean(0) if how == "mean" else same[0]
+      np.testing.assert_allclose(unique[path][i], want, atol=1e-6, err_msg=path)
+  merged = jax.jit(share.Shared.merged)(shared)
+  assert sorted(shared.deltas) == ["layers.down", "layers.q"]
+  for name in ("q", "down"):
+    got, want = (getattr(m.layers, name)[...] for m in (merged, model))
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_deltas_are_the_best_of_their_rank():
   """The Frobenius norm that is left is that of numpy's remaining singular values."""
   model = random_model(llama, CASES["cyclic"][1])
   shared = started(model, Share(2, lora=Lora(rank=3, targets=ON)))
-  whole, merged = shared.whole(), shared.merged()
+  whole, merged = jax.jit(lambda s: (s.whole(), s.merged()))(shared)
   for at in ("q", "o", "down"):
     w, base, near = (np.float64(getattr(m.layers, at)[...]) for m in (model, whole, merged))
     rows = 32 if at == "q" else w[0].size // 32  # inputs
@@ -192,14 +193,21 @@ def shared_config(folder):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def base(tmp_path_factory):
+  """A folder with the weights that the student starts from."""
   path = tmp_path_factory.mktemp("share")
   shape = {k: v for k, v in llama.TINY.to_hf().items() if k != "model_type"}
   parity.torch_model("llama", **shape).save_pretrained(path / "base")
-  c = shared_config(path)
-  record(config.resolve(c), path / "records")
-  train(c, path / "whole")
   return path
+
+
+@pytest.fixture(scope="module")
+def folder(base):
+  """And with a run of it."""
+  c = shared_config(base)
+  record(config.resolve(c), base / "records")
+  train(c, base / "whole")
+  return base
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder):
@@ -250,8 +258,8 @@ def test_a_run_is_a_source(folder):
   np.testing.assert_array_equal(model.layers.q[0], model.layers.q[2])
 
 
-def test_preflight_counts_the_deltas(folder):
-  c = config.resolve(shared_config(folder))
+def test_preflight_counts_the_deltas(base):
+  c = config.resolve(shared_config(base))
   weights = sum(params.count(v) for p, v in params.named_params(build.abstract(c.student))
                 if p in build.trained(c.student).deltas)  # fmt: skip
   assert flops.step(c, "train", 4)["adapters"] == 3 * 2 * 3 * weights
@@ -269,17 +277,17 @@ def test_preflight_counts_the_deltas(folder):
     ({"lora": {"rank": 2, "targets": ("x",)}}, r"student.share.lora.targets names 'x'"),
   ],
 )
-def test_what_cannot_be_shared_is_refused(folder, changes, said):
-  c = shared_config(folder)
+def test_what_cannot_be_shared_is_refused(base, changes, said):
+  c = shared_config(base)
   c.student.share.update(changes)
   with pytest.raises(InputError, match=said):
-    train(c, folder / "refused")
+    checks.check_run(config.resolve(c), [])
 
 
-def test_adapters_beside_shared_layers_are_refused(folder):
-  c = shared_config(folder)
+def test_adapters_beside_shared_layers_are_refused(base):
+  c = shared_config(base)
   c.student.lora.rank, c.student.quantise.bits = 2, 0
   with pytest.raises(InputError, match=r"share.layers is 2 and student.lora.rank 2"):
-    train(c, folder / "refused")
+    checks.check_run(config.resolve(c), [])
   with pytest.raises(InputError, match=r"first 1 are of another kind .*from 2 to 3"):
     share.check(Share(1), random_model(deepseek_v3, deepseek_v3.TINY))
