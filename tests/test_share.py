@@ -12,7 +12,7 @@ import pytest
 import test_step
 import tiny
 
-from distill_jax import build, config, layers, params, sharding, share, verbs
+from distill_jax import build, checks, config, layers, params, sharding, share, verbs
 from distill_jax import train as training
 from distill_jax.config import Lora, Share, Student
 from distill_jax.errors import InputError
