@@ -58,6 +58,11 @@ def check(spec: Share, model: Any) -> None:
       f"student.share has order {spec.order!r} and start {spec.start!r}; order is one of "
       f"{', '.join(ORDERS)} and start one of {', '.join(STARTS)}"
     )
+  if not hasattr(model, "plan"):
+    raise InputError(
+      f"student.share.layers is {spec.layers} and the student is no decoder of stacked layers; leave "
+      "student.share as it is"
+    )
   *alone, (_, _, n) = model.plan(model.config)
   own = sum(k for _, _, k in alone)
   if not own < spec.layers <= own + n:
