@@ -60,8 +60,8 @@ def check(spec: Share, model: Any) -> None:
     )
   if not hasattr(model, "plan"):
     raise InputError(
-      f"student.share.layers is {spec.layers} and the student is no decoder of stacked layers; leave "
-      "student.share as it is"
+      f"student.share.layers is {spec.layers} and the student is no decoder, whose layers these "
+      "are; leave student.share as it is"
     )
   *alone, (_, _, n) = model.plan(model.config)
   own = sum(k for _, _, k in alone)
