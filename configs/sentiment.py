@@ -19,7 +19,7 @@ AT = os.environ.get("SENTIMENT", "runs/sentiment")  # where it all lies
 def get_config(student: str = "distilled"):
   c = config.base()
   c.tasks.liked = config.task(
-    "text_classes", path=f"{AT}/snippets.jsonl", classes=("negative", "positive"), max_tokens=40,
+    "text_classes", path=f"{AT}/snippets.jsonl", classes=("negative", "positive"), max_tokens=32,
     tokenizer=f"{AT}/minilm/tokenizer.json",
   )  # fmt: skip
   c.teacher.source = f"run:{AT}/teacher"
@@ -27,9 +27,9 @@ def get_config(student: str = "distilled"):
   c.student.changes, c.student.new = {"num_labels": 2}, ("classifier",)
   c.records.kind = "dense"  # two log-probabilities a text
   c.records.batch_size = c.train.batch_size = c.evaluate.batch_size = 32
-  c.train.steps = c.train.checkpoint_every = 240
+  c.train.steps = c.train.checkpoint_every = 160
   c.train.keep = 1
-  c.optim.warmup_steps, c.optim.weight_decay = 20, 0.01
+  c.optim.warmup_steps, c.optim.weight_decay = 16, 0.01
 
   if student == "teacher":
     c.losses.hard = config.loss("ce")
