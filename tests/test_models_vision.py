@@ -161,6 +161,16 @@ def test_a_mesh_computes_the_same(both):
   assert parity.error(got, logits(ours, pixels)) < FORWARD
 
 
+def test_depthwise_is_one_convolution_on_few_and_on_many_places(monkeypatch):
+  x = jax.random.normal(jax.random.key(0), (2, 9, 5, 3))
+  w = jax.random.normal(jax.random.key(1), (3, 1, 7, 7))
+  grad = lambda: jax.value_and_grad(lambda *a: jnp.sum(convnext.depthwise(*a) ** 2), (0, 1))(x, w)
+  few = grad()
+  monkeypatch.setattr(convnext, "FEW", 0)
+  many = grad()
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3), few, many)
+
+
 @pytest.mark.parametrize("module", [vit, deit, convnext], ids=lambda m: m.__name__[19:])
 def test_configs_survive_hugging_face_form(module):
   for config in module.CONFIGS.values():
