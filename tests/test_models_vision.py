@@ -33,6 +33,12 @@ KINDS = {
      "num_channels": 2, "num_labels": 5, "image_size": 13},
   ),
 }  # fmt: skip
+PUBLISHED = {  # of the models' safetensors on the Hub
+  (vit, "vit-base-16"): 86_567_656,
+  (deit, "deit-tiny-16"): 5_910_800,
+  (deit, "deit-base-16"): 87_338_192,
+  (convnext, "convnext-tiny"): 28_589_128,
+}
 HOW = layers.Compute()
 # In units of the largest value, float32 through a few layers: seen 6e-7 and 7e-6. Times three.
 FORWARD, GRADIENT = 2e-6, 2e-5
@@ -175,6 +181,14 @@ def test_depthwise_is_one_convolution_on_few_and_on_many_places(monkeypatch):
 def test_configs_survive_hugging_face_form(module):
   for config in module.CONFIGS.values():
     assert module.Config.from_hf(config.to_hf()) == config
+
+
+def test_a_shape_has_its_published_size():
+  named = {(m, n) for m in (vit, deit, convnext) for n in m.CONFIGS if n != "tiny"}
+  assert named == PUBLISHED.keys()
+  for (module, name), want in PUBLISHED.items():
+    make = lambda key, m=module, c=module.CONFIGS[name]: m.Model(c, key)
+    assert params.count(jax.eval_shape(make, jax.random.key(0))) == want
 
 
 @pytest.mark.parametrize(

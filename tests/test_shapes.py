@@ -11,10 +11,7 @@ torch, transformers = parity.torch, parity.transformers
 
 # Of the models' safetensors on the Hub, a tied head counted once.
 PUBLISHED = {
-  ("convnext", "convnext-tiny"): 28_589_128,
   ("deepseek_v3", "deepseek-v3"): 671_026_419_200,  # without the layer of multi-token prediction
-  ("deit", "deit-tiny-16"): 5_910_800,
-  ("deit", "deit-base-16"): 87_338_192,
   ("gemma3", "gemma-3-1b"): 999_885_952,
   ("gemma3", "gemma-3-4b"): 3_880_263_168,  # the text model, of 4,300,079,472 with its eyes
   ("llama", "smollm2-135m"): 134_515_008,
@@ -35,7 +32,6 @@ PUBLISHED = {
   ("qwen3", "qwen3-14b"): 14_768_307_200,
   ("qwen3", "qwen3-32b"): 32_762_123_264,
   ("qwen3", "qwen3-30b-a3b"): 30_532_122_624,
-  ("vit", "vit-base-16"): 86_567_656,
 }
 
 

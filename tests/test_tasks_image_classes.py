@@ -94,7 +94,7 @@ def test_what_a_model_reads_is_normalised_as_transformers_does_it(tmp_path):
 def test_sizes_that_differ_are_bad_or_resized(tmp_path):
   write_folder(tmp_path)
   Image.new("L", (W + 2, W), 77).save(tmp_path / "bag" / "wide.png")
-  with pytest.raises(InputError, match="bag/wide.png.*another size than 12 x 12"):
+  with pytest.raises(InputError, match="bag/wide.png is not 12 x 12"):
     task(tmp_path).open("train", None)
   source = task(tmp_path, resize=True, heldout=str(tmp_path)).open("train", None)
   pixels, labels = all_of(source)
@@ -124,10 +124,10 @@ def text(folder):
 @pytest.mark.parametrize(
   "spoil, why, named, left",
   [
-    (damaged, "it is damaged", "coat/9.png, coat/cut.png", 12),
-    (unknown, "its class is none", "shoe/0.png", 12),
-    (empty, "it has no image", "class 'bag'", 8),
-    (text, "neither PNG nor JPEG", "bag/notes.txt", 12),
+    (damaged, "is damaged", ("coat/9.png", "coat/cut.png"), 12),
+    (unknown, "is of class 'shoe'", ("shoe/0.png",), 12),
+    (empty, "has no image", ("class 'bag'",), 8),
+    (text, "neither PNG nor JPEG", ("bag/notes.txt",), 12),
   ],
 )
 def test_bad_files_stop_or_are_counted_and_named(tmp_path, capsys, spoil, why, named, left):
@@ -138,13 +138,14 @@ def test_bad_files_stop_or_are_counted_and_named(tmp_path, capsys, spoil, why, n
   skipping = task(tmp_path, on_bad="skip", heldout=str(tmp_path))
   assert len(skipping.open("train", None)) == left
   said = capsys.readouterr().err
-  assert why in said and named in said and f"{named.count(',') + 1} left out" in said
+  assert why in said and all(name in said for name in named)
+  assert f"{len(named)} of {left + len(named)} examples left out" in said
 
 
 def test_labels_out_of_range_stop_or_are_counted_and_named(tmp_path, capsys):
   write_idx(tmp_path, 6, labels=[0, 1, 2, 3, 9, 0])
   path = tmp_path / "train"
-  with pytest.raises(InputError, match="image 3 cannot be used: its label 3 is none of 3 classes"):
+  with pytest.raises(InputError, match="image 3 of .* has label 3, and there are 3 classes"):
     task(path).open("train", None)
   source = task(path, on_bad="skip", heldout=str(path)).open("train", None)
   np.testing.assert_array_equal(all_of(source)[1], [0, 1, 2, 0])
@@ -215,9 +216,10 @@ def test_a_digest_is_of_the_data(tmp_path):
   [
     ({"train": "/nowhere"}, "/nowhere is no folder"),
     ({"train": "/nowhere", "classes": ()}, "name the classes"),
-    ({"on_bad": "shrug"}, "on_bad is 'shrug'"),
+    ({"on_bad": "shrug"}, "on_bad 'shrug'"),
+    ({"classes": ("one", "one")}, "each once"),
     ({"channels": 2}, "channels is 2"),
-    ({"size": W + 1}, "another size than 13 x 13"),
+    ({"size": W + 1}, "is not 13 x 13, but"),
     ({"heldout_fraction": 1e-9, "split": "heldout"}, "has no image for split 'heldout'"),
     ({"std": (0.0,)}, "std"),
     ({"mean": (0.5, 0.5)}, "mean"),
@@ -234,8 +236,6 @@ def test_what_cannot_be_opened_is_refused_by_name(tmp_path, changes, why):
 
 def test_a_model_that_does_not_fit_is_refused(tmp_path):
   t = task(tmp_path)
-  t.check(dataclasses.replace(vit.TINY, num_labels=3))
-  with pytest.raises(InputError, match="10 classes and the task 3"):
-    t.check(vit.TINY)
+  t.check(vit.TINY)
   with pytest.raises(InputError, match=r"\(8, 1\).*\(12, 1\)"):
-    t.check(dataclasses.replace(vit.TINY, image_size=8, num_labels=3))
+    t.check(dataclasses.replace(vit.TINY, image_size=8))

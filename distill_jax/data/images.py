@@ -6,8 +6,8 @@ import dataclasses
 import gzip
 import hashlib
 import math
-import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ from PIL import Image
 
 from distill_jax.errors import InputError
 
-ON_BAD = ("stop", "skip")
 SUFFIXES = (".png", ".jpg", ".jpeg")
 UBYTE = 8  # IDX's code of a byte
 MODES = {1: "L", 3: "RGB"}
@@ -60,7 +59,7 @@ class Form:
     """Why an image of this size cannot be used; "" if it can."""
     if self.resize or (width, height) == (self.size, self.size):
       return ""
-    return f"another size than {self.size} x {self.size}"
+    return f"is not {self.size} x {self.size}"
 
   def pixels(self, image: Image.Image) -> np.ndarray:
     """uint8 [W, W, M]"""
@@ -70,33 +69,12 @@ class Form:
     return np.asarray(image).reshape(self.size, self.size, self.channels)
 
 
-class LeftOut:
-  """Images that cannot be used: the first is refused or, with on_bad "skip", all are counted."""
-
-  def __init__(self, path: str, on_bad: str):
-    if on_bad not in ON_BAD:
-      raise InputError(f"on_bad is {on_bad!r}; it can be one of {ON_BAD}")
-    self._path, self._on_bad = path, on_bad
-    self.why: dict[str, list[str]] = {}
-
-  def add(self, name: str, why: str) -> None:
-    if self._on_bad == "stop":
-      raise InputError(
-        f"{self._path}: {name} cannot be used: {why}; mend it, take it away, or set on_bad='skip'"
-      )
-    self.why.setdefault(why, []).append(name)
-
-  def report(self, used: int) -> None:
-    """Says on the standard error what was left out; refuses a source of nothing."""
-    for why, names in self.why.items():
-      some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-      print(f"{self._path}: {len(names)} left out, {why}: {some}", file=sys.stderr)
-    if not used:
-      raise InputError(f"{self._path}: none of its images can be used; name a folder that has some")
+# (where, why) of an image that cannot be used; it may raise.
+LeftOut = Callable[[str, str], None]
 
 
-def read(path: str, classes: tuple[str, ...], form: Form, on_bad: str) -> Labelled:
-  """All images of a folder of classes, or of IDX files.
+def read(path: str, classes: tuple[str, ...], form: Form, left_out: LeftOut) -> Labelled:
+  """All images of a folder of classes, or of IDX files, but for those that cannot be used.
 
   Args:
     path: a folder with a folder of PNG and JPEG files for each class; or what the names of two
@@ -104,17 +82,14 @@ def read(path: str, classes: tuple[str, ...], form: Form, on_bad: str) -> Labell
     classes: their names; a label is the number of one.
 
   Raises:
-    InputError: there is nothing at `path`; IDX files are damaged; on_bad is "stop" and an image
-      or a class cannot be used.
+    InputError: there is nothing at `path`, or IDX files are damaged.
   """
-  left_out = LeftOut(path, on_bad)
   found = _folder if Path(path).is_dir() else _idx
   images = found(path, classes, form, left_out)
   counts = np.bincount(images.labels_N, minlength=len(classes))
   for name, n in zip(classes, counts, strict=True):
     if not n:
-      left_out.add(f"class {name!r}", "it has no image")
-  left_out.report(len(images.labels_N))
+      left_out(f"class {name!r} of {path}", "has no image")
   return images
 
 
@@ -129,9 +104,9 @@ def _folder(path: str, classes: tuple[str, ...], form: Form, left_out: LeftOut) 
     files = sorted(p for p in (Path(path) / name).iterdir() if not p.name.startswith("."))
     for file in files:
       image, why = _decoded(file, form)
-      why = why if name in classes else "its class is none of `classes`"
+      why = why if name in classes else f"is of class {name!r}, which the task does not name"
       if why:
-        left_out.add(f"{name}/{file.name}", why)
+        left_out(str(file), why)
         continue
       pixels.append(image)
       labels.append(classes.index(name))
@@ -142,13 +117,13 @@ def _folder(path: str, classes: tuple[str, ...], form: Form, left_out: LeftOut) 
 def _decoded(file: Path, form: Form) -> tuple[np.ndarray | None, str]:
   """(pixels, "") of a file, or (None, why there are none)."""
   if file.suffix.lower() not in SUFFIXES:
-    return None, "it is neither PNG nor JPEG"
+    return None, "is neither PNG nor JPEG"
   try:
     with Image.open(file) as image:
       return (None, why) if (why := form.wrong(*image.size)) else (form.pixels(image), "")
   # What Pillow raises of files that are damaged, cut off, or far too large.
   except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-    return None, "it is damaged"
+    return None, "is damaged"
 
 
 def _idx(path: str, classes: tuple[str, ...], form: Form, left_out: LeftOut) -> Labelled:
@@ -156,10 +131,10 @@ def _idx(path: str, classes: tuple[str, ...], form: Form, left_out: LeftOut) -> 
   if len(pixels) != len(labels):
     raise InputError(f"{path} has {len(pixels)} images and {len(labels)} labels; fetch both again")
   if why := form.wrong(*pixels.shape[:0:-1]):
-    raise InputError(f"{path}: its images are {pixels.shape[1:]}, {why}; set size, or resize=True")
+    raise InputError(f"an image of {path} {why}, but {pixels.shape[1:]}; set size, or resize=True")
   good = labels < len(classes)
   for i in np.flatnonzero(~good):
-    left_out.add(f"image {i}", f"its label {labels[i]} is none of {len(classes)} classes")
+    left_out(f"image {i} of {path}", f"has label {labels[i]}, and there are {len(classes)} classes")
   images = [form.pixels(Image.fromarray(x)) for x in pixels[good]]
   shape = (len(images), form.size, form.size, form.channels)
   return Labelled(np.array(images, np.uint8).reshape(shape), labels[good].astype(np.int32))

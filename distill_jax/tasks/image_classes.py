@@ -14,7 +14,8 @@ import numpy as np
 from distill_jax.data import images
 from distill_jax.data.images import Form, Labelled
 from distill_jax.errors import InputError
-from distill_jax.hub.load import Pretrained
+from distill_jax.tasks._classes import check_names, class_names
+from distill_jax.tasks._left_out import LeftOut, check_on_bad
 from distill_jax.types import Images
 
 PIXELS = "pixels_WWM"
@@ -64,6 +65,7 @@ class Task:
         f"mean is {self.mean} and std {self.std}; one number, or one for each of {self.channels} "
         "channels, was expected, and std above 0"
       )
+    check_on_bad("image_classes", self.on_bad)
     if self.which not in WHICH:
       raise InputError(f"which is {self.which!r}; it can be one of {', '.join(WHICH)}")
     if not 0 < self.labelled <= 1 or not 0 < self.heldout_fraction < 1:
@@ -79,20 +81,22 @@ class Task:
   @functools.cached_property
   def names(self) -> tuple[str, ...]:
     """Of the classes."""
-    if self.classes:
-      return self.classes
-    if not Path(self.train).is_dir():
+    if not self.classes and not Path(self.train).is_dir():
       raise InputError(
         f"classes is () and {self.train!r} is no folder of classes; name the classes in the order "
         "of their labels"
       )
-    return images.folders(self.train)
+    names = self.classes or images.folders(self.train)
+    check_names("image_classes", names)
+    return names
 
-  def open(self, split: str, came: Pretrained | None) -> Source:
+  def open(self, split: str, came: Any) -> Source:
     """The images of "train" or "heldout"; raises InputError as data/images.py does."""
     del came
     path = self.heldout if split == "heldout" and self.heldout else self.train
-    found = images.read(path, self.names, self.form, self.on_bad)
+    left_out = LeftOut("image_classes", self.on_bad)
+    found = images.read(path, self.names, self.form, left_out)
+    left_out.report(len(found.labels_N))
     if not self.heldout:
       found = found[(found.shares_N < self.heldout_fraction) == (split == "heldout")]
     if split == "train" and self.which != "all":
@@ -120,20 +124,12 @@ class Task:
         f"the model reads images of (size, channels) {reads} and the task's are "
         f"{self.size, self.channels}; set size and channels here, or change the model"
       )
-    if config.head_rows != len(self.names):
-      raise InputError(
-        f"the model has {config.head_rows} classes and the task {len(self.names)}; set "
-        f"student.changes={{'num_labels': {len(self.names)}}}"
-      )
 
   def hub(self) -> dict[str, dict[str, Any]]:
     """What an export's JSON files say beside the model's shape."""
     wide = lambda v: list(v) * (self.channels // len(v))
     return {
-      "config.json": {
-        "id2label": {str(i): name for i, name in enumerate(self.names)},
-        "label2id": {name: i for i, name in enumerate(self.names)},
-      },
+      "config.json": class_names(self.names),
       "preprocessor_config.json": {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True, "size": {"height": self.size, "width": self.size}, "resample": 2,
