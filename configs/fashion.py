@@ -21,38 +21,40 @@ VIT = {
 
 def get_config(role: str = "distilled"):
   c = config.base()
-  few = role.endswith("10")  # a tenth of the labels is known
-  name = role.removesuffix("10")
-
   c.tasks.fashion = config.task(
     "image_classes", train=f"{DATA}/train", heldout=f"{DATA}/t10k", classes=CLASSES, size=28,
     channels=1, mean=(0.286,), std=(0.353,), augment=("shift", "flip"),
   )  # fmt: skip
   c.augmentations.shift = config.augmentation("crop", pad=2)
   c.augmentations.flip = config.augmentation("flip")
-  if few and name in ("teacher", "hard"):
-    c.tasks.fashion.update(labelled=0.1, which="labelled", views=10)
 
-  c.teacher.source = f"run:{RUNS}/teacher10" if few else f"run:{RUNS}/teacher"
-  c.records.kind = "dense"
-  c.records.batch_size = 250
-  c.records.sequences_per_shard = 20_000
-
-  c.student.family, c.student.shape = "vit", "tiny"
-  c.student.changes = VIT
+  c.teacher.source = f"run:{RUNS}/teacher"
+  c.records.kind, c.records.batch_size, c.records.sequences_per_shard = "dense", 250, 20_000
+  c.student.family, c.student.shape, c.student.changes = "vit", "tiny", VIT
   c.optim.peak_lr, c.optim.weight_decay, c.optim.warmup_steps = 2e-3, 0.05, 50
   c.train.batch_size = 128
-  c.train.steps = c.train.checkpoint_every = 800
+  c.train.steps = c.train.checkpoint_every = 600
   c.train.keep = 1
-  if name == "teacher":
+
+  if role == "teacher":
     c.student.family, c.student.changes = "convnext", CONVNEXT
-    c.losses.hard = config.loss("ce", label_smoothing=0.1)
-  elif name == "hard":
     c.losses.hard = config.loss("ce")
-  elif name == "distilled":
-    c.train.records = (f"{RUNS}/records10" if few else f"{RUNS}/records",)
+  elif role == "distilled":
+    c.train.records = (f"{RUNS}/records",)
     c.losses.soft = config.loss("kd", temperature=2.0, missing_mass="renormalise")
+  elif role == "hard":
+    c.losses.hard = config.loss("ce")
+  elif role == "few":
+    c.tasks.fashion.update(labelled=0.01, which="labelled", views=100)
+    c.losses.hard = config.loss("ce")
   else:
-    raise ValueError(f"configs/fashion.py:{role} is none of teacher, hard, distilled, each with 10")
-  c.evaluate.batch_size = 250
+    raise ValueError(f"configs/fashion.py:{role} is none of teacher, distilled, hard and few")
+
+  c.evaluate.models = {
+    f"{name}_{seed}": f"run:{RUNS}/{name}_{seed}"
+    for seed in range(3)
+    for name in ("hard", "distilled", "few")
+  }
+  c.evaluate.batch_size = 500
+  c.export.dir, c.export.dtype = f"{RUNS}/export", "float32"
   return c
