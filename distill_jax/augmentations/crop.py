@@ -40,7 +40,9 @@ class Augmentation:
     del other
     pixels = example[PIXELS]
     H, W = pixels.shape[:2]
-    around = np.pad(pixels, ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))
+    pad = self.pad
+    around = np.zeros((H + 2 * pad, W + 2 * pad, pixels.shape[2]), np.uint8)
+    around[pad : pad + H, pad : pad + W] = pixels  # np.pad takes as long as all the rest
     area, turn = rng.uniform(self.area, 1), math.log(self.ratio)
     ratio = math.exp(rng.uniform(-turn, turn))
     h = min(round(H * math.sqrt(area / ratio)), around.shape[0])
