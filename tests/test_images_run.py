@@ -132,6 +132,8 @@ def test_the_class_token_follows_labels_and_the_other_the_teacher(hard):
   loss = lambda m: step._loss((m, {}), batch, {}, 0, 3.0, weights)
   (got, means), got_grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
   assert float(got) == pytest.approx(float(value), rel=1e-6)
-  assert float(means["ce"].count) == float(means["soft"].count) == 3  # not the answers of both tokens
+  assert (
+    float(means["ce"].count) == float(means["soft"].count) == 3
+  )  # not the answers of both tokens
   for a, b in zip(*map(jax.tree.leaves, (got_grads, grads)), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from distill_jax.data.pictures import BROKEN
 from distill_jax.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -121,8 +122,7 @@ def _decoded(file: Path, form: Form) -> tuple[np.ndarray | None, str]:
   try:
     with Image.open(file) as image:
       return (None, why) if (why := form.wrong(*image.size)) else (form.pixels(image), "")
-  # What Pillow raises of files that are damaged, cut off, or far too large.
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+  except BROKEN:
     return None, "is damaged"
 
 

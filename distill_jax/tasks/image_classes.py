@@ -13,6 +13,7 @@ import numpy as np
 
 from distill_jax.data import images
 from distill_jax.data.images import Form, Labelled
+from distill_jax.data.pictures import normalised
 from distill_jax.errors import InputError
 from distill_jax.tasks._classes import check_names, class_names
 from distill_jax.tasks._left_out import LeftOut, check_on_bad
@@ -112,9 +113,12 @@ class Task:
 
   def inputs(self, stack: Callable[[str], np.ndarray]) -> Images:
     """What a model reads, of a batch's arrays by name."""
-    mean, std = (np.asarray(v, np.float32) for v in (self.mean, self.std))
-    pixels: Any = (stack(PIXELS).astype(np.float32) / np.float32(255) - mean) / std
+    pixels: Any = normalised(stack(PIXELS), self.mean, self.std)
     return Images(pixels)
+
+  def seen(self, stack: Callable[[str], np.ndarray]) -> np.ndarray:
+    """No position is padding."""
+    return np.ones((len(stack(PIXELS)), 1), bool)
 
   def check(self, config: Any) -> None:
     """Refuses a model that cannot read these images or say these classes."""
