@@ -1,4 +1,24 @@
-"""Fashion-MNIST: a ConvNeXt teaches a ViT a tenth of its size; then with few labels."""
+"""Fashion-MNIST: a small ConvNeXt teaches a smaller ViT, which then needs no label at all.
+
+  apt-get install dataset-fashion-mnist    # MIT; four files under /usr/share/datasets
+  distill-jax train    --config=configs/fashion.py:teacher   --workdir=runs/fashion/teacher
+  distill-jax record   --config=configs/fashion.py           --workdir=runs/fashion/records
+
+and, of seeds 0, 1 and 2 (--config.seed=0 …),
+
+  distill-jax train    --config=configs/fashion.py:hard      --workdir=runs/fashion/hard_0
+  distill-jax train    --config=configs/fashion.py:distilled --workdir=runs/fashion/distilled_0
+  distill-jax train    --config=configs/fashion.py:few       --workdir=runs/fashion/few_0
+  distill-jax evaluate --config=configs/fashion.py           --workdir=runs/fashion
+  distill-jax export   --config=configs/fashion.py           --workdir=runs/fashion/distilled_0
+
+`hard` learns from the 60,000 labels, `few` from one in a hundred, and `distilled` from what the
+teacher says of all images, of which it reads no label: so beside `few` it is what unlabelled
+images are worth once there is a teacher. The teacher itself has seen all labels. All students are
+one ViT with as many steps, shifts and mirrors; the teacher says what it says of those very views
+(arXiv:2106.05237). `deit` is a DeiT of that size, whose second token follows the teacher, and
+`conv` a ConvNeXt of the teacher's kind.
+"""
 
 from distill_jax import config
 
@@ -13,6 +33,7 @@ CONVNEXT = {
   **IMAGE, "patch_size": 2, "hidden_sizes": (32, 64), "depths": (2, 2),
   "layer_scale_init_value": 1.0,
 }  # fmt: skip
+SMALL_CONVNEXT = CONVNEXT | {"hidden_sizes": (12, 24), "depths": (1, 1)}
 VIT = {
   **IMAGE, "patch_size": 7, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
   "num_attention_heads": 4,
@@ -42,18 +63,28 @@ def get_config(role: str = "distilled"):
   elif role == "distilled":
     c.train.records = (f"{RUNS}/records",)
     c.losses.soft = config.loss("kd", temperature=2.0, missing_mass="renormalise")
+  elif role == "conv":
+    c.student.family, c.student.changes = "convnext", SMALL_CONVNEXT
+    c.train.records = (f"{RUNS}/records",)
+    c.losses.soft = config.loss("kd", temperature=2.0, missing_mass="renormalise")
+  elif role == "deit":
+    c.student.family = "deit"
+    c.train.records = (f"{RUNS}/records",)
+    c.losses.hard = config.loss("ce", weight=0.5)
+    c.losses.soft = config.loss("pseudo_label", weight=0.5)
   elif role == "hard":
     c.losses.hard = config.loss("ce")
   elif role == "few":
     c.tasks.fashion.update(labelled=0.01, which="labelled", views=100)
     c.losses.hard = config.loss("ce")
   else:
-    raise ValueError(f"configs/fashion.py:{role} is none of teacher, distilled, hard and few")
+    roles = "teacher, distilled, conv, deit, hard and few"
+    raise ValueError(f"configs/fashion.py:{role} is none of {roles}")
 
   c.evaluate.models = {
     f"{name}_{seed}": f"run:{RUNS}/{name}_{seed}"
     for seed in range(3)
-    for name in ("hard", "distilled", "few")
+    for name in ("hard", "distilled", "few", "deit", "conv")
   }
   c.evaluate.batch_size = 500
   c.export.dir, c.export.dtype = f"{RUNS}/export", "float32"

@@ -75,6 +75,21 @@ def test_what_is_exported_says_in_transformers_what_the_run_says(run, tmp_path):
   assert row["accuracy"] == pytest.approx(float((z.argmax(-1) == labels).float().mean()))
 
 
+def test_a_deit_trains_on_the_same_records_and_is_asked_once_in_use(run, tmp_path):
+  folder, c = run
+  c = c.copy_and_resolve_references()
+  c.student.family = "deit"
+  c.losses = {"soft": config.loss("pseudo_label"), "hard": config.loss("ce")}
+  resolved = config.resolve(c)
+  with Workdir(tmp_path / "deit", resolved) as student:
+    last = train.train(resolved, student)
+  assert last["tokens"] == 8 and last["soft"] > 0
+  assert last["hard"] == pytest.approx(last["ce"], rel=1e-5)  # both of the class token alone
+  model = jax.eval_shape(lambda key: deit.Model(deit.TINY, key), jax.random.key(0))
+  seen = Images(jax.ShapeDtypeStruct((2, 12, 12, 1), jnp.float32))
+  assert jax.eval_shape(lambda m, i: m(i, layers.Compute()), model, seen).hidden_BTD.shape[1] == 1
+
+
 def test_a_view_is_the_same_at_every_read_and_records_are_of_one_seed(run):
   _, c = run
   resolved = config.resolve(c)
