@@ -129,8 +129,9 @@ class Task:
         f"{self.size, self.channels}; set size and channels here, or change the model"
       )
 
-  def hub(self) -> dict[str, dict[str, Any]]:
+  def hub(self, config: Any) -> dict[str, dict[str, Any]]:
     """What an export's JSON files say beside the model's shape."""
+    del config
     wide = lambda v: list(v) * (self.channels // len(v))
     return {
       "config.json": class_names(self.names),
