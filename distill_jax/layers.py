@@ -30,6 +30,7 @@ class Compute:
       them too, in the host's memory, "full" keeps the layer's input alone.
     attention: the kernel, one of distill_jax.attention.KERNELS.
     quantise: linear weights are used as integers times a scale.
+    training: it is a student in its step; a model that answers twice (DeiT) does so there alone.
   """
 
   dtype: str = "float32"
@@ -37,6 +38,7 @@ class Compute:
   remat: str = "none"
   attention: str = "auto"
   quantise: Quantise = Quantise()
+  training: bool = False
 
   def view(self, tree: Any) -> Any:
     """Parameters as they are used: in the compute dtype, gathered by the compute column.

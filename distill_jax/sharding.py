@@ -44,6 +44,7 @@ TABLE: dict[str, tuple[Any, Any]] = {
   "places": (None, None),  # learned positions, and kinds of segments
   "channels": (None, None),  # of an image
   "pixels": (None, None),  # height or width of a patch
+  "one": (None, None),  # an axis that Hugging Face has with nothing along it
   "layers": (None, None),
   "rank": (None, None),  # of low-rank adapters
   "pairs": (None, None),  # of adapters, as the next

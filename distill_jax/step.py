@@ -127,13 +127,14 @@ class Step:
       total, means = jnp.zeros((), jnp.float32), {}
       for name, fn in self.losses.items():
         if hasattr(fn, "per_token"):
-          means[name] = Mean.of(fn.per_token(logits_BCV, piece, step), piece.mask_BT)
+          mask_BC = piece.mask_of(taught=hasattr(fn, "teacher") or hasattr(fn, "teachers"))
+          means[name] = Mean.of(fn.per_token(logits_BCV, piece, step), mask_BC)
           total += weights[name] / count * means[name].total
       fixed = jax.lax.stop_gradient(logits_BCV)
       return total, means | token_metrics.means(fixed, piece, self.recorded, self.parts)
 
     total, means = head.loss(
-      chunk_loss, out.hidden_BTD, out.head_VD, batch, self.chunk, self.vocab_size
+      chunk_loss, out.hidden_BTD, out.head_VD, _answers(batch, out), self.chunk, self.vocab_size
     )
     mine = ours.of(model, out, batch.inputs, self.student)
     for name, fn in self.losses.items():
@@ -224,6 +225,23 @@ class Step:
     """[B, ...] -> [accumulate, B / accumulate, ...], each spread over devices as B was."""
     rows = x_B.reshape(x_B.shape[0] // self.accumulate, self.accumulate, *x_B.shape[1:])
     return jnp.moveaxis(rows, 1, 0)
+
+
+def _answers(batch: Batch, out: Output) -> Batch:
+  """The batch as a student's answers see it, which may be two to a label (models/deit.py).
+
+  Of the two, the first is held to labels and the second to teachers.
+  """
+  T = batch.labels_BT.shape[1]
+  if out.hidden_BTD.shape[1] == T:
+    return batch
+  twice = lambda tree: jax.tree.map(lambda x_BT: jnp.repeat(x_BT, 2, axis=1), tree)
+  heads = {name: t.head_VD for name, t in batch.targets.items()}
+  bare = {name: t.replace(head_VD=None) for name, t in batch.targets.items()}
+  targets = {name: t.replace(head_VD=heads[name]) for name, t in twice(bare).items()}
+  second_BT = jnp.broadcast_to(jnp.arange(2 * T)[None] % 2 == 1, (len(batch.labels_BT), 2 * T))
+  said = twice(batch.replace(inputs=None, seen_BS=None, targets={}))
+  return said.replace(targets=targets, taught_BT=second_BT)
 
 
 def _student(trained: Any, base: Any) -> Any:

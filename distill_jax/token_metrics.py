@@ -27,10 +27,10 @@ def means(
   lse_BC = head.log_sum_exp(logits_BCV)[..., 0]
   label_BC = jnp.take_along_axis(logits_BCV, piece.labels_BT[..., None], -1)[..., 0]
   per_token = {"ce": lse_BC - label_BC, "entropy": lse_BC - _mean_logit(logits_BCV, lse_BC)}
-  out = {name: Mean.of(x_BC, piece.mask_BT) for name, x_BC in per_token.items()}
+  out = {name: Mean.of(x_BC, piece.mask_of(taught=False)) for name, x_BC in per_token.items()}
   for name, first in parts:
     assert piece.rows_BT2 is not None
-    mask = piece.mask_BT & (piece.rows_BT2[..., 0] == first)
+    mask = piece.mask_of(taught=False) & (piece.rows_BT2[..., 0] == first)
     right = label_BC >= jnp.max(logits_BCV, -1)
     out |= {f"ce/{name}": Mean.of(per_token["ce"], mask), f"accuracy/{name}": Mean.of(right, mask)}
   for name, t in piece.targets.items():
@@ -41,7 +41,7 @@ def means(
       T = 1.0 if online else recorded.temperature
       said[f"kl/{name}" if T == 1 else f"kl_at_{T:g}/{name}"] = kl
     # Text among sampled records has no entries: of it the teacher has said nothing.
-    mask = piece.mask_BT
+    mask = piece.mask_of(taught=True)
     mask = mask if t.weight_BTK is None else mask & jnp.any(t.weight_BTK > 0, -1)
     out |= {k if "/" in k else f"{k}/{name}": Mean.of(x, mask) for k, x in said.items()}
   return out

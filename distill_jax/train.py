@@ -168,7 +168,7 @@ def make_step(config: Config, stores: Stores) -> Step:
     losses=config.losses,
     learning_rate=optim.learning_rate(config.optim, config.train.steps),
     optimizer=optim.optimizer(config.optim, config.student.frozen),
-    student=build.compute(config.student),
+    student=dataclasses.replace(build.compute(config.student), training=True),
     teacher=build.compute(config.teacher),
     chunk=config.train.chunk,
     accumulate=config.optim.accumulate,

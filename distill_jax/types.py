@@ -108,6 +108,8 @@ class Batch(struct.PyTreeNode):
   among which rows of the head a position chooses, (first, past the last); None: all of them.
   `seen_BS` is for models that say one thing of all that they read, where features are not at
   the labels: the positions that are no padding, [B, 1] if none is; see features.places.
+  `taught_BT` is of a student that gives two answers to a label (models/deit.py): whether a
+  position is the answer that is held to teachers, and not to labels.
   """
 
   inputs: Any  # Inputs, Images, Sounds, SourceTarget or ImageText, as the model reads
@@ -117,6 +119,11 @@ class Batch(struct.PyTreeNode):
   smoothing_BT: jax.Array | None = None  # float32
   rows_BT2: jax.Array | None = None  # int32
   seen_BS: jax.Array | None = None  # bool
+  taught_BT: jax.Array | None = None  # bool
+
+  def mask_of(self, taught: bool) -> jax.Array:
+    """The positions that losses and metrics against teachers, or against labels, are of."""
+    return self.mask_BT if self.taught_BT is None else self.mask_BT & (self.taught_BT == taught)
 
   def paired(self) -> Batch:
     """With labels and rows for a head that is the batch itself: B texts, then their B images.

@@ -13,7 +13,16 @@ from flax import struct
 from distill_jax import folder
 from distill_jax.features import Features
 from distill_jax.layers import Compute
-from distill_jax.losses import ce, embedding, hidden, kd, mixture, relational, relations
+from distill_jax.losses import (
+  ce,
+  embedding,
+  hidden,
+  kd,
+  mixture,
+  pseudo_label,
+  relational,
+  relations,
+)
 from distill_jax.models import llama
 from distill_jax.schedules import constant
 from distill_jax.step import Step
@@ -37,6 +46,7 @@ CASES = {  # name: (loss, the targets it reads)
   "kd topk": (kd.Loss(divergence="jensen_shannon"), "topk"),
   "kd online": (kd.Loss(divergence="reverse_kl", temperature=constant(2.0)), "online"),
   "mixture": (mixture.Loss(by="entropy", label_trust=0.5), "online"),
+  "pseudo_label": (pseudo_label.Loss(), "online"),
   "hidden mse": (hidden.Loss(layers="uniform"), "online"),
   "hidden cosine": (hidden.Loss(distance="cosine"), "online"),
   "embedding": (embedding.Loss(), "online"),

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from distill_jax import folder, layers, params, sharding
 from distill_jax.errors import InputError
-from distill_jax.hub import declared, float8, prefixed
+from distill_jax.hub import declared, float8, prefixed, timm_vit
 from distill_jax.hub.gguf_file import GGUFFile
 from distill_jax.hub.gguf_tokenizer import tokenizer_files
 from distill_jax.hub.locate import locate
@@ -101,8 +101,9 @@ def open_model(source: str) -> Pretrained:
     if not (path / "config.json").exists():
       raise InputError(f"{path} holds no config.json; give a Hugging Face folder or a .gguf file")
     hf, extra = read_json(path / "config.json"), path / "generation_config.json"
-    family = _family(hf, path)
+    family = "vit" if (timm := timm_vit.is_one(hf)) else _family(hf, path)
     weights: Weights = float8.scaled(SafetensorsFolder(path), hf.get("quantization_config"), path)
+    hf, weights = timm_vit.read(weights, path) if timm else (hf, weights)
     tokenizer, generation = read_tokenizer(path), read_json(extra) if extra.exists() else {}
   elif path.suffix == ".gguf":
     weights = file = GGUFFile(path)

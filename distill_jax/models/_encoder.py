@@ -66,6 +66,19 @@ class Config:
     return dataclasses.replace(self, num_hidden_layers=len(kept))
 
 
+def labels_of(hf: dict[str, Any]) -> int:
+  """How many classes a config.json names; 2 where it names none, as transformers has it."""
+  return len(hf["id2label"]) if "id2label" in hf else 2
+
+
+def label_names(n: int) -> dict[str, Any]:
+  """What a config.json says of n classes that have no names."""
+  return {
+    "id2label": {str(i): f"LABEL_{i}" for i in range(n)},
+    "label2id": {f"LABEL_{i}": i for i in range(n)},
+  }
+
+
 class Declare:
   """Parameters of one module, each with a key of its own; `at` is Hugging Face's name of it."""
 
@@ -81,6 +94,10 @@ class Declare:
 
   def linear(self, name: str, dims: str, out: str, init: str | float = "fan_in"):
     return param(next(self._keys), dims, f"{self._at}{name}.weight", out, init=init)
+
+  def scale(self, name: str, width: int):
+    """Of channels, 1 at first."""
+    return param(next(self._keys), f"norm:{width}", f"{self._at}{name}", init="ones")
 
   def bias(self, name: str, width: int):
     """Flat, with the axis that tells optim.py not to decay it."""

@@ -43,9 +43,7 @@ class Config(_encoder.Config):
       if hf.get(key, want) != want:
         raise InputError(f"config.json has {key}={hf[key]!r}; the bert family has {want!r} only")
     names = {f.name for f in dataclasses.fields(cls)} - {"num_labels"}
-    labels = len(hf["id2label"]) if "id2label" in hf else 2  # as transformers has it
-    if hf.get("architectures") == ["BertModel"]:
-      labels = 0
+    labels = 0 if hf.get("architectures") == ["BertModel"] else _encoder.labels_of(hf)
     return cls(**{name: hf[name] for name in names if name in hf}, num_labels=labels)
 
   def to_hf(self) -> dict[str, Any]:
@@ -54,10 +52,9 @@ class Config(_encoder.Config):
     n = hf.pop("num_labels")
     architecture = "BertForSequenceClassification" if n else "BertModel"
     return {
-      "architectures": [architecture], "model_type": "bert", **FIXED, **hf,
+      "architectures": [architecture], "model_type": "bert",
       "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "initializer_range": 0.02,
-      "id2label": {str(i): f"LABEL_{i}" for i in range(n)},
-      "label2id": {f"LABEL_{i}": i for i in range(n)},
+      **FIXED, **_encoder.label_names(n), **hf,
     }  # fmt: skip
 
   def skips(self, name: str) -> bool:

@@ -1,0 +1,91 @@
+"""Fashion-MNIST: a small ConvNeXt teaches a smaller ViT, which then needs no label at all.
+
+  apt-get install dataset-fashion-mnist    # MIT; four files under /usr/share/datasets
+  distill-jax train    --config=configs/fashion.py:teacher   --workdir=runs/fashion/teacher
+  distill-jax record   --config=configs/fashion.py           --workdir=runs/fashion/records
+
+and, of seeds 0, 1 and 2 (--config.seed=0 …),
+
+  distill-jax train    --config=configs/fashion.py:hard      --workdir=runs/fashion/hard_0
+  distill-jax train    --config=configs/fashion.py:distilled --workdir=runs/fashion/distilled_0
+  distill-jax train    --config=configs/fashion.py:few       --workdir=runs/fashion/few_0
+  distill-jax evaluate --config=configs/fashion.py           --workdir=runs/fashion
+  distill-jax export   --config=configs/fashion.py           --workdir=runs/fashion/distilled_0
+
+`hard` learns from the 60,000 labels, `few` from one in a hundred, and `distilled` from what the
+teacher says of all images, of which it reads no label: so beside `few` it is what unlabelled
+images are worth once there is a teacher. The teacher itself has seen all labels. All students are
+one ViT with as many steps, shifts and mirrors; the teacher says what it says of those very views
+(arXiv:2106.05237). `deit` is a DeiT of that size, whose second token follows the teacher, and
+`conv` a ConvNeXt of the teacher's kind.
+"""
+
+from distill_jax import config
+
+DATA = "/usr/share/datasets/fashion-mnist"
+CLASSES = (
+  "T-shirt or top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+  "ankle boot",
+)  # fmt: skip
+RUNS = "runs/fashion"
+IMAGE = {"image_size": 28, "num_channels": 1, "num_labels": 10}
+CONVNEXT = {
+  **IMAGE, "patch_size": 2, "hidden_sizes": (32, 64), "depths": (2, 2),
+  "layer_scale_init_value": 1.0,
+}  # fmt: skip
+SMALL_CONVNEXT = CONVNEXT | {"hidden_sizes": (12, 24), "depths": (1, 1)}
+VIT = {
+  **IMAGE, "patch_size": 7, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+}  # fmt: skip
+
+
+def get_config(role: str = "distilled"):
+  c = config.base()
+  c.tasks.fashion = config.task(
+    "image_classes", train=f"{DATA}/train", heldout=f"{DATA}/t10k", classes=CLASSES, size=28,
+    channels=1, mean=(0.286,), std=(0.353,), augment=("shift", "flip"),
+  )  # fmt: skip
+  c.augmentations.shift = config.augmentation("crop", pad=2)
+  c.augmentations.flip = config.augmentation("flip")
+
+  c.teacher.source = f"run:{RUNS}/teacher"
+  c.records.kind, c.records.batch_size, c.records.sequences_per_shard = "dense", 250, 20_000
+  c.student.family, c.student.shape, c.student.changes = "vit", "tiny", VIT
+  c.optim.peak_lr, c.optim.weight_decay, c.optim.warmup_steps = 2e-3, 0.05, 50
+  c.train.batch_size = 128
+  c.train.steps = c.train.checkpoint_every = 600
+  c.train.keep = 1
+
+  if role == "teacher":
+    c.student.family, c.student.changes = "convnext", CONVNEXT
+    c.losses.hard = config.loss("ce")
+  elif role == "distilled":
+    c.train.records = (f"{RUNS}/records",)
+    c.losses.soft = config.loss("kd", temperature=2.0, missing_mass="renormalise")
+  elif role == "conv":
+    c.student.family, c.student.changes = "convnext", SMALL_CONVNEXT
+    c.train.records = (f"{RUNS}/records",)
+    c.losses.soft = config.loss("kd", temperature=2.0, missing_mass="renormalise")
+  elif role == "deit":
+    c.student.family = "deit"
+    c.train.records = (f"{RUNS}/records",)
+    c.losses.hard = config.loss("ce", weight=0.5)
+    c.losses.soft = config.loss("pseudo_label", weight=0.5)
+  elif role == "hard":
+    c.losses.hard = config.loss("ce")
+  elif role == "few":
+    c.tasks.fashion.update(labelled=0.01, which="labelled", views=100)
+    c.losses.hard = config.loss("ce")
+  else:
+    roles = "teacher, distilled, conv, deit, hard and few"
+    raise ValueError(f"configs/fashion.py:{role} is none of {roles}")
+
+  c.evaluate.models = {
+    f"{name}_{seed}": f"run:{RUNS}/{name}_{seed}"
+    for seed in range(3)
+    for name in ("hard", "distilled", "few", "deit", "conv")
+  }
+  c.evaluate.batch_size = 500
+  c.export.dir, c.export.dtype = f"{RUNS}/export", "float32"
+  return c

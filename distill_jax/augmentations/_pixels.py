@@ -1,0 +1,54 @@
+"""Images as augmentations change them: to Pillow and back, warped, mixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from distill_jax.errors import InputError
+
+Example = dict[str, Any]
+PIXELS, LABELS = "pixels_WWM", ("labels_T", "mask_T")
+
+
+def probability(name: str, p: float) -> None:
+  """Refuses what is no probability."""
+  if not 0 <= p <= 1:
+    raise InputError(f"{name} is {p}; a probability, from 0 to 1, was expected")
+
+
+def to_pillow(pixels_WWM: np.ndarray) -> Image.Image:
+  """Of one channel, grey, or of three."""
+  return Image.fromarray(pixels_WWM[..., 0] if pixels_WWM.shape[-1] == 1 else pixels_WWM)
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+  """uint8 [height, width, 1 or 3]."""
+  x = np.asarray(image)
+  return x[..., None] if x.ndim == 2 else x
+
+
+def warped(pixels_WWM: np.ndarray, matrix: np.ndarray, fill: int = 0) -> np.ndarray:
+  """The image whose point (x, y) shows what was at `matrix` @ (x, y, 1), from its centre.
+
+  Args:
+    matrix: float [2, 3], of x to the right and y downwards, in pixels.
+    fill: what shows from outside the image.
+  """
+  image = to_pillow(pixels_WWM)
+  (a, b, c), (d, e, f) = matrix
+  cx, cy = image.width / 2, image.height / 2  # Pillow counts from the corner
+  data = (a, b, c + cx - a * cx - b * cy, d, e, f + cy - d * cx - e * cy)
+  grey = image.mode == "L"
+  to = image.transform(
+    image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR,
+    fillcolor=fill if grey else (fill,) * 3,
+  )  # fmt: skip
+  return to_pixels(to)
+
+
+def drawn(rng: np.random.Generator, a: Example, b: Example, share: float) -> Example:
+  """`a` with the label of a or, with probability 1 - share, of b."""
+  return a if rng.random() < share else a | {name: b[name] for name in LABELS}

@@ -1,0 +1,29 @@
+"""Two images laid over each other (arXiv:1710.09412)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from distill_jax.augmentations._pixels import PIXELS, Example, drawn
+from distill_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+  """lambda a + (1 - lambda) b, lambda of Beta(alpha, alpha); the label is drawn by lambda."""
+
+  alpha: float = 0.2
+
+  def __post_init__(self):
+    if self.alpha <= 0:
+      raise InputError(f"alpha is {self.alpha}; it is above 0")
+
+  def __call__(
+    self, rng: np.random.Generator, example: Example, other: Callable[[], Example]
+  ) -> Example:
+    b, share = other(), rng.beta(self.alpha, self.alpha)
+    mixed = share * example[PIXELS].astype(np.float32) + (1 - share) * b[PIXELS]
+    return drawn(rng, example | {PIXELS: np.rint(mixed).astype(np.uint8)}, b, share)

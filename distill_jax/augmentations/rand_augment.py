@@ -1,0 +1,80 @@
+"""RandAugment (arXiv:1909.13719): a few random changes, all of one strength."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from distill_jax.augmentations import _pixels
+from distill_jax.augmentations._pixels import PIXELS, Example
+from distill_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+  """`n` changes out of CHANGES, each drawn anew, one after another.
+
+  Attributes:
+    magnitude: their strength, from 0 to 10, as in the paper.
+    fill: grey level that shows from outside the image.
+  """
+
+  n: int = 2
+  magnitude: float = 9.0
+  fill: int = 0
+
+  def __post_init__(self):
+    if self.n < 1 or not 0 <= self.magnitude <= 10 or not 0 <= self.fill <= 255:
+      raise InputError(
+        f"n is {self.n}, magnitude {self.magnitude} and fill {self.fill}; n is at least 1, "
+        "magnitude from 0 to 10, fill from 0 to 255"
+      )
+
+  def __call__(
+    self, rng: np.random.Generator, example: Example, other: Callable[[], Example]
+  ) -> Example:
+    del other
+    pixels = example[PIXELS]
+    for _ in range(self.n):
+      name, side = CHANGES[rng.integers(len(CHANGES))], rng.choice((-1, 1))
+      pixels = changed(pixels, name, side * self.magnitude / 10, self.fill)
+    return example | {PIXELS: pixels}
+
+
+def changed(pixels_WWM: np.ndarray, name: str, strength: float, fill: int = 0) -> np.ndarray:
+  """One of CHANGES, of strength -1 to 1; where it has but one direction, the sign is nothing."""
+  if name in WARPS:
+    H, W = pixels_WWM.shape[:2]
+    return _pixels.warped(pixels_WWM, WARPS[name](strength, H, W), fill)
+  return _pixels.to_pixels(TONES[name](_pixels.to_pillow(pixels_WWM), strength))
+
+
+def _rotate(s: float, H: int, W: int) -> np.ndarray:
+  """Counter-clockwise, as one sees it, by up to 30 degrees."""
+  a = math.radians(30 * s)
+  return np.array([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]])
+
+
+WARPS: dict[str, Callable[[float, int, int], np.ndarray]] = {
+  "rotate": _rotate,
+  "shear_x": lambda s, H, W: np.array([[1, 0.3 * s, 0], [0, 1, 0]]),
+  "shear_y": lambda s, H, W: np.array([[1, 0, 0], [0.3 * s, 1, 0]]),
+  "translate_x": lambda s, H, W: np.array([[1, 0, 0.3 * s * W], [0, 1, 0]]),
+  "translate_y": lambda s, H, W: np.array([[1, 0, 0], [0, 1, 0.3 * s * H]]),
+}
+TONES: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+  "identity": lambda image, s: image,
+  "auto_contrast": lambda image, s: ImageOps.autocontrast(image),
+  "equalize": lambda image, s: ImageOps.equalize(image),
+  "posterize": lambda image, s: ImageOps.posterize(image, 8 - round(4 * abs(s))),
+  "solarize": lambda image, s: ImageOps.solarize(image, round(256 * (1 - abs(s)))),
+  "brightness": lambda image, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s),
+  "contrast": lambda image, s: ImageEnhance.Contrast(image).enhance(1 + 0.9 * s),
+  "sharpness": lambda image, s: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * s),
+  "colour": lambda image, s: ImageEnhance.Color(image).enhance(1 + 0.9 * s),
+}
+CHANGES = (*WARPS, *TONES)

@@ -1,0 +1,177 @@
+"""ViT (arXiv:2010.11929): images, cut into patches, to classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from distill_jax import layers, sharding
+from distill_jax.errors import InputError
+from distill_jax.models import _encoder
+from distill_jax.params import param, stack, unstack
+from distill_jax.types import Images, Output
+
+HF_MODEL_TYPES = ("vit",)  # of config.json
+PREFIX = "vit."  # of all but the head; a checkpoint of the body alone goes without
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(_encoder.Config):
+  """The shape of a model, in Hugging Face's words. There is no dropout."""
+
+  image_size: int = 224
+  patch_size: int = 16
+  num_channels: int = 3
+  num_labels: int = 2
+
+  MODEL_TYPE: ClassVar[str] = "vit"
+  ARCHITECTURE: ClassVar[str] = "ViTForImageClassification"
+  TOKENS: ClassVar[int] = 1  # before the patches
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.image_size % self.patch_size:
+      raise InputError(
+        f"image_size is {self.image_size} and patch_size {self.patch_size}, which does not divide "
+        "it; take a divisor"
+      )
+
+  @classmethod
+  def from_hf(cls, hf: dict[str, Any]) -> Self:
+    """From a Hugging Face config.json; what this family cannot do is refused by name."""
+    if not hf.get("qkv_bias", True):
+      raise InputError(f"config.json has qkv_bias=False; the {cls.MODEL_TYPE} family has it")
+    names = {f.name for f in dataclasses.fields(cls)} - {"num_labels"}
+    return cls(**{n: hf[n] for n in names if n in hf}, num_labels=_encoder.labels_of(hf))
+
+  def to_hf(self) -> dict[str, Any]:
+    """The config.json of this model."""
+    hf = dataclasses.asdict(self)
+    return {
+      "architectures": [self.ARCHITECTURE], "model_type": self.MODEL_TYPE, "qkv_bias": True,
+      "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "initializer_range": 0.02,
+      **_encoder.label_names(hf.pop("num_labels")), **hf,
+    }  # fmt: skip
+
+  def skips(self, name: str) -> bool:
+    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+    return ".pooler." in f".{name}" or name.endswith("embeddings.mask_token")
+
+  @property
+  def head_rows(self) -> int:
+    return self.num_labels
+
+  @property
+  def positions(self) -> int:
+    """What the layers see of an image: tokens before the patches, and the patches."""
+    return self.TOKENS + (self.image_size // self.patch_size) ** 2
+
+
+class Block(_encoder.Block):
+  """One layer, normed before attention and before the feed-forward."""
+
+  NAMES = {
+    "q": "attention.attention.query", "k": "attention.attention.key",
+    "v": "attention.attention.value", "o": "attention.output.dense",
+    "attn_norm": "layernorm_before", "up": "intermediate.dense", "down": "output.dense",
+    "mlp_norm": "layernorm_after",
+  }  # fmt: skip
+
+
+class Body(nnx.Module):
+  """Patches, places and layers: an image in, what the layers say of its positions out."""
+
+  TOKENS: ClassVar[tuple[str, ...]] = ("cls_token",)  # before the patches
+
+  def __init__(self, c: Any, prefix: str, key: jax.Array):
+    keys, at = iter(jax.random.split(key, 4 + len(self.TOKENS))), f"{prefix}embeddings."
+    D, M, p = c.hidden_size, c.num_channels, c.patch_size
+    row = lambda name, n: param(next(keys), f"one:1 {n} table:{D}", at + name, init=0.02)
+    self.config = c
+    for name in self.TOKENS:
+      setattr(self, name, row(name, "one:1"))
+    self.places = row("position_embeddings", f"places:{c.positions}")
+    patch = _encoder.Declare(next(keys), at + "patch_embeddings.")
+    # In torch's order, as a convolution's weights have four axes there.
+    dims = f"embed:{D} channels:{M} pixels:{p} pixels:{p}"
+    self.patch = patch.linear("projection", dims, "", init=(M * p * p) ** -0.5)
+    self.patch_bias = patch.bias("projection", D)
+    block = functools.partial(Block, c, prefix + "encoder.layer.{layers}.")
+    self.layers = stack(c.num_hidden_layers, block, next(keys))
+    self.norm, self.norm_bias = _encoder.Declare(next(keys), prefix).norm("layernorm", D)
+
+  def __call__(
+    self, inputs: Images, how: layers.Compute, taps: tuple[int, ...] = ()
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """The last layer's output [B, S, D], normed, and the taps."""
+    with jax.named_scope("embed"):
+      x_BSD = self.embedded(inputs.pixels_BWWM, how)
+      x_BSD = sharding.constrain(x_BSD, "batch seq embed", how.rules)
+    run = lambda layer, i, x: layer(x, None)
+    x_BSD, taps_PBSD = layers.scan_layers([self.layers], run, x_BSD, taps, how)
+    eps = self.config.layer_norm_eps
+    return layers.layer_norm(x_BSD, self.norm[...], self.norm_bias[...], eps), taps_PBSD
+
+  def embedded(self, pixels_BWWM: jax.Array, how: layers.Compute) -> jax.Array:
+    """[B, S, D]: the tokens, then the patches row by row, each with its place."""
+    c, B = self.config, pixels_BWWM.shape[0]
+    want = (c.image_size, c.image_size, c.num_channels)
+    if pixels_BWWM.shape[1:] != want:
+      raise InputError(
+        f"images are {pixels_BWWM.shape[1:]} [height, width, channels] and the model's {want}; "
+        "set image_size and num_channels, or the task's size"
+      )
+    x_BhwD = layers.patches(pixels_BWWM.astype(how.dtype), how.view(self.patch)[...])
+    x_BSD = x_BhwD.reshape(B, -1, c.hidden_size) + how.view(self.patch_bias)[...][None, None]
+    tokens = [how.view(getattr(self, name))[...] for name in self.TOKENS]
+    tokens = [jnp.broadcast_to(t, (B, 1, c.hidden_size)) for t in tokens]
+    return jnp.concatenate([*tokens, x_BSD], 1) + how.view(self.places)[...]
+
+
+class Model(nnx.Module):
+  """Images in; the class token and the classifier out, as one position."""
+
+  def __init__(self, c: Config, key: jax.Array):
+    body, head = jax.random.split(key)
+    self.config = c
+    self.body = Body(c, PREFIX, body)
+    declare = _encoder.Declare(head, "")
+    self.head, self.head_bias = classifier(declare, "classifier", c)
+
+  def __call__(self, inputs: Images, how: layers.Compute, taps: tuple[int, ...] = ()) -> Output:
+    """Args: inputs, float32 pixels; taps, the layers whose output is kept. Returns: T = 1."""
+    x_BSD, taps_PBSD = self.body(inputs, how, taps)
+    weights = how.view(self.head)[...], how.view(self.head_bias)[...]
+    hidden, head = layers.with_bias(x_BSD[:, :1], *weights)
+    return Output(hidden, head, taps_PBTD=taps_PBSD)
+
+  def qkv(self, layer: int, x_BSD: jax.Array, inputs: Images, how: layers.Compute):
+    """Queries, keys and values of one layer, from the output of the layer before it."""
+    del inputs
+    here = jax.tree.map(lambda w: w[layer], self.body.layers)
+    return how.view(unstack(here)).qkv(x_BSD)
+
+
+def classifier(declare: _encoder.Declare, name: str, c: Any) -> tuple[Any, Any]:
+  """(rows of classes, their biases) of a head that Hugging Face calls `name`."""
+  dims = f"classes:{c.num_labels} embed:{c.hidden_size}"
+  return declare.linear(name, dims, "classes", 0.02), declare.bias(name, c.num_labels)
+
+
+TINY = Config(
+  hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=12,
+  patch_size=4, num_channels=1, num_labels=10,
+)  # fmt: skip
+
+CONFIGS = {
+  "tiny": TINY,
+  "vit-base-16": Config(
+    hidden_size=768, intermediate_size=3_072, num_hidden_layers=12, num_attention_heads=12,
+    num_labels=1_000,
+  ),
+}  # fmt: skip

@@ -1,0 +1,152 @@
+"""By modality: a step on records beside one with an online teacher, and whether data keeps up.
+
+  python tools/bench/modalities.py [images …] [--rounds=10] [--seconds=5] [--small]
+
+A modality is a function below: it writes made-up data into a folder and returns the config of a
+task, a teacher and a student. The rest is what record and train do: the teacher (random weights)
+is recorded, both steps are compiled and run by turns, and the loader is read for a while as
+training reads it, augmentations included, but for the step. In the last line, one JSON object,
+each figure has its modality before it:
+
+  records_seconds, online_seconds  medians of a step, wall clock
+  online_over_records              the median of their ratio, round by round
+  examples_per_second              of the loader
+  loader_over_step                 how many times what the step on records needs that is
+  bytes_per_example                of the store
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gzip
+import json
+import os
+import statistics
+import struct
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from distill_jax import build, config, sharding, teacher, train
+from distill_jax.data import loader
+from distill_jax.workdir import Workdir
+
+
+def images(folder: Path, small: bool) -> ml_collections.ConfigDict:
+  """28 x 28 grey: a ViT of 2.7 M parameters teaches one of 0.1 M; shifted and mirrored."""
+  c = config.base()
+  n, size = (64, 12) if small else (4_096, 28)
+  rng = np.random.default_rng(0)
+  for name, data in (
+    ("images-idx3", rng.integers(0, 256, (n, size, size), dtype=np.uint8)),
+    ("labels-idx1", (np.arange(n) % 10).astype(np.uint8)),
+  ):
+    head = struct.pack(f">BBBB{data.ndim}I", 0, 0, 8, data.ndim, *data.shape)
+    (folder / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(head + data.tobytes(), 1))
+  c.tasks.images = config.task(
+    "image_classes", train=str(folder / "train"), classes=tuple("abcdefghij"), size=size,
+    channels=1, augment=("shift", "flip"),
+  )  # fmt: skip
+  c.augmentations.shift = config.augmentation("crop", pad=2)
+  c.augmentations.flip = config.augmentation("flip")
+  shape = lambda width, layers, heads: {
+    "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+    "num_attention_heads": heads, "image_size": size, "patch_size": 4,
+  }  # fmt: skip
+  for model, changes in ((c.teacher, shape(192, 6, 6)), (c.student, shape(48, 3, 4))):
+    model.family, model.shape, model.changes = "vit", "tiny", {} if small else changes
+  c.train.batch_size = c.records.batch_size = 8 if small else 64
+  return c
+
+
+MODALITIES: dict[str, Callable[[Path, bool], ml_collections.ConfigDict]] = {"images": images}
+
+
+def measured(c: ml_collections.ConfigDict, folder: Path, rounds: int, seconds: float):
+  """The figures of one modality."""
+  c.records.kind = "dense"
+  c.losses.soft = config.loss("kd", missing_mass="renormalise")
+  c.train.records = (str(folder / "records"),)
+  recorded = config.resolve(c)
+  with Workdir(folder / "records", recorded) as records:
+    store = teacher.record(recorded, records)
+  alone = dataclasses.replace(recorded.train, online=True, records=())
+  ways = {"records": recorded, "online": dataclasses.replace(recorded, train=alone)}
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  steps = {name: prepared(of, mesh) for name, of in ways.items()}
+  times: dict[str, list[float]] = {name: [] for name in steps}
+  for i in range(rounds + 1):
+    for name in sorted(steps, reverse=i % 2 == 1):
+      took = run(steps[name])
+      if i:  # the first round warms up
+        times[name].append(took)
+  median = {name: statistics.median(t) for name, t in times.items()}
+  pairs = zip(times["online"], times["records"], strict=True)
+  rate, size = read(recorded, seconds), recorded.train.batch_size
+  return {
+    **{f"{name}_seconds": t for name, t in median.items()},
+    "online_over_records": statistics.median(a / b for a, b in pairs),
+    "examples_per_second": rate, "loader_over_step": rate * median["records"] / size,
+    "bytes_per_example": store["bytes"] / store["sequences"],
+  }  # fmt: skip
+
+
+def prepared(c: config.Config, mesh: Any) -> list[Any]:
+  """[the compiled step, its state, a batch, online teachers]"""
+  stores, keys = train.open_stores(c), build.keys(c.seed)
+  step = train.make_step(c, stores)
+  batch = loader.to_device(next(train._batches(c, stores, 0)), sharding.batch_sharding(mesh))
+  teachers = {
+    name: build.build(spec, mesh, keys["teacher"]).model for name, spec in train.online(c).items()
+  }
+  state = jax.jit(step.init)(build.build(c.student, mesh, keys["student"]).model)
+  return [jax.jit(step, donate_argnums=0), state, batch, teachers]
+
+
+def run(prepared: list[Any]) -> float:
+  """One step: its wall seconds. The state goes on from step to step."""
+  program, state, batch, teachers = prepared
+  start = time.perf_counter()
+  prepared[1], metrics = program(state, batch, teachers)
+  assert np.isfinite(float(metrics["loss"]))
+  return time.perf_counter() - start
+
+
+def read(c: config.Config, seconds: float) -> float:
+  """Examples a second of the loader, after the first batch."""
+  batches = train._batches(c, train.open_stores(c), 0)
+  next(batches)
+  start, n = time.perf_counter(), 0
+  while time.perf_counter() - start < seconds:
+    n += len(next(batches).labels_BT)
+  return n / (time.perf_counter() - start)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("names", nargs="*", default=list(MODALITIES), help="some of MODALITIES")
+  parser.add_argument("--rounds", type=int, default=10)
+  parser.add_argument("--seconds", type=float, default=5.0, help="of reading data alone")
+  parser.add_argument("--small", action="store_true", help="tiny shapes: does the script run?")
+  args = parser.parse_args()
+  figures: dict[str, float] = {}
+  for name in args.names:
+    with tempfile.TemporaryDirectory() as folder:
+      made = MODALITIES[name](Path(folder), args.small)
+      found = measured(made, Path(folder), args.rounds, args.seconds)
+    figures |= {f"{name}_{key}": value for key, value in found.items()}
+  for key, value in figures.items():
+    print(f"{key:32}{value:14,.4f}")
+  print(f"load {os.getloadavg()[0]:.1f}")
+  print(json.dumps({k: round(v, 4) for k, v in figures.items()}))
+
+
+if __name__ == "__main__":
+  main()
