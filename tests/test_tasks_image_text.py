@@ -107,7 +107,7 @@ def test_a_bad_pair_stops_the_run_or_is_counted(c, tmp_path, capsys, line, why):
 def test_pixels_are_those_of_transformers(c, tmp_path):
   transformers = pytest.importorskip("transformers")
   torch = pytest.importorskip("torch")
-  said = rows(c).task.hub()["preprocessor_config.json"]
+  said = rows(c).task.hub(None)["preprocessor_config.json"]
   said.pop("image_processor_type")
   said |= {"size": {"shortest_edge": 6}, "crop_size": {"height": 6, "width": 6}}
   said |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_convert_rgb": True}

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from distill_jax.data import corpus, pictures, sources
+from distill_jax.data import pictures, sources
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.errors import InputError
+from distill_jax.tasks import _texts
 from distill_jax.tasks._left_out import LeftOut, check_on_bad
-from distill_jax.types import PAIRED, Images, ImageText, Inputs
+from distill_jax.types import PAIRED, Images, ImageText
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +60,13 @@ class Task:
         f"image_text has {self.channels} channels, mean {self.mean} and std {self.std}; there are "
         "1 (grey) or 3, with a mean and a std each"
       )
-    if self.size < 1 or self.max_tokens < 2 or min(self.std) <= 0:
+    if self.size < 1 or min(self.std) <= 0:
       raise InputError(
-        f"image_text has size {self.size}, max_tokens {self.max_tokens} and std {self.std}; they "
-        "are at least 1, at least 2 and above 0"
+        f"image_text has size {self.size} and std {self.std}; they are at least 1, and above 0"
       )
 
   def open(self, split: str, came: Any) -> Source:
-    tokenizer = self._tokenizer(came)
+    tokenizer = _texts.tokenizer_of("image_text", self.tokenizer, came)
     path = self.heldout if split == "heldout" and self.heldout else self.path
     fraction = 0.0 if self.heldout else self.heldout_fraction
     of = sources.Source("jsonl", path, split, self.text, fraction)
@@ -105,19 +105,13 @@ class Task:
     readable = pictures.decode(raw, self.size, self.channels) is not None
     return hashlib.sha256(raw).hexdigest() if readable else ""
 
-  def _tokenizer(self, came: Any) -> Tokenizer:
-    if self.tokenizer:
-      return load_tokenizer(self.tokenizer)
-    if came is None or came.tokenizer is None:
-      raise InputError("image_text has no tokenizer and the model brings none; name a file")
-    return corpus.of_files(came.tokenizer, came.source)
-
   def inputs(self, stack: Callable[[str], np.ndarray]) -> ImageText:
-    tokens, segments = stack("read_S"), stack("seen_S")
-    places = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    texts: Any = (tokens, places, segments)  # numpy until to_device
     pixels: Any = pictures.normalised(stack("pixels_WWM"), self.mean, self.std)
-    return ImageText(Images(pixels), Inputs(*texts))
+    return ImageText(Images(pixels), _texts.inputs(stack))
+
+  def seen(self, stack: Callable[[str], np.ndarray]) -> np.ndarray:
+    """Of the images, as hidden states that are compared are theirs: no patch is padding."""
+    return np.ones((len(stack("mask_T")), 1), bool)
 
   def check(self, config: Any) -> None:
     if config.head_rows != PAIRED:
@@ -125,11 +119,7 @@ class Task:
         "image_text wants a model of images and texts, such as clip, and this is a "
         f"{type(config).__module__.rpartition('.')[2]}"
       )
-    if self.max_tokens > config.max_position_embeddings:
-      raise InputError(
-        f"image_text has max_tokens {self.max_tokens} and the model reads at most "
-        f"{config.max_position_embeddings}; lower it"
-      )
+    _texts.check_length("image_text", self.max_tokens, config)
     want = config.vision.image_size, config.vision.num_channels
     if (self.size, self.channels) != want:
       raise InputError(
@@ -142,6 +132,7 @@ class Task:
       )
 
   def hub(self, config: Any) -> dict[str, Any]:
+    """What CLIPImageProcessor is to do with an image."""
     del config
     size = {"height": self.size, "width": self.size}
     return {
@@ -162,26 +153,18 @@ class Source:
 
   def __init__(self, task: Task, pairs: list[tuple[Path, str, str]], tokenizer: Tokenizer):
     self._task, self._images = task, [image for image, _, _ in pairs]
-    ids = tokenizer.encode_batch([text for _, text, _ in pairs])
-    around = [[*tokenizer.begin, *i, *tokenizer.end] for i in ids]
-    most = task.max_tokens
-    self._ids = [i if len(i) <= most else [*i[: most - 1], i[-1]] for i in around]
-    said = hashlib.sha256(json.dumps([self._ids, [d for _, _, d in pairs]]).encode())
-    said.update(tokenizer.digest.encode())
-    self.digest = said.hexdigest()
+    texts = [text for _, text, _ in pairs]
+    self._texts = _texts.Source(texts, [0] * len(texts), PAIRED, tokenizer, task.max_tokens)
+    said = json.dumps([self._texts.digest, [digest for _, _, digest in pairs]])
+    self.digest = hashlib.sha256(said.encode()).hexdigest()
 
   def __len__(self) -> int:
-    return len(self._ids)
+    return len(self._images)
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    c, ids = self._task, self._ids[i]
-    pixels = pictures.decode(self._images[i].read_bytes(), c.size, c.channels)
-    if pixels is None:
+    image = pictures.decode(self._images[i].read_bytes(), self._task.size, self._task.channels)
+    if image is None:
       raise InputError(f"{self._images[i]} was an image when the run began; bring it back")
-    read_S, seen_S = np.zeros(c.max_tokens, np.int32), np.zeros(c.max_tokens, np.int32)
-    read_S[: len(ids)], seen_S[: len(ids)] = ids, 1
     # The labels are rows of the batch that the pair will be in: see types.Batch.paired.
-    return {
-      "pixels_WWM": pixels, "read_S": read_S, "seen_S": seen_S,
-      "labels_T": np.zeros(2, np.int32), "mask_T": np.ones(2, bool),
-    }  # fmt: skip
+    labels = {"labels_T": np.zeros(2, np.int32), "mask_T": np.ones(2, bool)}
+    return self._texts[i] | {"pixels_WWM": image} | labels
