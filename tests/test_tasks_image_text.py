@@ -139,8 +139,7 @@ def test_a_student_learns_beside_its_teacher(c, tmp_path):
   with Workdir(tmp_path / "run", resolved) as folder:
     last = train.train(resolved, folder)
   assert last["tokens"] == 8 and last["kl/teacher"] > 0 and 0 < last["features"] < 4
-  c.evaluate.models = {"student": f"run:{tmp_path / 'run'}"}
-  row = evaluate.evaluate(config.resolve(c), tmp_path)["models"]["student"]
+  row = evaluate.evaluate(resolved, tmp_path)["models"]["start"]
   assert 0 <= row["text_recall"] <= 1 and row["ce"] > 0
   assert row["parameters"] < clip.TINY.vision.hidden_size * 256
 
