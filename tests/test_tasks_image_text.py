@@ -8,16 +8,16 @@ import tiny
 from PIL import Image
 from tokenizers import Tokenizer, processors
 
-from distill_jax import config, evaluate, tasked, train
+from distill_jax import config, evaluate, tasked, train, verbs
 from distill_jax.data import pictures
 from distill_jax.errors import InputError
 from distill_jax.evals import _retrieval
-from distill_jax.models import clip
 from distill_jax.workdir import Workdir
 
 TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 TOWER |= {"num_attention_heads": 2}
 TEXT = {**TOWER, "vocab_size": 256, "max_position_embeddings": 16}
+TEXT |= {"bos_token_id": 0, "eos_token_id": 93}  # "~" of the bytes that tiny's tokenizer has
 VISION = {**TOWER, "image_size": 8, "patch_size": 4, "num_channels": 1}
 
 
@@ -132,7 +132,10 @@ def test_recall_is_among_all_different_texts():
 
 
 def test_a_student_learns_beside_its_teacher(c, tmp_path):
+  """And its exported folder is, in transformers, a model and what prepares its images."""
+  transformers = pytest.importorskip("transformers")
   c.train.online = True
+  c.export.dir, c.export.dtype = str(tmp_path / "hub"), "float32"
   c.losses.affinity = config.loss("kd")
   c.losses.features = config.loss("embedding", projection="orthogonal")
   resolved = config.resolve(c)
@@ -141,7 +144,11 @@ def test_a_student_learns_beside_its_teacher(c, tmp_path):
   assert last["tokens"] == 8 and last["kl/teacher"] > 0 and 0 < last["features"] < 4
   row = evaluate.evaluate(resolved, tmp_path)["models"]["start"]
   assert 0 <= row["text_recall"] <= 1 and row["ce"] > 0
-  assert row["parameters"] < clip.TINY.vision.hidden_size * 256
+  verbs.export(resolved, tmp_path / "run")
+  _, loaded = transformers.CLIPModel.from_pretrained(tmp_path / "hub", output_loading_info=True)
+  assert not any(loaded[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+  processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hub")
+  assert tuple(processor.image_mean) == (0.5,) and processor.crop_size["height"] == 8
 
 
 def test_what_does_not_fit_is_refused(c):
@@ -161,6 +168,8 @@ def test_what_does_not_fit_is_refused(c):
   c.tasks.pairs.size = 9
   refused("size 9 with 1 channels and the model reads 8 with 1")
   c.tasks.pairs.size = 8
+  c.student.changes.text.eos_token_id = 7
+  refused("ends texts with token 93 and the model with 7")
   c.student.family = "bert"
   c.student.changes = {}
   refused("wants a model of images and texts")

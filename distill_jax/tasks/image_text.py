@@ -47,9 +47,22 @@ class Task(_pairs.Pairs):
       )
     _texts.check_length(self.kind, self.max_tokens, config)
     self.check_images(config.vision)
-    if self.tokenizer and (n := load_tokenizer(self.tokenizer).vocab_size) > config.vocab_size:
+    if self.tokenizer:
+      self._check_tokenizer(load_tokenizer(self.tokenizer), config)
+
+  def _check_tokenizer(self, tokenizer: Tokenizer, config: Any) -> None:
+    """What stands for a text is its end, which transformers looks for by its id."""
+    if (n := tokenizer.vocab_size) > config.vocab_size:
       raise InputError(
         f"{self.tokenizer} has {n} tokens and the model {config.vocab_size} rows; take the model's"
+      )
+    end = config.text.eos_token_id
+    end = n - 1 if end == 2 else end  # what old files say of the largest
+    if tokenizer.end != [end]:
+      said = ", ".join(map(str, tokenizer.end)) or "none"
+      raise InputError(
+        f"{self.tokenizer} ends texts with token {said} and the model with {end}; set eos_token_id "
+        "of the text tower"
       )
 
 
