@@ -1,15 +1,22 @@
-"""A CLIP of 1/12 its teacher's size learns from the teacher's affinities, on Fashion-MNIST.
+"""A CLIP of a ninth of its teacher's size learns the teacher's affinities, on Fashion-MNIST.
 
-apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb runs/fashion
-python tools/fashion_captions.py runs/fashion/usr/share/datasets/fashion-mnist runs/fashion
-C=configs/fashion_clip.py R=runs/fashion
-distill-jax train --config=$C:teacher --workdir=$R/teacher
-for seed in 0 1 2; do
-  distill-jax train --config=$C:hard      --config.seed=$seed --workdir=$R/hard$seed
-  distill-jax train --config=$C:distilled --config.seed=$seed --workdir=$R/distilled$seed
-done
-distill-jax evaluate --config=$C           --workdir=$R
-distill-jax export   --config=$C:distilled --workdir=$R/distilled0
+  apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb runs/fashion
+  python tools/fashion_captions.py runs/fashion/usr/share/datasets/fashion-mnist runs/fashion
+  C=configs/fashion_clip.py R=runs/fashion
+  distill-jax train --config=$C:teacher --workdir=$R/teacher
+  for seed in 0 1 2; do
+    distill-jax train --config=$C:hard      --config.seed=$seed --workdir=$R/hard$seed
+    distill-jax train --config=$C:distilled --config.seed=$seed --workdir=$R/distilled$seed
+  done
+  distill-jax evaluate --config=$C           --workdir=$R
+  distill-jax export   --config=$C:distilled --workdir=$R/distilled0
+
+The captions are made from labels (tools/fashion_captions.py): no person wrote them, and a text
+tells the class of its image and no more. The teacher (0.67 M parameters) sees 20,000 pairs three
+times, the students (0.08 M) 2,000 of them fifteen times: `hard` by InfoNCE alone, `distilled` also
+by the teacher's affinities (TinyCLIP, arXiv:2309.12314) and embeddings (CLIP-KD,
+arXiv:2307.12732). On what is held out, 5,000 test images under ten texts, text_recall in
+evaluation.json is zero-shot accuracy. Not measured yet.
 """
 
 from distill_jax import config

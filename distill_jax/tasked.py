@@ -181,14 +181,14 @@ def firsts(config: Config, stores: Sequence[Any]) -> tuple[tuple[str, int], ...]
 
 def check(rows: Mapping[str, Rows], shape: Any) -> None:
   """Refuses a model that has no place for all classes, or cannot read the tasks."""
+  for of in rows.values():
+    of.task.check(shape)
   total = sum(of.source.classes for of in rows.values())
   if total > shape.head_rows:
     raise InputError(
       f"the tasks {', '.join(rows)} have {total} classes and the model's head "
       f"{shape.head_rows} rows; set changes={{'num_labels': {total}}} of the model"
     )
-  for of in rows.values():
-    of.task.check(shape)
   if len(rows) > 1 and any(of.source.classes == PAIRED for of in rows.values()):
     raise InputError(f"the tasks {', '.join(rows)} are several, and one has pairs; train it alone")
   kinds = {type(of.task) for of in rows.values()}

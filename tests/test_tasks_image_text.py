@@ -8,16 +8,16 @@ import tiny
 from PIL import Image
 from tokenizers import Tokenizer, processors
 
-from distill_jax import config, evaluate, tasked, train
+from distill_jax import config, evaluate, tasked, train, verbs
 from distill_jax.data import pictures
 from distill_jax.errors import InputError
 from distill_jax.evals import _retrieval
-from distill_jax.models import clip
 from distill_jax.workdir import Workdir
 
 TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 TOWER |= {"num_attention_heads": 2}
 TEXT = {**TOWER, "vocab_size": 256, "max_position_embeddings": 16}
+TEXT |= {"bos_token_id": 0, "eos_token_id": 93}  # "~" of the bytes that tiny's tokenizer has
 VISION = {**TOWER, "image_size": 8, "patch_size": 4, "num_channels": 1}
 
 
@@ -107,7 +107,7 @@ def test_a_bad_pair_stops_the_run_or_is_counted(c, tmp_path, capsys, line, why):
 def test_pixels_are_those_of_transformers(c, tmp_path):
   transformers = pytest.importorskip("transformers")
   torch = pytest.importorskip("torch")
-  said = rows(c).task.hub()["preprocessor_config.json"]
+  said = rows(c).task.hub(None)["preprocessor_config.json"]
   said.pop("image_processor_type")
   said |= {"size": {"shortest_edge": 6}, "crop_size": {"height": 6, "width": 6}}
   said |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_convert_rgb": True}
@@ -132,17 +132,23 @@ def test_recall_is_among_all_different_texts():
 
 
 def test_a_student_learns_beside_its_teacher(c, tmp_path):
+  """And its exported folder is, in transformers, a model and what prepares its images."""
+  transformers = pytest.importorskip("transformers")
   c.train.online = True
+  c.export.dir, c.export.dtype = str(tmp_path / "hub"), "float32"
   c.losses.affinity = config.loss("kd")
   c.losses.features = config.loss("embedding", projection="orthogonal")
   resolved = config.resolve(c)
   with Workdir(tmp_path / "run", resolved) as folder:
     last = train.train(resolved, folder)
   assert last["tokens"] == 8 and last["kl/teacher"] > 0 and 0 < last["features"] < 4
-  c.evaluate.models = {"student": f"run:{tmp_path / 'run'}"}
-  row = evaluate.evaluate(config.resolve(c), tmp_path)["models"]["student"]
+  row = evaluate.evaluate(resolved, tmp_path)["models"]["start"]
   assert 0 <= row["text_recall"] <= 1 and row["ce"] > 0
-  assert row["parameters"] < clip.TINY.vision.hidden_size * 256
+  verbs.export(resolved, tmp_path / "run")
+  _, loaded = transformers.CLIPModel.from_pretrained(tmp_path / "hub", output_loading_info=True)
+  assert not any(loaded[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+  processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hub")
+  assert tuple(processor.image_mean) == (0.5,) and processor.crop_size["height"] == 8
 
 
 def test_what_does_not_fit_is_refused(c):
@@ -162,6 +168,8 @@ def test_what_does_not_fit_is_refused(c):
   c.tasks.pairs.size = 9
   refused("size 9 with 1 channels and the model reads 8 with 1")
   c.tasks.pairs.size = 8
+  c.student.changes.text.eos_token_id = 7
+  refused("ends texts with token 93 and the model with 7")
   c.student.family = "bert"
   c.student.changes = {}
   refused("wants a model of images and texts")
