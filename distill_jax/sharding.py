@@ -45,6 +45,10 @@ TABLE: dict[str, tuple[Any, Any]] = {
   "channels": (None, None),  # of an image
   "pixels": (None, None),  # height or width of a patch
   "layers": (None, None),
+  "encoder_layers": (None, None),  # of a model that has a decoder beside its encoder
+  "filters": (None, None),  # of a convolution, as the next two
+  "channels": (None, None),
+  "kernel": (None, None),
   "rank": (None, None),  # of low-rank adapters
   "pairs": (None, None),  # of adapters, as the next
   "teacher_embed": (None, None),
