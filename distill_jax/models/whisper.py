@@ -1,4 +1,4 @@
-"""Whisper, and Distil-Whisper, which has fewer decoder layers (arXiv:2212.04356): speech to text."""
+"""Whisper and Distil-Whisper, which has fewer decoder layers (arXiv:2212.04356): speech to text."""
 
 from __future__ import annotations
 
