@@ -25,6 +25,7 @@ def theirs_says(model, given, spec: Search) -> np.ndarray:
   B = len(next(iter(given.values())))
   config = transformers.GenerationConfig(
     num_beams=spec.beams, do_sample=False, max_new_tokens=spec.max_new_tokens, min_length=0,
+    use_cache=False,  # transformers 5 makes T5 a cache of as many layers as its encoder has
     length_penalty=spec.length_penalty, early_stopping=False, eos_token_id=EOS, pad_token_id=PAD,
     decoder_start_token_id=START, suppress_tokens=list(spec.suppress) or None,
     begin_suppress_tokens=list(spec.suppress_first) or None,
@@ -35,7 +36,9 @@ def theirs_says(model, given, spec: Search) -> np.ndarray:
     model, **given, decoder_input_ids=prompt, generation_config=config
   )
   said = said.numpy()[:, len(spec.prompt) :]
-  return np.pad(said, ((0, 0), (0, spec.max_new_tokens - said.shape[1])), constant_values=PAD)
+  said = np.pad(said, ((0, 0), (0, spec.max_new_tokens - said.shape[1])), constant_values=PAD)
+  ended = np.cumsum(said == EOS, 1) - (said == EOS) > 0
+  return np.where(ended, PAD, said)  # it fills up with eos where the pad token is number 0
 
 
 CASES = {
