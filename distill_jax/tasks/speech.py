@@ -168,8 +168,8 @@ class Task:
     )
 
   def scores(self, said: Sequence[str], source: Source) -> dict[str, float]:
-    """Of what was said of each example of a source, in its order."""
-    return _scores.word_error_rate(said, source.texts)
+    """Of what was said of the first examples of a source, in their order."""
+    return _scores.word_error_rate(said, source.texts[: len(said)])
 
   def labelled(self, said: Sequence[str], source: Source) -> tuple[list[dict[str, Any]], int]:
     """(lines of a file that this task reads, with what was said as the text; how many differ too

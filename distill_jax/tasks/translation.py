@@ -113,8 +113,8 @@ class Task:
     )  # fmt: skip
 
   def scores(self, said: Sequence[str], source: Source) -> dict[str, float]:
-    """Of what was said of each example of a source, in its order."""
-    return _scores.bleu_and_chrf(said, [target for _, target in source.pairs])
+    """Of what was said of the first examples of a source, in their order."""
+    return _scores.bleu_and_chrf(said, [target for _, target in source.pairs[: len(said)]])
 
   def labelled(self, said: Sequence[str], source: Source) -> tuple[list[dict[str, Any]], int]:
     """(lines of a file that this task reads, with what was said as the target; none left out)."""
