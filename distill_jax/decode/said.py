@@ -30,8 +30,7 @@ def texts(model: build.Built, task: Any, source: Any, mesh: Any, most: int = 0) 
   n, size = min(len(source), most or len(source)), task.batch_size
   generation = model.pretrained.generation if model.pretrained else {}
   spec = task.search(model.config, source, generation)
-  where, said = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  run = jax.jit(functools.partial(search, how=model.how, spec=spec), out_shardings=said)
+  where, run = sharding.batch_sharding(mesh), _jitted(sharding.replicated(mesh))
   out: list[str] = []
   with Progress("decode", n, "texts") as progress:
     for first in range(0, n, size):
@@ -40,11 +39,17 @@ def texts(model: build.Built, task: Any, source: Any, mesh: Any, most: int = 0) 
       mine = rows[jax.process_index() :: jax.process_count()]
       read: Callable[[str], np.ndarray] = lambda name, mine=mine: np.stack([r[name] for r in mine])
       given = loader.to_device(task.inputs(read).source, where)
-      tokens_BN, _ = jax.device_get(run(model.model, given))
+      tokens_BN, _ = jax.device_get(run(model.model, given, how=model.how, spec=spec))
       real = tokens_BN[: min(size, n - first)]
       out += [_text(ids, spec.eos, source.tokenizer) for ids in real.tolist()]
       progress.add(len(real))
   return out
+
+
+@functools.lru_cache(1)
+def _jitted(said: Any) -> Any:
+  """Models of one shape share what is compiled."""
+  return jax.jit(search, static_argnames=("how", "spec"), out_shardings=said)
 
 
 def _text(ids: list[int], eos: int, tokenizer: Any) -> str:
