@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,16 @@ def texts(model: build.Built, task: Any, source: Any, mesh: Any, most: int = 0) 
       # The last batch is filled up with its own first example.
       rows = [source[i if i < n else first] for i in range(first, first + size)]
       mine = rows[jax.process_index() :: jax.process_count()]
-      read: Callable[[str], np.ndarray] = lambda name, mine=mine: np.stack([r[name] for r in mine])
-      given = loader.to_device(task.inputs(read).source, where)
+      given = loader.to_device(task.inputs(functools.partial(_stack, mine)).source, where)
       tokens_BN, _ = jax.device_get(run(model.model, given, how=model.how, spec=spec))
       real = tokens_BN[: min(size, n - first)]
       out += [_text(ids, spec.eos, source.tokenizer) for ids in real.tolist()]
       progress.add(len(real))
   return out
+
+
+def _stack(rows: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
+  return np.stack([row[name] for row in rows])
 
 
 @functools.lru_cache(1)

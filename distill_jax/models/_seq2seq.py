@@ -45,11 +45,12 @@ class DecoderLayer(nnx.Module):
 
   def __call__(self, x_BTD, memory_BSD, seen_BS, bias_1HTT=None) -> jax.Array:
     with jax.named_scope("attention"):
-      a_BTHh = attention.full(*self.qkv(x_BTD), None, True, self.SCALE, bias_1HTT)
+      q_BTHh, k_BTHh, v_BTHh = self.qkv(x_BTD)
+      a_BTHh = attention.full(q_BTHh, k_BTHh, v_BTHh, None, True, self.SCALE, bias_1HTT)
       x_BTD = self.join(x_BTD, a_BTHh)
     with jax.named_scope("source"):
-      q_BTHh, kv = self.source_q(x_BTD), self.source_kv(memory_BSD)
-      a_BTHh = attention.full(q_BTHh, *kv, seen_BS, scale=self.SCALE)
+      q_BTHh, (k_BSHh, v_BSHh) = self.source_q(x_BTD), self.source_kv(memory_BSD)
+      a_BTHh = attention.full(q_BTHh, k_BSHh, v_BSHh, seen_BS, scale=self.SCALE)
       x_BTD = self.source_join(x_BTD, a_BTHh)
     with jax.named_scope("mlp"):
       return self.finish(x_BTD)
@@ -59,17 +60,17 @@ class DecoderLayer(nnx.Module):
 
     Args: kept, without its axis of layers. The rows are the beams of each source in turn.
     """
-    q_R1Hh, *new = self.qkv(x_R1D)
+    q_R1Hh, k_R1Hh, v_R1Hh = self.qkv(x_R1D)
     put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), position, 1)
-    k_RTHh, v_RTHh = put(kept.k_LRTHh, new[0]), put(kept.v_LRTHh, new[1])
+    k_RTHh, v_RTHh = put(kept.k_LRTHh, k_R1Hh), put(kept.v_LRTHh, v_R1Hh)
     R, T = k_RTHh.shape[:2]
     past_RT = jnp.broadcast_to(jnp.arange(T)[None] <= position, (R, T))
     a_R1Hh = attention.full(q_R1Hh, k_RTHh, v_RTHh, past_RT, False, self.SCALE, bias_1H1T)
     x_R1D = self.join(x_R1D, a_R1Hh)
-    q_R1Hh, source = self.source_q(x_R1D), (kept.source_k_LBSHh, kept.source_v_LBSHh)
+    q_R1Hh, k_BSHh, v_BSHh = self.source_q(x_R1D), kept.source_k_LBSHh, kept.source_v_LBSHh
     # A source's beams ask as its positions do: its keys are there once for all of them.
-    q_BKHh = q_R1Hh.reshape(len(source[0]), -1, *q_R1Hh.shape[2:])
-    a_BKHh = attention.full(q_BKHh, *source, kept.seen_BS, scale=self.SCALE)
+    q_BKHh = q_R1Hh.reshape(len(k_BSHh), -1, *q_R1Hh.shape[2:])
+    a_BKHh = attention.full(q_BKHh, k_BSHh, v_BSHh, kept.seen_BS, scale=self.SCALE)
     x_R1D = self.source_join(x_R1D, a_BKHh.reshape(q_R1Hh.shape))
     return self.finish(x_R1D), (k_RTHh, v_RTHh)
 
@@ -81,6 +82,7 @@ class Model(nnx.Module):
   `target_bias` where its scores have one.
   """
 
+  layers: Any
   encoded: Any  # (source, how) -> the encoder's output [B, S, D], and what of it is no padding
   embedded: Any  # (tokens, positions, how) -> what the first layer reads [B, T, D]
   output: Any  # (the last layer's output, how, taps) -> Output
@@ -115,7 +117,8 @@ class Model(nnx.Module):
       empty = jnp.zeros((len(k_BSHh) * beams, size, *k_BSHh.shape[2:]), k_BSHh.dtype)
       return None, (empty, empty, k_BSHh, v_BSHh)
 
-    return Cache(*jax.lax.scan(one, None, self.layers)[1], seen_BS)
+    k, v, source_k, source_v = jax.lax.scan(one, None, self.layers)[1]
+    return Cache(k, v, source_k, source_v, seen_BS)
 
   def extend(
     self, tokens_R: jax.Array, position: jax.Array, cache: Cache, how: layers.Compute
@@ -127,9 +130,9 @@ class Model(nnx.Module):
       bias = jax.lax.dynamic_slice_in_dim(bias, position, 1, 2)
 
     def one(x_R1D, xs):
-      layer, *kept = xs
-      layer, kept = how.view(unstack(layer)), Cache(*kept, cache.seen_BS)
-      return layer.extend(x_R1D, kept, position, bias)
+      layer, k, v, source_k, source_v = xs
+      kept = Cache(k, v, source_k, source_v, cache.seen_BS)
+      return how.view(unstack(layer)).extend(x_R1D, kept, position, bias)
 
     stacked = cache.k_LRTHh, cache.v_LRTHh, cache.source_k_LBSHh, cache.source_v_LBSHh
     x_R1D, (k, v) = jax.lax.scan(one, x_R1D, (self.layers, *stacked))
@@ -154,7 +157,7 @@ class BartEncoderLayer(_encoder.Block):
   }  # fmt: skip
 
 
-class BartDecoderLayer(DecoderLayer, BartEncoderLayer):
+class BartDecoderLayer(DecoderLayer, BartEncoderLayer):  # type: ignore[misc]  # other arguments
   """The same with attention to the source between the two."""
 
   def __init__(self, c: Any, at: str, key: jax.Array):

@@ -187,7 +187,7 @@ class EncoderLayer(nnx.Module):
       return self.finish(x_BSD)
 
 
-class DecoderLayer(_seq2seq.DecoderLayer, EncoderLayer):
+class DecoderLayer(_seq2seq.DecoderLayer, EncoderLayer):  # type: ignore[misc]  # other arguments
   """The same with attention to the source between the two."""
 
   SCALE = 1.0

@@ -83,9 +83,9 @@ class Task:
         found.append((Path(audio), text))
     with ThreadPoolExecutor(8) as pool:
       said = list(pool.map(lambda pair: self._useless(pair[0]), found))
-    for (audio, _), (why, _) in zip(found, said, strict=True):
+    for (file, _), (why, _) in zip(found, said, strict=True):
       if why:
-        left_out(str(audio), why)
+        left_out(str(file), why)
     used = [(*pair, digest) for pair, (why, digest) in zip(found, said, strict=True) if not why]
     return Source(self, used, tokenizer, left_out)
 
