@@ -9,6 +9,7 @@ import numpy as np
 import parity
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from distill_jax import folder, head, layers, params, sharding
 from distill_jax.errors import InputError
@@ -259,3 +260,19 @@ def test_whisper_refuses_sounds_of_another_length():
   sounds = Sounds(jax.ShapeDtypeStruct((1, 30, 8), jnp.float32))
   with pytest.raises(InputError, match="30 frames and whisper reads 32"):
     jax.eval_shape(lambda m, s: m.encoded(s, layers.Compute()), model, sounds)
+
+
+def test_a_tied_t5_with_another_head_is_refused(tmp_path):
+  theirs = torch_model("t5 tied")
+  parity.ours_from(theirs, tmp_path / "tied")
+  with safe_open(tmp_path / "tied/model.safetensors", "numpy") as f:
+    weights = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  for head_VD, fits in ((weights["shared.weight"], True), (weights["shared.weight"] + 1, False)):
+    save_file(weights | {"lm_head.weight": head_VD.copy()}, tmp_path / "tied/model.safetensors")
+    source = load.open_model(str(tmp_path / "tied"))
+    if fits:
+      load.load(source, mesh, layers.Compute())
+      continue
+    with pytest.raises(InputError, match="ties its embeddings and holds another lm_head.weight"):
+      load.load(source, mesh, layers.Compute())

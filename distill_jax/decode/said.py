@@ -62,7 +62,8 @@ def _text(ids: list[int], eos: int, tokenizer: Any) -> str:
 
 def write(config: Config, workdir: Path) -> dict[str, Any]:
   """`generate` over a task: what the teacher says of its training examples, as a file that the
-  same task reads: sequence-level distillation (arXiv:1606.07947), pseudo-labels of speech.
+  same task reads: sequence-level distillation (arXiv:1606.07947), pseudo-labels of speech. The
+  file is there whole or not at all.
 
   Raises: InputError: the task is none of texts, there are several, or nothing is left.
   """

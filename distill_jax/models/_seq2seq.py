@@ -32,7 +32,7 @@ class Cache(struct.PyTreeNode):
 
 class DecoderLayer(nnx.Module):
   """One layer. A family has `qkv` and `join` (of the target so far), `source_q`, `source_kv`
-  and `source_join`, and `feed_forward`, which all take or give the residual [B, T, D]."""
+  and `source_join`, and `finish`, the feed-forward; all take or give the residual [B, T, D]."""
 
   SCALE: ClassVar[float | None] = None  # of scores; 1/sqrt(h)
 

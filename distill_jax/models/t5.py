@@ -1,4 +1,4 @@
-"""T5 v1.1, and Flan-T5 and mT5's layers (arXiv:1910.10683, arXiv:2002.05202): text to text.
+"""T5 v1.1 and Flan-T5 (arXiv:1910.10683, arXiv:2002.05202): text to text.
 
 Relative positions are a bias of the scores, which are not scaled; norms are root mean squares,
 nothing else has a bias, and the feed-forward is gated.
@@ -45,6 +45,7 @@ class Config:
   eos_token_id: int = 1
   decoder_start_token_id: int = 0
 
+  TABLE: ClassVar[str] = "shared.weight"  # which a tied head is
   MAY_BE_0: ClassVar[tuple[str, ...]] = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
 
   def __post_init__(self):
@@ -224,7 +225,7 @@ class Model(_seq2seq.Model):
       init=D**-0.5,
     )  # fmt: skip
     self.encoder_near, self.near = near(keys[1], "encoder"), near(keys[2], "decoder")
-    block = functools.partial(EncoderLayer, c, "encoder.block.{encoder_layers}.")
+    block: Any = functools.partial(EncoderLayer, c, "encoder.block.{encoder_layers}.")
     self.encoder = stack(c.num_layers, block, keys[3], axis=_seq2seq.ENCODER_AXIS)
     block = functools.partial(DecoderLayer, c, "decoder.block.{layers}.")
     self.layers = stack(c.num_decoder_layers, block, keys[4])
