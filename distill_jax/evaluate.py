@@ -152,7 +152,8 @@ def _heldout(config: Config, mesh: Any) -> dict[str, Any]:
     }
     for name, task in config.tasks.items():
       if hasattr(task, "scores"):
-        source, most = parts[name][0].rows.source, config.evaluate.sequences
+        rows: Any = parts[name][0]
+        source, most = rows.rows.source, config.evaluate.sequences
         for n, m in models.items():
           by_part[name][n] |= task.scores(said.texts(m, task, source, mesh, most), source)
   first = next(iter(by_part.values()))

@@ -138,7 +138,7 @@ def test_word_errors_are_those_of_whispers_normaliser():
   wanted = ["please press 1 now", "It is Mr. Smith!", "hello there"]
   assert _scores.word_errors(said, wanted) == [(0, 4), (0, 4), (2, 2)]
   assert _scores.word_error_rate(said, wanted) == {"wer": 0.2}
-  assert _scores.word_errors(["um"], ["..."]) == [(0, 0)]
+  assert _scores.word_errors(["well"], ["[laughs]"]) == [(1, 0)]
 
 
 def test_an_example_has_frames_and_teacher_forcing(tmp_path):
@@ -168,7 +168,7 @@ SPOILT = {
   "damaged": (lambda p: p.write_bytes(p.read_bytes()[:-99]), "0.wav is damaged, empty"),
   "empty": (lambda p: p.write_bytes(b""), "0.wav is damaged, empty"),
   "no wav": (lambda p: p.write_text("hello"), "0.wav is damaged, empty"),
-  "missing": (lambda p: p.unlink(), "line 1 names no file in .*0.wav"),
+  "missing": (lambda p: p.unlink(), "line 1 names no file in its field"),
   "long": (lambda p: sounds.write(p, np.zeros(9000, np.float32), RATE), "longer than 32 frames"),
 }
 

@@ -145,13 +145,16 @@ def test_a_bad_pair_stops_the_run_or_is_counted(tmp_path, capsys, line, why):
   assert "1 of 25 examples left out: it has" in capsys.readouterr().err
 
 
-def test_what_is_no_text_is_named(tmp_path):
+@pytest.mark.parametrize("raw", [b'{"en": "\xff"}', b"[1]", b"{", b'{"en": "a", "de": "\\ud800"}'])
+def test_a_line_that_is_no_pair_stops_the_run_or_is_counted(tmp_path, raw):
   c = config.base()
-  c.tasks.main = task(tmp_path)
+  c.tasks.main = task(tmp_path, heldout_fraction=0.0)
   with (tmp_path / "pairs.jsonl").open("ab") as f:
-    f.write(b'\n{"en": "\xff"}')
-  with pytest.raises(InputError, match="pairs.jsonl.*UTF-8"):
+    f.write(b"\n" + raw)
+  with pytest.raises(InputError, match="pairs.jsonl, line 25 (is no JSON|has no text)"):
     config.resolve(c).tasks["main"].open("train", None)
+  c.tasks.main.on_bad = "skip"
+  assert len(config.resolve(c).tasks["main"].open("train", None)) == 24
 
 
 def test_a_model_that_cannot_translate_is_refused(tmp_path):

@@ -135,7 +135,7 @@ class Model(_seq2seq.Model):
     self.config = c
     self.embed = param(keys[0], f"vocab:{V} table:{D}", "model.shared.weight", "vocab", D**-0.5)
     at = "model.encoder.layers.{encoder_layers}."
-    block = functools.partial(EncoderLayer, c.side("encoder"), at)
+    block: Any = functools.partial(EncoderLayer, c.side("encoder"), at)
     self.encoder = stack(c.encoder_layers, block, keys[1], axis=_seq2seq.ENCODER_AXIS)
     block = functools.partial(DecoderLayer, c.side("decoder"), "model.decoder.layers.{layers}.")
     self.layers = stack(c.decoder_layers, block, keys[2])

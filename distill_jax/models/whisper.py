@@ -134,7 +134,7 @@ class Model(_seq2seq.Model):
       init="zeros",
     )  # fmt: skip
     self.frames = self.frames.replace(jnp.asarray(sinusoids(c.max_source_positions, D)))
-    block = functools.partial(EncoderLayer, c.side("encoder"), at + "layers.{encoder_layers}.")
+    block: Any = functools.partial(EncoderLayer, c.side("encoder"), at + "layers.{encoder_layers}.")
     self.encoder = stack(c.encoder_layers, block, keys[3], axis=_seq2seq.ENCODER_AXIS)
     self.encoder_norm, self.encoder_norm_bias = _encoder.Declare(keys[4], at).norm("layer_norm", D)
     at = "model.decoder."

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from distill_jax.data import corpus
+from distill_jax.data import corpus, sources
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.errors import InputError
+from distill_jax.tasks._left_out import LeftOut
 from distill_jax.types import Inputs
+
+HALF = re.compile("[\ud800-\udfff]")
 
 
 def tokenizer_of(task: str, path: str, came: Any) -> Tokenizer:
@@ -20,6 +25,25 @@ def tokenizer_of(task: str, path: str, came: Any) -> Tokenizer:
   if came is None or came.tokenizer is None:
     raise InputError(f"{task} has no tokenizer and the model brings none; name a file")
   return corpus.of_files(came.tokenizer, came.source)
+
+
+def objects(of: sources.Source, left_out: LeftOut) -> Iterator[tuple[dict[str, Any], str]]:
+  """The object on each line of .jsonl files, and where it stands; other lines are left out."""
+  for raw, where in sources.raw_lines(of):
+    try:
+      line = json.loads(raw.decode())
+    except (ValueError, RecursionError):  # of decoding, too
+      left_out(where, "is no JSON in UTF-8")
+      continue
+    if isinstance(line, dict):
+      yield line, where
+    else:
+      left_out(where, "is no JSON object")
+
+
+def is_text(x: Any) -> bool:
+  """Text with something in it. JSON can spell half a surrogate pair, which is no character."""
+  return isinstance(x, str) and bool(x.strip()) and HALF.search(x) is None
 
 
 def token_id(task: str, tokenizer: Tokenizer, token: str) -> int:

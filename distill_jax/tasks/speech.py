@@ -74,11 +74,11 @@ class Task:
     fraction = 0.0 if self.heldout else self.heldout_fraction
     of = sources.Source("jsonl", path, split, self.text, fraction)
     left_out, found = LeftOut("speech", self.on_bad), []
-    for audio, text, where in self._lines(of):
-      if not isinstance(text, str) or not text.strip():
-        left_out(where, "has no text")
+    for audio, text, where in self._lines(of, left_out):
+      if not _targets.is_text(text):
+        left_out(where, "has no text, or none in UTF-8")
       elif not isinstance(audio, str) or not Path(audio).is_file():
-        left_out(where, f"names no file in {self.audio!r}")
+        left_out(where, f"names no file in its field {self.audio!r}")
       elif sources.chosen(text, of):
         found.append((Path(audio), text))
     with ThreadPoolExecutor(8) as pool:
@@ -89,15 +89,14 @@ class Task:
     used = [(*pair, digest) for pair, (why, digest) in zip(found, said, strict=True) if not why]
     return Source(self, used, tokenizer, left_out)
 
-  def _lines(self, of: sources.Source) -> Iterator[tuple[Any, Any, str]]:
+  def _lines(self, of: sources.Source, left_out: LeftOut) -> Iterator[tuple[Any, Any, str]]:
     """(the wav file, its text, where that stands) of every sound."""
     path = Path(of.path)
     if path.is_dir():
-      for audio in sorted(path.glob("*.wav")):
-        text = audio.with_suffix(".txt")
-        yield str(audio), text.read_text() if text.is_file() else None, str(audio)
+      for file in sorted(path.glob("*.wav")):
+        yield str(file), _text(file.with_suffix(".txt")), str(file)
       return
-    for line, where in sources.objects(of):
+    for line, where in _targets.objects(of, left_out):
       audio = line.get(self.audio)
       at = str(path.parent / audio) if isinstance(audio, str) else audio
       yield at, line.get(self.text), where
@@ -185,6 +184,14 @@ class Task:
       if new.strip() and wrong <= self.max_wer * words
     ]
     return lines, len(said) - len(lines)
+
+
+def _text(file: Path) -> str | None:
+  """What a file says; None where it is not there, or not in UTF-8."""
+  try:
+    return file.read_bytes().decode() if file.is_file() else None
+  except UnicodeDecodeError:
+    return None
 
 
 class Source:

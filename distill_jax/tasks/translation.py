@@ -68,10 +68,10 @@ class Task:
     of = sources.Source("jsonl", path, split, self.source, fraction)
     left_out = LeftOut("translation", self.on_bad)
     pairs, places = [], []
-    for line, where in sources.objects(of):
+    for line, where in _targets.objects(of, left_out):
       pair = line.get(self.source), line.get(self.target)
       names = (self.source, self.target)
-      if bad := [n for n, x in zip(names, pair, strict=True) if not _is_text(x)]:
+      if bad := [n for n, x in zip(names, pair, strict=True) if not _targets.is_text(x)]:
         left_out(where, f"has no text in its field {bad[0]!r}")
       elif sources.chosen(str(pair[0]), of):
         pairs.append(pair)
@@ -123,10 +123,6 @@ class Task:
       for new, (a, b) in zip(said, source.pairs, strict=True)
     ]
     return [line for line in lines if line[self.target].strip()], sum(not s.strip() for s in said)
-
-
-def _is_text(x: Any) -> bool:
-  return isinstance(x, str) and bool(x.strip())
 
 
 class Source:
