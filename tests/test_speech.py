@@ -99,7 +99,7 @@ def test_a_frozen_encoder_stays_as_it_is(tmp_path):
   """Distil-Whisper's; weight decay leaves it alone, too, and all of the decoder moves."""
   c = configured(tmp_path)
   c.train.records, c.losses = (), {"hard": config.loss("ce")}
-  c.student.only, c.train.steps = ("model.decoder.",), 1
+  c.student.frozen, c.train.steps = ("model.encoder.",), 1
   resolved = config.resolve(c)
   with Workdir(tmp_path / "student", resolved) as folder:
     train.train(resolved, folder)
