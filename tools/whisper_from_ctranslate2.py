@@ -22,6 +22,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 DTYPES = {0: "f4", 1: "i1", 2: "i2", 3: "i4", 4: "f2"}  # of CTranslate2; 5 is bfloat16
+ENGLISH = 51_864  # rows of the models of English alone
+NO_TIMES = (50_363, 50_362)  # <|notimestamps|> of all languages, and of English alone
 BART = {"attention": "encoder_attn", "self_attention": "self_attn"}
 
 
@@ -100,7 +102,7 @@ def _piece(at: str, block: str, piece: str, end: str, x: np.ndarray) -> dict[str
 def config_of(found: dict[str, np.ndarray], tensors: dict[str, np.ndarray]) -> dict[str, Any]:
   """The config.json of these tensors."""
   V, D = tensors["model.decoder.embed_tokens.weight"].shape
-  eos = 50_256 if V == 51_864 else 50_257  # of English alone, and of all languages
+  eos = 50_256 if V == ENGLISH else 50_257  # of English alone, and of all languages
   sides = {}
   for side in ("encoder", "decoder"):
     numbers = [re.match(rf"model\.{side}\.layers\.(\d+)", name) for name in tensors]
@@ -133,8 +135,10 @@ def main() -> None:
   tensors[places] = tensors[places][: 50 * given.seconds].copy()
   config = config_of(found, tensors)
   said = json.loads((given.folder / "config.json").read_text())
+  english = config["vocab_size"] == ENGLISH
   generation = {
     **{k: v for k, v in config.items() if k.endswith("_token_id")}, "max_length": 448,
+    "is_multilingual": not english, "no_timestamps_token_id": NO_TIMES[english],
     "suppress_tokens": said["suppress_ids"], "begin_suppress_tokens": said["suppress_ids_begin"],
   }  # fmt: skip
   named = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}

@@ -27,6 +27,7 @@ def texts(model: build.Built, task: Any, source: Any, mesh: Any, most: int = 0) 
   All batches have one shape, and a row's text does not depend on its company.
   """
   n, size = min(len(source), most or len(source)), task.batch_size
+  sharding.check_batch("the task's batch_size", size, mesh)
   generation = model.pretrained.generation if model.pretrained else {}
   spec = task.search(model.config, source, generation)
   where, run = sharding.batch_sharding(mesh), _jitted(sharding.replicated(mesh))
@@ -35,7 +36,8 @@ def texts(model: build.Built, task: Any, source: Any, mesh: Any, most: int = 0) 
     for first in range(0, n, size):
       # The last batch is filled up with its own first example.
       rows = [source[i if i < n else first] for i in range(first, first + size)]
-      mine = rows[jax.process_index() :: jax.process_count()]
+      each = size // jax.process_count()
+      mine = rows[jax.process_index() * each :][:each]  # in this order on the devices
       given = loader.to_device(task.inputs(functools.partial(_stack, mine)).source, where)
       tokens_BN, _ = jax.device_get(run(model.model, given, how=model.how, spec=spec))
       real = tokens_BN[: min(size, n - first)]
