@@ -142,7 +142,8 @@ class Task:
   def positions(self) -> int:
     return len(self.prompt) - 1 + self.max_tokens
 
-  def hub(self) -> dict[str, dict[str, Any]]:
+  def hub(self, config: Any) -> dict[str, dict[str, Any]]:
+    del config
     return {
       "preprocessor_config.json": {
         "feature_extractor_type": "WhisperFeatureExtractor", "feature_size": self.bins,

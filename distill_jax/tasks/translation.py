@@ -101,7 +101,8 @@ class Task:
     if self.tokenizer:
       self._check_start(load_tokenizer(self.tokenizer), config)
 
-  def hub(self) -> dict[str, dict[str, Any]]:
+  def hub(self, config: Any) -> dict[str, dict[str, Any]]:
+    del config
     return {}
 
   def search(self, config: Any, source: Source, generation: dict[str, Any]) -> Search:
