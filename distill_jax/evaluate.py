@@ -16,6 +16,7 @@ import numpy as np
 from distill_jax import build, files, params, processes, sharding, tasked
 from distill_jax.config import Config, Model, Quantise, Share
 from distill_jax.data import corpus, loader
+from distill_jax.decode import said
 from distill_jax.errors import InputError
 from distill_jax.evals import _choices, _lm, _questions, _words
 from distill_jax.evals._likelihood import Scorer
@@ -43,6 +44,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
   tokens, corpus: how many of them, of what. With `tasks`, these are of the first, and `tasks`
     holds models and tokens of each; a token is a label. Of pairs, ce, kl, agreement and accuracy
     are among those of a batch, and recall among all (evals/_retrieval.py).
+    A task of texts adds how near to them the models' own come: bleu and chrf, or wer.
   evals: by the name of a set, then of a model: questions, left_out and numbers, each {value,
     low, high}: see evals/_words.py and evals/_choices.py, which keep what they did in
     evals/MODEL/SET of the workdir. A set needs no teacher, and each model has its own tokenizer.
@@ -154,6 +156,12 @@ def _heldout(config: Config, mesh: Any) -> dict[str, Any]:
       name: _measure_all(config, models, rows, classes, mesh)
       for name, (rows, classes) in parts.items()
     }
+    for name, task in config.tasks.items():
+      if hasattr(task, "scores"):
+        rows: Any = parts[name][0]
+        source, most = rows.rows.source, config.evaluate.sequences
+        for n, m in models.items():
+          by_part[name][n] |= task.scores(said.texts(m, task, source, mesh, most), source)
   first = next(iter(by_part.values()))
   tokens = {name: results["teacher"].pop("tokens") for name, results in by_part.items()}
   for results in by_part.values():

@@ -17,7 +17,7 @@ from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.decode import prompts as reading
-from distill_jax.decode import samples, store
+from distill_jax.decode import said, samples, store
 from distill_jax.decode.batch import Batch, Sample, Wanted
 from distill_jax.decode.device import Device, Spec
 from distill_jax.decode.finished import Finished
@@ -49,6 +49,8 @@ def generate(config: Config, folder: Path, load: Load | None = None) -> dict[str
 
   `load` gives the teacher where there is more to do; without it, it is made from the config.
 
+  With `tasks`, the teacher says the texts of a task instead: see decode/said.py.
+
   Returns: prompts, rejected, samples, tokens, how many of each reason, and tokens_per_second
     of this process's part; sequences, entries and bytes of the store.
 
@@ -56,6 +58,8 @@ def generate(config: Config, folder: Path, load: Load | None = None) -> dict[str
     InputError: config, prompts and model do not fit together, before anything is compiled.
     Preempted: SIGTERM came; finished samples are kept.
   """
+  if config.tasks:
+    return said.write(config, folder)
   if config.generate.server.url:
     return served.generate(config, folder)
   mesh = sharding.make_mesh(**vars(config.mesh))

@@ -47,7 +47,7 @@ def decays(tree: Any) -> Any:
 
   def one(v):
     axes = v.get_metadata()["axes"] if params.is_param(v) else v.shape
-    wide = sum(a not in ("layers", "experts", "one") for a in axes) > 1
+    wide = sum(a not in ("layers", "encoder_layers", "experts", "one") for a in axes) > 1
     return jax.tree.map(lambda _: wide and "bias" not in axes, v)
 
   return params.map_params(one, tree)

@@ -18,7 +18,7 @@ from distill_jax import params
 from distill_jax.config import Quantise
 from distill_jax.errors import InputError
 
-LOOPS = ("layers", "experts")  # axes along which weights are tensors of their own
+LOOPS = ("layers", "encoder_layers", "experts")  # axes along which weights are tensors of their own
 BITS = (0, 4, 8)
 
 

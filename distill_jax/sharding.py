@@ -42,10 +42,13 @@ TABLE: dict[str, tuple[Any, Any]] = {
   "routes": (None, None),  # the experts, where a router chooses among them
   "classes": (None, None),  # few
   "places": (None, None),  # learned positions, and kinds of segments
-  "channels": (None, None),  # of an image
+  "channels": (None, None),  # of an image or a sound
   "pixels": (None, None),  # height or width of a patch
   "one": (None, None),  # an axis that Hugging Face has with nothing along it
   "layers": (None, None),
+  "encoder_layers": (None, None),  # of a model that has a decoder beside its encoder
+  "filters": (None, None),  # of a convolution, as the next
+  "kernel": (None, None),
   "rank": (None, None),  # of low-rank adapters
   "pairs": (None, None),  # of adapters, as the next
   "teacher_embed": (None, None),

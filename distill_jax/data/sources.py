@@ -171,6 +171,13 @@ def objects(source: Source) -> Iterator[tuple[dict[str, Any], str]]:
   return ((_object(line, where), where) for line, where in numbered(source))
 
 
+def raw_lines(source: Source) -> Iterator[tuple[bytes, str]]:
+  """Each line of .jsonl files that is not blank, whatever it holds, and where it stands."""
+  for file in _files(source, ".jsonl"):
+    with file.open("rb") as lines:
+      yield from ((raw, f"{file}, line {n}") for n, raw in enumerate(lines, 1) if raw.strip())
+
+
 def _utf8(raw: bytes, where: Path | str, offset: int) -> str:
   try:
     return raw.decode()

@@ -247,7 +247,7 @@ def _check(weights: Weights, model: Any, pretrained: Pretrained, new: New) -> No
   unknown = sorted(n for n in names if not any(k(n) for k in known) and not skips(n))
   if HEAD in unknown and pretrained.config.tie_word_embeddings:
     unknown.remove(HEAD)
-    _check_tied(weights, source)
+    _check_tied(weights, source, getattr(pretrained.config, "TABLE", EMBED))
   if unknown:
     raise InputError(
       f"{source} holds {unknown[0]} ({len(unknown)} such in all), which its model does not have; "
@@ -255,12 +255,12 @@ def _check(weights: Weights, model: Any, pretrained: Pretrained, new: New) -> No
     )
 
 
-def _check_tied(weights: Weights, source: str, rows: int = 4096) -> None:
+def _check_tied(weights: Weights, source: str, table: str, rows: int = 4096) -> None:
   """A stored head of a tied model has to be the embedding table."""
-  same = weights.shape(HEAD) == weights.shape(EMBED)
-  for i in range(0, weights.shape(EMBED)[0] if same else 0, rows):
+  same = weights.shape(HEAD) == weights.shape(table)
+  for i in range(0, weights.shape(table)[0] if same else 0, rows):
     at = (slice(i, i + rows), slice(None))
-    same = same and np.array_equal(weights.read(HEAD, at), weights.read(EMBED, at), equal_nan=True)
+    same = same and np.array_equal(weights.read(HEAD, at), weights.read(table, at), equal_nan=True)
   if not same:
     raise InputError(
       f"{source} ties its embeddings and holds another {HEAD}; set tie_word_embeddings to false in "

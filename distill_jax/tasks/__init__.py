@@ -13,6 +13,9 @@ A task is a module with a frozen dataclass `Task`, an entry of `tasks` in a conf
                                 {"config.json": {"id2label": ...}}, which goes into that file
   seed, views, augment          of tasks that augment: see tasked.Rows
 
+  scores(said, source) -> {name: number}, and search, labelled: of tasks of texts, which `evaluate`
+                                and `generate` let models say: see decode/said.py
+
 and a Source has
 
   classes       how many rows of a head its labels name

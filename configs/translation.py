@@ -1,0 +1,58 @@
+"""English to German as GIMP has it: a T5 of 1.4 M parameters teaches one of a third of that.
+
+python tools/interface_strings.py DIR runs/translation    # its docstring says what DIR holds
+distill-jax train    --config=configs/translation.py:teacher  --workdir=runs/translation/teacher
+distill-jax record   --config=configs/translation.py          --workdir=runs/translation/records
+distill-jax generate --config=configs/translation.py          --workdir=runs/translation/said
+distill-jax train    --config=configs/translation.py:hard     --workdir=runs/translation/hard
+distill-jax train    --config=configs/translation.py:words    --workdir=runs/translation/words
+distill-jax train    --config=configs/translation.py:sentences --workdir=runs/translation/sentences
+distill-jax evaluate --config=configs/translation.py          --workdir=runs/translation
+distill-jax export   --config=configs/translation.py:words    --workdir=runs/translation/words
+"""
+
+import os
+
+from distill_jax import config
+
+AT = os.environ.get("TRANSLATION", "runs/translation")  # where it all lies
+SEED = int(os.environ.get("SEED", "0"))  # of the students
+IDS = {"vocab_size": 2_000, "pad_token_id": 0, "decoder_start_token_id": 1, "eos_token_id": 2}
+SIZES = {
+  "teacher": {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 3, "num_decoder_layers": 3},
+  "student": {"d_model": 96, "d_kv": 24, "d_ff": 192, "num_layers": 2, "num_decoder_layers": 1},
+}
+
+
+def get_config(student: str = "words"):
+  c = config.base()
+  c.seed = 0 if student == "teacher" else SEED
+  c.tasks.german = config.task(
+    "translation", path=f"{AT}/pairs.jsonl", heldout=f"{AT}/heldout.jsonl", source_len=16,
+    target_len=16, start="<s>", tokenizer=f"{AT}/tokenizer.model", on_bad="skip", batch_size=128,
+  )  # fmt: skip
+  c.data.tokenizer = f"{AT}/tokenizer.model"
+  c.teacher.source = f"run:{AT}/teacher"
+  c.student.family, c.student.shape = "t5", "tiny"
+  c.student.changes = {
+    **IDS,
+    "tie_word_embeddings": True,
+    **SIZES["teacher" if student == "teacher" else "student"],
+  }
+  c.records.kind, c.records.n, c.records.batch_size = "sampled", 63, 64
+  c.train.batch_size = c.evaluate.batch_size = 64
+  c.train.steps = c.train.checkpoint_every = 900 if student == "teacher" else 600
+  c.train.keep, c.train.chunk = 1, 16
+  c.optim.peak_lr, c.optim.warmup_steps = 3e-3, 100
+  c.losses.hard = config.loss("ce", label_smoothing=0.1)
+  if student == "words":  # word-level distillation: the teacher's distribution at each token
+    c.train.records = (f"{AT}/records",)
+    c.losses = {"soft": config.loss("kd", weight=0.7), "hard": config.loss("ce", weight=0.3)}
+  elif student == "sentences":  # sequence-level: what the teacher's beam search says
+    c.tasks.german.path = f"{AT}/said/pairs.jsonl"
+  elif student not in ("teacher", "hard"):
+    raise ValueError(f"{student} is none of teacher, hard, words, sentences")
+
+  c.evaluate.models = {n: f"run:{AT}/{n}" for n in ("hard", "words", "sentences")}
+  c.export.dir, c.export.dtype = f"{AT}/export", "float32"
+  return c

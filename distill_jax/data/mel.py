@@ -1,0 +1,93 @@
+"""Sound as Whisper reads it: wav files, 16 kHz, log-mel frames (arXiv:2212.04356)."""
+
+from __future__ import annotations
+
+import functools
+import wave
+from math import gcd
+from pathlib import Path
+
+import numpy as np
+
+from distill_jax.errors import InputError
+
+RATE = 16_000  # samples a second
+WINDOW, HOP = 400, 160  # samples of a frame, and between two
+FLOOR, RANGE = 1e-10, 8.0  # the least energy, and how far below the loudest frames go, in log10
+
+
+def read_wav(path: Path) -> tuple[np.ndarray, int]:
+  """(float32 samples from -1 to 1, the mean of all channels; samples a second).
+
+  Raises:
+    InputError: no wav file, one of floats, one cut short, or one without a sound in it.
+  """
+  try:
+    with wave.open(str(path), "rb") as f:
+      width, channels, rate, said = (
+        f.getsampwidth(), f.getnchannels(), f.getframerate(), f.getnframes()
+      )  # fmt: skip
+      raw = f.readframes(said)
+  except (OSError, EOFError, wave.Error) as e:
+    raise InputError(f"{path} is no wav file of whole numbers ({e or 'it ends early'})") from e
+  if not said or len(raw) < said * width * channels:
+    n = len(raw) // (width * channels)
+    raise InputError(f"{path} holds {n} of the {said} samples that it says it has")
+  if width == 3:  # the three bytes are the upper ones of four
+    wide = np.zeros((len(raw) // 3, 4), np.uint8)
+    wide[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
+    x = wide.view("<i4")[:, 0]
+  else:
+    x = np.frombuffer(raw, {1: "u1", 2: "<i2", 4: "<i4"}[width])
+  # Eight bits have no sign.
+  x = (
+    (x.astype(np.float32) - 128) / 128
+    if width == 1
+    else x / np.float32(2.0 ** (x.itemsize * 8 - 1))
+  )
+  return x.reshape(-1, channels).mean(1, dtype=np.float32), rate
+
+
+def resampled(x: np.ndarray, rate: int) -> np.ndarray:
+  """Samples at RATE, by a polyphase filter."""
+  if rate == RATE:
+    return x
+  from scipy.signal import resample_poly
+
+  n = gcd(rate, RATE)
+  return resample_poly(x, RATE // n, rate // n).astype(np.float32)
+
+
+def log_mel(x: np.ndarray, frames: int, bins: int) -> np.ndarray:
+  """float32 [frames, bins]: what transformers' WhisperFeatureExtractor gives, transposed.
+
+  Silence fills the end; what is longer is cut.
+  """
+  n = frames * HOP
+  x = np.pad(x[:n], (0, max(0, n - len(x)))).astype(np.float32)
+  x = np.pad(x, WINDOW // 2, mode="reflect")
+  rows = np.lib.stride_tricks.sliding_window_view(x, WINDOW)[::HOP][:frames]
+  hann = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)).astype(np.float32)
+  energy = np.abs(np.fft.rfft(rows * hann)).astype(np.float32) ** 2
+  y = np.log10(np.maximum(energy @ filters(bins), FLOOR))
+  return ((np.maximum(y, y.max() - RANGE) + 4) / 4).astype(np.float32)
+
+
+@functools.lru_cache
+def filters(bins: int) -> np.ndarray:
+  """float32 [201, bins]: triangles at equal steps of Slaney's mel scale, of equal area."""
+  edges = _hertz(np.linspace(0, _mel(RATE / 2), bins + 2))
+  of_fft = np.linspace(0, RATE / 2, WINDOW // 2 + 1)
+  slopes = edges[None] - of_fft[:, None]
+  up, down = -slopes[:, :-2] / np.diff(edges)[:-1], slopes[:, 2:] / np.diff(edges)[1:]
+  area = 2 / (edges[2:] - edges[:-2])
+  return (np.maximum(0, np.minimum(up, down)) * area).astype(np.float32)
+
+
+def _mel(hertz: float) -> float:
+  """Linear up to 1,000 Hz, which is 15 mels; then 27 of them for each factor of 6.4."""
+  return 3 * hertz / 200 if hertz < 1000 else 15 + 27 * np.log(hertz / 1000) / np.log(6.4)
+
+
+def _hertz(mel: np.ndarray) -> np.ndarray:
+  return np.where(mel < 15, 200 * mel / 3, 1000 * 6.4 ** ((mel - 15) / 27))

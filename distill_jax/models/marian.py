@@ -1,0 +1,179 @@
+"""Marian, the shape of the Opus-MT models (arXiv:1804.00344): one language to another.
+
+One table of tokens for both languages and the head, positions of sines, a bias of the logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill_jax import layers, sharding
+from distill_jax.errors import InputError
+from distill_jax.models import _encoder, _rope, _seq2seq
+from distill_jax.params import param, stack
+from distill_jax.types import Inputs, Output
+
+HF_MODEL_TYPES = ("marian",)  # of config.json
+FIXED = {
+  "is_encoder_decoder": True, "share_encoder_decoder_embeddings": True,
+  "tie_word_embeddings": True,
+}  # fmt: skip
+EPS = 1e-5  # of norms
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The shape of a model, in Hugging Face's words. There is no dropout."""
+
+  vocab_size: int
+  d_model: int
+  encoder_layers: int
+  encoder_attention_heads: int
+  encoder_ffn_dim: int
+  decoder_layers: int
+  decoder_attention_heads: int
+  decoder_ffn_dim: int
+  activation_function: str = "swish"
+  scale_embedding: bool = True
+  max_position_embeddings: int = 512
+  pad_token_id: int = 58_100
+  eos_token_id: int = 0
+  decoder_start_token_id: int = 58_100
+
+  MAY_BE_0: ClassVar[tuple[str, ...]] = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+
+  def __post_init__(self):
+    _rope.check_numbers(self, self.MAY_BE_0)
+    if self.d_model % 2:
+      raise InputError(f"d_model is {self.d_model}; positions are pairs of sine and cosine")
+    self.side("encoder"), self.side("decoder")  # they check heads and activation
+
+  def side(self, name: str) -> _encoder.Config:
+    """The shape of the layers of the "encoder" or the "decoder"."""
+    of = lambda what: getattr(self, f"{name}_{what}")
+    return _encoder.Config(
+      self.d_model, of("ffn_dim"), of("layers"), of("attention_heads"), self.activation_function,
+      layer_norm_eps=EPS,
+    )  # fmt: skip
+
+  @classmethod
+  def from_hf(cls, hf: dict[str, Any]) -> Self:
+    """From a Hugging Face config.json; what this family cannot do is refused by name."""
+    for key, want in FIXED.items():
+      if hf.get(key, want) != want:
+        raise InputError(f"config.json has {key}={hf[key]!r}; the marian family has {want!r} only")
+    if hf.get("decoder_vocab_size") not in (None, hf["vocab_size"]):
+      raise InputError(
+        f"config.json has vocab_size={hf['vocab_size']} and decoder_vocab_size="
+        f"{hf['decoder_vocab_size']}; the marian family has one table for both"
+      )
+    names = {f.name for f in dataclasses.fields(cls)}
+    return cls(**{name: hf[name] for name in names if hf.get(name) is not None})
+
+  def to_hf(self) -> dict[str, Any]:
+    """The config.json of this model."""
+    return {
+      "architectures": ["MarianMTModel"], "model_type": "marian", **FIXED,
+      **dataclasses.asdict(self), "decoder_vocab_size": self.vocab_size, "dropout": 0.0,
+      "attention_dropout": 0.0, "activation_dropout": 0.0, "use_cache": True,
+      "forced_eos_token_id": None,
+    }  # fmt: skip
+
+  def keep(self, kept: tuple[int, ...]) -> Self:
+    """The config of a model that has these decoder layers of this one, and all of the encoder."""
+    return dataclasses.replace(self, decoder_layers=len(kept))
+
+  def skips(self, name: str) -> bool:
+    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+    copies = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
+    return name in (*copies, "lm_head.weight") or name.endswith("embed_positions.weight")
+
+  @property
+  def head_rows(self) -> int:
+    return self.vocab_size
+
+  @property
+  def hidden_size(self) -> int:
+    return self.d_model
+
+  @property
+  def num_hidden_layers(self) -> int:
+    return self.decoder_layers
+
+  @property
+  def num_attention_heads(self) -> int:
+    return self.decoder_attention_heads
+
+  @property
+  def num_key_value_heads(self) -> int:
+    return self.decoder_attention_heads
+
+  @property
+  def head_dim(self) -> int:
+    return self.d_model // self.decoder_attention_heads
+
+
+class EncoderLayer(_seq2seq.BartEncoderLayer):
+  PRE_NORM = False
+
+
+class DecoderLayer(_seq2seq.BartDecoderLayer):
+  PRE_NORM = False
+
+
+class Model(_seq2seq.Model):
+  """Texts in, the next tokens of their targets out."""
+
+  def __init__(self, c: Config, key: jax.Array):
+    keys, V, D = jax.random.split(key, 4), c.vocab_size, c.d_model
+    self.config = c
+    self.embed = param(keys[0], f"vocab:{V} table:{D}", "model.shared.weight", "vocab", D**-0.5)
+    at = "model.encoder.layers.{encoder_layers}."
+    block: Any = functools.partial(EncoderLayer, c.side("encoder"), at)
+    self.encoder = stack(c.encoder_layers, block, keys[1], axis=_seq2seq.ENCODER_AXIS)
+    block = functools.partial(DecoderLayer, c.side("decoder"), "model.decoder.layers.{layers}.")
+    self.layers = stack(c.decoder_layers, block, keys[2])
+    self.head_bias = param(keys[3], f"bias:1 vocab:{V}", "final_logits_bias", init="zeros")
+
+  def encoded(self, source: Inputs, how: layers.Compute) -> tuple[jax.Array, jax.Array]:
+    """The encoder's output [B, S, D], and which of its positions are no padding."""
+    seen_BS = source.segments_BT > 0
+    x_BSD = self.embedded(source.tokens_BT, source.positions_BT, how)
+    x_BSD = sharding.constrain(x_BSD, "batch seq embed", how.rules)
+    run = lambda layer, i, x: layer(x, seen_BS)
+    return layers.scan_layers([self.encoder], run, x_BSD, (), how)[0], seen_BS
+
+  def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, how: layers.Compute):
+    c = self.config
+    with jax.named_scope("embed"):
+      x_BTD = how.view(self.embed)[...][tokens_BT]
+      if c.scale_embedding:
+        x_BTD = x_BTD * jnp.asarray(c.d_model**0.5, x_BTD.dtype)
+      places = jnp.asarray(sinusoids(c.max_position_embeddings, c.d_model), x_BTD.dtype)
+      return x_BTD + places[positions_BT]
+
+  def output(self, x_BTD: jax.Array, how: layers.Compute, taps_PBTD) -> Output:
+    head_VD, bias_V = how.view(self.embed)[...], how.view(self.head_bias)[...][0]
+    return Output(*layers.with_bias(x_BTD, head_VD, bias_V), taps_PBTD=taps_PBTD)
+
+
+def sinusoids(length: int, width: int) -> np.ndarray:
+  """float32 [length, width]: sines, then cosines, of one rate each (arXiv:1706.03762)."""
+  rate = 10_000.0 ** (-2 * np.arange(width // 2) / width)
+  angle = np.arange(length)[:, None] * rate[None]
+  return np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32)
+
+
+TINY = Config(
+  vocab_size=256, d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=64,
+  decoder_layers=3, decoder_attention_heads=4, decoder_ffn_dim=64, max_position_embeddings=128,
+  pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+)  # fmt: skip
+
+CONFIGS = {"tiny": TINY, "opus-mt": Config(58_101, 512, 6, 8, 2_048, 6, 8, 2_048)}

