@@ -118,7 +118,8 @@ class Task:
     return _scores.bleu_and_chrf(said, [target for _, target in source.pairs[: len(said)]])
 
   def labelled(self, said: Sequence[str], source: Source) -> tuple[list[dict[str, Any]], int]:
-    """(lines of a file that this task reads, with what was said as the target; none left out)."""
+    """(lines of a file that this task reads, with what was said as the target; how many of them are
+    left out, since nothing was said)."""
     lines = [
       {self.source: a, self.target: new, "reference": b}
       for new, (a, b) in zip(said, source.pairs, strict=True)
@@ -145,23 +146,18 @@ class Source:
     self._start = [_targets.token_id("translation", tokenizer, task.start)]
     sides = [tokenizer.encode_batch([pair[i] for pair in pairs]) for i in (0, 1)]
     self.pairs, self._ids = [], []
-    for pair, where, *ids in zip(pairs, places, *sides, strict=True):
-      names = (task.source, task.target)
-      long = [
-        (name, len(x) + 1, most)
-        for name, x, most in zip(names, ids, (task.source_len, task.target_len), strict=True)
-        if len(x) + 1 > most
-      ]
-      if long:
-        name, n, most = long[0]
-        left_out(where, f"has more than {most} tokens in {name!r}")
-        continue
-      self.pairs.append(pair)
-      self._ids.append(ids)
+    for pair, where, read, said in zip(pairs, places, *sides, strict=True):
+      if len(read) + 1 > task.source_len:
+        left_out(where, f"has more than {task.source_len} tokens in {task.source!r}")
+      elif len(said) + 1 > task.target_len:
+        left_out(where, f"has more than {task.target_len} tokens in {task.target!r}")
+      else:
+        self.pairs.append(pair)
+        self._ids.append((read, said))
     left_out.report(len(self.pairs))
-    said = hashlib.sha256(json.dumps([self._ids, self._start, self.eos]).encode())
-    said.update(tokenizer.digest.encode())
-    self.digest = said.hexdigest()
+    data = hashlib.sha256(json.dumps([self._ids, self._start, self.eos]).encode())
+    data.update(tokenizer.digest.encode())
+    self.digest = data.hexdigest()
 
   def __len__(self) -> int:
     return len(self.pairs)
