@@ -201,3 +201,12 @@ def test_what_no_augmentation_can_do_is_refused(make, message):
 def test_a_warp_that_is_none_gives_the_image_back():
   given = example(channels=3)["pixels_WWM"]
   np.testing.assert_array_equal(_pixels.warped(given, np.array([[1, 0, 0], [0, 1, 0]])), given)
+
+
+@pytest.mark.parametrize("mix", [mixup.Augmentation(), cutmix.Augmentation(p=1.0)])
+def test_pairs_are_not_mixed(mix):
+  """A pair has a label for its image and one for its text, which would stay behind."""
+  pair = {"pixels_WWM": np.zeros((4, 4, 1), np.uint8), "labels_T": np.zeros(2, np.int32),
+          "mask_T": np.ones(2, bool)}  # fmt: skip
+  with pytest.raises(InputError, match="an example here has 2"):
+    mix(np.random.default_rng(0), pair, lambda: pair)

@@ -50,5 +50,14 @@ def warped(pixels_WWM: np.ndarray, matrix: np.ndarray, fill: int = 0) -> np.ndar
 
 
 def drawn(rng: np.random.Generator, a: Example, b: Example, share: float) -> Example:
-  """`a` with the label of a or, with probability 1 - share, of b."""
+  """`a` with the label of a or, with probability 1 - share, of b.
+
+  Raises:
+    InputError: an example has more to it than one label, as a pair of an image and its text.
+  """
+  if len(a[LABELS[0]]) != 1:
+    raise InputError(
+      f"mixed images draw a label, and an example here has {len(a[LABELS[0]])}; leave mixup and "
+      "cutmix out of the task's augment"
+    )
   return a if rng.random() < share else a | {name: b[name] for name in LABELS}
