@@ -52,9 +52,9 @@ def get_config(role: str = "distilled"):
   c.teacher.source = f"run:{RUNS}/teacher"
   c.records.kind, c.records.batch_size, c.records.sequences_per_shard = "dense", 250, 20_000
   c.student.family, c.student.shape, c.student.changes = "vit", "tiny", VIT
-  c.optim.peak_lr, c.optim.weight_decay, c.optim.warmup_steps = 2e-3, 0.05, 50
+  c.optim.peak_lr, c.optim.weight_decay, c.optim.warmup_steps = 2e-3, 0.05, 30
   c.train.batch_size = 128
-  c.train.steps = c.train.checkpoint_every = 600
+  c.train.steps = c.train.checkpoint_every = 300
   c.train.keep = 1
 
   if role == "teacher":
