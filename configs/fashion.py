@@ -4,7 +4,7 @@
   distill-jax train    --config=configs/fashion.py:teacher   --workdir=runs/fashion/teacher
   distill-jax record   --config=configs/fashion.py           --workdir=runs/fashion/records
 
-and, of seeds 0, 1 and 2 (--config.seed=0 …),
+and, of seeds 0, 1 and 2 (--config.seed=0 …), and with seed 0 :deit and :conv,
 
   distill-jax train    --config=configs/fashion.py:hard      --workdir=runs/fashion/hard_0
   distill-jax train    --config=configs/fashion.py:distilled --workdir=runs/fashion/distilled_0
@@ -81,11 +81,9 @@ def get_config(role: str = "distilled"):
     roles = "teacher, distilled, conv, deit, hard and few"
     raise ValueError(f"configs/fashion.py:{role} is none of {roles}")
 
-  c.evaluate.models = {
-    f"{name}_{seed}": f"run:{RUNS}/{name}_{seed}"
-    for seed in range(3)
-    for name in ("hard", "distilled", "few", "deit", "conv")
-  }
+  seeds = {f"{name}_{seed}" for seed in range(3) for name in ("hard", "distilled", "few")}
+  runs = sorted(seeds | {"deit_0", "conv_0"})
+  c.evaluate.models = {name: f"run:{RUNS}/{name}" for name in runs}
   c.evaluate.batch_size = 500
   c.export.dir, c.export.dtype = f"{RUNS}/export", "float32"
   return c
