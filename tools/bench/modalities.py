@@ -26,6 +26,7 @@ import statistics
 import struct
 import tempfile
 import time
+import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
 from distill_jax import build, config, sharding, teacher, train
 from distill_jax.data import loader
@@ -63,16 +66,91 @@ def images(folder: Path, small: bool) -> ml_collections.ConfigDict:
   for model, changes in ((c.teacher, shape(192, 6, 6)), (c.student, shape(48, 3, 4))):
     model.family, model.shape, model.changes = "vit", "tiny", {} if small else changes
   c.train.batch_size = c.records.batch_size = 8 if small else 64
+  c.records.kind = "dense"
+  c.losses.soft = config.loss("kd", missing_mass="renormalise")
   return c
 
 
-MODALITIES: dict[str, Callable[[Path, bool], ml_collections.ConfigDict]] = {"images": images}
+def words(folder: Path, count: int) -> str:
+  """A tokenizer of so many words, w0 and so on, and T5's special tokens behind them."""
+  made = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(count)}, "w0"))
+  made.pre_tokenizer = pre_tokenizers.Whitespace()
+  made.add_special_tokens(["<pad>", "</s>"])
+  made.save(str(folder / "tokenizer.json"))
+  return str(folder / "tokenizer.json")
+
+
+def special(count: int) -> dict[str, int]:
+  return {
+    "vocab_size": count + 2, "pad_token_id": count, "eos_token_id": count + 1,
+    "decoder_start_token_id": count,
+  }  # fmt: skip
+
+
+def said(rng: np.random.Generator, count: int, length: int) -> str:
+  return " ".join(f"w{i}" for i in rng.integers(count, size=rng.integers(1, length)))
+
+
+def translation(folder: Path, small: bool) -> ml_collections.ConfigDict:
+  """Pairs of up to 31 words of 8,000: a T5 of 10 M parameters teaches one of 2 M."""
+  c, rng = config.base(), np.random.default_rng(0)
+  n, count, length = (32, 50, 8) if small else (4_096, 8_000, 32)
+  pairs = [
+    {"source": said(rng, count, length), "target": said(rng, count, length)} for _ in range(n)
+  ]
+  (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+  c.tasks.pairs = config.task(
+    "translation", path=str(folder / "pairs.jsonl"), heldout_fraction=0.0, source_len=length,
+    target_len=length, tokenizer=words(folder, count),
+  )  # fmt: skip
+  shape = lambda width, layers: {
+    "d_model": width, "d_kv": width // 4, "d_ff": 2 * width, "num_layers": layers,
+    "num_decoder_layers": layers,
+  }  # fmt: skip
+  for model, changes in ((c.teacher, shape(256, 4)), (c.student, shape(96, 2))):
+    model.family, model.shape = "t5", "tiny"
+    model.changes = {**special(count), **({} if small else changes)}
+  c.train.batch_size = c.records.batch_size = 4 if small else 32
+  c.losses.soft = config.loss("kd")
+  return c
+
+
+def speech(folder: Path, small: bool) -> ml_collections.ConfigDict:
+  """Noises of up to 6 seconds: Whisper of tiny.en's shape teaches one of half its decoder."""
+  c, rng = config.base(), np.random.default_rng(0)
+  n, count, frames = (8, 50, 32) if small else (64, 51_862, 600)
+  lines = []
+  for i in range(n):
+    samples = rng.integers(-9_999, 9_999, rng.integers(80, 80 * frames)).astype("<i2")
+    with wave.open(str(folder / f"{i}.wav"), "wb") as f:
+      f.setnchannels(1)
+      f.setsampwidth(2)
+      f.setframerate(8_000)  # brought to 16 kHz as it is read
+      f.writeframes(samples.tobytes())
+    lines.append({"audio": f"{i}.wav", "text": said(rng, count, 16)})
+  (folder / "said.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  c.tasks.said = config.task(
+    "speech", path=str(folder / "said.jsonl"), heldout_fraction=0.0, frames=frames,
+    bins=8 if small else 80, max_tokens=24, prompt=("<pad>",), end="</s>",
+    tokenizer=words(folder, count),
+  )  # fmt: skip
+  shape = {} if small else {"max_source_positions": frames // 2}
+  for model, layers in ((c.teacher, 4), (c.student, 2)):
+    model.family, model.shape = "whisper", "tiny" if small else "whisper-tiny.en"
+    model.changes = {**special(count), **shape, "decoder_layers": layers}
+  c.student.frozen = ("model.encoder.",)
+  c.train.batch_size = c.records.batch_size = 4 if small else 8
+  c.losses.soft = config.loss("kd")
+  return c
+
+
+MODALITIES: dict[str, Callable[[Path, bool], ml_collections.ConfigDict]] = {
+  "images": images, "translation": translation, "speech": speech,
+}  # fmt: skip
 
 
 def measured(c: ml_collections.ConfigDict, folder: Path, rounds: int, seconds: float):
   """The figures of one modality."""
-  c.records.kind = "dense"
-  c.losses.soft = config.loss("kd", missing_mass="renormalise")
   c.train.records = (str(folder / "records"),)
   recorded = config.resolve(c)
   with Workdir(folder / "records", recorded) as records:
