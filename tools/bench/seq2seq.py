@@ -22,12 +22,12 @@ ROOT = Path(__file__).resolve().parents[2]
 KEPT = ("ce", "kl", "agreement", "bleu", "chrf", "wer", "parameters")
 
 
-def run(verb: str, config: str, workdir: Path, at: Path, seed: int, *flags: str) -> None:
+def run(verb: str, config: str, workdir: Path, at: Path, *flags: str) -> None:
   command = [
     sys.executable, "-m", "distill_jax.cli", verb, f"--config={ROOT / 'configs' / config}",
     f"--workdir={workdir}", *flags,
   ]  # fmt: skip
-  names = {"TRANSLATION": str(at), "SPEECH": str(at), "SEED": str(seed)}
+  names = {"TRANSLATION": str(at), "SPEECH": str(at)}
   paths = {"PYTHONPATH": str(ROOT)}
   subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, **names, **paths})
 
@@ -36,26 +36,26 @@ def measured(config: str, at: Path, seed: int, students: tuple[str, ...]) -> dic
   """Trains these students from one seed; the numbers of each, as hard.bleu."""
   models = {name: at / f"{name}{seed}" for name in students}
   for name, workdir in models.items():
-    run("train", f"{config}:{name}", workdir, at, seed, f"--config.seed={seed}")
+    run("train", f"{config}:{name}", workdir, at, f"--config.seed={seed}")
   where = at / f"evaluation{seed}"
   named = repr({name: f"run:{workdir}" for name, workdir in models.items()})
-  run("evaluate", config, where, at, seed, f"--config.evaluate.models={named}")
+  run("evaluate", config, where, at, f"--config.evaluate.models={named}")
   rows = json.loads((where / "evaluation.json").read_text())["models"]
   return {f"{m}.{key}": row[key] for m, row in rows.items() for key in KEPT if key in row}
 
 
 def translation(at: Path, seed: int) -> dict[str, float]:
-  run("train", "translation.py:teacher", at / "teacher", at, 0)
-  run("record", "translation.py", at / "records", at, 0)
+  run("train", "translation.py:teacher", at / "teacher", at)
+  run("record", "translation.py", at / "records", at)
   if not (at / "said/pairs.jsonl").exists():
-    run("generate", "translation.py", at / "said", at, 0)
+    run("generate", "translation.py", at / "said", at)
   return measured("translation.py", at, seed, ("hard", "words", "sentences"))
 
 
 def speech(at: Path, seed: int) -> dict[str, float]:
   if not (at / "said/pairs.jsonl").exists():
-    run("generate", "speech.py", at / "said", at, 0)
-  run("record", "speech.py:records", at / "records", at, 0)
+    run("generate", "speech.py", at / "said", at)
+  run("record", "speech.py:records", at / "records", at)
   return measured("speech.py", at, seed, ("hard", "distilled"))
 
 
