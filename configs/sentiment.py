@@ -1,12 +1,17 @@
 """Films liked or not: MiniLM, fine-tuned on rated snippets, teaches two of its layers.
 
-python tools/sentiment.py DIR runs/sentiment    # its docstring says what DIR holds
-distill-jax train    --config=configs/sentiment.py:teacher   --workdir=runs/sentiment/teacher
-distill-jax record   --config=configs/sentiment.py           --workdir=runs/sentiment/records
-distill-jax train    --config=configs/sentiment.py:hard      --workdir=runs/sentiment/hard
-distill-jax train    --config=configs/sentiment.py:distilled --workdir=runs/sentiment/distilled
-distill-jax evaluate --config=configs/sentiment.py           --workdir=runs/sentiment
-distill-jax export   --config=configs/sentiment.py:distilled --workdir=runs/sentiment/distilled
+  python tools/sentiment.py DIR runs/sentiment    # its docstring says what DIR holds
+  distill-jax train    --config=configs/sentiment.py:teacher   --workdir=runs/sentiment/teacher
+  distill-jax record   --config=configs/sentiment.py           --workdir=runs/sentiment/records
+
+and, of seeds 0, 1 and 2 (--config.seed=0 …),
+
+  distill-jax train    --config=configs/sentiment.py:hard      --workdir=runs/sentiment/hard_0
+  distill-jax train    --config=configs/sentiment.py:distilled --workdir=runs/sentiment/distilled_0
+  distill-jax evaluate --config=configs/sentiment.py           --workdir=runs/sentiment
+  distill-jax export   --config=configs/sentiment.py:distilled --workdir=runs/sentiment/distilled_0
+
+RESULT
 """
 
 import os
@@ -45,6 +50,7 @@ def get_config(student: str = "distilled"):
   else:
     raise ValueError(f"configs/sentiment.py:{student} is none of teacher, hard, distilled")
 
-  c.evaluate.models = {"hard": f"run:{AT}/hard", "distilled": f"run:{AT}/distilled"}
+  runs = [f"{name}_{seed}" for name in ("hard", "distilled") for seed in range(3)]
+  c.evaluate.models = {name: f"run:{AT}/{name}" for name in runs}
   c.export.dir, c.export.dtype = f"{AT}/export", "float32"
   return c

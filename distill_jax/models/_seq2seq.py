@@ -6,17 +6,20 @@ says how each of the three reads and joins the residual; what they have in commo
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import dataclasses
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
 from distill_jax import attention, layers, sharding
-from distill_jax.models import _encoder
+from distill_jax.errors import InputError
+from distill_jax.models import _encoder, _rope
 from distill_jax.params import unstack
 from distill_jax.types import Output, SourceTarget
 
+EPS = 1e-5  # of norms
 ENCODER_AXIS = "encoder_layers"  # of stacked encoder layers: keep_layers means the decoder's
 
 
@@ -146,6 +149,69 @@ class Model(nnx.Module):
 
 
 ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
+
+
+@dataclasses.dataclass(frozen=True)
+class BartConfig:
+  """The shape that Marian and Whisper share, in Hugging Face's words. There is no dropout."""
+
+  vocab_size: int
+  d_model: int
+  encoder_layers: int
+  encoder_attention_heads: int
+  encoder_ffn_dim: int
+  decoder_layers: int
+  decoder_attention_heads: int
+  decoder_ffn_dim: int
+
+  MAY_BE_0: ClassVar[tuple[str, ...]] = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+
+  def __post_init__(self):
+    _rope.check_numbers(self, self.MAY_BE_0)
+    if self.d_model % 2:
+      raise InputError(f"d_model is {self.d_model}; positions are pairs of sine and cosine")
+    self.side("encoder"), self.side("decoder")  # they check heads and activation
+
+  @property
+  def activation(self) -> str:
+    """Of both sides' feed-forwards, one of _encoder.ACTIVATIONS."""
+    return "gelu"
+
+  def side(self, name: str) -> _encoder.Config:
+    """The shape of the layers of the "encoder" or the "decoder"."""
+    of = lambda what: getattr(self, f"{name}_{what}")
+    return _encoder.Config(
+      self.d_model, of("ffn_dim"), of("layers"), of("attention_heads"), self.activation,
+      layer_norm_eps=EPS,
+    )  # fmt: skip
+
+  def keep(self, kept: tuple[int, ...]) -> Self:
+    """The config of a model that has these decoder layers of this one, and all of the encoder."""
+    return dataclasses.replace(self, decoder_layers=len(kept))
+
+  @property
+  def head_rows(self) -> int:
+    return self.vocab_size
+
+  @property
+  def hidden_size(self) -> int:
+    return self.d_model
+
+  @property
+  def num_hidden_layers(self) -> int:
+    return self.decoder_layers
+
+  @property
+  def num_attention_heads(self) -> int:
+    return self.decoder_attention_heads
+
+  @property
+  def num_key_value_heads(self) -> int:
+    return self.decoder_attention_heads
+
+  @property
+  def head_dim(self) -> int:
+    return self.d_model // self.decoder_attention_heads
 
 
 class BartEncoderLayer(_encoder.Block):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import numpy as np
 
 from distill_jax import layers, sharding
 from distill_jax.errors import InputError
-from distill_jax.models import _encoder, _rope, _seq2seq
+from distill_jax.models import _seq2seq
 from distill_jax.params import param, stack
 from distill_jax.types import Inputs, Output
 
@@ -24,21 +24,12 @@ FIXED = {
   "is_encoder_decoder": True, "share_encoder_decoder_embeddings": True,
   "tie_word_embeddings": True,
 }  # fmt: skip
-EPS = 1e-5  # of norms
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(_seq2seq.BartConfig):
   """The shape of a model, in Hugging Face's words. There is no dropout."""
 
-  vocab_size: int
-  d_model: int
-  encoder_layers: int
-  encoder_attention_heads: int
-  encoder_ffn_dim: int
-  decoder_layers: int
-  decoder_attention_heads: int
-  decoder_ffn_dim: int
   activation_function: str = "swish"
   scale_embedding: bool = True
   max_position_embeddings: int = 512
@@ -46,21 +37,9 @@ class Config:
   eos_token_id: int = 0
   decoder_start_token_id: int = 58_100
 
-  MAY_BE_0: ClassVar[tuple[str, ...]] = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-
-  def __post_init__(self):
-    _rope.check_numbers(self, self.MAY_BE_0)
-    if self.d_model % 2:
-      raise InputError(f"d_model is {self.d_model}; positions are pairs of sine and cosine")
-    self.side("encoder"), self.side("decoder")  # they check heads and activation
-
-  def side(self, name: str) -> _encoder.Config:
-    """The shape of the layers of the "encoder" or the "decoder"."""
-    of = lambda what: getattr(self, f"{name}_{what}")
-    return _encoder.Config(
-      self.d_model, of("ffn_dim"), of("layers"), of("attention_heads"), self.activation_function,
-      layer_norm_eps=EPS,
-    )  # fmt: skip
+  @property
+  def activation(self) -> str:
+    return self.activation_function
 
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
@@ -85,38 +64,10 @@ class Config:
       "forced_eos_token_id": None,
     }  # fmt: skip
 
-  def keep(self, kept: tuple[int, ...]) -> Self:
-    """The config of a model that has these decoder layers of this one, and all of the encoder."""
-    return dataclasses.replace(self, decoder_layers=len(kept))
-
   def skips(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
     copies = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
     return name in (*copies, "lm_head.weight") or name.endswith("embed_positions.weight")
-
-  @property
-  def head_rows(self) -> int:
-    return self.vocab_size
-
-  @property
-  def hidden_size(self) -> int:
-    return self.d_model
-
-  @property
-  def num_hidden_layers(self) -> int:
-    return self.decoder_layers
-
-  @property
-  def num_attention_heads(self) -> int:
-    return self.decoder_attention_heads
-
-  @property
-  def num_key_value_heads(self) -> int:
-    return self.decoder_attention_heads
-
-  @property
-  def head_dim(self) -> int:
-    return self.d_model // self.decoder_attention_heads
 
 
 class EncoderLayer(_seq2seq.BartEncoderLayer):

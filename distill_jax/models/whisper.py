@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,48 +12,24 @@ import numpy as np
 
 from distill_jax import layers, sharding
 from distill_jax.errors import InputError
-from distill_jax.models import _encoder, _rope, _seq2seq
+from distill_jax.models import _encoder, _seq2seq
 from distill_jax.params import param, stack
 from distill_jax.types import Output, Sounds
 
 HF_MODEL_TYPES = ("whisper",)  # of config.json
 FIXED = {"activation_function": "gelu", "scale_embedding": False, "is_encoder_decoder": True}
-EPS = 1e-5  # of norms
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(_seq2seq.BartConfig):
   """The shape of a model, in Hugging Face's words. There is no dropout."""
 
-  vocab_size: int
-  d_model: int
-  encoder_layers: int
-  encoder_attention_heads: int
-  encoder_ffn_dim: int
-  decoder_layers: int
-  decoder_attention_heads: int
-  decoder_ffn_dim: int
   num_mel_bins: int = 80
   max_source_positions: int = 1_500  # two frames each; every sound has just so many
   max_target_positions: int = 448
   pad_token_id: int = 50_256
   eos_token_id: int = 50_256
   decoder_start_token_id: int = 50_257
-
-  MAY_BE_0: ClassVar[tuple[str, ...]] = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-
-  def __post_init__(self):
-    _rope.check_numbers(self, self.MAY_BE_0)
-    if self.d_model % 2:
-      raise InputError(f"d_model is {self.d_model}; positions are pairs of sine and cosine")
-    self.side("encoder"), self.side("decoder")  # they check that heads divide
-
-  def side(self, name: str) -> _encoder.Config:
-    """The shape of the layers of the "encoder" or the "decoder"."""
-    of = lambda what: getattr(self, f"{name}_{what}")
-    return _encoder.Config(
-      self.d_model, of("ffn_dim"), of("layers"), of("attention_heads"), layer_norm_eps=EPS
-    )
 
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
@@ -73,37 +49,9 @@ class Config:
       "bos_token_id": self.eos_token_id, "begin_suppress_tokens": None,
     }  # fmt: skip
 
-  def keep(self, kept: tuple[int, ...]) -> Self:
-    """The config of a model that has these decoder layers of this one, and all of the encoder."""
-    return dataclasses.replace(self, decoder_layers=len(kept))
-
   def skips(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
     return name == "proj_out.weight"  # the table of the decoder's tokens once more
-
-  @property
-  def head_rows(self) -> int:
-    return self.vocab_size
-
-  @property
-  def hidden_size(self) -> int:
-    return self.d_model
-
-  @property
-  def num_hidden_layers(self) -> int:
-    return self.decoder_layers
-
-  @property
-  def num_attention_heads(self) -> int:
-    return self.decoder_attention_heads
-
-  @property
-  def num_key_value_heads(self) -> int:
-    return self.decoder_attention_heads
-
-  @property
-  def head_dim(self) -> int:
-    return self.d_model // self.decoder_attention_heads
 
 
 class EncoderLayer(_seq2seq.BartEncoderLayer):
@@ -160,7 +108,9 @@ class Model(_seq2seq.Model):
       x_BSD = sharding.constrain(x_BSD, "batch seq embed", how.rules)
     run = lambda layer, i, x: layer(x, None)
     x_BSD, _ = layers.scan_layers([self.encoder], run, x_BSD, (), how)
-    return layers.layer_norm(x_BSD, self.encoder_norm[...], self.encoder_norm_bias[...], EPS), None
+    return layers.layer_norm(
+      x_BSD, self.encoder_norm[...], self.encoder_norm_bias[...], _seq2seq.EPS
+    ), None
 
   def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, how: layers.Compute):
     with jax.named_scope("embed"):
@@ -168,7 +118,7 @@ class Model(_seq2seq.Model):
       return x_BTD + how.view(self.places)[...][positions_BT]
 
   def output(self, x_BTD: jax.Array, how: layers.Compute, taps_PBTD) -> Output:
-    x_BTD = layers.layer_norm(x_BTD, self.norm[...], self.norm_bias[...], EPS)
+    x_BTD = layers.layer_norm(x_BTD, self.norm[...], self.norm_bias[...], _seq2seq.EPS)
     return Output(x_BTD, how.view(self.embed)[...], taps_PBTD=taps_PBTD)
 
 

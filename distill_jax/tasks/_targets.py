@@ -9,22 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from distill_jax.data import corpus, sources
-from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
+from distill_jax.data import sources
+from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.tasks._left_out import LeftOut
 from distill_jax.types import Inputs
 
 HALF = re.compile("[\ud800-\udfff]")
-
-
-def tokenizer_of(task: str, path: str, came: Any) -> Tokenizer:
-  """The tokenizer in a file, or the one that came with the model."""
-  if path:
-    return load_tokenizer(path)
-  if came is None or came.tokenizer is None:
-    raise InputError(f"{task} has no tokenizer and the model brings none; name a file")
-  return corpus.of_files(came.tokenizer, came.source)
 
 
 def objects(of: sources.Source, left_out: LeftOut) -> Iterator[tuple[dict[str, Any], str]]:

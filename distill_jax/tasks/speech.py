@@ -16,7 +16,7 @@ from distill_jax.data import mel, sources
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.decode.seq2seq import Search
 from distill_jax.errors import InputError
-from distill_jax.tasks import _scores, _targets
+from distill_jax.tasks import _scores, _targets, _texts
 from distill_jax.tasks._left_out import LeftOut, check_on_bad
 from distill_jax.types import Sounds, SourceTarget
 
@@ -69,7 +69,7 @@ class Task:
       )
 
   def open(self, split: str, came: Any) -> Source:
-    tokenizer = _targets.tokenizer_of("speech", self.tokenizer, came)
+    tokenizer = _texts.tokenizer_of("speech", self.tokenizer, came)
     path = self.heldout if split == "heldout" and self.heldout else self.path
     fraction = 0.0 if self.heldout else self.heldout_fraction
     of = sources.Source("jsonl", path, split, self.text, fraction)

@@ -14,7 +14,7 @@ from distill_jax.data import sources
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.decode.seq2seq import Search
 from distill_jax.errors import InputError
-from distill_jax.tasks import _scores, _targets
+from distill_jax.tasks import _scores, _targets, _texts
 from distill_jax.tasks._left_out import LeftOut, check_on_bad
 from distill_jax.types import SourceTarget
 
@@ -60,7 +60,7 @@ class Task:
       )
 
   def open(self, split: str, came: Any) -> Source:
-    tokenizer = _targets.tokenizer_of("translation", self.tokenizer, came)
+    tokenizer = _texts.tokenizer_of("translation", self.tokenizer, came)
     if came is not None:
       self._check_start(tokenizer, came.config)
     path = self.heldout if split == "heldout" and self.heldout else self.path
