@@ -148,7 +148,7 @@ def _check_records(name: str, fn: Any, path: str, about: Manifest, kinds: set[st
       "records.kind=sampled (dense, of few classes), mix it with sampled records alone, or set "
       "train.online=True"
     )
-  if not hasattr(fn, "per_token"):
+  if not hasattr(fn, "divergence"):  # it reads features, or the likeliest token alone
     return
   other = any(t != about.temperature for t in fn.temperature.values)
   try:

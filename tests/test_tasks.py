@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import build, config, evaluate, params, tasked, teacher, train, verbs
+from distill_jax import build, checks, config, evaluate, params, tasked, teacher, train, verbs
 from distill_jax.errors import InputError
 from distill_jax.evals import _similarity
 from distill_jax.types import Batch
@@ -106,6 +106,23 @@ def test_dense_records_give_the_gradient_of_the_teacher_beside_the_student(run):
     grads.append(jax.tree.leaves(jax.jit(jax.grad(loss))(student)))
   for a, b in zip(*grads, strict=True):
     assert np.abs(a - b).max() <= 1e-3 * max(np.abs(b).max(), 1e-3)
+
+
+def test_a_loss_of_the_likeliest_class_reads_any_records(run):
+  _, c, _ = run
+  c = c.copy_and_resolve_references()
+  c.losses = {"pseudo": config.loss("pseudo_label")}
+  resolved = config.resolve(c)
+  stores = train.open_stores(resolved)
+  checks.check_run(resolved, stores)
+  batch = next(train._batches(resolved, stores, 0))
+  said = batch.targets["teacher"]
+  best = np.take_along_axis(said.ids_BTK, said.logp_BTK.argmax(-1)[..., None], -1)[..., 0]
+  z_BCV = jax.random.normal(jax.random.key(0), (4, 1, 2))
+  want = -np.take_along_axis(np.asarray(jax.nn.log_softmax(z_BCV)), best[..., None], -1)[..., 0]
+  batch = jax.tree.map(jax.numpy.asarray, batch)
+  got = resolved.losses["pseudo"].per_token(z_BCV, batch, 0)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_records_are_of_one_task_and_data(run):
