@@ -1,4 +1,4 @@
-"""Fashion-MNIST: a small ConvNeXt teaches a smaller ViT, which then needs no label at all.
+"""Fashion-MNIST: a small ViT teaches a smaller one, which then needs no label at all.
 
   apt-get install dataset-fashion-mnist    # MIT; four files under /usr/share/datasets
   distill-jax train    --config=configs/fashion.py:teacher   --workdir=runs/fashion/teacher
@@ -17,7 +17,7 @@ teacher says of all images, of which it reads no label: so beside `few` it is wh
 images are worth once there is a teacher. The teacher itself has seen all labels. All students are
 one ViT with as many steps, shifts and mirrors; the teacher says what it says of those very views
 (arXiv:2106.05237). `deit` is a DeiT of that size, whose second token follows the teacher, and
-`conv` a ConvNeXt of the teacher's kind.
+`conv` a ConvNeXt.
 """
 
 from distill_jax import config
@@ -30,14 +30,14 @@ CLASSES = (
 RUNS = "runs/fashion"
 IMAGE = {"image_size": 28, "num_channels": 1, "num_labels": 10}
 CONVNEXT = {
-  **IMAGE, "patch_size": 2, "hidden_sizes": (32, 64), "depths": (2, 2),
+  **IMAGE, "patch_size": 2, "hidden_sizes": (12, 24), "depths": (1, 1),
   "layer_scale_init_value": 1.0,
 }  # fmt: skip
-SMALL_CONVNEXT = CONVNEXT | {"hidden_sizes": (12, 24), "depths": (1, 1)}
 VIT = {
   **IMAGE, "patch_size": 7, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
   "num_attention_heads": 4,
 }  # fmt: skip
+LARGE_VIT = VIT | {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4}
 
 
 def get_config(role: str = "distilled"):
@@ -52,19 +52,19 @@ def get_config(role: str = "distilled"):
   c.teacher.source = f"run:{RUNS}/teacher"
   c.records.kind, c.records.batch_size, c.records.sequences_per_shard = "dense", 250, 20_000
   c.student.family, c.student.shape, c.student.changes = "vit", "tiny", VIT
-  c.optim.peak_lr, c.optim.weight_decay, c.optim.warmup_steps = 2e-3, 0.05, 30
+  c.optim.peak_lr, c.optim.weight_decay, c.optim.warmup_steps = 2e-3, 0.05, 50
   c.train.batch_size = 128
-  c.train.steps = c.train.checkpoint_every = 300
+  c.train.steps = c.train.checkpoint_every = 1000
   c.train.keep = 1
 
   if role == "teacher":
-    c.student.family, c.student.changes = "convnext", CONVNEXT
+    c.student.changes, c.optim.peak_lr = LARGE_VIT, 1e-3
     c.losses.hard = config.loss("ce")
   elif role == "distilled":
     c.train.records = (f"{RUNS}/records",)
     c.losses.soft = config.loss("kd", temperature=2.0, missing_mass="renormalise")
   elif role == "conv":
-    c.student.family, c.student.changes = "convnext", SMALL_CONVNEXT
+    c.student.family, c.student.changes = "convnext", CONVNEXT
     c.train.records = (f"{RUNS}/records",)
     c.losses.soft = config.loss("kd", temperature=2.0, missing_mass="renormalise")
   elif role == "deit":

@@ -11,7 +11,17 @@ and, of seeds 0, 1 and 2 (--config.seed=0 …),
   distill-jax evaluate --config=configs/sentiment.py           --workdir=runs/sentiment
   distill-jax export   --config=configs/sentiment.py:distilled --workdir=runs/sentiment/distilled_0
 
-RESULT
+Expect, on 1,032 held-out snippets, the mean of three seeds (from least to most):
+
+  |                   | accuracy            | ce    | KL to the teacher | same answer | parameters |
+  |-------------------|---------------------|-------|-------------------|-------------|------------|
+  | teacher, 6 layers | 83.5%               | 0.375 | 0                 | 100%        | 22.7 M     |
+  | 2 layers, hard    | 79.2% (78.9 - 79.7) | 0.447 | 0.088             | 84.9%       | 15.6 M     |
+  | 2 layers, soft    | 79.6% (78.3 - 80.2) | 0.448 | 0.072             | 86.7%       | 15.6 M     |
+
+The soft labels bring the student nearer to its teacher in every seed; in accuracy the two are
+equal within their spread. 160 steps of 32 snippets are half of the text, read once. Measured on
+2 CPU cores with other work beside: 9 minutes for the teacher, 2 to 4 for a student.
 """
 
 import os
