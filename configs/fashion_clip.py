@@ -18,7 +18,7 @@ by the teacher's affinities (TinyCLIP, arXiv:2309.12314) and embeddings (CLIP-KD
 arXiv:2307.12732). On what is held out, 5,000 test images under ten texts, text_recall in
 evaluation.json is zero-shot accuracy. Expect, the mean of three seeds (from least to most):
 
-  |           | zero-shot accuracy  | ce in batches of 250 pairs | KL to the teacher | parameters |
+  |           | zero-shot accuracy  | ce in batches of 250     | KL to the teacher | parameters |
   |-----------|---------------------|--------------------------|-------------------|------------|
   | teacher   | 84.3%               | 3.68                     | 0                 | 669,313    |
   | hard      | 75.2% (74.6 - 76.3) | 4.11                     | 0.477             | 76,785     |
