@@ -18,6 +18,10 @@ images are worth once there is a teacher. The teacher itself has seen all labels
 one ViT with as many steps, shifts and mirrors; the teacher says what it says of those very views
 (arXiv:2106.05237). `deit` is a DeiT of that size, whose second token follows the teacher, and
 `conv` a ConvNeXt.
+
+Not measured as it stands. With 300 steps and a ConvNeXt teacher of 102,378 parameters (76.4% of
+the 10,000 test images) three seeds of each student (19,658) came to 66.2% hard, 65.2% distilled
+and 66.5% few: none of them was near its end, and there was no gain to see.
 """
 
 from distill_jax import config
