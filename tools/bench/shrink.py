@@ -11,7 +11,10 @@ reference.
 
 A line of JSON a student, as each is finished, and again on the next run, which goes on where
 this one was stopped. Cost with the defaults: about 20 minutes on 2 idle cores. --small checks
-that the script runs: one size, two sequences, two steps. Not measured yet at full size.
+that the script runs: one size, two sequences, two steps.
+
+Seen with --sequences=32 --steps=24 --layers_by=influence (teacher 2.90 nats): 20 of 30 layers,
+99.1 M parameters, 4.47 before and 3.38 after. The other students are not measured yet.
 """
 
 from __future__ import annotations
