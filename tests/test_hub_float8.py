@@ -76,7 +76,9 @@ def test_transformers_reads_the_same(tmp_path):
   )  # fmt: skip
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   ours = load.load(load.open_model(str(path)), mesh, layers.Compute())
-  assert max(parity.forward_errors(theirs, ours, parity.tokens() % 48)) < parity.FORWARD
+  # Four layers where parity's models have three, and another processor adds in another order:
+  # below 1.3e-5 on one machine, 1.9e-5 on another. Twice that.
+  assert max(parity.forward_errors(theirs, ours, parity.tokens() % 48)) < 3.8e-5
 
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
