@@ -1,7 +1,7 @@
 """Tasks as record, train and evaluate see them: rows, as a corpus gives them.
 
 A store holds of an example its labels and what the teacher said. What a model reads is made
-again from the task's own data by the row's number, so that a row costs a few bytes and teacher
+again from the task's own data by the row's number, so that a row costs little and teacher
 and student see the same augmented view of it.
 """
 
