@@ -1,8 +1,22 @@
-"""Four virtual CPU devices, and rank promotion that raises, in every test."""
+"""Four virtual CPU devices, and rank promotion that raises, in every test.
 
+Most of a test's time goes into compiling, so LLVM is asked for speed of its own and not of what it
+makes, and all processes of one `pytest` share what they have compiled.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else: a worker, or the caller's own
+  compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+  atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+).strip()
 
 import jax  # noqa: E402
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 import transformers
-from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import Tokenizer, processors
 
 from distill_jax import build, config, sharding
@@ -50,19 +49,6 @@ def run(c, folder: Path):
 
 def lines(path: Path) -> list[dict]:
   return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-  """Several runs here are of one program."""
-  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-  before = [getattr(jax.config, name) for name in names]
-  for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.5), strict=True):
-    jax.config.update(name, value)
-  yield
-  for name, value in zip(names, before, strict=True):
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import test_models
 import test_step
+from jax.experimental.compilation_cache import compilation_cache
 
 from distill_jax import build, folder, layers, sharding
 from distill_jax.errors import InputError
@@ -96,6 +97,17 @@ def compile_step(family: str, shape: str, rules: sharding.Rules, mesh_shape) -> 
     jitted.lower(build.place(like, where), batch, {}).compile()
 
 
+@pytest.fixture
+def compiled_afresh():
+  """XLA says nothing of a program that comes from the cache."""
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()  # it decides once whether it is in use
+  yield
+  jax.config.update("jax_enable_compilation_cache", True)
+  compilation_cache.reset_cache()
+
+
+@pytest.mark.usefixtures("compiled_afresh")
 @pytest.mark.parametrize(
   "family", [f for f in test_models.TINY if f[1] in ("tiny", "tiny-moe")], ids=" ".join
 )
@@ -105,6 +117,7 @@ def test_xla_splits_a_step_without_giving_up(family, capfd):
   assert XLA_GAVE_UP not in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("compiled_afresh")
 def test_giving_up_would_be_seen(capfd):
   """A table that is looked up along the axes of the batch: what the rule `table` avoids."""
   both = ("fsdp", "tensor")
