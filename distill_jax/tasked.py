@@ -73,15 +73,14 @@ class Tasked(Sequence):
   Attributes:
     manifest, others: as of Joined; of a task without records, what the caller gives.
     rows: the task's.
+    part: the rows of a head of several tasks that are this one's, or None.
   """
 
   def __init__(
     self, rows: Rows, said: Joined | None, manifest: Any = None, part: range | None = None
   ):
-    """Args: part, the rows of a head of several tasks that are this one's.
-
-    Raises:
-      InputError: the records are of another task, other data, or fewer views.
+    """Raises:
+    InputError: the records are of another task, other data, or fewer views.
     """
     if said is not None and said.manifest.corpus != rows.digest:
       raise InputError(
@@ -93,7 +92,7 @@ class Tasked(Sequence):
         f"the records in {said.folder} are of {len(said)} rows and the task has {len(rows)}; set "
         "its views as they were recorded"
       )
-    self.rows, self._said, self.manifest, self._part = rows, said, manifest, part
+    self.rows, self._said, self.manifest, self.part = rows, said, manifest, part
     self.others = said.others if said else {}
     self.digests = said.digests if said else [rows.digest]
 
@@ -112,7 +111,7 @@ class Tasked(Sequence):
           "recorded; the task's data has changed, so record again"
         )
       row |= {name: x for name, x in said.items() if name not in TEXT}
-    return row if self._part is None else _shifted(row, self._part)
+    return row if self.part is None else _shifted(row, self.part)
 
 
 def _shifted(row: Row, part: range) -> Row:
@@ -149,14 +148,14 @@ def open_rows(config: Config, name: str, split: str, came: Any, most: int = 0) -
   return Rows(task, source, [config.augmentations[n] for n in names], views, most)
 
 
-def chosen(config: Config) -> str:
-  """The task that is recorded."""
+def chosen(config: Config) -> Config:
+  """The config with that one of its tasks that is recorded."""
   name = config.records.task or (next(iter(config.tasks)) if len(config.tasks) == 1 else "")
   if name not in config.tasks:
     raise InputError(
       f"records.task is {config.records.task!r} and tasks holds {', '.join(config.tasks)}; name one"
     )
-  return name
+  return dataclasses.replace(config, tasks={name: config.tasks[name]})
 
 
 def parts(rows: Mapping[str, Rows]) -> dict[str, range | None]:
@@ -169,14 +168,6 @@ def parts(rows: Mapping[str, Rows]) -> dict[str, range | None]:
     found[name] = range(first, first + of.source.classes)
     first += of.source.classes
   return found
-
-
-def firsts(config: Config, stores: Sequence[Any]) -> tuple[tuple[str, int], ...]:
-  """Of several tasks, each one's name and its first row of the head; () of one."""
-  if len(config.tasks) < 2:
-    return ()
-  sizes = [store.manifest.vocab_size for store in stores]
-  return tuple((name, sum(sizes[:i])) for i, name in enumerate(config.tasks))
 
 
 def check(rows: Mapping[str, Rows], shape: Any) -> None:

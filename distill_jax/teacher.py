@@ -65,7 +65,8 @@ def corpus_of(config: Config) -> Corpus:
   """
   came = build.pretrained(config.teacher)
   if config.tasks:
-    name = tasked.chosen(config)
+    config = tasked.chosen(config)
+    (name,) = config.tasks
     rows = tasked.open_rows(config, name, "train", came)
     if rows.source.classes == PAIRED:
       raise InputError(
@@ -96,6 +97,8 @@ def record(config: Config, folder: Path) -> dict[str, Any]:
   """
   mesh = sharding.make_mesh(**vars(config.mesh))
   about = corpus_of(config)
+  if config.tasks:
+    config = tasked.chosen(config)
   config = dataclasses.replace(config, records=dense(config.records, about.classes))
   if config.records.kind != "text" and not config.records.logprobs:
     how = build.compute(config.teacher)

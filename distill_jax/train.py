@@ -183,7 +183,7 @@ def make_step(config: Config, stores: Stores) -> Step:
     ),
     balance_every=config.optim.balance_every,
     frozen=config.student.frozen,
-    parts=tasked.firsts(config, stores),
+    parts=tuple((n, s.part.start) for n, s in zip(config.tasks, stores, strict=False) if s.part),
   )
 
 
@@ -209,9 +209,7 @@ def open_stores(config: Config) -> Stores:
   """
   if not config.tasks:
     return _recorded(config)
-  came = build.pretrained(config.student)
-  rows = {name: tasked.open_rows(config, name, "train", came) for name in config.tasks}
-  tasked.check(rows, build.shape(config.student)[1])
+  rows = open_tasks(config)
   said = _recorded(config) if config.train.records else []
   if said and len(said) != len(rows):
     raise InputError(
@@ -228,6 +226,14 @@ def open_stores(config: Config) -> Stores:
     manifest = records.manifest if records else dataclasses.replace(about, corpus=of.digest)
     stores.append(tasked.Tasked(of, records, manifest, parts[name]))
   return stores
+
+
+def open_tasks(config: Config) -> dict[str, tasked.Rows]:
+  """What the student reads of each task, checked."""
+  came = build.pretrained(config.student)
+  rows = {name: tasked.open_rows(config, name, "train", came) for name in config.tasks}
+  tasked.check(rows, build.shape(config.student)[1])
+  return rows
 
 
 def _recorded(config: Config) -> Stores:

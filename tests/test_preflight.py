@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_images_run as images
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -218,7 +219,8 @@ def test_the_batch_is_the_loaders(tmp_path, records):
   stores = train.open_stores(c)
   real = next(loader.batches(stores, batch_size=4, seed=0))
   mesh = sharding.make_mesh(fsdp=4)
-  ours = programs._batch(c, programs.manifest(c), 4, mesh, ["teacher"])
+  about = programs.manifest(c)
+  ours = programs._batch(c, about, 4, mesh, ["teacher"], programs._text(about))
   shape = lambda x: (x.shape, np.dtype(x.dtype))
   assert jax.tree.map(shape, ours) == jax.tree.map(shape, real)
 
@@ -436,6 +438,28 @@ def test_two_at_once_for_a_slice_that_is_not_here(tmp_path):
   # Each device sends its part of the gradient, once, and a few sums.
   gradient = slow["bytes_per_device"]["parameters"]
   assert gradient / 4 < slow["collectives"]["dcn all-reduce"] < 1.2 * gradient
+
+
+@pytest.mark.parametrize("verb", ["train", "record"])
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_tasks_are_compiled_and_their_operations_are_not_guessed(
+  monkeypatch, tmp_path, verb, tasks
+):
+  monkeypatch.setattr(topology, "prepare", lambda: None)
+  monkeypatch.setattr(topology, "mesh", lambda *a: sharding.make_mesh(fsdp=4))
+  monkeypatch.setattr(pf, "_smallest", lambda *a: None)
+  images.files.write_idx(tmp_path)
+  c = images.configured(tmp_path)
+  if tasks == 2:
+    c.tasks.others, c.records.task = c.tasks.things, "others"
+    c.train.records = (*c.train.records, *c.train.records)
+    c.student.changes = dict(c.student.changes) | {"num_labels": 6}
+  r = pf.preflight(config.resolve(c), "v5e:2x2", verb=verb)
+  assert r["fits"] and r["bytes_per_device"]["teacher" if verb == "record" else "parameters"]
+  assert verb == "record" or r["collective_bytes_per_device"]
+  assert {r[k] for k in ("flops", "bounds", "tokens", "store_bytes_per_token")} == {None}
+  words = report.text(r)
+  assert words.startswith("fits: ") and "operations" not in words and "tokens" not in words
 
 
 def test_the_smallest_slice_may_have_another_mesh(monkeypatch):

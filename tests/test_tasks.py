@@ -11,6 +11,7 @@ import tiny
 from distill_jax import build, checks, config, evaluate, params, tasked, teacher, train, verbs
 from distill_jax.errors import InputError
 from distill_jax.evals import _similarity
+from distill_jax.records.store import open_store
 from distill_jax.types import Batch
 from distill_jax.workdir import Workdir
 
@@ -133,14 +134,39 @@ def test_records_are_of_one_task_and_data(run):
     train.open_stores(config.resolve(c))
 
 
-def test_several_tasks_share_a_body_and_have_a_head_each(c, tmp_path):
-  """Of each row, the classes of the other task get no probability, and no gradient."""
-  second = config.task(
+def with_a_second(c):
+  c.tasks.again = config.task(
     "text_classes", path=c.tasks.parity.path, classes=("even", "odd"), max_tokens=32,
     tokenizer=c.tasks.parity.tokenizer,
   )  # fmt: skip
-  c.tasks.again = second
   c.student.changes = {"num_labels": 4, "num_hidden_layers": 1}
+
+
+def test_several_tasks_are_recorded_one_by_one_and_learnt_together(run, tmp_path):
+  folder, c, _ = run
+  with_a_second(c := c.copy_and_resolve_references())
+  stores = {name: tmp_path / name for name in c.tasks}
+  for name, store in stores.items():
+    c.records.task = name
+    with Workdir(store, config.resolve(c)) as at:
+      teacher.record(config.resolve(c), at)
+  alone = open_store(folder / "records")
+  assert open_store(stores["parity"]).manifest == alone.manifest
+  c.train.records, c.train.mixture = tuple(map(str, stores.values())), (0.5, 0.5)
+  c.losses = {"soft": config.loss("kd", missing_mass="renormalise")}
+  resolved = config.resolve(c)
+  both = train.open_stores(resolved)
+  np.testing.assert_array_equal(both[0][0]["logp_TK"], alone[0]["logp_TK"])
+  assert [sorted(store[0]["ids_TK"][0]) for store in both] == [[0, 1], [2, 3]]
+  with Workdir(tmp_path / "run", resolved) as at:
+    last = train.train(resolved, at)
+  assert 0 < last["soft"] < 0.7, last  # among a task's own two classes, near a half each
+  assert {"ce/parity", "ce/again", "accuracy/again", "kl/teacher"} <= set(last)
+
+
+def test_several_tasks_share_a_body_and_have_a_head_each(c, tmp_path):
+  """Of each row, the classes of the other task get no probability, and no gradient."""
+  with_a_second(c)
   c.losses = {"hard": config.loss("ce")}
   c.train.records = ()
   resolved = config.resolve(c)

@@ -71,8 +71,7 @@ def write(config: Config, workdir: Path) -> dict[str, Any]:
   """
   from distill_jax import tasked
 
-  name = tasked.chosen(config)
-  task = config.tasks[name]
+  ((name, task),) = tasked.chosen(config).tasks.items()
   if not hasattr(task, "labelled"):
     raise InputError(f"tasks.{name} is of {type(task).__module__}, which says no texts; leave it")
   mesh = sharding.make_mesh(**vars(config.mesh))

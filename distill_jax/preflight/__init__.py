@@ -53,7 +53,8 @@ def preflight(
   `peak_bytes_per_device`, `hbm_bytes_per_device`, `flops_per_step`,
   `collective_bytes_per_device`, `step_seconds_bound`, `mfu_bound`, `tokens_per_second_bound`,
   `chip_hours` and more. What is not known (collectives of a program that does not fit, hours of
-  a corpus whose length the config does not name) is None.
+  a corpus whose length the config does not name) is None; of tasks, all that is counted by a
+  decoder's formulas.
 
   Raises:
     InputError: libtpu is not installed, the topology is unknown, or the config does not fit
@@ -68,7 +69,7 @@ def preflight(
   program = programs.of(config, verb, mesh)
   memory, compiled = compile_step(program)
   fits = compiled is not None and memory.peak <= chip.hbm
-  ops = flops.step(config, verb, program.rows)
+  ops = None if config.tasks else flops.step(config, verb, program.rows)
   out: dict[str, Any] = {
     "fits": fits, "verb": verb, "topology": name, "slices": num_slices,
     "chips": per_slice * num_slices, "devices": mesh.size, "mesh": dict(mesh.shape),
@@ -76,17 +77,18 @@ def preflight(
     "bytes_per_device": {
       **program.arguments, "outputs": memory.outputs, "temporaries": memory.temporaries,
     },
-    "flops_per_step": sum(n for what, n in ops.items() if what != "recomputed"),
+    "flops_per_step": ops and sum(n for what, n in ops.items() if what != "recomputed"),
     "flops": ops,
   }  # fmt: skip
   out |= _speed(config, verb, chip, mesh, out, compiled, memory)
-  about = programs.manifest(config)
-  out["store_bytes_per_token"] = round(estimate.record_bytes(about), 1)
-  total = estimate.tokens(config, verb)
-  out["tokens"] = total or None
-  # Of a corpus of unknown length no more is known than what training sees, perhaps twice.
-  stored = estimate.tokens(config, "record") or total
-  out["store_bytes"] = round(stored * out["store_bytes_per_token"]) if stored else None
+  out |= dict.fromkeys(("store_bytes_per_token", "tokens", "store_bytes"))
+  if not config.tasks:
+    out["store_bytes_per_token"] = round(estimate.record_bytes(programs.manifest(config)), 1)
+    total = estimate.tokens(config, verb)
+    out["tokens"] = total or None
+    # Of a corpus of unknown length no more is known than what training sees, perhaps twice.
+    stored = estimate.tokens(config, "record") or total
+    out["store_bytes"] = round(stored * out["store_bytes_per_token"]) if stored else None
   out["smallest"] = _smallest(config, verb, chip, per_slice, num_slices, fits)
   return out
 
@@ -116,7 +118,10 @@ def _speed(
   config: Config, verb: str, chip: chips.Chip, mesh: Any, out: dict[str, Any], compiled: Any,
   memory: Memory,
 ) -> dict[str, Any]:  # fmt: skip
-  """Collectives and bounds; None for all of a program that does not compile."""
+  """Collectives and bounds; None for all of a program that does not compile.
+
+  None for the bounds where operations are not known.
+  """
   names = (
     "collectives", "collective_bytes_per_device", "bounds", "bound_by", "step_seconds_bound",
     "mfu_bound", "tokens_per_second_bound", "chip_hours",
@@ -124,6 +129,8 @@ def _speed(
   if compiled is None:
     return dict.fromkeys(names)
   sent = collectives.Program(compiled.as_text(), out["slices"]).sent()
+  if out["flops"] is None:
+    return dict.fromkeys(names) | dict(zip(names, (sent, sum(sent.values())), strict=False))
   moved = memory.arguments + compiled.memory_analysis().output_size_in_bytes
   moved_bytes = estimate.hbm_bytes(config, verb, moved, mesh)
   bound = estimate.bound(chip, out["chips"], mesh.size, out["flops"], moved_bytes, sent)

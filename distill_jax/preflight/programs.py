@@ -57,28 +57,36 @@ def of(config: Config, verb: str, mesh: Mesh) -> Program:
   return {"train": _train, "record": _record}[verb](config, mesh)
 
 
-def manifest(config: Config) -> Manifest:
-  """What the records' manifest would say; the tokenizer has all rows of the model that reads."""
-  if config.tasks:
-    rows = _rows(config)
-    classes, T = rows.source.classes, rows.source.positions
-  else:
-    model = config.student if config.losses else config.teacher
-    classes, T = build.shape(model)[1].vocab_size, config.data.seq_len
+def manifest(config: Config, classes: int = 0, positions: int = 0) -> Manifest:
+  """What the records' manifest would say, of a task with so many classes and positions or of text.
+
+  The tokenizer of text has all rows of the model that reads.
+  """
+  model = config.student if config.losses else config.teacher
+  classes = classes or build.shape(model)[1].vocab_size
+  T = positions or config.data.seq_len
   config = dataclasses.replace(config, records=teacher.dense(config.records, classes))
   return teacher.describe(config, classes, sequences=1, positions=T)
 
 
-def _rows(config: Config) -> tasked.Rows:
-  return tasked.open_rows(config, tasked.chosen(config), "train", build.pretrained(config.teacher))
+def _stores(config: Config) -> train.Stores:
+  """As train opens them, as if all had been recorded."""
+  if not config.tasks:
+    store = Store(Path("preflight"), manifest(config))
+    return [joined.Joined(store, dict.fromkeys(config.train.teachers, store))]
+  rows = train.open_tasks(config)
+  if not config.train.records:
+    config = dataclasses.replace(config, records=dataclasses.replace(config.records, kind="text"))
+  parts = tasked.parts(rows)
+  about = {n: manifest(config, of.source.classes, of.source.positions) for n, of in rows.items()}
+  return [tasked.Tasked(of, None, about[name], parts[name]) for name, of in rows.items()]
 
 
 def _train(config: Config, mesh: Mesh) -> Program:
-  about = manifest(config)
-  store = Store(Path("preflight"), about)
-  stores = [joined.Joined(store, dict.fromkeys(config.train.teachers, store))]
+  stores = _stores(config)
   alone = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=""))
-  alone = dataclasses.replace(alone, train=dataclasses.replace(alone.train, records=("records",)))
+  given = config.train.records if config.tasks else ("records",)
+  alone = dataclasses.replace(alone, train=dataclasses.replace(alone.train, records=given))
   checks.check_run(alone, stores)
   c = config.train
   sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
@@ -88,8 +96,10 @@ def _train(config: Config, mesh: Mesh) -> Program:
   like = train.abstract_state(config, step, stores)
   where = sharding.shardings(like, mesh, rules)
   state = build.place(like, where)
+  about = stores[0].manifest
   recorded = [*(() if c.online else ("teacher",)), *c.teachers]
-  batch = _batch(config, about, c.batch_size, mesh, recorded)
+  one = stores[0][0] if config.tasks else _text(about)
+  batch = _batch(config, about, c.batch_size, mesh, recorded, one)
   teachers = {name: _model(spec, mesh) for name, spec in train.online(config).items()}
   frozen = []
   if config.student.lora.rank:
@@ -114,9 +124,16 @@ def _record(config: Config, mesh: Mesh) -> Program:
     )
   rows = config.records.batch_size
   sharding.check_batch("records.batch_size", rows, mesh)
-  about = manifest(dataclasses.replace(config, losses={}))
+  if config.tasks:
+    config = tasked.chosen(config)
+    task = teacher.corpus_of(config)
+    about, one = manifest(config, task.classes, task.positions), task.rows[0]
+  else:
+    about = manifest(dataclasses.replace(config, losses={}))
+    one = _text(about)
+  config = dataclasses.replace(config, records=teacher.dense(config.records, about.vocab_size))
   model, how = _model(config.teacher, mesh), build.compute(config.teacher)
-  batch = _batch(config, about, rows, mesh, recorded=[])
+  batch = _batch(config, about, rows, mesh, [], one)
   whole = sharding.replicated(mesh)
   key = build.place(jax.eval_shape(jax.random.key, 0), whole)
   index_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding.batch_sharding(mesh))
@@ -130,18 +147,22 @@ def _model(spec: Model, mesh: Mesh) -> Any:
   return build.place(like, sharding.shardings(like, mesh, build.compute(spec).rules))
 
 
-def _batch(config: Config, about: Manifest, rows: int, mesh: Mesh, recorded: list[str]) -> Any:
-  """Batches as the loader makes them, of what these teachers have said.
-
-  One record, made up of text, is encoded and read back.
-  """
+def _text(about: Manifest) -> dict[str, np.ndarray]:
+  """A row of made-up text."""
   T = about.seq_len
-  one: dict[str, np.ndarray] = {
+  return {
     "tokens_T": np.zeros(T, np.int32), "segments_T": np.ones(T, np.int32),
     "mask_T": np.ones(T, bool),
   }  # fmt: skip
-  if config.tasks:
-    one = _rows(config)[0]
+
+
+def _batch(
+  config: Config, about: Manifest, rows: int, mesh: Mesh, recorded: list[str], one: Any
+) -> Any:
+  """Batches as the loader makes them, of rows like `one` and what these teachers said of them.
+
+  One record, made up, is encoded and read back.
+  """
   said = example.decode(0, example.encode(0, one | _said(about), about), about)
   for name in recorded:
     at = "" if name == "teacher" else f"{name}/"

@@ -15,11 +15,13 @@ def text(r: dict[str, Any]) -> str:
   lines += [f"  {name:<22}{_size(n):>12}" for name, n in r["bytes_per_device"].items()]
   lines.append(f"  {'peak':<22}{_size(r['peak_bytes_per_device']):>12}")
   lines.append(f"  {'memory':<22}{_size(r['hbm_bytes_per_device']):>12}")
-  lines += ["", "operations a step"]
-  lines += [f"  {name:<22}{n:>12.3e}" for name, n in r["flops"].items() if n]
+  if r["flops"] is not None:
+    lines += ["", "operations a step"]
+    lines += [f"  {name:<22}{n:>12.3e}" for name, n in r["flops"].items() if n]
   if r["collectives"] is not None:
     lines += ["", "sent by a device a step"]
     lines += [f"  {name:<22}{_size(n):>12}" for name, n in r["collectives"].items()]
+  if r["bounds"] is not None:
     lines += ["", "seconds a step, at the least"]
     lines += [f"  {name:<22}{n:>12.4f}" for name, n in r["bounds"].items() if n]
     lines += [
@@ -28,7 +30,10 @@ def text(r: dict[str, Any]) -> str:
     ]
   if r["chip_hours"] is not None:
     lines.append(f"  {r['tokens']:,} tokens take at least {r['chip_hours']:,.1f} chip-hours")
-  lines += ["", _store(r), _smallest(r)]
+  lines.append("")
+  if r["store_bytes_per_token"] is not None:
+    lines.append(_store(r))
+  lines.append(_smallest(r))
   return "\n".join(lines)
 
 
