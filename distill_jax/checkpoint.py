@@ -91,23 +91,23 @@ def digest(workdir: str | Path) -> str:
   return _sha256({path: x for path, x in arrays.items() if path.startswith("params.")})
 
 
-@jax.jit
 def checksums(tree: Any) -> Any:
   """Two uint32 of each array, the same on every mesh: sums, modulo 2^32, of hashed numbers.
 
   Each number's bits are hashed with its place, by steps that lose nothing; so one number
   changed always changes the sums, and integers add up the same in any order.
   """
+  return jax.tree.map(_sums, tree)
 
-  def one(x: jax.Array) -> jax.Array:
-    bits = x.view(f"uint{8 * x.dtype.itemsize}") if x.dtype != bool else x
-    bits = bits.astype(jnp.uint32)
-    for axis in range(x.ndim):
-      place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-      bits = _scramble(bits + place * jnp.uint32(0x9E3779B1))
-    return jnp.stack([jnp.sum(_scramble(x), dtype=jnp.uint32) for x in (bits, bits ^ 1)])
 
-  return jax.tree.map(one, tree)
+@jax.jit  # by itself: arrays of one shape are many, and their program is compiled once
+def _sums(x: jax.Array) -> jax.Array:
+  bits = x.view(f"uint{8 * x.dtype.itemsize}") if x.dtype != bool else x
+  bits = bits.astype(jnp.uint32)
+  for axis in range(x.ndim):
+    place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    bits = _scramble(bits + place * jnp.uint32(0x9E3779B1))
+  return jnp.stack([jnp.sum(_scramble(x), dtype=jnp.uint32) for x in (bits, bits ^ 1)])
 
 
 def _scramble(x: jax.Array) -> jax.Array:
