@@ -44,6 +44,7 @@ class Corpus:
     classes: outcomes at a position: tokens, or a task's classes.
     vocabulary: the tokenizer's digest; "" of a task, whose digest says it.
     digest: of the beginning of the text, or of the task.
+    first: where the classes begin in the teacher's head; of one of several tasks, not 0.
   """
 
   rows: Rows
@@ -51,6 +52,7 @@ class Corpus:
   classes: int
   vocabulary: str
   digest: str
+  first: int = 0
 
   @classmethod
   def of_text(cls, rows: Rows, tokenizer: Tokenizer, positions: int) -> Corpus:
@@ -65,17 +67,18 @@ def corpus_of(config: Config) -> Corpus:
   """
   came = build.pretrained(config.teacher)
   if config.tasks:
-    config = tasked.chosen(config)
-    (name,) = config.tasks
-    rows = tasked.open_rows(config, name, "train", came)
+    (name,) = tasked.chosen(config).tasks
+    every = {n: tasked.open_rows(config, n, "train", came) for n in config.tasks}
+    rows, part = every[name], tasked.parts(every)[name]
     if rows.source.classes == PAIRED:
       raise InputError(
         f"the task {name} chooses among the pairs of a batch, which no record knows; train with "
         "train.online=True"
       )
     if config.records.kind != "text":
-      tasked.check({name: rows}, build.shape(config.teacher)[1])
-    return Corpus(rows, rows.source.positions, rows.source.classes, "", rows.digest)
+      tasked.check(every, build.shape(config.teacher)[1])
+    first = part.start if part else 0
+    return Corpus(rows, rows.source.positions, rows.source.classes, "", rows.digest, first)
   tokenizer = corpus.tokenizer_of(config.data, came)
   if config.records.logprobs:
     text = list(_dump(config, tokenizer))
@@ -133,7 +136,7 @@ def _pass(config: Config, mesh: Any, about: Corpus, todo: list[range], writer: W
   """The teacher's pass over the shards still missing, writing behind it."""
   summarise = None
   if config.records.kind != "text" and not config.records.logprobs:
-    summarise = _summariser(config, mesh, about.classes)
+    summarise = _summariser(config, mesh, about)
   T, rows = about.positions, about.rows
   with (
     ThreadPoolExecutor(1) as background,
@@ -159,11 +162,12 @@ def _pass(config: Config, mesh: Any, about: Corpus, todo: list[range], writer: W
     raise processes.Preemption.stop("record", "finished shards are kept")
 
 
-def _summariser(config: Config, mesh: Any, classes: int) -> Summarise:
+def _summariser(config: Config, mesh: Any, about: Corpus) -> Summarise:
   keys = build.keys(config.seed)
   teacher = build.build(config.teacher, mesh, keys["teacher"])
   where = sharding.batch_sharding(mesh)
-  one_batch, read = jitted(config, teacher.how, classes), tasked.reader(config)
+  one_batch = jitted(config, teacher.how, about.classes, about.first)
+  read = tasked.reader(config)
 
   def summarise(some: Rows, first: int) -> dict[str, jax.Array]:
     batch = loader.to_device(loader.collate(some, read=read), where)
@@ -173,10 +177,11 @@ def _summariser(config: Config, mesh: Any, classes: int) -> Summarise:
   return summarise
 
 
-def jitted(config: Config, how: Compute, vocab_size: int) -> Any:
+def jitted(config: Config, how: Compute, vocab_size: int, first: int = 0) -> Any:
   """The pass as it is compiled: (teacher, key, batch, index_B) -> what is stored of the batch."""
   project = _projection(config, _width(config))
-  fixed = functools.partial(_summarise, how=how, config=config, vocab_size=vocab_size)
+  rows = range(first, first + vocab_size)
+  fixed = functools.partial(_summarise, how=how, config=config, rows=rows)
   return jax.jit(functools.partial(fixed, project=project))
 
 
@@ -221,16 +226,18 @@ def _local(x_B: jax.Array) -> np.ndarray:
 
 def _summarise(
   model: Any, key: jax.Array, batch: Batch, index_B: jax.Array, *, how: Compute, config: Config,
-  vocab_size: int, project: np.ndarray | None,
+  rows: range, project: np.ndarray | None,
 ) -> dict[str, jax.Array]:  # fmt: skip
   """What is stored of a batch. The offsets depend on the sequence's number alone."""
   c, T = config.records, batch.labels_BT.shape[1]
   u_BT = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (T,)))(index_B)
   needs = _needs(config)
   out: Output = model(batch.inputs, how, needs.taps)
+  # What is not of `rows` comes behind them, as padding does.
+  head_VD = jnp.roll(out.head_VD, -rows.start, 0) if rows.start else out.head_VD
   said = sampler.summarise(
-    out.hidden_BTD, out.head_VD, batch.labels_BT, u_BT, n=c.n, chunk=c.chunk,
-    vocab_size=vocab_size, kind=c.kind, logp=c.logp, temperature=c.temperature, nucleus=c.nucleus,
+    out.hidden_BTD, head_VD, batch.labels_BT, u_BT, n=c.n, chunk=c.chunk,
+    vocab_size=len(rows), kind=c.kind, logp=c.logp, temperature=c.temperature, nucleus=c.nucleus,
     soft_cap=out.soft_cap,
   )  # fmt: skip
   names = {"ids": "ids_BTN", "logp": "logp_BTN"}

@@ -453,7 +453,8 @@ def test_tasks_are_compiled_and_their_operations_are_not_guessed(
   if tasks == 2:
     c.tasks.others, c.records.task = c.tasks.things, "others"
     c.train.records = (*c.train.records, *c.train.records)
-    c.student.changes = dict(c.student.changes) | {"num_labels": 6}
+    for model in (c.teacher, c.student):
+      model.changes = dict(model.changes) | {"num_labels": 6}
   r = pf.preflight(config.resolve(c), "v5e:2x2", verb=verb)
   assert r["fits"] and r["bytes_per_device"]["teacher" if verb == "record" else "parameters"]
   assert verb == "record" or r["collective_bytes_per_device"]

@@ -142,26 +142,43 @@ def with_a_second(c):
   c.student.changes = {"num_labels": 4, "num_hidden_layers": 1}
 
 
-def test_several_tasks_are_recorded_one_by_one_and_learnt_together(run, tmp_path):
-  folder, c, _ = run
-  with_a_second(c := c.copy_and_resolve_references())
-  stores = {name: tmp_path / name for name in c.tasks}
-  for name, store in stores.items():
+def test_several_tasks_are_recorded_one_by_one_and_learnt_together(c, tmp_path):
+  """Each task's teacher is its own part of one head."""
+  with_a_second(c)
+  c.teacher.changes = {"num_labels": 4, "num_hidden_layers": 2}
+  stores = {name: tmp_path / "of" / name for name in c.tasks}
+  mesh = train.sharding.make_mesh(devices=jax.devices()[:1])
+  for i, (name, store) in enumerate(stores.items()):
     c.records.task = name
-    with Workdir(store, config.resolve(c)) as at:
-      teacher.record(config.resolve(c), at)
-  alone = open_store(folder / "records")
-  assert open_store(stores["parity"]).manifest == alone.manifest
+    resolved = config.resolve(c)
+    with Workdir(store, resolved) as at:
+      teacher.record(resolved, at)
+    rows = open_store(store)
+    said = build.build(resolved.teacher, mesh, build.keys(0)["teacher"])
+    inputs = tasked.open_rows(resolved, name, "train", None)
+    read = lambda field, rows=inputs: np.stack([rows[i][field] for i in range(3)])
+    out = said.model(resolved.tasks[name].inputs(read), said.how)
+    logits = np.float64(out.hidden_BTD[:, 0] @ out.head_VD.T)[:, 2 * i : 2 * i + 2]
+    want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for n in range(3):
+      # A record keeps float16.
+      np.testing.assert_allclose(rows[n]["logp_TK"][0], want[n][rows[n]["ids_TK"][0]], atol=5e-4)
   c.train.records, c.train.mixture = tuple(map(str, stores.values())), (0.5, 0.5)
   c.losses = {"soft": config.loss("kd", missing_mass="renormalise")}
   resolved = config.resolve(c)
   both = train.open_stores(resolved)
-  np.testing.assert_array_equal(both[0][0]["logp_TK"], alone[0]["logp_TK"])
   assert [sorted(store[0]["ids_TK"][0]) for store in both] == [[0, 1], [2, 3]]
   with Workdir(tmp_path / "run", resolved) as at:
     last = train.train(resolved, at)
-  assert 0 < last["soft"] < 0.7, last  # among a task's own two classes, near a half each
+  assert 0 < last["soft"] < 0.7  # among a task's own two classes, near a half each
   assert {"ce/parity", "ce/again", "accuracy/again", "kl/teacher"} <= set(last)
+  c.evaluate.models = {"student": f"run:{tmp_path / 'run'}"}
+  found = evaluate.evaluate(config.resolve(c), tmp_path / "found")["tasks"]
+  assert set(found) == {"parity", "again"}
+  assert found["again"]["models"]["student"]["kl"] < 0.1 < found["again"]["models"]["teacher"]["ce"]
+  c.teacher.changes = {"num_hidden_layers": 2}
+  with pytest.raises(InputError, match="have 4 classes and the model's head 2 rows"):
+    teacher.record(config.resolve(c), tmp_path / "refused")
 
 
 def test_several_tasks_share_a_body_and_have_a_head_each(c, tmp_path):

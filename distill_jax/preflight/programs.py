@@ -125,8 +125,8 @@ def _record(config: Config, mesh: Mesh) -> Program:
   rows = config.records.batch_size
   sharding.check_batch("records.batch_size", rows, mesh)
   if config.tasks:
-    config = tasked.chosen(config)
     task = teacher.corpus_of(config)
+    config = tasked.chosen(config)
     about, one = manifest(config, task.classes, task.positions), task.rows[0]
   else:
     about = manifest(dataclasses.replace(config, losses={}))

@@ -65,7 +65,7 @@ class Passes:
     self._hidden = jax.jit(lambda model, batch: model(batch.inputs, built.how).hidden_BTD)
     self._plain = jax.jit(functools.partial(lm.score, how=built.how, chunk=c.records.chunk))
     about = teacher.Corpus.of_text(self.all_rows, tokenizer, c.data.seq_len)
-    self._summarise = teacher._summariser(c, mesh, about.classes)
+    self._summarise = teacher._summariser(c, mesh, about)
     self.writer = Writer(folder, teacher.manifest_of(c, about))
     self.background = ThreadPoolExecutor(1)
     self.before: tuple[range, Rows] | None = None
