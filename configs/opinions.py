@@ -1,0 +1,78 @@
+"""Films and goods liked or not, at once: two tasks share MiniLM's body and have a head each.
+
+  python tools/sentiment.py DIR runs/opinions    # its docstring says what DIR holds
+  distill-jax train    --config=configs/opinions.py:teacher   --workdir=runs/opinions/teacher
+  distill-jax record   --config=configs/opinions.py           --workdir=runs/opinions/films
+  distill-jax record   --config=configs/opinions.py           --workdir=runs/opinions/goods \\
+    --config.records.task=goods
+
+and, of seeds 0, 1 and 2 (--config.seed=0 …),
+
+  distill-jax train    --config=configs/opinions.py:hard      --workdir=runs/opinions/hard_0
+  distill-jax train    --config=configs/opinions.py:distilled --workdir=runs/opinions/distilled_0
+  distill-jax evaluate --config=configs/opinions.py           --workdir=runs/opinions
+
+Then a third task, tweets, gets a head on that student's body, which stays as it is; beside it,
+all of the student learns the same:
+
+  distill-jax export   --config=configs/opinions.py           --workdir=runs/opinions/distilled_0
+  distill-jax train    --config=configs/opinions.py:whole     --workdir=runs/opinions/whole
+  distill-jax train    --config=configs/opinions.py:adapted   --workdir=runs/opinions/adapted
+  distill-jax evaluate --config=configs/opinions.py:adapted   --workdir=runs/opinions/tweets
+
+Not measured yet.
+"""
+
+import os
+
+from distill_jax import config
+
+AT = os.environ.get("OPINIONS", "runs/opinions")  # where it all lies
+BOTH = ("films", "goods")
+
+
+def task(name: str):
+  return config.task(
+    "text_classes", path=f"{AT}/{name}.jsonl", classes=("negative", "positive"), max_tokens=32,
+    tokenizer=f"{AT}/minilm/tokenizer.json",
+  )  # fmt: skip
+
+
+def get_config(role: str = "distilled"):
+  c = config.base()
+  c.tasks.films, c.tasks.goods = task("snippets"), task("goods")
+  c.records.task = "films"
+  c.teacher.source = f"run:{AT}/teacher"
+  c.student.source, c.student.new = f"{AT}/minilm", ("classifier",)
+  c.student.changes = {"num_labels": 4}  # two of films, two of goods
+  c.records.kind = "dense"
+  c.records.batch_size = c.train.batch_size = c.evaluate.batch_size = 32
+  c.train.mixture = (0.5, 0.5)
+  c.train.steps = c.train.checkpoint_every = 200
+  c.train.keep = 1
+  c.losses.hard = config.loss("ce")
+  c.optim.peak_lr, c.optim.warmup_steps, c.optim.weight_decay = 2e-4, 16, 0.01
+  seeds = [f"{name}_{seed}" for name in ("hard", "distilled") for seed in range(3)]
+  c.evaluate.models = {name: f"run:{AT}/{name}" for name in seeds}
+  c.export.dir, c.export.dtype = f"{AT}/export", "float32"
+
+  if role == "teacher":
+    c.optim.peak_lr = 1e-4
+  elif role in ("hard", "distilled"):
+    c.student.keep_layers = (0, 5)
+    if role == "distilled":
+      c.train.records = tuple(f"{AT}/{name}" for name in BOTH)
+      c.losses = {"soft": config.loss("kd", temperature=2.0, missing_mass="renormalise")}
+  elif role in ("adapted", "whole"):
+    c.tasks = {"tweets": task("tweets")}
+    c.records.task, c.train.mixture = "", ()
+    c.student.source, c.student.changes = f"{AT}/export", {"num_labels": 2}
+    c.teacher.source = f"run:{AT}/whole"
+    c.evaluate.models = {"adapted": f"run:{AT}/adapted"}
+    if role == "adapted":
+      c.student.frozen = ("bert.",)
+      c.optim.peak_lr = 5e-3  # of one matrix
+  else:
+    roles = "teacher, hard, distilled, whole and adapted"
+    raise ValueError(f"configs/opinions.py:{role} is none of {roles}")
+  return c
