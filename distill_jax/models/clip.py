@@ -13,7 +13,7 @@ from flax import nnx
 
 from distill_jax import layers, sharding
 from distill_jax.errors import InputError
-from distill_jax.models import _encoder, _rope
+from distill_jax.models import _encoder, _patches, _rope
 from distill_jax.params import param, stack, unstack
 from distill_jax.types import PAIRED, Images, ImageText, Inputs, Output
 
@@ -57,11 +57,7 @@ class Vision(_encoder.Config):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.image_size % self.patch_size:
-      raise InputError(
-        f"image_size is {self.image_size} and patch_size {self.patch_size}, which does not divide "
-        "it; take a divisor"
-      )
+    _patches.check(self)
 
   @property
   def patches(self) -> int:
@@ -195,15 +191,9 @@ class VisionTower(nnx.Module):
   def embedded(self, pixels_BWWM: jax.Array, how: layers.Compute) -> jax.Array:
     """[B, 1 + patches, D]: what stands for the whole, then the patches row by row."""
     c, B = self.config, pixels_BWWM.shape[0]
-    want = (c.image_size, c.image_size, c.num_channels)
-    if pixels_BWWM.shape[1:] != want:
-      raise InputError(
-        f"images are {pixels_BWWM.shape[1:]} [height, width, channels] and the model's {want}; set "
-        "the task's size, or take another model"
-      )
-    x_BhwD = layers.patches(pixels_BWWM.astype(how.dtype), how.view(self.patch)[...])
+    patches_BSD = _patches.embedded(c, pixels_BWWM, self.patch, how)
     whole_B1D = jnp.broadcast_to(how.view(self.whole)[...], (B, 1, c.hidden_size))
-    x_BSD = jnp.concatenate([whole_B1D, x_BhwD.reshape(B, -1, c.hidden_size)], 1)
+    x_BSD = jnp.concatenate([whole_B1D, patches_BSD], 1)
     return x_BSD + how.view(self.places)[...][None]
 
   def pooled(self, x_BSD: jax.Array) -> jax.Array:

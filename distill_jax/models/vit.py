@@ -12,7 +12,7 @@ from flax import nnx
 
 from distill_jax import layers, sharding
 from distill_jax.errors import InputError
-from distill_jax.models import _encoder
+from distill_jax.models import _encoder, _patches
 from distill_jax.params import param, stack, unstack
 from distill_jax.types import Images, Output
 
@@ -35,11 +35,7 @@ class Config(_encoder.Config):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.image_size % self.patch_size:
-      raise InputError(
-        f"image_size is {self.image_size} and patch_size {self.patch_size}, which does not divide "
-        "it; take a divisor"
-      )
+    _patches.check(self)
 
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
@@ -120,14 +116,8 @@ class Body(nnx.Module):
   def embedded(self, pixels_BWWM: jax.Array, how: layers.Compute) -> jax.Array:
     """[B, S, D]: the tokens, then the patches row by row, each with its place."""
     c, B = self.config, pixels_BWWM.shape[0]
-    want = (c.image_size, c.image_size, c.num_channels)
-    if pixels_BWWM.shape[1:] != want:
-      raise InputError(
-        f"images are {pixels_BWWM.shape[1:]} [height, width, channels] and the model's {want}; "
-        "set image_size and num_channels, or the task's size"
-      )
-    x_BhwD = layers.patches(pixels_BWWM.astype(how.dtype), how.view(self.patch)[...])
-    x_BSD = x_BhwD.reshape(B, -1, c.hidden_size) + how.view(self.patch_bias)[...][None, None]
+    x_BSD = _patches.embedded(c, pixels_BWWM, self.patch, how)
+    x_BSD = x_BSD + how.view(self.patch_bias)[...][None, None]
     tokens = [how.view(getattr(self, name))[...] for name in self.TOKENS]
     tokens = [jnp.broadcast_to(t, (B, 1, c.hidden_size)) for t in tokens]
     return jnp.concatenate([*tokens, x_BSD], 1) + how.view(self.places)[...]
