@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -97,10 +98,12 @@ def checksums(tree: Any) -> Any:
   Each number's bits are hashed with its place, by steps that lose nothing; so one number
   changed always changes the sums, and integers add up the same in any order.
   """
-  return jax.tree.map(_sums, tree)
+  # One by one: arrays of one shape share a program, and on CPU programs of all devices that are
+  # under way together can wait for each other for ever.
+  return jax.tree.map(lambda x: np.asarray(_sums(x)), tree)
 
 
-@jax.jit  # by itself: arrays of one shape are many, and their program is compiled once
+@jax.jit
 def _sums(x: jax.Array) -> jax.Array:
   bits = x.view(f"uint{8 * x.dtype.itemsize}") if x.dtype != bool else x
   bits = bits.astype(jnp.uint32)
@@ -153,7 +156,7 @@ def _about(saves: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 
 def _describe(flat: dict[str, jax.Array]) -> dict[str, Any]:
-  sums = jax.device_get(checksums(flat))
+  sums = checksums(flat)
   return {p: {"is": _is(x), "sums": [int(n) for n in sums[p]]} for p, x in flat.items()}
 
 

@@ -176,6 +176,20 @@ def test_relational_by_its_formula(mask, monkeypatch, positions):
   assert got.count == mask.sum()
 
 
+def test_tokens_that_are_one_but_for_rounding_have_no_direction(mask):
+  """What is left of x - x by another order of operations points anywhere."""
+  s = vectors(1, D).astype(np.float32)
+  s[:, 3] = s[:, 1]
+  t = s.copy()
+  t[:, 3] = np.nextafter(s[:, 1], np.float32(np.inf))
+  segments = np.ones(mask.shape, int)
+  args = ({}, batch_of(mask, segments), ((0, 0),))
+  one = lambda x: Features({0: jnp.asarray(x)}, {})
+  loss = lambda x: relational.Loss(tokens=4).whole(one(x), one(t), *args).total
+  assert abs(loss(s)) < 1e-9
+  assert np.abs(jax.grad(loss)(jnp.asarray(s))).max() < 1e-4
+
+
 # ------------------------------------------------------------------ maps and needs
 
 
@@ -256,8 +270,8 @@ def test_features_from_records_and_from_an_online_teacher_alike(tmp_path):
   c.train.online = True
   _, online = run(c, tmp_path, "online")
   for name in ("hidden", "relational"):
-    # int8 of the largest number of each vector: half a step of 1/127, and the loss is a square.
-    assert recorded[0][name] == pytest.approx(online[0][name], rel=0.02), name
+    # int8 of the largest number of each vector: half a step of 1/127, of many, and a square.
+    assert recorded[0][name] == pytest.approx(online[0][name], rel=1e-3), name
     assert recorded[-1][name] != recorded[0][name]
 
 
