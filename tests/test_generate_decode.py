@@ -132,7 +132,7 @@ def test_a_row_does_not_depend_on_its_company():
 MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_sharded_rows_and_heads(family):
   """On 2 x 2 devices as on one; records too."""
   model, read = random_model(family), prompts(256, (3, 9, 14))

@@ -341,6 +341,7 @@ def test_evaluate_and_a_teacher_out_of_a_run_of_adapters(folder):
   assert before != build.identity(config.resolve(lora_config(folder)).student, 0)["digest"]
 
 
+@pytest.mark.slow
 def test_a_random_base_in_bfloat16_and_a_projection_fitted_beside_it(folder):
   """The base follows from the seed; adapters stay float32; PEFT is told of no base to load."""
   c = lora_config(folder)

@@ -60,7 +60,7 @@ def test_what_is_kept_is_what_the_formula_says(family):
   assert 0 < off < 0.05
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_tokens_do_not_depend_on_the_batch(family):
   """Drawn tokens, to the same integers: in rows of other numbers, and alone, bit for bit."""
   model, read = decoding.random_model(family), decoding.prompts(256)

@@ -166,6 +166,7 @@ def steps(mesh_shape=(1, 1, 1)):
   return jax.device_get(state.params), rows
 
 
+@pytest.mark.slow
 def test_mesh_does_not_change_training():
   (one, rows), (four, others) = steps(), steps((1, 2, 2))
   for row, want in zip(others, rows, strict=True):

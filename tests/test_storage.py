@@ -106,6 +106,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_a_run_whose_machine_is_lost_goes_on_elsewhere(tmp_path):
   """Records, checkpoints and metrics in the bucket alone; each verb on a machine of its own."""
   bucket = tmp_path / "bucket"

@@ -10,7 +10,20 @@ after training to the same grids. `ce` is nats a token on held-out topics of Pyt
 reference; `bytes` are those of the weights, the embedding, in float32, with them.
 
 A line of JSON a student. Runs go on where they were stopped. --small checks that the script
-runs: two sequences, two steps. Not measured yet.
+runs: two sequences, two steps.
+
+Seen with --steps=24 --sequences=48 (the embedding is 113 MB of each):
+
+  | weights               | ce     | bytes    |
+  |-----------------------|--------|----------|
+  | float32               | 3.622  | 396.5 MB |
+  | int8, rounded after   | 3.619  | 184.3 MB |
+  | int8, trained so      | 3.610  | 184.3 MB |
+  | int4, rounded after   | 4.049  | 150.9 MB |
+  | int4, trained so      | 3.766  | 150.9 MB |
+
+8 bits cost nothing, however they come; of what 4 bits cost, training as integers wins back two
+thirds.
 """
 
 from __future__ import annotations
