@@ -25,8 +25,6 @@ from distill_jax import storage
 from distill_jax.errors import InputError
 
 STATE, ABOUT = "state", "about"
-# What orbax, tensorstore and their JSON raise on damaged files, as seen by flipping bytes.
-DAMAGE = (ValueError, KeyError, TypeError, OSError, AttributeError, RuntimeError)
 
 
 def manager(workdir: Path, keep: int = 1, every: int = 0) -> ocp.CheckpointManager:
@@ -204,8 +202,10 @@ def _writing(saves: ocp.CheckpointManager) -> Iterator[None]:
 def _damage(saves: ocp.CheckpointManager, step: int) -> Iterator[None]:
   try:
     yield
-  except DAMAGE as e:
-    raise _damaged(saves, step, " ".join(str(e).split())[:200] or type(e).__name__) from e
+  except Exception as e:  # orbax raises that very class, and six others, as flipped bytes show
+    cause = e.__cause__ or e
+    why = " ".join(str(cause).split())[:200] or type(cause).__name__
+    raise _damaged(saves, step, why) from e
 
 
 def _damaged(saves: ocp.CheckpointManager, step: int, why: str) -> InputError:
