@@ -61,8 +61,8 @@ def test_finished_files_are_published_while_the_work_goes_on(bucket, monkeypatch
   with storage.Synced("memory://bucket/run") as here:
     (here / "shard").write_bytes(b"1")
     for _ in range(500):
-      if bucket.exists("/bucket/run/shard"):
-        break
+      if bucket.exists("/bucket/run/shard") and bucket.cat("/bucket/run/shard"):
+        break  # it is there, empty, before it is written
       storage.threading.Event().wait(0.01)
     assert bucket.cat("/bucket/run/shard") == b"1"
 
