@@ -19,9 +19,17 @@ one ViT with as many steps, shifts and mirrors; the teacher says what it says of
 (arXiv:2106.05237). `deit` is a DeiT of that size, whose second token follows the teacher, and
 `conv` a ConvNeXt.
 
-Not measured as it stands. With 300 steps and a ConvNeXt teacher of 102,378 parameters (76.4% of
-the 10,000 test images) three seeds of each student (19,658) came to 66.2% hard, 65.2% distilled
-and 66.5% few: none of them was near its end, and there was no gain to see.
+Seen with seed 0 alone, of the 10,000 test images:
+
+  |                                  | accuracy | ce    | KL to the teacher | parameters |
+  |----------------------------------|----------|-------|-------------------|------------|
+  | teacher                          | 80.8%    | 0.525 | 0                 | 306,826    |
+  | hard, all 60,000 labels          | 75.0%    | 0.647 | 0.158             | 19,658     |
+  | distilled, no label              | 74.5%    | 0.650 | 0.147             | 19,658     |
+  | few, 600 labels                  | 73.4%    | 0.753 | 0.289             | 19,658     |
+
+One core: 1.5 minutes a student from labels, 4 from records. Seeds 1 and 2, deit and conv are not
+measured.
 """
 
 from distill_jax import config

@@ -30,7 +30,9 @@ most):
   | 2 layers, soft    | 77.4% (77.0 - 77.8) | 0.078 | 81.1% (80.9 - 81.2) | 0.078 | 15.6 M     |
 
 In goods, of which there are fewer texts, the worst distilled student is better than the best of
-those that learn from labels; in films they are equal within the spread. TWEETS
+those that learn from labels; in films they are equal within the spread. Of 432 held-out tweets
+the head on the body of distilled_0 gets 84.7% right, and the student that learns them with all
+its weights 92.4%. Measured on one core: 3 to 4 minutes a run.
 """
 
 import os
