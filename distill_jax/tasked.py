@@ -23,6 +23,8 @@ from distill_jax.records.joined import TEXT, Joined
 from distill_jax.types import PAIRED, Batch
 
 Row = dict[str, np.ndarray]
+# Keys of a task that are in no digest: where its data lies, which has one of its own, and how much.
+WHERE = ("path", "train", "heldout", "tokenizer", "on_bad", "views")
 
 
 class Rows(Sequence):
@@ -43,7 +45,7 @@ class Rows(Sequence):
     self._augmentations, self._len = augmentations, len(source) * views
     self._len = min(self._len, most or self._len)
     how = [dataclasses.asdict(x) for x in (task, *augmentations)]
-    how[0].pop("views", None)
+    how[0] = {key: value for key, value in how[0].items() if key not in WHERE}
     text = json.dumps([type(task).__module__, how, source.digest], sort_keys=True)
     self.digest = hashlib.sha256(text.encode()).hexdigest()
 

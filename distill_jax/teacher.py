@@ -99,13 +99,13 @@ def record(config: Config, folder: Path) -> dict[str, Any]:
       other records; before anything is compiled.
   """
   mesh = sharding.make_mesh(**vars(config.mesh))
+  if config.records.kind != "text" and not config.records.logprobs:
+    how = build.compute(config.teacher)
+    sharding.shardings(build.abstract(config.teacher), mesh, how.rules)  # does it divide?
   about = corpus_of(config)
   if config.tasks:
     config = tasked.chosen(config)
   config = dataclasses.replace(config, records=dense(config.records, about.classes))
-  if config.records.kind != "text" and not config.records.logprobs:
-    how = build.compute(config.teacher)
-    sharding.shardings(build.abstract(config.teacher), mesh, how.rules)  # does it divide?
   _check(config)
   sharding.check_batch("records.batch_size", config.records.batch_size, mesh)
   manifest = manifest_of(config, about)

@@ -127,8 +127,12 @@ def test_a_loss_of_the_likeliest_class_reads_any_records(run):
 
 
 def test_records_are_of_one_task_and_data(run):
-  _, c, _ = run
+  folder, c, _ = run
   c = c.copy_and_resolve_references()
+  moved = folder / "moved.jsonl"
+  moved.write_bytes((folder / "numbers.jsonl").read_bytes())
+  c.tasks.parity.path, c.tasks.parity.on_bad = str(moved), "skip"
+  assert len(train.open_stores(config.resolve(c))[0]) == len(open_store(folder / "records"))
   c.tasks.parity.max_tokens = 31
   with pytest.raises(InputError, match="other data or another task or augmentation"):
     train.open_stores(config.resolve(c))
