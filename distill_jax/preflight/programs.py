@@ -127,10 +127,11 @@ def _record(config: Config, mesh: Mesh) -> Program:
   if config.tasks:
     task = teacher.corpus_of(config)
     config = tasked.chosen(config)
-    about, one = manifest(config, task.classes, task.positions), task.rows[0]
+    about = manifest(config, task.classes, task.positions)
+    first, one = task.first, task.rows[0]
   else:
     about = manifest(dataclasses.replace(config, losses={}))
-    one = _text(about)
+    first, one = 0, _text(about)
   config = dataclasses.replace(config, records=teacher.dense(config.records, about.vocab_size))
   model, how = _model(config.teacher, mesh), build.compute(config.teacher)
   batch = _batch(config, about, rows, mesh, [], one)
@@ -138,7 +139,8 @@ def _record(config: Config, mesh: Mesh) -> Program:
   key = build.place(jax.eval_shape(jax.random.key, 0), whole)
   index_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding.batch_sharding(mesh))
   with jax.set_mesh(mesh):
-    lowered = teacher.jitted(config, how, about.vocab_size).lower(model, key, batch, index_B)
+    run = teacher.jitted(config, how, about.vocab_size, first)
+    lowered = run.lower(model, key, batch, index_B)
   return Program(lowered, {"teacher": bytes_of(model), "batch": bytes_of(batch)}, rows)
 
 
