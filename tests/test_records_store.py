@@ -85,6 +85,15 @@ def copy(whole, tmp_path):
 # ---------------------------------------------------------------- reading
 
 
+def test_a_record_costs_the_same_however_many_shards_there_are(whole, monkeypatch):
+  """What a record asks of the manifest (its tag and spec) is worked out once a store."""
+  s = store.open_store(whole)
+  s[0]
+  monkeypatch.setattr(store.Manifest, "identity", property(lambda m: pytest.fail("asked again")))
+  for i in range(len(s)):
+    same(s[i], i)
+
+
 def test_read(whole):
   s = store.open_store(whole, {"tokenizer": "tok", "vocab_size": V, "teacher": "abc"})
   assert len(s) == 10

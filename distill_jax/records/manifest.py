@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -111,7 +112,7 @@ class Manifest:
         f"{self.extents}: each is at least 1; an empty corpus makes no records"
       )
 
-  @property
+  @functools.cached_property
   def spec(self) -> codec.Spec:
     return codec.Spec(self.kind, self.n, self.vocab_size, self.logp, self.entropy)
 
@@ -138,13 +139,13 @@ class Manifest:
     left_out = ["extents", "shards"] + ["smoothing"] * (not self.smoothing)  # older than it is
     return {k: v for k, v in fields.items() if k not in left_out}
 
-  @property
+  @functools.cached_property
   def tag(self) -> bytes:
-    """Eight bytes of the identity's digest: every record carries them."""
+    """Eight bytes of the identity's digest: every record carries them, and asks for them."""
     text = json.dumps(self.identity, sort_keys=True)
     return hashlib.sha256(text.encode()).digest()[:8]
 
-  @property
+  @functools.cached_property
   def digest(self) -> str:
     """sha256, in hex, of what the store holds: another if a shard differs, or one is added."""
     text = json.dumps({**self.identity, "shards": [s.sha256 for s in self.shards]}, sort_keys=True)
