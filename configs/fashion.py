@@ -56,7 +56,7 @@ def get_config(role: str = "distilled"):
   c = config.base()
   c.tasks.fashion = config.task(
     "image_classes", train=f"{DATA}/train", heldout=f"{DATA}/t10k", classes=CLASSES, size=28,
-    channels=1, mean=(0.286,), std=(0.353,), augment=("shift", "flip"),
+    channels=1, mean=(0.286,), std=(0.353,), augment=("shift", "flip"), views=4,
   )  # fmt: skip
   c.augmentations.shift = config.augmentation("crop", pad=2)
   c.augmentations.flip = config.augmentation("flip")
@@ -66,7 +66,7 @@ def get_config(role: str = "distilled"):
   c.student.family, c.student.shape, c.student.changes = "vit", "tiny", VIT
   c.optim.peak_lr, c.optim.weight_decay, c.optim.warmup_steps = 2e-3, 0.05, 50
   c.train.batch_size = 128
-  c.train.steps = c.train.checkpoint_every = 1000
+  c.train.steps = c.train.checkpoint_every = 3000 if role == "teacher" else 2000
   c.train.keep = 1
 
   if role == "teacher":
@@ -87,7 +87,7 @@ def get_config(role: str = "distilled"):
   elif role == "hard":
     c.losses.hard = config.loss("ce")
   elif role == "few":
-    c.tasks.fashion.update(labelled=0.01, which="labelled", views=100)
+    c.tasks.fashion.update(labelled=0.01, which="labelled", views=400)
     c.losses.hard = config.loss("ce")
   else:
     roles = "teacher, distilled, conv, deit, hard and few"

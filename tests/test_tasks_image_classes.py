@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -115,6 +116,39 @@ def unknown(folder):
 def empty(folder):
   for file in (folder / "bag").iterdir():
     file.unlink()
+
+
+@pytest.mark.parametrize(
+  "spoil, why",
+  [
+    (lambda file: file.unlink(), "could be read when the run began"),
+    (lambda file: file.write_bytes(file.read_bytes()[:-40]), "could be read when the run began"),
+    (lambda file: Image.new("L", (W, W), 9).save(file), "has other pixels than when"),
+    (lambda file: Image.new("L", (W + 1, W)).save(file), "has other pixels than when"),
+  ],
+)
+def test_a_file_that_changes_under_a_run_is_no_example(tmp_path, spoil, why):
+  write_folder(tmp_path)
+  source = task(tmp_path, heldout=str(tmp_path)).open("train", None)
+  spoil(tmp_path / "bag" / "1.png")
+  source[4], source[6]
+  with pytest.raises(InputError, match=f"bag/1.png {why}"):
+    source[5]
+
+
+def test_a_folder_takes_no_memory_for_its_pixels(tmp_path):
+  """200 images of 1 MB each are opened in less than a tenth of what they hold."""
+  for name in ("ankle", "bag"):
+    (tmp_path / name).mkdir()
+    Image.new("RGB", (600, 600)).save(tmp_path / name / "0.png")
+    for i in range(1, 100):
+      (tmp_path / name / f"{i}.png").hardlink_to(tmp_path / name / "0.png")
+  opened = task(tmp_path, classes=(), size=600, channels=3, heldout=str(tmp_path))
+  tracemalloc.start()
+  source = opened.open("train", None)
+  held = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert len(source) == 200 and held < 20e6
 
 
 def text(folder):

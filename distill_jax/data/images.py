@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from distill_jax.data.pictures import BROKEN
 from distill_jax.errors import InputError
+from distill_jax.progress import Progress
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 UBYTE = 8  # IDX's code of a byte
@@ -23,19 +27,52 @@ MODES = {1: "L", 3: "RGB"}
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-  """Images in memory, W * W * M bytes each: uint8 [N, W, W, M] and int32 [N]."""
+  """Images, each read when it is asked for, and their labels.
 
-  pixels_NWWM: np.ndarray
+  Attributes:
+    pixels: uint8 [W, W, M] of what stands in at_N.
+    hashes_N: uint64, of each image's pixels.
+    labels_N: int32.
+  """
+
+  pixels: Callable[[Any], np.ndarray]
+  at_N: Sequence[Any] | np.ndarray
+  hashes_N: np.ndarray
   labels_N: np.ndarray
 
-  def __getitem__(self, kept_N: np.ndarray) -> Labelled:
-    return Labelled(self.pixels_NWWM[kept_N], self.labels_N[kept_N])
+  def __len__(self) -> int:
+    return len(self.labels_N)
+
+  def __getitem__(self, i: int) -> np.ndarray:
+    """Image i; raises InputError if it is not what it was when it was opened."""
+    try:
+      if _hash(image := self.pixels(self.at_N[i])) == self.hashes_N[i]:
+        return image
+    except BROKEN as e:
+      raise InputError(f"{self.at_N[i]} could be read when the run began ({e}); mend it") from e
+    raise InputError(f"{self.at_N[i]} has other pixels than when the run began; start it again")
+
+  def where(self, kept_N: np.ndarray) -> Labelled:
+    """Those that are marked."""
+    at = [self.at_N[i] for i in np.flatnonzero(kept_N)]
+    return Labelled(self.pixels, at, self.hashes_N[kept_N], self.labels_N[kept_N])
 
   @property
   def shares_N(self) -> np.ndarray:
-    """A number from 0 to 1 for each image, of its bytes alone: who is on which side of a split."""
-    of = lambda x: hashlib.blake2b(x.tobytes(), digest_size=8).digest()
-    return np.array([int.from_bytes(of(x)) / 2**64 for x in self.pixels_NWWM])
+    """A number from 0 to 1 for each image, of its pixels: who is on which side of a split."""
+    return self.hashes_N / 2**64
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """sha256 of all pixels' hashes and of the labels."""
+    both = self.hashes_N.astype("<u8").tobytes() + self.labels_N.astype("<i4").tobytes()
+    return hashlib.sha256(both).hexdigest()
+
+
+def _hash(pixels_WWM: np.ndarray) -> int:
+  """Of 64 bits."""
+  of = hashlib.blake2b(np.ascontiguousarray(pixels_WWM).data, digest_size=8)
+  return int.from_bytes(of.digest())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,30 +137,46 @@ def folders(path: str) -> tuple[str, ...]:
 
 
 def _folder(path: str, classes: tuple[str, ...], form: Form, left_out: LeftOut) -> Labelled:
-  pixels, labels = [], []
-  for name in folders(path):
-    files = sorted(p for p in (Path(path) / name).iterdir() if not p.name.startswith("."))
-    for file in files:
-      image, why = _decoded(file, form)
-      why = why if name in classes else f"is of class {name!r}, which the task does not name"
-      if why:
-        left_out(str(file), why)
-        continue
-      pixels.append(image)
-      labels.append(classes.index(name))
-  shape = (len(pixels), form.size, form.size, form.channels)
-  return Labelled(np.array(pixels, np.uint8).reshape(shape), np.array(labels, np.int32))
+  found = [
+    (file, name)
+    for name in folders(path)
+    for file in sorted(p for p in (Path(path) / name).iterdir() if not p.name.startswith("."))
+  ]
+  files, hashes, labels = [], [], []
+  # Decoding releases the GIL; only a hash of each image is kept.
+  pool = ThreadPoolExecutor()
+  try:
+    looked = pool.map(lambda one: _looked_at(one[0], form), found)
+    with Progress("open", len(found), "images") as progress:
+      for (file, name), (hashed, why) in zip(found, looked, strict=True):
+        progress.add(1)
+        why = why if name in classes else f"is of class {name!r}, which the task does not name"
+        if why:
+          left_out(str(file), why)
+          continue
+        files.append(str(file))
+        hashes.append(hashed)
+        labels.append(classes.index(name))
+  finally:  # where the first that is bad stops the run, the rest is not looked at
+    pool.shutdown(cancel_futures=True)
+  pixels = functools.partial(_file_pixels, form)
+  return Labelled(pixels, files, np.array(hashes, np.uint64), np.array(labels, np.int32))
 
 
-def _decoded(file: Path, form: Form) -> tuple[np.ndarray | None, str]:
-  """(pixels, "") of a file, or (None, why there are none)."""
+def _file_pixels(form: Form, file: str) -> np.ndarray:
+  with Image.open(file) as image:
+    return form.pixels(image)
+
+
+def _looked_at(file: Path, form: Form) -> tuple[int, str]:
+  """(hash of the pixels, "") of a file, or (0, why there are none)."""
   if file.suffix.lower() not in SUFFIXES:
-    return None, "is neither PNG nor JPEG"
+    return 0, "is neither PNG nor JPEG"
   try:
     with Image.open(file) as image:
-      return (None, why) if (why := form.wrong(*image.size)) else (form.pixels(image), "")
+      return (0, why) if (why := form.wrong(*image.size)) else (_hash(form.pixels(image)), "")
   except BROKEN:
-    return None, "is damaged"
+    return 0, "is damaged"
 
 
 def _idx(path: str, classes: tuple[str, ...], form: Form, left_out: LeftOut) -> Labelled:
@@ -135,9 +188,9 @@ def _idx(path: str, classes: tuple[str, ...], form: Form, left_out: LeftOut) -> 
   good = labels < len(classes)
   for i in np.flatnonzero(~good):
     left_out(f"image {i} of {path}", f"has label {labels[i]}, and there are {len(classes)} classes")
-  images = [form.pixels(Image.fromarray(x)) for x in pixels[good]]
-  shape = (len(images), form.size, form.size, form.channels)
-  return Labelled(np.array(images, np.uint8).reshape(shape), labels[good].astype(np.int32))
+  images = np.stack([form.pixels(Image.fromarray(x)) for x in pixels[good]])
+  hashes = np.array([_hash(x) for x in images], np.uint64)
+  return Labelled(images.__getitem__, range(len(images)), hashes, labels[good].astype(np.int32))
 
 
 def _idx_array(path: str, end: str) -> np.ndarray:

@@ -115,11 +115,12 @@ class Pairs:
     readable = pictures.decode(raw, self.size, self.channels) is not None
     return hashlib.sha256(raw).hexdigest() if readable else ""
 
-  def pixels(self, image: Path) -> np.ndarray:
-    """uint8 [size, size, channels]"""
-    pixels = pictures.decode(image.read_bytes(), self.size, self.channels)
-    if pixels is None:
-      raise InputError(f"{image} was an image when the run began; bring it back")
+  def pixels(self, pair: Pair) -> np.ndarray:
+    """uint8 [size, size, channels]; raises InputError if the file is not what it was."""
+    raw = pair.image.read_bytes() if pair.image.is_file() else b""
+    pixels = pictures.decode(raw, self.size, self.channels)
+    if pixels is None or hashlib.sha256(raw).hexdigest() != pair.digest:
+      raise InputError(f"{pair.image} is not the file it was when the run began; start it again")
     return pixels
 
   def check_images(self, vision: Any) -> None:

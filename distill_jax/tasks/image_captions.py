@@ -96,5 +96,5 @@ class Source:
     return {
       "read_S": read_S, "seen_S": (places < n).astype(np.int32), "labels_T": labels_T,
       "mask_T": (places >= first - 1) & (places < n),
-      "pixels_WWM": self._task.pixels(self._pairs[i].image),
+      "pixels_WWM": self._task.pixels(self._pairs[i]),
     }  # fmt: skip

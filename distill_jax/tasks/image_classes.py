@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,14 +96,14 @@ class Task:
     path = self.heldout if split == "heldout" and self.heldout else self.train
     left_out = LeftOut("image_classes", self.on_bad)
     found = images.read(path, self.names, self.form, left_out)
-    left_out.report(len(found.labels_N))
+    left_out.report(len(found))
     if not self.heldout:
-      found = found[(found.shares_N < self.heldout_fraction) == (split == "heldout")]
+      found = found.where((found.shares_N < self.heldout_fraction) == (split == "heldout"))
     if split == "train" and self.which != "all":
       # Another part of the hash than the one that chooses what is held out.
       shares_N = found.shares_N * 2**16 % 1
-      found = found[(shares_N < self.labelled) == (self.which == "labelled")]
-    if not len(found.labels_N):
+      found = found.where((shares_N < self.labelled) == (self.which == "labelled"))
+    if not len(found):
       raise InputError(
         f"{path} has no image for split {split!r}, which {self.which!r}, labelled {self.labelled}, "
         f"heldout_fraction {self.heldout_fraction}; give it more"
@@ -149,25 +148,23 @@ WHICH = ("all", "labelled", "unlabelled")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """The images of one split, in memory."""
+  """The images of one split: IDX files are held in memory, others are read when asked for."""
 
   images: Labelled
   classes: int
   positions: int = 1
 
-  @functools.cached_property
+  @property
   def digest(self) -> str:
     """sha256 of pixels and labels."""
-    total = hashlib.sha256(np.ascontiguousarray(self.images.pixels_NWWM).data)
-    total.update(np.ascontiguousarray(self.images.labels_N).data)
-    return total.hexdigest()
+    return self.images.digest
 
   def __len__(self) -> int:
-    return len(self.images.labels_N)
+    return len(self.images)
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
     return {
-      PIXELS: self.images.pixels_NWWM[i],
+      PIXELS: self.images[i],
       "labels_T": self.images.labels_N[i : i + 1],
       "mask_T": np.ones(1, bool),
     }

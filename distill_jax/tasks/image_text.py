@@ -82,7 +82,7 @@ class Source:
     return len(self._pairs)
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    image = {"pixels_WWM": self._task.pixels(self._pairs[i].image)}
+    image = {"pixels_WWM": self._task.pixels(self._pairs[i])}
     # The labels are rows of the batch that the pair will be in: see types.Batch.paired.
     labels = {"labels_T": np.zeros(2, np.int32), "mask_T": np.ones(2, bool)}
     return self._texts[i] | image | labels
