@@ -92,7 +92,8 @@ def decode_tokens(data: bytes, spec: Spec) -> Sequence:
   a, b = 8 + 4 * runs, 8 + 7 * runs
   entries.whole("tokens", len(data), b + (T * token_bits + 7) // 8)
   starts = np.frombuffer(data, "<u4", runs, 8)
-  both = np.repeat(bits.unpack(data[a:b], 24, runs), np.diff(starts, append=T).astype(np.int64))
+  ends = np.append(starts[1:], T).astype(np.int64)
+  both = np.repeat(bits.unpack(data[a:b], 24, runs), ends - starts)
   tokens = bits.unpack(data[b:], token_bits, T).view(np.int32)
   if T and tokens.max() >= spec.vocab_size:
     raise InputError(f"a token id is {tokens.max()}, over the vocabulary of {spec.vocab_size}")
@@ -185,12 +186,18 @@ def decode_targets(fields: dict[str, Any], mask_T: np.ndarray, spec: Spec) -> Se
   table = np.frombuffer(fields["head"], np.uint8, pieces, 16)
   at_S = np.flatnonzero(mask_T)
   entries.whole("positions", S, len(at_S))
-  M_S = bits.unpack(fields["lengths"], bits.width(K), S).astype(np.int64)
-  M_S += 1
-  ends_S = np.cumsum(M_S)
-  entries.whole("entries", E, int(ends_S[-1]) if S else 0)
-  starts_S = ends_S - M_S
-  ids = entries.decode_ids(fields, table, M_S, starts_S, ends_S)
+  if E == S * K == S * spec.vocab_size:  # every id at every position
+    M_S = np.full(S, K)
+    ends_S = np.cumsum(M_S)
+    starts_S = ends_S - M_S
+    ids = np.tile(np.arange(K), S)
+  else:
+    M_S = bits.unpack(fields["lengths"], bits.width(K), S).astype(np.int64)
+    M_S += 1
+    ends_S = np.cumsum(M_S)
+    entries.whole("entries", E, int(ends_S[-1]) if S else 0)
+    starts_S = ends_S - M_S
+    ids = entries.decode_ids(fields, table, M_S, starts_S, ends_S)
   if E and int(ids.max()) >= spec.vocab_size:
     raise InputError(f"an id is {ids.max()}, over the vocabulary of {spec.vocab_size}")
   flat = np.repeat(at_S * K - starts_S, M_S)
