@@ -7,6 +7,7 @@ import difflib
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,20 +95,27 @@ def shape(spec: Model) -> tuple[str, Any]:
     family, config = source.family, source.config
   else:
     family, config = spec.family, _named(spec)
-  config = _changed(config, spec)
+  config = _changed(config, spec.changes)
   return family, config.keep(spec.keep_layers) if spec.keep_layers else config
 
 
-def _changed(config: Any, spec: Model) -> Any:
-  """A family's Config with the fields that `changes` gives."""
-  known = [f.name for f in dataclasses.fields(config)]
-  for key in spec.changes:
+def _changed(config: Any, changes: Mapping[str, Any], at: str = "") -> Any:
+  """A Config with the fields that `changes` gives; of a Config within it, those that a dict gives.
+
+  Args: at, where this Config lies in the family's, as "vision.".
+  """
+  known, new = [f.name for f in dataclasses.fields(config)], {}
+  for key, value in changes.items():
     if key not in known:
       near = difflib.get_close_matches(key, known, 1)
-      hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-      raise InputError(f"changes names {key!r}, which no model of this family has; {hint}")
-  tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.changes.items()}
-  return dataclasses.replace(config, **tuples)
+      hint = f"did you mean {at + near[0]!r}?" if near else f"there are {', '.join(known)}"
+      raise InputError(f"changes names {at + key!r}, which no model of this family has; {hint}")
+    new[key] = tuple(value) if isinstance(value, list) else value
+    if dataclasses.is_dataclass(part := getattr(config, key)):
+      if not isinstance(value, Mapping):
+        raise InputError(f"changes gives {at + key} {value!r}; a dict of its fields was expected")
+      new[key] = _changed(part, value, f"{at}{key}.")
+  return dataclasses.replace(config, **new)
 
 
 def _named(spec: Model) -> Any:
@@ -184,7 +192,7 @@ def build(spec: Model, mesh: Mesh, key: jax.Array, step: int | None = None) -> B
   if spec.source:
     source = pretrained(spec)
     assert source is not None
-    new = hub.New(_changed(source.config, spec), spec.new, key)
+    new = hub.New(_changed(source.config, spec.changes), spec.new, key)
     model = hub.load(source, mesh, how, spec.param_dtype, spec.keep_layers, new=new)
     return Built(model, model.config, how, source)
   family, config = shape(spec)

@@ -1,7 +1,5 @@
 """Greedy and beam search of encoder-decoders against transformers.generate, on random models."""
 
-import functools
-
 import jax
 import numpy as np
 import parity
@@ -15,9 +13,7 @@ from distill_jax.errors import InputError
 
 torch, transformers = parity.torch, parity.transformers
 EOS, PAD, START, NEW = 1, 0, 2, 8
-run = functools.partial(
-  jax.jit, static_argnames=("how", "spec"), compiler_options=tiny.FAST
-)(search)  # fmt: skip
+run = jax.jit(search, static_argnames=("how", "spec"))
 
 
 def theirs_says(model, given, spec: Search) -> np.ndarray:

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import folder, layers
+from distill_jax import build, folder, layers
+from distill_jax.config import Model
 from distill_jax.errors import InputError
 from distill_jax.types import Inputs
 
 T = 12
-# Compiling takes these tests' time, not running.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=FAST)
 TINY = [
   (name, shape)
   for name in tiny.decoder_families()
@@ -30,15 +28,15 @@ def family(request):
   name, shape = request.param
   module = folder.load("models", name)
   config = module.CONFIGS[shape]
-  return module, jit(lambda key: module.Model(config, key))(jax.random.key(0))
+  return module, jax.jit(lambda key: module.Model(config, key))(jax.random.key(0))
 
 
-@functools.partial(jit, static_argnames=("dtype", "taps"))
+@functools.partial(jax.jit, static_argnames=("dtype", "taps"))
 def run(model, inputs, dtype="float32", taps=()):
   return model(inputs, layers.Compute(dtype), taps)
 
 
-@jit
+@jax.jit
 def sensitivity(model, inputs):
   """|d hidden / d embedding table|, summed over both widths, [t, row]."""
 
@@ -112,3 +110,14 @@ def test_bfloat16_is_near_float32(family):
   assert half.dtype == jnp.bfloat16
   # bfloat16 keeps 8 bits: 2**-8 an operation, over a dozen of them a layer.
   np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=0.1)
+
+
+def test_a_part_of_a_model_is_changed_or_refused_by_name():
+  made = lambda **changes: build.shape(Model(family="llava", shape="tiny", changes=changes))[1]
+  whole = build.shape(Model(family="llava", shape="tiny"))[1]
+  vision = dataclasses.replace(whole.vision, num_hidden_layers=2)
+  assert made(vision={"num_hidden_layers": 2}) == dataclasses.replace(whole, vision=vision) != whole
+  with pytest.raises(InputError, match="'vision.patchsize'.*did you mean 'vision.patch_size'"):
+    made(vision={"patchsize": 2})
+  with pytest.raises(InputError, match="vision 3; a dict of its fields was expected"):
+    made(vision=3)

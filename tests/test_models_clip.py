@@ -26,8 +26,6 @@ TOWER = {"num_attention_heads": 4, "intermediate_size": 40}
 CAPTURE = optax.GradientTransformationExtraArgs(  # the optimizer's state is the gradient
   lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, state, *_, **__: (g, g)
 )
-# Compiling takes these tests' time, not running.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +87,7 @@ def program(names: tuple[str, ...]):
     optimizer=CAPTURE, student=layers.Compute(), teacher=layers.Compute(), chunk=8,
     student_config=clip.TINY, teacher_config=clip.TINY,
   )  # fmt: skip
-  return step, jax.jit(step, compiler_options=FAST)
+  return step, jax.jit(step)
 
 
 def gradient(names, model, b: Batch, teachers=None):

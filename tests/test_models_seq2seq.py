@@ -1,6 +1,5 @@
 """T5, Marian and Whisper against transformers: states, logits, gradients, in and out."""
 
-import functools
 import json
 
 import jax
@@ -18,9 +17,6 @@ from distill_jax.hub import export as hub_export
 from distill_jax.types import Inputs, Sounds, SourceTarget
 
 torch, transformers = parity.torch, parity.transformers
-# Compiling takes these tests' time, not running.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=FAST)
 V, B, S, T, FRAMES, BINS = 96, 3, 13, 9, 24, 8
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 2, "bos_token_id": 1}
 BART = {
@@ -106,10 +102,10 @@ def said(model, inputs):
   return head.logits(out.hidden_BTD, out.head_VD)
 
 
-logits = jit(said)
+logits = jax.jit(said)
 
 
-@jit
+@jax.jit
 def states(model, inputs):
   """The encoder's output, what of it is no padding, and two layers' of the decoder."""
   taps = model(inputs, layers.Compute(), (0, 1)).taps_PBTD
@@ -160,7 +156,7 @@ def test_gradients(both):
     return -jnp.sum(picked * mask) / mask.sum()
 
   got = {}
-  for _, v in params.named_params(jit(jax.grad(loss))(ours)):
+  for _, v in params.named_params(jax.jit(jax.grad(loss))(ours)):
     for name, at in declared.tensors(v):
       got[name] = declared.Layout(v).to_theirs(np.asarray(v[...])[at], np.dtype(np.float32))
   untrained = {n for n in got if n not in want}

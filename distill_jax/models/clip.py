@@ -66,24 +66,13 @@ class Vision(_encoder.Config):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The shape of a model. Layers, as losses of features count them, are the vision tower's.
-
-  A tower may be given as a dict of its fields, as `changes` of a config does.
-  """
+  """The shape of a model. Layers, as losses of features count them, are the vision tower's."""
 
   text: Text
   vision: Vision
   projection_dim: int = 512
 
   def __post_init__(self):
-    for name, cls in (("text", Text), ("vision", Vision)):
-      if isinstance(fields := getattr(self, name), dict):
-        known = {f.name for f in dataclasses.fields(cls)}
-        if strange := sorted(fields.keys() - known):
-          raise InputError(
-            f"the {name} tower has no {strange[0]!r}; there are {', '.join(sorted(known))}"
-          )
-        object.__setattr__(self, name, cls(**fields))
     _rope.check_numbers(self)
 
   @classmethod

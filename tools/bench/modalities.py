@@ -35,6 +35,7 @@ import jax
 import ml_collections
 import numpy as np
 import tokenizers
+from PIL import Image
 from tokenizers import models, pre_tokenizers
 
 from distill_jax import build, config, sharding, teacher, train
@@ -91,6 +92,26 @@ def said(rng: np.random.Generator, count: int, length: int) -> str:
   return " ".join(f"w{i}" for i in rng.integers(count, size=rng.integers(1, length)))
 
 
+def texts(folder: Path, small: bool) -> ml_collections.ConfigDict:
+  """Texts of up to 31 words in four classes: a BERT of MiniLM's shape teaches two such layers."""
+  c, rng = config.base(), np.random.default_rng(0)
+  n, count, length = (64, 50, 8) if small else (2_048, 30_000, 32)
+  lines = [{"text": f"{i} {said(rng, count, length)}", "label": "abcd"[i % 4]} for i in range(n)]
+  (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  c.tasks.texts = config.task(
+    "text_classes", path=str(folder / "texts.jsonl"), classes=tuple("abcd"), max_tokens=length,
+    heldout_fraction=0.0, tokenizer=words(folder, count),
+  )  # fmt: skip
+  shape = {"vocab_size": count + 2, "num_labels": 4}
+  for model, layers in ((c.teacher, 6), (c.student, 2)):
+    model.family, model.shape = "bert", "tiny" if small else "minilm-l6"
+    model.changes = {**shape, "num_hidden_layers": layers}
+  c.train.batch_size = c.records.batch_size = 8 if small else 32
+  c.records.kind = "dense"
+  c.losses.soft = config.loss("kd", missing_mass="renormalise")
+  return c
+
+
 def translation(folder: Path, small: bool) -> ml_collections.ConfigDict:
   """Pairs of up to 31 words of 8,000: a T5 of 10 M parameters teaches one of 2 M."""
   c, rng = config.base(), np.random.default_rng(0)
@@ -144,8 +165,46 @@ def speech(folder: Path, small: bool) -> ml_collections.ConfigDict:
   return c
 
 
+def captions(folder: Path, small: bool) -> ml_collections.ConfigDict:
+  """Colours with a text each, 64 x 64: a LLaVA of 20 M parameters teaches one of 6 M."""
+  c, rng = config.base(), np.random.default_rng(0)
+  n, count, size, length = (16, 50, 8, 8) if small else (256, 8_000, 64, 32)
+  lines = []
+  for i in range(n):
+    Image.fromarray(rng.integers(0, 256, (size, size), dtype=np.uint8)).save(folder / f"{i}.png")
+    lines.append({"image": f"{i}.png", "text": said(rng, count, length)})
+  (folder / "said.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+  patches = (size // 4 if small else size // 8) ** 2
+  c.tasks.captions = config.task(
+    "image_captions", path=str(folder / "said.jsonl"), heldout_fraction=0.0, size=size, channels=1,
+    mean=(0.5,), std=(0.25,), tokenizer=words(folder, count), prompt="w1 <image> w2",
+    patches=patches, image_token=count, max_tokens=patches + length + 4, vocab_size=count + 2,
+  )  # fmt: skip
+
+  def shape(width: int, layers: int) -> dict[str, Any]:
+    ids = {"vocab_size": count + 2}
+    if small:
+      return {"text": ids, "image_token": count}
+    heads = {"num_attention_heads": width // 32, "num_hidden_layers": layers}
+    both = {"hidden_size": width, "intermediate_size": 3 * width, **heads}
+    text = {**ids, **both, "num_key_value_heads": width // 32, "head_dim": 32}
+    return {
+      "image_token": count, "vision": {**both, "image_size": size, "patch_size": 8},
+      "text": {**text, "max_position_embeddings": 256},
+    }  # fmt: skip
+
+  for model, changes in ((c.teacher, shape(384, 6)), (c.student, shape(256, 2))):
+    model.family, model.shape, model.changes = "llava", "tiny", changes
+  c.student.frozen = ("vision_tower.",)
+  c.train.batch_size = c.records.batch_size = 4 if small else 8
+  c.losses.soft = config.loss("kd")
+  return c
+
+
 MODALITIES: dict[str, Callable[[Path, bool], ml_collections.ConfigDict]] = {
-  "images": images, "translation": translation, "speech": speech,
+  "texts": texts, "images": images, "captions": captions, "translation": translation,
+  "speech": speech,
 }  # fmt: skip
 
 
