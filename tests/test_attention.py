@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_models
 from jax._src.cudnn import fused_attention_stablehlo
 
 from distill_jax import attention, folder, layers, sharding
@@ -114,11 +113,11 @@ def test_a_model_is_the_same_by_splash(family, interpreted):
   name, shape = family.split()
   module = folder.load("models", name)
   config = module.CONFIGS[shape].keep((0, 1))  # one layer of each kind
-  model = test_models.jit(lambda key: module.Model(config, key))(jax.random.key(0))
+  model = jax.jit(lambda key: module.Model(config, key))(jax.random.key(0))
   t_T = np.arange(20)
   row = lambda x_T: jnp.asarray(np.tile(x_T, (2, 1)), jnp.int32)
   inputs = Inputs(row(t_T * 7), row(np.where(t_T < 9, t_T, t_T - 9)), row(1 + (t_T >= 9)))
-  hidden = lambda kernel: test_models.jit(
+  hidden = lambda kernel: jax.jit(
     lambda m: m(inputs, layers.Compute(attention=kernel, remat="full")).hidden_BTD
   )(model)
   np.testing.assert_allclose(hidden("splash"), hidden("xla"), rtol=1e-5, atol=1e-5)

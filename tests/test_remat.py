@@ -24,11 +24,11 @@ XLA_GAVE_UP = "Involuntary full rematerialization"
 
 @functools.cache
 def gradient(remat: str):
-  model = test_models.jit(lambda key: llama.Model(llama.TINY, key))(jax.random.key(0))
+  model = jax.jit(lambda key: llama.Model(llama.TINY, key))(jax.random.key(0))
   inputs = Inputs(*(jnp.asarray(np.tile(np.arange(16), (2, 1)), jnp.int32),) * 3)
   inputs = inputs.replace(segments_BT=jnp.ones_like(inputs.segments_BT))
   loss = lambda m: jnp.sum(m(inputs, layers.Compute(remat=remat)).hidden_BTD ** 2)
-  return test_models.jit(jax.grad(loss))(model)
+  return jax.jit(jax.grad(loss))(model)
 
 
 @pytest.mark.parametrize("remat", [r for r in layers.REMAT if r != "none"])
@@ -93,7 +93,7 @@ def compile_step(family: str, shape: str, rules: sharding.Rules, mesh_shape) -> 
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), test_step.make_batch()
   )
   with jax.set_mesh(mesh):
-    jitted = test_models.jit(step, donate_argnums=0, out_shardings=(where, None))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
     jitted.lower(build.place(like, where), batch, {}).compile()
 
 
