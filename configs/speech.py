@@ -10,11 +10,20 @@
 
 The student has the teacher's encoder, which stays as it is, and the first and the last of its four
 decoder layers. `generate` writes what the teacher hears where that differs from the transcript
-by no more than a tenth of the words; `record` stores its distributions on just that. It all
-is one speaker's voice in 516 short prompts, two thirds of which the students hear: it shows that
-the recipe runs, and nothing of speech at large. Reading 6 seconds in place of 30, tiny.en says the
-shortest prompts over and over (wer 0.39 of the first 24 held-out prompts, seen), which the filter
-keeps from the student.
+by no more than a tenth of the words (261 of 341); `record` stores its distributions on just that.
+Seen of the 175 held-out prompts, the mean of seeds 0, 1 and 2 (from least to most):
+
+  |                              | word error rate     | KL to the teacher     | parameters |
+  |------------------------------|---------------------|-----------------------|------------|
+  | teacher, tiny.en             | 9.2%                | 0                     | 37.5 M     |
+  | its layers, before training  | 232%                | 4.658                 | 32.7 M     |
+  | hard, 341 transcripts        | 20.8% (18.6 - 23.5) | 1.129 (1.083 - 1.206) | 32.7 M     |
+  | distilled, 261 pseudo-labels | 22.1% (19.8 - 26.6) | 0.832 (0.751 - 0.905) | 32.7 M     |
+
+The distilled student is nearer to its teacher in every seed; in words the two are equal within
+their spread, and it never read a transcript, but for the filter. It all is one speaker's voice in
+516 short prompts, read once or twice: it shows that the recipe runs, and nothing of speech
+at large. Measured on one core: 6 to 8 minutes a student.
 """
 
 import os

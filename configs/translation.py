@@ -13,16 +13,16 @@ distill-jax export   --config=configs/translation.py:words    --workdir=runs/tra
 or all but the first and the last by tools/bench/seq2seq.py. Seen so with 5,795 pairs, of 648
 strings held out, means of seeds 0, 1 and 2 with the range of the three:
 
-|                         | BLEU               | chrF               | cross-entropy | KL    | weights |
-|-------------------------|--------------------|--------------------|---------------|-------|---------|
-| teacher                 | 34.7               | 44.9               | 3.006         | 0     | 1.44 M  |
-| hard                    | 19.8 (18.7 - 20.7) | 26.9 (26.6 - 27.4) | 3.692         | 1.793 | 0.51 M  |
-| words, by word          | 22.5 (22.1 - 23.1) | 28.5 (28.1 - 29.3) | 3.639         | 1.734 | 0.51 M  |
-| sentences, by sequence  | 21.0 (18.6 - 23.2) | 27.7 (26.5 - 28.9) | 3.756         | 1.816 | 0.51 M  |
+|           | BLEU               | chrF               | cross-entropy | KL    | weights |
+|-----------|--------------------|--------------------|---------------|-------|---------|
+| teacher   | 34.7               | 44.9               | 3.006         | 0     | 1.44 M  |
+| hard      | 19.8 (18.7 - 20.7) | 26.9 (26.6 - 27.4) | 3.692         | 1.793 | 0.51 M  |
+| words     | 22.5 (22.1 - 23.1) | 28.5 (28.1 - 29.3) | 3.639         | 1.734 | 0.51 M  |
+| sentences | 21.0 (18.6 - 23.2) | 27.7 (26.5 - 28.9) | 3.756         | 1.816 | 0.51 M  |
 
-What the teacher says at each word helped with every seed; its own translations with two of three,
-which is within what seeds do. Interface strings are short and alike, and those of up to 16 tokens
-alone are used: what helps here need not help with prose.
+What the teacher says at each word (`words`) helped with every seed; its own translations
+(`sentences`) with two of three, which is within what seeds do. Interface strings are short and
+alike, and those of up to 16 tokens alone are used: what helps here need not help with prose.
 """
 
 import os
