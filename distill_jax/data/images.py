@@ -36,7 +36,7 @@ class Labelled:
   """
 
   pixels: Callable[[Any], np.ndarray]
-  at_N: Sequence[Any] | np.ndarray
+  at_N: Sequence[Any]
   hashes_N: np.ndarray
   labels_N: np.ndarray
 
@@ -54,7 +54,7 @@ class Labelled:
 
   def where(self, kept_N: np.ndarray) -> Labelled:
     """Those that are marked."""
-    at = [self.at_N[i] for i in np.flatnonzero(kept_N)]
+    at = [self.at_N[i] for i in np.flatnonzero(kept_N).tolist()]
     return Labelled(self.pixels, at, self.hashes_N[kept_N], self.labels_N[kept_N])
 
   @property

@@ -50,7 +50,7 @@ def unpack(data: bytes | memoryview, nbits: np.ndarray | int, n: int) -> np.ndar
   if len(data) != (total + 7) // 8:
     raise InputError(f"a field is {len(data)} bytes where {(total + 7) // 8} belong; record again")
   if n == 1:  # a record of one position has little else
-    only = int.from_bytes(data, "little") & int(mask if isinstance(nbits, int) else mask[0])
+    only = int.from_bytes(data, "little") & int(np.ravel(mask)[0])
     return np.array([only], np.uint32)
   words = np.frombuffer(bytes(data) + bytes(12 - len(data) % 4), "<u4")
   pairs = words[1:].astype(np.uint64) << np.uint64(32)
