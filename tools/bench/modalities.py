@@ -13,6 +13,14 @@ each figure has its modality before it:
   examples_per_second              of the loader
   loader_over_step                 how many times what the step on records needs that is
   bytes_per_example                of the store
+
+Seen on two cores with other work beside, 6 rounds:
+
+  |                       | texts | images | captions | translation | speech |
+  |-----------------------|-------|--------|----------|-------------|--------|
+  | online_over_records   | 1.52  | 2.47   | 2.46     | 2.64        | 1.84   |
+  | loader_over_step      | 14    | 3.2    | 32       | 5.1         | 18     |
+  | bytes_per_example     | 128   | 143    | 2,560    | 2,080       | 3,072  |
 """
 
 from __future__ import annotations
