@@ -187,6 +187,12 @@ def test_labels_out_of_range_stop_or_are_counted_and_named(tmp_path, capsys):
   assert "image 3" in said and "image 4" in said
 
 
+def test_where_no_label_is_in_range_it_is_said(tmp_path):
+  write_idx(tmp_path, 4, labels=[3, 4, 5, 6])
+  with pytest.raises(InputError, match="none of its 7 examples can be used"):
+    task(tmp_path / "train", on_bad="skip").open("train", None)
+
+
 def cut_gzip(folder):
   file = folder / "train-images-idx3-ubyte.gz"
   file.write_bytes(file.read_bytes()[:-20])

@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,16 +26,16 @@ MODES = {1: "L", 3: "RGB"}
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-  """Images, each read when it is asked for, and their labels.
+  """Images and their labels.
 
   Attributes:
-    pixels: uint8 [W, W, M] of what stands in at_N.
+    pixels: uint8 [W, W, M] of each number in at_N; of files, read when it is asked for.
     hashes_N: uint64, of each image's pixels.
     labels_N: int32.
   """
 
-  pixels: Callable[[Any], np.ndarray]
-  at_N: Sequence[Any]
+  pixels: Callable[[int], np.ndarray]
+  at_N: np.ndarray
   hashes_N: np.ndarray
   labels_N: np.ndarray
 
@@ -44,18 +43,11 @@ class Labelled:
     return len(self.labels_N)
 
   def __getitem__(self, i: int) -> np.ndarray:
-    """Image i; raises InputError if it is not what it was when it was opened."""
-    try:
-      if _hash(image := self.pixels(self.at_N[i])) == self.hashes_N[i]:
-        return image
-    except BROKEN as e:
-      raise InputError(f"{self.at_N[i]} could be read when the run began ({e}); mend it") from e
-    raise InputError(f"{self.at_N[i]} has other pixels than when the run began; start it again")
+    return self.pixels(self.at_N[i])
 
   def where(self, kept_N: np.ndarray) -> Labelled:
     """Those that are marked."""
-    at = [self.at_N[i] for i in np.flatnonzero(kept_N).tolist()]
-    return Labelled(self.pixels, at, self.hashes_N[kept_N], self.labels_N[kept_N])
+    return Labelled(self.pixels, *(x[kept_N] for x in (self.at_N, self.hashes_N, self.labels_N)))
 
   @property
   def shares_N(self) -> np.ndarray:
@@ -154,18 +146,26 @@ def _folder(path: str, classes: tuple[str, ...], form: Form, left_out: LeftOut) 
         if why:
           left_out(str(file), why)
           continue
-        files.append(str(file))
+        files.append(file)
         hashes.append(hashed)
         labels.append(classes.index(name))
   finally:  # where the first that is bad stops the run, the rest is not looked at
     pool.shutdown(cancel_futures=True)
-  pixels = functools.partial(_file_pixels, form)
-  return Labelled(pixels, files, np.array(hashes, np.uint64), np.array(labels, np.int32))
+  pixels = functools.partial(_again, files, hashes, form)
+  at_N = np.arange(len(files))
+  return Labelled(pixels, at_N, np.array(hashes, np.uint64), np.array(labels, np.int32))
 
 
-def _file_pixels(form: Form, file: str) -> np.ndarray:
-  with Image.open(file) as image:
-    return form.pixels(image)
+def _again(files: Sequence[Path], hashes: Sequence[int], form: Form, i: int) -> np.ndarray:
+  """Pixels of file i; raises InputError if they are not what they were."""
+  try:
+    with Image.open(files[i]) as image:
+      pixels = form.pixels(image)
+  except BROKEN as e:
+    raise InputError(f"{files[i]} could be read when the run began ({e}); mend it") from e
+  if _hash(pixels) != hashes[i]:
+    raise InputError(f"{files[i]} has other pixels than when the run began; start it again")
+  return pixels
 
 
 def _looked_at(file: Path, form: Form) -> tuple[int, str]:
@@ -188,9 +188,11 @@ def _idx(path: str, classes: tuple[str, ...], form: Form, left_out: LeftOut) -> 
   good = labels < len(classes)
   for i in np.flatnonzero(~good):
     left_out(f"image {i} of {path}", f"has label {labels[i]}, and there are {len(classes)} classes")
-  images = np.stack([form.pixels(Image.fromarray(x)) for x in pixels[good]])
-  hashes = np.array([_hash(x) for x in images], np.uint64)
-  return Labelled(images.__getitem__, range(len(images)), hashes, labels[good].astype(np.int32))
+  shape = (-1, form.size, form.size, form.channels)
+  made = [form.pixels(Image.fromarray(x)) for x in pixels[good]]
+  images, at_N = np.array(made, np.uint8).reshape(shape), np.arange(len(made))
+  hashes_N = np.array([_hash(x) for x in made], np.uint64)
+  return Labelled(images.__getitem__, at_N, hashes_N, labels[good].astype(np.int32))
 
 
 def _idx_array(path: str, end: str) -> np.ndarray:

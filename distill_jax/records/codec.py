@@ -186,17 +186,14 @@ def decode_targets(fields: dict[str, Any], mask_T: np.ndarray, spec: Spec) -> Se
   table = np.frombuffer(fields["head"], np.uint8, pieces, 16)
   at_S = np.flatnonzero(mask_T)
   entries.whole("positions", S, len(at_S))
-  if E == S * K == S * spec.vocab_size:  # every id at every position
-    M_S = np.full(S, K)
-    ends_S = np.cumsum(M_S)
-    starts_S = ends_S - M_S
+  every = E == S * K == S * spec.vocab_size  # id, at every position
+  M_S = np.full(S, K) if every else bits.unpack(fields["lengths"], bits.width(K), S).astype(int) + 1
+  ends_S = np.cumsum(M_S)
+  entries.whole("entries", E, int(ends_S[-1]) if S else 0)
+  starts_S = ends_S - M_S
+  if every:
     ids = np.tile(np.arange(K), S)
   else:
-    M_S = bits.unpack(fields["lengths"], bits.width(K), S).astype(np.int64)
-    M_S += 1
-    ends_S = np.cumsum(M_S)
-    entries.whole("entries", E, int(ends_S[-1]) if S else 0)
-    starts_S = ends_S - M_S
     ids = entries.decode_ids(fields, table, M_S, starts_S, ends_S)
   if E and int(ids.max()) >= spec.vocab_size:
     raise InputError(f"an id is {ids.max()}, over the vocabulary of {spec.vocab_size}")
