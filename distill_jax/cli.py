@@ -17,9 +17,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from distill_jax import config as configs
-from distill_jax import processes, storage
 from distill_jax.errors import InputError, Preempted
-from distill_jax.workdir import Workdir
+from distill_jax.runtime import distributed, storage
+from distill_jax.runtime.workdir import Workdir
 
 # verb: module and function, (Config, workdir) -> result; imported when called.
 VERBS = {
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     where = error.filename or WORKDIR.value
     why = f"error: {where} cannot be written ({error.strerror}); make room and run again: what is"
     sys.exit(_stop(2, f"{why} finished is kept"))
-  if processes.is_first():
+  if distributed.is_first():
     print(json.dumps(result) if JSON.value else summary(argv[1], result), flush=True)
 
 
@@ -106,12 +106,12 @@ def run(argv: list[str]) -> dict[str, Any]:
     raise InputError(f"{verb or 'no verb'!r} is not a verb; the verbs are {verbs}")
   config = parse(argv[:1] + argv[2:])
   if verb == PREFLIGHT:
-    from distill_jax import preflight
+    from distill_jax.commands import preflight
 
     return preflight.preflight(config, TOPOLOGY.value, SLICES.value, VERB.value)
   if not WORKDIR.value:
     raise InputError("--workdir is missing; name the folder of the run")
-  processes.join(DISTRIBUTED.value)
+  distributed.join(DISTRIBUTED.value)
   module, name = VERBS[verb].split(":")
   function: Callable = getattr(importlib.import_module(f"distill_jax.{module}"), name)
   with storage.Synced(WORKDIR.value) as folder, Workdir(folder, config) as workdir:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from distill_jax import folder
+from distill_jax import registry
 from distill_jax.errors import InputError
 from distill_jax.schedules import Schedule
 
@@ -395,7 +395,7 @@ def link(**fields: Any) -> ConfigDict:
 def _entry(package: str, name: str, fields: dict[str, Any]) -> ConfigDict:
   keys = {
     f.name: f.default.values[0] if isinstance(f.default, Schedule) else f.default
-    for f in dataclasses.fields(getattr(folder.load(package, name), FOLDERS[package]))
+    for f in dataclasses.fields(getattr(registry.load(package, name), FOLDERS[package]))
   }
   _known(fields, keys, f"{package}.{name}")
   return ConfigDict({_key(package): name, **keys, **fields}, type_safe=False)
@@ -439,7 +439,7 @@ def _made(package: str, fields: dict[str, Any], name: str) -> Any:
   at, key = f"{package}.{name}", _key(package)
   if key not in fields:
     raise InputError(f"{at} has no key {key!r}; name a module of distill_jax/{package} there")
-  cls = getattr(folder.load(package, fields[key]), FOLDERS[package])
+  cls = getattr(registry.load(package, fields[key]), FOLDERS[package])
   return _build(cls, {k: v for k, v in fields.items() if k != key}, at)
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import head, layers, params, sharding
 from distill_jax.hub import declared, load
+from distill_jax.nn import fused_head, layers, params, sharding
 from distill_jax.types import Inputs
 
 torch = pytest.importorskip("torch")
@@ -89,7 +89,7 @@ def forward_errors(theirs, ours, tokens_BT: np.ndarray) -> list[float]:
   (embedded, *want_layers), want_hidden, want_logits = torch_outputs(theirs, tokens_BT)
   errors = [error(np.asarray(ours.embed[...])[tokens_BT] * ours.config.embed_scale, embedded)]
   errors += [error(out.taps_PBTD[i], w) for i, w in enumerate(want_layers)]
-  logits_BTV = head.soft_cap(out.hidden_BTD @ out.head_VD.T, out.soft_cap)
+  logits_BTV = fused_head.soft_cap(out.hidden_BTD @ out.head_VD.T, out.soft_cap)
   return [*errors, error(out.hidden_BTD, want_hidden), error(logits_BTV, want_logits)]
 
 
@@ -101,7 +101,7 @@ def worst_gradient(theirs, ours, tokens_BT: np.ndarray) -> tuple[float, str]:
 
   def loss(model):
     out = model(plain_inputs(tokens_BT), layers.Compute())
-    z_BTV = head.soft_cap(out.hidden_BTD[:, :-1] @ out.head_VD.T, out.soft_cap)
+    z_BTV = fused_head.soft_cap(out.hidden_BTD[:, :-1] @ out.head_VD.T, out.soft_cap)
     logp_BTV = jax.nn.log_softmax(z_BTV)
     return -jnp.mean(jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], -1))
 

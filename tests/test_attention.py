@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from distill_jax import attention, folder, layers, sharding
-from distill_jax.attention import OneOf
+from distill_jax import registry
 from distill_jax.errors import InputError
+from distill_jax.nn import attention, layers, sharding
+from distill_jax.nn.attention import OneOf
 from distill_jax.types import Inputs
 
 B, SCALE = 2, 0.3
@@ -111,7 +112,7 @@ def test_splash_on_a_mesh_is_splash_on_one_device(interpreted):
 def test_a_model_is_the_same_by_splash(family, interpreted):
   """Windows of layers in turns, values narrower than keys, scales of the family's own."""
   name, shape = family.split()
-  module = folder.load("models", name)
+  module = registry.load("models", name)
   config = module.CONFIGS[shape].keep((0, 1))  # one layer of each kind
   model = jax.jit(lambda key: module.Model(config, key))(jax.random.key(0))
   t_T = np.arange(20)

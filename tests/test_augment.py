@@ -11,19 +11,20 @@ import pytest
 import tiny
 from bad_server import Server
 
-from distill_jax import config, head
-from distill_jax import train as training
-from distill_jax.data import loader
+from distill_jax import config
+from distill_jax.commands.filter import filter_samples
+from distill_jax.commands.record import record
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
-from distill_jax.filtering import filter_samples
-from distill_jax.generate import generate
+from distill_jax.generation.local import generate
 from distill_jax.losses import ce
+from distill_jax.nn import fused_head
 from distill_jax.records import codec
 from distill_jax.records.store import open_store
-from distill_jax.teacher import record
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loader
+from distill_jax.training import loop as training
 from distill_jax.types import Batch, Inputs
-from distill_jax.workdir import Workdir
 
 REWRITE = "Say this in other words, with all numbers:\n{prompt}"
 TEMPLATE = (
@@ -196,7 +197,7 @@ def test_smoothed_labels_and_their_gradient():
     one = lambda z, piece: (
       jnp.sum(jnp.where(piece.mask_BT, fn.per_token(z, piece, jnp.int32(0)), 0)), {}
     )  # fmt: skip
-    return head.loss(one, x, w, batch, chunk=4, vocab_size=V)[0]
+    return fused_head.loss(one, x, w, batch, chunk=4, vocab_size=V)[0]
 
   got, (dx, dw) = jax.value_and_grad(total, (0, 1))(f32(x), f32(w))
   np.testing.assert_allclose(got, want, rtol=1e-5)

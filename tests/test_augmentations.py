@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from distill_jax import folder
+from distill_jax import registry
 from distill_jax.augmentations import _pixels, crop, cutmix, flip, mixup, rand_augment
 from distill_jax.errors import InputError
 
@@ -33,7 +33,7 @@ IMAGES = ["crop", "cutmix", "flip", "mixup", "rand_augment"]
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", IMAGES)
 def test_a_view_follows_from_its_key_and_leaves_the_example_alone(name, channels):
-  change = folder.load("augmentations", name).Augmentation()
+  change = registry.load("augmentations", name).Augmentation()
   given, partner = example(channels=channels), example(9, channels, label=7)
   before = given["pixels_WWM"].copy()
   view = lambda n: change(np.random.default_rng([5, n]), given, lambda: partner)

@@ -12,10 +12,13 @@ import pytest
 import tiny
 from tensorflow_datasets.proto import tf_example_pb2
 
-from distill_jax import build, config, sharding
-from distill_jax.data import corpus, loader, tokenizers
+from distill_jax import config
+from distill_jax.data import corpus, tokenizers
 from distill_jax.errors import InputError
+from distill_jax.models import loading
+from distill_jax.nn import sharding
 from distill_jax.records import store
+from distill_jax.training import loader
 from distill_jax.types import Targets
 
 BENCH = Path(__file__).parent.parent / "tools" / "bench"
@@ -217,7 +220,7 @@ def test_overhead_records_whole_shards(tmp_path):
   c.teacher.source, c.teacher.shape = "", "tiny"
   c.data.sequences = c.records.sequences_per_shard = 8
   c = config.resolve(c)
-  tokenizer = corpus.tokenizer_of(c.data, build.pretrained(c.teacher))
+  tokenizer = corpus.tokenizer_of(c.data, loading.pretrained(c.teacher))
   rows = list(corpus.sequences(c.data, tokenizer))
   with jax.set_mesh(sharding.make_mesh(**vars(c.mesh))):
     passes = overhead.Passes(c, tokenizer, rows, 3, tmp_path / "store")

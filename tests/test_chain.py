@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import build, chain, checkpoint, config, sharding, teacher, train
-from distill_jax.data import loader
+from distill_jax import config
+from distill_jax.commands import chain, record
 from distill_jax.errors import InputError, Preempted
+from distill_jax.models import loading
+from distill_jax.nn import sharding
 from distill_jax.records.store import open_store
-from distill_jax.workdir import Workdir
+from distill_jax.runtime import checkpoint
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loader, loop
 
 SHAPE = dataclasses.replace(hub_tiny.CONFIG, vocab_size=256, tie_word_embeddings=True)
 
@@ -44,7 +48,7 @@ def run(c, workdir):
 def learnt(workdir):
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
-    return jax.device_get(build.restore(workdir / "student" / "run", mesh))
+    return jax.device_get(loading.restore(workdir / "student" / "run", mesh))
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +74,9 @@ def test_a_chain(folder, monkeypatch):
     rows = tiny.measured(path / "whole" / name / "run")
     assert [row["step"] for row in rows] == list(range(steps))
     assert max(row["learning_rate"] for row in rows) == pytest.approx(rate)
-  assert build.shape(config.Model(source=str(path / "export")))[1].num_hidden_layers == 2
+  assert loading.shape(config.Model(source=str(path / "export")))[1].num_hidden_layers == 2
   assert "| student |" in (path / "export" / "README.md").read_text()
-  for module, verb in ((teacher, "record"), (train, "train"), (chain.evaluation, "evaluate")):
+  for module, verb in ((record, "record"), (loop, "train"), (chain.evaluation, "evaluate")):
     monkeypatch.setattr(module, verb, None)
   c = tiny_chain(path)
   c.export.dir = str(path / "export")
@@ -99,7 +103,7 @@ def test_stopped_it_comes_to_the_same_bits(folder, monkeypatch):
       yield batch
 
   with monkeypatch.context() as patch, pytest.raises(Preempted):
-    patch.setattr(teacher, "record", told)
+    patch.setattr(record, "record", told)
     run(c, workdir)
   monkeypatch.setattr(loader, "batches", power_cut)
   with pytest.raises(KeyboardInterrupt):
@@ -158,7 +162,7 @@ def other_words(c, path):
   (lambda c, path: c.export.update(dir=str(path)), "exists, and export overwrites nothing"),
 ])  # fmt: skip
 def test_chains_that_make_no_sense(wrong, says, tmp_path, monkeypatch):
-  monkeypatch.setattr(teacher, "record", None)  # before anything is computed
+  monkeypatch.setattr(record, "record", None)  # before anything is computed
   c = tiny_chain(tmp_path)
   wrong(c, tmp_path)
   with pytest.raises(InputError, match=says):

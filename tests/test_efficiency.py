@@ -10,25 +10,27 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import cli, config, efficiency, folder, head, params, sharding
+from distill_jax import cli, config, registry
+from distill_jax.commands import efficiency
 from distill_jax.config import Model
-from distill_jax.decode.unroll import Unrolled, empty_cache
 from distill_jax.efficiency import formulas, table
 from distill_jax.errors import InputError
+from distill_jax.generation.unrolled import Unrolled, empty_cache
 from distill_jax.hub import export
-from distill_jax.layers import Compute
 from distill_jax.models import deepseek_v3, llama
+from distill_jax.nn import fused_head, params, sharding
+from distill_jax.nn.layers import Compute
 from distill_jax.preflight import flops
 from distill_jax.preflight.chips import CHIPS, Chip
+from distill_jax.runtime.workdir import Workdir, read_config
 from distill_jax.types import Inputs
-from distill_jax.workdir import Workdir, read_config
 
 R1 = Model(family="deepseek_v3", shape="deepseek-v3")
 QWEN = Model(family="qwen2", shape="qwen2.5-7b")
 TINY = [
   (family, name)
   for family in tiny.decoder_families()
-  for name in folder.load("models", family).CONFIGS
+  for name in registry.load("models", family).CONFIGS
   if name.startswith("tiny")
 ]
 
@@ -72,7 +74,7 @@ def test_what_a_token_reads_is_what_it_is_multiplied_with():
 
 @pytest.mark.parametrize("family, name", TINY)
 def test_the_cache_is_what_decode_allocates(family, name):
-  module, rows, size = folder.load("models", family), 3, 10
+  module, rows, size = registry.load("models", family), 3, 10
   c = module.CONFIGS[name]
 
   def allocated(key):
@@ -90,7 +92,7 @@ def test_the_cache_is_what_decode_allocates(family, name):
 
 
 def test_a_server_keeps_a_window_and_a_latent():
-  shape = lambda family, name: folder.load("models", family).CONFIGS[name]
+  shape = lambda family, name: registry.load("models", family).CONFIGS[name]
   pair = 2 * 2 * 8  # keys and values of 2 heads of 8
   numbers = formulas.cache_numbers
   assert numbers(shape("llama", "tiny"), 10) == 3 * 10 * pair
@@ -121,7 +123,7 @@ LATENT = dataclasses.replace(  # all layers dense: XLA counts all experts for a 
 @pytest.mark.parametrize("family, shape", [("llama", LLAMA), ("deepseek_v3", LATENT)])
 def test_decode_flops_are_what_xla_counts(family, shape, monkeypatch):
   """The last of 128 positions, which sees all that decode/ computes scores of."""
-  module, S = folder.load("models", family), 128
+  module, S = registry.load("models", family), 128
   monkeypatch.setitem(module.CONFIGS, "wide", shape)
 
   def one(model, cache, tokens_BT):
@@ -132,7 +134,7 @@ def test_decode_flops_are_what_xla_counts(family, shape, monkeypatch):
     ]
     read = Inputs(tokens_BT, jnp.full_like(tokens_BT, S - 1), jnp.ones_like(tokens_BT))
     out, cache = model.extend(blocks, read, cache, Compute())
-    return head.logits(out.hidden_BTD, out.head_VD), cache
+    return fused_head.logits(out.hidden_BTD, out.head_VD), cache
 
   model = jax.eval_shape(lambda key: module.Model(shape, key), jax.random.key(0))
   kept = {"k": (1, 2, 64, S), "v": (1, 2, S, 64)}

@@ -7,12 +7,13 @@ import pytest
 import tiny
 import torch
 
-from distill_jax import build, layers, sharding
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
-from distill_jax.evals import _likelihood
-from distill_jax.evals._likelihood import Pair, Scorer, length, pair
+from distill_jax.evals import likelihood
+from distill_jax.evals.likelihood import Pair, Scorer, length, pair
 from distill_jax.hub import load
+from distill_jax.models import loading
+from distill_jax.nn import layers, sharding
 
 LONGEST = 80
 
@@ -31,7 +32,7 @@ def scorer(models, batch_size=4, mesh=None):
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
   opened = load.open_model(str(folder))
   how = layers.Compute()
-  built = build.Built(load.load(opened, mesh, how), opened.config, how, opened)
+  built = loading.Built(load.load(opened, mesh, how), opened.config, how, opened)
   return Scorer(built, mesh, tokenizer, batch_size, chunk=8)
 
 
@@ -100,7 +101,7 @@ def test_what_is_given_and_what_is_scored(models, monkeypatch):
   assert spell(pair(tokenizer, "one", " two")) == ("^one", " two")
   assert spell(pair(tokenizer, "^one", " two")) == ("^one", " two")  # a template wrote it
   assert spell(pair(tokenizer, "", " two")) == ("^", " two")
-  assert _likelihood.prefix(tokenizer) == begin
+  assert likelihood.prefix(tokenizer) == begin
 
 
 def test_refused(models):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from distill_jax.evals import _letters, _scores
+from distill_jax.evals import _option_letter, _scores
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_interval_is_a_percentile_bootstrap_over_questions():
   ("the answer a man gave", ""),
 ])  # fmt: skip
 def test_letters(text, letter):
-  assert _letters.said(text) == letter
+  assert _option_letter.said(text) == letter
 
 
 def test_the_judge_of_letters():
-  judge = _letters.Judge()
+  judge = _option_letter.Judge()
   sample = lambda text, answer: {"text": text, "about": {"answer": answer}}
   assert judge.keep(sample("\\boxed{B}", "B")) is None
   assert judge.keep(sample("\\boxed{B}", "C")) == "wrong: 'B', and the key is 'C'"

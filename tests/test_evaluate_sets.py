@@ -7,19 +7,19 @@ import bad_server
 import pytest
 import tiny
 
-from distill_jax import cli, client, config
-from distill_jax import evaluate as evaluation
+from distill_jax import cli, config
+from distill_jax.commands import evaluate as evaluation
 from distill_jax.errors import InputError
-from distill_jax.evals import _words
-from distill_jax.hub import card
-from distill_jax.report import report
+from distill_jax.evals import generative
+from distill_jax.generation import http_client
+from distill_jax.report import model_card, report
 
 QUESTIONS = ["3 times 6 is", "hello", "0 times 3"]
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-  monkeypatch.setattr(client, "FIRST_WAIT_S", 0.02)
+  monkeypatch.setattr(http_client, "FIRST_WAIT_S", 0.02)
 
 
 def write(path: Path, rows) -> str:
@@ -64,7 +64,7 @@ def whole(tmp_path_factory):
   path = write(folder / "c.jsonl", choices)
   c.evals.choices = config.eval_set("jsonl", path=path, score="choice")
   with pytest.MonkeyPatch.context() as patch:  # answers are there, and not asked for again
-    patch.setattr(_words.decoding, "batch_of", None)
+    patch.setattr(generative.decoding, "batch_of", None)
     return folder, c, run(c, folder / "run")
 
 
@@ -134,7 +134,7 @@ def test_report_and_card(whole, tmp_path):
   assert "choices acc_norm" in page and "Held-out results" not in page
   said = cli.summary("evaluate", result)
   assert "words pass@1, 3 questions, 2 left out" in said and "teacher 66.7% (0.0% to" in said
-  text = card.card(config.resolve(c), 1, result)
+  text = model_card.card(config.resolve(c), 1, result)
   assert "| words pass@1, 3 questions, " in text and "66.7% (" in text
 
 
@@ -220,5 +220,5 @@ def test_beside_the_loss_on_text(tmp_path, monkeypatch):
   page = (tmp_path / "w/report.html").read_text()
   assert "Held-out results" in page and "x acc_norm" in page
   assert "teacher: ce 1, perplexity 2.7" in cli.summary("evaluate", result)
-  both = card.card(config.resolve(c), 1, result)
+  both = model_card.card(config.resolve(c), 1, result)
   assert "| x acc, 1 questions |" in both and "9 tokens of text" in both

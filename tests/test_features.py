@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import config, features
-from distill_jax import train as training
+from distill_jax import config
+from distill_jax.commands.record import record
 from distill_jax.errors import InputError
-from distill_jax.features import Features, Needs
-from distill_jax.layers import Compute
-from distill_jax.losses import hidden, relational, relations
+from distill_jax.losses import features, hidden, relational, relations
+from distill_jax.losses.features import Features, Needs
 from distill_jax.models import llama
+from distill_jax.nn.layers import Compute
 from distill_jax.records.store import open_store
-from distill_jax.teacher import record
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loop as training
 from distill_jax.types import Batch, Inputs
-from distill_jax.workdir import Workdir
 
 B, T, D, E = 2, 9, 6, 10
 KEY = jax.random.key(0)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax.features import Features
 from distill_jax.losses import hidden, relational, relations
+from distill_jax.losses.features import Features
 from distill_jax.types import Batch
 
 B, S, D, H = 3, 7, 8, 2

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill_jax import config, folder
+from distill_jax import config, registry
+from distill_jax.commands.filter import filter_samples
 from distill_jax.errors import InputError
-from distill_jax.filtering import filter_samples
-from distill_jax.filters import _answers, _runner, code, near_duplicates, repetition
-from distill_jax.filters._sample import Bad
+from distill_jax.filters import _runner, answers, code, near_duplicates, repetition
+from distill_jax.filters.samples import Bad
 
 
 def one(text="so it is 4", **fields):
@@ -29,7 +29,7 @@ def one(text="so it is 4", **fields):
 
 def judge(name, samples, **fields):
   """Why each sample is rejected, of a filter by its name."""
-  made = folder.load("filters", name).Filter(**fields)
+  made = registry.load("filters", name).Filter(**fields)
   if hasattr(made, "select"):
     out = list(made.select(iter(samples)))
     assert [(s["id"], s["sample"]) for s, _ in out] == [(s["id"], s["sample"]) for s in samples]
@@ -108,13 +108,13 @@ def test_math_outlives_what_sympy_does_not():
    ("2/0", "2/0"), ("10%", r"10\%")],
 )  # fmt: skip
 def test_canonical_answers(a, b):
-  assert _answers.canonical(a) == _answers.canonical(b)
-  assert _answers.canonical(a) != _answers.canonical("7")
+  assert answers.canonical(a) == answers.canonical(b)
+  assert answers.canonical(a) != answers.canonical("7")
 
 
 def test_boxes_nest_and_the_last_whole_one_counts():
-  assert _answers.boxed(r"\boxed{1} \boxed{\frac{a}{\{b\}}} \boxed{cut") == r"\frac{a}{\{b\}}"
-  assert _answers.boxed("none") is None
+  assert answers.boxed(r"\boxed{1} \boxed{\frac{a}{\{b\}}} \boxed{cut") == r"\frac{a}{\{b\}}"
+  assert answers.boxed("none") is None
 
 
 def test_exact():
@@ -191,7 +191,7 @@ def group(number, texts, of=None, **fields):
 def test_votes():
   samples = group(0, [r"\boxed{0.5}", "1/2", r"\boxed{\frac{1}{2}}", "it is 3", "nothing"])
   samples += group(1, ["1", "2"]) + group(2, ["no", "no"]) + group(3, ["8"], of=4)
-  made = folder.load("filters", "votes").Filter()
+  made = registry.load("filters", "votes").Filter()
   out = list(made.select(samples))
   want = [None] * 3 + ["outvoted", "no answer to vote with"] + ["tie"] * 2
   want += ["no answer to vote with"] * 2 + [None]
@@ -213,7 +213,7 @@ def test_pseudo_label():
   said = [("Positive.", np.log(0.95), 0.5), ("negative", np.log(0.5), 1.0), ("good", 0.0, 1.0)]
   samples = [one(t, logprob=p, agreement=a) for t, p, a in said]
   labels = ("positive", "negative")
-  made = folder.load("filters", "pseudo_label").Filter(labels=labels)
+  made = registry.load("filters", "pseudo_label").Filter(labels=labels)
   out = list(made.select(samples))
   assert [kind(why) for _, why in out] == [None, "unsure", "no label"]
   assert out[0][0]["label"] == "positive" and out[0][0]["confidence"] == pytest.approx(0.95)
@@ -503,7 +503,7 @@ def filter_again(tmp_path, rows):
 
 
 @pytest.mark.parametrize(
-  "name", [n for n in folder.names("filters") if n not in ("math", "code")] + ["math"]
+  "name", [n for n in registry.names("filters") if n not in ("math", "code")] + ["math"]
 )
 def test_every_filter_loses_nothing_whatever_it_is_given(name, tmp_path):
   rng = random.Random(name)
@@ -576,8 +576,8 @@ def test_what_the_verb_refuses(tmp_path):
 
 
 def test_every_filter_says_what_it_is():
-  for name in folder.names("filters"):
-    module = folder.load("filters", name)
+  for name in registry.names("filters"):
+    module = registry.load("filters", name)
     assert module.__doc__ and dataclasses.is_dataclass(module.Filter)
     assert hasattr(module.Filter, "select") != hasattr(module.Filter, "keep")
     assert config.filter(name)["filter"] == name

@@ -12,13 +12,15 @@ import tiny
 import transformers
 from tokenizers import Tokenizer, processors
 
-from distill_jax import build, config, sharding
+from distill_jax import config
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import load_tokenizer
-from distill_jax.decode import prompts
-from distill_jax.decode.finished import Finished
 from distill_jax.errors import InputError
-from distill_jax.generate import generate
+from distill_jax.generation import prompts
+from distill_jax.generation.journal import Finished
+from distill_jax.generation.local import generate
+from distill_jax.models import loading
+from distill_jax.nn import sharding
 from distill_jax.records import sampler
 from distill_jax.records.store import open_store
 from distill_jax.types import Inputs
@@ -83,9 +85,9 @@ def test_records_are_what_record_would_store(whole):
   store, rows = open_store(folder / "records"), lines(folder / "whole" / "samples.jsonl")
   tokenizer = load_tokenizer(folder / "tokenizer.json")
   docs = [tokenizer.encode(r["prompt"]) + r["tokens"] for r in rows]
-  keys = build.keys(c.seed)
+  keys = loading.keys(c.seed)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  built = build.build(c.teacher, mesh, keys["teacher"])
+  built = loading.build(c.teacher, mesh, keys["teacher"])
   number = learnt = same = 0
   for i in range(len(store)):
     row = store[i]

@@ -10,15 +10,17 @@ import parity
 import pytest
 from test_parity_families import KINDS
 
-from distill_jax import build, config, head, layers, sharding
-from distill_jax.decode.batch import Batch
-from distill_jax.decode.device import Device, Spec
-from distill_jax.decode.sampling import Sampling
-from distill_jax.decode.stops import Stops
-from distill_jax.decode.unroll import unroll
-from distill_jax.folder import load as load_module
-from distill_jax.params import map_params
+from distill_jax import config
+from distill_jax.generation.engine import Device, Spec
+from distill_jax.generation.sampling import Sampling
+from distill_jax.generation.scheduler import Batch
+from distill_jax.generation.stops import Stops
+from distill_jax.generation.unrolled import unroll
+from distill_jax.models import loading
+from distill_jax.nn import fused_head, layers, sharding
+from distill_jax.nn.params import map_params
 from distill_jax.records import sampler
+from distill_jax.registry import load as load_module
 
 transformers, torch = parity.transformers, parity.torch
 SIZE, NEW, HOW = 40, 20, layers.Compute()
@@ -49,7 +51,7 @@ def device_of(model, mesh, how, rows=3, fill=2, eos=(), records=None, cache_dtyp
   """Of a model that may be used again."""
   with jax.set_mesh(mesh):
     spec = Spec(HOW, how, 4, eos, model.config.vocab_size, records, cache_dtype)
-    return Device(unroll(copied(model), HOW), mesh, spec, rows, fill, SIZE, build.keys(3))
+    return Device(unroll(copied(model), HOW), mesh, spec, rows, fill, SIZE, loading.keys(3))
 
 
 def run(device, mesh, read, wanted=None, rows=3, fill=2, eos=(), stops=None):
@@ -92,7 +94,7 @@ def test_greedy_is_transformers_greedy(kind, tmp_path):
     assert got[n, 0].reason == "length"
     whole[n, : len(ids) + NEW] = [*ids, *want]
   out = jax.jit(lambda m, i: m(i, HOW))(ours, parity.plain_inputs(whole))
-  z_BTV = head.soft_cap(head.logits(out.hidden_BTD, out.head_VD), out.soft_cap)
+  z_BTV = fused_head.soft_cap(fused_head.logits(out.hidden_BTD, out.head_VD), out.soft_cap)
   logp_BTV = np.asarray(jax.nn.log_softmax(z_BTV))
   for n, ids in read.items():
     at = np.arange(len(ids) - 1, len(ids) - 1 + NEW)
@@ -157,7 +159,7 @@ def test_records_are_what_the_recorder_says_of_the_text(kind):
   c = config.Records(kind=kind, n=15, temperature=1.5 if kind == "sampled" else 1.0)
   for (p, number), s in decode(model, one_device(), DRAWN, read, records=c).items():
     ids = jnp.asarray([read[p] + s.tokens], jnp.int32)
-    key = jax.random.fold_in(jax.random.fold_in(build.keys(3)["records"], p), number)
+    key = jax.random.fold_in(jax.random.fold_in(loading.keys(3)["records"], p), number)
     at = jnp.arange(ids.shape[1] - 1)
     u_BT = jax.vmap(lambda t, k=key: jax.random.uniform(jax.random.fold_in(k, t)))(at)[None]
     out = model(parity.plain_inputs(np.asarray(ids[:, :-1])), HOW)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax.decode import sampling
-from distill_jax.decode.sampling import Sampling
 from distill_jax.errors import InputError
+from distill_jax.generation import sampling
+from distill_jax.generation.sampling import Sampling
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

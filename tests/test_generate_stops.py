@@ -5,8 +5,8 @@ import pytest
 import tiny
 
 from distill_jax.data.tokenizers import load_tokenizer
-from distill_jax.decode.stops import Stops
 from distill_jax.errors import InputError
+from distill_jax.generation.stops import Stops
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import head
 from distill_jax.losses import ce, kd
+from distill_jax.nn import fused_head
 from distill_jax.schedules import constant
 from distill_jax.types import Batch, Inputs, Mean, Targets
 
@@ -61,7 +61,7 @@ def fused(hidden, rows, ids, weight, labels, mask, chunk, T_, dtype=jnp.float32)
     }
     return (SOFT * means["soft"].total + HARD * means["hard"].total) / count, means
 
-  loss = lambda h, w: head.loss(fn, h, w, batch, chunk)
+  loss = lambda h, w: fused_head.loss(fn, h, w, batch, chunk)
   grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
   return grad(jnp.asarray(hidden, dtype), jnp.asarray(rows, dtype))
 
@@ -119,6 +119,6 @@ def test_logits_exist_for_one_chunk_only():
   zeros = jnp.zeros((1, 64), jnp.int32)
   batch = Batch(Inputs(zeros, zeros, zeros), zeros, jnp.ones((1, 64), bool))
   fn = lambda z, piece: (jnp.sum(ce.Loss().per_token(z, piece, 0)), {})
-  grad = jax.jit(jax.grad(lambda h: head.loss(fn, h, rows, batch, 8)[0]))
+  grad = jax.jit(jax.grad(lambda h: fused_head.loss(fn, h, rows, batch, 8)[0]))
   temporaries = grad.lower(hidden).compile().memory_analysis().temp_size_in_bytes
   assert temporaries < 64 * big * 4  # one [T, V] array in float32

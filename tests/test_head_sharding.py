@@ -13,9 +13,9 @@ import test_step
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distill_jax import head, sharding
 from distill_jax.losses import ce, kd
 from distill_jax.models import llama
+from distill_jax.nn import fused_head, sharding
 from distill_jax.types import Batch, Inputs, Mean, Targets
 
 KINDS_SENT = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
@@ -58,7 +58,7 @@ def loss_and_grads(hidden_BTD, head_VD, batch):
     agree = Mean.of(jnp.argmax(z_BCV, -1) == piece.labels_BT, piece.mask_BT)
     return sum(m.total for m in means.values()) / count, means | {"agreement": agree}
 
-  loss = lambda h, w: head.loss(fn, h, w, batch, CHUNK, V - 2)
+  loss = lambda h, w: fused_head.loss(fn, h, w, batch, CHUNK, V - 2)
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden_BTD, head_VD)
 
 
@@ -81,7 +81,7 @@ def compiled(shape):
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
   """So small that a device's part of the head is pulled back in several blocks."""
-  monkeypatch.setattr(head, "BLOCK", 8 * D * 4)
+  monkeypatch.setattr(fused_head, "BLOCK", 8 * D * 4)
 
 
 def collectives(hlo: str):

@@ -11,13 +11,13 @@ import pytest
 from hub_tiny import CONFIG, tensors, torch_shapes, write_folder
 from safetensors import safe_open
 
-from distill_jax import layers, params, sharding
 from distill_jax.errors import InputError
 from distill_jax.hub import export as export_module
 from distill_jax.hub import load
 from distill_jax.hub.export import export
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.hub.weights import FLOATS
+from distill_jax.nn import layers, params, sharding
 
 HOW = layers.Compute()
 EXTRA = {"tokenizer": None, "generation": {}, "card": "# card\n"}

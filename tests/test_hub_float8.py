@@ -10,10 +10,10 @@ import parity
 import pytest
 from hub_tiny import CONFIG, tensors, write_folder
 
-from distill_jax import layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.hub import load
 from distill_jax.hub.export import export
+from distill_jax.nn import layers, sharding
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 BLOCK = (16, 24)  # neither divides every size below

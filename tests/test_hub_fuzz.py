@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from hub_tiny import CONFIG, tensors, torch_shapes, write_folder, write_gguf
 
-from distill_jax import layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.hub import load
 from distill_jax.hub.safetensors_folder import SafetensorsFolder
+from distill_jax.nn import layers, sharding
 
 SMALL = {n: x[:4, :4] if x.ndim == 2 else x[:4] for n, x in tensors().items()}
 

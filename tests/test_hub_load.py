@@ -12,9 +12,9 @@ import pytest
 from hub_tiny import CONFIG, tensors, tokenizer_json, write_folder, write_gguf
 from safetensors.numpy import save_file
 
-from distill_jax import layers, params, sharding
 from distill_jax.errors import InputError
 from distill_jax.hub import load
+from distill_jax.nn import layers, params, sharding
 
 HOW = layers.Compute()
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)

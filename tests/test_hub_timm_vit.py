@@ -9,9 +9,9 @@ import parity
 import pytest
 from safetensors.numpy import save_file
 
-from distill_jax import layers, params, sharding
 from distill_jax.errors import InputError
 from distill_jax.hub import load
+from distill_jax.nn import layers, params, sharding
 from distill_jax.types import Images
 
 torch, transformers = parity.torch, parity.transformers

@@ -9,13 +9,17 @@ import optax
 import pytest
 import test_tasks_image_classes as files
 
-from distill_jax import config, evaluate, layers, tasked, teacher, train, verbs
+from distill_jax import config
+from distill_jax.commands import evaluate, export, record
 from distill_jax.errors import InputError
 from distill_jax.losses import ce, kd, pseudo_label
 from distill_jax.models import deit
-from distill_jax.step import Step
+from distill_jax.nn import layers
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.tasks import dataset
+from distill_jax.training import loop
+from distill_jax.training.step import Step
 from distill_jax.types import Batch, Images, Targets
-from distill_jax.workdir import Workdir
 
 torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
 
@@ -47,9 +51,9 @@ def run(tmp_path_factory):
   files.write_idx(folder)
   resolved = config.resolve(configured(folder))
   with Workdir(folder / "records", resolved) as records:
-    teacher.record(resolved, records)
+    record.record(resolved, records)
   with Workdir(folder / "student", resolved) as student:
-    train.train(resolved, student)
+    loop.train(resolved, student)
   return folder, configured(folder)
 
 
@@ -59,12 +63,12 @@ def test_what_is_exported_says_in_transformers_what_the_run_says(run, tmp_path):
   c.export.dir, c.export.dtype = str(tmp_path / "hub"), "float32"
   resolved = config.resolve(c)
   row = evaluate.evaluate(resolved, tmp_path)["models"]["student"]
-  verbs.export(resolved, folder / "student")
+  export.export(resolved, folder / "student")
   theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hub").eval()
   assert theirs.config.id2label == dict(enumerate(files.NAMES))
   saved = json.loads((tmp_path / "hub" / "preprocessor_config.json").read_text())
 
-  rows = tasked.open_rows(resolved, "things", "heldout", None)
+  rows = dataset.open_rows(resolved, "things", "heldout", None)
   pixels = np.stack([r["pixels_WWM"] for r in rows]) * saved["rescale_factor"]
   pixels = (pixels - saved["image_mean"]) / saved["image_std"]
   labels = torch.tensor([int(r["tokens_T"][0]) for r in rows])
@@ -82,7 +86,7 @@ def test_a_deit_trains_on_the_same_records_and_is_asked_once_in_use(run, tmp_pat
   c.losses = {"soft": config.loss("pseudo_label"), "hard": config.loss("ce")}
   resolved = config.resolve(c)
   with Workdir(tmp_path / "deit", resolved) as student:
-    last = train.train(resolved, student)
+    last = loop.train(resolved, student)
   assert last["tokens"] == 8 and last["soft"] > 0
   assert last["hard"] == pytest.approx(last["ce"], rel=1e-5)  # both of the class token alone
   model = jax.eval_shape(lambda key: deit.Model(deit.TINY, key), jax.random.key(0))
@@ -93,7 +97,7 @@ def test_a_deit_trains_on_the_same_records_and_is_asked_once_in_use(run, tmp_pat
 def test_a_view_is_the_same_at_every_read_and_records_are_of_one_seed(run):
   _, c = run
   resolved = config.resolve(c)
-  a, b = (tasked.open_rows(resolved, "things", "train", None) for _ in "ab")
+  a, b = (dataset.open_rows(resolved, "things", "train", None) for _ in "ab")
   n = len(a.source)
   assert len(a) == 2 * n
   for i in (0, 3, n, n + 3):
@@ -102,7 +106,7 @@ def test_a_view_is_the_same_at_every_read_and_records_are_of_one_seed(run):
   c = c.copy_and_resolve_references()
   c.tasks.things.seed = 1
   with pytest.raises(InputError, match="augmentation"):
-    train.open_stores(config.resolve(c))
+    loop.open_stores(config.resolve(c))
 
 
 CAPTURE = optax.GradientTransformationExtraArgs(  # the optimizer's state is the gradient

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from distill_jax.data import loader
 from distill_jax.errors import InputError
+from distill_jax.training import loader
 
 
 class Store:

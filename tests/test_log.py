@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from distill_jax import log, processes
 from distill_jax.errors import InputError
-from distill_jax.log import Log, Profile
-from distill_jax.metrics import read_metrics
+from distill_jax.runtime import distributed
+from distill_jax.training import run_log
+from distill_jax.training.metric_writer import read_metrics
+from distill_jax.training.run_log import Log, Profile
 
 
 def test_goodput_is_the_share_of_time_in_steps(tmp_path, monkeypatch):
   """Steps of 2 s; 10 s before the first ends (compiling), 4 s of saving after the third."""
   times = iter([110.0, 112.0, 114.0, 118.0, 120.0])  # row, row, row, saved, row
   metrics = {"loss": jnp.float32(1.0), "tokens": jnp.float32(64.0)}
-  monkeypatch.setattr(log, "Progress", lambda *_, **__: Silent())
+  monkeypatch.setattr(run_log, "Progress", lambda *_, **__: Silent())
   with Log(tmp_path, 0, 4, 100.0, lambda: next(times)) as it:
     for n in range(3):
       it.step(n, metrics)
@@ -71,7 +72,7 @@ def test_a_profile_of_nothing_is_refused(tmp_path, steps):
 
 def test_sigterm_is_heard_and_the_old_handler_comes_back():
   before = signal.getsignal(signal.SIGTERM)
-  with processes.Preemption() as preemption:
+  with distributed.Preemption() as preemption:
     assert not preemption.reached(0)
     os.kill(os.getpid(), signal.SIGTERM)
     assert preemption.reached(1) and preemption.reached(2)

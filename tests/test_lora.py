@@ -13,15 +13,18 @@ import test_step
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from distill_jax import build, checkpoint, config, layers, lora, params, sharding, verbs
-from distill_jax import train as training
+from distill_jax import config
+from distill_jax.commands import export
+from distill_jax.commands.evaluate import evaluate
+from distill_jax.commands.record import record
 from distill_jax.errors import InputError
-from distill_jax.evaluate import evaluate
 from distill_jax.hub import declared, load
-from distill_jax.metrics import read_metrics
-from distill_jax.models import deepseek_v3, llama, qwen3
-from distill_jax.teacher import record
-from distill_jax.workdir import Workdir
+from distill_jax.models import deepseek_v3, llama, loading, qwen3
+from distill_jax.nn import layers, lora, params, sharding
+from distill_jax.runtime import checkpoint
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loop as training
+from distill_jax.training.metric_writer import read_metrics
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -256,7 +259,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder):
   shutil.rmtree(folder / "stopped" / "checkpoints" / "6")
   train(lora_config(folder), folder / "stopped")
   mesh = sharding.make_mesh()
-  whole, stopped = (build.restore(folder / name, mesh) for name in ("whole", "stopped"))
+  whole, stopped = (loading.restore(folder / name, mesh) for name in ("whole", "stopped"))
   jax.tree.map(np.testing.assert_array_equal, whole, stopped)
   mine = lambda name: [{k: r[k] for k in ("step", "loss", "grad_norm")} for r in read_metrics(name)]
   assert mine(folder / "whole") == mine(folder / "stopped")
@@ -269,7 +272,7 @@ def test_a_checkpoint_holds_adapters_alone(folder):
   where = folder / "whole" / "checkpoints" / "6" / checkpoint.STATE
   held = ocp.PyTreeCheckpointer().metadata(where).item_metadata.tree
   numbers = sum(int(np.prod(x.shape)) for x in held.values() if x.shape)
-  adapters = build.restore(folder / "whole", sharding.make_mesh())
+  adapters = loading.restore(folder / "whole", sharding.make_mesh())
   assert numbers == 3 * params.count(adapters)
   assert {path for path in held if path.startswith("params.")} == {
     f"params.layers.{name}.{part}" for name in ("q", "v", "o", "gate", "down") for part in "ab"
@@ -281,7 +284,7 @@ def exported(folder, how):
   c, out = lora_config(folder), folder / f"export-{how}"
   c.export.dir, c.export.lora, c.export.dtype = str(out), how, "float32"
   if not out.exists():
-    verbs.export(config.resolve(c), folder / "whole")
+    export.export(config.resolve(c), folder / "whole")
   return out
 
 
@@ -290,7 +293,7 @@ def test_every_export_is_the_model_that_was_trained(folder):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   opened = load.open_model(str(folder / "base"))
   base = load.load(opened, mesh, layers.Compute())
-  adapters = build.restore(folder / "whole", mesh)
+  adapters = loading.restore(folder / "whole", mesh)
   tokens_BT = parity.tokens() % llama.TINY.vocab_size
   ours = logits(lora.join(base, adapters), tokens_BT)
   assert parity.error(logits(base, tokens_BT), ours) > 0.01  # something was learnt
@@ -337,8 +340,8 @@ def test_evaluate_and_a_teacher_out_of_a_run_of_adapters(folder):
   assert models["mine"]["parameters"] == models["start"]["parameters"]
   c.teacher.source = f"run:{folder / 'whole'}"
   spec = config.resolve(c).teacher
-  before = build.identity(spec, 0)["digest"]
-  assert before != build.identity(config.resolve(lora_config(folder)).student, 0)["digest"]
+  before = loading.identity(spec, 0)["digest"]
+  assert before != loading.identity(config.resolve(lora_config(folder)).student, 0)["digest"]
 
 
 @pytest.mark.slow
@@ -356,17 +359,17 @@ def test_a_random_base_in_bfloat16_and_a_projection_fitted_beside_it(folder):
   # Unfitted it is 0.85; 32 numbers of 124 positions can explain half of what they should.
   assert read_metrics(folder / "random")[0]["hidden"] < 0.6
   mesh = sharding.make_mesh()
-  adapters = build.restore(folder / "random", mesh)
+  adapters = loading.restore(folder / "random", mesh)
   assert {x.dtype for x in jax.tree.leaves(adapters)} == {jnp.dtype("float32")}
-  spec, key = config.resolve(c).student, build.keys(0)["student"]
-  base = build.build(spec, mesh, key).model
+  spec, key = config.resolve(c).student, loading.keys(0)["student"]
+  base = loading.build(spec, mesh, key).model
   of_run = config.Student(source=f"run:{folder / 'random'}", param_dtype="bfloat16")
   jax.tree.map(
     np.testing.assert_array_equal,
-    build.build(of_run, mesh, key).model, lora.merged(base, adapters),
+    loading.build(of_run, mesh, key).model, lora.merged(base, adapters),
   )  # fmt: skip
   c.export.dir, c.export.lora = str(folder / "random-peft"), "peft"
-  verbs.export(config.resolve(c), folder / "random")
+  export.export(config.resolve(c), folder / "random")
   about = json.loads((folder / "random-peft" / "adapter_config.json").read_text())
   assert about["base_model_name_or_path"] is None
 
@@ -431,12 +434,12 @@ def test_another_base_is_refused(folder, tmp_path, another_norm):
   for how in ("merged", "peft", "base"):
     c.export.lora = how
     with pytest.raises(InputError, match=said):
-      verbs.export(config.resolve(c), run)
+      export.export(config.resolve(c), run)
   with pytest.raises(InputError, match=said):
-    build.build(config.Model(source=f"run:{run}"), sharding.make_mesh(), jax.random.key(0))
+    loading.build(config.Model(source=f"run:{run}"), sharding.make_mesh(), jax.random.key(0))
   (run / "base.json").unlink()
   with pytest.raises(InputError, match="holds adapters and no base.json"):
-    verbs.export(config.resolve(c), run)
+    export.export(config.resolve(c), run)
   assert not (tmp_path / "out").exists()
 
 
@@ -448,7 +451,7 @@ def test_exports_that_make_no_sense(folder, how, rank, said):
   c = lora_config(folder)
   c.student.lora.rank, c.export.lora, c.export.dir = rank, how, str(folder / "none")
   with pytest.raises(InputError, match=said):
-    verbs.export(config.resolve(c), folder / "whole")
+    export.export(config.resolve(c), folder / "whole")
   assert not (folder / "none").exists()
 
 
@@ -462,5 +465,5 @@ def test_a_failed_export_leaves_nothing(folder, monkeypatch):
   c = lora_config(folder)
   c.export.dir, c.export.lora = str(folder / "failed"), "peft"
   with pytest.raises(OSError, match="no space"):
-    verbs.export(config.resolve(c), folder / "whole")
+    export.export(config.resolve(c), folder / "whole")
   assert not [p for p in folder.iterdir() if "failed" in p.name]

@@ -10,9 +10,7 @@ import optax
 import pytest
 from flax import struct
 
-from distill_jax import folder
-from distill_jax.features import Features
-from distill_jax.layers import Compute
+from distill_jax import registry
 from distill_jax.losses import (
   ce,
   embedding,
@@ -23,9 +21,11 @@ from distill_jax.losses import (
   relational,
   relations,
 )
+from distill_jax.losses.features import Features
 from distill_jax.models import llama
+from distill_jax.nn.layers import Compute
 from distill_jax.schedules import constant
-from distill_jax.step import Step
+from distill_jax.training.step import Step
 from distill_jax.types import Batch, Inputs, Output, Recorded, Targets
 
 B, T, D, K, V = 4, 20, 8, 5, 64
@@ -86,7 +86,7 @@ class Toy(struct.PyTreeNode):
 
 def test_every_loss_is_here():
   assert {type(fn).__module__.rpartition(".")[2] for fn, _ in CASES.values()} == {
-    *folder.names("losses")
+    *registry.names("losses")
   }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distill_jax.errors import InputError
-from distill_jax.metrics import MetricsWriter, read_metrics
+from distill_jax.training.metric_writer import MetricsWriter, read_metrics
 
 
 def events(folder):

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import build, folder, layers
+from distill_jax import registry
 from distill_jax.config import Model
 from distill_jax.errors import InputError
+from distill_jax.models import loading
+from distill_jax.nn import layers
 from distill_jax.types import Inputs
 
 T = 12
 TINY = [
   (name, shape)
   for name in tiny.decoder_families()
-  for shape in folder.load("models", name).CONFIGS
+  for shape in registry.load("models", name).CONFIGS
   if shape.startswith("tiny")
 ]
 
@@ -26,7 +28,7 @@ TINY = [
 @pytest.fixture(scope="module", params=TINY, ids=lambda p: " ".join(p))
 def family(request):
   name, shape = request.param
-  module = folder.load("models", name)
+  module = registry.load("models", name)
   config = module.CONFIGS[shape]
   return module, jax.jit(lambda key: module.Model(config, key))(jax.random.key(0))
 
@@ -113,8 +115,8 @@ def test_bfloat16_is_near_float32(family):
 
 
 def test_a_part_of_a_model_is_changed_or_refused_by_name():
-  made = lambda **changes: build.shape(Model(family="llava", shape="tiny", changes=changes))[1]
-  whole = build.shape(Model(family="llava", shape="tiny"))[1]
+  made = lambda **changes: loading.shape(Model(family="llava", shape="tiny", changes=changes))[1]
+  whole = loading.shape(Model(family="llava", shape="tiny"))[1]
   vision = dataclasses.replace(whole.vision, num_hidden_layers=2)
   assert made(vision={"num_hidden_layers": 2}) == dataclasses.replace(whole, vision=vision) != whole
   with pytest.raises(InputError, match="'vision.patchsize'.*did you mean 'vision.patch_size'"):

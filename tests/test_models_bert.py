@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from parity import error
 
-from distill_jax import build, layers, params, sharding
 from distill_jax.config import Model
 from distill_jax.errors import InputError
 from distill_jax.hub import declared, export, load
+from distill_jax.models import loading
+from distill_jax.nn import layers, params, sharding
 from distill_jax.types import Inputs
 
 torch = pytest.importorskip("torch")
@@ -105,12 +106,12 @@ def test_a_body_gets_a_new_head_when_it_is_asked_for(tmp_path):
   theirs(transformers.BertModel).save_pretrained(tmp_path / "body")
   spec = Model(source=str(tmp_path / "body"), changes={"num_labels": 5}, new=("classifier",))
   key = jax.random.key(0)
-  model = build.build(spec, MESH, key).model
+  model = loading.build(spec, MESH, key).model
   assert model.head.shape == (5, 48) and 0 < float(jnp.std(model.head[...])) < 0.1
-  again = build.build(spec, MESH, jax.random.key(1)).model
+  again = loading.build(spec, MESH, jax.random.key(1)).model
   assert not np.array_equal(model.head[...], again.head[...])
   np.testing.assert_array_equal(model.embed[...], again.embed[...])
   with pytest.raises(InputError, match="lacks the tensor classifier.*which `new` would say"):
-    build.build(Model(source=spec.source, changes={"num_labels": 5}), MESH, key)
+    loading.build(Model(source=spec.source, changes={"num_labels": 5}), MESH, key)
   with pytest.raises(InputError, match="'klassifier', with which no parameter"):
-    build.build(Model(source=spec.source, changes=spec.changes, new=("klassifier",)), MESH, key)
+    loading.build(Model(source=spec.source, changes=spec.changes, new=("klassifier",)), MESH, key)

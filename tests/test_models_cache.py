@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import test_generate_decode as decoding
 
-from distill_jax import head
-from distill_jax.decode.unroll import empty_cache, unroll
-from distill_jax.models import _cache
+from distill_jax.generation.unrolled import empty_cache, unroll
+from distill_jax.nn import fused_head, kv_cache
 from distill_jax.types import Inputs
 
 KINDS = ["llama", "deepseek_v3"]
@@ -19,7 +18,7 @@ def test_no_number_is_off_by_more_than_half_a_step():
   rng = np.random.default_rng(0)
   x_BTGh = np.float32(rng.normal(size=(2, 7, 3, 16)) * 10.0 ** rng.integers(-4, 4, (2, 7, 3, 1)))
   x_BTGh[0, 0, 0] = 0
-  steps, scale_BTG = _cache.to_int8(jnp.asarray(x_BTGh))
+  steps, scale_BTG = kv_cache.to_int8(jnp.asarray(x_BTGh))
   most_BTG = np.abs(x_BTGh).max(-1)
   assert steps.dtype == jnp.int8 and np.abs(steps).max() == 127
   np.testing.assert_allclose(scale_BTG, most_BTG / 127, rtol=1e-6)
@@ -42,10 +41,10 @@ def test_what_is_kept_is_what_the_formula_says(family):
   with jax.set_mesh(mesh):
     extend = jax.jit(lambda m, i, c: m.extend(i, c, decoding.HOW))
     (out, kept), (small_out, small) = (extend(model, inputs, empty(d)) for d in ("", "int8"))
-  first, axes = _cache.read(small[0], model.blocks[0].CACHE, jnp.float32), model.blocks[0].CACHE
+  first, axes = kv_cache.read(small[0], model.blocks[0].CACHE, jnp.float32), model.blocks[0].CACHE
   assert first.keys() == kept[0].keys() == axes.keys()
   for name, x in kept[0].items():  # the first layer reads the same in both
-    at = next(i for i, a in enumerate(axes[name].split()) if a in _cache.FEATURES)
+    at = next(i for i, a in enumerate(axes[name].split()) if a in kv_cache.FEATURES)
     most = np.abs(x).max(at, keepdims=True)
     assert (np.abs(first[name] - x) <= most * (0.5 / 127 + 2e-7)).all(), name
   numbers = sum(x.size for layer in kept for x in layer.values())
@@ -53,7 +52,7 @@ def test_what_is_kept_is_what_the_formula_says(family):
           for n, x in kept[0].items()}  # fmt: skip
   scales = sum(x.size // wide[n] for layer in kept for n, x in layer.items())
   assert sum(x.nbytes for x in jax.tree.leaves(small)) == numbers + 4 * scales
-  exact, near = (head.logits(o.hidden_BTD, o.head_VD) for o in (out, small_out))
+  exact, near = (fused_head.logits(o.hidden_BTD, o.head_VD) for o in (out, small_out))
   off = np.abs(exact - near).max() / np.abs(exact).max()
   # Numbers off by up to 0.4% of their largest, in two layers: 0.024 is seen in the worse family.
   # With 4 bits it would be 16 times as much.

@@ -11,13 +11,13 @@ import optax
 import parity
 import pytest
 
-from distill_jax import layers, params, sharding
 from distill_jax.errors import InputError
 from distill_jax.hub import declared
 from distill_jax.hub import export as hub_export
 from distill_jax.losses import ce, embedding, kd
 from distill_jax.models import clip
-from distill_jax.step import Step
+from distill_jax.nn import layers, params, sharding
+from distill_jax.training.step import Step
 from distill_jax.types import Batch, Images, ImageText, Inputs
 
 torch, transformers = parity.torch, parity.transformers

@@ -8,11 +8,11 @@ import parity
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from distill_jax import layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.hub import load
 from distill_jax.hub.export import export
 from distill_jax.models import deepseek_v3
+from distill_jax.nn import layers, sharding
 
 YARN = {
   "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 40.0, "mscale": 1.0,

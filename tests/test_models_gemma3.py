@@ -7,12 +7,13 @@ import optax
 import parity
 import pytest
 
-from distill_jax import head, layers, step, supports
 from distill_jax.errors import InputError
-from distill_jax.evals import _lm as lm
-from distill_jax.losses import ce
+from distill_jax.evals import next_token as lm
+from distill_jax.losses import ce, supports
 from distill_jax.models import gemma3
+from distill_jax.nn import fused_head, layers
 from distill_jax.records import sampler
+from distill_jax.training import step
 from distill_jax.types import Batch
 
 # Heads of 12 wide, scaled as if of 20; every second layer sees all, the others 5 positions.
@@ -132,7 +133,7 @@ def test_a_cap_is_everywhere_that_logits_are():
   means = lm.compare({"teacher": said, "student": said}, batch, 5)
   for name in ("teacher", "student"):
     np.testing.assert_allclose(means[name]["ce"].value(), want, rtol=1e-5)
-  capped_BTV = head.soft_cap(raw_BTV, out.soft_cap)
+  capped_BTV = fused_head.soft_cap(raw_BTV, out.soft_cap)
   dense, own = supports.dense(said, capped_BTV, 1.0)
   np.testing.assert_allclose(dense, own, rtol=1e-5, atol=1e-5)
   recorded = sampler.summarise(

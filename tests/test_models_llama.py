@@ -8,9 +8,9 @@ import numpy as np
 import parity
 import pytest
 
-from distill_jax import layers, params
 from distill_jax.errors import InputError
 from distill_jax.models import _rope, llama
+from distill_jax.nn import layers, params
 from distill_jax.types import Inputs
 
 LLAMA3 = {

@@ -7,11 +7,11 @@ import parity
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from distill_jax import layers, params, sharding
 from distill_jax.errors import InputError
 from distill_jax.hub import declared, load
 from distill_jax.hub import export as hub_export
 from distill_jax.models import llava
+from distill_jax.nn import layers, params, sharding
 from distill_jax.types import Images, ImageText
 
 torch, transformers = parity.torch, parity.transformers

@@ -8,9 +8,9 @@ import numpy as np
 import parity
 import pytest
 
-from distill_jax import layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.models import qwen3
+from distill_jax.nn import layers, sharding
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 CASES = {

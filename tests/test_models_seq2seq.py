@@ -10,10 +10,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from distill_jax import folder, head, layers, params, sharding
+from distill_jax import registry
 from distill_jax.errors import InputError
 from distill_jax.hub import declared, load
 from distill_jax.hub import export as hub_export
+from distill_jax.nn import fused_head, layers, params, sharding
 from distill_jax.types import Inputs, Sounds, SourceTarget
 
 torch, transformers = parity.torch, parity.transformers
@@ -99,7 +100,7 @@ def examples(kind: str):
 
 def said(model, inputs):
   out = model(inputs, layers.Compute())
-  return head.logits(out.hidden_BTD, out.head_VD)
+  return fused_head.logits(out.hidden_BTD, out.head_VD)
 
 
 logits = jax.jit(said)
@@ -244,14 +245,14 @@ def test_nobody_sees_what_comes_later_or_padding_of_the_source(both):
   ],
 )
 def test_what_a_family_cannot_do_is_refused(family, changes, says):
-  module = folder.load("models", family)
+  module = registry.load("models", family)
   assert module.Config.from_hf(module.TINY.to_hf()) == module.TINY
   with pytest.raises(InputError, match=says):
     module.Config.from_hf(module.TINY.to_hf() | changes)
 
 
 def test_whisper_refuses_sounds_of_another_length():
-  module = folder.load("models", "whisper")
+  module = registry.load("models", "whisper")
   model = jax.eval_shape(lambda key: module.Model(module.TINY, key), jax.random.key(0))
   sounds = Sounds(jax.ShapeDtypeStruct((1, 30, 8), jnp.float32))
   with pytest.raises(InputError, match="30 frames and whisper reads 32"):

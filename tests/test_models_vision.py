@@ -11,11 +11,11 @@ import parity
 import pytest
 from safetensors import safe_open
 
-from distill_jax import layers, params, sharding
 from distill_jax.errors import InputError
 from distill_jax.hub import declared, load
 from distill_jax.hub import export as hub_export
 from distill_jax.models import convnext, deit, vit
+from distill_jax.nn import layers, params, sharding
 from distill_jax.types import Images
 
 torch, transformers = parity.torch, parity.transformers

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import layers, params, sharding
 from distill_jax.hub import declared, export, load
+from distill_jax.nn import layers, params, sharding
 from distill_jax.types import Inputs
 
 torch = pytest.importorskip("torch")

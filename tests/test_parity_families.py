@@ -9,9 +9,9 @@ import parity
 import pytest
 from safetensors import safe_open
 
-from distill_jax import layers, params, sharding
 from distill_jax.hub import export as hub_export
 from distill_jax.hub import load
+from distill_jax.nn import layers, params, sharding
 
 transformers = parity.transformers
 MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}

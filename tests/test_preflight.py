@@ -17,15 +17,17 @@ import test_images_run as images
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from distill_jax import build, config, head, params, sharding, teacher, train
-from distill_jax import preflight as pf
+from distill_jax import config
+from distill_jax.commands import preflight as pf
+from distill_jax.commands import record
 from distill_jax.config import Model
-from distill_jax.data import loader
 from distill_jax.errors import InputError
-from distill_jax.layers import Compute
-from distill_jax.models import llama
+from distill_jax.models import llama, loading
+from distill_jax.nn import fused_head, params, sharding
+from distill_jax.nn.layers import Compute
 from distill_jax.preflight import chips, collectives, estimate, flops, programs, report, topology
-from distill_jax.records import example
+from distill_jax.records import tf_example
+from distill_jax.training import loader, loop
 from distill_jax.types import Inputs
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -136,7 +138,7 @@ def test_flops_are_what_xla_counts_where_it_counts_all(monkeypatch):
   def forward(model, tokens_BT):
     inputs = Inputs(tokens_BT, jnp.arange(T)[None].repeat(B, 0), jnp.ones_like(tokens_BT))
     out = model(inputs, Compute())
-    return head.logits(out.hidden_BTD, out.head_VD)
+    return fused_head.logits(out.hidden_BTD, out.head_VD)
 
   counted = jax.jit(forward).lower(model, tokens).compile().cost_analysis()["flops"]
   ours = flops.model(Model(family="llama", shape="one"), B, T)
@@ -150,7 +152,7 @@ def test_flops_are_what_xla_counts_where_it_counts_all(monkeypatch):
   ("qwen2", "qwen2.5-7b", 7.61),  # all of it, arXiv:2412.15115
 ])  # fmt: skip
 def test_active_weights_are_the_published(family, shape, billions):
-  _, c = build.shape(Model(family=family, shape=shape))
+  _, c = loading.shape(Model(family=family, shape=shape))
   table = c.vocab_size * c.hidden_size
   assert (flops.active(Model(family=family, shape=shape)) + table) / 1e9 == pytest.approx(
     billions, rel=0.01
@@ -161,7 +163,7 @@ def test_active_weights_are_the_published(family, shape, billions):
   ("llama", "tiny"), ("llama", "tiny-window"), ("gemma3", "tiny"),
 ])  # fmt: skip
 def test_attention_sees_what_the_window_lets_it(family, shape):
-  _, c = build.shape(Model(family=family, shape=shape))
+  _, c = loading.shape(Model(family=family, shape=shape))
   T = 11
   for layer in range(c.num_hidden_layers):
     kind = getattr(c, "layer_types", [""] * 9)[layer]
@@ -215,8 +217,8 @@ def test_the_batch_is_the_loaders(tmp_path, records):
   c.records.update(records)
   c = config.resolve(c)
   (tmp_path / "records").mkdir()
-  teacher.record(c, tmp_path / "records")
-  stores = train.open_stores(c)
+  record.record(c, tmp_path / "records")
+  stores = loop.open_stores(c)
   real = next(loader.batches(stores, batch_size=4, seed=0))
   mesh = sharding.make_mesh(fsdp=4)
   about = programs.manifest(c)
@@ -253,7 +255,7 @@ def test_a_named_shape_stands_in_for_weights():
   c = model_config()
   c.teacher.source = "hub:somebody/model"
   c = programs.without_weights(config.resolve(c))
-  assert c.teacher.source == "" and params.count(build.abstract(c.teacher))
+  assert c.teacher.source == "" and params.count(loading.abstract(c.teacher))
 
 
 R1 = [
@@ -275,7 +277,7 @@ def test_the_configs_at_both_lengths(path, seq_len, monkeypatch):
   c = programs.without_weights(config.resolve(made))
   verb = "record" if path.stem == "r1_record" else "train"
   model = c.teacher if verb == "record" else c.student
-  assert c.data.seq_len == int(seq_len) <= build.shape(model)[1].max_position_embeddings
+  assert c.data.seq_len == int(seq_len) <= loading.shape(model)[1].max_position_embeddings
   assert estimate.tokens(c, verb) == 2**33 >> (verb == "record")
   size = chips.parse(re.search(r"--topology=(\S+)", module.__doc__)[1])[1]
   data, fsdp, tensor = sharding.mesh_shape(**vars(c.mesh), devices=size)
@@ -289,7 +291,7 @@ def test_the_configs_at_both_lengths(path, seq_len, monkeypatch):
 def test_store_bytes_are_about_what_the_codec_writes():
   """12.7 entries at 63 points, ids drawn over the whole vocabulary: its worst case."""
   rng, T, V = np.random.default_rng(0), 512, 151_936
-  about = dataclasses.replace(teacher.describe(config.resolve(model_config()), V, 1, T), n=63)
+  about = dataclasses.replace(record.describe(config.resolve(model_config()), V, 1, T), n=63)
   count = rng.multinomial(63 - 12, np.ones(12) / 12, T) + 1
   ids = np.sort(rng.integers(0, V, (T, 12)), -1)
   zeros = np.zeros(T, np.float32)
@@ -298,7 +300,7 @@ def test_store_bytes_are_about_what_the_codec_writes():
     "ids_TN": np.stack([np.repeat(i, n) for i, n in zip(ids, count, strict=True)]),
     "argmax_T": ids[np.arange(T), count.argmax(1)], "label_logp_T": zeros, "entropy_T": zeros,
   }  # fmt: skip
-  written = sum(map(len, example.encode(0, record, about).values())) / T
+  written = sum(map(len, tf_example.encode(0, record, about).values())) / T
   assert estimate.record_bytes(about) == pytest.approx(written, rel=0.15)
 
 

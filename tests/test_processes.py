@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from distill_jax import config, verbs
-from distill_jax import train as training
-from distill_jax.evaluate import evaluate
-from distill_jax.log import CLOCK
-from distill_jax.metrics import read_metrics
+from distill_jax import config
+from distill_jax.commands import export
+from distill_jax.commands.evaluate import evaluate
+from distill_jax.commands.record import record
 from distill_jax.records.store import open_store
-from distill_jax.teacher import record
-from distill_jax.workdir import Workdir
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loop as training
+from distill_jax.training.metric_writer import read_metrics
+from distill_jax.training.run_log import CLOCK
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -153,7 +154,7 @@ def test_evaluation_and_export(folder):
     for key in ("ce", "kl", "agreement", "parameters", "bytes"):
       assert got[model][key] == pytest.approx(row[key], rel=1e-5, abs=1e-6), (model, key)
   c.export.dir = str(folder / "export1")
-  verbs.export(config.resolve(c), folder / "one")
+  export.export(config.resolve(c), folder / "one")
   run(launch(folder, "export", "one", f"--config.export.dir={folder / 'export2'}"))
   a, b = (load_file(folder / d / "model.safetensors") for d in ("export1", "export2"))
   assert a.keys() == b.keys()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from distill_jax.progress import Progress
+from distill_jax.runtime.progress import Progress
 
 
 class Clock:

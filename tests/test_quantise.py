@@ -8,17 +8,19 @@ import tiny
 import torch
 import transformers
 
-from distill_jax import build, config, params, quantise, sharding, verbs
+from distill_jax import config
+from distill_jax.commands import export
+from distill_jax.commands.record import record
 from distill_jax.config import Quantise
 from distill_jax.errors import InputError
 from distill_jax.hub.declared import Layout
-from distill_jax.layers import Compute
-from distill_jax.metrics import read_metrics
-from distill_jax.models import deepseek_v3, llama, qwen3
-from distill_jax.teacher import record
-from distill_jax.train import train
+from distill_jax.models import deepseek_v3, llama, loading, qwen3
+from distill_jax.nn import params, quantise, sharding
+from distill_jax.nn.layers import Compute
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training.loop import train
+from distill_jax.training.metric_writer import read_metrics
 from distill_jax.types import Inputs
-from distill_jax.workdir import Workdir
 
 MODELS = {
   "llama": lambda: llama.Model(llama.TINY, jax.random.key(0)),
@@ -94,7 +96,7 @@ def run(tmp_path_factory):
   record(resolved, path / "records")
   with Workdir(path / "run", resolved) as workdir:
     train(resolved, workdir)
-    made = verbs.export(resolved, workdir)
+    made = export.export(resolved, workdir)
   return path, resolved, made
 
 
@@ -106,7 +108,7 @@ def test_a_student_of_four_bits_learns_and_is_exported(run):
   mesh = sharding.make_mesh(**vars(c.mesh))
   spec = config.Student(source=f"run:{path / 'run'}")
   with jax.set_mesh(mesh):
-    built = build.build(spec, mesh, jax.random.key(0))
+    built = loading.build(spec, mesh, jax.random.key(0))
     tokens = np.arange(80).reshape(4, 20) * 7 % 256
     places = jnp.broadcast_to(jnp.arange(20), tokens.shape)
     out = built.model(Inputs(jnp.asarray(tokens), places, jnp.ones_like(places)), built.how)

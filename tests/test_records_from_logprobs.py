@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distill_jax.errors import InputError
-from distill_jax.records import from_logprobs, store
+from distill_jax.records import import_logprobs, store
 
 WORDS = {"The": 1, " cat": 2, " sat": 3, " dog": 4, "!": 5, " on": 6}
 
@@ -50,7 +50,7 @@ def read(tmp_path, lines, fmt, n=3, seq_len=8, missing_mass="tail_bucket", **how
   path = tmp_path / "dump.jsonl"
   path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
   return list(
-    from_logprobs.sequences(
+    import_logprobs.sequences(
       path, fmt, n=n, seq_len=seq_len, vocab_size=10, missing_mass=missing_mass, **how
     )
   )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_records_store import N, T, record, sequence
 
-from distill_jax.records import inspect, store
+from distill_jax.records import describe, store
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def opened(tmp_path_factory):
 
 
 def test_describe(opened):
-  d = inspect.describe(opened)
+  d = describe.describe(opened)
   size = sum(p.stat().st_size for p in opened.folder.glob("*.array_record"))
   tokens = 10 * (T - 4)
   assert d["bytes"] == size
@@ -25,11 +25,11 @@ def test_describe(opened):
   assert parts == pytest.approx(size / tokens, abs=0.01)
   entries = np.mean([len(set(r)) for i in range(10) for r in sequence(i)["ids_TN"][: T - 4]])
   assert d["entries_per_target"] == pytest.approx(entries, abs=1e-3)
-  assert "tokenizer" in inspect.text(d)
+  assert "tokenizer" in describe.text(d)
 
 
 def test_show(opened):
-  lines = inspect.show(opened, 3, lambda ids: f"<{ids[0]}>").splitlines()
+  lines = describe.show(opened, 3, lambda ids: f"<{ids[0]}>").splitlines()
   seq = sequence(3)
   assert len(lines) == T - 4
   for t in (0, T - 5):

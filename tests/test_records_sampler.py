@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from distill_jax import sharding
 from distill_jax.errors import InputError
+from distill_jax.nn import sharding
 from distill_jax.records import sampler
 
 

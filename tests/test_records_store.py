@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from distill_jax.errors import InputError
-from distill_jax.records import example, store
+from distill_jax.records import store, tf_example
 from distill_jax.records.manifest import NAME, shard_name
 
 T, V, N = 32, 500, 15
@@ -154,7 +154,7 @@ def test_grain_reads_it(whole):
   m = store.open_store(whole).manifest
   source = grain.ArrayRecordDataSource([str(whole / s.name) for s in m.shards])
   assert len(source) == 10
-  same(example.decode(7, example.parse(source[7]), m), 7)
+  same(tf_example.decode(7, tf_example.parse(source[7]), m), 7)
   data = grain.MapDataset.source(store.open_store(whole)).shuffle(seed=1).batch(2)
   assert data[0]["ids_TK"].shape == (2, T, N)
 
@@ -241,7 +241,7 @@ def test_extending_rewrites_nothing(copy):
 
   source = tfds.builder_from_directory(str(copy)).as_data_source(split="records")
   assert len(source) == 17
-  same(example.decode(16, source[16], s.manifest), 16)
+  same(tf_example.decode(16, source[16], s.manifest), 16)
   with pytest.raises(InputError, match="holds 17 sequences and this run wants 10"):
     record(copy)
 

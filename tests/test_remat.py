@@ -14,9 +14,10 @@ import test_models
 import test_step
 from jax.experimental.compilation_cache import compilation_cache
 
-from distill_jax import build, folder, layers, sharding
+from distill_jax import registry
 from distill_jax.errors import InputError
-from distill_jax.models import llama
+from distill_jax.models import llama, loading
+from distill_jax.nn import layers, sharding
 from distill_jax.types import Inputs
 
 XLA_GAVE_UP = "Involuntary full rematerialization"
@@ -82,7 +83,7 @@ def test_offload_keeps_products_in_the_hosts_memory_on_a_tpu():
 
 def compile_step(family: str, shape: str, rules: sharding.Rules, mesh_shape) -> None:
   """A whole train step on four devices, as far as XLA splits it among them."""
-  module = folder.load("models", family)
+  module = registry.load("models", family)
   mesh = sharding.make_mesh(*mesh_shape)
   step = test_step.make_step(student=layers.Compute(rules=rules))
   init = lambda key: step.init(module.Model(module.CONFIGS[shape], key))
@@ -94,7 +95,7 @@ def compile_step(family: str, shape: str, rules: sharding.Rules, mesh_shape) -> 
   )
   with jax.set_mesh(mesh):
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-    jitted.lower(build.place(like, where), batch, {}).compile()
+    jitted.lower(loading.place(like, where), batch, {}).compile()
 
 
 @pytest.fixture

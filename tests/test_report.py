@@ -9,8 +9,8 @@ import re
 import pytest
 
 from distill_jax.errors import InputError
-from distill_jax.metrics import MetricsWriter
 from distill_jax.report import gaps, headline, report, summary
+from distill_jax.training.metric_writer import MetricsWriter
 
 
 def model(ce, kl, agreement, parameters=1_000, speed=100.0):

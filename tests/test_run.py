@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import build, checkpoint, config, sharding, verbs
-from distill_jax import train as training
-from distill_jax.data import loader
+from distill_jax import config
+from distill_jax.commands import export
+from distill_jax.commands.evaluate import evaluate
+from distill_jax.commands.record import record
 from distill_jax.errors import InputError
-from distill_jax.evaluate import evaluate
-from distill_jax.metrics import read_metrics
+from distill_jax.models import loading
+from distill_jax.nn import sharding
 from distill_jax.records.store import open_store
-from distill_jax.teacher import record
-from distill_jax.workdir import Workdir
+from distill_jax.runtime import checkpoint
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loader
+from distill_jax.training import loop as training
+from distill_jax.training.metric_writer import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +52,9 @@ def train(c, workdir):
 def last_state(c, workdir):
   resolved = config.resolve(c)
   step = training.make_step(resolved, training.open_stores(resolved))
-  like = jax.eval_shape(step.init, build.abstract(resolved.student))
+  like = jax.eval_shape(step.init, loading.abstract(resolved.student))
   mesh = sharding.make_mesh()
-  like = build.place(like, sharding.shardings(like, mesh, step.student.rules))
+  like = loading.place(like, sharding.shardings(like, mesh, step.student.rules))
   with checkpoint.manager(workdir, 2) as saves:
     return jax.device_get(checkpoint.restore(saves, like, {}))
 
@@ -97,7 +101,7 @@ def test_records_hold_what_the_teacher_said(folder):
   store = open_store(folder / "records")
   batch = loader.collate([store[i] for i in range(4)])
   with jax.set_mesh(mesh):
-    teacher = build.build(resolved.teacher, mesh, build.keys(resolved.seed)["teacher"])
+    teacher = loading.build(resolved.teacher, mesh, loading.keys(resolved.seed)["teacher"])
     out = teacher.model(jax.tree.map(jax.numpy.asarray, batch.inputs), teacher.how)
   hidden, rows = np.float64(out.hidden_BTD), np.float64(out.head_VD)
   logits = hidden @ rows.T
@@ -138,7 +142,7 @@ def test_evaluate_export_report(folder):
   assert models["distilled"]["kl"] < models["start"]["kl"]
   assert models["distilled"]["perplexity"] == pytest.approx(np.exp(models["distilled"]["ce"]))
   c.export.evaluation = str(folder / "evaluation.json")
-  result = verbs.export(config.resolve(c), folder / "whole")
+  result = export.export(config.resolve(c), folder / "whole")
   assert result["parameters"] == models["distilled"]["parameters"]
   card = (folder / "export" / "README.md").read_text()
   assert f"{models['distilled']['kl']:.4g}" in card
@@ -147,7 +151,7 @@ def test_evaluate_export_report(folder):
   again = evaluate(config.resolve(c), folder / "records")["models"]["distilled"]
   # bfloat16 weights of a model that is already rounded by nothing: a few thousandths of a nat.
   assert again["ce"] == pytest.approx(models["distilled"]["ce"], rel=5e-3)
-  summary = verbs.report(dataclasses.replace(resolved), folder)
+  summary = export.report(dataclasses.replace(resolved), folder)
   assert summary["distilled"]["kl"] == pytest.approx(models["distilled"]["kl"])
   assert "Distilled" in (folder / "report.html").read_text()
 

@@ -17,13 +17,14 @@ import pytest
 import tiny
 from bad_server import KEY, Server
 
-from distill_jax import client, config, openai_api
-from distill_jax.client import Client, Failed, Refused
+from distill_jax import config
+from distill_jax.commands.record import record
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
-from distill_jax.generate import generate
+from distill_jax.generation import http_client, openai_api
+from distill_jax.generation.http_client import Client, Failed, Refused
+from distill_jax.generation.local import generate
 from distill_jax.records.store import open_store
-from distill_jax.teacher import record
 
 ROOT = Path(__file__).parent.parent
 FAULTS = ("429 0.1", "429 date", "429", "500", "503", "close", "cut", "truncated", "silent", "drip",
@@ -32,7 +33,7 @@ FAULTS = ("429 0.1", "429 date", "429", "500", "503", "close", "cut", "truncated
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-  monkeypatch.setattr(client, "FIRST_WAIT_S", 0.02)
+  monkeypatch.setattr(http_client, "FIRST_WAIT_S", 0.02)
 
 
 def made(folder: Path, server: Server, prompts, /, **changes):

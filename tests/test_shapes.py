@@ -5,7 +5,8 @@ import parity
 import pytest
 import tiny
 
-from distill_jax import folder, params
+from distill_jax import registry
+from distill_jax.nn import params
 
 torch, transformers = parity.torch, parity.transformers
 
@@ -36,13 +37,13 @@ PUBLISHED = {
 
 
 def test_every_shape_but_the_tiny_ones_is_here():
-  named = {(f, n) for f in tiny.decoder_families() for n in folder.load("models", f).CONFIGS}
+  named = {(f, n) for f in tiny.decoder_families() for n in registry.load("models", f).CONFIGS}
   assert {(f, n) for f, n in named if not n.startswith("tiny")} == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("which", PUBLISHED, ids=lambda w: w[1])
 def test_a_shape_has_its_published_size(which):
-  module = folder.load("models", which[0])
+  module = registry.load("models", which[0])
   config = module.CONFIGS[which[1]]
   model = jax.eval_shape(lambda key: module.Model(config, key), jax.random.key(0))
   assert params.count(model) == PUBLISHED[which]
@@ -59,7 +60,7 @@ KINDS = [
 @pytest.mark.parametrize("name", KINDS)
 def test_transformers_makes_the_same_of_our_config_json(name):
   family = next(f for f, n in PUBLISHED if n == name)
-  hf = folder.load("models", family).CONFIGS[name].to_hf()
+  hf = registry.load("models", family).CONFIGS[name].to_hf()
   config = transformers.AutoConfig.for_model(**hf)
   with torch.device("meta"):
     model = transformers.AutoModelForCausalLM.from_config(config)

@@ -12,15 +12,18 @@ import pytest
 import test_step
 import tiny
 
-from distill_jax import build, checks, config, layers, params, sharding, share, verbs
-from distill_jax import train as training
+from distill_jax import config
+from distill_jax.commands import export
+from distill_jax.commands.record import record
 from distill_jax.config import Lora, Share, Student
 from distill_jax.errors import InputError
-from distill_jax.metrics import read_metrics
-from distill_jax.models import deepseek_v3, gemma3, llama, qwen3
+from distill_jax.models import deepseek_v3, gemma3, llama, loading, qwen3
+from distill_jax.nn import layer_sharing, layers, params, sharding
 from distill_jax.preflight import flops
-from distill_jax.teacher import record
-from distill_jax.workdir import Workdir
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loop as training
+from distill_jax.training import validate
+from distill_jax.training.metric_writer import read_metrics
 
 torch, transformers = parity.torch, parity.transformers
 HOW = layers.Compute()
@@ -49,7 +52,7 @@ def random_model(module, c):
 
 
 def started(model, spec, fit=True):
-  start = functools.partial(share.start, spec=spec, fit=fit)
+  start = functools.partial(layer_sharing.start, spec=spec, fit=fit)
   return jax.jit(start)(model, key=jax.random.key(0))
 
 
@@ -116,7 +119,7 @@ def test_what_it_starts_from(how, order, of):
       same = np.float64(v[...])[np.array(of) == i]
       want = same.mean(0) if how == "mean" else same[0]
       np.testing.assert_allclose(unique[path][i], want, atol=1e-6, err_msg=path)
-  merged = jax.jit(share.Shared.merged)(shared)
+  merged = jax.jit(layer_sharing.Shared.merged)(shared)
   assert sorted(shared.deltas) == ["layers.down", "layers.q"]
   for name in ("q", "down"):
     got, want = (getattr(m.layers, name)[...] for m in (merged, model))
@@ -154,7 +157,9 @@ def steps(mesh_shape=(1, 1, 1)):
   mesh = sharding.make_mesh(*mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))])
   spec = Share(2, lora=Lora(rank=2))
   with jax.set_mesh(mesh):
-    init = lambda key: step.init(share.start(llama.Model(llama.TINY, key), spec, key, False))
+    init = lambda key: step.init(
+      layer_sharing.start(llama.Model(llama.TINY, key), spec, key, False)
+    )
     where = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), mesh, step.student.rules)
     state = jax.jit(init, out_shardings=where)(jax.random.key(0))
     step_fn = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
@@ -216,8 +221,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder):
   shutil.rmtree(folder / "stopped" / "checkpoints" / "6")
   train(shared_config(folder), folder / "stopped")
   mesh = sharding.make_mesh()
-  whole, stopped = (build.restore(folder / name, mesh) for name in ("whole", "stopped"))
-  assert isinstance(whole, share.Shared) and len(whole.unique.layers.q) == 2
+  whole, stopped = (loading.restore(folder / name, mesh) for name in ("whole", "stopped"))
+  assert isinstance(whole, layer_sharing.Shared) and len(whole.unique.layers.q) == 2
   jax.tree.map(np.testing.assert_array_equal, whole, stopped)
   rows = read_metrics(folder / "whole")
   assert rows[-1]["loss"] < rows[0]["loss"]
@@ -228,12 +233,12 @@ def test_the_export_is_the_model_written_out(folder):
   c = shared_config(folder)
   c.export.dir, c.export.dtype = str(folder / "export"), "float32"
   resolved = config.resolve(c)
-  made = verbs.export(resolved, folder / "whole")
-  assert made["shared_parameters"] == params.count(build.trained(resolved.student))
+  made = export.export(resolved, folder / "whole")
+  assert made["shared_parameters"] == params.count(loading.trained(resolved.student))
   assert made["shared_parameters"] < made["parameters"]
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  trained = build.restore(folder / "whole", mesh)
-  how, tokens_BT = build.compute(resolved.student), parity.tokens()
+  trained = loading.restore(folder / "whole", mesh)
+  how, tokens_BT = loading.compute(resolved.student), parity.tokens()
   out = jax.jit(lambda s, i: s.joined()(i, how))(trained, parity.plain_inputs(tokens_BT))
   model = transformers.AutoModelForCausalLM.from_pretrained(folder / "export").eval()
   assert len(model.model.layers) == 3
@@ -250,19 +255,19 @@ def test_a_run_is_a_source(folder):
   """Its layers written out; without deltas those that share are equal."""
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   plain = Student(source=f"run:{folder / 'whole'}")
-  model = build.build(plain, mesh, jax.random.key(0)).model
-  assert model.config == build.shape(plain)[1] and model.config.num_hidden_layers == 3
+  model = loading.build(plain, mesh, jax.random.key(0)).model
+  assert model.config == loading.shape(plain)[1] and model.config.num_hidden_layers == 3
   np.testing.assert_array_equal(model.layers.attn_norm[0], model.layers.attn_norm[2])
   assert (model.layers.q[0] != model.layers.q[2]).any()
   again = dataclasses.replace(plain, share=Share(1))
-  model = build.build(again, mesh, jax.random.key(0)).model
+  model = loading.build(again, mesh, jax.random.key(0)).model
   np.testing.assert_array_equal(model.layers.q[0], model.layers.q[2])
 
 
 def test_preflight_counts_the_deltas(base):
   c = config.resolve(shared_config(base))
-  weights = sum(params.count(v) for p, v in params.named_params(build.abstract(c.student))
-                if p in build.trained(c.student).deltas)  # fmt: skip
+  weights = sum(params.count(v) for p, v in params.named_params(loading.abstract(c.student))
+                if p in loading.trained(c.student).deltas)  # fmt: skip
   assert flops.step(c, "train", 4)["adapters"] == 3 * 2 * 3 * weights
 
 
@@ -282,13 +287,13 @@ def test_what_cannot_be_shared_is_refused(base, changes, said):
   c = shared_config(base)
   c.student.share.update(changes)
   with pytest.raises(InputError, match=said):
-    checks.check_run(config.resolve(c), [])
+    validate.check_run(config.resolve(c), [])
 
 
 def test_adapters_beside_shared_layers_are_refused(base):
   c = shared_config(base)
   c.student.lora.rank, c.student.quantise.bits = 2, 0
   with pytest.raises(InputError, match=r"share.layers is 2 and student.lora.rank 2"):
-    checks.check_run(config.resolve(c), [])
+    validate.check_run(config.resolve(c), [])
   with pytest.raises(InputError, match=r"first 1 are of another kind .*from 2 to 3"):
-    share.check(Share(1), random_model(deepseek_v3, deepseek_v3.TINY))
+    layer_sharing.check(Share(1), random_model(deepseek_v3, deepseek_v3.TINY))

@@ -13,11 +13,11 @@ import numpy as np
 import parity
 import pytest
 
-from distill_jax import layers, params, sharding
 from distill_jax.config import Shrink
-from distill_jax.data import loader
 from distill_jax.hub import declared, export, load
-from distill_jax.shrinking import choose, cut, experts, factorise, measure, shapes, windows
+from distill_jax.nn import layers, params, sharding
+from distill_jax.pruning import choose, cut, experts, factorise, measure, shapes, windows
+from distill_jax.training import loader
 
 torch, transformers = parity.torch, parity.transformers
 HOW = layers.Compute()

@@ -7,13 +7,17 @@ import hub_tiny
 import pytest
 import tiny
 
-from distill_jax import build, config, files, folder, train
+from distill_jax import config, registry
+from distill_jax.commands import _shrink_search
+from distill_jax.commands.shrink import shrink
 from distill_jax.config import Shrink
 from distill_jax.errors import InputError, Preempted
-from distill_jax.metrics import read_metrics
-from distill_jax.shrink import shrink
-from distill_jax.shrinking import candidates, search, shapes, table, windows
-from distill_jax.workdir import Workdir
+from distill_jax.models import loading
+from distill_jax.pruning import candidates, shapes, table, windows
+from distill_jax.runtime import atomic_io
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loop
+from distill_jax.training.metric_writer import read_metrics
 
 SHAPE = dataclasses.replace(hub_tiny.CONFIG, vocab_size=256, tie_word_embeddings=True)
 
@@ -44,8 +48,8 @@ def test_a_student_and_its_table(tmp_path):
   result = run(c, tmp_path / "run")
   assert json.loads((tmp_path / "run" / "shrink.json").read_text()) == result
   models, kept = result["models"], result["kept"]
-  made = build.shape(config.resolve(c).teacher)[1]
-  family, shape = build.shape(config.Model(source=result["dir"]))
+  made = loading.shape(config.resolve(c).teacher)[1]
+  family, shape = loading.shape(config.Model(source=result["dir"]))
   assert (shape.num_hidden_layers, shape.num_attention_heads, shape.intermediate_size) == (2, 2, 32)
   assert models["teacher"]["parameters"] == shapes.cost(family, made).parameters
   assert models["student"]["parameters"] == shapes.cost(family, shape).parameters
@@ -70,22 +74,22 @@ def test_the_search(tmp_path, monkeypatch):
   """Stopped before it trains, run again, and run a third time when all is done."""
   c = tiny_config(tmp_path, target_params=36_000.0, steps=3)
   c.optim.warmup_steps = 50
-  trained, once, kinds = [], train.train, candidates.propose
+  trained, once, kinds = [], loop.train, candidates.propose
   monkeypatch.setattr(candidates, "propose", lambda *a: {"depth": kinds(*a)["depth"]})
 
   def stopped(conf, workdir):
     raise Preempted("stopped")
 
-  monkeypatch.setattr(train, "train", stopped)
+  monkeypatch.setattr(loop, "train", stopped)
   with pytest.raises(Preempted):
     run(c, tmp_path / "run")
   made = {p: p.stat().st_mtime_ns for p in tmp_path.glob("run/candidates/*/model/*")}
-  monkeypatch.setattr(train, "train", lambda conf, w: trained.append(w) or once(conf, w))
+  monkeypatch.setattr(loop, "train", lambda conf, w: trained.append(w) or once(conf, w))
   result = run(c, tmp_path / "run")
   row = result["candidates"]["depth"]
   assert made and made == {p: p.stat().st_mtime_ns for p in made}  # not made again
   assert abs(row["parameters"] / 36_000 - 1) <= 0.1 and row["kept"]["layers"]["kept"] == 3
-  assert build.shape(config.Model(source=row["dir"]))[1].num_hidden_layers == 3
+  assert loading.shape(config.Model(source=row["dir"]))[1].num_hidden_layers == 3
   assert [m["step"] for m in read_metrics(row["run"])] == [0, 1, 2]
   assert row["ce"] != row["ce_before"] and len(trained) == 1
   assert run(c, tmp_path / "run") == result and len(trained) == 1
@@ -100,16 +104,16 @@ def test_the_best_of_the_search_is_recommended(tmp_path, monkeypatch):
     for name, f in folders.items():
       made.append(name)
       models = {"teacher": row, "student": row}
-      files.write_json(f / "made.json", {"kept": kept, "dir": "model", "models": models})
+      atomic_io.write_json(f / "made.json", {"kept": kept, "dir": "model", "models": models})
 
   score = lambda conf, folders, rates: [
-    files.write_json(f / "score.json", {"ce": ce[name]}) for name, f in folders.items()
+    atomic_io.write_json(f / "score.json", {"ce": ce[name]}) for name, f in folders.items()
   ]
-  monkeypatch.setattr(search, "_make", make)
-  monkeypatch.setattr(search, "with_text", lambda conf, w: conf)
-  monkeypatch.setattr(search, "distil", lambda conf, folder: None)
-  monkeypatch.setattr(search, "score", score)
-  monkeypatch.setattr(search, "propose", lambda *args: dict.fromkeys(ce, Shrink()))
+  monkeypatch.setattr(_shrink_search, "_make", make)
+  monkeypatch.setattr(_shrink_search, "with_text", lambda conf, w: conf)
+  monkeypatch.setattr(_shrink_search, "distil", lambda conf, folder: None)
+  monkeypatch.setattr(_shrink_search, "score", score)
+  monkeypatch.setattr(_shrink_search, "propose", lambda *args: dict.fromkeys(ce, Shrink()))
   result = run(tiny_config(tmp_path, target_params=9.0), tmp_path / "run")
   assert made == list(ce) and result["recommended"] == "inner"
   names = [line.split()[0] for line in table.text(result).splitlines()[2:5]]
@@ -118,33 +122,33 @@ def test_the_best_of_the_search_is_recommended(tmp_path, monkeypatch):
 
 def test_the_rate_is_a_size_by_what_the_teacher_does(tmp_path, monkeypatch):
   """Twice the rate is half of what a token reads."""
-  monkeypatch.setattr(search, "_rate", lambda *args: 10.0)
+  monkeypatch.setattr(_shrink_search, "_rate", lambda *args: 10.0)
   c = tiny_config(tmp_path, target_decode_rate=15.0)
   resolved = config.resolve(c)
-  proposed = search.propose(resolved, tmp_path, "target_decode_rate")
-  family, shape = build.shape(resolved.teacher)
+  proposed = _shrink_search.propose(resolved, tmp_path, "target_decode_rate")
+  family, shape = loading.shape(resolved.teacher)
   for s in proposed.values():
     now = shapes.narrowed(s, family, shape).keep(tuple(range(s.layers)))
     ratio = shapes.cost(family, shape).active / shapes.cost(family, now).active
     assert ratio == pytest.approx(1.5, rel=0.12)
-  monkeypatch.setattr(search, "_rate", lambda *args: 99.0)  # it was measured before
-  assert search.propose(resolved, tmp_path, "target_decode_rate") == proposed
+  monkeypatch.setattr(_shrink_search, "_rate", lambda *args: 99.0)  # it was measured before
+  assert _shrink_search.propose(resolved, tmp_path, "target_decode_rate") == proposed
   c.shrink.target_decode_rate = 10.0
   with pytest.raises(InputError, match="itself decodes 10 a second"):
-    search.propose(config.resolve(c), tmp_path, "target_decode_rate")
+    _shrink_search.propose(config.resolve(c), tmp_path, "target_decode_rate")
 
 
 FAMILIES = [
   (name, shape)
   for name in tiny.decoder_families()
-  for shape in folder.load("models", name).CONFIGS
+  for shape in registry.load("models", name).CONFIGS
   if shape in ("tiny", "tiny-moe")
 ]
 
 
 @pytest.mark.parametrize("family, name", FAMILIES, ids=" ".join)
 def test_shapes_are_proposed_for_every_family(family, name):
-  shape = folder.load("models", family).CONFIGS[name]
+  shape = registry.load("models", family).CONFIGS[name]
   size = lambda c: shapes.cost(family, c).parameters
   wanted = 0.6 * size(shape)
   proposed = candidates.propose(Shrink(), family, shape, size, wanted, "target_params")
@@ -155,7 +159,7 @@ def test_shapes_are_proposed_for_every_family(family, name):
 
 
 def refused(family, name, **asked):
-  shape = folder.load("models", family).CONFIGS[name]
+  shape = registry.load("models", family).CONFIGS[name]
   with pytest.raises(InputError) as error:
     shapes.narrowed(Shrink(**asked), family, shape)
   assert str(error.value).count(".") <= 4 and "\n" not in str(error.value)
@@ -198,14 +202,16 @@ def test_shapes_that_a_family_cannot_have(family, name, asked, says):
 )
 def test_windows_that_transformers_cannot_load(family, name, says):
   with pytest.raises(InputError, match=says):
-    windows.windowed(Shrink(window=4, global_every=2), folder.load("models", family).CONFIGS[name])
+    windows.windowed(
+      Shrink(window=4, global_every=2), registry.load("models", family).CONFIGS[name]
+    )
 
 
 @pytest.mark.parametrize("every, see_all", [(2, [1, 3]), (0, [])])
 def test_a_student_with_windows(every, see_all, tmp_path):
   c = tiny_config(tmp_path, window=8, global_every=every)
   result = run(c, tmp_path / "run")
-  family, shape = build.shape(config.Model(source=result["dir"]))
+  family, shape = loading.shape(config.Model(source=result["dir"]))
   assert (family, shape.sliding_window) == ("qwen2", 8)
   assert [i for i, kind in enumerate(shape.layer_types) if kind == "full_attention"] == see_all
   how = "all layers but: 1 3" if see_all else "all layers\n"

@@ -9,22 +9,15 @@ import pytest
 import test_data_mel as sounds
 from test_translation import IDS, write_tokenizer
 
-from distill_jax import (
-  build,
-  config,
-  evaluate,
-  generate,
-  params,
-  sharding,
-  tasked,
-  teacher,
-  train,
-  verbs,
-)
+from distill_jax import config
+from distill_jax.commands import evaluate, export, record
 from distill_jax.errors import InputError
-from distill_jax.models import t5, whisper
-from distill_jax.tasks import _scores
-from distill_jax.workdir import Workdir
+from distill_jax.generation import local
+from distill_jax.models import loading, t5, whisper
+from distill_jax.nn import params, sharding
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.tasks import _scores, dataset
+from distill_jax.training import loop
 
 FRAMES, RATE = 32, 8_000  # of Whisper's tiny shape; of the files
 WORDS = ("yes", "no", "three", "four", "up", "down")
@@ -70,9 +63,9 @@ def test_from_record_to_export(tmp_path, capsys):
   c.export.dir, c.export.dtype = str(tmp_path / "hub"), "float32"
   resolved = config.resolve(c)
   with Workdir(tmp_path / "records", resolved) as records:
-    teacher.record(resolved, records)
+    record.record(resolved, records)
   with Workdir(tmp_path / "student", resolved) as student:
-    last = train.train(resolved, student)
+    last = loop.train(resolved, student)
   assert 0 < last["kl/teacher"] < 10
   row = evaluate.evaluate(resolved, tmp_path)["models"]["student"]
   if _scores.missing("jiwer"):
@@ -80,11 +73,11 @@ def test_from_record_to_export(tmp_path, capsys):
   else:
     assert row["wer"] >= 0
 
-  verbs.export(resolved, tmp_path / "student")
+  export.export(resolved, tmp_path / "student")
   theirs = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "hub").eval()
   said = json.loads((tmp_path / "hub/preprocessor_config.json").read_text())
   assert said["feature_extractor_type"] == "WhisperFeatureExtractor" and said["feature_size"] == 8
-  held = tasked.open_rows(resolved, "main", "heldout", None)
+  held = dataset.open_rows(resolved, "main", "heldout", None)
   rows = [held[i] for i in range(len(held))]
   mel, read, labels, mask = (
     torch.tensor(np.stack([r[k] for r in rows])) for k in ("mel_SM", "said_T", "tokens_T", "mask_T")
@@ -102,11 +95,11 @@ def test_a_frozen_encoder_stays_as_it_is(tmp_path):
   c.student.frozen, c.train.steps = ("model.encoder.",), 1
   resolved = config.resolve(c)
   with Workdir(tmp_path / "student", resolved) as folder:
-    train.train(resolved, folder)
+    loop.train(resolved, folder)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   spec = dataclasses.replace(resolved.student, source=f"run:{tmp_path / 'student'}", changes={})
   before, after = (
-    dict(params.named_params(build.build(s, mesh, build.keys(0)["student"]).model))
+    dict(params.named_params(loading.build(s, mesh, loading.keys(0)["student"]).model))
     for s in (resolved.student, spec)
   )
   for path, v in before.items():
@@ -119,7 +112,7 @@ def test_generate_writes_pseudo_labels_the_task_reads(tmp_path):
   pytest.importorskip("transformers")
   c = configured(tmp_path)
   with Workdir(tmp_path / "said", config.resolve(c)) as folder:
-    made = generate.generate(config.resolve(c), folder)
+    made = local.generate(config.resolve(c), folder)
   lines = [json.loads(line) for line in (tmp_path / "said/pairs.jsonl").read_text().splitlines()]
   source = config.resolve(c).tasks["main"].open("train", None)
   assert made["kept"] == len(lines) and made["kept"] + made["left_out"] == len(source)
@@ -128,7 +121,7 @@ def test_generate_writes_pseudo_labels_the_task_reads(tmp_path):
   # A random model says nothing right: no text differs by less than all of its words.
   c.tasks.main.max_wer = 0.0
   with pytest.raises(InputError, match="texts of tasks.main are left out"):
-    generate.generate(config.resolve(c), tmp_path)
+    local.generate(config.resolve(c), tmp_path)
 
 
 def test_word_errors_are_those_of_whispers_normaliser():

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import config, optim, params, sharding
+from distill_jax import config
 from distill_jax.errors import InputError
-from distill_jax.layers import Compute
 from distill_jax.losses import ce, kd
 from distill_jax.models import llama
+from distill_jax.nn import params, sharding
+from distill_jax.nn.layers import Compute
 from distill_jax.schedules import constant
-from distill_jax.step import Step, online
+from distill_jax.training import optim
+from distill_jax.training.step import Step, online
 from distill_jax.types import Batch, Inputs, Targets
 
 B, T, K, V = 8, 16, 5, llama.TINY.vocab_size

@@ -10,10 +10,10 @@ import fsspec
 import pytest
 import tiny
 
-from distill_jax import storage
 from distill_jax.errors import InputError
-from distill_jax.metrics import read_metrics
 from distill_jax.records.store import open_store
+from distill_jax.runtime import storage
+from distill_jax.training.metric_writer import read_metrics
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import build, checks, config, evaluate, params, tasked, teacher, train, verbs
+from distill_jax import config
+from distill_jax.commands import evaluate, export, record
 from distill_jax.errors import InputError
-from distill_jax.evals import _similarity
+from distill_jax.evals import similarity
+from distill_jax.models import loading
+from distill_jax.nn import params
 from distill_jax.records.store import open_store
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.tasks import dataset
+from distill_jax.training import loop, validate
 from distill_jax.types import Batch
-from distill_jax.workdir import Workdir
 
 CLASSES = ("odd", "even")
 
@@ -55,9 +60,9 @@ def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
   resolved = config.resolve(configured(folder))
   with Workdir(folder / "records", resolved) as records:
-    teacher.record(resolved, records)
+    record.record(resolved, records)
   with Workdir(folder / "student", resolved) as student:
-    return folder, configured(folder), train.train(resolved, student)
+    return folder, configured(folder), loop.train(resolved, student)
 
 
 def test_a_student_learns_the_classes_of_texts(run, tmp_path):
@@ -70,11 +75,11 @@ def test_a_student_learns_the_classes_of_texts(run, tmp_path):
   resolved = config.resolve(c)
   row = evaluate.evaluate(resolved, tmp_path)["models"]["student"]
   assert 0 <= row["accuracy"] <= 1
-  verbs.export(resolved, folder / "student")
+  export.export(resolved, folder / "student")
   theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hub")
   assert theirs.config.id2label == dict(enumerate(CLASSES))
 
-  rows = tasked.open_rows(resolved, "parity", "heldout", None)
+  rows = dataset.open_rows(resolved, "parity", "heldout", None)
   ids, seen = (np.stack([r[k] for r in rows]) for k in ("read_S", "seen_S"))
   labels = np.array([r["tokens_T"][0] for r in rows])
   with torch.no_grad():
@@ -93,14 +98,14 @@ def test_dense_records_give_the_gradient_of_the_teacher_beside_the_student(run):
   )
   grads = []
   for resolved in (config.resolve(c), online):
-    stores = train.open_stores(resolved)
-    step = train.make_step(resolved, stores)
-    batch = next(train._batches(resolved, stores, 0))
-    keys = build.keys(0)
-    mesh = train.sharding.make_mesh(devices=jax.devices()[:1])
-    student, models = build.build(resolved.student, mesh, keys["student"]).model, {}
+    stores = loop.open_stores(resolved)
+    step = loop.make_step(resolved, stores)
+    batch = next(loop._batches(resolved, stores, 0))
+    keys = loading.keys(0)
+    mesh = loop.sharding.make_mesh(devices=jax.devices()[:1])
+    student, models = loading.build(resolved.student, mesh, keys["student"]).model, {}
     if resolved.train.online:
-      models = {"teacher": build.build(resolved.teacher, mesh, keys["teacher"]).model}
+      models = {"teacher": loading.build(resolved.teacher, mesh, keys["teacher"]).model}
     batch = jax.tree.map(jax.numpy.asarray, batch)
     both = {"soft": 1.0, "hard": 1.0}
     loss = lambda s, m=models, st=step, b=batch, w=both: st._loss((s, {}), b, m, 0, 4.0, w)[0]
@@ -114,9 +119,9 @@ def test_a_loss_of_the_likeliest_class_reads_any_records(run):
   c = c.copy_and_resolve_references()
   c.losses = {"pseudo": config.loss("pseudo_label")}
   resolved = config.resolve(c)
-  stores = train.open_stores(resolved)
-  checks.check_run(resolved, stores)
-  batch = next(train._batches(resolved, stores, 0))
+  stores = loop.open_stores(resolved)
+  validate.check_run(resolved, stores)
+  batch = next(loop._batches(resolved, stores, 0))
   said = batch.targets["teacher"]
   best = np.take_along_axis(said.ids_BTK, said.logp_BTK.argmax(-1)[..., None], -1)[..., 0]
   z_BCV = jax.random.normal(jax.random.key(0), (4, 1, 2))
@@ -132,10 +137,10 @@ def test_records_are_of_one_task_and_data(run):
   moved = folder / "moved.jsonl"
   moved.write_bytes((folder / "numbers.jsonl").read_bytes())
   c.tasks.parity.path, c.tasks.parity.on_bad = str(moved), "skip"
-  assert len(train.open_stores(config.resolve(c))[0]) == len(open_store(folder / "records"))
+  assert len(loop.open_stores(config.resolve(c))[0]) == len(open_store(folder / "records"))
   c.tasks.parity.max_tokens = 31
   with pytest.raises(InputError, match="other data or another task or augmentation"):
-    train.open_stores(config.resolve(c))
+    loop.open_stores(config.resolve(c))
 
 
 def with_a_second(c):
@@ -151,15 +156,15 @@ def test_several_tasks_are_recorded_one_by_one_and_learnt_together(c, tmp_path):
   with_a_second(c)
   c.teacher.changes = {"num_labels": 4, "num_hidden_layers": 2}
   stores = {name: tmp_path / "of" / name for name in c.tasks}
-  mesh = train.sharding.make_mesh(devices=jax.devices()[:1])
+  mesh = loop.sharding.make_mesh(devices=jax.devices()[:1])
   for i, (name, store) in enumerate(stores.items()):
     c.records.task = name
     resolved = config.resolve(c)
     with Workdir(store, resolved) as at:
-      teacher.record(resolved, at)
+      record.record(resolved, at)
     rows = open_store(store)
-    said = build.build(resolved.teacher, mesh, build.keys(0)["teacher"])
-    inputs = tasked.open_rows(resolved, name, "train", None)
+    said = loading.build(resolved.teacher, mesh, loading.keys(0)["teacher"])
+    inputs = dataset.open_rows(resolved, name, "train", None)
     read = lambda field, rows=inputs: np.stack([rows[i][field] for i in range(3)])
     out = said.model(resolved.tasks[name].inputs(read), said.how)
     logits = np.float64(out.hidden_BTD[:, 0] @ out.head_VD.T)[:, 2 * i : 2 * i + 2]
@@ -170,10 +175,10 @@ def test_several_tasks_are_recorded_one_by_one_and_learnt_together(c, tmp_path):
   c.train.records, c.train.mixture = tuple(map(str, stores.values())), (0.5, 0.5)
   c.losses = {"soft": config.loss("kd", missing_mass="renormalise")}
   resolved = config.resolve(c)
-  both = train.open_stores(resolved)
+  both = loop.open_stores(resolved)
   assert [sorted(store[0]["ids_TK"][0]) for store in both] == [[0, 1], [2, 3]]
   with Workdir(tmp_path / "run", resolved) as at:
-    last = train.train(resolved, at)
+    last = loop.train(resolved, at)
   assert 0 < last["soft"] < 0.7  # among a task's own two classes, near a half each
   assert {"ce/parity", "ce/again", "accuracy/again", "kl/teacher"} <= set(last)
   c.evaluate.models = {"student": f"run:{tmp_path / 'run'}"}
@@ -182,7 +187,7 @@ def test_several_tasks_are_recorded_one_by_one_and_learnt_together(c, tmp_path):
   assert found["again"]["models"]["student"]["kl"] < 0.1 < found["again"]["models"]["teacher"]["ce"]
   c.teacher.changes = {"num_hidden_layers": 2}
   with pytest.raises(InputError, match="have 4 classes and the model's head 2 rows"):
-    teacher.record(config.resolve(c), tmp_path / "refused")
+    record.record(config.resolve(c), tmp_path / "refused")
 
 
 def test_several_tasks_share_a_body_and_have_a_head_each(c, tmp_path):
@@ -191,16 +196,16 @@ def test_several_tasks_share_a_body_and_have_a_head_each(c, tmp_path):
   c.losses = {"hard": config.loss("ce")}
   c.train.records = ()
   resolved = config.resolve(c)
-  stores = train.open_stores(resolved)
-  batch: Batch = next(train._batches(resolved, stores, 0))
+  stores = loop.open_stores(resolved)
+  batch: Batch = next(loop._batches(resolved, stores, 0))
   first = batch.labels_BT[:, 0] < 2
   assert 0 < first.sum() < 4
   np.testing.assert_array_equal(batch.rows_BT2[first, 0], [[0, 2]] * first.sum())
   np.testing.assert_array_equal(batch.rows_BT2[~first, 0], [[2, 4]] * (~first).sum())
   with Workdir(tmp_path / "run", resolved) as folder:
-    last = train.train(resolved, folder)
+    last = loop.train(resolved, folder)
   assert 0.3 < last["ce"] < 1.2  # log 2 before training: not log 4
-  labels = next(train._batches(resolved, stores, 1)).labels_BT
+  labels = next(loop._batches(resolved, stores, 1)).labels_BT
   share = (labels < 2).mean()
   both = share * last["ce/parity"] + (1 - share) * last["ce/again"]
   assert last["ce"] == pytest.approx(both, abs=1e-6)  # float32 sums
@@ -212,20 +217,20 @@ def test_a_head_is_trained_without_its_body(c, tmp_path):
   c.losses = {"hard": config.loss("ce")}
   resolved = config.resolve(c)
   with Workdir(tmp_path / "run", resolved) as folder:
-    train.train(resolved, folder)
-  mesh = train.sharding.make_mesh(devices=jax.devices()[:1])
-  was = build.build(resolved.student, mesh, build.keys(0)["student"]).model
-  now = build.restore(tmp_path / "run", mesh)
+    loop.train(resolved, folder)
+  mesh = loop.sharding.make_mesh(devices=jax.devices()[:1])
+  was = loading.build(resolved.student, mesh, loading.keys(0)["student"]).model
+  now = loading.restore(tmp_path / "run", mesh)
   named = zip(params.named_params(was), params.named_params(now), strict=True)
   changed = {p for (p, a), (_, b) in named if not np.array_equal(a[...], b[...])}
   assert changed == {"head", "head_bias"}
-  step = train.make_step(resolved, train.open_stores(resolved))
-  state = train.abstract_state(resolved, step, train.open_stores(resolved))
+  step = loop.make_step(resolved, loop.open_stores(resolved))
+  state = loop.abstract_state(resolved, step, loop.open_stores(resolved))
   assert params.count(state.opt) < 3 * (2 * 32 + 2)  # two moments of the head, and a count
   for frozen, why in ((("brat.",), "'brat.', with which no"), (("bert.", "cl"), "which every")):
     c.student.frozen = frozen
     with pytest.raises(InputError, match=why):
-      train.train(config.resolve(c), tmp_path / "other")
+      loop.train(config.resolve(c), tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -240,9 +245,9 @@ def test_a_bad_line_stops_the_run_or_is_counted(c, tmp_path, capsys, line, why):
   with (tmp_path / "numbers.jsonl").open("a") as f:
     f.write("\n" + json.dumps(line))
   with pytest.raises(InputError, match=why):
-    tasked.open_rows(config.resolve(c), "parity", "train", None)
+    dataset.open_rows(config.resolve(c), "parity", "train", None)
   c.tasks.parity.on_bad = "skip"
-  rows = tasked.open_rows(config.resolve(c), "parity", "train", None)
+  rows = dataset.open_rows(config.resolve(c), "parity", "train", None)
   assert f"1 of {len(rows) + 1} examples left out" in capsys.readouterr().err
 
 
@@ -251,7 +256,7 @@ def test_what_does_not_fit_is_refused(c):
     for key, value in changes.items():
       setattr(c.tasks.parity, key, value)
     with pytest.raises(InputError, match=match):
-      train.open_stores(config.resolve(c))
+      loop.open_stores(config.resolve(c))
 
   refused("no text of class 'third'", classes=(*CLASSES, "third"))
   c.tasks.parity.classes = CLASSES
@@ -279,8 +284,8 @@ def test_a_student_learns_the_embeddings_of_texts(c, tmp_path):
   c.evaluate.models = {"student": f"run:{tmp_path / 'run'}"}
   resolved = config.resolve(c)
   with Workdir(tmp_path / "run", resolved) as folder:
-    last = train.train(resolved, folder)
-  first = train.read_metrics(tmp_path / "run")[0]
+    last = loop.train(resolved, folder)
+  first = loop.read_metrics(tmp_path / "run")[0]
   assert last["embedding"] < 0.8 * first["embedding"]
   rows = evaluate.evaluate(resolved, tmp_path)["models"]
   assert rows["teacher"]["spearman"] == pytest.approx(1) and rows["teacher"]["same_nearest"] == 1
@@ -290,11 +295,11 @@ def test_a_student_learns_the_embeddings_of_texts(c, tmp_path):
 def test_models_are_alike_as_the_ranks_of_their_cosines():
   turn = np.array([0.0, 0.1, 0.5, 1.7])  # angles: neighbours are 0-1, 1-0, 2-1, 3-2
   circle = lambda a: np.stack([np.cos(a), np.sin(a)], -1).astype(np.float32)
-  assert _similarity.alike(circle(turn), circle(2 + turn)) == {
+  assert similarity.alike(circle(turn), circle(2 + turn)) == {
     "spearman": pytest.approx(1.0), "same_nearest": 1.0,
   }  # fmt: skip
   # Apart by 1, 5, 17, 4, 16, 12 and by 2, 9, 3, 7, 1, 6 tenths: ranks 1 3 6 2 5 4, 2 6 3 5 1 4,
   # whose differences have 44 for the sum of squares.
-  said = _similarity.alike(circle(np.array([0.0, 0.2, 0.9, 0.3])), circle(turn))
+  said = similarity.alike(circle(np.array([0.0, 0.2, 0.9, 0.3])), circle(turn))
   assert said["spearman"] == pytest.approx(1 - 6 * 44 / (6 * 35))
   assert said["same_nearest"] == 0.25  # the nearest are 1 3 3 1 and 1 0 1 2

@@ -9,10 +9,13 @@ import tiny
 from PIL import Image
 from tokenizers import Tokenizer
 
-from distill_jax import config, tasked, teacher, train
+from distill_jax import config
+from distill_jax.commands import record
 from distill_jax.errors import InputError
 from distill_jax.models import llava
-from distill_jax.workdir import Workdir
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.tasks import dataset
+from distill_jax.training import loop
 
 PATCHES, IMAGE = llava.TINY.vision.patches, llava.TINY.image_token
 
@@ -43,7 +46,7 @@ def c(tmp_path):
 
 
 def test_a_row_is_the_prompt_the_patches_and_the_text(c):
-  row = tasked.open_rows(config.resolve(c), "captions", "train", None)[3]
+  row = dataset.open_rows(config.resolve(c), "captions", "train", None)[3]
   tokenizer = Tokenizer.from_file(c.tasks.captions.tokenizer)
   read, labels = row["read_S"], row["tokens_T"]
   assert tokenizer.decode(read[:2]) == "a " and np.all(read[2 : 2 + PATCHES] == IMAGE)
@@ -58,9 +61,9 @@ def test_a_student_learns_from_records(c, tmp_path):
   c.student.frozen = ("vision_tower.",)
   resolved = config.resolve(c)
   with Workdir(tmp_path / "records", resolved) as folder:
-    teacher.record(resolved, folder)
+    record.record(resolved, folder)
   with Workdir(tmp_path / "run", resolved) as folder:
-    last = train.train(resolved, folder)
+    last = loop.train(resolved, folder)
   assert last["tokens"] == 4 * len("shade 0~")
   assert 0 < last["kl/teacher"] < 1  # both are random; log 256 is 5.5
 
@@ -68,7 +71,7 @@ def test_a_student_learns_from_records(c, tmp_path):
 def test_what_does_not_fit_is_refused(c):
   def refused(match):
     with pytest.raises(InputError, match=match):
-      train.open_stores(dataclasses.replace(config.resolve(c)))
+      loop.open_stores(dataclasses.replace(config.resolve(c)))
 
   c.train.records = ()
   c.tasks.captions.image_token = 7

@@ -8,11 +8,14 @@ import tiny
 from PIL import Image
 from tokenizers import Tokenizer, processors
 
-from distill_jax import config, evaluate, tasked, train, verbs
-from distill_jax.data import pictures
+from distill_jax import config
+from distill_jax.commands import evaluate, export
+from distill_jax.data import image_files
 from distill_jax.errors import InputError
-from distill_jax.evals import _retrieval
-from distill_jax.workdir import Workdir
+from distill_jax.evals import retrieval
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.tasks import dataset
+from distill_jax.training import loop
 
 TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 TOWER |= {"num_attention_heads": 2}
@@ -52,7 +55,7 @@ def c(tmp_path):
 
 
 def rows(c, split="train"):
-  return tasked.open_rows(config.resolve(c), "pairs", split, None)
+  return dataset.open_rows(config.resolve(c), "pairs", split, None)
 
 
 def test_a_pair_is_its_pixels_and_its_tokens(c):
@@ -115,8 +118,8 @@ def test_pixels_are_those_of_transformers(c, tmp_path):
   Image.fromarray(pixels).save(tmp_path / "x.png")
   processor = transformers.CLIPImageProcessorPil(**said)
   want = processor(Image.open(tmp_path / "x.png"), return_tensors="pt")["pixel_values"][0]
-  got = pictures.decode((tmp_path / "x.png").read_bytes(), 6, 3)
-  got = pictures.normalised(got, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+  got = image_files.decode((tmp_path / "x.png").read_bytes(), 6, 3)
+  got = image_files.normalised(got, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
   # float32 in another order of operations, of numbers up to 4.
   assert torch.allclose(torch.tensor(got.transpose(2, 0, 1)), want, atol=2e-6)
 
@@ -125,9 +128,9 @@ def test_recall_is_among_all_different_texts():
   unit = lambda *degrees: np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], -1)
   text, tokens = unit(0, 90, 90, 180), np.array([[1], [2], [2], [3]])
   # Image 1 is nearest to text 1; all others to their own. Text 3 is nearest to image 3.
-  found = _retrieval.recall(text, unit(10, 20, 80, 170), tokens)
+  found = retrieval.recall(text, unit(10, 20, 80, 170), tokens)
   assert found == {"text_recall": 0.75, "image_recall": 1.0}
-  found = _retrieval.recall(text, unit(60, 5, 80, 170), tokens)
+  found = retrieval.recall(text, unit(60, 5, 80, 170), tokens)
   assert found == {"text_recall": 0.5, "image_recall": pytest.approx(2 / 3)}
 
 
@@ -140,11 +143,11 @@ def test_a_student_learns_beside_its_teacher(c, tmp_path):
   c.losses.features = config.loss("embedding", projection="orthogonal")
   resolved = config.resolve(c)
   with Workdir(tmp_path / "run", resolved) as folder:
-    last = train.train(resolved, folder)
+    last = loop.train(resolved, folder)
   assert last["tokens"] == 8 and last["kl/teacher"] > 0 and 0 < last["features"] < 4
   row = evaluate.evaluate(resolved, tmp_path)["models"]["start"]
   assert 0 <= row["text_recall"] <= 1 and row["ce"] > 0
-  verbs.export(resolved, tmp_path / "run")
+  export.export(resolved, tmp_path / "run")
   _, loaded = transformers.CLIPModel.from_pretrained(tmp_path / "hub", output_loading_info=True)
   assert not any(loaded[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
   processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hub")
@@ -155,9 +158,9 @@ def test_what_does_not_fit_is_refused(c):
   def refused(match):
     with pytest.raises(InputError, match=match):
       resolved = config.resolve(c)
-      stores = train.open_stores(resolved)
-      train.checks.check_run(resolved, stores)
-      train.checks.check_features(resolved, train.make_step(resolved, stores), stores)
+      stores = loop.open_stores(resolved)
+      loop.checks.check_run(resolved, stores)
+      loop.checks.check_features(resolved, loop.make_step(resolved, stores), stores)
 
   c.optim.accumulate = 2
   refused("find its pairs among fewer")

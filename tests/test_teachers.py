@@ -8,15 +8,15 @@ import tiny
 import torch
 
 from distill_jax import config
+from distill_jax.commands.record import record
 from distill_jax.errors import InputError
 from distill_jax.losses import kd, mixture
-from distill_jax.metrics import read_metrics
-from distill_jax.records.joined import Joined
+from distill_jax.records.multi_teacher import Joined
 from distill_jax.records.store import open_store
-from distill_jax.teacher import record
-from distill_jax.train import train as run_training
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training.loop import train as run_training
+from distill_jax.training.metric_writer import read_metrics
 from distill_jax.types import Batch, Inputs, Targets
-from distill_jax.workdir import Workdir
 
 B, C, V, D = 2, 3, 11, 5
 NAMES = ("a", "b")

@@ -7,11 +7,14 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from distill_jax import config, evaluate, generate, tasked, teacher, train, verbs
+from distill_jax import config
+from distill_jax.commands import evaluate, export, record
 from distill_jax.data import tokenizers as ours
 from distill_jax.errors import InputError
-from distill_jax.tasks import _scores, translation
-from distill_jax.workdir import Workdir
+from distill_jax.generation import local
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.tasks import _scores, dataset, translation
+from distill_jax.training import loop
 
 PAD, EOS, V = 256, 257, 258
 IDS = {"vocab_size": V, "pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
@@ -67,9 +70,9 @@ def test_from_record_to_export(tmp_path, capsys):
   c.export.dir, c.export.dtype = str(tmp_path / "hub"), "float32"
   resolved = config.resolve(c)
   with Workdir(tmp_path / "records", resolved) as records:
-    teacher.record(resolved, records)
+    record.record(resolved, records)
   with Workdir(tmp_path / "student", resolved) as student:
-    last = train.train(resolved, student)
+    last = loop.train(resolved, student)
   assert 0 < last["kl/teacher"] < 10
   rows = evaluate.evaluate(resolved, tmp_path)["models"]
   if _scores.missing("sacrebleu"):
@@ -77,9 +80,9 @@ def test_from_record_to_export(tmp_path, capsys):
   else:
     assert all(0 <= rows[m]["bleu"] <= 100 for m in ("teacher", "start", "student"))
 
-  verbs.export(resolved, tmp_path / "student")
+  export.export(resolved, tmp_path / "student")
   theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "hub").eval()
-  held = tasked.open_rows(resolved, "main", "heldout", None)
+  held = dataset.open_rows(resolved, "main", "heldout", None)
   read, seen, said, labels, mask = (
     torch.tensor(np.stack([r[k] for r in held])).long()
     for k in ("read_S", "seen_S", "said_T", "tokens_T", "mask_T")
@@ -93,7 +96,7 @@ def test_from_record_to_export(tmp_path, capsys):
 def test_generate_writes_what_the_task_reads(tmp_path):
   c = configured(tmp_path)
   with Workdir(tmp_path / "said", config.resolve(c)) as folder:
-    made = generate.generate(config.resolve(c), folder)
+    made = local.generate(config.resolve(c), folder)
   lines = [json.loads(line) for line in (tmp_path / "said/pairs.jsonl").read_text().splitlines()]
   source = config.resolve(c).tasks["main"].open("train", None)
   assert made["kept"] == len(lines) and made["kept"] + made["left_out"] == len(source)

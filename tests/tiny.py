@@ -6,18 +6,18 @@ import ml_collections
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from distill_jax import config, folder
-from distill_jax.log import CLOCK
-from distill_jax.metrics import read_metrics
+from distill_jax import config, registry
 from distill_jax.models import _decoder
+from distill_jax.training.metric_writer import read_metrics
+from distill_jax.training.run_log import CLOCK
 
 SEQ_LEN = 32
 
 
 def decoder_families() -> list[str]:
   """The families that go on from a text; the others read images, sounds, or whole texts."""
-  is_decoder = lambda n: issubclass(folder.load("models", n).Config, _decoder.Config)
-  return [name for name in folder.names("models") if is_decoder(name)]
+  is_decoder = lambda n: issubclass(registry.load("models", n).Config, _decoder.Config)
+  return [name for name in registry.names("models") if is_decoder(name)]
 
 
 def write_tokenizer(path: Path) -> Path:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from distill_jax.config import Data
-from distill_jax.data import chats, packing, sources, tokenizers
-from distill_jax.data.chat import ChatTemplate
+from distill_jax.data import chat_dataset, packing, sources, tokenizers
+from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.errors import InputError
 from distill_jax.hub.load import Pretrained
 from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
@@ -78,7 +78,7 @@ def sequences(
   if data.kind == "chat":
     template = template_of(data, pretrained)
     source, longest = source_of(data), data.seq_len
-    found = chats.tokens(source, tokenizer, template, longest, data.on_bad, data.trust)
+    found = chat_dataset.tokens(source, tokenizer, template, longest, data.on_bad, data.trust)
     packed = packing.pack(found, data.seq_len, None, whole=True)
   else:
     packed = packing.pack(_tokens(data, tokenizer), data.seq_len, tokenizer.eos_id)

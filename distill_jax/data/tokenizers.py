@@ -18,7 +18,7 @@ import sentencepiece
 import tokenizers
 
 from distill_jax.errors import InputError
-from distill_jax.files import write_whole
+from distill_jax.runtime.atomic_io import write_whole
 
 FILES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 # Looked for in this order where nothing names them. A document's end comes before a

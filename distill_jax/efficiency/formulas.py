@@ -12,8 +12,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from distill_jax import build, params
 from distill_jax.config import Model
+from distill_jax.models import loading
+from distill_jax.nn import params
 from distill_jax.preflight import estimate, flops
 from distill_jax.preflight.chips import Chip
 
@@ -58,9 +59,9 @@ def distinct(n: int, chosen: int, batch: int) -> float:
 
 def weights(spec: Model, dtype: str) -> Weights:
   """Of a model served in `dtype`, one of DTYPES."""
-  _, c = build.shape(spec)
+  _, c = loading.shape(spec)
   total = experts = table = n = 0
-  for path, v in params.named_params(build.abstract(spec)):
+  for path, v in params.named_params(loading.abstract(spec)):
     size, axes = stored(v, dtype), v.get_metadata()["axes"]
     total += size
     if "experts" in axes:
@@ -125,7 +126,7 @@ def prefill_flops(spec: Model, context: int) -> float:
 
 def decode_flops(spec: Model, context: int) -> float:
   """Operations of one token at position `context` - 1."""
-  _, c = build.shape(spec)
+  _, c = loading.shape(spec)
   wide = 2 * c.head_dim  # of a score, and of a value
   if hasattr(c, "kv_lora_rank"):
     wide = kept(c) + c.kv_lora_rank
@@ -177,7 +178,7 @@ class Served:
 
 
 def served(spec: Model, context: int, dtype: str, cache_dtype: str) -> Served:
-  _, c = build.shape(spec)
+  _, c = loading.shape(spec)
   cache = DTYPES[cache_dtype] * cache_numbers(c, context)
   return Served(weights(spec, dtype), cache, decode_flops(spec, context))
 
@@ -186,13 +187,13 @@ def model(
   spec: Model, chip: Chip, context: int, dtype: str, cache_dtype: str, batch_sizes: Sequence[int]
 ) -> dict[str, Any]:
   """All that is computed of one model; bytes, operations, seconds."""
-  family, c = build.shape(spec)
+  family, c = loading.shape(spec)
   s, width = served(spec, context, dtype, cache_dtype), DTYPES[cache_dtype]
   return {
     "name": (spec.source or f"{family} {spec.shape}")
     + (f", {len(spec.keep_layers)} of its layers" if spec.keep_layers else ""),
     "dtype": dtype, "cache_dtype": cache_dtype,
-    "parameters": params.count(build.abstract(spec)),
+    "parameters": params.count(loading.abstract(spec)),
     "active_parameters": flops.active(spec),
     "weight_bytes": s.weights.total,
     "cache_bytes_per_token": width * kept(c) * c.num_hidden_layers,

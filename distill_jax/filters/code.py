@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError
-from distill_jax.filters._sample import Bad, Judged, Sample, answer_part, ordered, string
+from distill_jax.filters.samples import Bad, Judged, Sample, answer_part, ordered, string
 
 JAIL, RUNNER = (Path(__file__).with_name(name) for name in ("_jail.py", "_runner.py"))
 FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError
-from distill_jax.filters._sample import Judged, Sample, prompt_text
+from distill_jax.filters.samples import Judged, Sample, prompt_text
 
 SHORTEST = 8
 WORD = re.compile(r"\w+")

@@ -6,8 +6,8 @@ import dataclasses
 import unicodedata
 
 from distill_jax.errors import InputError
-from distill_jax.filters import _answers
-from distill_jax.filters._sample import Bad, Sample, answer_part, string
+from distill_jax.filters import answers
+from distill_jax.filters.samples import Bad, Sample, answer_part, string
 
 OF = ("text", "last line", "final")
 
@@ -36,7 +36,7 @@ class Filter:
     if self.of == "last line":
       said = text.rpartition("\n")[2]
     elif self.of == "final":
-      key, said = _answers.key(key), _answers.final(text)
+      key, said = answers.key(key), answers.final(text)
     if not plain(key):
       return Bad(f"empty key: field {self.key!r} holds no word")
     if said is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from distill_jax.errors import InputError
-from distill_jax.filters._sample import Bad, Sample
+from distill_jax.filters.samples import Bad, Sample
 
 
 @dataclasses.dataclass(frozen=True)

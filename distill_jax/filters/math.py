@@ -12,14 +12,14 @@ import re
 from collections.abc import Iterable, Iterator
 
 from distill_jax.errors import InputError
-from distill_jax.filters import _answers
+from distill_jax.filters import answers
 from distill_jax.filters._math_pool import Pool
-from distill_jax.filters._sample import Bad, Judged, Sample, answer_part, ordered, string
 from distill_jax.filters.exact import plain
+from distill_jax.filters.samples import Bad, Judged, Sample, answer_part, ordered, string
 
 # Read as words: sympy would read a product of letters, in any order.
 WORDS = re.compile(r"(?:no|[^\W\d_]{3,})(?:[\s'-]+[^\W\d_]+)*\.?", re.IGNORECASE)
-UNIT = re.compile(rf"(\$?-?(?:{_answers.DIGITS})(?:/\d+)?)\s+[^\W\d_]+(?:\s+[^\W\d_]+)*\.?")
+UNIT = re.compile(rf"(\$?-?(?:{answers.DIGITS})(?:/\d+)?)\s+[^\W\d_]+(?:\s+[^\W\d_]+)*\.?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Filter:
     given = string(sample, self.key)
     if isinstance(given, Bad):
       return given
-    key = _answers.unwrapped(_answers.key(given))
-    said = _answers.final(answer_part(sample["text"]), self.box_only)
-    said = said and _answers.unwrapped(said)
+    key = answers.unwrapped(answers.key(given))
+    said = answers.final(answer_part(sample["text"]), self.box_only)
+    said = said and answers.unwrapped(said)
     if WORDS.fullmatch(key):
       if said is None:
         return "no final answer"
@@ -75,6 +75,6 @@ class Filter:
 
 def _bare(answer: str) -> str:
   """Without a unit in plain words, which would be read as a product of letters."""
-  answer = _answers.GROUPS.sub("", answer.strip()).rstrip(".")
+  answer = answers.GROUPS.sub("", answer.strip()).rstrip(".")
   match = UNIT.fullmatch(answer)
   return match[1] if match else answer

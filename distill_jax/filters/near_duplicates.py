@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from distill_jax.errors import InputError
-from distill_jax.filters._sample import Judged, Sample, prompt_text
+from distill_jax.filters.samples import Judged, Sample, prompt_text
 
 BANDS, ROWS = 16, 8
 PERMUTATIONS = BANDS * ROWS

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 from distill_jax.errors import InputError
-from distill_jax.filters._sample import Judged, Sample, groups
+from distill_jax.filters.samples import Judged, Sample, groups
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from distill_jax.errors import InputError
-from distill_jax.filters._sample import Bad, Sample, number
+from distill_jax.filters.samples import Bad, Sample, number
 
 
 @dataclasses.dataclass(frozen=True)

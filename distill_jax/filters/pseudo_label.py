@@ -10,8 +10,8 @@ import dataclasses
 import math
 
 from distill_jax.errors import InputError
-from distill_jax.filters._sample import Bad, Judged, Sample, answer_part, number
 from distill_jax.filters.exact import plain
+from distill_jax.filters.samples import Bad, Judged, Sample, answer_part, number
 
 BY = ("probability", "agreement")
 

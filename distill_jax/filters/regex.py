@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 from distill_jax.errors import InputError
-from distill_jax.filters._sample import Sample
+from distill_jax.filters.samples import Sample
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 
 from distill_jax.errors import InputError
-from distill_jax.filters._sample import Sample
+from distill_jax.filters.samples import Sample
 
 
 @dataclasses.dataclass(frozen=True)

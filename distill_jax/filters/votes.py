@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from distill_jax.errors import InputError
-from distill_jax.filters import _answers
-from distill_jax.filters._sample import Judged, Sample, answer_part, groups
+from distill_jax.filters import answers
 from distill_jax.filters.exact import plain
+from distill_jax.filters.samples import Judged, Sample, answer_part, groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,5 +63,5 @@ class Filter:
     text = answer_part(text)
     if self.of == "text":
       return plain(text)
-    answer = _answers.final(text)
-    return _answers.canonical(answer) if answer else ""
+    answer = answers.final(text)
+    return answers.canonical(answer) if answer else ""

@@ -16,13 +16,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from distill_jax import params, processes
 from distill_jax.errors import InputError
-from distill_jax.files import sync_folder, write_whole
 from distill_jax.hub import declared
 from distill_jax.hub.safetensors_folder import INDEX, SINGLE
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.hub.weights import float_dtype
+from distill_jax.nn import params
+from distill_jax.runtime import distributed
+from distill_jax.runtime.atomic_io import sync_folder, write_whole
 
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_BYTES = 5 * 10**9
@@ -59,7 +60,7 @@ def _host(x: Any, at: tuple[int, ...]) -> np.ndarray:
   devices = x.sharding.device_set
   if len(devices) == 1 and next(iter(devices)).platform == "cpu":
     return np.asarray(x)[at]
-  return processes.to_host(x[(*at, ...)])
+  return distributed.to_host(x[(*at, ...)])
 
 
 def export(
@@ -119,12 +120,12 @@ def new_folder(
     InputError: the target exists, or the disk has no room for the tensors.
   """
   target = pathlib.Path(target).absolute()
-  processes.on_first(lambda: _check_room(target, sum(s.nbytes for s in tensors)))
-  if not processes.is_first():
+  distributed.on_first(lambda: _check_room(target, sum(s.nbytes for s in tensors)))
+  if not distributed.is_first():
     for s in tensors:
       s.value()
     yield None
-    processes.wait(f"exported {target}")
+    distributed.wait(f"exported {target}")
     return
   work = target.parent / f".{target.name}.{os.getpid()}.tmp"
   work.mkdir()
@@ -135,7 +136,7 @@ def new_folder(
     sync_folder(target.parent)
   finally:
     shutil.rmtree(work, ignore_errors=True)  # gone already, if all went well
-  processes.wait(f"exported {target}")
+  distributed.wait(f"exported {target}")
 
 
 def check_new(target: str | os.PathLike[str]) -> None:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from distill_jax import folder, layers, params, sharding
+from distill_jax import registry
 from distill_jax.errors import InputError
 from distill_jax.hub import declared, float8, prefixed, timm_vit
 from distill_jax.hub.gguf_file import GGUFFile
@@ -25,6 +25,7 @@ from distill_jax.hub.locate import locate
 from distill_jax.hub.safetensors_folder import SafetensorsFolder
 from distill_jax.hub.tokenizer import TokenizerFiles, check_vocabulary, read_tokenizer
 from distill_jax.hub.weights import FLOATS, Weights, float_dtype, read_json
+from distill_jax.nn import layers, params, sharding
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -112,7 +113,7 @@ def open_model(source: str) -> Pretrained:
   else:
     raise InputError(f"{path} is neither a folder nor a .gguf file; give one of them")
   config = _config(family, hf, path)
-  module = folder.load("models", family)
+  module = registry.load("models", family)
   prefix, after = (getattr(module, name, "") for name in ("PREFIX", "AFTER"))
   weights = prefixed.prefixed(weights, prefix, after)
   if tokenizer is not None:
@@ -123,7 +124,9 @@ def open_model(source: str) -> Pretrained:
 
 def _family(hf: dict[str, Any], path: pathlib.Path) -> str:
   """The module of distill_jax.models that has this config.json's model_type."""
-  kinds = {k: n for n in folder.names("models") for k in folder.load("models", n).HF_MODEL_TYPES}
+  kinds = {
+    k: n for n in registry.names("models") for k in registry.load("models", n).HF_MODEL_TYPES
+  }
   if not isinstance(kind := hf.get("model_type"), str) or kind not in kinds:
     raise InputError(
       f"{path} is of model_type {kind!r}, architectures {hf.get('architectures')}; the families "
@@ -134,7 +137,7 @@ def _family(hf: dict[str, Any], path: pathlib.Path) -> str:
 
 def _config(family: str, hf: dict[str, Any], path: pathlib.Path) -> Any:
   try:
-    return folder.load("models", family).Config.from_hf(hf)
+    return registry.load("models", family).Config.from_hf(hf)
   except InputError as e:
     raise InputError(f"{path}: {e}") from e
   except KeyError as e:
@@ -171,7 +174,7 @@ def load(
   config, L = new.config, pretrained.config.num_hidden_layers
   if bad := [i for i in keep_layers if not 0 <= i < L]:
     raise InputError(f"keep_layers names layer {bad[0]}; {pretrained.source} has 0 to {L - 1}")
-  family = folder.load("models", pretrained.family)
+  family = registry.load("models", pretrained.family)
   build = lambda c: jax.eval_shape(lambda key: family.Model(c, key), jax.random.key(0))
   whole = build(config)
   _check_new(new, whole)

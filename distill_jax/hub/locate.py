@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import pathlib
 
-from distill_jax import storage
 from distill_jax.errors import InputError
+from distill_jax.runtime import storage
 
 # Weights are read from safetensors alone: a `.bin` is a pickle, which can run code.
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja"]

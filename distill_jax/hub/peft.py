@@ -9,7 +9,7 @@ from distill_jax.config import Lora
 from distill_jax.hub.export import new_folder, sources, write_json, write_shard, write_tokenizer
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.hub.weights import float_dtype
-from distill_jax.lora import Adapters
+from distill_jax.nn.lora import Adapters
 
 
 def export(

@@ -7,8 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from distill_jax import head
 from distill_jax.errors import InputError
+from distill_jax.nn import fused_head
 from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch
 
@@ -38,7 +38,7 @@ class Loss:
 
   def per_token(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array) -> jax.Array:
     del step
-    lse_BC = head.log_sum_exp(logits_BCV)[..., 0]
+    lse_BC = fused_head.log_sum_exp(logits_BCV)[..., 0]
     label_BC = jnp.take_along_axis(logits_BCV, batch.labels_BT[..., None], -1)[..., 0]
     loss_BC = lse_BC - label_BC
     if self.label_smoothing or batch.smoothing_BT is not None:

@@ -7,8 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from distill_jax import divergences, head, supports
 from distill_jax.errors import InputError
+from distill_jax.losses import divergences, supports
+from distill_jax.nn import fused_head
 from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch, Targets
 
@@ -55,5 +56,5 @@ def sampled_forward_kl(targets: Targets, logits_BCV: jax.Array, T: jax.Array | f
     return jnp.sum(jnp.where(weight_BCK > 0, weight_BCK * (logp_BCK - logq_BCK), 0.0), -1)
   assert targets.ids_BTK is not None and targets.weight_BTK is not None
   assert targets.entropy_BT is not None
-  logq_BCK = head.logp_at(logits_BCV / T, targets.ids_BTK)
+  logq_BCK = fused_head.logp_at(logits_BCV / T, targets.ids_BTK)
   return -targets.entropy_BT - jnp.sum(targets.weight_BTK * logq_BCK, -1)

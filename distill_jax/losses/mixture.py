@@ -7,9 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from distill_jax import head, supports
 from distill_jax.errors import InputError
-from distill_jax.losses import kd
+from distill_jax.losses import kd, supports
+from distill_jax.nn import fused_head
 from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch, Targets
 
@@ -75,7 +75,7 @@ class Loss:
     if not self.label_trust:
       return loss_BC
     trust_BC = self.label_trust * (1 - jnp.sum(share_ABC * jnp.exp(label_logp_ABC), 0))
-    hard_BC = -head.logp_at(logits_BCV, batch.labels_BT[..., None])[..., 0]
+    hard_BC = -fused_head.logp_at(logits_BCV, batch.labels_BT[..., None])[..., 0]
     return (1 - trust_BC) * loss_BC + trust_BC * hard_BC
 
   def _shares(self, said: list[Targets], logits_BCV, label_logp_ABC: jax.Array) -> jax.Array:

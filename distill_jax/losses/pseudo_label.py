@@ -7,8 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from distill_jax import head, supports
 from distill_jax.errors import InputError
+from distill_jax.losses import supports
+from distill_jax.nn import fused_head
 from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch
 
@@ -36,4 +37,4 @@ class Loss:
         f"pseudo_label wants the likeliest token, which the records of {self.teacher!r} do not "
         "name; record again, or run the teacher in the step"
       )
-    return -head.logp_at(logits_BCV, top_BC[..., None])[..., 0]
+    return -fused_head.logp_at(logits_BCV, top_BC[..., None])[..., 0]

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill_jax import features
 from distill_jax.errors import InputError
-from distill_jax.features import Features, Needs, Pairs
+from distill_jax.losses import features
+from distill_jax.losses.features import Features, Needs, Pairs
 from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch, Mean
 

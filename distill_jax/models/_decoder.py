@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax import attention, layers, sharding
 from distill_jax.errors import InputError
-from distill_jax.models import _cache, _rope
-from distill_jax.params import param, stack, unstack
+from distill_jax.models import _rope
+from distill_jax.nn import attention, kv_cache, layers, sharding
+from distill_jax.nn.params import param, stack, unstack
 from distill_jax.types import Inputs, Output
 
-Cache = tuple[_cache.Kept, ...]  # for each layer, by Block.CACHE
+Cache = tuple[kv_cache.Kept, ...]  # for each layer, by Block.CACHE
 
 # Buffers that older checkpoints hold; they follow from the config.
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -255,8 +255,8 @@ class Block(nnx.Module):
     """The layer of T new positions that see what is kept: (its output, what is kept now)."""
     with jax.named_scope("attention"):
       q_BTHh, new = self.remember(x_BTD, angles)
-      kept = _cache.put(kept, new, slots_BT, self.CACHE, rules)
-      seen = _cache.read(kept, self.CACHE, x_BTD.dtype)
+      kept = kv_cache.put(kept, new, slots_BT, self.CACHE, rules)
+      seen = kv_cache.read(kept, self.CACHE, x_BTD.dtype)
       x_BTD = x_BTD + self.merge(self.recall(q_BTHh, positions_BT, seen, window))
     with jax.named_scope("mlp"):
       return x_BTD + self.feed_forward(x_BTD, rules), kept

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax import attention, layers
 from distill_jax.errors import InputError
 from distill_jax.models import _rope
-from distill_jax.params import param
+from distill_jax.nn import attention, layers
+from distill_jax.nn.params import param
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),

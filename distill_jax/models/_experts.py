@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax import layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.models._decoder import Declare
+from distill_jax.nn import layers, sharding
 
 
 class Experts(nnx.Module):

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from distill_jax import layers
 from distill_jax.errors import InputError
+from distill_jax.nn import layers
 
 
 def check(c: Any) -> None:

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from distill_jax import attention, layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.models import _encoder, _rope
-from distill_jax.params import unstack
+from distill_jax.nn import attention, layers, sharding
+from distill_jax.nn.params import unstack
 from distill_jax.types import Output, SourceTarget
 
 EPS = 1e-5  # of norms

@@ -8,9 +8,9 @@ from typing import Any, Self
 
 import jax.numpy as jnp
 
-from distill_jax import attention
 from distill_jax.errors import InputError
 from distill_jax.models import _decoder
+from distill_jax.nn import attention
 from distill_jax.types import Inputs
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax import layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.models import _encoder, _patches, _rope
-from distill_jax.params import param, stack, unstack
+from distill_jax.nn import layers, sharding
+from distill_jax.nn.params import param, stack, unstack
 from distill_jax.types import PAIRED, Images, ImageText, Inputs, Output
 
 HF_MODEL_TYPES = ("clip",)  # of config.json

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distill_jax import layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.models import _encoder, _rope
-from distill_jax.params import stack
+from distill_jax.nn import layers, sharding
+from distill_jax.nn.params import stack
 from distill_jax.types import Images, Output
 
 HF_MODEL_TYPES = ("convnext",)  # of config.json

@@ -9,10 +9,10 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from distill_jax import attention, layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.models import _decoder, _rope
 from distill_jax.models._experts import Experts, check_top_k
+from distill_jax.nn import attention, layers, sharding
 
 HF_MODEL_TYPES = ("deepseek_v3",)  # of config.json
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax import layers
 from distill_jax.models import _encoder, vit
+from distill_jax.nn import layers
 from distill_jax.types import Images, Output
 
 HF_MODEL_TYPES = ("deit",)  # of config.json

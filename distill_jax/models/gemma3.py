@@ -9,10 +9,10 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from distill_jax import attention, layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.models import _decoder, _rope
 from distill_jax.models._windows import GLOBAL, LOCAL, check_kinds
+from distill_jax.nn import attention, layers, sharding
 from distill_jax.types import Inputs
 
 HF_MODEL_TYPES = ("gemma3_text",)  # of config.json

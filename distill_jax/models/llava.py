@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax import layers, params
 from distill_jax.errors import InputError
 from distill_jax.models import _encoder, clip, llama
+from distill_jax.nn import layers, params
 from distill_jax.types import Images, ImageText, Output
 
 HF_MODEL_TYPES = ("llava",)  # of config.json

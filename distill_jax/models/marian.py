@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax import layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.models import _seq2seq
-from distill_jax.params import param, stack
+from distill_jax.nn import layers, sharding
+from distill_jax.nn.params import param, stack
 from distill_jax.types import Inputs, Output
 
 HF_MODEL_TYPES = ("marian",)  # of config.json

@@ -7,11 +7,11 @@ from typing import Any, Self
 
 import jax
 
-from distill_jax import sharding
 from distill_jax.errors import InputError
 from distill_jax.models import _decoder, _windows
 from distill_jax.models._decoder import Block
 from distill_jax.models._experts import Experts, check_top_k, softmax_top_k
+from distill_jax.nn import sharding
 
 __all__ = ["CONFIGS", "HF_MODEL_TYPES", "TINY", "Block", "Config", "Model"]
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distill_jax import attention, layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.models import _rope, _seq2seq
-from distill_jax.params import param, stack
+from distill_jax.nn import attention, layers, sharding
+from distill_jax.nn.params import param, stack
 from distill_jax.types import Inputs, Output
 
 HF_MODEL_TYPES = ("t5",)  # of config.json

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax import layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.models import _encoder, _patches
-from distill_jax.params import param, stack, unstack
+from distill_jax.nn import layers, sharding
+from distill_jax.nn.params import param, stack, unstack
 from distill_jax.types import Images, Output
 
 HF_MODEL_TYPES = ("vit",)  # of config.json

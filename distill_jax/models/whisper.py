@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax import layers, sharding
 from distill_jax.errors import InputError
 from distill_jax.models import _encoder, _seq2seq
-from distill_jax.params import param, stack
+from distill_jax.nn import layers, sharding
+from distill_jax.nn.params import param, stack
 from distill_jax.types import Output, Sounds
 
 HF_MODEL_TYPES = ("whisper",)  # of config.json

@@ -9,11 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax import build, params, sharding, train
 from distill_jax.config import Config
+from distill_jax.models import loading
+from distill_jax.nn import params, sharding
 from distill_jax.preflight import collectives, programs
 from distill_jax.preflight.chips import Chip
 from distill_jax.records.store import Manifest
+from distill_jax.training import loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ def hbm_bytes(config: Config, verb: str, moved: int, mesh: Any) -> float:
       each pass over the layers.
   """
   spec = config.teacher if verb == "record" else config.student
-  numbers = params.count(build.abstract(spec)) / mesh.shape["tensor"]
+  numbers = params.count(loading.abstract(spec)) / mesh.shape["tensor"]
   passes = {"record": 1, "train": 2 + (spec.remat == "full")}[verb]
   return moved + 2.0 * passes * numbers * jnp.dtype(spec.dtype).itemsize
 
@@ -102,11 +104,11 @@ def tokens(config: Config, verb: str) -> int:
 
 def arguments(config: Config, verb: str, mesh: Any) -> int:
   """Bytes a device of parameters, optimiser and teacher on a mesh, without a compile."""
-  size = lambda spec: _placed(build.abstract(spec), spec, mesh)
+  size = lambda spec: _placed(loading.abstract(spec), spec, mesh)
   if verb == "record":
     return size(config.teacher)
-  teacher = sum(size(spec) for spec in train.online(config).values())
-  trained = _placed(build.trained(config.student), config.student, mesh)
+  teacher = sum(size(spec) for spec in loop.online(config).values())
+  trained = _placed(loading.trained(config.student), config.student, mesh)
   width = jnp.dtype(config.student.param_dtype).itemsize
   base = size(config.student) if config.student.lora.rank else 0
   moments = trained * (4 + width) / width  # the first in float32, the second as the weights
@@ -114,5 +116,5 @@ def arguments(config: Config, verb: str, mesh: Any) -> int:
 
 
 def _placed(tree: Any, spec: Any, mesh: Any) -> int:
-  where = sharding.shardings(tree, mesh, build.compute(spec).rules)
-  return programs.bytes_of(build.place(tree, where))
+  where = sharding.shardings(tree, mesh, loading.compute(spec).rules)
+  return programs.bytes_of(loading.place(tree, where))

@@ -17,8 +17,10 @@ from typing import Any
 
 import jax
 
-from distill_jax import build, lora, params, share, train
 from distill_jax.config import Config, Model
+from distill_jax.models import loading
+from distill_jax.nn import layer_sharing, lora, params
+from distill_jax.training import loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +38,9 @@ class Flops:
 
 def model(spec: Model, rows: int, seq_len: int) -> Flops:
   """Of `rows` sequences of `seq_len` positions."""
-  _, c = build.shape(spec)
+  _, c = loading.shape(spec)
   tokens = rows * seq_len
-  whole = build.abstract(spec)
+  whole = loading.abstract(spec)
   weights = sum(_active(v, c) for path, v in params.named_params(whole) if path.find(".") > 0)
   wide = c.head_dim + getattr(c, "v_head_dim", c.head_dim)  # of a score, and of a value
   pairs = rows * sum(seen(c, layer, seq_len) for layer in range(c.num_hidden_layers))
@@ -51,8 +53,8 @@ def model(spec: Model, rows: int, seq_len: int) -> Flops:
 
 def active(spec: Model) -> int:
   """Weights that one position is multiplied with, the head's among them."""
-  _, c = build.shape(spec)
-  whole = build.abstract(spec)
+  _, c = loading.shape(spec)
+  whole = loading.abstract(spec)
   layers = sum(_active(v, c) for path, v in params.named_params(whole) if path.find(".") > 0)
   return round(layers) + c.vocab_size * c.hidden_size
 
@@ -88,7 +90,7 @@ def step(config: Config, verb: str, rows: int) -> dict[str, float]:
     return {"layers": one.weights, "attention": one.attention, "head": one.head}
   one = model(config.student, rows, T)
   out = {"layers": 3 * one.weights, "attention": 3 * one.attention, "head": 3 * one.head}
-  if online := train.online(config):
+  if online := loop.online(config):
     out["teacher"] = sum(model(spec, rows, T).forward for spec in online.values())
   if rank := config.student.lora.rank or config.student.share.lora.rank:
     # A B, and what its factors get of its gradient
@@ -102,9 +104,9 @@ def step(config: Config, verb: str, rows: int) -> dict[str, float]:
 
 def _adapted(config: Config) -> int:
   """Numbers of the weights that adapters go on."""
-  trained = build.trained(config.student)
-  adapters = trained.deltas if isinstance(trained, share.Shared) else trained
-  joined = lora.join(build.abstract(config.student), adapters)
+  trained = loading.trained(config.student)
+  adapters = trained.deltas if isinstance(trained, layer_sharing.Shared) else trained
+  joined = lora.join(loading.abstract(config.student), adapters)
   is_adapter = lambda x: isinstance(x, lora.Adapter)
   leaves = jax.tree.leaves(joined, is_leaf=lambda x: is_adapter(x) or params.is_param(x))
   return sum(params.count(x.weight) for x in leaves if is_adapter(x))

@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distill_jax import build, checks, sharding, tasked, teacher, train
+from distill_jax.commands import record
 from distill_jax.config import Config, Model
-from distill_jax.data import loader
 from distill_jax.errors import InputError
-from distill_jax.records import example, joined
+from distill_jax.models import loading
+from distill_jax.nn import sharding
+from distill_jax.records import multi_teacher, tf_example
 from distill_jax.records.store import Manifest, Store
+from distill_jax.tasks import dataset
+from distill_jax.training import loader, loop, validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,23 +66,23 @@ def manifest(config: Config, classes: int = 0, positions: int = 0) -> Manifest:
   The tokenizer of text has all rows of the model that reads.
   """
   model = config.student if config.losses else config.teacher
-  classes = classes or build.shape(model)[1].vocab_size
+  classes = classes or loading.shape(model)[1].vocab_size
   T = positions or config.data.seq_len
-  config = dataclasses.replace(config, records=teacher.dense(config.records, classes))
-  return teacher.describe(config, classes, sequences=1, positions=T)
+  config = dataclasses.replace(config, records=record.dense(config.records, classes))
+  return record.describe(config, classes, sequences=1, positions=T)
 
 
-def _stores(config: Config) -> train.Stores:
+def _stores(config: Config) -> loop.Stores:
   """As train opens them, as if all had been recorded."""
   if not config.tasks:
     store = Store(Path("preflight"), manifest(config))
-    return [joined.Joined(store, dict.fromkeys(config.train.teachers, store))]
-  rows = train.open_tasks(config)
+    return [multi_teacher.Joined(store, dict.fromkeys(config.train.teachers, store))]
+  rows = loop.open_tasks(config)
   if not config.train.records:
     config = dataclasses.replace(config, records=dataclasses.replace(config.records, kind="text"))
-  parts = tasked.parts(rows)
+  parts = dataset.parts(rows)
   about = {n: manifest(config, of.source.classes, of.source.positions) for n, of in rows.items()}
-  return [tasked.Tasked(of, None, about[name], parts[name]) for name, of in rows.items()]
+  return [dataset.Tasked(of, None, about[name], parts[name]) for name, of in rows.items()]
 
 
 def _train(config: Config, mesh: Mesh) -> Program:
@@ -87,25 +90,25 @@ def _train(config: Config, mesh: Mesh) -> Program:
   alone = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=""))
   given = config.train.records if config.tasks else ("records",)
   alone = dataclasses.replace(alone, train=dataclasses.replace(alone.train, records=given))
-  checks.check_run(alone, stores)
+  validate.check_run(alone, stores)
   c = config.train
   sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
-  step = train.make_step(config, stores)
-  checks.check_features(config, step, stores)
+  step = loop.make_step(config, stores)
+  validate.check_features(config, step, stores)
   rules = step.student.rules
-  like = train.abstract_state(config, step, stores)
+  like = loop.abstract_state(config, step, stores)
   where = sharding.shardings(like, mesh, rules)
-  state = build.place(like, where)
+  state = loading.place(like, where)
   about = stores[0].manifest
   recorded = [*(() if c.online else ("teacher",)), *c.teachers]
   one = stores[0][0] if config.tasks else _text(about)
   batch = _batch(config, about, c.batch_size, mesh, recorded, one)
-  teachers = {name: _model(spec, mesh) for name, spec in train.online(config).items()}
+  teachers = {name: _model(spec, mesh) for name, spec in loop.online(config).items()}
   frozen = []
   if config.student.lora.rank:
     frozen.append(_model(config.student, mesh))
   with jax.set_mesh(mesh):
-    lowered = train.jitted(step, where, mesh).lower(state, batch, teachers, *frozen)
+    lowered = loop.jitted(step, where, mesh).lower(state, batch, teachers, *frozen)
   arguments = {
     "parameters": bytes_of(state.params),
     "optimizer": bytes_of((state.opt, state.adapters, state.balance)),
@@ -125,28 +128,28 @@ def _record(config: Config, mesh: Mesh) -> Program:
   rows = config.records.batch_size
   sharding.check_batch("records.batch_size", rows, mesh)
   if config.tasks:
-    task = teacher.corpus_of(config)
-    config = tasked.chosen(config)
+    task = record.corpus_of(config)
+    config = dataset.chosen(config)
     about = manifest(config, task.classes, task.positions)
     first, one = task.first, task.rows[0]
   else:
     about = manifest(dataclasses.replace(config, losses={}))
     first, one = 0, _text(about)
-  config = dataclasses.replace(config, records=teacher.dense(config.records, about.vocab_size))
-  model, how = _model(config.teacher, mesh), build.compute(config.teacher)
+  config = dataclasses.replace(config, records=record.dense(config.records, about.vocab_size))
+  model, how = _model(config.teacher, mesh), loading.compute(config.teacher)
   batch = _batch(config, about, rows, mesh, [], one)
   whole = sharding.replicated(mesh)
-  key = build.place(jax.eval_shape(jax.random.key, 0), whole)
+  key = loading.place(jax.eval_shape(jax.random.key, 0), whole)
   index_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding.batch_sharding(mesh))
   with jax.set_mesh(mesh):
-    run = teacher.jitted(config, how, about.vocab_size, first)
+    run = record.jitted(config, how, about.vocab_size, first)
     lowered = run.lower(model, key, batch, index_B)
   return Program(lowered, {"teacher": bytes_of(model), "batch": bytes_of(batch)}, rows)
 
 
 def _model(spec: Model, mesh: Mesh) -> Any:
-  like = build.abstract(spec)
-  return build.place(like, sharding.shardings(like, mesh, build.compute(spec).rules))
+  like = loading.abstract(spec)
+  return loading.place(like, sharding.shardings(like, mesh, loading.compute(spec).rules))
 
 
 def _text(about: Manifest) -> dict[str, np.ndarray]:
@@ -165,11 +168,11 @@ def _batch(
 
   One record, made up, is encoded and read back.
   """
-  said = example.decode(0, example.encode(0, one | _said(about), about), about)
+  said = tf_example.decode(0, tf_example.encode(0, one | _said(about), about), about)
   for name in recorded:
     at = "" if name == "teacher" else f"{name}/"
-    one |= {at + field: x for field, x in said.items() if field not in joined.TEXT}
-  batch = loader.collate([one], "teacher" in recorded, tasked.reader(config))
+    one |= {at + field: x for field, x in said.items() if field not in multi_teacher.TEXT}
+  batch = loader.collate([one], "teacher" in recorded, dataset.reader(config))
   where = sharding.batch_sharding(mesh)
   row = lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where)
   return jax.tree.map(row, batch)

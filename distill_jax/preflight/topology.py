@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from distill_jax import sharding
 from distill_jax.config import Mesh
 from distill_jax.errors import InputError
+from distill_jax.nn import sharding
 from distill_jax.preflight import chips
 
 # Nothing is asked of a metadata server, no log is written to the terminal, and another

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from distill_jax.errors import InputError
-from distill_jax.records import bits, entries
+from distill_jax.records import bits, elias_fano
 
 KINDS = ("sampled", "topk", "text")
 Sequence = dict[str, np.ndarray]
@@ -86,11 +86,11 @@ def encode_tokens(seq: Sequence, spec: Spec) -> bytes:
 
 def decode_tokens(data: bytes, spec: Spec) -> Sequence:
   """The inverse: tokens_T int32, segments_T int32, mask_T bool."""
-  entries.whole("bytes of head", len(data[:8]), 8)
+  elias_fano.whole("bytes of head", len(data[:8]), 8)
   T, runs = struct.unpack_from("<II", data)
   token_bits = bits.width(spec.vocab_size)
   a, b = 8 + 4 * runs, 8 + 7 * runs
-  entries.whole("tokens", len(data), b + (T * token_bits + 7) // 8)
+  elias_fano.whole("tokens", len(data), b + (T * token_bits + 7) // 8)
   starts = np.frombuffer(data, "<u4", runs, 8)
   ends = np.append(starts[1:], T).astype(np.int64)
   both = np.repeat(bits.unpack(data[a:b], 24, runs), ends - starts)
@@ -120,7 +120,7 @@ def decode_smoothing(data: bytes, segments_T: np.ndarray) -> np.ndarray:
   """The inverse: float32 [T]; 0 in padding."""
   numbers, at_T = np.unique(segments_T, return_inverse=True)
   padding = int(0 in numbers)
-  entries.whole("bytes of smoothing", len(data), 2 * (len(numbers) - padding))
+  elias_fano.whole("bytes of smoothing", len(data), 2 * (len(numbers) - padding))
   x_S = np.frombuffer(data, "<f2").astype(np.float32)
   return np.concatenate([np.zeros(padding, np.float32), x_S])[at_T]
 
@@ -162,7 +162,7 @@ def encode_targets(seq: Sequence, spec: Spec) -> dict[str, bytes]:
   if len(M_S) and M_S.min() == 0:
     raise InputError("a position has no entry; mask it out, or record at least one")
   ids = ids_SN[keep_SN].astype(np.int64)
-  out |= entries.encode(ids, M_S, argmax_S, counts, spec.n, spec.vocab_size)
+  out |= elias_fano.encode(ids, M_S, argmax_S, counts, spec.n, spec.vocab_size)
   if spec.has_logp:
     out["logp"] = _half(logp_SN[keep_SN], "logp_TN")
   return out
@@ -180,21 +180,21 @@ def decode_targets(fields: dict[str, Any], mask_T: np.ndarray, spec: Spec) -> Se
     InputError: the fields do not agree with each other.
   """
   T, K = len(mask_T), spec.n
-  entries.whole("bytes of head", len(fields["head"][:16]), 16)
+  elias_fano.whole("bytes of head", len(fields["head"][:16]), 16)
   S, E, strays, pieces = struct.unpack_from("<IIII", fields["head"])
-  entries.whole("pieces", len(fields["head"]) - 16, pieces)
+  elias_fano.whole("pieces", len(fields["head"]) - 16, pieces)
   table = np.frombuffer(fields["head"], np.uint8, pieces, 16)
   at_S = np.flatnonzero(mask_T)
-  entries.whole("positions", S, len(at_S))
+  elias_fano.whole("positions", S, len(at_S))
   every = E == S * K == S * spec.vocab_size  # id, at every position
   M_S = np.full(S, K) if every else bits.unpack(fields["lengths"], bits.width(K), S).astype(int) + 1
   ends_S = np.cumsum(M_S)
-  entries.whole("entries", E, int(ends_S[-1]) if S else 0)
+  elias_fano.whole("entries", E, int(ends_S[-1]) if S else 0)
   starts_S = ends_S - M_S
   if every:
     ids = np.tile(np.arange(K), S)
   else:
-    ids = entries.decode_ids(fields, table, M_S, starts_S, ends_S)
+    ids = elias_fano.decode_ids(fields, table, M_S, starts_S, ends_S)
   if E and int(ids.max()) >= spec.vocab_size:
     raise InputError(f"an id is {ids.max()}, over the vocabulary of {spec.vocab_size}")
   flat = np.repeat(at_S * K - starts_S, M_S)
@@ -208,9 +208,9 @@ def decode_targets(fields: dict[str, Any], mask_T: np.ndarray, spec: Spec) -> Se
   out = {"ids_TK": padded(ids, np.int32)}
   slot_bits = bits.widths(M_S)
   slot_bytes = (int(slot_bits.sum(dtype=np.int64)) + 7) // 8
-  entries.whole("bytes of argmax", len(fields["argmax"]), slot_bytes + 8 * strays)
+  elias_fano.whole("bytes of argmax", len(fields["argmax"]), slot_bytes + 8 * strays)
   slot_S = bits.unpack(fields["argmax"][:slot_bytes], slot_bits, S)
-  entries.whole("argmax slots", int((slot_S < M_S).sum()), S)
+  elias_fano.whole("argmax slots", int((slot_S < M_S).sum()), S)
   slot_at = slot_S + starts_S
   argmax_S = ids[slot_at]
   if strays:
@@ -218,12 +218,12 @@ def decode_targets(fields: dict[str, Any], mask_T: np.ndarray, spec: Spec) -> Se
     argmax_S[stray[:strays]] = stray[strays:]
   out["argmax_T"] = _spread(argmax_S, at_S, T, np.int32)
   if spec.kind == "sampled":
-    counts = entries.decode_counts(fields["counts"], slot_at, starts_S, E, K)
+    counts = elias_fano.decode_counts(fields["counts"], slot_at, starts_S, E, K)
     out["weight_TK"] = padded(_weights(K)[counts], np.float32)
   if spec.has_logp:
-    entries.whole("bytes of logp", len(fields["logp"]), 2 * E)
+    elias_fano.whole("bytes of logp", len(fields["logp"]), 2 * E)
     out["logp_TK"] = padded(np.frombuffer(fields["logp"], "<f2"), np.float32, -np.inf)
-  entries.whole("bytes of scalars", len(fields["scalars"]), 2 * S * (1 + spec.entropy))
+  elias_fano.whole("bytes of scalars", len(fields["scalars"]), 2 * S * (1 + spec.entropy))
   scalars = np.frombuffer(fields["scalars"], "<f2")
   out["label_logp_T"] = _spread(scalars[:S], at_S, T, np.float32)
   if spec.entropy:

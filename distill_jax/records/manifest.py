@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError
-from distill_jax.files import write_whole
 from distill_jax.records import codec
+from distill_jax.runtime.atomic_io import write_whole
 
 FORMAT = 1
 NAME = "manifest.json"

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from distill_jax import head, sharding
 from distill_jax.errors import InputError
+from distill_jax.nn import fused_head, sharding
 
 FINE, BLOCK = 16, 256  # BLOCK = FINE * FINE
 TOP_BLOCK = 64
@@ -167,7 +167,7 @@ def _chunk(hidden_BCD, head_VD, labels_BC, u_BC, *, cap, **how) -> dict[str, Any
   logits_BCV = jnp.einsum(
     "BCD,VD->BCV", hidden_BCD.astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32
   )
-  return _of_logits(head.soft_cap(logits_BCV, cap), labels_BC, u_BC, **how)
+  return _of_logits(fused_head.soft_cap(logits_BCV, cap), labels_BC, u_BC, **how)
 
 
 def _of_logits(

@@ -13,8 +13,8 @@ from array_record.python import array_record_module
 from google.protobuf.message import DecodeError
 
 from distill_jax.errors import InputError
-from distill_jax.records import example
 from distill_jax.records import manifest as manifest_lib
+from distill_jax.records import tf_example
 from distill_jax.records.manifest import Manifest, Shard, Taps
 from distill_jax.records.writer import Writer, digest
 
@@ -47,7 +47,7 @@ class Store:
       raise IndexError(f"record {i} of a store of {len(self)}")
     shard, data = self.read(i)
     try:
-      return example.decode(i, example.parse(data), self.manifest)
+      return tf_example.decode(i, tf_example.parse(data), self.manifest)
     except (InputError, DecodeError) as e:
       raise InputError(
         f"{self.folder / shard.name}, record {i}: {e}; this shard is not the one that was "

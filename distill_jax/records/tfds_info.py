@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from distill_jax.files import write_whole
-from distill_jax.records import example
+from distill_jax.records import tf_example
 from distill_jax.records.manifest import Manifest
+from distill_jax.runtime.atomic_io import write_whole
 
 SPLIT = "records"
 # Without the number of shards in the names, a store is extended without renaming any.
@@ -22,8 +22,8 @@ def write(folder: Path, m: Manifest) -> None:
 
   with tempfile.TemporaryDirectory() as scratch:
     features = tfds.features.FeaturesDict(
-      {n: tfds.features.Tensor(shape=(), dtype=np.object_, doc=example.FIELDS[n])
-       for n in example.names(m)}
+      {n: tfds.features.Tensor(shape=(), dtype=np.object_, doc=tf_example.FIELDS[n])
+       for n in tf_example.names(m)}
     )  # fmt: skip
     info = tfds.core.DatasetInfo(
       builder=tfds.core.dataset_info.DatasetIdentity(

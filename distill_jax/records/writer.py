@@ -20,11 +20,11 @@ from typing import IO
 
 from array_record.python import array_record_module
 
-from distill_jax import files
 from distill_jax.errors import InputError
-from distill_jax.records import codec, example, tfds_info
+from distill_jax.records import codec, tf_example, tfds_info
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.manifest import Manifest, Shard
+from distill_jax.runtime import atomic_io
 
 
 def options(seq_len: int) -> str:
@@ -135,15 +135,15 @@ class Writer:
     return shard
 
   def _write(self, part: Path, sequences_of: range, sequences: Iterable[codec.Sequence]) -> dict:
-    fields: dict[str, int] = dict.fromkeys(example.names(self.manifest), 0)
+    fields: dict[str, int] = dict.fromkeys(tf_example.names(self.manifest), 0)
     tokens = targets = entries = count = 0
     writer = array_record_module.ArrayRecordWriter(str(part), options(self.manifest.seq_len))
     try:
       for seq in sequences:
         if count == len(sequences_of):
           raise InputError(f"shard {part.name} was given more than {count} sequences")
-        record = example.encode(sequences_of[count], seq, self.manifest)
-        writer.write(example.serialize(record))
+        record = tf_example.encode(sequences_of[count], seq, self.manifest)
+        writer.write(tf_example.serialize(record))
         count += 1
         tokens += int((seq["segments_T"] > 0).sum())
         if self.manifest.kind != "text":
@@ -173,8 +173,8 @@ class Writer:
         )
       return
     part.replace(path)
-    files.sync_folder(self.folder)
-    files.write_whole(self._note(number), json.dumps(dataclasses.asdict(shard)) + "\n")
+    atomic_io.sync_folder(self.folder)
+    atomic_io.write_whole(self._note(number), json.dumps(dataclasses.asdict(shard)) + "\n")
 
   def _note(self, number: int) -> Path:
     return self.folder / f"{manifest_lib.shard_name(number)}.json"

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError
-from distill_jax.files import write_whole
-from distill_jax.metrics import FILE, read_metrics, spell
-from distill_jax.report import page, sets
+from distill_jax.report import benchmarks, page
 from distill_jax.report.numbers import COLUMNS, percent, text
+from distill_jax.runtime.atomic_io import write_whole
+from distill_jax.training.metric_writer import FILE, read_metrics, spell
 
 MODELS = {
   "teacher": "Teacher",
@@ -193,7 +193,7 @@ def report(
   names = [*MODELS, *measured] if measured else []
   shown = {name: _numbers(evaluation, name) for name in names}
   html = page.render(
-    headline=headline(evaluation) if measured else sets.headline(evals),
+    headline=headline(evaluation) if measured else benchmarks.headline(evals),
     about=_about(evaluation) if measured else "The loss on held-out text was not measured.",
     labels={name: MODELS.get(name, name) for name in [*MODELS, *shown]},
     models=shown,

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from distill_jax.report import charts, sets
+from distill_jax.report import benchmarks, charts
 from distill_jax.report.numbers import COLUMNS, cell, percent, text, tone
 from distill_jax.report.style import CSS
 
@@ -27,13 +27,13 @@ def render(
   records: Mapping[str, Any] | None,
   export_dir: str,
   commands: Mapping[str, str],
-  evals: sets.Evals,
+  evals: benchmarks.Evals,
 ) -> str:
   """The page. `models` holds every number of every model shown, None where not measured.
 
   Without models, there is nothing on it of held-out text.
   """
-  sections = [("Evaluation sets", sets.table(labels, evals))] if evals else []
+  sections = [("Evaluation sets", benchmarks.table(labels, evals))] if evals else []
   if models:
     sections = [
       ("Held-out results", charts.dots(labels, models) + _table(labels, models)),

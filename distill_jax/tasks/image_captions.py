@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from distill_jax.data import pictures
+from distill_jax.data import image_files
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
-from distill_jax.tasks import _pairs, _texts
+from distill_jax.tasks import _image_text_pairs, _texts
 from distill_jax.types import Images, ImageText
 
 
 @dataclasses.dataclass(frozen=True)
-class Task(_pairs.Pairs):
+class Task(_image_text_pairs.Pairs):
   """The next token of the text after the image's patches and the prompt; of the text alone.
 
   Attributes:
@@ -46,7 +46,7 @@ class Task(_pairs.Pairs):
     return Source(self, self.read(split), tokenizer, tokenizer.eos_id)
 
   def inputs(self, stack: Callable[[str], np.ndarray]) -> ImageText:
-    pixels: Any = pictures.normalised(stack("pixels_WWM"), self.mean, self.std)
+    pixels: Any = image_files.normalised(stack("pixels_WWM"), self.mean, self.std)
     return ImageText(Images(pixels), _texts.inputs(stack))
 
   def check(self, config: Any) -> None:
@@ -69,7 +69,9 @@ class Task(_pairs.Pairs):
 class Source:
   """Rows of tokens beside an image each; see distill_jax/tasks. Images are read when asked for."""
 
-  def __init__(self, task: Task, pairs: list[_pairs.Pair], tokenizer: Tokenizer, end: int):
+  def __init__(
+    self, task: Task, pairs: list[_image_text_pairs.Pair], tokenizer: Tokenizer, end: int
+  ):
     self.classes, self.positions = task.vocab_size, task.max_tokens
     self._task, self._pairs = task, pairs
     before, after = (tokenizer.encode(part) for part in task.prompt.split("<image>"))

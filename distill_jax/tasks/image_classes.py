@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from distill_jax.data import images
-from distill_jax.data.images import Form, Labelled
-from distill_jax.data.pictures import normalised
+from distill_jax.data import labelled_images
+from distill_jax.data.image_files import normalised
+from distill_jax.data.labelled_images import Form, Labelled
 from distill_jax.errors import InputError
 from distill_jax.tasks._classes import check_names, class_names
-from distill_jax.tasks._left_out import LeftOut, check_on_bad
+from distill_jax.tasks._skipped import LeftOut, check_on_bad
 from distill_jax.types import Images
 
 PIXELS = "pixels_WWM"
@@ -86,7 +86,7 @@ class Task:
         f"classes is () and {self.train!r} is no folder of classes; name the classes in the order "
         "of their labels"
       )
-    names = self.classes or images.folders(self.train)
+    names = self.classes or labelled_images.folders(self.train)
     check_names("image_classes", names)
     return names
 
@@ -95,7 +95,7 @@ class Task:
     del came
     path = self.heldout if split == "heldout" and self.heldout else self.train
     left_out = LeftOut("image_classes", self.on_bad)
-    found = images.read(path, self.names, self.form, left_out)
+    found = labelled_images.read(path, self.names, self.form, left_out)
     left_out.report(len(found))
     if not self.heldout:
       found = found.where((found.shares_N < self.heldout_fraction) == (split == "heldout"))

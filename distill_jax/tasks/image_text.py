@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from distill_jax.data import pictures
+from distill_jax.data import image_files
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.errors import InputError
-from distill_jax.tasks import _pairs, _texts
+from distill_jax.tasks import _image_text_pairs, _texts
 from distill_jax.types import PAIRED, Images, ImageText
 
 
 @dataclasses.dataclass(frozen=True)
-class Task(_pairs.Pairs):
+class Task(_image_text_pairs.Pairs):
   """Each image is to find its text among all of the batch, each text its image.
 
   Attributes:
@@ -32,7 +32,7 @@ class Task(_pairs.Pairs):
     return Source(self, self.read(split), tokenizer)
 
   def inputs(self, stack: Callable[[str], np.ndarray]) -> ImageText:
-    pixels: Any = pictures.normalised(stack("pixels_WWM"), self.mean, self.std)
+    pixels: Any = image_files.normalised(stack("pixels_WWM"), self.mean, self.std)
     return ImageText(Images(pixels), _texts.inputs(stack))
 
   def seen(self, stack: Callable[[str], np.ndarray]) -> np.ndarray:
@@ -71,7 +71,7 @@ class Source:
 
   classes, positions = PAIRED, 2
 
-  def __init__(self, task: Task, pairs: list[_pairs.Pair], tokenizer: Tokenizer):
+  def __init__(self, task: Task, pairs: list[_image_text_pairs.Pair], tokenizer: Tokenizer):
     self._task, self._pairs = task, pairs
     texts = [pair.text for pair in pairs]
     self._texts = _texts.Source(texts, [0] * len(texts), PAIRED, tokenizer, task.max_tokens)

@@ -14,10 +14,10 @@ import numpy as np
 
 from distill_jax.data import mel, sources
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
-from distill_jax.decode.seq2seq import Search
 from distill_jax.errors import InputError
-from distill_jax.tasks import _scores, _targets, _texts
-from distill_jax.tasks._left_out import LeftOut, check_on_bad
+from distill_jax.generation.beam_search import Search
+from distill_jax.tasks import _scores, _seq2seq_targets, _texts
+from distill_jax.tasks._skipped import LeftOut, check_on_bad
 from distill_jax.types import Sounds, SourceTarget
 
 
@@ -75,7 +75,7 @@ class Task:
     of = sources.Source("jsonl", path, split, self.text, fraction)
     left_out, found = LeftOut("speech", self.on_bad), []
     for audio, text, where in self._lines(of, left_out):
-      if not _targets.is_text(text):
+      if not _seq2seq_targets.is_text(text):
         left_out(where, "has no text, or none in UTF-8")
       elif not isinstance(audio, str) or not Path(audio).is_file():
         left_out(where, f"names no file in its field {self.audio!r}")
@@ -96,7 +96,7 @@ class Task:
       for file in sorted(path.glob("*.wav")):
         yield str(file), _text(file.with_suffix(".txt")), str(file)
       return
-    for line, where in _targets.objects(of, left_out):
+    for line, where in _seq2seq_targets.objects(of, left_out):
       audio = line.get(self.audio)
       at = str(path.parent / audio) if isinstance(audio, str) else audio
       yield at, line.get(self.text), where
@@ -115,7 +115,7 @@ class Task:
 
   def inputs(self, stack: Callable[[str], np.ndarray]) -> SourceTarget:
     mel_BSM: Any = stack("mel_SM")
-    return SourceTarget(Sounds(mel_BSM), _targets.target(stack))
+    return SourceTarget(Sounds(mel_BSM), _seq2seq_targets.target(stack))
 
   def check(self, config: Any) -> None:
     if not hasattr(config, "num_mel_bins"):
@@ -135,8 +135,8 @@ class Task:
         f"{config.max_target_positions}; lower max_tokens"
       )
     if self.tokenizer:
-      start = _targets.token_id("speech", load_tokenizer(self.tokenizer), self.prompt[0])
-      _targets.check_start("speech", start, config)
+      start = _seq2seq_targets.token_id("speech", load_tokenizer(self.tokenizer), self.prompt[0])
+      _seq2seq_targets.check_start("speech", start, config)
 
   @property
   def positions(self) -> int:
@@ -208,8 +208,8 @@ class Source:
   ):
     self._task, self.tokenizer = task, tokenizer
     self.classes, self.positions = tokenizer.vocab_size, task.positions
-    self.prompt = [_targets.token_id("speech", tokenizer, t) for t in task.prompt]
-    self.eos = _targets.token_id("speech", tokenizer, task.end)
+    self.prompt = [_seq2seq_targets.token_id("speech", tokenizer, t) for t in task.prompt]
+    self.eos = _seq2seq_targets.token_id("speech", tokenizer, task.end)
     self.files, self.texts, self._ids, digests = [], [], [], []
     # A text begins with a space, as Whisper was trained.
     encoded = tokenizer.encode_batch([" " + text.strip() for _, text, _ in used])
@@ -232,5 +232,5 @@ class Source:
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
     x, rate = mel.read_wav(self.files[i])
     frames = mel.log_mel(mel.resampled(x, rate), self._task.frames, self._task.bins)
-    target = _targets.fields(self.prompt, self._ids[i], self.eos, self.positions)
+    target = _seq2seq_targets.fields(self.prompt, self._ids[i], self.eos, self.positions)
     return {"mel_SM": frames, **target}

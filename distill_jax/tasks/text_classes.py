@@ -12,7 +12,7 @@ from distill_jax.data import sources
 from distill_jax.errors import InputError
 from distill_jax.tasks import _texts
 from distill_jax.tasks._classes import check_names, class_names
-from distill_jax.tasks._left_out import LeftOut, check_on_bad
+from distill_jax.tasks._skipped import LeftOut, check_on_bad
 from distill_jax.types import Inputs
 
 

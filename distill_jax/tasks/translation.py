@@ -12,10 +12,10 @@ import numpy as np
 
 from distill_jax.data import sources
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
-from distill_jax.decode.seq2seq import Search
 from distill_jax.errors import InputError
-from distill_jax.tasks import _scores, _targets, _texts
-from distill_jax.tasks._left_out import LeftOut, check_on_bad
+from distill_jax.generation.beam_search import Search
+from distill_jax.tasks import _scores, _seq2seq_targets, _texts
+from distill_jax.tasks._skipped import LeftOut, check_on_bad
 from distill_jax.types import SourceTarget
 
 
@@ -68,10 +68,10 @@ class Task:
     of = sources.Source("jsonl", path, split, self.source, fraction)
     left_out = LeftOut("translation", self.on_bad)
     pairs, places = [], []
-    for line, where in _targets.objects(of, left_out):
+    for line, where in _seq2seq_targets.objects(of, left_out):
       pair = line.get(self.source), line.get(self.target)
       names = (self.source, self.target)
-      if bad := [n for n, x in zip(names, pair, strict=True) if not _targets.is_text(x)]:
+      if bad := [n for n, x in zip(names, pair, strict=True) if not _seq2seq_targets.is_text(x)]:
         left_out(where, f"has no text in its field {bad[0]!r}")
       elif sources.chosen(str(pair[0]), of):
         pairs.append(pair)
@@ -79,12 +79,12 @@ class Task:
     return Source(self, pairs, places, tokenizer, left_out)
 
   def _check_start(self, tokenizer: Tokenizer, config: Any) -> None:
-    start = _targets.token_id("translation", tokenizer, self.start)
-    _targets.check_start("translation", start, config)
+    start = _seq2seq_targets.token_id("translation", tokenizer, self.start)
+    _seq2seq_targets.check_start("translation", start, config)
 
   def inputs(self, stack: Callable[[str], np.ndarray]) -> SourceTarget:
-    source = _targets.as_inputs(stack("read_S"), stack("seen_S"))
-    return SourceTarget(source, _targets.target(stack))
+    source = _seq2seq_targets.as_inputs(stack("read_S"), stack("seen_S"))
+    return SourceTarget(source, _seq2seq_targets.target(stack))
 
   def check(self, config: Any) -> None:
     if not hasattr(config, "decoder_start_token_id") or hasattr(config, "num_mel_bins"):
@@ -143,7 +143,7 @@ class Source:
     if tokenizer.eos_id is None:
       raise InputError(f"{tokenizer.where} has no end token; translation needs one")
     self.eos = tokenizer.eos_id
-    self._start = [_targets.token_id("translation", tokenizer, task.start)]
+    self._start = [_seq2seq_targets.token_id("translation", tokenizer, task.start)]
     sides = [tokenizer.encode_batch([pair[i] for pair in pairs]) for i in (0, 1)]
     self.pairs, self._ids = [], []
     for pair, where, read, said in zip(pairs, places, *sides, strict=True):
@@ -164,5 +164,5 @@ class Source:
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
     read, said = self._ids[i]
-    target = _targets.fields(self._start, said, self.eos, self._task.target_len)
-    return {**_targets.padded([*read, self.eos], self._task.source_len), **target}
+    target = _seq2seq_targets.fields(self._start, said, self.eos, self._task.target_len)
+    return {**_seq2seq_targets.padded([*read, self.eos], self._task.source_len), **target}

@@ -35,11 +35,11 @@ def prepare(folder: Path, batch: int, length: int) -> None:
   """The model as a float32 folder, which both read, and the prompts."""
   import jax
 
-  from distill_jax import sharding
   from distill_jax.config import Data
   from distill_jax.data import corpus, sources
   from distill_jax.hub import export, load
-  from distill_jax.layers import Compute
+  from distill_jax.nn import sharding
+  from distill_jax.nn.layers import Compute
 
   source = load.open_model(MODEL)
   model = load.load(source, sharding.make_mesh(devices=jax.devices()[:1]), Compute())
@@ -53,16 +53,17 @@ def prepare(folder: Path, batch: int, length: int) -> None:
 def ours(folder: Path, prompts: list[list[int]], new: int):
   import jax
 
-  from distill_jax import build, sharding
   from distill_jax.config import Generate
   from distill_jax.data.tokenizers import load_tokenizer
-  from distill_jax.decode.batch import Batch
-  from distill_jax.decode.device import Device, Spec
-  from distill_jax.decode.sampling import Sampling
-  from distill_jax.decode.stops import Stops
-  from distill_jax.decode.unroll import unroll
+  from distill_jax.generation.engine import Device, Spec
+  from distill_jax.generation.sampling import Sampling
+  from distill_jax.generation.scheduler import Batch
+  from distill_jax.generation.stops import Stops
+  from distill_jax.generation.unrolled import unroll
   from distill_jax.hub import load
-  from distill_jax.layers import Compute
+  from distill_jax.models import loading
+  from distill_jax.nn import sharding
+  from distill_jax.nn.layers import Compute
 
   c, how, mesh = Generate(), Compute(), sharding.make_mesh(devices=jax.devices()[:1])
   stops, rows, size = Stops(load_tokenizer(folder)), len(prompts), len(prompts[0]) + new
@@ -70,7 +71,7 @@ def ours(folder: Path, prompts: list[list[int]], new: int):
   jax.set_mesh(mesh)
   model = unroll(load.load(load.open_model(str(folder)), mesh, how), how)
   spec = Spec(how, Sampling(0.0), c.steps, (), vocab_size)
-  device = Device(model, mesh, spec, rows, c.prefill_rows, size, build.keys(0))
+  device = Device(model, mesh, spec, rows, c.prefill_rows, size, loading.keys(0))
 
   def run() -> list[list[int]]:
     batch = Batch(

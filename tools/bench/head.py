@@ -37,8 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from distill_jax import head
 from distill_jax.losses import ce, kd
+from distill_jax.nn import fused_head
 from distill_jax.types import Batch, Mean, Targets
 
 B, T, V, POINTS = 2, 512, 151_936, 63
@@ -95,7 +95,7 @@ def programs(args: tuple, chunk: int) -> dict[str, Any]:
 
   def fused(hidden, rows, batch):
     fn = functools.partial(ours, count=batch.mask_BT.size)
-    return head.loss(fn, hidden, rows, batch, chunk)[0]
+    return fused_head.loss(fn, hidden, rows, batch, chunk)[0]
 
   def materialised(loss: Callable):
     return lambda hidden, rows, batch: loss(
@@ -162,7 +162,7 @@ def lengths(chunk: int = 64) -> dict[str, float]:
   out = {}
   for n in (512, 1024, 2048, 4096):
     args = jax.eval_shape(lambda n=n: problem(256, "sampled", n))
-    fn = lambda h, w, b: head.loss(functools.partial(ours, count=1.0), h, w, b, chunk)[0]
+    fn = lambda h, w, b: fused_head.loss(functools.partial(ours, count=1.0), h, w, b, chunk)[0]
     program = jax.jit(jax.value_and_grad(fn, argnums=(0, 1))).lower(*args).compile()
     out[f"length.T={n}.temp_bytes"] = temporaries(program)
   return out

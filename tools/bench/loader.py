@@ -27,10 +27,10 @@ import jax
 import records_io
 import step as step_bench
 
-from distill_jax import sharding
-from distill_jax.data import loader
 from distill_jax.models import llama
+from distill_jax.nn import sharding
 from distill_jax.records.store import open_store
+from distill_jax.training import loader
 
 V5P_FLOPS, CHIPS, STUDENT = 459e12, 4, 7e9
 V5P_HOST = 0.5 * V5P_FLOPS * CHIPS / (6 * STUDENT)  # tokens a second

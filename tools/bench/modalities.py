@@ -46,9 +46,12 @@ import tokenizers
 from PIL import Image
 from tokenizers import models, pre_tokenizers
 
-from distill_jax import build, config, sharding, teacher, train
-from distill_jax.data import loader
-from distill_jax.workdir import Workdir
+from distill_jax import config
+from distill_jax.commands import record
+from distill_jax.models import loading
+from distill_jax.nn import sharding
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loader, loop
 
 
 def images(folder: Path, small: bool) -> ml_collections.ConfigDict:
@@ -221,7 +224,7 @@ def measured(c: ml_collections.ConfigDict, folder: Path, rounds: int, seconds: f
   c.train.records = (str(folder / "records"),)
   recorded = config.resolve(c)
   with Workdir(folder / "records", recorded) as records:
-    store = teacher.record(recorded, records)
+    store = record.record(recorded, records)
   alone = dataclasses.replace(recorded.train, online=True, records=())
   ways = {"records": recorded, "online": dataclasses.replace(recorded, train=alone)}
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -245,13 +248,13 @@ def measured(c: ml_collections.ConfigDict, folder: Path, rounds: int, seconds: f
 
 def prepared(c: config.Config, mesh: Any) -> list[Any]:
   """[the compiled step, its state, a batch, online teachers]"""
-  stores, keys = train.open_stores(c), build.keys(c.seed)
-  step = train.make_step(c, stores)
-  batch = loader.to_device(next(train._batches(c, stores, 0)), sharding.batch_sharding(mesh))
+  stores, keys = loop.open_stores(c), loading.keys(c.seed)
+  step = loop.make_step(c, stores)
+  batch = loader.to_device(next(loop._batches(c, stores, 0)), sharding.batch_sharding(mesh))
   teachers = {
-    name: build.build(spec, mesh, keys["teacher"]).model for name, spec in train.online(c).items()
+    name: loading.build(spec, mesh, keys["teacher"]).model for name, spec in loop.online(c).items()
   }
-  state = jax.jit(step.init)(build.build(c.student, mesh, keys["student"]).model)
+  state = jax.jit(step.init)(loading.build(c.student, mesh, keys["student"]).model)
   return [jax.jit(step, donate_argnums=0), state, batch, teachers]
 
 
@@ -266,7 +269,7 @@ def run(prepared: list[Any]) -> float:
 
 def read(c: config.Config, seconds: float) -> float:
   """Examples a second of the loader, after the first batch."""
-  batches = train._batches(c, train.open_stores(c), 0)
+  batches = loop._batches(c, loop.open_stores(c), 0)
   next(batches)
   start, n = time.perf_counter(), 0
   while time.perf_counter() - start < seconds:

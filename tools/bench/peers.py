@@ -47,12 +47,14 @@ def ours(folder: str, name: str, kind: str) -> None:
 
   sys.path.insert(0, folder)
   shapes = importlib.import_module("peer_shapes")
-  from distill_jax import config, optim, params
-  from distill_jax.layers import Compute
+  from distill_jax import config
   from distill_jax.losses import ce, kd
   from distill_jax.models import qwen3
+  from distill_jax.nn import params
+  from distill_jax.nn.layers import Compute
   from distill_jax.schedules import constant
-  from distill_jax.step import Step
+  from distill_jax.training import optim
+  from distill_jax.training.step import Step
   from distill_jax.types import Batch, Inputs, Recorded, Targets
 
   c = shapes.CONFIGS[name]

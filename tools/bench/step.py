@@ -28,12 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax import config, optim
-from distill_jax.layers import Compute
+from distill_jax import config
 from distill_jax.losses import ce, kd
 from distill_jax.models import llama
+from distill_jax.nn.layers import Compute
 from distill_jax.schedules import constant
-from distill_jax.step import Step
+from distill_jax.training import optim
+from distill_jax.training.step import Step
 from distill_jax.types import Batch, Inputs, Targets
 
 POINTS, ENTRIES = 63, 20  # of systematic sampling; and how many tokens they fall on

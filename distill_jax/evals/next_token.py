@@ -1,0 +1,73 @@
+"""Next-token quality of language models beside their teacher, from full distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distill_jax.losses import divergences
+from distill_jax.nn import fused_head
+from distill_jax.nn.layers import Compute
+from distill_jax.types import Batch, Mean, Output, Targets
+
+
+def compare(
+  outputs: Mapping[str, Targets], batch: Batch, chunk: int, vocab_size: int | None = None,
+  teacher: str = "teacher",
+) -> dict[str, dict[str, Mean]]:  # fmt: skip
+  """Every model beside the teacher, over the labels of a batch, in nats.
+
+  Args:
+    outputs: hidden states and head of each model by name, the teacher's among them.
+
+  Returns:
+    By model: ce, -log q(label); entropy of q; accuracy, q's top token is the label;
+    kl, KL(p || q); agreement, p and q have the same top token.
+  """
+
+  def chunk_metrics(teacher_BCV: jax.Array, piece: Batch) -> dict[str, dict[str, Mean]]:
+    teacher_BCV = fused_head.only_rows(fused_head.soft_cap(teacher_BCV, p.soft_cap), piece.rows_BT2)
+    logp_BCV = jax.nn.log_softmax(teacher_BCV)
+    means = {teacher: _metrics(logp_BCV, logp_BCV, piece)}
+    for name, t in piece.targets.items():
+      assert t.hidden_BTD is not None and t.head_VD is not None
+      z_BCV = fused_head.soft_cap(fused_head.logits(t.hidden_BTD, t.head_VD), t.soft_cap)
+      z_BCV = fused_head.fit_rows(z_BCV, teacher_BCV)
+      logq_BCV = jax.nn.log_softmax(z_BCV)
+      means[name] = _metrics(logp_BCV, logq_BCV, piece)
+    return means
+
+  p = outputs[teacher]
+  assert p.hidden_BTD is not None and p.head_VD is not None
+  others = {name: t for name, t in outputs.items() if name != teacher}
+  batch = (batch.paired() if p.paired else batch).replace(targets=others)
+  return fused_head.fold(chunk_metrics, p.hidden_BTD, p.head_VD, batch, chunk, vocab_size)
+
+
+def _metrics(logp_BCV: jax.Array, logq_BCV: jax.Array, piece: Batch) -> dict[str, Mean]:
+  top_BC, q_BCV = jnp.argmax(logq_BCV, -1), jnp.exp(logq_BCV)
+  real_BCV = logp_BCV > -jnp.inf  # rows past the vocabulary have no probability
+  safe = (jnp.where(real_BCV, x, 0) for x in (logp_BCV, logq_BCV))
+  per_token = {
+    "ce": -jnp.take_along_axis(logq_BCV, piece.labels_BT[..., None], -1)[..., 0],
+    "entropy": -jnp.sum(q_BCV * jnp.where(q_BCV > 0, logq_BCV, 0), -1),
+    "accuracy": top_BC == piece.labels_BT,
+    "kl": jnp.sum(jnp.where(real_BCV, divergences.forward_kl(*safe), 0), -1),
+    "agreement": top_BC == jnp.argmax(logp_BCV, -1),
+  }
+  return {name: Mean.of(x_BC, piece.mask_BT) for name, x_BC in per_token.items()}
+
+
+def score(model: Any, batch: Batch, how: Compute, chunk: int) -> Mean:
+  """-log q(label) alone: the work of a forward pass over a prompt, for timing."""
+  out: Output = model(batch.inputs, how)
+  batch = batch.paired() if out.paired else batch
+
+  def ce(z_BCV: jax.Array, piece: Batch) -> Mean:
+    z_BCV = fused_head.only_rows(fused_head.soft_cap(z_BCV, out.soft_cap), piece.rows_BT2)
+    return Mean.of(-fused_head.logp_at(z_BCV, piece.labels_BT[..., None])[..., 0], piece.mask_BT)
+
+  return fused_head.fold(ce, out.hidden_BTD, out.head_VD, batch, chunk)

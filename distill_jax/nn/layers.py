@@ -1,0 +1,250 @@
+"""What decoder families share: norm, rope, feed-forward, the scan over layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill_jax.config import Quantise
+from distill_jax.errors import InputError
+from distill_jax.nn import lora, params, sharding
+from distill_jax.nn.quantise import rounded
+
+REMAT = ("none", "full", "dots", "offload")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How a model is computed, apart from what it is. Static and hashable.
+
+  Attributes:
+    dtype: of matrix products and activations; norms, softmax and losses are float32.
+    rules: logical to mesh axes.
+    remat: what the backward pass keeps of a layer: "none" recomputes nothing (and
+      keeps weights as merged with adapters), "dots" keeps matrix products, "offload" keeps
+      them too, in the host's memory, "full" keeps the layer's input alone.
+    attention: the kernel, one of distill_jax.attention.KERNELS.
+    quantise: linear weights are used as integers times a scale.
+    training: it is a student in its step; a model that answers twice (DeiT) does so there alone.
+  """
+
+  dtype: str = "float32"
+  rules: sharding.Rules = sharding.Rules()
+  remat: str = "none"
+  attention: str = "auto"
+  quantise: Quantise = Quantise()
+  training: bool = False
+
+  def view(self, tree: Any) -> Any:
+    """Parameters as they are used: in the compute dtype, gathered by the compute column.
+
+    Before that, where they are stored, low-rank adapters are merged into their weights, and
+    weights that are to be integers rounded.
+    """
+
+    def one(v):
+      x = rounded(v, self.quantise)[...].astype(
+        "float32" if v.get_metadata()["exact"] else self.dtype
+      )
+      if not jax.sharding.get_abstract_mesh().empty:
+        spec = self.rules.spec(v.get_metadata()["axes"], "compute")
+        x = jax.lax.with_sharding_constraint(x, spec)
+      return v.replace(x)
+
+    return params.map_params(one, lora.merge(tree))
+
+  def checkpoint(self, fn: Callable) -> Callable:
+    if self.remat not in REMAT:
+      raise InputError(f"remat is {self.remat!r}; it can be one of {REMAT}")
+    if self.remat == "none":
+      return fn
+    policies = jax.checkpoint_policies
+    policy = {
+      "full": None,
+      "dots": policies.dots_with_no_batch_dims_saveable,
+      "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    }[self.remat]
+    return jax.checkpoint(fn, policy=policy)
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+  """Root-mean-square norm in float32, returned in the input's dtype (arXiv:1910.07467)."""
+  x = x_BTD.astype(jnp.float32)
+  x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+  scale = jnp.broadcast_to(scale_D.astype(jnp.float32) + offset, x.shape)
+  return (x * scale).astype(x_BTD.dtype)
+
+
+def layer_norm(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> jax.Array:
+  """Layer norm in float32, returned in the input's dtype (arXiv:1607.06450)."""
+  x = x_BTD.astype(jnp.float32)
+  x -= jnp.mean(x, -1, keepdims=True)
+  x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+  wide = lambda v: jnp.broadcast_to(v.astype(jnp.float32), x.shape)
+  return (x * wide(scale_D) + wide(bias_D)).astype(x_BTD.dtype)
+
+
+def unit(x_BD: jax.Array) -> jax.Array:
+  """Vectors of length 1 over the last axis, float32; one of length 0 stays, without gradient."""
+  x_BD = x_BD.astype(jnp.float32)
+  square = jnp.sum(x_BD * x_BD, -1, keepdims=True)
+  return jnp.where(square > 0, x_BD * jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+def with_bias(
+  hidden_BTD: jax.Array, head_VD: jax.Array, bias_V: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Hidden states and head whose product is hidden @ head.T + bias: one number wider."""
+  one_BT1 = jnp.ones((*hidden_BTD.shape[:2], 1), hidden_BTD.dtype)
+  return (
+    jnp.concatenate([hidden_BTD, one_BT1], -1),
+    jnp.concatenate([head_VD, bias_V.astype(head_VD.dtype)[:, None]], -1),
+  )
+
+
+def patches(x_BWWM: jax.Array, w_DMpp: jax.Array) -> jax.Array:
+  """A convolution whose p x p windows lie side by side, as one product: [B, W/p, W/p, D].
+
+  Rows and columns that fill no window are left out, as torch does.
+  """
+  (B, H, W, M), p = x_BWWM.shape, w_DMpp.shape[-1]
+  h, w = H // p, W // p
+  x_BhpwpM = x_BWWM[:, : h * p, : w * p].reshape(B, h, p, w, p, M)
+  return jnp.einsum("BhpwqM,DMpq->BhwD", x_BhpwpM, w_DMpp)
+
+
+def rope_angles(
+  positions_BT: jax.Array, inv_freq: np.ndarray, amplitude: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+  """(cos, sin) of rotary embeddings, float32 [B, T, h/2] (arXiv:2104.09864)."""
+  angles = positions_BT[..., None].astype(jnp.float32) * inv_freq[None, None, :]
+  return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
+
+
+def rope(
+  x_BTHh: jax.Array, angles: tuple[jax.Array, jax.Array], interleaved: bool = False
+) -> jax.Array:
+  """Rotates the two halves of each head against each other, as Hugging Face lays them out.
+
+  Interleaved, the even places are one half and the odd ones the other; they come out as
+  halves, which leaves the products of queries and keys as they are.
+  """
+  dtype, (cos, sin) = x_BTHh.dtype, (a[:, :, None, :] for a in angles)
+  x_BTHh = x_BTHh.astype(jnp.float32)
+  if interleaved:
+    a, b = x_BTHh[..., ::2], x_BTHh[..., 1::2]
+  else:
+    a, b = jnp.split(x_BTHh, 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(dtype)
+
+
+def gated_mlp(
+  x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array,
+  activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+) -> jax.Array:  # fmt: skip
+  """down(activation(gate(x)) * up(x)); SwiGLU with silu (arXiv:2002.05202)."""
+  return (activation(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
+
+
+def experts(
+  x_BTD: jax.Array, ids_BTK: jax.Array, weight_BTK: jax.Array,
+  gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, rules: sharding.Rules,
+) -> jax.Array:  # fmt: skip
+  """Each position through its K chosen gated feed-forwards, summed by weight. Returns [B, T, D].
+
+  Every device sorts its own positions by expert and multiplies them in groups, by those
+  experts (or that part of each) that it holds; what it lacks comes from the devices that
+  share its positions.
+
+  Args:
+    ids_BTK: int32, the experts of each position.
+    weight_BTK: float32.
+
+  Raises:
+    InputError: experts are computed along a mesh axis that positions are spread over.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return _grouped(x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD, 0)
+  rows = rules.spec(("batch", "seq", "embed"), "compute")
+  up = rules.spec(("experts", "embed", "expert_mlp"), "compute")
+  down = rules.spec(("experts", "expert_mlp", "embed"), "compute")
+  names = lambda *parts: [a for p in parts for a in ((p,) if isinstance(p, str) else p or ())]
+  parts = names(up[0], up[2])
+  if both := set(parts) & set(names(*rows)):
+    raise InputError(
+      f"experts are computed along mesh axis {both.pop()!r}, which the batch is spread over; give "
+      "'experts' and 'expert_mlp' another axis, or none, in the compute column"
+    )
+
+  def here(x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD):
+    if parts:  # said here: left to the gather below, jax 0.10 forgets it in the gradient
+      x_BTD = jax.lax.pcast(x_BTD, tuple(parts), to="varying")
+    first = jax.lax.axis_index(up[0]) * gate_EDF.shape[0] if up[0] else 0
+    y_BTD = _grouped(x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD, first)
+    return jax.lax.psum(y_BTD, tuple(parts)) if parts else y_BTD
+
+  return jax.shard_map(here, in_specs=(rows, rows, rows, up, up, down), out_specs=rows)(
+    x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD
+  )
+
+
+def _grouped(x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD, first) -> jax.Array:
+  """`experts` for the E experts from number `first` on; the choices of others add nothing."""
+  (B, T, D), K, E = x_BTD.shape, ids_BTK.shape[-1], gate_EDF.shape[0]
+  ids_N = ids_BTK.reshape(-1) - first  # N = B * T * K choices
+  mine_N = (ids_N >= 0) & (ids_N < E)
+  ids_N = jnp.where(mine_N, ids_N, E)  # the others' are sorted behind the last group
+  order_N = jnp.argsort(ids_N)
+  sizes_E = jnp.zeros(E, jnp.int32).at[ids_N].add(1, mode="drop")
+  product = lambda x_ND, w_EDF: jax.lax.ragged_dot(x_ND, w_EDF, sizes_E)
+  # Rows behind the last group may hold anything, in the gradient too.
+  only_mine = lambda x_ND: jnp.where(mine_N[order_N][:, None], x_ND, 0)
+  x_ND = only_mine(x_BTD.reshape(-1, D)[order_N // K])
+  h_NF = jax.nn.silu(product(x_ND, gate_EDF)) * product(x_ND, up_EDF)
+  y_ND = only_mine(product(h_NF, down_EFD))[jnp.argsort(order_N)]
+  y_BTKD = y_ND.reshape(B, T, K, D)
+  return jnp.einsum("BTKD,BTK->BTD", y_BTKD, weight_BTK.astype(y_BTKD.dtype))
+
+
+def scan_layers(
+  stacks: Sequence[Any], apply: Callable[[Any, jax.Array, jax.Array], jax.Array],
+  x_BTD: jax.Array, taps: tuple[int, ...], how: Compute,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+  """Runs `x = apply(layer, its number, x)` over stacks of layers, keeping those asked for.
+
+  A tapped activation is written into a buffer carried through the scan; a layer that is
+  not asked for writes to a slot out of bounds, which `mode="drop"` discards. So memory
+  grows with the taps, not with the layers.
+
+  Returns:
+    The last activation, and the taps as [P, B, T, D] in the order asked for (None without).
+
+  Raises:
+    InputError: a tap is not the index of a layer.
+  """
+  sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in stacks]
+  n = sum(sizes)
+  bad = [t for t in taps if not 0 <= t < n]
+  if bad or len(set(taps)) < len(taps):
+    raise InputError(f"taps {taps}: each is a different layer from 0 to {n - 1}")
+  slots = np.full(n, len(taps), np.int32)
+  slots[list(taps)] = np.arange(len(taps))
+  step = how.checkpoint(lambda layer, i, x: apply(how.view(params.unstack(layer)), i, x))
+
+  def body(carry, xs):
+    (x, buffer), (layer, i, slot) = carry, xs
+    x = sharding.constrain(step(layer, i, x), "batch seq embed", how.rules)
+    return (x, buffer.at[slot].set(x, mode="drop") if taps else None), None
+
+  carry = x_BTD, jnp.zeros((len(taps), *x_BTD.shape), x_BTD.dtype) if taps else None
+  first = 0
+  for stack, size in zip(stacks, sizes, strict=True):
+    numbers = np.arange(first, first + size, dtype=np.int32)
+    carry, _ = jax.lax.scan(body, carry, (stack, numbers, slots[first : first + size]))
+    first += size
+  return carry

@@ -1,0 +1,72 @@
+"""Matrices brought to a low rank, by what is largest in them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from distill_jax.errors import InputError
+from distill_jax.hub import declared
+from distill_jax.nn import params
+from distill_jax.runtime import distributed
+
+
+def targets(model: Any, ranks: dict[str, int]) -> dict[str, tuple[Any, int]]:
+  """(matrix, rank) by path, of those that are named by the ends of their dotted names.
+
+  Raises:
+    InputError: a name that no matrix of a layer has, or a rank that is not below a matrix's.
+  """
+  module = lambda v: v.get_metadata()["hf"].removesuffix(".weight")
+  of_layers = lambda v: "layers" in v.get_metadata()["axes"] and v.get_metadata()["out"]
+  matrices = {path: v for path, v in params.named_params(model) if of_layers(v)}
+  chosen: dict[str, tuple[Any, int]] = {}
+  for target, rank in ranks.items():
+    found = {p: v for p, v in matrices.items() if f".{module(v)}".endswith(f".{target}")}
+    if not found:
+      names = sorted({module(v).rpartition(".")[2] for v in matrices.values()})
+      raise InputError(f"shrink.factorise names {target!r}; the student has {', '.join(names)}")
+    for path, v in found.items():
+      full = min(declared.Layout(v).shape)
+      if not 1 <= rank < full:
+        raise InputError(
+          f"shrink.factorise has rank {rank} for {target} and {path} has {full}; give 1 to "
+          f"{full - 1}"
+        )
+      chosen[path] = v, rank
+  return chosen
+
+
+def factorise(model: Any, ranks: dict[str, int], itemsize: int) -> tuple[Any, dict[str, Any]]:
+  """The model with each named matrix at its best approximation of a rank (Eckart and Young).
+
+  Its product is written out, in the matrix's shape, as transformers loads no factors: what is
+  saved is for a student that starts from the factors (adapters, shared layers).
+
+  Returns: the model; by path, rank, the share of the squared norm that is left, bytes, and
+    bytes as two factors.
+  """
+  chosen, about = targets(model, ranks), {}
+  values: dict[str, Any] = {}
+  for path, (v, rank) in chosen.items():
+    x, layout = distributed.to_host(v[...]), declared.Layout(v)
+    loops = x.ndim - len(layout.ours)
+    new, kept, total = np.empty_like(x), 0.0, 0.0
+    for at in np.ndindex(*x.shape[:loops]):
+      matrix = layout.to_theirs(x[at], np.dtype(np.float32))
+      u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+      low = (u[:, :rank] * s[:rank]) @ vt[:rank]
+      whole = (slice(None),) * len(layout.ours)
+      _, shape, left = layout.slices(whole)
+      layout.to_ours(low.astype(x.dtype), shape, left, new[at])
+      kept, total = kept + float((s[:rank] ** 2).sum()), total + float((s**2).sum())
+    values[path] = distributed.from_host(new, v[...].sharding)
+    n = math.prod(x.shape[:loops])
+    about[path] = {
+      "rank": rank, "of": min(layout.shape), "norm_kept": kept / total if total else 1.0,
+      "bytes": n * math.prod(layout.shape) * itemsize,
+      "bytes_as_factors": n * rank * sum(layout.shape) * itemsize,
+    }  # fmt: skip
+  return params.replace(model, values), about

@@ -1,0 +1,197 @@
+"""What matters in a model: each part by what it adds, measured on calibration text.
+
+One forward pass, a layer at a time as in training (lax.scan), in which the pieces that a
+layer is made of are asked for what they add. Nothing but sums over positions leaves it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill_jax.models import _decoder
+from distill_jax.nn import fused_head, layers, params, sharding
+from distill_jax.nn.layers import Compute
+from distill_jax.types import Batch, Inputs, Mean
+
+Runner = Callable[[Any, Batch, np.ndarray], Mean]
+Sums = dict[str, dict[str, Any]]  # by stack ("" for what is outside of them) and statistic
+
+
+def importance(
+  model: Any,
+  batches: Sequence[Batch],
+  how: Compute,
+  within_experts: bool,
+  done: Callable[[int], None] = lambda n: None,
+) -> dict[str, dict[str, np.ndarray]]:
+  """Means over all positions, by stack of layers; each array begins with its layers.
+
+  Of a stack:
+    influence [L]: 1 - cosine of a layer's input and output (ShortGPT, arXiv:2403.03853).
+    heads [L, H], mlp [L, F], expert_mlp [L, E, F]: the root mean square of what a head, or a
+      channel, adds to the residual. Minitron (arXiv:2407.14679) takes the size of the
+      activation; times that of the weights it meets, a channel that no one reads counts as
+      nothing too.
+    experts [L, E]: the mean weight that the router gives.
+    NAME.energy [L, D], for each norm over channels by its name: the mean square of its
+      input in units of the vector's own mean square; over all channels it averages to 1.
+  And under "", without layers: norm.energy [D] of the final norm.
+
+  Args:
+    within_experts: also expert_mlp, for which every expert reads every position.
+    done: called with the number of positions after each batch.
+  """
+  watch = jax.jit(functools.partial(_watch, how=how, within_experts=within_experts))
+  total: Any = None
+  for batch in batches:
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), watch(model, batch.inputs))
+    total = sums if total is None else jax.tree.map(np.add, total, sums)
+    done(batch.mask_BT.size)
+  count = total[""].pop("positions")
+  of = lambda name, x: np.sqrt(x / count) if name in ("heads", "mlp", "expert_mlp") else x / count
+  return {s: {name: of(name, x) for name, x in named.items()} for s, named in total.items()}
+
+
+def _watch(model: Any, inputs: Inputs, *, how: Compute, within_experts: bool) -> Sums:
+  x_BTD, _ = model.embedded(inputs.tokens_BT, how)
+  sight, seen_BT = model.sight(inputs), inputs.segments_BT > 0
+  sums: Sums = {}
+  first = 0
+  for name, _, n in model.plan(model.config):
+
+    def body(x_BTD, layer_and_number):
+      layer, i = layer_and_number
+      block = how.view(params.unstack(layer))
+      see = *sight(i), inputs.segments_BT, how
+      z_BTD, said = _layer(block, x_BTD, see, seen_BT, within_experts)
+      return sharding.constrain(z_BTD, "batch seq embed", how.rules), said
+
+    numbers = np.arange(first, first + n, dtype=np.int32)
+    x_BTD, sums[name] = jax.lax.scan(body, x_BTD, (getattr(model, name), numbers))
+    first += n
+  c = model.config
+  sums[""] = {
+    "norm.energy": _energy(x_BTD, seen_BT, c.rms_norm_eps),
+    "positions": jnp.sum(seen_BT, dtype=jnp.float32),
+  }
+  return sums
+
+
+def _layer(
+  block: Any, x_BTD: jax.Array, see: tuple[Any, ...], seen_BT: jax.Array, within_experts: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """One layer's output, and sums over positions of what its parts did."""
+  c, how = block.config, see[-1]
+  a_BTHh = block.read(x_BTD, *see)
+  mid_BTD = x_BTD + block.merge(a_BTHh)
+  out_BTD = mid_BTD + block.feed_forward(mid_BTD, how.rules)
+  y_BTD = block.norm(mid_BTD, block.mlp_norm)
+  into = {"attn_norm": x_BTD, "mlp_norm": mid_BTD}
+  if hasattr(block, "attn_post_norm"):  # what the plain layer adds goes through a norm first
+    into["attn_post_norm"] = _decoder.Block.merge(block, a_BTHh)
+    into["mlp_post_norm"] = _decoder.Block.feed_forward(block, mid_BTD, how.rules)
+  said = {
+    "influence": _sum(1 - _cosine(x_BTD, out_BTD), seen_BT),
+    "heads": _sum(_head_energy(a_BTHh, block.o[...]), seen_BT),
+  }
+  said |= {f"{k}.energy": _energy(x, seen_BT, c.rms_norm_eps) for k, x in into.items()}
+  if hasattr(block, "gate"):
+    up = block.gate[...], block.up[...]
+    h_BTF = _gated(y_BTD, *up, block.activation)
+    said["mlp"] = _sum(h_BTF**2, seen_BT) * _energy_of_rows(block.down[...])
+  if hasattr(block, "experts"):
+    said |= _experts(block, y_BTD, seen_BT, within_experts)
+  return out_BTD, said
+
+
+def _experts(
+  block: Any, y_BTD: jax.Array, seen_BT: jax.Array, within: bool
+) -> dict[str, jax.Array]:
+  """How much each expert is used; and each of its channels, where that is asked for."""
+  experts, (ids_BTK, weight_BTK) = block.experts, block.route(y_BTD)
+  E = experts.router.shape[-1]
+  weight_BTE = jnp.sum(jax.nn.one_hot(ids_BTK, E) * weight_BTK[..., None], 2)
+  said = {"experts": _sum(weight_BTE, seen_BT)}
+  if within:
+
+    def one(expert):
+      gate, up, down, weight_BT = expert
+      h_BTF = _gated(y_BTD, gate, up, jax.nn.silu) * weight_BT[..., None]
+      return _sum(h_BTF**2, seen_BT) * _energy_of_rows(down)
+
+    weights = experts.gate[...], experts.up[...], experts.down[...]
+    said["expert_mlp"] = jax.lax.map(one, (*weights, jnp.moveaxis(weight_BTE, -1, 0)))
+  return said
+
+
+def _gated(x_BTD, gate_DF, up_DF, activation) -> jax.Array:
+  return activation(x_BTD @ gate_DF) * (x_BTD @ up_DF)
+
+
+def _sum(x_BT: jax.Array, seen_BT: jax.Array) -> jax.Array:
+  """Over the positions that are not padding, in float32: [B, T, ...] to [...]."""
+  seen_BT = seen_BT.reshape(*seen_BT.shape, *[1] * (x_BT.ndim - 2))
+  return jnp.sum(jnp.where(seen_BT, x_BT.astype(jnp.float32), 0), (0, 1))
+
+
+def _cosine(a_BTD: jax.Array, b_BTD: jax.Array) -> jax.Array:
+  a_BTD, b_BTD = a_BTD.astype(jnp.float32), b_BTD.astype(jnp.float32)
+  norms = jnp.linalg.norm(a_BTD, axis=-1) * jnp.linalg.norm(b_BTD, axis=-1)
+  return jnp.sum(a_BTD * b_BTD, -1) / jnp.maximum(norms, 1e-30)
+
+
+def _head_energy(a_BTHh: jax.Array, o_HhD: jax.Array) -> jax.Array:
+  """|what each head adds|^2, [B, T, H], without writing out what it adds."""
+  gram_Hhk = jnp.einsum("HhD,HkD->Hhk", o_HhD, o_HhD, preferred_element_type=jnp.float32)
+  a_BTHh = a_BTHh.astype(jnp.float32)
+  return jnp.maximum(jnp.einsum("BTHh,Hhk,BTHk->BTH", a_BTHh, gram_Hhk, a_BTHh), 0)
+
+
+def _energy_of_rows(down_FD: jax.Array) -> jax.Array:
+  return jnp.sum(down_FD.astype(jnp.float32) ** 2, -1)
+
+
+def _energy(x_BTD: jax.Array, seen_BT: jax.Array, eps: float) -> jax.Array:
+  unit_D = jnp.ones(x_BTD.shape[-1])
+  return _sum(layers.rms_norm(x_BTD.astype(jnp.float32), unit_D, eps) ** 2, seen_BT)
+
+
+def runner(how: Compute, chunk: int, vocab_size: int) -> Runner:
+  """What `loss` runs: compiled once a shape, whichever layers are left out."""
+  return jax.jit(functools.partial(_without, how=how, chunk=chunk, vocab_size=vocab_size))
+
+
+def loss(run: Runner, model: Any, batches: Sequence[Batch], without: Sequence[int] = ()) -> float:
+  """Cross-entropy in nats a label, with some layers left out."""
+  runs_L = np.ones(model.config.num_hidden_layers, bool)
+  runs_L[list(without)] = False
+  means = [run(model, batch, runs_L) for batch in batches]
+  return float(sum(means[1:], means[0]).value())
+
+
+def _without(
+  model: Any, batch: Batch, runs_L: jax.Array, *, how: Compute, chunk: int, vocab_size: int
+) -> Mean:
+  inputs = batch.inputs
+  x_BTD, embed_VD = model.embedded(inputs.tokens_BT, how)
+  sight = model.sight(inputs)
+
+  def apply(layer, i, x_BTD):
+    run = lambda x_BTD: layer(x_BTD, *sight(i), inputs.segments_BT, how)
+    return jax.lax.cond(runs_L[i], run, lambda x_BTD: x_BTD, x_BTD)
+
+  stacks = [getattr(model, name) for name, _, _ in model.plan(model.config)]
+  x_BTD, _ = layers.scan_layers(stacks, apply, x_BTD, (), how)
+  out = model.output(x_BTD, embed_VD, how)
+
+  def ce(z_BCV: jax.Array, piece: Batch) -> Mean:
+    z_BCV = fused_head.soft_cap(z_BCV, out.soft_cap)
+    return Mean.of(-fused_head.logp_at(z_BCV, piece.labels_BT[..., None])[..., 0], piece.mask_BT)
+
+  return fused_head.fold(ce, out.hidden_BTD, out.head_VD, batch, chunk, vocab_size)

@@ -1,0 +1,107 @@
+"""What a student was made of, for a person: the printed table and the model card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distill_jax.config import Config, Shrink
+from distill_jax.models._windows import GLOBAL
+from distill_jax.pruning import shapes
+from distill_jax.pruning.cut import Kept
+
+NOTE = "as factors, for a student that starts from them; the folder holds the products"
+
+
+def kept(s: Shrink, was: Any, now: Any, chosen: Kept) -> dict[str, Any]:
+  """Of each axis: how many are kept, of how many, and where it applies by what."""
+  found: dict[str, Any] = {
+    "layers": {"kept": len(chosen.layers), "of": was.num_hidden_layers, "by": s.layers_by,
+               "numbers": list(chosen.layers)}
+  }  # fmt: skip
+  by = {"kv_heads": s.kv_heads_by, "experts": s.experts_by}
+  for key in shapes.SIZES:
+    if name := shapes.field(was, key):
+      found[key] = {"kept": getattr(now, name), "of": getattr(was, name)}
+      if key in by and found[key]["kept"] < found[key]["of"]:
+        found[key]["by"] = by[key]
+  if s.window:
+    see_all = [i for i, kind in enumerate(now.layer_types) if kind == GLOBAL]
+    found["window"] = {"kept": s.window, "of": was.max_position_embeddings, "by": "all layers"}
+    found["window"] |= {"by": "all layers but", "numbers": see_all} if see_all else {}
+  return found
+
+
+def text(result: dict[str, Any]) -> str:
+  """shrink.json as a table."""
+  if "candidates" in result:
+    return _search(result)
+  lines = [f"{'model':12}{'parameters':>16}{'bytes':>16}{'held-out ce':>13}"]
+  for name, row in result["models"].items():
+    lines.append(f"{name:12}{row['parameters']:>16,}{row['bytes']:>16,}{row['ce']:>13.4f}")
+  lines += ["", *_kept(result["kept"])]
+  for path, f in result["factorised"].items():
+    lines.append(
+      f"{path}: rank {f['rank']} of {f['of']}, {f['norm_kept']:.1%} of its squared norm; "
+      f"{f['bytes']:,} bytes, {f['bytes_as_factors']:,} {NOTE}"
+    )
+  return "\n".join([*lines, f"folder: {result['dir']}"])
+
+
+def _kept(kept: dict[str, Any]) -> list[str]:
+  lines = []
+  for key, k in kept.items():
+    if k["kept"] != k["of"]:
+      by = f" by {k['by']}" if "by" in k else ""
+      which = f": {' '.join(map(str, k['numbers']))}" if "numbers" in k else ""
+      lines.append(f"{key}: {k['kept']:,} of {k['of']:,}{by}{which}")
+  return lines or ["everything is kept"]
+
+
+def _search(result: dict[str, Any]) -> str:
+  sizes = sorted({k for c in result["candidates"].values() for k in c["kept"]})
+  head = "".join(f"{k:>14}" for k in sizes)
+  lines = [
+    f"{result['target']}: {result['wanted']:,.0f}; teacher {result['teacher']['ce']:.4f} nats",
+    f"{'candidate':14}{head}{'parameters':>16}{'tokens/s':>10}{'ce before':>11}{'ce after':>10}",
+  ]
+  for name, c in sorted(result["candidates"].items(), key=lambda item: item[1]["ce"]):
+    row = "".join(f"{c['kept'][k]['kept']:>14,}" if k in c["kept"] else f"{'':14}" for k in sizes)
+    rate = f"{c['decode_rate']:>10,.1f}" if "decode_rate" in c else f"{'':10}"
+    lines.append(
+      f"{name:14}{row}{c['parameters']:>16,}{rate}{c['ce_before']:>11.4f}{c['ce']:>10.4f}"
+    )
+  best = result["candidates"][result["recommended"]]
+  lines.append(
+    f"recommended: {result['recommended']}, the best after {result['steps']} steps; it is in "
+    f"{best['dir']}, and so far trained in {best['run']}"
+  )
+  return "\n".join(lines)
+
+
+def card(config: Config, result: dict[str, Any]) -> str:
+  """README.md of the folder, Markdown."""
+  rows = result["models"]
+  lines = [
+    "---",
+    "library_name: transformers",
+    "tags: [knowledge-distillation, distill_jax]",
+    "---",
+    "# A student before training",
+    "",
+    f"Made by `distill-jax shrink` from `{config.teacher.source or config.teacher.shape}`; it is "
+    "where a student's training starts, and has not been trained since it was cut.",
+    "",
+    *(f"- {line}" for line in _kept(result["kept"])),
+    *(
+      f"- `{path}` at rank {f['rank']} of {f['of']}, written out"
+      for path, f in result["factorised"].items()
+    ),
+    "",
+    f"Cross-entropy on {result['heldout_labels']:,} held-out tokens of {result['corpus']}, nats a "
+    "token:",
+    "",
+    "| model | parameters | ce |",
+    "|---|---|---|",
+    *(f"| {name} | {row['parameters']:,} | {row['ce']:.4g} |" for name, row in rows.items()),
+  ]
+  return "\n".join(lines) + "\n"

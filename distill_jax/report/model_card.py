@@ -1,0 +1,97 @@
+"""The model card of an exported student: its data, teacher, losses and measured numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from distill_jax.config import Config
+from distill_jax.report import benchmarks
+
+COLUMNS = ("ce", "perplexity", "kl", "agreement", "parameters")
+
+
+def card(config: Config, step: int, evaluation: Mapping[str, Any] | None) -> str:
+  """README.md in Markdown. Numbers are those of `evaluation`; without it the card says so."""
+  student, data, optim, train = config.student, config.data, config.optim, config.train
+  kept = f", layers {list(student.keep_layers)}" if student.keep_layers else ""
+  lines = [
+    "---",
+    f"library_name: {'peft' if config.export.lora == 'peft' else 'transformers'}",
+    "tags: [knowledge-distillation, distill_jax]",
+    "---",
+    "# A distilled student",
+    "",
+    f"Trained by distill_jax for {step:,} steps of {train.batch_size} sequences.",
+    "",
+    f"- Teacher: `{config.teacher.source or config.teacher.shape}`",
+    f"- Student before training: `{student.source or student.shape}`{kept}",
+    *_adapters(config),
+    *_shared(config),
+    *(_task(name, of) for name, of in config.tasks.items()),
+    *(
+      []
+      if config.tasks
+      else [f"- Data: `{data.kind}` `{data.path}`, sequences of {data.seq_len} tokens"]
+    ),
+    f"- Optimiser: AdamW, peak rate {optim.peak_lr:g}, {optim.schedule}, "
+    f"weight decay {optim.weight_decay:g}",
+    *(_loss(name, fn) for name, fn in config.losses.items()),
+    "",
+    *_measured(evaluation),
+  ]
+  return "\n".join(lines) + "\n"
+
+
+def _adapters(config: Config) -> list[str]:
+  lora = config.student.lora
+  if not lora.rank:
+    return []
+  what = {"merged": "merged into the weights", "peft": "alone, for the student before training"}
+  what |= {"base": "not in here: this is the student before training"}
+  on = ", ".join(lora.targets)
+  return [f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {on}; {what[config.export.lora]}"]
+
+
+def _task(name: str, of: Any) -> str:
+  keys = ", ".join(f"{f.name} {getattr(of, f.name)}" for f in dataclasses.fields(of))
+  return f"- Task `{name}` ({type(of).__module__.rpartition('.')[2]}): {keys}"
+
+
+def _shared(config: Config) -> list[str]:
+  share = config.student.share
+  if not share.layers:
+    return []
+  deltas = f", each with a difference of rank {share.lora.rank} merged in" * bool(share.lora.rank)
+  return [f"- Layers: {share.layers} different ones, {share.order}, written out{deltas}"]
+
+
+def _loss(name: str, fn: Any) -> str:
+  keys = {f.name: getattr(fn, f.name) for f in dataclasses.fields(fn)}
+  said = (f"{k} {v.values if hasattr(v, 'values') else v}" for k, v in keys.items())
+  return f"- Loss `{name}` ({type(fn).__module__.rpartition('.')[2]}): {', '.join(said)}"
+
+
+def _on_sets(evaluation: Mapping[str, Any]) -> list[str]:
+  evals = evaluation.get("evals")
+  return [*benchmarks.markdown(evals), ""] if evals else []
+
+
+def _measured(evaluation: Mapping[str, Any] | None) -> list[str]:
+  if evaluation is None:
+    return ["Not measured: run `distill-jax evaluate` and export again with its evaluation.json."]
+  rows = _on_sets(evaluation)
+  if not evaluation["models"]:
+    return rows
+  rows += [
+    f"Measured on {evaluation['tokens']:,.0f} tokens of {evaluation['corpus']}; "
+    "ce and kl in nats a token, kl and agreement with the teacher.",
+    "",
+    "| model | " + " | ".join(COLUMNS) + " |",
+    "|---" * (len(COLUMNS) + 1) + "|",
+  ]
+  for name, row in evaluation["models"].items():
+    numbers = (f"{row[c]:,}" if isinstance(row[c], int) else f"{row[c]:.4g}" for c in COLUMNS)
+    rows.append(f"| {name} | " + " | ".join(numbers) + " |")
+  return rows

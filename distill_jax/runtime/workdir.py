@@ -1,0 +1,119 @@
+"""A run's folder: held by one process, about one config, and able to explain itself."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from distill_jax import config as configs
+from distill_jax.errors import InputError
+from distill_jax.runtime import distributed
+from distill_jax.runtime.atomic_io import write_json
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
+# A run may go on with these changed: they do not decide what is computed.
+MAY_CHANGE = ("mesh", "evaluate", "evals", "export", "efficiency", "inspect", "profile_steps")
+
+
+class Workdir:
+  """Takes a folder for one run, of however many processes: `with Workdir(path, config):`.
+
+  Raises:
+    InputError: another process holds the folder, or it holds a run of another config.
+  """
+
+  def __init__(self, path: str | Path, config: configs.Config):
+    self.path = Path(path)
+    self.config = json.loads(json.dumps(configs.to_dict(config)))
+
+  def __enter__(self) -> Path:
+    self._lock: IO[str] | None = None
+    distributed.on_first(self._take)
+    return self.path
+
+  def _take(self) -> None:
+    self.path.mkdir(parents=True, exist_ok=True)
+    self._lock = (self.path / ".lock").open("a+")
+    try:
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      self._lock.seek(0)
+      holder = self._lock.read().strip() or "unknown"
+      self._lock.close()
+      raise InputError(
+        f"workdir {self.path} is held by another process (pid {holder}); wait for it or choose "
+        f"another --workdir"
+      ) from None
+    try:
+      self._check()
+    except BaseException:
+      self._lock.close()
+      raise
+    self._lock.truncate(0)
+    self._lock.write(str(os.getpid()))
+    self._lock.flush()
+    write_json(self.path / "versions.json", versions())
+
+  def __exit__(self, *_: Any) -> None:
+    if self._lock is not None:
+      self._lock.close()
+
+  def _check(self) -> None:
+    file = self.path / "config.json"
+    if not file.exists():
+      write_json(file, self.config)
+      return
+    theirs = json.loads(file.read_text())
+    for key, was, now in _differences(theirs, self.config, ""):
+      if key.split(".")[0] not in MAY_CHANGE:
+        raise InputError(
+          f"workdir {self.path} holds a run with {key}={was!r} and this config has {now!r}; "
+          f"choose another --workdir or the same config"
+        )
+
+
+def read_config(path: str | Path) -> configs.Config:
+  """The config of the run in a folder."""
+  file = Path(path) / "config.json"
+  if not file.exists():
+    raise InputError(f"{path} holds no run: there is no {file.name} in it; train there first")
+  return configs.from_dict(json.loads(file.read_text()))
+
+
+def versions() -> dict[str, Any]:
+  """What made a run: command, packages, platform and git revision."""
+  return {
+    "command": sys.argv,
+    "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    "python": platform.python_version(),
+    "platform": platform.platform(),
+    "git": _git_revision(),
+    "packages": {name: metadata.version(name) for name in PACKAGES},
+  }
+
+
+def _git_revision() -> str:
+  """The source's revision, with "-dirty" where it was edited; "" outside a checkout."""
+  here = Path(__file__).parent
+  command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+  except FileNotFoundError:  # a machine without git
+    return ""
+  return done.stdout.strip()
+
+
+def _differences(was: Any, now: Any, at: str):
+  if isinstance(was, dict) and isinstance(now, dict):
+    for key in sorted(set(was) | set(now)):
+      yield from _differences(was.get(key), now.get(key), f"{at}.{key}" if at else key)
+  elif was != now:
+    yield at, was, now

@@ -1,0 +1,72 @@
+"""AdamW by the step number: learning rate, clipping, decoupled weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from distill_jax.config import Optim
+from distill_jax.errors import InputError
+from distill_jax.nn import params
+
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+
+
+def learning_rate(c: Optim, steps: int) -> optax.Schedule:
+  """Linear warm-up, then the course named by `c.schedule`, as a function of the step.
+
+  Step 0 is already trained at peak / (warmup + 1): no step is spent at a rate of 0.
+  "wsd" (warm-up, stable, decay: arXiv:2404.06395) holds the peak and falls linearly over
+  the last `decay_fraction` of the steps.
+  """
+  if c.schedule not in SCHEDULES:
+    raise InputError(f"optim.schedule is {c.schedule!r}; it can be one of {SCHEDULES}")
+  if not 0 <= c.warmup_steps < steps:
+    raise InputError(
+      f"optim.warmup_steps is {c.warmup_steps} and train.steps {steps}; warm-up ends first"
+    )
+  peak, end, rest = c.peak_lr, c.peak_lr * c.end_fraction, steps - c.warmup_steps
+  warmup = optax.linear_schedule(peak / (c.warmup_steps + 1), peak, c.warmup_steps)
+  if c.schedule == "cosine":
+    course = optax.cosine_decay_schedule(peak, rest, c.end_fraction)
+  elif c.schedule == "linear":
+    course = optax.linear_schedule(peak, end, rest)
+  elif c.schedule == "constant":
+    course = optax.constant_schedule(peak)
+  else:
+    fall = max(1, round(c.decay_fraction * steps))
+    course = optax.linear_schedule(peak, end, fall, max(0, rest - fall))
+  return optax.join_schedules([warmup, course], [c.warmup_steps])
+
+
+def decays(tree: Any) -> Any:
+  """True for the parameters that decay: matrices and larger, not norms or biases."""
+
+  def one(v):
+    axes = v.get_metadata()["axes"] if params.is_param(v) else v.shape
+    wide = sum(a not in ("layers", "encoder_layers", "experts", "one") for a in axes) > 1
+    return jax.tree.map(lambda _: wide and "bias" not in axes, v)
+
+  return params.map_params(one, tree)
+
+
+def optimizer(c: Optim, frozen: tuple[str, ...] = ()) -> optax.GradientTransformationExtraArgs:
+  """Everything but the learning rate, which the step applies itself and logs.
+
+  `update` takes `value=` (the loss) for reduce-on-plateau. Of frozen parameters there
+  is no state, and their update is their gradient, which is 0.
+  """
+  parts = [
+    optax.clip_by_global_norm(c.clip_norm),
+    optax.scale_by_adam(c.b1, c.b2, c.eps, mu_dtype=jnp.float32),
+    optax.add_decayed_weights(c.weight_decay, mask=decays),
+  ]
+  if c.plateau_patience:
+    parts.append(optax.contrib.reduce_on_plateau(factor=0.5, patience=c.plateau_patience))
+  whole = optax.chain(*parts)
+  if frozen:
+    whole = optax.masked(whole, lambda tree: params.trains(tree, frozen))
+  return optax.with_extra_args_support(whole)
