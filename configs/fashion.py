@@ -40,28 +40,51 @@ from distill_jax import config
 
 DATA = "/usr/share/datasets/fashion-mnist"
 CLASSES = (
-  "T-shirt or top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+  "T-shirt or top",
+  "trouser",
+  "pullover",
+  "dress",
+  "coat",
+  "sandal",
+  "shirt",
+  "sneaker",
+  "bag",
   "ankle boot",
-)  # fmt: skip
+)
 RUNS = "runs/fashion"
 IMAGE = {"image_size": 28, "num_channels": 1, "num_labels": 10}
 CONVNEXT = {
-  **IMAGE, "patch_size": 2, "hidden_sizes": (12, 24), "depths": (1, 1),
+  **IMAGE,
+  "patch_size": 2,
+  "hidden_sizes": (12, 24),
+  "depths": (1, 1),
   "layer_scale_init_value": 1.0,
-}  # fmt: skip
+}
 VIT = {
-  **IMAGE, "patch_size": 7, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+  **IMAGE,
+  "patch_size": 7,
+  "hidden_size": 32,
+  "intermediate_size": 64,
+  "num_hidden_layers": 2,
   "num_attention_heads": 4,
-}  # fmt: skip
+}
 LARGE_VIT = VIT | {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4}
 
 
 def get_config(role: str = "distilled"):
   c = config.base()
   c.tasks.fashion = config.task(
-    "image_classes", train=f"{DATA}/train", heldout=f"{DATA}/t10k", classes=CLASSES, size=28,
-    channels=1, mean=(0.286,), std=(0.353,), augment=("shift", "flip"), views=4,
-  )  # fmt: skip
+    "image_classes",
+    train=f"{DATA}/train",
+    heldout=f"{DATA}/t10k",
+    classes=CLASSES,
+    size=28,
+    channels=1,
+    mean=(0.286,),
+    std=(0.353,),
+    augment=("shift", "flip"),
+    views=4,
+  )
   c.augmentations.shift = config.augmentation("crop", pad=2)
   c.augmentations.flip = config.augmentation("flip")
 

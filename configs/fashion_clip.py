@@ -37,23 +37,34 @@ IMAGE = {"image_size": 28, "patch_size": 7, "num_channels": 1}
 
 def tower(width: int, layers: int, **more: int) -> dict[str, int]:
   return {
-    "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-    "num_attention_heads": 4, **more,
-  }  # fmt: skip
+    "hidden_size": width,
+    "intermediate_size": 4 * width,
+    "num_hidden_layers": layers,
+    "num_attention_heads": 4,
+    **more,
+  }
 
 
 def get_config(arm: str = "distilled"):
   c = config.base()
   c.tasks.pairs = config.task(
-    "image_text", path=f"{R}/small.jsonl", heldout=f"{R}/heldout.jsonl",
-    tokenizer=f"{R}/tokenizer.json", size=28, channels=1, mean=(0.286,), std=(0.353,),
+    "image_text",
+    path=f"{R}/small.jsonl",
+    heldout=f"{R}/heldout.jsonl",
+    tokenizer=f"{R}/tokenizer.json",
+    size=28,
+    channels=1,
+    mean=(0.286,),
+    std=(0.353,),
     max_tokens=12,
-  )  # fmt: skip
+  )
   c.teacher.source = f"run:{R}/teacher"
   c.student.family, c.student.shape = "clip", "tiny"
   c.student.changes = {
-    "vision": tower(48, 2, **IMAGE), "text": tower(32, 1, **TOKENS), "projection_dim": 32,
-  }  # fmt: skip
+    "vision": tower(48, 2, **IMAGE),
+    "text": tower(32, 1, **TOKENS),
+    "projection_dim": 32,
+  }
   c.train.steps, c.train.batch_size = 240, 125  # 15 times through
   c.optim.peak_lr, c.optim.warmup_steps, c.optim.b2 = 2e-3, 20, 0.98
 
@@ -61,8 +72,10 @@ def get_config(arm: str = "distilled"):
   if arm == "teacher":
     c.tasks.pairs.path = f"{R}/train.jsonl"
     c.student.changes = {
-      "vision": tower(128, 3, **IMAGE), "text": tower(64, 1, **TOKENS), "projection_dim": 64,
-    }  # fmt: skip
+      "vision": tower(128, 3, **IMAGE),
+      "text": tower(64, 1, **TOKENS),
+      "projection_dim": 64,
+    }
     c.train.steps, c.optim.peak_lr = 480, 1e-3  # 3 times through
   elif arm == "distilled":
     c.train.online = True

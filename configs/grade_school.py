@@ -69,6 +69,6 @@ def get_config(student: str = "small"):
   c.evaluate.on, c.evaluate.heldout = ("teacher", "small", "same"), False
   c.evaluate.samples, c.evaluate.max_new_tokens = 4, 128
   c.evaluate.temperature, c.evaluate.top_p = 0.6, 0.95
-  c.evals.problems = config.eval_set("jsonl", path=f"{RUN}/heldout.jsonl", question_field="prompt")
+  c.evals.problems = config.benchmark("jsonl", path=f"{RUN}/heldout.jsonl", question_field="prompt")
   c.optim.warmup_steps, c.optim.end_fraction = 5, 0.1
   return c

@@ -45,9 +45,12 @@ BOTH = ("films", "goods")
 
 def task(name: str):
   return config.task(
-    "text_classes", path=f"{AT}/{name}.jsonl", classes=("negative", "positive"), max_tokens=32,
+    "text_classes",
+    path=f"{AT}/{name}.jsonl",
+    classes=("negative", "positive"),
+    max_tokens=32,
     tokenizer=f"{AT}/minilm/tokenizer.json",
-  )  # fmt: skip
+  )
 
 
 def get_config(role: str = "distilled"):

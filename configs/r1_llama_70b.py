@@ -19,6 +19,11 @@ import _r1
 
 def get_config(seq_len="4096"):
   return _r1.student(
-    "llama", "meta-llama/Llama-3.3-70B-Instruct", "llama-3.3-70b", seq_len,
-    batch={4_096: 256, 32_768: 128}, fsdp=64, peak_lr=2e-5,
-  )  # fmt: skip
+    "llama",
+    "meta-llama/Llama-3.3-70B-Instruct",
+    "llama-3.3-70b",
+    seq_len,
+    batch={4_096: 256, 32_768: 128},
+    fsdp=64,
+    peak_lr=2e-5,
+  )

@@ -19,6 +19,11 @@ import _r1
 
 def get_config(seq_len="4096"):
   return _r1.student(
-    "llama", "meta-llama/Llama-3.1-8B", "llama-3.1-8b", seq_len,
-    batch={4_096: 256, 32_768: 64}, fsdp=32, peak_lr=5e-5,
-  )  # fmt: skip
+    "llama",
+    "meta-llama/Llama-3.1-8B",
+    "llama-3.1-8b",
+    seq_len,
+    batch={4_096: 256, 32_768: 64},
+    fsdp=32,
+    peak_lr=5e-5,
+  )

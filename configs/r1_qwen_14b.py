@@ -19,6 +19,11 @@ import _r1
 
 def get_config(seq_len="4096"):
   return _r1.student(
-    "qwen2", "Qwen/Qwen2.5-14B", "qwen2.5-14b", seq_len,
-    batch={4_096: 256, 32_768: 64}, fsdp=32, peak_lr=6e-5,
-  )  # fmt: skip
+    "qwen2",
+    "Qwen/Qwen2.5-14B",
+    "qwen2.5-14b",
+    seq_len,
+    batch={4_096: 256, 32_768: 64},
+    fsdp=32,
+    peak_lr=6e-5,
+  )

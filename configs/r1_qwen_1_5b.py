@@ -19,6 +19,11 @@ import _r1
 
 def get_config(seq_len="4096"):
   return _r1.student(
-    "qwen2", "Qwen/Qwen2.5-1.5B", "qwen2.5-1.5b", seq_len,
-    batch={4_096: 128, 32_768: 32}, fsdp=32, peak_lr=1e-4,
-  )  # fmt: skip
+    "qwen2",
+    "Qwen/Qwen2.5-1.5B",
+    "qwen2.5-1.5b",
+    seq_len,
+    batch={4_096: 128, 32_768: 32},
+    fsdp=32,
+    peak_lr=1e-4,
+  )

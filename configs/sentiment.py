@@ -34,9 +34,12 @@ AT = os.environ.get("SENTIMENT", "runs/sentiment")  # where it all lies
 def get_config(student: str = "distilled"):
   c = config.base()
   c.tasks.liked = config.task(
-    "text_classes", path=f"{AT}/snippets.jsonl", classes=("negative", "positive"), max_tokens=32,
+    "text_classes",
+    path=f"{AT}/snippets.jsonl",
+    classes=("negative", "positive"),
+    max_tokens=32,
     tokenizer=f"{AT}/minilm/tokenizer.json",
-  )  # fmt: skip
+  )
   c.teacher.source = f"run:{AT}/teacher"
   c.student.source = f"{AT}/minilm"
   c.student.changes, c.student.new = {"num_labels": 2}, ("classifier",)

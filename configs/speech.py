@@ -36,9 +36,13 @@ AT = os.environ.get("SPEECH", "runs/speech")  # where it all lies
 def get_config(student: str = "said"):
   c = config.base()
   c.tasks.prompts = config.task(
-    "speech", path=f"{AT}/train.jsonl", heldout=f"{AT}/heldout.jsonl", frames=1500, max_tokens=32,
+    "speech",
+    path=f"{AT}/train.jsonl",
+    heldout=f"{AT}/heldout.jsonl",
+    frames=1500,
+    max_tokens=32,
     on_bad="skip",
-  )  # fmt: skip
+  )
   c.teacher.source = c.student.source = f"{AT}/tiny.en"
   c.student.keep_layers = (0, 3)
   c.student.frozen = ("model.encoder.",)

@@ -40,9 +40,16 @@ SIZES = {
 def get_config(student: str = "words"):
   c = config.base()
   c.tasks.german = config.task(
-    "translation", path=f"{AT}/pairs.jsonl", heldout=f"{AT}/heldout.jsonl", source_len=16,
-    target_len=16, start="<s>", tokenizer=f"{AT}/tokenizer.model", on_bad="skip", batch_size=128,
-  )  # fmt: skip
+    "translation",
+    path=f"{AT}/pairs.jsonl",
+    heldout=f"{AT}/heldout.jsonl",
+    source_len=16,
+    target_len=16,
+    start="<s>",
+    tokenizer=f"{AT}/tokenizer.model",
+    on_bad="skip",
+    batch_size=128,
+  )
   c.data.tokenizer = f"{AT}/tokenizer.model"
   c.teacher.source = f"run:{AT}/teacher"
   c.student.family, c.student.shape = "t5", "tiny"

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
-import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +15,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from distill_jax import config as configs
+from distill_jax import registry
 from distill_jax.errors import InputError, Preempted
 from distill_jax.runtime import distributed, storage
 from distill_jax.runtime.workdir import Workdir
 
-# verb: module and function, (Config, workdir) -> result; imported when called.
-VERBS = {
-  "record": "teacher:record",
-  "train": "train:train",
-  "generate": "generate:generate",
-  "filter": "filtering:filter_samples",
-  "evaluate": "evaluate:evaluate",
-  "efficiency": "efficiency:efficiency",
-  "export": "verbs:export",
-  "shrink": "shrink:shrink",
-  "chain": "chain:chain",
-  "report": "verbs:report",
-  "inspect": "verbs:inspect",
-}
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # disks that take no more
-PREFLIGHT = "preflight"  # needs no workdir: it writes nothing
-TEXTS = {  # verbs whose result is more than numbers, and who puts it in words
-  PREFLIGHT: "distill_jax.preflight.report", "efficiency": "distill_jax.efficiency.table",
-  "shrink": "distill_jax.shrinking.table", "evaluate": "distill_jax.report.sets",
-  "chain": "distill_jax.report.sets",
-}  # fmt: skip
-
+WITHOUT_WORKDIR = ("preflight",)  # writes nothing
 CONFIG = config_flags.DEFINE_config_file("config", None, "the config file, as configs/demo.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "the folder of the run")
 DISTRIBUTED = flags.DEFINE_string(
@@ -78,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     where = error.filename or WORKDIR.value
     why = f"error: {where} cannot be written ({error.strerror}); make room and run again: what is"
     sys.exit(_stop(2, f"{why} finished is kept"))
-  if distributed.is_first():
+  if distributed.is_process_0():
     print(json.dumps(result) if JSON.value else summary(argv[1], result), flush=True)
 
 
@@ -101,21 +79,17 @@ def _stop(code: int, why: str) -> int:
 def run(argv: list[str]) -> dict[str, Any]:
   """Parses the command line and calls the verb inside its workdir."""
   verb = argv[1] if len(argv) > 1 else ""
-  if verb not in (*VERBS, PREFLIGHT):
-    verbs = ", ".join((*VERBS, PREFLIGHT))
-    raise InputError(f"{verb or 'no verb'!r} is not a verb; the verbs are {verbs}")
+  if verb not in (verbs := registry.names("commands")):
+    raise InputError(f"{verb or 'no verb'!r} is not a verb; the verbs are {', '.join(verbs)}")
   config = parse(argv[:1] + argv[2:])
-  if verb == PREFLIGHT:
-    from distill_jax.commands import preflight
-
-    return preflight.preflight(config, TOPOLOGY.value, SLICES.value, VERB.value)
+  command = registry.load("commands", verb)
+  if verb in WITHOUT_WORKDIR:
+    return command.run(config)
   if not WORKDIR.value:
     raise InputError("--workdir is missing; name the folder of the run")
-  distributed.join(DISTRIBUTED.value)
-  module, name = VERBS[verb].split(":")
-  function: Callable = getattr(importlib.import_module(f"distill_jax.{module}"), name)
+  distributed.initialize(DISTRIBUTED.value)
   with storage.Synced(WORKDIR.value) as folder, Workdir(folder, config) as workdir:
-    return function(config, workdir)
+    return command.run(config, workdir)
 
 
 def parse(argv: list[str]) -> configs.Config:
@@ -135,13 +109,15 @@ def parse(argv: list[str]) -> configs.Config:
     raise InputError(f"the config {named[-1]} does not run: {_one_line(error)}") from error
   if len(rest) > 1:
     raise InputError(f"{rest[1]!r} is neither a verb nor a flag; flags begin with --")
-  return dataclasses.replace(configs.resolve(given), profile_steps=PROFILE.value)
+  asked = configs.PreflightOptions(TOPOLOGY.value, SLICES.value, VERB.value)
+  return dataclasses.replace(configs.resolve(given), profile_steps=PROFILE.value, preflight=asked)
 
 
 def summary(verb: str, result: dict[str, Any]) -> str:
   """The numbers of a result, a line each, for a person."""
-  if verb in TEXTS:
-    return importlib.import_module(TEXTS[verb]).text(result)
+  command = registry.load("commands", verb)
+  if "text" in vars(command):
+    return command.text(result)
   return "\n".join(f"{name}: {value}" for name, value in result.items())
 
 

@@ -10,13 +10,23 @@ from distill_jax.errors import InputError
 
 
 def names(package: str) -> list[str]:
-  """The modules of `distill_jax.<package>`, sorted."""
-  path = importlib.import_module(f"distill_jax.{package}").__path__
-  return sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+  """Returns the entries of `distill_jax.<package>`, sorted.
+
+  Every module is one, but for those whose names begin with "_" and those in the package's
+  SHARED, which its entries use.
+  """
+  folder = importlib.import_module(f"distill_jax.{package}")
+  shared = vars(folder).get("SHARED", ())
+  modules = [m.name for m in pkgutil.iter_modules(folder.__path__)]
+  return sorted(m for m in modules if not m.startswith("_") and m not in shared)
 
 
 def load(package: str, name: str) -> ModuleType:
-  """Imports `distill_jax.<package>.<name>`, or says which names there are."""
+  """Imports `distill_jax.<package>.<name>`.
+
+  Raises:
+    InputError: the package has no such entry.
+  """
   if name not in (known := names(package)):
     raise InputError(f"there is no {name!r} in distill_jax/{package}; it holds {', '.join(known)}")
   return importlib.import_module(f"distill_jax.{package}.{name}")

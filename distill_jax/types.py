@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-PAIRED = 2**20  # "rows" of a head that is made of the batch itself: it never has so many
+IN_BATCH_CLASSES = 2**20  # "rows" of a head that is made of the batch itself: it never has so many
 
 
 class Inputs(struct.PyTreeNode):
@@ -118,12 +118,16 @@ class Batch(struct.PyTreeNode):
   targets: dict[str, Targets] = struct.field(default_factory=dict)
   smoothing_BT: jax.Array | None = None  # float32
   rows_BT2: jax.Array | None = None  # int32
-  seen_BS: jax.Array | None = None  # bool
-  taught_BT: jax.Array | None = None  # bool
+  valid_BS: jax.Array | None = None  # bool
+  distill_token_BT: jax.Array | None = None  # bool
 
   def mask_of(self, taught: bool) -> jax.Array:
     """The positions that losses and metrics against teachers, or against labels, are of."""
-    return self.mask_BT if self.taught_BT is None else self.mask_BT & (self.taught_BT == taught)
+    return (
+      self.mask_BT
+      if self.distill_token_BT is None
+      else self.mask_BT & (self.distill_token_BT == taught)
+    )
 
   def paired(self) -> Batch:
     """With labels and rows for a head that is the batch itself: B texts, then their B images.

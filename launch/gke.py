@@ -27,9 +27,12 @@ from distill_jax.preflight import chips
 TEMPLATE = Path(__file__).with_name("gke_jobset.yaml")
 # Labels of node pools: docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
 ACCELERATORS = {
-  "v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice",
-  "v6e": "tpu-v6e-slice", "tpu7x": "tpu7x",
-}  # fmt: skip
+  "v4": "tpu-v4-podslice",
+  "v5e": "tpu-v5-lite-podslice",
+  "v5p": "tpu-v5p-slice",
+  "v6e": "tpu-v6e-slice",
+  "tpu7x": "tpu7x",
+}
 NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"  # with the pods' suffixes, a DNS label
 
 

@@ -33,14 +33,22 @@ TRIES = 3  # of what may fail by a network's fault
 LOST_CONNECTION = 255  # ssh's own exit code
 # Chips with queued resources: their images (cloud.google.com/tpu/docs/runtimes).
 RUNTIMES = {
-  "v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite",
-  "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e",
-}  # fmt: skip
+  "v4": "tpu-ubuntu2204-base",
+  "v5e": "v2-alpha-tpuv5-lite",
+  "v5p": "v2-alpha-tpuv5",
+  "v6e": "v2-alpha-tpuv6e",
+}
 # States that end by themselves, of a queued resource or of a node.
 WAITING = {
-  "CREATING", "ACCEPTED", "PROVISIONING", "WAITING_FOR_RESOURCES", "DELETING",
-  "STARTING", "RESTARTING", "REPAIRING",
-}  # fmt: skip
+  "CREATING",
+  "ACCEPTED",
+  "PROVISIONING",
+  "WAITING_FOR_RESOURCES",
+  "DELETING",
+  "STARTING",
+  "RESTARTING",
+  "REPAIRING",
+}
 
 # Not in turns of 64 hosts, which is gcloud's way: they wait for each other.
 EVERYWHERE = ("--node=all", "--worker=all", "--batch-size=all")
@@ -75,9 +83,11 @@ def create(args: argparse.Namespace) -> list[str]:
   if chip.name in ("v5e", "v6e"):  # a number of chips is a shape
     what = [f"--accelerator-type={'v5litepod' if chip.name == 'v5e' else chip.name}-{count}"]
   what += [f"--runtime-version={args.runtime or RUNTIMES[chip.name]}"]
-  what += [f"--node-id={args.name}"] if args.num_slices == 1 else [
-    f"--node-count={args.num_slices}", f"--node-prefix={args.name}"
-  ]  # fmt: skip
+  what += (
+    [f"--node-id={args.name}"]
+    if args.num_slices == 1
+    else [f"--node-count={args.num_slices}", f"--node-prefix={args.name}"]
+  )
   return gcloud(args, "queued-resources", "create", args.name, *what, *["--spot"] * args.spot)
 
 

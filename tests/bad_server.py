@@ -63,8 +63,11 @@ def plain(body: dict[str, Any]) -> dict[str, Any]:
   """An answer that is a function of prompt and seed."""
   said = f"{text_of(body)} -> {body['seed']} \u00e9"
   inner = {"text": said} if "prompt" in body else {"message": {"content": said}}
-  return {"id": "x", "choices": [{"finish_reason": "stop", **inner}],
-          "usage": {"prompt_tokens": 3, "completion_tokens": 7}}  # fmt: skip
+  return {
+    "id": "x",
+    "choices": [{"finish_reason": "stop", **inner}],
+    "usage": {"prompt_tokens": 3, "completion_tokens": 7},
+  }
 
 
 class Handler(BaseHTTPRequestHandler):

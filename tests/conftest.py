@@ -16,9 +16,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else: a worker, or the call
   atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 QUICK = (
-  "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false",
+  "--xla_backend_optimization_level=0",
+  "--xla_cpu_use_fusion_emitters=false",
   "--xla_cpu_parallel_codegen_split_count=1",
-)  # fmt: skip
+)
 os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *QUICK])
 
 import jax  # noqa: E402

@@ -11,29 +11,41 @@ from tokenizers import Tokenizer, models
 from distill_jax.models import llama
 
 CONFIG = llama.Config(
-  vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-  num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
-)  # fmt: skip
+  vocab_size=48,
+  hidden_size=32,
+  intermediate_size=64,
+  num_hidden_layers=4,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  head_dim=8,
+  max_position_embeddings=64,
+)
 
 
 def torch_shapes(c: llama.Config) -> dict[str, tuple[int, ...]]:
   """What transformers calls the tensors, written out by hand."""
   D, F, q, kv = (
-    c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim,
+    c.hidden_size,
+    c.intermediate_size,
+    c.num_attention_heads * c.head_dim,
     c.num_key_value_heads * c.head_dim,
-  )  # fmt: skip
+  )
   shapes = {"model.embed_tokens.weight": (c.vocab_size, D), "model.norm.weight": (D,)}
   if not c.tie_word_embeddings:
     shapes["lm_head.weight"] = (c.vocab_size, D)
   for i in range(c.num_hidden_layers):
     at = f"model.layers.{i}."
     shapes |= {
-      at + "input_layernorm.weight": (D,), at + "post_attention_layernorm.weight": (D,),
-      at + "self_attn.q_proj.weight": (q, D), at + "self_attn.k_proj.weight": (kv, D),
-      at + "self_attn.v_proj.weight": (kv, D), at + "self_attn.o_proj.weight": (D, q),
-      at + "mlp.gate_proj.weight": (F, D), at + "mlp.up_proj.weight": (F, D),
+      at + "input_layernorm.weight": (D,),
+      at + "post_attention_layernorm.weight": (D,),
+      at + "self_attn.q_proj.weight": (q, D),
+      at + "self_attn.k_proj.weight": (kv, D),
+      at + "self_attn.v_proj.weight": (kv, D),
+      at + "self_attn.o_proj.weight": (D, q),
+      at + "mlp.gate_proj.weight": (F, D),
+      at + "mlp.up_proj.weight": (F, D),
       at + "mlp.down_proj.weight": (D, F),
-    }  # fmt: skip
+    }
   return shapes
 
 
@@ -62,11 +74,19 @@ def write_folder(
 
 
 GGUF_NAMES = {
-  "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-  "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.up_proj": "ffn_up",
-  "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.down_proj": "ffn_down",
-  "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-}  # fmt: skip
+  "input_layernorm": "attn_norm",
+  "self_attn.q_proj": "attn_q",
+  "self_attn.k_proj": "attn_k",
+  "self_attn.v_proj": "attn_v",
+  "self_attn.o_proj": "attn_output",
+  "mlp.up_proj": "ffn_up",
+  "post_attention_layernorm": "ffn_norm",
+  "mlp.gate_proj": "ffn_gate",
+  "mlp.down_proj": "ffn_down",
+  "model.embed_tokens": "token_embd",
+  "model.norm": "output_norm",
+  "lm_head": "output",
+}
 
 
 def permute(x: np.ndarray, heads: int) -> np.ndarray:
@@ -75,9 +95,13 @@ def permute(x: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(
-  path: pathlib.Path, c: llama.Config = CONFIG, quant: str = "F32", weights: dict | None = None,
-  meta: dict | None = None, tokens: int | None = None,
-) -> dict[str, np.ndarray]:  # fmt: skip
+  path: pathlib.Path,
+  c: llama.Config = CONFIG,
+  quant: str = "F32",
+  weights: dict | None = None,
+  meta: dict | None = None,
+  tokens: int | None = None,
+) -> dict[str, np.ndarray]:
   """Writes with the gguf package; returns the tensors that a right reader gives."""
   kind = gguf.GGMLQuantizationType[quant]
   w = gguf.GGUFWriter(path, "llama")

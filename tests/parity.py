@@ -13,16 +13,33 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 BASE = {
-  "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
-  "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12,
-  "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
-}  # fmt: skip
+  "vocab_size": 97,
+  "hidden_size": 48,
+  "intermediate_size": 80,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 12,
+  "max_position_embeddings": 512,
+  "rms_norm_eps": 1e-5,
+}
 DEEPSEEK = {
-  "num_key_value_heads": 4, "head_dim": 6, "q_lora_rank": 20, "kv_lora_rank": 28,
-  "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10, "first_k_dense_replace": 1,
-  "n_routed_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 20,
-  "n_shared_experts": 2, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7,
-}  # fmt: skip
+  "num_key_value_heads": 4,
+  "head_dim": 6,
+  "q_lora_rank": 20,
+  "kv_lora_rank": 28,
+  "qk_nope_head_dim": 8,
+  "qk_rope_head_dim": 6,
+  "v_head_dim": 10,
+  "first_k_dense_replace": 1,
+  "n_routed_experts": 12,
+  "num_experts_per_tok": 3,
+  "moe_intermediate_size": 20,
+  "n_shared_experts": 2,
+  "n_group": 4,
+  "topk_group": 2,
+  "routed_scaling_factor": 1.7,
+}
 B, T = 2, 96
 # In units of the largest value: float32 keeps 6e-8, three layers in another order of
 # addition lose 4e-6 here (seen, the worst of all cases), gradients 1e-5. Times three.
@@ -48,7 +65,7 @@ def ours_from(model, folder, mesh=None):
   """What transformers wrote, as we read it."""
   model.save_pretrained(folder)
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-  return load.load(load.open_model(str(folder)), mesh, layers.Compute())
+  return load.load(load.open_model(str(folder)), mesh, layers.ComputeConfig())
 
 
 def plain_inputs(tokens_BT: np.ndarray) -> Inputs:
@@ -85,7 +102,7 @@ def error(ours, theirs) -> float:
 def forward_errors(theirs, ours, tokens_BT: np.ndarray) -> list[float]:
   """Of the embeddings, each layer, the final norm and the logits."""
   taps = tuple(range(ours.config.num_hidden_layers))
-  out = jax.jit(lambda m, i: m(i, layers.Compute(), taps))(ours, plain_inputs(tokens_BT))
+  out = jax.jit(lambda m, i: m(i, layers.ComputeConfig(), taps))(ours, plain_inputs(tokens_BT))
   (embedded, *want_layers), want_hidden, want_logits = torch_outputs(theirs, tokens_BT)
   errors = [error(np.asarray(ours.embed[...])[tokens_BT] * ours.config.embed_scale, embedded)]
   errors += [error(out.taps_PBTD[i], w) for i, w in enumerate(want_layers)]
@@ -100,7 +117,7 @@ def worst_gradient(theirs, ours, tokens_BT: np.ndarray) -> tuple[float, str]:
   want = dict(_one_by_one((name, p.grad.numpy()) for name, p in theirs.named_parameters()))
 
   def loss(model):
-    out = model(plain_inputs(tokens_BT), layers.Compute())
+    out = model(plain_inputs(tokens_BT), layers.ComputeConfig())
     z_BTV = fused_head.soft_cap(out.hidden_BTD[:, :-1] @ out.head_VD.T, out.soft_cap)
     logp_BTV = jax.nn.log_softmax(z_BTV)
     return -jnp.mean(jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], -1))

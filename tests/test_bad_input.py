@@ -173,14 +173,18 @@ def test_a_second_process_in_one_workdir(tmp_path):
   (tmp_path / "out").mkdir()
   holder = subprocess.Popen(
     [sys.executable, "-c", hold, str(tmp_path / "out" / ".lock")],
-    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-  )  # fmt: skip
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+  )
   try:
     assert holder.stdout.readline() == b"held\n"
     done = subprocess.run(
       [shutil.which("distill-jax", path=str(Path(sys.executable).parent)), *argv[1:]],
-      capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False,
-    )  # fmt: skip
+      capture_output=True,
+      text=True,
+      env={**os.environ, "JAX_PLATFORMS": "cpu"},
+      check=False,
+    )
   finally:
     holder.communicate()
   assert done.returncode == 2
@@ -204,8 +208,11 @@ cli.parse = and_then
 cli.main(sys.argv)
 """
   done = subprocess.run(
-    [sys.executable, "-c", full, *argv[1:]], capture_output=True, text=True, check=False,
+    [sys.executable, "-c", full, *argv[1:]],
+    capture_output=True,
+    text=True,
+    check=False,
     env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"},
-  )  # fmt: skip
+  )
   assert done.returncode == 2, done.stderr
   assert "cannot be written (File too large); make room and run again" in done.stderr

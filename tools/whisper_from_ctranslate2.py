@@ -87,10 +87,12 @@ def _piece(at: str, block: str, piece: str, end: str, x: np.ndarray) -> dict[str
   if piece == "layer_norm":
     return {f"{at}{own}_layer_norm.{end}": x}
   fused = {
-    ("self_attn", "linear_0"): "qkv", ("self_attn", "linear_1"): "o",
-    ("encoder_attn", "linear_0"): "q", ("encoder_attn", "linear_1"): "kv",
+    ("self_attn", "linear_0"): "qkv",
+    ("self_attn", "linear_1"): "o",
+    ("encoder_attn", "linear_0"): "q",
+    ("encoder_attn", "linear_1"): "kv",
     ("encoder_attn", "linear_2"): "o",
-  }[own, piece]  # fmt: skip
+  }[own, piece]
   parts = zip(fused, np.split(x, len(fused)), strict=True)
   return {
     f"{at}{own}.{'out' if n == 'o' else n}_proj.{end}": part
@@ -112,15 +114,24 @@ def config_of(found: dict[str, np.ndarray], tensors: dict[str, np.ndarray]) -> d
       f"{side}_ffn_dim": len(tensors[f"model.{side}.layers.0.fc1.bias"]),
     }
   return {
-    "architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper",
-    "vocab_size": V, "d_model": D, **sides, "activation_function": "gelu",
+    "architectures": ["WhisperForConditionalGeneration"],
+    "model_type": "whisper",
+    "vocab_size": V,
+    "d_model": D,
+    **sides,
+    "activation_function": "gelu",
     "num_mel_bins": tensors["model.encoder.conv1.weight"].shape[1],
     "max_source_positions": len(tensors["model.encoder.embed_positions.weight"]),
     "max_target_positions": len(tensors["model.decoder.embed_positions.weight"]),
-    "scale_embedding": False, "is_encoder_decoder": True, "tie_word_embeddings": True,
-    "begin_suppress_tokens": None, "bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos,
+    "scale_embedding": False,
+    "is_encoder_decoder": True,
+    "tie_word_embeddings": True,
+    "begin_suppress_tokens": None,
+    "bos_token_id": eos,
+    "eos_token_id": eos,
+    "pad_token_id": eos,
     "decoder_start_token_id": eos + 1,
-  }  # fmt: skip
+  }
 
 
 def main() -> None:
@@ -137,17 +148,21 @@ def main() -> None:
   said = json.loads((given.folder / "config.json").read_text())
   english = config["vocab_size"] == ENGLISH
   generation = {
-    **{k: v for k, v in config.items() if k.endswith("_token_id")}, "max_length": 448,
-    "is_multilingual": not english, "no_timestamps_token_id": NO_TIMES[english],
-    "suppress_tokens": said["suppress_ids"], "begin_suppress_tokens": said["suppress_ids_begin"],
-  }  # fmt: skip
+    **{k: v for k, v in config.items() if k.endswith("_token_id")},
+    "max_length": 448,
+    "is_multilingual": not english,
+    "no_timestamps_token_id": NO_TIMES[english],
+    "suppress_tokens": said["suppress_ids"],
+    "begin_suppress_tokens": said["suppress_ids_begin"],
+  }
   named = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
   given.target.mkdir(parents=True)
   save_file(tensors, given.target / "model.safetensors", {"format": "pt"})
   for name, value in (
-    ("config.json", config), ("generation_config.json", generation),
+    ("config.json", config),
+    ("generation_config.json", generation),
     ("tokenizer_config.json", named),
-  ):  # fmt: skip
+  ):
     (given.target / name).write_text(json.dumps(value, indent=2))
   shutil.copy(given.folder / "tokenizer.json", given.target)
   print(f"{given.target}: {sum(x.size for x in tensors.values()):,} numbers")

@@ -43,9 +43,12 @@ def warped(pixels_WWM: np.ndarray, matrix: np.ndarray, fill: int = 0) -> np.ndar
   data = (a, b, c + cx - a * cx - b * cy, d, e, f + cy - d * cx - e * cy)
   grey = image.mode == "L"
   to = image.transform(
-    image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR,
+    image.size,
+    Image.Transform.AFFINE,
+    data,
+    Image.Resampling.BILINEAR,
     fillcolor=fill if grey else (fill,) * 3,
-  )  # fmt: skip
+  )
   return to_pixels(to)
 
 

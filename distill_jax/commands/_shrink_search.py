@@ -12,17 +12,19 @@ from typing import Any
 
 import jax
 
-from distill_jax import config as configs
 from distill_jax.commands import record
-from distill_jax.config import Config, Shrink
-from distill_jax.efficiency.measure import Contestant
+from distill_jax.config import Config
+from distill_jax.efficiency.measure import BenchmarkedModel
 from distill_jax.errors import InputError
 from distill_jax.generation.unrolled import unroll
 from distill_jax.hub.weights import float_dtype
 from distill_jax.losses import kd
 from distill_jax.models import loading
 from distill_jax.nn import sharding
+from distill_jax.nn.layer_sharing import ShareOptions
+from distill_jax.nn.lora import LoraOptions
 from distill_jax.pruning import candidates, shapes
+from distill_jax.pruning.options import ShrinkOptions
 from distill_jax.pruning.students import Teacher
 from distill_jax.runtime import atomic_io, distributed
 from distill_jax.runtime.workdir import Workdir
@@ -59,18 +61,25 @@ def search(config: Config, workdir: Path, target: str) -> dict[str, Any]:
     made, scored = _read(folder / MADE), _read(folder / SCORE)
     student, of_teacher = made["models"]["student"], made["models"]["teacher"]
     rows[name] = {
-      "kept": made["kept"], "dir": made["dir"], "run": str(folder / "run"),
-      "parameters": student["parameters"], "bytes": student["bytes"],
-      "ce_before": student["ce"], **scored,
-    }  # fmt: skip
+      "kept": made["kept"],
+      "dir": made["dir"],
+      "run": str(folder / "run"),
+      "parameters": student["parameters"],
+      "bytes": student["bytes"],
+      "ce_before": student["ce"],
+      **scored,
+    }
   return {
-    "target": f"shrink.{target}", "wanted": getattr(config.shrink, target),
-    "steps": config.shrink.steps, "teacher": of_teacher, "candidates": rows,
+    "target": f"shrink.{target}",
+    "wanted": getattr(config.shrink, target),
+    "steps": config.shrink.steps,
+    "teacher": of_teacher,
+    "candidates": rows,
     "recommended": min(rows, key=lambda name: rows[name]["ce"]),
-  }  # fmt: skip
+  }
 
 
-def propose(config: Config, workdir: Path, target: str) -> dict[str, Shrink]:
+def propose(config: Config, workdir: Path, target: str) -> dict[str, ShrinkOptions]:
   """The shapes to try, by name.
 
   Decoding one text reads every weight that a token needs, and takes as long as that: the
@@ -79,7 +88,7 @@ def propose(config: Config, workdir: Path, target: str) -> dict[str, Shrink]:
   s, wanted = config.shrink, getattr(config.shrink, target)
   if not 0 < wanted < math.inf:
     raise InputError(f"shrink.{target} is {wanted}; it is a positive number")
-  family, shape = loading.shape(config.teacher)
+  family, shape = loading.family_and_config(config.teacher)
   shapes.check(s, family, shape)
   itemsize = float_dtype(config.export.dtype).itemsize
   cost = lambda c: shapes.cost(family, c)
@@ -97,12 +106,15 @@ def propose(config: Config, workdir: Path, target: str) -> dict[str, Shrink]:
       )
     wanted = cost(shape).active * have / wanted
     target = f"{target} at {have:.3g} tokens a second of the teacher, in parameters a token,"
-  mesh, rules = sharding.make_mesh(**vars(config.mesh)), loading.compute(config.teacher).rules
+  mesh, rules = (
+    sharding.make_mesh(**vars(config.mesh)),
+    loading.compute_config(config.teacher).rules,
+  )
   fits = lambda c: sharding.shardings(shapes.abstract(family, c), mesh, rules)
   return candidates.propose(s, family, shape, size, wanted, target, fits)
 
 
-def _make(config: Config, proposed: dict[str, Shrink], folders: dict[str, Path]) -> None:
+def _make(config: Config, proposed: dict[str, ShrinkOptions], folders: dict[str, Path]) -> None:
   """The candidates' folders, by one teacher that is measured once."""
   todo = [name for name in proposed if not (folders[name] / MADE).exists()]
   source = Teacher(config) if todo else None
@@ -110,7 +122,9 @@ def _make(config: Config, proposed: dict[str, Shrink], folders: dict[str, Path])
     assert source is not None
     folder = folders[name]
     # What is there was cut off before it was written down.
-    distributed.on_first(functools.partial(shutil.rmtree, folder / "model", ignore_errors=True))
+    distributed.run_on_process_0(
+      functools.partial(shutil.rmtree, folder / "model", ignore_errors=True)
+    )
     _write(folder / MADE, source.make(proposed[name], folder / "model", random=False))
 
 
@@ -120,7 +134,7 @@ def with_text(config: Config, workdir: Path) -> Config:
     return config
   text = workdir / "text"
   records = dataclasses.replace(config.records, kind="text", logprobs="", taps=())
-  record.record(dataclasses.replace(config, records=records), text)
+  record.run(dataclasses.replace(config, records=records), text)
   online = dataclasses.replace(config.train, records=(str(text),), online=True)
   return dataclasses.replace(config, train=online)
 
@@ -129,16 +143,24 @@ def distil(config: Config, folder: Path) -> None:
   """One candidate's short training; goes on from its last checkpoint."""
   steps = config.shrink.steps
   student = dataclasses.replace(
-    config.student, source=str(folder / "model"), shape="", digest="", keep_layers=(),
-    lora=configs.Lora(), share=configs.Share(),
-  )  # fmt: skip
+    config.student,
+    source=str(folder / "model"),
+    shape="",
+    digest="",
+    keep_layers=(),
+    lora=LoraOptions(),
+    share=ShareOptions(),
+  )
   every = min(config.train.checkpoint_every, steps)
   length = dataclasses.replace(config.train, steps=steps, checkpoint_every=every, keep=1)
   warmup = min(config.optim.warmup_steps, steps // 10)
   run = dataclasses.replace(
-    config, student=student, train=length, losses=config.losses or {"soft": kd.Loss()},
+    config,
+    student=student,
+    train=length,
+    losses=config.losses or {"soft": kd.Loss()},
     optim=dataclasses.replace(config.optim, warmup_steps=warmup),
-  )  # fmt: skip
+  )
   with Workdir(folder / "run", run) as workdir:
     loop.train(run, workdir)
 
@@ -156,10 +178,10 @@ def score(config: Config, folders: dict[str, Path], rates: bool) -> None:
     _write(folder / SCORE, said)
 
 
-def trained(config: Config, judge: Teacher, folder: Path) -> loading.Built:
+def trained(config: Config, judge: Teacher, folder: Path) -> loading.LoadedModel:
   """What a candidate has become."""
   run = f"{loading.RUN}{folder / 'run'}"
-  spec = dataclasses.replace(config.student, source=run, keep_layers=(), share=configs.Share())
+  spec = dataclasses.replace(config.student, source=run, keep_layers=(), share=ShareOptions())
   with jax.set_mesh(judge.mesh):
     return loading.build(spec, judge.mesh, loading.keys(config.seed)["student"])
 
@@ -175,17 +197,17 @@ def _teachers_rate(config: Config, workdir: Path) -> float:
   return _read(workdir / RATE)["teacher"]
 
 
-def _rate(config: Config, built: loading.Built, mesh: Any) -> float:
+def _rate(config: Config, built: loading.LoadedModel, mesh: Any) -> float:
   """Tokens a second of one text a group of devices; the model is taken apart."""
   rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
   with jax.set_mesh(mesh):
-    one = Contestant(built, unroll(built.model, built.how), mesh, config, rows)
+    one = BenchmarkedModel(built, unroll(built.model, built.compute), mesh, config, rows)
     one.run()  # compiles
     return one.run()["decode"] / rows
 
 
 def _write(path: Path, tree: dict[str, Any]) -> None:
-  distributed.on_first(lambda: atomic_io.write_json(path, tree))
+  distributed.run_on_process_0(lambda: atomic_io.write_json(path, tree))
 
 
 def _read(path: Path) -> dict[str, Any]:

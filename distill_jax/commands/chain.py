@@ -15,19 +15,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from distill_jax.commands import _shrink_search, export, record  # fmt: skip
+from distill_jax.commands import _shrink_search, export, record
 from distill_jax.commands import evaluate as evaluation
-from distill_jax.config import Config, Link, Model, Student
+from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError
 from distill_jax.hub.export import check_new
-from distill_jax.models import loading  # fmt: skip
-from distill_jax.nn import sharding  # fmt: skip
+from distill_jax.models import loading
+from distill_jax.models.options import ModelOptions, StudentOptions
+from distill_jax.nn import sharding
 from distill_jax.pruning import choose, factorise, shapes
+from distill_jax.pruning.options import LinkOptions
 from distill_jax.pruning.students import Teacher
-from distill_jax.runtime import atomic_io, distributed, storage  # fmt: skip
+from distill_jax.report.benchmarks import text  # noqa: F401
+from distill_jax.runtime import atomic_io, distributed, storage
 from distill_jax.runtime.workdir import Workdir
-from distill_jax.training import loop, optim, validate  # fmt: skip
+from distill_jax.training import loop, optim, validate
 
 MADE, DONE, SCORES, EXPORTED = "made.json", "done.json", "evaluation.json", "exported.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -35,7 +38,7 @@ TAKEN = ("teacher", "start", evaluation.ANSWERS)  # names of models, and of a fo
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
+class PlannedLink:
   """A link as it is run, in `folder`: `records`, `model` where it is cut, and `run`."""
 
   folder: Path
@@ -47,7 +50,7 @@ class Planned:
     return loading.RUN + str(self.folder / "run")
 
 
-def chain(config: Config, workdir: Path) -> dict[str, Any]:
+def run(config: Config, workdir: Path) -> dict[str, Any]:
   """Records, trains and measures the links of config.chain, each in a folder of `workdir`.
 
   The teacher of the first is config.teacher, that of each other one the link before it; what it
@@ -75,19 +78,19 @@ def chain(config: Config, workdir: Path) -> dict[str, Any]:
   if (workdir / SCORES).exists():
     result = json.loads((workdir / SCORES).read_text())
   else:
-    result = evaluation.evaluate(final, workdir)
+    result = evaluation.run(final, workdir)
   if config.export.dir and not (workdir / EXPORTED).exists():
     last = planned[config.chain[-1]]
     out = dataclasses.replace(config.export, evaluation=str(workdir / SCORES))
-    exported = export.export(dataclasses.replace(last.config, export=out), last.folder / "run")
+    exported = export.run(dataclasses.replace(last.config, export=out), last.folder / "run")
     _write(workdir / EXPORTED, exported)
   return result
 
 
-def plan(config: Config, workdir: Path) -> dict[str, Planned]:
+def plan(config: Config, workdir: Path) -> dict[str, PlannedLink]:
   """The links in their order, by name; each config is that of a `record` and a `train`."""
-  planned: dict[str, Planned] = {}
-  before: Model = config.teacher
+  planned: dict[str, PlannedLink] = {}
+  before: ModelOptions = config.teacher
   for name in config.chain:
     if name not in config.links:
       raise InputError(f"chain names {name!r}, and links holds {', '.join(config.links) or 'none'}")
@@ -101,23 +104,33 @@ def plan(config: Config, workdir: Path) -> dict[str, Planned]:
     if cut:
       student = dataclasses.replace(student, source=str(folder / "model"))
     run = dataclasses.replace(
-      config, teacher=before, student=student, shrink=link.shrink, chain=(), links={},
+      config,
+      teacher=before,
+      student=student,
+      shrink=link.shrink,
+      chain=(),
+      links={},
       train=dataclasses.replace(
         config.train, records=(str(folder / "records"),), steps=link.steps or config.train.steps
       ),
       optim=dataclasses.replace(config.optim, peak_lr=link.peak_lr or config.optim.peak_lr),
       export=dataclasses.replace(config.export, dir="", dtype=student.param_dtype),
-    )  # fmt: skip
-    planned[name] = Planned(folder, run, cut)
+    )
+    planned[name] = PlannedLink(folder, run, cut)
     # Computed as the teacher is; its shape and layers are in its run.
     before = dataclasses.replace(
-      config.teacher, source=planned[name].source, shape="", digest="", keep_layers=(),
-      changes={}, new=(),
-    )  # fmt: skip
+      config.teacher,
+      source=planned[name].source,
+      shape="",
+      digest="",
+      keep_layers=(),
+      changes={},
+      new=(),
+    )
   return planned
 
 
-def _is_cut(name: str, link: Link) -> bool:
+def _is_cut(name: str, link: LinkOptions) -> bool:
   """Whether a link is made of the model before it; refuses one that is made twice, or not."""
   sizes = [k for k in ("layers", *shapes.SIZES, "factorise") if getattr(link.shrink, k)]
   own = link.student.source or link.student.shape
@@ -139,16 +152,17 @@ def _is_cut(name: str, link: Link) -> bool:
   return bool(sizes)
 
 
-def _final(config: Config, planned: dict[str, Planned]) -> Config:
+def _final(config: Config, planned: dict[str, PlannedLink]) -> Config:
   """What measures all links; "start" is the last one before training."""
   models = {name: link.source for name, link in planned.items()} | config.evaluate.models
   return dataclasses.replace(
-    config, student=planned[config.chain[-1]].config.student,
+    config,
+    student=planned[config.chain[-1]].config.student,
     evaluate=dataclasses.replace(config.evaluate, models=models),
-  )  # fmt: skip
+  )
 
 
-def _check(config: Config, final: Config, planned: dict[str, Planned], workdir: Path) -> None:
+def _check(config: Config, final: Config, planned: dict[str, PlannedLink], workdir: Path) -> None:
   """Refuses what would stop the chain later on."""
   if config.train.records or config.train.online:
     raise InputError(
@@ -176,9 +190,9 @@ def _check(config: Config, final: Config, planned: dict[str, Planned], workdir: 
   _check_models(config, planned)
 
 
-def _check_models(config: Config, planned: dict[str, Planned]) -> None:
+def _check_models(config: Config, planned: dict[str, PlannedLink]) -> None:
   """Refuses students that cannot be had or trained, or that read other tokens than the teacher."""
-  spec, (family, shape) = config.teacher, loading.shape(config.teacher)
+  spec, (family, shape) = config.teacher, loading.family_and_config(config.teacher)
   read = corpus.tokenizer_of(config.data, loading.pretrained(spec))
   corpus.check(config.data, read, shape.vocab_size, shape.max_position_embeddings)
   for name, link in planned.items():
@@ -187,11 +201,16 @@ def _check_models(config: Config, planned: dict[str, Planned]) -> None:
       if link.cut:
         shape = _cut(link.config.shrink, family, shape)
         student = dataclasses.replace(  # what it is made of stands for it
-          student, source=spec.source, family=spec.family, shape=spec.shape,
-          keep_layers=spec.keep_layers, changes=spec.changes, new=spec.new,
-        )  # fmt: skip
+          student,
+          source=spec.source,
+          family=spec.family,
+          shape=spec.shape,
+          keep_layers=spec.keep_layers,
+          changes=spec.changes,
+          new=spec.new,
+        )
       else:
-        family, shape = loading.shape(student)
+        family, shape = loading.family_and_config(student)
       corpus.check(config.data, read, shape.vocab_size, shape.max_position_embeddings)
       _check_tokenizer(config, student, read.digest, teaches=name != config.chain[-1])
       untaught = dataclasses.replace(link.config.train, records=())
@@ -209,12 +228,12 @@ def _cut(s: Any, family: str, shape: Any) -> Any:
   return wide.keep(choose.even(s.layers, shape.num_hidden_layers)) if s.layers else wide
 
 
-def _check_tokenizer(config: Config, student: Student, digest: str, teaches: bool) -> None:
+def _check_tokenizer(config: Config, student: StudentOptions, digest: str, teaches: bool) -> None:
   """A student has the tokenizer of all; one without any may learn, but not teach."""
-  came = loading.pretrained(student)
-  if (came is None or came.tokenizer is None) and not teaches:
+  pretrained = loading.pretrained(student)
+  if (pretrained is None or pretrained.tokenizer is None) and not teaches:
     return
-  theirs = corpus.tokenizer_of(config.data, came)
+  theirs = corpus.tokenizer_of(config.data, pretrained)
   if theirs.digest != digest:
     raise InputError(
       f"the student has tokenizer {theirs.digest[:12]} and the teacher {digest[:12]}; take one "
@@ -222,13 +241,13 @@ def _check_tokenizer(config: Config, student: Student, digest: str, teaches: boo
     )
 
 
-def _run(link: Planned) -> dict[str, Any]:
+def _run(link: PlannedLink) -> dict[str, Any]:
   """One link from where it stands; the last step's metrics."""
-  record.record(link.config, link.folder / "records")
+  record.run(link.config, link.folder / "records")
   if link.cut and not (link.folder / MADE).exists():
     model = link.folder / "model"
     # What is there was cut off before it was written down.
-    distributed.on_first(functools.partial(shutil.rmtree, model, ignore_errors=True))
+    distributed.run_on_process_0(functools.partial(shutil.rmtree, model, ignore_errors=True))
     made = Teacher(link.config).make(link.config.shrink, model, random=False)
     _write(link.folder / MADE, made)
   with Workdir(link.folder / "run", link.config) as workdir:
@@ -236,4 +255,4 @@ def _run(link: Planned) -> dict[str, Any]:
 
 
 def _write(path: Path, tree: Any) -> None:
-  distributed.on_first(lambda: atomic_io.write_json(path, tree))
+  distributed.run_on_process_0(lambda: atomic_io.write_json(path, tree))

@@ -15,6 +15,7 @@ from typing import Any
 
 from distill_jax.config import Config
 from distill_jax.efficiency import formulas, measure
+from distill_jax.efficiency.table import text  # noqa: F401
 from distill_jax.errors import InputError
 from distill_jax.models import loading
 from distill_jax.nn import sharding
@@ -26,7 +27,7 @@ NAMES = ("teacher", "student")
 NOT_QUALITY = ("parameters", "bytes", "tokens_per_second")  # of evaluation.json, told better here
 
 
-def efficiency(config: Config, folder: Path) -> dict[str, Any]:
+def run(config: Config, folder: Path) -> dict[str, Any]:
   """Compares config.teacher with config.student, and writes efficiency.json into the workdir.
 
   Models whose shape is named beside a source are judged by that shape, as preflight does: no
@@ -54,12 +55,14 @@ def efficiency(config: Config, folder: Path) -> dict[str, Any]:
     for who in NAMES
   }
   result = {
-    "context": c.context, "chip": c.chip, "models": models,
+    "context": c.context,
+    "chip": c.chip,
+    "models": models,
     "ratios": compare(models, chip, *(_served(shapes, who, dtypes[who]) for who in NAMES)),
     "measured": measure.measure(config, mesh) if c.measure else None,
     "quality": quality,
-  }  # fmt: skip
-  distributed.on_first(lambda: atomic_io.write_json(folder / "efficiency.json", result))
+  }
+  distributed.run_on_process_0(lambda: atomic_io.write_json(folder / "efficiency.json", result))
   return result
 
 
@@ -88,10 +91,9 @@ def compare(
   own = seconds(teacher, teacher.chips(chip, 1)) / seconds(student, student.chips(chip, 1))
   return {
     "memory": {
-      "same_dtype": of(t, s, "parameters"), "weights": of(t, s, "weight_bytes"),
-      "with_cache": [
-        {"batch_size": x["batch_size"], "ratio": of(x, y, "bytes")} for x, y in pairs
-      ],
+      "same_dtype": of(t, s, "parameters"),
+      "weights": of(t, s, "weight_bytes"),
+      "with_cache": [{"batch_size": x["batch_size"], "ratio": of(x, y, "bytes")} for x, y in pairs],
     },
     "flops": {k: of(t["flops_per_token"], s["flops_per_token"], k) for k in ("prefill", "decode")},
     "latency": {"same_chips": seconds(teacher, 1) / seconds(student, 1), "own_chips": own},
@@ -99,7 +101,7 @@ def compare(
       {"batch_size": x["batch_size"], "ratio": of(y, x, "tokens_per_second_per_chip")}
       for x, y in pairs
     ],
-  }  # fmt: skip
+  }
 
 
 def check(config: Config, shapes: Config) -> None:
@@ -117,7 +119,7 @@ def check(config: Config, shapes: Config) -> None:
       "size or more, and all these numbers are at least 1"
     )
   for who in NAMES:
-    most = loading.shape(getattr(shapes, who))[1].max_position_embeddings
+    most = loading.family_and_config(getattr(shapes, who))[1].max_position_embeddings
     if not 1 <= c.context <= most:
       raise InputError(
         f"efficiency.context is {c.context}; it is at least 1, and the {who} has {most} positions"

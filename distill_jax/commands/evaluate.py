@@ -13,30 +13,34 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill_jax.config import Config, Model, Quantise, Share
+from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError
 from distill_jax.evals import generative, multiple_choice, next_token, questions
 from distill_jax.evals.likelihood import Scorer
-from distill_jax.evals.model_slot import Loaded
+from distill_jax.evals.model_slot import ModelSlot
 from distill_jax.evals.questions import Questions
 from distill_jax.evals.retrieval import Retrieval
 from distill_jax.evals.similarity import Similarity
 from distill_jax.models import loading
+from distill_jax.models.options import ModelOptions
 from distill_jax.nn import params, sharding
+from distill_jax.nn.layer_sharing import ShareOptions
+from distill_jax.nn.quantise import QuantiseOptions
+from distill_jax.records import collate
+from distill_jax.report.benchmarks import text  # noqa: F401
 from distill_jax.runtime import atomic_io, distributed
 from distill_jax.runtime.progress import Progress
 from distill_jax.tasks import dataset, pseudo_labels
 from distill_jax.tasks.dataset import Row
-from distill_jax.training import loader
 from distill_jax.training.step import online
-from distill_jax.types import PAIRED, Batch, Mean
+from distill_jax.types import IN_BATCH_CLASSES, Batch, Mean
 
 TIMED = 2  # passes over one batch that the throughput is taken from
 ANSWERS = "evals"  # the folder of what models answered, by model and set
 
 
-def evaluate(config: Config, folder: Path) -> dict[str, Any]:
+def run(config: Config, folder: Path) -> dict[str, Any]:
   """Measures models on held-out text, where evaluate.heldout, and on the sets in `evals`.
 
   Writes evaluation.json into the workdir and returns it (on the first process whole):
@@ -69,11 +73,11 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
       for name, row in _on_sets(config, spec, questions, mesh, folder / ANSWERS / model).items():
         by_set[name][model] = row
     evaluation["evals"] = by_set
-  distributed.on_first(lambda: atomic_io.write_json(folder / "evaluation.json", evaluation))
+  distributed.run_on_process_0(lambda: atomic_io.write_json(folder / "evaluation.json", evaluation))
   return evaluation
 
 
-def check(config: Config) -> dict[str, Model]:
+def check(config: Config) -> dict[str, ModelOptions]:
   """The models that are asked the sets; refuses what cannot be measured, with nothing read."""
   if not config.evaluate.heldout and not config.evals:
     raise InputError(
@@ -85,16 +89,21 @@ def check(config: Config) -> dict[str, Model]:
   return asked
 
 
-def _specs(config: Config) -> dict[str, Model]:
+def _specs(config: Config) -> dict[str, ModelOptions]:
   """All models but the teacher."""
   plain = dataclasses.replace(
-    config.student, keep_layers=(), changes={}, new=(), quantise=Quantise(), share=Share()
+    config.student,
+    keep_layers=(),
+    changes={},
+    new=(),
+    quantise=QuantiseOptions(),
+    share=ShareOptions(),
   )
   of = lambda source: dataclasses.replace(plain, source=source)
   return {"start": config.student, **{n: of(s) for n, s in config.evaluate.models.items()}}
 
 
-def _asked(config: Config) -> dict[str, Model]:
+def _asked(config: Config) -> dict[str, ModelOptions]:
   """The models that are asked the sets."""
   known = {"teacher": config.teacher, **_specs(config)}
   names = config.evaluate.on or tuple(config.evaluate.models) or ("teacher",)
@@ -105,7 +114,7 @@ def _asked(config: Config) -> dict[str, Model]:
   return {name: known[name] for name in names}
 
 
-def _check_served(config: Config, asked: dict[str, Model]) -> None:
+def _check_served(config: Config, asked: dict[str, ModelOptions]) -> None:
   """Refuses what needs a model's likelihoods of a server."""
   all_of = {"teacher": config.teacher, **_specs(config)}
   served = [n for n, spec in all_of.items() if generative.is_served(spec)]
@@ -125,11 +134,11 @@ def _check_served(config: Config, asked: dict[str, Model]) -> None:
 
 
 def _on_sets(
-  config: Config, spec: Model, questions: dict[str, Questions], mesh: Any, folder: Path
+  config: Config, spec: ModelOptions, questions: dict[str, Questions], mesh: Any, folder: Path
 ) -> dict[str, dict[str, Any]]:
   """One model on all sets: first those of choices, then those of words, which take it apart."""
   key = "teacher" if spec is config.teacher else "student"
-  model = Loaded(spec, mesh, loading.keys(config.seed)[key])
+  model = ModelSlot(spec, mesh, loading.keys(config.seed)[key])
   rows: dict[str, dict[str, Any]] = {}
   choices = {name: q for name, q in questions.items() if config.evals[name].judge() is None}
   if choices:
@@ -178,7 +187,7 @@ def _heldout(config: Config, mesh: Any) -> dict[str, Any]:
   return {"models": first, "tokens": next(iter(tokens.values())), "corpus": where, "tasks": of}
 
 
-def _text(config: Config, teacher: loading.Built) -> tuple[Sequence[Row], int]:
+def _text(config: Config, teacher: loading.LoadedModel) -> tuple[Sequence[Row], int]:
   """Packed held-out sequences, and how many tokens there are."""
   data = dataclasses.replace(config.data, split="heldout", sequences=config.evaluate.sequences)
   tokenizer = corpus.tokenizer_of(data, teacher.pretrained)
@@ -186,23 +195,29 @@ def _text(config: Config, teacher: loading.Built) -> tuple[Sequence[Row], int]:
   return list(corpus.sequences(data, tokenizer, teacher.pretrained)), tokenizer.vocab_size
 
 
-def _tasks(config: Config, teacher: loading.Built) -> dict[str, tuple[Sequence[Row], int]]:
+def _tasks(config: Config, teacher: loading.LoadedModel) -> dict[str, tuple[Sequence[Row], int]]:
   """By task: its held-out rows, and how many rows of the heads are classes."""
-  came, most = teacher.pretrained, config.evaluate.sequences
-  rows = {n: dataset.open_rows(config, n, "heldout", came, most) for n in config.tasks}
+  pretrained, most = teacher.pretrained, config.evaluate.sequences
+  rows = {n: dataset.open_rows(config, n, "heldout", pretrained, most) for n in config.tasks}
   dataset.check(rows, teacher.config)
   classes = sum(of.source.classes for of in rows.values())
   parts = dataset.parts(rows)
-  return {name: (dataset.Tasked(of, None, part=parts[name]), classes) for name, of in rows.items()}
+  return {
+    name: (dataset.RecordedTask(of, None, part=parts[name]), classes) for name, of in rows.items()
+  }
 
 
 def _measure_all(
-  config: Config, models: dict[str, loading.Built], rows: Sequence[Row], vocab_size: int, mesh: Any
+  config: Config,
+  models: dict[str, loading.LoadedModel],
+  rows: Sequence[Row],
+  vocab_size: int,
+  mesh: Any,
 ) -> dict[str, dict[str, float]]:
   """Every model on every batch; the teacher runs once a batch for all of them."""
   chunk, size = config.train.chunk, config.evaluate.batch_size
   where = sharding.batch_sharding(mesh)
-  forward = {n: jax.jit(functools.partial(online, how=m.how)) for n, m in models.items()}
+  forward = {n: jax.jit(functools.partial(online, compute=m.compute)) for n, m in models.items()}
   compare = jax.jit(
     functools.partial(next_token.compare, chunk=chunk, vocab_size=vocab_size),
     out_shardings=sharding.replicated(mesh),
@@ -212,7 +227,7 @@ def _measure_all(
   read, n = dataset.reader(config), -(-len(rows) // size)
   with Progress("evaluate", n * size * len(rows[0]["mask_T"]), "tokens") as progress:
     for batch in _batches(rows, size, read):
-      batch = loader.to_device(batch, where)
+      batch = collate.to_device(batch, where)
       outputs = {n: forward[n](m.model, batch.inputs)[0] for n, m in models.items()}
       means = jax.device_get(compare(outputs, batch))
       if found is not None:
@@ -226,7 +241,7 @@ def _measure_all(
 
 def _gatherer(classes: int) -> Retrieval | Similarity | None:
   """What is measured of embeddings; a head of one row says nothing else of them."""
-  if classes == PAIRED:
+  if classes == IN_BATCH_CLASSES:
     return Retrieval()
   return Similarity() if classes == 1 else None
 
@@ -236,13 +251,13 @@ def _row(means: dict[str, Mean]) -> dict[str, float]:
   return row | {"perplexity": math.exp(min(row["ce"], 700)), "tokens": float(means["ce"].count)}
 
 
-def _size(m: loading.Built) -> dict[str, int]:
+def _size(m: loading.LoadedModel) -> dict[str, int]:
   weights = jax.tree.leaves(m.model)
   return {"parameters": params.count(m.model), "bytes": sum(w.nbytes for w in weights)}
 
 
-def _speed(m: loading.Built, batch: Batch, chunk: int) -> dict[str, float]:
-  score = jax.jit(functools.partial(next_token.score, how=m.how, chunk=chunk))
+def _speed(m: loading.LoadedModel, batch: Batch, chunk: int) -> dict[str, float]:
+  score = jax.jit(functools.partial(next_token.score, compute=m.compute, chunk=chunk))
   jax.block_until_ready(score(m.model, batch))  # compile
   start = time.perf_counter()
   for _ in range(TIMED):
@@ -256,4 +271,4 @@ def _batches(rows: Sequence[Row], size: int, read: Any = None) -> Iterator[Batch
   for i in range(0, len(rows), size):
     some = rows[i : i + size]
     whole = [*some, *[empty] * (size - len(some))]
-    yield loader.collate(whole[jax.process_index() :: jax.process_count()], read=read)
+    yield collate.collate(whole[jax.process_index() :: jax.process_count()], read=read)

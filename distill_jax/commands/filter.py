@@ -21,7 +21,7 @@ READING = "read"  # the name under which a line that is no sample is counted
 ON_BAD = ("stop", "skip")
 
 
-def filter_samples(config: Config, folder: Path) -> dict[str, Any]:
+def run(config: Config, folder: Path) -> dict[str, Any]:
   """Passes samples through `filters`, in filter.order, into kept.jsonl and rejected.jsonl.
 
   Every line of filter.samples is in one of them, in its order. A rejected one has `rejected`:
@@ -45,7 +45,7 @@ def filter_samples(config: Config, folder: Path) -> dict[str, Any]:
   if not path.is_file():
     raise InputError(f"{path} is not there; name in filter.samples what `generate` has written")
   result: dict[str, Any] = {}
-  distributed.on_first(lambda: result.update(_run(config, path, folder)))
+  distributed.run_on_process_0(lambda: result.update(_run(config, path, folder)))
   return result
 
 
@@ -70,9 +70,11 @@ def _run(config: Config, path: Path, folder: Path) -> dict[str, Any]:
   parts = [folder / f".{name}.part" for name in (KEPT, REJECTED)]
   lines = _count(path)
   with (
-    parts[0].open("wb") as kept, parts[1].open("wb") as rejected, distributed.Preemption() as stop,
+    parts[0].open("wb") as kept,
+    parts[1].open("wb") as rejected,
+    distributed.Preemption() as stop,
     Progress("filter", lines, "samples") as progress,
-  ):  # fmt: skip
+  ):
     fate = _Fate(config, path, rejected, progress)
     for n, sample in enumerate(fate.kept(_read(path, fate))):
       kept.write(_line(sample))
@@ -87,7 +89,7 @@ def _run(config: Config, path: Path, folder: Path) -> dict[str, Any]:
   (folder / SUMMARY).unlink(missing_ok=True)  # never of other files than those beside it
   for part, name in zip(parts, (KEPT, REJECTED), strict=True):
     part.replace(folder / name)
-  atomic_io.sync_folder(folder)
+  atomic_io.fsync_dir(folder)
   atomic_io.write_json(folder / SUMMARY, {"of": str(path), **result})
   return result
 
@@ -137,9 +139,11 @@ class _Fate:
     rejected = sum(counts.total() for counts in self._by.values())
     by = {name: dict(counts.most_common()) for name, counts in self._by.items() if counts}
     return {
-      "samples": self._kept + rejected, "kept": self._kept, "rejected": rejected,
+      "samples": self._kept + rejected,
+      "kept": self._kept,
+      "rejected": rejected,
       "rejected_by": by,
-    }  # fmt: skip
+    }
 
 
 def _read(path: Path, fate: _Fate) -> Iterator[Sample]:

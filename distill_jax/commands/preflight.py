@@ -18,6 +18,7 @@ from jax.errors import JaxRuntimeError
 from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.preflight import chips, collectives, estimate, flops, programs, topology
+from distill_jax.preflight.report import text  # noqa: F401
 
 VERBS = ("train", "record")
 QUICK = {"exec_time_optimization_effort": -1.0}  # 4 to 6 times cheaper, peak within 5%
@@ -40,14 +41,8 @@ class Memory:
   peak: int
 
 
-def preflight(
-  config: Config, name: str, num_slices: int = 1, verb: str = "train"
-) -> dict[str, Any]:  # fmt: skip
+def run(config: Config) -> dict[str, Any]:
   """Compiles one step and reports on it.
-
-  Args:
-    name: a listed topology, as v5p:4x4x4.
-    verb: whose step, "train" or "record".
 
   Returns: see report.py for the words; the keys are `fits`, `chips`,
   `peak_bytes_per_device`, `hbm_bytes_per_device`, `flops_per_step`,
@@ -60,6 +55,7 @@ def preflight(
     InputError: libtpu is not installed, the topology is unknown, or the config does not fit
       together or onto it.
   """
+  name, num_slices, verb = dataclasses.astuple(config.preflight)
   if verb not in VERBS:
     raise InputError(f"--verb is {verb!r}; preflight compiles {' or '.join(VERBS)}")
   chip, per_slice = chips.parse(name)
@@ -71,15 +67,23 @@ def preflight(
   fits = compiled is not None and memory.peak <= chip.hbm
   ops = None if config.tasks else flops.step(config, verb, program.rows)
   out: dict[str, Any] = {
-    "fits": fits, "verb": verb, "topology": name, "slices": num_slices,
-    "chips": per_slice * num_slices, "devices": mesh.size, "mesh": dict(mesh.shape),
-    "peak_bytes_per_device": memory.peak, "hbm_bytes_per_device": chip.hbm,
+    "fits": fits,
+    "verb": verb,
+    "topology": name,
+    "slices": num_slices,
+    "chips": per_slice * num_slices,
+    "devices": mesh.size,
+    "mesh": dict(mesh.shape),
+    "peak_bytes_per_device": memory.peak,
+    "hbm_bytes_per_device": chip.hbm,
     "bytes_per_device": {
-      **program.arguments, "outputs": memory.outputs, "temporaries": memory.temporaries,
+      **program.arguments,
+      "outputs": memory.outputs,
+      "temporaries": memory.temporaries,
     },
     "flops_per_step": ops and sum(n for what, n in ops.items() if what != "recomputed"),
     "flops": ops,
-  }  # fmt: skip
+  }
   out |= _speed(config, verb, chip, mesh, out, compiled, memory)
   out |= dict.fromkeys(("store_bytes_per_token", "tokens", "store_bytes"))
   if not config.tasks:
@@ -115,17 +119,28 @@ def compile_step(program: programs.Program, options: Any = None) -> tuple[Memory
 
 
 def _speed(
-  config: Config, verb: str, chip: chips.Chip, mesh: Any, out: dict[str, Any], compiled: Any,
+  config: Config,
+  verb: str,
+  chip: chips.Chip,
+  mesh: Any,
+  out: dict[str, Any],
+  compiled: Any,
   memory: Memory,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
   """Collectives and bounds; None for all of a program that does not compile.
 
   None for the bounds where operations are not known.
   """
   names = (
-    "collectives", "collective_bytes_per_device", "bounds", "bound_by", "step_seconds_bound",
-    "mfu_bound", "tokens_per_second_bound", "chip_hours",
-  )  # fmt: skip
+    "collectives",
+    "collective_bytes_per_device",
+    "bounds",
+    "bound_by",
+    "step_seconds_bound",
+    "mfu_bound",
+    "tokens_per_second_bound",
+    "chip_hours",
+  )
   if compiled is None:
     return dict.fromkeys(names)
   sent = collectives.Program(compiled.as_text(), out["slices"]).sent()
@@ -141,8 +156,15 @@ def _speed(
   mfu = out["flops_per_step"] / (bound.seconds * out["chips"] * chip.flops)
   hours = total / rate * out["chips"] / 3600 if total else None
   values = (
-    sent, sum(sent.values()), vars(bound), bound.by, bound.seconds, mfu, rate, hours,
-  )  # fmt: skip
+    sent,
+    sum(sent.values()),
+    vars(bound),
+    bound.by,
+    bound.seconds,
+    mfu,
+    rate,
+    hours,
+  )
   return dict(zip(names, values, strict=True))
 
 

@@ -14,22 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax.config import Config, Records
+from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
-from distill_jax.losses.features import Needs, flat_qkv
+from distill_jax.losses.features import FeatureSpec, flat_qkv
 from distill_jax.models import loading
 from distill_jax.nn import sharding
-from distill_jax.nn.layers import Compute
-from distill_jax.records import import_logprobs, sampler, taps
+from distill_jax.nn.layers import ComputeConfig
+from distill_jax.records import collate, import_logprobs, sampler, taps
 from distill_jax.records.multi_teacher import TEXT
+from distill_jax.records.options import RecordsOptions
 from distill_jax.records.store import Manifest, Store, Taps, Writer
 from distill_jax.runtime import distributed, storage
 from distill_jax.runtime.progress import Progress
 from distill_jax.tasks import dataset
-from distill_jax.training import loader
-from distill_jax.types import PAIRED, Batch, Output
+from distill_jax.types import IN_BATCH_CLASSES, Batch, Output
 
 TAPS_SEED = 0  # of the fixed projection; the manifest names it
 STORED = (*TEXT, "smoothing_T")  # what a record keeps of a row beside what the teacher said
@@ -69,31 +69,31 @@ def corpus_of(config: Config) -> Corpus:
   Raises:
     InputError: it is not there, or the teacher cannot read it.
   """
-  came = loading.pretrained(config.teacher)
+  pretrained = loading.pretrained(config.teacher)
   if config.tasks:
     (name,) = dataset.chosen(config).tasks
-    every = {n: dataset.open_rows(config, n, "train", came) for n in config.tasks}
+    every = {n: dataset.open_rows(config, n, "train", pretrained) for n in config.tasks}
     rows, part = every[name], dataset.parts(every)[name]
-    if rows.source.classes == PAIRED:
+    if rows.source.classes == IN_BATCH_CLASSES:
       raise InputError(
         f"the task {name} chooses among the pairs of a batch, which no record knows; train with "
         "train.online=True"
       )
     if config.records.kind != "text":
-      dataset.check(every, loading.shape(config.teacher)[1])
+      dataset.check(every, loading.family_and_config(config.teacher)[1])
     first = part.start if part else 0
     return Corpus(rows, rows.source.positions, rows.source.classes, "", rows.digest, first)
-  tokenizer = corpus.tokenizer_of(config.data, came)
+  tokenizer = corpus.tokenizer_of(config.data, pretrained)
   if config.records.logprobs:
     text = list(_dump(config, tokenizer))
   else:
-    _, shape = loading.shape(config.teacher)
+    _, shape = loading.family_and_config(config.teacher)
     corpus.check(config.data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
-    text = list(corpus.sequences(config.data, tokenizer, came))
+    text = list(corpus.sequences(config.data, tokenizer, pretrained))
   return Corpus.of_text(text, tokenizer, config.data.seq_len)
 
 
-def record(config: Config, folder: Path) -> dict[str, Any]:
+def run(config: Config, folder: Path) -> dict[str, Any]:
   """Writes the store of a corpus into `folder`; what is already there is not done again.
 
   Returns: sequences in all and recorded now; tokens, entries and bytes of the whole store.
@@ -104,8 +104,8 @@ def record(config: Config, folder: Path) -> dict[str, Any]:
   """
   mesh = sharding.make_mesh(**vars(config.mesh))
   if config.records.kind != "text" and not config.records.logprobs:
-    how = loading.compute(config.teacher)
-    sharding.shardings(loading.abstract(config.teacher), mesh, how.rules)  # does it divide?
+    compute = loading.compute_config(config.teacher)
+    sharding.shardings(loading.abstract(config.teacher), mesh, compute.rules)  # does it divide?
   about = corpus_of(config)
   if config.tasks:
     config = dataset.chosen(config)
@@ -121,13 +121,15 @@ def record(config: Config, folder: Path) -> dict[str, Any]:
   with Writer(folder, manifest, jax.process_index(), jax.process_count()) as writer:
     _check_same_corpus(writer, about.rows)
     todo = writer.missing()
-    if distributed.most(len(todo)):  # those who have nothing left to write compute with the others
+    if distributed.max_over_processes(
+      len(todo)
+    ):  # those who have nothing left to write compute with the others
       with jax.set_mesh(mesh):
         _pass(config, mesh, about, todo, writer)
-    distributed.wait("recorded")
+    distributed.barrier("recorded")
     if jax.process_count() > 1 and (url := storage.remote_of(folder)):  # they may share no disk
       storage.publish(folder)
-      distributed.wait("published")
+      distributed.barrier("published")
       storage.fetch(url)
     done = writer.complete()
   if done is None:
@@ -162,7 +164,7 @@ def _pass(config: Config, mesh: Any, about: Corpus, todo: list[range], writer: W
         break
     if writing is not None:
       writing.result()
-  if distributed.most(len(shard)):
+  if distributed.max_over_processes(len(shard)):
     raise distributed.Preemption.stop("record", "finished shards are kept")
 
 
@@ -170,22 +172,22 @@ def _summariser(config: Config, mesh: Any, about: Corpus) -> Summarise:
   keys = loading.keys(config.seed)
   teacher = loading.build(config.teacher, mesh, keys["teacher"])
   where = sharding.batch_sharding(mesh)
-  one_batch = jitted(config, teacher.how, about.classes, about.first)
+  one_batch = jitted(config, teacher.compute, about.classes, about.first)
   read = dataset.reader(config)
 
   def summarise(some: Rows, first: int) -> dict[str, jax.Array]:
-    batch = loader.to_device(loader.collate(some, read=read), where)
-    index_B = loader.to_device(np.arange(first, first + len(some), dtype=np.int32), where)
+    batch = collate.to_device(collate.collate(some, read=read), where)
+    index_B = collate.to_device(np.arange(first, first + len(some), dtype=np.int32), where)
     return one_batch(teacher.model, keys["records"], batch, index_B)
 
   return summarise
 
 
-def jitted(config: Config, how: Compute, vocab_size: int, first: int = 0) -> Any:
+def jitted(config: Config, compute: ComputeConfig, vocab_size: int, first: int = 0) -> Any:
   """The pass as it is compiled: (teacher, key, batch, index_B) -> what is stored of the batch."""
   project = _projection(config, _width(config))
   rows = range(first, first + vocab_size)
-  fixed = functools.partial(_summarise, how=how, config=config, rows=rows)
+  fixed = functools.partial(_summarise, compute=compute, config=config, rows=rows)
   return jax.jit(functools.partial(fixed, project=project))
 
 
@@ -204,7 +206,7 @@ def _recorded(
     return
   padding = {name: np.zeros_like(x) for name, x in rows[0].items()}
   # All processes compute together, so those with less to write go on with padding alone.
-  parts += [range(0)] * (distributed.most(len(parts)) - len(parts))
+  parts += [range(0)] * (distributed.max_over_processes(len(parts)) - len(parts))
   pending: tuple[Rows, Any] | None = None
   for part in parts:
     some = rows[part.start : part.stop]
@@ -229,25 +231,41 @@ def _local(x_B: jax.Array) -> np.ndarray:
 
 
 def _summarise(
-  model: Any, key: jax.Array, batch: Batch, index_B: jax.Array, *, how: Compute, config: Config,
-  rows: range, project: np.ndarray | None,
-) -> dict[str, jax.Array]:  # fmt: skip
+  model: Any,
+  key: jax.Array,
+  batch: Batch,
+  index_B: jax.Array,
+  *,
+  compute: ComputeConfig,
+  config: Config,
+  rows: range,
+  project: np.ndarray | None,
+) -> dict[str, jax.Array]:
   """What is stored of a batch. The offsets depend on the sequence's number alone."""
   c, T = config.records, batch.labels_BT.shape[1]
   u_BT = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (T,)))(index_B)
   needs = _needs(config)
-  out: Output = model(batch.inputs, how, needs.taps)
+  out: Output = model(batch.inputs, compute, needs.taps)
   # What is not of `rows` comes behind them, as padding does.
   head_VD = jnp.roll(out.head_VD, -rows.start, 0) if rows.start else out.head_VD
   said = sampler.summarise(
-    out.hidden_BTD, head_VD, batch.labels_BT, u_BT, n=c.n, chunk=c.chunk,
-    vocab_size=len(rows), kind=c.kind, logp=c.logp, temperature=c.temperature, nucleus=c.nucleus,
+    out.hidden_BTD,
+    head_VD,
+    batch.labels_BT,
+    u_BT,
+    n=c.n,
+    chunk=c.chunk,
+    vocab_size=len(rows),
+    kind=c.kind,
+    logp=c.logp,
+    temperature=c.temperature,
+    nucleus=c.nucleus,
     soft_cap=out.soft_cap,
-  )  # fmt: skip
+  )
   names = {"ids": "ids_BTN", "logp": "logp_BTN"}
   said = {names.get(name, f"{name}_BT"): x for name, x in said.items()}
   if c.taps:
-    kept = needs.of(model, out, batch.inputs, how)
+    kept = needs.of(model, out, batch.inputs, compute)
     flat = [kept.hidden[i] if i in kept.hidden else flat_qkv(kept.qkv[i]) for i in c.taps]
     q_PBTD, scale_PBT = taps.quantise(jnp.stack(flat), project)
     said |= {
@@ -271,12 +289,17 @@ def _dump(config: Config, tokenizer: Tokenizer) -> Iterator[dict[str, np.ndarray
     return ids[0] if len(ids) == 1 else tokenizer.token_id(token)
 
   return import_logprobs.sequences(
-    path, c.logprobs_format, n=c.n, seq_len=config.data.seq_len, token_id=token_id,
-    vocab_size=tokenizer.vocab_size, missing_mass=c.missing_mass,
-  )  # fmt: skip
+    path,
+    c.logprobs_format,
+    n=c.n,
+    seq_len=config.data.seq_len,
+    token_id=token_id,
+    vocab_size=tokenizer.vocab_size,
+    missing_mass=c.missing_mass,
+  )
 
 
-def dense(c: Records, classes: int) -> Records:
+def dense(c: RecordsOptions, classes: int) -> RecordsOptions:
   """Records of all classes are top-k ones from which nothing is missing."""
   if c.kind != "dense":
     return c
@@ -309,22 +332,32 @@ def describe(config: Config, vocab_size: int, sequences: int, positions: int) ->
     width = c.taps_width or _width(config)
     kept = Taps(c.taps, width, TAPS_SEED if c.taps_width else None, c.taps_of)
   return Manifest(
-    kind=c.kind, n=0 if c.kind == "text" else c.n, logp=c.logp, nucleus=c.nucleus,
-    vocab_size=vocab_size, seq_len=positions, teacher={}, tokenizer="", corpus="",
-    entropy=not c.logprobs, sequences_per_shard=c.sequences_per_shard, extents=(sequences,),
-    taps=kept, missing_mass=c.missing_mass if c.kind == "topk" else "none",
+    kind=c.kind,
+    n=0 if c.kind == "text" else c.n,
+    logp=c.logp,
+    nucleus=c.nucleus,
+    vocab_size=vocab_size,
+    seq_len=positions,
+    teacher={},
+    tokenizer="",
+    corpus="",
+    entropy=not c.logprobs,
+    sequences_per_shard=c.sequences_per_shard,
+    extents=(sequences,),
+    taps=kept,
+    missing_mass=c.missing_mass if c.kind == "topk" else "none",
     temperature=c.temperature,
-  )  # fmt: skip
+  )
 
 
-def _needs(config: Config) -> Needs:
+def _needs(config: Config) -> FeatureSpec:
   c = config.records
-  return Needs(hidden=c.taps) if c.taps_of == "hidden" else Needs(qkv=c.taps)
+  return FeatureSpec(hidden=c.taps) if c.taps_of == "hidden" else FeatureSpec(qkv=c.taps)
 
 
 def _width(config: Config) -> int:
   """Numbers a tapped vector has."""
-  _, c = loading.shape(config.teacher)
+  _, c = loading.family_and_config(config.teacher)
   if config.records.taps_of == "hidden":
     return c.hidden_size
   values = getattr(c, "v_head_dim", c.head_dim)  # DeepSeek's are narrower than its keys

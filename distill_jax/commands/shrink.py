@@ -11,12 +11,13 @@ from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.pruning import shapes
 from distill_jax.pruning.students import Teacher
+from distill_jax.pruning.table import text  # noqa: F401
 from distill_jax.runtime import atomic_io, distributed
 
 RESULT = "shrink.json"
 
 
-def shrink(config: Config, workdir: Path) -> dict[str, Any]:
+def run(config: Config, workdir: Path) -> dict[str, Any]:
   """Makes config.teacher smaller as config.shrink says, and writes shrink.json into `workdir`.
 
   With a target, several shapes near it are made and distilled a little, and one recommended:
@@ -44,5 +45,5 @@ def shrink(config: Config, workdir: Path) -> dict[str, Any]:
     result = _shrink_search.search(config, workdir, targets[0])
   else:
     result = Teacher(config).make(s, s.dir or str(workdir / "model"))
-  distributed.on_first(lambda: atomic_io.write_json(workdir / RESULT, result))
+  distributed.run_on_process_0(lambda: atomic_io.write_json(workdir / RESULT, result))
   return result

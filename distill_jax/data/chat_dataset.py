@@ -22,9 +22,13 @@ ON_BAD = ("stop", "skip")
 
 
 def tokens(
-  source: Source, tokenizer: Tokenizer, template: ChatTemplate, longest: int, on_bad: str,
+  source: Source,
+  tokenizer: Tokenizer,
+  template: ChatTemplate,
+  longest: int,
+  on_bad: str,
   trust: str = "",
-) -> Iterator[tuple[list[int], list[bool], float]]:  # fmt: skip
+) -> Iterator[tuple[list[int], list[bool], float]]:
   """(ids, which of them to learn, their label smoothing) of each chat of a source.
 
   A chat cannot be used that is no chat, that the template refuses, that is longer than

@@ -96,9 +96,12 @@ class ChatTemplate:
     return out
 
   def render(
-    self, messages: Sequence[Message], tools: Sequence[Message] | None = None,
-    add_generation_prompt: bool = False, **extra: Any,
-  ) -> str:  # fmt: skip
+    self,
+    messages: Sequence[Message],
+    tools: Sequence[Message] | None = None,
+    add_generation_prompt: bool = False,
+    **extra: Any,
+  ) -> str:
     """The text of a chat, as transformers' `apply_chat_template(tokenize=False)` gives it.
 
     Args:
@@ -117,9 +120,12 @@ class ChatTemplate:
     return self._prompt(draw, messages) if add_generation_prompt else draw(messages)
 
   def mark(
-    self, tokenizer: Tokenizer, messages: Sequence[Message],
-    tools: Sequence[Message] | None = None, **extra: Any,
-  ) -> Marked:  # fmt: skip
+    self,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Message] | None = None,
+    **extra: Any,
+  ) -> Marked:
     """Renders a chat and finds what the assistant says in it.
 
     A template with `{% generation %}` blocks says so itself. With any other, a turn is what
@@ -147,9 +153,12 @@ class ChatTemplate:
     return Marked(text, tuple(spans), tuple(unmarked))
 
   def tokens_and_mask(
-    self, tokenizer: Tokenizer, messages: Sequence[Message],
-    tools: Sequence[Message] | None = None, **extra: Any,
-  ) -> tuple[list[int], list[bool]]:  # fmt: skip
+    self,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Message] | None = None,
+    **extra: Any,
+  ) -> tuple[list[int], list[bool]]:
     """A chat's ids, as `apply_chat_template(tokenize=True)` gives them, and which to learn.
 
     Marked are the tokens that lie wholly in the spans of `mark`: one that holds a character
@@ -186,9 +195,12 @@ class ChatTemplate:
       raise InputError(f"{taken[0]} is no variable for the chat template; leave it out here")
     now, source = datetime.datetime.now(), self._source(tools)
     names = {
-      "strftime_now": lambda form: now.strftime(form), **dict(self.tokens),
-      "documents": None, **sandboxed_jinja.plain(extra), "tools": sandboxed_jinja.plain(tools),
-    }  # fmt: skip
+      "strftime_now": lambda form: now.strftime(form),
+      **dict(self.tokens),
+      "documents": None,
+      **sandboxed_jinja.plain(extra),
+      "tools": sandboxed_jinja.plain(tools),
+    }
     done: dict[Any, str] = {}  # a message's turn is rendered with and without what follows
 
     def draw(messages: Sequence[Message], prompt: bool = False, blocks: bool = False) -> str:
@@ -279,9 +291,11 @@ def _next(message: Message) -> dict[str, Any]:
     return {"role": "user", "content": PROBE}
   function = _function(calls[0])
   return {
-    "role": "tool", "name": function.get("name"), "tool_call_id": calls[0].get("id"),
+    "role": "tool",
+    "name": function.get("name"),
+    "tool_call_id": calls[0].get("id"),
     "content": PROBE,
-  }  # fmt: skip
+  }
 
 
 def _function(call: Any) -> Mapping[str, Any]:

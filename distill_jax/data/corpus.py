@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from distill_jax.config import Data
 from distill_jax.data import chat_dataset, packing, sources, tokenizers
 from distill_jax.data.chat_template import ChatTemplate
+from distill_jax.data.options import DataOptions
 from distill_jax.errors import InputError
 from distill_jax.hub.load import Pretrained
 from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
@@ -19,7 +19,7 @@ from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
 LINES = 256  # documents tokenized at once
 
 
-def tokenizer_of(data: Data, pretrained: Pretrained | None) -> tokenizers.Tokenizer:
+def tokenizer_of(data: DataOptions, pretrained: Pretrained | None) -> tokenizers.Tokenizer:
   """The tokenizer that a config names, or the one that came with the model."""
   if data.tokenizer:
     return tokenizers.load_tokenizer(data.tokenizer)
@@ -36,12 +36,12 @@ def of_files(files: TokenizerFiles, source: str) -> tokenizers.Tokenizer:
   return tokenizers.Tokenizer(raw, f"the tokenizer of {source}", None, None)
 
 
-def source_of(data: Data) -> sources.Source:
+def source_of(data: DataOptions) -> sources.Source:
   names = (f.name for f in dataclasses.fields(sources.Source))
   return sources.Source(**{name: getattr(data, name) for name in names})
 
 
-def template_of(data: Data, pretrained: Pretrained | None) -> ChatTemplate:
+def template_of(data: DataOptions, pretrained: Pretrained | None) -> ChatTemplate:
   """The chat template of the tokenizer that a config names, or of the model's own."""
   name = data.tokenizer or (pretrained.source if pretrained else "the model")
   files = files_of(data, pretrained)
@@ -50,7 +50,7 @@ def template_of(data: Data, pretrained: Pretrained | None) -> ChatTemplate:
   return ChatTemplate.of(files, name)
 
 
-def files_of(data: Data, pretrained: Pretrained | None) -> TokenizerFiles | None:
+def files_of(data: DataOptions, pretrained: Pretrained | None) -> TokenizerFiles | None:
   """The files of the tokenizer that a config names, or of the model's own; None without."""
   if not data.tokenizer:
     return pretrained.tokenizer if pretrained else None
@@ -59,7 +59,7 @@ def files_of(data: Data, pretrained: Pretrained | None) -> TokenizerFiles | None
 
 
 def sequences(
-  data: Data, tokenizer: tokenizers.Tokenizer, pretrained: Pretrained | None = None
+  data: DataOptions, tokenizer: tokenizers.Tokenizer, pretrained: Pretrained | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
   """Packed sequences in corpus order, at most `data.sequences`, as records without targets.
 
@@ -86,7 +86,7 @@ def sequences(
     yield row.record() | ({"smoothing_T": row.smoothing_T} if data.trust else {})
 
 
-def check(data: Data, tokenizer: tokenizers.Tokenizer, rows: int, longest: int) -> None:
+def check(data: DataOptions, tokenizer: tokenizers.Tokenizer, rows: int, longest: int) -> None:
   """Refuses a tokenizer or a sequence length that the model cannot read."""
   if tokenizer.vocab_size > rows:
     raise InputError(
@@ -99,7 +99,7 @@ def check(data: Data, tokenizer: tokenizers.Tokenizer, rows: int, longest: int) 
     )
 
 
-def _tokens(data: Data, tokenizer: tokenizers.Tokenizer) -> Iterator[list[int]]:
+def _tokens(data: DataOptions, tokenizer: tokenizers.Tokenizer) -> Iterator[list[int]]:
   documents = sources.documents(source_of(data))
   while some := list(itertools.islice(documents, LINES)):
     yield from ([*tokenizer.begin, *ids] for ids in tokenizer.encode_batch(some))

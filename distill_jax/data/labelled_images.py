@@ -68,7 +68,7 @@ def _hash(pixels_WWM: np.ndarray) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class ImageSpec:
   """What every image has to be.
 
   Attributes:
@@ -103,7 +103,7 @@ class Form:
 LeftOut = Callable[[str, str], None]
 
 
-def read(path: str, classes: tuple[str, ...], form: Form, left_out: LeftOut) -> Labelled:
+def read(path: str, classes: tuple[str, ...], form: ImageSpec, left_out: LeftOut) -> Labelled:
   """All images of a folder of classes, or of IDX files, but for those that cannot be used.
 
   Args:
@@ -128,7 +128,7 @@ def folders(path: str) -> tuple[str, ...]:
   return tuple(sorted(p.name for p in Path(path).iterdir() if p.is_dir()))
 
 
-def _folder(path: str, classes: tuple[str, ...], form: Form, left_out: LeftOut) -> Labelled:
+def _folder(path: str, classes: tuple[str, ...], form: ImageSpec, left_out: LeftOut) -> Labelled:
   found = [
     (file, name)
     for name in folders(path)
@@ -156,7 +156,7 @@ def _folder(path: str, classes: tuple[str, ...], form: Form, left_out: LeftOut) 
   return Labelled(pixels, at_N, np.array(hashes, np.uint64), np.array(labels, np.int32))
 
 
-def _again(files: Sequence[Path], hashes: Sequence[int], form: Form, i: int) -> np.ndarray:
+def _again(files: Sequence[Path], hashes: Sequence[int], form: ImageSpec, i: int) -> np.ndarray:
   """Pixels of file i; raises InputError if they are not what they were."""
   try:
     with Image.open(files[i]) as image:
@@ -168,7 +168,7 @@ def _again(files: Sequence[Path], hashes: Sequence[int], form: Form, i: int) -> 
   return pixels
 
 
-def _looked_at(file: Path, form: Form) -> tuple[int, str]:
+def _looked_at(file: Path, form: ImageSpec) -> tuple[int, str]:
   """(hash of the pixels, "") of a file, or (0, why there are none)."""
   if file.suffix.lower() not in SUFFIXES:
     return 0, "is neither PNG nor JPEG"
@@ -179,7 +179,7 @@ def _looked_at(file: Path, form: Form) -> tuple[int, str]:
     return 0, "is damaged"
 
 
-def _idx(path: str, classes: tuple[str, ...], form: Form, left_out: LeftOut) -> Labelled:
+def _idx(path: str, classes: tuple[str, ...], form: ImageSpec, left_out: LeftOut) -> Labelled:
   pixels, labels = (_idx_array(path, f"-{n}-ubyte") for n in ("images-idx3", "labels-idx1"))
   if len(pixels) != len(labels):
     raise InputError(f"{path} has {len(pixels)} images and {len(labels)} labels; fetch both again")

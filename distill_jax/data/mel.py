@@ -25,8 +25,11 @@ def read_wav(path: Path) -> tuple[np.ndarray, int]:
   try:
     with wave.open(str(path), "rb") as f:
       width, channels, rate, said = (
-        f.getsampwidth(), f.getnchannels(), f.getframerate(), f.getnframes()
-      )  # fmt: skip
+        f.getsampwidth(),
+        f.getnchannels(),
+        f.getframerate(),
+        f.getnframes(),
+      )
       raw = f.readframes(said)
   except (OSError, EOFError, wave.Error) as e:
     raise InputError(f"{path} is no wav file of whole numbers ({e or 'it ends early'})") from e

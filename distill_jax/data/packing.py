@@ -122,8 +122,12 @@ def to_inputs(
   learnt = np.zeros(tokens.shape, bool)
   learnt[..., :-1] = mask[..., 1:] & same & (segments[..., :-1] != 0)
   return (
-    tokens.astype(np.int32), positions.astype(np.int32), segments.astype(np.int32), labels, learnt,
-  )  # fmt: skip
+    tokens.astype(np.int32),
+    positions.astype(np.int32),
+    segments.astype(np.int32),
+    labels,
+    learnt,
+  )
 
 
 def _empty(seq_len: int) -> Sequence:

@@ -23,8 +23,15 @@ MARKS = ("\ufdd0", "\ufdd1")  # Unicode's noncharacters, for use inside a progra
 # A message's reasoning goes by three names; templates read the first, a few the second.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # What Python raises for an operation that a template has no right to.
-FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
-          MemoryError)  # fmt: skip
+FAULTS = (
+  TypeError,
+  ValueError,
+  LookupError,
+  AttributeError,
+  ArithmeticError,
+  RecursionError,
+  MemoryError,
+)
 
 
 class _Raised(jinja2.TemplateError):
@@ -162,9 +169,12 @@ def message(given: Any) -> dict[str, Any]:
 
 
 def _tojson(
-  x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
+  x: Any,
+  ensure_ascii: bool = False,
+  indent: Any = None,
+  separators: Any = None,
   sort_keys: bool = False,
-) -> str:  # fmt: skip
+) -> str:
   return json.dumps(
     x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
   )

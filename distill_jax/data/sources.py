@@ -82,10 +82,11 @@ def documents(source: Source) -> Iterator[str]:
   if not kept:
     where = source.path or "the topics"
     raise InputError(
-      f"{where}: no text in any document; give a corpus that holds some" if not seen else
-      f"{where}: none of its {seen} documents falls into split {source.split!r}; give more "
+      f"{where}: no text in any document; give a corpus that holds some"
+      if not seen
+      else f"{where}: none of its {seen} documents falls into split {source.split!r}; give more "
       "documents, or heldout_fraction=0 and a file of its own for each split"
-    )  # fmt: skip
+    )
 
 
 def digest(source: Source) -> str:

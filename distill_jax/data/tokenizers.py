@@ -18,7 +18,7 @@ import sentencepiece
 import tokenizers
 
 from distill_jax.errors import InputError
-from distill_jax.runtime.atomic_io import write_whole
+from distill_jax.runtime.atomic_io import atomic_write
 
 FILES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 # Looked for in this order where nothing names them. A document's end comes before a
@@ -239,10 +239,11 @@ def load_tokenizer(
     raise InputError(f"{path} is not there; name a tokenizer.json, a .model file or their folder")
   named = _named(path.parent / "tokenizer_config.json")
   return Tokenizer(
-    path.read_bytes(), str(path),
+    path.read_bytes(),
+    str(path),
     named.get("eos_token") if eos is None else eos,
     named.get("bos_token") if bos is None else bos,
-  )  # fmt: skip
+  )
 
 
 def train_sentencepiece(
@@ -271,19 +272,26 @@ def train_sentencepiece(
     raise InputError("the corpus to train a sentencepiece model on holds no text; give some")
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size,
-      model_type=model_type, byte_fallback=True, character_coverage=0.9995,
-      normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+      sentence_iterator=iter(lines),
+      model_writer=model,
+      vocab_size=vocab_size,
+      model_type=model_type,
+      byte_fallback=True,
+      character_coverage=0.9995,
+      normalization_rule_name="identity",
+      remove_extra_whitespaces=False,
+      add_dummy_prefix=False,
       max_sentence_length=1 << 30,  # the default leaves longer lines out without a word
-      num_threads=1, minloglevel=2,  # sums over threads would depend on their number
-    )  # fmt: skip
+      num_threads=1,
+      minloglevel=2,  # sums over threads would depend on their number
+    )
   except RuntimeError as e:
     reason = " ".join(str(e).split("] ")[-1].split()).rstrip(".")
     raise InputError(
       f"no sentencepiece model of {vocab_size} pieces can be trained on this corpus ({reason}); "
       "give more text or another vocab_size"
     ) from e
-  write_whole(out, model.getvalue())
+  atomic_write(out, model.getvalue())
   return load_tokenizer(out)
 
 

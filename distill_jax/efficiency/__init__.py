@@ -1,0 +1,1 @@
+"""What a student saves against its teacher: by formula and as measured."""

@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from distill_jax.config import Model
 from distill_jax.models import loading
+from distill_jax.models.options import ModelOptions
 from distill_jax.nn import params
 from distill_jax.preflight import estimate, flops
 from distill_jax.preflight.chips import Chip
@@ -57,9 +57,9 @@ def distinct(n: int, chosen: int, batch: int) -> float:
   return n * (1 - (1 - chosen / n) ** batch)
 
 
-def weights(spec: Model, dtype: str) -> Weights:
+def weights(spec: ModelOptions, dtype: str) -> Weights:
   """Of a model served in `dtype`, one of DTYPES."""
-  _, c = loading.shape(spec)
+  _, c = loading.family_and_config(spec)
   total = experts = table = n = 0
   for path, v in params.named_params(loading.abstract(spec)):
     size, axes = stored(v, dtype), v.get_metadata()["axes"]
@@ -118,15 +118,15 @@ def decoder_numbers(c: Any, context: int) -> int:
   return kept(c) * c.num_hidden_layers * context
 
 
-def prefill_flops(spec: Model, context: int) -> float:
+def prefill_flops(spec: ModelOptions, context: int) -> float:
   """Operations a token of reading a prompt of `context` tokens; the head is for the last one."""
   one = flops.model(spec, 1, context)
   return (one.weights + one.attention + one.head / context) / context
 
 
-def decode_flops(spec: Model, context: int) -> float:
+def decode_flops(spec: ModelOptions, context: int) -> float:
   """Operations of one token at position `context` - 1."""
-  _, c = loading.shape(spec)
+  _, c = loading.family_and_config(spec)
   wide = 2 * c.head_dim  # of a score, and of a value
   if hasattr(c, "kv_lora_rank"):
     wide = kept(c) + c.kv_lora_rank
@@ -168,31 +168,40 @@ class Served:
     bound = self.step(chip, n, batch)
     w = self.weights
     return {
-      "batch_size": batch, "chips": n, "bytes": self.memory(batch),
+      "batch_size": batch,
+      "chips": n,
+      "bytes": self.memory(batch),
       "bytes_read": w.read(batch) + batch * self.cache,
       "experts_read": distinct(w.n, w.chosen, batch) if w.n else None,
-      "step_seconds": bound.seconds, "bound_by": bound.by,
+      "step_seconds": bound.seconds,
+      "bound_by": bound.by,
       "tokens_per_second": batch / bound.seconds,
       "tokens_per_second_per_chip": batch / bound.seconds / n,
-    }  # fmt: skip
+    }
 
 
-def served(spec: Model, context: int, dtype: str, cache_dtype: str) -> Served:
-  _, c = loading.shape(spec)
+def served(spec: ModelOptions, context: int, dtype: str, cache_dtype: str) -> Served:
+  _, c = loading.family_and_config(spec)
   cache = DTYPES[cache_dtype] * cache_numbers(c, context)
   return Served(weights(spec, dtype), cache, decode_flops(spec, context))
 
 
 def model(
-  spec: Model, chip: Chip, context: int, dtype: str, cache_dtype: str, batch_sizes: Sequence[int]
+  spec: ModelOptions,
+  chip: Chip,
+  context: int,
+  dtype: str,
+  cache_dtype: str,
+  batch_sizes: Sequence[int],
 ) -> dict[str, Any]:
   """All that is computed of one model; bytes, operations, seconds."""
-  family, c = loading.shape(spec)
+  family, c = loading.family_and_config(spec)
   s, width = served(spec, context, dtype, cache_dtype), DTYPES[cache_dtype]
   return {
     "name": (spec.source or f"{family} {spec.shape}")
     + (f", {len(spec.keep_layers)} of its layers" if spec.keep_layers else ""),
-    "dtype": dtype, "cache_dtype": cache_dtype,
+    "dtype": dtype,
+    "cache_dtype": cache_dtype,
     "parameters": params.count(loading.abstract(spec)),
     "active_parameters": flops.active(spec),
     "weight_bytes": s.weights.total,
@@ -201,4 +210,4 @@ def model(
     "decoder_cache_bytes": width * decoder_numbers(c, context),
     "flops_per_token": {"prefill": prefill_flops(spec, context), "decode": s.flops},
     "decode_bounds": [s.at(chip, b) for b in batch_sizes],
-  }  # fmt: skip
+  }

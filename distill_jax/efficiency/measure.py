@@ -42,21 +42,25 @@ def check(config: Config, mesh: Any) -> None:
     sharding.check_batch("efficiency.batch_sizes", rows, mesh)
 
 
-class Contestant:
+class BenchmarkedModel:
   """A model and an empty cache of `rows` rows, in the programs that `generate` runs.
 
   Prompts fill all but the last `new` of config.efficiency.context positions.
   """
 
-  def __init__(self, built: loading.Built, model: Unrolled, mesh: Any, config: Config, rows: int):
+  def __init__(
+    self, built: loading.LoadedModel, model: Unrolled, mesh: Any, config: Config, rows: int
+  ):
     self._model, self._size, g = model, config.efficiency.context, config.generate
     self._new, self._chunk = CALLS * g.steps, g.prefill_chunk
-    self._cache = empty_cache(model, rows, self._size, built.how, mesh, g.cache_dtype)
+    self._cache = empty_cache(model, rows, self._size, built.compute, mesh, g.cache_dtype)
     self.cache_bytes = sum(x.nbytes for x in jax.tree.leaves(self._cache))
     where, said = jax.tree.map(lambda x: x.sharding, self._cache), sharding.replicated(mesh)
-    spec = engine.Spec(built.how, Sampling(0.0), g.steps, (), built.config.vocab_size)
+    spec = engine.Spec(built.compute, Sampling(0.0), g.steps, (), built.config.vocab_size)
     jit = functools.partial(jax.jit, donate_argnums=1)
-    self._prefill = jit(functools.partial(engine.prefill, how=built.how), out_shardings=where)
+    self._prefill = jit(
+      functools.partial(engine.prefill, compute=built.compute), out_shardings=where
+    )
     self._steps = jit(functools.partial(engine.steps, spec=spec), out_shardings=(where, said))
     self._keys = {"generate": loading.keys(config.seed)["generate"]}
     shape = rows, self._size
@@ -109,21 +113,24 @@ def measure(config: Config, mesh: Any) -> dict[str, Any]:
   """
   c, new = config.efficiency, CALLS * config.generate.steps
   out: dict[str, Any] = {
-    "prompt": c.context - new, "new": new, "device": jax.devices()[0].device_kind,
-    "models": {}, "ratios": [],
-  }  # fmt: skip
+    "prompt": c.context - new,
+    "new": new,
+    "device": jax.devices()[0].device_kind,
+    "models": {},
+    "ratios": [],
+  }
   models = {}
   with jax.set_mesh(mesh):
     for who in ("teacher", "student"):
       spec = getattr(config, who)
       built = loading.build(spec, mesh, loading.keys(config.seed)[who])
-      models[who] = built, unroll(built.model, built.how)
+      models[who] = built, unroll(built.model, built.compute)
       size = sum(x.nbytes for x in jax.tree.leaves(models[who][1]))
       out["models"][who] = {"dtype": spec.dtype, "weight_bytes": size, "batches": []}
     total = len(c.batch_sizes) * (c.rounds + 1)
     with Progress("efficiency", total, "rounds") as progress:
       for rows in c.batch_sizes:
-        them = {who: Contestant(*m, mesh, config, rows) for who, m in models.items()}
+        them = {who: BenchmarkedModel(*m, mesh, config, rows) for who, m in models.items()}
         rounds = _rounds(them, c.rounds, progress)
         for who, it in them.items():
           row = {"batch_size": rows, "cache_bytes": it.cache_bytes}
@@ -138,7 +145,9 @@ def measure(config: Config, mesh: Any) -> dict[str, Any]:
 PHASES = ("prefill", "decode")
 
 
-def _rounds(them: dict[str, Contestant], rounds: int, progress: Progress) -> list[dict[str, Any]]:
+def _rounds(
+  them: dict[str, BenchmarkedModel], rounds: int, progress: Progress
+) -> list[dict[str, Any]]:
   """What was measured in each round but the first, in which everything compiles."""
   said = []
   for i in range(rounds + 1):

@@ -69,9 +69,12 @@ def _by_formula(r: dict[str, Any]) -> list[str]:
   ]
   head = f"by formula, context {r['context']:,}, cache in {t['cache_dtype']}"
   return [
-    f"teacher: {t['name']}", f"student: {s['name']}", "", head,
+    f"teacher: {t['name']}",
+    f"student: {s['name']}",
+    "",
+    head,
     *(f"  {a:<24}{b:>12}{c:>12}" for a, b, c in rows),
-  ]  # fmt: skip
+  ]
 
 
 def _bounds(r: dict[str, Any]) -> list[str]:

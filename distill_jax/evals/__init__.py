@@ -10,3 +10,15 @@ A set is a module with a frozen dataclass `Set` whose fields are its config keys
 
 Modules whose names begin with "_" are how they are measured.
 """
+
+SHARED = (
+  "generative",
+  "likelihood",
+  "lm_eval",
+  "model_slot",
+  "multiple_choice",
+  "next_token",
+  "questions",
+  "retrieval",
+  "similarity",
+)

@@ -15,9 +15,7 @@ from distill_jax.errors import InputError
 from distill_jax.hub.locate import locate
 
 # DeepSeek-R1's instruction for mathematics (its model card's "Usage Recommendations").
-REASON = (
-  "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
-)  # fmt: skip
+REASON = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv")
 
@@ -40,7 +38,7 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class GenerativeBenchmark:
   """The keys of every set that is answered in words.
 
   Attributes:
@@ -109,8 +107,11 @@ def rows(file: Path) -> Iterator[tuple[str, bytes | Row]]:
     return
   try:
     text = data.decode("utf-8-sig")
-    all_of = list(csv.DictReader(io.StringIO(text, newline=""), strict=True)) \
-      if file.suffix == ".csv" else json.loads(text)  # fmt: skip
+    all_of = (
+      list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+      if file.suffix == ".csv"
+      else json.loads(text)
+    )
   except (ValueError, csv.Error, RecursionError) as e:
     raise InputError(f"{file} is damaged ({e}); fetch it again") from e
   if not isinstance(all_of, list):
@@ -157,9 +158,11 @@ def choice(context: str, choices: Any, label: Any, joined: str = " ") -> Choice:
   names: Any = None
   if isinstance(choices, dict):
     choices, names = choices.get("text"), choices.get("label")
-  if not isinstance(choices, list) or len(choices) < 2 or not all(
-    isinstance(c, str) and c.strip() for c in choices
-  ):  # fmt: skip
+  if (
+    not isinstance(choices, list)
+    or len(choices) < 2
+    or not all(isinstance(c, str) and c.strip() for c in choices)
+  ):
     raise InputError("the choices are no list of at least two texts")
   at = -1
   if isinstance(names, list) and label in names:

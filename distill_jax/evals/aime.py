@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError
-from distill_jax.evals._benchmark import Asked, Row, find, text
+from distill_jax.evals._benchmark import GenerativeBenchmark, Row, find, text
 from distill_jax.filters import math
 
 PACKAGED = {
@@ -24,7 +24,7 @@ OTHER = "make one of {problem, answer} rows, as HuggingFaceH4/aime_2024 has them
 
 
 @dataclasses.dataclass(frozen=True)
-class Set(Asked):
+class Benchmark(GenerativeBenchmark):
   """Attributes:
   year: 2024 or 2025.
   """

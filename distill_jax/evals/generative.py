@@ -9,26 +9,46 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distill_jax.config import Config, Model, Server
+from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.evals import _option_letter, _scores
 from distill_jax.evals.questions import Questions, judged
 from distill_jax.filters import answers, code, exact
 from distill_jax.filters.samples import Bad, Sample, answer_part
 from distill_jax.generation import local as decoding
+from distill_jax.generation import remote
+from distill_jax.generation.options import ServerOptions
+from distill_jax.models.options import ModelOptions
 from distill_jax.runtime import atomic_io, distributed
 
 PROMPTS, ASKED, VERDICTS, LEFT_OUT = (
-  "prompts.jsonl", "asked.json", "verdicts.jsonl", "left_out.jsonl",
-)  # fmt: skip
-HOW = ("samples", "temperature", "top_p", "max_new_tokens", "cache_len", "cache_dtype", "stop",
-       "repetition", "chat")  # fmt: skip  # what decides on answers, beside questions and model
+  "prompts.jsonl",
+  "asked.json",
+  "verdicts.jsonl",
+  "left_out.jsonl",
+)
+HOW = (
+  "samples",
+  "temperature",
+  "top_p",
+  "max_new_tokens",
+  "cache_len",
+  "cache_dtype",
+  "stop",
+  "repetition",
+  "chat",
+)  # what decides on answers, beside questions and model
 OWN = re.compile(r"\bgenerate\.(samples|temperature|max_new_tokens|on_bad)\b")
 
 
 def measure(
-  config: Config, spec: Model, of: Any, questions: Questions, folder: Path, load: decoding.Load
-) -> dict[str, Any]:  # fmt: skip
+  config: Config,
+  spec: ModelOptions,
+  of: Any,
+  questions: Questions,
+  folder: Path,
+  load: decoding.Load,
+) -> dict[str, Any]:
   """Asks a model every question, as often as the config says, and judges what it answers.
 
   In `folder`: prompts.jsonl, what is asked; samples.jsonl, what came, see generate.py;
@@ -47,26 +67,29 @@ def measure(
     Preempted: SIGTERM came; finished samples are kept.
   """
   config = _asking(config, spec, of, folder)
-  distributed.on_first(lambda: _same(config, folder))
-  atomic_io.write_whole(folder / PROMPTS, _lines(q for _, q in questions.good))
+  distributed.run_on_process_0(lambda: _same(config, folder))
+  atomic_io.atomic_write(folder / PROMPTS, _lines(q for _, q in questions.good))
   try:
-    decoding.generate(config, folder, load)
+    if config.generate.server.url:
+      remote.generate(config, folder)
+    else:
+      decoding.generate(config, folder, load)
   except InputError as e:
     said = OWN.sub(r"evaluate.\1", str(e))
     raise InputError(f"evals.{questions.name}: {said}") from e
   row: dict[str, Any] = {}
-  distributed.on_first(lambda: row.update(_judge(of, questions, folder)))
+  distributed.run_on_process_0(lambda: row.update(_judge(of, questions, folder)))
   return row
 
 
-def _asking(config: Config, spec: Model, of: Any, folder: Path) -> Config:
+def _asking(config: Config, spec: ModelOptions, of: Any, folder: Path) -> Config:
   """The config by which `generate` asks."""
   e, server = config.evaluate, config.generate.server
   if is_served(spec):
     url, _, model = spec.source.partition("#")
     server = dataclasses.replace(server, url=url, model=model, top_logprobs=0)
   elif spec is not config.teacher:
-    server = Server()
+    server = ServerOptions()
   samples = of.samples or e.samples
   if samples > 1 and e.temperature == 0:
     raise InputError(
@@ -74,16 +97,26 @@ def _asking(config: Config, spec: Model, of: Any, folder: Path) -> Config:
       "them all the same; ask for 1, or set a temperature"
     )
   generate = dataclasses.replace(
-    config.generate, prompts=str(folder / PROMPTS), field="prompt", template="",
+    config.generate,
+    prompts=str(folder / PROMPTS),
+    field="prompt",
+    template="",
     samples=samples,
-    max_new_tokens=e.max_new_tokens, on_bad=e.on_bad, temperature=e.temperature, top_p=e.top_p,
-    top_k=0, min_p=0.0, stop=of.stop or config.generate.stop, ignore_eos=False, records_dir="",
+    max_new_tokens=e.max_new_tokens,
+    on_bad=e.on_bad,
+    temperature=e.temperature,
+    top_p=e.top_p,
+    top_k=0,
+    min_p=0.0,
+    stop=of.stop or config.generate.stop,
+    ignore_eos=False,
+    records_dir="",
     server=server,
-  )  # fmt: skip
+  )
   return dataclasses.replace(config, teacher=spec, generate=generate)
 
 
-def is_served(spec: Model) -> bool:
+def is_served(spec: ModelOptions) -> bool:
   return spec.source.startswith(("http://", "https://"))
 
 
@@ -125,16 +158,18 @@ def _judge(of: Any, questions: Questions, folder: Path) -> dict[str, Any]:
     counts["samples"] += 1
     counts["cut_off"] += sample["reason"] == "length"
     counts["tokens"] += sample.get("token_count", len(sample.get("tokens", ())))
-  atomic_io.write_whole(folder / VERDICTS, _lines(verdicts))
-  atomic_io.write_whole(folder / LEFT_OUT, _lines(left_out))
+  atomic_io.atomic_write(folder / VERDICTS, _lines(verdicts))
+  atomic_io.atomic_write(folder / LEFT_OUT, _lines(left_out))
   if not verdicts:
     raise InputError(f"evals.{questions.name} has no answer to judge; {folder / LEFT_OUT} says why")
   return {
-    "questions": len(right), "left_out": len(places) + len(questions.left_out) - len(right),
-    "samples": counts["samples"] / len(right), "cut_off": counts["cut_off"] / counts["samples"],
+    "questions": len(right),
+    "left_out": len(places) + len(questions.left_out) - len(right),
+    "samples": counts["samples"] / len(right),
+    "cut_off": counts["cut_off"] / counts["samples"],
     "tokens": counts["tokens"] / counts["samples"],
     **_scores.passed([*right.values()], [*said.values()] if spell else None),
-  }  # fmt: skip
+  }
 
 
 def _spelling(judge: Any) -> Callable[[Sample], str] | None:

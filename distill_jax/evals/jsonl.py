@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError
-from distill_jax.evals._benchmark import LETTERS, Asked, Choice, Row, choice, field, find, text
+from distill_jax.evals._benchmark import (
+  LETTERS,
+  Choice,
+  GenerativeBenchmark,
+  Row,
+  choice,
+  field,
+  find,
+  text,
+)
 from distill_jax.evals._option_letter import Judge, options
 from distill_jax.filters import code, exact, math
 
@@ -15,7 +24,7 @@ SCORES = ("math", "exact", "code", "letter", "choice")
 
 
 @dataclasses.dataclass(frozen=True)
-class Set(Asked):
+class Benchmark(GenerativeBenchmark):
   r"""Attributes:
   score: "math", answers that equal the key as mathematics; "exact", letter by letter; "code",
     programs that pass `test`, of HumanEval's form; "letter", the letter of a choice, said in

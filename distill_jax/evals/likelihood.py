@@ -14,10 +14,10 @@ from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.models import loading
 from distill_jax.nn import sharding
-from distill_jax.nn.layers import Compute
+from distill_jax.nn.layers import ComputeConfig
 from distill_jax.records import sampler
+from distill_jax.records.collate import to_device
 from distill_jax.runtime.progress import Progress
-from distill_jax.training.loader import to_device
 from distill_jax.types import Inputs, Output
 
 SHORTEST = 32  # rows are filled up to one of few lengths, from this one on
@@ -91,17 +91,26 @@ def length(n: int, longest: int) -> int:
   return min(3 * power // 4 if n <= 3 * power // 4 and power > SHORTEST else power, longest)
 
 
-def score(model: Any, rows: Rows, *, how: Compute, chunk: int, vocab_size: int) -> dict[str, Any]:
+def score(
+  model: Any, rows: Rows, *, compute: ComputeConfig, chunk: int, vocab_size: int
+) -> dict[str, Any]:
   """Of each row: number int32 [B], logp float32 [B] in nats, greedy bool [B].
 
   The head reads only the positions that say a label.
   """
-  out: Output = model(rows.inputs, how)
+  out: Output = model(rows.inputs, compute)
   hidden_BCD = jnp.take_along_axis(out.hidden_BTD, rows.at_BC[..., None], axis=1)
   said = sampler.summarise(
-    hidden_BCD, out.head_VD, jnp.maximum(rows.labels_BC, 0), None, n=1, kind="topk", chunk=chunk,
-    vocab_size=vocab_size, soft_cap=out.soft_cap,
-  )  # fmt: skip
+    hidden_BCD,
+    out.head_VD,
+    jnp.maximum(rows.labels_BC, 0),
+    None,
+    n=1,
+    kind="topk",
+    chunk=chunk,
+    vocab_size=vocab_size,
+    soft_cap=out.soft_cap,
+  )
   none_BC = rows.labels_BC < 0
   logp_BC = jnp.where(none_BC, 0.0, said["label_logp"])
   greedy_BC = none_BC | (said["argmax"] == rows.labels_BC)
@@ -117,9 +126,13 @@ class Scorer:
   """
 
   def __init__(
-    self, built: loading.Built, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, batch_size: int,
+    self,
+    built: loading.LoadedModel,
+    mesh: jax.sharding.Mesh,
+    tokenizer: Tokenizer,
+    batch_size: int,
     chunk: int,
-  ):  # fmt: skip
+  ):
     sharding.check_batch("evaluate.batch_size", batch_size, mesh)
     rows, vocab_size = built.config.vocab_size, tokenizer.vocab_size
     if vocab_size > rows:
@@ -130,7 +143,7 @@ class Scorer:
     self.longest: int = built.config.max_position_embeddings
     self._model, self._mesh, self._size = built.model, mesh, batch_size
     self._score = jax.jit(
-      functools.partial(score, how=built.how, chunk=chunk, vocab_size=vocab_size),
+      functools.partial(score, compute=built.compute, chunk=chunk, vocab_size=vocab_size),
       out_shardings=sharding.replicated(mesh),
     )
 

@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness over a model of ours.
 
-  from distill_jax.lm_eval import Adapter
+  from distill_jax.evals.lm_eval import Adapter
   lm_eval.simple_evaluate(model=Adapter("run:runs/demo/distilled"), tasks=["hellaswag"])
 
 Needs the package lm-eval (`pip install 'distill-jax[lm_eval]'`), and so nothing else here
@@ -22,7 +22,7 @@ from distill_jax.data import corpus
 from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.errors import InputError
 from distill_jax.evals.likelihood import Pair, Scorer, begun, pair, prefix
-from distill_jax.evals.model_slot import Loaded
+from distill_jax.evals.model_slot import ModelSlot
 from distill_jax.generation import local as decoding
 from distill_jax.generation.stops import Stops
 from distill_jax.models import loading
@@ -55,10 +55,17 @@ class Adapter(LM):
   """
 
   def __init__(
-    self, source: str, batch_size: int = 8, max_length: int = 0, max_gen_toks: int = 256,
-    tokenizer: str = "", dtype: str = "float32", seed: int = 0, mesh: dict[str, int] | None = None,
+    self,
+    source: str,
+    batch_size: int = 8,
+    max_length: int = 0,
+    max_gen_toks: int = 256,
+    tokenizer: str = "",
+    dtype: str = "float32",
+    seed: int = 0,
+    mesh: dict[str, int] | None = None,
     **model: Any,
-  ):  # fmt: skip
+  ):
     super().__init__()
     c = config.base()
     c.seed, c.data.tokenizer = seed, tokenizer
@@ -70,11 +77,11 @@ class Adapter(LM):
     sharding.check_batch("batch_size", batch_size, self.mesh)
     self._came = loading.pretrained(self.config.teacher)
     self.tokens = corpus.tokenizer_of(self.config.data, self._came)
-    reads = loading.shape(self.config.teacher)[1].max_position_embeddings
+    reads = loading.family_and_config(self.config.teacher)[1].max_position_embeddings
     if not 0 <= max_length <= reads:
       raise InputError(f"max_length is {max_length} and this model reads at most {reads} tokens")
     self.max_length, self.max_gen_toks = max_length or reads, max_gen_toks
-    self._loaded = Loaded(self.config.teacher, self.mesh, loading.keys(seed)["teacher"])
+    self._loaded = ModelSlot(self.config.teacher, self.mesh, loading.keys(seed)["teacher"])
 
   @property
   def tokenizer_name(self) -> str:
@@ -117,33 +124,36 @@ class Adapter(LM):
     for i, request in enumerate(requests):
       alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
     answers = [""] * len(requests)
-    for how, numbers in alike.items():
+    for compute, numbers in alike.items():
       texts = {i: requests[i].args[0] for i in numbers}
-      for i, text in self._generate(texts, json.loads(how)):
+      for i, text in self._generate(texts, json.loads(compute)):
         answers[i] = text
         self.cache_hook.add_partial("generate_until", requests[i].args, text)
     return answers
 
-  def _generate(self, texts: dict[int, str], how: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    if strange := set(how) - KNOWN:
+  def _generate(self, texts: dict[int, str], compute: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    if strange := set(compute) - KNOWN:
       raise InputError(f"generation is asked for with {min(strange)!r}; known: {sorted(KNOWN)}")
-    until = how.get("until") or []
+    until = compute.get("until") or []
     stop = tuple(s for s in ([until] if isinstance(until, str) else until) if s)
-    room = self.max_length - how.get("max_gen_toks", self.max_gen_toks)
+    room = self.max_length - compute.get("max_gen_toks", self.max_gen_toks)
     if room < 1:
       raise InputError(f"max_gen_toks leaves no room for a prompt in {self.max_length} tokens")
     ids = {i: begun(self.tokens, self.tokens.encode(text)) for i, text in texts.items()}
     self._tell(sum(len(x) > room for x in ids.values()))
     ids = {i: (x or prefix(self.tokens))[-room:] for i, x in ids.items()}
     need = max(map(len, ids.values())) + self.max_length - room
-    sampled = how.get("do_sample", how.get("temperature", 0) > 0)
+    sampled = compute.get("do_sample", compute.get("temperature", 0) > 0)
     generate = dataclasses.replace(
-      self.config.generate, stop=stop, max_new_tokens=self.max_length - room,
+      self.config.generate,
+      stop=stop,
+      max_new_tokens=self.max_length - room,
       cache_len=min(-(-need // ROUND) * ROUND, self.max_length),
-      temperature=float(how.get("temperature", 1.0)) if sampled else 0.0,
-      top_p=float(how.get("top_p", 1.0)), top_k=how.get("top_k") or 0,
-      min_p=float(how.get("min_p", 0.0)),
-    )  # fmt: skip
+      temperature=float(compute.get("temperature", 1.0)) if sampled else 0.0,
+      top_p=float(compute.get("top_p", 1.0)),
+      top_k=compute.get("top_k") or 0,
+      min_p=float(compute.get("min_p", 0.0)),
+    )
     spec, stops = dataclasses.replace(self.config, generate=generate), Stops(self.tokens, stop)
     with jax.set_mesh(self.mesh):
       batch = decoding.batch_of(spec, self.mesh, self.tokens, stops, ids, *self._loaded.apart())
@@ -168,8 +178,10 @@ class Adapter(LM):
 
   def _tell(self, cut: int) -> None:
     if cut:
-      print(f"lm_eval: the beginnings of {cut} texts are cut off, to fit {self.max_length} tokens",
-            file=sys.stderr)  # fmt: skip
+      print(
+        f"lm_eval: the beginnings of {cut} texts are cut off, to fit {self.max_length} tokens",
+        file=sys.stderr,
+      )
 
 
 def rolling(ids: list[int], first: list[int], longest: int) -> Iterator[Pair]:

@@ -6,14 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from distill_jax.evals._benchmark import Asked, Row, find, text
+from distill_jax.evals._benchmark import GenerativeBenchmark, Row, find, text
 from distill_jax.filters import math
 
 OTHER = "get test.jsonl of HuggingFaceH4/MATH-500, {problem, answer} rows, and name it there"
 
 
 @dataclasses.dataclass(frozen=True)
-class Set(Asked):
+class Benchmark(GenerativeBenchmark):
   """Rows of {problem, answer}; a worked solution with its answer in a box serves too."""
 
   def files(self) -> list[Path]:

@@ -6,33 +6,33 @@ from typing import Any
 
 import jax
 
-from distill_jax.config import Model
 from distill_jax.generation.unrolled import Unrolled, unroll
 from distill_jax.models import loading
-from distill_jax.nn.layers import Compute
+from distill_jax.models.options import ModelOptions
+from distill_jax.nn.layers import ComputeConfig
 
 
-class Loaded:
+class ModelSlot:
   """Made when it is asked for. There is memory for one form, so a change of form loads again."""
 
-  def __init__(self, spec: Model, mesh: jax.sharding.Mesh, key: jax.Array):
+  def __init__(self, spec: ModelOptions, mesh: jax.sharding.Mesh, key: jax.Array):
     self.spec, self.mesh, self._key = spec, mesh, key
-    self._whole: loading.Built | None = None
-    self._apart: tuple[Unrolled, Compute] | None = None
+    self._whole: loading.LoadedModel | None = None
+    self._apart: tuple[Unrolled, ComputeConfig] | None = None
 
-  def whole(self) -> loading.Built:
+  def whole(self) -> loading.LoadedModel:
     if self._whole is None:
       self._apart = None
       self._whole = self._build()
     return self._whole
 
-  def apart(self) -> tuple[Unrolled, Compute]:
+  def apart(self) -> tuple[Unrolled, ComputeConfig]:
     if self._apart is None:
       built: Any = self.whole()
       self._whole = None
-      self._apart = unroll(built.model, built.how), built.how
+      self._apart = unroll(built.model, built.compute), built.compute
     return self._apart
 
-  def _build(self) -> loading.Built:
+  def _build(self) -> loading.LoadedModel:
     with jax.set_mesh(self.mesh):
       return loading.build(self.spec, self.mesh, self._key)

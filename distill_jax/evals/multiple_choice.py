@@ -52,13 +52,17 @@ def measure(
   logps = [[next(scored).logp for _ in of] for of in pairs]
   verdicts = [verdict(i, q, logps[i]) for i, (_, q) in enumerate(fit.good)]
   lines = lambda objects: "".join(json.dumps(o) + "\n" for o in objects)
-  distributed.on_first(lambda: atomic_io.write_whole(folder / VERDICTS, lines(verdicts)))
-  distributed.on_first(lambda: atomic_io.write_whole(folder / LEFT_OUT, lines(fit.left_out)))
+  distributed.run_on_process_0(lambda: atomic_io.atomic_write(folder / VERDICTS, lines(verdicts)))
+  distributed.run_on_process_0(
+    lambda: atomic_io.atomic_write(folder / LEFT_OUT, lines(fit.left_out))
+  )
   hit = lambda name: _scores.interval([float(v[name] == v["label"]) for v in verdicts])
   return {
-    "questions": len(verdicts), "left_out": len(fit.left_out), "acc": hit("chosen"),
+    "questions": len(verdicts),
+    "left_out": len(fit.left_out),
+    "acc": hit("chosen"),
     "acc_norm": hit("chosen_norm"),
-  }  # fmt: skip
+  }
 
 
 def verdict(number: int, question: Choice, logps: Sequence[float]) -> dict[str, Any]:
@@ -66,6 +70,9 @@ def verdict(number: int, question: Choice, logps: Sequence[float]) -> dict[str, 
   chosen = int(np.argmax(logps))
   norm = int(np.argmax(np.asarray(logps) / np.asarray(question.lengths)))
   return {
-    "id": number, "logps": list(logps), "label": question.label, "chosen": chosen,
+    "id": number,
+    "logps": list(logps),
+    "label": question.label,
+    "chosen": chosen,
     "chosen_norm": norm,
-  }  # fmt: skip
+  }

@@ -10,14 +10,17 @@ import jax.numpy as jnp
 
 from distill_jax.losses import divergences
 from distill_jax.nn import fused_head
-from distill_jax.nn.layers import Compute
+from distill_jax.nn.layers import ComputeConfig
 from distill_jax.types import Batch, Mean, Output, Targets
 
 
 def compare(
-  outputs: Mapping[str, Targets], batch: Batch, chunk: int, vocab_size: int | None = None,
+  outputs: Mapping[str, Targets],
+  batch: Batch,
+  chunk: int,
+  vocab_size: int | None = None,
   teacher: str = "teacher",
-) -> dict[str, dict[str, Mean]]:  # fmt: skip
+) -> dict[str, dict[str, Mean]]:
   """Every model beside the teacher, over the labels of a batch, in nats.
 
   Args:
@@ -51,19 +54,19 @@ def _metrics(logp_BCV: jax.Array, logq_BCV: jax.Array, piece: Batch) -> dict[str
   top_BC, q_BCV = jnp.argmax(logq_BCV, -1), jnp.exp(logq_BCV)
   real_BCV = logp_BCV > -jnp.inf  # rows past the vocabulary have no probability
   safe = (jnp.where(real_BCV, x, 0) for x in (logp_BCV, logq_BCV))
-  per_token = {
+  token_loss = {
     "ce": -jnp.take_along_axis(logq_BCV, piece.labels_BT[..., None], -1)[..., 0],
     "entropy": -jnp.sum(q_BCV * jnp.where(q_BCV > 0, logq_BCV, 0), -1),
     "accuracy": top_BC == piece.labels_BT,
     "kl": jnp.sum(jnp.where(real_BCV, divergences.forward_kl(*safe), 0), -1),
     "agreement": top_BC == jnp.argmax(logp_BCV, -1),
   }
-  return {name: Mean.of(x_BC, piece.mask_BT) for name, x_BC in per_token.items()}
+  return {name: Mean.of(x_BC, piece.mask_BT) for name, x_BC in token_loss.items()}
 
 
-def score(model: Any, batch: Batch, how: Compute, chunk: int) -> Mean:
+def score(model: Any, batch: Batch, compute: ComputeConfig, chunk: int) -> Mean:
   """-log q(label) alone: the work of a forward pass over a prompt, for timing."""
-  out: Output = model(batch.inputs, how)
+  out: Output = model(batch.inputs, compute)
   batch = batch.paired() if out.paired else batch
 
   def ce(z_BCV: jax.Array, piece: Batch) -> Mean:

@@ -76,14 +76,16 @@ def _check_keys(judge: Any, questions: Questions) -> None:
   why: list[str] = [""] * len(questions.good)
 
   def judge_nothing() -> None:
-    empty = ({"id": i, "sample": 0, "text": "", "of": 1, "prompt": q["prompt"], "about": q}
-             for i, (_, q) in enumerate(questions.good))  # fmt: skip
+    empty = (
+      {"id": i, "sample": 0, "text": "", "of": 1, "prompt": q["prompt"], "about": q}
+      for i, (_, q) in enumerate(questions.good)
+    )
     for sample, verdict in judged(judge, empty):
       if isinstance(verdict, Bad):
         why[sample["id"]] = verdict
 
-  distributed.on_first(judge_nothing)
-  bad = distributed.from_first(np.array([bool(w) for w in why]))
+  distributed.run_on_process_0(judge_nothing)
+  bad = distributed.broadcast_from_process_0(np.array([bool(w) for w in why]))
   good, questions.good = questions.good, []
   for i, (where, question) in enumerate(good):
     if bad[i]:

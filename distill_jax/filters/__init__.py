@@ -11,3 +11,5 @@ are two kinds of filters:
 Why is a few words that are counted, and then, after ": ", what they are about in this case. A
 `_sample.Bad` says that the sample cannot be judged at all: filter.on_bad decides what follows.
 """
+
+SHARED = ("answers", "samples")

@@ -20,8 +20,13 @@ import struct
 import sys
 from pathlib import Path
 
-CLONE = {"NEWNS": 0x20000, "NEWIPC": 0x8000000, "NEWUSER": 0x10000000, "NEWPID": 0x20000000,
-         "NEWNET": 0x40000000}  # fmt: skip
+CLONE = {
+  "NEWNS": 0x20000,
+  "NEWIPC": 0x8000000,
+  "NEWUSER": 0x10000000,
+  "NEWPID": 0x20000000,
+  "NEWNET": 0x40000000,
+}
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 0x4000, 0x40000
 MS_BIND = 0x1000
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
@@ -65,8 +70,11 @@ def leave_the_world(root):
   flags = sum(flag for name, flag in CLONE.items() if not (root and name == "NEWUSER"))
   call("unshare", flags)
   if not root:
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {user} 1"),
-                       ("gid_map", f"{NOBODY} {group} 1")):  # fmt: skip
+    for name, text in (
+      ("setgroups", "deny"),
+      ("uid_map", f"{NOBODY} {user} 1"),
+      ("gid_map", f"{NOBODY} {group} 1"),
+    ):
       Path(f"/proc/self/{name}").write_text(text)
 
 
@@ -129,12 +137,22 @@ def forbid():
   load, equal, at_least, leave = 0x20, 0x15, 0x35, 0x06
   kill, allow, deny = 0x80000000, 0x7FFF0000, 0x50000 | EACCES
   program = [
-    (load, 0, 0, 4), (equal, 1, 0, architecture), (leave, 0, 0, kill),
-    (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (leave, 0, 0, kill),  # x32, another numbering
-    (equal, 0, 1, IO_URING_SETUP), (leave, 0, 0, deny), (equal, 0, 1, shmget), (leave, 0, 0, deny),
-    (equal, 0, 3, socket), (load, 0, 0, 16), (equal, 0, 1, AF_UNIX), (leave, 0, 0, deny),
+    (load, 0, 0, 4),
+    (equal, 1, 0, architecture),
+    (leave, 0, 0, kill),
+    (load, 0, 0, 0),
+    (at_least, 0, 1, 0x40000000),
+    (leave, 0, 0, kill),  # x32, another numbering
+    (equal, 0, 1, IO_URING_SETUP),
+    (leave, 0, 0, deny),
+    (equal, 0, 1, shmget),
+    (leave, 0, 0, deny),
+    (equal, 0, 3, socket),
+    (load, 0, 0, 16),
+    (equal, 0, 1, AF_UNIX),
+    (leave, 0, 0, deny),
     (leave, 0, 0, allow),
-  ]  # fmt: skip
+  ]
   code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
   where = ctypes.create_string_buffer(code, len(code))
   call("prctl", PR_SET_SECCOMP, 2, struct.pack("HP", len(program), ctypes.addressof(where)), 0, 0)

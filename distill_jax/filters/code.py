@@ -29,8 +29,12 @@ from distill_jax.filters.samples import Bad, Judged, Sample, answer_part, ordere
 JAIL, RUNNER = (Path(__file__).with_name(name) for name in ("_jail.py", "_runner.py"))
 FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 REPORT = 4096  # bytes that are read of what a program says of itself
-ENV = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1",
-       "OPENBLAS_NUM_THREADS": "1"}  # fmt: skip
+ENV = {
+  "PATH": "/usr/bin:/bin",
+  "LANG": "C.UTF-8",
+  "OMP_NUM_THREADS": "1",
+  "OPENBLAS_NUM_THREADS": "1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +131,14 @@ class Filter:
   def _jail(self, limits: dict[str, Any], *fds: int) -> str:
     """Runs the program to its end, whatever it does. Returns how it was ended, or ""."""
     process = subprocess.Popen(
-      [sys.executable, "-I", "-S", str(JAIL), json.dumps(limits)], pass_fds=fds, env=ENV,
-      stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+      [sys.executable, "-I", "-S", str(JAIL), json.dumps(limits)],
+      pass_fds=fds,
+      env=ENV,
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
       start_new_session=True,
-    )  # fmt: skip
+    )
     try:
       _, error = process.communicate(timeout=self.wall_seconds)
     except subprocess.TimeoutExpired:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from distill_jax.errors import InputError
-from distill_jax.models._seq2seq import Cache
+from distill_jax.models import Seq2SeqCache as Cache
 from distill_jax.nn import fused_head
-from distill_jax.nn.layers import Compute
+from distill_jax.nn.layers import ComputeConfig
 
 NEVER = -1e9  # a score that no text has
 
@@ -56,7 +56,9 @@ class Search:
     return len(self.prompt) + self.max_new_tokens
 
 
-def search(model: Any, source: Any, how: Compute, spec: Search) -> tuple[jax.Array, jax.Array]:
+def search(
+  model: Any, source: Any, compute: ComputeConfig, spec: Search
+) -> tuple[jax.Array, jax.Array]:
   """What the model says of each source.
 
   Args:
@@ -66,21 +68,21 @@ def search(model: Any, source: Any, how: Compute, spec: Search) -> tuple[jax.Arr
     int32 [B, max_new_tokens], without the prompt, eos at the end of what ended, and pad after
     it; and float32 [B], its log-probability (with beams: divided by its length as said).
   """
-  cache = model.begin(source, spec.beams, spec.size, how)
+  cache = model.begin(source, spec.beams, spec.size, compute)
   rows = cache.k_LRTHh.shape[1]
 
   def read(cache, xs):
     token, position = xs
-    return model.extend(jnp.full(rows, token), position, cache, how)[1], None
+    return model.extend(jnp.full(rows, token), position, cache, compute)[1], None
 
   prompt = jnp.asarray(spec.prompt, jnp.int32)
   cache, _ = jax.lax.scan(read, cache, (prompt[:-1], jnp.arange(len(prompt) - 1)))
-  return (_greedy if spec.beams == 1 else _beams)(model, cache, how, spec)
+  return (_greedy if spec.beams == 1 else _beams)(model, cache, compute, spec)
 
 
-def _log_probabilities(model, tokens_R, n, cache, how: Compute, spec: Search):
+def _log_probabilities(model, tokens_R, n, cache, compute: ComputeConfig, spec: Search):
   """(float32 [R, V] of the next token after `n` new ones, the cache)."""
-  out, cache = model.extend(tokens_R, len(spec.prompt) - 1 + n, cache, how)
+  out, cache = model.extend(tokens_R, len(spec.prompt) - 1 + n, cache, compute)
   z_RV = fused_head.soft_cap(fused_head.logits(out.hidden_BTD, out.head_VD), out.soft_cap)[:, 0]
   logp_RV = jax.nn.log_softmax(z_RV)
   never = lambda logp, ids: logp.at[:, jnp.asarray(ids, jnp.int32)].set(-jnp.inf)
@@ -91,7 +93,9 @@ def _log_probabilities(model, tokens_R, n, cache, how: Compute, spec: Search):
   return logp_RV, cache
 
 
-def _greedy(model, cache: Cache, how: Compute, spec: Search) -> tuple[jax.Array, jax.Array]:
+def _greedy(
+  model, cache: Cache, compute: ComputeConfig, spec: Search
+) -> tuple[jax.Array, jax.Array]:
   B = cache.k_LRTHh.shape[1]
 
   def more(carry):
@@ -100,7 +104,7 @@ def _greedy(model, cache: Cache, how: Compute, spec: Search) -> tuple[jax.Array,
 
   def step(carry):
     n, last_B, said_BN, score_B, ended_B, cache = carry
-    logp_BV, cache = _log_probabilities(model, last_B, n, cache, how, spec)
+    logp_BV, cache = _log_probabilities(model, last_B, n, cache, compute, spec)
     new_B = jnp.argmax(logp_BV, -1).astype(jnp.int32)
     logp_B = jnp.take_along_axis(logp_BV, new_B[:, None], 1)[:, 0]
     new_B = jnp.where(ended_B, spec.pad, new_B)
@@ -109,10 +113,13 @@ def _greedy(model, cache: Cache, how: Compute, spec: Search) -> tuple[jax.Array,
     return n + 1, new_B, said_BN, score_B, ended_B | (new_B == spec.eos), cache
 
   start = (
-    jnp.int32(0), jnp.full(B, spec.prompt[-1], jnp.int32),
-    jnp.full((B, spec.max_new_tokens), spec.pad, jnp.int32), jnp.zeros(B), jnp.zeros(B, bool),
+    jnp.int32(0),
+    jnp.full(B, spec.prompt[-1], jnp.int32),
+    jnp.full((B, spec.max_new_tokens), spec.pad, jnp.int32),
+    jnp.zeros(B),
+    jnp.zeros(B, bool),
     cache,
-  )  # fmt: skip
+  )
   _, _, said_BN, score_B, _, _ = jax.lax.while_loop(more, step, start)
   return said_BN, score_B
 
@@ -131,24 +138,33 @@ class Beams(struct.PyTreeNode):
   cache: Cache
 
 
-def _beams(model, cache: Cache, how: Compute, spec: Search) -> tuple[jax.Array, jax.Array]:
+def _beams(
+  model, cache: Cache, compute: ComputeConfig, spec: Search
+) -> tuple[jax.Array, jax.Array]:
   """Beam search as transformers has it (early_stopping=False)."""
   K, N = spec.beams, spec.max_new_tokens
   B = cache.k_LRTHh.shape[1] // K
   nothing = jnp.full((B, K, N), spec.pad, jnp.int32)
   never_BK = jnp.full((B, K), NEVER)
   start = Beams(
-    jnp.int32(0), nothing, never_BK.at[:, 0].set(0.0), nothing, never_BK, jnp.zeros((B, K), bool),
-    jnp.ones(B, bool), jnp.full((B, K), spec.prompt[-1], jnp.int32), cache,
-  )  # fmt: skip
+    jnp.int32(0),
+    nothing,
+    never_BK.at[:, 0].set(0.0),
+    nothing,
+    never_BK,
+    jnp.zeros((B, K), bool),
+    jnp.ones(B, bool),
+    jnp.full((B, K), spec.prompt[-1], jnp.int32),
+    cache,
+  )
   more = lambda s: (s.n < N) & jnp.any(s.open_B)
-  end = jax.lax.while_loop(more, lambda s: _beam_step(model, s, how, spec), start)
+  end = jax.lax.while_loop(more, lambda s: _beam_step(model, s, compute, spec), start)
   return end.ended_BKN[:, 0], end.ended_score_BK[:, 0]
 
 
-def _beam_step(model, s: Beams, how: Compute, spec: Search) -> Beams:
+def _beam_step(model, s: Beams, compute: ComputeConfig, spec: Search) -> Beams:
   (B, K), N = s.score_BK.shape, spec.max_new_tokens
-  logp_RV, cache = _log_probabilities(model, s.last_BK.reshape(-1), s.n, s.cache, how, spec)
+  logp_RV, cache = _log_probabilities(model, s.last_BK.reshape(-1), s.n, s.cache, compute, spec)
   V = logp_RV.shape[-1]
   total = s.score_BK[..., None] + logp_RV.reshape(B, K, V)
   # Twice as many as go on: all K of them may have ended.
@@ -170,12 +186,16 @@ def _beam_step(model, s: Beams, how: Compute, spec: Search) -> Beams:
   hope_B1 = go_on_score[:, :1] / length**spec.length_penalty
   rows = (jnp.arange(B)[:, None] * K + _take(parent_BC, chosen_BK)).reshape(-1)
   return Beams(
-    n=s.n + 1, said_BKN=_take(said_BCN, chosen_BK), score_BK=go_on_score,
-    ended_BKN=_take(join(s.ended_BKN, said_BCN), best_BK), ended_score_BK=ended_score,
-    has_ended_BK=has_ended_BK, open_B=s.open_B & jnp.any(hope_B1 > worst_BK, -1),
+    n=s.n + 1,
+    said_BKN=_take(said_BCN, chosen_BK),
+    score_BK=go_on_score,
+    ended_BKN=_take(join(s.ended_BKN, said_BCN), best_BK),
+    ended_score_BK=ended_score,
+    has_ended_BK=has_ended_BK,
+    open_B=s.open_B & jnp.any(hope_B1 > worst_BK, -1),
     last_BK=_take(token_BC, chosen_BK),
     cache=cache.replace(k_LRTHh=cache.k_LRTHh[:, rows], v_LRTHh=cache.v_LRTHh[:, rows]),
-  )  # fmt: skip
+  )
 
 
 def _take(x_BC: jax.Array, at_BK: jax.Array) -> jax.Array:

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from distill_jax import config
 from distill_jax.generation.sampling import Sampling, choose
 from distill_jax.generation.unrolled import Unrolled, empty_cache
-from distill_jax.models._decoder import Cache
+from distill_jax.models import DecoderCache as Cache
 from distill_jax.nn import fused_head, sharding
-from distill_jax.nn.layers import Compute
+from distill_jax.nn.layers import ComputeConfig
 from distill_jax.records import sampler
 from distill_jax.types import Inputs
 
@@ -44,12 +44,12 @@ class Spec:
     cache_dtype: see models/_cache.py.
   """
 
-  how: Compute
+  compute: ComputeConfig
   sampling: Sampling
   steps: int
   eos: tuple[int, ...]
   vocab_size: int
-  records: config.Records | None = None
+  records: config.RecordsOptions | None = None
   cache_dtype: str = ""
 
 
@@ -61,19 +61,25 @@ class Device:
   """
 
   def __init__(
-    self, model: Unrolled, mesh: Mesh, spec: Spec, rows: int, fill: int, size: int,
+    self,
+    model: Unrolled,
+    mesh: Mesh,
+    spec: Spec,
+    rows: int,
+    fill: int,
+    size: int,
     keys: dict[str, jax.Array],
-  ):  # fmt: skip
+  ):
     """`keys`: "generate" for the tokens, "records" for the records' offsets."""
     self._model, self._keys = model, keys
     make = functools.partial(
-      empty_cache, model, size=size, how=spec.how, mesh=mesh, dtype=spec.cache_dtype
+      empty_cache, model, size=size, compute=spec.compute, mesh=mesh, dtype=spec.cache_dtype
     )
     self._cache, self._filled = make(rows=rows), make(rows=fill)
     place = lambda cache: jax.tree.map(lambda x: x.sharding, cache)
     where, there = place(self._cache), place(self._filled)
     jit = functools.partial(jax.jit, donate_argnums=1)
-    self._prefill = jit(functools.partial(prefill, how=spec.how), out_shardings=there)
+    self._prefill = jit(functools.partial(prefill, compute=spec.compute), out_shardings=there)
     self._insert = jax.jit(insert, donate_argnums=0, out_shardings=where)
     said = sharding.replicated(mesh)
     self._steps = jit(functools.partial(steps, spec=spec), out_shardings=(where, said))
@@ -93,12 +99,17 @@ class Device:
 
 
 def prefill(
-  model: Unrolled, cache: Cache, tokens_PC: jax.Array, first_P: jax.Array, count_P: jax.Array,
-  *, how: Compute,
-) -> Cache:  # fmt: skip
+  model: Unrolled,
+  cache: Cache,
+  tokens_PC: jax.Array,
+  first_P: jax.Array,
+  count_P: jax.Array,
+  *,
+  compute: ComputeConfig,
+) -> Cache:
   i_PC = jnp.broadcast_to(jnp.arange(tokens_PC.shape[1], dtype=jnp.int32)[None], tokens_PC.shape)
   real_PC = (i_PC < count_P[:, None]).astype(jnp.int32)
-  return model.extend(Inputs(tokens_PC, first_P[:, None] + i_PC, real_PC), cache, how)[1]
+  return model.extend(Inputs(tokens_PC, first_P[:, None] + i_PC, real_PC), cache, compute)[1]
 
 
 def insert(cache: Cache, filled: Cache, from_P: jax.Array, to_P: jax.Array) -> Cache:
@@ -134,7 +145,7 @@ def _step(
 ) -> tuple[Cache, Rows, dict[str, jax.Array]]:
   alive_B = rows.alive_B
   read = Inputs(*(x[:, None] for x in (rows.token_B, rows.position_B, alive_B.astype(jnp.int32))))
-  out, cache = model.extend(read, cache, spec.how)
+  out, cache = model.extend(read, cache, spec.compute)
   with jax.named_scope("sample"):
     z_B1V = fused_head.logits(out.hidden_BTD, out.head_VD, spec.vocab_size)
     z_B1V = fused_head.soft_cap(z_B1V, out.soft_cap)
@@ -145,9 +156,16 @@ def _step(
       u_B = jax.vmap(jax.random.uniform)(token_keys(keys["records"], rows, rows.position_B))
       c = spec.records
       kept = sampler.of_logits(
-        z_B1V, new_B[:, None], u_B[:, None], n=c.n, kind=c.kind, logp=c.logp or c.kind == "topk",
-        temperature=c.temperature, nucleus=c.nucleus, vocab_size=spec.vocab_size,
-      )  # fmt: skip
+        z_B1V,
+        new_B[:, None],
+        u_B[:, None],
+        n=c.n,
+        kind=c.kind,
+        logp=c.logp or c.kind == "topk",
+        temperature=c.temperature,
+        nucleus=c.nucleus,
+        vocab_size=spec.vocab_size,
+      )
       said |= {f"record_{name}": x[:, 0] for name, x in kept.items()}
     said["token"] = jnp.where(alive_B, new_B, -1)
   ended_B = jnp.isin(new_B, jnp.asarray(spec.eos, jnp.int32)) | (next_B >= rows.last_B)

@@ -18,8 +18,8 @@ from typing import Any
 
 import httpx2
 
-from distill_jax.config import Server
 from distill_jax.errors import InputError
+from distill_jax.generation.options import ServerOptions
 
 AGAIN = (408, 409, 425, 429)  # and from 500 on: what the same request may get past
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0  # before a request is made again
@@ -50,7 +50,7 @@ class Client:
     answered, retried: how many requests.
   """
 
-  def __init__(self, server: Server, seed: int):
+  def __init__(self, server: ServerOptions, seed: int):
     self.answered = self.retried = 0
     self._server, self._seed = server, seed
     self._url, self._key = server.url.rstrip("/"), _key(server.api_key_env)

@@ -20,7 +20,7 @@ from distill_jax.errors import InputError
 LINES, BINARY = "samples.part.jsonl", "samples.part.bin"
 
 
-class Finished:
+class SampleJournal:
   """The samples that a workdir holds so far; a context manager.
 
   Args:
@@ -108,7 +108,7 @@ class Finished:
     for name in (LINES, BINARY):
       (self._folder / name).unlink(missing_ok=True)
 
-  def __enter__(self) -> Finished:
+  def __enter__(self) -> SampleJournal:
     return self
 
   def __exit__(self, *_: object) -> None:

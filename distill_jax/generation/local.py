@@ -16,22 +16,21 @@ from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
-from distill_jax.generation import outputs, remote, to_records
+from distill_jax.generation import outputs, to_records
 from distill_jax.generation import prompts as reading
 from distill_jax.generation.engine import Device, Spec
-from distill_jax.generation.journal import Finished
+from distill_jax.generation.journal import SampleJournal
 from distill_jax.generation.sampling import Sampling
-from distill_jax.generation.scheduler import Batch, Sample, Wanted
+from distill_jax.generation.scheduler import Batch, Sample, SampleKey
 from distill_jax.generation.stops import Stops
 from distill_jax.generation.unrolled import Unrolled, unroll
 from distill_jax.models import loading
 from distill_jax.nn import kv_cache, sharding
-from distill_jax.nn.layers import Compute
+from distill_jax.nn.layers import ComputeConfig
 from distill_jax.runtime import distributed
 from distill_jax.runtime.progress import Progress
-from distill_jax.tasks import pseudo_labels
 
-Load = Callable[[], tuple[Unrolled, Compute]]
+Load = Callable[[], tuple[Unrolled, ComputeConfig]]
 
 SAMPLES, REJECTED = outputs.SAMPLES, outputs.REJECTED
 
@@ -51,8 +50,6 @@ def generate(config: Config, folder: Path, load: Load | None = None) -> dict[str
 
   `load` gives the teacher where there is more to do; without it, it is made from the config.
 
-  With `tasks`, the teacher says the texts of a task instead: see decode/said.py.
-
   Returns: prompts, rejected, samples, tokens, how many of each reason, and tokens_per_second
     of this process's part; sequences, entries and bytes of the store.
 
@@ -60,10 +57,6 @@ def generate(config: Config, folder: Path, load: Load | None = None) -> dict[str
     InputError: config, prompts and model do not fit together, before anything is compiled.
     Preempted: SIGTERM came; finished samples are kept.
   """
-  if config.tasks:
-    return pseudo_labels.write(config, folder)
-  if config.generate.server.url:
-    return remote.generate(config, folder)
   mesh = sharding.make_mesh(**vars(config.mesh))
   tokenizer = corpus.tokenizer_of(config.data, loading.pretrained(config.teacher))
   stops = _check(config, tokenizer, mesh)
@@ -73,35 +66,35 @@ def generate(config: Config, folder: Path, load: Load | None = None) -> dict[str
     "teacher": loading.identity(config.teacher, config.seed),
   }
   before: list[dict[str, Any]] = []
-  distributed.on_first(lambda: before.extend(outputs.before(folder, about)))
-  if distributed.most(len(before)):
+  distributed.run_on_process_0(lambda: before.extend(outputs.before(folder, about)))
+  if distributed.max_over_processes(len(before)):
     return before[0] if before else {}
   record = to_records.token_record(config.records) if _keeps_records(config) else None
   wanted = [(p, s) for p in prompts.ids for s in range(config.generate.samples)]
-  finished: list[Finished] = []
-  distributed.on_first(lambda: finished.append(Finished(folder, about, record)))
+  finished: list[SampleJournal] = []
+  distributed.run_on_process_0(lambda: finished.append(SampleJournal(folder, about, record)))
   try:
     load = load or (lambda: _load(config, mesh))
     rate = _decode(config, mesh, tokenizer, stops, prompts.ids, wanted, finished, load)
     result: dict[str, Any] = {"prompts": len(prompts.ids), "rejected": len(prompts.rejected)}
     publish = lambda: _publish(config, folder, tokenizer, prompts, finished[0])
-    distributed.on_first(lambda: result.update(publish()))
+    distributed.run_on_process_0(lambda: result.update(publish()))
   finally:
     for f in finished:
       f.close()
-  distributed.on_first(lambda: outputs.finish(folder, about, result, finished[0]))
+  distributed.run_on_process_0(lambda: outputs.finish(folder, about, result, finished[0]))
   return result | rate
 
 
 def _check(config: Config, tokenizer: Tokenizer, mesh: Any) -> Stops:
-  c, (_, shape) = config.generate, loading.shape(config.teacher)
+  c, (_, shape) = config.generate, loading.family_and_config(config.teacher)
   for name in ("samples", "max_new_tokens", "prefill_chunk", "steps"):
     if getattr(c, name) < 1:
       raise InputError(f"generate.{name} is {getattr(c, name)}; it is at least 1")
   if c.cache_dtype not in kv_cache.DTYPES:
     raise InputError(
-      f"generate.cache_dtype is {c.cache_dtype!r}; it can be one of {kv_cache.DTYPES}, the first for "
-      "teacher.dtype"
+      f"generate.cache_dtype is {c.cache_dtype!r}; expected one of {kv_cache.DTYPES}, "
+      "where '' means teacher.dtype"
     )
   if not 2 <= c.cache_len <= shape.max_position_embeddings:
     raise InputError(
@@ -115,7 +108,9 @@ def _check(config: Config, tokenizer: Tokenizer, mesh: Any) -> Stops:
     )
   sharding.check_batch("generate.batch_size", c.batch_size, mesh)
   sharding.check_batch("generate.prefill_rows", c.prefill_rows, mesh)
-  sharding.shardings(loading.abstract(config.teacher), mesh, loading.compute(config.teacher).rules)
+  sharding.shardings(
+    loading.abstract(config.teacher), mesh, loading.compute_config(config.teacher).rules
+  )
   if c.records_dir:
     to_records.check(config)
   Sampling.of(c)
@@ -130,22 +125,28 @@ def _eos(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
   """What ends a text: the ends that came with the model, and of a document."""
   if config.generate.ignore_eos:
     return ()
-  came = loading.pretrained(config.teacher)
-  named = came.generation.get("eos_token_id") if came else None
+  pretrained = loading.pretrained(config.teacher)
+  named = pretrained.generation.get("eos_token_id") if pretrained else None
   ids = named if isinstance(named, list) else [named]
   return tuple(sorted({i for i in (*ids, tokenizer.eos_id) if i is not None}))
 
 
 def _decode(
-  config: Config, mesh: Any, tokenizer: Tokenizer, stops: Stops, prompts: dict[int, list[int]],
-  wanted: list[Wanted], finished: list[Finished], load: Load,
-) -> dict[str, float]:  # fmt: skip
+  config: Config,
+  mesh: Any,
+  tokenizer: Tokenizer,
+  stops: Stops,
+  prompts: dict[int, list[int]],
+  wanted: list[SampleKey],
+  finished: list[SampleJournal],
+  load: Load,
+) -> dict[str, float]:
   """Makes the samples that are not there yet. Returns how fast.
 
   All processes decode all rows; the first one writes.
   """
   have = {outputs.number(row) for f in finished for row in f.rows}
-  lacks = distributed.from_first(np.array([w not in have for w in wanted]))
+  lacks = distributed.broadcast_from_process_0(np.array([w not in have for w in wanted]))
   todo = [w for w, lacking in zip(wanted, lacks, strict=True) if lacking]
   if not todo:
     return {"tokens_per_second": 0.0}
@@ -167,42 +168,73 @@ def _decode(
   return {"tokens_per_second": tokens / (time.perf_counter() - start)}
 
 
-def _load(config: Config, mesh: Any) -> tuple[Unrolled, Compute]:
+def _load(config: Config, mesh: Any) -> tuple[Unrolled, ComputeConfig]:
   teacher = loading.build(config.teacher, mesh, loading.keys(config.seed)["teacher"])
-  return unroll(teacher.model, teacher.how), teacher.how
+  return unroll(teacher.model, teacher.compute), teacher.compute
 
 
 def batch_of(
-  config: Config, mesh: Any, tokenizer: Tokenizer, stops: Stops, prompts: dict[int, list[int]],
-  teacher: Unrolled, how: Compute,
-) -> Batch:  # fmt: skip
+  config: Config,
+  mesh: Any,
+  tokenizer: Tokenizer,
+  stops: Stops,
+  prompts: dict[int, list[int]],
+  teacher: Unrolled,
+  compute: ComputeConfig,
+) -> Batch:
   """The decoder of a config, for prompts by number."""
   c, keys = config.generate, loading.keys(config.seed)
   spec = Spec(
-    how, Sampling.of(c), c.steps, _eos(config, tokenizer), tokenizer.vocab_size,
-    config.records if _keeps_records(config) else None, c.cache_dtype,
-  )  # fmt: skip
+    compute,
+    Sampling.of(c),
+    c.steps,
+    _eos(config, tokenizer),
+    tokenizer.vocab_size,
+    config.records if _keeps_records(config) else None,
+    c.cache_dtype,
+  )
   device = Device(
-    teacher, mesh, spec, c.batch_size, c.prefill_rows, c.cache_len,
+    teacher,
+    mesh,
+    spec,
+    c.batch_size,
+    c.prefill_rows,
+    c.cache_len,
     {name: keys[name] for name in ("generate", "records")},
-  )  # fmt: skip
+  )
   return Batch(
-    device, prompts, stops, spec.eos, rows=c.batch_size, fill=c.prefill_rows,
-    chunk=c.prefill_chunk, size=c.cache_len, longest=c.max_new_tokens,
-  )  # fmt: skip
+    device,
+    prompts,
+    stops,
+    spec.eos,
+    rows=c.batch_size,
+    fill=c.prefill_rows,
+    chunk=c.prefill_chunk,
+    size=c.cache_len,
+    longest=c.max_new_tokens,
+  )
 
 
 def _row(s: Sample, stops: Stops) -> dict[str, Any]:
   """What is kept of a sample until all are there."""
   said = s.tokens[:-1] if s.reason == "eos" else s.tokens
   return {
-    "prompt": s.prompt, "sample": s.sample, "text": stops.text(said), "tokens": s.tokens,
-    "reason": s.reason, "logprob": sum(s.logps), "logprob_mean": sum(s.logps) / len(s.logps),
-  }  # fmt: skip
+    "prompt": s.prompt,
+    "sample": s.sample,
+    "text": stops.text(said),
+    "tokens": s.tokens,
+    "reason": s.reason,
+    "logprob": sum(s.logps),
+    "logprob_mean": sum(s.logps) / len(s.logps),
+  }
 
 
 def _publish(
-  config: Config, folder: Path, tokenizer: Tokenizer, prompts: reading.Prompts, finished: Finished
+  config: Config,
+  folder: Path,
+  tokenizer: Tokenizer,
+  prompts: reading.Prompts,
+  finished: SampleJournal,
 ) -> dict[str, Any]:
   """The files, whole and in order, from what was written on the way."""
   order = sorted(range(len(finished.rows)), key=lambda i: outputs.number(finished.rows[i]))

@@ -18,7 +18,7 @@ from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.generation import prompts as reading
 from distill_jax.generation.http_client import Refused
-from distill_jax.generation.scheduler import Wanted
+from distill_jax.generation.scheduler import SampleKey
 from distill_jax.models import loading
 from distill_jax.runtime import atomic_io
 
@@ -61,10 +61,13 @@ def request(
   digest = hashlib.sha256(f"{config.seed}/{prompt}/{sample}".encode()).digest()
   text, top = isinstance(said, str), c.server.top_logprobs
   body: dict[str, Any] = {
-    "model": served.model, "prompt" if text else "messages": said,
-    "max_tokens": c.max_new_tokens, "temperature": c.temperature, "top_p": c.top_p,
+    "model": served.model,
+    "prompt" if text else "messages": said,
+    "max_tokens": c.max_new_tokens,
+    "temperature": c.temperature,
+    "top_p": c.top_p,
     "seed": int.from_bytes(digest[:4], "big") >> 1,  # some servers take 31 bits
-  }  # fmt: skip
+  }
   if c.stop:
     body["stop"] = list(c.stop)
   if c.ignore_eos:
@@ -165,8 +168,8 @@ class PromptIds:
     if self._tokenizer is None:
       try:
         data, teacher = self._config.data, self._config.teacher
-        came = None if data.tokenizer else loading.pretrained(teacher)
-        self._tokenizer = corpus.tokenizer_of(data, came)
+        pretrained = None if data.tokenizer else loading.pretrained(teacher)
+        self._tokenizer = corpus.tokenizer_of(data, pretrained)
       except InputError as e:
         raise InputError(f"the server does not say the tokens of a prompt, and {e}") from e
     ids = self._cut(self._tokenizer, said)
@@ -188,7 +191,7 @@ class Responses:
 
   def __init__(self, folder: Path):
     self._folder, self._file = folder, (folder / PART).open("a+b")
-    self._places: dict[Wanted, tuple[int, int]] = {}
+    self._places: dict[SampleKey, tuple[int, int]] = {}
     self._end = 0
     self._file.seek(0)
     for line in self._file:
@@ -205,7 +208,7 @@ class Responses:
     self._places[int(found[1]), int(found[2])] = self._end, len(line)
     self._end += len(line)
 
-  def check(self, have: Iterable[Wanted]) -> None:
+  def check(self, have: Iterable[SampleKey]) -> None:
     """Refuses a folder in which the answer of a sample is missing."""
     if lost := [w for w in have if w not in self._places]:
       raise InputError(
@@ -222,7 +225,7 @@ class Responses:
     for line in lines:
       self._place(line)
 
-  def publish(self, order: Iterable[Wanted]) -> None:
+  def publish(self, order: Iterable[SampleKey]) -> None:
     """Writes responses.jsonl, whole or not at all."""
     part = self._folder / f".{RESPONSES}.part"
     with part.open("wb") as f:
@@ -232,7 +235,7 @@ class Responses:
       f.flush()
       os.fsync(f.fileno())
     part.replace(self._folder / RESPONSES)
-    atomic_io.sync_folder(self._folder)
+    atomic_io.fsync_dir(self._folder)
 
   def remove(self) -> None:
     (self._folder / PART).unlink()

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError
-from distill_jax.generation.journal import Finished
+from distill_jax.generation.journal import SampleJournal
 from distill_jax.generation.prompts import Prompts
-from distill_jax.generation.scheduler import Wanted
+from distill_jax.generation.scheduler import SampleKey
 from distill_jax.runtime import atomic_io
 
 SAMPLES, REJECTED, SUMMARY = "samples.jsonl", "samples.rejected.jsonl", "generate.json"
 Row = dict[str, Any]  # a sample as finished.py keeps it: `prompt` is the prompt's number
 
 
-def number(row: Row) -> Wanted:
+def number(row: Row) -> SampleKey:
   return row["prompt"], row["sample"]
 
 
@@ -32,13 +32,13 @@ def write(folder: Path, rows: Iterable[Row], prompts: Prompts) -> None:
       del rest["tokens"]
     return {"id": row["prompt"], "sample": row["sample"], "prompt": prompt, "about": about, **rest}
 
-  atomic_io.write_whole(folder / SAMPLES, _lines(whole(row) for row in rows))
+  atomic_io.atomic_write(folder / SAMPLES, _lines(whole(row) for row in rows))
 
 
 def write_rejected(folder: Path, prompts: Prompts, more: Iterable[Row] = ()) -> int:
   """samples.rejected.jsonl: prompts that cannot be used, and `more`. Returns how many."""
   rejected = [{"id": n, "reason": why} for n, why in prompts.rejected.items()]
-  atomic_io.write_whole(folder / REJECTED, _lines(rejected := [*rejected, *more]))
+  atomic_io.atomic_write(folder / REJECTED, _lines(rejected := [*rejected, *more]))
   return len(rejected)
 
 
@@ -60,7 +60,9 @@ def before(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
   return [said | {"tokens_per_second": 0.0}]
 
 
-def finish(folder: Path, about: dict[str, Any], result: dict[str, Any], finished: Finished) -> None:
+def finish(
+  folder: Path, about: dict[str, Any], result: dict[str, Any], finished: SampleJournal
+) -> None:
   """The last thing that a run does."""
   atomic_io.write_json(folder / SUMMARY, {"of": about, **result})
   finished.remove()

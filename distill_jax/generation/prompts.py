@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill_jax.config import Config, Generate
+from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.filters.samples import answer_part
+from distill_jax.generation.options import GenerateOptions
 from distill_jax.models import loading
 from distill_jax.runtime import storage
 
@@ -91,7 +92,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         yield number, raw.rstrip(b"\r\n")
 
 
-def asked(c: Generate, said: Any) -> Any:
+def asked(c: GenerateOptions, said: Any) -> Any:
   """A prompt as the teacher reads it: text to go on from, or messages."""
   if isinstance(said, str) and c.chat:
     return [{"role": "user", "content": said}]
@@ -114,14 +115,14 @@ class Cut:
     if isinstance(said, str):
       return [*tokenizer.begin, *tokenizer.encode(said)]
     if self._template is None:
-      came = None if self._config.data.tokenizer else loading.pretrained(self._config.teacher)
-      self._template = corpus.template_of(self._config.data, came)
+      pretrained = None if self._config.data.tokenizer else loading.pretrained(self._config.teacher)
+      self._template = corpus.template_of(self._config.data, pretrained)
     t = self._template
     text = t.render(said, add_generation_prompt=True)
     return tokenizer.encode_places(text, [*dict(t.tokens).values(), *t.added])[0]
 
 
-def _in_template(c: Generate, prompt: Any) -> Any:
+def _in_template(c: GenerateOptions, prompt: Any) -> Any:
   """A prompt, or the last of its messages, in generate.template."""
   if isinstance(prompt, str) and prompt:
     return c.template.replace(PLACE, prompt) if c.template else prompt

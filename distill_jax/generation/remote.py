@@ -23,10 +23,10 @@ from distill_jax.errors import InputError
 from distill_jax.generation import openai_api, outputs
 from distill_jax.generation import prompts as reading
 from distill_jax.generation.http_client import Client, Failed, Refused
-from distill_jax.generation.journal import Finished
+from distill_jax.generation.journal import SampleJournal
 from distill_jax.generation.openai_api import RESPONSES, PromptIds, Responses, Served
 from distill_jax.generation.sampling import Sampling
-from distill_jax.generation.scheduler import Wanted
+from distill_jax.generation.scheduler import SampleKey
 from distill_jax.runtime import distributed
 from distill_jax.runtime.progress import Progress
 
@@ -63,7 +63,7 @@ def generate(config: Config, folder: Path) -> dict[str, Any]:
   about = {"prompts": digest, "teacher": {"served": c.server.model}}
   if before := outputs.before(folder, about):
     return before[0]
-  with Finished(folder, about, None) as finished, Responses(folder) as responses:
+  with SampleJournal(folder, about, None) as finished, Responses(folder) as responses:
     asking = _Asking(config, folder, prompts, finished, responses)
     rate = asyncio.run(asking.run())
     rejected = [{"id": p, "sample": s, "reason": w} for (p, s), w in asking.rejected.items()]
@@ -74,10 +74,13 @@ def generate(config: Config, folder: Path) -> dict[str, Any]:
     if c.server.top_logprobs:
       responses.publish([outputs.number(row) for row in rows])
     result = {
-      "prompts": len(prompts.said), "rejected": outputs.write_rejected(folder, prompts, rejected),
-      "samples": len(rows), "tokens": sum(row["token_count"] for row in rows),
-      **outputs.reasons(rows), "retried": asking.retried,
-    }  # fmt: skip
+      "prompts": len(prompts.said),
+      "rejected": outputs.write_rejected(folder, prompts, rejected),
+      "samples": len(rows),
+      "tokens": sum(row["token_count"] for row in rows),
+      **outputs.reasons(rows),
+      "retried": asking.retried,
+    }
     outputs.write(folder, rows, prompts)
     outputs.finish(folder, about, result, finished)
     responses.remove()
@@ -87,11 +90,14 @@ def generate(config: Config, folder: Path) -> dict[str, Any]:
 def _check(config: Config) -> None:
   c, s = config.generate, config.generate.server
   for name, value, least in (
-    ("samples", c.samples, 1), ("max_new_tokens", c.max_new_tokens, 1),
-    ("server.in_flight", s.in_flight, 1), ("server.timeout_s", s.timeout_s, 1e-3),
-    ("server.retries", s.retries, 0), ("server.top_logprobs", s.top_logprobs, 0),
+    ("samples", c.samples, 1),
+    ("max_new_tokens", c.max_new_tokens, 1),
+    ("server.in_flight", s.in_flight, 1),
+    ("server.timeout_s", s.timeout_s, 1e-3),
+    ("server.retries", s.retries, 0),
+    ("server.top_logprobs", s.top_logprobs, 0),
     ("server.requests_per_minute", s.requests_per_minute, 0),
-  ):  # fmt: skip
+  ):
     if value < least:
       raise InputError(f"generate.{name} is {value}; it is at least {least}")
   try:
@@ -125,15 +131,19 @@ class _Asking:
   """
 
   def __init__(
-    self, config: Config, folder: Path, prompts: reading.Prompts, finished: Finished,
+    self,
+    config: Config,
+    folder: Path,
+    prompts: reading.Prompts,
+    finished: SampleJournal,
     responses: Responses,
-  ):  # fmt: skip
+  ):
     self._config, self._folder, self._prompts = config, folder, prompts
     self._finished, self._responses = finished, responses
     self._ids = PromptIds(config)
     self._done: list[tuple[dict[str, Any], dict[str, Any]]] = []
     self._tokens = self._left = self._barren = self.retried = 0
-    self.rejected: dict[Wanted, str] = {}
+    self.rejected: dict[SampleKey, str] = {}
 
   async def run(self) -> float:
     """Asks for what is not there yet. Returns how many tokens came a second."""
@@ -154,7 +164,7 @@ class _Asking:
         await self._all(todo, preemption)
     return self._tokens / (time.perf_counter() - self._start)
 
-  async def _all(self, todo: list[Wanted], preemption: distributed.Preemption) -> None:
+  async def _all(self, todo: list[SampleKey], preemption: distributed.Preemption) -> None:
     self._served = await self._who()
     if others := {row["model"] for row in self._finished.rows} - {self._served.model}:
       raise InputError(
@@ -204,7 +214,7 @@ class _Asking:
       return False
     return True
 
-  async def _work(self, todo: Iterator[Wanted]) -> None:
+  async def _work(self, todo: Iterator[SampleKey]) -> None:
     """Asks for one sample after another."""
     skip = self._config.generate.on_bad == "skip"
     for wanted in todo:

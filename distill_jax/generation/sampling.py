@@ -13,8 +13,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from distill_jax.config import Generate
 from distill_jax.errors import InputError
+from distill_jax.generation.options import GenerateOptions
 from distill_jax.records import sampler
 
 
@@ -44,11 +44,11 @@ class Sampling:
       )
 
   @classmethod
-  def of(cls, c: Generate) -> Sampling:
+  def of(cls, c: GenerateOptions) -> Sampling:
     return cls(c.temperature, c.top_k, c.top_p, c.min_p)
 
 
-def choose(logits_BV: jax.Array, keys_B: jax.Array, how: Sampling) -> jax.Array:
+def choose(logits_BV: jax.Array, keys_B: jax.Array, compute: Sampling) -> jax.Array:
   """The next token of each row, int32 [B]; -inf is never chosen.
 
   Args:
@@ -56,15 +56,15 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, how: Sampling) -> jax.Array:
     keys_B: a key for each row, which alone decides it, beside its logits.
   """
   logits_BCV = logits_BV[:, None]
-  if how.temperature == 0:
+  if compute.temperature == 0:
     return sampler.argmax(logits_BCV)[:, 0]
-  top_BCV, drawn_BCV = warp(logits_BCV, how)
+  top_BCV, drawn_BCV = warp(logits_BCV, compute)
 
   def draw(n: int | jax.Array) -> jax.Array:
     u_BC = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, n), (1,)))(keys_B)
     return sampler.systematic(drawn_BCV, u_BC, 1)[:, 0]
 
-  if how.top_p == 1:
+  if compute.top_p == 1:
     return draw(0)[:, 0]
   total_BC = jnp.sum(top_BCV, -1)
 
@@ -74,7 +74,7 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, how: Sampling) -> jax.Array:
     return (
       n + 1,
       jnp.where(ok_BC, ids_BC, new_BC),
-      ok_BC | in_nucleus(top_BCV, total_BC, new_BC, how.top_p),
+      ok_BC | in_nucleus(top_BCV, total_BC, new_BC, compute.top_p),
     )
 
   ids_BC = jnp.zeros(logits_BV.shape[:1] + (1,), jnp.int32)
@@ -82,19 +82,19 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, how: Sampling) -> jax.Array:
   return jax.lax.while_loop(lambda carry: ~jnp.all(carry[2]), again, start)[1][:, 0]
 
 
-def warp(logits_BCV: jax.Array, how: Sampling) -> tuple[jax.Array, jax.Array]:
+def warp(logits_BCV: jax.Array, compute: Sampling) -> tuple[jax.Array, jax.Array]:
   """(likelihood relative to the likeliest of what top-k keeps, logits of what min-p keeps of it).
 
   Both at the temperature; what is not kept is 0 in the one and -inf in the other.
   """
-  z_BCV = logits_BCV / how.temperature
-  if 0 < how.top_k < z_BCV.shape[-1]:
-    top_BCk, _ = sampler.top_k(z_BCV, how.top_k)
+  z_BCV = logits_BCV / compute.temperature
+  if 0 < compute.top_k < z_BCV.shape[-1]:
+    top_BCk, _ = sampler.top_k(z_BCV, compute.top_k)
     z_BCV = jnp.where(z_BCV >= top_BCk[..., -1:], z_BCV, -jnp.inf)
   peak_BC1 = jnp.max(z_BCV, -1, keepdims=True)
   e_BCV = jnp.exp(z_BCV - peak_BC1)
-  if how.min_p > 0:
-    z_BCV = jnp.where(e_BCV >= how.min_p, z_BCV, -jnp.inf)
+  if compute.min_p > 0:
+    z_BCV = jnp.where(e_BCV >= compute.min_p, z_BCV, -jnp.inf)
   return e_BCV, z_BCV
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from distill_jax.generation.engine import Device, Rows
 from distill_jax.generation.stops import Stops
 
-Wanted = tuple[int, int]  # (prompt, sample)
+SampleKey = tuple[int, int]  # (prompt, sample)
 
 
 @dataclasses.dataclass
@@ -79,15 +79,24 @@ class Batch:
   """
 
   def __init__(
-    self, device: Device, prompts: Mapping[int, Sequence[int]], stops: Stops,
-    eos: tuple[int, ...], *, rows: int, fill: int, chunk: int, size: int, longest: int,
-  ):  # fmt: skip
+    self,
+    device: Device,
+    prompts: Mapping[int, Sequence[int]],
+    stops: Stops,
+    eos: tuple[int, ...],
+    *,
+    rows: int,
+    fill: int,
+    chunk: int,
+    size: int,
+    longest: int,
+  ):
     self._device, self._prompts, self._stops, self.eos = device, prompts, stops, eos
     self._fill, self._chunk, self._size, self._longest = fill, chunk, size, longest
     self._rows: list[Sample | None] = [None] * rows
     self._held: list[int] = []  # the prompts in the cache of prompts
 
-  def run(self, wanted: Iterable[Wanted]) -> Iterator[tuple[list[Sample], int]]:
+  def run(self, wanted: Iterable[SampleKey]) -> Iterator[tuple[list[Sample], int]]:
     """(samples that have finished, tokens made) after each call of the device."""
     queue = collections.deque(wanted)
     while True:
@@ -122,7 +131,7 @@ class Batch:
     token, position, last, alive, prompt, sample = columns
     return Rows(token, position, last, alive.astype(bool), prompt, sample)
 
-  def _refill(self, free: list[int], queue: collections.deque[Wanted]) -> None:
+  def _refill(self, free: list[int], queue: collections.deque[SampleKey]) -> None:
     """Takes samples off the queue; those of one prompt share its reading."""
     while free and queue:
       if queue[0][0] not in self._held:
@@ -137,7 +146,7 @@ class Batch:
         self._rows[rows[i]] = Sample(prompt, sample, len(self._prompts[prompt]))
       self._device.insert(np.array(sources, np.int32), np.array(rows, np.int32))
 
-  def _next(self, queue: collections.deque[Wanted], n: int) -> list[int]:
+  def _next(self, queue: collections.deque[SampleKey], n: int) -> list[int]:
     """The first `fill` prompts of the next n samples."""
     return list(dict.fromkeys(p for p, _ in itertools.islice(queue, n)))[: self._fill]
 

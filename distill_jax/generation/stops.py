@@ -35,8 +35,14 @@ class Stops:
 
   def first(self, tokens: Sequence[int], old: int) -> tuple[int, str] | None:
     """(how many tokens there are then, why) where the text ends, of more than `old`; or None."""
-    ends = [(n, why) for n, why in ((self._string(tokens, old), "stop"),
-            (self._circles(tokens, old), "repetition")) if n]  # fmt: skip
+    ends = [
+      (n, why)
+      for n, why in (
+        (self._string(tokens, old), "stop"),
+        (self._circles(tokens, old), "repetition"),
+      )
+      if n
+    ]
     return min(ends, default=None, key=lambda end: end[0])
 
   def text(self, tokens: Sequence[int]) -> str:

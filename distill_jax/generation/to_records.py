@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 
 from distill_jax.commands import record
-from distill_jax.config import Config, Records
+from distill_jax.config import Config
 from distill_jax.data import packing
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
+from distill_jax.records.options import RecordsOptions
 from distill_jax.records.store import Writer
 from distill_jax.runtime import storage
 
 Row = dict[str, Any]  # of samples.jsonl
 
 
-def token_record(c: Records) -> np.dtype:
+def token_record(c: RecordsOptions) -> np.dtype:
   """What is kept of each token, as sampler.of_logits says it."""
   logp = [("logp", "<f4", (c.n,))] if c.logp or c.kind == "topk" else []
   scalars = [("entropy", "<f4"), ("label_logp", "<f4"), ("argmax", "<i4")]
@@ -41,9 +42,12 @@ def check(config: Config) -> None:
 
 
 def write(
-  config: Config, tokenizer: Tokenizer, prompts: dict[int, list[int]], rows: Sequence[Row],
+  config: Config,
+  tokenizer: Tokenizer,
+  prompts: dict[int, list[int]],
+  rows: Sequence[Row],
   records: Callable[[int], np.ndarray],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
   """Packs texts in order, each after its prompt, into a store; only the texts are learnt.
 
   Args:
@@ -73,9 +77,13 @@ def _document(prompt: list[int], said: list[int]) -> tuple[list[int], list[bool]
 
 
 def _targets(
-  c: Records, prompts: dict[int, list[int]], rows: Sequence[Row], some: Sequence[int], T: int,
+  c: RecordsOptions,
+  prompts: dict[int, list[int]],
+  rows: Sequence[Row],
+  some: Sequence[int],
+  T: int,
   records: Callable[[int], np.ndarray],
-) -> dict[str, np.ndarray]:  # fmt: skip
+) -> dict[str, np.ndarray]:
   if c.kind == "text":
     return {}
   said = np.zeros(T, token_record(c))

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
-from distill_jax.models._decoder import Cache
+from distill_jax.models import DecoderCache as Cache
 from distill_jax.nn import kv_cache, params
-from distill_jax.nn.layers import Compute
+from distill_jax.nn.layers import ComputeConfig
 from distill_jax.types import Inputs, Output
 
 
@@ -28,12 +28,12 @@ class Unrolled(struct.PyTreeNode):
   rest: Any  # the family's Model without its stacks
   blocks: tuple[Any, ...]
 
-  def extend(self, inputs: Inputs, cache: Cache, how: Compute) -> tuple[Output, Cache]:
+  def extend(self, inputs: Inputs, cache: Cache, compute: ComputeConfig) -> tuple[Output, Cache]:
     """See models/_decoder.Model.extend."""
-    return self.rest.extend(self.blocks, inputs, cache, how)
+    return self.rest.extend(self.blocks, inputs, cache, compute)
 
 
-def unroll(model: Any, how: Compute) -> Unrolled:
+def unroll(model: Any, compute: ComputeConfig) -> Unrolled:
   """Takes a model apart, and its memory: `model` cannot be used afterwards.
 
   Weights are in the compute dtype from here on, and sharded as they were. Of no more than
@@ -43,33 +43,33 @@ def unroll(model: Any, how: Compute) -> Unrolled:
   blocks: list[Any] = []
   for stack, n in stacks:
     leaves, tree = jax.tree.flatten(stack, is_leaf=params.is_param)
-    parts = [_apart(v, how) for v in leaves]
+    parts = [_apart(v, compute) for v in leaves]
     blocks += [jax.tree.unflatten(tree, [p[i] for p in parts]) for i in range(n)]
   rest = params.map_params(lambda v: v, model)  # a copy of the tree, not of its arrays
   for name, _, _ in model.plan(model.config):
     setattr(rest, name, None)
-  return Unrolled(params.map_params(functools.partial(_cast, how=how), rest), tuple(blocks))
+  return Unrolled(params.map_params(functools.partial(_cast, compute=compute), rest), tuple(blocks))
 
 
-def _apart(v: Any, how: Compute) -> Any:
+def _apart(v: Any, compute: ComputeConfig) -> Any:
   """The parameters of the layers that a stacked one holds, which is deleted."""
   x, axes = v[...], v.get_metadata()["axes"][1:]
-  dtype = "float32" if v.get_metadata()["exact"] else how.dtype
+  dtype = "float32" if v.get_metadata()["exact"] else compute.dtype
   where = None
   if isinstance(x.sharding, NamedSharding):
-    where = NamedSharding(x.sharding.mesh, how.rules.spec(axes, "storage"))
+    where = NamedSharding(x.sharding.mesh, compute.rules.spec(axes, "storage"))
   split = jax.jit(lambda x: [x[i].astype(dtype) for i in range(x.shape[0])], out_shardings=where)
   parts = jax.block_until_ready(split(x))
   x.delete()
   return [v.replace(part, axes=axes) for part in parts]
 
 
-def _cast(v: Any, how: Compute) -> Any:
-  return v if v.get_metadata()["exact"] else v.replace(v[...].astype(how.dtype))
+def _cast(v: Any, compute: ComputeConfig) -> Any:
+  return v if v.get_metadata()["exact"] else v.replace(v[...].astype(compute.dtype))
 
 
 def empty_cache(
-  unrolled: Unrolled, rows: int, size: int, how: Compute, mesh: Mesh, dtype: str = ""
+  unrolled: Unrolled, rows: int, size: int, compute: ComputeConfig, mesh: Mesh, dtype: str = ""
 ) -> Cache:
   """Zeros for `rows` sequences of up to `size` positions, sharded as the rules compute them.
 
@@ -77,7 +77,7 @@ def empty_cache(
   """
   one = jnp.zeros((1, 1), jnp.int32)
   angles, _ = unrolled.rest.sight(Inputs(one, one, one))(0)
-  x_BTD = jax.ShapeDtypeStruct((1, 1, unrolled.rest.config.hidden_size), how.dtype)
+  x_BTD = jax.ShapeDtypeStruct((1, 1, unrolled.rest.config.hidden_size), compute.dtype)
 
   def of(block: Any) -> dict[str, jax.Array]:
     _, kept = jax.eval_shape(lambda b, x: b.remember(x, angles), block, x_BTD)
@@ -87,7 +87,7 @@ def empty_cache(
   def zeros(of_one: tuple[int, ...], dtype: Any, axes: str) -> jax.Array:
     shape = [rows, *of_one[2:]]
     shape.insert(axes.split().index("seq"), size)
-    where = NamedSharding(mesh, how.rules.spec(tuple(axes.split()), "compute"))
+    where = NamedSharding(mesh, compute.rules.spec(tuple(axes.split()), "compute"))
     return jnp.zeros(shape, dtype, device=where)
 
   return tuple(of(block) for block in unrolled.blocks)

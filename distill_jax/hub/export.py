@@ -23,7 +23,7 @@ from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.hub.weights import float_dtype
 from distill_jax.nn import params
 from distill_jax.runtime import distributed
-from distill_jax.runtime.atomic_io import sync_folder, write_whole
+from distill_jax.runtime.atomic_io import atomic_write, fsync_dir
 
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_BYTES = 5 * 10**9
@@ -120,23 +120,23 @@ def new_folder(
     InputError: the target exists, or the disk has no room for the tensors.
   """
   target = pathlib.Path(target).absolute()
-  distributed.on_first(lambda: _check_room(target, sum(s.nbytes for s in tensors)))
-  if not distributed.is_first():
+  distributed.run_on_process_0(lambda: _check_room(target, sum(s.nbytes for s in tensors)))
+  if not distributed.is_process_0():
     for s in tensors:
       s.value()
     yield None
-    distributed.wait(f"exported {target}")
+    distributed.barrier(f"exported {target}")
     return
   work = target.parent / f".{target.name}.{os.getpid()}.tmp"
   work.mkdir()
   try:
     yield work
-    sync_folder(work)
+    fsync_dir(work)
     work.rename(target)
-    sync_folder(target.parent)
+    fsync_dir(target.parent)
   finally:
     shutil.rmtree(work, ignore_errors=True)  # gone already, if all went well
-  distributed.wait(f"exported {target}")
+  distributed.barrier(f"exported {target}")
 
 
 def check_new(target: str | os.PathLike[str]) -> None:
@@ -215,9 +215,13 @@ def write_shard(f: BinaryIO, shard: list[Source]) -> None:
 
 
 def _write_texts(
-  folder: pathlib.Path, hf: dict[str, Any], dtype: str, tokenizer: TokenizerFiles | None,
-  generation: dict[str, Any], card: str,
-) -> None:  # fmt: skip
+  folder: pathlib.Path,
+  hf: dict[str, Any],
+  dtype: str,
+  tokenizer: TokenizerFiles | None,
+  generation: dict[str, Any],
+  card: str,
+) -> None:
   ids = {k: v for k, v in generation.items() if k.endswith("_token_id")}
   # transformers 5 reads `dtype`, older ones and vLLM `torch_dtype`.
   write_json(folder / "config.json", {**hf, "dtype": dtype, "torch_dtype": dtype, **ids})
@@ -228,14 +232,14 @@ def _write_texts(
 
 def write_tokenizer(folder: pathlib.Path, tokenizer: TokenizerFiles | None, card: str) -> None:
   """The tokenizer's files, if there are any, and the model card."""
-  write_whole(folder / "README.md", card.encode())
+  atomic_write(folder / "README.md", card.encode())
   if tokenizer is not None:
     write_json(folder / "tokenizer_config.json", tokenizer.config)
     if tokenizer.json is not None:
-      write_whole(folder / "tokenizer.json", tokenizer.json.encode())
+      atomic_write(folder / "tokenizer.json", tokenizer.json.encode())
     if tokenizer.sentencepiece is not None:
-      write_whole(folder / "tokenizer.model", tokenizer.sentencepiece)
+      atomic_write(folder / "tokenizer.model", tokenizer.sentencepiece)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+  atomic_write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

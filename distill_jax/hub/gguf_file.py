@@ -24,18 +24,35 @@ from distill_jax.hub.weights import Index
 
 # The value types of the metadata, as struct codes.
 SCALARS = {
-  0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
-}  # fmt: skip
+  0: "B",
+  1: "b",
+  2: "H",
+  3: "h",
+  4: "I",
+  5: "i",
+  6: "f",
+  7: "?",
+  10: "Q",
+  11: "q",
+  12: "d",
+}
 STRING, ARRAY = 8, 9
 NAMES = {
-  "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-}  # fmt: skip
+  "token_embd": "model.embed_tokens",
+  "output_norm": "model.norm",
+  "output": "lm_head",
+}
 IN_LAYER = {
-  "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-  "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-  "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+  "attn_norm": "input_layernorm",
+  "attn_q": "self_attn.q_proj",
+  "attn_k": "self_attn.k_proj",
+  "attn_v": "self_attn.v_proj",
+  "attn_output": "self_attn.o_proj",
+  "ffn_norm": "post_attention_layernorm",
+  "ffn_gate": "mlp.gate_proj",
+  "ffn_up": "mlp.up_proj",
   "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+}
 ROWS = 64  # dequantised at a time: the temporaries stay in the cache
 
 
@@ -153,7 +170,9 @@ class GGUFFile:
       for ours, theirs in {"bos": "bos", "eos": "eos", "pad": "padding"}.items()
     }
     return {
-      "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+      "architectures": ["LlamaForCausalLM"],
+      "model_type": "llama",
+      "hidden_act": "silu",
       "vocab_size": embed.shape[0],
       "hidden_size": width,
       "intermediate_size": get("feed_forward_length"),
@@ -167,7 +186,7 @@ class GGUFFile:
       # llama.cpp writes the output projection only where it is not the embedding table.
       "tie_word_embeddings": "lm_head.weight" not in self._entries,
       **{k: v for k, v in ids.items() if v is not None},
-    }  # fmt: skip
+    }
 
 
 def _dequantise(raw: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:

@@ -52,9 +52,11 @@ def tokenizer_files(meta: dict[str, Any], path: pathlib.Path) -> TokenizerFiles:
         raise InputError(f"{path} has {name}_token_id {i!r} for {len(tokens)} tokens")
       special[f"{role}_token"] = tokens[i]
   config = {
-    "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-    "model_max_length": meta.get(f"{meta['general.architecture']}.context_length"), **special,
-  }  # fmt: skip
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": meta.get(f"{meta['general.architecture']}.context_length"),
+    **special,
+  }
   if template := meta.get("tokenizer.chat_template"):
     config["chat_template"] = template
   bos = special.get("bos_token") if key("add_bos_token", pre == "llama-bpe") else None
@@ -81,26 +83,41 @@ def _check_lists(tokens: Any, merges: Any, types: Any, path: pathlib.Path) -> No
 def _tokenizer_json(tokens, merges, types, pre: str, bos: str | None) -> dict[str, Any]:
   added = [
     {
-      "id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-      "normalized": False, "special": kind == CONTROL,
+      "id": i,
+      "content": token,
+      "single_word": False,
+      "lstrip": False,
+      "rstrip": False,
+      "normalized": False,
+      "special": kind == CONTROL,
     }
     for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
     if kind in (CONTROL, USER_DEFINED)
-  ]  # fmt: skip
+  ]
   cuts = CUTS[pre]
   vocab = {token: i for i, token in enumerate(tokens)}
   return {
-    "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": added,
     "normalizer": None,
     "pre_tokenizer": cuts[0] if len(cuts) == 1 else {"type": "Sequence", "pretokenizers": cuts},
     "post_processor": _begins_with(bos, vocab[bos]) if bos is not None else None,
     "decoder": {**BYTES, "add_prefix_space": True},
     "model": {
-      "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-      "ignore_merges": pre == "llama-bpe", "vocab": vocab, "merges": merges,
+      "type": "BPE",
+      "dropout": None,
+      "unk_token": None,
+      "continuing_subword_prefix": None,
+      "end_of_word_suffix": None,
+      "fuse_unk": False,
+      "byte_fallback": False,
+      "ignore_merges": pre == "llama-bpe",
+      "vocab": vocab,
+      "merges": merges,
     },
-  }  # fmt: skip
+  }
 
 
 def _begins_with(bos: str, i: int) -> dict[str, Any]:

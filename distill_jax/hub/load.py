@@ -149,7 +149,7 @@ def _config(family: str, hf: dict[str, Any], path: pathlib.Path) -> Any:
 def load(
   pretrained: Pretrained,
   mesh: Mesh,
-  how: layers.Compute,
+  compute: layers.ComputeConfig,
   dtype: str = "float32",
   keep_layers: tuple[int, ...] = (),
   progress: Progress | None = None,
@@ -180,13 +180,14 @@ def load(
   _check_new(new, whole)
   _check(pretrained.weights, whole, pretrained, new)
   model = build(config.keep(keep_layers) if keep_layers else config)
-  places = sharding.shardings(model, mesh, how.rules)
+  places = sharding.shardings(model, mesh, compute.rules)
   to = float_dtype(dtype)
   total = sum(
-    len(shards_here(v, place)) * math.prod(place.shard_shape(v.shape))
+    len(shards_here(v, place))
+    * math.prod(place.shard_shape(v.shape))
     * declared.dtype_of(v, to).itemsize
     for v, place in zip(_leaves(model), jax.tree.leaves(places), strict=True)
-  )  # fmt: skip
+  )
   start = _random(family, model, places, new, to)
   with ThreadPoolExecutor(2) as pool:  # one tensor is read while another is laid out
     filler = _Filler(pretrained.weights, to, keep_layers, progress, total, pool)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import pathlib
 
-from distill_jax.config import Lora
 from distill_jax.hub.export import new_folder, sources, write_json, write_shard, write_tokenizer
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.hub.weights import float_dtype
-from distill_jax.nn.lora import Adapters
+from distill_jax.nn.lora import Adapters, LoraOptions
 
 
 def export(
   adapters: Adapters,
-  spec: Lora,
+  spec: LoraOptions,
   target: str | os.PathLike[str],
   *,
   base: tuple[str, str] | None,
@@ -39,12 +38,21 @@ def export(
     if work is not None:
       with (work / "adapter_model.safetensors").open("wb") as f:
         write_shard(f, tensors)
-      write_json(work / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base[0] if base else None,
-        "revision": (base[1] or None) if base else None,
-        "r": spec.rank, "lora_alpha": spec.alpha, "target_modules": list(spec.targets),
-        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-      })  # fmt: skip
+      write_json(
+        work / "adapter_config.json",
+        {
+          "peft_type": "LORA",
+          "task_type": "CAUSAL_LM",
+          "base_model_name_or_path": base[0] if base else None,
+          "revision": (base[1] or None) if base else None,
+          "r": spec.rank,
+          "lora_alpha": spec.alpha,
+          "target_modules": list(spec.targets),
+          "lora_dropout": 0.0,
+          "bias": "none",
+          "fan_in_fan_out": False,
+          "inference_mode": True,
+        },
+      )
       write_tokenizer(work, tokenizer, card)
   return pathlib.Path(target).absolute()

@@ -19,14 +19,19 @@ from distill_jax.hub.weights import Index, Weights
 HEAD_DIM = 64  # of every ViT that timm calls vit_{tiny,small,base,large}_patch…
 QKV = ("query", "key", "value")
 NAMES = {  # timm's: Hugging Face's, of all but queries, keys and values
-  "cls_token": "vit.embeddings.cls_token", "pos_embed": "vit.embeddings.position_embeddings",
-  "patch_embed.proj": "vit.embeddings.patch_embeddings.projection", "norm": "vit.layernorm",
+  "cls_token": "vit.embeddings.cls_token",
+  "pos_embed": "vit.embeddings.position_embeddings",
+  "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
+  "norm": "vit.layernorm",
   "head": "classifier",
-}  # fmt: skip
+}
 IN_LAYER = {
-  "norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense",
-  "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
-}  # fmt: skip
+  "norm1": "layernorm_before",
+  "norm2": "layernorm_after",
+  "attn.proj": "attention.output.dense",
+  "mlp.fc1": "intermediate.dense",
+  "mlp.fc2": "output.dense",
+}
 
 
 def is_one(hf: dict[str, Any]) -> bool:
@@ -51,11 +56,18 @@ def read(weights: Weights, path: pathlib.Path) -> tuple[dict[str, Any], Weights]
     raise InputError(f"{path} is no plain ViT of timm's with a head: it lacks {e}") from e
   layers = len({name.split(".")[1] for name in shape if name.startswith("blocks.")})
   return {
-    "model_type": "vit", "hidden_size": D, "intermediate_size": mlp, "num_hidden_layers": layers,
-    "num_attention_heads": D // HEAD_DIM, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
-    "image_size": math.isqrt(places) * patch, "patch_size": patch, "num_channels": channels,
+    "model_type": "vit",
+    "hidden_size": D,
+    "intermediate_size": mlp,
+    "num_hidden_layers": layers,
+    "num_attention_heads": D // HEAD_DIM,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "image_size": math.isqrt(places) * patch,
+    "patch_size": patch,
+    "num_channels": channels,
     "id2label": {str(i): f"LABEL_{i}" for i in range(labels)},
-  }, renamed  # fmt: skip
+  }, renamed
 
 
 class Renamed:

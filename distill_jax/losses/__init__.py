@@ -10,3 +10,5 @@ A loss is a module with a frozen dataclass `Loss` whose fields are its config ke
     `whole(student, teacher, adapters, batch, pairs) -> Mean`. Those with adapters have
     `init(key, pairs, student, width)` too.
 """
+
+SHARED = ("divergences", "features", "supports")

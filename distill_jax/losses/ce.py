@@ -36,7 +36,7 @@ class Loss:
         "to below 1, z_loss at least 0"
       )
 
-  def per_token(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array) -> jax.Array:
+  def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array) -> jax.Array:
     del step
     lse_BC = fused_head.log_sum_exp(logits_BCV)[..., 0]
     label_BC = jnp.take_along_axis(logits_BCV, batch.labels_BT[..., None], -1)[..., 0]

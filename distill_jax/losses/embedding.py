@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.errors import InputError
-from distill_jax.losses.features import Features, Needs, Pairs
+from distill_jax.losses.features import Features, FeatureSpec, Pairs
 from distill_jax.nn import layers
 from distill_jax.nn.params import param
 from distill_jax.schedules import Schedule, constant
@@ -41,7 +41,7 @@ class Loss:
     if self.projection not in PROJECTIONS:
       raise InputError(f"projection is {self.projection!r}; it is one of {PROJECTIONS}")
 
-  def needs(self, pairs: Pairs, student: Any, teacher: Any) -> tuple[Needs, Needs]:
+  def needs(self, pairs: Pairs, student: Any, teacher: Any) -> tuple[FeatureSpec, FeatureSpec]:
     del pairs
     for who, c in (("student", student), ("teacher", teacher)):
       if not hasattr(c, "embedding_size"):
@@ -49,7 +49,7 @@ class Loss:
           f"the loss embedding compares what stands for a whole input, which the {who}'s family "
           f"({type(c).__module__.rpartition('.')[2]}) does not say; take the loss hidden"
         )
-    return Needs(), Needs()
+    return FeatureSpec(), FeatureSpec()
 
   def width(self, teacher: Any) -> int:
     """Numbers that a teacher of this config gives."""
@@ -70,9 +70,13 @@ class Loss:
     return {"project": project.replace(jax.nn.initializers.orthogonal()(key, (D, width)))}
 
   def whole(
-    self, student: Features, teacher: Features, adapters: dict[str, Any], batch: Batch,
+    self,
+    student: Features,
+    teacher: Features,
+    adapters: dict[str, Any],
+    batch: Batch,
     pairs: Pairs,
-  ) -> Mean:  # fmt: skip
+  ) -> Mean:
     del pairs
     assert student.embedding_BTD is not None and teacher.embedding_BTD is not None
     keep_BT1 = batch.mask_BT[..., None]

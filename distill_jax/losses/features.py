@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from distill_jax.errors import InputError
-from distill_jax.nn.layers import Compute
+from distill_jax.nn.layers import ComputeConfig
 from distill_jax.types import Batch, Inputs, Mean, Output
 
 Pairs = tuple[tuple[int, int], ...]  # (student layer, teacher layer)
@@ -32,28 +32,28 @@ class Features(struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True)
-class Needs:
+class FeatureSpec:
   """The layers whose features a model has to give."""
 
   hidden: tuple[int, ...] = ()
   qkv: tuple[int, ...] = ()
 
-  def __or__(self, other: Needs) -> Needs:
+  def __or__(self, other: FeatureSpec) -> FeatureSpec:
     union = lambda a, b: tuple(sorted({*a, *b}))
-    return Needs(union(self.hidden, other.hidden), union(self.qkv, other.qkv))
+    return FeatureSpec(union(self.hidden, other.hidden), union(self.qkv, other.qkv))
 
   @property
   def taps(self) -> tuple[int, ...]:
     """The layers whose outputs are tapped for them."""
     return tuple(sorted({*self.hidden, *(layer - 1 for layer in self.qkv)}))
 
-  def of(self, model: Any, out: Output, inputs: Inputs, how: Compute) -> Features:
+  def of(self, model: Any, out: Output, inputs: Inputs, compute: ComputeConfig) -> Features:
     """The features of a model that ran with `taps`."""
     if not self.taps:
       return Features({}, {}, out.embedding_BTD)
     assert out.taps_PBTD is not None
     tapped = dict(zip(self.taps, out.taps_PBTD, strict=True))
-    qkv = {layer: model.qkv(layer, tapped[layer - 1], inputs, how) for layer in self.qkv}
+    qkv = {layer: model.qkv(layer, tapped[layer - 1], inputs, compute) for layer in self.qkv}
     return Features({layer: tapped[layer] for layer in self.hidden}, qkv, out.embedding_BTD)
 
 
@@ -104,15 +104,15 @@ class Places(NamedTuple):
 
 def places(batch: Batch, positions: int) -> Places:
   """Of a decoder, those with labels; of an encoder, all of its `positions` but padding."""
-  if batch.seen_BS is None:
+  if batch.valid_BS is None:
     return Places(batch.mask_BT, batch.inputs.segments_BT, True)
-  keep_BS = jnp.broadcast_to(batch.seen_BS, (len(batch.seen_BS), positions))
+  keep_BS = jnp.broadcast_to(batch.valid_BS, (len(batch.valid_BS), positions))
   return Places(keep_BS, keep_BS.astype(jnp.int32), False)
 
 
 def mean(x_BS: jax.Array, batch: Batch) -> Mean:
   """Over labels, as every loss is; of an encoder, a label's is the mean over what was read."""
-  if batch.seen_BS is None:
+  if batch.valid_BS is None:
     return Mean.of(x_BS, batch.mask_BT)
   keep_BS = places(batch, x_BS.shape[1]).keep_BS
   total_B = jnp.sum(jnp.where(keep_BS, x_BS.astype(jnp.float32), 0), 1)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from distill_jax.errors import InputError
 from distill_jax.losses import features
-from distill_jax.losses.features import Features, Needs, Pairs
+from distill_jax.losses.features import Features, FeatureSpec, Pairs
 from distill_jax.nn.params import param
 from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch, Mean
@@ -46,10 +46,10 @@ class Loss:
         f"{DISTANCES} and one of {PROJECTIONS}"
       )
 
-  def needs(self, pairs: Pairs, student: Any, teacher: Any) -> tuple[Needs, Needs]:
+  def needs(self, pairs: Pairs, student: Any, teacher: Any) -> tuple[FeatureSpec, FeatureSpec]:
     del student, teacher
     ours, theirs = zip(*pairs, strict=True)
-    return Needs(hidden=ours), Needs(hidden=theirs)
+    return FeatureSpec(hidden=ours), FeatureSpec(hidden=theirs)
 
   def init(self, key: jax.Array, pairs: Pairs, student: Any, width: int) -> dict[str, Any]:
     """The projections [P, D, E], one a pair; {} where the widths are equal.
@@ -77,9 +77,13 @@ class Loss:
     return {"project": project.replace(start)}
 
   def fit(
-    self, adapters: dict[str, Any], pairs: Pairs, student: Features, teacher: Features,
+    self,
+    adapters: dict[str, Any],
+    pairs: Pairs,
+    student: Features,
+    teacher: Features,
     batch: Batch,
-  ) -> dict[str, Any]:  # fmt: skip
+  ) -> dict[str, Any]:
     """The projections that best map the student's hidden states of one batch."""
     positions = next(iter(student.hidden.values())).shape[1]
     keep_N = features.places(batch, positions).keep_BS.reshape(-1, 1)
@@ -94,9 +98,13 @@ class Loss:
     return {"project": adapters["project"].replace(jnp.stack(solved))}
 
   def whole(
-    self, student: Features, teacher: Features, adapters: dict[str, Any], batch: Batch,
+    self,
+    student: Features,
+    teacher: Features,
+    adapters: dict[str, Any],
+    batch: Batch,
     pairs: Pairs,
-  ) -> Mean:  # fmt: skip
+  ) -> Mean:
     total = Mean(jnp.zeros(()), jnp.zeros(()))
     for i, (a, b) in enumerate(pairs):
       s = student.hidden[a].astype(jnp.float32)

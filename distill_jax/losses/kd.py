@@ -37,7 +37,7 @@ class Loss:
     if min(self.temperature.values) <= 0:
       raise InputError(f"temperature is {self.temperature.values}; it is above 0 at every step")
 
-  def per_token(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array) -> jax.Array:
+  def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array) -> jax.Array:
     T = self.temperature(step)
     targets = batch.targets[self.teacher]
     if self.divergence == "forward_kl" and targets.weight_BTK is not None:

@@ -52,9 +52,11 @@ class Loss:
     if not self.teachers or len(set(self.teachers)) < len(self.teachers):
       raise InputError(f"teachers is {self.teachers}; name one or more, each once")
     if self.shares and (
-      self.by != "shares" or len(self.shares) != len(self.teachers) or min(self.shares) < 0
+      self.by != "shares"
+      or len(self.shares) != len(self.teachers)
+      or min(self.shares) < 0
       or not sum(self.shares)
-    ):  # fmt: skip
+    ):
       raise InputError(
         f"shares is {self.shares} for {len(self.teachers)} teachers by {self.by!r}; they belong to "
         "by='shares', one a teacher, none below 0"
@@ -66,11 +68,11 @@ class Loss:
     }
     return kd.Loss(teacher=teacher, **fields)
 
-  def per_token(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array) -> jax.Array:
+  def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array) -> jax.Array:
     said = [batch.targets[name] for name in self.teachers]
     label_logp_ABC = jnp.stack([label_logp(t, logits_BCV, batch.labels_BT) for t in said])
     share_ABC = self._shares(said, logits_BCV, label_logp_ABC)
-    loss_ABC = jnp.stack([self._kd(n).per_token(logits_BCV, batch, step) for n in self.teachers])
+    loss_ABC = jnp.stack([self._kd(n).token_loss(logits_BCV, batch, step) for n in self.teachers])
     loss_BC = jnp.sum(share_ABC * loss_ABC, 0)
     if not self.label_trust:
       return loss_BC

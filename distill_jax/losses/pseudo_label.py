@@ -25,7 +25,7 @@ class Loss:
   weight: Schedule = constant(1.0)
   teacher: str = "teacher"
 
-  def per_token(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array) -> jax.Array:
+  def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array) -> jax.Array:
     del step
     targets = batch.targets[self.teacher]
     if targets.hidden_BTD is not None:

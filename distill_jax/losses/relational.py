@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from distill_jax.errors import InputError
 from distill_jax.losses import features
-from distill_jax.losses.features import Features, Needs, Pairs
+from distill_jax.losses.features import Features, FeatureSpec, Pairs
 from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch, Mean
 
@@ -49,15 +49,19 @@ class Loss:
         "is at least 0"
       )
 
-  def needs(self, pairs: Pairs, student: Any, teacher: Any) -> tuple[Needs, Needs]:
+  def needs(self, pairs: Pairs, student: Any, teacher: Any) -> tuple[FeatureSpec, FeatureSpec]:
     del student, teacher
     ours, theirs = zip(*pairs, strict=True)
-    return Needs(hidden=ours), Needs(hidden=theirs)
+    return FeatureSpec(hidden=ours), FeatureSpec(hidden=theirs)
 
   def whole(
-    self, student: Features, teacher: Features, adapters: dict[str, Any], batch: Batch,
+    self,
+    student: Features,
+    teacher: Features,
+    adapters: dict[str, Any],
+    batch: Batch,
     pairs: Pairs,
-  ) -> Mean:  # fmt: skip
+  ) -> Mean:
     del adapters
     total = Mean(jnp.zeros(()), jnp.zeros(()))
     keep = features.places(batch, student.hidden[pairs[0][0]].shape[1]).keep_BS[..., None]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from distill_jax.errors import InputError
 from distill_jax.losses import features
-from distill_jax.losses.features import Features, Needs, Pairs
+from distill_jax.losses.features import Features, FeatureSpec, Pairs
 from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch, Mean
 
@@ -37,7 +37,7 @@ class Loss:
   layers: str = "last"
   heads: int = 1
 
-  def needs(self, pairs: Pairs, student: Any, teacher: Any) -> tuple[Needs, Needs]:
+  def needs(self, pairs: Pairs, student: Any, teacher: Any) -> tuple[FeatureSpec, FeatureSpec]:
     for who, c in (("student", student), ("teacher", teacher)):
       for n in (c.num_attention_heads, c.num_key_value_heads):
         if self.heads < 1 or n * c.head_dim % self.heads:
@@ -48,12 +48,16 @@ class Loss:
     ours, theirs = zip(*pairs, strict=True)
     if 0 in (*ours, *theirs):
       raise InputError("relations of layer 0 cannot be tapped; name layers from 1 on")
-    return Needs(qkv=ours), Needs(qkv=theirs)
+    return FeatureSpec(qkv=ours), FeatureSpec(qkv=theirs)
 
   def whole(
-    self, student: Features, teacher: Features, adapters: dict[str, Any], batch: Batch,
+    self,
+    student: Features,
+    teacher: Features,
+    adapters: dict[str, Any],
+    batch: Batch,
     pairs: Pairs,
-  ) -> Mean:  # fmt: skip
+  ) -> Mean:
     del adapters
     total = Mean(jnp.zeros(()), jnp.zeros(()))
     where = features.places(batch, student.qkv[pairs[0][0]][0].shape[1])

@@ -44,9 +44,12 @@ def check(kind: str, has_logp: bool, divergence: str, temperature_changes: bool)
 
 
 def divergence(
-  terms: Terms, targets: Targets, logits_BCV: jax.Array, T: jax.Array | float,
+  terms: Terms,
+  targets: Targets,
+  logits_BCV: jax.Array,
+  T: jax.Array | float,
   missing_mass: str = "tail_bucket",
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
   """The divergence per position, float32 [B, C], at temperature T.
 
   Dense: exact. Top-k with "tail_bucket": exact between the distributions over the k tokens

@@ -27,10 +27,16 @@ Cache = tuple[kv_cache.Kept, ...]  # for each layer, by Block.CACHE
 # Buffers that older checkpoints hold; they follow from the config.
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
 TINY: dict[str, Any] = {  # the smallest model of every family
-  "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-  "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-  "max_position_embeddings": 128, "tie_word_embeddings": True,
-}  # fmt: skip
+  "vocab_size": 256,
+  "hidden_size": 32,
+  "intermediate_size": 64,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 8,
+  "max_position_embeddings": 128,
+  "tie_word_embeddings": True,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +106,18 @@ class Config:
     hf = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     theta, scaling = hf.pop("rope_theta"), _rope.write(hf.pop("rope_scaling"))
     return {
-      "architectures": [self.ARCHITECTURE], "model_type": self.MODEL_TYPE,
-      "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
-      **self.FIXED, **hf,
+      "architectures": [self.ARCHITECTURE],
+      "model_type": self.MODEL_TYPE,
+      "attention_dropout": 0.0,
+      "initializer_range": 0.02,
+      "use_cache": True,
+      **self.FIXED,
+      **hf,
       # The first key is read by transformers 5, the two others by older ones and by vLLM.
-      "rope_parameters": {**scaling, "rope_theta": theta}, "rope_theta": theta,
+      "rope_parameters": {**scaling, "rope_theta": theta},
+      "rope_theta": theta,
       "rope_scaling": scaling if self.rope_scaling else None,
-    }  # fmt: skip
+    }
 
   def keep(self, kept: tuple[int, ...]) -> Self:
     """The config of a model that has these layers of this one, in this order."""
@@ -169,8 +180,9 @@ class Block(nnx.Module):
   MLP_NORM = "post_attention_layernorm"  # the name of the norm before the feed-forward
   activation: Callable[[jax.Array], jax.Array] = staticmethod(jax.nn.silu)
   CACHE: ClassVar[dict[str, str]] = {  # what is kept of positions, and its axes there
-    "k": "batch kv_heads head_dim seq", "v": "batch kv_heads seq head_dim",
-  }  # fmt: skip
+    "k": "batch kv_heads head_dim seq",
+    "v": "batch kv_heads seq head_dim",
+  }
 
   def __init__(self, c: Any, key: jax.Array):
     declare = Declare(key, c)
@@ -220,19 +232,23 @@ class Block(nnx.Module):
     return layers.rope(q_BTHh, angles), layers.rope(k_BTGh, angles), v_BTGh
 
   def attend(
-    self, x_BTD, angles: Any, window: attention.Window, segments_BT, how: layers.Compute
+    self, x_BTD, angles: Any, window: attention.Window, segments_BT, compute: layers.ComputeConfig
   ) -> jax.Array:
     """What attention adds to the residual."""
-    return self.merge(self.read(x_BTD, angles, window, segments_BT, how))
+    return self.merge(self.read(x_BTD, angles, window, segments_BT, compute))
 
   def read(
-    self, x_BTD, angles: Any, window: attention.Window, segments_BT, how: layers.Compute
+    self, x_BTD, angles: Any, window: attention.Window, segments_BT, compute: layers.ComputeConfig
   ) -> jax.Array:
     """What the heads read from the layer's input, [B, T, H, h]."""
     return attention.attention(
-      *self.qkv(x_BTD, angles), segments_BT, window, self.config.attention_scale,
-      how.attention, how.rules,
-    )  # fmt: skip
+      *self.qkv(x_BTD, angles),
+      segments_BT,
+      window,
+      self.config.attention_scale,
+      compute.attention,
+      compute.rules,
+    )
 
   def merge(self, a_BTHh: jax.Array) -> jax.Array:
     """What attention adds to the residual, from what its heads have read."""
@@ -249,9 +265,15 @@ class Block(nnx.Module):
     return attention.cached(q_BTHh, kept["k"], kept["v"], positions_BT, window, scale)
 
   def extend(
-    self, x_BTD, angles: Any, window: attention.Window, positions_BT, slots_BT,
-    kept: dict[str, jax.Array], rules: sharding.Rules,
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+    self,
+    x_BTD,
+    angles: Any,
+    window: attention.Window,
+    positions_BT,
+    slots_BT,
+    kept: dict[str, jax.Array],
+    rules: sharding.Rules,
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The layer of T new positions that see what is kept: (its output, what is kept now)."""
     with jax.named_scope("attention"):
       q_BTHh, new = self.remember(x_BTD, angles)
@@ -268,12 +290,12 @@ class Block(nnx.Module):
     return layers.gated_mlp(y_BTD, *weights, self.activation)
 
   def __call__(
-    self, x_BTD, angles: Any, window: attention.Window, segments_BT, how: layers.Compute
+    self, x_BTD, angles: Any, window: attention.Window, segments_BT, compute: layers.ComputeConfig
   ) -> jax.Array:
     with jax.named_scope("attention"):
-      x_BTD = x_BTD + self.attend(x_BTD, angles, window, segments_BT, how)
+      x_BTD = x_BTD + self.attend(x_BTD, angles, window, segments_BT, compute)
     with jax.named_scope("mlp"):
-      return x_BTD + self.feed_forward(x_BTD, how.rules)
+      return x_BTD + self.feed_forward(x_BTD, compute.rules)
 
 
 class Model(nnx.Module):
@@ -307,25 +329,33 @@ class Model(nnx.Module):
     angles = layers.rope_angles(inputs.positions_BT, freq, _amplitude(c.rope_scaling))
     return lambda layer: (angles, c.window)
 
-  def __call__(self, inputs: Inputs, how: layers.Compute, taps: tuple[int, ...] = ()) -> Output:
+  def __call__(
+    self, inputs: Inputs, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
+  ) -> Output:
     """Args: inputs, int32 [B, T]; taps, the layers whose output is kept. Returns: Output."""
-    return self.read(*self.embedded(inputs.tokens_BT, how), inputs, how, taps)
+    return self.read(*self.embedded(inputs.tokens_BT, compute), inputs, compute, taps)
 
   def read(
-    self, x_BTD: jax.Array, embed_VD: jax.Array, inputs: Inputs, how: layers.Compute,
+    self,
+    x_BTD: jax.Array,
+    embed_VD: jax.Array,
+    inputs: Inputs,
+    compute: layers.ComputeConfig,
     taps: tuple[int, ...] = (),
-  ) -> Output:  # fmt: skip
+  ) -> Output:
     """The model above its embeddings: `__call__`, for what is embedded otherwise."""
     sight = self.sight(inputs)
     x_BTD, taps_PBTD = layers.scan_layers(
       [getattr(self, name) for name, _, _ in self.plan(self.config)],
-      lambda layer, i, x: layer(x, *sight(i), inputs.segments_BT, how),
-      x_BTD, taps, how,
-    )  # fmt: skip
-    return self.output(x_BTD, embed_VD, how, taps_PBTD)
+      lambda layer, i, x: layer(x, *sight(i), inputs.segments_BT, compute),
+      x_BTD,
+      taps,
+      compute,
+    )
+    return self.output(x_BTD, embed_VD, compute, taps_PBTD)
 
   def extend(
-    self, blocks: Sequence[Block], inputs: Inputs, cache: Cache, how: layers.Compute
+    self, blocks: Sequence[Block], inputs: Inputs, cache: Cache, compute: layers.ComputeConfig
   ) -> tuple[Output, Cache]:
     """The model of T more positions a row, which see those that a cache holds.
 
@@ -338,42 +368,44 @@ class Model(nnx.Module):
 
     Returns: Output, and the cache with the new positions in it.
     """
-    x_BTD, embed_VD = self.embedded(inputs.tokens_BT, how)
+    x_BTD, embed_VD = self.embedded(inputs.tokens_BT, compute)
     sight, now = self.sight(inputs), []
     past = jnp.iinfo(jnp.int32).max  # the end of any cache
     slots_BT = jnp.where(inputs.segments_BT > 0, inputs.positions_BT, past)
     for i, block in enumerate(blocks):
-      x_BTD, kept = how.view(block).extend(
-        x_BTD, *sight(i), inputs.positions_BT, slots_BT, cache[i], how.rules
+      x_BTD, kept = compute.cast_and_gather(block).extend(
+        x_BTD, *sight(i), inputs.positions_BT, slots_BT, cache[i], compute.rules
       )
       now.append(kept)
-      x_BTD = sharding.constrain(x_BTD, "batch seq embed", how.rules)
-    return self.output(x_BTD, embed_VD, how), tuple(now)
+      x_BTD = sharding.constrain(x_BTD, "batch seq embed", compute.rules)
+    return self.output(x_BTD, embed_VD, compute), tuple(now)
 
-  def embedded(self, tokens_BT: jax.Array, how: layers.Compute) -> tuple[jax.Array, jax.Array]:
+  def embedded(
+    self, tokens_BT: jax.Array, compute: layers.ComputeConfig
+  ) -> tuple[jax.Array, jax.Array]:
     """What the first layer reads, and the table."""
     with jax.named_scope("embed"):
-      embed_VD = how.view(self.embed)[...]
-      x_BTD = sharding.constrain(embed_VD[tokens_BT], "batch seq embed", how.rules)
+      embed_VD = compute.cast_and_gather(self.embed)[...]
+      x_BTD = sharding.constrain(embed_VD[tokens_BT], "batch seq embed", compute.rules)
       if self.config.embed_scale != 1:
         x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
       return x_BTD, embed_VD
 
-  def output(self, x_BTD, embed_VD, how: layers.Compute, taps_PBTD=None) -> Output:
+  def output(self, x_BTD, embed_VD, compute: layers.ComputeConfig, taps_PBTD=None) -> Output:
     """What the model says, from what its last layer does."""
     c = self.config
     x_BTD = layers.rms_norm(x_BTD, self.norm[...], c.rms_norm_eps, c.NORM_OFFSET)
-    head_VD = embed_VD if c.tie_word_embeddings else how.view(self.head)[...]
+    head_VD = embed_VD if c.tie_word_embeddings else compute.cast_and_gather(self.head)[...]
     return Output(x_BTD, head_VD, c.soft_cap, taps_PBTD)
 
-  def qkv(self, layer: int, x_BTD: jax.Array, inputs: Inputs, how: layers.Compute):
+  def qkv(self, layer: int, x_BTD: jax.Array, inputs: Inputs, compute: layers.ComputeConfig):
     """Queries, keys and values of one layer, from the output of the layer before it."""
     first = 0
     for name, _, n in self.plan(self.config):
       if first <= layer < first + n:
         here = jax.tree.map(lambda w, i=layer - first: w[i], getattr(self, name))
       first += n
-    return how.view(unstack(here)).qkv(x_BTD, self.sight(inputs)(layer)[0])
+    return compute.cast_and_gather(unstack(here)).qkv(x_BTD, self.sight(inputs)(layer)[0])
 
 
 def _amplitude(scaling: Any) -> float:

@@ -22,10 +22,13 @@ from distill_jax.nn.params import param
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
-  "gelu_new": jax.nn.gelu, "gelu_pytorch_tanh": jax.nn.gelu,
+  "gelu_new": jax.nn.gelu,
+  "gelu_pytorch_tanh": jax.nn.gelu,
   "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-  "relu": jax.nn.relu, "silu": jax.nn.silu, "swish": jax.nn.silu,
-}  # fmt: skip
+  "relu": jax.nn.relu,
+  "silu": jax.nn.silu,
+  "swish": jax.nn.silu,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +143,9 @@ class Block(nnx.Module):
     k_BSHh = biased(k_BSHh, self.k_bias) if self.KEY_BIAS else k_BSHh
     return biased(heads(self.q), self.q_bias), k_BSHh, biased(heads(self.v), self.v_bias)
 
-  def attend(self, x_BSD: jax.Array, seen_BS: jax.Array | None) -> jax.Array:
+  def attend(self, x_BSD: jax.Array, valid_BS: jax.Array | None) -> jax.Array:
     """What attention adds to the residual."""
-    a_BSHh = attention.full(*self.qkv(x_BSD), seen_BS, self.CAUSAL)
+    a_BSHh = attention.full(*self.qkv(x_BSD), valid_BS, self.CAUSAL)
     return jnp.einsum("BSHh,HhD->BSD", a_BSHh, self.o[...]) + self.o_bias[...][None, None]
 
   def feed_forward(self, x_BSD: jax.Array) -> jax.Array:
@@ -158,9 +161,9 @@ class Block(nnx.Module):
     eps = self.config.layer_norm_eps
     return layers.layer_norm(x_BSD, self.mlp_norm[...], self.mlp_norm_bias[...], eps)
 
-  def __call__(self, x_BSD: jax.Array, seen_BS: jax.Array | None) -> jax.Array:
+  def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array | None) -> jax.Array:
     with jax.named_scope("attention"):
-      x_BSD = x_BSD + self.attend(x_BSD, seen_BS)
+      x_BSD = x_BSD + self.attend(x_BSD, valid_BS)
       x_BSD = x_BSD if self.PRE_NORM else self.norm_attn(x_BSD)
     with jax.named_scope("mlp"):
       y_BSD = self.norm_mlp(x_BSD) if self.PRE_NORM else x_BSD

@@ -19,7 +19,9 @@ def check(c: Any) -> None:
     )
 
 
-def embedded(c: Any, pixels_BWWM: jax.Array, patch: Any, how: layers.Compute) -> jax.Array:
+def embedded(
+  c: Any, pixels_BWWM: jax.Array, patch: Any, compute: layers.ComputeConfig
+) -> jax.Array:
   """A vector a patch, row by row: [B, S, D], in the compute dtype.
 
   Args:
@@ -35,5 +37,5 @@ def embedded(c: Any, pixels_BWWM: jax.Array, patch: Any, how: layers.Compute) ->
       f"images are {pixels_BWWM.shape[1:]} [height, width, channels] and the model's {want}; set "
       "the model's image_size and num_channels, or the task's size"
     )
-  x_BhwD = layers.patches(pixels_BWWM.astype(how.dtype), how.view(patch)[...])
+  x_BhwD = layers.patches(pixels_BWWM.astype(compute.dtype), compute.cast_and_gather(patch)[...])
   return x_BhwD.reshape(len(pixels_BWWM), -1, c.hidden_size)

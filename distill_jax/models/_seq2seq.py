@@ -30,7 +30,7 @@ class Cache(struct.PyTreeNode):
   v_LRTHh: jax.Array
   source_k_LBSHh: jax.Array
   source_v_LBSHh: jax.Array
-  seen_BS: jax.Array | None
+  valid_BS: jax.Array | None
 
 
 class DecoderLayer(nnx.Module):
@@ -46,14 +46,14 @@ class DecoderLayer(nnx.Module):
   source_join: Any
   finish: Any
 
-  def __call__(self, x_BTD, memory_BSD, seen_BS, bias_1HTT=None) -> jax.Array:
+  def __call__(self, x_BTD, memory_BSD, valid_BS, bias_1HTT=None) -> jax.Array:
     with jax.named_scope("attention"):
       q_BTHh, k_BTHh, v_BTHh = self.qkv(x_BTD)
       a_BTHh = attention.full(q_BTHh, k_BTHh, v_BTHh, None, True, self.SCALE, bias_1HTT)
       x_BTD = self.join(x_BTD, a_BTHh)
     with jax.named_scope("source"):
       q_BTHh, (k_BSHh, v_BSHh) = self.source_q(x_BTD), self.source_kv(memory_BSD)
-      a_BTHh = attention.full(q_BTHh, k_BSHh, v_BSHh, seen_BS, scale=self.SCALE)
+      a_BTHh = attention.full(q_BTHh, k_BSHh, v_BSHh, valid_BS, scale=self.SCALE)
       x_BTD = self.source_join(x_BTD, a_BTHh)
     with jax.named_scope("mlp"):
       return self.finish(x_BTD)
@@ -73,7 +73,7 @@ class DecoderLayer(nnx.Module):
     q_R1Hh, k_BSHh, v_BSHh = self.source_q(x_R1D), kept.source_k_LBSHh, kept.source_v_LBSHh
     # A source's beams ask as its positions do: its keys are there once for all of them.
     q_BKHh = q_R1Hh.reshape(len(k_BSHh), -1, *q_R1Hh.shape[2:])
-    a_BKHh = attention.full(q_BKHh, k_BSHh, v_BSHh, kept.seen_BS, scale=self.SCALE)
+    a_BKHh = attention.full(q_BKHh, k_BSHh, v_BSHh, kept.valid_BS, scale=self.SCALE)
     x_R1D = self.source_join(x_R1D, a_BKHh.reshape(q_R1Hh.shape))
     return self.finish(x_R1D), (k_RTHh, v_RTHh)
 
@@ -90,62 +90,62 @@ class Model(nnx.Module):
   embedded: Any  # (tokens, positions, how) -> what the first layer reads [B, T, D]
   output: Any  # (the last layer's output, how, taps) -> Output
 
-  def target_bias(self, T: int, how: layers.Compute) -> jax.Array | None:
+  def target_bias(self, T: int, compute: layers.ComputeConfig) -> jax.Array | None:
     """Of scores between positions of the target, [1, H, T, T]; None: there is none."""
-    del T, how
+    del T, compute
     return None
 
   def __call__(
-    self, inputs: SourceTarget, how: layers.Compute, taps: tuple[int, ...] = ()
+    self, inputs: SourceTarget, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> Output:
     """Args: taps, decoder layers whose output is kept. Returns: Output, a position a target token.
 
     Padding ends a target, and no position sees what comes after it.
     """
-    memory_BSD, seen_BS = self.encoded(inputs.source, how)
+    memory_BSD, valid_BS = self.encoded(inputs.source, compute)
     target = inputs.target
-    x_BTD = self.embedded(target.tokens_BT, target.positions_BT, how)
-    x_BTD = sharding.constrain(x_BTD, "batch seq embed", how.rules)
-    bias = self.target_bias(x_BTD.shape[1], how)
-    run = lambda layer, i, x: layer(x, memory_BSD, seen_BS, bias)
-    x_BTD, taps_PBTD = layers.scan_layers([self.layers], run, x_BTD, taps, how)
-    return self.output(x_BTD, how, taps_PBTD)
+    x_BTD = self.embedded(target.tokens_BT, target.positions_BT, compute)
+    x_BTD = sharding.constrain(x_BTD, "batch seq embed", compute.rules)
+    bias = self.target_bias(x_BTD.shape[1], compute)
+    run = lambda layer, i, x: layer(x, memory_BSD, valid_BS, bias)
+    x_BTD, taps_PBTD = layers.scan_layers([self.layers], run, x_BTD, taps, compute)
+    return self.output(x_BTD, compute, taps_PBTD)
 
-  def begin(self, source: Any, beams: int, size: int, how: layers.Compute) -> Cache:
+  def begin(self, source: Any, beams: int, size: int, compute: layers.ComputeConfig) -> Cache:
     """An empty cache of targets of up to `size` tokens, and the source's keys and values."""
-    memory_BSD, seen_BS = self.encoded(source, how)
+    memory_BSD, valid_BS = self.encoded(source, compute)
 
     def one(_, layer):
-      k_BSHh, v_BSHh = how.view(unstack(layer)).source_kv(memory_BSD)
+      k_BSHh, v_BSHh = compute.cast_and_gather(unstack(layer)).source_kv(memory_BSD)
       empty = jnp.zeros((len(k_BSHh) * beams, size, *k_BSHh.shape[2:]), k_BSHh.dtype)
       return None, (empty, empty, k_BSHh, v_BSHh)
 
     k, v, source_k, source_v = jax.lax.scan(one, None, self.layers)[1]
-    return Cache(k, v, source_k, source_v, seen_BS)
+    return Cache(k, v, source_k, source_v, valid_BS)
 
   def extend(
-    self, tokens_R: jax.Array, position: jax.Array, cache: Cache, how: layers.Compute
+    self, tokens_R: jax.Array, position: jax.Array, cache: Cache, compute: layers.ComputeConfig
   ) -> tuple[Output, Cache]:
     """One more token of each target, all at one position: (Output of T = 1, the cache with it)."""
     places_R1 = jnp.full((len(tokens_R), 1), position, jnp.int32)
-    x_R1D = self.embedded(tokens_R[:, None], places_R1, how)
-    if (bias := self.target_bias(cache.k_LRTHh.shape[2], how)) is not None:
+    x_R1D = self.embedded(tokens_R[:, None], places_R1, compute)
+    if (bias := self.target_bias(cache.k_LRTHh.shape[2], compute)) is not None:
       bias = jax.lax.dynamic_slice_in_dim(bias, position, 1, 2)
 
     def one(x_R1D, xs):
       layer, k, v, source_k, source_v = xs
-      kept = Cache(k, v, source_k, source_v, cache.seen_BS)
-      return how.view(unstack(layer)).extend(x_R1D, kept, position, bias)
+      kept = Cache(k, v, source_k, source_v, cache.valid_BS)
+      return compute.cast_and_gather(unstack(layer)).extend(x_R1D, kept, position, bias)
 
     stacked = cache.k_LRTHh, cache.v_LRTHh, cache.source_k_LBSHh, cache.source_v_LBSHh
     x_R1D, (k, v) = jax.lax.scan(one, x_R1D, (self.layers, *stacked))
-    return self.output(x_R1D, how, None), cache.replace(k_LRTHh=k, v_LRTHh=v)
+    return self.output(x_R1D, compute, None), cache.replace(k_LRTHh=k, v_LRTHh=v)
 
-  def qkv(self, layer: int, x_BTD: jax.Array, inputs: SourceTarget, how: layers.Compute):
+  def qkv(self, layer: int, x_BTD: jax.Array, inputs: SourceTarget, compute: layers.ComputeConfig):
     """Queries, keys and values of a decoder layer, from the output of the layer before it."""
     del inputs
     here = jax.tree.map(lambda w: w[layer], self.layers)
-    return how.view(unstack(here)).qkv(x_BTD)
+    return compute.cast_and_gather(unstack(here)).qkv(x_BTD)
 
 
 ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
@@ -181,9 +181,13 @@ class BartConfig:
     """The shape of the layers of the "encoder" or the "decoder"."""
     of = lambda what: getattr(self, f"{name}_{what}")
     return _encoder.Config(
-      self.d_model, of("ffn_dim"), of("layers"), of("attention_heads"), self.activation,
+      self.d_model,
+      of("ffn_dim"),
+      of("layers"),
+      of("attention_heads"),
+      self.activation,
       layer_norm_eps=EPS,
-    )  # fmt: skip
+    )
 
   def keep(self, kept: tuple[int, ...]) -> Self:
     """The config of a model that has these decoder layers of this one, and all of the encoder."""
@@ -219,8 +223,11 @@ class BartEncoderLayer(_encoder.Block):
 
   NAMES = {
     **{n: f"self_attn.{name}" for n, name in ATTENTION.items()},
-    "attn_norm": "self_attn_layer_norm", "up": "fc1", "down": "fc2", "mlp_norm": "final_layer_norm",
-  }  # fmt: skip
+    "attn_norm": "self_attn_layer_norm",
+    "up": "fc1",
+    "down": "fc2",
+    "mlp_norm": "final_layer_norm",
+  }
 
 
 class BartDecoderLayer(DecoderLayer, BartEncoderLayer):  # type: ignore[misc]  # other arguments

@@ -71,9 +71,11 @@ class Config(_decoder.Config):
     types = tuple(self.layer_types[i] for i in kept) if self.layer_types else ()
     window = self.sliding_window if LOCAL in types else None
     return dataclasses.replace(
-      self, num_hidden_layers=len(kept), sliding_window=window,
+      self,
+      num_hidden_layers=len(kept),
+      sliding_window=window,
       layer_types=types if window is not None else (),
-    )  # fmt: skip
+    )
 
   @property
   def window(self) -> int | None:

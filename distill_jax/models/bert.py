@@ -52,10 +52,15 @@ class Config(_encoder.Config):
     n = hf.pop("num_labels")
     architecture = "BertForSequenceClassification" if n else "BertModel"
     return {
-      "architectures": [architecture], "model_type": "bert",
-      "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "initializer_range": 0.02,
-      **FIXED, **_encoder.label_names(n), **hf,
-    }  # fmt: skip
+      "architectures": [architecture],
+      "model_type": "bert",
+      "attention_probs_dropout_prob": 0.0,
+      "hidden_dropout_prob": 0.0,
+      "initializer_range": 0.02,
+      **FIXED,
+      **_encoder.label_names(n),
+      **hf,
+    }
 
   def skips(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
@@ -76,10 +81,15 @@ class Block(_encoder.Block):
 
   PRE_NORM = False
   NAMES = {
-    "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
-    "o": "attention.output.dense", "attn_norm": "attention.output.LayerNorm",
-    "up": "intermediate.dense", "down": "output.dense", "mlp_norm": "output.LayerNorm",
-  }  # fmt: skip
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "o": "attention.output.dense",
+    "attn_norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "mlp_norm": "output.LayerNorm",
+  }
 
 
 class Model(nnx.Module):
@@ -105,52 +115,60 @@ class Model(nnx.Module):
       self.head = declare.linear("classifier", f"classes:{n} embed:{D}", "classes", 0.02)
       self.head_bias = declare.bias("classifier", n)
 
-  def __call__(self, inputs: Inputs, how: layers.Compute, taps: tuple[int, ...] = ()) -> Output:
+  def __call__(
+    self, inputs: Inputs, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
+  ) -> Output:
     """Args: inputs, int32 [B, S]; taps, the layers whose output is kept. Returns: Output, T = 1."""
-    x_BSD, taps_PBSD = self.encoded(inputs, how, taps)
+    x_BSD, taps_PBSD = self.encoded(inputs, compute, taps)
     # As sentence-transformers have it (arXiv:1908.10084).
     mean_B1D = _mean(x_BSD, inputs.segments_BT > 0)
     if not self.config.num_labels:
       unit_B1D = layers.unit(mean_B1D)
       no_head_1D = jnp.zeros_like(unit_B1D[0])
       return Output(unit_B1D, no_head_1D, taps_PBTD=taps_PBSD, embedding_BTD=mean_B1D)
-    top = how.view({n: getattr(self, n) for n in ("pool", "pool_bias", "head", "head_bias")})
+    top = compute.cast_and_gather(
+      {n: getattr(self, n) for n in ("pool", "pool_bias", "head", "head_bias")}
+    )
     pooled_B1D = jnp.tanh(x_BSD[:, :1] @ top["pool"][...] + top["pool_bias"][...][None, None])
     hidden, head = layers.with_bias(pooled_B1D, top["head"][...], top["head_bias"][...])
     return Output(hidden, head, taps_PBTD=taps_PBSD, embedding_BTD=mean_B1D)
 
   def encoded(
-    self, inputs: Inputs, how: layers.Compute, taps: tuple[int, ...] = ()
+    self, inputs: Inputs, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> tuple[jax.Array, jax.Array | None]:
     """The last layer's output [B, S, D], and the taps."""
     with jax.named_scope("embed"):
-      x_BSD = how.view(self.embed)[...][inputs.tokens_BT]
-      x_BSD = x_BSD + how.view(self.places)[...][inputs.positions_BT]
-      x_BSD = x_BSD + how.view(self.kinds)[...][:1][None]
+      x_BSD = compute.cast_and_gather(self.embed)[...][inputs.tokens_BT]
+      x_BSD = x_BSD + compute.cast_and_gather(self.places)[...][inputs.positions_BT]
+      x_BSD = x_BSD + compute.cast_and_gather(self.kinds)[...][:1][None]
       eps = self.config.layer_norm_eps
       x_BSD = layers.layer_norm(x_BSD, self.norm[...], self.norm_bias[...], eps)
-      x_BSD = sharding.constrain(x_BSD, "batch seq embed", how.rules)
-    seen_BS = inputs.segments_BT > 0
-    run = lambda layer, i, x: layer(x, seen_BS)
-    return layers.scan_layers([self.layers], run, x_BSD, taps, how)
+      x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
+    valid_BS = inputs.segments_BT > 0
+    run = lambda layer, i, x: layer(x, valid_BS)
+    return layers.scan_layers([self.layers], run, x_BSD, taps, compute)
 
-  def qkv(self, layer: int, x_BSD: jax.Array, inputs: Inputs, how: layers.Compute):
+  def qkv(self, layer: int, x_BSD: jax.Array, inputs: Inputs, compute: layers.ComputeConfig):
     """Queries, keys and values of one layer, from the output of the layer before it."""
     here = jax.tree.map(lambda w: w[layer], self.layers)
-    return how.view(unstack(here)).qkv(x_BSD)
+    return compute.cast_and_gather(unstack(here)).qkv(x_BSD)
 
 
-def _mean(x_BSD: jax.Array, seen_BS: jax.Array) -> jax.Array:
+def _mean(x_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
   """Over the tokens of each text, [B, 1, D]."""
-  x_BSD = jnp.where(seen_BS[..., None], x_BSD, 0)
-  n_B11 = jnp.maximum(jnp.sum(seen_BS, 1), 1)[:, None, None]
+  x_BSD = jnp.where(valid_BS[..., None], x_BSD, 0)
+  n_B11 = jnp.maximum(jnp.sum(valid_BS, 1), 1)[:, None, None]
   return jnp.sum(x_BSD, 1, keepdims=True) / n_B11.astype(x_BSD.dtype)
 
 
 TINY = Config(
-  hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=256,
+  hidden_size=32,
+  intermediate_size=64,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  vocab_size=256,
   max_position_embeddings=128,
-)  # fmt: skip
+)
 
 CONFIGS = {
   "tiny": TINY,

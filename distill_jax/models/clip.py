@@ -15,7 +15,7 @@ from distill_jax.errors import InputError
 from distill_jax.models import _encoder, _patches, _rope
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import param, stack, unstack
-from distill_jax.types import PAIRED, Images, ImageText, Inputs, Output
+from distill_jax.types import IN_BATCH_CLASSES, Images, ImageText, Inputs, Output
 
 HF_MODEL_TYPES = ("clip",)  # of config.json
 MOST = math.log(100)  # of logit_scale, past which CLIP's authors found training unstable
@@ -88,9 +88,12 @@ class Config:
     text = {"model_type": "clip_text_model", **dataclasses.asdict(self.text), **said}
     vision = {"model_type": "clip_vision_model", **dataclasses.asdict(self.vision), **said}
     return {
-      "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": self.projection_dim,
-      "text_config": text, "vision_config": vision,
-    }  # fmt: skip
+      "architectures": ["CLIPModel"],
+      "model_type": "clip",
+      "projection_dim": self.projection_dim,
+      "text_config": text,
+      "vision_config": vision,
+    }
 
   def keep(self, kept: tuple[int, ...]) -> Any:
     """The config of a model that has these layers of both towers of this one, in this order."""
@@ -107,7 +110,7 @@ class Config:
     return name.endswith("embeddings.position_ids")
 
   # What the rest asks of every family.
-  head_rows = PAIRED
+  head_rows = IN_BATCH_CLASSES
   vocab_size = property(lambda self: self.text.vocab_size)
   max_position_embeddings = property(lambda self: self.text.max_position_embeddings)
   num_hidden_layers = property(lambda self: self.vision.num_hidden_layers)
@@ -127,10 +130,15 @@ class Block(_encoder.Block):
   """One layer of the vision tower, normed before attention and before the feed-forward."""
 
   NAMES = {
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-    "o": "self_attn.out_proj", "attn_norm": "layer_norm1", "up": "mlp.fc1", "down": "mlp.fc2",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.out_proj",
+    "attn_norm": "layer_norm1",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
     "mlp_norm": "layer_norm2",
-  }  # fmt: skip
+  }
 
 
 class CausalBlock(Block):
@@ -151,9 +159,11 @@ class VisionTower(nnx.Module):
     std = (c.num_channels * p * p) ** -0.5
     self.patch = param(keys[1], dims, f"{at}embeddings.patch_embedding.weight", init=std)
     self.places = param(
-      keys[2], f"places:{c.patches + 1} table:{D}", f"{at}embeddings.position_embedding.weight",
+      keys[2],
+      f"places:{c.patches + 1} table:{D}",
+      f"{at}embeddings.position_embedding.weight",
       init=0.02,
-    )  # fmt: skip
+    )
     # Misspelt by those who wrote the checkpoints.
     self.norm, self.norm_bias = _encoder.Declare(keys[3], at).norm("pre_layrnorm", D)
     block = functools.partial(Block, c, at + "encoder.layers.{layers}.")
@@ -161,29 +171,31 @@ class VisionTower(nnx.Module):
     self.top, self.top_bias = _encoder.Declare(keys[5], at).norm("post_layernorm", D)
 
   def __call__(
-    self, inputs: Images, how: layers.Compute, taps: tuple[int, ...] = ()
+    self, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> tuple[jax.Array, jax.Array | None]:
     """The last layer's output [B, 1 + patches, D], and the taps."""
-    return self._through(self.layers, inputs, how, taps)
+    return self._through(self.layers, inputs, compute, taps)
 
-  def after(self, n: int, inputs: Images, how: layers.Compute) -> jax.Array:
+  def after(self, n: int, inputs: Images, compute: layers.ComputeConfig) -> jax.Array:
     """The output of the first n layers, [B, 1 + patches, D]."""
-    return self._through(jax.tree.map(lambda w: w[:n], self.layers), inputs, how, ())[0]
+    return self._through(jax.tree.map(lambda w: w[:n], self.layers), inputs, compute, ())[0]
 
-  def _through(self, stacked: Any, inputs: Images, how: layers.Compute, taps: tuple[int, ...]):
+  def _through(
+    self, stacked: Any, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...]
+  ):
     with jax.named_scope("embed"):
-      x_BSD, eps = self.embedded(inputs.pixels_BWWM, how), self.config.layer_norm_eps
+      x_BSD, eps = self.embedded(inputs.pixels_BWWM, compute), self.config.layer_norm_eps
       x_BSD = layers.layer_norm(x_BSD, self.norm[...], self.norm_bias[...], eps)
-      x_BSD = sharding.constrain(x_BSD, "batch seq embed", how.rules)
-    return layers.scan_layers([stacked], lambda layer, i, x: layer(x, None), x_BSD, taps, how)
+      x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
+    return layers.scan_layers([stacked], lambda layer, i, x: layer(x, None), x_BSD, taps, compute)
 
-  def embedded(self, pixels_BWWM: jax.Array, how: layers.Compute) -> jax.Array:
+  def embedded(self, pixels_BWWM: jax.Array, compute: layers.ComputeConfig) -> jax.Array:
     """[B, 1 + patches, D]: what stands for the whole, then the patches row by row."""
     c, B = self.config, pixels_BWWM.shape[0]
-    patches_BSD = _patches.embedded(c, pixels_BWWM, self.patch, how)
-    whole_B1D = jnp.broadcast_to(how.view(self.whole)[...], (B, 1, c.hidden_size))
+    patches_BSD = _patches.embedded(c, pixels_BWWM, self.patch, compute)
+    whole_B1D = jnp.broadcast_to(compute.cast_and_gather(self.whole)[...], (B, 1, c.hidden_size))
     x_BSD = jnp.concatenate([whole_B1D, patches_BSD], 1)
-    return x_BSD + how.view(self.places)[...][None]
+    return x_BSD + compute.cast_and_gather(self.places)[...][None]
 
   def pooled(self, x_BSD: jax.Array) -> jax.Array:
     """[B, D], what stands for the whole picture."""
@@ -191,10 +203,10 @@ class VisionTower(nnx.Module):
       x_BSD[:, 0], self.top[...], self.top_bias[...], self.config.layer_norm_eps
     )
 
-  def qkv(self, layer: int, x_BSD: jax.Array, how: layers.Compute):
+  def qkv(self, layer: int, x_BSD: jax.Array, compute: layers.ComputeConfig):
     """Queries, keys and values of one layer, from the output of the layer before it."""
     here = jax.tree.map(lambda w: w[layer], self.layers)
-    return how.view(unstack(here)).qkv(x_BSD)
+    return compute.cast_and_gather(unstack(here)).qkv(x_BSD)
 
 
 class TextTower(nnx.Module):
@@ -212,16 +224,16 @@ class TextTower(nnx.Module):
     self.layers = stack(c.num_hidden_layers, block, keys[2])
     self.top, self.top_bias = _encoder.Declare(keys[3], at).norm("final_layer_norm", D)
 
-  def __call__(self, inputs: Inputs, how: layers.Compute) -> jax.Array:
+  def __call__(self, inputs: Inputs, compute: layers.ComputeConfig) -> jax.Array:
     """[B, D], what stands at the end of each text."""
     with jax.named_scope("embed"):
-      x_BSD = how.view(self.embed)[...][inputs.tokens_BT]
-      x_BSD = x_BSD + how.view(self.places)[...][inputs.positions_BT]
-      x_BSD = sharding.constrain(x_BSD, "batch seq embed", how.rules)
-    seen_BS = inputs.segments_BT > 0
-    run = lambda layer, i, x: layer(x, seen_BS)
-    x_BSD, _ = layers.scan_layers([self.layers], run, x_BSD, (), how)
-    last_B11 = jnp.maximum(jnp.sum(seen_BS, 1, dtype=jnp.int32) - 1, 0)[:, None, None]
+      x_BSD = compute.cast_and_gather(self.embed)[...][inputs.tokens_BT]
+      x_BSD = x_BSD + compute.cast_and_gather(self.places)[...][inputs.positions_BT]
+      x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
+    valid_BS = inputs.segments_BT > 0
+    run = lambda layer, i, x: layer(x, valid_BS)
+    x_BSD, _ = layers.scan_layers([self.layers], run, x_BSD, (), compute)
+    last_B11 = jnp.maximum(jnp.sum(valid_BS, 1, dtype=jnp.int32) - 1, 0)[:, None, None]
     x_BD = jnp.take_along_axis(x_BSD, last_B11, 1)[:, 0]
     return layers.layer_norm(x_BD, self.top[...], self.top_bias[...], self.config.layer_norm_eps)
 
@@ -248,10 +260,12 @@ class Model(nnx.Module):
     scale = param(key, "", "logit_scale", init="zeros", exact=True)
     self.scale = scale.replace(scale[...] + math.log(1 / 0.07))
 
-  def __call__(self, inputs: ImageText, how: layers.Compute, taps: tuple[int, ...] = ()) -> Output:
+  def __call__(
+    self, inputs: ImageText, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
+  ) -> Output:
     """Args: taps, layers of the vision tower. Returns: Output, T = 2, its head `paired`."""
-    image_BE, taps_PBSD = self.image(inputs.images, how, taps)
-    text_BE = self.texts(inputs.texts, how)
+    image_BE, taps_PBSD = self.image(inputs.images, compute, taps)
+    text_BE = self.texts(inputs.texts, compute)
     scale = jnp.exp(jnp.minimum(self.scale[...].astype(jnp.float32), MOST))
     both_B2E = jnp.stack([image_BE, text_BE], 1)
     # A row of the batch that is filled up, whose text is empty, is nobody's negative.
@@ -262,19 +276,21 @@ class Model(nnx.Module):
     return Output(hidden, head, taps_PBTD=taps_PBSD, embedding_BTD=both_B2E, paired=True)
 
   def image(
-    self, inputs: Images, how: layers.Compute, taps: tuple[int, ...] = ()
+    self, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> tuple[jax.Array, jax.Array | None]:
     """(vectors of length 1, float32 [B, E]; the taps)"""
-    x_BSD, taps_PBSD = self.vision(inputs, how, taps)
-    return layers.unit(self.vision.pooled(x_BSD) @ how.view(self.of_image)[...]), taps_PBSD
+    x_BSD, taps_PBSD = self.vision(inputs, compute, taps)
+    return layers.unit(
+      self.vision.pooled(x_BSD) @ compute.cast_and_gather(self.of_image)[...]
+    ), taps_PBSD
 
-  def texts(self, inputs: Inputs, how: layers.Compute) -> jax.Array:
+  def texts(self, inputs: Inputs, compute: layers.ComputeConfig) -> jax.Array:
     """Vectors of length 1, float32 [B, E]."""
-    return layers.unit(self.text(inputs, how) @ how.view(self.of_text)[...])
+    return layers.unit(self.text(inputs, compute) @ compute.cast_and_gather(self.of_text)[...])
 
-  def qkv(self, layer: int, x_BSD: jax.Array, inputs: ImageText, how: layers.Compute):
+  def qkv(self, layer: int, x_BSD: jax.Array, inputs: ImageText, compute: layers.ComputeConfig):
     """Of one layer of the vision tower, from the output of the layer before it."""
-    return self.vision.qkv(layer, x_BSD, how)
+    return self.vision.qkv(layer, x_BSD, compute)
 
 
 TINY = Config(
@@ -283,7 +299,7 @@ TINY = Config(
   ),
   Vision(48, 64, 3, 4, num_channels=1, image_size=8, patch_size=4),
   projection_dim=24,
-)  # fmt: skip
+)
 
 CONFIGS = {
   "tiny": TINY,

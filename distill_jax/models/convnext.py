@@ -65,11 +65,16 @@ class Config:
     """The config.json of this model."""
     hf = dataclasses.asdict(self)
     return {
-      "architectures": ["ConvNextForImageClassification"], "model_type": self.MODEL_TYPE,
-      "drop_path_rate": 0.0, "initializer_range": 0.02, "num_stages": len(self.depths),
-      **_encoder.label_names(hf.pop("num_labels")), **hf,
-      "hidden_sizes": list(self.hidden_sizes), "depths": list(self.depths),
-    }  # fmt: skip
+      "architectures": ["ConvNextForImageClassification"],
+      "model_type": self.MODEL_TYPE,
+      "drop_path_rate": 0.0,
+      "initializer_range": 0.02,
+      "num_stages": len(self.depths),
+      **_encoder.label_names(hf.pop("num_labels")),
+      **hf,
+      "hidden_sizes": list(self.hidden_sizes),
+      "depths": list(self.depths),
+    }
 
   def keep(self, kept: tuple[int, ...]) -> Self:
     raise InputError(
@@ -140,13 +145,15 @@ class Stage(nnx.Module):
       self.down = declare.linear("1", dims, "", init=(4 * M) ** -0.5)
       self.down_bias = declare.bias("1", D)
 
-  def __call__(self, x_BWWD: jax.Array, how: layers.Compute) -> jax.Array:
+  def __call__(self, x_BWWD: jax.Array, compute: layers.ComputeConfig) -> jax.Array:
     if hasattr(self, "down"):
       x_BWWD = layers.layer_norm(x_BWWD, self.norm[...], self.norm_bias[...], EPS)
-      bias = how.view(self.down_bias)[...]
-      x_BWWD = layers.patches(x_BWWD, how.view(self.down)[...]) + bias[None, None, None]
+      bias = compute.cast_and_gather(self.down_bias)[...]
+      x_BWWD = (
+        layers.patches(x_BWWD, compute.cast_and_gather(self.down)[...]) + bias[None, None, None]
+      )
     run = lambda layer, i, x: layer(x)
-    return layers.scan_layers([self.layers], run, x_BWWD, (), how)[0]
+    return layers.scan_layers([self.layers], run, x_BWWD, (), compute)[0]
 
 
 class Model(nnx.Module):
@@ -169,23 +176,27 @@ class Model(nnx.Module):
     self.head = declare.linear("classifier", dims, "classes", 0.02)
     self.head_bias = declare.bias("classifier", c.num_labels)
 
-  def __call__(self, inputs: Images, how: layers.Compute, taps: tuple[int, ...] = ()) -> Output:
+  def __call__(
+    self, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
+  ) -> Output:
     """Args: inputs, float32 pixels [B, W, W, M]. Returns: Output, T = 1. There are no taps."""
     if taps:
       raise InputError(
         f"taps {taps} of a ConvNeXt, whose layers are of several widths; there are none"
       )
     with jax.named_scope("embed"):
-      x_BWWD = layers.patches(inputs.pixels_BWWM.astype(how.dtype), how.view(self.patch)[...])
-      x_BWWD = x_BWWD + how.view(self.patch_bias)[...][None, None, None]
+      x_BWWD = layers.patches(
+        inputs.pixels_BWWM.astype(compute.dtype), compute.cast_and_gather(self.patch)[...]
+      )
+      x_BWWD = x_BWWD + compute.cast_and_gather(self.patch_bias)[...][None, None, None]
       x_BWWD = layers.layer_norm(x_BWWD, self.stem_norm[...], self.stem_norm_bias[...], EPS)
-      x_BWWD = sharding.constrain(x_BWWD, "batch seq seq embed", how.rules)
+      x_BWWD = sharding.constrain(x_BWWD, "batch seq seq embed", compute.rules)
     for stage in self.stages:
-      x_BWWD = stage(x_BWWD, how)
+      x_BWWD = stage(x_BWWD, compute)
     x_B1D = jnp.mean(x_BWWD, (1, 2), dtype=jnp.float32)[:, None].astype(x_BWWD.dtype)
     eps = self.config.layer_norm_eps
     x_B1D = layers.layer_norm(x_B1D, self.norm[...], self.norm_bias[...], eps)
-    weights = how.view(self.head)[...], how.view(self.head_bias)[...]
+    weights = compute.cast_and_gather(self.head)[...], compute.cast_and_gather(self.head_bias)[...]
     return Output(*layers.with_bias(x_B1D, *weights))
 
 
@@ -198,9 +209,13 @@ def depthwise(x_BWWD: jax.Array, w_D1kk: jax.Array) -> jax.Array:
   (B, H, W, D), k = x_BWWD.shape, w_D1kk.shape[-1]
   if H * W > FEW:
     return jax.lax.conv_general_dilated(
-      x_BWWD, w_D1kk, (1, 1), "SAME", dimension_numbers=("NHWC", "OIHW", "NHWC"),
+      x_BWWD,
+      w_D1kk,
+      (1, 1),
+      "SAME",
+      dimension_numbers=("NHWC", "OIHW", "NHWC"),
       feature_group_count=D,
-    )  # fmt: skip
+    )
   rows_kHH, columns_kWW = (_shifts(k, n, x_BWWD.dtype) for n in (H, W))
   w_DkHH = jnp.einsum("Dkq,khH->DqhH", w_D1kk[:, 0], rows_kHH)
   w_DSS = jnp.einsum("DqhH,qwW->DhwHW", w_DkHH, columns_kWW).reshape(D, H * W, H * W)
@@ -215,8 +230,13 @@ def _shifts(k: int, n: int, dtype: Any) -> np.ndarray:
 
 
 TINY = Config(
-  hidden_sizes=(8, 16), depths=(1, 2), patch_size=2, num_channels=1, image_size=12, num_labels=10,
+  hidden_sizes=(8, 16),
+  depths=(1, 2),
+  patch_size=2,
+  num_channels=1,
+  image_size=12,
+  num_labels=10,
   layer_scale_init_value=1.0,
-)  # fmt: skip
+)
 
 CONFIGS = {"tiny": TINY, "convnext-tiny": Config(num_labels=1_000)}

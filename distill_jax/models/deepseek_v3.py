@@ -46,9 +46,12 @@ class Config(_decoder.Config):
   MODEL_TYPE = "deepseek_v3"
   ARCHITECTURE = "DeepseekV3ForCausalLM"
   FIXED = {
-    "hidden_act": "silu", "attention_bias": False, "moe_layer_freq": 1, "topk_method": "noaux_tc",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "moe_layer_freq": 1,
+    "topk_method": "noaux_tc",
     "scoring_func": "sigmoid",
-  }  # fmt: skip
+  }
   MAY_BE_0 = ("first_k_dense_replace", "num_nextn_predict_layers")
 
   def __post_init__(self):
@@ -245,17 +248,32 @@ class Model(_decoder.Model):
 
 TINY = Config(
   **_decoder.TINY | {"num_key_value_heads": 4, "head_dim": 12},
-  q_lora_rank=16, kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10,
-  first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=24,
-  n_group=4, topk_group=2,
-)  # fmt: skip
+  q_lora_rank=16,
+  kv_lora_rank=24,
+  qk_nope_head_dim=8,
+  qk_rope_head_dim=4,
+  v_head_dim=10,
+  first_k_dense_replace=1,
+  n_routed_experts=8,
+  num_experts_per_tok=3,
+  moe_intermediate_size=24,
+  n_group=4,
+  topk_group=2,
+)
 
 CONFIGS = {
   "tiny": TINY,
   "deepseek-v3": Config(  # and R1
-    vocab_size=129_280, hidden_size=7_168, intermediate_size=18_432, num_hidden_layers=61,
-    num_attention_heads=128, num_key_value_heads=128, head_dim=192, q_lora_rank=1_536,
-    max_position_embeddings=163_840, first_k_dense_replace=3,
+    vocab_size=129_280,
+    hidden_size=7_168,
+    intermediate_size=18_432,
+    num_hidden_layers=61,
+    num_attention_heads=128,
+    num_key_value_heads=128,
+    head_dim=192,
+    q_lora_rank=1_536,
+    max_position_embeddings=163_840,
+    first_k_dense_replace=3,
     rope_scaling=_rope.Yarn(40.0, 4_096, mscale=1.0, mscale_all_dim=1.0),
   ),
-}  # fmt: skip
+}

@@ -49,37 +49,51 @@ class Model(nnx.Module):
     self.head, self.head_bias = vit.classifier(declare, "cls_classifier", c)
     self.taught, self.taught_bias = vit.classifier(declare, "distillation_classifier", c)
 
-  def __call__(self, inputs: Images, how: layers.Compute, taps: tuple[int, ...] = ()) -> Output:
+  def __call__(
+    self, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
+  ) -> Output:
     """Args: inputs, float32 pixels; taps, the layers whose output is kept.
 
     Returns: Output, T = 1; where `how.training`, T = 2, the class token and then the other.
     """
-    x_BSD, taps_PBSD = self.body(inputs, how, taps)
-    view = lambda v: how.view(v)[...]
+    x_BSD, taps_PBSD = self.body(inputs, compute, taps)
+    view = lambda v: compute.cast_and_gather(v)[...]
     own_B1D, head_VD = layers.with_bias(x_BSD[:, :1], view(self.head), view(self.head_bias))
     taught, taught_VD = layers.with_bias(x_BSD[:, 1:2], view(self.taught), view(self.taught_bias))
     zero = jnp.zeros_like(own_B1D)
     first = jnp.concatenate([own_B1D, zero], -1)
     second = jnp.concatenate([zero, taught], -1)
-    hidden = jnp.concatenate([first, second], 1) if how.training else (first + second) / 2
+    hidden = jnp.concatenate([first, second], 1) if compute.training else (first + second) / 2
     return Output(hidden, jnp.concatenate([head_VD, taught_VD], -1), taps_PBTD=taps_PBSD)
 
   qkv = vit.Model.qkv
 
 
 TINY = Config(
-  hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=12,
-  patch_size=4, num_channels=1, num_labels=10,
-)  # fmt: skip
+  hidden_size=32,
+  intermediate_size=64,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  image_size=12,
+  patch_size=4,
+  num_channels=1,
+  num_labels=10,
+)
 
 CONFIGS = {
   "tiny": TINY,
   "deit-tiny-16": Config(
-    hidden_size=192, intermediate_size=768, num_hidden_layers=12, num_attention_heads=3,
+    hidden_size=192,
+    intermediate_size=768,
+    num_hidden_layers=12,
+    num_attention_heads=3,
     num_labels=1_000,
   ),
   "deit-base-16": Config(
-    hidden_size=768, intermediate_size=3_072, num_hidden_layers=12, num_attention_heads=12,
+    hidden_size=768,
+    intermediate_size=3_072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
     num_labels=1_000,
   ),
-}  # fmt: skip
+}

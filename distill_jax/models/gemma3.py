@@ -37,10 +37,11 @@ class Config(_decoder.Config):
   MODEL_TYPE = "gemma3_text"
   ARCHITECTURE = "Gemma3ForCausalLM"
   FIXED = {
-    "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
     "attn_logit_softcapping": None,  # transformers reads it and caps nothing
     "use_bidirectional_attention": False,
-  }  # fmt: skip
+  }
   QK_NORM = True
   NORM_OFFSET = 1.0
 
@@ -140,13 +141,28 @@ CONFIGS = {
   "tiny": TINY,
   "tiny-cap": dataclasses.replace(TINY, final_logit_softcapping=2.0),
   "gemma-3-1b": Config(
-    vocab_size=262_144, hidden_size=1_152, intermediate_size=6_912, num_hidden_layers=26,
-    num_attention_heads=4, num_key_value_heads=1, head_dim=256, max_position_embeddings=32_768,
-    sliding_window=512, layer_types=_turns(26),
+    vocab_size=262_144,
+    hidden_size=1_152,
+    intermediate_size=6_912,
+    num_hidden_layers=26,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=256,
+    max_position_embeddings=32_768,
+    sliding_window=512,
+    layer_types=_turns(26),
   ),
   "gemma-3-4b": Config(
-    vocab_size=262_208, hidden_size=2_560, intermediate_size=10_240, num_hidden_layers=34,
-    num_attention_heads=8, num_key_value_heads=4, head_dim=256, max_position_embeddings=131_072,
-    sliding_window=1_024, layer_types=_turns(34), rope_scaling=_rope.Linear(8.0),
+    vocab_size=262_208,
+    hidden_size=2_560,
+    intermediate_size=10_240,
+    num_hidden_layers=34,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+    max_position_embeddings=131_072,
+    sliding_window=1_024,
+    layer_types=_turns(34),
+    rope_scaling=_rope.Linear(8.0),
   ),
-}  # fmt: skip
+}

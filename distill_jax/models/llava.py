@@ -17,9 +17,10 @@ from distill_jax.types import Images, ImageText, Output
 HF_MODEL_TYPES = ("llava",)  # of config.json
 AFTER, PREFIX = "vision_tower.", "vision_model."  # what transformers 5 leaves out, after what
 FIXED = {
-  "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
+  "projector_hidden_act": "gelu",
+  "multimodal_projector_bias": True,
   "vision_feature_select_strategy": "default",
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +69,16 @@ class Config:
     """The config.json of this model."""
     vision = {"model_type": "clip_vision_model", **dataclasses.asdict(self.vision)}
     return {
-      "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", **FIXED,
-      "image_token_index": self.image_token, "image_seq_length": self.vision.patches,
-      "vision_feature_layer": self.feature_layer, "text_config": self.text.to_hf(),
-      "vision_config": vision, "tie_word_embeddings": self.text.tie_word_embeddings,
-    }  # fmt: skip
+      "architectures": ["LlavaForConditionalGeneration"],
+      "model_type": "llava",
+      **FIXED,
+      "image_token_index": self.image_token,
+      "image_seq_length": self.vision.patches,
+      "vision_feature_layer": self.feature_layer,
+      "text_config": self.text.to_hf(),
+      "vision_config": vision,
+      "tie_word_embeddings": self.text.tie_word_embeddings,
+    }
 
   def keep(self, kept: tuple[int, ...]) -> Any:
     """The config of a model that has these layers of the decoder of this one, in this order."""
@@ -112,35 +118,39 @@ class Model(nnx.Module):
     self.second = declare.linear("linear_2", f"mlp:{D} embed:{D}", "embed")
     self.second_bias = declare.bias("linear_2", D)
 
-  def __call__(self, inputs: ImageText, how: layers.Compute, taps: tuple[int, ...] = ()) -> Output:
+  def __call__(
+    self, inputs: ImageText, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
+  ) -> Output:
     """Args: inputs, texts that have the image token once a patch; taps, layers of the decoder."""
-    x_BTD, embed_VD = self.text.embedded(inputs.texts.tokens_BT, how)
+    x_BTD, embed_VD = self.text.embedded(inputs.texts.tokens_BT, compute)
     with jax.named_scope("image"):
-      x_BTD = self.seen(x_BTD, inputs, how)
-    return self.text.read(x_BTD, embed_VD, inputs.texts, how, taps)
+      x_BTD = self.seen(x_BTD, inputs, compute)
+    return self.text.read(x_BTD, embed_VD, inputs.texts, compute, taps)
 
-  def seen(self, x_BTD: jax.Array, inputs: ImageText, how: layers.Compute) -> jax.Array:
+  def seen(self, x_BTD: jax.Array, inputs: ImageText, compute: layers.ComputeConfig) -> jax.Array:
     """Embeddings with the picture's patches where the image token stands, in order."""
-    patches_BND = self.patches(inputs.images, how)
+    patches_BND = self.patches(inputs.images, compute)
     here_BT = inputs.texts.tokens_BT == self.config.image_token
     which_BT = jnp.cumsum(here_BT, 1) - 1
     which_BT = jnp.clip(which_BT, 0, patches_BND.shape[1] - 1)
     image_BTD = jnp.take_along_axis(patches_BND, which_BT[..., None], 1)
     return jnp.where(here_BT[..., None], image_BTD.astype(x_BTD.dtype), x_BTD)
 
-  def patches(self, inputs: Images, how: layers.Compute) -> jax.Array:
+  def patches(self, inputs: Images, compute: layers.ComputeConfig) -> jax.Array:
     """What the decoder reads of a picture: [B, patches, D]."""
     c = self.config
     layer = c.feature_layer % (c.vision.num_hidden_layers + 1)  # 0 is what the first layer reads
-    x_BSD = self.vision.after(layer, inputs, how)[:, 1:]
-    w = how.view({n: getattr(self, n) for n in ("first", "first_bias", "second", "second_bias")})
+    x_BSD = self.vision.after(layer, inputs, compute)[:, 1:]
+    w = compute.cast_and_gather(
+      {n: getattr(self, n) for n in ("first", "first_bias", "second", "second_bias")}
+    )
     h_BSD = x_BSD @ w["first"][...] + w["first_bias"][...][None, None]
     h_BSD = _encoder.ACTIVATIONS["gelu"](h_BSD)
     return h_BSD @ w["second"][...] + w["second_bias"][...][None, None]
 
-  def qkv(self, layer: int, x_BTD: jax.Array, inputs: ImageText, how: layers.Compute):
+  def qkv(self, layer: int, x_BTD: jax.Array, inputs: ImageText, compute: layers.ComputeConfig):
     """Of one layer of the decoder, from the output of the layer before it."""
-    return self.text.qkv(layer, x_BTD, inputs.texts, how)
+    return self.text.qkv(layer, x_BTD, inputs.texts, compute)
 
 
 TINY = Config(llama.TINY, dataclasses.replace(clip.TINY.vision), image_token=255)
@@ -149,9 +159,16 @@ CONFIGS = {
   "tiny": TINY,
   "llava-1.5-7b": Config(
     llama.Config(
-      vocab_size=32_064, hidden_size=4_096, intermediate_size=11_008, num_hidden_layers=32,
-      num_attention_heads=32, num_key_value_heads=32, head_dim=128, max_position_embeddings=4_096,
+      vocab_size=32_064,
+      hidden_size=4_096,
+      intermediate_size=11_008,
+      num_hidden_layers=32,
+      num_attention_heads=32,
+      num_key_value_heads=32,
+      head_dim=128,
+      max_position_embeddings=4_096,
     ),
-    clip.Vision(1_024, 4_096, 24, 16, image_size=336, patch_size=14), image_token=32_000,
+    clip.Vision(1_024, 4_096, 24, 16, image_size=336, patch_size=14),
+    image_token=32_000,
   ),
-}  # fmt: skip
+}

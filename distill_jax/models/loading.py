@@ -15,11 +15,14 @@ import jax
 from jax.sharding import Mesh
 
 from distill_jax import registry
-from distill_jax.config import Config, Model, Quantise, Share, Student
+from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.hub import load as hub
+from distill_jax.models.options import ModelOptions, StudentOptions
 from distill_jax.nn import layer_sharing, lora, params, quantise, sharding
-from distill_jax.nn.layers import Compute
+from distill_jax.nn.layer_sharing import ShareOptions
+from distill_jax.nn.layers import ComputeConfig
+from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.runtime import atomic_io, checkpoint, storage, workdir
 
 RUN = "run:"
@@ -27,12 +30,12 @@ BASE = "base.json"  # in the folder of a run of adapters: whose they are
 
 
 @dataclasses.dataclass(frozen=True)
-class Built:
+class LoadedModel:
   """A model beside how it is computed and, where it was imported, what came with it."""
 
   model: Any
   config: Any  # the family's Config
-  how: Compute
+  compute: ComputeConfig
   pretrained: hub.Pretrained | None  # tokenizer, generation config, digest; None if random
 
 
@@ -47,15 +50,18 @@ def run_folder(source: str) -> Path:
   return storage.local(source.removeprefix(RUN))
 
 
-def compute(spec: Model) -> Compute:
+def compute_config(spec: ModelOptions) -> ComputeConfig:
   rules = sharding.rules(spec.rules)
-  return Compute(
-    dtype=spec.dtype, rules=rules, remat=spec.remat, attention=spec.attention,
-    quantise=spec.quantise if isinstance(spec, Student) else Quantise(),
-  )  # fmt: skip
+  return ComputeConfig(
+    dtype=spec.dtype,
+    rules=rules,
+    remat=spec.remat,
+    attention=spec.attention,
+    quantise=spec.quantise if isinstance(spec, StudentOptions) else QuantiseOptions(),
+  )
 
 
-def pretrained(spec: Model) -> hub.Pretrained | None:
+def pretrained(spec: ModelOptions) -> hub.Pretrained | None:
   """What a source holds, its weights unread; None without a source."""
   if not spec.source:
     return None
@@ -70,7 +76,7 @@ def pretrained(spec: Model) -> hub.Pretrained | None:
   return source
 
 
-def shape(spec: Model) -> tuple[str, Any]:
+def family_and_config(spec: ModelOptions) -> tuple[str, Any]:
   """(family, its Config) of a model, with no weight read or made."""
   if spec.source.startswith(RUN):
     if spec.changes or spec.new or spec.keep_layers:
@@ -78,7 +84,7 @@ def shape(spec: Model) -> tuple[str, Any]:
         f"{spec.source} is a run, and keep_layers {spec.keep_layers}, changes {spec.changes} and "
         f"new {spec.new} are not for runs; export it and name the folder"
       )
-    return shape(workdir.read_config(run_folder(spec.source)).student)
+    return family_and_config(workdir.read_config(run_folder(spec.source)).student)
   if spec.source:
     source = hub.open_model(spec.source)
     if spec.shape:
@@ -109,14 +115,14 @@ def _changed(config: Any, changes: Mapping[str, Any], at: str = "") -> Any:
   return dataclasses.replace(config, **new)
 
 
-def _named(spec: Model) -> Any:
+def _named(spec: ModelOptions) -> Any:
   shapes = registry.load("models", spec.family).CONFIGS
   if spec.shape not in shapes:
     raise InputError(f"{spec.family} has no shape {spec.shape!r}; it names {', '.join(shapes)}")
   return shapes[spec.shape]
 
 
-def _check_shape(spec: Model, source: hub.Pretrained) -> None:
+def _check_shape(spec: ModelOptions, source: hub.Pretrained) -> None:
   """Refuses a source that is not of the shape beside it, by which preflight has judged it."""
   same = {"max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling"}  # no sizes
   said, is_ = (
@@ -131,18 +137,18 @@ def _check_shape(spec: Model, source: hub.Pretrained) -> None:
     )
 
 
-def abstract(spec: Model) -> Any:
+def abstract(spec: ModelOptions) -> Any:
   """The model as shapes: what `build` would make, in no memory."""
-  family, config = shape(spec)
+  family, config = family_and_config(spec)
   make = registry.load("models", family).Model
   init = lambda key: _cast(make(config, key), spec.param_dtype)
   return jax.eval_shape(init, jax.random.key(0))
 
 
-def trained(spec: Student) -> Any:
+def abstract_trainable(spec: StudentOptions) -> Any:
   """What training changes, as shapes: the model, its shared layers, or its adapters."""
   model = abstract(spec)
-  if spec.share != Share():
+  if spec.share != ShareOptions():
     start = functools.partial(layer_sharing.start, spec=spec.share, fit=bool(spec.source))
     return jax.eval_shape(start, model, key=jax.random.key(0))
   if not spec.lora.rank:
@@ -150,7 +156,7 @@ def trained(spec: Student) -> Any:
   return jax.eval_shape(lambda key: lora.init(model, spec.lora, key), jax.random.key(0))
 
 
-def identity(spec: Model, seed: int) -> dict[str, str]:
+def identity(spec: ModelOptions, seed: int) -> dict[str, str]:
   """Who a teacher is, for a store's manifest: its name and the sha256 of its weights."""
   if spec.source.startswith(RUN):
     run = run_folder(spec.source)
@@ -165,7 +171,7 @@ def identity(spec: Model, seed: int) -> dict[str, str]:
   return {"name": spec.source or f"{spec.family} {spec.shape}", "digest": digest}
 
 
-def build(spec: Model, mesh: Mesh, key: jax.Array, step: int | None = None) -> Built:
+def build(spec: ModelOptions, mesh: Mesh, key: jax.Array, step: int | None = None) -> LoadedModel:
   """The model with its parameters, sharded over the mesh as the rules store them.
 
   Adapters that a run has trained are merged into its model, shared layers are written out, and
@@ -173,62 +179,66 @@ def build(spec: Model, mesh: Mesh, key: jax.Array, step: int | None = None) -> B
   shared here, and adapters and integers are not made. `step` chooses the checkpoint of a run;
   None is the last.
   """
-  how = compute(spec)
-  if isinstance(spec, Student) and spec.share.layers:
+  compute = compute_config(spec)
+  if isinstance(spec, StudentOptions) and spec.share.layers:
     built = build_shared(spec, mesh, key, step)
-    return dataclasses.replace(built, model=_written_out(built.model, mesh, how))
+    return dataclasses.replace(built, model=_written_out(built.model, mesh, compute))
   if spec.source.startswith(RUN):
-    model = _of_run(run_folder(spec.source), mesh, how, step)
-    return Built(model, shape(spec)[1], how, pretrained(spec))
+    model = _of_run(run_folder(spec.source), mesh, compute, step)
+    return LoadedModel(model, family_and_config(spec)[1], compute, pretrained(spec))
   if spec.source:
     source = pretrained(spec)
     assert source is not None
     new = hub.New(_changed(source.config, spec.changes), spec.new, key)
-    model = hub.load(source, mesh, how, spec.param_dtype, spec.keep_layers, new=new)
-    return Built(model, model.config, how, source)
-  family, config = shape(spec)
+    model = hub.load(source, mesh, compute, spec.param_dtype, spec.keep_layers, new=new)
+    return LoadedModel(model, model.config, compute, source)
+  family, config = family_and_config(spec)
   make = registry.load("models", family).Model
-  where = sharding.shardings(abstract(spec), mesh, how.rules)
+  where = sharding.shardings(abstract(spec), mesh, compute.rules)
   init = lambda key: _cast(make(config, key), spec.param_dtype)
-  return Built(jax.jit(init, out_shardings=where)(key), config, how, None)
+  return LoadedModel(jax.jit(init, out_shardings=where)(key), config, compute, None)
 
 
-def build_shared(spec: Student, mesh: Mesh, key: jax.Array, step: int | None = None) -> Built:
+def build_shared(
+  spec: StudentOptions, mesh: Mesh, key: jax.Array, step: int | None = None
+) -> LoadedModel:
   """As `build`, but its model is the share.Shared that training starts from."""
-  built = build(dataclasses.replace(spec, share=Share()), mesh, key, step)
-  where = sharding.shardings(trained(spec), mesh, built.how.rules)
+  built = build(dataclasses.replace(spec, share=ShareOptions()), mesh, key, step)
+  where = sharding.shardings(abstract_trainable(spec), mesh, built.compute.rules)
   start = functools.partial(layer_sharing.start, spec=spec.share, fit=bool(spec.source))
   model = jax.jit(start, out_shardings=where)(built.model, key=jax.random.fold_in(key, 1))
   return dataclasses.replace(built, model=model)
 
 
-def _written_out(shared: layer_sharing.Shared, mesh: Mesh, how: Compute) -> Any:
-  where = sharding.shardings(jax.eval_shape(layer_sharing.Shared.merged, shared), mesh, how.rules)
+def _written_out(shared: layer_sharing.Shared, mesh: Mesh, compute: ComputeConfig) -> Any:
+  where = sharding.shardings(
+    jax.eval_shape(layer_sharing.Shared.merged, shared), mesh, compute.rules
+  )
   return jax.jit(layer_sharing.Shared.merged, out_shardings=where)(shared)
 
 
-def _of_run(run: Path, mesh: Mesh, how: Compute, step: int | None) -> Any:
+def _of_run(run: Path, mesh: Mesh, compute: ComputeConfig, step: int | None) -> Any:
   config = workdir.read_config(run)
   learnt = restore(run, mesh, step)
   if config.student.share.layers:
-    learnt = _written_out(learnt, mesh, how)
+    learnt = _written_out(learnt, mesh, compute)
   if config.student.quantise.bits:
     on_grid = functools.partial(quantise.tree, spec=config.student.quantise)
-    where = sharding.shardings(learnt, mesh, how.rules)
+    where = sharding.shardings(learnt, mesh, compute.rules)
     return jax.jit(on_grid, out_shardings=where, donate_argnums=0)(learnt)
   if not config.student.lora.rank:
     return learnt
   check_base(run, config)
   base = build(config.student, mesh, keys(config.seed)["student"]).model
-  where = sharding.shardings(base, mesh, how.rules)
+  where = sharding.shardings(base, mesh, compute.rules)
   return jax.jit(lora.merged, out_shardings=where, donate_argnums=0)(base, learnt)
 
 
 def restore(run: Path, mesh: Mesh, step: int | None = None) -> Any:
   """What a run has trained: its model, the shared layers of one, or adapters alone."""
   spec = workdir.read_config(run).student
-  like = trained(spec)
-  like = place(like, sharding.shardings(like, mesh, compute(spec).rules))
+  like = abstract_trainable(spec)
+  like = place(like, sharding.shardings(like, mesh, compute_config(spec).rules))
   return checkpoint.restore_params(run, like, step)
 
 

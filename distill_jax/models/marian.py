@@ -21,9 +21,10 @@ from distill_jax.types import Inputs, Output
 
 HF_MODEL_TYPES = ("marian",)  # of config.json
 FIXED = {
-  "is_encoder_decoder": True, "share_encoder_decoder_embeddings": True,
+  "is_encoder_decoder": True,
+  "share_encoder_decoder_embeddings": True,
   "tie_word_embeddings": True,
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +59,17 @@ class Config(_seq2seq.BartConfig):
   def to_hf(self) -> dict[str, Any]:
     """The config.json of this model."""
     return {
-      "architectures": ["MarianMTModel"], "model_type": "marian", **FIXED,
-      **dataclasses.asdict(self), "decoder_vocab_size": self.vocab_size, "dropout": 0.0,
-      "attention_dropout": 0.0, "activation_dropout": 0.0, "use_cache": True,
+      "architectures": ["MarianMTModel"],
+      "model_type": "marian",
+      **FIXED,
+      **dataclasses.asdict(self),
+      "decoder_vocab_size": self.vocab_size,
+      "dropout": 0.0,
+      "attention_dropout": 0.0,
+      "activation_dropout": 0.0,
+      "use_cache": True,
       "forced_eos_token_id": None,
-    }  # fmt: skip
+    }
 
   def skips(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
@@ -92,25 +99,28 @@ class Model(_seq2seq.Model):
     self.layers = stack(c.decoder_layers, block, keys[2])
     self.head_bias = param(keys[3], f"bias:1 vocab:{V}", "final_logits_bias", init="zeros")
 
-  def encoded(self, source: Inputs, how: layers.Compute) -> tuple[jax.Array, jax.Array]:
+  def encoded(self, source: Inputs, compute: layers.ComputeConfig) -> tuple[jax.Array, jax.Array]:
     """The encoder's output [B, S, D], and which of its positions are no padding."""
-    seen_BS = source.segments_BT > 0
-    x_BSD = self.embedded(source.tokens_BT, source.positions_BT, how)
-    x_BSD = sharding.constrain(x_BSD, "batch seq embed", how.rules)
-    run = lambda layer, i, x: layer(x, seen_BS)
-    return layers.scan_layers([self.encoder], run, x_BSD, (), how)[0], seen_BS
+    valid_BS = source.segments_BT > 0
+    x_BSD = self.embedded(source.tokens_BT, source.positions_BT, compute)
+    x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
+    run = lambda layer, i, x: layer(x, valid_BS)
+    return layers.scan_layers([self.encoder], run, x_BSD, (), compute)[0], valid_BS
 
-  def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, how: layers.Compute):
+  def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, compute: layers.ComputeConfig):
     c = self.config
     with jax.named_scope("embed"):
-      x_BTD = how.view(self.embed)[...][tokens_BT]
+      x_BTD = compute.cast_and_gather(self.embed)[...][tokens_BT]
       if c.scale_embedding:
         x_BTD = x_BTD * jnp.asarray(c.d_model**0.5, x_BTD.dtype)
       places = jnp.asarray(sinusoids(c.max_position_embeddings, c.d_model), x_BTD.dtype)
       return x_BTD + places[positions_BT]
 
-  def output(self, x_BTD: jax.Array, how: layers.Compute, taps_PBTD) -> Output:
-    head_VD, bias_V = how.view(self.embed)[...], how.view(self.head_bias)[...][0]
+  def output(self, x_BTD: jax.Array, compute: layers.ComputeConfig, taps_PBTD) -> Output:
+    head_VD, bias_V = (
+      compute.cast_and_gather(self.embed)[...],
+      compute.cast_and_gather(self.head_bias)[...][0],
+    )
     return Output(*layers.with_bias(x_BTD, head_VD, bias_V), taps_PBTD=taps_PBTD)
 
 
@@ -122,9 +132,18 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 
 
 TINY = Config(
-  vocab_size=256, d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=64,
-  decoder_layers=3, decoder_attention_heads=4, decoder_ffn_dim=64, max_position_embeddings=128,
-  pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
-)  # fmt: skip
+  vocab_size=256,
+  d_model=32,
+  encoder_layers=2,
+  encoder_attention_heads=4,
+  encoder_ffn_dim=64,
+  decoder_layers=3,
+  decoder_attention_heads=4,
+  decoder_ffn_dim=64,
+  max_position_embeddings=128,
+  pad_token_id=0,
+  eos_token_id=1,
+  decoder_start_token_id=0,
+)
 
 CONFIGS = {"tiny": TINY, "opus-mt": Config(58_101, 512, 6, 8, 2_048, 6, 8, 2_048)}

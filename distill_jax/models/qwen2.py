@@ -30,12 +30,19 @@ TINY = Config(**_decoder.TINY)
 
 def _qwen25(
   rows: int, width: int, mlp: int, layers: int, heads: int, kv: int, **more: Any
-) -> Config:  # fmt: skip
+) -> Config:
   return Config(
-    vocab_size=rows, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
-    num_attention_heads=heads, num_key_value_heads=kv, head_dim=width // heads,
-    max_position_embeddings=32_768, rope_theta=1_000_000.0, **more,
-  )  # fmt: skip
+    vocab_size=rows,
+    hidden_size=width,
+    intermediate_size=mlp,
+    num_hidden_layers=layers,
+    num_attention_heads=heads,
+    num_key_value_heads=kv,
+    head_dim=width // heads,
+    max_position_embeddings=32_768,
+    rope_theta=1_000_000.0,
+    **more,
+  )
 
 
 CONFIGS = {

@@ -104,10 +104,17 @@ TINY = Config(**_decoder.TINY)
 
 def _qwen3(width: int, mlp: int, layers: int, heads: int, kv: int = 8, **more: Any) -> Config:
   return Config(
-    vocab_size=151_936, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
-    num_attention_heads=heads, num_key_value_heads=kv, head_dim=128,
-    max_position_embeddings=40_960, rope_theta=1_000_000.0, **more,
-  )  # fmt: skip
+    vocab_size=151_936,
+    hidden_size=width,
+    intermediate_size=mlp,
+    num_hidden_layers=layers,
+    num_attention_heads=heads,
+    num_key_value_heads=kv,
+    head_dim=128,
+    max_position_embeddings=40_960,
+    rope_theta=1_000_000.0,
+    **more,
+  )
 
 
 CONFIGS = {
@@ -122,7 +129,14 @@ CONFIGS = {
   "qwen3-14b": _qwen3(5_120, 17_408, 40, 40),
   "qwen3-32b": _qwen3(5_120, 25_600, 64, 64),
   "qwen3-30b-a3b": _qwen3(
-    2_048, 6_144, 48, 32, kv=4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+    2_048,
+    6_144,
+    48,
+    32,
+    kv=4,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
     norm_topk_prob=True,
   ),
-}  # fmt: skip
+}

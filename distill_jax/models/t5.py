@@ -74,9 +74,13 @@ class Config:
   def to_hf(self) -> dict[str, Any]:
     """The config.json of this model."""
     return {
-      "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", **FIXED,
-      **dataclasses.asdict(self), "dropout_rate": 0.0, "use_cache": True,
-    }  # fmt: skip
+      "architectures": ["T5ForConditionalGeneration"],
+      "model_type": "t5",
+      **FIXED,
+      **dataclasses.asdict(self),
+      "dropout_rate": 0.0,
+      "use_cache": True,
+    }
 
   def keep(self, kept: tuple[int, ...]) -> Self:
     """The config of a model that has these decoder layers of this one, and all of the encoder."""
@@ -180,9 +184,9 @@ class EncoderLayer(nnx.Module):
     weights = self.gate[...], self.up[...], self.down[...]
     return x_BTD + layers.gated_mlp(y_BTD, *weights, jax.nn.gelu)
 
-  def __call__(self, x_BSD: jax.Array, seen_BS: jax.Array, bias_1HSS: jax.Array) -> jax.Array:
+  def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array, bias_1HSS: jax.Array) -> jax.Array:
     with jax.named_scope("attention"):
-      a_BSHh = attention.full(*self.qkv(x_BSD), seen_BS, scale=1.0, bias_BHTS=bias_1HSS)
+      a_BSHh = attention.full(*self.qkv(x_BSD), valid_BS, scale=1.0, bias_BHTS=bias_1HSS)
       x_BSD = self.join(x_BSD, a_BSHh)
     with jax.named_scope("mlp"):
       return self.finish(x_BSD)
@@ -221,9 +225,11 @@ class Model(_seq2seq.Model):
     self.config = c
     self.embed = param(keys[0], f"vocab:{V} table:{D}", "shared.weight", "vocab", init=1.0)
     near = lambda k, side: param(
-      k, f"places:{c.relative_attention_num_buckets} heads:{H}", BIAS.format(side=side),
+      k,
+      f"places:{c.relative_attention_num_buckets} heads:{H}",
+      BIAS.format(side=side),
       init=D**-0.5,
-    )  # fmt: skip
+    )
     self.encoder_near, self.near = near(keys[1], "encoder"), near(keys[2], "decoder")
     block: Any = functools.partial(EncoderLayer, c, "encoder.block.{encoder_layers}.")
     self.encoder = stack(c.num_layers, block, keys[3], axis=_seq2seq.ENCODER_AXIS)
@@ -234,38 +240,40 @@ class Model(_seq2seq.Model):
     if not c.tie_word_embeddings:
       self.head = param(keys[7], f"vocab:{V} embed:{D}", "lm_head.weight", "vocab")
 
-  def encoded(self, source: Inputs, how: layers.Compute) -> tuple[jax.Array, jax.Array]:
+  def encoded(self, source: Inputs, compute: layers.ComputeConfig) -> tuple[jax.Array, jax.Array]:
     """The encoder's output [B, S, D], and which of its positions are no padding."""
-    seen_BS, S = source.segments_BT > 0, source.tokens_BT.shape[1]
-    bias = self._bias(self.encoder_near, S, both_ways=True, how=how)
-    x_BSD = self.embedded(source.tokens_BT, source.positions_BT, how)
-    x_BSD = sharding.constrain(x_BSD, "batch seq embed", how.rules)
-    run = lambda layer, i, x: layer(x, seen_BS, bias)
-    x_BSD, _ = layers.scan_layers([self.encoder], run, x_BSD, (), how)
-    return layers.rms_norm(x_BSD, self.encoder_norm[...], self.config.layer_norm_epsilon), seen_BS
+    valid_BS, S = source.segments_BT > 0, source.tokens_BT.shape[1]
+    bias = self._bias(self.encoder_near, S, both_ways=True, compute=compute)
+    x_BSD = self.embedded(source.tokens_BT, source.positions_BT, compute)
+    x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
+    run = lambda layer, i, x: layer(x, valid_BS, bias)
+    x_BSD, _ = layers.scan_layers([self.encoder], run, x_BSD, (), compute)
+    return layers.rms_norm(x_BSD, self.encoder_norm[...], self.config.layer_norm_epsilon), valid_BS
 
-  def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, how: layers.Compute):
+  def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, compute: layers.ComputeConfig):
     del positions_BT  # the scores have them
     with jax.named_scope("embed"):
-      return how.view(self.embed)[...][tokens_BT]
+      return compute.cast_and_gather(self.embed)[...][tokens_BT]
 
-  def target_bias(self, T: int, how: layers.Compute) -> jax.Array:
-    return self._bias(self.near, T, both_ways=False, how=how)
+  def target_bias(self, T: int, compute: layers.ComputeConfig) -> jax.Array:
+    return self._bias(self.near, T, both_ways=False, compute=compute)
 
-  def _bias(self, near: Any, T: int, both_ways: bool, how: layers.Compute) -> jax.Array:
+  def _bias(self, near: Any, T: int, both_ways: bool, compute: layers.ComputeConfig) -> jax.Array:
     """[1, H, T, T] from a table of buckets."""
     c = self.config
     buckets = relative_buckets(
       T, both_ways, c.relative_attention_num_buckets, c.relative_attention_max_distance
     )
-    return how.view(near)[...][buckets].transpose(2, 0, 1)[None]
+    return compute.cast_and_gather(near)[...][buckets].transpose(2, 0, 1)[None]
 
-  def output(self, x_BTD: jax.Array, how: layers.Compute, taps_PBTD) -> Output:
+  def output(self, x_BTD: jax.Array, compute: layers.ComputeConfig, taps_PBTD) -> Output:
     c = self.config
     x_BTD = layers.rms_norm(x_BTD, self.norm[...], c.layer_norm_epsilon)
     if not c.tie_word_embeddings:
-      return Output(x_BTD, how.view(self.head)[...], taps_PBTD=taps_PBTD)
-    return Output(x_BTD * c.d_model**-0.5, how.view(self.embed)[...], taps_PBTD=taps_PBTD)
+      return Output(x_BTD, compute.cast_and_gather(self.head)[...], taps_PBTD=taps_PBTD)
+    return Output(
+      x_BTD * c.d_model**-0.5, compute.cast_and_gather(self.embed)[...], taps_PBTD=taps_PBTD
+    )
 
 
 def relative_buckets(T: int, both_ways: bool, buckets: int, furthest: int) -> np.ndarray:

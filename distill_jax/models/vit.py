@@ -49,10 +49,15 @@ class Config(_encoder.Config):
     """The config.json of this model."""
     hf = dataclasses.asdict(self)
     return {
-      "architectures": [self.ARCHITECTURE], "model_type": self.MODEL_TYPE, "qkv_bias": True,
-      "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "initializer_range": 0.02,
-      **_encoder.label_names(hf.pop("num_labels")), **hf,
-    }  # fmt: skip
+      "architectures": [self.ARCHITECTURE],
+      "model_type": self.MODEL_TYPE,
+      "qkv_bias": True,
+      "attention_probs_dropout_prob": 0.0,
+      "hidden_dropout_prob": 0.0,
+      "initializer_range": 0.02,
+      **_encoder.label_names(hf.pop("num_labels")),
+      **hf,
+    }
 
   def skips(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
@@ -72,11 +77,15 @@ class Block(_encoder.Block):
   """One layer, normed before attention and before the feed-forward."""
 
   NAMES = {
-    "q": "attention.attention.query", "k": "attention.attention.key",
-    "v": "attention.attention.value", "o": "attention.output.dense",
-    "attn_norm": "layernorm_before", "up": "intermediate.dense", "down": "output.dense",
+    "q": "attention.attention.query",
+    "k": "attention.attention.key",
+    "v": "attention.attention.value",
+    "o": "attention.output.dense",
+    "attn_norm": "layernorm_before",
+    "up": "intermediate.dense",
+    "down": "output.dense",
     "mlp_norm": "layernorm_after",
-  }  # fmt: skip
+  }
 
 
 class Body(nnx.Module):
@@ -102,25 +111,25 @@ class Body(nnx.Module):
     self.norm, self.norm_bias = _encoder.Declare(next(keys), prefix).norm("layernorm", D)
 
   def __call__(
-    self, inputs: Images, how: layers.Compute, taps: tuple[int, ...] = ()
+    self, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> tuple[jax.Array, jax.Array | None]:
     """The last layer's output [B, S, D], normed, and the taps."""
     with jax.named_scope("embed"):
-      x_BSD = self.embedded(inputs.pixels_BWWM, how)
-      x_BSD = sharding.constrain(x_BSD, "batch seq embed", how.rules)
+      x_BSD = self.embedded(inputs.pixels_BWWM, compute)
+      x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
     run = lambda layer, i, x: layer(x, None)
-    x_BSD, taps_PBSD = layers.scan_layers([self.layers], run, x_BSD, taps, how)
+    x_BSD, taps_PBSD = layers.scan_layers([self.layers], run, x_BSD, taps, compute)
     eps = self.config.layer_norm_eps
     return layers.layer_norm(x_BSD, self.norm[...], self.norm_bias[...], eps), taps_PBSD
 
-  def embedded(self, pixels_BWWM: jax.Array, how: layers.Compute) -> jax.Array:
+  def embedded(self, pixels_BWWM: jax.Array, compute: layers.ComputeConfig) -> jax.Array:
     """[B, S, D]: the tokens, then the patches row by row, each with its place."""
     c, B = self.config, pixels_BWWM.shape[0]
-    x_BSD = _patches.embedded(c, pixels_BWWM, self.patch, how)
-    x_BSD = x_BSD + how.view(self.patch_bias)[...][None, None]
-    tokens = [how.view(getattr(self, name))[...] for name in self.TOKENS]
+    x_BSD = _patches.embedded(c, pixels_BWWM, self.patch, compute)
+    x_BSD = x_BSD + compute.cast_and_gather(self.patch_bias)[...][None, None]
+    tokens = [compute.cast_and_gather(getattr(self, name))[...] for name in self.TOKENS]
     tokens = [jnp.broadcast_to(t, (B, 1, c.hidden_size)) for t in tokens]
-    return jnp.concatenate([*tokens, x_BSD], 1) + how.view(self.places)[...]
+    return jnp.concatenate([*tokens, x_BSD], 1) + compute.cast_and_gather(self.places)[...]
 
 
 class Model(nnx.Module):
@@ -133,18 +142,20 @@ class Model(nnx.Module):
     declare = _encoder.Declare(head, "")
     self.head, self.head_bias = classifier(declare, "classifier", c)
 
-  def __call__(self, inputs: Images, how: layers.Compute, taps: tuple[int, ...] = ()) -> Output:
+  def __call__(
+    self, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
+  ) -> Output:
     """Args: inputs, float32 pixels; taps, the layers whose output is kept. Returns: T = 1."""
-    x_BSD, taps_PBSD = self.body(inputs, how, taps)
-    weights = how.view(self.head)[...], how.view(self.head_bias)[...]
+    x_BSD, taps_PBSD = self.body(inputs, compute, taps)
+    weights = compute.cast_and_gather(self.head)[...], compute.cast_and_gather(self.head_bias)[...]
     hidden, head = layers.with_bias(x_BSD[:, :1], *weights)
     return Output(hidden, head, taps_PBTD=taps_PBSD)
 
-  def qkv(self, layer: int, x_BSD: jax.Array, inputs: Images, how: layers.Compute):
+  def qkv(self, layer: int, x_BSD: jax.Array, inputs: Images, compute: layers.ComputeConfig):
     """Queries, keys and values of one layer, from the output of the layer before it."""
     del inputs
     here = jax.tree.map(lambda w: w[layer], self.body.layers)
-    return how.view(unstack(here)).qkv(x_BSD)
+    return compute.cast_and_gather(unstack(here)).qkv(x_BSD)
 
 
 def classifier(declare: _encoder.Declare, name: str, c: Any) -> tuple[Any, Any]:
@@ -154,14 +165,23 @@ def classifier(declare: _encoder.Declare, name: str, c: Any) -> tuple[Any, Any]:
 
 
 TINY = Config(
-  hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=12,
-  patch_size=4, num_channels=1, num_labels=10,
-)  # fmt: skip
+  hidden_size=32,
+  intermediate_size=64,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  image_size=12,
+  patch_size=4,
+  num_channels=1,
+  num_labels=10,
+)
 
 CONFIGS = {
   "tiny": TINY,
   "vit-base-16": Config(
-    hidden_size=768, intermediate_size=3_072, num_hidden_layers=12, num_attention_heads=12,
+    hidden_size=768,
+    intermediate_size=3_072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
     num_labels=1_000,
   ),
-}  # fmt: skip
+}

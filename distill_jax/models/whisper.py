@@ -43,11 +43,18 @@ class Config(_seq2seq.BartConfig):
   def to_hf(self) -> dict[str, Any]:
     """The config.json of this model."""
     return {
-      "architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper", **FIXED,
-      **dataclasses.asdict(self), "dropout": 0.0, "attention_dropout": 0.0,
-      "activation_dropout": 0.0, "tie_word_embeddings": True, "use_cache": True,
-      "bos_token_id": self.eos_token_id, "begin_suppress_tokens": None,
-    }  # fmt: skip
+      "architectures": ["WhisperForConditionalGeneration"],
+      "model_type": "whisper",
+      **FIXED,
+      **dataclasses.asdict(self),
+      "dropout": 0.0,
+      "attention_dropout": 0.0,
+      "activation_dropout": 0.0,
+      "tie_word_embeddings": True,
+      "use_cache": True,
+      "bos_token_id": self.eos_token_id,
+      "begin_suppress_tokens": None,
+    }
 
   def skips(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
@@ -78,9 +85,11 @@ class Model(_seq2seq.Model):
     self.conv2, self.conv2_bias = conv(keys[1], "conv2", D)
     # "bias" keeps optim.py from decaying what is never trained.
     self.frames = param(
-      keys[2], f"bias:{c.max_source_positions} table:{D}", f"{at}embed_positions.weight",
+      keys[2],
+      f"bias:{c.max_source_positions} table:{D}",
+      f"{at}embed_positions.weight",
       init="zeros",
-    )  # fmt: skip
+    )
     self.frames = self.frames.replace(jnp.asarray(sinusoids(c.max_source_positions, D)))
     block: Any = functools.partial(EncoderLayer, c.side("encoder"), at + "layers.{encoder_layers}.")
     self.encoder = stack(c.encoder_layers, block, keys[3], axis=_seq2seq.ENCODER_AXIS)
@@ -95,31 +104,41 @@ class Model(_seq2seq.Model):
     self.layers = stack(c.decoder_layers, block, keys[7])
     self.norm, self.norm_bias = _encoder.Declare(keys[4], at).norm("layer_norm", D)
 
-  def encoded(self, source: Sounds, how: layers.Compute) -> tuple[jax.Array, None]:
+  def encoded(self, source: Sounds, compute: layers.ComputeConfig) -> tuple[jax.Array, None]:
     """The encoder's output [B, S, D]; all of it is seen, silence too."""
     want = 2 * self.config.max_source_positions
     if source.mel_BSM.shape[1] != want:
       raise InputError(f"a sound has {source.mel_BSM.shape[1]} frames and whisper reads {want}")
     with jax.named_scope("embed"):
-      x_BSD = source.mel_BSM.astype(how.dtype)
-      x_BSD = conv(x_BSD, how.view(self.conv1)[...], how.view(self.conv1_bias)[...], stride=1)
-      x_BSD = conv(x_BSD, how.view(self.conv2)[...], how.view(self.conv2_bias)[...], stride=2)
-      x_BSD += jax.lax.stop_gradient(how.view(self.frames)[...])[None]
-      x_BSD = sharding.constrain(x_BSD, "batch seq embed", how.rules)
+      x_BSD = source.mel_BSM.astype(compute.dtype)
+      x_BSD = conv(
+        x_BSD,
+        compute.cast_and_gather(self.conv1)[...],
+        compute.cast_and_gather(self.conv1_bias)[...],
+        stride=1,
+      )
+      x_BSD = conv(
+        x_BSD,
+        compute.cast_and_gather(self.conv2)[...],
+        compute.cast_and_gather(self.conv2_bias)[...],
+        stride=2,
+      )
+      x_BSD += jax.lax.stop_gradient(compute.cast_and_gather(self.frames)[...])[None]
+      x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
     run = lambda layer, i, x: layer(x, None)
-    x_BSD, _ = layers.scan_layers([self.encoder], run, x_BSD, (), how)
+    x_BSD, _ = layers.scan_layers([self.encoder], run, x_BSD, (), compute)
     return layers.layer_norm(
       x_BSD, self.encoder_norm[...], self.encoder_norm_bias[...], _seq2seq.EPS
     ), None
 
-  def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, how: layers.Compute):
+  def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, compute: layers.ComputeConfig):
     with jax.named_scope("embed"):
-      x_BTD = how.view(self.embed)[...][tokens_BT]
-      return x_BTD + how.view(self.places)[...][positions_BT]
+      x_BTD = compute.cast_and_gather(self.embed)[...][tokens_BT]
+      return x_BTD + compute.cast_and_gather(self.places)[...][positions_BT]
 
-  def output(self, x_BTD: jax.Array, how: layers.Compute, taps_PBTD) -> Output:
+  def output(self, x_BTD: jax.Array, compute: layers.ComputeConfig, taps_PBTD) -> Output:
     x_BTD = layers.layer_norm(x_BTD, self.norm[...], self.norm_bias[...], _seq2seq.EPS)
-    return Output(x_BTD, how.view(self.embed)[...], taps_PBTD=taps_PBTD)
+    return Output(x_BTD, compute.cast_and_gather(self.embed)[...], taps_PBTD=taps_PBTD)
 
 
 def conv(x_BSM: jax.Array, w_DMK: jax.Array, bias_D: jax.Array, stride: int) -> jax.Array:
@@ -138,11 +157,21 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 
 
 TINY = Config(
-  vocab_size=256, d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=64,
-  decoder_layers=3, decoder_attention_heads=4, decoder_ffn_dim=64, num_mel_bins=8,
-  max_source_positions=16, max_target_positions=64, pad_token_id=0, eos_token_id=1,
+  vocab_size=256,
+  d_model=32,
+  encoder_layers=2,
+  encoder_attention_heads=4,
+  encoder_ffn_dim=64,
+  decoder_layers=3,
+  decoder_attention_heads=4,
+  decoder_ffn_dim=64,
+  num_mel_bins=8,
+  max_source_positions=16,
+  max_target_positions=64,
+  pad_token_id=0,
+  eos_token_id=1,
   decoder_start_token_id=2,
-)  # fmt: skip
+)
 
 CONFIGS = {
   "tiny": TINY,

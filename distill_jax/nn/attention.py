@@ -34,10 +34,15 @@ Window = int | None | OneOf
 
 
 def attention(
-  q_BTHh: jax.Array, k_BTGh: jax.Array, v_BTGh: jax.Array, segments_BT: jax.Array,
-  window: Window = None, scale: float | None = None, kernel: str = "auto",
+  q_BTHh: jax.Array,
+  k_BTGh: jax.Array,
+  v_BTGh: jax.Array,
+  segments_BT: jax.Array,
+  window: Window = None,
+  scale: float | None = None,
+  kernel: str = "auto",
   rules: sharding.Rules = sharding.Rules(),  # noqa: B008
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
   """Causal attention within segments, grouped heads. Returns [B, T, H, width of values].
 
   A position always sees itself, padding too, so no row of the softmax is empty. Values may
@@ -81,9 +86,14 @@ def attention(
 
 
 def full(
-  q_BTHh: jax.Array, k_BSGh: jax.Array, v_BSGh: jax.Array, seen_BS: jax.Array | None = None,
-  causal: bool = False, scale: float | None = None, bias_BHTS: jax.Array | None = None,
-) -> jax.Array:  # fmt: skip
+  q_BTHh: jax.Array,
+  k_BSGh: jax.Array,
+  v_BSGh: jax.Array,
+  valid_BS: jax.Array | None = None,
+  causal: bool = False,
+  scale: float | None = None,
+  bias_BHTS: jax.Array | None = None,
+) -> jax.Array:
   """Attention of T positions to all S of a source (its own, perhaps): of encoders.
 
   Args:
@@ -94,16 +104,20 @@ def full(
 
   Returns: [B, T, H, h].
   """
-  mask_B1TS = None if seen_BS is None else seen_BS[:, None, None, :]
+  mask_B1TS = None if valid_BS is None else valid_BS[:, None, None, :]
   return jax.nn.dot_product_attention(
     q_BTHh, k_BSGh, v_BSGh, bias=bias_BHTS, mask=mask_B1TS, scale=scale, is_causal=causal
   )
 
 
 def cached(
-  q_BTHh: jax.Array, k_BGhS: jax.Array, v_BGSh: jax.Array, positions_BT: jax.Array,
-  window: Window, scale: float,
-) -> jax.Array:  # fmt: skip
+  q_BTHh: jax.Array,
+  k_BGhS: jax.Array,
+  v_BGSh: jax.Array,
+  positions_BT: jax.Array,
+  window: Window,
+  scale: float,
+) -> jax.Array:
   """Attention of T positions to the S slots of a cache. Returns [B, T, H, width of values].
 
   A row's slot s holds its position s; a position sees slots up to its own, whatever the
@@ -176,10 +190,15 @@ def cudnn_cannot(q_BTHh: jax.Array) -> str:
 
 
 def dense(
-  q_BTHh: jax.Array, k_BTGh: jax.Array, v_BTGh: jax.Array, segments_BT: jax.Array,
-  at: jax.Array, sizes: tuple[int | None, ...], scale: float,
+  q_BTHh: jax.Array,
+  k_BTGh: jax.Array,
+  v_BTGh: jax.Array,
+  segments_BT: jax.Array,
+  at: jax.Array,
+  sizes: tuple[int | None, ...],
+  scale: float,
   implementation: Literal["xla", "cudnn"],
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
   """`attention` by a mask [B, T, T]. cuDNN adds it to the scores, its only way to segments
   that jax offers; its own sliding window does not go with that, so the window is in it too."""
   T, width = segments_BT.shape[1], v_BTGh.shape[-1]
@@ -190,16 +209,27 @@ def dense(
   if less := q_BTHh.shape[-1] - width:  # jax has values as wide as keys
     v_BTGh = jnp.pad(v_BTGh, ((0, 0), (0, 0), (0, 0), (0, less)))
   a_BTHh = jax.nn.dot_product_attention(
-    q_BTHh, k_BTGh, v_BTGh, mask=mask_BTS[:, None], scale=scale, is_causal=True,
+    q_BTHh,
+    k_BTGh,
+    v_BTGh,
+    mask=mask_BTS[:, None],
+    scale=scale,
+    is_causal=True,
     implementation=implementation,
-  )  # fmt: skip
+  )
   return a_BTHh[..., :width]
 
 
 def splash(
-  q_BTHh: jax.Array, k_BTGh: jax.Array, v_BTGh: jax.Array, segments_BT: jax.Array,
-  at: jax.Array, sizes: tuple[int | None, ...], scale: float, interpret: bool = False,
-) -> jax.Array:  # fmt: skip
+  q_BTHh: jax.Array,
+  k_BTGh: jax.Array,
+  v_BTGh: jax.Array,
+  segments_BT: jax.Array,
+  at: jax.Array,
+  sizes: tuple[int | None, ...],
+  scale: float,
+  interpret: bool = False,
+) -> jax.Array:
   """`attention` by Pallas. Its masks are static, so each window is a kernel of its own.
 
   The kernel has no scale: queries are scaled in float32 and rounded once more.
@@ -227,10 +257,17 @@ def _splash_kernel(T: int, window: int | None, interpret: bool) -> Any:
     mask = pallas.LocalMask((T, T), (window - 1, 0), 0)
   block = next(b for b in BLOCKS if T % b == 0)
   blocks = pallas.BlockSizes(
-    block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
+    block_q=block,
+    block_kv=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_q_dq=block,
     block_kv_dq=block,
-  )  # fmt: skip
+  )
   return pallas.make_splash_mha(
-    pallas.MultiHeadMask([mask]), block_sizes=blocks, head_shards=1, q_seq_shards=1,
+    pallas.MultiHeadMask([mask]),
+    block_sizes=blocks,
+    head_shards=1,
+    q_seq_shards=1,
     interpret=interpret,
-  )  # fmt: skip
+  )

@@ -72,9 +72,13 @@ def fit_rows(logits_BCV: jax.Array, like_BCV: jax.Array) -> jax.Array:
 
 
 def fold(
-  fn: ChunkFn, hidden_BTD: jax.Array, head_VD: jax.Array, batch: Batch, chunk: int,
+  fn: ChunkFn,
+  hidden_BTD: jax.Array,
+  head_VD: jax.Array,
+  batch: Batch,
+  chunk: int,
   vocab_size: int | None = None,
-) -> Any:  # fmt: skip
+) -> Any:
   """Sums `fn(logits_BCV, chunk of the batch)` over chunks, with no gradient: for metrics."""
 
   def scan(hidden_BTD, head_VD, batch, total):
@@ -93,9 +97,12 @@ def fold(
 
 def loss(
   fn: Callable[[jax.Array, Batch], tuple[jax.Array, Any]],
-  hidden_BTD: jax.Array, head_VD: jax.Array, batch: Batch, chunk: int,
+  hidden_BTD: jax.Array,
+  head_VD: jax.Array,
+  batch: Batch,
+  chunk: int,
   vocab_size: int | None = None,
-) -> tuple[jax.Array, Any]:  # fmt: skip
+) -> tuple[jax.Array, Any]:
   """Sums a loss over chunks; its gradient is ready when the forward pass ends.
 
   Args:
@@ -202,7 +209,7 @@ def _per_batch_shard(fn: Callable, out_specs: Any, hidden_BTD, head_VD, batch: B
   `total` sums a tree over the devices that hold other rows. Left to itself, the partitioner
   would sum every chunk's gradient of the head over them; the vocabulary is its own to shard.
   """
-  batch = batch.replace(inputs=None, seen_BS=None)  # the head has no use for them
+  batch = batch.replace(inputs=None, valid_BS=None)  # the head has no use for them
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or math.prod(mesh.shape[a] for a in sharding.BATCH) == 1:
     return fn(hidden_BTD, head_VD, batch, lambda tree: tree)
@@ -213,9 +220,12 @@ def _per_batch_shard(fn: Callable, out_specs: Any, hidden_BTD, head_VD, batch: B
       specs.targets[name] = specs.targets[name].replace(head_VD=P())
   total = lambda tree: jax.lax.psum(tree, sharding.BATCH)
   return jax.shard_map(
-    functools.partial(fn, total=total), in_specs=(rows, P(), specs), out_specs=out_specs,
-    axis_names=set(sharding.BATCH), check_vma=False,
-  )(hidden_BTD, head_VD, batch)  # fmt: skip
+    functools.partial(fn, total=total),
+    in_specs=(rows, P(), specs),
+    out_specs=out_specs,
+    axis_names=set(sharding.BATCH),
+    check_vma=False,
+  )(hidden_BTD, head_VD, batch)
 
 
 def _split(hidden_BTD: jax.Array, batch: Batch, chunk: int):

@@ -9,6 +9,7 @@ shared weight is the sum over its layers.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,9 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from distill_jax.config import Share
 from distill_jax.errors import InputError
 from distill_jax.nn import lora, params
+
+
+@dataclasses.dataclass(frozen=True)
+class ShareOptions:
+  """Layers that have their weights in common: see share.py."""
+
+  layers: int = 0  # different ones, of which the model's are made; 0: each is its own
+  order: str = "cyclic"  # cyclic, the first again after the last | grouped, neighbours alike
+  start: str = "mean"  # mean | first, of a source's layers that are to be one
+  lora: lora.LoraOptions = (
+    lora.LoraOptions()
+  )  # each layer's own difference, which starts from the source's
+
 
 ORDERS = ("cyclic", "grouped")
 STARTS = ("mean", "first")
@@ -51,7 +64,7 @@ class Shared(struct.PyTreeNode):
     return lora.merged(self.whole(), self.deltas)
 
 
-def check(spec: Share, model: Any) -> None:
+def check(spec: ShareOptions, model: Any) -> None:
   """Refuses what a model (or its shapes) cannot share."""
   if spec.order not in ORDERS or spec.start not in STARTS:
     raise InputError(
@@ -73,7 +86,7 @@ def check(spec: Share, model: Any) -> None:
     )
 
 
-def start(model: Any, spec: Share, key: jax.Array, fit: bool) -> Shared:
+def start(model: Any, spec: ShareOptions, key: jax.Array, fit: bool) -> Shared:
   """What training starts from: the model's layers shared.
 
   Args:

@@ -10,16 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax.config import Quantise
 from distill_jax.errors import InputError
 from distill_jax.nn import lora, params, sharding
-from distill_jax.nn.quantise import rounded
+from distill_jax.nn.quantise import QuantiseOptions, rounded
 
 REMAT = ("none", "full", "dots", "offload")
 
 
 @dataclasses.dataclass(frozen=True)
-class Compute:
+class ComputeConfig:
   """How a model is computed, apart from what it is. Static and hashable.
 
   Attributes:
@@ -37,10 +36,10 @@ class Compute:
   rules: sharding.Rules = sharding.Rules()
   remat: str = "none"
   attention: str = "auto"
-  quantise: Quantise = Quantise()
+  quantise: QuantiseOptions = QuantiseOptions()
   training: bool = False
 
-  def view(self, tree: Any) -> Any:
+  def cast_and_gather(self, tree: Any) -> Any:
     """Parameters as they are used: in the compute dtype, gathered by the compute column.
 
     Before that, where they are stored, low-rank adapters are merged into their weights, and
@@ -144,17 +143,25 @@ def rope(
 
 
 def gated_mlp(
-  x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array,
+  x_BTD: jax.Array,
+  gate_DF: jax.Array,
+  up_DF: jax.Array,
+  down_FD: jax.Array,
   activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
   """down(activation(gate(x)) * up(x)); SwiGLU with silu (arXiv:2002.05202)."""
   return (activation(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
 
 
 def experts(
-  x_BTD: jax.Array, ids_BTK: jax.Array, weight_BTK: jax.Array,
-  gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, rules: sharding.Rules,
-) -> jax.Array:  # fmt: skip
+  x_BTD: jax.Array,
+  ids_BTK: jax.Array,
+  weight_BTK: jax.Array,
+  gate_EDF: jax.Array,
+  up_EDF: jax.Array,
+  down_EFD: jax.Array,
+  rules: sharding.Rules,
+) -> jax.Array:
   """Each position through its K chosen gated feed-forwards, summed by weight. Returns [B, T, D].
 
   Every device sorts its own positions by expert and multiplies them in groups, by those
@@ -212,9 +219,12 @@ def _grouped(x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD, first) -> j
 
 
 def scan_layers(
-  stacks: Sequence[Any], apply: Callable[[Any, jax.Array, jax.Array], jax.Array],
-  x_BTD: jax.Array, taps: tuple[int, ...], how: Compute,
-) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+  stacks: Sequence[Any],
+  apply: Callable[[Any, jax.Array, jax.Array], jax.Array],
+  x_BTD: jax.Array,
+  taps: tuple[int, ...],
+  compute: ComputeConfig,
+) -> tuple[jax.Array, jax.Array | None]:
   """Runs `x = apply(layer, its number, x)` over stacks of layers, keeping those asked for.
 
   A tapped activation is written into a buffer carried through the scan; a layer that is
@@ -234,11 +244,13 @@ def scan_layers(
     raise InputError(f"taps {taps}: each is a different layer from 0 to {n - 1}")
   slots = np.full(n, len(taps), np.int32)
   slots[list(taps)] = np.arange(len(taps))
-  step = how.checkpoint(lambda layer, i, x: apply(how.view(params.unstack(layer)), i, x))
+  step = compute.checkpoint(
+    lambda layer, i, x: apply(compute.cast_and_gather(params.unstack(layer)), i, x)
+  )
 
   def body(carry, xs):
     (x, buffer), (layer, i, slot) = carry, xs
-    x = sharding.constrain(step(layer, i, x), "batch seq embed", how.rules)
+    x = sharding.constrain(step(layer, i, x), "batch seq embed", compute.rules)
     return (x, buffer.at[slot].set(x, mode="drop") if taps else None), None
 
   carry = x_BTD, jnp.zeros((len(taps), *x_BTD.shape), x_BTD.dtype) if taps else None

@@ -6,6 +6,7 @@ A linear weight W is used as W + alpha / rank * A B. The sum is made where a lay
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,10 +14,27 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from distill_jax.config import Lora
 from distill_jax.errors import InputError
 from distill_jax.nn import params
 from distill_jax.nn.params import param
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraOptions:
+  """Low-rank adapters, trained in the place of the model's own weights."""
+
+  rank: int = 0  # 0: none, and all weights are trained
+  alpha: float = 16.0  # a weight W is used as W + alpha / rank * A B
+  targets: tuple[str, ...] = (  # Hugging Face's names of linear layers, or ends of dotted ones
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+  )
+
 
 PEFT = "base_model.model."  # what PEFT puts before a module's name
 
@@ -46,7 +64,7 @@ class Adapter(struct.PyTreeNode):
 Adapters = dict[str, Adapter]  # by the path of the weight, as "layers.q"
 
 
-def init(model: Any, spec: Lora, key: jax.Array, at: str = "student.lora") -> Adapters:
+def init(model: Any, spec: LoraOptions, key: jax.Array, at: str = "student.lora") -> Adapters:
   """Adapters for a model (or its shapes), float32: A as PEFT draws it, B zero.
 
   `at` is where the spec stands in the config.
@@ -59,7 +77,7 @@ def init(model: Any, spec: Lora, key: jax.Array, at: str = "student.lora") -> Ad
   return {path: _adapter(v, spec, k) for (path, v), k in zip(weights.items(), keys, strict=True)}
 
 
-def _adapter(weight: Any, spec: Lora, key: jax.Array) -> Adapter:
+def _adapter(weight: Any, spec: LoraOptions, key: jax.Array) -> Adapter:
   meta, (inner, outer) = weight.get_metadata(), _axes(weight)
   sizes = dict(zip(meta["axes"], weight.shape, strict=True))
   dims = lambda axes: " ".join(f"{name}:{sizes[name]}" for name in axes)
@@ -71,7 +89,7 @@ def _adapter(weight: Any, spec: Lora, key: jax.Array) -> Adapter:
   return Adapter(**stacked, scale=spec.alpha / r)
 
 
-def targets(model: Any, spec: Lora, at: str = "student.lora") -> dict[str, Any]:
+def targets(model: Any, spec: LoraOptions, at: str = "student.lora") -> dict[str, Any]:
   """The weights that are adapted, by path.
 
   A target names modules as PEFT's target_modules do: by the end of their dotted name.

@@ -17,9 +17,13 @@ from flax import nnx
 
 
 def param(
-  key: jax.Array, dims: str, hf: str, out: str = "", init: str | float = "fan_in",
+  key: jax.Array,
+  dims: str,
+  hf: str,
+  out: str = "",
+  init: str | float = "fan_in",
   exact: bool = False,
-):  # fmt: skip
+):
   """Declares and initialises one parameter, in float32.
 
   Args:

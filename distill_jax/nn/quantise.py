@@ -8,21 +8,30 @@ routers and the head stay as they are.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from distill_jax.config import Quantise
 from distill_jax.errors import InputError
 from distill_jax.nn import params
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantiseOptions:
+  """Integer weights of linear layers, in training and after it: see quantise.py."""
+
+  bits: int = 0  # 4 | 8; 0: none
+  group: int = 0  # inputs that share a scale; 0: all of an output's
+
 
 LOOPS = ("layers", "encoder_layers", "experts")  # axes along which weights are tensors of their own
 BITS = (0, 4, 8)
 
 
-def check(spec: Quantise, model: Any) -> None:
+def check(spec: QuantiseOptions, model: Any) -> None:
   """Refuses what a model (or its shapes) cannot be quantised to."""
   if spec.bits not in BITS or spec.group < 0:
     raise InputError(
@@ -43,7 +52,7 @@ def is_quantised(v: Any) -> bool:
   return bool(meta["out"]) and "layers" in meta["hf"] and "routes" not in meta["axes"]
 
 
-def rounded(v: Any, spec: Quantise) -> Any:
+def rounded(v: Any, spec: QuantiseOptions) -> Any:
   """A parameter as it is used, float32, in its own shape; what is not quantised as it is."""
   if not spec.bits or not is_quantised(v):
     return v
@@ -61,13 +70,13 @@ def rounded(v: Any, spec: Quantise) -> Any:
   return v.replace(x + jax.lax.stop_gradient(on_grid - x))
 
 
-def tree(model: Any, spec: Quantise) -> Any:
+def tree(model: Any, spec: QuantiseOptions) -> Any:
   """The model with its weights on the grid, each in the dtype that it had."""
   one = lambda v: v.replace(rounded(v, spec)[...].astype(v.dtype))
   return params.map_params(one, model)
 
 
-def nbytes(model: Any, spec: Quantise) -> int:
+def nbytes(model: Any, spec: QuantiseOptions) -> int:
   """Bytes of the weights: b bits each where quantised, and a bfloat16 scale a group."""
   total = 0
   for _, v in params.named_params(model):

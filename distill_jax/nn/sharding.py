@@ -18,6 +18,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from distill_jax.errors import InputError
 from distill_jax.nn import params
 
+
+@dataclasses.dataclass(frozen=True)
+class MeshOptions:
+  """Devices on each mesh axis; -1 is the rest."""
+
+  data: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+
+
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 

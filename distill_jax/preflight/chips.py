@@ -48,8 +48,19 @@ class Chip:
 
 
 _TORUS_2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_TORUS_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16",
-             "8x16x16", "16x16x16")  # fmt: skip
+_TORUS_3D = (
+  "2x2x1",
+  "2x2x2",
+  "2x2x4",
+  "2x4x4",
+  "4x4x4",
+  "4x4x8",
+  "4x8x8",
+  "8x8x8",
+  "8x8x16",
+  "8x16x16",
+  "16x16x16",
+)
 
 CHIPS = {
   chip.name: chip
@@ -60,7 +71,7 @@ CHIPS = {
     Chip("v6e", 918e12, int(31.25 * GiB), 1.638e12, 400e9, 12.5e9, _TORUS_2D),
     Chip("tpu7x", 2307e12, int(94.75 * GiB), 7.38e12, 600e9, 12.5e9, _TORUS_3D),
   )
-}  # fmt: skip
+}
 
 
 def parse(topology: str) -> tuple[Chip, int]:

@@ -13,9 +13,14 @@ import re
 from collections.abc import Iterator
 
 KINDS = (
-  "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
-  "collective-permute", "collective-broadcast",
-)  # fmt: skip
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+)
 DCN = "dcn "  # before the kind of what goes from slice to slice
 # Where a gather spans a whole 3D torus, libtpu adds up arrays that are zero elsewhere.
 BY_ADDING = "all-gather as all-reduce"

@@ -37,9 +37,13 @@ class Bound:
 
 
 def bound(
-  chip: Chip, chips: int, devices: int, flops: dict[str, float], hbm_bytes: float,
+  chip: Chip,
+  chips: int,
+  devices: int,
+  flops: dict[str, float],
+  hbm_bytes: float,
   sent: dict[str, int],
-) -> Bound:  # fmt: skip
+) -> Bound:
   """The roofline.
 
   Args:
@@ -108,7 +112,7 @@ def arguments(config: Config, verb: str, mesh: Any) -> int:
   if verb == "record":
     return size(config.teacher)
   teacher = sum(size(spec) for spec in loop.online(config).values())
-  trained = _placed(loading.trained(config.student), config.student, mesh)
+  trained = _placed(loading.abstract_trainable(config.student), config.student, mesh)
   width = jnp.dtype(config.student.param_dtype).itemsize
   base = size(config.student) if config.student.lora.rank else 0
   moments = trained * (4 + width) / width  # the first in float32, the second as the weights
@@ -116,5 +120,5 @@ def arguments(config: Config, verb: str, mesh: Any) -> int:
 
 
 def _placed(tree: Any, spec: Any, mesh: Any) -> int:
-  where = sharding.shardings(tree, mesh, loading.compute(spec).rules)
+  where = sharding.shardings(tree, mesh, loading.compute_config(spec).rules)
   return programs.bytes_of(loading.place(tree, where))

@@ -17,8 +17,9 @@ from typing import Any
 
 import jax
 
-from distill_jax.config import Config, Model
+from distill_jax.config import Config
 from distill_jax.models import loading
+from distill_jax.models.options import ModelOptions
 from distill_jax.nn import layer_sharing, lora, params
 from distill_jax.training import loop
 
@@ -36,9 +37,9 @@ class Flops:
     return self.weights + self.attention + self.head
 
 
-def model(spec: Model, rows: int, seq_len: int) -> Flops:
+def model(spec: ModelOptions, rows: int, seq_len: int) -> Flops:
   """Of `rows` sequences of `seq_len` positions."""
-  _, c = loading.shape(spec)
+  _, c = loading.family_and_config(spec)
   tokens = rows * seq_len
   whole = loading.abstract(spec)
   weights = sum(_active(v, c) for path, v in params.named_params(whole) if path.find(".") > 0)
@@ -51,9 +52,9 @@ def model(spec: Model, rows: int, seq_len: int) -> Flops:
   )
 
 
-def active(spec: Model) -> int:
+def active(spec: ModelOptions) -> int:
   """Weights that one position is multiplied with, the head's among them."""
-  _, c = loading.shape(spec)
+  _, c = loading.family_and_config(spec)
   whole = loading.abstract(spec)
   layers = sum(_active(v, c) for path, v in params.named_params(whole) if path.find(".") > 0)
   return round(layers) + c.vocab_size * c.hidden_size
@@ -104,7 +105,7 @@ def step(config: Config, verb: str, rows: int) -> dict[str, float]:
 
 def _adapted(config: Config) -> int:
   """Numbers of the weights that adapters go on."""
-  trained = loading.trained(config.student)
+  trained = loading.abstract_trainable(config.student)
   adapters = trained.deltas if isinstance(trained, layer_sharing.Shared) else trained
   joined = lora.join(loading.abstract(config.student), adapters)
   is_adapter = lambda x: isinstance(x, lora.Adapter)

@@ -13,14 +13,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill_jax.commands import record
-from distill_jax.config import Config, Model
+from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.models import loading
+from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
-from distill_jax.records import multi_teacher, tf_example
+from distill_jax.records import collate, multi_teacher, tf_example
 from distill_jax.records.store import Manifest, Store
 from distill_jax.tasks import dataset
-from distill_jax.training import loader, loop, validate
+from distill_jax.training import loop, validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def manifest(config: Config, classes: int = 0, positions: int = 0) -> Manifest:
   The tokenizer of text has all rows of the model that reads.
   """
   model = config.student if config.losses else config.teacher
-  classes = classes or loading.shape(model)[1].vocab_size
+  classes = classes or loading.family_and_config(model)[1].vocab_size
   T = positions or config.data.seq_len
   config = dataclasses.replace(config, records=record.dense(config.records, classes))
   return record.describe(config, classes, sequences=1, positions=T)
@@ -76,13 +77,13 @@ def _stores(config: Config) -> loop.Stores:
   """As train opens them, as if all had been recorded."""
   if not config.tasks:
     store = Store(Path("preflight"), manifest(config))
-    return [multi_teacher.Joined(store, dict.fromkeys(config.train.teachers, store))]
+    return [multi_teacher.MultiTeacherStore(store, dict.fromkeys(config.train.teachers, store))]
   rows = loop.open_tasks(config)
   if not config.train.records:
     config = dataclasses.replace(config, records=dataclasses.replace(config.records, kind="text"))
   parts = dataset.parts(rows)
   about = {n: manifest(config, of.source.classes, of.source.positions) for n, of in rows.items()}
-  return [dataset.Tasked(of, None, about[name], parts[name]) for name, of in rows.items()]
+  return [dataset.RecordedTask(of, None, about[name], parts[name]) for name, of in rows.items()]
 
 
 def _train(config: Config, mesh: Mesh) -> Program:
@@ -136,29 +137,30 @@ def _record(config: Config, mesh: Mesh) -> Program:
     about = manifest(dataclasses.replace(config, losses={}))
     first, one = 0, _text(about)
   config = dataclasses.replace(config, records=record.dense(config.records, about.vocab_size))
-  model, how = _model(config.teacher, mesh), loading.compute(config.teacher)
+  model, compute = _model(config.teacher, mesh), loading.compute_config(config.teacher)
   batch = _batch(config, about, rows, mesh, [], one)
   whole = sharding.replicated(mesh)
   key = loading.place(jax.eval_shape(jax.random.key, 0), whole)
   index_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding.batch_sharding(mesh))
   with jax.set_mesh(mesh):
-    run = record.jitted(config, how, about.vocab_size, first)
+    run = record.jitted(config, compute, about.vocab_size, first)
     lowered = run.lower(model, key, batch, index_B)
   return Program(lowered, {"teacher": bytes_of(model), "batch": bytes_of(batch)}, rows)
 
 
-def _model(spec: Model, mesh: Mesh) -> Any:
+def _model(spec: ModelOptions, mesh: Mesh) -> Any:
   like = loading.abstract(spec)
-  return loading.place(like, sharding.shardings(like, mesh, loading.compute(spec).rules))
+  return loading.place(like, sharding.shardings(like, mesh, loading.compute_config(spec).rules))
 
 
 def _text(about: Manifest) -> dict[str, np.ndarray]:
   """A row of made-up text."""
   T = about.seq_len
   return {
-    "tokens_T": np.zeros(T, np.int32), "segments_T": np.ones(T, np.int32),
+    "tokens_T": np.zeros(T, np.int32),
+    "segments_T": np.ones(T, np.int32),
     "mask_T": np.ones(T, bool),
-  }  # fmt: skip
+  }
 
 
 def _batch(
@@ -172,7 +174,7 @@ def _batch(
   for name in recorded:
     at = "" if name == "teacher" else f"{name}/"
     one |= {at + field: x for field, x in said.items() if field not in multi_teacher.TEXT}
-  batch = loader.collate([one], "teacher" in recorded, dataset.reader(config))
+  batch = collate.collate([one], "teacher" in recorded, dataset.reader(config))
   where = sharding.batch_sharding(mesh)
   row = lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where)
   return jax.tree.map(row, batch)
@@ -183,9 +185,12 @@ def _said(about: Manifest) -> dict[str, np.ndarray]:
   T, zeros = about.seq_len, np.zeros(about.seq_len, np.float32)
   ids_N = np.arange(about.n) if about.kind == "topk" else np.zeros(about.n, np.int64)
   said: dict[str, np.ndarray] = {
-    "ids_TN": np.tile(ids_N, (T, 1)), "logp_TN": np.zeros((T, about.n), np.float32),
-    "argmax_T": np.zeros(T, np.int32), "label_logp_T": zeros, "entropy_T": zeros,
-  }  # fmt: skip
+    "ids_TN": np.tile(ids_N, (T, 1)),
+    "logp_TN": np.zeros((T, about.n), np.float32),
+    "argmax_T": np.zeros(T, np.int32),
+    "label_logp_T": zeros,
+    "entropy_T": zeros,
+  }
   if about.taps is not None:
     P = len(about.taps.layers)
     said["taps_PTD"] = np.zeros((P, T, about.taps.width), np.int8)

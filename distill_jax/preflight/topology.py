@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from distill_jax.config import Mesh
 from distill_jax.errors import InputError
 from distill_jax.nn import sharding
+from distill_jax.nn.sharding import MeshOptions
 from distill_jax.preflight import chips
 
 # Nothing is asked of a metadata server, no log is written to the terminal, and another
@@ -52,7 +52,7 @@ def devices(topology: str, num_slices: int = 1) -> tuple[Any, ...]:
   return tuple(described.devices)
 
 
-def mesh(config: Mesh, topology: str, num_slices: int = 1) -> jax.sharding.Mesh:
+def mesh(config: MeshOptions, topology: str, num_slices: int = 1) -> jax.sharding.Mesh:
   """The mesh that a run on these slices would have.
 
   Raises:

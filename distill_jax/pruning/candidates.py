@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from distill_jax.config import Shrink
 from distill_jax.errors import InputError
 from distill_jax.pruning import choose, shapes
+from distill_jax.pruning.options import ShrinkOptions
 
 NEAR = 0.1  # of the target that a shape may be away from it
 
@@ -17,14 +17,14 @@ Size = Callable[[Any], float]  # of a family's Config, in the target's units
 
 
 def propose(
-  s: Shrink,
+  s: ShrinkOptions,
   family: str,
   config: Any,
   size: Size,
   wanted: float,
   what: str,
   check: Callable[[Any], Any] = lambda config: None,
-) -> dict[str, Shrink]:
+) -> dict[str, ShrinkOptions]:
   """Shapes by name, each as near to the target as its kind gets.
 
   `depth` has fewer layers, `inner` narrower feed-forwards and fewer heads or experts, `width`
@@ -51,7 +51,7 @@ def propose(
     ladder = list(_ladder(s, family, config, hidden, check)) or [s]
     for kind, n in ((name, L), (f"depth-{name}", half)):
       found[kind] = nearest(_around(nearest(layers(n, ladder)), config))
-  proposed: dict[str, Shrink] = {}
+  proposed: dict[str, ShrinkOptions] = {}
   for name, c in found.items():
     if abs(of(c) / wanted - 1) <= NEAR and c not in proposed.values():
       proposed[name] = c
@@ -65,8 +65,8 @@ def propose(
 
 
 def _ladder(
-  s: Shrink, family: str, config: Any, hidden: bool, check: Callable[[Any], Any]
-) -> Iterator[Shrink]:
+  s: ShrinkOptions, family: str, config: Any, hidden: bool, check: Callable[[Any], Any]
+) -> Iterator[ShrinkOptions]:
   """Ever wider shapes below the teacher's own, at multiples that matrix units like."""
   here = shapes.axes(family, config)
   count = lambda key: getattr(config, shapes.field(config, key))
@@ -88,7 +88,7 @@ def _ladder(
     yield shape
 
 
-def _around(s: Shrink, config: Any) -> list[Shrink]:
+def _around(s: ShrinkOptions, config: Any) -> list[ShrinkOptions]:
   """A shape, and those whose feed-forward is a little wider or narrower."""
   if not s.intermediate:
     return [s]

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax.config import Shrink
 from distill_jax.nn import params, sharding
 from distill_jax.pruning import choose, shapes
+from distill_jax.pruning.options import ShrinkOptions
 
 CHANNELS = ("embed", "table", "norm")  # axes of the residual stream, the same in all layers
 # By the energy where it is read. SmolLM2, 512 (448, 384) of 576 channels: held-out 3.77 (4.90,
@@ -46,7 +46,7 @@ class Kept:
 
 
 def keep(
-  s: Shrink, family: str, was: Any, now: Any, layers: tuple[int, ...], measured: Measured
+  s: ShrinkOptions, family: str, was: Any, now: Any, layers: tuple[int, ...], measured: Measured
 ) -> Kept:
   """What is kept of a model of Config `was` for one of Config `now`, which has these layers."""
   sizes = _sizes(shapes.abstract(family, now))
@@ -81,7 +81,11 @@ def _sizes(model: Any) -> dict[str, dict[str, int]]:
 
 
 def _places(
-  s: Shrink, was: Any, old: dict[str, int], new: dict[str, int], measured: dict[str, np.ndarray]
+  s: ShrinkOptions,
+  was: Any,
+  old: dict[str, int],
+  new: dict[str, int],
+  measured: dict[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
   """What one stack keeps along the axes that get shorter."""
   less = lambda axis: new.get(axis, 0) < old.get(axis, 0)

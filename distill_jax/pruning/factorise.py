@@ -65,8 +65,10 @@ def factorise(model: Any, ranks: dict[str, int], itemsize: int) -> tuple[Any, di
     values[path] = distributed.from_host(new, v[...].sharding)
     n = math.prod(x.shape[:loops])
     about[path] = {
-      "rank": rank, "of": min(layout.shape), "norm_kept": kept / total if total else 1.0,
+      "rank": rank,
+      "of": min(layout.shape),
+      "norm_kept": kept / total if total else 1.0,
       "bytes": n * math.prod(layout.shape) * itemsize,
       "bytes_as_factors": n * rank * sum(layout.shape) * itemsize,
-    }  # fmt: skip
+    }
   return params.replace(model, values), about

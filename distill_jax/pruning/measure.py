@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax.models import _decoder
+from distill_jax.models import DecoderBlock
 from distill_jax.nn import fused_head, layers, params, sharding
-from distill_jax.nn.layers import Compute
+from distill_jax.nn.layers import ComputeConfig
 from distill_jax.types import Batch, Inputs, Mean
 
 Runner = Callable[[Any, Batch, np.ndarray], Mean]
@@ -26,7 +26,7 @@ Sums = dict[str, dict[str, Any]]  # by stack ("" for what is outside of them) an
 def importance(
   model: Any,
   batches: Sequence[Batch],
-  how: Compute,
+  compute: ComputeConfig,
   within_experts: bool,
   done: Callable[[int], None] = lambda n: None,
 ) -> dict[str, dict[str, np.ndarray]]:
@@ -47,7 +47,7 @@ def importance(
     within_experts: also expert_mlp, for which every expert reads every position.
     done: called with the number of positions after each batch.
   """
-  watch = jax.jit(functools.partial(_watch, how=how, within_experts=within_experts))
+  watch = jax.jit(functools.partial(_watch, compute=compute, within_experts=within_experts))
   total: Any = None
   for batch in batches:
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), watch(model, batch.inputs))
@@ -58,8 +58,8 @@ def importance(
   return {s: {name: of(name, x) for name, x in named.items()} for s, named in total.items()}
 
 
-def _watch(model: Any, inputs: Inputs, *, how: Compute, within_experts: bool) -> Sums:
-  x_BTD, _ = model.embedded(inputs.tokens_BT, how)
+def _watch(model: Any, inputs: Inputs, *, compute: ComputeConfig, within_experts: bool) -> Sums:
+  x_BTD, _ = model.embedded(inputs.tokens_BT, compute)
   sight, seen_BT = model.sight(inputs), inputs.segments_BT > 0
   sums: Sums = {}
   first = 0
@@ -67,10 +67,10 @@ def _watch(model: Any, inputs: Inputs, *, how: Compute, within_experts: bool) ->
 
     def body(x_BTD, layer_and_number):
       layer, i = layer_and_number
-      block = how.view(params.unstack(layer))
-      see = *sight(i), inputs.segments_BT, how
+      block = compute.cast_and_gather(params.unstack(layer))
+      see = *sight(i), inputs.segments_BT, compute
       z_BTD, said = _layer(block, x_BTD, see, seen_BT, within_experts)
-      return sharding.constrain(z_BTD, "batch seq embed", how.rules), said
+      return sharding.constrain(z_BTD, "batch seq embed", compute.rules), said
 
     numbers = np.arange(first, first + n, dtype=np.int32)
     x_BTD, sums[name] = jax.lax.scan(body, x_BTD, (getattr(model, name), numbers))
@@ -87,15 +87,15 @@ def _layer(
   block: Any, x_BTD: jax.Array, see: tuple[Any, ...], seen_BT: jax.Array, within_experts: bool
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """One layer's output, and sums over positions of what its parts did."""
-  c, how = block.config, see[-1]
+  c, compute = block.config, see[-1]
   a_BTHh = block.read(x_BTD, *see)
   mid_BTD = x_BTD + block.merge(a_BTHh)
-  out_BTD = mid_BTD + block.feed_forward(mid_BTD, how.rules)
+  out_BTD = mid_BTD + block.feed_forward(mid_BTD, compute.rules)
   y_BTD = block.norm(mid_BTD, block.mlp_norm)
   into = {"attn_norm": x_BTD, "mlp_norm": mid_BTD}
   if hasattr(block, "attn_post_norm"):  # what the plain layer adds goes through a norm first
-    into["attn_post_norm"] = _decoder.Block.merge(block, a_BTHh)
-    into["mlp_post_norm"] = _decoder.Block.feed_forward(block, mid_BTD, how.rules)
+    into["attn_post_norm"] = DecoderBlock.merge(block, a_BTHh)
+    into["mlp_post_norm"] = DecoderBlock.feed_forward(block, mid_BTD, compute.rules)
   said = {
     "influence": _sum(1 - _cosine(x_BTD, out_BTD), seen_BT),
     "heads": _sum(_head_energy(a_BTHh, block.o[...]), seen_BT),
@@ -162,9 +162,9 @@ def _energy(x_BTD: jax.Array, seen_BT: jax.Array, eps: float) -> jax.Array:
   return _sum(layers.rms_norm(x_BTD.astype(jnp.float32), unit_D, eps) ** 2, seen_BT)
 
 
-def runner(how: Compute, chunk: int, vocab_size: int) -> Runner:
+def runner(compute: ComputeConfig, chunk: int, vocab_size: int) -> Runner:
   """What `loss` runs: compiled once a shape, whichever layers are left out."""
-  return jax.jit(functools.partial(_without, how=how, chunk=chunk, vocab_size=vocab_size))
+  return jax.jit(functools.partial(_without, compute=compute, chunk=chunk, vocab_size=vocab_size))
 
 
 def loss(run: Runner, model: Any, batches: Sequence[Batch], without: Sequence[int] = ()) -> float:
@@ -176,19 +176,25 @@ def loss(run: Runner, model: Any, batches: Sequence[Batch], without: Sequence[in
 
 
 def _without(
-  model: Any, batch: Batch, runs_L: jax.Array, *, how: Compute, chunk: int, vocab_size: int
+  model: Any,
+  batch: Batch,
+  runs_L: jax.Array,
+  *,
+  compute: ComputeConfig,
+  chunk: int,
+  vocab_size: int,
 ) -> Mean:
   inputs = batch.inputs
-  x_BTD, embed_VD = model.embedded(inputs.tokens_BT, how)
+  x_BTD, embed_VD = model.embedded(inputs.tokens_BT, compute)
   sight = model.sight(inputs)
 
   def apply(layer, i, x_BTD):
-    run = lambda x_BTD: layer(x_BTD, *sight(i), inputs.segments_BT, how)
+    run = lambda x_BTD: layer(x_BTD, *sight(i), inputs.segments_BT, compute)
     return jax.lax.cond(runs_L[i], run, lambda x_BTD: x_BTD, x_BTD)
 
   stacks = [getattr(model, name) for name, _, _ in model.plan(model.config)]
-  x_BTD, _ = layers.scan_layers(stacks, apply, x_BTD, (), how)
-  out = model.output(x_BTD, embed_VD, how)
+  x_BTD, _ = layers.scan_layers(stacks, apply, x_BTD, (), compute)
+  out = model.output(x_BTD, embed_VD, compute)
 
   def ce(z_BCV: jax.Array, piece: Batch) -> Mean:
     z_BCV = fused_head.soft_cap(z_BCV, out.soft_cap)

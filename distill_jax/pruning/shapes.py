@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from distill_jax import registry
-from distill_jax.config import Shrink
 from distill_jax.errors import InputError
 from distill_jax.nn import params
+from distill_jax.pruning.options import ShrinkOptions
 
 # A key of config.Shrink: what a family's Config calls that number, and the axis it shortens.
 SIZES = {
@@ -57,7 +57,7 @@ def field(config: Any, key: str) -> str:
   return next((n for n in SIZES[key][0] if n in has and getattr(config, n) is not None), "")
 
 
-def check(s: Shrink, family: str, config: Any) -> None:
+def check(s: ShrinkOptions, family: str, config: Any) -> None:
   """Refuses what no family, or not this one, can have."""
   for key, ways in WAYS.items():
     if (way := getattr(s, key)) not in ways:
@@ -88,7 +88,7 @@ def check(s: Shrink, family: str, config: Any) -> None:
       )
 
 
-def narrowed(s: Shrink, family: str, config: Any) -> Any:
+def narrowed(s: ShrinkOptions, family: str, config: Any) -> Any:
   """The Config of the narrower model, with all of the teacher's layers.
 
   Raises:
@@ -107,7 +107,7 @@ def narrowed(s: Shrink, family: str, config: Any) -> Any:
   return dataclasses.replace(config, **new)
 
 
-def _heads(s: Shrink, config: Any) -> dict[str, int]:
+def _heads(s: ShrinkOptions, config: Any) -> dict[str, int]:
   """How many query and key/value heads, where either changes."""
   H, G = config.num_attention_heads, config.num_key_value_heads
   if not (s.heads or s.kv_heads):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from distill_jax import registry
-from distill_jax.config import Config, Shrink
+from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError
 from distill_jax.hub import export as hub
@@ -21,9 +21,10 @@ from distill_jax.hub.weights import float_dtype
 from distill_jax.models import loading
 from distill_jax.nn import params, sharding
 from distill_jax.pruning import choose, cut, experts, factorise, measure, shapes, table, windows
+from distill_jax.pruning.options import ShrinkOptions
+from distill_jax.records import collate
 from distill_jax.runtime import storage
 from distill_jax.runtime.progress import Progress
-from distill_jax.training import loader
 from distill_jax.types import Batch
 
 
@@ -37,27 +38,30 @@ class Teacher:
 
   def __init__(self, config: Config):
     self.config = config
-    self.family, self.shape = loading.shape(config.teacher)
-    self.mesh, self.how = sharding.make_mesh(**vars(config.mesh)), loading.compute(config.teacher)
+    self.family, self.shape = loading.family_and_config(config.teacher)
+    self.mesh, self.compute = (
+      sharding.make_mesh(**vars(config.mesh)),
+      loading.compute_config(config.teacher),
+    )
     sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, self.mesh)
-    came = loading.pretrained(config.teacher)
-    self.tokenizer = corpus.tokenizer_of(config.data, came)
+    pretrained = loading.pretrained(config.teacher)
+    self.tokenizer = corpus.tokenizer_of(config.data, pretrained)
     rows, longest = self.shape.vocab_size, self.shape.max_position_embeddings
     corpus.check(config.data, self.tokenizer, rows, longest)
     of = lambda split, n: dataclasses.replace(config.data, split=split, sequences=n)
     size = config.evaluate.batch_size
     text = [of("train", config.shrink.sequences), of("heldout", config.evaluate.sequences)]
-    read = [list(corpus.sequences(data, self.tokenizer, came)) for data in text]
+    read = [list(corpus.sequences(data, self.tokenizer, pretrained)) for data in text]
     where = sharding.batch_sharding(self.mesh)
     self.calibration, self.heldout = (
-      [loader.to_device(b, where) for b in _batches(some, size)] for some in read
+      [collate.to_device(b, where) for b in _batches(some, size)] for some in read
     )
     self.labels = sum(int(row["mask_T"].sum()) for row in read[1])
     self._importance: dict[bool, cut.Measured] = {}
     self._gone: list[int] = []  # layers, in the order in which they can go
 
   @functools.cached_property
-  def built(self) -> loading.Built:
+  def built(self) -> loading.LoadedModel:
     """Its weights, which are read when they are asked for."""
     with jax.set_mesh(self.mesh):
       return loading.build(
@@ -76,14 +80,14 @@ class Teacher:
 
   @functools.cached_property
   def _run(self) -> measure.Runner:
-    return measure.runner(self.how, self.config.train.chunk, self.tokenizer.vocab_size)
+    return measure.runner(self.compute, self.config.train.chunk, self.tokenizer.vocab_size)
 
   def importance(self, within_experts: bool) -> cut.Measured:
     """What matters in it, by the calibration text."""
     if within_experts not in self._importance:
       with Progress("measure", sum(b.mask_BT.size for b in self.calibration)) as progress:
         self._importance[within_experts] = measure.importance(
-          self.built.model, self.calibration, self.how, within_experts, progress.add
+          self.built.model, self.calibration, self.compute, within_experts, progress.add
         )
     return self._importance[within_experts]
 
@@ -110,7 +114,9 @@ class Teacher:
     loss = lambda without: measure.loss(self._run, self.built.model, one, without)
     return choose.removals(self.shape.num_hidden_layers, loss)
 
-  def make(self, s: Shrink, target: str | os.PathLike[str], random: bool = True) -> dict[str, Any]:
+  def make(
+    self, s: ShrinkOptions, target: str | os.PathLike[str], random: bool = True
+  ) -> dict[str, Any]:
     """Writes the student that `s` asks for as a Hugging Face folder; see shrink.shrink.
 
     Args:
@@ -124,7 +130,7 @@ class Teacher:
       hub.check_new(target)
     abstract = shapes.abstract(self.family, wide)
     factorise.targets(abstract, s.factorise)
-    sharding.shardings(abstract, self.mesh, self.how.rules)  # does it divide?
+    sharding.shardings(abstract, self.mesh, self.compute.rules)  # does it divide?
     if s.window:
       L = self.shape.num_hidden_layers
       windows.windowed(s, wide.keep(choose.even(s.layers or L, L)))
@@ -135,33 +141,42 @@ class Teacher:
       student, kept, factors = self._cut(s, config, layers)
       if s.window:
         config = windows.windowed(s, config)
-        student = windows.see(student, config, self.mesh, self.how.rules)
+        student = windows.see(student, config, self.mesh, self.compute.rules)
       result = {
-        "dir": str(target), "kept": table.kept(s, self.shape, config, kept),
-        "factorised": factors, "models": self._scores(config, student, random),
-        "heldout_labels": self.labels, "corpus": f"{self.config.data.kind} {self.config.data.path}",
-      }  # fmt: skip
-      came, c = self.built.pretrained, self.config
+        "dir": str(target),
+        "kept": table.kept(s, self.shape, config, kept),
+        "factorised": factors,
+        "models": self._scores(config, student, random),
+        "heldout_labels": self.labels,
+        "corpus": f"{self.config.data.kind} {self.config.data.path}",
+      }
+      pretrained, c = self.built.pretrained, self.config
       with storage.new_folder(target) as work:
         hub.export(
-          student, work, tokenizer=corpus.files_of(c.data, came),
-          generation=came.generation if came else {}, card=table.card(c, result),
-          dtype=c.export.dtype, shard_bytes=c.export.shard_bytes,
-        )  # fmt: skip
+          student,
+          work,
+          tokenizer=corpus.files_of(c.data, pretrained),
+          generation=pretrained.generation if pretrained else {},
+          card=table.card(c, result),
+          dtype=c.export.dtype,
+          shard_bytes=c.export.shard_bytes,
+        )
     return result
 
   def untrained(self, config: Any) -> Any:
     """A model of that shape with random weights."""
     family = shapes.family_of(config)
     make = registry.load("models", family).Model
-    where = sharding.shardings(shapes.abstract(family, config), self.mesh, self.how.rules)
+    where = sharding.shardings(shapes.abstract(family, config), self.mesh, self.compute.rules)
     key = loading.keys(self.config.seed)["student"]
     return jax.jit(lambda key: make(config, key), out_shardings=where)(key)
 
-  def _cut(self, s: Shrink, config: Any, layers: tuple[int, ...]) -> tuple[Any, cut.Kept, Any]:
+  def _cut(
+    self, s: ShrinkOptions, config: Any, layers: tuple[int, ...]
+  ) -> tuple[Any, cut.Kept, Any]:
     measured = self.importance(bool(s.expert_intermediate))
     kept = cut.keep(s, self.family, self.shape, config, layers, measured)
-    model, rules = self.built.model, self.how.rules
+    model, rules = self.built.model, self.compute.rules
     if s.experts_by == "merge":
       model = experts.merge(model, kept, measured)
     student = cut.cut(model, self.family, config, kept, self.mesh, rules)
@@ -187,4 +202,4 @@ def _batches(rows: list[dict[str, np.ndarray]], size: int) -> Iterator[Batch]:
   for i in range(0, len(rows), size):
     some = rows[i : i + size]
     whole = some + [empty] * (size - len(some))
-    yield loader.collate(whole[jax.process_index() :: jax.process_count()])
+    yield collate.collate(whole[jax.process_index() :: jax.process_count()])

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill_jax.config import Config, Shrink
-from distill_jax.models._windows import GLOBAL
+from distill_jax.config import Config
+from distill_jax.models import GLOBAL
 from distill_jax.pruning import shapes
 from distill_jax.pruning.cut import Kept
+from distill_jax.pruning.options import ShrinkOptions
 
 NOTE = "as factors, for a student that starts from them; the folder holds the products"
 
 
-def kept(s: Shrink, was: Any, now: Any, chosen: Kept) -> dict[str, Any]:
+def kept(s: ShrinkOptions, was: Any, now: Any, chosen: Kept) -> dict[str, Any]:
   """Of each axis: how many are kept, of how many, and where it applies by what."""
   found: dict[str, Any] = {
-    "layers": {"kept": len(chosen.layers), "of": was.num_hidden_layers, "by": s.layers_by,
-               "numbers": list(chosen.layers)}
-  }  # fmt: skip
+    "layers": {
+      "kept": len(chosen.layers),
+      "of": was.num_hidden_layers,
+      "by": s.layers_by,
+      "numbers": list(chosen.layers),
+    }
+  }
   by = {"kv_heads": s.kv_heads_by, "experts": s.experts_by}
   for key in shapes.SIZES:
     if name := shapes.field(was, key):

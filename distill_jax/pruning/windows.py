@@ -12,18 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax import registry
-from distill_jax.config import Shrink
 from distill_jax.errors import InputError
-from distill_jax.models._windows import GLOBAL, LOCAL
+from distill_jax.models import GLOBAL, LOCAL
 from distill_jax.nn import params, sharding
 from distill_jax.pruning import shapes
+from distill_jax.pruning.options import ShrinkOptions
 
 # The family in whose words transformers has layers of both kinds. A Llama is a Qwen2 without
 # biases, and rope is the same in all of its kinds.
 INTO = {"llama": "qwen2", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
-def windowed(s: Shrink, config: Any) -> Any:
+def windowed(s: ShrinkOptions, config: Any) -> Any:
   """The Config, of another family perhaps, of a student of this one that has windows.
 
   Raises:

@@ -78,10 +78,14 @@ def encode_tokens(seq: Sequence, spec: Spec) -> bytes:
   both = segments.astype(np.int64) * 2 + mask
   starts = np.flatnonzero(np.append(True, both[1:] != both[:-1])) if T else np.zeros(0, np.int64)
   head = struct.pack("<II", T, len(starts))
-  return b"".join((
-    head, bits.pack(starts, 32), bits.pack(both[starts], 24),
-    bits.pack(tokens, bits.width(spec.vocab_size)),
-  ))  # fmt: skip
+  return b"".join(
+    (
+      head,
+      bits.pack(starts, 32),
+      bits.pack(both[starts], 24),
+      bits.pack(tokens, bits.width(spec.vocab_size)),
+    )
+  )
 
 
 def decode_tokens(data: bytes, spec: Spec) -> Sequence:
@@ -98,9 +102,10 @@ def decode_tokens(data: bytes, spec: Spec) -> Sequence:
   if T and tokens.max() >= spec.vocab_size:
     raise InputError(f"a token id is {tokens.max()}, over the vocabulary of {spec.vocab_size}")
   return {
-    "tokens_T": tokens, "segments_T": (both >> 1).astype(np.int32),
+    "tokens_T": tokens,
+    "segments_T": (both >> 1).astype(np.int32),
     "mask_T": (both & 1).astype(bool),
-  }  # fmt: skip
+  }
 
 
 def encode_smoothing(seq: Sequence) -> bytes:

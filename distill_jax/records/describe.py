@@ -21,13 +21,18 @@ def describe(store: Store) -> dict[str, Any]:
   tokens = max(total("tokens"), 1)
   fields = {name: sum(s.fields[name] for s in m.shards) for name in m.shards[0].fields}
   return {
-    **m.identity, "folder": str(store.folder), "sequences": len(store), "shards": len(m.shards),
-    "tokens": total("tokens"), "targets": total("targets"), "bytes": total("bytes"),
+    **m.identity,
+    "folder": str(store.folder),
+    "sequences": len(store),
+    "shards": len(m.shards),
+    "tokens": total("tokens"),
+    "targets": total("targets"),
+    "bytes": total("bytes"),
     "entries_per_target": round(total("entries") / max(total("targets"), 1), 3),
     "bytes_per_token": round(total("bytes") / tokens, 3),
     **{f"payload.{name}": round(size / tokens, 3) for name, size in fields.items()},
     "container": round((total("bytes") - sum(fields.values())) / tokens, 3),
-  }  # fmt: skip
+  }
 
 
 def text(figures: dict[str, Any]) -> str:

@@ -37,9 +37,13 @@ from distill_jax.records import bits
 
 
 def encode(
-  ids: np.ndarray, M_S: np.ndarray, argmax_S: np.ndarray, counts: np.ndarray | None, n: int,
+  ids: np.ndarray,
+  M_S: np.ndarray,
+  argmax_S: np.ndarray,
+  counts: np.ndarray | None,
+  n: int,
   vocab_size: int,
-) -> dict[str, bytes]:  # fmt: skip
+) -> dict[str, bytes]:
   """The fields of entries laid end to end.
 
   Args:
@@ -62,8 +66,9 @@ def encode(
     "high": bits.unary(gaps),
     "low": bits.pack(ids - base[bucket], table[bucket]),
     "argmax": bits.pack(slot_S, bits.widths(M_S))
-    + bits.pack(stray_S, 32) + bits.pack(argmax_S[stray_S], 32),
-  }  # fmt: skip
+    + bits.pack(stray_S, 32)
+    + bits.pack(argmax_S[stray_S], 32),
+  }
   if counts is not None:
     others = np.ones(E, bool)
     others[starts + slot_S] = False

@@ -36,9 +36,15 @@ TokenIds = Callable[[str], int | None]
 
 
 def sequences(
-  path: Path, fmt: str, *, n: int, seq_len: int, vocab_size: int, missing_mass: str,
+  path: Path,
+  fmt: str,
+  *,
+  n: int,
+  seq_len: int,
+  vocab_size: int,
+  missing_mass: str,
   token_id: TokenIds | None = None,
-) -> Iterator[codec.Sequence]:  # fmt: skip
+) -> Iterator[codec.Sequence]:
   """Reads a dump into sequences for `Writer.write_shard`, kind "topk" with entropy=False.
 
   Whole documents are packed in order, as many as fit a sequence.
@@ -121,9 +127,14 @@ def _pack(documents: list[Document], n: int, seq_len: int) -> codec.Sequence:
         argmax[t - 1], label_logp[t - 1], mask[t - 1] = best[0], min(top[token], 0.0), True
       t += 1
   return {
-    "tokens_T": tokens, "segments_T": segments, "mask_T": mask, "ids_TN": ids, "logp_TN": logp,
-    "argmax_T": argmax, "label_logp_T": label_logp,
-  }  # fmt: skip
+    "tokens_T": tokens,
+    "segments_T": segments,
+    "mask_T": mask,
+    "ids_TN": ids,
+    "logp_TN": logp,
+    "argmax_T": argmax,
+    "label_logp_T": label_logp,
+  }
 
 
 def _resolver(token_id: TokenIds | None, missing_mass: str, at: str) -> Callable:

@@ -12,7 +12,7 @@ from typing import Any
 
 from distill_jax.errors import InputError
 from distill_jax.records import codec
-from distill_jax.runtime.atomic_io import write_whole
+from distill_jax.runtime.atomic_io import atomic_write
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -153,7 +153,7 @@ class Manifest:
 
   def save(self, folder: Path) -> None:
     text = json.dumps(_plain(dataclasses.asdict(self)), indent=1)
-    write_whole(folder / NAME, text + "\n")
+    atomic_write(folder / NAME, text + "\n")
 
 
 def shard_name(number: int) -> str:

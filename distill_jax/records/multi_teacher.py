@@ -15,7 +15,7 @@ TEXT = ("tokens_T", "segments_T", "mask_T")  # fields of a record that are no te
 SAME = ("corpus", "tokenizer", "vocab_size", "seq_len", "temperature", "missing_mass")
 
 
-class Joined:
+class MultiTeacherStore:
   """A random-access source as Store is, whose records hold what each teacher says.
 
   `joined[i]` is the record of the first store; the fields of the others that are not the

@@ -77,11 +77,20 @@ def _local_top_k(x_BCV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def summarise(
-  hidden_BTD: jax.Array, head_VD: jax.Array, labels_BT: jax.Array, u_BT: jax.Array | None,
-  *, n: int, chunk: int, vocab_size: int | None = None, kind: str = "sampled",
-  logp: bool = False, temperature: float = 1.0, nucleus: float = 1.0,
+  hidden_BTD: jax.Array,
+  head_VD: jax.Array,
+  labels_BT: jax.Array,
+  u_BT: jax.Array | None,
+  *,
+  n: int,
+  chunk: int,
+  vocab_size: int | None = None,
+  kind: str = "sampled",
+  logp: bool = False,
+  temperature: float = 1.0,
+  nucleus: float = 1.0,
   soft_cap: float | None = None,
-) -> dict[str, jax.Array]:  # fmt: skip
+) -> dict[str, jax.Array]:
   """What is recorded of a teacher, without ever holding [B, T, V] logits.
 
   Under a mesh with axes (data, fsdp, tensor) B is sharded over data and fsdp and V over
@@ -125,9 +134,15 @@ def summarise(
   if u_BT is None:
     u_BT = jnp.zeros(labels_BT.shape, jnp.float32)
   one = functools.partial(
-    _chunk, n=n, vocab_size=vocab_size, kind=kind, logp=logp or kind == "topk",
-    cap=soft_cap, scale=1.0 / temperature, nucleus=nucleus,
-  )  # fmt: skip
+    _chunk,
+    n=n,
+    vocab_size=vocab_size,
+    kind=kind,
+    logp=logp or kind == "topk",
+    cap=soft_cap,
+    scale=1.0 / temperature,
+    nucleus=nucleus,
+  )
 
   def scan(hidden_BTD, head_VD, labels_BT, u_BT, axis=None):
     split = lambda x: _split(x, chunk)
@@ -141,33 +156,37 @@ def summarise(
     batch, vocab = PartitionSpec(sharding.BATCH), PartitionSpec("tensor")
     return jax.shard_map(
       functools.partial(scan, axis="tensor"),
-      in_specs=(batch, vocab, batch, batch), out_specs=batch, check_vma=False,
-    )(hidden_BTD, head_VD, labels_BT, u_BT)  # fmt: skip
+      in_specs=(batch, vocab, batch, batch),
+      out_specs=batch,
+      check_vma=False,
+    )(hidden_BTD, head_VD, labels_BT, u_BT)
 
 
 def of_logits(
-  logits_BCV: jax.Array, labels_BC: jax.Array, u_BC: jax.Array, **how: Any
+  logits_BCV: jax.Array, labels_BC: jax.Array, u_BC: jax.Array, **options: Any
 ) -> dict[str, jax.Array]:
   """`summarise` of logits that are there already, float32 [B, C, V], capped but not scaled.
 
   Args:
     how: n, kind, logp, temperature, nucleus, vocab_size: all of them, as `summarise` has them.
   """
-  one: Any = functools.partial(_of_logits, scale=1.0 / how.pop("temperature"), **how)
+  one: Any = functools.partial(_of_logits, scale=1.0 / options.pop("temperature"), **options)
   if jax.sharding.get_abstract_mesh().empty:
     return one(logits_BCV, labels_BC, u_BC, axis=None)
   rows, vocab = PartitionSpec(sharding.BATCH), PartitionSpec(sharding.BATCH, None, "tensor")
   return jax.shard_map(
-    functools.partial(one, axis="tensor"), in_specs=(vocab, rows, rows), out_specs=rows,
+    functools.partial(one, axis="tensor"),
+    in_specs=(vocab, rows, rows),
+    out_specs=rows,
     check_vma=False,
-  )(logits_BCV, labels_BC, u_BC)  # fmt: skip
+  )(logits_BCV, labels_BC, u_BC)
 
 
-def _chunk(hidden_BCD, head_VD, labels_BC, u_BC, *, cap, **how) -> dict[str, Any]:
+def _chunk(hidden_BCD, head_VD, labels_BC, u_BC, *, cap, **options) -> dict[str, Any]:
   logits_BCV = jnp.einsum(
     "BCD,VD->BCV", hidden_BCD.astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32
   )
-  return _of_logits(fused_head.soft_cap(logits_BCV, cap), labels_BC, u_BC, **how)
+  return _of_logits(fused_head.soft_cap(logits_BCV, cap), labels_BC, u_BC, **options)
 
 
 def _of_logits(

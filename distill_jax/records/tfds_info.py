@@ -9,7 +9,7 @@ import numpy as np
 
 from distill_jax.records import tf_example
 from distill_jax.records.manifest import Manifest
-from distill_jax.runtime.atomic_io import write_whole
+from distill_jax.runtime.atomic_io import atomic_write
 
 SPLIT = "records"
 # Without the number of shards in the names, a store is extended without renaming any.
@@ -22,27 +22,36 @@ def write(folder: Path, m: Manifest) -> None:
 
   with tempfile.TemporaryDirectory() as scratch:
     features = tfds.features.FeaturesDict(
-      {n: tfds.features.Tensor(shape=(), dtype=np.object_, doc=tf_example.FIELDS[n])
-       for n in tf_example.names(m)}
-    )  # fmt: skip
+      {
+        n: tfds.features.Tensor(shape=(), dtype=np.object_, doc=tf_example.FIELDS[n])
+        for n in tf_example.names(m)
+      }
+    )
     info = tfds.core.DatasetInfo(
       builder=tfds.core.dataset_info.DatasetIdentity(
-        name="records", version=tfds.core.utils.Version("1.0.0"), data_dir=str(folder),
+        name="records",
+        version=tfds.core.utils.Version("1.0.0"),
+        data_dir=str(folder),
         module_name="",
       ),
       features=features,
       description=f"Teacher records of {m.teacher.get('name', 'no teacher')}, kind {m.kind}.",
-    )  # fmt: skip
+    )
     info.set_file_format("array_record")
     template = tfds.core.ShardedFileTemplate(
-      data_dir=folder, dataset_name="records", split=SPLIT, filetype_suffix="array_record",
+      data_dir=folder,
+      dataset_name="records",
+      split=SPLIT,
+      filetype_suffix="array_record",
       template=TEMPLATE,
-    )  # fmt: skip
+    )
     split = tfds.core.SplitInfo(
-      name=SPLIT, shard_lengths=[s.count for s in m.shards],
-      num_bytes=sum(s.bytes for s in m.shards), filename_template=template,
-    )  # fmt: skip
+      name=SPLIT,
+      shard_lengths=[s.count for s in m.shards],
+      num_bytes=sum(s.bytes for s in m.shards),
+      filename_template=template,
+    )
     info.set_splits(tfds.core.splits.SplitDict([split]))
     info.write_to_directory(scratch)
     for made in Path(scratch).iterdir():
-      write_whole(folder / made.name, made.read_text())
+      atomic_write(folder / made.name, made.read_text())

@@ -52,9 +52,12 @@ class Writer:
   """
 
   def __init__(
-    self, folder: str | os.PathLike, manifest: Manifest, process_index: int = 0,
+    self,
+    folder: str | os.PathLike,
+    manifest: Manifest,
+    process_index: int = 0,
     process_count: int = 1,
-  ):  # fmt: skip
+  ):
     if not 0 <= process_index < process_count:
       raise InputError(f"process {process_index} of {process_count}: the index is below the count")
     self.folder = Path(folder)
@@ -128,9 +131,13 @@ class Writer:
       part.unlink(missing_ok=True)
       totals = self._write(part, sequences_of, sequences)
       shard = Shard(
-        name=path.name, first=sequences_of.start, count=len(sequences_of),
-        bytes=part.stat().st_size, sha256=digest(part), **totals,
-      )  # fmt: skip
+        name=path.name,
+        first=sequences_of.start,
+        count=len(sequences_of),
+        bytes=part.stat().st_size,
+        sha256=digest(part),
+        **totals,
+      )
       self._publish(part, path, shard, number)
     return shard
 
@@ -173,8 +180,8 @@ class Writer:
         )
       return
     part.replace(path)
-    atomic_io.sync_folder(self.folder)
-    atomic_io.write_whole(self._note(number), json.dumps(dataclasses.asdict(shard)) + "\n")
+    atomic_io.fsync_dir(self.folder)
+    atomic_io.atomic_write(self._note(number), json.dumps(dataclasses.asdict(shard)) + "\n")
 
   def _note(self, number: int) -> Path:
     return self.folder / f"{manifest_lib.shard_name(number)}.json"

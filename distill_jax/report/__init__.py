@@ -17,7 +17,7 @@ from typing import Any
 from distill_jax.errors import InputError
 from distill_jax.report import benchmarks, page
 from distill_jax.report.numbers import COLUMNS, percent, text
-from distill_jax.runtime.atomic_io import write_whole
+from distill_jax.runtime.atomic_io import atomic_write
 from distill_jax.training.metric_writer import FILE, read_metrics, spell
 
 MODELS = {
@@ -68,15 +68,27 @@ def gaps(evaluation: Mapping[str, Any]) -> tuple[Gap, Gap, Gap]:
   kl = {m: number(evaluation, m, "kl") for m in MODELS} | {"teacher": 0.0}
   ce = {m: number(evaluation, m, "ce") for m in MODELS}
   return (
-    _gap("KL to the teacher, from the hard-label student", "hard", kl,
-         "how much of the hard-label student's KL divergence from the teacher is gone in the "
-         "distilled one"),
-    _gap("Cross-entropy, from the hard-label student", "hard", ce,
-         "how far the distilled student is from the hard-label student's cross-entropy to the "
-         "teacher's"),
-    _gap("KL to the teacher, from the untrained student", "start", kl,
-         "how much of the student's KL divergence before training is gone after distillation"),
-  )  # fmt: skip
+    _gap(
+      "KL to the teacher, from the hard-label student",
+      "hard",
+      kl,
+      "how much of the hard-label student's KL divergence from the teacher is gone in the "
+      "distilled one",
+    ),
+    _gap(
+      "Cross-entropy, from the hard-label student",
+      "hard",
+      ce,
+      "how far the distilled student is from the hard-label student's cross-entropy to the "
+      "teacher's",
+    ),
+    _gap(
+      "KL to the teacher, from the untrained student",
+      "start",
+      kl,
+      "how much of the student's KL divergence before training is gone after distillation",
+    ),
+  )
 
 
 def _gap(name: str, whence: str, x: dict[str, float | None], meaning: str) -> Gap:
@@ -204,7 +216,7 @@ def report(
     commands=_commands(folder, loaded),
     evals=evals,
   )
-  write_whole(folder / out, html)
+  atomic_write(folder / out, html)
   return summary(evaluation, records, export_dir)
 
 

@@ -151,10 +151,12 @@ def _repeat(
     said = run.versions
     packages = ", ".join(f"{k} {v}" for k, v in said.get("packages", {}).items())
     facts = [
-      f"git {said.get('git') or 'unknown'}", f"Python {said.get('python', 'unknown')}",
-      packages or "package versions unknown", str(said.get("platform", "platform unknown")),
+      f"git {said.get('git') or 'unknown'}",
+      f"Python {said.get('python', 'unknown')}",
+      packages or "package versions unknown",
+      str(said.get("platform", "platform unknown")),
       f"started {said.get('started', 'at an unknown time')}",
-    ]  # fmt: skip
+    ]
     config = json.dumps(run.config, indent=1, sort_keys=True)
     parts += (
       f"<details><summary>{escape(labels.get(name, name))}: config and versions</summary>"

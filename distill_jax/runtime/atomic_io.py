@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, data: bytes | str) -> None:
+def atomic_write(path: Path, data: bytes | str) -> None:
   """Writes under another name, syncs and renames: on disk when this returns."""
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -17,14 +17,14 @@ def write_whole(path: Path, data: bytes | str) -> None:
     f.flush()
     os.fsync(f.fileno())
   part.replace(path)
-  sync_folder(path.parent)
+  fsync_dir(path.parent)
 
 
 def write_json(path: Path, tree: Any) -> None:
-  write_whole(path, json.dumps(tree, indent=1, sort_keys=True) + "\n")
+  atomic_write(path, json.dumps(tree, indent=1, sort_keys=True) + "\n")
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
   """Makes renames in a folder last through a power cut."""
   fd = os.open(folder, os.O_RDONLY)
   try:

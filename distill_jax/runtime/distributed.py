@@ -17,38 +17,38 @@ from distill_jax.runtime.progress import Progress
 MESSAGE = 2000  # bytes of a refusal that all processes hear
 
 
-def join(how: str) -> None:
+def initialize(spec: str) -> None:
   """Makes this process one of a run; before anything else is asked of jax.
 
   Args:
-    how: "" for a run of one process; "auto" where jax can tell by itself (TPU pods, Slurm,
+    spec: "" for a run of one process; "auto" where jax can tell by itself (TPU pods, Slurm,
       Kubernetes, MPI); or "HOST:PORT,COUNT,INDEX".
   """
-  if not how:
+  if not spec:
     return
-  if how == "auto":
+  if spec == "auto":
     jax.distributed.initialize()
   else:
     try:
-      address, count, index = how.split(",")
+      address, count, index = spec.split(",")
       n, i = int(count), int(index)
     except ValueError as e:
       raise InputError(
-        f"--distributed is {how!r}; it is 'auto', or HOST:PORT,COUNT,INDEX as 'localhost:9000,2,0'"
+        f"--distributed is {spec!r}; it is 'auto', or HOST:PORT,COUNT,INDEX as 'localhost:9000,2,0'"
       ) from e
     jax.distributed.initialize(address, n, i, cluster_detection_method="deactivate")
-  Progress.shown = is_first()
+  Progress.shown = is_process_0()
 
 
-def is_first() -> bool:
+def is_process_0() -> bool:
   """Whether this process writes what a run writes once."""
   return jax.process_index() == 0
 
 
-def on_first(fn: Callable[[], None]) -> None:
+def run_on_process_0(fn: Callable[[], None]) -> None:
   """Runs `fn` on the first process alone; what it refuses there, all refuse. All wait for it."""
   refusal = ""
-  if is_first():
+  if is_process_0():
     try:
       fn()
     except InputError as e:
@@ -63,21 +63,21 @@ def on_first(fn: Callable[[], None]) -> None:
     raise InputError(refusal)
 
 
-def most(n: int) -> int:
+def max_over_processes(n: int) -> int:
   """The largest `n` of any process."""
   if jax.process_count() == 1:
     return n
   return int(np.max(multihost_utils.process_allgather(np.int32(n))))
 
 
-def from_first(x: np.ndarray) -> np.ndarray:
+def broadcast_from_process_0(x: np.ndarray) -> np.ndarray:
   """The first process's array, which is of the same shape and dtype in all of them."""
   if jax.process_count() == 1:
     return x
   return np.asarray(multihost_utils.broadcast_one_to_all(x))
 
 
-def wait(what: str) -> None:
+def barrier(what: str) -> None:
   """Until every process is here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)

@@ -36,9 +36,15 @@ class Progress:
   shown = True  # False where another process of the run says it already
 
   def __init__(
-    self, what: str, total: int, unit: str = "tokens", start: int = 0, every: float = 5.0,
-    file: TextIO | None = None, clock: Callable[[], float] = time.monotonic,
-  ):  # fmt: skip
+    self,
+    what: str,
+    total: int,
+    unit: str = "tokens",
+    start: int = 0,
+    every: float = 5.0,
+    file: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+  ):
     self.what, self.total, self.unit, self.every = what, total, unit, every
     self.done = self._start_at = start
     self._file, self._clock = file, clock
@@ -75,10 +81,13 @@ class Progress:
       return
     share = f"{100 * self.done // self.total}%" if self.total else "100%"
     parts = [
-      self.what, f"{self.done:,}/{self.total:,} {self.unit}", share,
-      f"{_number(rate)} {self.unit}/s", time_part,
+      self.what,
+      f"{self.done:,}/{self.total:,} {self.unit}",
+      share,
+      f"{_number(rate)} {self.unit}/s",
+      time_part,
       *(f"{name} {_number(value)}" for name, value in self._numbers.items()),
-    ]  # fmt: skip
+    ]
     print("  ".join(parts), file=self._file or sys.stderr, flush=True)
 
 

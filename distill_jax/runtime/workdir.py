@@ -20,7 +20,16 @@ from distill_jax.runtime.atomic_io import write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
 # A run may go on with these changed: they do not decide what is computed.
-MAY_CHANGE = ("mesh", "evaluate", "evals", "export", "efficiency", "inspect", "profile_steps")
+MAY_CHANGE = (
+  "mesh",
+  "evaluate",
+  "evals",
+  "export",
+  "efficiency",
+  "inspect",
+  "preflight",
+  "profile_steps",
+)
 
 
 class Workdir:
@@ -36,7 +45,7 @@ class Workdir:
 
   def __enter__(self) -> Path:
     self._lock: IO[str] | None = None
-    distributed.on_first(self._take)
+    distributed.run_on_process_0(self._take)
     return self.path
 
   def _take(self) -> None:

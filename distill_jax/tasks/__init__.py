@@ -24,3 +24,5 @@ and a Source has
   len(source), source[i]        a dict of numpy arrays, each of one shape for every i: what
                                 `inputs` asks for, `labels_T` int32 and `mask_T` bool
 """
+
+SHARED = ("dataset", "pseudo_labels")

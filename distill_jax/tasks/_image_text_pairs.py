@@ -138,10 +138,17 @@ class Pairs:
     size = {"height": self.size, "width": self.size}
     return {
       "preprocessor_config.json": {
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "resample": 3,
-        "size": {"shortest_edge": self.size}, "do_center_crop": True, "crop_size": size,
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": list(self.mean), "image_std": list(self.std),
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "resample": 3,
+        "size": {"shortest_edge": self.size},
+        "do_center_crop": True,
+        "crop_size": size,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(self.mean),
+        "image_std": list(self.std),
         "do_convert_rgb": self.channels == 3,
       }
-    }  # fmt: skip
+    }

@@ -61,13 +61,13 @@ def seen(stack: Callable[[str], np.ndarray]) -> np.ndarray:
   return stack("seen_S") > 0
 
 
-def tokenizer_of(task: str, path: str, came: Any) -> Tokenizer:
+def tokenizer_of(task: str, path: str, pretrained: Any) -> Tokenizer:
   """The tokenizer that a task names, or the one of the model that reads."""
   if path:
     return load_tokenizer(path)
-  if came is None or came.tokenizer is None:
+  if pretrained is None or pretrained.tokenizer is None:
     raise InputError(f"the task {task} has no tokenizer and the model brings none; name a file")
-  return corpus.of_files(came.tokenizer, came.source)
+  return corpus.of_files(pretrained.tokenizer, pretrained.source)
 
 
 def check_length(task: str, most: int, config: Any) -> None:

@@ -19,8 +19,8 @@ import numpy as np
 
 from distill_jax.config import Config
 from distill_jax.errors import InputError
-from distill_jax.records.multi_teacher import TEXT, Joined
-from distill_jax.types import PAIRED, Batch
+from distill_jax.records.multi_teacher import TEXT, MultiTeacherStore
+from distill_jax.types import IN_BATCH_CLASSES, Batch
 
 Row = dict[str, np.ndarray]
 # Keys of a task that are in no digest: where its data lies, which has one of its own, and how much.
@@ -44,9 +44,9 @@ class Rows(Sequence):
     self.task, self.source = task, source
     self._augmentations, self._len = augmentations, len(source) * views
     self._len = min(self._len, most or self._len)
-    how = [dataclasses.asdict(x) for x in (task, *augmentations)]
-    how[0] = {key: value for key, value in how[0].items() if key not in WHERE}
-    text = json.dumps([type(task).__module__, how, source.digest], sort_keys=True)
+    fields = [dataclasses.asdict(x) for x in (task, *augmentations)]
+    fields[0] = {key: value for key, value in fields[0].items() if key not in WHERE}
+    text = json.dumps([type(task).__module__, fields, source.digest], sort_keys=True)
     self.digest = hashlib.sha256(text.encode()).hexdigest()
 
   def __len__(self) -> int:
@@ -69,7 +69,7 @@ class Rows(Sequence):
     return {"tokens_T": labels_T, "segments_T": np.ones_like(labels_T), **example}
 
 
-class Tasked(Sequence):
+class RecordedTask(Sequence):
   """A random-access source as Joined is, of a task's rows beside what was recorded of them.
 
   Attributes:
@@ -79,7 +79,11 @@ class Tasked(Sequence):
   """
 
   def __init__(
-    self, rows: Rows, said: Joined | None, manifest: Any = None, part: range | None = None
+    self,
+    rows: Rows,
+    said: MultiTeacherStore | None,
+    manifest: Any = None,
+    part: range | None = None,
   ):
     """Raises: InputError: the records are of another task, other data, or fewer views."""
     if said is not None and said.manifest.corpus != rows.digest:
@@ -122,7 +126,7 @@ def _shifted(row: Row, part: range) -> Row:
   return row | own | {"rows_T2": among}
 
 
-def open_rows(config: Config, name: str, split: str, came: Any, most: int = 0) -> Rows:
+def open_rows(config: Config, name: str, split: str, pretrained: Any, most: int = 0) -> Rows:
   """The rows of one task; of what is held out, each example once and as it is.
 
   Args:
@@ -133,7 +137,7 @@ def open_rows(config: Config, name: str, split: str, came: Any, most: int = 0) -
     InputError: an augmentation that the config does not have, or what the task itself refuses.
   """
   task = config.tasks[name]
-  source = task.open(split, came)
+  source = task.open(split, pretrained)
   if split != "train":
     return Rows(task, source, most=most)
   names = getattr(task, "augment", ())
@@ -180,7 +184,7 @@ def check(rows: Mapping[str, Rows], shape: Any) -> None:
       f"the tasks {', '.join(rows)} have {total} classes and the model's head "
       f"{shape.head_rows} rows; set changes={{'num_labels': {total}}} of the model"
     )
-  if len(rows) > 1 and any(of.source.classes == PAIRED for of in rows.values()):
+  if len(rows) > 1 and any(of.source.classes == IN_BATCH_CLASSES for of in rows.values()):
     raise InputError(f"the tasks {', '.join(rows)} are several, and one has pairs; train it alone")
   kinds = {type(of.task) for of in rows.values()}
   sizes = {of.source.positions for of in rows.values()}
@@ -203,4 +207,4 @@ def _read(task: Any, several: bool, stack: Callable[[str], Any]) -> Batch:
   among = stack("rows_T2") if several else None
   seen = task.seen(stack) if hasattr(task, "seen") else None
   labels, mask = stack("tokens_T"), stack("mask_T")
-  return Batch(task.inputs(stack), labels, mask, rows_BT2=among, seen_BS=seen)
+  return Batch(task.inputs(stack), labels, mask, rows_BT2=among, valid_BS=seen)

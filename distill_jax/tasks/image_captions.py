@@ -39,8 +39,8 @@ class Task(_image_text_pairs.Pairs):
     if self.prompt.count("<image>") != 1:
       raise InputError(f"{self.kind} has prompt {self.prompt!r}; it has <image> once")
 
-  def open(self, split: str, came: Any) -> Source:
-    tokenizer = _texts.tokenizer_of(self.kind, self.tokenizer, came)
+  def open(self, split: str, pretrained: Any) -> Source:
+    tokenizer = _texts.tokenizer_of(self.kind, self.tokenizer, pretrained)
     if tokenizer.eos_id is None:
       raise InputError(f"{tokenizer.where} has no end of a text; take one that has")
     return Source(self, self.read(split), tokenizer, tokenizer.eos_id)
@@ -96,7 +96,9 @@ class Source:
     read_S[:n], labels_T[:n] = ids[:-1], ids[1:]
     places = np.arange(T)
     return {
-      "read_S": read_S, "seen_S": (places < n).astype(np.int32), "labels_T": labels_T,
+      "read_S": read_S,
+      "seen_S": (places < n).astype(np.int32),
+      "labels_T": labels_T,
       "mask_T": (places >= first - 1) & (places < n),
       "pixels_WWM": self._task.pixels(self._pairs[i]),
-    }  # fmt: skip
+    }

@@ -12,7 +12,7 @@ import numpy as np
 
 from distill_jax.data import labelled_images
 from distill_jax.data.image_files import normalised
-from distill_jax.data.labelled_images import Form, Labelled
+from distill_jax.data.labelled_images import ImageSpec, Labelled
 from distill_jax.errors import InputError
 from distill_jax.tasks._classes import check_names, class_names
 from distill_jax.tasks._skipped import LeftOut, check_on_bad
@@ -75,8 +75,8 @@ class Task:
       )
 
   @property
-  def form(self) -> Form:
-    return Form(self.size, self.channels, self.resize)
+  def form(self) -> ImageSpec:
+    return ImageSpec(self.size, self.channels, self.resize)
 
   @functools.cached_property
   def names(self) -> tuple[str, ...]:
@@ -90,9 +90,9 @@ class Task:
     check_names("image_classes", names)
     return names
 
-  def open(self, split: str, came: Any) -> Source:
+  def open(self, split: str, pretrained: Any) -> Source:
     """The images of "train" or "heldout"; raises InputError as data/images.py does."""
-    del came
+    del pretrained
     path = self.heldout if split == "heldout" and self.heldout else self.train
     left_out = LeftOut("image_classes", self.on_bad)
     found = labelled_images.read(path, self.names, self.form, left_out)
@@ -136,11 +136,16 @@ class Task:
       "config.json": class_names(self.names),
       "preprocessor_config.json": {
         "image_processor_type": "ViTImageProcessor",
-        "do_resize": True, "size": {"height": self.size, "width": self.size}, "resample": 2,
-        "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": wide(self.mean), "image_std": wide(self.std),
+        "do_resize": True,
+        "size": {"height": self.size, "width": self.size},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": wide(self.mean),
+        "image_std": wide(self.std),
       },
-    }  # fmt: skip
+    }
 
 
 WHICH = ("all", "labelled", "unlabelled")

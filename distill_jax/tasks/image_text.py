@@ -14,7 +14,7 @@ from distill_jax.data import image_files
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.tasks import _image_text_pairs, _texts
-from distill_jax.types import PAIRED, Images, ImageText
+from distill_jax.types import IN_BATCH_CLASSES, Images, ImageText
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Task(_image_text_pairs.Pairs):
 
   max_tokens: int = 77
 
-  def open(self, split: str, came: Any) -> Source:
-    tokenizer = _texts.tokenizer_of(self.kind, self.tokenizer, came)
+  def open(self, split: str, pretrained: Any) -> Source:
+    tokenizer = _texts.tokenizer_of(self.kind, self.tokenizer, pretrained)
     return Source(self, self.read(split), tokenizer)
 
   def inputs(self, stack: Callable[[str], np.ndarray]) -> ImageText:
@@ -40,7 +40,7 @@ class Task(_image_text_pairs.Pairs):
     return np.ones((len(stack("mask_T")), 1), bool)
 
   def check(self, config: Any) -> None:
-    if config.head_rows != PAIRED:
+    if config.head_rows != IN_BATCH_CLASSES:
       raise InputError(
         "image_text wants a model of images and texts, such as clip, and this is a "
         f"{type(config).__module__.rpartition('.')[2]}"
@@ -69,12 +69,14 @@ class Task(_image_text_pairs.Pairs):
 class Source:
   """Pairs, in the order of the file; see distill_jax/tasks. Images are read when asked for."""
 
-  classes, positions = PAIRED, 2
+  classes, positions = IN_BATCH_CLASSES, 2
 
   def __init__(self, task: Task, pairs: list[_image_text_pairs.Pair], tokenizer: Tokenizer):
     self._task, self._pairs = task, pairs
     texts = [pair.text for pair in pairs]
-    self._texts = _texts.Source(texts, [0] * len(texts), PAIRED, tokenizer, task.max_tokens)
+    self._texts = _texts.Source(
+      texts, [0] * len(texts), IN_BATCH_CLASSES, tokenizer, task.max_tokens
+    )
     said = json.dumps([self._texts.digest, [pair.digest for pair in pairs]])
     self.digest = hashlib.sha256(said.encode()).hexdigest()
 

@@ -15,15 +15,17 @@ from distill_jax.errors import InputError
 from distill_jax.generation.beam_search import search
 from distill_jax.models import loading
 from distill_jax.nn import sharding
+from distill_jax.records import collate
 from distill_jax.runtime import distributed
-from distill_jax.runtime.atomic_io import write_whole
+from distill_jax.runtime.atomic_io import atomic_write
 from distill_jax.runtime.progress import Progress
-from distill_jax.training import loader
 
 PAIRS = "pairs.jsonl"
 
 
-def texts(model: loading.Built, task: Any, source: Any, mesh: Any, most: int = 0) -> list[str]:
+def texts(
+  model: loading.LoadedModel, task: Any, source: Any, mesh: Any, most: int = 0
+) -> list[str]:
   """What a model says of each example of a source, in its order; of the first `most`, 0: of all.
 
   All batches have one shape, and a row's text does not depend on its company.
@@ -40,8 +42,8 @@ def texts(model: loading.Built, task: Any, source: Any, mesh: Any, most: int = 0
       rows = [source[i if i < n else first] for i in range(first, first + size)]
       each = size // jax.process_count()
       mine = rows[jax.process_index() * each :][:each]  # in this order on the devices
-      given = loader.to_device(task.inputs(functools.partial(_stack, mine)).source, where)
-      tokens_BN, _ = jax.device_get(run(model.model, given, how=model.how, spec=spec))
+      given = collate.to_device(task.inputs(functools.partial(_stack, mine)).source, where)
+      tokens_BN, _ = jax.device_get(run(model.model, given, compute=model.compute, spec=spec))
       real = tokens_BN[: min(size, n - first)]
       out += [_text(ids, spec.eos, source.tokenizer) for ids in real.tolist()]
       progress.add(len(real))
@@ -55,7 +57,7 @@ def _stack(rows: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
 @functools.lru_cache(1)
 def _jitted(said: Any) -> Any:
   """Models of one shape share what is compiled."""
-  return jax.jit(search, static_argnames=("how", "spec"), out_shardings=said)
+  return jax.jit(search, static_argnames=("compute", "spec"), out_shardings=said)
 
 
 def _text(ids: list[int], eos: int, tokenizer: Any) -> str:
@@ -78,9 +80,9 @@ def write(config: Config, workdir: Path) -> dict[str, Any]:
     raise InputError(f"tasks.{name} is of {type(task).__module__}, which says no texts; leave it")
   mesh = sharding.make_mesh(**vars(config.mesh))
   sharding.check_batch(f"tasks.{name}.batch_size", task.batch_size, mesh)
-  came = loading.pretrained(config.teacher)
-  task.check(loading.shape(config.teacher)[1])
-  source = task.open("train", came)
+  pretrained = loading.pretrained(config.teacher)
+  task.check(loading.family_and_config(config.teacher)[1])
+  source = task.open("train", pretrained)
   with jax.set_mesh(mesh):
     teacher = loading.build(config.teacher, mesh, loading.keys(config.seed)["teacher"])
     said = texts(teacher, task, source, mesh)
@@ -88,8 +90,10 @@ def write(config: Config, workdir: Path) -> dict[str, Any]:
   if not lines:
     raise InputError(f"all {len(said)} texts of tasks.{name} are left out; raise its limit")
   made = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-  distributed.on_first(lambda: write_whole(workdir / PAIRS, made))
+  distributed.run_on_process_0(lambda: atomic_write(workdir / PAIRS, made))
   return {
-    "pairs": str(workdir / PAIRS), "kept": len(lines), "left_out": left_out,
+    "pairs": str(workdir / PAIRS),
+    "kept": len(lines),
+    "left_out": left_out,
     **task.scores(said, source),
-  }  # fmt: skip
+  }

@@ -68,8 +68,8 @@ class Task:
         f"{self.beams}, batch_size {self.batch_size} and prompt {self.prompt}; each is at least 1"
       )
 
-  def open(self, split: str, came: Any) -> Source:
-    tokenizer = _texts.tokenizer_of("speech", self.tokenizer, came)
+  def open(self, split: str, pretrained: Any) -> Source:
+    tokenizer = _texts.tokenizer_of("speech", self.tokenizer, pretrained)
     path = self.heldout if split == "heldout" and self.heldout else self.path
     fraction = 0.0 if self.heldout else self.heldout_fraction
     of = sources.Source("jsonl", path, split, self.text, fraction)
@@ -146,13 +146,19 @@ class Task:
     del config
     return {
       "preprocessor_config.json": {
-        "feature_extractor_type": "WhisperFeatureExtractor", "feature_size": self.bins,
-        "sampling_rate": mel.RATE, "hop_length": mel.HOP, "n_fft": mel.WINDOW,
-        "chunk_length": self.frames // 100, "nb_max_frames": self.frames,
-        "n_samples": self.frames * mel.HOP, "padding_side": "right", "padding_value": 0.0,
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "feature_size": self.bins,
+        "sampling_rate": mel.RATE,
+        "hop_length": mel.HOP,
+        "n_fft": mel.WINDOW,
+        "chunk_length": self.frames // 100,
+        "nb_max_frames": self.frames,
+        "n_samples": self.frames * mel.HOP,
+        "padding_side": "right",
+        "padding_value": 0.0,
         "return_attention_mask": False,
       }
-    }  # fmt: skip
+    }
 
   def search(self, config: Any, source: Source, generation: dict[str, Any]) -> Search:
     """How a model of this config writes down what it hears."""

@@ -43,8 +43,8 @@ class Task:
     check_names("text_classes", self.classes)
     check_on_bad("text_classes", self.on_bad)
 
-  def open(self, split: str, came: Any) -> _texts.Source:
-    tokenizer = _texts.tokenizer_of("text_classes", self.tokenizer, came)
+  def open(self, split: str, pretrained: Any) -> _texts.Source:
+    tokenizer = _texts.tokenizer_of("text_classes", self.tokenizer, pretrained)
     of = sources.Source("jsonl", self.path, split, self.text, self.heldout_fraction)
     texts, labels, left_out = [], [], LeftOut("text_classes", self.on_bad)
     for line, where in sources.objects(of):

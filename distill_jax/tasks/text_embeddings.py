@@ -37,8 +37,8 @@ class Task:
   def __post_init__(self):
     check_on_bad("text_embeddings", self.on_bad)
 
-  def open(self, split: str, came: Any) -> _texts.Source:
-    tokenizer = _texts.tokenizer_of("text_embeddings", self.tokenizer, came)
+  def open(self, split: str, pretrained: Any) -> _texts.Source:
+    tokenizer = _texts.tokenizer_of("text_embeddings", self.tokenizer, pretrained)
     of = sources.Source("jsonl", self.path, split, self.text, self.heldout_fraction)
     texts, left_out = [], LeftOut("text_embeddings", self.on_bad)
     for line, where in sources.objects(of):

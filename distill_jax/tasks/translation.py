@@ -59,10 +59,10 @@ class Task:
         f"{self.beams} and batch_size {self.batch_size}; each is at least 1"
       )
 
-  def open(self, split: str, came: Any) -> Source:
-    tokenizer = _texts.tokenizer_of("translation", self.tokenizer, came)
-    if came is not None:
-      self._check_start(tokenizer, came.config)
+  def open(self, split: str, pretrained: Any) -> Source:
+    tokenizer = _texts.tokenizer_of("translation", self.tokenizer, pretrained)
+    if pretrained is not None:
+      self._check_start(tokenizer, pretrained.config)
     path = self.heldout if split == "heldout" and self.heldout else self.path
     fraction = 0.0 if self.heldout else self.heldout_fraction
     of = sources.Source("jsonl", path, split, self.source, fraction)
@@ -109,9 +109,13 @@ class Task:
     """How a model of this config translates."""
     del generation
     return Search(
-      (config.decoder_start_token_id,), source.eos, config.pad_token_id, self.target_len,
-      self.beams, self.length_penalty,
-    )  # fmt: skip
+      (config.decoder_start_token_id,),
+      source.eos,
+      config.pad_token_id,
+      self.target_len,
+      self.beams,
+      self.length_penalty,
+    )
 
   def scores(self, said: Sequence[str], source: Source) -> dict[str, float]:
     """Of what was said of the first examples of a source, in their order."""

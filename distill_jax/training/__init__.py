@@ -1,1 +1,1 @@
-""""""
+"""The train step, its state, the loop around it, and what the loop reads and writes."""

@@ -7,36 +7,29 @@ those before it. So there is no loader state to save: the position is the step.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
-from distill_jax.data import packing
 from distill_jax.errors import InputError
-from distill_jax.records import taps
-from distill_jax.types import Batch, Inputs, Targets
-
-# What a record calls a field, and what Targets calls it.
-STORED = {
-  "ids_TK": "ids_BTK",
-  "weight_TK": "weight_BTK",
-  "logp_TK": "logp_BTK",
-  "entropy_T": "entropy_BT",
-  "label_logp_T": "label_logp_BT",
-  "argmax_T": "top_BT",
-}
-
-Read = Callable[[Callable[[str], Any]], Batch]
+from distill_jax.records.collate import Read, collate
+from distill_jax.types import Batch
 
 
 def batches(
-  stores: Sequence[Any], *, batch_size: int, seed: int, start: int = 0,
-  mixture: Sequence[float] = (), targets: bool = True, process_index: int = 0,
-  process_count: int = 1, read: Read | None = None,
-) -> Iterator[Batch]:  # fmt: skip
+  stores: Sequence[Any],
+  *,
+  batch_size: int,
+  seed: int,
+  start: int = 0,
+  mixture: Sequence[float] = (),
+  targets: bool = True,
+  process_index: int = 0,
+  process_count: int = 1,
+  read: Read | None = None,
+) -> Iterator[Batch]:
   """This process's rows of every global batch from step `start` on, as numpy arrays.
 
   Args:
@@ -57,56 +50,17 @@ def batches(
   if not all(len(store) for store in stores):
     raise InputError("a store holds no sequence; record it first")
   rows = [grain.MapDataset.source(store).shuffle(seed=seed).repeat() for store in stores]
-  unsaid = _unsaid([store[0] for store in stores]) if targets else {}
-  rows = [ds.map(functools.partial(_fill, unsaid=unsaid)) if unsaid else ds for ds in rows]
+  empty_targets = _unsaid([store[0] for store in stores]) if targets else {}
+  rows = [
+    ds.map(functools.partial(_fill, empty_targets=empty_targets)) if empty_targets else ds
+    for ds in rows
+  ]
   weights = list(mixture) or [len(store) for store in stores]
   ds = rows[0] if len(rows) == 1 else grain.MapDataset.mix(rows, weights=weights)
   to_batch = functools.partial(collate, with_targets=targets, read=read)
   ds = ds[process_index::process_count].batch(batch_size // process_count, batch_fn=to_batch)
   ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
   return iter(ds[start:].to_iter_dataset(ahead))
-
-
-def collate(
-  records: Sequence[dict[str, np.ndarray]], with_targets: bool = True, read: Read | None = None
-) -> Batch:
-  """Records of single sequences to a Batch; differing K are filled up with weight 0.
-
-  Args:
-    read: makes the batch but for its targets, of stack(name), a field [B, ...]; by default of
-      packed text.
-  """
-  # numpy here, jax arrays once `to_device` has made the global batch
-  stack: Callable[[str], Any] = lambda name: np.stack([r[name] for r in records])
-  batch = (read or _packed)(stack)
-  others = dict.fromkeys(name.partition("/")[0] for name in records[0] if "/" in name)
-  asked = {name: f"{name}/" for name in others} | ({"teacher": ""} if with_targets else {})
-  targets = {
-    name: _targets(records, at) for name, at in asked.items() if f"{at}ids_TK" in records[0]
-  }
-  smoothing = stack("smoothing_T") if "smoothing_T" in records[0] else None
-  return batch.replace(targets=targets, smoothing_BT=smoothing)
-
-
-def _packed(stack: Callable[[str], Any]) -> Batch:
-  """Packed text: the label of a position is the next token."""
-  tokens, segments, mask = stack("tokens_T"), stack("segments_T"), stack("mask_T")
-  inputs: Any = packing.to_inputs(tokens, segments, mask)
-  tokens, positions, segments, labels, _ = inputs
-  return Batch(Inputs(tokens, positions, segments), labels, mask)
-
-
-def _targets(records: Sequence[dict[str, np.ndarray]], at: str) -> Targets:
-  """What one teacher said; `at` stands before the names of its fields (records/joined.py)."""
-  stored: dict[str, Any] = {
-    ours: _stack_padded([r[at + name] for r in records], -np.inf if name == "logp_TK" else 0)
-    for name, ours in STORED.items()
-    if at + name in records[0]
-  }
-  if f"{at}taps_PTD" in records[0]:
-    vectors = [taps.dequantise(r[f"{at}taps_PTD"], r[f"{at}taps_scale_PT"]) for r in records]
-    stored["taps_BPTD"] = np.stack(vectors)
-  return Targets(**stored)
 
 
 def _unsaid(first: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -117,19 +71,7 @@ def _unsaid(first: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
   return {name: np.zeros_like(x) for name, x in fields.items()}
 
 
-def _fill(row: dict[str, np.ndarray], unsaid: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  return unsaid | row
-
-
-def to_device(batch: Any, sharding: jax.sharding.Sharding) -> Any:
-  """The global batch (or any tree of its rows), from each process's own rows."""
-  put = lambda x: jax.make_array_from_process_local_data(sharding, x)
-  return jax.tree.map(put, batch)
-
-
-def _stack_padded(arrays: list[np.ndarray], fill: float) -> np.ndarray:
-  if arrays[0].ndim == 1:
-    return np.stack(arrays)
-  K = max(a.shape[1] for a in arrays)
-  fit = lambda a: np.pad(a, ((0, 0), (0, K - a.shape[1])), constant_values=fill)
-  return np.stack([fit(a) for a in arrays])
+def _fill(
+  row: dict[str, np.ndarray], empty_targets: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+  return empty_targets | row

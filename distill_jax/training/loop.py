@@ -12,11 +12,13 @@ from typing import Any
 import jax
 
 from distill_jax.commands import record
-from distill_jax.config import Config, Model
+from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.models import loading
+from distill_jax.models.options import ModelOptions
 from distill_jax.nn import lora, sharding
-from distill_jax.records.multi_teacher import Joined
+from distill_jax.records import collate
+from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import Manifest, open_store
 from distill_jax.runtime import checkpoint, distributed, storage
 from distill_jax.tasks import dataset
@@ -47,7 +49,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
   step = make_step(config, stores)
   validate.check_features(config, step, stores)
   if config.student.lora.rank:
-    distributed.on_first(lambda: loading.pin_base(workdir, config))
+    distributed.run_on_process_0(lambda: loading.pin_base(workdir, config))
   about = {"records": [digest for store in stores for digest in store.digests]}
   profile = Profile(config.profile_steps, workdir)
   with (
@@ -63,7 +65,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     batches, rows = _batches(config, stores, start), sharding.batch_sharding(mesh)
     with Log(workdir, start, c.steps, began) as log:
       for n in range(start, c.steps):
-        batch = loader.to_device(next(batches), rows)
+        batch = collate.to_device(next(batches), rows)
         profile.step(n)
         with jax.transfer_guard("disallow"):
           state, metrics = step_fn(state, batch, *frozen)
@@ -112,7 +114,7 @@ def abstract_state(config: Config, step: Step, stores: Stores) -> TrainState:
   """The state before step 0 as shapes, in no memory."""
   key = jax.eval_shape(jax.random.key, 0)
   start = lambda model, key: step.init(model, _adapters(step, stores, key))
-  return jax.eval_shape(start, loading.trained(config.student), key)
+  return jax.eval_shape(start, loading.abstract_trainable(config.student), key)
 
 
 def jitted(step: Step, where: Any, mesh: Any) -> Any:
@@ -134,18 +136,23 @@ def _adapters(step: Step, stores: Stores, key: jax.Array) -> dict[str, Any]:
 
 
 def _fit(
-  config: Config, step: Step, stores: Stores, model: Any, frozen: list[Any], adapters: Any,
+  config: Config,
+  step: Step,
+  stores: Stores,
+  model: Any,
+  frozen: list[Any],
+  adapters: Any,
   mesh: Any,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
   """Adapters that start as the least-squares fit on the first batch."""
   asked = [n for n in adapters if getattr(step.losses[n], "projection", "") == "least_squares"]
   if not asked:
     return adapters
-  batch = loader.to_device(next(_batches(config, stores, 0)), sharding.batch_sharding(mesh))
+  batch = collate.to_device(next(_batches(config, stores, 0)), sharding.batch_sharding(mesh))
   return adapters | jax.jit(lambda *args: step.fit(asked, *args))(model, adapters, batch, *frozen)
 
 
-def online(config: Config) -> dict[str, Model]:
+def online(config: Config) -> dict[str, ModelOptions]:
   """The teachers that run in the step, by name."""
   more = {n: dataclasses.replace(config.teacher, source=s) for n, s in config.teachers.items()}
   return ({"teacher": config.teacher} if config.train.online else {}) | more
@@ -161,13 +168,13 @@ def make_step(config: Config, stores: Stores) -> Step:
     losses=config.losses,
     learning_rate=optim.learning_rate(config.optim, config.train.steps),
     optimizer=optim.optimizer(config.optim, config.student.frozen),
-    student=dataclasses.replace(loading.compute(config.student), training=True),
-    teacher=loading.compute(config.teacher),
+    student=dataclasses.replace(loading.compute_config(config.student), training=True),
+    teacher=loading.compute_config(config.teacher),
     chunk=config.train.chunk,
     accumulate=config.optim.accumulate,
     vocab_size=sum(s.manifest.vocab_size for s in stores) if config.tasks else about.vocab_size,
-    student_config=loading.shape(config.student)[1],
-    teacher_config=loading.shape(config.teacher)[1] if whole else None,
+    student_config=loading.family_and_config(config.student)[1],
+    teacher_config=loading.family_and_config(config.teacher)[1] if whole else None,
     recorded=Recorded(
       temperature=about.temperature,
       missing_mass=about.missing_mass,
@@ -183,10 +190,16 @@ def make_step(config: Config, stores: Stores) -> Step:
 def _batches(config: Config, stores: Stores, start: int) -> Iterator[Batch]:
   c = config.train
   return loader.batches(
-    stores, batch_size=c.batch_size, seed=config.seed, start=start, mixture=c.mixture,
-    targets=not c.online, process_index=jax.process_index(), process_count=jax.process_count(),
+    stores,
+    batch_size=c.batch_size,
+    seed=config.seed,
+    start=start,
+    mixture=c.mixture,
+    targets=not c.online,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
     read=dataset.reader(config),
-  )  # fmt: skip
+  )
 
 
 def taught(stores: Stores) -> Manifest:
@@ -217,15 +230,15 @@ def open_stores(config: Config) -> Stores:
     about = record.describe(plain, of.source.classes, len(of), of.source.positions)
     records = said[i] if said else None
     manifest = records.manifest if records else dataclasses.replace(about, corpus=of.digest)
-    stores.append(dataset.Tasked(of, records, manifest, parts[name]))
+    stores.append(dataset.RecordedTask(of, records, manifest, parts[name]))
   return stores
 
 
 def open_tasks(config: Config) -> dict[str, dataset.Rows]:
   """What the student reads of each task, checked."""
-  came = loading.pretrained(config.student)
-  rows = {name: dataset.open_rows(config, name, "train", came) for name in config.tasks}
-  dataset.check(rows, loading.shape(config.student)[1])
+  pretrained = loading.pretrained(config.student)
+  rows = {name: dataset.open_rows(config, name, "train", pretrained) for name in config.tasks}
+  dataset.check(rows, loading.family_and_config(config.student)[1])
   return rows
 
 
@@ -240,4 +253,6 @@ def _recorded(config: Config) -> Stores:
         "one of the same text for each"
       )
   more = {n: [open_store(storage.local(p)) for p in ps] for n, ps in config.train.teachers.items()}
-  return [Joined(store, {n: of[i] for n, of in more.items()}) for i, store in enumerate(stores)]
+  return [
+    MultiTeacherStore(store, {n: of[i] for n, of in more.items()}) for i, store in enumerate(stores)
+  ]

@@ -17,7 +17,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from distill_jax.errors import InputError
-from distill_jax.runtime.atomic_io import write_whole
+from distill_jax.runtime.atomic_io import atomic_write
 
 FILE = "metrics.jsonl"
 
@@ -112,7 +112,7 @@ def _clean(path: Path, purge_step: int | None) -> int:
   kept = [(row, line) for row, line in rows if purge_step is None or row["step"] < purge_step]
   raw = b"".join(line for _, line in kept)
   if len(raw) != path.stat().st_size:
-    write_whole(path, raw)
+    atomic_write(path, raw)
   return int(kept[-1][0]["step"]) if kept else -1
 
 

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distill_jax.config import Optim
 from distill_jax.errors import InputError
 from distill_jax.nn import params
+from distill_jax.training.options import OptimOptions
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
-def learning_rate(c: Optim, steps: int) -> optax.Schedule:
+def learning_rate(c: OptimOptions, steps: int) -> optax.Schedule:
   """Linear warm-up, then the course named by `c.schedule`, as a function of the step.
 
   Step 0 is already trained at peak / (warmup + 1): no step is spent at a rate of 0.
@@ -53,7 +53,9 @@ def decays(tree: Any) -> Any:
   return params.map_params(one, tree)
 
 
-def optimizer(c: Optim, frozen: tuple[str, ...] = ()) -> optax.GradientTransformationExtraArgs:
+def optimizer(
+  c: OptimOptions, frozen: tuple[str, ...] = ()
+) -> optax.GradientTransformationExtraArgs:
   """Everything but the learning rate, which the step applies itself and logs.
 
   `update` takes `value=` (the loss) for reduce-on-plateau. Of frozen parameters there

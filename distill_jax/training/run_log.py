@@ -34,9 +34,13 @@ class Log:
   """
 
   def __init__(
-    self, workdir: Path, start: int, steps: int, began: float,
+    self,
+    workdir: Path,
+    start: int,
+    steps: int,
+    began: float,
     clock: Callable[[], float] = time.monotonic,
-  ):  # fmt: skip
+  ):
     self._now = clock
     self.last: dict[str, float] = {}
     self._workdir, self._start, self._steps = workdir, start, steps
@@ -49,7 +53,7 @@ class Log:
         Progress("train", self._steps, "steps", start=self._start)
       )
       self._writer = None
-      if distributed.is_first():
+      if distributed.is_process_0():
         self._writer = stack.enter_context(MetricsWriter(self._workdir, purge_step=self._start))
       self._open = stack.pop_all()
     return self

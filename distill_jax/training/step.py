@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import optax
 
 from distill_jax.losses import features
-from distill_jax.losses.features import Features, Needs
+from distill_jax.losses.features import Features, FeatureSpec
 from distill_jax.nn import fused_head, layer_sharing, lora, params
-from distill_jax.nn.layers import Compute
+from distill_jax.nn.layers import ComputeConfig
 from distill_jax.training import token_metrics
 from distill_jax.types import Batch, Inputs, Mean, Output, Recorded, Targets, TrainState
 
-NOTHING = Needs()
+NOTHING = FeatureSpec()
 Teachers = Mapping[str, Any]  # online teachers by name
 Weights = dict[str, jax.Array]  # of the losses, by name
 
@@ -46,8 +46,8 @@ class Step:
   losses: Mapping[str, Any]
   learning_rate: Callable[[jax.Array], jax.Array]
   optimizer: optax.GradientTransformationExtraArgs
-  student: Compute
-  teacher: Compute
+  student: ComputeConfig
+  teacher: ComputeConfig
   chunk: int
   accumulate: int = 1
   vocab_size: int | None = None
@@ -111,9 +111,15 @@ class Step:
     return TrainState(state.step + 1, model, adapters, opt, balance), metrics
 
   def _loss(
-    self, trained: Any, batch: Batch, teachers: Teachers, step: Any, count: Any, weights: Weights,
+    self,
+    trained: Any,
+    batch: Batch,
+    teachers: Teachers,
+    step: Any,
+    count: Any,
+    weights: Weights,
     base: Any = None,
-  ) -> tuple[jax.Array, dict[str, Mean]]:  # fmt: skip
+  ) -> tuple[jax.Array, dict[str, Mean]]:
     model, adapters = trained
     if self.frozen:
       still = lambda x, trains: x if trains else jax.lax.stop_gradient(x)
@@ -130,9 +136,9 @@ class Step:
       )
       total, means = jnp.zeros((), jnp.float32), {}
       for name, fn in self.losses.items():
-        if hasattr(fn, "per_token"):
+        if hasattr(fn, "token_loss"):
           mask_BC = piece.mask_of(taught=hasattr(fn, "teacher") or hasattr(fn, "teachers"))
-          means[name] = Mean.of(fn.per_token(logits_BCV, piece, step), mask_BC)
+          means[name] = Mean.of(fn.token_loss(logits_BCV, piece, step), mask_BC)
           total += weights[name] / count * means[name].total
       fixed = jax.lax.stop_gradient(logits_BCV)
       return total, means | token_metrics.means(fixed, piece, self.recorded, self.parts)
@@ -150,9 +156,14 @@ class Step:
     return total, means
 
   def fit(
-    self, names: list[str], model: Any, adapters: dict[str, Any], batch: Batch, teachers: Teachers,
+    self,
+    names: list[str],
+    model: Any,
+    adapters: dict[str, Any],
+    batch: Batch,
+    teachers: Teachers,
     base: Any = None,
-  ) -> dict[str, Any]:  # fmt: skip
+  ) -> dict[str, Any]:
     """The adapters of these losses as their losses fit them on one batch."""
     model = _student(model, base)
     ours, theirs = self.needs()
@@ -170,9 +181,9 @@ class Step:
     ours, theirs = self.student_config, self.teacher_config
     return features.pairs(fn.layers, ours.num_hidden_layers, theirs.num_hidden_layers)
 
-  def needs(self) -> tuple[Needs, Needs]:
+  def needs(self) -> tuple[FeatureSpec, FeatureSpec]:
     """The features that the losses compare, of the student and of the teacher."""
-    ours, theirs = Needs(), Needs()
+    ours, theirs = FeatureSpec(), FeatureSpec()
     for fn in self.losses.values():
       if hasattr(fn, "needs"):
         a, b = fn.needs(self.pairs(fn), self.student_config, self.teacher_config)
@@ -180,7 +191,7 @@ class Step:
     return ours, theirs
 
   def _taught(
-    self, batch: Batch, teachers: Teachers, needs: Needs
+    self, batch: Batch, teachers: Teachers, needs: FeatureSpec
   ) -> tuple[dict[str, Targets], dict[str, Features]]:
     """Targets and features of every teacher, from its records or from itself."""
     targets, taught = dict(batch.targets), {}
@@ -244,8 +255,8 @@ def _answers(batch: Batch, out: Output) -> Batch:
   bare = {name: t.replace(head_VD=None) for name, t in batch.targets.items()}
   targets = {name: t.replace(head_VD=heads[name]) for name, t in twice(bare).items()}
   second_BT = jnp.broadcast_to(jnp.arange(2 * T)[None] % 2 == 1, (len(batch.labels_BT), 2 * T))
-  said = twice(batch.replace(inputs=None, seen_BS=None, targets={}))
-  return said.replace(targets=targets, taught_BT=second_BT)
+  said = twice(batch.replace(inputs=None, valid_BS=None, targets={}))
+  return said.replace(targets=targets, distill_token_BT=second_BT)
 
 
 def _student(trained: Any, base: Any) -> Any:
@@ -256,12 +267,12 @@ def _student(trained: Any, base: Any) -> Any:
 
 
 def online(
-  model: Any, inputs: Inputs, how: Compute, needs: Needs = NOTHING
+  model: Any, inputs: Inputs, compute: ComputeConfig, needs: FeatureSpec = NOTHING
 ) -> tuple[Targets, Features]:
   """A teacher that runs beside the student: hidden states, head, features; no logits."""
   with jax.named_scope("teacher"):
-    out: Output = model(inputs, how, needs.taps)
+    out: Output = model(inputs, compute, needs.taps)
     said = Targets(
       hidden_BTD=out.hidden_BTD, head_VD=out.head_VD, soft_cap=out.soft_cap, paired=out.paired
     )
-    return jax.lax.stop_gradient((said, needs.of(model, out, inputs, how)))
+    return jax.lax.stop_gradient((said, needs.of(model, out, inputs, compute)))

@@ -27,13 +27,13 @@ def means(
   """
   lse_BC = fused_head.log_sum_exp(logits_BCV)[..., 0]
   label_BC = jnp.take_along_axis(logits_BCV, piece.labels_BT[..., None], -1)[..., 0]
-  per_token = {"ce": lse_BC - label_BC, "entropy": lse_BC - _mean_logit(logits_BCV, lse_BC)}
-  out = {name: Mean.of(x_BC, piece.mask_of(taught=False)) for name, x_BC in per_token.items()}
+  token_loss = {"ce": lse_BC - label_BC, "entropy": lse_BC - _mean_logit(logits_BCV, lse_BC)}
+  out = {name: Mean.of(x_BC, piece.mask_of(taught=False)) for name, x_BC in token_loss.items()}
   for name, first in parts:
     assert piece.rows_BT2 is not None
     mask = piece.mask_of(taught=False) & (piece.rows_BT2[..., 0] == first)
     right = label_BC >= jnp.max(logits_BCV, -1)
-    out |= {f"ce/{name}": Mean.of(per_token["ce"], mask), f"accuracy/{name}": Mean.of(right, mask)}
+    out |= {f"ce/{name}": Mean.of(token_loss["ce"], mask), f"accuracy/{name}": Mean.of(right, mask)}
   for name, t in piece.targets.items():
     online = t.hidden_BTD is not None
     said = _online(t, logits_BCV, piece) if online else _offline(t, logits_BCV, recorded)

@@ -14,7 +14,7 @@ from distill_jax.models import loading
 from distill_jax.nn import params, quantise
 from distill_jax.records.store import Manifest
 from distill_jax.training.step import Step
-from distill_jax.types import PAIRED
+from distill_jax.types import IN_BATCH_CLASSES
 
 
 def check_run(config: Config, stores: Sequence[Any]) -> None:
@@ -25,14 +25,16 @@ def check_run(config: Config, stores: Sequence[Any]) -> None:
     raise InputError("every weight in losses is 0, so nothing would be trained")
   if config.optim.accumulate < 1:
     raise InputError(f"optim.accumulate is {config.optim.accumulate}; it is at least 1")
-  if config.optim.accumulate > 1 and any(s.manifest.vocab_size == PAIRED for s in stores):
+  if config.optim.accumulate > 1 and any(s.manifest.vocab_size == IN_BATCH_CLASSES for s in stores):
     raise InputError(
       f"optim.accumulate is {config.optim.accumulate}, and each part of a batch would find its "
       "pairs among fewer; set it to 1"
     )
   _check_teachers(config)
-  _, shape = loading.shape(config.student)
-  loading.trained(config.student)  # adapters or sharing that do not fit the student are refused
+  _, shape = loading.family_and_config(config.student)
+  loading.abstract_trainable(
+    config.student
+  )  # adapters or sharing that do not fit the student are refused
   quantise.check(config.student.quantise, loading.abstract(config.student))
   if config.student.quantise.bits and config.student.lora.rank:
     raise InputError(
@@ -142,7 +144,7 @@ def _check_records(name: str, fn: Any, path: str, about: Manifest, kinds: set[st
 
   Beside sampled records, text has no targets, and a loss of each token says nothing of it.
   """
-  if about.kind == "text" and kinds == {"text", "sampled"} and hasattr(fn, "per_token"):
+  if about.kind == "text" and kinds == {"text", "sampled"} and hasattr(fn, "token_loss"):
     return
   if about.kind == "text":
     raise InputError(

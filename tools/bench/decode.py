@@ -35,16 +35,16 @@ def prepare(folder: Path, batch: int, length: int) -> None:
   """The model as a float32 folder, which both read, and the prompts."""
   import jax
 
-  from distill_jax.config import Data
   from distill_jax.data import corpus, sources
+  from distill_jax.data.options import DataOptions
   from distill_jax.hub import export, load
   from distill_jax.nn import sharding
-  from distill_jax.nn.layers import Compute
+  from distill_jax.nn.layers import ComputeConfig
 
   source = load.open_model(MODEL)
-  model = load.load(source, sharding.make_mesh(devices=jax.devices()[:1]), Compute())
+  model = load.load(source, sharding.make_mesh(devices=jax.devices()[:1]), ComputeConfig())
   export.export(model, folder, tokenizer=source.tokenizer, generation={}, card="", dtype="float32")
-  tokenizer = corpus.tokenizer_of(Data(), source)
+  tokenizer = corpus.tokenizer_of(DataOptions(), source)
   texts = sources.documents(sources.Source("pydoc", heldout_fraction=0.0))
   prompts = [ids[:length] for t in texts if len(ids := tokenizer.encode(t)) >= length][:batch]
   (folder / "prompts.json").write_text(json.dumps(prompts))
@@ -53,9 +53,9 @@ def prepare(folder: Path, batch: int, length: int) -> None:
 def ours(folder: Path, prompts: list[list[int]], new: int):
   import jax
 
-  from distill_jax.config import Generate
   from distill_jax.data.tokenizers import load_tokenizer
   from distill_jax.generation.engine import Device, Spec
+  from distill_jax.generation.options import GenerateOptions
   from distill_jax.generation.sampling import Sampling
   from distill_jax.generation.scheduler import Batch
   from distill_jax.generation.stops import Stops
@@ -63,21 +63,32 @@ def ours(folder: Path, prompts: list[list[int]], new: int):
   from distill_jax.hub import load
   from distill_jax.models import loading
   from distill_jax.nn import sharding
-  from distill_jax.nn.layers import Compute
+  from distill_jax.nn.layers import ComputeConfig
 
-  c, how, mesh = Generate(), Compute(), sharding.make_mesh(devices=jax.devices()[:1])
+  c, compute, mesh = (
+    GenerateOptions(),
+    ComputeConfig(),
+    sharding.make_mesh(devices=jax.devices()[:1]),
+  )
   stops, rows, size = Stops(load_tokenizer(folder)), len(prompts), len(prompts[0]) + new
   vocab_size = stops.tokenizer.vocab_size
   jax.set_mesh(mesh)
-  model = unroll(load.load(load.open_model(str(folder)), mesh, how), how)
-  spec = Spec(how, Sampling(0.0), c.steps, (), vocab_size)
+  model = unroll(load.load(load.open_model(str(folder)), mesh, compute), compute)
+  spec = Spec(compute, Sampling(0.0), c.steps, (), vocab_size)
   device = Device(model, mesh, spec, rows, c.prefill_rows, size, loading.keys(0))
 
   def run() -> list[list[int]]:
     batch = Batch(
-      device, dict(enumerate(prompts)), stops, (), rows=rows, fill=c.prefill_rows,
-      chunk=c.prefill_chunk, size=size, longest=new,
-    )  # fmt: skip
+      device,
+      dict(enumerate(prompts)),
+      stops,
+      (),
+      rows=rows,
+      fill=c.prefill_rows,
+      chunk=c.prefill_chunk,
+      size=size,
+      longest=new,
+    )
     done = [s for some, _ in batch.run([(i, 0) for i in range(rows)]) for s in some]
     return [s.tokens for s in sorted(done, key=lambda s: s.prompt)]
 
@@ -95,9 +106,13 @@ def theirs(folder: Path, prompts: list[list[int]], new: int):
   def run() -> list[list[int]]:
     with torch.inference_mode():
       out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-        eos_token_id=None, pad_token_id=0,
-      )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+      )
     return out[:, ids.shape[1] :].tolist()
 
   return run

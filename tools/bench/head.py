@@ -68,7 +68,7 @@ def ours(logits_BCV: jax.Array, batch: Batch, count: float) -> tuple[jax.Array, 
   """As step.Step adds them up, without the metrics beside."""
   total = jnp.zeros(())
   for weight, loss in ((SOFT, kd.Loss()), (HARD, ce.Loss())):
-    mean = Mean.of(loss.per_token(logits_BCV, batch, jnp.zeros((), jnp.int32)), batch.mask_BT)
+    mean = Mean.of(loss.token_loss(logits_BCV, batch, jnp.zeros((), jnp.int32)), batch.mask_BT)
     total += weight / count * mean.total
   return total, {}
 

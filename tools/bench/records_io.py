@@ -42,18 +42,30 @@ def teacher(seq_len: int, seed: int) -> dict[str, np.ndarray]:
   at = np.arange(seq_len)
   label = (np.cumsum(p, 1) <= rng.random((seq_len, 1))).sum(-1).clip(0, TOP - 1)
   return {
-    "tokens_T": ids[at, label], "segments_T": np.ones(seq_len, np.int32),
-    "mask_T": np.ones(seq_len, bool), "ids_TN": np.take_along_axis(ids, which, 1),
-    "argmax_T": ids[at, p.argmax(1)], "label_logp_T": np.log(p[at, label] + 1e-9),
-    "entropy_T": -(p * np.log(p + 1e-30)).sum(1), "top_ids": ids, "top_logp": np.log(p + 1e-30),
-  }  # fmt: skip
+    "tokens_T": ids[at, label],
+    "segments_T": np.ones(seq_len, np.int32),
+    "mask_T": np.ones(seq_len, bool),
+    "ids_TN": np.take_along_axis(ids, which, 1),
+    "argmax_T": ids[at, p.argmax(1)],
+    "label_logp_T": np.log(p[at, label] + 1e-9),
+    "entropy_T": -(p * np.log(p + 1e-30)).sum(1),
+    "top_ids": ids,
+    "top_logp": np.log(p + 1e-30),
+  }
 
 
 def write_ours(folder: Path, data: list[dict[str, np.ndarray]]) -> None:
   m = store.Manifest(
-    kind="sampled", n=N, vocab_size=V, seq_len=len(data[0]["tokens_T"]), teacher={},
-    tokenizer="", corpus="", sequences_per_shard=len(data), extents=(len(data),),
-  )  # fmt: skip
+    kind="sampled",
+    n=N,
+    vocab_size=V,
+    seq_len=len(data[0]["tokens_T"]),
+    teacher={},
+    tokenizer="",
+    corpus="",
+    sequences_per_shard=len(data),
+    extents=(len(data),),
+  )
   with store.Writer(folder, m) as w:
     for r in w.missing():
       w.write_shard(r, (data[i] for i in r))

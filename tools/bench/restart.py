@@ -39,13 +39,18 @@ def get_config():
 def first_row(folder: Path, workdir: Path, cache: Path, rows: int = 1) -> float:
   """Seconds until metrics.jsonl holds so many rows; the run is stopped then, and saves."""
   env = os.environ | {
-    "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }  # fmt: skip
+  }
   line = [
-    sys.executable, "-m", "distill_jax.cli", "train", f"--config={folder / 'config.py'}",
+    sys.executable,
+    "-m",
+    "distill_jax.cli",
+    "train",
+    f"--config={folder / 'config.py'}",
     f"--workdir={workdir}",
-  ]  # fmt: skip
+  ]
   metrics = workdir / "metrics.jsonl"
   start = time.perf_counter()
   with subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True) as run:

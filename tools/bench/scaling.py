@@ -48,9 +48,11 @@ def measure(name: str, c: config.Config) -> dict[str, Any]:
   sent = collectives.Program(compiled.as_text()).sent()
   state = sum(program.arguments[part] for part in ("parameters", "optimizer"))
   return {
-    "state_bytes": state, "peak_bytes": memory.peak, "collective_bytes": sum(sent.values()),
+    "state_bytes": state,
+    "peak_bytes": memory.peak,
+    "collective_bytes": sum(sent.values()),
     **{f"collective_bytes.{kind}": n for kind, n in sent.items()},
-  }  # fmt: skip
+  }
 
 
 def main() -> None:

@@ -24,9 +24,14 @@ KEPT = ("ce", "kl", "agreement", "bleu", "chrf", "wer", "parameters")
 
 def run(verb: str, config: str, workdir: Path, at: Path, *flags: str) -> None:
   command = [
-    sys.executable, "-m", "distill_jax.cli", verb, f"--config={ROOT / 'configs' / config}",
-    f"--workdir={workdir}", *flags,
-  ]  # fmt: skip
+    sys.executable,
+    "-m",
+    "distill_jax.cli",
+    verb,
+    f"--config={ROOT / 'configs' / config}",
+    f"--workdir={workdir}",
+    *flags,
+  ]
   names = {"TRANSLATION": str(at), "SPEECH": str(at)}
   paths = {"PYTHONPATH": str(ROOT)}
   subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, **names, **paths})

@@ -92,18 +92,22 @@ def make(config: Config, source: Teacher, size: float, folder: Path) -> dict[str
   return {name: folder / name for name in (*shaped, RANDOM)}
 
 
-def untrained(config: Config, source: Teacher, s: configs.Shrink, folder: Path) -> None:
+def untrained(config: Config, source: Teacher, s: configs.ShrinkOptions, folder: Path) -> None:
   shutil.rmtree(folder / "model", ignore_errors=True)
   with jax.set_mesh(source.mesh):
     layers = source.layers(s.layers, s.layers_by)
   shape = shapes.narrowed(s, source.family, source.shape).keep(layers)
   with jax.set_mesh(source.mesh):
-    model, came = source.untrained(shape), source.built.pretrained
+    model, pretrained = source.untrained(shape), source.built.pretrained
     row = {"parameters": params.count(model), "ce": source.cross_entropy(model)}
     hub.export(
-      model, folder / "model", tokenizer=came.tokenizer if came else None, generation={},
-      card="# Random weights\n", dtype="float32",
-    )  # fmt: skip
+      model,
+      folder / "model",
+      tokenizer=pretrained.tokenizer if pretrained else None,
+      generation={},
+      card="# Random weights\n",
+      dtype="float32",
+    )
   write_json(folder / _shrink_search.MADE, {"kept": {}, "models": {"student": row}})
 
 
@@ -111,14 +115,20 @@ def row(size: float, name: str, folder: Path, config: Config, of_teacher: float)
   made = json.loads((folder / _shrink_search.MADE).read_text())
   student = made["models"]["student"]
   return {
-    "size": size, "student": name, "parameters": student["parameters"],
-    "ce_before": round(student["ce"], 4), "teacher_ce": round(of_teacher, 4),
+    "size": size,
+    "student": name,
+    "parameters": student["parameters"],
+    "ce_before": round(student["ce"], 4),
+    "teacher_ce": round(of_teacher, 4),
     "ce": round(json.loads((folder / _shrink_search.SCORE).read_text())["ce"], 4),
-    "steps": config.shrink.steps, "sequences": config.data.sequences,
-    "seq_len": config.data.seq_len, "batch_size": config.train.batch_size,
-    "peak_lr": config.optim.peak_lr, "layers_by": config.shrink.layers_by,
+    "steps": config.shrink.steps,
+    "sequences": config.data.sequences,
+    "seq_len": config.data.seq_len,
+    "batch_size": config.train.batch_size,
+    "peak_lr": config.optim.peak_lr,
+    "layers_by": config.shrink.layers_by,
     "kept": {k: v["kept"] for k, v in made["kept"].items() if v["kept"] != v["of"]},
-  }  # fmt: skip
+  }
 
 
 def main() -> None:
@@ -137,7 +147,7 @@ def main() -> None:
     setattr(args, key, value)
   config = config_of(args, args.workdir / "records")
   with Workdir(args.workdir, config):  # one process; and never another config's results
-    record.record(config, args.workdir / "records")
+    record.run(config, args.workdir / "records")
     source = Teacher(config)
     sizes = [float(size) for size in args.sizes.split(",")]
     # All are made first: the order in which layers can go is found once, for all sizes.

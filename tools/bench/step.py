@@ -31,7 +31,7 @@ import numpy as np
 from distill_jax import config
 from distill_jax.losses import ce, kd
 from distill_jax.models import llama
-from distill_jax.nn.layers import Compute
+from distill_jax.nn.layers import ComputeConfig
 from distill_jax.schedules import constant
 from distill_jax.training import optim
 from distill_jax.training.step import Step
@@ -50,9 +50,12 @@ def batch_of(vocab_size: int, B: int, T: int) -> Batch:
   weight = np.zeros((B, T, POINTS))  # the loader fills up to N entries, as here
   weight[..., :ENTRIES] = rng.multinomial(POINTS, np.ones(ENTRIES) / ENTRIES, (B, T)) / POINTS
   targets = Targets(
-    ids_BTK=i32(ids), weight_BTK=f32(weight), entropy_BT=f32(rng.uniform(1, 4, (B, T))),
-    label_logp_BT=f32(-rng.uniform(1, 4, (B, T))), top_BT=i32(ids[..., 0]),
-  )  # fmt: skip
+    ids_BTK=i32(ids),
+    weight_BTK=f32(weight),
+    entropy_BT=f32(rng.uniform(1, 4, (B, T))),
+    label_logp_BT=f32(-rng.uniform(1, 4, (B, T))),
+    top_BT=i32(ids[..., 0]),
+  )
   positions = np.broadcast_to(np.arange(T), (B, T))
   inputs = Inputs(i32(tokens), i32(positions), i32(np.ones((B, T))))
   mask = jnp.ones((B, T), bool)
@@ -65,7 +68,7 @@ def contestants(student: llama.Config, teacher: llama.Config, batch: Batch, chun
   both = {"soft": soft, "hard": hard}
   plain, model = batch.replace(targets={}), llama.Model(student, jax.random.key(0))
   online = {"teacher": llama.Model(teacher, jax.random.key(1))}
-  o = config.Optim()
+  o = config.OptimOptions()
   made = {}
   for name, losses, given, teachers in (
     ("hard", {"hard": ce.Loss()}, plain, {}),
@@ -73,9 +76,14 @@ def contestants(student: llama.Config, teacher: llama.Config, batch: Batch, chun
     ("online", both, plain, online),
   ):
     step = Step(
-      losses=losses, learning_rate=optim.learning_rate(o, 1000), optimizer=optim.optimizer(o),
-      student=Compute(), teacher=Compute(), chunk=chunk, vocab_size=student.vocab_size,
-    )  # fmt: skip
+      losses=losses,
+      learning_rate=optim.learning_rate(o, 1000),
+      optimizer=optim.optimizer(o),
+      student=ComputeConfig(),
+      teacher=ComputeConfig(),
+      chunk=chunk,
+      vocab_size=student.vocab_size,
+    )
     state = step.init(jax.tree.map(jnp.copy, model))  # its own, as a step gives it up
     program = jax.jit(step, donate_argnums=0).lower(state, given, teachers).compile()
     made[name] = [program, state, given, teachers]

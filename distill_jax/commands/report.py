@@ -1,0 +1,28 @@
+"""`report`: one HTML page with the numbers and the plots of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from distill_jax import report as pages
+from distill_jax.config import Config
+from distill_jax.models import loading
+from distill_jax.records import describe
+from distill_jax.records.store import open_store
+from distill_jax.runtime import storage
+
+
+def run(config: Config, workdir: Path) -> dict[str, Any]:
+  """Writes report.html into `workdir` from the evaluation there and the runs it names."""
+  runs = {
+    name: loading.run_folder(source)
+    for name, source in config.evaluate.models.items()
+    if source.startswith(loading.RUN)
+  }
+  about = (
+    describe.describe(open_store(storage.local(config.train.records[0])))
+    if config.train.records
+    else None
+  )
+  return pages.report(workdir, runs=runs, records=about, export_dir=config.export.dir)

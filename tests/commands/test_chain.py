@@ -1,0 +1,197 @@
+"""Students in a row, each taught by the one before it: run, stopped, run again, refused."""
+
+import dataclasses
+import json
+import shutil
+
+import hub_tiny
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from distill_jax import config
+from distill_jax.commands import chain, record
+from distill_jax.errors import InputError, Preempted
+from distill_jax.models import loading
+from distill_jax.nn import sharding
+from distill_jax.records.store import open_store
+from distill_jax.runtime import checkpoint
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loader, loop
+
+SHAPE = dataclasses.replace(hub_tiny.CONFIG, vocab_size=256, tie_word_embeddings=True)
+
+
+def tiny_chain(path):
+  """4 layers teach 3 of them, and those 2 of the teacher's own."""
+  c = tiny.tiny(path)
+  if not (path / "teacher").exists():
+    weights = {n: 0.2 * x + ("norm" in n) for n, x in hub_tiny.tensors(SHAPE).items()}
+    hub_tiny.write_folder(path / "teacher", SHAPE, weights)
+  c.teacher.source, c.teacher.shape = str(path / "teacher"), ""
+  c.train.records, c.train.steps, c.data.sequences = (), 3, 8
+  c.evaluate.sequences = c.evaluate.batch_size = 4
+  c.chain = ("assistant", "student")
+  c.links.assistant = config.link(shrink={"layers": 3, "layers_by": "ends", "sequences": 4})
+  own = {"source": c.teacher.source, "keep_layers": (0, 3)}
+  c.links.student = config.link(student=own, steps=4, peak_lr=5e-3)
+  return c
+
+
+def run(c, workdir):
+  resolved = config.resolve(c)
+  with Workdir(workdir, resolved) as path:
+    return chain.run(resolved, path)
+
+
+def learnt(workdir):
+  mesh = sharding.make_mesh()
+  with jax.set_mesh(mesh):
+    return jax.device_get(loading.restore(workdir / "student" / "run", mesh))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp("chain")
+  c = tiny_chain(path)
+  c.export.dir = str(path / "export")
+  return path, run(c, path / "whole")
+
+
+def test_a_chain(folder, monkeypatch):
+  path, result = folder
+  assert json.loads((path / "whole" / "evaluation.json").read_text()) == result
+  models = result["models"]
+  assert set(models) == {"teacher", "start", "assistant", "student"}
+  assert models["teacher"]["parameters"] > models["assistant"]["parameters"]
+  assert models["assistant"]["parameters"] > models["student"]["parameters"]
+  assert models["student"]["kl"] < models["start"]["kl"]
+  first, second = (open_store(path / "whole" / n / "records") for n in ("assistant", "student"))
+  assert first.manifest.teacher["name"] == str(path / "teacher")
+  assert second.manifest.teacher["digest"] == checkpoint.digest(path / "whole/assistant/run")
+  for name, steps, rate in (("assistant", 3, 1e-2), ("student", 4, 5e-3)):
+    rows = tiny.measured(path / "whole" / name / "run")
+    assert [row["step"] for row in rows] == list(range(steps))
+    assert max(row["learning_rate"] for row in rows) == pytest.approx(rate)
+  assert (
+    loading.family_and_config(config.ModelOptions(source=str(path / "export")))[1].num_hidden_layers
+    == 2
+  )
+  assert "| student |" in (path / "export" / "README.md").read_text()
+  for module, verb in ((record, "record"), (loop, "train"), (chain.evaluation, "evaluate")):
+    monkeypatch.setattr(module, verb, None)
+  c = tiny_chain(path)
+  c.export.dir = str(path / "export")
+  assert run(c, path / "whole") == result  # nothing is done again
+
+
+def test_stopped_it_comes_to_the_same_bits(folder, monkeypatch):
+  """Killed between two links, told to stop, then killed in the middle of one."""
+  path, _ = folder
+  c, whole, workdir = tiny_chain(path), path / "whole", path / "stopped"
+  shutil.copytree(whole / "assistant", workdir / "assistant")  # what a kill there leaves
+  score = lambda conf, where: (where / chain.SCORES).write_text("{}")
+  monkeypatch.setattr(chain.evaluation, "evaluate", score)  # it has no part in this
+  batches, seen = loader.batches, []
+
+  def told(conf, where):
+    raise Preempted("told to stop")
+
+  def power_cut(*args, **kwargs):
+    for i, batch in enumerate(batches(*args, **kwargs)):
+      if i == 3 and not seen:
+        seen.append(i)
+        raise KeyboardInterrupt
+      yield batch
+
+  with monkeypatch.context() as patch, pytest.raises(Preempted):
+    patch.setattr(record, "record", told)
+    run(c, workdir)
+  monkeypatch.setattr(loader, "batches", power_cut)
+  with pytest.raises(KeyboardInterrupt):
+    run(c, workdir)
+  assert [p.name for p in (workdir / "student" / "run" / "checkpoints").iterdir()] == ["2"]
+  assert not (workdir / "student" / "done.json").exists()
+  run(c, workdir)
+  jax.tree.map(np.testing.assert_array_equal, learnt(whole), learnt(workdir))
+  assert tiny.measured(whole / "student" / "run") == tiny.measured(workdir / "student" / "run")
+
+
+def change(**links):
+  def apply(c, path):
+    for name, fields in links.items():
+      c.links[name] = config.link(**fields)
+
+  return apply
+
+
+def of(**fields):
+  """A student that is the teacher's folder, or as `fields` say."""
+  return lambda c, path: c.links.student.student.update(fields)
+
+
+def other_words(c, path):
+  small = dataclasses.replace(SHAPE, vocab_size=200)
+  hub_tiny.write_folder(path / "words", small)
+  hub_tiny.write_folder(path / "teacher", SHAPE)
+  c.data.tokenizer, c.links.student.student.source = "", str(path / "words")
+
+
+@pytest.mark.parametrize(
+  ("wrong", "says"),
+  [
+    (lambda c, path: c.update(chain=()), "chain is empty; name its links"),
+    (
+      lambda c, path: c.update(chain=("helper",)),
+      "names 'helper', and links holds assistant, stud",
+    ),
+    (lambda c, path: c.update(chain=("student", "student")), "'student', which is there twice"),
+    (
+      lambda c, path: (c.links.update(start=c.links.student), c.update(chain=("start",))),
+      "'start', which is there twice, has another meaning",
+    ),
+    (change(student={}), "links.student has student.source or student.shape '' and .* .none.;"),
+    (change(student={"shrink": {"layers": 2}, "student": {"shape": "tiny"}}), "shape 'tiny' and"),
+    (change(student={"shrink": {"target_params": 1e4}, "student": {"shape": "tiny"}}), "no target"),
+    (change(student={"shrink": {"layers": 2}, "student": {"keep_layers": (0,)}}), "keep_layers is"),
+    (change(student={"shrink": {"layers": 2}, "steps": -1}), "steps -1 and peak_lr"),
+    (change(student={"shrink": {"heads": 3}}), "links.student: .*3 heads over 2 key/value heads"),
+    (
+      change(student={"shrink": {"layers": 4, "layers_by": "ends"}}),
+      "layers is 4 and the teacher h",
+    ),
+    (of(shape="tinny", source="", keep_layers=()), "links.student: llama has no shape 'tinny'"),
+    (of(quantise={"bits": 3}), "links.student: student.quantise has bits 3"),
+    (other_words, "links.student: .*200 .*|links.student: the student has tokenizer"),
+    (lambda c, path: setattr(c, "losses", {}), "links.assistant: losses is empty"),
+    (lambda c, path: c.optim.update(warmup_steps=4), "links.assistant: optim.warmup_steps is 4"),
+    (lambda c, path: c.train.update(online=True), "train.online True; a chain records"),
+    (
+      lambda c, path: setattr(c.tasks, "films", config.task("text_classes", classes=("a", "b"))),
+      "tasks names films, and a chain teaches the text",
+    ),
+    (lambda c, path: c.records.update(kind="text"), "records.kind is 'text'"),
+    (lambda c, path: c.train.update(batch_size=0), "train.batch_size is 0"),
+    (lambda c, path: c.evaluate.update(heldout=False), "there is nothing to measure"),
+    (lambda c, path: c.export.update(dir=str(path)), "exists, and export overwrites nothing"),
+  ],
+)
+def test_chains_that_make_no_sense(wrong, says, tmp_path, monkeypatch):
+  monkeypatch.setattr(record, "record", None)  # before anything is computed
+  c = tiny_chain(tmp_path)
+  wrong(c, tmp_path)
+  with pytest.raises(InputError, match=says):
+    run(c, tmp_path / "run")
+  assert not (tmp_path / "run" / "assistant").exists()
+
+
+def test_keys_of_a_link():
+  with pytest.raises(InputError, match="'links.step' is unknown; did you mean 'steps'"):
+    config.link(step=3)
+  link = config.link(steps=3, student={"keep_layers": (1, 2)})
+  c = config.base()
+  c.links.one, c.chain = link, ("one",)
+  made = config.resolve(c)
+  assert made.links["one"] == config.LinkOptions(config.StudentOptions(keep_layers=(1, 2)), steps=3)
+  assert config.from_dict(json.loads(json.dumps(config.to_dict(made)))) == made

@@ -1,0 +1,235 @@
+"""evaluate on sets: asked here and of a server, gone on with, refused, and on the report."""
+
+import json
+from pathlib import Path
+
+import bad_server
+import pytest
+import tiny
+
+from distill_jax import cli, config
+from distill_jax.commands import evaluate as evaluation
+from distill_jax.errors import InputError
+from distill_jax.evals import generative
+from distill_jax.generation import http_client
+from distill_jax.report import model_card, report
+
+QUESTIONS = ["3 times 6 is", "hello", "0 times 3"]
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+  monkeypatch.setattr(http_client, "FIRST_WAIT_S", 0.02)
+
+
+def write(path: Path, rows) -> str:
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return str(path)
+
+
+def lines(path: Path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def made(folder: Path, **changes):
+  c = tiny.tiny(folder)
+  c.teacher.source = ""
+  c.generate.update(batch_size=4, prefill_rows=4, cache_len=64, prefill_chunk=16, steps=4)
+  c.evaluate.update(heldout=False, max_new_tokens=6, batch_size=4, temperature=0.0, top_p=1.0)
+  c.evaluate.update(changes)
+  return c
+
+
+def run(c, folder: Path):
+  return evaluation.run(config.resolve(c), folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """(folder, config, result) of a model asked by choices, and in words, two of which are right."""
+  folder = tmp_path_factory.mktemp("evaluate")
+  c = made(folder, on_bad="skip")
+  rows = [{"question": q, "answer": "?"} for q in [*QUESTIONS, "x" * 70]] + [{}]
+  c.evals.words = config.benchmark("jsonl", path=write(folder / "w.jsonl", rows), score="exact")
+  first = run(c, folder / "run")["evals"]["words"]["teacher"]
+  assert first["pass@1"]["value"] == 0 and first["cut_off"] == 1 and first["tokens"] == 6
+  said = {r["id"]: r["text"] for r in lines(folder / "run/evals/teacher/words/samples.jsonl")}
+  for i in (0, 2):
+    rows[i]["answer"] = said[i]
+  write(folder / "w.jsonl", rows)
+  choices = [
+    {"question": q, "choices": ["18, as", "no"], "label": i % 2} for i, q in enumerate(QUESTIONS)
+  ]
+  choices += [{"question": "x" * 130, "choices": ["a", "b"], "label": 0}]
+  path = write(folder / "c.jsonl", choices)
+  c.evals.choices = config.benchmark("jsonl", path=path, score="choice")
+  with pytest.MonkeyPatch.context() as patch:  # answers are there, and not asked for again
+    patch.setattr(generative.decoding, "batch_of", None)
+    return folder, c, run(c, folder / "run")
+
+
+def test_words(whole):
+  folder, _, result = whole
+  words = result["evals"]["words"]["teacher"]
+  assert (words["questions"], words["left_out"], words["samples"]) == (3, 2, 1)
+  assert words["pass@1"]["value"] == pytest.approx(2 / 3)
+  assert 0 <= words["pass@1"]["low"] < 2 / 3 < words["pass@1"]["high"] <= 1
+  at = folder / "run/evals/teacher/words"
+  verdicts = lines(at / "verdicts.jsonl")
+  assert [(v["id"], v["sample"], v["right"]) for v in verdicts] == [
+    (0, 0, True),
+    (1, 0, False),
+    (2, 0, True),
+  ]
+  assert verdicts[1]["why"].startswith("wrong: ") and verdicts[0]["why"] is None
+  left = {r["question"][-6:]: r["reason"] for r in lines(at / "left_out.jsonl")}
+  assert "no field 'question'" in left["line 5"] and "generate.cache_len 64" in left["line 4"]
+  assert result["models"] == {}
+  assert json.loads((folder / "run/evaluation.json").read_text()) == result
+
+
+def test_what_cannot_be_used_stops_it(whole):
+  folder, c, _ = whole
+  c = c.copy_and_resolve_references()
+  c.evaluate.on_bad = "stop"
+  del c.evals["choices"]
+  with pytest.raises(InputError, match="evals.words: .*line 5: there is no field 'question'.*eval"):
+    run(c, folder / "stop")
+  c.evals.words.limit = 4
+  with pytest.raises(InputError, match="evals.words: .*prompt has 70 tokens.*evaluate.on_bad=skip"):
+    run(c, folder / "stop")
+
+
+def test_choices_go_by_likelihood(whole):
+  folder, _, result = whole
+  verdicts = lines(folder / "run/evals/teacher/choices/verdicts.jsonl")
+  best = lambda v, weights: max(range(2), key=lambda i: v["logps"][i] / weights[i])
+  for v in verdicts:
+    assert all(x < 0 for x in v["logps"])
+    assert v["chosen"] == best(v, (1, 1)) and v["chosen_norm"] == best(v, (6, 2))
+  row = result["evals"]["choices"]["teacher"]
+  assert (row["questions"], row["left_out"]) == (3, 1)
+  (left,) = lines(folder / "run/evals/teacher/choices/left_out.jsonl")
+  assert "longer than the 128 tokens" in left["reason"] and left["question"].endswith("line 4")
+  for name, chosen in (("acc", "chosen"), ("acc_norm", "chosen_norm")):
+    assert row[name]["value"] == pytest.approx(sum(v[chosen] == v["label"] for v in verdicts) / 3)
+
+
+def test_answers_to_something_else_are_refused(whole):
+  folder, c, _ = whole
+  c = c.copy_and_resolve_references()
+  del c.evals["choices"]
+  c.evaluate.max_new_tokens = 7
+  with pytest.raises(InputError, match="with max_new_tokens 6 and it is now 7; delete that folder"):
+    run(c, folder / "run")
+  c.evaluate.max_new_tokens = 6
+  c.evals.words.limit = 2
+  with pytest.raises(InputError, match="evals.words: .*samples of other prompts"):
+    run(c, folder / "run")
+
+
+def test_report_and_card(whole, tmp_path):
+  _, c, result = whole
+  numbers = report(tmp_path, result)
+  page = (tmp_path / "report.html").read_text()
+  assert numbers["evals"] == result["evals"] and numbers["teacher"]["ce"] is None
+  assert "words pass@1" in page and "66.7% (0.0% to 100.0%)" in page and "2 left out" in page
+  assert "choices acc_norm" in page and "Held-out results" not in page
+  said = cli.summary("evaluate", result)
+  assert "words pass@1, 3 questions, 2 left out" in said and "teacher 66.7% (0.0% to" in said
+  text = model_card.card(config.resolve(c), 1, result)
+  assert "| words pass@1, 3 questions, " in text and "66.7% (" in text
+
+
+def server_says(texts):
+  """Answers by prompt: the n-th sample of a prompt gets the n-th text."""
+  count: dict[str, int] = {}
+
+  def answer(body):
+    prompt = bad_server.text_of(body)
+    n = count[prompt] = count.get(prompt, -1) + 1
+    said = next(t for q, t in texts.items() if q in prompt)[n]
+    return {
+      "id": "x",
+      "choices": [{"finish_reason": "stop", "message": {"content": said}}],
+      "usage": {"prompt_tokens": 3, "completion_tokens": 7},
+    }
+
+  return answer
+
+
+def test_a_server_is_asked_several_times(tmp_path):
+  pytest.importorskip("math_verify")
+  texts = {
+    "half": ["so \\boxed{\\frac{1}{2}}", "0.5", "it is \\boxed{\\dfrac12}", "\\boxed{3}"],
+    "angle": ["\\boxed{336}", "\\boxed{12}", "12", "\\boxed{12}"],
+    "refused": [],
+  }
+  rows = [
+    {"question": q, "answer": a}
+    for q, a in (("half", "1/2"), ("angle", "336^\\circ"), ("refused", "1"))
+  ]
+  c = made(tmp_path, temperature=0.6, top_p=0.95, samples=4, on_bad="skip")
+  c.generate.chat, c.generate.server.in_flight = True, 1
+  c.evals.aime = config.benchmark("aime", path=write(tmp_path / "a.jsonl", rows))
+  with bad_server.Server(answer=server_says(texts)) as server:
+    server.faults[c.evals.aime.prompt.replace("{question}", "refused")] = ["400"] * 4
+    c.evaluate.models = {"big": f"{server.url}#big", "again": f"{server.url}#big"}
+    c.evaluate.on = ("big",)
+    row = run(c, tmp_path / "w")["evals"]["aime"]["big"]
+    body = server.bodies[0]
+  assert (body["model"], body["temperature"], body["top_p"], body["max_tokens"]) == (
+    "big",
+    0.6,
+    0.95,
+    6,
+  )
+  assert (row["questions"], row["left_out"], row["samples"]) == (2, 1, 4)
+  assert row["pass@1"]["value"] == pytest.approx((3 / 4 + 1 / 4) / 2)
+  assert row["pass@4"]["value"] == 1 and row["maj@4"]["value"] == 0.5
+  assert row["tokens"] == 7 and row["cut_off"] == 0
+  answers = [v["answer"] for v in lines(tmp_path / "w/evals/big/aime/verdicts.jsonl")]
+  assert answers == ["1/2", "1/2", "1/2", "3", "336", "12", "12", "12"]
+  left = lines(tmp_path / "w/evals/big/aime/left_out.jsonl")
+  assert [r["question"][-16:] for r in left] == [f"line 3, sample {i}" for i in range(4)]
+
+
+URL = "http://127.0.0.1:9/v1"
+
+
+@pytest.mark.parametrize(
+  ("changes", "says"),
+  [
+    ({"heldout": False}, "evals is empty: there is nothing to measure"),
+    ({"heldout": False, "on": ("me",), "sets": "choice"}, "evaluate.on names 'me'"),
+    ({"heldout": False, "models": {"s": URL}, "sets": "choice"}, "'s', a server, does not say"),
+    ({"heldout": True, "models": {"s": URL}, "sets": "exact"}, "'s' is a server.*heldout=False"),
+    ({"heldout": False, "samples": 4, "sets": "exact"}, "4 samples .*temperature 0, "),
+    ({"heldout": False, "max_new_tokens": 0, "sets": "exact"}, "evals.x: evaluate.max_new_tok"),
+  ],
+)
+def test_refused(tmp_path, changes, says):
+  score = changes.pop("sets", None)
+  c = made(tmp_path, **changes)
+  if score:
+    row = {"question": "q", "answer": "a", "choices": ["u", "v"], "label": 0}
+    c.evals.x = config.benchmark("jsonl", path=write(tmp_path / "x.jsonl", [row]), score=score)
+  with pytest.raises(InputError, match=says):
+    run(c, tmp_path / "w")
+
+
+def test_beside_the_loss_on_text(tmp_path, monkeypatch):
+  row = {"ce": 1.0, "perplexity": 2.7, "kl": 0.0, "agreement": 1.0, "parameters": 5}
+  text = {"models": {"teacher": row}, "tokens": 9.0, "corpus": "text"}  # see test_run.py
+  monkeypatch.setattr(evaluation, "_heldout", lambda *_: dict(text))
+  c = made(tmp_path, heldout=True, models={"s": ""})
+  rows = [{"question": "q", "choices": ["u", "v"], "label": 0}]
+  c.evals.x = config.benchmark("jsonl", path=write(tmp_path / "x.jsonl", rows), score="choice")
+  result = run(c, tmp_path / "w")
+  assert {k: result[k] for k in text} == text and list(result["evals"]["x"]) == ["s"]
+  report(tmp_path / "w")
+  page = (tmp_path / "w/report.html").read_text()
+  assert "Held-out results" in page and "x acc_norm" in page
+  assert "teacher: ce 1, perplexity 2.7" in cli.summary("evaluate", result)
+  both = model_card.card(config.resolve(c), 1, result)
+  assert "| x acc, 1 questions |" in both and "9 tokens of text" in both

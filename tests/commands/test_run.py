@@ -1,0 +1,292 @@
+"""The chain on a tiny model: record, train, stop, resume, evaluate, export, report."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from distill_jax import config
+from distill_jax.commands import export
+from distill_jax.commands.evaluate import run as evaluate
+from distill_jax.commands.record import run as record
+from distill_jax.errors import InputError
+from distill_jax.models import loading
+from distill_jax.nn import sharding
+from distill_jax.records import collate
+from distill_jax.records.store import open_store
+from distill_jax.runtime import checkpoint
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loader
+from distill_jax.training import loop as training
+from distill_jax.training.metric_writer import read_metrics
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A teacher that has learnt the text a little, and its records."""
+  path = tmp_path_factory.mktemp("run")
+  c = tiny.tiny(path)
+  c.teacher.source = ""
+  c.records.kind = "text"
+  record(config.resolve(c), path / "text")
+  c.train.records = (str(path / "text"),)
+  c.losses = {"hard": config.loss("ce")}
+  c.train.steps = c.train.checkpoint_every = 60
+  train(c, path / "teacher")
+  c = tiny.tiny(path)
+  record(config.resolve(c), path / "records")
+  train(c, path / "whole")
+  c.train.online, c.train.steps = True, 2
+  train(c, path / "online")
+  return path
+
+
+def train(c, workdir):
+  resolved = config.resolve(c)
+  with Workdir(workdir, resolved) as path:
+    return training.train(resolved, path)
+
+
+def last_state(c, workdir):
+  resolved = config.resolve(c)
+  step = training.make_step(resolved, training.open_stores(resolved))
+  like = jax.eval_shape(step.init, loading.abstract(resolved.student))
+  mesh = sharding.make_mesh()
+  like = loading.place(like, sharding.shardings(like, mesh, step.student.rules))
+  with checkpoint.manager(workdir, 2) as saves:
+    return jax.device_get(checkpoint.restore(saves, like, {}))
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(folder):
+  """Stopped after step 4 of 6 by an error in the fifth batch, then run again."""
+  c = tiny.tiny(folder)
+  whole, stopped = folder / "whole", folder / "stopped"
+  real, seen = collate.to_device, []
+
+  def power_cut(batch, where):
+    seen.append(batch)
+    if len(seen) == 5:
+      raise KeyboardInterrupt
+    return real(batch, where)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loader, "to_device", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+      train(c, stopped)
+  assert sorted(p.name for p in (stopped / "checkpoints").iterdir()) == ["2", "4"]
+  train(c, stopped)
+  a, b = last_state(c, whole), last_state(c, stopped)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+  assert tiny.measured(whole) == tiny.measured(stopped)
+  assert [row["step"] for row in read_metrics(stopped)] == list(range(6))
+
+
+def test_training_learns(folder):
+  rows = read_metrics(folder / "whole")
+  assert rows[-1]["kl/teacher"] < rows[0]["kl/teacher"]
+
+
+def test_recording_again_does_nothing(folder):
+  again = record(config.resolve(tiny.tiny(folder)), folder / "records")
+  assert again["sequences"] == 20
+  assert again["recorded_now"] == 0
+
+
+def test_records_hold_what_the_teacher_said(folder):
+  """Counts within one point of the dense distribution, true entropy and label log-probability."""
+  resolved = config.resolve(tiny.tiny(folder))
+  mesh = sharding.make_mesh()
+  store = open_store(folder / "records")
+  batch = collate.collate([store[i] for i in range(4)])
+  with jax.set_mesh(mesh):
+    teacher = loading.build(resolved.teacher, mesh, loading.keys(resolved.seed)["teacher"])
+    out = teacher.model(jax.tree.map(jax.numpy.asarray, batch.inputs), teacher.compute)
+  hidden, rows = np.float64(out.hidden_BTD), np.float64(out.head_VD)
+  logits = hidden @ rows.T
+  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  p, t, keep = np.exp(logp), batch.targets["teacher"], batch.mask_BT
+  dense = np.zeros_like(p)
+  np.put_along_axis(dense, t.ids_BTK, 0.0, -1)
+  for k in range(t.ids_BTK.shape[-1]):
+    at = np.take_along_axis(dense, t.ids_BTK[..., k : k + 1], -1)
+    np.put_along_axis(dense, t.ids_BTK[..., k : k + 1], at + t.weight_BTK[..., k : k + 1], -1)
+  assert np.abs(dense - p)[keep].max() <= 1 / 15 + 1e-6
+  np.testing.assert_allclose(dense.sum(-1)[keep], 1, rtol=1e-6)
+  # Stored as float16: 2**-11 relative.
+  np.testing.assert_allclose(t.entropy_BT[keep], -(p * logp).sum(-1)[keep], rtol=6e-4)
+  label = np.take_along_axis(logp, batch.labels_BT[..., None], -1)[..., 0]
+  np.testing.assert_allclose(t.label_logp_BT[keep], label[keep], rtol=6e-4)
+
+
+def test_online_teacher_is_what_records_estimate(folder):
+  """Without sampling noise: the same teacher, in the step instead of from records."""
+  rows = read_metrics(folder / "online")
+  recorded = read_metrics(folder / "whole")
+  # 15 points, averaged over 124 positions: a few hundredths of a nat.
+  assert rows[0]["kl/teacher"] == pytest.approx(recorded[0]["kl/teacher"], abs=0.05)
+  assert rows[0]["ce"] == pytest.approx(recorded[0]["ce"], rel=1e-6)
+
+
+def test_evaluate_export_report(folder):
+  c = tiny.tiny(folder)
+  c.evaluate.models = {"distilled": f"run:{folder / 'whole'}"}
+  c.evaluate.batch_size = 4
+  c.export.dir = str(folder / "export")
+  resolved = config.resolve(c)
+  evaluation = evaluate(resolved, folder)
+  models = evaluation["models"]
+  assert models["teacher"]["kl"] == pytest.approx(0, abs=1e-6)
+  assert models["teacher"]["agreement"] == 1
+  assert models["distilled"]["kl"] < models["start"]["kl"]
+  assert models["distilled"]["perplexity"] == pytest.approx(np.exp(models["distilled"]["ce"]))
+  c.export.evaluation = str(folder / "evaluation.json")
+  result = export.run(config.resolve(c), folder / "whole")
+  assert result["parameters"] == models["distilled"]["parameters"]
+  card = (folder / "export" / "README.md").read_text()
+  assert f"{models['distilled']['kl']:.4g}" in card
+  c.evaluate.models = {"distilled": str(folder / "export")}
+  c.student.source = f"run:{folder / 'whole'}"
+  again = evaluate(config.resolve(c), folder / "records")["models"]["distilled"]
+  # bfloat16 weights of a model that is already rounded by nothing: a few thousandths of a nat.
+  assert again["ce"] == pytest.approx(models["distilled"]["ce"], rel=5e-3)
+  summary = export.report(dataclasses.replace(resolved), folder)
+  assert summary["distilled"]["kl"] == pytest.approx(models["distilled"]["kl"])
+  assert "Distilled" in (folder / "report.html").read_text()
+
+
+def test_the_run_explains_itself(folder):
+  saved = json.loads((folder / "whole" / "config.json").read_text())
+  assert config.from_dict(saved) == config.resolve(tiny.tiny(folder))
+  said = json.loads((folder / "whole" / "versions.json").read_text())
+  assert said["packages"]["jax"] == jax.__version__
+  assert list((folder / "whole").glob("events.out.tfevents.*"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder):
+  c = tiny.tiny(folder)
+  c.optim.peak_lr = 1e30
+  with pytest.raises(FloatingPointError, match=r"loss of step \d is (nan|inf)"):
+    train(c, folder / "nan")
+
+
+def test_a_workdir_of_another_config_is_refused(folder):
+  c = tiny.tiny(folder)
+  c.optim.peak_lr = 5e-3
+  with pytest.raises(InputError, match=r"holds a run with optim.peak_lr=0.01 and this config has"):
+    train(c, folder / "whole")
+
+
+@pytest.mark.parametrize(
+  "kind, options, losses",
+  [
+    ("topk", {"n": 8}, {"r": ("reverse_kl", 1.0), "j": ("jensen_shannon", 1.0)}),
+    ("topk", {"n": 8, "missing_mass": "renormalise"}, {"f": ("forward_kl", 2.0)}),
+    ("sampled", {"logp": True}, {"s": ("skew_kl", 1.0), "f": ("forward_kl", 2.0)}),
+  ],
+)
+def test_every_kind_of_record_trains(folder, kind, options, losses):
+  c = tiny.tiny(folder)
+  name = f"{kind}-{'-'.join(options)}"
+  c.records.kind = kind
+  for key, value in options.items():
+    c.records[key] = value
+  missing = options.get("missing_mass", "tail_bucket")
+  c.losses = {
+    n: config.loss("kd", divergence=d, temperature=T, missing_mass=missing)
+    for n, (d, T) in losses.items()
+  }
+  c.train.records = (str(folder / name),)
+  c.train.steps = c.train.checkpoint_every = 12
+  record(config.resolve(c), folder / name)
+  train(c, folder / f"{name}-run")
+  rows = read_metrics(folder / f"{name}-run")
+  assert rows[-1]["loss"] < rows[0]["loss"]
+  assert rows[0]["teacher_ce/teacher"] > 0
+
+
+def test_what_records_cannot_serve_is_refused(folder):
+  c = tiny.tiny(folder)
+  c.losses = {"r": config.loss("kd", divergence="reverse_kl")}
+  with pytest.raises(InputError, match=r"losses.r over records .*record with records.logp=True"):
+    train(c, folder / "refused")
+  c.losses = {"f": config.loss("kd", weight=config.schedule((0, 0.0), (7, 1.0)))}
+  with pytest.raises(InputError, match="scheduled to step 7 and training ends at 6"):
+    train(c, folder / "refused2")
+  c.losses = {"f": config.loss("kd")}
+  c.data.tokenizer = str(other_tokenizer(folder))
+  with pytest.raises(InputError, match="were made with tokenizer .* and .*other.json is"):
+    train(c, folder / "refused4")
+  c = tiny.tiny(folder)
+  c.teacher.digest = "abc"
+  with pytest.raises(InputError, match="are of a teacher with digest .* teacher.digest is abc"):
+    train(c, folder / "refused5")
+  c = tiny.tiny(folder)
+  c.train.records = (str(folder / "text"),)
+  with pytest.raises(InputError, match="hold text alone"):
+    train(c, folder / "refused3")
+
+
+def other_tokenizer(folder):
+  import tokenizers
+
+  other = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  other.add_special_tokens(["<extra>"])
+  other.save(str(folder / "other.json"))
+  return folder / "other.json"
+
+
+def test_metrics_are_the_same_offline(folder):
+  """Recorded and online teachers tell the same of the same batch, but for sampling and float16."""
+  recorded = read_metrics(folder / "whole")[0]
+  online = read_metrics(folder / "online")[0]
+  for name in ("ce", "entropy", "perplexity"):
+    assert recorded[name] == pytest.approx(online[name], rel=1e-5), name
+  for name in ("teacher_ce/teacher", "teacher_entropy/teacher"):
+    assert recorded[name] == pytest.approx(online[name], rel=1e-3), name
+  assert recorded["agreement/teacher"] == online["agreement/teacher"]
+
+
+def test_a_failed_write_fails_the_recording(folder, monkeypatch):
+  from distill_jax.records.writer import Writer
+
+  def full(*_):
+    raise InputError("the disk is full")
+
+  monkeypatch.setattr(Writer, "write_shard", full)
+  with pytest.raises(InputError, match="the disk is full"):
+    record(config.resolve(tiny.tiny(folder)), folder / "full")
+
+
+def test_a_store_is_extended_by_a_longer_corpus_and_not_by_another(folder):
+  c = tiny.tiny(folder)
+  c.data.sequences = 8
+  record(config.resolve(c), folder / "short")
+  first = sorted((folder / "short").glob("*.array_record"))[0]
+  before = first.read_bytes()
+  c.data.sequences = 14
+  again = record(config.resolve(c), folder / "short")
+  assert (again["sequences"], again["recorded_now"]) == (14, 6)
+  assert first.read_bytes() == before
+  text = (folder / "text.txt").read_text()
+  c.data.path = str(folder / "other.txt")
+  (folder / "other.txt").write_text(text[:200] + "Something else." + text[200:])
+  c.data.sequences = 20
+  with pytest.raises(InputError, match="holds another text in sequence 7"):
+    record(config.resolve(c), folder / "short")
+
+
+def test_a_served_teacher_s_dump_becomes_records(folder):
+  """vLLM's prompt_logprobs, written by hand, through the verb."""
+  ids = [65, 66, 67, 68]
+  top = [None] + [{str(i): {"logprob": -0.1}, "9": {"logprob": -3.0}} for i in ids[1:]]
+  line = json.dumps({"prompt_token_ids": ids, "prompt_logprobs": top})
+  (folder / "dump.jsonl").write_text(line + "\n")
+  c = tiny.tiny(folder)
+  c.records.kind, c.records.n, c.records.logprobs = "topk", 4, str(folder / "dump.jsonl")
+  done = record(config.resolve(c), folder / "served")
+  assert done["sequences"] == 1
+  row = open_store(folder / "served")[0]
+  assert sorted(row["ids_TK"][0][row["logp_TK"][0] > -np.inf]) == [9, 66]

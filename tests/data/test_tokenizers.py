@@ -1,0 +1,232 @@
+"""Tests data/tokenizers.py beside transformers and sentencepiece themselves."""
+
+import io
+import json
+import pickle
+
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill_jax.data.sources import Source, documents
+from distill_jax.data.tokenizers import load_tokenizer, train_sentencepiece
+from distill_jax.errors import InputError
+
+TEXTS = ["def f(x):\n  return x  ", "", " é漢字 😀\t\r\n", "a<|endoftext|>b", "the the" * 50]
+
+
+@pytest.fixture(scope="module")
+def corpus():
+  return [d[:3000] for d in documents(Source("pydoc", split="heldout"))]
+
+
+@pytest.fixture(scope="module")
+def bpe(corpus):
+  """A byte-level BPE tokenizer, as most tokenizer.json files hold."""
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=500,
+    special_tokens=["<|im_end|>", "<|endoftext|>", "<s>"],
+    show_progress=False,
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+  )
+  backend.train_from_iterator(corpus, trainer)
+  backend.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+  )
+  return backend
+
+
+@pytest.fixture(scope="module")
+def spm(corpus, tmp_path_factory):
+  path = tmp_path_factory.mktemp("spm") / "own.model"
+  train_sentencepiece(corpus, 400, path)
+  return path
+
+
+def test_json_equals_transformers(bpe, corpus, tmp_path):
+  from transformers import PreTrainedTokenizerFast
+
+  bpe.save(str(tmp_path / "tokenizer.json"))
+  theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+  ours = load_tokenizer(tmp_path)
+  for text in TEXTS + corpus:
+    ids = theirs.encode(text, add_special_tokens=False)
+    assert ours.encode(text) == ids
+    assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+  assert ours.encode_batch(TEXTS) == [ours.encode(t) for t in TEXTS]
+  assert ours.vocab_size == len(theirs) and ours.kind == "huggingface"
+
+
+def test_a_file_a_folder_and_text_are_one(bpe, tmp_path):
+  bpe.save(str(tmp_path / "tokenizer.json"))
+  as_text = (tmp_path / "tokenizer.json").read_text()
+  three = [load_tokenizer(s) for s in (tmp_path, str(tmp_path / "tokenizer.json"), as_text)]
+  assert len({t.digest for t in three}) == 1
+  assert len({tuple(t.encode(TEXTS[0])) for t in three}) == 1
+  assert three[2].raw.decode() == as_text and three[2].filename == "tokenizer.json"
+  assert load_tokenizer(json.dumps(json.loads(as_text), indent=7)).digest == three[0].digest
+  changed = json.loads(as_text)
+  changed["model"]["merges"].reverse()
+  assert load_tokenizer(json.dumps(changed)).digest != three[0].digest
+
+
+def test_a_length_limit_in_the_file_does_not_cut_text(bpe):
+  limited = tokenizers.Tokenizer.from_str(bpe.to_str())
+  limited.enable_truncation(4)
+  limited.enable_padding(length=64)
+  ours, long = load_tokenizer(limited.to_str()), TEXTS[4]
+  assert ours.decode(ours.encode(long)) == long and len(ours.encode(long)) > 4
+  assert ours.encode_batch([long, "a"]) == [ours.encode(long), ours.encode("a")]
+  assert len(ours.encode("a")) == 1
+
+
+def test_vocab_size_counts_rows_not_tokens(bpe):
+  text = json.loads(bpe.to_str())
+  text["model"]["vocab"]["far"] = 900  # ids may have holes
+  assert load_tokenizer(json.dumps(text)).vocab_size == 901
+
+
+def test_special_tokens(bpe, tmp_path):
+  bpe.save(str(tmp_path / "tokenizer.json"))
+  im_end, eos, s = (bpe.token_to_id(t) for t in ("<|im_end|>", "<|endoftext|>", "<s>"))
+  found = load_tokenizer(tmp_path)
+  assert (found.eos_id, found.bos_id) == (eos, s)
+  (tmp_path / "tokenizer_config.json").write_text(
+    json.dumps({"eos_token": {"content": "<|im_end|>", "lstrip": False}, "bos_token": None})
+  )
+  assert load_tokenizer(tmp_path).eos_id == im_end
+  assert load_tokenizer(tmp_path, eos="<s>", bos=5).eos_id == s
+  assert load_tokenizer(tmp_path, bos=5).bos_id == 5
+  bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+  assert load_tokenizer(bare.to_str()).eos_id is None
+  for wrong, says in (("<none>", "no token '<none>'"), (500, "500 is no token"), (-1, "no token")):
+    with pytest.raises(InputError, match=says):
+      load_tokenizer(tmp_path, eos=wrong)
+  (tmp_path / "tokenizer_config.json").write_text("{")
+  with pytest.raises(InputError, match="tokenizer_config.json is not JSON"):
+    load_tokenizer(tmp_path)
+
+
+def test_sentencepiece_equals_sentencepiece(spm, corpus):
+  theirs, ours = sentencepiece.SentencePieceProcessor(model_file=str(spm)), load_tokenizer(spm)
+  for text in TEXTS + corpus:
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text)) == text
+  assert ours.encode_batch(TEXTS) == [theirs.encode(t) for t in TEXTS]
+  assert (ours.vocab_size, ours.eos_id, ours.bos_id) == (400, theirs.eos_id(), theirs.bos_id())
+  assert ours.token_id("no such piece") is None and ours.kind == "sentencepiece"
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text().filter(lambda t: "▁" not in t))
+def test_trained_sentencepiece_loses_nothing(spm, text):
+  ours = load_tokenizer(spm)
+  assert ours.decode(ours.encode(text)) == text
+  assert 0 not in ours.encode(text)  # <unk>
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_training_repeats_and_compresses(corpus, tmp_path, model_type):
+  a = train_sentencepiece(corpus, 400, tmp_path / "a.model", model_type)
+  b = train_sentencepiece(iter(corpus), 400, tmp_path / "deep" / "b.model", model_type)
+  assert a.raw == b.raw == (tmp_path / "a.model").read_bytes() and a.digest == b.digest
+  assert a.vocab_size == 400
+  # The 140 pieces beside the bytes were learnt from this corpus: text gets shorter.
+  assert sum(map(len, corpus)) > 1.5 * sum(map(len, a.encode_batch(corpus)))
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["a.model", "deep"]
+
+
+def test_training_keeps_long_lines(tmp_path):
+  """By default sentencepiece leaves lines over 4,192 bytes out, with a log line at most."""
+  one_line = " ".join(["wonderful"] * 1000)
+  assert train_sentencepiece([one_line], 285, tmp_path / "a.model", "bpe").token_id("▁wonderful")
+
+
+def test_training_refuses(tmp_path):
+  out = tmp_path / "a.model"
+  out.write_bytes(b"kept")
+  for docs, size, kind, says in [
+    ([], 300, "unigram", "holds no text"),
+    (["", "\n"], 300, "bpe", "holds no text"),
+    (["abc"], 5000, "unigram", "5000 pieces.*too high"),
+    (["abc"], 10, "bpe", "10 pieces"),
+    (["abc"], 300, "word", "model_type is 'word'"),
+  ]:
+    with pytest.raises(InputError, match=says):
+      train_sentencepiece(docs, size, out, kind)
+
+  def broken():
+    yield "abc"
+    raise InputError("file x is not UTF-8")
+
+  with pytest.raises(InputError, match="^file x is not UTF-8$"):
+    train_sentencepiece(broken(), 300, out)
+  assert out.read_bytes() == b"kept" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_pickles(bpe, spm):
+  for ours in (load_tokenizer(bpe.to_str()), load_tokenizer(spm)):
+    again = pickle.loads(pickle.dumps(ours))
+    assert again.encode_batch(TEXTS) == ours.encode_batch(TEXTS)
+    for name in ("digest", "vocab_size", "eos_id", "bos_id", "kind", "raw"):
+      assert getattr(again, name) == getattr(ours, name)
+
+
+def test_decode_refuses_foreign_ids(bpe, spm):
+  for ours in (load_tokenizer(bpe.to_str()), load_tokenizer(spm)):
+    for bad in (-1, ours.vocab_size):
+      with pytest.raises(InputError, match=f"token id {bad} is outside"):
+        ours.decode([0, bad])
+
+
+@pytest.mark.parametrize(
+  "raw, says",
+  [
+    (b"", "neither.*empty"),
+    (b"not a model at all\n", "neither"),
+    (b"\0" * 64, "neither"),
+    (b"{", "not whole JSON"),
+    (b'{"text": "a"}', "without a 'model'"),
+    (b'{"model": {"type": "Unheard"}}', "no tokenizer that `tokenizers` can read"),
+    (b'{"model": {"\xff": 1}}', "not whole JSON"),
+  ],
+)
+def test_a_file_that_is_neither_is_refused(tmp_path, raw, says):
+  (file := tmp_path / "tokenizer.json").write_bytes(raw)
+  with pytest.raises(InputError, match=says):
+    load_tokenizer(file)
+
+
+def test_cut_files_are_refused(bpe, spm, tmp_path):
+  for raw in (bpe.to_str().encode(), spm.read_bytes()):
+    for part in (0.1, 0.5, 0.9, 0.999):
+      (file := tmp_path / "cut").write_bytes(raw[: int(len(raw) * part)])
+      with pytest.raises(InputError):
+        load_tokenizer(file)
+
+
+def test_a_sentencepiece_model_without_end_is_none(corpus, tmp_path):
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(corpus),
+    model_writer=model,
+    vocab_size=300,
+    minloglevel=2,
+    eos_id=-1,
+    bos_id=-1,
+    hard_vocab_limit=False,
+  )
+  (file := tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+  assert load_tokenizer(tmp_path).eos_id is None and load_tokenizer(file).bos_id is None
+
+
+def test_missing_is_refused(tmp_path):
+  with pytest.raises(InputError, match="is not there"):
+    load_tokenizer(tmp_path / "tokenizer.json")
+  with pytest.raises(InputError, match="holds no tokenizer.json or tokenizer.model"):
+    load_tokenizer(tmp_path)

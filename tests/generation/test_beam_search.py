@@ -1,0 +1,82 @@
+"""Greedy and beam search of encoder-decoders against transformers.generate, on random models."""
+
+import jax
+import numpy as np
+import parity
+import pytest
+import test_models_seq2seq as tiny
+from test_models_seq2seq import both  # noqa: F401  (a fixture)
+
+from distill_jax.errors import InputError
+from distill_jax.generation.beam_search import Search, search
+from distill_jax.nn import layers
+
+torch, transformers = parity.torch, parity.transformers
+EOS, PAD, START, NEW = 1, 0, 2, 8
+run = jax.jit(search, static_argnames=("compute", "spec"))
+
+
+def theirs_says(model, given, spec: Search) -> np.ndarray:
+  """int [B, max_new_tokens], padded; without the prompt."""
+  B = len(next(iter(given.values())))
+  config = transformers.GenerationConfig(
+    num_beams=spec.beams,
+    do_sample=False,
+    max_new_tokens=spec.max_new_tokens,
+    min_length=0,
+    use_cache=False,  # transformers 5 makes T5 a cache of as many layers as its encoder has
+    length_penalty=spec.length_penalty,
+    early_stopping=False,
+    eos_token_id=EOS,
+    pad_token_id=PAD,
+    decoder_start_token_id=START,
+    suppress_tokens=list(spec.suppress) or None,
+    begin_suppress_tokens=list(spec.suppress_first) or None,
+  )
+  prompt = torch.tensor([list(spec.prompt)] * B)
+  model.generation_config = config
+  said = transformers.GenerationMixin.generate(
+    model, **given, decoder_input_ids=prompt, generation_config=config
+  )
+  said = said.numpy()[:, len(spec.prompt) :]
+  said = np.pad(said, ((0, 0), (0, spec.max_new_tokens - said.shape[1])), constant_values=PAD)
+  ended = np.cumsum(said == EOS, 1) - (said == EOS) > 0
+  return np.where(ended, PAD, said)  # it fills up with eos where the pad token is number 0
+
+
+CASES = {
+  "greedy": {"beams": 1},
+  "beams": {"beams": 4, "length_penalty": 0.6},
+  "forced": {"beams": 3, "prompt": (START, 9, 11), "suppress": (5, 20), "suppress_first": (EOS, 7)},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_transformers_says(both, case):  # noqa: F811
+  kind, theirs, _, ours = both
+  inputs, given, _, _ = tiny.examples(kind)
+  given = {k: v for k, v in given.items() if k != "decoder_input_ids"}
+  spec = Search(
+    **{"prompt": (START,), "eos": EOS, "pad": PAD, "max_new_tokens": NEW, **CASES[case]}
+  )
+  said, score = run(ours, inputs.source, compute=layers.ComputeConfig(), spec=spec)
+  np.testing.assert_array_equal(said, theirs_says(theirs, given, spec))
+  assert np.isfinite(score).all() and (np.asarray(score) < 0).all()
+
+
+def test_a_row_does_not_depend_on_its_company(both):  # noqa: F811
+  kind, _, _, ours = both
+  source = tiny.examples(kind)[0].source
+  for beams in (1, 4):
+    spec = Search((START,), EOS, PAD, NEW, beams)
+    together, score = run(ours, source, compute=layers.ComputeConfig(), spec=spec)
+    turned = jax.tree.map(lambda x: x[::-1], source)
+    again, score_again = run(ours, turned, compute=layers.ComputeConfig(), spec=spec)
+    np.testing.assert_array_equal(together, again[::-1])
+    np.testing.assert_array_equal(score, score_again[::-1])
+
+
+def test_a_search_without_beams_or_prompt_is_refused():
+  for fields in ({"beams": 0}, {"max_new_tokens": 0}, {"prompt": ()}):
+    with pytest.raises(InputError, match="each is at least 1"):
+      Search(**{"prompt": (1,), "eos": 1, "pad": 0, "max_new_tokens": 4, **fields})

@@ -1,0 +1,217 @@
+"""Cached decoding: transformers' tokens, the uncached model's probabilities, whatever the batch."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity
+import pytest
+from test_parity_families import KINDS
+
+from distill_jax import config
+from distill_jax.generation.engine import Device, Spec
+from distill_jax.generation.sampling import Sampling
+from distill_jax.generation.scheduler import Batch
+from distill_jax.generation.stops import Stops
+from distill_jax.generation.unrolled import unroll
+from distill_jax.models import loading
+from distill_jax.nn import fused_head, layers, sharding
+from distill_jax.nn.params import map_params
+from distill_jax.records import sampler
+from distill_jax.registry import load as load_module
+
+transformers, torch = parity.transformers, parity.torch
+SIZE, NEW, HOW = 40, 20, layers.ComputeConfig()
+GREEDY, DRAWN = Sampling(0.0), Sampling(0.9, top_p=0.9)
+
+
+class Numbers:
+  """A tokenizer whose text is the ids."""
+
+  def decode(self, ids):
+    return " ".join(map(str, ids))
+
+
+def one_device():
+  return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def prompts(vocab: int, lengths=(1, 5, 9, 17, 20)) -> dict[int, list[int]]:
+  rng = np.random.default_rng(0)
+  return {i: rng.integers(0, vocab, n).tolist() for i, n in enumerate(lengths)}
+
+
+def copied(model):
+  return map_params(lambda v: v.replace(jnp.copy(v[...])), model)
+
+
+def device_of(model, mesh, compute, rows=3, fill=2, eos=(), records=None, cache_dtype=""):
+  """Of a model that may be used again."""
+  with jax.set_mesh(mesh):
+    spec = Spec(HOW, compute, 4, eos, model.config.vocab_size, records, cache_dtype)
+    return Device(unroll(copied(model), HOW), mesh, spec, rows, fill, SIZE, loading.keys(3))
+
+
+def run(device, mesh, read, wanted=None, rows=3, fill=2, eos=(), stops=None):
+  """Samples by (prompt, sample): 3 rows for 5 prompts, in chunks of 8 tokens."""
+  wanted = wanted or [(p, 0) for p in read]
+  batch = Batch(
+    device,
+    read,
+    stops or Stops(Numbers()),
+    eos,
+    rows=rows,
+    fill=fill,
+    chunk=8,
+    size=SIZE,
+    longest=NEW,
+  )
+  with jax.set_mesh(mesh):
+    done = [s for some, _ in batch.run(wanted) for s in some]
+  assert sorted((s.prompt, s.sample) for s in done) == sorted(wanted)
+  return {(s.prompt, s.sample): s for s in done}
+
+
+def decode(model, mesh, compute, read, wanted=None, rows=3, fill=2, records=None, cache_dtype=""):
+  device = device_of(model, mesh, compute, rows, fill, records=records, cache_dtype=cache_dtype)
+  return run(device, mesh, read, wanted, rows, fill)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_is_transformers_greedy(kind, tmp_path):
+  """Prompts of 1 to 20 tokens, in chunks; rows are filled again; a window slides.
+
+  And the probabilities of what was chosen are those of our model without a cache.
+  """
+  model_type, changes = KINDS[kind]
+  theirs = parity.torch_model(model_type, **changes)
+  ours = parity.ours_from(theirs, tmp_path)
+  read = prompts(parity.BASE["vocab_size"])
+  got = decode(ours, one_device(), GREEDY, read)
+  whole = np.zeros((len(read), SIZE), np.int32)
+  for n, ids in read.items():
+    with torch.no_grad():
+      want = theirs.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids)),
+        max_new_tokens=NEW,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+      )[0, len(ids) :].tolist()
+    assert got[n, 0].tokens == want
+    assert got[n, 0].reason == "length"
+    whole[n, : len(ids) + NEW] = [*ids, *want]
+  out = jax.jit(lambda m, i: m(i, HOW))(ours, parity.plain_inputs(whole))
+  z_BTV = fused_head.soft_cap(fused_head.logits(out.hidden_BTD, out.head_VD), out.soft_cap)
+  logp_BTV = np.asarray(jax.nn.log_softmax(z_BTV))
+  for n, ids in read.items():
+    at = np.arange(len(ids) - 1, len(ids) - 1 + NEW)
+    np.testing.assert_allclose(got[n, 0].logps, logp_BTV[n, at, got[n, 0].tokens], atol=2e-4)
+
+
+@functools.cache
+def random_model(family: str = "llama", **changes):
+  module = load_module("models", family)
+  c = dataclasses.replace(module.TINY, **changes).keep((0, 1))
+  return jax.jit(lambda key: module.Model(c, key))(jax.random.key(1))
+
+
+def test_tokens_do_not_depend_on_the_batch():
+  """Its size, and how many prompts are read at once."""
+  model, read = random_model(), prompts(256)
+  wanted = [(p, s) for p in read for s in range(2)]
+  first, *others = (
+    {k: s.tokens for k, s in decode(model, one_device(), DRAWN, read, wanted, rows, fill).items()}
+    for rows, fill in ((8, 2), (3, 3), (1, 1))
+  )
+  assert all(other == first for other in others)
+  assert first[4, 0] != first[4, 1]
+
+
+def test_a_row_does_not_depend_on_its_company():
+  """In another order, and alone, as after a resume: bit for bit."""
+  model, read = random_model("qwen3", **MOE), prompts(256)
+  wanted = [(p, s) for p in read for s in range(2)]
+  device = device_of(model, one_device(), DRAWN)
+  first = run(device, one_device(), read, wanted)
+  for some in (wanted[::-1], [(3, 1)], wanted[2:7]):
+    for key, s in run(device, one_device(), read, some).items():
+      assert (s.tokens, s.logps) == (first[key].tokens, first[key].logps)
+
+
+MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+def test_sharded_rows_and_heads(family):
+  """On 2 x 2 devices as on one; records too."""
+  model, read = random_model(family), prompts(256, (3, 9, 14))
+  records = config.RecordsOptions(n=15)
+  one = decode(model, one_device(), DRAWN, read, rows=4, records=records)
+  mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
+  spread = jax.device_put(copied(model), sharding.shardings(model, mesh, HOW.rules))
+  four = decode(spread, mesh, DRAWN, read, rows=4, records=records)
+  for key, s in one.items():
+    assert four[key].tokens == s.tokens
+    np.testing.assert_allclose(four[key].logps, s.logps, atol=1e-4)
+    for name in ("entropy", "label_logp"):
+      np.testing.assert_allclose(four[key].records[name], s.records[name], atol=1e-4)
+    same = np.array(four[key].records["ids"]) == np.array(s.records["ids"])
+    assert same.mean() > 0.99
+
+
+@pytest.mark.parametrize("kind", ["sampled", "topk"])
+def test_records_are_what_the_recorder_says_of_the_text(kind):
+  """The uncached model, and the same offsets: of (seed, prompt, sample, position)."""
+  model, read = random_model(), prompts(256, (6, 11))
+  c = config.RecordsOptions(kind=kind, n=15, temperature=1.5 if kind == "sampled" else 1.0)
+  for (p, number), s in decode(model, one_device(), DRAWN, read, records=c).items():
+    ids = jnp.asarray([read[p] + s.tokens], jnp.int32)
+    key = jax.random.fold_in(jax.random.fold_in(loading.keys(3)["records"], p), number)
+    at = jnp.arange(ids.shape[1] - 1)
+    u_BT = jax.vmap(lambda t, k=key: jax.random.uniform(jax.random.fold_in(k, t)))(at)[None]
+    out = model(parity.plain_inputs(np.asarray(ids[:, :-1])), HOW)
+    want = sampler.summarise(
+      out.hidden_BTD,
+      out.head_VD,
+      ids[:, 1:],
+      u_BT,
+      n=c.n,
+      chunk=16,
+      kind=kind,
+      temperature=c.temperature,
+    )
+    got = {name: np.array(x) for name, x in s.records.items()}
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+      x = np.asarray(x)[0, len(read[p]) - 1 :]
+      if x.dtype == np.int32:
+        assert (got[name] == x).mean() > 0.99, name
+      else:
+        np.testing.assert_allclose(got[name], x, atol=2e-4, err_msg=name)
+
+
+def test_a_model_of_nan_is_found():
+  model = map_params(lambda v: v.replace(v[...] * jnp.nan), random_model())
+  with pytest.raises(FloatingPointError, match="token 0 of prompt 0, sample 0 is not finite"):
+    decode(model, one_device(), DRAWN, {0: [1, 2]})
+
+
+def test_ends():
+  """By token and by length; nothing is kept of what a call makes after the end of a text."""
+  model, read, mesh = random_model(), prompts(256), one_device()
+  device = device_of(model, mesh, GREEDY)
+  free = run(device, mesh, read)
+  tokens = free[3, 0].tokens
+  stop = Stops(Numbers(), (f"{tokens[4]} {tokens[5]}",))  # cut in two by a space
+  ended = run(device, mesh, read, stops=stop)[3, 0]
+  assert ended.reason == "stop" and len(ended.logps) == len(ended.tokens)
+  assert ended.tokens == tokens[: len(ended.tokens)]
+  long = prompts(256, (SIZE - 1,))
+  assert len(run(device, mesh, long)[0, 0].tokens) == 1
+  at = tokens.index(tokens[5])
+  ended = run(device_of(model, mesh, GREEDY, eos=(tokens[5],)), mesh, read, eos=(tokens[5],))[3, 0]
+  assert (ended.tokens, ended.reason) == (tokens[: at + 1], "eos")

@@ -1,0 +1,505 @@
+"""A teacher behind a server, and all that can go wrong on the way to it."""
+
+import asyncio
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import bad_server
+import numpy as np
+import pytest
+import tiny
+from bad_server import KEY, Server
+
+from distill_jax import config
+from distill_jax.commands.record import run as record
+from distill_jax.data.tokenizers import load_tokenizer
+from distill_jax.errors import InputError
+from distill_jax.generation import http_client, openai_api
+from distill_jax.generation.http_client import Client, Failed, Refused
+from distill_jax.generation.local import generate
+from distill_jax.generation.options import ServerOptions
+from distill_jax.records.store import open_store
+
+ROOT = Path(__file__).parents[2]
+FAULTS = (
+  "429 0.1",
+  "429 date",
+  "429",
+  "500",
+  "503",
+  "close",
+  "cut",
+  "truncated",
+  "silent",
+  "drip",
+  "half",
+  "abort",
+  "no choices",
+)
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+  monkeypatch.setattr(http_client, "FIRST_WAIT_S", 0.02)
+
+
+def made(folder: Path, server: Server, prompts, /, **changes):
+  c = tiny.tiny(folder)
+  c.teacher.source = ""
+  path = folder / "prompts.jsonl"
+  lines = (p if isinstance(p, dict) else {"prompt": p, "answer": 7} for p in prompts)
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  c.generate.prompts = str(path)
+  c.generate.server.url = server.url
+  c.generate.server.timeout_s = 20.0  # more than any answer here takes on a busy machine
+  c.generate.server.retries = 3
+  for name, value in changes.items():
+    section = c.generate if hasattr(c.generate, name) else c.generate.server
+    setattr(section, name, value)
+  return c
+
+
+def run(c, folder: Path):
+  folder.mkdir(exist_ok=True)
+  return generate(config.resolve(c), folder)
+
+
+def lines(path: Path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def times_asked(server: Server) -> collections.Counter:
+  return collections.Counter((prompt, seed) for _, prompt, seed in server.asked)
+
+
+def test_every_fault_is_got_over(tmp_path):
+  """And leaves no mark on the samples."""
+  prompts = [f"goes wrong by {fault}" for fault in FAULTS]
+  with Server() as calm, Server() as wild:
+    for prompt, fault in zip(prompts, FAULTS, strict=True):
+      wild.faults[prompt] = [fault]
+    want = run(made(tmp_path, calm, prompts, samples=2), tmp_path / "calm")
+    c = made(tmp_path, wild, prompts, samples=2, timeout_s=2.0)
+    got = run(c, tmp_path / "wild")
+  names = ("samples.jsonl", "samples.rejected.jsonl")
+  one, two = ([(tmp_path / f / n).read_bytes() for n in names] for f in ("calm", "wild"))
+  assert one == two and want["retried"] == 0 and got["retried"] >= len(FAULTS)
+  assert not any(wild.faults.values()) and set(wild.answered.values()) == {1}
+  rows = lines(tmp_path / "wild" / "samples.jsonl")
+  assert [(r["id"], r["sample"]) for r in rows] == [(p, s) for p in range(13) for s in range(2)]
+  assert len({r["text"] for r in rows}) == 26  # each with a seed of its own
+  assert rows[2]["prompt"] == prompts[1] and rows[2]["about"] == {"answer": 7}
+  assert rows[0]["reason"] == "eos" and rows[0]["token_count"] == 7
+  assert not {"tokens", "logprob", "logprob_mean"} & set(rows[0])  # which this one does not say
+  assert got["samples"] == 26 and got["eos"] == 26 and got["tokens"] == 26 * 7
+  assert not list((tmp_path / "wild").glob("*part*"))
+  n = len(wild.asked)
+  assert run(made(tmp_path, wild, prompts, samples=2), tmp_path / "wild")["samples"] == 26
+  assert len(wild.asked) == n  # although the server is gone by now
+
+
+@pytest.mark.parametrize("after, least", [("0.4", 0.4), ("date", 1.0)])
+def test_waits_as_long_as_the_server_asks(tmp_path, after, least):
+  """And none is asked for meanwhile: with one request in flight, the next is the same again."""
+  prompts = ["first", "second"]
+  with Server() as server:
+    server.faults["first"] = [f"429 {after}"]
+    run(made(tmp_path, server, prompts, in_flight=1), tmp_path / "w")
+  (t0, *_), (t1, again, _), _ = server.asked
+  assert again == "first" and t1 - t0 >= least - 0.01  # a date has whole seconds: 1 to 2 of them
+
+
+def test_a_wait_of_a_day_is_not_waited_out(tmp_path):
+  with Server() as server:
+    server.faults["a"] = ["429 86400"]
+    with pytest.raises(InputError, match="asks to wait 86400 s; what is finished is kept"):
+      run(made(tmp_path, server, ["a"]), tmp_path / "w")
+
+
+@pytest.mark.parametrize("n", [3, 12])
+def test_requests_in_flight_are_as_many_as_are_asked_for(tmp_path, n):
+  """No answer comes before `n` requests wait for theirs."""
+  with Server() as server:
+    server.together = threading.Barrier(n)
+    run(made(tmp_path, server, [f"p{i}" for i in range(12)], in_flight=n), tmp_path / "w")
+  assert server.most == n and len(server.asked) == 12
+
+
+def test_requests_a_minute_are_limited(tmp_path):
+  with Server() as server:
+    c = made(tmp_path, server, [f"p{i}" for i in range(12)], requests_per_minute=1200.0)
+    start = time.monotonic()
+    run(c, tmp_path / "w")
+  assert max(at for at, *_ in server.asked) - start >= 12 / 20  # who are you, then 12 samples
+
+
+@pytest.mark.parametrize("others", [1, 0])
+def test_busy_while_others_are_answered_is_no_failure(monkeypatch, others):
+  """One request is told to come back five times, of three that it may fail."""
+  asking, times = Client(ServerOptions(url="http://a/v1", retries=3), 0), 0
+
+  async def once(path, body):
+    nonlocal times
+    times += 1
+    asking.answered += others  # since it was last told so
+    if times <= 5:
+      raise Failed("is busy", busy=True)
+    return "at last"
+
+  monkeypatch.setattr(asking, "_once", once)
+  ask = asking.ask("completions", {}, "unlucky", lambda said: said)
+  if others:
+    assert asyncio.run(ask) == "at last" and times == 6 and asking.retried == 5
+  else:
+    with pytest.raises(Failed, match="is busy, 4 times in a row"):
+      asyncio.run(ask)
+    assert times == 4
+
+
+@pytest.mark.parametrize("fault", ["silent", "500", "close"])
+def test_a_server_that_never_answers_stops_the_run_and_loses_nothing(tmp_path, fault):
+  prompts = [f"p{i}" for i in range(8)]
+  with Server() as server:
+    server.faults["p5"], server.forever = [fault], True
+    c = made(tmp_path, server, prompts, in_flight=1, retries=1)
+    if fault == "silent":
+      c.generate.server.timeout_s = 0.5
+    with pytest.raises(InputError) as error:
+      run(c, tmp_path / "w")
+    said = str(error.value)
+    assert f"the server at {server.url}" in said and "2 times in a row" in said
+    assert f"5 samples are kept in {tmp_path / 'w'} and 3 are left" in said
+    server.faults.clear()
+    server.model = "small"
+    with pytest.raises(InputError, match="holds samples of big and the server has small"):
+      run(c, tmp_path / "w")
+    server.model, c.generate.server.timeout_s = "big", 20.0
+    result = run(c, tmp_path / "w")
+  assert result["samples"] == 8 and set(server.answered.values()) == {1}
+  asked = times_asked(server)
+  assert sorted(asked.values()) == [1] * 7 + [3]
+
+
+def test_no_server_at_all(tmp_path):
+  with Server() as server:
+    pass
+  with pytest.raises(InputError, match=r"cannot be reached.*; 0 samples are kept .* 2 are left"):
+    run(made(tmp_path, server, ["a", "b"], retries=1), tmp_path / "w")
+
+
+def test_what_the_server_refuses_stops_or_is_counted(tmp_path):
+  prompts = ["fine", "far too long", "filtered", "poison", "good"]
+  with Server() as server:
+    server.forever = True
+    server.faults |= {"far too long": ["400"], "filtered": ["filter"], "poison": ["500"]}
+    with pytest.raises(InputError, match=r"sample 0 of prompt 1: .*400.*maximum context.*skip"):
+      run(made(tmp_path, server, prompts, in_flight=1), tmp_path / "stop")
+    assert times_asked(server).total() == 2  # not asked for again
+    c = made(tmp_path, server, prompts, in_flight=2, retries=1, on_bad="skip", samples=4)
+    result = run(c, tmp_path / "skip")
+  assert result["prompts"] == 5 and result["samples"] == 8 and result["rejected"] == 12
+  rejected = lines(tmp_path / "skip" / "samples.rejected.jsonl")
+  why = {r["id"]: r["reason"] for r in rejected}
+  assert "maximum context" in why[1] and "'content_filter'" in why[2] and "500" in why[3]
+  assert {r["id"] for r in lines(tmp_path / "skip" / "samples.jsonl")} == {0, 4}
+
+
+def test_a_config_that_is_refused_by_all_is_not_taken_for_bad_prompts(tmp_path):
+  prompts = [f"p{i}" for i in range(300)]
+  with Server() as server:
+    server.forever = True
+    server.faults |= {p: ["422"] for p in prompts}
+    with pytest.raises(InputError, match="mend the prompt or the config"):
+      run(made(tmp_path, server, prompts, on_bad="skip"), tmp_path / "w")
+    assert len(server.asked) < 200
+    with pytest.raises(InputError, match="refuses all that is asked; first: .*422"):
+      run(made(tmp_path, server, prompts[:3], on_bad="skip"), tmp_path / "few")
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"url": "localhost:8000"}, "no address"),
+    ({"url": "http://me:secret@host/v1"}, "no address"),
+    ({"url": "http://[::1/v1"}, "no address"),
+    ({"in_flight": 0}, "in_flight is 0"),
+    ({"timeout_s": 0.0}, "timeout_s is 0.0"),
+    ({"repetition": 40}, "for a teacher here"),
+    ({"records_dir": "r"}, "for a teacher here"),
+    ({"temperature": -1.0}, "temperature is -1"),
+    ({"on_bad": "perhaps"}, "on_bad is 'perhaps'"),
+    ({"prompts": "nowhere.jsonl"}, "no file"),
+    ({"field": "question"}, "no field 'question'"),
+    ({"api_key_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE.*holds no key"),
+  ],
+)
+def test_bad_config_is_refused_before_anything_is_asked(tmp_path, changes, message):
+  with Server() as server, pytest.raises(InputError, match=message) as error:
+    run(made(tmp_path, server, ["a"], **changes), tmp_path / "w")
+  assert "secret" not in str(error.value) and not server.asked
+
+
+def test_bad_prompts_are_named_or_counted(tmp_path):
+  prompts = ["good", "", {"prompt": [{"content": "no role"}]}, {"prompt": 3}]
+  with Server() as server:
+    with pytest.raises(InputError, match="line 2: .*text, or messages"):
+      run(made(tmp_path, server, prompts), tmp_path / "stop")
+    result = run(made(tmp_path, server, prompts, on_bad="skip"), tmp_path / "skip")
+  assert (result["prompts"], result["rejected"], result["samples"]) == (1, 3, 1)
+
+
+def test_a_model_that_is_not_named(tmp_path):
+  with Server(owner="") as server:  # it does not say which it has
+    with pytest.raises(InputError, match=r"server.model is empty .*404.*; name the model"):
+      run(made(tmp_path, server, ["a"]), tmp_path / "w")
+    assert run(made(tmp_path, server, ["a"], model="my"), tmp_path / "named")["samples"] == 1
+    assert server.bodies[0]["model"] == "my"
+  two = {"data": [{"id": "a"}, {"id": "b"}]}
+  with pytest.raises(InputError, match=r"2 models \(a, b\)"):
+    openai_api.Served.of(two, "")
+
+
+def test_what_is_asked(tmp_path):
+  chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+  changes = {"stop": ("\n\n",), "top_k": 5, "top_p": 0.9, "max_new_tokens": 9}
+  with Server(owner="vllm") as server:
+    c = made(tmp_path, server, [{"prompt": chat}, "and text"], chat=True, **changes)
+    c.generate.server.extra = {"chat_template_kwargs": {"enable_thinking": False}, "seed": None}
+    path, body = openai_api.request(config.resolve(c), openai_api.Served("big", "vllm"), chat, 0, 0)
+    assert path == "chat/completions" and "seed" not in body
+    c.generate.server.extra = {}
+    run(c, tmp_path / "w")
+  a, b = sorted(server.bodies, key=lambda body: len(body["messages"]), reverse=True)
+  assert a["messages"] == chat and b["messages"] == [{"role": "user", "content": "and text"}]
+  assert a["seed"] != b["seed"] and max(a["seed"], b["seed"]) < 2**31
+  want = {
+    "model": "big",
+    "stop": ["\n\n"],
+    "top_k": 5,
+    "top_p": 0.9,
+    "max_tokens": 9,
+    "temperature": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+  }
+  assert want.items() <= a.items() and "logprobs" not in a
+  resolved = config.resolve(made(tmp_path, server, ["a"]))
+  path, body = openai_api.request(resolved, openai_api.Served("m"), "go on", 1, 0)
+  assert path == "completions" and body["prompt"] == "go on"
+  assert not {"top_k", "min_p", "repetition_penalty"} & set(body)  # nothing that is not OpenAI's
+
+
+def test_how_answers_are_read():
+  def read(stop=(), **choice):
+    return openai_api.read({"choices": [choice]}, stop)[0]
+
+  message = {"content": "\n\n4", "reasoning_content": "2 and 2\n"}
+  r1 = "<think>\n2 and 2\n</think>\n\n4"
+  assert read(message=message, finish_reason="stop")["text"] == r1
+  message = {"content": None, "reasoning": "2 and"}  # vLLM's newer name, cut off within it
+  got = read(message=message, finish_reason="length")
+  assert got["text"] == "<think>\n2 and" and got["reason"] == "length"
+  assert read(message={"content": None}, finish_reason="stop")["text"] == ""
+  for reason, stop, said in (
+    ("eos", (), {}),
+    ("stop", ("x",), {}),
+    ("eos", ("x",), {"stop_reason": None}),
+    ("eos", ("x",), {"matched_stop": 151643}),
+    ("stop", ("x",), {"stop_reason": "x"}),
+    ("stop", ("x",), {"matched_stop": "x"}),
+  ):
+    assert read(stop, text="a", finish_reason="stop", **said)["reason"] == reason
+  with pytest.raises(Refused, match="tool_calls"):
+    read(message={"content": None}, finish_reason="tool_calls")
+  bad = {"content": [{"token": "a", "logprob": float("nan"), "top_logprobs": []}]}
+  with pytest.raises(ValueError, match="not finite"):
+    read(text="a", finish_reason="stop", logprobs=bad)
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+  """A config of 60 prompts for a server that wants a key, and its command line."""
+  monkeypatch.setenv("TEACHER_KEY", KEY)
+  with Server(key=KEY) as server:
+    prompts = [f"p{i}" for i in range(60)]
+    c = made(tmp_path, server, prompts, in_flight=4, api_key_env="TEACHER_KEY", timeout_s=300.0)
+    file = tmp_path / "served.py"
+    file.write_text(
+      "from ml_collections import ConfigDict\n"
+      f"def get_config():\n  return ConfigDict({c.to_dict()!r}, convert_dict=True)\n"
+    )
+
+    def start():
+      command = [sys.executable, "-m", "distill_jax.cli", "generate", f"--config={file}"]
+      command += [f"--workdir={tmp_path / 'w'}", "--json"]
+      environ = os.environ | {"JAX_PLATFORMS": "cpu"}
+      pipe = subprocess.PIPE
+      return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=pipe, stderr=pipe, text=True)
+
+    yield c, server, tmp_path / "w", start
+
+
+def wait_for(part: Path, rows: int, job) -> None:
+  while not part.exists() or part.read_bytes().count(b"\n") <= rows:
+    assert job.poll() is None
+    time.sleep(0.01)
+
+
+def test_killed_told_to_stop_and_gone_on_with_and_the_key_is_nowhere(job, monkeypatch, capfd):
+  """kill -9, then half a line on disk; SIGTERM; a wrong key; a server that echoes the right one."""
+  c, server, folder, start = job
+  part = folder / "samples.part.jsonl"
+
+  def silent_from(first: int) -> None:
+    """From this prompt on the server says nothing: no run comes to its end before it is told."""
+    server.faults.clear()
+    server.faults |= {f"p{i}": ["silent"] for i in range(first, 60)}
+
+  server.forever = True
+  silent_from(20)
+  with start() as killed:
+    wait_for(part, 20, killed)
+    killed.send_signal(signal.SIGKILL)
+    said = [killed.stderr.read()]
+  kept = [(f"p{r['prompt']}", r["text"]) for r in lines(part)[1:]]
+  before = times_asked(server)
+  with part.open("ab") as f:
+    f.write(b'{"prompt": 4, "sam')
+  silent_from(40)
+  with start() as told:
+    wait_for(part, 40, told)
+    told.send_signal(signal.SIGTERM)
+    said += told.communicate(timeout=60)
+  between = times_asked(server)
+  assert told.returncode == os.EX_TEMPFAIL and "told to stop" in said[-1]
+  again = [(f"p{r['prompt']}", r["text"]) for r in lines(part)[1:]]
+  assert len(kept) == 20 and len(again) == 40 and again[:20] == kept
+
+  server.faults.clear()
+  with monkeypatch.context() as other, pytest.raises(InputError, match="TEACHER_KEY") as wrong:
+    other.setenv("TEACHER_KEY", "sk-wrong")
+    run(c, folder)
+  assert server.refused == 1  # not asked a second time
+  server.faults["p59"] = ["500"]
+  with pytest.raises(InputError, match=r"out of order, Bearer \*\*\*") as failed:
+    run(c, folder)
+  server.faults.clear()
+  assert run(c, folder)["samples"] == 60
+  now = times_asked(server)
+  seeds = dict(now.keys())
+  assert len(seeds) == len(now) == 60  # the same seed whenever a prompt was asked
+  for i, (prompt, text) in enumerate(again):
+    one = prompt, seeds[prompt]
+    assert now[one] == (before if i < len(kept) else between)[one]
+    assert text == f"{prompt} -> {seeds[prompt]} \u00e9"
+  said += [str(wrong.value), str(failed.value), *capfd.readouterr()]
+  assert all(KEY not in s and "sk-wrong" not in s for s in said)
+  for path in folder.rglob("*"):
+    assert path.is_dir() or KEY.encode() not in path.read_bytes()
+
+
+LETTERS = "abcdefgh"
+
+
+def with_logprobs(tokenizer, vllm: bool, chat: bool):
+  """Answers of three letters, each the second of four candidates with known probabilities."""
+  P = [0.5, 0.25, 0.125, 0.0625]
+
+  def spell(letter):
+    return f"token_id:{tokenizer.token_id(letter)}" if vllm else letter
+
+  def answer(body):
+    prompt = bad_server.text_of(body)
+    first = body["seed"] % len(LETTERS)
+    content = []
+    for t in range(3):
+      some = [LETTERS[(first + t + i) % len(LETTERS)] for i in range(4)]
+      top = [{"token": spell(x), "logprob": float(np.log(p))} for x, p in zip(some, P, strict=True)]
+      content.append({**top[1], "top_logprobs": top})
+    text = "".join(LETTERS[(first + t + 1) % len(LETTERS)] for t in range(3))
+    said = {
+      "tokens": [x["token"] for x in content],
+      "token_logprobs": [x["logprob"] for x in content],
+      "top_logprobs": [{y["token"]: y["logprob"] for y in x["top_logprobs"]} for x in content],
+    }
+    inner = {"message": {"content": text}} if chat else {"text": text}
+    if chat:
+      said = {"content": content}
+    choice = {"finish_reason": "length", "logprobs": said, **inner}
+    ids = tokenizer.encode(prompt)
+    out = {
+      "id": "r",
+      "choices": [choice],
+      "usage": {"prompt_tokens": len(ids), "completion_tokens": 3},
+    }
+    if vllm:
+      choice["token_ids"] = tokenizer.encode(text)
+      out["prompt_token_ids"] = ids
+    return out
+
+  return answer
+
+
+@pytest.mark.parametrize("vllm, chat", [(True, True), (False, False)])
+def test_log_probabilities_become_records(tmp_path, vllm, chat):
+  """Through `record`, each position with the probabilities that the server gave."""
+  tokenizer = load_tokenizer(tiny.write_tokenizer(tmp_path / "tokenizer.json"))
+  prompts = [f"ask {i}:" for i in range(9)]
+  make = with_logprobs(tokenizer, vllm, chat)
+  with Server(owner="vllm" if vllm else "sglang", answer=make) as server:
+    c = made(tmp_path, server, prompts, top_logprobs=4, samples=2, chat=chat)
+    server.faults["ask 3:"] = ["cut", "truncated"]
+    result = run(c, tmp_path / "w")
+  assert result["length"] == 18 and "logprobs" in server.bodies[0]
+  assert server.bodies[0].get("return_token_ids", False) == vllm
+  rows = lines(tmp_path / "w" / "samples.jsonl")
+  assert all(r["logprob"] == pytest.approx(3 * np.log(0.25)) for r in rows)
+  if vllm:
+    assert all(r["tokens"] == tokenizer.encode(r["text"]) for r in rows)
+  said = lines(tmp_path / "w" / "responses.jsonl")
+  assert [(r["id"], r["sample"]) for r in said] == [(r["id"], r["sample"]) for r in rows]
+
+  c.records.kind, c.records.n, c.records.logprobs_format = "topk", 4, "openai"
+  c.records.logprobs = str(tmp_path / "w" / "responses.jsonl")
+  record(config.resolve(c), tmp_path / "records")
+  store, seen = open_store(tmp_path / "records"), 0
+  texts = iter(rows)
+  for i in range(len(store)):
+    row = store[i]
+    for segment in range(1, row["segments_T"].max() + 1):
+      at = np.flatnonzero(row["segments_T"] == segment)
+      r = next(texts)
+      want = tokenizer.encode(r["prompt"]) + tokenizer.encode(r["text"])
+      assert row["tokens_T"][at].tolist() == want
+      assert row["mask_T"][at].tolist() == [False] * (len(want) - 4) + [True] * 3 + [False]
+      for t in at[-4:-1]:
+        label = LETTERS.index(tokenizer.decode([row["tokens_T"][t + 1]]))
+        for j, p in enumerate((0.5, 0.25, 0.125, 0.0625)):
+          token = tokenizer.token_id(LETTERS[(label + j - 1) % len(LETTERS)])
+          logp = row["logp_TK"][t][row["ids_TK"][t] == token]
+          assert np.exp(logp).sum() == pytest.approx(p, rel=0.02)
+        seen += 1
+  assert seen == 3 * 18 and next(texts, None) is None
+
+
+def test_log_probabilities_that_cannot_become_records(tmp_path):
+  tokenizer = load_tokenizer(tiny.write_tokenizer(tmp_path / "tokenizer.json"))
+  with Server() as server:
+    with pytest.raises(InputError, match="served without log-probabilities"):
+      run(made(tmp_path, server, ["a"], top_logprobs=4), tmp_path / "none")
+    server.make = with_logprobs(tokenizer, False, False)
+    c = made(tmp_path, server, ["a"], top_logprobs=4)
+    c.data.tokenizer = ""
+    with pytest.raises(InputError, match=r"does not say the tokens.* name one in data.tokenizer"):
+      run(c, tmp_path / "bare")
+    right = server.make
+    server.make = lambda b: right(b) | {"usage": {"prompt_tokens": 2, "completion_tokens": 3}}
+    with pytest.raises(InputError, match=r"reads 2 tokens where .* makes 1 of a prompt"):
+      run(made(tmp_path, server, ["a"], top_logprobs=4), tmp_path / "other")

@@ -1,0 +1,360 @@
+"""Whole-sequence losses against float64 numpy; layer maps; taps recorded and online alike."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from distill_jax import config
+from distill_jax.commands.record import run as record
+from distill_jax.errors import InputError
+from distill_jax.losses import features, hidden, relational, relations
+from distill_jax.losses.features import Features, FeatureSpec
+from distill_jax.models import llama
+from distill_jax.nn.layers import ComputeConfig
+from distill_jax.records.store import open_store
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loop as training
+from distill_jax.types import Batch, Inputs
+
+B, T, D, E = 2, 9, 6, 10
+KEY = jax.random.key(0)
+
+
+def batch_of(mask, segments=None):
+  ones = np.ones((B, T), np.int32) if segments is None else segments
+  inputs = Inputs(*(jnp.asarray(x, jnp.int32) for x in (ones, ones, ones)))
+  return Batch(inputs, inputs.tokens_BT, jnp.asarray(mask))
+
+
+@pytest.fixture(scope="module")
+def mask():
+  m = np.random.default_rng(0).random((B, T)) < 0.7
+  m[:, 0] = True
+  return m
+
+
+def vectors(seed, width):
+  return np.random.default_rng(seed).normal(size=(B, T, width))
+
+
+# ------------------------------------------------------------------ hidden states
+
+
+@pytest.mark.parametrize("distance", hidden.DISTANCES)
+def test_hidden_states_by_their_formula(distance, mask):
+  s, t = [vectors(i, D) for i in (1, 2)], [vectors(i, D) for i in (3, 4)]
+  if distance == "mse":
+    per = [((a - b) ** 2).sum(-1) / (b**2).sum(-1) for a, b in zip(s, t, strict=True)]
+  else:
+    norm = lambda x: np.linalg.norm(x, axis=-1)
+    per = [1 - (a * b).sum(-1) / norm(a) / norm(b) for a, b in zip(s, t, strict=True)]
+  loss = hidden.Loss(distance=distance)
+  student = Features({i: jnp.float32(x) for i, x in enumerate(s)}, {})
+  teacher = Features({5 + i: jnp.float32(x) for i, x in enumerate(t)}, {})
+  got = loss.whole(student, teacher, {}, batch_of(mask), ((0, 5), (1, 6)))
+  np.testing.assert_allclose(got.value(), np.mean(per, 0)[mask].mean(), rtol=1e-6)
+  assert got.count == mask.sum()
+
+
+def test_hidden_loss_has_no_unit(mask):
+  """Ten times the width, or more pairs of the same: the same number."""
+  s, t = vectors(1, D), vectors(2, D)
+  run = lambda s, t, n: (
+    hidden.Loss()
+    .whole(
+      Features({i: jnp.float32(s) for i in range(n)}, {}),
+      Features({i: jnp.float32(t) for i in range(n)}, {}),
+      {},
+      batch_of(mask),
+      tuple((i, i) for i in range(n)),
+    )
+    .value()
+  )
+  one = run(s, t, 1)
+  np.testing.assert_allclose(run(np.tile(s, 10), np.tile(t, 10), 1), one, rtol=1e-6)
+  np.testing.assert_allclose(run(s, t, 4), one, rtol=1e-6)
+
+
+def test_least_squares_is_the_best_projection(mask):
+  """A teacher that is a linear map of the student is met exactly, masked positions aside."""
+  s = vectors(1, D)
+  t = s @ np.random.default_rng(5).normal(size=(D, E))
+  t[~mask] = 1e3  # not to be fitted
+  shape = dataclasses.replace(llama.TINY, hidden_size=D, num_hidden_layers=1)
+  loss = hidden.Loss(projection="least_squares", layers="last")
+  adapters = loss.init(jax.random.key(0), ((0, 0),), shape, E)
+  assert adapters["project"].shape == (1, D, E)
+  student, teacher = Features({0: jnp.float32(s)}, {}), Features({0: jnp.float32(t)}, {})
+  start = loss.whole(student, teacher, adapters, batch_of(mask), ((0, 0),)).value()
+  fitted = loss.fit(adapters, ((0, 0),), student, teacher, batch_of(mask))
+  end = loss.whole(student, teacher, fitted, batch_of(mask), ((0, 0),)).value()
+  assert start > 0.5
+  assert end < 1e-6  # of the ridge
+
+
+def test_orthogonal_projection_keeps_lengths():
+  shape = dataclasses.replace(llama.TINY, hidden_size=D, num_hidden_layers=2)
+  loss = hidden.Loss(projection="orthogonal")
+  project = loss.init(jax.random.key(0), ((0, 0), (1, 1)), shape, E)["project"][...]
+  for p in np.asarray(project):
+    np.testing.assert_allclose(p @ p.T, np.eye(D), atol=1e-6)
+  assert not np.allclose(project[0], project[1])
+
+
+# ------------------------------------------------------------------ relations
+
+
+def test_relations_by_their_formula(mask):
+  """Other heads, widths and key heads on the two sides; documents do not see each other."""
+  rng, R = np.random.default_rng(0), 2
+  segments = np.array([[1] * 4 + [2] * 5, [1] * 9], np.int32)
+  make = lambda heads, h: rng.normal(size=(B, T, heads, h))
+  s = (make(4, 3), make(2, 3), make(2, 3))
+  t = (make(2, 7), make(2, 7), make(2, 7))
+  sees = (segments[:, :, None] == segments[:, None, :]) & np.tril(np.ones((T, T), bool))
+
+  def relation(x):
+    x = x.reshape(B, T, R, -1).transpose(0, 2, 1, 3)
+    z = np.where(sees[:, None], x @ x.transpose(0, 1, 3, 2) / np.sqrt(x.shape[-1]), -np.inf)
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+  per = []
+  for a, b in zip(s, t, strict=True):
+    p, q = relation(b), relation(a)
+    ratio = np.where(sees[:, None], p / np.where(sees[:, None], q, 1), 1)
+    per.append((p * np.log(np.where(ratio > 0, ratio, 1))).sum(-1).mean(1))
+  f32 = lambda qkv: tuple(map(jnp.float32, qkv))
+  loss = relations.Loss(heads=R)
+  args = ({}, batch_of(mask, segments), ((1, 1),))
+  got = loss.whole(Features({}, {1: f32(s)}), Features({}, {1: f32(t)}), *args)
+  np.testing.assert_allclose(got.value(), np.mean(per, 0)[mask].mean(), rtol=2e-6)
+
+
+def test_relations_in_blocks_are_the_same(mask, monkeypatch):
+  make = lambda seed: tuple(jnp.float32(vectors(seed + i, 8)).reshape(B, T, 2, 4) for i in range(3))
+  run = jax.value_and_grad(
+    lambda q: (
+      relations.Loss()
+      .whole(
+        Features({}, {1: (q, *make(1)[1:])}),
+        Features({}, {1: make(7)}),
+        {},
+        batch_of(mask),
+        ((1, 1),),
+      )
+      .total
+    )
+  )
+  whole = run(make(1)[0])
+  monkeypatch.setattr(relations, "QUERIES", 4)  # does not divide 9
+  blocks = run(make(1)[0])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, blocks)
+
+
+# ------------------------------------------------------------------ relational
+
+
+@pytest.mark.parametrize("positions", [32, 4])  # 4 does not divide 9
+def test_relational_by_its_formula(mask, monkeypatch, positions):
+  """Token by token, each with those before it in its document that are trained on."""
+  monkeypatch.setattr(relational, "POSITIONS", positions)
+  s, t, tokens = vectors(1, D), vectors(2, E), 4
+  segments = np.array([[1] * 5 + [2] * 4, [1] * 7 + [0] * 2])
+  huber = lambda x: np.where(np.abs(x) <= 1, 0.5 * x * x, np.abs(x) - 0.5)
+  want = 0.0
+  for b, i in zip(*np.nonzero(mask), strict=True):
+    near = range(max(0, i - tokens + 1), i)
+    near = [j for j in near if mask[b, j] and segments[b, j] == segments[b, i]]
+    if not near:
+      continue
+
+    def parts(x, b=b, i=i, near=near):
+      e = x[b, i] - x[b, near]
+      d = np.linalg.norm(e, axis=-1)
+      unit = e / d[:, None]
+      return d / d.mean(), (unit @ unit.T)[~np.eye(len(near), dtype=bool)]
+
+    (ds, angle_s), (dt, angle_t) = parts(s), parts(t)
+    want += huber(ds - dt).mean() + 2.0 * (huber(angle_s - angle_t).mean() if len(near) > 1 else 0)
+  args = ({}, batch_of(mask, segments), ((0, 0),))
+  one = lambda x: Features({0: jnp.float32(x)}, {})
+  got = relational.Loss(tokens=tokens).whole(one(s), one(t), *args)
+  np.testing.assert_allclose(got.total, want, rtol=1e-5)
+  assert got.count == mask.sum()
+
+
+def test_tokens_that_are_one_but_for_rounding_have_no_direction(mask):
+  """What is left of x - x by another order of operations points anywhere."""
+  s = vectors(1, D).astype(np.float32)
+  s[:, 3] = s[:, 1]
+  t = s.copy()
+  t[:, 3] = np.nextafter(s[:, 1], np.float32(np.inf))
+  segments = np.ones(mask.shape, int)
+  args = ({}, batch_of(mask, segments), ((0, 0),))
+  one = lambda x: Features({0: jnp.asarray(x)}, {})
+  loss = lambda x: relational.Loss(tokens=4).whole(one(x), one(t), *args).total
+  assert abs(loss(s)) < 1e-9
+  assert np.abs(jax.grad(loss)(jnp.asarray(s))).max() < 1e-4
+
+
+# ------------------------------------------------------------------ maps and needs
+
+
+def test_layer_maps():
+  assert features.pairs("uniform", 3, 12) == ((0, 3), (1, 7), (2, 11))
+  assert features.pairs("last", 3, 12) == ((2, 11),)
+  assert features.pairs("0:4 2:11", 3, 12) == ((0, 4), (2, 11))
+  for bad in ("0:12", "3:0", "zero:1", ""):
+    with pytest.raises(InputError, match="layers is"):
+      features.pairs(bad, 3, 12)
+
+
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (lambda c: hidden.Loss(projection="orthogonal").init(KEY, ((0, 1),), c, 32), "leave it"),
+    (lambda c: hidden.Loss().init(jax.random.key(0), ((0, 1),), c, 48), "set projection to"),
+    (lambda c: relations.Loss(heads=5).needs(((1, 1),), c, c), "do not divide"),
+    (lambda c: relations.Loss().needs(((0, 1),), c, c), "layer 0 cannot be tapped"),
+    (lambda c: hidden.Loss(distance="l1"), "distance is 'l1'"),
+    (lambda c: relational.Loss(tokens=2), "3 tokens"),
+  ],
+)
+def test_what_does_not_fit_is_refused(make, message):
+  with pytest.raises(InputError, match=message):
+    make(llama.TINY)
+
+
+def test_queries_keys_values_are_the_model_s_own():
+  """Those made again from a tap are those that the layer used: its output follows from them."""
+  model = llama.Model(llama.TINY, jax.random.key(0))
+  tokens = jax.random.randint(jax.random.key(1), (1, T), 0, 256)
+  inputs = Inputs(tokens, jnp.arange(T)[None], jnp.ones((1, T), jnp.int32))
+  needs, compute = FeatureSpec(hidden=(0,), qkv=(1,)), ComputeConfig()
+  got = needs.of(model, model(inputs, compute, needs.taps), inputs, compute)
+  seen = []
+  real = llama.Block.qkv
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(llama.Block, "qkv", lambda *args: seen.append(real(*args)) or seen[-1])
+    patch.setattr(jax.lax, "scan", lambda f, c, xs: unrolled(f, c, xs))
+    model(inputs, compute)
+  for a, b in zip(got.qkv[1], seen[1], strict=True):
+    np.testing.assert_allclose(a, b, atol=5e-6)  # one is in a fused program
+
+
+def unrolled(f, carry, xs):
+  for i in range(len(jax.tree.leaves(xs)[0])):
+    carry, _ = f(carry, jax.tree.map(lambda x, i=i: x[i], xs))
+  return carry, None
+
+
+# ------------------------------------------------------------------ in training
+
+
+def feature_config(folder):
+  """A teacher of 3 layers, a student of 2 cut from it: same width, whole losses of each kind."""
+  c = tiny.tiny(folder)
+  c.teacher.source = ""
+  c.losses = {
+    "soft": config.loss("kd"),
+    "hidden": config.loss("hidden", layers="0:1 1:2", weight=0.5),
+    "relational": config.loss("relational", layers="0:1", tokens=8, weight=0.1),
+  }
+  c.records.taps = (1, 2)
+  c.train.steps = c.train.checkpoint_every = 3
+  return c
+
+
+def run(c, folder, name):
+  resolved = config.resolve(c)
+  with Workdir(folder / name, resolved) as path:
+    last = training.train(resolved, path)
+  return last, tiny.measured(path)
+
+
+def test_features_from_records_and_from_an_online_teacher_alike(tmp_path):
+  c = feature_config(tmp_path)
+  record(config.resolve(c), tmp_path / "records")
+  assert open_store(tmp_path / "records")[0]["taps_PTD"].dtype == np.int8
+  _, recorded = run(c, tmp_path, "recorded")
+  c.train.online = True
+  _, online = run(c, tmp_path, "online")
+  for name in ("hidden", "relational"):
+    # int8 of the largest number of each vector: half a step of 1/127, of many, and a square.
+    assert recorded[0][name] == pytest.approx(online[0][name], rel=1e-3), name
+    assert recorded[-1][name] != recorded[0][name]
+
+
+def test_relations_from_recorded_queries_keys_values(tmp_path):
+  c = feature_config(tmp_path)
+  c.losses = {"relations": config.loss("relations", layers="1:2", heads=2)}
+  c.records.taps, c.records.taps_of = (2,), "qkv"
+  record(config.resolve(c), tmp_path / "records")
+  _, recorded = run(c, tmp_path, "recorded")
+  c.train.online = True
+  _, online = run(c, tmp_path, "online")
+  assert recorded[0]["relations"] == pytest.approx(online[0]["relations"], rel=0.02)
+
+
+def test_projected_taps_and_adapters_resume(tmp_path):
+  """Adapters start fitted, are in the checkpoint, and a resumed run is the uninterrupted one."""
+  c = feature_config(tmp_path)
+  c.records.taps_width, c.optim.peak_lr = 48, 1e-4
+  c.losses = {
+    "soft": config.loss("kd"),
+    "hidden": config.loss("hidden", layers="0:1 1:2", projection="least_squares"),
+  }
+  record(config.resolve(c), tmp_path / "records")
+  c.train.checkpoint_every = 1
+  _, whole = run(c, tmp_path, "whole")
+  shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+  shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "3")
+  _, resumed = run(c, tmp_path, "stopped")
+  assert resumed == whole
+  c.losses["hidden"].projection = "orthogonal"
+  _, unfitted = run(c, tmp_path, "unfitted")
+  assert whole[0]["hidden"] < 0.5 * unfitted[0]["hidden"]
+  c.losses["hidden"].projection = "none"
+  with pytest.raises(InputError, match="have 32 numbers and the teacher's 48"):
+    run(c, tmp_path, "none")
+
+
+def test_taps_that_the_records_lack_are_refused(tmp_path):
+  c = feature_config(tmp_path)
+  c.records.taps = (1,)
+  record(config.resolve(c), tmp_path / "records")
+  with pytest.raises(InputError, match=r"records lack \[2\]; record with records.taps_of=hidden"):
+    run(c, tmp_path, "out")
+
+
+def test_balance_holds_gradient_norms_in_the_ratio_of_the_weights(tmp_path):
+  c = feature_config(tmp_path)
+  c.train.online = True
+  c.optim.balance_every = 2
+  record(config.resolve(c), tmp_path / "records")
+  resolved = config.resolve(c)
+  stores = training.open_stores(resolved)
+  step = training.make_step(resolved, stores)
+  student = llama.Model(llama.TINY, jax.random.key(0))
+  teacher = llama.Model(llama.TINY, jax.random.key(1))
+  batch = jax.tree.map(jnp.asarray, next(training._batches(resolved, stores, 0)))
+  state, metrics = jax.jit(step)(step.init(student), batch, {"teacher": teacher})
+  norms = {}
+  for name in resolved.losses:
+    weights = {n: jnp.float32(n == name) for n in resolved.losses}
+    count = jnp.sum(batch.mask_BT, dtype=jnp.float32)
+    grad = jax.grad(step._loss, has_aux=True)
+    g, _ = grad((student, {}), batch, {"teacher": teacher}, 0, count, weights)
+    norms[name] = float(np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(g))))
+  asked = {"soft": 1.0, "hidden": 0.5, "relational": 0.1}
+  got = {n: float(metrics[f"weight/{n}"]) * norms[n] for n in norms}
+  for name in asked:
+    assert got[name] / got["soft"] == pytest.approx(asked[name], rel=1e-3), name
+  kept = jax.jit(step)(state, batch, {"teacher": teacher})[0]
+  assert kept.balance == state.balance  # step 1: not measured again

@@ -1,0 +1,126 @@
+"""BERT beside transformers, as a classifier and as a sentence encoder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity import error
+
+from distill_jax.errors import InputError
+from distill_jax.hub import declared, export, load
+from distill_jax.models import loading
+from distill_jax.models.options import ModelOptions
+from distill_jax.nn import layers, params, sharding
+from distill_jax.types import Inputs
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SHAPE = {
+  "vocab_size": 97,
+  "hidden_size": 48,
+  "intermediate_size": 80,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 4,
+  "num_labels": 3,
+  "max_position_embeddings": 40,
+}
+B, S = 3, 10
+# In units of the largest value; what float32 loses here (seen: 6e-7 and 3e-6). Times three.
+FORWARD, GRADIENT = 2e-6, 1e-5
+MESH = sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def theirs(kind):
+  torch.manual_seed(0)
+  model = kind(transformers.BertConfig(**SHAPE)).eval()
+  with torch.no_grad():
+    for name, p in model.named_parameters():
+      p.copy_(("LayerNorm.weight" in name) + 0.2 * torch.randn_like(p))
+  return model
+
+
+def batch():
+  tokens = np.random.default_rng(0).integers(
+    1, 97, (B, S)
+  )  # torch trains no row 0.astype(np.int32)
+  segments = (np.arange(S)[None] < np.array([[10], [4], [7]])).astype(np.int32)
+  places = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))
+  return tokens, segments, Inputs(*map(jnp.asarray, (tokens, places, segments)))
+
+
+def test_a_classifier_is_as_in_transformers(tmp_path):
+  """Every layer, the logits, and the gradient of every parameter."""
+  model = theirs(transformers.BertForSequenceClassification)
+  model.save_pretrained(tmp_path / "theirs")
+  ours = load.load(load.open_model(str(tmp_path / "theirs")), MESH, layers.ComputeConfig())
+  tokens, segments, inputs = batch()
+  labels = np.array([0, 2, 1])
+  said = model(
+    torch.tensor(tokens).long(),
+    attention_mask=torch.tensor(segments),
+    labels=torch.tensor(labels),
+    output_hidden_states=True,
+  )
+  said.loss.backward()
+  want = {name: p.grad.numpy() for name, p in model.named_parameters()}
+
+  def loss(m):
+    out = m(inputs, layers.ComputeConfig(), (0, 1, 2))
+    logp = jax.nn.log_softmax((out.hidden_BTD @ out.head_VD.T)[:, 0])
+    return -jnp.mean(logp[jnp.arange(B), labels]), (out, logp)
+
+  grads, (out, logp) = jax.jit(jax.grad(loss, has_aux=True))(ours)
+  seen = segments > 0
+  for i in range(3):
+    assert error(out.taps_PBTD[i][seen], said.hidden_states[i + 1].detach().numpy()[seen]) < FORWARD
+  assert error(logp, torch.log_softmax(said.logits, -1).detach().numpy()) < FORWARD
+  got = {
+    name: declared.Layout(v).to_theirs(np.asarray(v[...])[at], np.dtype(np.float32))
+    for _, v in params.named_params(grads)
+    for name, at in declared.tensors(v)
+  }
+  assert got.keys() == want.keys()
+  # A key's bias moves all scores of a query alike: its gradient is 0 but for rounding.
+  worst = max((error(got[n], want[n]), n) for n in want if not n.endswith("key.bias"))
+  assert worst[0] < GRADIENT, worst
+
+  export.export(ours, tmp_path / "ours", tokenizer=None, generation={}, card="", dtype="float32")
+  again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
+  for name, x in model.state_dict().items():
+    assert torch.equal(again.state_dict()[name], x), name
+
+
+def test_a_sentence_encoder_is_a_body_without_a_prefix(tmp_path):
+  """Means over tokens as sentence-transformers takes them; exported as a BertModel."""
+  model = theirs(transformers.BertModel)
+  model.save_pretrained(tmp_path / "theirs")
+  ours = load.load(load.open_model(str(tmp_path / "theirs")), MESH, layers.ComputeConfig())
+  tokens, segments, inputs = batch()
+  with torch.no_grad():
+    x = model(torch.tensor(tokens).long(), attention_mask=torch.tensor(segments)).last_hidden_state
+  mean = np.stack([x[b, segments[b] > 0].numpy().mean(0) for b in range(B)])
+  out = jax.jit(lambda m: m(inputs, layers.ComputeConfig()))(ours)
+  assert error(out.embedding_BTD[:, 0], mean) < FORWARD
+  assert error(out.hidden_BTD[:, 0], mean / np.linalg.norm(mean, axis=-1, keepdims=True)) < FORWARD
+  export.export(ours, tmp_path / "ours", tokenizer=None, generation={}, card="", dtype="float32")
+  again = transformers.AutoModel.from_pretrained(tmp_path / "ours")
+  for name, value in model.state_dict().items():
+    assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_a_body_gets_a_new_head_when_it_is_asked_for(tmp_path):
+  theirs(transformers.BertModel).save_pretrained(tmp_path / "body")
+  spec = ModelOptions(source=str(tmp_path / "body"), changes={"num_labels": 5}, new=("classifier",))
+  key = jax.random.key(0)
+  model = loading.build(spec, MESH, key).model
+  assert model.head.shape == (5, 48) and 0 < float(jnp.std(model.head[...])) < 0.1
+  again = loading.build(spec, MESH, jax.random.key(1)).model
+  assert not np.array_equal(model.head[...], again.head[...])
+  np.testing.assert_array_equal(model.embed[...], again.embed[...])
+  with pytest.raises(InputError, match="lacks the tensor classifier.*which `new` would say"):
+    loading.build(ModelOptions(source=spec.source, changes={"num_labels": 5}), MESH, key)
+  with pytest.raises(InputError, match="'klassifier', with which no parameter"):
+    loading.build(
+      ModelOptions(source=spec.source, changes=spec.changes, new=("klassifier",)), MESH, key
+    )

@@ -1,0 +1,148 @@
+"""Gemma 3 against transformers (torch, float32), and what its config.json may say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import parity
+import pytest
+
+from distill_jax.errors import InputError
+from distill_jax.evals import next_token as lm
+from distill_jax.losses import ce, supports
+from distill_jax.models import gemma3
+from distill_jax.nn import fused_head, layers
+from distill_jax.records import sampler
+from distill_jax.training import step
+from distill_jax.types import Batch
+
+# Heads of 12 wide, scaled as if of 20; every second layer sees all, the others 5 positions.
+GEMMA = {
+  "query_pre_attn_scalar": 20,
+  "sliding_window": 5,
+  "num_hidden_layers": 4,
+  "layer_types": [gemma3.LOCAL, gemma3.GLOBAL] * 2,
+  "pad_token_id": None,  # else torch gives that row of the embedding no gradient
+}
+ROPES = {
+  gemma3.GLOBAL: {"rope_type": "linear", "rope_theta": 5e4, "factor": 8.0},
+  gemma3.LOCAL: {"rope_type": "default", "rope_theta": 300.0},
+}
+CASES = {
+  "in turns": {},
+  "one key/value head": {"num_key_value_heads": 1, "head_dim": 20, "rms_norm_eps": 1e-2},
+  "two ropes, one scaled": {"rope_parameters": ROPES},
+  "all local": {"layer_types": [gemma3.LOCAL] * 4},
+  "capped logits": {"final_logit_softcapping": 3.0},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_layer_and_the_logits_are_transformers(case, tmp_path):
+  theirs = parity.torch_model("gemma3_text", **GEMMA | CASES[case])
+  errors = parity.forward_errors(theirs, parity.ours_from(theirs, tmp_path), parity.tokens())
+  assert max(errors) < parity.FORWARD, errors
+
+
+@pytest.mark.parametrize("case", ["in turns", "capped logits"])
+def test_gradients_are_transformers(case, tmp_path):
+  theirs = parity.torch_model("gemma3_text", **GEMMA | CASES[case])
+  worst = parity.worst_gradient(theirs, parity.ours_from(theirs, tmp_path), parity.tokens())
+  assert worst[0] < parity.GRADIENT, worst
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_keys_of_a_layer_have_its_own_rope(layer, tmp_path):
+  theirs = parity.torch_model("gemma3_text", **GEMMA | CASES["two ropes, one scaled"])
+  ours, inputs = parity.ours_from(theirs, tmp_path), parity.plain_inputs(parity.tokens())
+  x_BTD = np.random.default_rng(0).standard_normal((parity.B, parity.T, 48)).astype(np.float32)
+  got = jax.jit(lambda m: m.qkv(layer, x_BTD, inputs, layers.ComputeConfig())[1])(ours)
+  block, at = theirs.model.layers[layer], parity.torch.arange(parity.T)[None]
+  with parity.torch.no_grad():
+    x = block.input_layernorm(parity.torch.from_numpy(x_BTD))
+    k = block.self_attn.k_norm(block.self_attn.k_proj(x).view(parity.B, parity.T, 2, 12))
+    cos, sin = theirs.model.rotary_emb(x, at, GEMMA["layer_types"][layer])
+    rotate = parity.transformers.models.gemma3.modeling_gemma3.apply_rotary_pos_emb
+    want, _ = rotate(k, k, cos, sin, unsqueeze_dim=2)
+  assert parity.error(got, want) < parity.FORWARD
+
+
+@pytest.mark.parametrize(
+  "change, word",
+  [
+    ({"layer_types": [gemma3.LOCAL] * 2}, "layer_types has 2 layers"),
+    ({"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+    ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ({"final_logit_softcapping": -30.0}, "final_logit_softcapping"),
+    ({"hidden_activation": "gelu"}, "hidden_activation"),
+    ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ({"rope_parameters": {gemma3.LOCAL: ROPES[gemma3.GLOBAL]}}, "for sliding_attention"),
+    ({"sliding_window": None}, "sliding_window"),
+  ],
+)
+def test_a_config_that_cannot_be_computed_is_refused(change, word):
+  with pytest.raises(InputError, match=word):
+    gemma3.Config.from_hf(gemma3.TINY.to_hf() | change)
+
+
+def test_config_json_as_older_transformers_wrote_it():
+  """As that of gemma-3-4b: one rope scaling, a pattern, and no word of tied embeddings."""
+  want = gemma3.CONFIGS["gemma-3-4b"]
+  hf = want.to_hf() | {"sliding_window_pattern": 6}
+  for key in ("rope_parameters", "layer_types", "tie_word_embeddings", "attention_bias"):
+    del hf[key]
+  assert hf["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+  assert gemma3.Config.from_hf(hf) == want
+
+
+def test_a_student_keeps_the_kinds_of_its_layers():
+  assert gemma3.TINY.keep((1, 2)).layer_types == (gemma3.GLOBAL, gemma3.LOCAL)
+
+
+def test_a_cap_is_everywhere_that_logits_are():
+  """Training, its gradient, evaluation, records and an online teacher, beside full logits."""
+  config, compute = gemma3.CONFIGS["tiny-cap"], layers.ComputeConfig()
+  model = jax.jit(lambda key: gemma3.Model(config, key))(jax.random.key(0))
+  model.embed = model.embed.replace(50 * model.embed[...])  # so that the cap bites
+  tokens = np.random.default_rng(0).integers(0, 256, (2, 16)).astype(np.int32)
+  inputs, labels = parity.plain_inputs(tokens), jnp.asarray(np.roll(tokens, -1, 1))
+  batch = Batch(inputs, labels, jnp.ones((2, 16), bool))
+
+  def loss(model):
+    out = model(inputs, compute)
+    raw_BTV = out.hidden_BTD @ out.head_VD.T
+    logp_BTV = jax.nn.log_softmax(2 * jnp.tanh(raw_BTV / 2))
+    logp_BT = jnp.take_along_axis(logp_BTV, labels[..., None], -1)[..., 0]
+    return -jnp.mean(logp_BT), (raw_BTV, logp_BT, out)
+
+  run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  (want, (raw_BTV, logp_BT, out)), want_grad = run(model)
+  assert jnp.abs(raw_BTV).max() > 6
+
+  made = step.Step(
+    losses={"hard": ce.Loss()},
+    learning_rate=lambda n: 1.0,
+    optimizer=optax.sgd(1.0),
+    student=compute,
+    teacher=compute,
+    chunk=5,
+  )
+  weights, trained = {"hard": jnp.float32(1)}, (model, {})
+  grad = jax.jit(jax.value_and_grad(made._loss, has_aux=True))
+  (got, _), (got_grad, _) = grad(trained, batch, {}, 0, jnp.float32(32), weights)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(got_grad), jax.tree.leaves(want_grad), strict=True):
+    assert parity.error(a, b) < parity.GRADIENT
+
+  np.testing.assert_allclose(lm.score(model, batch, compute, 5).value(), want, rtol=1e-5)
+  said, _ = step.online(model, inputs, compute)
+  means = lm.compare({"teacher": said, "student": said}, batch, 5)
+  for name in ("teacher", "student"):
+    np.testing.assert_allclose(means[name]["ce"].value(), want, rtol=1e-5)
+  capped_BTV = fused_head.soft_cap(raw_BTV, out.soft_cap)
+  dense, own = supports.dense(said, capped_BTV, 1.0)
+  np.testing.assert_allclose(dense, own, rtol=1e-5, atol=1e-5)
+  recorded = sampler.summarise(
+    out.hidden_BTD, out.head_VD, labels, None, n=4, chunk=5, kind="topk", soft_cap=out.soft_cap
+  )
+  np.testing.assert_allclose(recorded["label_logp"], logp_BT, rtol=1e-5, atol=1e-5)

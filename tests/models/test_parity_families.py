@@ -1,0 +1,118 @@
+"""Every family in and out: bit for bit, onto a mesh, and into transformers with equal logits."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import parity
+import pytest
+from safetensors import safe_open
+
+from distill_jax.hub import export as hub_export
+from distill_jax.hub import load
+from distill_jax.nn import layers, params, sharding
+
+transformers = parity.transformers
+MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+WINDOWS = {
+  "use_sliding_window": True,
+  "sliding_window": 5,
+  "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+KINDS = {
+  "deepseek_v3": ("deepseek_v3", parity.DEEPSEEK | {"kv_lora_rank": 24, "num_mtp_layers": 0}),
+  "gemma3": ("gemma3_text", {"sliding_window": 5, "sliding_window_pattern": 2}),
+  "llama": ("llama", {}),
+  "mistral": ("mistral", {"sliding_window": 5}),
+  "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+  "qwen2_windows": ("qwen2", WINDOWS),
+  "qwen3": ("qwen3", {}),
+  "qwen3_windows": (
+    "qwen3",
+    {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+  ),
+  "qwen3_moe": ("qwen3_moe", MOE),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def both(request, tmp_path_factory):
+  """(transformers' model, its folder, ours)."""
+  model_type, changes = KINDS[request.param]
+  folder = tmp_path_factory.mktemp(request.param)
+  theirs = parity.torch_model(model_type, vocab_size=96, **changes)
+  return theirs, folder, parity.ours_from(theirs, folder)
+
+
+@pytest.fixture(scope="module")
+def exported(both):
+  _, folder, ours = both
+  target = folder / "exported"
+  hub_export.export(ours, target, tokenizer=None, generation={}, card="", dtype="float32")
+  return target
+
+
+def stored(folder: pathlib.Path) -> dict[str, np.ndarray]:
+  out = {}
+  for f in folder.glob("*.safetensors"):
+    with safe_open(f, "numpy") as s:
+      out |= {name: s.get_tensor(name) for name in s.keys()}  # noqa: SIM118
+  return out
+
+
+def test_the_tensors_come_back_bit_for_bit(both, exported):
+  got, want = stored(exported), stored(both[1])
+  assert got.keys() == want.keys()
+  for name, x in want.items():
+    np.testing.assert_array_equal(got[name], x, err_msg=name)
+
+
+def test_transformers_gives_the_same_logits(both, exported):
+  tokens = parity.torch.from_numpy(parity.tokens() % 96).long()
+  again, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+    exported, attn_implementation="eager", output_loading_info=True
+  )
+  assert not any(loaded[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+  assert type(again) is type(both[0])
+  with parity.torch.no_grad():
+    # The same weights through the same code: to the last bit.
+    assert parity.torch.equal(again(tokens).logits, both[0](tokens).logits)
+
+
+def test_config_json_keeps_what_the_original_said(both, exported):
+  of = lambda path: load.open_model(str(path)).config
+  assert of(exported) == of(both[1])
+  kind = json.loads((both[1] / "config.json").read_text())["architectures"]
+  assert json.loads((exported / "config.json").read_text())["architectures"] == kind
+
+
+def test_a_mesh_gets_the_same_and_computes_the_same(both):
+  _, folder, ours = both
+  mesh = sharding.make_mesh(1, 2, 2)
+  compute = layers.ComputeConfig()
+  there = load.load(load.open_model(str(folder)), mesh, compute)
+  for (name, a), (_, b) in zip(params.named_params(there), params.named_params(ours), strict=True):
+    np.testing.assert_array_equal(np.asarray(a[...]), np.asarray(b[...]), err_msg=name)
+  wide = [a for _, a in params.named_params(there) if a.ndim > 2]
+  assert not any(a[...].sharding.is_fully_replicated for a in wide)
+  inputs = parity.plain_inputs(parity.tokens()[:, :16] % 96)
+  hidden = jax.jit(lambda m, i: m(i, compute).hidden_BTD)
+  want = hidden(ours, inputs)
+  with jax.set_mesh(mesh):
+    got = hidden(there, jax.device_put(inputs, sharding.batch_sharding(mesh)))
+  assert parity.error(got, want) < parity.FORWARD
+
+
+def test_a_student_of_chosen_layers(both):
+  _, folder, ours = both
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  student = load.load(
+    load.open_model(str(folder)), mesh, layers.ComputeConfig(), keep_layers=(0, 2)
+  )
+  assert student.config == ours.config.keep((0, 2))
+  inputs = parity.plain_inputs(parity.tokens()[:, :16] % 96)
+  taps = ours(inputs, layers.ComputeConfig(), (0,)).taps_PBTD
+  got = student(inputs, layers.ComputeConfig(), (0, 1)).taps_PBTD
+  assert parity.error(got[0], taps[0]) < parity.FORWARD  # layer 0 is the same, then 2 follows
+  assert student.config.num_hidden_layers == 2 and len(got) == 2

@@ -1,0 +1,245 @@
+"""Every kernel against float64 by hand; those of hardware that is not here, compiled for it."""
+
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+
+from distill_jax import registry
+from distill_jax.errors import InputError
+from distill_jax.nn import attention, layers, sharding
+from distill_jax.nn.attention import OneOf
+from distill_jax.types import Inputs
+
+B, SCALE = 2, 0.3
+CASES = {  # T, heads, key/value heads, their width, that of values, window
+  "grouped heads": (300, 4, 2, 24, 24, None),  # three blocks, the last not full
+  "a window over blocks": (300, 2, 2, 8, 8, 140),
+  "a window within a block": (256, 2, 1, 16, 16, 5),
+  "narrower values": (130, 2, 2, 24, 16, None),
+  "the first of two windows": (300, 2, 1, 8, 8, OneOf((None, 140), jnp.int32(0))),
+  "the second of two windows": (300, 2, 1, 8, 8, OneOf((None, 140), jnp.int32(1))),
+  "a window past the end": (128, 1, 1, 8, 8, 4_096),
+}
+
+
+def arrays(T, H, G, h, width):
+  """Queries, keys, values, three segments of a row and padding, and a gradient of the output."""
+  rng = np.random.default_rng(0)
+  normal = lambda n, w: rng.normal(size=(B, T, n, w)).astype(np.float32)
+  cuts = np.sort(rng.integers(1, T, (B, 3)), 1)
+  segments = 1 + (np.arange(T)[None, :, None] >= cuts[:, None]).sum(-1)
+  segments = np.where(segments == 4, 0, segments).astype(np.int32)
+  return normal(H, h), normal(G, h), normal(G, width), segments, normal(H, width)
+
+
+def by_hand(q, k, v, segments, out_grad, window):
+  """Attention and its gradients of q, k, v in float64, each score a number in an array."""
+  q, k, v, out_grad = (np.asarray(x, np.float64) for x in (q, k, v, out_grad))
+  (_, T, H, _), G = q.shape, k.shape[2]
+  k, v = np.repeat(k, H // G, 2), np.repeat(v, H // G, 2)
+  t = np.arange(T)
+  back = t[:, None] - t
+  sees = (back >= 0) & (back < (window or T)) & (segments[:, :, None] == segments[:, None])
+  s = np.where(sees[:, None], SCALE * np.einsum("bthd,bshd->bhts", q, k), -np.inf)
+  p = np.exp(s - s.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  p_grad = np.einsum("bthd,bshd->bhts", out_grad, v)
+  s_grad = SCALE * p * (p_grad - (p * p_grad).sum(-1, keepdims=True))
+  of_group = lambda x: x.reshape(*x.shape[:2], G, H // G, -1).sum(3)
+  return (
+    np.einsum("bhts,bshd->bthd", p, v),
+    np.einsum("bhts,bshd->bthd", s_grad, k),
+    of_group(np.einsum("bhts,bthd->bshd", s_grad, q)),
+    of_group(np.einsum("bhts,bthd->bshd", p, out_grad)),
+  )
+
+
+def run(q, k, v, segments, out_grad, window, kernel):
+  """The same by the library, jitted, `OneOf.at` traced."""
+  sizes, at = window if isinstance(window, OneOf) else ((window,), 0)
+
+  @jax.jit
+  def both(q, k, v, at):
+    choice = OneOf(sizes, at) if len(sizes) > 1 else sizes[0]
+    of = lambda q, k, v: attention.attention(q, k, v, segments, choice, SCALE, kernel)
+    out, pull = jax.vjp(of, q, k, v)
+    return out, *pull(out_grad)
+
+  return both(q, k, v, at)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """As on a TPU, but that Pallas interprets its kernels."""
+  monkeypatch.setattr(attention, "platform", lambda: "tpu")
+  splash = functools.partial(attention.splash, interpret=True)
+  monkeypatch.setattr(attention, "splash", splash)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_by_hand(case, kernel, interpreted):
+  """Float32 sums of 300 terms."""
+  *shape, window = CASES[case]
+  given = arrays(*shape)
+  size = window.sizes[int(window.at)] if isinstance(window, OneOf) else window
+  for got, want in zip(run(*given, window, kernel), by_hand(*given, size), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_splash_on_a_mesh_is_splash_on_one_device(interpreted):
+  """Sequences over fsdp, heads over tensor, each group of heads beside its keys."""
+  window = OneOf((None, 5), jnp.int32(1))
+  *given, out_grad = arrays(100, 4, 2, 8, 8)
+  want = run(*given, out_grad, window, "auto")
+  mesh = sharding.make_mesh(1, 2, 2)
+  place = lambda x: jax.device_put(x, sharding.batch_sharding(mesh))
+  with jax.set_mesh(mesh):
+    got = run(*map(place, given), place(out_grad), window, "auto")
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama tiny-window", "gemma3 tiny", "deepseek_v3 tiny"])
+def test_a_model_is_the_same_by_splash(family, interpreted):
+  """Windows of layers in turns, values narrower than keys, scales of the family's own."""
+  name, shape = family.split()
+  module = registry.load("models", name)
+  config = module.CONFIGS[shape].keep((0, 1))  # one layer of each kind
+  model = jax.jit(lambda key: module.Model(config, key))(jax.random.key(0))
+  t_T = np.arange(20)
+  row = lambda x_T: jnp.asarray(np.tile(x_T, (2, 1)), jnp.int32)
+  inputs = Inputs(row(t_T * 7), row(np.where(t_T < 9, t_T, t_T - 9)), row(1 + (t_T >= 9)))
+  hidden = lambda kernel: jax.jit(
+    lambda m: m(inputs, layers.ComputeConfig(attention=kernel, remat="full")).hidden_BTD
+  )(model)
+  np.testing.assert_allclose(hidden("splash"), hidden("xla"), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_queries_are_rounded_once_more(interpreted):
+  """2**-9 an operand; outputs are means of values of size 1."""
+  *given, out_grad = (
+    jnp.asarray(x, jnp.bfloat16) if x.dtype == np.float32 else x for x in arrays(130, 2, 2, 16, 16)
+  )
+  for got, want in zip(
+    run(*given, out_grad, None, "splash"), by_hand(*given, out_grad, None), strict=True
+  ):
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(np.float32), want, rtol=0.03, atol=0.03)
+
+
+def queries(T=64, h=64, dtype=jnp.bfloat16):
+  return jax.ShapeDtypeStruct((2, T, 4, h), dtype)
+
+
+@pytest.mark.parametrize(
+  "platform, q, want",
+  [
+    ("cpu", queries(), "xla"),
+    ("tpu", queries(), "splash"),
+    ("tpu", queries(dtype=jnp.float32), "splash"),
+    ("gpu", queries(), "cudnn"),
+    ("cuda", queries(h=256, dtype=jnp.float16), "cudnn"),
+    ("gpu", queries(dtype=jnp.float32), "xla"),
+    ("gpu", queries(h=264), "xla"),
+    ("gpu", queries(h=12), "xla"),
+    ("gpu", queries(T=63), "xla"),
+  ],
+)
+def test_the_kernel_follows_the_devices(platform, q, want, monkeypatch):
+  monkeypatch.setattr(attention, "platform", lambda: platform)
+  assert attention.choose("auto", q) == want
+  assert attention.choose("xla", q) == "xla"
+
+
+@pytest.mark.parametrize(
+  "platform, kernel, q, words",
+  [
+    ("cpu", "flash", queries(), "'flash'; it can be one of"),
+    ("cpu", "splash", queries(), "runs on tpu, and the devices are cpu"),
+    ("tpu", "cudnn", queries(), "runs on gpu, and the devices are tpu"),
+    ("gpu", "cudnn", queries(dtype=jnp.float32), "dtype is float32"),
+    ("gpu", "cudnn", queries(h=12), "heads are 12 wide"),
+    ("gpu", "cudnn", queries(T=63), "63 positions"),
+  ],
+)
+def test_a_kernel_that_cannot_run_is_refused(platform, kernel, q, words, monkeypatch):
+  monkeypatch.setattr(attention, "platform", lambda: platform)
+  with pytest.raises(InputError, match=words):
+    attention.choose(kernel, q)
+
+
+def test_keys_that_are_not_beside_their_queries_are_refused(interpreted):
+  table = sharding.TABLE | {"kv_heads": (None, None)}
+  rules = sharding.Rules(tuple(table.items()))
+  q, k, v, segments, _ = arrays(8, 4, 2, 8, 8)
+  with jax.set_mesh(sharding.make_mesh(1, 2, 2)), pytest.raises(InputError, match="kv_heads"):
+    jax.jit(lambda *x: attention.attention(*x, kernel="splash", rules=rules))(q, k, v, segments)
+
+
+def test_cudnn_is_what_a_gpu_would_run(monkeypatch):
+  """Lowered for CUDA, which takes no GPU, only word of a cuDNN: both passes are its calls."""
+  monkeypatch.setattr(attention, "platform", lambda: "cuda")
+  monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
+  monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+  of = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+  args = of((2, 64, 4, 24)), of((2, 64, 2, 24)), of((2, 64, 2, 16)), of((2, 64), jnp.int32)
+
+  def loss(q, k, v, segments):
+    return jnp.sum(attention.attention(q, k, v, segments, 5).astype(jnp.float32))
+
+  traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*args)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  calls = [line for line in text.splitlines() if "@__cudnn$fmha" in line]
+  assert ["Backward(" in line for line in calls] == [False, True]
+  assert all("CAUSAL" in line and "tensor<2x1x64x64xbf16>" in line for line in calls)
+  assert "dot_general" not in text  # the scores are nowhere else
+
+
+TPU = """
+from distill_jax.preflight import topology
+topology.prepare()
+import json, re, jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from distill_jax.nn import attention
+from distill_jax.config import Mesh
+mesh = topology.mesh(Mesh(fsdp=2, tensor=2), "v5e:2x2")
+of = lambda dtype, *shape, spec: jax.ShapeDtypeStruct(
+  shape, dtype, sharding=NamedSharding(mesh, spec))
+heads = lambda n, h: of(
+  jnp.bfloat16, 4, 1000, n, h, spec=P(("data", "fsdp"), None, "tensor", None))
+args = (heads(8, 192), heads(4, 192), heads(4, 128),
+  of(jnp.int32, 4, 1000, spec=P(("data", "fsdp"))), of(jnp.int32, spec=P()))
+def loss(q, k, v, segments, at):
+  a = attention.attention(q, k, v, segments, attention.OneOf((None, 512), at))
+  return jnp.sum(a.astype(jnp.float32) ** 2)
+with jax.set_mesh(mesh):
+  text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*args).compile().as_text()
+sent = r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\\("
+kernels = r"splash_mha_(?:fwd|dq|dkv)\\w*"
+print(json.dumps({
+  "sent": re.findall(sent, text),
+  "kernels": sorted(set(re.findall(kernels, text))),
+  "calls": text.count('custom_call_target="tpu_custom_call"'),
+}))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_splash_compiles_for_a_tpu_and_sends_nothing():
+  """On four v5e chips, forward and backward, two windows, values narrower than keys."""
+  done = subprocess.run([sys.executable, "-c", TPU], capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr[-2000:]
+  found = json.loads(done.stdout.splitlines()[-1])
+  assert found["sent"] == []
+  assert [k.split("_")[2] for k in found["kernels"]] == ["dkv", "dq", "fwd"]
+  assert all("segmented" in k for k in found["kernels"])
+  assert found["calls"] == 6  # three kernels of each window

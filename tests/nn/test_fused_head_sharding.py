@@ -1,0 +1,161 @@
+"""The fused head on virtual meshes: the same numbers, and what the devices send each other."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_step
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from distill_jax.losses import ce, kd
+from distill_jax.models import llama
+from distill_jax.nn import fused_head, sharding
+from distill_jax.types import Batch, Inputs, Mean, Targets
+
+KINDS_SENT = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+COLLECTIVE = re.compile(rf"= (.*?) ({KINDS_SENT})(?:-start)?\((.*?)\)")
+DIMS = re.compile(r"\w+\[([\d,]*)\]")
+# Sizes that tell what is what in compiled code: D, K + 1 < V / 4, and a chunk's positions
+# times D < V / 4 * D.
+B, T, D, V, K, CHUNK = 4, 7, 8, 112, 5, 3
+MESHES = [(2, 2, 1), (1, 4, 1), (1, 2, 2), (1, 1, 4)]
+
+
+def problem():
+  """Three teachers at once: an online one, its top k, and a sample."""
+  rng = np.random.default_rng(0)
+  f32 = lambda x: jnp.asarray(x, jnp.float32)
+  hidden, rows = f32(rng.normal(size=(B, T, D))), f32(rng.normal(size=(V, D)))
+  teacher, teacher_rows = rng.normal(size=(B, T, D)), rng.normal(size=(V, D))
+  z = teacher @ teacher_rows.T
+  logp = z - np.log(np.exp(z).sum(-1, keepdims=True))
+  top = np.argsort(-logp, -1)[..., :K]
+  drawn = np.argsort(rng.random((B, T, V)), -1)[..., :K]
+  weight = rng.dirichlet(np.ones(K), (B, T))
+  entropy = f32(-(weight * np.log(weight)).sum(-1))
+  targets = {
+    "dense": Targets(hidden_BTD=f32(teacher), head_VD=f32(teacher_rows)),
+    "topk": Targets(ids_BTK=jnp.asarray(top), logp_BTK=f32(np.take_along_axis(logp, top, -1))),
+    "sampled": Targets(ids_BTK=jnp.asarray(drawn), weight_BTK=f32(weight), entropy_BT=entropy),
+  }
+  labels = jnp.asarray(rng.integers(0, V, (B, T)))
+  mask = jnp.asarray(rng.random((B, T)) < 0.8)
+  return hidden, rows, Batch(Inputs(labels, labels, labels), labels, mask, targets)
+
+
+def loss_and_grads(hidden_BTD, head_VD, batch):
+  losses = {name: kd.Loss(teacher=name) for name in batch.targets} | {"hard": ce.Loss(z_loss=0.01)}
+  count = jnp.sum(batch.mask_BT)
+
+  def fn(z_BCV, piece):
+    means = {n: Mean.of(f.token_loss(z_BCV, piece, 0), piece.mask_BT) for n, f in losses.items()}
+    agree = Mean.of(jnp.argmax(z_BCV, -1) == piece.labels_BT, piece.mask_BT)
+    return sum(m.total for m in means.values()) / count, means | {"agreement": agree}
+
+  loss = lambda h, w: fused_head.loss(fn, h, w, batch, CHUNK, V - 2)
+  return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden_BTD, head_VD)
+
+
+@functools.cache
+def compiled(shape):
+  """(what the compiled function gives, its HLO) on a mesh, everything sharded as in training."""
+  mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+  rows = NamedSharding(mesh, P(sharding.BATCH))
+  vocab = NamedSharding(mesh, P("tensor"))
+  hidden, head_VD, batch = problem()
+  where = jax.tree.map(lambda _: rows, batch)
+  where.targets["dense"] = where.targets["dense"].replace(head_VD=vocab)
+  with jax.set_mesh(mesh):
+    args = jax.device_put((hidden, head_VD, batch), (rows, vocab, where))
+    out = ((NamedSharding(mesh, P()),) * 2, (rows, vocab))
+    program = jax.jit(loss_and_grads, out_shardings=out).lower(*args).compile()
+    return jax.device_get(program(*args)), program.as_text()
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  """So small that a device's part of the head is pulled back in several blocks."""
+  monkeypatch.setattr(fused_head, "BLOCK", 8 * D * 4)
+
+
+def collectives(hlo: str):
+  """(what, loops around it, [dims of each operand and result]) of the collectives in HLO text."""
+  bodies, defined, name, loops = {}, {}, "", {}
+  for line in hlo.splitlines():
+    if re.match(r"(ENTRY )?%\S+ \(", line):
+      name = line.removeprefix("ENTRY ").split()[0]
+      bodies[name] = []
+      if line.startswith("ENTRY"):
+        loops[name] = 0
+    elif name:
+      bodies[name].append(line)
+      if made := re.match(r"\s*(?:ROOT )?(%[\w.\-]+) = (\(.*?\)|\S+) ", line):
+        defined[made[1]] = made[2]
+  todo = list(loops)
+  while todo:
+    name = todo.pop()
+    for compute, called in re.findall(
+      r"(calls|to_apply|body)=(%[\w.\-]+)", "\n".join(bodies[name])
+    ):
+      depth = loops[name] + (compute == "body")
+      if loops.get(called, -1) < depth:
+        loops[called] = depth
+        todo.append(called)
+  found = []
+  for name in loops:
+    for hit in filter(None, map(COLLECTIVE.search, bodies[name])):
+      text = " ".join([hit[1], *(defined[o] for o in re.findall(r"%[\w.\-]+", hit[3]))])
+      dims = [tuple(int(n) for n in d.split(",") if n) for d in DIMS.findall(text)]
+      found.append((hit[2], loops[name], dims))
+  return found
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_values_and_gradients_are_those_of_one_device(shape):
+  """Float32 sums of at most 112 terms in another order: a few units in the last place."""
+  (got, _), (want, _) = compiled(shape), compiled((1, 1, 1))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_what_is_sent_between_devices(shape):
+  """Where the vocabulary is sharded logits stay, and the head's gradient is summed once a pass."""
+  *batch_axes, S = shape
+  positions = B // math.prod(batch_axes) * CHUNK  # of a chunk, on a device
+  found = collectives(compiled(shape)[1])
+  for what, loops, dims in found:
+    assert loops <= (S > 1), what  # once a chunk at most, not once a block
+    for d in dims:
+      assert S == 1 or V not in d, (what, d)
+      if loops:
+        assert math.prod(d) < positions * V // S, (what, d)  # no logits
+        assert math.prod(d) < V // S * D, (what, d)  # no head
+  heads = [what for what, _, dims in found if (V // S, D) in dims]
+  assert len(heads) == (math.prod(batch_axes) > 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 2, 2)])
+def test_fsdp_gathers_the_head_once_a_step(shape):
+  """A whole step of an untied model: its table and its head, each gathered once."""
+  config = dataclasses.replace(llama.TINY, tie_word_embeddings=False)
+  rows, D = config.vocab_size // shape[2], config.hidden_size
+  mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+  step = test_step.make_step()
+  with jax.set_mesh(mesh):
+    init = lambda key: step.init(llama.Model(config, key))
+    where = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), mesh, step.student.rules)
+    state = jax.jit(init, out_shardings=where)(jax.random.key(0))
+    batch = jax.device_put(test_step.make_batch(), sharding.batch_sharding(mesh))
+    step_fn = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    hlo = step_fn.lower(state, batch, {}).compile().as_text()
+  found = [(what, loops) for what, loops, dims in collectives(hlo) if (rows, D) in dims]
+  assert not any(loops for _, loops in found)
+  assert sum(what == "all-gather" for what, _ in found) == 2
+  assert sum(what != "all-gather" for what, _ in found) <= 2  # their gradients

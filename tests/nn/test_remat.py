@@ -1,0 +1,127 @@
+"""What the backward pass recomputes: by the policy's name, and never by XLA's own choice."""
+
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_models
+import test_step
+from jax.experimental.compilation_cache import compilation_cache
+
+from distill_jax import registry
+from distill_jax.errors import InputError
+from distill_jax.models import llama, loading
+from distill_jax.nn import layers, sharding
+from distill_jax.types import Inputs
+
+XLA_GAVE_UP = "Involuntary full rematerialization"
+
+
+@functools.cache
+def gradient(remat: str):
+  model = jax.jit(lambda key: llama.Model(llama.TINY, key))(jax.random.key(0))
+  inputs = Inputs(*(jnp.asarray(np.tile(np.arange(16), (2, 1)), jnp.int32),) * 3)
+  inputs = inputs.replace(segments_BT=jnp.ones_like(inputs.segments_BT))
+  loss = lambda m: jnp.sum(m(inputs, layers.ComputeConfig(remat=remat)).hidden_BTD ** 2)
+  return jax.jit(jax.grad(loss))(model)
+
+
+@pytest.mark.parametrize("remat", [r for r in layers.REMAT if r != "none"])
+def test_gradients_are_those_without(remat):
+  for got, want in zip(
+    jax.tree.leaves(gradient(remat)), jax.tree.leaves(gradient("none")), strict=True
+  ):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
+
+
+def test_an_unknown_policy_is_refused():
+  with pytest.raises(InputError, match="remat is 'some'; it can be one of"):
+    gradient("some")
+
+
+TPU = """
+from distill_jax.preflight import topology
+topology.prepare()
+import json, jax, jax.numpy as jnp
+from distill_jax.nn import layers, sharding
+from distill_jax.config import Mesh
+from distill_jax.models import llama, loading
+from distill_jax.types import Inputs
+mesh = topology.mesh(Mesh(fsdp=2, tensor=2), "v5e:2x2")
+rows = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=sharding.batch_sharding(mesh))
+host = {}
+for remat in ("dots", "offload"):
+  compute = layers.ComputeConfig("bfloat16", remat=remat)
+  like = jax.eval_shape(lambda key: llama.Model(llama.TINY, key), jax.random.key(0))
+  where = sharding.shardings(like, mesh, compute.rules)
+  loss = lambda m, x: jnp.sum(m(x, compute).hidden_BTD.astype(jnp.float32) ** 2)
+  with jax.set_mesh(mesh):
+    step = jax.jit(jax.grad(loss), out_shardings=where)
+    compiled = step.lower(loading.place(like, where), Inputs(rows, rows, rows)).compile()
+  host[remat] = compiled.memory_analysis().host_temp_size_in_bytes
+print(json.dumps(host))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_offload_keeps_products_in_the_hosts_memory_on_a_tpu():
+  """CPU has no other memory; so it is compiled for four v5e chips."""
+  done = subprocess.run([sys.executable, "-c", TPU], capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr[-2000:]
+  host = json.loads(done.stdout.splitlines()[-1])
+  c, positions, bf16 = llama.TINY, 8 * 256 // 2, 2
+  # At the least, the gated feed-forward's two products of each layer.
+  assert host["offload"] >= c.num_hidden_layers * positions * 2 * c.intermediate_size // 2 * bf16
+  assert host["dots"] == 0
+
+
+def compile_step(family: str, shape: str, rules: sharding.Rules, mesh_shape) -> None:
+  """A whole train step on four devices, as far as XLA splits it among them."""
+  module = registry.load("models", family)
+  mesh = sharding.make_mesh(*mesh_shape)
+  step = test_step.make_step(student=layers.ComputeConfig(rules=rules))
+  init = lambda key: step.init(module.Model(module.CONFIGS[shape], key))
+  like = jax.eval_shape(init, jax.random.key(0))
+  where = sharding.shardings(like, mesh, rules)
+  rows = sharding.batch_sharding(mesh)
+  batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), test_step.make_batch()
+  )
+  with jax.set_mesh(mesh):
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    jitted.lower(loading.place(like, where), batch, {}).compile()
+
+
+@pytest.fixture
+def compiled_afresh():
+  """XLA says nothing of a program that comes from the cache."""
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()  # it decides once whether it is in use
+  yield
+  jax.config.update("jax_enable_compilation_cache", True)
+  compilation_cache.reset_cache()
+
+
+@pytest.mark.usefixtures("compiled_afresh")
+@pytest.mark.parametrize(
+  "family", [f for f in test_models.TINY if f[1] in ("tiny", "tiny-moe")], ids=" ".join
+)
+def test_xla_splits_a_step_without_giving_up(family, capfd):
+  """Where it finds no way from one sharding to the next it gathers, and says so on stderr."""
+  compile_step(*family, sharding.Rules(), (1, 2, 2))
+  assert XLA_GAVE_UP not in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("compiled_afresh")
+def test_giving_up_would_be_seen(capfd):
+  """A table that is looked up along the axes of the batch: what the rule `table` avoids."""
+  both = ("fsdp", "tensor")
+  table = sharding.TABLE | {"vocab": (None, None), "table": (both, both)}
+  compile_step("llama", "tiny", sharding.Rules(tuple(table.items())), (1, 2, 2))
+  assert XLA_GAVE_UP in capfd.readouterr().err

@@ -1,0 +1,286 @@
+"""Tests report/: what it says against arithmetic done here, and the page as a parser sees it."""
+
+import copy
+import html.parser
+import json
+import math
+import re
+
+import pytest
+
+from distill_jax.errors import InputError
+from distill_jax.report import gaps, headline, report, summary
+from distill_jax.training.metric_writer import MetricsWriter
+
+
+def model(ce, kl, agreement, parameters=1_000, speed=100.0):
+  return {
+    "ce": ce,
+    "perplexity": math.exp(ce),
+    "kl": kl,
+    "agreement": agreement,
+    "entropy": 2.5,
+    "parameters": parameters,
+    "bytes": 4 * parameters,
+    "tokens_per_second": speed,
+  }
+
+
+EVALUATION = {
+  "models": {
+    "teacher": model(3.0, 0.0, 1.0, 134_515_008, 410.0),
+    "start": model(7.6, 5.0, 0.08, 70_805_952, 812.0),
+    "hard": model(4.0, 1.25, 0.487, 70_805_952, 820.0),
+    "distilled": model(3.8, 0.75, 0.5625, 70_805_952, 816.0),
+  },
+  "tokens": 6753,
+  "corpus": "Python's reference",
+}
+RECORDS = {
+  "kind": "sampled",
+  "n": 63,
+  "bytes_per_token": 64.0,
+  "entries_per_token": 17.25,
+  "vocab_size": 49152,
+}
+
+
+def changed(**models):
+  """EVALUATION with numbers of models replaced, or a model taken out (None)."""
+  out = copy.deepcopy(EVALUATION)
+  for name, numbers in models.items():
+    if numbers is None:
+      del out["models"][name]
+    else:
+      out["models"][name].update(numbers)
+  return out
+
+
+class Page(html.parser.HTMLParser):
+  """Tags with attributes, text by table row, and a check that every tag is closed."""
+
+  VOID = ("meta", "br", "path", "link", "img")
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.open, self.words, self.rows = [], [], [], []
+    self.feed(text)
+    self.close()
+    assert not self.open, f"left open: {self.open}"
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+    if tag not in self.VOID:
+      self.open.append(tag)
+    if tag == "tr":
+      self.rows.append([])
+
+  def handle_endtag(self, tag):
+    if tag not in self.VOID:
+      assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if self.open[-1:] != ["style"] and data.strip():
+      self.words.append(data.strip())
+      if "tr" in self.open:
+        self.rows[-1].append(data.strip())
+
+  def row(self, name):
+    return next(r for r in self.rows if r[:1] == [name])
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  for name, end in (("distilled", 3.5), ("hard", 3.9)):
+    with MetricsWriter(tmp_path / name) as w:
+      for step in range(40):
+        w.write(step, {"loss": 1.0, "ce": end + 1 / (1 + step), "kl/teacher": end - 3})
+    config = {"optim": {"peak_lr": 3e-4}, "text": "</pre><script>"}
+    (tmp_path / name / "config.json").write_text(json.dumps(config))
+    versions = {
+      "command": ["/venv/bin/distill-jax", "train", f"--workdir=a b/{name}"],
+      "python": "3.11.7",
+      "git": "92b2f46c2c8e-dirty",
+      "platform": "Linux",
+      "started": f"2026-11-24T1{len(name)}:00",
+      "packages": {"jax": "0.10.2"},
+    }
+    (tmp_path / name / "versions.json").write_text(json.dumps(versions))
+  (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
+  return tmp_path
+
+
+def render(workdir, evaluation=EVALUATION, **more):
+  numbers = report(workdir, evaluation, **more)
+  return Page((workdir / "report.html").read_text()), numbers
+
+
+def test_the_numbers_are_on_the_page(workdir):
+  numbers = report(workdir, records=RECORDS, export_dir="out/export")
+  page = Page((workdir / "report.html").read_text())
+  assert page.row("Cross-entropy")[2:] == ["3.000", "7.600", "4.000", "3.800"]
+  assert page.row("Perplexity")[2:] == ["20.09", "1,998", "54.60", "44.70"]
+  assert page.row("KL to the teacher")[2:] == ["0.000", "5.000", "1.250", "0.750"]
+  assert page.row("Top-1 agreement")[2:] == ["100.0%", "8.0%", "48.7%", "56.2%"]
+  assert page.row("Parameters")[1:] == ["134.5 M", "70.8 M", "70.8 M", "70.8 M"]
+  assert page.row("Bytes")[2:] == ["538.1 MB", "283.2 MB", "283.2 MB", "283.2 MB"]
+  assert page.row("Tokens a second")[2:] == ["410", "812", "820", "816"]
+  assert page.row("These records") == ["These records", "64.0", "1.0×"]
+  assert [r[1:] for r in page.rows if "Top 64" in r[:1][0]] == [["512.0", "8.0×"]]
+  assert [r[1:] for r in page.rows if "49,152" in r[:1][0]] == [["196,608", "3,072.0×"]]
+  words = " ".join(page.words)
+  for part in (
+    "6,753 held-out tokens of Python's reference",
+    "40.0%",
+    "20.0%",
+    "85.0%",
+    "17.2 ",
+    "out/export",
+    "92b2f46c2c8e-dirty",
+    "jax 0.10.2",
+    "40 steps",
+    "0.53×",
+    "1.99×",
+    "distill-jax train '--workdir=a b/hard'",
+    '"peak_lr": 0.0003',
+  ):
+    assert part in words, part
+  assert words.index("a b/hard'") < words.index("a b/distilled'")  # by the time they started
+  assert numbers == summary(EVALUATION, RECORDS, "out/export")
+
+
+def test_the_page_asks_for_nothing_and_is_small(workdir):
+  render(workdir, records=RECORDS)
+  text = (workdir / "report.html").read_text()
+  for tag, attrs in Page(text).tags:
+    assert tag not in ("script", "link", "img", "iframe", "object", "base")
+    assert not {"src", "href", "xlink:href", "srcset", "data", "action"} & attrs.keys()
+    assert not any(k.startswith("on") for k in attrs)
+  assert not re.search(r"https?:|url\(|@import|//\w", text)
+  assert len(text) < 60_000
+  assert "prefers-color-scheme: dark" in text and "tabular-nums" in text
+  assert [p.name for p in workdir.glob(".*")] == []
+
+
+def test_curves_are_the_runs(workdir):
+  page, _ = render(workdir)
+  paths = [a for t, a in page.tags if t == "path"]
+  assert [p["class"] for p in paths] == [
+    "raw hard",
+    "mean hard",
+    "raw distilled",
+    "mean distilled",
+  ] * 2
+  # From 4.9 at step 0 to 3.925 at step 39 on an axis from 3.5 to 5, 1000 high and wide.
+  points = [tuple(map(float, p.split())) for p in re.split("[ML]", paths[0]["d"])[1:]]
+  assert len(points) == 40
+  assert points[0] == pytest.approx((0, 1000 * (5 - 4.9) / 1.5), abs=0.06)
+  assert points[-1] == pytest.approx((1000, 1000 * (5 - 3.925) / 1.5), abs=0.06)
+
+
+def test_summary():
+  got = summary(EVALUATION, RECORDS, "out/export")
+  assert got["distilled"] == {"ce": 3.8, "kl": 0.75, "agreement": 0.5625}
+  assert got["teacher"] == {"ce": 3.0, "kl": 0.0, "agreement": 1.0}
+  assert got["hard"]["ce"] == 4.0 and got["start"]["kl"] == 5.0
+  assert got["gap_closed"] == pytest.approx(0.4) and got["gap_closed_ce"] == pytest.approx(0.2)
+  assert got["bytes_per_token"] == 64.0 and got["export_dir"] == "out/export"
+  assert summary(EVALUATION)["bytes_per_token"] is None
+  broken = summary(changed(distilled={"kl": math.nan}, hard=None))
+  assert broken["distilled"]["kl"] == "NaN" and broken["hard"]["kl"] is None
+  assert broken["gap_closed"] is None
+  json.dumps(broken, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+  "ours, says, not_says",
+  [
+    ({"kl": 0.75, "ce": 3.8}, ["nearer", "0.750 against 1.250", "40.0%", "lower"], ["further"]),
+    (
+      {"kl": 0.75, "ce": 4.5},
+      ["nearer", "cross-entropy is higher (4.500 against 4.000)"],
+      ["lower"],
+    ),
+    ({"kl": 0.75, "ce": 4.001}, ["nearer", "the same within 1%"], ["lower", "higher"]),
+    ({"kl": 1.255}, ["made no difference", "1.255 against 1.250"], ["nearer", "further"]),
+    ({"kl": 1.4}, ["further", "1.400 against 1.250"], ["nearer", "closed"]),
+    ({"kl": math.nan}, ["no result", "NaN for the distilled"], ["nearer", "further"]),
+    ({"kl": None}, ["no comparison", "not measured: Distilled"], ["nearer", "further"]),
+    ({"kl": 0.75, "ce": math.nan}, ["nearer", "cross-entropy is NaN"], ["lower", "higher"]),
+  ],
+)
+def test_the_headline_says_what_is_so(ours, says, not_says):
+  sentence = headline(changed(distilled=ours))
+  assert all(s in sentence for s in says) and not any(s in sentence for s in not_says), sentence
+
+
+def test_gaps_that_are_not_there():
+  kl, ce, start = gaps(EVALUATION)
+  assert [g.share for g in (kl, ce, start)] == pytest.approx([0.4, 0.2, 0.85])
+  _, ce, _ = gaps(changed(hard={"ce": 2.9}))
+  assert ce.share is None and "no gap to close" in ce.why
+  kl, _, _ = gaps(changed(hard={"kl": 0.0}))
+  assert kl.share is None and "no gap to close" in kl.why
+  kl, ce, _ = gaps(changed(distilled={"kl": 1.5, "ce": 2.5}))
+  assert kl.share == pytest.approx(-0.2) and ce.share == pytest.approx(1.5)
+  _, _, start = gaps(changed(start=None))
+  assert start.share is None and "Student before" in start.why
+
+
+def test_nan_and_missing_are_shown(workdir):
+  page, _ = render(workdir, changed(distilled={"ce": math.nan, "kl": math.inf}, start=None))
+  assert page.row("Cross-entropy")[2:] == ["3.000", "not measured", "4.000", "NaN"]
+  assert page.row("KL to the teacher")[2:] == ["0.000", "not measured", "1.250", "infinite"]
+  assert page.row("Parameters")[2] == "not measured"
+  words = " ".join(page.words)
+  assert "a number is NaN or infinite" in words and "There is no result" in words
+  assert "bytes a token of the records were not measured" in words
+  dots = [a for t, a in page.tags if "left" in a.get("style", "") and "dot" in a.get("class", "")]
+  assert len(dots) == 3 * 4 - 3 - 2  # no dot stands for a number that is not there
+
+
+def test_nan_in_a_curve_leaves_a_hole_and_is_counted(workdir):
+  path = workdir / "hard" / "metrics.jsonl"
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  for row in rows[10:13]:
+    row["ce"] = "NaN"
+  path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+  page, _ = render(workdir)
+  raw = next(a for t, a in page.tags if t == "path")
+  assert raw["d"].count("M") == 2 and "nan" not in raw["d"].lower()
+  assert "3 values are NaN or infinite" in " ".join(page.words)
+
+
+def test_runs_that_share_nothing_or_are_not_there(workdir, tmp_path):
+  page, _ = render(workdir, runs={})
+  assert "No run with a metrics.jsonl" in " ".join(page.words)
+  (workdir / "hard" / "metrics.jsonl").write_text('{"step": 0, "other": 1.0}\n')
+  page, _ = render(workdir)
+  assert "wrote no number in common" in " ".join(page.words)
+  with pytest.raises(InputError, match=r"metrics\.jsonl is not there"):
+    report(workdir, EVALUATION, runs={"hard": tmp_path / "gone"})
+
+
+def test_names_are_escaped_and_other_models_shown(workdir):
+  evaluation = changed()
+  evaluation["models"]["<b>seed 2"] = {"ce": 3.7}
+  evaluation["corpus"] = "<script>alert(1)</script>"
+  page, _ = render(workdir, evaluation)
+  assert "<b>seed 2" in page.words and not [t for t, _ in page.tags if t == "script"]
+  assert page.row("Cross-entropy")[-1] == "3.700" and page.row("Bytes")[-1] == "not measured"
+
+
+def test_refuses(workdir):
+  for evaluation, says in [
+    ({"tokens": 3}, "holds \\['tokens'\\] and no models"),
+    (changed(hard={"agreement": 48.7}), "agreement is 48.7"),
+  ]:
+    with pytest.raises(InputError, match=says):
+      report(workdir, evaluation)
+  (workdir / "evaluation.json").write_text("{")
+  with pytest.raises(InputError, match="evaluation.json is not JSON"):
+    report(workdir)
+  (workdir / "evaluation.json").unlink()
+  with pytest.raises(InputError, match="evaluation.json is not there"):
+    report(workdir)
+  assert not (workdir / "report.html").exists()

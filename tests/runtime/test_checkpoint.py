@@ -1,0 +1,217 @@
+"""Checkpoints: the state that was saved, bit for bit, on any mesh; or a refusal."""
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from distill_jax.errors import InputError
+from distill_jax.nn import sharding
+from distill_jax.runtime import checkpoint
+
+ABOUT = {"records": ["abc"]}
+
+
+def state(seed: int = 0):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  return {
+    "params": {
+      "a": jax.random.normal(keys[0], (64, 32)),
+      "b": jax.random.normal(keys[1], (16,)).astype(jnp.bfloat16),
+    },
+    "opt": {"count": jnp.int32(7), "m": jax.random.normal(keys[2], (8, 4, 4))},
+  }
+
+
+def abstract(tree, mesh=None, *axes):
+  where = NamedSharding(mesh or sharding.make_mesh(), PartitionSpec(*axes))
+  put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where if x.ndim else None)
+  return jax.tree.map(put, tree)
+
+
+def assert_equal(a, b):
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run")
+  with checkpoint.manager(folder, keep=3) as saves:
+    for step in (1, 2):
+      checkpoint.save(saves, step, state(step), ABOUT)
+  return folder
+
+
+def test_what_is_saved_is_restored_on_another_mesh(saved):
+  mesh = sharding.make_mesh(fsdp=2, tensor=2)
+  with checkpoint.manager(saved) as saves:
+    like = abstract(state(), mesh, ("fsdp", "tensor"))
+    assert_equal(checkpoint.restore(saves, like, ABOUT), state(2))
+    assert_equal(checkpoint.restore(saves, like, ABOUT, 1), state(1))
+  assert_equal(checkpoint.restore_params(saved, abstract(state()["params"])), state(2)["params"])
+
+
+def test_checksums_are_those_of_the_numbers_not_of_the_mesh():
+  x = jax.random.normal(jax.random.key(0), (8, 16, 4))
+  want = checkpoint.checksums(x)
+  for shape, spec in (
+    ((2, 2), ("fsdp", "tensor")),
+    ((4, 1), (None, "fsdp")),
+    ((1, 4), ("tensor",)),
+  ):
+    mesh = sharding.make_mesh(fsdp=shape[0], tensor=shape[1])
+    y = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    np.testing.assert_array_equal(checkpoint.checksums(y), want)
+  assert not np.array_equal(checkpoint.checksums(x.reshape(16, 8, 4)), want)
+  assert not np.array_equal(checkpoint.checksums(x[::-1]), want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "int8", "bool"])
+def test_every_flipped_bit_changes_the_checksum(dtype):
+  x = np.arange(24).reshape(4, 6).astype(jnp.dtype(dtype))
+  seen = {tuple(np.asarray(checkpoint.checksums(jnp.asarray(x))))}
+  flips = [1 << b for b in range(8)] if dtype != "bool" else [1]
+  for byte in range(x.nbytes):
+    for flip in flips:
+      y = x.copy()
+      y.view(np.uint8).reshape(-1)[byte] ^= flip
+      seen.add(tuple(np.asarray(checkpoint.checksums(jnp.asarray(y)))))
+  assert len(seen) == 1 + x.nbytes * len(flips)
+
+
+@pytest.mark.filterwarnings("ignore")  # orbax leaves its coroutines behind when it fails
+def test_a_flipped_byte_anywhere_is_refused_or_changes_nothing(saved, tmp_path):
+  """Every file of the checkpoint, eight bytes of each; each refusal offers the one before."""
+  files = [p for p in sorted((saved / "checkpoints" / "2").rglob("*")) if p.is_file()]
+  rng, found = random.Random(0), {}
+  for n, file in enumerate(files):
+    raw = file.read_bytes()
+    name = str(file.relative_to(saved / "checkpoints" / "2"))
+    for at in [rng.randrange(len(raw)) for _ in range(8 if raw else 0)]:
+      run = tmp_path / f"{n}"
+      shutil.copytree(saved, run)
+      broken = bytearray(raw)
+      broken[at] ^= 1 << rng.randrange(8)
+      (run / "checkpoints" / "2" / name).write_bytes(broken)
+      with checkpoint.manager(run) as saves:
+        try:
+          assert_equal(checkpoint.restore(saves, abstract(state()), ABOUT), state(2))
+        except InputError as e:
+          assert "checkpoints/2" in str(e)
+          assert "move that folder away to go on from checkpoint 1" in str(e)
+          found[name] = found.get(name, 0) + 1
+      shutil.rmtree(run)
+  data = {name: n for name, n in found.items() if "/d/" in name}
+  assert data and found["about/metadata"] == 8, found
+
+
+def test_a_flipped_byte_of_tensor_data_is_named(saved, tmp_path):
+  shutil.copytree(saved, tmp_path / "run")
+  where = tmp_path / "run" / "checkpoints" / "2" / "state"
+  for file in where.rglob("d/*"):
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 16
+    file.write_bytes(raw)
+  with checkpoint.manager(tmp_path / "run") as saves, pytest.raises(InputError, match="is damaged"):
+    checkpoint.restore(saves, abstract(state()), ABOUT)
+
+
+def test_another_model_other_records_and_no_checkpoint_are_refused(saved, tmp_path):
+  other = state()
+  other["params"]["a"] = jnp.zeros((64, 48))
+  with checkpoint.manager(saved) as saves:
+    with pytest.raises(InputError, match=r"holds params.a as float32\[64, 32\] and this model has"):
+      checkpoint.restore(saves, abstract(other), ABOUT)
+    with pytest.raises(InputError, match="was saved with records .'abc'. and this run has .'xyz'"):
+      checkpoint.restore(saves, abstract(state()), {"records": ["xyz"]})
+    with pytest.raises(InputError, match=r"holds checkpoints \[1, 2\] and not 5"):
+      checkpoint.restore(saves, abstract(state()), ABOUT, 5)
+    with pytest.raises(InputError, match="already in"):
+      checkpoint.save(saves, 2, state(), ABOUT)
+  with pytest.raises(InputError, match="holds no checkpoints"):
+    checkpoint.restore_params(tmp_path, abstract(state()["params"]))
+
+
+def test_the_last_and_every_third_are_kept(tmp_path):
+  with checkpoint.manager(tmp_path, keep=2, every=3) as saves:
+    for step in range(1, 9):
+      checkpoint.save(saves, step, {"x": jnp.float32(step)}, ABOUT)
+    saves.wait_until_finished()
+    assert sorted(saves.all_steps()) == [3, 6, 7, 8]
+
+
+FULL = """
+import jax, resource, sys, jax.numpy as jnp
+from pathlib import Path
+from distill_jax.runtime import checkpoint
+from distill_jax.errors import InputError
+with checkpoint.manager(Path(sys.argv[1]), keep=2) as saves:
+  checkpoint.save(saves, 1, {"x": jnp.arange(10)}, {})
+  checkpoint.wait(saves)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+  try:
+    checkpoint.save(saves, 2, {"x": jax.random.normal(jax.random.key(0), (10_000, 10))}, {})
+    checkpoint.wait(saves)
+  except InputError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_takes_no_more_leaves_the_checkpoint_before(tmp_path):
+  """No file may grow past 100 kB, which the system says as it says that a disk is full."""
+  line = [sys.executable, "-c", FULL, str(tmp_path)]
+  done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+  assert "a checkpoint cannot be written into" in done.stdout, done.stderr
+  assert "File too large" in done.stdout
+  with checkpoint.manager(tmp_path) as saves:
+    assert sorted(saves.all_steps()) == [1]
+    got = checkpoint.restore(saves, abstract({"x": jnp.arange(10)}), {})
+  np.testing.assert_array_equal(got["x"], np.arange(10))
+
+
+SAVER = """
+import sys, jax, jax.numpy as jnp
+from pathlib import Path
+from distill_jax.runtime import checkpoint
+with checkpoint.manager(Path(sys.argv[1]), keep=2) as saves:
+  first = (saves.latest_step() or 0) + 1
+  print("ready", flush=True)
+  for step in range(first, first + 1000):
+    x = jnp.full((2000, 500), step, jnp.float32)
+    checkpoint.save(saves, step, {"x": x, "y": x + 1}, {})
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_of_a_save(tmp_path):
+  """Twenty kills with -9: the last checkpoint is always whole, and is what was saved."""
+  rng, last = random.Random(0), 0
+  for _ in range(20):
+    with subprocess.Popen(
+      [sys.executable, "-c", SAVER, str(tmp_path)],
+      stdout=subprocess.PIPE,
+      text=True,
+      cwd=Path(__file__).parents[2],
+    ) as child:
+      assert child.stdout.readline() == "ready\n"
+      time.sleep(rng.uniform(0.2, 1.5))
+      child.send_signal(signal.SIGKILL)
+    with checkpoint.manager(tmp_path) as saves:
+      step = saves.latest_step() or 0
+      assert step >= last
+      if step:
+        like = abstract({"x": jnp.zeros((2000, 500)), "y": jnp.zeros((2000, 500))})
+        got = checkpoint.restore(saves, like, {})
+        assert float(got["x"].min()) == float(got["x"].max()) == step
+        assert float(got["y"].max()) == step + 1
+      last = step
+  assert last > 20  # some got further than one save

@@ -1,0 +1,185 @@
+"""Two processes of two devices, started by launch/local.py: the same run as one of four."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from distill_jax import config
+from distill_jax.commands import export
+from distill_jax.commands.evaluate import run as evaluate
+from distill_jax.commands.record import run as record
+from distill_jax.records.store import open_store
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loop as training
+from distill_jax.training.metric_writer import read_metrics
+from distill_jax.training.run_log import CLOCK
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+import pathlib, sys
+sys.path.insert(0, {tests!r})
+import tiny
+def get_config():
+  c = tiny.tiny(pathlib.Path({folder!r}))
+  c.teacher.source = ""
+  c.train.steps = 12
+  c.evaluate.batch_size = 4
+  c.evaluate.models = {{"distilled": "run:" + {folder!r} + "/one"}}
+  return c
+"""
+
+
+def made(folder: Path):
+  """The same config in this process."""
+  (folder / "config.py").write_text(CONFIG.format(tests=str(ROOT / "tests"), folder=str(folder)))
+  scope: dict = {}
+  exec((folder / "config.py").read_text(), scope)
+  return scope["get_config"]()
+
+
+def launch(folder: Path, verb: str, workdir: str, *flags: str, processes=2, devices=2) -> list[str]:
+  return [
+    sys.executable,
+    "launch/local.py",
+    f"--processes={processes}",
+    f"--devices={devices}",
+    "--",
+    verb,
+    f"--config={folder / 'config.py'}",
+    f"--workdir={folder / workdir}",
+    *flags,
+  ]
+
+
+def run(line: list[str], code: int = 0) -> str:
+  done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300)
+  assert done.returncode == code, done.stdout + done.stderr
+  return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Recorded and trained by this process, with its four devices."""
+  path = tmp_path_factory.mktemp("processes")
+  c = config.resolve(made(path))
+  record(c, path / "records")
+  with Workdir(path / "one", c) as workdir:
+    training.train(c, workdir)
+  return path
+
+
+def test_recording(folder):
+  """Each process writes shards of its own; targets differ by float32 ties alone."""
+  run(launch(folder, "record", "records2", "--json"))
+  one, two = open_store(folder / "records"), open_store(folder / "records2")
+  assert len(one) == len(two)
+  assert [s.count for s in one.manifest.shards] == [s.count for s in two.manifest.shards]
+  same = 0
+  for i in range(len(one)):
+    a, b = one[i], two[i]
+    np.testing.assert_array_equal(a["tokens_T"], b["tokens_T"])
+    np.testing.assert_allclose(a["entropy_T"], b["entropy_T"], rtol=1e-3)
+    same += np.array_equal(a["ids_TK"], b["ids_TK"])
+  assert same > 0.8 * len(one)
+  again = run(launch(folder, "record", "records2", "--json"))
+  assert '"recorded_now": 0' in again
+
+
+def test_training_told_to_stop_goes_on_as_another_number_of_processes(folder):
+  """SIGTERM to the launcher, exit code 75; then one process, on another mesh, to the end.
+
+  The signal comes while the step compiles: jax looks for one once a second, and twelve small
+  steps take less than that.
+  """
+  line = launch(folder, "train", "two", "--config.train.checkpoint_every=1000")
+  opened = folder / "two" / "config.json"
+  with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) as launched:
+    deadline = time.monotonic() + 200
+    while not opened.exists():
+      assert launched.poll() is None and time.monotonic() < deadline
+      time.sleep(0.01)
+    launched.send_signal(signal.SIGTERM)
+    said, _ = launched.communicate(timeout=200)
+  assert launched.returncode == os.EX_TEMPFAIL, said
+  step = int(re.search(r"step (\d+) of 12 is saved", said)[1])
+  assert 1 <= step < 12
+  c = made(folder)
+  c.train.checkpoint_every, c.mesh.tensor = 1000, 2
+  resolved = config.resolve(c)
+  with Workdir(folder / "two", resolved) as workdir:
+    training.train(resolved, workdir)
+  compare(folder / "one", folder / "two")
+
+
+def compare(one: Path, two: Path) -> None:
+  """Sums over four devices in one process or in two: float32, in another order."""
+  one, two = read_metrics(one), read_metrics(two)
+  assert [row["step"] for row in two] == list(range(12))
+  for a, b in zip(one, two, strict=True):
+    for name in a.keys() - CLOCK:
+      assert a[name] == pytest.approx(b[name], rel=2e-5, abs=2e-6), (a["step"], name)
+
+
+@pytest.mark.slow
+def test_four_processes_of_two_devices(folder):
+  line = launch(folder, "record", "records4", processes=4, devices=2)
+  run([*line, "--config.records.batch_size=8"])
+  assert len(open_store(folder / "records4")) == len(open_store(folder / "records"))
+  flags = ["--config.train.batch_size=8", "--config.train.steps=4"]
+  run([*launch(folder, "train", "four", processes=4, devices=2), *flags])
+  c = made(folder)
+  c.train.batch_size, c.train.steps = 8, 4
+  resolved = config.resolve(c)
+  with Workdir(folder / "eight", resolved) as workdir:
+    training.train(resolved, workdir)
+  for a, b in zip(read_metrics(folder / "four"), read_metrics(folder / "eight"), strict=True):
+    assert a["loss"] == pytest.approx(b["loss"], rel=2e-5)
+
+
+def test_more_processes_than_shards_are_refused(folder):
+  flag = "--config.records.sequences_per_shard=1000"
+  said = run([*launch(folder, "record", "one_shard"), flag], code=2)
+  assert "2 processes record 1 shards" in said
+
+
+def test_evaluation_and_export(folder):
+  """Of a run that one process trained: read, measured and written by two as by one."""
+  run(launch(folder, "evaluate", "evaluated"))
+  c = made(folder)
+  want = evaluate(config.resolve(c), folder)["models"]
+  got = json.loads((folder / "evaluated" / "evaluation.json").read_text())["models"]
+  for model, row in want.items():
+    for key in ("ce", "kl", "agreement", "parameters", "bytes"):
+      assert got[model][key] == pytest.approx(row[key], rel=1e-5, abs=1e-6), (model, key)
+  c.export.dir = str(folder / "export1")
+  export.run(config.resolve(c), folder / "one")
+  run(launch(folder, "export", "one", f"--config.export.dir={folder / 'export2'}"))
+  a, b = (load_file(folder / d / "model.safetensors") for d in ("export1", "export2"))
+  assert a.keys() == b.keys()
+  for key, x in a.items():
+    np.testing.assert_array_equal(x, b[key])
+
+
+def test_a_refusal_of_the_first_process_stops_all(folder):
+  """A workdir of another config: found by the first process, said by each, exit code 2."""
+  line = launch(folder, "train", "one", "--config.optim.peak_lr=0.5")
+  said = run(line, code=2)
+  for i in range(2):
+    assert f"[{i}] error: workdir {folder / 'one'} holds a run with optim.peak_lr=0.01" in said
+
+
+def test_dry_run_prints_what_would_run():
+  said = run(
+    [sys.executable, "launch/local.py", "--dry_run", "--devices=2", "--", "train", "--x=$(rm a)"]
+  )
+  assert len(said.splitlines()) == 2
+  assert "JAX_NUM_CPU_DEVICES=2" in said and "'--x=$(rm a)'" in said

@@ -1,0 +1,185 @@
+"""Pairs of images and texts: what is read, what is refused, who finds whom; through the verbs."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from tokenizers import Tokenizer, processors
+
+from distill_jax import config
+from distill_jax.commands import evaluate, export
+from distill_jax.data import image_files
+from distill_jax.errors import InputError
+from distill_jax.evals import retrieval
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.tasks import dataset
+from distill_jax.training import loop
+
+TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+TOWER |= {"num_attention_heads": 2}
+TEXT = {**TOWER, "vocab_size": 256, "max_position_embeddings": 16}
+TEXT |= {"bos_token_id": 0, "eos_token_id": 93}  # "~" of the bytes that tiny's tokenizer has
+VISION = {**TOWER, "image_size": 8, "patch_size": 4, "num_channels": 1}
+
+
+def write_tokenizer(path):
+  """A token a byte, with an end that texts are given."""
+  made = Tokenizer.from_file(str(tiny.write_tokenizer(path)))
+  made.post_processor = processors.TemplateProcessing("$A ~", None, [("~", made.token_to_id("~"))])
+  made.save(str(path))
+  return str(path)
+
+
+@pytest.fixture
+def c(tmp_path):
+  """Twelve grey squares, each of a shade that its text names."""
+  lines = []
+  for i in range(12):
+    Image.new("L", (8, 8), 20 * i).save(tmp_path / f"{i}.png")
+    lines.append(json.dumps({"image": f"{i}.png", "text": f"shade {i}"}))
+  (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+  c = config.base()
+  for model in (c.teacher, c.student):
+    model.family, model.shape = "clip", "tiny"
+    model.changes = {"text": TEXT, "vision": VISION, "projection_dim": 8}
+  c.teacher.changes.projection_dim = 12
+  c.tasks.pairs = config.task(
+    "image_text",
+    path=str(tmp_path / "pairs.jsonl"),
+    heldout_fraction=0.4,
+    size=8,
+    channels=1,
+    mean=(0.5,),
+    std=(0.25,),
+    max_tokens=16,
+    tokenizer=write_tokenizer(tmp_path / "t.json"),
+  )
+  c.losses.hard = config.loss("ce")
+  c.train.steps, c.train.batch_size, c.evaluate.batch_size = 2, 4, 4
+  return c
+
+
+def rows(c, split="train"):
+  return dataset.open_rows(config.resolve(c), "pairs", split, None)
+
+
+def test_a_pair_is_its_pixels_and_its_tokens(c):
+  both = {s: rows(c, s) for s in ("train", "heldout")}
+  assert len(both["train"]) + len(both["heldout"]) == 12
+  tokenizer = Tokenizer.from_file(c.tasks.pairs.tokenizer)
+  shades = []
+  for row in (*both["train"], *both["heldout"]):
+    ids = row["read_S"][row["seen_S"] > 0]
+    assert tokenizer.decode(ids[-1:]) == "~"
+    shade = int(tokenizer.decode(ids[:-1]).removeprefix("shade "))
+    np.testing.assert_array_equal(row["pixels_WWM"], np.full((8, 8, 1), 20 * shade))
+    shades.append(shade)
+  assert sorted(shades) == list(range(12))
+  c.tasks.pairs.max_tokens = 4
+  ids = rows(c)[0]["read_S"]
+  assert tokenizer.decode(ids) == "sha~"
+
+
+def test_a_folder_of_images_beside_their_texts(c, tmp_path):
+  for i in range(12):
+    (tmp_path / f"{i}.txt").write_text(f"shade {i}")
+  (tmp_path / "11.txt").unlink()
+  c.tasks.pairs.path = str(tmp_path)
+  with pytest.raises(InputError, match="11.txt has no text"):
+    rows(c)
+  c.tasks.pairs.on_bad = "skip"
+  assert len(rows(c)) + len(rows(c, "heldout")) == 11
+
+
+@pytest.mark.parametrize(
+  "line, why",
+  [
+    ({"image": "0.png", "text": " "}, "line 13 has no text"),
+    ({"image": "broken.png", "text": "x"}, "broken.png is no image that can be read"),
+    ({"image": "nowhere.png", "text": "x"}, "nowhere.png is no image that can be read"),
+    ({"text": "x"}, "line 13 names no image in its field 'image'"),
+  ],
+)
+def test_a_bad_pair_stops_the_run_or_is_counted(c, tmp_path, capsys, line, why):
+  (tmp_path / "broken.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
+  with (tmp_path / "pairs.jsonl").open("a") as f:
+    f.write("\n" + json.dumps(line))
+  c.tasks.pairs.heldout_fraction = 0.0
+  with pytest.raises(InputError, match=why):
+    rows(c)
+  c.tasks.pairs.on_bad = "skip"
+  assert len(rows(c)) == 12
+  assert "1 of 13 examples left out" in capsys.readouterr().err
+
+
+def test_pixels_are_those_of_transformers(c, tmp_path):
+  transformers = pytest.importorskip("transformers")
+  torch = pytest.importorskip("torch")
+  said = rows(c).task.hub(None)["preprocessor_config.json"]
+  said.pop("image_processor_type")
+  said |= {"size": {"shortest_edge": 6}, "crop_size": {"height": 6, "width": 6}}
+  said |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_convert_rgb": True}
+  pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3)).astype(np.uint8)
+  Image.fromarray(pixels).save(tmp_path / "x.png")
+  processor = transformers.CLIPImageProcessorPil(**said)
+  want = processor(Image.open(tmp_path / "x.png"), return_tensors="pt")["pixel_values"][0]
+  got = image_files.decode((tmp_path / "x.png").read_bytes(), 6, 3)
+  got = image_files.normalised(got, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+  # float32 in another order of operations, of numbers up to 4.
+  assert torch.allclose(torch.tensor(got.transpose(2, 0, 1)), want, atol=2e-6)
+
+
+def test_recall_is_among_all_different_texts():
+  unit = lambda *degrees: np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], -1)
+  text, tokens = unit(0, 90, 90, 180), np.array([[1], [2], [2], [3]])
+  # Image 1 is nearest to text 1; all others to their own. Text 3 is nearest to image 3.
+  found = retrieval.recall(text, unit(10, 20, 80, 170), tokens)
+  assert found == {"text_recall": 0.75, "image_recall": 1.0}
+  found = retrieval.recall(text, unit(60, 5, 80, 170), tokens)
+  assert found == {"text_recall": 0.5, "image_recall": pytest.approx(2 / 3)}
+
+
+def test_a_student_learns_beside_its_teacher(c, tmp_path):
+  """And its exported folder is, in transformers, a model and what prepares its images."""
+  transformers = pytest.importorskip("transformers")
+  c.train.online = True
+  c.export.dir, c.export.dtype = str(tmp_path / "hub"), "float32"
+  c.losses.affinity = config.loss("kd")
+  c.losses.features = config.loss("embedding", projection="orthogonal")
+  resolved = config.resolve(c)
+  with Workdir(tmp_path / "run", resolved) as folder:
+    last = loop.train(resolved, folder)
+  assert last["tokens"] == 8 and last["kl/teacher"] > 0 and 0 < last["features"] < 4
+  row = evaluate.run(resolved, tmp_path)["models"]["start"]
+  assert 0 <= row["text_recall"] <= 1 and row["ce"] > 0
+  export.run(resolved, tmp_path / "run")
+  _, loaded = transformers.CLIPModel.from_pretrained(tmp_path / "hub", output_loading_info=True)
+  assert not any(loaded[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+  processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hub")
+  assert tuple(processor.image_mean) == (0.5,) and processor.crop_size["height"] == 8
+
+
+def test_what_does_not_fit_is_refused(c):
+  def refused(match):
+    with pytest.raises(InputError, match=match):
+      resolved = config.resolve(c)
+      stores = loop.open_stores(resolved)
+      loop.checks.check_run(resolved, stores)
+      loop.checks.check_features(resolved, loop.make_step(resolved, stores), stores)
+
+  c.optim.accumulate = 2
+  refused("find its pairs among fewer")
+  c.optim.accumulate = 1
+  c.losses.features = config.loss("embedding", projection="orthogonal")
+  refused("wants a teacher and records pairs hold text alone")
+  del c.losses.features
+  c.tasks.pairs.size = 9
+  refused("size 9 with 1 channels and the model reads 8 with 1")
+  c.tasks.pairs.size = 8
+  c.student.changes.text.eos_token_id = 7
+  refused("ends texts with token 93 and the model with 7")
+  c.student.family = "bert"
+  c.student.changes = {}
+  refused("wants a model of images and texts")

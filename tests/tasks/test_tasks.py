@@ -1,0 +1,315 @@
+"""Tasks beside language modelling, through record, train, evaluate and export."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from distill_jax import config
+from distill_jax.commands import evaluate, export, record
+from distill_jax.errors import InputError
+from distill_jax.evals import similarity
+from distill_jax.models import loading
+from distill_jax.nn import params
+from distill_jax.records.store import open_store
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.tasks import dataset
+from distill_jax.training import loop, validate
+from distill_jax.types import Batch
+
+CLASSES = ("odd", "even")
+
+
+def write_numbers(path, n=40):
+  """Texts that name a number, and whether it is odd."""
+  lines = [{"text": f"the number {i} is here", "label": CLASSES[1 - i % 2]} for i in range(n)]
+  path.write_text("\n".join(map(json.dumps, lines)))
+  return path
+
+
+def configured(folder):
+  c = config.base()
+  for model, layers in ((c.teacher, 2), (c.student, 1)):
+    model.family, model.shape = "bert", "tiny"
+    model.changes = {"num_hidden_layers": layers}
+  c.tasks.parity = config.task(
+    "text_classes",
+    path=str(write_numbers(folder / "numbers.jsonl")),
+    classes=CLASSES,
+    max_tokens=32,
+    heldout_fraction=0.3,
+    tokenizer=str(tiny.write_tokenizer(folder / "tokenizer.json")),
+  )
+  c.records.kind, c.records.batch_size = "dense", 4
+  c.losses.soft = config.loss("kd", weight=0.7, missing_mass="renormalise", temperature=2.0)
+  c.losses.hard = config.loss("ce", weight=0.3)
+  c.train.records = (str(folder / "records"),)
+  c.train.steps, c.train.batch_size, c.train.checkpoint_every = 2, 4, 2
+  c.evaluate.batch_size = 4
+  return c
+
+
+@pytest.fixture
+def c(tmp_path):
+  return configured(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """(folder, config, metrics of the last step) of a run from records."""
+  folder = tmp_path_factory.mktemp("run")
+  resolved = config.resolve(configured(folder))
+  with Workdir(folder / "records", resolved) as records:
+    record.run(resolved, records)
+  with Workdir(folder / "student", resolved) as student:
+    return folder, configured(folder), loop.train(resolved, student)
+
+
+def test_a_student_learns_the_classes_of_texts(run, tmp_path):
+  """All verbs; the exported folder says in transformers what the run says."""
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  folder, c, last = run
+  assert last["tokens"] == 4 and 0 < last["kl/teacher"] < 1
+  c.evaluate.models = {"student": f"run:{folder / 'student'}"}
+  c.export.dir, c.export.dtype = str(tmp_path / "hub"), "float32"
+  resolved = config.resolve(c)
+  row = evaluate.run(resolved, tmp_path)["models"]["student"]
+  assert 0 <= row["accuracy"] <= 1
+  export.run(resolved, folder / "student")
+  theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hub")
+  assert theirs.config.id2label == dict(enumerate(CLASSES))
+
+  rows = dataset.open_rows(resolved, "parity", "heldout", None)
+  ids, seen = (np.stack([r[k] for r in rows]) for k in ("read_S", "seen_S"))
+  labels = np.array([r["tokens_T"][0] for r in rows])
+  with torch.no_grad():
+    z = theirs(torch.tensor(ids).long(), attention_mask=torch.tensor(seen)).logits
+  ce = torch.nn.functional.cross_entropy(z, torch.tensor(labels).long())
+  assert row["ce"] == pytest.approx(float(ce), abs=2e-6)  # float32, three layers
+  assert row["accuracy"] == pytest.approx((z.argmax(-1).numpy() == labels).mean())
+
+
+def test_dense_records_give_the_gradient_of_the_teacher_beside_the_student(run):
+  """Stored in float16, they are off by what that rounds: 2^-11 of a log-probability below 1."""
+  _, c, _ = run
+  online = config.resolve(c)
+  online = dataclasses.replace(
+    online, train=dataclasses.replace(online.train, online=True, records=())
+  )
+  grads = []
+  for resolved in (config.resolve(c), online):
+    stores = loop.open_stores(resolved)
+    step = loop.make_step(resolved, stores)
+    batch = next(loop._batches(resolved, stores, 0))
+    keys = loading.keys(0)
+    mesh = loop.sharding.make_mesh(devices=jax.devices()[:1])
+    student, models = loading.build(resolved.student, mesh, keys["student"]).model, {}
+    if resolved.train.online:
+      models = {"teacher": loading.build(resolved.teacher, mesh, keys["teacher"]).model}
+    batch = jax.tree.map(jax.numpy.asarray, batch)
+    both = {"soft": 1.0, "hard": 1.0}
+    loss = lambda s, m=models, st=step, b=batch, w=both: st._loss((s, {}), b, m, 0, 4.0, w)[0]
+    grads.append(jax.tree.leaves(jax.jit(jax.grad(loss))(student)))
+  for a, b in zip(*grads, strict=True):
+    assert np.abs(a - b).max() <= 1e-3 * max(np.abs(b).max(), 1e-3)
+
+
+def test_a_loss_of_the_likeliest_class_reads_any_records(run):
+  _, c, _ = run
+  c = c.copy_and_resolve_references()
+  c.losses = {"pseudo": config.loss("pseudo_label")}
+  resolved = config.resolve(c)
+  stores = loop.open_stores(resolved)
+  validate.check_run(resolved, stores)
+  batch = next(loop._batches(resolved, stores, 0))
+  said = batch.targets["teacher"]
+  best = np.take_along_axis(said.ids_BTK, said.logp_BTK.argmax(-1)[..., None], -1)[..., 0]
+  z_BCV = jax.random.normal(jax.random.key(0), (4, 1, 2))
+  want = -np.take_along_axis(np.asarray(jax.nn.log_softmax(z_BCV)), best[..., None], -1)[..., 0]
+  batch = jax.tree.map(jax.numpy.asarray, batch)
+  got = resolved.losses["pseudo"].token_loss(z_BCV, batch, 0)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_records_are_of_one_task_and_data(run):
+  folder, c, _ = run
+  c = c.copy_and_resolve_references()
+  moved = folder / "moved.jsonl"
+  moved.write_bytes((folder / "numbers.jsonl").read_bytes())
+  c.tasks.parity.path, c.tasks.parity.on_bad = str(moved), "skip"
+  assert len(loop.open_stores(config.resolve(c))[0]) == len(open_store(folder / "records"))
+  c.tasks.parity.max_tokens = 31
+  with pytest.raises(InputError, match="other data or another task or augmentation"):
+    loop.open_stores(config.resolve(c))
+
+
+def with_a_second(c):
+  c.tasks.again = config.task(
+    "text_classes",
+    path=c.tasks.parity.path,
+    classes=("even", "odd"),
+    max_tokens=32,
+    tokenizer=c.tasks.parity.tokenizer,
+  )
+  c.student.changes = {"num_labels": 4, "num_hidden_layers": 1}
+
+
+def test_several_tasks_are_recorded_one_by_one_and_learnt_together(c, tmp_path):
+  """Each task's teacher is its own part of one head."""
+  with_a_second(c)
+  c.teacher.changes = {"num_labels": 4, "num_hidden_layers": 2}
+  stores = {name: tmp_path / "of" / name for name in c.tasks}
+  mesh = loop.sharding.make_mesh(devices=jax.devices()[:1])
+  for i, (name, store) in enumerate(stores.items()):
+    c.records.task = name
+    resolved = config.resolve(c)
+    with Workdir(store, resolved) as at:
+      record.run(resolved, at)
+    rows = open_store(store)
+    said = loading.build(resolved.teacher, mesh, loading.keys(0)["teacher"])
+    inputs = dataset.open_rows(resolved, name, "train", None)
+    read = lambda field, rows=inputs: np.stack([rows[i][field] for i in range(3)])
+    out = said.model(resolved.tasks[name].inputs(read), said.compute)
+    logits = np.float64(out.hidden_BTD[:, 0] @ out.head_VD.T)[:, 2 * i : 2 * i + 2]
+    want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for n in range(3):
+      # A record keeps float16.
+      np.testing.assert_allclose(rows[n]["logp_TK"][0], want[n][rows[n]["ids_TK"][0]], atol=5e-4)
+  c.train.records, c.train.mixture = tuple(map(str, stores.values())), (0.5, 0.5)
+  c.losses = {"soft": config.loss("kd", missing_mass="renormalise")}
+  resolved = config.resolve(c)
+  both = loop.open_stores(resolved)
+  assert [sorted(store[0]["ids_TK"][0]) for store in both] == [[0, 1], [2, 3]]
+  with Workdir(tmp_path / "run", resolved) as at:
+    last = loop.train(resolved, at)
+  assert 0 < last["soft"] < 0.7  # among a task's own two classes, near a half each
+  assert {"ce/parity", "ce/again", "accuracy/again", "kl/teacher"} <= set(last)
+  c.evaluate.models = {"student": f"run:{tmp_path / 'run'}"}
+  found = evaluate.run(config.resolve(c), tmp_path / "found")["tasks"]
+  assert set(found) == {"parity", "again"}
+  assert found["again"]["models"]["student"]["kl"] < 0.1 < found["again"]["models"]["teacher"]["ce"]
+  c.teacher.changes = {"num_hidden_layers": 2}
+  with pytest.raises(InputError, match="have 4 classes and the model's head 2 rows"):
+    record.run(config.resolve(c), tmp_path / "refused")
+
+
+def test_several_tasks_share_a_body_and_have_a_head_each(c, tmp_path):
+  """Of each row, the classes of the other task get no probability, and no gradient."""
+  with_a_second(c)
+  c.losses = {"hard": config.loss("ce")}
+  c.train.records = ()
+  resolved = config.resolve(c)
+  stores = loop.open_stores(resolved)
+  batch: Batch = next(loop._batches(resolved, stores, 0))
+  first = batch.labels_BT[:, 0] < 2
+  assert 0 < first.sum() < 4
+  np.testing.assert_array_equal(batch.rows_BT2[first, 0], [[0, 2]] * first.sum())
+  np.testing.assert_array_equal(batch.rows_BT2[~first, 0], [[2, 4]] * (~first).sum())
+  with Workdir(tmp_path / "run", resolved) as folder:
+    last = loop.train(resolved, folder)
+  assert 0.3 < last["ce"] < 1.2  # log 2 before training: not log 4
+  labels = next(loop._batches(resolved, stores, 1)).labels_BT
+  share = (labels < 2).mean()
+  both = share * last["ce/parity"] + (1 - share) * last["ce/again"]
+  assert last["ce"] == pytest.approx(both, abs=1e-6)  # float32 sums
+
+
+def test_a_head_is_trained_without_its_body(c, tmp_path):
+  c.student.changes = {"num_hidden_layers": 1}
+  c.student.frozen, c.train.records = ("bert.",), ()
+  c.losses = {"hard": config.loss("ce")}
+  resolved = config.resolve(c)
+  with Workdir(tmp_path / "run", resolved) as folder:
+    loop.train(resolved, folder)
+  mesh = loop.sharding.make_mesh(devices=jax.devices()[:1])
+  was = loading.build(resolved.student, mesh, loading.keys(0)["student"]).model
+  now = loading.restore(tmp_path / "run", mesh)
+  named = zip(params.named_params(was), params.named_params(now), strict=True)
+  changed = {p for (p, a), (_, b) in named if not np.array_equal(a[...], b[...])}
+  assert changed == {"head", "head_bias"}
+  step = loop.make_step(resolved, loop.open_stores(resolved))
+  state = loop.abstract_state(resolved, step, loop.open_stores(resolved))
+  assert params.count(state.opt) < 3 * (2 * 32 + 2)  # two moments of the head, and a count
+  for frozen, why in ((("brat.",), "'brat.', with which no"), (("bert.", "cl"), "which every")):
+    c.student.frozen = frozen
+    with pytest.raises(InputError, match=why):
+      loop.train(config.resolve(c), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+  "line, why",
+  [
+    ({"text": " ", "label": "odd"}, "line 41 has no text"),
+    ({"text": "two", "label": "prime"}, "line 41 has 'prime' in its field 'label'"),
+    ({"label": "odd"}, "line 41 has no text in its field 'text'"),
+  ],
+)
+def test_a_bad_line_stops_the_run_or_is_counted(c, tmp_path, capsys, line, why):
+  with (tmp_path / "numbers.jsonl").open("a") as f:
+    f.write("\n" + json.dumps(line))
+  with pytest.raises(InputError, match=why):
+    dataset.open_rows(config.resolve(c), "parity", "train", None)
+  c.tasks.parity.on_bad = "skip"
+  rows = dataset.open_rows(config.resolve(c), "parity", "train", None)
+  assert f"1 of {len(rows) + 1} examples left out" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused(c):
+  def refused(match, **changes):
+    for key, value in changes.items():
+      setattr(c.tasks.parity, key, value)
+    with pytest.raises(InputError, match=match):
+      loop.open_stores(config.resolve(c))
+
+  refused("no text of class 'third'", classes=(*CLASSES, "third"))
+  c.tasks.parity.classes = CLASSES
+  refused("reads at most 128", max_tokens=200)
+  c.tasks.parity.max_tokens = 32
+  c.student.changes = {"num_labels": 1}
+  refused("have 2 classes and the model's head 1 rows")
+  c.student.changes = {"num_lables": 2}
+  refused("did you mean 'num_labels'")
+
+
+def test_a_student_learns_the_embeddings_of_texts(c, tmp_path):
+  """From a wider teacher, online; and what evaluate says of them is what numpy says."""
+  c.tasks = {
+    "texts": config.task(
+      "text_embeddings",
+      path=c.tasks.parity.path,
+      max_tokens=32,
+      heldout_fraction=0.3,
+      tokenizer=c.tasks.parity.tokenizer,
+    )
+  }
+  c.teacher.changes = {"num_labels": 0, "num_hidden_layers": 1, "hidden_size": 48}
+  c.student.changes = {"num_labels": 0, "num_hidden_layers": 1}
+  c.losses = {"embedding": config.loss("embedding", projection="orthogonal")}
+  c.train.records, c.train.online, c.train.steps = (), True, 8
+  c.optim.peak_lr = 1e-2
+  c.evaluate.models = {"student": f"run:{tmp_path / 'run'}"}
+  resolved = config.resolve(c)
+  with Workdir(tmp_path / "run", resolved) as folder:
+    last = loop.train(resolved, folder)
+  first = loop.read_metrics(tmp_path / "run")[0]
+  assert last["embedding"] < 0.8 * first["embedding"]
+  rows = evaluate.run(resolved, tmp_path)["models"]
+  assert rows["teacher"]["spearman"] == pytest.approx(1) and rows["teacher"]["same_nearest"] == 1
+  assert -1 <= rows["student"]["spearman"] <= 1
+
+
+def test_models_are_alike_as_the_ranks_of_their_cosines():
+  turn = np.array([0.0, 0.1, 0.5, 1.7])  # angles: neighbours are 0-1, 1-0, 2-1, 3-2
+  circle = lambda a: np.stack([np.cos(a), np.sin(a)], -1).astype(np.float32)
+  assert similarity.alike(circle(turn), circle(2 + turn)) == {
+    "spearman": pytest.approx(1.0),
+    "same_nearest": 1.0,
+  }
+  # Apart by 1, 5, 17, 4, 16, 12 and by 2, 9, 3, 7, 1, 6 tenths: ranks 1 3 6 2 5 4, 2 6 3 5 1 4,
+  # whose differences have 44 for the sum of squares.
+  said = similarity.alike(circle(np.array([0.0, 0.2, 0.9, 0.3])), circle(turn))
+  assert said["spearman"] == pytest.approx(1 - 6 * 44 / (6 * 35))
+  assert said["same_nearest"] == 0.25  # the nearest are 1 3 3 1 and 1 0 1 2

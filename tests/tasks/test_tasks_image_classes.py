@@ -1,0 +1,283 @@
+"""Images from files to what a model reads, and every way in which a file can be bad."""
+
+import dataclasses
+import gzip
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from distill_jax.errors import InputError
+from distill_jax.models import vit
+from distill_jax.tasks import image_classes
+
+W, NAMES = 12, ("ankle", "bag", "coat")
+
+
+def idx(path, array, gz=True):
+  head = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+  data = head + array.astype(np.uint8).tobytes()
+  path.write_bytes(gzip.compress(data) if gz else data)
+
+
+def write_idx(folder, n=40, labels=None, seed=0):
+  """IDX files of n random images; returns what they hold."""
+  rng = np.random.default_rng(seed)
+  pixels = rng.integers(0, 256, (n, W, W))
+  labels = np.arange(n) % 3 if labels is None else np.asarray(labels)
+  idx(folder / "train-images-idx3-ubyte.gz", pixels)
+  idx(folder / "train-labels-idx1-ubyte.gz", labels)
+  return pixels, labels
+
+
+def write_folder(folder, n=4, channels=1):
+  """A folder of classes, of PNG files; returns pixels by class."""
+  made = {}
+  for k, name in enumerate(NAMES):
+    (folder / name).mkdir(parents=True)
+    made[name] = np.random.default_rng(k).integers(0, 256, (n, W, W, channels)).astype(np.uint8)
+    for i, x in enumerate(made[name]):
+      Image.fromarray(x[..., 0] if channels == 1 else x).save(folder / name / f"{i}.png")
+  return made
+
+
+def task(folder, **changes):
+  fields = {"train": str(folder), "classes": NAMES, "size": W, "channels": 1, **changes}
+  return image_classes.Task(**fields)
+
+
+def all_of(source):
+  rows = [source[i] for i in range(len(source))]
+  return np.stack([r["pixels_WWM"] for r in rows]), np.array([r["labels_T"][0] for r in rows])
+
+
+@pytest.fixture
+def idx_task(tmp_path):
+  want = write_idx(tmp_path)
+  return want, task(tmp_path / "train", heldout=str(tmp_path / "train"))
+
+
+def test_idx_files_are_read_bit_for_bit(idx_task):
+  (pixels, labels), made = idx_task
+  source = made.open("train", None)
+  got, got_labels = all_of(source)
+  np.testing.assert_array_equal(got[..., 0], pixels)
+  np.testing.assert_array_equal(got_labels, labels)
+  row = source[0]
+  assert row["labels_T"].dtype == np.int32 and row["mask_T"].tolist() == [True]
+  assert (source.classes, source.positions, len(source)) == (3, 1, 40)
+
+
+def test_a_folder_of_classes_is_read_bit_for_bit_and_names_them(tmp_path):
+  made = write_folder(tmp_path, channels=3)
+  source = task(tmp_path, classes=(), channels=3, heldout=str(tmp_path)).open("train", None)
+  got, labels = all_of(source)
+  np.testing.assert_array_equal(got, np.concatenate([made[n] for n in NAMES]))
+  np.testing.assert_array_equal(labels, np.repeat([0, 1, 2], 4))
+
+
+def test_what_a_model_reads_is_normalised_as_transformers_does_it(tmp_path):
+  transformers = pytest.importorskip("transformers")
+  made = write_folder(tmp_path, channels=3)
+  t = task(tmp_path, channels=3, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), heldout=str(tmp_path))
+  source = t.open("train", None)
+  read = t.inputs(lambda name: np.stack([source[i][name] for i in range(3)])).pixels_BWWM
+  hub = t.hub(None)["preprocessor_config.json"]
+  kind = getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)
+  theirs = kind(**{k: v for k, v in hub.items() if k != "image_processor_type"})
+  images = [Image.fromarray(x) for x in made["ankle"][:3]]
+  want = theirs(images, return_tensors="np")["pixel_values"]
+  np.testing.assert_allclose(np.transpose(read, (0, 3, 1, 2)), want, atol=1e-6)
+
+
+def test_sizes_that_differ_are_bad_or_resized(tmp_path):
+  write_folder(tmp_path)
+  Image.new("L", (W + 2, W), 77).save(tmp_path / "bag" / "wide.png")
+  with pytest.raises(InputError, match="bag/wide.png is not 12 x 12"):
+    task(tmp_path).open("train", None)
+  source = task(tmp_path, resize=True, heldout=str(tmp_path)).open("train", None)
+  pixels, labels = all_of(source)
+  assert len(labels) == 13 and np.any(np.all(pixels == 77, (1, 2, 3)))
+
+
+def damaged(folder):
+  (folder / "coat" / "9.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+  cut = (folder / "coat" / "0.png").read_bytes()[:-40]
+  (folder / "coat" / "cut.png").write_bytes(cut)
+
+
+def unknown(folder):
+  (folder / "shoe").mkdir()
+  Image.new("L", (W, W)).save(folder / "shoe" / "0.png")
+
+
+def empty(folder):
+  for file in (folder / "bag").iterdir():
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+  "spoil, why",
+  [
+    (lambda file: file.unlink(), "could be read when the run began"),
+    (lambda file: file.write_bytes(file.read_bytes()[:-40]), "could be read when the run began"),
+    (lambda file: Image.new("L", (W, W), 9).save(file), "has other pixels than when"),
+    (lambda file: Image.new("L", (W + 1, W)).save(file), "has other pixels than when"),
+  ],
+)
+def test_a_file_that_changes_under_a_run_is_no_example(tmp_path, spoil, why):
+  write_folder(tmp_path)
+  source = task(tmp_path, heldout=str(tmp_path)).open("train", None)
+  spoil(tmp_path / "bag" / "1.png")
+  source[4], source[6]
+  with pytest.raises(InputError, match=f"bag/1.png {why}"):
+    source[5]
+
+
+def test_a_folder_takes_no_memory_for_its_pixels(tmp_path):
+  """200 images of 1 MB each are opened in less than a tenth of what they hold."""
+  for name in ("ankle", "bag"):
+    (tmp_path / name).mkdir()
+    Image.new("RGB", (600, 600)).save(tmp_path / name / "0.png")
+    for i in range(1, 100):
+      (tmp_path / name / f"{i}.png").hardlink_to(tmp_path / name / "0.png")
+  opened = task(tmp_path, classes=(), size=600, channels=3, heldout=str(tmp_path))
+  tracemalloc.start()
+  source = opened.open("train", None)
+  held = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert len(source) == 200 and held < 20e6
+
+
+def text(folder):
+  (folder / "bag" / "notes.txt").write_text("bags")
+
+
+@pytest.mark.parametrize(
+  "spoil, why, named, left",
+  [
+    (damaged, "is damaged", ("coat/9.png", "coat/cut.png"), 12),
+    (unknown, "is of class 'shoe'", ("shoe/0.png",), 12),
+    (empty, "has no image", ("class 'bag'",), 8),
+    (text, "neither PNG nor JPEG", ("bag/notes.txt",), 12),
+  ],
+)
+def test_bad_files_stop_or_are_counted_and_named(tmp_path, capsys, spoil, why, named, left):
+  write_folder(tmp_path)
+  spoil(tmp_path)
+  with pytest.raises(InputError, match=why):
+    task(tmp_path).open("train", None)
+  skipping = task(tmp_path, on_bad="skip", heldout=str(tmp_path))
+  assert len(skipping.open("train", None)) == left
+  said = capsys.readouterr().err
+  assert why in said and all(name in said for name in named)
+  assert f"{len(named)} of {left + len(named)} examples left out" in said
+
+
+def test_labels_out_of_range_stop_or_are_counted_and_named(tmp_path, capsys):
+  write_idx(tmp_path, 6, labels=[0, 1, 2, 3, 9, 0])
+  path = tmp_path / "train"
+  with pytest.raises(InputError, match="image 3 of .* has label 3, and there are 3 classes"):
+    task(path).open("train", None)
+  source = task(path, on_bad="skip", heldout=str(path)).open("train", None)
+  np.testing.assert_array_equal(all_of(source)[1], [0, 1, 2, 0])
+  said = capsys.readouterr().err
+  assert "image 3" in said and "image 4" in said
+
+
+def test_where_no_label_is_in_range_it_is_said(tmp_path):
+  write_idx(tmp_path, 4, labels=[3, 4, 5, 6])
+  with pytest.raises(InputError, match="none of its 7 examples can be used"):
+    task(tmp_path / "train", on_bad="skip").open("train", None)
+
+
+def cut_gzip(folder):
+  file = folder / "train-images-idx3-ubyte.gz"
+  file.write_bytes(file.read_bytes()[:-20])
+
+
+def cut_array(folder):
+  file = folder / "train-images-idx3-ubyte.gz"
+  file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes())[:-1]))
+
+
+def of_labels(folder):
+  idx(folder / "train-images-idx3-ubyte.gz", np.zeros(40))
+
+
+def fewer(folder):
+  idx(folder / "train-labels-idx1-ubyte.gz", np.zeros(39))
+
+
+@pytest.mark.parametrize(
+  "spoil, why",
+  [
+    (cut_gzip, "damaged"),
+    (cut_array, "cut off"),
+    (of_labels, "no IDX file of 3 axes"),
+    (fewer, "40 images and 39 labels"),
+  ],
+)
+def test_damaged_idx_files_are_refused_even_where_images_are_skipped(tmp_path, spoil, why):
+  write_idx(tmp_path)
+  spoil(tmp_path)
+  with pytest.raises(InputError, match=why):
+    task(tmp_path / "train", on_bad="skip").open("train", None)
+
+
+def test_splits_are_by_the_bytes_of_images_and_do_not_overlap(tmp_path):
+  write_idx(tmp_path, 300)
+  t = task(tmp_path / "train", heldout_fraction=0.3, labelled=0.25)
+  of = lambda split, **changes: {
+    x.tobytes() for x in all_of(dataclasses.replace(t, **changes).open(split, None))[0]
+  }
+  train, heldout = of("train"), of("heldout")
+  known, unknown = of("train", which="labelled"), of("train", which="unlabelled")
+  assert not train & heldout and len(train | heldout) == 300
+  assert not known & unknown and known | unknown == train
+  # Chances of 0.3 and 0.25, four deviations.
+  assert abs(len(heldout) - 90) < 32 and abs(len(known) - len(train) / 4) < 26
+  assert of("heldout", which="labelled") == heldout
+
+
+def test_a_digest_is_of_the_data(tmp_path):
+  write_idx(tmp_path)
+  made = task(tmp_path / "train")
+  a = made.open("train", None).digest
+  assert a == made.open("train", None).digest != made.open("heldout", None).digest
+  write_idx(tmp_path, labels=np.zeros(40) + 1 - np.arange(40) % 2)
+  with pytest.raises(InputError, match="class 'coat'"):
+    made.open("train", None)
+  assert dataclasses.replace(made, on_bad="skip").open("train", None).digest != a
+
+
+@pytest.mark.parametrize(
+  "changes, why",
+  [
+    ({"train": "/nowhere"}, "/nowhere is no folder"),
+    ({"train": "/nowhere", "classes": ()}, "name the classes"),
+    ({"on_bad": "shrug"}, "on_bad 'shrug'"),
+    ({"classes": ("one", "one")}, "each once"),
+    ({"channels": 2}, "channels is 2"),
+    ({"size": W + 1}, "is not 13 x 13, but"),
+    ({"heldout_fraction": 1e-9, "split": "heldout"}, "has no image for split 'heldout'"),
+    ({"std": (0.0,)}, "std"),
+    ({"mean": (0.5, 0.5)}, "mean"),
+    ({"which": "some"}, "which is 'some'"),
+    ({"labelled": 0.0}, "labelled is 0.0"),
+  ],
+)
+def test_what_cannot_be_opened_is_refused_by_name(tmp_path, changes, why):
+  write_idx(tmp_path)
+  split = changes.pop("split", "train")
+  with pytest.raises(InputError, match=why):
+    task(**{"folder": tmp_path / "train", **changes}).open(split, None)
+
+
+def test_a_model_that_does_not_fit_is_refused(tmp_path):
+  t = task(tmp_path)
+  t.check(vit.TINY)
+  with pytest.raises(InputError, match=r"\(8, 1\).*\(12, 1\)"):
+    t.check(dataclasses.replace(vit.TINY, image_size=8))

@@ -1,0 +1,190 @@
+"""Translation as a task: pairs, an encoder-decoder from record to export, what it says."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from distill_jax import config
+from distill_jax.commands import evaluate, export, record
+from distill_jax.data import tokenizers as ours
+from distill_jax.errors import InputError
+from distill_jax.generation import local
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.tasks import _scores, dataset, translation
+from distill_jax.training import loop
+
+PAD, EOS, V = 256, 257, 258
+IDS = {"vocab_size": V, "pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
+
+
+def write_tokenizer(path):
+  """A byte each, and T5's two special tokens."""
+  letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+  tokenizer = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_special_tokens(["<pad>", "</s>"])
+  tokenizer.save(str(path))
+  return str(path)
+
+
+def write_pairs(path, n=24):
+  lines = [{"en": f"no {i}", "de": f"Nr. {i}"} for i in range(n)]
+  path.write_text("\n".join(map(json.dumps, lines)))
+  return str(path)
+
+
+def task(folder, **changes):
+  fields = {
+    "path": write_pairs(folder / "pairs.jsonl"),
+    "source": "en",
+    "target": "de",
+    "source_len": 8,
+    "target_len": 10,
+    "heldout_fraction": 0.3,
+    "beams": 2,
+    "batch_size": 4,
+    "tokenizer": write_tokenizer(folder / "tokenizer.json"),
+    **changes,
+  }
+  return config.task("translation", **fields)
+
+
+def configured(folder):
+  c = config.base()
+  for model in (c.teacher, c.student):  # random both, by keys of their own
+    model.family, model.shape = "t5", "tiny"
+    model.changes = {**IDS, "num_decoder_layers": 1, "num_layers": 1}
+  c.tasks.main = task(folder)
+  c.data.tokenizer = c.tasks.main.tokenizer
+  c.records.kind, c.records.n, c.records.batch_size = "topk", 4, 4
+  c.losses.soft = config.loss("kd", weight=0.7)
+  c.losses.hard = config.loss("ce", weight=0.3)
+  c.train.records = (str(folder / "records"),)
+  c.train.steps, c.train.batch_size, c.train.checkpoint_every = 2, 4, 2
+  c.evaluate.batch_size = 4
+  return c
+
+
+def test_from_record_to_export(tmp_path, capsys):
+  """The exported folder finds in transformers the cross-entropy that evaluate says."""
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  c = configured(tmp_path)
+  c.evaluate.models = {"student": f"run:{tmp_path / 'student'}"}
+  c.export.dir, c.export.dtype = str(tmp_path / "hub"), "float32"
+  resolved = config.resolve(c)
+  with Workdir(tmp_path / "records", resolved) as records:
+    record.run(resolved, records)
+  with Workdir(tmp_path / "student", resolved) as student:
+    last = loop.train(resolved, student)
+  assert 0 < last["kl/teacher"] < 10
+  rows = evaluate.run(resolved, tmp_path)["models"]
+  if _scores.missing("sacrebleu"):
+    assert "no bleu and chrf: pip install sacrebleu" in capsys.readouterr().err
+  else:
+    assert all(0 <= rows[m]["bleu"] <= 100 for m in ("teacher", "start", "student"))
+
+  export.run(resolved, tmp_path / "student")
+  theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "hub").eval()
+  held = dataset.open_rows(resolved, "main", "heldout", None)
+  read, seen, said, labels, mask = (
+    torch.tensor(np.stack([r[k] for r in held])).long()
+    for k in ("read_S", "seen_S", "said_T", "tokens_T", "mask_T")
+  )
+  with torch.no_grad():
+    z = theirs(input_ids=read, attention_mask=seen, decoder_input_ids=said).logits
+  ce = torch.nn.functional.cross_entropy(z[mask > 0], labels[mask > 0])
+  assert rows["student"]["ce"] == pytest.approx(float(ce), rel=2e-6)  # float32
+
+
+def test_generate_writes_what_the_task_reads(tmp_path):
+  c = configured(tmp_path)
+  with Workdir(tmp_path / "said", config.resolve(c)) as folder:
+    made = local.generate(config.resolve(c), folder)
+  lines = [json.loads(line) for line in (tmp_path / "said/pairs.jsonl").read_text().splitlines()]
+  source = config.resolve(c).tasks["main"].open("train", None)
+  assert made["kept"] == len(lines) and made["kept"] + made["left_out"] == len(source)
+  wanted = dict(source.pairs)
+  assert all(wanted[line["en"]] == line["reference"] for line in lines)
+  c.tasks.main.path = str(tmp_path / "said/pairs.jsonl")
+  c.tasks.main.heldout, c.tasks.main.on_bad = str(tmp_path / "pairs.jsonl"), "skip"
+  c.tasks.main.target_len = 40  # random bytes do not come back as the same tokens
+  again = config.resolve(c).tasks["main"].open("train", None)
+  assert 0 < len(again) <= len(lines)
+  assert len(config.resolve(c).tasks["main"].open("heldout", None)) == 24
+
+
+def test_an_example_has_what_teacher_forcing_wants(tmp_path):
+  resolved = config.resolve(configured(tmp_path))
+  source = resolved.tasks["main"].open("train", None)
+  tokenizer = ours.load_tokenizer(tmp_path / "tokenizer.json")
+  for i in (0, len(source) - 1):
+    en, de = source.pairs[i]
+    row, n = source[i], len(de) + 1
+    assert row["read_S"].tolist() == [*tokenizer.encode(en), EOS] + [0] * (7 - len(en))
+    assert row["seen_S"].sum() == len(en) + 1
+    assert row["labels_T"][:n].tolist() == [*tokenizer.encode(de), EOS]
+    assert row["said_T"][:n].tolist() == [PAD, *tokenizer.encode(de)]
+    assert row["mask_T"].tolist() == [True] * n + [False] * (10 - n)
+  held = resolved.tasks["main"].open("heldout", None)
+  assert not {a for a, _ in held.pairs} & {a for a, _ in source.pairs}
+  assert len(held) + len(source) == 24
+
+
+BAD = [
+  ({"en": "one", "de": " "}, "line 25 has no text in its field 'de'"),
+  ({"de": "eins"}, "line 25 has no text in its field 'en'"),
+  ({"en": "much too long", "de": "zu lang"}, "line 25 has more than 8 tokens in 'en'"),
+  ({"en": "no", "de": "viel zu lang"}, "line 25 has more than 10 tokens in 'de'"),
+]
+
+
+@pytest.mark.parametrize("line, why", BAD)
+def test_a_bad_pair_stops_the_run_or_is_counted(tmp_path, capsys, line, why):
+  c = config.base()
+  c.tasks.main = task(tmp_path, heldout_fraction=0.0)
+  with (tmp_path / "pairs.jsonl").open("a") as f:
+    f.write("\n" + json.dumps(line))
+  with pytest.raises(InputError, match=why):
+    config.resolve(c).tasks["main"].open("train", None)
+  c.tasks.main.on_bad = "skip"
+  assert len(config.resolve(c).tasks["main"].open("train", None)) == 24
+  assert "1 of 25 examples left out: it has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("raw", [b'{"en": "\xff"}', b"[1]", b"{", b'{"en": "a", "de": "\\ud800"}'])
+def test_a_line_that_is_no_pair_stops_the_run_or_is_counted(tmp_path, raw):
+  c = config.base()
+  c.tasks.main = task(tmp_path, heldout_fraction=0.0)
+  with (tmp_path / "pairs.jsonl").open("ab") as f:
+    f.write(b"\n" + raw)
+  with pytest.raises(InputError, match="pairs.jsonl, line 25 (is no JSON|has no text)"):
+    config.resolve(c).tasks["main"].open("train", None)
+  c.tasks.main.on_bad = "skip"
+  assert len(config.resolve(c).tasks["main"].open("train", None)) == 24
+
+
+def test_a_model_that_cannot_translate_is_refused(tmp_path):
+  from distill_jax.models import llama, marian, t5
+
+  c = config.base()
+  c.tasks.main = task(tmp_path)
+  of = config.resolve(c).tasks["main"]
+  with pytest.raises(InputError, match="with an encoder and a decoder, such as t5.*a llama"):
+    of.check(llama.TINY)
+  with pytest.raises(InputError, match="begins texts with token 256 and the model with 0"):
+    of.check(t5.TINY)
+  with pytest.raises(InputError, match="the model reads at most 128"):
+    translation.Task(source_len=129).check(marian.TINY)
+  with pytest.raises(InputError, match="each is at least 1"):
+    translation.Task(beams=0)
+
+
+def test_scores_are_those_of_the_packages():
+  pytest.importorskip("sacrebleu", reason="pip install sacrebleu")
+  same = ["the cat sat on the mat today", "another line of five words"]
+  assert _scores.bleu_and_chrf(same, same) == {"bleu": pytest.approx(100), "chrf": 100}
+  assert _scores.bleu_and_chrf(["x", "y"], same)["bleu"] < 5

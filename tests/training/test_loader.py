@@ -1,0 +1,90 @@
+"""The loader: a function of (stores, seed, step), whatever the processes."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from distill_jax.errors import InputError
+from distill_jax.records import collate
+from distill_jax.training import loader
+
+
+class Store:
+  """Sequences that are told apart by their first token."""
+
+  def __init__(self, n, first=0):
+    self.n, self.first = n, first
+
+  def __len__(self):
+    return self.n
+
+  def __getitem__(self, i):
+    tokens = np.full(4, self.first + int(i), np.int32)
+    return {"tokens_T": tokens, "segments_T": np.ones(4, np.int32), "mask_T": np.ones(4, bool)}
+
+
+def read(stores, n, **options):
+  """The first tokens of n batches, [n, B]."""
+  options = {"batch_size": 4, "seed": 0, **options}
+  batches = itertools.islice(loader.batches(stores, **options), n)
+  return np.stack([b.inputs.tokens_BT[:, 0] for b in batches])
+
+
+def test_every_sequence_once_an_epoch_each_in_its_own_order():
+  rows = read([Store(12)], 6).reshape(2, 12)
+  for epoch in rows:
+    assert sorted(epoch) == list(range(12))
+  assert list(rows[0]) != list(rows[1])
+
+
+def test_same_seed_same_batches_another_seed_others():
+  np.testing.assert_array_equal(read([Store(40)], 5), read([Store(40)], 5))
+  assert np.any(read([Store(40)], 5) != read([Store(40)], 5, seed=1))
+
+
+def test_starting_at_a_step_is_going_on_from_it():
+  whole = read([Store(10)], 9)
+  for start in (1, 4, 7):  # in and past the first epoch
+    np.testing.assert_array_equal(read([Store(10)], 9 - start, start=start), whole[start:])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_each_global_batch(processes):
+  whole = read([Store(10)], 5)
+  parts = [read([Store(10)], 5, process_index=p, process_count=processes) for p in range(processes)]
+  for n in range(5):
+    assert sorted(np.concatenate([p[n] for p in parts])) == sorted(whole[n])
+
+
+def test_stores_are_mixed_by_weight_and_resumed():
+  stores = [Store(30), Store(30, first=1000)]
+  rows = read(stores, 100, mixture=(3.0, 1.0))
+  share = np.mean(rows < 1000)
+  assert share == pytest.approx(0.75, abs=0.01)
+  np.testing.assert_array_equal(read(stores, 50, mixture=(3.0, 1.0), start=50), rows[50:])
+  by_size = read([Store(10), Store(30, first=1000)], 40)
+  assert np.mean(by_size < 1000) == pytest.approx(0.25, abs=0.01)
+
+
+def test_what_does_not_fit_is_refused():
+  with pytest.raises(InputError, match="does not divide over 3 processes"):
+    read([Store(8)], 1, process_count=3)
+  with pytest.raises(InputError, match="1 weights for 2 stores"):
+    read([Store(8), Store(8)], 1, mixture=(1.0,))
+  with pytest.raises(InputError, match="no sequence"):
+    read([Store(0)], 1)
+
+
+def test_entries_of_other_stores_are_filled_up():
+  ids = lambda K: {
+    "ids_TK": np.ones((4, K), np.int32),
+    "weight_TK": np.ones((4, K), np.float32),
+    "logp_TK": np.zeros((4, K), np.float32),
+  }
+  batch = collate.collate([Store(1)[0] | ids(2), Store(1)[0] | ids(3)])
+  t = batch.targets["teacher"]
+  assert t.ids_BTK.shape == (2, 4, 3)
+  assert not t.weight_BTK[0, :, 2].any()
+  assert np.all(t.logp_BTK[0, :, 2] == -np.inf)
+  assert collate.collate([Store(1)[0] | ids(2)], with_targets=False).targets == {}

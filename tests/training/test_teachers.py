@@ -1,0 +1,203 @@
+"""Several teachers: their records of one text joined, and mixtures of what they say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from distill_jax import config
+from distill_jax.commands.record import run as record
+from distill_jax.errors import InputError
+from distill_jax.losses import kd, mixture
+from distill_jax.records.multi_teacher import MultiTeacherStore
+from distill_jax.records.store import open_store
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training.loop import train as run_training
+from distill_jax.training.metric_writer import read_metrics
+from distill_jax.types import Batch, Inputs, Targets
+
+B, C, V, D = 2, 3, 11, 5
+NAMES = ("a", "b")
+
+
+def train(c, folder):
+  resolved = config.resolve(c)
+  with Workdir(folder, resolved) as workdir:
+    return run_training(resolved, workdir)
+
+
+# ---------------------------------------------------------------- the loss
+
+
+@pytest.fixture(scope="module")
+def said():
+  """(logits, labels, hidden states and head of each teacher), float64."""
+  rng = np.random.default_rng(0)
+  teachers = {n: (rng.normal(size=(B, C, D)), 2 * rng.normal(size=(V, D))) for n in NAMES}
+  return rng.normal(size=(B, C, V)), rng.integers(0, V, (B, C)), teachers
+
+
+def batch_of(said):
+  _, labels, teachers = said
+  f32 = lambda x: jnp.asarray(x, jnp.float32)
+  targets = {n: Targets(hidden_BTD=f32(h), head_VD=f32(w)) for n, (h, w) in teachers.items()}
+  zeros = jnp.zeros((B, C), jnp.int32)
+  inputs = Inputs(zeros, zeros, zeros + 1)
+  return Batch(inputs, jnp.asarray(labels, jnp.int32), jnp.ones((B, C), bool), targets)
+
+
+def reference(said, by, shares, sharpness, trust, T):
+  """(loss, its gradient) by torch in float64, from the formula in words."""
+  logits, labels, teachers = said
+  z = torch.tensor(logits, requires_grad=True)
+  label = torch.tensor(labels)[..., None]
+  q_T, q = (z / T).log_softmax(-1), z.log_softmax(-1)
+  weights, losses, right = [], [], []
+  for (hidden, head), fixed in zip(teachers.values(), shares, strict=True):
+    t = torch.tensor(hidden) @ torch.tensor(head).T
+    p_T, p = (t / T).log_softmax(-1), t.log_softmax(-1)
+    right.append(p.gather(-1, label)[..., 0].exp())
+    entropy = -(p.exp() * p).sum(-1)
+    of = {
+      "shares": torch.full_like(entropy, fixed),
+      "label": right[-1] ** sharpness,
+      "entropy": (-sharpness * entropy).exp(),
+    }
+    weights.append(of[by])
+    losses.append(T**2 * (p_T.exp() * (p_T - q_T)).sum(-1))
+  total = sum(weights)
+  soft = sum(w / total * x for w, x in zip(weights, losses, strict=True))
+  denied = trust * (1 - sum(w / total * r for w, r in zip(weights, right, strict=True)))
+  loss = (1 - denied) * soft - denied * q.gather(-1, label)[..., 0]
+  loss.sum().backward()
+  return loss.detach().numpy(), z.grad.numpy()
+
+
+@pytest.mark.parametrize(
+  ("by", "shares", "sharpness", "trust", "T"),
+  [
+    ("shares", (1.0, 1.0), 1.0, 0.0, 1.0),
+    ("shares", (3.0, 1.0), 1.0, 0.5, 2.0),
+    ("label", (1.0, 1.0), 1.0, 0.0, 1.0),
+    ("label", (1.0, 1.0), 3.0, 1.0, 1.5),
+    ("entropy", (1.0, 1.0), 2.0, 0.3, 1.0),
+  ],
+)
+def test_a_mixture_and_its_gradient(said, by, shares, sharpness, trust, T):
+  fn = mixture.Loss(
+    temperature=mixture.constant(T),
+    teachers=NAMES,
+    by=by,
+    sharpness=sharpness,
+    label_trust=trust,
+    shares=shares if by == "shares" else (),
+  )
+  batch, z = batch_of(said), jnp.asarray(said[0], jnp.float32)
+  total = lambda z: fn.token_loss(z, batch, jnp.asarray(0)).sum()
+  want, want_grad = reference(said, by, shares, sharpness, trust, T)
+  # float32 beside float64: a few units in the last place of sums of V terms
+  np.testing.assert_allclose(fn.token_loss(z, batch, jnp.asarray(0)), want, rtol=2e-6, atol=2e-6)
+  np.testing.assert_allclose(jax.grad(total)(z), want_grad, rtol=1e-5, atol=2e-6)
+
+
+def test_a_mixture_of_one_is_kd(said):
+  batch, z = batch_of(said), jnp.asarray(said[0], jnp.float32)
+  one = mixture.Loss(teachers=("b",), by="entropy").token_loss(z, batch, jnp.asarray(0))
+  np.testing.assert_array_equal(one, kd.Loss(teacher="b").token_loss(z, batch, jnp.asarray(0)))
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"by": "chance"}, "by is 'chance'"),
+    ({"label_trust": 1.5}, "label_trust 1.5"),
+    ({"sharpness": 0.0}, "sharpness 0.0"),
+    ({"teachers": ("a", "a")}, "each once"),
+    ({"teachers": ()}, "name one or more"),
+    ({"shares": (1.0,), "teachers": NAMES}, "one a teacher"),
+    ({"shares": (0.0,)}, "none below 0"),
+    ({"shares": (1.0,), "by": "label"}, "belong to by='shares'"),
+  ],
+)
+def test_a_mixture_that_makes_no_sense(fields, message):
+  with pytest.raises(InputError, match=message):
+    mixture.Loss(**fields)
+
+
+# ---------------------------------------------------------------- their records
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Two random teachers' records of one text, and a third of another."""
+  path = tmp_path_factory.mktemp("teachers")
+  c = tiny.tiny(path)
+  c.teacher.source = ""
+  for seed, name in enumerate(("records", "other")):
+    c.seed = seed
+    record(config.resolve(c), path / name)
+  c.data.sequences = 12
+  record(config.resolve(c), path / "shorter")
+  return path
+
+
+def config_of(folder):
+  c = tiny.tiny(folder)
+  c.teacher.source = ""
+  c.train.teachers = {"other": (str(folder / "other"),)}
+  c.losses = {
+    "soft": config.loss("mixture", teachers=("teacher", "other"), by="label", label_trust=0.5)
+  }
+  return c
+
+
+def test_training_on_what_two_teachers_have_said(folder):
+  c = config_of(folder)
+  train(c, folder / "two")
+  rows = read_metrics(folder / "two")
+  assert rows[-1]["loss"] < rows[0]["loss"]
+  assert rows[0]["teacher_ce/other"] != rows[0]["teacher_ce/teacher"]
+  first, second = open_store(folder / "records"), open_store(folder / "other")
+  one = MultiTeacherStore(first, {"other": second})[3]
+  np.testing.assert_array_equal(one["other/ids_TK"], second[3]["ids_TK"])
+  np.testing.assert_array_equal(one["ids_TK"], first[3]["ids_TK"])
+  # Each alone says of its own records what it says of both.
+  c = tiny.tiny(folder)
+  c.train.records = (str(folder / "other"),)
+  train(c, folder / "alone")
+  alone = read_metrics(folder / "alone")[0]
+  for name in ("kl", "teacher_ce", "teacher_entropy", "agreement"):
+    assert alone[f"{name}/teacher"] == rows[0][f"{name}/other"], name
+
+
+def test_one_recorded_and_one_that_runs_in_the_step(folder):
+  """The teacher here is the one that `records` are of: the two tell the same."""
+  c = tiny.tiny(folder)
+  c.teacher.source = ""
+  c.teachers = {"here": ""}
+  c.losses = {"soft": config.loss("mixture", teachers=("teacher", "here"), by="entropy")}
+  train(c, folder / "mixed")
+  row = read_metrics(folder / "mixed")[0]
+  for name in ("teacher_ce", "teacher_entropy"):  # float16 in the records
+    assert row[f"{name}/here"] == pytest.approx(row[f"{name}/teacher"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda c, f: c.train.teachers.update(other=(str(f / "shorter"),)), "of 12 .* and .* of 20"),
+    (lambda c, f: c.train.teachers.update(other=()), "names 0 stores and train.records 1"),
+    (lambda c, f: c.teachers.update(other=""), "teacher 'other' is named twice"),
+    (lambda c, f: c.teachers.update(teacher=""), "teacher 'teacher' is named twice"),
+    (lambda c, f: c.losses.soft.update(teachers=("x",)), "learns from teacher 'x'.*other, teacher"),
+    (lambda c, f: c.losses.soft.update(temperature=2.0), "losses.soft over records"),
+  ],
+)
+def test_teachers_that_do_not_fit(folder, change, message, tmp_path):
+  c = config_of(folder)
+  with c.unlocked():
+    change(c, folder)
+  with pytest.raises(InputError, match=message):
+    train(c, tmp_path / "refused")
