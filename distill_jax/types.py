@@ -1,4 +1,4 @@
-"""The five nouns, and the legend of shape letters.
+"""What models, losses and the training step pass to each other, and the legend of shape letters.
 
 Arrays carry their axes as a suffix, `x_BTD`, one letter an axis:
 
@@ -6,10 +6,14 @@ Arrays carry their axes as a suffix, `x_BTD`, one letter an axis:
   T positions (tokens)     V vocabulary            P tapped layers
   L layers                 H query heads           h width of one head
   G key/value heads        F feed-forward width    C positions of one chunk
+  S source positions       W height and width      M mel bins, or channels of an image
+  N samples or points      E experts               R low rank (LoRA, latent attention)
+  Q query heads per key/value head                 Z cache slots
+  J beams                  U distinct layers of those that share weights
+  A teachers               O output width of a linear map, I its input width
 
-  S positions of a source  W height and width      M mel bins, or channels of an image
-
-`_BT` is [batch, position], `_VD` the unembedding's rows, `_BWWM` images. A scalar has no suffix.
+`_BT` is [batch, position], `_VD` the unembedding's rows, `_BWWM` images. A digit is an axis of
+that size, as in `_BT1`. A scalar has no suffix, and a temperature is `temperature`, never T.
 """
 
 from __future__ import annotations
@@ -19,13 +23,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
 
-IN_BATCH_CLASSES = 2**20  # "rows" of a head that is made of the batch itself: it never has so many
+# Sentinel class count of contrastive tasks, whose "classes" are the other examples of the batch;
+# larger than any batch.
+IN_BATCH_CLASSES = 2**20
 
 
 class Inputs(struct.PyTreeNode):
-  """What a text model reads: all int32 [B, T].
+  """The inputs of a text model, all int32 [B, T].
 
   `segments_BT` numbers the documents packed into a row from 1; 0 is padding. Attention
   never crosses a segment, and positions start at 0 in each.
@@ -37,33 +44,33 @@ class Inputs(struct.PyTreeNode):
 
 
 class Images(struct.PyTreeNode):
-  """What an image model reads: float32 [B, height, width, channels], normalised."""
+  """The inputs of an image model: float32 [B, height, width, channels], normalised."""
 
   pixels_BWWM: jax.Array
 
 
 class Sounds(struct.PyTreeNode):
-  """What a speech model reads: log-mel frames, float32 [B, frames, bins]."""
+  """The inputs of a speech model: log-mel frames, float32 [B, frames, bins]."""
 
   mel_BSM: jax.Array
 
 
 class SourceTarget(struct.PyTreeNode):
-  """What an encoder-decoder reads: the source, and the target as far as it has got."""
+  """The inputs of an encoder-decoder: the source, and the target shifted right."""
 
   source: Inputs | Sounds
   target: Inputs
 
 
 class ImageText(struct.PyTreeNode):
-  """What a model of pictures and words reads, one text an image."""
+  """The inputs of a model of images and texts, one text an image."""
 
   images: Images
   texts: Inputs
 
 
 class Targets(struct.PyTreeNode):
-  """What a teacher said about each position, never the teacher itself.
+  """A teacher's outputs at each position.
 
   One of three supports, told apart by which fields are there:
     sampled  `ids_BTK`, `weight_BTK`: unbiased estimates of p, summing to 1; unused
@@ -77,21 +84,21 @@ class Targets(struct.PyTreeNode):
   logp_BTK: jax.Array | None = None  # float32
   entropy_BT: jax.Array | None = None  # float32, nats
   label_logp_BT: jax.Array | None = None  # float32, nats: log p(label)
-  top_BT: jax.Array | None = None  # int32: the likeliest token
+  argmax_BT: jax.Array | None = None  # int32: the most probable token
   hidden_BTD: jax.Array | None = None
   head_VD: jax.Array | None = None
   soft_cap: float | None = struct.field(pytree_node=False, default=None)  # of its logits
-  paired: bool = struct.field(pytree_node=False, default=False)  # see Output
+  contrastive: bool = struct.field(pytree_node=False, default=False)  # see Output
   taps_BPTD: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-  """What a store's manifest says of the targets that a step is given.
+  """How the recorded targets of a batch were made, from the store's manifest.
 
   Attributes:
     temperature: of the recorded distribution.
-    missing_mass: the convention for what top-k records leave out.
+    missing_mass: the convention for the mass outside top-k records.
     taps: the layers whose features are recorded, in order; `taps_of` is "hidden" or "qkv".
   """
 
@@ -102,72 +109,89 @@ class Recorded:
 
 
 class Batch(struct.PyTreeNode):
-  """One global training batch. `mask_BT` is the only mask: which labels are trained on.
+  """One global training batch.
 
-  `smoothing_BT` is what labels lack in certainty, from 0 to 1; None: nothing. `rows_BT2` says
-  among which rows of the head a position chooses, (first, past the last); None: all of them.
-  `seen_BS` is for models that say one thing of all that they read, where features are not at
-  the labels: the positions that are no padding, [B, 1] if none is; see features.places.
-  `taught_BT` is of a student that gives two answers to a label (models/deit.py): whether a
-  position is the answer that is held to teachers, and not to labels.
+  Attributes:
+    inputs: the model's inputs, of the type that its family reads.
+    labels_BT: int32 [B, T], the correct token or class.
+    mask_BT: bool [B, T], the only mask: the labels that are trained on.
+    targets: the teachers' outputs, by teacher.
+    smoothing_BT: float32 [B, T], 1 minus the confidence in each label; None for full confidence.
+    class_range_BT2: int32 [B, T, 2], the rows [first, past) of the head among which a position
+      chooses; None for all of them.
+    valid_BS: for encoders, whose features are per input position and not per label: bool [B, S],
+      True at positions that are not padding ([B, 1] if there is no padding).
+    distill_token_BT: for students with a distillation token (models/deit.py): bool [B, T], True
+      where a position is trained on teachers only, and False where on labels only.
   """
 
-  inputs: Any  # Inputs, Images, Sounds, SourceTarget or ImageText, as the model reads
-  labels_BT: jax.Array  # int32
-  mask_BT: jax.Array  # bool
+  inputs: Any  # Inputs, Images, Sounds, SourceTarget or ImageText
+  labels_BT: jax.Array
+  mask_BT: jax.Array
   targets: dict[str, Targets] = struct.field(default_factory=dict)
-  smoothing_BT: jax.Array | None = None  # float32
-  rows_BT2: jax.Array | None = None  # int32
-  valid_BS: jax.Array | None = None  # bool
-  distill_token_BT: jax.Array | None = None  # bool
+  smoothing_BT: jax.Array | None = None
+  class_range_BT2: jax.Array | None = None
+  valid_BS: jax.Array | None = None
+  distill_token_BT: jax.Array | None = None
 
-  def mask_of(self, taught: bool) -> jax.Array:
-    """The positions that losses and metrics against teachers, or against labels, are of."""
-    return (
-      self.mask_BT
-      if self.distill_token_BT is None
-      else self.mask_BT & (self.distill_token_BT == taught)
-    )
+  def mask_for_teacher_losses(self) -> jax.Array:
+    """Positions, bool [B, T], over which losses and metrics against teachers are taken."""
+    if self.distill_token_BT is None:
+      return self.mask_BT
+    return self.mask_BT & self.distill_token_BT
 
-  def paired(self) -> Batch:
-    """With labels and rows for a head that is the batch itself: B texts, then their B images.
+  def mask_for_label_losses(self) -> jax.Array:
+    """Positions, bool [B, T], over which losses and metrics against labels are taken."""
+    if self.distill_token_BT is None:
+      return self.mask_BT
+    return self.mask_BT & ~self.distill_token_BT
+
+  def with_contrastive_labels(self) -> Batch:
+    """The batch labelled for a head that is made of it: B texts, then their B images.
 
     Position 0 of row i, its image, chooses row i of the first B, position 1, its text, row
-    B + i of the others. To be called where the batch is global: traced, outside shard_map.
+    B + i of the others. Call it where the batch is global: traced, outside shard_map.
     """
     B = len(self.mask_BT)
     first_2 = jnp.array([0, B], jnp.int32)
     labels_BT = jnp.arange(B, dtype=jnp.int32)[:, None] + first_2[None]
-    rows_BT2 = jnp.broadcast_to(jnp.stack([first_2, first_2 + B], -1)[None], (B, 2, 2))
-    return self.replace(labels_BT=labels_BT, rows_BT2=rows_BT2)
+    range_BT2 = jnp.broadcast_to(jnp.stack([first_2, first_2 + B], -1)[None], (B, 2, 2))
+    return self.replace(labels_BT=labels_BT, class_range_BT2=range_BT2)
 
 
 class Output(struct.PyTreeNode):
-  """What a model says: the loss owns the unembedding, so there are no logits here.
+  """A model's outputs, without logits: those are made from it by the fused head.
 
-  A position is a label to predict: of a classifier there is one, T = 1. A head's bias is a
-  column of `head_VD` beside a 1 in `hidden_BTD` (layers.with_bias). If it is `paired`, the
-  head is made of the batch itself, and Batch.paired says which of its rows are right.
+  A position is a label to predict; a classifier has one, T = 1. A head's bias is a column of
+  `head_VD` beside a 1 in `hidden_BTD` (layers.with_bias).
+
+  Attributes:
+    hidden_BTD: [B, T, D], after the final norm.
+    head_VD: [V, D], the unembedding as it is multiplied: logits = hidden @ head.T.
+    soft_cap: of the logits; see fused_head.soft_cap.
+    taps_PBTD: the residual stream after each layer that was asked for.
+    embedding_BTD: of each position's whole input (an image, a text), where a family has it.
+    contrastive: the head is made of the batch itself; Batch.with_contrastive_labels names the
+      correct rows.
   """
 
-  hidden_BTD: jax.Array  # after the final norm
-  head_VD: jax.Array  # the unembedding, as it is multiplied: logits = hidden @ head.T
-  soft_cap: float | None = struct.field(pytree_node=False, default=None)  # see head.soft_cap
-  taps_PBTD: jax.Array | None = None  # residual stream after each layer asked for
-  embedding_BTD: jax.Array | None = None  # what stands for a position's whole input, to compare
-  paired: bool = struct.field(pytree_node=False, default=False)
-  aux: dict[str, Any] = struct.field(default_factory=dict)
+  hidden_BTD: jax.Array
+  head_VD: jax.Array
+  soft_cap: float | None = struct.field(pytree_node=False, default=None)
+  taps_PBTD: jax.Array | None = None
+  embedding_BTD: jax.Array | None = None
+  contrastive: bool = struct.field(pytree_node=False, default=False)
 
 
 class Mean(struct.PyTreeNode):
-  """A total and a count: the only metric and loss type. Merges by addition."""
+  """A total and a count: the type of every metric and loss. Added, they are of both parts."""
 
   total: jax.Array
   count: jax.Array
 
   @classmethod
   def of(cls, x_BT: jax.Array, mask_BT: jax.Array) -> Mean:
-    """Sums where the mask is set. `where`, not `*`: NaN in padding is harmless."""
+    """Sums `x_BT` where the mask is set. `where`, not `*`: NaN in padding is harmless."""
     x_BT = jnp.where(mask_BT, x_BT.astype(jnp.float32), 0.0)
     return cls(jnp.sum(x_BT), jnp.sum(mask_BT, dtype=jnp.float32))
 
@@ -180,10 +204,10 @@ class Mean(struct.PyTreeNode):
 
 
 class TrainState(struct.PyTreeNode):
-  """All that training changes. `adapters` belong to losses and are never exported."""
+  """All that training changes."""
 
   step: jax.Array  # int32
-  params: Any  # the student, an nnx.Module
-  adapters: dict[str, Any]
-  opt: Any
+  params: Any  # what is trained of the student: see models/trained.py
+  adapters: dict[str, Any]  # parameters that losses own, by loss; never exported
+  opt: optax.OptState
   balance: dict[str, jax.Array] = struct.field(default_factory=dict)  # factors of loss weights

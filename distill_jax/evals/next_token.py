@@ -32,7 +32,9 @@ def compare(
   """
 
   def chunk_metrics(teacher_BCV: jax.Array, piece: Batch) -> dict[str, dict[str, Mean]]:
-    teacher_BCV = fused_head.only_rows(fused_head.soft_cap(teacher_BCV, p.soft_cap), piece.rows_BT2)
+    teacher_BCV = fused_head.only_rows(
+      fused_head.soft_cap(teacher_BCV, p.soft_cap), piece.class_range_BT2
+    )
     logp_BCV = jax.nn.log_softmax(teacher_BCV)
     means = {teacher: _metrics(logp_BCV, logp_BCV, piece)}
     for name, t in piece.targets.items():
@@ -46,7 +48,7 @@ def compare(
   p = outputs[teacher]
   assert p.hidden_BTD is not None and p.head_VD is not None
   others = {name: t for name, t in outputs.items() if name != teacher}
-  batch = (batch.paired() if p.paired else batch).replace(targets=others)
+  batch = (batch.with_contrastive_labels() if p.contrastive else batch).replace(targets=others)
   return fused_head.fold(chunk_metrics, p.hidden_BTD, p.head_VD, batch, chunk, vocab_size)
 
 
@@ -67,10 +69,10 @@ def _metrics(logp_BCV: jax.Array, logq_BCV: jax.Array, piece: Batch) -> dict[str
 def score(model: Any, batch: Batch, compute: ComputeConfig, chunk: int) -> Mean:
   """-log q(label) alone: the work of a forward pass over a prompt, for timing."""
   out: Output = model(batch.inputs, compute)
-  batch = batch.paired() if out.paired else batch
+  batch = batch.with_contrastive_labels() if out.contrastive else batch
 
   def ce(z_BCV: jax.Array, piece: Batch) -> Mean:
-    z_BCV = fused_head.only_rows(fused_head.soft_cap(z_BCV, out.soft_cap), piece.rows_BT2)
+    z_BCV = fused_head.only_rows(fused_head.soft_cap(z_BCV, out.soft_cap), piece.class_range_BT2)
     return Mean.of(-fused_head.logp_at(z_BCV, piece.labels_BT[..., None])[..., 0], piece.mask_BT)
 
   return fused_head.fold(ce, out.hidden_BTD, out.head_VD, batch, chunk)

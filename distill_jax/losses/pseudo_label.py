@@ -30,8 +30,8 @@ class Loss:
     targets = batch.targets[self.teacher]
     if targets.hidden_BTD is not None:
       top_BC = jnp.argmax(supports.dense(targets, logits_BCV, 1.0)[0], -1)
-    elif targets.top_BT is not None:
-      top_BC = targets.top_BT
+    elif targets.argmax_BT is not None:
+      top_BC = targets.argmax_BT
     else:
       raise InputError(
         f"pseudo_label wants the likeliest token, which the records of {self.teacher!r} do not "

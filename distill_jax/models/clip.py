@@ -242,8 +242,8 @@ class Model(nnx.Module):
   """Pairs in; two positions a pair out, its picture and its text, and all of the batch as head.
 
   The head's rows are the vectors of all texts of the batch, then of all pictures: position 0
-  chooses among the first, position 1 among the second (types.Batch.paired). Cross-entropy is
-  then InfoNCE in both directions, as CLIP is trained.
+  chooses among the first, position 1 among the second (Batch.with_contrastive_labels).
+  Cross-entropy is then InfoNCE in both directions, as CLIP is trained.
   """
 
   def __init__(self, c: Config, key: jax.Array):
@@ -263,7 +263,7 @@ class Model(nnx.Module):
   def __call__(
     self, inputs: ImageText, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> Output:
-    """Args: taps, layers of the vision tower. Returns: Output, T = 2, its head `paired`."""
+    """Args: taps, layers of the vision tower. Returns: Output, T = 2, its head `contrastive`."""
     image_BE, taps_PBSD = self.image(inputs.images, compute, taps)
     text_BE = self.texts(inputs.texts, compute)
     scale = jnp.exp(jnp.minimum(self.scale[...].astype(jnp.float32), MOST))
@@ -273,7 +273,7 @@ class Model(nnx.Module):
     bias_V = jnp.tile(jnp.where(empty_B, NOTHING, 0.0), 2)
     head_VE = jnp.concatenate([text_BE, image_BE])
     hidden, head = layers.with_bias(scale * both_B2E, head_VE, bias_V)
-    return Output(hidden, head, taps_PBTD=taps_PBSD, embedding_BTD=both_B2E, paired=True)
+    return Output(hidden, head, taps_PBTD=taps_PBSD, embedding_BTD=both_B2E, contrastive=True)
 
   def image(
     self, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()

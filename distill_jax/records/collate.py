@@ -19,7 +19,7 @@ STORED = {
   "logp_TK": "logp_BTK",
   "entropy_T": "entropy_BT",
   "label_logp_T": "label_logp_BT",
-  "argmax_T": "top_BT",
+  "argmax_T": "argmax_BT",
 }
 
 Read = Callable[[Callable[[str], Any]], Batch]

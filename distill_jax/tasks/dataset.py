@@ -207,4 +207,4 @@ def _read(task: Any, several: bool, stack: Callable[[str], Any]) -> Batch:
   among = stack("rows_T2") if several else None
   seen = task.seen(stack) if hasattr(task, "seen") else None
   labels, mask = stack("tokens_T"), stack("mask_T")
-  return Batch(task.inputs(stack), labels, mask, rows_BT2=among, valid_BS=seen)
+  return Batch(task.inputs(stack), labels, mask, class_range_BT2=among, valid_BS=seen)

@@ -85,6 +85,6 @@ class Source:
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
     image = {"pixels_WWM": self._task.pixels(self._pairs[i])}
-    # The labels are rows of the batch that the pair will be in: see types.Batch.paired.
+    # The labels are rows of the batch that the pair will be in: Batch.with_contrastive_labels.
     labels = {"labels_T": np.zeros(2, np.int32), "mask_T": np.ones(2, bool)}
     return self._texts[i] | image | labels

@@ -128,16 +128,17 @@ class Step:
     ours, theirs = self.needs()
     out: Output = model(batch.inputs, self.student, ours.taps)
     targets, taught = self._taught(batch, teachers, theirs)
-    batch = (batch.paired() if out.paired else batch).replace(targets=targets)
+    batch = (batch.with_contrastive_labels() if out.contrastive else batch).replace(targets=targets)
 
     def chunk_loss(logits_BCV: jax.Array, piece: Batch):
       logits_BCV = fused_head.only_rows(
-        fused_head.soft_cap(logits_BCV, out.soft_cap), piece.rows_BT2
+        fused_head.soft_cap(logits_BCV, out.soft_cap), piece.class_range_BT2
       )
       total, means = jnp.zeros((), jnp.float32), {}
       for name, fn in self.losses.items():
         if hasattr(fn, "token_loss"):
-          mask_BC = piece.mask_of(taught=hasattr(fn, "teacher") or hasattr(fn, "teachers"))
+          taught = hasattr(fn, "teacher") or hasattr(fn, "teachers")
+          mask_BC = piece.mask_for_teacher_losses() if taught else piece.mask_for_label_losses()
           means[name] = Mean.of(fn.token_loss(logits_BCV, piece, step), mask_BC)
           total += weights[name] / count * means[name].total
       fixed = jax.lax.stop_gradient(logits_BCV)
@@ -273,6 +274,9 @@ def online(
   with jax.named_scope("teacher"):
     out: Output = model(inputs, compute, needs.taps)
     said = Targets(
-      hidden_BTD=out.hidden_BTD, head_VD=out.head_VD, soft_cap=out.soft_cap, paired=out.paired
+      hidden_BTD=out.hidden_BTD,
+      head_VD=out.head_VD,
+      soft_cap=out.soft_cap,
+      contrastive=out.contrastive,
     )
     return jax.lax.stop_gradient((said, needs.of(model, out, inputs, compute)))

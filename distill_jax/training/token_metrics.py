@@ -28,10 +28,10 @@ def means(
   lse_BC = fused_head.log_sum_exp(logits_BCV)[..., 0]
   label_BC = jnp.take_along_axis(logits_BCV, piece.labels_BT[..., None], -1)[..., 0]
   token_loss = {"ce": lse_BC - label_BC, "entropy": lse_BC - _mean_logit(logits_BCV, lse_BC)}
-  out = {name: Mean.of(x_BC, piece.mask_of(taught=False)) for name, x_BC in token_loss.items()}
+  out = {name: Mean.of(x_BC, piece.mask_for_label_losses()) for name, x_BC in token_loss.items()}
   for name, first in parts:
-    assert piece.rows_BT2 is not None
-    mask = piece.mask_of(taught=False) & (piece.rows_BT2[..., 0] == first)
+    assert piece.class_range_BT2 is not None
+    mask = piece.mask_for_label_losses() & (piece.class_range_BT2[..., 0] == first)
     right = label_BC >= jnp.max(logits_BCV, -1)
     out |= {f"ce/{name}": Mean.of(token_loss["ce"], mask), f"accuracy/{name}": Mean.of(right, mask)}
   for name, t in piece.targets.items():
@@ -42,7 +42,7 @@ def means(
       T = 1.0 if online else recorded.temperature
       said[f"kl/{name}" if T == 1 else f"kl_at_{T:g}/{name}"] = kl
     # Text among sampled records has no entries: of it the teacher has said nothing.
-    mask = piece.mask_of(taught=True)
+    mask = piece.mask_for_teacher_losses()
     mask = mask if t.weight_BTK is None else mask & jnp.any(t.weight_BTK > 0, -1)
     out |= {k if "/" in k else f"{k}/{name}": Mean.of(x, mask) for k, x in said.items()}
   return out
@@ -65,9 +65,9 @@ def _offline(t: Targets, logits_BCV: jax.Array, recorded: Recorded) -> dict[str,
     said["teacher_ce"] = -t.label_logp_BT
   if t.entropy_BT is not None and recorded.temperature == 1:
     said["teacher_entropy"] = t.entropy_BT
-  if t.top_BT is not None:
+  if t.argmax_BT is not None:
     # Not argmax, which is ten times slower on a CPU than a maximum.
-    at_top_BC = jnp.take_along_axis(logits_BCV, t.top_BT[..., None], -1)[..., 0]
+    at_top_BC = jnp.take_along_axis(logits_BCV, t.argmax_BT[..., None], -1)[..., 0]
     said["agreement"] = at_top_BC >= jnp.max(logits_BCV, -1)
   return said
 

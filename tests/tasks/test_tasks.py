@@ -206,8 +206,8 @@ def test_several_tasks_share_a_body_and_have_a_head_each(c, tmp_path):
   batch: Batch = next(loop._batches(resolved, stores, 0))
   first = batch.labels_BT[:, 0] < 2
   assert 0 < first.sum() < 4
-  np.testing.assert_array_equal(batch.rows_BT2[first, 0], [[0, 2]] * first.sum())
-  np.testing.assert_array_equal(batch.rows_BT2[~first, 0], [[2, 4]] * (~first).sum())
+  np.testing.assert_array_equal(batch.class_range_BT2[first, 0], [[0, 2]] * first.sum())
+  np.testing.assert_array_equal(batch.class_range_BT2[~first, 0], [[2, 4]] * (~first).sum())
   with Workdir(tmp_path / "run", resolved) as folder:
     last = loop.train(resolved, folder)
   assert 0.3 < last["ce"] < 1.2  # log 2 before training: not log 4

@@ -54,7 +54,7 @@ def batch_of(vocab_size: int, B: int, T: int) -> Batch:
     weight_BTK=f32(weight),
     entropy_BT=f32(rng.uniform(1, 4, (B, T))),
     label_logp_BT=f32(-rng.uniform(1, 4, (B, T))),
-    top_BT=i32(ids[..., 0]),
+    argmax_BT=i32(ids[..., 0]),
   )
   positions = np.broadcast_to(np.arange(T), (B, T))
   inputs = Inputs(i32(tokens), i32(positions), i32(np.ones((B, T))))
