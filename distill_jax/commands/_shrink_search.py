@@ -26,7 +26,7 @@ from distill_jax.nn.lora import LoraOptions
 from distill_jax.pruning import candidates, shapes
 from distill_jax.pruning.options import ShrinkOptions
 from distill_jax.pruning.students import Teacher
-from distill_jax.runtime import atomic_io, distributed
+from distill_jax.runtime import distributed, json_io
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop
 
@@ -207,7 +207,7 @@ def _rate(config: Config, built: loading.LoadedModel, mesh: Any) -> float:
 
 
 def _write(path: Path, tree: dict[str, Any]) -> None:
-  distributed.run_on_process_0(lambda: atomic_io.write_json(path, tree))
+  distributed.run_on_process_0(lambda: json_io.write_json(path, tree))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from distill_jax.pruning import choose, factorise, shapes
 from distill_jax.pruning.options import LinkOptions
 from distill_jax.pruning.students import Teacher
 from distill_jax.report.benchmarks import text  # noqa: F401
-from distill_jax.runtime import atomic_io, distributed, storage
+from distill_jax.runtime import distributed, json_io, storage
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop, optim, validate
 
@@ -255,4 +255,4 @@ def _run(link: PlannedLink) -> dict[str, Any]:
 
 
 def _write(path: Path, tree: Any) -> None:
-  distributed.run_on_process_0(lambda: atomic_io.write_json(path, tree))
+  distributed.run_on_process_0(lambda: json_io.write_json(path, tree))

@@ -21,7 +21,7 @@ from distill_jax.models import loading
 from distill_jax.nn import sharding
 from distill_jax.preflight import programs
 from distill_jax.preflight.chips import CHIPS, Chip
-from distill_jax.runtime import atomic_io, distributed
+from distill_jax.runtime import distributed, json_io
 
 NAMES = ("teacher", "student")
 NOT_QUALITY = ("parameters", "bytes", "tokens_per_second")  # of evaluation.json, told better here
@@ -62,7 +62,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     "measured": measure.measure(config, mesh) if c.measure else None,
     "quality": quality,
   }
-  distributed.run_on_process_0(lambda: atomic_io.write_json(folder / "efficiency.json", result))
+  distributed.run_on_process_0(lambda: json_io.write_json(folder / "efficiency.json", result))
   return result
 
 

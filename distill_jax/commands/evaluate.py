@@ -29,7 +29,7 @@ from distill_jax.nn.layer_sharing import ShareOptions
 from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.records import collate
 from distill_jax.report.benchmarks import text  # noqa: F401
-from distill_jax.runtime import atomic_io, distributed
+from distill_jax.runtime import distributed, json_io
 from distill_jax.runtime.progress import Progress
 from distill_jax.tasks import dataset, pseudo_labels
 from distill_jax.tasks.dataset import Row
@@ -73,7 +73,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
       for name, row in _on_sets(config, spec, questions, mesh, folder / ANSWERS / model).items():
         by_set[name][model] = row
     evaluation["evals"] = by_set
-  distributed.run_on_process_0(lambda: atomic_io.write_json(folder / "evaluation.json", evaluation))
+  distributed.run_on_process_0(lambda: json_io.write_json(folder / "evaluation.json", evaluation))
   return evaluation
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.filters.samples import Bad, Judged, Sample
-from distill_jax.runtime import atomic_io, distributed
+from distill_jax.runtime import atomic_io, distributed, json_io
 from distill_jax.runtime.progress import Progress
 
 SAMPLES, KEPT, REJECTED, SUMMARY = "samples.jsonl", "kept.jsonl", "rejected.jsonl", "filter.json"
@@ -90,7 +90,7 @@ def _run(config: Config, path: Path, folder: Path) -> dict[str, Any]:
   for part, name in zip(parts, (KEPT, REJECTED), strict=True):
     part.replace(folder / name)
   atomic_io.fsync_dir(folder)
-  atomic_io.write_json(folder / SUMMARY, {"of": str(path), **result})
+  json_io.write_json(folder / SUMMARY, {"of": str(path), **result})
   return result
 
 

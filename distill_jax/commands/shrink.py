@@ -12,7 +12,7 @@ from distill_jax.errors import InputError
 from distill_jax.pruning import shapes
 from distill_jax.pruning.students import Teacher
 from distill_jax.pruning.table import text  # noqa: F401
-from distill_jax.runtime import atomic_io, distributed
+from distill_jax.runtime import distributed, json_io
 
 RESULT = "shrink.json"
 
@@ -45,5 +45,5 @@ def run(config: Config, workdir: Path) -> dict[str, Any]:
     result = _shrink_search.search(config, workdir, targets[0])
   else:
     result = Teacher(config).make(s, s.dir or str(workdir / "model"))
-  distributed.run_on_process_0(lambda: atomic_io.write_json(workdir / RESULT, result))
+  distributed.run_on_process_0(lambda: json_io.write_json(workdir / RESULT, result))
   return result

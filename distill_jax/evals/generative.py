@@ -19,7 +19,7 @@ from distill_jax.generation import local as decoding
 from distill_jax.generation import remote
 from distill_jax.generation.options import ServerOptions
 from distill_jax.models.options import ModelOptions
-from distill_jax.runtime import atomic_io, distributed
+from distill_jax.runtime import atomic_io, distributed, json_io
 
 PROMPTS, ASKED, VERDICTS, LEFT_OUT = (
   "prompts.jsonl",
@@ -132,7 +132,7 @@ def _same(config: Config, folder: Path) -> None:
         f"{folder} holds answers that were asked for with {key} {was.get(key)!r} and it is now "
         f"{now[key]!r}; delete that folder, or choose another --workdir"
       )
-  atomic_io.write_json(file, now)
+  json_io.write_json(file, now)
 
 
 def _judge(of: Any, questions: Questions, folder: Path) -> dict[str, Any]:

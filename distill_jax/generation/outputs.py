@@ -12,7 +12,7 @@ from distill_jax.errors import InputError
 from distill_jax.generation.journal import SampleJournal
 from distill_jax.generation.prompts import Prompts
 from distill_jax.generation.scheduler import SampleKey
-from distill_jax.runtime import atomic_io
+from distill_jax.runtime import atomic_io, json_io
 
 SAMPLES, REJECTED, SUMMARY = "samples.jsonl", "samples.rejected.jsonl", "generate.json"
 Row = dict[str, Any]  # a sample as finished.py keeps it: `prompt` is the prompt's number
@@ -64,7 +64,7 @@ def finish(
   folder: Path, about: dict[str, Any], result: dict[str, Any], finished: SampleJournal
 ) -> None:
   """The last thing that a run does."""
-  atomic_io.write_json(folder / SUMMARY, {"of": about, **result})
+  json_io.write_json(folder / SUMMARY, {"of": about, **result})
   finished.remove()
 
 

@@ -23,7 +23,7 @@ from distill_jax.nn import layer_sharing, lora, params, quantise, sharding
 from distill_jax.nn.layer_sharing import ShareOptions
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.nn.quantise import QuantiseOptions
-from distill_jax.runtime import atomic_io, checkpoint, storage, workdir
+from distill_jax.runtime import checkpoint, json_io, storage, workdir
 
 RUN = "run:"
 BASE = "base.json"  # in the folder of a run of adapters: whose they are
@@ -245,7 +245,7 @@ def restore(run: Path, mesh: Mesh, step: int | None = None) -> Any:
 def pin_base(run: Path, config: Config) -> None:
   """Writes down, once, which weights a run's adapters are trained on; refuses others."""
   if not (run / BASE).exists():
-    atomic_io.write_json(run / BASE, identity(config.student, config.seed))
+    json_io.write_json(run / BASE, identity(config.student, config.seed))
   check_base(run, config)
 
 

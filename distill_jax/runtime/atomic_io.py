@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -18,10 +16,6 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     os.fsync(f.fileno())
   part.replace(path)
   fsync_dir(path.parent)
-
-
-def write_json(path: Path, tree: Any) -> None:
-  atomic_write(path, json.dumps(tree, indent=1, sort_keys=True) + "\n")
 
 
 def fsync_dir(folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import IO, Any
 from distill_jax import config as configs
 from distill_jax.errors import InputError
 from distill_jax.runtime import distributed
-from distill_jax.runtime.atomic_io import write_json
+from distill_jax.runtime.json_io import write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
 # A run may go on with these changed: they do not decide what is computed.

@@ -14,7 +14,7 @@ from distill_jax.errors import InputError, Preempted
 from distill_jax.models import loading
 from distill_jax.pruning import candidates, shapes, table, windows
 from distill_jax.pruning.options import ShrinkOptions
-from distill_jax.runtime import atomic_io
+from distill_jax.runtime import json_io
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop
 from distill_jax.training.metric_writer import read_metrics
@@ -104,10 +104,10 @@ def test_the_best_of_the_search_is_recommended(tmp_path, monkeypatch):
     for name, f in folders.items():
       made.append(name)
       models = {"teacher": row, "student": row}
-      atomic_io.write_json(f / "made.json", {"kept": kept, "dir": "model", "models": models})
+      json_io.write_json(f / "made.json", {"kept": kept, "dir": "model", "models": models})
 
   score = lambda conf, folders, rates: [
-    atomic_io.write_json(f / "score.json", {"ce": ce[name]}) for name, f in folders.items()
+    json_io.write_json(f / "score.json", {"ce": ce[name]}) for name, f in folders.items()
   ]
   monkeypatch.setattr(_shrink_search, "_make", make)
   monkeypatch.setattr(_shrink_search, "with_text", lambda conf, w: conf)

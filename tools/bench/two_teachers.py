@@ -45,7 +45,8 @@ from distill_jax.config import Config
 from distill_jax.evals.gsm8k import PACKAGED
 from distill_jax.models import loading
 from distill_jax.pruning.students import Teacher
-from distill_jax.runtime.atomic_io import atomic_write, write_json
+from distill_jax.runtime.atomic_io import atomic_write
+from distill_jax.runtime.json_io import write_json
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop
 

@@ -1,0 +1,49 @@
+"""JSON lines are read with their places, and what cannot be used stops a run or is counted."""
+
+import json
+
+import pytest
+
+from distill_jax.data import jsonl
+from distill_jax.data.bad_input import BadInputPolicy
+from distill_jax.errors import InputError
+
+
+def test_lines_know_their_places(tmp_path):
+  (tmp_path / "a").write_bytes(b'{"a": 1}\n\n \r\n{"b": "\xff"}\n[1]')
+  (tmp_path / "b").write_bytes(b"{}\r\n")
+  lines = list(jsonl.read_lines(tmp_path / "a", tmp_path / "b"))
+  assert [(x.number, x.offset) for x in lines] == [(1, 0), (4, 13), (5, 24), (1, 0)]
+  assert lines[0].object() == {"a": 1} and lines[3].object() == {}
+  assert lines[3].text() == "{}\r\n" and lines[3].where == f"{tmp_path / 'b'}, line 1"
+  with pytest.raises(InputError, match=r"a: byte 20 is 0xff, which is not UTF-8; convert"):
+    lines[1].object()
+  with pytest.raises(InputError, match=r"a, line 5: a JSON list; .*; mend the line"):
+    lines[2].object()
+
+
+def test_what_is_written_is_read_again(tmp_path):
+  rows = [{"b": "é", "a": 1}, {"half": "\ud800"}, [1, "\n"]]
+  jsonl.write(tmp_path / "x", rows)
+  assert (tmp_path / "x").read_bytes().startswith('{"b": "é", "a": 1}\n'.encode())
+  assert [json.loads(x.raw) for x in jsonl.read_lines(tmp_path / "x")] == rows
+  assert jsonl.to_line("é", ensure_ascii=True) == b'"\\u00e9"\n'
+
+
+def test_a_policy_stops_or_counts(capsys):
+  with pytest.raises(InputError, match="x.on_bad is 'shrug'; it can be one of"):
+    BadInputPolicy("x.on_bad", "shrug")
+  stop = BadInputPolicy("x.on_bad", "stop")
+  with pytest.raises(InputError, match="^line 1: it is bad; mend it, or set x.on_bad=skip$"):
+    stop.reject("line 1", "it is bad")
+  with pytest.raises(InputError, match="^line 1 is bad; mend it, or set x.on_bad=skip$"):
+    stop.reject_subject("line 1", "is bad")
+  skip = BadInputPolicy("x.on_bad", "skip")
+  for n in range(5):
+    skip.reject(f"line {n}", "it is bad")
+  skip.reject_subject("line 9", "has no text")
+  skip.report("f.jsonl", 4, "examples")
+  assert capsys.readouterr().err == (
+    "f.jsonl: 5 of 10 examples left out: it is bad: line 0, line 1, line 2, …\n"
+    "f.jsonl: 1 of 10 examples left out: it has no text: line 9\n"
+  )
