@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from distill_jax.commands import record
 from distill_jax.config import Config
 from distill_jax.data import packing
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
+from distill_jax.models import loading
+from distill_jax.records import recorder
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.store import Writer
 from distill_jax.runtime import storage
@@ -59,7 +60,10 @@ def write(
   light = [sequence.record() for sequence in packed]
   ends = np.cumsum([sequence.segments_T.max() for sequence in packed])  # of the texts in each
   some = lambda n: range(ends[n - 1] if n else 0, ends[n])
-  manifest = record.manifest_of(config, record.Corpus.of_text(light, tokenizer, T))
+  corpus = recorder.Corpus.of_text(light, tokenizer, T)
+  of_text = config.records.kind == "text"
+  teacher = {} if of_text else loading.identity(config.teacher, config.seed)
+  manifest = recorder.manifest_of(config.records, corpus, teacher)
   with storage.Synced(config.generate.records_dir) as folder, Writer(folder, manifest) as writer:
     for shard in writer.missing():
       writer.write_shard(

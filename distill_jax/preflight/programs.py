@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distill_jax.commands import record
 from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.models import loading
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
-from distill_jax.records import collate, multi_teacher, tf_example
+from distill_jax.records import collate, multi_teacher, recorder, taps, tf_example
 from distill_jax.records.store import Manifest, Store
 from distill_jax.tasks import dataset
 from distill_jax.training import loop, validate
@@ -69,8 +68,16 @@ def manifest(config: Config, classes: int = 0, positions: int = 0) -> Manifest:
   model = config.student if config.losses else config.teacher
   classes = classes or loading.family_and_config(model)[1].vocab_size
   T = positions or config.data.seq_len
-  config = dataclasses.replace(config, records=record.dense(config.records, classes))
-  return record.describe(config, classes, sequences=1, positions=T)
+  options = recorder.dense(config.records, classes)
+  return recorder.planned_manifest(options, classes, 1, T, _feature_width(config))
+
+
+def _feature_width(config: Config) -> int:
+  """Numbers in a vector that the records hold of the teacher's features, before a projection."""
+  if not config.records.taps:
+    return 0
+  teacher = loading.family_and_config(config.teacher)[1]
+  return taps.feature_width(teacher, config.records.taps_of)
 
 
 def _stores(config: Config) -> loop.Stores:
@@ -129,22 +136,23 @@ def _record(config: Config, mesh: Mesh) -> Program:
   rows = config.records.batch_size
   sharding.check_batch("records.batch_size", rows, mesh)
   if config.tasks:
-    task = record.corpus_of(config)
+    teacher = loading.family_and_config(config.teacher)[1]
+    task = dataset.open_corpus(config, loading.pretrained(config.teacher), teacher)
     config = dataset.chosen(config)
     about = manifest(config, task.classes, task.positions)
-    first, one = task.first, task.rows[0]
+    first, one = task.first_class, task.rows[0]
   else:
     about = manifest(dataclasses.replace(config, losses={}))
     first, one = 0, _text(about)
-  config = dataclasses.replace(config, records=record.dense(config.records, about.vocab_size))
+  options = recorder.dense(config.records, about.vocab_size)
   model, compute = _model(config.teacher, mesh), loading.compute_config(config.teacher)
   batch = _batch(config, about, rows, mesh, [], one)
   whole = sharding.replicated(mesh)
   key = loading.place(jax.eval_shape(jax.random.key, 0), whole)
   index_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding.batch_sharding(mesh))
   with jax.set_mesh(mesh):
-    run = record.jitted(config, compute, about.vocab_size, first)
-    lowered = run.lower(model, key, batch, index_B)
+    run = recorder.Recorder(options, compute, about.vocab_size, first, _feature_width(config))
+    lowered = run.jitted.lower(model, key, batch, index_B)
   return Program(lowered, {"teacher": bytes_of(model), "batch": bytes_of(batch)}, rows)
 
 

@@ -156,6 +156,30 @@ class Manifest:
     atomic_write(folder / NAME, text + "\n")
 
 
+def without_targets(
+  *, vocab_size: int, positions: int, sequences: int, corpus: str = ""
+) -> Manifest:
+  """The manifest of labels that no teacher has recorded: there is no folder that holds it.
+
+  Args:
+    vocab_size: tokens, or classes of a task.
+    positions: labels of a sequence or example.
+    sequences: how many there are.
+    corpus: digest of the data.
+  """
+  return Manifest(
+    kind="text",
+    n=0,
+    vocab_size=vocab_size,
+    seq_len=positions,
+    teacher={},
+    tokenizer="",
+    corpus=corpus,
+    sequences_per_shard=sequences,
+    extents=(sequences,),
+  )
+
+
 def shard_name(number: int) -> str:
   """The file of shard `number`; tfds finds it by {SPLIT}-{SHARD_INDEX}.{FILEFORMAT}."""
   return f"records-{number:05d}.array_record"

@@ -19,7 +19,9 @@ import numpy as np
 
 from distill_jax.config import Config
 from distill_jax.errors import InputError
+from distill_jax.records.manifest import Manifest, without_targets
 from distill_jax.records.multi_teacher import TEXT, MultiTeacherStore
+from distill_jax.records.recorder import Corpus
 from distill_jax.types import IN_BATCH_CLASSES, Batch
 
 Row = dict[str, np.ndarray]
@@ -51,6 +53,16 @@ class Rows(Sequence):
 
   def __len__(self) -> int:
     return self._len
+
+  @property
+  def manifest(self) -> Manifest:
+    """The manifest of the labels alone, where no teacher is recorded."""
+    return without_targets(
+      vocab_size=self.source.classes,
+      positions=self.source.positions,
+      sequences=len(self),
+      corpus=self.digest,
+    )
 
   def __getitem__(self, index: Any) -> Any:
     if isinstance(index, slice):
@@ -160,6 +172,31 @@ def chosen(config: Config) -> Config:
       f"records.task is {config.records.task!r} and tasks holds {', '.join(config.tasks)}; name one"
     )
   return dataclasses.replace(config, tasks={name: config.tasks[name]})
+
+
+def open_corpus(config: Config, pretrained: Any, teacher: Any) -> Corpus:
+  """The examples of the one task that is recorded.
+
+  Args:
+    pretrained: the teacher's source (hub.load.Pretrained), or None.
+    teacher: the teacher's architecture config, which must have a place for all tasks; None
+      where no teacher is recorded.
+
+  Raises:
+    InputError: the task cannot be recorded, or the teacher cannot read it.
+  """
+  (name,) = chosen(config).tasks
+  every = {n: open_rows(config, n, "train", pretrained) for n in config.tasks}
+  rows, part = every[name], parts(every)[name]
+  if rows.source.classes == IN_BATCH_CLASSES:
+    raise InputError(
+      f"task {name} is contrastive; its targets within a batch cannot be recorded. Set "
+      "train.online=True"
+    )
+  if teacher is not None:
+    check(every, teacher)
+  first = part.start if part else 0
+  return Corpus(rows, rows.source.positions, rows.source.classes, "", rows.digest, first)
 
 
 def parts(rows: Mapping[str, Rows]) -> dict[str, range | None]:

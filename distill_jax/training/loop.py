@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 
-from distill_jax.commands import record
 from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.models import loading
@@ -222,14 +221,11 @@ def open_stores(config: Config) -> Stores:
       f"train.records names {len(said)} stores and there are {len(rows)} tasks; name one for each, "
       "in their order, or none"
     )
-  text = dataclasses.replace(config.records, kind="text", taps=())
-  plain = dataclasses.replace(config, records=text)
   parts = dataset.parts(rows)
   stores = []
   for i, (name, of) in enumerate(rows.items()):
-    about = record.describe(plain, of.source.classes, len(of), of.source.positions)
     records = said[i] if said else None
-    manifest = records.manifest if records else dataclasses.replace(about, corpus=of.digest)
+    manifest = records.manifest if records else of.manifest
     stores.append(dataset.RecordedTask(of, records, manifest, parts[name]))
   return stores
 

@@ -27,6 +27,7 @@ from distill_jax.nn import fused_head, params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.preflight import chips, collectives, estimate, flops, programs, report, topology
 from distill_jax.records import tf_example
+from distill_jax.records.recorder import planned_manifest
 from distill_jax.training import loader, loop
 from distill_jax.types import Inputs
 
@@ -326,7 +327,9 @@ def test_the_configs_at_both_lengths(path, seq_len, monkeypatch):
 def test_store_bytes_are_about_what_the_codec_writes():
   """12.7 entries at 63 points, ids drawn over the whole vocabulary: its worst case."""
   rng, T, V = np.random.default_rng(0), 512, 151_936
-  about = dataclasses.replace(record.describe(config.resolve(model_config()), V, 1, T), n=63)
+  about = dataclasses.replace(
+    planned_manifest(config.resolve(model_config()).records, V, 1, T), n=63
+  )
   count = rng.multinomial(63 - 12, np.ones(12) / 12, T) + 1
   ids = np.sort(rng.integers(0, V, (T, 12)), -1)
   zeros = np.zeros(T, np.float32)

