@@ -12,11 +12,11 @@ from distill_jax.errors import InputError
 def names(package: str) -> list[str]:
   """Returns the entries of `distill_jax.<package>`, sorted.
 
-  Every module is one, but for those whose names begin with "_" and those in the package's
-  SHARED, which its entries use.
+  Every module is one, except `options`, those whose names begin with "_", and those in the
+  package's SHARED, which its entries use.
   """
   folder = importlib.import_module(f"distill_jax.{package}")
-  shared = vars(folder).get("SHARED", ())
+  shared = ("options", *vars(folder).get("SHARED", ()))
   modules = [m.name for m in pkgutil.iter_modules(folder.__path__)]
   return sorted(m for m in modules if not m.startswith("_") and m not in shared)
 
