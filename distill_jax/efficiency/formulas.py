@@ -15,7 +15,7 @@ from typing import Any
 from distill_jax.models import loading
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import params
-from distill_jax.preflight import estimate, flops
+from distill_jax.preflight import flops, roofline
 from distill_jax.preflight.chips import Chip
 
 # What weights and caches may be served in, and bytes of a number. Of float8 weights only the
@@ -105,7 +105,7 @@ def kept(c: Any) -> int:
 
 def sees(c: Any, layer: int, context: int) -> int:
   """Positions that the last of `context` attends to: all, or the layer's window."""
-  return flops.seen(c, layer, context) - flops.seen(c, layer, context - 1)
+  return flops.attended_pairs(c, layer, context) - flops.attended_pairs(c, layer, context - 1)
 
 
 def cache_numbers(c: Any, context: int) -> int:
@@ -120,7 +120,7 @@ def decoder_numbers(c: Any, context: int) -> int:
 
 def prefill_flops(spec: ModelOptions, context: int) -> float:
   """Operations a token of reading a prompt of `context` tokens; the head is for the last one."""
-  one = flops.model(spec, 1, context)
+  one = flops.forward_flops(spec, 1, context)
   return (one.weights + one.attention + one.head / context) / context
 
 
@@ -131,7 +131,7 @@ def decode_flops(spec: ModelOptions, context: int) -> float:
   if hasattr(c, "kv_lora_rank"):
     wide = kept(c) + c.kv_lora_rank
   seen = sum(sees(c, layer, context) for layer in range(c.num_hidden_layers))
-  return 2.0 * flops.active(spec) + 2.0 * seen * c.num_attention_heads * wide
+  return 2.0 * flops.active_params(spec) + 2.0 * seen * c.num_attention_heads * wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +154,13 @@ class Served:
     """The fewest that hold weights and cache, by bytes alone."""
     return math.ceil(self.memory(batch) / chip.memory)
 
-  def step(self, chip: Chip, chips: int, batch: int) -> estimate.Bound:
+  def step(self, chip: Chip, chips: int, batch: int) -> roofline.Bound:
     """The least seconds of a decode step that all chips share evenly, links apart.
 
     Weights are read once a step, a row's cache once; products are at the bfloat16 peak.
     """
     read = self.weights.read(batch) + batch * self.cache
-    return estimate.bound(chip, chips, chips, {"step": batch * self.flops}, read / chips, {})
+    return roofline.bound(chip, chips, chips, {"step": batch * self.flops}, read / chips, {})
 
   def at(self, chip: Chip, batch: int) -> dict[str, Any]:
     """One row of the report, on the fewest chips."""
@@ -203,7 +203,7 @@ def model(
     "dtype": dtype,
     "cache_dtype": cache_dtype,
     "parameters": params.count(loading.abstract(spec)),
-    "active_parameters": flops.active(spec),
+    "active_parameters": flops.active_params(spec),
     "weight_bytes": s.weights.total,
     "cache_bytes_per_token": width * kept(c) * c.num_hidden_layers,
     "cache_bytes": s.cache,

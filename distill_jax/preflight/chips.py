@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 from distill_jax.errors import InputError
 
@@ -74,8 +75,15 @@ CHIPS = {
 }
 
 
-def parse(topology: str) -> tuple[Chip, int]:
-  """(chip, chips in a slice) of a name such as v5p:4x4x4.
+class Slice(NamedTuple):
+  """A listed slice: which chip, and how many of them."""
+
+  chip: Chip
+  chips: int
+
+
+def parse(topology: str) -> Slice:
+  """Returns the slice with a name such as v5p:4x4x4.
 
   Raises:
     InputError: the chip is unknown, or it has no such slice.
@@ -90,4 +98,4 @@ def parse(topology: str) -> tuple[Chip, int]:
     raise InputError(
       f"--topology is {topology!r}, which is not listed; {name} has {', '.join(CHIPS[name].grids)}"
     )
-  return CHIPS[name], math.prod(map(int, grid.split("x")))
+  return Slice(CHIPS[name], math.prod(map(int, grid.split("x"))))

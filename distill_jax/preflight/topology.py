@@ -1,7 +1,8 @@
-"""A mesh of TPUs that are not here, and the environment in which libtpu compiles for them."""
+"""Meshes of TPUs that are not present, and the environment in which libtpu compiles for them."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -15,6 +16,7 @@ from distill_jax.errors import InputError
 from distill_jax.nn import sharding
 from distill_jax.nn.sharding import MeshOptions
 from distill_jax.preflight import chips
+from distill_jax.preflight.chips import Chip
 
 # Nothing is asked of a metadata server, no log is written to the terminal, and another
 # process may have libtpu too. libtpu reads this when it is loaded, at the first topology.
@@ -26,6 +28,30 @@ ENVIRONMENT = {
   "TPU_MIN_LOG_LEVEL": "3",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+  """Slices of a listed topology (see chips.parse).
+
+  Raises:
+    InputError: the chip is unknown, or it has no such slice.
+  """
+
+  topology: str  # e.g. v5p:4x4x4
+  num_slices: int = 1
+
+  def __post_init__(self) -> None:
+    chips.parse(self.topology)
+
+  @property
+  def chip(self) -> Chip:
+    return chips.parse(self.topology).chip
+
+  @property
+  def num_chips(self) -> int:
+    """In all slices."""
+    return chips.parse(self.topology).chips * self.num_slices
 
 
 def prepare() -> None:
@@ -47,13 +73,13 @@ def prepare() -> None:
 @functools.cache
 def devices(topology: str, num_slices: int = 1) -> tuple[Any, ...]:
   """The devices of a listed topology (chips.parse), all slices, in jax's order."""
-  more = {"num_slices": num_slices} if num_slices > 1 else {}
-  described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
+  kwargs = {"num_slices": num_slices} if num_slices > 1 else {}
+  described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **kwargs)
   return tuple(described.devices)
 
 
-def mesh(config: MeshOptions, topology: str, num_slices: int = 1) -> jax.sharding.Mesh:
-  """The mesh that a run on these slices would have.
+def make_mesh(config: MeshOptions, topology: str, num_slices: int = 1) -> jax.sharding.Mesh:
+  """Returns the mesh that a run on these slices would have.
 
   Raises:
     InputError: the topology is not listed, or the config's mesh does not divide it.
@@ -61,15 +87,10 @@ def mesh(config: MeshOptions, topology: str, num_slices: int = 1) -> jax.shardin
   chips.parse(topology)
   if not 1 <= num_slices <= 64:
     raise InputError(f"--num_slices is {num_slices}; preflight takes 1 to 64 slices")
-  there = devices(topology, num_slices)
-  if any(d.core_on_chip for d in there) and topology.startswith("v4:"):
+  described = devices(topology, num_slices)
+  if any(d.core_on_chip for d in described) and topology.startswith("v4:"):
     # A v4 chip is one device; libtpu describes its two cores, which mesh_utils refuses.
-    shape = sharding.mesh_shape(**vars(config), devices=len(there))
+    shape = sharding.mesh_shape(**vars(config), devices=len(described))
     axes = {"axis_types": (jax.sharding.AxisType.Auto,) * 3}
-    return jax.sharding.Mesh(np.reshape(there, shape), sharding.MESH_AXES, **axes)
-  return sharding.make_mesh(**vars(config), devices=there)
-
-
-def slice_of(mesh: jax.sharding.Mesh) -> list[int]:
-  """The slice of each device, in the order of a program's partitions."""
-  return [getattr(d, "slice_index", 0) or 0 for d in mesh.devices.flat]
+    return jax.sharding.Mesh(np.reshape(described, shape), sharding.MESH_AXES, **axes)
+  return sharding.make_mesh(**vars(config), devices=described)

@@ -66,7 +66,7 @@ def test_what_a_token_reads_is_what_it_is_multiplied_with():
   """For a batch of 1, in bfloat16, but for norms and biases."""
   for spec in (R1, QWEN, ModelOptions(family="qwen3", shape="qwen3-30b-a3b")):
     read = formulas.weights(spec, "bfloat16").read(1)
-    assert read / 2 == pytest.approx(flops.active(spec), rel=2e-4)
+    assert read / 2 == pytest.approx(flops.active_params(spec), rel=2e-4)
   tied = ModelOptions(family="llama", shape="tiny")  # the table is the head
   w = formulas.weights(tied, "float32")
   assert w.read(1) == w.read(99) == w.total
@@ -156,8 +156,8 @@ def test_decode_flops_are_what_xla_counts(family, shape, monkeypatch):
 
 def test_prefill_has_the_head_once():
   spec, S = ModelOptions(family="llama", shape="tiny"), 16
-  one = flops.model(spec, 1, S)
-  want = one.forward - (S - 1) * 2 * 256 * 32  # of 256 tokens, 32 wide
+  one = flops.forward_flops(spec, 1, S)
+  want = one.total - (S - 1) * 2 * 256 * 32  # of 256 tokens, 32 wide
   assert formulas.prefill_flops(spec, S) * S == want
 
 

@@ -211,7 +211,7 @@ import json, re, jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from distill_jax.nn import attention
 from distill_jax.config import Mesh
-mesh = topology.mesh(Mesh(fsdp=2, tensor=2), "v5e:2x2")
+mesh = topology.make_mesh(Mesh(fsdp=2, tensor=2), "v5e:2x2")
 of = lambda dtype, *shape, spec: jax.ShapeDtypeStruct(
   shape, dtype, sharding=NamedSharding(mesh, spec))
 heads = lambda n, h: of(

@@ -18,14 +18,24 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from distill_jax import config
-from distill_jax.commands import preflight as pf
-from distill_jax.commands import record
+from distill_jax.commands import preflight, record
 from distill_jax.errors import InputError
 from distill_jax.models import llama, loading
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import fused_head, params, sharding
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.preflight import chips, collectives, estimate, flops, programs, report, topology
+from distill_jax.preflight import (
+  chips,
+  collectives,
+  compiler,
+  estimate,
+  flops,
+  programs,
+  roofline,
+  slices,
+  table,
+  topology,
+)
 from distill_jax.records import tf_example
 from distill_jax.records.recorder import planned_manifest
 from distill_jax.training import loader, loop
@@ -151,7 +161,7 @@ def test_flops_are_what_xla_counts_where_it_counts_all(monkeypatch):
     return fused_head.logits(out.hidden_BTD, out.head_VD)
 
   counted = jax.jit(forward).lower(model, tokens).compile().cost_analysis()["flops"]
-  ours = flops.model(ModelOptions(family="llama", shape="one"), B, T)
+  ours = flops.forward_flops(ModelOptions(family="llama", shape="one"), B, T)
   unmasked = ours.attention * 2 * T / (T + 1)
   assert ours.weights + unmasked + ours.head == pytest.approx(counted, rel=0.02)
 
@@ -171,9 +181,8 @@ def test_flops_are_what_xla_counts_where_it_counts_all(monkeypatch):
 def test_active_weights_are_the_published(family, shape, billions):
   _, c = loading.family_and_config(ModelOptions(family=family, shape=shape))
   table = c.vocab_size * c.hidden_size
-  assert (flops.active(ModelOptions(family=family, shape=shape)) + table) / 1e9 == pytest.approx(
-    billions, rel=0.01
-  )
+  active = flops.active_params(ModelOptions(family=family, shape=shape))
+  assert (active + table) / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +200,7 @@ def test_attention_sees_what_the_window_lets_it(family, shape):
     kind = getattr(c, "layer_types", [""] * 9)[layer]
     window = T if kind == "full_attention" else getattr(c, "sliding_window", None) or T
     pairs = sum(0 <= t - s < window for t in range(T) for s in range(T))
-    assert flops.seen(c, layer, T) == pairs
+    assert flops.attended_pairs(c, layer, T) == pairs
 
 
 def test_a_step_by_hand():
@@ -204,17 +213,17 @@ def test_a_step_by_hand():
     "attention": 3 * 2 * pairs * 4 * 16,
     "head": 3 * 2 * tokens * 256 * 32,
   }
-  again = lambda **compute: flops.step(
+  again = lambda **compute: flops.step_flops(
     dataclasses.replace(c, student=dataclasses.replace(c.student, **compute)), "train", 4
   )["recomputed"]
-  found = flops.step(c, "train", 4)
+  found = flops.step_flops(c, "train", 4)
   assert {name: found[name] for name in want} == want
   assert again(attention="xla") == 0 and again() == want["attention"] / 6  # of 3 passes, 1 / 2
   assert again(attention="xla", remat="full") == (want["layers"] + want["attention"]) / 3
   assert again(attention="xla", remat="dots") == want["attention"] / 3
-  assert sum(flops.step(c, "record", 4).values()) == sum(want.values()) / 3
+  assert sum(flops.step_flops(c, "record", 4).values()) == sum(want.values()) / 3
   online = dataclasses.replace(c, train=dataclasses.replace(c.train, online=True))
-  assert flops.step(online, "train", 4)["teacher"] == sum(want.values()) / 3
+  assert flops.step_flops(online, "train", 4)["teacher"] == sum(want.values()) / 3
 
 
 # ---------------------------------------------------------------- programs
@@ -282,7 +291,7 @@ def test_arguments_by_arithmetic():
     for verb in ("train", "record"):
       told = programs.of(c, verb, mesh).arguments
       want = sum(n for name, n in told.items() if name != "batch")
-      assert estimate.arguments(c, verb, mesh) == pytest.approx(want, rel=0.01)
+      assert estimate.argument_bytes(c, verb, mesh) == pytest.approx(want, rel=0.01)
 
 
 def test_a_named_shape_stands_in_for_weights():
@@ -314,7 +323,7 @@ def test_the_configs_at_both_lengths(path, seq_len, monkeypatch):
   assert (
     c.data.seq_len == int(seq_len) <= loading.family_and_config(model)[1].max_position_embeddings
   )
-  assert estimate.tokens(c, verb) == 2**33 >> (verb == "record")
+  assert estimate.total_tokens(c, verb) == 2**33 >> (verb == "record")
   size = chips.parse(re.search(r"--topology=(\S+)", module.__doc__)[1])[1]
   data, fsdp, tensor = sharding.mesh_shape(**vars(c.mesh), devices=size)
   rows = c.records.batch_size if verb == "record" else c.train.batch_size
@@ -343,16 +352,16 @@ def test_store_bytes_are_about_what_the_codec_writes():
     "entropy_T": zeros,
   }
   written = sum(map(len, tf_example.encode(0, row, about).values())) / T
-  assert estimate.record_bytes(about) == pytest.approx(written, rel=0.15)
+  assert estimate.record_bytes_per_token(about) == pytest.approx(written, rel=0.15)
 
 
 def test_the_roofline_is_the_slowest_part():
   chip = chips.CHIPS["v5p"]
   sent = {"all-gather": int(600e9), "dcn all-reduce": int(6.25e9)}
-  b = estimate.bound(chip, 64, 64, {"layers": 459e12 * 64 * 3}, 2.765e12 * 2, sent)
+  b = roofline.bound(chip, 64, 64, {"layers": 459e12 * 64 * 3}, 2.765e12 * 2, sent)
   assert (b.compute, b.hbm, b.ici, b.dcn) == pytest.approx((3, 2, 1, 1))
   assert b.seconds == 3 and b.by == "compute"
-  two = estimate.bound(chips.CHIPS["tpu7x"], 4, 8, {}, 0.0, {"all-gather": int(300e9)})
+  two = roofline.bound(chips.CHIPS["tpu7x"], 4, 8, {}, 0.0, {"all-gather": int(300e9)})
   assert two.ici == pytest.approx(1)  # a chip's two devices share its links
 
 
@@ -369,10 +378,10 @@ def test_too_big_is_a_verdict():
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
     "(22.80G) exceeds available HBM (15.75G)."
   )
-  memory, compiled = pf.compile_step(programs.Program(TooBig(told), {"parameters": 2**30}, 4))
+  memory, compiled = compiler.compile_step(programs.Program(TooBig(told), {"parameters": 2**30}, 4))
   assert compiled is None and memory.peak == int(22.8 * 2**30) == memory.temporaries + 2**30
   with pytest.raises(jax.errors.JaxRuntimeError):
-    pf.compile_step(programs.Program(TooBig("INTERNAL: something else"), {}, 4))
+    compiler.compile_step(programs.Program(TooBig("INTERNAL: something else"), {}, 4))
 
 
 # ---------------------------------------------------------------- refusals
@@ -394,7 +403,7 @@ def test_unknown_topologies(name, message):
 
 def test_unknown_verb():
   with pytest.raises(InputError, match="--verb is 'export'; preflight compiles train or record"):
-    pf.run(config.Config(preflight=config.PreflightOptions("v5e:2x2", verb="export")))
+    preflight.run(config.Config(preflight=config.PreflightOptions("v5e:2x2", verb="export")))
 
 
 def test_without_libtpu(monkeypatch):
@@ -503,8 +512,8 @@ def test_tasks_are_compiled_and_their_operations_are_not_guessed(
   monkeypatch, tmp_path, verb, tasks
 ):
   monkeypatch.setattr(topology, "prepare", lambda: None)
-  monkeypatch.setattr(topology, "mesh", lambda *a: sharding.make_mesh(fsdp=4))
-  monkeypatch.setattr(pf, "_smallest", lambda *a: None)
+  monkeypatch.setattr(topology, "make_mesh", lambda *a: sharding.make_mesh(fsdp=4))
+  monkeypatch.setattr(slices, "smallest_slice", lambda *a: None)
   images.files.write_idx(tmp_path)
   c = images.configured(tmp_path)
   if tasks == 2:
@@ -513,22 +522,24 @@ def test_tasks_are_compiled_and_their_operations_are_not_guessed(
     for model in (c.teacher, c.student):
       model.changes = dict(model.changes) | {"num_labels": 6}
   asked = config.PreflightOptions("v5e:2x2", verb=verb)
-  r = pf.run(dataclasses.replace(config.resolve(c), preflight=asked))
+  r = preflight.run(dataclasses.replace(config.resolve(c), preflight=asked))
   assert r["fits"] and r["bytes_per_device"]["teacher" if verb == "record" else "parameters"]
   assert verb == "record" or r["collective_bytes_per_device"]
   assert {r[k] for k in ("flops", "bounds", "tokens", "store_bytes_per_token")} == {None}
-  words = report.text(r)
+  words = table.text(r)
   assert words.startswith("fits: ") and "operations" not in words and "tokens" not in words
 
 
 def test_the_smallest_slice_may_have_another_mesh(monkeypatch):
   """The config wants 16 devices of fsdp, which four have not."""
   monkeypatch.setattr(topology, "prepare", lambda: None)
-  monkeypatch.setattr(topology, "mesh", lambda axes, name, _: sharding.make_mesh(**vars(axes)))
-  monkeypatch.setattr(pf, "compile_step", lambda *a: (pf.Memory(1, 0, 1, 2), "compiled"))
+  mesh_of = lambda axes, name, _: sharding.make_mesh(**vars(axes))
+  monkeypatch.setattr(topology, "make_mesh", mesh_of)
+  memory = compiler.Memory(1, 0, 1, 2)
+  monkeypatch.setattr(compiler, "compile_step", lambda *a: (memory, "compiled"))
   c = model_config()
   c.mesh.fsdp = 16
-  found = pf._smallest(config.resolve(c), "train", chips.CHIPS["v5e"], 16, 1, fits=True)
+  found = slices.smallest_slice(config.resolve(c), "train", topology.Hardware("v5e:4x4"), fits=True)
   assert found == {
     "topology": "v5e:2x2",
     "mesh": {"data": 1, "fsdp": 4, "tensor": 1},
@@ -553,7 +564,7 @@ def test_the_words_of_a_verdict():
     "hbm_bytes_per_device": 16 * 2**30,
     "bytes_per_device": {"parameters": 2**30, "optimizer": 2**31},
   }
-  assert report.verdict(r) == (
+  assert table.verdict(r) == (
     "does not fit: 30.00 GiB are needed of 16.00 GiB a device; the largest part is optimizer, "
     "2.00 GiB"
   )

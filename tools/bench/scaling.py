@@ -24,8 +24,7 @@ import time
 from typing import Any
 
 from distill_jax import config
-from distill_jax.commands import preflight
-from distill_jax.preflight import chips, collectives, programs, topology
+from distill_jax.preflight import chips, collectives, compiler, programs, topology
 
 CHIPS = (16, 64, 256, 1024)
 
@@ -43,8 +42,8 @@ def student(shape: str, seq_len: int, rows: int, tensor: int) -> config.Config:
 
 def measure(name: str, c: config.Config) -> dict[str, Any]:
   """Bytes of one device."""
-  program = programs.of(c, "train", topology.mesh(c.mesh, name))
-  memory, compiled = preflight.compile_step(program)
+  program = programs.of(c, "train", topology.make_mesh(c.mesh, name))
+  memory, compiled = compiler.compile_step(program)
   sent = collectives.Program(compiled.as_text()).sent()
   state = sum(program.arguments[part] for part in ("parameters", "optimizer"))
   return {
