@@ -225,7 +225,7 @@ def _cut(s: Any, family: str, shape: Any) -> Any:
   """The shape of what shrink makes; which layers it keeps does not matter here."""
   wide = shapes.narrowed(s, family, shape)
   factorise.targets(shapes.abstract(family, wide), s.factorise)
-  return wide.keep(choose.even(s.layers, shape.num_hidden_layers)) if s.layers else wide
+  return wide.keep_layers(choose.even(s.layers, shape.num_hidden_layers)) if s.layers else wide
 
 
 def _check_tokenizer(config: Config, student: StudentOptions, digest: str, teaches: bool) -> None:

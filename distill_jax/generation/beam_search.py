@@ -68,12 +68,12 @@ def search(
     int32 [B, max_new_tokens], without the prompt, eos at the end of what ended, and pad after
     it; and float32 [B], its log-probability (with beams: divided by its length as said).
   """
-  cache = model.begin(source, spec.beams, spec.size, compute)
+  cache = model.init_cache(source, spec.beams, spec.size, compute)
   rows = cache.k_LRTHh.shape[1]
 
   def read(cache, xs):
     token, position = xs
-    return model.extend(jnp.full(rows, token), position, cache, compute)[1], None
+    return model.decode_step(jnp.full(rows, token), position, cache, compute)[1], None
 
   prompt = jnp.asarray(spec.prompt, jnp.int32)
   cache, _ = jax.lax.scan(read, cache, (prompt[:-1], jnp.arange(len(prompt) - 1)))
@@ -82,7 +82,7 @@ def search(
 
 def _log_probabilities(model, tokens_R, n, cache, compute: ComputeConfig, spec: Search):
   """(float32 [R, V] of the next token after `n` new ones, the cache)."""
-  out, cache = model.extend(tokens_R, len(spec.prompt) - 1 + n, cache, compute)
+  out, cache = model.decode_step(tokens_R, len(spec.prompt) - 1 + n, cache, compute)
   z_RV = fused_head.soft_cap(fused_head.logits(out.hidden_BTD, out.head_VD), out.soft_cap)[:, 0]
   logp_RV = jax.nn.log_softmax(z_RV)
   never = lambda logp, ids: logp.at[:, jnp.asarray(ids, jnp.int32)].set(-jnp.inf)

@@ -109,7 +109,7 @@ def prefill(
 ) -> Cache:
   i_PC = jnp.broadcast_to(jnp.arange(tokens_PC.shape[1], dtype=jnp.int32)[None], tokens_PC.shape)
   real_PC = (i_PC < count_P[:, None]).astype(jnp.int32)
-  return model.extend(Inputs(tokens_PC, first_P[:, None] + i_PC, real_PC), cache, compute)[1]
+  return model.decode_step(Inputs(tokens_PC, first_P[:, None] + i_PC, real_PC), cache, compute)[1]
 
 
 def insert(cache: Cache, filled: Cache, from_P: jax.Array, to_P: jax.Array) -> Cache:
@@ -145,7 +145,7 @@ def _step(
 ) -> tuple[Cache, Rows, dict[str, jax.Array]]:
   alive_B = rows.alive_B
   read = Inputs(*(x[:, None] for x in (rows.token_B, rows.position_B, alive_B.astype(jnp.int32))))
-  out, cache = model.extend(read, cache, spec.compute)
+  out, cache = model.decode_step(read, cache, spec.compute)
   with jax.named_scope("sample"):
     z_B1V = fused_head.logits(out.hidden_BTD, out.head_VD, spec.vocab_size)
     z_B1V = fused_head.soft_cap(z_B1V, out.soft_cap)

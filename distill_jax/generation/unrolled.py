@@ -28,9 +28,11 @@ class Unrolled(struct.PyTreeNode):
   rest: Any  # the family's Model without its stacks
   blocks: tuple[Any, ...]
 
-  def extend(self, inputs: Inputs, cache: Cache, compute: ComputeConfig) -> tuple[Output, Cache]:
-    """See models/_decoder.Model.extend."""
-    return self.rest.extend(self.blocks, inputs, cache, compute)
+  def decode_step(
+    self, inputs: Inputs, cache: Cache, compute: ComputeConfig
+  ) -> tuple[Output, Cache]:
+    """See models/_decoder.Model.decode_step."""
+    return self.rest.decode_step(self.blocks, inputs, cache, compute)
 
 
 def unroll(model: Any, compute: ComputeConfig) -> Unrolled:
@@ -39,14 +41,14 @@ def unroll(model: Any, compute: ComputeConfig) -> Unrolled:
   Weights are in the compute dtype from here on, and sharded as they were. Of no more than
   one stacked parameter is there ever a second copy.
   """
-  stacks = [(getattr(model, name), n) for name, _, n in model.plan(model.config)]
+  stacks = [(getattr(model, name), n) for name, _, n in model.layer_stacks(model.config)]
   blocks: list[Any] = []
   for stack, n in stacks:
     leaves, tree = jax.tree.flatten(stack, is_leaf=params.is_param)
     parts = [_apart(v, compute) for v in leaves]
     blocks += [jax.tree.unflatten(tree, [p[i] for p in parts]) for i in range(n)]
   rest = params.map_params(lambda v: v, model)  # a copy of the tree, not of its arrays
-  for name, _, _ in model.plan(model.config):
+  for name, _, _ in model.layer_stacks(model.config):
     setattr(rest, name, None)
   return Unrolled(params.map_params(functools.partial(_cast, compute=compute), rest), tuple(blocks))
 
@@ -76,11 +78,11 @@ def empty_cache(
   `dtype` is one of _cache.DTYPES: "" the compute dtype, "int8" integers with their scales.
   """
   one = jnp.zeros((1, 1), jnp.int32)
-  angles, _ = unrolled.rest.sight(Inputs(one, one, one))(0)
+  angles, _ = unrolled.rest.position_inputs(Inputs(one, one, one))(0)
   x_BTD = jax.ShapeDtypeStruct((1, 1, unrolled.rest.config.hidden_size), compute.dtype)
 
   def of(block: Any) -> dict[str, jax.Array]:
-    _, kept = jax.eval_shape(lambda b, x: b.remember(x, angles), block, x_BTD)
+    _, kept = jax.eval_shape(lambda b, x: b.project_for_cache(x, angles), block, x_BTD)
     parts = (kv_cache.shapes(x, name, block.CACHE[name], dtype) for name, x in kept.items())
     return {name: zeros(*part) for named in parts for name, part in named.items()}
 

@@ -179,7 +179,7 @@ def load(
   whole = build(config)
   _check_new(new, whole)
   _check(pretrained.weights, whole, pretrained, new)
-  model = build(config.keep(keep_layers) if keep_layers else config)
+  model = build(config.keep_layers(keep_layers) if keep_layers else config)
   places = sharding.shardings(model, mesh, compute.rules)
   to = float_dtype(dtype)
   total = sum(
@@ -246,7 +246,7 @@ def _check(weights: Weights, model: Any, pretrained: Pretrained, new: New) -> No
           f"{source}: {name} is {weights.dtype(name)}; {', '.join(FLOATS)} can be read"
         )
   known = [declared.matcher(v) for v in _leaves(model)]
-  skips = pretrained.config.skips
+  skips = pretrained.config.ignores_tensor
   known.append(new.__contains__)
   unknown = sorted(n for n in names if not any(k(n) for k in known) and not skips(n))
   if HEAD in unknown and pretrained.config.tie_word_embeddings:

@@ -22,7 +22,7 @@ from distill_jax.nn import attention, kv_cache, layers, sharding
 from distill_jax.nn.params import param, stack, unstack
 from distill_jax.types import Inputs, Output
 
-Cache = tuple[kv_cache.Kept, ...]  # for each layer, by Block.CACHE
+Cache = tuple[kv_cache.LayerCache, ...]  # for each layer, by Block.CACHE
 
 # Buffers that older checkpoints hold; they follow from the config.
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -59,14 +59,14 @@ class Config:
   # Of a family, not of a model: what it writes into config.json, and how it computes.
   MODEL_TYPE: ClassVar[str]
   ARCHITECTURE: ClassVar[str]
-  FIXED: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}  # the only values it can do
+  SUPPORTED_VALUES: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}  # the only values it can do
   QKV_BIAS: ClassVar[bool] = False
   QK_NORM: ClassVar[bool] = False  # of each head, before rope
   NORM_OFFSET: ClassVar[float] = 0.0  # added to the scale of a norm
-  MAY_BE_0: ClassVar[tuple[str, ...]] = ()  # fields
+  OPTIONAL_ZERO: ClassVar[tuple[str, ...]] = ()  # fields
 
   def __post_init__(self):
-    _rope.check_numbers(self, self.MAY_BE_0)
+    _rope.check_numbers(self, self.OPTIONAL_ZERO)
     if self.rope_dim % 2:
       raise InputError(
         f"head_dim is {self.head_dim} and rope turns {self.rope_dim} of it; that has to be even"
@@ -80,7 +80,7 @@ class Config:
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
     """From a Hugging Face config.json; what this family cannot do is refused by name."""
-    for key, want in cls.FIXED.items():
+    for key, want in cls.SUPPORTED_VALUES.items():
       if hf.get(key, want) != want:
         raise InputError(
           f"config.json has {key}={hf[key]!r}; the {cls.MODEL_TYPE} family has {want!r} only"
@@ -111,7 +111,7 @@ class Config:
       "attention_dropout": 0.0,
       "initializer_range": 0.02,
       "use_cache": True,
-      **self.FIXED,
+      **self.SUPPORTED_VALUES,
       **hf,
       # The first key is read by transformers 5, the two others by older ones and by vLLM.
       "rope_parameters": {**scaling, "rope_theta": theta},
@@ -119,11 +119,11 @@ class Config:
       "rope_scaling": scaling if self.rope_scaling else None,
     }
 
-  def keep(self, kept: tuple[int, ...]) -> Self:
+  def keep_layers(self, kept: tuple[int, ...]) -> Self:
     """The config of a model that has these layers of this one, in this order."""
     return dataclasses.replace(self, num_hidden_layers=len(kept))
 
-  def skips(self, name: str) -> bool:
+  def ignores_tensor(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
     return BUFFERS.fullmatch(name) is not None
 
@@ -235,9 +235,9 @@ class Block(nnx.Module):
     self, x_BTD, angles: Any, window: attention.Window, segments_BT, compute: layers.ComputeConfig
   ) -> jax.Array:
     """What attention adds to the residual."""
-    return self.merge(self.read(x_BTD, angles, window, segments_BT, compute))
+    return self.project_heads(self.attend_heads(x_BTD, angles, window, segments_BT, compute))
 
-  def read(
+  def attend_heads(
     self, x_BTD, angles: Any, window: attention.Window, segments_BT, compute: layers.ComputeConfig
   ) -> jax.Array:
     """What the heads read from the layer's input, [B, T, H, h]."""
@@ -250,21 +250,23 @@ class Block(nnx.Module):
       compute.rules,
     )
 
-  def merge(self, a_BTHh: jax.Array) -> jax.Array:
+  def project_heads(self, a_BTHh: jax.Array) -> jax.Array:
     """What attention adds to the residual, from what its heads have read."""
     return jnp.einsum("BTHh,HhD->BTD", a_BTHh, self.o[...])
 
-  def remember(self, x_BTD: jax.Array, angles: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Queries as `recall` wants them, and [B, T, ...] what a cache keeps, named as in CACHE."""
+  def project_for_cache(
+    self, x_BTD: jax.Array, angles: Any
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Queries for `attend_cached`, and what a cache keeps [B, T, ...], by its name in CACHE."""
     q_BTHh, k_BTGh, v_BTGh = self.qkv(x_BTD, angles)
     return q_BTHh, {"k": k_BTGh, "v": v_BTGh}
 
-  def recall(self, q_BTHh, positions_BT, kept: dict[str, jax.Array], window) -> jax.Array:
-    """What the heads read from S kept positions, as `merge` wants it."""
+  def attend_cached(self, q_BTHh, positions_BT, kept: dict[str, jax.Array], window) -> jax.Array:
+    """What the heads read from S kept positions, as `project_heads` takes it."""
     scale = self.config.attention_scale
     return attention.cached(q_BTHh, kept["k"], kept["v"], positions_BT, window, scale)
 
-  def extend(
+  def decode_step(
     self,
     x_BTD,
     angles: Any,
@@ -276,10 +278,10 @@ class Block(nnx.Module):
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The layer of T new positions that see what is kept: (its output, what is kept now)."""
     with jax.named_scope("attention"):
-      q_BTHh, new = self.remember(x_BTD, angles)
-      kept = kv_cache.put(kept, new, slots_BT, self.CACHE, rules)
+      q_BTHh, new = self.project_for_cache(x_BTD, angles)
+      kept = kv_cache.write(kept, new, slots_BT, self.CACHE, rules)
       seen = kv_cache.read(kept, self.CACHE, x_BTD.dtype)
-      x_BTD = x_BTD + self.merge(self.recall(q_BTHh, positions_BT, seen, window))
+      x_BTD = x_BTD + self.project_heads(self.attend_cached(q_BTHh, positions_BT, seen, window))
     with jax.named_scope("mlp"):
       return x_BTD + self.feed_forward(x_BTD, rules), kept
 
@@ -309,7 +311,7 @@ class Model(nnx.Module):
       keys[0], f"vocab:{V} table:{D}", "model.embed_tokens.weight", "vocab", init=0.02
     )
     first = 0
-    for name, block, n in self.plan(c):
+    for name, block, n in self.layer_stacks(c):
       stack_key = jax.random.fold_in(keys[1], first) if first else keys[1]
       setattr(self, name, stack(n, functools.partial(block, c), stack_key, first=first))
       first += n
@@ -318,11 +320,11 @@ class Model(nnx.Module):
       self.head = param(keys[3], f"vocab:{V} embed:{D}", "lm_head.weight", "vocab")
 
   @staticmethod
-  def plan(c: Any) -> tuple[tuple[str, type[Block], int], ...]:
+  def layer_stacks(c: Any) -> tuple[tuple[str, type[Block], int], ...]:
     """The stacks of layers alike, from the first layer up: (attribute, Block, how many)."""
     return (("layers", Block, c.num_hidden_layers),)
 
-  def sight(self, inputs: Inputs) -> Callable[[Any], tuple[Any, attention.Window]]:
+  def position_inputs(self, inputs: Inputs) -> Callable[[Any], tuple[Any, attention.Window]]:
     """Of a layer's number, perhaps traced: its (rotary angles, window)."""
     c = self.config
     freq = _rope.frequencies(c.rope_theta, c.rope_dim, c.rope_scaling)
@@ -333,9 +335,11 @@ class Model(nnx.Module):
     self, inputs: Inputs, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> Output:
     """Args: inputs, int32 [B, T]; taps, the layers whose output is kept. Returns: Output."""
-    return self.read(*self.embedded(inputs.tokens_BT, compute), inputs, compute, taps)
+    return self.from_embeddings(
+      *self.embed_tokens(inputs.tokens_BT, compute), inputs, compute, taps
+    )
 
-  def read(
+  def from_embeddings(
     self,
     x_BTD: jax.Array,
     embed_VD: jax.Array,
@@ -344,17 +348,17 @@ class Model(nnx.Module):
     taps: tuple[int, ...] = (),
   ) -> Output:
     """The model above its embeddings: `__call__`, for what is embedded otherwise."""
-    sight = self.sight(inputs)
+    position_inputs = self.position_inputs(inputs)
     x_BTD, taps_PBTD = layers.scan_layers(
-      [getattr(self, name) for name, _, _ in self.plan(self.config)],
-      lambda layer, i, x: layer(x, *sight(i), inputs.segments_BT, compute),
+      [getattr(self, name) for name, _, _ in self.layer_stacks(self.config)],
+      lambda layer, i, x: layer(x, *position_inputs(i), inputs.segments_BT, compute),
       x_BTD,
       taps,
       compute,
     )
     return self.output(x_BTD, embed_VD, compute, taps_PBTD)
 
-  def extend(
+  def decode_step(
     self, blocks: Sequence[Block], inputs: Inputs, cache: Cache, compute: layers.ComputeConfig
   ) -> tuple[Output, Cache]:
     """The model of T more positions a row, which see those that a cache holds.
@@ -368,19 +372,19 @@ class Model(nnx.Module):
 
     Returns: Output, and the cache with the new positions in it.
     """
-    x_BTD, embed_VD = self.embedded(inputs.tokens_BT, compute)
-    sight, now = self.sight(inputs), []
+    x_BTD, embed_VD = self.embed_tokens(inputs.tokens_BT, compute)
+    position_inputs, now = self.position_inputs(inputs), []
     past = jnp.iinfo(jnp.int32).max  # the end of any cache
     slots_BT = jnp.where(inputs.segments_BT > 0, inputs.positions_BT, past)
     for i, block in enumerate(blocks):
-      x_BTD, kept = compute.cast_and_gather(block).extend(
-        x_BTD, *sight(i), inputs.positions_BT, slots_BT, cache[i], compute.rules
+      x_BTD, kept = compute.cast_and_gather(block).decode_step(
+        x_BTD, *position_inputs(i), inputs.positions_BT, slots_BT, cache[i], compute.rules
       )
       now.append(kept)
       x_BTD = sharding.constrain(x_BTD, "batch seq embed", compute.rules)
     return self.output(x_BTD, embed_VD, compute), tuple(now)
 
-  def embedded(
+  def embed_tokens(
     self, tokens_BT: jax.Array, compute: layers.ComputeConfig
   ) -> tuple[jax.Array, jax.Array]:
     """What the first layer reads, and the table."""
@@ -401,11 +405,11 @@ class Model(nnx.Module):
   def qkv(self, layer: int, x_BTD: jax.Array, inputs: Inputs, compute: layers.ComputeConfig):
     """Queries, keys and values of one layer, from the output of the layer before it."""
     first = 0
-    for name, _, n in self.plan(self.config):
+    for name, _, n in self.layer_stacks(self.config):
       if first <= layer < first + n:
         here = jax.tree.map(lambda w, i=layer - first: w[i], getattr(self, name))
       first += n
-    return compute.cast_and_gather(unstack(here)).qkv(x_BTD, self.sight(inputs)(layer)[0])
+    return compute.cast_and_gather(unstack(here)).qkv(x_BTD, self.position_inputs(inputs)(layer)[0])
 
 
 def _amplitude(scaling: Any) -> float:

@@ -42,10 +42,10 @@ class Config:
   hidden_act: str = "gelu"
   layer_norm_eps: float = 1e-12
 
-  MAY_BE_0: ClassVar[tuple[str, ...]] = ()  # fields
+  OPTIONAL_ZERO: ClassVar[tuple[str, ...]] = ()  # fields
 
   def __post_init__(self):
-    _rope.check_numbers(self, self.MAY_BE_0)
+    _rope.check_numbers(self, self.OPTIONAL_ZERO)
     if self.hidden_size % self.num_attention_heads:
       raise InputError(
         f"hidden_size is {self.hidden_size} and there are {self.num_attention_heads} heads, over "
@@ -64,7 +64,7 @@ class Config:
   def num_key_value_heads(self) -> int:
     return self.num_attention_heads
 
-  def keep(self, kept: tuple[int, ...]) -> Any:
+  def keep_layers(self, kept: tuple[int, ...]) -> Any:
     """The config of a model that has these layers of this one, in this order."""
     return dataclasses.replace(self, num_hidden_layers=len(kept))
 

@@ -19,9 +19,7 @@ def check(c: Any) -> None:
     )
 
 
-def embedded(
-  c: Any, pixels_BWWM: jax.Array, patch: Any, compute: layers.ComputeConfig
-) -> jax.Array:
+def embed(c: Any, pixels_BWWM: jax.Array, patch: Any, compute: layers.ComputeConfig) -> jax.Array:
   """A vector a patch, row by row: [B, S, D], in the compute dtype.
 
   Args:

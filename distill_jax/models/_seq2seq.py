@@ -34,31 +34,35 @@ class Cache(struct.PyTreeNode):
 
 
 class DecoderLayer(nnx.Module):
-  """One layer. A family has `qkv` and `join` (of the target so far), `source_q`, `source_kv`
-  and `source_join`, and `finish`, the feed-forward; all take or give the residual [B, T, D]."""
+  """One decoder layer. A family defines the parts that are annotated here.
+
+  `qkv` and `attention_residual` are of the target so far, `source_q`, `source_kv` and
+  `source_attention_residual` of the encoder's output; `feed_forward_block` comes last. What
+  they take and return besides heads is the residual stream [B, T, D].
+  """
 
   SCALE: ClassVar[float | None] = None  # of scores; 1/sqrt(h)
 
   qkv: Any
-  join: Any
+  attention_residual: Any
   source_q: Any
   source_kv: Any
-  source_join: Any
-  finish: Any
+  source_attention_residual: Any
+  feed_forward_block: Any
 
   def __call__(self, x_BTD, memory_BSD, valid_BS, bias_1HTT=None) -> jax.Array:
     with jax.named_scope("attention"):
       q_BTHh, k_BTHh, v_BTHh = self.qkv(x_BTD)
       a_BTHh = attention.full(q_BTHh, k_BTHh, v_BTHh, None, True, self.SCALE, bias_1HTT)
-      x_BTD = self.join(x_BTD, a_BTHh)
+      x_BTD = self.attention_residual(x_BTD, a_BTHh)
     with jax.named_scope("source"):
       q_BTHh, (k_BSHh, v_BSHh) = self.source_q(x_BTD), self.source_kv(memory_BSD)
       a_BTHh = attention.full(q_BTHh, k_BSHh, v_BSHh, valid_BS, scale=self.SCALE)
-      x_BTD = self.source_join(x_BTD, a_BTHh)
+      x_BTD = self.source_attention_residual(x_BTD, a_BTHh)
     with jax.named_scope("mlp"):
-      return self.finish(x_BTD)
+      return self.feed_forward_block(x_BTD)
 
-  def extend(self, x_R1D, kept: Cache, position, bias_1H1T=None) -> tuple[jax.Array, Any]:
+  def decode_step(self, x_R1D, kept: Cache, position, bias_1H1T=None) -> tuple[jax.Array, Any]:
     """The layer of one more token a row, all at one position: (its output, keys and values).
 
     Args: kept, without its axis of layers. The rows are the beams of each source in turn.
@@ -69,25 +73,25 @@ class DecoderLayer(nnx.Module):
     R, T = k_RTHh.shape[:2]
     past_RT = jnp.broadcast_to(jnp.arange(T)[None] <= position, (R, T))
     a_R1Hh = attention.full(q_R1Hh, k_RTHh, v_RTHh, past_RT, False, self.SCALE, bias_1H1T)
-    x_R1D = self.join(x_R1D, a_R1Hh)
+    x_R1D = self.attention_residual(x_R1D, a_R1Hh)
     q_R1Hh, k_BSHh, v_BSHh = self.source_q(x_R1D), kept.source_k_LBSHh, kept.source_v_LBSHh
     # A source's beams ask as its positions do: its keys are there once for all of them.
     q_BKHh = q_R1Hh.reshape(len(k_BSHh), -1, *q_R1Hh.shape[2:])
     a_BKHh = attention.full(q_BKHh, k_BSHh, v_BSHh, kept.valid_BS, scale=self.SCALE)
-    x_R1D = self.source_join(x_R1D, a_BKHh.reshape(q_R1Hh.shape))
-    return self.finish(x_R1D), (k_RTHh, v_RTHh)
+    x_R1D = self.source_attention_residual(x_R1D, a_BKHh.reshape(q_R1Hh.shape))
+    return self.feed_forward_block(x_R1D), (k_RTHh, v_RTHh)
 
 
 class Model(nnx.Module):
   """Source and target so far in, the next tokens' hidden states and the head out.
 
-  A family has `layers`, its stack of DecoderLayers; `encoded`, `embedded`, `output`, and
+  A family has `layers`, its stack of DecoderLayers; `encode`, `embed_tokens`, `output`, and
   `target_bias` where its scores have one.
   """
 
   layers: Any
-  encoded: Any  # (source, how) -> the encoder's output [B, S, D], and what of it is no padding
-  embedded: Any  # (tokens, positions, how) -> what the first layer reads [B, T, D]
+  encode: Any  # (source, how) -> the encoder's output [B, S, D], and what of it is no padding
+  embed_tokens: Any  # (tokens, positions, how) -> what the first layer reads [B, T, D]
   output: Any  # (the last layer's output, how, taps) -> Output
 
   def target_bias(self, T: int, compute: layers.ComputeConfig) -> jax.Array | None:
@@ -102,18 +106,18 @@ class Model(nnx.Module):
 
     Padding ends a target, and no position sees what comes after it.
     """
-    memory_BSD, valid_BS = self.encoded(inputs.source, compute)
+    memory_BSD, valid_BS = self.encode(inputs.source, compute)
     target = inputs.target
-    x_BTD = self.embedded(target.tokens_BT, target.positions_BT, compute)
+    x_BTD = self.embed_tokens(target.tokens_BT, target.positions_BT, compute)
     x_BTD = sharding.constrain(x_BTD, "batch seq embed", compute.rules)
     bias = self.target_bias(x_BTD.shape[1], compute)
     run = lambda layer, i, x: layer(x, memory_BSD, valid_BS, bias)
     x_BTD, taps_PBTD = layers.scan_layers([self.layers], run, x_BTD, taps, compute)
     return self.output(x_BTD, compute, taps_PBTD)
 
-  def begin(self, source: Any, beams: int, size: int, compute: layers.ComputeConfig) -> Cache:
+  def init_cache(self, source: Any, beams: int, size: int, compute: layers.ComputeConfig) -> Cache:
     """An empty cache of targets of up to `size` tokens, and the source's keys and values."""
-    memory_BSD, valid_BS = self.encoded(source, compute)
+    memory_BSD, valid_BS = self.encode(source, compute)
 
     def one(_, layer):
       k_BSHh, v_BSHh = compute.cast_and_gather(unstack(layer)).source_kv(memory_BSD)
@@ -123,19 +127,19 @@ class Model(nnx.Module):
     k, v, source_k, source_v = jax.lax.scan(one, None, self.layers)[1]
     return Cache(k, v, source_k, source_v, valid_BS)
 
-  def extend(
+  def decode_step(
     self, tokens_R: jax.Array, position: jax.Array, cache: Cache, compute: layers.ComputeConfig
   ) -> tuple[Output, Cache]:
     """One more token of each target, all at one position: (Output of T = 1, the cache with it)."""
     places_R1 = jnp.full((len(tokens_R), 1), position, jnp.int32)
-    x_R1D = self.embedded(tokens_R[:, None], places_R1, compute)
+    x_R1D = self.embed_tokens(tokens_R[:, None], places_R1, compute)
     if (bias := self.target_bias(cache.k_LRTHh.shape[2], compute)) is not None:
       bias = jax.lax.dynamic_slice_in_dim(bias, position, 1, 2)
 
     def one(x_R1D, xs):
       layer, k, v, source_k, source_v = xs
       kept = Cache(k, v, source_k, source_v, cache.valid_BS)
-      return compute.cast_and_gather(unstack(layer)).extend(x_R1D, kept, position, bias)
+      return compute.cast_and_gather(unstack(layer)).decode_step(x_R1D, kept, position, bias)
 
     stacked = cache.k_LRTHh, cache.v_LRTHh, cache.source_k_LBSHh, cache.source_v_LBSHh
     x_R1D, (k, v) = jax.lax.scan(one, x_R1D, (self.layers, *stacked))
@@ -164,10 +168,14 @@ class BartConfig:
   decoder_attention_heads: int
   decoder_ffn_dim: int
 
-  MAY_BE_0: ClassVar[tuple[str, ...]] = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+  OPTIONAL_ZERO: ClassVar[tuple[str, ...]] = (
+    "pad_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+  )
 
   def __post_init__(self):
-    _rope.check_numbers(self, self.MAY_BE_0)
+    _rope.check_numbers(self, self.OPTIONAL_ZERO)
     if self.d_model % 2:
       raise InputError(f"d_model is {self.d_model}; positions are pairs of sine and cosine")
     self.side("encoder"), self.side("decoder")  # they check heads and activation
@@ -189,7 +197,7 @@ class BartConfig:
       layer_norm_eps=EPS,
     )
 
-  def keep(self, kept: tuple[int, ...]) -> Self:
+  def keep_layers(self, kept: tuple[int, ...]) -> Self:
     """The config of a model that has these decoder layers of this one, and all of the encoder."""
     return dataclasses.replace(self, decoder_layers=len(kept))
 
@@ -253,15 +261,15 @@ class BartDecoderLayer(DecoderLayer, BartEncoderLayer):  # type: ignore[misc]  #
     scale, bias = getattr(self, name)[...], getattr(self, f"{name}_bias")[...]
     return layers.layer_norm(x_BTD, scale, bias, self.config.layer_norm_eps)
 
-  def _joined(self, x_BTD, a_BTHh, o, bias, norm: str) -> jax.Array:
+  def _residual(self, x_BTD, a_BTHh, o, bias, norm: str) -> jax.Array:
     x_BTD = x_BTD + jnp.einsum("BTHh,HhD->BTD", a_BTHh, o[...]) + bias[...][None, None]
     return x_BTD if self.PRE_NORM else self._norm(x_BTD, norm)
 
-  def join(self, x_BTD: jax.Array, a_BTHh: jax.Array) -> jax.Array:
-    return self._joined(x_BTD, a_BTHh, self.o, self.o_bias, "attn_norm")
+  def attention_residual(self, x_BTD: jax.Array, a_BTHh: jax.Array) -> jax.Array:
+    return self._residual(x_BTD, a_BTHh, self.o, self.o_bias, "attn_norm")
 
-  def source_join(self, x_BTD: jax.Array, a_BTHh: jax.Array) -> jax.Array:
-    return self._joined(x_BTD, a_BTHh, self.source_o, self.source_o_bias, "source_norm")
+  def source_attention_residual(self, x_BTD: jax.Array, a_BTHh: jax.Array) -> jax.Array:
+    return self._residual(x_BTD, a_BTHh, self.source_o, self.source_o_bias, "source_norm")
 
   def _heads(self, x_BSD: jax.Array, w: Any, bias: Any) -> jax.Array:
     y_BSHh = jnp.einsum("BSD,DHh->BSHh", x_BSD, w[...])
@@ -278,7 +286,7 @@ class BartDecoderLayer(DecoderLayer, BartEncoderLayer):  # type: ignore[misc]  #
       self._heads(memory_BSD, self.source_wv, self.source_v_bias),
     )
 
-  def finish(self, x_BTD: jax.Array) -> jax.Array:
+  def feed_forward_block(self, x_BTD: jax.Array) -> jax.Array:
     y_BTD = self._norm(x_BTD, "mlp_norm") if self.PRE_NORM else x_BTD
     x_BTD = x_BTD + self.feed_forward(y_BTD)
     return x_BTD if self.PRE_NORM else self._norm(x_BTD, "mlp_norm")

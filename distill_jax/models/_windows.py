@@ -67,7 +67,7 @@ class Config(_decoder.Config):
     windows = {"sliding_window": window, "layer_types": list(types)}
     return {**hf, "use_sliding_window": True, "max_window_layers": types.index(LOCAL), **windows}
 
-  def keep(self, kept: tuple[int, ...]) -> Self:
+  def keep_layers(self, kept: tuple[int, ...]) -> Self:
     types = tuple(self.layer_types[i] for i in kept) if self.layer_types else ()
     window = self.sliding_window if LOCAL in types else None
     return dataclasses.replace(
@@ -86,9 +86,9 @@ class Config(_decoder.Config):
 class Model(_decoder.Model):
   """Tokens in, hidden states and the unembedding out."""
 
-  def sight(self, inputs: Inputs) -> Callable[[Any], tuple[Any, attention.Window]]:
+  def position_inputs(self, inputs: Inputs) -> Callable[[Any], tuple[Any, attention.Window]]:
     """Chosen by the layer's number, so that layers of both kinds are one scan."""
-    c, alike = self.config, super().sight(inputs)
+    c, alike = self.config, super().position_inputs(inputs)
     if len(set(c.layer_types)) < 2:
       return alike
     local_L = jnp.asarray([kind == LOCAL for kind in c.layer_types], jnp.int32)

@@ -18,7 +18,11 @@ from distill_jax.types import Inputs, Output
 
 HF_MODEL_TYPES = ("bert",)  # of config.json
 PREFIX = "bert."  # of all but the head; a checkpoint of the body alone goes without
-FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+SUPPORTED_VALUES = {
+  "position_embedding_type": "absolute",
+  "is_decoder": False,
+  "add_cross_attention": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +38,12 @@ class Config(_encoder.Config):
   type_vocab_size: int = 2
   num_labels: int = 2
 
-  MAY_BE_0 = ("num_labels",)
+  OPTIONAL_ZERO = ("num_labels",)
 
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
     """From a Hugging Face config.json; what this family cannot do is refused by name."""
-    for key, want in FIXED.items():
+    for key, want in SUPPORTED_VALUES.items():
       if hf.get(key, want) != want:
         raise InputError(f"config.json has {key}={hf[key]!r}; the bert family has {want!r} only")
     names = {f.name for f in dataclasses.fields(cls)} - {"num_labels"}
@@ -57,12 +61,12 @@ class Config(_encoder.Config):
       "attention_probs_dropout_prob": 0.0,
       "hidden_dropout_prob": 0.0,
       "initializer_range": 0.02,
-      **FIXED,
+      **SUPPORTED_VALUES,
       **_encoder.label_names(n),
       **hf,
     }
 
-  def skips(self, name: str) -> bool:
+  def ignores_tensor(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
     return name.endswith("embeddings.position_ids") or name.startswith("cls.")
 
@@ -119,7 +123,7 @@ class Model(nnx.Module):
     self, inputs: Inputs, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> Output:
     """Args: inputs, int32 [B, S]; taps, the layers whose output is kept. Returns: Output, T = 1."""
-    x_BSD, taps_PBSD = self.encoded(inputs, compute, taps)
+    x_BSD, taps_PBSD = self.encode(inputs, compute, taps)
     # As sentence-transformers have it (arXiv:1908.10084).
     mean_B1D = _mean(x_BSD, inputs.segments_BT > 0)
     if not self.config.num_labels:
@@ -133,7 +137,7 @@ class Model(nnx.Module):
     hidden, head = layers.with_bias(pooled_B1D, top["head"][...], top["head_bias"][...])
     return Output(hidden, head, taps_PBTD=taps_PBSD, embedding_BTD=mean_B1D)
 
-  def encoded(
+  def encode(
     self, inputs: Inputs, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> tuple[jax.Array, jax.Array | None]:
     """The last layer's output [B, S, D], and the taps."""

@@ -38,7 +38,7 @@ class Text(_encoder.Config):
   bos_token_id: int = 49_406
   eos_token_id: int = 49_407  # a text is what its end says; 2, in old files, is the last id
 
-  MAY_BE_0 = ("pad_token_id", "bos_token_id")
+  OPTIONAL_ZERO = ("pad_token_id", "bos_token_id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Config:
       "vision_config": vision,
     }
 
-  def keep(self, kept: tuple[int, ...]) -> Any:
+  def keep_layers(self, kept: tuple[int, ...]) -> Any:
     """The config of a model that has these layers of both towers of this one, in this order."""
     text, vision = self.text.num_hidden_layers, self.vision.num_hidden_layers
     if text != vision:
@@ -103,9 +103,11 @@ class Config:
         f"keep_layers chooses layers of both towers, and this model's have {text} (text) and "
         f"{vision} (vision); name a shape of its own for the student"
       )
-    return dataclasses.replace(self, text=self.text.keep(kept), vision=self.vision.keep(kept))
+    return dataclasses.replace(
+      self, text=self.text.keep_layers(kept), vision=self.vision.keep_layers(kept)
+    )
 
-  def skips(self, name: str) -> bool:
+  def ignores_tensor(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
     return name.endswith("embeddings.position_ids")
 
@@ -176,7 +178,7 @@ class VisionTower(nnx.Module):
     """The last layer's output [B, 1 + patches, D], and the taps."""
     return self._through(self.layers, inputs, compute, taps)
 
-  def after(self, n: int, inputs: Images, compute: layers.ComputeConfig) -> jax.Array:
+  def first_layers(self, n: int, inputs: Images, compute: layers.ComputeConfig) -> jax.Array:
     """The output of the first n layers, [B, 1 + patches, D]."""
     return self._through(jax.tree.map(lambda w: w[:n], self.layers), inputs, compute, ())[0]
 
@@ -184,20 +186,20 @@ class VisionTower(nnx.Module):
     self, stacked: Any, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...]
   ):
     with jax.named_scope("embed"):
-      x_BSD, eps = self.embedded(inputs.pixels_BWWM, compute), self.config.layer_norm_eps
+      x_BSD, eps = self.embed_patches(inputs.pixels_BWWM, compute), self.config.layer_norm_eps
       x_BSD = layers.layer_norm(x_BSD, self.norm[...], self.norm_bias[...], eps)
       x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
     return layers.scan_layers([stacked], lambda layer, i, x: layer(x, None), x_BSD, taps, compute)
 
-  def embedded(self, pixels_BWWM: jax.Array, compute: layers.ComputeConfig) -> jax.Array:
+  def embed_patches(self, pixels_BWWM: jax.Array, compute: layers.ComputeConfig) -> jax.Array:
     """[B, 1 + patches, D]: what stands for the whole, then the patches row by row."""
     c, B = self.config, pixels_BWWM.shape[0]
-    patches_BSD = _patches.embedded(c, pixels_BWWM, self.patch, compute)
+    patches_BSD = _patches.embed(c, pixels_BWWM, self.patch, compute)
     whole_B1D = jnp.broadcast_to(compute.cast_and_gather(self.whole)[...], (B, 1, c.hidden_size))
     x_BSD = jnp.concatenate([whole_B1D, patches_BSD], 1)
     return x_BSD + compute.cast_and_gather(self.places)[...][None]
 
-  def pooled(self, x_BSD: jax.Array) -> jax.Array:
+  def pool(self, x_BSD: jax.Array) -> jax.Array:
     """[B, D], what stands for the whole picture."""
     return layers.layer_norm(
       x_BSD[:, 0], self.top[...], self.top_bias[...], self.config.layer_norm_eps
@@ -264,8 +266,8 @@ class Model(nnx.Module):
     self, inputs: ImageText, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> Output:
     """Args: taps, layers of the vision tower. Returns: Output, T = 2, its head `contrastive`."""
-    image_BE, taps_PBSD = self.image(inputs.images, compute, taps)
-    text_BE = self.texts(inputs.texts, compute)
+    image_BE, taps_PBSD = self.embed_images(inputs.images, compute, taps)
+    text_BE = self.embed_texts(inputs.texts, compute)
     scale = jnp.exp(jnp.minimum(self.scale[...].astype(jnp.float32), MOST))
     both_B2E = jnp.stack([image_BE, text_BE], 1)
     # A row of the batch that is filled up, whose text is empty, is nobody's negative.
@@ -275,16 +277,16 @@ class Model(nnx.Module):
     hidden, head = layers.with_bias(scale * both_B2E, head_VE, bias_V)
     return Output(hidden, head, taps_PBTD=taps_PBSD, embedding_BTD=both_B2E, contrastive=True)
 
-  def image(
+  def embed_images(
     self, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> tuple[jax.Array, jax.Array | None]:
     """(vectors of length 1, float32 [B, E]; the taps)"""
     x_BSD, taps_PBSD = self.vision(inputs, compute, taps)
     return layers.unit(
-      self.vision.pooled(x_BSD) @ compute.cast_and_gather(self.of_image)[...]
+      self.vision.pool(x_BSD) @ compute.cast_and_gather(self.of_image)[...]
     ), taps_PBSD
 
-  def texts(self, inputs: Inputs, compute: layers.ComputeConfig) -> jax.Array:
+  def embed_texts(self, inputs: Inputs, compute: layers.ComputeConfig) -> jax.Array:
     """Vectors of length 1, float32 [B, E]."""
     return layers.unit(self.text(inputs, compute) @ compute.cast_and_gather(self.of_text)[...])
 

@@ -76,13 +76,13 @@ class Config:
       "depths": list(self.depths),
     }
 
-  def keep(self, kept: tuple[int, ...]) -> Self:
+  def keep_layers(self, kept: tuple[int, ...]) -> Self:
     raise InputError(
       f"keep_layers is {kept} and the model a ConvNeXt, whose layers are of several widths; take a "
       "smaller shape"
     )
 
-  def skips(self, name: str) -> bool:
+  def ignores_tensor(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
     del name
     return False

@@ -45,14 +45,14 @@ class Config(_decoder.Config):
 
   MODEL_TYPE = "deepseek_v3"
   ARCHITECTURE = "DeepseekV3ForCausalLM"
-  FIXED = {
+  SUPPORTED_VALUES = {
     "hidden_act": "silu",
     "attention_bias": False,
     "moe_layer_freq": 1,
     "topk_method": "noaux_tc",
     "scoring_func": "sigmoid",
   }
-  MAY_BE_0 = ("first_k_dense_replace", "num_nextn_predict_layers")
+  OPTIONAL_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")
 
   def __post_init__(self):
     super().__post_init__()
@@ -91,7 +91,7 @@ class Config(_decoder.Config):
     hf = super().to_hf()
     return {**hf, "head_dim": self.qk_rope_head_dim, "num_nextn_predict_layers": 0}
 
-  def keep(self, kept: tuple[int, ...]) -> Self:
+  def keep_layers(self, kept: tuple[int, ...]) -> Self:
     dense = [i < self.first_k_dense_replace for i in kept]
     if dense != sorted(dense, reverse=True):
       raise InputError(
@@ -101,12 +101,12 @@ class Config(_decoder.Config):
     n = {"num_hidden_layers": len(kept), "first_k_dense_replace": sum(dense)}
     return dataclasses.replace(self, **n)  # type: ignore[arg-type]
 
-  def skips(self, name: str) -> bool:
+  def ignores_tensor(self, name: str) -> bool:
     """Layers that predict further tokens come after the last one."""
     found = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
     first = self.num_hidden_layers
     past = found is not None and first <= int(found[1]) < first + self.num_nextn_predict_layers
-    return past or super().skips(name)
+    return past or super().ignores_tensor(name)
 
   @property
   def attention_scale(self) -> float:
@@ -169,7 +169,9 @@ class Block(_decoder.Block):
     q_BTHh = jnp.concatenate([q_BTHn, turn(q_rope_BTHr)], -1)
     return q_BTHh, latent(kv_BTR, self.kv_norm), turn(k_rope_BTr[:, :, None])[:, :, 0]
 
-  def remember(self, x_BTD: jax.Array, angles: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+  def project_for_cache(
+    self, x_BTD: jax.Array, angles: Any
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The latent and the rotated key alone are kept, and queries are brought into their space.
 
     Scores are q (c W)^T = (q W^T) c^T: one key for all heads (arXiv:2405.04434, 2.1.2).
@@ -182,7 +184,7 @@ class Block(_decoder.Block):
     kept_BTL = jnp.concatenate([kv_BTR, k_rope_BTr], -1)
     return jnp.concatenate([q_BTHR, q_rope_BTHr], -1), {"latent": kept_BTL}
 
-  def recall(self, q_BTHh, positions_BT, kept: dict[str, jax.Array], window) -> jax.Array:
+  def attend_cached(self, q_BTHh, positions_BT, kept: dict[str, jax.Array], window) -> jax.Array:
     c, kept_BGLS = self.config, kept["latent"][:, None]
     v_BGSR = kept_BGLS[:, :, : c.kv_lora_rank].swapaxes(2, 3)
     read = attention.cached(q_BTHh, kept_BGLS, v_BGSR, positions_BT, window, c.attention_scale)
@@ -240,10 +242,10 @@ class Model(_decoder.Model):
   """Tokens in, hidden states and the unembedding out."""
 
   @staticmethod
-  def plan(c: Config) -> tuple[tuple[str, type[_decoder.Block], int], ...]:
+  def layer_stacks(c: Config) -> tuple[tuple[str, type[_decoder.Block], int], ...]:
     dense = min(c.first_k_dense_replace, c.num_hidden_layers)
-    plan = ("dense", Block, dense), ("layers", SparseBlock, c.num_hidden_layers - dense)
-    return tuple(p for p in plan if p[2])
+    stacks = ("dense", Block, dense), ("layers", SparseBlock, c.num_hidden_layers - dense)
+    return tuple(p for p in stacks if p[2])
 
 
 TINY = Config(

@@ -36,7 +36,7 @@ class Config(_decoder.Config):
 
   MODEL_TYPE = "gemma3_text"
   ARCHITECTURE = "Gemma3ForCausalLM"
-  FIXED = {
+  SUPPORTED_VALUES = {
     "hidden_activation": "gelu_pytorch_tanh",
     "attention_bias": False,
     "attn_logit_softcapping": None,  # transformers reads it and caps nothing
@@ -70,7 +70,7 @@ class Config(_decoder.Config):
     both = {GLOBAL: hf["rope_parameters"], LOCAL: near}
     return {**hf, "layer_types": list(self.layer_types), "rope_parameters": both}
 
-  def keep(self, kept: tuple[int, ...]) -> Self:
+  def keep_layers(self, kept: tuple[int, ...]) -> Self:
     types = tuple(self.layer_types[i] for i in kept)
     return dataclasses.replace(self, num_hidden_layers=len(kept), layer_types=types)
 
@@ -99,8 +99,8 @@ class Block(_decoder.Block):
     self.attn_post_norm = declare.norm("post_attention_layernorm", c.hidden_size)
     self.mlp_post_norm = declare.norm("post_feedforward_layernorm", c.hidden_size)
 
-  def merge(self, a_BTHh: jax.Array) -> jax.Array:
-    return self.norm(super().merge(a_BTHh), self.attn_post_norm)
+  def project_heads(self, a_BTHh: jax.Array) -> jax.Array:
+    return self.norm(super().project_heads(a_BTHh), self.attn_post_norm)
 
   def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
     return self.norm(super().feed_forward(x_BTD, rules), self.mlp_post_norm)
@@ -110,10 +110,10 @@ class Model(_decoder.Model):
   """Tokens in, hidden states and the unembedding out."""
 
   @staticmethod
-  def plan(c: Config) -> tuple[tuple[str, type[_decoder.Block], int], ...]:
+  def layer_stacks(c: Config) -> tuple[tuple[str, type[_decoder.Block], int], ...]:
     return (("layers", Block, c.num_hidden_layers),)
 
-  def sight(self, inputs: Inputs) -> Callable[[Any], tuple[Any, attention.Window]]:
+  def position_inputs(self, inputs: Inputs) -> Callable[[Any], tuple[Any, attention.Window]]:
     """Chosen by the layer's number, so that layers of both kinds are one scan."""
     c = self.config
     of = lambda freq: layers.rope_angles(inputs.positions_BT, freq)

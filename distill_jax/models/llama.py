@@ -22,7 +22,7 @@ class Config(_decoder.Config):
 
   MODEL_TYPE = "llama"
   ARCHITECTURE = "LlamaForCausalLM"
-  FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+  SUPPORTED_VALUES = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:

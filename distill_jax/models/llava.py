@@ -16,7 +16,7 @@ from distill_jax.types import Images, ImageText, Output
 
 HF_MODEL_TYPES = ("llava",)  # of config.json
 AFTER, PREFIX = "vision_tower.", "vision_model."  # what transformers 5 leaves out, after what
-FIXED = {
+SUPPORTED_VALUES = {
   "projector_hidden_act": "gelu",
   "multimodal_projector_bias": True,
   "vision_feature_select_strategy": "default",
@@ -52,7 +52,7 @@ class Config:
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
     """From a Hugging Face config.json; what this family cannot do is refused by name."""
-    for key, want in FIXED.items():
+    for key, want in SUPPORTED_VALUES.items():
       if hf.get(key, want) != want:
         raise InputError(f"config.json has {key}={hf[key]!r}; the llava family has {want!r} only")
     text, vision = hf["text_config"], hf["vision_config"]
@@ -71,7 +71,7 @@ class Config:
     return {
       "architectures": ["LlavaForConditionalGeneration"],
       "model_type": "llava",
-      **FIXED,
+      **SUPPORTED_VALUES,
       "image_token_index": self.image_token,
       "image_seq_length": self.vision.patches,
       "vision_feature_layer": self.feature_layer,
@@ -80,15 +80,15 @@ class Config:
       "tie_word_embeddings": self.text.tie_word_embeddings,
     }
 
-  def keep(self, kept: tuple[int, ...]) -> Any:
+  def keep_layers(self, kept: tuple[int, ...]) -> Any:
     """The config of a model that has these layers of the decoder of this one, in this order."""
     raise InputError(
       f"keep_layers {kept} would take layers out of both parts of a llava; name a shape of its own"
     )
 
-  def skips(self, name: str) -> bool:
+  def ignores_tensor(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
-    return name.endswith("embeddings.position_ids") or self.text.skips(name)
+    return name.endswith("embeddings.position_ids") or self.text.ignores_tensor(name)
 
   # What the rest asks of every family.
   head_rows = property(lambda self: self.text.vocab_size)
@@ -122,25 +122,27 @@ class Model(nnx.Module):
     self, inputs: ImageText, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> Output:
     """Args: inputs, texts that have the image token once a patch; taps, layers of the decoder."""
-    x_BTD, embed_VD = self.text.embedded(inputs.texts.tokens_BT, compute)
+    x_BTD, embed_VD = self.text.embed_tokens(inputs.texts.tokens_BT, compute)
     with jax.named_scope("image"):
-      x_BTD = self.seen(x_BTD, inputs, compute)
-    return self.text.read(x_BTD, embed_VD, inputs.texts, compute, taps)
+      x_BTD = self.insert_patches(x_BTD, inputs, compute)
+    return self.text.from_embeddings(x_BTD, embed_VD, inputs.texts, compute, taps)
 
-  def seen(self, x_BTD: jax.Array, inputs: ImageText, compute: layers.ComputeConfig) -> jax.Array:
+  def insert_patches(
+    self, x_BTD: jax.Array, inputs: ImageText, compute: layers.ComputeConfig
+  ) -> jax.Array:
     """Embeddings with the picture's patches where the image token stands, in order."""
-    patches_BND = self.patches(inputs.images, compute)
+    patches_BND = self.project_patches(inputs.images, compute)
     here_BT = inputs.texts.tokens_BT == self.config.image_token
     which_BT = jnp.cumsum(here_BT, 1) - 1
     which_BT = jnp.clip(which_BT, 0, patches_BND.shape[1] - 1)
     image_BTD = jnp.take_along_axis(patches_BND, which_BT[..., None], 1)
     return jnp.where(here_BT[..., None], image_BTD.astype(x_BTD.dtype), x_BTD)
 
-  def patches(self, inputs: Images, compute: layers.ComputeConfig) -> jax.Array:
+  def project_patches(self, inputs: Images, compute: layers.ComputeConfig) -> jax.Array:
     """What the decoder reads of a picture: [B, patches, D]."""
     c = self.config
     layer = c.feature_layer % (c.vision.num_hidden_layers + 1)  # 0 is what the first layer reads
-    x_BSD = self.vision.after(layer, inputs, compute)[:, 1:]
+    x_BSD = self.vision.first_layers(layer, inputs, compute)[:, 1:]
     w = compute.cast_and_gather(
       {n: getattr(self, n) for n in ("first", "first_bias", "second", "second_bias")}
     )

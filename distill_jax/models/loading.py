@@ -93,7 +93,7 @@ def family_and_config(spec: ModelOptions) -> tuple[str, Any]:
   else:
     family, config = spec.family, _named(spec)
   config = _changed(config, spec.changes)
-  return family, config.keep(spec.keep_layers) if spec.keep_layers else config
+  return family, config.keep_layers(spec.keep_layers) if spec.keep_layers else config
 
 
 def _changed(config: Any, changes: Mapping[str, Any], at: str = "") -> Any:
@@ -212,9 +212,9 @@ def build_shared(
 
 def _written_out(shared: layer_sharing.Shared, mesh: Mesh, compute: ComputeConfig) -> Any:
   where = sharding.shardings(
-    jax.eval_shape(layer_sharing.Shared.merged, shared), mesh, compute.rules
+    jax.eval_shape(layer_sharing.Shared.merge_adapters, shared), mesh, compute.rules
   )
-  return jax.jit(layer_sharing.Shared.merged, out_shardings=where)(shared)
+  return jax.jit(layer_sharing.Shared.merge_adapters, out_shardings=where)(shared)
 
 
 def _of_run(run: Path, mesh: Mesh, compute: ComputeConfig, step: int | None) -> Any:
@@ -231,7 +231,7 @@ def _of_run(run: Path, mesh: Mesh, compute: ComputeConfig, step: int | None) -> 
   check_base(run, config)
   base = build(config.student, mesh, keys(config.seed)["student"]).model
   where = sharding.shardings(base, mesh, compute.rules)
-  return jax.jit(lora.merged, out_shardings=where, donate_argnums=0)(base, learnt)
+  return jax.jit(lora.merge_adapters, out_shardings=where, donate_argnums=0)(base, learnt)
 
 
 def restore(run: Path, mesh: Mesh, step: int | None = None) -> Any:

@@ -20,7 +20,7 @@ from distill_jax.nn.params import param, stack
 from distill_jax.types import Inputs, Output
 
 HF_MODEL_TYPES = ("marian",)  # of config.json
-FIXED = {
+SUPPORTED_VALUES = {
   "is_encoder_decoder": True,
   "share_encoder_decoder_embeddings": True,
   "tie_word_embeddings": True,
@@ -45,7 +45,7 @@ class Config(_seq2seq.BartConfig):
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
     """From a Hugging Face config.json; what this family cannot do is refused by name."""
-    for key, want in FIXED.items():
+    for key, want in SUPPORTED_VALUES.items():
       if hf.get(key, want) != want:
         raise InputError(f"config.json has {key}={hf[key]!r}; the marian family has {want!r} only")
     if hf.get("decoder_vocab_size") not in (None, hf["vocab_size"]):
@@ -61,7 +61,7 @@ class Config(_seq2seq.BartConfig):
     return {
       "architectures": ["MarianMTModel"],
       "model_type": "marian",
-      **FIXED,
+      **SUPPORTED_VALUES,
       **dataclasses.asdict(self),
       "decoder_vocab_size": self.vocab_size,
       "dropout": 0.0,
@@ -71,7 +71,7 @@ class Config(_seq2seq.BartConfig):
       "forced_eos_token_id": None,
     }
 
-  def skips(self, name: str) -> bool:
+  def ignores_tensor(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
     copies = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
     return name in (*copies, "lm_head.weight") or name.endswith("embed_positions.weight")
@@ -99,15 +99,17 @@ class Model(_seq2seq.Model):
     self.layers = stack(c.decoder_layers, block, keys[2])
     self.head_bias = param(keys[3], f"bias:1 vocab:{V}", "final_logits_bias", init="zeros")
 
-  def encoded(self, source: Inputs, compute: layers.ComputeConfig) -> tuple[jax.Array, jax.Array]:
+  def encode(self, source: Inputs, compute: layers.ComputeConfig) -> tuple[jax.Array, jax.Array]:
     """The encoder's output [B, S, D], and which of its positions are no padding."""
     valid_BS = source.segments_BT > 0
-    x_BSD = self.embedded(source.tokens_BT, source.positions_BT, compute)
+    x_BSD = self.embed_tokens(source.tokens_BT, source.positions_BT, compute)
     x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
     run = lambda layer, i, x: layer(x, valid_BS)
     return layers.scan_layers([self.encoder], run, x_BSD, (), compute)[0], valid_BS
 
-  def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, compute: layers.ComputeConfig):
+  def embed_tokens(
+    self, tokens_BT: jax.Array, positions_BT: jax.Array, compute: layers.ComputeConfig
+  ):
     c = self.config
     with jax.named_scope("embed"):
       x_BTD = compute.cast_and_gather(self.embed)[...][tokens_BT]

@@ -30,7 +30,7 @@ class Config(_windows.Config):
 
   MODEL_TYPE = "qwen3"
   ARCHITECTURE = "Qwen3ForCausalLM"
-  FIXED = {"hidden_act": "silu", "attention_bias": False}
+  SUPPORTED_VALUES = {"hidden_act": "silu", "attention_bias": False}
   QK_NORM = True
 
   def __post_init__(self):
@@ -94,7 +94,7 @@ class Model(_windows.Model):
   """Tokens in, hidden states and the unembedding out."""
 
   @staticmethod
-  def plan(c: Config) -> tuple[tuple[str, type[Block], int], ...]:
+  def layer_stacks(c: Config) -> tuple[tuple[str, type[Block], int], ...]:
     block = Block if c.num_experts is None else SparseBlock
     return (("layers", block, c.num_hidden_layers),)
 

@@ -22,7 +22,7 @@ from distill_jax.nn.params import param, stack
 from distill_jax.types import Inputs, Output
 
 HF_MODEL_TYPES = ("t5",)  # of config.json
-FIXED = {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": True}
+SUPPORTED_VALUES = {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": True}
 BIAS = "{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
@@ -46,10 +46,14 @@ class Config:
   decoder_start_token_id: int = 0
 
   TABLE: ClassVar[str] = "shared.weight"  # which a tied head is
-  MAY_BE_0: ClassVar[tuple[str, ...]] = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+  OPTIONAL_ZERO: ClassVar[tuple[str, ...]] = (
+    "pad_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+  )
 
   def __post_init__(self):
-    _rope.check_numbers(self, self.MAY_BE_0)
+    _rope.check_numbers(self, self.OPTIONAL_ZERO)
     n = self.relative_attention_num_buckets
     if n % 4 or self.relative_attention_max_distance <= n // 2:
       raise InputError(
@@ -61,7 +65,7 @@ class Config:
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
     """From a Hugging Face config.json; what this family cannot do is refused by name."""
-    for key, want in FIXED.items():
+    for key, want in SUPPORTED_VALUES.items():
       if hf.get(key, want) != want or key not in hf:
         raise InputError(f"config.json has {key}={hf.get(key)!r}; the t5 family has {want!r} only")
     # transformers 5 ties whenever a checkpoint has no head, and says here what it did before.
@@ -76,17 +80,17 @@ class Config:
     return {
       "architectures": ["T5ForConditionalGeneration"],
       "model_type": "t5",
-      **FIXED,
+      **SUPPORTED_VALUES,
       **dataclasses.asdict(self),
       "dropout_rate": 0.0,
       "use_cache": True,
     }
 
-  def keep(self, kept: tuple[int, ...]) -> Self:
+  def keep_layers(self, kept: tuple[int, ...]) -> Self:
     """The config of a model that has these decoder layers of this one, and all of the encoder."""
     return dataclasses.replace(self, num_decoder_layers=len(kept))
 
-  def skips(self, name: str) -> bool:
+  def ignores_tensor(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
     copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of the shared table
     return name in copies or name.endswith("layer.1.EncDecAttention.relative_attention_bias.weight")
@@ -146,7 +150,7 @@ def heads(x_BSD: jax.Array, w: Any) -> jax.Array:
   return jnp.einsum("BSD,DHh->BSHh", x_BSD, w[...])
 
 
-def merged(a_BTHh: jax.Array, w: Any) -> jax.Array:
+def project_heads(a_BTHh: jax.Array, w: Any) -> jax.Array:
   return jnp.einsum("BTHh,HhD->BTD", a_BTHh, w[...])
 
 
@@ -176,10 +180,10 @@ class EncoderLayer(nnx.Module):
     y_BTD = self.norm(x_BTD, self.attn_norm)
     return heads(y_BTD, self.q), heads(y_BTD, self.k), heads(y_BTD, self.v)
 
-  def join(self, x_BTD: jax.Array, a_BTHh: jax.Array) -> jax.Array:
-    return x_BTD + merged(a_BTHh, self.o)
+  def attention_residual(self, x_BTD: jax.Array, a_BTHh: jax.Array) -> jax.Array:
+    return x_BTD + project_heads(a_BTHh, self.o)
 
-  def finish(self, x_BTD: jax.Array) -> jax.Array:
+  def feed_forward_block(self, x_BTD: jax.Array) -> jax.Array:
     y_BTD = self.norm(x_BTD, self.mlp_norm)
     weights = self.gate[...], self.up[...], self.down[...]
     return x_BTD + layers.gated_mlp(y_BTD, *weights, jax.nn.gelu)
@@ -187,9 +191,9 @@ class EncoderLayer(nnx.Module):
   def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array, bias_1HSS: jax.Array) -> jax.Array:
     with jax.named_scope("attention"):
       a_BSHh = attention.full(*self.qkv(x_BSD), valid_BS, scale=1.0, bias_BHTS=bias_1HSS)
-      x_BSD = self.join(x_BSD, a_BSHh)
+      x_BSD = self.attention_residual(x_BSD, a_BSHh)
     with jax.named_scope("mlp"):
-      return self.finish(x_BSD)
+      return self.feed_forward_block(x_BSD)
 
 
 class DecoderLayer(_seq2seq.DecoderLayer, EncoderLayer):  # type: ignore[misc]  # other arguments
@@ -213,8 +217,8 @@ class DecoderLayer(_seq2seq.DecoderLayer, EncoderLayer):  # type: ignore[misc]  
   def source_kv(self, memory_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
     return heads(memory_BSD, self.source_wk), heads(memory_BSD, self.source_wv)
 
-  def source_join(self, x_BTD: jax.Array, a_BTHh: jax.Array) -> jax.Array:
-    return x_BTD + merged(a_BTHh, self.source_o)
+  def source_attention_residual(self, x_BTD: jax.Array, a_BTHh: jax.Array) -> jax.Array:
+    return x_BTD + project_heads(a_BTHh, self.source_o)
 
 
 class Model(_seq2seq.Model):
@@ -240,17 +244,19 @@ class Model(_seq2seq.Model):
     if not c.tie_word_embeddings:
       self.head = param(keys[7], f"vocab:{V} embed:{D}", "lm_head.weight", "vocab")
 
-  def encoded(self, source: Inputs, compute: layers.ComputeConfig) -> tuple[jax.Array, jax.Array]:
+  def encode(self, source: Inputs, compute: layers.ComputeConfig) -> tuple[jax.Array, jax.Array]:
     """The encoder's output [B, S, D], and which of its positions are no padding."""
     valid_BS, S = source.segments_BT > 0, source.tokens_BT.shape[1]
     bias = self._bias(self.encoder_near, S, both_ways=True, compute=compute)
-    x_BSD = self.embedded(source.tokens_BT, source.positions_BT, compute)
+    x_BSD = self.embed_tokens(source.tokens_BT, source.positions_BT, compute)
     x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
     run = lambda layer, i, x: layer(x, valid_BS, bias)
     x_BSD, _ = layers.scan_layers([self.encoder], run, x_BSD, (), compute)
     return layers.rms_norm(x_BSD, self.encoder_norm[...], self.config.layer_norm_epsilon), valid_BS
 
-  def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, compute: layers.ComputeConfig):
+  def embed_tokens(
+    self, tokens_BT: jax.Array, positions_BT: jax.Array, compute: layers.ComputeConfig
+  ):
     del positions_BT  # the scores have them
     with jax.named_scope("embed"):
       return compute.cast_and_gather(self.embed)[...][tokens_BT]

@@ -59,7 +59,7 @@ class Config(_encoder.Config):
       **hf,
     }
 
-  def skips(self, name: str) -> bool:
+  def ignores_tensor(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
     return ".pooler." in f".{name}" or name.endswith("embeddings.mask_token")
 
@@ -115,17 +115,17 @@ class Body(nnx.Module):
   ) -> tuple[jax.Array, jax.Array | None]:
     """The last layer's output [B, S, D], normed, and the taps."""
     with jax.named_scope("embed"):
-      x_BSD = self.embedded(inputs.pixels_BWWM, compute)
+      x_BSD = self.embed_patches(inputs.pixels_BWWM, compute)
       x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
     run = lambda layer, i, x: layer(x, None)
     x_BSD, taps_PBSD = layers.scan_layers([self.layers], run, x_BSD, taps, compute)
     eps = self.config.layer_norm_eps
     return layers.layer_norm(x_BSD, self.norm[...], self.norm_bias[...], eps), taps_PBSD
 
-  def embedded(self, pixels_BWWM: jax.Array, compute: layers.ComputeConfig) -> jax.Array:
+  def embed_patches(self, pixels_BWWM: jax.Array, compute: layers.ComputeConfig) -> jax.Array:
     """[B, S, D]: the tokens, then the patches row by row, each with its place."""
     c, B = self.config, pixels_BWWM.shape[0]
-    x_BSD = _patches.embedded(c, pixels_BWWM, self.patch, compute)
+    x_BSD = _patches.embed(c, pixels_BWWM, self.patch, compute)
     x_BSD = x_BSD + compute.cast_and_gather(self.patch_bias)[...][None, None]
     tokens = [compute.cast_and_gather(getattr(self, name))[...] for name in self.TOKENS]
     tokens = [jnp.broadcast_to(t, (B, 1, c.hidden_size)) for t in tokens]

@@ -17,7 +17,11 @@ from distill_jax.nn.params import param, stack
 from distill_jax.types import Output, Sounds
 
 HF_MODEL_TYPES = ("whisper",)  # of config.json
-FIXED = {"activation_function": "gelu", "scale_embedding": False, "is_encoder_decoder": True}
+SUPPORTED_VALUES = {
+  "activation_function": "gelu",
+  "scale_embedding": False,
+  "is_encoder_decoder": True,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Config(_seq2seq.BartConfig):
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
     """From a Hugging Face config.json; what this family cannot do is refused by name."""
-    for key, want in FIXED.items():
+    for key, want in SUPPORTED_VALUES.items():
       if hf.get(key, want) != want:
         raise InputError(f"config.json has {key}={hf[key]!r}; the whisper family has {want!r} only")
     names = {f.name for f in dataclasses.fields(cls)}
@@ -45,7 +49,7 @@ class Config(_seq2seq.BartConfig):
     return {
       "architectures": ["WhisperForConditionalGeneration"],
       "model_type": "whisper",
-      **FIXED,
+      **SUPPORTED_VALUES,
       **dataclasses.asdict(self),
       "dropout": 0.0,
       "attention_dropout": 0.0,
@@ -56,7 +60,7 @@ class Config(_seq2seq.BartConfig):
       "begin_suppress_tokens": None,
     }
 
-  def skips(self, name: str) -> bool:
+  def ignores_tensor(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
     return name == "proj_out.weight"  # the table of the decoder's tokens once more
 
@@ -104,7 +108,7 @@ class Model(_seq2seq.Model):
     self.layers = stack(c.decoder_layers, block, keys[7])
     self.norm, self.norm_bias = _encoder.Declare(keys[4], at).norm("layer_norm", D)
 
-  def encoded(self, source: Sounds, compute: layers.ComputeConfig) -> tuple[jax.Array, None]:
+  def encode(self, source: Sounds, compute: layers.ComputeConfig) -> tuple[jax.Array, None]:
     """The encoder's output [B, S, D]; all of it is seen, silence too."""
     want = 2 * self.config.max_source_positions
     if source.mel_BSM.shape[1] != want:
@@ -131,7 +135,9 @@ class Model(_seq2seq.Model):
       x_BSD, self.encoder_norm[...], self.encoder_norm_bias[...], _seq2seq.EPS
     ), None
 
-  def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, compute: layers.ComputeConfig):
+  def embed_tokens(
+    self, tokens_BT: jax.Array, positions_BT: jax.Array, compute: layers.ComputeConfig
+  ):
     with jax.named_scope("embed"):
       x_BTD = compute.cast_and_gather(self.embed)[...][tokens_BT]
       return x_BTD + compute.cast_and_gather(self.places)[...][positions_BT]

@@ -58,7 +58,7 @@ def attention(
   Raises:
     InputError: the kernel is unknown, or it cannot do this on these devices.
   """
-  kernel = choose(kernel, q_BTHh)
+  kernel = choose_kernel(kernel, q_BTHh)
   scale = q_BTHh.shape[-1] ** -0.5 if scale is None else scale
   sizes, at = window if isinstance(window, OneOf) else OneOf((window,), jnp.int32(0))
   arrays = q_BTHh, k_BTGh, v_BTGh, segments_BT, at
@@ -140,7 +140,7 @@ def cached(
   return a_BGRTh.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1).astype(v_BGSh.dtype)
 
 
-def put(kept: jax.Array, x_BT: jax.Array, slots_BT: jax.Array, axis: int) -> jax.Array:
+def write_slots(kept: jax.Array, x_BT: jax.Array, slots_BT: jax.Array, axis: int) -> jax.Array:
   """A cache with T new positions a row [B, T, ...] in their slots along `axis`.
 
   A slot that is not there takes nothing.
@@ -153,7 +153,7 @@ def put(kept: jax.Array, x_BT: jax.Array, slots_BT: jax.Array, axis: int) -> jax
   return jax.vmap(row)(kept, x_BT, slots_BT)
 
 
-def choose(kernel: str, q_BTHh: jax.Array) -> str:
+def choose_kernel(kernel: str, q_BTHh: jax.Array) -> str:
   """The kernel by its name, or, for "auto", the best that these devices and shapes have."""
   if kernel not in KERNELS:
     raise InputError(f"attention is {kernel!r}; it can be one of {KERNELS}")

@@ -14,10 +14,10 @@ from distill_jax.nn import attention, sharding
 
 DTYPES = ("", "int8")
 FEATURES = ("head_dim", "latent")  # the axis that has a scale in common
-MOST = 127
+MAX_INT8 = 127
 SCALE = "_scale"  # an array of scales is called as what it scales, and this
 
-Kept = dict[str, jax.Array]
+LayerCache = dict[str, jax.Array]
 Axes = dict[str, str]  # of Block.CACHE
 
 
@@ -26,12 +26,14 @@ def axes_of_scale(axes: str) -> str:
   return " ".join(a for a in axes.split() if a not in FEATURES)
 
 
-def put(kept: Kept, new: Kept, slots_BT: jax.Array, axes: Axes, rules: sharding.Rules) -> Kept:
+def write(
+  kept: LayerCache, new: LayerCache, slots_BT: jax.Array, axes: Axes, rules: sharding.Rules
+) -> LayerCache:
   """The cache with T new positions [B, T, ...] in their slots."""
-  out: Kept = {}
+  out: LayerCache = {}
 
   def one(name: str, x_BT: jax.Array, of: str) -> None:
-    x = attention.put(kept[name], x_BT, slots_BT, of.split().index("seq"))
+    x = attention.write_slots(kept[name], x_BT, slots_BT, of.split().index("seq"))
     out[name] = sharding.constrain(x, of, rules)
 
   for name, x_BT in new.items():
@@ -42,12 +44,12 @@ def put(kept: Kept, new: Kept, slots_BT: jax.Array, axes: Axes, rules: sharding.
   return out
 
 
-def read(kept: Kept, axes: Axes, dtype: jnp.dtype) -> Kept:
+def read(kept: LayerCache, axes: Axes, dtype: jnp.dtype) -> LayerCache:
   """The cache as numbers of the compute dtype, by the names in CACHE."""
   return {name: _read(kept, name, of, dtype) for name, of in axes.items()}
 
 
-def _read(kept: Kept, name: str, axes: str, dtype: jnp.dtype) -> jax.Array:
+def _read(kept: LayerCache, name: str, axes: str, dtype: jnp.dtype) -> jax.Array:
   if name + SCALE not in kept:
     return kept[name]
   at = next(i for i, axis in enumerate(axes.split()) if axis in FEATURES)
@@ -58,7 +60,7 @@ def _read(kept: Kept, name: str, axes: str, dtype: jnp.dtype) -> jax.Array:
 def to_int8(x_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(integers, their scales), by the last axis."""
   x_BT = x_BT.astype(jnp.float32)
-  scale_BT = jnp.max(jnp.abs(x_BT), -1) / MOST
+  scale_BT = jnp.max(jnp.abs(x_BT), -1) / MAX_INT8
   steps_BT = jnp.round(x_BT / jnp.where(scale_BT > 0, scale_BT, 1.0)[..., None])
   return steps_BT.astype(jnp.int8), scale_BT
 

@@ -46,7 +46,7 @@ class Shared(struct.PyTreeNode):
   config: Any = struct.field(pytree_node=False)  # of the model of L layers
   order: str = struct.field(pytree_node=False)
 
-  def whole(self) -> Any:
+  def unshare(self) -> Any:
     """The model of L layers without the deltas, its shared weights written out."""
     make = type(self.unique)
     like = jax.eval_shape(lambda: make(self.config, jax.random.key(0)))
@@ -55,13 +55,13 @@ class Shared(struct.PyTreeNode):
     named = params.named_params(self.unique)
     return params.replace(like, {path: taken(v[...], rows.get(_stack(path))) for path, v in named})
 
-  def joined(self) -> Any:
-    """The model of L layers with the deltas in it, as lora.join puts them there."""
-    return lora.join(self.whole(), self.deltas)
+  def with_adapters(self) -> Any:
+    """The model of L layers with the deltas in it, as lora.with_adapters puts them there."""
+    return lora.with_adapters(self.unshare(), self.deltas)
 
-  def merged(self) -> Any:
+  def merge_adapters(self) -> Any:
     """The model of L layers with the deltas merged, each weight in the dtype that it had."""
-    return lora.merged(self.whole(), self.deltas)
+    return lora.merge_adapters(self.unshare(), self.deltas)
 
 
 def check(spec: ShareOptions, model: Any) -> None:
@@ -71,12 +71,12 @@ def check(spec: ShareOptions, model: Any) -> None:
       f"student.share has order {spec.order!r} and start {spec.start!r}; order is one of "
       f"{', '.join(ORDERS)} and start one of {', '.join(STARTS)}"
     )
-  if not hasattr(model, "plan"):
+  if not hasattr(model, "layer_stacks"):
     raise InputError(
       f"student.share.layers is {spec.layers} and the student is no decoder, whose layers these "
       "are; leave student.share as it is"
     )
-  *alone, (_, _, n) = model.plan(model.config)
+  *alone, (_, _, n) = model.layer_stacks(model.config)
   own = sum(k for _, _, k in alone)
   if not own < spec.layers <= own + n:
     why = f", of which the first {own} are of another kind and stay as they are" if own else ""
@@ -99,7 +99,9 @@ def start(model: Any, spec: ShareOptions, key: jax.Array, fit: bool) -> Shared:
   """
   check(spec, model)
   rows = _rows(type(model), model.config, spec.layers, spec.order)
-  like = jax.eval_shape(lambda: type(model)(model.config.keep(_first(rows)), jax.random.key(0)))
+  like = jax.eval_shape(
+    lambda: type(model)(model.config.keep_layers(_first(rows)), jax.random.key(0))
+  )
   mean = fit and spec.start == "mean"
   values = {}
   for path, v in params.named_params(model):
@@ -110,7 +112,7 @@ def start(model: Any, spec: ShareOptions, key: jax.Array, fit: bool) -> Shared:
   shared = Shared(unique, deltas, model.config, spec.order)
   if not fit:
     return shared
-  theirs, ours = (dict(params.named_params(m)) for m in (model, shared.whole()))
+  theirs, ours = (dict(params.named_params(m)) for m in (model, shared.unshare()))
   fitted = {path: _fitted(d, theirs[path], ours[path]) for path, d in deltas.items()}
   return shared.replace(deltas=fitted)
 
@@ -120,7 +122,7 @@ def _rows(make: Any, config: Any, layers: int, order: str) -> dict[str, np.ndarr
 
   Layers of another kind before the last stack's, as DeepSeek's dense ones, are not shared.
   """
-  *alone, (last, _, n) = make.plan(config)
+  *alone, (last, _, n) = make.layer_stacks(config)
   rows = {name: np.arange(k) for name, _, k in alone}
   U = layers - sum(k for _, _, k in alone)
   rows[last] = np.arange(n) % U if order == "cyclic" else np.arange(n) * U // n

@@ -55,7 +55,7 @@ class ComputeConfig:
         x = jax.lax.with_sharding_constraint(x, spec)
       return v.replace(x)
 
-    return params.map_params(one, lora.merge(tree))
+    return params.map_params(one, lora.merge_attached(tree))
 
   def checkpoint(self, fn: Callable) -> Callable:
     if self.remat not in REMAT:

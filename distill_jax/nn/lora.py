@@ -47,7 +47,7 @@ class Adapter(struct.PyTreeNode):
   scale: float = struct.field(pytree_node=False)
   weight: Any = None
 
-  def merged(self) -> Any:
+  def merged_weight(self) -> Any:
     """The weight that they make together, float32, of a stack or of one of its layers."""
     names = lambda v: v.get_metadata()["axes"]
     number = {name: i for i, name in enumerate(dict.fromkeys(names(self.a) + names(self.b)), 1)}
@@ -156,7 +156,7 @@ def _is_routed(v: Any) -> bool:
   return bool({"experts", "routes"} & set(v.get_metadata()["axes"]))
 
 
-def join(model: Any, adapters: Adapters) -> Any:
+def with_adapters(model: Any, adapters: Adapters) -> Any:
   """The model with its adapters in it: computed as the model it makes, layer by layer."""
 
   def one(path, v):
@@ -166,14 +166,14 @@ def join(model: Any, adapters: Adapters) -> Any:
   return jax.tree_util.tree_map_with_path(one, model, is_leaf=params.is_param)
 
 
-def merge(tree: Any) -> Any:
+def merge_attached(tree: Any) -> Any:
   """The tree with every adapter in it merged into its weight, which becomes float32."""
   is_adapter = lambda x: isinstance(x, Adapter)
-  one = lambda x: x.merged() if is_adapter(x) else x
+  one = lambda x: x.merged_weight() if is_adapter(x) else x
   return jax.tree.map(one, tree, is_leaf=lambda x: is_adapter(x) or params.is_param(x))
 
 
-def merged(model: Any, adapters: Adapters) -> Any:
+def merge_adapters(model: Any, adapters: Adapters) -> Any:
   """The model that they make, each weight rounded to the dtype that it had."""
-  whole = merge(join(model, adapters))
+  whole = merge_attached(with_adapters(model, adapters))
   return params.map_params(lambda v, was: v.replace(v[...].astype(was.dtype)), whole, model)

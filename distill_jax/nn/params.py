@@ -91,7 +91,7 @@ def named_params(tree: Any) -> Iterator[tuple[str, Any]]:
     yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
-def trains(tree: Any, frozen: tuple[str, ...]) -> Any:
+def trainable_mask(tree: Any, frozen: tuple[str, ...]) -> Any:
   """False for the parameters whose Hugging Face name begins with one of `frozen`."""
 
   def one(v):

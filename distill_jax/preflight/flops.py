@@ -118,7 +118,7 @@ def _adapted_params(config: Config) -> int:
   """Numbers of the weights that adapters are added to."""
   trained = loading.abstract_trainable(config.student)
   adapters = trained.deltas if isinstance(trained, layer_sharing.Shared) else trained
-  joined = lora.join(loading.abstract(config.student), adapters)
+  joined = lora.with_adapters(loading.abstract(config.student), adapters)
   leaves = jax.tree.leaves(joined, is_leaf=lambda x: _is_adapter(x) or params.is_param(x))
   return sum(params.count(x.weight) for x in leaves if _is_adapter(x))
 

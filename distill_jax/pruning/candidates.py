@@ -42,7 +42,7 @@ def propose(
     raise InputError(
       f"shrink.{what} wants {wanted:,.0f} and the teacher has {size(config):,.0f}; name less"
     )
-  of = lambda c: size(shapes.narrowed(c, family, config).keep(choose.even(c.layers, L)))
+  of = lambda c: size(shapes.narrowed(c, family, config).keep_layers(choose.even(c.layers, L)))
   nearest = lambda shapes: min(shapes, key=lambda c: abs(math.log(of(c) / wanted)))
   layers = lambda n, shapes: [dataclasses.replace(c, layers=n) for c in shapes]
   depth = nearest([dataclasses.replace(s, layers=n) for n in range(1, L + 1)])

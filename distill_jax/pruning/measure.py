@@ -59,11 +59,11 @@ def importance(
 
 
 def _watch(model: Any, inputs: Inputs, *, compute: ComputeConfig, within_experts: bool) -> Sums:
-  x_BTD, _ = model.embedded(inputs.tokens_BT, compute)
-  sight, seen_BT = model.sight(inputs), inputs.segments_BT > 0
+  x_BTD, _ = model.embed_tokens(inputs.tokens_BT, compute)
+  sight, seen_BT = model.position_inputs(inputs), inputs.segments_BT > 0
   sums: Sums = {}
   first = 0
-  for name, _, n in model.plan(model.config):
+  for name, _, n in model.layer_stacks(model.config):
 
     def body(x_BTD, layer_and_number):
       layer, i = layer_and_number
@@ -88,13 +88,13 @@ def _layer(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """One layer's output, and sums over positions of what its parts did."""
   c, compute = block.config, see[-1]
-  a_BTHh = block.read(x_BTD, *see)
-  mid_BTD = x_BTD + block.merge(a_BTHh)
+  a_BTHh = block.attend_heads(x_BTD, *see)
+  mid_BTD = x_BTD + block.project_heads(a_BTHh)
   out_BTD = mid_BTD + block.feed_forward(mid_BTD, compute.rules)
   y_BTD = block.norm(mid_BTD, block.mlp_norm)
   into = {"attn_norm": x_BTD, "mlp_norm": mid_BTD}
   if hasattr(block, "attn_post_norm"):  # what the plain layer adds goes through a norm first
-    into["attn_post_norm"] = DecoderBlock.merge(block, a_BTHh)
+    into["attn_post_norm"] = DecoderBlock.project_heads(block, a_BTHh)
     into["mlp_post_norm"] = DecoderBlock.feed_forward(block, mid_BTD, compute.rules)
   said = {
     "influence": _sum(1 - _cosine(x_BTD, out_BTD), seen_BT),
@@ -185,14 +185,14 @@ def _without(
   vocab_size: int,
 ) -> Mean:
   inputs = batch.inputs
-  x_BTD, embed_VD = model.embedded(inputs.tokens_BT, compute)
-  sight = model.sight(inputs)
+  x_BTD, embed_VD = model.embed_tokens(inputs.tokens_BT, compute)
+  sight = model.position_inputs(inputs)
 
   def apply(layer, i, x_BTD):
     run = lambda x_BTD: layer(x_BTD, *sight(i), inputs.segments_BT, compute)
     return jax.lax.cond(runs_L[i], run, lambda x_BTD: x_BTD, x_BTD)
 
-  stacks = [getattr(model, name) for name, _, _ in model.plan(model.config)]
+  stacks = [getattr(model, name) for name, _, _ in model.layer_stacks(model.config)]
   x_BTD, _ = layers.scan_layers(stacks, apply, x_BTD, (), compute)
   out = model.output(x_BTD, embed_VD, compute)
 

@@ -98,7 +98,9 @@ class Teacher:
       return choose.even(n, L) if by == "even" or n == L else choose.ends(n, L)
     if by == "influence":
       found = self.importance(False)
-      stacks = [found[name]["influence"] for name, _, _ in self.built.model.plan(self.shape)]
+      stacks = [
+        found[name]["influence"] for name, _, _ in self.built.model.layer_stacks(self.shape)
+      ]
       return choose.influential(n, np.concatenate(stacks))
     if (more := L - n - len(self._gone)) > 0:
       with Progress("leave out", more, "layers") as progress:
@@ -133,11 +135,11 @@ class Teacher:
     sharding.shardings(abstract, self.mesh, self.compute.rules)  # does it divide?
     if s.window:
       L = self.shape.num_hidden_layers
-      windows.windowed(s, wide.keep(choose.even(s.layers or L, L)))
+      windows.windowed(s, wide.keep_layers(choose.even(s.layers or L, L)))
     with jax.set_mesh(self.mesh):
       layers = self.layers(s.layers or self.shape.num_hidden_layers, s.layers_by)
       whole = layers == tuple(range(self.shape.num_hidden_layers))
-      config = wide if whole else wide.keep(layers)
+      config = wide if whole else wide.keep_layers(layers)
       student, kept, factors = self._cut(s, config, layers)
       if s.window:
         config = windows.windowed(s, config)

@@ -70,5 +70,5 @@ def optimizer(
     parts.append(optax.contrib.reduce_on_plateau(factor=0.5, patience=c.plateau_patience))
   whole = optax.chain(*parts)
   if frozen:
-    whole = optax.masked(whole, lambda tree: params.trains(tree, frozen))
+    whole = optax.masked(whole, lambda tree: params.trainable_mask(tree, frozen))
   return optax.with_extra_args_support(whole)

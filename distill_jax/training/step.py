@@ -39,7 +39,7 @@ class Step:
     recorded: what the targets in a batch are.
     balance_every: steps between measurements of the losses' gradient norms, which are then
       held in the ratio of the losses' weights; 0: never, weights are weights.
-    frozen: see params.trains.
+    frozen: see params.trainable_mask.
     parts: of several tasks, each one's name and its first row of the head.
   """
 
@@ -123,7 +123,7 @@ class Step:
     model, adapters = trained
     if self.frozen:
       still = lambda x, trains: x if trains else jax.lax.stop_gradient(x)
-      model = jax.tree.map(still, model, params.trains(model, self.frozen))
+      model = jax.tree.map(still, model, params.trainable_mask(model, self.frozen))
     model = _student(model, base)
     ours, theirs = self.needs()
     out: Output = model(batch.inputs, self.student, ours.taps)
@@ -263,8 +263,8 @@ def _answers(batch: Batch, out: Output) -> Batch:
 def _student(trained: Any, base: Any) -> Any:
   """The model that is computed, from what is trained."""
   if isinstance(trained, layer_sharing.Shared):
-    return trained.joined()
-  return trained if base is None else lora.join(base, trained)
+    return trained.with_adapters()
+  return trained if base is None else lora.with_adapters(base, trained)
 
 
 def online(

@@ -128,7 +128,7 @@ def test_the_rate_is_a_size_by_what_the_teacher_does(tmp_path, monkeypatch):
   proposed = _shrink_search.propose(resolved, tmp_path, "target_decode_rate")
   family, shape = loading.family_and_config(resolved.teacher)
   for s in proposed.values():
-    now = shapes.narrowed(s, family, shape).keep(tuple(range(s.layers)))
+    now = shapes.narrowed(s, family, shape).keep_layers(tuple(range(s.layers)))
     ratio = shapes.cost(family, shape).active / shapes.cost(family, now).active
     assert ratio == pytest.approx(1.5, rel=0.12)
   monkeypatch.setattr(_shrink_search, "_rate", lambda *args: 99.0)  # it was measured before
@@ -155,7 +155,7 @@ def test_shapes_are_proposed_for_every_family(family, name):
   assert len(proposed) > 1
   for s in proposed.values():
     now = shapes.narrowed(s, family, shape)
-    assert size(now.keep(tuple(range(s.layers)))) == pytest.approx(wanted, rel=0.25)
+    assert size(now.keep_layers(tuple(range(s.layers)))) == pytest.approx(wanted, rel=0.25)
 
 
 def refused(family, name, **asked):

@@ -81,7 +81,7 @@ def test_the_cache_is_what_decode_allocates(family, name):
     model = module.Model(c, key)
     blocks = [
       params.unstack(jax.tree.map(lambda w, i=i: w[i], getattr(model, stack)))
-      for stack, _, n in model.plan(c)
+      for stack, _, n in model.layer_stacks(c)
       for i in range(n)
     ]
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -136,11 +136,11 @@ def test_decode_flops_are_what_xla_counts(family, shape, monkeypatch):
   def one(model, cache, tokens_BT):
     blocks = [
       params.unstack(jax.tree.map(lambda w, i=i: w[i], getattr(model, stack)))
-      for stack, _, n in model.plan(shape)
+      for stack, _, n in model.layer_stacks(shape)
       for i in range(n)
     ]
     read = Inputs(tokens_BT, jnp.full_like(tokens_BT, S - 1), jnp.ones_like(tokens_BT))
-    out, cache = model.extend(blocks, read, cache, ComputeConfig())
+    out, cache = model.decode_step(blocks, read, cache, ComputeConfig())
     return fused_head.logits(out.hidden_BTD, out.head_VD), cache
 
   model = jax.eval_shape(lambda key: module.Model(shape, key), jax.random.key(0))

@@ -115,7 +115,7 @@ def test_greedy_is_transformers_greedy(kind, tmp_path):
 @functools.cache
 def random_model(family: str = "llama", **changes):
   module = load_module("models", family)
-  c = dataclasses.replace(module.TINY, **changes).keep((0, 1))
+  c = dataclasses.replace(module.TINY, **changes).keep_layers((0, 1))
   return jax.jit(lambda key: module.Model(c, key))(jax.random.key(1))
 
 

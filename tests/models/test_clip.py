@@ -210,8 +210,8 @@ def test_a_shape_has_its_published_size(shape, size):
 
 def test_layers_of_both_towers_are_kept_together():
   with pytest.raises(InputError, match="both towers"):
-    clip.TINY.keep((0,))
+    clip.TINY.keep_layers((0,))
   text = dataclasses.replace(clip.TINY.text, num_hidden_layers=3)
   same = dataclasses.replace(clip.TINY, text=text)
-  kept = same.keep((0, 2))
+  kept = same.keep_layers((0, 2))
   assert (kept.text.num_hidden_layers, kept.vision.num_hidden_layers) == (2, 2)

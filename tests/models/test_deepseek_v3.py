@@ -128,7 +128,7 @@ def test_a_student_keeps_dense_layers_and_those_of_experts(kept, tmp_path):
   errors = parity.forward_errors(theirs, student, parity.tokens())
   assert max(errors) < parity.FORWARD, errors
   with pytest.raises(InputError, match="first 1 are dense"):
-    opened.config.keep((1, 0))
+    opened.config.keep_layers((1, 0))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,6 @@ def test_the_published_config_json_is_read_as_the_named_shape():
     },
   }
   read = deepseek_v3.Config.from_hf(hf)
-  assert read.num_nextn_predict_layers == 1 and read.skips("model.layers.61.enorm.weight")
+  assert read.num_nextn_predict_layers == 1 and read.ignores_tensor("model.layers.61.enorm.weight")
   again = deepseek_v3.Config.from_hf(read.to_hf())  # which holds no such layer
   assert again == deepseek_v3.CONFIGS["deepseek-v3"]

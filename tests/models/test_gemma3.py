@@ -96,7 +96,7 @@ def test_config_json_as_older_transformers_wrote_it():
 
 
 def test_a_student_keeps_the_kinds_of_its_layers():
-  assert gemma3.TINY.keep((1, 2)).layer_types == (gemma3.GLOBAL, gemma3.LOCAL)
+  assert gemma3.TINY.keep_layers((1, 2)).layer_types == (gemma3.GLOBAL, gemma3.LOCAL)
 
 
 def test_a_cap_is_everywhere_that_logits_are():

@@ -136,7 +136,7 @@ logits = jax.jit(said)
 def states(model, inputs):
   """The encoder's output, what of it is no padding, and two layers' of the decoder."""
   taps = model(inputs, layers.ComputeConfig(), (0, 1)).taps_PBTD
-  return *model.encoded(inputs.source, layers.ComputeConfig()), taps
+  return *model.encode(inputs.source, layers.ComputeConfig()), taps
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -238,7 +238,7 @@ def test_decoder_layers_can_be_kept(both):
   _, _, at, ours = both
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   small = load.load(load.open_model(str(at)), mesh, layers.ComputeConfig(), keep_layers=(0, 2))
-  assert small.config == ours.config.keep((0, 2))
+  assert small.config == ours.config.keep_layers((0, 2))
   taken = jax.tree.map(lambda x: x[jnp.asarray([0, 2])], ours.layers)
   for got, want in ((small.layers, taken), (small.encoder, ours.encoder)):
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
@@ -282,7 +282,7 @@ def test_whisper_refuses_sounds_of_another_length():
   model = jax.eval_shape(lambda key: module.Model(module.TINY, key), jax.random.key(0))
   sounds = Sounds(jax.ShapeDtypeStruct((1, 30, 8), jnp.float32))
   with pytest.raises(InputError, match="30 frames and whisper reads 32"):
-    jax.eval_shape(lambda m, s: m.encoded(s, layers.ComputeConfig()), model, sounds)
+    jax.eval_shape(lambda m, s: m.encode(s, layers.ComputeConfig()), model, sounds)
 
 
 def test_a_tied_t5_with_another_head_is_refused(tmp_path):

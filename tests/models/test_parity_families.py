@@ -110,7 +110,7 @@ def test_a_student_of_chosen_layers(both):
   student = load.load(
     load.open_model(str(folder)), mesh, layers.ComputeConfig(), keep_layers=(0, 2)
   )
-  assert student.config == ours.config.keep((0, 2))
+  assert student.config == ours.config.keep_layers((0, 2))
   inputs = parity.plain_inputs(parity.tokens()[:, :16] % 96)
   taps = ours(inputs, layers.ComputeConfig(), (0,)).taps_PBTD
   got = student(inputs, layers.ComputeConfig(), (0, 1)).taps_PBTD

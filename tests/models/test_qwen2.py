@@ -90,9 +90,9 @@ def test_a_window_past_the_last_layer_is_no_window():
 
 def test_layers_that_are_kept_keep_their_windows():
   c = qwen2.CONFIGS["tiny-window"]
-  assert c.keep((2, 1)).layer_types == ("sliding_attention", "full_attention")
-  assert c.keep((1,)) == dataclasses.replace(qwen2.TINY, num_hidden_layers=1)
-  assert (c.window, c.keep((0, 2)).window) == (None, 5)
+  assert c.keep_layers((2, 1)).layer_types == ("sliding_attention", "full_attention")
+  assert c.keep_layers((1,)) == dataclasses.replace(qwen2.TINY, num_hidden_layers=1)
+  assert (c.window, c.keep_layers((0, 2)).window) == (None, 5)
 
 
 def test_a_config_goes_through_config_json():

@@ -224,7 +224,7 @@ def test_what_no_family_can_do_is_refused_by_name():
   with pytest.raises(InputError, match="qkv_bias"):
     vit.Config.from_hf({**vit.TINY.to_hf(), "qkv_bias": False})
   with pytest.raises(InputError, match="several widths"):
-    convnext.TINY.keep((0,))
+    convnext.TINY.keep_layers((0,))
   model = jax.eval_shape(lambda key: vit.Model(vit.TINY, key), jax.random.key(0))
   wrong = Images(jax.ShapeDtypeStruct((2, 12, 16, 1), jnp.float32))
   with pytest.raises(InputError, match=r"\(12, 16, 1\)"):

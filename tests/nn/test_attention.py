@@ -113,7 +113,7 @@ def test_a_model_is_the_same_by_splash(family, interpreted):
   """Windows of layers in turns, values narrower than keys, scales of the family's own."""
   name, shape = family.split()
   module = registry.load("models", name)
-  config = module.CONFIGS[shape].keep((0, 1))  # one layer of each kind
+  config = module.CONFIGS[shape].keep_layers((0, 1))  # one layer of each kind
   model = jax.jit(lambda key: module.Model(config, key))(jax.random.key(0))
   t_T = np.arange(20)
   row = lambda x_T: jnp.asarray(np.tile(x_T, (2, 1)), jnp.int32)
@@ -156,8 +156,8 @@ def queries(T=64, h=64, dtype=jnp.bfloat16):
 )
 def test_the_kernel_follows_the_devices(platform, q, want, monkeypatch):
   monkeypatch.setattr(attention, "platform", lambda: platform)
-  assert attention.choose("auto", q) == want
-  assert attention.choose("xla", q) == "xla"
+  assert attention.choose_kernel("auto", q) == want
+  assert attention.choose_kernel("xla", q) == "xla"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_the_kernel_follows_the_devices(platform, q, want, monkeypatch):
 def test_a_kernel_that_cannot_run_is_refused(platform, kernel, q, words, monkeypatch):
   monkeypatch.setattr(attention, "platform", lambda: platform)
   with pytest.raises(InputError, match=words):
-    attention.choose(kernel, q)
+    attention.choose_kernel(kernel, q)
 
 
 def test_keys_that_are_not_beside_their_queries_are_refused(interpreted):

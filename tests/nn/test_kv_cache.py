@@ -39,7 +39,7 @@ def test_what_is_kept_is_what_the_formula_says(family):
   inputs = Inputs(tokens, jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones_like(tokens))
   empty = lambda dtype: empty_cache(model, 2, 12, decoding.HOW, mesh, dtype)
   with jax.set_mesh(mesh):
-    extend = jax.jit(lambda m, i, c: m.extend(i, c, decoding.HOW))
+    extend = jax.jit(lambda m, i, c: m.decode_step(i, c, decoding.HOW))
     (out, kept), (small_out, small) = (extend(model, inputs, empty(d)) for d in ("", "int8"))
   first, axes = kv_cache.read(small[0], model.blocks[0].CACHE, jnp.float32), model.blocks[0].CACHE
   assert first.keys() == kept[0].keys() == axes.keys()

@@ -76,12 +76,12 @@ def test_layers_that_share_are_equal_and_their_gradients_add_up(name):
   """Whatever gradient the model of L layers has, as numpy sums it over the layers of a group."""
   module, c, spec, of = CASES[name]
   shared = started(random_model(module, c), spec, fit=False)
-  whole = shared.whole()
+  whole = shared.unshare()
   assert whole.config == c and shared.unique.config.num_hidden_layers == spec.layers
   grads = draw(whole, seed=1)
-  (got,) = jax.jit(lambda s, g: jax.vjp(lambda s: s.whole(), s)[1](g))(shared, grads)
+  (got,) = jax.jit(lambda s, g: jax.vjp(lambda s: s.unshare(), s)[1](g))(shared, grads)
   first = 0
-  for stack, _, n in module.Model.plan(c):
+  for stack, _, n in module.Model.layer_stacks(c):
     local = np.array(of[first : first + n]) - of[first]
     ours, theirs = (dict(params.named_params(getattr(t, stack))) for t in (whole, grads))
     for path, v in params.named_params(getattr(got.unique, stack)):
@@ -105,8 +105,8 @@ def test_the_loss_s_gradient_is_the_unshared_one_s_sum():
   tokens = np.random.default_rng(0).integers(0, 256, (2, 12)).astype(np.int32)
   inputs = parity.plain_inputs(tokens)
   loss = lambda m: jnp.sum(jnp.sin(m(inputs, HOW).hidden_BTD))
-  both = lambda s, m: (jax.grad(lambda s: loss(s.joined()))(s), jax.grad(loss)(m))
-  got, want = jax.jit(both)(shared, shared.merged())
+  both = lambda s, m: (jax.grad(lambda s: loss(s.with_adapters()))(s), jax.grad(loss)(m))
+  got, want = jax.jit(both)(shared, shared.merge_adapters())
   theirs = dict(params.named_params(want))
   for path, v in params.named_params(got.unique):
     x = np.float64(theirs[path][...])
@@ -134,7 +134,7 @@ def test_what_it_starts_from(compute, order, of):
       same = np.float64(v[...])[np.array(of) == i]
       want = same.mean(0) if compute == "mean" else same[0]
       np.testing.assert_allclose(unique[path][i], want, atol=1e-6, err_msg=path)
-  merged = jax.jit(layer_sharing.Shared.merged)(shared)
+  merged = jax.jit(layer_sharing.Shared.merge_adapters)(shared)
   assert sorted(shared.deltas) == ["layers.down", "layers.q"]
   for name in ("q", "down"):
     got, want = (getattr(m.layers, name)[...] for m in (merged, model))
@@ -145,7 +145,7 @@ def test_deltas_are_the_best_of_their_rank():
   """The Frobenius norm that is left is that of numpy's remaining singular values."""
   model = random_model(llama, CASES["cyclic"][1])
   shared = started(model, ShareOptions(2, lora=LoraOptions(rank=3, targets=ON)))
-  whole, merged = jax.jit(lambda s: (s.whole(), s.merged()))(shared)
+  whole, merged = jax.jit(lambda s: (s.unshare(), s.merge_adapters()))(shared)
   for at in ("q", "o", "down"):
     w, base, near = (np.float64(getattr(m.layers, at)[...]) for m in (model, whole, merged))
     rows = 32 if at == "q" else w[0].size // 32  # inputs
@@ -254,7 +254,7 @@ def test_the_export_is_the_model_written_out(folder):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   trained = loading.restore(folder / "whole", mesh)
   compute, tokens_BT = loading.compute_config(resolved.student), parity.tokens()
-  out = jax.jit(lambda s, i: s.joined()(i, compute))(trained, parity.plain_inputs(tokens_BT))
+  out = jax.jit(lambda s, i: s.with_adapters()(i, compute))(trained, parity.plain_inputs(tokens_BT))
   model = transformers.AutoModelForCausalLM.from_pretrained(folder / "export").eval()
   assert len(model.model.layers) == 3
   with torch.no_grad():

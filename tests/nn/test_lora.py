@@ -91,11 +91,11 @@ def test_logits_and_gradients_are_peft_s(family, tmp_path):
   theirs_tokens = torch.from_numpy(tokens_BT).long()
   out = theirs(theirs_tokens, labels=theirs_tokens)
   out.loss.backward()
-  joined = lora.join(base, adapters)
+  joined = lora.with_adapters(base, adapters)
   assert parity.error(logits(joined, tokens_BT), out.logits.detach()) < parity.FORWARD
 
   def loss(adapters):
-    out = lora.join(base, adapters)(parity.plain_inputs(tokens_BT), layers.ComputeConfig())
+    out = lora.with_adapters(base, adapters)(parity.plain_inputs(tokens_BT), layers.ComputeConfig())
     logp_BTV = jax.nn.log_softmax(out.hidden_BTD[:, :-1] @ out.head_VD.T)
     return -jnp.mean(jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], -1))
 
@@ -112,7 +112,7 @@ def test_before_training_it_is_the_base(dtype):
   """B is 0, so every output is the base's, bit for bit."""
   compute, tokens_BT = layers.ComputeConfig(dtype=dtype), parity.tokens()
   base = jax.jit(lambda key: llama.Model(llama.TINY, key))(jax.random.key(0))
-  joined = lora.join(base, lora.init(base, LoraOptions(rank=2), jax.random.key(1)))
+  joined = lora.with_adapters(base, lora.init(base, LoraOptions(rank=2), jax.random.key(1)))
   np.testing.assert_array_equal(
     logits(joined, tokens_BT, compute), logits(base, tokens_BT, compute)
   )
@@ -139,7 +139,7 @@ def test_a_starts_as_peft_draws_it():
 def test_merging_is_the_dense_formula():
   base = llama.Model(llama.TINY, jax.random.key(0))
   adapters = random_adapters(base, LoraOptions(rank=3, alpha=5.0, targets=("q_proj", "o_proj")))
-  whole = lora.merged(base, adapters)
+  whole = lora.merge_adapters(base, adapters)
   f = lambda v: np.float64(v[...])
   pair = adapters["layers.q"]
   q = f(base.layers.q) + 5 / 3 * np.einsum("LDr,LrHh->LDHh", f(pair.a), f(pair.b))
@@ -154,7 +154,9 @@ def test_merging_is_the_dense_formula():
     if path not in adapters:
       np.testing.assert_array_equal(v[...], was[...])
   half = params.map_params(lambda v: v.replace(v[...].astype(jnp.bfloat16)), base)
-  assert {x.dtype for x in jax.tree.leaves(lora.merged(half, adapters))} == {jnp.dtype("bfloat16")}
+  assert {x.dtype for x in jax.tree.leaves(lora.merge_adapters(half, adapters))} == {
+    jnp.dtype("bfloat16")
+  }
 
 
 def steps(mesh_shape=(1, 1, 1), spec=LoraOptions(rank=4), **changes):  # noqa: B008
@@ -219,7 +221,7 @@ def test_queries_and_keys_that_a_loss_compares_are_the_adapted_ones():
   inputs = parity.plain_inputs(parity.tokens())
   x_BTD = jax.random.normal(jax.random.key(1), (*inputs.tokens_BT.shape, 32))
   of = lambda model: model.qkv(1, x_BTD, inputs, layers.ComputeConfig())
-  joined, merged = of(lora.join(base, adapters)), of(lora.merged(base, adapters))
+  joined, merged = of(lora.with_adapters(base, adapters)), of(lora.merge_adapters(base, adapters))
   for a, b, was in zip(joined, merged, of(base), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
     assert np.abs(a - was).max() > 0.1
@@ -234,7 +236,7 @@ def test_no_second_copy_of_the_model_is_kept(remat):
     layers.ComputeConfig(remat=remat),
   )
   inputs = parity.plain_inputs(parity.tokens())
-  _, pull = jax.vjp(lambda a: lora.join(base, a)(inputs, compute).hidden_BTD, adapters)
+  _, pull = jax.vjp(lambda a: lora.with_adapters(base, a)(inputs, compute).hidden_BTD, adapters)
   weights = {path: np.asarray(v[...]) for path, v in params.named_params(base) if path in adapters}
   shapes = {w.shape for w in weights.values()}
   kept = [np.asarray(x) for x in jax.tree.leaves(pull) if x.shape in shapes]
@@ -310,7 +312,7 @@ def test_every_export_is_the_model_that_was_trained(folder):
   base = load.load(opened, mesh, layers.ComputeConfig())
   adapters = loading.restore(folder / "whole", mesh)
   tokens_BT = parity.tokens() % llama.TINY.vocab_size
-  ours = logits(lora.join(base, adapters), tokens_BT)
+  ours = logits(lora.with_adapters(base, adapters), tokens_BT)
   assert parity.error(logits(base, tokens_BT), ours) > 0.01  # something was learnt
   auto = transformers.AutoModelForCausalLM
 
@@ -382,7 +384,7 @@ def test_a_random_base_in_bfloat16_and_a_projection_fitted_beside_it(folder):
   jax.tree.map(
     np.testing.assert_array_equal,
     loading.build(of_run, mesh, key).model,
-    lora.merged(base, adapters),
+    lora.merge_adapters(base, adapters),
   )
   c.export.dir, c.export.lora = str(folder / "random-peft"), "peft"
   export.run(config.resolve(c), folder / "random")

@@ -111,9 +111,11 @@ def case(request, tmp_path_factory):
 
 def student_of(s, family, ours, measured):
   config = shapes.narrowed(s, family, ours.config)
-  influence = np.concatenate([measured[n]["influence"] for n, _, _ in ours.plan(ours.config)])
+  influence = np.concatenate(
+    [measured[n]["influence"] for n, _, _ in ours.layer_stacks(ours.config)]
+  )
   kept_layers = choose.influential(s.layers or ours.config.num_hidden_layers, influence)
-  config = config.keep(kept_layers)
+  config = config.keep_layers(kept_layers)
   kept = cut.keep(s, family, ours.config, config, kept_layers, measured)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   return cut.cut(ours, family, config, kept, mesh, HOW.rules), kept
@@ -213,7 +215,7 @@ def test_a_layer_left_out_is_a_model_without_it(qwen2):
   assert three == pytest.approx(ce_of(ours, b), rel=1e-5)
   pruned = jax.tree.map(lambda x: x, ours)
   pruned.layers = params.map_params(lambda v: v.replace(v[...][jnp.array([0, 2])]), ours.layers)
-  pruned.config = ours.config.keep((0, 2))
+  pruned.config = ours.config.keep_layers((0, 2))
   two = measure.loss(run, ours, [b, b], without=[1])
   assert two == pytest.approx(ce_of(pruned, b), rel=1e-5) != three
 

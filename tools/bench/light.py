@@ -133,7 +133,7 @@ def decoded(source: Teacher) -> dict[str, Any]:
 
   @jax.jit
   def run(model, batch, cache):
-    out, _ = model.extend(batch.inputs, cache, compute)
+    out, _ = model.decode_step(batch.inputs, cache, compute)
     return fused_head.logits(out.hidden_BTD, out.head_VD, source.tokenizer.vocab_size)
 
   with jax.set_mesh(source.mesh):

@@ -96,7 +96,7 @@ def untrained(config: Config, source: Teacher, s: configs.ShrinkOptions, folder:
   shutil.rmtree(folder / "model", ignore_errors=True)
   with jax.set_mesh(source.mesh):
     layers = source.layers(s.layers, s.layers_by)
-  shape = shapes.narrowed(s, source.family, source.shape).keep(layers)
+  shape = shapes.narrowed(s, source.family, source.shape).keep_layers(layers)
   with jax.set_mesh(source.mesh):
     model, pretrained = source.untrained(shape), source.built.pretrained
     row = {"parameters": params.count(model), "ce": source.cross_entropy(model)}
