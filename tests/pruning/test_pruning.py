@@ -354,7 +354,7 @@ def test_the_best_of_a_rank(qwen2):
 
 def test_what_a_token_reads():
   c = dataclasses.replace(
-    shapes.folder.load("models", "qwen3").CONFIGS["tiny-moe"], tie_word_embeddings=False
+    shapes.registry.load("models", "qwen3").CONFIGS["tiny-moe"], tie_word_embeddings=False
   )
   cost = shapes.cost("qwen3", c)
   routed = 3 * c.num_hidden_layers * c.hidden_size * c.moe_intermediate_size  # of one expert
