@@ -65,7 +65,7 @@ def ours_from(model, folder, mesh=None):
   """What transformers wrote, as we read it."""
   model.save_pretrained(folder)
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-  return load.load(load.open_model(str(folder)), mesh, layers.ComputeConfig())
+  return load.load_model(load.open_model(str(folder)), mesh, layers.ComputeConfig())
 
 
 def plain_inputs(tokens_BT: np.ndarray) -> Inputs:
@@ -125,7 +125,7 @@ def worst_gradient(theirs, ours, tokens_BT: np.ndarray) -> tuple[float, str]:
   got = {}
   for _, v in params.named_params(jax.jit(jax.grad(loss))(ours)):
     for name, at in declared.tensors(v):
-      got[name] = declared.Layout(v).to_theirs(np.asarray(v[...])[at], np.dtype(np.float32))
+      got[name] = declared.Layout(v).to_stored(np.asarray(v[...])[at], np.dtype(np.float32))
   for name in got.keys() & dict(theirs.named_buffers()).keys():  # torch trains no buffers
     assert not got.pop(name).any()
   assert got.keys() == want.keys()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +21,7 @@ BLOCK = 16  # rows transposed at a time: numpy alone is 4 times slower on a larg
 
 
 def loop_axes(v: Any) -> tuple[str, ...]:
-  """The leading axes that Hugging Face spreads over tensors: `layers`, `experts`."""
+  """Returns the leading axes that Hugging Face spreads over tensors: `layers`, `experts`."""
   meta = v.get_metadata()
   axes = tuple(a for a in meta["axes"] if "{" + a + "}" in meta["hf"])
   if meta["axes"][: len(axes)] != axes:
@@ -30,26 +30,28 @@ def loop_axes(v: Any) -> tuple[str, ...]:
 
 
 def dtype_of(v: Any, dtype: np.dtype) -> np.dtype:
-  """What `v` is kept as where the other parameters are `dtype`."""
+  """Returns the dtype of `v` where the other parameters are `dtype`."""
   return np.dtype(np.float32) if v.get_metadata()["exact"] else dtype
 
 
 def tensors(
   v: Any, index: Index | None = None, layers: tuple[int, ...] = ()
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-  """(tensor name, index along the loop axes) of the tensors that hold `v`, or its `index`.
+  """Yields (tensor name, index along the loop axes) of the tensors that hold `v`.
 
-  With `layers`, our layer i goes by the name of layer `layers[i]`.
+  Args:
+    index: the part of `v` that is wanted; None is all.
+    layers: where given, our layer i has the name of layer `layers[i]`.
   """
   axes, first = loop_axes(v), v.get_metadata()["first"]
   sizes = v.shape[: len(axes)]
   index = index or (slice(None),) * len(axes)
-  for at in _grid([range(n)[s] for n, s in zip(sizes, index, strict=False)]):
-    named = dict(zip(axes, at, strict=True))
-    if "layers" in named:
-      named["layers"] += first
-      named["layers"] = layers[named["layers"]] if layers else named["layers"]
-    yield v.get_metadata()["hf"].format(**named), at
+  for loop_index in _grid([range(n)[s] for n, s in zip(sizes, index, strict=False)]):
+    numbers = dict(zip(axes, loop_index, strict=True))
+    if "layers" in numbers:
+      layer = numbers["layers"] + first
+      numbers["layers"] = layers[layer] if layers else layer
+    yield v.get_metadata()["hf"].format(**numbers), loop_index
 
 
 def _grid(ranges: list[range]) -> Iterator[tuple[int, ...]]:
@@ -63,84 +65,114 @@ def _grid(ranges: list[range]) -> Iterator[tuple[int, ...]]:
 
 
 def matcher(v: Any) -> Callable[[str], bool]:
-  """Whether a name is one of the tensors of `v`, without listing them."""
+  """Returns whether a name is one of the tensors of `v`, without listing them."""
   axes, hf = loop_axes(v), v.get_metadata()["hf"]
   pattern = re.escape(hf)
   for axis in axes:
     pattern = pattern.replace(re.escape("{" + axis + "}"), f"(?P<{axis}>0|[1-9][0-9]{{0,8}})")
-  first = lambda axis: v.get_metadata()["first"] if axis == "layers" else 0
-  known = {a: range(first(a), first(a) + n) for a, n in zip(axes, v.shape, strict=False)}
-  name = re.compile(pattern)
+  known = {axis: range(n) for axis, n in zip(axes, v.shape, strict=False)}
+  if "layers" in known:
+    first = v.get_metadata()["first"]
+    known["layers"] = range(first, first + len(known["layers"]))
+  compiled = re.compile(pattern)
 
-  def matches(given: str) -> bool:
-    found = name.fullmatch(given)
+  def matches(name: str) -> bool:
+    found = compiled.fullmatch(name)
     return found is not None and all(int(i) in known[a] for a, i in found.groupdict().items())
 
   return matches
 
 
-class Layout:
-  """How one tensor of `v` (without its loop axes) lies in a checkpoint.
+class Cut(NamedTuple):
+  """How a part of a tensor of ours comes out of the stored one; see Layout.
 
   Attributes:
-    shape: in the checkpoint.
+    stored: the slices of the stored tensor that are read.
+    grouped: the shape of what was read, in grouped axes.
+    rest: slices of the grouped axes that leave the part that was asked for.
+  """
+
+  stored: Index
+  grouped: tuple[int, ...]
+  rest: Index
+
+
+class Layout:
+  """How one tensor of a parameter (without its loop axes) lies in a checkpoint.
+
+  There are three coordinate systems:
+
+    ours     the axes as declared:  (embed 64, heads 4, head_dim 16), out="heads head_dim"
+    grouped  torch's order of them: (heads 4, head_dim 16, embed 64), those of `out` first
+    stored   each group flattened:  (heads * head_dim 64, embed 64), as the checkpoint has it
+
+  Heads 2 and 3 for the first 32 of embed are `[0:32, 2:4, 0:16]` of ours. They are the stored
+  `[32:64, 0:32]`, since head 2 begins at row 2 * 16, which is (2, 16, 32) in grouped axes, and
+  nothing more is cut off. But half of each head, `[0:64, 0:4, 0:8]` of ours, is no range of
+  stored rows: all 64 are read, and of the grouped (4, 16, 64) `[0:4, 0:8, 0:64]` is left.
+
+  Without `out` every axis is a group of its own, and the three are the same.
+
+  Attributes:
     ours: our shape.
+    shape: the stored shape.
   """
 
   def __init__(self, v: Any):
-    n = len(loop_axes(v))
-    axes, self.ours, out = v.get_metadata()["axes"][n:], v.shape[n:], v.get_metadata()["out"]
-    first, rest = [axes.index(a) for a in out], [i for i, a in enumerate(axes) if a not in out]
-    # Without `out` every axis stands for itself; with it there are two groups, flattened.
-    groups = [first, rest] if first and rest else [first] if first else [[i] for i in rest]
-    self._groups = groups
-    self._order = [i for g in groups for i in g]
-    self.shape = tuple(math.prod(self.ours[i] for i in g) for g in groups)
+    loops = len(loop_axes(v))
+    axes, out = v.get_metadata()["axes"][loops:], v.get_metadata()["out"]
+    first = [axes.index(a) for a in out]
+    rest = [i for i, a in enumerate(axes) if a not in out]
+    # Our axes of each stored axis.
+    self._groups = [first, rest] if first and rest else [first] if first else [[i] for i in rest]
+    self._order = [i for group in self._groups for i in group]
+    self.ours: tuple[int, ...] = v.shape[loops:]
+    self.shape = tuple(math.prod(self.ours[i] for i in group) for group in self._groups)
     # The common case, two groups that swap places, is a plain transposition.
-    self._swaps = len(groups) == 2 and self._order != sorted(self._order) == rest + first
+    in_place = self._order == sorted(self._order)
+    self._swaps = len(self._groups) == 2 and not in_place and sorted(self._order) == rest + first
 
-  def slices(self, index: Index) -> tuple[Index, tuple[int, ...], Index]:
-    """What to read of a tensor for `index` of ours.
-
-    Returns:
-      The slices of the tensor; the shape of what they give, in our axes in torch's order;
-      and the slices of that which are left to take.
-    """
-    read, shape, left = [], [], []
+  def cut(self, index: Index) -> Cut:
+    """Returns how the part at `index` of ours comes out of the stored tensor."""
+    stored: list[slice] = []
+    grouped: list[int] = []
+    left: list[slice] = []
     for group in self._groups:
-      sizes, spans = [self.ours[i] for i in group], [index[i].indices(self.ours[i]) for i in group]
-      inner = math.prod(sizes[1:])
-      lo, hi, _ = spans[0]
-      # A flattened group can be sliced along its first axis if the others are whole.
-      if all((a, b) == (0, n) for (a, b, _), n in zip(spans[1:], sizes[1:], strict=True)):
-        read.append(slice(lo * inner, hi * inner))
-        shape += [hi - lo, *sizes[1:]]
+      sizes = [self.ours[i] for i in group]
+      spans = [index[i].indices(self.ours[i])[:2] for i in group]
+      inner = math.prod(sizes[1:])  # stored rows of one step along the group's first axis
+      first, last = spans[0]
+      if spans[1:] == [(0, n) for n in sizes[1:]]:  # the inner axes are whole: a range of rows
+        stored.append(slice(first * inner, last * inner))
+        grouped += [last - first, *sizes[1:]]
         left += [slice(None)] * len(group)
       else:
-        read.append(slice(0, sizes[0] * inner))
-        shape += sizes
-        left += [slice(a, b) for a, b, _ in spans]
-    return tuple(read), tuple(shape), tuple(left)
+        stored.append(slice(0, sizes[0] * inner))
+        grouped += sizes
+        left += [slice(*span) for span in spans]
+    return Cut(tuple(stored), tuple(grouped), tuple(left))
 
-  def to_ours(self, x: np.ndarray, shape: tuple[int, ...], left: Index, out: np.ndarray) -> None:
-    """Writes what `slices` had read into `out`, in our axes, in its dtype."""
-    x = x.reshape(shape)[left]
+  def to_ours(self, stored: np.ndarray, cut: Cut, out: np.ndarray) -> None:
+    """Writes the values read at `cut.stored` into `out`, in our axes, in its dtype."""
+    grouped = stored.reshape(cut.grouped)[cut.rest]
     if self._swaps:
-      rows = math.prod(x.shape[: len(self._groups[0])])
-      _transpose(x.reshape(rows, -1), out.reshape(-1, rows))
+      rows = math.prod(grouped.shape[: len(self._groups[0])])
+      _transpose(grouped.reshape(rows, -1), out.reshape(-1, rows))
     else:
-      out[...] = x.transpose(np.argsort(self._order))
+      out[...] = grouped.transpose(np.argsort(self._order))
 
-  def to_theirs(self, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """One whole tensor of ours as the checkpoint holds it."""
+  def to_stored(self, ours: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns one whole tensor of ours as the checkpoint holds it."""
     if not self._swaps:
-      return np.ascontiguousarray(x.transpose(self._order).reshape(self.shape), dtype)
+      grouped = ours.transpose(self._order)
+      return np.ascontiguousarray(grouped.reshape(self.shape), dtype)
     out = np.empty(self.shape, dtype)
-    _transpose(x.reshape(self.shape[::-1]), out)
+    _transpose(ours.reshape(self.shape[::-1]), out)
     return out
 
 
 def _transpose(x: np.ndarray, out: np.ndarray) -> None:
+  """Writes the transpose of the matrix `x` into `out`, a block of rows at a time."""
   if x.dtype == out.dtype == ml_dtypes.bfloat16:  # numpy copies what it knows faster
     x, out = x.view(np.uint16), out.view(np.uint16)
   for i in range(0, len(x), BLOCK):

@@ -47,7 +47,7 @@ class Source:
     # One tensor comes to the host, whatever the sharding of the stack it is cut from.
     x = _host(self.param[...], self.at)
     with np.errstate(over="ignore"):  # looked for below
-      y = declared.Layout(self.param).to_theirs(x, self.dtype)
+      y = declared.Layout(self.param).to_stored(x, self.dtype)
     if self.dtype == np.float16 and np.isinf(y).any() and not np.isinf(x).any():
       raise InputError(
         f"{self.name} holds {np.abs(x).max():.3g}, past float16's 65504; export as bfloat16"

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,20 +25,20 @@ from distill_jax.hub.safetensors_folder import SafetensorsFolder
 from distill_jax.hub.tokenizer import TokenizerFiles, check_vocabulary, read_tokenizer
 from distill_jax.hub.weights import FLOATS, Weights, float_dtype, read_json
 from distill_jax.nn import layers, params, sharding
+from distill_jax.runtime.progress import Progress
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 Spans = tuple[tuple[int, int], ...]  # (first, past the last) along each axis
-Progress = Callable[[int, int], None]  # (bytes of parameters done, in all)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-  """A model that was found, its weights not yet read.
+  """A checkpoint that was found, its weights not yet read.
 
   Attributes:
-    source: the words it was asked for with.
+    source: its name in the config.
     family: the module of distill_jax.models.
     config: that family's Config.
     weights: the reader of its tensors.
@@ -58,33 +57,34 @@ class Pretrained:
   def digest(self) -> str:
     """sha256, in hex, over the config and the bytes of the weight files in order of name."""
 
-    def of(path: pathlib.Path) -> bytes:
+    def file_sha256(path: pathlib.Path) -> bytes:
       with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").digest()
 
     total = hashlib.sha256(json.dumps(self.config.to_hf(), sort_keys=True).encode())
     with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
-      for file_digest in pool.map(of, self.weights.files):
+      for file_digest in pool.map(file_sha256, self.weights.files):
         total.update(file_digest)
     return total.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
-class New:
-  """What a model is that is not quite as its source.
+class Overrides:
+  """Differences between the model to build and its checkpoint.
 
   Attributes:
-    config: the family's Config of the model, all layers of the source in it.
-    names: beginnings of Hugging Face's names of parameters that start random.
-    key: of their initialisers.
+    config: the family's Config of the model, with all layers of the checkpoint.
+    random: Hugging Face parameter-name prefixes to initialise randomly instead of loading.
+    key: initialises them.
   """
 
   config: Any
-  names: tuple[str, ...] = ()
+  random: tuple[str, ...] = ()
   key: Any = None
 
-  def __contains__(self, name: str) -> bool:
-    return name.startswith(self.names) if self.names else False
+  def is_random(self, name: str) -> bool:
+    """Whether the parameter with this Hugging Face name starts random."""
+    return name.startswith(self.random)
 
 
 def open_model(source: str) -> Pretrained:
@@ -146,16 +146,15 @@ def _config(family: str, hf: dict[str, Any], path: pathlib.Path) -> Any:
     raise InputError(f"the config.json of {path} has a value of the wrong kind ({e})") from e
 
 
-def load(
+def load_model(
   pretrained: Pretrained,
   mesh: Mesh,
   compute: layers.ComputeConfig,
   dtype: str = "float32",
   keep_layers: tuple[int, ...] = (),
-  progress: Progress | None = None,
-  new: New | None = None,
+  overrides: Overrides | None = None,
 ) -> Any:
-  """The model, each parameter in `dtype` in its storage sharding on `mesh`.
+  """Returns the model, each parameter in `dtype` in its storage sharding on `mesh`.
 
   Only the slices that this process's devices hold are read. Beside the parameters, host
   memory holds two tensors of the checkpoint at a time, and the shard being filled where the
@@ -163,72 +162,97 @@ def load(
 
   Args:
     keep_layers: makes a student of these layers of the source, in this order; () is all.
-    progress: called with (bytes done, bytes in all) after every tensor.
-    new: how the model differs from its source; None: in nothing.
+    overrides: how the model differs from its checkpoint; None: in nothing.
 
   Raises:
     InputError: a tensor is missing, unknown, misshaped or not a float; a size does not
       divide over the mesh; a layer to keep is not there.
   """
-  new = new or New(pretrained.config)
-  config, L = new.config, pretrained.config.num_hidden_layers
+  check_layers(pretrained, keep_layers)
+  overrides = overrides or Overrides(pretrained.config)
+  family, config = registry.load("models", pretrained.family), overrides.config
+
+  def abstract(config: Any) -> Any:
+    return jax.eval_shape(lambda key: family.Model(config, key), jax.random.key(0))
+
+  whole = abstract(config)
+  _check_overrides(overrides, whole)
+  _check_tensors(pretrained.weights, whole, pretrained, overrides)
+  model = abstract(config.keep_layers(keep_layers) if keep_layers else config)
+  shardings, numpy_dtype = sharding.shardings(model, mesh, compute.rules), float_dtype(dtype)
+  random = _random_params(family, model, shardings, overrides, numpy_dtype)
+  with (
+    Progress("load", _bytes_here(model, shardings, numpy_dtype), "bytes") as progress,
+    ThreadPoolExecutor(2) as pool,  # one tensor is read while another is laid out
+  ):
+    filler = _Filler(pretrained.weights, numpy_dtype, keep_layers, progress, pool)
+
+    def value(path: Any, v: Any, variable: Any) -> Any:
+      name = jax.tree_util.keystr(path, simple=True, separator=".")
+      if name in random:
+        progress.add(random[name].nbytes)
+        return v.replace(random[name])
+      return filler.fill(v, variable.get_value())
+
+    return jax.tree_util.tree_map_with_path(value, model, shardings, is_leaf=params.is_param)
+
+
+def check_layers(pretrained: Pretrained, keep_layers: tuple[int, ...]) -> None:
+  """Raises InputError if a layer to keep is not in the checkpoint."""
+  L = pretrained.config.num_hidden_layers
   if bad := [i for i in keep_layers if not 0 <= i < L]:
     raise InputError(f"keep_layers names layer {bad[0]}; {pretrained.source} has 0 to {L - 1}")
-  family = registry.load("models", pretrained.family)
-  build = lambda c: jax.eval_shape(lambda key: family.Model(c, key), jax.random.key(0))
-  whole = build(config)
-  _check_new(new, whole)
-  _check(pretrained.weights, whole, pretrained, new)
-  model = build(config.keep_layers(keep_layers) if keep_layers else config)
-  places = sharding.shardings(model, mesh, compute.rules)
-  to = float_dtype(dtype)
-  total = sum(
-    len(shards_here(v, place))
-    * math.prod(place.shard_shape(v.shape))
-    * declared.dtype_of(v, to).itemsize
-    for v, place in zip(_leaves(model), jax.tree.leaves(places), strict=True)
-  )
-  start = _random(family, model, places, new, to)
-  with ThreadPoolExecutor(2) as pool:  # one tensor is read while another is laid out
-    filler = _Filler(pretrained.weights, to, keep_layers, progress, total, pool)
-
-    def one(path, v, place):
-      name = jax.tree_util.keystr(path, simple=True, separator=".")
-      return v.replace(start[name]) if name in start else filler.fill(v, place)
-
-    return jax.tree_util.tree_map_with_path(one, model, places, is_leaf=params.is_param)
 
 
-def _check_new(new: New, model: Any) -> None:
+def _check_overrides(overrides: Overrides, model: Any) -> None:
   names = {v.get_metadata()["hf"] for v in _leaves(model)}
-  if lost := [start for start in new.names if not any(n.startswith(start) for n in names)]:
+  unused = [p for p in overrides.random if not any(n.startswith(p) for n in names)]
+  if unused:
     raise InputError(
-      f"new names {lost[0]!r}, with which no parameter of the model begins; they are called "
+      f"new names {unused[0]!r}, with which no parameter of the model begins; they are called "
       f"{', '.join(sorted(names))}"
     )
 
 
-def _random(family: Any, model: Any, places: Any, new: New, dtype: np.dtype) -> dict[str, Any]:
-  """By path: the parameters that start random, in their sharding."""
-  chosen = {path for path, v in params.named_params(model) if v.get_metadata()["hf"] in new}
-  where = {p: place.get_value() for p, place in params.named_params(places) if p in chosen}
+def _random_params(
+  family: Any, model: Any, shardings: Any, overrides: Overrides, dtype: np.dtype
+) -> dict[str, jax.Array]:
+  """Returns, by path, the parameters that start random, in their sharding."""
+  chosen = {
+    path for path, v in params.named_params(model) if overrides.is_random(v.get_metadata()["hf"])
+  }
+  if not chosen:
+    return {}
+  named = params.named_params(shardings)
 
-  def init(key):
+  def init(key: jax.Array) -> dict[str, jax.Array]:
     made = params.named_params(family.Model(model.config, key))
     return {p: v[...].astype(declared.dtype_of(v, dtype)) for p, v in made if p in chosen}
 
-  return jax.jit(init, out_shardings=where)(new.key) if chosen else {}
+  out_shardings = {path: v.get_value() for path, v in named if path in chosen}
+  return jax.jit(init, out_shardings=out_shardings)(overrides.key)
+
+
+def _bytes_here(model: Any, shardings: Any, dtype: np.dtype) -> int:
+  """Bytes of the different parts of all parameters that this process holds."""
+  total = 0
+  for v, place in zip(_leaves(model), jax.tree.leaves(shardings), strict=True):
+    part = math.prod(place.shard_shape(v.shape)) * declared.dtype_of(v, dtype).itemsize
+    total += part * len(shards_here(v, place))
+  return total
 
 
 def _leaves(tree: Any) -> list[Any]:
   return [v for _, v in params.named_params(tree)]
 
 
-def _check(weights: Weights, model: Any, pretrained: Pretrained, new: New) -> None:
-  """Every tensor that the source's model needs is there as declared, and none besides."""
+def _check_tensors(
+  weights: Weights, model: Any, pretrained: Pretrained, overrides: Overrides
+) -> None:
+  """Refuses a checkpoint that lacks a tensor of the model, or holds one more."""
   names, source = weights.names(), pretrained.source
   for v in _leaves(model):
-    if v.get_metadata()["hf"] in new:
+    if overrides.is_random(v.get_metadata()["hf"]):
       continue
     shape = declared.Layout(v).shape
     for name, _ in declared.tensors(v):  # lazily: a damaged config can ask for millions
@@ -245,10 +269,12 @@ def _check(weights: Weights, model: Any, pretrained: Pretrained, new: New) -> No
         raise InputError(
           f"{source}: {name} is {weights.dtype(name)}; {', '.join(FLOATS)} can be read"
         )
-  known = [declared.matcher(v) for v in _leaves(model)]
-  skips = pretrained.config.ignores_tensor
-  known.append(new.__contains__)
-  unknown = sorted(n for n in names if not any(k(n) for k in known) and not skips(n))
+  known = [
+    *map(declared.matcher, _leaves(model)),
+    overrides.is_random,
+    pretrained.config.ignores_tensor,
+  ]
+  unknown = sorted(n for n in names if not any(is_known(n) for is_known in known))
   if HEAD in unknown and pretrained.config.tie_word_embeddings:
     unknown.remove(HEAD)
     _check_tied(weights, source, getattr(pretrained.config, "TABLE", EMBED))
@@ -274,55 +300,57 @@ def _check_tied(weights: Weights, source: str, table: str, rows: int = 4096) -> 
 
 @dataclasses.dataclass
 class _Filler:
-  """Fills parameters from tensors, counting the bytes."""
+  """Fills parameters from the tensors of a checkpoint."""
 
   weights: Weights
   dtype: np.dtype
-  keep: tuple[int, ...]
-  progress: Progress | None
-  total: int
+  keep_layers: tuple[int, ...]
+  progress: Progress
   pool: ThreadPoolExecutor
-  done: int = 0
 
-  def fill(self, v: Any, where: Any) -> Any:
-    """The parameter `v` (abstract), its value read into the sharding in `where`.
+  def fill(self, v: Any, place: NamedSharding) -> Any:
+    """Returns the parameter `v` (abstract), its value read into its sharding.
 
     One shard after another, where jax.make_array_from_callback would keep all of this
     process's shards of a stacked parameter on the host at once.
     """
-    place: NamedSharding = where.get_value()
-    arrays: dict[Any, jax.Array] = {}
+    arrays: dict[jax.Device, jax.Array] = {}
     for spans, devices in shards_here(v, place).items():
-      x = self.shard(v, spans)
+      x = self._read_shard(v, spans)
       arrays |= {d: jax.device_put(x, d).block_until_ready() for d in devices}
     order = place.addressable_devices_indices_map(v.shape)
     return v.replace(
       jax.make_array_from_single_device_arrays(v.shape, place, [arrays[d] for d in order])
     )
 
-  def shard(self, v: Any, spans: Spans) -> np.ndarray:
-    """The part of `v` between `spans`, (first, past the last) along each axis."""
-    index = tuple(slice(a, b) for a, b in spans)
-    out = _aligned(tuple(b - a for a, b in spans), declared.dtype_of(v, self.dtype))
-    loops, layout = len(declared.loop_axes(v)), declared.Layout(v)
-    read, shape, left = layout.slices(index[loops:])
+  def _read_shard(self, v: Any, spans: Spans) -> np.ndarray:
+    """Returns the part of `v` between `spans`, (first, past the last) along each axis.
 
-    def one(tensor: tuple[str, tuple[int, ...]]) -> int:
-      name, at = tensor
-      within: tuple[Any, ...] = tuple(i - a for i, (a, _) in zip(at, spans, strict=False))
-      here = out[(*within, ...)]
-      layout.to_ours(self.weights.read(name, read), shape, left, here)
-      return here.nbytes
+    A stacked parameter of axes (layers, embed, mlp) whose shard is layers 2 to 3 has one tensor
+    a layer: that of layer 3 is read into `out[1]`, by the slices of a [embed, mlp] matrix.
+    """
+    index = tuple(slice(start, stop) for start, stop in spans)
+    shape = tuple(stop - start for start, stop in spans)
+    out = _aligned_empty(shape, declared.dtype_of(v, self.dtype))
+    layout, loops = declared.Layout(v), len(declared.loop_axes(v))
+    cut = layout.cut(index[loops:])
 
-    for n in self.pool.map(one, declared.tensors(v, index, self.keep)):
-      self.done += n
-      if self.progress is not None:
-        self.progress(self.done, self.total)
+    def read_tensor(named: tuple[str, tuple[int, ...]]) -> int:
+      name, loop_index = named
+      within: tuple[Any, ...] = tuple(
+        i - start for i, (start, _) in zip(loop_index, spans, strict=False)
+      )
+      part = out[(*within, ...)]  # a view, even of a single number
+      layout.to_ours(self.weights.read(name, cut.stored), cut, part)
+      return part.nbytes
+
+    for nbytes in self.pool.map(read_tensor, declared.tensors(v, index, self.keep_layers)):
+      self.progress.add(nbytes)
     return out
 
 
 def shards_here(v: Any, place: NamedSharding) -> dict[Spans, list[Any]]:
-  """The different parts of `v` that this process holds, each with its devices."""
+  """Returns the different parts of `v` that this process holds, each with its devices."""
   parts: dict[Spans, list[Any]] = {}
   for device, index in place.addressable_devices_indices_map(v.shape).items():
     assert index is not None  # this process's own devices have one
@@ -331,9 +359,9 @@ def shards_here(v: Any, place: NamedSharding) -> dict[Spans, list[Any]]:
   return parts
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """Empty, at a multiple of 64 bytes: on CPU jax then takes the memory without a copy."""
-  n = math.prod(shape) * dtype.itemsize
-  raw = np.empty(n + 64, np.uint8)
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """Returns memory at a multiple of 64 bytes, which jax on CPU takes without a copy."""
+  nbytes = math.prod(shape) * dtype.itemsize
+  raw = np.empty(nbytes + 64, np.uint8)
   start = -raw.ctypes.data % 64
-  return raw[start : start + n].view(dtype).reshape(shape)
+  return raw[start : start + nbytes].view(dtype).reshape(shape)

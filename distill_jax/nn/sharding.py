@@ -172,6 +172,15 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
   return jax.tree_util.tree_map_with_path(of, tree, is_leaf=params.is_param)
 
 
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+  """Returns a tree of shapes that carry their shardings, as `jit(...).lower` and orbax take it."""
+
+  def place(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  return jax.tree.map(place, abstract, shardings)
+
+
 def constrain(x: jax.Array, axes: str, rules: Rules) -> jax.Array:
   """Pins an activation's sharding, as `constrain(x_BTD, "batch seq embed", rules)`."""
   if jax.sharding.get_abstract_mesh().empty:

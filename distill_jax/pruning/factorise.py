@@ -55,12 +55,11 @@ def factorise(model: Any, ranks: dict[str, int], itemsize: int) -> tuple[Any, di
     loops = x.ndim - len(layout.ours)
     new, kept, total = np.empty_like(x), 0.0, 0.0
     for at in np.ndindex(*x.shape[:loops]):
-      matrix = layout.to_theirs(x[at], np.dtype(np.float32))
+      matrix = layout.to_stored(x[at], np.dtype(np.float32))
       u, s, vt = np.linalg.svd(matrix, full_matrices=False)
       low = (u[:, :rank] * s[:rank]) @ vt[:rank]
       whole = (slice(None),) * len(layout.ours)
-      _, shape, left = layout.slices(whole)
-      layout.to_ours(low.astype(x.dtype), shape, left, new[at])
+      layout.to_ours(low.astype(x.dtype), layout.cut(whole), new[at])
       kept, total = kept + float((s[:rank] ** 2).sum()), total + float((s**2).sum())
     values[path] = distributed.from_host(new, v[...].sharding)
     n = math.prod(x.shape[:loops])

@@ -32,7 +32,9 @@ def scorer(models, batch_size=4, mesh=None):
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
   opened = load.open_model(str(folder))
   compute = layers.ComputeConfig()
-  built = loading.LoadedModel(load.load(opened, mesh, compute), opened.config, compute, opened)
+  built = loading.LoadedModel(
+    load.load_model(opened, mesh, compute), opened.config, compute, opened
+  )
   return Scorer(built, mesh, tokenizer, batch_size, chunk=8)
 
 

@@ -25,7 +25,7 @@ EXTRA = {"tokenizer": None, "generation": {}, "card": "# card\n"}
 
 def model_of(folder, mesh=None):
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-  return load.load(load.open_model(str(folder)), mesh, HOW)
+  return load.load_model(load.open_model(str(folder)), mesh, HOW)
 
 
 @pytest.fixture

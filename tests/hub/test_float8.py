@@ -60,7 +60,7 @@ def test_a_model_is_that_of_the_true_values(shape, tmp_path):
   stored, true = quantised()
   n = np.prod(shape)
   mesh = sharding.make_mesh(*shape, devices=jax.devices()[:n])
-  read = lambda path: load.load(load.open_model(str(path)), mesh, layers.ComputeConfig())
+  read = lambda path: load.load_model(load.open_model(str(path)), mesh, layers.ComputeConfig())
   got = read(folder_of(tmp_path / "a", stored))
   want = read(write_folder(tmp_path / "b", WIDE, true))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -77,7 +77,7 @@ def test_transformers_reads_the_same(tmp_path):
     quantization_config=parity.transformers.FineGrainedFP8Config(dequantize=True),
   )
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  ours = load.load(load.open_model(str(path)), mesh, layers.ComputeConfig())
+  ours = load.load_model(load.open_model(str(path)), mesh, layers.ComputeConfig())
   # Four layers where parity's models have three, and another processor adds in another order:
   # below 1.3e-5 on one machine, 1.9e-5 on another. Twice that.
   assert max(parity.forward_errors(theirs, ours, parity.tokens() % 48)) < 3.8e-5
@@ -109,7 +109,7 @@ def test_tensors_at_odds_with_their_scales_are_refused(case, tmp_path):
   edit(stored)
   with pytest.raises(InputError, match=word):
     opened = load.open_model(str(folder_of(tmp_path, stored)))
-    load.load(opened, sharding.make_mesh(devices=jax.devices()[:1]), layers.ComputeConfig())
+    load.load_model(opened, sharding.make_mesh(devices=jax.devices()[:1]), layers.ComputeConfig())
 
 
 @pytest.mark.parametrize(
@@ -129,6 +129,8 @@ def test_a_quantisation_that_cannot_be_read(change, word, tmp_path):
 
 def test_an_export_says_nothing_of_a_quantisation(tmp_path):
   opened = load.open_model(str(folder_of(tmp_path / "a", quantised()[0])))
-  model = load.load(opened, sharding.make_mesh(devices=jax.devices()[:1]), layers.ComputeConfig())
+  model = load.load_model(
+    opened, sharding.make_mesh(devices=jax.devices()[:1]), layers.ComputeConfig()
+  )
   out = export(model, tmp_path / "out", tokenizer=None, generation={}, card="")
   assert "quantization_config" not in json.loads((out / "config.json").read_text())

@@ -75,7 +75,7 @@ def test_gguf(tmp_path):
     try:
       opened = load.open_model(str(path))
       read_all(opened.weights, shapes)
-      model = load.load(opened, mesh, layers.ComputeConfig())
+      model = load.load_model(opened, mesh, layers.ComputeConfig())
       assert model.layers.up.shape == (4, 32, 64)
     except InputError:
       refused += 1
@@ -92,7 +92,7 @@ def test_config_json(tmp_path):
     path.write_bytes(mutate(whole, len(whole), rng))
     try:
       opened = load.open_model(str(folder))
-      model = load.load(opened, mesh, layers.ComputeConfig())
+      model = load.load_model(opened, mesh, layers.ComputeConfig())
       assert model.layers.up.shape == (4, 32, 64)
     except InputError:
       refused += 1

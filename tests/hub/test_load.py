@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from distill_jax.errors import InputError
 from distill_jax.hub import load
 from distill_jax.nn import layers, params, sharding
+from distill_jax.runtime.progress import Progress
 
 HOW = layers.ComputeConfig()
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
@@ -25,7 +26,7 @@ def one_device():
 
 
 def read(path, mesh=None, **kwargs):
-  return load.load(load.open_model(str(path)), mesh or one_device(), HOW, **kwargs)
+  return load.load_model(load.open_model(str(path)), mesh or one_device(), HOW, **kwargs)
 
 
 def same(a, b) -> bool:
@@ -83,14 +84,18 @@ class Counted:
     return x
 
 
-def test_only_the_slices_needed_are_read_and_replicas_once(tmp_path):
+def test_only_the_slices_needed_are_read_and_replicas_once(tmp_path, monkeypatch):
   opened = load.open_model(str(write_folder(tmp_path)))
   counted, seen = Counted(opened.weights), []
-  model = load.load(
-    dataclasses.replace(opened, weights=counted),
-    sharding.make_mesh(2, 1, 2),
-    HOW,
-    progress=lambda done, total: seen.append((done, total)),
+
+  class Seen(Progress):
+    def add(self, n, **numbers):
+      super().add(n, **numbers)
+      seen.append((self.done, self.total))
+
+  monkeypatch.setattr(load, "Progress", Seen)
+  model = load.load_model(
+    dataclasses.replace(opened, weights=counted), sharding.make_mesh(2, 1, 2), HOW
   )
   # `data` and an axis that is not sharded replicate: every value is still read once.
   assert counted.values == params.count(model)
@@ -132,7 +137,7 @@ def test_host_memory_is_the_parameters_and_one_tensor(tmp_path):
   write_gguf(tmp_path / "x.gguf", c, "Q8_0")
   opened, mesh = load.open_model(str(tmp_path / "x.gguf")), one_device()
   tracemalloc.start()
-  model = load.load(opened, mesh, HOW)
+  model = load.load_model(opened, mesh, HOW)
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   largest = 4 * c.vocab_size * c.hidden_size
@@ -143,7 +148,7 @@ def test_host_memory_is_the_parameters_and_one_tensor(tmp_path):
 
 
 def test_shards_filled_are_taken_without_a_copy():
-  x = load._aligned((3, 5), np.dtype(np.float32))
+  x = load._aligned_empty((3, 5), np.dtype(np.float32))
   assert jax.device_put(x, jax.devices()[0]).unsafe_buffer_pointer() == x.ctypes.data
 
 

@@ -66,7 +66,7 @@ def test_logits_are_those_of_transformers_on_one_device_and_four(case):
   theirs, folder = case
   pretrained = load.open_model(str(folder))
   pixels = np.random.default_rng(0).standard_normal((2, 8, 8, 3)).astype(np.float32)
-  ours = load.load(
+  ours = load.load_model(
     pretrained, sharding.make_mesh(devices=jax.devices()[:1]), layers.ComputeConfig()
   )
   out = ours(Images(jnp.asarray(pixels)), layers.ComputeConfig())
@@ -75,7 +75,7 @@ def test_logits_are_those_of_transformers_on_one_device_and_four(case):
   # In units of the largest, float32 through two layers: seen 4e-7.
   assert parity.error((out.hidden_BTD @ out.head_VD.T)[:, 0], want) < 2e-6
   # Slices of thirds: heads and embeddings over two devices each.
-  spread = load.load(
+  spread = load.load_model(
     pretrained, sharding.make_mesh(1, 2, 2, jax.devices()[:4]), layers.ComputeConfig()
   )
   for (name, a), (_, b) in zip(params.named_params(spread), params.named_params(ours), strict=True):
@@ -89,7 +89,7 @@ def test_another_model_of_timms_is_refused_by_name(case, tmp_path):
   (tmp_path / "config.json").write_text((folder / "config.json").read_text())
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   with pytest.raises(InputError, match="fc_norm.weight"):
-    load.load(load.open_model(str(tmp_path)), mesh, layers.ComputeConfig())
+    load.load_model(load.open_model(str(tmp_path)), mesh, layers.ComputeConfig())
   del made["pos_embed"]
   save_file(made, tmp_path / "model.safetensors")
   with pytest.raises(InputError, match="pos_embed"):

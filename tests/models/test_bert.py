@@ -53,7 +53,7 @@ def test_a_classifier_is_as_in_transformers(tmp_path):
   """Every layer, the logits, and the gradient of every parameter."""
   model = theirs(transformers.BertForSequenceClassification)
   model.save_pretrained(tmp_path / "theirs")
-  ours = load.load(load.open_model(str(tmp_path / "theirs")), MESH, layers.ComputeConfig())
+  ours = load.load_model(load.open_model(str(tmp_path / "theirs")), MESH, layers.ComputeConfig())
   tokens, segments, inputs = batch()
   labels = np.array([0, 2, 1])
   said = model(
@@ -76,7 +76,7 @@ def test_a_classifier_is_as_in_transformers(tmp_path):
     assert error(out.taps_PBTD[i][seen], said.hidden_states[i + 1].detach().numpy()[seen]) < FORWARD
   assert error(logp, torch.log_softmax(said.logits, -1).detach().numpy()) < FORWARD
   got = {
-    name: declared.Layout(v).to_theirs(np.asarray(v[...])[at], np.dtype(np.float32))
+    name: declared.Layout(v).to_stored(np.asarray(v[...])[at], np.dtype(np.float32))
     for _, v in params.named_params(grads)
     for name, at in declared.tensors(v)
   }
@@ -95,7 +95,7 @@ def test_a_sentence_encoder_is_a_body_without_a_prefix(tmp_path):
   """Means over tokens as sentence-transformers takes them; exported as a BertModel."""
   model = theirs(transformers.BertModel)
   model.save_pretrained(tmp_path / "theirs")
-  ours = load.load(load.open_model(str(tmp_path / "theirs")), MESH, layers.ComputeConfig())
+  ours = load.load_model(load.open_model(str(tmp_path / "theirs")), MESH, layers.ComputeConfig())
   tokens, segments, inputs = batch()
   with torch.no_grad():
     x = model(torch.tensor(tokens).long(), attention_mask=torch.tensor(segments)).last_hidden_state

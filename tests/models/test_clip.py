@@ -123,7 +123,7 @@ def test_vectors_logits_and_gradients_are_transformers(both):
   got = {}
   for _, v in params.named_params(grads):
     for name, at in declared.tensors(v):
-      got[name] = declared.Layout(v).to_theirs(np.asarray(v[...])[at], np.dtype(np.float32))
+      got[name] = declared.Layout(v).to_stored(np.asarray(v[...])[at], np.dtype(np.float32))
   wanted = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
   assert got.keys() == wanted.keys()
   largest = max(np.abs(w).max() for w in wanted.values())

@@ -44,7 +44,7 @@ def both(tmp_path_factory):
       p.copy_(int("norm" in name and "weight" in name) + 0.2 * torch.randn_like(p))
   folder = published(tmp_path_factory.mktemp("llava"), theirs)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  ours = load.load(load.open_model(str(folder)), mesh, layers.ComputeConfig())
+  ours = load.load_model(load.open_model(str(folder)), mesh, layers.ComputeConfig())
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, IMAGE, (B, T)).astype(np.int32)
   tokens[0, 2 : 2 + PATCHES] = tokens[1, 5 : 5 + PATCHES] = IMAGE
@@ -95,7 +95,7 @@ def test_logits_and_gradients_are_transformers(both):
   got = {}
   for _, v in params.named_params(grads):
     for name, at in declared.tensors(v):
-      got[name] = declared.Layout(v).to_theirs(np.asarray(v[...])[at], np.dtype(np.float32))
+      got[name] = declared.Layout(v).to_stored(np.asarray(v[...])[at], np.dtype(np.float32))
   wanted = {
     saved_name(name): np.zeros(p.shape) if p.grad is None else p.grad.numpy()
     for name, p in theirs.named_parameters()
@@ -112,7 +112,7 @@ def test_names_of_transformers_5_are_read_too(both, tmp_path):
   theirs, ours, _ = both
   theirs.save_pretrained(tmp_path)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  again = load.load(load.open_model(str(tmp_path)), mesh, layers.ComputeConfig())
+  again = load.load_model(load.open_model(str(tmp_path)), mesh, layers.ComputeConfig())
   for (name, a), (_, b) in zip(params.named_params(again), params.named_params(ours), strict=True):
     np.testing.assert_array_equal(a[...], b[...], err_msg=name)
 

@@ -185,7 +185,7 @@ def test_gradients(both):
   got = {}
   for _, v in params.named_params(jax.jit(jax.grad(loss))(ours)):
     for name, at in declared.tensors(v):
-      got[name] = declared.Layout(v).to_theirs(np.asarray(v[...])[at], np.dtype(np.float32))
+      got[name] = declared.Layout(v).to_stored(np.asarray(v[...])[at], np.dtype(np.float32))
   untrained = {n for n in got if n not in want}
   assert untrained <= {"model.encoder.embed_positions.weight", "final_logits_bias"}
   if kind == "whisper":
@@ -229,7 +229,7 @@ def test_a_mesh_computes_the_same(both):
   mesh = sharding.make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
   four = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), inputs)
   with jax.set_mesh(mesh):
-    spread = load.load(load.open_model(str(at)), mesh, layers.ComputeConfig())
+    spread = load.load_model(load.open_model(str(at)), mesh, layers.ComputeConfig())
     got = logits(spread, four)
   assert parity.error(got, logits(ours, four)) < parity.FORWARD
 
@@ -237,7 +237,9 @@ def test_a_mesh_computes_the_same(both):
 def test_decoder_layers_can_be_kept(both):
   _, _, at, ours = both
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  small = load.load(load.open_model(str(at)), mesh, layers.ComputeConfig(), keep_layers=(0, 2))
+  small = load.load_model(
+    load.open_model(str(at)), mesh, layers.ComputeConfig(), keep_layers=(0, 2)
+  )
   assert small.config == ours.config.keep_layers((0, 2))
   taken = jax.tree.map(lambda x: x[jnp.asarray([0, 2])], ours.layers)
   for got, want in ((small.layers, taken), (small.encoder, ours.encoder)):
@@ -295,7 +297,7 @@ def test_a_tied_t5_with_another_head_is_refused(tmp_path):
     save_file(weights | {"lm_head.weight": head_VD.copy()}, tmp_path / "tied/model.safetensors")
     source = load.open_model(str(tmp_path / "tied"))
     if fits:
-      load.load(source, mesh, layers.ComputeConfig())
+      load.load_model(source, mesh, layers.ComputeConfig())
       continue
     with pytest.raises(InputError, match="ties its embeddings and holds another lm_head.weight"):
-      load.load(source, mesh, layers.ComputeConfig())
+      load.load_model(source, mesh, layers.ComputeConfig())

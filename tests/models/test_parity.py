@@ -55,7 +55,7 @@ def pretrained():
 @pytest.fixture(scope="module")
 def ours(pretrained):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  return load.load(pretrained, mesh, layers.ComputeConfig())
+  return load.load_model(pretrained, mesh, layers.ComputeConfig())
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_greedy_continuation(ours, theirs, their_tokenizer):
 def test_round_trip_is_bit_exact(ours, pretrained, exported):
   again = load.open_model(str(exported))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  back = load.load(again, mesh, layers.ComputeConfig())
+  back = load.load_model(again, mesh, layers.ComputeConfig())
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(back), strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
   assert again.config == pretrained.config
@@ -174,7 +174,7 @@ def test_weights_are_those_of_transformers_own_reading(ours):
   seen = set()
   for _, v in params.named_params(ours):
     for name, at in declared.tensors(v):
-      got = declared.Layout(v).to_theirs(np.asarray(v[...])[at], np.dtype(np.float32))
+      got = declared.Layout(v).to_stored(np.asarray(v[...])[at], np.dtype(np.float32))
       np.testing.assert_array_equal(got, want[name].float().numpy(), err_msg=name)
       seen.add(name)
   assert seen == want.keys()

@@ -91,7 +91,7 @@ def test_a_mesh_gets_the_same_and_computes_the_same(both):
   _, folder, ours = both
   mesh = sharding.make_mesh(1, 2, 2)
   compute = layers.ComputeConfig()
-  there = load.load(load.open_model(str(folder)), mesh, compute)
+  there = load.load_model(load.open_model(str(folder)), mesh, compute)
   for (name, a), (_, b) in zip(params.named_params(there), params.named_params(ours), strict=True):
     np.testing.assert_array_equal(np.asarray(a[...]), np.asarray(b[...]), err_msg=name)
   wide = [a for _, a in params.named_params(there) if a.ndim > 2]
@@ -107,7 +107,7 @@ def test_a_mesh_gets_the_same_and_computes_the_same(both):
 def test_a_student_of_chosen_layers(both):
   _, folder, ours = both
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  student = load.load(
+  student = load.load_model(
     load.open_model(str(folder)), mesh, layers.ComputeConfig(), keep_layers=(0, 2)
   )
   assert student.config == ours.config.keep_layers((0, 2))

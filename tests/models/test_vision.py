@@ -114,7 +114,7 @@ def test_logits_and_gradients_are_those_of_transformers(both, tmp_path):
   largest = max(np.abs(x).max() for x in want_grads.values())
   for _, v in params.named_params(grads):
     for name, i in declared.tensors(v):
-      x = declared.Layout(v).to_theirs(np.asarray(v[...])[i], np.dtype(np.float32))
+      x = declared.Layout(v).to_stored(np.asarray(v[...])[i], np.dtype(np.float32))
       y = want_grads.pop(name)
       # A key's bias changes no softmax: its gradient is 0 up to rounding in both.
       assert np.abs(x - y).max() < GRADIENT * max(np.abs(y).max(), 1e-2 * largest), name
@@ -172,7 +172,7 @@ def test_a_mesh_computes_the_same(both):
     mesh = sharding.make_mesh(2, 2, 1)
   else:
     mesh = sharding.make_mesh(1, 4, 1)  # 3 heads and 5 classes stay whole
-  there = load.load(load.open_model(str(path)), mesh, HOW)
+  there = load.load_model(load.open_model(str(path)), mesh, HOW)
   pixels = np.concatenate([pixels, pixels[:1]])
   with jax.set_mesh(mesh):
     inputs = jax.device_put(pixels, sharding.batch_sharding(mesh))

@@ -53,7 +53,7 @@ def random_adapters(model, spec, seed=1):
 
 def as_stored(adapters) -> dict[str, np.ndarray]:
   return {
-    name: declared.Layout(v).to_theirs(np.asarray(v[...])[at], np.dtype(np.float32))
+    name: declared.Layout(v).to_stored(np.asarray(v[...])[at], np.dtype(np.float32))
     for _, v in params.named_params(adapters)
     for name, at in declared.tensors(v)
   }
@@ -309,7 +309,7 @@ def test_every_export_is_the_model_that_was_trained(folder):
   """Merged, or PEFT's adapters on the exported base: logits as of base and adapters, joined."""
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   opened = load.open_model(str(folder / "base"))
-  base = load.load(opened, mesh, layers.ComputeConfig())
+  base = load.load_model(opened, mesh, layers.ComputeConfig())
   adapters = loading.restore(folder / "whole", mesh)
   tokens_BT = parity.tokens() % llama.TINY.vocab_size
   ours = logits(lora.with_adapters(base, adapters), tokens_BT)

@@ -34,7 +34,7 @@ def theirs(v):
   loops = sum(a in quantise.LOOPS for a in v.get_metadata()["axes"])
   flat = np.asarray(v[...]).reshape(-1, *v.shape[loops:])
   layout = Layout(v)
-  return np.stack([layout.to_theirs(x, np.dtype("float32")) for x in flat])
+  return np.stack([layout.to_stored(x, np.dtype("float32")) for x in flat])
 
 
 @pytest.mark.parametrize("bits", [4, 8])

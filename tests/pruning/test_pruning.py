@@ -102,7 +102,7 @@ def case(request, tmp_path_factory):
   from safetensors.numpy import save_file
 
   save_file(read, folder / "whole" / "model.safetensors", {"format": "pt"})
-  ours = load.load(
+  ours = load.load_model(
     load.open_model(str(folder / "whole")), sharding.make_mesh(devices=jax.devices()[:1]), HOW
   )
   within = bool(s.expert_intermediate)
@@ -341,7 +341,7 @@ def test_the_best_of_a_rank(qwen2):
       np.testing.assert_array_equal(v[...], was[...])
       continue
     for i in range(3):
-      m, w = (declared.Layout(x).to_theirs(np.asarray(x[...])[i], np.dtype("f4")) for x in (v, was))
+      m, w = (declared.Layout(x).to_stored(np.asarray(x[...])[i], np.dtype("f4")) for x in (v, was))
       u, s, vt = np.linalg.svd(w)
       r = about[path]["rank"]
       np.testing.assert_allclose(m, u[:, :r] * s[:r] @ vt[:r], atol=1e-5)

@@ -42,7 +42,7 @@ def prepare(folder: Path, batch: int, length: int) -> None:
   from distill_jax.nn.layers import ComputeConfig
 
   source = load.open_model(MODEL)
-  model = load.load(source, sharding.make_mesh(devices=jax.devices()[:1]), ComputeConfig())
+  model = load.load_model(source, sharding.make_mesh(devices=jax.devices()[:1]), ComputeConfig())
   export.export(model, folder, tokenizer=source.tokenizer, generation={}, card="", dtype="float32")
   tokenizer = corpus.tokenizer_of(DataOptions(), source)
   texts = sources.documents(sources.Source("pydoc", heldout_fraction=0.0))
@@ -73,7 +73,7 @@ def ours(folder: Path, prompts: list[list[int]], new: int):
   stops, rows, size = Stops(load_tokenizer(folder)), len(prompts), len(prompts[0]) + new
   vocab_size = stops.tokenizer.vocab_size
   jax.set_mesh(mesh)
-  model = unroll(load.load(load.open_model(str(folder)), mesh, compute), compute)
+  model = unroll(load.load_model(load.open_model(str(folder)), mesh, compute), compute)
   spec = Spec(compute, Sampling(0.0), c.steps, (), vocab_size)
   device = Device(model, mesh, spec, rows, c.prefill_rows, size, loading.keys(0))
 

@@ -93,7 +93,7 @@ def ours(source: Path, target: Path) -> tuple[Measured, Measured]:
 
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   with Measured() as read:
-    model = load.load(load.open_model(str(source)), mesh, ComputeConfig(dtype=DTYPE), DTYPE)
+    model = load.load_model(load.open_model(str(source)), mesh, ComputeConfig(dtype=DTYPE), DTYPE)
     jax.block_until_ready(model)
   with Measured() as wrote:
     export.export(model, target, tokenizer=None, generation={}, card="", dtype=DTYPE)

@@ -424,7 +424,7 @@ def run(positions: int, seq_len: int, chunk: int) -> dict[str, float]:
   source, mesh = hub.open_model(SOURCE), sharding.make_mesh()
   tokenizer = corpus.tokenizer_of(config.DataOptions(), source)
   compute = ComputeConfig()
-  load = functools.partial(hub.load, source, mesh, compute)
+  load = functools.partial(hub.load_model, source, mesh, compute)
   models = {"teacher": load(), "student": load(keep_layers=KEPT)}
   forward = jax.jit(lambda model, inputs: model(inputs, compute))
   out: dict[str, float] = {}
