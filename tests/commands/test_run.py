@@ -73,7 +73,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(folder):
     return real(batch, where)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loader, "to_device", power_cut)
+    patch.setattr(collate, "to_device", power_cut)
     with pytest.raises(KeyboardInterrupt):
       train(c, stopped)
   assert sorted(p.name for p in (stopped / "checkpoints").iterdir()) == ["2", "4"]
