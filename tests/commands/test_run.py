@@ -19,7 +19,6 @@ from distill_jax.records import collate
 from distill_jax.records.store import open_store
 from distill_jax.runtime import checkpoint
 from distill_jax.runtime.workdir import Workdir
-from distill_jax.training import loader
 from distill_jax.training import loop as training
 from distill_jax.training.metric_writer import read_metrics
 
