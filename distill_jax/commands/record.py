@@ -15,6 +15,7 @@ from distill_jax.data import corpus as text_corpus
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.models import loading
+from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.records import collate, import_logprobs, recorder, taps
 from distill_jax.records.options import RecordsOptions
@@ -36,15 +37,15 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
       other records; before anything is compiled.
   """
   mesh = sharding.make_mesh(**vars(config.mesh))
+  teacher = loading.open_source(config.teacher, config.seed)
   if runs_teacher(config.records):
-    compute = loading.compute_config(config.teacher)
-    sharding.shardings(loading.abstract(config.teacher), mesh, compute.rules)  # does it divide?
-  corpus = open_corpus(config)
+    sharding.shardings(teacher.abstract, mesh, teacher.compute.rules)  # does it divide?
+  corpus = open_corpus(config, teacher)
   options = recorder.dense(config.records, corpus.classes)
   _check(options, of_task=bool(config.tasks))
   sharding.check_batch("records.batch_size", options.batch_size, mesh)
-  width = feature_width(config) if options.taps else 0
-  manifest = recorder.manifest_of(options, corpus, _teacher(config), width)
+  width = feature_width(options, teacher)
+  manifest = recorder.manifest_of(options, corpus, _identity(options, teacher), width)
   if jax.process_count() > len(manifest.ranges):
     raise InputError(
       f"{jax.process_count()} processes record {len(manifest.ranges)} shards, and each writes "
@@ -56,7 +57,8 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     # Processes that have nothing left to write compute with the others.
     if distributed.max_over_processes(len(todo)):
       with jax.set_mesh(mesh):
-        _write(_batches(config, options, corpus, todo, mesh), corpus.positions, todo, writer)
+        batches = _batches(config, options, teacher, corpus, todo, mesh)
+        _write(batches, corpus.positions, todo, writer)
     distributed.barrier("recorded")
     if jax.process_count() > 1 and (url := storage.remote_of(folder)):  # they may share no disk
       storage.publish(folder)
@@ -74,34 +76,38 @@ def runs_teacher(options: RecordsOptions) -> bool:
   return options.kind != "text" and not options.logprobs
 
 
-def open_corpus(config: Config) -> Corpus:
+def open_corpus(config: Config, teacher: ModelSource) -> Corpus:
   """The text or the task of a config.
 
   Raises:
     InputError: it is not there, or the teacher cannot read it.
   """
-  pretrained = loading.pretrained(config.teacher)
+  pretrained = teacher.pretrained
   if config.tasks:
     recorded = config.records.kind != "text"
-    teacher = loading.family_and_config(config.teacher)[1] if recorded else None
-    return dataset.open_corpus(config, pretrained, teacher)
+    return dataset.open_corpus(config, pretrained, teacher.config if recorded else None)
   tokenizer = text_corpus.tokenizer_of(config.data, pretrained)
   if config.records.logprobs:
     text = list(_dump(config, tokenizer))
   else:
-    _, shape = loading.family_and_config(config.teacher)
+    shape = teacher.config
     text_corpus.check(config.data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
     text = list(text_corpus.sequences(config.data, tokenizer, pretrained))
   return Corpus.of_text(text, tokenizer, config.data.seq_len)
 
 
-def feature_width(config: Config) -> int:
-  """Numbers in a tapped vector of the teacher."""
-  return taps.feature_width(loading.family_and_config(config.teacher)[1], config.records.taps_of)
+def feature_width(options: RecordsOptions, teacher: ModelSource) -> int:
+  """Numbers in a tapped vector of the teacher; 0 without taps."""
+  return taps.feature_width(teacher.config, options.taps_of) if options.taps else 0
 
 
 def _batches(
-  config: Config, options: RecordsOptions, corpus: Corpus, shards: Sequence[range], mesh: Any
+  config: Config,
+  options: RecordsOptions,
+  teacher: ModelSource,
+  corpus: Corpus,
+  shards: Sequence[range],
+  mesh: Any,
 ) -> Iterator[Sequence[Record]]:
   """The records of these shards, in order, at most a batch of one shard at a time.
 
@@ -111,20 +117,25 @@ def _batches(
   parts = recorder.split(shards, size)
   if not runs_teacher(options):
     return (corpus.rows[part.start : part.stop] for part in parts)
-  dispatch = dispatcher(config, options, corpus, size, mesh)
+  dispatch = dispatcher(config, options, teacher, corpus, size, mesh)
   # All processes compute together, so those with less to write continue with padding alone.
   parts += [range(0)] * (distributed.max_over_processes(len(parts)) - len(parts))
   return recorder.recorded(dispatch, corpus.rows, parts)
 
 
 def dispatcher(
-  config: Config, options: RecordsOptions, corpus: Corpus, size: int, mesh: Any
+  config: Config,
+  options: RecordsOptions,
+  teacher: ModelSource,
+  corpus: Corpus,
+  size: int,
+  mesh: Any,
 ) -> Callable[[range], dict[str, jax.Array]]:
-  """Builds the teacher; returns what starts its computation of at most `size` rows."""
+  """Loads the teacher; returns what starts its computation of at most `size` rows."""
   keys = loading.keys(config.seed)
-  teacher = loading.build(config.teacher, mesh, keys["teacher"])
-  width = feature_width(config) if options.taps else 0
-  run = Recorder(options, teacher.compute, corpus.classes, corpus.first_class, width).jitted
+  loaded = teacher.load(mesh, keys["teacher"])
+  width = feature_width(options, teacher)
+  run = Recorder(options, loaded.compute, corpus.classes, corpus.first_class, width).jitted
   where = sharding.batch_sharding(mesh)
   read = dataset.reader(dataset.chosen(config)) if config.tasks else None
   padding = {name: np.zeros_like(x) for name, x in corpus.rows[0].items()}
@@ -134,7 +145,7 @@ def dispatcher(
     padded = [*rows, *[padding] * (size - len(rows))]
     index = np.arange(part.start, part.start + size, dtype=np.int32)
     batch, index_B = collate.to_device((collate.collate(padded, read=read), index), where)
-    return run(teacher.model, keys["records"], batch, index_B)
+    return run(loaded.model, keys["records"], batch, index_B)
 
   return dispatch
 
@@ -157,13 +168,13 @@ def _write(
     raise distributed.Preemption.stop("record", "finished shards are kept")
 
 
-def _teacher(config: Config) -> dict[str, Any]:
+def _identity(options: RecordsOptions, teacher: ModelSource) -> dict[str, Any]:
   """The teacher's name and digest, for the manifest."""
-  if config.records.kind == "text":
+  if options.kind == "text":
     return {}
-  if config.records.logprobs:
-    return {"name": config.records.logprobs_format, "digest": "unknown: behind a server"}
-  return loading.identity(config.teacher, config.seed)
+  if options.logprobs:
+    return {"name": options.logprobs_format, "digest": "unknown: behind a server"}
+  return teacher.identity
 
 
 def _dump(config: Config, tokenizer: Tokenizer) -> Iterator[Record]:

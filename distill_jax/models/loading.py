@@ -47,8 +47,6 @@ class ModelSource:
   Attributes:
     options: the config's entry.
     seed: of the config, part of the identity of random weights.
-    family: the module of distill_jax.models.
-    config: that family's Config, with `changes` and `keep_layers` applied.
     pretrained: the checkpoint that is read, or that a run's student started from; None if the
       weights are random.
     run: the run that trained the model; None unless the options name one.
@@ -56,8 +54,6 @@ class ModelSource:
 
   options: ModelOptions
   seed: int
-  family: str
-  config: Any
   pretrained: Pretrained | None = None
   run: Run | None = None
 
@@ -75,6 +71,34 @@ class ModelSource:
   def generation(self) -> dict[str, Any]:
     """The contents of generation_config.json; empty without one."""
     return self.pretrained.generation if self.pretrained else {}
+
+  @property
+  def family(self) -> str:
+    """The module of distill_jax.models."""
+    if self.run is not None:
+      return self.run.student.family
+    return self.pretrained.family if self.pretrained else self.options.family
+
+  @functools.cached_property
+  def config(self) -> Any:
+    """The family's Config, with `changes` and `keep_layers` applied.
+
+    Raises:
+      InputError: the family has no such shape or field, the source is of another shape, or it
+        has no such layer.
+    """
+    options = self.options
+    if self.run is not None:
+      return self.run.student.config
+    if self.pretrained is None:
+      config = _named_config(options)
+    else:
+      config = self.pretrained.config
+      if options.shape:
+        _check_shape(options, self.pretrained)
+      check_layers(self.pretrained, options.keep_layers)
+    config = apply_changes(config, options.changes)
+    return config.keep_layers(options.keep_layers) if options.keep_layers else config
 
   @functools.cached_property
   def compute(self) -> ComputeConfig:
@@ -148,7 +172,7 @@ class ModelSource:
     return dataclasses.replace(loaded, model=shared)
 
   def _load(self, mesh: Mesh, key: jax.Array, step: int | None) -> LoadedModel:
-    spec, compute = self.options, self.compute
+    spec, compute, config = self.options, self.compute, self.config
     if self.run is not None:
       model = self.run.load(mesh, compute, step)
     elif self.pretrained is not None:
@@ -161,7 +185,7 @@ class ModelSource:
     else:
       shardings = sharding.shardings(self.abstract, mesh, compute.rules)
       model = jax.jit(self._init, out_shardings=shardings)(key)
-    return LoadedModel(model, self.config, compute, self.pretrained)
+    return LoadedModel(model, config, compute, self.pretrained)
 
   def _init(self, key: jax.Array) -> Any:
     model = registry.load("models", self.family).Model(self.config, key)
@@ -184,7 +208,7 @@ def open_source(options: ModelOptions, seed: int = 0) -> ModelSource:
     seed: of the config that holds the options.
 
   Raises:
-    InputError: it is not there or not readable, or `options` asks for what it cannot be.
+    InputError: it is not there or not readable, or a run is to be changed.
   """
   if options.source.startswith(RUN):
     if options.changes or options.new or options.keep_layers:
@@ -193,20 +217,8 @@ def open_source(options: ModelOptions, seed: int = 0) -> ModelSource:
         f"{options.changes} and new {options.new} are not for runs; export it and name the folder"
       )
     run = open_run(run_folder(options.source))
-    student = run.student
-    return ModelSource(options, seed, student.family, student.config, student.pretrained, run)
-  pretrained, family = None, options.family
-  if options.source:
-    pretrained = open_model(options.source)
-    family, config = pretrained.family, pretrained.config
-    if options.shape:
-      _check_shape(options, pretrained)
-    check_layers(pretrained, options.keep_layers)
-  else:
-    config = _named_config(options)
-  config = apply_changes(config, options.changes)
-  config = config.keep_layers(options.keep_layers) if options.keep_layers else config
-  return ModelSource(options, seed, family, config, pretrained)
+    return ModelSource(options, seed, run.student.pretrained, run)
+  return ModelSource(options, seed, open_model(options.source) if options.source else None)
 
 
 def open_run(folder: Path) -> Run:

@@ -1,12 +1,44 @@
 """A model's source is opened once, and its weights are read only to load or to hash them."""
 
+import builtins
+import dataclasses
+import io
+import pathlib
+
 import pytest
 from hub_tiny import CONFIG, write_folder
+from tiny import tiny, write_tokenizer
 
 from distill_jax import config
+from distill_jax.commands import record
 from distill_jax.hub.safetensors_folder import SafetensorsFolder
 from distill_jax.models import loading
 from distill_jax.nn import params
+
+
+@pytest.fixture
+def opened(monkeypatch):
+  """The names of all files that are opened, in order."""
+  names = []
+  real = io.open
+
+  def counting(file, *args, **kwargs):
+    names.append(pathlib.Path(str(file)).name)
+    return real(file, *args, **kwargs)
+
+  monkeypatch.setattr(io, "open", counting)
+  monkeypatch.setattr(builtins, "open", counting)
+  return names
+
+
+def test_record_opens_its_teacher_once(tmp_path, opened):
+  model = write_folder(tmp_path / "model", dataclasses.replace(CONFIG, vocab_size=256))
+  write_tokenizer(model / "tokenizer.json")
+  c = tiny(tmp_path)
+  c.teacher.source, c.teacher.shape, c.data.tokenizer = str(model), "", ""
+  opened.clear()
+  record.run(config.resolve(c), tmp_path / "records")
+  assert opened.count("config.json") == 1
 
 
 def test_shape_and_tokenizer_read_no_weights(tmp_path, monkeypatch):

@@ -64,14 +64,14 @@ class Passes:
     mesh = sharding.make_mesh(**vars(c.mesh))
     self.c, self.rows, self.all_rows = c, rows, rows * shards
     self.where = sharding.batch_sharding(mesh)
-    built = loading.build(c.teacher, mesh, loading.keys(c.seed)["teacher"])
+    teacher = loading.open_source(c.teacher, c.seed)
+    built = teacher.load(mesh, loading.keys(c.seed)["teacher"])
     self.model = built.model
     self._hidden = jax.jit(lambda model, batch: model(batch.inputs, built.compute).hidden_BTD)
     self._plain = jax.jit(functools.partial(lm.score, compute=built.compute, chunk=c.records.chunk))
     text = recorder.Corpus.of_text(self.all_rows, tokenizer, c.data.seq_len)
-    teacher = loading.identity(c.teacher, c.seed)
-    self.writer = Writer(folder, recorder.manifest_of(c.records, text, teacher))
-    self._dispatch = record.dispatcher(c, c.records, text, c.records.batch_size, mesh)
+    self.writer = Writer(folder, recorder.manifest_of(c.records, text, teacher.identity))
+    self._dispatch = record.dispatcher(c, c.records, teacher, text, c.records.batch_size, mesh)
     self.background = ThreadPoolExecutor(1)
     self.before: tuple[range, Rows] | None = None
 
