@@ -11,6 +11,8 @@ Arrays carry their axes as a suffix, `x_BTD`, one letter an axis:
   Q query heads per key/value head                 Z cache slots
   J beams                  U distinct layers of those that share weights
   A teachers               O output width of a linear map, I its input width
+  X positions of all sequences in one axis         n chunks
+  s devices that share the head                    v rows of the head on one of them
 
 `_BT` is [batch, position], `_VD` the unembedding's rows, `_BWWM` images. A digit is an axis of
 that size, as in `_BT1`. A scalar has no suffix, and a temperature is `temperature`, never T.

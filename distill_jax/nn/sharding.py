@@ -29,7 +29,8 @@ class MeshOptions:
 
 
 MESH_AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")
+BATCH = ("data", "fsdp")  # mesh axes over which sequences are spread
+VOCAB = "tensor"  # mesh axis over which the vocabulary is spread
 
 # logical axis: (storage, compute). `table` is the width of the embedding table: with the
 # name `embed` its rows would be looked up along the axis that the batch is sharded over.
@@ -38,7 +39,7 @@ TABLE: dict[str, tuple[Any, Any]] = {
   "seq": (None, None),
   "embed": ("fsdp", None),
   "table": ("fsdp", None),
-  "vocab": ("tensor", "tensor"),
+  "vocab": (VOCAB, VOCAB),
   "heads": ("tensor", "tensor"),
   "kv_heads": ("tensor", "tensor"),
   "head_dim": (None, None),

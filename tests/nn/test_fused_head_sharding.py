@@ -81,7 +81,7 @@ def compiled(shape):
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
   """So small that a device's part of the head is pulled back in several blocks."""
-  monkeypatch.setattr(fused_head, "BLOCK", 8 * D * 4)
+  monkeypatch.setattr(fused_head, "BLOCK_BYTES", 8 * D * 4)
 
 
 def collectives(hlo: str):
