@@ -42,7 +42,7 @@ def student(family, name, shape, seq_len, batch, fsdp, peak_lr):
   c.losses.hard = config.loss("ce", weight=0.1)
   c.train.records = ("records",)
   c.train.batch_size = batch[int(seq_len)]
-  c.train.chunk = 512
+  c.train.chunk = c.evaluate.chunk = 512
   c.train.steps = TOKENS // (int(seq_len) * batch[int(seq_len)])
   c.optim.peak_lr = peak_lr
   c.optim.warmup_steps = 100

@@ -47,7 +47,8 @@ def student(family, name, shape, fsdp, peak_lr):
 
   c.losses.hard = config.loss("ce")
   c.train.records = ("records",)
-  c.train.batch_size, c.train.chunk = BATCH, 512
+  c.train.batch_size = BATCH
+  c.train.chunk = c.evaluate.chunk = 512
   c.train.steps = TOKENS // (SEQ_LEN * BATCH)
   c.optim.peak_lr, c.optim.end_fraction = peak_lr, 0.1
   c.optim.warmup_steps = 100

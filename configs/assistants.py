@@ -42,7 +42,7 @@ def get_config():
   c.losses.soft = config.loss("kd", weight=0.9)
   c.losses.hard = config.loss("ce", weight=0.1)
   c.train.batch_size = 2
-  c.train.chunk = 256
+  c.train.chunk = c.evaluate.chunk = 256
   c.train.checkpoint_every = 12
   c.train.keep = 1
   c.optim.warmup_steps = 4

@@ -16,10 +16,10 @@ import numpy as np
 from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError
-from distill_jax.evals import generative, multiple_choice, next_token, questions
+from distill_jax.evals import generative, multiple_choice, next_token
 from distill_jax.evals.likelihood import Scorer
 from distill_jax.evals.model_slot import ModelSlot
-from distill_jax.evals.questions import Questions
+from distill_jax.evals.questions import Questions, read_questions
 from distill_jax.evals.retrieval import Retrieval
 from distill_jax.evals.similarity import Similarity
 from distill_jax.models import loading
@@ -64,7 +64,8 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
   mesh = sharding.make_mesh(**vars(config.mesh))
   sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, mesh)
   questions = {
-    name: questions.read(name, of, config.evaluate.on_bad) for name, of in config.evals.items()
+    name: read_questions(name, benchmark, config.evaluate.on_bad)
+    for name, benchmark in config.evals.items()
   }
   evaluation: dict[str, Any] = _heldout(config, mesh) if config.evaluate.heldout else {"models": {}}
   if config.evals:
@@ -82,7 +83,7 @@ def check(config: Config) -> dict[str, ModelOptions]:
   if not config.evaluate.heldout and not config.evals:
     raise InputError(
       "evaluate.heldout is False and evals is empty: there is nothing to measure; add a set as "
-      "evals.gsm8k = config.eval_set('gsm8k')"
+      "evals.gsm8k = config.benchmark('gsm8k')"
     )
   asked = _asked(config) if config.evals else {}
   _check_served(config, asked)
@@ -143,15 +144,15 @@ def _on_sets(
   choices = {name: q for name, q in questions.items() if config.evals[name].judge() is None}
   if choices:
     tokenizer = corpus.tokenizer_of(config.data, loading.pretrained(spec))
-    size, chunk = config.evaluate.batch_size, config.train.chunk
-    scorer = Scorer(model.whole(), mesh, tokenizer, size, chunk)
+    size, chunk = config.evaluate.batch_size, config.evaluate.chunk
+    scorer = Scorer(model.stacked(), mesh, tokenizer, size, chunk)
     for name, q in choices.items():
       rows[name] = multiple_choice.measure(scorer, tokenizer, q, folder / name)
     del scorer  # it holds the model whole
   for name, q in questions.items():
     if name not in choices:
       of = config.evals[name]
-      rows[name] = generative.measure(config, spec, of, q, folder / name, model.apart)
+      rows[name] = generative.measure(config, spec, of, q, folder / name, model.unrolled)
   return {name: rows[name] for name in questions}
 
 
@@ -215,7 +216,7 @@ def _measure_all(
   mesh: Any,
 ) -> dict[str, dict[str, float]]:
   """Every model on every batch; the teacher runs once a batch for all of them."""
-  chunk, size = config.train.chunk, config.evaluate.batch_size
+  chunk, size = config.evaluate.chunk, config.evaluate.batch_size
   where = sharding.batch_sharding(mesh)
   forward = {n: jax.jit(functools.partial(online, compute=m.compute)) for n, m in models.items()}
   compare = jax.jit(

@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.config import Config
-from distill_jax.generation import local, remote
+from distill_jax.generation import dispatch
+from distill_jax.generation.job import GenerationJob
+from distill_jax.generation.to_records import GeneratedStore
 from distill_jax.tasks import pseudo_labels
 
 
 def run(config: Config, folder: Path) -> dict[str, Any]:
   """Writes samples.jsonl into `folder`; with `tasks`, pseudo-labels of a task's examples.
 
-  Returns and raises what `local.generate`, `remote.generate` or `pseudo_labels.write` do.
+  With generate.records_dir, a store of the same texts is made.
+
+  Returns and raises what `dispatch.generate` or `pseudo_labels.write` do.
   """
   if config.tasks:
     return pseudo_labels.write(config, folder)
-  if config.generate.server.url:
-    return remote.generate(config, folder)
-  return local.generate(config, folder)
+  store = GeneratedStore(config) if config.generate.records_dir else None
+  return dispatch.generate(GenerationJob.from_config(config), folder, store=store)

@@ -14,7 +14,7 @@ from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.data.options import DataOptions
 from distill_jax.errors import InputError
 from distill_jax.hub.load import Pretrained
-from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
+from distill_jax.hub.tokenizer import TokenizerFiles, check_vocabulary, read_tokenizer
 
 LINES = 256  # documents tokenized at once
 
@@ -88,11 +88,7 @@ def sequences(
 
 def check(data: DataOptions, tokenizer: tokenizers.Tokenizer, rows: int, longest: int) -> None:
   """Refuses a tokenizer or a sequence length that the model cannot read."""
-  if tokenizer.vocab_size > rows:
-    raise InputError(
-      f"{tokenizer.where} has {tokenizer.vocab_size} tokens and the model's embedding {rows} rows; "
-      f"take the tokenizer that belongs to these weights"
-    )
+  check_vocabulary(tokenizer.vocab_size, rows, tokenizer.where)
   if data.seq_len > longest:
     raise InputError(
       f"data.seq_len is {data.seq_len} and the model reads at most {longest} tokens; lower it"

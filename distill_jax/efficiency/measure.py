@@ -56,12 +56,14 @@ class BenchmarkedModel:
     self._cache = empty_cache(model, rows, self._size, built.compute, mesh, g.cache_dtype)
     self.cache_bytes = sum(x.nbytes for x in jax.tree.leaves(self._cache))
     where, said = jax.tree.map(lambda x: x.sharding, self._cache), sharding.replicated(mesh)
-    spec = engine.Spec(built.compute, Sampling(0.0), g.steps, (), built.config.vocab_size)
+    spec = engine.EngineSpec(built.compute, Sampling(0.0), g.steps, (), built.config.vocab_size)
     jit = functools.partial(jax.jit, donate_argnums=1)
     self._prefill = jit(
       functools.partial(engine.prefill, compute=built.compute), out_shardings=where
     )
-    self._steps = jit(functools.partial(engine.steps, spec=spec), out_shardings=(where, said))
+    self._steps = jit(
+      functools.partial(engine.decode_steps, spec=spec), out_shardings=(where, said)
+    )
     self._keys = {"generate": loading.keys(config.seed)["generate"]}
     shape = rows, self._size
     self._tokens = np.random.default_rng(0).integers(0, built.config.vocab_size, shape, np.int32)
@@ -94,7 +96,7 @@ class BenchmarkedModel:
     token, row = self._tokens[:, position], np.arange(rows, dtype=np.int32)
     whole = lambda n: np.full(rows, n, np.int32)
     for _ in range(CALLS):
-      state = engine.Rows(
+      state = engine.RowState(
         token, whole(position), whole(self._size), whole(1).astype(bool), row, whole(0)
       )
       self._cache, said = self._steps(self._model, self._cache, state, self._keys)

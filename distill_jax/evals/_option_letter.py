@@ -17,7 +17,7 @@ CHOOSE = (
 )
 LETTER = r"[(\[]?\\?(?:text|mathrm|mathbf|textbf)?\{?\(?\s*([A-Z])\s*[)\]}.:]*"
 BOXED = re.compile(rf"{LETTER}(?:\W.*)?", re.DOTALL)
-SAID = re.compile(rf"(?i:\banswer(?:\s+is)?)\W{{0,6}}?\s*{LETTER}(?![A-Za-z])")
+STATED = re.compile(rf"(?i:\banswer(?:\s+is)?)\W{{0,6}}?\s*{LETTER}(?![A-Za-z])")
 ALONE = re.compile(rf"{LETTER}\s*")
 
 
@@ -28,14 +28,14 @@ def options(question: str, texts: Sequence[str]) -> str:
   return "\n".join([question.strip(), "", *lines])
 
 
-def said(text: str) -> str:
-  r"""The letter that an answer ends at, or "": the last \boxed{…}, "answer: …", or all there is."""
+def final_letter(text: str) -> str:
+  r"""The final letter of an answer: the last \boxed{…}, "answer: …", or all there is; else ""."""
   text = answer_part(text).strip()
   box = answers.boxed(text)
   if box is not None:
     found = BOXED.fullmatch(box)
     return found[1] if found else ""
-  if last := SAID.findall(text.replace("*", "")):
+  if last := STATED.findall(text.replace("*", "")):
     return last[-1]
   found = ALONE.fullmatch(text)
   return found[1] if found else ""
@@ -51,7 +51,7 @@ class Judge:
       return key
     if len(key) != 1 or key not in LETTERS:
       return Bad(f"the key cannot be parsed: {key!r:.40}")
-    letter = said(sample["text"])
+    letter = final_letter(sample["text"])
     if not letter:
       return "no final answer"
     return None if letter == key else f"wrong: {letter!r}, and the key is {key!r}"

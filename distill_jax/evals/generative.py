@@ -1,194 +1,241 @@
-"""Sets that are answered in words: samples by `generate`, verdicts by a filter."""
+"""Benchmarks answered in words: a model's samples, judged by a filter."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from distill_jax.config import Config
+from distill_jax.data import jsonl
 from distill_jax.errors import InputError
 from distill_jax.evals import _option_letter, _scores
 from distill_jax.evals.questions import Questions, judged
 from distill_jax.filters import answers, code, exact
 from distill_jax.filters.samples import Bad, Sample, answer_part
-from distill_jax.generation import local as decoding
-from distill_jax.generation import remote
+from distill_jax.generation import dispatch, local, outputs
+from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.options import ServerOptions
+from distill_jax.generation.sampling import Sampling
 from distill_jax.models.options import ModelOptions
-from distill_jax.runtime import atomic_io, distributed, json_io
+from distill_jax.runtime import distributed, json_io
 
-PROMPTS, ASKED, VERDICTS, LEFT_OUT = (
-  "prompts.jsonl",
-  "asked.json",
-  "verdicts.jsonl",
-  "left_out.jsonl",
-)
-HOW = (
-  "samples",
-  "temperature",
-  "top_p",
-  "max_new_tokens",
-  "cache_len",
-  "cache_dtype",
-  "stop",
-  "repetition",
-  "chat",
-)  # what decides on answers, beside questions and model
-OWN = re.compile(r"\bgenerate\.(samples|temperature|max_new_tokens|on_bad)\b")
+PROMPTS, SETTINGS = "prompts.jsonl", "asked.json"
+VERDICTS, LEFT_OUT = "verdicts.jsonl", "left_out.jsonl"
 
 
 def measure(
   config: Config,
-  spec: ModelOptions,
-  of: Any,
+  model: ModelOptions,
+  benchmark: Any,
   questions: Questions,
   folder: Path,
-  load: decoding.Load,
+  load_model: local.LoadModel,
 ) -> dict[str, Any]:
-  """Asks a model every question, as often as the config says, and judges what it answers.
+  """Samples a model's answers to every question, and judges them.
 
-  In `folder`: prompts.jsonl, what is asked; samples.jsonl, what came, see generate.py;
+  In `folder`: prompts.jsonl, the questions; samples.jsonl, the answers, see generation/local.py;
   verdicts.jsonl, {id, sample, right, why, answer} a sample; left_out.jsonl, the questions and
-  samples that do not count. The same command goes on where it was stopped.
+  samples that do not count. A run that was stopped continues.
 
   Returns:
     questions; left_out, how many do not count; samples, of each; cut_off, the share of samples
-    that ended for want of room, which are judged as they are; tokens, a sample's mean; and the
-    numbers of _scores.passed.
+    that ended at the maximum length, which are judged as they are; tokens, a sample's mean; and
+    the numbers of _scores.passed.
     On processes but the first: nothing.
 
   Raises:
-    InputError: the folder's samples were asked for otherwise; evaluate.on_bad is "stop" and a
-      prompt is too long for the cache; what `generate` refuses.
+    InputError: the folder's samples are of other settings; evaluate.on_bad is "stop" and a
+      prompt is too long for the cache; what `dispatch.generate` refuses.
     Preempted: SIGTERM came; finished samples are kept.
   """
-  config = _asking(config, spec, of, folder)
-  distributed.run_on_process_0(lambda: _same(config, folder))
-  atomic_io.atomic_write(folder / PROMPTS, _lines(q for _, q in questions.good))
-  try:
-    if config.generate.server.url:
-      remote.generate(config, folder)
-    else:
-      decoding.generate(config, folder, load)
-  except InputError as e:
-    said = OWN.sub(r"evaluate.\1", str(e))
-    raise InputError(f"evals.{questions.name}: {said}") from e
   row: dict[str, Any] = {}
-  distributed.run_on_process_0(lambda: row.update(_judge(of, questions, folder)))
+  try:
+    job = generation_job(config, model, benchmark, folder)
+    distributed.run_on_process_0(lambda: _check_same_settings(job, folder))
+    jsonl.write(folder / PROMPTS, (q for _, q in questions.good), ensure_ascii=True)
+    dispatch.generate(job, folder, load_model)
+  except InputError as e:
+    raise InputError(f"evals.{questions.name}: {e}") from e
+  distributed.run_on_process_0(lambda: row.update(_judge(benchmark, questions, folder)))
   return row
 
 
-def _asking(config: Config, spec: ModelOptions, of: Any, folder: Path) -> Config:
-  """The config by which `generate` asks."""
-  e, server = config.evaluate, config.generate.server
-  if is_served(spec):
-    url, _, model = spec.source.partition("#")
-    server = dataclasses.replace(server, url=url, model=model, top_logprobs=0)
-  elif spec is not config.teacher:
-    server = ServerOptions()
-  samples = of.samples or e.samples
-  if samples > 1 and e.temperature == 0:
+def generation_job(
+  config: Config, model: ModelOptions, benchmark: Any, folder: Path
+) -> GenerationJob:
+  """The job that samples answers to the questions in `folder`.
+
+  It decodes and prompts as section `generate` says, and samples as `evaluate` and the benchmark
+  say. generate.server is the teacher's; another model is served where its source is an address.
+  """
+  c, server = config.evaluate, ServerOptions()
+  if is_served(model):
+    url, _, name = model.source.partition("#")
+    server = dataclasses.replace(config.generate.server, url=url, model=name, top_logprobs=0)
+  elif model is config.teacher:
+    server = config.generate.server
+  samples = benchmark.samples or c.samples
+  if samples > 1 and c.temperature == 0:
     raise InputError(
       f"{samples} samples of each question are asked for at evaluate.temperature 0, which makes "
       "them all the same; ask for 1, or set a temperature"
     )
-  generate = dataclasses.replace(
-    config.generate,
-    prompts=str(folder / PROMPTS),
-    field="prompt",
-    template="",
-    samples=samples,
-    max_new_tokens=e.max_new_tokens,
-    on_bad=e.on_bad,
-    temperature=e.temperature,
-    top_p=e.top_p,
-    top_k=0,
-    min_p=0.0,
-    stop=of.stop or config.generate.stop,
-    ignore_eos=False,
-    records_dir="",
+  return GenerationJob(
+    model=model,
+    data=config.data,
+    mesh=config.mesh,
+    decoding=config.generate,
     server=server,
+    seed=config.seed,
+    prompts=str(folder / PROMPTS),
+    chat=config.generate.chat,
+    on_bad=c.on_bad,
+    samples=samples,
+    sampling=Sampling.from_section("evaluate", c.temperature, top_p=c.top_p),
+    max_new_tokens=c.max_new_tokens,
+    stop=benchmark.stop or config.generate.stop,
+    repetition=config.generate.repetition,
+    section="evaluate",
   )
-  return dataclasses.replace(config, teacher=spec, generate=generate)
 
 
-def is_served(spec: ModelOptions) -> bool:
-  return spec.source.startswith(("http://", "https://"))
+def is_served(model: ModelOptions) -> bool:
+  """Whether a model's source is the address of a server."""
+  return model.source.startswith(("http://", "https://"))
 
 
-def _same(config: Config, folder: Path) -> None:
-  """Refuses a folder of samples that were asked for otherwise."""
-  now: dict[str, Any] = {name: getattr(config.generate, name) for name in HOW}
-  now |= {"seed": config.seed, "dtype": config.teacher.dtype, "extra": config.generate.server.extra}
-  now, file = json.loads(json.dumps(now)), folder / ASKED
-  was = json.loads(file.read_text()) if file.exists() else now
-  for key in now:
-    if was.get(key) != now[key]:
-      raise InputError(
-        f"{folder} holds answers that were asked for with {key} {was.get(key)!r} and it is now "
-        f"{now[key]!r}; delete that folder, or choose another --workdir"
-      )
-  json_io.write_json(file, now)
-
-
-def _judge(of: Any, questions: Questions, folder: Path) -> dict[str, Any]:
-  places, judge, left_out = [where for where, _ in questions.good], of.judge(), questions.left_out
-  for row in _read(folder / decoding.REJECTED):
-    which = f", sample {row['sample']}" if "sample" in row else ""
-    left_out = [*left_out, {"question": places[row["id"]] + which, "reason": row["reason"]}]
-  verdicts: list[dict[str, Any]] = []
-  right: dict[int, list[bool]] = {}
-  said: dict[int, list[str]] = {}
-  spell, counts = _spelling(judge), {"samples": 0, "cut_off": 0, "tokens": 0}
-  # What is right is what the set says now, and not what it said when the model was asked.
-  samples = (s | {"about": questions.good[s["id"]][1]} for s in _read(folder / decoding.SAMPLES))
-  for sample, why in judged(judge, samples):
-    n, answer = sample["id"], spell(sample) if spell else ""
-    if isinstance(why, Bad):
-      left_out = [*left_out, {"question": f"{places[n]}, sample {sample['sample']}", "reason": why}]
-      continue
-    right.setdefault(n, []).append(why is None)
-    said.setdefault(n, []).append(answer)
-    verdict = {"id": n, "sample": sample["sample"], "right": why is None, "why": why}
-    verdicts.append(verdict | ({"answer": answer} if spell else {}))
-    counts["samples"] += 1
-    counts["cut_off"] += sample["reason"] == "length"
-    counts["tokens"] += sample.get("token_count", len(sample.get("tokens", ())))
-  atomic_io.atomic_write(folder / VERDICTS, _lines(verdicts))
-  atomic_io.atomic_write(folder / LEFT_OUT, _lines(left_out))
-  if not verdicts:
-    raise InputError(f"evals.{questions.name} has no answer to judge; {folder / LEFT_OUT} says why")
-  return {
-    "questions": len(right),
-    "left_out": len(places) + len(questions.left_out) - len(right),
-    "samples": counts["samples"] / len(right),
-    "cut_off": counts["cut_off"] / counts["samples"],
-    "tokens": counts["tokens"] / counts["samples"],
-    **_scores.passed([*right.values()], [*said.values()] if spell else None),
+def _check_same_settings(job: GenerationJob, folder: Path) -> None:
+  """Refuses a folder of samples of other settings; writes these down where there is none."""
+  settings = {
+    "samples": job.samples,
+    "temperature": job.sampling.temperature,
+    "top_p": job.sampling.top_p,
+    "max_new_tokens": job.max_new_tokens,
+    "cache_len": job.decoding.cache_len,
+    "cache_dtype": job.decoding.cache_dtype,
+    "stop": list(job.stop),
+    "repetition": job.repetition,
+    "chat": job.chat,
+    "seed": job.seed,
+    "dtype": job.model.dtype,
+    "extra": json.loads(json.dumps(job.server.extra)),
   }
+  file = folder / SETTINGS
+  before = json.loads(file.read_text()) if file.exists() else settings
+  for key, value in settings.items():
+    if before.get(key) != value:
+      raise InputError(
+        f"{folder} holds answers that were asked for with {key} {before.get(key)!r} and it is now "
+        f"{value!r}; delete that folder, or choose another --workdir"
+      )
+  json_io.write_json(file, settings)
+
+
+def _judge(benchmark: Any, questions: Questions, folder: Path) -> dict[str, Any]:
+  """Judges the samples in `folder`, and writes the verdicts there; returns a row of results."""
+  judge = benchmark.judge()
+  tally = Tally(questions, _spelling(judge))
+  for row in _objects(folder / outputs.REJECTED):
+    tally.leave_out(row["id"], row.get("sample"), row["reason"])
+  # The answer key is the one that the benchmark has now, not the one of the time of sampling.
+  samples = (
+    sample | {"about": questions.good[sample["id"]][1]}
+    for sample in _objects(folder / outputs.SAMPLES)
+  )
+  for sample, verdict in judged(judge, samples):
+    tally.add(sample, verdict)
+  jsonl.write(folder / VERDICTS, tally.verdicts, ensure_ascii=True)
+  jsonl.write(folder / LEFT_OUT, tally.left_out, ensure_ascii=True)
+  if not tally.verdicts:
+    raise InputError(f"evals.{questions.name} has no answer to judge; {folder / LEFT_OUT} says why")
+  return tally.row()
+
+
+class Tally:
+  """Verdicts on samples, and the numbers that they add up to.
+
+  Attributes:
+    verdicts: {id, sample, right, why, answer} of each sample that counts.
+    left_out: {question, reason} of each question or sample that does not.
+
+  Args:
+    spell: gives one spelling for answers that are the same, to vote with; None: no votes.
+  """
+
+  def __init__(self, questions: Questions, spell: Callable[[Sample], str] | None):
+    self.verdicts: list[dict[str, Any]] = []
+    self.left_out = [*questions.left_out]
+    self._questions, self._spell = questions, spell
+    self._right: dict[int, list[bool]] = collections.defaultdict(list)  # by question
+    self._answers: dict[int, list[str]] = collections.defaultdict(list)
+    self._cut_off = self._tokens = 0
+
+  def leave_out(self, number: int, sample: int | None, reason: str) -> None:
+    """Counts a sample of a question, or all of them (None), as left out."""
+    where, _ = self._questions.good[number]
+    which = where if sample is None else f"{where}, sample {sample}"
+    self.left_out.append({"question": which, "reason": reason})
+
+  def add(self, sample: Sample, verdict: str | None) -> None:
+    """Counts a sample. The verdict is why it is wrong, None if it is right, or Bad."""
+    number = sample["id"]
+    if isinstance(verdict, Bad):
+      self.leave_out(number, sample["sample"], verdict)
+      return
+    is_right = verdict is None
+    line = {"id": number, "sample": sample["sample"], "right": is_right, "why": verdict}
+    if self._spell:
+      line["answer"] = self._spell(sample)
+      self._answers[number].append(line["answer"])
+    self.verdicts.append(line)
+    self._right[number].append(is_right)
+    self._cut_off += sample["reason"] == "length"
+    self._tokens += sample.get("token_count", len(sample.get("tokens", ())))
+
+  def row(self) -> dict[str, Any]:
+    """The results, as `measure` returns them."""
+    questions, samples = len(self._right), len(self.verdicts)
+    answers = [*self._answers.values()] if self._spell else None
+    return {
+      "questions": questions,
+      "left_out": len(self._questions.good) + len(self._questions.left_out) - questions,
+      "samples": samples / questions,
+      "cut_off": self._cut_off / samples,
+      "tokens": self._tokens / samples,
+      **_scores.passed([*self._right.values()], answers),
+    }
 
 
 def _spelling(judge: Any) -> Callable[[Sample], str] | None:
-  """One spelling for answers that are the same, to vote with; None: they are not voted on."""
+  """One spelling for answers that a judge takes for the same; None: they are not voted on."""
   if isinstance(judge, code.Filter):
     return None
   if isinstance(judge, _option_letter.Judge):
-    return lambda sample: _option_letter.said(sample["text"])
+    return _letter
   if isinstance(judge, exact.Filter) and judge.of != "final":
-    last = judge.of == "last line"
-    cut = lambda text: text.rpartition("\n")[2] if last else text
-    return lambda sample: exact.plain(cut(answer_part(sample["text"]).strip()))
-  final = lambda sample: answers.final(answer_part(sample["text"]))
-  return lambda sample: answers.canonical(final(sample) or "")
+    return _last_line if judge.of == "last line" else _plain_text
+  return _final_answer
 
 
-def _read(path: Path) -> list[Sample]:
-  return [json.loads(line) for line in path.read_text().split("\n") if line]
+def _letter(sample: Sample) -> str:
+  return _option_letter.final_letter(sample["text"])
 
 
-def _lines(objects: Any) -> str:
-  return "".join(json.dumps(o) + "\n" for o in objects)
+def _plain_text(sample: Sample) -> str:
+  return exact.plain(answer_part(sample["text"]).strip())
+
+
+def _last_line(sample: Sample) -> str:
+  return exact.plain(answer_part(sample["text"]).strip().rpartition("\n")[2])
+
+
+def _final_answer(sample: Sample) -> str:
+  return answers.canonical(answers.final(answer_part(sample["text"])) or "")
+
+
+def _objects(path: Path) -> Iterator[dict[str, Any]]:
+  return (line.object() for line in jsonl.read_lines(path))

@@ -1,8 +1,6 @@
-"""A model in memory in one of two forms: whole, which reads texts, or unrolled, which writes."""
+"""A model in memory in one of two forms: stacked layers read texts, unrolled ones generate."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 
@@ -13,26 +11,28 @@ from distill_jax.nn.layers import ComputeConfig
 
 
 class ModelSlot:
-  """Made when it is asked for. There is memory for one form, so a change of form loads again."""
+  """A model that is loaded when it is used.
+
+  There is memory for one form, so a change of form loads the weights again.
+  """
 
   def __init__(self, spec: ModelOptions, mesh: jax.sharding.Mesh, key: jax.Array):
     self.spec, self.mesh, self._key = spec, mesh, key
-    self._whole: loading.LoadedModel | None = None
-    self._apart: tuple[Unrolled, ComputeConfig] | None = None
+    self._stacked: loading.LoadedModel | None = None
+    self._unrolled: tuple[Unrolled, ComputeConfig] | None = None
 
-  def whole(self) -> loading.LoadedModel:
-    if self._whole is None:
-      self._apart = None
-      self._whole = self._build()
-    return self._whole
+  def stacked(self) -> loading.LoadedModel:
+    """The model with stacked layers, as it was loaded."""
+    if self._stacked is None:
+      self._unrolled = None
+      with jax.set_mesh(self.mesh):
+        self._stacked = loading.build(self.spec, self.mesh, self._key)
+    return self._stacked
 
-  def apart(self) -> tuple[Unrolled, ComputeConfig]:
-    if self._apart is None:
-      built: Any = self.whole()
-      self._whole = None
-      self._apart = unroll(built.model, built.compute), built.compute
-    return self._apart
-
-  def _build(self) -> loading.LoadedModel:
-    with jax.set_mesh(self.mesh):
-      return loading.build(self.spec, self.mesh, self._key)
+  def unrolled(self) -> tuple[Unrolled, ComputeConfig]:
+    """The model with its layers one by one, and how it is computed."""
+    if self._unrolled is None:
+      loaded = self.stacked()
+      self._stacked = None
+      self._unrolled = unroll(loaded.model, loaded.compute), loaded.compute
+    return self._unrolled

@@ -46,8 +46,8 @@ class Questions:
       )
 
 
-def read(name: str, of: Any, on_bad: str) -> Questions:
-  """The first `of.limit` questions of a set, their answer keys read too.
+def read_questions(name: str, benchmark: Any, on_bad: str) -> Questions:
+  """Reads the first `benchmark.limit` questions of a benchmark, and checks their answer keys.
 
   Raises:
     InputError: there is no file, or it is damaged; on_bad is "stop" and a question cannot be
@@ -57,15 +57,15 @@ def read(name: str, of: Any, on_bad: str) -> Questions:
     raise InputError(f"evaluate.on_bad is {on_bad!r}; it can be one of {ON_BAD}")
   questions, number = Questions(name, on_bad), 0
   try:
-    every = [row for file in of.files() for row in _benchmark.rows(file)]
+    every = [row for file in benchmark.files() for row in _benchmark.rows(file)]
   except InputError as e:
     raise InputError(f"evals.{name}: {e}") from e
-  for number, (where, raw) in enumerate(every[: of.limit or None]):
+  for number, (where, raw) in enumerate(every[: benchmark.limit or None]):
     try:
-      questions.good.append((where, of.question(_benchmark.parse(raw), number)))
+      questions.good.append((where, benchmark.question(_benchmark.parse(raw), number)))
     except InputError as e:
       questions.leave_out(where, str(e))
-  if (judge := of.judge()) is not None and questions.good:
+  if (judge := benchmark.judge()) is not None and questions.good:
     _check_keys(judge, questions)
   questions.check()
   return questions

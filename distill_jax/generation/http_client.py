@@ -1,7 +1,7 @@
-"""A client of OpenAI-compatible servers: many requests at once, each made until it is answered.
+"""A client of OpenAI-compatible servers: many requests at once, each repeated until it is answered.
 
-What may pass is waited out: timeouts, cut connections, answers that cannot be read, statuses
-408, 409, 425, 429 and from 500 on, after waits that grow. What will not pass is named at once.
+Transient faults are waited out, with waits that grow: timeouts, cut connections, answers that
+cannot be parsed, statuses 408, 409, 425, 429 and from 500 on. Permanent ones are named at once.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ import random
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 
 from distill_jax.errors import InputError
 from distill_jax.generation.options import ServerOptions
 
-AGAIN = (408, 409, 425, 429)  # and from 500 on: what the same request may get past
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0  # before a request is made again
-PATIENCE_S = 600.0  # the longest wait that a server may ask for
+Answer = TypeVar("Answer")
+
+RETRY_STATUSES = (408, 409, 425, 429)  # and from 500 on: the same request may be answered yet
+FIRST_WAIT_S, MAX_WAIT_S = 0.5, 60.0  # before a request is made again
+MAX_SERVER_WAIT_S = 600.0  # that a server may ask for
 
 
-class Refused(Exception):
-  """The server wants no such request, however often it is made."""
+class RequestRefused(Exception):
+  """The server does not answer such a request, however often it is made."""
 
 
-class Failed(Exception):
-  """A request has come to nothing; made again, it may come to something.
+class RequestFailed(Exception):
+  """A request was not answered; made again, it may be.
 
   Attributes:
     busy: the server has too much to do, and nothing is wrong.
@@ -44,22 +46,22 @@ class Failed(Exception):
 
 
 class Client:
-  """Asks a server many things at once, patiently; an async context manager.
+  """Makes many requests of a server at once, each repeatedly; an async context manager.
 
   Attributes:
-    answered, retried: how many requests.
+    answered, retried: how many requests were.
   """
 
   def __init__(self, server: ServerOptions, seed: int):
     self.answered = self.retried = 0
     self._server, self._seed = server, seed
-    self._url, self._key = server.url.rstrip("/"), _key(server.api_key_env)
+    self._url, self._key = server.url.rstrip("/"), _read_key(server.api_key_env)
     self._next = 0.0  # when the next request may be made
-    most = httpx2.Limits(
+    limits = httpx2.Limits(
       max_connections=server.in_flight, max_keepalive_connections=server.in_flight
     )
     headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-    self._http = httpx2.AsyncClient(headers=headers, limits=most, timeout=None)
+    self._http = httpx2.AsyncClient(headers=headers, limits=limits, timeout=None)
 
   async def __aenter__(self) -> Client:
     return self
@@ -67,96 +69,110 @@ class Client:
   async def __aexit__(self, *_: object) -> None:
     await self._http.aclose()
 
-  async def ask(self, path: str, body: Any, name: str, read: Callable[[Any], Any]) -> Any:
-    """`read` of the answer to a request, which is made until it has one that can be read.
+  async def request(
+    self, path: str, body: Any, name: str, parse: Callable[[Any], Answer]
+  ) -> Answer:
+    """Makes a request until it has an answer that can be parsed, and returns that.
 
     Args:
-      body: what is posted; None: nothing is, it is a GET.
+      body: what is posted; None: a GET.
       name: of the request; the waits between its repetitions are a function of it.
-      read: raises KeyError, IndexError, TypeError, AttributeError or ValueError for an answer
-        that is none.
+      parse: raises KeyError, IndexError, TypeError, AttributeError or ValueError for an answer
+        that is malformed.
 
     Raises:
-      Failed: it has been made `retries` times again.
-      Refused: it cannot be answered.
-      InputError: none can, or `read` says so.
+      RequestFailed: it has been repeated `retries` times.
+      RequestRefused: it cannot be answered.
+      InputError: no request can be, or `parse` raises one.
     """
     attempt, answered = 0, self.answered
     while True:
       try:
-        said = read(await self._once(path, body))
-      except Failed as e:
+        answer = parse(await self._send(path, body))
+      except RequestFailed as e:
         failed = e
       except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
         if isinstance(e, InputError):
           raise
-        failed = Failed(f"gives an answer that cannot be read ({type(e).__name__}: {e})")
+        failed = RequestFailed(f"gives an answer that cannot be read ({type(e).__name__}: {e})")
       else:
         self.answered += 1
-        return said
-      # Who is told to wait while others are answered has only lost a race.
+        return answer
+      # A request refused as "busy" while others are answered has only lost a race.
       attempt += not (failed.busy and self.answered > answered)
       answered = self.answered
       if attempt > self._server.retries:
-        raise Failed(f"{failed}, {attempt} times in a row") from failed
+        raise RequestFailed(f"{failed}, {attempt} times in a row") from failed
       self.retried += 1
       part = 0.5 + random.Random(f"{self._seed}/{name}/{attempt}").random() / 2
-      wait = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** max(attempt - 1, 0))
+      wait = min(MAX_WAIT_S, FIRST_WAIT_S * 2 ** max(attempt - 1, 0))
       await asyncio.sleep(failed.after + part * wait)
 
-  async def _once(self, path: str, body: Any) -> Any:
-    await self._turn()
+  async def _send(self, path: str, body: Any) -> Any:
+    """Makes a request once, and returns the JSON of its answer."""
+    await self._wait_for_turn()
     try:
       async with asyncio.timeout(self._server.timeout_s):
         verb = "GET" if body is None else "POST"
         response = await self._http.request(verb, f"{self._url}/{path}", json=body)
     except TimeoutError as e:
-      raise Failed(f"has not answered within {self._server.timeout_s:g} s") from e
+      raise RequestFailed(f"has not answered within {self._server.timeout_s:g} s") from e
     except httpx2.RequestError as e:
-      why = self._safe(f"{type(e).__name__} {e}".strip())
-      raise Failed(f"cannot be reached, or breaks off ({why})") from e
-    status = response.status_code
-    if status == 200:
+      why = self._without_key(f"{type(e).__name__} {e}".strip())
+      raise RequestFailed(f"cannot be reached, or breaks off ({why})") from e
+    if response.status_code == 200:
       return response.json()
-    what = f"{status} {' '.join(self._safe(response.text).split())[:300]}".strip()
-    if status in AGAIN or status >= 500:
-      raise Failed(f"answers {what}", status == 429, self._hold(_retry_after(response), what))
+    raise self._error(path, body, response)
+
+  def _error(
+    self, path: str, body: Any, response: httpx2.Response
+  ) -> RequestFailed | RequestRefused | InputError:
+    """What a status other than 200 means."""
+    status = response.status_code
+    answer = f"{status} {' '.join(self._without_key(response.text).split())[:300]}".strip()
+    if status in RETRY_STATUSES or status >= 500:
+      after = self._hold(_retry_after(response), answer)
+      return RequestFailed(f"answers {answer}", busy=status == 429, after=after)
     if status in (401, 403):
       holds = f"in environment variable {self._server.api_key_env}" if self._key else "(none)"
-      raise InputError(
-        f"the server at {self._url} does not take the key {holds}: it answers {what}; name the "
+      return InputError(
+        f"the server at {self._url} does not take the key {holds}: it answers {answer}; name the "
         "right variable in generate.server.api_key_env"
       )
     if body is not None and (status in (404, 405) or status < 400):
-      raise InputError(
-        f"the server at {self._url} answers {what} to {path}; generate.server.url ends in /v1 as a "
-        "rule, and generate.server.model is a name that is served there"
+      return InputError(
+        f"the server at {self._url} answers {answer} to {path}; generate.server.url ends in /v1 "
+        "as a rule, and generate.server.model is a name that is served there"
       )
-    raise Refused(f"the server answers {what}")
+    return RequestRefused(f"the server answers {answer}")
 
-  async def _turn(self) -> None:
+  async def _wait_for_turn(self) -> None:
     """Waits until another request may be made."""
     per_minute, now = self._server.requests_per_minute, time.monotonic()
-    at = max(now, self._next)
-    self._next = at + (60 / per_minute if per_minute else 0.0)
-    await asyncio.sleep(at - now)
+    start = max(now, self._next)
+    self._next = start + (60 / per_minute if per_minute else 0.0)
+    await asyncio.sleep(start - now)
 
-  def _hold(self, after: float, what: str) -> float:
-    """No request at all is made before the time that a server asks for is over."""
-    if after > PATIENCE_S:
+  def _hold(self, after: float, answer: str) -> float:
+    """Makes no request at all before the time that a server asks for is over; returns it.
+
+    Raises:
+      InputError: the server asks for more than MAX_SERVER_WAIT_S.
+    """
+    if after > MAX_SERVER_WAIT_S:
       raise InputError(
-        f"the server at {self._url} answers {what} and asks to wait {after:.0f} s; what is "
+        f"the server at {self._url} answers {answer} and asks to wait {after:.0f} s; what is "
         "finished is kept, so run the same command again then"
       )
     self._next = max(self._next, time.monotonic() + after) if after else self._next
     return after
 
-  def _safe(self, text: str) -> str:
+  def _without_key(self, text: str) -> str:
     """Servers may repeat what they were sent; the key goes into no message."""
     return text.replace(self._key, "***") if self._key else text
 
 
-def _key(variable: str) -> str:
+def _read_key(variable: str) -> str:
   if not variable:
     return ""
   key = os.environ.get(variable, "").strip()
@@ -169,7 +185,7 @@ def _key(variable: str) -> str:
 
 
 def _retry_after(response: httpx2.Response) -> float:
-  """Seconds: the header has a number of them or a date."""
+  """Seconds to wait: the header has a number of them, or a date."""
   text = response.headers.get("Retry-After", "")
   if re.fullmatch(r"\d+(\.\d+)?", text):
     return float(text)

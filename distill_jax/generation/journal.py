@@ -1,9 +1,9 @@
-"""Finished samples on disk, while there are more to come: killed at any moment, gone on with.
+"""An append-only journal of finished samples, which survives kill -9.
 
-Two files that are only ever appended to. `samples.part.jsonl` begins with what the samples are
-of, then has a line for each; `samples.part.bin` has what the device said of each token, in the
-same order, on disk before the line is. So half a line is the last, and what a line speaks of
-is there; in a copy that was made in between, lines without it are made again.
+`samples.part.jsonl` begins with a line of what the samples are of, then has a line for each.
+`samples.part.bin` has what was recorded of each token, in the same order. The binary record is
+synced before its line, so a complete line always has its data and only the last line can be cut
+off. Of a copy of the folder that was made in between, lines without their data are dropped.
 """
 
 from __future__ import annotations
@@ -23,27 +23,32 @@ LINES, BINARY = "samples.part.jsonl", "samples.part.bin"
 class SampleJournal:
   """The samples that a workdir holds so far; a context manager.
 
+  Attributes:
+    rows: the lines, one for each sample.
+
   Args:
-    about: what they are of. A folder with samples of anything else is refused.
-    record: of a token in the binary file; None: nothing is kept there.
+    origin: the prompts and the model of the samples; a folder with samples of others is refused.
+    record: of a token in the binary file; None: nothing is recorded.
   """
 
-  def __init__(self, folder: Path, about: dict[str, Any], record: np.dtype | None):
+  def __init__(self, folder: Path, origin: dict[str, Any], record: np.dtype | None):
     self._folder, self._record = folder, record
     self.rows: list[dict[str, Any]] = []
+    self._token_ends: np.ndarray | None = None
     path = folder / LINES
     self._lines, self._binary = path.open("a+b"), (folder / BINARY).open("a+b")
     try:
-      self._read(path, about)
+      self._read(path, origin)
     except BaseException:
       self.close()
       raise
 
-  def _read(self, path: Path, about: dict[str, Any]) -> None:
+  def _read(self, path: Path, origin: dict[str, Any]) -> None:
+    """Reads the samples whose data are there, and cuts off what follows them."""
     self._lines.seek(0)
-    whole = size = 0
-    each = 0 if self._record is None else self._record.itemsize
-    there = os.fstat(self._binary.fileno()).st_size
+    line_bytes = record_bytes = 0
+    token_bytes = 0 if self._record is None else self._record.itemsize
+    binary_bytes = os.fstat(self._binary.fileno()).st_size
     for number, raw in enumerate(self._lines):
       if not raw.endswith(b"\n"):
         break
@@ -54,31 +59,28 @@ class SampleJournal:
           f"{path}, line {number + 1} is damaged ({e}); delete the file and run generate again"
         ) from e
       if number:
-        if size + each * len(row["tokens"]) > there:  # a copy made between the two writes
+        size = token_bytes * len(row["tokens"])
+        if record_bytes + size > binary_bytes:  # a copy made between the two writes
           break
-        size += each * len(row["tokens"])
+        record_bytes += size
         self.rows.append(row)
-      elif row != about:
-        key = next(k for k in {**about, **row} if about.get(k) != row.get(k))
-        raise InputError(
-          f"{path} holds samples of {key} {row.get(key)!r} and this run has {about.get(key)!r}; "
-          "bring the old ones back or choose another --workdir"
-        )
-      whole += len(raw)
-    self._lines.truncate(whole)
-    if not whole:
-      self._append([about])
-    self._binary.truncate(size)
+      else:
+        _check_origin(path, row, origin)
+      line_bytes += len(raw)
+    self._lines.truncate(line_bytes)
+    if not line_bytes:
+      self._append([origin])
+    self._binary.truncate(record_bytes)
 
   def add(self, rows: list[dict[str, Any]], records: list[dict[str, list[np.ndarray]]]) -> None:
-    """Adds samples, and by name what is kept of their tokens. Returns when all is on disk."""
+    """Adds samples, each with what was recorded of its tokens. Returns when all is on disk."""
     if not rows:
       return
     if self._record is not None:
-      for row, kept in zip(rows, records, strict=True):
+      for row, recorded in zip(rows, records, strict=True):
         record = np.zeros(len(row["tokens"]), self._record)
         for name in self._record.names or ():
-          record[name] = kept[name]
+          record[name] = recorded[name]
         self._binary.write(record.tobytes())
       self._binary.flush()
       os.fsync(self._binary.fileno())
@@ -91,13 +93,13 @@ class SampleJournal:
     os.fsync(self._lines.fileno())
 
   def records(self, number: int) -> np.ndarray:
-    """What was kept of each token of the sample in row `number`."""
+    """What was recorded of each token of the sample in row `number`; call it when all are there."""
     assert self._record is not None
-    if not hasattr(self, "_ends"):
-      self._ends = np.cumsum([0] + [len(row["tokens"]) for row in self.rows])
-    at, end = (int(x) for x in self._ends[number : number + 2])
-    self._binary.seek(at * self._record.itemsize)
-    return np.frombuffer(self._binary.read((end - at) * self._record.itemsize), self._record)
+    if self._token_ends is None:
+      self._token_ends = np.cumsum([0] + [len(row["tokens"]) for row in self.rows])
+    start, end = (int(x) for x in self._token_ends[number : number + 2])
+    self._binary.seek(start * self._record.itemsize)
+    return np.frombuffer(self._binary.read((end - start) * self._record.itemsize), self._record)
 
   def close(self) -> None:
     self._lines.close()
@@ -113,3 +115,13 @@ class SampleJournal:
 
   def __exit__(self, *_: object) -> None:
     self.close()
+
+
+def _check_origin(path: Path, found: dict[str, Any], origin: dict[str, Any]) -> None:
+  """Refuses samples of other prompts or of another model."""
+  if found != origin:
+    key = next(k for k in {**origin, **found} if origin.get(k) != found.get(k))
+    raise InputError(
+      f"{path} holds samples of {key} {found.get(key)!r} and this run has {origin.get(key)!r}; "
+      "bring the old ones back or choose another --workdir"
+    )

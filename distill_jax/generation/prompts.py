@@ -1,4 +1,4 @@
-"""Prompts: read, written out by a chat template, cut into tokens; what cannot be used is named."""
+"""Prompts: read, rendered by a chat template, tokenized; those that cannot be used are named."""
 
 from __future__ import annotations
 
@@ -7,140 +7,166 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.filters.samples import answer_part
-from distill_jax.generation.options import GenerateOptions
+from distill_jax.generation.job import GenerationJob
 from distill_jax.models import loading
 from distill_jax.runtime import storage
 
 ON_BAD = ("stop", "skip")
-SAMPLE = {"id", "sample", "text", "about"}  # fields of a line that `generate` wrote
-PLACE = "{prompt}"  # in generate.template
-HALF = re.compile("[\ud800-\udfff]")  # of a pair: JSON can spell it, and it is no character
+SAMPLE_FIELDS = {"id", "sample", "text", "about"}  # of a line that `generate` wrote
+PLACEHOLDER = "{prompt}"  # in generate.template
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a pair; it is not a character
+
+Message = dict[str, Any]  # of a chat: its `role` and `content`
+
+
+class Prompt(NamedTuple):
+  """A prompt as it is published beside its samples.
+
+  Attributes:
+    content: text, or the messages of a chat; in generate.template.
+    about: the other fields of its line.
+  """
+
+  content: str | list[Message]
+  about: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """Attributes:
-  ids: the tokens of each prompt, by its number: its place among the file's lines that are
-    not blank, from 0 on.
-  said: the prompt itself, text or messages, in generate.template; and the other fields of its
-    line.
-  rejected: for each prompt that cannot be used, why.
+  """The prompts of a file, by number: their places among its lines that are not blank, from 0 on.
+
+  Attributes:
+    ids: the tokens of each prompt that can be used; empty where none were asked for.
+    prompts: these prompts.
+    rejected: for each prompt that cannot be used, the reason.
   """
 
   ids: dict[int, list[int]]
-  said: dict[int, tuple[Any, dict[str, Any]]]
+  prompts: dict[int, Prompt]
   rejected: dict[int, str]
 
 
-def read(config: Config, tokenizer: Tokenizer | None = None) -> Prompts:
-  """All prompts of a config's file.
+def read_prompts(job: GenerationJob, tokenizer: Tokenizer | None = None) -> Prompts:
+  """Reads all prompts of a job's file.
 
-  A line that is a sample of an earlier run brings that one's `about` with it, and its text,
-  where generate.field names it, without the reasoning: what a teacher was asked to rewrite is
+  A line that is a sample of an earlier run brings its `about` with it, and its text, where
+  generate.field names it, without the reasoning: a text that a teacher was asked to rewrite is
   a prompt with the answer key of the old one.
 
   Args:
-    tokenizer: None: there are no ids, and prompts of any length.
+    tokenizer: None reads prompts of any length, without their tokens.
 
   Raises:
-    InputError: the file cannot be read; a prompt cannot be used and generate.on_bad is "stop",
-      or none can.
+    InputError: the file cannot be read; a prompt cannot be used and on_bad is "stop", or none
+      can be used.
   """
-  c = config.generate
-  if c.on_bad not in ON_BAD:
-    raise InputError(f"generate.on_bad is {c.on_bad!r}; it can be one of {ON_BAD}")
-  if c.template and PLACE not in c.template:
-    raise InputError(f"generate.template is {c.template!r:.60}; it has {PLACE} for the prompt")
-  path = storage.file(c.prompts)
-  if not c.prompts or not path.is_file():
-    raise InputError(f"generate.prompts is {c.prompts!r}, which is no file; name the prompts")
-  ids: dict[int, list[int]] = {}
-  said: dict[int, tuple[Any, dict[str, Any]]] = {}
-  rejected: dict[int, str] = {}
-  cut = Cut(config)
+  path = _check(job)
+  found = Prompts({}, {}, {})
+  encoder = PromptEncoder(job)
   for n, (line, raw) in enumerate(_lines(path)):
     try:
-      prompt, about = _value(raw, c.field) if path.suffix == ".jsonl" else (_text(raw), {})
-      prompt = _in_template(c, prompt)
+      prompt = _parse(raw, job.field) if path.suffix == ".jsonl" else Prompt(_utf8(raw), {})
+      prompt = prompt._replace(content=_apply_template(job, prompt.content))
       if tokenizer is not None:
-        ids[n] = _fitting(cut(tokenizer, prompt), c.cache_len)
-      said[n] = prompt, about
+        found.ids[n] = _check_length(encoder(tokenizer, prompt.content), job.decoding.cache_len)
+      found.prompts[n] = prompt
     except InputError as error:
-      if c.on_bad == "stop":
+      if job.on_bad == "stop":
         raise InputError(
-          f"{path}, line {line}: {error}; mend it, or set generate.on_bad=skip"
+          f"{path}, line {line}: {error}; mend it, or set {job.key('on_bad')}=skip"
         ) from error
-      rejected[n] = f"line {line}: {error}"
-  if not said:
-    why = f"the first one's reason: {next(iter(rejected.values()))}" if rejected else "it is empty"
+      found.rejected[n] = f"line {line}: {error}"
+  if not found.prompts:
+    reasons = [*found.rejected.values()]
+    why = f"the first one's reason: {reasons[0]}" if reasons else "it is empty"
     raise InputError(f"{path} holds no prompt that can be used; {why}")
-  return Prompts(ids, said, rejected)
+  return found
+
+
+def _check(job: GenerationJob) -> Path:
+  """The file of prompts."""
+  if job.on_bad not in ON_BAD:
+    raise InputError(f"{job.key('on_bad')} is {job.on_bad!r}; it can be one of {ON_BAD}")
+  if job.template and PLACEHOLDER not in job.template:
+    raise InputError(
+      f"generate.template is {job.template!r:.60}; it has {PLACEHOLDER} for the prompt"
+    )
+  path = storage.file(job.prompts)
+  if not job.prompts or not path.is_file():
+    raise InputError(f"generate.prompts is {job.prompts!r}, which is no file; name the prompts")
+  return path
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+  """(number from 1 on, content) of each line that is not blank."""
   with path.open("rb") as f:
     for number, raw in enumerate(f, 1):
       if raw.strip():
         yield number, raw.rstrip(b"\r\n")
 
 
-def asked(c: GenerateOptions, said: Any) -> Any:
-  """A prompt as the teacher reads it: text to go on from, or messages."""
-  if isinstance(said, str) and c.chat:
-    return [{"role": "user", "content": said}]
-  return said
+def model_input(job: GenerationJob, content: str | list[Message]) -> str | list[Message]:
+  """A prompt as the model reads it: text to continue, or the messages of a chat."""
+  if isinstance(content, str) and job.chat:
+    return [{"role": "user", "content": content}]
+  return content
 
 
-class Cut:
-  """Cuts prompts into tokens.
+class PromptEncoder:
+  """Turns prompts into tokens.
 
-  Text comes after what the tokenizer begins a text with, as documents do (corpus.py); chats are
-  written by the teacher's template, which is read where the first chat is.
+  Text comes after what the tokenizer begins a text with, as documents do (data/corpus.py); chats
+  are rendered by the model's template, which is read at the first chat.
   """
 
-  def __init__(self, config: Config):
-    self._config = config
+  def __init__(self, job: GenerationJob):
+    self._job = job
     self._template: ChatTemplate | None = None
 
-  def __call__(self, tokenizer: Tokenizer, said: Any) -> list[int]:
-    said = asked(self._config.generate, said)
-    if isinstance(said, str):
-      return [*tokenizer.begin, *tokenizer.encode(said)]
+  def __call__(self, tokenizer: Tokenizer, content: str | list[Message]) -> list[int]:
+    prompt = model_input(self._job, content)
+    if isinstance(prompt, str):
+      return [*tokenizer.begin, *tokenizer.encode(prompt)]
     if self._template is None:
-      pretrained = None if self._config.data.tokenizer else loading.pretrained(self._config.teacher)
-      self._template = corpus.template_of(self._config.data, pretrained)
-    t = self._template
-    text = t.render(said, add_generation_prompt=True)
-    return tokenizer.encode_places(text, [*dict(t.tokens).values(), *t.added])[0]
+      pretrained = None if self._job.data.tokenizer else loading.pretrained(self._job.model)
+      self._template = corpus.template_of(self._job.data, pretrained)
+    template = self._template
+    text = template.render(prompt, add_generation_prompt=True)
+    special = [*dict(template.tokens).values(), *template.added]
+    return tokenizer.encode_places(text, special)[0]
 
 
-def _in_template(c: GenerateOptions, prompt: Any) -> Any:
-  """A prompt, or the last of its messages, in generate.template."""
-  if isinstance(prompt, str) and prompt:
-    return c.template.replace(PLACE, prompt) if c.template else prompt
-  if not isinstance(prompt, list) or not all(isinstance(m, dict) and "role" in m for m in prompt):
-    raise InputError(f"field {c.field!r} holds {prompt!r:.60}; it is text, or messages with roles")
-  if not prompt:
-    raise InputError(f"field {c.field!r} holds no message; a chat has at least one")
-  if not c.template:
-    return prompt
-  last = prompt[-1]
+def _apply_template(job: GenerationJob, content: Any) -> str | list[Message]:
+  """Puts a prompt, or the last of its messages, into generate.template."""
+  if isinstance(content, str) and content:
+    return job.template.replace(PLACEHOLDER, content) if job.template else content
+  if not isinstance(content, list) or not all(isinstance(m, dict) and "role" in m for m in content):
+    raise InputError(
+      f"field {job.field!r} holds {content!r:.60}; it is text, or messages with roles"
+    )
+  if not content:
+    raise InputError(f"field {job.field!r} holds no message; a chat has at least one")
+  if not job.template:
+    return content
+  last = content[-1]
   if not isinstance(last.get("content"), str):
     raise InputError("the last message has no text that generate.template could be put around")
-  return [*prompt[:-1], last | {"content": c.template.replace(PLACE, last["content"])}]
+  return [
+    *content[:-1],
+    last | {"content": job.template.replace(PLACEHOLDER, last["content"])},
+  ]
 
 
-def _fitting(ids: list[int], cache_len: int) -> list[int]:
+def _check_length(ids: list[int], cache_len: int) -> list[int]:
   if not ids:
-    raise InputError("the prompt has no tokens, and a model goes on from at least one")
+    raise InputError("the prompt has no tokens, and a model continues at least one")
   if len(ids) >= cache_len:
     raise InputError(
       f"the prompt has {len(ids)} tokens, and generate.cache_len {cache_len} leaves at most "
@@ -149,26 +175,27 @@ def _fitting(ids: list[int], cache_len: int) -> list[int]:
   return ids
 
 
-def _text(raw: bytes) -> str:
+def _utf8(raw: bytes) -> str:
   try:
     return raw.decode()
   except UnicodeDecodeError as e:
     raise InputError(f"byte {e.start} is 0x{raw[e.start]:02x}, which is not UTF-8") from e
 
 
-def _value(raw: bytes, field: str) -> tuple[Any, dict[str, Any]]:
-  """(what a field of the line holds; the other fields, or a sample's `about`)."""
+def _parse(raw: bytes, field: str) -> Prompt:
+  """What `field` of a line holds, unchecked, beside the other fields or a sample's `about`."""
   try:
-    row = json.loads(_text(raw))
+    row = json.loads(_utf8(raw))
   except (ValueError, RecursionError) as e:
     raise InputError(f"it is not JSON ({e})") from e
   if not isinstance(row, dict) or field not in row:
     there = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
     raise InputError(f"there is no field {field!r}, but {there or 'nothing'}")
-  if half := HALF.search(json.dumps(row, ensure_ascii=False)):
+  if half := LONE_SURROGATE.search(json.dumps(row, ensure_ascii=False)):
     raise InputError(f"it holds half a surrogate pair, {half[0]!r}")
   value = row.pop(field)
-  if not row.keys() | {field} >= SAMPLE or not isinstance(row["about"], dict):
-    return value, row
-  is_said = field == "text" and isinstance(value, str)
-  return answer_part(value).strip() if is_said else value, row["about"]
+  if not row.keys() | {field} >= SAMPLE_FIELDS or not isinstance(row["about"], dict):
+    return Prompt(value, row)
+  if field == "text" and isinstance(value, str):
+    value = answer_part(value).strip()
+  return Prompt(value, row["about"])

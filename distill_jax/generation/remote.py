@@ -1,129 +1,161 @@
-"""`generate` by a teacher behind an OpenAI-compatible server, as vLLM and SGLang are.
+"""Sampling by a model behind an OpenAI-compatible server, such as vLLM or SGLang.
 
-Messages go to chat/completions and text to completions, a request a sample, each with a seed
-made of (config.seed, prompt, sample): what is asked is the same whenever it is asked. Whether
-the server then says the same is the server's affair.
+Messages go to chat/completions and text to completions, one request a sample, each with a seed
+made of (seed, prompt, sample): a request is the same whenever it is made. Whether the server then
+generates the same text is up to the server.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx2
 import jax
 
-from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.generation import openai_api, outputs
-from distill_jax.generation import prompts as reading
-from distill_jax.generation.http_client import Client, Failed, Refused
+from distill_jax.generation.http_client import Client, RequestFailed, RequestRefused
+from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.journal import SampleJournal
-from distill_jax.generation.openai_api import RESPONSES, PromptIds, Responses, Served
-from distill_jax.generation.sampling import Sampling
+from distill_jax.generation.openai_api import PromptIds, Responses, ServedModel
+from distill_jax.generation.prompts import Prompts, read_prompts
 from distill_jax.generation.scheduler import SampleKey
 from distill_jax.runtime import distributed
 from distill_jax.runtime.progress import Progress
 
-GROUP_S = 1.0  # between two writes of what is finished
-HOPELESS = 100  # refusals before any sample, or failures in a row: it is not the prompts
+WRITE_EVERY_S = 1.0  # between two writes of finished samples
+# Refusals before any sample, or failures in a row: then it is not the prompts.
+MAX_CONSECUTIVE_FAILURES = 100
 
 
-def generate(config: Config, folder: Path) -> dict[str, Any]:
-  """Writes samples.jsonl into `folder`, as generate.py does, from what a server says.
+def generate(job: GenerationJob, folder: Path) -> dict[str, Any]:
+  """Writes samples.jsonl into `folder`, as local.generate does, of a server's texts.
 
-  A sample has `model` and `token_count`, as the server says; `tokens` and the log-probabilities
-  only where the server gives them. Reasoning that a server sets apart comes before the text as
-  DeepSeek-R1 writes it, "<think>\\n…\\n</think>\\n\\n…"; where nothing follows, it is left
-  open. `reason` is stop, eos or length; a server that does not say whether a stop string or
-  the model ended a text is taken to mean the string where generate.stop has any. With
+  A sample has `model` and `token_count`, as the server gives them; `tokens` and the
+  log-probabilities only where the server gives them. Reasoning that a server sets apart comes
+  before the text as DeepSeek-R1 writes it, "<think>\\n…\\n</think>\\n\\n…"; where nothing follows,
+  it is left open. `reason` is stop, eos or length; where a server does not tell whether a stop
+  string or the model ended a text, it is taken for the string if the job has any. With
   top_logprobs, responses.jsonl has the answers, for `record` with records.logprobs and
   records.logprobs_format=openai.
 
-  samples.rejected.jsonl has the prompts that cannot be used, and with generate.on_bad=skip
-  the samples that the server refuses, or fails at while it answers others. The same command
-  goes on where it was stopped: no finished sample is asked for again.
+  samples.rejected.jsonl has the prompts that cannot be used, and with on_bad=skip the samples
+  that the server refuses, or fails at while it answers others. A run that was stopped continues:
+  no finished sample is requested again.
 
-  Returns: prompts, rejected, samples, tokens, how many of each reason, retried requests, and
-    tokens_per_second of this process's part.
+  Returns:
+    prompts, rejected, samples, tokens, the number of samples for each reason, retried requests,
+    and tokens_per_second of this process's part.
 
   Raises:
-    InputError: config and prompts do not fit together; the server refuses a request, or does
+    InputError: job and prompts do not fit together; the server refuses a request, or does
       not answer, or not with what is needed. Finished samples are kept.
     Preempted: SIGTERM came; the same.
   """
-  _check(config)
-  prompts, c = reading.read(config), config.generate
-  digest = hashlib.sha256(json.dumps([*prompts.said.items()]).encode()).hexdigest()
-  about = {"prompts": digest, "teacher": {"served": c.server.model}}
-  if before := outputs.before(folder, about):
-    return before[0]
-  with SampleJournal(folder, about, None) as finished, Responses(folder) as responses:
-    asking = _Asking(config, folder, prompts, finished, responses)
-    rate = asyncio.run(asking.run())
-    rejected = [{"id": p, "sample": s, "reason": w} for (p, s), w in asking.rejected.items()]
-    rows = sorted(finished.rows, key=outputs.number)
-    assert len(rows) + len(asking.rejected) == len(prompts.said) * c.samples, "a sample is lost"
+  _check(job)
+  prompts = read_prompts(job)
+  digest = hashlib.sha256(json.dumps([*prompts.prompts.items()]).encode()).hexdigest()
+  origin = {"prompts": digest, "teacher": {"served": job.server.model}}
+  if result := outputs.finished_result(folder, origin):
+    return result
+  with SampleJournal(folder, origin, None) as journal, Responses(folder) as responses:
+    sampler = RemoteSampler(job, folder, prompts, journal, responses)
+    rate = asyncio.run(sampler.run())
+    rejected = [{"id": p, "sample": s, "reason": w} for (p, s), w in sampler.rejected.items()]
+    rows = sorted(journal.rows, key=outputs.sample_key)
+    wanted = len(prompts.prompts) * job.samples
+    assert len(rows) + len(rejected) == wanted, "a sample is lost"
     if not rows:
       raise InputError(f"the server refuses all that is asked; first: {rejected[-1]['reason']}")
-    if c.server.top_logprobs:
-      responses.publish([outputs.number(row) for row in rows])
+    if job.server.top_logprobs:
+      responses.publish([outputs.sample_key(row) for row in rows])
     result = {
-      "prompts": len(prompts.said),
+      "prompts": len(prompts.prompts),
       "rejected": outputs.write_rejected(folder, prompts, rejected),
       "samples": len(rows),
       "tokens": sum(row["token_count"] for row in rows),
-      **outputs.reasons(rows),
-      "retried": asking.retried,
+      **outputs.count_reasons(rows),
+      "retried": sampler.retried,
     }
-    outputs.write(folder, rows, prompts)
-    outputs.finish(folder, about, result, finished)
+    outputs.write_samples(folder, rows, prompts)
+    outputs.finish(folder, origin, result, journal)
     responses.remove()
   return result | {"tokens_per_second": rate}
 
 
-def _check(config: Config) -> None:
-  c, s = config.generate, config.generate.server
-  for name, value, least in (
-    ("samples", c.samples, 1),
-    ("max_new_tokens", c.max_new_tokens, 1),
-    ("server.in_flight", s.in_flight, 1),
-    ("server.timeout_s", s.timeout_s, 1e-3),
-    ("server.retries", s.retries, 0),
-    ("server.top_logprobs", s.top_logprobs, 0),
-    ("server.requests_per_minute", s.requests_per_minute, 0),
+def _check(job: GenerationJob) -> None:
+  """Refuses what a server cannot do, and numbers out of their range."""
+  s = job.server
+  for key, value, minimum in (
+    (job.key("samples"), job.samples, 1),
+    (job.key("max_new_tokens"), job.max_new_tokens, 1),
+    ("generate.server.in_flight", s.in_flight, 1),
+    ("generate.server.timeout_s", s.timeout_s, 1e-3),
+    ("generate.server.retries", s.retries, 0),
+    ("generate.server.top_logprobs", s.top_logprobs, 0),
+    ("generate.server.requests_per_minute", s.requests_per_minute, 0),
   ):
-    if value < least:
-      raise InputError(f"generate.{name} is {value}; it is at least {least}")
-  try:
-    url = httpx2.URL(s.url)
-    good = url.scheme in ("http", "https") and url.host and not url.userinfo
-  except httpx2.InvalidURL:
-    good = False
-  if not good:  # and it is not repeated: it may hold a password
+    if value < minimum:
+      raise InputError(f"{key} is {value}; it is at least {minimum}")
+  if not _is_address(s.url):  # and it is not repeated: it may hold a password
     raise InputError(
       "generate.server.url is no address of a server; give one as http://localhost:8000/v1, and "
       "a key by generate.server.api_key_env"
     )
-  if c.repetition or c.records_dir:
+  if job.repetition:
     raise InputError(
-      "generate.repetition and generate.records_dir are for a teacher here; filter what a server "
-      f"repeats, and `record` its {RESPONSES}"
+      "generate.repetition is for a teacher here; set it to 0, and filter what a server repeats"
     )
-  if not all(c.stop):
+  if not all(job.stop):
     raise InputError("generate.stop holds an empty string, which ends every text; leave it out")
   if jax.process_count() > 1:
     raise InputError("a server is asked by one process; leave --distributed out")
-  Sampling.of(c)
 
 
-class _Asking:
-  """The samples that a run asks for, and what becomes of them.
+def _is_address(url: str) -> bool:
+  try:
+    parsed = httpx2.URL(url)
+  except httpx2.InvalidURL:
+    return False
+  return parsed.scheme in ("http", "https") and bool(parsed.host) and not parsed.userinfo
+
+
+class Answered(NamedTuple):
+  """A sample that the server generated.
+
+  Attributes:
+    row: of samples.jsonl, as the journal keeps it.
+    response: the line of responses.jsonl.
+  """
+
+  row: outputs.JournalRow
+  response: dict[str, Any]
+
+
+class Unanswered(NamedTuple):
+  """A sample that the server refused, or failed at.
+
+  Attributes:
+    server_answers: whether it answers other requests.
+  """
+
+  key: SampleKey
+  error: RequestFailed | RequestRefused
+  server_answers: bool
+
+
+class RemoteSampler:
+  """Requests the samples that are missing, several at once.
+
+  Workers make requests and put what becomes of each into a queue; `_collect` alone reads it,
+  counts, and writes.
 
   Attributes:
     rejected: why there is no sample, by (prompt, sample).
@@ -132,152 +164,184 @@ class _Asking:
 
   def __init__(
     self,
-    config: Config,
+    job: GenerationJob,
     folder: Path,
-    prompts: reading.Prompts,
-    finished: SampleJournal,
+    prompts: Prompts,
+    journal: SampleJournal,
     responses: Responses,
   ):
-    self._config, self._folder, self._prompts = config, folder, prompts
-    self._finished, self._responses = finished, responses
-    self._ids = PromptIds(config)
-    self._done: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    self._tokens = self._left = self._barren = self.retried = 0
+    self._job, self._folder, self._prompts = job, folder, prompts
+    self._journal, self._responses = journal, responses
+    self._prompt_ids = PromptIds(job)
+    self._skip = job.on_bad == "skip"
+    self._results: asyncio.Queue[Answered | Unanswered | Exception] = asyncio.Queue()
+    self._unwritten: list[Answered] = []
+    self._tokens = self._missing = self._consecutive_failures = self.retried = 0
     self.rejected: dict[SampleKey, str] = {}
 
   async def run(self) -> float:
-    """Asks for what is not there yet. Returns how many tokens came a second."""
-    c = self._config.generate
-    wanted = [(p, s) for p in self._prompts.said for s in range(c.samples)]
-    have = {outputs.number(row) for row in self._finished.rows}
-    todo = [w for w in wanted if w not in have]
-    if c.server.top_logprobs:
+    """Requests every sample that is not there yet; returns tokens per second."""
+    keys = [(p, s) for p in self._prompts.prompts for s in range(self._job.samples)]
+    have = {outputs.sample_key(row) for row in self._journal.rows}
+    missing = [key for key in keys if key not in have]
+    if self._job.server.top_logprobs:
       self._responses.check(have)
-    if not todo:
+    if not missing:
       return 0.0
-    self._left, self._start = len(todo), time.perf_counter()
+    self._missing, self._start = len(missing), time.perf_counter()
     with (
       distributed.Preemption() as preemption,
-      Progress("generate", len(wanted), "samples", start=len(have)) as self._progress,
+      Progress("generate", len(keys), "samples", start=len(have)) as self._progress,
     ):
-      async with Client(c.server, self._config.seed) as self._client:
-        await self._all(todo, preemption)
+      async with Client(self._job.server, self._job.seed) as self._client:
+        await self._sample(missing, preemption)
     return self._tokens / (time.perf_counter() - self._start)
 
-  async def _all(self, todo: list[SampleKey], preemption: distributed.Preemption) -> None:
-    self._served = await self._who()
-    if others := {row["model"] for row in self._finished.rows} - {self._served.model}:
+  async def _sample(self, missing: Sequence[SampleKey], preemption: distributed.Preemption) -> None:
+    """Requests samples with workers, each of which takes the next key when it is done."""
+    self._served = await self._served_model()
+    if others := {row["model"] for row in self._journal.rows} - {self._served.name}:
       raise InputError(
-        f"{self._folder} holds samples of {min(others)} and the server has {self._served.model}; "
+        f"{self._folder} holds samples of {min(others)} and the server has {self._served.name}; "
         "bring the old one back or choose another --workdir"
       )
-    left = iter(todo)
-    workers = [
-      asyncio.create_task(self._work(left)) for _ in todo[: self._config.generate.server.in_flight]
-    ]
+    keys = iter(missing)
+    workers = [asyncio.create_task(self._work(keys)) for _ in missing[: self._job.server.in_flight]]
     try:
-      running = set(workers)
-      while running:
-        over, running = await asyncio.wait(
-          running, timeout=GROUP_S, return_when=asyncio.FIRST_EXCEPTION
-        )
-        self._write()
-        for worker in over:
-          worker.result()
-        if running and preemption.reached(self._tokens):
-          raise distributed.Preemption.stop("generate", "finished samples are kept")
+      await self._collect(preemption)
     finally:
       for worker in workers:
         worker.cancel()
       await asyncio.gather(*workers, return_exceptions=True)
-      self._write()
+      self._keep_answers()
 
-  async def _who(self) -> Served:
-    """What the server says of itself."""
-    name = self._config.generate.server.model
+  async def _work(self, keys: Iterator[SampleKey]) -> None:
+    """Requests one sample after another, until one shows that the run has to stop."""
+    for key in keys:
+      answered = self._client.answered
+      try:
+        self._results.put_nowait(await self._request(*key))
+      except RequestFailed as e:
+        others = self._client.answered > answered or (self._skip and await self._is_alive())
+        self._results.put_nowait(Unanswered(key, e, others))
+        if not (self._skip and others):
+          return
+      except RequestRefused as e:
+        self._results.put_nowait(Unanswered(key, e, True))
+        if not self._skip:
+          return
+      except Exception as e:  # raised in `_collect`
+        self._results.put_nowait(e)
+        return
+
+  async def _request(self, prompt: int, sample: int) -> Answered:
+    content, top = self._prompts.prompts[prompt].content, self._job.server.top_logprobs
+
+    def parse(answer: Any) -> Answered:
+      row, token_logprobs = openai_api.parse(answer, self._job.stop)
+      if top and token_logprobs is None:
+        raise InputError(
+          f"{self._served.name} is served without log-probabilities; set "
+          "generate.server.top_logprobs=0"
+        )
+      response: dict[str, Any] = {"id": prompt, "sample": sample}
+      if top:
+        response |= {k: v for k, v in answer.items() if k != "id"}
+        logprobs = {"logprobs": {"content": token_logprobs}}
+        response["choices"] = [answer["choices"][0] | logprobs]
+        response["prompt_token_ids"] = self._prompt_ids(content, answer)
+      numbers = {"prompt": prompt, "sample": sample, "model": self._served.name}
+      return Answered({**numbers, **row}, response)
+
+    path, body = openai_api.request(self._job, self._served, content, prompt, sample)
+    return await self._client.request(path, body, f"{prompt}/{sample}", parse)
+
+  async def _served_model(self) -> ServedModel:
+    """The model that the server serves, as it describes it."""
+    name = self._job.server.model
     try:
-      return await self._client.ask("models", None, "models", lambda said: Served.of(said, name))
-    except Failed as e:
+      return await self._client.request(
+        "models", None, "models", lambda answer: ServedModel.from_answer(answer, name)
+      )
+    except RequestFailed as e:
       raise self._stopped(e) from e
-    except Refused as e:
+    except RequestRefused as e:
       if not name:
         raise InputError(f"generate.server.model is empty and {e}; name the model") from e
-      return Served(name)
+      return ServedModel(name)
 
-  async def _alive(self) -> bool:
+  async def _is_alive(self) -> bool:
     """Whether the server answers anything: then it is the request that it fails at."""
     try:
-      await self._client.ask("models", None, "alive", lambda said: said)
-    except Refused:
+      await self._client.request("models", None, "alive", lambda answer: answer)
+    except RequestRefused:
       return True
-    except Failed:
+    except RequestFailed:
       return False
     return True
 
-  async def _work(self, todo: Iterator[SampleKey]) -> None:
-    """Asks for one sample after another."""
-    skip = self._config.generate.on_bad == "skip"
-    for wanted in todo:
-      answered = self._client.answered
-      try:
-        come = await self._sample(*wanted)  # before `_done` is looked up: _write replaces it
-        self._done.append(come)
-        self._barren = 0
-        continue
-      except Failed as e:
-        self._barren += 1
-        alive = self._client.answered > answered or (skip and await self._alive())
-        if not (skip and alive and self._barren < HOPELESS):
-          raise self._stopped(e) from e
-        self.rejected[wanted] = f"the server {e}"
-      except Refused as e:
-        self.rejected[wanted] = str(e)
-        hopeless = not (self._finished.rows or self._done) and len(self.rejected) >= HOPELESS
-        if hopeless or not skip:
-          raise InputError(
-            f"sample {wanted[1]} of prompt {wanted[0]}: {e}; mend the prompt or the config"
-            + ("" if skip else ", or set generate.on_bad=skip")
-          ) from e
-      self._left -= 1
+  async def _collect(self, preemption: distributed.Preemption) -> None:
+    """Reads what becomes of the requests until there is no more, and writes every second."""
+    clock = asyncio.get_running_loop().time
+    while self._missing:
+      with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout_at(clock() + WRITE_EVERY_S):
+          while self._missing:
+            self._take(await self._results.get())
+      self._write()
+      if self._missing and preemption.reached(self._tokens):
+        raise distributed.Preemption.stop("generate", "finished samples are kept")
 
-  async def _sample(self, prompt: int, sample: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the row of samples.jsonl, the line of responses.jsonl)."""
-    said, top = self._prompts.said[prompt][0], self._config.generate.server.top_logprobs
-
-    def read(answer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-      row, content = openai_api.read(answer, self._config.generate.stop)
-      if top and content is None:
+  def _take(self, result: Answered | Unanswered | Exception) -> None:
+    """Counts one result. Raises InputError where the run has to stop."""
+    if isinstance(result, Exception):
+      raise result
+    if isinstance(result, Answered):
+      self._unwritten.append(result)
+      self._consecutive_failures = 0
+    elif isinstance(result.error, RequestFailed):
+      self._consecutive_failures += 1
+      is_hopeless = self._consecutive_failures >= MAX_CONSECUTIVE_FAILURES
+      if is_hopeless or not (self._skip and result.server_answers):
+        raise self._stopped(result.error) from result.error
+      self.rejected[result.key] = f"the server {result.error}"
+    else:
+      self.rejected[result.key] = str(result.error)
+      nothing_yet = not (self._journal.rows or self._unwritten)
+      is_hopeless = nothing_yet and len(self.rejected) >= MAX_CONSECUTIVE_FAILURES
+      if is_hopeless or not self._skip:
+        prompt, sample = result.key
         raise InputError(
-          f"{self._served.model} is served without log-probabilities; set "
-          "generate.server.top_logprobs=0"
-        )
-      line: dict[str, Any] = {"id": prompt, "sample": sample}
-      if top:
-        line |= {k: v for k, v in answer.items() if k != "id"}
-        line["choices"] = [answer["choices"][0] | {"logprobs": {"content": content}}]
-        line["prompt_token_ids"] = self._ids.of(said, answer)
-      return {"prompt": prompt, "sample": sample, "model": self._served.model, **row}, line
+          f"sample {sample} of prompt {prompt}: {result.error}; mend the prompt or the config"
+          + ("" if self._skip else f", or set {self._job.key('on_bad')}=skip")
+        ) from result.error
+    self._missing -= 1
 
-    path, body = openai_api.request(self._config, self._served, said, prompt, sample)
-    return await self._client.ask(path, body, f"{prompt}/{sample}", read)
+  def _keep_answers(self) -> None:
+    """Writes the answers that are still in the queue, where the run stops."""
+    while not self._results.empty():
+      result = self._results.get_nowait()
+      if isinstance(result, Answered):
+        self._unwritten.append(result)
+        self._missing -= 1
+    self._write()
 
   def _write(self) -> None:
-    """Puts on disk what has come."""
-    done, self._done = self._done, []
-    if self._config.generate.server.top_logprobs:
-      self._responses.add([line for _, line in done])
-    rows = [row for row, _ in done]
-    self._finished.add(rows, [{} for _ in rows])
-    self._left -= len(rows)
-    self._tokens += sum(row["token_count"] for row in rows)
+    """Writes the answers of which nothing is on disk."""
+    answers, self._unwritten = self._unwritten, []
+    if self._job.server.top_logprobs:
+      self._responses.add([a.response for a in answers])
+    self._journal.add([a.row for a in answers], [{} for _ in answers])
+    self._tokens += sum(a.row["token_count"] for a in answers)
     self.retried = self._client.retried
     rate = self._tokens / (time.perf_counter() - self._start)
-    self._progress.add(len(rows), tokens_per_second=rate, retried=self.retried)
+    self._progress.add(len(answers), tokens_per_second=rate, retried=self.retried)
 
-  def _stopped(self, why: Failed) -> InputError:
-    self._write()
+  def _stopped(self, why: RequestFailed) -> InputError:
+    """The error of a server that does not answer, once its answers so far are on disk."""
+    self._keep_answers()
     return InputError(
-      f"the server at {self._config.generate.server.url} {why}; {len(self._finished.rows)} samples "
-      f"are kept in {self._folder} and {self._left} are left, so see to the server and run the "
-      "same command again"
+      f"the server at {self._job.server.url} {why}; {len(self._journal.rows)} samples are kept in "
+      f"{self._folder} and {self._missing} are left, so see to the server and run the same command "
+      "again"
     )

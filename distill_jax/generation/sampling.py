@@ -1,7 +1,7 @@
 """The next token of each row: greedy, or drawn by temperature, top-k, top-p and min-p.
 
-Nothing is sorted. Top-k and min-p are thresholds on logits. Top-p asks of a drawn token
-whether the likelier ones hold less than p of the mass, and draws again where they do not:
+Nothing is sorted. Top-k and min-p are thresholds on logits. Top-p tests whether the tokens
+likelier than a drawn one hold less than p of the mass, and draws again where they do not:
 at least p of the draws are kept, and those are distributed as the renormalised nucleus is.
 """
 
@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.errors import InputError
-from distill_jax.generation.options import GenerateOptions
 from distill_jax.records import sampler
 
 
@@ -23,10 +22,10 @@ class Sampling:
   """How a token is chosen, in this order: temperature, top-k, top-p, min-p.
 
   Attributes:
-    temperature: 0 takes the likeliest token, and the others say nothing then.
-    top_k: how many of the likeliest tokens are kept, equals of the last too; 0: all.
+    temperature: 0 takes the likeliest token, whatever the others are.
+    top_k: how many of the likeliest tokens are kept, ties with the last too; 0: all.
     top_p: the fewest likeliest tokens that hold this mass are kept (arXiv:1904.09751).
-    min_p: tokens at least so likely, relative to the likeliest (arXiv:2407.01082).
+    min_p: tokens at least so likely, relative to the likeliest, are kept (arXiv:2407.01082).
   """
 
   temperature: float = 1.0
@@ -35,71 +34,85 @@ class Sampling:
   min_p: float = 0.0
 
   def __post_init__(self):
-    if not 0 <= self.temperature < math.inf:
-      raise InputError(f"temperature is {self.temperature:g}; it is at least 0, which is greedy")
-    if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-      raise InputError(
-        f"top_k is {self.top_k}, top_p {self.top_p:g} and min_p {self.min_p:g}; they are at least "
-        "0 (all), above 0 up to 1 (all), and from 0 (all) to 1"
-      )
+    for name, value, is_valid, expected in (
+      ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+      ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
+      ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, up to 1 (all)"),
+      ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 (all) to 1"),
+    ):
+      if not is_valid:
+        raise InputError(f"{name} is {value:g}; expected {expected}")
 
   @classmethod
-  def of(cls, c: GenerateOptions) -> Sampling:
-    return cls(c.temperature, c.top_k, c.top_p, c.min_p)
+  def from_section(
+    cls, section: str, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+  ) -> Sampling:
+    """The sampling of a config section, which errors name."""
+    try:
+      return cls(temperature, top_k, top_p, min_p)
+    except InputError as e:
+      raise InputError(f"{section}.{e}") from e
 
 
-def choose(logits_BV: jax.Array, keys_B: jax.Array, compute: Sampling) -> jax.Array:
-  """The next token of each row, int32 [B]; -inf is never chosen.
+def choose(logits_BV: jax.Array, keys_B: jax.Array, spec: Sampling) -> jax.Array:
+  """Chooses the next token of each row, int32 [B]; a logit of -inf is never chosen.
 
   Args:
     logits_BV: float32.
-    keys_B: a key for each row, which alone decides it, beside its logits.
+    keys_B: a key for each row; the choice is a function of it and of the row's logits.
   """
   logits_BCV = logits_BV[:, None]
-  if compute.temperature == 0:
+  if spec.temperature == 0:
     return sampler.argmax(logits_BCV)[:, 0]
-  top_BCV, drawn_BCV = warp(logits_BCV, compute)
+  top_BCV, drawn_BCV = warp(logits_BCV, spec)
 
   def draw(n: int | jax.Array) -> jax.Array:
     u_BC = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, n), (1,)))(keys_B)
     return sampler.systematic(drawn_BCV, u_BC, 1)[:, 0]
 
-  if compute.top_p == 1:
+  if spec.top_p == 1:
     return draw(0)[:, 0]
   total_BC = jnp.sum(top_BCV, -1)
 
-  def again(carry):
-    n, ids_BC, ok_BC = carry
+  def is_unfinished(carry):
+    _, _, accepted_BC = carry
+    return ~jnp.all(accepted_BC)
+
+  def draw_again(carry):
+    n, ids_BC, accepted_BC = carry
     new_BC = draw(n)
     return (
       n + 1,
-      jnp.where(ok_BC, ids_BC, new_BC),
-      ok_BC | in_nucleus(top_BCV, total_BC, new_BC, compute.top_p),
+      jnp.where(accepted_BC, ids_BC, new_BC),
+      accepted_BC | in_nucleus(top_BCV, total_BC, new_BC, spec.top_p),
     )
 
   ids_BC = jnp.zeros(logits_BV.shape[:1] + (1,), jnp.int32)
-  start = jnp.int32(0), ids_BC, jnp.isnan(total_BC)  # of which no draw would ever be kept
-  return jax.lax.while_loop(lambda carry: ~jnp.all(carry[2]), again, start)[1][:, 0]
+  start = jnp.int32(0), ids_BC, jnp.isnan(total_BC)  # NaN: no draw would ever be accepted
+  _, ids_BC, _ = jax.lax.while_loop(is_unfinished, draw_again, start)
+  return ids_BC[:, 0]
 
 
-def warp(logits_BCV: jax.Array, compute: Sampling) -> tuple[jax.Array, jax.Array]:
-  """(likelihood relative to the likeliest of what top-k keeps, logits of what min-p keeps of it).
+def warp(logits_BCV: jax.Array, spec: Sampling) -> tuple[jax.Array, jax.Array]:
+  """Applies temperature, top-k and min-p to logits.
 
-  Both at the temperature; what is not kept is 0 in the one and -inf in the other.
+  Returns:
+    Of what top-k keeps, likelihoods relative to the likeliest, 0 elsewhere; of what min-p keeps of
+    these, logits at the temperature, -inf elsewhere.
   """
-  z_BCV = logits_BCV / compute.temperature
-  if 0 < compute.top_k < z_BCV.shape[-1]:
-    top_BCk, _ = sampler.top_k(z_BCV, compute.top_k)
+  z_BCV = logits_BCV / spec.temperature
+  if 0 < spec.top_k < z_BCV.shape[-1]:
+    top_BCk, _ = sampler.top_k(z_BCV, spec.top_k)
     z_BCV = jnp.where(z_BCV >= top_BCk[..., -1:], z_BCV, -jnp.inf)
   peak_BC1 = jnp.max(z_BCV, -1, keepdims=True)
   e_BCV = jnp.exp(z_BCV - peak_BC1)
-  if compute.min_p > 0:
-    z_BCV = jnp.where(e_BCV >= compute.min_p, z_BCV, -jnp.inf)
+  if spec.min_p > 0:
+    z_BCV = jnp.where(e_BCV >= spec.min_p, z_BCV, -jnp.inf)
   return e_BCV, z_BCV
 
 
 def in_nucleus(e_BCV: jax.Array, total_BC: jax.Array, ids_BC: jax.Array, p: float) -> jax.Array:
   """Whether the tokens likelier than these hold less than p of the mass, bool [B, C]."""
-  mine_BC1 = jnp.take_along_axis(e_BCV, ids_BC[..., None], -1)
-  above_BC = jnp.sum(jnp.where(e_BCV > mine_BC1, e_BCV, 0), -1)
+  own_BC1 = jnp.take_along_axis(e_BCV, ids_BC[..., None], -1)
+  above_BC = jnp.sum(jnp.where(e_BCV > own_BC1, e_BCV, 0), -1)
   return above_BC < p * total_BC

@@ -9,22 +9,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from distill_jax.generation.engine import Device, Rows
+from distill_jax.generation.engine import Engine, RowState
+from distill_jax.generation.options import DecodingOptions
 from distill_jax.generation.stops import Stops
 
-SampleKey = tuple[int, int]  # (prompt, sample)
+SampleKey = tuple[int, int]  # (prompt, sample): their numbers
+RECORD = "record_"  # begins the names of recorded fields in the engine's outputs
 
 
 @dataclasses.dataclass
-class Sample:
-  """One text: under way, then finished.
+class GeneratedSample:
+  """One text, in progress or finished.
 
   Attributes:
     prompt, sample: its numbers.
     length: of the prompt, in tokens.
-    tokens: what was generated, the token that ended it included.
-    logps: of the tokens, under the model as it is.
-    records: by name, for each token, what the device said of its distribution.
+    tokens: the generated tokens, with the one that ended the text.
+    logps: of these tokens, under the model as it is.
+    records: by field, what was recorded of each token's distribution.
     reason: why it is finished: stop, eos, length or repetition; "" while it is not.
   """
 
@@ -38,26 +40,39 @@ class Sample:
   )
   reason: str = ""
 
+  @property
+  def key(self) -> SampleKey:
+    return self.prompt, self.sample
+
+  @property
+  def text_tokens(self) -> list[int]:
+    """The tokens without the one that ends a document."""
+    return self.tokens[:-1] if self.reason == "eos" else self.tokens
+
   def add(
-    self, said: dict[str, np.ndarray], row: int, stops: Stops, eos: tuple[int, ...], limit: int
+    self,
+    outputs: Mapping[str, np.ndarray],
+    row: int,
+    stops: Stops,
+    eos: tuple[int, ...],
+    max_tokens: int,
   ) -> None:
-    """Takes the row's new tokens, up to its end.
+    """Takes the new tokens of a row of the engine's outputs, up to the end of the text.
 
     Raises:
-      FloatingPointError: their probabilities are no numbers.
+      FloatingPointError: a token's log-probability is not finite.
     """
-    old, new = len(self.tokens), said["token"][:, row]
-    count = int((new >= 0).sum())
-    self.tokens += new[:count].tolist()
+    old, new_tokens = len(self.tokens), outputs["token"][:, row]
+    self.tokens += new_tokens[: int((new_tokens >= 0).sum())].tolist()
     if found := stops.first(self.tokens, old):
       n, self.reason = found
       del self.tokens[n:]
     elif self.tokens[-1] in eos:
       self.reason = "eos"
-    elif len(self.tokens) == limit:
+    elif len(self.tokens) == max_tokens:
       self.reason = "length"
     count = len(self.tokens) - old
-    logps = said["logp"][:count, row]
+    logps = outputs["logp"][:count, row]
     if not np.isfinite(logps).all():
       raise FloatingPointError(
         f"the log-probability of token {old + int(np.argmin(np.isfinite(logps)))} of prompt "
@@ -65,99 +80,105 @@ class Sample:
         "too large for its dtype"
       )
     self.logps += logps.tolist()
-    for name, x in said.items():
-      if name.startswith("record_"):
-        self.records[name.removeprefix("record_")].extend(x[:count, row])
+    for name, x in outputs.items():
+      if name.startswith(RECORD):
+        self.records[name.removeprefix(RECORD)].extend(x[:count, row])
 
 
-class Batch:
-  """Decodes samples of prompts, `rows` of them at once.
+class Scheduler:
+  """Decodes samples of prompts, options.batch_size of them at once.
 
-  Args:
-    fill: prompts that are read at once, `chunk` tokens at a time.
-    size: positions of a row; a text ends where its row does, or after `longest` tokens.
+  A text ends at the last position of its row, options.cache_len, or after `max_new_tokens`.
   """
 
   def __init__(
     self,
-    device: Device,
+    engine: Engine,
     prompts: Mapping[int, Sequence[int]],
     stops: Stops,
     eos: tuple[int, ...],
-    *,
-    rows: int,
-    fill: int,
-    chunk: int,
-    size: int,
-    longest: int,
+    options: DecodingOptions,
+    max_new_tokens: int,
   ):
-    self._device, self._prompts, self._stops, self.eos = device, prompts, stops, eos
-    self._fill, self._chunk, self._size, self._longest = fill, chunk, size, longest
-    self._rows: list[Sample | None] = [None] * rows
-    self._held: list[int] = []  # the prompts in the cache of prompts
+    self._engine, self._prompts, self._stops, self._eos = engine, prompts, stops, eos
+    self._cache_len, self._max_new_tokens = options.cache_len, max_new_tokens
+    self._prefill_rows, self._prefill_chunk = options.prefill_rows, options.prefill_chunk
+    self._rows: list[GeneratedSample | None] = [None] * options.batch_size
+    self._prefilled: list[int] = []  # the prompts in the engine's cache of prompts
 
-  def run(self, wanted: Iterable[SampleKey]) -> Iterator[tuple[list[Sample], int]]:
-    """(samples that have finished, tokens made) after each call of the device."""
-    queue = collections.deque(wanted)
+  def run(self, keys: Iterable[SampleKey]) -> Iterator[tuple[list[GeneratedSample], int]]:
+    """Yields (the samples that have finished, tokens made) after each call of the engine."""
+    queue = collections.deque(keys)
     while True:
       free = [i for i, s in enumerate(self._rows) if s is None]
-      # Prompts are read `fill` at a time, at the price of one or more: worth waiting for.
-      if queue and len(free) >= min(self._fill, len(queue)):
+      # A prefill costs the same for one prompt as for `prefill_rows`: worth waiting for.
+      if queue and len(free) >= min(self._prefill_rows, len(queue)):
         self._refill(free, queue)
       if all(s is None for s in self._rows):
         return
-      said = self._device.steps(self._state())
-      done = []
+      outputs = self._engine.decode(self._state())
+      finished = []
       for i, s in enumerate(self._rows):
         if s is not None:
-          s.add(said, i, self._stops, self.eos, self._limit(s))
+          s.add(outputs, i, self._stops, self._eos, self._max_tokens(s))
           if s.reason:
-            done.append(s)
+            finished.append(s)
             self._rows[i] = None
-      yield done, int((said["token"] >= 0).sum())
+      yield finished, int((outputs["token"] >= 0).sum())
 
-  def _limit(self, s: Sample) -> int:
-    return min(self._longest, self._size - s.length)
+  def _max_tokens(self, s: GeneratedSample) -> int:
+    return min(self._max_new_tokens, self._cache_len - s.length)
 
-  def _state(self) -> Rows:
-    def of(s: Sample | None) -> tuple[int, ...]:
-      if s is None:
-        return (0,) * 6
-      token = s.tokens[-1] if s.tokens else self._prompts[s.prompt][-1]
-      position, last = s.length + len(s.tokens) - 1, s.length + self._limit(s) - 1
-      return token, position, last, 1, s.prompt, s.sample
-
-    columns = np.array([of(s) for s in self._rows], np.int32).T
-    token, position, last, alive, prompt, sample = columns
-    return Rows(token, position, last, alive.astype(bool), prompt, sample)
+  def _state(self) -> RowState:
+    rows = RowState(*(np.zeros(len(self._rows), np.int32) for _ in dataclasses.fields(RowState)))
+    alive_B = np.array([s is not None for s in self._rows])
+    for i, s in enumerate(self._rows):
+      if s is not None:
+        rows.token_B[i] = s.tokens[-1] if s.tokens else self._prompts[s.prompt][-1]
+        rows.position_B[i] = s.length + len(s.tokens) - 1
+        rows.last_B[i] = s.length + self._max_tokens(s) - 1
+        rows.prompt_B[i], rows.sample_B[i] = s.key
+    return rows.replace(alive_B=alive_B)
 
   def _refill(self, free: list[int], queue: collections.deque[SampleKey]) -> None:
-    """Takes samples off the queue; those of one prompt share its reading."""
+    """Moves samples from the queue into free rows; those of one prompt share its prefill."""
     while free and queue:
-      if queue[0][0] not in self._held:
-        self._held = self._next(queue, len(free))
-        self._read(self._held)
-      sources, rows = [0] * self._fill, [len(self._rows)] * self._fill  # a row that is not there
-      for i in range(self._fill):
-        if not (free and queue and queue[0][0] in self._held):
-          break
-        prompt, sample = queue.popleft()
-        sources[i], rows[i] = self._held.index(prompt), free.pop(0)
-        self._rows[rows[i]] = Sample(prompt, sample, len(self._prompts[prompt]))
-      self._device.insert(np.array(sources, np.int32), np.array(rows, np.int32))
+      if queue[0][0] not in self._prefilled:
+        self._prefilled = self._next_prompts(queue, len(free))
+        self._prefill(self._prefilled)
+      self._insert(self._next_samples(free, queue))
 
-  def _next(self, queue: collections.deque[SampleKey], n: int) -> list[int]:
-    """The first `fill` prompts of the next n samples."""
-    return list(dict.fromkeys(p for p, _ in itertools.islice(queue, n)))[: self._fill]
+  def _next_prompts(self, queue: collections.deque[SampleKey], n: int) -> list[int]:
+    """The first `prefill_rows` prompts of the next n samples."""
+    prompts = dict.fromkeys(prompt for prompt, _ in itertools.islice(queue, n))
+    return list(prompts)[: self._prefill_rows]
 
-  def _read(self, numbers: list[int]) -> None:
-    """Prompts into the cache of prompts, but for each one's last token: the next step reads it."""
-    read = [self._prompts[n][:-1] for n in numbers]
-    read += [[]] * (self._fill - len(read))
-    for first in range(0, max(map(len, read)), self._chunk):
-      tokens = np.zeros((self._fill, self._chunk), np.int32)
-      counts = np.zeros(self._fill, np.int32)
-      for row, ids in enumerate(read):
-        some = ids[first : first + self._chunk]
-        tokens[row, : len(some)], counts[row] = some, len(some)
-      self._device.prefill(tokens, np.full(self._fill, first, np.int32), counts)
+  def _next_samples(
+    self, free: list[int], queue: collections.deque[SampleKey]
+  ) -> dict[int, SampleKey]:
+    """By row, the samples of prefilled prompts that begin next, at most `prefill_rows` of them."""
+    begin: dict[int, SampleKey] = {}
+    while free and queue and queue[0][0] in self._prefilled and len(begin) < self._prefill_rows:
+      begin[free.pop(0)] = queue.popleft()
+    return begin
+
+  def _insert(self, begin: Mapping[int, SampleKey]) -> None:
+    """Begins samples: each one's prompt is copied from the cache of prompts into its row."""
+    no_row = len(self._rows)
+    from_P = np.zeros(self._prefill_rows, np.int32)
+    to_P = np.full(self._prefill_rows, no_row, np.int32)
+    for i, (row, (prompt, sample)) in enumerate(begin.items()):
+      from_P[i], to_P[i] = self._prefilled.index(prompt), row
+      self._rows[row] = GeneratedSample(prompt, sample, len(self._prompts[prompt]))
+    self._engine.insert(from_P, to_P)
+
+  def _prefill(self, numbers: Sequence[int]) -> None:
+    """Reads prompts but for each one's last token, which the first decode step reads."""
+    P, C = self._prefill_rows, self._prefill_chunk
+    prompts = [self._prompts[n][:-1] for n in numbers]
+    for first in range(0, max(map(len, prompts)), C):
+      tokens_PC, count_P = np.zeros((P, C), np.int32), np.zeros(P, np.int32)
+      for row, ids in enumerate(prompts):
+        piece = ids[first : first + C]
+        tokens_PC[row, : len(piece)], count_P[row] = piece, len(piece)
+      self._engine.prefill(tokens_PC, np.full(P, first, np.int32), count_P)

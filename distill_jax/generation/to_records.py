@@ -1,8 +1,9 @@
-"""Generated texts as records: packed whole, with what the teacher said as it wrote them."""
+"""Generated texts as records: packed whole, with the teacher's distributions as it wrote them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,85 +18,102 @@ from distill_jax.records.options import RecordsOptions
 from distill_jax.records.store import Writer
 from distill_jax.runtime import storage
 
-Row = dict[str, Any]  # of samples.jsonl
+Row = Mapping[str, Any]  # of samples.jsonl, by its `prompt`'s number and `tokens`
 
 
-def token_record(c: RecordsOptions) -> np.dtype:
-  """What is kept of each token, as sampler.of_logits says it."""
-  logp = [("logp", "<f4", (c.n,))] if c.logp or c.kind == "topk" else []
-  scalars = [("entropy", "<f4"), ("label_logp", "<f4"), ("argmax", "<i4")]
-  return np.dtype([("ids", "<i4", (c.n,)), *logp, *scalars])
+@dataclasses.dataclass(frozen=True)
+class GeneratedStore:
+  """The store at generate.records_dir that sampled texts become, as section `records` has it."""
 
+  config: Config
 
-def check(config: Config) -> None:
-  """Refuses a store that generated texts cannot fill."""
-  if config.data.seq_len < config.generate.cache_len:
-    raise InputError(
-      f"data.seq_len is {config.data.seq_len} and texts have up to generate.cache_len "
-      f"{config.generate.cache_len} tokens; records hold them whole, so raise the first or lower "
-      "the other"
-    )
-  if config.records.taps:
-    raise InputError(
-      f"records.taps is {config.records.taps}, and texts are generated without taps; leave it "
-      "empty, or record the text"
-    )
-
-
-def write(
-  config: Config,
-  tokenizer: Tokenizer,
-  prompts: dict[int, list[int]],
-  rows: Sequence[Row],
-  records: Callable[[int], np.ndarray],
-) -> dict[str, Any]:
-  """Packs texts in order, each after its prompt, into a store; only the texts are learnt.
-
-  Args:
-    rows: texts by their `prompt` and `tokens`.
-    records: of the number of one of these, what was kept of its tokens.
-  """
-  T, documents = config.data.seq_len, (_document(prompts[r["prompt"]], r["tokens"]) for r in rows)
-  packed = list(packing.pack(documents, T, None, whole=True))
-  light = [sequence.record() for sequence in packed]
-  ends = np.cumsum([sequence.segments_T.max() for sequence in packed])  # of the texts in each
-  some = lambda n: range(ends[n - 1] if n else 0, ends[n])
-  corpus = recorder.Corpus.of_text(light, tokenizer, T)
-  of_text = config.records.kind == "text"
-  teacher = {} if of_text else loading.identity(config.teacher, config.seed)
-  manifest = recorder.manifest_of(config.records, corpus, teacher)
-  with storage.Synced(config.generate.records_dir) as folder, Writer(folder, manifest) as writer:
-    for shard in writer.missing():
-      writer.write_shard(
-        shard,
-        (light[n] | _targets(config.records, prompts, rows, some(n), T, records) for n in shard),
+  def check(self) -> None:
+    """Refuses a store that generated texts cannot fill."""
+    data, generate, records = self.config.data, self.config.generate, self.config.records
+    if data.seq_len < generate.cache_len:
+      raise InputError(
+        f"data.seq_len is {data.seq_len} and texts have up to generate.cache_len "
+        f"{generate.cache_len} tokens; records hold them whole, so raise the first or lower "
+        "the other"
       )
-    done = writer.complete()
-  assert done is not None
-  sums = {k: sum(getattr(s, k) for s in done.shards) for k in ("tokens", "entries", "bytes")}
-  return {"sequences": done.total, **sums}
+    if records.taps:
+      raise InputError(
+        f"records.taps is {records.taps}, and texts are generated without taps; leave it empty, or "
+        "record the text"
+      )
+
+  @property
+  def records(self) -> RecordsOptions | None:
+    """What is recorded of each token's distribution; None: nothing."""
+    return None if self.config.records.kind == "text" else self.config.records
+
+  @property
+  def token_record(self) -> np.dtype | None:
+    """What is recorded of each token, as sampler.of_logits gives it; None: nothing."""
+    c = self.records
+    if c is None:
+      return None
+    logp = [("logp", "<f4", (c.n,))] if c.logp or c.kind == "topk" else []
+    scalars = [("entropy", "<f4"), ("label_logp", "<f4"), ("argmax", "<i4")]
+    return np.dtype([("ids", "<i4", (c.n,)), *logp, *scalars])
+
+  def write(
+    self,
+    tokenizer: Tokenizer,
+    prompts: Mapping[int, Sequence[int]],
+    rows: Sequence[Row],
+    token_records: Callable[[int], np.ndarray],
+  ) -> dict[str, Any]:
+    """Packs texts in order, each after its prompt, into the store; the prompts are not trained on.
+
+    Args:
+      prompts: the tokens of each prompt.
+      token_records: of the place of a text in `rows`, what was recorded of its tokens.
+    """
+    T = self.config.data.seq_len
+    documents = (_document(prompts[r["prompt"]], r["tokens"]) for r in rows)
+    packed = list(packing.pack(documents, T, None, whole=True))
+    sequences = [sequence.record() for sequence in packed]
+    ends = np.cumsum([sequence.segments_T.max() for sequence in packed])  # of the texts in each
+
+    def row(n: int) -> dict[str, np.ndarray]:
+      texts = range(ends[n - 1] if n else 0, ends[n])
+      return sequences[n] | self._targets(prompts, rows, texts, token_records)
+
+    config = self.config
+    teacher = loading.identity(config.teacher, config.seed) if self.records else {}
+    corpus = recorder.Corpus.of_text(sequences, tokenizer, T)
+    manifest = recorder.manifest_of(config.records, corpus, teacher)
+    target = self.config.generate.records_dir
+    with storage.Synced(target) as folder, Writer(folder, manifest) as writer:
+      for shard in writer.missing():
+        writer.write_shard(shard, map(row, shard))
+      done = writer.complete()
+    assert done is not None
+    sums = {k: sum(getattr(s, k) for s in done.shards) for k in ("tokens", "entries", "bytes")}
+    return {"sequences": done.total, **sums}
+
+  def _targets(
+    self,
+    prompts: Mapping[int, Sequence[int]],
+    rows: Sequence[Row],
+    texts: Sequence[int],
+    token_records: Callable[[int], np.ndarray],
+  ) -> dict[str, np.ndarray]:
+    """The recorded fields of one packed sequence, which holds `texts` of `rows`."""
+    if self.token_record is None:
+      return {}
+    targets = np.zeros(self.config.data.seq_len, self.token_record)
+    at = 0
+    for i in texts:
+      read, written = len(prompts[rows[i]["prompt"]]), len(rows[i]["tokens"])
+      first = at + read - 1  # the position whose label is the first generated token
+      targets[first : first + written] = token_records(i)
+      at += read + written
+    names = {"ids": "ids_TN", "logp": "logp_TN"}
+    return {names.get(n, f"{n}_T"): targets[n] for n in targets.dtype.names or ()}
 
 
-def _document(prompt: list[int], said: list[int]) -> tuple[list[int], list[bool]]:
-  return [*prompt, *said], [False] * len(prompt) + [True] * len(said)
-
-
-def _targets(
-  c: RecordsOptions,
-  prompts: dict[int, list[int]],
-  rows: Sequence[Row],
-  some: Sequence[int],
-  T: int,
-  records: Callable[[int], np.ndarray],
-) -> dict[str, np.ndarray]:
-  if c.kind == "text":
-    return {}
-  said = np.zeros(T, token_record(c))
-  at = 0
-  for i in some:
-    read, written = len(prompts[rows[i]["prompt"]]), len(rows[i]["tokens"])
-    first = at + read - 1  # the position whose label is the first token written
-    said[first : first + written] = records(i)
-    at += read + written
-  names = {"ids": "ids_TN", "logp": "logp_TN"}
-  return {names.get(n, f"{n}_T"): said[n] for n in said.dtype.names or ()}
+def _document(prompt: Sequence[int], tokens: Sequence[int]) -> tuple[list[int], list[bool]]:
+  """A text after its prompt, and which of these tokens are trained on."""
+  return [*prompt, *tokens], [False] * len(prompt) + [True] * len(tokens)

@@ -73,10 +73,10 @@ def read_tokenizer(folder: pathlib.Path) -> TokenizerFiles | None:
   )
 
 
-def check_vocabulary(tokens: int, rows: int) -> None:
+def check_vocabulary(tokens: int, rows: int, name: str = "the tokenizer") -> None:
   """Refuses a tokenizer with more tokens than the embedding has rows; spare rows are padding."""
   if tokens > rows:
     raise InputError(
-      f"the tokenizer has {tokens} tokens and the model's embedding {rows} rows; take the "
-      "tokenizer that belongs to these weights"
+      f"{name} has {tokens} tokens and the model's embedding {rows} rows; take the tokenizer that "
+      "belongs to these weights"
     )

@@ -10,8 +10,7 @@ import tiny
 from distill_jax import cli, config
 from distill_jax.commands import evaluate as evaluation
 from distill_jax.errors import InputError
-from distill_jax.evals import generative
-from distill_jax.generation import http_client
+from distill_jax.generation import http_client, local
 from distill_jax.report import model_card, report
 
 QUESTIONS = ["3 times 6 is", "hello", "0 times 3"]
@@ -64,7 +63,7 @@ def whole(tmp_path_factory):
   path = write(folder / "c.jsonl", choices)
   c.evals.choices = config.benchmark("jsonl", path=path, score="choice")
   with pytest.MonkeyPatch.context() as patch:  # answers are there, and not asked for again
-    patch.setattr(generative.decoding, "batch_of", None)
+    patch.setattr(local, "make_scheduler", None)
     return folder, c, run(c, folder / "run")
 
 

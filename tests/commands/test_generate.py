@@ -13,12 +13,13 @@ import transformers
 from tokenizers import Tokenizer, processors
 
 from distill_jax import config
+from distill_jax.commands import generate
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
-from distill_jax.generation import prompts
+from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.journal import SampleJournal
-from distill_jax.generation.local import generate
+from distill_jax.generation.prompts import read_prompts
 from distill_jax.models import loading
 from distill_jax.nn import sharding
 from distill_jax.records import sampler
@@ -51,7 +52,11 @@ def made(folder: Path, **changes):
 
 def run(c, folder: Path):
   folder.mkdir(exist_ok=True)
-  return generate(config.resolve(c), folder)
+  return generate.run(config.resolve(c), folder)
+
+
+def job_of(c) -> GenerationJob:
+  return GenerationJob.from_config(config.resolve(c))
 
 
 def lines(path: Path) -> list[dict]:
@@ -137,7 +142,7 @@ class Killed(BaseException):
 def test_gone_on_with_wherever_it_was_stopped(whole, tmp_path, monkeypatch):
   """In the middle of a line at that; the same samples and the same bytes of records come.
 
-  What is on disk then is on disk after kill -9 too, which test_served.py sends.
+  What is on disk then is on disk after kill -9 too, which test_remote.py sends.
   """
   folder, _ = whole
   add = SampleJournal.add
@@ -254,7 +259,7 @@ def test_text_begins_as_the_tokenizer_begins_it(tmp_path, bos):
   rows = [{"prompt": "ünï"}, {"prompt": hi}]
   Path(c.generate.prompts).write_text("".join(json.dumps(r) + "\n" for r in rows))
   tokenizer = load_tokenizer(path)
-  ids = prompts.read(config.resolve(c), tokenizer).ids
+  ids = read_prompts(job_of(c), tokenizer).ids
   assert ids[0] == theirs("ünï").input_ids and (ids[0][0] == 256) == bool(bos)
   chat = theirs.apply_chat_template(hi, add_generation_prompt=True, return_dict=False)
   assert ids[1] == chat
@@ -268,10 +273,10 @@ def test_prompts_in_a_bucket(tmp_path, monkeypatch):
   fsspec.filesystem("memory").pipe("/bucket/asked/p.txt", b"one\n\ntwo\n")
   c = config.base()
   c.generate.prompts = "memory://bucket/asked/p.txt"
-  assert prompts.read(config.resolve(c)).said == {0: ("one", {}), 1: ("two", {})}
+  assert read_prompts(job_of(c)).prompts == {0: ("one", {}), 1: ("two", {})}
   c.generate.prompts = "memory://bucket/asked/q.txt"
   with pytest.raises(InputError, match="which is no file"):
-    prompts.read(config.resolve(c))
+    read_prompts(job_of(c))
 
 
 def test_a_template_without_a_generation_prompt(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 
 from distill_jax import config, registry
 from distill_jax.errors import InputError
-from distill_jax.evals import _benchmark, questions
+from distill_jax.evals import _benchmark
+from distill_jax.evals.questions import read_questions
 
 
 def of(name, path="", **keys):
@@ -24,7 +25,7 @@ def write(path, rows):
 
 
 def read(name, path, rows, on_bad="stop", **keys):
-  return questions.read(name, of(name, write(path, rows), **keys), on_bad)
+  return read_questions(name, of(name, write(path, rows), **keys), on_bad)
 
 
 def good(*args, **keys):
@@ -60,10 +61,10 @@ def test_gpqa_shuffles_each_question_in_its_own_order(tmp_path):
     rows.writerow([*names, "Explanation"])
     for i in range(40):
       rows.writerow([f"What is\n{i}?", f"right {i}", "wrong, 1", "wrong 2", "wrong 3", ""])
-  asked = [q for _, q in questions.read("gpqa", of("gpqa", file), "stop").good]
-  again = [q for _, q in questions.read("gpqa", of("gpqa", file, limit=7), "stop").good]
+  asked = [q for _, q in read_questions("gpqa", of("gpqa", file), "stop").good]
+  again = [q for _, q in read_questions("gpqa", of("gpqa", file, limit=7), "stop").good]
   assert again == asked[:7]
-  other = [q for _, q in questions.read("gpqa", of("gpqa", file, seed=1), "stop").good]
+  other = [q for _, q in read_questions("gpqa", of("gpqa", file, seed=1), "stop").good]
   keys = [q["answer"] for q in asked]
   assert set(keys) == set("ABCD") and keys != [q["answer"] for q in other]
   for i, q in enumerate(asked):
@@ -81,7 +82,7 @@ def test_humaneval_has_what_its_sandbox_reads(tmp_path):
   file = tmp_path / "h.jsonl.gz"
   file.write_bytes(gzip.compress(json.dumps(row).encode() + b"\n"))
   one = of("humaneval", file, isolated=False)
-  ((_, q),) = questions.read("humaneval", one, "stop").good
+  ((_, q),) = read_questions("humaneval", one, "stop").good
   assert q["prompt"].endswith(f"```python\n{row['prompt']}```") and q["program"] == row["prompt"]
   sample = {"id": 0, "sample": 0, "prompt": q["prompt"], "about": q}
   texts = ["```python\ndef one():\n  return 1\n```", "```python\ndef one():\n  return 2\n```"]
@@ -126,7 +127,7 @@ def test_jsonl_by_field_names(tmp_path):
   (q,) = good("jsonl", file, [arc | {"answerKey": "1"}], score="letter", label_field="answerKey")
   assert q == {"prompt": "x?\n\nA) u\nB) v", "answer": "A"}
   (tmp_path / "b.json").write_text(json.dumps([{"question": "x?", "answer": "1/2"}]))
-  ((where, _),) = questions.read("j", of("jsonl", tmp_path / "b.json"), "stop").good
+  ((where, _),) = read_questions("j", of("jsonl", tmp_path / "b.json"), "stop").good
   assert where.endswith("b.json, row 1")
 
 
@@ -159,20 +160,20 @@ def test_what_cannot_be_used_is_named_and_counted(tmp_path):
   file = tmp_path / "a.jsonl"
   fine = b'{"question": "x", "answer": "1"}'
   file.write_bytes(b"\n".join([*BAD, b"", fine, fine]))
-  read = questions.read("gsm8k", of("gsm8k", file), "skip")
+  read = read_questions("gsm8k", of("gsm8k", file), "skip")
   assert len(read.good) == 2 and len(read.left_out) == len(BAD)
   said = {row["question"]: row["reason"] for row in read.left_out}
   for n, why in enumerate(WHY, 1):
     assert why in said[f"{file}, line {n}"]
   with pytest.raises(InputError, match="evals.gsm8k: .*line 1: it is not JSON.*evaluate.on_bad=sk"):
-    questions.read("gsm8k", of("gsm8k", file), "stop")
+    read_questions("gsm8k", of("gsm8k", file), "stop")
   file.write_bytes(BAD[5])
   with pytest.raises(InputError, match="line 1: the key cannot be parsed"):
-    questions.read("gsm8k", of("gsm8k", file), "stop")
+    read_questions("gsm8k", of("gsm8k", file), "stop")
   with pytest.raises(InputError, match="no question that can be used; first: .*line 1"):
-    questions.read("gsm8k", of("gsm8k", file), "skip")
+    read_questions("gsm8k", of("gsm8k", file), "skip")
   with pytest.raises(InputError, match="on_bad is 'maybe'"):
-    questions.read("gsm8k", of("gsm8k", file), "maybe")
+    read_questions("gsm8k", of("gsm8k", file), "maybe")
 
 
 def test_no_question_of_gpqa_is_in_a_message(tmp_path):
@@ -180,7 +181,7 @@ def test_no_question_of_gpqa_is_in_a_message(tmp_path):
     tmp_path / "q.jsonl", [{"Question": "SECRET", "Correct Answer": "SECRET", "X": "SECRET"}]
   )
   with pytest.raises(InputError) as e:
-    questions.read("gpqa", of("gpqa", file), "stop")
+    read_questions("gpqa", of("gpqa", file), "stop")
   assert "SECRET" not in str(e.value) and "'Incorrect Answer 1'" in str(e.value)
 
 
@@ -203,7 +204,7 @@ def test_files(tmp_path, monkeypatch):
   write(tmp_path / "b.jsonl", [{"question": "b", "answer": "1"}])
   write(tmp_path / "a.jsonl", [{"question": "a", "answer": "1"}])
   (tmp_path / "README.md").write_text("no rows")
-  both = questions.read("aime", of("aime", tmp_path), "stop").good
+  both = read_questions("aime", of("aime", tmp_path), "stop").good
   assert [q["prompt"][0] for _, q in both] == ["a", "b"]
   for name, content, says in (
     ("a.parquet", b"PAR1", "convert it"),

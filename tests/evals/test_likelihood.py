@@ -10,7 +10,7 @@ import torch
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.evals import likelihood
-from distill_jax.evals.likelihood import Pair, Scorer, length, pair
+from distill_jax.evals.likelihood import Pair, Scorer, make_pair, padded_len
 from distill_jax.hub import load
 from distill_jax.models import loading
 from distill_jax.nn import layers, sharding
@@ -95,26 +95,29 @@ def test_neither_the_batch_nor_the_mesh_matters(models, pairs):
 
 
 def test_few_programs_are_compiled():
-  lengths = {length(n, 8192) for n in range(1, 8193)}
-  assert len(lengths) < 20 and all(length(n, 8192) >= n for n in range(1, 8193))
-  assert all(length(n, 8192) < 1.5 * n + 1 for n in range(32, 8193))
-  assert length(70, 80) == 80 and length(1, 80) == 32 and length(33, 80) == 48
+  lengths = {padded_len(n, 8192) for n in range(1, 8193)}
+  assert len(lengths) < 20 and all(padded_len(n, 8192) >= n for n in range(1, 8193))
+  assert all(padded_len(n, 8192) < 1.5 * n + 1 for n in range(32, 8193))
+  assert padded_len(70, 80) == 80 and padded_len(1, 80) == 32 and padded_len(33, 80) == 48
 
 
 def test_what_is_given_and_what_is_scored(models, monkeypatch):
   tokenizer = models[2]
   spell = lambda of: (tokenizer.decode(of.given), tokenizer.decode(of.scored))
-  assert spell(pair(tokenizer, "one", " two")) == ("one", " two")
-  assert spell(pair(tokenizer, "one  ", "two")) == ("one", "  two")  # spaces belong to the second
+  assert spell(make_pair(tokenizer, "one", " two")) == ("one", " two")
+  assert spell(make_pair(tokenizer, "one  ", "two")) == (
+    "one",
+    "  two",
+  )
   with pytest.raises(InputError, match="no token that begins or ends a text"):
-    pair(tokenizer, "", "two")
+    make_pair(tokenizer, "", "two")
   with pytest.raises(InputError, match="nothing to score"):
-    pair(tokenizer, "one", "")
+    make_pair(tokenizer, "one", "")
   begin = tokenizer.encode("^")
   monkeypatch.setattr(tokenizer, "begin", begin)
-  assert spell(pair(tokenizer, "one", " two")) == ("^one", " two")
-  assert spell(pair(tokenizer, "^one", " two")) == ("^one", " two")  # a template wrote it
-  assert spell(pair(tokenizer, "", " two")) == ("^", " two")
+  assert spell(make_pair(tokenizer, "one", " two")) == ("^one", " two")
+  assert spell(make_pair(tokenizer, "^one", " two")) == ("^one", " two")  # a template wrote it
+  assert spell(make_pair(tokenizer, "", " two")) == ("^", " two")
   assert likelihood.prefix(tokenizer) == begin
 
 
@@ -122,7 +125,7 @@ def test_refused(models):
   with pytest.raises(InputError, match="evaluate.batch_size is 3"):
     scorer(models, 3, sharding.make_mesh(data=2, fsdp=2))
   s = scorer(models)
-  assert s.reads(Pair([1] * LONGEST, [1])) and not s.reads(Pair([1] * LONGEST, [1, 1]))
+  assert s.fits(Pair([1] * LONGEST, [1])) and not s.fits(Pair([1] * LONGEST, [1, 1]))
   s._score = lambda *_: {"number": [0], "logp": [np.nan], "greedy": [True]}
   with pytest.raises(FloatingPointError, match="log-probability of text 0 is nan"):
     s([Pair([1], [2])])

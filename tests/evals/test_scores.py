@@ -74,7 +74,7 @@ def test_interval_is_a_percentile_bootstrap_over_questions():
   ],
 )
 def test_letters(text, letter):
-  assert _option_letter.said(text) == letter
+  assert _option_letter.final_letter(text) == letter
 
 
 def test_the_judge_of_letters():

@@ -18,12 +18,13 @@ import tiny
 from bad_server import KEY, Server
 
 from distill_jax import config
+from distill_jax.commands import generate
 from distill_jax.commands.record import run as record
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.generation import http_client, openai_api
-from distill_jax.generation.http_client import Client, Failed, Refused
-from distill_jax.generation.local import generate
+from distill_jax.generation.http_client import Client, RequestFailed, RequestRefused
+from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.options import ServerOptions
 from distill_jax.records.store import open_store
 
@@ -68,7 +69,7 @@ def made(folder: Path, server: Server, prompts, /, **changes):
 
 def run(c, folder: Path):
   folder.mkdir(exist_ok=True)
-  return generate(config.resolve(c), folder)
+  return generate.run(config.resolve(c), folder)
 
 
 def lines(path: Path) -> list[dict]:
@@ -150,15 +151,15 @@ def test_busy_while_others_are_answered_is_no_failure(monkeypatch, others):
     times += 1
     asking.answered += others  # since it was last told so
     if times <= 5:
-      raise Failed("is busy", busy=True)
+      raise RequestFailed("is busy", busy=True)
     return "at last"
 
-  monkeypatch.setattr(asking, "_once", once)
-  ask = asking.ask("completions", {}, "unlucky", lambda said: said)
+  monkeypatch.setattr(asking, "_send", once)
+  ask = asking.request("completions", {}, "unlucky", lambda said: said)
   if others:
     assert asyncio.run(ask) == "at last" and times == 6 and asking.retried == 5
   else:
-    with pytest.raises(Failed, match="is busy, 4 times in a row"):
+    with pytest.raises(RequestFailed, match="is busy, 4 times in a row"):
       asyncio.run(ask)
     assert times == 4
 
@@ -263,7 +264,7 @@ def test_a_model_that_is_not_named(tmp_path):
     assert server.bodies[0]["model"] == "my"
   two = {"data": [{"id": "a"}, {"id": "b"}]}
   with pytest.raises(InputError, match=r"2 models \(a, b\)"):
-    openai_api.Served.of(two, "")
+    openai_api.ServedModel.from_answer(two, "")
 
 
 def test_what_is_asked(tmp_path):
@@ -272,7 +273,9 @@ def test_what_is_asked(tmp_path):
   with Server(owner="vllm") as server:
     c = made(tmp_path, server, [{"prompt": chat}, "and text"], chat=True, **changes)
     c.generate.server.extra = {"chat_template_kwargs": {"enable_thinking": False}, "seed": None}
-    path, body = openai_api.request(config.resolve(c), openai_api.Served("big", "vllm"), chat, 0, 0)
+    vllm = openai_api.ServedModel("big", "vllm")
+    job = GenerationJob.from_config(config.resolve(c))
+    path, body = openai_api.request(job, vllm, chat, 0, 0)
     assert path == "chat/completions" and "seed" not in body
     c.generate.server.extra = {}
     run(c, tmp_path / "w")
@@ -290,15 +293,15 @@ def test_what_is_asked(tmp_path):
     "repetition_penalty": 1.0,
   }
   assert want.items() <= a.items() and "logprobs" not in a
-  resolved = config.resolve(made(tmp_path, server, ["a"]))
-  path, body = openai_api.request(resolved, openai_api.Served("m"), "go on", 1, 0)
+  job = GenerationJob.from_config(config.resolve(made(tmp_path, server, ["a"])))
+  path, body = openai_api.request(job, openai_api.ServedModel("m"), "go on", 1, 0)
   assert path == "completions" and body["prompt"] == "go on"
   assert not {"top_k", "min_p", "repetition_penalty"} & set(body)  # nothing that is not OpenAI's
 
 
 def test_how_answers_are_read():
   def read(stop=(), **choice):
-    return openai_api.read({"choices": [choice]}, stop)[0]
+    return openai_api.parse({"choices": [choice]}, stop)[0]
 
   message = {"content": "\n\n4", "reasoning_content": "2 and 2\n"}
   r1 = "<think>\n2 and 2\n</think>\n\n4"
@@ -316,7 +319,7 @@ def test_how_answers_are_read():
     ("stop", ("x",), {"matched_stop": "x"}),
   ):
     assert read(stop, text="a", finish_reason="stop", **said)["reason"] == reason
-  with pytest.raises(Refused, match="tool_calls"):
+  with pytest.raises(RequestRefused, match="tool_calls"):
     read(message={"content": None}, finish_reason="tool_calls")
   bad = {"content": [{"token": "a", "logprob": float("nan"), "top_logprobs": []}]}
   with pytest.raises(ValueError, match="not finite"):

@@ -12,11 +12,11 @@ import tiny
 from bad_server import Server
 
 from distill_jax import config
+from distill_jax.commands import generate
 from distill_jax.commands.filter import run as filter_samples
 from distill_jax.commands.record import run as record
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
-from distill_jax.generation.local import generate
 from distill_jax.losses import ce
 from distill_jax.nn import fused_head
 from distill_jax.records import codec
@@ -62,7 +62,7 @@ def lines(path):
 def asked(c, folder, **changes):
   folder.mkdir()
   c.generate.update(changes)
-  return generate(config.resolve(c), folder)
+  return generate.run(config.resolve(c), folder)
 
 
 def kept(c, folder, **filters):

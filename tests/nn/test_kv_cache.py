@@ -1,10 +1,10 @@
 """The int8 cache: its error by its formula, its size, and rows that know nothing of each other."""
 
+import decoding
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_generate_decode as decoding
 
 from distill_jax.generation.unrolled import empty_cache, unroll
 from distill_jax.nn import fused_head, kv_cache
@@ -32,14 +32,14 @@ def test_no_number_is_off_by_more_than_half_a_step():
 def test_what_is_kept_is_what_the_formula_says(family):
   """Beside the cache as it is: the same keys, values or latents within half a step; and smaller."""
   model, mesh = (
-    unroll(decoding.copied(decoding.random_model(family)), decoding.HOW),
+    unroll(decoding.copied(decoding.random_model(family)), decoding.COMPUTE),
     (decoding.one_device()),
   )
   tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 256)
   inputs = Inputs(tokens, jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones_like(tokens))
-  empty = lambda dtype: empty_cache(model, 2, 12, decoding.HOW, mesh, dtype)
+  empty = lambda dtype: empty_cache(model, 2, 12, decoding.COMPUTE, mesh, dtype)
   with jax.set_mesh(mesh):
-    extend = jax.jit(lambda m, i, c: m.decode_step(i, c, decoding.HOW))
+    extend = jax.jit(lambda m, i, c: m.decode_step(i, c, decoding.COMPUTE))
     (out, kept), (small_out, small) = (extend(model, inputs, empty(d)) for d in ("", "int8"))
   first, axes = kv_cache.read(small[0], model.blocks[0].CACHE, jnp.float32), model.blocks[0].CACHE
   assert first.keys() == kept[0].keys() == axes.keys()

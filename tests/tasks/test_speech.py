@@ -10,9 +10,8 @@ import test_mel as sounds
 from test_translation import IDS, write_tokenizer
 
 from distill_jax import config
-from distill_jax.commands import evaluate, export, record
+from distill_jax.commands import evaluate, export, generate, record
 from distill_jax.errors import InputError
-from distill_jax.generation import local
 from distill_jax.models import loading, t5, whisper
 from distill_jax.nn import params, sharding
 from distill_jax.runtime.workdir import Workdir
@@ -120,7 +119,7 @@ def test_generate_writes_pseudo_labels_the_task_reads(tmp_path):
   pytest.importorskip("transformers")
   c = configured(tmp_path)
   with Workdir(tmp_path / "said", config.resolve(c)) as folder:
-    made = local.generate(config.resolve(c), folder)
+    made = generate.run(config.resolve(c), folder)
   lines = [json.loads(line) for line in (tmp_path / "said/pairs.jsonl").read_text().splitlines()]
   source = config.resolve(c).tasks["main"].open("train", None)
   assert made["kept"] == len(lines) and made["kept"] + made["left_out"] == len(source)
@@ -129,7 +128,7 @@ def test_generate_writes_pseudo_labels_the_task_reads(tmp_path):
   # A random model says nothing right: no text differs by less than all of its words.
   c.tasks.main.max_wer = 0.0
   with pytest.raises(InputError, match="texts of tasks.main are left out"):
-    local.generate(config.resolve(c), tmp_path)
+    generate.run(config.resolve(c), tmp_path)
 
 
 def test_word_errors_are_those_of_whispers_normaliser():

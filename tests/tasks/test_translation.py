@@ -8,10 +8,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from distill_jax import config
-from distill_jax.commands import evaluate, export, record
+from distill_jax.commands import evaluate, export, generate, record
 from distill_jax.data import tokenizers as ours
 from distill_jax.errors import InputError
-from distill_jax.generation import local
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.tasks import _scores, dataset, translation
 from distill_jax.training import loop
@@ -103,7 +102,7 @@ def test_from_record_to_export(tmp_path, capsys):
 def test_generate_writes_what_the_task_reads(tmp_path):
   c = configured(tmp_path)
   with Workdir(tmp_path / "said", config.resolve(c)) as folder:
-    made = local.generate(config.resolve(c), folder)
+    made = generate.run(config.resolve(c), folder)
   lines = [json.loads(line) for line in (tmp_path / "said/pairs.jsonl").read_text().splitlines()]
   source = config.resolve(c).tasks["main"].open("train", None)
   assert made["kept"] == len(lines) and made["kept"] + made["left_out"] == len(source)

@@ -54,10 +54,10 @@ def ours(folder: Path, prompts: list[list[int]], new: int):
   import jax
 
   from distill_jax.data.tokenizers import load_tokenizer
-  from distill_jax.generation.engine import Device, Spec
-  from distill_jax.generation.options import GenerateOptions
+  from distill_jax.generation.engine import Engine, EngineSpec
+  from distill_jax.generation.options import DecodingOptions
   from distill_jax.generation.sampling import Sampling
-  from distill_jax.generation.scheduler import Batch
+  from distill_jax.generation.scheduler import Scheduler
   from distill_jax.generation.stops import Stops
   from distill_jax.generation.unrolled import unroll
   from distill_jax.hub import load
@@ -65,31 +65,20 @@ def ours(folder: Path, prompts: list[list[int]], new: int):
   from distill_jax.nn import sharding
   from distill_jax.nn.layers import ComputeConfig
 
-  c, compute, mesh = (
-    GenerateOptions(),
-    ComputeConfig(),
-    sharding.make_mesh(devices=jax.devices()[:1]),
-  )
-  stops, rows, size = Stops(load_tokenizer(folder)), len(prompts), len(prompts[0]) + new
+  compute, mesh = ComputeConfig(), sharding.make_mesh(devices=jax.devices()[:1])
+  rows = len(prompts)
+  c = DecodingOptions(cache_len=len(prompts[0]) + new, batch_size=rows)
+  stops = Stops(load_tokenizer(folder))
   vocab_size = stops.tokenizer.vocab_size
   jax.set_mesh(mesh)
   model = unroll(load.load_model(load.open_model(str(folder)), mesh, compute), compute)
-  spec = Spec(compute, Sampling(0.0), c.steps, (), vocab_size)
-  device = Device(model, mesh, spec, rows, c.prefill_rows, size, loading.keys(0))
+  spec = EngineSpec(compute, Sampling(0.0), c.steps, (), vocab_size)
+  engine = Engine(model, mesh, spec, rows, c.prefill_rows, c.cache_len, loading.keys(0))
 
   def run() -> list[list[int]]:
-    batch = Batch(
-      device,
-      dict(enumerate(prompts)),
-      stops,
-      (),
-      rows=rows,
-      fill=c.prefill_rows,
-      chunk=c.prefill_chunk,
-      size=size,
-      longest=new,
-    )
-    done = [s for some, _ in batch.run([(i, 0) for i in range(rows)]) for s in some]
+    scheduler = Scheduler(engine, dict(enumerate(prompts)), stops, (), c, new)
+    keys = [(i, 0) for i in range(rows)]
+    done = [s for finished, _ in scheduler.run(keys) for s in finished]
     return [s.tokens for s in sorted(done, key=lambda s: s.prompt)]
 
   return run

@@ -65,7 +65,8 @@ def config_of(args: argparse.Namespace, records: Path) -> Config:
   c.data.kind, c.data.seq_len, c.data.sequences = "pydoc", args.seq_len, args.sequences
   c.records.batch_size, c.train.batch_size = 2, args.batch_size
   c.evaluate.batch_size = 1  # and of the text by which layers are left out
-  c.train.records, c.train.chunk = (str(records),), 256
+  c.train.records = (str(records),)
+  c.train.chunk = c.evaluate.chunk = 256
   c.train.checkpoint_every = args.steps
   c.losses.soft = configs.loss("kd", weight=0.9)
   c.losses.hard = configs.loss("ce", weight=0.1)

@@ -1,82 +1,36 @@
 """Cached decoding: transformers' tokens, the uncached model's probabilities, whatever the batch."""
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+from decoding import (
+  COMPUTE,
+  DRAWN,
+  GREEDY,
+  MOE,
+  NEW,
+  SIZE,
+  Numbers,
+  copied,
+  decode,
+  engine_of,
+  one_device,
+  prompts,
+  random_model,
+  run,
+)
 from test_parity_families import KINDS
 
 from distill_jax import config
-from distill_jax.generation.engine import Device, Spec
-from distill_jax.generation.sampling import Sampling
-from distill_jax.generation.scheduler import Batch
 from distill_jax.generation.stops import Stops
-from distill_jax.generation.unrolled import unroll
 from distill_jax.models import loading
-from distill_jax.nn import fused_head, layers, sharding
+from distill_jax.nn import fused_head, sharding
 from distill_jax.nn.params import map_params
 from distill_jax.records import sampler
-from distill_jax.registry import load as load_module
 
 transformers, torch = parity.transformers, parity.torch
-SIZE, NEW, HOW = 40, 20, layers.ComputeConfig()
-GREEDY, DRAWN = Sampling(0.0), Sampling(0.9, top_p=0.9)
-
-
-class Numbers:
-  """A tokenizer whose text is the ids."""
-
-  def decode(self, ids):
-    return " ".join(map(str, ids))
-
-
-def one_device():
-  return sharding.make_mesh(devices=jax.devices()[:1])
-
-
-def prompts(vocab: int, lengths=(1, 5, 9, 17, 20)) -> dict[int, list[int]]:
-  rng = np.random.default_rng(0)
-  return {i: rng.integers(0, vocab, n).tolist() for i, n in enumerate(lengths)}
-
-
-def copied(model):
-  return map_params(lambda v: v.replace(jnp.copy(v[...])), model)
-
-
-def device_of(model, mesh, compute, rows=3, fill=2, eos=(), records=None, cache_dtype=""):
-  """Of a model that may be used again."""
-  with jax.set_mesh(mesh):
-    spec = Spec(HOW, compute, 4, eos, model.config.vocab_size, records, cache_dtype)
-    return Device(unroll(copied(model), HOW), mesh, spec, rows, fill, SIZE, loading.keys(3))
-
-
-def run(device, mesh, read, wanted=None, rows=3, fill=2, eos=(), stops=None):
-  """Samples by (prompt, sample): 3 rows for 5 prompts, in chunks of 8 tokens."""
-  wanted = wanted or [(p, 0) for p in read]
-  batch = Batch(
-    device,
-    read,
-    stops or Stops(Numbers()),
-    eos,
-    rows=rows,
-    fill=fill,
-    chunk=8,
-    size=SIZE,
-    longest=NEW,
-  )
-  with jax.set_mesh(mesh):
-    done = [s for some, _ in batch.run(wanted) for s in some]
-  assert sorted((s.prompt, s.sample) for s in done) == sorted(wanted)
-  return {(s.prompt, s.sample): s for s in done}
-
-
-def decode(model, mesh, compute, read, wanted=None, rows=3, fill=2, records=None, cache_dtype=""):
-  device = device_of(model, mesh, compute, rows, fill, records=records, cache_dtype=cache_dtype)
-  return run(device, mesh, read, wanted, rows, fill)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,19 +58,12 @@ def test_greedy_is_transformers_greedy(kind, tmp_path):
     assert got[n, 0].tokens == want
     assert got[n, 0].reason == "length"
     whole[n, : len(ids) + NEW] = [*ids, *want]
-  out = jax.jit(lambda m, i: m(i, HOW))(ours, parity.plain_inputs(whole))
+  out = jax.jit(lambda m, i: m(i, COMPUTE))(ours, parity.plain_inputs(whole))
   z_BTV = fused_head.soft_cap(fused_head.logits(out.hidden_BTD, out.head_VD), out.soft_cap)
   logp_BTV = np.asarray(jax.nn.log_softmax(z_BTV))
   for n, ids in read.items():
     at = np.arange(len(ids) - 1, len(ids) - 1 + NEW)
     np.testing.assert_allclose(got[n, 0].logps, logp_BTV[n, at, got[n, 0].tokens], atol=2e-4)
-
-
-@functools.cache
-def random_model(family: str = "llama", **changes):
-  module = load_module("models", family)
-  c = dataclasses.replace(module.TINY, **changes).keep_layers((0, 1))
-  return jax.jit(lambda key: module.Model(c, key))(jax.random.key(1))
 
 
 def test_tokens_do_not_depend_on_the_batch():
@@ -135,14 +82,11 @@ def test_a_row_does_not_depend_on_its_company():
   """In another order, and alone, as after a resume: bit for bit."""
   model, read = random_model("qwen3", **MOE), prompts(256)
   wanted = [(p, s) for p in read for s in range(2)]
-  device = device_of(model, one_device(), DRAWN)
-  first = run(device, one_device(), read, wanted)
+  engine = engine_of(model, one_device(), DRAWN)
+  first = run(engine, one_device(), read, wanted)
   for some in (wanted[::-1], [(3, 1)], wanted[2:7]):
-    for key, s in run(device, one_device(), read, some).items():
+    for key, s in run(engine, one_device(), read, some).items():
       assert (s.tokens, s.logps) == (first[key].tokens, first[key].logps)
-
-
-MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
@@ -152,7 +96,7 @@ def test_sharded_rows_and_heads(family):
   records = config.RecordsOptions(n=15)
   one = decode(model, one_device(), DRAWN, read, rows=4, records=records)
   mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
-  spread = jax.device_put(copied(model), sharding.shardings(model, mesh, HOW.rules))
+  spread = jax.device_put(copied(model), sharding.shardings(model, mesh, COMPUTE.rules))
   four = decode(spread, mesh, DRAWN, read, rows=4, records=records)
   for key, s in one.items():
     assert four[key].tokens == s.tokens
@@ -173,7 +117,7 @@ def test_records_are_what_the_recorder_says_of_the_text(kind):
     key = jax.random.fold_in(jax.random.fold_in(loading.keys(3)["records"], p), number)
     at = jnp.arange(ids.shape[1] - 1)
     u_BT = jax.vmap(lambda t, k=key: jax.random.uniform(jax.random.fold_in(k, t)))(at)[None]
-    out = model(parity.plain_inputs(np.asarray(ids[:, :-1])), HOW)
+    out = model(parity.plain_inputs(np.asarray(ids[:, :-1])), COMPUTE)
     want = sampler.summarise(
       out.hidden_BTD,
       out.head_VD,
@@ -203,15 +147,15 @@ def test_a_model_of_nan_is_found():
 def test_ends():
   """By token and by length; nothing is kept of what a call makes after the end of a text."""
   model, read, mesh = random_model(), prompts(256), one_device()
-  device = device_of(model, mesh, GREEDY)
-  free = run(device, mesh, read)
+  engine = engine_of(model, mesh, GREEDY)
+  free = run(engine, mesh, read)
   tokens = free[3, 0].tokens
   stop = Stops(Numbers(), (f"{tokens[4]} {tokens[5]}",))  # cut in two by a space
-  ended = run(device, mesh, read, stops=stop)[3, 0]
+  ended = run(engine, mesh, read, stops=stop)[3, 0]
   assert ended.reason == "stop" and len(ended.logps) == len(ended.tokens)
   assert ended.tokens == tokens[: len(ended.tokens)]
   long = prompts(256, (SIZE - 1,))
-  assert len(run(device, mesh, long)[0, 0].tokens) == 1
+  assert len(run(engine, mesh, long)[0, 0].tokens) == 1
   at = tokens.index(tokens[5])
-  ended = run(device_of(model, mesh, GREEDY, eos=(tokens[5],)), mesh, read, eos=(tokens[5],))[3, 0]
+  ended = run(engine_of(model, mesh, GREEDY, eos=(tokens[5],)), mesh, read, eos=(tokens[5],))[3, 0]
   assert (ended.tokens, ended.reason) == (tokens[: at + 1], "eos")
