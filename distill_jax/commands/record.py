@@ -41,7 +41,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
   if runs_teacher(config.records):
     sharding.shardings(teacher.abstract, mesh, teacher.compute.rules)  # does it divide?
   corpus = open_corpus(config, teacher)
-  options = recorder.dense(config.records, corpus.classes)
+  options = config.records
   _check(options, of_task=bool(config.tasks))
   sharding.check_batch("records.batch_size", options.batch_size, mesh)
   width = feature_width(options, teacher)
@@ -57,7 +57,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     # Processes that have nothing left to write compute with the others.
     if distributed.max_over_processes(len(todo)):
       with jax.set_mesh(mesh):
-        batches = _batches(config, options, teacher, corpus, todo, mesh)
+        batches = _batches(config, teacher, corpus, todo, mesh)
         _write(batches, corpus.positions, todo, writer)
     distributed.barrier("recorded")
     if jax.process_count() > 1 and (url := storage.remote_of(folder)):  # they may share no disk
@@ -103,7 +103,6 @@ def feature_width(options: RecordsOptions, teacher: ModelSource) -> int:
 
 def _batches(
   config: Config,
-  options: RecordsOptions,
   teacher: ModelSource,
   corpus: Corpus,
   shards: Sequence[range],
@@ -113,11 +112,11 @@ def _batches(
 
   The teacher computes one batch ahead of the one that is read.
   """
-  size = options.batch_size // jax.process_count()
+  size = config.records.batch_size // jax.process_count()
   parts = recorder.split(shards, size)
-  if not runs_teacher(options):
+  if not runs_teacher(config.records):
     return (corpus.rows[part.start : part.stop] for part in parts)
-  dispatch = dispatcher(config, options, teacher, corpus, size, mesh)
+  dispatch = dispatcher(config, teacher, corpus, size, mesh)
   # All processes compute together, so those with less to write continue with padding alone.
   parts += [range(0)] * (distributed.max_over_processes(len(parts)) - len(parts))
   return recorder.recorded(dispatch, corpus.rows, parts)
@@ -125,14 +124,13 @@ def _batches(
 
 def dispatcher(
   config: Config,
-  options: RecordsOptions,
   teacher: ModelSource,
   corpus: Corpus,
   size: int,
   mesh: Any,
 ) -> Callable[[range], dict[str, jax.Array]]:
   """Loads the teacher; returns what starts its computation of at most `size` rows."""
-  keys = loading.keys(config.seed)
+  keys, options = loading.keys(config.seed), config.records
   loaded = teacher.load(mesh, keys["teacher"])
   width = feature_width(options, teacher)
   run = Recorder(options, loaded.compute, corpus.classes, corpus.first_class, width).jitted

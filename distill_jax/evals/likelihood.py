@@ -121,10 +121,8 @@ def score(
     out.head_VD,
     jnp.maximum(batch.labels_BC, 0),
     None,
-    n=1,
-    kind="topk",
+    sampler.SamplerSpec(1, "topk", vocab_size=vocab_size),
     chunk=chunk,
-    vocab_size=vocab_size,
     soft_cap=out.soft_cap,
   )
   no_label_BC = batch.labels_BC < 0

@@ -171,18 +171,8 @@ def _decode_step(
     outputs = {"logp": fused_head.logp_at(logits_B1V, new_B[:, None, None])[:, 0, 0]}
     if spec.records is not None:
       u_B = jax.vmap(jax.random.uniform)(token_keys(keys["records"], rows, rows.position_B))
-      c = spec.records
-      recorded = sampler.of_logits(
-        logits_B1V,
-        new_B[:, None],
-        u_B[:, None],
-        n=c.n,
-        kind=c.kind,
-        logp=c.logp or c.kind == "topk",
-        temperature=c.temperature,
-        nucleus=c.nucleus,
-        vocab_size=spec.vocab_size,
-      )
+      sampled = sampler.SamplerSpec.of(spec.records, spec.vocab_size)
+      recorded = sampler.of_logits(logits_B1V, new_B[:, None], u_B[:, None], sampled)
       outputs |= {f"record_{name}": x[:, 0] for name, x in recorded.items()}
     outputs["token"] = jnp.where(alive_B, new_B, -1)
   ended_B = jnp.isin(new_B, jnp.asarray(spec.eos, jnp.int32)) | (next_B >= rows.last_B)

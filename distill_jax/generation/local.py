@@ -79,7 +79,7 @@ def generate(
   if distributed.max_over_processes(len(result)):
     return result
   journals: list[SampleJournal] = []  # one, on the first process
-  token_record = store.token_record if store else None
+  token_record = store.token_record(tokenizer.vocab_size) if store else None
   distributed.run_on_process_0(lambda: journals.append(SampleJournal(folder, origin, token_record)))
   try:
     load_model = load_model or (lambda: _load(job, mesh))

@@ -14,6 +14,7 @@ from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.models import loading
 from distill_jax.records import recorder
+from distill_jax.records.fields import RecordSpec
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.store import Writer
 from distill_jax.runtime import storage
@@ -47,15 +48,13 @@ class GeneratedStore:
     """What is recorded of each token's distribution; None: nothing."""
     return None if self.config.records.kind == "text" else self.config.records
 
-  @property
-  def token_record(self) -> np.dtype | None:
+  def token_record(self, vocab_size: int) -> np.dtype | None:
     """What is recorded of each token, as sampler.of_logits gives it; None: nothing."""
-    c = self.records
-    if c is None:
+    if self.records is None:
       return None
-    logp = [("logp", "<f4", (c.n,))] if c.logp or c.kind == "topk" else []
-    scalars = [("entropy", "<f4"), ("label_logp", "<f4"), ("argmax", "<i4")]
-    return np.dtype([("ids", "<i4", (c.n,)), *logp, *scalars])
+    spec = recorder.record_spec(self.records, vocab_size)
+    sizes = {"T": (), "TN": (spec.n,)}
+    return np.dtype([(f.name, f.dtype, sizes[f.axes]) for f in spec.recorded])
 
   def write(
     self,
@@ -78,7 +77,7 @@ class GeneratedStore:
 
     def row(n: int) -> dict[str, np.ndarray]:
       texts = range(ends[n - 1] if n else 0, ends[n])
-      return sequences[n] | self._targets(prompts, rows, texts, token_records)
+      return sequences[n] | self._targets(manifest.spec, prompts, rows, texts, token_records)
 
     config = self.config
     teacher = loading.identity(config.teacher, config.seed) if self.records else {}
@@ -95,23 +94,23 @@ class GeneratedStore:
 
   def _targets(
     self,
+    spec: RecordSpec,
     prompts: Mapping[int, Sequence[int]],
     rows: Sequence[Row],
     texts: Sequence[int],
     token_records: Callable[[int], np.ndarray],
   ) -> dict[str, np.ndarray]:
     """The recorded fields of one packed sequence, which holds `texts` of `rows`."""
-    if self.token_record is None:
+    if not spec.recorded:
       return {}
-    targets = np.zeros(self.config.data.seq_len, self.token_record)
+    targets = np.zeros(self.config.data.seq_len, self.token_record(spec.vocab_size))
     at = 0
     for i in texts:
       read, written = len(prompts[rows[i]["prompt"]]), len(rows[i]["tokens"])
       first = at + read - 1  # the position whose label is the first generated token
       targets[first : first + written] = token_records(i)
       at += read + written
-    names = {"ids": "ids_TN", "logp": "logp_TN"}
-    return {names.get(n, f"{n}_T"): targets[n] for n in targets.dtype.names or ()}
+    return {f.record: targets[f.name] for f in spec.recorded}
 
 
 def _document(prompt: Sequence[int], tokens: Sequence[int]) -> tuple[list[int], list[bool]]:

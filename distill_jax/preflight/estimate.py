@@ -31,7 +31,7 @@ def record_bytes_per_token(about: Manifest) -> float:
   width = math.ceil(math.log2(about.vocab_size))
   if about.kind == "text":
     return width / 8
-  if about.kind == "topk":
+  if about.kind in ("topk", "dense"):
     entries, bits = float(about.n), width - 3 + 16
   else:
     points = np.log(list(_ENTRIES)), np.log(list(_ENTRIES.values()))

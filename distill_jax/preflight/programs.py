@@ -17,7 +17,7 @@ from distill_jax.errors import InputError
 from distill_jax.models import loading
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
-from distill_jax.records import collate, multi_teacher, recorder, taps, tf_example
+from distill_jax.records import collate, fields, multi_teacher, recorder, taps, tf_example
 from distill_jax.records.store import Manifest, Store
 from distill_jax.tasks import dataset
 from distill_jax.training import loop, validate
@@ -68,8 +68,7 @@ def manifest(config: Config, classes: int = 0, positions: int = 0) -> Manifest:
   model = config.student if config.losses else config.teacher
   classes = classes or loading.family_and_config(model)[1].vocab_size
   T = positions or config.data.seq_len
-  options = recorder.dense(config.records, classes)
-  return recorder.planned_manifest(options, classes, 1, T, _feature_width(config))
+  return recorder.planned_manifest(config.records, classes, 1, T, _feature_width(config))
 
 
 def _feature_width(config: Config) -> int:
@@ -144,14 +143,14 @@ def _record(config: Config, mesh: Mesh) -> Program:
   else:
     about = manifest(dataclasses.replace(config, losses={}))
     first, one = 0, _text(about)
-  options = recorder.dense(config.records, about.vocab_size)
   model, compute = _model(config.teacher, mesh), loading.compute_config(config.teacher)
   batch = _batch(config, about, rows, mesh, [], one)
   whole = sharding.replicated(mesh)
   key = loading.place(jax.eval_shape(jax.random.key, 0), whole)
   index_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding.batch_sharding(mesh))
   with jax.set_mesh(mesh):
-    run = recorder.Recorder(options, compute, about.vocab_size, first, _feature_width(config))
+    width = _feature_width(config)
+    run = recorder.Recorder(config.records, compute, about.vocab_size, first, width)
     lowered = run.jitted.lower(model, key, batch, index_B)
   return Program(lowered, {"teacher": bytes_of(model), "batch": bytes_of(batch)}, rows)
 
@@ -174,36 +173,27 @@ def _text(about: Manifest) -> dict[str, np.ndarray]:
 def _batch(
   config: Config, about: Manifest, rows: int, mesh: Mesh, recorded: list[str], one: Any
 ) -> Any:
-  """Batches as the loader makes them, of rows like `one` and what these teachers said of them.
+  """Batches as the loader makes them, of rows like `one` and with targets of these teachers.
 
   One record, made up, is encoded and read back.
   """
-  said = tf_example.decode(0, tf_example.encode(0, one | _said(about), about), about)
+  row = tf_example.decode(0, tf_example.encode(0, one | _targets(about), about), about)
   for name in recorded:
     at = "" if name == "teacher" else f"{name}/"
-    one |= {at + field: x for field, x in said.items() if field not in multi_teacher.TEXT}
+    one |= {at + field: x for field, x in row.items() if field not in fields.UNTAUGHT}
   batch = collate.collate([one], "teacher" in recorded, dataset.reader(config))
   where = sharding.batch_sharding(mesh)
-  row = lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where)
-  return jax.tree.map(row, batch)
+
+  def of_all_rows(x: np.ndarray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where)
+
+  return jax.tree.map(of_all_rows, batch)
 
 
-def _said(about: Manifest) -> dict[str, np.ndarray]:
-  """Something that a teacher might have said of every position of one sequence."""
-  T, zeros = about.seq_len, np.zeros(about.seq_len, np.float32)
-  ids_N = np.arange(about.n) if about.kind == "topk" else np.zeros(about.n, np.int64)
-  said: dict[str, np.ndarray] = {
-    "ids_TN": np.tile(ids_N, (T, 1)),
-    "logp_TN": np.zeros((T, about.n), np.float32),
-    "argmax_T": np.zeros(T, np.int32),
-    "label_logp_T": zeros,
-    "entropy_T": zeros,
-  }
-  if about.taps is not None:
-    P = len(about.taps.layers)
-    said["taps_PTD"] = np.zeros((P, T, about.taps.width), np.int8)
-    said["taps_scale_PT"] = np.zeros((P, T), np.float32)
-  return said if about.kind != "text" else {}
+def _targets(about: Manifest) -> dict[str, np.ndarray]:
+  """Made-up targets of one sequence, as a recorder would write them."""
+  layers, width = (len(about.taps.layers), about.taps.width) if about.taps else (0, 0)
+  return fields.placeholder(about.spec, about.seq_len, layers, width)
 
 
 def bytes_of(tree: Any) -> int:

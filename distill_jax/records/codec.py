@@ -12,7 +12,6 @@ times in eight) saves 1.2 of 40 bytes, and ties the tokens to the targets.
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 from typing import Any
 
@@ -20,48 +19,15 @@ import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.records import bits, elias_fano
+from distill_jax.records.fields import RecordSpec
 
-KINDS = ("sampled", "topk", "text")
 Sequence = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-  """What a record holds, the same for every record of a store.
-
-  Attributes:
-    kind: "sampled" (counts of n points), "topk" (log-probabilities, at most n entries) or
-      "text" (no targets).
-    n: points or entries a position; 0 for text.
-    vocab_size: ids are below it; at most 2^20.
-    logp: for "sampled", true log-probabilities are kept beside the counts.
-    entropy: the teacher's entropy is kept (a dump from elsewhere may not know it).
-  """
-
-  kind: str
-  n: int
-  vocab_size: int
-  logp: bool = False
-  entropy: bool = True
-
-  def __post_init__(self):
-    if self.kind not in KINDS:
-      raise InputError(f"records kind is {self.kind!r}; it can be one of {KINDS}")
-    if not 1 <= self.vocab_size <= 1 << 20:
-      raise InputError(f"vocab_size is {self.vocab_size}; records hold from 1 to {1 << 20} ids")
-    low = 0 if self.kind == "text" else 1
-    if not low <= self.n < 1 << 15:
-      raise InputError(f"n is {self.n}; kind {self.kind!r} takes from {low} to {(1 << 15) - 1}")
-
-  @property
-  def has_logp(self) -> bool:
-    return self.kind == "topk" or (self.kind == "sampled" and self.logp)
 
 
 # ---------------------------------------------------------------- tokens, segments, mask
 
 
-def encode_tokens(seq: Sequence, spec: Spec) -> bytes:
+def encode_tokens(seq: Sequence, spec: RecordSpec) -> bytes:
   """tokens_T int, segments_T int >= 0, mask_T bool: ids in ceil(log2 V) bits, runs of the rest."""
   tokens = _integers(seq["tokens_T"], spec.vocab_size, "tokens_T")
   T = len(tokens)
@@ -88,7 +54,7 @@ def encode_tokens(seq: Sequence, spec: Spec) -> bytes:
   )
 
 
-def decode_tokens(data: bytes, spec: Spec) -> Sequence:
+def decode_tokens(data: bytes, spec: RecordSpec) -> Sequence:
   """The inverse: tokens_T int32, segments_T int32, mask_T bool."""
   elias_fano.whole("bytes of head", len(data[:8]), 8)
   T, runs = struct.unpack_from("<II", data)
@@ -133,7 +99,7 @@ def decode_smoothing(data: bytes, segments_T: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- targets
 
 
-def encode_targets(seq: Sequence, spec: Spec) -> dict[str, bytes]:
+def encode_targets(seq: Sequence, spec: RecordSpec) -> dict[str, bytes]:
   """What the teacher said where mask_T is set, by field.
 
   Args:
@@ -146,9 +112,8 @@ def encode_targets(seq: Sequence, spec: Spec) -> dict[str, bytes]:
   """
   mask = seq["mask_T"]
   # First, because the ids of a teacher that says NaN are nonsense too.
-  out = {"scalars": _half(np.asarray(seq["label_logp_T"])[mask], "label_logp_T")}
-  if spec.entropy:
-    out["scalars"] += _half(np.asarray(seq["entropy_T"])[mask], "entropy_T")
+  halves = [_half(np.asarray(seq[f.record])[mask], f.record) for f in spec.scalars]
+  out = {"scalars": b"".join(halves)}
   ids_SN = _integers(np.asarray(seq["ids_TN"])[mask], spec.vocab_size, "ids_TN")
   argmax_S = _integers(np.asarray(seq["argmax_T"])[mask], spec.vocab_size, "argmax_T")
   if ids_SN.ndim != 2 or ids_SN.shape[1] != spec.n:
@@ -173,7 +138,7 @@ def encode_targets(seq: Sequence, spec: Spec) -> dict[str, bytes]:
   return out
 
 
-def decode_targets(fields: dict[str, Any], mask_T: np.ndarray, spec: Spec) -> Sequence:
+def decode_targets(fields: dict[str, Any], mask_T: np.ndarray, spec: RecordSpec) -> Sequence:
   """The inverse, padded to n entries and to T positions.
 
   Returns:
@@ -228,11 +193,10 @@ def decode_targets(fields: dict[str, Any], mask_T: np.ndarray, spec: Spec) -> Se
   if spec.has_logp:
     elias_fano.whole("bytes of logp", len(fields["logp"]), 2 * E)
     out["logp_TK"] = padded(np.frombuffer(fields["logp"], "<f2"), np.float32, -np.inf)
-  elias_fano.whole("bytes of scalars", len(fields["scalars"]), 2 * S * (1 + spec.entropy))
+  elias_fano.whole("bytes of scalars", len(fields["scalars"]), 2 * S * len(spec.scalars))
   scalars = np.frombuffer(fields["scalars"], "<f2")
-  out["label_logp_T"] = _spread(scalars[:S], at_S, T, np.float32)
-  if spec.entropy:
-    out["entropy_T"] = _spread(scalars[S:], at_S, T, np.float32)
+  for i, field in enumerate(spec.scalars):
+    out[field.read] = _spread(scalars[i * S : (i + 1) * S], at_S, T, field.dtype)
   return out
 
 

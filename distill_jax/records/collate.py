@@ -9,18 +9,8 @@ import jax
 import numpy as np
 
 from distill_jax.data import packing
-from distill_jax.records import taps
+from distill_jax.records import fields, taps
 from distill_jax.types import Batch, Inputs, Targets
-
-# What a record calls a field, and what Targets calls it.
-STORED = {
-  "ids_TK": "ids_BTK",
-  "weight_TK": "weight_BTK",
-  "logp_TK": "logp_BTK",
-  "entropy_T": "entropy_BT",
-  "label_logp_T": "label_logp_BT",
-  "argmax_T": "argmax_BT",
-}
 
 Read = Callable[[Callable[[str], Any]], Batch]
 
@@ -40,9 +30,9 @@ def collate(
   others = dict.fromkeys(name.partition("/")[0] for name in records[0] if "/" in name)
   asked = {name: f"{name}/" for name in others} | ({"teacher": ""} if with_targets else {})
   targets = {
-    name: _targets(records, at) for name, at in asked.items() if f"{at}ids_TK" in records[0]
+    name: _targets(records, at) for name, at in asked.items() if at + fields.IDS.read in records[0]
   }
-  smoothing = stack("smoothing_T") if "smoothing_T" in records[0] else None
+  smoothing = stack(fields.SMOOTHING) if fields.SMOOTHING in records[0] else None
   return batch.replace(targets=targets, smoothing_BT=smoothing)
 
 
@@ -55,15 +45,16 @@ def _packed(stack: Callable[[str], Any]) -> Batch:
 
 
 def _targets(records: Sequence[dict[str, np.ndarray]], at: str) -> Targets:
-  """What one teacher said; `at` stands before the names of its fields (records/joined.py)."""
+  """The targets of one teacher; `at` stands before the names of its fields (MultiTeacherStore)."""
   stored: dict[str, Any] = {
-    ours: _stack_padded([r[at + name] for r in records], -np.inf if name == "logp_TK" else 0)
-    for name, ours in STORED.items()
-    if at + name in records[0]
+    f.batch: _stack_padded([r[at + f.read] for r in records], f.empty)
+    for f in fields.PREDICTED
+    if at + f.read in records[0]
   }
-  if f"{at}taps_PTD" in records[0]:
-    vectors = [taps.dequantise(r[f"{at}taps_PTD"], r[f"{at}taps_scale_PT"]) for r in records]
-    stored["taps_BPTD"] = np.stack(vectors)
+  names = [at + f.read for f in fields.TAPPED]
+  if names[0] in records[0]:
+    vectors = [taps.dequantise(*(r[name] for name in names)) for r in records]
+    stored[fields.TAPS.batch] = np.stack(vectors)
   return Targets(**stored)
 
 

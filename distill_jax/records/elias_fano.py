@@ -51,7 +51,7 @@ def encode(
     M_S: entries of each of S positions, at least 1.
     argmax_S: the teacher's likeliest id at each.
     counts: of each entry, n in all at each position; None for top-k.
-    n, vocab_size: as in codec.Spec.
+    n, vocab_size: as in fields.RecordSpec.
   """
   starts, S, E = np.cumsum(M_S) - M_S, len(M_S), len(ids)
   table = _buckets(ids, S, bits.width(vocab_size))

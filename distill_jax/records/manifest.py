@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError
-from distill_jax.records import codec
+from distill_jax.records.fields import RecordSpec
 from distill_jax.runtime.atomic_io import atomic_write
 
 FORMAT = 1
 NAME = "manifest.json"
-CONVENTIONS = ("tail_bucket", "renormalise", "none")
+# Where the mass outside the entries goes, by kind; the other kinds miss none in expectation.
+CONVENTIONS = {"topk": ("tail_bucket", "renormalise"), "dense": ("renormalise",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Manifest:
   """Everything a reader must know before the first record.
 
   Attributes:
-    kind, n, logp, entropy: see codec.Spec.
+    kind, n, logp, entropy: see fields.RecordSpec.
     vocab_size: of the tokenizer; ids are below it.
     seq_len: tokens a sequence.
     teacher: {"name", "config", "digest"}; {} for kind "text" without one.
@@ -64,8 +65,9 @@ class Manifest:
     sequences_per_shard: of every shard but the last of each extent.
     extents: sequences recorded by each run that made the store longer; a run gives the one
       total it wants, as `extents=(total,)`.
-    missing_mass: where the mass outside a truncated record goes (topk): "tail_bucket",
-      "renormalise"; "none" for kinds that miss nothing in expectation.
+    missing_mass: where the mass outside the entries goes: of topk "tail_bucket" or
+      "renormalise"; of dense "renormalise", which makes up for float16; "none" for kinds that
+      miss nothing in expectation.
     nucleus: topk entries are cut where they hold this mass; 1 is no cut.
     temperature: of the recorded distribution.
     taps: hidden states kept, or None.
@@ -93,13 +95,21 @@ class Manifest:
   shards: tuple[Shard, ...] = ()
 
   def __post_init__(self):
-    codec.Spec(self.kind, self.n, self.vocab_size, self.logp, self.entropy)
-    if self.missing_mass not in CONVENTIONS or (self.kind == "topk") == (
-      self.missing_mass == "none"
-    ):
+    RecordSpec(self.kind, self.n, self.vocab_size, self.logp, self.entropy)
+    if self.kind == "dense" and self.n != self.vocab_size:
       raise InputError(
-        f"missing_mass is {self.missing_mass!r} for kind {self.kind!r}; topk names tail_bucket or "
-        "renormalise, the other kinds none"
+        f"n is {self.n} for kind 'dense' of {self.vocab_size} classes; it records all of them"
+      )
+    conventions = CONVENTIONS.get(self.kind, ("none",))
+    if self.missing_mass not in conventions:
+      raise InputError(
+        f"missing_mass is {self.missing_mass!r} for kind {self.kind!r}; expected "
+        f"{' or '.join(conventions)}"
+      )
+    if self.temperature != 1.0 and self.kind == "dense":
+      raise InputError(
+        f"temperature is {self.temperature} for kind 'dense'; expected 1. Losses apply their own "
+        "temperature to dense records"
       )
     if self.temperature != 1.0 and self.missing_mass == "renormalise":
       raise InputError(
@@ -113,8 +123,8 @@ class Manifest:
       )
 
   @functools.cached_property
-  def spec(self) -> codec.Spec:
-    return codec.Spec(self.kind, self.n, self.vocab_size, self.logp, self.entropy)
+  def spec(self) -> RecordSpec:
+    return RecordSpec(self.kind, self.n, self.vocab_size, self.logp, self.entropy)
 
   @property
   def total(self) -> int:

@@ -8,9 +8,9 @@ from typing import SupportsIndex
 import numpy as np
 
 from distill_jax.errors import InputError
+from distill_jax.records.fields import UNTAUGHT
 from distill_jax.records.store import Store
 
-TEXT = ("tokens_T", "segments_T", "mask_T")  # fields of a record that are no teacher's
 # What stores of teachers of one text agree on: the text, and how what is said is to be read.
 SAME = ("corpus", "tokenizer", "vocab_size", "seq_len", "temperature", "missing_mass")
 
@@ -67,5 +67,5 @@ class MultiTeacherStore:
           f"sequence {index} of {store.folder} is another text than in {self.folder}; record it "
           "anew"
         )
-      out |= {f"{name}/{field}": x for field, x in theirs.items() if field not in TEXT}
+      out |= {f"{name}/{field}": x for field, x in theirs.items() if field not in UNTAUGHT}
     return out

@@ -18,14 +18,14 @@ import numpy as np
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.losses.features import FeatureSpec, flat_qkv
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.records import sampler, taps
+from distill_jax.records import fields, sampler, taps
+from distill_jax.records.fields import RecordSpec
 from distill_jax.records.manifest import Manifest, Taps
-from distill_jax.records.multi_teacher import TEXT
 from distill_jax.records.options import RecordsOptions
+from distill_jax.records.sampler import SamplerSpec
 from distill_jax.types import Batch, Output
 
 TAPS_SEED = 0  # of the fixed projection; the manifest names it
-STORED = (*TEXT, "smoothing_T")  # what a record keeps of a row beside the teacher's targets
 Record = dict[str, np.ndarray]  # one sequence, or one example of a task
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -59,7 +59,7 @@ class Corpus:
     `commands/record.py` compares what follows with the shards already written.
     """
     total = hashlib.sha256()
-    for name in TEXT:
+    for name in fields.TEXT:
       total.update(np.ascontiguousarray(rows[0][name]).tobytes())
     return cls(rows, positions, tokenizer.vocab_size, tokenizer.digest, total.hexdigest())
 
@@ -69,7 +69,7 @@ class Recorder:
   """Reduces a teacher's outputs on a batch to what a store keeps of them, on the device.
 
   Attributes:
-    options: what is stored; its kind is "sampled" or "topk".
+    options: what is stored; of any kind but "text".
     compute: how the teacher is computed.
     vocab_size: classes at a position.
     first_class: row of the teacher's head where they begin.
@@ -105,30 +105,22 @@ class Recorder:
     # Rows of the head that belong to other tasks come last, as padding does.
     first = self.first_class
     head_VD = jnp.roll(out.head_VD, -first, 0) if first else out.head_VD
-    targets = sampler.summarise(
+    summary = sampler.summarise(
       out.hidden_BTD,
       head_VD,
       batch.labels_BT,
       u_BT,
-      n=c.n,
+      SamplerSpec.of(c, self.vocab_size),
       chunk=c.chunk,
-      vocab_size=self.vocab_size,
-      kind=c.kind,
-      logp=c.logp,
-      temperature=c.temperature,
-      nucleus=c.nucleus,
       soft_cap=out.soft_cap,
     )
-    names = {"ids": "ids_BTN", "logp": "logp_BTN"}
-    targets = {names.get(name, f"{name}_BT"): x for name, x in targets.items()}
+    targets = {f.device: summary[f.name] for f in fields.PREDICTED if f.name in summary}
     if c.taps:
       kept = features.of(model, out, batch.inputs, self.compute)
       flat = [kept.hidden[i] if i in kept.hidden else flat_qkv(kept.qkv[i]) for i in c.taps]
       q_PBTD, scale_PBT = taps.quantise(jnp.stack(flat), self._projection())
-      targets |= {
-        "taps_BPTD": jnp.moveaxis(q_PBTD, 0, 1),
-        "taps_scale_BPT": jnp.moveaxis(scale_PBT, 0, 1),
-      }
+      targets[fields.TAPS.device] = jnp.moveaxis(q_PBTD, 0, 1)
+      targets[fields.TAPS_SCALE.device] = jnp.moveaxis(scale_PBT, 0, 1)
     return targets
 
   def _projection(self) -> np.ndarray | None:
@@ -143,9 +135,11 @@ def local_records(rows: Sequence[Record], targets: Mapping[str, jax.Array]) -> l
     rows: this process's rows of the batch, without padding.
     targets: of the global batch, as `Recorder.targets` returns them.
   """
-  local = {name.replace("_B", "_"): _local(x) for name, x in targets.items()}
+  recorded = (*fields.PREDICTED, *fields.TAPPED)
+  local = {f.record: _local(targets[f.device]) for f in recorded if f.device in targets}
   return [
-    {name: row[name] for name in STORED if name in row} | {name: x[i] for name, x in local.items()}
+    {name: row[name] for name in fields.UNTAUGHT if name in row}
+    | {name: x[i] for name, x in local.items()}
     for i, row in enumerate(rows)
   ]
 
@@ -204,13 +198,6 @@ def feature_spec(options: RecordsOptions) -> FeatureSpec:
   return FeatureSpec(qkv=options.taps)
 
 
-def dense(c: RecordsOptions, classes: int) -> RecordsOptions:
-  """Records of all classes are top-k ones from which nothing is missing."""
-  if c.kind != "dense":
-    return c
-  return dataclasses.replace(c, kind="topk", n=classes, missing_mass="renormalise", nucleus=1.0)
-
-
 def manifest_of(
   options: RecordsOptions, corpus: Corpus, teacher: dict[str, Any], feature_width: int = 0
 ) -> Manifest:
@@ -230,8 +217,15 @@ def manifest_of(
     teacher=teacher,
     tokenizer=corpus.tokenizer,
     corpus=corpus.digest,
-    smoothing="smoothing_T" in corpus.rows[0],
+    smoothing=fields.SMOOTHING in corpus.rows[0],
   )
+
+
+def record_spec(options: RecordsOptions, vocab_size: int) -> RecordSpec:
+  """What a record holds of so many classes."""
+  c = options
+  n = {"text": 0, "dense": vocab_size}.get(c.kind, c.n)
+  return RecordSpec(c.kind, n, vocab_size, c.logp, entropy=not c.logprobs)
 
 
 def planned_manifest(
@@ -246,20 +240,21 @@ def planned_manifest(
   if c.taps:
     width = c.taps_width or feature_width
     stored_taps = Taps(c.taps, width, TAPS_SEED if c.taps_width else None, c.taps_of)
+  spec = record_spec(c, vocab_size)
   return Manifest(
-    kind=c.kind,
-    n=0 if c.kind == "text" else c.n,
-    logp=c.logp,
-    nucleus=c.nucleus,
+    kind=spec.kind,
+    n=spec.n,
+    logp=spec.logp,
+    nucleus=1.0 if c.kind == "dense" else c.nucleus,
     vocab_size=vocab_size,
     seq_len=positions,
     teacher={},
     tokenizer="",
     corpus="",
-    entropy=not c.logprobs,
+    entropy=spec.entropy,
     sequences_per_shard=c.sequences_per_shard,
     extents=(sequences,),
     taps=stored_taps,
-    missing_mass=c.missing_mass if c.kind == "topk" else "none",
+    missing_mass={"topk": c.missing_mass, "dense": "renormalise"}.get(c.kind, "none"),
     temperature=c.temperature,
   )

@@ -9,15 +9,16 @@ The cumulative sum is never taken over the whole vocabulary. It is taken over th
 blocks of 256 tokens, then over 16 sums of 16 inside the block of each point, then over 16
 tokens: what is touched once an id is V/256 + 32 numbers a point instead of V.
 
-Over a vocabulary sharded on the mesh axis `tensor`, each shard knows the mass before it
+Over a vocabulary sharded on a mesh axis, each shard knows the mass before it
 from one all-gather of a float a shard and position; the shard that holds a point's token
 names it and one all-reduce of N integers a position tells the rest.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,58 @@ from jax.sharding import PartitionSpec
 
 from distill_jax.errors import InputError
 from distill_jax.nn import fused_head, sharding
+from distill_jax.records.options import RecordsOptions
 
 FINE, BLOCK = 16, 256  # BLOCK = FINE * FINE
 TOP_BLOCK = 64
-KINDS = ("sampled", "topk")
+KINDS = ("sampled", "topk", "dense")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSpec:
+  """What the logits of a position are reduced to.
+
+  Attributes:
+    kind: "sampled" (n points), "topk" (the n likeliest) or "dense" (all).
+    n: points or entries a position; not used for "dense".
+    logp: for "sampled", true log-probabilities of the ids as well.
+    temperature: every output describes softmax(logits / temperature).
+    nucleus: for "topk", entries past the fewest that hold this mass get logp -inf.
+    vocab_size: rows of the head from here on are padding: no mass, never an id; None: no
+      row is.
+  """
+
+  n: int = 1
+  kind: str = "sampled"
+  logp: bool = False
+  temperature: float = 1.0
+  nucleus: float = 1.0
+  vocab_size: int | None = None
+
+  @classmethod
+  def of(cls, options: RecordsOptions, vocab_size: int) -> SamplerSpec:
+    """What `records` of a config asks for, of so many classes."""
+    c = options
+    return cls(c.n, c.kind, c.logp, c.temperature, c.nucleus, vocab_size)
+
+  def check(self, rows: int, with_offsets: bool) -> SamplerSpec:
+    """Returns the spec for a head of so many rows, its sizes filled in.
+
+    Raises:
+      InputError: the kind is unknown, offsets are missing, or n is over the vocabulary.
+    """
+    vocab_size = rows if self.vocab_size is None else self.vocab_size
+    n = vocab_size if self.kind == "dense" else self.n
+    if self.kind not in KINDS:
+      raise InputError(f"records kind {self.kind!r} has no sampler; the kinds here are {KINDS}")
+    if self.kind == "sampled" and not with_offsets:
+      raise InputError("kind 'sampled' found no u_BT; give one uniform offset a position")
+    if n < 1 or (self.kind != "sampled" and n > vocab_size) or not 0 < vocab_size <= rows:
+      raise InputError(
+        f"n={n} and vocab_size={vocab_size} over a head of {rows} rows: n is from 1 (to the "
+        "vocabulary for topk), vocab_size from 1 to the rows"
+      )
+    return dataclasses.replace(self, n=n, vocab_size=vocab_size)
 
 
 def systematic(
@@ -81,81 +130,69 @@ def summarise(
   head_VD: jax.Array,
   labels_BT: jax.Array,
   u_BT: jax.Array | None,
+  spec: SamplerSpec,
   *,
-  n: int,
   chunk: int,
-  vocab_size: int | None = None,
-  kind: str = "sampled",
-  logp: bool = False,
-  temperature: float = 1.0,
-  nucleus: float = 1.0,
   soft_cap: float | None = None,
+  batch_axes: tuple[str, ...] = sharding.BATCH,
+  vocab_axis: str = "tensor",
 ) -> dict[str, jax.Array]:
   """What is recorded of a teacher, without ever holding [B, T, V] logits.
 
-  Under a mesh with axes (data, fsdp, tensor) B is sharded over data and fsdp and V over
-  tensor, which they must divide.
+  Under a mesh B is sharded over `batch_axes` and V over `vocab_axis`, which they must divide.
 
   Args:
     hidden_BTD: after the final norm.
     head_VD: logits = hidden @ head.T, in the head's dtype with float32 sums.
     labels_BT: int32 ids whose log-probability is recorded (any id where there is none).
     u_BT: float32 offsets in [0, 1), for kind "sampled".
-    n: points (kind "sampled") or entries (kind "topk") a position.
+    spec: what is recorded.
     chunk: positions whose logits exist at once; need not divide T.
-    vocab_size: rows of the head from here on are padding: no mass, never an id.
-    kind: "sampled" or "topk".
-    logp: for "sampled", true log-probabilities of the ids as well.
-    temperature: every output describes softmax(logits / temperature).
     soft_cap: of the logits, before the temperature.
-    nucleus: for "topk", entries past the fewest that hold this mass get logp -inf.
+    batch_axes, vocab_axis: names of the mesh's axes.
 
   Returns:
-    ids int32 [B, T, n] (nondecreasing if sampled, likeliest first if topk), logp float32
-    [B, T, n] (topk, or asked for), entropy and label_logp float32 [B, T] in nats, argmax
-    int32 [B, T].
+    ids int32 [B, T, n] (nondecreasing if sampled, likeliest first otherwise), logp float32
+    [B, T, n] (not of "sampled" unless asked for), entropy and label_logp float32 [B, T] in
+    nats, argmax int32 [B, T].
 
   Raises:
     InputError: the kind is unknown, u_BT is missing, or n is over the vocabulary (topk).
   """
-  rows = head_VD.shape[0]
-  vocab_size = rows if vocab_size is None else vocab_size
-  if kind not in KINDS:
-    raise InputError(f"records kind {kind!r} has no sampler; the kinds here are {KINDS}")
-  if kind == "sampled" and u_BT is None:
-    raise InputError("kind 'sampled' found no u_BT; give one uniform offset a position")
-  if n < 1 or (kind == "topk" and n > vocab_size) or not 0 < vocab_size <= rows:
-    raise InputError(
-      f"n={n} and vocab_size={vocab_size} over a head of {rows} rows: n is from 1 (to the "
-      "vocabulary for topk), vocab_size from 1 to the rows"
-    )
+  spec = spec.check(head_VD.shape[0], u_BT is not None)
   T = hidden_BTD.shape[1]
   chunk = min(chunk, T)
   if u_BT is None:
     u_BT = jnp.zeros(labels_BT.shape, jnp.float32)
-  one = functools.partial(
-    _chunk,
-    n=n,
-    vocab_size=vocab_size,
-    kind=kind,
-    logp=logp or kind == "topk",
-    cap=soft_cap,
-    scale=1.0 / temperature,
-    nucleus=nucleus,
-  )
 
-  def scan(hidden_BTD, head_VD, labels_BT, u_BT, axis=None):
-    split = lambda x: _split(x, chunk)
-    body = lambda _, x: (None, one(x[0], head_VD, x[1], x[2], axis=axis))
-    _, out = jax.lax.scan(body, None, jax.tree.map(split, (hidden_BTD, labels_BT, u_BT)))
+  def scan(
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    labels_BT: jax.Array,
+    u_BT: jax.Array,
+    axis: str | None = None,
+  ) -> dict[str, jax.Array]:
+    def body(_: None, chunks: tuple[jax.Array, ...]) -> tuple[None, dict[str, jax.Array]]:
+      hidden_BCD, labels_BC, u_BC = chunks
+      logits_BCV = jnp.einsum(
+        "BCD,VD->BCV",
+        hidden_BCD.astype(head_VD.dtype),
+        head_VD,
+        preferred_element_type=jnp.float32,
+      )
+      logits_BCV = fused_head.soft_cap(logits_BCV, soft_cap)
+      return None, _of_logits(logits_BCV, labels_BC, u_BC, spec, axis)
+
+    chunks = jax.tree.map(lambda x: _split(x, chunk), (hidden_BTD, labels_BT, u_BT))
+    _, out = jax.lax.scan(body, None, chunks)
     return jax.tree.map(lambda x: _join(x)[:, :T], out)
 
   with jax.named_scope("summarise"):
     if jax.sharding.get_abstract_mesh().empty:
       return scan(hidden_BTD, head_VD, labels_BT, u_BT)
-    batch, vocab = PartitionSpec(sharding.BATCH), PartitionSpec("tensor")
+    batch, vocab = PartitionSpec(batch_axes), PartitionSpec(vocab_axis)
     return jax.shard_map(
-      functools.partial(scan, axis="tensor"),
+      functools.partial(scan, axis=vocab_axis),
       in_specs=(batch, vocab, batch, batch),
       out_specs=batch,
       check_vma=False,
@@ -163,69 +200,106 @@ def summarise(
 
 
 def of_logits(
-  logits_BCV: jax.Array, labels_BC: jax.Array, u_BC: jax.Array, **options: Any
+  logits_BCV: jax.Array,
+  labels_BC: jax.Array,
+  u_BC: jax.Array,
+  spec: SamplerSpec,
+  *,
+  batch_axes: tuple[str, ...] = sharding.BATCH,
+  vocab_axis: str = "tensor",
 ) -> dict[str, jax.Array]:
-  """`summarise` of logits that are there already, float32 [B, C, V], capped but not scaled.
-
-  Args:
-    how: n, kind, logp, temperature, nucleus, vocab_size: all of them, as `summarise` has them.
-  """
-  one: Any = functools.partial(_of_logits, scale=1.0 / options.pop("temperature"), **options)
+  """`summarise` of logits that are there already, float32 [B, C, V], capped but not scaled."""
+  spec = spec.check(logits_BCV.shape[-1], with_offsets=True)
   if jax.sharding.get_abstract_mesh().empty:
-    return one(logits_BCV, labels_BC, u_BC, axis=None)
-  rows, vocab = PartitionSpec(sharding.BATCH), PartitionSpec(sharding.BATCH, None, "tensor")
+    return _of_logits(logits_BCV, labels_BC, u_BC, spec, None)
+  rows, vocab = PartitionSpec(batch_axes), PartitionSpec(batch_axes, None, vocab_axis)
   return jax.shard_map(
-    functools.partial(one, axis="tensor"),
+    functools.partial(_of_logits, spec=spec, axis=vocab_axis),
     in_specs=(vocab, rows, rows),
     out_specs=rows,
     check_vma=False,
   )(logits_BCV, labels_BC, u_BC)
 
 
-def _chunk(hidden_BCD, head_VD, labels_BC, u_BC, *, cap, **options) -> dict[str, Any]:
-  logits_BCV = jnp.einsum(
-    "BCD,VD->BCV", hidden_BCD.astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32
-  )
-  return _of_logits(fused_head.soft_cap(logits_BCV, cap), labels_BC, u_BC, **options)
-
-
 def _of_logits(
-  logits_BCV, labels_BC, u_BC, *, n, vocab_size, kind, logp, scale, nucleus, axis
-) -> dict[str, Any]:
-  logits_BCV = logits_BCV * scale if scale != 1.0 else logits_BCV
-  width = logits_BCV.shape[-1]
-  first = 0 if axis is None else jax.lax.axis_index(axis) * width
-  ids_11V = first + jnp.arange(width, dtype=jnp.int32)[None, None]
-  if vocab_size < width * (1 if axis is None else jax.lax.axis_size(axis)):
-    logits_BCV = jnp.where(ids_11V < vocab_size, logits_BCV, -jnp.inf)
-  peak_BC, argmax_BC = _argmax(logits_BCV, axis)
-  z_BCV = logits_BCV - peak_BC[..., None]
-  e_BCV = jnp.exp(z_BCV)
-  mass_BC = _sum(jnp.sum(_groups(e_BCV, 0.0), (-1, -2)), axis)
-  log_mass_BC = jnp.log(mass_BC)
-  dot_BC = _sum(jnp.sum(jnp.where(e_BCV > 0, e_BCV * z_BCV, 0.0), -1), axis)
-
-  def pick(ids_BCN):  # log p of global ids
-    mine = (ids_BCN >= first) & (ids_BCN < first + width)
-    z_BCN = jnp.take_along_axis(z_BCV, jnp.where(mine, ids_BCN - first, 0), -1)
-    return _sum(jnp.where(mine, z_BCN, 0.0), axis) - log_mass_BC[..., None]
-
+  logits_BCV: jax.Array,
+  labels_BC: jax.Array,
+  u_BC: jax.Array,
+  spec: SamplerSpec,
+  axis: str | None,
+) -> dict[str, jax.Array]:
+  """What is recorded of the logits of one chunk, of this shard of the vocabulary."""
+  dist = _Distribution.of(logits_BCV, spec, axis)
   out = {
-    "entropy": log_mass_BC - dot_BC / mass_BC,
-    "label_logp": pick(labels_BC[..., None])[..., 0],
-    "argmax": argmax_BC,
+    "entropy": dist.entropy_BC(),
+    "label_logp": dist.logp(labels_BC[..., None])[..., 0],
+    "argmax": dist.argmax_BC,
   }
-  if kind == "sampled":
-    out["ids"] = _points(e_BCV, u_BC, n, axis)
-    if logp:
-      out["logp"] = pick(out["ids"])
-  else:
-    top_BCN, out["ids"] = top_k(z_BCV, n, axis=axis)
-    logp_BCN = top_BCN - log_mass_BC[..., None]
+  return out | (_sampled_ids(dist, u_BC, spec) if spec.kind == "sampled" else _topk_ids(dist, spec))
+
+
+def _sampled_ids(dist: _Distribution, u_BC: jax.Array, spec: SamplerSpec) -> dict[str, jax.Array]:
+  ids_BCN = _points(dist.e_BCV, u_BC, spec.n, dist.axis)
+  return {"ids": ids_BCN} | ({"logp": dist.logp(ids_BCN)} if spec.logp else {})
+
+
+def _topk_ids(dist: _Distribution, spec: SamplerSpec) -> dict[str, jax.Array]:
+  top_BCN, ids_BCN = top_k(dist.z_BCV, spec.n, axis=dist.axis)
+  logp_BCN = top_BCN - dist.log_mass_BC[..., None]
+  if spec.kind == "topk" and spec.nucleus < 1:
     p_BCN = jnp.exp(logp_BCN)
-    inside = jnp.cumsum(p_BCN, -1) - p_BCN < nucleus  # the mass before an entry
-    out["logp"] = logp_BCN if nucleus >= 1 else jnp.where(inside, logp_BCN, -jnp.inf)
-  return out
+    inside_BCN = jnp.cumsum(p_BCN, -1) - p_BCN < spec.nucleus  # the mass before an entry
+    logp_BCN = jnp.where(inside_BCN, logp_BCN, -jnp.inf)
+  return {"ids": ids_BCN, "logp": logp_BCN}
+
+
+class _Distribution(NamedTuple):
+  """softmax of the logits of one chunk, of this shard of the vocabulary.
+
+  Attributes:
+    z_BCV: logits less the largest one of all shards.
+    e_BCV: exp(z).
+    mass_BC: the sum of e over all shards, and its logarithm.
+    argmax_BC: int32 global id.
+    first: global id of this shard's first row.
+    axis: the mesh axis that V is sharded over, inside shard_map.
+  """
+
+  z_BCV: jax.Array
+  e_BCV: jax.Array
+  mass_BC: jax.Array
+  log_mass_BC: jax.Array
+  argmax_BC: jax.Array
+  first: jax.Array | int
+  axis: str | None
+
+  @classmethod
+  def of(cls, logits_BCV: jax.Array, spec: SamplerSpec, axis: str | None) -> _Distribution:
+    scale = 1.0 / spec.temperature
+    logits_BCV = logits_BCV * scale if scale != 1.0 else logits_BCV
+    width = logits_BCV.shape[-1]
+    first = 0 if axis is None else jax.lax.axis_index(axis) * width
+    ids_11V = first + jnp.arange(width, dtype=jnp.int32)[None, None]
+    rows = width * (1 if axis is None else jax.lax.axis_size(axis))
+    if spec.vocab_size is not None and spec.vocab_size < rows:
+      logits_BCV = jnp.where(ids_11V < spec.vocab_size, logits_BCV, -jnp.inf)
+    peak_BC, argmax_BC = _argmax(logits_BCV, axis)
+    z_BCV = logits_BCV - peak_BC[..., None]
+    e_BCV = jnp.exp(z_BCV)
+    mass_BC = _sum(jnp.sum(_groups(e_BCV, 0.0), (-1, -2)), axis)
+    return cls(z_BCV, e_BCV, mass_BC, jnp.log(mass_BC), argmax_BC, first, axis)
+
+  def entropy_BC(self) -> jax.Array:
+    dot_BC = jnp.sum(jnp.where(self.e_BCV > 0, self.e_BCV * self.z_BCV, 0.0), -1)
+    return self.log_mass_BC - _sum(dot_BC, self.axis) / self.mass_BC
+
+  def logp(self, ids_BCN: jax.Array) -> jax.Array:
+    """Log-probabilities of global ids."""
+    width = self.z_BCV.shape[-1]
+    mine_BCN = (ids_BCN >= self.first) & (ids_BCN < self.first + width)
+    local_BCN = jnp.where(mine_BCN, ids_BCN - self.first, 0)
+    z_BCN = jnp.take_along_axis(self.z_BCV, local_BCN, -1)
+    return _sum(jnp.where(mine_BCN, z_BCN, 0.0), self.axis) - self.log_mass_BC[..., None]
 
 
 def argmax(logits_BCV: jax.Array) -> jax.Array:

@@ -19,8 +19,9 @@ import numpy as np
 
 from distill_jax.config import Config
 from distill_jax.errors import InputError
+from distill_jax.records.fields import CLASS_IDS, UNTAUGHT
 from distill_jax.records.manifest import Manifest, without_targets
-from distill_jax.records.multi_teacher import TEXT, MultiTeacherStore
+from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.recorder import Corpus
 from distill_jax.types import IN_BATCH_CLASSES, Batch
 
@@ -126,13 +127,13 @@ class RecordedTask(Sequence):
           f"row {operator.index(index)} has other labels than when {self._said.folder} was "
           "recorded; the task's data has changed, so record again"
         )
-      row |= {name: x for name, x in said.items() if name not in TEXT}
+      row |= {name: x for name, x in said.items() if name not in UNTAUGHT}
     return row if self.part is None else _shifted(row, self.part)
 
 
 def _shifted(row: Row, part: range) -> Row:
   """A row whose classes are those rows of a head that several tasks share."""
-  ids = ("tokens_T", "ids_TK", "argmax_T")
+  ids = ("tokens_T", *CLASS_IDS)
   own = {n: x + part.start for n, x in row.items() if n.rpartition("/")[2] in ids}
   among = np.tile(np.array([part.start, part.stop], np.int32), (len(row["tokens_T"]), 1))
   return row | own | {"rows_T2": among}

@@ -159,7 +159,7 @@ def _check_records(name: str, fn: Any, path: str, about: Manifest, kinds: set[st
     supports.check(about.kind, about.logp, fn.divergence, other)
   except InputError as error:
     raise InputError(f"losses.{name} over records {path}: {error}") from error
-  if about.kind == "topk" and fn.missing_mass != about.missing_mass:
+  if about.kind in ("topk", "dense") and fn.missing_mass != about.missing_mass:
     raise InputError(
       f"losses.{name}.missing_mass is {fn.missing_mass!r} and records {path} were made with "
       f"{about.missing_mass!r}; name the same convention"

@@ -119,7 +119,8 @@ def test_records_are_what_record_would_store(whole):
       Inputs(row["tokens_T"][None], positions[None], row["segments_T"][None]), built.compute
     )
     labels = np.append(row["tokens_T"][1:], 0)[None].astype(np.int32)
-    want = sampler.summarise(out.hidden_BTD, out.head_VD, labels, u[None], n=c.records.n, chunk=32)
+    spec = sampler.SamplerSpec(c.records.n)
+    want = sampler.summarise(out.hidden_BTD, out.head_VD, labels, u[None], spec, chunk=32)
     for t in np.flatnonzero(want_mask):
       ids, counts = np.unique(np.asarray(want["ids"][0, t]), return_counts=True)
       keep = row["weight_TK"][t] > 0

@@ -123,10 +123,8 @@ def test_records_are_what_the_recorder_says_of_the_text(kind):
       out.head_VD,
       ids[:, 1:],
       u_BT,
-      n=c.n,
+      sampler.SamplerSpec(c.n, kind, temperature=c.temperature),
       chunk=16,
-      kind=kind,
-      temperature=c.temperature,
     )
     got = {name: np.array(x) for name, x in s.records.items()}
     assert got.keys() == want.keys()

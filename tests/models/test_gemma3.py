@@ -142,7 +142,8 @@ def test_a_cap_is_everywhere_that_logits_are():
   capped_BTV = fused_head.soft_cap(raw_BTV, out.soft_cap)
   dense, own = supports.dense(said, capped_BTV, 1.0)
   np.testing.assert_allclose(dense, own, rtol=1e-5, atol=1e-5)
+  spec = sampler.SamplerSpec(4, "topk")
   recorded = sampler.summarise(
-    out.hidden_BTD, out.head_VD, labels, None, n=4, chunk=5, kind="topk", soft_cap=out.soft_cap
+    out.hidden_BTD, out.head_VD, labels, None, spec, chunk=5, soft_cap=out.soft_cap
   )
   np.testing.assert_allclose(recorded["label_logp"], logp_BT, rtol=1e-5, atol=1e-5)

@@ -7,6 +7,7 @@ import pytest
 
 from distill_jax.errors import InputError
 from distill_jax.records import bits, codec, taps
+from distill_jax.records.fields import RecordSpec
 from distill_jax.records.manifest import Taps
 
 
@@ -89,16 +90,16 @@ def check(seq, out, spec):
 
 
 SPECS = [
-  codec.Spec("sampled", 63, 1000),
-  codec.Spec("sampled", 63, 1000, logp=True),
-  codec.Spec("sampled", 1, 5),
-  codec.Spec("sampled", 255, 1 << 20),
-  codec.Spec("sampled", 7, 1),
-  codec.Spec("sampled", 32, 257, entropy=False),
-  codec.Spec("topk", 16, 300),
-  codec.Spec("topk", 1, 2),
-  codec.Spec("topk", 3, 3),
-  codec.Spec("text", 0, 50_000),
+  RecordSpec("sampled", 63, 1000),
+  RecordSpec("sampled", 63, 1000, logp=True),
+  RecordSpec("sampled", 1, 5),
+  RecordSpec("sampled", 255, 1 << 20),
+  RecordSpec("sampled", 7, 1),
+  RecordSpec("sampled", 32, 257, entropy=False),
+  RecordSpec("topk", 16, 300),
+  RecordSpec("topk", 1, 2),
+  RecordSpec("topk", 3, 3),
+  RecordSpec("text", 0, 50_000),
 ]
 
 
@@ -146,7 +147,7 @@ def realistic(T=8192, V=151_936, n=63):
 
 
 def test_size_and_speed():
-  spec, seq = codec.Spec("sampled", 63, 151_936), realistic()
+  spec, seq = RecordSpec("sampled", 63, 151_936), realistic()
   data, fields = codec.encode_tokens(seq, spec), codec.encode_targets(seq, spec)
   T, E = len(seq["tokens_T"]), codec.count_entries(fields)
   assert 11 < E / T < 15  # the case that the target names
@@ -176,7 +177,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_sequences_are_refused(name):
-  spec = codec.Spec("sampled", 63, 1000)
+  spec = RecordSpec("sampled", 63, 1000)
   change, words = BAD[name]
   seq = sequence(spec, 65)
   seq[name] = change(seq)
@@ -185,7 +186,7 @@ def test_bad_sequences_are_refused(name):
 
 
 def test_nan_logp_and_repeated_ids_are_refused():
-  spec = codec.Spec("topk", 4, 100)
+  spec = RecordSpec("topk", 4, 100)
   for name, value, words in [("logp_TN", np.nan, "finite"), ("ids_TN", 3, "twice")]:
     seq = sequence(spec, 30, mask=1.0)
     seq["logp_TN"][:] = -1
@@ -196,7 +197,7 @@ def test_nan_logp_and_repeated_ids_are_refused():
 
 def test_no_number_of_a_padded_position_is_read():
   """A teacher may say NaN about padding."""
-  spec = codec.Spec("sampled", 63, 1000)
+  spec = RecordSpec("sampled", 63, 1000)
   seq = sequence(spec, 65, mask=0.5)
   for name in ("entropy_T", "label_logp_T"):
     seq[name] = np.where(seq["mask_T"], seq[name], np.nan)
@@ -205,7 +206,7 @@ def test_no_number_of_a_padded_position_is_read():
 
 @pytest.mark.parametrize("field", ["head", "lengths", "high", "low", "counts", "scalars", "argmax"])
 def test_cut_fields_do_not_decode(field):
-  spec = codec.Spec("sampled", 63, 1000)
+  spec = RecordSpec("sampled", 63, 1000)
   seq = sequence(spec, 300, mask=1.0)
   fields = codec.encode_targets(seq, spec)
   fields[field] = fields[field][: len(fields[field]) // 2]
@@ -216,7 +217,7 @@ def test_cut_fields_do_not_decode(field):
 @pytest.mark.parametrize("kind", [{"kind": "other"}, {"vocab_size": (1 << 20) + 1}, {"n": 0}])
 def test_specs(kind):
   with pytest.raises(InputError):
-    codec.Spec(**{"kind": "sampled", "n": 63, "vocab_size": 100} | kind)
+    RecordSpec(**{"kind": "sampled", "n": 63, "vocab_size": 100} | kind)
 
 
 def test_taps():

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from distill_jax.errors import InputError
 from distill_jax.nn import sharding
 from distill_jax.records import sampler
+from distill_jax.records.sampler import SamplerSpec
 
 
 def softmax(logits):
@@ -102,8 +103,8 @@ def example(B=2, T=11, D=16, V=600, seed=0):
 def test_summarise_against_float64(chunk, vocab_size):
   hidden, head, labels, u = example()
   labels %= 517
-  compute = {"n": 63, "chunk": chunk, "vocab_size": vocab_size, "logp": True}
-  run = jax.jit(lambda *a: sampler.summarise(*a, **compute))
+  spec = SamplerSpec(63, vocab_size=vocab_size, logp=True)
+  run = jax.jit(lambda *a: sampler.summarise(*a, spec, chunk=chunk))
   out = run(hidden, head, labels, u)
   logits = (hidden.astype(np.float64) @ head.T)[..., :vocab_size]
   p = softmax(logits)
@@ -120,9 +121,8 @@ def test_summarise_against_float64(chunk, vocab_size):
 
 def test_topk_and_temperature():
   hidden, head, labels, _ = example()
-  out = sampler.summarise(
-    hidden, head, labels, None, n=20, chunk=4, vocab_size=517, kind="topk", temperature=2.0
-  )
+  spec = SamplerSpec(20, "topk", vocab_size=517, temperature=2.0)
+  out = sampler.summarise(hidden, head, labels, None, spec, chunk=4)
   logp = np.log(softmax((hidden.astype(np.float64) @ head.T)[..., :517] / 2))
   want = np.argsort(-logp, -1)[..., :20]
   np.testing.assert_array_equal(out["ids"], want)
@@ -139,7 +139,8 @@ def test_top_k_is_that_of_jax_with_ties(V):
 
 def test_nucleus_keeps_the_fewest_entries_that_hold_the_mass():
   hidden, head, labels, _ = example()
-  out = sampler.summarise(hidden, head / 3, labels, None, n=40, chunk=4, kind="topk", nucleus=0.6)
+  spec = SamplerSpec(40, "topk", nucleus=0.6)
+  out = sampler.summarise(hidden, head / 3, labels, None, spec, chunk=4)
   p = np.sort(softmax(hidden.astype(np.float64) @ head.T / 3), -1)[..., ::-1]
   want = np.minimum((np.cumsum(p, -1) < 0.6).sum(-1) + 1, 40)
   got = np.isfinite(out["logp"]).sum(-1)
@@ -150,14 +151,14 @@ def test_nucleus_keeps_the_fewest_entries_that_hold_the_mass():
 def test_bad_input():
   hidden, head, labels, u = example()
   with pytest.raises(InputError, match="'text' has no sampler"):
-    sampler.summarise(hidden, head, labels, u, n=4, chunk=4, kind="text")
+    sampler.summarise(hidden, head, labels, u, SamplerSpec(4, "text"), chunk=4)
   with pytest.raises(InputError, match="no u_BT"):
-    sampler.summarise(hidden, head, labels, None, n=4, chunk=4)
+    sampler.summarise(hidden, head, labels, None, SamplerSpec(4), chunk=4)
   with pytest.raises(InputError, match="head of 600 rows"):
-    sampler.summarise(hidden, head, labels, None, n=601, chunk=4, kind="topk")
+    sampler.summarise(hidden, head, labels, None, SamplerSpec(601, "topk"), chunk=4)
 
 
-def on_mesh(shape, **compute):
+def on_mesh(shape, spec):
   """(outputs, compiled text) of summarise with the batch and the vocabulary sharded."""
   mesh = sharding.make_mesh(*shape)
   args = example(B=2, T=10, V=4096)
@@ -165,7 +166,7 @@ def on_mesh(shape, **compute):
   specs[1] = PartitionSpec("tensor")
   with jax.set_mesh(mesh):
     placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(args, specs, strict=True)]
-    run = jax.jit(lambda *a: sampler.summarise(*a, chunk=4, **compute)).lower(*placed).compile()
+    run = jax.jit(lambda *a: sampler.summarise(*a, spec, chunk=4)).lower(*placed).compile()
     return jax.device_get(run(*placed)), run.as_text()
 
 
@@ -190,9 +191,9 @@ def collective_sizes(hlo):
 def test_sharded_equals_dense(shape, vocab_size, kind):
   if len(jax.devices()) < 4:
     pytest.skip("wants 4 devices")
-  compute = {"n": 63, "vocab_size": vocab_size, "kind": kind, "logp": True}
-  out, _ = on_mesh(shape, **compute)
-  dense = sampler.summarise(*map(jnp.asarray, example(B=2, T=10, V=4096)), chunk=4, **compute)
+  spec = SamplerSpec(63, kind, vocab_size=vocab_size, logp=True)
+  out, _ = on_mesh(shape, spec)
+  dense = sampler.summarise(*map(jnp.asarray, example(B=2, T=10, V=4096)), spec, chunk=4)
   assert (out["ids"] != np.asarray(dense["ids"])).mean() < 2e-3
   assert out["ids"].max() < vocab_size
   assert np.all(np.diff(out["ids"], axis=-1) >= 0) or kind == "topk"
@@ -211,7 +212,7 @@ def test_no_collective_is_as_large_as_the_vocabulary(shape, kind):
   if len(jax.devices()) < 4:
     pytest.skip("wants 4 devices")
   n = 7
-  _, hlo = on_mesh(shape, n=n, kind=kind)
+  _, hlo = on_mesh(shape, SamplerSpec(n, kind))
   sizes = collective_sizes(hlo)
   assert sizes, "a sharded vocabulary needs collectives: the parser found none"
   positions = 2 * 4  # of one chunk

