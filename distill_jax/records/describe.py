@@ -35,12 +35,6 @@ def describe(store: Store) -> dict[str, Any]:
   }
 
 
-def text(figures: dict[str, Any]) -> str:
-  """`describe` as lines of name and value."""
-  width = max(map(len, figures))
-  return "\n".join(f"{name:<{width}}  {value}" for name, value in figures.items())
-
-
 def show(store: Store, i: int, decode: Callable[[list[int]], str], top: int = 5) -> str:
   """Sequence i, one token a line, with the teacher's likeliest next tokens.
 

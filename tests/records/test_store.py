@@ -1,6 +1,5 @@
 """The store: written, resumed, extended, read by us, by tfds and by grain; and its faults."""
 
-import dataclasses
 import json
 import os
 import pickle
@@ -15,54 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_store import N, T, V, manifest, record, sequence
 
 from distill_jax.errors import InputError
 from distill_jax.records import store, tf_example
 from distill_jax.records.manifest import NAME, shard_name
-
-T, V, N = 32, 500, 15
-
-
-def manifest(total=10, **change):
-  return dataclasses.replace(
-    store.Manifest(
-      kind="sampled",
-      n=N,
-      vocab_size=V,
-      seq_len=T,
-      teacher={"name": "t", "config": {"layers": 2}, "digest": "abc"},
-      tokenizer="tok",
-      corpus="cor",
-      sequences_per_shard=3,
-      extents=(total,),
-    ),
-    **change,
-  )
-
-
-def sequence(i):
-  rng = np.random.default_rng(i)
-  ids = np.sort(rng.integers(0, V, (T, N)), 1).astype(np.int32)
-  segments = np.repeat([1, 2, 0], [T - 12, 8, 4]).astype(np.int32)
-  return {
-    "tokens_T": rng.integers(0, V, T).astype(np.int32),
-    "segments_T": segments,
-    "mask_T": segments > 0,
-    "ids_TN": ids,
-    "argmax_T": ids[:, 3],
-    "entropy_T": rng.random(T).astype(np.float32),
-    "label_logp_T": -rng.random(T).astype(np.float32),
-  }
-
-
-def record(folder, m=None, shards=None, index=0, count=1):
-  """Writes what is missing (or that many shards of it), completes, returns the ranges."""
-  with store.Writer(folder, m or manifest(), index, count) as w:
-    todo = w.missing()[:shards]
-    for r in todo:
-      w.write_shard(r, map(sequence, r))
-    w.complete()
-  return todo
 
 
 def same(got, i):
@@ -142,11 +98,11 @@ def test_tfds_reads_it_without_tensorflow(whole):
   code = f"""
     import sys
     import tensorflow_datasets as tfds
-    from distill_jax.records import example, manifest
+    from distill_jax.records import tf_example, manifest
     builder = tfds.builder_from_directory({str(whole)!r})
     source = builder.as_data_source(split="records")
     m = manifest.load({str(whole)!r})
-    seqs = [example.decode(i, source[i], m) for i in range(len(source))]
+    seqs = [tf_example.decode(i, source[i], m) for i in range(len(source))]
     assert len(seqs) == 10
     assert "float16" in builder.info.features["scalars"].doc.desc
     assert "tensorflow" not in sys.modules
@@ -263,7 +219,7 @@ KILL = """
   import os, signal, sys
   sys.path[:0] = [{tests!r}, {root!r}]
   from pathlib import Path
-  import test_records_store as t
+  import tiny_store
   from distill_jax.runtime import atomic_io
   from distill_jax.records import writer
   countdown = {at}
@@ -281,16 +237,14 @@ KILL = """
   Path.replace = maybe_die(Path.replace)
   Path.unlink = maybe_die(Path.unlink)
   atomic_io.fsync_dir = maybe_die(atomic_io.fsync_dir)
-  t.record({folder!r})
+  tiny_store.record({folder!r})
 """
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 4, 7, 8, 9, 10, 11, 12, 20, 30, 36, 39, 41])
 def test_kill_and_resume(whole, tmp_path, at):
   tests = Path(__file__).parents[1]
-  code = KILL.format(
-    at=at, folder=str(tmp_path), tests=str(tests / "records"), root=str(tests.parent)
-  )
+  code = KILL.format(at=at, folder=str(tmp_path), tests=str(tests), root=str(tests.parent))
   died = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True)
   assert died.returncode == -signal.SIGKILL
   finished = list(tmp_path.glob("*.array_record.json"))
@@ -486,8 +440,8 @@ def test_read_only_mount(tmp_path):
   """Root ignores mode bits, so a read-only mount in a private namespace."""
   script = f"mount -t tmpfs -o ro none {tmp_path} && exec {sys.executable} -c "
   tests = Path(__file__).parents[1]
-  code = f"import sys; sys.path[:0] = [{str(tests / 'records')!r}, {str(tests.parent)!r}]\n"
-  code += f"import test_records_store as t\nt.record({str(tmp_path / 's')!r})"
+  code = f"import sys; sys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]\n"
+  code += f"import tiny_store\ntiny_store.record({str(tmp_path / 's')!r})"
   if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
     pytest.skip("no private mounts here")
   out = subprocess.run(

@@ -1,0 +1,51 @@
+"""A store of made-up records, small enough to write in a test."""
+
+import dataclasses
+
+import numpy as np
+
+from distill_jax.records import store
+
+T, V, N = 32, 500, 15
+
+
+def manifest(total=10, **change):
+  return dataclasses.replace(
+    store.Manifest(
+      kind="sampled",
+      n=N,
+      vocab_size=V,
+      seq_len=T,
+      teacher={"name": "t", "config": {"layers": 2}, "digest": "abc"},
+      tokenizer="tok",
+      corpus="cor",
+      sequences_per_shard=3,
+      extents=(total,),
+    ),
+    **change,
+  )
+
+
+def sequence(i):
+  rng = np.random.default_rng(i)
+  ids = np.sort(rng.integers(0, V, (T, N)), 1).astype(np.int32)
+  segments = np.repeat([1, 2, 0], [T - 12, 8, 4]).astype(np.int32)
+  return {
+    "tokens_T": rng.integers(0, V, T).astype(np.int32),
+    "segments_T": segments,
+    "mask_T": segments > 0,
+    "ids_TN": ids,
+    "argmax_T": ids[:, 3],
+    "entropy_T": rng.random(T).astype(np.float32),
+    "label_logp_T": -rng.random(T).astype(np.float32),
+  }
+
+
+def record(folder, m=None, shards=None, index=0, count=1):
+  """Writes what is missing (or that many shards of it), completes, returns the ranges."""
+  with store.Writer(folder, m or manifest(), index, count) as w:
+    todo = w.missing()[:shards]
+    for r in todo:
+      w.write_shard(r, map(sequence, r))
+    w.complete()
+  return todo
