@@ -121,7 +121,7 @@ def main() -> None:
     figures = describe.describe(opened)
     size, rival_size = figures["bytes"], rival.stat().st_size
   entries = figures["entries_per_target"]
-  print(describe.text(figures))
+  print("\n".join(f"{name}  {value}" for name, value in figures.items()))
   print(
     json.dumps(
       {
