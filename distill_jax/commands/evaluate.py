@@ -31,7 +31,7 @@ from distill_jax.records import collate
 from distill_jax.report.benchmarks import text  # noqa: F401
 from distill_jax.runtime import distributed, json_io
 from distill_jax.runtime.progress import Progress
-from distill_jax.tasks import dataset, pseudo_labels
+from distill_jax.tasks import TextTask, dataset, pseudo_labels
 from distill_jax.tasks.dataset import Row
 from distill_jax.training.step import online
 from distill_jax.types import IN_BATCH_CLASSES, Batch, Mean
@@ -170,11 +170,12 @@ def _heldout(config: Config, mesh: Any) -> dict[str, Any]:
       for name, (rows, classes) in parts.items()
     }
     for name, task in config.tasks.items():
-      if hasattr(task, "scores"):
+      if isinstance(task, TextTask):
         rows: Any = parts[name][0]
         source, most = rows.rows.source, config.evaluate.sequences
         for n, m in models.items():
-          by_part[name][n] |= task.scores(pseudo_labels.texts(m, task, source, mesh, most), source)
+          outputs = pseudo_labels.decode_texts(m, task, source, mesh, most)
+          by_part[name][n] |= task.scores(outputs, source)
   first = next(iter(by_part.values()))
   tokens = {name: results["teacher"].pop("tokens") for name, results in by_part.items()}
   for results in by_part.values():

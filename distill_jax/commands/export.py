@@ -96,7 +96,7 @@ def _said_of_tasks(config: Config) -> dict[str, Any]:
   """What the exported folder says of a task; of several, each has but a part of the head."""
   if len(config.tasks) != 1:
     return {}
-  return next(iter(config.tasks.values())).hub(loading.family_and_config(config.student)[1])
+  return next(iter(config.tasks.values())).hub_files(loading.family_and_config(config.student)[1])
 
 
 def _base(spec: ModelOptions) -> tuple[str, str] | None:

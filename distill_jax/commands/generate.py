@@ -17,9 +17,9 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
 
   With generate.records_dir, a store of the same texts is made.
 
-  Returns and raises what `dispatch.generate` or `pseudo_labels.write` do.
+  Returns and raises what `dispatch.generate` or `pseudo_labels.write_pseudo_labels` do.
   """
   if config.tasks:
-    return pseudo_labels.write(config, folder)
+    return pseudo_labels.write_pseudo_labels(config, folder)
   store = GeneratedStore(config) if config.generate.records_dir else None
   return dispatch.generate(GenerationJob.from_config(config), folder, store=store)

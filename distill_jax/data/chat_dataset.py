@@ -1,73 +1,75 @@
-"""Chats to tokens: what the assistant says is learnt, and nothing else.
+"""Chats to tokens; only the assistant's turns are trained on.
 
 A line of JSON is a chat: {"messages": [{"role": ..., "content": ...}, ...], "tools": [...]},
 or a sample as `generate` and `filter` write them, {"prompt": ..., "text": ...}, whose prompt is
-text (a user's) or messages, and whose text the assistant's answer.
+text (the user's) or messages, and whose text is the assistant's turn.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from distill_jax.data import jsonl
+from distill_jax.data.bad_input import BadInputPolicy
 from distill_jax.data.chat_template import ChatTemplate
-from distill_jax.data.sources import Source, documents
+from distill_jax.data.packing import MaskedDocument
+from distill_jax.data.sources import DocumentSource, documents
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 
-ON_BAD = ("stop", "skip")
 
-
-def tokens(
-  source: Source,
+def tokenized_chats(
+  source: DocumentSource,
   tokenizer: Tokenizer,
   template: ChatTemplate,
-  longest: int,
+  max_tokens: int,
   on_bad: str,
   trust: str = "",
-) -> Iterator[tuple[list[int], list[bool], float]]:
-  """(ids, which of them to learn, their label smoothing) of each chat of a source.
+) -> Iterator[MaskedDocument]:
+  """Yields the tokens of each chat of a source, with those to train on and their label smoothing.
 
-  A chat cannot be used that is no chat, that the template refuses, that is longer than
-  `longest` tokens, that has nothing to learn, or nothing from 0 to 1 in the field `trust`: with
-  on_bad "stop" it is refused, with "skip" it is left out, and the standard error says how many
-  were and why.
+  A chat is unusable if its line is not a chat, the template refuses it, it is longer than
+  `max_tokens`, it has no assistant turn to train on, or its field `trust` is not from 0 to 1.
+  At the end, standard error says how many were left out and why.
+
+  Args:
+    source: of kind "chat".
+    tokenizer: the tokenizer that belongs to the template.
+    template: renders the chats.
+    max_tokens: the length of the longest chat that is used.
+    on_bad: "stop" at an unusable chat, or "skip" it.
+    trust: the field with the confidence in a chat's labels; label smoothing is 1 - confidence.
+      "": no smoothing.
 
   Raises:
-    InputError: as said; or no chat at all can be used.
+    InputError: a chat is unusable and on_bad is "stop", or all are.
   """
-  if on_bad not in ON_BAD:
-    raise InputError(f"data.on_bad is {on_bad!r}; it can be one of {ON_BAD}")
-  left_out: Counter[str] = Counter()
+  bad = BadInputPolicy("data.on_bad", on_bad)
   used = unmarked = 0
   for number, line in enumerate(documents(source), 1):
     where = f"{source.path}, chat {number} of split {source.split!r}"
     try:
-      messages, tools = parse(line, where)
-      smoothing = 1 - trusted(line, trust) if trust else 0.0
+      messages, tools = parse(line)
+      smoothing = 1 - confidence(line, trust) if trust else 0.0
       ids, mask = template.tokens_and_mask(tokenizer, messages, tools)
       unmarked += len(template.mark(tokenizer, messages, tools).unmarked)
-      why = _useless(ids, mask, longest)
     except InputError as error:
-      if on_bad == "stop":
-        raise InputError(f"{where}: {error}") from error
-      left_out[str(error).removeprefix(f"{where}: ")[:80]] += 1
+      bad.reject(where, str(error))
       continue
-    if why and on_bad == "stop":
-      raise InputError(f"{where} {why}; leave it out, or set data.on_bad='skip'")
-    if why:
-      left_out[why] += 1
-      continue
-    used += 1
-    yield ids, mask, smoothing
-  for why, n in left_out.most_common():
-    print(f"{source.path}: {n} of {used + left_out.total()} chats left out: {why}", file=sys.stderr)
+    if len(ids) > max_tokens:
+      bad.reject_subject(where, f"is longer than the {max_tokens} tokens of data.seq_len")
+    elif not any(mask):
+      bad.reject_subject(where, "has nothing that the assistant says")
+    else:
+      used += 1
+      yield MaskedDocument(ids, mask, smoothing)
+  bad.report(source.path, used, "chats")
   if unmarked:
     print(
-      f"{source.path}: {unmarked} turns are not learnt, since what follows them changes how the "
+      f"{source.path}: {unmarked} turns are not trained on, since later messages change how the "
       "template writes them; give each chat up to such a turn as a chat of its own",
       file=sys.stderr,
     )
@@ -75,39 +77,33 @@ def tokens(
     raise InputError(f"{source.path}: none of its chats can be used; the lines above say why")
 
 
-def parse(line: str, where: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-  """(messages, tools) of a line."""
-  try:
-    record = json.loads(line)
-  except (ValueError, RecursionError) as e:
-    raise InputError(f"{where}: not JSON ({e}); mend the line") from e
-  if not isinstance(record, dict):
-    raise InputError(f"{where}: a JSON {type(record).__name__}; each line is one object")
+def parse(line: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+  """Returns (messages, tools) of a line.
+
+  Raises:
+    InputError: the line is not JSON, or neither a chat nor a sample.
+  """
+  record = jsonl.parse_object(line)
   messages = record.get("messages")
   if messages is None and "prompt" in record and isinstance(record.get("text"), str):
-    asked = record["prompt"]
-    asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-    answer = {"role": "assistant", "content": record["text"]}
-    messages = [*asked, answer] if isinstance(asked, list) else None
+    prompt = record["prompt"]
+    if isinstance(prompt, str):
+      prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list):
+      messages = [*prompt, {"role": "assistant", "content": record["text"]}]
   if not isinstance(messages, list) or not all(
     isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
   ):
-    raise InputError(f"{where}: neither a list of 'messages' nor 'prompt' and 'text'; give one")
+    raise InputError("neither a list of 'messages' nor 'prompt' and 'text'; give one")
   return messages, record.get("tools")
 
 
-def trusted(line: str, field: str) -> float:
-  """What a field says of how far a line's labels are to be trusted."""
+def confidence(line: str, field: str) -> float:
+  """Returns how far a line's labels are to be trusted, from 0 to 1, as its field says."""
   value = json.loads(line).get(field)
   if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
     raise InputError(
-      f"its field {field!r} is {value!r:.60}, and data.trust names one from 0 to 1, such as "
-      "votes leave"
+      f"its field {field!r} is {value!r:.60}, and data.trust names a number from 0 to 1, such as "
+      "the votes filter writes"
     )
   return float(value)
-
-
-def _useless(ids: list[int], mask: list[bool], longest: int) -> str:
-  if len(ids) > longest:
-    return f"is longer than the {longest} tokens of data.seq_len"
-  return "" if any(mask) else "has nothing that the assistant says"

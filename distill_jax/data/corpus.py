@@ -16,7 +16,7 @@ from distill_jax.errors import InputError
 from distill_jax.hub.load import Pretrained
 from distill_jax.hub.tokenizer import TokenizerFiles, check_vocabulary, read_tokenizer
 
-LINES = 256  # documents tokenized at once
+BATCH = 256  # documents tokenized at once
 
 
 def tokenizer_of(data: DataOptions, pretrained: Pretrained | None) -> tokenizers.Tokenizer:
@@ -36,9 +36,9 @@ def of_files(files: TokenizerFiles, source: str) -> tokenizers.Tokenizer:
   return tokenizers.Tokenizer(raw, f"the tokenizer of {source}", None, None)
 
 
-def source_of(data: DataOptions) -> sources.Source:
-  names = (f.name for f in dataclasses.fields(sources.Source))
-  return sources.Source(**{name: getattr(data, name) for name in names})
+def source_of(data: DataOptions) -> sources.DocumentSource:
+  names = (f.name for f in dataclasses.fields(sources.DocumentSource))
+  return sources.DocumentSource(**{name: getattr(data, name) for name in names})
 
 
 def template_of(data: DataOptions, pretrained: Pretrained | None) -> ChatTemplate:
@@ -77,9 +77,10 @@ def sequences(
     raise InputError(f"data.trust is {data.trust!r} and data.kind {data.kind!r}; it is for chats")
   if data.kind == "chat":
     template = template_of(data, pretrained)
-    source, longest = source_of(data), data.seq_len
-    found = chat_dataset.tokens(source, tokenizer, template, longest, data.on_bad, data.trust)
-    packed = packing.pack(found, data.seq_len, None, whole=True)
+    chats = chat_dataset.tokenized_chats(
+      source_of(data), tokenizer, template, data.seq_len, data.on_bad, data.trust
+    )
+    packed = packing.pack(chats, data.seq_len, None, whole=True)
   else:
     packed = packing.pack(_tokens(data, tokenizer), data.seq_len, tokenizer.eos_id)
   for row in itertools.islice(packed, data.sequences or None):
@@ -97,5 +98,5 @@ def check(data: DataOptions, tokenizer: tokenizers.Tokenizer, rows: int, longest
 
 def _tokens(data: DataOptions, tokenizer: tokenizers.Tokenizer) -> Iterator[list[int]]:
   documents = sources.documents(source_of(data))
-  while some := list(itertools.islice(documents, LINES)):
-    yield from ([*tokenizer.begin, *ids] for ids in tokenizer.encode_batch(some))
+  while batch := list(itertools.islice(documents, BATCH)):
+    yield from ([*tokenizer.begin, *ids] for ids in tokenizer.encode_batch(batch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -13,10 +14,18 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
+def in_folder(folder: Path) -> list[Path]:
+  """Returns the image files in a folder, sorted by name."""
+  return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+
+
 def decode(raw: bytes, size: int, channels: int) -> np.ndarray | None:
-  """An image as CLIP's processor cuts it, uint8 [size, size, channels]; None of another file.
+  """Decodes an image as CLIP's processor cuts it.
 
   The shorter side is brought to `size` (bicubic), and the middle taken.
+
+  Returns:
+    uint8 [size, size, channels]; None if the bytes are not an image.
   """
   try:
     with Image.open(io.BytesIO(raw)) as opened:
@@ -33,6 +42,6 @@ def decode(raw: bytes, size: int, channels: int) -> np.ndarray | None:
 
 
 def normalised(pixels_WWM: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-  """float32, pixels from 0 to 1 less the mean, over the deviation, of each channel."""
-  m, s = (np.asarray(x, np.float32) for x in (mean, std))
-  return (pixels_WWM.astype(np.float32) / 255 - m) / s
+  """Returns (pixels - mean) / std of each channel, float32, where pixels are from 0 to 1."""
+  mean_M, std_M = (np.asarray(x, np.float32) for x in (mean, std))
+  return (pixels_WWM.astype(np.float32) / 255 - mean_M) / std_M

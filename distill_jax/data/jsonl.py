@@ -65,12 +65,20 @@ def read_lines(*files: Path) -> Iterator[Line]:
         offset += len(raw)
 
 
-def parse_object(text: str, where: str) -> dict[str, Any]:
-  """Parses the JSON object on a line; an error begins with "WHERE: "."""
+def parse_object(text: str, where: str = "") -> dict[str, Any]:
+  """Returns the JSON object on a line.
+
+  Args:
+    text: the line.
+    where: its place, with which the error begins; "": the caller adds it.
+
+  Raises:
+    InputError: the line is not JSON, or not an object.
+  """
   try:
     return json_io.parse_object(text, action="mend the line")
   except InputError as e:
-    raise InputError(f"{where}: {e}") from e
+    raise InputError(f"{where}: {e}" if where else str(e)) from e.__cause__
 
 
 def to_line(value: Any, ensure_ascii: bool = False) -> bytes:

@@ -1,4 +1,4 @@
-"""Labelled images out of IDX files or a folder of classes, and what of them cannot be used."""
+"""Labelled images from IDX files or a folder of classes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from distill_jax.data.bad_input import BadInputPolicy
 from distill_jax.data.image_files import BROKEN
 from distill_jax.errors import InputError
 from distill_jax.runtime.progress import Progress
@@ -25,17 +26,18 @@ MODES = {1: "L", 3: "RGB"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled:
-  """Images and their labels.
+class LabelledImages:
+  """N images and their labels.
 
   Attributes:
-    pixels: uint8 [W, W, M] of each number in at_N; of files, read when it is asked for.
+    pixels: returns an image, uint8 [W, W, M], by its number in `indices_N`; files are read anew.
+    indices_N: int64, the number of each image, for `pixels`.
     hashes_N: uint64, of each image's pixels.
     labels_N: int32.
   """
 
   pixels: Callable[[int], np.ndarray]
-  at_N: np.ndarray
+  indices_N: np.ndarray
   hashes_N: np.ndarray
   labels_N: np.ndarray
 
@@ -43,15 +45,17 @@ class Labelled:
     return len(self.labels_N)
 
   def __getitem__(self, i: int) -> np.ndarray:
-    return self.pixels(self.at_N[i])
+    return self.pixels(self.indices_N[i])
 
-  def where(self, kept_N: np.ndarray) -> Labelled:
-    """Those that are marked."""
-    return Labelled(self.pixels, *(x[kept_N] for x in (self.at_N, self.hashes_N, self.labels_N)))
+  def where(self, kept_N: np.ndarray) -> LabelledImages:
+    """Returns the images where `kept_N` is True."""
+    return LabelledImages(
+      self.pixels, *(x[kept_N] for x in (self.indices_N, self.hashes_N, self.labels_N))
+    )
 
   @property
   def shares_N(self) -> np.ndarray:
-    """A number from 0 to 1 for each image, of its pixels: who is on which side of a split."""
+    """A number from 0 to 1 for each image, made from its pixels, that decides its split."""
     return self.hashes_N / 2**64
 
   @functools.cached_property
@@ -62,9 +66,9 @@ class Labelled:
 
 
 def _hash(pixels_WWM: np.ndarray) -> int:
-  """Of 64 bits."""
-  of = hashlib.blake2b(np.ascontiguousarray(pixels_WWM).data, digest_size=8)
-  return int.from_bytes(of.digest())
+  """Returns a hash of 64 bits."""
+  digest = hashlib.blake2b(np.ascontiguousarray(pixels_WWM).data, digest_size=8).digest()
+  return int.from_bytes(digest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,50 +89,52 @@ class ImageSpec:
     if self.channels not in MODES or self.size < 1:
       raise InputError(f"channels is {self.channels} and size {self.size}; 1 or 3 and above 0")
 
-  def wrong(self, width: int, height: int) -> str:
-    """Why an image of this size cannot be used; "" if it can."""
+  def defect(self, width: int, height: int) -> str:
+    """Returns why an image of this size cannot be used; "" if it can."""
     if self.resize or (width, height) == (self.size, self.size):
       return ""
     return f"is not {self.size} x {self.size}"
 
   def pixels(self, image: Image.Image) -> np.ndarray:
-    """uint8 [W, W, M]"""
+    """Returns an image as the model reads it, uint8 [W, W, M]."""
     image = image.convert(MODES[self.channels])
     if image.size != (self.size, self.size):
       image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(self.size, self.size, self.channels)
 
 
-# (where, why) of an image that cannot be used; it may raise.
-LeftOut = Callable[[str, str], None]
-
-
-def read(path: str, classes: tuple[str, ...], form: ImageSpec, left_out: LeftOut) -> Labelled:
-  """All images of a folder of classes, or of IDX files, but for those that cannot be used.
+def read(
+  path: str, classes: tuple[str, ...], spec: ImageSpec, bad: BadInputPolicy
+) -> LabelledImages:
+  """Reads the images of a folder of classes, or of IDX files, that can be used.
 
   Args:
     path: a folder with a folder of PNG and JPEG files for each class; or what the names of two
-      IDX files begin with, as "fashion-mnist/train" of train-images-idx3-ubyte.gz.
+      IDX files begin with, such as "fashion-mnist/train" of train-images-idx3-ubyte.gz.
     classes: their names; a label is the number of one.
+    spec: what every image has to be.
+    bad: rejects images that cannot be used, and classes without images.
 
   Raises:
     InputError: there is nothing at `path`, or IDX files are damaged.
   """
-  found = _folder if Path(path).is_dir() else _idx
-  images = found(path, classes, form, left_out)
+  read_images = _folder if Path(path).is_dir() else _idx
+  images = read_images(path, classes, spec, bad)
   counts = np.bincount(images.labels_N, minlength=len(classes))
   for name, n in zip(classes, counts, strict=True):
     if not n:
-      left_out(f"class {name!r} of {path}", "has no image")
+      bad.reject_subject(f"class {name!r} of {path}", "has no image")
   return images
 
 
 def folders(path: str) -> tuple[str, ...]:
-  """The names of the classes that a folder holds."""
+  """Returns the names of the classes that a folder holds."""
   return tuple(sorted(p.name for p in Path(path).iterdir() if p.is_dir()))
 
 
-def _folder(path: str, classes: tuple[str, ...], form: ImageSpec, left_out: LeftOut) -> Labelled:
+def _folder(
+  path: str, classes: tuple[str, ...], spec: ImageSpec, bad: BadInputPolicy
+) -> LabelledImages:
   found = [
     (file, name)
     for name in folders(path)
@@ -138,29 +144,29 @@ def _folder(path: str, classes: tuple[str, ...], form: ImageSpec, left_out: Left
   # Decoding releases the GIL; only a hash of each image is kept.
   pool = ThreadPoolExecutor()
   try:
-    looked = pool.map(lambda one: _looked_at(one[0], form), found)
+    inspected = pool.map(lambda pair: _inspect(pair[0], spec), found)
     with Progress("open", len(found), "images") as progress:
-      for (file, name), (hashed, why) in zip(found, looked, strict=True):
+      for (file, name), (hashed, why) in zip(found, inspected, strict=True):
         progress.add(1)
         why = why if name in classes else f"is of class {name!r}, which the task does not name"
         if why:
-          left_out(str(file), why)
+          bad.reject_subject(str(file), why)
           continue
         files.append(file)
         hashes.append(hashed)
         labels.append(classes.index(name))
-  finally:  # where the first that is bad stops the run, the rest is not looked at
+  finally:  # where the first that is bad stops the run, the rest is not inspected
     pool.shutdown(cancel_futures=True)
-  pixels = functools.partial(_again, files, hashes, form)
-  at_N = np.arange(len(files))
-  return Labelled(pixels, at_N, np.array(hashes, np.uint64), np.array(labels, np.int32))
+  pixels = functools.partial(_reread, files, hashes, spec)
+  indices_N = np.arange(len(files))
+  return LabelledImages(pixels, indices_N, np.array(hashes, np.uint64), np.array(labels, np.int32))
 
 
-def _again(files: Sequence[Path], hashes: Sequence[int], form: ImageSpec, i: int) -> np.ndarray:
-  """Pixels of file i; raises InputError if they are not what they were."""
+def _reread(files: Sequence[Path], hashes: Sequence[int], spec: ImageSpec, i: int) -> np.ndarray:
+  """Returns the pixels of file i; raises InputError if they have changed."""
   try:
     with Image.open(files[i]) as image:
-      pixels = form.pixels(image)
+      pixels = spec.pixels(image)
   except BROKEN as e:
     raise InputError(f"{files[i]} could be read when the run began ({e}); mend it") from e
   if _hash(pixels) != hashes[i]:
@@ -168,35 +174,47 @@ def _again(files: Sequence[Path], hashes: Sequence[int], form: ImageSpec, i: int
   return pixels
 
 
-def _looked_at(file: Path, form: ImageSpec) -> tuple[int, str]:
-  """(hash of the pixels, "") of a file, or (0, why there are none)."""
+def _inspect(file: Path, spec: ImageSpec) -> tuple[int, str]:
+  """Returns (hash of the pixels, "") of a file, or (0, why it cannot be used)."""
   if file.suffix.lower() not in SUFFIXES:
     return 0, "is neither PNG nor JPEG"
   try:
     with Image.open(file) as image:
-      return (0, why) if (why := form.wrong(*image.size)) else (_hash(form.pixels(image)), "")
+      return (0, why) if (why := spec.defect(*image.size)) else (_hash(spec.pixels(image)), "")
   except BROKEN:
     return 0, "is damaged"
 
 
-def _idx(path: str, classes: tuple[str, ...], form: ImageSpec, left_out: LeftOut) -> Labelled:
+def _idx(
+  path: str, classes: tuple[str, ...], spec: ImageSpec, bad: BadInputPolicy
+) -> LabelledImages:
   pixels, labels = (_idx_array(path, f"-{n}-ubyte") for n in ("images-idx3", "labels-idx1"))
   if len(pixels) != len(labels):
     raise InputError(f"{path} has {len(pixels)} images and {len(labels)} labels; fetch both again")
-  if why := form.wrong(*pixels.shape[:0:-1]):
+  if why := spec.defect(*pixels.shape[:0:-1]):
     raise InputError(f"an image of {path} {why}, but {pixels.shape[1:]}; set size, or resize=True")
   good = labels < len(classes)
   for i in np.flatnonzero(~good):
-    left_out(f"image {i} of {path}", f"has label {labels[i]}, and there are {len(classes)} classes")
-  shape = (-1, form.size, form.size, form.channels)
-  made = [form.pixels(Image.fromarray(x)) for x in pixels[good]]
-  images, at_N = np.array(made, np.uint8).reshape(shape), np.arange(len(made))
+    bad.reject_subject(
+      f"image {i} of {path}", f"has label {labels[i]}, and there are {len(classes)} classes"
+    )
+  shape = (-1, spec.size, spec.size, spec.channels)
+  made = [spec.pixels(Image.fromarray(x)) for x in pixels[good]]
+  images, indices_N = np.array(made, np.uint8).reshape(shape), np.arange(len(made))
   hashes_N = np.array([_hash(x) for x in made], np.uint64)
-  return Labelled(images.__getitem__, at_N, hashes_N, labels[good].astype(np.int32))
+  return LabelledImages(images.__getitem__, indices_N, hashes_N, labels[good].astype(np.int32))
 
 
 def _idx_array(path: str, end: str) -> np.ndarray:
-  """uint8, of as many axes as the name says: two zeros, type, axes, big-endian sizes, bytes."""
+  """Reads an IDX file: two zeros, a type, the number of axes, big-endian sizes, the bytes.
+
+  Args:
+    path: what the file's name begins with.
+    end: what it ends with, with the number of axes in it; ".gz" may follow.
+
+  Returns:
+    uint8.
+  """
   file = next((f for s in (".gz", "") if (f := Path(path + end + s)).is_file()), None)
   if file is None:
     raise InputError(

@@ -10,26 +10,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from distill_jax.data import jsonl
 from distill_jax.errors import InputError
+from distill_jax.runtime import json_io
 
 KINDS = ("pydoc", "text", "jsonl", "chat", "tfds")
 RUN = 8  # words: a shared run as long as this counts as the same text
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class DocumentSource:
   """A corpus.
 
   Attributes:
     kind: "pydoc", Python's language reference as the running CPython carries it, a topic
       a document; "text", a UTF-8 file or a folder of .txt files, a file a document;
       "jsonl", a file or a folder of .jsonl files, one object a line; "chat", the same, each
-      line a chat and a document as it stands (chats.py); "tfds", a TFDS dataset in
+      line a chat and a document as it stands (chat_dataset.py); "tfds", a TFDS dataset in
       array_record format.
     path: the file or folder. For tfds a prepared folder (it holds dataset_info.json), or
       DATA_DIR/NAME[:VERSION], or a NAME in TFDS's own data folder. Empty for pydoc.
@@ -59,8 +60,8 @@ class Source:
       raise InputError(f"a {self.kind} source has no path; name its file or folder in `path`")
 
 
-def documents(source: Source) -> Iterator[str]:
-  """The documents of a source, one at a time. Blank ones are passed over.
+def documents(source: DocumentSource) -> Iterator[str]:
+  """Yields the documents of a source. Blank ones are skipped.
 
   Text is taken as it stands, line ends included: nothing is normalised.
 
@@ -76,7 +77,7 @@ def documents(source: Source) -> Iterator[str]:
     if not document.strip():
       continue
     seen += 1
-    if source.kind in ("pydoc", "tfds") or chosen(document, source):
+    if source.kind in ("pydoc", "tfds") or in_split(document, source):
       kept += 1
       yield document
   if not kept:
@@ -89,24 +90,15 @@ def documents(source: Source) -> Iterator[str]:
     )
 
 
-def digest(source: Source) -> str:
-  """sha256 over the documents, each with its length before it: the corpus' name."""
-  h = hashlib.sha256()
-  for document in documents(source):
-    raw = document.encode()
-    h.update(len(raw).to_bytes(8, "big") + raw)
-  return h.hexdigest()
-
-
-def chosen(key: str, source: Source) -> bool:
-  """Does the document with this key belong to the split?"""
+def in_split(key: str, source: DocumentSource) -> bool:
+  """Returns whether the document with this key belongs to the source's split."""
   if source.heldout_fraction == 0:
     return True
   where = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
   return (where < source.heldout_fraction) == (source.split == "heldout")
 
 
-def _pydoc(source: Source) -> Iterator[str]:
+def _pydoc(source: DocumentSource) -> Iterator[str]:
   """Topics sorted by name, split by name, less the training text that is held out.
 
   The reference repeats itself: "compound" holds all of "for" and "while". Nine tenths of
@@ -114,7 +106,7 @@ def _pydoc(source: Source) -> Iterator[str]:
   shares a run of eight words with a held-out topic is left out.
   """
   topics = importlib.import_module("pydoc_data.topics").topics
-  names = [name for name in sorted(topics) if chosen(name, source)]
+  names = [name for name in sorted(topics) if in_split(name, source)]
   if source.split == "heldout" or source.heldout_fraction == 0:
     yield from (topics[name] for name in names)
     return
@@ -130,7 +122,7 @@ def _runs(text: str) -> Iterator[tuple[str, ...]]:
   return zip(*(words[i:] for i in range(RUN)), strict=False)
 
 
-def _files(source: Source, suffix: str) -> list[Path]:
+def _files(source: DocumentSource, suffix: str) -> list[Path]:
   path = Path(source.path)
   if path.is_dir():
     if not (files := sorted(p for p in path.glob(f"*{suffix}") if p.is_file())):
@@ -141,66 +133,31 @@ def _files(source: Source, suffix: str) -> list[Path]:
   return [path]
 
 
-def _text(source: Source) -> Iterator[str]:
+def _text(source: DocumentSource) -> Iterator[str]:
   for file in _files(source, ".txt"):
-    yield _utf8(file.read_bytes(), file, 0)
+    yield _utf8(file.read_bytes(), str(file))
 
 
-def _jsonl(source: Source) -> Iterator[str]:
-  for line, where in numbered(source):
-    yield _field(line, source.field, where)
+def _jsonl(source: DocumentSource) -> Iterator[str]:
+  for line in lines(source):
+    if (text := line.text()).strip():
+      yield _string(jsonl.parse_object(text, line.where), source.field, line.where)
 
 
-def _lines(source: Source) -> Iterator[str]:
-  return (line for line, _ in numbered(source))
+def _lines(source: DocumentSource) -> Iterator[str]:
+  return (line.text() for line in lines(source))
 
 
-def numbered(source: Source) -> Iterator[tuple[str, str]]:
-  """Each line of .jsonl files that is not blank, and where it stands."""
-  for file in _files(source, ".jsonl"):
-    with file.open("rb") as lines:
-      offset = 0
-      for number, raw in enumerate(lines, 1):
-        line = _utf8(raw, file, offset)
-        offset += len(raw)
-        if line.strip():
-          yield line, f"{file}, line {number}"
+def lines(source: DocumentSource) -> Iterator[jsonl.Line]:
+  """Yields the lines of a source's .jsonl files that are not blank, of both splits."""
+  return jsonl.read_lines(*_files(source, ".jsonl"))
 
 
-def objects(source: Source) -> Iterator[tuple[dict[str, Any], str]]:
-  """The object on each line of .jsonl files, and where it stands."""
-  return ((_object(line, where), where) for line, where in numbered(source))
-
-
-def raw_lines(source: Source) -> Iterator[tuple[bytes, str]]:
-  """Each line of .jsonl files that is not blank, whatever it holds, and where it stands."""
-  for file in _files(source, ".jsonl"):
-    with file.open("rb") as lines:
-      yield from ((raw, f"{file}, line {n}") for n, raw in enumerate(lines, 1) if raw.strip())
-
-
-def _utf8(raw: bytes, where: Path | str, offset: int) -> str:
+def _utf8(raw: bytes, where: str) -> str:
   try:
-    return raw.decode()
-  except UnicodeDecodeError as e:
-    raise InputError(
-      f"{where}: byte {offset + e.start} is 0x{raw[e.start]:02x}, which is not UTF-8; convert the "
-      "file to UTF-8"
-    ) from e
-
-
-def _field(line: str, field: str, where: str) -> str:
-  return _string(_object(line, where), field, where)
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-  try:
-    record = json.loads(line)
-  except (ValueError, RecursionError) as e:
-    raise InputError(f"{where}: not JSON ({e}); mend the line") from e
-  if not isinstance(record, dict):
-    raise InputError(f"{where}: a JSON {type(record).__name__}; each line is one object {{...}}")
-  return record
+    return json_io.decode_utf8(raw)
+  except InputError as e:
+    raise InputError(f"{where}: {e}; convert the file to UTF-8") from e
 
 
 def _string(record: dict[str, Any], field: str, where: str) -> str:
@@ -210,17 +167,16 @@ def _string(record: dict[str, Any], field: str, where: str) -> str:
     raise InputError(f"{where}: no field {field!r}; the fields there are {there}")
   value = record[field]
   if isinstance(value, bytes):
-    return _utf8(value, f"{where}, field {field!r}", 0)
+    return _utf8(value, f"{where}, field {field!r}")
   if not isinstance(value, str):
     kind = type(value).__name__
     raise InputError(f"{where}: field {field!r} holds {kind}; name one that holds a string")
-  # JSON can spell half a surrogate pair ("\ud800"), which is no character.
-  if bad := next((c for c in value if "\ud800" <= c <= "\udfff"), None):
-    raise InputError(f"{where}: field {field!r} holds half a surrogate pair, {bad!r}; mend it")
+  if half := json_io.lone_surrogate(value):
+    raise InputError(f"{where}: field {field!r} holds half a surrogate pair, {half!r}; mend it")
   return value
 
 
-def _tfds(source: Source) -> Iterator[str]:
+def _tfds(source: DocumentSource) -> Iterator[str]:
   import tensorflow_datasets as tfds  # here, because it takes seconds
 
   path = Path(source.path)

@@ -1,10 +1,9 @@
-"""Images and their texts, as files hold them: what tasks of both share."""
+"""Images and their texts in files: what tasks of both share."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 
 from distill_jax.data import image_files, sources
 from distill_jax.errors import InputError
-from distill_jax.tasks._skipped import LeftOut, check_on_bad
+from distill_jax.tasks._jsonl_task import JsonlTask, is_text, read_media
 
 
 class Pair(NamedTuple):
@@ -25,8 +24,8 @@ class Pair(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
-  """Where pairs are, and how an image is read.
+class ImageTextTask(JsonlTask):
+  """Where the pairs are, and how an image is read; see JsonlTask for tokenizer and on_bad.
 
   Attributes:
     path: a .jsonl file, whose image files are named from its folder on; or a folder of images,
@@ -34,29 +33,24 @@ class Pairs:
     image, text: fields of a line.
     heldout: where the held-out pairs are, as `path`; "": a share `heldout_fraction` of path's, by
       a hash of each image's name.
-    size, channels: of what the model reads: the shorter side is brought to `size`, the middle cut.
+    size, channels: of the model's input: the shorter side is brought to `size`, the middle cut.
     mean, std: of each channel, pixels being from 0 to 1.
-    tokenizer: a file; "": the model's own.
-    on_bad: "stop" at a pair that cannot be used, or "skip" it and count.
+    augment, views, seed: see Task.
   """
 
-  path: str = ""
   image: str = "image"
   text: str = "text"
   heldout: str = ""
-  heldout_fraction: float = 0.1
   size: int = 224
   channels: int = 3
   mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's
   std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-  tokenizer: str = ""
   augment: tuple[str, ...] = ()
   views: int = 1
   seed: int = 0
-  on_bad: str = "stop"
 
   def __post_init__(self):
-    check_on_bad(self.kind, self.on_bad)
+    super().__post_init__()
     if self.channels not in (1, 3) or {len(self.mean), len(self.std)} != {self.channels}:
       raise InputError(
         f"{self.kind} has {self.channels} channels, mean {self.mean} and std {self.std}; there are "
@@ -67,56 +61,40 @@ class Pairs:
         f"{self.kind} has size {self.size} and std {self.std}; they are at least 1, and above 0"
       )
 
-  @property
-  def kind(self) -> str:
-    """What the task is called."""
-    return type(self).__module__.rpartition(".")[2]
-
-  def read(self, split: str) -> list[Pair]:
-    """The pairs of a split whose image can be read, in the order of the file."""
-    path = self.heldout if split == "heldout" and self.heldout else self.path
-    fraction = 0.0 if self.heldout else self.heldout_fraction
-    of = sources.Source("jsonl", path, split, self.text, fraction)
-    left_out, found = LeftOut(self.kind, self.on_bad), []
-    for image, text, where in self._named(of):
-      if not isinstance(text, str) or not text.strip():
-        left_out(where, "has no text")
-      elif not isinstance(image, str) or not image:
-        left_out(where, f"names no image in its field {self.image!r}")
-      elif sources.chosen(image, of):
+  def read_pairs(self, split: str) -> list[Pair]:
+    """Returns the pairs of a split whose image can be read, in the order of the file."""
+    source, bad = self.document_source(split, self.text), self.bad_examples()
+    found: list[tuple[Path, str, str]] = []
+    for image, text, where in read_media(source, self.image, image_files.in_folder, bad):
+      if not is_text(text):
+        bad.reject_subject(where, "has no text")
+      elif not image:
+        bad.reject_subject(where, f"names no image in its field {self.image!r}")
+      elif sources.in_split(image, source):
         found.append((Path(image), text, where))
     with ThreadPoolExecutor(8) as pool:  # decoding releases the GIL
-      digests = list(pool.map(lambda pair: self._digest(pair[0]), found))
+      digests = list(pool.map(self._digest, (image for image, _, _ in found)))
     pairs = []
-    for (image, text, where), digest in zip(found, digests, strict=True):
+    for (path, text, where), digest in zip(found, digests, strict=True):
       if digest:
-        pairs.append(Pair(image, text, digest))
+        pairs.append(Pair(path, text, digest))
       else:
-        left_out(f"{where}: {image}", "is no image that can be read")
-    left_out.report(len(pairs))
+        bad.reject_subject(f"{where}: {path}", "is no image that can be read")
+    bad.finish(len(pairs))
     return pairs
 
-  def _named(self, of: sources.Source) -> Iterator[tuple[Any, Any, str]]:
-    """(the image's file, its text, where that stands) of every pair."""
-    path = Path(of.path)
-    if path.is_dir():
-      for file in sorted(p for p in path.iterdir() if p.suffix.lower() in image_files.SUFFIXES):
-        text = file.with_suffix(".txt")
-        yield str(file), text.read_text() if text.is_file() else None, str(text)
-      return
-    for line, where in sources.objects(of):
-      image = line.get(self.image)
-      named = str(path.parent / image) if isinstance(image, str) and image else None
-      yield named, line.get(self.text), where
-
   def _digest(self, image: Path) -> str:
-    """Of an image that can be read; "" of another."""
+    """Returns the sha256 of a file; "" if it is not an image that can be read."""
     raw = image.read_bytes() if image.is_file() else b""
     readable = image_files.decode(raw, self.size, self.channels) is not None
     return hashlib.sha256(raw).hexdigest() if readable else ""
 
   def pixels(self, pair: Pair) -> np.ndarray:
-    """uint8 [size, size, channels]; raises InputError if the file is not what it was."""
+    """Returns uint8 [size, size, channels].
+
+    Raises:
+      InputError: the file has changed since the run began.
+    """
     raw = pair.image.read_bytes() if pair.image.is_file() else b""
     pixels = image_files.decode(raw, self.size, self.channels)
     if pixels is None or hashlib.sha256(raw).hexdigest() != pair.digest:
@@ -132,8 +110,8 @@ class Pairs:
         f"{want[0]} with {want[1]}; set them alike"
       )
 
-  def hub(self, config: Any) -> dict[str, Any]:
-    """What CLIPImageProcessor is to do with an image."""
+  def hub_files(self, config: Any) -> dict[str, Any]:
+    """Returns what transformers' CLIPImageProcessor reads."""
     del config
     size = {"height": self.size, "width": self.size}
     return {

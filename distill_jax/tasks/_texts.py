@@ -1,79 +1,92 @@
-"""Texts that are read whole, one a row: what tasks of text encoders share."""
+"""Texts that an encoder reads whole, one a row: what tasks of text encoders share."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from distill_jax.data import corpus
-from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
+from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
+from distill_jax.tasks._base import Example, Stack
 from distill_jax.types import Inputs
 
-LEAST = 3  # tokens of a row: a text's beginning, a word, its end
+MIN_TOKENS = 3  # of a row: a text's beginning, a word, its end
 
 
-class Source:
-  """Texts as tokens, and a class each; see distill_jax/tasks."""
+class EncodedTexts:
+  """A TaskSource of texts as tokens, with a class each."""
 
   positions = 1
 
   def __init__(
-    self, texts: Sequence[str], labels: Sequence[int], classes: int, tokenizer: Tokenizer, most: int
+    self,
+    texts: Sequence[str],
+    labels: Sequence[int],
+    classes: int,
+    tokenizer: Tokenizer,
+    max_tokens: int,
   ):
-    """Args: most, tokens of a text, which is cut to so many."""
-    self.classes, self._most, self._labels = classes, most, labels
-    around = lambda ids: [*tokenizer.begin, *ids, *tokenizer.end]
-    self._ids = [_cut(around(ids), most) for ids in tokenizer.encode_batch(texts)]
-    said = json.dumps([self._ids, list(labels), tokenizer.digest])
-    self.digest = hashlib.sha256(said.encode()).hexdigest()
+    """Args:
+    texts: one an example.
+    labels: the number of each text's class.
+    classes: how many classes there are.
+    tokenizer: of the texts.
+    max_tokens: the length of a row; a longer text is cut before its end token.
+    """
+    self.classes, self._max_tokens, self._labels = classes, max_tokens, labels
+    self._ids = [
+      _cut([*tokenizer.begin, *ids, *tokenizer.end], max_tokens)
+      for ids in tokenizer.encode_batch(texts)
+    ]
+    data = json.dumps([self._ids, list(labels), tokenizer.digest])
+    self.digest = hashlib.sha256(data.encode()).hexdigest()
 
   def __len__(self) -> int:
     return len(self._labels)
 
-  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    ids = self._ids[i]
-    read_S, seen_S = np.zeros(self._most, np.int32), np.zeros(self._most, np.int32)
-    read_S[: len(ids)], seen_S[: len(ids)] = ids, 1
+  def __getitem__(self, i: int) -> Example:
     label_T = np.array([self._labels[i]], np.int32)
-    return {"read_S": read_S, "seen_S": seen_S, "labels_T": label_T, "mask_T": np.ones(1, bool)}
+    tokens = padded(self._ids[i], self._max_tokens)
+    return {**tokens, "labels_T": label_T, "mask_T": np.ones(1, bool)}
 
 
-def _cut(ids: list[int], most: int) -> list[int]:
-  """At most so many ids, of which the last stays: a text's end, as BERT's [SEP]."""
-  return ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
+def _cut(ids: list[int], max_tokens: int) -> list[int]:
+  """Returns at most so many ids, of which the last stays: a text's end, such as BERT's [SEP]."""
+  return ids if len(ids) <= max_tokens else [*ids[: max_tokens - 1], ids[-1]]
 
 
-def inputs(stack: Callable[[str], np.ndarray]) -> Inputs:
-  """What a text encoder reads of a batch."""
-  tokens, segments = stack("read_S"), stack("seen_S")
-  places = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-  read: Any = (tokens, places, segments)  # numpy until to_device
-  return Inputs(*read)
+def padded(ids: Sequence[int], length: int) -> Example:
+  """Returns `tokens_S`, an encoder's tokens, and `valid_S`, 1 where they are not padding."""
+  tokens_S, valid_S = np.zeros(length, np.int32), np.zeros(length, np.int32)
+  tokens_S[: len(ids)], valid_S[: len(ids)] = ids, 1
+  return {"tokens_S": tokens_S, "valid_S": valid_S}
 
 
-def seen(stack: Callable[[str], np.ndarray]) -> np.ndarray:
-  """The positions that are no padding, [B, S]."""
-  return stack("seen_S") > 0
+def as_inputs(tokens_BT: np.ndarray, segments_BT: np.ndarray) -> Inputs:
+  """Returns rows that each begin at position 0; the arrays are numpy until they are sharded."""
+  positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
+  arrays: Any = (tokens_BT, positions_BT, segments_BT)
+  return Inputs(*arrays)
 
 
-def tokenizer_of(task: str, path: str, pretrained: Any) -> Tokenizer:
-  """The tokenizer that a task names, or the one of the model that reads."""
-  if path:
-    return load_tokenizer(path)
-  if pretrained is None or pretrained.tokenizer is None:
-    raise InputError(f"the task {task} has no tokenizer and the model brings none; name a file")
-  return corpus.of_files(pretrained.tokenizer, pretrained.source)
+def inputs(stack: Stack) -> Inputs:
+  """Returns what a text encoder reads of a batch with the fields of `padded`."""
+  return as_inputs(stack("tokens_S"), stack("valid_S"))
 
 
-def check_length(task: str, most: int, config: Any) -> None:
-  """Refuses texts of more tokens than a family's Config has places for, or of too few."""
-  if not LEAST <= most <= config.max_position_embeddings:
+def valid(stack: Stack) -> np.ndarray:
+  """Returns the positions that are not padding, bool [B, S]."""
+  return stack("valid_S") > 0
+
+
+def check_length(kind: str, max_tokens: int, config: Any) -> None:
+  """Refuses texts of more tokens than a family's Config has positions for, or of too few."""
+  if not MIN_TOKENS <= max_tokens <= config.max_position_embeddings:
     raise InputError(
-      f"the task {task} has max_tokens {most}; it is at least {LEAST}, and the model reads at most "
-      f"{config.max_position_embeddings}"
+      f"the task {kind} has max_tokens {max_tokens}; it is at least {MIN_TOKENS}, and the model "
+      f"reads at most {config.max_position_embeddings}"
     )

@@ -153,16 +153,14 @@ def open_rows(config: Config, name: str, split: str, pretrained: Any, most: int 
   source = task.open(split, pretrained)
   if split != "train":
     return Rows(task, source, most=most)
-  names = getattr(task, "augment", ())
-  if lost := [n for n in names if n not in config.augmentations]:
+  if lost := [n for n in task.augment if n not in config.augmentations]:
     raise InputError(
       f"tasks.{name}.augment names {lost[0]!r} and augmentations holds "
       f"{', '.join(config.augmentations) or 'none'}; add it there"
     )
-  views = getattr(task, "views", 1)
-  if views < 1:
-    raise InputError(f"tasks.{name}.views is {views}; it is at least 1")
-  return Rows(task, source, [config.augmentations[n] for n in names], views, most)
+  if task.views < 1:
+    raise InputError(f"tasks.{name}.views is {task.views}; it is at least 1")
+  return Rows(task, source, [config.augmentations[n] for n in task.augment], task.views, most)
 
 
 def chosen(config: Config) -> Config:
@@ -243,6 +241,5 @@ def reader(config: Config) -> Callable[[Callable[[str], Any]], Batch] | None:
 
 def _read(task: Any, several: bool, stack: Callable[[str], Any]) -> Batch:
   among = stack("rows_T2") if several else None
-  seen = task.seen(stack) if hasattr(task, "seen") else None
   labels, mask = stack("tokens_T"), stack("mask_T")
-  return Batch(task.inputs(stack), labels, mask, class_range_BT2=among, valid_BS=seen)
+  return Batch(task.inputs(stack), labels, mask, class_range_BT2=among, valid_BS=task.valid(stack))

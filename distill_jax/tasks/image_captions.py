@@ -1,11 +1,11 @@
-"""An image, a question of it perhaps, and what is said of it: for decoders that see, as LLaVA."""
+"""Images and their captions, for decoders that read images, such as LLaVA."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,16 @@ import numpy as np
 from distill_jax.data import image_files
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
-from distill_jax.tasks import _image_text_pairs, _texts
+from distill_jax.hub.load import Pretrained
+from distill_jax.tasks import _texts
+from distill_jax.tasks._base import Example, Stack
+from distill_jax.tasks._image_text_pairs import ImageTextTask, Pair
 from distill_jax.types import Images, ImageText
 
 
 @dataclasses.dataclass(frozen=True)
-class Task(_image_text_pairs.Pairs):
-  """The next token of the text after the image's patches and the prompt; of the text alone.
+class Task(ImageTextTask):
+  """The next token of the caption, after the image's patches and the prompt.
 
   Attributes:
     prompt: what stands before each image's text, with "<image>" where the patches are.
@@ -39,20 +42,20 @@ class Task(_image_text_pairs.Pairs):
     if self.prompt.count("<image>") != 1:
       raise InputError(f"{self.kind} has prompt {self.prompt!r}; it has <image> once")
 
-  def open(self, split: str, pretrained: Any) -> Source:
-    tokenizer = _texts.tokenizer_of(self.kind, self.tokenizer, pretrained)
+  def open(self, split: str, pretrained: Pretrained | None) -> CaptionedImages:
+    tokenizer = self.load_tokenizer(pretrained)
     if tokenizer.eos_id is None:
       raise InputError(f"{tokenizer.where} has no end of a text; take one that has")
-    return Source(self, self.read(split), tokenizer, tokenizer.eos_id)
+    return CaptionedImages(self, self.read_pairs(split), tokenizer, tokenizer.eos_id)
 
-  def inputs(self, stack: Callable[[str], np.ndarray]) -> ImageText:
+  def inputs(self, stack: Stack) -> ImageText:
     pixels: Any = image_files.normalised(stack("pixels_WWM"), self.mean, self.std)
     return ImageText(Images(pixels), _texts.inputs(stack))
 
   def check(self, config: Any) -> None:
     if not hasattr(config, "image_token"):
       raise InputError(
-        "image_captions wants a decoder that sees, such as llava, and this is a "
+        "image_captions wants a decoder that reads images, such as llava, and this is a "
         f"{type(config).__module__.rpartition('.')[2]}"
       )
     ours = self.patches, self.image_token, self.vocab_size
@@ -66,12 +69,10 @@ class Task(_image_text_pairs.Pairs):
     self.check_images(config.vision)
 
 
-class Source:
-  """Rows of tokens beside an image each; see distill_jax/tasks. Images are read when asked for."""
+class CaptionedImages:
+  """A TaskSource of rows of tokens with an image each, which is read when it is asked for."""
 
-  def __init__(
-    self, task: Task, pairs: list[_image_text_pairs.Pair], tokenizer: Tokenizer, end: int
-  ):
+  def __init__(self, task: Task, pairs: Sequence[Pair], tokenizer: Tokenizer, eos: int):
     self.classes, self.positions = task.vocab_size, task.max_tokens
     self._task, self._pairs = task, pairs
     before, after = (tokenizer.encode(part) for part in task.prompt.split("<image>"))
@@ -81,24 +82,24 @@ class Source:
         f"{task.kind} has max_tokens {task.max_tokens} and the prompt takes {len(self._prompt)} "
         "with its image; raise it"
       )
-    self._ids = [[*ids, end] for ids in tokenizer.encode_batch([p.text for p in pairs])]
-    said = json.dumps([tokenizer.digest, self._prompt, self._ids, [p.digest for p in pairs]])
-    self.digest = hashlib.sha256(said.encode()).hexdigest()
+    self._ids = [[*ids, eos] for ids in tokenizer.encode_batch([p.text for p in pairs])]
+    data = json.dumps([tokenizer.digest, self._prompt, self._ids, [p.digest for p in pairs]])
+    self.digest = hashlib.sha256(data.encode()).hexdigest()
 
   def __len__(self) -> int:
     return len(self._pairs)
 
-  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+  def __getitem__(self, i: int) -> Example:
     T, first = self.positions, len(self._prompt)
     ids = np.array([*self._prompt, *self._ids[i]], np.int32)[: T + 1]
-    read_S, labels_T = np.zeros(T, np.int32), np.zeros(T, np.int32)
+    tokens_S, labels_T = np.zeros(T, np.int32), np.zeros(T, np.int32)
     n = len(ids) - 1  # the last is a label alone
-    read_S[:n], labels_T[:n] = ids[:-1], ids[1:]
-    places = np.arange(T)
+    tokens_S[:n], labels_T[:n] = ids[:-1], ids[1:]
+    positions_T = np.arange(T)
     return {
-      "read_S": read_S,
-      "seen_S": (places < n).astype(np.int32),
+      "tokens_S": tokens_S,
+      "valid_S": (positions_T < n).astype(np.int32),
       "labels_T": labels_T,
-      "mask_T": (places >= first - 1) & (places < n),
+      "mask_T": (positions_T >= first - 1) & (positions_T < n),
       "pixels_WWM": self._task.pixels(self._pairs[i]),
     }

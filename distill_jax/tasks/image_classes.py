@@ -1,10 +1,9 @@
-"""Images to classes, from IDX files (as MNIST has them) or a folder of classes."""
+"""Images to classes, from IDX files (MNIST's format) or a folder of classes."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,21 @@ import numpy as np
 
 from distill_jax.data import labelled_images
 from distill_jax.data.image_files import normalised
-from distill_jax.data.labelled_images import ImageSpec, Labelled
+from distill_jax.data.labelled_images import ImageSpec, LabelledImages
 from distill_jax.errors import InputError
-from distill_jax.tasks._classes import check_names, class_names
-from distill_jax.tasks._skipped import LeftOut, check_on_bad
+from distill_jax.hub.load import Pretrained
+from distill_jax.tasks import _base
+from distill_jax.tasks._base import Example, Stack
+from distill_jax.tasks._class_names import as_hub_config, check_names
+from distill_jax.tasks._jsonl_task import BadExamples
 from distill_jax.types import Images
 
 PIXELS = "pixels_WWM"
+WHICH = ("all", "labelled", "unlabelled")
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Task(_base.Task):
   """One label an image.
 
   Attributes:
@@ -31,16 +34,16 @@ class Task:
     heldout: another; "": a part of `train`, which is then not trained on.
     heldout_fraction: that part, chosen by each image's bytes.
     classes: their names in the order of the labels; (): the folders' names.
-    size, channels, resize: of the images, see data/images.py.
+    size, channels, resize: of the images, see data/labelled_images.py.
     mean, std: of each channel, or one for all, of pixels from 0 to 1: what is read is
       (pixel - mean) / std.
     labelled: the part of the training images whose labels are known, chosen by each image's bytes.
     which: all | labelled | unlabelled, the training images that are read. Of images without
-      labels records hold what the teacher says, for losses that ask no more.
+      labels, records hold the teacher's outputs, for losses that need no labels.
     augment: names in `augmentations`, in order.
     views: of each image, each with augmentations of its own.
     seed: of the augmentations.
-    on_bad: stop | skip, what is to happen where an image or a class cannot be used.
+    on_bad: "stop" at an image or a class that cannot be used, or "skip" it and count.
   """
 
   train: str = ""
@@ -65,7 +68,7 @@ class Task:
         f"mean is {self.mean} and std {self.std}; one number, or one for each of {self.channels} "
         "channels, was expected, and std above 0"
       )
-    check_on_bad("image_classes", self.on_bad)
+    BadExamples(self.kind, self.on_bad)  # refuses other values
     if self.which not in WHICH:
       raise InputError(f"which is {self.which!r}; it can be one of {', '.join(WHICH)}")
     if not 0 < self.labelled <= 1 or not 0 < self.heldout_fraction < 1:
@@ -75,28 +78,27 @@ class Task:
       )
 
   @property
-  def form(self) -> ImageSpec:
+  def image_spec(self) -> ImageSpec:
     return ImageSpec(self.size, self.channels, self.resize)
 
   @functools.cached_property
   def names(self) -> tuple[str, ...]:
-    """Of the classes."""
+    """The names of the classes, in the order of the labels."""
     if not self.classes and not Path(self.train).is_dir():
       raise InputError(
         f"classes is () and {self.train!r} is no folder of classes; name the classes in the order "
         "of their labels"
       )
     names = self.classes or labelled_images.folders(self.train)
-    check_names("image_classes", names)
+    check_names(self.kind, names)
     return names
 
-  def open(self, split: str, pretrained: Any) -> Source:
-    """The images of "train" or "heldout"; raises InputError as data/images.py does."""
+  def open(self, split: str, pretrained: Pretrained | None) -> ClassifiedImages:
     del pretrained
     path = self.heldout if split == "heldout" and self.heldout else self.train
-    left_out = LeftOut("image_classes", self.on_bad)
-    found = labelled_images.read(path, self.names, self.form, left_out)
-    left_out.report(len(found))
+    bad = BadExamples(self.kind, self.on_bad)
+    found = labelled_images.read(path, self.names, self.image_spec, bad)
+    bad.finish(len(found))
     if not self.heldout:
       found = found.where((found.shares_N < self.heldout_fraction) == (split == "heldout"))
     if split == "train" and self.which != "all":
@@ -108,19 +110,17 @@ class Task:
         f"{path} has no image for split {split!r}, which {self.which!r}, labelled {self.labelled}, "
         f"heldout_fraction {self.heldout_fraction}; give it more"
       )
-    return Source(found, len(self.names))
+    return ClassifiedImages(found, len(self.names))
 
-  def inputs(self, stack: Callable[[str], np.ndarray]) -> Images:
-    """What a model reads, of a batch's arrays by name."""
+  def inputs(self, stack: Stack) -> Images:
     pixels: Any = normalised(stack(PIXELS), self.mean, self.std)
     return Images(pixels)
 
-  def seen(self, stack: Callable[[str], np.ndarray]) -> np.ndarray:
-    """No position is padding."""
+  def valid(self, stack: Stack) -> np.ndarray:
+    """Returns True for all: no patch is padding."""
     return np.ones((len(stack(PIXELS)), 1), bool)
 
   def check(self, config: Any) -> None:
-    """Refuses a model that cannot read these images or say these classes."""
     reads = tuple(getattr(config, key, None) for key in ("image_size", "num_channels"))
     if reads != (self.size, self.channels):
       raise InputError(
@@ -128,12 +128,10 @@ class Task:
         f"{self.size, self.channels}; set size and channels here, or change the model"
       )
 
-  def hub(self, config: Any) -> dict[str, dict[str, Any]]:
-    """What an export's JSON files say beside the model's shape."""
+  def hub_files(self, config: Any) -> dict[str, Any]:
     del config
-    wide = lambda v: list(v) * (self.channels // len(v))
     return {
-      "config.json": class_names(self.names),
+      "config.json": as_hub_config(self.names),
       "preprocessor_config.json": {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
@@ -142,20 +140,20 @@ class Task:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": wide(self.mean),
-        "image_std": wide(self.std),
+        "image_mean": self._per_channel(self.mean),
+        "image_std": self._per_channel(self.std),
       },
     }
 
-
-WHICH = ("all", "labelled", "unlabelled")
+  def _per_channel(self, values: tuple[float, ...]) -> list[float]:
+    return list(values) * (self.channels // len(values))
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-  """The images of one split: IDX files are held in memory, others are read when asked for."""
+class ClassifiedImages:
+  """A TaskSource: IDX files are held in memory, other images are read when they are asked for."""
 
-  images: Labelled
+  images: LabelledImages
   classes: int
   positions: int = 1
 
@@ -167,7 +165,7 @@ class Source:
   def __len__(self) -> int:
     return len(self.images)
 
-  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+  def __getitem__(self, i: int) -> Example:
     return {
       PIXELS: self.images[i],
       "labels_T": self.images.labels_N[i : i + 1],

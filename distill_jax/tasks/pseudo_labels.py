@@ -1,9 +1,8 @@
-"""What an encoder-decoder says of a task's examples, as text; and `generate` over a task."""
+"""The texts that an encoder-decoder writes for a task's examples; and `generate` over a task."""
 
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,73 +10,93 @@ import jax
 import numpy as np
 
 from distill_jax.config import Config
+from distill_jax.data import jsonl
+from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.generation.beam_search import search
 from distill_jax.models import loading
 from distill_jax.nn import sharding
 from distill_jax.records import collate
 from distill_jax.runtime import distributed
-from distill_jax.runtime.atomic_io import atomic_write
 from distill_jax.runtime.progress import Progress
+from distill_jax.tasks._base import Example, TextTask
 
 PAIRS = "pairs.jsonl"
 
 
-def texts(
-  model: loading.LoadedModel, task: Any, source: Any, mesh: Any, most: int = 0
+def decode_texts(
+  model: loading.LoadedModel,
+  task: TextTask,
+  source: Any,
+  mesh: jax.sharding.Mesh,
+  max_examples: int = 0,
 ) -> list[str]:
-  """What a model says of each example of a source, in its order; of the first `most`, 0: of all.
+  """Returns a model's output for each example of a source, in its order.
 
-  All batches have one shape, and a row's text does not depend on its company.
+  All batches have one shape, and a row's text does not depend on the others of its batch.
+
+  Args:
+    model: an encoder-decoder.
+    task: decides how it decodes.
+    source: the task's examples; it has a `tokenizer`.
+    mesh: the mesh that the model is on.
+    max_examples: decode the first so many; 0: all.
   """
-  n, size = min(len(source), most or len(source)), task.batch_size
+  n, size = min(len(source), max_examples or len(source)), task.batch_size
   sharding.check_batch("the task's batch_size", size, mesh)
   generation = model.pretrained.generation if model.pretrained else {}
   spec = task.search(model.config, source, generation)
-  where, run = sharding.batch_sharding(mesh), _jitted(sharding.replicated(mesh))
-  out: list[str] = []
+  batch_sharding = sharding.batch_sharding(mesh)
+  jitted_search = _jitted_search(sharding.replicated(mesh))
+  texts: list[str] = []
   with Progress("decode", n, "texts") as progress:
     for first in range(0, n, size):
       # The last batch is filled up with its own first example.
       rows = [source[i if i < n else first] for i in range(first, first + size)]
-      each = size // jax.process_count()
-      mine = rows[jax.process_index() * each :][:each]  # in this order on the devices
-      given = collate.to_device(task.inputs(functools.partial(_stack, mine)).source, where)
-      tokens_BN, _ = jax.device_get(run(model.model, given, compute=model.compute, spec=spec))
-      real = tokens_BN[: min(size, n - first)]
-      out += [_text(ids, spec.eos, source.tokenizer) for ids in real.tolist()]
-      progress.add(len(real))
-  return out
+      per_process = size // jax.process_count()
+      own = rows[jax.process_index() * per_process :][:per_process]  # in this order on the devices
+      inputs = task.inputs(functools.partial(_stack, own))
+      source_inputs = collate.to_device(inputs.source, batch_sharding)
+      outputs = jitted_search(model.model, source_inputs, compute=model.compute, spec=spec)
+      tokens_BN, _ = jax.device_get(outputs)
+      tokens_BN = tokens_BN[: min(size, n - first)]
+      texts += [_to_text(ids, spec.eos, source.tokenizer) for ids in tokens_BN.tolist()]
+      progress.add(len(tokens_BN))
+  return texts
 
 
-def _stack(rows: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
+def _stack(rows: list[Example], name: str) -> np.ndarray:
   return np.stack([row[name] for row in rows])
 
 
 @functools.lru_cache(1)
-def _jitted(said: Any) -> Any:
-  """Models of one shape share what is compiled."""
-  return jax.jit(search, static_argnames=("compute", "spec"), out_shardings=said)
+def _jitted_search(out_sharding: jax.sharding.Sharding) -> Any:
+  """Returns a function that models of one shape share, compiled once."""
+  return jax.jit(search, static_argnames=("compute", "spec"), out_shardings=out_sharding)
 
 
-def _text(ids: list[int], eos: int, tokenizer: Any) -> str:
+def _to_text(ids: list[int], eos: int, tokenizer: Tokenizer) -> str:
   ids = ids[: ids.index(eos)] if eos in ids else ids
   special = {tokenizer.token_id(t) for t in tokenizer.special_tokens}
   return tokenizer.decode([i for i in ids if i not in special and i < tokenizer.vocab_size]).strip()
 
 
-def write(config: Config, workdir: Path) -> dict[str, Any]:
-  """`generate` over a task: what the teacher says of its training examples, as a file that the
-  same task reads: sequence-level distillation (arXiv:1606.07947), pseudo-labels of speech. The
-  file is there whole or not at all.
+def write_pseudo_labels(config: Config, workdir: Path) -> dict[str, Any]:
+  """Writes the teacher's outputs for a task's training examples, as a file that the task reads.
 
-  Raises: InputError: the task is none of texts, there are several, or nothing is left.
+  That is sequence-level distillation (arXiv:1606.07947), or pseudo-labels of speech. The file is
+  there whole or not at all.
+
+  Raises:
+    InputError: the task's models do not write texts, there are several tasks, or no output is fit.
   """
   from distill_jax.tasks import dataset
 
   ((name, task),) = dataset.chosen(config).tasks.items()
-  if not hasattr(task, "labelled"):
-    raise InputError(f"tasks.{name} is of {type(task).__module__}, which says no texts; leave it")
+  if not isinstance(task, TextTask):
+    raise InputError(
+      f"tasks.{name} is of {type(task).__module__}, whose models do not write texts; leave it"
+    )
   mesh = sharding.make_mesh(**vars(config.mesh))
   sharding.check_batch(f"tasks.{name}.batch_size", task.batch_size, mesh)
   pretrained = loading.pretrained(config.teacher)
@@ -85,15 +104,14 @@ def write(config: Config, workdir: Path) -> dict[str, Any]:
   source = task.open("train", pretrained)
   with jax.set_mesh(mesh):
     teacher = loading.build(config.teacher, mesh, loading.keys(config.seed)["teacher"])
-    said = texts(teacher, task, source, mesh)
-  lines, left_out = task.labelled(said, source)
+    outputs = decode_texts(teacher, task, source, mesh)
+  lines, left_out = task.pseudo_labels(outputs, source)
   if not lines:
-    raise InputError(f"all {len(said)} texts of tasks.{name} are left out; raise its limit")
-  made = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-  distributed.run_on_process_0(lambda: atomic_write(workdir / PAIRS, made))
+    raise InputError(f"all {len(outputs)} texts of tasks.{name} are left out; raise its limit")
+  distributed.run_on_process_0(lambda: jsonl.write(workdir / PAIRS, lines))
   return {
     "pairs": str(workdir / PAIRS),
     "kept": len(lines),
     "left_out": left_out,
-    **task.scores(said, source),
+    **task.scores(outputs, source),
   }

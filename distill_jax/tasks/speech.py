@@ -5,25 +5,33 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from distill_jax.data import mel, sources
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.generation.beam_search import Search
-from distill_jax.tasks import _scores, _seq2seq_targets, _texts
-from distill_jax.tasks._skipped import LeftOut, check_on_bad
+from distill_jax.hub.load import Pretrained
+from distill_jax.tasks import _scores, _seq2seq_targets
+from distill_jax.tasks._base import Example, PseudoLabels, Stack, TextTask
+from distill_jax.tasks._jsonl_task import BadExamples, JsonlTask, is_text, read_media
 from distill_jax.types import Sounds, SourceTarget
 
 
+class Sound(NamedTuple):
+  """A sound's file, the words in it, and the sha256 of the file."""
+
+  file: Path
+  text: str
+  digest: str
+
+
 @dataclasses.dataclass(frozen=True)
-class Task:
-  """Sounds and what is said in them.
+class Task(JsonlTask, TextTask):
+  """Sounds and what is said in them; see JsonlTask for tokenizer and on_bad.
 
   Attributes:
     path: a .jsonl file, whose wav files are named from its folder on; or a folder of wav files,
@@ -31,36 +39,31 @@ class Task:
     audio, text: fields of a line.
     heldout: where the held-out sounds are, as `path`; "": a share `heldout_fraction` of path's, by
       a hash of each text, so that no sentence is on both sides.
-    frames, bins: of what the model reads: 100 frames a second. A longer sound cannot be used.
+    frames, bins: of the model's input: 100 frames a second. A longer sound cannot be used.
     resample: sounds of another rate than 16 kHz are brought to it; else they cannot be used.
     max_tokens: of a text with its end token; a longer one cannot be used.
-    prompt: tokens that a text begins with, which nobody learns; end: the token that ends it.
-    tokenizer: a file; "": the model's own.
-    on_bad: "stop" at a sound that cannot be used, or "skip" it and count.
+    prompt: tokens that a text begins with, which are not trained on.
+    end: the token that ends a text.
     beams: of what `evaluate` scores and `generate` writes; 1: greedy.
-    max_wer: generate leaves out what differs from the transcript by more wrong words a word.
+    max_wer: `generate` leaves out outputs with a higher word error rate against the transcript.
     batch_size: sounds that are decoded at once.
   """
 
-  path: str = ""
   audio: str = "audio"
   text: str = "text"
   heldout: str = ""
-  heldout_fraction: float = 0.1
   frames: int = 3_000
   bins: int = 80
   resample: bool = True
   max_tokens: int = 128
   prompt: tuple[str, ...] = ("<|startoftranscript|>", "<|notimestamps|>")
   end: str = "<|endoftext|>"
-  tokenizer: str = ""
-  on_bad: str = "stop"
   beams: int = 1
   max_wer: float = 0.1
   batch_size: int = 8
 
   def __post_init__(self):
-    check_on_bad("speech", self.on_bad)
+    super().__post_init__()
     numbers = (self.frames, self.bins, self.max_tokens, self.beams, self.batch_size)
     if min(numbers) < 1 or not self.prompt:
       raise InputError(
@@ -68,54 +71,46 @@ class Task:
         f"{self.beams}, batch_size {self.batch_size} and prompt {self.prompt}; each is at least 1"
       )
 
-  def open(self, split: str, pretrained: Any) -> Source:
-    tokenizer = _texts.tokenizer_of("speech", self.tokenizer, pretrained)
-    path = self.heldout if split == "heldout" and self.heldout else self.path
-    fraction = 0.0 if self.heldout else self.heldout_fraction
-    of = sources.Source("jsonl", path, split, self.text, fraction)
-    left_out, found = LeftOut("speech", self.on_bad), []
-    for audio, text, where in self._lines(of, left_out):
-      if not _seq2seq_targets.is_text(text):
-        left_out(where, "has no text, or none in UTF-8")
-      elif not isinstance(audio, str) or not Path(audio).is_file():
-        left_out(where, f"names no file in its field {self.audio!r}")
-      elif sources.chosen(text, of):
-        found.append((Path(audio), text))
+  @property
+  def positions(self) -> int:
+    return len(self.prompt) - 1 + self.max_tokens
+
+  def open(self, split: str, pretrained: Pretrained | None) -> TranscribedSounds:
+    tokenizer = self.load_tokenizer(pretrained)
+    source, bad = self.document_source(split, self.text), self.bad_examples()
+    found: list[tuple[Path, str]] = []
+    for name, text, where in read_media(source, self.audio, _wav_files, bad):
+      if not is_text(text):
+        bad.reject_subject(where, "has no text, or none in UTF-8")
+      elif not Path(name).is_file():
+        bad.reject_subject(where, f"names no file in its field {self.audio!r}")
+      elif sources.in_split(text, source):
+        found.append((Path(name), text))
     with ThreadPoolExecutor(8) as pool:
-      said = list(pool.map(lambda pair: self._useless(pair[0]), found))
-    for (file, _), (why, _) in zip(found, said, strict=True):
-      if why:
-        left_out(str(file), why)
-    used = [(*pair, digest) for pair, (why, digest) in zip(found, said, strict=True) if not why]
-    return Source(self, used, tokenizer, left_out)
+      defects = list(pool.map(self._defect, (file for file, _ in found)))
+    sounds = []
+    for (file, text), defect in zip(found, defects, strict=True):
+      if defect:
+        bad.reject_subject(str(file), defect)
+      else:
+        sounds.append(Sound(file, text, hashlib.sha256(file.read_bytes()).hexdigest()))
+    return TranscribedSounds(self, sounds, tokenizer, bad)
 
-  def _lines(self, of: sources.Source, left_out: LeftOut) -> Iterator[tuple[Any, Any, str]]:
-    """(the wav file, its text, where that stands) of every sound."""
-    path = Path(of.path)
-    if path.is_dir():
-      for file in sorted(path.glob("*.wav")):
-        yield str(file), _text(file.with_suffix(".txt")), str(file)
-      return
-    for line, where in _seq2seq_targets.objects(of, left_out):
-      audio = line.get(self.audio)
-      at = str(path.parent / audio) if isinstance(audio, str) else audio
-      yield at, line.get(self.text), where
-
-  def _useless(self, audio: Path) -> tuple[str, str]:
-    """(why a sound cannot be used, "" if it can; its sha256)."""
+  def _defect(self, file: Path) -> str:
+    """Returns why a sound cannot be used; "" if it can."""
     try:
-      x, rate = mel.read_wav(audio)
+      samples, rate = mel.read_wav(file)
     except InputError:
-      return "is damaged, empty or no wav file of whole numbers", ""
+      return "is damaged, empty or no wav file of whole numbers"
     if rate != mel.RATE and not self.resample:
-      return f"has {rate} samples a second, and resample is False", ""
-    if len(x) > self.frames * mel.HOP * rate / mel.RATE:
-      return f"is longer than {self.frames} frames", ""
-    return "", hashlib.sha256(audio.read_bytes()).hexdigest()
+      return f"has {rate} samples a second, and resample is False"
+    if len(samples) > self.frames * mel.HOP * rate / mel.RATE:
+      return f"is longer than {self.frames} frames"
+    return ""
 
-  def inputs(self, stack: Callable[[str], np.ndarray]) -> SourceTarget:
+  def inputs(self, stack: Stack) -> SourceTarget:
     mel_BSM: Any = stack("mel_SM")
-    return SourceTarget(Sounds(mel_BSM), _seq2seq_targets.target(stack))
+    return SourceTarget(Sounds(mel_BSM), _seq2seq_targets.target_inputs(stack))
 
   def check(self, config: Any) -> None:
     if not hasattr(config, "num_mel_bins"):
@@ -131,18 +126,14 @@ class Task:
       )
     if (n := self.positions) > config.max_target_positions:
       raise InputError(
-        f"speech says up to {n} tokens, its prompt among them, and the model at most "
+        f"speech outputs up to {n} tokens, its prompt among them, and the model at most "
         f"{config.max_target_positions}; lower max_tokens"
       )
     if self.tokenizer:
-      start = _seq2seq_targets.token_id("speech", load_tokenizer(self.tokenizer), self.prompt[0])
-      _seq2seq_targets.check_start("speech", start, config)
+      start = _seq2seq_targets.token_id(self.kind, load_tokenizer(self.tokenizer), self.prompt[0])
+      _seq2seq_targets.check_start(self.kind, start, config)
 
-  @property
-  def positions(self) -> int:
-    return len(self.prompt) - 1 + self.max_tokens
-
-  def hub(self, config: Any) -> dict[str, dict[str, Any]]:
+  def hub_files(self, config: Any) -> dict[str, Any]:
     del config
     return {
       "preprocessor_config.json": {
@@ -160,83 +151,83 @@ class Task:
       }
     }
 
-  def search(self, config: Any, source: Source, generation: dict[str, Any]) -> Search:
-    """How a model of this config writes down what it hears."""
-    never = lambda name: tuple(generation.get(name) or ())  # another program's file
+  def search(self, config: Any, source: TranscribedSounds, generation: dict[str, Any]) -> Search:
     return Search(
       tuple(source.prompt),
       source.eos,
       config.pad_token_id,
       self.max_tokens,
       self.beams,
-      suppress=never("suppress_tokens"),
-      suppress_first=never("begin_suppress_tokens"),
+      # generation_config.json is another program's file: a key may be missing or null.
+      suppress=tuple(generation.get("suppress_tokens") or ()),
+      suppress_first=tuple(generation.get("begin_suppress_tokens") or ()),
     )
 
-  def scores(self, said: Sequence[str], source: Source) -> dict[str, float]:
-    """Of what was said of the first examples of a source, in their order."""
-    return _scores.word_error_rate(said, source.texts[: len(said)])
+  def scores(self, outputs: Sequence[str], source: TranscribedSounds) -> dict[str, float]:
+    return _scores.word_error_rate(outputs, source.texts[: len(outputs)])
 
-  def labelled(self, said: Sequence[str], source: Source) -> tuple[list[dict[str, Any]], int]:
-    """(lines of a file that this task reads, with what was said as the text; how many differ too
-    much from the transcript: Distil-Whisper's filter)."""
-    if lost := _scores.missing("jiwer", "transformers"):
-      raise InputError(f"max_wer needs {' and '.join(lost)}; pip install {' '.join(lost)}")
-    errors = _scores.word_errors(said, source.texts)
+  def pseudo_labels(self, outputs: Sequence[str], source: TranscribedSounds) -> PseudoLabels:
+    """Returns the outputs as texts, but those above `max_wer`: Distil-Whisper's filter."""
+    if missing := _scores.missing("jiwer", "transformers"):
+      raise InputError(f"max_wer needs {' and '.join(missing)}; pip install {' '.join(missing)}")
+    errors = _scores.word_errors(outputs, source.texts)
     lines = [
-      {self.audio: str(audio.absolute()), self.text: new, "reference": old, "wrong": wrong}
-      for new, old, audio, (wrong, words) in zip(
-        said, source.texts, source.files, errors, strict=True
+      {
+        self.audio: str(file.absolute()),
+        self.text: output,
+        "reference": transcript,
+        "wrong": error.wrong,
+      }
+      for output, transcript, file, error in zip(
+        outputs, source.texts, source.files, errors, strict=True
       )
-      if new.strip() and wrong <= self.max_wer * words
+      if output.strip() and error.wrong <= self.max_wer * error.words
     ]
-    return lines, len(said) - len(lines)
+    return PseudoLabels(lines, len(outputs) - len(lines))
 
 
-def _text(file: Path) -> str | None:
-  """What a file says; None where it is not there, or not in UTF-8."""
-  try:
-    return file.read_bytes().decode() if file.is_file() else None
-  except UnicodeDecodeError:
-    return None
+def _wav_files(folder: Path) -> list[Path]:
+  return sorted(folder.glob("*.wav"))
 
 
-class Source:
-  """Sounds in the order of the file; see distill_jax/tasks. They are read when asked for.
+class TranscribedSounds:
+  """A TaskSource of sounds in the order of the file, which are read when they are asked for.
 
   Attributes:
     files, texts: of each.
-    tokenizer, prompt, eos: the prompt as ids.
+    tokenizer: of the texts.
+    prompt, eos: the tokens that a text begins and ends with.
   """
 
-  def __init__(
-    self, task: Task, used: list[tuple[Path, str, str]], tokenizer: Tokenizer, left_out: LeftOut
-  ):
+  def __init__(self, task: Task, sounds: Sequence[Sound], tokenizer: Tokenizer, bad: BadExamples):
     self._task, self.tokenizer = task, tokenizer
     self.classes, self.positions = tokenizer.vocab_size, task.positions
-    self.prompt = [_seq2seq_targets.token_id("speech", tokenizer, t) for t in task.prompt]
-    self.eos = _seq2seq_targets.token_id("speech", tokenizer, task.end)
-    self.files, self.texts, self._ids, digests = [], [], [], []
+    self.prompt = [_seq2seq_targets.token_id(task.kind, tokenizer, t) for t in task.prompt]
+    self.eos = _seq2seq_targets.token_id(task.kind, tokenizer, task.end)
+    self.files: list[Path] = []
+    self.texts: list[str] = []
+    self._ids: list[list[int]] = []
+    digests = []
     # A text begins with a space, as Whisper was trained.
-    encoded = tokenizer.encode_batch([" " + text.strip() for _, text, _ in used])
-    for (audio, text, digest), ids in zip(used, encoded, strict=True):
+    encoded = tokenizer.encode_batch([" " + sound.text.strip() for sound in sounds])
+    for sound, ids in zip(sounds, encoded, strict=True):
       if len(ids) + 1 > task.max_tokens:
-        left_out(str(audio), f"has a text of more than {task.max_tokens} tokens")
+        bad.reject_subject(str(sound.file), f"has a text of more than {task.max_tokens} tokens")
         continue
-      self.files.append(audio)
-      self.texts.append(text)
+      self.files.append(sound.file)
+      self.texts.append(sound.text)
       self._ids.append(ids)
-      digests.append(digest)
-    left_out.report(len(self.files))
-    said = hashlib.sha256(json.dumps([self._ids, self.prompt, self.eos, digests]).encode())
-    said.update(tokenizer.digest.encode())
-    self.digest = said.hexdigest()
+      digests.append(sound.digest)
+    bad.finish(len(self.files))
+    data = hashlib.sha256(json.dumps([self._ids, self.prompt, self.eos, digests]).encode())
+    data.update(tokenizer.digest.encode())
+    self.digest = data.hexdigest()
 
   def __len__(self) -> int:
     return len(self.files)
 
-  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    x, rate = mel.read_wav(self.files[i])
-    frames = mel.log_mel(mel.resampled(x, rate), self._task.frames, self._task.bins)
-    target = _seq2seq_targets.fields(self.prompt, self._ids[i], self.eos, self.positions)
-    return {"mel_SM": frames, **target}
+  def __getitem__(self, i: int) -> Example:
+    samples, rate = mel.read_wav(self.files[i])
+    frames = mel.log_mel(mel.resampled(samples, rate), self._task.frames, self._task.bins)
+    fields = _seq2seq_targets.target_fields(self.prompt, self._ids[i], self.eos, self.positions)
+    return {"mel_SM": frames, **fields}

@@ -116,7 +116,7 @@ def test_chats_that_cannot_be_used(folder, capsys):
 )
 def test_lines_that_are_no_chats(line, words):
   with pytest.raises(InputError, match=words):
-    chat_dataset.parse(line, "line 1")
+    chat_dataset.parse(line)
 
 
 def test_a_document_that_does_not_fit_begins_the_next_row():

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_jax.data.chat_template import ChatTemplate
-from distill_jax.data.sources import Source, documents
+from distill_jax.data.sources import DocumentSource, documents
 from distill_jax.data.tokenizers import load_tokenizer, train_sentencepiece
 from distill_jax.errors import InputError
 from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
@@ -455,7 +455,9 @@ def test_every_reply_is_marked_and_nothing_else(chat, template, theirs, tokenize
 def pieces(request, tmp_path_factory):
   """A sentencepiece model as a Hugging Face folder."""
   out = tmp_path_factory.mktemp("sp")
-  corpus = [d[:2000] for d in itertools.islice(documents(Source("pydoc", split="heldout")), 30)]
+  corpus = [
+    d[:2000] for d in itertools.islice(documents(DocumentSource("pydoc", split="heldout")), 30)
+  ]
   train_sentencepiece(corpus, 400, out / "tokenizer.model", request.param)
   config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
   (out / "tokenizer_config.json").write_text(json.dumps(config))

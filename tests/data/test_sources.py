@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from distill_jax.data import sources
-from distill_jax.data.sources import Source, digest, documents
+from distill_jax.data.sources import DocumentSource, documents
 from distill_jax.errors import InputError
 
 TEXTS = [f"document {i}: é, 漢字\r\nand a second line " for i in range(200)]
@@ -29,45 +29,34 @@ def jsonl(tmp_path):
 
 
 def test_text_is_taken_as_it_stands(folder):
-  assert list(documents(Source("text", str(folder), heldout_fraction=0))) == TEXTS
-  one = Source("text", str(folder / "007.txt"), heldout_fraction=0)
+  assert list(documents(DocumentSource("text", str(folder), heldout_fraction=0))) == TEXTS
+  one = DocumentSource("text", str(folder / "007.txt"), heldout_fraction=0)
   assert list(documents(one)) == [TEXTS[7]]
 
 
 def test_jsonl_equals_text(folder, jsonl):
   for split in ("train", "heldout"):
-    ours = list(documents(Source("jsonl", str(jsonl), split)))
-    assert ours == list(documents(Source("text", str(folder), split)))
-    assert digest(Source("jsonl", str(jsonl), split)) == digest(Source("text", str(folder), split))
+    ours = list(documents(DocumentSource("jsonl", str(jsonl), split)))
+    assert ours == list(documents(DocumentSource("text", str(folder), split)))
 
 
 def test_splits_are_a_partition_by_content(jsonl):
-  train, heldout = (list(documents(Source("jsonl", str(jsonl), s))) for s in ("train", "heldout"))
+  train, heldout = (
+    list(documents(DocumentSource("jsonl", str(jsonl), s))) for s in ("train", "heldout")
+  )
   assert sorted(train + heldout) == sorted(TEXTS)
   assert 5 <= len(heldout) <= 40  # binomial(200, 0.1): four deviations and more each way
   # A document's side does not hang on the others, and equal documents share one.
   lines = [json.dumps({"text": t}) for t in (heldout[0], train[0], heldout[0])]
   jsonl.write_text("\n".join(lines))
-  assert list(documents(Source("jsonl", str(jsonl), "heldout"))) == [heldout[0]] * 2
-  assert list(documents(Source("jsonl", str(jsonl), "train"))) == [train[0]]
-
-
-def test_digest_is_of_lengths_and_bytes(tmp_path):
-  (tmp_path / "a.txt").write_text("né")
-  (tmp_path / "b.txt").write_text("x")
-  source = Source("text", str(tmp_path), heldout_fraction=0)
-  raw = b"\0\0\0\0\0\0\0\x03n\xc3\xa9" + b"\0\0\0\0\0\0\0\x01x"
-  assert digest(source) == hashlib.sha256(raw).hexdigest()
-  before = digest(source)
-  (tmp_path / "a.txt").write_text("n")
-  (tmp_path / "b.txt").write_text("éx")  # the same letters, parted elsewhere
-  assert digest(source) != before
+  assert list(documents(DocumentSource("jsonl", str(jsonl), "heldout"))) == [heldout[0]] * 2
+  assert list(documents(DocumentSource("jsonl", str(jsonl), "train"))) == [train[0]]
 
 
 def test_pydoc_splits_by_topic():
   from pydoc_data.topics import topics
 
-  train, heldout = (list(documents(Source("pydoc", split=s))) for s in ("train", "heldout"))
+  train, heldout = (list(documents(DocumentSource("pydoc", split=s))) for s in ("train", "heldout"))
   side = {k: int(hashlib.sha256(k.encode()).hexdigest()[:16], 16) / 16**16 for k in topics}
   assert heldout == [topics[k] for k in sorted(topics) if side[k] < 0.1]
   assert 2 <= len(heldout) <= 0.25 * len(topics)
@@ -75,7 +64,7 @@ def test_pydoc_splits_by_topic():
   # Nothing is added, and little is taken.
   whole = sum(len(topics[k]) for k in topics if side[k] >= 0.1)
   assert 0.8 * whole < sum(map(len, train)) <= whole
-  assert len(list(documents(Source("pydoc", heldout_fraction=0)))) == len(topics)
+  assert len(list(documents(DocumentSource("pydoc", heldout_fraction=0)))) == len(topics)
 
 
 def test_pydoc_training_text_holds_no_heldout_text():
@@ -86,8 +75,8 @@ def test_pydoc_training_text_holds_no_heldout_text():
 
   from pydoc_data.topics import topics
 
-  heldout = list(documents(Source("pydoc", split="heldout")))
-  train = set(long_lines(documents(Source("pydoc"))))
+  heldout = list(documents(DocumentSource("pydoc", split="heldout")))
+  train = set(long_lines(documents(DocumentSource("pydoc"))))
   assert sum(line in train for line in long_lines(heldout)) <= 0.01 * len(long_lines(heldout))
   naive = set(long_lines(t for t in topics.values() if t not in heldout))
   assert sum(line in naive for line in long_lines(heldout)) > 0.3 * len(long_lines(heldout))
@@ -95,7 +84,7 @@ def test_pydoc_training_text_holds_no_heldout_text():
 
 def test_streams_files(tmp_path):
   (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\nnot json\n')
-  stream = documents(Source("jsonl", str(tmp_path), heldout_fraction=0))
+  stream = documents(DocumentSource("jsonl", str(tmp_path), heldout_fraction=0))
   assert next(stream) == "fine"
   with pytest.raises(InputError, match=r"a\.jsonl, line 2: not JSON"):
     next(stream)
@@ -118,22 +107,22 @@ def test_streams_files(tmp_path):
 def test_jsonl_refuses(tmp_path, raw, says):
   (file := tmp_path / "x.jsonl").write_bytes(raw)
   with pytest.raises(InputError, match=says):
-    list(documents(Source("jsonl", str(file), heldout_fraction=0)))
+    list(documents(DocumentSource("jsonl", str(file), heldout_fraction=0)))
 
 
 def test_text_refuses(tmp_path):
   with pytest.raises(InputError, match="is not there"):
-    list(documents(Source("text", str(tmp_path / "gone.txt"))))
+    list(documents(DocumentSource("text", str(tmp_path / "gone.txt"))))
   with pytest.raises(InputError, match=r"without \.txt files"):
-    list(documents(Source("text", str(tmp_path))))
+    list(documents(DocumentSource("text", str(tmp_path))))
   (tmp_path / "a.txt").write_bytes("é".encode("latin-1") * 3)
   with pytest.raises(InputError, match=r"a\.txt: byte 0 is 0xe9, which is not UTF-8"):
-    list(documents(Source("text", str(tmp_path))))
+    list(documents(DocumentSource("text", str(tmp_path))))
   (tmp_path / "a.txt").write_text("one document cannot be on both sides")
   sides = []
   for split in ("train", "heldout"):
     try:
-      sides.append(len(list(documents(Source("text", str(tmp_path), split)))))
+      sides.append(len(list(documents(DocumentSource("text", str(tmp_path), split)))))
     except InputError as e:
       assert "none of its 1 documents" in str(e) and split in str(e)
   assert sides == [1]
@@ -151,7 +140,7 @@ def test_text_refuses(tmp_path):
 )
 def test_refuses_arguments(source, says):
   with pytest.raises(InputError, match=says):
-    Source(**source)
+    DocumentSource(**source)
 
 
 def test_tfds(tmp_path):
@@ -174,20 +163,28 @@ def test_tfds(tmp_path):
 
   OwnText(data_dir=tmp_path, file_format="array_record").download_and_prepare()
   for path in ("own_text", "own_text:1.0.0", "own_text/1.0.0"):
-    source = Source("tfds", str(tmp_path / path), "train[:75%]", "body")
+    source = DocumentSource("tfds", str(tmp_path / path), "train[:75%]", "body")
     assert list(documents(source)) == TEXTS[:30]
-  assert list(documents(Source("tfds", str(tmp_path / "own_text"), "test", "body"))) == TEXTS[:2]
+  assert (
+    list(documents(DocumentSource("tfds", str(tmp_path / "own_text"), "test", "body"))) == TEXTS[:2]
+  )
   assert "tensorflow" not in __import__("sys").modules
   for source, says in [
-    (Source("tfds", str(tmp_path / "own_text"), "heldout", "body"), "Unknown split 'heldout'"),
-    (Source("tfds", str(tmp_path / "own_text/1.0.0"), "heldout", "body"), "Unknown split"),
-    (Source("tfds", str(tmp_path / "no_such_text"), "train", "body"), "no_such_text not found"),
-    (Source("tfds", str(tmp_path / "own_text"), "train"), "no field 'text'.*'body'"),
-    (Source("tfds", str(tmp_path / "own_text"), "train", "n"), "field 'n' holds int"),
+    (
+      DocumentSource("tfds", str(tmp_path / "own_text"), "heldout", "body"),
+      "Unknown split 'heldout'",
+    ),
+    (DocumentSource("tfds", str(tmp_path / "own_text/1.0.0"), "heldout", "body"), "Unknown split"),
+    (
+      DocumentSource("tfds", str(tmp_path / "no_such_text"), "train", "body"),
+      "no_such_text not found",
+    ),
+    (DocumentSource("tfds", str(tmp_path / "own_text"), "train"), "no field 'text'.*'body'"),
+    (DocumentSource("tfds", str(tmp_path / "own_text"), "train", "n"), "field 'n' holds int"),
   ]:
     with pytest.raises(InputError, match=says):
       list(documents(source))
 
 
 def test_every_kind_is_documented():
-  assert all(f'"{kind}"' in Source.__doc__ for kind in sources.KINDS)
+  assert all(f'"{kind}"' in DocumentSource.__doc__ for kind in sources.KINDS)

@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_jax.data.sources import Source, documents
+from distill_jax.data.sources import DocumentSource, documents
 from distill_jax.data.tokenizers import load_tokenizer, train_sentencepiece
 from distill_jax.errors import InputError
 
@@ -19,7 +19,7 @@ TEXTS = ["def f(x):\n  return x  ", "", " é漢字 😀\t\r\n", "a<|endoftext|>b
 
 @pytest.fixture(scope="module")
 def corpus():
-  return [d[:3000] for d in documents(Source("pydoc", split="heldout"))]
+  return [d[:3000] for d in documents(DocumentSource("pydoc", split="heldout"))]
 
 
 @pytest.fixture(scope="module")

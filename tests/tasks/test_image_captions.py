@@ -58,10 +58,10 @@ def c(tmp_path):
 def test_a_row_is_the_prompt_the_patches_and_the_text(c):
   row = dataset.open_rows(config.resolve(c), "captions", "train", None)[3]
   tokenizer = Tokenizer.from_file(c.tasks.captions.tokenizer)
-  read, labels = row["read_S"], row["tokens_T"]
+  read, labels = row["tokens_S"], row["tokens_T"]
   assert tokenizer.decode(read[:2]) == "a " and np.all(read[2 : 2 + PATCHES] == IMAGE)
   assert tokenizer.decode(labels[row["mask_T"]]) == "shade 3~"
-  n = row["seen_S"].sum()
+  n = row["valid_S"].sum()
   np.testing.assert_array_equal(labels[: n - 1], read[1:n])
   first = np.flatnonzero(row["mask_T"])[0]  # the position that says the text's first token
   assert tokenizer.decode(read[first - 1 : first + 1]) == " b"

@@ -15,7 +15,7 @@ from distill_jax.errors import InputError
 from distill_jax.evals import retrieval
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.tasks import dataset
-from distill_jax.training import loop
+from distill_jax.training import loop, validate
 
 TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 TOWER |= {"num_attention_heads": 2}
@@ -71,14 +71,14 @@ def test_a_pair_is_its_pixels_and_its_tokens(c):
   tokenizer = Tokenizer.from_file(c.tasks.pairs.tokenizer)
   shades = []
   for row in (*both["train"], *both["heldout"]):
-    ids = row["read_S"][row["seen_S"] > 0]
+    ids = row["tokens_S"][row["valid_S"] > 0]
     assert tokenizer.decode(ids[-1:]) == "~"
     shade = int(tokenizer.decode(ids[:-1]).removeprefix("shade "))
     np.testing.assert_array_equal(row["pixels_WWM"], np.full((8, 8, 1), 20 * shade))
     shades.append(shade)
   assert sorted(shades) == list(range(12))
   c.tasks.pairs.max_tokens = 4
-  ids = rows(c)[0]["read_S"]
+  ids = rows(c)[0]["tokens_S"]
   assert tokenizer.decode(ids) == "sha~"
 
 
@@ -117,7 +117,7 @@ def test_a_bad_pair_stops_the_run_or_is_counted(c, tmp_path, capsys, line, why):
 def test_pixels_are_those_of_transformers(c, tmp_path):
   transformers = pytest.importorskip("transformers")
   torch = pytest.importorskip("torch")
-  said = rows(c).task.hub(None)["preprocessor_config.json"]
+  said = rows(c).task.hub_files(None)["preprocessor_config.json"]
   said.pop("image_processor_type")
   said |= {"size": {"shortest_edge": 6}, "crop_size": {"height": 6, "width": 6}}
   said |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_convert_rgb": True}
@@ -166,8 +166,8 @@ def test_what_does_not_fit_is_refused(c):
     with pytest.raises(InputError, match=match):
       resolved = config.resolve(c)
       stores = loop.open_stores(resolved)
-      loop.checks.check_run(resolved, stores)
-      loop.checks.check_features(resolved, loop.make_step(resolved, stores), stores)
+      validate.check_run(resolved, stores)
+      validate.check_features(resolved, loop.make_step(resolved, stores), stores)
 
   c.optim.accumulate = 2
   refused("find its pairs among fewer")

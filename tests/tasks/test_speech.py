@@ -87,7 +87,8 @@ def test_from_record_to_export(tmp_path, capsys):
   held = dataset.open_rows(resolved, "main", "heldout", None)
   rows = [held[i] for i in range(len(held))]
   mel, read, labels, mask = (
-    torch.tensor(np.stack([r[k] for r in rows])) for k in ("mel_SM", "said_T", "tokens_T", "mask_T")
+    torch.tensor(np.stack([r[k] for r in rows]))
+    for k in ("mel_SM", "decoder_tokens_T", "tokens_T", "mask_T")
   )
   with torch.no_grad():
     z = theirs(input_features=mel.mT, decoder_input_ids=read.long()).logits
@@ -146,7 +147,9 @@ def test_an_example_has_frames_and_teacher_forcing(tmp_path):
   row, n = source[0], len(source.texts[0]) + 1  # the space before it
   assert row["mel_SM"].shape == (FRAMES, 8) and row["mel_SM"].dtype == np.float32
   assert row["mask_T"].sum() == n + 1
-  assert row["labels_T"][n] == IDS["eos_token_id"] and row["said_T"][0] == IDS["pad_token_id"]
+  assert (
+    row["labels_T"][n] == IDS["eos_token_id"] and row["decoder_tokens_T"][0] == IDS["pad_token_id"]
+  )
   held = config.resolve(configured_again(tmp_path)).tasks["main"].open("heldout", None)
   assert not set(held.texts) & set(source.texts) and len(held) + len(source) == 18
 
@@ -160,7 +163,7 @@ def test_the_prompt_is_given_and_not_learnt(tmp_path):
   c = configured(tmp_path)
   c.tasks.main.prompt = ("<pad>", "</s>")
   row = config.resolve(c).tasks["main"].open("train", None)[0]
-  assert row["said_T"][:2].tolist() == [IDS["pad_token_id"], IDS["eos_token_id"]]
+  assert row["decoder_tokens_T"][:2].tolist() == [IDS["pad_token_id"], IDS["eos_token_id"]]
   assert row["mask_T"][:2].tolist() == [False, True]
 
 

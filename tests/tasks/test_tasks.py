@@ -83,7 +83,7 @@ def test_a_student_learns_the_classes_of_texts(run, tmp_path):
   assert theirs.config.id2label == dict(enumerate(CLASSES))
 
   rows = dataset.open_rows(resolved, "parity", "heldout", None)
-  ids, seen = (np.stack([r[k] for r in rows]) for k in ("read_S", "seen_S"))
+  ids, seen = (np.stack([r[k] for r in rows]) for k in ("tokens_S", "valid_S"))
   labels = np.array([r["tokens_T"][0] for r in rows])
   with torch.no_grad():
     z = theirs(torch.tensor(ids).long(), attention_mask=torch.tensor(seen)).logits

@@ -91,7 +91,7 @@ def test_from_record_to_export(tmp_path, capsys):
   held = dataset.open_rows(resolved, "main", "heldout", None)
   read, seen, said, labels, mask = (
     torch.tensor(np.stack([r[k] for r in held])).long()
-    for k in ("read_S", "seen_S", "said_T", "tokens_T", "mask_T")
+    for k in ("tokens_S", "valid_S", "decoder_tokens_T", "tokens_T", "mask_T")
   )
   with torch.no_grad():
     z = theirs(input_ids=read, attention_mask=seen, decoder_input_ids=said).logits
@@ -123,10 +123,10 @@ def test_an_example_has_what_teacher_forcing_wants(tmp_path):
   for i in (0, len(source) - 1):
     en, de = source.pairs[i]
     row, n = source[i], len(de) + 1
-    assert row["read_S"].tolist() == [*tokenizer.encode(en), EOS] + [0] * (7 - len(en))
-    assert row["seen_S"].sum() == len(en) + 1
+    assert row["tokens_S"].tolist() == [*tokenizer.encode(en), EOS] + [0] * (7 - len(en))
+    assert row["valid_S"].sum() == len(en) + 1
     assert row["labels_T"][:n].tolist() == [*tokenizer.encode(de), EOS]
-    assert row["said_T"][:n].tolist() == [PAD, *tokenizer.encode(de)]
+    assert row["decoder_tokens_T"][:n].tolist() == [PAD, *tokenizer.encode(de)]
     assert row["mask_T"].tolist() == [True] * n + [False] * (10 - n)
   held = resolved.tasks["main"].open("heldout", None)
   assert not {a for a, _ in held.pairs} & {a for a, _ in source.pairs}
