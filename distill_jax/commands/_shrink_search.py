@@ -90,7 +90,7 @@ def propose(config: Config, workdir: Path, target: str) -> dict[str, ShrinkOptio
     raise InputError(f"shrink.{target} is {wanted}; it is a positive number")
   family, shape = loading.family_and_config(config.teacher)
   shapes.check(s, family, shape)
-  itemsize = float_dtype(config.export.dtype).itemsize
+  itemsize = float_dtype(config.shrink.dtype).itemsize
   cost = lambda c: shapes.cost(family, c)
   size: candidates.Size = {
     "target_params": lambda c: cost(c).parameters,
@@ -201,9 +201,10 @@ def _rate(config: Config, built: loading.LoadedModel, mesh: Any) -> float:
   """Tokens a second of one text a group of devices; the model is taken apart."""
   rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
   with jax.set_mesh(mesh):
-    one = BenchmarkedModel(built, unroll(built.model, built.compute), mesh, config, rows)
-    one.run()  # compiles
-    return one.run()["decode"] / rows
+    s, unrolled = config.shrink, unroll(built.model, built.compute)
+    model = BenchmarkedModel(built, unrolled, mesh, s.decode, s.context, rows, config.seed)
+    model.run()  # compiles
+    return model.run()["decode"] / rows
 
 
 def _write(path: Path, tree: dict[str, Any]) -> None:

@@ -107,14 +107,14 @@ def plan(config: Config, workdir: Path) -> dict[str, PlannedLink]:
       config,
       teacher=before,
       student=student,
-      shrink=link.shrink,
+      shrink=dataclasses.replace(link.shrink, dtype=student.param_dtype),
       chain=(),
       links={},
       train=dataclasses.replace(
         config.train, records=(str(folder / "records"),), steps=link.steps or config.train.steps
       ),
       optim=dataclasses.replace(config.optim, peak_lr=link.peak_lr or config.optim.peak_lr),
-      export=dataclasses.replace(config.export, dir="", dtype=student.param_dtype),
+      export=dataclasses.replace(config.export, dir=""),
     )
     planned[name] = PlannedLink(folder, run, cut)
     # Computed as the teacher is; its shape and layers are in its run.

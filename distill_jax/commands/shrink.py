@@ -25,7 +25,7 @@ def run(config: Config, workdir: Path) -> dict[str, Any]:
 
   Returns: what shrink.json holds: `dir`; `kept`, by axis; `factorised`, by matrix; and of
     `models` (teacher, student, and random: the student's shape with random weights)
-    parameters, bytes in export.dtype, and ce, the held-out cross-entropy in nats a token.
+    parameters, bytes in shrink.dtype, and ce, the held-out cross-entropy in nats a token.
 
   Raises:
     InputError: a shape that the family cannot have, a target that no shape meets, data that

@@ -1,8 +1,9 @@
 """What a model costs to serve, from its shape alone: bytes, operations, and bounds on speed.
 
 Weights are counted by their declarations, the cache and attention by the published equations.
-Latent attention keeps one latent and one rotated key a position, and decodes in the latents'
-space (arXiv:2405.04434, 2.1.2), as decode/ does; a layer with a window keeps its window.
+Latent attention caches one latent and one rotated key a position, and decodes in the latents'
+space (arXiv:2405.04434, 2.1.2), as models/deepseek_v3.py does; a layer with a window caches its
+window.
 """
 
 from __future__ import annotations
@@ -12,40 +13,45 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from distill_jax.models import loading
-from distill_jax.models.options import ModelOptions
+from distill_jax.models.loading import ModelSource
 from distill_jax.nn import params
 from distill_jax.preflight import flops, roofline
 from distill_jax.preflight.chips import Chip
 
-# What weights and caches may be served in, and bytes of a number. Of float8 weights only the
-# layers' matrices are that: see `stored`.
+# What weights and caches may be served in, and bytes of a number. With float8 weights only the
+# layers' matrices are that: see `param_bytes`.
 DTYPES = {"float32": 4, "bfloat16": 2, "float8": 1}
 BLOCK = 128  # float8 weights have a float32 scale for a square of so many rows and columns
 
 
 @dataclasses.dataclass(frozen=True)
-class Weights:
-  """Bytes of a model's weights.
+class WeightBytes:
+  """Bytes of a model's weights, by when a decode step reads them.
 
   Attributes:
-    total: all.
-    step: what a decode step reads whatever the batch: all but routed experts, and but an
+    total: all weights.
+    every_step: what a decode step reads whatever the batch: all but routed experts, and but an
       embedding table of its own, of which it reads a row a token.
-    experts: of all routed experts of all layers, `n` of them a layer, `chosen` by a token.
+    experts: all routed experts of all layers.
+    num_experts: of a layer.
+    experts_per_token: of a layer.
   """
 
   total: int
-  step: int
+  every_step: int
   experts: int
-  n: int
-  chosen: int
+  num_experts: int
+  experts_per_token: int
 
   def read(self, batch: int) -> float:
     """Bytes that one decode step of `batch` rows reads."""
-    if not self.n:
-      return self.step
-    return self.step + self.experts * distinct(self.n, self.chosen, batch) / self.n
+    if not self.num_experts:
+      return self.every_step
+    return self.every_step + self.experts * self.distinct_experts(batch) / self.num_experts
+
+  def distinct_experts(self, batch: int) -> float:
+    """How many experts of a layer one decode step of `batch` rows is expected to read."""
+    return distinct(self.num_experts, self.experts_per_token, batch)
 
 
 def distinct(n: int, chosen: int, batch: int) -> float:
@@ -57,21 +63,22 @@ def distinct(n: int, chosen: int, batch: int) -> float:
   return n * (1 - (1 - chosen / n) ** batch)
 
 
-def weights(spec: ModelOptions, dtype: str) -> Weights:
-  """Of a model served in `dtype`, one of DTYPES."""
-  _, c = loading.family_and_config(spec)
+def weight_bytes(source: ModelSource, dtype: str) -> WeightBytes:
+  """Bytes of a model served in `dtype`, one of DTYPES."""
+  c = source.config
   total = experts = table = n = 0
-  for path, v in params.named_params(loading.abstract(spec)):
-    size, axes = stored(v, dtype), v.get_metadata()["axes"]
+  for path, v in params.named_params(source.abstract):
+    size, axes = param_bytes(v, dtype), v.get_metadata()["axes"]
     total += size
     if "experts" in axes:
       experts, n = experts + size, v.shape[axes.index("experts")]
     if path == "embed" and not c.tie_word_embeddings:
       table = size
-  return Weights(total, total - experts - table, experts, n, c.num_experts_per_tok if n else 0)
+  per_token = c.num_experts_per_tok if n else 0
+  return WeightBytes(total, total - experts - table, experts, n, per_token)
 
 
-def stored(v: Any, dtype: str) -> int:
+def param_bytes(v: Any, dtype: str) -> int:
   """Bytes of one declared parameter.
 
   float8 is block-scaled as DeepSeek-V3 is published (arXiv:2412.19437, 3.3): the layers'
@@ -96,118 +103,116 @@ def stored(v: Any, dtype: str) -> int:
   return count + 4 * copies * math.ceil(rows / BLOCK) * math.ceil(columns / BLOCK)
 
 
-def kept(c: Any) -> int:
-  """Numbers that a layer's cache keeps of a position."""
-  if hasattr(c, "kv_lora_rank"):
-    return c.kv_lora_rank + c.qk_rope_head_dim
-  return 2 * c.num_key_value_heads * c.head_dim
-
-
-def sees(c: Any, layer: int, context: int) -> int:
+def attended_positions(c: Any, layer: int, context: int) -> int:
   """Positions that the last of `context` attends to: all, or the layer's window."""
   return flops.attended_pairs(c, layer, context) - flops.attended_pairs(c, layer, context - 1)
 
 
+def all_attended_positions(c: Any, context: int) -> int:
+  """The same, summed over layers."""
+  return sum(attended_positions(c, layer, context) for layer in range(c.num_hidden_layers))
+
+
 def cache_numbers(c: Any, context: int) -> int:
-  """Numbers that a server keeps of a row, and reads for its next token."""
-  return kept(c) * sum(sees(c, layer, context) for layer in range(c.num_hidden_layers))
+  """Numbers that a server caches of a row, and reads for its next token."""
+  return c.cache_width * all_attended_positions(c, context)
 
 
-def decoder_numbers(c: Any, context: int) -> int:
-  """Numbers that decode/ allocates for a row: all positions in all layers."""
-  return kept(c) * c.num_hidden_layers * context
+def allocated_cache_numbers(c: Any, context: int) -> int:
+  """Numbers that generation/ allocates for a row: all positions in all layers."""
+  return c.cache_width * c.num_hidden_layers * context
 
 
-def prefill_flops(spec: ModelOptions, context: int) -> float:
+def prefill_flops(source: ModelSource, context: int) -> float:
   """Operations a token of reading a prompt of `context` tokens; the head is for the last one."""
-  one = flops.forward_flops(spec, 1, context)
-  return (one.weights + one.attention + one.head / context) / context
+  forward = flops.forward_flops(source, 1, context)
+  return (forward.weights + forward.attention + forward.head / context) / context
 
 
-def decode_flops(spec: ModelOptions, context: int) -> float:
+def decode_flops(source: ModelSource, context: int) -> float:
   """Operations of one token at position `context` - 1."""
-  _, c = loading.family_and_config(spec)
-  wide = 2 * c.head_dim  # of a score, and of a value
-  if hasattr(c, "kv_lora_rank"):
-    wide = kept(c) + c.kv_lora_rank
-  seen = sum(sees(c, layer, context) for layer in range(c.num_hidden_layers))
-  return 2.0 * flops.active_params(spec) + 2.0 * seen * c.num_attention_heads * wide
+  c = source.config
+  attended = all_attended_positions(c, context)
+  attention = 2.0 * attended * c.num_attention_heads * c.decode_attention_width
+  return 2.0 * flops.active_params(source) + attention
 
 
 @dataclasses.dataclass(frozen=True)
-class Served:
-  """A model as it is served: bytes and operations by which a decode step is bounded.
+class ServingCost:
+  """Bytes and operations by which the decode steps of a served model are bounded.
 
   Attributes:
     cache: bytes of a row.
     flops: of a row's next token.
   """
 
-  weights: Weights
+  weights: WeightBytes
   cache: float
   flops: float
 
   def memory(self, batch: int) -> float:
+    """Bytes of weights and cache."""
     return self.weights.total + batch * self.cache
 
-  def chips(self, chip: Chip, batch: int) -> int:
-    """The fewest that hold weights and cache, by bytes alone."""
+  def min_chips(self, chip: Chip, batch: int) -> int:
+    """The fewest chips that hold weights and cache, by bytes alone."""
     return math.ceil(self.memory(batch) / chip.memory)
 
-  def step(self, chip: Chip, chips: int, batch: int) -> roofline.Bound:
-    """The least seconds of a decode step that all chips share evenly, links apart.
+  def step_bound(self, chip: Chip, chips: int, batch: int) -> roofline.Bound:
+    """The fewest seconds of a decode step that all chips share evenly, links apart.
 
     Weights are read once a step, a row's cache once; products are at the bfloat16 peak.
     """
     read = self.weights.read(batch) + batch * self.cache
     return roofline.bound(chip, chips, chips, {"step": batch * self.flops}, read / chips, {})
 
-  def at(self, chip: Chip, batch: int) -> dict[str, Any]:
+  def decode_bound(self, chip: Chip, batch: int) -> dict[str, Any]:
     """One row of the report, on the fewest chips."""
-    n = self.chips(chip, batch)
-    bound = self.step(chip, n, batch)
+    chips = self.min_chips(chip, batch)
+    bound = self.step_bound(chip, chips, batch)
     w = self.weights
     return {
       "batch_size": batch,
-      "chips": n,
+      "chips": chips,
       "bytes": self.memory(batch),
       "bytes_read": w.read(batch) + batch * self.cache,
-      "experts_read": distinct(w.n, w.chosen, batch) if w.n else None,
+      "experts_read": w.distinct_experts(batch) if w.num_experts else None,
       "step_seconds": bound.seconds,
       "bound_by": bound.by,
       "tokens_per_second": batch / bound.seconds,
-      "tokens_per_second_per_chip": batch / bound.seconds / n,
+      "tokens_per_second_per_chip": batch / bound.seconds / chips,
     }
 
 
-def served(spec: ModelOptions, context: int, dtype: str, cache_dtype: str) -> Served:
-  _, c = loading.family_and_config(spec)
+def serving_cost(source: ModelSource, context: int, dtype: str, cache_dtype: str) -> ServingCost:
+  """Returns the cost of a model that is served in `dtype`, for rows of `context` positions."""
+  c = source.config
   cache = DTYPES[cache_dtype] * cache_numbers(c, context)
-  return Served(weights(spec, dtype), cache, decode_flops(spec, context))
+  return ServingCost(weight_bytes(source, dtype), cache, decode_flops(source, context))
 
 
-def model(
-  spec: ModelOptions,
+def model_costs(
+  source: ModelSource,
   chip: Chip,
   context: int,
   dtype: str,
   cache_dtype: str,
   batch_sizes: Sequence[int],
 ) -> dict[str, Any]:
-  """All that is computed of one model; bytes, operations, seconds."""
-  family, c = loading.family_and_config(spec)
-  s, width = served(spec, context, dtype, cache_dtype), DTYPES[cache_dtype]
+  """All that is computed of one model, as efficiency.json holds it: bytes, operations, seconds."""
+  c, options = source.config, source.options
+  cost, width = serving_cost(source, context, dtype, cache_dtype), DTYPES[cache_dtype]
   return {
-    "name": (spec.source or f"{family} {spec.shape}")
-    + (f", {len(spec.keep_layers)} of its layers" if spec.keep_layers else ""),
+    "name": source.name
+    + (f", {len(options.keep_layers)} of its layers" if options.keep_layers else ""),
     "dtype": dtype,
     "cache_dtype": cache_dtype,
-    "parameters": params.count(loading.abstract(spec)),
-    "active_parameters": flops.active_params(spec),
-    "weight_bytes": s.weights.total,
-    "cache_bytes_per_token": width * kept(c) * c.num_hidden_layers,
-    "cache_bytes": s.cache,
-    "decoder_cache_bytes": width * decoder_numbers(c, context),
-    "flops_per_token": {"prefill": prefill_flops(spec, context), "decode": s.flops},
-    "decode_bounds": [s.at(chip, b) for b in batch_sizes],
+    "parameters": params.count(source.abstract),
+    "active_parameters": flops.active_params(source),
+    "weight_bytes": cost.weights.total,
+    "cache_bytes_per_token": width * c.cache_width * c.num_hidden_layers,
+    "cache_bytes": cost.cache,
+    "decoder_cache_bytes": width * allocated_cache_numbers(c, context),
+    "flops_per_token": {"prefill": prefill_flops(source, context), "decode": cost.flops},
+    "decode_bounds": [cost.decode_bound(chip, batch) for batch in batch_sizes],
   }

@@ -5,158 +5,177 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from distill_jax.config import Config
+from distill_jax.efficiency.options import DecodeOptions
 from distill_jax.errors import InputError
 from distill_jax.generation import engine
 from distill_jax.generation.sampling import Sampling
 from distill_jax.generation.unrolled import Unrolled, empty_cache, unroll
 from distill_jax.models import loading
+from distill_jax.models.loading import LoadedModel
 from distill_jax.nn import sharding
 from distill_jax.runtime.progress import Progress
 
-CALLS = 4  # of generate.steps tokens each, that decoding is timed over
+CALLS = 4  # of DecodeOptions.steps tokens each, that decoding is timed over
+PHASES = ("prefill", "decode")
 
 
-def check(config: Config, mesh: Any) -> None:
+def check(config: Config, mesh: jax.sharding.Mesh) -> None:
   """Refuses a measurement that cannot be made, before any weight is read."""
-  c, new = config.efficiency, CALLS * config.generate.steps
-  for who in ("teacher", "student"):
-    if not getattr(config, who).source:
+  options, decode = config.efficiency, config.efficiency.decode
+  for name, spec in (("teacher", config.teacher), ("student", config.student)):
+    if not spec.source:
       raise InputError(
-        f"efficiency.measure is on and {who}.source is empty, so there are no weights to run; name "
-        "them there, or leave efficiency.measure off"
+        f"efficiency.measure is on and {name}.source is empty, so there are no weights to run; "
+        "name them there, or leave efficiency.measure off"
       )
-  if min(config.generate.steps, config.generate.prefill_chunk) < 1 or c.context < 2 * new:
+  room = 2 * CALLS * decode.steps
+  if min(decode.steps, decode.prefill_chunk) < 1 or options.context < room:
     raise InputError(
-      f"efficiency.context is {c.context}, generate.steps {config.generate.steps} and "
-      f"generate.prefill_chunk {config.generate.prefill_chunk}; the last two are at least 1, and a "
+      f"efficiency.context is {options.context}, efficiency.decode.steps {decode.steps} and "
+      f"efficiency.decode.prefill_chunk {decode.prefill_chunk}; the last two are at least 1, and a "
       f"measurement wants {2 * CALLS} times the steps as context, half of it a prompt"
     )
-  for rows in c.batch_sizes:
+  for rows in options.batch_sizes:
     sharding.check_batch("efficiency.batch_sizes", rows, mesh)
 
 
 class BenchmarkedModel:
   """A model and an empty cache of `rows` rows, in the programs that `generate` runs.
 
-  Prompts fill all but the last `new` of config.efficiency.context positions.
+  Prompts fill all of the `context` positions but the last CALLS x options.steps.
   """
 
   def __init__(
-    self, built: loading.LoadedModel, model: Unrolled, mesh: Any, config: Config, rows: int
+    self,
+    loaded: LoadedModel,
+    model: Unrolled,
+    mesh: jax.sharding.Mesh,
+    options: DecodeOptions,
+    context: int,
+    rows: int,
+    seed: int,
   ):
-    self._model, self._size, g = model, config.efficiency.context, config.generate
-    self._new, self._chunk = CALLS * g.steps, g.prefill_chunk
-    self._cache = empty_cache(model, rows, self._size, built.compute, mesh, g.cache_dtype)
+    """`model` is `loaded`'s, unrolled."""
+    self._model, self._context, self._chunk = model, context, options.prefill_chunk
+    self._new = CALLS * options.steps
+    self._cache = empty_cache(model, rows, context, loaded.compute, mesh, options.cache_dtype)
     self.cache_bytes = sum(x.nbytes for x in jax.tree.leaves(self._cache))
-    where, said = jax.tree.map(lambda x: x.sharding, self._cache), sharding.replicated(mesh)
-    spec = engine.EngineSpec(built.compute, Sampling(0.0), g.steps, (), built.config.vocab_size)
+    vocab_size = loaded.config.vocab_size
+    spec = engine.EngineSpec(loaded.compute, Sampling(0.0), options.steps, (), vocab_size)
+    cache_sharding = jax.tree.map(lambda x: x.sharding, self._cache)
     jit = functools.partial(jax.jit, donate_argnums=1)
     self._prefill = jit(
-      functools.partial(engine.prefill, compute=built.compute), out_shardings=where
+      functools.partial(engine.prefill, compute=loaded.compute), out_shardings=cache_sharding
     )
     self._steps = jit(
-      functools.partial(engine.decode_steps, spec=spec), out_shardings=(where, said)
+      functools.partial(engine.decode_steps, spec=spec),
+      out_shardings=(cache_sharding, sharding.replicated(mesh)),
     )
-    self._keys = {"generate": loading.keys(config.seed)["generate"]}
-    shape = rows, self._size
-    self._tokens = np.random.default_rng(0).integers(0, built.config.vocab_size, shape, np.int32)
+    self._keys = {"generate": loading.keys(seed)["generate"]}
+    rng = np.random.default_rng(0)
+    self._tokens_BT = rng.integers(0, vocab_size, (rows, context), np.int32)
 
   def run(self) -> dict[str, float]:
-    """Tokens a second of reading the prompts, and of going on from them."""
+    """Measures the tokens a second of reading the prompts, and of decoding after them."""
+    rows = len(self._tokens_BT)
     return {
-      "prefill": self._tokens.shape[0] * (self._size - self._new) / self._seconds(self._read),
-      "decode": self._tokens.shape[0] * self._new / self._seconds(self._go_on),
+      "prefill": rows * (self._context - self._new) / self._seconds(self._read_prompts),
+      "decode": rows * self._new / self._seconds(self._decode),
     }
 
-  def _seconds(self, work: Any) -> float:
+  def _seconds(self, work: Callable[[], None]) -> float:
     start = time.perf_counter()
     work()
     jax.block_until_ready(self._cache)
     return time.perf_counter() - start
 
-  def _read(self) -> None:
-    rows, prompt = self._tokens.shape[0], self._size - self._new
+  def _read_prompts(self) -> None:
+    rows, prompt = len(self._tokens_BT), self._context - self._new
     for first in range(0, prompt, self._chunk):
       count = min(self._chunk, prompt - first)
-      tokens = np.zeros((rows, self._chunk), np.int32)
-      tokens[:, :count] = self._tokens[:, first : first + count]
-      at = np.full(rows, first, np.int32), np.full(rows, count, np.int32)
-      self._cache = self._prefill(self._model, self._cache, tokens, *at)
+      tokens_BC = np.zeros((rows, self._chunk), np.int32)
+      tokens_BC[:, :count] = self._tokens_BT[:, first : first + count]
+      first_B, count_B = np.full(rows, first, np.int32), np.full(rows, count, np.int32)
+      self._cache = self._prefill(self._model, self._cache, tokens_BC, first_B, count_B)
 
-  def _go_on(self) -> None:
-    """As decode/batch.py does: a look at the new tokens after each call."""
-    rows, position = self._tokens.shape[0], self._size - self._new
-    token, row = self._tokens[:, position], np.arange(rows, dtype=np.int32)
-    whole = lambda n: np.full(rows, n, np.int32)
+  def _decode(self) -> None:
+    """As generation/scheduler.py does: the new tokens are fetched after each call."""
+    rows, position = len(self._tokens_BT), self._context - self._new
+    token_B = self._tokens_BT[:, position]
+    fill = functools.partial(np.full, rows, dtype=np.int32)
     for _ in range(CALLS):
       state = engine.RowState(
-        token, whole(position), whole(self._size), whole(1).astype(bool), row, whole(0)
+        token_B=token_B,
+        position_B=fill(position),
+        last_B=fill(self._context),
+        alive_B=np.ones(rows, bool),
+        prompt_B=np.arange(rows, dtype=np.int32),
+        sample_B=fill(0),
       )
-      self._cache, said = self._steps(self._model, self._cache, state, self._keys)
-      made = jax.device_get(said)["token"]
-      token, position = made[-1], position + len(made)
+      self._cache, outputs = self._steps(self._model, self._cache, state, self._keys)
+      new_SB = jax.device_get(outputs)["token"]
+      token_B, position = new_SB[-1], position + len(new_SB)
 
 
-def measure(config: Config, mesh: Any) -> dict[str, Any]:
-  """Both models at every batch size, in the dtype that each is configured to compute in.
+def measure(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Measures both models at every batch size, in the dtype that each is configured to compute in.
 
-  A round runs both, in turns the one or the other first; what is said of a model is the median
-  over rounds with the least and the most, and a ratio is that of the same round.
+  A round runs both, in turns the one or the other first; a model's number is the median over
+  rounds with the least and the most, and a ratio is that of the same round.
 
   Returns: `prompt` and `new`, tokens a row; `device`; by model, `weight_bytes` on all devices,
     dtype, and a row for each batch size; `ratios`, student over teacher.
   """
-  c, new = config.efficiency, CALLS * config.generate.steps
-  out: dict[str, Any] = {
-    "prompt": c.context - new,
+  options, decode = config.efficiency, config.efficiency.decode
+  new = CALLS * decode.steps
+  result: dict[str, Any] = {
+    "prompt": options.context - new,
     "new": new,
     "device": jax.devices()[0].device_kind,
     "models": {},
     "ratios": [],
   }
-  models = {}
+  models: dict[str, tuple[LoadedModel, Unrolled]] = {}
   with jax.set_mesh(mesh):
-    for who in ("teacher", "student"):
-      spec = getattr(config, who)
-      built = loading.build(spec, mesh, loading.keys(config.seed)[who])
-      models[who] = built, unroll(built.model, built.compute)
-      size = sum(x.nbytes for x in jax.tree.leaves(models[who][1]))
-      out["models"][who] = {"dtype": spec.dtype, "weight_bytes": size, "batches": []}
-    total = len(c.batch_sizes) * (c.rounds + 1)
+    for name, spec in (("teacher", config.teacher), ("student", config.student)):
+      loaded = loading.open_source(spec, config.seed).load(mesh, loading.keys(config.seed)[name])
+      models[name] = loaded, unroll(loaded.model, loaded.compute)
+      size = sum(x.nbytes for x in jax.tree.leaves(models[name][1]))
+      result["models"][name] = {"dtype": spec.dtype, "weight_bytes": size, "batches": []}
+    total = len(options.batch_sizes) * (options.rounds + 1)
     with Progress("efficiency", total, "rounds") as progress:
-      for rows in c.batch_sizes:
-        them = {who: BenchmarkedModel(*m, mesh, config, rows) for who, m in models.items()}
-        rounds = _rounds(them, c.rounds, progress)
-        for who, it in them.items():
-          row = {"batch_size": rows, "cache_bytes": it.cache_bytes}
-          row |= {f"{k}_tokens_per_second": _spread([r[who][k] for r in rounds]) for k in PHASES}
-          out["models"][who]["batches"].append(row)
-        ratio = lambda r, k: r["student"][k] / r["teacher"][k]
-        speedup = {k: _spread([ratio(r, k) for r in rounds]) for k in PHASES}
-        out["ratios"].append({"batch_size": rows} | speedup)
-  return out
-
-
-PHASES = ("prefill", "decode")
+      for rows in options.batch_sizes:
+        benchmarked = {
+          name: BenchmarkedModel(*model, mesh, decode, options.context, rows, config.seed)
+          for name, model in models.items()
+        }
+        rounds = _rounds(benchmarked, options.rounds, progress)
+        for name, benchmark in benchmarked.items():
+          row = {"batch_size": rows, "cache_bytes": benchmark.cache_bytes}
+          row |= {f"{p}_tokens_per_second": _spread([r[name][p] for r in rounds]) for p in PHASES}
+          result["models"][name]["batches"].append(row)
+        speedup = {p: _spread([r["student"][p] / r["teacher"][p] for r in rounds]) for p in PHASES}
+        result["ratios"].append({"batch_size": rows} | speedup)
+  return result
 
 
 def _rounds(
-  them: dict[str, BenchmarkedModel], rounds: int, progress: Progress
-) -> list[dict[str, Any]]:
-  """What was measured in each round but the first, in which everything compiles."""
-  said = []
+  models: dict[str, BenchmarkedModel], rounds: int, progress: Progress
+) -> list[dict[str, dict[str, float]]]:
+  """What was measured in each round, by model, but the first, in which everything compiles."""
+  measured = []
   for i in range(rounds + 1):
-    order = sorted(them, reverse=i % 2 == 0)
-    said.append({who: them[who].run() for who in order})
+    order = sorted(models, reverse=i % 2 == 0)
+    measured.append({name: models[name].run() for name in order})
     progress.add(1)
-  return said[1:]
+  return measured[1:]
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

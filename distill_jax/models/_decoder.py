@@ -142,6 +142,30 @@ class Config:
     """How many positions, its own among them, a position attends to; None: all."""
     return None
 
+  def window_at(self, layer: int) -> int | None:
+    """The window of one layer; None where it attends to all positions."""
+    return self.window
+
+  @property
+  def attention_width(self) -> int:
+    """Multiply-adds of a query head for one position attended to: its score and its value."""
+    return 2 * self.head_dim
+
+  @property
+  def decode_attention_width(self) -> int:
+    """The same in decoding, over what the cache holds."""
+    return self.attention_width
+
+  @property
+  def cache_width(self) -> int:
+    """Numbers that one layer's cache holds of a position."""
+    return 2 * self.num_key_value_heads * self.head_dim
+
+  @property
+  def expert_groups(self) -> int:
+    """Groups of equally many experts that the router chooses among."""
+    return 1
+
   @property
   def attention_scale(self) -> float:
     return self.head_dim**-0.5

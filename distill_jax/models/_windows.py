@@ -82,6 +82,9 @@ class Config(_decoder.Config):
     """What all layers see, where they are alike."""
     return None if GLOBAL in self.layer_types else self.sliding_window
 
+  def window_at(self, layer: int) -> int | None:
+    return self.sliding_window if self.layer_types and self.layer_types[layer] == LOCAL else None
+
 
 class Model(_decoder.Model):
   """Tokens in, hidden states and the unembedding out."""

@@ -109,6 +109,22 @@ class Config(_decoder.Config):
     return past or super().ignores_tensor(name)
 
   @property
+  def attention_width(self) -> int:
+    return self.head_dim + self.v_head_dim
+
+  @property
+  def decode_attention_width(self) -> int:
+    return self.cache_width + self.kv_lora_rank  # both in the latents' space
+
+  @property
+  def cache_width(self) -> int:
+    return self.kv_lora_rank + self.qk_rope_head_dim
+
+  @property
+  def expert_groups(self) -> int:
+    return self.n_group
+
+  @property
   def attention_scale(self) -> float:
     s, scale = self.rope_scaling, self.head_dim**-0.5
     if isinstance(s, _rope.Yarn) and s.mscale_all_dim is not None:

@@ -74,6 +74,9 @@ class Config(_decoder.Config):
     types = tuple(self.layer_types[i] for i in kept)
     return dataclasses.replace(self, num_hidden_layers=len(kept), layer_types=types)
 
+  def window_at(self, layer: int) -> int | None:
+    return self.sliding_window if self.layer_types[layer] == LOCAL else None
+
   @property
   def attention_scale(self) -> float:
     return self.query_pre_attn_scalar**-0.5

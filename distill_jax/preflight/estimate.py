@@ -11,8 +11,9 @@ import numpy as np
 
 from distill_jax.config import Config
 from distill_jax.models import loading
-from distill_jax.models.options import ModelOptions
+from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
+from distill_jax.nn.layers import ComputeConfig
 from distill_jax.preflight import programs
 from distill_jax.records.store import Manifest
 from distill_jax.training import loop
@@ -71,20 +72,21 @@ def store_size(config: Config, verb: str) -> dict[str, Any]:
 def argument_bytes(config: Config, verb: str, mesh: jax.sharding.Mesh) -> int:
   """Bytes a device of parameters, optimiser and teacher on a mesh, without a compile."""
   if verb == "record":
-    return _model_bytes(config.teacher, mesh)
-  teacher = sum(_model_bytes(spec, mesh) for spec in loop.online(config).values())
-  student = loading.abstract_trainable(config.student)
-  trained = _placed_bytes(student, config.student, mesh)
+    return _model_bytes(loading.open_source(config.teacher), mesh)
+  teachers = [loading.open_source(spec) for spec in loop.online(config).values()]
+  teacher = sum(_model_bytes(source, mesh) for source in teachers)
+  student = loading.open_source(config.student)
+  trained = _placed_bytes(student.abstract_trainable, student.compute, mesh)
   width = jnp.dtype(config.student.param_dtype).itemsize
-  base = _model_bytes(config.student, mesh) if config.student.lora.rank else 0
+  base = _model_bytes(student, mesh) if config.student.lora.rank else 0
   moments = trained * (4 + width) / width  # the first in float32, the second as the weights
   return round(teacher + base + trained + moments)
 
 
-def _model_bytes(spec: ModelOptions, mesh: jax.sharding.Mesh) -> int:
-  return _placed_bytes(loading.abstract(spec), spec, mesh)
+def _model_bytes(source: ModelSource, mesh: jax.sharding.Mesh) -> int:
+  return _placed_bytes(source.abstract, source.compute, mesh)
 
 
-def _placed_bytes(tree: Any, spec: ModelOptions, mesh: jax.sharding.Mesh) -> int:
-  where = sharding.shardings(tree, mesh, loading.compute_config(spec).rules)
-  return programs.bytes_of(loading.place(tree, where))
+def _placed_bytes(tree: Any, compute: ComputeConfig, mesh: jax.sharding.Mesh) -> int:
+  where = sharding.shardings(tree, mesh, compute.rules)
+  return programs.bytes_of(sharding.with_shardings(tree, where))

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 
 from distill_jax.config import Config
-from distill_jax.models import GLOBAL, loading
-from distill_jax.models.options import ModelOptions
+from distill_jax.models import loading
+from distill_jax.models.loading import ModelSource
 from distill_jax.nn import layer_sharing, lora, params
 from distill_jax.training import loop
 
@@ -37,45 +37,40 @@ class ForwardFlops:
     return self.weights + self.attention + self.head
 
 
-def forward_flops(spec: ModelOptions, rows: int, seq_len: int) -> ForwardFlops:
+def forward_flops(source: ModelSource, rows: int, seq_len: int) -> ForwardFlops:
   """Operations of one forward pass over `rows` sequences of `seq_len` positions."""
-  _, c = loading.family_and_config(spec)
-  tokens = rows * seq_len
-  score_and_value = c.head_dim + getattr(c, "v_head_dim", c.head_dim)  # widths
+  c, tokens = source.config, rows * seq_len
   pairs = rows * sum(attended_pairs(c, layer, seq_len) for layer in range(c.num_hidden_layers))
   return ForwardFlops(
-    weights=2.0 * tokens * _active_layer_params(spec),
-    attention=2.0 * pairs * c.num_attention_heads * score_and_value,
+    weights=2.0 * tokens * _active_layer_params(source),
+    attention=2.0 * pairs * c.num_attention_heads * c.attention_width,
     head=2.0 * tokens * c.vocab_size * c.hidden_size,
   )
 
 
-def active_params(spec: ModelOptions) -> int:
+def active_params(source: ModelSource) -> int:
   """Weights that one position is multiplied with, including the head's."""
-  _, c = loading.family_and_config(spec)
-  return round(_active_layer_params(spec)) + c.vocab_size * c.hidden_size
+  c = source.config
+  return round(_active_layer_params(source)) + c.vocab_size * c.hidden_size
 
 
-def _active_layer_params(spec: ModelOptions) -> float:
+def _active_layer_params(source: ModelSource) -> float:
   """Weights of the layers that one position is multiplied with."""
-  _, c = loading.family_and_config(spec)
   total = 0.0
-  for path, v in params.named_params(loading.abstract(spec)):
+  for path, v in params.named_params(source.abstract):
     meta = v.get_metadata()
     if path.find(".") <= 0 or not meta["out"]:  # outside the layers; a norm or a bias
       continue
     size = float(math.prod(v.shape))
     if "experts" in meta["axes"]:
-      size = size * c.num_experts_per_tok / v.shape[meta["axes"].index("experts")]
+      size = size * source.config.num_experts_per_tok / v.shape[meta["axes"].index("experts")]
     total += size
   return total
 
 
 def attended_pairs(c: Any, layer: int, seq_len: int) -> int:
   """Pairs of a position and one that it attends to, in one sequence."""
-  types = getattr(c, "layer_types", ())
-  window = c.sliding_window if types and types[layer] != GLOBAL else c.window
-  w = min(window or seq_len, seq_len)
+  w = min(c.window_at(layer) or seq_len, seq_len)
   return w * (w + 1) // 2 + (seq_len - w) * w
 
 
@@ -88,20 +83,22 @@ def step_flops(config: Config, verb: str, rows: int) -> dict[str, float]:
   """
   T = config.data.seq_len
   if verb == "record":
-    forward = forward_flops(config.teacher, rows, T)
+    forward = forward_flops(loading.open_source(config.teacher), rows, T)
     return {"layers": forward.weights, "attention": forward.attention, "head": forward.head}
   student = config.student
-  forward = forward_flops(student, rows, T)
+  source = loading.open_source(student)
+  forward = forward_flops(source, rows, T)
   flops = {
     "layers": 3 * forward.weights,
     "attention": 3 * forward.attention,
     "head": 3 * forward.head,
   }
   if online := loop.online(config):
-    flops["teacher"] = sum(forward_flops(spec, rows, T).total for spec in online.values())
+    sources = [loading.open_source(spec) for spec in online.values()]
+    flops["teacher"] = sum(forward_flops(teacher, rows, T).total for teacher in sources)
   if rank := student.lora.rank or student.share.lora.rank:
     # A B, and what its factors get of its gradient
-    flops["adapters"] = 3 * 2.0 * rank * _adapted_params(config) * config.optim.accumulate
+    flops["adapters"] = 3 * 2.0 * rank * _adapted_params(source) * config.optim.accumulate
   again = {"none": 0.0, "full": forward.weights + forward.attention}
   flops["recomputed"] = again.get(student.remat, forward.attention)
   if student.attention != "xla":  # a flash kernel computes the scores again, going back
@@ -114,11 +111,11 @@ def model_flops(step_flops: dict[str, float]) -> float:
   return sum(n for purpose, n in step_flops.items() if purpose != "recomputed")
 
 
-def _adapted_params(config: Config) -> int:
+def _adapted_params(student: ModelSource) -> int:
   """Numbers of the weights that adapters are added to."""
-  trained = loading.abstract_trainable(config.student)
+  trained = student.abstract_trainable
   adapters = trained.deltas if isinstance(trained, layer_sharing.Shared) else trained
-  joined = lora.with_adapters(loading.abstract(config.student), adapters)
+  joined = lora.with_adapters(student.abstract, adapters)
   leaves = jax.tree.leaves(joined, is_leaf=lambda x: _is_adapter(x) or params.is_param(x))
   return sum(params.count(x.weight) for x in leaves if _is_adapter(x))
 

@@ -106,6 +106,6 @@ def _hbm_bytes(config: Config, verb: str, moved: int, mesh: jax.sharding.Mesh) -
   Gathered weights are written once and read once in each pass over the layers.
   """
   spec = config.teacher if verb == "record" else config.student
-  numbers = params.count(loading.abstract(spec)) / mesh.shape["tensor"]
+  numbers = params.count(loading.open_source(spec).abstract) / mesh.shape["tensor"]
   passes = {"record": 1, "train": 2 + (spec.remat == "full")}[verb]
   return moved + 2.0 * passes * numbers * jnp.dtype(spec.dtype).itemsize

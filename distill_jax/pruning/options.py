@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from distill_jax.efficiency.options import DecodeOptions
 from distill_jax.models.options import StudentOptions
 
 
@@ -28,9 +29,14 @@ class ShrinkOptions:
   sequences: int = 32  # of data, by which importance is measured
   dir: str = ""  # the Hugging Face folder that is made; "": "model" in the workdir
   target_params: float = 0.0  # search: so many parameters …
-  target_bytes: float = 0.0  # … or so many bytes in export.dtype …
+  target_bytes: float = 0.0  # … or so many bytes in `dtype` …
   target_decode_rate: float = 0.0  # … or so many tokens a second, one text at a time, here
   steps: int = 100  # of distillation of each candidate
+  context: int = 4096  # positions of the text at which target_decode_rate is measured, …
+  decode: DecodeOptions = DecodeOptions()  # … and how
+  chunk: int = 128  # positions of each sequence whose logits exist at once, in measuring
+  dtype: str = "bfloat16"  # of the folder's weights
+  shard_bytes: int = 5_000_000_000  # of one file of the folder
 
 
 @dataclasses.dataclass(frozen=True)

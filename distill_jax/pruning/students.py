@@ -80,7 +80,7 @@ class Teacher:
 
   @functools.cached_property
   def _run(self) -> measure.Runner:
-    return measure.runner(self.compute, self.config.train.chunk, self.tokenizer.vocab_size)
+    return measure.runner(self.compute, self.config.shrink.chunk, self.tokenizer.vocab_size)
 
   def importance(self, within_experts: bool) -> cut.Measured:
     """What matters in it, by the calibration text."""
@@ -160,8 +160,8 @@ class Teacher:
           tokenizer=corpus.files_of(c.data, pretrained),
           generation=pretrained.generation if pretrained else {},
           card=table.card(c, result),
-          dtype=c.export.dtype,
-          shard_bytes=c.export.shard_bytes,
+          dtype=c.shrink.dtype,
+          shard_bytes=c.shrink.shard_bytes,
         )
     return result
 
@@ -182,7 +182,7 @@ class Teacher:
     if s.experts_by == "merge":
       model = experts.merge(model, kept, measured)
     student = cut.cut(model, self.family, config, kept, self.mesh, rules)
-    itemsize = float_dtype(self.config.export.dtype).itemsize
+    itemsize = float_dtype(self.config.shrink.dtype).itemsize
     student, factors = factorise.factorise(student, s.factorise, itemsize)
     return student, kept, factors
 
@@ -191,7 +191,7 @@ class Teacher:
     if random:
       models["random"] = self.untrained(config)
     ce = {n: self.ce if n == "teacher" else self.cross_entropy(m) for n, m in models.items()}
-    itemsize = float_dtype(self.config.export.dtype).itemsize
+    itemsize = float_dtype(self.config.shrink.dtype).itemsize
     counts = {name: params.count(m) for name, m in models.items()}
     return {n: {"parameters": c, "bytes": c * itemsize, "ce": ce[n]} for n, c in counts.items()}
 

@@ -79,7 +79,7 @@ def test_a_chain(folder, monkeypatch):
     == 2
   )
   assert "| student |" in (path / "export" / "README.md").read_text()
-  for module, verb in ((record, "record"), (loop, "train"), (chain.evaluation, "evaluate")):
+  for module, verb in ((record, "run"), (loop, "train"), (chain.evaluation, "run")):
     monkeypatch.setattr(module, verb, None)
   c = tiny_chain(path)
   c.export.dir = str(path / "export")
@@ -92,7 +92,7 @@ def test_stopped_it_comes_to_the_same_bits(folder, monkeypatch):
   c, whole, workdir = tiny_chain(path), path / "whole", path / "stopped"
   shutil.copytree(whole / "assistant", workdir / "assistant")  # what a kill there leaves
   score = lambda conf, where: (where / chain.SCORES).write_text("{}")
-  monkeypatch.setattr(chain.evaluation, "evaluate", score)  # it has no part in this
+  monkeypatch.setattr(chain.evaluation, "run", score)  # it has no part in this
   batches, seen = loader.batches, []
 
   def told(conf, where):
@@ -106,7 +106,7 @@ def test_stopped_it_comes_to_the_same_bits(folder, monkeypatch):
       yield batch
 
   with monkeypatch.context() as patch, pytest.raises(Preempted):
-    patch.setattr(record, "record", told)
+    patch.setattr(record, "run", told)
     run(c, workdir)
   monkeypatch.setattr(loader, "batches", power_cut)
   with pytest.raises(KeyboardInterrupt):
@@ -178,7 +178,7 @@ def other_words(c, path):
   ],
 )
 def test_chains_that_make_no_sense(wrong, says, tmp_path, monkeypatch):
-  monkeypatch.setattr(record, "record", None)  # before anything is computed
+  monkeypatch.setattr(record, "run", None)  # before anything is computed
   c = tiny_chain(tmp_path)
   wrong(c, tmp_path)
   with pytest.raises(InputError, match=says):

@@ -29,7 +29,7 @@ def tiny_config(path, **asked):
     weights = {n: 0.2 * x + ("norm" in n) for n, x in hub_tiny.tensors(SHAPE).items()}
     hub_tiny.write_folder(path / "teacher", SHAPE, weights)
   c.teacher.source, c.teacher.shape = str(path / "teacher"), ""
-  c.export.dtype = "float32"
+  c.shrink.dtype = "float32"
   c.shrink.sequences = c.evaluate.sequences = c.evaluate.batch_size = 4
   c.train.records, c.losses = (), {}
   for key, value in asked.items():

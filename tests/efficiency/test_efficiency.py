@@ -16,7 +16,7 @@ from distill_jax.efficiency import formulas, table
 from distill_jax.errors import InputError
 from distill_jax.generation.unrolled import Unrolled, empty_cache
 from distill_jax.hub import export
-from distill_jax.models import deepseek_v3, llama
+from distill_jax.models import deepseek_v3, llama, loading
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import fused_head, params, sharding
 from distill_jax.nn.layers import ComputeConfig
@@ -27,6 +27,12 @@ from distill_jax.types import Inputs
 
 R1 = ModelOptions(family="deepseek_v3", shape="deepseek-v3")
 QWEN = ModelOptions(family="qwen2", shape="qwen2.5-7b")
+
+
+def opened(family, shape):
+  return loading.open_source(ModelOptions(family=family, shape=shape))
+
+
 TINY = [
   (family, name)
   for family in tiny.decoder_families()
@@ -43,7 +49,7 @@ def test_weight_bytes_are_the_published():
   Those also hold the layer of multi-token prediction, here by hand, and headers: 91,991
   tensors at 100 to 150 bytes of JSON.
   """
-  assert formulas.weights(QWEN, "bfloat16").total == 15_231_233_024
+  assert formulas.weight_bytes(loading.open_source(QWEN), "bfloat16").total == 15_231_233_024
   D, F, E, V = 7_168, 2_048, 256, 129_280
   scales = lambda rows, columns: 4 * -(-rows // 128) * -(-columns // 128)
   matrix = lambda rows, columns: rows * columns + scales(rows, columns)
@@ -51,24 +57,25 @@ def test_weight_bytes_are_the_published():
   mtp += matrix(1_536, D) + matrix(128 * 192, 1_536) + matrix(576, D) + matrix(128 * 256, 512)
   mtp += matrix(D, 128 * 128) + 2 * (2 * D + 1_536 + 512)  # norms
   mtp += 2 * (3 * D + 2 * D * D + 2 * V * D)  # its own norms, joining product, tables
-  headers = 688_586_727_753 - mtp - formulas.weights(R1, "float8").total
+  headers = 688_586_727_753 - mtp - formulas.weight_bytes(loading.open_source(R1), "float8").total
   assert 91_991 * 100 < headers < 91_991 * 150
 
 
 def test_other_dtypes():
-  whole = formulas.weights(QWEN, "float32").total
+  whole = formulas.weight_bytes(loading.open_source(QWEN), "float32").total
   assert whole == 4 * 7_615_616_512
-  r1 = formulas.weights(R1, "bfloat16")
+  r1 = formulas.weight_bytes(loading.open_source(R1), "bfloat16")
   assert r1.total == 2 * 671_026_419_200 + 2 * 58 * 256  # the routers' biases are float32
 
 
 def test_what_a_token_reads_is_what_it_is_multiplied_with():
   """For a batch of 1, in bfloat16, but for norms and biases."""
   for spec in (R1, QWEN, ModelOptions(family="qwen3", shape="qwen3-30b-a3b")):
-    read = formulas.weights(spec, "bfloat16").read(1)
-    assert read / 2 == pytest.approx(flops.active_params(spec), rel=2e-4)
-  tied = ModelOptions(family="llama", shape="tiny")  # the table is the head
-  w = formulas.weights(tied, "float32")
+    source = loading.open_source(spec)
+    read = formulas.weight_bytes(source, "bfloat16").read(1)
+    assert read / 2 == pytest.approx(flops.active_params(source), rel=2e-4)
+  tied = opened("llama", "tiny")  # the table is the head
+  w = formulas.weight_bytes(tied, "float32")
   assert w.read(1) == w.read(99) == w.total
 
 
@@ -88,7 +95,7 @@ def test_the_cache_is_what_decode_allocates(family, name):
     return empty_cache(Unrolled(model, tuple(blocks)), rows, size, ComputeConfig(), mesh)
 
   cache = jax.tree.leaves(jax.eval_shape(allocated, jax.random.key(0)))
-  assert sum(x.size for x in cache) == rows * formulas.decoder_numbers(c, size)
+  assert sum(x.size for x in cache) == rows * formulas.allocated_cache_numbers(c, size)
 
 
 def test_a_server_keeps_a_window_and_a_latent():
@@ -150,15 +157,15 @@ def test_decode_flops_are_what_xla_counts(family, shape, monkeypatch):
   cache = tuple({n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in kept.items()} for _ in "123")
   token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   counted = jax.jit(one).lower(model, cache, token).compile().cost_analysis()["flops"]
-  ours = formulas.decode_flops(ModelOptions(family=family, shape="wide"), S)
+  ours = formulas.decode_flops(opened(family, "wide"), S)
   assert ours == pytest.approx(counted, rel=0.02)
 
 
 def test_prefill_has_the_head_once():
-  spec, S = ModelOptions(family="llama", shape="tiny"), 16
-  one = flops.forward_flops(spec, 1, S)
+  source, S = opened("llama", "tiny"), 16
+  one = flops.forward_flops(source, 1, S)
   want = one.total - (S - 1) * 2 * 256 * 32  # of 256 tokens, 32 wide
-  assert formulas.prefill_flops(spec, S) * S == want
+  assert formulas.prefill_flops(source, S) * S == want
 
 
 # ---------------------------------------------------------------- bounds
@@ -167,14 +174,14 @@ def test_prefill_has_the_head_once():
 def test_bounds_by_hand():
   """4 experts of which a token needs 2: 2 for one row, 3 for two."""
   chip = Chip("v5e", flops=100.0, hbm=50, hbm_bandwidth=10.0, ici=1.0, dcn=1.0, grids=())
-  served = formulas.Served(formulas.Weights(90, 30, 60, 4, 2), cache=10, flops=5.0)
-  assert served.chips(chip, 1) == 2 and served.chips(chip, 2) == 3  # 100 and 110 bytes
-  row = served.at(chip, 2)
+  served = formulas.ServingCost(formulas.WeightBytes(90, 30, 60, 4, 2), cache=10, flops=5.0)
+  assert served.min_chips(chip, 1) == 2 and served.min_chips(chip, 2) == 3  # 100 and 110 bytes
+  row = served.decode_bound(chip, 2)
   assert row["experts_read"] == 3 and row["bytes_read"] == 30 + 45 + 20
   assert row["step_seconds"] == pytest.approx(95 / 3 / 10) and row["bound_by"] == "hbm"
   assert row["tokens_per_second"] == pytest.approx(2 * 3 * 10 / 95)
   assert row["tokens_per_second_per_chip"] == pytest.approx(2 * 10 / 95)
-  busy = dataclasses.replace(served, flops=1e4).at(chip, 1)
+  busy = dataclasses.replace(served, flops=1e4).decode_bound(chip, 1)
   assert busy["bound_by"] == "compute" and busy["step_seconds"] == 50
 
 
@@ -243,8 +250,8 @@ def get_config():
   c = config.base()
   c.teacher.source = c.student.source = {model!r}
   c.student.keep_layers = (0, 2)
-  c.generate.steps, c.generate.prefill_chunk = 2, 8
   e = c.efficiency
+  e.decode.steps, e.decode.prefill_chunk = 2, 8
   e.measure, e.context, e.batch_sizes, e.rounds = True, 21, (4,), 2
   return c
 """
@@ -313,5 +320,5 @@ def test_a_workdir_may_be_looked_at_in_other_ways(measured):
 def test_a_measurement_wants_room_for_what_it_makes(measured, tmp_path):
   c = read_config(measured[0])
   short = dataclasses.replace(c, efficiency=dataclasses.replace(c.efficiency, context=15))
-  with pytest.raises(InputError, match="efficiency.context is 15, generate.steps 2"):
+  with pytest.raises(InputError, match="efficiency.context is 15, efficiency.decode.steps 2"):
     efficiency.run(short, tmp_path)

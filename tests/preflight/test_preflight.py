@@ -161,7 +161,8 @@ def test_flops_are_what_xla_counts_where_it_counts_all(monkeypatch):
     return fused_head.logits(out.hidden_BTD, out.head_VD)
 
   counted = jax.jit(forward).lower(model, tokens).compile().cost_analysis()["flops"]
-  ours = flops.forward_flops(ModelOptions(family="llama", shape="one"), B, T)
+  source = loading.open_source(ModelOptions(family="llama", shape="one"))
+  ours = flops.forward_flops(source, B, T)
   unmasked = ours.attention * 2 * T / (T + 1)
   assert ours.weights + unmasked + ours.head == pytest.approx(counted, rel=0.02)
 
@@ -179,9 +180,9 @@ def test_flops_are_what_xla_counts_where_it_counts_all(monkeypatch):
   ],
 )
 def test_active_weights_are_the_published(family, shape, billions):
-  _, c = loading.family_and_config(ModelOptions(family=family, shape=shape))
-  table = c.vocab_size * c.hidden_size
-  active = flops.active_params(ModelOptions(family=family, shape=shape))
+  source = loading.open_source(ModelOptions(family=family, shape=shape))
+  table = source.config.vocab_size * source.config.hidden_size
+  active = flops.active_params(source)
   assert (active + table) / 1e9 == pytest.approx(billions, rel=0.01)
 
 

@@ -90,7 +90,7 @@ def config_of(args: argparse.Namespace) -> Config:
   c.losses.hard = configs.loss("ce", weight=0.1)
   c.optim.peak_lr, c.optim.warmup_steps = args.peak_lr, min(4, args.steps // 2)
   c.evaluate.sequences = c.shrink.sequences = max(2, min(8, args.sequences // 2))
-  c.export.dtype = "float32"
+  c.export.dtype = c.shrink.dtype = "float32"
   return configs.resolve(c)
 
 

@@ -59,7 +59,7 @@ def config_of(args: argparse.Namespace) -> Config:
   c.data.kind, c.data.seq_len, c.data.sequences = "pydoc", args.seq_len, args.sequences
   c.records.batch_size = c.train.batch_size = 2
   c.train.records = (str(args.workdir / "records"),)
-  c.train.chunk = c.evaluate.chunk = 256
+  c.train.chunk = c.evaluate.chunk = c.shrink.chunk = 256
   c.train.steps = c.train.checkpoint_every = args.steps
   c.train.keep = c.evaluate.batch_size = 1
   c.losses.soft = configs.loss("kd", weight=0.9)

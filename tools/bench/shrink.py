@@ -73,7 +73,7 @@ def config_of(args: argparse.Namespace, records: Path) -> Config:
   c.optim.peak_lr, c.optim.warmup_steps = args.peak_lr, 4
   c.evaluate.sequences = c.shrink.sequences = max(2, min(8, args.sequences // 4))
   c.shrink.steps, c.shrink.layers_by = args.steps, args.layers_by
-  c.export.dtype = "float32"
+  c.shrink.chunk, c.shrink.dtype = 256, "float32"
   return configs.resolve(c)
 
 

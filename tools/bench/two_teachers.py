@@ -77,7 +77,7 @@ class Bench:
     else:
       c.data.kind, c.data.path = "jsonl", str(self.at / "problems.jsonl")
     c.records.batch_size = c.train.batch_size = c.evaluate.batch_size = 2
-    c.train.chunk = c.evaluate.chunk = args.seq_len
+    c.train.chunk = c.evaluate.chunk = c.shrink.chunk = args.seq_len
     c.train.keep = 1
     c.evaluate.sequences, c.shrink.sequences = 8, 1
     c.optim.warmup_steps = 1
