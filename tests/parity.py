@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from distill_jax.hub import declared, load
+from distill_jax.hub.pretrained import open_model
 from distill_jax.nn import fused_head, layers, params, sharding
 from distill_jax.types import Inputs
 
@@ -65,7 +66,7 @@ def ours_from(model, folder, mesh=None):
   """What transformers wrote, as we read it."""
   model.save_pretrained(folder)
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-  return load.load_model(load.open_model(str(folder)), mesh, layers.ComputeConfig())
+  return load.load_model(open_model(str(folder)), mesh, layers.ComputeConfig())
 
 
 def plain_inputs(tokens_BT: np.ndarray) -> Inputs:

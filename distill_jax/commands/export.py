@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,104 +10,112 @@ import jax
 from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError
-from distill_jax.hub import export as hub
-from distill_jax.hub import peft
+from distill_jax.hub.export import export_model
+from distill_jax.hub.options import ExportOptions
+from distill_jax.hub.peft import export_adapters
 from distill_jax.models import loading
 from distill_jax.models.options import ModelOptions
+from distill_jax.models.runs import RUN, Run
 from distill_jax.nn import params, quantise, sharding
-from distill_jax.nn.layer_sharing import ShareOptions
 from distill_jax.report import model_card
-from distill_jax.runtime import storage
+from distill_jax.runtime import json_io, storage
 
-LORA = ("merged", "peft", "base")
-OURS = (loading.RUN, "package:")  # sources that nobody else reads
+LORA_FORMS = ("merged", "peft", "base")
+ONLY_OURS = (RUN, "package:")  # prefixes of sources that other libraries cannot open
 
 
 def run(config: Config, workdir: Path) -> dict[str, Any]:
-  """Writes the run in `workdir` as a Hugging Face folder into export.dir."""
-  if not config.export.dir:
-    raise InputError("export.dir is empty; name the folder to make")
+  """Writes the run in `workdir` as a Hugging Face folder into export.dir.
+
+  Returns: export_dir and parameters; of a run that shares layers, shared_parameters; of one
+    trained as integers, integer_bytes.
+
+  Raises:
+    InputError: there is no such run or checkpoint, or the folder exists.
+  """
+  options, lora = config.export, config.student.lora
+  _check(options, adapters=bool(lora.rank))
   evaluation = None
-  if config.export.evaluation:
-    evaluation = _read(Path(config.export.evaluation))
-  lora, c = config.student.lora, config.export
-  if c.lora not in LORA or (c.lora != "merged" and not lora.rank):
-    raise InputError(
-      f"export.lora is {c.lora!r} and student.lora.rank {lora.rank}; it can be one of {LORA}, the "
-      "last two where adapters were trained"
-    )
+  if options.evaluation:
+    action = "run evaluate first or leave export.evaluation empty"
+    evaluation = json_io.read_object(Path(options.evaluation), action)
   mesh = sharding.make_mesh(**vars(config.mesh))
-  made_card = model_card.card(config, c.step or config.train.steps, evaluation)
-  pretrained = loading.pretrained(config.student)
-  tokenizer = corpus.files_of(config.data, pretrained)
-  with storage.new_folder(c.dir) as target, jax.set_mesh(mesh):
-    if c.lora == "peft":
-      loading.check_base(workdir, config)
-      model = loading.restore(workdir, mesh, c.step or None)
-      peft.export(
+  card = model_card.card(config, options.step or config.train.steps, evaluation)
+  trained = loading.open_run(workdir)
+  student = trained.student
+  tokenizer = corpus.files_of(config.data, student.pretrained)
+  with storage.new_folder(options.dir) as target, jax.set_mesh(mesh):
+    if options.lora == "peft":
+      trained.check_base()
+      model = trained.restore(mesh, options.step or None)
+      export_adapters(
         model,
         lora,
         target,
         base=_base(config.student),
         tokenizer=tokenizer,
-        card=made_card,
-        dtype=c.dtype,
+        card=card,
+        dtype=options.dtype,
       )
     else:
-      model = _model(config, workdir, mesh)
-      hub.export(
+      model = _load(trained, options, mesh)
+      export_model(
         model,
         target,
         tokenizer=tokenizer,
-        generation=pretrained.generation if pretrained else {},
-        card=made_card,
-        dtype=c.dtype,
-        shard_bytes=c.shard_bytes,
-        extra=_said_of_tasks(config),
+        generation=student.generation,
+        card=card,
+        dtype=options.dtype,
+        shard_bytes=options.shard_bytes,
+        extra=_task_files(config, student.config),
       )
-  made = {"export_dir": c.dir, "parameters": params.count(model)}
-  if config.student.share.layers:  # the folder has each of them as often as it is used
-    made["shared_parameters"] = params.count(loading.abstract_trainable(config.student))
+  made = {"export_dir": options.dir, "parameters": params.count(model)}
+  if config.student.share.layers:  # the folder has a copy of them for every use
+    made["shared_parameters"] = params.count(student.abstract_trainable)
   if config.student.quantise.bits:  # what they would take; the folder has them in export.dtype
     made["integer_bytes"] = quantise.nbytes(model, config.student.quantise)
   return made
 
 
-def _model(config: Config, workdir: Path, mesh: Any) -> Any:
-  """What a run has made; or, for export.lora=base, what its adapters belong to."""
-  spec, key = config.student, loading.keys(config.seed)["student"]
-  if config.export.lora == "base":
-    loading.check_base(workdir, config)
-    return loading.build(spec, mesh, key).model
-  spec = dataclasses.replace(
-    spec,
-    source=loading.RUN + str(workdir),
-    keep_layers=(),
-    changes={},
-    new=(),
-    share=ShareOptions(),
-  )
-  return loading.build(spec, mesh, key, config.export.step or None).model
+def _check(options: ExportOptions, adapters: bool) -> None:
+  if not options.dir:
+    raise InputError("export.dir is empty; name the folder to make")
+  if options.lora not in LORA_FORMS or (options.lora != "merged" and not adapters):
+    raise InputError(
+      f"export.lora is {options.lora!r} and adapters were {'' if adapters else 'not '}trained; "
+      f"expected one of {LORA_FORMS}, the last two only for adapters"
+    )
 
 
-def _said_of_tasks(config: Config) -> dict[str, Any]:
-  """What the exported folder says of a task; of several, each has but a part of the head."""
+def _load(trained: Run, options: ExportOptions, mesh: jax.sharding.Mesh) -> Any:
+  """Returns the trained model; for export.lora=base, the one that its adapters belong to."""
+  student = trained.student
+  if options.lora != "base":
+    return trained.load(mesh, student.compute, options.step or None)
+  trained.check_base()
+  return student.load(mesh, loading.keys(trained.config.seed)["student"]).model
+
+
+def _task_files(config: Config, model_config: Any) -> dict[str, Any]:
+  """Returns JSON files about the task; none for several tasks, which each have a part of the head.
+
+  Args:
+    model_config: the architecture config of the student.
+  """
   if len(config.tasks) != 1:
     return {}
-  return next(iter(config.tasks.values())).hub_files(loading.family_and_config(config.student)[1])
+  (task,) = config.tasks.values()
+  return task.hub_files(model_config)
 
 
 def _base(spec: ModelOptions) -> tuple[str, str] | None:
-  """(name, revision) of what PEFT can load; None: of nothing but what export.lora=base makes."""
-  if not spec.source or spec.keep_layers or spec.source.startswith(OURS):
+  """Returns (name, revision) of a base model that PEFT can load.
+
+  None where only a folder made with export.lora=base can be its base.
+  """
+  if not spec.source or spec.keep_layers or spec.source.startswith(ONLY_OURS):
     return None
   if not spec.source.startswith("hub:"):
     return None if spec.source.endswith(".gguf") else (spec.source, "")
   name, _, revision = spec.source.removeprefix("hub:").partition("@")
   return name, revision
-
-
-def _read(path: Path) -> dict[str, Any]:
-  if not path.is_file():
-    raise InputError(f"{path} is not there; run evaluate first or leave export.evaluation empty")
-  return json.loads(path.read_text())

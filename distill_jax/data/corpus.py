@@ -13,7 +13,7 @@ from distill_jax.data import chat_dataset, packing, sources, tokenizers
 from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.data.options import DataOptions
 from distill_jax.errors import InputError
-from distill_jax.hub.load import Pretrained
+from distill_jax.hub.pretrained import Pretrained
 from distill_jax.hub.tokenizer import TokenizerFiles, check_vocabulary, read_tokenizer
 
 BATCH = 256  # documents tokenized at once

@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
+import jax
 import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.hub import declared
 from distill_jax.hub.safetensors_folder import INDEX, SINGLE
 from distill_jax.hub.tokenizer import TokenizerFiles
-from distill_jax.hub.weights import float_dtype
+from distill_jax.hub.weights import float_dtype, write_hf_json
 from distill_jax.nn import params
 from distill_jax.runtime import distributed
 from distill_jax.runtime.atomic_io import atomic_write, fsync_dir
@@ -30,12 +31,12 @@ SHARD_BYTES = 5 * 10**9
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class TensorSource:
   """Where one tensor of the checkpoint comes from."""
 
   name: str
   param: Any
-  at: tuple[int, ...]  # along the parameter's loop axes
+  loop_index: tuple[int, ...]  # along the parameter's loop axes
   shape: tuple[int, ...]
   dtype: np.dtype
 
@@ -44,26 +45,27 @@ class Source:
     return math.prod(self.shape) * self.dtype.itemsize
 
   def value(self) -> np.ndarray:
+    """Returns the tensor as it is stored, on the host."""
     # One tensor comes to the host, whatever the sharding of the stack it is cut from.
-    x = _host(self.param[...], self.at)
+    ours = _to_host(self.param[...], self.loop_index)
     with np.errstate(over="ignore"):  # looked for below
-      y = declared.Layout(self.param).to_stored(x, self.dtype)
-    if self.dtype == np.float16 and np.isinf(y).any() and not np.isinf(x).any():
+      stored = declared.Layout(self.param).to_stored(ours, self.dtype)
+    if self.dtype == np.float16 and np.isinf(stored).any() and not np.isinf(ours).any():
       raise InputError(
-        f"{self.name} holds {np.abs(x).max():.3g}, past float16's 65504; export as bfloat16"
+        f"{self.name} holds {np.abs(ours).max():.3g}, past float16's 65504; export as bfloat16"
       )
-    return y
+    return stored
 
 
-def _host(x: Any, at: tuple[int, ...]) -> np.ndarray:
-  """One tensor of a stack; on a CPU alone the memory that it lies in."""
-  devices = x.sharding.device_set
-  if len(devices) == 1 and next(iter(devices)).platform == "cpu":
-    return np.asarray(x)[at]
-  return distributed.to_host(x[(*at, ...)])
+def _to_host(x: jax.Array, loop_index: tuple[int, ...]) -> np.ndarray:
+  """Returns one tensor of a stack; on a CPU alone it is a view of the array's memory."""
+  devices: list[Any] = list(x.sharding.device_set)
+  if len(devices) == 1 and devices[0].platform == "cpu":
+    return np.asarray(x)[loop_index]
+  return distributed.to_host(x[(*loop_index, ...)])
 
 
-def export(
+def export_model(
   model: Any,
   target: str | os.PathLike[str],
   *,
@@ -94,7 +96,7 @@ def export(
   """
   if shard_bytes < 1:
     raise InputError(f"shard_bytes is {shard_bytes}; it is a positive number of bytes")
-  tensors = sources(model, float_dtype(dtype))
+  tensors = tensor_sources(model, float_dtype(dtype))
   with new_folder(target, tensors) as work:
     if work is not None:
       _write_weights(work, tensors, shard_bytes)
@@ -103,13 +105,13 @@ def export(
       _write_texts(work, hf, dtype, tokenizer, generation, card)
       for name, value in files.items():
         (work / name).parent.mkdir(exist_ok=True)
-        write_json(work / name, value)
+        write_hf_json(work / name, value)
   return pathlib.Path(target).absolute()
 
 
 @contextlib.contextmanager
 def new_folder(
-  target: str | os.PathLike[str], tensors: list[Source]
+  target: str | os.PathLike[str], tensors: list[TensorSource]
 ) -> Iterator[pathlib.Path | None]:
   """A folder to write into, synced and renamed to the target if nothing is raised.
 
@@ -151,21 +153,29 @@ def _check_room(target: pathlib.Path, need: int) -> None:
     raise InputError(f"{target} needs {need} bytes and the disk has {free}; make room")
 
 
-def sources(model: Any, dtype: np.dtype) -> list[Source]:
-  """The checkpoint's tensors, layer by layer; a name declared twice is a bug, and raises."""
+def tensor_sources(model: Any, dtype: np.dtype) -> list[TensorSource]:
+  """Returns the checkpoint's tensors, layer by layer.
+
+  Raises:
+    ValueError: two parameters declare one name, which is a bug.
+  """
   sources = [
-    Source(name, v, at, declared.Layout(v).shape, declared.dtype_of(v, dtype))
+    TensorSource(name, v, loop_index, declared.Layout(v).shape, declared.dtype_of(v, dtype))
     for _, v in params.named_params(model)
-    for name, at in declared.tensors(v)
+    for name, loop_index in declared.tensors(v)
   ]
   if len({s.name for s in sources}) < len(sources):
     raise ValueError("two parameters declare the same Hugging Face name")
-  natural = lambda s: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", s.name)]
-  return sorted(sources, key=natural)
+  return sorted(sources, key=lambda source: _natural_order(source.name))
 
 
-def _shards(sources: list[Source], limit: int) -> Iterator[list[Source]]:
-  shard: list[Source] = []
+def _natural_order(name: str) -> list[int | str]:
+  """A key that sorts layer 2 before layer 10."""
+  return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _shards(sources: list[TensorSource], limit: int) -> Iterator[list[TensorSource]]:
+  shard: list[TensorSource] = []
   size = 0
   for s in sources:
     if shard and size + s.nbytes > limit:
@@ -176,7 +186,7 @@ def _shards(sources: list[Source], limit: int) -> Iterator[list[Source]]:
   yield shard
 
 
-def _write_weights(folder: pathlib.Path, sources: list[Source], limit: int) -> None:
+def _write_weights(folder: pathlib.Path, sources: list[TensorSource], limit: int) -> None:
   shards = list(_shards(sources, limit))
   where: dict[str, str] = {}
   for i, shard in enumerate(shards, 1):
@@ -187,10 +197,10 @@ def _write_weights(folder: pathlib.Path, sources: list[Source], limit: int) -> N
   if len(shards) > 1:
     total = sum(math.prod(s.shape) for s in sources)
     meta = {"total_parameters": total, "total_size": sum(s.nbytes for s in sources)}
-    write_json(folder / INDEX, {"metadata": meta, "weight_map": where})
+    write_hf_json(folder / INDEX, {"metadata": meta, "weight_map": where})
 
 
-def write_shard(f: BinaryIO, shard: list[Source]) -> None:
+def write_shard(f: BinaryIO, shard: list[TensorSource]) -> None:
   """One safetensors file, a tensor at a time, on disk when this returns."""
   at = 0
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
@@ -224,9 +234,9 @@ def _write_texts(
 ) -> None:
   ids = {k: v for k, v in generation.items() if k.endswith("_token_id")}
   # transformers 5 reads `dtype`, older ones and vLLM `torch_dtype`.
-  write_json(folder / "config.json", {**hf, "dtype": dtype, "torch_dtype": dtype, **ids})
+  write_hf_json(folder / "config.json", {**hf, "dtype": dtype, "torch_dtype": dtype, **ids})
   if generation:
-    write_json(folder / "generation_config.json", generation)
+    write_hf_json(folder / "generation_config.json", generation)
   write_tokenizer(folder, tokenizer, card)
 
 
@@ -234,12 +244,8 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: TokenizerFiles | None, card
   """The tokenizer's files, if there are any, and the model card."""
   atomic_write(folder / "README.md", card.encode())
   if tokenizer is not None:
-    write_json(folder / "tokenizer_config.json", tokenizer.config)
+    write_hf_json(folder / "tokenizer_config.json", tokenizer.config)
     if tokenizer.json is not None:
       atomic_write(folder / "tokenizer.json", tokenizer.json.encode())
     if tokenizer.sentencepiece is not None:
       atomic_write(folder / "tokenizer.model", tokenizer.sentencepiece)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  atomic_write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

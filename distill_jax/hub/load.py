@@ -1,13 +1,9 @@
-"""A model from a Hugging Face folder or a GGUF file, straight into its sharding."""
+"""The weights of a checkpoint, straight into their sharding."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import json
 import math
-import pathlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,55 +13,15 @@ from jax.sharding import Mesh, NamedSharding
 
 from distill_jax import registry
 from distill_jax.errors import InputError
-from distill_jax.hub import declared, float8, prefixed, timm_vit
-from distill_jax.hub.gguf_file import GGUFFile
-from distill_jax.hub.gguf_tokenizer import tokenizer_files
-from distill_jax.hub.locate import locate
-from distill_jax.hub.safetensors_folder import SafetensorsFolder
-from distill_jax.hub.tokenizer import TokenizerFiles, check_vocabulary, read_tokenizer
-from distill_jax.hub.weights import FLOATS, Weights, float_dtype, read_json
+from distill_jax.hub import declared
+from distill_jax.hub.pretrained import Pretrained
+from distill_jax.hub.weights import FLOATS, Weights, float_dtype
 from distill_jax.nn import layers, params, sharding
 from distill_jax.runtime.progress import Progress
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 Spans = tuple[tuple[int, int], ...]  # (first, past the last) along each axis
-
-
-@dataclasses.dataclass(frozen=True)
-class Pretrained:
-  """A checkpoint that was found, its weights not yet read.
-
-  Attributes:
-    source: its name in the config.
-    family: the module of distill_jax.models.
-    config: that family's Config.
-    weights: the reader of its tensors.
-    tokenizer: None where the folder holds none.
-    generation: generation_config.json, with the special tokens' ids.
-  """
-
-  source: str
-  family: str
-  config: Any
-  weights: Weights
-  tokenizer: TokenizerFiles | None
-  generation: dict[str, Any]
-
-  @functools.cached_property
-  def digest(self) -> str:
-    """sha256, in hex, over the config and the bytes of the weight files in order of name."""
-
-    def file_sha256(path: pathlib.Path) -> bytes:
-      with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").digest()
-
-    total = hashlib.sha256(json.dumps(self.config.to_hf(), sort_keys=True).encode())
-    with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
-      for file_digest in pool.map(file_sha256, self.weights.files):
-        total.update(file_digest)
-    return total.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,65 +41,6 @@ class Overrides:
   def is_random(self, name: str) -> bool:
     """Whether the parameter with this Hugging Face name starts random."""
     return name.startswith(self.random)
-
-
-def open_model(source: str) -> Pretrained:
-  """Finds a model and reads everything but its weights.
-
-  Args:
-    source: what `locate` takes: a .gguf file or a Hugging Face folder.
-
-  Raises:
-    InputError: not found, not readable, of an architecture that no family has, or with a
-      tokenizer that does not fit the weights.
-  """
-  path = locate(source)
-  if path.is_dir():
-    if not (path / "config.json").exists():
-      raise InputError(f"{path} holds no config.json; give a Hugging Face folder or a .gguf file")
-    hf, extra = read_json(path / "config.json"), path / "generation_config.json"
-    family = "vit" if (timm := timm_vit.is_one(hf)) else _family(hf, path)
-    weights: Weights = float8.scaled(SafetensorsFolder(path), hf.get("quantization_config"), path)
-    hf, weights = timm_vit.read(weights, path) if timm else (hf, weights)
-    tokenizer, generation = read_tokenizer(path), read_json(extra) if extra.exists() else {}
-  elif path.suffix == ".gguf":
-    weights = file = GGUFFile(path)
-    hf, tokenizer, generation = file.config(), tokenizer_files(file.meta, path), {}
-    family = _family(hf, path)
-  else:
-    raise InputError(f"{path} is neither a folder nor a .gguf file; give one of them")
-  config = _config(family, hf, path)
-  module = registry.load("models", family)
-  prefix, after = (getattr(module, name, "") for name in ("PREFIX", "AFTER"))
-  weights = prefixed.prefixed(weights, prefix, after)
-  if tokenizer is not None:
-    check_vocabulary(tokenizer.size(), config.vocab_size)
-  ids = {k: hf[k] for k in IDS if hf.get(k) is not None}
-  return Pretrained(str(source), family, config, weights, tokenizer, {**ids, **generation})
-
-
-def _family(hf: dict[str, Any], path: pathlib.Path) -> str:
-  """The module of distill_jax.models that has this config.json's model_type."""
-  kinds = {
-    k: n for n in registry.names("models") for k in registry.load("models", n).HF_MODEL_TYPES
-  }
-  if not isinstance(kind := hf.get("model_type"), str) or kind not in kinds:
-    raise InputError(
-      f"{path} is of model_type {kind!r}, architectures {hf.get('architectures')}; the families "
-      f"here have {', '.join(sorted(kinds))}"
-    )
-  return kinds[kind]
-
-
-def _config(family: str, hf: dict[str, Any], path: pathlib.Path) -> Any:
-  try:
-    return registry.load("models", family).Config.from_hf(hf)
-  except InputError as e:
-    raise InputError(f"{path}: {e}") from e
-  except KeyError as e:
-    raise InputError(f"the config.json of {path} has no {e}, which {family} needs") from e
-  except (TypeError, ValueError, AttributeError, ArithmeticError) as e:
-    raise InputError(f"the config.json of {path} has a value of the wrong kind ({e})") from e
 
 
 def load_model(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import pathlib
 
-from distill_jax.hub.export import new_folder, sources, write_json, write_shard, write_tokenizer
+from distill_jax.hub.export import new_folder, tensor_sources, write_shard, write_tokenizer
 from distill_jax.hub.tokenizer import TokenizerFiles
-from distill_jax.hub.weights import float_dtype
+from distill_jax.hub.weights import float_dtype, write_hf_json
 from distill_jax.nn.lora import Adapters, LoraOptions
 
 
-def export(
+def export_adapters(
   adapters: Adapters,
   spec: LoraOptions,
   target: str | os.PathLike[str],
@@ -28,17 +28,17 @@ def export(
     target: the folder to make; it must not exist.
     base: (name, revision) by which PEFT finds their model; None where it cannot, and "" for
       no revision.
-    tokenizer, card, dtype: as for hub.export.export.
+    tokenizer, card, dtype: as for hub.export.export_model.
 
   Raises:
     InputError: the target exists, the disk is too full, the dtype cannot hold a value.
   """
-  tensors = sources(adapters, float_dtype(dtype))
+  tensors = tensor_sources(adapters, float_dtype(dtype))
   with new_folder(target, tensors) as work:
     if work is not None:
       with (work / "adapter_model.safetensors").open("wb") as f:
         write_shard(f, tensors)
-      write_json(
+      write_hf_json(
         work / "adapter_config.json",
         {
           "peft_type": "LORA",

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from distill_jax.errors import InputError
-from distill_jax.hub.weights import Index, parse_json, read_json
+from distill_jax.hub.weights import Index, parse_hf_json, read_hf_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -112,7 +112,7 @@ def _shards(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], dict[str, s
   """The files to read, and the index where there is one."""
   single, index = folder / SINGLE, folder / INDEX
   if index.exists():
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_hf_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
       raise InputError(f"{index} has no weight_map from tensor names to files; fetch it again")
     files = sorted(set(weight_map.values()))
@@ -145,7 +145,7 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
         f"{path} is {size} bytes and its header claims {n}; it is truncated or no safetensors "
         "file, fetch it again"
       )
-    header = parse_json(f.read(n), f"the header of {path}")
+    header = parse_hf_json(f.read(n), f"the header of {path}")
   header.pop("__metadata__", None)
   entries = {name: _entry(path, name, raw, 8 + n) for name, raw in header.items()}
   at = 8 + n

@@ -34,7 +34,7 @@ IN_LAYER = {
 }
 
 
-def is_one(hf: dict[str, Any]) -> bool:
+def is_plain_vit(hf: dict[str, Any]) -> bool:
   """Whether a config.json is timm's, of a plain ViT."""
   name = hf.get("architecture")
   return isinstance(name, str) and re.fullmatch(r"vit_[a-z]+_patch\d+_\d+", name) is not None

@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from distill_jax.errors import InputError
-from distill_jax.hub.weights import parse_json, read_json, read_text
+from distill_jax.hub.weights import parse_hf_json, read_hf_json, read_text
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -43,7 +43,7 @@ class TokenizerFiles:
       import sentencepiece
 
       return sentencepiece.SentencePieceProcessor(model_proto=self.sentencepiece).get_piece_size()
-    parsed = parse_json(self.json.encode(), "tokenizer.json")
+    parsed = parse_hf_json(self.json.encode(), "tokenizer.json")
     try:
       vocab = parsed["model"]["vocab"]
       ids = [t["id"] for t in parsed.get("added_tokens") or []]
@@ -57,7 +57,7 @@ def read_tokenizer(folder: pathlib.Path) -> TokenizerFiles | None:
   text, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
   if not text.exists() and not pieces.exists():
     return None
-  optional = lambda name: read_json(folder / name) if (folder / name).exists() else {}
+  optional = lambda name: read_hf_json(folder / name) if (folder / name).exists() else {}
   config = optional("tokenizer_config.json")
   named = optional("special_tokens_map.json")  # where older folders name them
   for role in ROLES:

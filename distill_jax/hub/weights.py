@@ -1,8 +1,7 @@
-"""What every reader of weights offers, and the reading that they share."""
+"""What every reader of weights offers; the files of a checkpoint that are JSON or text."""
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from distill_jax.errors import InputError
+from distill_jax.runtime import json_io
 
 # What parameters may be stored as; anything else needs a reader that knows its scales.
 FLOATS = {
@@ -38,43 +38,30 @@ class Weights(Protocol):
 
 
 def float_dtype(name: str) -> np.dtype:
-  """The numpy dtype of "float32", "bfloat16" or "float16"; another name raises InputError."""
+  """Returns the numpy dtype of "float32", "bfloat16" or "float16"; others raise InputError."""
   if name not in FLOATS:
     raise InputError(f"dtype {name!r} cannot hold parameters; choose one of {', '.join(FLOATS)}")
   return FLOATS[name]
 
 
-def parse_json(text: bytes, what: str) -> dict[str, Any]:
-  """A JSON object; not JSON, not an object, or a key given twice raises InputError."""
-
-  def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-      keys = [k for k, _ in pairs]
-      twice = next(k for k in keys if keys.count(k) > 1)
-      raise InputError(f"{what} names {twice!r} twice; fetch or write the file again")
-    return out
-
-  try:
-    value = json.loads(text.decode(), object_pairs_hook=no_twins)
-  except InputError:
-    raise
-  # ValueError: not UTF-8, not JSON, or a number with thousands of digits.
-  except (ValueError, RecursionError) as e:
-    raise InputError(f"{what} is not JSON ({e}); fetch or write the file again") from e
-  if not isinstance(value, dict):
-    raise InputError(f"{what} is a JSON {type(value).__name__} where an object was expected")
-  return value
+def parse_hf_json(text: bytes | str, subject: str) -> dict[str, Any]:
+  """Parses a JSON object of a checkpoint; a key given twice, too, raises InputError."""
+  return json_io.parse_object(text, subject, "fetch or write the file again", unique_keys=True)
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The JSON object in a file."""
-  return parse_json(path.read_bytes(), str(path))
+def read_hf_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads the JSON object in a file of a checkpoint."""
+  return parse_hf_json(path.read_bytes(), str(path))
+
+
+def write_hf_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON as the Hugging Face libraries do: two spaces, keys in their own order."""
+  json_io.write_json(path, value, indent=2, sort_keys=False, ensure_ascii=False)
 
 
 def read_text(path: pathlib.Path) -> str:
-  """The text of a file, which has to be UTF-8."""
+  """Reads a file of a checkpoint that has to be UTF-8."""
   try:
-    return path.read_bytes().decode()
-  except UnicodeDecodeError as e:
-    raise InputError(f"{path} is not UTF-8 ({e}); fetch the file again") from e
+    return json_io.decode_utf8(path.read_bytes())
+  except InputError as e:
+    raise InputError(f"{path}: {e}; fetch the file again") from e

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from distill_jax import registry
 from distill_jax.config import Config
 from distill_jax.errors import InputError
-from distill_jax.hub.load import Overrides, Pretrained, check_layers, load_model, open_model
+from distill_jax.hub.load import Overrides, check_layers, load_model
+from distill_jax.hub.pretrained import Pretrained, open_model
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.models.options import ModelOptions, StudentOptions
 from distill_jax.models.runs import RUN, Run, keys, run_folder, unshare

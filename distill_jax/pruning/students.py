@@ -16,7 +16,7 @@ from distill_jax import registry
 from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError
-from distill_jax.hub import export as hub
+from distill_jax.hub.export import check_new, export_model
 from distill_jax.hub.weights import float_dtype
 from distill_jax.models import loading
 from distill_jax.nn import params, sharding
@@ -129,7 +129,7 @@ class Teacher:
     """
     wide = shapes.narrowed(s, self.family, self.shape)
     if not storage.is_remote(target):
-      hub.check_new(target)
+      check_new(target)
     abstract = shapes.abstract(self.family, wide)
     factorise.targets(abstract, s.factorise)
     sharding.shardings(abstract, self.mesh, self.compute.rules)  # does it divide?
@@ -154,7 +154,7 @@ class Teacher:
       }
       pretrained, c = self.built.pretrained, self.config
       with storage.new_folder(target) as work:
-        hub.export(
+        export_model(
           student,
           work,
           tokenizer=corpus.files_of(c.data, pretrained),

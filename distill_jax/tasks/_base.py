@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from distill_jax.generation.beam_search import Search
-from distill_jax.hub.load import Pretrained
+from distill_jax.hub.pretrained import Pretrained
 from distill_jax.types import Images, ImageText, Inputs, SourceTarget
 
 Example = dict[str, np.ndarray]

@@ -12,7 +12,7 @@ from distill_jax.data.bad_input import BadInputPolicy, check_on_bad
 from distill_jax.data.sources import DocumentSource, lines
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.errors import InputError
-from distill_jax.hub.load import Pretrained
+from distill_jax.hub.pretrained import Pretrained
 from distill_jax.runtime import json_io
 from distill_jax.tasks._base import Task
 

@@ -143,7 +143,7 @@ def open_rows(config: Config, name: str, split: str, pretrained: Any, most: int 
   """The rows of one task; of what is held out, each example once and as it is.
 
   Args:
-    came: the model that reads them, for its tokenizer (hub.load.Pretrained), or None.
+    came: the model that reads them, for its tokenizer (hub.pretrained.Pretrained), or None.
     most: rows at the most; 0: all.
 
   Raises:
@@ -177,7 +177,7 @@ def open_corpus(config: Config, pretrained: Any, teacher: Any) -> Corpus:
   """The examples of the one task that is recorded.
 
   Args:
-    pretrained: the teacher's source (hub.load.Pretrained), or None.
+    pretrained: the teacher's source (hub.pretrained.Pretrained), or None.
     teacher: the teacher's architecture config, which must have a place for all tasks; None
       where no teacher is recorded.
 

@@ -13,7 +13,7 @@ from distill_jax.data import labelled_images
 from distill_jax.data.image_files import normalised
 from distill_jax.data.labelled_images import ImageSpec, LabelledImages
 from distill_jax.errors import InputError
-from distill_jax.hub.load import Pretrained
+from distill_jax.hub.pretrained import Pretrained
 from distill_jax.tasks import _base
 from distill_jax.tasks._base import Example, Stack
 from distill_jax.tasks._class_names import as_hub_config, check_names

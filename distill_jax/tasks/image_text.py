@@ -13,7 +13,7 @@ import numpy as np
 from distill_jax.data import image_files
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.errors import InputError
-from distill_jax.hub.load import Pretrained
+from distill_jax.hub.pretrained import Pretrained
 from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Example, Stack
 from distill_jax.tasks._image_text_pairs import ImageTextTask, Pair

@@ -14,7 +14,7 @@ from distill_jax.data import mel, sources
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.generation.beam_search import Search
-from distill_jax.hub.load import Pretrained
+from distill_jax.hub.pretrained import Pretrained
 from distill_jax.tasks import _scores, _seq2seq_targets
 from distill_jax.tasks._base import Example, PseudoLabels, Stack, TextTask
 from distill_jax.tasks._jsonl_task import BadExamples, JsonlTask, is_text, read_media

@@ -9,7 +9,7 @@ import numpy as np
 
 from distill_jax.data import sources
 from distill_jax.errors import InputError
-from distill_jax.hub.load import Pretrained
+from distill_jax.hub.pretrained import Pretrained
 from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Stack
 from distill_jax.tasks._class_names import as_hub_config, check_names

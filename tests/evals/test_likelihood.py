@@ -12,6 +12,7 @@ from distill_jax.errors import InputError
 from distill_jax.evals import likelihood
 from distill_jax.evals.likelihood import Pair, Scorer, make_pair, padded_len
 from distill_jax.hub import load
+from distill_jax.hub.pretrained import open_model
 from distill_jax.models import loading
 from distill_jax.nn import layers, sharding
 
@@ -30,7 +31,7 @@ def models(tmp_path_factory):
 def scorer(models, batch_size=4, mesh=None):
   _, folder, tokenizer = models
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-  opened = load.open_model(str(folder))
+  opened = open_model(str(folder))
   compute = layers.ComputeConfig()
   built = loading.LoadedModel(
     load.load_model(opened, mesh, compute), opened.config, compute, opened

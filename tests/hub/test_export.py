@@ -14,7 +14,8 @@ from safetensors import safe_open
 from distill_jax.errors import InputError
 from distill_jax.hub import export as export_module
 from distill_jax.hub import load
-from distill_jax.hub.export import export
+from distill_jax.hub.export import export_model
+from distill_jax.hub.pretrained import open_model
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.hub.weights import FLOATS
 from distill_jax.nn import layers, params, sharding
@@ -25,7 +26,7 @@ EXTRA = {"tokenizer": None, "generation": {}, "card": "# card\n"}
 
 def model_of(folder, mesh=None):
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-  return load.load_model(load.open_model(str(folder)), mesh, HOW)
+  return load.load_model(open_model(str(folder)), mesh, HOW)
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def stored(folder) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_tensors_come_back_bit_for_bit(dtype, model, tmp_path):
-  out = export(model, tmp_path / "out", dtype=dtype, **EXTRA)
+  out = export_model(model, tmp_path / "out", dtype=dtype, **EXTRA)
   got, want = stored(out), tensors()
   assert got.keys() == want.keys()
   for name, x in want.items():
@@ -58,8 +59,8 @@ def test_the_tensors_come_back_bit_for_bit(dtype, model, tmp_path):
 def test_import_then_export_is_the_same_folder(stored_as, tmp_path):
   w = {name: x.astype(FLOATS[stored_as]) for name, x in tensors().items()}
   source = write_folder(tmp_path / "source", weights=w)
-  opened = load.open_model(str(source))
-  out = export(
+  opened = open_model(str(source))
+  out = export_model(
     model_of(source),
     tmp_path / "out",
     tokenizer=opened.tokenizer,
@@ -70,21 +71,21 @@ def test_import_then_export_is_the_same_folder(stored_as, tmp_path):
   got = stored(out)
   assert got.keys() == w.keys()
   assert all(got[n].dtype == x.dtype and got[n].tobytes() == x.tobytes() for n, x in w.items())
-  again = load.open_model(str(out))
+  again = open_model(str(out))
   assert (again.config, again.tokenizer) == (opened.config, opened.tokenizer)
 
 
 def test_from_a_mesh(model, tmp_path):
   sharded = model_of(tmp_path / "source", sharding.make_mesh(1, 2, 2))
-  a = export(model, tmp_path / "a", dtype="float32", **EXTRA)
-  b = export(sharded, tmp_path / "b", dtype="float32", **EXTRA)
+  a = export_model(model, tmp_path / "a", dtype="float32", **EXTRA)
+  b = export_model(sharded, tmp_path / "b", dtype="float32", **EXTRA)
   name = "model.safetensors"
   assert (a / name).read_bytes() == (b / name).read_bytes()
 
 
 def test_shards_and_their_index(model, tmp_path):
   limit = 30_000
-  out = export(model, tmp_path / "out", dtype="bfloat16", shard_bytes=limit, **EXTRA)
+  out = export_model(model, tmp_path / "out", dtype="bfloat16", shard_bytes=limit, **EXTRA)
   index = json.loads((out / "model.safetensors.index.json").read_text())
   files = sorted(p.name for p in out.glob("*.safetensors"))
   assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -98,14 +99,16 @@ def test_shards_and_their_index(model, tmp_path):
 
 
 def test_one_shard_a_tensor(model, tmp_path):
-  out = export(model, tmp_path / "out", shard_bytes=1, **EXTRA)
+  out = export_model(model, tmp_path / "out", shard_bytes=1, **EXTRA)
   assert len(list(out.glob("*.safetensors"))) == len(torch_shapes(CONFIG))
 
 
 def test_the_files_beside_the_weights(model, tmp_path):
   files = TokenizerFiles('{"é": 1}', b"\0pieces", {"chat_template": "T", "eos_token": "</s>"})
   generation = {"eos_token_id": [1, 2], "pad_token_id": 0, "top_p": 0.9}
-  out = export(model, tmp_path / "out", tokenizer=files, generation=generation, card="# Ünïcode")
+  out = export_model(
+    model, tmp_path / "out", tokenizer=files, generation=generation, card="# Ünïcode"
+  )
   text = lambda name: (out / name).read_text(encoding="utf-8")
   assert text("tokenizer.json") == '{"é": 1}'
   assert (out / "tokenizer.model").read_bytes() == b"\0pieces"
@@ -120,7 +123,7 @@ def test_the_files_beside_the_weights(model, tmp_path):
 def test_nothing_is_overwritten(model, tmp_path):
   (tmp_path / "out").mkdir()
   with pytest.raises(InputError, match="overwrites nothing"):
-    export(model, tmp_path / "out", **EXTRA)
+    export_model(model, tmp_path / "out", **EXTRA)
   assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -132,7 +135,7 @@ def test_a_failure_leaves_nothing(at, model, tmp_path, monkeypatch):
   monkeypatch.setattr(export_module, f"_write_{at}", fail)
   before = list(tmp_path.iterdir())
   with pytest.raises(OSError, match="no space"):
-    export(model, tmp_path / "out", **EXTRA)
+    export_model(model, tmp_path / "out", **EXTRA)
   assert list(tmp_path.iterdir()) == before
 
 
@@ -140,26 +143,26 @@ def test_a_full_disk_is_seen_before_writing(model, tmp_path, monkeypatch):
   usage = shutil.disk_usage(tmp_path)._replace(free=1000)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
   with pytest.raises(InputError, match="the disk has 1000; make room"):
-    export(model, tmp_path / "out", **EXTRA)
+    export_model(model, tmp_path / "out", **EXTRA)
   assert not (tmp_path / "out").exists()
 
 
 def test_values_past_float16(model, tmp_path):
   model.norm = model.norm.replace(model.norm[...].at[3].set(70_000.0))
   with pytest.raises(InputError, match="model.norm.weight holds 7e.04, past float16"):
-    export(model, tmp_path / "out", dtype="float16", **EXTRA)
+    export_model(model, tmp_path / "out", dtype="float16", **EXTRA)
   assert not (tmp_path / "out").exists()
-  export(model, tmp_path / "out", dtype="bfloat16", **EXTRA)
+  export_model(model, tmp_path / "out", dtype="bfloat16", **EXTRA)
 
 
 @pytest.mark.parametrize("wrong, word", [({"dtype": "int4"}, "int4"), ({"shard_bytes": 0}, "is 0")])
 def test_wrong_arguments(wrong, word, model, tmp_path):
   with pytest.raises(InputError, match=word):
-    export(model, tmp_path / "out", **EXTRA, **wrong)
+    export_model(model, tmp_path / "out", **EXTRA, **wrong)
 
 
 def test_parameters_in_bfloat16_lose_nothing(model, tmp_path):
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
-  got = stored(export(half, tmp_path / "out", dtype="float32", **EXTRA))
+  got = stored(export_model(half, tmp_path / "out", dtype="float32", **EXTRA))
   for name, x in tensors().items():
     np.testing.assert_array_equal(got[name], x.astype(ml_dtypes.bfloat16).astype(np.float32))

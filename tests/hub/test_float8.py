@@ -12,7 +12,8 @@ from hub_tiny import CONFIG, tensors, write_folder
 
 from distill_jax.errors import InputError
 from distill_jax.hub import load
-from distill_jax.hub.export import export
+from distill_jax.hub.export import export_model
+from distill_jax.hub.pretrained import open_model
 from distill_jax.nn import layers, sharding
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
@@ -44,7 +45,7 @@ def folder_of(path, stored, **quantization):
 
 def test_the_values_and_any_slice_of_them(tmp_path):
   stored, true = quantised()
-  weights = load.open_model(str(folder_of(tmp_path, stored))).weights
+  weights = open_model(str(folder_of(tmp_path, stored))).weights
   assert weights.names() == true.keys()
   rng = np.random.default_rng(1)
   for name, x in true.items():
@@ -60,7 +61,7 @@ def test_a_model_is_that_of_the_true_values(shape, tmp_path):
   stored, true = quantised()
   n = np.prod(shape)
   mesh = sharding.make_mesh(*shape, devices=jax.devices()[:n])
-  read = lambda path: load.load_model(load.open_model(str(path)), mesh, layers.ComputeConfig())
+  read = lambda path: load.load_model(open_model(str(path)), mesh, layers.ComputeConfig())
   got = read(folder_of(tmp_path / "a", stored))
   want = read(write_folder(tmp_path / "b", WIDE, true))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -77,7 +78,7 @@ def test_transformers_reads_the_same(tmp_path):
     quantization_config=parity.transformers.FineGrainedFP8Config(dequantize=True),
   )
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  ours = load.load_model(load.open_model(str(path)), mesh, layers.ComputeConfig())
+  ours = load.load_model(open_model(str(path)), mesh, layers.ComputeConfig())
   # Four layers where parity's models have three, and another processor adds in another order:
   # below 1.3e-5 on one machine, 1.9e-5 on another. Twice that.
   assert max(parity.forward_errors(theirs, ours, parity.tokens() % 48)) < 3.8e-5
@@ -108,7 +109,7 @@ def test_tensors_at_odds_with_their_scales_are_refused(case, tmp_path):
   edit, word = DAMAGE[case]
   edit(stored)
   with pytest.raises(InputError, match=word):
-    opened = load.open_model(str(folder_of(tmp_path, stored)))
+    opened = open_model(str(folder_of(tmp_path, stored)))
     load.load_model(opened, sharding.make_mesh(devices=jax.devices()[:1]), layers.ComputeConfig())
 
 
@@ -124,13 +125,13 @@ def test_tensors_at_odds_with_their_scales_are_refused(case, tmp_path):
 )
 def test_a_quantisation_that_cannot_be_read(change, word, tmp_path):
   with pytest.raises(InputError, match=word):
-    load.open_model(str(folder_of(tmp_path, quantised()[0], **change)))
+    open_model(str(folder_of(tmp_path, quantised()[0], **change)))
 
 
 def test_an_export_says_nothing_of_a_quantisation(tmp_path):
-  opened = load.open_model(str(folder_of(tmp_path / "a", quantised()[0])))
+  opened = open_model(str(folder_of(tmp_path / "a", quantised()[0])))
   model = load.load_model(
     opened, sharding.make_mesh(devices=jax.devices()[:1]), layers.ComputeConfig()
   )
-  out = export(model, tmp_path / "out", tokenizer=None, generation={}, card="")
+  out = export_model(model, tmp_path / "out", tokenizer=None, generation={}, card="")
   assert "quantization_config" not in json.loads((out / "config.json").read_text())

@@ -13,6 +13,7 @@ from hub_tiny import CONFIG, tensors, torch_shapes, write_folder, write_gguf
 
 from distill_jax.errors import InputError
 from distill_jax.hub import load
+from distill_jax.hub.pretrained import open_model
 from distill_jax.hub.safetensors_folder import SafetensorsFolder
 from distill_jax.nn import layers, sharding
 
@@ -73,7 +74,7 @@ def test_gguf(tmp_path):
   for _ in range(300):
     path.write_bytes(mutate(whole, header, rng))
     try:
-      opened = load.open_model(str(path))
+      opened = open_model(str(path))
       read_all(opened.weights, shapes)
       model = load.load_model(opened, mesh, layers.ComputeConfig())
       assert model.layers.up.shape == (4, 32, 64)
@@ -91,7 +92,7 @@ def test_config_json(tmp_path):
   for _ in range(200):
     path.write_bytes(mutate(whole, len(whole), rng))
     try:
-      opened = load.open_model(str(folder))
+      opened = open_model(str(folder))
       model = load.load_model(opened, mesh, layers.ComputeConfig())
       assert model.layers.up.shape == (4, 32, 64)
     except InputError:

@@ -7,8 +7,8 @@ import pytest
 from hub_tiny import CONFIG, tensors, write_gguf
 
 from distill_jax.errors import InputError
-from distill_jax.hub import load
 from distill_jax.hub.gguf_file import GGUFFile
+from distill_jax.hub.pretrained import open_model
 from distill_jax.models import llama
 
 
@@ -47,7 +47,7 @@ def test_config_and_ids(tied, tmp_path):
 
 def test_the_tokenizer_travels(tmp_path):
   write_gguf(tmp_path / "x.gguf")
-  opened = load.open_model(str(tmp_path / "x.gguf"))
+  opened = open_model(str(tmp_path / "x.gguf"))
   assert opened.tokenizer.size() == CONFIG.vocab_size
   assert opened.tokenizer.chat_template == "{{ messages }}"
   assert opened.tokenizer.config["eos_token"] == "<1>"
@@ -106,14 +106,14 @@ def test_an_absurd_count_ends_at_once(tmp_path):
 def test_a_model_that_is_more_than_llama(meta, word, tmp_path):
   write_gguf(tmp_path / "x.gguf", meta=meta)
   with pytest.raises(InputError, match=word):
-    load.open_model(str(tmp_path / "x.gguf"))
+    open_model(str(tmp_path / "x.gguf"))
 
 
 def test_rope_frequencies_as_a_table(tmp_path):
   weights = tensors() | {"rope_freqs.weight": np.ones(4, np.float32)}
   write_gguf(tmp_path / "x.gguf", weights=weights)
   with pytest.raises(InputError, match="rope_freqs.weight"):
-    load.open_model(str(tmp_path / "x.gguf"))
+    open_model(str(tmp_path / "x.gguf"))
 
 
 def test_another_architecture_or_tokenizer(tmp_path):
@@ -126,10 +126,10 @@ def test_another_architecture_or_tokenizer(tmp_path):
     assert whole.count(old) == 1
     (tmp_path / "y.gguf").write_bytes(whole.replace(old, old[: -len(new)] + new))
     with pytest.raises(InputError, match=word):
-      load.open_model(str(tmp_path / "y.gguf"))
+      open_model(str(tmp_path / "y.gguf"))
 
 
 def test_a_tokenizer_with_more_tokens_than_rows(tmp_path):
   write_gguf(tmp_path / "x.gguf", tokens=CONFIG.vocab_size + 1)
   with pytest.raises(InputError, match="49 tokens and the model's embedding 48 rows"):
-    load.open_model(str(tmp_path / "x.gguf"))
+    open_model(str(tmp_path / "x.gguf"))

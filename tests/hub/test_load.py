@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from distill_jax.errors import InputError
 from distill_jax.hub import load
+from distill_jax.hub.pretrained import open_model
 from distill_jax.nn import layers, params, sharding
 from distill_jax.runtime.progress import Progress
 
@@ -26,7 +27,7 @@ def one_device():
 
 
 def read(path, mesh=None, **kwargs):
-  return load.load_model(load.open_model(str(path)), mesh or one_device(), HOW, **kwargs)
+  return load.load_model(open_model(str(path)), mesh or one_device(), HOW, **kwargs)
 
 
 def same(a, b) -> bool:
@@ -85,7 +86,7 @@ class Counted:
 
 
 def test_only_the_slices_needed_are_read_and_replicas_once(tmp_path, monkeypatch):
-  opened = load.open_model(str(write_folder(tmp_path)))
+  opened = open_model(str(write_folder(tmp_path)))
   counted, seen = Counted(opened.weights), []
 
   class Seen(Progress):
@@ -135,7 +136,7 @@ def test_host_memory_is_the_parameters_and_one_tensor(tmp_path):
     tie_word_embeddings=True,
   )
   write_gguf(tmp_path / "x.gguf", c, "Q8_0")
-  opened, mesh = load.open_model(str(tmp_path / "x.gguf")), one_device()
+  opened, mesh = open_model(str(tmp_path / "x.gguf")), one_device()
   tracemalloc.start()
   model = load.load_model(opened, mesh, HOW)
   peak = tracemalloc.get_traced_memory()[1]
@@ -228,34 +229,34 @@ def test_a_config_that_lacks_a_key(tmp_path):
   hf = CONFIG.to_hf()
   del hf["intermediate_size"]
   with pytest.raises(InputError, match="no 'intermediate_size'"):
-    load.open_model(str(write_folder(tmp_path, hf=hf)))
+    open_model(str(write_folder(tmp_path, hf=hf)))
 
 
 def test_a_folder_that_is_no_model(tmp_path):
   with pytest.raises(InputError, match="holds no config.json"):
-    load.open_model(str(tmp_path))
+    open_model(str(tmp_path))
   (tmp_path / "notes.txt").write_text("")
   with pytest.raises(InputError, match="neither a folder nor a .gguf file"):
-    load.open_model(str(tmp_path / "notes.txt"))
+    open_model(str(tmp_path / "notes.txt"))
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(InputError, match="config.json is not JSON"):
-    load.open_model(str(tmp_path))
+    open_model(str(tmp_path))
 
 
 def test_vocabulary(tmp_path):
   path = write_folder(tmp_path)
   (path / "tokenizer.json").write_text(tokenizer_json(47))
-  assert load.open_model(str(path)).tokenizer.size() == 47  # a row of padding
+  assert open_model(str(path)).tokenizer.size() == 47  # a row of padding
   (path / "tokenizer.json").write_text(tokenizer_json(49))
   with pytest.raises(InputError, match="49 tokens and the model's embedding 48 rows"):
-    load.open_model(str(path))
+    open_model(str(path))
   added = json.loads(tokenizer_json(48)) | {"added_tokens": [{"id": 48, "content": "<x>"}]}
   (path / "tokenizer.json").write_text(json.dumps(added))
   with pytest.raises(InputError, match="49 tokens"):
-    load.open_model(str(path))
+    open_model(str(path))
   (path / "tokenizer.json").write_text("{}")
   with pytest.raises(InputError, match="no vocabulary"):
-    load.open_model(str(path))
+    open_model(str(path))
 
 
 def test_a_mesh_that_does_not_divide(tmp_path):
@@ -272,15 +273,15 @@ def test_a_dtype_that_cannot_hold_parameters(tmp_path):
 def test_the_digest_is_of_the_content(tmp_path):
   a = write_folder(tmp_path / "a")
   shutil.copytree(a, tmp_path / "elsewhere")
-  digest = load.open_model(str(a)).digest
-  assert digest == load.open_model(str(tmp_path / "elsewhere")).digest and len(digest) == 64
+  digest = open_model(str(a)).digest
+  assert digest == open_model(str(tmp_path / "elsewhere")).digest and len(digest) == 64
   file = tmp_path / "elsewhere" / "model.safetensors"
   data = bytearray(file.read_bytes())
   data[-1] ^= 1
   file.write_bytes(data)
-  assert load.open_model(str(tmp_path / "elsewhere")).digest != digest
+  assert open_model(str(tmp_path / "elsewhere")).digest != digest
   other = write_folder(tmp_path / "other", dataclasses.replace(CONFIG, rope_theta=2.0))
-  assert load.open_model(str(other)).digest != digest
+  assert open_model(str(other)).digest != digest
 
 
 def test_sentencepiece_and_templates_of_a_folder(tmp_path):
@@ -289,22 +290,22 @@ def test_sentencepiece_and_templates_of_a_folder(tmp_path):
     json.dumps({"chat_template": "A", "eos_token": "</s>"})
   )
   (path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "x"}))
-  files = load.open_model(str(path)).tokenizer
+  files = open_model(str(path)).tokenizer
   assert files.chat_template == "A"
   assert (files.config["bos_token"], files.config["eos_token"]) == ("<s>", "</s>")
   (path / "chat_template.jinja").write_text("B")
-  assert load.open_model(str(path)).tokenizer.chat_template == "B"
+  assert open_model(str(path)).tokenizer.chat_template == "B"
   for name in ("tokenizer.json", "tokenizer_config.json"):
     (path / name).unlink()
-  assert load.open_model(str(path)).tokenizer is None
+  assert open_model(str(path)).tokenizer is None
 
 
 def test_generation_settings_and_ids(tmp_path):
   path = write_folder(tmp_path, hf=CONFIG.to_hf() | {"eos_token_id": [2, 3], "bos_token_id": 1})
-  assert load.open_model(str(path)).generation == {"eos_token_id": [2, 3], "bos_token_id": 1}
+  assert open_model(str(path)).generation == {"eos_token_id": [2, 3], "bos_token_id": 1}
   (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "top_p": 0.9}))
   want = {"eos_token_id": 5, "bos_token_id": 1, "top_p": 0.9}
-  assert load.open_model(str(path)).generation == want
+  assert open_model(str(path)).generation == want
 
 
 def test_a_shard_that_is_cut_short(tmp_path):
@@ -312,7 +313,7 @@ def test_a_shard_that_is_cut_short(tmp_path):
   data = (path / "model.safetensors").read_bytes()
   (path / "model.safetensors").write_bytes(data[:-4])
   with pytest.raises(InputError, match="truncated"):
-    load.open_model(str(path))
+    open_model(str(path))
   save_file({"x": np.ones(1)}, path / "model.safetensors")
   with pytest.raises(InputError, match="lacks the tensor"):
     read(path)

@@ -75,7 +75,7 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 HEADERS = {
   "not json": (b"{nonsense", b"", None, "not JSON"),
   "not utf-8": (b'{"\xff": 1}', b"", None, "not JSON"),
-  "not an object": (b"[1, 2]", b"", None, "list where an object"),
+  "not an object": (b"[1, 2]", b"", None, "list; expected one object"),
   "nested without end": (b"[" * 100_000, b"", None, "not JSON"),
   "a number of 5000 digits": (b'{"x": ' + b"9" * 5000 + b"}", b"", None, "not JSON"),
   "absurd length": (b"{}", b"", 2**63, "its header claims 9223372036854775808"),

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from distill_jax.errors import InputError
 from distill_jax.hub import load
+from distill_jax.hub.pretrained import open_model
 from distill_jax.nn import layers, params, sharding
 from distill_jax.types import Images
 
@@ -64,7 +65,7 @@ def case(tmp_path_factory):
 
 def test_logits_are_those_of_transformers_on_one_device_and_four(case):
   theirs, folder = case
-  pretrained = load.open_model(str(folder))
+  pretrained = open_model(str(folder))
   pixels = np.random.default_rng(0).standard_normal((2, 8, 8, 3)).astype(np.float32)
   ours = load.load_model(
     pretrained, sharding.make_mesh(devices=jax.devices()[:1]), layers.ComputeConfig()
@@ -89,11 +90,11 @@ def test_another_model_of_timms_is_refused_by_name(case, tmp_path):
   (tmp_path / "config.json").write_text((folder / "config.json").read_text())
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   with pytest.raises(InputError, match="fc_norm.weight"):
-    load.load_model(load.open_model(str(tmp_path)), mesh, layers.ComputeConfig())
+    load.load_model(open_model(str(tmp_path)), mesh, layers.ComputeConfig())
   del made["pos_embed"]
   save_file(made, tmp_path / "model.safetensors")
   with pytest.raises(InputError, match="pos_embed"):
-    load.open_model(str(tmp_path))
+    open_model(str(tmp_path))
   (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
   with pytest.raises(InputError, match="model_type None"):
-    load.open_model(str(tmp_path))
+    open_model(str(tmp_path))

@@ -8,6 +8,7 @@ from parity import error
 
 from distill_jax.errors import InputError
 from distill_jax.hub import declared, export, load
+from distill_jax.hub.pretrained import open_model
 from distill_jax.models import loading
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import layers, params, sharding
@@ -53,7 +54,7 @@ def test_a_classifier_is_as_in_transformers(tmp_path):
   """Every layer, the logits, and the gradient of every parameter."""
   model = theirs(transformers.BertForSequenceClassification)
   model.save_pretrained(tmp_path / "theirs")
-  ours = load.load_model(load.open_model(str(tmp_path / "theirs")), MESH, layers.ComputeConfig())
+  ours = load.load_model(open_model(str(tmp_path / "theirs")), MESH, layers.ComputeConfig())
   tokens, segments, inputs = batch()
   labels = np.array([0, 2, 1])
   said = model(
@@ -85,7 +86,9 @@ def test_a_classifier_is_as_in_transformers(tmp_path):
   worst = max((error(got[n], want[n]), n) for n in want if not n.endswith("key.bias"))
   assert worst[0] < GRADIENT, worst
 
-  export.export(ours, tmp_path / "ours", tokenizer=None, generation={}, card="", dtype="float32")
+  export.export_model(
+    ours, tmp_path / "ours", tokenizer=None, generation={}, card="", dtype="float32"
+  )
   again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
   for name, x in model.state_dict().items():
     assert torch.equal(again.state_dict()[name], x), name
@@ -95,7 +98,7 @@ def test_a_sentence_encoder_is_a_body_without_a_prefix(tmp_path):
   """Means over tokens as sentence-transformers takes them; exported as a BertModel."""
   model = theirs(transformers.BertModel)
   model.save_pretrained(tmp_path / "theirs")
-  ours = load.load_model(load.open_model(str(tmp_path / "theirs")), MESH, layers.ComputeConfig())
+  ours = load.load_model(open_model(str(tmp_path / "theirs")), MESH, layers.ComputeConfig())
   tokens, segments, inputs = batch()
   with torch.no_grad():
     x = model(torch.tensor(tokens).long(), attention_mask=torch.tensor(segments)).last_hidden_state
@@ -103,7 +106,9 @@ def test_a_sentence_encoder_is_a_body_without_a_prefix(tmp_path):
   out = jax.jit(lambda m: m(inputs, layers.ComputeConfig()))(ours)
   assert error(out.embedding_BTD[:, 0], mean) < FORWARD
   assert error(out.hidden_BTD[:, 0], mean / np.linalg.norm(mean, axis=-1, keepdims=True)) < FORWARD
-  export.export(ours, tmp_path / "ours", tokenizer=None, generation={}, card="", dtype="float32")
+  export.export_model(
+    ours, tmp_path / "ours", tokenizer=None, generation={}, card="", dtype="float32"
+  )
   again = transformers.AutoModel.from_pretrained(tmp_path / "ours")
   for name, value in model.state_dict().items():
     assert torch.equal(again.state_dict()[name], value), name

@@ -136,7 +136,7 @@ def test_vectors_logits_and_gradients_are_transformers(both):
 def test_an_export_is_read_by_transformers_bit_for_bit(both, tmp_path):
   theirs, folder, ours = both
   out = tmp_path / "out"
-  hub_export.export(ours, out, tokenizer=None, generation={}, card="", dtype="float32")
+  hub_export.export_model(ours, out, tokenizer=None, generation={}, card="", dtype="float32")
   again, loaded = transformers.CLIPModel.from_pretrained(out, output_loading_info=True)
   assert not any(loaded[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
   for name, p in theirs.state_dict().items():

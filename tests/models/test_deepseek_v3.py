@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from distill_jax.errors import InputError
 from distill_jax.hub import load
-from distill_jax.hub.export import export
+from distill_jax.hub.export import export_model
+from distill_jax.hub.pretrained import open_model
 from distill_jax.models import deepseek_v3
 from distill_jax.nn import layers, sharding
 
@@ -72,7 +73,7 @@ def test_the_balance_stays_float32(mesh, tmp_path):
   theirs.save_pretrained(tmp_path / "a")
   mesh = sharding.make_mesh(*mesh, devices=jax.devices()[: np.prod(mesh)])
   compute = layers.ComputeConfig("bfloat16")
-  model = load.load_model(load.open_model(str(tmp_path / "a")), mesh, compute, "bfloat16")
+  model = load.load_model(open_model(str(tmp_path / "a")), mesh, compute, "bfloat16")
   assert (
     model.layers.balance.dtype == compute.cast_and_gather(model.layers.balance).dtype == np.float32
   )
@@ -81,7 +82,7 @@ def test_the_balance_stays_float32(mesh, tmp_path):
     == compute.cast_and_gather(model.layers.experts.up).dtype
     == "bfloat16"
   )
-  export(model, tmp_path / "b", tokenizer=None, generation={}, card="", shard_bytes=20_000)
+  export_model(model, tmp_path / "b", tokenizer=None, generation={}, card="", shard_bytes=20_000)
   got = {}
   for f in (tmp_path / "b").glob("*.safetensors"):
     got |= load_file(f)
@@ -97,7 +98,7 @@ def test_layers_of_multi_token_prediction_are_left_out(tmp_path):
   path = tmp_path / "model.safetensors"
   tensors, extra = load_file(path), np.ones((3, 4), np.float32)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  read = lambda: load.load_model(load.open_model(str(tmp_path)), mesh, layers.ComputeConfig())
+  read = lambda: load.load_model(open_model(str(tmp_path)), mesh, layers.ComputeConfig())
   save_file(tensors | {"model.layers.3.eh_proj.weight": extra}, path)
   for a, b in zip(jax.tree.leaves(read()), jax.tree.leaves(ours), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -120,7 +121,7 @@ def test_a_student_keeps_dense_layers_and_those_of_experts(kept, tmp_path):
   theirs = parity.torch_model("deepseek_v3", **changes)
   theirs.save_pretrained(tmp_path)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  opened = load.open_model(str(tmp_path))
+  opened = open_model(str(tmp_path))
   student = load.load_model(opened, mesh, layers.ComputeConfig(), keep_layers=kept)
   assert student.config.first_k_dense_replace == (0 in kept)
   theirs.model.layers = parity.torch.nn.ModuleList([theirs.model.layers[i] for i in kept])

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from distill_jax.errors import InputError
 from distill_jax.hub import declared, load
 from distill_jax.hub import export as hub_export
+from distill_jax.hub.pretrained import open_model
 from distill_jax.models import llava
 from distill_jax.nn import layers, params, sharding
 from distill_jax.types import Images, ImageText
@@ -44,7 +45,7 @@ def both(tmp_path_factory):
       p.copy_(int("norm" in name and "weight" in name) + 0.2 * torch.randn_like(p))
   folder = published(tmp_path_factory.mktemp("llava"), theirs)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  ours = load.load_model(load.open_model(str(folder)), mesh, layers.ComputeConfig())
+  ours = load.load_model(open_model(str(folder)), mesh, layers.ComputeConfig())
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, IMAGE, (B, T)).astype(np.int32)
   tokens[0, 2 : 2 + PATCHES] = tokens[1, 5 : 5 + PATCHES] = IMAGE
@@ -112,7 +113,7 @@ def test_names_of_transformers_5_are_read_too(both, tmp_path):
   theirs, ours, _ = both
   theirs.save_pretrained(tmp_path)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  again = load.load_model(load.open_model(str(tmp_path)), mesh, layers.ComputeConfig())
+  again = load.load_model(open_model(str(tmp_path)), mesh, layers.ComputeConfig())
   for (name, a), (_, b) in zip(params.named_params(again), params.named_params(ours), strict=True):
     np.testing.assert_array_equal(a[...], b[...], err_msg=name)
 
@@ -128,7 +129,7 @@ def saved_name(name: str) -> str:
 def test_transformers_reads_an_export(both, tmp_path):
   theirs, ours, _ = both
   out = tmp_path / "out"
-  hub_export.export(ours, out, tokenizer=None, generation={}, card="", dtype="float32")
+  hub_export.export_model(ours, out, tokenizer=None, generation={}, card="", dtype="float32")
   again, loaded = transformers.AutoModelForImageTextToText.from_pretrained(
     out, output_loading_info=True
   )

@@ -123,5 +123,5 @@ def test_a_part_of_a_model_is_changed_or_refused_by_name():
   assert made(vision={"num_hidden_layers": 2}) == dataclasses.replace(whole, vision=vision) != whole
   with pytest.raises(InputError, match="'vision.patchsize'.*did you mean 'vision.patch_size'"):
     made(vision={"patchsize": 2})
-  with pytest.raises(InputError, match="vision 3; a dict of its fields was expected"):
+  with pytest.raises(InputError, match="vision 3; expected a dict of its fields"):
     made(vision=3)

@@ -14,6 +14,7 @@ from distill_jax import registry
 from distill_jax.errors import InputError
 from distill_jax.hub import declared, load
 from distill_jax.hub import export as hub_export
+from distill_jax.hub.pretrained import open_model
 from distill_jax.nn import fused_head, layers, params, sharding
 from distill_jax.types import Inputs, Sounds, SourceTarget
 
@@ -149,7 +150,7 @@ def both(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(both):
   target = both[2] / "exported"
-  hub_export.export(both[3], target, tokenizer=None, generation={}, card="", dtype="float32")
+  hub_export.export_model(both[3], target, tokenizer=None, generation={}, card="", dtype="float32")
   return target
 
 
@@ -217,7 +218,7 @@ def test_out_and_into_transformers_again(both, exported):
   with torch.no_grad():
     # The same weights through the same code: to the last bit.
     assert torch.equal(again(**given).logits, theirs(**given).logits)
-  of = lambda path: load.open_model(str(path)).config
+  of = lambda path: open_model(str(path)).config
   assert of(exported) == of(at)
   name = json.loads((at / "config.json").read_text())["architectures"]
   assert json.loads((exported / "config.json").read_text())["architectures"] == name
@@ -229,7 +230,7 @@ def test_a_mesh_computes_the_same(both):
   mesh = sharding.make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
   four = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), inputs)
   with jax.set_mesh(mesh):
-    spread = load.load_model(load.open_model(str(at)), mesh, layers.ComputeConfig())
+    spread = load.load_model(open_model(str(at)), mesh, layers.ComputeConfig())
     got = logits(spread, four)
   assert parity.error(got, logits(ours, four)) < parity.FORWARD
 
@@ -237,9 +238,7 @@ def test_a_mesh_computes_the_same(both):
 def test_decoder_layers_can_be_kept(both):
   _, _, at, ours = both
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  small = load.load_model(
-    load.open_model(str(at)), mesh, layers.ComputeConfig(), keep_layers=(0, 2)
-  )
+  small = load.load_model(open_model(str(at)), mesh, layers.ComputeConfig(), keep_layers=(0, 2))
   assert small.config == ours.config.keep_layers((0, 2))
   taken = jax.tree.map(lambda x: x[jnp.asarray([0, 2])], ours.layers)
   for got, want in ((small.layers, taken), (small.encoder, ours.encoder)):
@@ -295,7 +294,7 @@ def test_a_tied_t5_with_another_head_is_refused(tmp_path):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   for head_VD, fits in ((weights["shared.weight"], True), (weights["shared.weight"] + 1, False)):
     save_file(weights | {"lm_head.weight": head_VD.copy()}, tmp_path / "tied/model.safetensors")
-    source = load.open_model(str(tmp_path / "tied"))
+    source = open_model(str(tmp_path / "tied"))
     if fits:
       load.load_model(source, mesh, layers.ComputeConfig())
       continue

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from distill_jax.hub import declared, export, load
+from distill_jax.hub.pretrained import open_model
 from distill_jax.nn import layers, params, sharding
 from distill_jax.types import Inputs
 
@@ -49,7 +50,7 @@ def error(ours, theirs) -> float:
 
 @pytest.fixture(scope="module")
 def pretrained():
-  return load.open_model(SOURCE)
+  return open_model(SOURCE)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def ours(pretrained):
 
 @pytest.fixture(scope="module")
 def exported(pretrained, ours, tmp_path_factory):
-  return export.export(
+  return export.export_model(
     ours,
     tmp_path_factory.mktemp("hub") / "smollm2",
     tokenizer=pretrained.tokenizer,
@@ -156,7 +157,7 @@ def test_greedy_continuation(ours, theirs, their_tokenizer):
 
 
 def test_round_trip_is_bit_exact(ours, pretrained, exported):
-  again = load.open_model(str(exported))
+  again = open_model(str(exported))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   back = load.load_model(again, mesh, layers.ComputeConfig())
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(back), strict=True):

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from distill_jax.hub import export as hub_export
 from distill_jax.hub import load
+from distill_jax.hub.pretrained import open_model
 from distill_jax.nn import layers, params, sharding
 
 transformers = parity.transformers
@@ -49,7 +50,7 @@ def both(request, tmp_path_factory):
 def exported(both):
   _, folder, ours = both
   target = folder / "exported"
-  hub_export.export(ours, target, tokenizer=None, generation={}, card="", dtype="float32")
+  hub_export.export_model(ours, target, tokenizer=None, generation={}, card="", dtype="float32")
   return target
 
 
@@ -81,7 +82,7 @@ def test_transformers_gives_the_same_logits(both, exported):
 
 
 def test_config_json_keeps_what_the_original_said(both, exported):
-  of = lambda path: load.open_model(str(path)).config
+  of = lambda path: open_model(str(path)).config
   assert of(exported) == of(both[1])
   kind = json.loads((both[1] / "config.json").read_text())["architectures"]
   assert json.loads((exported / "config.json").read_text())["architectures"] == kind
@@ -91,7 +92,7 @@ def test_a_mesh_gets_the_same_and_computes_the_same(both):
   _, folder, ours = both
   mesh = sharding.make_mesh(1, 2, 2)
   compute = layers.ComputeConfig()
-  there = load.load_model(load.open_model(str(folder)), mesh, compute)
+  there = load.load_model(open_model(str(folder)), mesh, compute)
   for (name, a), (_, b) in zip(params.named_params(there), params.named_params(ours), strict=True):
     np.testing.assert_array_equal(np.asarray(a[...]), np.asarray(b[...]), err_msg=name)
   wide = [a for _, a in params.named_params(there) if a.ndim > 2]
@@ -108,7 +109,7 @@ def test_a_student_of_chosen_layers(both):
   _, folder, ours = both
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   student = load.load_model(
-    load.open_model(str(folder)), mesh, layers.ComputeConfig(), keep_layers=(0, 2)
+    open_model(str(folder)), mesh, layers.ComputeConfig(), keep_layers=(0, 2)
   )
   assert student.config == ours.config.keep_layers((0, 2))
   inputs = parity.plain_inputs(parity.tokens()[:, :16] % 96)

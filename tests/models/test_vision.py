@@ -14,6 +14,7 @@ from safetensors import safe_open
 from distill_jax.errors import InputError
 from distill_jax.hub import declared, load
 from distill_jax.hub import export as hub_export
+from distill_jax.hub.pretrained import open_model
 from distill_jax.models import convnext, deit, vit
 from distill_jax.nn import layers, params, sharding
 from distill_jax.types import Images
@@ -124,12 +125,12 @@ def test_logits_and_gradients_are_those_of_transformers(both, tmp_path):
 def test_weights_come_back_bit_for_bit_and_transformers_says_the_same(both, tmp_path):
   theirs, path, ours, pixels = both
   target = tmp_path / "exported"
-  hub_export.export(ours, target, tokenizer=None, generation={}, card="", dtype="float32")
+  hub_export.export_model(ours, target, tokenizer=None, generation={}, card="", dtype="float32")
   got, want = stored(target), stored(path)
   assert got.keys() == want.keys()
   for name, x in want.items():
     np.testing.assert_array_equal(got[name], x, err_msg=name)
-  of = lambda folder: load.open_model(str(folder)).config
+  of = lambda folder: open_model(str(folder)).config
   assert of(target) == of(path)
   again, loaded = transformers.AutoModelForImageClassification.from_pretrained(
     target, output_loading_info=True
@@ -172,7 +173,7 @@ def test_a_mesh_computes_the_same(both):
     mesh = sharding.make_mesh(2, 2, 1)
   else:
     mesh = sharding.make_mesh(1, 4, 1)  # 3 heads and 5 classes stay whole
-  there = load.load_model(load.open_model(str(path)), mesh, HOW)
+  there = load.load_model(open_model(str(path)), mesh, HOW)
   pixels = np.concatenate([pixels, pixels[:1]])
   with jax.set_mesh(mesh):
     inputs = jax.device_put(pixels, sharding.batch_sharding(mesh))

@@ -14,6 +14,7 @@ import parity
 import pytest
 
 from distill_jax.hub import declared, export, load
+from distill_jax.hub.pretrained import open_model
 from distill_jax.nn import layers, params, sharding
 from distill_jax.pruning import choose, cut, experts, factorise, measure, shapes, windows
 from distill_jax.pruning.options import ShrinkOptions
@@ -96,14 +97,14 @@ def case(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp(request.param)
   theirs = parity.torch_model(model_type, vocab_size=96, **changes)
   parity.ours_from(theirs, folder / "whole")
-  opened = load.open_model(str(folder / "whole"))
+  opened = open_model(str(folder / "whole"))
   read = {n: opened.weights.read(n).copy() for n in opened.weights.names()}
   kill(read, s, opened.config)
   from safetensors.numpy import save_file
 
   save_file(read, folder / "whole" / "model.safetensors", {"format": "pt"})
   ours = load.load_model(
-    load.open_model(str(folder / "whole")), sharding.make_mesh(devices=jax.devices()[:1]), HOW
+    open_model(str(folder / "whole")), sharding.make_mesh(devices=jax.devices()[:1]), HOW
   )
   within = bool(s.expert_intermediate)
   return s, opened.family, folder, ours, measure.importance(ours, [batch(TOKENS % 96)], HOW, within)
@@ -128,7 +129,7 @@ def test_what_is_dead_can_go(case):
   if s.experts:  # those that are never chosen change nothing where they join
     merged = experts.merge(ours, kept, measured)
     jax.tree.map(np.testing.assert_array_equal, merged, ours)
-  target = export.export(
+  target = export.export_model(
     student, folder / "student", tokenizer=None, generation={}, card="", dtype="float32"
   )
   from_folder = lambda f: transformers.AutoModelForCausalLM.from_pretrained(
@@ -273,7 +274,7 @@ def test_a_llama_with_windows_is_a_qwen2(rope, tmp_path):
     c = windows.windowed(ShrinkOptions(window=window, global_every=2), ours.config)
     student = windows.see(jax.tree.map(jnp.copy, ours), c, mesh, HOW.rules)
     to = tmp_path / str(window)
-    export.export(student, to, tokenizer=None, generation={}, card="", dtype="float32")
+    export.export_model(student, to, tokenizer=None, generation={}, card="", dtype="float32")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(to).eval()
     assert loaded.config.model_type == "qwen2" and loaded.config.layer_types == [
       "sliding_attention",

@@ -38,12 +38,15 @@ def prepare(folder: Path, batch: int, length: int) -> None:
   from distill_jax.data import corpus, sources
   from distill_jax.data.options import DataOptions
   from distill_jax.hub import export, load
+  from distill_jax.hub.pretrained import open_model
   from distill_jax.nn import sharding
   from distill_jax.nn.layers import ComputeConfig
 
-  source = load.open_model(MODEL)
+  source = open_model(MODEL)
   model = load.load_model(source, sharding.make_mesh(devices=jax.devices()[:1]), ComputeConfig())
-  export.export(model, folder, tokenizer=source.tokenizer, generation={}, card="", dtype="float32")
+  export.export_model(
+    model, folder, tokenizer=source.tokenizer, generation={}, card="", dtype="float32"
+  )
   tokenizer = corpus.tokenizer_of(DataOptions(), source)
   texts = sources.documents(sources.Source("pydoc", heldout_fraction=0.0))
   prompts = [ids[:length] for t in texts if len(ids := tokenizer.encode(t)) >= length][:batch]
@@ -61,6 +64,7 @@ def ours(folder: Path, prompts: list[list[int]], new: int):
   from distill_jax.generation.stops import Stops
   from distill_jax.generation.unrolled import unroll
   from distill_jax.hub import load
+  from distill_jax.hub.pretrained import open_model
   from distill_jax.models import loading
   from distill_jax.nn import sharding
   from distill_jax.nn.layers import ComputeConfig
@@ -71,7 +75,7 @@ def ours(folder: Path, prompts: list[list[int]], new: int):
   stops = Stops(load_tokenizer(folder))
   vocab_size = stops.tokenizer.vocab_size
   jax.set_mesh(mesh)
-  model = unroll(load.load_model(load.open_model(str(folder)), mesh, compute), compute)
+  model = unroll(load.load_model(open_model(str(folder)), mesh, compute), compute)
   spec = EngineSpec(compute, Sampling(0.0), c.steps, (), vocab_size)
   engine = Engine(model, mesh, spec, rows, c.prefill_rows, c.cache_len, loading.keys(0))
 

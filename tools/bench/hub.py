@@ -55,7 +55,7 @@ def write_source(folder: Path, layers: int) -> None:
   make = lambda key: params.map_params(
     lambda v: v.replace(v[...].astype(jnp.bfloat16)), llama.Model(shape(layers), key)
   )
-  export.export(
+  export.export_model(
     jax.jit(make)(jax.random.key(0)),
     folder,
     tokenizer=None,
@@ -88,15 +88,16 @@ def ours(source: Path, target: Path) -> tuple[Measured, Measured]:
   import jax
 
   from distill_jax.hub import export, load
+  from distill_jax.hub.pretrained import open_model
   from distill_jax.nn import sharding
   from distill_jax.nn.layers import ComputeConfig
 
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   with Measured() as read:
-    model = load.load_model(load.open_model(str(source)), mesh, ComputeConfig(dtype=DTYPE), DTYPE)
+    model = load.load_model(open_model(str(source)), mesh, ComputeConfig(dtype=DTYPE), DTYPE)
     jax.block_until_ready(model)
   with Measured() as wrote:
-    export.export(model, target, tokenizer=None, generation={}, card="", dtype=DTYPE)
+    export.export_model(model, target, tokenizer=None, generation={}, card="", dtype=DTYPE)
   return read, wrote
 
 

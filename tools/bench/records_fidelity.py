@@ -60,7 +60,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 from distill_jax import config
 from distill_jax.data import corpus, packing, sources, tokenizers
 from distill_jax.errors import InputError
-from distill_jax.hub import load as hub
+from distill_jax.hub.load import load_model
+from distill_jax.hub.pretrained import open_model
 from distill_jax.losses import kd
 from distill_jax.nn import fused_head, sharding
 from distill_jax.nn.layers import ComputeConfig
@@ -422,10 +423,10 @@ def table(text: str, nats: float, figures: dict[str, dict[str, float]]) -> str:
 
 def run(positions: int, seq_len: int, chunk: int) -> dict[str, float]:
   texts = {name: "\n\n".join(read()) for name, read in TEXTS.items()}  # before the slow part
-  source, mesh = hub.open_model(SOURCE), sharding.make_mesh()
+  source, mesh = open_model(SOURCE), sharding.make_mesh()
   tokenizer = corpus.tokenizer_of(config.DataOptions(), source)
   compute = ComputeConfig()
-  load = functools.partial(hub.load_model, source, mesh, compute)
+  load = functools.partial(load_model, source, mesh, compute)
   models = {"teacher": load(), "student": load(keep_layers=KEPT)}
   forward = jax.jit(lambda model, inputs: model(inputs, compute))
   out: dict[str, float] = {}

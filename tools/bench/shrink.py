@@ -46,7 +46,7 @@ import jax
 from distill_jax import config as configs
 from distill_jax.commands import _shrink_search, record
 from distill_jax.config import Config
-from distill_jax.hub import export as hub
+from distill_jax.hub.export import export_model
 from distill_jax.nn import params
 from distill_jax.pruning import candidates, shapes
 from distill_jax.pruning.students import Teacher
@@ -101,7 +101,7 @@ def untrained(config: Config, source: Teacher, s: configs.ShrinkOptions, folder:
   with jax.set_mesh(source.mesh):
     model, pretrained = source.untrained(shape), source.built.pretrained
     row = {"parameters": params.count(model), "ce": source.cross_entropy(model)}
-    hub.export(
+    export_model(
       model,
       folder / "model",
       tokenizer=pretrained.tokenizer if pretrained else None,
