@@ -21,6 +21,7 @@ that size, as in `_BT1`. A scalar has no suffix, and a temperature is `temperatu
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +29,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+# A divergence: (log p, log q) -> its terms, elementwise over the last axis.
+Terms = Callable[[jax.Array, jax.Array], jax.Array]
 # Sentinel class count of contrastive tasks, whose "classes" are the other examples of the batch;
 # larger than any batch.
 IN_BATCH_CLASSES = 2**20
@@ -71,27 +74,59 @@ class ImageText(struct.PyTreeNode):
   texts: Inputs
 
 
-class Targets(struct.PyTreeNode):
-  """A teacher's outputs at each position.
+class Targets(struct.PyTreeNode, kw_only=True):
+  """A teacher's outputs at each position: one of the three kinds in losses/supports.py.
 
-  One of three supports, told apart by which fields are there:
-    sampled  `ids_BTK`, `weight_BTK`: unbiased estimates of p, summing to 1; unused
-             entries have weight 0.
-    top-k    `ids_BTK`, `logp_BTK`: true log-probabilities; unused entries are -inf.
-    dense    `hidden_BTD`, `head_VD`: an online teacher, its logits made a chunk at a time.
+  Attributes:
+    entropy_BT: float32, nats.
+    label_logp_BT: float32, nats: log p(label).
+    argmax_BT: int32: the most probable token.
+    taps_BPTD: features of tapped layers.
+    head_VD: of an online teacher alone, and the one array without positions.
+    temperature: of the distribution that the arrays are of.
   """
 
-  ids_BTK: jax.Array | None = None  # int32
-  weight_BTK: jax.Array | None = None  # float32
-  logp_BTK: jax.Array | None = None  # float32
-  entropy_BT: jax.Array | None = None  # float32, nats
-  label_logp_BT: jax.Array | None = None  # float32, nats: log p(label)
-  argmax_BT: jax.Array | None = None  # int32: the most probable token
-  hidden_BTD: jax.Array | None = None
-  head_VD: jax.Array | None = None
-  soft_cap: float | None = struct.field(pytree_node=False, default=None)  # of its logits
-  contrastive: bool = struct.field(pytree_node=False, default=False)  # see Output
+  entropy_BT: jax.Array | None = None
+  label_logp_BT: jax.Array | None = None
+  argmax_BT: jax.Array | None = None
   taps_BPTD: jax.Array | None = None
+  head_VD: jax.Array | None = None
+  temperature: float = struct.field(pytree_node=False, default=1.0)
+
+  def divergence(
+    self, terms: Terms, logits_BCV: jax.Array, temperature: jax.Array | float
+  ) -> jax.Array:
+    """The divergence of the student's logits from these targets, float32 [B, C].
+
+    Args:
+      terms: see losses/divergences.py.
+      logits_BCV: the student's, of the chunk of positions that these targets are of.
+      temperature: at which both are compared.
+    """
+    raise NotImplementedError
+
+  def forward_kl(self, logits_BCV: jax.Array, temperature: jax.Array | float) -> jax.Array:
+    """KL(p || q), float32 [B, C]: the divergence that most targets serve."""
+    raise NotImplementedError
+
+  def label_logp(self, logits_BCV: jax.Array, labels_BC: jax.Array) -> jax.Array | None:
+    """log p(label) [B, C] at the recorded temperature; None where it is not recorded."""
+    del logits_BCV, labels_BC
+    return self.label_logp_BT
+
+  def entropy(self, logits_BCV: jax.Array) -> jax.Array | None:
+    """H(p) [B, C] in nats at the recorded temperature; None where it is not recorded."""
+    del logits_BCV
+    return self.entropy_BT
+
+  def argmax(self, logits_BCV: jax.Array) -> jax.Array | None:
+    """The most probable token, int32 [B, C]; None where it is not recorded."""
+    del logits_BCV
+    return self.argmax_BT
+
+  def present(self) -> jax.Array | None:
+    """Positions that the teacher has read, bool [B, C]; None for all."""
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.errors import InputError
+from distill_jax.losses._base import TokenLoss
 from distill_jax.nn import fused_head
-from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
+class Loss(TokenLoss):
   """-log q(label), in nats.
 
   Attributes:
@@ -25,18 +25,18 @@ class Loss:
       arXiv:2204.02311, section 5).
   """
 
-  weight: Schedule = constant(1.0)
   label_smoothing: float = 0.0
   z_loss: float = 0.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    super().__post_init__()
     if not 0 <= self.label_smoothing < 1 or self.z_loss < 0:
       raise InputError(
         f"label_smoothing is {self.label_smoothing} and z_loss {self.z_loss}; smoothing is from 0 "
         "to below 1, z_loss at least 0"
       )
 
-  def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array) -> jax.Array:
+  def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array | int) -> jax.Array:
     del step
     lse_BC = fused_head.log_sum_exp(logits_BCV)[..., 0]
     label_BC = jnp.take_along_axis(logits_BCV, batch.labels_BT[..., None], -1)[..., 0]

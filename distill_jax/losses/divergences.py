@@ -8,15 +8,15 @@ sum of a (log a - log b) does.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 from distill_jax.errors import InputError
-
-Terms = Callable[[jax.Array, jax.Array], jax.Array]
+from distill_jax.types import Terms
 
 
 @jax.custom_jvp
@@ -99,7 +99,7 @@ def total_variation(logp: jax.Array, logq: jax.Array) -> jax.Array:
   return 0.5 * jnp.abs(jnp.exp(logp) - jnp.exp(logq))
 
 
-ALL: dict[str, Callable] = {
+ALL: dict[str, Callable[..., jax.Array]] = {
   "forward_kl": forward_kl,
   "reverse_kl": reverse_kl,
   "jensen_shannon": jensen_shannon,
@@ -111,19 +111,24 @@ ALL: dict[str, Callable] = {
 }
 
 
-def named(name: str, parameters: tuple[float, ...] = ()) -> Terms:
-  """A divergence by name, its parameters given in order or left at their defaults."""
+def named(name: str, parameters: Mapping[str, float] | None = None) -> Terms:
+  """Returns a divergence by name, with its parameters by name or at their defaults.
+
+  Raises:
+    InputError: there is no such divergence, it has no such parameter, or the value is out of range.
+  """
+  parameters = dict(parameters or {})
   if name not in ALL:
     raise InputError(f"there is no divergence {name!r}; there are {', '.join(ALL)}")
   takes = list(inspect.signature(ALL[name]).parameters)[2:]
-  if len(parameters) > len(takes):
-    raise InputError(f"{name} takes {takes or 'no parameters'} and was given {parameters}")
-  if name != "alpha_beta" and any(not 0 <= x <= 1 for x in parameters):
+  if not set(parameters) <= set(takes):
+    expected = " and ".join(takes) or "no parameters"
+    raise InputError(f"{name} takes {expected} and was given {parameters}")
+  if name != "alpha_beta" and any(not 0 <= x <= 1 for x in parameters.values()):
     raise InputError(f"{name} has parameters {parameters}; each lies from 0 to 1")
-  extra = dict(zip(takes, parameters, strict=False))
   if name == "alpha_beta":
-    ALL[name](jnp.zeros(1), jnp.zeros(1), **extra)  # refuses what the formula cannot take
-  return lambda logp, logq: ALL[name](logp, logq, **extra)
+    alpha_beta(jnp.zeros(1), jnp.zeros(1), **parameters)  # refuses what the formula cannot take
+  return functools.partial(ALL[name], **parameters)
 
 
 def _kl(loga: jax.Array, logb: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Embeddings: what stands for a whole picture or text, brought to where the teacher has it."""
+"""Embeddings of whole images or texts, brought to the teacher's."""
 
 from __future__ import annotations
 
@@ -9,54 +9,54 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.errors import InputError
+from distill_jax.losses._base import FeatureLoss
 from distill_jax.losses.features import Features, FeatureSpec, Pairs
 from distill_jax.nn import layers
 from distill_jax.nn.params import param
-from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch, Mean
 
 PROJECTIONS = ("none", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
+class Loss(FeatureLoss):
   """|student - teacher|^2 of embeddings of length 1, the mean over positions.
 
-  CLIP-KD's feature distillation (arXiv:2307.12732, equation 4), of the picture and of the text;
-  of a text encoder it is of its one position. It is 2 - 2 cos(student, teacher).
+  CLIP-KD's feature distillation (arXiv:2307.12732, equation 4), for the image and for the text;
+  a text encoder has one position. It is 2 - 2 cos(student, teacher).
 
   Attributes:
-    projection: from the student's width to the teacher's, learned, beginning "orthogonal"; "none"
-      where the widths are equal.
+    projection: from the student's width to the teacher's, trained, initialised "orthogonal";
+      "none" where the widths are equal.
   """
 
-  weight: Schedule = constant(1.0)
-  teacher: str = "teacher"
   projection: str = "none"
 
-  layers: ClassVar[str] = "last"  # it compares none, but every loss of features names some
-  embeds: ClassVar[bool] = True  # it reads Features.embedding_BTD
+  compares_embeddings: ClassVar[bool] = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    super().__post_init__()
     if self.projection not in PROJECTIONS:
       raise InputError(f"projection is {self.projection!r}; it is one of {PROJECTIONS}")
 
-  def needs(self, pairs: Pairs, student: Any, teacher: Any) -> tuple[FeatureSpec, FeatureSpec]:
-    del pairs
+  def feature_specs(
+    self, pairs: Pairs, student: Any, teacher: Any
+  ) -> tuple[FeatureSpec, FeatureSpec]:
+    """None, as embeddings are among a model's outputs; refuses families without them."""
     for who, c in (("student", student), ("teacher", teacher)):
       if not hasattr(c, "embedding_size"):
         raise InputError(
-          f"the loss embedding compares what stands for a whole input, which the {who}'s family "
-          f"({type(c).__module__.rpartition('.')[2]}) does not say; take the loss hidden"
+          f"the loss embedding compares embeddings of whole inputs, which the {who}'s family "
+          f"({type(c).__module__.rpartition('.')[2]}) does not output; use the loss hidden"
         )
-    return FeatureSpec(), FeatureSpec()
+    return super().feature_specs(pairs, student, teacher)
 
-  def width(self, teacher: Any) -> int:
-    """Numbers that a teacher of this config gives."""
+  def adapter_width(self, teacher: Any, hidden_width: int) -> int:
+    del hidden_width
     return teacher.embedding_size
 
   def init(self, key: jax.Array, pairs: Pairs, student: Any, width: int) -> dict[str, Any]:
-    """The projection [D, E]; {} where the widths are equal."""
+    """The projection [I, O]; {} where the widths are equal."""
     del pairs
     D = student.embedding_size
     if (width == D) != (self.projection == "none"):
@@ -69,7 +69,7 @@ class Loss:
     project = param(key, f"embed:{D} teacher_embed:{width}", "", init="zeros")
     return {"project": project.replace(jax.nn.initializers.orthogonal()(key, (D, width)))}
 
-  def whole(
+  def feature_loss(
     self,
     student: Features,
     teacher: Features,
@@ -79,10 +79,10 @@ class Loss:
   ) -> Mean:
     del pairs
     assert student.embedding_BTD is not None and teacher.embedding_BTD is not None
-    keep_BT1 = batch.mask_BT[..., None]
-    s_BTD = jnp.where(keep_BT1, student.embedding_BTD.astype(jnp.float32), 0)
-    t_BTE = jnp.where(keep_BT1, jax.lax.stop_gradient(teacher.embedding_BTD), 0)
+    mask_BT1 = batch.mask_BT[..., None]
+    s_BTD = jnp.where(mask_BT1, student.embedding_BTD.astype(jnp.float32), 0)
+    t_BTO = jnp.where(mask_BT1, jax.lax.stop_gradient(teacher.embedding_BTD), 0)
     if adapters:
       s_BTD = s_BTD @ adapters["project"][...]
-    gap_BTE = layers.unit(s_BTD) - layers.unit(t_BTE)
-    return Mean.of(jnp.sum(gap_BTE**2, -1), batch.mask_BT)
+    gap_BTO = layers.unit(s_BTD) - layers.unit(t_BTO)
+    return Mean.of(jnp.sum(gap_BTO**2, -1), batch.mask_BT)

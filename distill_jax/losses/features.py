@@ -1,7 +1,7 @@
-"""What whole-sequence losses compare: chosen hidden states, and chosen queries, keys, values.
+"""What feature losses compare: hidden states, and queries, keys and values, of chosen layers.
 
-Nothing is kept of the other layers. Queries, keys and values of layer l are made again from
-the output of layer l - 1, so a tap is all they cost.
+No other layer's outputs are kept. Queries, keys and values of layer l are recomputed from the
+output of layer l - 1, so they cost no more than its tap.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Pairs = tuple[tuple[int, int], ...]  # (student layer, teacher layer)
 
 
 class Features(struct.PyTreeNode):
-  """By layer: hidden states [B, T, D], and (q, k, v) of [B, T, heads, h] each.
+  """A model's features: by layer, hidden states [B, T, D], and (q, k, v), each [B, T, heads, h].
 
-  `embedding_BTD` is what stands for each position's whole input, where a family has it.
+  `embedding_BTD` is the embedding of each position's whole input, where a family has it.
   """
 
   hidden: dict[int, jax.Array]
@@ -33,22 +33,22 @@ class Features(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
-  """The layers whose features a model has to give."""
+  """The layers whose features are extracted from a model."""
 
   hidden: tuple[int, ...] = ()
   qkv: tuple[int, ...] = ()
 
   def __or__(self, other: FeatureSpec) -> FeatureSpec:
-    union = lambda a, b: tuple(sorted({*a, *b}))
-    return FeatureSpec(union(self.hidden, other.hidden), union(self.qkv, other.qkv))
+    hidden = tuple(sorted({*self.hidden, *other.hidden}))
+    return FeatureSpec(hidden, tuple(sorted({*self.qkv, *other.qkv})))
 
   @property
   def taps(self) -> tuple[int, ...]:
     """The layers whose outputs are tapped for them."""
     return tuple(sorted({*self.hidden, *(layer - 1 for layer in self.qkv)}))
 
-  def of(self, model: Any, out: Output, inputs: Inputs, compute: ComputeConfig) -> Features:
-    """The features of a model that ran with `taps`."""
+  def extract(self, model: Any, out: Output, inputs: Inputs, compute: ComputeConfig) -> Features:
+    """The features from the outputs of a model that ran with `taps`."""
     if not self.taps:
       return Features({}, {}, out.embedding_BTD)
     assert out.taps_PBTD is not None
@@ -58,15 +58,15 @@ class FeatureSpec:
 
 
 def pairs(layers: str, student: int, teacher: int) -> Pairs:
-  """Which student layer learns from which teacher layer.
+  """Pairs each trained student layer with the teacher layer that it is compared to.
 
   Args:
-    layers: "uniform" (every student layer, from teacher layers at equal steps, the last
-      from the last: TinyBERT, arXiv:1909.10351), "last", or pairs as "0:4 5:29".
-    student, teacher: how many layers each has.
+    layers: "uniform" (every student layer with teacher layers at equal steps, the last with
+      the last: TinyBERT, arXiv:1909.10351), "last", or pairs such as "0:4 5:29".
+    student, teacher: their numbers of layers.
 
   Raises:
-    InputError: a pair that is not two numbers, or a layer that is not there.
+    InputError: a pair is not two numbers, or there is no such layer.
   """
   if layers == "uniform":
     return tuple((i, (i + 1) * teacher // student - 1) for i in range(student))
@@ -77,7 +77,7 @@ def pairs(layers: str, student: int, teacher: int) -> Pairs:
     chosen = tuple((a, b) for a, b in a_b)
   except ValueError:
     raise InputError(
-      f"layers is {layers!r}; it is 'uniform', 'last' or student:teacher pairs as '0:4 5:29'"
+      f"layers is {layers!r}; it is 'uniform', 'last' or student:teacher pairs such as '0:4 5:29'"
     ) from None
   bad = [(a, b) for a, b in chosen if not (0 <= a < student and 0 <= b < teacher)]
   if bad or not chosen:
@@ -88,46 +88,49 @@ def pairs(layers: str, student: int, teacher: int) -> Pairs:
   return chosen
 
 
-class Places(NamedTuple):
-  """Where a model's features stand among its positions.
+class FeaturePositions(NamedTuple):
+  """The positions of a model's features.
 
   Attributes:
-    keep_BS: bool, those that are compared.
-    segments_BS: int32, the documents, 0 in padding; what a position sees is in its own.
-    causal: a position sees only those before it, and itself.
+    valid_BS: bool, those that are compared.
+    segments_BS: int32, the documents, 0 in padding; a position attends within its own.
+    causal: a position attends to earlier ones and itself only.
   """
 
-  keep_BS: jax.Array
+  valid_BS: jax.Array
   segments_BS: jax.Array
   causal: bool
 
 
-def places(batch: Batch, positions: int) -> Places:
-  """Of a decoder, those with labels; of an encoder, all of its `positions` but padding."""
+def feature_positions(batch: Batch, positions: int) -> FeaturePositions:
+  """Positions whose features are compared.
+
+  Those with a label for decoders, all of the `positions` that are not padding for encoders.
+  """
   if batch.valid_BS is None:
-    return Places(batch.mask_BT, batch.inputs.segments_BT, True)
-  keep_BS = jnp.broadcast_to(batch.valid_BS, (len(batch.valid_BS), positions))
-  return Places(keep_BS, keep_BS.astype(jnp.int32), False)
+    return FeaturePositions(batch.mask_BT, batch.inputs.segments_BT, True)
+  valid_BS = jnp.broadcast_to(batch.valid_BS, (len(batch.valid_BS), positions))
+  return FeaturePositions(valid_BS, valid_BS.astype(jnp.int32), False)
 
 
-def mean(x_BS: jax.Array, batch: Batch) -> Mean:
-  """Over labels, as every loss is; of an encoder, a label's is the mean over what was read."""
+def mean_over_labels(x_BS: jax.Array, batch: Batch) -> Mean:
+  """Mean over labels. For encoders, each label counts the mean over its input positions."""
   if batch.valid_BS is None:
     return Mean.of(x_BS, batch.mask_BT)
-  keep_BS = places(batch, x_BS.shape[1]).keep_BS
-  total_B = jnp.sum(jnp.where(keep_BS, x_BS.astype(jnp.float32), 0), 1)
-  x_B1 = (total_B / jnp.maximum(jnp.sum(keep_BS, 1), 1))[:, None]
+  valid_BS = feature_positions(batch, x_BS.shape[1]).valid_BS
+  total_B = jnp.sum(jnp.where(valid_BS, x_BS.astype(jnp.float32), 0), 1)
+  x_B1 = (total_B / jnp.maximum(jnp.sum(valid_BS, 1), 1))[:, None]
   return Mean.of(jnp.broadcast_to(x_B1, batch.mask_BT.shape), batch.mask_BT)
 
 
 def flat_qkv(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-  """(q, k, v) as one vector a position, [B, T, D], for records."""
+  """Joins (q, k, v) to one vector a position, [B, T, D], for records."""
   return jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in qkv], -1)
 
 
 def unflat_qkv(x_BTD: jax.Array, config: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The inverse, for a teacher of this config."""
+  """The inverse of flat_qkv, for a teacher of this config."""
   H, G, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
   q, k, v = jnp.split(x_BTD, [H * h, (H + G) * h], -1)
-  heads = lambda x, n: x.reshape(*x.shape[:2], n, -1)  # values may be narrower than keys
-  return heads(q, H), heads(k, G), heads(v, G)
+  q, k, v = (x.reshape(*x.shape[:2], n, -1) for x, n in ((q, H), (k, G), (v, G)))
+  return q, k, v  # values may be narrower than keys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,9 +11,9 @@ import jax.numpy as jnp
 
 from distill_jax.errors import InputError
 from distill_jax.losses import features
-from distill_jax.losses.features import Features, FeatureSpec, Pairs
+from distill_jax.losses._base import LayerPairLoss
+from distill_jax.losses.features import Features, Pairs
 from distill_jax.nn.params import param
-from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch, Mean
 
 DISTANCES, PROJECTIONS = ("mse", "cosine"), ("none", "orthogonal", "least_squares")
@@ -20,7 +21,7 @@ RIDGE = 1e-4  # of the mean squared activation, so that least squares has one an
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
+class Loss(LayerPairLoss):
   """The mean over layer pairs of a distance that has no unit.
 
   "mse" is |student - teacher|^2 / |teacher|^2, "cosine" 1 - cos(student, teacher); so a
@@ -29,35 +30,24 @@ class Loss:
 
   Attributes:
     layers: see features.pairs.
-    projection: from the student's width to the teacher's, learned: starts "orthogonal", or
+    projection: from the student's width to the teacher's, trained: initialised "orthogonal", or
       as the "least_squares" fit on the first batch; "none" where the widths are equal.
   """
 
-  weight: Schedule = constant(1.0)
-  teacher: str = "teacher"
   layers: str = "uniform"
   distance: str = "mse"
   projection: str = "none"
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    super().__post_init__()
     if self.distance not in DISTANCES or self.projection not in PROJECTIONS:
       raise InputError(
         f"distance is {self.distance!r} and projection {self.projection!r}; they are one of "
         f"{DISTANCES} and one of {PROJECTIONS}"
       )
 
-  def needs(self, pairs: Pairs, student: Any, teacher: Any) -> tuple[FeatureSpec, FeatureSpec]:
-    del student, teacher
-    ours, theirs = zip(*pairs, strict=True)
-    return FeatureSpec(hidden=ours), FeatureSpec(hidden=theirs)
-
   def init(self, key: jax.Array, pairs: Pairs, student: Any, width: int) -> dict[str, Any]:
-    """The projections [P, D, E], one a pair; {} where the widths are equal.
-
-    Args:
-      student: its config.
-      width: of the teacher's hidden states as they are given (records may project them).
-    """
+    """The projections [P, I, O], one a pair; {} where the widths are equal."""
     D, n = student.hidden_size, len(pairs)
     if width == D and self.projection != "none":
       raise InputError(
@@ -73,8 +63,13 @@ class Loss:
       return {}
     project = param(key, f"pairs:{n} embed:{D} teacher_embed:{width}", "", init="zeros")
     keys = jax.random.split(key, n)
-    start = jax.vmap(lambda k: jax.nn.initializers.orthogonal()(k, (D, width)))(keys)
+    orthogonal = jax.nn.initializers.orthogonal()
+    start = jax.vmap(lambda k: orthogonal(k, (D, width)))(keys)
     return {"project": project.replace(start)}
+
+  @property
+  def fits_adapters(self) -> bool:
+    return self.projection == "least_squares"
 
   def fit(
     self,
@@ -86,35 +81,37 @@ class Loss:
   ) -> dict[str, Any]:
     """The projections that best map the student's hidden states of one batch."""
     positions = next(iter(student.hidden.values())).shape[1]
-    keep_N = features.places(batch, positions).keep_BS.reshape(-1, 1)
-    rows = lambda x: jnp.where(keep_N, x.reshape(-1, x.shape[-1]).astype(jnp.float32), 0)
+    valid_N1 = features.feature_positions(batch, positions).valid_BS.reshape(-1, 1)
 
-    def solve(s_ND, t_NE):
-      square = s_ND.T @ s_ND
-      ridge = RIDGE * jnp.trace(square) / len(square)
-      return jnp.linalg.solve(square + ridge * jnp.eye(len(square)), s_ND.T @ t_NE)
+    def rows(x_BSD: jax.Array) -> jax.Array:
+      return jnp.where(valid_N1, x_BSD.reshape(-1, x_BSD.shape[-1]).astype(jnp.float32), 0)
 
-    solved = [solve(rows(student.hidden[a]), rows(teacher.hidden[b])) for a, b in pairs]
+    solved = [_least_squares(rows(student.hidden[a]), rows(teacher.hidden[b])) for a, b in pairs]
     return {"project": adapters["project"].replace(jnp.stack(solved))}
 
-  def whole(
+  def pair_losses(
     self,
     student: Features,
     teacher: Features,
     adapters: dict[str, Any],
     batch: Batch,
     pairs: Pairs,
-  ) -> Mean:
-    total = Mean(jnp.zeros(()), jnp.zeros(()))
+  ) -> Iterator[Mean]:
     for i, (a, b) in enumerate(pairs):
       s = student.hidden[a].astype(jnp.float32)
       t = jax.lax.stop_gradient(teacher.hidden[b].astype(jnp.float32))
-      keep_BS1 = features.places(batch, s.shape[1]).keep_BS[..., None]
-      s, t = jnp.where(keep_BS1, s, 0), jnp.where(keep_BS1, t, 0)
+      valid_BS1 = features.feature_positions(batch, s.shape[1]).valid_BS[..., None]
+      s, t = jnp.where(valid_BS1, s, 0), jnp.where(valid_BS1, t, 0)
       if adapters:
         s = s @ adapters["project"][i]
-      total += features.mean(_distance(self.distance, s, t), batch)
-    return Mean(total.total / len(pairs), total.count / len(pairs))
+      yield features.mean_over_labels(_distance(self.distance, s, t), batch)
+
+
+def _least_squares(s_NI: jax.Array, t_NO: jax.Array) -> jax.Array:
+  """The projection [I, O] that maps N vectors nearest to the teacher's, with a small ridge."""
+  square_II = s_NI.T @ s_NI
+  ridge = RIDGE * jnp.trace(square_II) / len(square_II)
+  return jnp.linalg.solve(square_II + ridge * jnp.eye(len(square_II)), s_NI.T @ t_NO)
 
 
 def _distance(kind: str, s: jax.Array, t: jax.Array) -> jax.Array:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from distill_jax.errors import InputError
 from distill_jax.losses import features
-from distill_jax.losses.features import Features, FeatureSpec, Pairs
-from distill_jax.schedules import Schedule, constant
+from distill_jax.losses._base import LayerPairLoss
+from distill_jax.losses.features import FeaturePositions, Features, Pairs
 from distill_jax.types import Batch, Mean
 
 POSITIONS = 32  # whose relations exist at once
@@ -21,92 +22,105 @@ NOISE = 1e-10
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
+class Loss(LayerPairLoss):
   """Huber loss on distances and angles between a token and those before it.
 
-  RKD (arXiv:1904.05068, equations 3 to 7) with relations among the examples of a batch
-  brought to tokens: those of a token are with the `tokens` - 1 before it in its document,
+  RKD (arXiv:1904.05068, equations 3 to 7), whose relations are among the examples of a batch,
+  brought to tokens: a token is related to the `tokens` - 1 before it in its document,
   so it is a mean over tokens, as every other loss is, and knows nothing of the batch or of
   how documents are packed. Distances are divided by their mean over the token's relations,
   so that widths may differ and no projection is needed; angles are those at the token.
 
   Attributes:
     layers: see features.pairs.
-    tokens: a token and those that it is related to.
+    tokens: of a window, a token and those before it that it is related to.
     angle: the weight of the angle term beside the distance term's 1; 0 leaves it out.
   """
 
-  weight: Schedule = constant(1.0)
-  teacher: str = "teacher"
-  layers: str = "last"
   tokens: int = 16
   angle: float = 2.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    super().__post_init__()
     if self.tokens < 3 or self.angle < 0:
       raise InputError(
         f"tokens is {self.tokens} and angle {self.angle}; an angle takes 3 tokens, and its weight "
         "is at least 0"
       )
 
-  def needs(self, pairs: Pairs, student: Any, teacher: Any) -> tuple[FeatureSpec, FeatureSpec]:
-    del student, teacher
-    ours, theirs = zip(*pairs, strict=True)
-    return FeatureSpec(hidden=ours), FeatureSpec(hidden=theirs)
-
-  def whole(
+  def pair_losses(
     self,
     student: Features,
     teacher: Features,
     adapters: dict[str, Any],
     batch: Batch,
     pairs: Pairs,
-  ) -> Mean:
+  ) -> Iterator[Mean]:
     del adapters
-    total = Mean(jnp.zeros(()), jnp.zeros(()))
-    keep = features.places(batch, student.hidden[pairs[0][0]].shape[1]).keep_BS[..., None]
+    where = features.feature_positions(batch, student.hidden[pairs[0][0]].shape[1])
+    valid_BS1 = where.valid_BS[..., None]
     for a, b in pairs:
-      s = jnp.where(keep, student.hidden[a].astype(jnp.float32), 0)
-      t = jnp.where(keep, jax.lax.stop_gradient(teacher.hidden[b].astype(jnp.float32)), 0)
-      total += features.mean(self._relational(s, t, batch), batch)
-    return Mean(total.total / len(pairs), total.count / len(pairs))
+      s = jnp.where(valid_BS1, student.hidden[a].astype(jnp.float32), 0)
+      t = jax.lax.stop_gradient(teacher.hidden[b].astype(jnp.float32))
+      t = jnp.where(valid_BS1, t, 0)
+      yield features.mean_over_labels(self._token_losses(s, t, where), batch)
 
-  def _relational(self, s_BTD: jax.Array, t_BTD: jax.Array, batch: Batch) -> jax.Array:
-    """The loss of each token, float32 [B, T]; 0 for one without relations."""
+  def _token_losses(self, s_BTD: jax.Array, t_BTD: jax.Array, where: FeaturePositions) -> jax.Array:
+    """The loss of each token, float32 [B, T]; 0 for one without relations.
+
+    Relations exist for a block of C tokens at a time; N are those of one token.
+    """
     B, T = s_BTD.shape[:2]
-    keep_BT, segments_BT, _ = features.places(batch, T)
-    C, back_R = min(POSITIONS, T), 1 + jnp.arange(self.tokens - 1)  # R relations of a token
-    n = -(-T // C)
+    C, back_N = min(POSITIONS, T), 1 + jnp.arange(self.tokens - 1)
+    blocks = -(-T // C)
 
     @jax.checkpoint  # the backward pass makes a block's relations again
     def block(start: jax.Array) -> jax.Array:
       at_C = jnp.minimum(start + jnp.arange(C), T - 1)
-      from_CR = at_C[:, None] - back_R[None]
-      of = lambda x_BT: (x_BT[:, at_C][:, :, None], x_BT[:, jnp.maximum(from_CR, 0)])
-      segment, others = of(segments_BT)
-      keep, others_keep = of(keep_BT)
-      real_BCR = (segment == others) & keep & others_keep & (from_CR >= 0)[None]
-
-      def relations(x_BTD):
-        x_BC1D, others_BCRD = of(x_BTD)
-        e_BCRD = x_BC1D - others_BCRD
-        d_BCR = _lengths(e_BCRD, real_BCR, NOISE * jnp.sum(x_BC1D * x_BC1D, -1))
-        mean_BC1 = _mean(d_BCR, real_BCR)[..., None]
-        units_BCRD = e_BCRD / jnp.where(d_BCR > 0, d_BCR, 1)[..., None]
-        cosines = jnp.einsum("BCiD,BCjD->BCij", units_BCRD, units_BCRD)
-        return d_BCR / jnp.where(mean_BC1 > 0, mean_BC1, 1), cosines
-
-      (ds, angle_s), (dt, angle_t) = relations(s_BTD), relations(t_BTD)
-      loss_BC = _mean(_huber(ds - dt), real_BCR)
+      window = _Window(at_C, at_C[:, None] - back_N[None])
+      real_BCN = window.real(where)
+      (ds, angle_s), (dt, angle_t) = (_relations(x, window, real_BCN) for x in (s_BTD, t_BTD))
+      loss_BC = _mean(_huber(ds - dt), real_BCN)
       if self.angle:
-        other_RR = ~jnp.eye(len(back_R), dtype=bool)
-        two = real_BCR[..., :, None] & real_BCR[..., None, :] & other_RR[None, None]
+        other_NN = ~jnp.eye(len(back_N), dtype=bool)
+        both = real_BCN[..., :, None] & real_BCN[..., None, :] & other_NN[None, None]
         huber = _huber(angle_s - angle_t).reshape(*loss_BC.shape, -1)
-        loss_BC += self.angle * _mean(huber, two.reshape(huber.shape))
+        loss_BC += self.angle * _mean(huber, both.reshape(huber.shape))
       return loss_BC
 
-    blocks_nBC = jax.lax.map(block, jnp.arange(n) * C)
-    return jnp.moveaxis(blocks_nBC, 0, 1).reshape(B, n * C)[:, :T]
+    loss_NBC = jax.lax.map(block, jnp.arange(blocks) * C)
+    return jnp.moveaxis(loss_NBC, 0, 1).reshape(B, blocks * C)[:, :T]
+
+
+class _Window(NamedTuple):
+  """A block of C tokens, and the N positions before each that it may be related to."""
+
+  at_C: jax.Array
+  before_CN: jax.Array  # below 0 where there is none
+
+  def gather(self, x_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Values of the tokens [B, C, 1, ...], and of those before them [B, C, N, ...]."""
+    return x_BT[:, self.at_C][:, :, None], x_BT[:, jnp.maximum(self.before_CN, 0)]
+
+  def real(self, where: FeaturePositions) -> jax.Array:
+    """Whether each relation is between two compared tokens of one document, bool [B, C, N]."""
+    segment_BC1, others_BCN = self.gather(where.segments_BS)
+    valid_BC1, others_valid_BCN = self.gather(where.valid_BS)
+    in_row = (self.before_CN >= 0)[None]
+    return (segment_BC1 == others_BCN) & valid_BC1 & others_valid_BCN & in_row
+
+
+def _relations(
+  x_BTD: jax.Array, window: _Window, real_BCN: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Distances over their mean [B, C, N], and cosines of the angles at the token [B, C, N, N]."""
+  x_BC1D, others_BCND = window.gather(x_BTD)
+  e_BCND = x_BC1D - others_BCND
+  d_BCN = _lengths(e_BCND, real_BCN, NOISE * jnp.sum(x_BC1D * x_BC1D, -1))
+  mean_BC1 = _mean(d_BCN, real_BCN)[..., None]
+  units_BCND = e_BCND / jnp.where(d_BCN > 0, d_BCN, 1)[..., None]
+  cosines = jnp.einsum("BCiD,BCjD->BCij", units_BCND, units_BCND)
+  return d_BCN / jnp.where(mean_BC1 > 0, mean_BC1, 1), cosines
 
 
 def _lengths(e: jax.Array, real: jax.Array, noise: jax.Array) -> jax.Array:

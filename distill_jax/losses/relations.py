@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,15 +12,15 @@ import jax.numpy as jnp
 
 from distill_jax.errors import InputError
 from distill_jax.losses import features
+from distill_jax.losses._base import LayerPairLoss
 from distill_jax.losses.features import Features, FeatureSpec, Pairs
-from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch, Mean
 
 QUERIES = 128  # rows of a relation at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
+class Loss(LayerPairLoss):
   """KL between query-query, key-key and value-value relations (MiniLMv2, arXiv:2012.15828).
 
   A relation is softmax(x x^T / sqrt(d)) over the positions that a position can see. All
@@ -32,12 +33,12 @@ class Loss:
     heads: relation heads; they divide the joined width of queries and of keys on both sides.
   """
 
-  weight: Schedule = constant(1.0)
-  teacher: str = "teacher"
-  layers: str = "last"
   heads: int = 1
 
-  def needs(self, pairs: Pairs, student: Any, teacher: Any) -> tuple[FeatureSpec, FeatureSpec]:
+  def feature_specs(
+    self, pairs: Pairs, student: Any, teacher: Any
+  ) -> tuple[FeatureSpec, FeatureSpec]:
+    """Queries, keys and values of the paired layers."""
     for who, c in (("student", student), ("teacher", teacher)):
       for n in (c.num_attention_heads, c.num_key_value_heads):
         if self.heads < 1 or n * c.head_dim % self.heads:
@@ -50,36 +51,33 @@ class Loss:
       raise InputError("relations of layer 0 cannot be tapped; name layers from 1 on")
     return FeatureSpec(qkv=ours), FeatureSpec(qkv=theirs)
 
-  def whole(
+  def pair_losses(
     self,
     student: Features,
     teacher: Features,
     adapters: dict[str, Any],
     batch: Batch,
     pairs: Pairs,
-  ) -> Mean:
+  ) -> Iterator[Mean]:
     del adapters
-    total = Mean(jnp.zeros(()), jnp.zeros(()))
-    where = features.places(batch, student.qkv[pairs[0][0]][0].shape[1])
+    where = features.feature_positions(batch, student.qkv[pairs[0][0]][0].shape[1])
     segments = where.segments_BS
     for a, b in pairs:
       for s, t in zip(student.qkv[a], teacher.qkv[b], strict=True):
         s, t = self._split(s, segments), self._split(jax.lax.stop_gradient(t), segments)
-        total += features.mean(_relation_kl(s, t, segments, where.causal), batch)
-    n = 3 * len(pairs)
-    return Mean(total.total / n, total.count / n)
+        yield features.mean_over_labels(_relation_kl(s, t, segments, where.causal), batch)
 
   def _split(self, x_BTHh: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """Relation heads, float32 [B, T, R, d]; 0 in padding, where a NaN would reach gradients."""
+    """In relation heads, float32 [B, T, H, h]; 0 in padding, where a NaN would reach gradients."""
     B, T = segments_BT.shape
-    x_BTRd = x_BTHh.reshape(B, T, self.heads, -1).astype(jnp.float32)
-    return jnp.where(segments_BT[..., None, None] > 0, x_BTRd, 0)
+    x_BTHh = x_BTHh.reshape(B, T, self.heads, -1).astype(jnp.float32)
+    return jnp.where(segments_BT[..., None, None] > 0, x_BTHh, 0)
 
 
 def _relation_kl(
-  s_BTRd: jax.Array, t_BTRd: jax.Array, segments_BT: jax.Array, causal: bool
+  s_BTHh: jax.Array, t_BTHh: jax.Array, segments_BT: jax.Array, causal: bool
 ) -> jax.Array:
-  """KL(teacher's relation || student's), mean over R relation heads, float32 [B, T]."""
+  """KL(teacher's relation || student's), mean over H relation heads, float32 [B, T]."""
   B, T = segments_BT.shape
   C = min(QUERIES, T)
   n = -(-T // C)
@@ -91,12 +89,12 @@ def _relation_kl(
     if causal:
       sees_BCT &= at_C[None, :, None] >= jnp.arange(T)[None, None, :]
 
-    def log_relation(x_BTRd):
-      z = jnp.einsum("BCRd,BTRd->BRCT", x_BTRd[:, at_C], x_BTRd) / math.sqrt(x_BTRd.shape[-1])
+    def log_relation(x_BTHh: jax.Array) -> jax.Array:
+      z = jnp.einsum("BCHh,BTHh->BHCT", x_BTHh[:, at_C], x_BTHh) / math.sqrt(x_BTHh.shape[-1])
       return jax.nn.log_softmax(jnp.where(sees_BCT[:, None], z, -1e30))
 
-    t, s = log_relation(t_BTRd), log_relation(s_BTRd)
+    t, s = log_relation(t_BTHh), log_relation(s_BTHh)
     return jnp.mean(jnp.sum(jnp.exp(t) * (t - s), -1), 1)  # unseen: exp(t) is 0, t - s finite
 
-  blocks_nBC = jax.lax.map(block, jnp.arange(n) * C)
-  return jnp.moveaxis(blocks_nBC, 0, 1).reshape(B, n * C)[:, :T]
+  blocks_NBC = jax.lax.map(block, jnp.arange(n) * C)
+  return jnp.moveaxis(blocks_NBC, 0, 1).reshape(B, n * C)[:, :T]

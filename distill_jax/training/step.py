@@ -5,45 +5,77 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from distill_jax.losses import features
+from distill_jax.losses import BaseLoss, DenseTargets, FeatureLoss, TokenLoss, features
 from distill_jax.losses.features import Features, FeatureSpec
 from distill_jax.nn import fused_head, layer_sharing, lora, params
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.training import token_metrics
-from distill_jax.types import Batch, Inputs, Mean, Output, Recorded, Targets, TrainState
+from distill_jax.types import Batch, Mean, Output, Recorded, Targets, TrainState
 
-NOTHING = FeatureSpec()
-Teachers = Mapping[str, Any]  # online teachers by name
+NO_FEATURES = FeatureSpec()
+Teachers = Mapping[str, Any]  # models of online teachers, by name
 Weights = dict[str, jax.Array]  # of the losses, by name
+Metrics = dict[str, jax.Array]  # scalars
+
+
+class Fixed(NamedTuple):
+  """What a loss depends on and is not differentiated in.
+
+  Attributes:
+    teachers: the online ones.
+    step: the step number.
+    count: labels of the whole batch, which every sum over labels is divided by.
+    base: the model that low-rank adapters are trained on.
+  """
+
+  teachers: Teachers
+  step: jax.Array | int
+  count: jax.Array | float
+  base: Any = None
+
+
+class Prepared(NamedTuple):
+  """What the losses of one microbatch are computed from.
+
+  Attributes:
+    out: the student's outputs.
+    batch: its labels, and every teacher's targets.
+    student: the student's features; `teachers`: the teachers', by name.
+  """
+
+  out: Output
+  batch: Batch
+  student: Features
+  teachers: dict[str, Features]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # jit hashes it: by identity
 class Step:
-  """All that is static about a training step: what is minimised, and how it is computed.
+  """Everything static about a training step: what is minimised, and how it is computed.
 
   Attributes:
     losses: by name; see distill_jax/losses.
     learning_rate: of the step number.
-    optimizer: all of the update but the learning rate.
+    optimizer: the whole update but for the learning rate.
     student, teacher: how each is computed.
     chunk: positions of each sequence whose logits exist at once.
     accumulate: microbatches a step; the gradient is that of the whole batch.
     vocab_size: tokens; further rows of a head are padding. None: no row is.
-    student_config, teacher_config: shapes, for whole-sequence losses.
-    recorded: what the targets in a batch are.
+    student_config, teacher_config: shapes, for feature losses.
+    recorded: how the targets in a batch were recorded.
     balance_every: steps between measurements of the losses' gradient norms, which are then
       held in the ratio of the losses' weights; 0: never, weights are weights.
     frozen: see params.trainable_mask.
     parts: of several tasks, each one's name and its first row of the head.
   """
 
-  losses: Mapping[str, Any]
+  losses: Mapping[str, BaseLoss]
   learning_rate: Callable[[jax.Array], jax.Array]
   optimizer: optax.GradientTransformationExtraArgs
   student: ComputeConfig
@@ -58,16 +90,29 @@ class Step:
   frozen: tuple[str, ...] = ()
   parts: tuple[tuple[str, int], ...] = ()
 
-  def init(self, model: Any, adapters: dict[str, Any] | None = None) -> TrainState:
-    """The state before step 0, of what is trained: a model, its shared layers, or adapters."""
+  @functools.cached_property
+  def token_losses(self) -> dict[str, TokenLoss]:
+    return {name: fn for name, fn in self.losses.items() if isinstance(fn, TokenLoss)}
+
+  @functools.cached_property
+  def feature_losses(self) -> dict[str, FeatureLoss]:
+    return {name: fn for name, fn in self.losses.items() if isinstance(fn, FeatureLoss)}
+
+  def init(self, trained: Any, adapters: dict[str, Any] | None = None) -> TrainState:
+    """The state before step 0.
+
+    Args:
+      trained: what is trained of the student: a model, its shared layers, or its adapters.
+      adapters: parameters that losses own, by loss.
+    """
     adapters = adapters or {}
     balance = {name: jnp.ones(()) for name in self.losses} if self.balance_every else {}
-    opt = self.optimizer.init((model, adapters))
-    return TrainState(jnp.zeros((), jnp.int32), model, adapters, opt, balance)
+    opt = self.optimizer.init((trained, adapters))
+    return TrainState(jnp.zeros((), jnp.int32), trained, adapters, opt, balance)
 
   def __call__(
     self, state: TrainState, batch: Batch, teachers: Teachers, base: Any = None
-  ) -> tuple[TrainState, dict[str, jax.Array]]:
+  ) -> tuple[TrainState, Metrics]:
     """One step: (state, batch, online teachers by name) -> (state, metrics as scalars).
 
     With a `base`, state.params are its low-rank adapters and it stays as it is.
@@ -75,133 +120,154 @@ class Step:
     microbatches nor the mesh change the gradient.
     """
     count = jnp.maximum(jnp.sum(batch.mask_BT, dtype=jnp.float32), 1.0)
+    fixed = Fixed(teachers, state.step, count, base)
     trained = (state.params, state.adapters)
     pieces = jax.tree.map(self._microbatches, batch)
-    first = jax.tree.map(lambda x: x[0], pieces)
-    grad = jax.value_and_grad(self._loss, has_aux=True)
     weights = {name: fn.weight(state.step) for name, fn in self.losses.items()}
-    balance = self._balance(state, trained, first, teachers, weights, count, base)
+    balance = self._balance(state, jax.tree.map(lambda x: x[0], pieces), fixed, weights)
     scaled = {name: w * balance.get(name, 1.0) for name, w in weights.items()}
-
-    def micro(piece: Batch):
-      return grad(trained, piece, teachers, state.step, count, scaled, base)
-
-    if self.accumulate == 1:
-      (loss, means), grads = micro(first)
-    else:
-      shapes = jax.eval_shape(micro, first)
-      zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-      add = lambda total, piece: (jax.tree.map(jnp.add, total, micro(piece)), None)
-      ((loss, means), grads), _ = jax.lax.scan(add, zero, pieces)
+    (loss, means), grads = self._gradient(trained, pieces, fixed, scaled)
 
     with jax.named_scope("update"):
       rate = self.learning_rate(state.step)
       updates, opt = self.optimizer.update(grads, state.opt, trained, value=loss)
       updates = jax.tree.map(lambda u: -rate * u, updates)
-      model, adapters = optax.apply_updates(trained, updates)
+      params_, adapters = optax.apply_updates(trained, updates)
     metrics = {"loss": loss, "learning_rate": rate, "grad_norm": optax.tree.norm(grads)}
     metrics |= {name: mean.value() for name, mean in means.items()}
     metrics |= {"perplexity": jnp.exp(metrics["ce"]), "tokens": count}
     metrics |= {f"weight/{name}": w for name, w in scaled.items()}
-    metrics |= {
-      f"temperature/{name}": fn.temperature(state.step)
-      for name, fn in self.losses.items()
-      if hasattr(fn, "temperature")
-    }
-    return TrainState(state.step + 1, model, adapters, opt, balance), metrics
+    metrics |= self._scheduled(state.step)
+    return TrainState(state.step + 1, params_, adapters, opt, balance), metrics
 
-  def _loss(
-    self,
-    trained: Any,
-    batch: Batch,
-    teachers: Teachers,
-    step: Any,
-    count: Any,
-    weights: Weights,
-    base: Any = None,
+  def _scheduled(self, step: jax.Array) -> Metrics:
+    """The losses' schedules at a step, but for their weights."""
+    return {
+      f"{key}/{name}": schedule(step)
+      for name, fn in self.losses.items()
+      for key, schedule in fn.schedules().items()
+      if key != "weight"
+    }
+
+  def _gradient(
+    self, trained: Any, pieces: Batch, fixed: Fixed, weights: Weights
+  ) -> tuple[tuple[jax.Array, dict[str, Mean]], Any]:
+    """((loss, means), gradient), summed over microbatches [accumulate, B / accumulate, ...]."""
+    value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
+
+    def micro(piece: Batch) -> Any:
+      return value_and_grad(trained, piece, fixed, weights)
+
+    first = jax.tree.map(lambda x: x[0], pieces)
+    if self.accumulate == 1:
+      return micro(first)
+
+    def add(total: Any, piece: Batch) -> tuple[Any, None]:
+      return jax.tree.map(jnp.add, total, micro(piece)), None
+
+    shapes = jax.eval_shape(micro, first)
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zero, pieces)[0]
+
+  def loss(
+    self, trained: Any, batch: Batch, fixed: Fixed, weights: Weights
   ) -> tuple[jax.Array, dict[str, Mean]]:
+    """(weighted loss, means of losses and metrics) of one microbatch.
+
+    Args:
+      trained: (what is trained of the student, adapters of losses), to differentiate in.
+    """
     model, adapters = trained
     if self.frozen:
-      still = lambda x, trains: x if trains else jax.lax.stop_gradient(x)
-      model = jax.tree.map(still, model, params.trainable_mask(model, self.frozen))
-    model = _student(model, base)
-    ours, theirs = self.needs()
-    out: Output = model(batch.inputs, self.student, ours.taps)
-    targets, taught = self._taught(batch, teachers, theirs)
-    batch = (batch.with_contrastive_labels() if out.contrastive else batch).replace(targets=targets)
-
-    def chunk_loss(logits_BCV: jax.Array, piece: Batch):
-      logits_BCV = fused_head.only_rows(
-        fused_head.soft_cap(logits_BCV, out.soft_cap), piece.class_range_BT2
-      )
-      total, means = jnp.zeros((), jnp.float32), {}
-      for name, fn in self.losses.items():
-        if hasattr(fn, "token_loss"):
-          taught = hasattr(fn, "teacher") or hasattr(fn, "teachers")
-          mask_BC = piece.mask_for_teacher_losses() if taught else piece.mask_for_label_losses()
-          means[name] = Mean.of(fn.token_loss(logits_BCV, piece, step), mask_BC)
-          total += weights[name] / count * means[name].total
-      fixed = jax.lax.stop_gradient(logits_BCV)
-      return total, means | token_metrics.means(fixed, piece, self.recorded, self.parts)
-
-    total, means = fused_head.loss(
-      chunk_loss, out.hidden_BTD, out.head_VD, _answers(batch, out), self.chunk, self.vocab_size
-    )
-    mine = ours.of(model, out, batch.inputs, self.student)
-    for name, fn in self.losses.items():
-      if hasattr(fn, "whole"):
-        with jax.named_scope(name):
-          own = adapters.get(name, {})
-          means[name] = fn.whole(mine, taught[fn.teacher], own, batch, self.pairs(fn))
-          total += weights[name] / count * means[name].total
+      model = _stop_gradient(model, self.frozen)
+    prepared = self._prepare(_student(model, fixed.base), batch, fixed.teachers)
+    total, means = self._token_losses(prepared, fixed, weights)
+    for name, fn in self.feature_losses.items():
+      with jax.named_scope(name):
+        means[name] = fn.feature_loss(
+          prepared.student,
+          prepared.teachers[fn.teacher],
+          adapters.get(name, {}),
+          prepared.batch,
+          self.pairs(fn),
+        )
+        total += weights[name] / fixed.count * means[name].total
     return total, means
 
-  def fit(
-    self,
-    names: list[str],
-    model: Any,
-    adapters: dict[str, Any],
-    batch: Batch,
-    teachers: Teachers,
-    base: Any = None,
-  ) -> dict[str, Any]:
-    """The adapters of these losses as their losses fit them on one batch."""
-    model = _student(model, base)
-    ours, theirs = self.needs()
+  def _prepare(self, model: Any, batch: Batch, teachers: Teachers) -> Prepared:
+    """Runs the student and its online teachers, and reads the recorded ones."""
+    ours, theirs = self.feature_specs()
     out: Output = model(batch.inputs, self.student, ours.taps)
-    mine = ours.of(model, out, batch.inputs, self.student)
-    _, taught = self._taught(batch, teachers, theirs)
-    fitted = {}
-    for name in names:
-      fn = self.losses[name]
-      fitted[name] = fn.fit(adapters[name], self.pairs(fn), mine, taught[fn.teacher], batch)
-    return fitted
+    targets, taught = self._teacher_outputs(batch, teachers, theirs)
+    labelled = batch.with_contrastive_labels() if out.contrastive else batch
+    student = ours.extract(model, out, batch.inputs, self.student)
+    return Prepared(out, labelled.replace(targets=targets), student, taught)
 
-  def pairs(self, fn: Any) -> features.Pairs:
-    """The (student layer, teacher layer) pairs of a whole-sequence loss."""
-    ours, theirs = self.student_config, self.teacher_config
-    return features.pairs(fn.layers, ours.num_hidden_layers, theirs.num_hidden_layers)
+  def _token_losses(
+    self, prepared: Prepared, fixed: Fixed, weights: Weights
+  ) -> tuple[jax.Array, dict[str, Mean]]:
+    """(weighted sum of the token losses, means of losses and metrics)."""
+    out = prepared.out
 
-  def needs(self) -> tuple[FeatureSpec, FeatureSpec]:
+    def chunk_loss(logits_BCV: jax.Array, piece: Batch) -> tuple[jax.Array, dict[str, Mean]]:
+      logits_BCV = fused_head.soft_cap(logits_BCV, out.soft_cap)
+      logits_BCV = fused_head.only_rows(logits_BCV, piece.class_range_BT2)
+      total, means = jnp.zeros((), jnp.float32), {}
+      for name, fn in self.token_losses.items():
+        by_teacher = bool(fn.teacher_names)
+        mask_BC = (
+          piece.mask_for_teacher_losses() if by_teacher else piece.mask_for_label_losses()
+        )
+        means[name] = Mean.of(fn.token_loss(logits_BCV, piece, fixed.step), mask_BC)
+        total += weights[name] / fixed.count * means[name].total
+      metrics = token_metrics.means(jax.lax.stop_gradient(logits_BCV), piece, self.parts)
+      return total, means | metrics
+
+    batch = _per_output(prepared.batch, out)
+    return fused_head.loss(
+      chunk_loss, out.hidden_BTD, out.head_VD, batch, self.chunk, self.vocab_size
+    )
+
+  def fit(
+    self, model: Any, adapters: dict[str, Any], batch: Batch, teachers: Teachers, base: Any = None
+  ) -> dict[str, Any]:
+    """The adapters of those losses that fit theirs on one batch, fitted."""
+    prepared = self._prepare(_student(model, base), batch, teachers)
+    return {
+      name: fn.fit(
+        adapters[name],
+        self.pairs(fn),
+        prepared.student,
+        prepared.teachers[fn.teacher],
+        batch,
+      )
+      for name, fn in self.feature_losses.items()
+      if fn.fits_adapters and name in adapters
+    }
+
+  def pairs(self, fn: FeatureLoss) -> features.Pairs:
+    """The (student layer, teacher layer) pairs of a feature loss."""
+    return fn.pairs(self.student_config, self.teacher_config)
+
+  def feature_specs(self) -> tuple[FeatureSpec, FeatureSpec]:
     """The features that the losses compare, of the student and of the teacher."""
     ours, theirs = FeatureSpec(), FeatureSpec()
-    for fn in self.losses.values():
-      if hasattr(fn, "needs"):
-        a, b = fn.needs(self.pairs(fn), self.student_config, self.teacher_config)
-        ours, theirs = ours | a, theirs | b
+    for fn in self.feature_losses.values():
+      a, b = fn.feature_specs(self.pairs(fn), self.student_config, self.teacher_config)
+      ours, theirs = ours | a, theirs | b
     return ours, theirs
 
-  def _taught(
-    self, batch: Batch, teachers: Teachers, needs: FeatureSpec
+  def _teacher_outputs(
+    self, batch: Batch, teachers: Teachers, spec: FeatureSpec
   ) -> tuple[dict[str, Targets], dict[str, Features]]:
-    """Targets and features of every teacher, from its records or from itself."""
+    """Targets and features of every teacher, from its records or from its model."""
     targets, taught = dict(batch.targets), {}
     for name, t in targets.items():
       if t.taps_BPTD is not None:
         taught[name] = self._recorded_features(t.taps_BPTD)
         targets[name] = t.replace(taps_BPTD=None)
     for name, model in teachers.items():
-      targets[name], taught[name] = online(model, batch.inputs, self.teacher, needs)
+      targets[name], taught[name] = online(model, batch.inputs, self.teacher, spec)
     return targets, taught
 
   def _recorded_features(self, taps_BPTD: jax.Array) -> Features:
@@ -211,7 +277,9 @@ class Step:
     split = functools.partial(features.unflat_qkv, config=self.teacher_config)
     return Features({}, {layer: split(x) for layer, x in by_layer.items()})
 
-  def _balance(self, state, trained, batch, teachers, weights, count, base) -> dict[str, jax.Array]:
+  def _balance(
+    self, state: TrainState, batch: Batch, fixed: Fixed, weights: Weights
+  ) -> dict[str, jax.Array]:
     """Factors that hold the losses' gradient norms in the ratio of their weights.
 
     Every `balance_every` steps each loss is pulled back alone on the first microbatch; the
@@ -224,11 +292,11 @@ class Step:
 
     def norm(one_hot: jax.Array) -> jax.Array:
       alone = dict(zip(names, one_hot, strict=True))
-      grad = jax.grad(self._loss, has_aux=True)
-      grads = grad(trained, batch, teachers, state.step, count, alone, base)
-      return optax.tree.norm(grads[0])
+      grad = jax.grad(self.loss, has_aux=True)
+      grads, _ = grad((state.params, state.adapters), batch, fixed, alone)
+      return optax.tree.norm(grads)
 
-    def measure():
+    def measure() -> dict[str, jax.Array]:
       norms = jax.lax.map(norm, jnp.eye(len(names)))
       w = jnp.stack([weights[name] for name in names])
       mean = jnp.sum(w * norms) / jnp.maximum(jnp.sum(w), 1e-9)
@@ -243,21 +311,35 @@ class Step:
     return jnp.moveaxis(rows, 1, 0)
 
 
-def _answers(batch: Batch, out: Output) -> Batch:
-  """The batch as a student's answers see it, which may be two to a label (models/deit.py).
+def _per_output(batch: Batch, out: Output) -> Batch:
+  """The batch with one position for each of the student's outputs.
 
-  Of the two, the first is held to labels and the second to teachers.
+  Students with a distillation token (models/deit.py) have two outputs a label: the first is
+  trained on labels, the second on teachers.
   """
   T = batch.labels_BT.shape[1]
   if out.hidden_BTD.shape[1] == T:
     return batch
-  twice = lambda tree: jax.tree.map(lambda x_BT: jnp.repeat(x_BT, 2, axis=1), tree)
-  heads = {name: t.head_VD for name, t in batch.targets.items()}
-  bare = {name: t.replace(head_VD=None) for name, t in batch.targets.items()}
-  targets = {name: t.replace(head_VD=heads[name]) for name, t in twice(bare).items()}
+
+  def twice(tree: Any) -> Any:
+    return jax.tree.map(lambda x_BT: jnp.repeat(x_BT, 2, axis=1), tree)
+
+  targets = {
+    name: twice(t.replace(head_VD=None)).replace(head_VD=t.head_VD)
+    for name, t in batch.targets.items()
+  }
   second_BT = jnp.broadcast_to(jnp.arange(2 * T)[None] % 2 == 1, (len(batch.labels_BT), 2 * T))
-  said = twice(batch.replace(inputs=None, valid_BS=None, targets={}))
-  return said.replace(targets=targets, distill_token_BT=second_BT)
+  doubled = twice(batch.replace(inputs=None, valid_BS=None, targets={}))
+  return doubled.replace(targets=targets, distill_token_BT=second_BT)
+
+
+def _stop_gradient(model: Any, frozen: tuple[str, ...]) -> Any:
+  """The model, whose gradient in its frozen parameters is 0."""
+
+  def leaf(x: jax.Array, trainable: bool) -> jax.Array:
+    return x if trainable else jax.lax.stop_gradient(x)
+
+  return jax.tree.map(leaf, model, params.trainable_mask(model, frozen))
 
 
 def _student(trained: Any, base: Any) -> Any:
@@ -268,15 +350,15 @@ def _student(trained: Any, base: Any) -> Any:
 
 
 def online(
-  model: Any, inputs: Inputs, compute: ComputeConfig, needs: FeatureSpec = NOTHING
-) -> tuple[Targets, Features]:
-  """A teacher that runs beside the student: hidden states, head, features; no logits."""
+  model: Any, inputs: Any, compute: ComputeConfig, spec: FeatureSpec = NO_FEATURES
+) -> tuple[DenseTargets, Features]:
+  """Runs a teacher beside the student: its hidden states, head and features, no logits."""
   with jax.named_scope("teacher"):
-    out: Output = model(inputs, compute, needs.taps)
-    said = Targets(
+    out: Output = model(inputs, compute, spec.taps)
+    targets = DenseTargets(
       hidden_BTD=out.hidden_BTD,
       head_VD=out.head_VD,
       soft_cap=out.soft_cap,
       contrastive=out.contrastive,
     )
-    return jax.lax.stop_gradient((said, needs.of(model, out, inputs, compute)))
+    return jax.lax.stop_gradient((targets, spec.extract(model, out, inputs, compute)))
