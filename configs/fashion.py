@@ -101,11 +101,11 @@ def get_config(role: str = "distilled"):
     c.losses.hard = config.loss("ce")
   elif role == "distilled":
     c.train.records = (f"{RUNS}/records",)
-    c.losses.soft = config.loss("kd", temperature=2.0, missing_mass="renormalise")
+    c.losses.soft = config.loss("kd", temperature=2.0)
   elif role == "conv":
     c.student.family, c.student.changes = "convnext", CONVNEXT
     c.train.records = (f"{RUNS}/records",)
-    c.losses.soft = config.loss("kd", temperature=2.0, missing_mass="renormalise")
+    c.losses.soft = config.loss("kd", temperature=2.0)
   elif role == "deit":
     c.student.family = "deit"
     c.train.records = (f"{RUNS}/records",)

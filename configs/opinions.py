@@ -77,7 +77,7 @@ def get_config(role: str = "distilled"):
     c.student.keep_layers = (0, 5)
     if role == "distilled":
       c.train.records = tuple(f"{AT}/{name}" for name in BOTH)
-      c.losses = {"soft": config.loss("kd", temperature=2.0, missing_mass="renormalise")}
+      c.losses = {"soft": config.loss("kd", temperature=2.0)}
   elif role in ("adapted", "whole"):
     c.tasks = {"tweets": task("tweets")}
     c.records.task, c.train.mixture = "", ()

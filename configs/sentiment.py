@@ -59,7 +59,7 @@ def get_config(student: str = "distilled"):
       c.losses.hard = config.loss("ce")
     else:
       c.train.records = (f"{AT}/records",)
-      c.losses.soft = config.loss("kd", temperature=2.0, missing_mass="renormalise")
+      c.losses.soft = config.loss("kd", temperature=2.0)
   else:
     raise ValueError(f"configs/sentiment.py:{student} is none of teacher, hard, distilled")
 

@@ -118,11 +118,18 @@ def link(**fields: Any) -> ConfigDict:
 
 def _entry(package: str, name: str, fields: dict[str, Any]) -> ConfigDict:
   keys = {
-    f.name: f.default.values[0] if isinstance(f.default, Schedule) else f.default
+    f.name: _default(f)
     for f in dataclasses.fields(getattr(registry.load(package, name), FOLDERS[package]))
   }
   _known(fields, keys, f"{package}.{name}")
   return ConfigDict({_key(package): name, **keys, **fields}, type_safe=False)
+
+
+def _default(field: dataclasses.Field) -> Any:
+  """The default of a field as a config file would write it."""
+  if field.default_factory is not dataclasses.MISSING:
+    return field.default_factory()
+  return field.default.values[0] if isinstance(field.default, Schedule) else field.default
 
 
 def _key(package: str) -> str:

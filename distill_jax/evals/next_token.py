@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill_jax.losses import divergences
+from distill_jax.losses import DenseTargets, divergences
 from distill_jax.nn import fused_head
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.types import Batch, Mean, Output, Targets
+from distill_jax.types import Batch, Mean, Output
 
 
 def compare(
-  outputs: Mapping[str, Targets],
+  outputs: Mapping[str, DenseTargets],
   batch: Batch,
   chunk: int,
   vocab_size: int | None = None,
@@ -38,15 +38,14 @@ def compare(
     logp_BCV = jax.nn.log_softmax(teacher_BCV)
     means = {teacher: _metrics(logp_BCV, logp_BCV, piece)}
     for name, t in piece.targets.items():
-      assert t.hidden_BTD is not None and t.head_VD is not None
-      z_BCV = fused_head.soft_cap(fused_head.logits(t.hidden_BTD, t.head_VD), t.soft_cap)
-      z_BCV = fused_head.fit_rows(z_BCV, teacher_BCV)
+      assert isinstance(t, DenseTargets)
+      z_BCV = fused_head.fit_rows(t.logits(), teacher_BCV)
       logq_BCV = jax.nn.log_softmax(z_BCV)
       means[name] = _metrics(logp_BCV, logq_BCV, piece)
     return means
 
   p = outputs[teacher]
-  assert p.hidden_BTD is not None and p.head_VD is not None
+  assert p.head_VD is not None
   others = {name: t for name, t in outputs.items() if name != teacher}
   batch = (batch.with_contrastive_labels() if p.contrastive else batch).replace(targets=others)
   return fused_head.fold(chunk_metrics, p.hidden_BTD, p.head_VD, batch, chunk, vocab_size)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from distill_jax.losses import DenseTargets
 from distill_jax.runtime import distributed
-from distill_jax.types import Batch, Targets
+from distill_jax.types import Batch
 
 
 class Retrieval:
@@ -17,7 +18,7 @@ class Retrieval:
     self._said: dict[str, list[np.ndarray]] = {}
     self._texts: list[np.ndarray] = []
 
-  def add(self, outputs: Mapping[str, Targets], batch: Batch) -> None:
+  def add(self, outputs: Mapping[str, DenseTargets], batch: Batch) -> None:
     """Args: outputs, by model; their heads are the batch, first its texts, then its images."""
     real_B = distributed.to_host(batch.mask_BT)[:, 0]
     self._texts.append(distributed.to_host(batch.inputs.texts.tokens_BT)[real_B])

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import scipy.stats
 
+from distill_jax.losses import DenseTargets
 from distill_jax.runtime import distributed
-from distill_jax.types import Batch, Targets
+from distill_jax.types import Batch
 
 
 class Similarity:
@@ -17,11 +18,10 @@ class Similarity:
   def __init__(self) -> None:
     self._said: dict[str, list[np.ndarray]] = {}
 
-  def add(self, outputs: Mapping[str, Targets], batch: Batch) -> None:
+  def add(self, outputs: Mapping[str, DenseTargets], batch: Batch) -> None:
     """Args: outputs, by model; their hidden states are embeddings of length 1."""
     real_B = distributed.to_host(batch.mask_BT)[:, 0]
     for name, t in outputs.items():
-      assert t.hidden_BTD is not None
       self._said.setdefault(name, []).append(distributed.to_host(t.hidden_BTD)[real_B, 0])
 
   def row(self, model: str) -> dict[str, float]:

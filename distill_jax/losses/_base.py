@@ -44,13 +44,14 @@ class BaseLoss:
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     return {name: value for name, value in values.items() if isinstance(value, Schedule)}
 
-  def check_records(self, kind: str, has_logp: bool, temperature: float) -> None:
+  def check_records(self, kind: str, has_logp: bool, temperature: float, missing_mass: str) -> None:
     """Refuses records whose targets this loss cannot use; by default it can use all.
 
     Args:
       kind: of the records.
       has_logp: whether sampled records hold log-probabilities.
       temperature: of the recorded distribution.
+      missing_mass: the convention of top-k records.
 
     Raises:
       InputError: they would give a biased loss.

@@ -39,9 +39,9 @@ class Loss(TokenLoss):
   def teacher_names(self) -> tuple[str, ...]:
     return (self.teacher,)
 
-  def check_records(self, kind: str, has_logp: bool, temperature: float) -> None:
+  def check_records(self, kind: str, has_logp: bool, temperature: float, missing_mass: str) -> None:
     changes = any(value != temperature for value in self.temperature.values)
-    supports.check(kind, has_logp, self.divergence, changes)
+    supports.check(kind, has_logp, self.divergence, changes, missing_mass)
 
   def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array | int) -> jax.Array:
     temperature = self.temperature(step)

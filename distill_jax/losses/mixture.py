@@ -66,8 +66,9 @@ class Loss(TokenLoss):
   def teacher_names(self) -> tuple[str, ...]:
     return self.teachers
 
-  def check_records(self, kind: str, has_logp: bool, temperature: float) -> None:
-    self._kd(self.teachers[0]).check_records(kind, has_logp, temperature)
+  def check_records(self, kind: str, has_logp: bool, temperature: float, missing_mass: str) -> None:
+    alone = self._kd(self.teachers[0])
+    alone.check_records(kind, has_logp, temperature, missing_mass)
 
   def _kd(self, teacher: str) -> kd.Loss:
     """The loss of one teacher alone."""

@@ -163,13 +163,20 @@ class SampledTargets(Targets, kw_only=True):
     return jnp.any(self.weight_BTK > 0, -1)
 
 
-def check(kind: str, has_logp: bool, divergence: str, temperature_changes: bool) -> None:
+def check(
+  kind: str,
+  has_logp: bool,
+  divergence: str,
+  temperature_changes: bool,
+  missing_mass: str = "none",
+) -> None:
   """Refuses a divergence over records that cannot serve it without bias.
 
   Args:
     kind: of the records; "dense" for an online teacher.
     has_logp: sampled records that hold true log-probabilities beside the counts.
     temperature_changes: a temperature other than the recorded one is asked for.
+    missing_mass: the convention of top-k records.
   """
   if kind == "sampled" and divergence == "adaptive_kl":
     raise InputError(
@@ -184,6 +191,12 @@ def check(kind: str, has_logp: bool, divergence: str, temperature_changes: bool)
     raise InputError(
       "the temperature is not the recorded one and sampled records hold counts, which cannot be "
       "raised to a power without bias; record at that temperature, or with records.logp=True"
+    )
+  if kind == "topk" and temperature_changes and missing_mass == "tail_bucket":
+    raise InputError(
+      "the temperature is not the recorded one and these top-k records have a tail bucket, of "
+      "which a temperature makes nothing that is known; record with "
+      "records.missing_mass=renormalise, or keep the recorded temperature"
     )
 
 

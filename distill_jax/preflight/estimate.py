@@ -16,7 +16,7 @@ from distill_jax.nn import sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.preflight import programs
 from distill_jax.records.store import Manifest
-from distill_jax.training import loop
+from distill_jax.training import state
 
 # Entries of systematic sampling at 1.6 nats, seen on SmolLM2-135M (design.md, section 3).
 _ENTRIES = {32: 8.6, 63: 12.7, 255: 29.3}
@@ -73,7 +73,7 @@ def argument_bytes(config: Config, verb: str, mesh: jax.sharding.Mesh) -> int:
   """Bytes a device of parameters, optimiser and teacher on a mesh, without a compile."""
   if verb == "record":
     return _model_bytes(loading.open_source(config.teacher), mesh)
-  teachers = [loading.open_source(spec) for spec in loop.online(config).values()]
+  teachers = [loading.open_source(spec) for spec in state.online_teachers(config).values()]
   teacher = sum(_model_bytes(source, mesh) for source in teachers)
   student = loading.open_source(config.student)
   trained = _placed_bytes(student.abstract_trainable, student.compute, mesh)

@@ -21,7 +21,7 @@ from distill_jax.config import Config
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import layer_sharing, lora, params
-from distill_jax.training import loop
+from distill_jax.training import state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def step_flops(config: Config, verb: str, rows: int) -> dict[str, float]:
     "attention": 3 * forward.attention,
     "head": 3 * forward.head,
   }
-  if online := loop.online(config):
+  if online := state.online_teachers(config):
     sources = [loading.open_source(spec) for spec in online.values()]
     flops["teacher"] = sum(forward_flops(teacher, rows, T).total for teacher in sources)
   if rank := student.lora.rank or student.share.lora.rank:

@@ -20,7 +20,8 @@ from distill_jax.nn import sharding
 from distill_jax.records import collate, fields, multi_teacher, recorder, taps, tf_example
 from distill_jax.records.store import Manifest, Store
 from distill_jax.tasks import dataset
-from distill_jax.training import loop, validate
+from distill_jax.training import loop, state, stores, validate
+from distill_jax.types import Recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +80,12 @@ def _feature_width(config: Config) -> int:
   return taps.feature_width(teacher, config.records.taps_of)
 
 
-def _stores(config: Config) -> loop.Stores:
+def _stores(config: Config) -> stores.Stores:
   """As train opens them, as if all had been recorded."""
   if not config.tasks:
     store = Store(Path("preflight"), manifest(config))
     return [multi_teacher.MultiTeacherStore(store, dict.fromkeys(config.train.teachers, store))]
-  rows = loop.open_tasks(config)
+  rows = stores.open_tasks(config)
   if not config.train.records:
     config = dataclasses.replace(config, records=dataclasses.replace(config.records, kind="text"))
   parts = dataset.parts(rows)
@@ -93,33 +94,30 @@ def _stores(config: Config) -> loop.Stores:
 
 
 def _train(config: Config, mesh: Mesh) -> Program:
-  stores = _stores(config)
+  opened = _stores(config)
   alone = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=""))
   given = config.train.records if config.tasks else ("records",)
   alone = dataclasses.replace(alone, train=dataclasses.replace(alone.train, records=given))
-  validate.check_run(alone, stores)
+  validate.check_run(alone, opened)
   c = config.train
   sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
-  step = loop.make_step(config, stores)
-  validate.check_features(config, step, stores)
-  rules = step.student.rules
-  like = loop.abstract_state(config, step, stores)
-  where = sharding.shardings(like, mesh, rules)
-  state = loading.place(like, where)
-  about = stores[0].manifest
+  step = loop.make_step(config, opened)
+  validate.check_features(config, step, opened)
+  abstract = state.abstract_state(config, step, opened)
+  shardings = sharding.shardings(abstract, mesh, step.student.rules)
+  trained = sharding.with_shardings(abstract, shardings)
+  about = opened[0].manifest
   recorded = [*(() if c.online else ("teacher",)), *c.teachers]
-  one = stores[0][0] if config.tasks else _text(about)
+  one = opened[0][0] if config.tasks else _text(about)
   batch = _batch(config, about, c.batch_size, mesh, recorded, one)
-  teachers = {name: _model(spec, mesh) for name, spec in loop.online(config).items()}
-  frozen = []
-  if config.student.lora.rank:
-    frozen.append(_model(config.student, mesh))
+  teachers = {name: _model(spec, mesh) for name, spec in state.online_teachers(config).items()}
+  base = _model(config.student, mesh) if config.student.lora.rank else None
   with jax.set_mesh(mesh):
-    lowered = loop.jitted(step, where, mesh).lower(state, batch, teachers, *frozen)
+    lowered = loop.jitted(step, trained, mesh).lower(trained, batch, teachers, base=base)
   arguments = {
-    "parameters": bytes_of(state.params),
-    "optimizer": bytes_of((state.opt, state.adapters, state.balance)),
-    "frozen base": bytes_of(frozen),
+    "parameters": bytes_of(trained.params),
+    "optimizer": bytes_of((trained.opt, trained.adapters, trained.balance)),
+    "frozen base": bytes_of(base),
     "teacher": bytes_of(teachers),
     "batch": bytes_of(batch),
   }
@@ -181,7 +179,8 @@ def _batch(
   for name in recorded:
     at = "" if name == "teacher" else f"{name}/"
     one |= {at + field: x for field, x in row.items() if field not in fields.UNTAUGHT}
-  batch = collate.collate([one], "teacher" in recorded, dataset.reader(config))
+  how = Recorded(temperature=about.temperature, missing_mass=about.missing_mass)
+  batch = collate.collate([one], "teacher" in recorded, dataset.reader(config), how)
   where = sharding.batch_sharding(mesh)
 
   def of_all_rows(x: np.ndarray) -> jax.ShapeDtypeStruct:

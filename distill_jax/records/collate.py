@@ -9,28 +9,36 @@ import jax
 import numpy as np
 
 from distill_jax.data import packing
+from distill_jax.losses import SampledTargets, TopKTargets
 from distill_jax.records import fields, taps
-from distill_jax.types import Batch, Inputs, Targets
+from distill_jax.types import Batch, Inputs, Recorded, Targets
 
 Read = Callable[[Callable[[str], Any]], Batch]
 
 
 def collate(
-  records: Sequence[dict[str, np.ndarray]], with_targets: bool = True, read: Read | None = None
+  records: Sequence[dict[str, np.ndarray]],
+  with_targets: bool = True,
+  read: Read | None = None,
+  recorded: Recorded | None = None,
 ) -> Batch:
   """Records of single sequences to a Batch; differing K are filled up with weight 0.
 
   Args:
     read: makes the batch but for its targets, of stack(name), a field [B, ...]; by default of
       packed text.
+    recorded: how the targets were recorded, from their store's manifest.
   """
   # numpy here, jax arrays once `to_device` has made the global batch
   stack: Callable[[str], Any] = lambda name: np.stack([r[name] for r in records])
+  recorded = recorded or Recorded()
   batch = (read or _packed)(stack)
   others = dict.fromkeys(name.partition("/")[0] for name in records[0] if "/" in name)
   asked = {name: f"{name}/" for name in others} | ({"teacher": ""} if with_targets else {})
   targets = {
-    name: _targets(records, at) for name, at in asked.items() if at + fields.IDS.read in records[0]
+    name: _targets(records, at, recorded)
+    for name, at in asked.items()
+    if at + fields.IDS.read in records[0]
   }
   smoothing = stack(fields.SMOOTHING) if fields.SMOOTHING in records[0] else None
   return batch.replace(targets=targets, smoothing_BT=smoothing)
@@ -44,7 +52,7 @@ def _packed(stack: Callable[[str], Any]) -> Batch:
   return Batch(Inputs(tokens, positions, segments), labels, mask)
 
 
-def _targets(records: Sequence[dict[str, np.ndarray]], at: str) -> Targets:
+def _targets(records: Sequence[dict[str, np.ndarray]], at: str, recorded: Recorded) -> Targets:
   """The targets of one teacher; `at` stands before the names of its fields (MultiTeacherStore)."""
   stored: dict[str, Any] = {
     f.batch: _stack_padded([r[at + f.read] for r in records], f.empty)
@@ -55,7 +63,10 @@ def _targets(records: Sequence[dict[str, np.ndarray]], at: str) -> Targets:
   if names[0] in records[0]:
     vectors = [taps.dequantise(*(r[name] for name in names)) for r in records]
     stored[fields.TAPS.batch] = np.stack(vectors)
-  return Targets(**stored)
+  stored["temperature"] = recorded.temperature
+  if "weight_BTK" in stored:
+    return SampledTargets(**stored)
+  return TopKTargets(**stored, missing_mass=recorded.missing_mass)
 
 
 def to_device(batch: Any, sharding: jax.sharding.Sharding) -> Any:

@@ -116,7 +116,7 @@ class Recorder:
     )
     targets = {f.device: summary[f.name] for f in fields.PREDICTED if f.name in summary}
     if c.taps:
-      kept = features.of(model, out, batch.inputs, self.compute)
+      kept = features.extract(model, out, batch.inputs, self.compute)
       flat = [kept.hidden[i] if i in kept.hidden else flat_qkv(kept.qkv[i]) for i in c.taps]
       q_PBTD, scale_PBT = taps.quantise(jnp.stack(flat), self._projection())
       targets[fields.TAPS.device] = jnp.moveaxis(q_PBTD, 0, 1)

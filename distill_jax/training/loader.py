@@ -15,7 +15,7 @@ import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.records.collate import Read, collate
-from distill_jax.types import Batch
+from distill_jax.types import Batch, Recorded
 
 
 def batches(
@@ -29,6 +29,7 @@ def batches(
   process_index: int = 0,
   process_count: int = 1,
   read: Read | None = None,
+  recorded: Recorded | None = None,
 ) -> Iterator[Batch]:
   """This process's rows of every global batch from step `start` on, as numpy arrays.
 
@@ -38,7 +39,7 @@ def batches(
     seed: of the order; each epoch has its own.
     mixture: weights of the stores; empty: by size.
     targets: False leaves what the stores hold of "teacher" out, where that one is online.
-    read: see collate.
+    read, recorded: see collate.
 
   Raises:
     InputError: the batch does not divide over the processes, or a store is empty.
@@ -57,7 +58,7 @@ def batches(
   ]
   weights = list(mixture) or [len(store) for store in stores]
   ds = rows[0] if len(rows) == 1 else grain.MapDataset.mix(rows, weights=weights)
-  to_batch = functools.partial(collate, with_targets=targets, read=read)
+  to_batch = functools.partial(collate, with_targets=targets, read=read, recorded=recorded)
   ds = ds[process_index::process_count].batch(batch_size // process_count, batch_fn=to_batch)
   ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
   return iter(ds[start:].to_iter_dataset(ahead))

@@ -30,13 +30,13 @@ class Fixed(NamedTuple):
   Attributes:
     teachers: the online ones.
     step: the step number.
-    count: labels of the whole batch, which every sum over labels is divided by.
+    label_count: of the whole batch; every sum over labels is divided by it.
     base: the model that low-rank adapters are trained on.
   """
 
   teachers: Teachers
   step: jax.Array | int
-  count: jax.Array | float
+  label_count: jax.Array | float
   base: Any = None
 
 
@@ -191,7 +191,7 @@ class Step:
           prepared.batch,
           self.pairs(fn),
         )
-        total += weights[name] / fixed.count * means[name].total
+        total += weights[name] / fixed.label_count * means[name].total
     return total, means
 
   def _prepare(self, model: Any, batch: Batch, teachers: Teachers) -> Prepared:
@@ -215,11 +215,9 @@ class Step:
       total, means = jnp.zeros((), jnp.float32), {}
       for name, fn in self.token_losses.items():
         by_teacher = bool(fn.teacher_names)
-        mask_BC = (
-          piece.mask_for_teacher_losses() if by_teacher else piece.mask_for_label_losses()
-        )
+        mask_BC = piece.mask_for_teacher_losses() if by_teacher else piece.mask_for_label_losses()
         means[name] = Mean.of(fn.token_loss(logits_BCV, piece, fixed.step), mask_BC)
-        total += weights[name] / fixed.count * means[name].total
+        total += weights[name] / fixed.label_count * means[name].total
       metrics = token_metrics.means(jax.lax.stop_gradient(logits_BCV), piece, self.parts)
       return total, means | metrics
 

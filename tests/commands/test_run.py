@@ -21,6 +21,7 @@ from distill_jax.runtime import checkpoint
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop as training
 from distill_jax.training.metric_writer import read_metrics
+from distill_jax.training.stores import open_stores
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def train(c, workdir):
 
 def last_state(c, workdir):
   resolved = config.resolve(c)
-  step = training.make_step(resolved, training.open_stores(resolved))
+  step = training.make_step(resolved, open_stores(resolved))
   like = jax.eval_shape(step.init, loading.abstract(resolved.student))
   mesh = sharding.make_mesh()
   like = loading.place(like, sharding.shardings(like, mesh, step.student.rules))
@@ -192,11 +193,7 @@ def test_every_kind_of_record_trains(folder, kind, options, losses):
   c.records.kind = kind
   for key, value in options.items():
     c.records[key] = value
-  missing = options.get("missing_mass", "tail_bucket")
-  c.losses = {
-    n: config.loss("kd", divergence=d, temperature=T, missing_mass=missing)
-    for n, (d, T) in losses.items()
-  }
+  c.losses = {n: config.loss("kd", divergence=d, temperature=T) for n, (d, T) in losses.items()}
   c.train.records = (str(folder / name),)
   c.train.steps = c.train.checkpoint_every = 12
   record(config.resolve(c), folder / name)

@@ -19,6 +19,8 @@ from distill_jax.nn.layers import ComputeConfig
 from distill_jax.records.store import open_store
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop as training
+from distill_jax.training import stores
+from distill_jax.training.step import Fixed
 from distill_jax.types import Batch, Inputs
 
 B, T, D, E = 2, 9, 6, 10
@@ -56,7 +58,7 @@ def test_hidden_states_by_their_formula(distance, mask):
   loss = hidden.Loss(distance=distance)
   student = Features({i: jnp.float32(x) for i, x in enumerate(s)}, {})
   teacher = Features({5 + i: jnp.float32(x) for i, x in enumerate(t)}, {})
-  got = loss.whole(student, teacher, {}, batch_of(mask), ((0, 5), (1, 6)))
+  got = loss.feature_loss(student, teacher, {}, batch_of(mask), ((0, 5), (1, 6)))
   np.testing.assert_allclose(got.value(), np.mean(per, 0)[mask].mean(), rtol=1e-6)
   assert got.count == mask.sum()
 
@@ -66,7 +68,7 @@ def test_hidden_loss_has_no_unit(mask):
   s, t = vectors(1, D), vectors(2, D)
   run = lambda s, t, n: (
     hidden.Loss()
-    .whole(
+    .feature_loss(
       Features({i: jnp.float32(s) for i in range(n)}, {}),
       Features({i: jnp.float32(t) for i in range(n)}, {}),
       {},
@@ -90,9 +92,9 @@ def test_least_squares_is_the_best_projection(mask):
   adapters = loss.init(jax.random.key(0), ((0, 0),), shape, E)
   assert adapters["project"].shape == (1, D, E)
   student, teacher = Features({0: jnp.float32(s)}, {}), Features({0: jnp.float32(t)}, {})
-  start = loss.whole(student, teacher, adapters, batch_of(mask), ((0, 0),)).value()
+  start = loss.feature_loss(student, teacher, adapters, batch_of(mask), ((0, 0),)).value()
   fitted = loss.fit(adapters, ((0, 0),), student, teacher, batch_of(mask))
-  end = loss.whole(student, teacher, fitted, batch_of(mask), ((0, 0),)).value()
+  end = loss.feature_loss(student, teacher, fitted, batch_of(mask), ((0, 0),)).value()
   assert start > 0.5
   assert end < 1e-6  # of the ridge
 
@@ -132,7 +134,7 @@ def test_relations_by_their_formula(mask):
   f32 = lambda qkv: tuple(map(jnp.float32, qkv))
   loss = relations.Loss(heads=R)
   args = ({}, batch_of(mask, segments), ((1, 1),))
-  got = loss.whole(Features({}, {1: f32(s)}), Features({}, {1: f32(t)}), *args)
+  got = loss.feature_loss(Features({}, {1: f32(s)}), Features({}, {1: f32(t)}), *args)
   np.testing.assert_allclose(got.value(), np.mean(per, 0)[mask].mean(), rtol=2e-6)
 
 
@@ -141,7 +143,7 @@ def test_relations_in_blocks_are_the_same(mask, monkeypatch):
   run = jax.value_and_grad(
     lambda q: (
       relations.Loss()
-      .whole(
+      .feature_loss(
         Features({}, {1: (q, *make(1)[1:])}),
         Features({}, {1: make(7)}),
         {},
@@ -184,7 +186,7 @@ def test_relational_by_its_formula(mask, monkeypatch, positions):
     want += huber(ds - dt).mean() + 2.0 * (huber(angle_s - angle_t).mean() if len(near) > 1 else 0)
   args = ({}, batch_of(mask, segments), ((0, 0),))
   one = lambda x: Features({0: jnp.float32(x)}, {})
-  got = relational.Loss(tokens=tokens).whole(one(s), one(t), *args)
+  got = relational.Loss(tokens=tokens).feature_loss(one(s), one(t), *args)
   np.testing.assert_allclose(got.total, want, rtol=1e-5)
   assert got.count == mask.sum()
 
@@ -198,7 +200,7 @@ def test_tokens_that_are_one_but_for_rounding_have_no_direction(mask):
   segments = np.ones(mask.shape, int)
   args = ({}, batch_of(mask, segments), ((0, 0),))
   one = lambda x: Features({0: jnp.asarray(x)}, {})
-  loss = lambda x: relational.Loss(tokens=4).whole(one(x), one(t), *args).total
+  loss = lambda x: relational.Loss(tokens=4).feature_loss(one(x), one(t), *args).total
   assert abs(loss(s)) < 1e-9
   assert np.abs(jax.grad(loss)(jnp.asarray(s))).max() < 1e-4
 
@@ -220,8 +222,8 @@ def test_layer_maps():
   [
     (lambda c: hidden.Loss(projection="orthogonal").init(KEY, ((0, 1),), c, 32), "leave it"),
     (lambda c: hidden.Loss().init(jax.random.key(0), ((0, 1),), c, 48), "set projection to"),
-    (lambda c: relations.Loss(heads=5).needs(((1, 1),), c, c), "do not divide"),
-    (lambda c: relations.Loss().needs(((0, 1),), c, c), "layer 0 cannot be tapped"),
+    (lambda c: relations.Loss(heads=5).feature_specs(((1, 1),), c, c), "do not divide"),
+    (lambda c: relations.Loss().feature_specs(((0, 1),), c, c), "layer 0 cannot be tapped"),
     (lambda c: hidden.Loss(distance="l1"), "distance is 'l1'"),
     (lambda c: relational.Loss(tokens=2), "3 tokens"),
   ],
@@ -237,7 +239,7 @@ def test_queries_keys_values_are_the_model_s_own():
   tokens = jax.random.randint(jax.random.key(1), (1, T), 0, 256)
   inputs = Inputs(tokens, jnp.arange(T)[None], jnp.ones((1, T), jnp.int32))
   needs, compute = FeatureSpec(hidden=(0,), qkv=(1,)), ComputeConfig()
-  got = needs.of(model, model(inputs, compute, needs.taps), inputs, compute)
+  got = needs.extract(model, model(inputs, compute, needs.taps), inputs, compute)
   seen = []
   real = llama.Block.qkv
   with pytest.MonkeyPatch.context() as patch:
@@ -339,18 +341,18 @@ def test_balance_holds_gradient_norms_in_the_ratio_of_the_weights(tmp_path):
   c.optim.balance_every = 2
   record(config.resolve(c), tmp_path / "records")
   resolved = config.resolve(c)
-  stores = training.open_stores(resolved)
-  step = training.make_step(resolved, stores)
+  opened = stores.open_stores(resolved)
+  step = training.make_step(resolved, opened)
   student = llama.Model(llama.TINY, jax.random.key(0))
   teacher = llama.Model(llama.TINY, jax.random.key(1))
-  batch = jax.tree.map(jnp.asarray, next(training._batches(resolved, stores, 0)))
+  batch = jax.tree.map(jnp.asarray, next(stores.batches(resolved, opened)))
   state, metrics = jax.jit(step)(step.init(student), batch, {"teacher": teacher})
   norms = {}
   for name in resolved.losses:
     weights = {n: jnp.float32(n == name) for n in resolved.losses}
     count = jnp.sum(batch.mask_BT, dtype=jnp.float32)
-    grad = jax.grad(step._loss, has_aux=True)
-    g, _ = grad((student, {}), batch, {"teacher": teacher}, 0, count, weights)
+    grad = jax.grad(step.loss, has_aux=True)
+    g, _ = grad((student, {}), batch, Fixed({"teacher": teacher}, 0, count), weights)
     norms[name] = float(np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(g))))
   asked = {"soft": 1.0, "hidden": 0.5, "relational": 0.1}
   got = {n: float(metrics[f"weight/{n}"]) * norms[n] for n in norms}

@@ -30,7 +30,7 @@ def batch():
 
 def test_hidden_states_are_a_mean_over_what_was_read():
   (s, _, mine), (t, _, theirs) = features(0), features(1)
-  got = hidden.Loss(layers="0:0").whole(mine, theirs, {}, batch(), ((0, 0),))
+  got = hidden.Loss(layers="0:0").feature_loss(mine, theirs, {}, batch(), ((0, 0),))
   of = [
     np.mean(
       [np.sum((s[b, i] - t[b, i]) ** 2) / np.sum(t[b, i] ** 2) for i in np.flatnonzero(SEEN[b])]
@@ -43,7 +43,7 @@ def test_hidden_states_are_a_mean_over_what_was_read():
 
 def test_relations_look_both_ways():
   (_, s, mine), (_, t, theirs) = features(0), features(1)
-  got = relations.Loss(layers="1:1", heads=H).whole(mine, theirs, {}, batch(), ((1, 1),))
+  got = relations.Loss(layers="1:1", heads=H).feature_loss(mine, theirs, {}, batch(), ((1, 1),))
 
   def relation(x_NHh, h):  # of the real positions of one example, float64
     z = x_NHh[:, h] @ x_NHh[:, h].T / np.sqrt(D // H)
@@ -65,7 +65,7 @@ def test_padding_has_no_gradient(loss):
   (_, _, mine), (_, _, theirs) = features(0), features(1)
 
   def total(x_BSD):
-    return loss.whole(mine.replace(hidden={0: x_BSD}), theirs, {}, batch(), ((0, 0),)).total
+    return loss.feature_loss(mine.replace(hidden={0: x_BSD}), theirs, {}, batch(), ((0, 0),)).total
 
   grad = np.asarray(jax.jit(jax.grad(total))(mine.hidden[0]))
   assert np.all(grad[~SEEN] == 0) and np.all(grad[2] == 0)

@@ -12,6 +12,9 @@ from flax import struct
 
 from distill_jax import registry
 from distill_jax.losses import (
+  FeatureLoss,
+  SampledTargets,
+  TopKTargets,
   ce,
   embedding,
   hidden,
@@ -26,7 +29,7 @@ from distill_jax.models import llama
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.schedules import constant
 from distill_jax.training.step import Step
-from distill_jax.types import Batch, Inputs, Output, Recorded, Targets
+from distill_jax.types import Batch, Inputs, Output
 
 B, T, D, K, V = 4, 20, 8, 5, 64
 
@@ -53,7 +56,7 @@ CASES = {  # name: (loss, the targets it reads)
   "relations": (relations.Loss(heads=2), "online"),
   "relational": (relational.Loss(tokens=8), "online"),
 }
-WHOLE = {name: fn for name, (fn, _) in CASES.items() if hasattr(fn, "whole")}
+WHOLE = {name: fn for name, (fn, _) in CASES.items() if isinstance(fn, FeatureLoss)}
 CAPTURE = optax.GradientTransformationExtraArgs(  # the optimizer's state is the gradient
   lambda params: jax.tree.map(jnp.zeros_like, params), lambda g, state, *_, **__: (g, g)
 )
@@ -126,8 +129,13 @@ def packed(rows: list[tuple[int, int]], kind: str) -> Batch:
   lengths = [[len(docs[d]["tokens"]) for d in pair] for pair in rows]
   segments = np.array([[1] * a + [2] * b + [0] * (T - a - b) for a, b in lengths])
   targets = {
-    "sampled": Targets(laid_out("ids"), laid_out("weight"), entropy_BT=laid_out("entropy")),
-    "topk": Targets(laid_out("ids"), logp_BTK=laid_out("logp")),
+    "sampled": SampledTargets(
+      ids_BTK=laid_out("ids"),
+      weight_BTK=laid_out("weight"),
+      entropy_BT=laid_out("entropy"),
+      temperature=CASES["kd sampled"][0].temperature.values[0],
+    ),
+    "topk": TopKTargets(ids_BTK=laid_out("ids"), logp_BTK=laid_out("logp")),
   }
   inputs = Inputs(laid_out("tokens"), laid_out("positions"), jnp.asarray(segments, jnp.int32))
   said = {"teacher": targets[kind]} if kind in targets else {}
@@ -139,8 +147,7 @@ ROWS = [(0, 1), (2, 3), (4, 5), (6, 7)]
 
 @functools.cache
 def program(name: str, accumulate: int):
-  fn, kind = CASES[name]
-  recorded = Recorded(temperature=fn.temperature.values[0]) if kind == "sampled" else Recorded()
+  fn, _ = CASES[name]
   step = Step(
     losses={"it": fn},
     learning_rate=lambda _: jnp.zeros(()),
@@ -151,7 +158,6 @@ def program(name: str, accumulate: int):
     accumulate=accumulate,
     student_config=SHAPE,
     teacher_config=SHAPE,
-    recorded=recorded,
   )
   return step, jax.jit(step)
 
@@ -207,7 +213,7 @@ def features(seed: int) -> Features:
 
 @functools.cache
 def whole_program(name: str):
-  loss = lambda s, t, batch: WHOLE[name].whole(s, t, {}, batch, ((1, 1),)).value()
+  loss = lambda s, t, batch: WHOLE[name].feature_loss(s, t, {}, batch, ((1, 1),)).value()
   return jax.jit(jax.value_and_grad(loss))
 
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax.losses import ce, kd
+from distill_jax.losses import SampledTargets, ce, kd
 from distill_jax.nn import fused_head
 from distill_jax.schedules import constant
-from distill_jax.types import Batch, Inputs, Mean, Targets
+from distill_jax.types import Batch, Inputs, Mean
 
 B, T, D, V, K = 3, 11, 8, 37, 6
 HARD, SOFT, TEMPERATURE = 0.3, 0.7, 2.0
@@ -47,7 +47,7 @@ def reference(hidden, rows, ids, weight, labels, mask, T_):
 def fused(hidden, rows, ids, weight, labels, mask, chunk, T_, dtype=jnp.float32):
   f32 = lambda x: jnp.asarray(x, jnp.float32)
   entropy = f32(-(weight * np.log(weight)).sum(-1))
-  targets = Targets(ids_BTK=jnp.asarray(ids), weight_BTK=f32(weight), entropy_BT=entropy)
+  targets = SampledTargets(ids_BTK=jnp.asarray(ids), weight_BTK=f32(weight), entropy_BT=entropy)
   zeros = jnp.zeros((B, T), jnp.int32)
   batch = Batch(
     Inputs(zeros, zeros, zeros), jnp.asarray(labels), jnp.asarray(mask), {"teacher": targets}

@@ -13,10 +13,10 @@ import test_step
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distill_jax.losses import ce, kd
+from distill_jax.losses import DenseTargets, SampledTargets, TopKTargets, ce, kd
 from distill_jax.models import llama
 from distill_jax.nn import fused_head, sharding
-from distill_jax.types import Batch, Inputs, Mean, Targets
+from distill_jax.types import Batch, Inputs, Mean
 
 KINDS_SENT = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 COLLECTIVE = re.compile(rf"= (.*?) ({KINDS_SENT})(?:-start)?\((.*?)\)")
@@ -40,9 +40,11 @@ def problem():
   weight = rng.dirichlet(np.ones(K), (B, T))
   entropy = f32(-(weight * np.log(weight)).sum(-1))
   targets = {
-    "dense": Targets(hidden_BTD=f32(teacher), head_VD=f32(teacher_rows)),
-    "topk": Targets(ids_BTK=jnp.asarray(top), logp_BTK=f32(np.take_along_axis(logp, top, -1))),
-    "sampled": Targets(ids_BTK=jnp.asarray(drawn), weight_BTK=f32(weight), entropy_BT=entropy),
+    "dense": DenseTargets(hidden_BTD=f32(teacher), head_VD=f32(teacher_rows)),
+    "topk": TopKTargets(ids_BTK=jnp.asarray(top), logp_BTK=f32(np.take_along_axis(logp, top, -1))),
+    "sampled": SampledTargets(
+      ids_BTK=jnp.asarray(drawn), weight_BTK=f32(weight), entropy_BT=entropy
+    ),
   }
   labels = jnp.asarray(rng.integers(0, V, (B, T)))
   mask = jnp.asarray(rng.random((B, T)) < 0.8)

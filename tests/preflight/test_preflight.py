@@ -38,7 +38,8 @@ from distill_jax.preflight import (
 )
 from distill_jax.records import tf_example
 from distill_jax.records.recorder import planned_manifest
-from distill_jax.training import loader, loop
+from distill_jax.training import loader
+from distill_jax.training import stores as training_stores
 from distill_jax.types import Inputs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -257,7 +258,7 @@ def test_the_batch_is_the_loaders(tmp_path, records):
   c = config.resolve(c)
   (tmp_path / "records").mkdir()
   record.run(c, tmp_path / "records")
-  stores = loop.open_stores(c)
+  stores = training_stores.open_stores(c)
   real = next(loader.batches(stores, batch_size=4, seed=0))
   mesh = sharding.make_mesh(fsdp=4)
   about = programs.manifest(c)

@@ -16,6 +16,7 @@ from distill_jax.models import llava
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.tasks import dataset
 from distill_jax.training import loop
+from distill_jax.training import stores as training_stores
 
 PATCHES, IMAGE = llava.TINY.vision.patches, llava.TINY.image_token
 
@@ -81,7 +82,7 @@ def test_a_student_learns_from_records(c, tmp_path):
 def test_what_does_not_fit_is_refused(c):
   def refused(match):
     with pytest.raises(InputError, match=match):
-      loop.open_stores(dataclasses.replace(config.resolve(c)))
+      training_stores.open_stores(dataclasses.replace(config.resolve(c)))
 
   c.train.records = ()
   c.tasks.captions.image_token = 7

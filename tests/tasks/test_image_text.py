@@ -16,6 +16,7 @@ from distill_jax.evals import retrieval
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.tasks import dataset
 from distill_jax.training import loop, validate
+from distill_jax.training import stores as training_stores
 
 TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 TOWER |= {"num_attention_heads": 2}
@@ -165,7 +166,7 @@ def test_what_does_not_fit_is_refused(c):
   def refused(match):
     with pytest.raises(InputError, match=match):
       resolved = config.resolve(c)
-      stores = loop.open_stores(resolved)
+      stores = training_stores.open_stores(resolved)
       validate.check_run(resolved, stores)
       validate.check_features(resolved, loop.make_step(resolved, stores), stores)
 

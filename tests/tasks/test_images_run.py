@@ -12,14 +12,15 @@ import test_tasks_image_classes as files
 from distill_jax import config
 from distill_jax.commands import evaluate, export, record
 from distill_jax.errors import InputError
-from distill_jax.losses import ce, kd, pseudo_label
+from distill_jax.losses import DenseTargets, ce, kd, pseudo_label
 from distill_jax.models import deit
 from distill_jax.nn import layers
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.tasks import dataset
 from distill_jax.training import loop
-from distill_jax.training.step import Step
-from distill_jax.types import Batch, Images, Targets
+from distill_jax.training import stores as training_stores
+from distill_jax.training.step import Fixed, Step
+from distill_jax.types import Batch, Images
 
 torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
 
@@ -45,7 +46,7 @@ def configured(folder):
   c.augmentations.flip = config.augmentation("flip")
   c.augmentations.mix = config.augmentation("mixup", alpha=1.0)
   c.records.kind, c.records.batch_size = "dense", 8
-  c.losses.soft = config.loss("kd", temperature=2.0, missing_mass="renormalise")
+  c.losses.soft = config.loss("kd", temperature=2.0)
   c.train.records = (str(folder / "records"),)
   c.train.steps, c.train.batch_size, c.train.checkpoint_every = 2, 8, 2
   c.evaluate.batch_size = 8
@@ -116,7 +117,7 @@ def test_a_view_is_the_same_at_every_read_and_records_are_of_one_seed(run):
   c = c.copy_and_resolve_references()
   c.tasks.things.seed = 1
   with pytest.raises(InputError, match="augmentation"):
-    loop.open_stores(config.resolve(c))
+    training_stores.open_stores(config.resolve(c))
 
 
 CAPTURE = optax.GradientTransformationExtraArgs(  # the optimizer's state is the gradient
@@ -128,7 +129,7 @@ def deit_batch(seed=0):
   rng = np.random.default_rng(seed)
   f32 = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
   labels = jnp.asarray(rng.integers(0, 10, (4, 1)), jnp.int32)
-  said = Targets(hidden_BTD=f32(4, 1, 6), head_VD=f32(10, 6))
+  said = DenseTargets(hidden_BTD=f32(4, 1, 6), head_VD=f32(10, 6))
   mask = jnp.asarray([[True], [True], [False], [True]])
   return Batch(Images(f32(4, 12, 12, 1)), labels, mask, {"teacher": said})
 
@@ -162,7 +163,7 @@ def test_the_class_token_follows_labels_and_the_other_the_teacher(hard):
 
   value, grads = jax.jit(jax.value_and_grad(want))(model)
   weights = {"soft": 1.0, "hard": 1.0}
-  loss = lambda m: step._loss((m, {}), batch, {}, 0, 3.0, weights)
+  loss = lambda m: step.loss((m, {}), batch, Fixed({}, 0, 3.0), weights)
   (got, means), got_grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
   assert float(got) == pytest.approx(float(value), rel=1e-6)
   assert (

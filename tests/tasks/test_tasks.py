@@ -17,7 +17,9 @@ from distill_jax.nn import params
 from distill_jax.records.store import open_store
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.tasks import dataset
-from distill_jax.training import loop, validate
+from distill_jax.training import loop, state, validate
+from distill_jax.training import stores as training_stores
+from distill_jax.training.step import Fixed
 from distill_jax.types import Batch
 
 CLASSES = ("odd", "even")
@@ -44,7 +46,7 @@ def configured(folder):
     tokenizer=str(tiny.write_tokenizer(folder / "tokenizer.json")),
   )
   c.records.kind, c.records.batch_size = "dense", 4
-  c.losses.soft = config.loss("kd", weight=0.7, missing_mass="renormalise", temperature=2.0)
+  c.losses.soft = config.loss("kd", weight=0.7, temperature=2.0)
   c.losses.hard = config.loss("ce", weight=0.3)
   c.train.records = (str(folder / "records"),)
   c.train.steps, c.train.batch_size, c.train.checkpoint_every = 2, 4, 2
@@ -101,9 +103,9 @@ def test_dense_records_give_the_gradient_of_the_teacher_beside_the_student(run):
   )
   grads = []
   for resolved in (config.resolve(c), online):
-    stores = loop.open_stores(resolved)
+    stores = training_stores.open_stores(resolved)
     step = loop.make_step(resolved, stores)
-    batch = next(loop._batches(resolved, stores, 0))
+    batch = next(training_stores.batches(resolved, stores))
     keys = loading.keys(0)
     mesh = loop.sharding.make_mesh(devices=jax.devices()[:1])
     student, models = loading.build(resolved.student, mesh, keys["student"]).model, {}
@@ -111,7 +113,8 @@ def test_dense_records_give_the_gradient_of_the_teacher_beside_the_student(run):
       models = {"teacher": loading.build(resolved.teacher, mesh, keys["teacher"]).model}
     batch = jax.tree.map(jax.numpy.asarray, batch)
     both = {"soft": 1.0, "hard": 1.0}
-    loss = lambda s, m=models, st=step, b=batch, w=both: st._loss((s, {}), b, m, 0, 4.0, w)[0]
+    fixed = Fixed(models, 0, 4.0)
+    loss = lambda s, f=fixed, st=step, b=batch, w=both: st.loss((s, {}), b, f, w)[0]
     grads.append(jax.tree.leaves(jax.jit(jax.grad(loss))(student)))
   for a, b in zip(*grads, strict=True):
     assert np.abs(a - b).max() <= 1e-3 * max(np.abs(b).max(), 1e-3)
@@ -122,9 +125,9 @@ def test_a_loss_of_the_likeliest_class_reads_any_records(run):
   c = c.copy_and_resolve_references()
   c.losses = {"pseudo": config.loss("pseudo_label")}
   resolved = config.resolve(c)
-  stores = loop.open_stores(resolved)
+  stores = training_stores.open_stores(resolved)
   validate.check_run(resolved, stores)
-  batch = next(loop._batches(resolved, stores, 0))
+  batch = next(training_stores.batches(resolved, stores))
   said = batch.targets["teacher"]
   best = np.take_along_axis(said.ids_BTK, said.logp_BTK.argmax(-1)[..., None], -1)[..., 0]
   z_BCV = jax.random.normal(jax.random.key(0), (4, 1, 2))
@@ -140,10 +143,12 @@ def test_records_are_of_one_task_and_data(run):
   moved = folder / "moved.jsonl"
   moved.write_bytes((folder / "numbers.jsonl").read_bytes())
   c.tasks.parity.path, c.tasks.parity.on_bad = str(moved), "skip"
-  assert len(loop.open_stores(config.resolve(c))[0]) == len(open_store(folder / "records"))
+  assert len(training_stores.open_stores(config.resolve(c))[0]) == len(
+    open_store(folder / "records")
+  )
   c.tasks.parity.max_tokens = 31
   with pytest.raises(InputError, match="other data or another task or augmentation"):
-    loop.open_stores(config.resolve(c))
+    training_stores.open_stores(config.resolve(c))
 
 
 def with_a_second(c):
@@ -179,9 +184,9 @@ def test_several_tasks_are_recorded_one_by_one_and_learnt_together(c, tmp_path):
       # A record keeps float16.
       np.testing.assert_allclose(rows[n]["logp_TK"][0], want[n][rows[n]["ids_TK"][0]], atol=5e-4)
   c.train.records, c.train.mixture = tuple(map(str, stores.values())), (0.5, 0.5)
-  c.losses = {"soft": config.loss("kd", missing_mass="renormalise")}
+  c.losses = {"soft": config.loss("kd")}
   resolved = config.resolve(c)
-  both = loop.open_stores(resolved)
+  both = training_stores.open_stores(resolved)
   assert [sorted(store[0]["ids_TK"][0]) for store in both] == [[0, 1], [2, 3]]
   with Workdir(tmp_path / "run", resolved) as at:
     last = loop.train(resolved, at)
@@ -202,8 +207,8 @@ def test_several_tasks_share_a_body_and_have_a_head_each(c, tmp_path):
   c.losses = {"hard": config.loss("ce")}
   c.train.records = ()
   resolved = config.resolve(c)
-  stores = loop.open_stores(resolved)
-  batch: Batch = next(loop._batches(resolved, stores, 0))
+  stores = training_stores.open_stores(resolved)
+  batch: Batch = next(training_stores.batches(resolved, stores))
   first = batch.labels_BT[:, 0] < 2
   assert 0 < first.sum() < 4
   np.testing.assert_array_equal(batch.class_range_BT2[first, 0], [[0, 2]] * first.sum())
@@ -211,7 +216,7 @@ def test_several_tasks_share_a_body_and_have_a_head_each(c, tmp_path):
   with Workdir(tmp_path / "run", resolved) as folder:
     last = loop.train(resolved, folder)
   assert 0.3 < last["ce"] < 1.2  # log 2 before training: not log 4
-  labels = next(loop._batches(resolved, stores, 1)).labels_BT
+  labels = next(training_stores.batches(resolved, stores, 1)).labels_BT
   share = (labels < 2).mean()
   both = share * last["ce/parity"] + (1 - share) * last["ce/again"]
   assert last["ce"] == pytest.approx(both, abs=1e-6)  # float32 sums
@@ -230,9 +235,9 @@ def test_a_head_is_trained_without_its_body(c, tmp_path):
   named = zip(params.named_params(was), params.named_params(now), strict=True)
   changed = {p for (p, a), (_, b) in named if not np.array_equal(a[...], b[...])}
   assert changed == {"head", "head_bias"}
-  step = loop.make_step(resolved, loop.open_stores(resolved))
-  state = loop.abstract_state(resolved, step, loop.open_stores(resolved))
-  assert params.count(state.opt) < 3 * (2 * 32 + 2)  # two moments of the head, and a count
+  step = loop.make_step(resolved, training_stores.open_stores(resolved))
+  abstract = state.abstract_state(resolved, step, training_stores.open_stores(resolved))
+  assert params.count(abstract.opt) < 3 * (2 * 32 + 2)  # two moments of the head, and a count
   for frozen, why in ((("brat.",), "'brat.', with which no"), (("bert.", "cl"), "which every")):
     c.student.frozen = frozen
     with pytest.raises(InputError, match=why):
@@ -262,7 +267,7 @@ def test_what_does_not_fit_is_refused(c):
     for key, value in changes.items():
       setattr(c.tasks.parity, key, value)
     with pytest.raises(InputError, match=match):
-      loop.open_stores(config.resolve(c))
+      training_stores.open_stores(config.resolve(c))
 
   refused("no text of class 'third'", classes=(*CLASSES, "third"))
   c.tasks.parity.classes = CLASSES

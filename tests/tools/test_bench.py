@@ -15,10 +15,10 @@ from tensorflow_datasets.proto import tf_example_pb2
 from distill_jax import config
 from distill_jax.data import corpus, tokenizers
 from distill_jax.errors import InputError
+from distill_jax.losses import DenseTargets
 from distill_jax.models import loading
 from distill_jax.nn import sharding
 from distill_jax.records import collate, store
-from distill_jax.types import Targets
 
 BENCH = Path(__file__).parents[2] / "tools" / "bench"
 
@@ -52,8 +52,8 @@ def case():
       }
     )
   normal = lambda *shape: jnp.asarray(rng.normal(0, 1, shape), jnp.float32)
-  teacher = Targets(hidden_BTD=normal(2, T, D), head_VD=normal(V, D))
-  student = Targets(hidden_BTD=teacher.hidden_BTD + normal(2, T, D), head_VD=teacher.head_VD)
+  teacher = DenseTargets(hidden_BTD=normal(2, T, D), head_VD=normal(V, D))
+  student = DenseTargets(hidden_BTD=teacher.hidden_BTD + normal(2, T, D), head_VD=teacher.head_VD)
   return rows, collate.collate(rows), teacher, student
 
 

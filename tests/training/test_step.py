@@ -9,14 +9,14 @@ import pytest
 
 from distill_jax import config
 from distill_jax.errors import InputError
-from distill_jax.losses import ce, kd
+from distill_jax.losses import SampledTargets, ce, kd
 from distill_jax.models import llama
 from distill_jax.nn import params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.schedules import constant
 from distill_jax.training import optim
 from distill_jax.training.step import Step, online
-from distill_jax.types import Batch, Inputs, Targets
+from distill_jax.types import Batch, Inputs
 
 B, T, K, V = 8, 16, 5, llama.TINY.vocab_size
 
@@ -31,7 +31,7 @@ def make_batch(seed: int = 0) -> Batch:
   mask = (t_BT != cut[:, None] - 1) & (t_BT < rng.integers(T // 2, T, B)[:, None])
   weight = rng.dirichlet(np.ones(K), (B, T))
   ids = np.sort(rng.permuted(np.tile(np.arange(V), (B * T, 1)), axis=1)[:, :K]).reshape(B, T, K)
-  targets = Targets(
+  targets = SampledTargets(
     ids_BTK=jnp.asarray(ids, jnp.int32),
     weight_BTK=jnp.asarray(weight, jnp.float32),
     entropy_BT=jnp.asarray(-(weight * np.log(weight)).sum(-1), jnp.float32),

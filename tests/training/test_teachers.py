@@ -10,13 +10,13 @@ import torch
 from distill_jax import config
 from distill_jax.commands.record import run as record
 from distill_jax.errors import InputError
-from distill_jax.losses import kd, mixture
+from distill_jax.losses import DenseTargets, kd, mixture
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import open_store
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training.loop import train as run_training
 from distill_jax.training.metric_writer import read_metrics
-from distill_jax.types import Batch, Inputs, Targets
+from distill_jax.types import Batch, Inputs
 
 B, C, V, D = 2, 3, 11, 5
 NAMES = ("a", "b")
@@ -42,7 +42,7 @@ def said():
 def batch_of(said):
   _, labels, teachers = said
   f32 = lambda x: jnp.asarray(x, jnp.float32)
-  targets = {n: Targets(hidden_BTD=f32(h), head_VD=f32(w)) for n, (h, w) in teachers.items()}
+  targets = {n: DenseTargets(hidden_BTD=f32(h), head_VD=f32(w)) for n, (h, w) in teachers.items()}
   zeros = jnp.zeros((B, C), jnp.int32)
   inputs = Inputs(zeros, zeros, zeros + 1)
   return Batch(inputs, jnp.asarray(labels, jnp.int32), jnp.ones((B, C), bool), targets)

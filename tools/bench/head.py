@@ -37,9 +37,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from distill_jax.losses import ce, kd
+from distill_jax.losses import DenseTargets, SampledTargets, ce, kd
 from distill_jax.nn import fused_head
-from distill_jax.types import Batch, Mean, Targets
+from distill_jax.types import Batch, Mean
 
 B, T, V, POINTS = 2, 512, 151_936, 63
 SOFT, HARD = 0.7, 0.3
@@ -54,11 +54,11 @@ def problem(D: int, kind: str, T: int = T) -> tuple[jax.Array, jax.Array, Batch]
   hidden_BTD = jax.random.normal(keys[0], (B, T, D))
   rows = lambda key: jax.random.normal(key, (V, D)) / D**0.5
   if kind == "dense":
-    targets = Targets(hidden_BTD=jax.random.normal(keys[1], (B, T, D)), head_VD=rows(keys[2]))
+    targets = DenseTargets(hidden_BTD=jax.random.normal(keys[1], (B, T, D)), head_VD=rows(keys[2]))
   else:
     ids = jnp.sort(jax.random.randint(keys[3], (B, T, POINTS), 0, V), -1)
     weight = jax.random.dirichlet(keys[4], jnp.ones(POINTS), (B, T))
-    targets = Targets(ids_BTK=ids, weight_BTK=weight, entropy_BT=jnp.ones((B, T)))
+    targets = SampledTargets(ids_BTK=ids, weight_BTK=weight, entropy_BT=jnp.ones((B, T)))
   labels = jax.random.randint(keys[5], (B, T), 0, V)
   batch = Batch(None, labels, jnp.ones((B, T), bool), {"teacher": targets})  # type: ignore[arg-type]
   return hidden_BTD, rows(keys[6]), batch

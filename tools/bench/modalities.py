@@ -52,7 +52,7 @@ from distill_jax.models import loading
 from distill_jax.nn import sharding
 from distill_jax.records import collate
 from distill_jax.runtime.workdir import Workdir
-from distill_jax.training import loop
+from distill_jax.training import loop, state, stores
 
 
 def images(folder: Path, small: bool) -> ml_collections.ConfigDict:
@@ -88,7 +88,7 @@ def images(folder: Path, small: bool) -> ml_collections.ConfigDict:
     model.family, model.shape, model.changes = "vit", "tiny", {} if small else changes
   c.train.batch_size = c.records.batch_size = 8 if small else 64
   c.records.kind = "dense"
-  c.losses.soft = config.loss("kd", missing_mass="renormalise")
+  c.losses.soft = config.loss("kd")
   return c
 
 
@@ -134,7 +134,7 @@ def texts(folder: Path, small: bool) -> ml_collections.ConfigDict:
     model.changes = {**shape, "num_hidden_layers": layers}
   c.train.batch_size = c.records.batch_size = 8 if small else 32
   c.records.kind = "dense"
-  c.losses.soft = config.loss("kd", missing_mass="renormalise")
+  c.losses.soft = config.loss("kd")
   return c
 
 
@@ -291,14 +291,15 @@ def measured(c: ml_collections.ConfigDict, folder: Path, rounds: int, seconds: f
 
 def prepared(c: config.Config, mesh: Any) -> list[Any]:
   """[the compiled step, its state, a batch, online teachers]"""
-  stores, keys = loop.open_stores(c), loading.keys(c.seed)
-  step = loop.make_step(c, stores)
-  batch = collate.to_device(next(loop._batches(c, stores, 0)), sharding.batch_sharding(mesh))
+  opened, keys = stores.open_stores(c), loading.keys(c.seed)
+  step = loop.make_step(c, opened)
+  batch = collate.to_device(next(stores.batches(c, opened)), sharding.batch_sharding(mesh))
   teachers = {
-    name: loading.build(spec, mesh, keys["teacher"]).model for name, spec in loop.online(c).items()
+    name: loading.build(spec, mesh, keys["teacher"]).model
+    for name, spec in state.online_teachers(c).items()
   }
-  state = jax.jit(step.init)(loading.build(c.student, mesh, keys["student"]).model)
-  return [jax.jit(step, donate_argnums=0), state, batch, teachers]
+  start = jax.jit(step.init)(loading.build(c.student, mesh, keys["student"]).model)
+  return [jax.jit(step, donate_argnums=0), start, batch, teachers]
 
 
 def run(prepared: list[Any]) -> float:
@@ -312,7 +313,7 @@ def run(prepared: list[Any]) -> float:
 
 def read(c: config.Config, seconds: float) -> float:
   """Examples a second of the loader, after the first batch."""
-  batches = loop._batches(c, loop.open_stores(c), 0)
+  batches = stores.batches(c, stores.open_stores(c))
   next(batches)
   start, n = time.perf_counter(), 0
   while time.perf_counter() - start < seconds:

@@ -48,14 +48,14 @@ def ours(folder: str, name: str, kind: str) -> None:
   sys.path.insert(0, folder)
   shapes = importlib.import_module("peer_shapes")
   from distill_jax import config
-  from distill_jax.losses import ce, kd
+  from distill_jax.losses import SampledTargets, ce, kd
   from distill_jax.models import qwen3
   from distill_jax.nn import params
   from distill_jax.nn.layers import ComputeConfig
   from distill_jax.schedules import constant
   from distill_jax.training import optim
   from distill_jax.training.step import Step
-  from distill_jax.types import Batch, Inputs, Recorded, Targets
+  from distill_jax.types import Batch, Inputs
 
   c = shapes.CONFIGS[name]
   V, B, T, points = c["vocab"], c["batch"], c["seq"], 63
@@ -78,32 +78,33 @@ def ours(folder: str, name: str, kind: str) -> None:
   rng = np.random.default_rng(0)
   i32 = lambda x: jnp.asarray(x, jnp.int32)
 
+  hot = shapes.TEMPERATURE
+
   def batch() -> Batch:
     tokens = rng.integers(1, V, (B, T))
     inputs = Inputs(i32(tokens), i32(np.tile(np.arange(T), (B, 1))), i32(np.ones((B, T))))
     mask = jnp.broadcast_to(jnp.arange(T) < T - 1, (B, T))
     if kind == "online":
       return Batch(inputs, i32(np.roll(tokens, -1, 1)), mask)
-    said = Targets(
+    said = SampledTargets(
       ids_BTK=i32(np.sort(rng.integers(0, V, (B, T, points)), -1)),
       weight_BTK=jnp.full((B, T, points), 1 / points),
       entropy_BT=jnp.full((B, T), 2.0),
+      temperature=hot,
     )
     return Batch(inputs, i32(np.roll(tokens, -1, 1)), mask, {"teacher": said})
 
   student = model(c["student"], 0)
   teachers = {"teacher": model(c["teacher"], 1)} if kind == "online" else {}
   o, half = config.OptimOptions(peak_lr=shapes.LEARNING_RATE, schedule="constant"), constant(0.5)
-  hot = shapes.TEMPERATURE
   step = Step(
-    losses={"soft": kd.Loss(weight=half, temperature=constant(hot)), "hard": ce.Loss(weight=half)},
+    losses={"soft": kd.Loss(weight=half, temperature=hot), "hard": ce.Loss(weight=half)},
     learning_rate=optim.learning_rate(o, 100),
     optimizer=optim.optimizer(o),
     student=ComputeConfig(),
     teacher=ComputeConfig(),
     chunk=128 // B,
     vocab_size=V,
-    recorded=Recorded(temperature=hot),
   )
   program, state = jax.jit(step, donate_argnums=0), step.init(student)
   counts = [params.count(m) for m in (student, *teachers.values())]

@@ -62,7 +62,7 @@ from distill_jax.data import corpus, packing, sources, tokenizers
 from distill_jax.errors import InputError
 from distill_jax.hub.load import load_model
 from distill_jax.hub.pretrained import open_model
-from distill_jax.losses import kd
+from distill_jax.losses import DenseTargets, SampledTargets, TopKTargets, kd
 from distill_jax.nn import fused_head, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.records import bits, codec, collate, sampler, tf_example, writer
@@ -140,7 +140,7 @@ def angle_and_ratio(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
   return math.degrees(angle), float(ratio)
 
 
-def stored(piece: Batch) -> Targets:
+def stored(piece: Batch):
   return piece.targets["teacher"]
 
 
@@ -189,8 +189,8 @@ LOSSES: dict[str, PerToken] = {
 
 
 def sampled(
-  batch: Batch, rows: list[codec.Sequence], teacher: Targets, n: int, chunk: int
-) -> tuple[Targets, list[bytes], float]:
+  batch: Batch, rows: list[codec.Sequence], teacher: DenseTargets, n: int, chunk: int
+) -> tuple[SampledTargets, list[bytes], float]:
   """Our records of the batch: targets as a reader decodes them, the bytes, entries a target."""
   V = teacher.head_VD.shape[0]
   u_BT = jax.random.uniform(jax.random.key(n), batch.labels_BT.shape)
@@ -219,7 +219,7 @@ def sampled(
   return targets, records, entries / int(np.sum(batch.mask_BT))
 
 
-def rivals(teacher: Targets, chunk: int, seed: int) -> dict[str, np.ndarray]:
+def rivals(teacher: DenseTargets, chunk: int, seed: int) -> dict[str, np.ndarray]:
   """What the rivals read of the full distribution, a few positions at a time.
 
   Returns: ids_BTK int32, logits_BTK and logp_BTK float32 of the 64 likeliest, likeliest
@@ -259,10 +259,10 @@ def rival_targets(kind: str, said: dict[str, np.ndarray]) -> tuple[Targets, np.n
   if kind == "iid_50":
     ids = np.sort(said["iid_BTN"], -1)
     weight = np.full(ids.shape, 1 / ids.shape[-1], np.float32)
-    return Targets(ids_BTK=ids, weight_BTK=weight), 1 + (np.diff(ids, axis=-1) > 0).sum(-1)
+    return SampledTargets(ids_BTK=ids, weight_BTK=weight), 1 + (np.diff(ids, axis=-1) > 0).sum(-1)
   k = min(KINDS[kind], said["ids_BTK"].shape[-1])
   ids, logp = said["ids_BTK"][..., :k], said["logp_BTK"][..., :k]
-  return Targets(ids_BTK=ids, logp_BTK=logp), np.full(ids.shape[:2], k)
+  return TopKTargets(ids_BTK=ids, logp_BTK=logp), np.full(ids.shape[:2], k)
 
 
 # ---------------------------------------------------------------- what it costs
@@ -366,7 +366,7 @@ def sequences(
 
 
 def measure(
-  rows: list[codec.Sequence], batch: Batch, teacher: Targets, student: Targets, chunk: int
+  rows: list[codec.Sequence], batch: Batch, teacher: DenseTargets, student: DenseTargets, chunk: int
 ) -> dict[str, dict[str, float]]:
   """FIGURES of every kind. `teacher` and `student` are dense targets of the batch."""
   V, tokens = teacher.head_VD.shape[0], batch.labels_BT.size
@@ -400,7 +400,7 @@ def measure(
   return figures
 
 
-def entropy(batch: Batch, teacher: Targets, chunk: int) -> float:
+def entropy(batch: Batch, teacher: DenseTargets, chunk: int) -> float:
   """The teacher's, in nats, over the labels."""
   run = jax.jit(functools.partial(sampler.summarise, spec=SamplerSpec(1), chunk=chunk))
   u_BT = jnp.zeros(batch.labels_BT.shape)
@@ -436,7 +436,7 @@ def run(positions: int, seq_len: int, chunk: int) -> dict[str, float]:
     dense = {}
     for name, model in models.items():
       said = forward(model, batch.inputs)
-      dense[name] = Targets(hidden_BTD=said.hidden_BTD, head_VD=said.head_VD)
+      dense[name] = DenseTargets(hidden_BTD=said.hidden_BTD, head_VD=said.head_VD)
     figures = measure(rows, batch, dense["teacher"], dense["student"], chunk)
     nats = entropy(batch, dense["teacher"], chunk)
     print(table(text, nats, figures), flush=True)

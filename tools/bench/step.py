@@ -29,13 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill_jax import config
-from distill_jax.losses import ce, kd
+from distill_jax.losses import SampledTargets, ce, kd
 from distill_jax.models import llama
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.schedules import constant
 from distill_jax.training import optim
 from distill_jax.training.step import Step
-from distill_jax.types import Batch, Inputs, Targets
+from distill_jax.types import Batch, Inputs
 
 POINTS, ENTRIES = 63, 20  # of systematic sampling; and how many tokens they fall on
 
@@ -49,7 +49,7 @@ def batch_of(vocab_size: int, B: int, T: int) -> Batch:
   ids = np.sort(rng.integers(0, vocab_size, (B, T, POINTS)), -1)
   weight = np.zeros((B, T, POINTS))  # the loader fills up to N entries, as here
   weight[..., :ENTRIES] = rng.multinomial(POINTS, np.ones(ENTRIES) / ENTRIES, (B, T)) / POINTS
-  targets = Targets(
+  targets = SampledTargets(
     ids_BTK=i32(ids),
     weight_BTK=f32(weight),
     entropy_BT=f32(rng.uniform(1, 4, (B, T))),

@@ -1,0 +1,109 @@
+"""What a run starts or continues from: the student, its optimizer, its teachers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from distill_jax.config import Config
+from distill_jax.models import loading
+from distill_jax.models.options import ModelOptions
+from distill_jax.nn import lora, sharding
+from distill_jax.records import collate
+from distill_jax.runtime import checkpoint
+from distill_jax.training.step import Step, Teachers
+from distill_jax.training.stores import Stores, batches, teacher_manifest
+from distill_jax.types import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainInputs:
+  """What the step is given beside a batch.
+
+  Attributes:
+    state: what it changes.
+    teachers: the online teachers' models, by name.
+    base: the student's model, where low-rank adapters of it are trained; else None.
+  """
+
+  state: TrainState
+  teachers: Teachers
+  base: Any = None
+
+
+def online_teachers(config: Config) -> dict[str, ModelOptions]:
+  """The teachers that run in the step, by name."""
+  more = {
+    name: dataclasses.replace(config.teacher, source=source)
+    for name, source in config.teachers.items()
+  }
+  return ({"teacher": config.teacher} if config.train.online else {}) | more
+
+
+def prepare(
+  config: Config,
+  mesh: Mesh,
+  saves: ocp.CheckpointManager,
+  step: Step,
+  stores: Stores,
+  metadata: dict[str, Any],
+) -> TrainInputs:
+  """Builds what the step is given: from the last checkpoint, or as before step 0.
+
+  Args:
+    saves: the run's checkpoints.
+    metadata: what a checkpoint must have been saved with, to be continued.
+  """
+  keys, student = loading.keys(config.seed), loading.open_source(config.student, config.seed)
+  teachers = {
+    name: loading.open_source(options).load(mesh, keys["teacher"]).model
+    for name, options in online_teachers(config).items()
+  }
+  base = student.load(mesh, keys["student"]).model if config.student.lora.rank else None
+  abstract = abstract_state(config, step, stores)
+  shardings = sharding.shardings(abstract, mesh, step.student.rules)
+  if saves.latest_step() is not None:
+    placed = sharding.with_shardings(abstract, shardings)
+    return TrainInputs(checkpoint.restore(saves, placed, metadata), teachers, base)
+  if base is not None:
+    start = functools.partial(lora.init, student.abstract, config.student.lora)
+    trained = jax.jit(start, out_shardings=shardings.params)(keys["lora"])
+  elif config.student.share.layers:
+    trained = student.load_shared(mesh, keys["student"]).model
+  else:
+    trained = student.load(mesh, keys["student"]).model
+  adapters = _adapters(step, stores, keys["adapters"])
+  if any(fn.fits_adapters and name in adapters for name, fn in step.feature_losses.items()):
+    batch = collate.to_device(next(batches(config, stores)), sharding.batch_sharding(mesh))
+    adapters |= jax.jit(step.fit)(trained, adapters, batch, teachers, base)
+  init = jax.jit(step.init, out_shardings=shardings, donate_argnums=0)
+  return TrainInputs(init(trained, adapters), teachers, base)
+
+
+def abstract_state(config: Config, step: Step, stores: Stores) -> TrainState:
+  """The state before step 0 as shapes, in no memory."""
+
+  def init(trained: Any, key: jax.Array) -> TrainState:
+    return step.init(trained, _adapters(step, stores, key))
+
+  student = loading.open_source(config.student, config.seed)
+  return jax.eval_shape(init, student.abstract_trainable, jax.eval_shape(jax.random.key, 0))
+
+
+def _adapters(step: Step, stores: Stores, key: jax.Array) -> dict[str, Any]:
+  """The parameters that losses own, by loss."""
+  taps = teacher_manifest(stores).taps if step.recorded.taps else None
+  hidden_width = taps.width if taps else getattr(step.teacher_config, "hidden_size", 0)
+  adapters = {}
+  for i, (name, fn) in enumerate(step.losses.items()):
+    if name in step.feature_losses:
+      fn = step.feature_losses[name]
+      width = fn.adapter_width(step.teacher_config, hidden_width)
+      key_of_loss = jax.random.fold_in(key, i)
+      adapters[name] = fn.init(key_of_loss, step.pairs(fn), step.student_config, width)
+  return {name: made for name, made in adapters.items() if made}

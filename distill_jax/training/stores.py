@@ -1,0 +1,115 @@
+"""What a run is trained on: its stores of records, its tasks, and the batches made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from distill_jax.config import Config
+from distill_jax.errors import InputError
+from distill_jax.models import loading
+from distill_jax.models.loading import ModelSource
+from distill_jax.records.manifest import Manifest
+from distill_jax.records.multi_teacher import MultiTeacherStore
+from distill_jax.records.store import open_store
+from distill_jax.runtime import storage
+from distill_jax.tasks import dataset
+from distill_jax.tasks.dataset import RecordedTask, Rows
+from distill_jax.training import loader
+from distill_jax.types import Batch, Recorded
+
+Stores = Sequence[MultiTeacherStore | RecordedTask]
+
+
+def open_stores(config: Config, student: ModelSource | None = None) -> Stores:
+  """Opens and checks the stores that a config trains on, those of all teachers joined.
+
+  A task brings its own data, and needs records only of its teacher's outputs.
+
+  Args:
+    student: the model that is trained, for its tokenizer; None opens config.student.
+
+  Raises:
+    InputError: a store is missing, or does not fit the others or its task.
+  """
+  if not config.tasks:
+    return _open_records(config)
+  tasks = open_tasks(config, student)
+  records = _open_records(config) if config.train.records else [None] * len(tasks)
+  if len(records) != len(tasks):
+    raise InputError(
+      f"train.records names {len(records)} stores and there are {len(tasks)} tasks; name one for "
+      "each, in their order, or none"
+    )
+  parts = dataset.parts(tasks)
+  return [
+    RecordedTask(rows, store, store.manifest if store else rows.manifest, parts[name])
+    for store, (name, rows) in zip(records, tasks.items(), strict=True)
+  ]
+
+
+def open_tasks(config: Config, student: ModelSource | None = None) -> dict[str, Rows]:
+  """Opens and checks what the student reads of each task."""
+  student = student or loading.open_source(config.student, config.seed)
+  tasks = {
+    name: dataset.open_rows(config, name, "train", student.pretrained) for name in config.tasks
+  }
+  dataset.check(tasks, student.config)
+  return tasks
+
+
+def _open_records(config: Config) -> list[MultiTeacherStore]:
+  paths, teachers = config.train.records, config.train.teachers
+  if not paths:
+    raise InputError("train.records names no store; record one and give its folder")
+  stores = [open_store(storage.local(path)) for path in paths]
+  for name, of_teacher in teachers.items():
+    if len(of_teacher) != len(stores):
+      raise InputError(
+        f"train.teachers.{name} names {len(of_teacher)} stores and train.records {len(stores)}; "
+        "name one of the same text for each"
+      )
+  others = {
+    name: [open_store(storage.local(path)) for path in of_teacher]
+    for name, of_teacher in teachers.items()
+  }
+  return [
+    MultiTeacherStore(store, {name: of_teacher[i] for name, of_teacher in others.items()})
+    for i, store in enumerate(stores)
+  ]
+
+
+def teacher_manifest(stores: Stores) -> Manifest:
+  """The manifest of the first store that holds a teacher's targets; of the first, if none does."""
+  manifests = [store.manifest for store in stores]
+  return next((m for m in manifests if m.kind != "text"), manifests[0])
+
+
+def recorded(config: Config, stores: Stores) -> Recorded:
+  """How the targets in these stores were recorded."""
+  manifest = teacher_manifest(stores)
+  taps = None if config.train.online else manifest.taps
+  return Recorded(
+    temperature=manifest.temperature,
+    missing_mass=manifest.missing_mass,
+    taps=taps.layers if taps else (),
+    taps_of=taps.of if taps else "hidden",
+  )
+
+
+def batches(config: Config, stores: Stores, start: int = 0) -> Iterator[Batch]:
+  """This process's rows of every global batch from step `start` on, as numpy arrays."""
+  c = config.train
+  return loader.batches(
+    stores,
+    batch_size=c.batch_size,
+    seed=config.seed,
+    start=start,
+    mixture=c.mixture,
+    targets=not c.online,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    read=dataset.reader(config),
+    recorded=recorded(config, stores),
+  )
