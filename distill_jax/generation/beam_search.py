@@ -1,13 +1,16 @@
-"""Decoding of encoder-decoders: greedy or by beams, one compiled program a batch.
+"""Decoding of encoder-decoders: greedy or by beam search, one compiled program a batch.
 
 All targets of a batch begin with the same tokens, so that they are at one position at a time.
 Rows know nothing of each other: what becomes of one does not depend on its company.
+
+Beside the letters of types.py: T new tokens of a target, and K the 2J likeliest continuations of
+a row's J beams.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +21,21 @@ from distill_jax.models import Seq2SeqCache as Cache
 from distill_jax.nn import fused_head
 from distill_jax.nn.layers import ComputeConfig
 
-NEVER = -1e9  # a score that no text has
+NEVER = -1e9  # a score less than any text's
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-  """How a target is looked for. Static and hashable.
+  """How targets are decoded. Static and hashable.
 
   Attributes:
-    prompt: what every target begins with, the model's decoder_start_token_id first.
-    eos, pad: what ends a target, and what fills the rest.
+    prompt: the tokens that every target begins with, the model's decoder_start_token_id first.
+    eos, pad: the token that ends a target, and the one that fills the rest.
     max_new_tokens: of a target, after the prompt.
     beams: 1 is greedy.
     length_penalty: a text's log-probability is divided by its length to this power.
-    suppress, suppress_first: tokens that are never said, and those that are not said first.
+    suppress: tokens that are never generated.
+    suppress_first: tokens that are not generated first.
   """
 
   prompt: tuple[int, ...]
@@ -59,20 +63,20 @@ class Search:
 def search(
   model: Any, source: Any, compute: ComputeConfig, spec: Search
 ) -> tuple[jax.Array, jax.Array]:
-  """What the model says of each source.
+  """Decodes a target for each source.
 
   Args:
     source: of B rows, as the family reads it.
 
   Returns:
     int32 [B, max_new_tokens], without the prompt, eos at the end of what ended, and pad after
-    it; and float32 [B], its log-probability (with beams: divided by its length as said).
+    it; and float32 [B], its log-probability (with beams, under the length penalty).
   """
   cache = model.init_cache(source, spec.beams, spec.size, compute)
   rows = cache.k_LRTHh.shape[1]
 
-  def read(cache, xs):
-    token, position = xs
+  def read(cache, token_and_position):
+    token, position = token_and_position
     return model.decode_step(jnp.full(rows, token), position, cache, compute)[1], None
 
   prompt = jnp.asarray(spec.prompt, jnp.int32)
@@ -80,124 +84,197 @@ def search(
   return (_greedy if spec.beams == 1 else _beams)(model, cache, compute, spec)
 
 
-def _log_probabilities(model, tokens_R, n, cache, compute: ComputeConfig, spec: Search):
-  """(float32 [R, V] of the next token after `n` new ones, the cache)."""
-  out, cache = model.decode_step(tokens_R, len(spec.prompt) - 1 + n, cache, compute)
-  z_RV = fused_head.soft_cap(fused_head.logits(out.hidden_BTD, out.head_VD), out.soft_cap)[:, 0]
-  logp_RV = jax.nn.log_softmax(z_RV)
-  never = lambda logp, ids: logp.at[:, jnp.asarray(ids, jnp.int32)].set(-jnp.inf)
+def _next_logp(
+  model: Any,
+  tokens_B: jax.Array,
+  n: jax.Array,
+  cache: Cache,
+  compute: ComputeConfig,
+  spec: Search,
+) -> tuple[jax.Array, Cache]:
+  """(float32 [B, V], the log-probabilities of the token after `n` new ones; the cache).
+
+  Rows B are those of the cache: with beams, J for each source.
+  """
+  out, cache = model.decode_step(tokens_B, len(spec.prompt) - 1 + n, cache, compute)
+  logits_B1V = fused_head.soft_cap(fused_head.logits(out.hidden_BTD, out.head_VD), out.soft_cap)
+  logp_BV = jax.nn.log_softmax(logits_B1V[:, 0])
   if spec.suppress:
-    logp_RV = never(logp_RV, spec.suppress)
+    logp_BV = _suppressed(logp_BV, spec.suppress)
   if spec.suppress_first:
-    logp_RV = jnp.where(n == 0, never(logp_RV, spec.suppress_first), logp_RV)
-  return logp_RV, cache
+    logp_BV = jnp.where(n == 0, _suppressed(logp_BV, spec.suppress_first), logp_BV)
+  return logp_BV, cache
 
 
-def _greedy(
-  model, cache: Cache, compute: ComputeConfig, spec: Search
-) -> tuple[jax.Array, jax.Array]:
-  B = cache.k_LRTHh.shape[1]
-
-  def more(carry):
-    n, _, _, _, ended_B, _ = carry
-    return (n < spec.max_new_tokens) & ~jnp.all(ended_B)
-
-  def step(carry):
-    n, last_B, said_BN, score_B, ended_B, cache = carry
-    logp_BV, cache = _log_probabilities(model, last_B, n, cache, compute, spec)
-    new_B = jnp.argmax(logp_BV, -1).astype(jnp.int32)
-    logp_B = jnp.take_along_axis(logp_BV, new_B[:, None], 1)[:, 0]
-    new_B = jnp.where(ended_B, spec.pad, new_B)
-    score_B += jnp.where(ended_B, 0.0, logp_B)
-    said_BN = said_BN.at[:, n].set(new_B)
-    return n + 1, new_B, said_BN, score_B, ended_B | (new_B == spec.eos), cache
-
-  start = (
-    jnp.int32(0),
-    jnp.full(B, spec.prompt[-1], jnp.int32),
-    jnp.full((B, spec.max_new_tokens), spec.pad, jnp.int32),
-    jnp.zeros(B),
-    jnp.zeros(B, bool),
-    cache,
-  )
-  _, _, said_BN, score_B, _, _ = jax.lax.while_loop(more, step, start)
-  return said_BN, score_B
+def _suppressed(logp_BV: jax.Array, tokens: tuple[int, ...]) -> jax.Array:
+  return logp_BV.at[:, jnp.asarray(tokens, jnp.int32)].set(-jnp.inf)
 
 
-class Beams(struct.PyTreeNode):
-  """K texts a row that go on, the best first, and the K best that have ended."""
+class Greedy(struct.PyTreeNode):
+  """A text a row: its `n` new tokens so far, and their log-probability."""
 
   n: jax.Array
-  said_BKN: jax.Array
-  score_BK: jax.Array  # log-probabilities
-  ended_BKN: jax.Array
-  ended_score_BK: jax.Array  # by length
-  has_ended_BK: jax.Array
-  open_B: jax.Array  # a text that goes on may yet be better
-  last_BK: jax.Array
+  tokens_BT: jax.Array
+  score_B: jax.Array
+  last_B: jax.Array
+  ended_B: jax.Array
   cache: Cache
 
 
-def _beams(
-  model, cache: Cache, compute: ComputeConfig, spec: Search
+def _greedy(
+  model: Any, cache: Cache, compute: ComputeConfig, spec: Search
 ) -> tuple[jax.Array, jax.Array]:
-  """Beam search as transformers has it (early_stopping=False)."""
-  K, N = spec.beams, spec.max_new_tokens
-  B = cache.k_LRTHh.shape[1] // K
-  nothing = jnp.full((B, K, N), spec.pad, jnp.int32)
-  never_BK = jnp.full((B, K), NEVER)
-  start = Beams(
-    jnp.int32(0),
-    nothing,
-    never_BK.at[:, 0].set(0.0),
-    nothing,
-    never_BK,
-    jnp.zeros((B, K), bool),
-    jnp.ones(B, bool),
-    jnp.full((B, K), spec.prompt[-1], jnp.int32),
-    cache,
+  B = cache.k_LRTHh.shape[1]
+  start = Greedy(
+    n=jnp.int32(0),
+    tokens_BT=jnp.full((B, spec.max_new_tokens), spec.pad, jnp.int32),
+    score_B=jnp.zeros(B),
+    last_B=jnp.full(B, spec.prompt[-1], jnp.int32),
+    ended_B=jnp.zeros(B, bool),
+    cache=cache,
   )
-  more = lambda s: (s.n < N) & jnp.any(s.open_B)
-  end = jax.lax.while_loop(more, lambda s: _beam_step(model, s, compute, spec), start)
-  return end.ended_BKN[:, 0], end.ended_score_BK[:, 0]
+
+  def has_unfinished_sequences(s: Greedy) -> jax.Array:
+    return (s.n < spec.max_new_tokens) & ~jnp.all(s.ended_B)
+
+  def step(s: Greedy) -> Greedy:
+    logp_BV, cache = _next_logp(model, s.last_B, s.n, s.cache, compute, spec)
+    best_B = jnp.argmax(logp_BV, -1).astype(jnp.int32)
+    logp_B = jnp.take_along_axis(logp_BV, best_B[:, None], 1)[:, 0]
+    new_B = jnp.where(s.ended_B, spec.pad, best_B)
+    return Greedy(
+      n=s.n + 1,
+      tokens_BT=s.tokens_BT.at[:, s.n].set(new_B),
+      score_B=s.score_B + jnp.where(s.ended_B, 0.0, logp_B),
+      last_B=new_B,
+      ended_B=s.ended_B | (new_B == spec.eos),
+      cache=cache,
+    )
+
+  end = jax.lax.while_loop(has_unfinished_sequences, step, start)
+  return end.tokens_BT, end.score_B
 
 
-def _beam_step(model, s: Beams, compute: ComputeConfig, spec: Search) -> Beams:
-  (B, K), N = s.score_BK.shape, spec.max_new_tokens
-  logp_RV, cache = _log_probabilities(model, s.last_BK.reshape(-1), s.n, s.cache, compute, spec)
-  V = logp_RV.shape[-1]
-  total = s.score_BK[..., None] + logp_RV.reshape(B, K, V)
-  # Twice as many as go on: all K of them may have ended.
-  score_BC, flat_BC = jax.lax.top_k(total.reshape(B, K * V), 2 * K)
-  parent_BC, token_BC = flat_BC // V, (flat_BC % V).astype(jnp.int32)
-  said_BCN = _take(s.said_BKN, parent_BC).at[:, :, s.n].set(token_BC)
-  ends_BC = (token_BC == spec.eos) | (s.n + 1 == N)
-  go_on_score, chosen_BK = jax.lax.top_k(score_BC + ends_BC * NEVER, K)
+class Beams(struct.PyTreeNode):
+  """The J best running texts of each row, best first, and its J best finished ones."""
 
-  # Of the ended, those among the best K count, unless nothing better was to be hoped for.
-  counts_BC = ends_BC & (jnp.arange(2 * K) < K)[None]
-  length = (s.n + 1).astype(jnp.float32)
-  by_length = score_BC / length**spec.length_penalty
-  by_length += NEVER * (~s.open_B[:, None] | ~counts_BC)
-  join = lambda a, b: jnp.concatenate([a, b], 1)
-  ended_score, best_BK = jax.lax.top_k(join(s.ended_score_BK, by_length), K)
-  has_ended_BK = _take(join(s.has_ended_BK, counts_BC), best_BK)
-  worst_BK = jnp.where(has_ended_BK, jnp.min(ended_score, 1, keepdims=True), NEVER)
-  hope_B1 = go_on_score[:, :1] / length**spec.length_penalty
-  rows = (jnp.arange(B)[:, None] * K + _take(parent_BC, chosen_BK)).reshape(-1)
-  return Beams(
+  n: jax.Array
+  tokens_BJT: jax.Array
+  score_BJ: jax.Array  # log-probabilities
+  finished_BJT: jax.Array
+  finished_score_BJ: jax.Array  # under the length penalty; NEVER where there is none
+  is_finished_BJ: jax.Array
+  open_B: jax.Array  # a running text may yet be better than a finished one
+  last_BJ: jax.Array
+  cache: Cache
+
+
+class Continuations(NamedTuple):
+  """The K likeliest texts of one more token, best first."""
+
+  tokens_BKT: jax.Array
+  score_BK: jax.Array
+  last_BK: jax.Array
+  parent_BK: jax.Array  # the beam that each continues
+  ends_BK: jax.Array
+
+
+def _beams(
+  model: Any, cache: Cache, compute: ComputeConfig, spec: Search
+) -> tuple[jax.Array, jax.Array]:
+  """Beam search as in transformers' GenerationMixin._beam_search (early_stopping=False)."""
+  J, T = spec.beams, spec.max_new_tokens
+  B = cache.k_LRTHh.shape[1] // J
+  empty_BJT = jnp.full((B, J, T), spec.pad, jnp.int32)
+  never_BJ = jnp.full((B, J), NEVER)
+  start = Beams(
+    n=jnp.int32(0),
+    tokens_BJT=empty_BJT,
+    score_BJ=never_BJ.at[:, 0].set(0.0),  # all beams are the same text
+    finished_BJT=empty_BJT,
+    finished_score_BJ=never_BJ,
+    is_finished_BJ=jnp.zeros((B, J), bool),
+    open_B=jnp.ones(B, bool),
+    last_BJ=jnp.full((B, J), spec.prompt[-1], jnp.int32),
+    cache=cache,
+  )
+
+  def has_unfinished_sequences(s: Beams) -> jax.Array:
+    return (s.n < T) & jnp.any(s.open_B)
+
+  def step(s: Beams) -> Beams:
+    return _beam_step(model, s, compute, spec)
+
+  end = jax.lax.while_loop(has_unfinished_sequences, step, start)
+  return end.finished_BJT[:, 0], end.finished_score_BJ[:, 0]
+
+
+def _beam_step(model: Any, s: Beams, compute: ComputeConfig, spec: Search) -> Beams:
+  """One token more of every running text; the functions have transformers' names."""
+  logp_BV, cache = _next_logp(model, s.last_BJ.reshape(-1), s.n, s.cache, compute, spec)
+  logp_BJV = logp_BV.reshape(*s.score_BJ.shape, -1)
+  continuations = _get_top_k_continuations(s, logp_BJV, spec)
+  s = _get_running_beams_for_next_iteration(s, continuations, cache)
+  s = _update_finished_beams(s, continuations, spec)
+  return s.replace(open_B=s.open_B & _check_early_stop_heuristic(s, spec))
+
+
+def _get_top_k_continuations(s: Beams, logp_BJV: jax.Array, spec: Search) -> Continuations:
+  """The likeliest texts of one more token: 2J of them, as J of them may have ended."""
+  B, J, V = logp_BJV.shape
+  total_BJV = s.score_BJ[..., None] + logp_BJV
+  score_BK, index_BK = jax.lax.top_k(total_BJV.reshape(B, J * V), 2 * J)
+  parent_BK, token_BK = index_BK // V, (index_BK % V).astype(jnp.int32)
+  return Continuations(
+    tokens_BKT=_take(s.tokens_BJT, parent_BK).at[:, :, s.n].set(token_BK),
+    score_BK=score_BK,
+    last_BK=token_BK,
+    parent_BK=parent_BK,
+    ends_BK=(token_BK == spec.eos) | (s.n + 1 == spec.max_new_tokens),
+  )
+
+
+def _get_running_beams_for_next_iteration(s: Beams, c: Continuations, cache: Cache) -> Beams:
+  """The J best continuations that have not ended, with their parents' rows of the cache."""
+  B, J = s.score_BJ.shape
+  score_BJ, chosen_BJ = jax.lax.top_k(jnp.where(c.ends_BK, NEVER, c.score_BK), J)
+  rows = (jnp.arange(B)[:, None] * J + _take(c.parent_BK, chosen_BJ)).reshape(-1)
+  return s.replace(
     n=s.n + 1,
-    said_BKN=_take(said_BCN, chosen_BK),
-    score_BK=go_on_score,
-    ended_BKN=_take(join(s.ended_BKN, said_BCN), best_BK),
-    ended_score_BK=ended_score,
-    has_ended_BK=has_ended_BK,
-    open_B=s.open_B & jnp.any(hope_B1 > worst_BK, -1),
-    last_BK=_take(token_BC, chosen_BK),
+    tokens_BJT=_take(c.tokens_BKT, chosen_BJ),
+    score_BJ=score_BJ,
+    last_BJ=_take(c.last_BK, chosen_BJ),
     cache=cache.replace(k_LRTHh=cache.k_LRTHh[:, rows], v_LRTHh=cache.v_LRTHh[:, rows]),
   )
 
 
-def _take(x_BC: jax.Array, at_BK: jax.Array) -> jax.Array:
-  """Rows [B, K, ...] of [B, C, ...]."""
-  return jax.vmap(lambda x_C, at_K: x_C[at_K])(x_BC, at_BK)
+def _update_finished_beams(s: Beams, c: Continuations, spec: Search) -> Beams:
+  """The J best finished texts, old and new.
+
+  Of those that just ended, the ones among the J best continuations count, in rows that are open.
+  """
+  J = s.score_BJ.shape[1]
+  ended_BK = c.ends_BK & (jnp.arange(2 * J) < J)[None]
+  new_score_BK = c.score_BK / s.n.astype(jnp.float32) ** spec.length_penalty
+  new_score_BK = jnp.where(s.open_B[:, None] & ended_BK, new_score_BK, NEVER)
+  score, best_BJ = jax.lax.top_k(jnp.concatenate([s.finished_score_BJ, new_score_BK], 1), J)
+  texts = jnp.concatenate([s.finished_BJT, c.tokens_BKT], 1)
+  is_finished = jnp.concatenate([s.is_finished_BJ, ended_BK], 1)
+  return s.replace(
+    finished_BJT=_take(texts, best_BJ),
+    finished_score_BJ=score,
+    is_finished_BJ=_take(is_finished, best_BJ),
+  )
+
+
+def _check_early_stop_heuristic(s: Beams, spec: Search) -> jax.Array:
+  """Whether the best running text of a row, as it is, beats the worst finished one, bool [B]."""
+  best_B1 = s.score_BJ[:, :1] / s.n.astype(jnp.float32) ** spec.length_penalty
+  worst_B1 = jnp.min(s.finished_score_BJ, 1, keepdims=True)
+  worst_BJ = jnp.where(s.is_finished_BJ, worst_B1, NEVER)
+  return jnp.any(best_B1 > worst_BJ, -1)
+
+
+def _take(x_BK: jax.Array, index_BJ: jax.Array) -> jax.Array:
+  """Rows [B, J, ...] of [B, K, ...]."""
+  return jax.vmap(lambda x_K, index_J: x_K[index_J])(x_BK, index_BJ)

@@ -1,4 +1,4 @@
-"""Where a text ends before the model ends it: at a stop string, or where it runs in circles."""
+"""Where a text ends before the model ends it: at a stop string, or where it repeats itself."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import numpy as np
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 
-CIRCLES = 4  # turns that a run in circles has, at least
+MIN_TURNS = 4  # of a repetition
 
 
 @dataclasses.dataclass(frozen=True)
 class Stops:
-  """Attributes:
-  strings: a text ends before the first of them, wherever tokens are cut.
-  repetition: a text ends once its last so many tokens are one run of them CIRCLES times or
-    more; 0: never.
+  """Finds the end of a text among its tokens.
+
+  Attributes:
+    strings: a text ends before the first of them, wherever tokens are cut.
+    repetition: a text ends once its last so many tokens are one sequence, MIN_TURNS times or
+      more; 0: never.
   """
 
   tokenizer: Tokenizer
@@ -28,20 +30,24 @@ class Stops:
   def __post_init__(self):
     if not all(self.strings):
       raise InputError("generate.stop holds an empty string, which ends every text; leave it out")
-    if 0 < self.repetition < CIRCLES or self.repetition < 0:
+    if 0 < self.repetition < MIN_TURNS or self.repetition < 0:
       raise InputError(
-        f"generate.repetition is {self.repetition}; it is 0 (off) or at least {CIRCLES} tokens"
+        f"generate.repetition is {self.repetition}; it is 0 (off) or at least {MIN_TURNS} tokens"
       )
 
   def first(self, tokens: Sequence[int], old: int) -> tuple[int, str] | None:
-    """(how many tokens there are then, why) where the text ends, of more than `old`; or None."""
+    """Finds the first end of a text after its first `old` tokens.
+
+    Returns:
+      (how many tokens the text has then, "stop" or "repetition"); None where it does not end.
+    """
     ends = [
-      (n, why)
-      for n, why in (
-        (self._string(tokens, old), "stop"),
-        (self._circles(tokens, old), "repetition"),
+      (n, reason)
+      for n, reason in (
+        (self._stop_string(tokens, old), "stop"),
+        (self._repetition(tokens, old), "repetition"),
       )
-      if n
+      if n is not None
     ]
     return min(ends, default=None, key=lambda end: end[0])
 
@@ -51,30 +57,36 @@ class Stops:
     found = [i for s in self.strings if (i := text.find(s)) >= 0]
     return text[: min(found)] if found else text
 
-  def _string(self, tokens: Sequence[int], old: int) -> int:
+  def _stop_string(self, tokens: Sequence[int], old: int) -> int | None:
+    """The number of tokens, more than `old`, after which there is a stop string."""
     if not self.strings:
-      return 0
+      return None
     # No token is less than a byte, but for those without text, such as a document's end.
     reach = max(len(s.encode()) for s in self.strings)
     first = max(0, old - reach - 8)
-    holds = lambda n: any(s in self.tokenizer.decode(tokens[first:n]) for s in self.strings)
-    if not holds(len(tokens)):
-      return 0
-    return next((n for n in range(old + 1, len(tokens) + 1) if holds(n)), 0)
 
-  def _circles(self, tokens: Sequence[int], old: int) -> int:
-    W = self.repetition
-    if not W or len(tokens) < W:
-      return 0
-    first = max(0, old + 1 - W)
-    some = np.asarray(tokens[first:])
-    best = len(tokens) + 1
-    for period in range(1, W // CIRCLES + 1):
-      same = some[period:] == some[:-period]
-      # The end of each stretch of W - period positions that equal those a period before.
+    def has_stop(n: int) -> bool:
+      text = self.tokenizer.decode(tokens[first:n])
+      return any(s in text for s in self.strings)
+
+    if not has_stop(len(tokens)):
+      return None
+    return next((n for n in range(old + 1, len(tokens) + 1) if has_stop(n)), None)
+
+  def _repetition(self, tokens: Sequence[int], old: int) -> int | None:
+    """The number of tokens, more than `old`, of which the last `repetition` repeat themselves."""
+    length = self.repetition
+    if not length or len(tokens) < length:
+      return None
+    first = max(0, old + 1 - length)
+    recent = np.asarray(tokens[first:])
+    ends = []
+    for period in range(1, length // MIN_TURNS + 1):
+      same = recent[period:] == recent[:-period]
+      # The end of each stretch of `needed` positions that equal those a period before.
+      needed = length - period
       sums = np.concatenate([[0], np.cumsum(same)])
-      need = W - period
-      whole = np.flatnonzero(sums[need:] - sums[:-need] == need)
-      if len(whole):
-        best = min(best, first + int(whole[0]) + W)
-    return best if best <= len(tokens) else 0
+      stretches = np.flatnonzero(sums[needed:] - sums[:-needed] == needed)
+      if len(stretches):
+        ends.append(first + int(stretches[0]) + length)
+    return min((n for n in ends if n <= len(tokens)), default=None)

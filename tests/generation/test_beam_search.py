@@ -16,7 +16,7 @@ EOS, PAD, START, NEW = 1, 0, 2, 8
 run = jax.jit(search, static_argnames=("compute", "spec"))
 
 
-def theirs_says(model, given, spec: Search) -> np.ndarray:
+def transformers_tokens(model, given, spec: Search) -> np.ndarray:
   """int [B, max_new_tokens], padded; without the prompt."""
   B = len(next(iter(given.values())))
   config = transformers.GenerationConfig(
@@ -35,13 +35,13 @@ def theirs_says(model, given, spec: Search) -> np.ndarray:
   )
   prompt = torch.tensor([list(spec.prompt)] * B)
   model.generation_config = config
-  said = transformers.GenerationMixin.generate(
+  tokens = transformers.GenerationMixin.generate(
     model, **given, decoder_input_ids=prompt, generation_config=config
   )
-  said = said.numpy()[:, len(spec.prompt) :]
-  said = np.pad(said, ((0, 0), (0, spec.max_new_tokens - said.shape[1])), constant_values=PAD)
-  ended = np.cumsum(said == EOS, 1) - (said == EOS) > 0
-  return np.where(ended, PAD, said)  # it fills up with eos where the pad token is number 0
+  tokens = tokens.numpy()[:, len(spec.prompt) :]
+  tokens = np.pad(tokens, ((0, 0), (0, spec.max_new_tokens - tokens.shape[1])), constant_values=PAD)
+  ended = np.cumsum(tokens == EOS, 1) - (tokens == EOS) > 0
+  return np.where(ended, PAD, tokens)  # it fills up with eos where the pad token is number 0
 
 
 CASES = {
@@ -52,15 +52,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_transformers_says(both, case):  # noqa: F811
+def test_tokens_are_those_of_transformers(both, case):  # noqa: F811
   kind, theirs, _, ours = both
   inputs, given, _, _ = tiny.examples(kind)
   given = {k: v for k, v in given.items() if k != "decoder_input_ids"}
   spec = Search(
     **{"prompt": (START,), "eos": EOS, "pad": PAD, "max_new_tokens": NEW, **CASES[case]}
   )
-  said, score = run(ours, inputs.source, compute=layers.ComputeConfig(), spec=spec)
-  np.testing.assert_array_equal(said, theirs_says(theirs, given, spec))
+  tokens, score = run(ours, inputs.source, compute=layers.ComputeConfig(), spec=spec)
+  np.testing.assert_array_equal(tokens, transformers_tokens(theirs, given, spec))
   assert np.isfinite(score).all() and (np.asarray(score) < 0).all()
 
 
