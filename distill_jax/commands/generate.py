@@ -21,5 +21,6 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
   """
   if config.tasks:
     return pseudo_labels.write_pseudo_labels(config, folder)
-  store = GeneratedStore(config) if config.generate.records_dir else None
-  return dispatch.generate(GenerationJob.from_config(config), folder, store=store)
+  job = GenerationJob.from_config(config)
+  store = GeneratedStore(config, job.source) if config.generate.records_dir else None
+  return dispatch.generate(job, folder, store=store)

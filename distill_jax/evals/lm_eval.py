@@ -76,13 +76,13 @@ class Adapter(LM):
     self.mesh = sharding.make_mesh(**vars(self.config.mesh))
     sharding.check_batch("batch_size", batch_size, self.mesh)
     self._batch_size, self._seed = batch_size, seed
-    self._pretrained = loading.pretrained(self.config.teacher)
+    self._model = ModelSlot(self.config.teacher, self.mesh, loading.keys(seed)["teacher"])
+    self._pretrained = self._model.source.pretrained
     self.tokens = corpus.tokenizer_of(self.config.data, self._pretrained)
-    longest = loading.family_and_config(self.config.teacher)[1].max_position_embeddings
+    longest = self._model.source.config.max_position_embeddings
     if not 0 <= max_length <= longest:
       raise InputError(f"max_length is {max_length} and this model reads at most {longest} tokens")
     self.max_length, self.max_gen_toks = max_length or longest, max_gen_toks
-    self._model = ModelSlot(self.config.teacher, self.mesh, loading.keys(seed)["teacher"])
 
   @property
   def tokenizer_name(self) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
 from distill_jax.generation.unrolled import Unrolled, unroll
-from distill_jax.models import loading
+from distill_jax.models.loading import LoadedModel, ModelSource, open_source
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn.layers import ComputeConfig
 
@@ -18,15 +20,20 @@ class ModelSlot:
 
   def __init__(self, spec: ModelOptions, mesh: jax.sharding.Mesh, key: jax.Array):
     self.spec, self.mesh, self._key = spec, mesh, key
-    self._stacked: loading.LoadedModel | None = None
+    self._stacked: LoadedModel | None = None
     self._unrolled: tuple[Unrolled, ComputeConfig] | None = None
 
-  def stacked(self) -> loading.LoadedModel:
+  @functools.cached_property
+  def source(self) -> ModelSource:
+    """The model, opened when it is first asked for: a server's is never opened."""
+    return open_source(self.spec)
+
+  def stacked(self) -> LoadedModel:
     """The model with stacked layers, as it was loaded."""
     if self._stacked is None:
       self._unrolled = None
       with jax.set_mesh(self.mesh):
-        self._stacked = loading.build(self.spec, self.mesh, self._key)
+        self._stacked = self.source.load(self.mesh, self._key)
     return self._stacked
 
   def unrolled(self) -> tuple[Unrolled, ComputeConfig]:

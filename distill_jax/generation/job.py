@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from distill_jax.config import Config
 from distill_jax.data.options import DataOptions
 from distill_jax.generation.options import DecodingOptions, ServerOptions
 from distill_jax.generation.sampling import Sampling
+from distill_jax.models.loading import ModelSource, open_source
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn.sharding import MeshOptions
 
@@ -73,6 +75,11 @@ class GenerationJob:
       repetition=c.repetition,
       ignore_eos=c.ignore_eos,
     )
+
+  @functools.cached_property
+  def source(self) -> ModelSource:
+    """The model, opened when it is first asked for: a server's need not be here."""
+    return open_source(self.model, self.seed)
 
   def key(self, name: str) -> str:
     """The config key of samples, max_new_tokens or on_bad, for errors."""

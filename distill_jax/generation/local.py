@@ -26,7 +26,7 @@ from distill_jax.generation.stops import Stops
 from distill_jax.generation.to_records import GeneratedStore
 from distill_jax.generation.unrolled import Unrolled, unroll
 from distill_jax.hub.tokenizer import check_vocabulary
-from distill_jax.models import loading
+from distill_jax.models.runs import keys
 from distill_jax.nn import kv_cache, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.records.options import RecordsOptions
@@ -67,12 +67,12 @@ def generate(
     Preempted: SIGTERM came; finished samples are kept.
   """
   mesh = sharding.make_mesh(**vars(job.mesh))
-  tokenizer = corpus.tokenizer_of(job.data, loading.pretrained(job.model))
+  tokenizer = corpus.tokenizer_of(job.data, job.source.pretrained)
   stops = _check(job, tokenizer, mesh, store)
   prompts = read_prompts(job, tokenizer)
   origin = {
     "prompts": _digest(prompts.ids),
-    "teacher": loading.identity(job.model, job.seed),
+    "teacher": job.source.identity,
   }
   result: dict[str, Any] = {}
   distributed.run_on_process_0(lambda: result.update(outputs.finished_result(folder, origin) or {}))
@@ -99,7 +99,7 @@ def _check(
   job: GenerationJob, tokenizer: Tokenizer, mesh: Mesh, store: GeneratedStore | None
 ) -> Stops:
   """Refuses what does not fit together, with no weight read."""
-  c, (_, shape) = job.decoding, loading.family_and_config(job.model)
+  c, shape = job.decoding, job.source.config
   for key, value in (
     (job.key("samples"), job.samples),
     (job.key("max_new_tokens"), job.max_new_tokens),
@@ -121,8 +121,7 @@ def _check(
   check_vocabulary(tokenizer.vocab_size, shape.vocab_size, tokenizer.where)
   sharding.check_batch("generate.batch_size", c.batch_size, mesh)
   sharding.check_batch("generate.prefill_rows", c.prefill_rows, mesh)
-  rules = loading.compute_config(job.model).rules
-  sharding.shardings(loading.abstract(job.model), mesh, rules)  # does it divide?
+  sharding.shardings(job.source.abstract, mesh, job.source.compute.rules)  # does it divide?
   if store is not None:
     store.check()
   return Stops(tokenizer, job.stop, job.repetition)
@@ -132,8 +131,7 @@ def end_tokens(job: GenerationJob, tokenizer: Tokenizer) -> tuple[int, ...]:
   """The tokens that end a text: those that came with the model, and the end of a document."""
   if job.ignore_eos:
     return ()
-  pretrained = loading.pretrained(job.model)
-  named = pretrained.generation.get("eos_token_id") if pretrained else None
+  named = job.source.generation.get("eos_token_id")
   ids = named if isinstance(named, list) else [named]
   return tuple(sorted({i for i in (*ids, tokenizer.eos_id) if i is not None}))
 
@@ -152,17 +150,19 @@ def _decode(
 
   All processes decode all rows; the first one writes.
   """
-  keys = [(p, s) for p in prompts.ids for s in range(job.samples)]
+  sample_keys = [(p, s) for p in prompts.ids for s in range(job.samples)]
   have = {outputs.sample_key(row) for journal in journals for row in journal.rows}
-  is_missing = distributed.broadcast_from_process_0(np.array([key not in have for key in keys]))
-  missing = [key for key, is_missed in zip(keys, is_missing, strict=True) if is_missed]
+  is_missing = distributed.broadcast_from_process_0(np.array([k not in have for k in sample_keys]))
+  missing = [k for k, is_missed in zip(sample_keys, is_missing, strict=True) if is_missed]
   if not missing:
     return 0.0
-  tokens = 0
+  tokens, done = 0, len(sample_keys) - len(missing)
   with (
     jax.set_mesh(mesh),
     distributed.Preemption() as preemption,
-    Progress("generate", len(keys), "samples", start=len(keys) - len(missing)) as progress,
+    Progress(
+      "generate", len(sample_keys), "samples", start=done
+    ) as progress,
   ):
     model, compute = load_model()
     scheduler = make_scheduler(
@@ -180,7 +180,7 @@ def _decode(
 
 
 def _load(job: GenerationJob, mesh: Mesh) -> tuple[Unrolled, ComputeConfig]:
-  loaded = loading.build(job.model, mesh, loading.keys(job.seed)["teacher"])
+  loaded = job.source.load(mesh, keys(job.seed)["teacher"])
   return unroll(loaded.model, loaded.compute), loaded.compute
 
 
@@ -200,7 +200,7 @@ def make_scheduler(
     prompts: the tokens of each prompt, by number.
     records: what is recorded of each token's distribution; None: nothing.
   """
-  c, keys = job.decoding, loading.keys(job.seed)
+  c, run_keys = job.decoding, keys(job.seed)
   spec = EngineSpec(
     compute,
     job.sampling,
@@ -210,7 +210,7 @@ def make_scheduler(
     records,
     c.cache_dtype,
   )
-  use = {name: keys[name] for name in ("generate", "records")}
+  use = {name: run_keys[name] for name in ("generate", "records")}
   engine = Engine(model, mesh, spec, c.batch_size, c.prefill_rows, c.cache_len, use)
   return Scheduler(engine, prompts, stops, spec.eos, c, job.max_new_tokens)
 

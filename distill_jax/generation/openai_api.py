@@ -19,7 +19,6 @@ from distill_jax.generation.http_client import RequestRefused
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.prompts import LONE_SURROGATE, Message, PromptEncoder, model_input
 from distill_jax.generation.scheduler import SampleKey
-from distill_jax.models import loading
 from distill_jax.runtime import atomic_io
 
 RESPONSES, PART = "responses.jsonl", "responses.part.jsonl"
@@ -199,7 +198,7 @@ class PromptIds:
   def _read_tokenizer(self) -> Tokenizer:
     data = self._job.data
     try:
-      pretrained = None if data.tokenizer else loading.pretrained(self._job.model)
+      pretrained = None if data.tokenizer else self._job.source.pretrained
       return corpus.tokenizer_of(data, pretrained)
     except InputError as e:
       raise InputError(f"the server does not say the tokens of a prompt, and {e}") from e

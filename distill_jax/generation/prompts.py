@@ -15,7 +15,6 @@ from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.filters.samples import answer_part
 from distill_jax.generation.job import GenerationJob
-from distill_jax.models import loading
 from distill_jax.runtime import storage
 
 ON_BAD = ("stop", "skip")
@@ -135,7 +134,7 @@ class PromptEncoder:
     if isinstance(prompt, str):
       return [*tokenizer.begin, *tokenizer.encode(prompt)]
     if self._template is None:
-      pretrained = None if self._job.data.tokenizer else loading.pretrained(self._job.model)
+      pretrained = None if self._job.data.tokenizer else self._job.source.pretrained
       self._template = corpus.template_of(self._job.data, pretrained)
     template = self._template
     text = template.render(prompt, add_generation_prompt=True)

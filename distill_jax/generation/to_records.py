@@ -12,7 +12,7 @@ from distill_jax.config import Config
 from distill_jax.data import packing
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
-from distill_jax.models import loading
+from distill_jax.models.loading import ModelSource
 from distill_jax.records import recorder
 from distill_jax.records.fields import RecordSpec
 from distill_jax.records.options import RecordsOptions
@@ -27,6 +27,7 @@ class GeneratedStore:
   """The store at generate.records_dir that sampled texts become, as section `records` has it."""
 
   config: Config
+  teacher: ModelSource
 
   def check(self) -> None:
     """Refuses a store that generated texts cannot fill."""
@@ -80,7 +81,7 @@ class GeneratedStore:
       return sequences[n] | self._targets(manifest.spec, prompts, rows, texts, token_records)
 
     config = self.config
-    teacher = loading.identity(config.teacher, config.seed) if self.records else {}
+    teacher = self.teacher.identity if self.records else {}
     corpus = recorder.Corpus.of_text(sequences, tokenizer, T)
     manifest = recorder.manifest_of(config.records, corpus, teacher)
     target = self.config.generate.records_dir
