@@ -160,9 +160,7 @@ def _decode(
   with (
     jax.set_mesh(mesh),
     distributed.Preemption() as preemption,
-    Progress(
-      "generate", len(sample_keys), "samples", start=done
-    ) as progress,
+    Progress("generate", len(sample_keys), "samples", start=done) as progress,
   ):
     model, compute = load_model()
     scheduler = make_scheduler(
