@@ -136,13 +136,13 @@ class Recorded:
   Attributes:
     temperature: of the recorded distribution.
     missing_mass: the convention for the mass outside top-k records.
-    taps: the layers whose features are recorded, in order; `taps_of` is "hidden" or "qkv".
+    taps: the layers whose features are recorded, in order; `tap_kind` is "hidden" or "qkv".
   """
 
   temperature: float = 1.0
   missing_mass: str = "tail_bucket"
   taps: tuple[int, ...] = ()
-  taps_of: str = "hidden"
+  tap_kind: str = "hidden"
 
 
 class Batch(struct.PyTreeNode):

@@ -172,7 +172,7 @@ def _heldout(config: Config, mesh: Any) -> dict[str, Any]:
     for name, task in config.tasks.items():
       if isinstance(task, TextTask):
         rows: Any = parts[name][0]
-        source, most = rows.rows.source, config.evaluate.sequences
+        source, most = rows.examples.source, config.evaluate.sequences
         for n, m in models.items():
           outputs = pseudo_labels.decode_texts(m, task, source, mesh, most)
           by_part[name][n] |= task.scores(outputs, source)
@@ -200,12 +200,12 @@ def _text(config: Config, teacher: loading.LoadedModel) -> tuple[Sequence[Row], 
 def _tasks(config: Config, teacher: loading.LoadedModel) -> dict[str, tuple[Sequence[Row], int]]:
   """By task: its held-out rows, and how many rows of the heads are classes."""
   pretrained, most = teacher.pretrained, config.evaluate.sequences
-  rows = {n: dataset.open_rows(config, n, "heldout", pretrained, most) for n in config.tasks}
-  dataset.check(rows, teacher.config)
+  rows = {n: dataset.open_examples(config, n, "heldout", pretrained, most) for n in config.tasks}
+  dataset.check_model(rows, teacher.config)
   classes = sum(of.source.classes for of in rows.values())
-  parts = dataset.parts(rows)
+  ranges = dataset.class_ranges(rows)
   return {
-    name: (dataset.RecordedTask(of, None, part=parts[name]), classes) for name, of in rows.items()
+    name: (dataset.RecordedTask(of, class_range=ranges[name]), classes) for name, of in rows.items()
   }
 
 
@@ -226,7 +226,7 @@ def _measure_all(
   )
   totals: Any = None
   found = _gatherer(vocab_size)
-  read, n = dataset.reader(config), -(-len(rows) // size)
+  read, n = dataset.reader(config.tasks), -(-len(rows) // size)
   with Progress("evaluate", n * size * len(rows[0]["mask_T"]), "tokens") as progress:
     for batch in _batches(rows, size, read):
       batch = collate.to_device(batch, where)

@@ -26,6 +26,11 @@ def run(config: Config, workdir: Path) -> dict[str, Any]:
       raise InputError(
         f"inspect.sequence is {config.inspect.sequence} and {workdir} holds {len(store)} sequences"
       )
+    if store.manifest.labels:
+      raise InputError(
+        f"inspect.sequence is {config.inspect.sequence} and {workdir} holds labels of a task; "
+        "expected -1. Only sequences of text are shown token by token"
+      )
     tokenizer = corpus.tokenizer_of(config.data, loading.pretrained(config.teacher))
     if tokenizer.digest != store.manifest.tokenizer:
       raise InputError(

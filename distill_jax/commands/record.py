@@ -98,7 +98,7 @@ def open_corpus(config: Config, teacher: ModelSource) -> Corpus:
 
 def feature_width(options: RecordsOptions, teacher: ModelSource) -> int:
   """Numbers in a tapped vector of the teacher; 0 without taps."""
-  return taps.feature_width(teacher.config, options.taps_of) if options.taps else 0
+  return taps.feature_width(teacher.config, options.tap_kind) if options.taps else 0
 
 
 def _batches(
@@ -135,7 +135,7 @@ def dispatcher(
   width = feature_width(options, teacher)
   run = Recorder(options, loaded.compute, corpus.classes, corpus.first_class, width).jitted
   where = sharding.batch_sharding(mesh)
-  read = dataset.reader(dataset.chosen(config)) if config.tasks else None
+  read = _reader(config)
   padding = {name: np.zeros_like(x) for name, x in corpus.rows[0].items()}
 
   def dispatch(part: range) -> dict[str, jax.Array]:
@@ -146,6 +146,14 @@ def dispatcher(
     return run(loaded.model, keys["records"], batch, index_B)
 
   return dispatch
+
+
+def _reader(config: Config) -> collate.Read | None:
+  """What makes batches of the task that is recorded; None for text."""
+  if not config.tasks:
+    return None
+  name = dataset.recorded_task(config)
+  return dataset.reader({name: config.tasks[name]})
 
 
 def _write(
@@ -211,9 +219,9 @@ def _check(c: RecordsOptions, of_task: bool) -> None:
       f"records.batch_size is {c.batch_size} and there are {jax.process_count()} processes; each "
       "reads an equal share"
     )
-  if c.taps_of not in ("hidden", "qkv") or (c.taps_of == "qkv" and (c.taps_width or 0 in c.taps)):
+  if c.tap_kind not in ("hidden", "qkv") or (c.tap_kind == "qkv" and (c.taps_width or 0 in c.taps)):
     raise InputError(
-      f"records.taps_of is {c.taps_of!r} with taps {c.taps} and taps_width {c.taps_width}; it is "
+      f"records.tap_kind is {c.tap_kind!r} with taps {c.taps} and taps_width {c.taps_width}; it is "
       "'hidden', or 'qkv' of layers from 1 on without a projection"
     )
   if c.taps_width and not c.taps:
@@ -227,7 +235,8 @@ def _check_same_corpus(writer: Writer, rows: Sequence[Record]) -> None:
   store = Store(writer.folder, dataclasses.replace(writer.manifest, shards=tuple(shards)))
   for shard in shards:
     last = shard.first + shard.count - 1
-    if not np.array_equal(store[last]["tokens_T"], rows[last]["tokens_T"]):
+    name = store.manifest.ids_name
+    if not np.array_equal(store[last][name], rows[last][name]):
       raise InputError(
         f"{writer.folder} holds another text in sequence {last}; the corpus has changed since "
         "it was recorded, so choose another folder"

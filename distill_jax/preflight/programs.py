@@ -69,7 +69,8 @@ def manifest(config: Config, classes: int = 0, positions: int = 0) -> Manifest:
   model = config.student if config.losses else config.teacher
   classes = classes or loading.family_and_config(model)[1].vocab_size
   T = positions or config.data.seq_len
-  return recorder.planned_manifest(config.records, classes, 1, T, _feature_width(config))
+  width = _feature_width(config)
+  return recorder.planned_manifest(config.records, classes, 1, T, width, bool(config.tasks))
 
 
 def _feature_width(config: Config) -> int:
@@ -77,7 +78,7 @@ def _feature_width(config: Config) -> int:
   if not config.records.taps:
     return 0
   teacher = loading.family_and_config(config.teacher)[1]
-  return taps.feature_width(teacher, config.records.taps_of)
+  return taps.feature_width(teacher, config.records.tap_kind)
 
 
 def _stores(config: Config) -> stores.Stores:
@@ -88,9 +89,12 @@ def _stores(config: Config) -> stores.Stores:
   rows = stores.open_tasks(config)
   if not config.train.records:
     config = dataclasses.replace(config, records=dataclasses.replace(config.records, kind="text"))
-  parts = dataset.parts(rows)
-  about = {n: manifest(config, of.source.classes, of.source.positions) for n, of in rows.items()}
-  return [dataset.RecordedTask(of, None, about[name], parts[name]) for name, of in rows.items()]
+  ranges = dataset.class_ranges(rows)
+  planned = []
+  for name, examples in rows.items():
+    about = manifest(config, examples.source.classes, examples.source.positions)
+    planned.append(dataset.RecordedTask(examples, None, ranges[name], about))
+  return planned
 
 
 def _train(config: Config, mesh: Mesh) -> Program:
@@ -135,7 +139,8 @@ def _record(config: Config, mesh: Mesh) -> Program:
   if config.tasks:
     teacher = loading.family_and_config(config.teacher)[1]
     task = dataset.open_corpus(config, loading.pretrained(config.teacher), teacher)
-    config = dataset.chosen(config)
+    name = dataset.recorded_task(config)
+    config = dataclasses.replace(config, tasks={name: config.tasks[name]})
     about = manifest(config, task.classes, task.positions)
     first, one = task.first_class, task.rows[0]
   else:
@@ -179,8 +184,8 @@ def _batch(
   for name in recorded:
     at = "" if name == "teacher" else f"{name}/"
     one |= {at + field: x for field, x in row.items() if field not in fields.UNTAUGHT}
-  how = Recorded(temperature=about.temperature, missing_mass=about.missing_mass)
-  batch = collate.collate([one], "teacher" in recorded, dataset.reader(config), how)
+  recording = Recorded(temperature=about.temperature, missing_mass=about.missing_mass)
+  batch = collate.collate([one], "teacher" in recorded, dataset.reader(config.tasks), recording)
   where = sharding.batch_sharding(mesh)
 
   def of_all_rows(x: np.ndarray) -> jax.ShapeDtypeStruct:

@@ -29,9 +29,21 @@ Sequence = dict[str, np.ndarray]
 
 def encode_tokens(seq: Sequence, spec: RecordSpec) -> bytes:
   """tokens_T int, segments_T int >= 0, mask_T bool: ids in ceil(log2 V) bits, runs of the rest."""
-  tokens = _integers(seq["tokens_T"], spec.vocab_size, "tokens_T")
+  return _encode_ids("tokens_T", seq["tokens_T"], seq["segments_T"], seq["mask_T"], spec)
+
+
+def encode_labels(seq: Sequence, spec: RecordSpec) -> bytes:
+  """labels_T int and mask_T bool of an example of a task: laid out as tokens of one segment."""
+  labels_T = np.asarray(seq["labels_T"])
+  return _encode_ids("labels_T", labels_T, np.ones_like(labels_T), seq["mask_T"], spec)
+
+
+def _encode_ids(
+  name: str, ids_T: np.ndarray, segments_T: np.ndarray, mask_T: np.ndarray, spec: RecordSpec
+) -> bytes:
+  tokens = _integers(ids_T, spec.vocab_size, name)
   T = len(tokens)
-  segments, mask = np.asarray(seq["segments_T"]), np.asarray(seq["mask_T"])
+  segments, mask = np.asarray(segments_T), np.asarray(mask_T)
   if segments.shape != (T,) or mask.shape != (T,) or mask.dtype != np.bool_:
     raise InputError(
       f"a sequence of {T} tokens has segments_T {segments.shape} and mask_T {mask.shape} "
@@ -72,6 +84,12 @@ def decode_tokens(data: bytes, spec: RecordSpec) -> Sequence:
     "segments_T": (both >> 1).astype(np.int32),
     "mask_T": (both & 1).astype(bool),
   }
+
+
+def decode_labels(data: bytes, spec: RecordSpec) -> Sequence:
+  """The inverse: labels_T int32, mask_T bool."""
+  seq = decode_tokens(data, spec)
+  return {"labels_T": seq["tokens_T"], "mask_T": seq["mask_T"]}
 
 
 def encode_smoothing(seq: Sequence) -> bytes:

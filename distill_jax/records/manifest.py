@@ -14,7 +14,8 @@ from distill_jax.errors import InputError
 from distill_jax.records.fields import RecordSpec
 from distill_jax.runtime.atomic_io import atomic_write
 
-FORMAT = 1
+FORMAT = 2  # of stores of tasks and of kind "dense"; all others are still of format 1
+FORMATS = (1, 2)
 NAME = "manifest.json"
 # Where the mass outside the entries goes, by kind; the other kinds miss none in expectation.
 CONVENTIONS = {"topk": ("tail_bucket", "renormalise"), "dense": ("renormalise",)}
@@ -22,19 +23,20 @@ CONVENTIONS = {"topk": ("tail_bucket", "renormalise"), "dense": ("renormalise",)
 
 @dataclasses.dataclass(frozen=True)
 class Taps:
-  """Hidden states kept beside the targets.
+  """Features of some layers, kept beside the targets.
 
   Attributes:
-    layers: whose outputs, in the order of the P axis.
+    layers: the layers, in the order of the P axis.
     width: numbers a vector, after the projection.
     seed: of the fixed random projection (taps.projection), or None without one.
-    of: "hidden", the layers' outputs, or "qkv", their queries, keys and values end to end.
+    kind: "hidden", the layers' outputs, or "qkv", their queries, keys and values end to end;
+      the file calls it "of".
   """
 
   layers: tuple[int, ...]
   width: int
   seed: int | None = None
-  of: str = "hidden"
+  kind: str = "hidden"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Manifest:
     temperature: of the recorded distribution.
     taps: hidden states kept, or None.
     smoothing: each document has its own label smoothing.
+    labels: records hold labels_T, of the examples of a task, and not packed tokens.
+    format_version: see `format_of`.
     shards: finished shards, in order.
   """
 
@@ -91,7 +95,8 @@ class Manifest:
   temperature: float = 1.0
   taps: Taps | None = None
   smoothing: bool = False
-  format_version: int = FORMAT
+  labels: bool = False
+  format_version: int = 1
   shards: tuple[Shard, ...] = ()
 
   def __post_init__(self):
@@ -145,9 +150,22 @@ class Manifest:
   @property
   def identity(self) -> dict[str, Any]:
     """All that two runs must agree on to write into one folder."""
+    without = ["extents", "shards"] + ["smoothing"] * (not self.smoothing)  # older than it is
+    return {k: v for k, v in self._json().items() if k not in without}
+
+  def _json(self) -> dict[str, Any]:
+    """All fields as the file spells them."""
     fields = _plain(dataclasses.asdict(self))
-    left_out = ["extents", "shards"] + ["smoothing"] * (not self.smoothing)  # older than it is
-    return {k: v for k, v in fields.items() if k not in left_out}
+    if self.format_version == 1:  # which knows no labels: those of a task are under "tokens"
+      del fields["labels"]
+    if fields["taps"]:
+      fields["taps"]["of"] = fields["taps"].pop("kind")
+    return fields
+
+  @property
+  def ids_name(self) -> str:
+    """The field of a record that holds its tokens, or its labels."""
+    return "labels_T" if self.labels else "tokens_T"
 
   @functools.cached_property
   def tag(self) -> bytes:
@@ -162,19 +180,28 @@ class Manifest:
     return hashlib.sha256(text.encode()).hexdigest()
 
   def save(self, folder: Path) -> None:
-    text = json.dumps(_plain(dataclasses.asdict(self)), indent=1)
+    text = json.dumps(self._json(), indent=1)
     atomic_write(folder / NAME, text + "\n")
+
+
+def format_of(kind: str, labels: bool) -> int:
+  """The format of a new store.
+
+  Format 2 adds labels_T (format 1 stores the labels of a task as tokens) and kind "dense"
+  (format 1 stores it as renormalised topk). Others stay format 1, so that their bytes do.
+  """
+  return FORMAT if labels or kind == "dense" else 1
 
 
 def without_targets(
   *, vocab_size: int, positions: int, sequences: int, corpus: str = ""
 ) -> Manifest:
-  """The manifest of labels that no teacher has recorded: there is no folder that holds it.
+  """The manifest of a task's labels that no teacher has recorded: no folder holds it.
 
   Args:
-    vocab_size: tokens, or classes of a task.
-    positions: labels of a sequence or example.
-    sequences: how many there are.
+    vocab_size: classes of the task.
+    positions: labels of an example.
+    sequences: examples.
     corpus: digest of the data.
   """
   return Manifest(
@@ -187,6 +214,8 @@ def without_targets(
     corpus=corpus,
     sequences_per_shard=sequences,
     extents=(sequences,),
+    labels=True,
+    format_version=FORMAT,
   )
 
 
@@ -209,18 +238,20 @@ def load(folder: str | os.PathLike) -> Manifest:
   except (OSError, ValueError) as e:
     raise InputError(f"{path} cannot be read ({e}); delete it and run `record` again") from e
   version = fields.get("format_version") if isinstance(fields, dict) else None
-  if version != FORMAT:
-    raise InputError(f"{path} has format {version!r}, this version reads {FORMAT}; record again")
-  try:
-    taps = fields.pop("taps")
-    return Manifest(
-      **{
-        **fields,
-        "extents": tuple(fields["extents"]),
-        "shards": tuple(Shard(**s) for s in fields["shards"]),
-        "taps": taps and Taps(**{**taps, "layers": tuple(taps["layers"])}),
-      }
+  if version not in FORMATS:
+    raise InputError(
+      f"{path} has format {version!r}, this version reads {' and '.join(map(str, FORMATS))}; "
+      "record again"
     )
+  try:
+    fields["extents"] = tuple(fields["extents"])
+    fields["shards"] = tuple(Shard(**s) for s in fields["shards"])
+    if taps := fields["taps"]:
+      taps = {**taps, "kind": taps.get("of", "hidden"), "layers": tuple(taps["layers"])}
+      fields["taps"] = Taps(**{k: v for k, v in taps.items() if k != "of"})
+    if version == 1:  # text has a tokenizer, whose digest is never empty
+      fields["labels"] = not fields["tokenizer"]
+    return Manifest(**fields)
   except (TypeError, KeyError) as e:
     raise InputError(
       f"{path} is not a whole manifest ({e}); delete it and run `record` again"
@@ -229,6 +260,11 @@ def load(folder: str | os.PathLike) -> Manifest:
 
 def require_same(want: Manifest, found: Manifest, folder: Path) -> None:
   """Refuses to mix two recordings in one folder, naming both sides."""
+  if want.format_version != found.format_version:
+    raise InputError(
+      f"{folder} holds records of format {found.format_version} and this run writes format "
+      f"{want.format_version}; train on them as they are, or record into another folder"
+    )
   a, b = ({"smoothing": False, **m.identity} for m in (want, found))
   for key, here in a.items():
     if here != b[key]:

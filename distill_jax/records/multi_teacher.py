@@ -12,7 +12,7 @@ from distill_jax.records.fields import UNTAUGHT
 from distill_jax.records.store import Store
 
 # What stores of teachers of one text agree on: the text, and how what is said is to be read.
-SAME = ("corpus", "tokenizer", "vocab_size", "seq_len", "temperature", "missing_mass")
+SAME = ("corpus", "tokenizer", "vocab_size", "seq_len", "labels", "temperature", "missing_mass")
 
 
 class MultiTeacherStore:
@@ -60,9 +60,10 @@ class MultiTeacherStore:
   def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
     row = self.first[index]
     out = dict(row)
+    ids = self.manifest.ids_name
     for name, store in self.others.items():
       theirs = store[index]
-      if not np.array_equal(theirs["tokens_T"], row["tokens_T"]):
+      if not np.array_equal(theirs[ids], row[ids]):
         raise InputError(
           f"sequence {index} of {store.folder} is another text than in {self.folder}; record it "
           "anew"

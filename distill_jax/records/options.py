@@ -17,7 +17,7 @@ class RecordsOptions:
   missing_mass: str = "tail_bucket"  # topk: tail_bucket | renormalise
   temperature: float = 1.0
   taps: tuple[int, ...] = ()  # layers whose outputs are stored, int8
-  taps_of: str = "hidden"  # hidden | qkv, the layers' queries, keys and values
+  tap_kind: str = "hidden"  # hidden | qkv, the layers' queries, keys and values
   taps_width: int = 0  # of a fixed random projection of the taps; 0: none
   logprobs: str = ""  # a JSONL dump of a served teacher's responses, instead of a teacher here
   logprobs_format: str = "vllm"  # vllm | sglang | openai

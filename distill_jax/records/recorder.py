@@ -20,7 +20,7 @@ from distill_jax.losses.features import FeatureSpec, flat_qkv
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.records import fields, sampler, taps
 from distill_jax.records.fields import RecordSpec
-from distill_jax.records.manifest import Manifest, Taps
+from distill_jax.records.manifest import Manifest, Taps, format_of
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.sampler import SamplerSpec
 from distill_jax.types import Batch, Output
@@ -36,7 +36,8 @@ class Corpus:
   """The sequences that are recorded: packed text, or the examples of one task.
 
   Attributes:
-    rows: records without targets; of a task, with the model's inputs beside its labels.
+    rows: records without targets: tokens_T, segments_T and mask_T of text; labels_T and
+      mask_T of a task, with the model's inputs beside them.
     positions: positions of a row, T.
     classes: outcomes at a position: tokens, or the classes of a task.
     tokenizer: digest of the tokenizer; "" for a task, whose own digest covers it.
@@ -51,6 +52,10 @@ class Corpus:
   tokenizer: str
   digest: str
   first_class: int = 0
+
+  @property
+  def is_task(self) -> bool:
+    return "labels_T" in self.rows[0]
 
   @classmethod
   def of_text(cls, rows: Sequence[Record], tokenizer: Tokenizer, positions: int) -> Corpus:
@@ -193,7 +198,7 @@ def recorded(
 
 def feature_spec(options: RecordsOptions) -> FeatureSpec:
   """The features of the teacher that are recorded."""
-  if options.taps_of == "hidden":
+  if options.tap_kind == "hidden":
     return FeatureSpec(hidden=options.taps)
   return FeatureSpec(qkv=options.taps)
 
@@ -210,7 +215,12 @@ def manifest_of(
     feature_width: see `Recorder`.
   """
   planned = planned_manifest(
-    options, corpus.classes, len(corpus.rows), corpus.positions, feature_width
+    options,
+    corpus.classes,
+    len(corpus.rows),
+    corpus.positions,
+    feature_width,
+    labels=corpus.is_task,
   )
   return dataclasses.replace(
     planned,
@@ -234,12 +244,22 @@ def planned_manifest(
   sequences: int,
   positions: int,
   feature_width: int = 0,
+  labels: bool = False,
 ) -> Manifest:
-  """The manifest of a store whose teacher and corpus are not known yet."""
+  """The manifest of a store whose teacher and corpus are not known yet.
+
+  Args:
+    options: what is stored.
+    vocab_size: tokens, or classes of a task.
+    sequences: how many there are.
+    positions: of a sequence, T.
+    feature_width: see `Recorder`.
+    labels: the sequences are examples of a task.
+  """
   c, stored_taps = options, None
   if c.taps:
     width = c.taps_width or feature_width
-    stored_taps = Taps(c.taps, width, TAPS_SEED if c.taps_width else None, c.taps_of)
+    stored_taps = Taps(c.taps, width, TAPS_SEED if c.taps_width else None, c.tap_kind)
   spec = record_spec(c, vocab_size)
   return Manifest(
     kind=spec.kind,
@@ -257,4 +277,6 @@ def planned_manifest(
     taps=stored_taps,
     missing_mass={"topk": c.missing_mass, "dense": "renormalise"}.get(c.kind, "none"),
     temperature=c.temperature,
+    labels=labels,
+    format_version=format_of(spec.kind, labels),
   )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
+import numpy as np
 from tensorflow_datasets.proto import tf_example_pb2
 
 from distill_jax.errors import InputError
@@ -19,6 +20,7 @@ from distill_jax.records.manifest import Manifest
 FIELDS = {
   "key": "8 bytes of the manifest's digest, then the sequence's number, little-endian uint64",
   "tokens": "token ids, segment ids and loss mask; read with distill_jax.records",
+  "labels": "labels of an example of a task and loss mask; read with distill_jax.records",
   "head": "counts of positions and entries, and the pieces the id space is cut into",
   "lengths": "entries of each position",
   "high": "which piece of the id space each entry is in: unary gaps",
@@ -34,11 +36,21 @@ FIELDS = {
 
 def names(m: Manifest) -> list[str]:
   """The features a record of this store has."""
-  out = ["key", "tokens"]
+  out = ["key", _ids_feature(m)]
   if m.kind != "text":
     out += ["head", "lengths", "high", "low", "argmax", "scalars"]
     out += ["counts"] * (m.kind == "sampled") + ["logp"] * m.spec.has_logp
   return out + ["smoothing"] * m.smoothing + ["taps"] * (m.taps is not None)
+
+
+def _ids_feature(m: Manifest) -> str:
+  """The feature of tokens, or of labels; format 1 stores labels as tokens."""
+  return "labels" if m.labels and m.format_version > 1 else "tokens"
+
+
+def segments(seq: codec.Sequence, m: Manifest) -> np.ndarray:
+  """segments_T of a record; the labels of an example are one segment."""
+  return np.ones_like(seq["labels_T"]) if m.labels else seq["segments_T"]
 
 
 def encode(index: int, seq: codec.Sequence, m: Manifest) -> dict[str, bytes]:
@@ -47,13 +59,15 @@ def encode(index: int, seq: codec.Sequence, m: Manifest) -> dict[str, bytes]:
   Raises:
     InputError: the sequence does not fit the manifest.
   """
-  if len(seq["tokens_T"]) != m.seq_len:
-    raise InputError(f"sequence {index} has {len(seq['tokens_T'])} tokens, not {m.seq_len}")
-  fields = {"key": key(index, m), "tokens": codec.encode_tokens(seq, m.spec)}
+  if (found := len(seq[m.ids_name])) != m.seq_len:
+    what = "labels" if m.labels else "tokens"
+    raise InputError(f"sequence {index} has {found} {what}, not {m.seq_len}")
+  encode_ids = codec.encode_labels if m.labels else codec.encode_tokens
+  fields = {"key": key(index, m), _ids_feature(m): encode_ids(seq, m.spec)}
   if m.kind != "text":
     fields |= codec.encode_targets(seq, m.spec)
   if m.smoothing:
-    fields["smoothing"] = codec.encode_smoothing(seq)
+    fields["smoothing"] = codec.encode_smoothing({**seq, "segments_T": segments(seq, m)})
   if m.taps is not None:
     fields["taps"] = taps.encode(seq, m.taps)
   return fields
@@ -69,11 +83,12 @@ def decode(index: int, fields: dict[str, bytes], m: Manifest) -> codec.Sequence:
       f"it is record {number} of store {tag.hex()} where record {index} of store {m.tag.hex()} "
       "belongs"
     )
-  seq = codec.decode_tokens(fields["tokens"], m.spec)
+  decode_ids = codec.decode_labels if m.labels else codec.decode_tokens
+  seq = decode_ids(fields[_ids_feature(m)], m.spec)
   if m.kind != "text":
     seq |= codec.decode_targets(fields, seq["mask_T"], m.spec)
   if m.smoothing:
-    seq["smoothing_T"] = codec.decode_smoothing(fields["smoothing"], seq["segments_T"])
+    seq["smoothing_T"] = codec.decode_smoothing(fields["smoothing"], segments(seq, m))
   if m.taps is not None:
     seq |= taps.decode(fields["taps"], seq["segments_T"], m.taps)
   return seq

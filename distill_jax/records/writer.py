@@ -152,7 +152,7 @@ class Writer:
         record = tf_example.encode(sequences_of[count], seq, self.manifest)
         writer.write(tf_example.serialize(record))
         count += 1
-        tokens += int((seq["segments_T"] > 0).sum())
+        tokens += int((tf_example.segments(seq, self.manifest) > 0).sum())
         if self.manifest.kind != "text":
           targets += int(seq["mask_T"].sum())
           entries += codec.count_entries(record)

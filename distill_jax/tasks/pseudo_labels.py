@@ -92,7 +92,8 @@ def write_pseudo_labels(config: Config, workdir: Path) -> dict[str, Any]:
   """
   from distill_jax.tasks import dataset
 
-  ((name, task),) = dataset.chosen(config).tasks.items()
+  name = dataset.recorded_task(config)
+  task = config.tasks[name]
   if not isinstance(task, TextTask):
     raise InputError(
       f"tasks.{name} is of {type(task).__module__}, whose models do not write texts; leave it"

@@ -102,9 +102,9 @@ def make_step(config: Config, stores: Stores) -> Step:
     balance_every=config.optim.balance_every,
     frozen=config.student.frozen,
     parts=tuple(
-      (name, store.part.start)
+      (name, store.class_range.start)
       for name, store in zip(config.tasks, stores, strict=False)
-      if isinstance(store, RecordedTask) and store.part
+      if isinstance(store, RecordedTask) and store.class_range
     ),
   )
 

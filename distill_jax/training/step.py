@@ -270,7 +270,7 @@ class Step:
 
   def _recorded_features(self, taps_BPTD: jax.Array) -> Features:
     by_layer = {layer: taps_BPTD[:, i] for i, layer in enumerate(self.recorded.taps)}
-    if self.recorded.taps_of == "hidden":
+    if self.recorded.tap_kind == "hidden":
       return Features(by_layer, {})
     split = functools.partial(features.unflat_qkv, config=self.teacher_config)
     return Features({}, {layer: split(x) for layer, x in by_layer.items()})

@@ -15,7 +15,7 @@ from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import open_store
 from distill_jax.runtime import storage
 from distill_jax.tasks import dataset
-from distill_jax.tasks.dataset import RecordedTask, Rows
+from distill_jax.tasks.dataset import RecordedTask, TaskExamples
 from distill_jax.training import loader
 from distill_jax.types import Batch, Recorded
 
@@ -42,20 +42,20 @@ def open_stores(config: Config, student: ModelSource | None = None) -> Stores:
       f"train.records names {len(records)} stores and there are {len(tasks)} tasks; name one for "
       "each, in their order, or none"
     )
-  parts = dataset.parts(tasks)
+  ranges = dataset.class_ranges(tasks)
   return [
-    RecordedTask(rows, store, store.manifest if store else rows.manifest, parts[name])
-    for store, (name, rows) in zip(records, tasks.items(), strict=True)
+    RecordedTask(examples, store, ranges[name])
+    for store, (name, examples) in zip(records, tasks.items(), strict=True)
   ]
 
 
-def open_tasks(config: Config, student: ModelSource | None = None) -> dict[str, Rows]:
+def open_tasks(config: Config, student: ModelSource | None = None) -> dict[str, TaskExamples]:
   """Opens and checks what the student reads of each task."""
   student = student or loading.open_source(config.student, config.seed)
   tasks = {
-    name: dataset.open_rows(config, name, "train", student.pretrained) for name in config.tasks
+    name: dataset.open_examples(config, name, "train", student.pretrained) for name in config.tasks
   }
-  dataset.check(tasks, student.config)
+  dataset.check_model(tasks, student.config)
   return tasks
 
 
@@ -94,7 +94,7 @@ def recorded(config: Config, stores: Stores) -> Recorded:
     temperature=manifest.temperature,
     missing_mass=manifest.missing_mass,
     taps=taps.layers if taps else (),
-    taps_of=taps.of if taps else "hidden",
+    tap_kind=taps.kind if taps else "hidden",
   )
 
 
@@ -110,6 +110,6 @@ def batches(config: Config, stores: Stores, start: int = 0) -> Iterator[Batch]:
     targets=not c.online,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
-    read=dataset.reader(config),
+    read=dataset.reader(config.tasks),
     recorded=recorded(config, stores),
   )

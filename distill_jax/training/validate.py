@@ -206,10 +206,10 @@ def check_features(config: Config, step: Step, stores: Stores) -> None:
   if any(store.manifest.taps != stores[0].manifest.taps for store in stores):
     raise InputError(f"records {config.train.records} hold other taps; mix stores with the same")
   for kind, layers in (("hidden", theirs.hidden), ("qkv", theirs.qkv)):
-    held = step.recorded.taps if step.recorded.taps_of == kind else ()
+    held = step.recorded.taps if step.recorded.tap_kind == kind else ()
     if missing := sorted(set(layers) - set(held)):
       raise InputError(
         f"the losses compare {kind} of teacher layers {list(layers)} and the records lack "
-        f"{missing}; record with records.taps_of={kind} and records.taps={tuple(layers)}, or set "
+        f"{missing}; record with records.tap_kind={kind} and records.taps={tuple(layers)}, or set "
         "train.online=True"
       )

@@ -296,7 +296,7 @@ def test_features_from_records_and_from_an_online_teacher_alike(tmp_path):
 def test_relations_from_recorded_queries_keys_values(tmp_path):
   c = feature_config(tmp_path)
   c.losses = {"relations": config.loss("relations", layers="1:2", heads=2)}
-  c.records.taps, c.records.taps_of = (2,), "qkv"
+  c.records.taps, c.records.tap_kind = (2,), "qkv"
   record(config.resolve(c), tmp_path / "records")
   _, recorded = run(c, tmp_path, "recorded")
   c.train.online = True
@@ -331,7 +331,7 @@ def test_taps_that_the_records_lack_are_refused(tmp_path):
   c = feature_config(tmp_path)
   c.records.taps = (1,)
   record(config.resolve(c), tmp_path / "records")
-  with pytest.raises(InputError, match=r"records lack \[2\]; record with records.taps_of=hidden"):
+  with pytest.raises(InputError, match=r"records lack \[2\]; record with records.tap_kind=hidden"):
     run(c, tmp_path, "out")
 
 

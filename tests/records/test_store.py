@@ -165,6 +165,55 @@ def test_every_kind(tmp_path, change):
   assert ("entropy_T" in got) == (m.kind != "text" and m.entropy)
 
 
+def test_labels_of_a_task(tmp_path):
+  """They are no tokens, and have no segments."""
+
+  def example(i):
+    row = sequence(i)
+    row["labels_T"] = row.pop("tokens_T")
+    del row["segments_T"]
+    return row
+
+  m = manifest(2, tokenizer="", labels=True, format_version=2)
+  with store.Writer(tmp_path, m) as w:
+    w.write_shard(range(2), map(example, range(2)))
+    done = w.complete()
+  assert done.shards[0].tokens == 2 * T
+  read = store.open_store(tmp_path)
+  read.verify()
+  assert read.manifest == done
+  np.testing.assert_array_equal(read[1]["labels_T"], sequence(1)["tokens_T"])
+  np.testing.assert_array_equal(read[1]["mask_T"], sequence(1)["mask_T"])
+  assert not {"tokens_T", "segments_T"} & set(read[1])
+
+
+def test_format_1_of_text_and_of_a_task_is_read(tmp_path):
+  """Format 1 has the labels of a task as tokens, and no tokenizer is how to tell."""
+  text, task = tmp_path / "text", tmp_path / "task"
+  record(text)
+  record(task, manifest(tokenizer=""))
+  for folder in (text, task):
+    fields = json.loads((folder / NAME).read_text())
+    assert fields["format_version"] == 1
+    assert "labels" not in fields
+  same(store.open_store(text)[4], 4)
+  read = store.open_store(task)
+  read.verify()
+  assert read.manifest.labels
+  np.testing.assert_array_equal(read[4]["labels_T"], sequence(4)["tokens_T"])
+  np.testing.assert_array_equal(read[4]["mask_T"], sequence(4)["mask_T"])
+  assert not {"tokens_T", "segments_T"} & set(read[4])
+  with pytest.raises(InputError, match="of format 1 and this run writes format 2"):
+    record(task, manifest(tokenizer="", labels=True, format_version=2))
+
+
+def test_taps_are_of_a_kind_that_the_file_calls_of(tmp_path):
+  m = manifest(2, taps=store.Taps((1,), 8, None, "qkv"))
+  m.save(tmp_path)
+  assert json.loads((tmp_path / NAME).read_text())["taps"]["of"] == "qkv"
+  assert store.manifest_lib.load(tmp_path) == m
+
+
 # ---------------------------------------------------------------- writing
 
 

@@ -57,9 +57,9 @@ def c(tmp_path):
 
 
 def test_a_row_is_the_prompt_the_patches_and_the_text(c):
-  row = dataset.open_rows(config.resolve(c), "captions", "train", None)[3]
+  row = dataset.open_examples(config.resolve(c), "captions", "train", None)[3]
   tokenizer = Tokenizer.from_file(c.tasks.captions.tokenizer)
-  read, labels = row["tokens_S"], row["tokens_T"]
+  read, labels = row["tokens_S"], row["labels_T"]
   assert tokenizer.decode(read[:2]) == "a " and np.all(read[2 : 2 + PATCHES] == IMAGE)
   assert tokenizer.decode(labels[row["mask_T"]]) == "shade 3~"
   n = row["valid_S"].sum()

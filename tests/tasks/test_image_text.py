@@ -63,7 +63,7 @@ def c(tmp_path):
 
 
 def rows(c, split="train"):
-  return dataset.open_rows(config.resolve(c), "pairs", split, None)
+  return dataset.open_examples(config.resolve(c), "pairs", split, None)
 
 
 def test_a_pair_is_its_pixels_and_its_tokens(c):

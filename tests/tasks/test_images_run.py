@@ -77,10 +77,10 @@ def test_what_is_exported_says_in_transformers_what_the_run_says(run, tmp_path):
   assert theirs.config.id2label == dict(enumerate(files.NAMES))
   saved = json.loads((tmp_path / "hub" / "preprocessor_config.json").read_text())
 
-  rows = dataset.open_rows(resolved, "things", "heldout", None)
+  rows = dataset.open_examples(resolved, "things", "heldout", None)
   pixels = np.stack([r["pixels_WWM"] for r in rows]) * saved["rescale_factor"]
   pixels = (pixels - saved["image_mean"]) / saved["image_std"]
-  labels = torch.tensor([int(r["tokens_T"][0]) for r in rows])
+  labels = torch.tensor([int(r["labels_T"][0]) for r in rows])
   with torch.no_grad():
     z = theirs(torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float()).logits
   # float32, one layer.
@@ -108,7 +108,7 @@ def test_a_deit_trains_on_the_same_records_and_is_asked_once_in_use(run, tmp_pat
 def test_a_view_is_the_same_at_every_read_and_records_are_of_one_seed(run):
   _, c = run
   resolved = config.resolve(c)
-  a, b = (dataset.open_rows(resolved, "things", "train", None) for _ in "ab")
+  a, b = (dataset.open_examples(resolved, "things", "train", None) for _ in "ab")
   n = len(a.source)
   assert len(a) == 2 * n
   for i in (0, 3, n, n + 3):

@@ -84,11 +84,11 @@ def test_from_record_to_export(tmp_path, capsys):
   theirs = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "hub").eval()
   said = json.loads((tmp_path / "hub/preprocessor_config.json").read_text())
   assert said["feature_extractor_type"] == "WhisperFeatureExtractor" and said["feature_size"] == 8
-  held = dataset.open_rows(resolved, "main", "heldout", None)
+  held = dataset.open_examples(resolved, "main", "heldout", None)
   rows = [held[i] for i in range(len(held))]
   mel, read, labels, mask = (
     torch.tensor(np.stack([r[k] for r in rows]))
-    for k in ("mel_SM", "decoder_tokens_T", "tokens_T", "mask_T")
+    for k in ("mel_SM", "decoder_tokens_T", "labels_T", "mask_T")
   )
   with torch.no_grad():
     z = theirs(input_features=mel.mT, decoder_input_ids=read.long()).logits

@@ -84,9 +84,9 @@ def test_a_student_learns_the_classes_of_texts(run, tmp_path):
   theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hub")
   assert theirs.config.id2label == dict(enumerate(CLASSES))
 
-  rows = dataset.open_rows(resolved, "parity", "heldout", None)
+  rows = dataset.open_examples(resolved, "parity", "heldout", None)
   ids, seen = (np.stack([r[k] for r in rows]) for k in ("tokens_S", "valid_S"))
-  labels = np.array([r["tokens_T"][0] for r in rows])
+  labels = np.array([r["labels_T"][0] for r in rows])
   with torch.no_grad():
     z = theirs(torch.tensor(ids).long(), attention_mask=torch.tensor(seen)).logits
   ce = torch.nn.functional.cross_entropy(z, torch.tensor(labels).long())
@@ -175,7 +175,7 @@ def test_several_tasks_are_recorded_one_by_one_and_learnt_together(c, tmp_path):
       record.run(resolved, at)
     rows = open_store(store)
     said = loading.build(resolved.teacher, mesh, loading.keys(0)["teacher"])
-    inputs = dataset.open_rows(resolved, name, "train", None)
+    inputs = dataset.open_examples(resolved, name, "train", None)
     read = lambda field, rows=inputs: np.stack([rows[i][field] for i in range(3)])
     out = said.model(resolved.tasks[name].inputs(read), said.compute)
     logits = np.float64(out.hidden_BTD[:, 0] @ out.head_VD.T)[:, 2 * i : 2 * i + 2]
@@ -256,9 +256,9 @@ def test_a_bad_line_stops_the_run_or_is_counted(c, tmp_path, capsys, line, why):
   with (tmp_path / "numbers.jsonl").open("a") as f:
     f.write("\n" + json.dumps(line))
   with pytest.raises(InputError, match=why):
-    dataset.open_rows(config.resolve(c), "parity", "train", None)
+    dataset.open_examples(config.resolve(c), "parity", "train", None)
   c.tasks.parity.on_bad = "skip"
-  rows = dataset.open_rows(config.resolve(c), "parity", "train", None)
+  rows = dataset.open_examples(config.resolve(c), "parity", "train", None)
   assert f"1 of {len(rows) + 1} examples left out" in capsys.readouterr().err
 
 

@@ -88,10 +88,10 @@ def test_from_record_to_export(tmp_path, capsys):
 
   export.run(resolved, tmp_path / "student")
   theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "hub").eval()
-  held = dataset.open_rows(resolved, "main", "heldout", None)
+  held = dataset.open_examples(resolved, "main", "heldout", None)
   read, seen, said, labels, mask = (
     torch.tensor(np.stack([r[k] for r in held])).long()
-    for k in ("tokens_S", "valid_S", "decoder_tokens_T", "tokens_T", "mask_T")
+    for k in ("tokens_S", "valid_S", "decoder_tokens_T", "labels_T", "mask_T")
   )
   with torch.no_grad():
     z = theirs(input_ids=read, attention_mask=seen, decoder_input_ids=said).logits
