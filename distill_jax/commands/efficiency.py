@@ -19,7 +19,7 @@ from distill_jax.models import loading
 from distill_jax.nn import sharding
 from distill_jax.preflight import programs
 from distill_jax.preflight.chips import CHIPS
-from distill_jax.runtime import distributed, json_io
+from distill_jax.runtime import json_io
 
 
 def run(config: Config, folder: Path) -> dict[str, Any]:
@@ -67,5 +67,5 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     "measured": None if mesh is None else measure.measure(config, mesh),
     "quality": quality,
   }
-  distributed.run_on_process_0(lambda: json_io.write_json(folder / "efficiency.json", result))
+  json_io.write_json_once(folder / "efficiency.json", result)
   return result

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from distill_jax.commands import _shrink_search
+from distill_jax.commands import record
 from distill_jax.config import Config
 from distill_jax.errors import InputError
-from distill_jax.pruning import shapes
-from distill_jax.pruning.students import Teacher
+from distill_jax.pruning import search, shapes
+from distill_jax.pruning.measured_teacher import MeasuredTeacher
 from distill_jax.pruning.table import text  # noqa: F401
-from distill_jax.runtime import distributed, json_io
+from distill_jax.runtime import json_io
 
 RESULT = "shrink.json"
 
@@ -20,30 +20,57 @@ RESULT = "shrink.json"
 def run(config: Config, workdir: Path) -> dict[str, Any]:
   """Makes config.teacher smaller as config.shrink says, and writes shrink.json into `workdir`.
 
-  With a target, several shapes near it are made and distilled a little, and one recommended:
-  see shrinking/search.py. What is finished is not done again.
+  With a target, several shapes near it are made and distilled a little, and one recommended.
+  What is finished is not done again.
 
   Returns: what shrink.json holds: `dir`; `kept`, by axis; `factorised`, by matrix; and of
     `models` (teacher, student, and random: the student's shape with random weights)
     parameters, bytes in shrink.dtype, and ce, the held-out cross-entropy in nats a token.
+    With a target: target, wanted, steps; teacher (ce); candidates by name (kept, dir, run,
+    parameters, bytes, ce_before, ce, and decode_rate where that is the target); recommended,
+    the one with the lowest held-out ce.
 
   Raises:
     InputError: a shape that the family cannot have, a target that no shape meets, data that
       does not fit; before anything is measured.
   """
-  s = config.shrink
+  options = config.shrink
   if (workdir / RESULT).exists():  # finished before
-    return json.loads((workdir / RESULT).read_text())
-  asked = [k for k in ("layers", *shapes.SIZES, "factorise", "window") if getattr(s, k)]
-  targets = [k for k in _shrink_search.TARGETS if getattr(s, k)]
-  if len(targets) > 1 or bool(targets) == bool(asked):
+    return json_io.read_object(workdir / RESULT, "delete it and run shrink again")
+  sizes = [k for k in ("layers", *shapes.SIZES, "factorise", "window") if getattr(options, k)]
+  targets = [k for k in search.TARGETS if getattr(options, k)]
+  if len(targets) > 1 or bool(targets) == bool(sizes):
     raise InputError(
-      f"shrink sets {', '.join(targets + asked) or 'nothing'}; set sizes, such as shrink.layers, "
-      f"or one of {', '.join(_shrink_search.TARGETS)}"
+      f"shrink sets {', '.join(targets + sizes) or 'nothing'}; set sizes, such as shrink.layers, "
+      f"or one of {', '.join(search.TARGETS)}"
     )
   if targets:
-    result = _shrink_search.search(config, workdir, targets[0])
+    result = _search(config, workdir, targets[0])
   else:
-    result = Teacher(config).make(s, s.dir or str(workdir / "model"))
-  distributed.run_on_process_0(lambda: json_io.write_json(workdir / RESULT, result))
+    result = MeasuredTeacher(config).make(options, options.dir or str(workdir / "model"))
+  json_io.write_json_once(workdir / RESULT, result)
   return result
+
+
+def _search(config: Config, workdir: Path, key: str) -> dict[str, Any]:
+  """Proposes, makes, distils and scores candidates, each in a folder of `workdir`/candidates."""
+  proposed = search.propose(config, workdir, key)
+  folders = {name: workdir / "candidates" / name for name in proposed}
+  search.make(config, proposed, folders)
+  config = with_records(config, workdir)
+  for folder in folders.values():
+    if not (folder / search.SCORE).exists():
+      search.distil(config, folder)
+  search.score(config, folders, rates=key == "target_decode_rate")
+  return search.summary(config, folders, key)
+
+
+def with_records(config: Config, workdir: Path) -> Config:
+  """The config with records to distil from: its own, or text with the teacher in the step."""
+  if config.train.records:
+    return config
+  text_store = workdir / "text"
+  options = dataclasses.replace(config.records, kind="text", logprobs="", taps=())
+  record.run(dataclasses.replace(config, records=options), text_store)
+  train = dataclasses.replace(config.train, records=(str(text_store),), online=True)
+  return dataclasses.replace(config, train=train)

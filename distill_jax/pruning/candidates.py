@@ -3,98 +3,146 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from distill_jax.errors import InputError
 from distill_jax.pruning import choose, shapes
 from distill_jax.pruning.options import ShrinkOptions
 
-NEAR = 0.1  # of the target that a shape may be away from it
+TOLERANCE = 0.1  # how far from the target, as a fraction of it, a proposed shape may be
 
 Size = Callable[[Any], float]  # of a family's Config, in the target's units
+Check = Callable[[Any], Any]  # raises InputError for a family's Config that is of no use
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """The size that a student should have.
+
+  Attributes:
+    size: measures a family's Config.
+    wanted: the size, in the same units.
+    key: of `shrink`, which asks for it; with more words where the unit is another.
+  """
+
+  size: Size
+  wanted: float
+  key: str
+
+  def distance(self, config: Any) -> float:
+    """How many times too large or too small a Config is, as the size of the logarithm."""
+    return abs(math.log(self.size(config) / self.wanted))
+
+  def is_met(self, config: Any) -> bool:
+    return abs(self.size(config) / self.wanted - 1) <= TOLERANCE
+
+
+@dataclasses.dataclass(frozen=True)
+class _Teacher:
+  """What candidates are cut from."""
+
+  family: str
+  config: Any
+
+  def student(self, options: ShrinkOptions) -> Any:
+    """The Config of a candidate; which layers it keeps does not matter here."""
+    narrowed = shapes.narrowed(options, self.family, self.config)
+    return narrowed.keep_layers(choose.even(options.layers, self.config.num_hidden_layers))
+
+  def nearest(self, candidates: Iterable[ShrinkOptions], target: Target) -> ShrinkOptions:
+    """The candidate that comes nearest to the target."""
+    return min(candidates, key=lambda options: target.distance(self.student(options)))
 
 
 def propose(
-  s: ShrinkOptions,
+  options: ShrinkOptions,
   family: str,
   config: Any,
-  size: Size,
-  wanted: float,
-  what: str,
-  check: Callable[[Any], Any] = lambda config: None,
+  target: Target,
+  check: Check = lambda config: None,
 ) -> dict[str, ShrinkOptions]:
-  """Shapes by name, each as near to the target as its kind gets.
+  """Proposes shapes by name, each as near to the target as its kind gets.
 
   `depth` has fewer layers, `inner` narrower feed-forwards and fewer heads or experts, `width`
   fewer embedding channels as well; `depth-inner` and `depth-width` go half of the way by each.
 
   Args:
-    size: of a Config; `wanted` is what it should be, and `what` the key that says so.
-    check: raises InputError for a Config that is no use here, as where the mesh does not fit.
+    options: what all shapes have in common; their sizes are set here.
+    family, config: the teacher's.
+    check: raises InputError for a Config that is of no use, e.g. where the mesh does not fit.
 
   Raises:
     InputError: the teacher is no larger, or no kind of shape comes near.
   """
-  L = config.num_hidden_layers
-  if wanted >= size(config):
+  if target.wanted >= target.size(config):
     raise InputError(
-      f"shrink.{what} wants {wanted:,.0f} and the teacher has {size(config):,.0f}; name less"
+      f"shrink.{target.key} wants {target.wanted:,.0f} and the teacher has "
+      f"{target.size(config):,.0f}; name less"
     )
-  of = lambda c: size(shapes.narrowed(c, family, config).keep_layers(choose.even(c.layers, L)))
-  nearest = lambda shapes: min(shapes, key=lambda c: abs(math.log(of(c) / wanted)))
-  layers = lambda n, shapes: [dataclasses.replace(c, layers=n) for c in shapes]
-  depth = nearest([dataclasses.replace(s, layers=n) for n in range(1, L + 1)])
-  found, half = {"depth": depth}, max(1, round(math.sqrt(depth.layers * L)))
-  for name, hidden in (("inner", False), ("width", True)):
-    ladder = list(_ladder(s, family, config, hidden, check)) or [s]
-    for kind, n in ((name, L), (f"depth-{name}", half)):
-      found[kind] = nearest(_around(nearest(layers(n, ladder)), config))
+  teacher, L = _Teacher(family, config), config.num_hidden_layers
+  depth = teacher.nearest((_with_layers(options, n) for n in range(1, L + 1)), target)
+  half_depth = max(1, round(math.sqrt(depth.layers * L)))
+  found, smallest = {"depth": depth}, [options]
+  for name, narrow_hidden in (("inner", False), ("width", True)):
+    ladder = list(_ladder(options, family, config, narrow_hidden, check)) or [options]
+    smallest = [options, *ladder]
+    for kind, layers in ((name, L), (f"depth-{name}", half_depth)):
+      rung = teacher.nearest((_with_layers(rung, layers) for rung in ladder), target)
+      found[kind] = teacher.nearest(_around(rung, config), target)
   proposed: dict[str, ShrinkOptions] = {}
-  for name, c in found.items():
-    if abs(of(c) / wanted - 1) <= NEAR and c not in proposed.values():
-      proposed[name] = c
+  for name, candidate in found.items():
+    if target.is_met(teacher.student(candidate)) and candidate not in proposed.values():
+      proposed[name] = candidate
   if not proposed:
-    least = min(of(c) for c in layers(1, [s, *ladder]))
+    nearest = teacher.nearest(found.values(), target)
+    least = min(target.size(teacher.student(_with_layers(rung, 1))) for rung in smallest)
     raise InputError(
-      f"shrink.{what} wants {wanted:,.0f} and no shape of this teacher comes within {NEAR:.0%}: "
-      f"the nearest has {of(nearest(found.values())):,.0f} and the smallest possible {least:,.0f}"
+      f"shrink.{target.key} wants {target.wanted:,.0f} and no shape of this teacher comes within "
+      f"{TOLERANCE:.0%}: the nearest has {target.size(teacher.student(nearest)):,.0f} and the "
+      f"smallest possible {least:,.0f}"
     )
   return proposed
 
 
+def _with_layers(options: ShrinkOptions, layers: int) -> ShrinkOptions:
+  return dataclasses.replace(options, layers=layers)
+
+
 def _ladder(
-  s: ShrinkOptions, family: str, config: Any, hidden: bool, check: Callable[[Any], Any]
+  options: ShrinkOptions, family: str, config: Any, narrow_hidden: bool, check: Check
 ) -> Iterator[ShrinkOptions]:
-  """Ever wider shapes below the teacher's own, at multiples that matrix units like."""
-  here = shapes.axes(family, config)
-  count = lambda key: getattr(config, shapes.field(config, key))
-  keys = [k for k, (_, axis) in shapes.SIZES.items() if axis in here and shapes.field(config, k)]
-  wide = [k for k in ("intermediate", "hidden") if k in keys and (hidden or k != "hidden")]
+  """Yields ever wider shapes below the teacher's own, at multiples that matrix units like."""
+  count = functools.partial(shapes.count, config)
+  axes = shapes.axis_names(family, config)
+  keys = [k for k, size in shapes.SIZES.items() if size.axis in axes and count(k)]
+  widths = [k for k in ("intermediate", "hidden") if k in keys and (narrow_hidden or k != "hidden")]
   steps = count("hidden") // unit(count("hidden"))
   for i in range(1, steps):
-    share = i / steps
-    sizes: dict[str, Any] = {k: _multiple(share * count(k), unit(count(k))) for k in wide}
-    sizes |= _fewer_heads(config, share, "kv_heads" in keys)
+    fraction = i / steps
+    sizes: dict[str, Any] = {
+      k: _multiple(fraction * count(k), unit(count(k))) for k in widths
+    } | _fewer_heads(config, fraction, "kv_heads" in keys)
     if "experts" in keys:
-      of = math.lcm(getattr(config, "n_group", 1), unit(count("experts")))
-      sizes["experts"] = _multiple(share * count("experts"), of)
-    shape = dataclasses.replace(s, **sizes)
+      E = count("experts")
+      sizes["experts"] = _multiple(fraction * E, math.lcm(config.expert_groups, unit(E)))
+    candidate = dataclasses.replace(options, **sizes)
     try:
-      check(shapes.narrowed(shape, family, config))
+      check(shapes.narrowed(candidate, family, config))
     except InputError:  # the family cannot have this one: too few experts for its router, say
       continue
-    yield shape
+    yield candidate
 
 
-def _around(s: ShrinkOptions, config: Any) -> list[ShrinkOptions]:
+def _around(options: ShrinkOptions, config: Any) -> list[ShrinkOptions]:
   """A shape, and those whose feed-forward is a little wider or narrower."""
-  if not s.intermediate:
-    return [s]
-  most = config.intermediate_size
-  sizes = [s.intermediate + i * unit(most) for i in range(-4, 5)]
-  return [dataclasses.replace(s, intermediate=n) for n in sizes if 0 < n <= most]
+  if not options.intermediate:
+    return [options]
+  full = config.intermediate_size
+  sizes = [options.intermediate + i * unit(full) for i in range(-4, 5)]
+  return [dataclasses.replace(options, intermediate=n) for n in sizes if 0 < n <= full]
 
 
 def unit(n: int) -> int:
@@ -102,19 +150,19 @@ def unit(n: int) -> int:
   return min(128, 2 ** int(math.log2(max(1, n // 16))))
 
 
-def _multiple(x: float, of: int) -> int:
-  return max(1, round(x / of)) * of
+def _multiple(x: float, unit: int) -> int:
+  return max(1, round(x / unit)) * unit
 
 
-def _fewer_heads(config: Any, share: float, grouped: bool) -> dict[str, int]:
+def _fewer_heads(config: Any, fraction: float, grouped: bool) -> dict[str, int]:
   """Whole groups of query heads and their keys; heads of the one group where there is one.
 
   Groups that devices can share evenly stay such: of a power of two, a power of two is left.
   """
   H, G = config.num_attention_heads, config.num_key_value_heads
   if not grouped or G == 1:
-    return {"heads": _multiple(share * H, unit(H))}
-  groups = max(1, round(share * G))
+    return {"heads": _multiple(fraction * H, unit(H))}
+  groups = max(1, round(fraction * G))
   if G & (G - 1) == 0:
     groups = 2 ** round(math.log2(groups))
   return {"heads": H // G * groups, "kv_heads": groups}

@@ -1,4 +1,4 @@
-"""Matrices brought to a low rank, by what is largest in them."""
+"""Approximates matrices by ones of low rank, by their largest singular values."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ from distill_jax.runtime import distributed
 
 
 def targets(model: Any, ranks: dict[str, int]) -> dict[str, tuple[Any, int]]:
-  """(matrix, rank) by path, of those that are named by the ends of their dotted names.
+  """Returns (matrix, rank) by path, for the matrices named by the ends of their dotted names.
 
   Raises:
     InputError: a name that no matrix of a layer has, or a rank that is not below a matrix's.
   """
-  module = lambda v: v.get_metadata()["hf"].removesuffix(".weight")
-  of_layers = lambda v: "layers" in v.get_metadata()["axes"] and v.get_metadata()["out"]
-  matrices = {path: v for path, v in params.named_params(model) if of_layers(v)}
+  matrices = {path: v for path, v in params.named_params(model) if _is_layer_matrix(v)}
   chosen: dict[str, tuple[Any, int]] = {}
   for target, rank in ranks.items():
-    found = {p: v for p, v in matrices.items() if f".{module(v)}".endswith(f".{target}")}
+    found = {p: v for p, v in matrices.items() if f".{_module(v)}".endswith(f".{target}")}
     if not found:
-      names = sorted({module(v).rpartition(".")[2] for v in matrices.values()})
+      names = sorted({_module(v).rpartition(".")[2] for v in matrices.values()})
       raise InputError(f"shrink.factorise names {target!r}; the student has {', '.join(names)}")
     for path, v in found.items():
       full = min(declared.Layout(v).shape)
@@ -39,18 +37,27 @@ def targets(model: Any, ranks: dict[str, int]) -> dict[str, tuple[Any, int]]:
   return chosen
 
 
+def _is_layer_matrix(v: Any) -> bool:
+  return "layers" in v.get_metadata()["axes"] and bool(v.get_metadata()["out"])
+
+
+def _module(v: Any) -> str:
+  """Hugging Face's name of the module that a weight is in."""
+  return v.get_metadata()["hf"].removesuffix(".weight")
+
+
 def factorise(model: Any, ranks: dict[str, int], itemsize: int) -> tuple[Any, dict[str, Any]]:
-  """The model with each named matrix at its best approximation of a rank (Eckart and Young).
+  """Replaces each named matrix by its best approximation of a rank (Eckart and Young).
 
-  Its product is written out, in the matrix's shape, as transformers loads no factors: what is
-  saved is for a student that starts from the factors (adapters, shared layers).
+  The product of the factors is written out, in the matrix's shape, since transformers loads no
+  factors: what is saved is for a student that starts from the factors (adapters, shared layers).
 
-  Returns: the model; by path, rank, the share of the squared norm that is left, bytes, and
+  Returns: the model; by path, rank, the fraction of the squared norm that is left, bytes, and
     bytes as two factors.
   """
-  chosen, about = targets(model, ranks), {}
   values: dict[str, Any] = {}
-  for path, (v, rank) in chosen.items():
+  summary: dict[str, Any] = {}
+  for path, (v, rank) in targets(model, ranks).items():
     x, layout = distributed.to_host(v[...]), declared.Layout(v)
     loops = x.ndim - len(layout.ours)
     new, kept, total = np.empty_like(x), 0.0, 0.0
@@ -63,11 +70,11 @@ def factorise(model: Any, ranks: dict[str, int], itemsize: int) -> tuple[Any, di
       kept, total = kept + float((s[:rank] ** 2).sum()), total + float((s**2).sum())
     values[path] = distributed.from_host(new, v[...].sharding)
     n = math.prod(x.shape[:loops])
-    about[path] = {
+    summary[path] = {
       "rank": rank,
       "of": min(layout.shape),
       "norm_kept": kept / total if total else 1.0,
       "bytes": n * math.prod(layout.shape) * itemsize,
       "bytes_as_factors": n * rank * sum(layout.shape) * itemsize,
     }
-  return params.replace(model, values), about
+  return params.replace(model, values), summary

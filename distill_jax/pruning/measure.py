@@ -1,7 +1,7 @@
-"""What matters in a model: each part by what it adds, measured on calibration text.
+"""Importance of a model's parts, measured on calibration text, and its loss without some layers.
 
-One forward pass, a layer at a time as in training (lax.scan), in which the pieces that a
-layer is made of are asked for what they add. Nothing but sums over positions leaves it.
+Importance is measured in one forward pass, a layer at a time as in training (lax.scan), that
+computes what each part of a layer adds to the residual. Only sums over positions leave it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from distill_jax.nn import fused_head, layers, params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.types import Batch, Inputs, Mean
 
-Runner = Callable[[Any, Batch, np.ndarray], Mean]
+Importance = dict[str, dict[str, np.ndarray]]  # by stack and statistic: see `importance`
+LossFn = Callable[[Any, Batch, np.ndarray], Mean]  # (model, batch, which layers run, [L])
+ROOT_MEAN_SQUARES = ("heads", "mlp", "expert_mlp")
 Sums = dict[str, dict[str, Any]]  # by stack ("" for what is outside of them) and statistic
 
 
@@ -28,16 +30,16 @@ def importance(
   batches: Sequence[Batch],
   compute: ComputeConfig,
   within_experts: bool,
-  done: Callable[[int], None] = lambda n: None,
-) -> dict[str, dict[str, np.ndarray]]:
-  """Means over all positions, by stack of layers; each array begins with its layers.
+  on_batch: Callable[[int], object] = lambda positions: None,
+) -> Importance:
+  """Returns means over all positions, by stack of layers; each array begins with its layers.
 
   Of a stack:
     influence [L]: 1 - cosine of a layer's input and output (ShortGPT, arXiv:2403.03853).
     heads [L, H], mlp [L, F], expert_mlp [L, E, F]: the root mean square of what a head, or a
       channel, adds to the residual. Minitron (arXiv:2407.14679) takes the size of the
-      activation; times that of the weights it meets, a channel that no one reads counts as
-      nothing too.
+      activation; here it is multiplied by the norm of the weights that read it, so that channels
+      that nothing reads also score zero.
     experts [L, E]: the mean weight that the router gives.
     NAME.energy [L, D], for each norm over channels by its name: the mean square of its
       input in units of the vector's own mean square; over all channels it averages to 1.
@@ -45,22 +47,27 @@ def importance(
 
   Args:
     within_experts: also expert_mlp, for which every expert reads every position.
-    done: called with the number of positions after each batch.
+    on_batch: called with the number of positions after each batch.
   """
-  watch = jax.jit(functools.partial(_watch, compute=compute, within_experts=within_experts))
+  watch = jax.jit(functools.partial(_sums, compute=compute, within_experts=within_experts))
   total: Any = None
   for batch in batches:
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), watch(model, batch.inputs))
     total = sums if total is None else jax.tree.map(np.add, total, sums)
-    done(batch.mask_BT.size)
+    on_batch(batch.mask_BT.size)
   count = total[""].pop("positions")
-  of = lambda name, x: np.sqrt(x / count) if name in ("heads", "mlp", "expert_mlp") else x / count
-  return {s: {name: of(name, x) for name, x in named.items()} for s, named in total.items()}
+  return {
+    stack: {
+      name: np.sqrt(x / count) if name in ROOT_MEAN_SQUARES else x / count
+      for name, x in named.items()
+    }
+    for stack, named in total.items()
+  }
 
 
-def _watch(model: Any, inputs: Inputs, *, compute: ComputeConfig, within_experts: bool) -> Sums:
+def _sums(model: Any, inputs: Inputs, *, compute: ComputeConfig, within_experts: bool) -> Sums:
   x_BTD, _ = model.embed_tokens(inputs.tokens_BT, compute)
-  sight, seen_BT = model.position_inputs(inputs), inputs.segments_BT > 0
+  position_inputs, valid_BT = model.position_inputs(inputs), inputs.segments_BT > 0
   sums: Sums = {}
   first = 0
   for name, _, n in model.layer_stacks(model.config):
@@ -68,76 +75,87 @@ def _watch(model: Any, inputs: Inputs, *, compute: ComputeConfig, within_experts
     def body(x_BTD, layer_and_number):
       layer, i = layer_and_number
       block = compute.cast_and_gather(params.unstack(layer))
-      see = *sight(i), inputs.segments_BT, compute
-      z_BTD, said = _layer(block, x_BTD, see, seen_BT, within_experts)
-      return sharding.constrain(z_BTD, "batch seq embed", compute.rules), said
+      angles, window = position_inputs(i)
+      attend = functools.partial(
+        block.attend_heads,
+        angles=angles,
+        window=window,
+        segments_BT=inputs.segments_BT,
+        compute=compute,
+      )
+      z_BTD, layer_sums = _layer(block, x_BTD, attend, valid_BT, compute, within_experts)
+      return sharding.constrain(z_BTD, "batch seq embed", compute.rules), layer_sums
 
     numbers = np.arange(first, first + n, dtype=np.int32)
     x_BTD, sums[name] = jax.lax.scan(body, x_BTD, (getattr(model, name), numbers))
     first += n
   c = model.config
   sums[""] = {
-    "norm.energy": _energy(x_BTD, seen_BT, c.rms_norm_eps),
-    "positions": jnp.sum(seen_BT, dtype=jnp.float32),
+    "norm.energy": _energy(x_BTD, valid_BT, c.rms_norm_eps),
+    "positions": jnp.sum(valid_BT, dtype=jnp.float32),
   }
   return sums
 
 
 def _layer(
-  block: Any, x_BTD: jax.Array, see: tuple[Any, ...], seen_BT: jax.Array, within_experts: bool
+  block: Any,
+  x_BTD: jax.Array,
+  attend: Callable[[jax.Array], jax.Array],
+  valid_BT: jax.Array,
+  compute: ComputeConfig,
+  within_experts: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """One layer's output, and sums over positions of what its parts did."""
-  c, compute = block.config, see[-1]
-  a_BTHh = block.attend_heads(x_BTD, *see)
+  """One layer's output, and sums over positions of what its parts add."""
+  c = block.config
+  a_BTHh = attend(x_BTD)
   mid_BTD = x_BTD + block.project_heads(a_BTHh)
   out_BTD = mid_BTD + block.feed_forward(mid_BTD, compute.rules)
   y_BTD = block.norm(mid_BTD, block.mlp_norm)
-  into = {"attn_norm": x_BTD, "mlp_norm": mid_BTD}
+  norm_inputs = {"attn_norm": x_BTD, "mlp_norm": mid_BTD}
   if hasattr(block, "attn_post_norm"):  # what the plain layer adds goes through a norm first
-    into["attn_post_norm"] = DecoderBlock.project_heads(block, a_BTHh)
-    into["mlp_post_norm"] = DecoderBlock.feed_forward(block, mid_BTD, compute.rules)
-  said = {
-    "influence": _sum(1 - _cosine(x_BTD, out_BTD), seen_BT),
-    "heads": _sum(_head_energy(a_BTHh, block.o[...]), seen_BT),
+    norm_inputs["attn_post_norm"] = DecoderBlock.project_heads(block, a_BTHh)
+    norm_inputs["mlp_post_norm"] = DecoderBlock.feed_forward(block, mid_BTD, compute.rules)
+  sums = {
+    "influence": _sum(1 - _cosine(x_BTD, out_BTD), valid_BT),
+    "heads": _sum(_head_energy(a_BTHh, block.o[...]), valid_BT),
   }
-  said |= {f"{k}.energy": _energy(x, seen_BT, c.rms_norm_eps) for k, x in into.items()}
+  sums |= {f"{k}.energy": _energy(x, valid_BT, c.rms_norm_eps) for k, x in norm_inputs.items()}
   if hasattr(block, "gate"):
-    up = block.gate[...], block.up[...]
-    h_BTF = _gated(y_BTD, *up, block.activation)
-    said["mlp"] = _sum(h_BTF**2, seen_BT) * _energy_of_rows(block.down[...])
+    h_BTF = _gated(y_BTD, block.gate[...], block.up[...], block.activation)
+    sums["mlp"] = _sum(h_BTF**2, valid_BT) * _energy_of_rows(block.down[...])
   if hasattr(block, "experts"):
-    said |= _experts(block, y_BTD, seen_BT, within_experts)
-  return out_BTD, said
+    sums |= _experts(block, y_BTD, valid_BT, within_experts)
+  return out_BTD, sums
 
 
 def _experts(
-  block: Any, y_BTD: jax.Array, seen_BT: jax.Array, within: bool
+  block: Any, y_BTD: jax.Array, valid_BT: jax.Array, within: bool
 ) -> dict[str, jax.Array]:
-  """How much each expert is used; and each of its channels, where that is asked for."""
+  """How much each expert is used; with `within`, also what each of its channels adds."""
   experts, (ids_BTK, weight_BTK) = block.experts, block.route(y_BTD)
   E = experts.router.shape[-1]
   weight_BTE = jnp.sum(jax.nn.one_hot(ids_BTK, E) * weight_BTK[..., None], 2)
-  said = {"experts": _sum(weight_BTE, seen_BT)}
+  sums = {"experts": _sum(weight_BTE, valid_BT)}
   if within:
 
-    def one(expert):
+    def channels(expert):
       gate, up, down, weight_BT = expert
       h_BTF = _gated(y_BTD, gate, up, jax.nn.silu) * weight_BT[..., None]
-      return _sum(h_BTF**2, seen_BT) * _energy_of_rows(down)
+      return _sum(h_BTF**2, valid_BT) * _energy_of_rows(down)
 
     weights = experts.gate[...], experts.up[...], experts.down[...]
-    said["expert_mlp"] = jax.lax.map(one, (*weights, jnp.moveaxis(weight_BTE, -1, 0)))
-  return said
+    sums["expert_mlp"] = jax.lax.map(channels, (*weights, jnp.moveaxis(weight_BTE, -1, 0)))
+  return sums
 
 
 def _gated(x_BTD, gate_DF, up_DF, activation) -> jax.Array:
   return activation(x_BTD @ gate_DF) * (x_BTD @ up_DF)
 
 
-def _sum(x_BT: jax.Array, seen_BT: jax.Array) -> jax.Array:
+def _sum(x_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
   """Over the positions that are not padding, in float32: [B, T, ...] to [...]."""
-  seen_BT = seen_BT.reshape(*seen_BT.shape, *[1] * (x_BT.ndim - 2))
-  return jnp.sum(jnp.where(seen_BT, x_BT.astype(jnp.float32), 0), (0, 1))
+  valid_BT = valid_BT.reshape(*valid_BT.shape, *[1] * (x_BT.ndim - 2))
+  return jnp.sum(jnp.where(valid_BT, x_BT.astype(jnp.float32), 0), (0, 1))
 
 
 def _cosine(a_BTD: jax.Array, b_BTD: jax.Array) -> jax.Array:
@@ -157,25 +175,29 @@ def _energy_of_rows(down_FD: jax.Array) -> jax.Array:
   return jnp.sum(down_FD.astype(jnp.float32) ** 2, -1)
 
 
-def _energy(x_BTD: jax.Array, seen_BT: jax.Array, eps: float) -> jax.Array:
+def _energy(x_BTD: jax.Array, valid_BT: jax.Array, eps: float) -> jax.Array:
   unit_D = jnp.ones(x_BTD.shape[-1])
-  return _sum(layers.rms_norm(x_BTD.astype(jnp.float32), unit_D, eps) ** 2, seen_BT)
+  return _sum(layers.rms_norm(x_BTD.astype(jnp.float32), unit_D, eps) ** 2, valid_BT)
 
 
-def runner(compute: ComputeConfig, chunk: int, vocab_size: int) -> Runner:
-  """What `loss` runs: compiled once a shape, whichever layers are left out."""
-  return jax.jit(functools.partial(_without, compute=compute, chunk=chunk, vocab_size=vocab_size))
+def make_loss(compute: ComputeConfig, chunk: int, vocab_size: int) -> LossFn:
+  """Returns what `loss` runs: compiled once a shape, whichever layers are left out."""
+  return jax.jit(
+    functools.partial(_loss_without, compute=compute, chunk=chunk, vocab_size=vocab_size)
+  )
 
 
-def loss(run: Runner, model: Any, batches: Sequence[Batch], without: Sequence[int] = ()) -> float:
-  """Cross-entropy in nats a label, with some layers left out."""
+def loss(
+  loss_fn: LossFn, model: Any, batches: Sequence[Batch], without: Sequence[int] = ()
+) -> float:
+  """Returns the cross-entropy in nats a label, with the layers in `without` left out."""
   runs_L = np.ones(model.config.num_hidden_layers, bool)
   runs_L[list(without)] = False
-  means = [run(model, batch, runs_L) for batch in batches]
+  means = [loss_fn(model, batch, runs_L) for batch in batches]
   return float(sum(means[1:], means[0]).value())
 
 
-def _without(
+def _loss_without(
   model: Any,
   batch: Batch,
   runs_L: jax.Array,
@@ -186,10 +208,12 @@ def _without(
 ) -> Mean:
   inputs = batch.inputs
   x_BTD, embed_VD = model.embed_tokens(inputs.tokens_BT, compute)
-  sight = model.position_inputs(inputs)
+  position_inputs = model.position_inputs(inputs)
 
   def apply(layer, i, x_BTD):
-    run = lambda x_BTD: layer(x_BTD, *sight(i), inputs.segments_BT, compute)
+    def run(x_BTD):
+      return layer(x_BTD, *position_inputs(i), inputs.segments_BT, compute)
+
     return jax.lax.cond(runs_L[i], run, lambda x_BTD: x_BTD, x_BTD)
 
   stacks = [getattr(model, name) for name, _, _ in model.layer_stacks(model.config)]

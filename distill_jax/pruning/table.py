@@ -1,49 +1,57 @@
-"""What a student was made of, for a person: the printed table and the model card."""
+"""How a student was made, in words: the printed table and the model card."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from distill_jax.config import Config
 from distill_jax.models import GLOBAL
+from distill_jax.models.options import ModelOptions
 from distill_jax.pruning import shapes
-from distill_jax.pruning.cut import Kept
+from distill_jax.pruning.cut import KeptIndices
 from distill_jax.pruning.options import ShrinkOptions
 
 NOTE = "as factors, for a student that starts from them; the folder holds the products"
 
 
-def kept(s: ShrinkOptions, was: Any, now: Any, chosen: Kept) -> dict[str, Any]:
-  """Of each axis: how many are kept, of how many, and where it applies by what."""
+def kept_summary(
+  options: ShrinkOptions, teacher: Any, student: Any, kept: KeptIndices
+) -> dict[str, Any]:
+  """Returns, by axis, how many are kept, of how many, and where it applies by what.
+
+  Args:
+    teacher, student: their Configs.
+  """
   found: dict[str, Any] = {
     "layers": {
-      "kept": len(chosen.layers),
-      "of": was.num_hidden_layers,
-      "by": s.layers_by,
-      "numbers": list(chosen.layers),
+      "kept": len(kept.layers),
+      "of": teacher.num_hidden_layers,
+      "by": options.layers_by,
+      "numbers": list(kept.layers),
     }
   }
-  by = {"kv_heads": s.kv_heads_by, "experts": s.experts_by}
+  by = {"kv_heads": options.kv_heads_by, "experts": options.experts_by}
   for key in shapes.SIZES:
-    if name := shapes.field(was, key):
-      found[key] = {"kept": getattr(now, name), "of": getattr(was, name)}
+    if shapes.field(teacher, key):
+      found[key] = {"kept": shapes.count(student, key), "of": shapes.count(teacher, key)}
       if key in by and found[key]["kept"] < found[key]["of"]:
         found[key]["by"] = by[key]
-  if s.window:
-    see_all = [i for i, kind in enumerate(now.layer_types) if kind == GLOBAL]
-    found["window"] = {"kept": s.window, "of": was.max_position_embeddings, "by": "all layers"}
-    found["window"] |= {"by": "all layers but", "numbers": see_all} if see_all else {}
+  if options.window:
+    window = {"kept": options.window, "of": teacher.max_position_embeddings, "by": "all layers"}
+    full = [i for i, kind in enumerate(student.layer_types) if kind == GLOBAL]
+    if full:
+      window |= {"by": "all layers but", "numbers": full}
+    found["window"] = window
   return found
 
 
 def text(result: dict[str, Any]) -> str:
-  """shrink.json as a table."""
+  """Returns shrink.json as a table."""
   if "candidates" in result:
-    return _search(result)
+    return _search_table(result)
   lines = [f"{'model':12}{'parameters':>16}{'bytes':>16}{'held-out ce':>13}"]
   for name, row in result["models"].items():
     lines.append(f"{name:12}{row['parameters']:>16,}{row['bytes']:>16,}{row['ce']:>13.4f}")
-  lines += ["", *_kept(result["kept"])]
+  lines += ["", *_kept_lines(result["kept"])]
   for path, f in result["factorised"].items():
     lines.append(
       f"{path}: rank {f['rank']} of {f['of']}, {f['norm_kept']:.1%} of its squared norm; "
@@ -52,7 +60,7 @@ def text(result: dict[str, Any]) -> str:
   return "\n".join([*lines, f"folder: {result['dir']}"])
 
 
-def _kept(kept: dict[str, Any]) -> list[str]:
+def _kept_lines(kept: dict[str, Any]) -> list[str]:
   lines = []
   for key, k in kept.items():
     if k["kept"] != k["of"]:
@@ -62,7 +70,7 @@ def _kept(kept: dict[str, Any]) -> list[str]:
   return lines or ["everything is kept"]
 
 
-def _search(result: dict[str, Any]) -> str:
+def _search_table(result: dict[str, Any]) -> str:
   sizes = sorted({k for c in result["candidates"].values() for k in c["kept"]})
   head = "".join(f"{k:>14}" for k in sizes)
   lines = [
@@ -83,8 +91,8 @@ def _search(result: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def card(config: Config, result: dict[str, Any]) -> str:
-  """README.md of the folder, Markdown."""
+def card(teacher: ModelOptions, result: dict[str, Any]) -> str:
+  """Returns README.md of the folder, in Markdown."""
   rows = result["models"]
   lines = [
     "---",
@@ -93,10 +101,10 @@ def card(config: Config, result: dict[str, Any]) -> str:
     "---",
     "# A student before training",
     "",
-    f"Made by `distill-jax shrink` from `{config.teacher.source or config.teacher.shape}`; it is "
+    f"Made by `distill-jax shrink` from `{teacher.source or teacher.shape}`; it is "
     "where a student's training starts, and has not been trained since it was cut.",
     "",
-    *(f"- {line}" for line in _kept(result["kept"])),
+    *(f"- {line}" for line in _kept_lines(result["kept"])),
     *(
       f"- `{path}` at rank {f['rank']} of {f['of']}, written out"
       for path, f in result["factorised"].items()

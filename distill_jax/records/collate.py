@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +67,20 @@ def _targets(records: Sequence[dict[str, np.ndarray]], at: str, recorded: Record
   if "weight_BTK" in stored:
     return SampledTargets(**stored)
   return TopKTargets(**stored, missing_mass=recorded.missing_mass)
+
+
+def padded_batches(
+  rows: Sequence[dict[str, np.ndarray]], size: int, read: Read | None = None
+) -> Iterator[Batch]:
+  """Yields this process's rows of batches of `size` rows, in order, without targets of a teacher.
+
+  The last batch is filled up with rows of padding.
+  """
+  padding = {name: np.zeros_like(x) for name, x in rows[0].items()}
+  for i in range(0, len(rows), size):
+    chunk = rows[i : i + size]
+    whole = [*chunk, *[padding] * (size - len(chunk))]
+    yield collate(whole[jax.process_index() :: jax.process_count()], read=read)
 
 
 def to_device(batch: Any, sharding: jax.sharding.Sharding) -> Any:

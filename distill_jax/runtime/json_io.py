@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError
+from distill_jax.runtime import distributed
 from distill_jax.runtime.atomic_io import atomic_write
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -120,3 +121,12 @@ def write_json(
   """Writes a tree of plain values as JSON, whole or not at all."""
   text = json.dumps(tree, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii)
   atomic_write(path, text + "\n")
+
+
+def write_json_once(path: Path, tree: Any) -> None:
+  """Writes a tree of plain values as JSON, on the first process alone.
+
+  Raises:
+    InputError: on all processes, if the first one cannot write it.
+  """
+  distributed.run_on_process_0(lambda: write_json(path, tree))

@@ -149,7 +149,7 @@ def other_words(c, path):
     (lambda c, path: c.update(chain=("student", "student")), "'student', which is there twice"),
     (
       lambda c, path: (c.links.update(start=c.links.student), c.update(chain=("start",))),
-      "'start', which is there twice, has another meaning",
+      "'start', which has another meaning",
     ),
     (change(student={}), "links.student has student.source or student.shape '' and .* .none.;"),
     (change(student={"shrink": {"layers": 2}, "student": {"shape": "tiny"}}), "shape 'tiny' and"),

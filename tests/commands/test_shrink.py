@@ -8,11 +8,11 @@ import pytest
 import tiny
 
 from distill_jax import config, registry
-from distill_jax.commands import _shrink_search
+from distill_jax.commands import shrink as command
 from distill_jax.commands.shrink import run as shrink
 from distill_jax.errors import InputError, Preempted
 from distill_jax.models import loading
-from distill_jax.pruning import candidates, shapes, table, windows
+from distill_jax.pruning import candidates, search, shapes, table, windows
 from distill_jax.pruning.options import ShrinkOptions
 from distill_jax.runtime import json_io
 from distill_jax.runtime.workdir import Workdir
@@ -109,11 +109,11 @@ def test_the_best_of_the_search_is_recommended(tmp_path, monkeypatch):
   score = lambda conf, folders, rates: [
     json_io.write_json(f / "score.json", {"ce": ce[name]}) for name, f in folders.items()
   ]
-  monkeypatch.setattr(_shrink_search, "_make", make)
-  monkeypatch.setattr(_shrink_search, "with_text", lambda conf, w: conf)
-  monkeypatch.setattr(_shrink_search, "distil", lambda conf, folder: None)
-  monkeypatch.setattr(_shrink_search, "score", score)
-  monkeypatch.setattr(_shrink_search, "propose", lambda *args: dict.fromkeys(ce, ShrinkOptions()))
+  monkeypatch.setattr(search, "make", make)
+  monkeypatch.setattr(command, "with_records", lambda conf, w: conf)
+  monkeypatch.setattr(search, "distil", lambda conf, folder: None)
+  monkeypatch.setattr(search, "score", score)
+  monkeypatch.setattr(search, "propose", lambda *args: dict.fromkeys(ce, ShrinkOptions()))
   result = run(tiny_config(tmp_path, target_params=9.0), tmp_path / "run")
   assert made == list(ce) and result["recommended"] == "inner"
   names = [line.split()[0] for line in table.text(result).splitlines()[2:5]]
@@ -122,20 +122,20 @@ def test_the_best_of_the_search_is_recommended(tmp_path, monkeypatch):
 
 def test_the_rate_is_a_size_by_what_the_teacher_does(tmp_path, monkeypatch):
   """Twice the rate is half of what a token reads."""
-  monkeypatch.setattr(_shrink_search, "_rate", lambda *args: 10.0)
+  monkeypatch.setattr(search, "_decode_rate", lambda *args: 10.0)
   c = tiny_config(tmp_path, target_decode_rate=15.0)
   resolved = config.resolve(c)
-  proposed = _shrink_search.propose(resolved, tmp_path, "target_decode_rate")
+  proposed = search.propose(resolved, tmp_path, "target_decode_rate")
   family, shape = loading.family_and_config(resolved.teacher)
   for s in proposed.values():
     now = shapes.narrowed(s, family, shape).keep_layers(tuple(range(s.layers)))
     ratio = shapes.cost(family, shape).active / shapes.cost(family, now).active
     assert ratio == pytest.approx(1.5, rel=0.12)
-  monkeypatch.setattr(_shrink_search, "_rate", lambda *args: 99.0)  # it was measured before
-  assert _shrink_search.propose(resolved, tmp_path, "target_decode_rate") == proposed
+  monkeypatch.setattr(search, "_decode_rate", lambda *args: 99.0)  # it was measured before
+  assert search.propose(resolved, tmp_path, "target_decode_rate") == proposed
   c.shrink.target_decode_rate = 10.0
   with pytest.raises(InputError, match="itself decodes 10 a second"):
-    _shrink_search.propose(config.resolve(c), tmp_path, "target_decode_rate")
+    search.propose(config.resolve(c), tmp_path, "target_decode_rate")
 
 
 FAMILIES = [
@@ -151,7 +151,8 @@ def test_shapes_are_proposed_for_every_family(family, name):
   shape = registry.load("models", family).CONFIGS[name]
   size = lambda c: shapes.cost(family, c).parameters
   wanted = 0.6 * size(shape)
-  proposed = candidates.propose(ShrinkOptions(), family, shape, size, wanted, "target_params")
+  target = candidates.Target(size, wanted, "target_params")
+  proposed = candidates.propose(ShrinkOptions(), family, shape, target)
   assert len(proposed) > 1
   for s in proposed.values():
     now = shapes.narrowed(s, family, shape)

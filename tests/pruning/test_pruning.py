@@ -150,7 +150,7 @@ def test_all_that_is_kept_keeps_its_bits(case):
   _, family, _, ours, measured = case
   c, same = ours.config, {}
   for key in shapes.SIZES:
-    if shapes.SIZES[key][1] in shapes.axes(family, c):
+    if shapes.SIZES[key].axis in shapes.axis_names(family, c):
       same[key] = getattr(c, shapes.field(c, key))
   student, _ = student_of(ShrinkOptions(layers=3, **same), family, ours, measured)
   assert student.config == c
@@ -211,7 +211,7 @@ def test_a_layer_left_out_is_a_model_without_it(qwen2):
   """The loss of the mask against that of the model that `keep_layers` makes."""
   _, ours = qwen2
   b = batch(TOKENS % 96)
-  run = measure.runner(HOW, 16, 96)
+  run = measure.make_loss(HOW, 16, 96)
   three = measure.loss(run, ours, [b, b])
   assert three == pytest.approx(ce_of(ours, b), rel=1e-5)
   pruned = jax.tree.map(lambda x: x, ours)
@@ -272,7 +272,7 @@ def test_a_llama_with_windows_is_a_qwen2(rope, tmp_path):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   for window in (TOKENS.shape[1], 4):
     c = windows.windowed(ShrinkOptions(window=window, global_every=2), ours.config)
-    student = windows.see(jax.tree.map(jnp.copy, ours), c, mesh, HOW.rules)
+    student = windows.with_windows(jax.tree.map(jnp.copy, ours), c, mesh, HOW.rules)
     to = tmp_path / str(window)
     export.export_model(student, to, tokenizer=None, generation={}, card="", dtype="float32")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(to).eval()
@@ -303,7 +303,7 @@ def test_the_loss_chooses_layers_together():
   def loss(without):
     return 4.0 * (3 in without) + 1.0 * (0 in without) + 9.0 * ({1, 2} <= set(without))
 
-  assert list(choose.removals(4, loss)) == [1, 0, 3, 2]
+  assert list(choose.removal_order(4, loss)) == [1, 0, 3, 2]
 
 
 def test_groups_stay_together():

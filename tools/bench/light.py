@@ -56,8 +56,8 @@ from distill_jax.nn import fused_head, params
 from distill_jax.nn.layer_sharing import ShareOptions
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.nn.lora import LoraOptions
+from distill_jax.pruning.measured_teacher import MeasuredTeacher
 from distill_jax.pruning.options import ShrinkOptions
-from distill_jax.pruning.students import Teacher
 from distill_jax.runtime.json_io import write_json
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop
@@ -94,63 +94,68 @@ def config_of(args: argparse.Namespace) -> Config:
   return configs.resolve(c)
 
 
-def distilled(config: Config, source: Teacher, name: str, folder: Path) -> dict[str, Any]:
+def distilled(config: Config, teacher: MeasuredTeacher, name: str, folder: Path) -> dict[str, Any]:
   """One student made and trained, as a row."""
   shrink, share = ROWS[name]
   model = folder / "model"
   if shrink is not None:
     shutil.rmtree(model, ignore_errors=True)  # what is there was cut off before it was scored
-    source.make(dataclasses.replace(shrink, sequences=config.shrink.sequences), model, False)
+    teacher.make(dataclasses.replace(shrink, sequences=config.shrink.sequences), model, False)
   student = StudentOptions(source=str(model) if shrink is not None else TEACHER, share=share)
-  before = cross_entropy(source, student)
+  opened = loading.open_source(student)
+  before = cross_entropy(teacher, student)
   run = dataclasses.replace(config, student=student)
   with Workdir(folder / "run", run) as workdir:
     loop.train(run, workdir)
-  after = cross_entropy(source, StudentOptions(source=f"{loading.RUN}{folder / 'run'}"))
-  cache = 2 * formulas.cache_numbers(loading.family_and_config(student)[1], CONTEXT)
+  after = cross_entropy(teacher, StudentOptions(source=f"{loading.RUN}{folder / 'run'}"))
+  cache = 2 * formulas.cache_numbers(opened.config, CONTEXT)
   shutil.rmtree(folder / "run")
   return {
-    "parameters": params.count(loading.abstract_trainable(student)),
+    "parameters": params.count(opened.abstract_trainable),
     "cache_bytes": cache,
     "ce_before": before,
     "ce": after,
   }
 
 
-def cross_entropy(source: Teacher, spec: StudentOptions) -> float:
-  with jax.set_mesh(source.mesh):
-    model = loading.build(spec, source.mesh, loading.keys(source.config.seed)["student"]).model
-  return source.cross_entropy(model)
+def cross_entropy(teacher: MeasuredTeacher, spec: StudentOptions) -> float:
+  with jax.set_mesh(teacher.mesh):
+    model = (
+      loading.open_source(spec)
+      .load(teacher.mesh, loading.keys(teacher.config.seed)["student"])
+      .model
+    )
+  return teacher.cross_entropy(model)
 
 
-def decoded(source: Teacher) -> dict[str, Any]:
+def decoded(teacher: MeasuredTeacher) -> dict[str, Any]:
   """The teacher's text read through a cache of its own, and one in int8: each position after
   those before it, as they are kept."""
-  compute, key = ComputeConfig(), loading.keys(source.config.seed)["teacher"]
-  with jax.set_mesh(source.mesh):  # another one, as it is taken apart
-    model = unroll(loading.build(source.config.teacher, source.mesh, key).model, compute)
+  compute, key = ComputeConfig(), loading.keys(teacher.config.seed)["teacher"]
+  with jax.set_mesh(teacher.mesh):  # another one, as it is taken apart
+    model = unroll(teacher.source.load(teacher.mesh, key).model, compute)
   means: dict[str, list[Mean]] = {"": [], "int8": [], "same": []}
 
   @jax.jit
   def run(model, batch, cache):
     out, _ = model.decode_step(batch.inputs, cache, compute)
-    return fused_head.logits(out.hidden_BTD, out.head_VD, source.tokenizer.vocab_size)
+    return fused_head.logits(out.hidden_BTD, out.head_VD, teacher.tokenizer.vocab_size)
 
-  with jax.set_mesh(source.mesh):
-    for batch in source.heldout:
+  with jax.set_mesh(teacher.mesh):
+    for batch in teacher.heldout:
       first = {}
       for dtype in ("", "int8"):
-        cache = empty_cache(model, *batch.mask_BT.shape, compute, source.mesh, dtype)
+        cache = empty_cache(model, *batch.mask_BT.shape, compute, teacher.mesh, dtype)
         z_BTV = run(model, batch, cache)
         first[dtype] = z_BTV.argmax(-1)
         logp_BT = fused_head.logp_at(z_BTV, batch.labels_BT[..., None])[..., 0]
         means[dtype].append(Mean.of(-logp_BT, batch.mask_BT))
       means["same"].append(Mean.of(first[""] == first["int8"], batch.mask_BT))
   said = {name: float(sum(some[1:], some[0]).value()) for name, some in means.items()}
-  c = source.shape
+  c = teacher.source.config
   scales = 2 * c.num_key_value_heads * c.num_hidden_layers * CONTEXT
   return {
-    "parameters": params.count(loading.abstract(source.config.teacher)),
+    "parameters": params.count(teacher.source.abstract),
     "cache_bytes": formulas.cache_numbers(c, CONTEXT) + 4 * scales,
     "ce_before": said[""],
     "ce": said["int8"],
@@ -160,11 +165,11 @@ def decoded(source: Teacher) -> dict[str, Any]:
 
 def rows(config: Config, names: list[str], workdir: Path) -> Iterator[dict[str, Any]]:
   record.run(config, workdir / "records")
-  source = Teacher(config)
+  teacher = MeasuredTeacher(config)
   for name in names:
     file = workdir / name / "row.json"
     if not file.exists():
-      row = decoded(source) if name == INT8 else distilled(config, source, name, workdir / name)
+      row = decoded(teacher) if name == INT8 else distilled(config, teacher, name, workdir / name)
       file.parent.mkdir(exist_ok=True)
       write_json(file, {"row": name, **row, "steps": config.train.steps})
     yield json.loads(file.read_text())

@@ -42,7 +42,7 @@ from distill_jax.config import Config
 from distill_jax.models import loading
 from distill_jax.nn import quantise
 from distill_jax.nn.quantise import QuantiseOptions
-from distill_jax.pruning.students import Teacher
+from distill_jax.pruning.measured_teacher import MeasuredTeacher
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop
 
@@ -69,7 +69,7 @@ def config_of(args: argparse.Namespace) -> Config:
   return configs.resolve(c)
 
 
-def trained(config: Config, judge: Teacher, name: str, workdir: Path) -> Any:
+def trained(config: Config, judge: MeasuredTeacher, name: str, workdir: Path) -> Any:
   """The student as it is used, its weights on the grid that it was trained on."""
   student = dataclasses.replace(config.student, quantise=SPECS[name])
   run = dataclasses.replace(config, student=student)
@@ -77,10 +77,12 @@ def trained(config: Config, judge: Teacher, name: str, workdir: Path) -> Any:
     loop.train(run, folder)
   spec = dataclasses.replace(config.student, source=f"run:{workdir / name}", keep_layers=())
   with jax.set_mesh(judge.mesh):
-    return loading.build(spec, judge.mesh, loading.keys(config.seed)["student"]).model
+    return loading.open_source(spec).load(judge.mesh, loading.keys(config.seed)["student"]).model
 
 
-def row(judge: Teacher, name: str, after: bool, model: Any, args: argparse.Namespace) -> None:
+def row(
+  judge: MeasuredTeacher, name: str, after: bool, model: Any, args: argparse.Namespace
+) -> None:
   said = {
     "weights": name,
     "trained_as_they_are": not after,
@@ -108,7 +110,7 @@ def main() -> None:
     setattr(args, key, value)
   config = config_of(args)
   record.run(config, args.workdir / "records")
-  judge = Teacher(config)
+  judge = MeasuredTeacher(config)
   whole = trained(config, judge, "float32", args.workdir)
   row(judge, "float32", False, whole, args)
   for name in ("int8", "int4"):

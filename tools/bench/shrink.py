@@ -44,12 +44,12 @@ from typing import Any
 import jax
 
 from distill_jax import config as configs
-from distill_jax.commands import _shrink_search, record
+from distill_jax.commands import record
 from distill_jax.config import Config
 from distill_jax.hub.export import export_model
 from distill_jax.nn import params
-from distill_jax.pruning import candidates, shapes
-from distill_jax.pruning.students import Teacher
+from distill_jax.pruning import candidates, search, shapes
+from distill_jax.pruning.measured_teacher import MeasuredTeacher
 from distill_jax.runtime.json_io import write_json
 from distill_jax.runtime.workdir import Workdir
 
@@ -77,30 +77,33 @@ def config_of(args: argparse.Namespace, records: Path) -> Config:
   return configs.resolve(c)
 
 
-def make(config: Config, source: Teacher, size: float, folder: Path) -> dict[str, Path]:
+def make(config: Config, teacher: MeasuredTeacher, size: float, folder: Path) -> dict[str, Path]:
   """The folders of the students of one size, those that are not there yet made."""
-  count = lambda c: shapes.cost(source.family, c).parameters
-  s = config.shrink
-  near = candidates.propose(s, source.family, source.shape, count, size, "target_params")
+  family, shape = teacher.source.family, teacher.source.config
+  count = lambda c: shapes.cost(family, c).parameters
+  target = candidates.Target(count, size, "target_params")
+  near = candidates.propose(config.shrink, family, shape, target)
   shaped = {name: near[name] for name in KINDS if name in near}
   for name, shape in shaped.items():
-    if not (folder / name / _shrink_search.MADE).exists():
+    if not (folder / name / search.MADE).exists():
       shutil.rmtree(folder / name / "model", ignore_errors=True)
-      made = source.make(shape, folder / name / "model", random=False)
-      write_json(folder / name / _shrink_search.MADE, made)
-  if not (folder / RANDOM / _shrink_search.MADE).exists():
-    untrained(config, source, shaped[LIKE], folder / RANDOM)
+      made = teacher.make(shape, folder / name / "model", random=False)
+      write_json(folder / name / search.MADE, made)
+  if not (folder / RANDOM / search.MADE).exists():
+    untrained(config, teacher, shaped[LIKE], folder / RANDOM)
   return {name: folder / name for name in (*shaped, RANDOM)}
 
 
-def untrained(config: Config, source: Teacher, s: configs.ShrinkOptions, folder: Path) -> None:
+def untrained(
+  config: Config, teacher: MeasuredTeacher, s: configs.ShrinkOptions, folder: Path
+) -> None:
   shutil.rmtree(folder / "model", ignore_errors=True)
-  with jax.set_mesh(source.mesh):
-    layers = source.layers(s.layers, s.layers_by)
-  shape = shapes.narrowed(s, source.family, source.shape).keep_layers(layers)
-  with jax.set_mesh(source.mesh):
-    model, pretrained = source.untrained(shape), source.built.pretrained
-    row = {"parameters": params.count(model), "ce": source.cross_entropy(model)}
+  with jax.set_mesh(teacher.mesh):
+    layers = teacher.layers(s.layers, s.layers_by)
+  shape = shapes.narrowed(s, teacher.source.family, teacher.source.config).keep_layers(layers)
+  with jax.set_mesh(teacher.mesh):
+    model, pretrained = teacher.untrained(shape), teacher.source.pretrained
+    row = {"parameters": params.count(model), "ce": teacher.cross_entropy(model)}
     export_model(
       model,
       folder / "model",
@@ -109,11 +112,11 @@ def untrained(config: Config, source: Teacher, s: configs.ShrinkOptions, folder:
       card="# Random weights\n",
       dtype="float32",
     )
-  write_json(folder / _shrink_search.MADE, {"kept": {}, "models": {"student": row}})
+  write_json(folder / search.MADE, {"kept": {}, "models": {"student": row}})
 
 
 def row(size: float, name: str, folder: Path, config: Config, of_teacher: float) -> dict[str, Any]:
-  made = json.loads((folder / _shrink_search.MADE).read_text())
+  made = json.loads((folder / search.MADE).read_text())
   student = made["models"]["student"]
   return {
     "size": size,
@@ -121,7 +124,7 @@ def row(size: float, name: str, folder: Path, config: Config, of_teacher: float)
     "parameters": student["parameters"],
     "ce_before": round(student["ce"], 4),
     "teacher_ce": round(of_teacher, 4),
-    "ce": round(json.loads((folder / _shrink_search.SCORE).read_text())["ce"], 4),
+    "ce": round(json.loads((folder / search.SCORE).read_text())["ce"], 4),
     "steps": config.shrink.steps,
     "sequences": config.data.sequences,
     "seq_len": config.data.seq_len,
@@ -149,17 +152,17 @@ def main() -> None:
   config = config_of(args, args.workdir / "records")
   with Workdir(args.workdir, config):  # one process; and never another config's results
     record.run(config, args.workdir / "records")
-    source = Teacher(config)
+    teacher = MeasuredTeacher(config)
     sizes = [float(size) for size in args.sizes.split(",")]
     # All are made first: the order in which layers can go is found once, for all sizes.
-    folders = {s: make(config, source, s, args.workdir / f"{s / 1e6:g}M") for s in sizes}
+    folders = {s: make(config, teacher, s, args.workdir / f"{s / 1e6:g}M") for s in sizes}
     for size, students in folders.items():
       for name, folder in students.items():
-        if not (folder / _shrink_search.SCORE).exists():
-          _shrink_search.distil(config, folder)
-          model = _shrink_search.trained(config, source, folder).model
-          write_json(folder / _shrink_search.SCORE, {"ce": source.cross_entropy(model)})
-        print(json.dumps(row(size, name, folder, config, source.ce)), flush=True)
+        if not (folder / search.SCORE).exists():
+          search.distil(config, folder)
+          model = search.trained(config, teacher.mesh, folder).model
+          write_json(folder / search.SCORE, {"ce": teacher.cross_entropy(model)})
+        print(json.dumps(row(size, name, folder, config, teacher.ce)), flush=True)
 
 
 if __name__ == "__main__":

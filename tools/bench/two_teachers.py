@@ -44,7 +44,7 @@ from distill_jax.commands import record
 from distill_jax.config import Config
 from distill_jax.evals.gsm8k import PACKAGED
 from distill_jax.models import loading
-from distill_jax.pruning.students import Teacher
+from distill_jax.pruning.measured_teacher import MeasuredTeacher
 from distill_jax.runtime.atomic_io import atomic_write
 from distill_jax.runtime.json_io import write_json
 from distill_jax.runtime.workdir import Workdir
@@ -123,7 +123,7 @@ class Bench:
     with Workdir(folder, config):
       loop.train(config, folder)
 
-  def say(self, name: str, run: Path, judges: dict[str, Teacher]) -> None:
+  def say(self, name: str, run: Path, judges: dict[str, MeasuredTeacher]) -> None:
     """Measures once, and prints."""
     file = run / "heldout.json"
     if not file.exists():
@@ -131,7 +131,7 @@ class Bench:
       spec = dataclasses.replace(config.student, source=f"run:{run}")
       mesh = next(iter(judges.values())).mesh
       with jax.set_mesh(mesh):
-        model = loading.build(spec, mesh, loading.keys(0)["student"]).model
+        model = loading.open_source(spec).load(mesh, loading.keys(0)["student"]).model
       write_json(file, {text: judge.cross_entropy(model) for text, judge in judges.items()})
     ce = json.loads(file.read_text())
     a = self.args
@@ -168,7 +168,7 @@ def main() -> None:
   bench = Bench(args)
   if not (args.workdir / "problems.jsonl").exists():
     problems(args.workdir / "problems.jsonl")
-  judges = {text: Teacher(configs.resolve(bench.base(text))) for text in TEXTS}
+  judges = {text: MeasuredTeacher(configs.resolve(bench.base(text))) for text in TEXTS}
   for name in TEXTS:
     bench.learn(name)
     bench.say(f"teacher of {name}", args.workdir / "teachers" / name, judges)

@@ -1,0 +1,216 @@
+"""A teacher that is measured once, and students made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from distill_jax import registry
+from distill_jax.config import Config
+from distill_jax.data import corpus
+from distill_jax.errors import InputError
+from distill_jax.hub.export import check_new, export_model
+from distill_jax.hub.weights import float_dtype
+from distill_jax.models import loading
+from distill_jax.nn import params, sharding
+from distill_jax.pruning import choose, cut, experts, factorise, measure, shapes, table, windows
+from distill_jax.pruning.options import ShrinkOptions
+from distill_jax.records import collate
+from distill_jax.runtime import storage
+from distill_jax.runtime.progress import Progress
+from distill_jax.types import Batch
+
+
+class MeasuredTeacher:
+  """config.teacher with its calibration and held-out text; weights are read when needed.
+
+  Attributes:
+    config: as given.
+    source: the teacher, opened.
+    mesh: where all is computed.
+    tokenizer: of the text.
+    calibration: batches by which importance is measured.
+    heldout: batches by which cross-entropy is measured, of `labels` labels in all.
+  """
+
+  def __init__(self, config: Config):
+    self.config, self._size = config, config.evaluate.batch_size
+    self.source = loading.open_source(config.teacher, config.seed)
+    self.mesh = sharding.make_mesh(**vars(config.mesh))
+    sharding.check_batch("evaluate.batch_size", self._size, self.mesh)
+    self.tokenizer = corpus.tokenizer_of(config.data, self.source.pretrained)
+    shape = self.source.config
+    corpus.check(config.data, self.tokenizer, shape.vocab_size, shape.max_position_embeddings)
+    self.calibration = self._batches(self._sequences("train", config.shrink.sequences))
+    heldout = self._sequences("heldout", config.evaluate.sequences)
+    self.heldout = self._batches(heldout)
+    self.labels = sum(int(row["mask_T"].sum()) for row in heldout)
+    self._importance: dict[bool, measure.Importance] = {}
+    self._removed: list[int] = []  # layers, in the order in which they can go
+
+  def _sequences(self, split: str, n: int) -> list[dict[str, np.ndarray]]:
+    data = dataclasses.replace(self.config.data, split=split, sequences=n)
+    return list(corpus.sequences(data, self.tokenizer, self.source.pretrained))
+
+  def _batches(self, rows: Sequence[dict[str, np.ndarray]]) -> list[Batch]:
+    if not rows:
+      raise InputError("data gives no sequence to measure on; name a corpus that holds some")
+    place = sharding.batch_sharding(self.mesh)
+    return [collate.to_device(b, place) for b in collate.padded_batches(rows, self._size)]
+
+  @functools.cached_property
+  def loaded(self) -> loading.LoadedModel:
+    """The teacher with its weights."""
+    with jax.set_mesh(self.mesh):
+      return self.source.load(self.mesh, loading.keys(self.config.seed)["teacher"])
+
+  @functools.cached_property
+  def ce(self) -> float:
+    """The teacher's cross-entropy on held-out text, nats a token."""
+    return self.cross_entropy(self.loaded.model)
+
+  def cross_entropy(self, model: Any) -> float:
+    """The cross-entropy of any model on the same text."""
+    with jax.set_mesh(self.mesh):
+      return measure.loss(self._loss_fn, model, self.heldout)
+
+  @functools.cached_property
+  def _loss_fn(self) -> measure.LossFn:
+    chunk = self.config.shrink.chunk
+    return measure.make_loss(self.source.compute, chunk, self.tokenizer.vocab_size)
+
+  def importance(self, within_experts: bool) -> measure.Importance:
+    """The importance of the teacher's parts, by the calibration text."""
+    if within_experts not in self._importance:
+      with Progress("measure", sum(b.mask_BT.size for b in self.calibration)) as progress:
+        self._importance[within_experts] = measure.importance(
+          self.loaded.model, self.calibration, self.source.compute, within_experts, progress.add
+        )
+    return self._importance[within_experts]
+
+  def layers(self, n: int, by: str) -> tuple[int, ...]:
+    """Chooses n layers; `by` is one of shapes.CHOICES["layers_by"]."""
+    L = self.source.config.num_hidden_layers
+    if by == "even" or n == L:
+      return choose.even(n, L)
+    if by == "ends":
+      return choose.ends(n, L)
+    if by == "influence":
+      measured = self.importance(False)
+      stacks = self.loaded.model.layer_stacks(self.source.config)
+      influence_L = np.concatenate([measured[name]["influence"] for name, _, _ in stacks])
+      return choose.influential(n, influence_L)
+    if (more := L - n - len(self._removed)) > 0:
+      with Progress("leave out", more, "layers") as progress:
+        for i in itertools.islice(self._removal_order, more):
+          self._removed.append(i)
+          progress.add(1)
+    return tuple(i for i in range(L) if i not in self._removed[: L - n])
+
+  @functools.cached_property
+  def _removal_order(self) -> Iterator[int]:
+    """By the loss on the first batch of the calibration text."""
+    return choose.removal_order(self.source.config.num_hidden_layers, self._loss_without)
+
+  def _loss_without(self, layers: Sequence[int]) -> float:
+    return measure.loss(self._loss_fn, self.loaded.model, self.calibration[:1], layers)
+
+  def make(
+    self, options: ShrinkOptions, target: str | os.PathLike[str], random: bool = True
+  ) -> dict[str, Any]:
+    """Writes the student that `options` ask for as a Hugging Face folder.
+
+    Args:
+      random: whether its shape with random weights is scored too.
+
+    Returns: see commands/shrink.py.
+
+    Raises:
+      InputError: a shape that the family cannot have, or a folder that exists.
+    """
+    narrowed = self._check(options)
+    if not storage.is_remote(target):
+      check_new(target)
+    teacher, compute = self.source.config, self.source.compute
+    with jax.set_mesh(self.mesh):
+      layers = self.layers(options.layers or teacher.num_hidden_layers, options.layers_by)
+      all_layers = layers == tuple(range(teacher.num_hidden_layers))
+      config = narrowed if all_layers else narrowed.keep_layers(layers)
+      student, kept = self._cut(options, config, layers)
+      student, factors = factorise.factorise(student, options.factorise, self._itemsize)
+      if options.window:
+        config = windows.windowed(options, config)
+        student = windows.with_windows(student, config, self.mesh, compute.rules)
+      result = {
+        "dir": str(target),
+        "kept": table.kept_summary(options, teacher, config, kept),
+        "factorised": factors,
+        "models": self._scores(config, student, random),
+        "heldout_labels": self.labels,
+        "corpus": f"{self.config.data.kind} {self.config.data.path}",
+      }
+      with storage.new_folder(target) as folder:
+        export_model(
+          student,
+          folder,
+          tokenizer=corpus.files_of(self.config.data, self.source.pretrained),
+          generation=self.source.generation,
+          card=table.card(self.config.teacher, result),
+          dtype=self.config.shrink.dtype,
+          shard_bytes=self.config.shrink.shard_bytes,
+        )
+    return result
+
+  def _check(self, options: ShrinkOptions) -> Any:
+    """Refuses a shape that the family cannot have; returns the narrower Config."""
+    teacher = self.source.config
+    narrowed = shapes.narrowed(options, self.source.family, teacher)
+    abstract = shapes.abstract(self.source.family, narrowed)
+    factorise.targets(abstract, options.factorise)
+    sharding.shardings(abstract, self.mesh, self.source.compute.rules)  # does it divide?
+    if options.window:
+      L = teacher.num_hidden_layers
+      windows.windowed(options, narrowed.keep_layers(choose.even(options.layers or L, L)))
+    return narrowed
+
+  def untrained(self, config: Any) -> Any:
+    """Returns a model of a Config with random weights."""
+    family = shapes.family_of(config)
+    make = registry.load("models", family).Model
+    abstract = shapes.abstract(family, config)
+    out_shardings = sharding.shardings(abstract, self.mesh, self.source.compute.rules)
+    key = loading.keys(self.config.seed)["student"]
+    return jax.jit(lambda key: make(config, key), out_shardings=out_shardings)(key)
+
+  def _cut(
+    self, options: ShrinkOptions, config: Any, layers: tuple[int, ...]
+  ) -> tuple[Any, cut.KeptIndices]:
+    family, model = self.source.family, self.loaded.model
+    measured = self.importance(bool(options.expert_intermediate))
+    kept = cut.keep(options, family, self.source.config, config, layers, measured)
+    if options.experts_by == "merge":
+      model = experts.merge(model, kept, measured)
+    return cut.cut(model, family, config, kept, self.mesh, self.source.compute.rules), kept
+
+  @property
+  def _itemsize(self) -> int:
+    return float_dtype(self.config.shrink.dtype).itemsize
+
+  def _scores(self, config: Any, student: Any, random: bool) -> dict[str, dict[str, float]]:
+    """By model: parameters, bytes and cross-entropy."""
+    models = {"teacher": self.loaded.model, "student": student}
+    if random:
+      models["random"] = self.untrained(config)
+    scores = {}
+    for name, model in models.items():
+      count = params.count(model)
+      ce = self.ce if name == "teacher" else self.cross_entropy(model)
+      scores[name] = {"parameters": count, "bytes": count * self._itemsize, "ce": ce}
+    return scores
