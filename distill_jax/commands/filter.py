@@ -1,24 +1,24 @@
-"""`filter`: the samples that are worth learning from, and the others with the reason why not."""
+"""`filter`: the samples that are worth training on, and the others with the reason why not."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from distill_jax.config import Config
+from distill_jax.data import jsonl
+from distill_jax.data.bad_input import BadInputPolicy
 from distill_jax.errors import InputError
-from distill_jax.filters.samples import Bad, Judged, Sample
+from distill_jax.filters import Filter, Judged, Sample, Unjudgeable
 from distill_jax.runtime import atomic_io, distributed, json_io
 from distill_jax.runtime.progress import Progress
 
 SAMPLES, KEPT, REJECTED, SUMMARY = "samples.jsonl", "kept.jsonl", "rejected.jsonl", "filter.json"
-READING = "read"  # the name under which a line that is no sample is counted
-ON_BAD = ("stop", "skip")
+READING = "read"  # the name under which a line that is not a sample is counted
 
 
 def run(config: Config, folder: Path) -> dict[str, Any]:
@@ -26,31 +26,31 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
 
   Every line of filter.samples is in one of them, in its order. A rejected one has `rejected`:
   {"by": the filter, "why": what is counted, "detail": of this one}. A sample that a filter
-  cannot judge (`_sample.Bad`), or a line that is none, is rejected too where filter.on_bad is
-  "skip". The files are whole or not there; the same command makes the same ones again.
+  cannot judge (`filters.Unjudgeable`), or a line that is not one, is rejected too where
+  filter.on_bad is "skip". The files are whole or not there; the same command makes the same ones
+  again.
 
-  Returns: samples, kept, rejected, and rejected_by, the counts {filter: {why: n}}; so does
-    filter.json.
+  Returns:
+    samples, kept, rejected, and rejected_by, the counts {filter: {why: n}}; so does filter.json.
 
   Raises:
     InputError: no samples, or samples in disorder; a filter refuses its config or the machine;
       filter.on_bad is "stop" and there is something that cannot be judged.
     Preempted: SIGTERM came; nothing is written.
   """
-  if config.filter.on_bad not in ON_BAD:
-    raise InputError(f"filter.on_bad is {config.filter.on_bad!r}; it can be one of {ON_BAD}")
-  _ordered(config)
+  policy = BadInputPolicy("filter.on_bad", config.filter.on_bad)
+  filters = _ordered(config)
   path = Path(config.filter.samples or folder)
   path = path / SAMPLES if path.is_dir() else path
   if not path.is_file():
     raise InputError(f"{path} is not there; name in filter.samples what `generate` has written")
   result: dict[str, Any] = {}
-  distributed.run_on_process_0(lambda: result.update(_run(config, path, folder)))
+  distributed.run_on_process_0(lambda: result.update(_filter(filters, policy, path, folder)))
   return result
 
 
-def _ordered(config: Config) -> dict[str, Any]:
-  """The filters, first to last. A ConfigDict has no order of its own."""
+def _ordered(config: Config) -> dict[str, Filter]:
+  """Returns the filters, first to last. A ConfigDict has no order of its own."""
   if not config.filters:
     raise InputError("filters is empty; add one as filters.right = config.filter('math')")
   order = config.filter.order or tuple(config.filters)
@@ -62,30 +62,32 @@ def _ordered(config: Config) -> dict[str, Any]:
   return {name: config.filters[name] for name in order}
 
 
-def _run(config: Config, path: Path, folder: Path) -> dict[str, Any]:
+def _filter(
+  filters: dict[str, Filter], policy: BadInputPolicy, path: Path, folder: Path
+) -> dict[str, Any]:
   for name in (KEPT, REJECTED):
     if path.resolve() == (folder / name).resolve():
       raise InputError(f"filter.samples is {path}, which would be replaced; take another --workdir")
   folder.mkdir(parents=True, exist_ok=True)
   parts = [folder / f".{name}.part" for name in (KEPT, REJECTED)]
-  lines = _count(path)
+  n_lines = sum(1 for _ in jsonl.read_lines(path))
   with (
     parts[0].open("wb") as kept,
     parts[1].open("wb") as rejected,
     distributed.Preemption() as stop,
-    Progress("filter", lines, "samples") as progress,
+    Progress("filter", n_lines, "samples") as progress,
   ):
-    fate = _Fate(config, path, rejected, progress)
-    for n, sample in enumerate(fate.kept(_read(path, fate))):
-      kept.write(_line(sample))
-      fate.count_kept()
+    filter_run = FilterRun(filters, policy, path, rejected, progress)
+    for n, sample in enumerate(filter_run.kept(_grouped(path, filter_run))):
+      kept.write(jsonl.to_line(sample))
+      filter_run.count_kept()
       if stop.reached(n):
         raise distributed.Preemption.stop("filter", "nothing is written")
     for f in (kept, rejected):
       f.flush()
       os.fsync(f.fileno())
-  result = fate.result()
-  assert result["samples"] == lines, f"{lines} lines and {result['samples']} fates"
+  result = filter_run.result()
+  assert result["samples"] == n_lines, f"{n_lines} lines, {result['samples']} kept or rejected"
   (folder / SUMMARY).unlink(missing_ok=True)  # never of other files than those beside it
   for part, name in zip(parts, (KEPT, REJECTED), strict=True):
     part.replace(folder / name)
@@ -94,50 +96,70 @@ def _run(config: Config, path: Path, folder: Path) -> dict[str, Any]:
   return result
 
 
-class _Fate:
-  """What becomes of each sample, written and counted."""
+class FilterRun:
+  """One pass of samples through filters, which writes and counts those that are rejected."""
 
-  def __init__(self, config: Config, path: Path, rejected: Any, progress: Progress):
-    self._filters, self._on_bad, self._path = _ordered(config), config.filter.on_bad, path
+  def __init__(
+    self,
+    filters: dict[str, Filter],
+    policy: BadInputPolicy,
+    path: Path,
+    rejected: BinaryIO,
+    progress: Progress,
+  ):
+    """Args:
+    filters: by name, first to last.
+    policy: what to do with what cannot be judged.
+    path: the file of the samples, for errors.
+    rejected: where the rejected ones are written.
+    progress: is told of each sample.
+    """
+    self._filters, self._policy, self._path = filters, policy, path
     self._rejected, self._progress = rejected, progress
-    self._by: dict[str, Counter[str]] = {name: Counter() for name in (READING, *self._filters)}
+    self._counts: dict[str, Counter[str]] = {name: Counter() for name in (READING, *filters)}
     self._kept = 0
 
   def kept(self, samples: Iterator[Sample]) -> Iterator[Sample]:
-    """Those that pass all filters; one stream runs into the next."""
-    for name, judge in self._filters.items():
-      samples = self._stage(name, judge, samples)
+    """Yields the samples that pass all filters; one filter's stream runs into the next."""
+    for name, one_filter in self._filters.items():
+      samples = self._passing(name, one_filter, samples)
     return samples
 
-  def _stage(self, name: str, judge: Any, samples: Iterable[Sample]) -> Iterator[Sample]:
-    judged: Iterable[Judged] = (
-      judge.select(samples) if hasattr(judge, "select") else ((s, judge.keep(s)) for s in samples)
-    )
-    for sample, why in judged:
-      if why is None:
+  def _passing(self, name: str, one_filter: Filter, samples: Iterator[Sample]) -> Iterator[Sample]:
+    for sample, reason in one_filter.select(samples):
+      if reason is None:
         yield sample
       else:
-        self.reject(name, why, sample, f"prompt {sample['id']}, sample {sample['sample']}")
+        self.reject(name, reason, sample, f"prompt {sample['id']}, sample {sample['sample']}")
 
-  def reject(self, name: str, why: str, sample: Sample, where: str) -> None:
-    if isinstance(why, Bad) and self._on_bad == "stop":
-      judge = "" if name == READING else f"filter {name!r} cannot judge it: "
-      raise InputError(f"{self._path}, {where}: {judge}{why}; mend it, or set filter.on_bad=skip")
-    kind, _, detail = why.partition(": ")
-    self._by[name][kind] += 1
-    self._rejected.write(_line(sample | {"rejected": {"by": name, "why": kind, "detail": detail}}))
-    self._tell()
+  def reject(self, name: str, reason: str, sample: Sample, where: str) -> None:
+    """Rejects a sample.
+
+    Args:
+      name: of the filter, or READING.
+      reason: see `Filter.select`.
+      sample: is written with the reason.
+      where: its place in the file, for errors.
+
+    Raises:
+      InputError: it cannot be judged, and the policy is to stop.
+    """
+    if isinstance(reason, Unjudgeable):
+      by = "" if name == READING else f"filter {name!r} cannot judge it: "
+      self._policy.reject(f"{self._path}, {where}", f"{by}{reason}")
+    why, _, detail = reason.partition(": ")
+    self._counts[name][why] += 1
+    line = sample | {"rejected": {"by": name, "why": why, "detail": detail}}
+    self._rejected.write(jsonl.to_line(line))
+    self._progress.add(1, kept=self._kept)
 
   def count_kept(self) -> None:
     self._kept += 1
-    self._tell()
-
-  def _tell(self) -> None:
     self._progress.add(1, kept=self._kept)
 
   def result(self) -> dict[str, Any]:
-    rejected = sum(counts.total() for counts in self._by.values())
-    by = {name: dict(counts.most_common()) for name, counts in self._by.items() if counts}
+    rejected = sum(counts.total() for counts in self._counts.values())
+    by = {name: dict(counts.most_common()) for name, counts in self._counts.items() if counts}
     return {
       "samples": self._kept + rejected,
       "kept": self._kept,
@@ -146,53 +168,39 @@ class _Fate:
     }
 
 
-def _read(path: Path, fate: _Fate) -> Iterator[Sample]:
-  """The samples, with `of`, how many their prompt has."""
+def _grouped(path: Path, filter_run: FilterRun) -> Iterator[Sample]:
+  """Yields the samples of a file, with `of`, the number of samples of their prompt."""
   seen: set[Any] = set()
-  for number, group in itertools.groupby(_samples(path, fate), key=lambda s: s["id"]):
-    if number in seen:
+  for prompt, group in itertools.groupby(_read(path, filter_run), key=lambda s: s["id"]):
+    if prompt in seen:
       raise InputError(
-        f"{path}: the samples of prompt {number} are not together; sort the lines by their id"
+        f"{path}: the samples of prompt {prompt} are not together; sort the lines by their id"
       )
-    seen.add(number)
+    seen.add(prompt)
     together = list(group)
     yield from (sample | {"of": len(together)} for sample in together)
 
 
-def _samples(path: Path, fate: _Fate) -> Iterator[Sample]:
-  with path.open("rb") as lines:
-    for n, raw in enumerate(lines, 1):
-      if not raw.strip():
-        continue
-      sample, why = _parse(raw)
-      if why is None:
-        yield sample
-      else:
-        fate.reject(READING, why, sample, f"line {n}")
+def _read(path: Path, filter_run: FilterRun) -> Iterator[Sample]:
+  for line in jsonl.read_lines(path):
+    sample, reason = _parse(line.raw)
+    if reason is None:
+      yield sample
+    else:
+      filter_run.reject(READING, reason, sample, f"line {line.number}")
 
 
 def _parse(raw: bytes) -> Judged:
-  """A sample; or {"line": what stands there} and why that is none."""
+  """Returns a sample; or {"line": the text} and why that is not one."""
   line = {"line": raw.rstrip(b"\r\n").decode(errors="backslashreplace")}
   try:
-    sample = json.loads(raw)
-  except (ValueError, RecursionError) as e:
-    return line, Bad(f"not JSON: {e}")
+    sample = json_io.parse(raw)
+  except InputError as e:
+    return Judged(line, Unjudgeable(f"not JSON: {e.__cause__}"))
   if not isinstance(sample, dict):
-    return line, Bad(f"no sample: it is {type(sample).__name__}, and a sample is an object")
-  for field, kind in (("id", int | str), ("sample", int), ("text", str)):
-    if not isinstance(sample.get(field), kind):
-      return line, Bad(f"no sample: {field!r} is {sample.get(field)!r:.60}")
-  return sample, None
-
-
-def _line(sample: Sample) -> bytes:
-  try:
-    return json.dumps(sample, ensure_ascii=False).encode() + b"\n"
-  except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
-    return json.dumps(sample).encode() + b"\n"
-
-
-def _count(path: Path) -> int:
-  with path.open("rb") as lines:
-    return sum(bool(line.strip()) for line in lines)
+    kind = type(sample).__name__
+    return Judged(line, Unjudgeable(f"no sample: it is {kind}, and a sample is an object"))
+  for field, kinds in (("id", int | str), ("sample", int), ("text", str)):
+    if not isinstance(sample.get(field), kinds):
+      return Judged(line, Unjudgeable(f"no sample: {field!r} is {sample.get(field)!r:.60}"))
+  return Judged(sample, None)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from distill_jax.errors import InputError
 from distill_jax.evals._benchmark import LETTERS
-from distill_jax.filters import answers
-from distill_jax.filters.samples import Bad, Sample, answer_part, string
+from distill_jax.filters import SampleFilter, answers
+from distill_jax.filters.samples import Sample, Unjudgeable, answer_part, text_field
 
 CHOOSE = (
   "{question}\n\nPlease reason step by step, and give the letter of the right option within "
@@ -42,15 +42,15 @@ def final_letter(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
+class Judge(SampleFilter):
   """Answers whose letter is that of the key, the field `answer`."""
 
-  def keep(self, sample: Sample) -> str | None:
-    key = string(sample, "answer")
-    if isinstance(key, Bad):
+  def reject_reason(self, sample: Sample) -> str | None:
+    key = text_field(sample, "answer")
+    if isinstance(key, Unjudgeable):
       return key
     if len(key) != 1 or key not in LETTERS:
-      return Bad(f"the key cannot be parsed: {key!r:.40}")
+      return Unjudgeable(f"the key cannot be parsed: {key!r:.40}")
     letter = final_letter(sample["text"])
     if not letter:
       return "no final answer"

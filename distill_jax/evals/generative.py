@@ -15,7 +15,7 @@ from distill_jax.errors import InputError
 from distill_jax.evals import _option_letter, _scores
 from distill_jax.evals.questions import Questions, judged
 from distill_jax.filters import answers, code, exact
-from distill_jax.filters.samples import Bad, Sample, answer_part
+from distill_jax.filters.samples import Sample, Unjudgeable, answer_part
 from distill_jax.generation import dispatch, local, outputs
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.options import ServerOptions
@@ -181,9 +181,9 @@ class Tally:
     self.left_out.append({"question": which, "reason": reason})
 
   def add(self, sample: Sample, verdict: str | None) -> None:
-    """Counts a sample. The verdict is why it is wrong, None if it is right, or Bad."""
+    """Counts a sample. The verdict is why it is wrong, None if it is right, or Unjudgeable."""
     number = sample["id"]
-    if isinstance(verdict, Bad):
+    if isinstance(verdict, Unjudgeable):
       self.leave_out(number, sample["sample"], verdict)
       return
     is_right = verdict is None

@@ -10,7 +10,7 @@ import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.evals import _benchmark
-from distill_jax.filters.samples import Bad, Judged, Sample
+from distill_jax.filters.samples import Judged, Sample, Unjudgeable
 from distill_jax.runtime import distributed
 
 ON_BAD = ("stop", "skip")
@@ -81,7 +81,7 @@ def _check_keys(judge: Any, questions: Questions) -> None:
       for i, (_, q) in enumerate(questions.good)
     )
     for sample, verdict in judged(judge, empty):
-      if isinstance(verdict, Bad):
+      if isinstance(verdict, Unjudgeable):
         why[sample["id"]] = verdict
 
   distributed.run_on_process_0(judge_nothing)
@@ -96,7 +96,4 @@ def _check_keys(judge: Any, questions: Questions) -> None:
 
 def judged(judge: Any, samples: Iterable[Sample]) -> Iterator[Judged]:
   """Each sample with the reason why it is wrong, or None."""
-  if hasattr(judge, "select"):
-    yield from judge.select(iter(samples))
-  else:
-    yield from ((s, judge.keep(s)) for s in samples)
+  return judge.select(iter(samples))

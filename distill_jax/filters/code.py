@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError
-from distill_jax.filters.samples import Bad, Judged, Sample, answer_part, ordered, string
+from distill_jax.filters import _base
+from distill_jax.filters.samples import (
+  Judged,
+  Sample,
+  Unjudgeable,
+  answer_part,
+  judge_in_parallel,
+  text_field,
+)
 
 JAIL, RUNNER = (Path(__file__).with_name(name) for name in ("_jail.py", "_runner.py"))
 FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
@@ -38,19 +46,21 @@ ENV = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter:
-  """Attributes:
-  prompt, test, entry_point: fields of the prompt's line. A prompt of chat messages begins no
-    program.
-  cpu_seconds, wall_seconds: of one program.
-  memory: bytes of address space of one process.
-  processes: and threads, at once.
-  disk: bytes of files, which are in memory and go with the program.
-  isolated: no network, no files but its own, no processes of others: Linux namespaces, which
-    some machines permit to nobody. False: time, memory and size of files are limited, nothing
-    else is: for programs that you trust.
-  python: the interpreter; "": this one.
-  workers: programs at once.
+class Filter(_base.Filter):
+  """Rejects programs that fail their tests.
+
+  Attributes:
+    prompt, test, entry_point: fields of the prompt's line. A prompt of chat messages begins no
+      program.
+    cpu_seconds, wall_seconds: of one program.
+    memory: bytes of address space of one process.
+    processes: and threads, at once.
+    disk: bytes of files, which are in memory and go with the program.
+    isolated: no network, no files but its own, no processes of others: Linux namespaces, which
+      some machines permit to nobody. False: time, memory and size of files are limited, nothing
+      else is: for programs that you trust.
+    python: the interpreter; "": this one.
+    workers: programs at once.
   """
 
   prompt: str = "prompt"
@@ -76,20 +86,20 @@ class Filter:
       raise InputError(
         f"the sandbox does not run a program that is right ({why}); set other limits"
       )
-    yield from ordered(self._judge, samples, self.workers)
+    yield from judge_in_parallel(self._judge, samples, self.workers)
 
   def _judge(self, sample: Sample) -> str | None:
-    test, entry = string(sample, self.test), string(sample, self.entry_point)
+    test, entry = text_field(sample, self.test), text_field(sample, self.entry_point)
     for part in (test, entry):
-      if isinstance(part, Bad):
+      if isinstance(part, Unjudgeable):
         return part
     if not entry.isidentifier():
-      return Bad(f"no {self.entry_point}: {entry!r:.60} is no name")
+      return Unjudgeable(f"no {self.entry_point}: {entry!r:.60} is no name")
     try:
       ast.parse(test)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-      return Bad(f"the test cannot be parsed: {e}")
-    said = sample["prompt"] if self.prompt == "prompt" else string(sample, self.prompt)
+      return Unjudgeable(f"the test cannot be parsed: {e}")
+    said = sample["prompt"] if self.prompt == "prompt" else text_field(sample, self.prompt)
     begins = said if isinstance(said, str) and _parses(said) else ""
     return self.run(program(said, sample["text"], entry), test, entry, begins)
 

@@ -8,7 +8,6 @@ found everywhere, and are not looked for. How many those are is said on standard
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import sys
 import unicodedata
@@ -16,21 +15,26 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from distill_jax.data import jsonl
 from distill_jax.errors import InputError
+from distill_jax.filters import _base
 from distill_jax.filters.samples import Judged, Sample, prompt_text
+from distill_jax.runtime import json_io
 
-SHORTEST = 8
+MIN_WORDS = 8
 WORD = re.compile(r"\w+")
 Runs = dict[int, dict[str, str]]  # length in words: run: where it comes from
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter:
-  """Attributes:
-  against: JSONL files, an example a line.
-  fields: of their objects; (): all text in them.
-  ngram: words of a run, at least 8.
-  prompt: prompts are searched too, not the texts alone.
+class Filter(_base.Filter):
+  """Rejects samples that share a run of words with an evaluation set.
+
+  Attributes:
+    against: JSONL files, an example a line.
+    fields: of their objects; (): all text in them.
+    ngram: words of a run, at least 8.
+    prompt: prompts are searched too, not the texts alone.
   """
 
   against: tuple[str, ...] = ()
@@ -39,8 +43,10 @@ class Filter:
   prompt: bool = True
 
   def __post_init__(self):
-    if self.ngram < SHORTEST:
-      raise InputError(f"ngram is {self.ngram}; runs of fewer than {SHORTEST} words are everywhere")
+    if self.ngram < MIN_WORDS:
+      raise InputError(
+        f"ngram is {self.ngram}; runs of fewer than {MIN_WORDS} words are everywhere"
+      )
 
   def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
     if not self.against:
@@ -50,51 +56,49 @@ class Filter:
       self._add(Path(path), runs)
     for sample in samples:
       text = f"{prompt_text(sample)}\n" * self.prompt + sample["text"]
-      yield sample, overlap(words(text), runs)
+      yield Judged(sample, overlap(words(text), runs))
 
   def _add(self, path: Path, runs: Runs) -> None:
     if not path.is_file():
       raise InputError(f"{path} is not there; name a .jsonl file of an evaluation set")
     examples = short = 0
-    with path.open("rb") as lines:
-      for number, raw in enumerate(lines, 1):
-        if not raw.strip():
-          continue
-        where = f"{path.stem}, line {number}"
-        for text in self._texts(raw, f"{path}, line {number}"):
-          found = words(text)
-          examples, short = examples + 1, short + (len(found) < SHORTEST)
-          n = min(self.ngram, len(found))
-          if n >= SHORTEST:
-            for at in range(len(found) - n + 1):
-              runs.setdefault(n, {}).setdefault(" ".join(found[at : at + n]), where)
+    for line in jsonl.read_lines(path):
+      where = f"{path.stem}, line {line.number}"
+      for text in self._texts(line):
+        found = words(text)
+        examples, short = examples + 1, short + (len(found) < MIN_WORDS)
+        n = min(self.ngram, len(found))
+        if n >= MIN_WORDS:
+          for at in range(len(found) - n + 1):
+            runs.setdefault(n, {}).setdefault(" ".join(found[at : at + n]), where)
     if examples == short:
-      raise InputError(f"{path} has no text of {SHORTEST} words or more in {self.fields or 'it'}")
+      raise InputError(f"{path} has no text of {MIN_WORDS} words or more in {self.fields or 'it'}")
     if short:
-      said = f"{short:,} of {examples:,} texts have fewer than {SHORTEST} words"
-      print(f"decontaminate: {path}: {said} and are not looked for", file=sys.stderr)
+      count = f"{short:,} of {examples:,} texts have fewer than {MIN_WORDS} words"
+      print(f"decontaminate: {path}: {count} and are not looked for", file=sys.stderr)
 
-  def _texts(self, raw: bytes, where: str) -> Iterator[str]:
+  def _texts(self, line: jsonl.Line) -> Iterator[str]:
     try:
-      row = json.loads(raw)
-    except (ValueError, RecursionError) as e:
-      raise InputError(f"{where}: not JSON ({e}); mend the line") from e
+      row = json_io.parse(line.raw, action="mend the line")
+    except InputError as e:
+      raise InputError(f"{line.where}: {e}") from e
     if not self.fields:
       yield from _strings(row)
       return
     for field in self.fields:
       if not isinstance(row, dict) or field not in row:
         there = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-        raise InputError(f"{where}: no field {field!r}, but {there}; name other fields")
+        raise InputError(f"{line.where}: no field {field!r}, but {there}; name other fields")
       yield from _strings(row[field])
 
 
 def words(text: str) -> list[str]:
+  """Returns the words of a text without regard to case."""
   return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def overlap(found: list[str], runs: Runs) -> str | None:
-  """The first run that stands in an evaluation set."""
+  """Returns where the first run comes from that stands in an evaluation set, or None."""
   for n, known in sorted(runs.items(), reverse=True):
     for at in range(len(found) - n + 1):
       run = " ".join(found[at : at + n])

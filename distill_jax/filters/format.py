@@ -7,17 +7,20 @@ import functools
 import unicodedata
 
 from distill_jax.errors import InputError
+from distill_jax.filters._base import SampleFilter
 from distill_jax.filters.samples import Sample
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter:
-  """Attributes:
-  open, close: the marks of a block of reasoning; close "": none is asked for.
-  opened: "text", the text itself opens the block; "prompt", the prompt has; "either".
-  scripts: the scripts that letters are to be of, by the first word of their Unicode names
-    (LATIN, CJK, CYRILLIC); (): any.
-  other_share: of letters that may be of other scripts.
+class Filter(SampleFilter):
+  """Rejects texts without one block of reasoning and an answer, or in several scripts.
+
+  Attributes:
+    open, close: the marks of a block of reasoning; close "": none is asked for.
+    opened: "text", the text itself opens the block; "prompt", the prompt has; "either".
+    scripts: the scripts that letters are to be of, by the first word of their Unicode names
+      (LATIN, CJK, CYRILLIC); (): any.
+    other_share: of letters that may be of other scripts.
   """
 
   open: str = "<think>"
@@ -35,7 +38,7 @@ class Filter:
     if self.close and not self.open:
       raise InputError("a format filter has a close and no open; name both marks or neither")
 
-  def keep(self, sample: Sample) -> str | None:
+  def reject_reason(self, sample: Sample) -> str | None:
     text = sample["text"]
     return (self.close and self._block(text.strip())) or self._language(text) or None
 

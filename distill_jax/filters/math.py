@@ -12,10 +12,17 @@ import re
 from collections.abc import Iterable, Iterator
 
 from distill_jax.errors import InputError
-from distill_jax.filters import answers
+from distill_jax.filters import _base, answers
 from distill_jax.filters._math_pool import Pool
 from distill_jax.filters.exact import plain
-from distill_jax.filters.samples import Bad, Judged, Sample, answer_part, ordered, string
+from distill_jax.filters.samples import (
+  Judged,
+  Sample,
+  Unjudgeable,
+  answer_part,
+  judge_in_parallel,
+  text_field,
+)
 
 # Read as words: sympy would read a product of letters, in any order.
 WORDS = re.compile(r"(?:no|[^\W\d_]{3,})(?:[\s'-]+[^\W\d_]+)*\.?", re.IGNORECASE)
@@ -23,14 +30,16 @@ UNIT = re.compile(rf"(\$?-?(?:{answers.DIGITS})(?:/\d+)?)\s+[^\W\d_]+(?:\s+[^\W\
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter:
-  r"""Attributes:
-  key: field of the prompt's line that holds the answer: the answer alone, or a solution with
-    \boxed{…} or "####" before it.
-  box_only: an answer counts only in \boxed{…}; else what follows "####", or the last number,
-    does too.
-  seconds: of computing, until an answer is given up.
-  workers: answers at once.
+class Filter(_base.Filter):
+  r"""Rejects answers that do not equal the key as mathematics.
+
+  Attributes:
+    key: field of the prompt's line that holds the answer: the answer alone, or a solution with
+      \boxed{…} or "####" before it.
+    box_only: an answer counts only in \boxed{…}; else what follows "####", or the last number,
+      does too.
+    seconds: of computing, until an answer is given up.
+    workers: answers at once.
   """
 
   key: str = "answer"
@@ -49,32 +58,38 @@ class Filter:
     if importlib.util.find_spec("math_verify") is None:
       raise InputError("math-verify is not installed; pip install 'distill-jax[data]'")
     with Pool(self.seconds) as pool:
-      yield from ordered(lambda sample: self._judge(sample, pool), samples, self.workers)
 
-  def _judge(self, sample: Sample, pool: Pool) -> str | None:
-    given = string(sample, self.key)
-    if isinstance(given, Bad):
-      return given
-    key = answers.unwrapped(answers.key(given))
-    said = answers.final(answer_part(sample["text"]), self.box_only)
-    said = said and answers.unwrapped(said)
+      def reject_reason(sample: Sample) -> str | None:
+        return self._reject_reason(sample, pool)
+
+      yield from judge_in_parallel(reject_reason, samples, self.workers)
+
+  def _reject_reason(self, sample: Sample, pool: Pool) -> str | None:
+    whole_key = text_field(sample, self.key)
+    if isinstance(whole_key, Unjudgeable):
+      return whole_key
+    key = answers.unwrapped(answers.key(whole_key))
+    answer = answers.final(answer_part(sample["text"]), self.box_only)
+    answer = answer and answers.unwrapped(answer)
     if WORDS.fullmatch(key):
-      if said is None:
+      if answer is None:
         return "no final answer"
-      return None if plain(said) == plain(key) else f"wrong: {said!r:.80}, and the key is {key!r}"
-    # The key is read first, so that a bad one is told whatever the sample says.
-    verdict = pool.equal(_bare(key), _bare(said or ""))
+      same = plain(answer) == plain(key)
+      return None if same else f"wrong: {answer!r:.80}, and the key is {key!r}"
+    # The key is read first, so that a bad one is found whatever the sample is.
+    verdict = pool.equal(_without_unit(key), _without_unit(answer or ""))
     if verdict == "key":
-      return Bad(f"the key cannot be parsed: {given!r:.80}")
-    if said is None:
+      return Unjudgeable(f"the key cannot be parsed: {whole_key!r:.80}")
+    if answer is None:
       return "no final answer"
-    if verdict in ("equal", "other"):
-      return None if verdict == "equal" else f"wrong: {said!r:.80}, and the key is {key!r:.80}"
-    return f"{verdict}: {said!r:.80}, and the key is {key!r:.80}"
+    if verdict == "equal":
+      return None
+    kind = "wrong" if verdict == "other" else verdict
+    return f"{kind}: {answer!r:.80}, and the key is {key!r:.80}"
 
 
-def _bare(answer: str) -> str:
-  """Without a unit in plain words, which would be read as a product of letters."""
+def _without_unit(answer: str) -> str:
+  """Returns an answer without a unit in words, which would be read as a product of letters."""
   answer = answers.GROUPS.sub("", answer.strip()).rstrip(".")
   match = UNIT.fullmatch(answer)
   return match[1] if match else answer

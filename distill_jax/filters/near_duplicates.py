@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from distill_jax.errors import InputError
+from distill_jax.filters import _base
 from distill_jax.filters.samples import Judged, Sample, prompt_text
 
 BANDS, ROWS = 16, 8
@@ -26,7 +27,7 @@ WORD = re.compile(r"\w+")
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter:
+class Filter(_base.Filter):
   """Keeps the first of each kind. It remembers about 2 KB of each text.
 
   Attributes:
@@ -67,7 +68,7 @@ class Filter:
           band.setdefault(key, []).append(len(kept))
         kept.append(print_P)
         names.append((sample["id"], sample["sample"]))
-      yield sample, found
+      yield Judged(sample, found)
 
   def _text(self, sample: Sample) -> str:
     parts = {"text": [sample["text"]], "prompt": [prompt_text(sample)]}

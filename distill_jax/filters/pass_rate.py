@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 from distill_jax.errors import InputError
-from distill_jax.filters.samples import Judged, Sample, groups
+from distill_jax.filters import _base
+from distill_jax.filters.samples import Judged, Sample, by_prompt
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter:
+class Filter(_base.Filter):
   """Writes `pass_rate` into the samples.
 
   Attributes:
@@ -31,7 +32,7 @@ class Filter:
       )
 
   def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
-    for group in groups(samples):
+    for group in by_prompt(samples):
       passed, of = len(group), group[0]["of"]
       rate, why = passed / of, None
       if rate < self.at_least:
@@ -39,4 +40,4 @@ class Filter:
       elif rate > self.at_most:
         why = f"too easy: {passed} of {of} passed"
       for sample in group:
-        yield sample | {"pass_rate": rate}, why
+        yield Judged(sample | {"pass_rate": rate}, why)

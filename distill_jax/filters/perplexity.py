@@ -6,11 +6,12 @@ import dataclasses
 import math
 
 from distill_jax.errors import InputError
-from distill_jax.filters.samples import Bad, Sample, number
+from distill_jax.filters._base import SampleFilter
+from distill_jax.filters.samples import Sample, Unjudgeable, number_field
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter:
+class Filter(SampleFilter):
   """exp(-mean log-probability a token), as the teacher gave it while it generated.
 
   Attributes:
@@ -26,12 +27,12 @@ class Filter:
         f"perplexities from {self.at_least} to {self.at_most} are empty; give a range, or at_most=0"
       )
 
-  def keep(self, sample: Sample) -> str | None:
-    mean = number(sample, "logprob_mean")
-    if isinstance(mean, Bad):
+  def reject_reason(self, sample: Sample) -> str | None:
+    mean = number_field(sample, "logprob_mean")
+    if isinstance(mean, Unjudgeable):
       return mean
     if mean > 1e-3:  # rounding aside, a probability is at most 1
-      return Bad(f"no logprob_mean: it is {mean}, and a log-probability is not above 0")
+      return Unjudgeable(f"no logprob_mean: it is {mean}, and a log-probability is not above 0")
     perplexity = max(1.0, math.exp(min(-mean, 700.0)))
     if perplexity < self.at_least:
       return f"perplexity too low: {perplexity:.3g}, at least {self.at_least}"

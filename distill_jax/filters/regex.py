@@ -6,14 +6,17 @@ import dataclasses
 import re
 
 from distill_jax.errors import InputError
+from distill_jax.filters._base import SampleFilter
 from distill_jax.filters.samples import Sample
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter:
-  """Attributes:
-  must: each of these regular expressions (Python's `re`) is found in the text …
-  must_not: … and none of these. "." is any character, "^" and "$" are of a line.
+class Filter(SampleFilter):
+  """Rejects texts by patterns.
+
+  Attributes:
+    must: each of these regular expressions (Python's `re`) is found in the text …
+    must_not: … and none of these. "." is any character, "^" and "$" are of a line.
   """
 
   must: tuple[str, ...] = ()
@@ -26,12 +29,15 @@ class Filter:
       except re.error as e:
         raise InputError(f"{pattern!r} is no regular expression ({e}); mend it") from e
 
-  def keep(self, sample: Sample) -> str | None:
-    find = lambda pattern: re.search(pattern, sample["text"], re.DOTALL | re.MULTILINE)
+  def reject_reason(self, sample: Sample) -> str | None:
     for pattern in self.must:
-      if not find(pattern):
+      if not _find(pattern, sample):
         return f"lacks {pattern}"
     for pattern in self.must_not:
-      if found := find(pattern):
+      if found := _find(pattern, sample):
         return f"has {pattern}: {found[0]!r:.80}"
     return None
+
+
+def _find(pattern: str, sample: Sample) -> re.Match[str] | None:
+  return re.search(pattern, sample["text"], re.DOTALL | re.MULTILINE)

@@ -7,15 +7,18 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 
 from distill_jax.errors import InputError
+from distill_jax.filters._base import SampleFilter
 from distill_jax.filters.samples import Sample
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter:
-  """Attributes:
-  lines: the largest share of lines that stand there before.
-  ngram: words of a run …
-  words: … and the largest share of words in runs that stand there before.
+class Filter(SampleFilter):
+  """Rejects texts that repeat themselves.
+
+  Attributes:
+    lines: the largest share of lines that stand there before.
+    ngram: words of a run …
+    words: … and the largest share of words in runs that stand there before.
   """
 
   lines: float = 0.3
@@ -29,7 +32,7 @@ class Filter:
         "and a run has at least one word"
       )
 
-  def keep(self, sample: Sample) -> str | None:
+  def reject_reason(self, sample: Sample) -> str | None:
     text = sample["text"]
     if sample.get("reason") == "repetition":
       return "stopped for repetition"

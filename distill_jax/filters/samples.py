@@ -1,4 +1,4 @@
-"""What the filters share: fields of a sample, its groups, and several judged at once."""
+"""What the filters share: fields of a sample, its prompt's other samples, and parallel judging."""
 
 from __future__ import annotations
 
@@ -6,76 +6,84 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 Sample = dict[str, Any]
-Judged = tuple[Sample, str | None]
 THINK_END = "</think>"
 
 
-class Bad(str):
-  """Why a sample cannot be judged."""
+class Unjudgeable(str):
+  """The reason why a sample cannot be judged, such as an answer key that is missing."""
 
 
-def given(sample: Sample, field: str) -> Any:
-  """A field of the prompt's own line, else of the sample; None where there is none."""
+class Judged(NamedTuple):
+  """A sample and the reason to reject it, or None."""
+
+  sample: Sample
+  reason: str | None
+
+
+def prompt_field(sample: Sample, field: str) -> Any:
+  """Returns a field of the prompt's own line, else of the sample; None without."""
   about = sample.get("about")
   if isinstance(about, dict) and field in about:
     return about[field]
   return sample.get(field)
 
 
-def string(sample: Sample, field: str) -> str | Bad:
-  """A field that is text; numbers are taken as they are written."""
-  value = given(sample, field)
+def text_field(sample: Sample, field: str) -> str | Unjudgeable:
+  """Returns a field (see `prompt_field`) that holds text; numbers are taken as they are written."""
+  value = prompt_field(sample, field)
   if isinstance(value, int | float) and not isinstance(value, bool):
     return str(value)
   if isinstance(value, str):
     return value
-  return Bad(f"no {field}: it is {value!r:.60} and ought to be text")
+  return Unjudgeable(f"no {field}: it is {value!r:.60} and ought to be text")
 
 
-def number(sample: Sample, field: str) -> float | Bad:
+def number_field(sample: Sample, field: str) -> float | Unjudgeable:
+  """Returns a field of the sample that holds a number."""
   value = sample.get(field)
   if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
     return float(value)
-  return Bad(f"no {field}: it is {value!r:.60} and ought to be a number")
+  return Unjudgeable(f"no {field}: it is {value!r:.60} and ought to be a number")
 
 
 def prompt_text(sample: Sample) -> str:
-  """The prompt, or what is said in its messages, a line each."""
+  """Returns the prompt, or the contents of its messages, a line each."""
   prompt = sample.get("prompt")
   if isinstance(prompt, str):
     return prompt
   messages = prompt if isinstance(prompt, list) else []
-  said = [m.get("content") for m in messages if isinstance(m, dict)]
-  return "\n".join(s for s in said if isinstance(s, str))
+  contents = [m.get("content") for m in messages if isinstance(m, dict)]
+  return "\n".join(s for s in contents if isinstance(s, str))
 
 
 def answer_part(text: str) -> str:
-  """What comes after the reasoning."""
+  """Returns what comes after the reasoning."""
   return text.rpartition(THINK_END)[2]
 
 
-def groups(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
-  """The samples of each prompt."""
+def by_prompt(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+  """Yields the samples of each prompt."""
   for _, group in itertools.groupby(samples, key=lambda s: s["id"]):
     yield list(group)
 
 
-def ordered(
-  judge: Callable[[Sample], str | None], samples: Iterable[Sample], workers: int
+def judge_in_parallel(
+  reject_reason: Callable[[Sample], str | None], samples: Iterable[Sample], workers: int
 ) -> Iterator[Judged]:
-  """Judges `workers` samples at once; they come back in order."""
-  pool, waiting = ThreadPoolExecutor(workers), deque[tuple[Sample, Future[str | None]]]()
+  """Judges `workers` samples at once, and yields them in order."""
+  pool = ThreadPoolExecutor(workers)
+  waiting: deque[tuple[Sample, Future[str | None]]] = deque()
   try:
     for sample in samples:
-      waiting.append((sample, pool.submit(judge, sample)))
+      waiting.append((sample, pool.submit(reject_reason, sample)))
       if len(waiting) > 2 * workers:
-        done, verdict = waiting.popleft()
-        yield done, verdict.result()
+        first, reason = waiting.popleft()
+        yield Judged(first, reason.result())
     while waiting:
-      done, verdict = waiting.popleft()
-      yield done, verdict.result()
+      first, reason = waiting.popleft()
+      yield Judged(first, reason.result())
   finally:
     pool.shutdown(cancel_futures=True)

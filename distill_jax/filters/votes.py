@@ -11,19 +11,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from distill_jax.errors import InputError
-from distill_jax.filters import answers
+from distill_jax.filters import _base, answers
 from distill_jax.filters.exact import plain
-from distill_jax.filters.samples import Judged, Sample, answer_part, groups
+from distill_jax.filters.samples import Judged, Sample, answer_part, by_prompt
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter:
-  r"""Attributes:
-  of: "final", the last \boxed{…}, what follows "####", or the last number; "text": all that
-    comes after the reasoning.
-  at_least: the smallest agreement. The share is of all samples of the prompt, those included
-    that earlier filters rejected.
-  one: of those that agree, only the first is kept.
+class Filter(_base.Filter):
+  r"""Rejects answers that most samples of the prompt do not give, and writes `agreement`.
+
+  Attributes:
+    of: "final", the last \boxed{…}, what follows "####", or the last number; "text": all that
+      comes after the reasoning.
+    at_least: the smallest agreement. The share is of all samples of the prompt, those included
+      that earlier filters rejected.
+    one: of those that agree, only the first is kept.
   """
 
   of: str = "final"
@@ -38,9 +40,9 @@ class Filter:
       )
 
   def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
-    for group in groups(samples):
+    for group in by_prompt(samples):
       answers = [self._answer(sample["text"]) for sample in group]
-      best = Counter(a for a in answers if a).most_common(2)
+      best = Counter(answer for answer in answers if answer).most_common(2)
       tie = len(best) == 2 and best[0][1] == best[1][1]
       winner, votes = best[0] if best else ("", 0)
       agreement, chosen = votes / group[0]["of"], False
@@ -57,7 +59,7 @@ class Filter:
         elif self.one and chosen:
           why = "another was chosen"
         chosen = chosen or why is None
-        yield sample | ({"agreement": agreement} if why is None else {}), why
+        yield Judged(sample | ({"agreement": agreement} if why is None else {}), why)
 
   def _answer(self, text: str) -> str:
     text = answer_part(text)

@@ -238,7 +238,7 @@ def test_every_set_has_its_parts():
   for name in registry.names("evals"):
     one = registry.load("evals", name).Benchmark()
     assert callable(one.files) and callable(one.question) and one.limit == 0 and one.path == ""
-    assert one.judge() is None or hasattr(one.judge(), "keep") or hasattr(one.judge(), "select")
+    assert one.judge() is None or hasattr(one.judge(), "select")
   c = config.base()
   c.evals.mine = config.benchmark("gpqa", limit=3)
   resolved = config.resolve(c)

@@ -80,7 +80,7 @@ def test_letters(text, letter):
 def test_the_judge_of_letters():
   judge = _option_letter.Judge()
   sample = lambda text, answer: {"text": text, "about": {"answer": answer}}
-  assert judge.keep(sample("\\boxed{B}", "B")) is None
-  assert judge.keep(sample("\\boxed{B}", "C")) == "wrong: 'B', and the key is 'C'"
-  assert judge.keep(sample("who knows", "C")) == "no final answer"
-  assert "cannot be parsed" in judge.keep(sample("\\boxed{B}", "both"))
+  assert judge.reject_reason(sample("\\boxed{B}", "B")) is None
+  assert judge.reject_reason(sample("\\boxed{B}", "C")) == "wrong: 'B', and the key is 'C'"
+  assert judge.reject_reason(sample("who knows", "C")) == "no final answer"
+  assert "cannot be parsed" in judge.reject_reason(sample("\\boxed{B}", "both"))

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill_jax import config, registry
+from distill_jax import config, filters, registry
 from distill_jax.commands.filter import run as filter_samples
 from distill_jax.errors import InputError
 from distill_jax.filters import _runner, answers, code, near_duplicates, repetition
-from distill_jax.filters.samples import Bad
+from distill_jax.filters.samples import Unjudgeable
 
 
 def one(text="so it is 4", **fields):
@@ -30,11 +30,9 @@ def one(text="so it is 4", **fields):
 def judge(name, samples, **fields):
   """Why each sample is rejected, of a filter by its name."""
   made = registry.load("filters", name).Filter(**fields)
-  if hasattr(made, "select"):
-    out = list(made.select(iter(samples)))
-    assert [(s["id"], s["sample"]) for s, _ in out] == [(s["id"], s["sample"]) for s in samples]
-    return [why for _, why in out]
-  return [made.keep(sample) for sample in samples]
+  out = list(made.select(iter(samples)))
+  assert [(s["id"], s["sample"]) for s, _ in out] == [(s["id"], s["sample"]) for s in samples]
+  return [why for _, why in out]
 
 
 def kind(why):
@@ -118,7 +116,7 @@ def test_math_finds_the_answer():
 def test_math_names_a_key_that_cannot_be_parsed():
   keys = ["", r"\frac{", "???", None, ["4"], 4, 4.0]
   whys = judge("math", [one(answer=key, sample=i) for i, key in enumerate(keys)])
-  assert [isinstance(why, Bad) for why in whys] == [True] * 5 + [False] * 2
+  assert [isinstance(why, Unjudgeable) for why in whys] == [True] * 5 + [False] * 2
   assert whys[5:] == [None, None] and "key cannot be parsed" in whys[1]
 
 
@@ -159,7 +157,7 @@ def test_exact():
   assert kinds("exact", samples) == [None, "wrong", "wrong"]
   assert kinds("exact", samples, of="last line") == [None, "wrong", None]
   assert kinds("exact", [one("it is 7", answer="x #### 7")], of="final") == [None]
-  assert isinstance(judge("exact", [one(answer=" ")])[0], Bad)
+  assert isinstance(judge("exact", [one(answer=" ")])[0], Unjudgeable)
 
 
 def test_regex():
@@ -197,7 +195,7 @@ def test_length():
   samples = [one("ab"), one("abc" * 9), one("abcd", reason="length"), one(" ")]
   assert kinds("length", samples, max_chars=9) == [None, "too long", "cut off", "too short"]
   assert kinds("length", [one()], min_tokens=4) == ["too short"]
-  assert isinstance(judge("length", [one(tokens=None)], max_tokens=4)[0], Bad)
+  assert isinstance(judge("length", [one(tokens=None)], max_tokens=4)[0], Unjudgeable)
 
 
 def test_repetition():
@@ -214,7 +212,7 @@ def test_perplexity():
   want = [None, "perplexity too high", "perplexity too low", "perplexity too high"]
   assert kinds("perplexity", samples, at_least=1.5, at_most=10.0) == want
   for value in (None, float("nan"), 0.5, True):
-    assert isinstance(judge("perplexity", [one(logprob_mean=value)])[0], Bad)
+    assert isinstance(judge("perplexity", [one(logprob_mean=value)])[0], Unjudgeable)
 
 
 # Sets
@@ -255,7 +253,9 @@ def test_pseudo_label():
   assert [kind(why) for _, why in out] == [None, "unsure", "no label"]
   assert out[0][0]["label"] == "positive" and out[0][0]["confidence"] == pytest.approx(0.95)
   assert kinds("pseudo_label", samples, labels=labels, by="agreement")[:2] == ["unsure", None]
-  assert isinstance(judge("pseudo_label", [one("positive", logprob=None)], labels=labels)[0], Bad)
+  assert isinstance(
+    judge("pseudo_label", [one("positive", logprob=None)], labels=labels)[0], Unjudgeable
+  )
 
 
 def test_minhash_estimates_the_jaccard_similarity():
@@ -446,7 +446,7 @@ def test_programs_as_models_write_them():
   assert kinds("code", [chat], **LIMITS) == [None]
   for broken in ({"test": "def ("}, {"entry_point": "f("}, {"entry_point": None}):
     fields = {"test": TEST, "entry_point": "f"} | broken
-    assert isinstance(judge("code", [one(prompt="", **fields)], **LIMITS)[0], Bad)
+    assert isinstance(judge("code", [one(prompt="", **fields)], **LIMITS)[0], Unjudgeable)
 
 
 @needs_namespaces
@@ -643,7 +643,8 @@ def test_every_filter_says_what_it_is():
   for name in registry.names("filters"):
     module = registry.load("filters", name)
     assert module.__doc__ and dataclasses.is_dataclass(module.Filter)
-    assert hasattr(module.Filter, "select") != hasattr(module.Filter, "keep")
+    assert issubclass(module.Filter, filters.Filter)
+    assert ("select" in vars(module.Filter)) != issubclass(module.Filter, filters.SampleFilter)
     assert config.filter(name)["filter"] == name
 
 
