@@ -1,13 +1,16 @@
-"""Runs one program where it can do no harm; a script, on Linux.
+"""Runs one program in a sandbox where it can do no harm; a script, for Linux.
 
 Its argument is a JSON object: the fields of code.Filter; `folder`; `runner`, the source of the
-program; and `fds`, which that reads its job from and writes its report to. Two processes: the
-outer one makes the namespaces and waits; the inner one is the first of its own world of
-processes, so that all it starts end with it. There it has no network and no device, sees all
-files read-only but an empty folder in memory, may not call what would get it around that, loses
-every privilege but root's to read, and becomes the program. The outer one exits with 125 where
-that cannot be done, 124 where the time to compute was used up, 1 where the program was killed
-otherwise.
+program; and `fds`, the file descriptors from which the program reads its job and to which it writes
+its report.
+
+Two processes: the outer one makes the namespaces and waits. The inner process is PID 1 of a new PID
+namespace, so killing it kills every descendant. It has no network or devices, a read-only file
+system except an empty tmpfs, a seccomp filter, and no capability but CAP_DAC_READ_SEARCH; then it
+execs the program.
+
+The outer process exits with 125 if the sandbox cannot be made, 124 if the program used up its CPU
+time, and 1 if the program was killed otherwise.
 """
 
 import ctypes
@@ -33,25 +36,25 @@ MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 8, 38, 47
 PR_SET_SECCOMP, AF_UNIX, EACCES, IO_URING_SETUP = 22, 1, 13, 425
-ARCHITECTURES = {"x86_64": (0xC000003E, 41, 29), "aarch64": (0xC00000B7, 198, 194)}  # and the
-# numbers of socket and shmget there
+# For each machine: AUDIT_ARCH, and the numbers of the system calls socket and shmget.
+ARCHITECTURES = {"x86_64": (0xC000003E, 41, 29), "aarch64": (0xC00000B7, 198, 194)}
 CAP_VERSION, CAP_DAC_READ_SEARCH = 0x20080522, 2
-COVERED = ("/proc", "/run")  # other processes, and the sockets of services
-DEVICES = ("/dev/null", "/dev/urandom")  # those that stay
+COVERED = ("/proc", "/run")  # they show other processes, and the sockets of services
+DEVICES = ("/dev/null", "/dev/urandom")  # the only ones that can be opened
 NOBODY = 65534
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(name, *args):
-  """A function of the C library that returns 0."""
+  """Calls a function of the C library that returns 0; raises OSError if it does not."""
   if getattr(libc, name)(*args):
     code = ctypes.get_errno()
     raise OSError(code, f"{name}: {os.strerror(code)}")
 
 
-def with_parent():
-  """Ends this process when its parent ends."""
+def end_with_parent():
+  """Lets the kernel end this process when its parent ends."""
   parent = os.getppid()
   call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
   if parent != os.getppid():
@@ -59,13 +62,13 @@ def with_parent():
 
 
 def is_root():
-  """Root of the machine, who may become any user."""
-  whole = Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
-  return os.geteuid() == 0 and whole
+  """Returns whether this is root of the machine, not of a user namespace."""
+  maps_all_users = Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
+  return os.geteuid() == 0 and maps_all_users
 
 
-def leave_the_world(root):
-  """New namespaces: of this process, and of processes for its children."""
+def enter_namespaces(root):
+  """Moves this process into new namespaces, and its children into a new PID namespace."""
   user, group = os.geteuid(), os.getegid()
   flags = sum(flag for name, flag in CLONE.items() if not (root and name == "NEWUSER"))
   call("unshare", flags)
@@ -78,16 +81,18 @@ def leave_the_world(root):
       Path(f"/proc/self/{name}").write_text(text)
 
 
-def mount(target, options, flags):
+def mount_tmpfs(target, options, flags):
   call("mount", b"none", os.fsencode(target), b"tmpfs", flags | MS_NOSUID | MS_NODEV, options)
 
 
 def set_mount(path, flags, attributes, cleared=0):
-  what = (ctypes.c_uint64 * 4)(attributes, cleared, 0, 0)
-  call("syscall", ctypes.c_long(MOUNT_SETATTR), AT_FDCWD, path.encode(), flags, what, 32)
+  """Sets and clears attributes of a mount: mount_setattr(2), with its struct mount_attr."""
+  mount_attr = (ctypes.c_uint64 * 4)(attributes, cleared, 0, 0)
+  call("syscall", ctypes.c_long(MOUNT_SETATTR), AT_FDCWD, path.encode(), flags, mount_attr, 32)
 
 
-def close_the_files(folder, disk):
+def restrict_files(folder, disk):
+  """Makes all files read-only, hides COVERED and devices, and mounts a tmpfs on `folder`."""
   call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
   for path in DEVICES:
     call("mount", path.encode(), path.encode(), None, MS_BIND, None)
@@ -96,26 +101,29 @@ def close_the_files(folder, disk):
     set_mount(path, 0, 0, ATTR_NODEV)
   for path in COVERED:
     if Path(path).is_dir():
-      mount(path, b"size=4k,mode=0555", MS_RDONLY | MS_NOEXEC)
-  mount(folder, f"size={disk},nr_inodes=1000,mode=0777".encode(), 0)
+      mount_tmpfs(path, b"size=4k,mode=0555", MS_RDONLY | MS_NOEXEC)
+  mount_tmpfs(folder, f"size={disk},nr_inodes=1000,mode=0777".encode(), 0)
 
 
-def limit(job, extra):
-  """Limits of each process; `extra` processes are there beside the program's."""
-  both = lambda name, value: resource.setrlimit(getattr(resource, name), (value, value))
-  both("RLIMIT_CPU", job["cpu_seconds"])
-  both("RLIMIT_AS", job["memory"])
-  both("RLIMIT_FSIZE", job["disk"])
-  both("RLIMIT_CORE", 0)
-  both("RLIMIT_NOFILE", 64)
+def set_limits(job, extra):
+  """Limits each process, and their number; `extra` are there beside the program's."""
+  limits = {
+    resource.RLIMIT_CPU: job["cpu_seconds"],
+    resource.RLIMIT_AS: job["memory"],
+    resource.RLIMIT_FSIZE: job["disk"],
+    resource.RLIMIT_CORE: 0,
+    resource.RLIMIT_NOFILE: 64,
+  }
   if job["isolated"]:
-    both("RLIMIT_NPROC", job["processes"] + extra)
+    limits[resource.RLIMIT_NPROC] = job["processes"] + extra
+  for name, value in limits.items():
+    resource.setrlimit(name, (value, value))  # soft and hard
 
 
-def turn_into(user):
-  """From root to a user of its own, since processes are counted by user, and root's are not.
+def become_user(user):
+  """Changes from root to a user of its own, since the kernel does not limit root's processes.
 
-  It may still read what root may, as Python itself can lie where only root reads.
+  CAP_DAC_READ_SEARCH is kept: Python itself may lie where only root can read.
   """
   call("prctl", PR_SET_KEEPCAPS, 1, 0, 0, 0)
   os.setgroups([])
@@ -126,87 +134,109 @@ def turn_into(user):
   call("prctl", PR_CAP_AMBIENT, 2, CAP_DAC_READ_SEARCH, 0, 0)  # 2: raise, so that exec keeps it
 
 
-def forbid():
-  """Sockets that files name, memory that no limit counts, and io_uring, which asks for no call.
+def install_seccomp():
+  """Forbids system calls that would get around the sandbox, for good (seccomp(2)).
 
-  A filter of system calls, for good (seccomp(2)): offsets are those of struct seccomp_data.
+  They are socket for AF_UNIX, since such sockets lie in the file system; shmget, whose memory no
+  limit counts; and io_uring_setup, through which work is done without system calls.
+
+  The program of the filter, in the order below. Offsets are those of struct seccomp_data: 0 is the
+  number of the call, 4 the architecture, 16 the lower half of the first argument.
+
+     0  A = architecture
+     1  if A == ours goto 3
+     2  kill
+     3  A = number of the call
+     4  if A < 0x40000000 goto 6
+     5  kill                        x32, which numbers the calls otherwise
+     6  if A != io_uring_setup goto 8
+     7  deny
+     8  if A != shmget goto 10
+     9  deny
+    10  if A != socket goto 14
+    11  A = first argument
+    12  if A != AF_UNIX goto 14
+    13  deny                        the call returns EACCES
+    14  allow
   """
   if platform.machine() not in ARCHITECTURES:
     raise OSError(f"no filter of system calls is known for {platform.machine()}")
   architecture, socket, shmget = ARCHITECTURES[platform.machine()]
-  load, equal, at_least, leave = 0x20, 0x15, 0x35, 0x06
+  load, if_equal, if_at_least, leave = 0x20, 0x15, 0x35, 0x06  # BPF's LD|W|ABS, JEQ, JGE, RET
   kill, allow, deny = 0x80000000, 0x7FFF0000, 0x50000 | EACCES
-  program = [
+  program = [  # (instruction, jump if true, jump if false, operand), jumps from the next line on
     (load, 0, 0, 4),
-    (equal, 1, 0, architecture),
+    (if_equal, 1, 0, architecture),
     (leave, 0, 0, kill),
     (load, 0, 0, 0),
-    (at_least, 0, 1, 0x40000000),
-    (leave, 0, 0, kill),  # x32, another numbering
-    (equal, 0, 1, IO_URING_SETUP),
+    (if_at_least, 0, 1, 0x40000000),
+    (leave, 0, 0, kill),
+    (if_equal, 0, 1, IO_URING_SETUP),
     (leave, 0, 0, deny),
-    (equal, 0, 1, shmget),
+    (if_equal, 0, 1, shmget),
     (leave, 0, 0, deny),
-    (equal, 0, 3, socket),
+    (if_equal, 0, 3, socket),
     (load, 0, 0, 16),
-    (equal, 0, 1, AF_UNIX),
+    (if_equal, 0, 1, AF_UNIX),
     (leave, 0, 0, deny),
     (leave, 0, 0, allow),
   ]
   code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
-  where = ctypes.create_string_buffer(code, len(code))
-  call("prctl", PR_SET_SECCOMP, 2, struct.pack("HP", len(program), ctypes.addressof(where)), 0, 0)
+  buffer = ctypes.create_string_buffer(code, len(code))
+  sock_fprog = struct.pack("HP", len(program), ctypes.addressof(buffer))
+  call("prctl", PR_SET_SECCOMP, 2, sock_fprog, 0, 0)
 
 
-def become(job, root):
-  """The inner process, up to the program."""
+def exec_program(job, root):
+  """Restricts the inner process and replaces it by the program."""
   if job["isolated"]:
-    close_the_files(job["folder"], job["disk"])
+    restrict_files(job["folder"], job["disk"])
   os.chdir(job["folder"])
   null = os.open("/dev/null", os.O_RDWR)
   os.dup2(null, 1)
   os.dup2(null, 2)
-  limit(job, 1 if root else 2)
+  set_limits(job, 1 if root else 2)
   if job["isolated"] and root:
-    turn_into(2**30 + job["number"])
+    become_user(2**30 + job["number"])
   call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
   if job["isolated"]:
-    forbid()
+    install_seccomp()
   call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of user has undone it
   arguments = [job["python"], "-I", "-B", "-c", job["runner"], *map(str, job["fds"])]
   os.execve(job["python"], arguments, dict(os.environ, HOME=job["folder"]))
 
 
 def main(job):
-  with_parent()
+  end_with_parent()
   root = is_root()
   job["number"] = os.getpid()
-  heard, told = os.pipe()  # closed by exec: the program cannot speak here
+  error_from, error_to = os.pipe()  # exec closes it: the program cannot write to it
   try:
     if job["isolated"]:
-      leave_the_world(root)
+      enter_namespaces(root)
     inner = os.fork()
   except OSError as e:
     fail(e)
   if not inner:
-    os.close(heard)
+    os.close(error_from)
     try:
-      become(job, root)
+      exec_program(job, root)
     except (OSError, ValueError) as e:
-      os.write(told, str(e).encode())
+      os.write(error_to, str(e).encode())
     os._exit(1)
-  os.close(told)
+  os.close(error_to)
   for fd in job["fds"]:
     os.close(fd)
   _, status, used = os.wait4(inner, 0)
-  if why := os.read(heard, 1000):
-    fail(why.decode())
+  if error := os.read(error_from, 1000):
+    fail(error.decode())
   if os.WIFSIGNALED(status):
     sys.exit(124 if used.ru_utime + used.ru_stime > job["cpu_seconds"] - 0.2 else 1)
 
 
-def fail(why):
-  print(why, file=sys.stderr)
+def fail(error):
+  """Ends the outer process where the sandbox cannot be made."""
+  print(error, file=sys.stderr)
   sys.exit(125)
 
 

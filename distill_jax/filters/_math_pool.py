@@ -1,4 +1,4 @@
-"""Worker processes that compare two answers, and are replaced when they do not come back."""
+"""Worker processes that compare two answers, and are replaced when they do not return."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from distill_jax.errors import InputError
 
 WORKER = Path(__file__).with_name("_math_worker.py")
-START = 120.0  # seconds that a worker may take to import sympy
-SLACK = 10.0  # seconds of the clock for one of computing, until a worker is ended from outside
+START_SECONDS = 120.0  # that a worker may take to import sympy
+SLACK = 10.0  # seconds of the clock for one of computing, until a worker is killed from outside
 
 
 class Pool:
-  """As many workers as there are threads that ask; a context manager."""
+  """A context manager with as many workers as there are threads that call `equal`."""
 
   def __init__(self, seconds: float):
     self._seconds = seconds
@@ -38,7 +38,7 @@ class Pool:
       self._all.clear()
 
   def equal(self, key: str, answer: str) -> str:
-    """equal | other | key, the key cannot be parsed | timeout | crashed."""
+    """Returns equal | other | key (the key cannot be parsed) | timeout | crashed."""
     try:
       worker = self._idle.get_nowait()
     except queue.Empty:
@@ -47,12 +47,12 @@ class Pool:
     try:
       worker.stdin.write(json.dumps([key, answer]).encode() + b"\n")
       worker.stdin.flush()
-      said = _line(worker, self._seconds * SLACK)
+      verdict = _line(worker, self._seconds * SLACK)
     except BrokenPipeError:
-      said = ""
-    if said:
+      verdict = ""
+    if verdict:
       self._idle.put(worker)
-      return said
+      return verdict
     out_of_time = worker.poll() is None
     worker.kill()
     worker.communicate()
@@ -67,13 +67,15 @@ class Pool:
     )
     with self._lock:
       self._all.add(worker)
-    if _line(worker, START) != "ready":
-      raise InputError(f"math-verify does not start in {START:.0f} s; run {' '.join(command)}")
+    if _line(worker, START_SECONDS) != "ready":
+      raise InputError(
+        f"math-verify does not start in {START_SECONDS:.0f} s; run {' '.join(command)}"
+      )
     return worker
 
 
 def _line(worker: subprocess.Popen[bytes], seconds: float) -> str:
-  """The next line; "" at its end, or where none comes in time. Lines are short: one write."""
+  """Returns the next line; "" at the end, or if none comes in time. A line is one write."""
   assert worker.stdout is not None
   if not select.select([worker.stdout], [], [], seconds)[0]:
     return ""

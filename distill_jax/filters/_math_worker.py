@@ -1,7 +1,7 @@
-"""A process of its own: reads ["key", "answer"] a line, says whether they are equal.
+"""Compares answers with their keys; a script that reads ["key", "answer"] a line.
 
-Run as a script, with the seconds of computing that one answer may take: the kernel ends the
-process (SIGPROF) after them, wherever sympy is.
+Its argument is the CPU seconds that one answer may take: the kernel ends the process (SIGPROF)
+after them, wherever sympy is.
 """
 
 import json
@@ -17,17 +17,18 @@ CONFIG = (LatexExtractionConfig(), ExprExtractionConfig())
 
 
 def read(answer: str) -> list:
-  """What sympy makes of an answer; [] where it makes nothing."""
+  """Returns what sympy parses an answer to; [] if it cannot."""
   found = parse(f"${answer}$", CONFIG, parsing_timeout=None)
   return [] if all(isinstance(x, str) for x in found) else found
 
 
 def compare(key: str, answer: str) -> str:
+  """Returns equal | other | key (the key cannot be parsed)."""
   gold = read(key)
   if not gold:
     return "key"
-  said = read(answer)
-  return "equal" if said and verify(gold, said, timeout_seconds=None) else "other"
+  parsed = read(answer)
+  return "equal" if parsed and verify(gold, parsed, timeout_seconds=None) else "other"
 
 
 def main(seconds: float) -> None:

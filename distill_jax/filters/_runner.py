@@ -1,9 +1,9 @@
-"""A program and its test, in two processes of one sandbox (_jail.py); a script.
+"""Runs a program and its test in two processes of one sandbox (_jail.py); a script.
 
-The test's process knows the secret that means "passed" and runs nothing of the program: it asks
-the program's process to call its function, and what comes back is JSON. So neither what the
-interpreter holds nor objects that equal everything are any help to a program. Its arguments are
-the descriptors that the job is read from and the report is written to.
+The test's process knows the secret that means "passed" and runs no code of the program: it asks the
+program's process to call its function, and gets the result as JSON. So a program cannot pass by
+reading the interpreter's memory, or by returning objects that equal everything. The script's
+arguments are the file descriptors to read the job from and to write the report to.
 """
 
 import builtins
@@ -19,16 +19,16 @@ SCALARS = (bool, int, float, str)
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in (list, tuple, set, frozenset, bytes)}
 
 
-class Ended(Exception):
-  """The program's process is no more."""
+class ProgramEnded(Exception):
+  """The program's process has ended."""
 
 
-class Other(Exception):
-  """The program returned what is no plain value."""
+class NotPlain(Exception):
+  """The program returned something that is not a plain value."""
 
 
 def encode(x):
-  """Plain values as JSON: subclasses as what they are subclasses of, numpy's as Python's."""
+  """Returns a plain value as JSON: subclasses as their base class, numpy's as Python's."""
   if hasattr(x, "tolist"):
     x = x.tolist()
   if x is None:
@@ -43,10 +43,11 @@ def encode(x):
   for name, kind in KINDS.items():
     if isinstance(x, kind):
       return {name: [encode(y) for y in x]}
-  raise TypeError(f"{type(x).__name__} is no plain value")
+  raise TypeError(f"{type(x).__name__} is not a plain value")
 
 
 def decode(x):
+  """Returns the plain value that `encode` was given."""
   if not isinstance(x, dict):
     return x
   ((name, parts),) = x.items()
@@ -58,19 +59,19 @@ def decode(x):
 
 
 def serve(calls, replies):
-  """The program's process: first the program, then a call of its function for each line."""
+  """Runs the program, then calls its function once a line: the program's process."""
 
-  def answer(work):
+  def reply(function, *args, **kwargs):
     try:
-      value = work()
+      value = function(*args, **kwargs)
     except BaseException as e:
-      said = json.dumps(["raised", type(e).__name__])
+      line = json.dumps(["raised", type(e).__name__])
     else:
       try:
-        said = json.dumps(["returned", encode(value)])
+        line = json.dumps(["returned", encode(value)])
       except BaseException:
-        said = json.dumps(["other", type(value).__name__])
-    print(said, file=replies, flush=True)
+        line = json.dumps(["other", type(value).__name__])
+    print(line, file=replies, flush=True)
 
   source, entry = json.loads(calls.readline())
   names: dict[str, Any] = {"__name__": "sample"}
@@ -84,42 +85,44 @@ def serve(calls, replies):
     exec(code, names)
     return entry in names
 
-  answer(define)
+  def call(args, kwargs):
+    return names[entry](*args, **kwargs)
+
+  reply(define)
   for line in calls:
-    args, kwargs = decode(json.loads(line))
-    answer(lambda args=args, kwargs=kwargs: names[entry](*args, **kwargs))
+    reply(call, *decode(json.loads(line)))
 
 
 def verdict(calls, replies, secret, begins, source, test, entry):
-  """What is reported: the secret, or why the program fails."""
+  """Runs the test. Returns the report: the secret, or why the program fails."""
 
-  def ask(what):
+  def ask(request):
     try:
-      print(json.dumps(what), file=calls, flush=True)
+      print(json.dumps(request), file=calls, flush=True)
     except BrokenPipeError:
-      raise Ended from None
+      raise ProgramEnded from None
     line = replies.readline()
     if not line.endswith("\n"):
-      raise Ended
-    kind, said = json.loads(line)
-    return kind, said
+      raise ProgramEnded
+    kind, result = json.loads(line)
+    return kind, result
 
   def candidate(*args, **kwargs):
-    kind, said = ask(encode((list(args), kwargs)))
+    kind, result = ask(encode((list(args), kwargs)))
     if kind == "returned":
-      return decode(said)
+      return decode(result)
     if kind == "other":
-      raise Other(said)
-    known = getattr(builtins, str(said), None)
+      raise NotPlain(result)
+    known = getattr(builtins, str(result), None)  # the name of an exception
     if isinstance(known, type) and issubclass(known, BaseException):
       raise known.__new__(known)
-    raise type(str(said), (Exception,), {})
+    raise type(str(result), (Exception,), {})
 
   try:
-    kind, said = ask([source, entry])
+    kind, result = ask([source, entry])
     if kind != "returned":
-      return "exited" if said in ("SystemExit", "KeyboardInterrupt") else f"{kind} {said}"
-    if said is not True:
+      return "exited" if result in ("SystemExit", "KeyboardInterrupt") else f"{kind} {result}"
+    if result is not True:
       return f"undefined {entry}"
     names: dict[str, Any] = {"__name__": "test"}
     exec(compile(begins, "prompt.py", "exec"), names)
@@ -130,9 +133,9 @@ def verdict(calls, replies, secret, begins, source, test, entry):
     return "asserted"
   except (SystemExit, KeyboardInterrupt):
     return "exited"
-  except Ended:
+  except ProgramEnded:
     return "ended"
-  except Other as e:
+  except NotPlain as e:
     return f"other {e}"
   except BaseException as e:
     return f"raised {type(e).__name__}"
@@ -140,6 +143,7 @@ def verdict(calls, replies, secret, begins, source, test, entry):
 
 
 def how_it_ended(child):
+  """Returns how the program's process ended: exited, cpu or killed."""
   _, status = os.waitpid(child, 0)
   if not os.WIFSIGNALED(status):
     return "exited"
@@ -160,10 +164,10 @@ def main(job, report):
   os.close(to_program[0])
   os.close(to_test[1])
   with os.fdopen(job) as f:
-    said = verdict(os.fdopen(to_program[1], "w"), os.fdopen(to_test[0]), *json.load(f))
-  if said == "ended":
-    said = how_it_ended(child)
-  os.write(report, said.encode("utf-8", "replace"))
+    outcome = verdict(os.fdopen(to_program[1], "w"), os.fdopen(to_test[0]), *json.load(f))
+  if outcome == "ended":
+    outcome = how_it_ended(child)
+  os.write(report, outcome.encode("utf-8", "replace"))
   os.kill(child, 9)
   os._exit(0)
 

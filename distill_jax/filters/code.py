@@ -36,7 +36,7 @@ from distill_jax.filters.samples import (
 
 JAIL, RUNNER = (Path(__file__).with_name(name) for name in ("_jail.py", "_runner.py"))
 FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
-REPORT = 4096  # bytes that are read of what a program says of itself
+MAX_REPORT = 4096  # bytes that are read of a program's report
 ENV = {
   "PATH": "/usr/bin:/bin",
   "LANG": "C.UTF-8",
@@ -82,13 +82,13 @@ class Filter(_base.Filter):
         raise InputError(f"a code filter's {field.name} is {value}; it is above 0")
 
   def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
-    if why := self.run("def one(): return 1", "def check(f): assert f() == 1", "one"):
+    if reason := self.run("def one(): return 1", "def check(f): assert f() == 1", "one"):
       raise InputError(
-        f"the sandbox does not run a program that is right ({why}); set other limits"
+        f"the sandbox does not run a program that is right ({reason}); set other limits"
       )
-    yield from judge_in_parallel(self._judge, samples, self.workers)
+    yield from judge_in_parallel(self._reject_reason, samples, self.workers)
 
-  def _judge(self, sample: Sample) -> str | None:
+  def _reject_reason(self, sample: Sample) -> str | None:
     test, entry = text_field(sample, self.test), text_field(sample, self.entry_point)
     for part in (test, entry):
       if isinstance(part, Unjudgeable):
@@ -99,15 +99,18 @@ class Filter(_base.Filter):
       ast.parse(test)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
       return Unjudgeable(f"the test cannot be parsed: {e}")
-    said = sample["prompt"] if self.prompt == "prompt" else text_field(sample, self.prompt)
-    begins = said if isinstance(said, str) and _parses(said) else ""
-    return self.run(program(said, sample["text"], entry), test, entry, begins)
+    prompt = sample["prompt"] if self.prompt == "prompt" else text_field(sample, self.prompt)
+    prelude = prompt if isinstance(prompt, str) and _parses(prompt) else ""
+    return self.run(program(prompt, sample["text"], entry), test, entry, prelude)
 
-  def run(self, source: str, test: str, entry: str, begins: str = "") -> str | None:
-    """Why a program fails; None where check(entry) comes to its end.
+  def run(self, source: str, test: str, entry: str, prelude: str = "") -> str | None:
+    """Runs a program and its test. Returns why it fails; None where check(entry) returns.
 
     Args:
-      begins: what the test may use beside what it defines, as the prompt's functions.
+      source: the program.
+      test: defines check(candidate).
+      entry: the name of the function that is checked.
+      prelude: defines what the test may use too, such as the prompt's functions.
 
     Raises:
       InputError: the sandbox cannot be made on this machine.
@@ -116,27 +119,30 @@ class Filter(_base.Filter):
     with tempfile.TemporaryDirectory(prefix="distill-jax-") as folder:
       Path(folder).chmod(0o755)
       job = Path(folder) / "job.json"
-      job.write_text(json.dumps([secret, begins, source, test, entry]))
-      here, there = os.pipe()
-      with job.open("rb") as reading:
+      job.write_text(json.dumps([secret, prelude, source, test, entry]))
+      report_from, report_to = os.pipe()
+      with job.open("rb") as job_file:
         job.unlink()
-        limits = dataclasses.asdict(self) | {"folder": folder, "fds": [reading.fileno(), there]}
+        limits = dataclasses.asdict(self) | {
+          "folder": folder,
+          "fds": [job_file.fileno(), report_to],
+        }
         limits |= {"python": self.python or sys.executable, "runner": RUNNER.read_text()}
         try:
-          ended = self._jail(limits, reading.fileno(), there)
+          ended = self._jail(limits, job_file.fileno(), report_to)
         finally:
-          os.close(there)
-          os.set_blocking(here, False)
+          os.close(report_to)
+          os.set_blocking(report_from, False)
           try:
-            said = os.read(here, REPORT).decode(errors="replace")
+            report = os.read(report_from, MAX_REPORT).decode(errors="replace")
           except BlockingIOError:  # some process of the program is still there
-            said = ""
-          os.close(here)
-    if said == secret:
+            report = ""
+          os.close(report_from)
+    if report == secret:
       return None
-    if said == "cpu":
+    if report == "cpu":
       return f"timeout: {self.cpu_seconds} s of computing"
-    return ended or _why(said)
+    return ended or _reason(report)
 
   def _jail(self, limits: dict[str, Any], *fds: int) -> str:
     """Runs the program to its end, whatever it does. Returns how it was ended, or ""."""
@@ -168,18 +174,18 @@ class Filter(_base.Filter):
 
 
 def program(prompt: Any, text: str, entry: str) -> str:
-  """The whole program of a sample: its last block of Python, or all it says."""
+  """Returns the whole program of a sample: its last block of Python, or else all of its text."""
   answer = answer_part(text)
   blocks = FENCE.findall(answer)
-  whole = [b for b in blocks if defines(b, entry)]
+  whole = [block for block in blocks if _defines(block, entry)]
   source = [answer, *blocks, *whole][-1]
-  begins = prompt if isinstance(prompt, str) else ""
-  if defines(source, entry):  # what the prompt imports and defines is still wanted, if it is code
-    return f"{begins}\n{source}" if _parses(begins) else source
-  return begins + source
+  prompt = prompt if isinstance(prompt, str) else ""
+  if _defines(source, entry):  # what the prompt imports and defines is still wanted, if it is code
+    return f"{prompt}\n{source}" if _parses(prompt) else source
+  return prompt + source
 
 
-def defines(source: str, entry: str) -> bool:
+def _defines(source: str, entry: str) -> bool:
   return bool(re.search(rf"^(?:async\s+)?(?:def|class)\s+{re.escape(entry)}\b", source, re.M))
 
 
@@ -191,8 +197,9 @@ def _parses(source: str) -> bool:
   return True
 
 
-def _why(said: str) -> str:
-  kind, _, detail = said.partition(" ")
+def _reason(report: str) -> str:
+  """Returns the reason to reject a sample, of _runner.py's report."""
+  kind, _, detail = report.partition(" ")
   return {
     "asserted": "failed the test",
     "unparsed": f"not Python: {detail}",
