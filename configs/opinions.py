@@ -85,7 +85,7 @@ def get_config(role: str = "distilled"):
     c.teacher.source = f"run:{AT}/whole"
     c.evaluate.models = {"adapted": f"run:{AT}/adapted"}
     if role == "adapted":
-      c.student.frozen = ("bert.",)
+      c.student.train, c.student.frozen = "frozen", ("bert.",)
       c.optim.peak_lr = 5e-3  # of one matrix
   else:
     roles = "teacher, hard, distilled, whole and adapted"

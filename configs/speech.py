@@ -45,7 +45,7 @@ def get_config(student: str = "said"):
   )
   c.teacher.source = c.student.source = f"{AT}/tiny.en"
   c.student.keep_layers = (0, 3)
-  c.student.frozen = ("model.encoder.",)
+  c.student.train, c.student.frozen = "frozen", ("model.encoder.",)
   c.records.n, c.records.batch_size = 63, 8
   c.train.batch_size = c.evaluate.batch_size = 8
   c.train.steps = c.train.checkpoint_every = 60

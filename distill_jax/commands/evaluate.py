@@ -25,7 +25,6 @@ from distill_jax.evals.similarity import Similarity
 from distill_jax.models import loading
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import params, sharding
-from distill_jax.nn.layer_sharing import ShareOptions
 from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.records import collate
 from distill_jax.report.benchmarks import text  # noqa: F401
@@ -93,15 +92,11 @@ def check(config: Config) -> dict[str, ModelOptions]:
 def _specs(config: Config) -> dict[str, ModelOptions]:
   """All models but the teacher."""
   plain = dataclasses.replace(
-    config.student,
-    keep_layers=(),
-    changes={},
-    new=(),
-    quantise=QuantiseOptions(),
-    share=ShareOptions(),
+    config.student.as_trained(""), train="whole", quantise=QuantiseOptions()
   )
-  of = lambda source: dataclasses.replace(plain, source=source)
-  return {"start": config.student, **{n: of(s) for n, s in config.evaluate.models.items()}}
+  sources = config.evaluate.models
+  trained = {name: dataclasses.replace(plain, source=source) for name, source in sources.items()}
+  return {"start": config.student, **trained}
 
 
 def _asked(config: Config) -> dict[str, ModelOptions]:

@@ -13,7 +13,7 @@ from distill_jax.errors import InputError
 from distill_jax.hub.export import export_model
 from distill_jax.hub.options import ExportOptions
 from distill_jax.hub.peft import export_adapters
-from distill_jax.models import loading
+from distill_jax.models import loading, trainables
 from distill_jax.models.options import ModelOptions
 from distill_jax.models.runs import RUN, Run
 from distill_jax.nn import params, quantise, sharding
@@ -34,7 +34,7 @@ def run(config: Config, workdir: Path) -> dict[str, Any]:
     InputError: there is no such run or checkpoint, or the folder exists.
   """
   options, lora = config.export, config.student.lora
-  _check(options, adapters=bool(lora.rank))
+  _check(options, adapters=trainables.of_student(config.student).has_base)
   evaluation = None
   if options.evaluation:
     action = "run evaluate first or leave export.evaluation empty"

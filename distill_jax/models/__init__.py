@@ -11,4 +11,4 @@ from distill_jax.models._windows import GLOBAL, LOCAL
 
 __all__ = ["GLOBAL", "LOCAL", "DecoderBlock", "DecoderCache", "Seq2SeqCache"]
 
-SHARED = ("loading", "runs")
+SHARED = ("trainables", "loading", "runs")

@@ -18,10 +18,11 @@ from distill_jax.errors import InputError
 from distill_jax.hub.load import Overrides, check_layers, load_model
 from distill_jax.hub.pretrained import Pretrained, open_model
 from distill_jax.hub.tokenizer import TokenizerFiles
+from distill_jax.models import trainables
 from distill_jax.models.options import ModelOptions, StudentOptions
-from distill_jax.models.runs import RUN, Run, keys, run_folder, unshare
-from distill_jax.nn import layer_sharing, lora, params, sharding
-from distill_jax.nn.layer_sharing import ShareOptions
+from distill_jax.models.runs import RUN, Run, keys, run_folder
+from distill_jax.models.trainables import Shared, Trainable
+from distill_jax.nn import params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.runtime import workdir
@@ -112,17 +113,16 @@ class ModelSource:
     return jax.eval_shape(self._init, jax.random.key(0))
 
   @functools.cached_property
+  def trainable(self) -> Trainable:
+    """What of the student is trained."""
+    assert isinstance(self.options, StudentOptions)
+    return trainables.of_student(self.options)
+
+  @functools.cached_property
   def abstract_trainable(self) -> Any:
     """What training changes, as shapes: the model, its shared layers, or its adapters."""
-    spec = self.options
-    assert isinstance(spec, StudentOptions)
-    if spec.share != ShareOptions():
-      start = functools.partial(layer_sharing.start, spec=spec.share, fit=bool(spec.source))
-      return jax.eval_shape(start, self.abstract, key=jax.random.key(0))
-    if not spec.lora.rank:
-      return self.abstract
-    start_adapters = functools.partial(lora.init, self.abstract, spec.lora)
-    return jax.eval_shape(start_adapters, jax.random.key(0))
+    init = functools.partial(self.trainable.init, pretrained=bool(self.options.source))
+    return jax.eval_shape(init, self.abstract, key=jax.random.key(0))
 
   @functools.cached_property
   def digest(self) -> str:
@@ -156,23 +156,25 @@ class ModelSource:
     Raises:
       InputError: the weights do not fit the config, or are not those of `options.digest`.
     """
-    if isinstance(self.options, StudentOptions) and self.options.share.layers:
-      loaded = self.load_shared(mesh, key, step)
-      return dataclasses.replace(loaded, model=unshare(loaded.model, mesh, self.compute))
-    return self._load(mesh, key, step)
+    loaded = self.load_initial(mesh, key, step)
+    if isinstance(self.options, StudentOptions) and isinstance(self.trainable, Shared):
+      shared = self.start_training(loaded.model, mesh, {"student": key})
+      model = self.trainable.unshare(shared, mesh, self.compute)
+      return dataclasses.replace(loaded, model=model)
+    return loaded
 
-  def load_shared(self, mesh: Mesh, key: jax.Array, step: int | None = None) -> LoadedModel:
-    """Returns, as `load` does, the layer_sharing.Shared that training starts from."""
-    spec = self.options
-    assert isinstance(spec, StudentOptions)
-    loaded = self._load(mesh, key, step)
+  def start_training(self, model: Any, mesh: Mesh, keys: Mapping[str, jax.Array]) -> Any:
+    """Returns what training starts from: the model, its shared layers, or its adapters.
+
+    Args:
+      model: the student, from `load_initial`.
+      keys: of the run; see runs.keys.
+    """
     shardings = sharding.shardings(self.abstract_trainable, mesh, self.compute.rules)
-    start = functools.partial(layer_sharing.start, spec=spec.share, fit=bool(spec.source))
-    jitted = jax.jit(start, out_shardings=shardings)
-    shared = jitted(loaded.model, key=jax.random.fold_in(key, 1))
-    return dataclasses.replace(loaded, model=shared)
+    return self.trainable.start(model, keys, shardings, bool(self.options.source))
 
-  def _load(self, mesh: Mesh, key: jax.Array, step: int | None) -> LoadedModel:
+  def load_initial(self, mesh: Mesh, key: jax.Array, step: int | None = None) -> LoadedModel:
+    """Returns the model as `load` does, but with none of its layers shared."""
     spec, compute, config = self.options, self.compute, self.config
     if self.run is not None:
       model = self.run.load(mesh, compute, step)
@@ -313,12 +315,6 @@ def identity(spec: ModelOptions, seed: int) -> dict[str, str]:
 
 def build(spec: ModelOptions, mesh: Mesh, key: jax.Array, step: int | None = None) -> LoadedModel:
   return open_source(spec).load(mesh, key, step)
-
-
-def build_shared(
-  spec: StudentOptions, mesh: Mesh, key: jax.Array, step: int | None = None
-) -> LoadedModel:
-  return open_source(spec).load_shared(mesh, key, step)
 
 
 def restore(run: Path, mesh: Mesh, step: int | None = None) -> Any:

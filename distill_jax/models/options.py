@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from distill_jax.errors import InputError
 from distill_jax.nn.layer_sharing import ShareOptions
 from distill_jax.nn.lora import LoraOptions
 from distill_jax.nn.quantise import QuantiseOptions
@@ -31,12 +32,54 @@ class ModelOptions:
   # sharding.TABLE that are this model's own: {"experts": ("fsdp", "tensor")}
 
 
+# What student.train can be, and the options of the student that it uses. Integers may be shared.
+TRAIN: dict[str, tuple[str, ...]] = {
+  "whole": (),
+  "lora": ("lora",),
+  "shared": ("share", "quantise"),
+  "quantised": ("quantise",),
+  "frozen": ("frozen",),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class StudentOptions(ModelOptions):
   """The model that is trained."""
 
+  train: str = "whole"  # what of it: whole | lora | shared | quantised | frozen (all but `frozen`);
+  # of the four keys below, those of another choice stay at their defaults
   lora: LoraOptions = LoraOptions()
   share: ShareOptions = ShareOptions()
-  quantise: QuantiseOptions = QuantiseOptions()
+  quantise: QuantiseOptions = QuantiseOptions()  # with train "quantised", or "shared"
   frozen: tuple[str, ...] = ()  # beginnings of Hugging Face's names of parameters that stay as
-  # they are, as "model.encoder.", without optimizer state
+  # they are, such as "model.encoder.", without optimizer state
+
+  def __post_init__(self) -> None:
+    if self.train not in TRAIN:
+      raise InputError(f"student.train is {self.train!r}; expected one of {', '.join(TRAIN)}")
+    defaults = {f.name: f.default for f in dataclasses.fields(self)}
+    for part in ("lora", "share", "quantise", "frozen"):
+      if part not in TRAIN[self.train] and getattr(self, part) != defaults[part]:
+        choices = " or ".join(repr(train) for train, parts in TRAIN.items() if part in parts)
+        raise InputError(
+          f"student.{part} is set and student.train is {self.train!r}; expected {choices}. Set "
+          f"student.train, or leave student.{part} at its default"
+        )
+
+  def as_trained(self, source: str) -> StudentOptions:
+    """The options to load a trained student with, computed as it was in training.
+
+    Args:
+      source: a run, or a folder that was exported.
+    """
+    return dataclasses.replace(
+      self,
+      source=source,
+      keep_layers=(),
+      changes={},
+      new=(),
+      train="whole" if self.quantise == QuantiseOptions() else "quantised",
+      lora=LoraOptions(),
+      share=ShareOptions(),
+      frozen=(),
+    )

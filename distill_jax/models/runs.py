@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from distill_jax.config import Config
 from distill_jax.errors import InputError
-from distill_jax.nn import layer_sharing, lora, quantise, sharding
+from distill_jax.nn import sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.runtime import checkpoint, json_io, storage
 
@@ -48,7 +48,7 @@ class Run:
   def digest(self) -> str:
     """sha256, in hex, of what the last checkpoint holds; of adapters, with their base model."""
     trained = checkpoint.digest(self.folder)
-    if not self.config.student.lora.rank:
+    if not self.student.trainable.has_base:
       return trained
     return hashlib.sha256((trained + self.student.digest).encode()).hexdigest()
 
@@ -70,19 +70,11 @@ class Run:
     Adapters are merged into their base, shared layers are written out, and weights that were
     trained as integers are rounded to their grids.
     """
-    spec, trained = self.config.student, self.restore(mesh, step)
-    if spec.share.layers:
-      trained = unshare(trained, mesh, compute)
-    if spec.quantise.bits:
-      round_to_grid = functools.partial(quantise.tree, spec=spec.quantise)
-      shardings = sharding.shardings(trained, mesh, compute.rules)
-      return jax.jit(round_to_grid, out_shardings=shardings, donate_argnums=0)(trained)
-    if not spec.lora.rank:
-      return trained
-    self.check_base()
-    base = self.student.load(mesh, keys(self.config.seed)["student"]).model
-    shardings = sharding.shardings(base, mesh, compute.rules)
-    return jax.jit(lora.merge_adapters, out_shardings=shardings, donate_argnums=0)(base, trained)
+    trainable, trained, base = self.student.trainable, self.restore(mesh, step), None
+    if trainable.has_base:
+      self.check_base()
+      base = self.student.load(mesh, keys(self.config.seed)["student"]).model
+    return trainable.merge(trained, base, mesh, compute)
 
   def pin_base(self) -> None:
     """Writes down, once, which base model the adapters are trained on; refuses another one."""
@@ -104,10 +96,3 @@ class Run:
         f"{pinned['digest']} and it now has {found['digest']}; bring the old weights back or "
         "train in another --workdir"
       )
-
-
-def unshare(shared: layer_sharing.Shared, mesh: Mesh, compute: ComputeConfig) -> Any:
-  """Returns the model with a copy of the shared layers wherever they are used."""
-  abstract = jax.eval_shape(layer_sharing.Shared.merge_adapters, shared)
-  shardings = sharding.shardings(abstract, mesh, compute.rules)
-  return jax.jit(layer_sharing.Shared.merge_adapters, out_shardings=shardings)(shared)

@@ -78,7 +78,7 @@ def argument_bytes(config: Config, verb: str, mesh: jax.sharding.Mesh) -> int:
   student = loading.open_source(config.student)
   trained = _placed_bytes(student.abstract_trainable, student.compute, mesh)
   width = jnp.dtype(config.student.param_dtype).itemsize
-  base = _model_bytes(student, mesh) if config.student.lora.rank else 0
+  base = _model_bytes(student, mesh) if student.trainable.has_base else 0
   moments = trained * (4 + width) / width  # the first in float32, the second as the weights
   return round(teacher + base + trained + moments)
 

@@ -115,7 +115,7 @@ def _train(config: Config, mesh: Mesh) -> Program:
   one = opened[0][0] if config.tasks else _text(about)
   batch = _batch(config, about, c.batch_size, mesh, recorded, one)
   teachers = {name: _model(spec, mesh) for name, spec in state.online_teachers(config).items()}
-  base = _model(config.student, mesh) if config.student.lora.rank else None
+  base = _model(config.student, mesh) if step.trainable.has_base else None
   with jax.set_mesh(mesh):
     lowered = loop.jitted(step, trained, mesh).lower(trained, batch, teachers, base=base)
   arguments = {

@@ -123,6 +123,7 @@ def _distil_config(config: Config, folder: Path) -> Config:
       shape="",
       digest="",
       keep_layers=(),
+      train="frozen" if config.student.frozen else config.student.as_trained("").train,
       lora=LoraOptions(),
       share=ShareOptions(),
     ),
@@ -155,12 +156,7 @@ def score(config: Config, folders: dict[str, Path], rates: bool) -> None:
 
 def trained(config: Config, mesh: jax.sharding.Mesh, folder: Path) -> LoadedModel:
   """Loads a candidate as its run has left it."""
-  spec = dataclasses.replace(
-    config.student,
-    source=f"{loading.RUN}{folder / 'run'}",
-    keep_layers=(),
-    share=ShareOptions(),
-  )
+  spec = config.student.as_trained(f"{loading.RUN}{folder / 'run'}")
   with jax.set_mesh(mesh):
     source = loading.open_source(spec, config.seed)
     return source.load(mesh, loading.keys(config.seed)["student"])

@@ -46,7 +46,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
   sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
   step = make_step(config, stores)
   validate.check_features(config, step, stores)
-  if config.student.lora.rank:
+  if step.trainable.has_base:
     run = Run(workdir, config, loading.open_source(config.student, config.seed))
     distributed.run_on_process_0(run.pin_base)
   metadata = {"records": [digest for store in stores for digest in store.digests]}
@@ -90,7 +90,7 @@ def make_step(config: Config, stores: Stores) -> Step:
   return Step(
     losses=config.losses,
     learning_rate=optim.learning_rate(config.optim, config.train.steps),
-    optimizer=optim.optimizer(config.optim, config.student.frozen),
+    optimizer=optim.optimizer(config.optim, student.trainable.frozen),
     student=dataclasses.replace(student.compute, training=True),
     teacher=loading.compute_config(config.teacher),
     chunk=config.train.chunk,
@@ -100,7 +100,7 @@ def make_step(config: Config, stores: Stores) -> Step:
     teacher_config=loading.open_source(config.teacher).config if needs_features else None,
     recorded=recorded(config, stores),
     balance_every=config.optim.balance_every,
-    frozen=config.student.frozen,
+    trainable=student.trainable,
     parts=tuple(
       (name, store.class_range.start)
       for name, store in zip(config.tasks, stores, strict=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 from distill_jax.config import Config
 from distill_jax.models import loading
 from distill_jax.models.options import ModelOptions
-from distill_jax.nn import lora, sharding
+from distill_jax.nn import sharding
 from distill_jax.records import collate
 from distill_jax.runtime import checkpoint
 from distill_jax.training.step import Step, Teachers
@@ -64,19 +63,14 @@ def prepare(
     name: loading.open_source(options).load(mesh, keys["teacher"]).model
     for name, options in online_teachers(config).items()
   }
-  base = student.load(mesh, keys["student"]).model if config.student.lora.rank else None
+  base = student.load(mesh, keys["student"]).model if step.trainable.has_base else None
   abstract = abstract_state(config, step, stores)
   shardings = sharding.shardings(abstract, mesh, step.student.rules)
   if saves.latest_step() is not None:
     placed = sharding.with_shardings(abstract, shardings)
     return TrainInputs(checkpoint.restore(saves, placed, metadata), teachers, base)
-  if base is not None:
-    start = functools.partial(lora.init, student.abstract, config.student.lora)
-    trained = jax.jit(start, out_shardings=shardings.params)(keys["lora"])
-  elif config.student.share.layers:
-    trained = student.load_shared(mesh, keys["student"]).model
-  else:
-    trained = student.load(mesh, keys["student"]).model
+  model = base if base is not None else student.load_initial(mesh, keys["student"]).model
+  trained = student.start_training(model, mesh, keys)
   adapters = _adapters(step, stores, keys["adapters"])
   if any(fn.fits_adapters and name in adapters for name, fn in step.feature_losses.items()):
     batch = collate.to_device(next(batches(config, stores)), sharding.batch_sharding(mesh))

@@ -13,7 +13,8 @@ import optax
 
 from distill_jax.losses import BaseLoss, DenseTargets, FeatureLoss, TokenLoss, features
 from distill_jax.losses.features import Features, FeatureSpec
-from distill_jax.nn import fused_head, layer_sharing, lora, params
+from distill_jax.models.trainables import WHOLE, Trainable
+from distill_jax.nn import fused_head
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.training import token_metrics
 from distill_jax.types import Batch, Mean, Output, Recorded, Targets, TrainState
@@ -71,7 +72,7 @@ class Step:
     recorded: how the targets in a batch were recorded.
     balance_every: steps between measurements of the losses' gradient norms, which are then
       held in the ratio of the losses' weights; 0: never, weights are weights.
-    frozen: see params.trainable_mask.
+    trainable: what of the student is trained.
     parts: of several tasks, each one's name and its first row of the head.
   """
 
@@ -87,7 +88,7 @@ class Step:
   teacher_config: Any = None
   recorded: Recorded = Recorded()
   balance_every: int = 0
-  frozen: tuple[str, ...] = ()
+  trainable: Trainable = WHOLE
   parts: tuple[tuple[str, int], ...] = ()
 
   @functools.cached_property
@@ -177,10 +178,9 @@ class Step:
     Args:
       trained: (what is trained of the student, adapters of losses), to differentiate in.
     """
-    model, adapters = trained
-    if self.frozen:
-      model = _stop_gradient(model, self.frozen)
-    prepared = self._prepare(_student(model, fixed.base), batch, fixed.teachers)
+    trained_params, adapters = trained
+    model = self.trainable.model(trained_params, fixed.base)
+    prepared = self._prepare(model, batch, fixed.teachers)
     total, means = self._token_losses(prepared, fixed, weights)
     for name, fn in self.feature_losses.items():
       with jax.named_scope(name):
@@ -227,10 +227,10 @@ class Step:
     )
 
   def fit(
-    self, model: Any, adapters: dict[str, Any], batch: Batch, teachers: Teachers, base: Any = None
+    self, trained: Any, adapters: dict[str, Any], batch: Batch, teachers: Teachers, base: Any = None
   ) -> dict[str, Any]:
     """The adapters of those losses that fit theirs on one batch, fitted."""
-    prepared = self._prepare(_student(model, base), batch, teachers)
+    prepared = self._prepare(self.trainable.model(trained, base), batch, teachers)
     return {
       name: fn.fit(
         adapters[name],
@@ -329,22 +329,6 @@ def _per_output(batch: Batch, out: Output) -> Batch:
   second_BT = jnp.broadcast_to(jnp.arange(2 * T)[None] % 2 == 1, (len(batch.labels_BT), 2 * T))
   doubled = twice(batch.replace(inputs=None, valid_BS=None, targets={}))
   return doubled.replace(targets=targets, distill_token_BT=second_BT)
-
-
-def _stop_gradient(model: Any, frozen: tuple[str, ...]) -> Any:
-  """The model, whose gradient in its frozen parameters is 0."""
-
-  def leaf(x: jax.Array, trainable: bool) -> jax.Array:
-    return x if trainable else jax.lax.stop_gradient(x)
-
-  return jax.tree.map(leaf, model, params.trainable_mask(model, frozen))
-
-
-def _student(trained: Any, base: Any) -> Any:
-  """The model that is computed, from what is trained."""
-  if isinstance(trained, layer_sharing.Shared):
-    return trained.with_adapters()
-  return trained if base is None else lora.with_adapters(base, trained)
 
 
 def online(

@@ -9,7 +9,6 @@ from distill_jax.errors import InputError
 from distill_jax.losses import BaseLoss, TokenLoss
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
-from distill_jax.nn import params, quantise
 from distill_jax.records.manifest import Manifest
 from distill_jax.training.step import Step
 from distill_jax.training.stores import Stores
@@ -26,7 +25,7 @@ def check_run(config: Config, stores: Stores) -> None:
   check_losses(config)
   check_accumulation(config, stores)
   check_teachers(config)
-  check_student(config, student)
+  check_student(student)
   check_text_fits(config, student, stores)
   check_records(config, stores)
   check_schedules(config)
@@ -69,40 +68,10 @@ def check_teachers(config: Config) -> None:
       )
 
 
-def check_student(config: Config, student: ModelSource) -> None:
+def check_student(student: ModelSource) -> None:
   """Refuses adapters, sharing, integers or frozen parameters that do not fit the student."""
-  spec = config.student
   _ = student.abstract_trainable  # refuses adapters and sharing that do not fit
-  quantise.check(spec.quantise, student.abstract)
-  if spec.quantise.bits and spec.lora.rank:
-    raise InputError(
-      f"student.quantise.bits is {spec.quantise.bits} and student.lora.rank {spec.lora.rank}; a "
-      "student is trained as integers or by adapters: set one to 0"
-    )
-  if spec.share.layers and spec.lora.rank:
-    raise InputError(
-      f"student.share.layers is {spec.share.layers} and student.lora.rank {spec.lora.rank}; shared "
-      "layers are trained whole, with student.share.lora for what each is on its own: set one to 0"
-    )
-  if spec.frozen:
-    _check_frozen(config, student)
-
-
-def _check_frozen(config: Config, student: ModelSource) -> None:
-  frozen = config.student.frozen
-  names = [v.get_metadata()["hf"] for _, v in params.named_params(student.abstract)]
-  lost = [start for start in frozen if not any(n.startswith(start) for n in names)]
-  if lost or all(n.startswith(frozen) for n in names):
-    which = f"{lost[0]!r}, with which no" if lost else f"{frozen}, with which every"
-    raise InputError(
-      f"student.frozen names {which} parameter of the student begins; they are called "
-      f"{', '.join(sorted(set(names)))}"
-    )
-  if config.student.lora.rank:
-    raise InputError(
-      f"student.frozen is {frozen} and student.lora.rank {config.student.lora.rank}; adapters "
-      "leave all the rest as it is anyway: set one of the two"
-    )
+  student.trainable.check(student.abstract)
 
 
 def check_text_fits(config: Config, student: ModelSource, stores: Stores) -> None:

@@ -162,7 +162,7 @@ def other_words(c, path):
       "layers is 4 and the teacher h",
     ),
     (of(shape="tinny", source="", keep_layers=()), "links.student: llama has no shape 'tinny'"),
-    (of(quantise={"bits": 3}), "links.student: student.quantise has bits 3"),
+    (of(train="quantised", quantise={"bits": 3}), "links.student: student.quantise has bits 3"),
     (other_words, "links.student: .*200 .*|links.student: the student has tokenizer"),
     (lambda c, path: setattr(c, "losses", {}), "links.assistant: losses is empty"),
     (lambda c, path: c.optim.update(warmup_steps=4), "links.assistant: optim.warmup_steps is 4"),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_step
+import steps as training_steps
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -149,12 +149,12 @@ def test_fsdp_gathers_the_head_once_a_step(shape):
   config = dataclasses.replace(llama.TINY, tie_word_embeddings=False)
   rows, D = config.vocab_size // shape[2], config.hidden_size
   mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
-  step = test_step.make_step()
+  step = training_steps.make_step()
   with jax.set_mesh(mesh):
     init = lambda key: step.init(llama.Model(config, key))
     where = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), mesh, step.student.rules)
     state = jax.jit(init, out_shardings=where)(jax.random.key(0))
-    batch = jax.device_put(test_step.make_batch(), sharding.batch_sharding(mesh))
+    batch = jax.device_put(training_steps.make_batch(), sharding.batch_sharding(mesh))
     step_fn = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
     hlo = step_fn.lower(state, batch, {}).compile().as_text()
   found = [(what, loops) for what, loops, dims in collectives(hlo) if (rows, D) in dims]

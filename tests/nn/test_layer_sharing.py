@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
-import test_step
+import steps as training_steps
 import tiny
 
 from distill_jax import config
@@ -18,6 +18,7 @@ from distill_jax.commands.record import run as record
 from distill_jax.errors import InputError
 from distill_jax.models import deepseek_v3, gemma3, llama, loading, qwen3
 from distill_jax.models.options import StudentOptions
+from distill_jax.models.trainables import Shared
 from distill_jax.nn import layer_sharing, layers, params, sharding
 from distill_jax.nn.layer_sharing import ShareOptions
 from distill_jax.nn.lora import LoraOptions
@@ -168,9 +169,9 @@ def test_a_delta_that_starts_at_nothing_can_learn():
 
 def steps(mesh_shape=(1, 1, 1)):
   """(what is trained, metrics) after three steps."""
-  step = test_step.make_step()
-  mesh = sharding.make_mesh(*mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))])
   spec = ShareOptions(2, lora=LoraOptions(rank=2))
+  step = training_steps.make_step(trainable=Shared(options=spec))
+  mesh = sharding.make_mesh(*mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))])
   with jax.set_mesh(mesh):
     init = lambda key: step.init(
       layer_sharing.start(llama.Model(llama.TINY, key), spec, key, False)
@@ -180,7 +181,7 @@ def steps(mesh_shape=(1, 1, 1)):
     step_fn = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
     rows = []
     for n in range(3):
-      batch = jax.device_put(test_step.make_batch(n), sharding.batch_sharding(mesh))
+      batch = jax.device_put(training_steps.make_batch(n), sharding.batch_sharding(mesh))
       state, metrics = step_fn(state, batch, {})
       rows.append({k: float(v) for k, v in metrics.items()})
   return jax.device_get(state.params), rows
@@ -207,7 +208,7 @@ def shared_config(folder):
   c = tiny.tiny(folder)
   c.teacher.source = ""
   c.student.source = str(folder / "base")
-  c.student.share.layers = 2
+  c.student.train, c.student.share.layers = "shared", 2
   c.student.share.lora.rank = 3
   c.student.quantise.bits = 8
   return c
@@ -274,7 +275,7 @@ def test_a_run_is_a_source(folder):
   assert model.config == loading.family_and_config(plain)[1] and model.config.num_hidden_layers == 3
   np.testing.assert_array_equal(model.layers.attn_norm[0], model.layers.attn_norm[2])
   assert (model.layers.q[0] != model.layers.q[2]).any()
-  again = dataclasses.replace(plain, share=ShareOptions(1))
+  again = dataclasses.replace(plain, train="shared", share=ShareOptions(1))
   model = loading.build(again, mesh, jax.random.key(0)).model
   np.testing.assert_array_equal(model.layers.q[0], model.layers.q[2])
 
@@ -311,7 +312,7 @@ def test_what_cannot_be_shared_is_refused(base, changes, said):
 def test_adapters_beside_shared_layers_are_refused(base):
   c = shared_config(base)
   c.student.lora.rank, c.student.quantise.bits = 2, 0
-  with pytest.raises(InputError, match=r"share.layers is 2 and student.lora.rank 2"):
+  with pytest.raises(InputError, match=r"student.lora is set and student.train is .shared."):
     validate.check_run(config.resolve(c), [])
   with pytest.raises(InputError, match=r"first 1 are of another kind .*from 2 to 3"):
     layer_sharing.check(ShareOptions(1), random_model(deepseek_v3, deepseek_v3.TINY))

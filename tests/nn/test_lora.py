@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import parity
 import pytest
-import test_step
+import steps as training_steps
 import tiny
 from safetensors.numpy import load_file, save_file
 
@@ -21,6 +21,7 @@ from distill_jax.errors import InputError
 from distill_jax.hub import declared, load
 from distill_jax.hub.pretrained import open_model
 from distill_jax.models import deepseek_v3, llama, loading, qwen3
+from distill_jax.models.trainables import Lora
 from distill_jax.nn import layers, lora, params, sharding
 from distill_jax.nn.lora import LoraOptions
 from distill_jax.runtime import checkpoint
@@ -162,7 +163,7 @@ def test_merging_is_the_dense_formula():
 
 def steps(mesh_shape=(1, 1, 1), spec=LoraOptions(rank=4), **changes):  # noqa: B008
   """(adapters, base before, base after, metrics) of three steps."""
-  step = test_step.make_step(**changes)
+  step = training_steps.make_step(trainable=Lora(options=spec), **changes)
   mesh = sharding.make_mesh(*mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))])
   make = lambda key: llama.Model(llama.TINY, key)
   with jax.set_mesh(mesh):
@@ -176,7 +177,7 @@ def steps(mesh_shape=(1, 1, 1), spec=LoraOptions(rank=4), **changes):  # noqa: B
     step_fn = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
     rows = []
     for n in range(3):
-      batch = jax.device_put(test_step.make_batch(n), sharding.batch_sharding(mesh))
+      batch = jax.device_put(training_steps.make_batch(n), sharding.batch_sharding(mesh))
       state, metrics = step_fn(state, batch, {}, base)
       rows.append({k: float(v) for k, v in metrics.items()})
   return jax.device_get(state.params), before, jax.device_get(base), rows
@@ -255,7 +256,7 @@ def lora_config(folder):
   c = tiny.tiny(folder)
   c.teacher.source = ""
   c.student.source = str(folder / "base")
-  c.student.lora.rank = 4
+  c.student.train, c.student.lora.rank = "lora", 4
   c.student.lora.targets = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
   return c
 
@@ -474,7 +475,9 @@ def test_another_base_is_refused(folder, tmp_path, another_norm):
 )
 def test_exports_that_make_no_sense(folder, compute, rank, said):
   c = lora_config(folder)
-  c.student.lora.rank, c.export.lora, c.export.dir = rank, compute, str(folder / "none")
+  c.export.lora, c.export.dir = compute, str(folder / "none")
+  if not rank:
+    c.student.train, c.student.lora = "whole", config.base().student.lora
   with pytest.raises(InputError, match=said):
     export.run(config.resolve(c), folder / "whole")
   assert not (folder / "none").exists()

@@ -89,7 +89,7 @@ def run(tmp_path_factory):
   path = tmp_path_factory.mktemp("quantise")
   c = tiny.tiny(path)
   c.teacher.source = ""
-  c.student.quantise = {"bits": 4, "group": 16}
+  c.student.train, c.student.quantise = "quantised", {"bits": 4, "group": 16}
   c.train.steps = c.train.checkpoint_every = 12
   c.export.dir, c.export.dtype = str(path / "export"), "float32"
   resolved = config.resolve(c)
@@ -128,6 +128,6 @@ def test_adapters_and_integers_are_refused(run):
   path, _, _ = run
   c = tiny.tiny(path)
   c.teacher.source = ""
-  c.student.quantise.bits, c.student.lora.rank = 8, 2
-  with pytest.raises(InputError, match=r"bits is 8 and student.lora.rank 2"):
+  c.student.train, c.student.quantise.bits, c.student.lora.rank = "quantised", 8, 2
+  with pytest.raises(InputError, match=r"student.lora is set and student.train is .quantised."):
     train(config.resolve(c), path / "refused")

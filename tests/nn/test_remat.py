@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import steps as training_steps
 import test_models
-import test_step
 from jax.experimental.compilation_cache import compilation_cache
 
 from distill_jax import registry
@@ -85,13 +85,13 @@ def compile_step(family: str, shape: str, rules: sharding.Rules, mesh_shape) -> 
   """A whole train step on four devices, as far as XLA splits it among them."""
   module = registry.load("models", family)
   mesh = sharding.make_mesh(*mesh_shape)
-  step = test_step.make_step(student=layers.ComputeConfig(rules=rules))
+  step = training_steps.make_step(student=layers.ComputeConfig(rules=rules))
   init = lambda key: step.init(module.Model(module.CONFIGS[shape], key))
   like = jax.eval_shape(init, jax.random.key(0))
   where = sharding.shardings(like, mesh, rules)
   rows = sharding.batch_sharding(mesh)
   batch = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), test_step.make_batch()
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), training_steps.make_batch()
   )
   with jax.set_mesh(mesh):
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))

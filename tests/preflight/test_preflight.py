@@ -272,7 +272,7 @@ def test_the_batch_is_the_loaders(tmp_path, records):
   [
     ("record", {}),
     ("train", {"train.online": True}),
-    ("train", {"student.lora.rank": 2}),
+    ("train", {"student.train": "lora", "student.lora.rank": 2}),
   ],
 )
 def test_arguments_are_what_the_compiler_is_given(verb, changes):
@@ -288,7 +288,7 @@ def test_arguments_by_arithmetic():
   mesh = sharding.make_mesh(fsdp=2, tensor=2)
   for rank in (0, 2):
     c = model_config()
-    c.student.lora.rank = rank
+    c.student.train, c.student.lora.rank = "lora" if rank else "whole", rank
     c = config.resolve(c)
     for verb in ("train", "record"):
       told = programs.of(c, verb, mesh).arguments

@@ -69,7 +69,7 @@ def test_a_row_is_the_prompt_the_patches_and_the_text(c):
 
 
 def test_a_student_learns_from_records(c, tmp_path):
-  c.student.frozen = ("vision_tower.",)
+  c.student.train, c.student.frozen = "frozen", ("vision_tower.",)
   resolved = config.resolve(c)
   with Workdir(tmp_path / "records", resolved) as folder:
     record.run(resolved, folder)

@@ -100,7 +100,8 @@ def test_a_frozen_encoder_stays_as_it_is(tmp_path):
   """Distil-Whisper's; weight decay leaves it alone, too, and all of the decoder moves."""
   c = configured(tmp_path)
   c.train.records, c.losses = (), {"hard": config.loss("ce")}
-  c.student.frozen, c.train.steps = ("model.encoder.",), 1
+  c.student.train, c.student.frozen = "frozen", ("model.encoder.",)
+  c.train.steps = 1
   resolved = config.resolve(c)
   with Workdir(tmp_path / "student", resolved) as folder:
     loop.train(resolved, folder)

@@ -224,7 +224,8 @@ def test_several_tasks_share_a_body_and_have_a_head_each(c, tmp_path):
 
 def test_a_head_is_trained_without_its_body(c, tmp_path):
   c.student.changes = {"num_hidden_layers": 1}
-  c.student.frozen, c.train.records = ("bert.",), ()
+  c.student.train, c.student.frozen = "frozen", ("bert.",)
+  c.train.records = ()
   c.losses = {"hard": config.loss("ce")}
   resolved = config.resolve(c)
   with Workdir(tmp_path / "run", resolved) as folder:

@@ -101,7 +101,11 @@ def distilled(config: Config, teacher: MeasuredTeacher, name: str, folder: Path)
   if shrink is not None:
     shutil.rmtree(model, ignore_errors=True)  # what is there was cut off before it was scored
     teacher.make(dataclasses.replace(shrink, sequences=config.shrink.sequences), model, False)
-  student = StudentOptions(source=str(model) if shrink is not None else TEACHER, share=share)
+  student = StudentOptions(
+    source=str(model) if shrink is not None else TEACHER,
+    train="shared" if share.layers else "whole",
+    share=share,
+  )
   opened = loading.open_source(student)
   before = cross_entropy(teacher, student)
   run = dataclasses.replace(config, student=student)

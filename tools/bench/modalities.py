@@ -198,7 +198,7 @@ def speech(folder: Path, small: bool) -> ml_collections.ConfigDict:
   for model, layers in ((c.teacher, 4), (c.student, 2)):
     model.family, model.shape = "whisper", "tiny" if small else "whisper-tiny.en"
     model.changes = {**special(count), **shape, "decoder_layers": layers}
-  c.student.frozen = ("model.encoder.",)
+  c.student.train, c.student.frozen = "frozen", ("model.encoder.",)
   c.train.batch_size = c.records.batch_size = 4 if small else 8
   c.losses.soft = config.loss("kd")
   return c
@@ -246,7 +246,7 @@ def captions(folder: Path, small: bool) -> ml_collections.ConfigDict:
 
   for model, changes in ((c.teacher, shape(384, 6)), (c.student, shape(256, 2))):
     model.family, model.shape, model.changes = "llava", "tiny", changes
-  c.student.frozen = ("vision_tower.",)
+  c.student.train, c.student.frozen = "frozen", ("vision_tower.",)
   c.train.batch_size = c.records.batch_size = 4 if small else 8
   c.losses.soft = config.loss("kd")
   return c

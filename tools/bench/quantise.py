@@ -71,7 +71,8 @@ def config_of(args: argparse.Namespace) -> Config:
 
 def trained(config: Config, judge: MeasuredTeacher, name: str, workdir: Path) -> Any:
   """The student as it is used, its weights on the grid that it was trained on."""
-  student = dataclasses.replace(config.student, quantise=SPECS[name])
+  train = "quantised" if SPECS[name].bits else "whole"
+  student = dataclasses.replace(config.student, train=train, quantise=SPECS[name])
   run = dataclasses.replace(config, student=student)
   with Workdir(workdir / name, run) as folder:
     loop.train(run, folder)

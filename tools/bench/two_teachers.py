@@ -87,7 +87,8 @@ class Bench:
     """One teacher learns its text; the students will read the first part of it."""
     c = self.base(name)
     c.data.sequences, c.records.kind = 2 * self.args.learn, "text"
-    c.student.lora.rank, c.optim.peak_lr = 8, self.args.learn_lr
+    c.student.train, c.student.lora.rank = "lora", 8
+    c.optim.peak_lr = self.args.learn_lr
     c.losses.hard = configs.loss("ce")
     c.train.records = (str(self.at / "text" / name),)
     c.train.steps = c.train.checkpoint_every = self.args.learn
