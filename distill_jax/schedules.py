@@ -1,4 +1,4 @@
-"""Values that follow the step number: weights and temperatures of losses."""
+"""Schedules: values by step number, for weights and temperatures of losses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHAPES = ("linear", "cosine", "step")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """A list of (step, value) points and how to go from each to the next.
+  """A value by step: (step, value) points, and the shape of the way between two of them.
 
   One point is a constant; two are linear or cosine; more are piecewise; a first value of 0
   held to a later point is a delay. Before the first point and after the last the value is
@@ -34,7 +34,7 @@ class Schedule:
       raise InputError(f"schedule shape {self.shape!r} is unknown; it can be one of {SHAPES}")
 
   def __call__(self, step: jax.Array | int) -> jax.Array:
-    """The value at a step, a float32 scalar."""
+    """Returns the value at a step, a float32 scalar."""
     if len(self.points) == 1:  # known to the compiler: logits / 1 is then no work
       return jnp.asarray(self.points[0][1], jnp.float32)
     xs = jnp.asarray([s for s, _ in self.points], jnp.float32)
@@ -51,12 +51,15 @@ class Schedule:
 
   @property
   def values(self) -> tuple[float, ...]:
+    """The values at its points, between which all others lie."""
     return tuple(v for _, v in self.points)
 
   @property
   def last_step(self) -> float:
+    """The step from which it is constant."""
     return self.points[-1][0]
 
 
 def constant(value: float) -> Schedule:
+  """Returns the schedule that is `value` at every step."""
   return Schedule(((0, float(value)),))

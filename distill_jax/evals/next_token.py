@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from distill_jax.losses import DenseTargets, divergences
+from distill_jax.losses import DenseTargets
 from distill_jax.nn import fused_head
 from distill_jax.nn.layers import ComputeConfig
+from distill_jax.training import token_metrics
 from distill_jax.types import Batch, Mean, Output
 
 
@@ -36,12 +36,12 @@ def compare(
       fused_head.soft_cap(teacher_BCV, p.soft_cap), piece.class_range_BT2
     )
     logp_BCV = jax.nn.log_softmax(teacher_BCV)
-    means = {teacher: _metrics(logp_BCV, logp_BCV, piece)}
+    means = {teacher: token_metrics.of_distributions(logp_BCV, logp_BCV, piece)}
     for name, t in piece.targets.items():
       assert isinstance(t, DenseTargets)
       z_BCV = fused_head.fit_rows(t.logits(), teacher_BCV)
       logq_BCV = jax.nn.log_softmax(z_BCV)
-      means[name] = _metrics(logp_BCV, logq_BCV, piece)
+      means[name] = token_metrics.of_distributions(logp_BCV, logq_BCV, piece)
     return means
 
   p = outputs[teacher]
@@ -49,20 +49,6 @@ def compare(
   others = {name: t for name, t in outputs.items() if name != teacher}
   batch = (batch.with_contrastive_labels() if p.contrastive else batch).replace(targets=others)
   return fused_head.fold(chunk_metrics, p.hidden_BTD, p.head_VD, batch, chunk, vocab_size)
-
-
-def _metrics(logp_BCV: jax.Array, logq_BCV: jax.Array, piece: Batch) -> dict[str, Mean]:
-  top_BC, q_BCV = jnp.argmax(logq_BCV, -1), jnp.exp(logq_BCV)
-  real_BCV = logp_BCV > -jnp.inf  # rows past the vocabulary have no probability
-  safe = (jnp.where(real_BCV, x, 0) for x in (logp_BCV, logq_BCV))
-  token_loss = {
-    "ce": -jnp.take_along_axis(logq_BCV, piece.labels_BT[..., None], -1)[..., 0],
-    "entropy": -jnp.sum(q_BCV * jnp.where(q_BCV > 0, logq_BCV, 0), -1),
-    "accuracy": top_BC == piece.labels_BT,
-    "kl": jnp.sum(jnp.where(real_BCV, divergences.forward_kl(*safe), 0), -1),
-    "agreement": top_BC == jnp.argmax(logp_BCV, -1),
-  }
-  return {name: Mean.of(x_BC, piece.mask_BT) for name, x_BC in token_loss.items()}
 
 
 def score(model: Any, batch: Batch, compute: ComputeConfig, chunk: int) -> Mean:

@@ -1,4 +1,4 @@
-"""AdamW by the step number: learning rate, clipping, decoupled weight decay."""
+"""AdamW with a learning rate by step: warm-up, schedule, clipping, decoupled weight decay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
 def learning_rate(c: OptimOptions, steps: int) -> optax.Schedule:
-  """Linear warm-up, then the course named by `c.schedule`, as a function of the step.
+  """Linear warm-up, then the schedule that `c.schedule` names, as a function of the step.
 
   Step 0 is already trained at peak / (warmup + 1): no step is spent at a rate of 0.
   "wsd" (warm-up, stable, decay: arXiv:2404.06395) holds the peak and falls linearly over
@@ -31,40 +31,40 @@ def learning_rate(c: OptimOptions, steps: int) -> optax.Schedule:
   peak, end, rest = c.peak_lr, c.peak_lr * c.end_fraction, steps - c.warmup_steps
   warmup = optax.linear_schedule(peak / (c.warmup_steps + 1), peak, c.warmup_steps)
   if c.schedule == "cosine":
-    course = optax.cosine_decay_schedule(peak, rest, c.end_fraction)
+    schedule = optax.cosine_decay_schedule(peak, rest, c.end_fraction)
   elif c.schedule == "linear":
-    course = optax.linear_schedule(peak, end, rest)
+    schedule = optax.linear_schedule(peak, end, rest)
   elif c.schedule == "constant":
-    course = optax.constant_schedule(peak)
+    schedule = optax.constant_schedule(peak)
   else:
     fall = max(1, round(c.decay_fraction * steps))
-    course = optax.linear_schedule(peak, end, fall, max(0, rest - fall))
-  return optax.join_schedules([warmup, course], [c.warmup_steps])
+    schedule = optax.linear_schedule(peak, end, fall, max(0, rest - fall))
+  return optax.join_schedules([warmup, schedule], [c.warmup_steps])
 
 
-def decays(tree: Any) -> Any:
+def decay_mask(tree: Any) -> Any:
   """True for the parameters that decay: matrices and larger, not norms or biases."""
 
-  def one(v):
+  def mask(v: Any) -> Any:
     axes = v.get_metadata()["axes"] if params.is_param(v) else v.shape
     wide = sum(a not in ("layers", "encoder_layers", "experts", "one") for a in axes) > 1
     return jax.tree.map(lambda _: wide and "bias" not in axes, v)
 
-  return params.map_params(one, tree)
+  return params.map_params(mask, tree)
 
 
 def optimizer(
   c: OptimOptions, frozen: tuple[str, ...] = ()
 ) -> optax.GradientTransformationExtraArgs:
-  """Everything but the learning rate, which the step applies itself and logs.
+  """The whole update but for the learning rate, which the step applies itself and logs.
 
-  `update` takes `value=` (the loss) for reduce-on-plateau. Of frozen parameters there
-  is no state, and their update is their gradient, which is 0.
+  `update` takes `value=` (the loss) for reduce-on-plateau. Frozen parameters have no state, and
+  their update is their gradient, which is 0.
   """
   parts = [
     optax.clip_by_global_norm(c.clip_norm),
     optax.scale_by_adam(c.b1, c.b2, c.eps, mu_dtype=jnp.float32),
-    optax.add_decayed_weights(c.weight_decay, mask=decays),
+    optax.add_decayed_weights(c.weight_decay, mask=decay_mask),
   ]
   if c.plateau_patience:
     parts.append(optax.contrib.reduce_on_plateau(factor=0.5, patience=c.plateau_patience))

@@ -1,4 +1,4 @@
-"""What a training run tells while it runs: metrics, progress, goodput, a profile on demand."""
+"""The output of a training run: metrics, progress, goodput, a profile on demand."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from distill_jax.runtime import distributed
 from distill_jax.runtime.progress import Progress
 from distill_jax.training.metric_writer import MetricsWriter
 
-CLOCK = ("step_seconds", "tokens_per_second", "goodput")  # not the same in two runs alike
+CLOCK = ("step_seconds", "tokens_per_second", "goodput")  # differ between two runs of one config
 
 
 class Log:
-  """Writes a row a step, each read once the next step is dispatched; a context manager.
+  """Writes a row of metrics a step, each read once the next step is dispatched.
 
-  To what the step measured a row adds the wall clock: `step_seconds`, `tokens_per_second`
-  and `goodput`, the share of the time since the process took up the run that went into
-  steps, and not into compiling, waiting for data, or saving.
+  A row is what the step measured, and the wall clock: `step_seconds`, `tokens_per_second` and
+  `goodput`, the share of the time since the process began the run that went into steps, and not
+  into compiling, waiting for data, or saving. A context manager.
 
   Args:
-    began: when the process took up the run, by `clock`.
+    began: when the process began the run, by `clock`.
 
   Attributes:
     last: the last row written.
@@ -62,7 +62,7 @@ class Log:
     self._open.__exit__(*error)
 
   def step(self, n: int, metrics: dict[str, jax.Array]) -> None:
-    """Takes what a step will have measured, and writes the row of the step before it."""
+    """Keeps the metrics of a step, still being computed, and writes the row of the one before."""
     self.flush()
     self._pending = n, metrics
 
@@ -88,7 +88,7 @@ class Log:
     self.last = row
 
   def saved(self) -> None:
-    """The time since the last row went into saving."""
+    """Leaves the time since the last row, which went into saving, out of the next step's."""
     self._mark = self._now()
 
   def _clock(self, tokens: float) -> dict[str, float]:
@@ -114,12 +114,12 @@ class Profile:
     try:
       self._first, self._last = int(first), int(last)
     except ValueError as e:
-      raise InputError(f"profile_steps is {steps!r}; it is FIRST:END, as 10:13") from e
+      raise InputError(f"profile_steps is {steps!r}; expected FIRST:END, e.g. 10:13") from e
     if steps and not 0 <= self._first < self._last:
       raise InputError(f"profile_steps is {steps!r}; FIRST is at least 0 and below END")
 
   def step(self, n: int) -> None:
-    """Before step n is dispatched."""
+    """Starts or stops the trace; called before step n is dispatched."""
     if n == self._first:
       jax.profiler.start_trace(str(self._folder))
       self._running = True

@@ -1,11 +1,16 @@
-"""What is measured of every token in training, beside the losses: the same online and offline."""
+"""Metrics of every token: cross-entropy, entropy, KL and agreement with a teacher.
+
+In training they are computed from the student's logits, without further arrays of the
+vocabulary's size, and are the same for recorded and online teachers (`means`). Evaluation
+compares whole distributions (`of_distributions`).
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from distill_jax.losses import DenseTargets, SampledTargets
+from distill_jax.losses import DenseTargets, SampledTargets, divergences
 from distill_jax.nn import fused_head
 from distill_jax.types import Batch, Mean, Targets
 
@@ -45,6 +50,29 @@ def means(
     for key, x_BC in _by_teacher(targets, logits_BCV, piece).items():
       out[f"{key}/{name}"] = Mean.of(x_BC, mask_BC)
   return out
+
+
+def of_distributions(logp_BCV: jax.Array, logq_BCV: jax.Array, piece: Batch) -> dict[str, Mean]:
+  """Means over a chunk's labels of a model q beside its teacher p, in nats.
+
+  Args:
+    logp_BCV, logq_BCV: log-probabilities of all tokens; -inf past the vocabulary.
+
+  Returns:
+    ce, entropy and accuracy of q; kl, KL(p || q); agreement, p and q have the same most probable
+    token.
+  """
+  top_BC, q_BCV = jnp.argmax(logq_BCV, -1), jnp.exp(logq_BCV)
+  real_BCV = logp_BCV > -jnp.inf  # rows past the vocabulary have no probability
+  safe = (jnp.where(real_BCV, x, 0) for x in (logp_BCV, logq_BCV))
+  values = {
+    "ce": -jnp.take_along_axis(logq_BCV, piece.labels_BT[..., None], -1)[..., 0],
+    "entropy": -jnp.sum(q_BCV * jnp.where(q_BCV > 0, logq_BCV, 0), -1),
+    "accuracy": top_BC == piece.labels_BT,
+    "kl": jnp.sum(jnp.where(real_BCV, divergences.forward_kl(*safe), 0), -1),
+    "agreement": top_BC == jnp.argmax(logp_BCV, -1),
+  }
+  return {name: Mean.of(x_BC, piece.mask_BT) for name, x_BC in values.items()}
 
 
 def _by_teacher(targets: Targets, logits_BCV: jax.Array, piece: Batch) -> dict[str, jax.Array]:
