@@ -6,7 +6,7 @@ Arrays carry their axes as a suffix, `x_BTD`, one letter an axis:
   T positions (tokens)     V vocabulary            P tapped layers
   L layers                 H query heads           h width of one head
   G key/value heads        F feed-forward width    C positions of one chunk
-  S source positions       W height and width      M mel bins, or channels of an image
+  S source positions       Y, W height and width   M mel bins, or channels of an image
   N samples or points      E experts               R low rank (LoRA, latent attention)
   Q query heads per key/value head                 Z cache slots
   J beams                  U distinct layers of those that share weights
@@ -14,7 +14,7 @@ Arrays carry their axes as a suffix, `x_BTD`, one letter an axis:
   X positions of all sequences in one axis         n chunks
   s devices that share the head                    v rows of the head on one of them
 
-`_BT` is [batch, position], `_VD` the unembedding's rows, `_BWWM` images. A digit is an axis of
+`_BT` is [batch, position], `_VD` the unembedding's rows, `_BYWM` images. A digit is an axis of
 that size, as in `_BT1`. A scalar has no suffix, and a temperature is `temperature`, never T.
 """
 
@@ -51,7 +51,7 @@ class Inputs(struct.PyTreeNode):
 class Images(struct.PyTreeNode):
   """The inputs of an image model: float32 [B, height, width, channels], normalised."""
 
-  pixels_BWWM: jax.Array
+  pixels_BYWM: jax.Array
 
 
 class Sounds(struct.PyTreeNode):

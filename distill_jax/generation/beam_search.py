@@ -73,7 +73,7 @@ def search(
     it; and float32 [B], its log-probability (with beams, under the length penalty).
   """
   cache = model.init_cache(source, spec.beams, spec.size, compute)
-  rows = cache.k_LRTHh.shape[1]
+  rows = cache.k_LXZHh.shape[1]
 
   def read(cache, token_and_position):
     token, position = token_and_position
@@ -124,7 +124,7 @@ class Greedy(struct.PyTreeNode):
 def _greedy(
   model: Any, cache: Cache, compute: ComputeConfig, spec: Search
 ) -> tuple[jax.Array, jax.Array]:
-  B = cache.k_LRTHh.shape[1]
+  B = cache.k_LXZHh.shape[1]
   start = Greedy(
     n=jnp.int32(0),
     tokens_BT=jnp.full((B, spec.max_new_tokens), spec.pad, jnp.int32),
@@ -184,7 +184,7 @@ def _beams(
 ) -> tuple[jax.Array, jax.Array]:
   """Beam search as in transformers' GenerationMixin._beam_search (early_stopping=False)."""
   J, T = spec.beams, spec.max_new_tokens
-  B = cache.k_LRTHh.shape[1] // J
+  B = cache.k_LXZHh.shape[1] // J
   empty_BJT = jnp.full((B, J, T), spec.pad, jnp.int32)
   never_BJ = jnp.full((B, J), NEVER)
   start = Beams(
@@ -244,7 +244,7 @@ def _get_running_beams_for_next_iteration(s: Beams, c: Continuations, cache: Cac
     tokens_BJT=_take(c.tokens_BKT, chosen_BJ),
     score_BJ=score_BJ,
     last_BJ=_take(c.last_BK, chosen_BJ),
-    cache=cache.replace(k_LRTHh=cache.k_LRTHh[:, rows], v_LRTHh=cache.v_LRTHh[:, rows]),
+    cache=cache.replace(k_LXZHh=cache.k_LXZHh[:, rows], v_LXZHh=cache.v_LXZHh[:, rows]),
   )
 
 

@@ -1,201 +1,33 @@
-"""The decoder that families share: config.json, a layer, the model around the layers.
+"""The decoder that most families share: one layer, and the model around the layers.
 
-A family subclasses Config, and sets there what tells it apart; where that is not enough,
-it overrides a method of Block or Model.
+Read `Block.__call__` and `Model.__call__` first; what they call follows them. A family
+subclasses Config (_decoder_config.py) and sets there what tells it apart; where that is not
+enough, it overrides a method of Block or Model.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import re
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax.errors import InputError
 from distill_jax.models import _rope
+from distill_jax.models._declare import Declare
+from distill_jax.models._decoder_config import TINY, Config
 from distill_jax.nn import attention, kv_cache, layers, sharding
-from distill_jax.nn.params import param, stack, unstack
+from distill_jax.nn.params import param, stack, take_layer
 from distill_jax.types import Inputs, Output
 
+__all__ = ["TINY", "Block", "Cache", "Config", "LayerStacks", "Model", "PositionInputs", "declare"]
+
 Cache = tuple[kv_cache.LayerCache, ...]  # for each layer, by Block.CACHE
-
-# Buffers that older checkpoints hold; they follow from the config.
-BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
-TINY: dict[str, Any] = {  # the smallest model of every family
-  "vocab_size": 256,
-  "hidden_size": 32,
-  "intermediate_size": 64,
-  "num_hidden_layers": 3,
-  "num_attention_heads": 4,
-  "num_key_value_heads": 2,
-  "head_dim": 8,
-  "max_position_embeddings": 128,
-  "tie_word_embeddings": True,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """The shape of a model, in Hugging Face's words."""
-
-  vocab_size: int
-  hidden_size: int
-  intermediate_size: int
-  num_hidden_layers: int
-  num_attention_heads: int
-  num_key_value_heads: int
-  head_dim: int
-  max_position_embeddings: int
-  rms_norm_eps: float = 1e-5
-  rope_theta: float = 10_000.0
-  rope_scaling: _rope.Scaling | None = None
-  tie_word_embeddings: bool = False
-
-  # Of a family, not of a model: what it writes into config.json, and how it computes.
-  MODEL_TYPE: ClassVar[str]
-  ARCHITECTURE: ClassVar[str]
-  SUPPORTED_VALUES: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}  # the only values it can do
-  QKV_BIAS: ClassVar[bool] = False
-  QK_NORM: ClassVar[bool] = False  # of each head, before rope
-  NORM_OFFSET: ClassVar[float] = 0.0  # added to the scale of a norm
-  OPTIONAL_ZERO: ClassVar[tuple[str, ...]] = ()  # fields
-
-  def __post_init__(self):
-    _rope.check_numbers(self, self.OPTIONAL_ZERO)
-    if self.rope_dim % 2:
-      raise InputError(
-        f"head_dim is {self.head_dim} and rope turns {self.rope_dim} of it; that has to be even"
-      )
-    if self.num_attention_heads % self.num_key_value_heads:
-      raise InputError(
-        f"{self.num_attention_heads} attention heads do not divide over "
-        f"{self.num_key_value_heads} key/value heads"
-      )
-
-  @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
-    """From a Hugging Face config.json; what this family cannot do is refused by name."""
-    for key, want in cls.SUPPORTED_VALUES.items():
-      if hf.get(key, want) != want:
-        raise InputError(
-          f"config.json has {key}={hf[key]!r}; the {cls.MODEL_TYPE} family has {want!r} only"
-        )
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    heads = hf["num_attention_heads"]
-    values: dict[str, Any] = {
-      "num_key_value_heads": hf.get("num_key_value_heads") or heads,
-      "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
-      "rms_norm_eps": hf["rms_norm_eps"],
-      "rope_theta": rope.get("rope_theta", hf.get("rope_theta", 10_000.0)),
-      "rope_scaling": _rope.read(rope),
-    }
-    for f in dataclasses.fields(cls):
-      if f.name not in values and (f.name in hf or f.default is dataclasses.MISSING):
-        values[f.name] = hf[f.name]
-      if f.type in ("float", "float | None") and type(values.get(f.name)) is int:
-        values[f.name] = float(values[f.name])
-    return cls(**values)
-
-  def to_hf(self) -> dict[str, Any]:
-    """The config.json of this model."""
-    hf = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    theta, scaling = hf.pop("rope_theta"), _rope.write(hf.pop("rope_scaling"))
-    return {
-      "architectures": [self.ARCHITECTURE],
-      "model_type": self.MODEL_TYPE,
-      "attention_dropout": 0.0,
-      "initializer_range": 0.02,
-      "use_cache": True,
-      **self.SUPPORTED_VALUES,
-      **hf,
-      # The first key is read by transformers 5, the two others by older ones and by vLLM.
-      "rope_parameters": {**scaling, "rope_theta": theta},
-      "rope_theta": theta,
-      "rope_scaling": scaling if self.rope_scaling else None,
-    }
-
-  def keep_layers(self, kept: tuple[int, ...]) -> Self:
-    """The config of a model that has these layers of this one, in this order."""
-    return dataclasses.replace(self, num_hidden_layers=len(kept))
-
-  def ignores_tensor(self, name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the model has no use for it."""
-    return BUFFERS.fullmatch(name) is not None
-
-  @property
-  def head_rows(self) -> int:
-    """How many outcomes the model's head can tell apart."""
-    return self.vocab_size
-
-  @property
-  def rope_dim(self) -> int:
-    """How much of a head rope turns."""
-    return self.head_dim
-
-  @property
-  def window(self) -> int | None:
-    """How many positions, its own among them, a position attends to; None: all."""
-    return None
-
-  def window_at(self, layer: int) -> int | None:
-    """The window of one layer; None where it attends to all positions."""
-    return self.window
-
-  @property
-  def attention_width(self) -> int:
-    """Multiply-adds of a query head for one position attended to: its score and its value."""
-    return 2 * self.head_dim
-
-  @property
-  def decode_attention_width(self) -> int:
-    """The same in decoding, over what the cache holds."""
-    return self.attention_width
-
-  @property
-  def cache_width(self) -> int:
-    """Numbers that one layer's cache holds of a position."""
-    return 2 * self.num_key_value_heads * self.head_dim
-
-  @property
-  def expert_groups(self) -> int:
-    """Groups of equally many experts that the router chooses among."""
-    return 1
-
-  @property
-  def attention_scale(self) -> float:
-    return self.head_dim**-0.5
-
-  @property
-  def soft_cap(self) -> float | None:
-    """Of the logits."""
-    return None
-
-  @property
-  def embed_scale(self) -> float:
-    return 1.0
-
-
-class Declare:
-  """Parameters of one layer, each with a key of its own."""
-
-  def __init__(self, key: jax.Array, c: Config, at: str = "model.layers.{layers}."):
-    self._keys, self._at = iter(jax.random.split(key, 20)), at
-    self._ones = "zeros" if c.NORM_OFFSET else "ones"
-
-  def norm(self, name: str, width: int):
-    return param(next(self._keys), f"norm:{width}", f"{self._at}{name}.weight", init=self._ones)
-
-  def linear(self, name: str, dims: str, out: str):
-    return param(next(self._keys), dims, f"{self._at}{name}.weight", out)
-
-  def bias(self, name: str, width: int, exact: bool = False):
-    """Flat, with the axis that tells optim.py not to decay it."""
-    return param(next(self._keys), f"bias:{width}", f"{self._at}{name}", init="zeros", exact=exact)
+LayerStacks = tuple[layers.LayerStack, ...]
+# Of a layer's number, perhaps traced: its rotary angles and its window.
+PositionInputs = Callable[[int | jax.Array], tuple[layers.Angles, attention.Window]]
 
 
 class Block(nnx.Module):
@@ -209,12 +41,27 @@ class Block(nnx.Module):
   }
 
   def __init__(self, c: Any, key: jax.Array):
-    declare = Declare(key, c)
+    """Args: c, the family's Config."""
+    declared = declare(key, c)
     self.config = c
-    self.attn_norm = declare.norm("input_layernorm", c.hidden_size)
-    self.declare_attention(c, declare)
-    self.mlp_norm = declare.norm(self.MLP_NORM, c.hidden_size)
-    self.declare_mlp(c, declare)
+    self.attn_norm = declared.rms_norm("input_layernorm", c.hidden_size)
+    self.declare_attention(c, declared)
+    self.mlp_norm = declared.rms_norm(self.MLP_NORM, c.hidden_size)
+    self.declare_mlp(c, declared)
+
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    angles: layers.Angles,
+    window: attention.Window,
+    segments_BT: jax.Array,
+    compute: layers.ComputeConfig,
+  ) -> jax.Array:
+    with jax.named_scope("attention"):
+      a_BTHh = self.attend_heads(x_BTD, angles, window, segments_BT, compute)
+      x_BTD = x_BTD + self.project_heads(a_BTHh)
+    with jax.named_scope("mlp"):
+      return x_BTD + self.feed_forward(x_BTD, compute.rules)
 
   def declare_attention(self, c: Any, declare: Declare) -> None:
     D, H, G, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -224,12 +71,12 @@ class Block(nnx.Module):
     self.v = declare.linear(f"{at}v_proj", f"embed:{D} {kv}", "kv_heads head_dim")
     self.o = declare.linear(f"{at}o_proj", f"heads:{H} head_dim:{h} embed:{D}", "embed")
     if c.QKV_BIAS:
-      self.q_bias = declare.bias(f"{at}q_proj.bias", H * h)
-      self.k_bias = declare.bias(f"{at}k_proj.bias", G * h)
-      self.v_bias = declare.bias(f"{at}v_proj.bias", G * h)
+      self.q_bias = declare.bias(f"{at}q_proj", H * h)
+      self.k_bias = declare.bias(f"{at}k_proj", G * h)
+      self.v_bias = declare.bias(f"{at}v_proj", G * h)
     if c.QK_NORM:
-      self.q_norm = declare.norm(f"{at}q_norm", h)
-      self.k_norm = declare.norm(f"{at}k_norm", h)
+      self.q_norm = declare.rms_norm(f"{at}q_norm", h)
+      self.k_norm = declare.rms_norm(f"{at}k_norm", h)
 
   def declare_mlp(self, c: Any, declare: Declare) -> None:
     D, F = c.hidden_size, c.intermediate_size
@@ -237,34 +84,33 @@ class Block(nnx.Module):
     self.up = declare.linear("mlp.up_proj", f"embed:{D} mlp:{F}", "mlp")
     self.down = declare.linear("mlp.down_proj", f"mlp:{F} embed:{D}", "embed")
 
-  def norm(self, x_BTD: jax.Array, scale: Any) -> jax.Array:
+  def norm(self, x_BTD: jax.Array, scale: nnx.Param) -> jax.Array:
     c = self.config
     return layers.rms_norm(x_BTD, scale[...], c.rms_norm_eps, c.NORM_OFFSET)
 
-  def qkv(self, x_BTD: jax.Array, angles: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def qkv(self, x_BTD: jax.Array, angles: layers.Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B, T, H, h], keys and values [B, T, G, h] from the layer's input."""
     y_BTD = self.norm(x_BTD, self.attn_norm)
     q_BTHh = jnp.einsum("BTD,DHh->BTHh", y_BTD, self.q[...])
     k_BTGh = jnp.einsum("BTD,DGh->BTGh", y_BTD, self.k[...])
     v_BTGh = jnp.einsum("BTD,DGh->BTGh", y_BTD, self.v[...])
     if self.config.QKV_BIAS:
-      biased = lambda x, b: x + b[...].reshape(1, 1, *x.shape[2:])
-      q_BTHh, k_BTGh = biased(q_BTHh, self.q_bias), biased(k_BTGh, self.k_bias)
-      v_BTGh = biased(v_BTGh, self.v_bias)
+      q_BTHh = layers.add_head_bias(q_BTHh, self.q_bias[...])
+      k_BTGh = layers.add_head_bias(k_BTGh, self.k_bias[...])
+      v_BTGh = layers.add_head_bias(v_BTGh, self.v_bias[...])
     if self.config.QK_NORM:
       q_BTHh, k_BTGh = self.norm(q_BTHh, self.q_norm), self.norm(k_BTGh, self.k_norm)
     return layers.rope(q_BTHh, angles), layers.rope(k_BTGh, angles), v_BTGh
 
-  def attend(
-    self, x_BTD, angles: Any, window: attention.Window, segments_BT, compute: layers.ComputeConfig
-  ) -> jax.Array:
-    """What attention adds to the residual."""
-    return self.project_heads(self.attend_heads(x_BTD, angles, window, segments_BT, compute))
-
   def attend_heads(
-    self, x_BTD, angles: Any, window: attention.Window, segments_BT, compute: layers.ComputeConfig
+    self,
+    x_BTD: jax.Array,
+    angles: layers.Angles,
+    window: attention.Window,
+    segments_BT: jax.Array,
+    compute: layers.ComputeConfig,
   ) -> jax.Array:
-    """What the heads read from the layer's input, [B, T, H, h]."""
+    """The output of the attention heads [B, T, H, h], from the layer's input."""
     return attention.attention(
       *self.qkv(x_BTD, angles),
       segments_BT,
@@ -275,39 +121,8 @@ class Block(nnx.Module):
     )
 
   def project_heads(self, a_BTHh: jax.Array) -> jax.Array:
-    """What attention adds to the residual, from what its heads have read."""
+    """What attention adds to the residual, from the output of its heads."""
     return jnp.einsum("BTHh,HhD->BTD", a_BTHh, self.o[...])
-
-  def project_for_cache(
-    self, x_BTD: jax.Array, angles: Any
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Queries for `attend_cached`, and what a cache keeps [B, T, ...], by its name in CACHE."""
-    q_BTHh, k_BTGh, v_BTGh = self.qkv(x_BTD, angles)
-    return q_BTHh, {"k": k_BTGh, "v": v_BTGh}
-
-  def attend_cached(self, q_BTHh, positions_BT, kept: dict[str, jax.Array], window) -> jax.Array:
-    """What the heads read from S kept positions, as `project_heads` takes it."""
-    scale = self.config.attention_scale
-    return attention.cached(q_BTHh, kept["k"], kept["v"], positions_BT, window, scale)
-
-  def decode_step(
-    self,
-    x_BTD,
-    angles: Any,
-    window: attention.Window,
-    positions_BT,
-    slots_BT,
-    kept: dict[str, jax.Array],
-    rules: sharding.Rules,
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The layer of T new positions that see what is kept: (its output, what is kept now)."""
-    with jax.named_scope("attention"):
-      q_BTHh, new = self.project_for_cache(x_BTD, angles)
-      kept = kv_cache.write(kept, new, slots_BT, self.CACHE, rules)
-      seen = kv_cache.read(kept, self.CACHE, x_BTD.dtype)
-      x_BTD = x_BTD + self.project_heads(self.attend_cached(q_BTHh, positions_BT, seen, window))
-    with jax.named_scope("mlp"):
-      return x_BTD + self.feed_forward(x_BTD, rules), kept
 
   def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
     """What the feed-forward adds to the residual."""
@@ -315,19 +130,49 @@ class Block(nnx.Module):
     weights = self.gate[...], self.up[...], self.down[...]
     return layers.gated_mlp(y_BTD, *weights, self.activation)
 
-  def __call__(
-    self, x_BTD, angles: Any, window: attention.Window, segments_BT, compute: layers.ComputeConfig
-  ) -> jax.Array:
+  def decode_step(
+    self,
+    x_BTD: jax.Array,
+    angles: layers.Angles,
+    window: attention.Window,
+    positions_BT: jax.Array,
+    slots_BT: jax.Array,
+    cache: kv_cache.LayerCache,
+    rules: sharding.Rules,
+  ) -> tuple[jax.Array, kv_cache.LayerCache]:
+    """The layer of T new positions that see those in a cache: (its output, the cache with them)."""
     with jax.named_scope("attention"):
-      x_BTD = x_BTD + self.attend(x_BTD, angles, window, segments_BT, compute)
+      q_BTHh, new = self.project_for_cache(x_BTD, angles)
+      cache = kv_cache.write(cache, new, slots_BT, self.CACHE, rules)
+      cached = kv_cache.read(cache, self.CACHE, x_BTD.dtype)
+      x_BTD = x_BTD + self.project_heads(self.attend_cached(q_BTHh, positions_BT, cached, window))
     with jax.named_scope("mlp"):
-      return x_BTD + self.feed_forward(x_BTD, compute.rules)
+      return x_BTD + self.feed_forward(x_BTD, rules), cache
+
+  def project_for_cache(
+    self, x_BTD: jax.Array, angles: layers.Angles
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Queries for `attend_cached`, and what a cache keeps [B, T, ...], by its name in CACHE."""
+    q_BTHh, k_BTGh, v_BTGh = self.qkv(x_BTD, angles)
+    return q_BTHh, {"k": k_BTGh, "v": v_BTGh}
+
+  def attend_cached(
+    self,
+    q_BTHh: jax.Array,
+    positions_BT: jax.Array,
+    cached: dict[str, jax.Array],
+    window: attention.Window,
+  ) -> jax.Array:
+    """The output of the attention heads over the Z slots of a cache, for `project_heads`."""
+    scale = self.config.attention_scale
+    return attention.cached(q_BTHh, cached["k"], cached["v"], positions_BT, window, scale)
 
 
 class Model(nnx.Module):
   """Tokens in, hidden states and the unembedding out."""
 
   def __init__(self, c: Any, key: jax.Array):
+    """Args: c, the family's Config."""
     keys = jax.random.split(key, 4)
     V, D = c.vocab_size, c.hidden_size
     self.config = c
@@ -335,25 +180,18 @@ class Model(nnx.Module):
       keys[0], f"vocab:{V} table:{D}", "model.embed_tokens.weight", "vocab", init=0.02
     )
     first = 0
-    for name, block, n in self.layer_stacks(c):
+    for name, block, size in self.layer_stacks(c):
       stack_key = jax.random.fold_in(keys[1], first) if first else keys[1]
-      setattr(self, name, stack(n, functools.partial(block, c), stack_key, first=first))
-      first += n
-    self.norm = Declare(keys[2], c, "model.").norm("norm", D)
+      setattr(self, name, stack(size, functools.partial(block, c), stack_key, first=first))
+      first += size
+    self.norm = declare(keys[2], c, "model.").rms_norm("norm", D)
     if not c.tie_word_embeddings:
       self.head = param(keys[3], f"vocab:{V} embed:{D}", "lm_head.weight", "vocab")
 
   @staticmethod
-  def layer_stacks(c: Any) -> tuple[tuple[str, type[Block], int], ...]:
-    """The stacks of layers alike, from the first layer up: (attribute, Block, how many)."""
-    return (("layers", Block, c.num_hidden_layers),)
-
-  def position_inputs(self, inputs: Inputs) -> Callable[[Any], tuple[Any, attention.Window]]:
-    """Of a layer's number, perhaps traced: its (rotary angles, window)."""
-    c = self.config
-    freq = _rope.frequencies(c.rope_theta, c.rope_dim, c.rope_scaling)
-    angles = layers.rope_angles(inputs.positions_BT, freq, _amplitude(c.rope_scaling))
-    return lambda layer: (angles, c.window)
+  def layer_stacks(c: Any) -> LayerStacks:
+    """The stacks of layers alike, from the first layer up."""
+    return (layers.LayerStack("layers", Block, c.num_hidden_layers),)
 
   def __call__(
     self, inputs: Inputs, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
@@ -362,6 +200,17 @@ class Model(nnx.Module):
     return self.from_embeddings(
       *self.embed_tokens(inputs.tokens_BT, compute), inputs, compute, taps
     )
+
+  def embed_tokens(
+    self, tokens_BT: jax.Array, compute: layers.ComputeConfig
+  ) -> tuple[jax.Array, jax.Array]:
+    """The first layer's input, and the embedding table."""
+    with jax.named_scope("embed"):
+      embed_VD = compute.cast_and_gather(self.embed)[...]
+      x_BTD = sharding.constrain(embed_VD[tokens_BT], "batch seq embed", compute.rules)
+      if self.config.embed_scale != 1:
+        x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
+      return x_BTD, embed_VD
 
   def from_embeddings(
     self,
@@ -373,14 +222,33 @@ class Model(nnx.Module):
   ) -> Output:
     """The model above its embeddings: `__call__`, for what is embedded otherwise."""
     position_inputs = self.position_inputs(inputs)
-    x_BTD, taps_PBTD = layers.scan_layers(
-      [getattr(self, name) for name, _, _ in self.layer_stacks(self.config)],
-      lambda layer, i, x: layer(x, *position_inputs(i), inputs.segments_BT, compute),
-      x_BTD,
-      taps,
-      compute,
-    )
+
+    def apply(layer: Block, i: jax.Array, x_BTD: jax.Array) -> jax.Array:
+      return layer(x_BTD, *position_inputs(i), inputs.segments_BT, compute)
+
+    stacks = [getattr(self, stack.name) for stack in self.layer_stacks(self.config)]
+    x_BTD, taps_PBTD = layers.scan_layers(stacks, apply, x_BTD, taps, compute)
     return self.output(x_BTD, embed_VD, compute, taps_PBTD)
+
+  def position_inputs(self, inputs: Inputs) -> PositionInputs:
+    """What a layer is told of the positions: a function of its number."""
+    c = self.config
+    freq = _rope.frequencies(c.rope_theta, c.rope_dim, c.rope_scaling)
+    angles = layers.rope_angles(inputs.positions_BT, freq, _rope.amplitude(c.rope_scaling))
+    return lambda layer: (angles, c.window)
+
+  def output(
+    self,
+    x_BTD: jax.Array,
+    embed_VD: jax.Array,
+    compute: layers.ComputeConfig,
+    taps_PBTD: jax.Array | None = None,
+  ) -> Output:
+    """The final norm and the unembedding, from the output of the last layer."""
+    c = self.config
+    x_BTD = layers.rms_norm(x_BTD, self.norm[...], c.rms_norm_eps, c.NORM_OFFSET)
+    head_VD = embed_VD if c.tie_word_embeddings else compute.cast_and_gather(self.head)[...]
+    return Output(x_BTD, head_VD, c.soft_cap, taps_PBTD)
 
   def decode_step(
     self, blocks: Sequence[Block], inputs: Inputs, cache: Cache, compute: layers.ComputeConfig
@@ -388,7 +256,7 @@ class Model(nnx.Module):
     """The model of T more positions a row, which see those that a cache holds.
 
     Args:
-      blocks: the layers one by one, in the stead of the model's stacks (decode/unroll.py).
+      blocks: the layers one by one, in place of the model's stacks (generation/unrolled.py).
       inputs: int32 [B, T]. A row keeps its position p in slot p of the cache; what has
         segment 0 is padding, and is not kept.
       cache: for each layer, arrays by name, as its CACHE says; slots up to a position are
@@ -397,44 +265,29 @@ class Model(nnx.Module):
     Returns: Output, and the cache with the new positions in it.
     """
     x_BTD, embed_VD = self.embed_tokens(inputs.tokens_BT, compute)
-    position_inputs, now = self.position_inputs(inputs), []
-    past = jnp.iinfo(jnp.int32).max  # the end of any cache
-    slots_BT = jnp.where(inputs.segments_BT > 0, inputs.positions_BT, past)
+    position_inputs, new_cache = self.position_inputs(inputs), []
+    past_the_end = jnp.iinfo(jnp.int32).max  # of any cache
+    slots_BT = jnp.where(inputs.segments_BT > 0, inputs.positions_BT, past_the_end)
     for i, block in enumerate(blocks):
-      x_BTD, kept = compute.cast_and_gather(block).decode_step(
+      x_BTD, layer_cache = compute.cast_and_gather(block).decode_step(
         x_BTD, *position_inputs(i), inputs.positions_BT, slots_BT, cache[i], compute.rules
       )
-      now.append(kept)
+      new_cache.append(layer_cache)
       x_BTD = sharding.constrain(x_BTD, "batch seq embed", compute.rules)
-    return self.output(x_BTD, embed_VD, compute), tuple(now)
+    return self.output(x_BTD, embed_VD, compute), tuple(new_cache)
 
-  def embed_tokens(
-    self, tokens_BT: jax.Array, compute: layers.ComputeConfig
-  ) -> tuple[jax.Array, jax.Array]:
-    """What the first layer reads, and the table."""
-    with jax.named_scope("embed"):
-      embed_VD = compute.cast_and_gather(self.embed)[...]
-      x_BTD = sharding.constrain(embed_VD[tokens_BT], "batch seq embed", compute.rules)
-      if self.config.embed_scale != 1:
-        x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
-      return x_BTD, embed_VD
-
-  def output(self, x_BTD, embed_VD, compute: layers.ComputeConfig, taps_PBTD=None) -> Output:
-    """What the model says, from what its last layer does."""
-    c = self.config
-    x_BTD = layers.rms_norm(x_BTD, self.norm[...], c.rms_norm_eps, c.NORM_OFFSET)
-    head_VD = embed_VD if c.tie_word_embeddings else compute.cast_and_gather(self.head)[...]
-    return Output(x_BTD, head_VD, c.soft_cap, taps_PBTD)
-
-  def qkv(self, layer: int, x_BTD: jax.Array, inputs: Inputs, compute: layers.ComputeConfig):
+  def qkv(
+    self, layer: int, x_BTD: jax.Array, inputs: Inputs, compute: layers.ComputeConfig
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values of one layer, from the output of the layer before it."""
     first = 0
-    for name, _, n in self.layer_stacks(self.config):
-      if first <= layer < first + n:
-        here = jax.tree.map(lambda w, i=layer - first: w[i], getattr(self, name))
-      first += n
-    return compute.cast_and_gather(unstack(here)).qkv(x_BTD, self.position_inputs(inputs)(layer)[0])
+    for name, _, size in self.layer_stacks(self.config):
+      if first <= layer < first + size:
+        block = take_layer(getattr(self, name), layer - first)
+      first += size
+    return compute.cast_and_gather(block).qkv(x_BTD, self.position_inputs(inputs)(layer)[0])
 
 
-def _amplitude(scaling: Any) -> float:
-  return scaling.amplitude if isinstance(scaling, _rope.Yarn) else 1.0
+def declare(key: jax.Array, c: Config, prefix: str = "model.layers.{layers}.") -> Declare:
+  """Declares parameters of a decoder: by default, of one of its layers."""
+  return Declare(key, prefix, rms_init="zeros" if c.NORM_OFFSET else "ones")

@@ -1,30 +1,35 @@
-"""The layer that encoders share: attention and feed-forward with biases and layer norms.
+"""What encoders share: a layer of attention and feed-forward with biases and layer norms.
 
 BERT norms after each of the two, the others before. A family names the parts as Hugging Face
-does, and adds what reads its inputs and what it says of them.
+does, and adds what embeds its inputs and what is computed of the last layer's output.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from distill_jax.errors import InputError
-from distill_jax.models import _rope
+from distill_jax.models._declare import Declare
+from distill_jax.models._family import check_numbers
 from distill_jax.nn import attention, layers
-from distill_jax.nn.params import param
+
+
+def _quick_gelu(x: jax.Array) -> jax.Array:
+  return x * jax.nn.sigmoid(1.702 * x)
+
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_new": jax.nn.gelu,
   "gelu_pytorch_tanh": jax.nn.gelu,
-  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+  "quick_gelu": _quick_gelu,
   "relu": jax.nn.relu,
   "silu": jax.nn.silu,
   "swish": jax.nn.silu,
@@ -33,7 +38,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The shape of a stack of layers, in Hugging Face's words."""
+  """The shape of a stack of layers, under the names of Hugging Face's config.json."""
 
   hidden_size: int
   intermediate_size: int
@@ -45,7 +50,7 @@ class Config:
   OPTIONAL_ZERO: ClassVar[tuple[str, ...]] = ()  # fields
 
   def __post_init__(self):
-    _rope.check_numbers(self, self.OPTIONAL_ZERO)
+    check_numbers(self, self.OPTIONAL_ZERO)
     if self.hidden_size % self.num_attention_heads:
       raise InputError(
         f"hidden_size is {self.hidden_size} and there are {self.num_attention_heads} heads, over "
@@ -64,12 +69,41 @@ class Config:
   def num_key_value_heads(self) -> int:
     return self.num_attention_heads
 
-  def keep_layers(self, kept: tuple[int, ...]) -> Any:
+  def keep_layers(self, kept: tuple[int, ...]) -> Self:
     """The config of a model that has these layers of this one, in this order."""
     return dataclasses.replace(self, num_hidden_layers=len(kept))
 
 
-def labels_of(hf: dict[str, Any]) -> int:
+@dataclasses.dataclass(frozen=True)
+class VisionConfig(Config):
+  """The shape of an encoder of square images that are cut into square patches."""
+
+  image_size: int = 224
+  patch_size: int = 16
+  num_channels: int = 3
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.image_size % self.patch_size:
+      raise InputError(
+        f"image_size is {self.image_size} and patch_size {self.patch_size}, which does not divide "
+        "it; take a divisor"
+      )
+
+  @property
+  def num_patches(self) -> int:
+    return (self.image_size // self.patch_size) ** 2
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def config_of_part(cls: type[ConfigT], hf: Mapping[str, Any]) -> ConfigT:
+  """A Config from the part of config.json that describes it, defaults for what it leaves out."""
+  return cls(**{f.name: hf[f.name] for f in dataclasses.fields(cls) if f.name in hf})
+
+
+def num_labels_of(hf: dict[str, Any]) -> int:
   """How many classes a config.json names; 2 where it names none, as transformers has it."""
   return len(hf["id2label"]) if "id2label" in hf else 2
 
@@ -82,33 +116,14 @@ def label_names(n: int) -> dict[str, Any]:
   }
 
 
-class Declare:
-  """Parameters of one module, each with a key of its own; `at` is Hugging Face's name of it."""
-
-  def __init__(self, key: jax.Array, at: str):
-    self._keys, self._at = iter(jax.random.split(key, 40)), at
-
-  def norm(self, name: str, width: int) -> tuple[Any, Any]:
-    """(scale, bias)"""
-    declared = lambda end, init: param(
-      next(self._keys), f"norm:{width}", f"{self._at}{name}.{end}", init=init
-    )
-    return declared("weight", "ones"), declared("bias", "zeros")
-
-  def linear(self, name: str, dims: str, out: str, init: str | float = "fan_in"):
-    return param(next(self._keys), dims, f"{self._at}{name}.weight", out, init=init)
-
-  def scale(self, name: str, width: int):
-    """Of channels, 1 at first."""
-    return param(next(self._keys), f"norm:{width}", f"{self._at}{name}", init="ones")
-
-  def bias(self, name: str, width: int):
-    """Flat, with the axis that tells optim.py not to decay it."""
-    return param(next(self._keys), f"bias:{width}", f"{self._at}{name}.bias", init="zeros")
+def heads_of(x_BSD: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
+  """Projects hidden states to heads, [B, S, H, h]."""
+  y_BSHh = jnp.einsum("BSD,DHh->BSHh", x_BSD, weight[...])
+  return y_BSHh if bias is None else layers.add_head_bias(y_BSHh, bias[...])
 
 
 class Block(nnx.Module):
-  """One layer. A subclass says what Hugging Face calls its parts."""
+  """One layer. A subclass gives Hugging Face's names of its parts."""
 
   NAMES: ClassVar[dict[str, str]]  # of q, k, v, o, attn_norm, up, down, mlp_norm
   PRE_NORM: ClassVar[bool] = True
@@ -127,21 +142,18 @@ class Block(nnx.Module):
       self.k_bias = declare.bias(names["k"], D)
     self.o = declare.linear(names["o"], f"heads:{H} head_dim:{h} embed:{D}", "embed")
     self.o_bias = declare.bias(names["o"], D)
-    self.attn_norm, self.attn_norm_bias = declare.norm(names["attn_norm"], D)
+    self.attn_norm, self.attn_norm_bias = declare.layer_norm(names["attn_norm"], D)
     self.up = declare.linear(names["up"], f"embed:{D} mlp:{F}", "mlp")
     self.up_bias = declare.bias(names["up"], F)
     self.down = declare.linear(names["down"], f"mlp:{F} embed:{D}", "embed")
     self.down_bias = declare.bias(names["down"], D)
-    self.mlp_norm, self.mlp_norm_bias = declare.norm(names["mlp_norm"], D)
+    self.mlp_norm, self.mlp_norm_bias = declare.layer_norm(names["mlp_norm"], D)
 
   def qkv(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values [B, S, H, h] from the layer's input."""
     y_BSD = self.norm_attn(x_BSD) if self.PRE_NORM else x_BSD
-    heads = lambda w: jnp.einsum("BSD,DHh->BSHh", y_BSD, w[...])
-    biased = lambda x, b: x + b[...].reshape(1, 1, *x.shape[2:])
-    k_BSHh = heads(self.k)
-    k_BSHh = biased(k_BSHh, self.k_bias) if self.KEY_BIAS else k_BSHh
-    return biased(heads(self.q), self.q_bias), k_BSHh, biased(heads(self.v), self.v_bias)
+    k_BSHh = heads_of(y_BSD, self.k, self.k_bias if self.KEY_BIAS else None)
+    return heads_of(y_BSD, self.q, self.q_bias), k_BSHh, heads_of(y_BSD, self.v, self.v_bias)
 
   def attend(self, x_BSD: jax.Array, valid_BS: jax.Array | None) -> jax.Array:
     """What attention adds to the residual."""
@@ -149,6 +161,7 @@ class Block(nnx.Module):
     return jnp.einsum("BSHh,HhD->BSD", a_BSHh, self.o[...]) + self.o_bias[...][None, None]
 
   def feed_forward(self, x_BSD: jax.Array) -> jax.Array:
+    """What the feed-forward adds to the residual, from its input after the norm."""
     h_BSF = x_BSD @ self.up[...] + self.up_bias[...][None, None]
     h_BSF = ACTIVATIONS[self.config.hidden_act](h_BSF)
     return h_BSF @ self.down[...] + self.down_bias[...][None, None]

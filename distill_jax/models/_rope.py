@@ -13,20 +13,9 @@ from typing import Any
 import numpy as np
 
 from distill_jax.errors import InputError
+from distill_jax.models._family import check_numbers
 
 OTHER_KEYS = {"rope_type", "type", "rope_theta"}  # beside the scaling's own
-
-
-def check_numbers(config: Any, may_be_0: tuple[str, ...] = ()) -> None:
-  """Refuses, by name, a field of the wrong kind, or a number no model can have."""
-  kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}  # annotations are strings here
-  for f in dataclasses.fields(config):
-    x, name = getattr(config, f.name), str(f.type).removesuffix(" | None")
-    if (x is None and name != f.type) or (x == 0 and type(x) is int and f.name in may_be_0):
-      continue
-    kind = kinds.get(name)
-    if kind and (type(x) not in kind or (kind != (bool,) and not 0 < x < 2**31)):
-      raise InputError(f"{f.name} is {x!r:.60}; a {name}, above 0 if a number, was expected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +82,17 @@ class Yarn:
 
   def slow(self, freq: np.ndarray, theta: float) -> np.ndarray:
     n = len(freq)
-    # The pair that turns `beta` times over the original length; fewer turns are slowed.
-    pair = lambda beta: (
-      n * math.log(self.original_max_position_embeddings / (beta * 2 * math.pi)) / math.log(theta)
-    )
-    low, high = pair(self.beta_fast), pair(self.beta_slow)
+    low, high = (self._pair_turning(beta, n, theta) for beta in (self.beta_fast, self.beta_slow))
     if self.truncate:
       low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * n - 1)
     ramp = (np.arange(n) - low) / (high - low if high != low else 0.001)
     return _mix(freq, self.factor, 1 - ramp)
+
+  def _pair_turning(self, beta: float, n: int, theta: float) -> float:
+    """The one of n pairs that turns `beta` times over the original length."""
+    positions = self.original_max_position_embeddings
+    return n * math.log(positions / (beta * 2 * math.pi)) / math.log(theta)
 
   def sharpness(self, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(self.factor) + 1 if self.factor > 1 else 1.0
@@ -130,6 +120,11 @@ def frequencies(theta: float, width: int, scaling: Scaling | None) -> np.ndarray
   """Rotary frequencies of heads of this width, float32 [width / 2] (arXiv:2104.09864)."""
   freq = theta ** -(np.arange(0, width, 2) / width)
   return (scaling.slow(freq, theta) if scaling else freq).astype(np.float32)
+
+
+def amplitude(scaling: Scaling | None) -> float:
+  """What cosines and sines are multiplied by."""
+  return scaling.amplitude if isinstance(scaling, Yarn) else 1.0
 
 
 def read(rope: dict[str, Any]) -> Scaling | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Self
 
+import jax
 import jax.numpy as jnp
 
 from distill_jax.errors import InputError
 from distill_jax.models import _decoder
-from distill_jax.nn import attention
+from distill_jax.nn import attention, layers
 from distill_jax.types import Inputs
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -27,7 +27,10 @@ def check_kinds(types: tuple[str, ...], layers: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Config(_decoder.Config):
-  """Qwen's words for it. `layer_types` is () and `sliding_window` None where all see all."""
+  """A decoder's shape with Qwen's names for windows.
+
+  `layer_types` is () and `sliding_window` None where all layers see all.
+  """
 
   sliding_window: int | None = None
   layer_types: tuple[str, ...] = ()
@@ -45,9 +48,9 @@ class Config(_decoder.Config):
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
     used = hf.get("use_sliding_window") and hf.get("sliding_window") is not None
-    layers = range(hf["num_hidden_layers"]) if used else ()
+    numbers = range(hf["num_hidden_layers"]) if used else ()
     kinds = hf.get("layer_types") or [  # spelt out by transformers 5
-      GLOBAL if i < hf.get("max_window_layers", 28) else LOCAL for i in layers
+      GLOBAL if i < hf.get("max_window_layers", 28) else LOCAL for i in numbers
     ]
     if LOCAL in kinds and not used:
       raise InputError(
@@ -89,11 +92,15 @@ class Config(_decoder.Config):
 class Model(_decoder.Model):
   """Tokens in, hidden states and the unembedding out."""
 
-  def position_inputs(self, inputs: Inputs) -> Callable[[Any], tuple[Any, attention.Window]]:
+  def position_inputs(self, inputs: Inputs) -> _decoder.PositionInputs:
     """Chosen by the layer's number, so that layers of both kinds are one scan."""
     c, alike = self.config, super().position_inputs(inputs)
     if len(set(c.layer_types)) < 2:
       return alike
     local_L = jnp.asarray([kind == LOCAL for kind in c.layer_types], jnp.int32)
-    sizes = None, c.sliding_window
-    return lambda layer: (alike(layer)[0], attention.OneOf(sizes, local_L[layer]))
+
+    def of_layer(layer: int | jax.Array) -> tuple[layers.Angles, attention.Window]:
+      angles, _ = alike(layer)
+      return angles, attention.OneOf((None, c.sliding_window), local_L[layer])
+
+    return of_layer

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax.errors import InputError
 from distill_jax.models import _encoder
+from distill_jax.models._declare import Declare
+from distill_jax.models._family import check_supported
 from distill_jax.nn import layers, sharding
-from distill_jax.nn.params import param, stack, unstack
+from distill_jax.nn.params import param, stack, take_layer
 from distill_jax.types import Inputs, Output
 
 HF_MODEL_TYPES = ("bert",)  # of config.json
@@ -29,8 +30,8 @@ SUPPORTED_VALUES = {
 class Config(_encoder.Config):
   """The shape of a model, in Hugging Face's words. There is no dropout.
 
-  With `num_labels` 0 it is a BertModel that says one embedding of a text: the mean of what the
-  last layer says of its tokens, brought to length 1, as sentence-transformers has it.
+  With `num_labels` 0 it is a BertModel whose output is one embedding of a text: the mean of the
+  last layer's output at its tokens, brought to length 1, as sentence-transformers has it.
   """
 
   vocab_size: int = 30_522
@@ -43,11 +44,9 @@ class Config(_encoder.Config):
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
     """From a Hugging Face config.json; what this family cannot do is refused by name."""
-    for key, want in SUPPORTED_VALUES.items():
-      if hf.get(key, want) != want:
-        raise InputError(f"config.json has {key}={hf[key]!r}; the bert family has {want!r} only")
+    check_supported(hf, SUPPORTED_VALUES, "bert")
     names = {f.name for f in dataclasses.fields(cls)} - {"num_labels"}
-    labels = 0 if hf.get("architectures") == ["BertModel"] else _encoder.labels_of(hf)
+    labels = 0 if hf.get("architectures") == ["BertModel"] else _encoder.num_labels_of(hf)
     return cls(**{name: hf[name] for name in names if name in hf}, num_labels=labels)
 
   def to_hf(self) -> dict[str, Any]:
@@ -72,11 +71,11 @@ class Config(_encoder.Config):
 
   @property
   def head_rows(self) -> int:
-    return max(self.num_labels, 1)  # an embedding is said to a head of one row
+    return max(self.num_labels, 1)  # an embedding has a head of one row
 
   @property
   def embedding_size(self) -> int:
-    """Numbers of what stands for a whole text."""
+    """Width of the vector that stands for a whole text."""
     return self.hidden_size
 
 
@@ -101,17 +100,18 @@ class Model(nnx.Module):
 
   def __init__(self, c: Config, key: jax.Array):
     keys, at, D = jax.random.split(key, 6), f"{PREFIX}embeddings.", c.hidden_size
-    table = lambda k, dims, name: param(
-      k, f"{dims} table:{D}", f"{at}{name}_embeddings.weight", init=0.02
-    )
+
+    def table(key: jax.Array, rows: str, name: str) -> nnx.Param:
+      return param(key, f"{rows} table:{D}", f"{at}{name}_embeddings.weight", init=0.02)
+
     self.config = c
     self.embed = table(keys[0], f"vocab:{c.vocab_size}", "word")
     self.places = table(keys[1], f"places:{c.max_position_embeddings}", "position")
     self.kinds = table(keys[2], f"places:{c.type_vocab_size}", "token_type")
-    self.norm, self.norm_bias = _encoder.Declare(keys[3], at).norm("LayerNorm", D)
+    self.norm, self.norm_bias = Declare(keys[3], at).layer_norm("LayerNorm", D)
     block = functools.partial(Block, c, PREFIX + "encoder.layer.{layers}.")
     self.layers = stack(c.num_hidden_layers, block, keys[4])
-    declare = _encoder.Declare(keys[5], "")
+    declare = Declare(keys[5], "")
     # "heads" names the axis that a pooler's outputs are spread over, as queries are.
     self.pool = declare.linear(f"{PREFIX}pooler.dense", f"embed:{D} heads:{D}", "heads")
     self.pool_bias = declare.bias(f"{PREFIX}pooler.dense", D)
@@ -130,11 +130,11 @@ class Model(nnx.Module):
       unit_B1D = layers.unit(mean_B1D)
       no_head_1D = jnp.zeros_like(unit_B1D[0])
       return Output(unit_B1D, no_head_1D, taps_PBTD=taps_PBSD, embedding_BTD=mean_B1D)
-    top = compute.cast_and_gather(
-      {n: getattr(self, n) for n in ("pool", "pool_bias", "head", "head_bias")}
+    head, head_bias, pool, pool_bias = compute.cast_and_gather(
+      (self.head, self.head_bias, self.pool, self.pool_bias)
     )
-    pooled_B1D = jnp.tanh(x_BSD[:, :1] @ top["pool"][...] + top["pool_bias"][...][None, None])
-    hidden, head = layers.with_bias(pooled_B1D, top["head"][...], top["head_bias"][...])
+    pooled_B1D = jnp.tanh(x_BSD[:, :1] @ pool[...] + pool_bias[...][None, None])
+    hidden, head = layers.with_bias(pooled_B1D, head[...], head_bias[...])
     return Output(hidden, head, taps_PBTD=taps_PBSD, embedding_BTD=mean_B1D)
 
   def encode(
@@ -149,13 +149,16 @@ class Model(nnx.Module):
       x_BSD = layers.layer_norm(x_BSD, self.norm[...], self.norm_bias[...], eps)
       x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
     valid_BS = inputs.segments_BT > 0
-    run = lambda layer, i, x: layer(x, valid_BS)
-    return layers.scan_layers([self.layers], run, x_BSD, taps, compute)
+    return layers.scan_layers(
+      [self.layers], lambda layer, i, x: layer(x, valid_BS), x_BSD, taps, compute
+    )
 
-  def qkv(self, layer: int, x_BSD: jax.Array, inputs: Inputs, compute: layers.ComputeConfig):
+  def qkv(
+    self, layer: int, x_BSD: jax.Array, inputs: Inputs, compute: layers.ComputeConfig
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values of one layer, from the output of the layer before it."""
-    here = jax.tree.map(lambda w: w[layer], self.layers)
-    return compute.cast_and_gather(unstack(here)).qkv(x_BSD)
+    del inputs
+    return compute.cast_and_gather(take_layer(self.layers, layer)).qkv(x_BSD)
 
 
 def _mean(x_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from distill_jax.errors import InputError
 from distill_jax.models import _decoder, _rope
+from distill_jax.models._declare import Declare
 from distill_jax.models._experts import Experts, check_top_k
 from distill_jax.nn import attention, layers, sharding
 
@@ -137,75 +138,88 @@ class Config(_decoder.Config):
 
 
 class Block(_decoder.Block):
-  """One dense layer: queries, keys and values come out of narrow latents."""
+  """One dense layer: queries, keys and values come out of narrow latents.
+
+  Letters of this file: a head's h = n + r, of which rope turns r and not n; v, width of values.
+  """
 
   CACHE = {"latent": "batch latent seq"}
 
-  def declare_attention(self, c: Config, declare: _decoder.Declare) -> None:
+  def declare_attention(self, c: Config, declare: Declare) -> None:
     D, H, at = c.hidden_size, c.num_attention_heads, "self_attn."
-    heads = lambda width: f"heads:{H} head_dim:{width}"
+    q_heads = f"heads:{H} head_dim:{c.head_dim}"
     if c.q_lora_rank is None:
-      self.q = declare.linear(f"{at}q_proj", f"embed:{D} {heads(c.head_dim)}", "heads head_dim")
+      self.q = declare.linear(f"{at}q_proj", f"embed:{D} {q_heads}", "heads head_dim")
     else:
       R = c.q_lora_rank
       self.q_down = declare.linear(f"{at}q_a_proj", f"embed:{D} latent:{R}", "latent")
-      self.q_norm = declare.norm(f"{at}q_a_layernorm", R)
-      up = f"from_latent:{R} {heads(c.head_dim)}"
+      self.q_norm = declare.rms_norm(f"{at}q_a_layernorm", R)
+      up = f"from_latent:{R} {q_heads}"
       self.q_up = declare.linear(f"{at}q_b_proj", up, "heads head_dim")
     R = c.kv_lora_rank
     down = f"embed:{D} latent:{R + c.qk_rope_head_dim}"
-    up = f"from_latent:{R} {heads(c.qk_nope_head_dim + c.v_head_dim)}"
+    up = f"from_latent:{R} heads:{H} head_dim:{c.qk_nope_head_dim + c.v_head_dim}"
     self.kv_down = declare.linear(f"{at}kv_a_proj_with_mqa", down, "latent")
-    self.kv_norm = declare.norm(f"{at}kv_a_layernorm", R)
+    self.kv_norm = declare.rms_norm(f"{at}kv_a_layernorm", R)
     self.kv_up = declare.linear(f"{at}kv_b_proj", up, "heads head_dim")
-    self.o = declare.linear(f"{at}o_proj", f"{heads(c.v_head_dim)} embed:{D}", "embed")
+    self.o = declare.linear(f"{at}o_proj", f"heads:{H} head_dim:{c.v_head_dim} embed:{D}", "embed")
 
-  def qkv(self, x_BTD: jax.Array, angles: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def qkv(self, x_BTD: jax.Array, angles: layers.Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries and keys [B, T, H, h], values [B, T, H, v_head_dim] from the layer's input."""
     c = self.config
-    q_BTHh, kv_BTR, k_rope_BTr = self._latent(x_BTD, angles)
-    kv_BTHh = jnp.einsum("BTR,RHh->BTHh", kv_BTR, self.kv_up[...])
-    k_BTHn, v_BTHv = jnp.split(kv_BTHh, [c.qk_nope_head_dim], -1)
+    q_BTHh, kv_BTR, k_rope_BTr = self._latents(x_BTD, angles)
+    k_and_v_BTHh = jnp.einsum("BTR,RHh->BTHh", kv_BTR, self.kv_up[...])
+    k_BTHn, v_BTHv = jnp.split(k_and_v_BTHh, [c.qk_nope_head_dim], -1)
     # One rotated key for all heads.
     k_rope_BTHr = jnp.broadcast_to(k_rope_BTr[:, :, None], (*k_BTHn.shape[:3], c.qk_rope_head_dim))
     return q_BTHh, jnp.concatenate([k_BTHn, k_rope_BTHr], -1), v_BTHv
 
-  def _latent(self, x_BTD: jax.Array, angles: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def _latents(
+    self, x_BTD: jax.Array, angles: layers.Angles
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B, T, H, h], the latent of keys and values [B, T, R], the rotated key [B, T, r]."""
     c, y_BTD = self.config, self.norm(x_BTD, self.attn_norm)
-    heads = lambda y_BTR, up: jnp.einsum("BTR,RHh->BTHh", y_BTR, up[...])
-    latent = lambda y_BTR, scale: layers.rms_norm(y_BTR, scale[...], LATENT_EPS)
-    turn = lambda x_BTHr: layers.rope(x_BTHr, angles, c.rope_interleave)
     if c.q_lora_rank is None:
-      q_BTHh = heads(y_BTD, self.q)
+      q_BTHh = jnp.einsum("BTD,DHh->BTHh", y_BTD, self.q[...])
     else:
-      q_BTHh = heads(latent(y_BTD @ self.q_down[...], self.q_norm), self.q_up)
+      q_BTR = layers.rms_norm(y_BTD @ self.q_down[...], self.q_norm[...], LATENT_EPS)
+      q_BTHh = jnp.einsum("BTR,RHh->BTHh", q_BTR, self.q_up[...])
     kv_BTR, k_rope_BTr = jnp.split(y_BTD @ self.kv_down[...], [c.kv_lora_rank], -1)
     q_BTHn, q_rope_BTHr = jnp.split(q_BTHh, [c.qk_nope_head_dim], -1)
-    q_BTHh = jnp.concatenate([q_BTHn, turn(q_rope_BTHr)], -1)
-    return q_BTHh, latent(kv_BTR, self.kv_norm), turn(k_rope_BTr[:, :, None])[:, :, 0]
+    q_rope_BTHr = layers.rope(q_rope_BTHr, angles, c.rope_interleave)
+    q_BTHh = jnp.concatenate([q_BTHn, q_rope_BTHr], -1)
+    kv_BTR = layers.rms_norm(kv_BTR, self.kv_norm[...], LATENT_EPS)
+    k_rope_BTr = layers.rope(k_rope_BTr[:, :, None], angles, c.rope_interleave)[:, :, 0]
+    return q_BTHh, kv_BTR, k_rope_BTr
 
   def project_for_cache(
-    self, x_BTD: jax.Array, angles: Any
+    self, x_BTD: jax.Array, angles: layers.Angles
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The latent and the rotated key alone are kept, and queries are brought into their space.
 
     Scores are q (c W)^T = (q W^T) c^T: one key for all heads (arXiv:2405.04434, 2.1.2).
     """
     c = self.config
-    q_BTHh, kv_BTR, k_rope_BTr = self._latent(x_BTD, angles)
+    q_BTHh, kv_BTR, k_rope_BTr = self._latents(x_BTD, angles)
     q_BTHn, q_rope_BTHr = jnp.split(q_BTHh, [c.qk_nope_head_dim], -1)
     up_RHn = self.kv_up[...][..., : c.qk_nope_head_dim]
     q_BTHR = jnp.einsum("BTHn,RHn->BTHR", q_BTHn, up_RHn)
-    kept_BTL = jnp.concatenate([kv_BTR, k_rope_BTr], -1)
-    return jnp.concatenate([q_BTHR, q_rope_BTHr], -1), {"latent": kept_BTL}
+    latent_BTh = jnp.concatenate([kv_BTR, k_rope_BTr], -1)  # here h = R + r
+    return jnp.concatenate([q_BTHR, q_rope_BTHr], -1), {"latent": latent_BTh}
 
-  def attend_cached(self, q_BTHh, positions_BT, kept: dict[str, jax.Array], window) -> jax.Array:
-    c, kept_BGLS = self.config, kept["latent"][:, None]
-    v_BGSR = kept_BGLS[:, :, : c.kv_lora_rank].swapaxes(2, 3)
-    read = attention.cached(q_BTHh, kept_BGLS, v_BGSR, positions_BT, window, c.attention_scale)
+  def attend_cached(
+    self,
+    q_BTHh: jax.Array,
+    positions_BT: jax.Array,
+    cached: dict[str, jax.Array],
+    window: attention.Window,
+  ) -> jax.Array:
+    """As of any decoder; what is cached is the one key of all heads, and its first R the values."""
+    c, k_BGhZ = self.config, cached["latent"][:, None]
+    v_BGZR = k_BGhZ[:, :, : c.kv_lora_rank].swapaxes(2, 3)
+    a_BTHR = attention.cached(q_BTHh, k_BGhZ, v_BGZR, positions_BT, window, c.attention_scale)
     up_RHv = self.kv_up[...][..., c.qk_nope_head_dim :]
-    return jnp.einsum("BTHR,RHv->BTHv", read, up_RHv)
+    return jnp.einsum("BTHR,RHv->BTHv", a_BTHR, up_RHv)
 
 
 LATENT_EPS = 1e-6  # of the latents' norms, whatever config.json says of the others
@@ -214,12 +228,12 @@ LATENT_EPS = 1e-6  # of the latents' norms, whatever config.json says of the oth
 class SparseBlock(Block):
   """One layer of experts, some chosen by their sigmoid, some for every position."""
 
-  def declare_mlp(self, c: Config, declare: _decoder.Declare) -> None:
+  def declare_mlp(self, c: Config, declare: Declare) -> None:
     D, E, F = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size
     self.experts = Experts(declare, D, E, F)
     # Added where experts are chosen and not where they are weighed: it balances their load,
     # and no gradient reaches it. bfloat16 is too coarse: many differ by less.
-    self.balance = declare.bias("mlp.gate.e_score_correction_bias", E, exact=True)
+    self.balance = declare.bias("mlp.gate", E, tensor="e_score_correction_bias", exact=True)
     shared, at = F * c.n_shared_experts, "mlp.shared_experts."
     self.gate = declare.linear(f"{at}gate_proj", f"embed:{D} mlp:{shared}", "mlp")
     self.up = declare.linear(f"{at}up_proj", f"embed:{D} mlp:{shared}", "mlp")
@@ -233,21 +247,24 @@ class SparseBlock(Block):
   def route(self, y_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(ids, weights) [B, T, K] of the experts that each normed position goes through."""
     score_BTE = jax.nn.sigmoid(self.experts.logits(y_BTD))
-    return choose(self.config, score_BTE, self.balance[...])
+    return choose_experts(self.config, score_BTE, self.balance[...])
 
 
-def choose(c: Config, score_BTE: jax.Array, balance_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+def choose_experts(
+  c: Config, score_BTE: jax.Array, balance_E: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """(ids, weights) [B, T, K]: the best experts of the best groups.
 
-  A group is as good as its two best experts together.
+  The E experts are n_group groups (g) of e each. A group is as good as its two best experts
+  together.
   """
   choice_BTE = score_BTE + balance_E[None, None]
-  choice_BTGe = choice_BTE.reshape(*choice_BTE.shape[:2], c.n_group, -1)
-  group_BTG = jax.lax.top_k(choice_BTGe, 2)[0].sum(-1)
-  _, best_BTg = jax.lax.top_k(group_BTG, c.topk_group)
-  chosen_BTG = jax.nn.one_hot(best_BTg, c.n_group, dtype=bool).any(2)
-  choice_BTGe = jnp.where(chosen_BTG[..., None], choice_BTGe, -jnp.inf)
-  _, ids_BTK = jax.lax.top_k(choice_BTGe.reshape(score_BTE.shape), c.num_experts_per_tok)
+  choice_BTge = choice_BTE.reshape(*choice_BTE.shape[:2], c.n_group, -1)
+  group_score_BTg = jax.lax.top_k(choice_BTge, 2)[0].sum(-1)
+  _, best_groups_BTK = jax.lax.top_k(group_score_BTg, c.topk_group)
+  chosen_BTg = jax.nn.one_hot(best_groups_BTK, c.n_group, dtype=bool).any(2)
+  choice_BTge = jnp.where(chosen_BTg[..., None], choice_BTge, -jnp.inf)
+  _, ids_BTK = jax.lax.top_k(choice_BTge.reshape(score_BTE.shape), c.num_experts_per_tok)
   weight_BTK = jnp.take_along_axis(score_BTE, ids_BTK, -1)
   if c.norm_topk_prob:
     weight_BTK /= weight_BTK.sum(-1, keepdims=True) + 1e-20
@@ -258,10 +275,13 @@ class Model(_decoder.Model):
   """Tokens in, hidden states and the unembedding out."""
 
   @staticmethod
-  def layer_stacks(c: Config) -> tuple[tuple[str, type[_decoder.Block], int], ...]:
+  def layer_stacks(c: Config) -> _decoder.LayerStacks:
     dense = min(c.first_k_dense_replace, c.num_hidden_layers)
-    stacks = ("dense", Block, dense), ("layers", SparseBlock, c.num_hidden_layers - dense)
-    return tuple(p for p in stacks if p[2])
+    stacks = (
+      layers.LayerStack("dense", Block, dense),
+      layers.LayerStack("layers", SparseBlock, c.num_hidden_layers - dense),
+    )
+    return tuple(stack for stack in stacks if stack.size)
 
 
 TINY = Config(

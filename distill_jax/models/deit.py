@@ -1,9 +1,9 @@
-"""DeiT with its distillation token (arXiv:2012.12877, section 4): a ViT that answers twice.
+"""DeiT with its distillation token (arXiv:2012.12877, section 4): a ViT with two heads.
 
-The class token answers as the labels say, the distillation token as the teacher says, each by a
-head of its own, and in use the mean of both logits counts. The two heads lie side by side in one
-matrix, against hidden states that are 0 where the other head is: so either answer, and the mean
-of both, is one position of an Output.
+The class token is trained on labels, the distillation token on the teacher, each through a head
+of its own; in use the mean of both heads' logits counts. The two heads lie side by side in one
+matrix, against hidden states that are 0 where the other head is: so either head's logits, and
+the mean of both, are one position of an Output.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from distill_jax.models import _encoder, vit
+from distill_jax.models import vit
+from distill_jax.models._declare import Declare
 from distill_jax.nn import layers
 from distill_jax.types import Images, Output
 
@@ -38,14 +38,14 @@ class Body(vit.Body):
   TOKENS = ("cls_token", "distillation_token")
 
 
-class Model(nnx.Module):
-  """Images in; the mean of both answers out as one position, in training both as two."""
+class Model(vit.Model):
+  """Images in; the mean of both heads out as one position, in training each head as its own."""
 
   def __init__(self, c: Config, key: jax.Array):
     body, head = jax.random.split(key)
     self.config = c
     self.body = Body(c, PREFIX, body)
-    declare = _encoder.Declare(head, "")
+    declare = Declare(head, "")
     self.head, self.head_bias = vit.classifier(declare, "cls_classifier", c)
     self.taught, self.taught_bias = vit.classifier(declare, "distillation_classifier", c)
 
@@ -54,19 +54,24 @@ class Model(nnx.Module):
   ) -> Output:
     """Args: inputs, float32 pixels; taps, the layers whose output is kept.
 
-    Returns: Output, T = 1; where `how.training`, T = 2, the class token and then the other.
+    Returns: Output, T = 1; where `compute.training`, T = 2, the class token and then the other.
     """
     x_BSD, taps_PBSD = self.body(inputs, compute, taps)
-    view = lambda v: compute.cast_and_gather(v)[...]
-    own_B1D, head_VD = layers.with_bias(x_BSD[:, :1], view(self.head), view(self.head_bias))
-    taught, taught_VD = layers.with_bias(x_BSD[:, 1:2], view(self.taught), view(self.taught_bias))
-    zero = jnp.zeros_like(own_B1D)
-    first = jnp.concatenate([own_B1D, zero], -1)
-    second = jnp.concatenate([zero, taught], -1)
-    hidden = jnp.concatenate([first, second], 1) if compute.training else (first + second) / 2
-    return Output(hidden, jnp.concatenate([head_VD, taught_VD], -1), taps_PBTD=taps_PBSD)
-
-  qkv = vit.Model.qkv
+    class_B1D, class_head_VD = layers.with_bias(
+      x_BSD[:, :1], *(compute.cast_and_gather(v)[...] for v in (self.head, self.head_bias))
+    )
+    distill_B1D, distill_head_VD = layers.with_bias(
+      x_BSD[:, 1:2], *(compute.cast_and_gather(v)[...] for v in (self.taught, self.taught_bias))
+    )
+    zero_B1D = jnp.zeros_like(class_B1D)
+    class_B1D = jnp.concatenate([class_B1D, zero_B1D], -1)
+    distill_B1D = jnp.concatenate([zero_B1D, distill_B1D], -1)
+    if compute.training:
+      hidden_BTD = jnp.concatenate([class_B1D, distill_B1D], 1)
+    else:
+      hidden_BTD = (class_B1D + distill_B1D) / 2
+    head_VD = jnp.concatenate([class_head_VD, distill_head_VD], -1)
+    return Output(hidden_BTD, head_VD, taps_PBTD=taps_PBSD)
 
 
 TINY = Config(

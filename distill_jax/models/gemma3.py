@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -53,21 +52,21 @@ class Config(_decoder.Config):
   def from_hf(cls, hf: dict[str, Any]) -> Self:
     rope = hf.get("rope_parameters") or {}  # by kind of layer, since transformers 5
     theta = {"rope_theta": hf.get("rope_theta", 1_000_000.0)}
-    far = theta | (rope.get(GLOBAL) or hf.get("rope_scaling") or {})
-    near = {"rope_theta": hf.get("rope_local_base_freq", 10_000.0)} | (rope.get(LOCAL) or {})
-    if _rope.read(near) is not None:
-      raise InputError(f"config.json has rope type {near['rope_type']!r} for {LOCAL}; default only")
-    turns = hf.get("sliding_window_pattern", 6)  # older configs: the last of so many is global
-    types = hf.get("layer_types") or [
-      LOCAL if (i + 1) % turns else GLOBAL for i in range(hf["num_hidden_layers"])
-    ]
-    own = {"layer_types": tuple(types), "rope_local_base_freq": near["rope_theta"]}
-    return super().from_hf({**hf, **own, "rope_parameters": far})
+    global_rope = theta | (rope.get(GLOBAL) or hf.get("rope_scaling") or {})
+    local_rope = {"rope_theta": hf.get("rope_local_base_freq", 10_000.0)} | (rope.get(LOCAL) or {})
+    if _rope.read(local_rope) is not None:
+      kind = local_rope["rope_type"]
+      raise InputError(f"config.json has rope type {kind!r} for {LOCAL}; default only")
+    # Older configs: the last of so many is global.
+    every = hf.get("sliding_window_pattern", 6)
+    types = hf.get("layer_types") or _layer_types(hf["num_hidden_layers"], every)
+    own = {"layer_types": tuple(types), "rope_local_base_freq": local_rope["rope_theta"]}
+    return super().from_hf({**hf, **own, "rope_parameters": global_rope})
 
   def to_hf(self) -> dict[str, Any]:
     hf = super().to_hf()
-    near = {"rope_type": "default", "rope_theta": self.rope_local_base_freq}
-    both = {GLOBAL: hf["rope_parameters"], LOCAL: near}
+    local_rope = {"rope_type": "default", "rope_theta": self.rope_local_base_freq}
+    both = {GLOBAL: hf["rope_parameters"], LOCAL: local_rope}
     return {**hf, "layer_types": list(self.layer_types), "rope_parameters": both}
 
   def keep_layers(self, kept: tuple[int, ...]) -> Self:
@@ -98,9 +97,9 @@ class Block(_decoder.Block):
 
   def __init__(self, c: Config, key: jax.Array):
     super().__init__(c, key)
-    declare = _decoder.Declare(key, c)
-    self.attn_post_norm = declare.norm("post_attention_layernorm", c.hidden_size)
-    self.mlp_post_norm = declare.norm("post_feedforward_layernorm", c.hidden_size)
+    declare = _decoder.declare(key, c)
+    self.attn_post_norm = declare.rms_norm("post_attention_layernorm", c.hidden_size)
+    self.mlp_post_norm = declare.rms_norm("post_feedforward_layernorm", c.hidden_size)
 
   def project_heads(self, a_BTHh: jax.Array) -> jax.Array:
     return self.norm(super().project_heads(a_BTHh), self.attn_post_norm)
@@ -113,31 +112,35 @@ class Model(_decoder.Model):
   """Tokens in, hidden states and the unembedding out."""
 
   @staticmethod
-  def layer_stacks(c: Config) -> tuple[tuple[str, type[_decoder.Block], int], ...]:
-    return (("layers", Block, c.num_hidden_layers),)
+  def layer_stacks(c: Config) -> _decoder.LayerStacks:
+    return (layers.LayerStack("layers", Block, c.num_hidden_layers),)
 
-  def position_inputs(self, inputs: Inputs) -> Callable[[Any], tuple[Any, attention.Window]]:
+  def position_inputs(self, inputs: Inputs) -> _decoder.PositionInputs:
     """Chosen by the layer's number, so that layers of both kinds are one scan."""
-    c = self.config
-    of = lambda freq: layers.rope_angles(inputs.positions_BT, freq)
-    near = of(_rope.frequencies(c.rope_local_base_freq, c.head_dim, None))
-    far = of(_rope.frequencies(c.rope_theta, c.head_dim, c.rope_scaling))
-    local_L = jnp.asarray([kind == LOCAL for kind in c.layer_types])
+    c, positions_BT = self.config, inputs.positions_BT
+    local_freq = _rope.frequencies(c.rope_local_base_freq, c.head_dim, None)
+    global_freq = _rope.frequencies(c.rope_theta, c.head_dim, c.rope_scaling)
+    local_angles = layers.rope_angles(positions_BT, local_freq)
+    global_angles = layers.rope_angles(positions_BT, global_freq)
+    is_local_L = jnp.asarray([kind == LOCAL for kind in c.layer_types])
 
-    def at(layer):
-      local = local_L[layer]
-      angles = jax.tree.map(lambda a, b: jnp.where(local, a, b), near, far)
-      return angles, attention.OneOf((None, c.sliding_window), local.astype(jnp.int32))
+    def of_layer(layer: int | jax.Array) -> tuple[layers.Angles, attention.Window]:
+      is_local = is_local_L[layer]
+      angles = jax.tree.map(lambda a, b: jnp.where(is_local, a, b), local_angles, global_angles)
+      return angles, attention.OneOf((None, c.sliding_window), is_local.astype(jnp.int32))
 
-    return at
+    return of_layer
 
 
-def _turns(n: int, of: int = 6) -> tuple[str, ...]:
-  return tuple(LOCAL if (i + 1) % of else GLOBAL for i in range(n))
+def _layer_types(layers: int, global_every: int = 6) -> tuple[str, ...]:
+  return tuple(LOCAL if (i + 1) % global_every else GLOBAL for i in range(layers))
 
 
 TINY = Config(
-  **_decoder.TINY, query_pre_attn_scalar=12, sliding_window=4, layer_types=_turns(3, of=2)
+  **_decoder.TINY,
+  query_pre_attn_scalar=12,
+  sliding_window=4,
+  layer_types=_layer_types(3, global_every=2),
 )
 
 CONFIGS = {
@@ -153,7 +156,7 @@ CONFIGS = {
     head_dim=256,
     max_position_embeddings=32_768,
     sliding_window=512,
-    layer_types=_turns(26),
+    layer_types=_layer_types(26),
   ),
   "gemma-3-4b": Config(
     vocab_size=262_208,
@@ -165,7 +168,7 @@ CONFIGS = {
     head_dim=256,
     max_position_embeddings=131_072,
     sliding_window=1_024,
-    layer_types=_turns(34),
+    layer_types=_layer_types(34),
     rope_scaling=_rope.Linear(8.0),
   ),
 }

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from distill_jax.errors import InputError
-from distill_jax.models import _encoder, clip, llama
+from distill_jax.models import _encoder, _vision_tower, llama
+from distill_jax.models._declare import Declare
+from distill_jax.models._family import SizesOfPart, check_supported
 from distill_jax.nn import layers, params
 from distill_jax.types import Images, ImageText, Output
 
@@ -24,7 +26,7 @@ SUPPORTED_VALUES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(SizesOfPart):
   """The shape of a model. Layers, as losses of features count them, are the decoder's.
 
   Attributes:
@@ -34,7 +36,7 @@ class Config:
   """
 
   text: llama.Config
-  vision: clip.Vision
+  vision: _vision_tower.VisionConfig
   image_token: int
   feature_layer: int = -2
 
@@ -52,9 +54,7 @@ class Config:
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
     """From a Hugging Face config.json; what this family cannot do is refused by name."""
-    for key, want in SUPPORTED_VALUES.items():
-      if hf.get(key, want) != want:
-        raise InputError(f"config.json has {key}={hf[key]!r}; the llava family has {want!r} only")
+    check_supported(hf, SUPPORTED_VALUES, "llava")
     text, vision = hf["text_config"], hf["vision_config"]
     kinds = text.get("model_type", "llama"), vision.get("model_type", "clip_vision_model")
     if kinds[0] not in llama.HF_MODEL_TYPES or kinds[1] != "clip_vision_model":
@@ -63,7 +63,8 @@ class Config:
     if not isinstance(layer, int):
       raise InputError(f"config.json has vision_feature_layer={layer!r}; here it is one layer")
     token = hf["image_token_id"] if "image_token_id" in hf else hf["image_token_index"]
-    return cls(llama.Config.from_hf(text), clip.tower(clip.Vision, vision), token, layer)
+    tower = _encoder.config_of_part(_vision_tower.VisionConfig, vision)
+    return cls(llama.Config.from_hf(text), tower, token, layer)
 
   def to_hf(self) -> dict[str, Any]:
     """The config.json of this model."""
@@ -73,14 +74,14 @@ class Config:
       "model_type": "llava",
       **SUPPORTED_VALUES,
       "image_token_index": self.image_token,
-      "image_seq_length": self.vision.patches,
+      "image_seq_length": self.vision.num_patches,
       "vision_feature_layer": self.feature_layer,
       "text_config": self.text.to_hf(),
       "vision_config": vision,
       "tie_word_embeddings": self.text.tie_word_embeddings,
     }
 
-  def keep_layers(self, kept: tuple[int, ...]) -> Any:
+  def keep_layers(self, kept: tuple[int, ...]) -> Self:
     """The config of a model that has these layers of the decoder of this one, in this order."""
     raise InputError(
       f"keep_layers {kept} would take layers out of both parts of a llava; name a shape of its own"
@@ -90,28 +91,36 @@ class Config:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
     return name.endswith("embeddings.position_ids") or self.text.ignores_tensor(name)
 
-  # What the rest asks of every family.
-  head_rows = property(lambda self: self.text.vocab_size)
-  vocab_size = property(lambda self: self.text.vocab_size)
-  tie_word_embeddings = property(lambda self: self.text.tie_word_embeddings)
-  max_position_embeddings = property(lambda self: self.text.max_position_embeddings)
-  num_hidden_layers = property(lambda self: self.text.num_hidden_layers)
-  hidden_size = property(lambda self: self.text.hidden_size)
-  num_attention_heads = property(lambda self: self.text.num_attention_heads)
-  num_key_value_heads = property(lambda self: self.text.num_key_value_heads)
-  head_dim = property(lambda self: self.text.head_dim)
+  @property
+  def head_rows(self) -> int:
+    return self.text.vocab_size
+
+  @property
+  def vocab_size(self) -> int:
+    return self.text.vocab_size
+
+  @property
+  def tie_word_embeddings(self) -> bool:
+    return self.text.tie_word_embeddings
+
+  @property
+  def max_position_embeddings(self) -> int:
+    return self.text.max_position_embeddings
+
+  @property
+  def layered_part(self) -> llama.Config:
+    return self.text
 
 
 class Model(nnx.Module):
-  """Texts with a picture each; hidden states of every token, the picture's among them."""
+  """Texts with an image each; hidden states of every token, the image's among them."""
 
   def __init__(self, c: Config, key: jax.Array):
     keys, D = jax.random.split(key, 3), c.text.hidden_size
     self.config = c
-    named = lambda v: v.replace(hf="language_model." + v.get_metadata()["hf"])
-    self.text = params.map_params(named, llama.Model(c.text, keys[0]))
-    self.vision = clip.VisionTower(c.vision, "vision_tower.vision_model.", keys[1])
-    declare = _encoder.Declare(keys[2], "multi_modal_projector.")
+    self.text = params.map_params(_name_in_language_model, llama.Model(c.text, keys[0]))
+    self.vision = _vision_tower.VisionTower(c.vision, "vision_tower.vision_model.", keys[1])
+    declare = Declare(keys[2], "multi_modal_projector.")
     # "heads" names the axis that a projection's outputs are spread over, as queries are.
     self.first = declare.linear("linear_1", f"embed:{c.vision.hidden_size} heads:{D}", "heads")
     self.first_bias = declare.bias("linear_1", D)
@@ -130,32 +139,43 @@ class Model(nnx.Module):
   def insert_patches(
     self, x_BTD: jax.Array, inputs: ImageText, compute: layers.ComputeConfig
   ) -> jax.Array:
-    """Embeddings with the picture's patches where the image token stands, in order."""
-    patches_BND = self.project_patches(inputs.images, compute)
-    here_BT = inputs.texts.tokens_BT == self.config.image_token
-    which_BT = jnp.cumsum(here_BT, 1) - 1
-    which_BT = jnp.clip(which_BT, 0, patches_BND.shape[1] - 1)
-    image_BTD = jnp.take_along_axis(patches_BND, which_BT[..., None], 1)
-    return jnp.where(here_BT[..., None], image_BTD.astype(x_BTD.dtype), x_BTD)
+    """Embeddings with the image's patches where the image token stands, in order."""
+    patches_BSD = self.project_patches(inputs.images, compute)
+    is_image_BT = inputs.texts.tokens_BT == self.config.image_token
+    patch_BT = jnp.cumsum(is_image_BT, 1) - 1
+    patch_BT = jnp.clip(patch_BT, 0, patches_BSD.shape[1] - 1)
+    image_BTD = jnp.take_along_axis(patches_BSD, patch_BT[..., None], 1)
+    return jnp.where(is_image_BT[..., None], image_BTD.astype(x_BTD.dtype), x_BTD)
 
   def project_patches(self, inputs: Images, compute: layers.ComputeConfig) -> jax.Array:
-    """What the decoder reads of a picture: [B, patches, D]."""
+    """The decoder's inputs for an image: [B, patches, D]."""
     c = self.config
     layer = c.feature_layer % (c.vision.num_hidden_layers + 1)  # 0 is what the first layer reads
     x_BSD = self.vision.first_layers(layer, inputs, compute)[:, 1:]
-    w = compute.cast_and_gather(
-      {n: getattr(self, n) for n in ("first", "first_bias", "second", "second_bias")}
+    first, first_bias, second, second_bias = compute.cast_and_gather(
+      (self.first, self.first_bias, self.second, self.second_bias)
     )
-    h_BSD = x_BSD @ w["first"][...] + w["first_bias"][...][None, None]
+    h_BSD = x_BSD @ first[...] + first_bias[...][None, None]
     h_BSD = _encoder.ACTIVATIONS["gelu"](h_BSD)
-    return h_BSD @ w["second"][...] + w["second_bias"][...][None, None]
+    return h_BSD @ second[...] + second_bias[...][None, None]
 
-  def qkv(self, layer: int, x_BTD: jax.Array, inputs: ImageText, compute: layers.ComputeConfig):
+  def qkv(
+    self, layer: int, x_BTD: jax.Array, inputs: ImageText, compute: layers.ComputeConfig
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of one layer of the decoder, from the output of the layer before it."""
     return self.text.qkv(layer, x_BTD, inputs.texts, compute)
 
 
-TINY = Config(llama.TINY, dataclasses.replace(clip.TINY.vision), image_token=255)
+def _name_in_language_model(v: nnx.Variable) -> nnx.Variable:
+  """The decoder's parameter under the name that it has within a LLaVA."""
+  return v.replace(hf="language_model." + v.get_metadata()["hf"])
+
+
+TINY = Config(
+  llama.TINY,
+  _vision_tower.VisionConfig(48, 64, 3, 4, num_channels=1, image_size=8, patch_size=4),
+  image_token=255,
+)
 
 CONFIGS = {
   "tiny": TINY,
@@ -170,7 +190,7 @@ CONFIGS = {
       head_dim=128,
       max_position_embeddings=4_096,
     ),
-    clip.Vision(1_024, 4_096, 24, 16, image_size=336, patch_size=14),
+    _vision_tower.VisionConfig(1_024, 4_096, 24, 16, image_size=336, patch_size=14),
     image_token=32_000,
   ),
 }

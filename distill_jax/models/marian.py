@@ -6,7 +6,6 @@ One table of tokens for both languages and the head, positions of sines, a bias 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Self
 
 import jax
@@ -14,21 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill_jax.errors import InputError
-from distill_jax.models import _seq2seq
+from distill_jax.models import _bart
 from distill_jax.nn import layers, sharding
-from distill_jax.nn.params import param, stack
+from distill_jax.nn.params import param
 from distill_jax.types import Inputs, Output
 
 HF_MODEL_TYPES = ("marian",)  # of config.json
-SUPPORTED_VALUES = {
-  "is_encoder_decoder": True,
-  "share_encoder_decoder_embeddings": True,
-  "tie_word_embeddings": True,
-}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(_seq2seq.BartConfig):
+class Config(_bart.Config):
   """The shape of a model, in Hugging Face's words. There is no dropout."""
 
   activation_function: str = "swish"
@@ -38,35 +32,32 @@ class Config(_seq2seq.BartConfig):
   eos_token_id: int = 0
   decoder_start_token_id: int = 58_100
 
+  MODEL_TYPE = "marian"
+  ARCHITECTURE = "MarianMTModel"
+  SUPPORTED_VALUES = {
+    "is_encoder_decoder": True,
+    "share_encoder_decoder_embeddings": True,
+    "tie_word_embeddings": True,
+  }
+
   @property
   def activation(self) -> str:
     return self.activation_function
 
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
-    """From a Hugging Face config.json; what this family cannot do is refused by name."""
-    for key, want in SUPPORTED_VALUES.items():
-      if hf.get(key, want) != want:
-        raise InputError(f"config.json has {key}={hf[key]!r}; the marian family has {want!r} only")
+    config = super().from_hf(hf)
     if hf.get("decoder_vocab_size") not in (None, hf["vocab_size"]):
       raise InputError(
         f"config.json has vocab_size={hf['vocab_size']} and decoder_vocab_size="
         f"{hf['decoder_vocab_size']}; the marian family has one table for both"
       )
-    names = {f.name for f in dataclasses.fields(cls)}
-    return cls(**{name: hf[name] for name in names if hf.get(name) is not None})
+    return config
 
   def to_hf(self) -> dict[str, Any]:
-    """The config.json of this model."""
     return {
-      "architectures": ["MarianMTModel"],
-      "model_type": "marian",
-      **SUPPORTED_VALUES,
-      **dataclasses.asdict(self),
+      **super().to_hf(),
       "decoder_vocab_size": self.vocab_size,
-      "dropout": 0.0,
-      "attention_dropout": 0.0,
-      "activation_dropout": 0.0,
       "use_cache": True,
       "forced_eos_token_id": None,
     }
@@ -77,26 +68,24 @@ class Config(_seq2seq.BartConfig):
     return name in (*copies, "lm_head.weight") or name.endswith("embed_positions.weight")
 
 
-class EncoderLayer(_seq2seq.BartEncoderLayer):
+class EncoderLayer(_bart.EncoderLayer):
   PRE_NORM = False
 
 
-class DecoderLayer(_seq2seq.BartDecoderLayer):
+class DecoderLayer(_bart.DecoderLayer):
   PRE_NORM = False
 
 
-class Model(_seq2seq.Model):
+class Model(_bart.Model):
   """Texts in, the next tokens of their targets out."""
+
+  ENCODER_LAYER, DECODER_LAYER = EncoderLayer, DecoderLayer
 
   def __init__(self, c: Config, key: jax.Array):
     keys, V, D = jax.random.split(key, 4), c.vocab_size, c.d_model
     self.config = c
     self.embed = param(keys[0], f"vocab:{V} table:{D}", "model.shared.weight", "vocab", D**-0.5)
-    at = "model.encoder.layers.{encoder_layers}."
-    block: Any = functools.partial(EncoderLayer, c.side("encoder"), at)
-    self.encoder = stack(c.encoder_layers, block, keys[1], axis=_seq2seq.ENCODER_AXIS)
-    block = functools.partial(DecoderLayer, c.side("decoder"), "model.decoder.layers.{layers}.")
-    self.layers = stack(c.decoder_layers, block, keys[2])
+    self.declare_layers(c, keys[1], keys[2])
     self.head_bias = param(keys[3], f"bias:1 vocab:{V}", "final_logits_bias", init="zeros")
 
   def encode(self, source: Inputs, compute: layers.ComputeConfig) -> tuple[jax.Array, jax.Array]:
@@ -104,8 +93,10 @@ class Model(_seq2seq.Model):
     valid_BS = source.segments_BT > 0
     x_BSD = self.embed_tokens(source.tokens_BT, source.positions_BT, compute)
     x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
-    run = lambda layer, i, x: layer(x, valid_BS)
-    return layers.scan_layers([self.encoder], run, x_BSD, (), compute)[0], valid_BS
+    x_BSD, _ = layers.scan_layers(
+      [self.encoder], lambda layer, i, x: layer(x, valid_BS), x_BSD, (), compute
+    )
+    return x_BSD, valid_BS
 
   def embed_tokens(
     self, tokens_BT: jax.Array, positions_BT: jax.Array, compute: layers.ComputeConfig
@@ -119,10 +110,8 @@ class Model(_seq2seq.Model):
       return x_BTD + places[positions_BT]
 
   def output(self, x_BTD: jax.Array, compute: layers.ComputeConfig, taps_PBTD) -> Output:
-    head_VD, bias_V = (
-      compute.cast_and_gather(self.embed)[...],
-      compute.cast_and_gather(self.head_bias)[...][0],
-    )
+    head_VD = compute.cast_and_gather(self.embed)[...]
+    bias_V = compute.cast_and_gather(self.head_bias)[...][0]
     return Output(*layers.with_bias(x_BTD, head_VD, bias_V), taps_PBTD=taps_PBTD)
 
 

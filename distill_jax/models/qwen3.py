@@ -9,9 +9,10 @@ import jax
 
 from distill_jax.errors import InputError
 from distill_jax.models import _decoder, _windows
+from distill_jax.models._declare import Declare
 from distill_jax.models._decoder import Block
 from distill_jax.models._experts import Experts, check_top_k, softmax_top_k
-from distill_jax.nn import sharding
+from distill_jax.nn import layers, sharding
 
 __all__ = ["CONFIGS", "HF_MODEL_TYPES", "TINY", "Block", "Config", "Model"]
 
@@ -77,7 +78,7 @@ class Config(_windows.Config):
 class SparseBlock(Block):
   """A layer whose feed-forward is a mixture of experts."""
 
-  def declare_mlp(self, c: Any, declare: _decoder.Declare) -> None:
+  def declare_mlp(self, c: Any, declare: Declare) -> None:
     self.experts = Experts(declare, c.hidden_size, c.num_experts, c.moe_intermediate_size)
 
   def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
@@ -94,20 +95,20 @@ class Model(_windows.Model):
   """Tokens in, hidden states and the unembedding out."""
 
   @staticmethod
-  def layer_stacks(c: Config) -> tuple[tuple[str, type[Block], int], ...]:
+  def layer_stacks(c: Config) -> _decoder.LayerStacks:
     block = Block if c.num_experts is None else SparseBlock
-    return (("layers", block, c.num_hidden_layers),)
+    return (layers.LayerStack("layers", block, c.num_hidden_layers),)
 
 
 TINY = Config(**_decoder.TINY)
 
 
-def _qwen3(width: int, mlp: int, layers: int, heads: int, kv: int = 8, **more: Any) -> Config:
+def _qwen3(width: int, mlp: int, depth: int, heads: int, kv: int = 8, **more: Any) -> Config:
   return Config(
     vocab_size=151_936,
     hidden_size=width,
     intermediate_size=mlp,
-    num_hidden_layers=layers,
+    num_hidden_layers=depth,
     num_attention_heads=heads,
     num_key_value_heads=kv,
     head_dim=128,

@@ -16,18 +16,20 @@ import numpy as np
 from flax import nnx
 
 from distill_jax.errors import InputError
-from distill_jax.models import _rope, _seq2seq
+from distill_jax.models import _seq2seq
+from distill_jax.models._declare import Declare
+from distill_jax.models._encoder import heads_of
+from distill_jax.models._family import check_numbers, check_supported
 from distill_jax.nn import attention, layers, sharding
 from distill_jax.nn.params import param, stack
 from distill_jax.types import Inputs, Output
 
 HF_MODEL_TYPES = ("t5",)  # of config.json
 SUPPORTED_VALUES = {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": True}
-BIAS = "{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(_seq2seq.DecoderSizes):
   """The shape of a model, in Hugging Face's words. There is no dropout."""
 
   vocab_size: int
@@ -53,7 +55,7 @@ class Config:
   )
 
   def __post_init__(self):
-    _rope.check_numbers(self, self.OPTIONAL_ZERO)
+    check_numbers(self, self.OPTIONAL_ZERO)
     n = self.relative_attention_num_buckets
     if n % 4 or self.relative_attention_max_distance <= n // 2:
       raise InputError(
@@ -65,9 +67,7 @@ class Config:
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
     """From a Hugging Face config.json; what this family cannot do is refused by name."""
-    for key, want in SUPPORTED_VALUES.items():
-      if hf.get(key, want) != want or key not in hf:
-        raise InputError(f"config.json has {key}={hf.get(key)!r}; the t5 family has {want!r} only")
+    check_supported(hf, SUPPORTED_VALUES, "t5", required=True)
     # transformers 5 ties whenever a checkpoint has no head, and says here what it did before.
     tied = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True))
     names = {f.name for f in dataclasses.fields(cls)} - {"tie_word_embeddings"}
@@ -96,14 +96,6 @@ class Config:
     return name in copies or name.endswith("layer.1.EncDecAttention.relative_attention_bias.weight")
 
   @property
-  def head_rows(self) -> int:
-    return self.vocab_size
-
-  @property
-  def hidden_size(self) -> int:
-    return self.d_model
-
-  @property
   def num_hidden_layers(self) -> int:
     return self.num_decoder_layers
 
@@ -112,73 +104,53 @@ class Config:
     return self.num_heads
 
   @property
-  def num_key_value_heads(self) -> int:
-    return self.num_heads
-
-  @property
   def head_dim(self) -> int:
     return self.d_kv
 
 
-class Declare:
-  """Parameters of one part of a layer, each with a key of its own."""
-
-  def __init__(self, c: Config, at: str, key: jax.Array):
-    self._c, self._at, self._keys = c, at, iter(jax.random.split(key, 20))
-
-  def norm(self, name: str = "layer_norm"):
-    c = self._c
-    return param(next(self._keys), f"norm:{c.d_model}", f"{self._at}{name}.weight", init="ones")
-
-  def heads(self, name: str):
-    """Queries start small, as no scale follows."""
-    c = self._c
-    init = (c.d_model * c.d_kv) ** -0.5 if name.endswith("q") else "fan_in"
-    dims = f"embed:{c.d_model} heads:{c.num_heads} head_dim:{c.d_kv}"
-    return param(next(self._keys), dims, f"{self._at}{name}.weight", "heads head_dim", init)
-
-  def out(self, name: str):
-    c = self._c
-    dims = f"heads:{c.num_heads} head_dim:{c.d_kv} embed:{c.d_model}"
-    return param(next(self._keys), dims, f"{self._at}{name}.weight", "embed")
-
-  def linear(self, name: str, dims: str, out: str):
-    return param(next(self._keys), dims, f"{self._at}{name}.weight", out)
+def declare_heads(declare: Declare, c: Config, module: str) -> nnx.Param:
+  """Declares a projection to heads; queries start small, as no scale follows."""
+  init = (c.d_model * c.d_kv) ** -0.5 if module.endswith("q") else "fan_in"
+  dims = f"embed:{c.d_model} heads:{c.num_heads} head_dim:{c.d_kv}"
+  return declare.linear(module, dims, "heads head_dim", init)
 
 
-def heads(x_BSD: jax.Array, w: Any) -> jax.Array:
-  return jnp.einsum("BSD,DHh->BSHh", x_BSD, w[...])
+def declare_output(declare: Declare, c: Config, module: str) -> nnx.Param:
+  """Declares the projection of heads to the residual."""
+  dims = f"heads:{c.num_heads} head_dim:{c.d_kv} embed:{c.d_model}"
+  return declare.linear(module, dims, "embed")
 
 
-def project_heads(a_BTHh: jax.Array, w: Any) -> jax.Array:
-  return jnp.einsum("BTHh,HhD->BTD", a_BTHh, w[...])
+def project_heads(a_BTHh: jax.Array, weight: nnx.Param) -> jax.Array:
+  """What attention adds to the residual, from the output of its heads."""
+  return jnp.einsum("BTHh,HhD->BTD", a_BTHh, weight[...])
 
 
 class EncoderLayer(nnx.Module):
   """Attention and feed-forward, each normed before it and added to the residual."""
 
-  MLP = 1  # its number among the parts of a layer
+  MLP = 1  # the feed-forward's number among the parts of a layer
 
-  def __init__(self, c: Config, at: str, key: jax.Array):
+  def __init__(self, c: Config, prefix: str, key: jax.Array):
     keys = jax.random.split(key, 2)
     self.config = c
-    declare = Declare(c, f"{at}layer.0.", keys[0])
-    self.attn_norm = declare.norm()
-    self.q, self.k, self.v = (declare.heads(f"SelfAttention.{n}") for n in "qkv")
-    self.o = declare.out("SelfAttention.o")
-    declare = Declare(c, f"{at}layer.{self.MLP}.", keys[1])
-    self.mlp_norm = declare.norm()
+    declare = Declare(keys[0], f"{prefix}layer.0.")
+    self.attn_norm = declare.rms_norm("layer_norm", c.d_model)
+    self.q, self.k, self.v = (declare_heads(declare, c, f"SelfAttention.{n}") for n in "qkv")
+    self.o = declare_output(declare, c, "SelfAttention.o")
+    declare = Declare(keys[1], f"{prefix}layer.{self.MLP}.")
+    self.mlp_norm = declare.rms_norm("layer_norm", c.d_model)
     up, down = f"embed:{c.d_model} mlp:{c.d_ff}", f"mlp:{c.d_ff} embed:{c.d_model}"
     self.gate = declare.linear("DenseReluDense.wi_0", up, "mlp")
     self.up = declare.linear("DenseReluDense.wi_1", up, "mlp")
     self.down = declare.linear("DenseReluDense.wo", down, "embed")
 
-  def norm(self, x_BTD: jax.Array, scale: Any) -> jax.Array:
+  def norm(self, x_BTD: jax.Array, scale: nnx.Param) -> jax.Array:
     return layers.rms_norm(x_BTD, scale[...], self.config.layer_norm_epsilon)
 
   def qkv(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     y_BTD = self.norm(x_BTD, self.attn_norm)
-    return heads(y_BTD, self.q), heads(y_BTD, self.k), heads(y_BTD, self.v)
+    return heads_of(y_BTD, self.q), heads_of(y_BTD, self.k), heads_of(y_BTD, self.v)
 
   def attention_residual(self, x_BTD: jax.Array, a_BTHh: jax.Array) -> jax.Array:
     return x_BTD + project_heads(a_BTHh, self.o)
@@ -202,20 +174,24 @@ class DecoderLayer(_seq2seq.DecoderLayer, EncoderLayer):  # type: ignore[misc]  
   SCALE = 1.0
   MLP = 2
 
-  def __init__(self, c: Config, at: str, key: jax.Array):
-    EncoderLayer.__init__(self, c, at, key)
-    declare = Declare(c, f"{at}layer.1.", jax.random.fold_in(key, 1))
-    self.source_norm = declare.norm()
+  qkv = EncoderLayer.qkv
+  attention_residual = EncoderLayer.attention_residual
+  feed_forward_block = EncoderLayer.feed_forward_block
+
+  def __init__(self, c: Config, prefix: str, key: jax.Array):
+    EncoderLayer.__init__(self, c, prefix, key)
+    declare = Declare(jax.random.fold_in(key, 1), f"{prefix}layer.1.")
+    self.source_norm = declare.rms_norm("layer_norm", c.d_model)
     self.source_wq, self.source_wk, self.source_wv = (
-      declare.heads(f"EncDecAttention.{n}") for n in "qkv"
+      declare_heads(declare, c, f"EncDecAttention.{n}") for n in "qkv"
     )
-    self.source_o = declare.out("EncDecAttention.o")
+    self.source_o = declare_output(declare, c, "EncDecAttention.o")
 
   def source_q(self, x_BTD: jax.Array) -> jax.Array:
-    return heads(self.norm(x_BTD, self.source_norm), self.source_wq)
+    return heads_of(self.norm(x_BTD, self.source_norm), self.source_wq)
 
   def source_kv(self, memory_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return heads(memory_BSD, self.source_wk), heads(memory_BSD, self.source_wv)
+    return heads_of(memory_BSD, self.source_wk), heads_of(memory_BSD, self.source_wv)
 
   def source_attention_residual(self, x_BTD: jax.Array, a_BTHh: jax.Array) -> jax.Array:
     return x_BTD + project_heads(a_BTHh, self.source_o)
@@ -228,30 +204,28 @@ class Model(_seq2seq.Model):
     keys, V, D, H = jax.random.split(key, 8), c.vocab_size, c.d_model, c.num_heads
     self.config = c
     self.embed = param(keys[0], f"vocab:{V} table:{D}", "shared.weight", "vocab", init=1.0)
-    near = lambda k, side: param(
-      k,
-      f"places:{c.relative_attention_num_buckets} heads:{H}",
-      BIAS.format(side=side),
-      init=D**-0.5,
-    )
-    self.encoder_near, self.near = near(keys[1], "encoder"), near(keys[2], "decoder")
-    block: Any = functools.partial(EncoderLayer, c, "encoder.block.{encoder_layers}.")
-    self.encoder = stack(c.num_layers, block, keys[3], axis=_seq2seq.ENCODER_AXIS)
-    block = functools.partial(DecoderLayer, c, "decoder.block.{layers}.")
-    self.layers = stack(c.num_decoder_layers, block, keys[4])
-    self.encoder_norm = Declare(c, "encoder.", keys[5]).norm("final_layer_norm")
-    self.norm = Declare(c, "decoder.", keys[6]).norm("final_layer_norm")
+    dims = f"places:{c.relative_attention_num_buckets} heads:{H}"
+    table = "{}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    self.encoder_near = param(keys[1], dims, table.format("encoder"), init=D**-0.5)
+    self.near = param(keys[2], dims, table.format("decoder"), init=D**-0.5)
+    encoder_layer = functools.partial(EncoderLayer, c, "encoder.block.{encoder_layers}.")
+    self.encoder = stack(c.num_layers, encoder_layer, keys[3], axis=_seq2seq.ENCODER_AXIS)
+    decoder_layer = functools.partial(DecoderLayer, c, "decoder.block.{layers}.")
+    self.layers = stack(c.num_decoder_layers, decoder_layer, keys[4])
+    self.encoder_norm = Declare(keys[5], "encoder.").rms_norm("final_layer_norm", D)
+    self.norm = Declare(keys[6], "decoder.").rms_norm("final_layer_norm", D)
     if not c.tie_word_embeddings:
       self.head = param(keys[7], f"vocab:{V} embed:{D}", "lm_head.weight", "vocab")
 
   def encode(self, source: Inputs, compute: layers.ComputeConfig) -> tuple[jax.Array, jax.Array]:
     """The encoder's output [B, S, D], and which of its positions are no padding."""
     valid_BS, S = source.segments_BT > 0, source.tokens_BT.shape[1]
-    bias = self._bias(self.encoder_near, S, both_ways=True, compute=compute)
+    bias_1HSS = self._bias(self.encoder_near, S, both_ways=True, compute=compute)
     x_BSD = self.embed_tokens(source.tokens_BT, source.positions_BT, compute)
     x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
-    run = lambda layer, i, x: layer(x, valid_BS, bias)
-    x_BSD, _ = layers.scan_layers([self.encoder], run, x_BSD, (), compute)
+    x_BSD, _ = layers.scan_layers(
+      [self.encoder], lambda layer, i, x: layer(x, valid_BS, bias_1HSS), x_BSD, (), compute
+    )
     return layers.rms_norm(x_BSD, self.encoder_norm[...], self.config.layer_norm_epsilon), valid_BS
 
   def embed_tokens(
@@ -264,7 +238,9 @@ class Model(_seq2seq.Model):
   def target_bias(self, T: int, compute: layers.ComputeConfig) -> jax.Array:
     return self._bias(self.near, T, both_ways=False, compute=compute)
 
-  def _bias(self, near: Any, T: int, both_ways: bool, compute: layers.ComputeConfig) -> jax.Array:
+  def _bias(
+    self, near: nnx.Param, T: int, both_ways: bool, compute: layers.ComputeConfig
+  ) -> jax.Array:
     """[1, H, T, T] from a table of buckets."""
     c = self.config
     buckets = relative_buckets(
@@ -282,7 +258,7 @@ class Model(_seq2seq.Model):
     )
 
 
-def relative_buckets(T: int, both_ways: bool, buckets: int, furthest: int) -> np.ndarray:
+def relative_buckets(T: int, both_ways: bool, buckets: int, max_distance: int) -> np.ndarray:
   """int32 [T, T], of (query, key): near distances one each, far ones by their logarithm."""
   distance = np.arange(T)[:, None] - np.arange(T)[None, :]  # back to the key
   first = np.zeros_like(distance)
@@ -293,7 +269,7 @@ def relative_buckets(T: int, both_ways: bool, buckets: int, furthest: int) -> np
   exact = buckets // 2
   # In float32, as everybody rounds it.
   far = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
-  far = far / np.float32(np.log(furthest / exact)) * np.float32(buckets - exact)
+  far = far / np.float32(np.log(max_distance / exact)) * np.float32(buckets - exact)
   far = np.minimum(exact + far.astype(np.int32), buckets - 1)
   return (first + np.where(distance < exact, distance, far)).astype(np.int32)
 

@@ -12,8 +12,9 @@ from flax import nnx
 
 from distill_jax.errors import InputError
 from distill_jax.models import _encoder, _patches
+from distill_jax.models._declare import Declare
 from distill_jax.nn import layers, sharding
-from distill_jax.nn.params import param, stack, unstack
+from distill_jax.nn.params import param, stack, take_layer
 from distill_jax.types import Images, Output
 
 HF_MODEL_TYPES = ("vit",)  # of config.json
@@ -21,21 +22,14 @@ PREFIX = "vit."  # of all but the head; a checkpoint of the body alone goes with
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(_encoder.Config):
+class Config(_encoder.VisionConfig):
   """The shape of a model, in Hugging Face's words. There is no dropout."""
 
-  image_size: int = 224
-  patch_size: int = 16
-  num_channels: int = 3
   num_labels: int = 2
 
   MODEL_TYPE: ClassVar[str] = "vit"
   ARCHITECTURE: ClassVar[str] = "ViTForImageClassification"
   TOKENS: ClassVar[int] = 1  # before the patches
-
-  def __post_init__(self):
-    super().__post_init__()
-    _patches.check(self)
 
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> Self:
@@ -43,7 +37,7 @@ class Config(_encoder.Config):
     if not hf.get("qkv_bias", True):
       raise InputError(f"config.json has qkv_bias=False; the {cls.MODEL_TYPE} family has it")
     names = {f.name for f in dataclasses.fields(cls)} - {"num_labels"}
-    return cls(**{n: hf[n] for n in names if n in hf}, num_labels=_encoder.labels_of(hf))
+    return cls(**{n: hf[n] for n in names if n in hf}, num_labels=_encoder.num_labels_of(hf))
 
   def to_hf(self) -> dict[str, Any]:
     """The config.json of this model."""
@@ -69,8 +63,8 @@ class Config(_encoder.Config):
 
   @property
   def positions(self) -> int:
-    """What the layers see of an image: tokens before the patches, and the patches."""
-    return self.TOKENS + (self.image_size // self.patch_size) ** 2
+    """Positions of the layers' input: the tokens before the patches, and the patches."""
+    return self.TOKENS + self.num_patches
 
 
 class Block(_encoder.Block):
@@ -89,43 +83,44 @@ class Block(_encoder.Block):
 
 
 class Body(nnx.Module):
-  """Patches, places and layers: an image in, what the layers say of its positions out."""
+  """An image in, the layers' output at each of its patches and before them out."""
 
   TOKENS: ClassVar[tuple[str, ...]] = ("cls_token",)  # before the patches
 
-  def __init__(self, c: Any, prefix: str, key: jax.Array):
+  def __init__(self, c: Config, prefix: str, key: jax.Array):
     keys, at = iter(jax.random.split(key, 4 + len(self.TOKENS))), f"{prefix}embeddings."
     D, M, p = c.hidden_size, c.num_channels, c.patch_size
-    row = lambda name, n: param(next(keys), f"one:1 {n} table:{D}", at + name, init=0.02)
     self.config = c
     for name in self.TOKENS:
-      setattr(self, name, row(name, "one:1"))
-    self.places = row("position_embeddings", f"places:{c.positions}")
-    patch = _encoder.Declare(next(keys), at + "patch_embeddings.")
+      setattr(self, name, param(next(keys), f"one:1 one:1 table:{D}", at + name, init=0.02))
+    dims = f"one:1 places:{c.positions} table:{D}"
+    self.places = param(next(keys), dims, f"{at}position_embeddings", init=0.02)
+    patch = Declare(next(keys), at + "patch_embeddings.")
     # In torch's order, as a convolution's weights have four axes there.
     dims = f"embed:{D} channels:{M} pixels:{p} pixels:{p}"
     self.patch = patch.linear("projection", dims, "", init=(M * p * p) ** -0.5)
     self.patch_bias = patch.bias("projection", D)
     block = functools.partial(Block, c, prefix + "encoder.layer.{layers}.")
     self.layers = stack(c.num_hidden_layers, block, next(keys))
-    self.norm, self.norm_bias = _encoder.Declare(next(keys), prefix).norm("layernorm", D)
+    self.norm, self.norm_bias = Declare(next(keys), prefix).layer_norm("layernorm", D)
 
   def __call__(
     self, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> tuple[jax.Array, jax.Array | None]:
     """The last layer's output [B, S, D], normed, and the taps."""
     with jax.named_scope("embed"):
-      x_BSD = self.embed_patches(inputs.pixels_BWWM, compute)
+      x_BSD = self.embed_patches(inputs.pixels_BYWM, compute)
       x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
-    run = lambda layer, i, x: layer(x, None)
-    x_BSD, taps_PBSD = layers.scan_layers([self.layers], run, x_BSD, taps, compute)
+    x_BSD, taps_PBSD = layers.scan_layers(
+      [self.layers], lambda layer, i, x: layer(x, None), x_BSD, taps, compute
+    )
     eps = self.config.layer_norm_eps
     return layers.layer_norm(x_BSD, self.norm[...], self.norm_bias[...], eps), taps_PBSD
 
-  def embed_patches(self, pixels_BWWM: jax.Array, compute: layers.ComputeConfig) -> jax.Array:
+  def embed_patches(self, pixels_BYWM: jax.Array, compute: layers.ComputeConfig) -> jax.Array:
     """[B, S, D]: the tokens, then the patches row by row, each with its place."""
-    c, B = self.config, pixels_BWWM.shape[0]
-    x_BSD = _patches.embed(c, pixels_BWWM, self.patch, compute)
+    c, B = self.config, pixels_BYWM.shape[0]
+    x_BSD = _patches.embed(c, pixels_BYWM, self.patch, compute)
     x_BSD = x_BSD + compute.cast_and_gather(self.patch_bias)[...][None, None]
     tokens = [compute.cast_and_gather(getattr(self, name))[...] for name in self.TOKENS]
     tokens = [jnp.broadcast_to(t, (B, 1, c.hidden_size)) for t in tokens]
@@ -139,7 +134,7 @@ class Model(nnx.Module):
     body, head = jax.random.split(key)
     self.config = c
     self.body = Body(c, PREFIX, body)
-    declare = _encoder.Declare(head, "")
+    declare = Declare(head, "")
     self.head, self.head_bias = classifier(declare, "classifier", c)
 
   def __call__(
@@ -151,14 +146,15 @@ class Model(nnx.Module):
     hidden, head = layers.with_bias(x_BSD[:, :1], *weights)
     return Output(hidden, head, taps_PBTD=taps_PBSD)
 
-  def qkv(self, layer: int, x_BSD: jax.Array, inputs: Images, compute: layers.ComputeConfig):
+  def qkv(
+    self, layer: int, x_BSD: jax.Array, inputs: Images, compute: layers.ComputeConfig
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values of one layer, from the output of the layer before it."""
     del inputs
-    here = jax.tree.map(lambda w: w[layer], self.body.layers)
-    return compute.cast_and_gather(unstack(here)).qkv(x_BSD)
+    return compute.cast_and_gather(take_layer(self.body.layers, layer)).qkv(x_BSD)
 
 
-def classifier(declare: _encoder.Declare, name: str, c: Any) -> tuple[Any, Any]:
+def classifier(declare: Declare, name: str, c: Config) -> tuple[nnx.Param, nnx.Param]:
   """(rows of classes, their biases) of a head that Hugging Face calls `name`."""
   dims = f"classes:{c.num_labels} embed:{c.hidden_size}"
   return declare.linear(name, dims, "classes", 0.02), declare.bias(name, c.num_labels)

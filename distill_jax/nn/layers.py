@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,16 @@ from distill_jax.errors import InputError
 from distill_jax.nn import lora, params, sharding
 from distill_jax.nn.quantise import QuantiseOptions, rounded
 
+Angles = tuple[jax.Array, jax.Array]  # (cos, sin) of rotary embeddings, each [B, T, h/2]
 REMAT = ("none", "full", "dots", "offload")
+
+
+class LayerStack(NamedTuple):
+  """Layers alike, which are one module with a first axis of layers."""
+
+  name: str  # the attribute of the model that holds them
+  block: type  # the class of one of them
+  size: int  # how many they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +97,11 @@ def layer_norm(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: flo
   return (x * wide(scale_D) + wide(bias_D)).astype(x_BTD.dtype)
 
 
+def add_head_bias(x_BTHh: jax.Array, bias: jax.Array) -> jax.Array:
+  """Adds a bias to heads, which is flat: [H * h]."""
+  return x_BTHh + bias.reshape(1, 1, *x_BTHh.shape[2:])
+
+
 def unit(x_BD: jax.Array) -> jax.Array:
   """Vectors of length 1 over the last axis, float32; one of length 0 stays, without gradient."""
   x_BD = x_BD.astype(jnp.float32)
@@ -106,28 +120,24 @@ def with_bias(
   )
 
 
-def patches(x_BWWM: jax.Array, w_DMpp: jax.Array) -> jax.Array:
-  """A convolution whose p x p windows lie side by side, as one product: [B, W/p, W/p, D].
+def patches(x_BYWM: jax.Array, w_DMpp: jax.Array) -> jax.Array:
+  """A convolution whose p x p windows lie side by side, as one product: [B, Y/p, W/p, D].
 
   Rows and columns that fill no window are left out, as torch does.
   """
-  (B, H, W, M), p = x_BWWM.shape, w_DMpp.shape[-1]
-  h, w = H // p, W // p
-  x_BhpwpM = x_BWWM[:, : h * p, : w * p].reshape(B, h, p, w, p, M)
-  return jnp.einsum("BhpwqM,DMpq->BhwD", x_BhpwpM, w_DMpp)
+  (B, Y, W, M), p = x_BYWM.shape, w_DMpp.shape[-1]
+  y, w = Y // p, W // p
+  x_BypwpM = x_BYWM[:, : y * p, : w * p].reshape(B, y, p, w, p, M)
+  return jnp.einsum("BypwqM,DMpq->BywD", x_BypwpM, w_DMpp)
 
 
-def rope_angles(
-  positions_BT: jax.Array, inv_freq: np.ndarray, amplitude: float = 1.0
-) -> tuple[jax.Array, jax.Array]:
+def rope_angles(positions_BT: jax.Array, inv_freq: np.ndarray, amplitude: float = 1.0) -> Angles:
   """(cos, sin) of rotary embeddings, float32 [B, T, h/2] (arXiv:2104.09864)."""
   angles = positions_BT[..., None].astype(jnp.float32) * inv_freq[None, None, :]
   return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
 
 
-def rope(
-  x_BTHh: jax.Array, angles: tuple[jax.Array, jax.Array], interleaved: bool = False
-) -> jax.Array:
+def rope(x_BTHh: jax.Array, angles: Angles, interleaved: bool = False) -> jax.Array:
   """Rotates the two halves of each head against each other, as Hugging Face lays them out.
 
   Interleaved, the even places are one half and the odd ones the other; they come out as

@@ -76,6 +76,11 @@ def unstack(layer: Any) -> Any:
   return map_params(lambda v: v.replace(axes=v.get_metadata()["axes"][1:]), layer)
 
 
+def take_layer(stacked: Any, i: int) -> Any:
+  """One layer of a stack, as the stacked module is without its first axis."""
+  return unstack(jax.tree.map(lambda x: x[i], stacked))
+
+
 def is_param(x: Any) -> bool:
   return isinstance(x, nnx.Variable)
 

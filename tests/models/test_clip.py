@@ -75,7 +75,7 @@ def torch_inputs(b: Batch) -> dict:
   of = lambda x: torch.from_numpy(np.array(x))
   texts = b.inputs.texts
   return {
-    "pixel_values": of(b.inputs.images.pixels_BWWM.transpose(0, 3, 1, 2)),
+    "pixel_values": of(b.inputs.images.pixels_BYWM.transpose(0, 3, 1, 2)),
     "input_ids": of(texts.tokens_BT).long(),
     "attention_mask": of(texts.segments_BT).long(),
   }

@@ -55,11 +55,11 @@ def test_gradients_are_transformers(case, tmp_path):
 def test_the_balance_chooses_experts_and_does_not_weigh_them():
   c = deepseek_v3.TINY  # 8 experts in 4 groups, 3 of the best 2
   score = np.array([0.9, 0.1, 0.8, 0.7, 0.2, 0.3, 0.6, 0.5], np.float32)[None, None]
-  ids, weight = deepseek_v3.choose(c, score, np.zeros(8, np.float32))
+  ids, weight = deepseek_v3.choose_experts(c, score, np.zeros(8, np.float32))
   # Groups sum to 1.0, 1.5, 0.5, 1.1: the second and the last; their best three.
   np.testing.assert_array_equal(ids[0, 0], [2, 3, 6])
   np.testing.assert_allclose(weight[0, 0], 2.5 * np.array([8, 7, 6]) / 21, rtol=1e-6)
-  ids, weight = deepseek_v3.choose(c, score, np.eye(8, dtype=np.float32)[4])
+  ids, weight = deepseek_v3.choose_experts(c, score, np.eye(8, dtype=np.float32)[4])
   np.testing.assert_array_equal(sorted(ids[0, 0]), [2, 3, 4])
   assert weight[0, 0, list(ids[0, 0]).index(4)] == pytest.approx(2.5 * 0.2 / 1.7)
 

@@ -75,8 +75,8 @@ def both(request, tmp_path_factory):
   return theirs, path, ours, pixels
 
 
-def torch_pixels(pixels_BWWM):
-  return torch.from_numpy(np.ascontiguousarray(pixels_BWWM.transpose(0, 3, 1, 2)))
+def torch_pixels(pixels_BYWM):
+  return torch.from_numpy(np.ascontiguousarray(pixels_BYWM.transpose(0, 3, 1, 2)))
 
 
 def logits(model, pixels, compute=HOW):

@@ -83,7 +83,7 @@ def test_what_a_model_reads_is_normalised_as_transformers_does_it(tmp_path):
   made = write_folder(tmp_path, channels=3)
   t = task(tmp_path, channels=3, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), heldout=str(tmp_path))
   source = t.open("train", None)
-  read = t.inputs(lambda name: np.stack([source[i][name] for i in range(3)])).pixels_BWWM
+  read = t.inputs(lambda name: np.stack([source[i][name] for i in range(3)])).pixels_BYWM
   hub = t.hub_files(None)["preprocessor_config.json"]
   kind = getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)
   theirs = kind(**{k: v for k, v in hub.items() if k != "image_processor_type"})
