@@ -59,7 +59,7 @@ class Task(ImageTextTask):
         f"{type(config).__module__.rpartition('.')[2]}"
       )
     ours = self.patches, self.image_token, self.vocab_size
-    model = config.vision.patches, config.image_token, config.head_rows
+    model = config.vision.num_patches, config.image_token, config.head_rows
     if ours != model:
       raise InputError(
         f"image_captions has (patches, image_token, vocab_size) {ours} and the model {model}; set "

@@ -18,7 +18,7 @@ from distill_jax.tasks import dataset
 from distill_jax.training import loop
 from distill_jax.training import stores as training_stores
 
-PATCHES, IMAGE = llava.TINY.vision.patches, llava.TINY.image_token
+PATCHES, IMAGE = llava.TINY.vision.num_patches, llava.TINY.image_token
 
 
 @pytest.fixture
