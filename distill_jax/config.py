@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -31,8 +31,9 @@ from distill_jax.records.options import InspectOptions, RecordsOptions
 from distill_jax.schedules import Schedule
 from distill_jax.training.options import OptimOptions, TrainOptions
 
-# Packages whose modules are entries of a config, and the dataclass in each of them.
-FOLDERS = {
+# Packages whose modules are entries of the config, and the name of the dataclass in each module.
+# In lower case, it is the key of an entry that names the module: {"loss": "kd", "weight": 1.0}.
+ENTRY_CLASSES = {
   "losses": "Loss",
   "filters": "Filter",
   "evals": "Benchmark",
@@ -43,12 +44,16 @@ FOLDERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The whole story of a run."""
+  """A run: what its commands read, compute and write.
+
+  The entries of `losses`, `evals`, `filters`, `tasks` and `augmentations` are of types in those
+  packages (losses.TokenLoss, tasks.Task, ...), which this module is below.
+  """
 
   seed: int = 0
   teacher: ModelOptions = ModelOptions()
-  teachers: dict[str, str] = dataclasses.field(default_factory=dict)  # name: source of one more
-  # teacher that runs in the step, computed as `teacher` is
+  teachers: dict[str, str] = dataclasses.field(default_factory=dict)  # name: source of another
+  # teacher that runs in the training step, computed as `teacher` is
   student: StudentOptions = StudentOptions()
   mesh: MeshOptions = MeshOptions()
   data: DataOptions = DataOptions()
@@ -57,18 +62,18 @@ class Config:
   optim: OptimOptions = OptimOptions()
   train: TrainOptions = TrainOptions()
   evaluate: EvaluateOptions = EvaluateOptions()
-  evals: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Set
+  evals: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Benchmark
   generate: GenerateOptions = GenerateOptions()
   filter: FilterOptions = FilterOptions()
   filters: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Filter
-  tasks: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Task; none: the next
-  # token of the corpus in `data`. Of several, each has a part of the student's head, in order,
-  # and train.records names a store for each, or none
+  tasks: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Task; empty: the next
+  # token of the corpus in `data`. Each of several tasks has a part of the student's head, in this
+  # order, and train.records names a store for each of them, or none
   augmentations: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Augmentation
   export: ExportOptions = ExportOptions()
   shrink: ShrinkOptions = ShrinkOptions()
   chain: tuple[str, ...] = ()  # names in `links`, from the teacher to the last student
-  links: dict[str, LinkOptions] = dataclasses.field(default_factory=dict)
+  links: dict[str, LinkOptions] = dataclasses.field(default_factory=dict)  # name: a student
   efficiency: EfficiencyOptions = EfficiencyOptions()
   inspect: InspectOptions = InspectOptions()
   preflight: PreflightOptions = PreflightOptions()
@@ -76,12 +81,12 @@ class Config:
 
 
 def base() -> ConfigDict:
-  """Every key with its default, for a file in configs/ to start from."""
+  """Returns every key with its default, for a file in configs/ to start from."""
   return ConfigDict(dataclasses.asdict(Config()))
 
 
 def loss(name: str, **fields: Any) -> ConfigDict:
-  """One entry of `losses`: a module of distill_jax/losses with all its keys.
+  """Returns an entry of `losses`: a module of distill_jax/losses with all its keys.
 
   A weight or temperature is a number or `schedule(...)`.
   """
@@ -89,127 +94,152 @@ def loss(name: str, **fields: Any) -> ConfigDict:
 
 
 def filter(name: str, **fields: Any) -> ConfigDict:
-  """One entry of `filters`: a module of distill_jax/filters with all its keys."""
+  """Returns an entry of `filters`: a module of distill_jax/filters with all its keys."""
   return _entry("filters", name, fields)
 
 
 def benchmark(name: str, **fields: Any) -> ConfigDict:
-  """One entry of `evals`: a set of distill_jax/evals with all its keys."""
+  """Returns an entry of `evals`: a module of distill_jax/evals with all its keys."""
   return _entry("evals", name, fields)
 
 
 def task(name: str, **fields: Any) -> ConfigDict:
-  """One entry of `tasks`: a module of distill_jax/tasks with all its keys."""
+  """Returns an entry of `tasks`: a module of distill_jax/tasks with all its keys."""
   return _entry("tasks", name, fields)
 
 
 def augmentation(name: str, **fields: Any) -> ConfigDict:
-  """One entry of `augmentations`: a module of distill_jax/augmentations with all its keys."""
+  """Returns an entry of `augmentations`: a module of that package with all its keys."""
   return _entry("augmentations", name, fields)
 
 
 def link(**fields: Any) -> ConfigDict:
-  """One entry of `links`, with all its keys: link(steps=64, student={"source": …})."""
+  """Returns an entry of `links` with all its keys: link(steps=64, student={"source": …})."""
   entry = ConfigDict(dataclasses.asdict(LinkOptions()))
-  _known(fields, entry, "links")
+  _check_keys(fields, entry, "links")
   entry.update(fields)
   return entry
 
 
 def _entry(package: str, name: str, fields: dict[str, Any]) -> ConfigDict:
-  keys = {
-    f.name: _default(f)
-    for f in dataclasses.fields(getattr(registry.load(package, name), FOLDERS[package]))
-  }
-  _known(fields, keys, f"{package}.{name}")
-  return ConfigDict({_key(package): name, **keys, **fields}, type_safe=False)
+  keys = {f.name: _default(f) for f in dataclasses.fields(_entry_class(package, name))}
+  _check_keys(fields, keys, f"{package}.{name}")
+  return ConfigDict({_module_key(package): name, **keys, **fields}, type_safe=False)
+
+
+def _entry_class(package: str, name: str) -> Any:
+  return getattr(registry.load(package, name), ENTRY_CLASSES[package])
+
+
+def _module_key(package: str) -> str:
+  """Returns the key of an entry that names its module, e.g. "loss"."""
+  return ENTRY_CLASSES[package].lower()
 
 
 def _default(field: dataclasses.Field) -> Any:
-  """The default of a field as a config file would write it."""
+  """Returns the default of a field as a config file would write it."""
   if field.default_factory is not dataclasses.MISSING:
     return field.default_factory()
   return field.default.values[0] if isinstance(field.default, Schedule) else field.default
 
 
-def _key(package: str) -> str:
-  """What names an entry's module, as "loss"."""
-  return FOLDERS[package].lower()
-
-
 def schedule(*points: tuple[float, float], shape: str = "linear") -> dict[str, Any]:
-  """A weight or temperature that follows the step: see distill_jax/schedules.py."""
+  """Returns a weight or temperature that follows the step: see distill_jax/schedules.py."""
   return {"points": points, "shape": shape}
 
 
 def resolve(config: ConfigDict) -> Config:
-  """A config as frozen dataclasses; what does not fit is refused by its dotted name."""
+  """Returns a config as frozen dataclasses.
+
+  Raises:
+    InputError: a key is unknown or has a value of another type; the error has its dotted name.
+  """
   tree = config.to_dict()
   entries = {
-    package: {name: _made(package, fields, name) for name, fields in tree.pop(package, {}).items()}
-    for package in FOLDERS
+    package: {
+      name: _build_entry(package, fields, f"{package}.{name}")
+      for name, fields in tree.pop(package, {}).items()
+    }
+    for package in ENTRY_CLASSES
   }
   return dataclasses.replace(_build(Config, tree, ""), **entries)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-  """The resolved config as plain values, for a run's config.json."""
+  """Returns a resolved config as plain values, for a run's config.json."""
   tree = dataclasses.asdict(config)
-  for package in FOLDERS:
+  for package in ENTRY_CLASSES:
     for name, value in getattr(config, package).items():
-      tree[package][name][_key(package)] = type(value).__module__.rpartition(".")[2]
+      tree[package][name][_module_key(package)] = type(value).__module__.rpartition(".")[2]
   return tree
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
-  """The inverse of `to_dict`, from a run's config.json."""
+  """Returns the config of a run's config.json; the inverse of `to_dict`."""
   return resolve(ConfigDict(tree, convert_dict=True))
 
 
-def _made(package: str, fields: dict[str, Any], name: str) -> Any:
-  at, key = f"{package}.{name}", _key(package)
+def _build_entry(package: str, fields: dict[str, Any], path: str) -> Any:
+  key = _module_key(package)
   if key not in fields:
-    raise InputError(f"{at} has no key {key!r}; name a module of distill_jax/{package} there")
-  cls = getattr(registry.load(package, fields[key]), FOLDERS[package])
-  return _build(cls, {k: v for k, v in fields.items() if k != key}, at)
+    raise InputError(f"{path} has no key {key!r}; name a module of distill_jax/{package} there")
+  own = {name: value for name, value in fields.items() if name != key}
+  return _build(_entry_class(package, fields[key]), own, path)
 
 
-def _known(given: Any, known: Any, at: str) -> None:
+def _check_keys(given: Iterable[str], known: Iterable[str], path: str) -> None:
+  """Raises InputError if a key is not known. `path` is the dotted name of what holds them."""
+  known = list(known)
   for key in given:
     if key not in known:
       near = difflib.get_close_matches(key, known, 1)
       hint = f"did you mean {near[0]!r}?" if near else f"it holds {', '.join(known)}"
-      raise InputError(f"config key {(at + '.' if at else '') + key!r} is unknown; {hint}")
+      raise InputError(f"config key {_join(path, key)!r} is unknown; {hint}")
 
 
-def _build(cls: Any, tree: dict[str, Any], at: str) -> Any:
-  """A dataclass from a dict, checked field by field."""
+def _join(path: str, key: str) -> str:
+  return f"{path}.{key}" if path else key
+
+
+def _build(cls: Any, tree: dict[str, Any], path: str) -> Any:
+  """Returns a dataclass from a dict, each field converted to its declared type."""
   hints = typing.get_type_hints(cls)
-  _known(tree, hints, at)
-  path = lambda key: f"{at}.{key}" if at else key
-  return cls(**{key: _value(hints[key], value, path(key)) for key, value in tree.items()})
+  _check_keys(tree, hints, path)
+  return cls(**{key: _convert(hints[key], value, _join(path, key)) for key, value in tree.items()})
 
 
-def _value(hint: Any, value: Any, at: str) -> Any:
-  origin, args = typing.get_origin(hint), typing.get_args(hint)
+def _convert(hint: Any, value: Any, path: str) -> Any:
+  """Returns a plain value as the type that its field declares.
+
+  Args:
+    hint: Any, bool, int, float, str, Schedule, a dataclass, tuple[X, ...] or dict[str, X].
+    value: as ml_collections or JSON gives it.
+    path: dotted name of the key, for errors.
+  """
+  container, args = typing.get_origin(hint), typing.get_args(hint)
   if hint is Any:
     return value
   if hint is Schedule:
-    if isinstance(value, dict):
-      points = tuple((float(s), float(v)) for s, v in value["points"])
-      return Schedule(points, value["shape"])
-    return Schedule(((0.0, float(_value(float, value, at))),))
+    return _convert_schedule(value, path)
   if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-    return _build(hint, value, at)
-  if origin is tuple and isinstance(value, list | tuple):
-    return tuple(_value(args[0], v, at) for v in value)
-  if origin is dict and isinstance(value, dict):
-    return {k: _value(args[1], v, f"{at}.{k}") for k, v in value.items()}
-  if origin is types.UnionType and value is None and type(None) in args:
-    return None
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return _build(hint, value, path)
+  if container is tuple and isinstance(value, list | tuple):
+    return tuple(_convert(args[0], item, path) for item in value)
+  if container is dict and isinstance(value, dict):
+    return {key: _convert(args[1], item, _join(path, key)) for key, item in value.items()}
+  if hint is float and type(value) is int:
     return float(value)
-  if isinstance(hint, type) and type(value) is hint:
+  if type(value) is hint:  # not isinstance: True is no int
     return value
-  want = getattr(hint, "__name__", str(hint))
-  raise InputError(f"config key {at!r} is {value!r}, a {type(value).__name__}; it wants {want}")
+  expected = getattr(hint, "__name__", str(hint))
+  raise InputError(
+    f"config key {path!r} is {value!r}, a {type(value).__name__}; it wants {expected}"
+  )
+
+
+def _convert_schedule(value: Any, path: str) -> Schedule:
+  """Returns a schedule from what `schedule` gives, or from a number, which is constant."""
+  if not isinstance(value, dict):
+    return Schedule(((0.0, _convert(float, value, path)),))
+  points = tuple((float(step), float(y)) for step, y in value["points"])
+  return Schedule(points, value["shape"])

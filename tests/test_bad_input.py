@@ -66,7 +66,7 @@ RANDOM = "c.teacher.source = ''"
 
 def test_no_verb_no_config_no_workdir(capsys, monkeypatch):
   for argv, said in (
-    (["distill-jax"], "verbs are record"),
+    (["distill-jax"], "the verbs are chain"),
     (["distill-jax", "recrod", "--config=x"], "'recrod' is not a verb"),
     (["distill-jax", "record"], "--config is missing"),
     (["distill-jax", "record", "--config=nowhere.py"], "nowhere.py"),

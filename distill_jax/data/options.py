@@ -17,6 +17,6 @@ class DataOptions:
   tokenizer: str = ""  # "": the model's own
   seq_len: int = 1024
   sequences: int = 0  # at most this many; 0: all
-  on_bad: str = "stop"  # stop | skip, what is to happen where a chat cannot be used
-  trust: str = ""  # field of a chat's line: how far its labels are to be trusted, from 0 to 1, as
-  # votes leave "agreement"; what is missing to 1 is label smoothing (losses/ce.py); "": 1
+  on_bad: str = "stop"  # stop | skip, where a chat cannot be used
+  trust: str = ""  # name of a per-example confidence field in [0, 1], such as "agreement", which
+  # the filter `votes` writes; 1 - confidence is used as label smoothing (losses/ce.py); "": 1

@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class OptimOptions:
-  """AdamW and the learning rate's course."""
+  """AdamW and the learning-rate schedule."""
 
   peak_lr: float = 3e-4
   schedule: str = "cosine"  # cosine | linear | constant | wsd
@@ -21,8 +21,8 @@ class OptimOptions:
   weight_decay: float = 0.1
   clip_norm: float = 1.0
   accumulate: int = 1  # microbatches a step
-  balance_every: int = 0  # steps between measurements of the losses' gradient norms, which are
-  # then held in the ratio of their weights; 0: weights are weights
+  balance_every: int = 0  # re-balances the losses every so many steps, so that their gradient
+  # norms are in the ratio of their weights; 0: never
 
 
 @dataclasses.dataclass(frozen=True)
