@@ -1,7 +1,7 @@
 """What a compiled program sends between devices, read from its text.
 
 XLA's own cost analysis counts a loop's body once; here every collective counts as often as its
-loops turn. Bytes are those that one device sends, by the ring algorithms: of S bytes over n
+loops run. Bytes are those that one device sends, by the ring algorithms: of S bytes over n
 devices an all-gather or a reduce-scatter sends S (n-1)/n, an all-reduce twice that.
 """
 
@@ -10,18 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-KINDS = (
-  "all-gather",
-  "all-reduce",
-  "reduce-scatter",
-  "all-to-all",
-  "ragged-all-to-all",
-  "collective-permute",
-  "collective-broadcast",
-)
-DCN = "dcn "  # before the kind of what goes from slice to slice
+DCN = "dcn "  # before the kind of what is sent from slice to slice
 # Where a gather spans a whole 3D torus, libtpu adds up arrays that are zero elsewhere.
 BY_ADDING = "all-gather as all-reduce"
 BYTES = {"pred": 1, "bf16": 2}
@@ -32,16 +24,75 @@ _CALLED = re.compile(
   r"(?:calls|body|to_apply|branch_computations|true_computation|false_computation)="
   r"(\{[^}]*\}|%?[\w.-]+)"
 )
+_TRANSFER = re.compile(r'megascale_transfer_type="(\w+)"')
+_TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_TUPLE_INDEX = re.compile(r"index=(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-  """One instruction: what it makes, what it is, and all that is said of it."""
+  """One instruction: the shape of its result, its opcode, and the text behind the shape."""
 
   shape: str
-  kind: str
+  opcode: str
   operands: tuple[str, ...]
   text: str
+
+  @property
+  def is_start(self) -> bool:
+    """Whether it is the first half of an asynchronous instruction; the second moves nothing."""
+    return self.opcode.endswith("-start")
+
+
+class Sent(NamedTuple):
+  """What one collective sends."""
+
+  kind: str
+  bytes: float
+
+
+Computation = dict[str, Op]  # by the name of what an instruction makes
+Payload = Callable[[Op, int], float]  # (an instruction, its group's size) -> bytes
+
+
+def _result_bytes(op: Op, n: int) -> float:
+  return float(_bytes(op.shape))
+
+
+def _gathered_bytes(op: Op, n: int) -> float:
+  # %all-gather.1 = bf16[64,8]{1,0} all-gather(%x), …
+  # %ag = (bf16[16,8]{1,0}, bf16[64,8]{1,0}) all-gather-start(%x), …: the operand, then the result
+  return float(_bytes(op.shape)) * n / (n + 1) if op.is_start else float(_bytes(op.shape))
+
+
+def _scattered_bytes(op: Op, n: int) -> float:
+  # %rs = f32[2,128]{1,0} reduce-scatter(%x), replica_groups={{0,1,2,3}}, …: a part of the sum
+  return float(_bytes(op.shape)) * n
+
+
+def _permuted_bytes(op: Op, n: int) -> float:
+  # %cp = (f32[8,128]{1,0}, f32[8,128]{1,0}, u32[], u32[]) collective-permute-start(%x), …
+  return float(_bytes(op.shape.split("]")[0] + "]") if op.is_start else _bytes(op.shape))
+
+
+# Opcode: the bytes S of the whole array, and how many ring passes it takes, each of which sends
+# S (n-1)/n; 0 passes: S is sent as it is.
+COLLECTIVES: dict[str, tuple[Payload, int]] = {
+  "all-gather": (_gathered_bytes, 1),
+  "all-reduce": (_result_bytes, 2),
+  "reduce-scatter": (_scattered_bytes, 1),
+  "all-to-all": (_result_bytes, 1),
+  "ragged-all-to-all": (_result_bytes, 1),
+  "collective-permute": (_permuted_bytes, 0),
+  "collective-broadcast": (_result_bytes, 0),
+}
+
+
+def _sent_share(kind: str, n: int) -> float:
+  """The fraction of the whole array that each of n devices sends."""
+  _, passes = COLLECTIVES.get(kind, (_result_bytes, 1))
+  return passes * (n - 1) / n if passes else 1.0
 
 
 class Program:
@@ -49,9 +100,10 @@ class Program:
 
   def __init__(self, hlo: str, slices: int = 1):
     self.slices = slices
-    self._known: dict[str, dict[str, float]] = {}  # what computations send
-    self.computations: dict[str, dict[str, Op]] = {}
+    self._totals: dict[str, dict[str, float]] = {}  # bytes by kind, by computation
+    self.computations: dict[str, Computation] = {}
     for line in hlo.splitlines():
+      # %turn (state.1: (s32[], bf16[64,8])) -> (s32[], bf16[64,8]) {
       if line.endswith("{") and not line.startswith((" ", "HloModule")):
         name = line.removeprefix("ENTRY ").split(" ", 1)[0].removeprefix("%")
         self.computations[name] = {}
@@ -64,99 +116,110 @@ class Program:
 
   def sent(self) -> dict[str, int]:
     """Bytes that a device sends in one run of the program, by kind."""
-    return {kind: round(n) for kind, n in sorted(self._sent(self.entry).items())}
+    return {kind: round(n) for kind, n in sorted(self._total(self.entry).items())}
 
-  def _sent(self, name: str) -> dict[str, float]:
-    if name in self._known:
-      return self._known[name]
+  def _total(self, name: str) -> dict[str, float]:
+    """Bytes that a device sends in one run of a computation, by kind."""
+    if name in self._totals:
+      return self._totals[name]
     total: dict[str, float] = {}
     for op in self.computations[name].values():
-      scattered = name.startswith("all-reduce-scatter")  # how TPUs spell a reduce-scatter
-      if (own := self._own(op, scattered)) is not None:
-        _add(total, {own[0]: own[1]})
+      if (sent := self._collective(op, name)) is not None:
+        _add(total, {sent.kind: sent.bytes})
         continue
       inner: dict[str, float] = {}
       for called in _called(op.text):
-        _add(inner, self._sent(called))
+        _add(inner, self._total(called))
       if inner:
-        _add(total, inner, self._turns(name, op) if op.kind == "while" else 1)
-    self._known[name] = total
+        _add(total, inner, self._trip_count(name, op) if op.opcode == "while" else 1)
+    self._totals[name] = total
     return total
 
-  def _own(self, op: Op, scattered: bool) -> tuple[str, float] | None:
-    """(kind, bytes) of a collective; None of anything else."""
-    if op.kind == "send" and (found := re.search(r'megascale_transfer_type="(\w+)"', op.text)):
+  def _collective(self, op: Op, computation: str) -> Sent | None:
+    """What an instruction sends by itself; None unless it is a collective."""
+    # %send.1 = (f32[10,100]{1,0}, u32[], token[]) send(%g, %after), is_host_transfer=true,
+    #   frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}: to the other slices
+    if op.opcode == "send" and (found := _TRANSFER.search(op.text)):
       kind, payload = found[1].lower().replace("_", "-"), op.shape.split(", u32[]")[0]
-      return DCN + kind, _bytes(payload) * _share(kind, self.slices)
-    kind = op.kind.removesuffix("-start")
-    if kind not in KINDS:
+      return Sent(DCN + kind, _bytes(payload) * _sent_share(kind, self.slices))
+    kind = op.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
       return None
-    n, size = _group(op.text), float(_bytes(op.shape))
-    if kind == "all-gather" and op.kind.endswith("-start"):
-      size = size * n / (n + 1)  # its tuple holds the operand too
-    if kind == "reduce-scatter":
-      size *= n
-    if kind == "collective-permute" and op.kind.endswith("-start"):
-      size = _bytes(op.shape.split("]")[0] + "]")  # the first of (in, out, …)
-    if kind != "all-reduce":
-      return kind, size * _share(kind, n)
-    if scattered:
-      return "reduce-scatter", size * _share("reduce-scatter", n)
-    placed = [x for x in op.operands if "dynamic-update-slice" in x]
-    return (BY_ADDING if len(placed) == len(op.operands) else kind), size * _share(kind, n)
+    n = _group_size(op.text)
+    payload_bytes, _ = COLLECTIVES[kind]
+    size = payload_bytes(op, n)
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+      # How TPUs spell a reduce-scatter, in a computation of its own:
+      # %all-reduce-scatter.4 (input: bf16[32,32]) -> bf16[32,16] {
+      #   %all-reduce.9 = bf16[32,32]{0,1} all-reduce(%input), replica_groups={{0,2},{1,3}}, …
+      #   ROOT %mine = bf16[32,16]{1,0} dynamic-slice(%all-reduce.9), …
+      kind = "reduce-scatter"
+    share = _sent_share(kind, n)
+    if kind == "all-reduce" and all("dynamic-update-slice" in x for x in op.operands):
+      # %all-reduce.3 = bf16[64,8]{1,0} all-reduce(%dynamic-update-slice.3), …
+      kind = BY_ADDING
+    return Sent(kind, size * share)
 
-  def _turns(self, name: str, loop: Op) -> int:
-    """How often a loop turns: its counter's first value, and the constant it is compared to.
+  def _trip_count(self, name: str, loop: Op) -> int:
+    """How often a loop of a computation runs.
 
     Raises:
       ValueError: the text does not say.
     """
-    if found := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text):
+    # %loop = (…) while(%start), condition=%ends, body=%turn,
+    #   backend_config={"known_trip_count":{"n":"5"}}
+    if found := _TRIP_COUNT.search(loop.text):
       return int(found[1])
-    condition = self.computations[re.search(r"condition=%?([\w.-]+)", loop.text)[1]]  # type: ignore[index]
+    # Else its counter goes from a first value up to a constant that it is compared with:
+    # %ends (state: (s32[], bf16[64,8])) -> pred[] {
+    #   %limit = s32[] constant(7)
+    #   %i = s32[] get-tuple-element(%state), index=0
+    #   ROOT %lt = pred[] compare(%i, %limit), direction=LT
+    named = _CONDITION.search(loop.text)
+    assert named is not None
+    condition = self.computations[named[1]]
     tests = [(op, c) for op, c in self._comparisons(condition) if "direction=LT" in op.text]
     if len(tests) != 1:
       raise ValueError(f"a loop of {name} ends where {len(tests)} counters are compared, not one")
     (test, limit), here = tests[0], self.computations[name]
     counter = condition.get(test.operands[0])
-    index = re.search(r"index=(\d+)", counter.text) if counter else None
-    start = here.get(loop.operands[0])
-    first = None
-    if index and start and start.kind == "tuple":
-      first = self._constant(here, start.operands[int(index[1])])
+    index = _TUPLE_INDEX.search(counter.text) if counter else None
+    # %start = (s32[], bf16[64,8]{1,0}) tuple(%two, %p), with %two = s32[] constant(2)
+    start, first = here.get(loop.operands[0]), None
+    if index and start and start.opcode == "tuple":
+      first = _constant(here, start.operands[int(index[1])])
     return limit - (first or 0)
 
-  def _comparisons(self, condition: dict[str, Op]) -> Iterator[tuple[Op, int]]:
+  def _comparisons(self, condition: Computation) -> Iterator[tuple[Op, int]]:
+    """The comparisons with a constant, and these constants."""
     for op in condition.values():
-      if op.kind == "compare" and (limit := self._constant(condition, op.operands[1])) is not None:
+      if op.opcode == "compare" and (limit := _constant(condition, op.operands[1])) is not None:
         yield op, limit
-      if op.kind == "fusion":  # the comparison is within, its limit a parameter
+      # %lt = pred[] fusion(%i, %limit), kind=kLoop, calls=%compare: the limit is a parameter there
+      if op.opcode == "fusion":
         for called in _called(op.text):
           inner = dict(self.computations[called])
-          for at, given in list(inner.items()):
-            if given.kind == "parameter":
-              inner[at] = condition.get(op.operands[int(given.operands[0])], given)
+          for name, parameter in list(inner.items()):
+            if parameter.opcode == "parameter":
+              outer = op.operands[int(parameter.operands[0])]
+              inner[name] = condition.get(outer, parameter)
           yield from self._comparisons(inner)
 
-  def _constant(self, computation: dict[str, Op], name: str) -> int | None:
-    op = computation.get(name)
-    while op is not None and op.kind in ("copy", "bitcast"):
-      op = computation.get(op.operands[0])
-    if op is None or op.kind != "constant" or not op.operands[0].lstrip("-").isdigit():
-      return None
-    return int(op.operands[0])
+
+def _constant(computation: Computation, name: str) -> int | None:
+  """The integer that a name stands for, perhaps through copies; None if it is no constant."""
+  op = computation.get(name)
+  while op is not None and op.opcode in ("copy", "bitcast"):
+    op = computation.get(op.operands[0])
+  # %limit = s32[]{:T(128)} constant(7)
+  if op is None or op.opcode != "constant" or not op.operands[0].lstrip("-").isdigit():
+    return None
+  return int(op.operands[0])
 
 
 def _op(text: str) -> Op | None:
-  """An instruction from what stands behind its `=`: shape, opcode(operands), attributes."""
-  depth = end = 0
-  if text.startswith("("):  # a tuple: up to its closing bracket
-    for end, char in enumerate(text):  # noqa: B007
-      depth += (char == "(") - (char == ")")
-      if not depth:
-        break
-  else:
-    end = text.find(" ")
+  """An instruction from what is behind its `=`: shape, opcode(operands), attributes."""
+  end = _end_of_tuple(text) if text.startswith("(") else text.find(" ")
   found = _CALL.search(text[end:]) if end >= 0 else None
   if found is None:
     return None
@@ -165,12 +228,23 @@ def _op(text: str) -> Op | None:
   return Op(text[: end + 1], found[1], operands, text[end:])
 
 
+def _end_of_tuple(text: str) -> int:
+  """The index of the bracket that closes the first one."""
+  depth = 0
+  for i, char in enumerate(text):
+    depth += (char == "(") - (char == ")")
+    if not depth:
+      return i
+  return len(text) - 1
+
+
 def _add(total: dict[str, float], more: dict[str, float], times: int = 1) -> None:
   for kind, n in more.items():
     total[kind] = total.get(kind, 0.0) + n * times
 
 
 def _called(text: str) -> list[str]:
+  """The computations that an instruction calls."""
   return [
     name.strip().removeprefix("%")
     for group in _CALLED.findall(text)
@@ -179,7 +253,7 @@ def _called(text: str) -> list[str]:
 
 
 def _bytes(shape: str) -> int:
-  """Of all arrays in a shape; S(1)-like layouts and nested tuples do not matter."""
+  """Bytes of all arrays in a shape; S(1)-like layouts and nested tuples do not matter."""
   total = 0
   for dtype, dims in _ARRAY.findall(shape):
     bits = BYTES[dtype] * 8 if dtype in BYTES else int(re.findall(r"\d+", dtype)[0])
@@ -187,20 +261,15 @@ def _bytes(shape: str) -> int:
   return total
 
 
-def _group(text: str) -> int:
+def _group_size(text: str) -> int:
   """Devices that take part together, in any of the ways that XLA writes them down."""
-  if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+  if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):  # {{0,2},{1,3}}
     return len(found[1].split(","))
-  if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):
+  if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):  # [2,4]<=[8]
     return int(found[2])
+  # mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, where an axis may be split: {'axis_1':(1)2}
   if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
     axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
     return math.prod(int(part) if part else sizes[name] for name, part in axes)
   return 2 if "source_target_pairs=" in text else 1
-
-
-def _share(kind: str, n: int) -> float:
-  if kind in ("collective-permute", "collective-broadcast"):
-    return 1.0
-  return (2 if kind == "all-reduce" else 1) * (n - 1) / n
