@@ -1,9 +1,9 @@
-"""One sequence to bytes and back, exactly. Numpy, vectorised both ways.
+"""The codec: one sequence to bytes and back, exactly, in numpy that is vectorised both ways.
 
 A position with targets is a set of entries, ids ascending, and beside them which entry is
 the teacher's argmax, the label's log-probability and the entropy. Targets are kept where
 mask_T is set, and nowhere else: a position whose label is not trained on costs its token.
-entries.py says how entries are laid out and what was measured; tokens take ceil(log2 V)
+elias_fano.py says how entries are laid out and what was measured; tokens take ceil(log2 V)
 bits, segments and mask 7 bytes where either changes, log-probabilities float16.
 
 Tried and left out: storing the next token as the entry that it is (it is among them seven
@@ -13,7 +13,8 @@ times in eight) saves 1.2 of 40 bytes, and ties the tokens to the targets.
 from __future__ import annotations
 
 import struct
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -118,10 +119,10 @@ def decode_smoothing(data: bytes, segments_T: np.ndarray) -> np.ndarray:
 
 
 def encode_targets(seq: Sequence, spec: RecordSpec) -> dict[str, bytes]:
-  """What the teacher said where mask_T is set, by field.
+  """Returns the teacher's targets where mask_T is set, by stored field.
 
   Args:
-    seq: beside mask_T, as `sampler.summarise` gives it but for one sequence: ids_TN int
+    seq: beside mask_T, as a recorder gives them for one sequence: ids_TN int
       (sampled: nondecreasing points; topk: any order), argmax_T int, label_logp_T and
       entropy_T float, logp_TN float (topk: -inf is an unused entry).
 
@@ -129,7 +130,7 @@ def encode_targets(seq: Sequence, spec: RecordSpec) -> dict[str, bytes]:
     InputError: ids outside the vocabulary or not sorted, or numbers that are not finite.
   """
   mask = seq["mask_T"]
-  # First, because the ids of a teacher that says NaN are nonsense too.
+  # First, because where a teacher outputs NaN its ids mean nothing either.
   halves = [_half(np.asarray(seq[f.record])[mask], f.record) for f in spec.scalars]
   out = {"scalars": b"".join(halves)}
   ids_SN = _integers(np.asarray(seq["ids_TN"])[mask], spec.vocab_size, "ids_TN")
@@ -156,7 +157,7 @@ def encode_targets(seq: Sequence, spec: RecordSpec) -> dict[str, bytes]:
   return out
 
 
-def decode_targets(fields: dict[str, Any], mask_T: np.ndarray, spec: RecordSpec) -> Sequence:
+def decode_targets(fields: Mapping[str, bytes], mask_T: np.ndarray, spec: RecordSpec) -> Sequence:
   """The inverse, padded to n entries and to T positions.
 
   Returns:
@@ -167,55 +168,158 @@ def decode_targets(fields: dict[str, Any], mask_T: np.ndarray, spec: RecordSpec)
   Raises:
     InputError: the fields do not agree with each other.
   """
-  T, K = len(mask_T), spec.n
-  elias_fano.whole("bytes of head", len(fields["head"][:16]), 16)
-  S, E, strays, pieces = struct.unpack_from("<IIII", fields["head"])
-  elias_fano.whole("pieces", len(fields["head"]) - 16, pieces)
-  table = np.frombuffer(fields["head"], np.uint8, pieces, 16)
-  at_S = np.flatnonzero(mask_T)
+  head = _Head.of(fields["head"])
+  layout = _layout(head, fields, mask_T, spec)
+  ids_E = _ids(head, fields, layout, spec)
+  slot_S, argmax_S = _argmax(head, fields, layout, ids_E)
+  out = {"ids_TK": layout.padded(ids_E, np.int32), "argmax_T": layout.spread(argmax_S, np.int32)}
+  return out | _values(fields, layout, slot_S, spec) | _scalars(fields, layout, spec)
+
+
+class _Head(NamedTuple):
+  """The counts at the beginning of a record.
+
+  Attributes:
+    positions: with targets, S.
+    entries: of all positions, E.
+    strays: positions whose argmax is not among their entries.
+    pieces: uint8 log2 sizes of the pieces that the id space is cut into.
+  """
+
+  positions: int
+  entries: int
+  strays: int
+  pieces: np.ndarray
+
+  @classmethod
+  def of(cls, data: bytes) -> _Head:
+    elias_fano.whole("bytes of head", len(data[:16]), 16)
+    positions, entries, strays, pieces = struct.unpack_from("<IIII", data)
+    elias_fano.whole("pieces", len(data) - 16, pieces)
+    return cls(positions, entries, strays, np.frombuffer(data, np.uint8, pieces, 16))
+
+
+class Layout(NamedTuple):
+  """Where the entries of a sequence lie: end to end as stored, and padded as read.
+
+  Attributes:
+    T, K: sizes of the padded array.
+    at_S: the positions that have entries.
+    M_S: how many entries each has.
+    starts_S: each one's first entry among all E.
+    ends_S: the first entry after it.
+    place_E: of each entry in the padded array, flattened.
+  """
+
+  T: int
+  K: int
+  at_S: np.ndarray
+  M_S: np.ndarray
+  starts_S: np.ndarray
+  ends_S: np.ndarray
+  place_E: np.ndarray
+
+  @classmethod
+  def of(cls, T: int, K: int, at_S: np.ndarray, M_S: np.ndarray) -> Layout:
+    ends_S = np.cumsum(M_S)
+    starts_S = ends_S - M_S
+    place_E = np.repeat(at_S * K - starts_S, M_S)
+    place_E += np.arange(len(place_E))
+    return cls(T, K, at_S, M_S, starts_S, ends_S, place_E)
+
+  @property
+  def entries(self) -> int:
+    return len(self.place_E)
+
+  def padded(self, values_E: np.ndarray, dtype: Any, empty: float = 0) -> np.ndarray:
+    """Returns values of entries as [T, K]."""
+    out = np.full(self.T * self.K, empty, dtype) if empty else np.zeros(self.T * self.K, dtype)
+    out[self.place_E] = values_E
+    return out.reshape(self.T, self.K)
+
+  def spread(self, values_S: np.ndarray, dtype: Any) -> np.ndarray:
+    """Returns values of positions as [T], 0 where there are no targets."""
+    out = np.zeros(self.T, dtype)
+    out[self.at_S] = values_S
+    return out
+
+
+def _layout(
+  head: _Head, fields: Mapping[str, bytes], mask_T: np.ndarray, spec: RecordSpec
+) -> Layout:
+  at_S, S = np.flatnonzero(mask_T), head.positions
   elias_fano.whole("positions", S, len(at_S))
-  every = E == S * K == S * spec.vocab_size  # id, at every position
-  M_S = np.full(S, K) if every else bits.unpack(fields["lengths"], bits.width(K), S).astype(int) + 1
-  ends_S = np.cumsum(M_S)
-  elias_fano.whole("entries", E, int(ends_S[-1]) if S else 0)
-  starts_S = ends_S - M_S
-  if every:
-    ids = np.tile(np.arange(K), S)
+  if _is_full(head, spec):
+    M_S = np.full(S, spec.n)
   else:
-    ids = elias_fano.decode_ids(fields, table, M_S, starts_S, ends_S)
-  if E and int(ids.max()) >= spec.vocab_size:
-    raise InputError(f"an id is {ids.max()}, over the vocabulary of {spec.vocab_size}")
-  flat = np.repeat(at_S * K - starts_S, M_S)
-  flat += np.arange(E)
+    M_S = bits.unpack(fields["lengths"], bits.width(spec.n), S).astype(int) + 1
+  elias_fano.whole("entries", head.entries, int(M_S.sum()))
+  return Layout.of(len(mask_T), spec.n, at_S, M_S)
 
-  def padded(values, dtype, empty=0):
-    out = np.full(T * K, empty, dtype) if empty else np.zeros(T * K, dtype)
-    out[flat] = values
-    return out.reshape(T, K)
 
-  out = {"ids_TK": padded(ids, np.int32)}
-  slot_bits = bits.widths(M_S)
+def _is_full(head: _Head, spec: RecordSpec) -> bool:
+  """Whether every position has every id as an entry."""
+  return head.entries == head.positions * spec.n == head.positions * spec.vocab_size
+
+
+def _ids(head: _Head, fields: Mapping[str, bytes], layout: Layout, spec: RecordSpec) -> np.ndarray:
+  """The id of each entry."""
+  if _is_full(head, spec):
+    ids_E = np.tile(np.arange(spec.n), head.positions)
+  else:
+    ids_E = elias_fano.decode_ids(fields, head.pieces, layout.M_S, layout.starts_S, layout.ends_S)
+  if layout.entries and int(ids_E.max()) >= spec.vocab_size:
+    raise InputError(f"an id is {ids_E.max()}, over the vocabulary of {spec.vocab_size}")
+  return ids_E
+
+
+def _argmax(
+  head: _Head, fields: Mapping[str, bytes], layout: Layout, ids_E: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Of each position: the entry of the argmax among all E, and its id.
+
+  Of strays, whose argmax is not an entry, an entry of the largest count, and the id that is
+  stored beside it.
+  """
+  data, S = fields["argmax"], head.positions
+  slot_bits = bits.widths(layout.M_S)
   slot_bytes = (int(slot_bits.sum(dtype=np.int64)) + 7) // 8
-  elias_fano.whole("bytes of argmax", len(fields["argmax"]), slot_bytes + 8 * strays)
-  slot_S = bits.unpack(fields["argmax"][:slot_bytes], slot_bits, S)
-  elias_fano.whole("argmax slots", int((slot_S < M_S).sum()), S)
-  slot_at = slot_S + starts_S
-  argmax_S = ids[slot_at]
-  if strays:
-    stray = np.frombuffer(fields["argmax"], "<u4", 2 * strays, slot_bytes)
-    argmax_S[stray[:strays]] = stray[strays:]
-  out["argmax_T"] = _spread(argmax_S, at_S, T, np.int32)
+  elias_fano.whole("bytes of argmax", len(data), slot_bytes + 8 * head.strays)
+  slot_S = bits.unpack(data[:slot_bytes], slot_bits, S)
+  elias_fano.whole("argmax slots", int((slot_S < layout.M_S).sum()), S)
+  entry_S = slot_S + layout.starts_S
+  argmax_S = ids_E[entry_S]
+  if head.strays:
+    stray = np.frombuffer(data, "<u4", 2 * head.strays, slot_bytes)
+    argmax_S[stray[: head.strays]] = stray[head.strays :]
+  return entry_S, argmax_S
+
+
+def _values(
+  fields: Mapping[str, bytes], layout: Layout, argmax_entry_S: np.ndarray, spec: RecordSpec
+) -> Sequence:
+  """The weights of sampled entries, and log-probabilities where they are kept."""
+  out, E = {}, layout.entries
   if spec.kind == "sampled":
-    counts = elias_fano.decode_counts(fields["counts"], slot_at, starts_S, E, K)
-    out["weight_TK"] = padded(_weights(K)[counts], np.float32)
+    counts_E = elias_fano.decode_counts(
+      fields["counts"], argmax_entry_S, layout.starts_S, E, spec.n
+    )
+    out["weight_TK"] = layout.padded(_weights(spec.n)[counts_E], np.float32)
   if spec.has_logp:
     elias_fano.whole("bytes of logp", len(fields["logp"]), 2 * E)
-    out["logp_TK"] = padded(np.frombuffer(fields["logp"], "<f2"), np.float32, -np.inf)
-  elias_fano.whole("bytes of scalars", len(fields["scalars"]), 2 * S * len(spec.scalars))
-  scalars = np.frombuffer(fields["scalars"], "<f2")
-  for i, field in enumerate(spec.scalars):
-    out[field.read] = _spread(scalars[i * S : (i + 1) * S], at_S, T, field.dtype)
+    out["logp_TK"] = layout.padded(np.frombuffer(fields["logp"], "<f2"), np.float32, -np.inf)
   return out
+
+
+def _scalars(fields: Mapping[str, bytes], layout: Layout, spec: RecordSpec) -> Sequence:
+  """The numbers of which each position has one."""
+  S = len(layout.at_S)
+  elias_fano.whole("bytes of scalars", len(fields["scalars"]), 2 * S * len(spec.scalars))
+  numbers = np.frombuffer(fields["scalars"], "<f2").reshape(len(spec.scalars), S)
+  return {
+    field.read: layout.spread(numbers_S, field.dtype)
+    for field, numbers_S in zip(spec.scalars, numbers, strict=True)
+  }
 
 
 def _weights(n: int) -> np.ndarray:
@@ -243,12 +347,6 @@ def _by_id(ids_SN: np.ndarray, logp_SN: np.ndarray) -> tuple[np.ndarray, np.ndar
   if np.any((ids_SN[:, 1:] == ids_SN[:, :-1]) & (logp_SN[:, 1:] > -np.inf)):
     raise InputError("a position of ids_TN names an id twice; top-k entries are distinct")
   return ids_SN, logp_SN
-
-
-def _spread(x_S, at_S, T, dtype):
-  out = np.zeros(T, dtype)
-  out[at_S] = x_S
-  return out
 
 
 def _integers(x: np.ndarray, limit: int, name: str) -> np.ndarray:
