@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.errors import InputError
-from distill_jax.records import sampler
+from distill_jax.records import selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +63,12 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, spec: Sampling) -> jax.Array
   """
   logits_BCV = logits_BV[:, None]
   if spec.temperature == 0:
-    return sampler.argmax(logits_BCV)[:, 0]
+    return selection.argmax(logits_BCV)[:, 0]
   top_BCV, drawn_BCV = warp(logits_BCV, spec)
 
   def draw(n: int | jax.Array) -> jax.Array:
     u_BC = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, n), (1,)))(keys_B)
-    return sampler.systematic(drawn_BCV, u_BC, 1)[:, 0]
+    return selection.systematic(drawn_BCV, u_BC, 1)[:, 0]
 
   if spec.top_p == 1:
     return draw(0)[:, 0]
@@ -102,7 +102,7 @@ def warp(logits_BCV: jax.Array, spec: Sampling) -> tuple[jax.Array, jax.Array]:
   """
   z_BCV = logits_BCV / spec.temperature
   if 0 < spec.top_k < z_BCV.shape[-1]:
-    top_BCk, _ = sampler.top_k(z_BCV, spec.top_k)
+    top_BCk, _ = selection.top_k(z_BCV, spec.top_k)
     z_BCV = jnp.where(z_BCV >= top_BCk[..., -1:], z_BCV, -jnp.inf)
   peak_BC1 = jnp.max(z_BCV, -1, keepdims=True)
   e_BCV = jnp.exp(z_BCV - peak_BC1)

@@ -1,10 +1,10 @@
-"""The codec: one sequence to bytes and back, exactly, in numpy that is vectorised both ways.
+"""A teacher's targets of one sequence, to bytes and back: exact, and vectorised both ways.
 
 A position with targets is a set of entries, ids ascending, and beside them which entry is
 the teacher's argmax, the label's log-probability and the entropy. Targets are kept where
 mask_T is set, and nowhere else: a position whose label is not trained on costs its token.
-elias_fano.py says how entries are laid out and what was measured; tokens take ceil(log2 V)
-bits, segments and mask 7 bytes where either changes, log-probabilities float16.
+elias_fano.py says how entries are laid out and what was measured; log-probabilities take
+float16.
 
 Tried and left out: storing the next token as the entry that it is (it is among them seven
 times in eight) saves 1.2 of 40 bytes, and ties the tokens to the targets.
@@ -19,106 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distill_jax.errors import InputError
-from distill_jax.records import bits, elias_fano
-from distill_jax.records.fields import RecordSpec
-
-Sequence = dict[str, np.ndarray]
+from distill_jax.records import bits, elias_fano, numbers
+from distill_jax.records.fields import Record, RecordSpec
 
 
-# ---------------------------------------------------------------- tokens, segments, mask
-
-
-def encode_tokens(seq: Sequence, spec: RecordSpec) -> bytes:
-  """tokens_T int, segments_T int >= 0, mask_T bool: ids in ceil(log2 V) bits, runs of the rest."""
-  return _encode_ids("tokens_T", seq["tokens_T"], seq["segments_T"], seq["mask_T"], spec)
-
-
-def encode_labels(seq: Sequence, spec: RecordSpec) -> bytes:
-  """labels_T int and mask_T bool of an example of a task: laid out as tokens of one segment."""
-  labels_T = np.asarray(seq["labels_T"])
-  return _encode_ids("labels_T", labels_T, np.ones_like(labels_T), seq["mask_T"], spec)
-
-
-def _encode_ids(
-  name: str, ids_T: np.ndarray, segments_T: np.ndarray, mask_T: np.ndarray, spec: RecordSpec
-) -> bytes:
-  tokens = _integers(ids_T, spec.vocab_size, name)
-  T = len(tokens)
-  segments, mask = np.asarray(segments_T), np.asarray(mask_T)
-  if segments.shape != (T,) or mask.shape != (T,) or mask.dtype != np.bool_:
-    raise InputError(
-      f"a sequence of {T} tokens has segments_T {segments.shape} and mask_T {mask.shape} "
-      f"{mask.dtype}; each is [{T}], the mask bool"
-    )
-  segments = _integers(segments, 1 << 20, "segments_T")
-  if np.any(mask & (segments == 0)):
-    raise InputError("mask_T is set at padding (segments_T 0); a label there cannot be trained on")
-  # A run begins where segment or mask changes; gaps between are stored.
-  both = segments.astype(np.int64) * 2 + mask
-  starts = np.flatnonzero(np.append(True, both[1:] != both[:-1])) if T else np.zeros(0, np.int64)
-  head = struct.pack("<II", T, len(starts))
-  return b"".join(
-    (
-      head,
-      bits.pack(starts, 32),
-      bits.pack(both[starts], 24),
-      bits.pack(tokens, bits.width(spec.vocab_size)),
-    )
-  )
-
-
-def decode_tokens(data: bytes, spec: RecordSpec) -> Sequence:
-  """The inverse: tokens_T int32, segments_T int32, mask_T bool."""
-  elias_fano.whole("bytes of head", len(data[:8]), 8)
-  T, runs = struct.unpack_from("<II", data)
-  token_bits = bits.width(spec.vocab_size)
-  a, b = 8 + 4 * runs, 8 + 7 * runs
-  elias_fano.whole("tokens", len(data), b + (T * token_bits + 7) // 8)
-  starts = np.frombuffer(data, "<u4", runs, 8)
-  ends = np.append(starts[1:], T).astype(np.int64)
-  both = np.repeat(bits.unpack(data[a:b], 24, runs), ends - starts)
-  tokens = bits.unpack(data[b:], token_bits, T).view(np.int32)
-  if T and tokens.max() >= spec.vocab_size:
-    raise InputError(f"a token id is {tokens.max()}, over the vocabulary of {spec.vocab_size}")
-  return {
-    "tokens_T": tokens,
-    "segments_T": (both >> 1).astype(np.int32),
-    "mask_T": (both & 1).astype(bool),
-  }
-
-
-def decode_labels(data: bytes, spec: RecordSpec) -> Sequence:
-  """The inverse: labels_T int32, mask_T bool."""
-  seq = decode_tokens(data, spec)
-  return {"labels_T": seq["tokens_T"], "mask_T": seq["mask_T"]}
-
-
-def encode_smoothing(seq: Sequence) -> bytes:
-  """smoothing_T, float in [0, 1], one number a segment: a float16 each, in their order."""
-  segments, x_T = np.asarray(seq["segments_T"]), np.asarray(seq["smoothing_T"])
-  numbers, first = np.unique(segments, return_index=True)
-  x_S = x_T[first][numbers > 0]
-  real = segments > 0
-  if not np.array_equal(x_T[real], x_S[np.searchsorted(numbers[numbers > 0], segments[real])]):
-    raise InputError("smoothing_T differs within a segment; a document's labels have one smoothing")
-  if np.any(~((x_S >= 0) & (x_S <= 1))):
-    raise InputError(f"smoothing_T is from {x_S.min()} to {x_S.max()}; it is from 0 to 1")
-  return _half(x_S, "smoothing_T")
-
-
-def decode_smoothing(data: bytes, segments_T: np.ndarray) -> np.ndarray:
-  """The inverse: float32 [T]; 0 in padding."""
-  numbers, at_T = np.unique(segments_T, return_inverse=True)
-  padding = int(0 in numbers)
-  elias_fano.whole("bytes of smoothing", len(data), 2 * (len(numbers) - padding))
-  x_S = np.frombuffer(data, "<f2").astype(np.float32)
-  return np.concatenate([np.zeros(padding, np.float32), x_S])[at_T]
-
-
-# ---------------------------------------------------------------- targets
-
-
-def encode_targets(seq: Sequence, spec: RecordSpec) -> dict[str, bytes]:
+def encode_targets(seq: Record, spec: RecordSpec) -> dict[str, bytes]:
   """Returns the teacher's targets where mask_T is set, by stored field.
 
   Args:
@@ -131,10 +36,10 @@ def encode_targets(seq: Sequence, spec: RecordSpec) -> dict[str, bytes]:
   """
   mask = seq["mask_T"]
   # First, because where a teacher outputs NaN its ids mean nothing either.
-  halves = [_half(np.asarray(seq[f.record])[mask], f.record) for f in spec.scalars]
+  halves = [numbers.half(np.asarray(seq[f.record])[mask], f.record) for f in spec.scalars]
   out = {"scalars": b"".join(halves)}
-  ids_SN = _integers(np.asarray(seq["ids_TN"])[mask], spec.vocab_size, "ids_TN")
-  argmax_S = _integers(np.asarray(seq["argmax_T"])[mask], spec.vocab_size, "argmax_T")
+  ids_SN = numbers.integers(np.asarray(seq["ids_TN"])[mask], spec.vocab_size, "ids_TN")
+  argmax_S = numbers.integers(np.asarray(seq["argmax_T"])[mask], spec.vocab_size, "argmax_T")
   if ids_SN.ndim != 2 or ids_SN.shape[1] != spec.n:
     raise InputError(f"ids_TN is {np.shape(seq['ids_TN'])}; it holds n={spec.n} ids a position")
   logp_SN: np.ndarray = np.zeros(0, np.float32)
@@ -153,11 +58,11 @@ def encode_targets(seq: Sequence, spec: RecordSpec) -> dict[str, bytes]:
   ids = ids_SN[keep_SN].astype(np.int64)
   out |= elias_fano.encode(ids, M_S, argmax_S, counts, spec.n, spec.vocab_size)
   if spec.has_logp:
-    out["logp"] = _half(logp_SN[keep_SN], "logp_TN")
+    out["logp"] = numbers.half(logp_SN[keep_SN], "logp_TN")
   return out
 
 
-def decode_targets(fields: Mapping[str, bytes], mask_T: np.ndarray, spec: RecordSpec) -> Sequence:
+def decode_targets(fields: Mapping[str, bytes], mask_T: np.ndarray, spec: RecordSpec) -> Record:
   """The inverse, padded to n entries and to T positions.
 
   Returns:
@@ -297,7 +202,7 @@ def _argmax(
 
 def _values(
   fields: Mapping[str, bytes], layout: Layout, argmax_entry_S: np.ndarray, spec: RecordSpec
-) -> Sequence:
+) -> Record:
   """The weights of sampled entries, and log-probabilities where they are kept."""
   out, E = {}, layout.entries
   if spec.kind == "sampled":
@@ -311,7 +216,7 @@ def _values(
   return out
 
 
-def _scalars(fields: Mapping[str, bytes], layout: Layout, spec: RecordSpec) -> Sequence:
+def _scalars(fields: Mapping[str, bytes], layout: Layout, spec: RecordSpec) -> Record:
   """The numbers of which each position has one."""
   S = len(layout.at_S)
   elias_fano.whole("bytes of scalars", len(fields["scalars"]), 2 * S * len(spec.scalars))
@@ -326,9 +231,6 @@ def _weights(n: int) -> np.ndarray:
   return (np.arange(n + 1) / n).astype(np.float32)
 
 
-# ---------------------------------------------------------------- helpers
-
-
 def _first_of_runs(ids_SN: np.ndarray) -> np.ndarray:
   first_SN = np.ones(ids_SN.shape, bool)
   steps = np.diff(ids_SN, axis=1)
@@ -341,34 +243,12 @@ def _first_of_runs(ids_SN: np.ndarray) -> np.ndarray:
 def _by_id(ids_SN: np.ndarray, logp_SN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Entries in id order, unused ones last."""
   used = logp_SN != -np.inf
-  _finite(logp_SN[used], "logp_TN")
+  numbers.finite(logp_SN[used], "logp_TN")
   order = np.argsort(np.where(used, ids_SN, 1 << 20), axis=1, kind="stable")
   ids_SN, logp_SN = (np.take_along_axis(x, order, 1) for x in (ids_SN, logp_SN))
   if np.any((ids_SN[:, 1:] == ids_SN[:, :-1]) & (logp_SN[:, 1:] > -np.inf)):
     raise InputError("a position of ids_TN names an id twice; top-k entries are distinct")
   return ids_SN, logp_SN
-
-
-def _integers(x: np.ndarray, limit: int, name: str) -> np.ndarray:
-  x = np.asarray(x)
-  if x.dtype.kind not in "iu" or (x.size and (x.min() < 0 or x.max() >= limit)):
-    found = f"{x.dtype}" + (f" from {x.min()} to {x.max()}" if x.size else "")
-    raise InputError(f"{name} is {found}; it holds integers from 0 to {limit - 1}")
-  return x
-
-
-def _half(x: np.ndarray, name: str) -> bytes:
-  """float16 bytes, saturated rather than infinite; what is not finite is refused."""
-  _finite(x, name)
-  return np.clip(x, -65504, 65504).astype("<f2").tobytes()
-
-
-def _finite(x: np.ndarray, name: str) -> None:
-  if not np.all(np.isfinite(x)):
-    raise InputError(
-      f"{name} holds {x[~np.isfinite(x)][0]} where mask_T is set; every recorded number is "
-      "finite, so look at the teacher"
-    )
 
 
 def count_entries(fields: dict[str, bytes]) -> int:

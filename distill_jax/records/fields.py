@@ -17,6 +17,7 @@ import numpy as np
 
 from distill_jax.errors import InputError
 
+Record = dict[str, np.ndarray]  # one sequence, or one example of a task, by field
 KINDS = ("sampled", "topk", "dense", "text")
 TEXT = ("tokens_T", "segments_T", "mask_T")  # of packed text, beside the teacher's targets
 TASK = ("labels_T", "mask_T")  # of an example of a task

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from distill_jax.errors import InputError
-from distill_jax.records import codec
+from distill_jax.records.fields import Record
 
 FORMATS = ("vllm", "sglang", "openai")
 # Of each token: its id, and the log-probabilities by id of what could stand there, or None.
@@ -44,7 +44,7 @@ def sequences(
   vocab_size: int,
   missing_mass: str,
   token_id: TokenIds | None = None,
-) -> Iterator[codec.Sequence]:
+) -> Iterator[Record]:
   """Reads a dump into sequences for `Writer.write_shard`, kind "topk" with entropy=False.
 
   Whole documents are packed in order, as many as fit a sequence.
@@ -110,7 +110,7 @@ def _check(document: Document, vocab_size: int, seq_len: int, at: str) -> None:
       raise InputError(f"{at}, token {i}: the candidates' probabilities add up to {mass:.3f}")
 
 
-def _pack(documents: list[Document], n: int, seq_len: int) -> codec.Sequence:
+def _pack(documents: list[Document], n: int, seq_len: int) -> Record:
   """What is said about token t + 1 is the target of position t."""
   tokens, segments, argmax = (np.zeros(seq_len, np.int32) for _ in range(3))
   mask, label_logp = np.zeros(seq_len, bool), np.zeros(seq_len, np.float32)

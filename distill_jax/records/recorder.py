@@ -19,14 +19,13 @@ from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.losses.features import FeatureSpec, flat_qkv
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.records import fields, sampler, taps
-from distill_jax.records.fields import RecordSpec
+from distill_jax.records.fields import Record, RecordSpec
 from distill_jax.records.manifest import Manifest, Taps, format_of
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.sampler import SamplerSpec
 from distill_jax.types import Batch, Output
 
 TAPS_SEED = 0  # of the fixed projection; the manifest names it
-Record = dict[str, np.ndarray]  # one sequence, or one example of a task
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 

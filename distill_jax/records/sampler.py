@@ -1,24 +1,13 @@
-"""What a teacher's logits are cut down to, on the device, a chunk of positions at a time.
+"""Reduces a teacher's logits to what is recorded, on the device, a chunk of positions at a time.
 
-Systematic sampling in token-id order: with N points and one uniform offset u a position,
-point j is (u + j)/N, and the token stored for it is the one whose interval of the
-cumulative sum of p contains it. Its count over N is an unbiased estimate of p, off by less
-than 1/N for every token (Madow 1949). No sort, no top-k.
-
-The cumulative sum is never taken over the whole vocabulary. It is taken over the sums of
-blocks of 256 tokens, then over 16 sums of 16 inside the block of each point, then over 16
-tokens: what is touched once an id is V/256 + 32 numbers a point instead of V.
-
-Over a vocabulary sharded on a mesh axis, each shard knows the mass before it
-from one all-gather of a float a shard and position; the shard that holds a point's token
-names it and one all-reduce of N integers a position tells the rest.
+`selection.py` says which tokens are kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +15,9 @@ from jax.sharding import PartitionSpec
 
 from distill_jax.errors import InputError
 from distill_jax.nn import fused_head, sharding
+from distill_jax.records import selection
 from distill_jax.records.options import RecordsOptions
 
-FINE, BLOCK = 16, 256  # BLOCK = FINE * FINE
-TOP_BLOCK = 64
 KINDS = ("sampled", "topk", "dense")
 
 
@@ -78,51 +66,6 @@ class SamplerSpec:
         "vocabulary for topk), vocab_size from 1 to the rows"
       )
     return dataclasses.replace(self, n=n, vocab_size=vocab_size)
-
-
-def systematic(
-  logits_BCV: jax.Array, u_BC: jax.Array, n: int, *, axis: str | None = None
-) -> jax.Array:
-  """The tokens of n equally spaced points of the cumulative sum of softmax(logits).
-
-  Args:
-    logits_BCV: float32; -inf is a token that is never drawn.
-    u_BC: float32 offsets in [0, 1).
-    n: points a position.
-    axis: inside shard_map, the mesh axis that V is sharded over.
-
-  Returns:
-    int32 [B, C, n] ids, nondecreasing along n. An id without mass is never returned.
-  """
-  peak_BC = _max(jnp.max(logits_BCV, -1), axis)
-  return _points(jnp.exp(logits_BCV - peak_BC[..., None]), u_BC, n, axis)
-
-
-def top_k(logits_BCV: jax.Array, k: int, *, axis: str | None = None) -> tuple[jax.Array, jax.Array]:
-  """The k largest logits and their ids: float32 and int32 [B, C, k], largest first."""
-  width = logits_BCV.shape[-1]
-  top, ids = _local_top_k(logits_BCV, min(k, width))
-  if axis is not None:
-    ids = ids + jax.lax.axis_index(axis) * width
-    top, ids = (jax.lax.all_gather(x, axis, axis=2, tiled=True) for x in (top, ids))
-    top, at = jax.lax.top_k(top, k)
-    ids = jnp.take_along_axis(ids, at, -1)
-  return top, ids.astype(jnp.int32)
-
-
-def _local_top_k(x_BCV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """`lax.top_k`, ties and all: the k largest lie in the k blocks of the largest maxima."""
-  width = x_BCV.shape[-1]
-  if width < 4 * k * TOP_BLOCK:
-    return jax.lax.top_k(x_BCV, k)
-  x_BCV = jnp.pad(x_BCV, ((0, 0), (0, 0), (0, -width % TOP_BLOCK)), constant_values=-jnp.inf)
-  x_BCbt = x_BCV.reshape(*x_BCV.shape[:2], -1, TOP_BLOCK)
-  _, blocks_BCk = jax.lax.top_k(jnp.max(x_BCbt, -1), k)
-  blocks_BCk = jnp.sort(blocks_BCk, -1)  # of equal logits the lowest id is taken
-  few_BCkt = _rows(x_BCbt, blocks_BCk)
-  top, at = jax.lax.top_k(few_BCkt.reshape(*few_BCkt.shape[:2], -1), k)
-  block = jnp.take_along_axis(blocks_BCk, at // TOP_BLOCK, -1)
-  return top, block * TOP_BLOCK + at % TOP_BLOCK
 
 
 def summarise(
@@ -239,12 +182,12 @@ def _of_logits(
 
 
 def _sampled_ids(dist: _Distribution, u_BC: jax.Array, spec: SamplerSpec) -> dict[str, jax.Array]:
-  ids_BCN = _points(dist.e_BCV, u_BC, spec.n, dist.axis)
+  ids_BCN = selection.points(dist.e_BCV, u_BC, spec.n, dist.axis)
   return {"ids": ids_BCN} | ({"logp": dist.logp(ids_BCN)} if spec.logp else {})
 
 
 def _topk_ids(dist: _Distribution, spec: SamplerSpec) -> dict[str, jax.Array]:
-  top_BCN, ids_BCN = top_k(dist.z_BCV, spec.n, axis=dist.axis)
+  top_BCN, ids_BCN = selection.top_k(dist.z_BCV, spec.n, axis=dist.axis)
   logp_BCN = top_BCN - dist.log_mass_BC[..., None]
   if spec.kind == "topk" and spec.nucleus < 1:
     p_BCN = jnp.exp(logp_BCN)
@@ -283,15 +226,15 @@ class _Distribution(NamedTuple):
     rows = width * (1 if axis is None else jax.lax.axis_size(axis))
     if spec.vocab_size is not None and spec.vocab_size < rows:
       logits_BCV = jnp.where(ids_11V < spec.vocab_size, logits_BCV, -jnp.inf)
-    peak_BC, argmax_BC = _argmax(logits_BCV, axis)
+    peak_BC, argmax_BC = selection.peak_and_argmax(logits_BCV, axis)
     z_BCV = logits_BCV - peak_BC[..., None]
     e_BCV = jnp.exp(z_BCV)
-    mass_BC = _sum(jnp.sum(_groups(e_BCV, 0.0), (-1, -2)), axis)
+    mass_BC = selection.sum_over_shards(jnp.sum(selection.groups(e_BCV, 0.0), (-1, -2)), axis)
     return cls(z_BCV, e_BCV, mass_BC, jnp.log(mass_BC), argmax_BC, first, axis)
 
   def entropy_BC(self) -> jax.Array:
     dot_BC = jnp.sum(jnp.where(self.e_BCV > 0, self.e_BCV * self.z_BCV, 0.0), -1)
-    return self.log_mass_BC - _sum(dot_BC, self.axis) / self.mass_BC
+    return self.log_mass_BC - selection.sum_over_shards(dot_BC, self.axis) / self.mass_BC
 
   def logp(self, ids_BCN: jax.Array) -> jax.Array:
     """Log-probabilities of global ids."""
@@ -299,93 +242,10 @@ class _Distribution(NamedTuple):
     mine_BCN = (ids_BCN >= self.first) & (ids_BCN < self.first + width)
     local_BCN = jnp.where(mine_BCN, ids_BCN - self.first, 0)
     z_BCN = jnp.take_along_axis(self.z_BCV, local_BCN, -1)
-    return _sum(jnp.where(mine_BCN, z_BCN, 0.0), self.axis) - self.log_mass_BC[..., None]
-
-
-def argmax(logits_BCV: jax.Array) -> jax.Array:
-  """The likeliest tokens, the first of equals: int32 [B, C]."""
-  return _argmax(logits_BCV, None)[1]
-
-
-def _argmax(logits_BCV: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
-  """The largest logit and the lowest of the ids that have it, in one pass over V.
-
-  jnp.argmax is ten times slower on a CPU than a maximum, so: maxima of groups, then the
-  first group with the largest, then the first place in it.
-  """
-  x_BCgf = _groups(logits_BCV, -jnp.inf)
-  top_BCg = jnp.max(x_BCgf, -1)
-  peak_BC = _max(jnp.max(top_BCg, -1), axis)
-  first_equal = lambda x: jnp.argmax(x == peak_BC[..., None], -1).astype(jnp.int32)
-  group_BC = first_equal(top_BCg)
-  id_BC = group_BC * FINE + first_equal(_rows(x_BCgf, group_BC[..., None])[..., 0, :])
-  if axis is not None:
-    id_BC = id_BC + jax.lax.axis_index(axis) * logits_BCV.shape[-1]
-    mine = jnp.max(top_BCg, -1) == peak_BC
-    id_BC = jax.lax.pmin(jnp.where(mine, id_BC, jnp.iinfo(jnp.int32).max), axis)
-  return peak_BC, id_BC
-
-
-def _groups(x_BCV: jax.Array, fill: float) -> jax.Array:
-  """[B, C, V / FINE, FINE], padded to whole blocks."""
-  pad = ((0, 0), (0, 0), (0, -x_BCV.shape[-1] % BLOCK))
-  x = jnp.pad(x_BCV, pad, constant_values=fill)
-  return x.reshape(*x.shape[:2], -1, FINE)
-
-
-def _points(e_BCV: jax.Array, u_BC: jax.Array, n: int, axis: str | None) -> jax.Array:
-  """`systematic`, on unnormalised probabilities."""
-  width = e_BCV.shape[-1]
-  e_BCgf = _groups(e_BCV, 0.0)  # g: groups of FINE tokens
-  group_BCg = jnp.sum(e_BCgf, -1)
-  group_BCbf = group_BCg.reshape(*group_BCg.shape[:2], -1, FINE)
-  block_BCb = jnp.cumsum(jnp.sum(group_BCbf, -1), -1)
-
-  shard: Any = 0
-  shards = 1
-  before_BC, mass_BC = jnp.zeros_like(block_BCb[..., -1]), block_BCb[..., -1]
-  if axis is not None:
-    shard, shards = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
-    ends_BCs = jnp.cumsum(jax.lax.all_gather(mass_BC, axis, axis=2), -1)
-    mass_BC = ends_BCs[..., -1]
-    before_BC = jnp.where(shard > 0, ends_BCs[..., shard - 1], 0.0)
-  j_11N = jnp.arange(n, dtype=jnp.float32)[None, None]
-  x_BCN = (u_BC[..., None] + j_11N) / n * mass_BC[..., None]
-  if shards > 1:
-    owner_BCN, _ = _locate(ends_BCs[:, :, None, :], x_BCN)
-  x_BCN = jnp.maximum(x_BCN - before_BC[..., None], 0.0)
-
-  b_BCN, x_BCN = _locate(block_BCb[:, :, None, :], x_BCN)
-  g_BCN, x_BCN = _locate(jnp.cumsum(_rows(group_BCbf, b_BCN), -1), x_BCN)
-  g_BCN = b_BCN * FINE + g_BCN
-  f_BCN, _ = _locate(jnp.cumsum(_rows(e_BCgf, g_BCN), -1), x_BCN)
-  ids_BCN = (shard * width + g_BCN * FINE + f_BCN).astype(jnp.int32)
-  if shards > 1:
-    ids_BCN = jax.lax.psum(jnp.where(owner_BCN == shard, ids_BCN, 0), axis)
-  return ids_BCN
-
-
-def _locate(ends: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The interval that holds x, of those that end at `ends` [..., M], and how far in.
-
-  An end equal to the last one is not passed: rounding may put x past the whole, and what
-  follows the last mass is empty.
-  """
-  passed = (ends <= x[..., None]) & (ends < ends[..., -1:])
-  start = jnp.max(jnp.where(passed, ends, 0.0), -1)  # ends are nondecreasing
-  return jnp.sum(passed, -1, dtype=jnp.int32), x - start
-
-
-def _rows(table_BCrf: jax.Array, rows_BCN: jax.Array) -> jax.Array:
-  return jnp.take_along_axis(table_BCrf, rows_BCN[..., None], 2)
-
-
-def _max(x: jax.Array, axis: str | None) -> jax.Array:
-  return x if axis is None else jax.lax.pmax(x, axis)
-
-
-def _sum(x: jax.Array, axis: str | None) -> jax.Array:
-  return x if axis is None else jax.lax.psum(x, axis)
+    return (
+      selection.sum_over_shards(jnp.where(mine_BCN, z_BCN, 0.0), self.axis)
+      - self.log_mass_BC[..., None]
+    )
 
 
 def _split(x_BT: jax.Array, chunk: int) -> jax.Array:

@@ -14,7 +14,8 @@ import numpy as np
 from tensorflow_datasets.proto import tf_example_pb2
 
 from distill_jax.errors import InputError
-from distill_jax.records import codec, taps
+from distill_jax.records import codec, taps, token_codec
+from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest
 
 FIELDS = {
@@ -48,12 +49,12 @@ def _ids_feature(m: Manifest) -> str:
   return "labels" if m.labels and m.format_version > 1 else "tokens"
 
 
-def segments(seq: codec.Sequence, m: Manifest) -> np.ndarray:
+def segments(seq: Record, m: Manifest) -> np.ndarray:
   """segments_T of a record; the labels of an example are one segment."""
   return np.ones_like(seq["labels_T"]) if m.labels else seq["segments_T"]
 
 
-def encode(index: int, seq: codec.Sequence, m: Manifest) -> dict[str, bytes]:
+def encode(index: int, seq: Record, m: Manifest) -> dict[str, bytes]:
   """The fields of sequence number `index`; see codec for what `seq` holds.
 
   Raises:
@@ -62,18 +63,18 @@ def encode(index: int, seq: codec.Sequence, m: Manifest) -> dict[str, bytes]:
   if (found := len(seq[m.ids_name])) != m.seq_len:
     what = "labels" if m.labels else "tokens"
     raise InputError(f"sequence {index} has {found} {what}, not {m.seq_len}")
-  encode_ids = codec.encode_labels if m.labels else codec.encode_tokens
+  encode_ids = token_codec.encode_labels if m.labels else token_codec.encode_tokens
   fields = {"key": key(index, m), _ids_feature(m): encode_ids(seq, m.spec)}
   if m.kind != "text":
     fields |= codec.encode_targets(seq, m.spec)
   if m.smoothing:
-    fields["smoothing"] = codec.encode_smoothing({**seq, "segments_T": segments(seq, m)})
+    fields["smoothing"] = token_codec.encode_smoothing({**seq, "segments_T": segments(seq, m)})
   if m.taps is not None:
     fields["taps"] = taps.encode(seq, m.taps)
   return fields
 
 
-def decode(index: int, fields: dict[str, bytes], m: Manifest) -> codec.Sequence:
+def decode(index: int, fields: dict[str, bytes], m: Manifest) -> Record:
   """The inverse of `encode`; raises InputError if the record is not number `index` of m."""
   if sorted(fields) != sorted(names(m)):
     raise InputError(f"it has the fields {sorted(fields)} where {sorted(names(m))} belong")
@@ -83,12 +84,12 @@ def decode(index: int, fields: dict[str, bytes], m: Manifest) -> codec.Sequence:
       f"it is record {number} of store {tag.hex()} where record {index} of store {m.tag.hex()} "
       "belongs"
     )
-  decode_ids = codec.decode_labels if m.labels else codec.decode_tokens
+  decode_ids = token_codec.decode_labels if m.labels else token_codec.decode_tokens
   seq = decode_ids(fields[_ids_feature(m)], m.spec)
   if m.kind != "text":
     seq |= codec.decode_targets(fields, seq["mask_T"], m.spec)
   if m.smoothing:
-    seq["smoothing_T"] = codec.decode_smoothing(fields["smoothing"], segments(seq, m))
+    seq["smoothing_T"] = token_codec.decode_smoothing(fields["smoothing"], segments(seq, m))
   if m.taps is not None:
     seq |= taps.decode(fields["taps"], seq["segments_T"], m.taps)
   return seq

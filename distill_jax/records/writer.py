@@ -23,6 +23,7 @@ from array_record.python import array_record_module
 from distill_jax.errors import InputError
 from distill_jax.records import codec, tf_example, tfds_info
 from distill_jax.records import manifest as manifest_lib
+from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest, Shard
 from distill_jax.runtime import atomic_io
 
@@ -107,7 +108,7 @@ class Writer:
         known[r.start] = Shard(**json.loads(note.read_text()))
     return {first: s for first, s in known.items() if is_there(self.folder, s)}
 
-  def write_shard(self, sequences_of: range, sequences: Iterable[codec.Sequence]) -> Shard:
+  def write_shard(self, sequences_of: range, sequences: Iterable[Record]) -> Shard:
     """Writes one whole shard. Returns when it is on disk and registered.
 
     Args:
@@ -141,7 +142,7 @@ class Writer:
       self._publish(part, path, shard, number)
     return shard
 
-  def _write(self, part: Path, sequences_of: range, sequences: Iterable[codec.Sequence]) -> dict:
+  def _write(self, part: Path, sequences_of: range, sequences: Iterable[Record]) -> dict:
     fields: dict[str, int] = dict.fromkeys(tf_example.names(self.manifest), 0)
     tokens = targets = entries = count = 0
     writer = array_record_module.ArrayRecordWriter(str(part), options(self.manifest.seq_len))

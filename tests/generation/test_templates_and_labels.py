@@ -19,7 +19,7 @@ from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.losses import ce
 from distill_jax.nn import fused_head
-from distill_jax.records import codec
+from distill_jax.records import token_codec
 from distill_jax.records.store import open_store
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loader
@@ -213,12 +213,12 @@ def test_smoothed_labels_and_their_gradient():
 def test_smoothing_on_disk():
   segments = np.array([1, 1, 2, 3, 3, 0, 0], np.int32)
   x = np.array([0.5, 0.5, 0, 0.25, 0.25, 9, 9], np.float32)
-  data = codec.encode_smoothing({"segments_T": segments, "smoothing_T": x})
+  data = token_codec.encode_smoothing({"segments_T": segments, "smoothing_T": x})
   assert len(data) == 6
-  np.testing.assert_array_equal(codec.decode_smoothing(data, segments), [*x[:5], 0, 0])
-  np.testing.assert_array_equal(codec.decode_smoothing(data[:4], np.array([1, 2])), [0.5, 0])
+  np.testing.assert_array_equal(token_codec.decode_smoothing(data, segments), [*x[:5], 0, 0])
+  np.testing.assert_array_equal(token_codec.decode_smoothing(data[:4], np.array([1, 2])), [0.5, 0])
   for bad, match in ((x + np.arange(7), "differs within"), (x + 1, "from 1.0 to 1.5")):
     with pytest.raises(InputError, match=match):
-      codec.encode_smoothing({"segments_T": segments, "smoothing_T": bad.astype(np.float32)})
+      token_codec.encode_smoothing({"segments_T": segments, "smoothing_T": bad.astype(np.float32)})
   with pytest.raises(InputError, match="bytes of smoothing"):
-    codec.decode_smoothing(data, np.array([1, 2]))
+    token_codec.decode_smoothing(data, np.array([1, 2]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distill_jax.errors import InputError
-from distill_jax.records import bits, codec, taps
+from distill_jax.records import bits, codec, taps, token_codec
 from distill_jax.records.fields import RecordSpec
 from distill_jax.records.manifest import Taps
 
@@ -47,7 +47,7 @@ def sequence(spec, T, seed=0, mask=0.9):
 
 
 def round_trip(seq, spec):
-  tokens = codec.decode_tokens(codec.encode_tokens(seq, spec), spec)
+  tokens = token_codec.decode_tokens(token_codec.encode_tokens(seq, spec), spec)
   if spec.kind == "text":
     return tokens
   return tokens | codec.decode_targets(codec.encode_targets(seq, spec), tokens["mask_T"], spec)
@@ -148,16 +148,16 @@ def realistic(T=8192, V=151_936, n=63):
 
 def test_size_and_speed():
   spec, seq = RecordSpec("sampled", 63, 151_936), realistic()
-  data, fields = codec.encode_tokens(seq, spec), codec.encode_targets(seq, spec)
+  data, fields = token_codec.encode_tokens(seq, spec), codec.encode_targets(seq, spec)
   T, E = len(seq["tokens_T"]), codec.count_entries(fields)
   assert 11 < E / T < 15  # the case that the target names
   size = len(data) + sum(map(len, fields.values()))
   assert size / T < 0.85 * (3 * E / T + 6)
-  mask_T = codec.decode_tokens(data, spec)["mask_T"]
+  mask_T = token_codec.decode_tokens(data, spec)["mask_T"]
   best = 1e9
   for _ in range(5):
     start = time.process_time()
-    codec.decode_tokens(data, spec)
+    token_codec.decode_tokens(data, spec)
     codec.decode_targets(fields, mask_T, spec)
     best = min(best, time.process_time() - start)
   # The target is 2 million; half of it here, because the machine is shared.

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from distill_jax.errors import InputError
 from distill_jax.nn import sharding
-from distill_jax.records import sampler
+from distill_jax.records import sampler, selection
 from distill_jax.records.sampler import SamplerSpec
 
 
@@ -27,7 +27,7 @@ def reference(logits, u, n):
 
 
 def draw(logits, u, n):
-  return np.asarray(sampler.systematic(jnp.asarray(logits, jnp.float32), jnp.asarray(u), n))
+  return np.asarray(selection.systematic(jnp.asarray(logits, jnp.float32), jnp.asarray(u), n))
 
 
 LOGITS = {
@@ -133,7 +133,7 @@ def test_topk_and_temperature():
 def test_top_k_is_that_of_jax_with_ties(V):
   x = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 5, V)).astype(np.float32))
   for k in (1, 2, 17):
-    for got, want in zip(sampler.top_k(x, k), jax.lax.top_k(x, k), strict=True):
+    for got, want in zip(selection.top_k(x, k), jax.lax.top_k(x, k), strict=True):
       np.testing.assert_array_equal(got, want)
 
 

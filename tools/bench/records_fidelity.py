@@ -66,6 +66,7 @@ from distill_jax.losses import DenseTargets, SampledTargets, TopKTargets, kd
 from distill_jax.nn import fused_head, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.records import bits, codec, collate, sampler, tf_example, writer
+from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.sampler import SamplerSpec
 from distill_jax.types import Batch, Mean, Targets
@@ -189,7 +190,7 @@ LOSSES: dict[str, PerToken] = {
 
 
 def sampled(
-  batch: Batch, rows: list[codec.Sequence], teacher: DenseTargets, n: int, chunk: int
+  batch: Batch, rows: list[Record], teacher: DenseTargets, n: int, chunk: int
 ) -> tuple[SampledTargets, list[bytes], float]:
   """Our records of the batch: targets as a reader decodes them, the bytes, entries a target."""
   V = teacher.head_VD.shape[0]
@@ -348,7 +349,7 @@ TEXTS: dict[str, Callable[[], Iterable[str]]] = {
 
 def sequences(
   text: str, tokenizer: tokenizers.Tokenizer, positions: int, seq_len: int
-) -> list[codec.Sequence]:
+) -> list[Record]:
   """The first `positions` of a text as rows of seq_len, none of them padding."""
   if positions < seq_len or positions % seq_len:
     raise InputError(f"{positions} positions are no whole rows of seq_len={seq_len}; change one")
@@ -366,7 +367,7 @@ def sequences(
 
 
 def measure(
-  rows: list[codec.Sequence], batch: Batch, teacher: DenseTargets, student: DenseTargets, chunk: int
+  rows: list[Record], batch: Batch, teacher: DenseTargets, student: DenseTargets, chunk: int
 ) -> dict[str, dict[str, float]]:
   """FIGURES of every kind. `teacher` and `student` are dense targets of the batch."""
   V, tokens = teacher.head_VD.shape[0], batch.labels_BT.size
