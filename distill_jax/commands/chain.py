@@ -34,7 +34,7 @@ from distill_jax.training import loop, optim, validate
 
 MADE, DONE, SCORES, EXPORTED = "made.json", "done.json", "evaluation.json", "exported.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-RESERVED = ("teacher", "start", evaluation.ANSWERS)  # names of models, and of a folder beside
+RESERVED = ("teacher", "start", evaluation.RESULTS)  # names of models, and of a folder beside
 
 
 @dataclasses.dataclass(frozen=True)

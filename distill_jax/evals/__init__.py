@@ -13,6 +13,7 @@ Modules whose names begin with "_" are how they are measured.
 
 SHARED = (
   "generative",
+  "heldout",
   "likelihood",
   "lm_eval",
   "model_slot",

@@ -13,10 +13,11 @@ from distill_jax.config import Config
 from distill_jax.data import jsonl
 from distill_jax.errors import InputError
 from distill_jax.evals import _option_letter, _scores
+from distill_jax.evals.model_slot import ModelSlot
 from distill_jax.evals.questions import Questions, judged
 from distill_jax.filters import answers, code, exact
 from distill_jax.filters.samples import Sample, Unjudgeable, answer_part
-from distill_jax.generation import dispatch, local, outputs
+from distill_jax.generation import dispatch, outputs
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.options import ServerOptions
 from distill_jax.generation.sampling import Sampling
@@ -28,12 +29,7 @@ VERDICTS, LEFT_OUT = "verdicts.jsonl", "left_out.jsonl"
 
 
 def measure(
-  config: Config,
-  model: ModelOptions,
-  benchmark: Any,
-  questions: Questions,
-  folder: Path,
-  load_model: local.LoadModel,
+  config: Config, model: ModelSlot, benchmark: Any, questions: Questions, folder: Path
 ) -> dict[str, Any]:
   """Samples a model's answers to every question, and judges them.
 
@@ -57,26 +53,24 @@ def measure(
     job = generation_job(config, model, benchmark, folder)
     distributed.run_on_process_0(lambda: _check_same_settings(job, folder))
     jsonl.write(folder / PROMPTS, (q for _, q in questions.good), ensure_ascii=True)
-    dispatch.generate(job, folder, load_model)
+    dispatch.generate(job, folder, model.unrolled)
   except InputError as e:
     raise InputError(f"evals.{questions.name}: {e}") from e
   distributed.run_on_process_0(lambda: row.update(_judge(benchmark, questions, folder)))
   return row
 
 
-def generation_job(
-  config: Config, model: ModelOptions, benchmark: Any, folder: Path
-) -> GenerationJob:
+def generation_job(config: Config, model: ModelSlot, benchmark: Any, folder: Path) -> GenerationJob:
   """The job that samples answers to the questions in `folder`.
 
   It decodes and prompts as section `generate` says, and samples as `evaluate` and the benchmark
   say. generate.server is the teacher's; another model is served where its source is an address.
   """
   c, server = config.evaluate, ServerOptions()
-  if is_served(model):
-    url, _, name = model.source.partition("#")
+  if is_served(model.options):
+    url, _, name = model.options.source.partition("#")
     server = dataclasses.replace(config.generate.server, url=url, model=name, top_logprobs=0)
-  elif model is config.teacher:
+  elif model.is_teacher:
     server = config.generate.server
   samples = benchmark.samples or c.samples
   if samples > 1 and c.temperature == 0:
@@ -85,7 +79,8 @@ def generation_job(
       "them all the same; ask for 1, or set a temperature"
     )
   return GenerationJob(
-    model=model,
+    model=model.options,
+    open_model=lambda: model.source,
     data=config.data,
     mesh=config.mesh,
     decoding=config.generate,
@@ -103,9 +98,9 @@ def generation_job(
   )
 
 
-def is_served(model: ModelOptions) -> bool:
+def is_served(options: ModelOptions) -> bool:
   """Whether a model's source is the address of a server."""
-  return model.source.startswith(("http://", "https://"))
+  return options.source.startswith(("http://", "https://"))
 
 
 def _check_same_settings(job: GenerationJob, folder: Path) -> None:

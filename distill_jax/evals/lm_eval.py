@@ -26,7 +26,6 @@ from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.options import DecodingOptions
 from distill_jax.generation.sampling import Sampling
 from distill_jax.generation.stops import Stops
-from distill_jax.models import loading
 from distill_jax.nn import sharding
 
 try:
@@ -76,9 +75,8 @@ class Adapter(LM):
     self.mesh = sharding.make_mesh(**vars(self.config.mesh))
     sharding.check_batch("batch_size", batch_size, self.mesh)
     self._batch_size, self._seed = batch_size, seed
-    self._model = ModelSlot(self.config.teacher, self.mesh, loading.keys(seed)["teacher"])
-    self._pretrained = self._model.source.pretrained
-    self.tokens = corpus.tokenizer_of(self.config.data, self._pretrained)
+    self._model = ModelSlot(self.config.teacher, self.mesh, seed, is_teacher=True)
+    self.tokens = self._model.tokenizer(self.config.data)
     longest = self._model.source.config.max_position_embeddings
     if not 0 <= max_length <= longest:
       raise InputError(f"max_length is {max_length} and this model reads at most {longest} tokens")
@@ -97,7 +95,7 @@ class Adapter(LM):
     return self._template().render(chat_history, add_generation_prompt=add_generation_prompt)
 
   def _template(self) -> ChatTemplate:
-    return corpus.template_of(self.config.data, self._pretrained)
+    return corpus.template_of(self.config.data, self._model.source.pretrained)
 
   def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
     """(nats, whether greedy decoding gives it) of each continuation after its context."""
@@ -163,6 +161,7 @@ class Adapter(LM):
     cache_len = -(-(prompt_tokens + max_new_tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
     return GenerationJob(
       model=self.config.teacher,
+      open_model=lambda: self._model.source,
       data=self.config.data,
       mesh=self.config.mesh,
       seed=self._seed,

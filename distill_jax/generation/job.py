@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 from distill_jax.config import Config
 from distill_jax.data.options import DataOptions
@@ -19,7 +20,8 @@ class GenerationJob:
   """A request to sample texts from a model, here or on a server.
 
   Attributes:
-    model: the model that generates; with a server, its tokenizer and chat template alone are used.
+    model: the model that generates. One on a server is opened only where its tokenizer is used.
+    open_model: gives the model where it may be open already; None opens it.
     data: names the tokenizer, where it is not the model's own.
     mesh: of the devices here.
     decoding: how texts are decoded here.
@@ -51,6 +53,7 @@ class GenerationJob:
   repetition: int = 0
   ignore_eos: bool = False
   section: str = "generate"
+  open_model: Callable[[], ModelSource] | None = None
 
   @classmethod
   def from_config(cls, config: Config) -> GenerationJob:
@@ -78,8 +81,8 @@ class GenerationJob:
 
   @functools.cached_property
   def source(self) -> ModelSource:
-    """The model, opened when it is first asked for: a server's need not be here."""
-    return open_source(self.model, self.seed)
+    """The model without its weights, opened at its first use: a server's need not be here."""
+    return self.open_model() if self.open_model else open_source(self.model, self.seed)
 
   def key(self, name: str) -> str:
     """The config key of samples, max_new_tokens or on_bad, for errors."""

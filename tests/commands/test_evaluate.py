@@ -10,6 +10,7 @@ import tiny
 from distill_jax import cli, config
 from distill_jax.commands import evaluate as evaluation
 from distill_jax.errors import InputError
+from distill_jax.evals import heldout
 from distill_jax.generation import http_client, local
 from distill_jax.report import model_card, report
 
@@ -220,7 +221,7 @@ def test_refused(tmp_path, changes, says):
 def test_beside_the_loss_on_text(tmp_path, monkeypatch):
   row = {"ce": 1.0, "perplexity": 2.7, "kl": 0.0, "agreement": 1.0, "parameters": 5}
   text = {"models": {"teacher": row}, "tokens": 9.0, "corpus": "text"}  # see test_run.py
-  monkeypatch.setattr(evaluation, "_heldout", lambda *_: dict(text))
+  monkeypatch.setattr(heldout, "measure", lambda *_: dict(text))
   c = made(tmp_path, heldout=True, models={"s": ""})
   rows = [{"question": "q", "choices": ["u", "v"], "label": 0}]
   c.evals.x = config.benchmark("jsonl", path=write(tmp_path / "x.jsonl", rows), score="choice")

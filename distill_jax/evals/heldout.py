@@ -1,0 +1,178 @@
+"""Models on held-out data, beside the teacher: all on the same sequences, or on the same labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from distill_jax.config import Config
+from distill_jax.data import corpus
+from distill_jax.evals import next_token
+from distill_jax.evals.retrieval import Retrieval
+from distill_jax.evals.similarity import Similarity
+from distill_jax.models import loading
+from distill_jax.models.options import ModelOptions
+from distill_jax.nn import params, sharding
+from distill_jax.records import collate
+from distill_jax.runtime.progress import Progress
+from distill_jax.tasks import TextTask, dataset, pseudo_labels
+from distill_jax.training.step import online
+from distill_jax.types import IN_BATCH_CLASSES, Batch, Mean
+
+TIMED_PASSES = 2  # over one batch, for the throughput
+
+Row = dict[str, float]  # the results of one model
+
+
+class HeldOut(NamedTuple):
+  """The held-out data of a task, or of the corpus.
+
+  Attributes:
+    examples: records without targets.
+    classes: rows of the models' heads that are classes, or tokens.
+  """
+
+  examples: Sequence[dict[str, np.ndarray]]
+  classes: int
+
+
+def measure(
+  config: Config, models: Mapping[str, ModelOptions], mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+  """Measures models on held-out data.
+
+  Args:
+    models: by name, "teacher" among them.
+
+  Returns:
+    models, tokens, corpus and tasks, as commands/evaluate.py describes them.
+
+  Raises:
+    InputError: config, models and data do not fit together.
+  """
+  with jax.set_mesh(mesh):
+    teacher = _load(config, models, "teacher", mesh)
+    data = _tasks(config, teacher) if config.tasks else {"": _corpus(config, teacher)}
+    others = {n: _load(config, models, n, mesh) for n in models if n != "teacher"}
+    loaded = {"teacher": teacher, **others}
+    results = {name: _measure(config, loaded, part, mesh) for name, part in data.items()}
+    for name, task in config.tasks.items():
+      if isinstance(task, TextTask):
+        recorded: Any = data[name].examples
+        source, sequences = recorded.examples.source, config.evaluate.sequences
+        for model, m in loaded.items():
+          texts = pseudo_labels.decode_texts(m, task, source, mesh, sequences)
+          results[name][model] |= task.scores(texts, source)
+  tokens = {name: rows["teacher"]["tokens"] for name, rows in results.items()}
+  for rows in results.values():
+    for row in rows.values():
+      del row["tokens"]
+  first = next(iter(results))
+  evaluation = {"models": results[first], "tokens": tokens[first]}
+  if not config.tasks:
+    return evaluation | {"corpus": f"{config.data.kind} {config.data.path} heldout"}
+  return evaluation | {
+    "corpus": f"{', '.join(results)} heldout",
+    "tasks": {name: {"models": rows, "tokens": tokens[name]} for name, rows in results.items()},
+  }
+
+
+def _load(
+  config: Config, models: Mapping[str, ModelOptions], name: str, mesh: jax.sharding.Mesh
+) -> loading.LoadedModel:
+  key = loading.keys(config.seed)["teacher" if name == "teacher" else "student"]
+  return loading.open_source(models[name], config.seed).load(mesh, key)
+
+
+def _corpus(config: Config, teacher: loading.LoadedModel) -> HeldOut:
+  """Packed sequences."""
+  data = dataclasses.replace(config.data, split="heldout", sequences=config.evaluate.sequences)
+  tokenizer = corpus.tokenizer_of(data, teacher.pretrained)
+  corpus.check(data, tokenizer, teacher.config.vocab_size, teacher.config.max_position_embeddings)
+  sequences = list(corpus.sequences(data, tokenizer, teacher.pretrained))
+  return HeldOut(sequences, tokenizer.vocab_size)
+
+
+def _tasks(config: Config, teacher: loading.LoadedModel) -> dict[str, HeldOut]:
+  """The examples of each task; the heads have the classes of all."""
+  examples = {
+    name: dataset.open_examples(
+      config, name, "heldout", teacher.pretrained, config.evaluate.sequences
+    )
+    for name in config.tasks
+  }
+  dataset.check_model(examples, teacher.config)
+  classes = sum(e.source.classes for e in examples.values())
+  ranges = dataset.class_ranges(examples)
+  return {
+    name: HeldOut(dataset.RecordedTask(e, class_range=ranges[name]), classes)
+    for name, e in examples.items()
+  }
+
+
+def _measure(
+  config: Config,
+  models: Mapping[str, loading.LoadedModel],
+  data: HeldOut,
+  mesh: jax.sharding.Mesh,
+) -> dict[str, Row]:
+  """Runs every model on every batch; the teacher once a batch for all of them."""
+  chunk, size = config.evaluate.chunk, config.evaluate.batch_size
+  batch_sharding = sharding.batch_sharding(mesh)
+  forward = {n: jax.jit(functools.partial(online, compute=m.compute)) for n, m in models.items()}
+  compare = jax.jit(
+    functools.partial(next_token.compare, chunk=chunk, vocab_size=data.classes),
+    out_shardings=sharding.replicated(mesh),
+  )
+  totals: dict[str, dict[str, Mean]] = {}
+  embeddings = _embedding_metrics(data.classes)
+  positions = len(data.examples[0]["mask_T"])
+  batches = -(-len(data.examples) // size)
+  with Progress("evaluate", batches * size * positions, "tokens") as progress:
+    for own in collate.padded_batches(data.examples, size, dataset.reader(config.tasks)):
+      batch = collate.to_device(own, batch_sharding)
+      outputs = {n: forward[n](m.model, batch.inputs)[0] for n, m in models.items()}
+      means = jax.device_get(compare(outputs, batch))
+      if embeddings is not None:
+        embeddings.add(outputs, batch)
+      totals = jax.tree.map(np.add, totals, means) if totals else means
+      progress.add(batch.mask_BT.size)
+  rows = {n: _row(totals[n]) | _size(m) | _speed(m, batch, chunk) for n, m in models.items()}
+  if embeddings is None:
+    return rows
+  return {n: row | embeddings.row(n) for n, row in rows.items()}
+
+
+def _embedding_metrics(classes: int) -> Retrieval | Similarity | None:
+  """The metrics of models whose outputs are embeddings: of pairs, or a head of one row."""
+  if classes == IN_BATCH_CLASSES:
+    return Retrieval()
+  return Similarity() if classes == 1 else None
+
+
+def _row(means: Mapping[str, Mean]) -> Row:
+  row = {name: float(mean.value()) for name, mean in means.items()}
+  return row | {"perplexity": math.exp(min(row["ce"], 700)), "tokens": float(means["ce"].count)}
+
+
+def _size(m: loading.LoadedModel) -> Row:
+  weights = jax.tree.leaves(m.model)
+  return {"parameters": params.count(m.model), "bytes": sum(w.nbytes for w in weights)}
+
+
+def _speed(m: loading.LoadedModel, batch: Batch, chunk: int) -> Row:
+  """Tokens a second of scoring one batch."""
+  score = jax.jit(functools.partial(next_token.score, compute=m.compute, chunk=chunk))
+  jax.block_until_ready(score(m.model, batch))  # compiles it
+  start = time.perf_counter()
+  for _ in range(TIMED_PASSES):
+    jax.block_until_ready(score(m.model, batch))
+  seconds = time.perf_counter() - start
+  return {"tokens_per_second": TIMED_PASSES * batch.mask_BT.size / seconds}
