@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -218,6 +218,24 @@ class Output(struct.PyTreeNode):
   taps_PBTD: jax.Array | None = None
   embedding_BTD: jax.Array | None = None
   contrastive: bool = struct.field(pytree_node=False, default=False)
+
+
+class Model(Protocol):
+  """A family's model: its parameters, and how its outputs are computed from its inputs."""
+
+  config: Any  # the family's Config
+
+  def __call__(self, inputs: Any, compute: Any, taps: tuple[int, ...] = ()) -> Output:
+    """The outputs.
+
+    Args:
+      inputs: of the type that the family reads; see Batch.
+      compute: an nn.layers.ComputeConfig.
+      taps: layers whose outputs are kept beside, in ascending order.
+    """
+
+  def qkv(self, layer: int, x: Any, inputs: Any, compute: Any) -> tuple[Any, Any, Any]:
+    """(q, k, v) of a layer, each [B, T, heads, h], from the output of the layer before it."""
 
 
 class Mean(struct.PyTreeNode):

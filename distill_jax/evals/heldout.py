@@ -23,7 +23,7 @@ from distill_jax.nn import params, sharding
 from distill_jax.records import collate
 from distill_jax.runtime.progress import Progress
 from distill_jax.tasks import TextTask, dataset, pseudo_labels
-from distill_jax.training.step import online
+from distill_jax.training.outputs import run_teacher
 from distill_jax.types import IN_BATCH_CLASSES, Batch, Mean
 
 TIMED_PASSES = 2  # over one batch, for the throughput
@@ -126,7 +126,9 @@ def _measure(
   """Runs every model on every batch; the teacher once a batch for all of them."""
   chunk, size = config.evaluate.chunk, config.evaluate.batch_size
   batch_sharding = sharding.batch_sharding(mesh)
-  forward = {n: jax.jit(functools.partial(online, compute=m.compute)) for n, m in models.items()}
+  forward = {
+    n: jax.jit(functools.partial(run_teacher, compute=m.compute)) for n, m in models.items()
+  }
   compare = jax.jit(
     functools.partial(next_token.compare, chunk=chunk, vocab_size=data.classes),
     out_shardings=sharding.replicated(mesh),

@@ -15,7 +15,7 @@ from flax import struct
 
 from distill_jax.errors import InputError
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.types import Batch, Inputs, Mean, Output
+from distill_jax.types import Batch, Mean, Model, Output
 
 Pairs = tuple[tuple[int, int], ...]  # (student layer, teacher layer)
 
@@ -47,7 +47,7 @@ class FeatureSpec:
     """The layers whose outputs are tapped for them."""
     return tuple(sorted({*self.hidden, *(layer - 1 for layer in self.qkv)}))
 
-  def extract(self, model: Any, out: Output, inputs: Inputs, compute: ComputeConfig) -> Features:
+  def extract(self, model: Model, out: Output, inputs: Any, compute: ComputeConfig) -> Features:
     """The features from the outputs of a model that ran with `taps`."""
     if not self.taps:
       return Features({}, {}, out.embedding_BTD)

@@ -24,6 +24,7 @@ from distill_jax.errors import InputError
 from distill_jax.models.options import StudentOptions
 from distill_jax.nn import layer_sharing, lora, params, quantise, sharding
 from distill_jax.nn.layers import ComputeConfig
+from distill_jax.types import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +75,12 @@ class Trainable:
     del keys, shardings, pretrained
     return model
 
-  def model(self, trained: Any, base: Any = None) -> Any:
+  def model(self, trained: Any, base: Model | None = None) -> Model:
     """The model as the training step computes it, differentiable in what is trained."""
     del base
     return trained
 
-  def merge(self, trained: Any, base: Any, mesh: Mesh, compute: ComputeConfig) -> Any:
+  def merge(self, trained: Any, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
     """The trained model in its family's ordinary form, on the mesh; `trained` may be donated."""
     del base, mesh, compute
     return trained
@@ -101,7 +102,7 @@ class Frozen(Trainable):
         f"{', '.join(names)}"
       )
 
-  def model(self, trained: Any, base: Any = None) -> Any:
+  def model(self, trained: Any, base: Model | None = None) -> Model:
     del base
 
     def leaf(x: jax.Array, trainable: bool) -> jax.Array:
@@ -128,10 +129,10 @@ class Lora(Trainable):
     init = functools.partial(self.init, abstract, pretrained=pretrained)
     return jax.jit(init, out_shardings=shardings)(keys["lora"])
 
-  def model(self, trained: Any, base: Any = None) -> Any:
+  def model(self, trained: Any, base: Model | None = None) -> Model:
     return lora.with_adapters(base, trained)
 
-  def merge(self, trained: Any, base: Any, mesh: Mesh, compute: ComputeConfig) -> Any:
+  def merge(self, trained: Any, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
     """The base with its adapters merged; the base is donated."""
     shardings = sharding.shardings(base, mesh, compute.rules)
     return jax.jit(lora.merge_adapters, out_shardings=shardings, donate_argnums=0)(base, trained)
@@ -148,7 +149,7 @@ class Quantised(Trainable):
     if not self.options.bits:
       raise InputError("student.train is 'quantised' and student.quantise.bits is 0; set 4 or 8")
 
-  def merge(self, trained: Any, base: Any, mesh: Mesh, compute: ComputeConfig) -> Any:
+  def merge(self, trained: Any, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
     """The model with its weights rounded to their grids."""
     del base
     round_to_grid = functools.partial(quantise.tree, spec=self.options)
@@ -176,11 +177,11 @@ class Shared(Trainable):
     key = jax.random.fold_in(keys["student"], 1)
     return jax.jit(init, out_shardings=shardings)(model, key=key)
 
-  def model(self, trained: Any, base: Any = None) -> Any:
+  def model(self, trained: Any, base: Model | None = None) -> Model:
     del base
     return trained.with_adapters()
 
-  def merge(self, trained: Any, base: Any, mesh: Mesh, compute: ComputeConfig) -> Any:
+  def merge(self, trained: Any, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
     model = self.unshare(trained, mesh, compute)
     if not self.integers.bits:
       return model

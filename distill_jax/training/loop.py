@@ -56,7 +56,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     checkpoint.manager(workdir, c.keep, c.keep_every) as saves,
     distributed.Preemption() as preemption,
   ):
-    inputs = prepare(config, mesh, saves, step, stores, metadata)
+    inputs = prepare(step, config, stores, mesh=mesh, saves=saves, metadata=metadata)
     state, start = inputs.state, int(inputs.state.step)
     if start == c.steps:
       return read_metrics(workdir)[-1]  # finished before

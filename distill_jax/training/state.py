@@ -15,9 +15,10 @@ from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
 from distill_jax.records import collate
 from distill_jax.runtime import checkpoint
-from distill_jax.training.step import Step, Teachers
+from distill_jax.training.outputs import Teachers
+from distill_jax.training.step import Step
 from distill_jax.training.stores import Stores, batches, teacher_manifest
-from distill_jax.types import TrainState
+from distill_jax.types import Model, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class TrainInputs:
 
   state: TrainState
   teachers: Teachers
-  base: Any = None
+  base: Model | None = None
 
 
 def online_teachers(config: Config) -> dict[str, ModelOptions]:
@@ -45,11 +46,12 @@ def online_teachers(config: Config) -> dict[str, ModelOptions]:
 
 
 def prepare(
+  step: Step,
   config: Config,
+  stores: Stores,
+  *,
   mesh: Mesh,
   saves: ocp.CheckpointManager,
-  step: Step,
-  stores: Stores,
   metadata: dict[str, Any],
 ) -> TrainInputs:
   """Builds what the step is given: from the last checkpoint, or as before step 0.
@@ -74,7 +76,7 @@ def prepare(
   adapters = _adapters(step, stores, keys["adapters"])
   if any(fn.fits_adapters and name in adapters for name, fn in step.feature_losses.items()):
     batch = collate.to_device(next(batches(config, stores)), sharding.batch_sharding(mesh))
-    adapters |= jax.jit(step.fit)(trained, adapters, batch, teachers, base)
+    adapters |= jax.jit(step.fit)((trained, adapters), batch, teachers, base)
   init = jax.jit(step.init, out_shardings=shardings, donate_argnums=0)
   return TrainInputs(init(trained, adapters), teachers, base)
 

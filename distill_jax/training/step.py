@@ -11,16 +11,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distill_jax.losses import BaseLoss, DenseTargets, FeatureLoss, TokenLoss, features
+from distill_jax.losses import BaseLoss, FeatureLoss, TokenLoss, features
 from distill_jax.losses.features import Features, FeatureSpec
 from distill_jax.models.trainables import WHOLE, Trainable
 from distill_jax.nn import fused_head
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.training import token_metrics
-from distill_jax.types import Batch, Mean, Output, Recorded, Targets, TrainState
+from distill_jax.training.outputs import (
+  Teachers,
+  label_each_output,
+  recorded_features,
+  run_teacher,
+)
+from distill_jax.types import Batch, Mean, Model, Output, Recorded, Targets, TrainState
 
-NO_FEATURES = FeatureSpec()
-Teachers = Mapping[str, Any]  # models of online teachers, by name
 Weights = dict[str, jax.Array]  # of the losses, by name
 Metrics = dict[str, jax.Array]  # scalars
 
@@ -38,7 +42,7 @@ class Fixed(NamedTuple):
   teachers: Teachers
   step: jax.Array | int
   label_count: jax.Array | float
-  base: Any = None
+  base: Model | None = None
 
 
 class Prepared(NamedTuple):
@@ -112,7 +116,7 @@ class Step:
     return TrainState(jnp.zeros((), jnp.int32), trained, adapters, opt, balance)
 
   def __call__(
-    self, state: TrainState, batch: Batch, teachers: Teachers, base: Any = None
+    self, state: TrainState, batch: Batch, teachers: Teachers, base: Model | None = None
   ) -> tuple[TrainState, Metrics]:
     """One step: (state, batch, online teachers by name) -> (state, metrics as scalars).
 
@@ -194,10 +198,10 @@ class Step:
         total += weights[name] / fixed.label_count * means[name].total
     return total, means
 
-  def _prepare(self, model: Any, batch: Batch, teachers: Teachers) -> Prepared:
+  def _prepare(self, model: Model, batch: Batch, teachers: Teachers) -> Prepared:
     """Runs the student and its online teachers, and reads the recorded ones."""
     ours, theirs = self.feature_specs()
-    out: Output = model(batch.inputs, self.student, ours.taps)
+    out = model(batch.inputs, self.student, ours.taps)
     targets, taught = self._teacher_outputs(batch, teachers, theirs)
     labelled = batch.with_contrastive_labels() if out.contrastive else batch
     student = ours.extract(model, out, batch.inputs, self.student)
@@ -221,16 +225,22 @@ class Step:
       metrics = token_metrics.means(jax.lax.stop_gradient(logits_BCV), piece, self.parts)
       return total, means | metrics
 
-    batch = _per_output(prepared.batch, out)
+    batch = label_each_output(prepared.batch, out)
     return fused_head.loss(
       chunk_loss, out.hidden_BTD, out.head_VD, batch, self.chunk, self.vocab_size
     )
 
   def fit(
-    self, trained: Any, adapters: dict[str, Any], batch: Batch, teachers: Teachers, base: Any = None
+    self, trained: Any, batch: Batch, teachers: Teachers, base: Model | None = None
   ) -> dict[str, Any]:
-    """The adapters of those losses that fit theirs on one batch, fitted."""
-    prepared = self._prepare(self.trainable.model(trained, base), batch, teachers)
+    """The adapters of those losses that fit theirs on one batch, fitted.
+
+    Args:
+      trained: (what is trained of the student, adapters of losses), as in `loss`.
+    """
+    trained_params, adapters = trained
+    model = self.trainable.model(trained_params, base)
+    prepared = self._prepare(model, batch, teachers)
     return {
       name: fn.fit(
         adapters[name],
@@ -262,18 +272,11 @@ class Step:
     targets, taught = dict(batch.targets), {}
     for name, t in targets.items():
       if t.taps_BPTD is not None:
-        taught[name] = self._recorded_features(t.taps_BPTD)
+        taught[name] = recorded_features(t.taps_BPTD, self.recorded, self.teacher_config)
         targets[name] = t.replace(taps_BPTD=None)
     for name, model in teachers.items():
-      targets[name], taught[name] = online(model, batch.inputs, self.teacher, spec)
+      targets[name], taught[name] = run_teacher(model, batch.inputs, self.teacher, spec)
     return targets, taught
-
-  def _recorded_features(self, taps_BPTD: jax.Array) -> Features:
-    by_layer = {layer: taps_BPTD[:, i] for i, layer in enumerate(self.recorded.taps)}
-    if self.recorded.tap_kind == "hidden":
-      return Features(by_layer, {})
-    split = functools.partial(features.unflat_qkv, config=self.teacher_config)
-    return Features({}, {layer: split(x) for layer, x in by_layer.items()})
 
   def _balance(
     self, state: TrainState, batch: Batch, fixed: Fixed, weights: Weights
@@ -307,40 +310,3 @@ class Step:
     """[B, ...] -> [accumulate, B / accumulate, ...], each spread over devices as B was."""
     rows = x_B.reshape(x_B.shape[0] // self.accumulate, self.accumulate, *x_B.shape[1:])
     return jnp.moveaxis(rows, 1, 0)
-
-
-def _per_output(batch: Batch, out: Output) -> Batch:
-  """The batch with one position for each of the student's outputs.
-
-  Students with a distillation token (models/deit.py) have two outputs a label: the first is
-  trained on labels, the second on teachers.
-  """
-  T = batch.labels_BT.shape[1]
-  if out.hidden_BTD.shape[1] == T:
-    return batch
-
-  def twice(tree: Any) -> Any:
-    return jax.tree.map(lambda x_BT: jnp.repeat(x_BT, 2, axis=1), tree)
-
-  targets = {
-    name: twice(t.replace(head_VD=None)).replace(head_VD=t.head_VD)
-    for name, t in batch.targets.items()
-  }
-  second_BT = jnp.broadcast_to(jnp.arange(2 * T)[None] % 2 == 1, (len(batch.labels_BT), 2 * T))
-  doubled = twice(batch.replace(inputs=None, valid_BS=None, targets={}))
-  return doubled.replace(targets=targets, distill_token_BT=second_BT)
-
-
-def online(
-  model: Any, inputs: Any, compute: ComputeConfig, spec: FeatureSpec = NO_FEATURES
-) -> tuple[DenseTargets, Features]:
-  """Runs a teacher beside the student: its hidden states, head and features, no logits."""
-  with jax.named_scope("teacher"):
-    out: Output = model(inputs, compute, spec.taps)
-    targets = DenseTargets(
-      hidden_BTD=out.hidden_BTD,
-      head_VD=out.head_VD,
-      soft_cap=out.soft_cap,
-      contrastive=out.contrastive,
-    )
-    return jax.lax.stop_gradient((targets, spec.extract(model, out, inputs, compute)))

@@ -13,7 +13,7 @@ from distill_jax.losses import ce
 from distill_jax.models import gemma3
 from distill_jax.nn import fused_head, layers
 from distill_jax.records import sampler
-from distill_jax.training import step
+from distill_jax.training import outputs, step
 from distill_jax.types import Batch
 
 # Heads of 12 wide, scaled as if of 20; every second layer sees all, the others 5 positions.
@@ -135,7 +135,7 @@ def test_a_cap_is_everywhere_that_logits_are():
     assert parity.error(a, b) < parity.GRADIENT
 
   np.testing.assert_allclose(lm.score(model, batch, compute, 5).value(), want, rtol=1e-5)
-  said, _ = step.online(model, inputs, compute)
+  said, _ = outputs.run_teacher(model, inputs, compute)
   means = lm.compare({"teacher": said, "student": said}, batch, 5)
   for name in ("teacher", "student"):
     np.testing.assert_allclose(means[name]["ce"].value(), want, rtol=1e-5)

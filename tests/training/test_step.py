@@ -14,7 +14,7 @@ from distill_jax.nn import params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.schedules import constant
 from distill_jax.training import optim
-from distill_jax.training.step import online
+from distill_jax.training.outputs import run_teacher
 from distill_jax.types import Batch
 
 
@@ -125,7 +125,7 @@ def test_identical_teacher_gives_no_kl_and_no_gradient():
 def test_online_targets_carry_no_gradient_to_the_teacher():
   model = llama.Model(llama.TINY, jax.random.key(3))
   batch = make_batch()
-  total = lambda m: jnp.sum(online(m, batch.inputs, ComputeConfig())[0].hidden_BTD)
+  total = lambda m: jnp.sum(run_teacher(m, batch.inputs, ComputeConfig())[0].hidden_BTD)
   assert all(not np.any(g) for g in jax.tree.leaves(jax.grad(total)(model)))
 
 

@@ -1,0 +1,63 @@
+"""What teachers output on a batch, and a batch's labels for each output of the student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distill_jax.losses import DenseTargets, features
+from distill_jax.losses.features import Features, FeatureSpec
+from distill_jax.nn.layers import ComputeConfig
+from distill_jax.types import Batch, Model, Output, Recorded
+
+NO_FEATURES = FeatureSpec()
+Teachers = Mapping[str, Model]  # the online ones, by name
+
+
+def run_teacher(
+  model: Model, inputs: Any, compute: ComputeConfig, spec: FeatureSpec = NO_FEATURES
+) -> tuple[DenseTargets, Features]:
+  """Runs an online teacher: its hidden states, head and features, without logits or gradient."""
+  with jax.named_scope("teacher"):
+    out = model(inputs, compute, spec.taps)
+    targets = DenseTargets(
+      hidden_BTD=out.hidden_BTD,
+      head_VD=out.head_VD,
+      soft_cap=out.soft_cap,
+      contrastive=out.contrastive,
+    )
+    return jax.lax.stop_gradient((targets, spec.extract(model, out, inputs, compute)))
+
+
+def recorded_features(taps_BPTD: jax.Array, recorded: Recorded, teacher_config: Any) -> Features:
+  """The features of a recorded teacher, from its taps."""
+  by_layer = {layer: taps_BPTD[:, i] for i, layer in enumerate(recorded.taps)}
+  if recorded.tap_kind == "hidden":
+    return Features(by_layer, {})
+  qkv = {layer: features.unflat_qkv(x, teacher_config) for layer, x in by_layer.items()}
+  return Features({}, qkv)
+
+
+def label_each_output(batch: Batch, out: Output) -> Batch:
+  """The batch with one position for each of the student's outputs.
+
+  Students with a distillation token (models/deit.py) have two outputs a label: the first is
+  trained on labels, the second on teachers.
+  """
+  T = batch.labels_BT.shape[1]
+  if out.hidden_BTD.shape[1] == T:
+    return batch
+
+  def twice(tree: Any) -> Any:
+    return jax.tree.map(lambda x_BT: jnp.repeat(x_BT, 2, axis=1), tree)
+
+  targets = {
+    name: twice(t.replace(head_VD=None)).replace(head_VD=t.head_VD)
+    for name, t in batch.targets.items()
+  }
+  second_BT = jnp.broadcast_to(jnp.arange(2 * T)[None] % 2 == 1, (len(batch.labels_BT), 2 * T))
+  doubled = twice(batch.replace(inputs=None, valid_BS=None, targets={}))
+  return doubled.replace(targets=targets, distill_token_BT=second_BT)
