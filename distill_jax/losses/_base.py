@@ -105,15 +105,15 @@ class FeatureLoss(BaseLoss):
     del pairs, student, teacher
     return FeatureSpec(), FeatureSpec()
 
-  def adapter_width(self, teacher: Any, hidden_width: int) -> int:
-    """The width of the teacher's features that adapters project to.
+  def adapter_width(self, teacher: Any, recorded_width: int | None) -> int:
+    """The width of the teacher's features that adapters project to; 0 without adapters.
 
     Args:
       teacher: its config.
-      hidden_width: of its hidden states as they are given (records may project them).
+      recorded_width: of its features in records, which may project them; None if it is online.
     """
-    del teacher
-    return hidden_width
+    del teacher, recorded_width
+    return 0
 
   def init(self, key: jax.Array, pairs: Pairs, student: Any, width: int) -> dict[str, Any]:
     """The adapters: parameters that this loss owns, trained with the student. By default none.

@@ -51,8 +51,8 @@ class Loss(FeatureLoss):
         )
     return super().feature_specs(pairs, student, teacher)
 
-  def adapter_width(self, teacher: Any, hidden_width: int) -> int:
-    del hidden_width
+  def adapter_width(self, teacher: Any, recorded_width: int | None) -> int:
+    del recorded_width
     return teacher.embedding_size
 
   def init(self, key: jax.Array, pairs: Pairs, student: Any, width: int) -> dict[str, Any]:

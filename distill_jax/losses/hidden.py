@@ -46,6 +46,9 @@ class Loss(LayerPairLoss):
         f"{DISTANCES} and one of {PROJECTIONS}"
       )
 
+  def adapter_width(self, teacher: Any, recorded_width: int | None) -> int:
+    return teacher.hidden_size if recorded_width is None else recorded_width
+
   def init(self, key: jax.Array, pairs: Pairs, student: Any, width: int) -> dict[str, Any]:
     """The projections [P, I, O], one a pair; {} where the widths are equal."""
     D, n = student.hidden_size, len(pairs)

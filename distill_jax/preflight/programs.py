@@ -98,16 +98,16 @@ def _stores(config: Config) -> stores.Stores:
 
 
 def _train(config: Config, mesh: Mesh) -> Program:
-  opened = _stores(config)
+  opened, student = _stores(config), loading.open_source(config.student, config.seed)
   alone = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=""))
   given = config.train.records if config.tasks else ("records",)
   alone = dataclasses.replace(alone, train=dataclasses.replace(alone.train, records=given))
-  validate.check_run(alone, opened)
+  validate.check_run(alone, opened, student)
   c = config.train
   sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
-  step = loop.make_step(config, opened)
+  step = loop.make_step(config, opened, student)
   validate.check_features(config, step, opened)
-  abstract = state.abstract_state(config, step, opened)
+  abstract = state.abstract_state(step, opened, student)
   shardings = sharding.shardings(abstract, mesh, step.student.rules)
   trained = sharding.with_shardings(abstract, shardings)
   about = opened[0].manifest

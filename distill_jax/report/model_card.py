@@ -27,8 +27,7 @@ def card(config: Config, step: int, evaluation: Mapping[str, Any] | None) -> str
     "",
     f"- Teacher: `{config.teacher.source or config.teacher.shape}`",
     f"- Student before training: `{student.source or student.shape}`{kept}",
-    *_adapters(config),
-    *_shared(config),
+    *_trained(config),
     *(_task(name, of) for name, of in config.tasks.items()),
     *(
       []
@@ -44,27 +43,28 @@ def card(config: Config, step: int, evaluation: Mapping[str, Any] | None) -> str
   return "\n".join(lines) + "\n"
 
 
-def _adapters(config: Config) -> list[str]:
-  lora = config.student.lora
-  if not lora.rank:
-    return []
-  what = {"merged": "merged into the weights", "peft": "alone, for the student before training"}
-  what |= {"base": "not in here: this is the student before training"}
-  on = ", ".join(lora.targets)
-  return [f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {on}; {what[config.export.lora]}"]
+def _trained(config: Config) -> list[str]:
+  """What of the student was trained, where that is adapters or shared layers."""
+  lora, share = config.student.lora, config.student.share
+  if config.student.train == "lora":
+    what = {
+      "merged": "merged into the weights",
+      "peft": "alone, for the student before training",
+      "base": "not in here: this is the student before training",
+    }[config.export.lora]
+    on = ", ".join(lora.targets)
+    return [f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {on}; {what}"]
+  if config.student.train == "shared":
+    deltas = (
+      f", each with a difference of rank {share.lora.rank} merged in" if share.lora.rank else ""
+    )
+    return [f"- Layers: {share.layers} different ones, {share.order}, written out{deltas}"]
+  return []
 
 
 def _task(name: str, of: Any) -> str:
   keys = ", ".join(f"{f.name} {getattr(of, f.name)}" for f in dataclasses.fields(of))
   return f"- Task `{name}` ({type(of).__module__.rpartition('.')[2]}): {keys}"
-
-
-def _shared(config: Config) -> list[str]:
-  share = config.student.share
-  if not share.layers:
-    return []
-  deltas = f", each with a difference of rank {share.lora.rank} merged in" * bool(share.lora.rank)
-  return [f"- Layers: {share.layers} different ones, {share.order}, written out{deltas}"]
 
 
 def _loss(name: str, fn: Any) -> str:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from distill_jax.config import Config
 from distill_jax.losses import FeatureLoss
 from distill_jax.models import loading
+from distill_jax.models.loading import ModelSource
 from distill_jax.models.runs import Run
 from distill_jax.nn import sharding
 from distill_jax.records import collate
@@ -39,16 +40,16 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     Preempted: SIGTERM came; the step that it came in is saved.
   """
   began = time.monotonic()
-  stores = open_stores(config)
-  validate.check_run(config, stores)
+  student = loading.open_source(config.student, config.seed)
+  stores = open_stores(config, student)
+  validate.check_run(config, stores, student)
   mesh = sharding.make_mesh(**vars(config.mesh))
   c = config.train
   sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
-  step = make_step(config, stores)
+  step = make_step(config, stores, student)
   validate.check_features(config, step, stores)
   if step.trainable.has_base:
-    run = Run(workdir, config, loading.open_source(config.student, config.seed))
-    distributed.run_on_process_0(run.pin_base)
+    distributed.run_on_process_0(Run(workdir, config, student).pin_base)
   metadata = {"records": [digest for store in stores for digest in store.digests]}
   profile = Profile(config.profile_steps, workdir)
   with (
@@ -56,7 +57,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     checkpoint.manager(workdir, c.keep, c.keep_every) as saves,
     distributed.Preemption() as preemption,
   ):
-    inputs = prepare(step, config, stores, mesh=mesh, saves=saves, metadata=metadata)
+    inputs = prepare(step, config, stores, student, mesh=mesh, saves=saves, metadata=metadata)
     state, start = inputs.state, int(inputs.state.step)
     if start == c.steps:
       return read_metrics(workdir)[-1]  # finished before
@@ -82,9 +83,13 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     return log.last
 
 
-def make_step(config: Config, stores: Stores) -> Step:
-  """The step that a config describes, on these stores."""
-  student = loading.open_source(config.student)
+def make_step(config: Config, stores: Stores, student: ModelSource | None = None) -> Step:
+  """The step that a config describes, on these stores.
+
+  Args:
+    student: the model that is trained; None opens config.student.
+  """
+  student = student or loading.open_source(config.student, config.seed)
   needs_features = any(isinstance(fn, FeatureLoss) for fn in config.losses.values())
   sizes = [store.manifest.vocab_size for store in stores]
   return Step(

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from distill_jax.config import Config
 from distill_jax.models import loading
+from distill_jax.models.loading import ModelSource
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
 from distill_jax.records import collate
@@ -49,6 +50,7 @@ def prepare(
   step: Step,
   config: Config,
   stores: Stores,
+  student: ModelSource,
   *,
   mesh: Mesh,
   saves: ocp.CheckpointManager,
@@ -57,16 +59,17 @@ def prepare(
   """Builds what the step is given: from the last checkpoint, or as before step 0.
 
   Args:
+    student: the model that is trained.
     saves: the run's checkpoints.
     metadata: what a checkpoint must have been saved with, to be continued.
   """
-  keys, student = loading.keys(config.seed), loading.open_source(config.student, config.seed)
+  keys = loading.keys(config.seed)
   teachers = {
     name: loading.open_source(options).load(mesh, keys["teacher"]).model
     for name, options in online_teachers(config).items()
   }
   base = student.load(mesh, keys["student"]).model if step.trainable.has_base else None
-  abstract = abstract_state(config, step, stores)
+  abstract = abstract_state(step, stores, student)
   shardings = sharding.shardings(abstract, mesh, step.student.rules)
   if saves.latest_step() is not None:
     placed = sharding.with_shardings(abstract, shardings)
@@ -81,25 +84,22 @@ def prepare(
   return TrainInputs(init(trained, adapters), teachers, base)
 
 
-def abstract_state(config: Config, step: Step, stores: Stores) -> TrainState:
+def abstract_state(step: Step, stores: Stores, student: ModelSource) -> TrainState:
   """The state before step 0 as shapes, in no memory."""
 
   def init(trained: Any, key: jax.Array) -> TrainState:
     return step.init(trained, _adapters(step, stores, key))
 
-  student = loading.open_source(config.student, config.seed)
   return jax.eval_shape(init, student.abstract_trainable, jax.eval_shape(jax.random.key, 0))
 
 
 def _adapters(step: Step, stores: Stores, key: jax.Array) -> dict[str, Any]:
   """The parameters that losses own, by loss."""
   taps = teacher_manifest(stores).taps if step.recorded.taps else None
-  hidden_width = taps.width if taps else getattr(step.teacher_config, "hidden_size", 0)
   adapters = {}
-  for i, (name, fn) in enumerate(step.losses.items()):
-    if name in step.feature_losses:
-      fn = step.feature_losses[name]
-      width = fn.adapter_width(step.teacher_config, hidden_width)
-      key_of_loss = jax.random.fold_in(key, i)
-      adapters[name] = fn.init(key_of_loss, step.pairs(fn), step.student_config, width)
+  for i, name in enumerate(step.losses):
+    if fn := step.feature_losses.get(name):
+      width = fn.adapter_width(step.teacher_config, taps.width if taps else None)
+      own_key = jax.random.fold_in(key, i)
+      adapters[name] = fn.init(own_key, step.pairs(fn), step.student_config, width)
   return {name: made for name, made in adapters.items() if made}

@@ -15,13 +15,16 @@ from distill_jax.training.stores import Stores
 from distill_jax.types import IN_BATCH_CLASSES
 
 
-def check_run(config: Config, stores: Stores) -> None:
+def check_run(config: Config, stores: Stores, student: ModelSource | None = None) -> None:
   """Refuses losses, records and a student that do not fit together.
+
+  Args:
+    student: the model that is trained; None opens config.student.
 
   Raises:
     InputError: the first thing that does not fit.
   """
-  student = loading.open_source(config.student, config.seed)
+  student = student or loading.open_source(config.student, config.seed)
   check_losses(config)
   check_accumulation(config, stores)
   check_teachers(config)

@@ -237,7 +237,8 @@ def test_a_head_is_trained_without_its_body(c, tmp_path):
   changed = {p for (p, a), (_, b) in named if not np.array_equal(a[...], b[...])}
   assert changed == {"head", "head_bias"}
   step = loop.make_step(resolved, training_stores.open_stores(resolved))
-  abstract = state.abstract_state(resolved, step, training_stores.open_stores(resolved))
+  student = loading.open_source(resolved.student)
+  abstract = state.abstract_state(step, training_stores.open_stores(resolved), student)
   assert params.count(abstract.opt) < 3 * (2 * 32 + 2)  # two moments of the head, and a count
   for frozen, why in ((("brat.",), "'brat.', with which no"), (("bert.", "cl"), "which every")):
     c.student.frozen = frozen
