@@ -17,7 +17,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from distill_jax.data.tokenizers import train_sentencepiece
+from train_sentencepiece import train_sentencepiece
 
 VOCABULARY = 2_000
 

@@ -1,4 +1,4 @@
-"""Sound as Whisper reads it: wav files, 16 kHz, log-mel frames (arXiv:2212.04356)."""
+"""Whisper's audio features: wav files, 16 kHz, log-mel frames (arXiv:2212.04356)."""
 
 from __future__ import annotations
 
@@ -17,42 +17,39 @@ FLOOR, RANGE = 1e-10, 8.0  # the least energy, and how far below the loudest fra
 
 
 def read_wav(path: Path) -> tuple[np.ndarray, int]:
-  """(float32 samples from -1 to 1, the mean of all channels; samples a second).
+  """Reads a wav file.
+
+  Returns:
+    float32 samples from -1 to 1, the mean of all channels; and how many there are a second.
 
   Raises:
-    InputError: no wav file, one of floats, one cut short, or one without a sound in it.
+    InputError: not a wav file, one of floats, one cut short, or one without samples.
   """
   try:
     with wave.open(str(path), "rb") as f:
-      width, channels, rate, said = (
-        f.getsampwidth(),
-        f.getnchannels(),
-        f.getframerate(),
-        f.getnframes(),
-      )
-      raw = f.readframes(said)
+      width, channels, rate = f.getsampwidth(), f.getnchannels(), f.getframerate()
+      n_samples = f.getnframes()
+      raw = f.readframes(n_samples)
   except (OSError, EOFError, wave.Error) as e:
     raise InputError(f"{path} is no wav file of whole numbers ({e or 'it ends early'})") from e
-  if not said or len(raw) < said * width * channels:
+  if not n_samples or len(raw) < n_samples * width * channels:
     n = len(raw) // (width * channels)
-    raise InputError(f"{path} holds {n} of the {said} samples that it says it has")
+    raise InputError(f"{path} holds {n} of the {n_samples} samples that it says it has")
   if width == 3:  # the three bytes are the upper ones of four
     wide = np.zeros((len(raw) // 3, 4), np.uint8)
     wide[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
     x = wide.view("<i4")[:, 0]
   else:
     x = np.frombuffer(raw, {1: "u1", 2: "<i2", 4: "<i4"}[width])
-  # Eight bits have no sign.
-  x = (
-    (x.astype(np.float32) - 128) / 128
-    if width == 1
-    else x / np.float32(2.0 ** (x.itemsize * 8 - 1))
-  )
+  if width == 1:  # eight bits have no sign
+    x = (x.astype(np.float32) - 128) / 128
+  else:
+    x = x / np.float32(2.0 ** (x.itemsize * 8 - 1))
   return x.reshape(-1, channels).mean(1, dtype=np.float32), rate
 
 
 def resampled(x: np.ndarray, rate: int) -> np.ndarray:
-  """Samples at RATE, by a polyphase filter."""
+  """Returns samples at RATE, by a polyphase filter."""
   if rate == RATE:
     return x
   from scipy.signal import resample_poly
@@ -62,9 +59,9 @@ def resampled(x: np.ndarray, rate: int) -> np.ndarray:
 
 
 def log_mel(x: np.ndarray, frames: int, bins: int) -> np.ndarray:
-  """float32 [frames, bins]: what transformers' WhisperFeatureExtractor gives, transposed.
+  """Returns what transformers' WhisperFeatureExtractor does, transposed: float32 [frames, bins].
 
-  Silence fills the end; what is longer is cut.
+  Shorter sounds are padded with silence, longer ones are cut.
   """
   n = frames * HOP
   x = np.pad(x[:n], (0, max(0, n - len(x)))).astype(np.float32)
@@ -78,7 +75,7 @@ def log_mel(x: np.ndarray, frames: int, bins: int) -> np.ndarray:
 
 @functools.lru_cache
 def filters(bins: int) -> np.ndarray:
-  """float32 [201, bins]: triangles at equal steps of Slaney's mel scale, of equal area."""
+  """Returns triangles of equal area at equal steps of Slaney's mel scale, float32 [201, bins]."""
   edges = _hertz(np.linspace(0, _mel(RATE / 2), bins + 2))
   of_fft = np.linspace(0, RATE / 2, WINDOW // 2 + 1)
   slopes = edges[None] - of_fft[:, None]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,7 @@ import sentencepiece
 import tokenizers
 
 from distill_jax.errors import InputError
-from distill_jax.runtime.atomic_io import atomic_write
+from distill_jax.runtime import json_io
 
 FILES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 # Looked for in this order where nothing names them. A document's end comes before a
@@ -107,8 +106,8 @@ class Tokenizer:
     at = 0
     for i, part in enumerate(special_pattern(whole).split(text)):
       known = self.token_id(part) if i % 2 else None
-      some, spans = self._pieces(part) if known is None else ([known], [(0, len(part))])
-      ids += some
+      part_ids, spans = self._pieces(part) if known is None else ([known], [(0, len(part))])
+      ids += part_ids
       places += [(at + a, at + b) for a, b in spans]
       at += len(part)
     return ids, places
@@ -209,9 +208,12 @@ class Tokenizer:
 
 
 def special_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-  """What splits a text at these tokens, the longest first, and keeps them: every second part."""
-  longest = sorted(filter(None, tokens), key=len, reverse=True)
-  return re.compile(f"({'|'.join(map(re.escape, longest)) or '(?!)'})")
+  """Returns what splits a text at these tokens and keeps them, as every second part.
+
+  Where several match, the longest does.
+  """
+  longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+  return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 def load_tokenizer(
@@ -237,62 +239,13 @@ def load_tokenizer(
     path = found[0]
   if not path.is_file():
     raise InputError(f"{path} is not there; name a tokenizer.json, a .model file or their folder")
-  named = _named(path.parent / "tokenizer_config.json")
+  named = _named_tokens(path.parent / "tokenizer_config.json")
   return Tokenizer(
     path.read_bytes(),
     str(path),
     named.get("eos_token") if eos is None else eos,
     named.get("bos_token") if bos is None else bos,
   )
-
-
-def train_sentencepiece(
-  documents: Iterable[str], vocab_size: int, out_path: str | Path, model_type: str = "unigram"
-) -> Tokenizer:
-  """Trains a sentencepiece model on a corpus and writes it, whole or not at all.
-
-  The same documents give the same bytes. Text is not normalised and unknown characters
-  fall back to bytes, so that encoding loses nothing (only U+2581, sentencepiece's own
-  mark, comes back as a space).
-
-  Args:
-    documents: read once, line by line.
-    vocab_size: pieces, the 256 bytes and <unk>, <s>, </s> included.
-    out_path: where the .model file goes; one that is there is replaced.
-    model_type: "unigram" or "bpe".
-
-  Raises:
-    InputError: a corpus that is empty or too small for the vocabulary.
-  """
-  if model_type not in ("unigram", "bpe"):
-    raise InputError(f"model_type is {model_type!r}; it can be 'unigram' or 'bpe'")
-  out, model = Path(out_path), io.BytesIO()
-  # All of it at once, as sentencepiece keeps it too: an error in `documents` stays itself.
-  if not (lines := [line for text in documents for line in text.split("\n") if line]):
-    raise InputError("the corpus to train a sentencepiece model on holds no text; give some")
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(lines),
-      model_writer=model,
-      vocab_size=vocab_size,
-      model_type=model_type,
-      byte_fallback=True,
-      character_coverage=0.9995,
-      normalization_rule_name="identity",
-      remove_extra_whitespaces=False,
-      add_dummy_prefix=False,
-      max_sentence_length=1 << 30,  # the default leaves longer lines out without a word
-      num_threads=1,
-      minloglevel=2,  # sums over threads would depend on their number
-    )
-  except RuntimeError as e:
-    reason = " ".join(str(e).split("] ")[-1].split()).rstrip(".")
-    raise InputError(
-      f"no sentencepiece model of {vocab_size} pieces can be trained on this corpus ({reason}); "
-      "give more text or another vocab_size"
-    ) from e
-  atomic_write(out, model.getvalue())
-  return load_tokenizer(out)
 
 
 def _huggingface(raw: bytes, where: str) -> tokenizers.Tokenizer:
@@ -330,14 +283,11 @@ def _sentencepiece(raw: bytes, where: str) -> sentencepiece.SentencePieceProcess
     raise InputError(f"{wrong}; give one of the two") from e
 
 
-def _named(config: Path) -> dict[str, str]:
-  """The eos_token and bos_token that a tokenizer_config.json names."""
+def _named_tokens(config: Path) -> dict[str, str]:
+  """Returns the eos_token and bos_token that a tokenizer_config.json names."""
   if not config.is_file():
     return {}
-  try:
-    said = json.loads(config.read_bytes())
-  except ValueError as e:
-    raise InputError(f"{config} is not JSON ({e}); mend or remove it") from e
-  tokens = {k: said.get(k) for k in ("eos_token", "bos_token")}
+  fields = json_io.parse_object(config.read_bytes(), str(config), "mend or remove it")
+  tokens = {k: fields.get(k) for k in ("eos_token", "bos_token")}
   # An added token is spelt as a string, or as an object that holds it.
   return {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items() if v}

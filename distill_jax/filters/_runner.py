@@ -93,7 +93,7 @@ def serve(calls, replies):
     reply(call, *decode(json.loads(line)))
 
 
-def verdict(calls, replies, secret, begins, source, test, entry):
+def verdict(calls, replies, secret, prelude, source, test, entry):
   """Runs the test. Returns the report: the secret, or why the program fails."""
 
   def ask(request):
@@ -125,7 +125,7 @@ def verdict(calls, replies, secret, begins, source, test, entry):
     if result is not True:
       return f"undefined {entry}"
     names: dict[str, Any] = {"__name__": "test"}
-    exec(compile(begins, "prompt.py", "exec"), names)
+    exec(compile(prelude, "prompt.py", "exec"), names)
     exec(compile(test, "test.py", "exec"), names)
     names[entry] = candidate
     names["check"](candidate)

@@ -2,7 +2,7 @@
 
 As in GPT-3 (arXiv:2005.14165, appendix C): words are compared without case and punctuation, in
 runs of 13; an example of 8 to 12 words counts where it stands in full; shorter ones would be
-found everywhere, and are not looked for. How many those are is said on standard error.
+found everywhere, and are not looked for. Their number is printed on standard error.
 """
 
 from __future__ import annotations

@@ -14,10 +14,11 @@ import tokenizers
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from train_sentencepiece import train_sentencepiece
 
 from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.data.sources import DocumentSource, documents
-from distill_jax.data.tokenizers import load_tokenizer, train_sentencepiece
+from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
 

@@ -9,9 +9,10 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from train_sentencepiece import train_sentencepiece
 
 from distill_jax.data.sources import DocumentSource, documents
-from distill_jax.data.tokenizers import load_tokenizer, train_sentencepiece
+from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
 
 TEXTS = ["def f(x):\n  return x  ", "", " é漢字 😀\t\r\n", "a<|endoftext|>b", "the the" * 50]
