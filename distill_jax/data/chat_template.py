@@ -1,19 +1,19 @@
-"""Chats to text and tokens by a model's own Jinja template, and which of them it is to learn.
+"""Chats to text and tokens by a model's own Jinja template, and which tokens to train on.
 
-The text is what transformers' `apply_chat_template` gives. A token is the assistant's where
-the model has to emit it: what stands between the prompt that a template writes for a turn
-and the end of that turn, the token that ends it included.
+The text is what transformers' `apply_chat_template` gives. A token is the assistant's if the model
+has to emit it: those between the generation prompt that a template writes for a turn and the end of
+that turn, the token that ends it included.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_jax.data import sandboxed_jinja
+from distill_jax.data.chat_turns import Draw, Message, TurnFinder, prompted
 from distill_jax.data.tokenizers import Tokenizer, special_pattern
 from distill_jax.errors import InputError
 from distill_jax.hub.tokenizer import TokenizerFiles
@@ -23,10 +23,6 @@ NAMED = tuple(f"{r}_token" for r in ("bos", "eos", "unk", "sep", "pad", "cls", "
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # transformers' own arguments, which would reach the template alone, as names that it ignores.
 TAKEN = ("add_generation_prompt", "continue_final_message", "chat_template")
-PROBE = "probe"  # a message's content, to see what a template writes around it
-
-Message = Mapping[str, Any]
-Draw = Callable[..., str]  # (messages, prompt=False) -> text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Marked:
     spans: (start, end) characters of `text`, in order, that the model has to emit.
     unmarked: indices of the assistant messages without a span, since the messages after
       them changed how they are written (templates that drop earlier reasoning do that, and
-      no model emits such a turn). Each can be learnt from the messages up to and with it.
+      no model emits such a turn). Each can be trained on as the last of a chat of its own.
   """
 
   text: str
@@ -66,13 +62,13 @@ class ChatTemplate:
 
   @classmethod
   def of(cls, files: TokenizerFiles, name: str) -> ChatTemplate:
-    """The template that came with a model called `name`.
+    """Returns the template that came with a model called `name`.
 
     Raises:
-      InputError: there is none, it is no Jinja, or it reads a token that nothing names.
+      InputError: there is none, it is not Jinja, or it reads a token that nothing names.
     """
     if not isinstance(source := files.chat_template, str):
-      raise InputError(f"{name} brings no chat template; give a model that was taught to chat")
+      raise InputError(f"{name} brings no chat template; give a model that was trained to chat")
     config, where = files.config, f"the chat template of {name}"
     tokens = {r: _spelt(config[r], r, name) for r in NAMED if config.get(r) is not None}
     try:
@@ -102,7 +98,7 @@ class ChatTemplate:
     add_generation_prompt: bool = False,
     **extra: Any,
   ) -> str:
-    """The text of a chat, as transformers' `apply_chat_template(tokenize=False)` gives it.
+    """Returns a chat's text, as transformers' `apply_chat_template(tokenize=False)` does.
 
     Args:
       messages: {"role": ..., "content": ...} and what else the template reads, as JSON has
@@ -117,7 +113,7 @@ class ChatTemplate:
         a prompt is asked for and it writes none.
     """
     draw = self._drawer(messages, tools, extra)
-    return self._prompt(draw, messages) if add_generation_prompt else draw(messages)
+    return prompted(draw, messages, self.where) if add_generation_prompt else draw(messages)
 
   def mark(
     self,
@@ -126,9 +122,9 @@ class ChatTemplate:
     tools: Sequence[Message] | None = None,
     **extra: Any,
   ) -> Marked:
-    """Renders a chat and finds what the assistant says in it.
+    """Renders a chat and finds the assistant's parts.
 
-    A template with `{% generation %}` blocks says so itself. With any other, a turn is what
+    A template with `{% generation %}` blocks marks them itself. With any other, a turn is what
     its rendering adds to the messages before it with a generation prompt; it ends with its
     last special token if only white space follows that. Whatever cannot be told for sure
     this way is refused.
@@ -142,12 +138,13 @@ class ChatTemplate:
     if template.generation:
       return Marked(text, template.blocks(text, draw(messages, blocks=True)), ())
     cut = special_pattern({*tokenizer.special_tokens, *dict(self.tokens).values()})
+    turns = TurnFinder(draw, cut, self.where)
     spans, unmarked = [], []
     for i, message in enumerate(messages):
       if message["role"] == "assistant":
-        through, span = self._turn(draw, messages, i, cut, text)
-        if text.startswith(through[: span[1]]):
-          spans.append(span)
+        turn = turns.find(messages, i, text)
+        if text.startswith(turn.text[: turn.span[1]]):
+          spans.append(turn.span)
         else:
           unmarked.append(i)
     return Marked(text, tuple(spans), tuple(unmarked))
@@ -159,9 +156,9 @@ class ChatTemplate:
     tools: Sequence[Message] | None = None,
     **extra: Any,
   ) -> tuple[list[int], list[bool]]:
-    """A chat's ids, as `apply_chat_template(tokenize=True)` gives them, and which to learn.
+    """Returns a chat's ids, as `apply_chat_template(tokenize=True)` does, and the assistant's.
 
-    Marked are the tokens that lie wholly in the spans of `mark`: one that holds a character
+    Those are the tokens that lie wholly in the spans of `mark`: one that holds a character
     of the prompt too is not. Assistant messages that `mark` leaves unmarked are as unmarked
     here.
 
@@ -214,110 +211,9 @@ class ChatTemplate:
 
     return draw
 
-  def _prompt(self, draw: Draw, messages: Sequence[Message]) -> str:
-    """The text of `messages` with the prompt for the assistant's next turn.
-
-    Some templates need none: a turn follows the messages at once. Others ignore that one
-    is wanted, and write a header with the turn.
-    """
-    text = draw(messages, prompt=True)
-    if text != draw(messages):
-      return text
-    turn = draw([*messages, {"role": "assistant", "content": PROBE}])
-    if not turn.startswith(text) or not turn[len(text) :].lstrip().startswith(PROBE):
-      raise InputError(
-        f"{self.where} writes no generation prompt, so nothing tells a model that its turn "
-        "begins; use `add_generation_prompt` in it"
-      )
-    return text
-
-  def _turn(
-    self, draw: Draw, messages: Sequence[Message], i: int, cut: re.Pattern[str], text: str
-  ) -> tuple[str, tuple[int, int]]:
-    """Message i written as the last, and where in that the assistant's part is."""
-    before = self._prompt(draw, messages[:i])
-    through, asked = draw(messages[: i + 1]), draw(messages[: i + 1], prompt=True)
-    if not through.startswith(before):
-      raise self._unsure(i, "does not begin that turn as it begins its generation prompt")
-    if asked == through:
-      # Nothing comes after a turn, or the next one's header always does: what follows tells.
-      longer = text.startswith(through) and text != through
-      follows = text if longer else draw([*messages[: i + 1], _next(messages[i])])
-      if not follows.startswith(through):
-        raise self._unsure(i, "ends that turn otherwise when a message follows")
-    stable = through
-    if not asked.startswith(through):
-      # The chat's end is written otherwise than a turn's. Then the prompt stands after the turn.
-      stable = _common(through, asked, cut)
-      prompt = before[len(_common(before, draw(messages[:i]), cut)) :]
-      if asked != stable + prompt or not cut.search(stable, len(before)):
-        raise self._unsure(i, "ends that turn otherwise when a prompt follows")
-    ends = [m.end() for m in cut.finditer(stable, len(before))]
-    end = ends[-1] if ends and not stable[ends[-1] :].strip() else len(stable)
-    self._check_whole(messages[i], i, cut, before, through[len(before) : end])
-    return through, (len(before), end)
-
-  def _check_whole(
-    self, message: Message, i: int, cut: re.Pattern[str], before: str, turn: str
-  ) -> None:
-    """Refuses a turn without all that the assistant says; spaces and special tokens aside.
-
-    It may begin within the prompt, such as an empty thought.
-    """
-    bare = lambda s: "".join(cut.sub("", s).split())
-    before, written = bare(before), bare(turn)
-    for key in ("content", *sandboxed_jinja.REASONING):
-      said = message.get(key)
-      if isinstance(said, list):
-        said = "".join(p["text"] for p in said if isinstance(p, dict) and p.get("type") == "text")
-      said = bare(said) if isinstance(said, str) else ""
-      if said not in before[len(before) - max(len(said) - 1, 0) :] + written:
-        raise self._unsure(i, f"leaves out or changes some of its {key}")
-    for call in message.get("tool_calls") or []:
-      name = str(_function(call).get("name"))
-      if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", turn):
-        raise self._unsure(i, f"leaves out its call of {name!r}")
-
-  def _unsure(self, i: int, why: str) -> InputError:
-    return InputError(
-      f"{self.where} cannot be marked: for message {i}, the assistant's, it {why}; put "
-      "{% generation %} and {% endgeneration %} around what is learnt"
-    )
-
-
-def _next(message: Message) -> dict[str, Any]:
-  """A message that may follow an assistant's."""
-  if not (calls := message.get("tool_calls")):
-    return {"role": "user", "content": PROBE}
-  function = _function(calls[0])
-  return {
-    "role": "tool",
-    "name": function.get("name"),
-    "tool_call_id": calls[0].get("id"),
-    "content": PROBE,
-  }
-
-
-def _function(call: Any) -> Mapping[str, Any]:
-  """What a tool call says of its function: flat, or within it."""
-  function = call.get("function", call) if isinstance(call, Mapping) else None
-  if not isinstance(function, Mapping):
-    raise InputError(f"a tool call is {call!r:.80}; it is a dictionary with a function's name")
-  return function
-
-
-def _common(a: str, b: str, cut: re.Pattern[str] | None = None) -> str:
-  """What both begin with; with `cut`, in whole pieces between special tokens."""
-  same = []
-  for x, y in zip(*((cut.split(s) if cut else s) for s in (a, b)), strict=False):
-    if x != y:
-      break
-    same.append(x)
-  return "".join(same)
-
 
 def _spelt(token: Any, what: str, name: str) -> str:
-  """A token is a string in tokenizer_config.json, or an object that holds it."""
+  """Returns the text of a token in tokenizer_config.json: a string, or an object that has it."""
   spelt = token.get("content") if isinstance(token, dict) else token
   if not isinstance(spelt, str):
     raise InputError(f"tokenizer_config.json of {name} has {what} {token!r:.80}; it is a string")
