@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-  """Writes under another name, syncs and renames: on disk when this returns."""
+  """Writes a file under another name, syncs and renames it: it is on disk when this returns."""
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(f".{path.name}.{os.getpid()}.part")
   with part.open("wb") as f:
@@ -19,7 +19,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 def fsync_dir(folder: Path) -> None:
-  """Makes renames in a folder last through a power cut."""
+  """Syncs a folder, so that renames in it survive a power cut."""
   fd = os.open(folder, os.O_RDONLY)
   try:
     os.fsync(fd)

@@ -2,8 +2,8 @@
 
 A state is saved as a flat mapping from dotted path to array, so that a checkpoint can be
 read without the classes that made it. The position of the loader is the step itself
-(data/loader.py), so state and data cannot come apart. Beside the state lies what it belongs
-to, `about`: the checksums, and whatever the caller says of its records.
+(training/loader.py), so state and data cannot come apart. Beside the state lies its metadata,
+`about`: the checksums, and what the caller adds, such as the digests of the records.
 """
 
 from __future__ import annotations
@@ -34,21 +34,28 @@ def manager(workdir: Path, keep: int = 1, every: int = 0) -> ocp.CheckpointManag
 
 
 def save(saves: ocp.CheckpointManager, step: int, state: Any, about: dict[str, Any]) -> None:
-  """Starts saving; the state may be donated to the next step once this returns."""
-  flat = dict(_paths(state))
-  about = {**about, "arrays": _describe(flat)}
-  unit = ocp.args.Composite(
+  """Starts saving a state, which may be donated to the next step once this returns.
+
+  Args:
+    about: metadata, plain values, that must be the same when the state is restored.
+
+  Raises:
+    InputError: the step is saved already, or this or the save before it cannot be written.
+  """
+  flat = dict(_leaves_by_path(state))
+  metadata = {**about, "arrays": _array_records(flat)}
+  items = ocp.args.Composite(
     state=ocp.args.StandardSave(flat),
-    about=ocp.args.JsonSave({**about, "sha256": _sha256(about)}),
+    about=ocp.args.JsonSave({**metadata, "sha256": _sha256(metadata)}),
   )
   with _writing(saves):
-    saved = saves.save(step, args=unit)
+    saved = saves.save(step, args=items)
   if not saved:
     raise InputError(f"checkpoint {step} is already in {saves.directory}; it is not overwritten")
 
 
 def wait(saves: ocp.CheckpointManager) -> None:
-  """Until what was saved is on disk.
+  """Waits until all that was saved is on disk.
 
   Raises:
     InputError: it cannot be written.
@@ -60,41 +67,46 @@ def wait(saves: ocp.CheckpointManager) -> None:
 def restore(
   saves: ocp.CheckpointManager, abstract: Any, about: dict[str, Any], step: int | None = None
 ) -> Any:
-  """The state of a step (the last without one), onto the abstract state's shardings.
+  """Returns the state that was saved, in the shardings of the abstract state.
+
+  Args:
+    abstract: the state as shapes with shardings.
+    about: the metadata that the state must have been saved with.
+    step: of the checkpoint; None is the last one.
 
   Raises:
     InputError: there is no such checkpoint, it is damaged, it is of another model, or it was
       saved with another `about`.
   """
-  step = _step(saves, step)
-  found = _about(saves, step)
-  for name, want in about.items():
-    if found[name] != want:
+  step = _existing_step(saves, step)
+  metadata = _read_metadata(saves, step)
+  for name, wanted in about.items():
+    if metadata[name] != wanted:
       raise InputError(
-        f"{saves.directory / str(step)} was saved with {name} {found[name]} and this run has "
-        f"{want}; bring the former back, or train in another --workdir"
+        f"{saves.directory / str(step)} was saved with {name} {metadata[name]} and this run has "
+        f"{wanted}; bring the former back, or train in another --workdir"
       )
   return _read(saves, step, "", abstract)
 
 
 def restore_params(workdir: str | Path, abstract: Any, step: int | None = None) -> Any:
-  """What a run has trained, alone, out of its checkpoint."""
+  """Returns what a run has trained, without the optimizer's state; see `restore`."""
   with _open(workdir) as saves:
-    return _read(saves, _step(saves, step), "params.", abstract)
+    return _read(saves, _existing_step(saves, step), "params.", abstract)
 
 
 def digest(workdir: str | Path) -> str:
-  """sha256, in hex, of what a run has trained, by the checksums in its last checkpoint."""
+  """Returns the sha256, in hex, of the checksums of what a run has trained, at its last step."""
   with _open(workdir) as saves:
-    arrays = _about(saves, _step(saves, None))["arrays"]
+    arrays = _read_metadata(saves, _existing_step(saves, None))["arrays"]
   return _sha256({path: x for path, x in arrays.items() if path.startswith("params.")})
 
 
 def checksums(tree: Any) -> Any:
-  """Two uint32 of each array, the same on every mesh: sums, modulo 2^32, of hashed numbers.
+  """Returns two uint32 for each array, the same on every mesh: sums of hashed numbers.
 
-  Each number's bits are hashed with its place, by steps that lose nothing; so one number
-  changed always changes the sums, and integers add up the same in any order.
+  Each number's bits are hashed with its index by bijections, so a change of one number always
+  changes the sums; and sums modulo 2^32 do not depend on the order of addition.
   """
   # One by one: arrays of one shape share a program, and on CPU programs of all devices that are
   # under way together can wait for each other for ever.
@@ -119,16 +131,20 @@ def _scramble(x: jax.Array) -> jax.Array:
 
 
 def _read(saves: ocp.CheckpointManager, step: int, prefix: str, abstract: Any) -> Any:
-  """The arrays under a prefix, as `abstract` has them, each checked against its checksum."""
-  wanted = {prefix + path: leaf for path, leaf in _paths(abstract)}
-  where = saves.directory / str(step)
-  arrays = {p: x for p, x in _about(saves, step)["arrays"].items() if p.startswith(prefix)}
-  for path in sorted(arrays.keys() | wanted.keys()):
-    has = arrays[path]["is"] if path in arrays else "nothing"
-    wants = _is(wanted[path]) if path in wanted else "nothing"
+  """Returns the arrays under a prefix as the tree `abstract`, each checked by its checksums."""
+  wanted = {prefix + path: leaf for path, leaf in _leaves_by_path(abstract)}
+  folder = saves.directory / str(step)
+  saved = {
+    path: record
+    for path, record in _read_metadata(saves, step)["arrays"].items()
+    if path.startswith(prefix)
+  }
+  for path in sorted(saved.keys() | wanted.keys()):
+    has = saved[path]["is"] if path in saved else "nothing"
+    wants = _dtype_and_shape(wanted[path]) if path in wanted else "nothing"
     if has != wants:
       raise InputError(
-        f"{where} holds {path} as {has} and this model has {wants} there; it is of another model, "
+        f"{folder} holds {path} as {has} and this model has {wants} there; it is of another model, "
         "so choose another --workdir or the model that made it"
       )
   args = ocp.args.PyTreeRestore(
@@ -136,29 +152,33 @@ def _read(saves: ocp.CheckpointManager, step: int, prefix: str, abstract: Any) -
     restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
     partial_restore=True,
   )
-  with _damage(saves, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    flat = reader.restore(where / STATE, args=args)
-  for path, found in _describe(flat).items():
-    if found != arrays[path]:
-      raise _damaged(saves, step, f"{path} is not as it was saved")
+  with _reading(saves, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    flat = reader.restore(folder / STATE, args=args)
+  for path, record in _array_records(flat).items():
+    if record != saved[path]:
+      raise _damage_error(saves, step, f"{path} is not as it was saved")
   return jax.tree.unflatten(jax.tree.structure(abstract), [flat[p] for p in wanted])
 
 
-def _about(saves: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-  with _damage(saves, step):
-    unit = ocp.args.Composite(about=ocp.args.JsonRestore())
-    about = dict(saves.restore(step, args=unit)[ABOUT])
-    if about.pop("sha256") != _sha256(about):
+def _read_metadata(saves: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+  with _reading(saves, step):
+    items = ocp.args.Composite(about=ocp.args.JsonRestore())
+    metadata = dict(saves.restore(step, args=items)[ABOUT])
+    if metadata.pop("sha256") != _sha256(metadata):
       raise ValueError(f"{ABOUT} is not as it was saved")
-  return about
+  return metadata
 
 
-def _describe(flat: dict[str, jax.Array]) -> dict[str, Any]:
+def _array_records(flat: dict[str, jax.Array]) -> dict[str, Any]:
+  """Returns, by path, an array's dtype and shape, and its checksums."""
   sums = checksums(flat)
-  return {p: {"is": _is(x), "sums": [int(n) for n in sums[p]]} for p, x in flat.items()}
+  return {
+    path: {"is": _dtype_and_shape(x), "sums": [int(n) for n in sums[path]]}
+    for path, x in flat.items()
+  }
 
 
-def _is(x: Any) -> str:
+def _dtype_and_shape(x: Any) -> str:
   return f"{x.dtype}{list(x.shape)}"
 
 
@@ -175,20 +195,20 @@ def _open(workdir: str | Path) -> Iterator[ocp.CheckpointManager]:
     yield saves
 
 
-def _step(saves: ocp.CheckpointManager, step: int | None) -> int:
-  """The step asked for, or the last one."""
-  there = sorted(saves.all_steps())
-  if not there or (step is not None and step not in there):
+def _existing_step(saves: ocp.CheckpointManager, step: int | None) -> int:
+  """Returns the step, or the last one for None; raises InputError if it was not saved."""
+  steps = sorted(saves.all_steps())
+  if not steps or (step is not None and step not in steps):
     raise InputError(
-      f"{saves.directory} holds checkpoints {there} and not {step or 'any'}; name one of them, or "
+      f"{saves.directory} holds checkpoints {steps} and not {step or 'any'}; name one of them, or "
       "train there first"
     )
-  return there[-1] if step is None else step
+  return steps[-1] if step is None else step
 
 
 @contextmanager
 def _writing(saves: ocp.CheckpointManager) -> Iterator[None]:
-  """Also of the save before: it went on in the background."""
+  """Turns errors of writing into InputErrors: also those of the save before, in the background."""
   try:
     yield
   except (ValueError, OSError) as e:  # tensorstore's errors are ValueErrors
@@ -199,24 +219,28 @@ def _writing(saves: ocp.CheckpointManager) -> Iterator[None]:
 
 
 @contextmanager
-def _damage(saves: ocp.CheckpointManager, step: int) -> Iterator[None]:
+def _reading(saves: ocp.CheckpointManager, step: int) -> Iterator[None]:
+  """Turns whatever orbax raises on a damaged checkpoint into an InputError."""
   try:
     yield
   except Exception as e:  # orbax raises that very class, and six others, as flipped bytes show
     cause = e.__cause__ or e
     why = " ".join(str(cause).split())[:200] or type(cause).__name__
-    raise _damaged(saves, step, why) from e
+    raise _damage_error(saves, step, why) from e
 
 
-def _damaged(saves: ocp.CheckpointManager, step: int, why: str) -> InputError:
-  before = [s for s in sorted(saves.all_steps()) if s < step]
-  then = f"to go on from checkpoint {before[-1]}" if before else "to start anew"
+def _damage_error(saves: ocp.CheckpointManager, step: int, why: str) -> InputError:
+  earlier = [s for s in sorted(saves.all_steps()) if s < step]
+  then = f"to go on from checkpoint {earlier[-1]}" if earlier else "to start anew"
   return InputError(
     f"checkpoint {saves.directory / str(step)} is damaged ({why}); move that folder away {then}"
   )
 
 
-def _paths(tree: Any) -> list[tuple[str, Any]]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
-  return [(name(path).removesuffix(".value"), leaf) for path, leaf in leaves]
+def _leaves_by_path(tree: Any) -> list[tuple[str, Any]]:
+  """Returns (dotted path, leaf) for each leaf, in the order of the tree."""
+  leaves = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    leaves.append((name.removesuffix(".value"), leaf))
+  return leaves

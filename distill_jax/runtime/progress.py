@@ -1,4 +1,4 @@
-"""One plain line every few seconds: how far, how fast, how long still.
+"""One plain line every few seconds: how far a job is, how fast, and how much time is left.
 
 Lines go to standard error, because `--json` promises one JSON object last on standard
 output. They are the same on a pipe as on a terminal.
@@ -33,7 +33,7 @@ class Progress:
     clock: seconds, monotonic.
   """
 
-  shown = True  # False where another process of the run says it already
+  shown = True  # False on a process whose run another process reports on
 
   def __init__(
     self,
@@ -68,13 +68,15 @@ class Progress:
     then, before = self._lines[0]
     self._lines.append((now, self.done))
     rate = (self.done - before) / (now - then) if now > then else 0.0
-    left = _span((self.total - self.done) / rate) if rate and self.total >= self.done else "unknown"
+    left = (
+      _duration((self.total - self.done) / rate) if rate and self.total >= self.done else "unknown"
+    )
     self._print(rate, f"left {left}")
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     took = self._clock() - self._start
     rate = (self.done - self._start_at) / took if took else 0.0
-    self._print(rate, f"{'stopped after' if kind else 'took'} {_span(took)}")
+    self._print(rate, f"{'stopped after' if kind else 'took'} {_duration(took)}")
 
   def _print(self, rate: float, time_part: str) -> None:
     if not self.shown:
@@ -91,7 +93,7 @@ class Progress:
     print("  ".join(parts), file=self._file or sys.stderr, flush=True)
 
 
-def _span(seconds: float) -> str:
+def _duration(seconds: float) -> str:
   minutes, s = divmod(round(seconds), 60)
   hours, m = divmod(minutes, 60)
   return f"{hours}h{m:02}m" if hours else f"{m}m{s:02}s"

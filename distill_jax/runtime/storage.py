@@ -25,9 +25,11 @@ from distill_jax.errors import InputError
 
 REMOTE = ".remote"  # a file in a mirror: the URL of what it mirrors
 CHECKPOINTS = "checkpoints"
-EVERY = 30.0  # seconds between publications of a folder in use
-# Written anew under one name and perhaps in one size, so always fetched: all else is by size.
-SMALL = 2**20
+PUBLISH_EVERY = 30.0  # seconds, for a folder in use
+# Files below so many bytes may be rewritten with the same size, so they are always copied; larger
+# ones are copied if their size differs.
+ALWAYS_COPIED_BELOW = 2**20
+Version = tuple[int, int]  # of a file: size, and time of its last change in nanoseconds
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -35,7 +37,7 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def mirror(path: str | os.PathLike[str]) -> Path:
-  """The folder on this machine: the path itself, or the mirror of a URL."""
+  """Returns the folder on this machine: the path itself, or the mirror of a URL."""
   if not is_remote(path):
     return Path(path)
   url = str(path).rstrip("/")
@@ -48,19 +50,19 @@ def mirror(path: str | os.PathLike[str]) -> Path:
 
 
 def remote_of(folder: str | os.PathLike[str]) -> str:
-  """The URL that a folder mirrors; "" for any other folder."""
+  """Returns the URL that a folder mirrors; "" for any other folder."""
   file = Path(folder) / REMOTE
   return file.read_text() if file.is_file() else ""
 
 
 def checkpoints(workdir: str | os.PathLike[str]) -> str:
-  """Where a run's checkpoints lie: a path or URL, as orbax takes it."""
+  """Returns where a run's checkpoints are: a path or URL, as orbax takes it."""
   url = remote_of(workdir).removeprefix("file://")
   return f"{url}/{CHECKPOINTS}" if url else str((Path(workdir) / CHECKPOINTS).absolute())
 
 
 def fetch(path: str | os.PathLike[str]) -> Path:
-  """The folder on this machine, all that a URL holds in it but checkpoints.
+  """Returns the folder on this machine, with all that its URL holds except checkpoints.
 
   Raises:
     InputError: the URL cannot be reached, or needs a package that is not installed.
@@ -70,52 +72,54 @@ def fetch(path: str | os.PathLike[str]) -> Path:
     return folder
   fs, root = _open(str(path))
   for name, size in _listing(fs, root).items():
-    here = folder / name
-    if size >= SMALL and here.is_file() and here.stat().st_size == size:
+    copy = folder / name
+    if size >= ALWAYS_COPIED_BELOW and copy.is_file() and copy.stat().st_size == size:
       continue
-    here.parent.mkdir(parents=True, exist_ok=True)
-    part = here.with_name(f".{here.name}.{os.getpid()}.part")
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    part = copy.with_name(f".{copy.name}.{os.getpid()}.part")
     fs.get_file(f"{root}/{name}", str(part))
-    part.replace(here)
+    part.replace(copy)
   return folder
 
 
 @functools.cache
 def local(path: str | os.PathLike[str]) -> Path:
-  """`fetch`, once a process: for what is finished and does not change."""
+  """Fetches a folder once a process: for what is finished and does not change."""
   return fetch(path)
 
 
 def file(path: str | os.PathLike[str]) -> Path:
-  """A file on this machine; that of a URL comes with all that is in its folder."""
+  """Returns a file on this machine; one of a URL is fetched with all of its folder."""
   folder, _, name = str(path).rpartition("/")
   return local(folder) / name if is_remote(path) else Path(path)
 
 
-def publish(folder: Path, seen: dict[str, tuple[int, int]] | None = None) -> None:
-  """Copies a mirror's files to where it belongs, oldest first; any other folder stays alone.
+def publish(folder: Path, published: dict[str, Version] | None = None) -> None:
+  """Copies a mirror's files to its URL, oldest first; does nothing for any other folder.
 
-  `seen` holds what earlier calls have copied, by size and time, and is brought up to date.
+  Args:
+    published: the files that earlier calls have copied, by name; updated.
   """
   if not (url := remote_of(folder)):
     return
-  seen = {} if seen is None else seen
+  published = {} if published is None else published
   fs, root = _open(url)
-  there = _listing(fs, root) if not seen else {}
+  remote_sizes = _listing(fs, root) if not published else {}
   files = [p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder))]
   for path in sorted(files, key=lambda p: (p.stat().st_mtime_ns, p.name)):
     name, stat = path.relative_to(folder).as_posix(), path.stat()
     version = stat.st_size, stat.st_mtime_ns
-    same = stat.st_size >= SMALL and there.get(name) == stat.st_size
-    if seen.get(name) != version and not same:
+    same_size = remote_sizes.get(name) == stat.st_size
+    is_there = same_size and stat.st_size >= ALWAYS_COPIED_BELOW
+    if published.get(name) != version and not is_there:
       fs.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
       fs.put_file(str(path), f"{root}/{name}")
-    seen[name] = version
+    published[name] = version
 
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-  """The folder to make: the path, or one on this machine that is copied to the URL once made.
+  """Yields the folder to make: the path, or a folder that is copied to the URL at the end.
 
   Raises:
     InputError: there is something at the URL.
@@ -130,40 +134,42 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     made = Path(tmp) / "made"
     yield made
     # The largest first: config.json comes once the weights are there.
-    for file in sorted(made.glob("*"), key=lambda p: -p.stat().st_size):
+    for source in sorted(made.glob("*"), key=lambda p: -p.stat().st_size):
       fs.makedirs(root, exist_ok=True)
-      fs.put_file(str(file), f"{root}/{file.name}")
+      fs.put_file(str(source), f"{root}/{source.name}")
 
 
 class Synced:
-  """A folder to work in: a path, or the mirror of a URL that is kept up to date; a context
-  manager. What is published at last is everything, also when an exception ends the work."""
+  """A folder to work in: a path, or a mirror that is published while it is used.
+
+  A context manager. On exit everything is published, also if an exception ends the work.
+  """
 
   def __init__(self, path: str | os.PathLike[str]):
     self._path = path
 
   def __enter__(self) -> Path:
     self._folder = fetch(self._path)
-    self._seen = _fetched(self._path)
-    self._done = threading.Event()
-    self._thread = threading.Thread(target=self._keep, daemon=True)
+    self._published = _versions_after_fetch(self._path)
+    self._stopped = threading.Event()
+    self._thread = threading.Thread(target=self._publish_regularly, daemon=True)
     if is_remote(self._path):
       self._thread.start()
     return self._folder
 
-  def _keep(self) -> None:
-    while not self._done.wait(EVERY):
-      publish(self._folder, self._seen)
+  def _publish_regularly(self) -> None:
+    while not self._stopped.wait(PUBLISH_EVERY):
+      publish(self._folder, self._published)
 
   def __exit__(self, *_: Any) -> None:
-    self._done.set()
+    self._stopped.set()
     if self._thread.is_alive():
       self._thread.join()
-    publish(self._folder, self._seen)
+    publish(self._folder, self._published)
 
 
-def _fetched(path: str | os.PathLike[str]) -> dict[str, tuple[int, int]]:
-  """What `publish` need not copy back, of a folder just fetched."""
+def _versions_after_fetch(path: str | os.PathLike[str]) -> dict[str, Version]:
+  """Returns the files of a folder just fetched, which `publish` need not copy back."""
   if not is_remote(path):
     return {}
   stats = {name: (mirror(path) / name).stat() for name in _listing(*_open(str(path)))}
@@ -182,7 +188,7 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 def _listing(fs: Any, root: str) -> dict[str, int]:
-  """Files under a folder, by relative name: their sizes. Checkpoints are left out."""
+  """Returns the sizes of the files under a folder, by relative name, without checkpoints."""
   try:
     fs.invalidate_cache()
     found = fs.find(root, detail=True)
@@ -190,9 +196,10 @@ def _listing(fs: Any, root: str) -> dict[str, int]:
     return {}
   except OSError as e:
     raise InputError(f"{root} cannot be listed ({e}); check the address and your rights") from e
-  names = {path.removeprefix(root).lstrip("/"): info["size"] for path, info in found.items()}
-  return {name: size for name, size in names.items() if name and not _hidden(Path(name))}
+  sizes = {path.removeprefix(root).lstrip("/"): info["size"] for path, info in found.items()}
+  return {name: size for name, size in sizes.items() if name and not _hidden(Path(name))}
 
 
 def _hidden(name: Path) -> bool:
+  """Returns whether a file is not mirrored: checkpoints, and names that begin with a dot."""
   return name.parts[0] == CHECKPOINTS or any(part.startswith(".") for part in name.parts)

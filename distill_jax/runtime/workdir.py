@@ -1,4 +1,4 @@
-"""A run's folder: held by one process, about one config, and able to explain itself."""
+"""A run's folder: locked by one process, of one config, with the versions that made it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -16,10 +17,11 @@ from typing import IO, Any
 from distill_jax import config as configs
 from distill_jax.errors import InputError
 from distill_jax.runtime import distributed
-from distill_jax.runtime.json_io import write_json
+from distill_jax.runtime.json_io import read_object, write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
-# A run may go on with these changed: they do not decide what is computed.
+DAMAGED = "bring the file back, or choose another --workdir"
+# A run may continue with these changed: they do not decide what is computed.
 MAY_CHANGE = (
   "mesh",
   "evaluate",
@@ -41,7 +43,7 @@ class Workdir:
 
   def __init__(self, path: str | Path, config: configs.Config):
     self.path = Path(path)
-    self.config = json.loads(json.dumps(configs.to_dict(config)))
+    self.config = json.loads(json.dumps(configs.to_dict(config)))  # as the file will have it
 
   def __enter__(self) -> Path:
     self._lock: IO[str] | None = None
@@ -80,8 +82,7 @@ class Workdir:
     if not file.exists():
       write_json(file, self.config)
       return
-    theirs = json.loads(file.read_text())
-    for key, was, now in _differences(theirs, self.config, ""):
+    for key, was, now in _differences(read_object(file, DAMAGED), self.config, ""):
       if key.split(".")[0] not in MAY_CHANGE:
         raise InputError(
           f"workdir {self.path} holds a run with {key}={was!r} and this config has {now!r}; "
@@ -90,15 +91,19 @@ class Workdir:
 
 
 def read_config(path: str | Path) -> configs.Config:
-  """The config of the run in a folder."""
+  """Returns the config of the run in a folder.
+
+  Raises:
+    InputError: there is no run, or its config is damaged or has keys that are unknown today.
+  """
   file = Path(path) / "config.json"
   if not file.exists():
     raise InputError(f"{path} holds no run: there is no {file.name} in it; train there first")
-  return configs.from_dict(json.loads(file.read_text()))
+  return configs.from_dict(read_object(file, DAMAGED))
 
 
 def versions() -> dict[str, Any]:
-  """What made a run: command, packages, platform and git revision."""
+  """Returns what made a run: command, packages, platform and git revision."""
   return {
     "command": sys.argv,
     "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -110,9 +115,9 @@ def versions() -> dict[str, Any]:
 
 
 def _git_revision() -> str:
-  """The source's revision, with "-dirty" where it was edited; "" outside a checkout."""
-  here = Path(__file__).parent
-  command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+  """Returns the source's revision, with "-dirty" if it was edited; "" outside a checkout."""
+  folder = Path(__file__).parent
+  command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
   try:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
   except FileNotFoundError:  # a machine without git
@@ -120,9 +125,10 @@ def _git_revision() -> str:
   return done.stdout.strip()
 
 
-def _differences(was: Any, now: Any, at: str):
+def _differences(was: Any, now: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+  """Yields (dotted key, former value, new value) of the values that differ."""
   if isinstance(was, dict) and isinstance(now, dict):
     for key in sorted(set(was) | set(now)):
-      yield from _differences(was.get(key), now.get(key), f"{at}.{key}" if at else key)
+      yield from _differences(was.get(key), now.get(key), f"{path}.{key}" if path else key)
   elif was != now:
-    yield at, was, now
+    yield path, was, now

@@ -57,7 +57,7 @@ def test_what_was_fetched_is_not_copied_back(bucket):
 
 
 def test_finished_files_are_published_while_the_work_goes_on(bucket, monkeypatch):
-  monkeypatch.setattr(storage, "EVERY", 0.01)
+  monkeypatch.setattr(storage, "PUBLISH_EVERY", 0.01)
   with storage.Synced("memory://bucket/run") as here:
     (here / "shard").write_bytes(b"1")
     for _ in range(500):
