@@ -1,15 +1,13 @@
-"""One benchmark set a file; the folder is the registry.
+"""Evaluation: benchmarks, one a file, and how models are measured on them and on held-out data.
 
-A set is a module with a frozen dataclass `Set` whose fields are its config keys:
-
-  files(): the files that it is read from, here or in an installed package; never downloaded.
-  question(row, number): a row of them as the model is asked it: a `_set.Choice`, or, for
-    answers in words, the line of a prompts.jsonl: `prompt` and what the judge reads.
-  judge(): the filter (distill_jax/filters) that says which answers are right; None for
-    choices, which are taken by log-likelihood.
-
-Modules whose names begin with "_" are how they are measured.
+A benchmark is a module with a frozen dataclass `Benchmark`, a subclass of `Benchmark` or
+`GenerativeBenchmark` below, whose fields are its config keys. The folder is their registry, but
+for the modules in SHARED.
 """
+
+from distill_jax.evals._base import Benchmark, Choice, GenerativeBenchmark, PromptLine
+
+__all__ = ["Benchmark", "Choice", "GenerativeBenchmark", "PromptLine"]
 
 SHARED = (
   "generative",

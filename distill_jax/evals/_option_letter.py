@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from distill_jax.errors import InputError
-from distill_jax.evals._benchmark import LETTERS
+from distill_jax.evals._rows import LETTERS
 from distill_jax.filters import SampleFilter, answers
 from distill_jax.filters.samples import Sample, Unjudgeable, answer_part, text_field
 
@@ -21,7 +21,8 @@ STATED = re.compile(rf"(?i:\banswer(?:\s+is)?)\W{{0,6}}?\s*{LETTER}(?![A-Za-z])"
 ALONE = re.compile(rf"{LETTER}\s*")
 
 
-def options(question: str, texts: Sequence[str]) -> str:
+def with_options(question: str, texts: Sequence[str]) -> str:
+  """Returns a question followed by its options, a line each: "A) …"."""
   if len(texts) > len(LETTERS):
     raise InputError(f"there are {len(texts)} options and {len(LETTERS)} letters")
   lines = (f"{letter}) {text.strip()}" for letter, text in zip(LETTERS, texts, strict=False))
@@ -43,7 +44,7 @@ def final_letter(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Judge(SampleFilter):
-  """Answers whose letter is that of the key, the field `answer`."""
+  """Accepts answers whose letter is that of the key, the field `answer`."""
 
   def reject_reason(self, sample: Sample) -> str | None:
     key = text_field(sample, "answer")

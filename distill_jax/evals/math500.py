@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-from distill_jax.evals._benchmark import GenerativeBenchmark, Row, find, text
+from distill_jax.evals._base import BenchmarkRow, GenerativeBenchmark, PromptLine
+from distill_jax.evals._rows import find, text
 from distill_jax.filters import math
 
 OTHER = "get test.jsonl of HuggingFaceH4/MATH-500, {problem, answer} rows, and name it there"
@@ -19,9 +19,9 @@ class Benchmark(GenerativeBenchmark):
   def files(self) -> list[Path]:
     return find(self.path, other=OTHER)
 
-  def question(self, row: Row, number: int) -> dict[str, Any]:
-    asked = self.ask(text(row, "problem", "question"))
+  def question(self, row: BenchmarkRow, number: int) -> PromptLine:
+    asked = self.make_prompt(text(row, "problem", "question"))
     return {"prompt": asked, "answer": text(row, "answer", "solution")}
 
-  def judge(self) -> Any:
+  def judge(self) -> math.Filter:
     return math.Filter()

@@ -12,7 +12,7 @@ from distill_jax.data import jsonl
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.evals import _scores, likelihood
-from distill_jax.evals._benchmark import Choice
+from distill_jax.evals._base import Choice
 from distill_jax.evals.questions import Questions
 from distill_jax.runtime import distributed
 
@@ -36,9 +36,9 @@ def measure(
     InputError: evaluate.on_bad is "stop" and a question is longer than the model reads, or all
       are.
   """
-  fitting = Questions(questions.name, questions.on_bad, left_out=[*questions.left_out])
+  fitting = Questions(questions.name, questions.policy, left_out=[*questions.left_out])
   by_question: list[list[likelihood.Pair]] = []
-  for where, question in questions.good:
+  for where, question in questions.usable:
     try:
       pairs = [likelihood.make_pair(tokenizer, question.context, c) for c in question.choices]
       if not all(map(scorer.fits, pairs)):
@@ -46,13 +46,13 @@ def measure(
     except InputError as e:
       fitting.leave_out(where, str(e))
       continue
-    fitting.good.append((where, question))
+    fitting.add(where, question)
     by_question.append(pairs)
   fitting.check()
   scored = iter(scorer([pair for pairs in by_question for pair in pairs]))
   verdicts = [
     verdict(i, question, [next(scored).logp for _ in question.choices])
-    for i, (_, question) in enumerate(fitting.good)
+    for i, (_, question) in enumerate(fitting.usable)
   ]
 
   def write() -> None:

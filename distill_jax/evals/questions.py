@@ -1,99 +1,118 @@
-"""The questions of a set, and those that cannot be used, with the reason."""
+"""The questions of a benchmark, and those that cannot be used, with the reason."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from distill_jax.data.bad_input import BadInputPolicy
 from distill_jax.errors import InputError
-from distill_jax.evals import _benchmark
-from distill_jax.filters.samples import Judged, Sample, Unjudgeable
+from distill_jax.evals import _rows
+from distill_jax.evals._base import Benchmark, Choice, PromptLine
+from distill_jax.filters import Filter, Sample, Unjudgeable
 from distill_jax.runtime import distributed
 
-ON_BAD = ("stop", "skip")
+ON_BAD = "evaluate.on_bad"  # the config key
+
+
+class Question(NamedTuple):
+  """A question that can be used.
+
+  Attributes:
+    where: its place, such as "FILE, line 3".
+    content: a Choice; of generative benchmarks, the line of a prompts.jsonl.
+  """
+
+  where: str
+  content: Any  # Choice | PromptLine, by the benchmark
 
 
 @dataclasses.dataclass
 class Questions:
-  """Attributes:
-  name: of the set, in the config.
-  on_bad: "stop" or "skip".
-  good: (where it stands, the question): see evals/__init__.py.
-  left_out: {"question": where it stands, "reason": …} of each of the others.
+  """The questions of a benchmark.
+
+  Attributes:
+    name: of the benchmark, in the config.
+    policy: what happens at a question that cannot be used.
+    usable: the questions.
+    left_out: {"question": its place, "reason": …} of each of the others.
   """
 
   name: str
-  on_bad: str
-  good: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
+  policy: BadInputPolicy
+  usable: list[Question] = dataclasses.field(default_factory=list)
   left_out: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
-  def leave_out(self, where: str, why: str) -> None:
-    """Raises: InputError: on_bad is "stop"."""
-    if self.on_bad == "stop":
-      raise InputError(f"evals.{self.name}: {where}: {why}; mend it, or set evaluate.on_bad=skip")
-    self.left_out.append({"question": where, "reason": why})
+  def add(self, where: str, content: Choice | PromptLine) -> None:
+    self.usable.append(Question(where, content))
+
+  def leave_out(self, where: str, reason: str) -> None:
+    """Counts a question as left out.
+
+    Raises:
+      InputError: evaluate.on_bad is "stop".
+    """
+    self.policy.reject(f"evals.{self.name}: {where}", reason)
+    self.left_out.append({"question": where, "reason": reason})
 
   def check(self) -> None:
-    """Raises: InputError: there is none left."""
-    if not self.good:
-      why = self.left_out[0] if self.left_out else {"question": "its file", "reason": "it is empty"}
-      raise InputError(
-        f"evals.{self.name} has no question that can be used; first: {why['question']}: "
-        f"{why['reason']}"
-      )
+    """Refuses a benchmark without a usable question."""
+    if not self.usable:
+      first = self.left_out[0] if self.left_out else None
+      why = f"{first['question']}: {first['reason']}" if first else "its file: it is empty"
+      raise InputError(f"evals.{self.name} has no question that can be used; first: {why}")
 
 
-def read_questions(name: str, benchmark: Any, on_bad: str) -> Questions:
+def read_questions(name: str, benchmark: Benchmark, on_bad: str) -> Questions:
   """Reads the first `benchmark.limit` questions of a benchmark, and checks their answer keys.
 
   Raises:
     InputError: there is no file, or it is damaged; on_bad is "stop" and a question cannot be
       used, or none can.
   """
-  if on_bad not in ON_BAD:
-    raise InputError(f"evaluate.on_bad is {on_bad!r}; it can be one of {ON_BAD}")
-  questions, number = Questions(name, on_bad), 0
+  questions = Questions(name, BadInputPolicy(ON_BAD, on_bad))
   try:
-    every = [row for file in benchmark.files() for row in _benchmark.rows(file)]
+    rows = [row for file in benchmark.files() for row in _rows.rows(file)]
   except InputError as e:
     raise InputError(f"evals.{name}: {e}") from e
-  for number, (where, raw) in enumerate(every[: benchmark.limit or None]):
+  for number, (where, raw) in enumerate(rows[: benchmark.limit or None]):
     try:
-      questions.good.append((where, benchmark.question(_benchmark.parse(raw), number)))
+      questions.add(where, benchmark.question(_rows.parse(raw), number))
     except InputError as e:
       questions.leave_out(where, str(e))
-  if (judge := benchmark.judge()) is not None and questions.good:
+  judge = benchmark.judge()
+  if judge is not None and questions.usable:
     _check_keys(judge, questions)
   questions.check()
   return questions
 
 
-def _check_keys(judge: Any, questions: Questions) -> None:
-  """Leaves out what cannot be judged, before a model is asked: judges read the key first."""
-  why: list[str] = [""] * len(questions.good)
+def _check_keys(judge: Filter, questions: Questions) -> None:
+  """Leaves out questions that cannot be judged, before any is sampled.
 
-  def judge_nothing() -> None:
-    empty = (
-      {"id": i, "sample": 0, "text": "", "of": 1, "prompt": q["prompt"], "about": q}
-      for i, (_, q) in enumerate(questions.good)
-    )
-    for sample, verdict in judged(judge, empty):
-      if isinstance(verdict, Unjudgeable):
-        why[sample["id"]] = verdict
+  Judges read the answer key first, so they are given an empty answer.
+  """
+  reasons = [""] * len(questions.usable)
 
-  distributed.run_on_process_0(judge_nothing)
-  bad = distributed.broadcast_from_process_0(np.array([bool(w) for w in why]))
-  good, questions.good = questions.good, []
-  for i, (where, question) in enumerate(good):
-    if bad[i]:
-      questions.leave_out(where, why[i])
+  def judge_empty_answers() -> None:
+    for sample, reason in judge.select(map(_empty_answer, enumerate(questions.usable))):
+      if isinstance(reason, Unjudgeable):
+        reasons[sample["id"]] = reason
+
+  distributed.run_on_process_0(judge_empty_answers)
+  is_bad = distributed.broadcast_from_process_0(np.array([bool(reason) for reason in reasons]))
+  candidates, questions.usable = questions.usable, []
+  for i, (where, content) in enumerate(candidates):
+    if is_bad[i]:
+      questions.leave_out(where, reasons[i])
     else:
-      questions.good.append((where, question))
+      questions.add(where, content)
 
 
-def judged(judge: Any, samples: Iterable[Sample]) -> Iterator[Judged]:
-  """Each sample with the reason why it is wrong, or None."""
-  return judge.select(iter(samples))
+def _empty_answer(numbered: tuple[int, Question]) -> Sample:
+  number, question = numbered
+  line = question.content
+  prompt = line["prompt"]
+  return {"id": number, "sample": 0, "text": "", "of": 1, "prompt": prompt, "about": line}

