@@ -74,8 +74,8 @@ class Model(_bart.Model):
     self.conv2, self.conv2_bias = _declare_conv(keys[1], f"{at}conv2", D, D)
     # "bias" keeps the optimizer from decaying what is never trained.
     dims = f"bias:{c.max_source_positions} table:{D}"
-    self.frames = param(keys[2], dims, f"{at}embed_positions.weight", init="zeros")
-    self.frames = self.frames.replace(jnp.asarray(sinusoids(c.max_source_positions, D)))
+    frames = param(keys[2], dims, f"{at}embed_positions.weight", init="zeros")
+    self.frames = frames.replace(jnp.asarray(sinusoids(c.max_source_positions, D)))
     self.encoder_norm, self.encoder_norm_bias = Declare(keys[4], at).layer_norm("layer_norm", D)
     at = "model.decoder."
     dims = f"vocab:{c.vocab_size} table:{D}"

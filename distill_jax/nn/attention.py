@@ -7,6 +7,7 @@ elsewhere: the two first never hold the [T, T] scores.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -70,14 +71,16 @@ def attention(
     run = functools.partial(dense, sizes=sizes, scale=scale, implementation="cudnn")
   if jax.sharding.get_abstract_mesh().empty:
     return run(*arrays)
-  spec = lambda heads: rules.spec(("batch", "seq", heads, "head_dim"), "compute")
-  if spec("heads") != spec("kv_heads") or spec("heads")[1] or spec("heads")[3]:
+  heads, kv_heads = (
+    rules.spec(("batch", "seq", name, "head_dim"), "compute") for name in ("heads", "kv_heads")
+  )
+  if heads != kv_heads or heads[1] or heads[3]:
     raise InputError(
       f"{kernel} attention runs on a device's own sequences and heads, and the rules compute "
-      f"queries by {spec('heads')} and keys by {spec('kv_heads')}; spread 'heads' and 'kv_heads' "
+      f"queries by {heads} and keys by {kv_heads}; spread 'heads' and 'kv_heads' "
       "alike, 'seq' and 'head_dim' not at all, or take attention 'xla'"
     )
-  heads, rows = spec("heads"), rules.spec(("batch", "seq"), "compute")
+  rows = rules.spec(("batch", "seq"), "compute")
   # The kernels do not say what varies over which axis. No device sends anything, so the
   # check has nothing to find.
   return jax.shard_map(
@@ -97,7 +100,7 @@ def full(
   """Attention of T positions to all S of a source (its own, perhaps): of encoders.
 
   Args:
-    seen_BS: bool, the positions that are no padding; None: all. A row that has none of them
+    valid_BS: bool, the positions that are no padding; None: all. A row that has none of them
       comes out finite.
     causal: a position sees those before it and itself.
     bias_BHTS: added to the scores, float32; any of its axes may be 1.
@@ -112,45 +115,47 @@ def full(
 
 def cached(
   q_BTHh: jax.Array,
-  k_BGhS: jax.Array,
-  v_BGSh: jax.Array,
+  k_BGhZ: jax.Array,
+  v_BGZh: jax.Array,
   positions_BT: jax.Array,
   window: Window,
   scale: float,
 ) -> jax.Array:
-  """Attention of T positions to the S slots of a cache. Returns [B, T, H, width of values].
+  """Attention of T positions to the Z slots of a cache. Returns [B, T, H, width of values].
 
-  A row's slot s holds its position s; a position sees slots up to its own, whatever the
+  A row's slot z holds its position z; a position sees slots up to its own, whatever the
   others hold (finite numbers). Scores and softmax are float32. Keys lie as the first product
-  reads them: for a few queries a row that is six times faster on a CPU than [B, S, G, h].
+  reads them: for a few queries a row that is six times faster on a CPU than [B, Z, G, h].
   """
-  (B, T, H, h), (_, G, _, S) = q_BTHh.shape, k_BGhS.shape
+  (B, T, H, h), (_, G, _, Z) = q_BTHh.shape, k_BGhZ.shape
   sizes, at = window if isinstance(window, OneOf) else OneOf((window,), jnp.int32(0))
-  s = jnp.arange(S, dtype=jnp.int32)[None, None]
-  seen_BTS = s <= positions_BT[..., None]
+  slots_11Z = jnp.arange(Z, dtype=jnp.int32)[None, None]
+  seen_BTZ = slots_11Z <= positions_BT[..., None]
   if sizes != (None,):
-    seen_BTS &= positions_BT[..., None] - s < jnp.asarray([w or S for w in sizes])[at]
-  R = H // G  # queries that share a key
-  q_BGRTh = q_BTHh.reshape(B, T, G, R, h).transpose(0, 2, 3, 1, 4)
+    seen_BTZ &= positions_BT[..., None] - slots_11Z < jnp.asarray([w or Z for w in sizes])[at]
+  Q = H // G
+  q_BGQTh = q_BTHh.reshape(B, T, G, Q, h).transpose(0, 2, 3, 1, 4)
   dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-  scores_BGRTS = dot(q_BGRTh.reshape(B, G, R * T, h), k_BGhS).reshape(B, G, R, T, S) * scale
-  scores_BGRTS = jnp.where(seen_BTS[:, None, None], scores_BGRTS, -jnp.inf)
-  p_BGRTS = jax.nn.softmax(scores_BGRTS, -1).astype(v_BGSh.dtype)
-  a_BGRTh = dot(p_BGRTS.reshape(B, G, R * T, S), v_BGSh).reshape(B, G, R, T, -1)
-  return a_BGRTh.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1).astype(v_BGSh.dtype)
+  scores_BGQTZ = dot(q_BGQTh.reshape(B, G, Q * T, h), k_BGhZ).reshape(B, G, Q, T, Z) * scale
+  scores_BGQTZ = jnp.where(seen_BTZ[:, None, None], scores_BGQTZ, -jnp.inf)
+  p_BGQTZ = jax.nn.softmax(scores_BGQTZ, -1).astype(v_BGZh.dtype)
+  a_BGQTh = dot(p_BGQTZ.reshape(B, G, Q * T, Z), v_BGZh).reshape(B, G, Q, T, -1)
+  return a_BGQTh.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1).astype(v_BGZh.dtype)
 
 
-def write_slots(kept: jax.Array, x_BT: jax.Array, slots_BT: jax.Array, axis: int) -> jax.Array:
-  """A cache with T new positions a row [B, T, ...] in their slots along `axis`.
+def write_slots(
+  cache: jax.Array, x_BT: jax.Array, slots_BT: jax.Array, slot_axis: int
+) -> jax.Array:
+  """A cache with T new positions a row [B, T, ...] in their slots along `slot_axis`.
 
   A slot that is not there takes nothing.
   """
 
-  def row(old: jax.Array, new_T: jax.Array, slots_T: jax.Array) -> jax.Array:
-    at = (slice(None),) * (axis - 1) + (slots_T,)
-    return old.at[at].set(jnp.moveaxis(new_T, 0, axis - 1), mode="drop")
+  def write_row(old: jax.Array, new_T: jax.Array, slots_T: jax.Array) -> jax.Array:
+    at = (slice(None),) * (slot_axis - 1) + (slots_T,)
+    return old.at[at].set(jnp.moveaxis(new_T, 0, slot_axis - 1), mode="drop")
 
-  return jax.vmap(row)(kept, x_BT, slots_BT)
+  return jax.vmap(write_row)(cache, x_BT, slots_BT)
 
 
 def choose_kernel(kernel: str, q_BTHh: jax.Array) -> str:
@@ -183,9 +188,9 @@ def cudnn_cannot(q_BTHh: jax.Array) -> str:
   if q_BTHh.dtype not in (jnp.bfloat16, jnp.float16):
     return f"the compute dtype is {q_BTHh.dtype}, where it does bfloat16 and float16"
   major = getattr(jax.devices()[0], "compute_capability", "9.0").split(".")[0]
-  widest = {"8": 128}.get(major, 0 if major in ("5", "6", "7") else 256)
-  if h % 8 or h > widest:
-    return f"heads are {h} wide, where this GPU's are multiples of 8 up to {widest}"
+  max_width = {"8": 128}.get(major, 0 if major in ("5", "6", "7") else 256)
+  if h % 8 or h > max_width:
+    return f"heads are {h} wide, where this GPU's are multiples of 8 up to {max_width}"
   return f"sequences have {T} positions, where it wants an even number" if T % 2 else ""
 
 
@@ -206,8 +211,8 @@ def dense(
   if sizes != (None,):
     window, t = jnp.asarray([w or T for w in sizes])[at], jnp.arange(T)
     mask_BTS &= (t[:, None] - t[None, :] < window)[None]
-  if less := q_BTHh.shape[-1] - width:  # jax has values as wide as keys
-    v_BTGh = jnp.pad(v_BTGh, ((0, 0), (0, 0), (0, 0), (0, less)))
+  if missing := q_BTHh.shape[-1] - width:  # jax has values as wide as keys
+    v_BTGh = jnp.pad(v_BTGh, ((0, 0), (0, 0), (0, 0), (0, missing)))
   a_BTHh = jax.nn.dot_product_attention(
     q_BTHh,
     k_BTGh,
@@ -235,17 +240,21 @@ def splash(
   The kernel has no scale: queries are scaled in float32 and rounded once more.
   """
   T = segments_BT.shape[1]
-  more = -T % LANES  # positions behind the last one, which none sees
-  heads = lambda x: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, more), (0, 0)))
-  q_BTHh = (q_BTHh.astype(jnp.float32) * scale).astype(q_BTHh.dtype)
-  segments = jnp.pad(segments_BT, ((0, 0), (0, more)))
+  padding = -T % LANES  # positions behind the last one, which none sees
 
-  def of(window):
-    kernel = jax.vmap(_splash_kernel(T + more, window, interpret))
+  def padded_heads(x_BTHh: jax.Array) -> jax.Array:
+    return jnp.pad(x_BTHh.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
+
+  q_BTHh = (q_BTHh.astype(jnp.float32) * scale).astype(q_BTHh.dtype)
+  segments_BT = jnp.pad(segments_BT, ((0, 0), (0, padding)))
+
+  def kernel_of(window: int | None) -> Callable[..., jax.Array]:
+    kernel = jax.vmap(_splash_kernel(T + padding, window, interpret))
     return lambda q, k, v, s: kernel(q, k, v, pallas.SegmentIds(s, s))
 
-  branches = [of(window) for window in sizes]  # with one of them, no switch is made
-  a_BHTh = jax.lax.switch(at, branches, heads(q_BTHh), heads(k_BTGh), heads(v_BTGh), segments)
+  branches = [kernel_of(window) for window in sizes]  # with one of them, no switch is made
+  q_k_v = (padded_heads(x) for x in (q_BTHh, k_BTGh, v_BTGh))
+  a_BHTh = jax.lax.switch(at, branches, *q_k_v, segments_BT)
   return a_BHTh[:, :, :T].swapaxes(1, 2)
 
 

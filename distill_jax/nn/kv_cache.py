@@ -1,4 +1,4 @@
-"""What a layer keeps of positions while it decodes, as it is or as integers of 8 bits.
+"""The arrays that a layer keeps of positions while it decodes, as they are or as int8.
 
 An int8 cache holds x of a position and head as round(x / s), where s, a float32 beside it, is the
 largest |x| there over 127. No number is off by more than s / 2. The same numbers always give the
@@ -15,10 +15,10 @@ from distill_jax.nn import attention, sharding
 DTYPES = ("", "int8")
 FEATURES = ("head_dim", "latent")  # the axis that has a scale in common
 MAX_INT8 = 127
-SCALE = "_scale"  # an array of scales is called as what it scales, and this
+SCALE = "_scale"  # what follows an array's name in that of its scales
 
-LayerCache = dict[str, jax.Array]
-Axes = dict[str, str]  # of Block.CACHE
+LayerCache = dict[str, jax.Array]  # by the names in Block.CACHE, and those of scales
+CacheAxes = dict[str, str]  # Block.CACHE: the axes of each array, as "batch kv_heads seq head_dim"
 
 
 def axes_of_scale(axes: str) -> str:
@@ -27,34 +27,35 @@ def axes_of_scale(axes: str) -> str:
 
 
 def write(
-  kept: LayerCache, new: LayerCache, slots_BT: jax.Array, axes: Axes, rules: sharding.Rules
+  cache: LayerCache, new: LayerCache, slots_BT: jax.Array, axes: CacheAxes, rules: sharding.Rules
 ) -> LayerCache:
-  """The cache with T new positions [B, T, ...] in their slots."""
-  out: LayerCache = {}
+  """Returns the cache with T new positions [B, T, ...] in their slots."""
+  written: LayerCache = {}
 
-  def one(name: str, x_BT: jax.Array, of: str) -> None:
-    x = attention.write_slots(kept[name], x_BT, slots_BT, of.split().index("seq"))
-    out[name] = sharding.constrain(x, of, rules)
+  def write_array(name: str, x_BT: jax.Array, axes_of_array: str) -> None:
+    slot_axis = axes_of_array.split().index("seq")
+    x = attention.write_slots(cache[name], x_BT, slots_BT, slot_axis)
+    written[name] = sharding.constrain(x, axes_of_array, rules)
 
   for name, x_BT in new.items():
-    if name + SCALE in kept:
+    if name + SCALE in cache:
       x_BT, scale_BT = to_int8(x_BT)
-      one(name + SCALE, scale_BT, axes_of_scale(axes[name]))
-    one(name, x_BT, axes[name])
-  return out
+      write_array(name + SCALE, scale_BT, axes_of_scale(axes[name]))
+    write_array(name, x_BT, axes[name])
+  return written
 
 
-def read(kept: LayerCache, axes: Axes, dtype: jnp.dtype) -> LayerCache:
-  """The cache as numbers of the compute dtype, by the names in CACHE."""
-  return {name: _read(kept, name, of, dtype) for name, of in axes.items()}
+def read(cache: LayerCache, axes: CacheAxes, dtype: jnp.dtype) -> LayerCache:
+  """Returns the cache in the compute dtype, by the names in CACHE."""
+  return {name: _read_array(cache, name, axes_of, dtype) for name, axes_of in axes.items()}
 
 
-def _read(kept: LayerCache, name: str, axes: str, dtype: jnp.dtype) -> jax.Array:
-  if name + SCALE not in kept:
-    return kept[name]
-  at = next(i for i, axis in enumerate(axes.split()) if axis in FEATURES)
-  scale = jnp.expand_dims(kept[name + SCALE], at)
-  return (kept[name].astype(jnp.float32) * scale).astype(dtype)
+def _read_array(cache: LayerCache, name: str, axes: str, dtype: jnp.dtype) -> jax.Array:
+  if name + SCALE not in cache:
+    return cache[name]
+  feature_axis = next(i for i, axis in enumerate(axes.split()) if axis in FEATURES)
+  scale = jnp.expand_dims(cache[name + SCALE], feature_axis)
+  return (cache[name].astype(jnp.float32) * scale).astype(dtype)
 
 
 def to_int8(x_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -10,20 +10,22 @@ shared weight is the sum over its layers.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
+from flax import nnx, struct
 
 from distill_jax.errors import InputError
 from distill_jax.nn import lora, params
+from distill_jax.nn.layers import LayerStack
 
 
 @dataclasses.dataclass(frozen=True)
 class ShareOptions:
-  """Layers that have their weights in common: see share.py."""
+  """Layers that have their weights in common: see layer_sharing.py."""
 
   layers: int = 0  # different ones, of which the model's are made; 0: each is its own
   order: str = "cyclic"  # cyclic, the first again after the last | grouped, neighbours alike
@@ -38,6 +40,16 @@ STARTS = ("mean", "first")
 AT = "student.share.lora"
 
 
+@runtime_checkable
+class ModelOfStacks(Protocol):
+  """A decoder, as models/_decoder.Model: its layers are stacks."""
+
+  config: Any  # the family's Config
+
+  @staticmethod
+  def layer_stacks(c: Any) -> tuple[LayerStack, ...]: ...
+
+
 class Shared(struct.PyTreeNode):
   """What is trained of a student whose layers share weights."""
 
@@ -49,11 +61,13 @@ class Shared(struct.PyTreeNode):
   def unshare(self) -> Any:
     """The model of L layers without the deltas, its shared weights written out."""
     make = type(self.unique)
-    like = jax.eval_shape(lambda: make(self.config, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: make(self.config, jax.random.key(0)))
     rows = _rows(make, self.config, self.unique.config.num_hidden_layers, self.order)
-    taken = lambda x, row: x if row is None else x[row]
-    named = params.named_params(self.unique)
-    return params.replace(like, {path: taken(v[...], rows.get(_stack(path))) for path, v in named})
+    values = {}
+    for path, v in params.named_params(self.unique):
+      row = rows.get(_stack_name(path))
+      values[path] = v[...] if row is None else v[...][row]
+    return params.replace(abstract, values)
 
   def with_adapters(self) -> Any:
     """The model of L layers with the deltas in it, as lora.with_adapters puts them there."""
@@ -71,18 +85,19 @@ def check(spec: ShareOptions, model: Any) -> None:
       f"student.share has order {spec.order!r} and start {spec.start!r}; order is one of "
       f"{', '.join(ORDERS)} and start one of {', '.join(STARTS)}"
     )
-  if not hasattr(model, "layer_stacks"):
+  if not isinstance(model, ModelOfStacks):
     raise InputError(
       f"student.share.layers is {spec.layers} and the student is no decoder, whose layers these "
       "are; leave student.share as it is"
     )
-  *alone, (_, _, n) = model.layer_stacks(model.config)
-  own = sum(k for _, _, k in alone)
-  if not own < spec.layers <= own + n:
+  *unshared, last = model.layer_stacks(model.config)
+  own = sum(stack.size for stack in unshared)
+  L = own + last.size
+  if not own < spec.layers <= L:
     why = f", of which the first {own} are of another kind and stay as they are" if own else ""
     raise InputError(
-      f"student.share.layers is {spec.layers} and the student has {own + n} layers{why}; it is "
-      f"from {own + 1} to {own + n}; leave student.share as it is to share none"
+      f"student.share.layers is {spec.layers} and the student has {L} layers{why}; it is "
+      f"from {own + 1} to {L}; leave student.share as it is to share none"
     )
 
 
@@ -99,37 +114,36 @@ def start(model: Any, spec: ShareOptions, key: jax.Array, fit: bool) -> Shared:
   """
   check(spec, model)
   rows = _rows(type(model), model.config, spec.layers, spec.order)
-  like = jax.eval_shape(
-    lambda: type(model)(model.config.keep_layers(_first(rows)), jax.random.key(0))
-  )
+  config = model.config.keep_layers(_first_users(rows))
+  abstract = jax.eval_shape(lambda: type(model)(config, jax.random.key(0)))
   mean = fit and spec.start == "mean"
   values = {}
   for path, v in params.named_params(model):
-    row = rows.get(_stack(path))
-    values[path] = v[...] if row is None else _shared(v[...], row, mean)
-  unique = params.replace(like, values)
+    row = rows.get(_stack_name(path))
+    values[path] = v[...] if row is None else _distinct(v[...], row, mean)
+  unique = params.replace(abstract, values)
   deltas = lora.init(model, spec.lora, key, AT) if spec.lora.rank else {}
   shared = Shared(unique, deltas, model.config, spec.order)
   if not fit:
     return shared
-  theirs, ours = (dict(params.named_params(m)) for m in (model, shared.unshare()))
-  fitted = {path: _fitted(d, theirs[path], ours[path]) for path, d in deltas.items()}
+  wanted, without_deltas = (dict(params.named_params(m)) for m in (model, shared.unshare()))
+  fitted = {path: _fit(d, wanted[path], without_deltas[path]) for path, d in deltas.items()}
   return shared.replace(deltas=fitted)
 
 
-def _rows(make: Any, config: Any, layers: int, order: str) -> dict[str, np.ndarray]:
+def _rows(make: type[ModelOfStacks], config: Any, layers: int, order: str) -> dict[str, np.ndarray]:
   """By stack, which of its different layers each of its layers is.
 
   Layers of another kind before the last stack's, as DeepSeek's dense ones, are not shared.
   """
-  *alone, (last, _, n) = make.layer_stacks(config)
-  rows = {name: np.arange(k) for name, _, k in alone}
-  U = layers - sum(k for _, _, k in alone)
-  rows[last] = np.arange(n) % U if order == "cyclic" else np.arange(n) * U // n
+  *unshared, last = make.layer_stacks(config)
+  rows = {stack.name: np.arange(stack.size) for stack in unshared}
+  U, i_L = layers - sum(stack.size for stack in unshared), np.arange(last.size)
+  rows[last.name] = i_L % U if order == "cyclic" else i_L * U // last.size
   return rows
 
 
-def _first(rows: dict[str, np.ndarray]) -> tuple[int, ...]:
+def _first_users(rows: dict[str, np.ndarray]) -> tuple[int, ...]:
   """The model's layers, by number, that are the first to use a different one each."""
   found, before = [], 0
   for row in rows.values():
@@ -138,52 +152,61 @@ def _first(rows: dict[str, np.ndarray]) -> tuple[int, ...]:
   return tuple(found)
 
 
-def _shared(x_L: jax.Array, row: np.ndarray, mean: bool) -> jax.Array:
-  """The different layers of a stacked weight."""
-  _, first, count = np.unique(row, return_index=True, return_counts=True)
+def _distinct(x_LX: jax.Array, row: np.ndarray, mean: bool) -> jax.Array:
+  """The U different layers of a stacked weight: of those that share, the mean or the first.
+
+  Args: row, int [L], which of the U each layer is.
+  """
+  _, first_U, count_U = np.unique(row, return_index=True, return_counts=True)
   if not mean:
-    return x_L[first]
-  total = jnp.zeros((len(first), *x_L.shape[1:]), jnp.float32).at[row].add(x_L)
-  return (total / count.reshape(-1, *[1] * (x_L.ndim - 1))).astype(x_L.dtype)
+    return x_LX[first_U]
+  total_UX = jnp.zeros((len(first_U), *x_LX.shape[1:]), jnp.float32).at[row].add(x_LX)
+  return (total_UX / count_U.reshape(-1, *[1] * (x_LX.ndim - 1))).astype(x_LX.dtype)
 
 
-def _fitted(delta: lora.Adapter, weight: Any, shared: Any) -> lora.Adapter:
-  """The delta nearest to weight - shared (Eckart and Young), both factors of one size.
+def _fit(delta: lora.Adapter, wanted: nnx.Variable, shared: nnx.Variable) -> lora.Adapter:
+  """The delta nearest to wanted - shared (Eckart and Young), both factors of one size.
+
+  Args: wanted, shared: stacked weights [L, ...] in the model's layout.
 
   A direction that they do not differ in keeps A as it was drawn, and B at 0: with both at 0
   neither would have a gradient.
   """
-  a, b = delta.a[...], delta.b[...]
-  rank, names = a.shape[-1], weight.get_metadata()["axes"][1:]
-  inner = delta.a.get_metadata()["axes"][1:-1]
-  outer = delta.b.get_metadata()["axes"][2:]
-  order = [names.index(axis) for axis in (*inner, *outer)]
+  a_LIR, b_LRO = delta.a[...], delta.b[...]  # I and O may each be several axes here
+  rank, axes = a_LIR.shape[-1], wanted.get_metadata()["axes"][1:]
+  inputs = delta.a.get_metadata()["axes"][1:-1]
+  outputs = delta.b.get_metadata()["axes"][2:]
+  to_inputs_outputs = [axes.index(axis) for axis in (*inputs, *outputs)]
+  I = math.prod(a_LIR.shape[1:-1])
 
-  def one(layers: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    rest = layers[0].astype(jnp.float32) - layers[1].astype(jnp.float32)
-    rest = rest.transpose(order).reshape(a[0, ..., 0].size, -1) / delta.scale
-    return factors(rest, rank) if len(rest) <= rest.shape[1] else factors(rest.T, rank, turn=True)
+  def fit_layer(layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    wanted_layer, shared_layer = layer
+    rest = wanted_layer.astype(jnp.float32) - shared_layer.astype(jnp.float32)
+    rest_IO = rest.transpose(to_inputs_outputs).reshape(I, -1) / delta.scale
+    if rest_IO.shape[1] >= I:
+      return nearest_factors(rest_IO, rank)
+    b_OR, a_RI = nearest_factors(rest_IO.T, rank)
+    return a_RI.T, b_OR.T
 
-  new_a, new_b = jax.lax.map(one, (weight[...], shared[...]))  # a layer at a time
-  differs = jnp.any(new_b != 0, -1).reshape(a.shape[0], *[1] * len(inner), rank)
-  new_a = jnp.where(differs, new_a.reshape(a.shape), a)
-  return delta.replace(a=delta.a.replace(new_a), b=delta.b.replace(new_b.reshape(b.shape)))
+  new_a, new_b = jax.lax.map(fit_layer, (wanted[...], shared[...]))  # a layer at a time
+  differs = jnp.any(new_b != 0, -1).reshape(a_LIR.shape[0], *[1] * len(inputs), rank)
+  new_a = jnp.where(differs, new_a.reshape(a_LIR.shape), a_LIR)
+  return delta.replace(a=delta.a.replace(new_a), b=delta.b.replace(new_b.reshape(b_LRO.shape)))
 
 
-def factors(x_IO: jax.Array, rank: int, turn: bool = False) -> tuple[jax.Array, jax.Array]:
-  """[I, rank] and [rank, O], of equal norms, whose product is nearest to x, which has I <= O.
+def nearest_factors(x_IO: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+  """[I, R] and [R, O], of equal norms, whose product is nearest to x, which has I <= O.
 
-  By the eigenvectors of x x^T, the smaller of the two squares. With `turn` the factors of x^T:
-  [O, rank] and [rank, I].
+  By the eigenvectors of x x^T, the smaller of the two squares.
   """
   _, u_II = jnp.linalg.eigh(jnp.matmul(x_IO, x_IO.T, precision="highest"))
   u_IR = u_II[:, ::-1][:, :rank]  # the largest first
   v_RO = jnp.matmul(u_IR.T, x_IO, precision="highest")
   size_R = jnp.linalg.norm(v_RO, axis=1)  # the singular values
   root_R = jnp.sqrt(size_R)
-  a_IR, b_RO = u_IR * root_R[None], v_RO / jnp.where(size_R > 0, root_R, 1.0)[:, None]
-  return (b_RO.T, a_IR.T) if turn else (a_IR, b_RO)
+  return u_IR * root_R[None], v_RO / jnp.where(size_R > 0, root_R, 1.0)[:, None]
 
 
-def _stack(path: str) -> str:
+def _stack_name(path: str) -> str:
+  """The stack that a parameter belongs to: "layers" of "layers.q"."""
   return path.partition(".")[0]

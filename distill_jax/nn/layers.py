@@ -1,4 +1,4 @@
-"""What decoder families share: norm, rope, feed-forward, the scan over layers."""
+"""What model families share: norms, rope, feed-forwards, experts, the scan over layers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from distill_jax.errors import InputError
 from distill_jax.nn import lora, params, sharding
@@ -36,9 +37,9 @@ class ComputeConfig:
     remat: what the backward pass keeps of a layer: "none" recomputes nothing (and
       keeps weights as merged with adapters), "dots" keeps matrix products, "offload" keeps
       them too, in the host's memory, "full" keeps the layer's input alone.
-    attention: the kernel, one of distill_jax.attention.KERNELS.
+    attention: the kernel, one of attention.KERNELS.
     quantise: linear weights are used as integers times a scale.
-    training: it is a student in its step; a model that answers twice (DeiT) does so there alone.
+    training: the model is a student in its step; DeiT has two outputs for an image there alone.
   """
 
   dtype: str = "float32"
@@ -55,18 +56,18 @@ class ComputeConfig:
     weights that are to be integers rounded.
     """
 
-    def one(v):
-      x = rounded(v, self.quantise)[...].astype(
-        "float32" if v.get_metadata()["exact"] else self.dtype
-      )
+    def used_form(v: nnx.Variable) -> nnx.Variable:
+      dtype = "float32" if v.get_metadata()["exact"] else self.dtype
+      x = rounded(v, self.quantise)[...].astype(dtype)
       if not jax.sharding.get_abstract_mesh().empty:
         spec = self.rules.spec(v.get_metadata()["axes"], "compute")
         x = jax.lax.with_sharding_constraint(x, spec)
       return v.replace(x)
 
-    return params.map_params(one, lora.merge_attached(tree))
+    return params.map_params(used_form, lora.merge_attached(tree))
 
   def checkpoint(self, fn: Callable) -> Callable:
+    """The function, its activations kept or recomputed in the backward pass as `remat` says."""
     if self.remat not in REMAT:
       raise InputError(f"remat is {self.remat!r}; it can be one of {REMAT}")
     if self.remat == "none":
@@ -93,8 +94,9 @@ def layer_norm(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: flo
   x = x_BTD.astype(jnp.float32)
   x -= jnp.mean(x, -1, keepdims=True)
   x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
-  wide = lambda v: jnp.broadcast_to(v.astype(jnp.float32), x.shape)
-  return (x * wide(scale_D) + wide(bias_D)).astype(x_BTD.dtype)
+  x = x * jnp.broadcast_to(scale_D.astype(jnp.float32), x.shape)
+  x = x + jnp.broadcast_to(bias_D.astype(jnp.float32), x.shape)
+  return x.astype(x_BTD.dtype)
 
 
 def add_head_bias(x_BTHh: jax.Array, bias: jax.Array) -> jax.Array:
@@ -185,46 +187,64 @@ def experts(
   Raises:
     InputError: experts are computed along a mesh axis that positions are spread over.
   """
+  weights = gate_EDF, up_EDF, down_EFD
   if jax.sharding.get_abstract_mesh().empty:
-    return _grouped(x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD, 0)
-  rows = rules.spec(("batch", "seq", "embed"), "compute")
+    return _experts_from(0, x_BTD, ids_BTK, weight_BTK, *weights)
+  positions = rules.spec(("batch", "seq", "embed"), "compute")
   up = rules.spec(("experts", "embed", "expert_mlp"), "compute")
   down = rules.spec(("experts", "expert_mlp", "embed"), "compute")
-  names = lambda *parts: [a for p in parts for a in ((p,) if isinstance(p, str) else p or ())]
-  parts = names(up[0], up[2])
-  if both := set(parts) & set(names(*rows)):
+  expert_axes = sharding.mesh_axis_names(up[0]) + sharding.mesh_axis_names(up[2])
+  batch_axes = {name for entry in positions for name in sharding.mesh_axis_names(entry)}
+  if both := set(expert_axes) & batch_axes:
     raise InputError(
       f"experts are computed along mesh axis {both.pop()!r}, which the batch is spread over; give "
       "'experts' and 'expert_mlp' another axis, or none, in the compute column"
     )
 
-  def here(x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD):
-    if parts:  # said here: left to the gather below, jax 0.10 forgets it in the gradient
-      x_BTD = jax.lax.pcast(x_BTD, tuple(parts), to="varying")
+  def on_device(x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD):
+    """Of a device's own positions: what the experts that it holds give, summed over devices."""
+    if expert_axes:  # pcast here: left to the gather below, jax 0.10 forgets it in the gradient
+      x_BTD = jax.lax.pcast(x_BTD, expert_axes, to="varying")
     first = jax.lax.axis_index(up[0]) * gate_EDF.shape[0] if up[0] else 0
-    y_BTD = _grouped(x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD, first)
-    return jax.lax.psum(y_BTD, tuple(parts)) if parts else y_BTD
+    y_BTD = _experts_from(first, x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD)
+    return jax.lax.psum(y_BTD, expert_axes) if expert_axes else y_BTD
 
-  return jax.shard_map(here, in_specs=(rows, rows, rows, up, up, down), out_specs=rows)(
-    x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD
+  in_specs = (positions, positions, positions, up, up, down)
+  return jax.shard_map(on_device, in_specs=in_specs, out_specs=positions)(
+    x_BTD, ids_BTK, weight_BTK, *weights
   )
 
 
-def _grouped(x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD, first) -> jax.Array:
-  """`experts` for the E experts from number `first` on; the choices of others add nothing."""
+def _experts_from(
+  first: int | jax.Array,
+  x_BTD: jax.Array,
+  ids_BTK: jax.Array,
+  weight_BTK: jax.Array,
+  gate_EDF: jax.Array,
+  up_EDF: jax.Array,
+  down_EFD: jax.Array,
+) -> jax.Array:
+  """`experts` for the E experts from number `first` on; the choices of others add nothing.
+
+  The X = B * T * K choices are sorted by expert, so that those of one expert are neighbours and
+  ragged_dot multiplies each group by its expert's matrix; then they are put back in order.
+  """
   (B, T, D), K, E = x_BTD.shape, ids_BTK.shape[-1], gate_EDF.shape[0]
-  ids_N = ids_BTK.reshape(-1) - first  # N = B * T * K choices
-  mine_N = (ids_N >= 0) & (ids_N < E)
-  ids_N = jnp.where(mine_N, ids_N, E)  # the others' are sorted behind the last group
-  order_N = jnp.argsort(ids_N)
-  sizes_E = jnp.zeros(E, jnp.int32).at[ids_N].add(1, mode="drop")
-  product = lambda x_ND, w_EDF: jax.lax.ragged_dot(x_ND, w_EDF, sizes_E)
-  # Rows behind the last group may hold anything, in the gradient too.
-  only_mine = lambda x_ND: jnp.where(mine_N[order_N][:, None], x_ND, 0)
-  x_ND = only_mine(x_BTD.reshape(-1, D)[order_N // K])
-  h_NF = jax.nn.silu(product(x_ND, gate_EDF)) * product(x_ND, up_EDF)
-  y_ND = only_mine(product(h_NF, down_EFD))[jnp.argsort(order_N)]
-  y_BTKD = y_ND.reshape(B, T, K, D)
+  ids_X = ids_BTK.reshape(-1) - first
+  mine_X = (ids_X >= 0) & (ids_X < E)
+  ids_X = jnp.where(mine_X, ids_X, E)  # the others' are sorted behind the last group
+  order_X = jnp.argsort(ids_X)
+  sizes_E = jnp.zeros(E, jnp.int32).at[ids_X].add(1, mode="drop")
+
+  def only_mine(sorted_XD: jax.Array) -> jax.Array:
+    """Zeros behind the last group, where rows may hold anything, in the gradient too."""
+    return jnp.where(mine_X[order_X][:, None], sorted_XD, 0)
+
+  x_XD = only_mine(x_BTD.reshape(-1, D)[order_X // K])
+  gate_XF = jax.lax.ragged_dot(x_XD, gate_EDF, sizes_E)
+  h_XF = jax.nn.silu(gate_XF) * jax.lax.ragged_dot(x_XD, up_EDF, sizes_E)
+  y_XD = only_mine(jax.lax.ragged_dot(h_XF, down_EFD, sizes_E))[jnp.argsort(order_X)]
+  y_BTKD = y_XD.reshape(B, T, K, D)
   return jnp.einsum("BTKD,BTK->BTD", y_BTKD, weight_BTK.astype(y_BTKD.dtype))
 
 

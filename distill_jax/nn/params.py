@@ -1,8 +1,20 @@
 """One declaration a parameter: shape, initialiser, sharding, Hugging Face name and layout.
 
 A model declares `self.q = param(key, "embed:64 heads:4 head_dim:16", hf="...", out="heads
-head_dim")` once; sharding.py, optim.py and hub/ read everything they need from it, so
-import, export and sharding cannot be forgotten or disagree.
+head_dim")` once; sharding, the optimizer and hub/ read everything they need from it, so import,
+export and sharding cannot be forgotten or disagree. Four kinds of string describe a parameter:
+
+  axes   "layers embed heads head_dim": the logical axes of an array, in order. Each has a row in
+         sharding.TABLE. Metadata `axes` is the same as a tuple; sharding.constrain takes the
+         string, as "batch seq embed" for [B, T, D].
+  dims   "embed:64 heads:4 head_dim:16": axes with their sizes.
+  out    "heads head_dim": those of the axes that are outputs. torch's Linear weights are
+         [out, in], so a checkpoint holds [prod(out), prod(the rest)]; "" is stored as it is.
+  hf     "model.layers.{layers}.mlp.experts.{experts}.up_proj.weight": the tensor's name in a
+         Hugging Face checkpoint. A name in braces is an axis along which the checkpoint has
+         tensors of their own, numbered; `stack` adds the axis.
+
+`axis` below is one name, `axes` several. A typo raises where the parameter is first sharded.
 """
 
 from __future__ import annotations
@@ -23,16 +35,12 @@ def param(
   out: str = "",
   init: str | float = "fan_in",
   exact: bool = False,
-):
+) -> nnx.Param:
   """Declares and initialises one parameter, in float32.
 
   Args:
     key: PRNG key.
-    dims: our axes and sizes in order, as "embed:64 heads:4 head_dim:16".
-    hf: the tensor's name in a Hugging Face checkpoint. `{layers}` and `{experts}` are
-      axes that Hugging Face spreads over tensors, added by `stack`.
-    out: the axes that torch puts first (its Linear weights are [out, in]), in order. The
-      stored tensor is [prod(out), prod(the rest)]; without `out` it is stored as it is.
+    dims, hf, out: as above.
     init: "fan_in" (normal, deviation 1/sqrt(n), n the product of the axes not in `out`),
       "uniform" (between -1/sqrt(n) and 1/sqrt(n)), "ones", "zeros", or the standard deviation
       of a normal.
@@ -43,32 +51,33 @@ def param(
   """
   pairs = [d.split(":") for d in dims.split()]
   axes, shape = tuple(a for a, _ in pairs), tuple(int(n) for _, n in pairs)
-  first = tuple(out.split())
+  out_axes = tuple(out.split())
   if init == "ones":
     value = jnp.ones(shape, jnp.float32)
   elif init == "zeros":
     value = jnp.zeros(shape, jnp.float32)
   else:
-    fan_in = math.prod(n for a, n in zip(axes, shape, strict=True) if a not in first)
+    fan_in = math.prod(n for a, n in zip(axes, shape, strict=True) if a not in out_axes)
     if init == "uniform":
       value = jax.random.uniform(key, shape, jnp.float32, -1, 1) / math.sqrt(fan_in)
     else:
       std = 1 / math.sqrt(fan_in) if init == "fan_in" else float(init)
       value = std * jax.random.normal(key, shape, jnp.float32)
-  return nnx.Param(value, axes=axes, hf=hf, out=first, exact=exact, first=0)
+  return nnx.Param(value, axes=axes, hf=hf, out=out_axes, exact=exact, first=0)
 
 
 def stack(
   n: int, make: Callable[[jax.Array], Any], key: jax.Array, axis: str = "layers", first: int = 0
 ) -> Any:
-  """`n` copies of a module (or parameter) along a new first axis, ready for `lax.scan`.
+  """Makes `n` copies of a module (or parameter) along a new first axis, ready for `lax.scan`.
 
   `first` is the number that Hugging Face gives to the first layer of the stack.
   """
-  stacked = jax.vmap(make)(jax.random.split(key, n))
-  # vmap does not lift metadata: the new axis gets its name here.
-  named = lambda v: v.replace(axes=(axis, *v.get_metadata()["axes"]), first=first)
-  return map_params(named, stacked)
+
+  def name_first_axis(v: nnx.Variable) -> nnx.Variable:  # vmap does not lift metadata
+    return v.replace(axes=(axis, *v.get_metadata()["axes"]), first=first)
+
+  return map_params(name_first_axis, jax.vmap(make)(jax.random.split(key, n)))
 
 
 def unstack(layer: Any) -> Any:
@@ -82,6 +91,7 @@ def take_layer(stacked: Any, i: int) -> Any:
 
 
 def is_param(x: Any) -> bool:
+  """Whether a node of a tree is a whole parameter, metadata and all."""
   return isinstance(x, nnx.Variable)
 
 
@@ -93,27 +103,32 @@ def map_params(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 def named_params(tree: Any) -> Iterator[tuple[str, Any]]:
   """(path, parameter) pairs; the path is dotted, as "layers.q"."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param):
-    yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
+    yield dotted(path), leaf
+
+
+def dotted(path: Any) -> str:
+  """A parameter's path in a tree, as "layers.q"."""
+  return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def trainable_mask(tree: Any, frozen: tuple[str, ...]) -> Any:
-  """False for the parameters whose Hugging Face name begins with one of `frozen`."""
+  """True for each leaf, False where a parameter's Hugging Face name begins with one of `frozen`."""
 
-  def one(v):
+  def mask_of(v: Any) -> Any:
     hf = v.get_metadata()["hf"] if is_param(v) else ""
     return jax.tree.map(lambda _: not hf.startswith(frozen), v)
 
-  return map_params(one, tree)
+  return map_params(mask_of, tree)
 
 
 def replace(tree: Any, values: dict[str, Any]) -> Any:
-  """The tree with these values, by path, in the place of its own."""
+  """Returns the tree with these values, by path, in place of its own."""
 
-  def one(path, v):
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
+  def replaced(path: Any, v: Any) -> Any:
+    name = dotted(path)
     return v.replace(values[name]) if name in values else v
 
-  return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_param)
+  return jax.tree_util.tree_map_with_path(replaced, tree, is_leaf=is_param)
 
 
 def count(tree: Any) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from distill_jax.errors import InputError
 from distill_jax.nn import params
@@ -46,13 +47,13 @@ def check(spec: QuantiseOptions, model: Any) -> None:
       )
 
 
-def is_quantised(v: Any) -> bool:
+def is_quantised(v: nnx.Variable) -> bool:
   """Whether a parameter is a linear weight of a layer."""
   meta = v.get_metadata()
   return bool(meta["out"]) and "layers" in meta["hf"] and "routes" not in meta["axes"]
 
 
-def rounded(v: Any, spec: QuantiseOptions) -> Any:
+def rounded(v: nnx.Variable, spec: QuantiseOptions) -> nnx.Variable:
   """A parameter as it is used, float32, in its own shape; what is not quantised as it is."""
   if not spec.bits or not is_quantised(v):
     return v
@@ -62,18 +63,21 @@ def rounded(v: Any, spec: QuantiseOptions) -> Any:
   x = v[...].astype(jnp.float32)
   rows = jnp.transpose(x, first + last)
   grouped = rows.reshape(*(x.shape[i] for i in first), -1, spec.group or _inputs(v))
-  most = 2 ** (spec.bits - 1) - 1
-  scale = jnp.max(jnp.abs(grouped), -1, keepdims=True) / most
-  steps = jnp.round(grouped / jnp.where(scale > 0, scale, 1.0))  # none passes `most`
+  max_step = 2 ** (spec.bits - 1) - 1
+  scale = jnp.max(jnp.abs(grouped), -1, keepdims=True) / max_step
+  steps = jnp.round(grouped / jnp.where(scale > 0, scale, 1.0))  # none passes `max_step`
   back = sorted(range(x.ndim), key=(first + last).__getitem__)
   on_grid = jnp.transpose((steps * scale).reshape(rows.shape), back)
   return v.replace(x + jax.lax.stop_gradient(on_grid - x))
 
 
 def tree(model: Any, spec: QuantiseOptions) -> Any:
-  """The model with its weights on the grid, each in the dtype that it had."""
-  one = lambda v: v.replace(rounded(v, spec)[...].astype(v.dtype))
-  return params.map_params(one, model)
+  """Returns the model with its weights on the grid, each in the dtype that it had."""
+
+  def on_grid(v: nnx.Variable) -> nnx.Variable:
+    return v.replace(rounded(v, spec)[...].astype(v.dtype))
+
+  return params.map_params(on_grid, model)
 
 
 def nbytes(model: Any, spec: QuantiseOptions) -> int:
@@ -88,7 +92,8 @@ def nbytes(model: Any, spec: QuantiseOptions) -> int:
   return total
 
 
-def _inputs(v: Any) -> int:
+def _inputs(v: nnx.Variable) -> int:
+  """How many inputs one output of a linear weight has."""
   meta = v.get_metadata()
-  of = zip(meta["axes"], v.shape, strict=True)
-  return math.prod(n for a, n in of if a not in LOOPS and a not in meta["out"])
+  sizes = zip(meta["axes"], v.shape, strict=True)
+  return math.prod(n for a, n in sizes if a not in LOOPS and a not in meta["out"])

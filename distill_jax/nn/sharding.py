@@ -32,9 +32,12 @@ MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # mesh axes over which sequences are spread
 VOCAB = "tensor"  # mesh axis over which the vocabulary is spread
 
+# What one array axis is spread over: nothing, a mesh axis, or several.
+MeshAxes = str | tuple[str, ...] | None
+
 # logical axis: (storage, compute). `table` is the width of the embedding table: with the
 # name `embed` its rows would be looked up along the axis that the batch is sharded over.
-TABLE: dict[str, tuple[Any, Any]] = {
+TABLE: dict[str, tuple[MeshAxes, MeshAxes]] = {
   "batch": (None, BATCH),
   "seq": (None, None),
   "embed": ("fsdp", None),
@@ -66,11 +69,16 @@ TABLE: dict[str, tuple[Any, Any]] = {
 }
 
 
+def mesh_axis_names(axes: MeshAxes) -> tuple[str, ...]:
+  """The mesh axes that one entry of a rule or of a PartitionSpec names."""
+  return (axes,) if isinstance(axes, str) else axes or ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Rules:
   """Logical axis to mesh axis, in two columns. Hashable, so that jit may close over it."""
 
-  table: tuple[tuple[str, tuple[Any, Any]], ...] = tuple(TABLE.items())
+  table: tuple[tuple[str, tuple[MeshAxes, MeshAxes]], ...] = tuple(TABLE.items())
 
   def spec(self, axes: tuple[str, ...], column: str) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes; a collision raises."""
@@ -79,7 +87,7 @@ class Rules:
     if unknown:
       raise InputError(f"logical axis {unknown[0]!r} has no rule; there are {sorted(table)}")
     names = tuple(table[a][which] for a in axes)
-    used = [m for n in names if n for m in ((n,) if isinstance(n, str) else n)]
+    used = [mesh_axis for name in names for mesh_axis in mesh_axis_names(name)]
     if len(set(used)) < len(used):
       raise InputError(f"axes {axes} map onto {names}: a mesh axis is used twice; change the rules")
     return PartitionSpec(*names)
@@ -102,8 +110,8 @@ def rules(changes: Mapping[str, tuple[str, ...]]) -> Rules:
         f"rules.{axis} is {row}; a rule is (storage, compute) of mesh axes {', '.join(MESH_AXES)} "
         f"for one of {', '.join(table)}"
       )
-    one = lambda part: part[0] if len(part) == 1 else part or None
-    table[axis] = one(parts[0]), one(parts[1])
+    storage, compute = (part[0] if len(part) == 1 else part or None for part in parts)
+    table[axis] = storage, compute
   return Rules(tuple(table.items()))
 
 
@@ -154,23 +162,22 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     InputError: an axis does not divide over its mesh axes, named with the parameter.
   """
 
-  def of(path, v):
+  def sharding_of(path: Any, v: Any) -> Any:
     if not params.is_param(v):
       return NamedSharding(mesh, PartitionSpec())
     if not jax.tree.leaves(v):  # moments of what is not trained
       return v
     spec = rules.spec(v.get_metadata()["axes"], "storage")
     for axis, n, part in zip(v.get_metadata()["axes"], v.shape, spec, strict=True):
-      ways = math.prod(mesh.shape[m] for m in ((part,) if isinstance(part, str) else part or ()))
+      ways = math.prod(mesh.shape[m] for m in mesh_axis_names(part))
       if n % ways:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
         raise InputError(
-          f"{name}: axis {axis!r} of size {n} does not divide over mesh axis {part!r} of size "
-          f"{ways}; choose another mesh or another rule for {axis!r}"
+          f"{params.dotted(path)}: axis {axis!r} of size {n} does not divide over mesh axis "
+          f"{part!r} of size {ways}; choose another mesh or another rule for {axis!r}"
         )
     return v.replace(NamedSharding(mesh, spec))
 
-  return jax.tree_util.tree_map_with_path(of, tree, is_leaf=params.is_param)
+  return jax.tree_util.tree_map_with_path(sharding_of, tree, is_leaf=params.is_param)
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:

@@ -186,7 +186,7 @@ def test_depthwise_is_one_convolution_on_few_and_on_many_places(monkeypatch):
   w = jax.random.normal(jax.random.key(1), (3, 1, 7, 7))
   grad = lambda: jax.value_and_grad(lambda *a: jnp.sum(convnext.depthwise(*a) ** 2), (0, 1))(x, w)
   few = grad()
-  monkeypatch.setattr(convnext, "FEW", 0)
+  monkeypatch.setattr(convnext, "MATMUL_PLACES", 0)
   many = grad()
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3), few, many)
 
