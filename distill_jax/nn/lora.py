@@ -120,7 +120,7 @@ def targets(model: Any, spec: LoraOptions, at: str = "student.lora") -> dict[str
   names = ", ".join(sorted({_last_name(v) for v in linear.values()} - expert_names))
   chosen: set[str] = set()
   for target in spec.targets:
-    found = {p for p, v in linear.items() if f".{_module(v)}".endswith(f".{target}")}
+    found = {p: v for p, v in linear.items() if f".{_module(v)}".endswith(f".{target}")}
     if not found:
       raise InputError(
         f"{at}.targets names {target!r} and the student has {names}; name some of these"
@@ -130,11 +130,10 @@ def targets(model: Any, spec: LoraOptions, at: str = "student.lora") -> dict[str
         f"{at}.targets names {target!r}, which in the student are experts, and adapters go "
         f"on layers that all tokens pass; name some of {names}"
       )
-    chosen |= found
-  adapted = {path: v for path, v in linear.items() if path in chosen}
-  for path, v in adapted.items():
-    _check_rank(path, v, spec.rank, at)
-  return adapted
+    for path, v in found.items():
+      _check_rank(path, v, spec.rank, at)
+    chosen |= set(found)
+  return {path: v for path, v in linear.items() if path in chosen}
 
 
 def _check_options(spec: LoraOptions, at: str) -> None:
