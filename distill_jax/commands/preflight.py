@@ -49,7 +49,7 @@ def run(config: Config) -> dict[str, Any]:
   topology.prepare()
   config = programs.without_weights(config)
   mesh = topology.make_mesh(config.mesh, options.topology, options.num_slices)
-  program = programs.of(config, verb, mesh)
+  program = programs.lower(config, verb, mesh)
   memory, compiled = compiler.compile_step(program)
   fits = compiled is not None and memory.peak <= hardware.chip.hbm
   step_flops = None if config.tasks else flops.step_flops(config, verb, program.rows)

@@ -58,7 +58,7 @@ def store_size(config: Config, verb: str) -> dict[str, Any]:
   """
   if config.tasks:
     return {"store_bytes_per_token": None, "tokens": None, "store_bytes": None}
-  per_token = round(record_bytes_per_token(programs.manifest(config)), 1)
+  per_token = round(record_bytes_per_token(programs.planned_manifest(config)), 1)
   total = total_tokens(config, verb)
   # For a corpus of unknown length no more is known than what training sees, perhaps twice.
   stored = total_tokens(config, "record") or total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,20 @@ from distill_jax.models import loading
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
 from distill_jax.records import collate, fields, multi_teacher, recorder, taps, tf_example
+from distill_jax.records.fields import Record
 from distill_jax.records.store import Manifest, Store
 from distill_jax.tasks import dataset
 from distill_jax.training import loop, state, stores, validate
-from distill_jax.types import Recorded
+from distill_jax.types import Batch, Recorded
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What is compiled, and what it is given.
+  """A program that is ready to compile, and its arguments.
 
   Attributes:
-    lowered: jax's, ready to compile.
-    arguments: bytes a device by what they are, as "parameters", "optimizer", "batch".
+    lowered: jax's.
+    arguments: bytes a device by what they are, e.g. "parameters", "optimizer", "batch".
     rows: sequences a step, over all devices.
   """
 
@@ -40,19 +42,19 @@ class Program:
 
 
 def without_weights(config: Config) -> Config:
-  """The config with models by their named shapes, where they name one beside a source."""
+  """Returns the config with models by their named shapes, where one stands beside a source."""
 
-  def named(spec: Any) -> Any:
+  def by_shape(spec: Any) -> Any:
     return dataclasses.replace(spec, source="") if spec.shape else spec
 
   teachers = dict.fromkeys(config.teachers, "") if config.teacher.shape else config.teachers
   return dataclasses.replace(
-    config, teacher=named(config.teacher), student=named(config.student), teachers=teachers
+    config, teacher=by_shape(config.teacher), student=by_shape(config.student), teachers=teachers
   )
 
 
-def of(config: Config, verb: str, mesh: Mesh) -> Program:
-  """The step of `train`, or the pass of `record`, as it is compiled on this mesh.
+def lower(config: Config, verb: str, mesh: Mesh) -> Program:
+  """Returns the step of `train`, or the pass of `record`, as it is compiled on this mesh.
 
   Raises:
     InputError: what `verb` would refuse: a batch or dimension that does not divide, losses
@@ -61,59 +63,72 @@ def of(config: Config, verb: str, mesh: Mesh) -> Program:
   return {"train": _train, "record": _record}[verb](config, mesh)
 
 
-def manifest(config: Config, classes: int = 0, positions: int = 0) -> Manifest:
-  """What the records' manifest would say, of a task with so many classes and positions or of text.
+def planned_manifest(config: Config, vocab_size: int = 0, positions: int = 0) -> Manifest:
+  """Returns the manifest that the records will have.
 
-  The tokenizer of text has all rows of the model that reads.
+  Args:
+    config: of the run.
+    vocab_size: tokens or classes; 0 takes all rows of the model that reads the text.
+    positions: of a sequence or example; 0 takes data.seq_len.
   """
   model = config.student if config.losses else config.teacher
-  classes = classes or loading.family_and_config(model)[1].vocab_size
-  T = positions or config.data.seq_len
-  width = _feature_width(config)
-  return recorder.planned_manifest(config.records, classes, 1, T, width, bool(config.tasks))
+  return recorder.planned_manifest(
+    config.records,
+    vocab_size or loading.family_and_config(model)[1].vocab_size,
+    sequences=1,
+    positions=positions or config.data.seq_len,
+    feature_width=_feature_width(config),
+    labels=bool(config.tasks),
+  )
 
 
 def _feature_width(config: Config) -> int:
-  """Numbers in a vector that the records hold of the teacher's features, before a projection."""
+  """Returns the size of a recorded feature of the teacher, before a projection; 0 without taps."""
   if not config.records.taps:
     return 0
   teacher = loading.family_and_config(config.teacher)[1]
   return taps.feature_width(teacher, config.records.tap_kind)
 
 
-def _stores(config: Config) -> stores.Stores:
-  """As train opens them, as if all had been recorded."""
+def _planned_stores(config: Config) -> stores.Stores:
+  """Returns the stores as train opens them, as if all had been recorded."""
   if not config.tasks:
-    store = Store(Path("preflight"), manifest(config))
+    store = Store(Path("preflight"), planned_manifest(config))
     return [multi_teacher.MultiTeacherStore(store, dict.fromkeys(config.train.teachers, store))]
-  rows = stores.open_tasks(config)
-  if not config.train.records:
-    config = dataclasses.replace(config, records=dataclasses.replace(config.records, kind="text"))
-  ranges = dataset.class_ranges(rows)
-  planned = []
-  for name, examples in rows.items():
-    about = manifest(config, examples.source.classes, examples.source.positions)
-    planned.append(dataset.RecordedTask(examples, None, ranges[name], about))
-  return planned
+  tasks = stores.open_tasks(config)
+  ranges = dataset.class_ranges(tasks)
+  recorded = []
+  for name, examples in tasks.items():
+    source = examples.source
+    manifest = (
+      planned_manifest(config, source.classes, source.positions)
+      if config.train.records
+      else examples.manifest
+    )
+    recorded.append(dataset.RecordedTask(examples, None, ranges[name], manifest))
+  return recorded
 
 
 def _train(config: Config, mesh: Mesh) -> Program:
-  opened, student = _stores(config), loading.open_source(config.student, config.seed)
-  alone = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=""))
-  given = config.train.records if config.tasks else ("records",)
-  alone = dataclasses.replace(alone, train=dataclasses.replace(alone.train, records=given))
-  validate.check_run(alone, opened, student)
+  opened, student = _planned_stores(config), loading.open_source(config.student, config.seed)
   c = config.train
+  # The tokenizer and the stores are not there yet, and are not looked for.
+  without_files = dataclasses.replace(
+    config,
+    data=dataclasses.replace(config.data, tokenizer=""),
+    train=dataclasses.replace(c, records=c.records if config.tasks else ("records",)),
+  )
+  validate.check_run(without_files, opened, student)
   sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
   step = loop.make_step(config, opened, student)
   validate.check_features(config, step, opened)
   abstract = state.abstract_state(step, opened, student)
   shardings = sharding.shardings(abstract, mesh, step.student.rules)
   trained = sharding.with_shardings(abstract, shardings)
-  about = opened[0].manifest
+  manifest = opened[0].manifest
+  row = opened[0][0] if config.tasks else placeholder_text(manifest)
   recorded = [*(() if c.online else ("teacher",)), *c.teachers]
-  one = opened[0][0] if config.tasks else _text(about)
-  batch = _batch(config, about, c.batch_size, mesh, recorded, one)
+  batch = planned_batch(manifest, row, recorded, dataset.reader(config.tasks), c.batch_size, mesh)
   teachers = {name: _model(spec, mesh) for name, spec in state.online_teachers(config).items()}
   base = _model(config.student, mesh) if step.trainable.has_base else None
   with jax.set_mesh(mesh):
@@ -129,43 +144,44 @@ def _train(config: Config, mesh: Mesh) -> Program:
 
 
 def _record(config: Config, mesh: Mesh) -> Program:
-  if config.records.kind == "text" or config.records.logprobs:
+  c = config.records
+  if c.kind == "text" or c.logprobs:
     raise InputError(
-      f"records.kind is {config.records.kind!r} and records.logprobs {config.records.logprobs!r}: "
+      f"records.kind is {c.kind!r} and records.logprobs {c.logprobs!r}: "
       "no teacher runs there, so there is nothing to compile; preflight another config"
     )
-  rows = config.records.batch_size
-  sharding.check_batch("records.batch_size", rows, mesh)
+  sharding.check_batch("records.batch_size", c.batch_size, mesh)
+  teacher = loading.family_and_config(config.teacher)[1]
   if config.tasks:
-    teacher = loading.family_and_config(config.teacher)[1]
-    task = dataset.open_corpus(config, loading.pretrained(config.teacher), teacher)
+    corpus = dataset.open_corpus(config, loading.pretrained(config.teacher), teacher)
+    manifest = planned_manifest(config, corpus.classes, corpus.positions)
     name = dataset.recorded_task(config)
-    config = dataclasses.replace(config, tasks={name: config.tasks[name]})
-    about = manifest(config, task.classes, task.positions)
-    first, one = task.first_class, task.rows[0]
+    reader = dataset.reader({name: config.tasks[name]})
+    row, first_class = corpus.rows[0], corpus.first_class
   else:
-    about = manifest(dataclasses.replace(config, losses={}))
-    first, one = 0, _text(about)
+    manifest = planned_manifest(config, teacher.vocab_size)
+    reader, row, first_class = None, placeholder_text(manifest), 0
   model, compute = _model(config.teacher, mesh), loading.compute_config(config.teacher)
-  batch = _batch(config, about, rows, mesh, [], one)
-  whole = sharding.replicated(mesh)
-  key = loading.place(jax.eval_shape(jax.random.key, 0), whole)
-  index_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding.batch_sharding(mesh))
+  batch = planned_batch(manifest, row, [], reader, c.batch_size, mesh)
+  by_rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  key = sharding.with_shardings(jax.eval_shape(jax.random.key, 0), replicated)
+  index_B = jax.ShapeDtypeStruct((c.batch_size,), jnp.int32, sharding=by_rows)
+  run = recorder.Recorder(c, compute, manifest.vocab_size, first_class, _feature_width(config))
   with jax.set_mesh(mesh):
-    width = _feature_width(config)
-    run = recorder.Recorder(config.records, compute, about.vocab_size, first, width)
     lowered = run.jitted.lower(model, key, batch, index_B)
-  return Program(lowered, {"teacher": bytes_of(model), "batch": bytes_of(batch)}, rows)
+  return Program(lowered, {"teacher": bytes_of(model), "batch": bytes_of(batch)}, c.batch_size)
 
 
 def _model(spec: ModelOptions, mesh: Mesh) -> Any:
-  like = loading.abstract(spec)
-  return loading.place(like, sharding.shardings(like, mesh, loading.compute_config(spec).rules))
+  """Returns a model as shapes with shardings."""
+  abstract = loading.abstract(spec)
+  rules = loading.compute_config(spec).rules
+  return sharding.with_shardings(abstract, sharding.shardings(abstract, mesh, rules))
 
 
-def _text(about: Manifest) -> dict[str, np.ndarray]:
-  """A row of made-up text."""
-  T = about.seq_len
+def placeholder_text(manifest: Manifest) -> Record:
+  """Returns a row of made-up text."""
+  T = manifest.seq_len
   return {
     "tokens_T": np.zeros(T, np.int32),
     "segments_T": np.ones(T, np.int32),
@@ -173,34 +189,42 @@ def _text(about: Manifest) -> dict[str, np.ndarray]:
   }
 
 
-def _batch(
-  config: Config, about: Manifest, rows: int, mesh: Mesh, recorded: list[str], one: Any
-) -> Any:
-  """Batches as the loader makes them, of rows like `one` and with targets of these teachers.
+def planned_batch(
+  manifest: Manifest,
+  row: Record,
+  teachers: Sequence[str],
+  reader: collate.Read | None,
+  rows: int,
+  mesh: Mesh,
+) -> Batch:
+  """Returns a batch as the loader makes it, as shapes with shardings.
 
   One record, made up, is encoded and read back.
+
+  Args:
+    manifest: of the store.
+    row: a record without targets, as every row of the batch is.
+    teachers: names of those whose targets are recorded.
+    reader: see collate.
+    rows: of the batch.
   """
-  row = tf_example.decode(0, tf_example.encode(0, one | _targets(about), about), about)
-  for name in recorded:
-    at = "" if name == "teacher" else f"{name}/"
-    one |= {at + field: x for field, x in row.items() if field not in fields.UNTAUGHT}
-  recording = Recorded(temperature=about.temperature, missing_mass=about.missing_mass)
-  batch = collate.collate([one], "teacher" in recorded, dataset.reader(config.tasks), recording)
-  where = sharding.batch_sharding(mesh)
+  layers, width = (len(manifest.taps.layers), manifest.taps.width) if manifest.taps else (0, 0)
+  targets = fields.placeholder(manifest.spec, manifest.seq_len, layers, width)
+  record = tf_example.decode(0, tf_example.encode(0, row | targets, manifest), manifest)
+  for name in teachers:
+    prefix = "" if name == "teacher" else f"{name}/"
+    row |= {prefix + field: x for field, x in record.items() if field not in fields.UNTAUGHT}
+  recorded = Recorded(temperature=manifest.temperature, missing_mass=manifest.missing_mass)
+  batch = collate.collate([row], "teacher" in teachers, reader, recorded)
+  by_rows = sharding.batch_sharding(mesh)
 
   def of_all_rows(x: np.ndarray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where)
+    return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=by_rows)
 
   return jax.tree.map(of_all_rows, batch)
 
 
-def _targets(about: Manifest) -> dict[str, np.ndarray]:
-  """Made-up targets of one sequence, as a recorder would write them."""
-  layers, width = (len(about.taps.layers), about.taps.width) if about.taps else (0, 0)
-  return fields.placeholder(about.spec, about.seq_len, layers, width)
-
-
 def bytes_of(tree: Any) -> int:
-  """Bytes a device holds of a tree of placed shapes."""
-  of = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-  return sum(map(of, jax.tree.leaves(tree)))
+  """Returns the bytes that a device holds of a tree of shapes with shardings."""
+  leaves = jax.tree.leaves(tree)
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

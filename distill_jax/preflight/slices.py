@@ -39,7 +39,7 @@ def smallest_slice(
     try:
       if mesh is None or estimate.argument_bytes(config, verb, mesh) > hardware.chip.hbm:
         continue
-      program = programs.of(config, verb, mesh)
+      program = programs.lower(config, verb, mesh)
     except InputError:  # a dimension or the batch does not divide over it
       continue
     found = {"topology": name, "mesh": dict(mesh.shape)}

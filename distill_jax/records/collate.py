@@ -11,55 +11,60 @@ import numpy as np
 from distill_jax.data import packing
 from distill_jax.losses import SampledTargets, TopKTargets
 from distill_jax.records import fields, taps
+from distill_jax.records.fields import Record
 from distill_jax.types import Batch, Inputs, Recorded, Targets
 
-Read = Callable[[Callable[[str], Any]], Batch]
+# Makes a batch without targets, given a function from a field's name to the field [B, ...].
+Read = Callable[[Callable[[str], np.ndarray]], Batch]
 
 
 def collate(
-  records: Sequence[dict[str, np.ndarray]],
+  records: Sequence[Record],
   with_targets: bool = True,
   read: Read | None = None,
   recorded: Recorded | None = None,
 ) -> Batch:
-  """Records of single sequences to a Batch; differing K are filled up with weight 0.
+  """Returns records of single sequences as a Batch; differing K are filled up with weight 0.
 
   Args:
-    read: makes the batch but for its targets, of stack(name), a field [B, ...]; by default of
-      packed text.
+    records: the rows of the batch.
+    with_targets: include those of "teacher".
+    read: makes the batch without its targets; None reads packed text.
     recorded: how the targets were recorded, from their store's manifest.
   """
   # numpy here, jax arrays once `to_device` has made the global batch
-  stack: Callable[[str], Any] = lambda name: np.stack([r[name] for r in records])
+
+  def stack(name: str) -> np.ndarray:
+    return np.stack([record[name] for record in records])
+
   recorded = recorded or Recorded()
   batch = (read or _packed)(stack)
   others = dict.fromkeys(name.partition("/")[0] for name in records[0] if "/" in name)
-  asked = {name: f"{name}/" for name in others} | ({"teacher": ""} if with_targets else {})
+  prefixes = {name: f"{name}/" for name in others} | ({"teacher": ""} if with_targets else {})
   targets = {
-    name: _targets(records, at, recorded)
-    for name, at in asked.items()
-    if at + fields.IDS.read in records[0]
+    name: _targets(records, prefix, recorded)
+    for name, prefix in prefixes.items()
+    if prefix + fields.IDS.read in records[0]
   }
-  smoothing = stack(fields.SMOOTHING) if fields.SMOOTHING in records[0] else None
+  smoothing: Any = stack(fields.SMOOTHING) if fields.SMOOTHING in records[0] else None
   return batch.replace(targets=targets, smoothing_BT=smoothing)
 
 
-def _packed(stack: Callable[[str], Any]) -> Batch:
-  """Packed text: the label of a position is the next token."""
-  tokens, segments, mask = stack("tokens_T"), stack("segments_T"), stack("mask_T")
-  inputs: Any = packing.to_inputs(tokens, segments, mask)
-  tokens, positions, segments, labels, _ = inputs
-  return Batch(Inputs(tokens, positions, segments), labels, mask)
+def _packed(stack: Callable[[str], np.ndarray]) -> Batch:
+  """Returns packed text as a batch: the label of a position is the next token."""
+  mask: Any = stack("mask_T")
+  rows: Any = packing.to_inputs(stack("tokens_T"), stack("segments_T"), mask)
+  return Batch(Inputs(rows.tokens, rows.positions, rows.segments), rows.labels, mask)
 
 
-def _targets(records: Sequence[dict[str, np.ndarray]], at: str, recorded: Recorded) -> Targets:
-  """The targets of one teacher; `at` stands before the names of its fields (MultiTeacherStore)."""
+def _targets(records: Sequence[Record], prefix: str, recorded: Recorded) -> Targets:
+  """Returns the targets of one teacher, whose fields begin with `prefix` (MultiTeacherStore)."""
   stored: dict[str, Any] = {
-    f.batch: _stack_padded([r[at + f.read] for r in records], f.empty)
+    f.batch: _stack_padded([r[prefix + f.read] for r in records], f.empty)
     for f in fields.PREDICTED
-    if at + f.read in records[0]
+    if prefix + f.read in records[0]
   }
-  names = [at + f.read for f in fields.TAPPED]
+  names = [prefix + f.read for f in fields.TAPPED]
   if names[0] in records[0]:
     vectors = [taps.dequantise(*(r[name] for name in names)) for r in records]
     stored[fields.TAPS.batch] = np.stack(vectors)
@@ -84,14 +89,16 @@ def padded_batches(
 
 
 def to_device(batch: Any, sharding: jax.sharding.Sharding) -> Any:
-  """The global batch (or any tree of its rows), from each process's own rows."""
-  put = lambda x: jax.make_array_from_process_local_data(sharding, x)
-  return jax.tree.map(put, batch)
+  """Returns the global batch (or any tree of rows), from each process's own rows."""
+
+  def global_array(x: np.ndarray) -> jax.Array:
+    return jax.make_array_from_process_local_data(sharding, x)
+
+  return jax.tree.map(global_array, batch)
 
 
 def _stack_padded(arrays: list[np.ndarray], fill: float) -> np.ndarray:
   if arrays[0].ndim == 1:
     return np.stack(arrays)
   K = max(a.shape[1] for a in arrays)
-  fit = lambda a: np.pad(a, ((0, 0), (0, K - a.shape[1])), constant_values=fill)
-  return np.stack([fit(a) for a in arrays])
+  return np.stack([np.pad(a, ((0, 0), (0, K - a.shape[1])), constant_values=fill) for a in arrays])

@@ -29,6 +29,7 @@ bytes an entry and 6 would be 68. With ids scattered over V = 151,936, 30 at 10.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -98,24 +99,44 @@ def _buckets(ids: np.ndarray, S: int, id_bits: int) -> np.ndarray:
   return np.array(out, np.uint8)
 
 
-def _argmax_slot(ids, M_S, starts, argmax_S, counts):
-  """Which entry is the teacher's argmax, and the positions where none is.
+def _argmax_slot(
+  ids: np.ndarray,
+  M_S: np.ndarray,
+  starts: np.ndarray,
+  argmax_S: np.ndarray,
+  counts: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns which entry is the teacher's argmax, and the positions where none is.
 
   There the slot names an entry of the largest count (or the first one) and the id itself
   is stored: with counts that happens only where no probability reaches 1/N.
   """
   hit = np.flatnonzero(ids == np.repeat(argmax_S, M_S))
   slot = np.full(len(M_S), -1, np.int64)
-  of = np.searchsorted(starts, hit, side="right") - 1
-  slot[of] = hit - starts[of]
+  position = np.searchsorted(starts, hit, side="right") - 1
+  slot[position] = hit - starts[position]
   stray = np.flatnonzero(slot < 0)
   slot[stray] = 0
-  for s in stray if counts is not None else ():  # rare by construction
-    slot[s] = np.argmax(counts[starts[s] : starts[s] + M_S[s]])
+  if counts is not None:
+    for s in stray:  # rare by construction
+      slot[s] = np.argmax(counts[starts[s] : starts[s] + M_S[s]])
   return slot, stray
 
 
-def decode_ids(fields, table, M_S, starts_S, ends_S) -> np.ndarray:
+def decode_ids(
+  fields: Mapping[str, bytes],
+  table: np.ndarray,
+  M_S: np.ndarray,
+  starts_S: np.ndarray,
+  ends_S: np.ndarray,
+) -> np.ndarray:
+  """Returns the id of each entry.
+
+  Args:
+    fields: those that `encode` made.
+    table: log2 sizes of the pieces that the id space is cut into.
+    M_S, starts_S, ends_S: see codec.Layout.
+  """
   E = int(ends_S[-1]) if len(ends_S) else 0
   place = bits.ones(fields["high"])
   whole("bucket marks", len(place), E)
@@ -131,19 +152,23 @@ def decode_ids(fields, table, M_S, starts_S, ends_S) -> np.ndarray:
   return ids
 
 
-def decode_counts(data, slot_at, starts_S, E, n) -> np.ndarray:
+def decode_counts(
+  data: bytes, argmax_entry_S: np.ndarray, starts_S: np.ndarray, E: int, n: int
+) -> np.ndarray:
+  """Returns how many of the n points of its position fell on each of E entries."""
   place = bits.ones(data)
   whole("count marks", len(place), E - len(starts_S))
   others = np.ones(E, bool)
-  others[slot_at] = False
+  others[argmax_entry_S] = False
   counts = np.zeros(E, np.int64)
   counts[others] = np.diff(place, prepend=-1)
-  counts[slot_at] = n - np.add.reduceat(counts, starts_S) if E else 0
+  counts[argmax_entry_S] = n - np.add.reduceat(counts, starts_S) if E else 0
   if E and counts.min() < 1:
     raise InputError(f"the counts of a position add up to more than the {n} points")
   return counts
 
 
 def whole(what: str, found: int, want: int) -> None:
+  """Refuses a record that holds more or fewer of something than it should."""
   if found != want:
     raise InputError(f"a record holds {found} {what} where {want} belong; record the shard again")

@@ -12,7 +12,7 @@ One response a line, as the server gave it, in one of three formats:
           leaves the prompt out. Strings "token_id:123" (vLLM's return_tokens_as_token_ids)
           are ids.
 
-What such a teacher did not say is not made up: entropy is absent, positions without
+What such a teacher did not give is not made up: entropy is absent, positions without
 log-probabilities are masked out, and the mass outside the entries is what the store's
 missing_mass convention says.
 """
@@ -111,7 +111,7 @@ def _check(document: Document, vocab_size: int, seq_len: int, at: str) -> None:
 
 
 def _pack(documents: list[Document], n: int, seq_len: int) -> Record:
-  """What is said about token t + 1 is the target of position t."""
+  """Packs documents into a record: the distribution of token t + 1 is the target of position t."""
   tokens, segments, argmax = (np.zeros(seq_len, np.int32) for _ in range(3))
   mask, label_logp = np.zeros(seq_len, bool), np.zeros(seq_len, np.float32)
   ids = np.zeros((seq_len, n), np.int32)
@@ -157,13 +157,16 @@ def _resolver(token_id: TokenIds | None, missing_mass: str, at: str) -> Callable
 def _vllm(response: Any, _: Callable) -> Document:
   holder = response if "prompt_logprobs" in response else response["choices"][0]
   tokens = holder.get("prompt_token_ids") or response["prompt_token_ids"]
-  said = holder["prompt_logprobs"]
-  if len(tokens) != len(said):
-    raise ValueError(f"{len(tokens)} prompt_token_ids and {len(said)} prompt_logprobs")
-  value = lambda x: float(x["logprob"] if isinstance(x, dict) else x)
+  logprobs = holder["prompt_logprobs"]
+  if len(tokens) != len(logprobs):
+    raise ValueError(f"{len(tokens)} prompt_token_ids and {len(logprobs)} prompt_logprobs")
+
+  def value(x: Any) -> float:
+    return float(x["logprob"] if isinstance(x, dict) else x)
+
   return [
     (int(t), {int(k): value(x) for k, x in top.items()} if top else None)
-    for t, top in zip(tokens, said, strict=True)
+    for t, top in zip(tokens, logprobs, strict=True)
   ]
 
 
@@ -186,12 +189,12 @@ def _openai(response: Any, resolve: Callable) -> Document:
   if "prompt_token_ids" not in response:
     raise ValueError("no prompt_token_ids: add them to each line, the format leaves them out")
   document: Document = [(int(t), None) for t in response["prompt_token_ids"]]
-  for said in response["choices"][0]["logprobs"]["content"]:
-    token = resolve(said["token"], True)
-    top = {resolve(x["token"], False): float(x["logprob"]) for x in said["top_logprobs"]}
+  for entry in response["choices"][0]["logprobs"]["content"]:
+    token = resolve(entry["token"], True)
+    top = {resolve(x["token"], False): float(x["logprob"]) for x in entry["top_logprobs"]}
     top.pop(None, None)
     if top:
-      top.setdefault(token, float(said["logprob"]))
+      top.setdefault(token, float(entry["logprob"]))
     document.append((token, top or None))
   return document
 

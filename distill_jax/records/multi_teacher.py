@@ -1,4 +1,4 @@
-"""What several teachers said of the same text, as one store."""
+"""The targets of several teachers on the same text, as one store."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from distill_jax.errors import InputError
 from distill_jax.records.fields import UNTAUGHT
 from distill_jax.records.store import Store
 
-# What stores of teachers of one text agree on: the text, and how what is said is to be read.
+# What the stores of several teachers agree on: the text, and how their targets are read.
 SAME = ("corpus", "tokenizer", "vocab_size", "seq_len", "labels", "temperature", "missing_mass")
 
 
 class MultiTeacherStore:
-  """A random-access source as Store is, whose records hold what each teacher says.
+  """A random-access source of records that hold the targets of each teacher.
 
-  `joined[i]` is the record of the first store; the fields of the others that are not the
+  `store[i]` is the record of the first store; the fields of the others that are not the
   text's own stand beside them as "NAME/FIELD".
 
   Attributes:

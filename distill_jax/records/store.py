@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Protocol, SupportsIndex
 
 import numpy as np
 from array_record.python import array_record_module
@@ -15,21 +15,33 @@ from google.protobuf.message import DecodeError
 from distill_jax.errors import InputError
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records import tf_example
+from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest, Shard, Taps
 from distill_jax.records.writer import Writer, digest
 
-__all__ = ["Manifest", "Shard", "Store", "Taps", "Writer", "open_store"]
+__all__ = ["Manifest", "RecordSource", "Shard", "Store", "Taps", "Writer", "open_store"]
+
+
+class RecordSource(Protocol):
+  """Random access to records, all with the same fields."""
+
+  def __len__(self) -> int:
+    """Returns the number of records."""
+
+  def __getitem__(self, index: int, /) -> Record:
+    """Returns one record."""
 
 
 class Store:
   """A finished store as a grain random-access source: `len(store)`, `store[i]`.
 
-  `store[i]` is tokens_T int32, segments_T int32, mask_T bool and, by kind, what
-  `codec.decode_targets` gives, with numpy arrays of one shape for every i. Pickles by its
-  path; threads may share it.
+  `store[i]` is tokens_T int32, segments_T int32 and mask_T bool (of a task, labels_T and
+  mask_T) and, by kind, what `codec.decode_targets` returns, with numpy arrays of one shape for
+  every i. Pickles by its path; threads may share it.
 
   Attributes:
-    folder, manifest.
+    folder: of the store.
+    manifest: what it holds.
   """
 
   def __init__(self, folder: Path, manifest: Manifest):
@@ -41,7 +53,7 @@ class Store:
   def __len__(self) -> int:
     return self.manifest.total
 
-  def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
+  def __getitem__(self, index: SupportsIndex) -> Record:
     i = index.__index__()
     if not 0 <= i < len(self):
       raise IndexError(f"record {i} of a store of {len(self)}")
@@ -70,7 +82,7 @@ class Store:
         "delete it and run `record` again"
       ) from e
 
-  def verify(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+  def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
     """Checks every shard's digest and decodes every record.
 
     Args:
@@ -87,7 +99,8 @@ class Store:
         )
       for i in range(shard.first, shard.first + shard.count):
         self[i]
-        progress(i + 1, len(self))
+        if progress is not None:
+          progress(i + 1, len(self))
 
   def __reduce__(self):
     return Store, (self.folder, self.manifest)

@@ -1,4 +1,4 @@
-"""Hidden states of chosen layers: int8 with a float32 scale a vector, where not padding."""
+"""Features of chosen layers: int8 with a float32 scale a vector; padding is not stored."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill_jax.errors import InputError
+from distill_jax.records.fields import Record
+from distill_jax.records.manifest import Taps
 
 
 def feature_width(model_config: Any, kind: str) -> int:
@@ -55,7 +57,7 @@ def dequantise(taps_PTD: np.ndarray, scale_PT: np.ndarray) -> np.ndarray:
   return taps_PTD.astype(np.float32) * scale_PT[..., None]
 
 
-def encode(seq: dict[str, np.ndarray], m) -> bytes:
+def encode(seq: Record, m: Taps) -> bytes:
   """taps_PTD int8 and taps_scale_PT float32, of positions that are not padding."""
   q, scale, keep = seq["taps_PTD"], seq["taps_scale_PT"], seq["segments_T"] > 0
   want = (len(m.layers), len(keep), m.width)
@@ -68,7 +70,8 @@ def encode(seq: dict[str, np.ndarray], m) -> bytes:
   return q[:, keep].tobytes() + scale[:, keep].astype("<f4").tobytes()
 
 
-def decode(data: bytes, segments_T: np.ndarray, m) -> dict[str, np.ndarray]:
+def decode(data: bytes, segments_T: np.ndarray, m: Taps) -> Record:
+  """The inverse; 0 in padding."""
   keep, P = segments_T > 0, len(m.layers)
   S = int(keep.sum())
   if len(data) != P * S * (m.width + 4):

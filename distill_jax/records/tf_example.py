@@ -8,7 +8,6 @@ so that a shard of another store, or one under another's name, is found when it 
 from __future__ import annotations
 
 import struct
-from typing import Any
 
 import numpy as np
 from tensorflow_datasets.proto import tf_example_pb2
@@ -106,6 +105,6 @@ def serialize(fields: dict[str, bytes]) -> bytes:
   return example.SerializeToString(deterministic=True)
 
 
-def parse(data: bytes) -> dict[str, Any]:
+def parse(data: bytes) -> dict[str, bytes]:
   features = tf_example_pb2.Example.FromString(data).features.feature
   return {name: f.bytes_list.value[0] for name, f in features.items()}

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import grain
 import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.records.collate import Read, collate
+from distill_jax.records.fields import Record
+from distill_jax.records.store import RecordSource
 from distill_jax.types import Batch, Recorded
 
 
 def batches(
-  stores: Sequence[Any],
+  stores: Sequence[RecordSource],
   *,
   batch_size: int,
   seed: int,
@@ -34,11 +35,11 @@ def batches(
   """This process's rows of every global batch from step `start` on, as numpy arrays.
 
   Args:
-    stores: random access to records (records/store.py), all of one sequence length.
+    stores: random access to records, all of one sequence length.
     batch_size: of the global batch; process p reads rows p, p + P, ... of it.
     seed: of the order; each epoch has its own.
     mixture: weights of the stores; empty: by size.
-    targets: False leaves what the stores hold of "teacher" out, where that one is online.
+    targets: False ignores the recorded targets of "teacher", for one that runs in the step.
     read, recorded: see collate.
 
   Raises:
@@ -51,11 +52,9 @@ def batches(
   if not all(len(store) for store in stores):
     raise InputError("a store holds no sequence; record it first")
   rows = [grain.MapDataset.source(store).shuffle(seed=seed).repeat() for store in stores]
-  empty_targets = _unsaid([store[0] for store in stores]) if targets else {}
-  rows = [
-    ds.map(functools.partial(_fill, empty_targets=empty_targets)) if empty_targets else ds
-    for ds in rows
-  ]
+  if targets and (empty_targets := _empty_targets([store[0] for store in stores])):
+    add_missing = functools.partial(_add_missing_targets, empty_targets=empty_targets)
+    rows = [ds.map(add_missing) for ds in rows]
   weights = list(mixture) or [len(store) for store in stores]
   ds = rows[0] if len(rows) == 1 else grain.MapDataset.mix(rows, weights=weights)
   to_batch = functools.partial(collate, with_targets=targets, read=read, recorded=recorded)
@@ -64,15 +63,17 @@ def batches(
   return iter(ds[start:].to_iter_dataset(ahead))
 
 
-def _unsaid(first: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Where only some stores hold a teacher's targets: the fields that are nothing at all."""
-  fields = {name: x for row in first for name, x in row.items()}
-  if all(row.keys() == fields.keys() for row in first):
+def _empty_targets(first: Sequence[Record]) -> Record:
+  """Returns the fields of targets that only some of the stores hold, as zeros.
+
+  Args:
+    first: the first record of each store.
+  """
+  fields = {name: x for record in first for name, x in record.items()}
+  if all(record.keys() == fields.keys() for record in first):
     return {}
   return {name: np.zeros_like(x) for name, x in fields.items()}
 
 
-def _fill(
-  row: dict[str, np.ndarray], empty_targets: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-  return empty_targets | row
+def _add_missing_targets(record: Record, empty_targets: Record) -> Record:
+  return empty_targets | record

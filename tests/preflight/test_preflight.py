@@ -261,8 +261,8 @@ def test_the_batch_is_the_loaders(tmp_path, records):
   stores = training_stores.open_stores(c)
   real = next(loader.batches(stores, batch_size=4, seed=0))
   mesh = sharding.make_mesh(fsdp=4)
-  about = programs.manifest(c)
-  ours = programs._batch(c, about, 4, mesh, ["teacher"], programs._text(about))
+  about = programs.planned_manifest(c)
+  ours = programs.planned_batch(about, programs.placeholder_text(about), ["teacher"], None, 4, mesh)
   shape = lambda x: (x.shape, np.dtype(x.dtype))
   assert jax.tree.map(shape, ours) == jax.tree.map(shape, real)
 
@@ -278,7 +278,7 @@ def test_the_batch_is_the_loaders(tmp_path, records):
 def test_arguments_are_what_the_compiler_is_given(verb, changes):
   c = model_config()
   c.update_from_flattened_dict(changes)
-  program = programs.of(config.resolve(c), verb, sharding.make_mesh(fsdp=2, tensor=2))
+  program = programs.lower(config.resolve(c), verb, sharding.make_mesh(fsdp=2, tensor=2))
   memory = program.lowered.compile().memory_analysis()
   given = sum(program.arguments.values())
   assert given == pytest.approx(memory.argument_size_in_bytes, abs=200)  # scalars and keys
@@ -291,7 +291,7 @@ def test_arguments_by_arithmetic():
     c.student.train, c.student.lora.rank = "lora" if rank else "whole", rank
     c = config.resolve(c)
     for verb in ("train", "record"):
-      told = programs.of(c, verb, mesh).arguments
+      told = programs.lower(c, verb, mesh).arguments
       want = sum(n for name, n in told.items() if name != "batch")
       assert estimate.argument_bytes(c, verb, mesh) == pytest.approx(want, rel=0.01)
 
@@ -433,12 +433,12 @@ def test_what_the_run_would_refuse(changes, verb, message):
     else:
       c.update_from_flattened_dict({key: value})
   with pytest.raises(InputError, match=message):
-    programs.of(config.resolve(c), verb, sharding.make_mesh(fsdp=4))
+    programs.lower(config.resolve(c), verb, sharding.make_mesh(fsdp=4))
 
 
 def test_a_dimension_that_does_not_divide():
   with pytest.raises(InputError, match="axis 'kv_heads' of size 2 does not divide over mesh axis"):
-    programs.of(config.resolve(model_config()), "train", sharding.make_mesh(fsdp=1, tensor=4))
+    programs.lower(config.resolve(model_config()), "train", sharding.make_mesh(fsdp=1, tensor=4))
 
 
 # ---------------------------------------------------------------- the verb

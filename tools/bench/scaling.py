@@ -42,7 +42,7 @@ def student(shape: str, seq_len: int, rows: int, tensor: int) -> config.Config:
 
 def measure(name: str, c: config.Config) -> dict[str, Any]:
   """Bytes of one device."""
-  program = programs.of(c, "train", topology.make_mesh(c.mesh, name))
+  program = programs.lower(c, "train", topology.make_mesh(c.mesh, name))
   memory, compiled = compiler.compile_step(program)
   sent = collectives.Program(compiled.as_text()).sent()
   state = sum(program.arguments[part] for part in ("parameters", "optimizer"))
