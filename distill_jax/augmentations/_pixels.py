@@ -1,62 +1,61 @@
-"""Images as augmentations change them: to Pillow and back, warped, mixed."""
+"""What augmentations of images share: to Pillow and back, warped, mixed."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from distill_jax.augmentations import Example
 from distill_jax.errors import InputError
 
-Example = dict[str, Any]
 PIXELS, LABELS = "pixels_WWM", ("labels_T", "mask_T")
 
 
-def probability(name: str, p: float) -> None:
-  """Refuses what is no probability."""
+def check_probability(name: str, p: float) -> None:
+  """Refuses a number that is not a probability."""
   if not 0 <= p <= 1:
     raise InputError(f"{name} is {p}; a probability, from 0 to 1, was expected")
 
 
 def to_pillow(pixels_WWM: np.ndarray) -> Image.Image:
-  """Of one channel, grey, or of three."""
+  """Returns an image of one channel, grey, or of three."""
   return Image.fromarray(pixels_WWM[..., 0] if pixels_WWM.shape[-1] == 1 else pixels_WWM)
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
-  """uint8 [height, width, 1 or 3]."""
-  x = np.asarray(image)
-  return x[..., None] if x.ndim == 2 else x
+  """Returns uint8 [height, width, 1 or 3]."""
+  pixels = np.asarray(image)
+  return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def warped(pixels_WWM: np.ndarray, matrix: np.ndarray, fill: int = 0) -> np.ndarray:
-  """The image whose point (x, y) shows what was at `matrix` @ (x, y, 1), from its centre.
+  """Returns the image whose point (x, y) shows what was at `matrix` @ (x, y, 1).
 
   Args:
+    pixels_WWM: the image; points count from its centre.
     matrix: float [2, 3], of x to the right and y downwards, in pixels.
-    fill: what shows from outside the image.
+    fill: the grey level that shows from outside the image.
   """
   image = to_pillow(pixels_WWM)
   (a, b, c), (d, e, f) = matrix
   cx, cy = image.width / 2, image.height / 2  # Pillow counts from the corner
   data = (a, b, c + cx - a * cx - b * cy, d, e, f + cy - d * cx - e * cy)
   grey = image.mode == "L"
-  to = image.transform(
+  warped_image = image.transform(
     image.size,
     Image.Transform.AFFINE,
     data,
     Image.Resampling.BILINEAR,
     fillcolor=fill if grey else (fill,) * 3,
   )
-  return to_pixels(to)
+  return to_pixels(warped_image)
 
 
-def drawn(rng: np.random.Generator, a: Example, b: Example, share: float) -> Example:
-  """`a` with the label of a or, with probability 1 - share, of b.
+def with_drawn_label(rng: np.random.Generator, a: Example, b: Example, share: float) -> Example:
+  """Returns `a` with its own label or, with probability 1 - share, that of `b`.
 
   Raises:
-    InputError: an example has more to it than one label, as a pair of an image and its text.
+    InputError: an example has more than one label, such as a pair of an image and its text.
   """
   if len(a[LABELS[0]]) != 1:
     raise InputError(

@@ -1,4 +1,4 @@
-"""A part of the image, as large as the image was."""
+"""Random crops, resized to the size of the image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from distill_jax.augmentations._pixels import PIXELS, Example, to_pillow, to_pixels
+from distill_jax.augmentations import Example
+from distill_jax.augmentations._pixels import PIXELS, to_pillow, to_pixels
 from distill_jax.errors import InputError
 
 
@@ -41,14 +42,14 @@ class Augmentation:
     pixels = example[PIXELS]
     H, W = pixels.shape[:2]
     pad = self.pad
-    around = np.zeros((H + 2 * pad, W + 2 * pad, pixels.shape[2]), np.uint8)
-    around[pad : pad + H, pad : pad + W] = pixels  # np.pad takes as long as all the rest
-    area, turn = rng.uniform(self.area, 1), math.log(self.ratio)
-    ratio = math.exp(rng.uniform(-turn, turn))
-    h = min(round(H * math.sqrt(area / ratio)), around.shape[0])
-    w = min(round(W * math.sqrt(area * ratio)), around.shape[1])
-    y, x = (int(rng.integers(0, n + 1)) for n in (around.shape[0] - h, around.shape[1] - w))
-    part = around[y : y + h, x : x + w]
+    padded = np.zeros((H + 2 * pad, W + 2 * pad, pixels.shape[2]), np.uint8)
+    padded[pad : pad + H, pad : pad + W] = pixels  # np.pad takes as long as all the rest
+    area, max_log_ratio = rng.uniform(self.area, 1), math.log(self.ratio)
+    ratio = math.exp(rng.uniform(-max_log_ratio, max_log_ratio))
+    h = min(round(H * math.sqrt(area / ratio)), padded.shape[0])
+    w = min(round(W * math.sqrt(area * ratio)), padded.shape[1])
+    y, x = (int(rng.integers(0, n + 1)) for n in (padded.shape[0] - h, padded.shape[1] - w))
+    part = padded[y : y + h, x : x + w]
     if (h, w) != (H, W):
       part = to_pixels(to_pillow(part).resize((W, H), Image.Resampling.BILINEAR))
     return example | {PIXELS: part}

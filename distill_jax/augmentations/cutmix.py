@@ -1,4 +1,4 @@
-"""A box of one image set into another (arXiv:1905.04899)."""
+"""CutMix: a box of one image set into another (arXiv:1905.04899)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from distill_jax.augmentations._pixels import PIXELS, Example, drawn, probability
+from distill_jax.augmentations import Example
+from distill_jax.augmentations._pixels import PIXELS, check_probability, with_drawn_label
 from distill_jax.errors import InputError
 
 
@@ -26,7 +27,7 @@ class Augmentation:
   p: float = 1.0
 
   def __post_init__(self):
-    probability("p", self.p)
+    check_probability("p", self.p)
     if self.alpha <= 0:
       raise InputError(f"alpha is {self.alpha}; it is above 0")
 
@@ -41,11 +42,11 @@ class Augmentation:
     pixels = example[PIXELS].copy()
     pixels[top:bottom, left:right] = b[PIXELS][top:bottom, left:right]
     share = 1 - (bottom - top) * (right - left) / (H * W)
-    return drawn(rng, example | {PIXELS: pixels}, b, share)
+    return with_drawn_label(rng, example | {PIXELS: pixels}, b, share)
 
 
 def _span(rng: np.random.Generator, n: int, part: float) -> tuple[int, int]:
-  """(first, past the last) of `part` of n around a middle that is anywhere."""
+  """Returns (first, past the last) of `part` of n pixels around a random middle."""
   size, middle = round(n * part), int(rng.integers(0, n))
   first = middle - size // 2
   return max(first, 0), min(first + size, n)

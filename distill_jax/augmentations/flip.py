@@ -1,4 +1,4 @@
-"""The image in a mirror, left and right exchanged."""
+"""Mirrored images, left and right exchanged."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from distill_jax.augmentations._pixels import PIXELS, Example, probability
+from distill_jax.augmentations import Example
+from distill_jax.augmentations._pixels import PIXELS, check_probability
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """With probability p."""
+  """Mirrors an image with probability p."""
 
   p: float = 0.5
 
   def __post_init__(self):
-    probability("p", self.p)
+    check_probability("p", self.p)
 
   def __call__(
     self, rng: np.random.Generator, example: Example, other: Callable[[], Example]

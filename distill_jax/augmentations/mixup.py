@@ -1,4 +1,4 @@
-"""Two images laid over each other (arXiv:1710.09412)."""
+"""MixUp: weighted sums of two images (arXiv:1710.09412)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from distill_jax.augmentations._pixels import PIXELS, Example, drawn
+from distill_jax.augmentations import Example
+from distill_jax.augmentations._pixels import PIXELS, with_drawn_label
 from distill_jax.errors import InputError
 
 
@@ -26,4 +27,4 @@ class Augmentation:
   ) -> Example:
     b, share = other(), rng.beta(self.alpha, self.alpha)
     mixed = share * example[PIXELS].astype(np.float32) + (1 - share) * b[PIXELS]
-    return drawn(rng, example | {PIXELS: np.rint(mixed).astype(np.uint8)}, b, share)
+    return with_drawn_label(rng, example | {PIXELS: np.rint(mixed).astype(np.uint8)}, b, share)

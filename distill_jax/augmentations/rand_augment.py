@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from distill_jax.augmentations import _pixels
-from distill_jax.augmentations._pixels import PIXELS, Example
+from distill_jax.augmentations import Example, _pixels
+from distill_jax.augmentations._pixels import PIXELS
 from distill_jax.errors import InputError
 
 
@@ -20,7 +20,7 @@ class Augmentation:
 
   Attributes:
     magnitude: their strength, from 0 to 10, as in the paper.
-    fill: grey level that shows from outside the image.
+    fill: the grey level that shows from outside the image.
   """
 
   n: int = 2
@@ -46,7 +46,14 @@ class Augmentation:
 
 
 def changed(pixels_WWM: np.ndarray, name: str, strength: float, fill: int = 0) -> np.ndarray:
-  """One of CHANGES, of strength -1 to 1; where it has but one direction, the sign is nothing."""
+  """Returns an image after one of CHANGES.
+
+  Args:
+    pixels_WWM: the image.
+    name: one of CHANGES.
+    strength: from -1 to 1; the sign does nothing where a change has but one direction.
+    fill: the grey level that shows from outside the image.
+  """
   if name in WARPS:
     H, W = pixels_WWM.shape[:2]
     return _pixels.warped(pixels_WWM, WARPS[name](strength, H, W), fill)
@@ -54,7 +61,7 @@ def changed(pixels_WWM: np.ndarray, name: str, strength: float, fill: int = 0) -
 
 
 def _rotate(s: float, H: int, W: int) -> np.ndarray:
-  """Counter-clockwise, as one sees it, by up to 30 degrees."""
+  """Returns a rotation of the image counter-clockwise, by up to 30 degrees."""
   a = math.radians(30 * s)
   return np.array([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]])
 

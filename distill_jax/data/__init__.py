@@ -1,1 +1,1 @@
-"""From text to batches: sources, tokenizers, packing, the loader."""
+"""From text, images and sounds to arrays: sources, tokenizers, chat templates, packing."""

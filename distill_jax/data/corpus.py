@@ -20,7 +20,7 @@ BATCH = 256  # documents tokenized at once
 
 
 def tokenizer_of(data: DataOptions, pretrained: Pretrained | None) -> tokenizers.Tokenizer:
-  """The tokenizer that a config names, or the one that came with the model."""
+  """Loads the tokenizer that a config names, or the one that came with the model."""
   if data.tokenizer:
     return tokenizers.load_tokenizer(data.tokenizer)
   if pretrained is None or pretrained.tokenizer is None:
@@ -29,7 +29,7 @@ def tokenizer_of(data: DataOptions, pretrained: Pretrained | None) -> tokenizers
 
 
 def of_files(files: TokenizerFiles, source: str) -> tokenizers.Tokenizer:
-  """The tokenizer that came with the model `source`."""
+  """Returns the tokenizer that came with the model `source`."""
   raw = files.json.encode() if files.json is not None else files.sentencepiece
   assert raw is not None
   # Documents end with the vocabulary's own document end, not with what ends a chat's turn.
@@ -37,12 +37,13 @@ def of_files(files: TokenizerFiles, source: str) -> tokenizers.Tokenizer:
 
 
 def source_of(data: DataOptions) -> sources.DocumentSource:
+  """Returns where a config's documents come from."""
   names = (f.name for f in dataclasses.fields(sources.DocumentSource))
   return sources.DocumentSource(**{name: getattr(data, name) for name in names})
 
 
 def template_of(data: DataOptions, pretrained: Pretrained | None) -> ChatTemplate:
-  """The chat template of the tokenizer that a config names, or of the model's own."""
+  """Returns the chat template of the tokenizer that a config names, or of the model's own."""
   name = data.tokenizer or (pretrained.source if pretrained else "the model")
   files = files_of(data, pretrained)
   if files is None:
@@ -51,7 +52,7 @@ def template_of(data: DataOptions, pretrained: Pretrained | None) -> ChatTemplat
 
 
 def files_of(data: DataOptions, pretrained: Pretrained | None) -> TokenizerFiles | None:
-  """The files of the tokenizer that a config names, or of the model's own; None without."""
+  """Returns the files of the tokenizer that a config names, or of the model's own, or None."""
   if not data.tokenizer:
     return pretrained.tokenizer if pretrained else None
   path = Path(data.tokenizer)
@@ -61,17 +62,17 @@ def files_of(data: DataOptions, pretrained: Pretrained | None) -> TokenizerFiles
 def sequences(
   data: DataOptions, tokenizer: tokenizers.Tokenizer, pretrained: Pretrained | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Packed sequences in corpus order, at most `data.sequences`, as records without targets.
+  """Yields packed sequences in corpus order, at most `data.sequences`, as records without targets.
 
-  Chats are rendered by the template of `pretrained`, or of data.tokenizer; they are packed
-  whole, and the assistant's tokens alone are learnt.
+  Chats are rendered by the template of `pretrained`, or of data.tokenizer. They are packed whole,
+  and only the assistant's tokens are trained on.
 
   Other documents begin with what the tokenizer begins a text with, as prompts do
-  (decode/prompts.py), and end with a document's end.
+  (generation/prompts.py), and end with a document's end.
 
-  Yields: {tokens_T int32, segments_T int32, mask_T bool}; unlike packing's mask of tokens,
-    `mask_T` says at which positions there is a label to learn. With data.trust, smoothing_T
-    float32 too.
+  Yields:
+    {tokens_T int32, segments_T int32, mask_T bool}. Unlike packing's mask of tokens, `mask_T` is
+    True at positions whose label is trained on. With data.trust, smoothing_T float32 too.
   """
   if data.trust and data.kind != "chat":
     raise InputError(f"data.trust is {data.trust!r} and data.kind {data.kind!r}; it is for chats")
@@ -87,12 +88,19 @@ def sequences(
     yield row.record() | ({"smoothing_T": row.smoothing_T} if data.trust else {})
 
 
-def check(data: DataOptions, tokenizer: tokenizers.Tokenizer, rows: int, longest: int) -> None:
-  """Refuses a tokenizer or a sequence length that the model cannot read."""
+def check(data: DataOptions, tokenizer: tokenizers.Tokenizer, rows: int, max_len: int) -> None:
+  """Refuses a tokenizer or a sequence length that the model cannot read.
+
+  Args:
+    data: the corpus.
+    tokenizer: its tokenizer.
+    rows: of the model's embedding.
+    max_len: the longest sequence that the model reads.
+  """
   check_vocabulary(tokenizer.vocab_size, rows, tokenizer.where)
-  if data.seq_len > longest:
+  if data.seq_len > max_len:
     raise InputError(
-      f"data.seq_len is {data.seq_len} and the model reads at most {longest} tokens; lower it"
+      f"data.seq_len is {data.seq_len} and the model reads at most {max_len} tokens; lower it"
     )
 
 

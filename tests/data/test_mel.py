@@ -1,34 +1,13 @@
 """Log-mel frames against transformers' feature extractor; wav files whole and damaged."""
 
-import wave
-
 import numpy as np
 import pytest
+from tiny_sounds import sound, write_wav
 
 from distill_jax.data import mel
 from distill_jax.errors import InputError
 
 transformers = pytest.importorskip("transformers")
-
-
-def sound(seconds: float, rate: int = mel.RATE) -> np.ndarray:
-  """A sweep with noise and a silence in it."""
-  t = np.arange(int(seconds * rate)) / rate
-  noise = np.random.default_rng(0).standard_normal(len(t))
-  x = 0.4 * np.sin(2 * np.pi * (200 + 900 * t) * t) + 0.05 * noise
-  return np.where((t > 0.5) & (t < 0.7), 0, x).astype(np.float32)
-
-
-def write(path, x: np.ndarray, rate: int, width: int = 2, channels: int = 1):
-  with wave.open(str(path), "wb") as f:
-    f.setnchannels(channels)
-    f.setsampwidth(width)
-    f.setframerate(rate)
-    whole = np.round(x * (2.0 ** (8 * width - 1) - 1)).astype("<i8")
-    if width == 1:
-      whole += 128
-    f.writeframes(whole[:, None].view(np.uint8)[:, :width].tobytes())
-  return path
 
 
 @pytest.mark.parametrize("seconds, frames, bins", [(1.3, 300, 80), (4.0, 300, 80), (2.0, 200, 128)])
@@ -47,7 +26,7 @@ def test_frames_are_those_of_transformers(seconds, frames, bins):
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
 def test_wav_of_every_width(tmp_path, width):
   x = sound(0.3, 8000)
-  got, rate = mel.read_wav(write(tmp_path / "a.wav", x, 8000, width))
+  got, rate = mel.read_wav(write_wav(tmp_path / "a.wav", x, 8000, width))
   assert rate == 8000 and got.dtype == np.float32
   # Half a step, and that the largest value is one step short of 1.
   np.testing.assert_allclose(got, x, atol=2.0 ** (1 - 8 * width) + 1e-7)
@@ -56,7 +35,7 @@ def test_wav_of_every_width(tmp_path, width):
 def test_channels_are_averaged(tmp_path):
   x = sound(0.2)
   both = np.stack([x, np.zeros_like(x)], 1).reshape(-1)
-  got, _ = mel.read_wav(write(tmp_path / "a.wav", both, mel.RATE, channels=2))
+  got, _ = mel.read_wav(write_wav(tmp_path / "a.wav", both, mel.RATE, channels=2))
   np.testing.assert_allclose(got, x / 2, atol=1e-4)
 
 
@@ -82,7 +61,7 @@ def test_resampling_keeps_a_tone():
   ids=["empty", "no wav", "cut short", "floats"],
 )
 def test_damaged_files_are_named(tmp_path, spoil, says):
-  path = write(tmp_path / "a.wav", np.zeros(1000, np.float32), 8000)
+  path = write_wav(tmp_path / "a.wav", np.zeros(1000, np.float32), 8000)
   path.write_bytes(spoil(path.read_bytes()))
   with pytest.raises(InputError, match=f"a.wav.*{says}|a.wav {says}"):
     mel.read_wav(path)
@@ -90,4 +69,4 @@ def test_damaged_files_are_named(tmp_path, spoil, says):
 
 def test_a_file_without_a_sound_is_named(tmp_path):
   with pytest.raises(InputError, match="holds 0 of the 0 samples"):
-    mel.read_wav(write(tmp_path / "a.wav", np.zeros(0, np.float32), 8000))
+    mel.read_wav(write_wav(tmp_path / "a.wav", np.zeros(0, np.float32), 8000))

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_images_run as images
 import tiny
+import tiny_images
 from jax.sharding import NamedSharding, PartitionSpec
 
 from distill_jax import config
@@ -516,8 +516,8 @@ def test_tasks_are_compiled_and_their_operations_are_not_guessed(
   monkeypatch.setattr(topology, "prepare", lambda: None)
   monkeypatch.setattr(topology, "make_mesh", lambda *a: sharding.make_mesh(fsdp=4))
   monkeypatch.setattr(slices, "smallest_slice", lambda *a: None)
-  images.files.write_idx(tmp_path)
-  c = images.configured(tmp_path)
+  tiny_images.write_idx(tmp_path)
+  c = tiny_images.configured(tmp_path)
   if tasks == 2:
     c.tasks.others, c.records.task = c.tasks.things, "others"
     c.train.records = (*c.train.records, *c.train.records)

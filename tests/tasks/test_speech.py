@@ -6,11 +6,11 @@ import json
 import jax
 import numpy as np
 import pytest
-import test_mel as sounds
-from test_translation import IDS, write_tokenizer
+from tiny_seq2seq_tasks import IDS, record_and_train, two_steps, write_tokenizer
+from tiny_sounds import write_wav
 
 from distill_jax import config
-from distill_jax.commands import evaluate, export, generate, record
+from distill_jax.commands import evaluate, export, generate
 from distill_jax.errors import InputError
 from distill_jax.models import loading, t5, whisper
 from distill_jax.nn import params, sharding
@@ -28,17 +28,14 @@ def write_sounds(folder):
   lines = []
   for i in range(18):
     t = np.arange(RATE // 4) / RATE
-    sounds.write(folder / f"{i}.wav", 0.5 * np.sin(2 * np.pi * (200 + 90 * i) * t), RATE)
+    write_wav(folder / f"{i}.wav", 0.5 * np.sin(2 * np.pi * (200 + 90 * i) * t), RATE)
     lines.append({"audio": f"{i}.wav", "text": f"{WORDS[i % 6]} {i}"})
   (folder / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
   return str(folder / "all.jsonl")
 
 
 def configured(folder):
-  c = config.base()
-  for model in (c.teacher, c.student):  # random both, by keys of their own
-    model.family, model.shape = "whisper", "tiny"
-    model.changes = {**IDS, "decoder_layers": 1, "encoder_layers": 1}
+  c = two_steps(folder, "whisper", decoder_layers=1, encoder_layers=1)
   c.tasks.main = config.task(
     "speech",
     path=write_sounds(folder / "sounds"),
@@ -56,9 +53,6 @@ def configured(folder):
   c.records.n, c.records.batch_size = 7, 4
   c.losses.soft = config.loss("kd", weight=0.8)
   c.losses.hard = config.loss("ce", weight=1.0)
-  c.train.records = (str(folder / "records"),)
-  c.train.steps, c.train.batch_size, c.train.checkpoint_every = 2, 4, 2
-  c.evaluate.batch_size = 4
   return c
 
 
@@ -68,11 +62,7 @@ def test_from_record_to_export(tmp_path, capsys):
   c = configured(tmp_path)
   c.evaluate.models = {"student": f"run:{tmp_path / 'student'}"}
   c.export.dir, c.export.dtype = str(tmp_path / "hub"), "float32"
-  resolved = config.resolve(c)
-  with Workdir(tmp_path / "records", resolved) as records:
-    record.run(resolved, records)
-  with Workdir(tmp_path / "student", resolved) as student:
-    last = loop.train(resolved, student)
+  resolved, last = record_and_train(c, tmp_path)
   assert 0 < last["kl/teacher"] < 10
   row = evaluate.run(resolved, tmp_path)["models"]["student"]
   if _scores.missing("jiwer"):
@@ -173,7 +163,10 @@ SPOILT = {
   "empty": (lambda p: p.write_bytes(b""), "0.wav is damaged, empty"),
   "no wav": (lambda p: p.write_text("hello"), "0.wav is damaged, empty"),
   "missing": (lambda p: p.unlink(), "line 1 names no file in its field"),
-  "long": (lambda p: sounds.write(p, np.zeros(9000, np.float32), RATE), "longer than 32 frames"),
+  "long": (
+    lambda p: write_wav(p, np.zeros(9000, np.float32), RATE),
+    "longer than 32 frames",
+  ),
 }
 
 

@@ -4,30 +4,14 @@ import json
 
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tiny_seq2seq_tasks import EOS, PAD, record_and_train, two_steps, write_tokenizer
 
 from distill_jax import config
-from distill_jax.commands import evaluate, export, generate, record
+from distill_jax.commands import evaluate, export, generate
 from distill_jax.data import tokenizers as ours
 from distill_jax.errors import InputError
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.tasks import _scores, dataset, translation
-from distill_jax.training import loop
-
-PAD, EOS, V = 256, 257, 258
-IDS = {"vocab_size": V, "pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
-
-
-def write_tokenizer(path):
-  """A byte each, and T5's two special tokens."""
-  letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-  tokenizer = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = decoders.ByteLevel()
-  tokenizer.add_special_tokens(["<pad>", "</s>"])
-  tokenizer.save(str(path))
-  return str(path)
 
 
 def write_pairs(path, n=24):
@@ -53,18 +37,12 @@ def task(folder, **changes):
 
 
 def configured(folder):
-  c = config.base()
-  for model in (c.teacher, c.student):  # random both, by keys of their own
-    model.family, model.shape = "t5", "tiny"
-    model.changes = {**IDS, "num_decoder_layers": 1, "num_layers": 1}
+  c = two_steps(folder, "t5", num_decoder_layers=1, num_layers=1)
   c.tasks.main = task(folder)
   c.data.tokenizer = c.tasks.main.tokenizer
   c.records.kind, c.records.n, c.records.batch_size = "topk", 4, 4
   c.losses.soft = config.loss("kd", weight=0.7)
   c.losses.hard = config.loss("ce", weight=0.3)
-  c.train.records = (str(folder / "records"),)
-  c.train.steps, c.train.batch_size, c.train.checkpoint_every = 2, 4, 2
-  c.evaluate.batch_size = 4
   return c
 
 
@@ -74,11 +52,7 @@ def test_from_record_to_export(tmp_path, capsys):
   c = configured(tmp_path)
   c.evaluate.models = {"student": f"run:{tmp_path / 'student'}"}
   c.export.dir, c.export.dtype = str(tmp_path / "hub"), "float32"
-  resolved = config.resolve(c)
-  with Workdir(tmp_path / "records", resolved) as records:
-    record.run(resolved, records)
-  with Workdir(tmp_path / "student", resolved) as student:
-    last = loop.train(resolved, student)
+  resolved, last = record_and_train(c, tmp_path)
   assert 0 < last["kl/teacher"] < 10
   rows = evaluate.run(resolved, tmp_path)["models"]
   if _scores.missing("sacrebleu"):

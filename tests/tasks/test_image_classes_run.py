@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import test_tasks_image_classes as files
+import tiny_images
+from tiny_images import configured
 
 from distill_jax import config
 from distill_jax.commands import evaluate, export, record
@@ -25,39 +26,11 @@ from distill_jax.types import Batch, Images
 torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
 
 
-def configured(folder):
-  c = config.base()
-  for model in (c.teacher, c.student):
-    model.family, model.shape = "vit", "tiny"
-    model.changes = {"num_labels": 3, "num_hidden_layers": 1}
-  c.tasks.things = config.task(
-    "image_classes",
-    train=str(folder / "train"),
-    size=files.W,
-    channels=1,
-    classes=files.NAMES,
-    mean=(0.4,),
-    std=(0.3,),
-    heldout_fraction=0.3,
-    augment=("shift", "flip", "mix"),
-    views=2,
-  )
-  c.augmentations.shift = config.augmentation("crop", pad=2)
-  c.augmentations.flip = config.augmentation("flip")
-  c.augmentations.mix = config.augmentation("mixup", alpha=1.0)
-  c.records.kind, c.records.batch_size = "dense", 8
-  c.losses.soft = config.loss("kd", temperature=2.0)
-  c.train.records = (str(folder / "records"),)
-  c.train.steps, c.train.batch_size, c.train.checkpoint_every = 2, 8, 2
-  c.evaluate.batch_size = 8
-  return c
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   """(folder, config) of a teacher recorded and a student trained."""
   folder = tmp_path_factory.mktemp("run")
-  files.write_idx(folder)
+  tiny_images.write_idx(folder)
   resolved = config.resolve(configured(folder))
   with Workdir(folder / "records", resolved) as records:
     record.run(resolved, records)
@@ -74,7 +47,7 @@ def test_what_is_exported_says_in_transformers_what_the_run_says(run, tmp_path):
   row = evaluate.run(resolved, tmp_path)["models"]["student"]
   export.run(resolved, folder / "student")
   theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hub").eval()
-  assert theirs.config.id2label == dict(enumerate(files.NAMES))
+  assert theirs.config.id2label == dict(enumerate(tiny_images.NAMES))
   saved = json.loads((tmp_path / "hub" / "preprocessor_config.json").read_text())
 
   rows = dataset.open_examples(resolved, "things", "heldout", None)

@@ -2,45 +2,16 @@
 
 import dataclasses
 import gzip
-import struct
 import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_images import NAMES, W, idx, write_folder, write_idx
 
 from distill_jax.errors import InputError
 from distill_jax.models import vit
 from distill_jax.tasks import image_classes
-
-W, NAMES = 12, ("ankle", "bag", "coat")
-
-
-def idx(path, array, gz=True):
-  head = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
-  data = head + array.astype(np.uint8).tobytes()
-  path.write_bytes(gzip.compress(data) if gz else data)
-
-
-def write_idx(folder, n=40, labels=None, seed=0):
-  """IDX files of n random images; returns what they hold."""
-  rng = np.random.default_rng(seed)
-  pixels = rng.integers(0, 256, (n, W, W))
-  labels = np.arange(n) % 3 if labels is None else np.asarray(labels)
-  idx(folder / "train-images-idx3-ubyte.gz", pixels)
-  idx(folder / "train-labels-idx1-ubyte.gz", labels)
-  return pixels, labels
-
-
-def write_folder(folder, n=4, channels=1):
-  """A folder of classes, of PNG files; returns pixels by class."""
-  made = {}
-  for k, name in enumerate(NAMES):
-    (folder / name).mkdir(parents=True)
-    made[name] = np.random.default_rng(k).integers(0, 256, (n, W, W, channels)).astype(np.uint8)
-    for i, x in enumerate(made[name]):
-      Image.fromarray(x[..., 0] if channels == 1 else x).save(folder / name / f"{i}.png")
-  return made
 
 
 def task(folder, **changes):
