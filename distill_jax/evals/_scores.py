@@ -1,10 +1,9 @@
-"""From verdicts to numbers: pass@k, votes, and how sure one can be of them."""
+"""From verdicts to numbers: pass@k and majority votes, with confidence intervals."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -17,8 +16,8 @@ Number = dict[str, float]  # value, low, high
 def interval(per_question: Sequence[float], seed: int = 0) -> Number:
   """The mean over questions, and its 95% percentile bootstrap interval.
 
-  Questions are drawn again with replacement, each with all its samples: 2,000 times, seeded.
-  Where all questions say the same, so does every draw: the interval is that point.
+  Questions are resampled with replacement, each with all its samples: 2,000 times, seeded. Where
+  all questions have the same value, the interval is that point.
   """
   x_Q, rng = np.asarray(per_question, np.float64), np.random.default_rng(seed)
   means = [np.mean(x_Q[rng.integers(len(x_Q), size=len(x_Q))]) for _ in range(RESAMPLES)]
@@ -35,21 +34,23 @@ def pass_at(k: int, n: int, right: int) -> float:
 
 
 def majority(answers: Sequence[str], right: Sequence[bool]) -> float:
-  """Whether the answer that most samples give is right; ties share the point.
+  """1.0 if the answer that most samples give is right, else 0.0; ties share the point.
 
   Args:
-    answers: spelt in one way; "" is none, and has no vote.
+    answers: spelt in one way; "" is no answer, and has no vote.
   """
   votes: dict[str, list[bool]] = {}
   for answer, verdict in zip(answers, right, strict=True):
     if answer:
       votes.setdefault(answer, []).append(verdict)
-  most = max(map(len, votes.values()), default=0)
-  shares = [sum(v) / len(v) for v in votes.values() if len(v) == most]
+  max_votes = max(map(len, votes.values()), default=0)
+  shares = [sum(v) / len(v) for v in votes.values() if len(v) == max_votes]
   return sum(shares) / len(shares) if shares else 0.0
 
 
-def passed(right: Sequence[Sequence[bool]], answers: Sequence[Sequence[str]] | None) -> Any:
+def passed(
+  right: Sequence[Sequence[bool]], answers: Sequence[Sequence[str]] | None
+) -> dict[str, Number]:
   """The numbers of a set.
 
   Args:

@@ -21,7 +21,7 @@ def compare(
   vocab_size: int | None = None,
   teacher: str = "teacher",
 ) -> dict[str, dict[str, Mean]]:
-  """Every model beside the teacher, over the labels of a batch, in nats.
+  """Compares every model with the teacher, over the labels of a batch, in nats.
 
   Args:
     outputs: hidden states and head of each model by name, the teacher's among them.
@@ -31,33 +31,37 @@ def compare(
     kl, KL(p || q); agreement, p and q have the same top token.
   """
 
-  def chunk_metrics(teacher_BCV: jax.Array, piece: Batch) -> dict[str, dict[str, Mean]]:
-    teacher_BCV = fused_head.only_rows(
-      fused_head.soft_cap(teacher_BCV, p.soft_cap), piece.class_range_BT2
-    )
+  reference = outputs[teacher]
+  assert reference.head_VD is not None
+
+  def chunk_metrics(logits_BCV: jax.Array, piece: Batch) -> dict[str, dict[str, Mean]]:
+    teacher_BCV = fused_head.soft_cap(logits_BCV, reference.soft_cap)
+    teacher_BCV = fused_head.only_rows(teacher_BCV, piece.class_range_BT2)
     logp_BCV = jax.nn.log_softmax(teacher_BCV)
     means = {teacher: token_metrics.of_distributions(logp_BCV, logp_BCV, piece)}
-    for name, t in piece.targets.items():
-      assert isinstance(t, DenseTargets)
-      z_BCV = fused_head.fit_rows(t.logits(), teacher_BCV)
-      logq_BCV = jax.nn.log_softmax(z_BCV)
+    for name, output in piece.targets.items():
+      assert isinstance(output, DenseTargets)
+      logits_BCV = fused_head.fit_rows(output.logits(), teacher_BCV)
+      logq_BCV = jax.nn.log_softmax(logits_BCV)
       means[name] = token_metrics.of_distributions(logp_BCV, logq_BCV, piece)
     return means
 
-  p = outputs[teacher]
-  assert p.head_VD is not None
-  others = {name: t for name, t in outputs.items() if name != teacher}
-  batch = (batch.with_contrastive_labels() if p.contrastive else batch).replace(targets=others)
-  return fused_head.fold(chunk_metrics, p.hidden_BTD, p.head_VD, batch, chunk, vocab_size)
+  others = {name: output for name, output in outputs.items() if name != teacher}
+  batch = batch.with_contrastive_labels() if reference.contrastive else batch
+  batch = batch.replace(targets=others)
+  hidden_BTD, head_VD = reference.hidden_BTD, reference.head_VD
+  return fused_head.fold(chunk_metrics, hidden_BTD, head_VD, batch, chunk, vocab_size)
 
 
 def score(model: Any, batch: Batch, compute: ComputeConfig, chunk: int) -> Mean:
-  """-log q(label) alone: the work of a forward pass over a prompt, for timing."""
+  """Computes -log q(label) alone: the work of a forward pass over a prompt, for timing."""
   out: Output = model(batch.inputs, compute)
   batch = batch.with_contrastive_labels() if out.contrastive else batch
 
-  def ce(z_BCV: jax.Array, piece: Batch) -> Mean:
-    z_BCV = fused_head.only_rows(fused_head.soft_cap(z_BCV, out.soft_cap), piece.class_range_BT2)
-    return Mean.of(-fused_head.logp_at(z_BCV, piece.labels_BT[..., None])[..., 0], piece.mask_BT)
+  def ce(logits_BCV: jax.Array, piece: Batch) -> Mean:
+    logits_BCV = fused_head.soft_cap(logits_BCV, out.soft_cap)
+    logits_BCV = fused_head.only_rows(logits_BCV, piece.class_range_BT2)
+    label_logp_BC = fused_head.logp_at(logits_BCV, piece.labels_BT[..., None])[..., 0]
+    return Mean.of(-label_logp_BC, piece.mask_BT)
 
   return fused_head.fold(ce, out.hidden_BTD, out.head_VD, batch, chunk)

@@ -1,4 +1,4 @@
-"""Held-out texts by their embeddings: whether models find the same ones alike."""
+"""Similarity of held-out texts by their embeddings: whether models agree on it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,25 @@ class Similarity:
   """Gathers the embeddings of all batches; widths may differ from model to model."""
 
   def __init__(self) -> None:
-    self._said: dict[str, list[np.ndarray]] = {}
+    self._embeddings: dict[str, list[np.ndarray]] = {}
 
   def add(self, outputs: Mapping[str, DenseTargets], batch: Batch) -> None:
-    """Args: outputs, by model; their hidden states are embeddings of length 1."""
+    """Adds the embeddings of a batch.
+
+    Args:
+      outputs: by model; their hidden states are embeddings of length 1.
+    """
     real_B = distributed.to_host(batch.mask_BT)[:, 0]
     for name, t in outputs.items():
-      self._said.setdefault(name, []).append(distributed.to_host(t.hidden_BTD)[real_B, 0])
+      self._embeddings.setdefault(name, []).append(distributed.to_host(t.hidden_BTD)[real_B, 0])
 
   def row(self, model: str) -> dict[str, float]:
-    """What `alike` says of a model beside the teacher."""
-    return alike(*(np.concatenate(self._said[name]) for name in (model, "teacher")))
+    """The agreement of a model with the teacher."""
+    return agreement(*(np.concatenate(self._embeddings[name]) for name in (model, "teacher")))
 
 
-def alike(ours_ND: np.ndarray, theirs_NE: np.ndarray) -> dict[str, float]:
-  """How two models' cosines of all pairs of N texts go together.
+def agreement(ours_ND: np.ndarray, theirs_ND: np.ndarray) -> dict[str, float]:
+  """Compares two models' cosines of all pairs of N texts; their widths D may differ.
 
   Returns:
     spearman: the rank correlation of their cosines, each pair once (as STS is scored,
@@ -38,7 +42,7 @@ def alike(ours_ND: np.ndarray, theirs_NE: np.ndarray) -> dict[str, float]:
     same_nearest: the share of texts whose nearest other text is the same.
   """
   pairs = np.triu_indices(len(ours_ND), 1)
-  cosines = [x.astype(np.float64) @ x.astype(np.float64).T for x in (ours_ND, theirs_NE)]
+  cosines = [x.astype(np.float64) @ x.astype(np.float64).T for x in (ours_ND, theirs_ND)]
   spearman = scipy.stats.spearmanr(*(c[pairs] for c in cosines)).statistic
   for c in cosines:
     np.fill_diagonal(c, -np.inf)

@@ -8,14 +8,15 @@ off. Of a copy of the folder that was made in between, lines without their data 
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from distill_jax.data import jsonl
 from distill_jax.errors import InputError
+from distill_jax.runtime import json_io
 
 LINES, BINARY = "samples.part.jsonl", "samples.part.bin"
 
@@ -53,8 +54,8 @@ class SampleJournal:
       if not raw.endswith(b"\n"):
         break
       try:
-        row = json.loads(raw)
-      except ValueError as e:
+        row = json_io.parse_object(raw)
+      except InputError as e:
         raise InputError(
           f"{path}, line {number + 1} is damaged ({e}); delete the file and run generate again"
         ) from e
@@ -88,7 +89,7 @@ class SampleJournal:
     self.rows += rows
 
   def _append(self, rows: list[dict[str, Any]]) -> None:
-    self._lines.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    self._lines.write(b"".join(jsonl.to_line(row, ensure_ascii=True) for row in rows))
     self._lines.flush()
     os.fsync(self._lines.fileno())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import re
@@ -12,14 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from distill_jax.data import corpus
+from distill_jax.data import corpus, jsonl
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.generation.http_client import RequestRefused
 from distill_jax.generation.job import GenerationJob
-from distill_jax.generation.prompts import LONE_SURROGATE, Message, PromptEncoder, model_input
+from distill_jax.generation.prompts import Message, PromptEncoder, model_input
 from distill_jax.generation.scheduler import SampleKey
-from distill_jax.runtime import atomic_io
+from distill_jax.runtime import atomic_io, json_io
 
 RESPONSES, PART = "responses.jsonl", "responses.part.jsonl"
 PREFIX = re.compile(rb'\{"id": (\d+), "sample": (\d+), ')  # of a line of responses.jsonl
@@ -103,7 +102,7 @@ def parse(answer: Any, stop: tuple[str, ...]) -> tuple[dict[str, Any], TokenLogp
   if finish not in REASONS:
     raise RequestRefused(f"the server ends the text by {finish!r}")
   text = _text(choice["message"]) if "message" in choice else choice["text"]
-  if LONE_SURROGATE.search(text):
+  if json_io.lone_surrogate(text):
     raise ValueError("half a surrogate pair in the text")
   token_logprobs = _token_logprobs(choice)
   tokens = _tokens(choice, token_logprobs or [])
@@ -240,7 +239,7 @@ class Responses:
 
   def add(self, answers: list[dict[str, Any]]) -> None:
     """Appends answers. Returns when all is on disk."""
-    lines = [json.dumps(answer).encode() + b"\n" for answer in answers]
+    lines = [jsonl.to_line(answer, ensure_ascii=True) for answer in answers]
     self._file.write(b"".join(lines))
     self._file.flush()
     os.fsync(self._file.fileno())

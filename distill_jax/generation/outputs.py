@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ def finished_result(folder: Path, origin: dict[str, Any]) -> dict[str, Any] | No
   file = folder / SUMMARY
   if not file.exists():
     return None
-  result = json.loads(file.read_text())
+  result = json_io.read_object(file, "choose another --workdir")
   if result.pop("of") != origin:
     raise InputError(
       f"{folder} holds samples of other prompts or another teacher; choose another --workdir"

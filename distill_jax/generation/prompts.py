@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distill_jax.data import corpus
+from distill_jax.data import corpus, jsonl
+from distill_jax.data.bad_input import BadInputPolicy
 from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.filters.samples import answer_part
 from distill_jax.generation.job import GenerationJob
-from distill_jax.runtime import storage
+from distill_jax.runtime import json_io, storage
 
-ON_BAD = ("stop", "skip")
 SAMPLE_FIELDS = {"id", "sample", "text", "about"}  # of a line that `generate` wrote
 PLACEHOLDER = "{prompt}"  # in generate.template
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a pair; it is not a character
 
 Message = dict[str, Any]  # of a chat: its `role` and `content`
 
@@ -66,22 +63,20 @@ def read_prompts(job: GenerationJob, tokenizer: Tokenizer | None = None) -> Prom
     InputError: the file cannot be read; a prompt cannot be used and on_bad is "stop", or none
       can be used.
   """
-  path = _check(job)
+  path, policy = _check(job), BadInputPolicy(job.key("on_bad"), job.on_bad)
   found = Prompts({}, {}, {})
   encoder = PromptEncoder(job)
-  for n, (line, raw) in enumerate(_lines(path)):
+  for n, line in enumerate(jsonl.read_lines(path)):
     try:
-      prompt = _parse(raw, job.field) if path.suffix == ".jsonl" else Prompt(_utf8(raw), {})
+      text = json_io.decode_utf8(line.raw.rstrip(b"\r\n"))
+      prompt = _parse(text, job.field) if path.suffix == ".jsonl" else Prompt(text, {})
       prompt = prompt._replace(content=_apply_template(job, prompt.content))
       if tokenizer is not None:
         found.ids[n] = _check_length(encoder(tokenizer, prompt.content), job.decoding.cache_len)
       found.prompts[n] = prompt
     except InputError as error:
-      if job.on_bad == "stop":
-        raise InputError(
-          f"{path}, line {line}: {error}; mend it, or set {job.key('on_bad')}=skip"
-        ) from error
-      found.rejected[n] = f"line {line}: {error}"
+      policy.reject(line.where, str(error))
+      found.rejected[n] = f"line {line.number}: {error}"
   if not found.prompts:
     reasons = [*found.rejected.values()]
     why = f"the first one's reason: {reasons[0]}" if reasons else "it is empty"
@@ -91,8 +86,6 @@ def read_prompts(job: GenerationJob, tokenizer: Tokenizer | None = None) -> Prom
 
 def _check(job: GenerationJob) -> Path:
   """The file of prompts."""
-  if job.on_bad not in ON_BAD:
-    raise InputError(f"{job.key('on_bad')} is {job.on_bad!r}; it can be one of {ON_BAD}")
   if job.template and PLACEHOLDER not in job.template:
     raise InputError(
       f"generate.template is {job.template!r:.60}; it has {PLACEHOLDER} for the prompt"
@@ -101,14 +94,6 @@ def _check(job: GenerationJob) -> Path:
   if not job.prompts or not path.is_file():
     raise InputError(f"generate.prompts is {job.prompts!r}, which is no file; name the prompts")
   return path
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-  """(number from 1 on, content) of each line that is not blank."""
-  with path.open("rb") as f:
-    for number, raw in enumerate(f, 1):
-      if raw.strip():
-        yield number, raw.rstrip(b"\r\n")
 
 
 def model_input(job: GenerationJob, content: str | list[Message]) -> str | list[Message]:
@@ -174,24 +159,14 @@ def _check_length(ids: list[int], cache_len: int) -> list[int]:
   return ids
 
 
-def _utf8(raw: bytes) -> str:
-  try:
-    return raw.decode()
-  except UnicodeDecodeError as e:
-    raise InputError(f"byte {e.start} is 0x{raw[e.start]:02x}, which is not UTF-8") from e
-
-
-def _parse(raw: bytes, field: str) -> Prompt:
+def _parse(text: str, field: str) -> Prompt:
   """What `field` of a line holds, unchecked, beside the other fields or a sample's `about`."""
-  try:
-    row = json.loads(_utf8(raw))
-  except (ValueError, RecursionError) as e:
-    raise InputError(f"it is not JSON ({e})") from e
+  row = json_io.parse(text, "it")
   if not isinstance(row, dict) or field not in row:
     there = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
     raise InputError(f"there is no field {field!r}, but {there or 'nothing'}")
-  if half := LONE_SURROGATE.search(json.dumps(row, ensure_ascii=False)):
-    raise InputError(f"it holds half a surrogate pair, {half[0]!r}")
+  if half := json_io.lone_surrogate(json.dumps(row, ensure_ascii=False)):
+    raise InputError(f"it holds half a surrogate pair, {half!r}")
   value = row.pop(field)
   if not row.keys() | {field} >= SAMPLE_FIELDS or not isinstance(row["about"], dict):
     return Prompt(value, row)

@@ -311,12 +311,12 @@ def test_a_student_learns_the_embeddings_of_texts(c, tmp_path):
 def test_models_are_alike_as_the_ranks_of_their_cosines():
   turn = np.array([0.0, 0.1, 0.5, 1.7])  # angles: neighbours are 0-1, 1-0, 2-1, 3-2
   circle = lambda a: np.stack([np.cos(a), np.sin(a)], -1).astype(np.float32)
-  assert similarity.alike(circle(turn), circle(2 + turn)) == {
+  assert similarity.agreement(circle(turn), circle(2 + turn)) == {
     "spearman": pytest.approx(1.0),
     "same_nearest": 1.0,
   }
   # Apart by 1, 5, 17, 4, 16, 12 and by 2, 9, 3, 7, 1, 6 tenths: ranks 1 3 6 2 5 4, 2 6 3 5 1 4,
   # whose differences have 44 for the sum of squares.
-  said = similarity.alike(circle(np.array([0.0, 0.2, 0.9, 0.3])), circle(turn))
+  said = similarity.agreement(circle(np.array([0.0, 0.2, 0.9, 0.3])), circle(turn))
   assert said["spearman"] == pytest.approx(1 - 6 * 44 / (6 * 35))
   assert said["same_nearest"] == 0.25  # the nearest are 1 3 3 1 and 1 0 1 2
