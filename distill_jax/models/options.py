@@ -20,10 +20,10 @@ class ModelOptions:
   shape: str = ""  # … and one of its named shapes; beside a source, what preflight goes by
   digest: str = ""  # the sha256 that the source must have (a store's manifest names it); "": any
   keep_layers: tuple[int, ...] = ()  # layers of the source to keep; (): all
-  changes: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields of the family's Config
-  # that are not as the source or the named shape has them, as {"num_labels": 10}
-  new: tuple[str, ...] = ()  # beginnings of Hugging Face's names of parameters that start random,
-  # whatever the source holds, as "classifier"
+  changes: dict[str, Any] = dataclasses.field(default_factory=dict)  # overrides for fields of the
+  # architecture config, e.g. {"num_labels": 10}
+  new: tuple[str, ...] = ()  # Hugging Face parameter-name prefixes to initialise randomly instead
+  # of loading, e.g. "classifier"
   dtype: str = "float32"  # of matrix products
   param_dtype: str = "float32"  # of the stored parameters
   remat: str = "none"  # none | dots | offload | full
@@ -51,8 +51,8 @@ class StudentOptions(ModelOptions):
   lora: LoraOptions = LoraOptions()
   share: ShareOptions = ShareOptions()
   quantise: QuantiseOptions = QuantiseOptions()  # with train "quantised", or "shared"
-  frozen: tuple[str, ...] = ()  # beginnings of Hugging Face's names of parameters that stay as
-  # they are, such as "model.encoder.", without optimizer state
+  frozen: tuple[str, ...] = ()  # Hugging Face parameter-name prefixes that are not trained and
+  # have no optimizer state, e.g. "model.encoder."
 
   def __post_init__(self) -> None:
     if self.train not in TRAIN:

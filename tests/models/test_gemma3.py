@@ -128,8 +128,8 @@ def test_a_cap_is_everywhere_that_logits_are():
     chunk=5,
   )
   weights, trained = {"hard": jnp.float32(1)}, (model, {})
-  grad = jax.jit(jax.value_and_grad(made._loss, has_aux=True))
-  (got, _), (got_grad, _) = grad(trained, batch, {}, 0, jnp.float32(32), weights)
+  grad = jax.jit(jax.value_and_grad(made.loss, has_aux=True))
+  (got, _), (got_grad, _) = grad(trained, batch, step.Fixed({}, 0, jnp.float32(32)), weights)
   np.testing.assert_allclose(got, want, rtol=1e-5)
   for a, b in zip(jax.tree.leaves(got_grad), jax.tree.leaves(want_grad), strict=True):
     assert parity.error(a, b) < parity.GRADIENT
