@@ -106,7 +106,7 @@ def make_step(config: Config, stores: Stores, student: ModelSource | None = None
     recorded=recorded(config, stores),
     balance_every=config.optim.balance_every,
     trainable=student.trainable,
-    parts=tuple(
+    first_classes=tuple(
       (name, store.class_range.start)
       for name, store in zip(config.tasks, stores, strict=False)
       if isinstance(store, RecordedTask) and store.class_range

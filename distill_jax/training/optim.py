@@ -61,14 +61,14 @@ def optimizer(
   `update` takes `value=` (the loss) for reduce-on-plateau. Frozen parameters have no state, and
   their update is their gradient, which is 0.
   """
-  parts = [
+  transforms = [
     optax.clip_by_global_norm(c.clip_norm),
     optax.scale_by_adam(c.b1, c.b2, c.eps, mu_dtype=jnp.float32),
     optax.add_decayed_weights(c.weight_decay, mask=decay_mask),
   ]
   if c.plateau_patience:
-    parts.append(optax.contrib.reduce_on_plateau(factor=0.5, patience=c.plateau_patience))
-  whole = optax.chain(*parts)
+    transforms.append(optax.contrib.reduce_on_plateau(factor=0.5, patience=c.plateau_patience))
+  update = optax.chain(*transforms)
   if frozen:
-    whole = optax.masked(whole, lambda tree: params.trainable_mask(tree, frozen))
-  return optax.with_extra_args_support(whole)
+    update = optax.masked(update, lambda tree: params.trainable_mask(tree, frozen))
+  return optax.with_extra_args_support(update)

@@ -77,7 +77,7 @@ class Step:
     balance_every: steps between measurements of the losses' gradient norms, which are then
       held in the ratio of the losses' weights; 0: never, weights are weights.
     trainable: what of the student is trained.
-    parts: of several tasks, each one's name and its first row of the head.
+    first_classes: of several tasks, each one's name and its first row of the head.
   """
 
   losses: Mapping[str, BaseLoss]
@@ -93,7 +93,7 @@ class Step:
   recorded: Recorded = Recorded()
   balance_every: int = 0
   trainable: Trainable = WHOLE
-  parts: tuple[tuple[str, int], ...] = ()
+  first_classes: tuple[tuple[str, int], ...] = ()
 
   @functools.cached_property
   def token_losses(self) -> dict[str, TokenLoss]:
@@ -222,7 +222,7 @@ class Step:
         mask_BC = piece.mask_for_teacher_losses() if by_teacher else piece.mask_for_label_losses()
         means[name] = Mean.of(fn.token_loss(logits_BCV, piece, fixed.step), mask_BC)
         total += weights[name] / fixed.label_count * means[name].total
-      metrics = token_metrics.means(jax.lax.stop_gradient(logits_BCV), piece, self.parts)
+      metrics = token_metrics.means(jax.lax.stop_gradient(logits_BCV), piece, self.first_classes)
       return total, means | metrics
 
     batch = label_each_output(prepared.batch, out)

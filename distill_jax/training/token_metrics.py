@@ -16,14 +16,14 @@ from distill_jax.types import Batch, Mean, Targets
 
 
 def means(
-  logits_BCV: jax.Array, piece: Batch, parts: tuple[tuple[str, int], ...] = ()
+  logits_BCV: jax.Array, piece: Batch, first_classes: tuple[tuple[str, int], ...] = ()
 ) -> dict[str, Mean]:
   """Means over a chunk's labels, in nats.
 
   Args:
     logits_BCV: the student's.
     piece: the chunk's labels, mask and targets.
-    parts: of several tasks, each one's name and its first row of the head.
+    first_classes: of several tasks, each one's name and its first row of the head.
 
   Returns:
     ce, entropy: of the student. By teacher, as far as its targets hold them: kl (at a temperature
@@ -37,7 +37,7 @@ def means(
     "ce": Mean.of(ce_BC, mask_BC),
     "entropy": Mean.of(lse_BC - _mean_logit(logits_BCV, lse_BC), mask_BC),
   }
-  for name, first in parts:
+  for name, first in first_classes:
     assert piece.class_range_BT2 is not None
     of_task_BC = mask_BC & (piece.class_range_BT2[..., 0] == first)
     correct_BC = label_BC >= jnp.max(logits_BCV, -1)
