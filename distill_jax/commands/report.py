@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distill_jax import report as pages
 from distill_jax.config import Config
 from distill_jax.models import loading
 from distill_jax.records import describe
 from distill_jax.records.store import open_store
+from distill_jax.report import html_report
 from distill_jax.runtime import storage
 
 
@@ -20,9 +20,7 @@ def run(config: Config, workdir: Path) -> dict[str, Any]:
     for name, source in config.evaluate.models.items()
     if source.startswith(loading.RUN)
   }
-  about = (
-    describe.describe(open_store(storage.local(config.train.records[0])))
-    if config.train.records
-    else None
-  )
-  return pages.report(workdir, runs=runs, records=about, export_dir=config.export.dir)
+  records = None
+  if config.train.records:
+    records = describe.describe(open_store(storage.local(config.train.records[0])))
+  return html_report.write_report(workdir, runs=runs, records=records, export_dir=config.export.dir)

@@ -15,14 +15,14 @@ import numpy as np
 from distill_jax.report.numbers import COLUMNS, cell, tone
 
 if TYPE_CHECKING:
-  from distill_jax.report import Run
+  from distill_jax.report.html_report import Run
 
 POINTS = 600  # of one curve, at most
 escape = html.escape
 
 
 def dots(labels: Mapping[str, str], models: Mapping[str, Mapping[str, float | None]]) -> str:
-  """One dot a model and a panel a number."""
+  """Returns panels, one for each number, with a dot for each model."""
   panels = ""
   for key in ("ce", "kl", "agreement"):
     name, note, write = COLUMNS[key]
@@ -30,20 +30,25 @@ def dots(labels: Mapping[str, str], models: Mapping[str, Mapping[str, float | No
     lo, hi, ticks = _axis([*known, 0.0] if key == "kl" else known, 3)
     if key == "agreement":
       lo, hi, ticks = 0.0, 1.0, [0.0, 0.5, 1.0]
-    place = lambda x, lo=lo, hi=hi: 100 * (x - lo) / (hi - lo)
-    lines = "".join(f'<i class="grid" style="left:{place(t):.2f}%"></i>' for t in ticks)
+    places = [_percent_of_axis(t, lo, hi) for t in ticks]
+    lines = "".join(f'<i class="grid" style="left:{place:.2f}%"></i>' for place in places)
     rows = ""
-    for m, numbers in models.items():
+    for model, numbers in models.items():
       x = numbers[key]
-      at = place(x) if x is not None and math.isfinite(x) else None
-      dot = f'<i class="dot {tone(m)}" style="left:{at:.2f}%"></i>' if at is not None else ""
-      track, value = (lines + dot, cell(write(x))) if dot else (cell(write(x)), "")
+      track, value = cell(write(x)), ""
+      if x is not None and math.isfinite(x):
+        left = _percent_of_axis(x, lo, hi)
+        track = f'{lines}<i class="dot {tone(model)}" style="left:{left:.2f}%"></i>'
+        value = cell(write(x))
       rows += (
-        f'<div class="row"><span>{escape(labels[m])}</span><div class="track">{track}</div>'
+        f'<div class="row"><span>{escape(labels[model])}</span><div class="track">{track}</div>'
         f"<b>{value}</b></div>"
       )
     form = "{:.0%}" if key == "agreement" else "{:g}"
-    axis = "".join(f'<span style="left:{place(t):.2f}%">{form.format(t)}</span>' for t in ticks)
+    axis = "".join(
+      f'<span style="left:{place:.2f}%">{form.format(t)}</span>'
+      for t, place in zip(ticks, places, strict=True)
+    )
     panels += (
       f"<figure><figcaption>{escape(name)}<small>{escape(note)}</small></figcaption>{rows}"
       f'<div class="row axis"><span></span><div class="track">{axis}</div><b></b></div></figure>'
@@ -51,8 +56,12 @@ def dots(labels: Mapping[str, str], models: Mapping[str, Mapping[str, float | No
   return f'<div class="panels">{panels}</div>'
 
 
+def _percent_of_axis(x: float, lo: float, hi: float) -> float:
+  return 100 * (x - lo) / (hi - lo)
+
+
 def curves(labels: Mapping[str, str], runs: Mapping[str, Run]) -> str:
-  """Curves of the quantities that every run wrote, since only those can be compared."""
+  """Returns curves of the quantities that every run logged; only those can be compared."""
   if not runs:
     return '<p class="bad">No run with a metrics.jsonl was given.</p>'
   shared = set.intersection(*({k for row in r.rows for k in row} for r in runs.values()))
@@ -75,25 +84,32 @@ def _chart(key: str, title: str, runs: Mapping[str, Run]) -> str:
     name: np.array([[row["step"], row[key]] for row in run.rows if key in row], float)
     for name, run in runs.items()
   }
-  every = np.concatenate(list(series.values()))
-  finite = every[np.isfinite(every[:, 1])]
+  points = np.concatenate(list(series.values()))
+  finite = points[np.isfinite(points[:, 1])]
   lo, hi, ticks = _axis(finite[:, 1].tolist(), 4)
-  x_lo, x_hi = float(every[:, 0].min()), float(max(every[:, 0].max(), every[:, 0].min() + 1))
+  x_lo = float(points[:, 0].min())
+  x_hi = float(max(points[:, 0].max(), x_lo + 1))
   x_ticks = [t for t in _axis([x_lo, x_hi], 4)[2] if x_lo <= t <= x_hi and t == int(t)]
-  across, up = lambda x: (x - x_lo) / (x_hi - x_lo), lambda y: (hi - y) / (hi - lo)
+
+  def left(x):
+    return (x - x_lo) / (x_hi - x_lo)
+
+  def top(y):
+    return (hi - y) / (hi - lo)
+
   paths, window = "", 1
-  for name, points in series.items():
-    width = max(1, len(points) // 20)
+  for name, curve in series.items():
+    width = max(1, len(curve) // 20)
     window = max(window, width)
-    for kind, xy in (("raw", points), ("mean", _smooth(points, width))):
+    for kind, xy in (("raw", curve), ("mean", _smooth(curve, width))):
       xy = xy[:: -(-len(xy) // POINTS)]
-      d = _path(1000 * across(xy[:, 0]), 1000 * up(xy[:, 1]))
+      d = _path(1000 * left(xy[:, 0]), 1000 * top(xy[:, 1]))
       paths += f'<path class="{kind} {tone(name)}" d="{d}"/>'
-  grid = "".join(f'<i class="grid" style="top:{100 * up(t):.2f}%"></i>' for t in ticks)
-  y = "".join(f'<span class="y" style="top:{100 * up(t):.2f}%">{t:g}</span>' for t in ticks)
-  x = "".join(f'<span class="x" style="left:{100 * across(t):.2f}%">{t:g}</span>' for t in x_ticks)
+  grid = "".join(f'<i class="grid" style="top:{100 * top(t):.2f}%"></i>' for t in ticks)
+  y = "".join(f'<span class="y" style="top:{100 * top(t):.2f}%">{t:g}</span>' for t in ticks)
+  x = "".join(f'<span class="x" style="left:{100 * left(t):.2f}%">{t:g}</span>' for t in x_ticks)
   note = f"by step; thick: mean over {window} steps"
-  if broken := len(every) - len(finite):
+  if broken := len(points) - len(finite):
     note += f"; {broken} values are NaN or infinite and leave a hole"
   return (
     f"<figure><figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>"

@@ -8,14 +8,16 @@ from typing import Any
 
 from distill_jax.config import Config
 from distill_jax.report import benchmarks
+from distill_jax.schedules import Schedule
 
 COLUMNS = ("ce", "perplexity", "kl", "agreement", "parameters")
 
 
 def card(config: Config, step: int, evaluation: Mapping[str, Any] | None) -> str:
-  """README.md in Markdown. Numbers are those of `evaluation`; without it the card says so."""
+  """Returns README.md in Markdown; without an `evaluation` it says that nothing was measured."""
   student, data, optim, train = config.student, config.data, config.optim, config.train
   kept = f", layers {list(student.keep_layers)}" if student.keep_layers else ""
+  text = f"- Data: `{data.kind}` `{data.path}`, sequences of {data.seq_len} tokens"
   lines = [
     "---",
     f"library_name: {'peft' if config.export.lora == 'peft' else 'transformers'}",
@@ -28,15 +30,11 @@ def card(config: Config, step: int, evaluation: Mapping[str, Any] | None) -> str
     f"- Teacher: `{config.teacher.source or config.teacher.shape}`",
     f"- Student before training: `{student.source or student.shape}`{kept}",
     *_trained(config),
-    *(_task(name, of) for name, of in config.tasks.items()),
-    *(
-      []
-      if config.tasks
-      else [f"- Data: `{data.kind}` `{data.path}`, sequences of {data.seq_len} tokens"]
-    ),
+    *(_entry("Task", name, task) for name, task in config.tasks.items()),
+    *([] if config.tasks else [text]),
     f"- Optimiser: AdamW, peak rate {optim.peak_lr:g}, {optim.schedule}, "
     f"weight decay {optim.weight_decay:g}",
-    *(_loss(name, fn) for name, fn in config.losses.items()),
+    *(_entry("Loss", name, loss) for name, loss in config.losses.items()),
     "",
     *_measured(evaluation),
   ]
@@ -62,26 +60,18 @@ def _trained(config: Config) -> list[str]:
   return []
 
 
-def _task(name: str, of: Any) -> str:
-  keys = ", ".join(f"{f.name} {getattr(of, f.name)}" for f in dataclasses.fields(of))
-  return f"- Task `{name}` ({type(of).__module__.rpartition('.')[2]}): {keys}"
-
-
-def _loss(name: str, fn: Any) -> str:
-  keys = {f.name: getattr(fn, f.name) for f in dataclasses.fields(fn)}
-  said = (f"{k} {v.values if hasattr(v, 'values') else v}" for k, v in keys.items())
-  return f"- Loss `{name}` ({type(fn).__module__.rpartition('.')[2]}): {', '.join(said)}"
-
-
-def _on_sets(evaluation: Mapping[str, Any]) -> list[str]:
-  evals = evaluation.get("evals")
-  return [*benchmarks.markdown(evals), ""] if evals else []
+def _entry(kind: str, name: str, entry: Any) -> str:
+  """A line about a task or a loss of the config: its module and its keys."""
+  values = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}
+  keys = (f"{k} {v.values if isinstance(v, Schedule) else v}" for k, v in values.items())
+  return f"- {kind} `{name}` ({type(entry).__module__.rpartition('.')[2]}): {', '.join(keys)}"
 
 
 def _measured(evaluation: Mapping[str, Any] | None) -> list[str]:
   if evaluation is None:
     return ["Not measured: run `distill-jax evaluate` and export again with its evaluation.json."]
-  rows = _on_sets(evaluation)
+  evals = evaluation.get("evals")
+  rows = [*benchmarks.markdown(evals), ""] if evals else []
   if not evaluation["models"]:
     return rows
   rows += [

@@ -34,7 +34,7 @@ def short(x: float | None) -> str:
 
 
 def cell(written: str) -> str:
-  """Written for HTML; what is no number is marked."""
+  """Returns the text for HTML; what is not a number is marked."""
   bad = written in ("not measured", "NaN", "infinite")
   return f'<span class="bad">{written}</span>' if bad else html.escape(written)
 

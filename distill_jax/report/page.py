@@ -1,4 +1,4 @@
-"""How the report looks: one HTML page, some tens of kilobytes, that asks for nothing else."""
+"""The report as one HTML page of some tens of kilobytes that loads nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from distill_jax.report.numbers import COLUMNS, cell, percent, text, tone
 from distill_jax.report.style import CSS
 
 if TYPE_CHECKING:
-  from distill_jax.report import Gap, Run
+  from distill_jax.report.html_report import Run
+  from distill_jax.report.results import Gap
 
 escape = html.escape
 
@@ -29,11 +30,16 @@ def render(
   commands: Mapping[str, str],
   evals: benchmarks.Evals,
 ) -> str:
-  """The page. `models` holds every number of every model shown, None where not measured.
+  """Returns the page.
 
-  Without models, there is nothing on it of held-out text.
+  Args:
+    headline, about: its title, and the line below.
+    labels: what models and runs are called, by name.
+    models: every number of every model shown, None where not measured; without models, there is
+      nothing on the page about held-out text.
+    commands: of runs and other steps, by name.
   """
-  sections = [("Evaluation sets", benchmarks.table(labels, evals))] if evals else []
+  sections = [("Benchmarks", benchmarks.table(labels, evals))] if evals else []
   if models:
     sections = [
       ("Held-out results", charts.dots(labels, models) + _table(labels, models)),
@@ -43,7 +49,7 @@ def render(
   sections += [
     ("Training", charts.curves(labels, runs)),
     ("Teacher records", _records(records)),
-    ("To repeat it", _repeat(labels, runs, commands, export_dir)),
+    ("Reproduce", _reproduce(labels, runs, commands, export_dir)),
   ]
   tiles = _tiles(models, gaps, records) if models else ""
   body = "".join(f"<section><h2>{escape(name)}</h2>{part}</section>" for name, part in sections)
@@ -58,7 +64,11 @@ def render(
   )
 
 
-def _tiles(models: Mapping, gaps: Sequence[Gap], records: Mapping[str, Any] | None) -> str:
+def _tiles(
+  models: Mapping[str, Mapping[str, float | None]],
+  gaps: Sequence[Gap],
+  records: Mapping[str, Any] | None,
+) -> str:
   """Four figures to take away."""
   teacher, ours = models["teacher"], models["distilled"]
 
@@ -138,7 +148,7 @@ def _records(records: Mapping[str, Any] | None) -> str:
   )
 
 
-def _repeat(
+def _reproduce(
   labels: Mapping[str, str], runs: Mapping[str, Run], commands: Mapping[str, str], export_dir: str
 ) -> str:
   parts = "".join(
@@ -148,14 +158,14 @@ def _repeat(
   if export_dir:
     parts += f"<p>The distilled student lies in <code>{escape(export_dir)}</code>.</p>"
   for name, run in runs.items():
-    said = run.versions
-    packages = ", ".join(f"{k} {v}" for k, v in said.get("packages", {}).items())
+    versions = run.versions
+    packages = ", ".join(f"{k} {v}" for k, v in versions.get("packages", {}).items())
     facts = [
-      f"git {said.get('git') or 'unknown'}",
-      f"Python {said.get('python', 'unknown')}",
+      f"git {versions.get('git') or 'unknown'}",
+      f"Python {versions.get('python', 'unknown')}",
       packages or "package versions unknown",
-      str(said.get("platform", "platform unknown")),
-      f"started {said.get('started', 'at an unknown time')}",
+      str(versions.get("platform", "platform unknown")),
+      f"started {versions.get('started', 'at an unknown time')}",
     ]
     config = json.dumps(run.config, indent=1, sort_keys=True)
     parts += (

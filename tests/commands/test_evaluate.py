@@ -12,7 +12,8 @@ from distill_jax.commands import evaluate as evaluation
 from distill_jax.errors import InputError
 from distill_jax.evals import heldout
 from distill_jax.generation import http_client, local
-from distill_jax.report import model_card, report
+from distill_jax.report import model_card
+from distill_jax.report.html_report import write_report
 
 QUESTIONS = ["3 times 6 is", "hello", "0 times 3"]
 
@@ -130,7 +131,7 @@ def test_answers_to_something_else_are_refused(whole):
 
 def test_report_and_card(whole, tmp_path):
   _, c, result = whole
-  numbers = report(tmp_path, result)
+  numbers = write_report(tmp_path, result)
   page = (tmp_path / "report.html").read_text()
   assert numbers["evals"] == result["evals"] and numbers["teacher"]["ce"] is None
   assert "words pass@1" in page and "66.7% (0.0% to 100.0%)" in page and "2 left out" in page
@@ -227,7 +228,7 @@ def test_beside_the_loss_on_text(tmp_path, monkeypatch):
   c.evals.x = config.benchmark("jsonl", path=write(tmp_path / "x.jsonl", rows), score="choice")
   result = run(c, tmp_path / "w")
   assert {k: result[k] for k in text} == text and list(result["evals"]["x"]) == ["s"]
-  report(tmp_path / "w")
+  write_report(tmp_path / "w")
   page = (tmp_path / "w/report.html").read_text()
   assert "Held-out results" in page and "x acc_norm" in page
   assert "teacher: ce 1, perplexity 2.7" in cli.summary("evaluate", result)

@@ -9,7 +9,8 @@ import re
 import pytest
 
 from distill_jax.errors import InputError
-from distill_jax.report import gaps, headline, report, summary
+from distill_jax.report.html_report import write_report
+from distill_jax.report.results import gaps, headline, summary
 from distill_jax.training.metric_writer import MetricsWriter
 
 
@@ -111,12 +112,12 @@ def workdir(tmp_path):
 
 
 def render(workdir, evaluation=EVALUATION, **more):
-  numbers = report(workdir, evaluation, **more)
+  numbers = write_report(workdir, evaluation, **more)
   return Page((workdir / "report.html").read_text()), numbers
 
 
 def test_the_numbers_are_on_the_page(workdir):
-  numbers = report(workdir, records=RECORDS, export_dir="out/export")
+  numbers = write_report(workdir, records=RECORDS, export_dir="out/export")
   page = Page((workdir / "report.html").read_text())
   assert page.row("Cross-entropy")[2:] == ["3.000", "7.600", "4.000", "3.800"]
   assert page.row("Perplexity")[2:] == ["20.09", "1,998", "54.60", "44.70"]
@@ -258,7 +259,7 @@ def test_runs_that_share_nothing_or_are_not_there(workdir, tmp_path):
   page, _ = render(workdir)
   assert "wrote no number in common" in " ".join(page.words)
   with pytest.raises(InputError, match=r"metrics\.jsonl is not there"):
-    report(workdir, EVALUATION, runs={"hard": tmp_path / "gone"})
+    write_report(workdir, EVALUATION, runs={"hard": tmp_path / "gone"})
 
 
 def test_names_are_escaped_and_other_models_shown(workdir):
@@ -276,11 +277,11 @@ def test_refuses(workdir):
     (changed(hard={"agreement": 48.7}), "agreement is 48.7"),
   ]:
     with pytest.raises(InputError, match=says):
-      report(workdir, evaluation)
+      write_report(workdir, evaluation)
   (workdir / "evaluation.json").write_text("{")
   with pytest.raises(InputError, match="evaluation.json is not JSON"):
-    report(workdir)
+    write_report(workdir)
   (workdir / "evaluation.json").unlink()
   with pytest.raises(InputError, match="evaluation.json is not there"):
-    report(workdir)
+    write_report(workdir)
   assert not (workdir / "report.html").exists()

@@ -48,7 +48,7 @@ def prepare(folder: Path, batch: int, length: int) -> None:
     model, folder, tokenizer=source.tokenizer, generation={}, card="", dtype="float32"
   )
   tokenizer = corpus.tokenizer_of(DataOptions(), source)
-  texts = sources.documents(sources.Source("pydoc", heldout_fraction=0.0))
+  texts = sources.documents(sources.DocumentSource("pydoc", heldout_fraction=0.0))
   prompts = [ids[:length] for t in texts if len(ids := tokenizer.encode(t)) >= length][:batch]
   (folder / "prompts.json").write_text(json.dumps(prompts))
 

@@ -53,6 +53,7 @@ def problem(D: int, kind: str, T: int = T) -> tuple[jax.Array, jax.Array, Batch]
   keys = jax.random.split(jax.random.key(0), 7)
   hidden_BTD = jax.random.normal(keys[0], (B, T, D))
   rows = lambda key: jax.random.normal(key, (V, D)) / D**0.5
+  targets: DenseTargets | SampledTargets
   if kind == "dense":
     targets = DenseTargets(hidden_BTD=jax.random.normal(keys[1], (B, T, D)), head_VD=rows(keys[2]))
   else:
@@ -60,7 +61,7 @@ def problem(D: int, kind: str, T: int = T) -> tuple[jax.Array, jax.Array, Batch]
     weight = jax.random.dirichlet(keys[4], jnp.ones(POINTS), (B, T))
     targets = SampledTargets(ids_BTK=ids, weight_BTK=weight, entropy_BT=jnp.ones((B, T)))
   labels = jax.random.randint(keys[5], (B, T), 0, V)
-  batch = Batch(None, labels, jnp.ones((B, T), bool), {"teacher": targets})  # type: ignore[arg-type]
+  batch = Batch(None, labels, jnp.ones((B, T), bool), {"teacher": targets})
   return hidden_BTD, rows(keys[6]), batch
 
 
@@ -77,10 +78,11 @@ def textbook(logits_BTV: jax.Array, batch: Batch, one_softmax: bool) -> jax.Arra
   """What is commonly written down: mean of kd and ce from log-probabilities of all tokens."""
   logq_BTV = jax.nn.log_softmax(logits_BTV)
   t = batch.targets["teacher"]
-  if t.hidden_BTD is not None:
+  if isinstance(t, DenseTargets):
     logp_BTV = jax.nn.log_softmax(jnp.einsum("BTD,VD->BTV", t.hidden_BTD, t.head_VD))
     soft_BT = jnp.sum(jnp.exp(logp_BTV) * (logp_BTV - logq_BTV), -1)
   else:
+    assert isinstance(t, SampledTargets)
     picked_BTK = jnp.take_along_axis(logq_BTV, t.ids_BTK, -1)
     soft_BT = -t.entropy_BT - jnp.sum(t.weight_BTK * picked_BTK, -1)
   if one_softmax:

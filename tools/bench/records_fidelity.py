@@ -343,7 +343,7 @@ def maths() -> list[str]:
 
 TEXTS: dict[str, Callable[[], Iterable[str]]] = {
   "maths": maths,
-  "reference": lambda: sources.documents(sources.Source("pydoc", heldout_fraction=0.0)),
+  "reference": lambda: sources.documents(sources.DocumentSource("pydoc", heldout_fraction=0.0)),
 }
 
 

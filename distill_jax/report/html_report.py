@@ -1,0 +1,120 @@
+"""Gathers what a run's folders hold, and writes it as one HTML page."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distill_jax.errors import InputError
+from distill_jax.report import benchmarks, page, results
+from distill_jax.report.numbers import COLUMNS
+from distill_jax.report.results import MODELS
+from distill_jax.runtime import json_io
+from distill_jax.runtime.atomic_io import atomic_write
+from distill_jax.training.metric_writer import FILE, read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A training run as its folder tells it."""
+
+  rows: list[dict[str, float]]  # metrics.jsonl
+  config: dict[str, Any]  # config.json
+  versions: dict[str, Any]  # versions.json
+
+
+def write_report(
+  workdir: str | Path,
+  evaluation: Mapping[str, Any] | None = None,
+  runs: Mapping[str, str | Path] | None = None,
+  records: Mapping[str, Any] | None = None,
+  export_dir: str = "",
+  out: str = "report.html",
+) -> dict[str, Any]:
+  """Writes the page into `workdir` and returns `results.summary`.
+
+  Args:
+    workdir: where the page goes.
+    evaluation: {"models": {name: numbers}, "tokens": n, "corpus": text, "evals": {benchmark:
+      {name: row}}}, of which the last, or all others, may be left out; without it,
+      workdir/evaluation.json. Numbers of a model: ce, kl, entropy (nats a token),
+      perplexity, agreement (0 to 1), parameters, bytes, tokens_per_second.
+    runs: run folders by name; without it, each folder in workdir with a metrics.jsonl.
+    records: {"kind", "n", "bytes_per_token", "entries_per_token", "vocab_size"}.
+    export_dir: the exported Hugging Face folder.
+    out: the page's file name.
+
+  Raises:
+    InputError: no evaluation, or one without models.
+  """
+  folder = Path(workdir)
+  if evaluation is None:
+    evaluation = _read(folder / "evaluation.json")
+  measured, evals = evaluation.get("models"), evaluation.get("evals") or {}
+  if not isinstance(measured, dict) or not (measured or evals):
+    raise InputError(
+      f"the evaluation for {folder} holds {sorted(evaluation)} and no models; run evaluate first"
+    )
+  loaded = _runs(folder, runs)
+  models = {name: _numbers(evaluation, name) for name in [*MODELS, *measured]} if measured else {}
+  html = page.render(
+    headline=results.headline(evaluation) if measured else benchmarks.headline(evals),
+    about=_about(evaluation) if measured else "The loss on held-out text was not measured.",
+    labels={name: MODELS.get(name, name) for name in [*MODELS, *models]},
+    models=models,
+    gaps=results.gaps(evaluation),
+    runs=loaded,
+    records=records,
+    export_dir=str(export_dir),
+    commands=_commands(folder, loaded),
+    evals=evals,
+  )
+  atomic_write(folder / out, html)
+  return results.summary(evaluation, records, export_dir)
+
+
+def _runs(folder: Path, runs: Mapping[str, str | Path] | None) -> dict[str, Run]:
+  """Reads the run folders: those of MODELS first, in that order, then the others."""
+  if runs is None:
+    runs = {p.parent.name: p.parent for p in sorted(folder.glob(f"*/{FILE}"))}
+  order = [*MODELS, *runs]
+  return {name: _run(Path(runs[name])) for name in sorted(runs, key=order.index)}
+
+
+def _run(folder: Path) -> Run:
+  versions = folder / "versions.json"
+  return Run(
+    read_metrics(folder),
+    _read(folder / "config.json"),
+    _read(versions) if versions.is_file() else {},
+  )
+
+
+def _numbers(evaluation: Mapping[str, Any], model: str) -> dict[str, float | None]:
+  return {key: results.number(evaluation, model, key) for key in COLUMNS}
+
+
+def _about(evaluation: Mapping[str, Any]) -> str:
+  tokens, corpus = evaluation.get("tokens"), evaluation.get("corpus")
+  counted = "an unknown number of" if tokens is None else f"{int(tokens):,}"
+  return f"Measured on {counted} held-out tokens" + (f" of {corpus}." if corpus else ".")
+
+
+def _commands(folder: Path, runs: Mapping[str, Run]) -> dict[str, str]:
+  """The command of each run, and of each other step with a folder beside them, by time."""
+  versions = {p.parent.name: _read(p) for p in folder.glob("*/versions.json")}
+  versions |= {name: run.versions for name, run in runs.items()}
+  names = sorted(versions, key=lambda name: (str(versions[name].get("started", "")), name))
+  return {name: _command(versions[name]) for name in names}
+
+
+def _command(versions: Mapping[str, Any]) -> str:
+  argv = list(versions.get("command") or ["(no command is recorded)"])
+  return shlex.join([Path(argv[0]).name, *argv[1:]]) if len(argv) > 1 else argv[0]
+
+
+def _read(path: Path) -> dict[str, Any]:
+  return json_io.read_object(path, "run the step that writes it again")
