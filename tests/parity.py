@@ -41,6 +41,27 @@ DEEPSEEK = {
   "topk_group": 2,
   "routed_scaling_factor": 1.7,
 }
+MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+WINDOWS = {
+  "use_sliding_window": True,
+  "sliding_window": 5,
+  "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+# By name, (transformers' model_type, fields of its config that are not torch_model's own).
+DECODERS = {
+  "deepseek_v3": ("deepseek_v3", DEEPSEEK | {"kv_lora_rank": 24, "num_mtp_layers": 0}),
+  "gemma3": ("gemma3_text", {"sliding_window": 5, "sliding_window_pattern": 2}),
+  "llama": ("llama", {}),
+  "mistral": ("mistral", {"sliding_window": 5}),
+  "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+  "qwen2_windows": ("qwen2", WINDOWS),
+  "qwen3": ("qwen3", {}),
+  "qwen3_windows": (
+    "qwen3",
+    {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+  ),
+  "qwen3_moe": ("qwen3_moe", MOE),
+}
 B, T = 2, 96
 # In units of the largest value: float32 keeps 6e-8, three layers in another order of
 # addition lose 4e-6 here (seen, the worst of all cases), gradients 1e-5. Times three.

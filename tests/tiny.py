@@ -20,6 +20,16 @@ def decoder_families() -> list[str]:
   return [name for name in registry.names("models") if is_decoder(name)]
 
 
+def decoder_shapes() -> list[tuple[str, str]]:
+  """(family, shape) of every tiny decoder."""
+  return [
+    (name, shape)
+    for name in decoder_families()
+    for shape in registry.load("models", name).CONFIGS
+    if shape.startswith("tiny")
+  ]
+
+
 def write_tokenizer(path: Path) -> Path:
   """A tokenizer.json with one token a byte: 256 of them, as llama.TINY has rows."""
   letters = sorted(pre_tokenizers.ByteLevel.alphabet())

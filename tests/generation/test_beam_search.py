@@ -4,8 +4,7 @@ import jax
 import numpy as np
 import parity
 import pytest
-import test_models_seq2seq as tiny
-from test_models_seq2seq import both  # noqa: F401  (a fixture)
+import seq2seq_pairs
 
 from distill_jax.errors import InputError
 from distill_jax.generation.beam_search import Search, search
@@ -14,6 +13,12 @@ from distill_jax.nn import layers
 torch, transformers = parity.torch, parity.transformers
 EOS, PAD, START, NEW = 1, 0, 2, 8
 run = jax.jit(search, static_argnames=("compute", "spec"))
+
+
+@pytest.fixture(scope="module", params=seq2seq_pairs.CASES)
+def both(request, tmp_path_factory):
+  """(the case, transformers' model, its folder, ours)."""
+  return seq2seq_pairs.open_pair(request.param, tmp_path_factory.mktemp("theirs"))
 
 
 def transformers_tokens(model, given, spec: Search) -> np.ndarray:
@@ -52,9 +57,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_tokens_are_those_of_transformers(both, case):  # noqa: F811
+def test_tokens_are_those_of_transformers(both, case):
   kind, theirs, _, ours = both
-  inputs, given, _, _ = tiny.examples(kind)
+  inputs, given, _, _ = seq2seq_pairs.examples(kind)
   given = {k: v for k, v in given.items() if k != "decoder_input_ids"}
   spec = Search(
     **{"prompt": (START,), "eos": EOS, "pad": PAD, "max_new_tokens": NEW, **CASES[case]}
@@ -64,9 +69,9 @@ def test_tokens_are_those_of_transformers(both, case):  # noqa: F811
   assert np.isfinite(score).all() and (np.asarray(score) < 0).all()
 
 
-def test_a_row_does_not_depend_on_its_company(both):  # noqa: F811
+def test_a_row_does_not_depend_on_its_company(both):
   kind, _, _, ours = both
-  source = tiny.examples(kind)[0].source
+  source = seq2seq_pairs.examples(kind)[0].source
   for beams in (1, 4):
     spec = Search((START,), EOS, PAD, NEW, beams)
     together, score = run(ours, source, compute=layers.ComputeConfig(), spec=spec)

@@ -21,7 +21,6 @@ from decoding import (
   random_model,
   run,
 )
-from test_parity_families import KINDS
 
 from distill_jax import config
 from distill_jax.generation.stops import Stops
@@ -33,13 +32,13 @@ from distill_jax.records import sampler
 transformers, torch = parity.transformers, parity.torch
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", parity.DECODERS)
 def test_greedy_is_transformers_greedy(kind, tmp_path):
   """Prompts of 1 to 20 tokens, in chunks; rows are filled again; a window slides.
 
   And the probabilities of what was chosen are those of our model without a cache.
   """
-  model_type, changes = KINDS[kind]
+  model_type, changes = parity.DECODERS[kind]
   theirs = parity.torch_model(model_type, **changes)
   ours = parity.ours_from(theirs, tmp_path)
   read = prompts(parity.BASE["vocab_size"])

@@ -17,15 +17,9 @@ from distill_jax.nn import layers
 from distill_jax.types import Inputs
 
 T = 12
-TINY = [
-  (name, shape)
-  for name in tiny.decoder_families()
-  for shape in registry.load("models", name).CONFIGS
-  if shape.startswith("tiny")
-]
 
 
-@pytest.fixture(scope="module", params=TINY, ids=lambda p: " ".join(p))
+@pytest.fixture(scope="module", params=tiny.decoder_shapes(), ids=lambda p: " ".join(p))
 def family(request):
   name, shape = request.param
   module = registry.load("models", name)

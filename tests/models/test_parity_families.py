@@ -15,32 +15,12 @@ from distill_jax.hub.pretrained import open_model
 from distill_jax.nn import layers, params, sharding
 
 transformers = parity.transformers
-MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
-WINDOWS = {
-  "use_sliding_window": True,
-  "sliding_window": 5,
-  "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-}
-KINDS = {
-  "deepseek_v3": ("deepseek_v3", parity.DEEPSEEK | {"kv_lora_rank": 24, "num_mtp_layers": 0}),
-  "gemma3": ("gemma3_text", {"sliding_window": 5, "sliding_window_pattern": 2}),
-  "llama": ("llama", {}),
-  "mistral": ("mistral", {"sliding_window": 5}),
-  "qwen2": ("qwen2", {"tie_word_embeddings": True}),
-  "qwen2_windows": ("qwen2", WINDOWS),
-  "qwen3": ("qwen3", {}),
-  "qwen3_windows": (
-    "qwen3",
-    {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-  ),
-  "qwen3_moe": ("qwen3_moe", MOE),
-}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=parity.DECODERS)
 def both(request, tmp_path_factory):
   """(transformers' model, its folder, ours)."""
-  model_type, changes = KINDS[request.param]
+  model_type, changes = parity.DECODERS[request.param]
   folder = tmp_path_factory.mktemp(request.param)
   theirs = parity.torch_model(model_type, vocab_size=96, **changes)
   return theirs, folder, parity.ours_from(theirs, folder)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import steps as training_steps
-import test_models
+import tiny
 from jax.experimental.compilation_cache import compilation_cache
 
 from distill_jax import registry
@@ -110,7 +110,7 @@ def compiled_afresh():
 
 @pytest.mark.usefixtures("compiled_afresh")
 @pytest.mark.parametrize(
-  "family", [f for f in test_models.TINY if f[1] in ("tiny", "tiny-moe")], ids=" ".join
+  "family", [f for f in tiny.decoder_shapes() if f[1] in ("tiny", "tiny-moe")], ids=" ".join
 )
 def test_xla_splits_a_step_without_giving_up(family, capfd):
   """Where it finds no way from one sharding to the next it gathers, and says so on stderr."""
