@@ -9,8 +9,8 @@ A family is a module with
 
   HF_MODEL_TYPES   the `model_type`s of config.json that it reads
   Config           a FamilyConfig: the shape of a model, read from config.json and written to it
-  Model            made by `Model(config, key)`; called with (inputs, compute, taps), it gives
-                   a types.Output
+  Model            a types.Model, made by `Model(config, key)`; called with (inputs, compute,
+                   taps), it gives a types.Output
   TINY, CONFIGS    a shape for tests, and published shapes by name
 
 and, where a checkpoint needs them, PREFIX and AFTER (hub/prefixed.py).
@@ -18,7 +18,7 @@ and, where a checkpoint needs them, PREFIX and AFTER (hub/prefixed.py).
 
 from distill_jax.models._decoder import Block as DecoderBlock
 from distill_jax.models._decoder import Cache as DecoderCache
-from distill_jax.models._family import FamilyConfig, Model, ModelWithAttention
+from distill_jax.models._family import FamilyConfig
 from distill_jax.models._seq2seq import Cache as Seq2SeqCache
 from distill_jax.models._windows import GLOBAL, LOCAL
 
@@ -28,8 +28,6 @@ __all__ = [
   "DecoderBlock",
   "DecoderCache",
   "FamilyConfig",
-  "Model",
-  "ModelWithAttention",
   "Seq2SeqCache",
 ]
 

@@ -1,6 +1,7 @@
 """The contract of a model family, and how families read config.json.
 
-`FamilyConfig` and `Model` are what the rest of the package asks of every family.
+`FamilyConfig` is what the rest of the package asks of every family's Config; types.Model is the
+same of its Model.
 """
 
 from __future__ import annotations
@@ -9,11 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol, Self, runtime_checkable
 
-import jax
-
 from distill_jax.errors import InputError
-from distill_jax.nn.layers import ComputeConfig
-from distill_jax.types import Output
 
 
 @runtime_checkable
@@ -44,32 +41,6 @@ class FamilyConfig(Protocol):
 
   def ignores_tensor(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
-
-
-@runtime_checkable
-class Model(Protocol):
-  """A model of a family, made by `Model(config, key)`: an nnx.Module of params.param."""
-
-  config: Any  # the FamilyConfig that it was made of
-
-  def __call__(self, inputs: Any, compute: ComputeConfig, taps: tuple[int, ...] = ()) -> Output:
-    """Runs the model.
-
-    Args:
-      inputs: one of types.Inputs, Images, Sounds, SourceTarget, ImageText, as the family reads.
-      compute: dtype, sharding, rematerialisation and kernels.
-      taps: the layers whose output is kept, in Output.taps_PBTD.
-    """
-
-
-@runtime_checkable
-class ModelWithAttention(Model, Protocol):
-  """A model of layers with attention: all families but ConvNeXt."""
-
-  def qkv(
-    self, layer: int, x_BTD: jax.Array, inputs: Any, compute: ComputeConfig
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values of one layer, from the output of the layer before it."""
 
 
 class SizesOfPart:

@@ -6,6 +6,7 @@ import pytest
 import tiny
 
 from distill_jax import registry
+from distill_jax.models import FamilyConfig
 from distill_jax.nn import params
 
 torch, transformers = parity.torch, parity.transformers
@@ -48,6 +49,15 @@ def test_a_shape_has_its_published_size(which):
   model = jax.eval_shape(lambda key: module.Model(config, key), jax.random.key(0))
   assert params.count(model) == PUBLISHED[which]
   assert module.Config.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize("family", registry.names("models"))
+def test_a_family_is_what_the_contract_says(family):
+  module = registry.load("models", family)
+  assert module.CONFIGS["tiny"] == module.TINY and module.HF_MODEL_TYPES
+  assert isinstance(module.TINY, FamilyConfig) and isinstance(module.TINY, module.Config)
+  model = jax.eval_shape(lambda key: module.Model(module.TINY, key), jax.random.key(0))
+  assert model.config == module.TINY and callable(model)
 
 
 # One of each kind: what transformers makes of our config.json, counted without memory.
