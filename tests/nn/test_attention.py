@@ -210,8 +210,8 @@ topology.prepare()
 import json, re, jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from distill_jax.nn import attention
-from distill_jax.config import Mesh
-mesh = topology.make_mesh(Mesh(fsdp=2, tensor=2), "v5e:2x2")
+from distill_jax.nn.sharding import MeshOptions
+mesh = topology.make_mesh(MeshOptions(fsdp=2, tensor=2), "v5e:2x2")
 of = lambda dtype, *shape, spec: jax.ShapeDtypeStruct(
   shape, dtype, sharding=NamedSharding(mesh, spec))
 heads = lambda n, h: of(
