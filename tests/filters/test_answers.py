@@ -1,0 +1,131 @@
+"""Filters of answers: math, exact and regex, and the answers that they find."""
+
+import pytest
+from tiny_samples import a_sample, judge, kinds
+
+from distill_jax.errors import InputError
+from distill_jax.filters import answers
+from distill_jax.filters.samples import Unjudgeable
+
+EQUAL = [
+  (r"\frac12", "0.5"),
+  ("1/2", r"\dfrac{1}{2}"),
+  (r"336^\circ", "336"),
+  ("336", r"336^\circ"),
+  ("1,000", "1000"),
+  (r"5\text{ cm}", "5"),
+  (r"\{1,2\}", r"\{2,1\}"),
+  ("3", "x=3"),
+  (r"\sqrt{8}", r"2\sqrt2"),
+  ("x^2+2x+1", "(x+1)^2"),
+  (r"\text{B}", "B"),
+  ("72", "72.00"),
+  ("18", r"\$18"),
+  ("18", "18 dollars"),
+  (r"3\frac{1}{2}", "7/2"),
+  (r"\frac{\pi}{2}", r"0.5\pi"),
+  ("Paris", "paris"),
+  ("Paris", r"\text{paris}"),
+  (r"\text{No}", "no"),
+  (r"\text{June 20}", "June 20"),
+  ("So 70 + 2 = 72.\n#### 72", "72"),
+  ("1000", "1{,}000"),
+  (r"1\,000", "1000"),
+  (r"\frac{1}{2}", "0.5."),
+  ("50", r"50\%"),
+  ("[0,1)", "[0, 1)"),
+  (r"(0,1)\cup(2,3)", r"(0,1) \cup (2,3)"),
+  (r"5\text{ cm}^2", "5"),
+  (r"Thus \boxed{\frac{3}{4}}.", "0.75"),
+]
+OTHER = [
+  ("72", "73"),
+  ("(1,2)", "(2,1)"),
+  ("Paris", "Pairs"),
+  (r"\frac12", r"\frac13"),
+  ("1000", "1"),
+  ("x^2+1", "(x+1)^2"),
+  ("No", "On"),
+  ("[0,1)", "[0,1]"),
+  ("1,2", "1"),
+  (r"\text{(C)}", "(D)"),
+  ("2", "-2"),
+  (r"\sqrt{2}", "1.41"),
+]
+
+
+def test_math_knows_what_is_equal():
+  pairs = [*EQUAL, *OTHER]
+  samples = [
+    a_sample(rf"I try \boxed{{1234}} first. Then \boxed{{{a}}}, done in 7.", answer=key, sample=i)
+    for i, (key, a) in enumerate(pairs)
+  ]
+  want = [None] * len(EQUAL) + ["wrong"] * len(OTHER)
+  assert list(zip(pairs, kinds("math", samples), strict=True)) == list(
+    zip(pairs, want, strict=True)
+  )
+
+
+def test_math_finds_the_answer():
+  texts = ["It is 5, no: 72.", "#### 72", "<think>\\boxed{72}</think> It is 71", "no idea", "$72"]
+  samples = [a_sample(t, answer="#### 72", sample=i) for i, t in enumerate(texts)]
+  assert kinds("math", samples) == [None, None, "wrong", "no final answer", None]
+  boxed = kinds("math", samples, box_only=True)
+  assert boxed == ["no final answer"] * 5
+
+
+def test_math_names_a_key_that_cannot_be_parsed():
+  keys = ["", r"\frac{", "???", None, ["4"], 4, 4.0]
+  whys = judge("math", [a_sample(answer=key, sample=i) for i, key in enumerate(keys)])
+  assert [isinstance(why, Unjudgeable) for why in whys] == [True] * 5 + [False] * 2
+  assert whys[5:] == [None, None] and "key cannot be parsed" in whys[1]
+
+
+def test_math_outlives_what_sympy_does_not():
+  bombs = [r"\boxed{9^{9^{9^{9}}}+1}", r"\boxed{\binom{10^9}{5\cdot 10^8}}", r"\boxed{4}"]
+  whys = kinds(
+    "math", [a_sample(t, answer="4", sample=i) for i, t in enumerate(bombs)], seconds=1.0
+  )
+  assert whys[2] is None and all(whys[:2])
+  slow = a_sample(r"\boxed{10^{10^{7}}!}", answer="4")
+  assert kinds("math", [slow], seconds=0.5)[0] in ("timeout", "crashed", "wrong")
+
+
+@pytest.mark.parametrize(
+  ("a", "b"),
+  [
+    ("0.5", r"\frac{1}{2}"),
+    ("1,000", "1000.0"),
+    (r"336^\circ", "336"),
+    (r"\text{ B}", "b"),
+    (r"\$18", "18"),
+    (r"1\,000", "1{,}000"),
+    ("-3/6", r"-\frac12"),
+    ("2/0", "2/0"),
+    ("10%", r"10\%"),
+  ],
+)
+def test_canonical_answers(a, b):
+  assert answers.canonical(a) == answers.canonical(b)
+  assert answers.canonical(a) != answers.canonical("7")
+
+
+def test_boxes_nest_and_the_last_whole_one_counts():
+  assert answers.boxed(r"\boxed{1} \boxed{\frac{a}{\{b\}}} \boxed{cut") == r"\frac{a}{\{b\}}"
+  assert answers.boxed("none") is None
+
+
+def test_exact():
+  samples = [a_sample(t, answer="New York") for t in ("new  york.", "York", "I think:\nNew York")]
+  assert kinds("exact", samples) == [None, "wrong", "wrong"]
+  assert kinds("exact", samples, of="last line") == [None, "wrong", None]
+  assert kinds("exact", [a_sample("it is 7", answer="x #### 7")], of="final") == [None]
+  assert isinstance(judge("exact", [a_sample(answer=" ")])[0], Unjudgeable)
+
+
+def test_regex():
+  samples = [a_sample("Answer: 4\nok"), a_sample("4"), a_sample("Answer: 4\nAs an AI")]
+  whys = kinds("regex", samples, must=("^Answer: \\d+$",), must_not=("as an ai", "AI"))
+  assert whys == [None, "lacks ^Answer", "has AI"]
+  with pytest.raises(InputError, match="no regular expression"):
+    judge("regex", [], must=("(",))

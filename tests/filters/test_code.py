@@ -1,0 +1,220 @@
+"""Programs in the sandbox: what they return counts, and they do no harm."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_samples import a_sample, judge, kinds
+
+from distill_jax.errors import InputError
+from distill_jax.filters import _runner, code
+from distill_jax.filters.samples import Unjudgeable
+
+TEST = "def check(f):\n  assert f(2) == 4\n  assert f(3) == 9"
+LIMITS = {"cpu_seconds": 1, "wall_seconds": 60.0, "memory": 2**29}
+EVIL = Path("/tmp/distill-jax-test-evil")
+# Is the secret anywhere in the program's interpreter? Are files of other processes to be had?
+LOOK = """import gc, os, sys
+  held, frame = [], sys._getframe()
+  while frame:
+    held += [*frame.f_locals.values(), *frame.f_globals.values()]
+    frame = frame.f_back
+  for o in gc.get_objects():
+    held += o.values() if isinstance(o, dict) else o if isinstance(o, (list, tuple)) else ()
+  secret = lambda o: isinstance(o, str) and len(o) == 32 and set(o) <= set("0123456789abcdef")
+  return x * x * any(map(secret, held))"""
+GRAB = """import ctypes, os
+  call, got = ctypes.CDLL(None).syscall, []
+  for pid in {1, os.getppid()}:
+    other = call(434, pid, 0)
+    got += [call(438, other, fd, 0) for fd in range(16)]
+  return x * x * (max(got) >= 0)"""  # pidfd_open, pidfd_getfd
+PROGRAMS = {  # what f does: why it is rejected
+  "return x * x": None,
+  "return x + 2": "failed the test",
+  "while True: pass": "timeout",
+  "return len(bytearray(8 << 30))": "raised",
+  "import sys; sys.exit(0)": "ended before the check was done",
+  "import os; os._exit(0)": "ended before the check was done",
+  "print('ok', 'passed', 1.0); return 0": "failed the test",
+  "import socket; socket.create_connection(('127.0.0.1', PORT), 2); return x * x": "raised",
+  f"open({str(EVIL)!r}, 'w').write('x'); return x * x": "raised",
+  f"import os; os.remove({__file__!r}); return x * x": "raised",
+  "open('a', 'w').write('x'); return x * x * len(open('a').read())": None,
+  "open('a', 'w').write('x' * (1 << 26)); return x * x": "raised",
+  "import os\n  while os.fork() or True: pass": "raised",
+  "import os; os.fork() or (os.setsid(), __import__('time').sleep(60)); return x * x": None,
+  "import os; os.kill(-1, 9); return x * x": "raised",
+  "import os; return x * x + len(os.listdir('/proc'))": None,
+  "return f(x)": "raised",
+  "import ctypes; ctypes.string_at(0)": "killed",
+  "import os; [os.write(fd, b'x' * 40000) for fd in range(3, 9)]; return 0": "raised",
+  "return type('E', (int,), {'__eq__': lambda *a: True})(0)": "failed the test",
+  "return object()": "returned no plain value",
+  "import socket; socket.socket(socket.AF_UNIX).connect('SOCKET'); return x * x": "raised",
+  "open('/dev/zero', 'rb').read(1); return x * x": "raised",
+  "open('/dev/null', 'w').write('x'); return x * x": None,
+  "assert __import__('ctypes').CDLL(None).shmget(1, 1 << 20, 0o1666) >= 0": "failed the test",
+  LOOK: "failed the test",
+  GRAB: "failed the test",
+}
+
+
+def namespaces():
+  return subprocess.run(["unshare", "-n", "-r", "true"], capture_output=True).returncode == 0
+
+
+needs_namespaces = pytest.mark.skipif(
+  not (sys.platform == "linux" and namespaces()), reason="this machine permits no namespaces"
+)
+
+
+@pytest.fixture(scope="module")
+def port():
+  """Of a server here, which answers outside the sandbox."""
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    number = server.getsockname()[1]
+    socket.create_connection(("127.0.0.1", number), 2).close()
+    yield number
+
+
+@pytest.fixture
+def socket_file():
+  """A socket that anybody may speak to."""
+  with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listening:
+    Path(folder).chmod(0o755)
+    path = Path(folder) / "s"
+    listening.bind(str(path))
+    path.chmod(0o777)
+    listening.listen()
+    yield str(path)
+
+
+@needs_namespaces
+def test_programs_do_no_harm(port, socket_file):
+  samples = [
+    a_sample(
+      "def f(x):\n  " + body.replace("PORT", str(port)).replace("SOCKET", socket_file),
+      prompt="",
+      test=TEST,
+      entry_point="f",
+      sample=i,
+    )
+    for i, body in enumerate(PROGRAMS)
+  ]
+  got = dict(zip(PROGRAMS, kinds("code", samples, **LIMITS), strict=True))
+  assert got == PROGRAMS
+  assert not EVIL.exists() and Path(__file__).exists()
+  asleep = code.Filter(wall_seconds=1.0).run("__import__('time').sleep(600)", TEST, "f")
+  assert asleep == "timeout: 1.0 s of the clock"
+  mine = [p for p in Path("/proc").glob("[0-9]*/stat") if _parent(p) == os.getpid()]
+  assert not [p for p in mine if b"_jail" in (p.parent / "cmdline").read_bytes()]
+
+
+def _parent(stat):
+  try:
+    return int(stat.read_text().rpartition(")")[2].split()[1])
+  except FileNotFoundError:
+    return -1
+
+
+@needs_namespaces
+def test_programs_as_models_write_them():
+  begin = "from typing import List\n\n\ndef f(x: int) -> int:\n  '''Squares.'''\n"
+  good = "def f(x: List) -> int:\n  return x * x"
+  texts = {
+    "  return x * x": None,
+    f"<think>def f(x): no</think>Here:\n```python\n{good}\n```\nIt squares.": None,
+    f"```python\n{good}\n```\nUse it:\n```python\nprint(f(2))\n```": None,
+    "```\ndef g(x): return 1\n```": "failed the test",
+    "  return x *": "not Python",
+    "  return (": "not Python",
+    "  return x * x\ndef check(f): pass\nraise SystemExit": "ended before the check was done",
+    "  pass\nimport builtins\nbuiltins.exec = lambda *a: None\n": "failed the test",
+    "  '''": "not Python",
+  }
+  samples = [a_sample(t, prompt=begin, test=TEST, entry_point="f") for t in texts]
+  whys = kinds("code", samples, **LIMITS)
+  assert dict(zip(texts, whys, strict=True)) == texts
+  both = begin + '  return x * x\n\n\ndef g(x):\n  "Of f."\n'
+  uses = "def check(g):\n  assert [g(x) for x in (1, 3)] == [f(f(x)) for x in (1, 3)]"
+  sample = a_sample("  return f(f(x))", prompt=both, entry_point="g", test=uses)
+  assert kinds("code", [sample], **LIMITS) == [None]  # what the prompt defines, a test may use
+  chat = a_sample(
+    f"```python\n{good.replace('List', 'int')}\n```",
+    test=TEST,
+    entry_point="f",
+    prompt=[{"role": "user", "content": "Square."}],
+  )
+  assert kinds("code", [chat], **LIMITS) == [None]
+  for broken in ({"test": "def ("}, {"entry_point": "f("}, {"entry_point": None}):
+    fields = {"test": TEST, "entry_point": "f"} | broken
+    assert isinstance(judge("code", [a_sample(prompt="", **fields)], **LIMITS)[0], Unjudgeable)
+
+
+@needs_namespaces
+def test_the_sandbox_of_a_user_who_is_not_root(tmp_path):
+  """In a user namespace, as `unshare -r` gives, root is nobody special."""
+  bodies = [
+    "return x * x",
+    f"open({str(tmp_path / 'x')!r}, 'w'); return x * x",
+    "import os; os.kill(-1, 9); return x * x",
+  ]
+  code = (
+    "import sys; from distill_jax.filters.code import Filter\n"
+    f"for body in {bodies!r}:\n"
+    f"  print(Filter(wall_seconds=5.0).run('def f(x): ' + body, {TEST!r}, 'f'))"
+  )
+  done = subprocess.run(
+    ["unshare", "-r", sys.executable, "-c", code],
+    capture_output=True,
+    text=True,
+    cwd=Path(__file__).parents[2],
+  )
+  assert done.stdout.split("\n")[:3] == ["None", "raised: OSError", "raised: ProcessLookupError"], (
+    done.stderr
+  )
+  assert not (tmp_path / "x").exists()
+
+
+def test_a_machine_without_namespaces_is_refused(tmp_path, monkeypatch):
+  jail = tmp_path / "jail.py"
+  denied = "raise OSError(1, 'unshare: Operation not permitted')"
+  jail.write_text(code.JAIL.read_text().replace('  call("unshare", flags)', f"  {denied}"))
+  monkeypatch.setattr(code, "JAIL", jail)
+  sample = a_sample("def f(x): return x * x", prompt="", test=TEST, entry_point="f")
+  with pytest.raises(InputError, match="sandbox cannot be made here .*isolated=False"):
+    judge("code", [sample])
+  assert kinds("code", [sample], isolated=False) == [None]
+
+
+def test_plain_values_come_through_as_they_are():
+  values = [
+    None,
+    True,
+    1,
+    -(2**80),
+    0.1,
+    float("inf"),
+    "ü\ud800",
+    b"\x00",
+    1j,
+    [],
+    (1, [2, (3,)]),
+    {1, 2},
+    frozenset("ab"),
+    {(1, 2): {"a": None}, "dict": 1},
+  ]
+  for value in values:
+    got = _runner.decode(json.loads(json.dumps(_runner.encode(value))))
+    assert got == value and type(got) is type(value)
+  assert _runner.encode([np.float64(0.5), np.arange(2), Counter("a")]) == _runner.encode(
+    [0.5, [0, 1], {"a": 1}]
+  )
