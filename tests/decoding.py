@@ -13,7 +13,7 @@ from distill_jax.generation.sampling import Sampling
 from distill_jax.generation.scheduler import Scheduler
 from distill_jax.generation.stops import Stops
 from distill_jax.generation.unrolled import unroll
-from distill_jax.models import loading
+from distill_jax.models import runs
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import map_params
 from distill_jax.registry import load as load_module
@@ -56,7 +56,7 @@ def engine_of(model, mesh, sampling, rows=3, fill=2, eos=(), records=None, cache
     vocab_size = model.config.vocab_size
     spec = EngineSpec(COMPUTE, sampling, 4, eos, vocab_size, records, cache_dtype)
     unrolled = unroll(copied(model), COMPUTE)
-    return Engine(unrolled, mesh, spec, rows, fill, SIZE, loading.keys(3))
+    return Engine(unrolled, mesh, spec, rows, fill, SIZE, runs.keys(3))
 
 
 def run(engine, mesh, read, wanted=None, rows=3, fill=2, eos=(), stops=None):

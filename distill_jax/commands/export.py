@@ -13,7 +13,7 @@ from distill_jax.errors import InputError
 from distill_jax.hub.export import export_model
 from distill_jax.hub.options import ExportOptions
 from distill_jax.hub.peft import export_adapters
-from distill_jax.models import loading, trainables
+from distill_jax.models import loading, runs, trainables
 from distill_jax.models.options import ModelOptions
 from distill_jax.models.runs import RUN, Run
 from distill_jax.nn import params, quantise, sharding
@@ -93,7 +93,7 @@ def _load(trained: Run, options: ExportOptions, mesh: jax.sharding.Mesh) -> Any:
   if options.lora != "base":
     return trained.load(mesh, student.compute, options.step or None)
   trained.check_base()
-  return student.load(mesh, loading.keys(trained.config.seed)["student"]).model
+  return student.load(mesh, runs.keys(trained.config.seed)["student"]).model
 
 
 def _task_files(config: Config, model_config: Any) -> dict[str, Any]:

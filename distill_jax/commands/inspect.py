@@ -31,7 +31,7 @@ def run(config: Config, workdir: Path) -> dict[str, Any]:
         f"inspect.sequence is {config.inspect.sequence} and {workdir} holds labels of a task; "
         "expected -1. Only sequences of text are shown token by token"
       )
-    tokenizer = corpus.tokenizer_of(config.data, loading.pretrained(config.teacher))
+    tokenizer = corpus.tokenizer_of(config.data, loading.open_source(config.teacher).pretrained)
     if tokenizer.digest != store.manifest.tokenizer:
       raise InputError(
         f"{workdir} was recorded with tokenizer {store.manifest.tokenizer[:12]} and "

@@ -14,7 +14,7 @@ from distill_jax.config import Config
 from distill_jax.data import corpus as text_corpus
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
-from distill_jax.models import loading
+from distill_jax.models import loading, runs
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.records import collate, import_logprobs, recorder, taps
@@ -130,7 +130,7 @@ def dispatcher(
   mesh: Any,
 ) -> Callable[[range], dict[str, jax.Array]]:
   """Loads the teacher; returns what starts its computation of at most `size` rows."""
-  keys, options = loading.keys(config.seed), config.records
+  keys, options = runs.keys(config.seed), config.records
   loaded = teacher.load(mesh, keys["teacher"])
   width = feature_width(options, teacher)
   run = Recorder(options, loaded.compute, corpus.classes, corpus.first_class, width).jitted

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.config import Config
-from distill_jax.models import loading
+from distill_jax.models import runs
 from distill_jax.records import describe
 from distill_jax.records.store import open_store
 from distill_jax.report import html_report
@@ -15,12 +15,14 @@ from distill_jax.runtime import storage
 
 def run(config: Config, workdir: Path) -> dict[str, Any]:
   """Writes report.html into `workdir` from the evaluation there and the runs it names."""
-  runs = {
-    name: loading.run_folder(source)
+  folders = {
+    name: runs.run_folder(source)
     for name, source in config.evaluate.models.items()
-    if source.startswith(loading.RUN)
+    if source.startswith(runs.RUN)
   }
   records = None
   if config.train.records:
     records = describe.describe(open_store(storage.local(config.train.records[0])))
-  return html_report.write_report(workdir, runs=runs, records=records, export_dir=config.export.dir)
+  return html_report.write_report(
+    workdir, runs=folders, records=records, export_dir=config.export.dir
+  )

@@ -17,7 +17,7 @@ from distill_jax.errors import InputError
 from distill_jax.generation import engine
 from distill_jax.generation.sampling import Sampling
 from distill_jax.generation.unrolled import Unrolled, empty_cache, unroll
-from distill_jax.models import loading
+from distill_jax.models import loading, runs
 from distill_jax.models.loading import LoadedModel
 from distill_jax.nn import sharding
 from distill_jax.runtime.progress import Progress
@@ -78,7 +78,7 @@ class BenchmarkedModel:
       functools.partial(engine.decode_steps, spec=spec),
       out_shardings=(cache_sharding, sharding.replicated(mesh)),
     )
-    self._keys = {"generate": loading.keys(seed)["generate"]}
+    self._keys = {"generate": runs.keys(seed)["generate"]}
     rng = np.random.default_rng(0)
     self._tokens_BT = rng.integers(0, vocab_size, (rows, context), np.int32)
 
@@ -145,7 +145,7 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   models: dict[str, tuple[LoadedModel, Unrolled]] = {}
   with jax.set_mesh(mesh):
     for name, spec in (("teacher", config.teacher), ("student", config.student)):
-      loaded = loading.open_source(spec, config.seed).load(mesh, loading.keys(config.seed)[name])
+      loaded = loading.open_source(spec, config.seed).load(mesh, runs.keys(config.seed)[name])
       models[name] = loaded, unroll(loaded.model, loaded.compute)
       size = sum(x.nbytes for x in jax.tree.leaves(models[name][1]))
       result["models"][name] = {"dtype": spec.dtype, "weight_bytes": size, "batches": []}

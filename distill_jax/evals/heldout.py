@@ -17,7 +17,7 @@ from distill_jax.data import corpus
 from distill_jax.evals import next_token
 from distill_jax.evals.retrieval import Retrieval
 from distill_jax.evals.similarity import Similarity
-from distill_jax.models import loading
+from distill_jax.models import loading, runs
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import params, sharding
 from distill_jax.records import collate
@@ -87,7 +87,7 @@ def measure(
 def _load(
   config: Config, models: Mapping[str, ModelOptions], name: str, mesh: jax.sharding.Mesh
 ) -> loading.LoadedModel:
-  key = loading.keys(config.seed)["teacher" if name == "teacher" else "student"]
+  key = runs.keys(config.seed)["teacher" if name == "teacher" else "student"]
   return loading.open_source(models[name], config.seed).load(mesh, key)
 
 

@@ -10,7 +10,7 @@ from distill_jax.data import corpus
 from distill_jax.data.options import DataOptions
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.generation.unrolled import Unrolled, unroll
-from distill_jax.models import loading
+from distill_jax.models import loading, runs
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn.layers import ComputeConfig
 
@@ -45,7 +45,7 @@ class ModelSlot:
     """The model with stacked layers, as it was loaded."""
     if self._stacked is None:
       self._unrolled = None
-      key = loading.keys(self.seed)["teacher" if self.is_teacher else "student"]
+      key = runs.keys(self.seed)["teacher" if self.is_teacher else "student"]
       with jax.set_mesh(self.mesh):
         self._stacked = self.source.load(self.mesh, key)
     return self._stacked

@@ -13,21 +13,18 @@ import jax
 from jax.sharding import Mesh
 
 from distill_jax import registry
-from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.hub.load import Overrides, check_layers, load_model
 from distill_jax.hub.pretrained import Pretrained, open_model
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.models import trainables
 from distill_jax.models.options import ModelOptions, StudentOptions
-from distill_jax.models.runs import RUN, Run, keys, run_folder
+from distill_jax.models.runs import RUN, Run, run_folder
 from distill_jax.models.trainables import Shared, Trainable
 from distill_jax.nn import params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.runtime import workdir
-
-__all__ = ["RUN", "Run", "keys", "run_folder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,44 +286,3 @@ def _check_shape(options: ModelOptions, pretrained: Pretrained) -> None:
       f"{options.source} has {key} {has!r} and the shape beside it, {options.family} "
       f"{options.shape}, has {wanted!r}; name its own shape, or none"
     )
-
-
-# To be gone once every caller passes a ModelSource on.
-def pretrained(spec: ModelOptions) -> Pretrained | None:
-  return open_source(spec).pretrained
-
-
-def family_and_config(spec: ModelOptions) -> tuple[str, Any]:
-  source = open_source(spec)
-  return source.family, source.config
-
-
-def abstract(spec: ModelOptions) -> Any:
-  return open_source(spec).abstract
-
-
-def abstract_trainable(spec: StudentOptions) -> Any:
-  return open_source(spec).abstract_trainable
-
-
-def identity(spec: ModelOptions, seed: int) -> dict[str, str]:
-  return open_source(spec, seed).identity
-
-
-def build(spec: ModelOptions, mesh: Mesh, key: jax.Array, step: int | None = None) -> LoadedModel:
-  return open_source(spec).load(mesh, key, step)
-
-
-def restore(run: Path, mesh: Mesh, step: int | None = None) -> Any:
-  return open_run(run).restore(mesh, step)
-
-
-def pin_base(run: Path, config: Config) -> None:
-  Run(run, config, open_source(config.student, config.seed)).pin_base()
-
-
-def check_base(run: Path, config: Config) -> None:
-  Run(run, config, open_source(config.student, config.seed)).check_base()
-
-
-place = sharding.with_shardings

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.models import loading
-from distill_jax.models.options import ModelOptions
+from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.records import collate, fields, multi_teacher, recorder, taps, tf_example
 from distill_jax.records.fields import Record
@@ -74,7 +74,7 @@ def planned_manifest(config: Config, vocab_size: int = 0, positions: int = 0) ->
   model = config.student if config.losses else config.teacher
   return recorder.planned_manifest(
     config.records,
-    vocab_size or loading.family_and_config(model)[1].vocab_size,
+    vocab_size or loading.open_source(model).config.vocab_size,
     sequences=1,
     positions=positions or config.data.seq_len,
     feature_width=_feature_width(config),
@@ -86,7 +86,7 @@ def _feature_width(config: Config) -> int:
   """Returns the size of a recorded feature of the teacher, before a projection; 0 without taps."""
   if not config.records.taps:
     return 0
-  teacher = loading.family_and_config(config.teacher)[1]
+  teacher = loading.open_source(config.teacher).config
   return taps.feature_width(teacher, config.records.tap_kind)
 
 
@@ -129,8 +129,11 @@ def _train(config: Config, mesh: Mesh) -> Program:
   row = opened[0][0] if config.tasks else placeholder_text(manifest)
   recorded = [*(() if c.online else ("teacher",)), *c.teachers]
   batch = planned_batch(manifest, row, recorded, dataset.reader(config.tasks), c.batch_size, mesh)
-  teachers = {name: _model(spec, mesh) for name, spec in state.online_teachers(config).items()}
-  base = _model(config.student, mesh) if step.trainable.has_base else None
+  teachers = {
+    name: _model(loading.open_source(options), mesh)
+    for name, options in state.online_teachers(config).items()
+  }
+  base = _model(student, mesh) if step.trainable.has_base else None
   with jax.set_mesh(mesh):
     lowered = loop.jitted(step, trained, mesh).lower(trained, batch, teachers, base=base)
   arguments = {
@@ -151,32 +154,33 @@ def _record(config: Config, mesh: Mesh) -> Program:
       "no teacher runs there, so there is nothing to compile; preflight another config"
     )
   sharding.check_batch("records.batch_size", c.batch_size, mesh)
-  teacher = loading.family_and_config(config.teacher)[1]
+  teacher = loading.open_source(config.teacher, config.seed)
   if config.tasks:
-    corpus = dataset.open_corpus(config, loading.pretrained(config.teacher), teacher)
+    corpus = dataset.open_corpus(config, teacher.pretrained, teacher.config)
     manifest = planned_manifest(config, corpus.classes, corpus.positions)
     name = dataset.recorded_task(config)
     reader = dataset.reader({name: config.tasks[name]})
     row, first_class = corpus.rows[0], corpus.first_class
   else:
-    manifest = planned_manifest(config, teacher.vocab_size)
+    manifest = planned_manifest(config, teacher.config.vocab_size)
     reader, row, first_class = None, placeholder_text(manifest), 0
-  model, compute = _model(config.teacher, mesh), loading.compute_config(config.teacher)
+  model = _model(teacher, mesh)
   batch = planned_batch(manifest, row, [], reader, c.batch_size, mesh)
   by_rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   key = sharding.with_shardings(jax.eval_shape(jax.random.key, 0), replicated)
   index_B = jax.ShapeDtypeStruct((c.batch_size,), jnp.int32, sharding=by_rows)
-  run = recorder.Recorder(c, compute, manifest.vocab_size, first_class, _feature_width(config))
+  run = recorder.Recorder(
+    c, teacher.compute, manifest.vocab_size, first_class, _feature_width(config)
+  )
   with jax.set_mesh(mesh):
     lowered = run.jitted.lower(model, key, batch, index_B)
   return Program(lowered, {"teacher": bytes_of(model), "batch": bytes_of(batch)}, c.batch_size)
 
 
-def _model(spec: ModelOptions, mesh: Mesh) -> Any:
+def _model(source: ModelSource, mesh: Mesh) -> Any:
   """Returns a model as shapes with shardings."""
-  abstract = loading.abstract(spec)
-  rules = loading.compute_config(spec).rules
-  return sharding.with_shardings(abstract, sharding.shardings(abstract, mesh, rules))
+  shardings = sharding.shardings(source.abstract, mesh, source.compute.rules)
+  return sharding.with_shardings(source.abstract, shardings)
 
 
 def placeholder_text(manifest: Manifest) -> Record:

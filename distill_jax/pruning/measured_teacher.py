@@ -18,7 +18,7 @@ from distill_jax.data import corpus
 from distill_jax.errors import InputError
 from distill_jax.hub.export import check_new, export_model
 from distill_jax.hub.weights import float_dtype
-from distill_jax.models import loading
+from distill_jax.models import loading, runs
 from distill_jax.nn import params, sharding
 from distill_jax.pruning import choose, cut, experts, factorise, measure, shapes, table, windows
 from distill_jax.pruning.options import ShrinkOptions
@@ -69,7 +69,7 @@ class MeasuredTeacher:
   def loaded(self) -> loading.LoadedModel:
     """The teacher with its weights."""
     with jax.set_mesh(self.mesh):
-      return self.source.load(self.mesh, loading.keys(self.config.seed)["teacher"])
+      return self.source.load(self.mesh, runs.keys(self.config.seed)["teacher"])
 
   @functools.cached_property
   def ce(self) -> float:
@@ -186,7 +186,7 @@ class MeasuredTeacher:
     make = registry.load("models", family).Model
     abstract = shapes.abstract(family, config)
     out_shardings = sharding.shardings(abstract, self.mesh, self.source.compute.rules)
-    key = loading.keys(self.config.seed)["student"]
+    key = runs.keys(self.config.seed)["student"]
     return jax.jit(lambda key: make(config, key), out_shardings=out_shardings)(key)
 
   def _cut(

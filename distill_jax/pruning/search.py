@@ -21,7 +21,7 @@ from distill_jax.errors import InputError
 from distill_jax.generation.unrolled import unroll
 from distill_jax.hub.weights import float_dtype
 from distill_jax.losses import kd
-from distill_jax.models import loading
+from distill_jax.models import loading, runs
 from distill_jax.models.loading import LoadedModel, ModelSource
 from distill_jax.nn import sharding
 from distill_jax.nn.layer_sharing import ShareOptions
@@ -156,10 +156,10 @@ def score(config: Config, folders: dict[str, Path], rates: bool) -> None:
 
 def trained(config: Config, mesh: jax.sharding.Mesh, folder: Path) -> LoadedModel:
   """Loads a candidate as its run has left it."""
-  spec = config.student.as_trained(f"{loading.RUN}{folder / 'run'}")
+  spec = config.student.as_trained(f"{runs.RUN}{folder / 'run'}")
   with jax.set_mesh(mesh):
     source = loading.open_source(spec, config.seed)
-    return source.load(mesh, loading.keys(config.seed)["student"])
+    return source.load(mesh, runs.keys(config.seed)["student"])
 
 
 def _teacher_rate(config: Config, source: ModelSource, workdir: Path) -> float:
@@ -167,7 +167,7 @@ def _teacher_rate(config: Config, source: ModelSource, workdir: Path) -> float:
   if not (workdir / RATE).exists():
     mesh = sharding.make_mesh(**vars(config.mesh))
     with jax.set_mesh(mesh):
-      teacher = source.load(mesh, loading.keys(config.seed)["teacher"])
+      teacher = source.load(mesh, runs.keys(config.seed)["teacher"])
     rate = _decode_rate(config, teacher, mesh)
     json_io.write_json_once(workdir / RATE, {"teacher": rate})
   return _read(workdir / RATE)["teacher"]

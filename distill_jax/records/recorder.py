@@ -210,7 +210,7 @@ def manifest_of(
   Args:
     options: what is stored.
     corpus: what is recorded.
-    teacher: its name and digest (loading.identity); {} for kind "text".
+    teacher: its name and digest (ModelSource.identity); {} for kind "text".
     feature_width: see `Recorder`.
   """
   planned = planned_manifest(

@@ -15,6 +15,7 @@ from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.generation.beam_search import search
 from distill_jax.models import loading
+from distill_jax.models.runs import keys
 from distill_jax.nn import sharding
 from distill_jax.records import collate
 from distill_jax.runtime import distributed
@@ -100,12 +101,12 @@ def write_pseudo_labels(config: Config, workdir: Path) -> dict[str, Any]:
     )
   mesh = sharding.make_mesh(**vars(config.mesh))
   sharding.check_batch(f"tasks.{name}.batch_size", task.batch_size, mesh)
-  pretrained = loading.pretrained(config.teacher)
-  task.check(loading.family_and_config(config.teacher)[1])
-  source = task.open("train", pretrained)
+  teacher = loading.open_source(config.teacher, config.seed)
+  task.check(teacher.config)
+  source = task.open("train", teacher.pretrained)
   with jax.set_mesh(mesh):
-    teacher = loading.build(config.teacher, mesh, loading.keys(config.seed)["teacher"])
-    outputs = decode_texts(teacher, task, source, mesh)
+    loaded = teacher.load(mesh, keys(config.seed)["teacher"])
+    outputs = decode_texts(loaded, task, source, mesh)
   lines, left_out = task.pseudo_labels(outputs, source)
   if not lines:
     raise InputError(f"all {len(outputs)} texts of tasks.{name} are left out; raise its limit")

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from distill_jax.config import Config
-from distill_jax.models import loading
+from distill_jax.models import loading, runs
 from distill_jax.models.loading import ModelSource
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
@@ -63,7 +63,7 @@ def prepare(
     saves: the run's checkpoints.
     metadata: what a checkpoint must have been saved with, to be continued.
   """
-  keys = loading.keys(config.seed)
+  keys = runs.keys(config.seed)
   teachers = {
     name: loading.open_source(options).load(mesh, keys["teacher"]).model
     for name, options in online_teachers(config).items()

@@ -48,7 +48,7 @@ def run(c, workdir):
 def learnt(workdir):
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
-    return jax.device_get(loading.restore(workdir / "student" / "run", mesh))
+    return jax.device_get(loading.open_run(workdir / "student" / "run").restore(mesh))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_chain(folder, monkeypatch):
     assert [row["step"] for row in rows] == list(range(steps))
     assert max(row["learning_rate"] for row in rows) == pytest.approx(rate)
   assert (
-    loading.family_and_config(config.ModelOptions(source=str(path / "export")))[1].num_hidden_layers
+    loading.open_source(config.ModelOptions(source=str(path / "export"))).config.num_hidden_layers
     == 2
   )
   assert "| student |" in (path / "export" / "README.md").read_text()

@@ -20,7 +20,7 @@ from distill_jax.errors import InputError
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.journal import SampleJournal
 from distill_jax.generation.prompts import read_prompts
-from distill_jax.models import loading
+from distill_jax.models import loading, runs
 from distill_jax.nn import sharding
 from distill_jax.records import sampler
 from distill_jax.records.store import open_store
@@ -95,9 +95,9 @@ def test_records_are_what_record_would_store(whole):
   store, rows = open_store(folder / "records"), lines(folder / "whole" / "samples.jsonl")
   tokenizer = load_tokenizer(folder / "tokenizer.json")
   docs = [tokenizer.encode(r["prompt"]) + r["tokens"] for r in rows]
-  keys = loading.keys(c.seed)
+  keys = runs.keys(c.seed)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  built = loading.build(c.teacher, mesh, keys["teacher"])
+  built = loading.open_source(c.teacher).load(mesh, keys["teacher"])
   number = learnt = same = 0
   for i in range(len(store)):
     row = store[i]

@@ -13,7 +13,7 @@ from distill_jax.commands import export, report
 from distill_jax.commands.evaluate import run as evaluate
 from distill_jax.commands.record import run as record
 from distill_jax.errors import InputError
-from distill_jax.models import loading
+from distill_jax.models import loading, runs
 from distill_jax.nn import sharding
 from distill_jax.records import collate
 from distill_jax.records.store import open_store
@@ -53,9 +53,9 @@ def train(c, workdir):
 def last_state(c, workdir):
   resolved = config.resolve(c)
   step = training.make_step(resolved, open_stores(resolved))
-  like = jax.eval_shape(step.init, loading.abstract(resolved.student))
+  like = jax.eval_shape(step.init, loading.open_source(resolved.student).abstract)
   mesh = sharding.make_mesh()
-  like = loading.place(like, sharding.shardings(like, mesh, step.student.rules))
+  like = sharding.with_shardings(like, sharding.shardings(like, mesh, step.student.rules))
   with checkpoint.manager(workdir, 2) as saves:
     return jax.device_get(checkpoint.restore(saves, like, {}))
 
@@ -102,7 +102,7 @@ def test_records_hold_what_the_teacher_said(folder):
   store = open_store(folder / "records")
   batch = collate.collate([store[i] for i in range(4)])
   with jax.set_mesh(mesh):
-    teacher = loading.build(resolved.teacher, mesh, loading.keys(resolved.seed)["teacher"])
+    teacher = loading.open_source(resolved.teacher).load(mesh, runs.keys(resolved.seed)["teacher"])
     out = teacher.model(jax.tree.map(jax.numpy.asarray, batch.inputs), teacher.compute)
   hidden, rows = np.float64(out.hidden_BTD), np.float64(out.head_VD)
   logits = hidden @ rows.T

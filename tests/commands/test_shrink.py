@@ -48,8 +48,9 @@ def test_a_student_and_its_table(tmp_path):
   result = run(c, tmp_path / "run")
   assert json.loads((tmp_path / "run" / "shrink.json").read_text()) == result
   models, kept = result["models"], result["kept"]
-  made = loading.family_and_config(config.resolve(c).teacher)[1]
-  family, shape = loading.family_and_config(config.ModelOptions(source=result["dir"]))
+  made = loading.open_source(config.resolve(c).teacher).config
+  source = loading.open_source(config.ModelOptions(source=result["dir"]))
+  family, shape = source.family, source.config
   assert (shape.num_hidden_layers, shape.num_attention_heads, shape.intermediate_size) == (2, 2, 32)
   assert models["teacher"]["parameters"] == shapes.cost(family, made).parameters
   assert models["student"]["parameters"] == shapes.cost(family, shape).parameters
@@ -89,7 +90,7 @@ def test_the_search(tmp_path, monkeypatch):
   row = result["candidates"]["depth"]
   assert made and made == {p: p.stat().st_mtime_ns for p in made}  # not made again
   assert abs(row["parameters"] / 36_000 - 1) <= 0.1 and row["kept"]["layers"]["kept"] == 3
-  assert loading.family_and_config(config.ModelOptions(source=row["dir"]))[1].num_hidden_layers == 3
+  assert loading.open_source(config.ModelOptions(source=row["dir"])).config.num_hidden_layers == 3
   assert [m["step"] for m in read_metrics(row["run"])] == [0, 1, 2]
   assert row["ce"] != row["ce_before"] and len(trained) == 1
   assert run(c, tmp_path / "run") == result and len(trained) == 1
@@ -126,7 +127,8 @@ def test_the_rate_is_a_size_by_what_the_teacher_does(tmp_path, monkeypatch):
   c = tiny_config(tmp_path, target_decode_rate=15.0)
   resolved = config.resolve(c)
   proposed = search.propose(resolved, tmp_path, "target_decode_rate")
-  family, shape = loading.family_and_config(resolved.teacher)
+  source = loading.open_source(resolved.teacher)
+  family, shape = source.family, source.config
   for s in proposed.values():
     now = shapes.narrowed(s, family, shape).keep_layers(tuple(range(s.layers)))
     ratio = shapes.cost(family, shape).active / shapes.cost(family, now).active
@@ -212,7 +214,8 @@ def test_windows_that_transformers_cannot_load(family, name, says):
 def test_a_student_with_windows(every, see_all, tmp_path):
   c = tiny_config(tmp_path, window=8, global_every=every)
   result = run(c, tmp_path / "run")
-  family, shape = loading.family_and_config(config.ModelOptions(source=result["dir"]))
+  source = loading.open_source(config.ModelOptions(source=result["dir"]))
+  family, shape = source.family, source.config
   assert (family, shape.sliding_window) == ("qwen2", 8)
   assert [i for i, kind in enumerate(shape.layer_types) if kind == "full_attention"] == see_all
   layers_seen = "all layers but: 1 3" if see_all else "all layers\n"

@@ -24,7 +24,7 @@ from decoding import (
 
 from distill_jax import config
 from distill_jax.generation.stops import Stops
-from distill_jax.models import loading
+from distill_jax.models import runs
 from distill_jax.nn import fused_head, sharding
 from distill_jax.nn.params import map_params
 from distill_jax.records import sampler
@@ -113,7 +113,7 @@ def test_records_are_what_the_recorder_says_of_the_text(kind):
   c = config.RecordsOptions(kind=kind, n=15, temperature=1.5 if kind == "sampled" else 1.0)
   for (p, number), s in decode(model, one_device(), DRAWN, read, records=c).items():
     ids = jnp.asarray([read[p] + s.tokens], jnp.int32)
-    key = jax.random.fold_in(jax.random.fold_in(loading.keys(3)["records"], p), number)
+    key = jax.random.fold_in(jax.random.fold_in(runs.keys(3)["records"], p), number)
     at = jnp.arange(ids.shape[1] - 1)
     u_BT = jax.vmap(lambda t, k=key: jax.random.uniform(jax.random.fold_in(k, t)))(at)[None]
     out = model(parity.plain_inputs(np.asarray(ids[:, :-1])), COMPUTE)

@@ -118,14 +118,14 @@ def test_a_body_gets_a_new_head_when_it_is_asked_for(tmp_path):
   theirs(transformers.BertModel).save_pretrained(tmp_path / "body")
   spec = ModelOptions(source=str(tmp_path / "body"), changes={"num_labels": 5}, new=("classifier",))
   key = jax.random.key(0)
-  model = loading.build(spec, MESH, key).model
+  model = loading.open_source(spec).load(MESH, key).model
   assert model.head.shape == (5, 48) and 0 < float(jnp.std(model.head[...])) < 0.1
-  again = loading.build(spec, MESH, jax.random.key(1)).model
+  again = loading.open_source(spec).load(MESH, jax.random.key(1)).model
   assert not np.array_equal(model.head[...], again.head[...])
   np.testing.assert_array_equal(model.embed[...], again.embed[...])
   with pytest.raises(InputError, match="lacks the tensor classifier.*which `new` would say"):
-    loading.build(ModelOptions(source=spec.source, changes={"num_labels": 5}), MESH, key)
+    loading.open_source(ModelOptions(source=spec.source, changes={"num_labels": 5})).load(MESH, key)
   with pytest.raises(InputError, match="'klassifier', with which no parameter"):
-    loading.build(
-      ModelOptions(source=spec.source, changes=spec.changes, new=("klassifier",)), MESH, key
-    )
+    loading.open_source(
+      ModelOptions(source=spec.source, changes=spec.changes, new=("klassifier",))
+    ).load(MESH, key)

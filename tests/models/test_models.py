@@ -109,10 +109,10 @@ def test_bfloat16_is_near_float32(family):
 
 
 def test_a_part_of_a_model_is_changed_or_refused_by_name():
-  made = lambda **changes: loading.family_and_config(
-    ModelOptions(family="llava", shape="tiny", changes=changes)
-  )[1]
-  whole = loading.family_and_config(ModelOptions(family="llava", shape="tiny"))[1]
+  made = lambda **changes: (
+    loading.open_source(ModelOptions(family="llava", shape="tiny", changes=changes)).config
+  )
+  whole = loading.open_source(ModelOptions(family="llava", shape="tiny")).config
   vision = dataclasses.replace(whole.vision, num_hidden_layers=2)
   assert made(vision={"num_hidden_layers": 2}) == dataclasses.replace(whole, vision=vision) != whole
   with pytest.raises(InputError, match="'vision.patchsize'.*did you mean 'vision.patch_size'"):

@@ -237,7 +237,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder):
   shutil.rmtree(folder / "stopped" / "checkpoints" / "6")
   train(shared_config(folder), folder / "stopped")
   mesh = sharding.make_mesh()
-  whole, stopped = (loading.restore(folder / name, mesh) for name in ("whole", "stopped"))
+  whole, stopped = (loading.open_run(folder / name).restore(mesh) for name in ("whole", "stopped"))
   assert isinstance(whole, layer_sharing.Shared) and len(whole.unique.layers.q) == 2
   jax.tree.map(np.testing.assert_array_equal, whole, stopped)
   rows = read_metrics(folder / "whole")
@@ -250,10 +250,12 @@ def test_the_export_is_the_model_written_out(folder):
   c.export.dir, c.export.dtype = str(folder / "export"), "float32"
   resolved = config.resolve(c)
   made = export.run(resolved, folder / "whole")
-  assert made["shared_parameters"] == params.count(loading.abstract_trainable(resolved.student))
+  assert made["shared_parameters"] == params.count(
+    loading.open_source(resolved.student).abstract_trainable
+  )
   assert made["shared_parameters"] < made["parameters"]
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  trained = loading.restore(folder / "whole", mesh)
+  trained = loading.open_run(folder / "whole").restore(mesh)
   compute, tokens_BT = loading.compute_config(resolved.student), parity.tokens()
   out = jax.jit(lambda s, i: s.with_adapters()(i, compute))(trained, parity.plain_inputs(tokens_BT))
   model = transformers.AutoModelForCausalLM.from_pretrained(folder / "export").eval()
@@ -271,12 +273,12 @@ def test_a_run_is_a_source(folder):
   """Its layers written out; without deltas those that share are equal."""
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   plain = StudentOptions(source=f"run:{folder / 'whole'}")
-  model = loading.build(plain, mesh, jax.random.key(0)).model
-  assert model.config == loading.family_and_config(plain)[1] and model.config.num_hidden_layers == 3
+  model = loading.open_source(plain).load(mesh, jax.random.key(0)).model
+  assert model.config == loading.open_source(plain).config and model.config.num_hidden_layers == 3
   np.testing.assert_array_equal(model.layers.attn_norm[0], model.layers.attn_norm[2])
   assert (model.layers.q[0] != model.layers.q[2]).any()
   again = dataclasses.replace(plain, train="shared", share=ShareOptions(1))
-  model = loading.build(again, mesh, jax.random.key(0)).model
+  model = loading.open_source(again).load(mesh, jax.random.key(0)).model
   np.testing.assert_array_equal(model.layers.q[0], model.layers.q[2])
 
 
@@ -284,8 +286,8 @@ def test_preflight_counts_the_deltas(base):
   c = config.resolve(shared_config(base))
   weights = sum(
     params.count(v)
-    for p, v in params.named_params(loading.abstract(c.student))
-    if p in loading.abstract_trainable(c.student).deltas
+    for p, v in params.named_params(loading.open_source(c.student).abstract)
+    if p in loading.open_source(c.student).abstract_trainable.deltas
   )
   assert flops.step_flops(c, "train", 4)["adapters"] == 3 * 2 * 3 * weights
 

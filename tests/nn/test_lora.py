@@ -20,7 +20,7 @@ from distill_jax.commands.record import run as record
 from distill_jax.errors import InputError
 from distill_jax.hub import declared, load
 from distill_jax.hub.pretrained import open_model
-from distill_jax.models import deepseek_v3, llama, loading, qwen3
+from distill_jax.models import deepseek_v3, llama, loading, qwen3, runs
 from distill_jax.models.trainables import Lora
 from distill_jax.nn import layers, lora, params, sharding
 from distill_jax.nn.lora import LoraOptions
@@ -278,7 +278,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder):
   shutil.rmtree(folder / "stopped" / "checkpoints" / "6")
   train(lora_config(folder), folder / "stopped")
   mesh = sharding.make_mesh()
-  whole, stopped = (loading.restore(folder / name, mesh) for name in ("whole", "stopped"))
+  whole, stopped = (loading.open_run(folder / name).restore(mesh) for name in ("whole", "stopped"))
   jax.tree.map(np.testing.assert_array_equal, whole, stopped)
   mine = lambda name: [{k: r[k] for k in ("step", "loss", "grad_norm")} for r in read_metrics(name)]
   assert mine(folder / "whole") == mine(folder / "stopped")
@@ -291,7 +291,7 @@ def test_a_checkpoint_holds_adapters_alone(folder):
   where = folder / "whole" / "checkpoints" / "6" / checkpoint.STATE
   held = ocp.PyTreeCheckpointer().metadata(where).item_metadata.tree
   numbers = sum(int(np.prod(x.shape)) for x in held.values() if x.shape)
-  adapters = loading.restore(folder / "whole", sharding.make_mesh())
+  adapters = loading.open_run(folder / "whole").restore(sharding.make_mesh())
   assert numbers == 3 * params.count(adapters)
   assert {path for path in held if path.startswith("params.")} == {
     f"params.layers.{name}.{part}" for name in ("q", "v", "o", "gate", "down") for part in "ab"
@@ -312,7 +312,7 @@ def test_every_export_is_the_model_that_was_trained(folder):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   opened = open_model(str(folder / "base"))
   base = load.load_model(opened, mesh, layers.ComputeConfig())
-  adapters = loading.restore(folder / "whole", mesh)
+  adapters = loading.open_run(folder / "whole").restore(mesh)
   tokens_BT = parity.tokens() % llama.TINY.vocab_size
   ours = logits(lora.with_adapters(base, adapters), tokens_BT)
   assert parity.error(logits(base, tokens_BT), ours) > 0.01  # something was learnt
@@ -359,8 +359,10 @@ def test_evaluate_and_a_teacher_out_of_a_run_of_adapters(folder):
   assert models["mine"]["parameters"] == models["start"]["parameters"]
   c.teacher.source = f"run:{folder / 'whole'}"
   spec = config.resolve(c).teacher
-  before = loading.identity(spec, 0)["digest"]
-  assert before != loading.identity(config.resolve(lora_config(folder)).student, 0)["digest"]
+  before = loading.open_source(spec, 0).identity["digest"]
+  assert (
+    before != loading.open_source(config.resolve(lora_config(folder)).student, 0).identity["digest"]
+  )
 
 
 @pytest.mark.slow
@@ -378,14 +380,14 @@ def test_a_random_base_in_bfloat16_and_a_projection_fitted_beside_it(folder):
   # Unfitted it is 0.85; 32 numbers of 124 positions can explain half of what they should.
   assert read_metrics(folder / "random")[0]["hidden"] < 0.6
   mesh = sharding.make_mesh()
-  adapters = loading.restore(folder / "random", mesh)
+  adapters = loading.open_run(folder / "random").restore(mesh)
   assert {x.dtype for x in jax.tree.leaves(adapters)} == {jnp.dtype("float32")}
-  spec, key = config.resolve(c).student, loading.keys(0)["student"]
-  base = loading.build(spec, mesh, key).model
+  spec, key = config.resolve(c).student, runs.keys(0)["student"]
+  base = loading.open_source(spec).load(mesh, key).model
   of_run = config.StudentOptions(source=f"run:{folder / 'random'}", param_dtype="bfloat16")
   jax.tree.map(
     np.testing.assert_array_equal,
-    loading.build(of_run, mesh, key).model,
+    loading.open_source(of_run).load(mesh, key).model,
     lora.merge_adapters(base, adapters),
   )
   c.export.dir, c.export.lora = str(folder / "random-peft"), "peft"
@@ -459,7 +461,9 @@ def test_another_base_is_refused(folder, tmp_path, another_norm):
     with pytest.raises(InputError, match=said):
       export.run(config.resolve(c), run)
   with pytest.raises(InputError, match=said):
-    loading.build(config.ModelOptions(source=f"run:{run}"), sharding.make_mesh(), jax.random.key(0))
+    loading.open_source(config.ModelOptions(source=f"run:{run}")).load(
+      sharding.make_mesh(), jax.random.key(0)
+    )
   (run / "base.json").unlink()
   with pytest.raises(InputError, match="holds adapters and no base.json"):
     export.run(config.resolve(c), run)

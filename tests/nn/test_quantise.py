@@ -108,7 +108,7 @@ def test_a_student_of_four_bits_learns_and_is_exported(run):
   mesh = sharding.make_mesh(**vars(c.mesh))
   spec = config.StudentOptions(source=f"run:{path / 'run'}")
   with jax.set_mesh(mesh):
-    built = loading.build(spec, mesh, jax.random.key(0))
+    built = loading.open_source(spec).load(mesh, jax.random.key(0))
     tokens = np.arange(80).reshape(4, 20) * 7 % 256
     places = jnp.broadcast_to(jnp.arange(20), tokens.shape)
     out = built.model(Inputs(jnp.asarray(tokens), places, jnp.ones_like(places)), built.compute)

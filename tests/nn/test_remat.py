@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from distill_jax import registry
 from distill_jax.errors import InputError
-from distill_jax.models import llama, loading
+from distill_jax.models import llama
 from distill_jax.nn import layers, sharding
 from distill_jax.types import Inputs
 
@@ -63,7 +63,7 @@ for remat in ("dots", "offload"):
   loss = lambda m, x: jnp.sum(m(x, compute).hidden_BTD.astype(jnp.float32) ** 2)
   with jax.set_mesh(mesh):
     step = jax.jit(jax.grad(loss), out_shardings=where)
-    compiled = step.lower(loading.place(like, where), Inputs(rows, rows, rows)).compile()
+    compiled = step.lower(sharding.with_shardings(like, where), Inputs(rows, rows, rows)).compile()
   host[remat] = compiled.memory_analysis().host_temp_size_in_bytes
 print(json.dumps(host))
 """
@@ -95,7 +95,7 @@ def compile_step(family: str, shape: str, rules: sharding.Rules, mesh_shape) -> 
   )
   with jax.set_mesh(mesh):
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-    jitted.lower(loading.place(like, where), batch, {}).compile()
+    jitted.lower(sharding.with_shardings(like, where), batch, {}).compile()
 
 
 @pytest.fixture

@@ -196,7 +196,7 @@ def test_active_weights_are_the_published(family, shape, billions):
   ],
 )
 def test_attention_sees_what_the_window_lets_it(family, shape):
-  _, c = loading.family_and_config(ModelOptions(family=family, shape=shape))
+  c = loading.open_source(ModelOptions(family=family, shape=shape)).config
   T = 11
   for layer in range(c.num_hidden_layers):
     kind = getattr(c, "layer_types", [""] * 9)[layer]
@@ -300,7 +300,7 @@ def test_a_named_shape_stands_in_for_weights():
   c = model_config()
   c.teacher.source = "hub:somebody/model"
   c = programs.without_weights(config.resolve(c))
-  assert c.teacher.source == "" and params.count(loading.abstract(c.teacher))
+  assert c.teacher.source == "" and params.count(loading.open_source(c.teacher).abstract)
 
 
 R1 = [
@@ -322,9 +322,7 @@ def test_the_configs_at_both_lengths(path, seq_len, monkeypatch):
   c = programs.without_weights(config.resolve(made))
   verb = "record" if path.stem == "r1_record" else "train"
   model = c.teacher if verb == "record" else c.student
-  assert (
-    c.data.seq_len == int(seq_len) <= loading.family_and_config(model)[1].max_position_embeddings
-  )
+  assert c.data.seq_len == int(seq_len) <= loading.open_source(model).config.max_position_embeddings
   assert estimate.total_tokens(c, verb) == 2**33 >> (verb == "record")
   size = chips.parse(re.search(r"--topology=(\S+)", module.__doc__)[1])[1]
   data, fsdp, tensor = sharding.mesh_shape(**vars(c.mesh), devices=size)

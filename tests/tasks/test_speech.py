@@ -12,7 +12,7 @@ from tiny_sounds import write_wav
 from distill_jax import config
 from distill_jax.commands import evaluate, export, generate
 from distill_jax.errors import InputError
-from distill_jax.models import loading, t5, whisper
+from distill_jax.models import loading, runs, t5, whisper
 from distill_jax.nn import params, sharding
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.tasks import _scores, dataset
@@ -98,7 +98,7 @@ def test_a_frozen_encoder_stays_as_it_is(tmp_path):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   spec = dataclasses.replace(resolved.student, source=f"run:{tmp_path / 'student'}", changes={})
   before, after = (
-    dict(params.named_params(loading.build(s, mesh, loading.keys(0)["student"]).model))
+    dict(params.named_params(loading.open_source(s).load(mesh, runs.keys(0)["student"]).model))
     for s in (resolved.student, spec)
   )
   for path, v in before.items():

@@ -12,7 +12,7 @@ from distill_jax import config
 from distill_jax.commands import evaluate, export, record
 from distill_jax.errors import InputError
 from distill_jax.evals import similarity
-from distill_jax.models import loading
+from distill_jax.models import loading, runs
 from distill_jax.nn import params
 from distill_jax.records.store import open_store
 from distill_jax.runtime.workdir import Workdir
@@ -106,11 +106,11 @@ def test_dense_records_give_the_gradient_of_the_teacher_beside_the_student(run):
     stores = training_stores.open_stores(resolved)
     step = loop.make_step(resolved, stores)
     batch = next(training_stores.batches(resolved, stores))
-    keys = loading.keys(0)
+    keys = runs.keys(0)
     mesh = loop.sharding.make_mesh(devices=jax.devices()[:1])
-    student, models = loading.build(resolved.student, mesh, keys["student"]).model, {}
+    student, models = loading.open_source(resolved.student).load(mesh, keys["student"]).model, {}
     if resolved.train.online:
-      models = {"teacher": loading.build(resolved.teacher, mesh, keys["teacher"]).model}
+      models = {"teacher": loading.open_source(resolved.teacher).load(mesh, keys["teacher"]).model}
     batch = jax.tree.map(jax.numpy.asarray, batch)
     both = {"soft": 1.0, "hard": 1.0}
     fixed = Fixed(models, 0, 4.0)
@@ -174,7 +174,7 @@ def test_several_tasks_are_recorded_one_by_one_and_learnt_together(c, tmp_path):
     with Workdir(store, resolved) as at:
       record.run(resolved, at)
     rows = open_store(store)
-    said = loading.build(resolved.teacher, mesh, loading.keys(0)["teacher"])
+    said = loading.open_source(resolved.teacher).load(mesh, runs.keys(0)["teacher"])
     inputs = dataset.open_examples(resolved, name, "train", None)
     read = lambda field, rows=inputs: np.stack([rows[i][field] for i in range(3)])
     out = said.model(resolved.tasks[name].inputs(read), said.compute)
@@ -231,8 +231,8 @@ def test_a_head_is_trained_without_its_body(c, tmp_path):
   with Workdir(tmp_path / "run", resolved) as folder:
     loop.train(resolved, folder)
   mesh = loop.sharding.make_mesh(devices=jax.devices()[:1])
-  was = loading.build(resolved.student, mesh, loading.keys(0)["student"]).model
-  now = loading.restore(tmp_path / "run", mesh)
+  was = loading.open_source(resolved.student).load(mesh, runs.keys(0)["student"]).model
+  now = loading.open_run(tmp_path / "run").restore(mesh)
   named = zip(params.named_params(was), params.named_params(now), strict=True)
   changed = {p for (p, a), (_, b) in named if not np.array_equal(a[...], b[...])}
   assert changed == {"head", "head_bias"}

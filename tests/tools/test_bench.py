@@ -235,7 +235,7 @@ def test_overhead_records_whole_shards(tmp_path):
   c.teacher.source, c.teacher.shape = "", "tiny"
   c.data.sequences = c.records.sequences_per_shard = 8
   c = config.resolve(c)
-  tokenizer = corpus.tokenizer_of(c.data, loading.pretrained(c.teacher))
+  tokenizer = corpus.tokenizer_of(c.data, loading.open_source(c.teacher).pretrained)
   rows = list(corpus.sequences(c.data, tokenizer))
   with jax.set_mesh(sharding.make_mesh(**vars(c.mesh))):
     passes = overhead.Passes(c, tokenizer, rows, 3, tmp_path / "store")

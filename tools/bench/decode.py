@@ -65,7 +65,7 @@ def ours(folder: Path, prompts: list[list[int]], new: int):
   from distill_jax.generation.unrolled import unroll
   from distill_jax.hub import load
   from distill_jax.hub.pretrained import open_model
-  from distill_jax.models import loading
+  from distill_jax.models import runs
   from distill_jax.nn import sharding
   from distill_jax.nn.layers import ComputeConfig
 
@@ -77,7 +77,7 @@ def ours(folder: Path, prompts: list[list[int]], new: int):
   jax.set_mesh(mesh)
   model = unroll(load.load_model(open_model(str(folder)), mesh, compute), compute)
   spec = EngineSpec(compute, Sampling(0.0), c.steps, (), vocab_size)
-  engine = Engine(model, mesh, spec, rows, c.prefill_rows, c.cache_len, loading.keys(0))
+  engine = Engine(model, mesh, spec, rows, c.prefill_rows, c.cache_len, runs.keys(0))
 
   def run() -> list[list[int]]:
     scheduler = Scheduler(engine, dict(enumerate(prompts)), stops, (), c, new)

@@ -50,7 +50,7 @@ from distill_jax.commands import record
 from distill_jax.config import Config
 from distill_jax.efficiency import formulas
 from distill_jax.generation.unrolled import empty_cache, unroll
-from distill_jax.models import loading
+from distill_jax.models import loading, runs
 from distill_jax.models.options import StudentOptions
 from distill_jax.nn import fused_head, params
 from distill_jax.nn.layer_sharing import ShareOptions
@@ -111,7 +111,7 @@ def distilled(config: Config, teacher: MeasuredTeacher, name: str, folder: Path)
   run = dataclasses.replace(config, student=student)
   with Workdir(folder / "run", run) as workdir:
     loop.train(run, workdir)
-  after = cross_entropy(teacher, StudentOptions(source=f"{loading.RUN}{folder / 'run'}"))
+  after = cross_entropy(teacher, StudentOptions(source=f"{runs.RUN}{folder / 'run'}"))
   cache = 2 * formulas.cache_numbers(opened.config, CONTEXT)
   shutil.rmtree(folder / "run")
   return {
@@ -125,9 +125,7 @@ def distilled(config: Config, teacher: MeasuredTeacher, name: str, folder: Path)
 def cross_entropy(teacher: MeasuredTeacher, spec: StudentOptions) -> float:
   with jax.set_mesh(teacher.mesh):
     model = (
-      loading.open_source(spec)
-      .load(teacher.mesh, loading.keys(teacher.config.seed)["student"])
-      .model
+      loading.open_source(spec).load(teacher.mesh, runs.keys(teacher.config.seed)["student"]).model
     )
   return teacher.cross_entropy(model)
 
@@ -135,7 +133,7 @@ def cross_entropy(teacher: MeasuredTeacher, spec: StudentOptions) -> float:
 def decoded(teacher: MeasuredTeacher) -> dict[str, Any]:
   """The teacher's text read through a cache of its own, and one in int8: each position after
   those before it, as they are kept."""
-  compute, key = ComputeConfig(), loading.keys(teacher.config.seed)["teacher"]
+  compute, key = ComputeConfig(), runs.keys(teacher.config.seed)["teacher"]
   with jax.set_mesh(teacher.mesh):  # another one, as it is taken apart
     model = unroll(teacher.source.load(teacher.mesh, key).model, compute)
   means: dict[str, list[Mean]] = {"": [], "int8": [], "same": []}

@@ -48,7 +48,7 @@ from tokenizers import models, pre_tokenizers
 
 from distill_jax import config
 from distill_jax.commands import record
-from distill_jax.models import loading
+from distill_jax.models import loading, runs
 from distill_jax.nn import sharding
 from distill_jax.records import collate
 from distill_jax.runtime.workdir import Workdir
@@ -291,14 +291,14 @@ def measured(c: ml_collections.ConfigDict, folder: Path, rounds: int, seconds: f
 
 def prepared(c: config.Config, mesh: Any) -> list[Any]:
   """[the compiled step, its state, a batch, online teachers]"""
-  opened, keys = stores.open_stores(c), loading.keys(c.seed)
+  opened, keys = stores.open_stores(c), runs.keys(c.seed)
   step = loop.make_step(c, opened)
   batch = collate.to_device(next(stores.batches(c, opened)), sharding.batch_sharding(mesh))
   teachers = {
-    name: loading.build(spec, mesh, keys["teacher"]).model
+    name: loading.open_source(spec).load(mesh, keys["teacher"]).model
     for name, spec in state.online_teachers(c).items()
   }
-  start = jax.jit(step.init)(loading.build(c.student, mesh, keys["student"]).model)
+  start = jax.jit(step.init)(loading.open_source(c.student).load(mesh, keys["student"]).model)
   return [jax.jit(step, donate_argnums=0), start, batch, teachers]
 
 

@@ -39,7 +39,7 @@ import jax
 from distill_jax import config as configs
 from distill_jax.commands import record
 from distill_jax.config import Config
-from distill_jax.models import loading
+from distill_jax.models import loading, runs
 from distill_jax.nn import quantise
 from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.pruning.measured_teacher import MeasuredTeacher
@@ -78,7 +78,7 @@ def trained(config: Config, judge: MeasuredTeacher, name: str, workdir: Path) ->
     loop.train(run, folder)
   spec = dataclasses.replace(config.student, source=f"run:{workdir / name}", keep_layers=())
   with jax.set_mesh(judge.mesh):
-    return loading.open_source(spec).load(judge.mesh, loading.keys(config.seed)["student"]).model
+    return loading.open_source(spec).load(judge.mesh, runs.keys(config.seed)["student"]).model
 
 
 def row(

@@ -40,7 +40,7 @@ from distill_jax.commands import record
 from distill_jax.data import corpus
 from distill_jax.errors import InputError
 from distill_jax.evals import next_token as lm
-from distill_jax.models import loading
+from distill_jax.models import loading, runs
 from distill_jax.nn import sharding
 from distill_jax.records import collate, recorder
 from distill_jax.records.writer import Writer
@@ -65,7 +65,7 @@ class Passes:
     self.c, self.rows, self.all_rows = c, rows, rows * shards
     self.where = sharding.batch_sharding(mesh)
     teacher = loading.open_source(c.teacher, c.seed)
-    built = teacher.load(mesh, loading.keys(c.seed)["teacher"])
+    built = teacher.load(mesh, runs.keys(c.seed)["teacher"])
     self.model = built.model
     self._hidden = jax.jit(lambda model, batch: model(batch.inputs, built.compute).hidden_BTD)
     self._plain = jax.jit(functools.partial(lm.score, compute=built.compute, chunk=c.records.chunk))
@@ -156,7 +156,7 @@ def main() -> None:
     records=config.RecordsOptions(batch_size=args.batch_size, sequences_per_shard=per_shard),
   )
   try:
-    tokenizer = corpus.tokenizer_of(c.data, loading.pretrained(c.teacher))
+    tokenizer = corpus.tokenizer_of(c.data, loading.open_source(c.teacher).pretrained)
     rows = list(corpus.sequences(c.data, tokenizer))
   except InputError as e:
     print(e, file=sys.stderr)

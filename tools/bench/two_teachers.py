@@ -43,7 +43,7 @@ from distill_jax import config as configs
 from distill_jax.commands import record
 from distill_jax.config import Config
 from distill_jax.evals.gsm8k import PACKAGED
-from distill_jax.models import loading
+from distill_jax.models import loading, runs
 from distill_jax.pruning.measured_teacher import MeasuredTeacher
 from distill_jax.runtime.atomic_io import atomic_write
 from distill_jax.runtime.json_io import write_json
@@ -132,7 +132,7 @@ class Bench:
       spec = dataclasses.replace(config.student, source=f"run:{run}")
       mesh = next(iter(judges.values())).mesh
       with jax.set_mesh(mesh):
-        model = loading.open_source(spec).load(mesh, loading.keys(0)["student"]).model
+        model = loading.open_source(spec).load(mesh, runs.keys(0)["student"]).model
       write_json(file, {text: judge.cross_entropy(model) for text, judge in judges.items()})
     ce = json.loads(file.read_text())
     a = self.args
