@@ -68,7 +68,7 @@ def tiny(folder: Path) -> ml_collections.ConfigDict:
   c.train.records = (str(folder / "records"),)
   c.train.steps = 6
   c.train.batch_size = 4
-  c.train.chunk = 16
+  c.train.chunk = c.evaluate.chunk = 16
   c.train.checkpoint_every = 2
   return c
 

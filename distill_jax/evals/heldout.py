@@ -65,8 +65,9 @@ def measure(
     results = {name: _measure(config, loaded, part, mesh) for name, part in data.items()}
     for name, task in config.tasks.items():
       if isinstance(task, TextTask):
-        recorded: Any = data[name].examples
-        source, sequences = recorded.examples.source, config.evaluate.sequences
+        examples = data[name].examples
+        assert isinstance(examples, dataset.RecordedTask)
+        source, sequences = examples.examples.source, config.evaluate.sequences
         for model, m in loaded.items():
           texts = pseudo_labels.decode_texts(m, task, source, mesh, sequences)
           results[name][model] |= task.scores(texts, source)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
@@ -22,7 +23,7 @@ from distill_jax.types import Inputs
 
 
 class RowState(struct.PyTreeNode):
-  """Where the rows of a batch stand; int32 [B]."""
+  """Where the rows of a batch stand; int32 [B], of numpy outside of compiled functions."""
 
   token_B: Any  # the last token, which the model has not read yet
   position_B: Any  # of that token
@@ -92,15 +93,15 @@ class Engine:
       out_shardings=(cache_sharding, sharding.replicated(mesh)),
     )
 
-  def prefill(self, tokens_PC: Any, first_P: Any, count_P: Any) -> None:
+  def prefill(self, tokens_PC: np.ndarray, first_P: np.ndarray, count_P: np.ndarray) -> None:
     """Reads `count` tokens of each prompt at positions `first` on into the cache of prompts."""
     self._prompt_cache = self._prefill(self._model, self._prompt_cache, tokens_PC, first_P, count_P)
 
-  def insert(self, from_P: Any, to_P: Any) -> None:
+  def insert(self, from_P: np.ndarray, to_P: np.ndarray) -> None:
     """Copies rows of the cache of prompts into the cache; rows that do not exist get none."""
     self._cache = self._insert(self._cache, self._prompt_cache, from_P, to_P)
 
-  def decode(self, rows: RowState) -> dict[str, Any]:
+  def decode(self, rows: RowState) -> dict[str, np.ndarray]:
     """Makes the next tokens of each row; returns the arrays of `decode_steps`."""
     self._cache, outputs = self._decode(self._model, self._cache, rows, self._keys)
     return jax.device_get(outputs)
