@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from distill_jax.config import Config
 from distill_jax.data import corpus as text_corpus
@@ -30,7 +31,8 @@ from distill_jax.tasks import dataset
 def run(config: Config, folder: Path) -> dict[str, Any]:
   """Writes the store of a corpus into `folder`; what is already there is not done again.
 
-  Returns: sequences in all and recorded now; tokens, entries and bytes of the whole store.
+  Returns:
+    sequences in all and recorded_now; tokens, entries and bytes of the whole store.
 
   Raises:
     InputError: the teacher, tokenizer and corpus do not fit together, or the folder holds
@@ -72,12 +74,12 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def runs_teacher(options: RecordsOptions) -> bool:
-  """Whether recording runs a model here: text has no teacher, a dump was made elsewhere."""
+  """Returns whether recording runs a model: text has no teacher, a dump was made elsewhere."""
   return options.kind != "text" and not options.logprobs
 
 
 def open_corpus(config: Config, teacher: ModelSource) -> Corpus:
-  """The text or the task of a config.
+  """Opens the text or the task of a config.
 
   Raises:
     InputError: it is not there, or the teacher cannot read it.
@@ -97,7 +99,7 @@ def open_corpus(config: Config, teacher: ModelSource) -> Corpus:
 
 
 def feature_width(options: RecordsOptions, teacher: ModelSource) -> int:
-  """Numbers in a tapped vector of the teacher; 0 without taps."""
+  """Returns the size of a tapped vector of the teacher; 0 without taps."""
   return taps.feature_width(teacher.config, options.tap_kind) if options.taps else 0
 
 
@@ -106,9 +108,9 @@ def _batches(
   teacher: ModelSource,
   corpus: Corpus,
   shards: Sequence[range],
-  mesh: Any,
+  mesh: Mesh,
 ) -> Iterator[Sequence[Record]]:
-  """The records of these shards, in order, at most a batch of one shard at a time.
+  """Returns the records of these shards, in order, at most a batch of one shard at a time.
 
   The teacher computes one batch ahead of the one that is read.
   """
@@ -127,7 +129,7 @@ def dispatcher(
   teacher: ModelSource,
   corpus: Corpus,
   size: int,
-  mesh: Any,
+  mesh: Mesh,
 ) -> Callable[[range], dict[str, jax.Array]]:
   """Loads the teacher; returns what starts its computation of at most `size` rows."""
   keys, options = runs.keys(config.seed), config.records
@@ -149,7 +151,7 @@ def dispatcher(
 
 
 def _reader(config: Config) -> collate.Read | None:
-  """What makes batches of the task that is recorded; None for text."""
+  """Returns what makes batches of the task that is recorded; None for text."""
   if not config.tasks:
     return None
   name = dataset.recorded_task(config)
@@ -175,7 +177,7 @@ def _write(
 
 
 def _identity(options: RecordsOptions, teacher: ModelSource) -> dict[str, Any]:
-  """The teacher's name and digest, for the manifest."""
+  """Returns the teacher's name and digest, for the manifest."""
   if options.kind == "text":
     return {}
   if options.logprobs:
@@ -184,7 +186,7 @@ def _identity(options: RecordsOptions, teacher: ModelSource) -> dict[str, Any]:
 
 
 def _dump(config: Config, tokenizer: Tokenizer) -> Iterator[Record]:
-  """A served teacher's own responses with their log-probabilities."""
+  """Reads a served teacher's own responses with their log-probabilities."""
   c = config.records
   path = Path(c.logprobs)
   if not path.is_file():

@@ -9,7 +9,7 @@ import dataclasses
 class RecordsOptions:
   """What is stored of the teacher, and how the pass over the corpus runs."""
 
-  kind: str = "sampled"  # sampled | topk | text | dense, all classes of a task
+  kind: str = "sampled"  # sampled | topk | text | dense: all classes, for tasks of few
   task: str = ""  # which of `tasks`; "": the only one
   n: int = 63  # points of systematic sampling, or the k of topk
   logp: bool = False  # sampled: true log-probabilities beside the counts

@@ -28,7 +28,7 @@ from distill_jax.records.manifest import Manifest, Shard
 from distill_jax.runtime import atomic_io
 
 
-def options(seq_len: int) -> str:
+def array_record_options(seq_len: int) -> str:
   """What array_record is asked for, by the positions of a record.
 
   One record a chunk, for random access; its bits are packed already, and zstd finds nothing. A
@@ -62,11 +62,11 @@ class Writer:
     if not 0 <= process_index < process_count:
       raise InputError(f"process {process_index} of {process_count}: the index is below the count")
     self.folder = Path(folder)
-    self._who = f"{process_index}-of-{process_count}"
-    self._mine = slice(process_index, None, process_count)
+    self._process = f"{process_index}-of-{process_count}"
+    self._own_shards = slice(process_index, None, process_count)
     with _writing(self.folder):
       self.folder.mkdir(parents=True, exist_ok=True)
-      self._lock = _lock(self.folder / f".lock-{self._who}")
+      self._lock = _lock(self.folder / f".lock-{self._process}")
     try:
       self.manifest = self._join(manifest)
     except BaseException:
@@ -98,14 +98,14 @@ class Writer:
     A registered shard whose file is gone, or has another size, is written again.
     """
     done = self.finished()
-    return [r for r in self.manifest.ranges[self._mine] if r.start not in done]
+    return [r for r in self.manifest.ranges[self._own_shards] if r.start not in done]
 
   def finished(self) -> dict[int, Shard]:
     """Registered shards that are there, by any process: by first sequence."""
     known = {s.first: s for s in self.manifest.shards}
     for number, r in enumerate(self.manifest.ranges):
-      if (note := self._note(number)).exists():
-        known[r.start] = Shard(**json.loads(note.read_text()))
+      if (path := self._registration(number)).exists():
+        known[r.start] = Shard(**json.loads(path.read_text()))
     return {first: s for first, s in known.items() if is_there(self.folder, s)}
 
   def write_shard(self, sequences_of: range, sequences: Iterable[Record]) -> Shard:
@@ -127,7 +127,7 @@ class Writer:
       )
     number = ranges.index(sequences_of)
     path = self.folder / manifest_lib.shard_name(number)
-    part = self.folder / f".writing-{number:05d}-{self._who}"
+    part = self.folder / f".writing-{number:05d}-{self._process}"
     with _writing(path):
       part.unlink(missing_ok=True)
       totals = self._write(part, sequences_of, sequences)
@@ -145,7 +145,9 @@ class Writer:
   def _write(self, part: Path, sequences_of: range, sequences: Iterable[Record]) -> dict:
     fields: dict[str, int] = dict.fromkeys(tf_example.names(self.manifest), 0)
     tokens = targets = entries = count = 0
-    writer = array_record_module.ArrayRecordWriter(str(part), options(self.manifest.seq_len))
+    writer = array_record_module.ArrayRecordWriter(
+      str(part), array_record_options(self.manifest.seq_len)
+    )
     try:
       for seq in sequences:
         if count == len(sequences_of):
@@ -182,9 +184,9 @@ class Writer:
       return
     part.replace(path)
     atomic_io.fsync_dir(self.folder)
-    atomic_io.atomic_write(self._note(number), json.dumps(dataclasses.asdict(shard)) + "\n")
+    atomic_io.atomic_write(self._registration(number), json.dumps(dataclasses.asdict(shard)) + "\n")
 
-  def _note(self, number: int) -> Path:
+  def _registration(self, number: int) -> Path:
     return self.folder / f"{manifest_lib.shard_name(number)}.json"
 
   def complete(self) -> Manifest | None:

@@ -20,14 +20,13 @@ import numpy as np
 from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.hub.pretrained import Pretrained
-from distill_jax.records.fields import CLASS_IDS, TASK, UNTAUGHT
+from distill_jax.records.fields import CLASS_IDS, TASK, UNTAUGHT, Record
 from distill_jax.records.manifest import Manifest, without_targets
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.recorder import Corpus
 from distill_jax.tasks._base import Stack, Task, TaskSource
 from distill_jax.types import IN_BATCH_CLASSES, Batch
 
-Row = dict[str, np.ndarray]  # one example: its labels_T and mask_T, inputs, and targets
 # Fields of a task that are not in its digest: paths, whose data has a digest of its own, and how
 # many examples there are.
 NOT_IN_DIGEST = ("path", "train", "heldout", "tokenizer", "on_bad", "views")
@@ -89,7 +88,7 @@ class TaskExamples(Sequence):
     if self._augmentations:
       rng = np.random.default_rng([self.task.seed, n])
 
-      def another() -> Row:
+      def another() -> Record:
         return self.source[int(rng.integers(len(self.source)))]
 
       for augmentation in self._augmentations:
@@ -157,7 +156,7 @@ class RecordedTask(Sequence):
     return row if self.class_range is None else _in_shared_head(row, self.class_range)
 
 
-def _in_shared_head(row: Row, classes: range) -> Row:
+def _in_shared_head(row: Record, classes: range) -> Record:
   """Returns a row whose class ids are these rows of the head, and that says so."""
   shifted = {n: x + classes.start for n, x in row.items() if n.rpartition("/")[2] in CLASS_IDS}
   range_2 = np.array([classes.start, classes.stop], np.int32)

@@ -38,7 +38,7 @@ def sequence(spec, T, seed=0, mask=0.9):
     seq["argmax_T"][::7] = zipf(rng, V, T)[::7]  # some were not sampled
     if spec.logp:
       seq["logp_TN"] = np.take_along_axis(-rng.gamma(1, 3, (T, V)), seq["ids_TN"], 1)
-  elif spec.kind == "topk":
+  elif spec.kind in ("topk", "dense"):
     seq["ids_TN"] = np.argsort(rng.random((T, V)), 1)[:, :n].astype(np.int32)
     seq["logp_TN"] = -np.sort(rng.gamma(1, 3, (T, n))).astype(np.float32)
     seq["logp_TN"][np.arange(n) >= rng.integers(1, n + 1, T)[:, None]] = -np.inf
@@ -99,6 +99,7 @@ SPECS = [
   RecordSpec("topk", 16, 300),
   RecordSpec("topk", 1, 2),
   RecordSpec("topk", 3, 3),
+  RecordSpec("dense", 5, 5),
   RecordSpec("text", 0, 50_000),
 ]
 

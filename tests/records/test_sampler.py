@@ -148,6 +148,30 @@ def test_nucleus_keeps_the_fewest_entries_that_hold_the_mass():
   assert 1 <= got.min() < got.max() <= 40
 
 
+def test_dense_is_top_k_of_all():
+  hidden, head, labels, _ = example(V=30)
+  every = sampler.summarise(hidden, head, labels, None, SamplerSpec(1, "dense"), chunk=4)
+  top = sampler.summarise(hidden, head, labels, None, SamplerSpec(30, "topk"), chunk=4)
+  jax.tree.map(np.testing.assert_array_equal, every, top)
+
+
+def test_mesh_axes_of_other_names():
+  if len(jax.devices()) < 4:
+    pytest.skip("wants 4 devices")
+  args, spec = example(B=2, T=10, V=4096), SamplerSpec(7, logp=True)
+  auto = (jax.sharding.AxisType.Auto,) * 2
+  mesh = jax.make_mesh((2, 2), ("rows", "vocab"), auto, devices=jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    run = jax.jit(
+      lambda *a: sampler.summarise(*a, spec, chunk=4, batch_axes=("rows",), vocab_axis="vocab")
+    )
+    got = jax.device_get(run(*args))
+  want = sampler.summarise(*map(jnp.asarray, args), spec, chunk=4)
+  assert (got["ids"] != np.asarray(want["ids"])).mean() < 2e-3
+  np.testing.assert_array_equal(got["argmax"], want["argmax"])
+  np.testing.assert_allclose(got["entropy"], want["entropy"], rtol=1e-5, atol=1e-5)
+
+
 def test_bad_input():
   hidden, head, labels, u = example()
   with pytest.raises(InputError, match="'text' has no sampler"):

@@ -522,6 +522,9 @@ def test_manifest_fields():
     ({"kind": "topk"}, "tail_bucket"),
     ({"missing_mass": "renormalise"}, "none"),
     ({"kind": "topk", "missing_mass": "renormalise", "temperature": 2.0}, "temperature"),
+    ({"kind": "dense", "missing_mass": "renormalise"}, f"n is {N} for kind 'dense' of {V}"),
+    ({"kind": "dense", "n": V}, "expected renormalise"),
+    ({"kind": "dense", "n": V, "missing_mass": "renormalise", "temperature": 2.0}, "expected 1"),
     ({"extents": ()}, "empty corpus"),
   ]:
     with pytest.raises(InputError, match=word):

@@ -384,7 +384,7 @@ def measure(
   for kind, n in KINDS.items():
     if kind.startswith("sampled"):
       targets, records, entries = sampled(batch, rows, teacher, n, chunk)
-      options, token_loss = writer.options(batch.labels_BT.shape[1]), ours
+      options, token_loss = writer.array_record_options(batch.labels_BT.shape[1]), ours
     else:
       targets, entries_BT = rival_targets(kind, said)
       entries = float(entries_BT[mask].mean())
