@@ -51,7 +51,7 @@ topology.prepare()
 import json, jax, jax.numpy as jnp
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.sharding import MeshOptions
-from distill_jax.models import llama, loading
+from distill_jax.models import llama
 from distill_jax.types import Inputs
 mesh = topology.make_mesh(MeshOptions(fsdp=2, tensor=2), "v5e:2x2")
 rows = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=sharding.batch_sharding(mesh))
