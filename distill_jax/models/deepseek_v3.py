@@ -140,7 +140,7 @@ class Config(_decoder.Config):
 class Block(_decoder.Block):
   """One dense layer: queries, keys and values come out of narrow latents.
 
-  Letters of this file: a head's h = n + r, of which rope turns r and not n; v, width of values.
+  Letters of this file: of a head, rope turns r numbers and not the other u; w, width of values.
   """
 
   CACHE = {"latent": "batch latent seq"}
@@ -169,10 +169,10 @@ class Block(_decoder.Block):
     c = self.config
     q_BTHh, kv_BTR, k_rope_BTr = self._latents(x_BTD, angles)
     k_and_v_BTHh = jnp.einsum("BTR,RHh->BTHh", kv_BTR, self.kv_up[...])
-    k_BTHn, v_BTHv = jnp.split(k_and_v_BTHh, [c.qk_nope_head_dim], -1)
+    k_BTHu, v_BTHw = jnp.split(k_and_v_BTHh, [c.qk_nope_head_dim], -1)
     # One rotated key for all heads.
-    k_rope_BTHr = jnp.broadcast_to(k_rope_BTr[:, :, None], (*k_BTHn.shape[:3], c.qk_rope_head_dim))
-    return q_BTHh, jnp.concatenate([k_BTHn, k_rope_BTHr], -1), v_BTHv
+    k_rope_BTHr = jnp.broadcast_to(k_rope_BTr[:, :, None], (*k_BTHu.shape[:3], c.qk_rope_head_dim))
+    return q_BTHh, jnp.concatenate([k_BTHu, k_rope_BTHr], -1), v_BTHw
 
   def _latents(
     self, x_BTD: jax.Array, angles: layers.Angles
@@ -185,9 +185,9 @@ class Block(_decoder.Block):
       q_BTR = layers.rms_norm(y_BTD @ self.q_down[...], self.q_norm[...], LATENT_EPS)
       q_BTHh = jnp.einsum("BTR,RHh->BTHh", q_BTR, self.q_up[...])
     kv_BTR, k_rope_BTr = jnp.split(y_BTD @ self.kv_down[...], [c.kv_lora_rank], -1)
-    q_BTHn, q_rope_BTHr = jnp.split(q_BTHh, [c.qk_nope_head_dim], -1)
+    q_BTHu, q_rope_BTHr = jnp.split(q_BTHh, [c.qk_nope_head_dim], -1)
     q_rope_BTHr = layers.rope(q_rope_BTHr, angles, c.rope_interleave)
-    q_BTHh = jnp.concatenate([q_BTHn, q_rope_BTHr], -1)
+    q_BTHh = jnp.concatenate([q_BTHu, q_rope_BTHr], -1)
     kv_BTR = layers.rms_norm(kv_BTR, self.kv_norm[...], LATENT_EPS)
     k_rope_BTr = layers.rope(k_rope_BTr[:, :, None], angles, c.rope_interleave)[:, :, 0]
     return q_BTHh, kv_BTR, k_rope_BTr
@@ -201,9 +201,9 @@ class Block(_decoder.Block):
     """
     c = self.config
     q_BTHh, kv_BTR, k_rope_BTr = self._latents(x_BTD, angles)
-    q_BTHn, q_rope_BTHr = jnp.split(q_BTHh, [c.qk_nope_head_dim], -1)
-    up_RHn = self.kv_up[...][..., : c.qk_nope_head_dim]
-    q_BTHR = jnp.einsum("BTHn,RHn->BTHR", q_BTHn, up_RHn)
+    q_BTHu, q_rope_BTHr = jnp.split(q_BTHh, [c.qk_nope_head_dim], -1)
+    up_RHu = self.kv_up[...][..., : c.qk_nope_head_dim]
+    q_BTHR = jnp.einsum("BTHu,RHu->BTHR", q_BTHu, up_RHu)
     latent_BTh = jnp.concatenate([kv_BTR, k_rope_BTr], -1)  # here h = R + r
     return jnp.concatenate([q_BTHR, q_rope_BTHr], -1), {"latent": latent_BTh}
 
@@ -218,8 +218,8 @@ class Block(_decoder.Block):
     c, k_BGhZ = self.config, cached["latent"][:, None]
     v_BGZR = k_BGhZ[:, :, : c.kv_lora_rank].swapaxes(2, 3)
     a_BTHR = attention.cached(q_BTHh, k_BGhZ, v_BGZR, positions_BT, window, c.attention_scale)
-    up_RHv = self.kv_up[...][..., c.qk_nope_head_dim :]
-    return jnp.einsum("BTHR,RHv->BTHv", a_BTHR, up_RHv)
+    up_RHw = self.kv_up[...][..., c.qk_nope_head_dim :]
+    return jnp.einsum("BTHR,RHw->BTHw", a_BTHR, up_RHw)
 
 
 LATENT_EPS = 1e-6  # of the latents' norms, whatever config.json says of the others

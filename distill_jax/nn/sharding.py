@@ -1,7 +1,8 @@
 """Logical axes to mesh axes: the one table, and what is derived from it.
 
-Models name logical axes only. A parameter is kept as the storage column says and, where
-it is used, gathered as the compute column says; activations follow the compute column.
+Models name logical axes only; the fused head is told the mesh axes of sequences and vocabulary,
+BATCH and VOCAB by default. A parameter is kept as the storage column says and, where it is used,
+gathered as the compute column says; activations follow the compute column.
 """
 
 from __future__ import annotations
