@@ -163,8 +163,6 @@ class GGUFFile:
     embed = self._entries.get("model.embed_tokens.weight")
     if embed is None:
       raise InputError(f"{self.path} holds no token_embd.weight; the file is not a language model")
-    # Metadata is float32: back to the shortest decimal that gives the same one.
-    decimal = lambda x: float(str(np.float32(x)))
     ids = {
       f"{ours}_token_id": self.meta.get(f"tokenizer.ggml.{theirs}_token_id")
       for ours, theirs in {"bos": "bos", "eos": "eos", "pad": "padding"}.items()
@@ -181,8 +179,8 @@ class GGUFFile:
       "num_key_value_heads": get("attention.head_count_kv", heads),
       "head_dim": head_dim,
       "max_position_embeddings": get("context_length"),
-      "rms_norm_eps": decimal(get("attention.layer_norm_rms_epsilon", kind=float)),
-      "rope_theta": decimal(get("rope.freq_base", 10_000.0, float)),
+      "rms_norm_eps": _shortest_decimal(get("attention.layer_norm_rms_epsilon", kind=float)),
+      "rope_theta": _shortest_decimal(get("rope.freq_base", 10_000.0, float)),
       # llama.cpp writes the output projection only where it is not the embedding table.
       "tie_word_embeddings": "lm_head.weight" not in self._entries,
       **{k: v for k, v in ids.items() if v is not None},
@@ -306,3 +304,8 @@ class _Cursor:
     if kind not in known or not (plain or hasattr(quants, known[kind].name)):
       raise InputError(f"{self.path}: {name} has type {kind}, which the gguf package cannot read")
     return known[kind]
+
+
+def _shortest_decimal(x: float) -> float:
+  """Returns a float32 of the metadata as the shortest decimal that gives the same float32."""
+  return float(str(np.float32(x)))

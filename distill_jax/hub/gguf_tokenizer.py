@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 from distill_jax.errors import InputError
@@ -36,7 +35,10 @@ def tokenizer_files(meta: dict[str, Any], path: pathlib.Path) -> TokenizerFiles:
   Raises:
     InputError: not a byte-level BPE, a cutting rule that is not known, or damaged lists.
   """
-  key: Callable[..., Any] = lambda name, *other: meta.get(f"tokenizer.ggml.{name}", *other)
+
+  def key(name: str, default: Any = None) -> Any:
+    return meta.get(f"tokenizer.ggml.{name}", default)
+
   model, pre = key("model"), key("pre")
   if model != "gpt2" or pre not in CUTS:
     raise InputError(
@@ -65,8 +67,7 @@ def tokenizer_files(meta: dict[str, Any], path: pathlib.Path) -> TokenizerFiles:
 
 
 def _check_lists(tokens: Any, merges: Any, types: Any, path: pathlib.Path) -> None:
-  strings = lambda x: isinstance(x, list) and all(isinstance(s, str) for s in x)
-  if not strings(tokens) or not strings(merges) or not isinstance(types, list):
+  if not _is_strings(tokens) or not _is_strings(merges) or not isinstance(types, list):
     raise InputError(f"{path} lacks its tokenizer's tokens, merges or token_type; fetch it again")
   if len(set(tokens)) != len(tokens) or len(types) != len(tokens):
     raise InputError(
@@ -78,6 +79,10 @@ def _check_lists(tokens: Any, merges: Any, types: Any, path: pathlib.Path) -> No
     a, _, b = merge.partition(" ")
     if not {a, b, a + b} <= known:
       raise InputError(f"{path} merges {merge!r}, which is not in its vocabulary; fetch it again")
+
+
+def _is_strings(x: Any) -> bool:
+  return isinstance(x, list) and all(isinstance(item, str) for item in x)
 
 
 def _tokenizer_json(tokens, merges, types, pre: str, bos: str | None) -> dict[str, Any]:

@@ -35,8 +35,10 @@ class Prefixed:
     return self._from + name.removeprefix(self._to) if name.startswith(self._to) else name
 
   def names(self) -> set[str]:
-    new = lambda name: self._to + name.removeprefix(self._from)
-    return {new(n) if n.startswith(self._from) else n for n in self._weights.names()}
+    return {
+      self._to + name.removeprefix(self._from) if name.startswith(self._from) else name
+      for name in self._weights.names()
+    }
 
   def shape(self, name: str) -> tuple[int, ...]:
     return self._weights.shape(self._theirs(name))

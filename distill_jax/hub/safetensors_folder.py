@@ -160,14 +160,17 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
   return entries
 
 
+def _is_sizes(x: Any) -> bool:
+  return isinstance(x, list) and all(type(n) is int and 0 <= n < 2**63 for n in x)
+
+
 def _entry(path: pathlib.Path, name: str, raw: Any, start: int) -> Entry:
-  whole = lambda x: isinstance(x, list) and all(type(n) is int and 0 <= n < 2**63 for n in x)
   if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
     raise InputError(f"{path}: {name} is not described by dtype, shape and data_offsets")
   kind, shape, span = raw["dtype"], raw["shape"], raw["data_offsets"]
   if not isinstance(kind, str) or kind not in DTYPES:
     raise InputError(f"{path}: {name} has dtype {kind!r}; known are {', '.join(DTYPES)}")
-  if not whole(shape) or not whole(span) or len(span) != 2 or len(shape) > 16:
+  if not _is_sizes(shape) or not _is_sizes(span) or len(span) != 2 or len(shape) > 16:
     raise InputError(f"{path}: {name} has shape {shape!r:.100} and data_offsets {span!r:.100}")
   dtype = np.dtype(DTYPES[kind])
   if span[1] - span[0] != math.prod(shape) * dtype.itemsize:

@@ -52,14 +52,17 @@ class TokenizerFiles:
       raise InputError(f"tokenizer.json has no vocabulary ({e!r}); fetch the file again") from e
 
 
+def _read_optional(path: pathlib.Path) -> dict[str, Any]:
+  return read_hf_json(path) if path.exists() else {}
+
+
 def read_tokenizer(folder: pathlib.Path) -> TokenizerFiles | None:
   """The tokenizer in a Hugging Face folder; None where there is none."""
   text, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
   if not text.exists() and not pieces.exists():
     return None
-  optional = lambda name: read_hf_json(folder / name) if (folder / name).exists() else {}
-  config = optional("tokenizer_config.json")
-  named = optional("special_tokens_map.json")  # where older folders name them
+  config = _read_optional(folder / "tokenizer_config.json")
+  named = _read_optional(folder / "special_tokens_map.json")  # where older folders name them
   for role in ROLES:
     if role in named and config.get(role) is None:
       token = named[role]

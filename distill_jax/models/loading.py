@@ -188,8 +188,10 @@ class ModelSource:
     return LoadedModel(model, config, compute, self.pretrained)
 
   def _init(self, key: jax.Array) -> Any:
+    def cast(v: Any) -> Any:
+      return v.replace(v[...].astype(self.options.param_dtype))
+
     model = registry.load("models", self.family).Model(self.config, key)
-    cast = lambda v: v.replace(v[...].astype(self.options.param_dtype))
     return params.map_params(cast, model)
 
   def _check_digest(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +88,8 @@ class Run:
       raise InputError(
         f"{self.folder} holds adapters and no {BASE}, which names their base; train there"
       )
-    pinned, found = json.loads(file.read_text()), self.student.identity
+    pinned = json_io.read_object(file, "bring the file back, or train in another --workdir")
+    found = self.student.identity
     if pinned["digest"] != found["digest"]:
       raise InputError(
         f"the adapters in {self.folder} were trained on {pinned['name']} with digest "
