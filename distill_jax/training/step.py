@@ -137,13 +137,13 @@ class Step:
       rate = self.learning_rate(state.step)
       updates, opt = self.optimizer.update(grads, state.opt, trained, value=loss)
       updates = jax.tree.map(lambda u: -rate * u, updates)
-      params_, adapters = optax.apply_updates(trained, updates)
+      new_params, adapters = optax.apply_updates(trained, updates)
     metrics = {"loss": loss, "learning_rate": rate, "grad_norm": optax.tree.norm(grads)}
     metrics |= {name: mean.value() for name, mean in means.items()}
     metrics |= {"perplexity": jnp.exp(metrics["ce"]), "tokens": count}
     metrics |= {f"weight/{name}": w for name, w in scaled.items()}
     metrics |= self._scheduled(state.step)
-    return TrainState(state.step + 1, params_, adapters, opt, balance), metrics
+    return TrainState(state.step + 1, new_params, adapters, opt, balance), metrics
 
   def _scheduled(self, step: jax.Array) -> Metrics:
     """The losses' schedules at a step, but for their weights."""
@@ -202,10 +202,10 @@ class Step:
     """Runs the student and its online teachers, and reads the recorded ones."""
     ours, theirs = self.feature_specs()
     out = model(batch.inputs, self.student, ours.taps)
-    targets, taught = self._teacher_outputs(batch, teachers, theirs)
+    targets, teacher_features = self._teacher_outputs(batch, teachers, theirs)
     labelled = batch.with_contrastive_labels() if out.contrastive else batch
     student = ours.extract(model, out, batch.inputs, self.student)
-    return Prepared(out, labelled.replace(targets=targets), student, taught)
+    return Prepared(out, labelled.replace(targets=targets), student, teacher_features)
 
   def _token_losses(
     self, prepared: Prepared, fixed: Fixed, weights: Weights
@@ -269,14 +269,14 @@ class Step:
     self, batch: Batch, teachers: Teachers, spec: FeatureSpec
   ) -> tuple[dict[str, Targets], dict[str, Features]]:
     """Targets and features of every teacher, from its records or from its model."""
-    targets, taught = dict(batch.targets), {}
+    targets, teacher_features = dict(batch.targets), {}
     for name, t in targets.items():
       if t.taps_BPTD is not None:
-        taught[name] = recorded_features(t.taps_BPTD, self.recorded, self.teacher_config)
+        teacher_features[name] = recorded_features(t.taps_BPTD, self.recorded, self.teacher_config)
         targets[name] = t.replace(taps_BPTD=None)
     for name, model in teachers.items():
-      targets[name], taught[name] = run_teacher(model, batch.inputs, self.teacher, spec)
-    return targets, taught
+      targets[name], teacher_features[name] = run_teacher(model, batch.inputs, self.teacher, spec)
+    return targets, teacher_features
 
   def _balance(
     self, state: TrainState, batch: Batch, fixed: Fixed, weights: Weights
