@@ -17,6 +17,7 @@ from distill_jax.hub.pretrained import Pretrained
 from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Example, Stack
 from distill_jax.tasks._image_text_pairs import ImageTextTask, Pair
+from distill_jax.tasks._model_configs import ImageDecoderConfig, wrong_kind
 from distill_jax.types import Images, ImageText
 
 
@@ -53,11 +54,8 @@ class Task(ImageTextTask):
     return ImageText(Images(pixels), _texts.inputs(stack))
 
   def check(self, config: Any) -> None:
-    if not hasattr(config, "image_token"):
-      raise InputError(
-        "image_captions wants a decoder that reads images, such as llava, and this is a "
-        f"{type(config).__module__.rpartition('.')[2]}"
-      )
+    if not isinstance(config, ImageDecoderConfig):
+      raise wrong_kind(self.kind, "a decoder that reads images, such as llava", config)
     ours = self.patches, self.image_token, self.vocab_size
     model = config.vision.num_patches, config.image_token, config.head_rows
     if ours != model:

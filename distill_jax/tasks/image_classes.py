@@ -18,6 +18,7 @@ from distill_jax.tasks import _base
 from distill_jax.tasks._base import Example, Stack
 from distill_jax.tasks._class_names import as_hub_config, check_names
 from distill_jax.tasks._jsonl_task import BadExamples
+from distill_jax.tasks._model_configs import ImageEncoderConfig
 from distill_jax.types import Images
 
 PIXELS = "pixels_WWM"
@@ -121,7 +122,8 @@ class Task(_base.Task):
     return np.ones((len(stack(PIXELS)), 1), bool)
 
   def check(self, config: Any) -> None:
-    reads = tuple(getattr(config, key, None) for key in ("image_size", "num_channels"))
+    is_image_encoder = isinstance(config, ImageEncoderConfig)
+    reads = (config.image_size, config.num_channels) if is_image_encoder else (None, None)
     if reads != (self.size, self.channels):
       raise InputError(
         f"the model reads images of (size, channels) {reads} and the task's are "

@@ -17,6 +17,7 @@ from distill_jax.hub.pretrained import Pretrained
 from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Example, Stack
 from distill_jax.tasks._image_text_pairs import ImageTextTask, Pair
+from distill_jax.tasks._model_configs import wrong_kind
 from distill_jax.types import IN_BATCH_CLASSES, Images, ImageText
 
 
@@ -44,10 +45,7 @@ class Task(ImageTextTask):
 
   def check(self, config: Any) -> None:
     if config.head_rows != IN_BATCH_CLASSES:
-      raise InputError(
-        "image_text wants a model of images and texts, such as clip, and this is a "
-        f"{type(config).__module__.rpartition('.')[2]}"
-      )
+      raise wrong_kind(self.kind, "a model of images and texts, such as clip", config)
     _texts.check_length(self.kind, self.max_tokens, config)
     self.check_images(config.vision)
     if self.tokenizer:

@@ -18,6 +18,7 @@ from distill_jax.hub.pretrained import Pretrained
 from distill_jax.tasks import _scores, _seq2seq_targets
 from distill_jax.tasks._base import Example, PseudoLabels, Stack, TextTask
 from distill_jax.tasks._jsonl_task import BadExamples, JsonlTask, is_text, read_media
+from distill_jax.tasks._model_configs import SpeechConfig, wrong_kind
 from distill_jax.types import Sounds, SourceTarget
 
 
@@ -113,11 +114,8 @@ class Task(JsonlTask, TextTask):
     return SourceTarget(Sounds(mel_BSM), _seq2seq_targets.target_inputs(stack))
 
   def check(self, config: Any) -> None:
-    if not hasattr(config, "num_mel_bins"):
-      raise InputError(
-        "speech wants a model of sounds, such as whisper, and this is a "
-        f"{type(config).__module__.rpartition('.')[2]}"
-      )
+    if not isinstance(config, SpeechConfig):
+      raise wrong_kind(self.kind, "a model of sounds, such as whisper", config)
     want = config.num_mel_bins, 2 * config.max_source_positions
     if (self.bins, self.frames) != want:
       raise InputError(

@@ -14,6 +14,7 @@ from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Stack
 from distill_jax.tasks._class_names import as_hub_config, check_names
 from distill_jax.tasks._jsonl_task import JsonlTask, is_text, read_objects
+from distill_jax.tasks._model_configs import TextEncoderConfig, wrong_kind
 from distill_jax.types import Inputs
 
 
@@ -66,11 +67,9 @@ class Task(JsonlTask):
     return _texts.valid(stack)
 
   def check(self, config: Any) -> None:
-    if not getattr(config, "num_labels", 0):
-      raise InputError(
-        "text_classes wants a model that classifies texts, such as bert with num_labels, and this "
-        f"is a {type(config).__module__.rpartition('.')[2]}"
-      )
+    if not isinstance(config, TextEncoderConfig) or not config.num_labels:
+      wanted = "a model that classifies texts, such as bert with num_labels"
+      raise wrong_kind(self.kind, wanted, config)
     _texts.check_length(self.kind, self.max_tokens, config)
 
   def hub_files(self, config: Any) -> dict[str, Any]:

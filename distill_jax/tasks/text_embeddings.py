@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from distill_jax.data import sources
-from distill_jax.errors import InputError
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Stack
 from distill_jax.tasks._jsonl_task import JsonlTask, is_text, read_objects
+from distill_jax.tasks._model_configs import TextEncoderConfig, wrong_kind
 from distill_jax.types import Inputs
 
 
@@ -50,11 +50,9 @@ class Task(JsonlTask):
     return _texts.valid(stack)
 
   def check(self, config: Any) -> None:
-    if getattr(config, "num_labels", 1) or not hasattr(config, "embedding_size"):
-      raise InputError(
-        "text_embeddings wants a model that outputs an embedding of a text, such as bert with "
-        f"num_labels 0, and this is a {type(config).__module__.rpartition('.')[2]}"
-      )
+    if not isinstance(config, TextEncoderConfig) or config.num_labels:
+      wanted = "a model that outputs an embedding of a text, such as bert with num_labels 0"
+      raise wrong_kind(self.kind, wanted, config)
     _texts.check_length(self.kind, self.max_tokens, config)
 
   def hub_files(self, config: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from distill_jax.hub.pretrained import Pretrained
 from distill_jax.tasks import _scores, _seq2seq_targets, _texts
 from distill_jax.tasks._base import Example, PseudoLabels, Stack, TextTask
 from distill_jax.tasks._jsonl_task import BadExamples, JsonlTask, is_text, read_objects
+from distill_jax.tasks._model_configs import Seq2SeqConfig, SpeechConfig, wrong_kind
 from distill_jax.types import SourceTarget
 
 
@@ -80,11 +81,9 @@ class Task(JsonlTask, TextTask):
     return SourceTarget(_texts.inputs(stack), _seq2seq_targets.target_inputs(stack))
 
   def check(self, config: Any) -> None:
-    if not hasattr(config, "decoder_start_token_id") or hasattr(config, "num_mel_bins"):
-      raise InputError(
-        "translation wants a model of texts with an encoder and a decoder, such as t5, and this is "
-        f"a {type(config).__module__.rpartition('.')[2]}"
-      )
+    if not isinstance(config, Seq2SeqConfig) or isinstance(config, SpeechConfig):
+      wanted = "a model of texts with an encoder and a decoder, such as t5"
+      raise wrong_kind(self.kind, wanted, config)
     max_len = getattr(config, "max_position_embeddings", None)
     if max_len is not None and max(self.source_len, self.target_len) > max_len:
       raise InputError(
