@@ -136,7 +136,7 @@ LATENT = dataclasses.replace(  # all layers dense: XLA counts all experts for a 
 
 @pytest.mark.parametrize("family, shape", [("llama", LLAMA), ("deepseek_v3", LATENT)])
 def test_decode_flops_are_what_xla_counts(family, shape, monkeypatch):
-  """The last of 128 positions, which sees all that decode/ computes scores of."""
+  """The last of 128 positions, which sees all that generation/ computes scores of."""
   module, S = registry.load("models", family), 128
   monkeypatch.setitem(module.CONFIGS, "wide", shape)
 

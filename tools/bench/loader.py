@@ -3,7 +3,7 @@
   python tools/bench/loader.py [--sequences=64] [--seq_len=4096] [--seconds=10]
 
 A store of sampled records as records_io.py makes it (63 points, vocabulary 151,936); batches
-come from data/loader.py as train.py asks for them, shuffled, read, decoded and collated, and
+come from loader.py as loop.py asks for them, shuffled, read, decoded and collated, and
 are put on the device. In turn with it, round after round, runs one CPU training step of a
 12-layer SmolLM2 (step.py's records step). `loader_over_step` is how many times what that step
 needs the loader gives. `loader_over_v5p_host` is the same of a host of four v5p chips that

@@ -2,7 +2,7 @@
 
   python tools/bench/scaling.py [--chip=v5p] [--tensor=4] [--small]
 
-No TPU is needed: preflight compiles the training step, as train.py jits it, for each slice
+No TPU is needed: preflight compiles the training step, as training/loop.py jits it, for each slice
 (libtpu, .[tpu]). The student is Mistral-7B's shape (its width of 4,096 divides over all these
 chips) in bfloat16 with float32 parameters and moments, on sampled records of 4,096 tokens, one
 sequence to each group of `tensor` chips: four times the chips read four times the tokens.

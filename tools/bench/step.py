@@ -9,7 +9,7 @@ tokens, float32, AdamW. Every round runs one step of each, in an order that chan
   records  kd on 63 sampled targets a token, and cross-entropy;
   online   the same losses with a teacher of 30 layers in the step.
 
-Each is step.Step, compiled as train.py does, metrics included. `records_over_hard` and
+Each is step.Step, compiled as loop.py does, metrics included. `records_over_hard` and
 `online_over_hard` are medians over rounds, wall clock; `…_cpu_time` the same in CPU time of
 all threads, for a machine that others use too. The last line is one JSON object.
 """
