@@ -165,3 +165,9 @@ def _one_by_one(named):
       parts = np.split(expert, 2) if kind == "gate_up_proj" else [expert]
       names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
       yield from ((f"{at}.{i}.{n}.weight", part) for n, part in zip(names, parts, strict=True))
+
+
+def plain_logits(model, tokens_BT, compute=layers.ComputeConfig()):  # noqa: B008
+  """float32 [B, T, V], of a model without a soft cap."""
+  out = jax.jit(lambda m, i: m(i, compute))(model, plain_inputs(tokens_BT))
+  return np.asarray(out.hidden_BTD @ out.head_VD.T)
