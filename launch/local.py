@@ -42,7 +42,10 @@ def run(lines: list[list[str]], env: dict[str, str]) -> int:
     subprocess.Popen(line, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for line in lines
   ]
-  pass_on = lambda number, _: [c.send_signal(number) for c in children if c.poll() is None]
+
+  def pass_on(number, _):
+    return [c.send_signal(number) for c in children if c.poll() is None]
+
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, pass_on)
   readers = [threading.Thread(target=_copy, args=(i, c)) for i, c in enumerate(children)]

@@ -127,10 +127,13 @@ def sure(args: argparse.Namespace, line: list[str], capture: bool = False) -> st
 
 def state(args: argparse.Namespace) -> str:
   """ABSENT, WAITING, ACTIVE (every slice is ready) or LOST."""
-  listing = lambda what: {
-    item["name"].rpartition("/")[2]: item["state"]
-    for item in json.loads(sure(args, gcloud(args, what, "list", "--format=json"), True) or "[]")
-  }
+
+  def listing(what):
+    return {
+      item["name"].rpartition("/")[2]: item["state"]
+      for item in json.loads(sure(args, gcloud(args, what, "list", "--format=json"), True) or "[]")
+    }
+
   found = listing("queued-resources").get(args.name)
   if found is None:
     return "ABSENT"

@@ -54,9 +54,12 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def read(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
   """(images uint8 [N, 28, 28], labels [N]) of "train" or "t10k"."""
-  of = lambda kind, skip: np.frombuffer(
-    gzip.decompress((folder / f"{name}-{kind}-ubyte.gz").read_bytes()), np.uint8, offset=skip
-  )
+
+  def of(kind, skip):
+    return np.frombuffer(
+      gzip.decompress((folder / f"{name}-{kind}-ubyte.gz").read_bytes()), np.uint8, offset=skip
+    )
+
   return of("images-idx3", 16).reshape(-1, 28, 28), of("labels-idx1", 8)
 
 

@@ -44,7 +44,10 @@ def lines(archive: tarfile.TarFile, name: str) -> list[dict[str, object]]:
   assert file is not None
   rows = [line.decode("utf-8").rstrip("\r\n").split("\t") for line in file]
   pairs = [(float(rating), text) for _, rating, text in rows]
-  label = lambda rating: "positive" if rating > 0 else "negative"
+
+  def label(rating):
+    return "positive" if rating > 0 else "negative"
+
   return [{"text": t, "label": label(r), "rating": r} for r, t in pairs if r]
 
 

@@ -52,7 +52,10 @@ def problem(D: int, kind: str, T: int = T) -> tuple[jax.Array, jax.Array, Batch]
   """Hidden states, a head that makes logits of about unit size, labels and targets."""
   keys = jax.random.split(jax.random.key(0), 7)
   hidden_BTD = jax.random.normal(keys[0], (B, T, D))
-  rows = lambda key: jax.random.normal(key, (V, D)) / D**0.5
+
+  def rows(key):
+    return jax.random.normal(key, (V, D)) / D**0.5
+
   targets: DenseTargets | SampledTargets
   if kind == "dense":
     targets = DenseTargets(hidden_BTD=jax.random.normal(keys[1], (B, T, D)), head_VD=rows(keys[2]))
@@ -117,7 +120,10 @@ def programs(args: tuple, chunk: int) -> dict[str, Any]:
     "one_softmax": materialised(functools.partial(textbook, one_softmax=True)),
     "same_losses": materialised(lambda z, batch: ours(z, batch, batch.mask_BT.size)[0]),
   }
-  compile = lambda f: jax.jit(f).lower(*args).compile()
+
+  def compile(f):
+    return jax.jit(f).lower(*args).compile()
+
   made = {n: compile(jax.value_and_grad(f, argnums=(0, 1))) for n, f in losses.items()}
   return made | {"products": compile(products)}
 
@@ -164,7 +170,10 @@ def lengths(chunk: int = 64) -> dict[str, float]:
   out = {}
   for n in (512, 1024, 2048, 4096):
     args = jax.eval_shape(lambda n=n: problem(256, "sampled", n))
-    fn = lambda h, w, b: fused_head.loss(functools.partial(ours, count=1.0), h, w, b, chunk)[0]
+
+    def fn(h, w, b):
+      return fused_head.loss(functools.partial(ours, count=1.0), h, w, b, chunk)[0]
+
     program = jax.jit(jax.value_and_grad(fn, argnums=(0, 1))).lower(*args).compile()
     out[f"length.T={n}.temp_bytes"] = temporaries(program)
   return out

@@ -52,9 +52,11 @@ def write_source(folder: Path, layers: int) -> None:
   from distill_jax.models import llama
   from distill_jax.nn import params
 
-  make = lambda key: params.map_params(
-    lambda v: v.replace(v[...].astype(jnp.bfloat16)), llama.Model(shape(layers), key)
-  )
+  def make(key):
+    return params.map_params(
+      lambda v: v.replace(v[...].astype(jnp.bfloat16)), llama.Model(shape(layers), key)
+    )
+
   export.export_model(
     jax.jit(make)(jax.random.key(0)),
     folder,

@@ -76,14 +76,17 @@ def images(folder: Path, small: bool) -> ml_collections.ConfigDict:
   )
   c.augmentations.shift = config.augmentation("crop", pad=2)
   c.augmentations.flip = config.augmentation("flip")
-  shape = lambda width, layers, heads: {
-    "hidden_size": width,
-    "intermediate_size": 4 * width,
-    "num_hidden_layers": layers,
-    "num_attention_heads": heads,
-    "image_size": size,
-    "patch_size": 4,
-  }
+
+  def shape(width, layers, heads):
+    return {
+      "hidden_size": width,
+      "intermediate_size": 4 * width,
+      "num_hidden_layers": layers,
+      "num_attention_heads": heads,
+      "image_size": size,
+      "patch_size": 4,
+    }
+
   for model, changes in ((c.teacher, shape(192, 6, 6)), (c.student, shape(48, 3, 4))):
     model.family, model.shape, model.changes = "vit", "tiny", {} if small else changes
   c.train.batch_size = c.records.batch_size = 8 if small else 64
@@ -154,13 +157,16 @@ def translation(folder: Path, small: bool) -> ml_collections.ConfigDict:
     target_len=length,
     tokenizer=words(folder, count),
   )
-  shape = lambda width, layers: {
-    "d_model": width,
-    "d_kv": width // 4,
-    "d_ff": 2 * width,
-    "num_layers": layers,
-    "num_decoder_layers": layers,
-  }
+
+  def shape(width, layers):
+    return {
+      "d_model": width,
+      "d_kv": width // 4,
+      "d_ff": 2 * width,
+      "num_layers": layers,
+      "num_decoder_layers": layers,
+    }
+
   for model, changes in ((c.teacher, shape(256, 4)), (c.student, shape(96, 2))):
     model.family, model.shape = "t5", "tiny"
     model.changes = {**special(count), **({} if small else changes)}

@@ -76,7 +76,9 @@ def ours(folder: str, name: str, kind: str) -> None:
     return qwen3.Model(shape, jax.random.key(seed))
 
   rng = np.random.default_rng(0)
-  i32 = lambda x: jnp.asarray(x, jnp.int32)
+
+  def i32(x):
+    return jnp.asarray(x, jnp.int32)
 
   hot = shapes.TEMPERATURE
 
@@ -157,13 +159,17 @@ def compare(config: str, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, f
   """Medians over rounds, and ours online over each peer."""
   out = {}
   for name in rounds[0]:
-    median = lambda key, name=name: statistics.median(r[name][key] for r in rounds)
+
+    def median(key, name=name):
+      return statistics.median(r[name][key] for r in rounds)
+
     for key in ("step_ms_median", "cpu_ms_median", "peak_rss_mb", "tokens_per_s"):
       out[f"{config}.{name}.{key}"] = median(key)
     if name in PEERS:
-      ratio = lambda key, name=name: statistics.median(
-        r["ours_online"][key] / r[name][key] for r in rounds
-      )
+
+      def ratio(key, name=name):
+        return statistics.median(r["ours_online"][key] / r[name][key] for r in rounds)
+
       out[f"{config}.{name}.time_ratio"] = ratio("step_ms_median")
       out[f"{config}.{name}.cpu_time_ratio"] = ratio("cpu_ms_median")
       out[f"{config}.{name}.memory_ratio"] = ratio("peak_rss_mb")

@@ -80,7 +80,10 @@ def config_of(args: argparse.Namespace, records: Path) -> Config:
 def make(config: Config, teacher: MeasuredTeacher, size: float, folder: Path) -> dict[str, Path]:
   """The folders of the students of one size, those that are not there yet made."""
   family, shape = teacher.source.family, teacher.source.config
-  count = lambda c: shapes.cost(family, c).parameters
+
+  def count(c):
+    return shapes.cost(family, c).parameters
+
   target = candidates.Target(count, size, "target_params")
   near = candidates.propose(config.shrink, family, shape, target)
   shaped = {name: near[name] for name in KINDS if name in near}

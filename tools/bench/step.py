@@ -43,8 +43,13 @@ POINTS, ENTRIES = 63, 20  # of systematic sampling; and how many tokens they fal
 def batch_of(vocab_size: int, B: int, T: int) -> Batch:
   """Random tokens, and what records hold of a teacher: counts, entropy, label, top token."""
   rng = np.random.default_rng(0)
-  i32 = lambda x: jnp.asarray(x, jnp.int32)
-  f32 = lambda x: jnp.asarray(x, jnp.float32)
+
+  def i32(x):
+    return jnp.asarray(x, jnp.int32)
+
+  def f32(x):
+    return jnp.asarray(x, jnp.float32)
+
   tokens = rng.integers(0, vocab_size, (B, T))
   ids = np.sort(rng.integers(0, vocab_size, (B, T, POINTS)), -1)
   weight = np.zeros((B, T, POINTS))  # the loader fills up to N entries, as here

@@ -106,7 +106,10 @@ class Bench:
     c, args = self.base("python"), self.args
     c.seed = seed
     c.student.keep_layers = (0, 1, 2, *range(21, 30))
-    of = lambda name: tuple(str(self.at / "records" / name / text) for text in TEXTS)
+
+    def of(name):
+      return tuple(str(self.at / "records" / name / text) for text in TEXTS)
+
     c.train.records, c.train.mixture = of(kind if kind in TEXTS else "python"), (0.5, 0.5)
     if kind in TEXTS:
       c.losses.soft = configs.loss("kd", weight=0.9)
