@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -20,6 +19,7 @@ from distill_jax import registry
 from distill_jax.errors import InputError, Preempted
 from distill_jax.runtime import distributed, storage
 from distill_jax.runtime.workdir import Workdir
+from distill_jax.types import JsonObject
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # or read-only
 WITHOUT_WORKDIR = ("preflight",)  # writes nothing
@@ -80,7 +80,7 @@ def _stop(code: int, message: str) -> int:
   return code
 
 
-def run(argv: list[str]) -> dict[str, Any]:
+def run(argv: list[str]) -> JsonObject:
   """Parses the command line and runs the command inside its workdir."""
   verb = argv[1] if len(argv) > 1 else ""
   if verb not in (verbs := registry.names("commands")):
@@ -123,7 +123,7 @@ def parse(argv: list[str]) -> configs.Config:
   return dataclasses.replace(resolved, profile_steps=PROFILE_STEPS.value, preflight=preflight)
 
 
-def summary(verb: str, result: dict[str, Any]) -> str:
+def summary(verb: str, result: JsonObject) -> str:
   """Returns a result in words for a person, or its numbers, one a line."""
   command = registry.load("commands", verb)
   if "text" in vars(command):

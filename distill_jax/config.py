@@ -30,6 +30,7 @@ from distill_jax.pruning.options import LinkOptions, ShrinkOptions
 from distill_jax.records.options import InspectOptions, RecordsOptions
 from distill_jax.schedules import Schedule
 from distill_jax.training.options import OptimOptions, TrainOptions
+from distill_jax.types import JsonObject
 
 # Packages whose modules are entries of the config, and the name of the dataclass in each module.
 # In lower case, it is the key of an entry that names the module: {"loss": "kd", "weight": 1.0}.
@@ -58,18 +59,18 @@ class Config:
   mesh: MeshOptions = MeshOptions()
   data: DataOptions = DataOptions()
   records: RecordsOptions = RecordsOptions()
-  losses: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Loss
+  losses: JsonObject = dataclasses.field(default_factory=dict)  # name: Loss
   optim: OptimOptions = OptimOptions()
   train: TrainOptions = TrainOptions()
   evaluate: EvaluateOptions = EvaluateOptions()
-  evals: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Benchmark
+  evals: JsonObject = dataclasses.field(default_factory=dict)  # name: Benchmark
   generate: GenerateOptions = GenerateOptions()
   filter: FilterOptions = FilterOptions()
-  filters: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Filter
-  tasks: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Task; empty: the next
+  filters: JsonObject = dataclasses.field(default_factory=dict)  # name: Filter
+  tasks: JsonObject = dataclasses.field(default_factory=dict)  # name: Task; empty: the next
   # token of the corpus in `data`. Each of several tasks has a part of the student's head, in this
   # order, and train.records names a store for each of them, or none
-  augmentations: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Augmentation
+  augmentations: JsonObject = dataclasses.field(default_factory=dict)  # name: Augmentation
   export: ExportOptions = ExportOptions()
   shrink: ShrinkOptions = ShrinkOptions()
   chain: tuple[str, ...] = ()  # names in `links`, from the teacher to the last student
@@ -121,7 +122,7 @@ def link(**fields: Any) -> ConfigDict:
   return entry
 
 
-def _entry(package: str, name: str, fields: dict[str, Any]) -> ConfigDict:
+def _entry(package: str, name: str, fields: JsonObject) -> ConfigDict:
   keys = {f.name: _default(f) for f in dataclasses.fields(_entry_class(package, name))}
   _check_keys(fields, keys, f"{package}.{name}")
   return ConfigDict({_module_key(package): name, **keys, **fields}, type_safe=False)
@@ -143,7 +144,7 @@ def _default(field: dataclasses.Field) -> Any:
   return field.default.values[0] if isinstance(field.default, Schedule) else field.default
 
 
-def schedule(*points: tuple[float, float], shape: str = "linear") -> dict[str, Any]:
+def schedule(*points: tuple[float, float], shape: str = "linear") -> JsonObject:
   """Returns a weight or temperature that follows the step: see distill_jax/schedules.py."""
   return {"points": points, "shape": shape}
 
@@ -165,7 +166,7 @@ def resolve(config: ConfigDict) -> Config:
   return dataclasses.replace(_build(Config, tree, ""), **entries)
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Config) -> JsonObject:
   """Returns a resolved config as plain values, for a run's config.json."""
   tree = dataclasses.asdict(config)
   for package in ENTRY_CLASSES:
@@ -174,12 +175,12 @@ def to_dict(config: Config) -> dict[str, Any]:
   return tree
 
 
-def from_dict(tree: dict[str, Any]) -> Config:
+def from_dict(tree: JsonObject) -> Config:
   """Returns the config of a run's config.json; the inverse of `to_dict`."""
   return resolve(ConfigDict(tree, convert_dict=True))
 
 
-def _build_entry(package: str, fields: dict[str, Any], path: str) -> Any:
+def _build_entry(package: str, fields: JsonObject, path: str) -> Any:
   key = _module_key(package)
   if key not in fields:
     raise InputError(f"{path} has no key {key!r}; name a module of distill_jax/{package} there")
@@ -201,7 +202,7 @@ def _join(path: str, key: str) -> str:
   return f"{path}.{key}" if path else key
 
 
-def _build(cls: Any, tree: dict[str, Any], path: str) -> Any:
+def _build(cls: Any, tree: JsonObject, path: str) -> Any:
   """Returns a dataclass from a dict, each field converted to its declared type."""
   hints = typing.get_type_hints(cls)
   _check_keys(tree, hints, path)

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+JsonObject = dict[str, Any]  # a parsed JSON object, or what is written as one
 # A divergence: (log p, log q) -> its terms, elementwise over the last axis.
 Terms = Callable[[jax.Array, jax.Array], jax.Array]
 # Sentinel class count of contrastive tasks, whose "classes" are the other examples of the batch;

@@ -73,3 +73,10 @@ def test_the_root_holds_the_front_door_only():
     "schedules.py",
     "types.py",
   }
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_is_short_and_formatted_throughout(path):
+  lines = path.read_text().splitlines()
+  assert len(lines) <= 350
+  assert not [line for line in lines if "# fmt:" in line]

@@ -31,6 +31,7 @@ from distill_jax.report.benchmarks import text  # noqa: F401
 from distill_jax.runtime import distributed, json_io, storage
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop, optim, validate
+from distill_jax.types import JsonObject
 
 MADE, DONE, SCORES, EXPORTED = "made.json", "done.json", "evaluation.json", "exported.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -51,7 +52,7 @@ class PlannedLink:
     return runs.RUN + str(self.folder / "run")
 
 
-def run(config: Config, workdir: Path) -> dict[str, Any]:
+def run(config: Config, workdir: Path) -> JsonObject:
   """Records, trains and measures the links of config.chain, each in a folder of `workdir`.
 
   The teacher of the first is config.teacher, that of each other one the link before it. It is
@@ -270,7 +271,7 @@ def _check_tokenizer(config: Config, student: ModelSource, digest: str, teaches:
     )
 
 
-def _run(link: PlannedLink) -> dict[str, Any]:
+def _run(link: PlannedLink) -> JsonObject:
   """Runs one link from where it stands; returns the last step's metrics."""
   record.run(link.config, link.folder / "records")
   if link.is_cut and not (link.folder / MADE).exists():

@@ -10,7 +10,6 @@ evaluation.json in the workdir.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from distill_jax.config import Config
 from distill_jax.efficiency import comparison, formulas, measure
@@ -20,9 +19,10 @@ from distill_jax.nn import sharding
 from distill_jax.preflight import programs
 from distill_jax.preflight.chips import CHIPS
 from distill_jax.runtime import json_io
+from distill_jax.types import JsonObject
 
 
-def run(config: Config, folder: Path) -> dict[str, Any]:
+def run(config: Config, folder: Path) -> JsonObject:
   """Compares config.teacher with config.student, and writes efficiency.json into the workdir.
 
   Models whose shape is named beside a source are judged by that shape, as preflight does: no

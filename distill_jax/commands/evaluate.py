@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -20,11 +19,12 @@ from distill_jax.nn import sharding
 from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.report.benchmarks import text  # noqa: F401
 from distill_jax.runtime import distributed, json_io
+from distill_jax.types import JsonObject
 
 RESULTS = "evals"  # the folder of answers and verdicts, by model and benchmark
 
 
-def run(config: Config, folder: Path) -> dict[str, Any]:
+def run(config: Config, folder: Path) -> JsonObject:
   """Measures models on held-out data, where evaluate.heldout, and on the benchmarks in `evals`.
 
   Writes evaluation.json into the workdir and returns it (on the first process whole):
@@ -53,11 +53,11 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     name: read_questions(name, benchmark, config.evaluate.on_bad)
     for name, benchmark in config.evals.items()
   }
-  evaluation: dict[str, Any] = {"models": {}}
+  evaluation: JsonObject = {"models": {}}
   if config.evaluate.heldout:
     evaluation = heldout.measure(config, all_models(config), mesh)
   if config.evals:
-    results: dict[str, dict[str, Any]] = {name: {} for name in config.evals}
+    results: dict[str, JsonObject] = {name: {} for name in config.evals}
     for model, options in models.items():
       rows = _run_benchmarks(config, options, questions, mesh, folder / RESULTS / model)
       for name, row in rows.items():
@@ -127,11 +127,11 @@ def _run_benchmarks(
   questions: Mapping[str, Questions],
   mesh: jax.sharding.Mesh,
   folder: Path,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonObject]:
   """One model on all benchmarks: first those of choices, since the others unroll its layers."""
   c = config.evaluate
   model = ModelSlot(options, mesh, config.seed, is_teacher=options is config.teacher)
-  rows: dict[str, dict[str, Any]] = {}
+  rows: dict[str, JsonObject] = {}
   choices = [name for name in questions if config.evals[name].judge() is None]
   if choices:
     tokenizer = model.tokenizer(config.data)

@@ -19,12 +19,13 @@ from distill_jax.models.runs import RUN, Run
 from distill_jax.nn import params, quantise, sharding
 from distill_jax.report import model_card
 from distill_jax.runtime import json_io, storage
+from distill_jax.types import JsonObject
 
 LORA_FORMS = ("merged", "peft", "base")
 ONLY_OURS = (RUN, "package:")  # prefixes of sources that other libraries cannot open
 
 
-def run(config: Config, workdir: Path) -> dict[str, Any]:
+def run(config: Config, workdir: Path) -> JsonObject:
   """Writes the run in `workdir` as a Hugging Face folder into export.dir.
 
   Returns: export_dir and parameters; of a run that shares layers, shared_parameters; of one
@@ -96,7 +97,7 @@ def _load(trained: Run, options: ExportOptions, mesh: jax.sharding.Mesh) -> Any:
   return student.load(mesh, runs.keys(trained.config.seed)["student"]).model
 
 
-def _task_files(config: Config, model_config: Any) -> dict[str, Any]:
+def _task_files(config: Config, model_config: Any) -> JsonObject:
   """Returns JSON files about the task; none for several tasks, which each have a part of the head.
 
   Args:

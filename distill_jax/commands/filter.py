@@ -16,12 +16,13 @@ from distill_jax.errors import InputError
 from distill_jax.filters import Filter, Judged, Sample, Unjudgeable
 from distill_jax.runtime import atomic_io, distributed, json_io
 from distill_jax.runtime.progress import Progress
+from distill_jax.types import JsonObject
 
 SAMPLES, KEPT, REJECTED, SUMMARY = "samples.jsonl", "kept.jsonl", "rejected.jsonl", "filter.json"
 READING = "read"  # the name under which a line that is not a sample is counted
 
 
-def run(config: Config, folder: Path) -> dict[str, Any]:
+def run(config: Config, folder: Path) -> JsonObject:
   """Passes samples through `filters`, in filter.order, into kept.jsonl and rejected.jsonl.
 
   Every line of filter.samples is in one of them, in its order. A rejected one has `rejected`:
@@ -44,7 +45,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
   path = path / SAMPLES if path.is_dir() else path
   if not path.is_file():
     raise InputError(f"{path} is not there; name in filter.samples what `generate` has written")
-  result: dict[str, Any] = {}
+  result: JsonObject = {}
   distributed.run_on_process_0(lambda: result.update(_filter(filters, policy, path, folder)))
   return result
 
@@ -64,7 +65,7 @@ def _ordered(config: Config) -> dict[str, Filter]:
 
 def _filter(
   filters: dict[str, Filter], policy: BadInputPolicy, path: Path, folder: Path
-) -> dict[str, Any]:
+) -> JsonObject:
   for name in (KEPT, REJECTED):
     if path.resolve() == (folder / name).resolve():
       raise InputError(f"filter.samples is {path}, which would be replaced; take another --workdir")
@@ -157,7 +158,7 @@ class FilterRun:
     self._kept += 1
     self._progress.add(1, kept=self._kept)
 
-  def result(self) -> dict[str, Any]:
+  def result(self) -> JsonObject:
     rejected = sum(counts.total() for counts in self._counts.values())
     by = {name: dict(counts.most_common()) for name, counts in self._counts.items() if counts}
     return {

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from distill_jax.config import Config
 from distill_jax.generation import dispatch
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.to_records import GeneratedStore
 from distill_jax.tasks import pseudo_labels
+from distill_jax.types import JsonObject
 
 
-def run(config: Config, folder: Path) -> dict[str, Any]:
+def run(config: Config, folder: Path) -> JsonObject:
   """Writes samples.jsonl into `folder`; with `tasks`, pseudo-labels of a task's examples.
 
   With generate.records_dir, a store of the same texts is made.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from distill_jax.config import Config
 from distill_jax.data import corpus
@@ -13,9 +12,10 @@ from distill_jax.models import loading
 from distill_jax.records import describe
 from distill_jax.records.store import open_store
 from distill_jax.runtime.progress import Progress
+from distill_jax.types import JsonObject
 
 
-def run(config: Config, workdir: Path) -> dict[str, Any]:
+def run(config: Config, workdir: Path) -> JsonObject:
   """Describes the store in `workdir`; --config.inspect.sequence shows one, .verify reads all."""
   store = open_store(workdir)
   if config.inspect.verify:

@@ -9,8 +9,6 @@ networks, each at its published peak (preflight/chips.py).
 
 from __future__ import annotations
 
-from typing import Any
-
 from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.preflight import (
@@ -24,11 +22,12 @@ from distill_jax.preflight import (
   topology,
 )
 from distill_jax.preflight.table import text  # noqa: F401
+from distill_jax.types import JsonObject
 
 VERBS = ("train", "record")
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> JsonObject:
   """Compiles one step and reports on it.
 
   Returns: see preflight/table.py for the words; the keys are `fits`, `chips`,
@@ -53,7 +52,7 @@ def run(config: Config) -> dict[str, Any]:
   memory, compiled = compiler.compile_step(program)
   fits = compiled is not None and memory.peak <= hardware.chip.hbm
   step_flops = None if config.tasks else flops.step_flops(config, verb, program.rows)
-  result: dict[str, Any] = {
+  result: JsonObject = {
     "fits": fits,
     "verb": verb,
     "topology": options.topology,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,9 +25,10 @@ from distill_jax.records.store import Store, Writer
 from distill_jax.runtime import distributed, storage
 from distill_jax.runtime.progress import Progress
 from distill_jax.tasks import dataset
+from distill_jax.types import JsonObject
 
 
-def run(config: Config, folder: Path) -> dict[str, Any]:
+def run(config: Config, folder: Path) -> JsonObject:
   """Writes the store of a corpus into `folder`; what is already there is not done again.
 
   Returns:
@@ -176,7 +176,7 @@ def _write(
     raise distributed.Preemption.stop("record", "finished shards are kept")
 
 
-def _identity(options: RecordsOptions, teacher: ModelSource) -> dict[str, Any]:
+def _identity(options: RecordsOptions, teacher: ModelSource) -> JsonObject:
   """Returns the teacher's name and digest, for the manifest."""
   if options.kind == "text":
     return {}

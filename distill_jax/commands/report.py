@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from distill_jax.config import Config
 from distill_jax.models import runs
@@ -11,9 +10,10 @@ from distill_jax.records import describe
 from distill_jax.records.store import open_store
 from distill_jax.report import html_report
 from distill_jax.runtime import storage
+from distill_jax.types import JsonObject
 
 
-def run(config: Config, workdir: Path) -> dict[str, Any]:
+def run(config: Config, workdir: Path) -> JsonObject:
   """Writes report.html into `workdir` from the evaluation there and the runs it names."""
   folders = {
     name: runs.run_folder(source)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from distill_jax.commands import record
 from distill_jax.config import Config
@@ -13,11 +12,12 @@ from distill_jax.pruning import search, shapes
 from distill_jax.pruning.measured_teacher import MeasuredTeacher
 from distill_jax.pruning.table import text  # noqa: F401
 from distill_jax.runtime import json_io
+from distill_jax.types import JsonObject
 
 RESULT = "shrink.json"
 
 
-def run(config: Config, workdir: Path) -> dict[str, Any]:
+def run(config: Config, workdir: Path) -> JsonObject:
   """Makes config.teacher smaller as config.shrink says, and writes shrink.json into `workdir`.
 
   With a target, several shapes near it are made and distilled a little, and one recommended.
@@ -52,7 +52,7 @@ def run(config: Config, workdir: Path) -> dict[str, Any]:
   return result
 
 
-def _search(config: Config, workdir: Path, key: str) -> dict[str, Any]:
+def _search(config: Config, workdir: Path, key: str) -> JsonObject:
   """Proposes, makes, distils and scores candidates, each in a folder of `workdir`/candidates."""
   proposed = search.propose(config, workdir, key)
   folders = {name: workdir / "candidates" / name for name in proposed}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 from distill_jax.data import jsonl
 from distill_jax.data.bad_input import BadInputPolicy
@@ -19,6 +18,7 @@ from distill_jax.data.packing import MaskedDocument
 from distill_jax.data.sources import DocumentSource, documents
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
+from distill_jax.types import JsonObject
 
 
 def tokenized_chats(
@@ -77,7 +77,7 @@ def tokenized_chats(
     raise InputError(f"{source.path}: none of its chats can be used; the lines above say why")
 
 
-def parse(line: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+def parse(line: str) -> tuple[list[JsonObject], list[JsonObject] | None]:
   """Returns (messages, tools) of a line.
 
   Raises:

@@ -17,6 +17,7 @@ from distill_jax.data.chat_turns import Draw, Message, TurnFinder, prompted
 from distill_jax.data.tokenizers import Tokenizer, special_pattern
 from distill_jax.errors import InputError
 from distill_jax.hub.tokenizer import TokenizerFiles
+from distill_jax.types import JsonObject
 
 NAMED = tuple(f"{r}_token" for r in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # Classes that name no special tokens of their own where tokenizer_config.json names none.
@@ -182,7 +183,7 @@ class ChatTemplate:
   def _source(self, tools: Sequence[Message] | None) -> str:
     return self.source if tools is None or self.tool_use is None else self.tool_use
 
-  def _drawer(self, messages: Sequence[Message], tools: Any, extra: dict[str, Any]) -> Draw:
+  def _drawer(self, messages: Sequence[Message], tools: Any, extra: JsonObject) -> Draw:
     """Renders parts of one chat, all at the same moment."""
     if not isinstance(messages, Sequence) or not messages:
       raise InputError(f"a chat is {messages!r}; give a list of at least one message")

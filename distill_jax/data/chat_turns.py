@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from distill_jax.data import sandboxed_jinja
 from distill_jax.errors import InputError
+from distill_jax.types import JsonObject
 
 PROBE = "probe"  # a message's content, to see what a template writes around it
 
@@ -151,7 +152,7 @@ def _bare(text: str, cut: re.Pattern[str]) -> str:
   return "".join(cut.sub("", text).split())
 
 
-def _next(message: Message) -> dict[str, Any]:
+def _next(message: Message) -> JsonObject:
   """Returns a message that may follow an assistant's."""
   if not (calls := message.get("tool_calls")):
     return {"role": "user", "content": PROBE}

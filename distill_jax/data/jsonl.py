@@ -11,6 +11,7 @@ from typing import Any
 from distill_jax.errors import InputError
 from distill_jax.runtime import json_io
 from distill_jax.runtime.atomic_io import atomic_write
+from distill_jax.types import JsonObject
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Line:
     except InputError as e:
       raise InputError(f"{self.file}: {e}; convert the file to UTF-8") from e
 
-  def object(self) -> dict[str, Any]:
+  def object(self) -> JsonObject:
     """Returns the JSON object on the line.
 
     Raises:
@@ -65,7 +66,7 @@ def read_lines(*files: Path) -> Iterator[Line]:
         offset += len(raw)
 
 
-def parse_object(text: str, where: str = "") -> dict[str, Any]:
+def parse_object(text: str, where: str = "") -> JsonObject:
   """Returns the JSON object on a line.
 
   Args:

@@ -18,6 +18,7 @@ import jinja2.sandbox
 import jinja2.utils
 
 from distill_jax.errors import InputError
+from distill_jax.types import JsonObject
 
 MARKS = ("\ufdd0", "\ufdd1")  # Unicode's noncharacters, for use inside a program
 # A message's reasoning goes by three names; templates read the first, a few the second.
@@ -81,7 +82,7 @@ class Compiled:
   generation: bool
   templates: tuple[jinja2.Template, jinja2.Template]  # without and with marks
 
-  def render(self, values: dict[str, Any], marked: bool = False) -> str:
+  def render(self, values: JsonObject, marked: bool = False) -> str:
     """The text, or that with MARKS around each generation block."""
     try:
       text = self.templates[marked].render(values)
@@ -158,7 +159,7 @@ def plain(value: Any) -> Any:
   raise InputError(f"a chat holds a {type(value).__name__}; give what JSON can hold")
 
 
-def message(given: Any) -> dict[str, Any]:
+def message(given: Any) -> JsonObject:
   """A chat's message as transformers hands it to a template: nothing that is None, and the
   reasoning under the names that templates read."""
   if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):

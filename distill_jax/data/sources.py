@@ -12,11 +12,11 @@ import hashlib
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from distill_jax.data import jsonl
 from distill_jax.errors import InputError
 from distill_jax.runtime import json_io
+from distill_jax.types import JsonObject
 
 KINDS = ("pydoc", "text", "jsonl", "chat", "tfds")
 RUN = 8  # words: a shared run as long as this counts as the same text
@@ -160,7 +160,7 @@ def _utf8(raw: bytes, where: str) -> str:
     raise InputError(f"{where}: {e}; convert the file to UTF-8") from e
 
 
-def _string(record: dict[str, Any], field: str, where: str) -> str:
+def _string(record: JsonObject, field: str, where: str) -> str:
   """The text in one field; bytes (as TFDS gives them) are UTF-8."""
   if field not in record:
     there = ", ".join(map(repr, record)) or "none"

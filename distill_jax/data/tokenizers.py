@@ -18,6 +18,7 @@ import tokenizers
 
 from distill_jax.errors import InputError
 from distill_jax.runtime import json_io
+from distill_jax.types import JsonObject
 
 FILES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 # Looked for in this order where nothing names them. A document's end comes before a
@@ -58,7 +59,7 @@ class Tokenizer:
   def __repr__(self) -> str:
     return f"Tokenizer({self.where}, {self.kind}, vocab_size={self.vocab_size})"
 
-  def __getstate__(self) -> dict[str, Any]:
+  def __getstate__(self) -> JsonObject:
     return {k: v for k, v in self.__dict__.items() if k != "_backend"}
 
   def encode(self, text: str) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from distill_jax.efficiency import formulas
 from distill_jax.efficiency.formulas import ServingCost
@@ -13,6 +12,7 @@ from distill_jax.errors import InputError
 from distill_jax.models.loading import ModelSource
 from distill_jax.preflight.chips import CHIPS, Chip
 from distill_jax.runtime import json_io
+from distill_jax.types import JsonObject
 
 NOT_QUALITY = ("parameters", "bytes", "tokens_per_second")  # of evaluation.json, computed here
 
@@ -45,8 +45,8 @@ def check(options: EfficiencyOptions, models: Mapping[str, ModelSource]) -> None
 
 
 def ratios(
-  models: Mapping[str, dict[str, Any]], chip: Chip, costs: Mapping[str, ServingCost]
-) -> dict[str, Any]:
+  models: Mapping[str, JsonObject], chip: Chip, costs: Mapping[str, ServingCost]
+) -> JsonObject:
   """Returns how many times less the student takes, and how many times faster it is.
 
   Args:
@@ -94,14 +94,14 @@ def _latency(cost: ServingCost, chip: Chip, chips: int) -> float:
   return cost.step_bound(chip, chips, 1).seconds
 
 
-def quality(evaluation: Path) -> dict[str, Any] | None:
+def quality(evaluation: Path) -> JsonObject | None:
   """Reads, by model, what `evaluate` measured, e.g. "gsm8k.pass@1"; None without the file.
 
   Names and numbers are evaluate's own.
   """
   if not evaluation.exists():
     return None
-  out: dict[str, Any] = {}
+  out: JsonObject = {}
   try:
     tree = json_io.parse_object(evaluation.read_bytes())
     for name, row in tree.get("models", {}).items():

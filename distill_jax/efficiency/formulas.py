@@ -17,6 +17,7 @@ from distill_jax.models.loading import ModelSource
 from distill_jax.nn import params
 from distill_jax.preflight import flops, roofline
 from distill_jax.preflight.chips import Chip
+from distill_jax.types import JsonObject
 
 # What weights and caches may be served in, and bytes of a number. With float8 weights only the
 # layers' matrices are that: see `param_bytes`.
@@ -166,7 +167,7 @@ class ServingCost:
     read = self.weights.read(batch) + batch * self.cache
     return roofline.bound(chip, chips, chips, {"step": batch * self.flops}, read / chips, {})
 
-  def decode_bound(self, chip: Chip, batch: int) -> dict[str, Any]:
+  def decode_bound(self, chip: Chip, batch: int) -> JsonObject:
     """One row of the report, on the fewest chips."""
     chips = self.min_chips(chip, batch)
     bound = self.step_bound(chip, chips, batch)
@@ -198,7 +199,7 @@ def model_costs(
   dtype: str,
   cache_dtype: str,
   batch_sizes: Sequence[int],
-) -> dict[str, Any]:
+) -> JsonObject:
   """All that is computed of one model, as efficiency.json holds it: bytes, operations, seconds."""
   c, options = source.config, source.options
   cost, width = serving_cost(source, context, dtype, cache_dtype), DTYPES[cache_dtype]

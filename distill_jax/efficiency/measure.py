@@ -6,7 +6,6 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from distill_jax.models import loading, runs
 from distill_jax.models.loading import LoadedModel
 from distill_jax.nn import sharding
 from distill_jax.runtime.progress import Progress
+from distill_jax.types import JsonObject
 
 CALLS = 4  # of DecodeOptions.steps tokens each, that decoding is timed over
 PHASES = ("prefill", "decode")
@@ -124,7 +124,7 @@ class BenchmarkedModel:
       token_B, position = new_SB[-1], position + len(new_SB)
 
 
-def measure(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def measure(config: Config, mesh: jax.sharding.Mesh) -> JsonObject:
   """Measures both models at every batch size, in the dtype that each is configured to compute in.
 
   A round runs both, in turns the one or the other first; a model's number is the median over
@@ -135,7 +135,7 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """
   options, decode = config.efficiency, config.efficiency.decode
   new = CALLS * decode.steps
-  result: dict[str, Any] = {
+  result: JsonObject = {
     "prompt": options.context - new,
     "new": new,
     "device": jax.devices()[0].device_kind,

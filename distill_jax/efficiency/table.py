@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from distill_jax.report.numbers import size
+from distill_jax.types import JsonObject
 
 
-def text(r: dict[str, Any]) -> str:
+def text(r: JsonObject) -> str:
   """For a person: the claims first, then what they are made of."""
   lines = [*claims(r), "", *_by_formula(r), "", *_bounds(r)]
   if r["measured"]:
@@ -20,7 +21,7 @@ def text(r: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def claims(r: dict[str, Any]) -> list[str]:
+def claims(r: JsonObject) -> list[str]:
   """What the student saves, a sentence a kind of claim."""
   t, s, ratios = r["models"]["teacher"], r["models"]["student"], r["ratios"]
   memory, latency = ratios["memory"], ratios["latency"]
@@ -46,7 +47,7 @@ def claims(r: dict[str, Any]) -> list[str]:
   return lines
 
 
-def _by_formula(r: dict[str, Any]) -> list[str]:
+def _by_formula(r: JsonObject) -> list[str]:
   t, s = r["models"]["teacher"], r["models"]["student"]
   rows = [
     ("", "teacher", "student"),
@@ -77,7 +78,7 @@ def _by_formula(r: dict[str, Any]) -> list[str]:
   ]
 
 
-def _bounds(r: dict[str, Any]) -> list[str]:
+def _bounds(r: JsonObject) -> list[str]:
   lines = [
     f"decoding at most, on the fewest {r['chip']} that hold weights and cache",
     f"  {'':<8}{'batch':>6}{'chips':>7}{'experts':>9}{'read a step':>13}{'tokens/s':>12}"
@@ -94,7 +95,7 @@ def _bounds(r: dict[str, Any]) -> list[str]:
   return lines
 
 
-def _measured(m: dict[str, Any]) -> list[str]:
+def _measured(m: JsonObject) -> list[str]:
   dtypes = " and ".join(dict.fromkeys(model["dtype"] for model in m["models"].values()))
   head = f"measured on {m['device']} in {dtypes}, {m['prompt']} tokens read and {m['new']} decoded "
   lines = [head + "a row: tokens a second, median (least to most)"]
@@ -127,10 +128,10 @@ def _times(x: float) -> str:
   return f"{x:.3g} times"
 
 
-def _each(rows: list[dict[str, Any]], before: str = "") -> str:
+def _each(rows: list[JsonObject], before: str = "") -> str:
   """The ratios of all batch sizes, in their order."""
   return ", ".join(f"{before}{row['ratio']:.3g}" for row in rows)
 
 
-def _batches(rows: list[dict[str, Any]]) -> str:
+def _batches(rows: list[JsonObject]) -> str:
   return ", ".join(f"{row['batch_size']:,}" for row in rows)

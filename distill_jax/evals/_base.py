@@ -10,13 +10,14 @@ from typing import Any
 
 from distill_jax.errors import InputError
 from distill_jax.filters import Filter
+from distill_jax.types import JsonObject
 
 # DeepSeek-R1's instruction for mathematics (its model card's "Usage Recommendations").
 REASON = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 BenchmarkRow = Mapping[str, Any]  # of a benchmark's file
 # The line of a prompts.jsonl: `prompt`, and the fields that the judge reads, such as `answer`.
-PromptLine = dict[str, Any]
+PromptLine = JsonObject
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from distill_jax.config import Config
 from distill_jax.data import jsonl
@@ -24,6 +23,7 @@ from distill_jax.generation.options import ServerOptions
 from distill_jax.generation.sampling import Sampling
 from distill_jax.models.options import ModelOptions
 from distill_jax.runtime import distributed, json_io
+from distill_jax.types import JsonObject
 
 PROMPTS, SETTINGS = "prompts.jsonl", "asked.json"
 VERDICTS, LEFT_OUT = "verdicts.jsonl", "left_out.jsonl"
@@ -35,7 +35,7 @@ def measure(
   benchmark: GenerativeBenchmark,
   questions: Questions,
   folder: Path,
-) -> dict[str, Any]:
+) -> JsonObject:
   """Samples a model's answers to every question, and judges them.
 
   In `folder`: prompts.jsonl, the questions; samples.jsonl, the answers, see generation/local.py;
@@ -53,7 +53,7 @@ def measure(
       prompt is too long for the cache; what `dispatch.generate` refuses.
     Preempted: SIGTERM came; finished samples are kept.
   """
-  row: dict[str, Any] = {}
+  row: JsonObject = {}
   try:
     job = generation_job(config, model, benchmark, folder)
     distributed.run_on_process_0(lambda: _check_same_settings(job, folder))
@@ -137,7 +137,7 @@ def _check_same_settings(job: GenerationJob, folder: Path) -> None:
   json_io.write_json(file, settings)
 
 
-def _judge(benchmark: GenerativeBenchmark, questions: Questions, folder: Path) -> dict[str, Any]:
+def _judge(benchmark: GenerativeBenchmark, questions: Questions, folder: Path) -> JsonObject:
   """Judges the samples in `folder`, and writes the verdicts there; returns a row of results."""
   judge = benchmark.judge()
   assert judge is not None
@@ -170,7 +170,7 @@ class Tally:
   """
 
   def __init__(self, questions: Questions, spell: Callable[[Sample], str] | None):
-    self.verdicts: list[dict[str, Any]] = []
+    self.verdicts: list[JsonObject] = []
     self.left_out = [*questions.left_out]
     self._questions, self._spell = questions, spell
     self._right: dict[int, list[bool]] = collections.defaultdict(list)  # by question
@@ -199,7 +199,7 @@ class Tally:
     self._cut_off += sample["reason"] == "length"
     self._tokens += sample.get("token_count", len(sample.get("tokens", ())))
 
-  def row(self) -> dict[str, Any]:
+  def row(self) -> JsonObject:
     """The results, as `measure` returns them."""
     questions, samples = len(self._right), len(self.verdicts)
     answers = [*self._answers.values()] if self._spell else None
@@ -240,5 +240,5 @@ def _final_answer(sample: Sample) -> str:
   return answers.canonical(answers.final(answer_part(sample["text"])) or "")
 
 
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
+def _objects(path: Path) -> Iterator[JsonObject]:
   return (line.object() for line in jsonl.read_lines(path))

@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from distill_jax.records import collate
 from distill_jax.runtime.progress import Progress
 from distill_jax.tasks import TextTask, dataset, pseudo_labels
 from distill_jax.training.outputs import run_teacher
-from distill_jax.types import IN_BATCH_CLASSES, Batch, Mean
+from distill_jax.types import IN_BATCH_CLASSES, Batch, JsonObject, Mean
 
 TIMED_PASSES = 2  # over one batch, for the throughput
 
@@ -45,7 +45,7 @@ class HeldOut(NamedTuple):
 
 def measure(
   config: Config, models: Mapping[str, ModelOptions], mesh: jax.sharding.Mesh
-) -> dict[str, Any]:
+) -> JsonObject:
   """Measures models on held-out data.
 
   Args:

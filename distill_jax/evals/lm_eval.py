@@ -27,6 +27,7 @@ from distill_jax.generation.options import DecodingOptions
 from distill_jax.generation.sampling import Sampling
 from distill_jax.generation.stops import Stops
 from distill_jax.nn import sharding
+from distill_jax.types import JsonObject
 
 try:
   from lm_eval.api.model import LM
@@ -132,7 +133,7 @@ class Adapter(LM):
     for request, answer in zip(requests, answers, strict=True):
       self.cache_hook.add_partial(kind, request.args, answer)
 
-  def _generate(self, texts: dict[int, str], settings: dict[str, Any]) -> Iterator[tuple[int, str]]:
+  def _generate(self, texts: dict[int, str], settings: JsonObject) -> Iterator[tuple[int, str]]:
     """Yields (number, continuation) of each text."""
     if unknown := set(settings) - SUPPORTED:
       raise InputError(f"generation is asked for with {min(unknown)!r}; known: {sorted(SUPPORTED)}")
@@ -152,9 +153,7 @@ class Adapter(LM):
         for s in finished:
           yield s.prompt, stops.text(s.text_tokens)
 
-  def _job(
-    self, settings: dict[str, Any], prompt_tokens: int, max_new_tokens: int
-  ) -> GenerationJob:
+  def _job(self, settings: JsonObject, prompt_tokens: int, max_new_tokens: int) -> GenerationJob:
     """The job of lm-eval's settings, for prompts of up to so many tokens."""
     until = settings.get("until") or []
     is_sampled = settings.get("do_sample", settings.get("temperature", 0) > 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,13 +14,14 @@ from distill_jax.evals import _scores, likelihood
 from distill_jax.evals._base import Choice
 from distill_jax.evals.questions import Questions
 from distill_jax.runtime import distributed
+from distill_jax.types import JsonObject
 
 VERDICTS, LEFT_OUT = "verdicts.jsonl", "left_out.jsonl"
 
 
 def measure(
   scorer: likelihood.Scorer, tokenizer: Tokenizer, questions: Questions, folder: Path
-) -> dict[str, Any]:
+) -> JsonObject:
   """Scores every choice after its context.
 
   In `folder`: verdicts.jsonl, {id, logps, label, chosen, chosen_norm} a question, in nats;
@@ -68,7 +68,7 @@ def measure(
   }
 
 
-def verdict(number: int, question: Choice, logps: Sequence[float]) -> dict[str, Any]:
+def verdict(number: int, question: Choice, logps: Sequence[float]) -> JsonObject:
   """The line of a question: the likeliest choices, the first of equals."""
   chosen = int(np.argmax(logps))
   norm = int(np.argmax(np.asarray(logps) / np.asarray(question.lengths)))

@@ -33,6 +33,7 @@ from distill_jax.filters.samples import (
   judge_in_parallel,
   text_field,
 )
+from distill_jax.types import JsonObject
 
 JAIL, RUNNER = (Path(__file__).with_name(name) for name in ("_jail.py", "_runner.py"))
 FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
@@ -144,7 +145,7 @@ class Filter(_base.Filter):
       return f"timeout: {self.cpu_seconds} s of computing"
     return ended or _reason(report)
 
-  def _jail(self, limits: dict[str, Any], *fds: int) -> str:
+  def _jail(self, limits: JsonObject, *fds: int) -> str:
     """Runs the program to its end, whatever it does. Returns how it was ended, or ""."""
     process = subprocess.Popen(
       [sys.executable, "-I", "-S", str(JAIL), json.dumps(limits)],

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-Sample = dict[str, Any]
+from distill_jax.types import JsonObject
+
+Sample = JsonObject
 THINK_END = "</think>"
 
 

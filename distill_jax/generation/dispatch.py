@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from distill_jax.errors import InputError
 from distill_jax.generation import local, openai_api, remote
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.to_records import GeneratedStore
+from distill_jax.types import JsonObject
 
 
 def generate(
@@ -16,7 +16,7 @@ def generate(
   folder: Path,
   load_model: local.LoadModel | None = None,
   store: GeneratedStore | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
   """Writes a job's samples into `folder`: see local.generate and remote.generate.
 
   Args:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from distill_jax.data import jsonl
 from distill_jax.errors import InputError
 from distill_jax.runtime import json_io
+from distill_jax.types import JsonObject
 
 LINES, BINARY = "samples.part.jsonl", "samples.part.bin"
 
@@ -32,9 +32,9 @@ class SampleJournal:
     record: of a token in the binary file; None: nothing is recorded.
   """
 
-  def __init__(self, folder: Path, origin: dict[str, Any], record: np.dtype | None):
+  def __init__(self, folder: Path, origin: JsonObject, record: np.dtype | None):
     self._folder, self._record = folder, record
-    self.rows: list[dict[str, Any]] = []
+    self.rows: list[JsonObject] = []
     self._token_ends: np.ndarray | None = None
     path = folder / LINES
     self._lines, self._binary = path.open("a+b"), (folder / BINARY).open("a+b")
@@ -44,7 +44,7 @@ class SampleJournal:
       self.close()
       raise
 
-  def _read(self, path: Path, origin: dict[str, Any]) -> None:
+  def _read(self, path: Path, origin: JsonObject) -> None:
     """Reads the samples whose data are there, and cuts off what follows them."""
     self._lines.seek(0)
     line_bytes = record_bytes = 0
@@ -73,7 +73,7 @@ class SampleJournal:
       self._append([origin])
     self._binary.truncate(record_bytes)
 
-  def add(self, rows: list[dict[str, Any]], records: list[dict[str, list[np.ndarray]]]) -> None:
+  def add(self, rows: list[JsonObject], records: list[dict[str, list[np.ndarray]]]) -> None:
     """Adds samples, each with what was recorded of its tokens. Returns when all is on disk."""
     if not rows:
       return
@@ -88,7 +88,7 @@ class SampleJournal:
     self._append(rows)
     self.rows += rows
 
-  def _append(self, rows: list[dict[str, Any]]) -> None:
+  def _append(self, rows: list[JsonObject]) -> None:
     self._lines.write(b"".join(jsonl.to_line(row, ensure_ascii=True) for row in rows))
     self._lines.flush()
     os.fsync(self._lines.fileno())
@@ -118,7 +118,7 @@ class SampleJournal:
     self.close()
 
 
-def _check_origin(path: Path, found: dict[str, Any], origin: dict[str, Any]) -> None:
+def _check_origin(path: Path, found: JsonObject, origin: JsonObject) -> None:
   """Refuses samples of other prompts or of another model."""
   if found != origin:
     key = next(k for k in {**origin, **found} if origin.get(k) != found.get(k))

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -32,6 +31,7 @@ from distill_jax.nn.layers import ComputeConfig
 from distill_jax.records.options import RecordsOptions
 from distill_jax.runtime import distributed
 from distill_jax.runtime.progress import Progress
+from distill_jax.types import JsonObject
 
 LoadModel = Callable[[], tuple[Unrolled, ComputeConfig]]
 
@@ -41,7 +41,7 @@ def generate(
   folder: Path,
   load_model: LoadModel | None = None,
   store: GeneratedStore | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
   """Writes samples.jsonl into `folder`, an object a sample, ordered by prompt and sample.
 
   A sample has `id` and `sample`, its numbers; `prompt`, text or messages as they were given,
@@ -74,7 +74,7 @@ def generate(
     "prompts": _digest(prompts.ids),
     "teacher": job.source.identity,
   }
-  result: dict[str, Any] = {}
+  result: JsonObject = {}
   distributed.run_on_process_0(lambda: result.update(outputs.finished_result(folder, origin) or {}))
   if distributed.max_over_processes(len(result)):
     return result
@@ -232,12 +232,12 @@ def _publish(
   prompts: Prompts,
   journal: SampleJournal,
   store: GeneratedStore | None,
-) -> dict[str, Any]:
+) -> JsonObject:
   """Writes the files, whole and in order, from the journal; returns what is in them."""
   order = sorted(range(len(journal.rows)), key=lambda i: outputs.sample_key(journal.rows[i]))
   rows = [journal.rows[i] for i in order]
   outputs.write_rejected(folder, prompts)
-  stored: dict[str, Any] = {}
+  stored: JsonObject = {}
   if store is not None:
     stored = store.write(tokenizer, prompts.ids, rows, lambda i: journal.records(order[i]))
     stored["record_tokens"] = stored.pop("tokens")

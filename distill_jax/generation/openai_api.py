@@ -19,6 +19,7 @@ from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.prompts import Message, PromptEncoder, model_input
 from distill_jax.generation.scheduler import SampleKey
 from distill_jax.runtime import atomic_io, json_io
+from distill_jax.types import JsonObject
 
 RESPONSES, PART = "responses.jsonl", "responses.part.jsonl"
 PREFIX = re.compile(rb'\{"id": (\d+), "sample": (\d+), ')  # of a line of responses.jsonl
@@ -27,7 +28,7 @@ TOKEN_ID = "token_id:"  # how vLLM spells tokens where it is asked for ids
 REASONS = {"stop": "eos", "length": "length"}  # by finish_reason, generate's reason
 BROKEN_OFF = (None, "abort", "error")  # finish_reason of an answer that the server gave up
 
-TokenLogprobs = list[dict[str, Any]]  # of each token, as chat completions have them
+TokenLogprobs = list[JsonObject]  # of each token, as chat completions have them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +58,12 @@ class ServedModel:
 
 def request(
   job: GenerationJob, served: ServedModel, content: str | list[Message], prompt: int, sample: int
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, JsonObject]:
   """(path, body) of the request for one sample of a prompt."""
   given, top = model_input(job, content), job.server.top_logprobs
   is_text, sampling = isinstance(given, str), job.sampling
   digest = hashlib.sha256(f"{job.seed}/{prompt}/{sample}".encode()).digest()
-  body: dict[str, Any] = {
+  body: JsonObject = {
     "model": served.name,
     "prompt" if is_text else "messages": given,
     "max_tokens": job.max_new_tokens,
@@ -88,7 +89,7 @@ def request(
   return "completions" if is_text else "chat/completions", body
 
 
-def parse(answer: Any, stop: tuple[str, ...]) -> tuple[dict[str, Any], TokenLogprobs | None]:
+def parse(answer: Any, stop: tuple[str, ...]) -> tuple[JsonObject, TokenLogprobs | None]:
   """(the fields of samples.jsonl that an answer has; its log-probabilities, None without).
 
   Raises:
@@ -119,7 +120,7 @@ def parse(answer: Any, stop: tuple[str, ...]) -> tuple[dict[str, Any], TokenLogp
   return row, token_logprobs
 
 
-def _text(message: dict[str, Any]) -> str:
+def _text(message: JsonObject) -> str:
   """The text of a message after its reasoning, as DeepSeek-R1 writes them."""
   reasoning = message.get("reasoning_content") or message.get("reasoning")
   content = message["content"] or ""
@@ -129,7 +130,7 @@ def _text(message: dict[str, Any]) -> str:
   return f"{begun}\n</think>\n\n" + content.lstrip("\n") if content else begun
 
 
-def _tokens(choice: dict[str, Any], token_logprobs: TokenLogprobs) -> list[int]:
+def _tokens(choice: JsonObject, token_logprobs: TokenLogprobs) -> list[int]:
   """The ids of a text's tokens; [] where the server does not give them."""
   if ids := choice.get("token_ids"):
     return ids
@@ -139,7 +140,7 @@ def _tokens(choice: dict[str, Any], token_logprobs: TokenLogprobs) -> list[int]:
   return [int(name.removeprefix(TOKEN_ID)) for name in names]
 
 
-def _is_stop_string(choice: dict[str, Any], stop: tuple[str, ...]) -> bool:
+def _is_stop_string(choice: JsonObject, stop: tuple[str, ...]) -> bool:
   """Whether a stop string ended a text, and not the model."""
   for key in ("stop_reason", "matched_stop"):  # vLLM's, SGLang's
     if key in choice:
@@ -147,7 +148,7 @@ def _is_stop_string(choice: dict[str, Any], stop: tuple[str, ...]) -> bool:
   return bool(stop)
 
 
-def _token_logprobs(choice: dict[str, Any]) -> TokenLogprobs | None:
+def _token_logprobs(choice: JsonObject) -> TokenLogprobs | None:
   """The log-probabilities of each token, those of text completions in the form of chats."""
   logprobs = choice.get("logprobs")
   if not logprobs or logprobs.get("content") is not None:
@@ -237,7 +238,7 @@ class Responses:
         "back or choose another --workdir"
       )
 
-  def add(self, answers: list[dict[str, Any]]) -> None:
+  def add(self, answers: list[JsonObject]) -> None:
     """Appends answers. Returns when all is on disk."""
     lines = [jsonl.to_line(answer, ensure_ascii=True) for answer in answers]
     self._file.write(b"".join(lines))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+
+from distill_jax.types import JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class ServerOptions:
   timeout_s: float = 600.0  # of one request
   retries: int = 8  # of a request, after waits that grow
   top_logprobs: int = 0  # of each token, kept in responses.jsonl for `record`; 0: none
-  extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # more fields of a request
+  extra: JsonObject = dataclasses.field(default_factory=dict)  # more fields of a request
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from distill_jax.data import jsonl
 from distill_jax.errors import InputError
@@ -13,9 +12,10 @@ from distill_jax.generation.journal import SampleJournal
 from distill_jax.generation.prompts import Prompts
 from distill_jax.generation.scheduler import SampleKey
 from distill_jax.runtime import json_io
+from distill_jax.types import JsonObject
 
 SAMPLES, REJECTED, SUMMARY = "samples.jsonl", "samples.rejected.jsonl", "generate.json"
-JournalRow = dict[str, Any]  # a sample as the journal keeps it: `prompt` is the prompt's number
+JournalRow = JsonObject  # a sample as the journal keeps it: `prompt` is the prompt's number
 
 
 def sample_key(row: JournalRow) -> SampleKey:
@@ -25,7 +25,7 @@ def sample_key(row: JournalRow) -> SampleKey:
 def write_samples(folder: Path, rows: Iterable[JournalRow], prompts: Prompts) -> None:
   """Writes samples.jsonl: each sample beside its prompt, without fields that a server left out."""
 
-  def published(row: JournalRow) -> dict[str, Any]:
+  def published(row: JournalRow) -> JsonObject:
     prompt = prompts.prompts[row["prompt"]]
     rest = {k: v for k, v in row.items() if k not in ("prompt", "sample")}
     if not rest["tokens"]:
@@ -36,7 +36,7 @@ def write_samples(folder: Path, rows: Iterable[JournalRow], prompts: Prompts) ->
   jsonl.write(folder / SAMPLES, map(published, rows))
 
 
-def write_rejected(folder: Path, prompts: Prompts, samples: Iterable[dict[str, Any]] = ()) -> int:
+def write_rejected(folder: Path, prompts: Prompts, samples: Iterable[JsonObject] = ()) -> int:
   """Writes samples.rejected.jsonl: prompts that cannot be used, and samples that were refused.
 
   Returns: how many there are.
@@ -52,7 +52,7 @@ def count_reasons(rows: Iterable[JournalRow]) -> dict[str, int]:
   return dict(sorted(collections.Counter(row["reason"] for row in rows).items()))
 
 
-def finished_result(folder: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
+def finished_result(folder: Path, origin: JsonObject) -> JsonObject | None:
   """The result of an earlier run of the same prompts and model that came to its end; or None."""
   file = folder / SUMMARY
   if not file.exists():
@@ -65,9 +65,7 @@ def finished_result(folder: Path, origin: dict[str, Any]) -> dict[str, Any] | No
   return result | {"tokens_per_second": 0.0}
 
 
-def finish(
-  folder: Path, origin: dict[str, Any], result: dict[str, Any], journal: SampleJournal
-) -> None:
+def finish(folder: Path, origin: JsonObject, result: JsonObject, journal: SampleJournal) -> None:
   """Writes the result, the last file of a run, and removes the journal."""
   json_io.write_json(folder / SUMMARY, {"of": origin, **result})
   journal.remove()

@@ -15,11 +15,12 @@ from distill_jax.errors import InputError
 from distill_jax.filters.samples import answer_part
 from distill_jax.generation.job import GenerationJob
 from distill_jax.runtime import json_io, storage
+from distill_jax.types import JsonObject
 
 SAMPLE_FIELDS = {"id", "sample", "text", "about"}  # of a line that `generate` wrote
 PLACEHOLDER = "{prompt}"  # in generate.template
 
-Message = dict[str, Any]  # of a chat: its `role` and `content`
+Message = JsonObject  # of a chat: its `role` and `content`
 
 
 class Prompt(NamedTuple):
@@ -31,7 +32,7 @@ class Prompt(NamedTuple):
   """
 
   content: str | list[Message]
-  about: dict[str, Any]
+  about: JsonObject
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,6 @@ import asyncio
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import jax
@@ -23,9 +22,10 @@ from distill_jax.generation.journal import SampleJournal
 from distill_jax.generation.openai_api import Responses
 from distill_jax.generation.prompts import read_prompts
 from distill_jax.generation.remote_sampler import RemoteSampler
+from distill_jax.types import JsonObject
 
 
-def generate(job: GenerationJob, folder: Path) -> dict[str, Any]:
+def generate(job: GenerationJob, folder: Path) -> JsonObject:
   """Writes samples.jsonl into `folder`, as local.generate does, of a server's texts.
 
   A sample has `model` and `token_count`, as the server gives them; `tokens` and the

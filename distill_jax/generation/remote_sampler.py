@@ -19,6 +19,7 @@ from distill_jax.generation.prompts import Prompts
 from distill_jax.generation.scheduler import SampleKey
 from distill_jax.runtime import distributed
 from distill_jax.runtime.progress import Progress
+from distill_jax.types import JsonObject
 
 WRITE_EVERY_S = 1.0  # between two writes of finished samples
 # Refusals before any sample, or failures in a row: then it is not the prompts.
@@ -34,7 +35,7 @@ class Answered(NamedTuple):
   """
 
   row: outputs.JournalRow
-  response: dict[str, Any]
+  response: JsonObject
 
 
 class Unanswered(NamedTuple):
@@ -142,7 +143,7 @@ class RemoteSampler:
           f"{self._served.name} is served without log-probabilities; set "
           "generate.server.top_logprobs=0"
         )
-      response: dict[str, Any] = {"id": prompt, "sample": sample}
+      response: JsonObject = {"id": prompt, "sample": sample}
       if top:
         response |= {k: v for k, v in answer.items() if k != "id"}
         logprobs = {"logprobs": {"content": token_logprobs}}

@@ -18,6 +18,7 @@ from distill_jax.records.fields import RecordSpec
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.store import Writer
 from distill_jax.runtime import storage
+from distill_jax.types import JsonObject
 
 Row = Mapping[str, Any]  # of samples.jsonl, by its `prompt`'s number and `tokens`
 
@@ -63,7 +64,7 @@ class GeneratedStore:
     prompts: Mapping[int, Sequence[int]],
     rows: Sequence[Row],
     token_records: Callable[[int], np.ndarray],
-  ) -> dict[str, Any]:
+  ) -> JsonObject:
     """Packs texts in order, each after its prompt, into the store; the prompts are not trained on.
 
     Args:

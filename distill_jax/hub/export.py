@@ -25,6 +25,7 @@ from distill_jax.hub.weights import float_dtype, write_hf_json
 from distill_jax.nn import params
 from distill_jax.runtime import distributed
 from distill_jax.runtime.atomic_io import atomic_write, fsync_dir
+from distill_jax.types import JsonObject
 
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_BYTES = 5 * 10**9
@@ -70,7 +71,7 @@ def export_model(
   target: str | os.PathLike[str],
   *,
   tokenizer: TokenizerFiles | None,
-  generation: dict[str, Any],
+  generation: JsonObject,
   card: str,
   dtype: str = "bfloat16",
   extra: Mapping[str, Any] | None = None,
@@ -203,7 +204,7 @@ def _write_weights(folder: pathlib.Path, sources: list[TensorSource], limit: int
 def write_shard(f: BinaryIO, shard: list[TensorSource]) -> None:
   """One safetensors file, a tensor at a time, on disk when this returns."""
   at = 0
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+  header: JsonObject = {"__metadata__": {"format": "pt"}}  # transformers asks for it
   for s in shard:
     end, code = at + s.nbytes, CODES[s.dtype.name]
     header[s.name] = {"dtype": code, "shape": list(s.shape), "data_offsets": [at, end]}
@@ -226,10 +227,10 @@ def write_shard(f: BinaryIO, shard: list[TensorSource]) -> None:
 
 def _write_texts(
   folder: pathlib.Path,
-  hf: dict[str, Any],
+  hf: JsonObject,
   dtype: str,
   tokenizer: TokenizerFiles | None,
-  generation: dict[str, Any],
+  generation: JsonObject,
   card: str,
 ) -> None:
   ids = {k: v for k, v in generation.items() if k.endswith("_token_id")}

@@ -21,6 +21,7 @@ from gguf import quants
 
 from distill_jax.errors import InputError
 from distill_jax.hub.weights import Index
+from distill_jax.types import JsonObject
 
 # The value types of the metadata, as struct codes.
 SCALARS = {
@@ -144,7 +145,7 @@ class GGUFFile:
       raw = raw[index[0]]
     return _dequantise(raw, e.kind)[:, index[1]]
 
-  def config(self) -> dict[str, Any]:
+  def config(self) -> JsonObject:
     """The Hugging Face config.json of this model."""
     get = self.number
     for key in ("rope.scaling.type", "expert_count"):
@@ -257,8 +258,8 @@ class _Cursor:
       )
     return self.scalar("Q"), self.scalar("Q")
 
-  def metadata(self, n: int) -> dict[str, Any]:
-    meta: dict[str, Any] = {}
+  def metadata(self, n: int) -> JsonObject:
+    meta: JsonObject = {}
     for _ in range(n):
       key = self.string()
       if key in meta:

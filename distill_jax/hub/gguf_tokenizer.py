@@ -8,6 +8,7 @@ from typing import Any
 
 from distill_jax.errors import InputError
 from distill_jax.hub.tokenizer import TokenizerFiles
+from distill_jax.types import JsonObject
 
 CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -19,7 +20,7 @@ LLAMA_3 = (
 # How text is cut before merging, by tokenizer.ggml.pre. "smollm" isolates every digit first:
 # so do SmolLM2's own tokenizer.json and llama.cpp. (transformers 5.23 reads this GGUF
 # without that rule, and gives other ids where two or more spaces precede a digit.)
-CUTS: dict[str, list[dict[str, Any]]] = {
+CUTS: dict[str, list[JsonObject]] = {
   "gpt-2": [BYTES],
   "smollm": [DIGITS, BYTES],
   "llama-bpe": [
@@ -29,7 +30,7 @@ CUTS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def tokenizer_files(meta: dict[str, Any], path: pathlib.Path) -> TokenizerFiles:
+def tokenizer_files(meta: JsonObject, path: pathlib.Path) -> TokenizerFiles:
   """The tokenizer of a GGUF file with metadata `meta`.
 
   Raises:
@@ -85,7 +86,7 @@ def _is_strings(x: Any) -> bool:
   return isinstance(x, list) and all(isinstance(item, str) for item in x)
 
 
-def _tokenizer_json(tokens, merges, types, pre: str, bos: str | None) -> dict[str, Any]:
+def _tokenizer_json(tokens, merges, types, pre: str, bos: str | None) -> JsonObject:
   added = [
     {
       "id": i,
@@ -125,7 +126,7 @@ def _tokenizer_json(tokens, merges, types, pre: str, bos: str | None) -> dict[st
   }
 
 
-def _begins_with(bos: str, i: int) -> dict[str, Any]:
+def _begins_with(bos: str, i: int) -> JsonObject:
   """A post-processor that puts `bos` first."""
   token, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
   return {

@@ -19,6 +19,7 @@ from distill_jax.hub.locate import locate
 from distill_jax.hub.safetensors_folder import SafetensorsFolder
 from distill_jax.hub.tokenizer import TokenizerFiles, check_vocabulary, read_tokenizer
 from distill_jax.hub.weights import Weights, read_hf_json
+from distill_jax.types import JsonObject
 
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -41,7 +42,7 @@ class Pretrained:
   config: Any
   weights: Weights
   tokenizer: TokenizerFiles | None
-  generation: dict[str, Any]
+  generation: JsonObject
 
   @functools.cached_property
   def digest(self) -> str:
@@ -97,7 +98,7 @@ def open_model(source: str) -> Pretrained:
   return Pretrained(str(source), family, config, weights, tokenizer, {**ids, **generation})
 
 
-def _family(hf: dict[str, Any], path: pathlib.Path) -> str:
+def _family(hf: JsonObject, path: pathlib.Path) -> str:
   """Returns the module of distill_jax.models that reads this config.json's model_type."""
   families = {
     model_type: name
@@ -112,7 +113,7 @@ def _family(hf: dict[str, Any], path: pathlib.Path) -> str:
   return families[model_type]
 
 
-def _config(family: str, hf: dict[str, Any], path: pathlib.Path) -> Any:
+def _config(family: str, hf: JsonObject, path: pathlib.Path) -> Any:
   try:
     return registry.load("models", family).Config.from_hf(hf)
   except InputError as e:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import pathlib
 import re
-from typing import Any
 
 import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.hub.weights import Index, Weights
+from distill_jax.types import JsonObject
 
 HEAD_DIM = 64  # of every ViT that timm calls vit_{tiny,small,base,large}_patch…
 QKV = ("query", "key", "value")
@@ -34,13 +34,13 @@ IN_LAYER = {
 }
 
 
-def is_plain_vit(hf: dict[str, Any]) -> bool:
+def is_plain_vit(hf: JsonObject) -> bool:
   """Whether a config.json is timm's, of a plain ViT."""
   name = hf.get("architecture")
   return isinstance(name, str) and re.fullmatch(r"vit_[a-z]+_patch\d+_\d+", name) is not None
 
 
-def read(weights: Weights, path: pathlib.Path) -> tuple[dict[str, Any], Weights]:
+def read(weights: Weights, path: pathlib.Path) -> tuple[JsonObject, Weights]:
   """(config.json as Hugging Face has it, the weights under its names).
 
   Raises:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any
 
 from distill_jax.errors import InputError
 from distill_jax.hub.weights import parse_hf_json, read_hf_json, read_text
+from distill_jax.types import JsonObject
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -24,7 +24,7 @@ class TokenizerFiles:
 
   json: str | None
   sentencepiece: bytes | None
-  config: dict[str, Any]
+  config: JsonObject
 
   @property
   def chat_template(self) -> str | None:
@@ -52,7 +52,7 @@ class TokenizerFiles:
       raise InputError(f"tokenizer.json has no vocabulary ({e!r}); fetch the file again") from e
 
 
-def _read_optional(path: pathlib.Path) -> dict[str, Any]:
+def _read_optional(path: pathlib.Path) -> JsonObject:
   return read_hf_json(path) if path.exists() else {}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.runtime import json_io
+from distill_jax.types import JsonObject
 
 # What parameters may be stored as; anything else needs a reader that knows its scales.
 FLOATS = {
@@ -44,12 +45,12 @@ def float_dtype(name: str) -> np.dtype:
   return FLOATS[name]
 
 
-def parse_hf_json(text: bytes | str, subject: str) -> dict[str, Any]:
+def parse_hf_json(text: bytes | str, subject: str) -> JsonObject:
   """Parses a JSON object of a checkpoint; a key given twice, too, raises InputError."""
   return json_io.parse_object(text, subject, "fetch or write the file again", unique_keys=True)
 
 
-def read_hf_json(path: pathlib.Path) -> dict[str, Any]:
+def read_hf_json(path: pathlib.Path) -> JsonObject:
   """Reads the JSON object in a file of a checkpoint."""
   return parse_hf_json(path.read_bytes(), str(path))
 

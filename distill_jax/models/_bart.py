@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from distill_jax.models._declare import Declare
 from distill_jax.models._family import check_numbers, check_supported
 from distill_jax.nn import layers
 from distill_jax.nn.params import stack
+from distill_jax.types import JsonObject
 
 EPS = 1e-5  # of norms
 ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
@@ -36,7 +37,7 @@ class Config(_seq2seq.DecoderSizes):
 
   MODEL_TYPE: ClassVar[str]
   ARCHITECTURE: ClassVar[str]
-  SUPPORTED_VALUES: ClassVar[dict[str, Any]]
+  SUPPORTED_VALUES: ClassVar[JsonObject]
   OPTIONAL_ZERO: ClassVar[tuple[str, ...]] = (
     "pad_token_id",
     "eos_token_id",
@@ -50,13 +51,13 @@ class Config(_seq2seq.DecoderSizes):
     self.side("encoder"), self.side("decoder")  # they check heads and activation
 
   @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
+  def from_hf(cls, hf: JsonObject) -> Self:
     """Reads a Hugging Face config.json; what the family cannot do is refused by name."""
     check_supported(hf, cls.SUPPORTED_VALUES, cls.MODEL_TYPE)
     names = {f.name for f in dataclasses.fields(cls)}
     return cls(**{name: hf[name] for name in names if hf.get(name) is not None})
 
-  def to_hf(self) -> dict[str, Any]:
+  def to_hf(self) -> JsonObject:
     """Returns the config.json of the model."""
     return {
       "architectures": [self.ARCHITECTURE],

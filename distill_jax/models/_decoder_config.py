@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from distill_jax.errors import InputError
 from distill_jax.models import _rope
 from distill_jax.models._family import check_numbers, check_supported
+from distill_jax.types import JsonObject
 
 # Buffers that older checkpoints hold; they follow from the config.
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
-TINY: dict[str, Any] = {  # the smallest model of every family
+TINY: JsonObject = {  # the smallest model of every family
   "vocab_size": 256,
   "hidden_size": 32,
   "intermediate_size": 64,
@@ -48,7 +49,7 @@ class Config:
   # Of a family, not of a model: what it writes into config.json, and how it computes.
   MODEL_TYPE: ClassVar[str]
   ARCHITECTURE: ClassVar[str]
-  SUPPORTED_VALUES: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}  # the only values it can do
+  SUPPORTED_VALUES: ClassVar[JsonObject] = {"hidden_act": "silu"}  # the only values it can do
   QKV_BIAS: ClassVar[bool] = False
   QK_NORM: ClassVar[bool] = False  # of each head, before rope
   NORM_OFFSET: ClassVar[float] = 0.0  # added to the scale of a norm
@@ -67,12 +68,12 @@ class Config:
       )
 
   @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
+  def from_hf(cls, hf: JsonObject) -> Self:
     """From a Hugging Face config.json; what this family cannot do is refused by name."""
     check_supported(hf, cls.SUPPORTED_VALUES, cls.MODEL_TYPE)
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     heads = hf["num_attention_heads"]
-    values: dict[str, Any] = {
+    values: JsonObject = {
       "num_key_value_heads": hf.get("num_key_value_heads") or heads,
       "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
       "rms_norm_eps": hf["rms_norm_eps"],
@@ -86,7 +87,7 @@ class Config:
         values[f.name] = float(values[f.name])
     return cls(**values)
 
-  def to_hf(self) -> dict[str, Any]:
+  def to_hf(self) -> JsonObject:
     """The config.json of this model."""
     hf = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     theta, scaling = hf.pop("rope_theta"), _rope.write(hf.pop("rope_scaling"))

@@ -19,6 +19,7 @@ from distill_jax.errors import InputError
 from distill_jax.models._declare import Declare
 from distill_jax.models._family import check_numbers
 from distill_jax.nn import attention, layers
+from distill_jax.types import JsonObject
 
 
 def _quick_gelu(x: jax.Array) -> jax.Array:
@@ -103,12 +104,12 @@ def config_of_part(cls: type[ConfigT], hf: Mapping[str, Any]) -> ConfigT:
   return cls(**{f.name: hf[f.name] for f in dataclasses.fields(cls) if f.name in hf})
 
 
-def num_labels_of(hf: dict[str, Any]) -> int:
+def num_labels_of(hf: JsonObject) -> int:
   """How many classes a config.json names; 2 where it names none, as transformers has it."""
   return len(hf["id2label"]) if "id2label" in hf else 2
 
 
-def label_names(n: int) -> dict[str, Any]:
+def label_names(n: int) -> JsonObject:
   """What a config.json says of n classes that have no names."""
   return {
     "id2label": {str(i): f"LABEL_{i}" for i in range(n)},

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, Self, runtime_checkable
 
 from distill_jax.errors import InputError
+from distill_jax.types import JsonObject
 
 
 @runtime_checkable
@@ -30,10 +31,10 @@ class FamilyConfig(Protocol):
     """How many outcomes the model's head tells apart: tokens of a vocabulary, or classes."""
 
   @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
+  def from_hf(cls, hf: JsonObject) -> Self:
     """Reads a Hugging Face config.json; what the family cannot do is refused by name."""
 
-  def to_hf(self) -> dict[str, Any]:
+  def to_hf(self) -> JsonObject:
     """Returns the config.json of the model."""
 
   def keep_layers(self, kept: tuple[int, ...]) -> Self:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.models._family import check_numbers
+from distill_jax.types import JsonObject
 
 OTHER_KEYS = {"rope_type", "type", "rope_theta"}  # beside the scaling's own
 
@@ -127,7 +127,7 @@ def amplitude(scaling: Scaling | None) -> float:
   return scaling.amplitude if isinstance(scaling, Yarn) else 1.0
 
 
-def read(rope: dict[str, Any]) -> Scaling | None:
+def read(rope: JsonObject) -> Scaling | None:
   """The scaling that config.json's rope_parameters ask for; None is the default rope.
 
   Raises:
@@ -147,7 +147,7 @@ def read(rope: dict[str, Any]) -> Scaling | None:
   return KINDS[kind](**{name: rope[name] for name in required} | given)
 
 
-def write(scaling: Scaling | None) -> dict[str, Any]:
+def write(scaling: Scaling | None) -> JsonObject:
   """The inverse, without rope_theta."""
   kind = next((k for k, t in KINDS.items() if isinstance(scaling, t)), "default")
   given = dataclasses.asdict(scaling) if scaling else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from distill_jax.errors import InputError
 from distill_jax.models import _decoder
 from distill_jax.nn import attention, layers
-from distill_jax.types import Inputs
+from distill_jax.types import Inputs, JsonObject
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
@@ -46,7 +46,7 @@ class Config(_decoder.Config):
         )
 
   @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
+  def from_hf(cls, hf: JsonObject) -> Self:
     used = hf.get("use_sliding_window") and hf.get("sliding_window") is not None
     numbers = range(hf["num_hidden_layers"]) if used else ()
     kinds = hf.get("layer_types") or [  # spelt out by transformers 5
@@ -62,7 +62,7 @@ class Config(_decoder.Config):
       return super().from_hf({**hf, "sliding_window": None, "layer_types": ()})
     return super().from_hf({**hf, "layer_types": tuple(kinds)})
 
-  def to_hf(self) -> dict[str, Any]:
+  def to_hf(self) -> JsonObject:
     hf = super().to_hf()
     window, types = hf.pop("sliding_window"), hf.pop("layer_types")
     if not types:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from distill_jax.models._declare import Declare
 from distill_jax.models._family import check_supported
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import param, stack, take_layer
-from distill_jax.types import Inputs, Output
+from distill_jax.types import Inputs, JsonObject, Output
 
 HF_MODEL_TYPES = ("bert",)  # of config.json
 PREFIX = "bert."  # of all but the head; a checkpoint of the body alone goes without
@@ -42,14 +42,14 @@ class Config(_encoder.Config):
   OPTIONAL_ZERO = ("num_labels",)
 
   @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
+  def from_hf(cls, hf: JsonObject) -> Self:
     """From a Hugging Face config.json; what this family cannot do is refused by name."""
     check_supported(hf, SUPPORTED_VALUES, "bert")
     names = {f.name for f in dataclasses.fields(cls)} - {"num_labels"}
     labels = 0 if hf.get("architectures") == ["BertModel"] else _encoder.num_labels_of(hf)
     return cls(**{name: hf[name] for name in names if name in hf}, num_labels=labels)
 
-  def to_hf(self) -> dict[str, Any]:
+  def to_hf(self) -> JsonObject:
     """The config.json of this model."""
     hf = dataclasses.asdict(self)
     n = hf.pop("num_labels")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from distill_jax.models._declare import Declare
 from distill_jax.models._family import SizesOfPart, check_numbers
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import param, stack
-from distill_jax.types import IN_BATCH_CLASSES, Images, ImageText, Inputs, Output
+from distill_jax.types import IN_BATCH_CLASSES, Images, ImageText, Inputs, JsonObject, Output
 
 HF_MODEL_TYPES = ("clip",)  # of config.json
 MAX_LOGIT_SCALE = math.log(100)  # past which CLIP's authors found training unstable
@@ -55,14 +55,14 @@ class Config(SizesOfPart):
     check_numbers(self)
 
   @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
+  def from_hf(cls, hf: JsonObject) -> Self:
     """From a Hugging Face config.json, whose text_config_dict, if there, is the newer one."""
     parts = {n: hf.get(f"{n}_config_dict") or hf[f"{n}_config"] for n in ("text", "vision")}
     text = _encoder.config_of_part(TextConfig, parts["text"])
     vision = _encoder.config_of_part(_vision_tower.VisionConfig, parts["vision"])
     return cls(text, vision, *(hf[k] for k in ("projection_dim",) if k in hf))
 
-  def to_hf(self) -> dict[str, Any]:
+  def to_hf(self) -> JsonObject:
     """The config.json of this model."""
     common = {"attention_dropout": 0.0, "projection_dim": self.projection_dim}
     text = {"model_type": "clip_text_model", **dataclasses.asdict(self.text), **common}

@@ -17,7 +17,7 @@ from distill_jax.models._declare import Declare
 from distill_jax.models._family import check_numbers
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import stack
-from distill_jax.types import Images, Output
+from distill_jax.types import Images, JsonObject, Output
 
 HF_MODEL_TYPES = ("convnext",)  # of config.json
 PREFIX = "convnext."  # of all but the head; a checkpoint of the body alone goes without
@@ -56,14 +56,14 @@ class Config:
       )
 
   @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
+  def from_hf(cls, hf: JsonObject) -> Self:
     """From a Hugging Face config.json; what this family cannot do is refused by name."""
     names = {f.name for f in dataclasses.fields(cls)} - {"num_labels"}
     given = {name: hf[name] for name in names if name in hf}
     given |= {n: tuple(given[n]) for n in ("hidden_sizes", "depths") if n in given}
     return cls(**given, num_labels=_encoder.num_labels_of(hf))
 
-  def to_hf(self) -> dict[str, Any]:
+  def to_hf(self) -> JsonObject:
     """The config.json of this model."""
     hf = dataclasses.asdict(self)
     return {

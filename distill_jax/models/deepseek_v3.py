@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from distill_jax.models import _decoder, _rope
 from distill_jax.models._declare import Declare
 from distill_jax.models._experts import Experts, check_top_k
 from distill_jax.nn import attention, layers, sharding
+from distill_jax.types import JsonObject
 
 HF_MODEL_TYPES = ("deepseek_v3",)  # of config.json
 
@@ -77,7 +78,7 @@ class Config(_decoder.Config):
       )
 
   @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
+  def from_hf(cls, hf: JsonObject) -> Self:
     if hf.get("num_key_value_heads") not in (None, hf["num_attention_heads"]):
       raise InputError(
         f"config.json has num_key_value_heads={hf['num_key_value_heads']!r}; latent attention has "
@@ -88,7 +89,7 @@ class Config(_decoder.Config):
     mtp = hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers", 0))
     return super().from_hf({**hf, "head_dim": head_dim, "num_nextn_predict_layers": mtp})
 
-  def to_hf(self) -> dict[str, Any]:
+  def to_hf(self) -> JsonObject:
     hf = super().to_hf()
     return {**hf, "head_dim": self.qk_rope_head_dim, "num_nextn_predict_layers": 0}
 

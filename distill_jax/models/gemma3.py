@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from distill_jax.errors import InputError
 from distill_jax.models import _decoder, _rope
 from distill_jax.models._windows import GLOBAL, LOCAL, check_kinds
 from distill_jax.nn import attention, layers, sharding
-from distill_jax.types import Inputs
+from distill_jax.types import Inputs, JsonObject
 
 HF_MODEL_TYPES = ("gemma3_text",)  # of config.json
 
@@ -49,7 +49,7 @@ class Config(_decoder.Config):
     check_kinds(self.layer_types, self.num_hidden_layers)
 
   @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
+  def from_hf(cls, hf: JsonObject) -> Self:
     rope = hf.get("rope_parameters") or {}  # by kind of layer, since transformers 5
     theta = {"rope_theta": hf.get("rope_theta", 1_000_000.0)}
     global_rope = theta | (rope.get(GLOBAL) or hf.get("rope_scaling") or {})
@@ -63,7 +63,7 @@ class Config(_decoder.Config):
     own = {"layer_types": tuple(types), "rope_local_base_freq": local_rope["rope_theta"]}
     return super().from_hf({**hf, **own, "rope_parameters": global_rope})
 
-  def to_hf(self) -> dict[str, Any]:
+  def to_hf(self) -> JsonObject:
     hf = super().to_hf()
     local_rope = {"rope_type": "default", "rope_theta": self.rope_local_base_freq}
     both = {GLOBAL: hf["rope_parameters"], LOCAL: local_rope}

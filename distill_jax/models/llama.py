@@ -8,6 +8,7 @@ from typing import Any, Self
 from distill_jax.models import _decoder
 from distill_jax.models._decoder import Block, Model
 from distill_jax.models._rope import Llama3
+from distill_jax.types import JsonObject
 
 __all__ = ["CONFIGS", "HF_MODEL_TYPES", "TINY", "Block", "Config", "Model"]
 
@@ -25,12 +26,12 @@ class Config(_decoder.Config):
   SUPPORTED_VALUES = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
   @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
+  def from_hf(cls, hf: JsonObject) -> Self:
     # transformers gives a Llama no window, whatever its config.json says.
     window = hf.get("sliding_window") if hf.get("model_type") == "mistral" else None
     return super().from_hf({**hf, "sliding_window": window})
 
-  def to_hf(self) -> dict[str, Any]:
+  def to_hf(self) -> JsonObject:
     hf = super().to_hf()
     if self.sliding_window is None:
       del hf["sliding_window"]

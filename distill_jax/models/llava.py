@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from distill_jax.models import _encoder, _vision_tower, llama
 from distill_jax.models._declare import Declare
 from distill_jax.models._family import SizesOfPart, check_supported
 from distill_jax.nn import layers, params
-from distill_jax.types import Images, ImageText, Output
+from distill_jax.types import Images, ImageText, JsonObject, Output
 
 HF_MODEL_TYPES = ("llava",)  # of config.json
 AFTER, PREFIX = "vision_tower.", "vision_model."  # what transformers 5 leaves out, after what
@@ -52,7 +52,7 @@ class Config(SizesOfPart):
       )
 
   @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
+  def from_hf(cls, hf: JsonObject) -> Self:
     """From a Hugging Face config.json; what this family cannot do is refused by name."""
     check_supported(hf, SUPPORTED_VALUES, "llava")
     text, vision = hf["text_config"], hf["vision_config"]
@@ -66,7 +66,7 @@ class Config(SizesOfPart):
     tower = _encoder.config_of_part(_vision_tower.VisionConfig, vision)
     return cls(llama.Config.from_hf(text), tower, token, layer)
 
-  def to_hf(self) -> dict[str, Any]:
+  def to_hf(self) -> JsonObject:
     """The config.json of this model."""
     vision = {"model_type": "clip_vision_model", **dataclasses.asdict(self.vision)}
     return {

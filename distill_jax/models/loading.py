@@ -25,6 +25,7 @@ from distill_jax.nn import params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.runtime import workdir
+from distill_jax.types import JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class ModelSource:
     return self.pretrained.tokenizer if self.pretrained else None
 
   @property
-  def generation(self) -> dict[str, Any]:
+  def generation(self) -> JsonObject:
     """The contents of generation_config.json; empty without one."""
     return self.pretrained.generation if self.pretrained else {}
 
@@ -251,7 +252,7 @@ def apply_changes(config: Any, changes: Mapping[str, Any], prefix: str = "") -> 
     InputError: the family has no such field.
   """
   fields = [f.name for f in dataclasses.fields(config)]
-  values: dict[str, Any] = {}
+  values: JsonObject = {}
   for key, value in changes.items():
     if key not in fields:
       near = difflib.get_close_matches(key, fields, 1)

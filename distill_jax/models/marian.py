@@ -6,7 +6,7 @@ One table of tokens for both languages and the head, positions of sines, a bias 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from distill_jax.errors import InputError
 from distill_jax.models import _bart
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import param
-from distill_jax.types import Inputs, Output
+from distill_jax.types import Inputs, JsonObject, Output
 
 HF_MODEL_TYPES = ("marian",)  # of config.json
 
@@ -45,7 +45,7 @@ class Config(_bart.Config):
     return self.activation_function
 
   @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
+  def from_hf(cls, hf: JsonObject) -> Self:
     config = super().from_hf(hf)
     if hf.get("decoder_vocab_size") not in (None, hf["vocab_size"]):
       raise InputError(
@@ -54,7 +54,7 @@ class Config(_bart.Config):
       )
     return config
 
-  def to_hf(self) -> dict[str, Any]:
+  def to_hf(self) -> JsonObject:
     return {
       **super().to_hf(),
       "decoder_vocab_size": self.vocab_size,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from distill_jax.errors import InputError
 from distill_jax.nn.layer_sharing import ShareOptions
 from distill_jax.nn.lora import LoraOptions
 from distill_jax.nn.quantise import QuantiseOptions
+from distill_jax.types import JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ModelOptions:
   shape: str = ""  # … and one of its named shapes; beside a source, what preflight goes by
   digest: str = ""  # the sha256 that the source must have (a store's manifest names it); "": any
   keep_layers: tuple[int, ...] = ()  # layers of the source to keep; (): all
-  changes: dict[str, Any] = dataclasses.field(default_factory=dict)  # overrides for fields of the
+  changes: JsonObject = dataclasses.field(default_factory=dict)  # overrides for fields of the
   # architecture config, e.g. {"num_labels": 10}
   new: tuple[str, ...] = ()  # Hugging Face parameter-name prefixes to initialise randomly instead
   # of loading, e.g. "classifier"

@@ -13,6 +13,7 @@ from distill_jax.models._declare import Declare
 from distill_jax.models._decoder import Block
 from distill_jax.models._experts import Experts, check_top_k, softmax_top_k
 from distill_jax.nn import layers, sharding
+from distill_jax.types import JsonObject
 
 __all__ = ["CONFIGS", "HF_MODEL_TYPES", "TINY", "Block", "Config", "Model"]
 
@@ -51,7 +52,7 @@ class Config(_windows.Config):
       )
 
   @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
+  def from_hf(cls, hf: JsonObject) -> Self:
     if hf.get("model_type") != "qwen3_moe":
       return super().from_hf(hf)
     if hf.get("decoder_sparse_step", 1) != 1 or hf.get("mlp_only_layers"):
@@ -65,7 +66,7 @@ class Config(_windows.Config):
     alike = {"max_window_layers": 0}  # of these, transformers windows all layers or none
     return super().from_hf({**hf, **needed, **alike, "num_experts": experts})
 
-  def to_hf(self) -> dict[str, Any]:
+  def to_hf(self) -> JsonObject:
     hf = super().to_hf()
     if self.num_experts is None:
       for f in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"):

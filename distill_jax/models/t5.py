@@ -22,7 +22,7 @@ from distill_jax.models._encoder import heads_of
 from distill_jax.models._family import check_numbers, check_supported
 from distill_jax.nn import attention, layers, sharding
 from distill_jax.nn.params import param, stack
-from distill_jax.types import Inputs, Output
+from distill_jax.types import Inputs, JsonObject, Output
 
 HF_MODEL_TYPES = ("t5",)  # of config.json
 SUPPORTED_VALUES = {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": True}
@@ -65,17 +65,17 @@ class Config(_seq2seq.DecoderSizes):
       )
 
   @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
+  def from_hf(cls, hf: JsonObject) -> Self:
     """From a Hugging Face config.json; what this family cannot do is refused by name."""
     check_supported(hf, SUPPORTED_VALUES, "t5", required=True)
     # transformers 5 ties whenever a checkpoint has no head, and says here what it did before.
-    tied = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True))
+    tied: Any = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True))
     names = {f.name for f in dataclasses.fields(cls)} - {"tie_word_embeddings"}
     values = {name: hf[name] for name in names if hf.get(name) is not None}
     values.setdefault("num_decoder_layers", hf["num_layers"])
     return cls(**values, tie_word_embeddings=tied)
 
-  def to_hf(self) -> dict[str, Any]:
+  def to_hf(self) -> JsonObject:
     """The config.json of this model."""
     return {
       "architectures": ["T5ForConditionalGeneration"],

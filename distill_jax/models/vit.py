@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from distill_jax.models import _encoder, _patches
 from distill_jax.models._declare import Declare
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import param, stack, take_layer
-from distill_jax.types import Images, Output
+from distill_jax.types import Images, JsonObject, Output
 
 HF_MODEL_TYPES = ("vit",)  # of config.json
 PREFIX = "vit."  # of all but the head; a checkpoint of the body alone goes without
@@ -32,14 +32,14 @@ class Config(_encoder.VisionConfig):
   TOKENS: ClassVar[int] = 1  # before the patches
 
   @classmethod
-  def from_hf(cls, hf: dict[str, Any]) -> Self:
+  def from_hf(cls, hf: JsonObject) -> Self:
     """From a Hugging Face config.json; what this family cannot do is refused by name."""
     if not hf.get("qkv_bias", True):
       raise InputError(f"config.json has qkv_bias=False; the {cls.MODEL_TYPE} family has it")
     names = {f.name for f in dataclasses.fields(cls)} - {"num_labels"}
     return cls(**{n: hf[n] for n in names if n in hf}, num_labels=_encoder.num_labels_of(hf))
 
-  def to_hf(self) -> dict[str, Any]:
+  def to_hf(self) -> JsonObject:
     """The config.json of this model."""
     hf = dataclasses.asdict(self)
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from distill_jax.models import _bart
 from distill_jax.models._declare import Declare
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import param
-from distill_jax.types import Output, Sounds
+from distill_jax.types import JsonObject, Output, Sounds
 
 HF_MODEL_TYPES = ("whisper",)  # of config.json
 
@@ -39,7 +38,7 @@ class Config(_bart.Config):
     "is_encoder_decoder": True,
   }
 
-  def to_hf(self) -> dict[str, Any]:
+  def to_hf(self) -> JsonObject:
     return {
       **super().to_hf(),
       "tie_word_embeddings": True,

@@ -17,6 +17,7 @@ from distill_jax.nn.layers import ComputeConfig
 from distill_jax.preflight import programs
 from distill_jax.records.store import Manifest
 from distill_jax.training import state
+from distill_jax.types import JsonObject
 
 # Entries of systematic sampling at 1.6 nats, seen on SmolLM2-135M (design.md, section 3).
 _ENTRIES = {32: 8.6, 63: 12.7, 255: 29.3}
@@ -51,7 +52,7 @@ def total_tokens(config: Config, verb: str) -> int:
   return config.train.steps * config.train.batch_size * config.data.seq_len
 
 
-def store_size(config: Config, verb: str) -> dict[str, Any]:
+def store_size(config: Config, verb: str) -> JsonObject:
   """Estimates the size of the records: `store_bytes_per_token`, `tokens` and `store_bytes`.
 
   All are None for tasks; the last two where the config does not say how long its corpus is.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from distill_jax.nn import params
 from distill_jax.preflight import collectives, estimate, flops
 from distill_jax.preflight.chips import Chip
 from distill_jax.preflight.topology import Hardware
+from distill_jax.types import JsonObject
 
 SPEED_KEYS = (
   "bounds",
@@ -76,7 +76,7 @@ def speed(
   step_flops: dict[str, float],
   moved: int,
   sent: dict[str, int],
-) -> dict[str, Any]:
+) -> JsonObject:
   """Returns the bounds that preflight reports, by SPEED_KEYS.
 
   Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 
@@ -11,13 +10,12 @@ from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.preflight import compiler, estimate, programs, topology
 from distill_jax.preflight.topology import Hardware
+from distill_jax.types import JsonObject
 
 MAX_COMPILES = 3
 
 
-def smallest_slice(
-  config: Config, verb: str, hardware: Hardware, fits: bool
-) -> dict[str, Any] | None:
+def smallest_slice(config: Config, verb: str, hardware: Hardware, fits: bool) -> JsonObject | None:
   """Finds the smallest listed slice of the chip on which the config fits, other than `hardware`.
 
   The mesh is the config's, or where that does not divide a slice, all of it is fsdp (beside

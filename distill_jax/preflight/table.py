@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from distill_jax.types import JsonObject
 
 GiB = 2**30
 
 
-def text(r: dict[str, Any]) -> str:
+def text(r: JsonObject) -> str:
   """For a person: the verdict first."""
   lines = [verdict(r), ""]
   lines += [f"{r['verb']} on {_slices(r)}: {r['chips']} chips, mesh {_mesh(r)}", ""]
@@ -37,7 +37,7 @@ def text(r: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def verdict(r: dict[str, Any]) -> str:
+def verdict(r: JsonObject) -> str:
   largest = max(r["bytes_per_device"], key=lambda name: r["bytes_per_device"][name])
   most = f"the largest part is {largest}, {_size(r['bytes_per_device'][largest])}"
   peak, hbm = _size(r["peak_bytes_per_device"]), _size(r["hbm_bytes_per_device"])
@@ -46,12 +46,12 @@ def verdict(r: dict[str, Any]) -> str:
   return f"does not fit: {peak} are needed of {hbm} a device; {most}"
 
 
-def _store(r: dict[str, Any]) -> str:
+def _store(r: JsonObject) -> str:
   whole = f", at most {r['store_bytes'] / 1e9:,.1f} GB in all" if r["store_bytes"] else ""
   return f"records take about {r['store_bytes_per_token']} bytes a token{whole}"
 
 
-def _smallest(r: dict[str, Any]) -> str:
+def _smallest(r: JsonObject) -> str:
   found = r["smallest"]
   if found is None:
     return (
@@ -68,15 +68,15 @@ def _smallest(r: dict[str, Any]) -> str:
   )
 
 
-def _on(found: dict[str, Any]) -> str:
+def _on(found: JsonObject) -> str:
   return f"{found['topology']} with mesh {_mesh(found)}"
 
 
-def _slices(r: dict[str, Any]) -> str:
+def _slices(r: JsonObject) -> str:
   return r["topology"] if r["slices"] == 1 else f"{r['slices']} slices of {r['topology']}"
 
 
-def _mesh(r: dict[str, Any]) -> str:
+def _mesh(r: JsonObject) -> str:
   return " ".join(f"{axis}={n}" for axis, n in r["mesh"].items())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from distill_jax.errors import InputError
 from distill_jax.pruning import choose, shapes
 from distill_jax.pruning.options import ShrinkOptions
+from distill_jax.types import JsonObject
 
 TOLERANCE = 0.1  # how far from the target, as a fraction of it, a proposed shape may be
 
@@ -122,7 +123,7 @@ def _ladder(
   steps = count("hidden") // unit(count("hidden"))
   for i in range(1, steps):
     fraction = i / steps
-    sizes: dict[str, Any] = {
+    sizes: JsonObject = {
       k: _multiple(fraction * count(k), unit(count(k))) for k in widths
     } | _fewer_heads(config, fraction, "kv_heads" in keys)
     if "experts" in keys:

@@ -18,6 +18,7 @@ from distill_jax.nn import params, sharding
 from distill_jax.pruning import choose, shapes
 from distill_jax.pruning.measure import Importance
 from distill_jax.pruning.options import ShrinkOptions
+from distill_jax.types import JsonObject
 
 CHANNELS = ("embed", "table", "norm")  # axes of the residual stream, the same in all layers
 # By the energy where it is read. SmolLM2, 512 (448, 384) of 576 channels: held-out 3.77 (4.90,
@@ -178,7 +179,7 @@ def cut(
   return jax.jit(make, out_shardings=sharding.shardings(abstract, mesh, rules))(model)
 
 
-def _by_module(named: dict[str, Any]) -> dict[tuple[str, str], Any]:
+def _by_module(named: JsonObject) -> dict[tuple[str, str], Any]:
   """Weights by their stack and Hugging Face's name of the module that they are in."""
   return {
     (path.partition(".")[0], v.get_metadata()["hf"].removesuffix(".weight")): v

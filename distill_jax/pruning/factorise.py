@@ -11,6 +11,7 @@ from distill_jax.errors import InputError
 from distill_jax.hub import declared
 from distill_jax.nn import params
 from distill_jax.runtime import distributed
+from distill_jax.types import JsonObject
 
 
 def targets(model: Any, ranks: dict[str, int]) -> dict[str, tuple[Any, int]]:
@@ -46,7 +47,7 @@ def _module(v: Any) -> str:
   return v.get_metadata()["hf"].removesuffix(".weight")
 
 
-def factorise(model: Any, ranks: dict[str, int], itemsize: int) -> tuple[Any, dict[str, Any]]:
+def factorise(model: Any, ranks: dict[str, int], itemsize: int) -> tuple[Any, JsonObject]:
   """Replaces each named matrix by its best approximation of a rank (Eckart and Young).
 
   The product of the factors is written out, in the matrix's shape, since transformers loads no
@@ -55,8 +56,8 @@ def factorise(model: Any, ranks: dict[str, int], itemsize: int) -> tuple[Any, di
   Returns: the model; by path, rank, the fraction of the squared norm that is left, bytes, and
     bytes as two factors.
   """
-  values: dict[str, Any] = {}
-  summary: dict[str, Any] = {}
+  values: JsonObject = {}
+  summary: JsonObject = {}
   for path, (v, rank) in targets(model, ranks).items():
     x, layout = distributed.to_host(v[...]), declared.Layout(v)
     loops = x.ndim - len(layout.ours)

@@ -17,12 +17,12 @@ import numpy as np
 from distill_jax.models import DecoderBlock
 from distill_jax.nn import fused_head, layers, params, sharding
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.types import Batch, Inputs, Mean
+from distill_jax.types import Batch, Inputs, JsonObject, Mean
 
 Importance = dict[str, dict[str, np.ndarray]]  # by stack and statistic: see `importance`
 LossFn = Callable[[Any, Batch, np.ndarray], Mean]  # (model, batch, which layers run, [L])
 ROOT_MEAN_SQUARES = ("heads", "mlp", "expert_mlp")
-Sums = dict[str, dict[str, Any]]  # by stack ("" for what is outside of them) and statistic
+Sums = dict[str, JsonObject]  # by stack ("" for what is outside of them) and statistic
 
 
 def importance(

@@ -25,7 +25,7 @@ from distill_jax.pruning.options import ShrinkOptions
 from distill_jax.records import collate
 from distill_jax.runtime import storage
 from distill_jax.runtime.progress import Progress
-from distill_jax.types import Batch
+from distill_jax.types import Batch, JsonObject
 
 
 class MeasuredTeacher:
@@ -124,7 +124,7 @@ class MeasuredTeacher:
 
   def make(
     self, options: ShrinkOptions, target: str | os.PathLike[str], random: bool = True
-  ) -> dict[str, Any]:
+  ) -> JsonObject:
     """Writes the student that `options` ask for as a Hugging Face folder.
 
     Args:

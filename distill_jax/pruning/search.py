@@ -33,6 +33,7 @@ from distill_jax.pruning.options import ShrinkOptions
 from distill_jax.runtime import distributed, json_io
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop
+from distill_jax.types import JsonObject
 
 TARGETS = ("target_params", "target_bytes", "target_decode_rate")
 MADE, SCORE, RATE = "made.json", "score.json", "decode_rate.json"
@@ -186,11 +187,11 @@ def _decode_rate(config: Config, loaded: LoadedModel, mesh: jax.sharding.Mesh) -
     return model.run()["decode"] / rows
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> JsonObject:
   return json_io.read_object(file, "delete its folder and run shrink again")
 
 
-def summary(config: Config, folders: dict[str, Path], key: str) -> dict[str, Any]:
+def summary(config: Config, folders: dict[str, Path], key: str) -> JsonObject:
   """Returns what the search came to; see commands/shrink.py."""
   rows, teacher = {}, {}
   for name, folder in folders.items():

@@ -9,19 +9,20 @@ from distill_jax.models.options import ModelOptions
 from distill_jax.pruning import shapes
 from distill_jax.pruning.cut import KeptIndices
 from distill_jax.pruning.options import ShrinkOptions
+from distill_jax.types import JsonObject
 
 NOTE = "as factors, for a student that starts from them; the folder holds the products"
 
 
 def kept_summary(
   options: ShrinkOptions, teacher: Any, student: Any, kept: KeptIndices
-) -> dict[str, Any]:
+) -> JsonObject:
   """Returns, by axis, how many are kept, of how many, and where it applies by what.
 
   Args:
     teacher, student: their Configs.
   """
-  found: dict[str, Any] = {
+  found: JsonObject = {
     "layers": {
       "kept": len(kept.layers),
       "of": teacher.num_hidden_layers,
@@ -44,7 +45,7 @@ def kept_summary(
   return found
 
 
-def text(result: dict[str, Any]) -> str:
+def text(result: JsonObject) -> str:
   """Returns shrink.json as a table."""
   if "candidates" in result:
     return _search_table(result)
@@ -60,7 +61,7 @@ def text(result: dict[str, Any]) -> str:
   return "\n".join([*lines, f"folder: {result['dir']}"])
 
 
-def _kept_lines(kept: dict[str, Any]) -> list[str]:
+def _kept_lines(kept: JsonObject) -> list[str]:
   lines = []
   for key, k in kept.items():
     if k["kept"] != k["of"]:
@@ -70,7 +71,7 @@ def _kept_lines(kept: dict[str, Any]) -> list[str]:
   return lines or ["everything is kept"]
 
 
-def _search_table(result: dict[str, Any]) -> str:
+def _search_table(result: JsonObject) -> str:
   sizes = sorted({k for c in result["candidates"].values() for k in c["kept"]})
   head = "".join(f"{k:>14}" for k in sizes)
   lines = [
@@ -91,7 +92,7 @@ def _search_table(result: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def card(teacher: ModelOptions, result: dict[str, Any]) -> str:
+def card(teacher: ModelOptions, result: JsonObject) -> str:
   """Returns README.md of the folder, in Markdown."""
   rows = result["models"]
   lines = [

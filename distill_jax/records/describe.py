@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from distill_jax.records.fields import Record
 from distill_jax.records.store import Store
+from distill_jax.types import JsonObject
 
 
-def describe(store: Store) -> dict[str, Any]:
+def describe(store: Store) -> JsonObject:
   """Returns the manifest without its shards, and figures: flat names, JSON values.
 
   bytes_per_token counts whole files, over positions that are not padding; payload.FIELD is

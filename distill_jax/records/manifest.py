@@ -13,6 +13,7 @@ from typing import Any
 from distill_jax.errors import InputError
 from distill_jax.records.fields import RecordSpec
 from distill_jax.runtime.atomic_io import atomic_write
+from distill_jax.types import JsonObject
 
 FORMAT = 2  # of stores of tasks and of kind "dense"; all others are still of format 1
 FORMATS = (1, 2)
@@ -83,7 +84,7 @@ class Manifest:
   n: int
   vocab_size: int
   seq_len: int
-  teacher: dict[str, Any]
+  teacher: JsonObject
   tokenizer: str
   corpus: str
   sequences_per_shard: int
@@ -148,12 +149,12 @@ class Manifest:
     return out
 
   @property
-  def identity(self) -> dict[str, Any]:
+  def identity(self) -> JsonObject:
     """All that two runs must agree on to write into one folder."""
     without = ["extents", "shards"] + ["smoothing"] * (not self.smoothing)  # older than it is
     return {k: v for k, v in self._json().items() if k not in without}
 
-  def _json(self) -> dict[str, Any]:
+  def _json(self) -> JsonObject:
     """All fields as the file spells them."""
     fields = _plain(dataclasses.asdict(self))
     if self.format_version == 1:  # which knows no labels: those of a task are under "tokens"

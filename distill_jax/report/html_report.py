@@ -15,6 +15,7 @@ from distill_jax.report.results import MODELS
 from distill_jax.runtime import json_io
 from distill_jax.runtime.atomic_io import atomic_write
 from distill_jax.training.metric_writer import FILE, read_metrics
+from distill_jax.types import JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Run:
   """A training run as its folder tells it."""
 
   rows: list[dict[str, float]]  # metrics.jsonl
-  config: dict[str, Any]  # config.json
-  versions: dict[str, Any]  # versions.json
+  config: JsonObject  # config.json
+  versions: JsonObject  # versions.json
 
 
 def write_report(
@@ -33,7 +34,7 @@ def write_report(
   records: Mapping[str, Any] | None = None,
   export_dir: str = "",
   out: str = "report.html",
-) -> dict[str, Any]:
+) -> JsonObject:
   """Writes the page into `workdir` and returns `results.summary`.
 
   Args:
@@ -116,5 +117,5 @@ def _command(versions: Mapping[str, Any]) -> str:
   return shlex.join([Path(argv[0]).name, *argv[1:]]) if len(argv) > 1 else argv[0]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
   return json_io.read_object(path, "run the step that writes it again")

@@ -14,6 +14,7 @@ from typing import Any
 from distill_jax.errors import InputError
 from distill_jax.report.numbers import percent, text
 from distill_jax.training.metric_writer import spell
+from distill_jax.types import JsonObject
 
 MODELS = {
   "teacher": "Teacher",
@@ -95,7 +96,7 @@ def _gap(name: str, baseline: str, x: dict[str, float | None], meaning: str) -> 
 
 def summary(
   evaluation: Mapping[str, Any], records: Mapping[str, Any] | None = None, export_dir: str = ""
-) -> dict[str, Any]:
+) -> JsonObject:
   """Returns the run in a few numbers, as strict JSON (design section 10).
 
   Returns:
@@ -104,7 +105,7 @@ def summary(
     is not defined, is None; NaN and infinities are strings, as in metrics.jsonl.
   """
   kl, ce, _ = gaps(evaluation)
-  numbers: dict[str, Any] = {
+  numbers: JsonObject = {
     model: {k: _plain(number(evaluation, model, k)) for k in ("ce", "kl", "agreement")}
     for model in MODELS
   }

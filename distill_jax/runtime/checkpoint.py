@@ -23,6 +23,7 @@ from etils import epath
 
 from distill_jax.errors import InputError
 from distill_jax.runtime import storage
+from distill_jax.types import JsonObject
 
 STATE, ABOUT = "state", "about"
 
@@ -33,7 +34,7 @@ def manager(workdir: Path, keep: int = 1, every: int = 0) -> ocp.CheckpointManag
   return ocp.CheckpointManager(epath.Path(storage.checkpoints(workdir)), options=options)
 
 
-def save(saves: ocp.CheckpointManager, step: int, state: Any, about: dict[str, Any]) -> None:
+def save(saves: ocp.CheckpointManager, step: int, state: Any, about: JsonObject) -> None:
   """Starts saving a state, which may be donated to the next step once this returns.
 
   Args:
@@ -65,7 +66,7 @@ def wait(saves: ocp.CheckpointManager) -> None:
 
 
 def restore(
-  saves: ocp.CheckpointManager, abstract: Any, about: dict[str, Any], step: int | None = None
+  saves: ocp.CheckpointManager, abstract: Any, about: JsonObject, step: int | None = None
 ) -> Any:
   """Returns the state that was saved, in the shardings of the abstract state.
 
@@ -160,7 +161,7 @@ def _read(saves: ocp.CheckpointManager, step: int, prefix: str, abstract: Any) -
   return jax.tree.unflatten(jax.tree.structure(abstract), [flat[p] for p in wanted])
 
 
-def _read_metadata(saves: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+def _read_metadata(saves: ocp.CheckpointManager, step: int) -> JsonObject:
   with _reading(saves, step):
     items = ocp.args.Composite(about=ocp.args.JsonRestore())
     metadata = dict(saves.restore(step, args=items)[ABOUT])
@@ -169,7 +170,7 @@ def _read_metadata(saves: ocp.CheckpointManager, step: int) -> dict[str, Any]:
   return metadata
 
 
-def _array_records(flat: dict[str, jax.Array]) -> dict[str, Any]:
+def _array_records(flat: dict[str, jax.Array]) -> JsonObject:
   """Returns, by path, an array's dtype and shape, and its checksums."""
   sums = checksums(flat)
   return {

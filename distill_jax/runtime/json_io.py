@@ -10,6 +10,7 @@ from typing import Any
 from distill_jax.errors import InputError
 from distill_jax.runtime import distributed
 from distill_jax.runtime.atomic_io import atomic_write
+from distill_jax.types import JsonObject
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -54,7 +55,7 @@ def parse(text: bytes | str, subject: str = "", action: str = "", unique_keys: b
       key is there twice.
   """
 
-  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  def unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
       twice = next(key for key in keys if keys.count(key) > 1)
@@ -73,7 +74,7 @@ def parse(text: bytes | str, subject: str = "", action: str = "", unique_keys: b
 
 def parse_object(
   text: bytes | str, subject: str = "", action: str = "", unique_keys: bool = False
-) -> dict[str, Any]:
+) -> JsonObject:
   """Parses one JSON object; arguments and errors are those of `parse`.
 
   Raises:
@@ -94,7 +95,7 @@ def _sentence(*parts: str) -> str:
   return "; ".join(filter(None, parts))
 
 
-def read_object(path: Path, action: str, unique_keys: bool = False) -> dict[str, Any]:
+def read_object(path: Path, action: str, unique_keys: bool = False) -> JsonObject:
   """Reads the JSON object in a file.
 
   Args:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from distill_jax.types import JsonObject
+
 WINDOW = 12  # lines that the rate is taken over, so that compiling does not weigh for long
 
 
@@ -48,7 +50,7 @@ class Progress:
     self.what, self.total, self.unit, self.every = what, total, unit, every
     self.done = self._start_at = start
     self._file, self._clock = file, clock
-    self._numbers: dict[str, Any] = {}
+    self._numbers: JsonObject = {}
 
   def __enter__(self) -> Progress:
     self._start = self._clock()

@@ -18,6 +18,7 @@ from distill_jax import config as configs
 from distill_jax.errors import InputError
 from distill_jax.runtime import distributed
 from distill_jax.runtime.json_io import read_object, write_json
+from distill_jax.types import JsonObject
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
 DAMAGED = "bring the file back, or choose another --workdir"
@@ -102,7 +103,7 @@ def read_config(path: str | Path) -> configs.Config:
   return configs.from_dict(read_object(file, DAMAGED))
 
 
-def versions() -> dict[str, Any]:
+def versions() -> JsonObject:
   """Returns what made a run: command, packages, platform and git revision."""
   return {
     "command": sys.argv,

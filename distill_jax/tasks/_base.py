@@ -10,7 +10,7 @@ import numpy as np
 
 from distill_jax.generation.beam_search import Search
 from distill_jax.hub.pretrained import Pretrained
-from distill_jax.types import Images, ImageText, Inputs, SourceTarget
+from distill_jax.types import Images, ImageText, Inputs, JsonObject, SourceTarget
 
 Example = dict[str, np.ndarray]
 # Returns a field of every example of a batch, [B, ...], given the field's name.
@@ -82,7 +82,7 @@ class Task(abc.ABC):
     """Refuses a family's Config whose model cannot read this task's inputs or has other outputs."""
 
   @abc.abstractmethod
-  def hub_files(self, config: Any) -> dict[str, Any]:
+  def hub_files(self, config: Any) -> JsonObject:
     """Returns what the exported folder of a model holds for this task.
 
     Args:
@@ -112,7 +112,7 @@ class PseudoLabels(NamedTuple):
     left_out: how many outputs are not among them.
   """
 
-  lines: list[dict[str, Any]]
+  lines: list[JsonObject]
   left_out: int
 
 
@@ -130,7 +130,7 @@ class TextTask(Task):
     """Returns the model's inputs for a batch, as numpy arrays."""
 
   @abc.abstractmethod
-  def search(self, config: Any, source: Any, generation: dict[str, Any]) -> Search:
+  def search(self, config: Any, source: Any, generation: JsonObject) -> Search:
     """Returns how a model decodes its outputs.
 
     Args:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from distill_jax.errors import InputError
+from distill_jax.types import JsonObject
 
 
 def check_names(kind: str, names: Sequence[str]) -> None:
@@ -14,7 +14,7 @@ def check_names(kind: str, names: Sequence[str]) -> None:
     raise InputError(f"the task {kind} has classes {names}; name two or more, each once")
 
 
-def as_hub_config(names: Sequence[str]) -> dict[str, Any]:
+def as_hub_config(names: Sequence[str]) -> JsonObject:
   """Returns the names as config.json holds them."""
   return {
     "id2label": {str(i): name for i, name in enumerate(names)},

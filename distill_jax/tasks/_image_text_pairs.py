@@ -13,6 +13,7 @@ import numpy as np
 from distill_jax.data import image_files, sources
 from distill_jax.errors import InputError
 from distill_jax.tasks._jsonl_task import JsonlTask, is_text, read_media
+from distill_jax.types import JsonObject
 
 
 class Pair(NamedTuple):
@@ -110,7 +111,7 @@ class ImageTextTask(JsonlTask):
         f"{want[0]} with {want[1]}; set them alike"
       )
 
-  def hub_files(self, config: Any) -> dict[str, Any]:
+  def hub_files(self, config: Any) -> JsonObject:
     """Returns what transformers' CLIPImageProcessor reads."""
     del config
     size = {"height": self.size, "width": self.size}

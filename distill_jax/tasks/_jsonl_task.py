@@ -15,6 +15,7 @@ from distill_jax.errors import InputError
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.runtime import json_io
 from distill_jax.tasks._base import Task
+from distill_jax.types import JsonObject
 
 
 class BadExamples(BadInputPolicy):
@@ -79,7 +80,7 @@ class JsonlTask(Task):
     return corpus.of_files(pretrained.tokenizer, pretrained.source)
 
 
-def read_objects(source: DocumentSource, bad: BadExamples) -> Iterator[tuple[dict[str, Any], str]]:
+def read_objects(source: DocumentSource, bad: BadExamples) -> Iterator[tuple[JsonObject, str]]:
   """Yields the object on each line of a source's files, of both splits, and its place."""
   for line in lines(source):
     try:

@@ -19,7 +19,7 @@ from distill_jax.tasks._base import Example, Stack
 from distill_jax.tasks._class_names import as_hub_config, check_names
 from distill_jax.tasks._jsonl_task import BadExamples
 from distill_jax.tasks._model_configs import ImageEncoderConfig
-from distill_jax.types import Images
+from distill_jax.types import Images, JsonObject
 
 PIXELS = "pixels_WWM"
 WHICH = ("all", "labelled", "unlabelled")
@@ -130,7 +130,7 @@ class Task(_base.Task):
         f"{self.size, self.channels}; set size and channels here, or change the model"
       )
 
-  def hub_files(self, config: Any) -> dict[str, Any]:
+  def hub_files(self, config: Any) -> JsonObject:
     del config
     return {
       "config.json": as_hub_config(self.names),

@@ -21,6 +21,7 @@ from distill_jax.records import collate
 from distill_jax.runtime import distributed
 from distill_jax.runtime.progress import Progress
 from distill_jax.tasks._base import Example, TextTask
+from distill_jax.types import JsonObject
 
 PAIRS = "pairs.jsonl"
 
@@ -82,7 +83,7 @@ def _to_text(ids: list[int], eos: int, tokenizer: Tokenizer) -> str:
   return tokenizer.decode([i for i in ids if i not in special and i < tokenizer.vocab_size]).strip()
 
 
-def write_pseudo_labels(config: Config, workdir: Path) -> dict[str, Any]:
+def write_pseudo_labels(config: Config, workdir: Path) -> JsonObject:
   """Writes the teacher's outputs for a task's training examples, as a file that the task reads.
 
   That is sequence-level distillation (arXiv:1606.07947), or pseudo-labels of speech. The file is

@@ -19,7 +19,7 @@ from distill_jax.tasks import _scores, _seq2seq_targets
 from distill_jax.tasks._base import Example, PseudoLabels, Stack, TextTask
 from distill_jax.tasks._jsonl_task import BadExamples, JsonlTask, is_text, read_media
 from distill_jax.tasks._model_configs import SpeechConfig, wrong_kind
-from distill_jax.types import Sounds, SourceTarget
+from distill_jax.types import JsonObject, Sounds, SourceTarget
 
 
 class Sound(NamedTuple):
@@ -131,7 +131,7 @@ class Task(JsonlTask, TextTask):
       start = _seq2seq_targets.token_id(self.kind, load_tokenizer(self.tokenizer), self.prompt[0])
       _seq2seq_targets.check_start(self.kind, start, config)
 
-  def hub_files(self, config: Any) -> dict[str, Any]:
+  def hub_files(self, config: Any) -> JsonObject:
     del config
     return {
       "preprocessor_config.json": {
@@ -149,7 +149,7 @@ class Task(JsonlTask, TextTask):
       }
     }
 
-  def search(self, config: Any, source: TranscribedSounds, generation: dict[str, Any]) -> Search:
+  def search(self, config: Any, source: TranscribedSounds, generation: JsonObject) -> Search:
     return Search(
       tuple(source.prompt),
       source.eos,

@@ -15,7 +15,7 @@ from distill_jax.tasks._base import Stack
 from distill_jax.tasks._class_names import as_hub_config, check_names
 from distill_jax.tasks._jsonl_task import JsonlTask, is_text, read_objects
 from distill_jax.tasks._model_configs import TextEncoderConfig, wrong_kind
-from distill_jax.types import Inputs
+from distill_jax.types import Inputs, JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,6 @@ class Task(JsonlTask):
       raise wrong_kind(self.kind, wanted, config)
     _texts.check_length(self.kind, self.max_tokens, config)
 
-  def hub_files(self, config: Any) -> dict[str, Any]:
+  def hub_files(self, config: Any) -> JsonObject:
     del config
     return {"config.json": as_hub_config(self.classes)}

@@ -13,7 +13,7 @@ from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Stack
 from distill_jax.tasks._jsonl_task import JsonlTask, is_text, read_objects
 from distill_jax.tasks._model_configs import TextEncoderConfig, wrong_kind
-from distill_jax.types import Inputs
+from distill_jax.types import Inputs, JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Task(JsonlTask):
       raise wrong_kind(self.kind, wanted, config)
     _texts.check_length(self.kind, self.max_tokens, config)
 
-  def hub_files(self, config: Any) -> dict[str, Any]:
+  def hub_files(self, config: Any) -> JsonObject:
     """Returns what sentence-transformers reads: the mean over tokens, then length 1."""
     parts = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     modules = [

@@ -17,7 +17,7 @@ from distill_jax.tasks import _scores, _seq2seq_targets, _texts
 from distill_jax.tasks._base import Example, PseudoLabels, Stack, TextTask
 from distill_jax.tasks._jsonl_task import BadExamples, JsonlTask, is_text, read_objects
 from distill_jax.tasks._model_configs import Seq2SeqConfig, SpeechConfig, wrong_kind
-from distill_jax.types import SourceTarget
+from distill_jax.types import JsonObject, SourceTarget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +93,11 @@ class Task(JsonlTask, TextTask):
     if self.tokenizer:
       self._check_start(load_tokenizer(self.tokenizer), config)
 
-  def hub_files(self, config: Any) -> dict[str, Any]:
+  def hub_files(self, config: Any) -> JsonObject:
     del config
     return {}
 
-  def search(self, config: Any, source: EncodedPairs, generation: dict[str, Any]) -> Search:
+  def search(self, config: Any, source: EncodedPairs, generation: JsonObject) -> Search:
     del generation
     return Search(
       (config.decoder_start_token_id,),
