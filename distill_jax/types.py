@@ -22,13 +22,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
+PyTree = Any  # of arrays, their shapes, or what is held for each
+QKV = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys, values
 JsonObject = dict[str, Any]  # a parsed JSON object, or what is written as one
 # A divergence: (log p, log q) -> its terms, elementwise over the last axis.
 Terms = Callable[[jax.Array, jax.Array], jax.Array]
@@ -73,6 +75,9 @@ class ImageText(struct.PyTreeNode):
 
   images: Images
   texts: Inputs
+
+
+ModelInputs = Inputs | Images | Sounds | SourceTarget | ImageText
 
 
 class Targets(struct.PyTreeNode, kw_only=True):
@@ -163,7 +168,7 @@ class Batch(struct.PyTreeNode):
       where a position is trained on teachers only, and False where on labels only.
   """
 
-  inputs: Any  # Inputs, Images, Sounds, SourceTarget or ImageText
+  inputs: ModelInputs
   labels_BT: jax.Array
   mask_BT: jax.Array
   targets: dict[str, Targets] = struct.field(default_factory=dict)
@@ -221,12 +226,62 @@ class Output(struct.PyTreeNode):
   contrastive: bool = struct.field(pytree_node=False, default=False)
 
 
+@runtime_checkable
+class FamilyConfig(Protocol):
+  """The shape of a model, under the names of Hugging Face's config.json: a frozen dataclass."""
+
+  @property
+  def hidden_size(self) -> int:
+    """Width of the hidden states that features are taken from."""
+
+  @property
+  def num_hidden_layers(self) -> int:
+    """How many layers taps are chosen from."""
+
+  @property
+  def head_rows(self) -> int:
+    """How many outcomes the model's head tells apart: tokens of a vocabulary, or classes."""
+
+  @property
+  def embedding_size(self) -> int | None:
+    """Width of Output.embedding_BTD, the embeddings of whole inputs; None without them."""
+
+  @property
+  def tied_table(self) -> str | None:
+    """The tensor of the embedding table that is the head too; None where the head is its own."""
+
+  @classmethod
+  def from_hf(cls, hf: JsonObject) -> Self:
+    """Reads a Hugging Face config.json; what the family cannot do is refused by name."""
+
+  def to_hf(self) -> JsonObject:
+    """Returns the config.json of the model."""
+
+  def keep_layers(self, kept: tuple[int, ...]) -> Self:
+    """Returns the config of a model that has these layers of this one, in this order."""
+
+  def ignores_tensor(self, name: str) -> bool:
+    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+
+
+class TextConfig(FamilyConfig, Protocol):
+  """The config of a model that reads text."""
+
+  @property
+  def vocab_size(self) -> int:
+    """Rows of the embedding table."""
+
+  @property
+  def max_position_embeddings(self) -> int:
+    """How many positions the model reads at most."""
+
+
 class Model(Protocol):
   """A family's model: its parameters, and how its outputs are computed from its inputs."""
 
-  config: Any  # the family's Config
+  config: FamilyConfig
 
-  def __call__(self, inputs: Any, compute: Any, taps: tuple[int, ...] = ()) -> Output:
+  def __call__(self, inputs: ModelInputs, compute: Any, taps: tuple[int, ...] = ()) -> Output:
     """The outputs.
 
     Args:
@@ -235,7 +290,7 @@ class Model(Protocol):
       taps: layers whose outputs are kept beside, in ascending order.
     """
 
-  def qkv(self, layer: int, x: Any, inputs: Any, compute: Any) -> tuple[Any, Any, Any]:
+  def qkv(self, layer: int, x_BTD: jax.Array, inputs: ModelInputs, compute: Any) -> QKV:
     """(q, k, v) of a layer, each [B, T, heads, h], from the output of the layer before it."""
 
 
@@ -263,7 +318,7 @@ class TrainState(struct.PyTreeNode):
   """All that training changes."""
 
   step: jax.Array  # int32
-  params: Any  # what is trained of the student: see models/trained.py
-  adapters: dict[str, Any]  # parameters that losses own, by loss; never exported
+  params: PyTree  # what is trained of the student: see models/trainables.py
+  adapters: dict[str, PyTree]  # parameters that losses own, by loss; never exported
   opt: optax.OptState
   balance: dict[str, jax.Array] = struct.field(default_factory=dict)  # factors of loss weights

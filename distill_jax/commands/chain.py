@@ -216,7 +216,7 @@ def _check(
 def _check_models(config: Config, planned: dict[str, PlannedLink]) -> None:
   """Refuses students that cannot be made or trained, or that read other tokens than the teacher."""
   origin = loading.open_source(config.teacher, config.seed)  # of the weights of a link that is cut
-  shape = origin.config
+  shape = origin.text_config
   tokenizer = corpus.tokenizer_of(config.data, origin.pretrained)
   corpus.check(config.data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
   for name, link in planned.items():
@@ -227,7 +227,7 @@ def _check_models(config: Config, planned: dict[str, PlannedLink]) -> None:
       else:
         student = link.config.student
         origin = loading.open_source(student, config.seed)
-        shape = origin.config
+        shape = origin.text_config
       corpus.check(config.data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
       _check_tokenizer(config, origin, tokenizer.digest, teaches=name != config.chain[-1])
       train = dataclasses.replace(link.config.train, records=())

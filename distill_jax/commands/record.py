@@ -92,7 +92,7 @@ def open_corpus(config: Config, teacher: ModelSource) -> Corpus:
   if config.records.logprobs:
     text = list(_dump(config, tokenizer))
   else:
-    shape = teacher.config
+    shape = teacher.text_config
     text_corpus.check(config.data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
     text = list(text_corpus.sequences(config.data, tokenizer, pretrained))
   return Corpus.of_text(text, tokenizer, config.data.seq_len)

@@ -36,7 +36,7 @@ def check(options: EfficiencyOptions, models: Mapping[str, ModelSource]) -> None
       "name one batch size or more, and all these numbers are at least 1"
     )
   for name, source in models.items():
-    max_len = source.config.max_position_embeddings
+    max_len = source.text_config.max_position_embeddings
     if not 1 <= options.context <= max_len:
       raise InputError(
         f"efficiency.context is {options.context}; it is at least 1, and the {name} has {max_len} "

@@ -66,7 +66,7 @@ def distinct(n: int, chosen: int, batch: int) -> float:
 
 def weight_bytes(source: ModelSource, dtype: str) -> WeightBytes:
   """Bytes of a model served in `dtype`, one of DTYPES."""
-  c = source.config
+  c: Any = source.config  # a decoder's
   total = experts = table = n = 0
   for path, v in params.named_params(source.abstract):
     size, axes = param_bytes(v, dtype), v.get_metadata()["axes"]
@@ -132,7 +132,7 @@ def prefill_flops(source: ModelSource, context: int) -> float:
 
 def decode_flops(source: ModelSource, context: int) -> float:
   """Operations of one token at position `context` - 1."""
-  c = source.config
+  c: Any = source.config  # a decoder's
   attended = all_attended_positions(c, context)
   attention = 2.0 * attended * c.num_attention_heads * c.decode_attention_width
   return 2.0 * flops.active_params(source) + attention
@@ -187,7 +187,7 @@ class ServingCost:
 
 def serving_cost(source: ModelSource, context: int, dtype: str, cache_dtype: str) -> ServingCost:
   """Returns the cost of a model that is served in `dtype`, for rows of `context` positions."""
-  c = source.config
+  c: Any = source.config  # a decoder's
   cache = DTYPES[cache_dtype] * cache_numbers(c, context)
   return ServingCost(weight_bytes(source, dtype), cache, decode_flops(source, context))
 
@@ -201,7 +201,8 @@ def model_costs(
   batch_sizes: Sequence[int],
 ) -> JsonObject:
   """All that is computed of one model, as efficiency.json holds it: bytes, operations, seconds."""
-  c, options = source.config, source.options
+  c: Any = source.config  # a decoder's
+  options = source.options
   cost, width = serving_cost(source, context, dtype, cache_dtype), DTYPES[cache_dtype]
   return {
     "name": source.name

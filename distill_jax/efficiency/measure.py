@@ -67,7 +67,7 @@ class BenchmarkedModel:
     self._new = CALLS * options.steps
     self._cache = empty_cache(model, rows, context, loaded.compute, mesh, options.cache_dtype)
     self.cache_bytes = sum(x.nbytes for x in jax.tree.leaves(self._cache))
-    vocab_size = loaded.config.vocab_size
+    vocab_size = loaded.text_config.vocab_size
     spec = engine.EngineSpec(loaded.compute, Sampling(0.0), options.steps, (), vocab_size)
     cache_sharding = jax.tree.map(lambda x: x.sharding, self._cache)
     jit = functools.partial(jax.jit, donate_argnums=1)

@@ -96,7 +96,8 @@ def _corpus(config: Config, teacher: loading.LoadedModel) -> HeldOut:
   """Packed sequences."""
   data = dataclasses.replace(config.data, split="heldout", sequences=config.evaluate.sequences)
   tokenizer = corpus.tokenizer_of(data, teacher.pretrained)
-  corpus.check(data, tokenizer, teacher.config.vocab_size, teacher.config.max_position_embeddings)
+  shape = teacher.text_config
+  corpus.check(data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
   sequences = list(corpus.sequences(data, tokenizer, teacher.pretrained))
   return HeldOut(sequences, tokenizer.vocab_size)
 

@@ -151,8 +151,8 @@ class Scorer:
     chunk: int,
   ):
     sharding.check_batch("evaluate.batch_size", batch_size, mesh)
-    check_vocabulary(tokenizer.vocab_size, loaded.config.vocab_size, tokenizer.where)
-    self.max_len: int = loaded.config.max_position_embeddings
+    check_vocabulary(tokenizer.vocab_size, loaded.text_config.vocab_size, tokenizer.where)
+    self.max_len: int = loaded.text_config.max_position_embeddings
     self._model, self._mesh, self._batch_size = loaded.model, mesh, batch_size
     self._score = jax.jit(
       functools.partial(

@@ -8,7 +8,7 @@ import numpy as np
 
 from distill_jax.losses import DenseTargets
 from distill_jax.runtime import distributed
-from distill_jax.types import Batch
+from distill_jax.types import Batch, ImageText
 
 
 class Retrieval:
@@ -24,6 +24,7 @@ class Retrieval:
     Args:
       outputs: by model; their heads are the batch, first its texts, then its images.
     """
+    assert isinstance(batch.inputs, ImageText)
     real_B = distributed.to_host(batch.mask_BT)[:, 0]
     self._texts.append(distributed.to_host(batch.inputs.texts.tokens_BT)[real_B])
     for name, output in outputs.items():

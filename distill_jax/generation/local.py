@@ -99,7 +99,7 @@ def _check(
   job: GenerationJob, tokenizer: Tokenizer, mesh: Mesh, store: GeneratedStore | None
 ) -> Stops:
   """Refuses what does not fit together, with no weight read."""
-  c, shape = job.decoding, job.source.config
+  c, shape = job.decoding, job.source.text_config
   for key, value in (
     (job.key("samples"), job.samples),
     (job.key("max_new_tokens"), job.max_new_tokens),

@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from flax import nnx
 
 from distill_jax.hub.weights import Index
 
 BLOCK = 16  # rows transposed at a time: numpy alone is 4 times slower on a large matrix
 
 
-def loop_axes(v: Any) -> tuple[str, ...]:
+def loop_axes(v: nnx.Variable) -> tuple[str, ...]:
   """Returns the leading axes that Hugging Face spreads over tensors: `layers`, `experts`."""
   meta = v.get_metadata()
   axes = tuple(a for a in meta["axes"] if "{" + a + "}" in meta["hf"])
@@ -29,13 +30,13 @@ def loop_axes(v: Any) -> tuple[str, ...]:
   return axes
 
 
-def dtype_of(v: Any, dtype: np.dtype) -> np.dtype:
+def dtype_of(v: nnx.Variable, dtype: np.dtype) -> np.dtype:
   """Returns the dtype of `v` where the other parameters are `dtype`."""
   return np.dtype(np.float32) if v.get_metadata()["exact"] else dtype
 
 
 def tensors(
-  v: Any, index: Index | None = None, layers: tuple[int, ...] = ()
+  v: nnx.Variable, index: Index | None = None, layers: tuple[int, ...] = ()
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
   """Yields (tensor name, index along the loop axes) of the tensors that hold `v`.
 
@@ -64,7 +65,7 @@ def _grid(ranges: list[range]) -> Iterator[tuple[int, ...]]:
       yield (i, *rest)
 
 
-def matcher(v: Any) -> Callable[[str], bool]:
+def matcher(v: nnx.Variable) -> Callable[[str], bool]:
   """Returns whether a name is one of the tensors of `v`, without listing them."""
   axes, hf = loop_axes(v), v.get_metadata()["hf"]
   pattern = re.escape(hf)
@@ -118,7 +119,7 @@ class Layout:
     shape: the stored shape.
   """
 
-  def __init__(self, v: Any):
+  def __init__(self, v: nnx.Variable):
     loops = len(loop_axes(v))
     axes, out = v.get_metadata()["axes"][loops:], v.get_metadata()["out"]
     first = [axes.index(a) for a in out]

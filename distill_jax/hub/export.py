@@ -12,10 +12,11 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import jax
 import numpy as np
+from flax import nnx
 
 from distill_jax.errors import InputError
 from distill_jax.hub import declared
@@ -25,7 +26,7 @@ from distill_jax.hub.weights import float_dtype, write_hf_json
 from distill_jax.nn import params
 from distill_jax.runtime import distributed
 from distill_jax.runtime.atomic_io import atomic_write, fsync_dir
-from distill_jax.types import JsonObject
+from distill_jax.types import JsonObject, Model, PyTree
 
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_BYTES = 5 * 10**9
@@ -36,7 +37,7 @@ class TensorSource:
   """Where one tensor of the checkpoint comes from."""
 
   name: str
-  param: Any
+  param: nnx.Variable
   loop_index: tuple[int, ...]  # along the parameter's loop axes
   shape: tuple[int, ...]
   dtype: np.dtype
@@ -60,21 +61,21 @@ class TensorSource:
 
 def _to_host(x: jax.Array, loop_index: tuple[int, ...]) -> np.ndarray:
   """Returns one tensor of a stack; on a CPU alone it is a view of the array's memory."""
-  devices: list[Any] = list(x.sharding.device_set)
+  devices: list[jax.Device] = list(x.sharding.device_set)
   if len(devices) == 1 and devices[0].platform == "cpu":
     return np.asarray(x)[loop_index]
   return distributed.to_host(x[(*loop_index, ...)])
 
 
 def export_model(
-  model: Any,
+  model: Model,
   target: str | os.PathLike[str],
   *,
   tokenizer: TokenizerFiles | None,
   generation: JsonObject,
   card: str,
   dtype: str = "bfloat16",
-  extra: Mapping[str, Any] | None = None,
+  extra: Mapping[str, JsonObject] | None = None,
   shard_bytes: int = SHARD_BYTES,
 ) -> pathlib.Path:
   """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` takes as it is.
@@ -154,7 +155,7 @@ def _check_room(target: pathlib.Path, need: int) -> None:
     raise InputError(f"{target} needs {need} bytes and the disk has {free}; make room")
 
 
-def tensor_sources(model: Any, dtype: np.dtype) -> list[TensorSource]:
+def tensor_sources(model: PyTree, dtype: np.dtype) -> list[TensorSource]:
   """Returns the checkpoint's tensors, layer by layer.
 
   Raises:

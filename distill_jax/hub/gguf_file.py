@@ -216,8 +216,8 @@ class _Cursor:
         raise InputError(f"{path} is {self.size} bytes, too few for a GGUF file; fetch it again")
       self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
 
-  def damaged(self, what: str) -> InputError:
-    return InputError(f"{self.path} is truncated or damaged: {what}; fetch the file again")
+  def damaged(self, fault: str) -> InputError:
+    return InputError(f"{self.path} is truncated or damaged: {fault}; fetch the file again")
 
   def take(self, n: int) -> bytes:
     if n > self.size - self.at:

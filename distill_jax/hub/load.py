@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jax.tree_util import KeyPath
 
 from distill_jax import registry
 from distill_jax.errors import InputError
@@ -18,8 +21,9 @@ from distill_jax.hub.pretrained import Pretrained
 from distill_jax.hub.weights import FLOATS, Weights, float_dtype
 from distill_jax.nn import layers, params, sharding
 from distill_jax.runtime.progress import Progress
+from distill_jax.types import FamilyConfig, Model, PyTree
 
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
 
 Spans = tuple[tuple[int, int], ...]  # (first, past the last) along each axis
 
@@ -34,9 +38,9 @@ class Overrides:
     key: initialises them.
   """
 
-  config: Any
+  config: FamilyConfig
   random: tuple[str, ...] = ()
-  key: Any = None
+  key: jax.Array | None = None
 
   def is_random(self, name: str) -> bool:
     """Whether the parameter with this Hugging Face name starts random."""
@@ -50,7 +54,7 @@ def load_model(
   dtype: str = "float32",
   keep_layers: tuple[int, ...] = (),
   overrides: Overrides | None = None,
-) -> Any:
+) -> Model:
   """Returns the model, each parameter in `dtype` in its storage sharding on `mesh`.
 
   Only the slices that this process's devices hold are read. Beside the parameters, host
@@ -69,7 +73,7 @@ def load_model(
   overrides = overrides or Overrides(pretrained.config)
   family, config = registry.load("models", pretrained.family), overrides.config
 
-  def abstract(config: Any) -> Any:
+  def abstract(config: FamilyConfig) -> Model:
     return jax.eval_shape(lambda key: family.Model(config, key), jax.random.key(0))
 
   whole = abstract(config)
@@ -84,7 +88,7 @@ def load_model(
   ):
     filler = _Filler(pretrained.weights, numpy_dtype, keep_layers, progress, pool)
 
-    def value(path: Any, v: Any, variable: Any) -> Any:
+    def value(path: KeyPath, v: nnx.Variable, variable: nnx.Variable) -> nnx.Variable:
       name = jax.tree_util.keystr(path, simple=True, separator=".")
       if name in random:
         progress.add(random[name].nbytes)
@@ -101,7 +105,7 @@ def check_layers(pretrained: Pretrained, keep_layers: tuple[int, ...]) -> None:
     raise InputError(f"keep_layers names layer {bad[0]}; {pretrained.source} has 0 to {L - 1}")
 
 
-def _check_overrides(overrides: Overrides, model: Any) -> None:
+def _check_overrides(overrides: Overrides, model: Model) -> None:
   names = {v.get_metadata()["hf"] for v in _leaves(model)}
   unused = [p for p in overrides.random if not any(n.startswith(p) for n in names)]
   if unused:
@@ -112,7 +116,7 @@ def _check_overrides(overrides: Overrides, model: Any) -> None:
 
 
 def _random_params(
-  family: Any, model: Any, shardings: Any, overrides: Overrides, dtype: np.dtype
+  family: ModuleType, model: Model, shardings: PyTree, overrides: Overrides, dtype: np.dtype
 ) -> dict[str, jax.Array]:
   """Returns, by path, the parameters that start random, in their sharding."""
   chosen = {
@@ -123,14 +127,14 @@ def _random_params(
   named = params.named_params(shardings)
 
   def init(key: jax.Array) -> dict[str, jax.Array]:
-    made = params.named_params(family.Model(model.config, key))
-    return {p: v[...].astype(declared.dtype_of(v, dtype)) for p, v in made if p in chosen}
+    drawn = params.named_params(family.Model(model.config, key))
+    return {p: v[...].astype(declared.dtype_of(v, dtype)) for p, v in drawn if p in chosen}
 
   out_shardings = {path: v.get_value() for path, v in named if path in chosen}
   return jax.jit(init, out_shardings=out_shardings)(overrides.key)
 
 
-def _bytes_here(model: Any, shardings: Any, dtype: np.dtype) -> int:
+def _bytes_here(model: Model, shardings: PyTree, dtype: np.dtype) -> int:
   """Bytes of the different parts of all parameters that this process holds."""
   total = 0
   for v, place in zip(_leaves(model), jax.tree.leaves(shardings), strict=True):
@@ -139,12 +143,12 @@ def _bytes_here(model: Any, shardings: Any, dtype: np.dtype) -> int:
   return total
 
 
-def _leaves(tree: Any) -> list[Any]:
-  return [v for _, v in params.named_params(tree)]
+def _leaves(model: Model) -> list[nnx.Variable]:
+  return [v for _, v in params.named_params(model)]
 
 
 def _check_tensors(
-  weights: Weights, model: Any, pretrained: Pretrained, overrides: Overrides
+  weights: Weights, model: Model, pretrained: Pretrained, overrides: Overrides
 ) -> None:
   """Refuses a checkpoint that lacks a tensor of the model, or holds one more."""
   names, source = weights.names(), pretrained.source
@@ -172,9 +176,9 @@ def _check_tensors(
     pretrained.config.ignores_tensor,
   ]
   unknown = sorted(n for n in names if not any(is_known(n) for is_known in known))
-  if HEAD in unknown and pretrained.config.tie_word_embeddings:
+  if HEAD in unknown and (table := pretrained.config.tied_table) is not None:
     unknown.remove(HEAD)
-    _check_tied(weights, source, getattr(pretrained.config, "TABLE", EMBED))
+    _check_tied(weights, source, table)
   if unknown:
     raise InputError(
       f"{source} holds {unknown[0]} ({len(unknown)} such in all), which its model does not have; "
@@ -205,7 +209,7 @@ class _Filler:
   progress: Progress
   pool: ThreadPoolExecutor
 
-  def fill(self, v: Any, place: NamedSharding) -> Any:
+  def fill(self, v: nnx.Variable, place: NamedSharding) -> nnx.Variable:
     """Returns the parameter `v` (abstract), its value read into its sharding.
 
     One shard after another, where jax.make_array_from_callback would keep all of this
@@ -220,7 +224,7 @@ class _Filler:
       jax.make_array_from_single_device_arrays(v.shape, place, [arrays[d] for d in order])
     )
 
-  def _read_shard(self, v: Any, spans: Spans) -> np.ndarray:
+  def _read_shard(self, v: nnx.Variable, spans: Spans) -> np.ndarray:
     """Returns the part of `v` between `spans`, (first, past the last) along each axis.
 
     A stacked parameter of axes (layers, embed, mlp) whose shard is layers 2 to 3 has one tensor
@@ -246,9 +250,9 @@ class _Filler:
     return out
 
 
-def shards_here(v: Any, place: NamedSharding) -> dict[Spans, list[Any]]:
+def shards_here(v: nnx.Variable, place: NamedSharding) -> dict[Spans, list[jax.Device]]:
   """Returns the different parts of `v` that this process holds, each with its devices."""
-  parts: dict[Spans, list[Any]] = {}
+  parts: dict[Spans, list[jax.Device]] = {}
   for device, index in place.addressable_devices_indices_map(v.shape).items():
     assert index is not None  # this process's own devices have one
     spans = tuple(s.indices(n)[:2] for s, n in zip(index, v.shape, strict=True))

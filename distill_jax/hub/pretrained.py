@@ -8,7 +8,7 @@ import hashlib
 import json
 import pathlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import cast
 
 from distill_jax import registry
 from distill_jax.errors import InputError
@@ -19,7 +19,7 @@ from distill_jax.hub.locate import locate
 from distill_jax.hub.safetensors_folder import SafetensorsFolder
 from distill_jax.hub.tokenizer import TokenizerFiles, check_vocabulary, read_tokenizer
 from distill_jax.hub.weights import Weights, read_hf_json
-from distill_jax.types import JsonObject
+from distill_jax.types import FamilyConfig, JsonObject, TextConfig
 
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -39,7 +39,7 @@ class Pretrained:
 
   source: str
   family: str
-  config: Any
+  config: FamilyConfig
   weights: Weights
   tokenizer: TokenizerFiles | None
   generation: JsonObject
@@ -93,7 +93,7 @@ def open_model(source: str) -> Pretrained:
   prefix, after = (getattr(module, name, "") for name in ("PREFIX", "AFTER"))
   weights = prefixed.prefixed(weights, prefix, after)
   if tokenizer is not None:
-    check_vocabulary(tokenizer.size(), config.vocab_size)
+    check_vocabulary(tokenizer.size(), cast(TextConfig, config).vocab_size)
   ids = {k: hf[k] for k in IDS if hf.get(k) is not None}
   return Pretrained(str(source), family, config, weights, tokenizer, {**ids, **generation})
 
@@ -113,7 +113,7 @@ def _family(hf: JsonObject, path: pathlib.Path) -> str:
   return families[model_type]
 
 
-def _config(family: str, hf: JsonObject, path: pathlib.Path) -> Any:
+def _config(family: str, hf: JsonObject, path: pathlib.Path) -> FamilyConfig:
   try:
     return registry.load("models", family).Config.from_hf(hf)
   except InputError as e:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from distill_jax.losses import features
 from distill_jax.losses.features import Features, FeatureSpec, Pairs
 from distill_jax.schedules import Schedule, constant
-from distill_jax.types import Batch, Mean
+from distill_jax.types import Batch, FamilyConfig, Mean, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class FeatureLoss(BaseLoss):
   def teacher_names(self) -> tuple[str, ...]:
     return (self.teacher,)
 
-  def pairs(self, student: Any, teacher: Any) -> Pairs:
+  def pairs(self, student: FamilyConfig, teacher: FamilyConfig) -> Pairs:
     """The (student layer, teacher layer) pairs whose features are compared.
 
     Args:
@@ -99,13 +99,13 @@ class FeatureLoss(BaseLoss):
     return ()
 
   def feature_specs(
-    self, pairs: Pairs, student: Any, teacher: Any
+    self, pairs: Pairs, student: FamilyConfig, teacher: FamilyConfig
   ) -> tuple[FeatureSpec, FeatureSpec]:
     """The features that the student and the teacher have to give, from their configs."""
     del pairs, student, teacher
     return FeatureSpec(), FeatureSpec()
 
-  def adapter_width(self, teacher: Any, recorded_width: int | None) -> int:
+  def adapter_width(self, teacher: FamilyConfig, recorded_width: int | None) -> int:
     """The width of the teacher's features that adapters project to; 0 without adapters.
 
     Args:
@@ -115,7 +115,9 @@ class FeatureLoss(BaseLoss):
     del teacher, recorded_width
     return 0
 
-  def init(self, key: jax.Array, pairs: Pairs, student: Any, width: int) -> dict[str, Any]:
+  def init(
+    self, key: jax.Array, pairs: Pairs, student: FamilyConfig, width: int
+  ) -> dict[str, PyTree]:
     """The adapters: parameters that this loss owns, trained with the student. By default none.
 
     Args:
@@ -132,12 +134,12 @@ class FeatureLoss(BaseLoss):
 
   def fit(
     self,
-    adapters: dict[str, Any],
+    adapters: dict[str, PyTree],
     pairs: Pairs,
     student: Features,
     teacher: Features,
     batch: Batch,
-  ) -> dict[str, Any]:
+  ) -> dict[str, PyTree]:
     """The adapters as fitted on one batch."""
     raise NotImplementedError
 
@@ -145,7 +147,7 @@ class FeatureLoss(BaseLoss):
     self,
     student: Features,
     teacher: Features,
-    adapters: dict[str, Any],
+    adapters: dict[str, PyTree],
     batch: Batch,
     pairs: Pairs,
   ) -> Mean:
@@ -163,11 +165,11 @@ class LayerPairLoss(FeatureLoss):
 
   layers: str = "last"
 
-  def pairs(self, student: Any, teacher: Any) -> Pairs:
+  def pairs(self, student: FamilyConfig, teacher: FamilyConfig) -> Pairs:
     return features.pairs(self.layers, student.num_hidden_layers, teacher.num_hidden_layers)
 
   def feature_specs(
-    self, pairs: Pairs, student: Any, teacher: Any
+    self, pairs: Pairs, student: FamilyConfig, teacher: FamilyConfig
   ) -> tuple[FeatureSpec, FeatureSpec]:
     """The hidden states of the paired layers."""
     del student, teacher
@@ -178,7 +180,7 @@ class LayerPairLoss(FeatureLoss):
     self,
     student: Features,
     teacher: Features,
-    adapters: dict[str, Any],
+    adapters: dict[str, PyTree],
     batch: Batch,
     pairs: Pairs,
   ) -> Iterator[Mean]:
@@ -189,7 +191,7 @@ class LayerPairLoss(FeatureLoss):
     self,
     student: Features,
     teacher: Features,
-    adapters: dict[str, Any],
+    adapters: dict[str, PyTree],
     batch: Batch,
     pairs: Pairs,
   ) -> Mean:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from distill_jax.losses._base import FeatureLoss
 from distill_jax.losses.features import Features, FeatureSpec, Pairs
 from distill_jax.nn import layers
 from distill_jax.nn.params import param
-from distill_jax.types import Batch, Mean
+from distill_jax.types import Batch, FamilyConfig, Mean, PyTree
 
 PROJECTIONS = ("none", "orthogonal")
 
@@ -40,22 +40,25 @@ class Loss(FeatureLoss):
       raise InputError(f"projection is {self.projection!r}; it is one of {PROJECTIONS}")
 
   def feature_specs(
-    self, pairs: Pairs, student: Any, teacher: Any
+    self, pairs: Pairs, student: FamilyConfig, teacher: FamilyConfig
   ) -> tuple[FeatureSpec, FeatureSpec]:
     """None, as embeddings are among a model's outputs; refuses families without them."""
-    for who, c in (("student", student), ("teacher", teacher)):
-      if not hasattr(c, "embedding_size"):
+    for role, config in (("student", student), ("teacher", teacher)):
+      if config.embedding_size is None:
         raise InputError(
-          f"the loss embedding compares embeddings of whole inputs, which the {who}'s family "
-          f"({type(c).__module__.rpartition('.')[2]}) does not output; use the loss hidden"
+          f"the loss embedding compares embeddings of whole inputs, which the {role}'s family "
+          f"({type(config).__module__.rpartition('.')[2]}) does not output; use the loss hidden"
         )
     return super().feature_specs(pairs, student, teacher)
 
-  def adapter_width(self, teacher: Any, recorded_width: int | None) -> int:
+  def adapter_width(self, teacher: FamilyConfig, recorded_width: int | None) -> int:
     del recorded_width
+    assert teacher.embedding_size is not None  # feature_specs refuses others
     return teacher.embedding_size
 
-  def init(self, key: jax.Array, pairs: Pairs, student: Any, width: int) -> dict[str, Any]:
+  def init(
+    self, key: jax.Array, pairs: Pairs, student: FamilyConfig, width: int
+  ) -> dict[str, PyTree]:
     """The projection [I, O]; {} where the widths are equal."""
     del pairs
     D = student.embedding_size
@@ -73,7 +76,7 @@ class Loss(FeatureLoss):
     self,
     student: Features,
     teacher: Features,
-    adapters: dict[str, Any],
+    adapters: dict[str, PyTree],
     batch: Batch,
     pairs: Pairs,
   ) -> Mean:

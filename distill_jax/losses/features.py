@@ -7,7 +7,7 @@ output of layer l - 1, so they cost no more than its tap.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,34 @@ from flax import struct
 
 from distill_jax.errors import InputError
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.types import Batch, Mean, Model, Output
+from distill_jax.types import QKV, Batch, FamilyConfig, Inputs, Mean, Model, ModelInputs, Output
 
 Pairs = tuple[tuple[int, int], ...]  # (student layer, teacher layer)
+
+
+class AttentionSizes(FamilyConfig, Protocol):
+  """The config of a model with attention, whose queries, keys and values can be compared."""
+
+  @property
+  def num_attention_heads(self) -> int:
+    """Heads of queries."""
+
+  @property
+  def num_key_value_heads(self) -> int:
+    """Heads of keys and values."""
+
+  @property
+  def head_dim(self) -> int:
+    """Width of one head's queries and keys."""
+
+  @property
+  def value_head_dim(self) -> int:
+    """Width of one head's values; DeepSeek's are narrower than its keys."""
+
+
+def attention_sizes(config: FamilyConfig) -> AttentionSizes:
+  """Returns the config, of a model that is known to have attention, as what it is."""
+  return cast(AttentionSizes, config)
 
 
 class Features(struct.PyTreeNode):
@@ -27,7 +52,7 @@ class Features(struct.PyTreeNode):
   """
 
   hidden: dict[int, jax.Array]
-  qkv: dict[int, tuple[jax.Array, jax.Array, jax.Array]]
+  qkv: dict[int, QKV]
   embedding_BTD: jax.Array | None = None
 
 
@@ -47,7 +72,9 @@ class FeatureSpec:
     """The layers whose outputs are tapped for them."""
     return tuple(sorted({*self.hidden, *(layer - 1 for layer in self.qkv)}))
 
-  def extract(self, model: Model, out: Output, inputs: Any, compute: ComputeConfig) -> Features:
+  def extract(
+    self, model: Model, out: Output, inputs: ModelInputs, compute: ComputeConfig
+  ) -> Features:
     """The features from the outputs of a model that ran with `taps`."""
     if not self.taps:
       return Features({}, {}, out.embedding_BTD)
@@ -108,6 +135,7 @@ def feature_positions(batch: Batch, positions: int) -> FeaturePositions:
   Those with a label for decoders, all of the `positions` that are not padding for encoders.
   """
   if batch.valid_BS is None:
+    assert isinstance(batch.inputs, Inputs)
     return FeaturePositions(batch.mask_BT, batch.inputs.segments_BT, True)
   valid_BS = jnp.broadcast_to(batch.valid_BS, (len(batch.valid_BS), positions))
   return FeaturePositions(valid_BS, valid_BS.astype(jnp.int32), False)
@@ -123,14 +151,15 @@ def mean_over_labels(x_BS: jax.Array, batch: Batch) -> Mean:
   return Mean.of(jnp.broadcast_to(x_B1, batch.mask_BT.shape), batch.mask_BT)
 
 
-def flat_qkv(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+def flat_qkv(qkv: QKV) -> jax.Array:
   """Joins (q, k, v) to one vector a position, [B, T, D], for records."""
   return jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in qkv], -1)
 
 
-def unflat_qkv(x_BTD: jax.Array, config: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def unflat_qkv(x_BTD: jax.Array, config: FamilyConfig) -> QKV:
   """The inverse of flat_qkv, for a teacher of this config."""
-  H, G, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+  c = attention_sizes(config)
+  H, G, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim
   q, k, v = jnp.split(x_BTD, [H * h, (H + G) * h], -1)
   q, k, v = (x.reshape(*x.shape[:2], n, -1) for x, n in ((q, H), (k, G), (v, G)))
   return q, k, v  # values may be narrower than keys

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from distill_jax.losses import features
 from distill_jax.losses._base import LayerPairLoss
 from distill_jax.losses.features import Features, Pairs
 from distill_jax.nn.params import param
-from distill_jax.types import Batch, Mean
+from distill_jax.types import Batch, FamilyConfig, Mean, PyTree
 
 DISTANCES, PROJECTIONS = ("mse", "cosine"), ("none", "orthogonal", "least_squares")
 RIDGE = 1e-4  # of the mean squared activation, so that least squares has one answer
@@ -46,10 +45,12 @@ class Loss(LayerPairLoss):
         f"{DISTANCES} and one of {PROJECTIONS}"
       )
 
-  def adapter_width(self, teacher: Any, recorded_width: int | None) -> int:
+  def adapter_width(self, teacher: FamilyConfig, recorded_width: int | None) -> int:
     return teacher.hidden_size if recorded_width is None else recorded_width
 
-  def init(self, key: jax.Array, pairs: Pairs, student: Any, width: int) -> dict[str, Any]:
+  def init(
+    self, key: jax.Array, pairs: Pairs, student: FamilyConfig, width: int
+  ) -> dict[str, PyTree]:
     """The projections [P, I, O], one a pair; {} where the widths are equal."""
     D, n = student.hidden_size, len(pairs)
     if width == D and self.projection != "none":
@@ -76,12 +77,12 @@ class Loss(LayerPairLoss):
 
   def fit(
     self,
-    adapters: dict[str, Any],
+    adapters: dict[str, PyTree],
     pairs: Pairs,
     student: Features,
     teacher: Features,
     batch: Batch,
-  ) -> dict[str, Any]:
+  ) -> dict[str, PyTree]:
     """The projections that best map the student's hidden states of one batch."""
     positions = next(iter(student.hidden.values())).shape[1]
     valid_N1 = features.feature_positions(batch, positions).valid_BS.reshape(-1, 1)
@@ -96,7 +97,7 @@ class Loss(LayerPairLoss):
     self,
     student: Features,
     teacher: Features,
-    adapters: dict[str, Any],
+    adapters: dict[str, PyTree],
     batch: Batch,
     pairs: Pairs,
   ) -> Iterator[Mean]:

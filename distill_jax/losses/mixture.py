@@ -107,12 +107,12 @@ class Loss(TokenLoss):
     return jnp.broadcast_to(shares_A11, label_logp_ABC.shape)
 
 
-def _all_there(values: list[jax.Array | None], what: str) -> list[jax.Array]:
+def _all_there(values: list[jax.Array | None], noun: str) -> list[jax.Array]:
   """The values; refuses teachers whose records, such as dumps of served teachers, hold none."""
   found = [value for value in values if value is not None]
   if len(found) < len(values):
     raise InputError(
-      f"a mixture of these teachers needs {what}, which the records of one of them do not hold; "
+      f"a mixture of these teachers needs {noun}, which the records of one of them do not hold; "
       "choose another `by`, or record with the teacher here"
     )
   return found

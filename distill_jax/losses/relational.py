@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from distill_jax.errors import InputError
 from distill_jax.losses import features
 from distill_jax.losses._base import LayerPairLoss
 from distill_jax.losses.features import FeaturePositions, Features, Pairs
-from distill_jax.types import Batch, Mean
+from distill_jax.types import Batch, Mean, PyTree
 
 POSITIONS = 32  # whose relations exist at once
 # The square of a distance beside that of a vector: below it, 80 float32 roundings, two tokens are
@@ -52,7 +52,7 @@ class Loss(LayerPairLoss):
     self,
     student: Features,
     teacher: Features,
-    adapters: dict[str, Any],
+    adapters: dict[str, PyTree],
     batch: Batch,
     pairs: Pairs,
   ) -> Iterator[Mean]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from distill_jax.errors import InputError
 from distill_jax.losses import features
 from distill_jax.losses._base import LayerPairLoss
 from distill_jax.losses.features import Features, FeatureSpec, Pairs
-from distill_jax.types import Batch, Mean
+from distill_jax.types import Batch, FamilyConfig, Mean, PyTree
 
 QUERIES = 128  # rows of a relation at once
 
@@ -36,14 +35,15 @@ class Loss(LayerPairLoss):
   heads: int = 1
 
   def feature_specs(
-    self, pairs: Pairs, student: Any, teacher: Any
+    self, pairs: Pairs, student: FamilyConfig, teacher: FamilyConfig
   ) -> tuple[FeatureSpec, FeatureSpec]:
     """Queries, keys and values of the paired layers."""
-    for who, c in (("student", student), ("teacher", teacher)):
+    for role, config in (("student", student), ("teacher", teacher)):
+      c = features.attention_sizes(config)
       for n in (c.num_attention_heads, c.num_key_value_heads):
         if self.heads < 1 or n * c.head_dim % self.heads:
           raise InputError(
-            f"relations have {self.heads} heads and the {who} {n} of {c.head_dim}, which they do "
+            f"relations have {self.heads} heads and the {role} {n} of {c.head_dim}, which they do "
             "not divide; choose another losses.….heads"
           )
     ours, theirs = zip(*pairs, strict=True)
@@ -55,7 +55,7 @@ class Loss(LayerPairLoss):
     self,
     student: Features,
     teacher: Features,
-    adapters: dict[str, Any],
+    adapters: dict[str, PyTree],
     batch: Batch,
     pairs: Pairs,
   ) -> Iterator[Mean]:

@@ -18,9 +18,9 @@ and, where a checkpoint needs them, PREFIX and AFTER (hub/prefixed.py).
 
 from distill_jax.models._decoder import Block as DecoderBlock
 from distill_jax.models._decoder import Cache as DecoderCache
-from distill_jax.models._family import FamilyConfig
 from distill_jax.models._seq2seq import Cache as Seq2SeqCache
 from distill_jax.models._windows import GLOBAL, LOCAL
+from distill_jax.types import FamilyConfig
 
 __all__ = [
   "GLOBAL",

@@ -40,14 +40,15 @@ class Block(nnx.Module):
     "v": "batch kv_heads seq head_dim",
   }
 
-  def __init__(self, c: Any, key: jax.Array):
-    """Args: c, the family's Config."""
+  config: Config
+
+  def __init__(self, c: Config, key: jax.Array):
     declared = declare(key, c)
     self.config = c
     self.attn_norm = declared.rms_norm("input_layernorm", c.hidden_size)
-    self.declare_attention(c, declared)
+    self.declare_attention(declared)
     self.mlp_norm = declared.rms_norm(self.MLP_NORM, c.hidden_size)
-    self.declare_mlp(c, declared)
+    self.declare_mlp(declared)
 
   def __call__(
     self,
@@ -63,7 +64,8 @@ class Block(nnx.Module):
     with jax.named_scope("mlp"):
       return x_BTD + self.feed_forward(x_BTD, compute.rules)
 
-  def declare_attention(self, c: Any, declare: Declare) -> None:
+  def declare_attention(self, declare: Declare) -> None:
+    c = self.config
     D, H, G, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
     at, q, kv = "self_attn.", f"embed:{D} heads:{H} head_dim:{h}", f"kv_heads:{G} head_dim:{h}"
     self.q = declare.linear(f"{at}q_proj", q, "heads head_dim")
@@ -78,7 +80,8 @@ class Block(nnx.Module):
       self.q_norm = declare.rms_norm(f"{at}q_norm", h)
       self.k_norm = declare.rms_norm(f"{at}k_norm", h)
 
-  def declare_mlp(self, c: Any, declare: Declare) -> None:
+  def declare_mlp(self, declare: Declare) -> None:
+    c = self.config
     D, F = c.hidden_size, c.intermediate_size
     self.gate = declare.linear("mlp.gate_proj", f"embed:{D} mlp:{F}", "mlp")
     self.up = declare.linear("mlp.up_proj", f"embed:{D} mlp:{F}", "mlp")
@@ -171,8 +174,9 @@ class Block(nnx.Module):
 class Model(nnx.Module):
   """Tokens in, hidden states and the unembedding out."""
 
-  def __init__(self, c: Any, key: jax.Array):
-    """Args: c, the family's Config."""
+  config: Config
+
+  def __init__(self, c: Config, key: jax.Array):
     keys = jax.random.split(key, 4)
     V, D = c.vocab_size, c.hidden_size
     self.config = c
@@ -190,7 +194,10 @@ class Model(nnx.Module):
 
   @staticmethod
   def layer_stacks(c: Any) -> LayerStacks:
-    """The stacks of layers alike, from the first layer up."""
+    """The stacks of layers alike, from the first layer up.
+
+    Args: c, the family's Config; each family narrows its type.
+    """
     return (layers.LayerStack("layers", Block, c.num_hidden_layers),)
 
   def __call__(

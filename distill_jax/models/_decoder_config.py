@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 
 from distill_jax.errors import InputError
 from distill_jax.models import _rope
-from distill_jax.models._family import check_numbers, check_supported
+from distill_jax.models._family import FamilyDefaults, check_numbers, check_supported
 from distill_jax.types import JsonObject
 
 # Buffers that older checkpoints hold; they follow from the config.
@@ -30,7 +30,7 @@ TINY: JsonObject = {  # the smallest model of every family
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(FamilyDefaults):
   """The shape of a decoder, under the names of Hugging Face's config.json."""
 
   vocab_size: int
@@ -117,6 +117,15 @@ class Config:
   def head_rows(self) -> int:
     """How many outcomes the model's head can tell apart."""
     return self.vocab_size
+
+  @property
+  def tied_table(self) -> str | None:
+    return "model.embed_tokens.weight" if self.tie_word_embeddings else None
+
+  @property
+  def value_head_dim(self) -> int:
+    """Width of a head's values."""
+    return self.head_dim
 
   @property
   def rope_dim(self) -> int:

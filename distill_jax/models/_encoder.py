@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self, TypeVar
+from collections.abc import Callable
+from typing import ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import nnx
 
 from distill_jax.errors import InputError
 from distill_jax.models._declare import Declare
-from distill_jax.models._family import check_numbers
+from distill_jax.models._family import FamilyDefaults, check_numbers
 from distill_jax.nn import attention, layers
 from distill_jax.types import JsonObject
 
@@ -38,7 +38,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(FamilyDefaults):
   """The shape of a stack of layers, under the names of Hugging Face's config.json."""
 
   hidden_size: int
@@ -65,6 +65,10 @@ class Config:
   @property
   def head_dim(self) -> int:
     return self.hidden_size // self.num_attention_heads
+
+  @property
+  def value_head_dim(self) -> int:
+    return self.head_dim
 
   @property
   def num_key_value_heads(self) -> int:
@@ -99,7 +103,7 @@ class VisionConfig(Config):
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
-def config_of_part(cls: type[ConfigT], hf: Mapping[str, Any]) -> ConfigT:
+def config_of_part(cls: type[ConfigT], hf: JsonObject) -> ConfigT:
   """A Config from the part of config.json that describes it, defaults for what it leaves out."""
   return cls(**{f.name: hf[f.name] for f in dataclasses.fields(cls) if f.name in hf})
 
@@ -131,7 +135,7 @@ class Block(nnx.Module):
   CAUSAL: ClassVar[bool] = False
   KEY_BIAS: ClassVar[bool] = True
 
-  def __init__(self, c: Any, at: str, key: jax.Array):
+  def __init__(self, c: Config, at: str, key: jax.Array):
     declare, names = Declare(key, at), self.NAMES
     D, H, h, F = c.hidden_size, c.num_attention_heads, c.head_dim, c.intermediate_size
     self.config = c

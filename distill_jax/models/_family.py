@@ -1,54 +1,57 @@
 """The contract of a model family, and how families read config.json.
 
-`FamilyConfig` is what the rest of the package asks of every family's Config; types.Model is the
-same of its Model.
+types.FamilyConfig is what the rest of the package asks of every family's Config, and types.Model
+what it asks of its Model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol
 
 from distill_jax.errors import InputError
-from distill_jax.types import JsonObject
 
 
-@runtime_checkable
-class FamilyConfig(Protocol):
-  """The shape of a model, under the names of Hugging Face's config.json: a frozen dataclass."""
+class FamilyDefaults:
+  """Of FamilyConfig, what most families lack; a Config that has it overrides it."""
 
   @property
-  def hidden_size(self) -> int:
-    """Width of the hidden states that features are taken from."""
+  def embedding_size(self) -> int | None:
+    return None
 
   @property
-  def num_hidden_layers(self) -> int:
-    """How many layers taps are chosen from."""
+  def tied_table(self) -> str | None:
+    return None
+
+
+class SizedPart(Protocol):
+  """The sizes of one part of a model, a stack of layers with attention."""
 
   @property
-  def head_rows(self) -> int:
-    """How many outcomes the model's head tells apart: tokens of a vocabulary, or classes."""
+  def hidden_size(self) -> int: ...
 
-  @classmethod
-  def from_hf(cls, hf: JsonObject) -> Self:
-    """Reads a Hugging Face config.json; what the family cannot do is refused by name."""
+  @property
+  def num_hidden_layers(self) -> int: ...
 
-  def to_hf(self) -> JsonObject:
-    """Returns the config.json of the model."""
+  @property
+  def num_attention_heads(self) -> int: ...
 
-  def keep_layers(self, kept: tuple[int, ...]) -> Self:
-    """Returns the config of a model that has these layers of this one, in this order."""
+  @property
+  def num_key_value_heads(self) -> int: ...
 
-  def ignores_tensor(self, name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+  @property
+  def head_dim(self) -> int: ...
+
+  @property
+  def value_head_dim(self) -> int: ...
 
 
-class SizesOfPart:
+class SizesOfPart(FamilyDefaults):
   """Sizes that are asked of every config, for a model made of parts: those of one part."""
 
   @property
-  def layered_part(self) -> Any:
+  def layered_part(self) -> SizedPart:
     """The config of the part whose layers are counted, tapped and compared."""
     raise NotImplementedError
 
@@ -71,6 +74,10 @@ class SizesOfPart:
   @property
   def head_dim(self) -> int:
     return self.layered_part.head_dim
+
+  @property
+  def value_head_dim(self) -> int:
+    return self.layered_part.value_head_dim
 
 
 def check_numbers(config: Any, optional_zero: tuple[str, ...] = ()) -> None:

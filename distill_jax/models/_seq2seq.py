@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from distill_jax.models._family import FamilyDefaults
 from distill_jax.nn import attention, sharding
 from distill_jax.nn.layers import ComputeConfig, scan_layers
 from distill_jax.nn.params import take_layer, unstack
@@ -20,7 +21,7 @@ from distill_jax.types import Output, SourceTarget
 ENCODER_AXIS = "encoder_layers"  # of stacked encoder layers: keep_layers means the decoder's
 
 
-class DecoderSizes:
+class DecoderSizes(FamilyDefaults):
   """Sizes that are asked of every config: those of the decoder. A family adds its layers."""
 
   vocab_size: int
@@ -29,6 +30,14 @@ class DecoderSizes:
   @property
   def num_attention_heads(self) -> int:
     raise NotImplementedError
+
+  @property
+  def head_dim(self) -> int:
+    raise NotImplementedError
+
+  @property
+  def value_head_dim(self) -> int:
+    return self.head_dim
 
   @property
   def head_rows(self) -> int:
@@ -156,7 +165,10 @@ class Model(nnx.Module):
   layers: DecoderLayer
 
   def encode(self, source: Any, compute: ComputeConfig) -> tuple[jax.Array, jax.Array | None]:
-    """(the encoder's output [B, S, D], which of its positions are no padding; None: all)."""
+    """(the encoder's output [B, S, D], which of its positions are no padding; None: all).
+
+    Args: source, Inputs or Sounds: each family narrows its type.
+    """
     raise NotImplementedError
 
   def embed_tokens(

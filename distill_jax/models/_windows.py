@@ -92,6 +92,8 @@ class Config(_decoder.Config):
 class Model(_decoder.Model):
   """Tokens in, hidden states and the unembedding out."""
 
+  config: Config
+
   def position_inputs(self, inputs: Inputs) -> _decoder.PositionInputs:
     """Chosen by the layer's number, so that layers of both kinds are one scan."""
     c, alike = self.config, super().position_inputs(inputs)

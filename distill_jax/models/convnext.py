@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax import nnx
 from distill_jax.errors import InputError
 from distill_jax.models import _encoder
 from distill_jax.models._declare import Declare
-from distill_jax.models._family import check_numbers
+from distill_jax.models._family import FamilyDefaults, check_numbers
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import stack
 from distill_jax.types import Images, JsonObject, Output
@@ -26,7 +26,7 @@ MATMUL_PLACES = 256  # of an image, up to which a depthwise convolution is a pro
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(FamilyDefaults):
   """The shape of a model, in Hugging Face's words. There is no stochastic depth."""
 
   hidden_sizes: tuple[int, ...] = (96, 192, 384, 768)  # channels of each stage …
@@ -231,7 +231,7 @@ def depthwise(x_BYWD: jax.Array, w_D1kk: jax.Array) -> jax.Array:
   return y_BSD.reshape(x_BYWD.shape)
 
 
-def _shifts(k: int, n: int, dtype: Any) -> np.ndarray:
+def _shifts(k: int, n: int, dtype: np.dtype) -> np.ndarray:
   """[k, n, n]: 1 where tap q of a filter brings place i to place j."""
   from_n1, to_1n = np.arange(n)[:, None], np.arange(n)[None]
   return (from_n1 - to_1n + k // 2 == np.arange(k)[:, None, None]).astype(dtype)

@@ -134,6 +134,10 @@ class Config(_decoder.Config):
     return scale
 
   @property
+  def value_head_dim(self) -> int:
+    return self.v_head_dim
+
+  @property
   def rope_dim(self) -> int:
     return self.qk_rope_head_dim
 
@@ -144,9 +148,11 @@ class Block(_decoder.Block):
   Letters of this file: of a head, rope turns r numbers and not the other u; w, width of values.
   """
 
+  config: Config
   CACHE = {"latent": "batch latent seq"}
 
-  def declare_attention(self, c: Config, declare: Declare) -> None:
+  def declare_attention(self, declare: Declare) -> None:
+    c = self.config
     D, H, at = c.hidden_size, c.num_attention_heads, "self_attn."
     q_heads = f"heads:{H} head_dim:{c.head_dim}"
     if c.q_lora_rank is None:
@@ -229,7 +235,8 @@ LATENT_EPS = 1e-6  # of the latents' norms, whatever config.json says of the oth
 class SparseBlock(Block):
   """One layer of experts, some chosen by their sigmoid, some for every position."""
 
-  def declare_mlp(self, c: Config, declare: Declare) -> None:
+  def declare_mlp(self, declare: Declare) -> None:
+    c = self.config
     D, E, F = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size
     self.experts = Experts(declare, D, E, F)
     # Added where experts are chosen and not where they are weighed: it balances their load,

@@ -111,6 +111,8 @@ class Block(_decoder.Block):
 class Model(_decoder.Model):
   """Tokens in, hidden states and the unembedding out."""
 
+  config: Config
+
   @staticmethod
   def layer_stacks(c: Config) -> _decoder.LayerStacks:
     return (layers.LayerStack("layers", Block, c.num_hidden_layers),)

@@ -104,6 +104,10 @@ class Config(SizesOfPart):
     return self.text.tie_word_embeddings
 
   @property
+  def tied_table(self) -> str | None:
+    return self.text.tied_table
+
+  @property
   def max_position_embeddings(self) -> int:
     return self.text.max_position_embeddings
 

@@ -7,9 +7,10 @@ import difflib
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from distill_jax import registry
@@ -25,17 +26,24 @@ from distill_jax.nn import params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.runtime import workdir
-from distill_jax.types import JsonObject
+from distill_jax.types import FamilyConfig, JsonObject, Model, PyTree, TextConfig
+
+ConfigT = TypeVar("ConfigT", bound=Any)  # a frozen dataclass: a family's Config or one inside it
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
   """A model in memory, with how it is computed and what came with its weights."""
 
-  model: Any
-  config: Any  # the family's Config
+  model: Model
+  config: FamilyConfig
   compute: ComputeConfig
   pretrained: Pretrained | None  # tokenizer, generation config, digest; None if random
+
+  @property
+  def text_config(self) -> TextConfig:
+    """The family's Config, of a model that is known to read text."""
+    return cast(TextConfig, self.config)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +88,7 @@ class ModelSource:
     return self.pretrained.family if self.pretrained else self.options.family
 
   @functools.cached_property
-  def config(self) -> Any:
+  def config(self) -> FamilyConfig:
     """The family's Config, with `changes` and `keep_layers` applied.
 
     Raises:
@@ -100,13 +108,18 @@ class ModelSource:
     config = apply_changes(config, options.changes)
     return config.keep_layers(options.keep_layers) if options.keep_layers else config
 
+  @property
+  def text_config(self) -> TextConfig:
+    """The family's Config, of a model that is known to read text."""
+    return cast(TextConfig, self.config)
+
   @functools.cached_property
   def compute(self) -> ComputeConfig:
     """How the model is computed."""
     return compute_config(self.options)
 
   @functools.cached_property
-  def abstract(self) -> Any:
+  def abstract(self) -> Model:
     """The model as shapes: what `load` would make, in no memory."""
     return jax.eval_shape(self._init, jax.random.key(0))
 
@@ -117,7 +130,7 @@ class ModelSource:
     return trainables.of_student(self.options)
 
   @functools.cached_property
-  def abstract_trainable(self) -> Any:
+  def abstract_trainable(self) -> PyTree:
     """What training changes, as shapes: the model, its shared layers, or its adapters."""
     init = functools.partial(self.trainable.init, pretrained=bool(self.options.source))
     return jax.eval_shape(init, self.abstract, key=jax.random.key(0))
@@ -161,7 +174,7 @@ class ModelSource:
       return dataclasses.replace(loaded, model=model)
     return loaded
 
-  def start_training(self, model: Any, mesh: Mesh, keys: Mapping[str, jax.Array]) -> Any:
+  def start_training(self, model: Model, mesh: Mesh, keys: Mapping[str, jax.Array]) -> PyTree:
     """Returns what training starts from: the model, its shared layers, or its adapters.
 
     Args:
@@ -188,18 +201,18 @@ class ModelSource:
       model = jax.jit(self._init, out_shardings=shardings)(key)
     return LoadedModel(model, config, compute, self.pretrained)
 
-  def _init(self, key: jax.Array) -> Any:
-    def cast(v: Any) -> Any:
+  def _init(self, key: jax.Array) -> Model:
+    def cast(v: nnx.Variable) -> nnx.Variable:
       return v.replace(v[...].astype(self.options.param_dtype))
 
     model = registry.load("models", self.family).Model(self.config, key)
     return params.map_params(cast, model)
 
   def _check_digest(self) -> None:
-    wanted, source = self.options.digest, self.pretrained
-    if wanted and source is not None and source.digest != wanted:
+    digest, source = self.options.digest, self.pretrained
+    if digest and source is not None and source.digest != digest:
       raise InputError(
-        f"{self.options.source} has digest {source.digest} and the config wants {wanted}; it is "
+        f"{self.options.source} has digest {source.digest} and the config wants {digest}; it is "
         "another model, or a damaged file"
       )
 
@@ -241,7 +254,7 @@ def compute_config(options: ModelOptions) -> ComputeConfig:
   )
 
 
-def apply_changes(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
+def apply_changes(config: ConfigT, changes: JsonObject, prefix: str = "") -> ConfigT:
   """Returns a family's Config with the fields that `changes` gives.
 
   Args:
@@ -260,13 +273,13 @@ def apply_changes(config: Any, changes: Mapping[str, Any], prefix: str = "") -> 
       raise InputError(f"changes names {prefix + key!r}, which no model of this family has; {hint}")
     values[key] = tuple(value) if isinstance(value, list) else value
     if dataclasses.is_dataclass(inner := getattr(config, key)):
-      if not isinstance(value, Mapping):
+      if not isinstance(value, dict):
         raise InputError(f"changes gives {prefix + key} {value!r}; expected a dict of its fields")
       values[key] = apply_changes(inner, value, f"{prefix}{key}.")
   return dataclasses.replace(config, **values)
 
 
-def _named_config(options: ModelOptions) -> Any:
+def _named_config(options: ModelOptions) -> FamilyConfig:
   shapes = registry.load("models", options.family).CONFIGS
   if options.shape not in shapes:
     raise InputError(
@@ -284,8 +297,8 @@ def _check_shape(options: ModelOptions, pretrained: Pretrained) -> None:
   )
   if options.family != pretrained.family or named != found:
     key = next((k for k in found if named.get(k) != found[k]), "family")
-    wanted, has = named.get(key, options.family), found.get(key, pretrained.family)
+    expected, value = named.get(key, options.family), found.get(key, pretrained.family)
     raise InputError(
-      f"{options.source} has {key} {has!r} and the shape beside it, {options.family} "
-      f"{options.shape}, has {wanted!r}; name its own shape, or none"
+      f"{options.source} has {key} {value!r} and the shape beside it, {options.family} "
+      f"{options.shape}, has {expected!r}; name its own shape, or none"
     )

@@ -79,7 +79,11 @@ class Config(_windows.Config):
 class SparseBlock(Block):
   """A layer whose feed-forward is a mixture of experts."""
 
-  def declare_mlp(self, c: Any, declare: Declare) -> None:
+  config: Config
+
+  def declare_mlp(self, declare: Declare) -> None:
+    c = self.config
+    assert c.num_experts is not None and c.moe_intermediate_size is not None
     self.experts = Experts(declare, c.hidden_size, c.num_experts, c.moe_intermediate_size)
 
   def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
@@ -89,6 +93,7 @@ class SparseBlock(Block):
   def route(self, y_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(ids, weights) [B, T, K] of the experts that each normed position goes through."""
     c, logits_BTE = self.config, self.experts.logits(y_BTD)
+    assert c.num_experts_per_tok is not None
     return softmax_top_k(logits_BTE, c.num_experts_per_tok, c.norm_topk_prob)
 
 

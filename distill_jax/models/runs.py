@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
@@ -16,6 +16,7 @@ from distill_jax.errors import InputError
 from distill_jax.nn import sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.runtime import checkpoint, json_io, storage
+from distill_jax.types import Model, PyTree
 
 if TYPE_CHECKING:
   from distill_jax.models.loading import ModelSource
@@ -51,7 +52,7 @@ class Run:
       return trained
     return hashlib.sha256((trained + self.student.digest).encode()).hexdigest()
 
-  def restore(self, mesh: Mesh, step: int | None = None) -> Any:
+  def restore(self, mesh: Mesh, step: int | None = None) -> PyTree:
     """Returns what was trained: a whole model, shared layers, or adapters alone.
 
     Args:
@@ -63,7 +64,7 @@ class Run:
       self.folder, sharding.with_shardings(abstract, shardings), step
     )
 
-  def load(self, mesh: Mesh, compute: ComputeConfig, step: int | None = None) -> Any:
+  def load(self, mesh: Mesh, compute: ComputeConfig, step: int | None = None) -> Model:
     """Returns the trained model in its ordinary form.
 
     Adapters are merged into their base, shared layers are written out, and weights that were

@@ -47,7 +47,6 @@ class Config(_seq2seq.DecoderSizes):
   eos_token_id: int = 1
   decoder_start_token_id: int = 0
 
-  TABLE: ClassVar[str] = "shared.weight"  # which a tied head is
   OPTIONAL_ZERO: ClassVar[tuple[str, ...]] = (
     "pad_token_id",
     "eos_token_id",
@@ -98,6 +97,10 @@ class Config(_seq2seq.DecoderSizes):
   @property
   def num_hidden_layers(self) -> int:
     return self.num_decoder_layers
+
+  @property
+  def tied_table(self) -> str | None:
+    return "shared.weight" if self.tie_word_embeddings else None
 
   @property
   def num_attention_heads(self) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -24,7 +23,7 @@ from distill_jax.errors import InputError
 from distill_jax.models.options import StudentOptions
 from distill_jax.nn import layer_sharing, lora, params, quantise, sharding
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.types import Model
+from distill_jax.types import Model, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Trainable:
   frozen: tuple[str, ...] = ()
   has_base = False
 
-  def check(self, model: Any) -> None:
+  def check(self, model: Model) -> None:
     """Refuses options that do not fit the student.
 
     Args:
@@ -49,7 +48,7 @@ class Trainable:
       InputError: they do not fit.
     """
 
-  def init(self, model: Any, key: jax.Array, pretrained: bool) -> Any:
+  def init(self, model: Model, key: jax.Array, pretrained: bool) -> PyTree:
     """What is trained, as it is before step 0.
 
     Args:
@@ -63,8 +62,8 @@ class Trainable:
     return model
 
   def start(
-    self, model: Any, keys: Mapping[str, jax.Array], shardings: Any, pretrained: bool
-  ) -> Any:
+    self, model: Model, keys: Mapping[str, jax.Array], shardings: PyTree, pretrained: bool
+  ) -> PyTree:
     """`init` on the mesh: what training starts from.
 
     Args:
@@ -75,12 +74,12 @@ class Trainable:
     del keys, shardings, pretrained
     return model
 
-  def model(self, trained: Any, base: Model | None = None) -> Model:
+  def model(self, trained: PyTree, base: Model | None = None) -> Model:
     """The model as the training step computes it, differentiable in what is trained."""
     del base
     return trained
 
-  def merge(self, trained: Any, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
+  def merge(self, trained: PyTree, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
     """The trained model in its family's ordinary form, on the mesh; `trained` may be donated."""
     del base, mesh, compute
     return trained
@@ -90,7 +89,7 @@ class Trainable:
 class Frozen(Trainable):
   """Every parameter but some is trained."""
 
-  def check(self, model: Any) -> None:
+  def check(self, model: Model) -> None:
     names = sorted({v.get_metadata()["hf"] for _, v in params.named_params(model)})
     if not self.frozen:
       raise InputError("student.train is 'frozen' and student.frozen names no parameter")
@@ -102,7 +101,7 @@ class Frozen(Trainable):
         f"{', '.join(names)}"
       )
 
-  def model(self, trained: Any, base: Model | None = None) -> Model:
+  def model(self, trained: PyTree, base: Model | None = None) -> Model:
     del base
 
     def leaf(x: jax.Array, trainable: bool) -> jax.Array:
@@ -118,21 +117,21 @@ class Lora(Trainable):
   options: lora.LoraOptions = lora.LoraOptions()
   has_base = True
 
-  def init(self, model: Any, key: jax.Array, pretrained: bool) -> Any:
+  def init(self, model: Model, key: jax.Array, pretrained: bool) -> PyTree:
     del pretrained
     return lora.init(model, self.options, key)
 
   def start(
-    self, model: Any, keys: Mapping[str, jax.Array], shardings: Any, pretrained: bool
-  ) -> Any:
+    self, model: Model, keys: Mapping[str, jax.Array], shardings: PyTree, pretrained: bool
+  ) -> PyTree:
     abstract = jax.eval_shape(lambda: model)
     init = functools.partial(self.init, abstract, pretrained=pretrained)
     return jax.jit(init, out_shardings=shardings)(keys["lora"])
 
-  def model(self, trained: Any, base: Model | None = None) -> Model:
+  def model(self, trained: PyTree, base: Model | None = None) -> Model:
     return lora.with_adapters(base, trained)
 
-  def merge(self, trained: Any, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
+  def merge(self, trained: PyTree, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
     """The base with its adapters merged; the base is donated."""
     shardings = sharding.shardings(base, mesh, compute.rules)
     return jax.jit(lora.merge_adapters, out_shardings=shardings, donate_argnums=0)(base, trained)
@@ -144,12 +143,12 @@ class Quantised(Trainable):
 
   options: quantise.QuantiseOptions = quantise.QuantiseOptions()
 
-  def check(self, model: Any) -> None:
+  def check(self, model: Model) -> None:
     quantise.check(self.options, model)
     if not self.options.bits:
       raise InputError("student.train is 'quantised' and student.quantise.bits is 0; set 4 or 8")
 
-  def merge(self, trained: Any, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
+  def merge(self, trained: PyTree, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
     """The model with its weights rounded to their grids."""
     del base
     round_to_grid = functools.partial(quantise.tree, spec=self.options)
@@ -164,31 +163,31 @@ class Shared(Trainable):
   options: layer_sharing.ShareOptions = layer_sharing.ShareOptions()
   integers: quantise.QuantiseOptions = quantise.QuantiseOptions()
 
-  def check(self, model: Any) -> None:
+  def check(self, model: Model) -> None:
     quantise.check(self.integers, model)
 
-  def init(self, model: Any, key: jax.Array, pretrained: bool) -> Any:
+  def init(self, model: Model, key: jax.Array, pretrained: bool) -> PyTree:
     return layer_sharing.start(model, self.options, key, pretrained)
 
   def start(
-    self, model: Any, keys: Mapping[str, jax.Array], shardings: Any, pretrained: bool
-  ) -> Any:
+    self, model: Model, keys: Mapping[str, jax.Array], shardings: PyTree, pretrained: bool
+  ) -> PyTree:
     init = functools.partial(self.init, pretrained=pretrained)
     key = jax.random.fold_in(keys["student"], 1)
     return jax.jit(init, out_shardings=shardings)(model, key=key)
 
-  def model(self, trained: Any, base: Model | None = None) -> Model:
+  def model(self, trained: PyTree, base: Model | None = None) -> Model:
     del base
     return trained.with_adapters()
 
-  def merge(self, trained: Any, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
+  def merge(self, trained: PyTree, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
     model = self.unshare(trained, mesh, compute)
     if not self.integers.bits:
       return model
     return Quantised(options=self.integers).merge(model, base, mesh, compute)
 
   @staticmethod
-  def unshare(trained: layer_sharing.Shared, mesh: Mesh, compute: ComputeConfig) -> Any:
+  def unshare(trained: layer_sharing.Shared, mesh: Mesh, compute: ComputeConfig) -> Model:
     """The model with a copy of the shared layers wherever they are used."""
     abstract = jax.eval_shape(layer_sharing.Shared.merge_adapters, trained)
     shardings = sharding.shardings(abstract, mesh, compute.rules)

@@ -39,7 +39,8 @@ class ForwardFlops:
 
 def forward_flops(source: ModelSource, rows: int, seq_len: int) -> ForwardFlops:
   """Operations of one forward pass over `rows` sequences of `seq_len` positions."""
-  c, tokens = source.config, rows * seq_len
+  c: Any = source.config  # a decoder's
+  tokens = rows * seq_len
   pairs = rows * sum(attended_pairs(c, layer, seq_len) for layer in range(c.num_hidden_layers))
   return ForwardFlops(
     weights=2.0 * tokens * _active_layer_params(source),
@@ -50,7 +51,7 @@ def forward_flops(source: ModelSource, rows: int, seq_len: int) -> ForwardFlops:
 
 def active_params(source: ModelSource) -> int:
   """Weights that one position is multiplied with, including the head's."""
-  c = source.config
+  c: Any = source.config  # a decoder's
   return round(_active_layer_params(source)) + c.vocab_size * c.hidden_size
 
 
@@ -63,7 +64,8 @@ def _active_layer_params(source: ModelSource) -> float:
       continue
     size = float(math.prod(v.shape))
     if "experts" in meta["axes"]:
-      size = size * source.config.num_experts_per_tok / v.shape[meta["axes"].index("experts")]
+      config: Any = source.config  # of a family with experts
+      size = size * config.num_experts_per_tok / v.shape[meta["axes"].index("experts")]
     total += size
   return total
 

@@ -74,7 +74,7 @@ def planned_manifest(config: Config, vocab_size: int = 0, positions: int = 0) ->
   model = config.student if config.losses else config.teacher
   return recorder.planned_manifest(
     config.records,
-    vocab_size or loading.open_source(model).config.vocab_size,
+    vocab_size or loading.open_source(model).text_config.vocab_size,
     sequences=1,
     positions=positions or config.data.seq_len,
     feature_width=_feature_width(config),
@@ -162,7 +162,7 @@ def _record(config: Config, mesh: Mesh) -> Program:
     reader = dataset.reader({name: config.tasks[name]})
     row, first_class = corpus.rows[0], corpus.first_class
   else:
-    manifest = planned_manifest(config, teacher.config.vocab_size)
+    manifest = planned_manifest(config, teacher.text_config.vocab_size)
     reader, row, first_class = None, placeholder_text(manifest), 0
   model = _model(teacher, mesh)
   batch = planned_batch(manifest, row, [], reader, c.batch_size, mesh)

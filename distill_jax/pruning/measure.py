@@ -207,6 +207,7 @@ def _loss_without(
   vocab_size: int,
 ) -> Mean:
   inputs = batch.inputs
+  assert isinstance(inputs, Inputs)
   x_BTD, embed_VD = model.embed_tokens(inputs.tokens_BT, compute)
   position_inputs = model.position_inputs(inputs)
 

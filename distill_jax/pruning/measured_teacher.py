@@ -46,7 +46,7 @@ class MeasuredTeacher:
     self.mesh = sharding.make_mesh(**vars(config.mesh))
     sharding.check_batch("evaluate.batch_size", self._size, self.mesh)
     self.tokenizer = corpus.tokenizer_of(config.data, self.source.pretrained)
-    shape = self.source.config
+    shape = self.source.text_config
     corpus.check(config.data, self.tokenizer, shape.vocab_size, shape.max_position_embeddings)
     self.calibration = self._batches(self._sequences("train", config.shrink.sequences))
     heldout = self._sequences("heldout", config.evaluate.sequences)
@@ -104,7 +104,8 @@ class MeasuredTeacher:
       return choose.ends(n, L)
     if by == "influence":
       measured = self.importance(False)
-      stacks = self.loaded.model.layer_stacks(self.source.config)
+      model: Any = self.loaded.model  # a decoder
+      stacks = model.layer_stacks(self.source.config)
       influence_L = np.concatenate([measured[name]["influence"] for name, _, _ in stacks])
       return choose.influential(n, influence_L)
     if (more := L - n - len(self._removed)) > 0:

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from distill_jax.errors import InputError
+from distill_jax.losses.features import attention_sizes
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Taps
+from distill_jax.types import FamilyConfig
 
 
-def feature_width(model_config: Any, kind: str) -> int:
+def feature_width(config: FamilyConfig, kind: str) -> int:
   """Returns how many numbers a tapped vector has, for a model of this config.
 
   Args:
-    model_config: the family's Config.
+    config: the model's.
     kind: "hidden", a layer's output, or "qkv", its queries, keys and values end to end.
   """
-  c = model_config
   if kind == "hidden":
-    return c.hidden_size
-  values = getattr(c, "v_head_dim", c.head_dim)  # DeepSeek's are narrower than its keys
-  return (c.num_attention_heads + c.num_key_value_heads) * c.head_dim + (
-    c.num_key_value_heads * values
-  )
+    return config.hidden_size
+  c = attention_sizes(config)
+  H, G = c.num_attention_heads, c.num_key_value_heads
+  return (H + G) * c.head_dim + G * c.value_head_dim
 
 
 def projection(seed: int, width: int, to: int) -> np.ndarray:

@@ -55,13 +55,13 @@ def check_accumulation(config: Config, stores: Stores) -> None:
 
 def check_teachers(config: Config) -> None:
   """Refuses a loss whose teacher the config does not name, and two teachers of one name."""
-  recorded, here = set(config.train.teachers), set(config.teachers)
-  if twice := sorted(recorded & here | {"teacher"} & (recorded | here)):
+  recorded, online = set(config.train.teachers), set(config.teachers)
+  if twice := sorted(recorded & online | {"teacher"} & (recorded | online)):
     raise InputError(
       f"teacher {twice[0]!r} is named twice; `teacher`, `teachers` and train.teachers each name "
       "others"
     )
-  known = {"teacher"} | recorded | here
+  known = {"teacher"} | recorded | online
   for name, fn in config.losses.items():
     if unknown := [t for t in fn.teacher_names if t not in known]:
       raise InputError(
@@ -81,7 +81,7 @@ def check_text_fits(config: Config, student: ModelSource, stores: Stores) -> Non
   """Refuses recorded text that the student cannot read."""
   if config.tasks:
     return
-  tokenizer, shape = _tokenizer(config, student), student.config
+  tokenizer, shape = _tokenizer(config, student), student.text_config
   for path, store in zip(config.train.records, stores, strict=True):
     manifest = store.manifest
     if manifest.vocab_size > shape.vocab_size:
