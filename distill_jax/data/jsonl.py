@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator
@@ -56,10 +57,16 @@ class Line:
 
 
 def read_lines(*files: Path) -> Iterator[Line]:
-  """Yields the lines of files that are not blank, in order. Nothing is decoded."""
+  """Yields the lines of files that are not blank, in order. Nothing is decoded.
+
+  A file may begin with the byte order mark of UTF-8, which is no part of its first line.
+  """
   for file in files:
     with file.open("rb") as lines:
       offset = 0
+      if lines.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+        offset = len(codecs.BOM_UTF8)
+      lines.seek(offset)
       for number, raw in enumerate(lines, 1):
         if raw.strip():
           yield Line(raw, file, number, offset)

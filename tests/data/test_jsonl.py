@@ -7,6 +7,7 @@ import pytest
 from distill_jax.data import jsonl
 from distill_jax.data.bad_input import BadInputPolicy
 from distill_jax.errors import InputError
+from distill_jax.runtime import json_io
 
 
 def test_lines_know_their_places(tmp_path):
@@ -20,6 +21,15 @@ def test_lines_know_their_places(tmp_path):
     lines[1].object()
   with pytest.raises(InputError, match=r"a, line 5: a JSON list; .*; mend the line"):
     lines[2].object()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+  (tmp_path / "a").write_bytes(b'\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{}\n')
+  first, second = jsonl.read_lines(tmp_path / "a")
+  assert first.object() == json_io.parse(first.raw) == {"a": 1} and first.offset == 3
+  assert second.offset == 12
+  with pytest.raises(InputError, match="a, line 2: not JSON"):
+    second.object()
 
 
 def test_what_is_written_is_read_again(tmp_path):
