@@ -278,7 +278,7 @@ def _run(link: PlannedLink) -> JsonObject:
     model = link.folder / "model"
     # Without MADE, the making of what is there was interrupted.
     distributed.run_on_process_0(functools.partial(shutil.rmtree, model, ignore_errors=True))
-    made = MeasuredTeacher(link.config).make(link.config.shrink, model, random=False)
-    json_io.write_json_once(link.folder / MADE, made)
+    summary = MeasuredTeacher(link.config).make(link.config.shrink, model, random=False)
+    json_io.write_json_once(link.folder / MADE, summary)
   with Workdir(link.folder / "run", link.config) as workdir:
     return loop.train(link.config, workdir)

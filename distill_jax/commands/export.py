@@ -70,12 +70,12 @@ def run(config: Config, workdir: Path) -> JsonObject:
         shard_bytes=options.shard_bytes,
         extra=_task_files(config, student.config),
       )
-  made = {"export_dir": options.dir, "parameters": params.count(model)}
+  summary = {"export_dir": options.dir, "parameters": params.count(model)}
   if config.student.share.layers:  # the folder has a copy of them for every use
-    made["shared_parameters"] = params.count(student.abstract_trainable)
+    summary["shared_parameters"] = params.count(student.abstract_trainable)
   if config.student.quantise.bits:  # what they would take; the folder has them in export.dtype
-    made["integer_bytes"] = quantise.nbytes(model, config.student.quantise)
-  return made
+    summary["integer_bytes"] = quantise.nbytes(model, config.student.quantise)
+  return summary
 
 
 def _check(options: ExportOptions, adapters: bool) -> None:

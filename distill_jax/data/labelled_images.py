@@ -135,7 +135,7 @@ def folders(path: str) -> tuple[str, ...]:
 def _folder(
   path: str, classes: tuple[str, ...], spec: ImageSpec, bad: BadInputPolicy
 ) -> LabelledImages:
-  found = [
+  labelled_files = [
     (file, name)
     for name in folders(path)
     for file in sorted(p for p in (Path(path) / name).iterdir() if not p.name.startswith("."))
@@ -144,9 +144,9 @@ def _folder(
   # Decoding releases the GIL; only a hash of each image is kept.
   pool = ThreadPoolExecutor()
   try:
-    inspected = pool.map(lambda pair: _inspect(pair[0], spec), found)
-    with Progress("open", len(found), "images") as progress:
-      for (file, name), (hashed, why) in zip(found, inspected, strict=True):
+    inspected = pool.map(lambda pair: _inspect(pair[0], spec), labelled_files)
+    with Progress("open", len(labelled_files), "images") as progress:
+      for (file, name), (hashed, why) in zip(labelled_files, inspected, strict=True):
         progress.add(1)
         why = why if name in classes else f"is of class {name!r}, which the task does not name"
         if why:
@@ -199,9 +199,9 @@ def _idx(
       f"image {i} of {path}", f"has label {labels[i]}, and there are {len(classes)} classes"
     )
   shape = (-1, spec.size, spec.size, spec.channels)
-  made = [spec.pixels(Image.fromarray(x)) for x in pixels[good]]
-  images, indices_N = np.array(made, np.uint8).reshape(shape), np.arange(len(made))
-  hashes_N = np.array([_hash(x) for x in made], np.uint64)
+  arrays = [spec.pixels(Image.fromarray(x)) for x in pixels[good]]
+  images, indices_N = np.array(arrays, np.uint8).reshape(shape), np.arange(len(arrays))
+  hashes_N = np.array([_hash(x) for x in arrays], np.uint64)
   return LabelledImages(images.__getitem__, indices_N, hashes_N, labels[good].astype(np.int32))
 
 

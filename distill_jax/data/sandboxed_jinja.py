@@ -165,8 +165,10 @@ def message(given: Any) -> JsonObject:
   if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
     raise InputError(f"a message is {given!r:.80}; it is a dictionary with a role")
   out = plain({k: v for k, v in given.items() if v is not None})
-  said = next((out[k] for k in REASONING if k in out), None)
-  return out if said is None else {"thinking": said, **out, "reasoning_content": said}
+  reasoning = next((out[k] for k in REASONING if k in out), None)
+  return (
+    out if reasoning is None else {"thinking": reasoning, **out, "reasoning_content": reasoning}
+  )
 
 
 def _tojson(

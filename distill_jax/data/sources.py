@@ -163,8 +163,8 @@ def _utf8(raw: bytes, where: str) -> str:
 def _string(record: JsonObject, field: str, where: str) -> str:
   """The text in one field; bytes (as TFDS gives them) are UTF-8."""
   if field not in record:
-    there = ", ".join(map(repr, record)) or "none"
-    raise InputError(f"{where}: no field {field!r}; the fields there are {there}")
+    names = ", ".join(map(repr, record)) or "none"
+    raise InputError(f"{where}: no field {field!r}; the fields there are {names}")
   value = record[field]
   if isinstance(value, bytes):
     return _utf8(value, f"{where}, field {field!r}")

@@ -201,8 +201,8 @@ class Tokenizer:
         raise InputError(f"{given} is no token of {self.where}; ids end at {self.vocab_size - 1}")
       return given
     if given is None:
-      found = [i for name in names if (i := self.token_id(name)) is not None]
-      return found[0] if found else None
+      ids = [i for name in names if (i := self.token_id(name)) is not None]
+      return ids[0] if ids else None
     if (i := self.token_id(given)) is None:
       raise InputError(f"{self.where} has no token {given!r}; name one that is in its vocabulary")
     return i
@@ -235,9 +235,9 @@ def load_tokenizer(
     return Tokenizer(source.encode(), "the tokenizer given as JSON", eos, bos)
   path = Path(source)
   if path.is_dir():
-    if not (found := [path / name for name in FILES.values() if (path / name).is_file()]):
+    if not (files := [path / name for name in FILES.values() if (path / name).is_file()]):
       raise InputError(f"{path} holds no {' or '.join(FILES.values())}; name a tokenizer's folder")
-    path = found[0]
+    path = files[0]
   if not path.is_file():
     raise InputError(f"{path} is not there; name a tokenizer.json, a .model file or their folder")
   named = _named_tokens(path.parent / "tokenizer_config.json")

@@ -16,8 +16,8 @@ def text(r: JsonObject) -> str:
   if r["quality"]:
     lines += ["", "quality, from evaluation.json"]
     for name, row in r["quality"].items():
-      said = [f"{k} {_number(x)}" for k, x in row.items()]
-      lines.append(f"  {name:<22}{', '.join(said)}")
+      numbers = [f"{k} {_number(x)}" for k, x in row.items()]
+      lines.append(f"  {name:<22}{', '.join(numbers)}")
   return "\n".join(lines)
 
 

@@ -34,12 +34,12 @@ def final_letter(text: str) -> str:
   text = answer_part(text).strip()
   box = answers.boxed(text)
   if box is not None:
-    found = BOXED.fullmatch(box)
-    return found[1] if found else ""
+    match = BOXED.fullmatch(box)
+    return match[1] if match else ""
   if last := STATED.findall(text.replace("*", "")):
     return last[-1]
-  found = ALONE.fullmatch(text)
-  return found[1] if found else ""
+  match = ALONE.fullmatch(text)
+  return match[1] if match else ""
 
 
 @dataclasses.dataclass(frozen=True)

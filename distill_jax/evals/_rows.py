@@ -32,17 +32,17 @@ def find(path: str, *packaged: str, other: str = "") -> list[Path]:
   if not path and not packaged:
     raise InputError(f"the benchmark's path is empty and no package is known to hold it; {other}")
   try:
-    found = [locate(p) for p in ([path] if path else [f"package:{p}" for p in packaged])]
+    files = [locate(p) for p in ([path] if path else [f"package:{p}" for p in packaged])]
   except InputError as e:
     raise InputError(f"{e}, or name the benchmark's file in its path") from e
-  if found[0].is_dir():
-    inside = sorted(p for p in found[0].iterdir() if p.name.endswith(ENDINGS))
+  if files[0].is_dir():
+    inside = sorted(p for p in files[0].iterdir() if p.name.endswith(ENDINGS))
     if not inside:
       raise InputError(
         f"{path} holds no file that ends in {', '.join(ENDINGS)}; name the benchmark's file"
       )
     return inside
-  return found
+  return files
 
 
 def rows(file: Path) -> Iterator[tuple[str, bytes | BenchmarkRow]]:

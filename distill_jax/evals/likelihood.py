@@ -19,7 +19,7 @@ from distill_jax.nn.layers import ComputeConfig
 from distill_jax.records import sampler
 from distill_jax.records.collate import to_device
 from distill_jax.runtime.progress import Progress
-from distill_jax.types import Inputs, JsonObject, Output
+from distill_jax.types import Inputs, JsonObject, Model, Output
 
 MIN_LEN = 32  # rows are padded to one of few lengths, from this one on
 
@@ -108,7 +108,7 @@ def padded_len(n: int, max_len: int) -> int:
 
 
 def score(
-  model: Any, batch: PairBatch, *, compute: ComputeConfig, chunk: int, vocab_size: int
+  model: Model, batch: PairBatch, *, compute: ComputeConfig, chunk: int, vocab_size: int
 ) -> JsonObject:
   """Scores the rows of a batch: number int32 [B], logp float32 [B] in nats, greedy bool [B].
 

@@ -78,10 +78,12 @@ class Adapter(LM):
     self._batch_size, self._seed = batch_size, seed
     self._model = ModelSlot(self.config.teacher, self.mesh, seed, is_teacher=True)
     self.tokens = self._model.tokenizer(self.config.data)
-    longest = self._model.source.text_config.max_position_embeddings
-    if not 0 <= max_length <= longest:
-      raise InputError(f"max_length is {max_length} and this model reads at most {longest} tokens")
-    self.max_length, self.max_gen_toks = max_length or longest, max_gen_toks
+    max_positions = self._model.source.text_config.max_position_embeddings
+    if not 0 <= max_length <= max_positions:
+      raise InputError(
+        f"max_length is {max_length} and this model reads at most {max_positions} tokens"
+      )
+    self.max_length, self.max_gen_toks = max_length or max_positions, max_gen_toks
 
   @property
   def tokenizer_name(self) -> str:

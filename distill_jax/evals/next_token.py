@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
@@ -11,7 +10,7 @@ from distill_jax.losses import DenseTargets
 from distill_jax.nn import fused_head
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.training import token_metrics
-from distill_jax.types import Batch, Mean, Output
+from distill_jax.types import Batch, Mean, Model, Output
 
 
 def compare(
@@ -53,7 +52,7 @@ def compare(
   return fused_head.fold(chunk_metrics, hidden_BTD, head_VD, batch, chunk, vocab_size)
 
 
-def score(model: Any, batch: Batch, compute: ComputeConfig, chunk: int) -> Mean:
+def score(model: Model, batch: Batch, compute: ComputeConfig, chunk: int) -> Mean:
   """Computes -log q(label) alone: the work of a forward pass over a prompt, for timing."""
   out: Output = model(batch.inputs, compute)
   batch = batch.with_contrastive_labels() if out.contrastive else batch

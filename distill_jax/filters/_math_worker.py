@@ -18,8 +18,8 @@ CONFIG = (LatexExtractionConfig(), ExprExtractionConfig())
 
 def read(answer: str) -> list:
   """Returns what sympy parses an answer to; [] if it cannot."""
-  found = parse(f"${answer}$", CONFIG, parsing_timeout=None)
-  return [] if all(isinstance(x, str) for x in found) else found
+  parsed = parse(f"${answer}$", CONFIG, parsing_timeout=None)
+  return [] if all(isinstance(x, str) for x in parsed) else parsed
 
 
 def compare(key: str, answer: str) -> str:

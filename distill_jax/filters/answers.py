@@ -16,15 +16,15 @@ PLAIN_FRACTION = re.compile(r"(-?)\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))")
 
 def boxed(text: str) -> str | None:
   r"""What the last whole \boxed{…} holds."""
-  found = None
+  content = None
   for match in BOX.finditer(text):
     depth = 1
     for at in range(match.end(), len(text)):
       depth += {"{": 1, "}": -1}.get(text[at], 0) * (text[at - 1] != "\\")
       if not depth:
-        found = text[match.end() : at].strip()
+        content = text[match.end() : at].strip()
         break
-  return found
+  return content
 
 
 def final(text: str, box_only: bool = False) -> str | None:

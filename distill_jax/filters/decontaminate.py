@@ -65,12 +65,12 @@ class Filter(_base.Filter):
     for line in jsonl.read_lines(path):
       where = f"{path.stem}, line {line.number}"
       for text in self._texts(line):
-        found = words(text)
-        examples, short = examples + 1, short + (len(found) < MIN_WORDS)
-        n = min(self.ngram, len(found))
+        text_words = words(text)
+        examples, short = examples + 1, short + (len(text_words) < MIN_WORDS)
+        n = min(self.ngram, len(text_words))
         if n >= MIN_WORDS:
-          for at in range(len(found) - n + 1):
-            runs.setdefault(n, {}).setdefault(" ".join(found[at : at + n]), where)
+          for at in range(len(text_words) - n + 1):
+            runs.setdefault(n, {}).setdefault(" ".join(text_words[at : at + n]), where)
     if examples == short:
       raise InputError(f"{path} has no text of {MIN_WORDS} words or more in {self.fields or 'it'}")
     if short:
@@ -87,8 +87,8 @@ class Filter(_base.Filter):
       return
     for field in self.fields:
       if not isinstance(row, dict) or field not in row:
-        there = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-        raise InputError(f"{line.where}: no field {field!r}, but {there}; name other fields")
+        names = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+        raise InputError(f"{line.where}: no field {field!r}, but {names}; name other fields")
       yield from _strings(row[field])
 
 
@@ -97,11 +97,11 @@ def words(text: str) -> list[str]:
   return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def overlap(found: list[str], runs: Runs) -> str | None:
+def overlap(text_words: list[str], runs: Runs) -> str | None:
   """Returns where the first run comes from that stands in an evaluation set, or None."""
   for n, known in sorted(runs.items(), reverse=True):
-    for at in range(len(found) - n + 1):
-      run = " ".join(found[at : at + n])
+    for at in range(len(text_words) - n + 1):
+      run = " ".join(text_words[at : at + n])
       if run in known:
         name, _, line = known[run].rpartition(", ")
         return f"in {name}: {line}, {run!r}"

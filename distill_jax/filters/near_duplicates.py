@@ -55,20 +55,20 @@ class Filter(_base.Filter):
       print_P = signature(shingles(self._text(sample), self.ngram))
       keys = [print_P[i * ROWS : (i + 1) * ROWS].tobytes() for i in range(BANDS)]
       near = {n for band, key in zip(bands, keys, strict=True) for n in band.get(key, ())}
-      found = None
+      reason = None
       for n in sorted(near):
         if self.of == "prompt" and names[n][0] == sample["id"]:
           continue
         alike = float(np.mean(kept[n] == print_P))
         if alike >= self.threshold:
-          found = f"near-duplicate: of prompt {names[n][0]}, sample {names[n][1]}, {alike:.2f}"
+          reason = f"near-duplicate: of prompt {names[n][0]}, sample {names[n][1]}, {alike:.2f}"
           break
-      if found is None:
+      if reason is None:
         for band, key in zip(bands, keys, strict=True):
           band.setdefault(key, []).append(len(kept))
         kept.append(print_P)
         names.append((sample["id"], sample["sample"]))
-      yield Judged(sample, found)
+      yield Judged(sample, reason)
 
   def _text(self, sample: Sample) -> str:
     parts = {"text": [sample["text"]], "prompt": [prompt_text(sample)]}

@@ -34,8 +34,8 @@ class Filter(SampleFilter):
       if not _find(pattern, sample):
         return f"lacks {pattern}"
     for pattern in self.must_not:
-      if found := _find(pattern, sample):
-        return f"has {pattern}: {found[0]!r:.80}"
+      if match := _find(pattern, sample):
+        return f"has {pattern}: {match[0]!r:.80}"
     return None
 
 

@@ -10,7 +10,7 @@ a row's J beams.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,10 @@ from flax import struct
 
 from distill_jax.errors import InputError
 from distill_jax.models import Seq2SeqCache as Cache
+from distill_jax.models import Seq2SeqModel
 from distill_jax.nn import fused_head
 from distill_jax.nn.layers import ComputeConfig
+from distill_jax.types import Inputs, Sounds
 
 NEVER = -1e9  # a score less than any text's
 
@@ -61,7 +63,7 @@ class Search:
 
 
 def search(
-  model: Any, source: Any, compute: ComputeConfig, spec: Search
+  model: Seq2SeqModel, source: Inputs | Sounds, compute: ComputeConfig, spec: Search
 ) -> tuple[jax.Array, jax.Array]:
   """Decodes a target for each source.
 
@@ -85,7 +87,7 @@ def search(
 
 
 def _next_logp(
-  model: Any,
+  model: Seq2SeqModel,
   tokens_B: jax.Array,
   n: jax.Array,
   cache: Cache,
@@ -122,7 +124,7 @@ class Greedy(struct.PyTreeNode):
 
 
 def _greedy(
-  model: Any, cache: Cache, compute: ComputeConfig, spec: Search
+  model: Seq2SeqModel, cache: Cache, compute: ComputeConfig, spec: Search
 ) -> tuple[jax.Array, jax.Array]:
   B = cache.k_LXZHh.shape[1]
   start = Greedy(
@@ -180,7 +182,7 @@ class Continuations(NamedTuple):
 
 
 def _beams(
-  model: Any, cache: Cache, compute: ComputeConfig, spec: Search
+  model: Seq2SeqModel, cache: Cache, compute: ComputeConfig, spec: Search
 ) -> tuple[jax.Array, jax.Array]:
   """Beam search as in transformers' GenerationMixin._beam_search (early_stopping=False)."""
   J, T = spec.beams, spec.max_new_tokens
@@ -209,7 +211,7 @@ def _beams(
   return end.finished_BJT[:, 0], end.finished_score_BJ[:, 0]
 
 
-def _beam_step(model: Any, s: Beams, compute: ComputeConfig, spec: Search) -> Beams:
+def _beam_step(model: Seq2SeqModel, s: Beams, compute: ComputeConfig, spec: Search) -> Beams:
   """One token more of every running text; the functions have transformers' names."""
   logp_BV, cache = _next_logp(model, s.last_BJ.reshape(-1), s.n, s.cache, compute, spec)
   logp_BJV = logp_BV.reshape(*s.score_BJ.shape, -1)

@@ -118,11 +118,11 @@ class SampleJournal:
     self.close()
 
 
-def _check_origin(path: Path, found: JsonObject, origin: JsonObject) -> None:
+def _check_origin(path: Path, recorded: JsonObject, origin: JsonObject) -> None:
   """Refuses samples of other prompts or of another model."""
-  if found != origin:
-    key = next(k for k in {**origin, **found} if origin.get(k) != found.get(k))
+  if recorded != origin:
+    key = next(k for k in {**origin, **recorded} if origin.get(k) != recorded.get(k))
     raise InputError(
-      f"{path} holds samples of {key} {found.get(key)!r} and this run has {origin.get(key)!r}; "
+      f"{path} holds samples of {key} {recorded.get(key)!r} and this run has {origin.get(key)!r}; "
       "bring the old ones back or choose another --workdir"
     )

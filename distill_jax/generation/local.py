@@ -167,8 +167,8 @@ def _decode(
       job, mesh, tokenizer, stops, prompts.ids, model, compute, store.records if store else None
     )
     start = time.perf_counter()
-    for n, (finished, made) in enumerate(scheduler.run(missing)):
-      tokens += made
+    for n, (finished, new_tokens) in enumerate(scheduler.run(missing)):
+      tokens += new_tokens
       for journal in journals:
         journal.add([_journal_row(s, stops) for s in finished], [s.records for s in finished])
       progress.add(len(finished), tokens_per_second=tokens / (time.perf_counter() - start))

@@ -223,11 +223,11 @@ class Responses:
       self._index(line)
 
   def _index(self, line: bytes) -> None:
-    if not (found := PREFIX.match(line)):
+    if not (match := PREFIX.match(line)):
       raise InputError(
         f"{self._folder / PART} is damaged at byte {self._end}; choose another --workdir"
       )
-    self._spans[int(found[1]), int(found[2])] = self._end, len(line)
+    self._spans[int(match[1]), int(match[2])] = self._end, len(line)
     self._end += len(line)
 
   def check(self, samples: Iterable[SampleKey]) -> None:

@@ -65,7 +65,7 @@ def read_prompts(job: GenerationJob, tokenizer: Tokenizer | None = None) -> Prom
       can be used.
   """
   path, policy = _check(job), BadInputPolicy(job.key("on_bad"), job.on_bad)
-  found = Prompts({}, {}, {})
+  prompts = Prompts({}, {}, {})
   encoder = PromptEncoder(job)
   for n, line in enumerate(jsonl.read_lines(path)):
     try:
@@ -73,16 +73,16 @@ def read_prompts(job: GenerationJob, tokenizer: Tokenizer | None = None) -> Prom
       prompt = _parse(text, job.field) if path.suffix == ".jsonl" else Prompt(text, {})
       prompt = prompt._replace(content=_apply_template(job, prompt.content))
       if tokenizer is not None:
-        found.ids[n] = _check_length(encoder(tokenizer, prompt.content), job.decoding.cache_len)
-      found.prompts[n] = prompt
+        prompts.ids[n] = _check_length(encoder(tokenizer, prompt.content), job.decoding.cache_len)
+      prompts.prompts[n] = prompt
     except InputError as error:
       policy.reject(line.where, str(error))
-      found.rejected[n] = f"line {line.number}: {error}"
-  if not found.prompts:
-    reasons = [*found.rejected.values()]
+      prompts.rejected[n] = f"line {line.number}: {error}"
+  if not prompts.prompts:
+    reasons = [*prompts.rejected.values()]
     why = f"the first one's reason: {reasons[0]}" if reasons else "it is empty"
     raise InputError(f"{path} holds no prompt that can be used; {why}")
-  return found
+  return prompts
 
 
 def _check(job: GenerationJob) -> Path:
@@ -164,8 +164,8 @@ def _parse(text: str, field: str) -> Prompt:
   """What `field` of a line holds, unchecked, beside the other fields or a sample's `about`."""
   row = json_io.parse(text, "it")
   if not isinstance(row, dict) or field not in row:
-    there = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-    raise InputError(f"there is no field {field!r}, but {there or 'nothing'}")
+    fields = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+    raise InputError(f"there is no field {field!r}, but {fields or 'nothing'}")
   if half := json_io.lone_surrogate(json.dumps(row, ensure_ascii=False)):
     raise InputError(f"it holds half a surrogate pair, {half!r}")
   value = row.pop(field)

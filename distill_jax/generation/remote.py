@@ -60,8 +60,8 @@ def generate(job: GenerationJob, folder: Path) -> JsonObject:
     rate = asyncio.run(sampler.run())
     rejected = [{"id": p, "sample": s, "reason": w} for (p, s), w in sampler.rejected.items()]
     rows = sorted(journal.rows, key=outputs.sample_key)
-    wanted = len(prompts.prompts) * job.samples
-    assert len(rows) + len(rejected) == wanted, "a sample is lost"
+    expected = len(prompts.prompts) * job.samples
+    assert len(rows) + len(rejected) == expected, "a sample is lost"
     if not rows:
       raise InputError(f"the server refuses all that is asked; first: {rejected[-1]['reason']}")
     if job.server.top_logprobs:

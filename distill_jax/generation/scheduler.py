@@ -64,8 +64,8 @@ class GeneratedSample:
     """
     old, new_tokens = len(self.tokens), outputs["token"][:, row]
     self.tokens += new_tokens[: int((new_tokens >= 0).sum())].tolist()
-    if found := stops.first(self.tokens, old):
-      n, self.reason = found
+    if end := stops.first(self.tokens, old):
+      n, self.reason = end
       del self.tokens[n:]
     elif self.tokens[-1] in eos:
       self.reason = "eos"

@@ -54,8 +54,8 @@ class Stops:
   def text(self, tokens: Sequence[int]) -> str:
     """The text up to the first stop string."""
     text = self.tokenizer.decode(tokens)
-    found = [i for s in self.strings if (i := text.find(s)) >= 0]
-    return text[: min(found)] if found else text
+    starts = [i for s in self.strings if (i := text.find(s)) >= 0]
+    return text[: min(starts)] if starts else text
 
   def _stop_string(self, tokens: Sequence[int], old: int) -> int | None:
     """The number of tokens, more than `old`, after which there is a stop string."""

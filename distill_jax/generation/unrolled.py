@@ -9,13 +9,13 @@ arrays.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import nnx, struct
 from jax.sharding import Mesh, NamedSharding
 
+from distill_jax.models import DecoderBlock, DecoderModel
 from distill_jax.models import DecoderCache as Cache
 from distill_jax.nn import kv_cache, params
 from distill_jax.nn.layers import ComputeConfig
@@ -25,8 +25,8 @@ from distill_jax.types import Inputs, Output
 class Unrolled(struct.PyTreeNode):
   """A model whose stacks of layers are replaced by `blocks`, its layers in order."""
 
-  rest: Any  # the family's Model without its stacks
-  blocks: tuple[Any, ...]
+  rest: DecoderModel  # the family's Model without its stacks
+  blocks: tuple[DecoderBlock, ...]
 
   def decode_step(
     self, inputs: Inputs, cache: Cache, compute: ComputeConfig
@@ -35,14 +35,14 @@ class Unrolled(struct.PyTreeNode):
     return self.rest.decode_step(self.blocks, inputs, cache, compute)
 
 
-def unroll(model: Any, compute: ComputeConfig) -> Unrolled:
+def unroll(model: DecoderModel, compute: ComputeConfig) -> Unrolled:
   """Unrolls a model, whose arrays are deleted: `model` cannot be used afterwards.
 
   Weights are in the compute dtype from here on, and sharded as they were. At most one stacked
   parameter is held twice at a time.
   """
   stacks = [(getattr(model, name), n) for name, _, n in model.layer_stacks(model.config)]
-  blocks: list[Any] = []
+  blocks: list[DecoderBlock] = []
   for stack, n in stacks:
     leaves, tree = jax.tree.flatten(stack, is_leaf=params.is_param)
     parts = [_split_layers(v, compute) for v in leaves]
@@ -53,7 +53,7 @@ def unroll(model: Any, compute: ComputeConfig) -> Unrolled:
   return Unrolled(params.map_params(functools.partial(_cast, compute=compute), rest), tuple(blocks))
 
 
-def _split_layers(v: Any, compute: ComputeConfig) -> list[Any]:
+def _split_layers(v: nnx.Variable, compute: ComputeConfig) -> list[nnx.Variable]:
   """The parameter of each layer, from a stacked one, which is deleted."""
   x, axes = v[...], v.get_metadata()["axes"][1:]
   dtype = "float32" if v.get_metadata()["exact"] else compute.dtype
@@ -69,7 +69,7 @@ def _split_layers(v: Any, compute: ComputeConfig) -> list[Any]:
   return [v.replace(part, axes=axes) for part in parts]
 
 
-def _cast(v: Any, compute: ComputeConfig) -> Any:
+def _cast(v: nnx.Variable, compute: ComputeConfig) -> nnx.Variable:
   return v if v.get_metadata()["exact"] else v.replace(v[...].astype(compute.dtype))
 
 
@@ -81,18 +81,18 @@ def empty_cache(
   Args:
     dtype: one of kv_cache.DTYPES: "" is the compute dtype, "int8" integers with their scales.
   """
-  one = jnp.zeros((1, 1), jnp.int32)
-  angles, _ = unrolled.rest.position_inputs(Inputs(one, one, one))(0)
+  zero_11 = jnp.zeros((1, 1), jnp.int32)
+  angles, _ = unrolled.rest.position_inputs(Inputs(zero_11, zero_11, zero_11))(0)
   x_BTD = jax.ShapeDtypeStruct((1, 1, unrolled.rest.config.hidden_size), compute.dtype)
 
-  def zeros(shape: tuple[int, ...], dtype: Any, axes: str) -> jax.Array:
+  def zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, axes: str) -> jax.Array:
     """The zeros of a cached array that has `shape` for one row and one position."""
     names = tuple(axes.split())
     whole = [rows, *shape[2:]]
     whole.insert(names.index("seq"), size)
     return jnp.zeros(whole, dtype, device=NamedSharding(mesh, compute.rules.spec(names, "compute")))
 
-  def layer_cache(block: Any) -> dict[str, jax.Array]:
+  def layer_cache(block: DecoderBlock) -> dict[str, jax.Array]:
     _, cached = jax.eval_shape(lambda b, x: b.project_for_cache(x, angles), block, x_BTD)
     parts = (kv_cache.shapes(x, name, block.CACHE[name], dtype) for name, x in cached.items())
     return {name: zeros(*part) for named in parts for name, part in named.items()}

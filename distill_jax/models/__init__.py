@@ -18,7 +18,10 @@ and, where a checkpoint needs them, PREFIX and AFTER (hub/prefixed.py).
 
 from distill_jax.models._decoder import Block as DecoderBlock
 from distill_jax.models._decoder import Cache as DecoderCache
+from distill_jax.models._decoder import Model as DecoderModel
+from distill_jax.models._decoder_config import Config as DecoderConfig
 from distill_jax.models._seq2seq import Cache as Seq2SeqCache
+from distill_jax.models._seq2seq import Model as Seq2SeqModel
 from distill_jax.models._windows import GLOBAL, LOCAL
 from distill_jax.types import FamilyConfig
 
@@ -27,8 +30,11 @@ __all__ = [
   "LOCAL",
   "DecoderBlock",
   "DecoderCache",
+  "DecoderConfig",
+  "DecoderModel",
   "FamilyConfig",
   "Seq2SeqCache",
+  "Seq2SeqModel",
 ]
 
 SHARED = ("trainables", "loading", "runs")

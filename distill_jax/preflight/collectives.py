@@ -109,10 +109,10 @@ class Program:
         self.computations[name] = {}
         if line.startswith("ENTRY "):
           self.entry = name
-      elif found := _LINE.match(line):
-        op = _op(found[2])
+      elif match := _LINE.match(line):
+        op = _op(match[2])
         if op is not None:
-          self.computations[name][found[1]] = op
+          self.computations[name][match[1]] = op
 
   def sent(self) -> dict[str, int]:
     """Bytes that a device sends in one run of the program, by kind."""
@@ -139,8 +139,8 @@ class Program:
     """What an instruction sends by itself; None unless it is a collective."""
     # %send.1 = (f32[10,100]{1,0}, u32[], token[]) send(%g, %after), is_host_transfer=true,
     #   frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}: to the other slices
-    if op.opcode == "send" and (found := _TRANSFER.search(op.text)):
-      kind, payload = found[1].lower().replace("_", "-"), op.shape.split(", u32[]")[0]
+    if op.opcode == "send" and (match := _TRANSFER.search(op.text)):
+      kind, payload = match[1].lower().replace("_", "-"), op.shape.split(", u32[]")[0]
       return Sent(DCN + kind, _bytes(payload) * _sent_share(kind, self.slices))
     kind = op.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
@@ -168,8 +168,8 @@ class Program:
     """
     # %loop = (…) while(%start), condition=%ends, body=%turn,
     #   backend_config={"known_trip_count":{"n":"5"}}
-    if found := _TRIP_COUNT.search(loop.text):
-      return int(found[1])
+    if match := _TRIP_COUNT.search(loop.text):
+      return int(match[1])
     # Else its counter goes from a first value up to a constant that it is compared with:
     # %ends (state: (s32[], bf16[64,8])) -> pred[] {
     #   %limit = s32[] constant(7)
@@ -181,13 +181,13 @@ class Program:
     tests = [(op, c) for op, c in self._comparisons(condition) if "direction=LT" in op.text]
     if len(tests) != 1:
       raise ValueError(f"a loop of {name} ends where {len(tests)} counters are compared, not one")
-    (test, limit), here = tests[0], self.computations[name]
+    (test, limit), computation = tests[0], self.computations[name]
     counter = condition.get(test.operands[0])
     index = _TUPLE_INDEX.search(counter.text) if counter else None
     # %start = (s32[], bf16[64,8]{1,0}) tuple(%two, %p), with %two = s32[] constant(2)
-    start, first = here.get(loop.operands[0]), None
+    start, first = computation.get(loop.operands[0]), None
     if index and start and start.opcode == "tuple":
-      first = _constant(here, start.operands[int(index[1])])
+      first = _constant(computation, start.operands[int(index[1])])
     return limit - (first or 0)
 
   def _comparisons(self, condition: Computation) -> Iterator[tuple[Op, int]]:
@@ -220,12 +220,12 @@ def _constant(computation: Computation, name: str) -> int | None:
 def _op(text: str) -> Op | None:
   """An instruction from what is behind its `=`: shape, opcode(operands), attributes."""
   end = _end_of_tuple(text) if text.startswith("(") else text.find(" ")
-  found = _CALL.search(text[end:]) if end >= 0 else None
-  if found is None:
+  match = _CALL.search(text[end:]) if end >= 0 else None
+  if match is None:
     return None
-  names = re.sub(r"/\*.*?\*/", "", found[2])
+  names = re.sub(r"/\*.*?\*/", "", match[2])
   operands = tuple(x.split()[-1].removeprefix("%") for x in names.split(",") if x.strip())
-  return Op(text[: end + 1], found[1], operands, text[end:])
+  return Op(text[: end + 1], match[1], operands, text[end:])
 
 
 def _end_of_tuple(text: str) -> int:
@@ -263,13 +263,13 @@ def _bytes(shape: str) -> int:
 
 def _group_size(text: str) -> int:
   """Devices that take part together, in any of the ways that XLA writes them down."""
-  if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):  # {{0,2},{1,3}}
-    return len(found[1].split(","))
-  if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):  # [2,4]<=[8]
-    return int(found[2])
+  if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):  # {{0,2},{1,3}}
+    return len(match[1].split(","))
+  if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):  # [2,4]<=[8]
+    return int(match[2])
   # mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, where an axis may be split: {'axis_1':(1)2}
-  if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
-    axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
+  if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", match[1])}
+    axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
     return math.prod(int(part) if part else sizes[name] for name, part in axes)
   return 2 if "source_target_pairs=" in text else 1

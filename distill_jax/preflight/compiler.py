@@ -52,8 +52,8 @@ def compile_step(
 
 def _bytes_needed(message: str) -> int | None:
   """The bytes a device that a program which does not fit would take; None for other errors."""
-  found = _TOO_LARGE.search(message)
-  if "RESOURCE_EXHAUSTED" not in message or found is None:
+  match = _TOO_LARGE.search(message)
+  if "RESOURCE_EXHAUSTED" not in message or match is None:
     return None
-  number, unit = found[1] or found[3], found[2] or found[4]
+  number, unit = match[1] or match[3], match[2] or match[4]
   return int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])

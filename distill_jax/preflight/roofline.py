@@ -86,15 +86,15 @@ def speed(
   """
   chip, chips = hardware.chip, hardware.num_chips
   hbm_bytes = _hbm_bytes(config, verb, moved, mesh)
-  least = bound(chip, chips, mesh.size, step_flops, hbm_bytes, sent)
+  limit = bound(chip, chips, mesh.size, step_flops, hbm_bytes, sent)
   rows = config.records.batch_size if verb == "record" else config.train.batch_size
-  rate = rows * config.data.seq_len / least.seconds
+  rate = rows * config.data.seq_len / limit.seconds
   total = estimate.total_tokens(config, verb)
   return {
-    "bounds": vars(least),
-    "bound_by": least.by,
-    "step_seconds_bound": least.seconds,
-    "mfu_bound": flops.model_flops(step_flops) / (least.seconds * chips * chip.flops),
+    "bounds": vars(limit),
+    "bound_by": limit.by,
+    "step_seconds_bound": limit.seconds,
+    "mfu_bound": flops.model_flops(step_flops) / (limit.seconds * chips * chip.flops),
     "tokens_per_second_bound": rate,
     "chip_hours": total / rate * chips / 3600 if total else None,
   }

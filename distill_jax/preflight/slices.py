@@ -40,13 +40,13 @@ def smallest_slice(config: Config, verb: str, hardware: Hardware, fits: bool) ->
       program = programs.lower(config, verb, mesh)
     except InputError:  # a dimension or the batch does not divide over it
       continue
-    found = {"topology": name, "mesh": dict(mesh.shape)}
+    slice_ = {"topology": name, "mesh": dict(mesh.shape)}
     if tried == MAX_COMPILES:
-      return found | {"proven": False, "tried": tried}
+      return slice_ | {"proven": False, "tried": tried}
     tried += 1
     memory, compiled = compiler.compile_step(program, compiler.LOW_EFFORT)
     if compiled is not None and memory.peak <= hardware.chip.hbm:
-      return found | {"proven": True, "peak_bytes_per_device": memory.peak}
+      return slice_ | {"proven": True, "peak_bytes_per_device": memory.peak}
   return None
 
 

@@ -39,11 +39,11 @@ def text(r: JsonObject) -> str:
 
 def verdict(r: JsonObject) -> str:
   largest = max(r["bytes_per_device"], key=lambda name: r["bytes_per_device"][name])
-  most = f"the largest part is {largest}, {_size(r['bytes_per_device'][largest])}"
+  largest_part = f"the largest part is {largest}, {_size(r['bytes_per_device'][largest])}"
   peak, hbm = _size(r["peak_bytes_per_device"]), _size(r["hbm_bytes_per_device"])
   if r["fits"]:
-    return f"fits: {peak} of {hbm} a device; {most}"
-  return f"does not fit: {peak} are needed of {hbm} a device; {most}"
+    return f"fits: {peak} of {hbm} a device; {largest_part}"
+  return f"does not fit: {peak} are needed of {hbm} a device; {largest_part}"
 
 
 def _store(r: JsonObject) -> str:
@@ -52,24 +52,24 @@ def _store(r: JsonObject) -> str:
 
 
 def _smallest(r: JsonObject) -> str:
-  found = r["smallest"]
-  if found is None:
+  slice_ = r["smallest"]
+  if slice_ is None:
     return (
       "no smaller listed slice fits with this config's batch"
       if r["fits"]
       else "no larger listed slice fits with this config's batch"
     )
-  if found["proven"]:
-    peak = _size(found["peak_bytes_per_device"])
-    return f"the smallest listed slice that fits is {_on(found)}, by a compile: {peak}"
+  if slice_["proven"]:
+    peak = _size(slice_["peak_bytes_per_device"])
+    return f"the smallest listed slice that fits is {_on(slice_)}, by a compile: {peak}"
   return (
-    f"{found['tried']} slices were compiled and did not fit; {_on(found)} is the next that "
+    f"{slice_['tried']} slices were compiled and did not fit; {_on(slice_)} is the next that "
     "holds the arguments"
   )
 
 
-def _on(found: JsonObject) -> str:
-  return f"{found['topology']} with mesh {_mesh(found)}"
+def _on(slice_: JsonObject) -> str:
+  return f"{slice_['topology']} with mesh {_mesh(slice_)}"
 
 
 def _slices(r: JsonObject) -> str:

@@ -25,20 +25,20 @@ class Target:
 
   Attributes:
     size: measures a family's Config.
-    wanted: the size, in the same units.
+    value: the size, in the same units.
     key: of `shrink`, which asks for it; with more words where the unit is another.
   """
 
   size: Size
-  wanted: float
+  value: float
   key: str
 
   def distance(self, config: Any) -> float:
     """How many times too large or too small a Config is, as the size of the logarithm."""
-    return abs(math.log(self.size(config) / self.wanted))
+    return abs(math.log(self.size(config) / self.value))
 
   def is_met(self, config: Any) -> bool:
-    return abs(self.size(config) / self.wanted - 1) <= TOLERANCE
+    return abs(self.size(config) / self.value - 1) <= TOLERANCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,32 +78,32 @@ def propose(
   Raises:
     InputError: the teacher is no larger, or no kind of shape comes near.
   """
-  if target.wanted >= target.size(config):
+  if target.value >= target.size(config):
     raise InputError(
-      f"shrink.{target.key} wants {target.wanted:,.0f} and the teacher has "
+      f"shrink.{target.key} wants {target.value:,.0f} and the teacher has "
       f"{target.size(config):,.0f}; name less"
     )
   teacher, L = _Teacher(family, config), config.num_hidden_layers
   depth = teacher.nearest((_with_layers(options, n) for n in range(1, L + 1)), target)
   half_depth = max(1, round(math.sqrt(depth.layers * L)))
-  found, smallest = {"depth": depth}, [options]
+  candidates_by_kind, smallest = {"depth": depth}, [options]
   for name, narrow_hidden in (("inner", False), ("width", True)):
     ladder = list(_ladder(options, family, config, narrow_hidden, check)) or [options]
     smallest = [options, *ladder]
     for kind, layers in ((name, L), (f"depth-{name}", half_depth)):
       rung = teacher.nearest((_with_layers(rung, layers) for rung in ladder), target)
-      found[kind] = teacher.nearest(_around(rung, config), target)
+      candidates_by_kind[kind] = teacher.nearest(_around(rung, config), target)
   proposed: dict[str, ShrinkOptions] = {}
-  for name, candidate in found.items():
+  for name, candidate in candidates_by_kind.items():
     if target.is_met(teacher.student(candidate)) and candidate not in proposed.values():
       proposed[name] = candidate
   if not proposed:
-    nearest = teacher.nearest(found.values(), target)
-    least = min(target.size(teacher.student(_with_layers(rung, 1))) for rung in smallest)
+    nearest = teacher.nearest(candidates_by_kind.values(), target)
+    min_size = min(target.size(teacher.student(_with_layers(rung, 1))) for rung in smallest)
     raise InputError(
-      f"shrink.{target.key} wants {target.wanted:,.0f} and no shape of this teacher comes within "
+      f"shrink.{target.key} wants {target.value:,.0f} and no shape of this teacher comes within "
       f"{TOLERANCE:.0%}: the nearest has {target.size(teacher.student(nearest)):,.0f} and the "
-      f"smallest possible {least:,.0f}"
+      f"smallest possible {min_size:,.0f}"
     )
   return proposed
 

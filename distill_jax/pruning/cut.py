@@ -140,14 +140,14 @@ def corrections(kept: KeptIndices, measured: Importance, width: int) -> dict[str
   """
   if len(kept.channels) == width:
     return {}
-  found = {}
+  factors = {}
   for stack, named in measured.items():
     for name, energy in named.items():
       if name.endswith(".energy") and (not stack or stack in kept.rows):
         mean = np.sqrt(energy[..., kept.channels].mean(-1))
         path = f"{stack}.{name}".strip(".").removesuffix(".energy")
-        found[path] = mean[kept.rows[stack]] if stack else mean
-  return found
+        factors[path] = mean[kept.rows[stack]] if stack else mean
+  return factors
 
 
 def cut(

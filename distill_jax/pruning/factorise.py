@@ -23,11 +23,11 @@ def targets(model: Any, ranks: dict[str, int]) -> dict[str, tuple[Any, int]]:
   matrices = {path: v for path, v in params.named_params(model) if _is_layer_matrix(v)}
   chosen: dict[str, tuple[Any, int]] = {}
   for target, rank in ranks.items():
-    found = {p: v for p, v in matrices.items() if f".{_module(v)}".endswith(f".{target}")}
-    if not found:
+    matching = {p: v for p, v in matrices.items() if f".{_module(v)}".endswith(f".{target}")}
+    if not matching:
       names = sorted({_module(v).rpartition(".")[2] for v in matrices.values()})
       raise InputError(f"shrink.factorise names {target!r}; the student has {', '.join(names)}")
-    for path, v in found.items():
+    for path, v in matching.items():
       full = min(declared.Layout(v).shape)
       if not 1 <= rank < full:
         raise InputError(

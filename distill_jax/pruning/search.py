@@ -45,9 +45,9 @@ def propose(config: Config, workdir: Path, key: str) -> dict[str, ShrinkOptions]
   Raises:
     InputError: a target that no shape meets.
   """
-  options, wanted = config.shrink, getattr(config.shrink, key)
-  if not 0 < wanted < math.inf:
-    raise InputError(f"shrink.{key} is {wanted}; it is a positive number")
+  options, size = config.shrink, getattr(config.shrink, key)
+  if not 0 < size < math.inf:
+    raise InputError(f"shrink.{key} is {size}; it is a positive number")
   source = loading.open_source(config.teacher, config.seed)
   shapes.check(options, source.family, source.config)
   mesh = sharding.make_mesh(**vars(config.mesh))
@@ -67,7 +67,7 @@ def _target(config: Config, source: ModelSource, workdir: Path, key: str) -> Tar
   Decoding one text reads every weight that a token needs, and takes as long as that: the
   teacher's rate is measured once, and a shape's is that times how many fewer it has.
   """
-  wanted = getattr(config.shrink, key)
+  value = getattr(config.shrink, key)
 
   def parameters(student: Any) -> float:
     return shapes.cost(source.family, student).parameters
@@ -76,18 +76,18 @@ def _target(config: Config, source: ModelSource, workdir: Path, key: str) -> Tar
     return shapes.cost(source.family, student).active
 
   if key == "target_params":
-    return Target(parameters, wanted, key)
+    return Target(parameters, value, key)
   if key == "target_bytes":
     itemsize = float_dtype(config.shrink.dtype).itemsize
-    return Target(lambda student: parameters(student) * itemsize, wanted, key)
+    return Target(lambda student: parameters(student) * itemsize, value, key)
   rate = _teacher_rate(config, source, workdir)
-  if wanted <= rate:
+  if value <= rate:
     raise InputError(
-      f"shrink.{key} is {wanted:g} and the teacher itself decodes {rate:.3g} a second here; "
+      f"shrink.{key} is {value:g} and the teacher itself decodes {rate:.3g} a second here; "
       "name more"
     )
   unit = f"{key} at {rate:.3g} tokens a second of the teacher, in parameters a token,"
-  return Target(active, active(source.config) * rate / wanted, unit)
+  return Target(active, active(source.config) * rate / value, unit)
 
 
 def make(config: Config, proposed: dict[str, ShrinkOptions], folders: dict[str, Path]) -> None:
@@ -102,8 +102,8 @@ def make(config: Config, proposed: dict[str, ShrinkOptions], folders: dict[str, 
     distributed.run_on_process_0(
       functools.partial(shutil.rmtree, folder / "model", ignore_errors=True)
     )
-    made = teacher.make(proposed[name], folder / "model", random=False)
-    json_io.write_json_once(folder / MADE, made)
+    summary = teacher.make(proposed[name], folder / "model", random=False)
+    json_io.write_json_once(folder / MADE, summary)
 
 
 def distil(config: Config, folder: Path) -> None:
@@ -195,11 +195,11 @@ def summary(config: Config, folders: dict[str, Path], key: str) -> JsonObject:
   """Returns what the search came to; see commands/shrink.py."""
   rows, teacher = {}, {}
   for name, folder in folders.items():
-    made = _read(folder / MADE)
-    student, teacher = made["models"]["student"], made["models"]["teacher"]
+    student_summary = _read(folder / MADE)
+    student, teacher = student_summary["models"]["student"], student_summary["models"]["teacher"]
     rows[name] = {
-      "kept": made["kept"],
-      "dir": made["dir"],
+      "kept": student_summary["kept"],
+      "dir": student_summary["dir"],
       "run": str(folder / "run"),
       "parameters": student["parameters"],
       "bytes": student["bytes"],

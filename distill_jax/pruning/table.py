@@ -22,7 +22,7 @@ def kept_summary(
   Args:
     teacher, student: their Configs.
   """
-  found: JsonObject = {
+  summary: JsonObject = {
     "layers": {
       "kept": len(kept.layers),
       "of": teacher.num_hidden_layers,
@@ -33,16 +33,16 @@ def kept_summary(
   by = {"kv_heads": options.kv_heads_by, "experts": options.experts_by}
   for key in shapes.SIZES:
     if shapes.field(teacher, key):
-      found[key] = {"kept": shapes.count(student, key), "of": shapes.count(teacher, key)}
-      if key in by and found[key]["kept"] < found[key]["of"]:
-        found[key]["by"] = by[key]
+      summary[key] = {"kept": shapes.count(student, key), "of": shapes.count(teacher, key)}
+      if key in by and summary[key]["kept"] < summary[key]["of"]:
+        summary[key]["by"] = by[key]
   if options.window:
     window = {"kept": options.window, "of": teacher.max_position_embeddings, "by": "all layers"}
     full = [i for i, kind in enumerate(student.layer_types) if kind == GLOBAL]
     if full:
       window |= {"by": "all layers but", "numbers": full}
-    found["window"] = window
-  return found
+    summary["window"] = window
+  return summary
 
 
 def text(result: JsonObject) -> str:

@@ -45,13 +45,13 @@ def _trained(config: Config) -> list[str]:
   """What of the student was trained, where that is adapters or shared layers."""
   lora, share = config.student.lora, config.student.share
   if config.student.train == "lora":
-    what = {
+    exported = {
       "merged": "merged into the weights",
       "peft": "alone, for the student before training",
       "base": "not in here: this is the student before training",
     }[config.export.lora]
     on = ", ".join(lora.targets)
-    return [f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {on}; {what}"]
+    return [f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {on}; {exported}"]
   if config.student.train == "shared":
     deltas = (
       f", each with a difference of rank {share.lora.rank} merged in" if share.lora.rank else ""

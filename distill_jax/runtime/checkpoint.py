@@ -81,11 +81,11 @@ def restore(
   """
   step = _existing_step(saves, step)
   metadata = _read_metadata(saves, step)
-  for name, wanted in about.items():
-    if metadata[name] != wanted:
+  for name, expected in about.items():
+    if metadata[name] != expected:
       raise InputError(
         f"{saves.directory / str(step)} was saved with {name} {metadata[name]} and this run has "
-        f"{wanted}; bring the former back, or train in another --workdir"
+        f"{expected}; bring the former back, or train in another --workdir"
       )
   return _read(saves, step, "", abstract)
 
@@ -133,24 +133,24 @@ def _scramble(x: jax.Array) -> jax.Array:
 
 def _read(saves: ocp.CheckpointManager, step: int, prefix: str, abstract: Any) -> Any:
   """Returns the arrays under a prefix as the tree `abstract`, each checked by its checksums."""
-  wanted = {prefix + path: leaf for path, leaf in _leaves_by_path(abstract)}
+  expected = {prefix + path: leaf for path, leaf in _leaves_by_path(abstract)}
   folder = saves.directory / str(step)
   saved = {
     path: record
     for path, record in _read_metadata(saves, step)["arrays"].items()
     if path.startswith(prefix)
   }
-  for path in sorted(saved.keys() | wanted.keys()):
+  for path in sorted(saved.keys() | expected.keys()):
     has = saved[path]["is"] if path in saved else "nothing"
-    wants = _dtype_and_shape(wanted[path]) if path in wanted else "nothing"
+    wants = _dtype_and_shape(expected[path]) if path in expected else "nothing"
     if has != wants:
       raise InputError(
         f"{folder} holds {path} as {has} and this model has {wants} there; it is of another model, "
         "so choose another --workdir or the model that made it"
       )
   args = ocp.args.PyTreeRestore(
-    wanted,
-    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+    expected,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(expected),
     partial_restore=True,
   )
   with _reading(saves, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
@@ -158,7 +158,7 @@ def _read(saves: ocp.CheckpointManager, step: int, prefix: str, abstract: Any) -
   for path, record in _array_records(flat).items():
     if record != saved[path]:
       raise _damage_error(saves, step, f"{path} is not as it was saved")
-  return jax.tree.unflatten(jax.tree.structure(abstract), [flat[p] for p in wanted])
+  return jax.tree.unflatten(jax.tree.structure(abstract), [flat[p] for p in expected])
 
 
 def _read_metadata(saves: ocp.CheckpointManager, step: int) -> JsonObject:

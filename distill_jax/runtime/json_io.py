@@ -36,8 +36,8 @@ def lone_surrogate(text: str) -> str | None:
 
   JSON can spell one ("\\ud800"); it is not a character and has no UTF-8.
   """
-  found = _SURROGATE.search(text)
-  return found[0] if found else None
+  match = _SURROGATE.search(text)
+  return match[0] if match else None
 
 
 def parse(text: bytes | str, subject: str = "", action: str = "", unique_keys: bool = False) -> Any:
@@ -82,8 +82,8 @@ def parse_object(
   """
   value = parse(text, subject, action, unique_keys)
   if not isinstance(value, dict):
-    found = _predicate(subject, f"a JSON {type(value).__name__}")
-    raise InputError(_sentence(found, "expected one object {...}", action))
+    problem = _predicate(subject, f"a JSON {type(value).__name__}")
+    raise InputError(_sentence(problem, "expected one object {...}", action))
   return value
 
 

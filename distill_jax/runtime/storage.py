@@ -131,10 +131,10 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
   if _listing(fs, root):
     raise InputError(f"{path} exists, and export overwrites nothing; name a folder that does not")
   with tempfile.TemporaryDirectory() as tmp:
-    made = Path(tmp) / "made"
-    yield made
+    folder = Path(tmp) / "made"
+    yield folder
     # The largest first: config.json comes once the weights are there.
-    for source in sorted(made.glob("*"), key=lambda p: -p.stat().st_size):
+    for source in sorted(folder.glob("*"), key=lambda p: -p.stat().st_size):
       fs.makedirs(root, exist_ok=True)
       fs.put_file(str(source), f"{root}/{source.name}")
 
@@ -191,12 +191,12 @@ def _listing(fs: Any, root: str) -> dict[str, int]:
   """Returns the sizes of the files under a folder, by relative name, without checkpoints."""
   try:
     fs.invalidate_cache()
-    found = fs.find(root, detail=True)
+    files = fs.find(root, detail=True)
   except FileNotFoundError:
     return {}
   except OSError as e:
     raise InputError(f"{root} cannot be listed ({e}); check the address and your rights") from e
-  sizes = {path.removeprefix(root).lstrip("/"): info["size"] for path, info in found.items()}
+  sizes = {path.removeprefix(root).lstrip("/"): info["size"] for path, info in files.items()}
   return {name: size for name, size in sizes.items() if name and not _hidden(Path(name))}
 
 

@@ -10,6 +10,8 @@ import numpy as np
 
 from distill_jax.generation.beam_search import Search
 from distill_jax.hub.pretrained import Pretrained
+from distill_jax.models import FamilyConfig
+from distill_jax.tasks._model_configs import Seq2SeqConfig
 from distill_jax.types import Images, ImageText, Inputs, JsonObject, SourceTarget
 
 Example = dict[str, np.ndarray]
@@ -78,11 +80,11 @@ class Task(abc.ABC):
     """Returns the model's inputs for a batch, as numpy arrays."""
 
   @abc.abstractmethod
-  def check(self, config: Any) -> None:
+  def check(self, config: FamilyConfig) -> None:
     """Refuses a family's Config whose model cannot read this task's inputs or has other outputs."""
 
   @abc.abstractmethod
-  def hub_files(self, config: Any) -> JsonObject:
+  def hub_files(self, config: FamilyConfig) -> JsonObject:
     """Returns what the exported folder of a model holds for this task.
 
     Args:
@@ -130,7 +132,7 @@ class TextTask(Task):
     """Returns the model's inputs for a batch, as numpy arrays."""
 
   @abc.abstractmethod
-  def search(self, config: Any, source: Any, generation: JsonObject) -> Search:
+  def search(self, config: Seq2SeqConfig, source: Any, generation: JsonObject) -> Search:
     """Returns how a model decodes its outputs.
 
     Args:

@@ -6,13 +6,15 @@ import dataclasses
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from distill_jax.data import image_files, sources
 from distill_jax.errors import InputError
+from distill_jax.models import FamilyConfig
 from distill_jax.tasks._jsonl_task import JsonlTask, is_text, read_media
+from distill_jax.tasks._model_configs import VisionConfig
 from distill_jax.types import JsonObject
 
 
@@ -65,18 +67,18 @@ class ImageTextTask(JsonlTask):
   def read_pairs(self, split: str) -> list[Pair]:
     """Returns the pairs of a split whose image can be read, in the order of the file."""
     source, bad = self.document_source(split, self.text), self.bad_examples()
-    found: list[tuple[Path, str, str]] = []
+    entries: list[tuple[Path, str, str]] = []
     for image, text, where in read_media(source, self.image, image_files.in_folder, bad):
       if not is_text(text):
         bad.reject_subject(where, "has no text")
       elif not image:
         bad.reject_subject(where, f"names no image in its field {self.image!r}")
       elif sources.in_split(image, source):
-        found.append((Path(image), text, where))
+        entries.append((Path(image), text, where))
     with ThreadPoolExecutor(8) as pool:  # decoding releases the GIL
-      digests = list(pool.map(self._digest, (image for image, _, _ in found)))
+      digests = list(pool.map(self._digest, (image for image, _, _ in entries)))
     pairs = []
-    for (path, text, where), digest in zip(found, digests, strict=True):
+    for (path, text, where), digest in zip(entries, digests, strict=True):
       if digest:
         pairs.append(Pair(path, text, digest))
       else:
@@ -102,7 +104,7 @@ class ImageTextTask(JsonlTask):
       raise InputError(f"{pair.image} is not the file it was when the run began; start it again")
     return pixels
 
-  def check_images(self, vision: Any) -> None:
+  def check_images(self, vision: VisionConfig) -> None:
     """Refuses a vision tower that reads other images."""
     want = vision.image_size, vision.num_channels
     if (self.size, self.channels) != want:
@@ -111,7 +113,7 @@ class ImageTextTask(JsonlTask):
         f"{want[0]} with {want[1]}; set them alike"
       )
 
-  def hub_files(self, config: Any) -> JsonObject:
+  def hub_files(self, config: FamilyConfig) -> JsonObject:
     """Returns what transformers' CLIPImageProcessor reads."""
     del config
     size = {"height": self.size, "width": self.size}

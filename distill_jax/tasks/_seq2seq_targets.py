@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -11,14 +10,15 @@ from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Example, Stack
+from distill_jax.tasks._model_configs import Seq2SeqConfig
 from distill_jax.types import Inputs
 
 
 def token_id(kind: str, tokenizer: Tokenizer, token: str) -> int:
   """Returns the id of a token that a task of this kind names."""
-  if (found := tokenizer.token_id(token)) is None:
+  if (id_ := tokenizer.token_id(token)) is None:
     raise InputError(f"{tokenizer.where} has no token {token!r}; name {kind}'s as it spells them")
-  return found
+  return id_
 
 
 def target_fields(prompt: Sequence[int], ids: Sequence[int], eos: int, length: int) -> Example:
@@ -45,7 +45,7 @@ def target_inputs(stack: Stack) -> Inputs:
   return _texts.as_inputs(tokens_BT, np.ones_like(tokens_BT))
 
 
-def check_start(kind: str, start: int, config: Any) -> None:
+def check_start(kind: str, start: int, config: Seq2SeqConfig) -> None:
   """Refuses a model that begins its texts with another token."""
   if start != config.decoder_start_token_id:
     raise InputError(

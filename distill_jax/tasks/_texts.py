@@ -12,6 +12,7 @@ import numpy as np
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.tasks._base import Example, Stack
+from distill_jax.tasks._model_configs import PositionLimitedConfig
 from distill_jax.types import Inputs
 
 MIN_TOKENS = 3  # of a row: a text's beginning, a word, its end
@@ -83,7 +84,7 @@ def valid(stack: Stack) -> np.ndarray:
   return stack("valid_S") > 0
 
 
-def check_length(kind: str, max_tokens: int, config: Any) -> None:
+def check_length(kind: str, max_tokens: int, config: PositionLimitedConfig) -> None:
   """Refuses texts of more tokens than a family's Config has positions for, or of too few."""
   if not MIN_TOKENS <= max_tokens <= config.max_position_embeddings:
     raise InputError(

@@ -20,6 +20,7 @@ import numpy as np
 from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.hub.pretrained import Pretrained
+from distill_jax.models import FamilyConfig
 from distill_jax.records.fields import CLASS_IDS, TASK, UNTAUGHT, Record
 from distill_jax.records.manifest import Manifest, without_targets
 from distill_jax.records.multi_teacher import MultiTeacherStore
@@ -203,7 +204,9 @@ def recorded_task(config: Config) -> str:
   return name
 
 
-def open_corpus(config: Config, pretrained: Pretrained | None, teacher: Any) -> Corpus:
+def open_corpus(
+  config: Config, pretrained: Pretrained | None, teacher: FamilyConfig | None
+) -> Corpus:
   """Opens the examples of the one task that is recorded.
 
   Args:
@@ -242,7 +245,7 @@ def class_ranges(examples: Mapping[str, TaskExamples]) -> dict[str, range | None
   return ranges
 
 
-def check_model(examples: Mapping[str, TaskExamples], model_config: Any) -> None:
+def check_model(examples: Mapping[str, TaskExamples], model_config: FamilyConfig) -> None:
   """Refuses a model whose head is too small for all classes, or that cannot read the tasks."""
   for task_examples in examples.values():
     task_examples.task.check(model_config)

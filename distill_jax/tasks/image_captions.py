@@ -14,6 +14,7 @@ from distill_jax.data import image_files
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.hub.pretrained import Pretrained
+from distill_jax.models import FamilyConfig
 from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Example, Stack
 from distill_jax.tasks._image_text_pairs import ImageTextTask, Pair
@@ -53,7 +54,7 @@ class Task(ImageTextTask):
     pixels: Any = image_files.normalised(stack("pixels_WWM"), self.mean, self.std)
     return ImageText(Images(pixels), _texts.inputs(stack))
 
-  def check(self, config: Any) -> None:
+  def check(self, config: FamilyConfig) -> None:
     if not isinstance(config, ImageDecoderConfig):
       raise wrong_kind(self.kind, "a decoder that reads images, such as llava", config)
     ours = self.patches, self.image_token, self.vocab_size

@@ -14,6 +14,7 @@ from distill_jax.data.image_files import normalised
 from distill_jax.data.labelled_images import ImageSpec, LabelledImages
 from distill_jax.errors import InputError
 from distill_jax.hub.pretrained import Pretrained
+from distill_jax.models import FamilyConfig
 from distill_jax.tasks import _base
 from distill_jax.tasks._base import Example, Stack
 from distill_jax.tasks._class_names import as_hub_config, check_names
@@ -98,20 +99,20 @@ class Task(_base.Task):
     del pretrained
     path = self.heldout if split == "heldout" and self.heldout else self.train
     bad = BadExamples(self.kind, self.on_bad)
-    found = labelled_images.read(path, self.names, self.image_spec, bad)
-    bad.finish(len(found))
+    readable = labelled_images.read(path, self.names, self.image_spec, bad)
+    bad.finish(len(readable))
     if not self.heldout:
-      found = found.where((found.shares_N < self.heldout_fraction) == (split == "heldout"))
+      readable = readable.where((readable.shares_N < self.heldout_fraction) == (split == "heldout"))
     if split == "train" and self.which != "all":
       # Another part of the hash than the one that chooses what is held out.
-      shares_N = found.shares_N * 2**16 % 1
-      found = found.where((shares_N < self.labelled) == (self.which == "labelled"))
-    if not len(found):
+      shares_N = readable.shares_N * 2**16 % 1
+      readable = readable.where((shares_N < self.labelled) == (self.which == "labelled"))
+    if not len(readable):
       raise InputError(
         f"{path} has no image for split {split!r}, which {self.which!r}, labelled {self.labelled}, "
         f"heldout_fraction {self.heldout_fraction}; give it more"
       )
-    return ClassifiedImages(found, len(self.names))
+    return ClassifiedImages(readable, len(self.names))
 
   def inputs(self, stack: Stack) -> Images:
     pixels: Any = normalised(stack(PIXELS), self.mean, self.std)
@@ -121,16 +122,17 @@ class Task(_base.Task):
     """Returns True for all: no patch is padding."""
     return np.ones((len(stack(PIXELS)), 1), bool)
 
-  def check(self, config: Any) -> None:
-    is_image_encoder = isinstance(config, ImageEncoderConfig)
-    reads = (config.image_size, config.num_channels) if is_image_encoder else (None, None)
+  def check(self, config: FamilyConfig) -> None:
+    reads: tuple[int | None, int | None] = (None, None)
+    if isinstance(config, ImageEncoderConfig):
+      reads = config.image_size, config.num_channels
     if reads != (self.size, self.channels):
       raise InputError(
         f"the model reads images of (size, channels) {reads} and the task's are "
         f"{self.size, self.channels}; set size and channels here, or change the model"
       )
 
-  def hub_files(self, config: Any) -> JsonObject:
+  def hub_files(self, config: FamilyConfig) -> JsonObject:
     del config
     return {
       "config.json": as_hub_config(self.names),

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -14,10 +14,11 @@ from distill_jax.data import image_files
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.hub.pretrained import Pretrained
+from distill_jax.models import FamilyConfig
 from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Example, Stack
 from distill_jax.tasks._image_text_pairs import ImageTextTask, Pair
-from distill_jax.tasks._model_configs import wrong_kind
+from distill_jax.tasks._model_configs import ImageTextConfig, wrong_kind
 from distill_jax.types import IN_BATCH_CLASSES, Images, ImageText
 
 
@@ -43,15 +44,16 @@ class Task(ImageTextTask):
     """Returns True for all: features of the image tower are compared, and no patch is padding."""
     return np.ones((len(stack("mask_T")), 1), bool)
 
-  def check(self, config: Any) -> None:
+  def check(self, config: FamilyConfig) -> None:
     if config.head_rows != IN_BATCH_CLASSES:
       raise wrong_kind(self.kind, "a model of images and texts, such as clip", config)
-    _texts.check_length(self.kind, self.max_tokens, config)
-    self.check_images(config.vision)
+    image_text_config = cast(ImageTextConfig, config)  # as its rows of the head tell
+    _texts.check_length(self.kind, self.max_tokens, image_text_config)
+    self.check_images(image_text_config.vision)
     if self.tokenizer:
-      self._check_tokenizer(load_tokenizer(self.tokenizer), config)
+      self._check_tokenizer(load_tokenizer(self.tokenizer), image_text_config)
 
-  def _check_tokenizer(self, tokenizer: Tokenizer, config: Any) -> None:
+  def _check_tokenizer(self, tokenizer: Tokenizer, config: ImageTextConfig) -> None:
     """Refuses another end token than the model's, whose state stands for the whole text."""
     if (n := tokenizer.vocab_size) > config.vocab_size:
       raise InputError(
@@ -60,9 +62,9 @@ class Task(ImageTextTask):
     end = config.text.eos_token_id
     end = n - 1 if end == 2 else end  # old files give 2 where they mean the largest id
     if tokenizer.end != [end]:
-      found = ", ".join(map(str, tokenizer.end)) or "none"
+      end_tokens = ", ".join(map(str, tokenizer.end)) or "none"
       raise InputError(
-        f"{self.tokenizer} ends texts with token {found} and the model with {end}; set "
+        f"{self.tokenizer} ends texts with token {end_tokens} and the model with {end}; set "
         "eos_token_id of the text tower"
       )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def _stack(rows: list[Example], name: str) -> np.ndarray:
 
 
 @functools.lru_cache(1)
-def _jitted_search(out_sharding: jax.sharding.Sharding) -> Any:
+def _jitted_search(
+  out_sharding: jax.sharding.Sharding,
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """Returns a function that models of one shape share, compiled once."""
   return jax.jit(search, static_argnames=("compute", "spec"), out_shardings=out_sharding)
 

@@ -15,10 +15,11 @@ from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.generation.beam_search import Search
 from distill_jax.hub.pretrained import Pretrained
+from distill_jax.models import FamilyConfig
 from distill_jax.tasks import _scores, _seq2seq_targets
 from distill_jax.tasks._base import Example, PseudoLabels, Stack, TextTask
 from distill_jax.tasks._jsonl_task import BadExamples, JsonlTask, is_text, read_media
-from distill_jax.tasks._model_configs import SpeechConfig, wrong_kind
+from distill_jax.tasks._model_configs import Seq2SeqConfig, SpeechConfig, wrong_kind
 from distill_jax.types import JsonObject, Sounds, SourceTarget
 
 
@@ -79,18 +80,18 @@ class Task(JsonlTask, TextTask):
   def open(self, split: str, pretrained: Pretrained | None) -> TranscribedSounds:
     tokenizer = self.load_tokenizer(pretrained)
     source, bad = self.document_source(split, self.text), self.bad_examples()
-    found: list[tuple[Path, str]] = []
+    entries: list[tuple[Path, str]] = []
     for name, text, where in read_media(source, self.audio, _wav_files, bad):
       if not is_text(text):
         bad.reject_subject(where, "has no text, or none in UTF-8")
       elif not Path(name).is_file():
         bad.reject_subject(where, f"names no file in its field {self.audio!r}")
       elif sources.in_split(text, source):
-        found.append((Path(name), text))
+        entries.append((Path(name), text))
     with ThreadPoolExecutor(8) as pool:
-      defects = list(pool.map(self._defect, (file for file, _ in found)))
+      defects = list(pool.map(self._defect, (file for file, _ in entries)))
     sounds = []
-    for (file, text), defect in zip(found, defects, strict=True):
+    for (file, text), defect in zip(entries, defects, strict=True):
       if defect:
         bad.reject_subject(str(file), defect)
       else:
@@ -113,7 +114,7 @@ class Task(JsonlTask, TextTask):
     mel_BSM: Any = stack("mel_SM")
     return SourceTarget(Sounds(mel_BSM), _seq2seq_targets.target_inputs(stack))
 
-  def check(self, config: Any) -> None:
+  def check(self, config: FamilyConfig) -> None:
     if not isinstance(config, SpeechConfig):
       raise wrong_kind(self.kind, "a model of sounds, such as whisper", config)
     want = config.num_mel_bins, 2 * config.max_source_positions
@@ -131,7 +132,7 @@ class Task(JsonlTask, TextTask):
       start = _seq2seq_targets.token_id(self.kind, load_tokenizer(self.tokenizer), self.prompt[0])
       _seq2seq_targets.check_start(self.kind, start, config)
 
-  def hub_files(self, config: Any) -> JsonObject:
+  def hub_files(self, config: FamilyConfig) -> JsonObject:
     del config
     return {
       "preprocessor_config.json": {
@@ -149,7 +150,9 @@ class Task(JsonlTask, TextTask):
       }
     }
 
-  def search(self, config: Any, source: TranscribedSounds, generation: JsonObject) -> Search:
+  def search(
+    self, config: Seq2SeqConfig, source: TranscribedSounds, generation: JsonObject
+  ) -> Search:
     return Search(
       tuple(source.prompt),
       source.eos,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from distill_jax.data import sources
 from distill_jax.errors import InputError
 from distill_jax.hub.pretrained import Pretrained
+from distill_jax.models import FamilyConfig
 from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Stack
 from distill_jax.tasks._class_names import as_hub_config, check_names
@@ -66,12 +66,12 @@ class Task(JsonlTask):
   def valid(self, stack: Stack) -> np.ndarray:
     return _texts.valid(stack)
 
-  def check(self, config: Any) -> None:
+  def check(self, config: FamilyConfig) -> None:
     if not isinstance(config, TextEncoderConfig) or not config.num_labels:
-      wanted = "a model that classifies texts, such as bert with num_labels"
-      raise wrong_kind(self.kind, wanted, config)
+      expected = "a model that classifies texts, such as bert with num_labels"
+      raise wrong_kind(self.kind, expected, config)
     _texts.check_length(self.kind, self.max_tokens, config)
 
-  def hub_files(self, config: Any) -> JsonObject:
+  def hub_files(self, config: FamilyConfig) -> JsonObject:
     del config
     return {"config.json": as_hub_config(self.classes)}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from distill_jax.data import sources
 from distill_jax.hub.pretrained import Pretrained
+from distill_jax.models import FamilyConfig
 from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Stack
 from distill_jax.tasks._jsonl_task import JsonlTask, is_text, read_objects
@@ -49,13 +49,13 @@ class Task(JsonlTask):
   def valid(self, stack: Stack) -> np.ndarray:
     return _texts.valid(stack)
 
-  def check(self, config: Any) -> None:
+  def check(self, config: FamilyConfig) -> None:
     if not isinstance(config, TextEncoderConfig) or config.num_labels:
-      wanted = "a model that outputs an embedding of a text, such as bert with num_labels 0"
-      raise wrong_kind(self.kind, wanted, config)
+      expected = "a model that outputs an embedding of a text, such as bert with num_labels 0"
+      raise wrong_kind(self.kind, expected, config)
     _texts.check_length(self.kind, self.max_tokens, config)
 
-  def hub_files(self, config: Any) -> JsonObject:
+  def hub_files(self, config: FamilyConfig) -> JsonObject:
     """Returns what sentence-transformers reads: the mean over tokens, then length 1."""
     parts = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     modules = [

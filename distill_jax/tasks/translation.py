@@ -6,17 +6,23 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from distill_jax.data import sources
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.generation.beam_search import Search
 from distill_jax.hub.pretrained import Pretrained
+from distill_jax.models import FamilyConfig
 from distill_jax.tasks import _scores, _seq2seq_targets, _texts
 from distill_jax.tasks._base import Example, PseudoLabels, Stack, TextTask
 from distill_jax.tasks._jsonl_task import BadExamples, JsonlTask, is_text, read_objects
-from distill_jax.tasks._model_configs import Seq2SeqConfig, SpeechConfig, wrong_kind
+from distill_jax.tasks._model_configs import (
+  PositionLimitedConfig,
+  Seq2SeqConfig,
+  SpeechConfig,
+  wrong_kind,
+)
 from distill_jax.types import JsonObject, SourceTarget
 
 
@@ -73,31 +79,32 @@ class Task(JsonlTask, TextTask):
         places.append(where)
     return EncodedPairs(self, pairs, places, tokenizer, bad)
 
-  def _check_start(self, tokenizer: Tokenizer, config: Any) -> None:
+  def _check_start(self, tokenizer: Tokenizer, config: Seq2SeqConfig) -> None:
     start = _seq2seq_targets.token_id(self.kind, tokenizer, self.start)
     _seq2seq_targets.check_start(self.kind, start, config)
 
   def inputs(self, stack: Stack) -> SourceTarget:
     return SourceTarget(_texts.inputs(stack), _seq2seq_targets.target_inputs(stack))
 
-  def check(self, config: Any) -> None:
+  def check(self, config: FamilyConfig) -> None:
     if not isinstance(config, Seq2SeqConfig) or isinstance(config, SpeechConfig):
-      wanted = "a model of texts with an encoder and a decoder, such as t5"
-      raise wrong_kind(self.kind, wanted, config)
-    max_len = getattr(config, "max_position_embeddings", None)
-    if max_len is not None and max(self.source_len, self.target_len) > max_len:
-      raise InputError(
-        f"translation has source_len {self.source_len} and target_len {self.target_len} and the "
-        f"model reads at most {max_len}; lower them"
-      )
+      expected = "a model of texts with an encoder and a decoder, such as t5"
+      raise wrong_kind(self.kind, expected, config)
+    if isinstance(config, PositionLimitedConfig):
+      max_len = config.max_position_embeddings
+      if max(self.source_len, self.target_len) > max_len:
+        raise InputError(
+          f"translation has source_len {self.source_len} and target_len {self.target_len} and the "
+          f"model reads at most {max_len}; lower them"
+        )
     if self.tokenizer:
       self._check_start(load_tokenizer(self.tokenizer), config)
 
-  def hub_files(self, config: Any) -> JsonObject:
+  def hub_files(self, config: FamilyConfig) -> JsonObject:
     del config
     return {}
 
-  def search(self, config: Any, source: EncodedPairs, generation: JsonObject) -> Search:
+  def search(self, config: Seq2SeqConfig, source: EncodedPairs, generation: JsonObject) -> Search:
     del generation
     return Search(
       (config.decoder_start_token_id,),
