@@ -9,6 +9,7 @@ arrays.
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from distill_jax.models import DecoderBlock, DecoderModel
 from distill_jax.models import DecoderCache as Cache
 from distill_jax.nn import kv_cache, params
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.types import Inputs, Output
+from distill_jax.types import Inputs, Model, Output
 
 
 class Unrolled(struct.PyTreeNode):
@@ -35,20 +36,21 @@ class Unrolled(struct.PyTreeNode):
     return self.rest.decode_step(self.blocks, inputs, cache, compute)
 
 
-def unroll(model: DecoderModel, compute: ComputeConfig) -> Unrolled:
+def unroll(model: Model, compute: ComputeConfig) -> Unrolled:
   """Unrolls a model, whose arrays are deleted: `model` cannot be used afterwards.
 
   Weights are in the compute dtype from here on, and sharded as they were. At most one stacked
   parameter is held twice at a time.
   """
-  stacks = [(getattr(model, name), n) for name, _, n in model.layer_stacks(model.config)]
+  decoder = cast(DecoderModel, model)
+  stacks = [(getattr(model, name), n) for name, _, n in decoder.layer_stacks(decoder.config)]
   blocks: list[DecoderBlock] = []
   for stack, n in stacks:
     leaves, tree = jax.tree.flatten(stack, is_leaf=params.is_param)
     parts = [_split_layers(v, compute) for v in leaves]
     blocks += [jax.tree.unflatten(tree, [p[i] for p in parts]) for i in range(n)]
   rest = params.map_params(lambda v: v, model)  # a copy of the tree, not of its arrays
-  for name, _, _ in model.layer_stacks(model.config):
+  for name, _, _ in decoder.layer_stacks(decoder.config):
     setattr(rest, name, None)
   return Unrolled(params.map_params(functools.partial(_cast, compute=compute), rest), tuple(blocks))
 

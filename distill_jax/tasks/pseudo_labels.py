@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from distill_jax.records import collate
 from distill_jax.runtime import distributed
 from distill_jax.runtime.progress import Progress
 from distill_jax.tasks._base import Example, TextTask
+from distill_jax.tasks._model_configs import Seq2SeqConfig
 from distill_jax.types import JsonObject
 
 PAIRS = "pairs.jsonl"
@@ -48,7 +49,7 @@ def decode_texts(
   n, size = min(len(source), max_examples or len(source)), task.batch_size
   sharding.check_batch("the task's batch_size", size, mesh)
   generation = model.pretrained.generation if model.pretrained else {}
-  spec = task.search(model.config, source, generation)
+  spec = task.search(cast(Seq2SeqConfig, model.config), source, generation)
   batch_sharding = sharding.batch_sharding(mesh)
   jitted_search = _jitted_search(sharding.replicated(mesh))
   texts: list[str] = []

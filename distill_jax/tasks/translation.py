@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from distill_jax.data import sources
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -64,7 +64,7 @@ class Task(JsonlTask, TextTask):
   def open(self, split: str, pretrained: Pretrained | None) -> EncodedPairs:
     tokenizer = self.load_tokenizer(pretrained)
     if pretrained is not None:
-      self._check_start(tokenizer, pretrained.config)
+      self._check_start(tokenizer, cast(Seq2SeqConfig, pretrained.config))
     source, bad = self.document_source(split, self.source), self.bad_examples()
     pairs: list[TextPair] = []
     places: list[str] = []
