@@ -12,7 +12,6 @@ import functools
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 from distill_jax.commands import evaluate as evaluation
 from distill_jax.commands import export, record
@@ -20,7 +19,7 @@ from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError
 from distill_jax.hub.export import check_new
-from distill_jax.models import loading, runs
+from distill_jax.models import DecoderConfig, loading, runs
 from distill_jax.models.loading import ModelSource
 from distill_jax.models.options import ModelOptions, StudentOptions
 from distill_jax.nn import sharding
@@ -216,7 +215,7 @@ def _check(
 def _check_models(config: Config, planned: dict[str, PlannedLink]) -> None:
   """Refuses students that cannot be made or trained, or that read other tokens than the teacher."""
   origin = loading.open_source(config.teacher, config.seed)  # of the weights of a link that is cut
-  shape = origin.text_config
+  shape = origin.decoder_config
   tokenizer = corpus.tokenizer_of(config.data, origin.pretrained)
   corpus.check(config.data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
   for name, link in planned.items():
@@ -227,7 +226,7 @@ def _check_models(config: Config, planned: dict[str, PlannedLink]) -> None:
       else:
         student = link.config.student
         origin = loading.open_source(student, config.seed)
-        shape = origin.text_config
+        shape = origin.decoder_config
       corpus.check(config.data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
       _check_tokenizer(config, origin, tokenizer.digest, teaches=name != config.chain[-1])
       train = dataclasses.replace(link.config.train, records=())
@@ -250,7 +249,7 @@ def _as_origin(student: StudentOptions, origin: ModelOptions) -> StudentOptions:
   )
 
 
-def _cut_shape(options: ShrinkOptions, family: str, teacher: Any) -> Any:
+def _cut_shape(options: ShrinkOptions, family: str, teacher: DecoderConfig) -> DecoderConfig:
   """The Config of what shrink makes; which layers it keeps does not matter here."""
   narrowed = shapes.narrowed(options, family, teacher)
   factorise.targets(shapes.abstract(family, narrowed), options.factorise)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -13,13 +12,13 @@ from distill_jax.errors import InputError
 from distill_jax.hub.export import export_model
 from distill_jax.hub.options import ExportOptions
 from distill_jax.hub.peft import export_adapters
-from distill_jax.models import loading, runs, trainables
+from distill_jax.models import FamilyConfig, loading, runs, trainables
 from distill_jax.models.options import ModelOptions
 from distill_jax.models.runs import RUN, Run
 from distill_jax.nn import params, quantise, sharding
 from distill_jax.report import model_card
 from distill_jax.runtime import json_io, storage
-from distill_jax.types import JsonObject
+from distill_jax.types import JsonObject, Model
 
 LORA_FORMS = ("merged", "peft", "base")
 ONLY_OURS = (RUN, "package:")  # prefixes of sources that other libraries cannot open
@@ -88,7 +87,7 @@ def _check(options: ExportOptions, adapters: bool) -> None:
     )
 
 
-def _load(trained: Run, options: ExportOptions, mesh: jax.sharding.Mesh) -> Any:
+def _load(trained: Run, options: ExportOptions, mesh: jax.sharding.Mesh) -> Model:
   """Returns the trained model; for export.lora=base, the one that its adapters belong to."""
   student = trained.student
   if options.lora != "base":
@@ -97,7 +96,7 @@ def _load(trained: Run, options: ExportOptions, mesh: jax.sharding.Mesh) -> Any:
   return student.load(mesh, runs.keys(trained.config.seed)["student"]).model
 
 
-def _task_files(config: Config, model_config: Any) -> JsonObject:
+def _task_files(config: Config, model_config: FamilyConfig) -> JsonObject:
   """Returns JSON files about the task; none for several tasks, which each have a part of the head.
 
   Args:

@@ -13,6 +13,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from flax import nnx
+
+from distill_jax.models import DecoderConfig
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import params
 from distill_jax.preflight import flops, roofline
@@ -79,7 +82,7 @@ def weight_bytes(source: ModelSource, dtype: str) -> WeightBytes:
   return WeightBytes(total, total - experts - table, experts, n, per_token)
 
 
-def param_bytes(v: Any, dtype: str) -> int:
+def param_bytes(v: nnx.Variable, dtype: str) -> int:
   """Bytes of one declared parameter.
 
   float8 is block-scaled as DeepSeek-V3 is published (arXiv:2412.19437, 3.3): the layers'
@@ -104,22 +107,22 @@ def param_bytes(v: Any, dtype: str) -> int:
   return count + 4 * copies * math.ceil(rows / BLOCK) * math.ceil(columns / BLOCK)
 
 
-def attended_positions(c: Any, layer: int, context: int) -> int:
+def attended_positions(c: DecoderConfig, layer: int, context: int) -> int:
   """Positions that the last of `context` attends to: all, or the layer's window."""
   return flops.attended_pairs(c, layer, context) - flops.attended_pairs(c, layer, context - 1)
 
 
-def all_attended_positions(c: Any, context: int) -> int:
+def all_attended_positions(c: DecoderConfig, context: int) -> int:
   """The same, summed over layers."""
   return sum(attended_positions(c, layer, context) for layer in range(c.num_hidden_layers))
 
 
-def cache_numbers(c: Any, context: int) -> int:
+def cache_numbers(c: DecoderConfig, context: int) -> int:
   """Numbers that a server caches of a row, and reads for its next token."""
   return c.cache_width * all_attended_positions(c, context)
 
 
-def allocated_cache_numbers(c: Any, context: int) -> int:
+def allocated_cache_numbers(c: DecoderConfig, context: int) -> int:
   """Numbers that generation/ allocates for a row: all positions in all layers."""
   return c.cache_width * c.num_hidden_layers * context
 
@@ -132,7 +135,7 @@ def prefill_flops(source: ModelSource, context: int) -> float:
 
 def decode_flops(source: ModelSource, context: int) -> float:
   """Operations of one token at position `context` - 1."""
-  c: Any = source.config  # a decoder's
+  c = source.decoder_config
   attended = all_attended_positions(c, context)
   attention = 2.0 * attended * c.num_attention_heads * c.decode_attention_width
   return 2.0 * flops.active_params(source) + attention
@@ -187,7 +190,7 @@ class ServingCost:
 
 def serving_cost(source: ModelSource, context: int, dtype: str, cache_dtype: str) -> ServingCost:
   """Returns the cost of a model that is served in `dtype`, for rows of `context` positions."""
-  c: Any = source.config  # a decoder's
+  c = source.decoder_config
   cache = DTYPES[cache_dtype] * cache_numbers(c, context)
   return ServingCost(weight_bytes(source, dtype), cache, decode_flops(source, context))
 
@@ -201,8 +204,7 @@ def model_costs(
   batch_sizes: Sequence[int],
 ) -> JsonObject:
   """All that is computed of one model, as efficiency.json holds it: bytes, operations, seconds."""
-  c: Any = source.config  # a decoder's
-  options = source.options
+  c, options = source.decoder_config, source.options
   cost, width = serving_cost(source, context, dtype, cache_dtype), DTYPES[cache_dtype]
   return {
     "name": source.name

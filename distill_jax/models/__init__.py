@@ -20,6 +20,7 @@ from distill_jax.models._decoder import Block as DecoderBlock
 from distill_jax.models._decoder import Cache as DecoderCache
 from distill_jax.models._decoder import Model as DecoderModel
 from distill_jax.models._decoder_config import Config as DecoderConfig
+from distill_jax.models._experts import Experts
 from distill_jax.models._seq2seq import Cache as Seq2SeqCache
 from distill_jax.models._seq2seq import Model as Seq2SeqModel
 from distill_jax.models._windows import GLOBAL, LOCAL
@@ -32,6 +33,7 @@ __all__ = [
   "DecoderCache",
   "DecoderConfig",
   "DecoderModel",
+  "Experts",
   "FamilyConfig",
   "Seq2SeqCache",
   "Seq2SeqModel",

@@ -18,6 +18,7 @@ from flax import nnx
 from distill_jax.models import _rope
 from distill_jax.models._declare import Declare
 from distill_jax.models._decoder_config import TINY, Config
+from distill_jax.models._experts import Experts
 from distill_jax.nn import attention, kv_cache, layers, sharding
 from distill_jax.nn.params import param, stack, take_layer
 from distill_jax.types import Inputs, Output
@@ -35,6 +36,10 @@ class Block(nnx.Module):
 
   MLP_NORM = "post_attention_layernorm"  # the name of the norm before the feed-forward
   activation: Callable[[jax.Array], jax.Array] = staticmethod(jax.nn.silu)
+  # What layers of some families have beside the rest; None in the others.
+  experts: Experts | None = None
+  attn_post_norm: nnx.Param | None = None  # of what attention adds, and so for the feed-forward
+  HAS_DENSE_MLP: ClassVar[bool] = True  # `gate`, `up` and `down`, perhaps beside experts
   CACHE: ClassVar[dict[str, str]] = {  # what is kept of positions, and its axes there
     "k": "batch kv_heads head_dim seq",
     "v": "batch kv_heads seq head_dim",
@@ -132,6 +137,10 @@ class Block(nnx.Module):
     y_BTD = self.norm(x_BTD, self.mlp_norm)
     weights = self.gate[...], self.up[...], self.down[...]
     return layers.gated_mlp(y_BTD, *weights, self.activation)
+
+  def route(self, y_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(ids, weights) [B, T, K] of the experts that each normed position goes through."""
+    raise NotImplementedError
 
   def decode_step(
     self,

@@ -235,6 +235,8 @@ LATENT_EPS = 1e-6  # of the latents' norms, whatever config.json says of the oth
 class SparseBlock(Block):
   """One layer of experts, some chosen by their sigmoid, some for every position."""
 
+  experts: Experts
+
   def declare_mlp(self, declare: Declare) -> None:
     c = self.config
     D, E, F = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size

@@ -7,6 +7,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from distill_jax.errors import InputError
 from distill_jax.models import _decoder, _rope
@@ -92,6 +93,7 @@ class Config(_decoder.Config):
 class Block(_decoder.Block):
   """One layer: what attention and feed-forward add is normed once more."""
 
+  attn_post_norm: nnx.Param
   MLP_NORM = "pre_feedforward_layernorm"
   activation = staticmethod(jax.nn.gelu)  # its tanh form, by default
 

@@ -18,7 +18,7 @@ from distill_jax.errors import InputError
 from distill_jax.hub.load import Overrides, check_layers, load_model
 from distill_jax.hub.pretrained import Pretrained, open_model
 from distill_jax.hub.tokenizer import TokenizerFiles
-from distill_jax.models import trainables
+from distill_jax.models import DecoderConfig, DecoderModel, trainables
 from distill_jax.models.options import ModelOptions, StudentOptions
 from distill_jax.models.runs import RUN, Run, run_folder
 from distill_jax.models.trainables import Shared, Trainable
@@ -44,6 +44,16 @@ class LoadedModel:
   def text_config(self) -> TextConfig:
     """The family's Config, of a model that is known to read text."""
     return cast(TextConfig, self.config)
+
+  @property
+  def decoder_config(self) -> DecoderConfig:
+    """The family's Config, of a model that is known to be a decoder."""
+    return cast(DecoderConfig, self.config)
+
+  @property
+  def decoder(self) -> DecoderModel:
+    """The model, of a family of decoders."""
+    return cast(DecoderModel, self.model)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,6 +122,11 @@ class ModelSource:
   def text_config(self) -> TextConfig:
     """The family's Config, of a model that is known to read text."""
     return cast(TextConfig, self.config)
+
+  @property
+  def decoder_config(self) -> DecoderConfig:
+    """The family's Config, of a model that is known to be a decoder."""
+    return cast(DecoderConfig, self.config)
 
   @functools.cached_property
   def compute(self) -> ComputeConfig:

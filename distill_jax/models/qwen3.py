@@ -79,6 +79,9 @@ class Config(_windows.Config):
 class SparseBlock(Block):
   """A layer whose feed-forward is a mixture of experts."""
 
+  experts: Experts
+  HAS_DENSE_MLP = False
+
   config: Config
 
   def declare_mlp(self, declare: Declare) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from distill_jax.config import Config
-from distill_jax.models import loading
+from distill_jax.models import DecoderConfig, loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import layer_sharing, lora, params
 from distill_jax.training import state
@@ -39,8 +39,7 @@ class ForwardFlops:
 
 def forward_flops(source: ModelSource, rows: int, seq_len: int) -> ForwardFlops:
   """Operations of one forward pass over `rows` sequences of `seq_len` positions."""
-  c: Any = source.config  # a decoder's
-  tokens = rows * seq_len
+  c, tokens = source.decoder_config, rows * seq_len
   pairs = rows * sum(attended_pairs(c, layer, seq_len) for layer in range(c.num_hidden_layers))
   return ForwardFlops(
     weights=2.0 * tokens * _active_layer_params(source),
@@ -51,7 +50,7 @@ def forward_flops(source: ModelSource, rows: int, seq_len: int) -> ForwardFlops:
 
 def active_params(source: ModelSource) -> int:
   """Weights that one position is multiplied with, including the head's."""
-  c: Any = source.config  # a decoder's
+  c = source.decoder_config
   return round(_active_layer_params(source)) + c.vocab_size * c.hidden_size
 
 
@@ -70,7 +69,7 @@ def _active_layer_params(source: ModelSource) -> float:
   return total
 
 
-def attended_pairs(c: Any, layer: int, seq_len: int) -> int:
+def attended_pairs(c: DecoderConfig, layer: int, seq_len: int) -> int:
   """Pairs of a position and one that it attends to, in one sequence."""
   w = min(c.window_at(layer) or seq_len, seq_len)
   return w * (w + 1) // 2 + (seq_len - w) * w
@@ -122,5 +121,5 @@ def _adapted_params(student: ModelSource) -> int:
   return sum(params.count(x.weight) for x in leaves if _is_adapter(x))
 
 
-def _is_adapter(x: Any) -> bool:
+def _is_adapter(x: object) -> bool:
   return isinstance(x, lora.Adapter)

@@ -23,7 +23,7 @@ from distill_jax.records.fields import Record
 from distill_jax.records.store import Manifest, Store
 from distill_jax.tasks import dataset
 from distill_jax.training import loop, state, stores, validate
-from distill_jax.types import Batch, Recorded
+from distill_jax.types import Batch, Model, Recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _record(config: Config, mesh: Mesh) -> Program:
   return Program(lowered, {"teacher": bytes_of(model), "batch": bytes_of(batch)}, c.batch_size)
 
 
-def _model(source: ModelSource, mesh: Mesh) -> Any:
+def _model(source: ModelSource, mesh: Mesh) -> Model:
   """Returns a model as shapes with shardings."""
   shardings = sharding.shardings(source.abstract, mesh, source.compute.rules)
   return sharding.with_shardings(source.abstract, shardings)

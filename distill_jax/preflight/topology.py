@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib.util
 import os
-from typing import Any
 
 import jax
 import numpy as np
@@ -71,7 +70,7 @@ def prepare() -> None:
 
 
 @functools.cache
-def devices(topology: str, num_slices: int = 1) -> tuple[Any, ...]:
+def devices(topology: str, num_slices: int = 1) -> tuple[jax.Device, ...]:
   """The devices of a listed topology (chips.parse), all slices, in jax's order."""
   kwargs = {"num_slices": num_slices} if num_slices > 1 else {}
   described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **kwargs)

@@ -6,17 +6,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 from distill_jax.errors import InputError
+from distill_jax.models import DecoderConfig
 from distill_jax.pruning import choose, shapes
 from distill_jax.pruning.options import ShrinkOptions
 from distill_jax.types import JsonObject
 
 TOLERANCE = 0.1  # how far from the target, as a fraction of it, a proposed shape may be
 
-Size = Callable[[Any], float]  # of a family's Config, in the target's units
-Check = Callable[[Any], Any]  # raises InputError for a family's Config that is of no use
+Size = Callable[[DecoderConfig], float]  # of a family's Config, in the target's units
+Check = Callable[[DecoderConfig], object]  # raises InputError for a Config that is of no use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Target:
   value: float
   key: str
 
-  def distance(self, config: Any) -> float:
+  def distance(self, config: DecoderConfig) -> float:
     """How many times too large or too small a Config is, as the size of the logarithm."""
     return abs(math.log(self.size(config) / self.value))
 
-  def is_met(self, config: Any) -> bool:
+  def is_met(self, config: DecoderConfig) -> bool:
     return abs(self.size(config) / self.value - 1) <= TOLERANCE
 
 
@@ -46,9 +46,9 @@ class _Teacher:
   """What candidates are cut from."""
 
   family: str
-  config: Any
+  config: DecoderConfig
 
-  def student(self, options: ShrinkOptions) -> Any:
+  def student(self, options: ShrinkOptions) -> DecoderConfig:
     """The Config of a candidate; which layers it keeps does not matter here."""
     narrowed = shapes.narrowed(options, self.family, self.config)
     return narrowed.keep_layers(choose.even(options.layers, self.config.num_hidden_layers))
@@ -61,7 +61,7 @@ class _Teacher:
 def propose(
   options: ShrinkOptions,
   family: str,
-  config: Any,
+  config: DecoderConfig,
   target: Target,
   check: Check = lambda config: None,
 ) -> dict[str, ShrinkOptions]:
@@ -113,7 +113,7 @@ def _with_layers(options: ShrinkOptions, layers: int) -> ShrinkOptions:
 
 
 def _ladder(
-  options: ShrinkOptions, family: str, config: Any, narrow_hidden: bool, check: Check
+  options: ShrinkOptions, family: str, config: DecoderConfig, narrow_hidden: bool, check: Check
 ) -> Iterator[ShrinkOptions]:
   """Yields ever wider shapes below the teacher's own, at multiples that matrix units like."""
   count = functools.partial(shapes.count, config)
@@ -137,7 +137,7 @@ def _ladder(
     yield candidate
 
 
-def _around(options: ShrinkOptions, config: Any) -> list[ShrinkOptions]:
+def _around(options: ShrinkOptions, config: DecoderConfig) -> list[ShrinkOptions]:
   """A shape, and those whose feed-forward is a little wider or narrower."""
   if not options.intermediate:
     return [options]
@@ -155,7 +155,7 @@ def _multiple(x: float, unit: int) -> int:
   return max(1, round(x / unit)) * unit
 
 
-def _fewer_heads(config: Any, fraction: float, grouped: bool) -> dict[str, int]:
+def _fewer_heads(config: DecoderConfig, fraction: float, grouped: bool) -> dict[str, int]:
   """Whole groups of query heads and their keys; heads of the one group where there is one.
 
   Groups that devices can share evenly stay such: of a power of two, a power of two is left.

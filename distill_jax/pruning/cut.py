@@ -8,17 +8,17 @@ axis of that name.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from distill_jax.models import DecoderConfig, DecoderModel
 from distill_jax.nn import params, sharding
 from distill_jax.pruning import choose, shapes
 from distill_jax.pruning.measure import Importance
 from distill_jax.pruning.options import ShrinkOptions
-from distill_jax.types import JsonObject
 
 CHANNELS = ("embed", "table", "norm")  # axes of the residual stream, the same in all layers
 # By the energy where it is read. SmolLM2, 512 (448, 384) of 576 channels: held-out 3.77 (4.90,
@@ -49,8 +49,8 @@ class KeptIndices:
 def keep(
   options: ShrinkOptions,
   family: str,
-  teacher: Any,
-  student: Any,
+  teacher: DecoderConfig,
+  student: DecoderConfig,
   layers: tuple[int, ...],
   measured: Importance,
 ) -> KeptIndices:
@@ -81,7 +81,7 @@ def keep(
   return dataclasses.replace(kept, correction=corrections(kept, measured, D))
 
 
-def _axis_sizes(family: str, config: Any) -> dict[str, dict[str, int]]:
+def _axis_sizes(family: str, config: DecoderConfig) -> dict[str, dict[str, int]]:
   """By stack: how long each axis is."""
   sizes: dict[str, dict[str, int]] = {}
   for path, v in params.named_params(shapes.abstract(family, config)):
@@ -94,7 +94,7 @@ def _axis_sizes(family: str, config: Any) -> dict[str, dict[str, int]]:
 
 def _stack_indices(
   options: ShrinkOptions,
-  teacher: Any,
+  teacher: DecoderConfig,
   old: dict[str, int],
   new: dict[str, int],
   scores: dict[str, np.ndarray],
@@ -151,13 +151,13 @@ def corrections(kept: KeptIndices, measured: Importance, width: int) -> dict[str
 
 
 def cut(
-  model: Any,
+  model: DecoderModel,
   family: str,
-  config: Any,
+  config: DecoderConfig,
   kept: KeptIndices,
   mesh: jax.sharding.Mesh,
   rules: sharding.Rules,
-) -> Any:
+) -> DecoderModel:
   """Returns the student, in its storage sharding; a part that nothing is cut from keeps its bits.
 
   Args:
@@ -169,7 +169,7 @@ def cut(
   """
   abstract = shapes.abstract(family, config)
 
-  def make(model: Any) -> Any:
+  def make(model: DecoderModel) -> DecoderModel:
     theirs, ours = dict(params.named_params(model)), dict(params.named_params(abstract))
     cutter = _Cutter(kept, _by_module(theirs), _by_module(ours))
     values = {path: cutter.value(path, theirs[path], v) for path, v in ours.items()}
@@ -179,7 +179,7 @@ def cut(
   return jax.jit(make, out_shardings=sharding.shardings(abstract, mesh, rules))(model)
 
 
-def _by_module(named: JsonObject) -> dict[tuple[str, str], Any]:
+def _by_module(named: dict[str, nnx.Variable]) -> dict[tuple[str, str], nnx.Variable]:
   """Weights by their stack and Hugging Face's name of the module that they are in."""
   return {
     (path.partition(".")[0], v.get_metadata()["hf"].removesuffix(".weight")): v
@@ -188,7 +188,7 @@ def _by_module(named: JsonObject) -> dict[tuple[str, str], Any]:
 
 
 def _scaled(
-  values: dict[str, jax.Array], kept: KeptIndices, teacher: Any, student: Any
+  values: dict[str, jax.Array], kept: KeptIndices, teacher: DecoderConfig, student: DecoderConfig
 ) -> dict[str, jax.Array]:
   """Norms corrected, and the embedding where a family scales it by its width."""
   factors = {path: jnp.asarray(c, jnp.float32) for path, c in kept.correction.items()}
@@ -212,10 +212,10 @@ class _Cutter:
   """
 
   kept: KeptIndices
-  theirs: dict[tuple[str, str], Any]
-  ours: dict[tuple[str, str], Any]
+  theirs: dict[tuple[str, str], nnx.Variable]
+  ours: dict[tuple[str, str], nnx.Variable]
 
-  def value(self, path: str, v: Any, like: Any) -> jax.Array:
+  def value(self, path: str, v: nnx.Variable, like: nnx.Variable) -> jax.Array:
     """The student's value of one parameter, declared as `like`, out of the teacher's."""
     x, stack, axes = v[...], path.partition(".")[0], v.get_metadata()["axes"]
     if axes[0] != "layers":
@@ -249,7 +249,7 @@ class _Cutter:
     return x
 
 
-def _sizes(weight: Any, axes: tuple[str, ...]) -> list[int]:
+def _sizes(weight: nnx.Variable, axes: tuple[str, ...]) -> list[int]:
   """How long a weight is along some of its axes."""
   sizes = dict(zip(weight.get_metadata()["axes"], weight.shape, strict=True))
   return [sizes[axis] for axis in axes]

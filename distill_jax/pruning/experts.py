@@ -7,11 +7,10 @@ each was used.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from distill_jax.models import DecoderModel
 from distill_jax.nn import params
 from distill_jax.pruning.cut import KeptIndices
 from distill_jax.pruning.measure import Importance
@@ -20,7 +19,7 @@ from distill_jax.runtime import distributed
 WEIGHTS = ("gate", "up", "down")
 
 
-def merge(model: Any, kept: KeptIndices, measured: Importance) -> Any:
+def merge(model: DecoderModel, kept: KeptIndices, measured: Importance) -> DecoderModel:
   """Returns the teacher, its kept experts replaced by the means of those that join them.
 
   The router still distinguishes all experts; the kept ones' columns stay as they are.

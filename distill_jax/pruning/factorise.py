@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from distill_jax.errors import InputError
 from distill_jax.hub import declared
+from distill_jax.models import DecoderModel
 from distill_jax.nn import params
 from distill_jax.runtime import distributed
 from distill_jax.types import JsonObject
 
 
-def targets(model: Any, ranks: dict[str, int]) -> dict[str, tuple[Any, int]]:
+def targets(model: nnx.Module, ranks: dict[str, int]) -> dict[str, tuple[nnx.Variable, int]]:
   """Returns (matrix, rank) by path, for the matrices named by the ends of their dotted names.
 
   Raises:
     InputError: a name that no matrix of a layer has, or a rank that is not below a matrix's.
   """
   matrices = {path: v for path, v in params.named_params(model) if _is_layer_matrix(v)}
-  chosen: dict[str, tuple[Any, int]] = {}
+  chosen: dict[str, tuple[nnx.Variable, int]] = {}
   for target, rank in ranks.items():
     matching = {p: v for p, v in matrices.items() if f".{_module(v)}".endswith(f".{target}")}
     if not matching:
@@ -38,16 +39,18 @@ def targets(model: Any, ranks: dict[str, int]) -> dict[str, tuple[Any, int]]:
   return chosen
 
 
-def _is_layer_matrix(v: Any) -> bool:
+def _is_layer_matrix(v: nnx.Variable) -> bool:
   return "layers" in v.get_metadata()["axes"] and bool(v.get_metadata()["out"])
 
 
-def _module(v: Any) -> str:
+def _module(v: nnx.Variable) -> str:
   """Hugging Face's name of the module that a weight is in."""
   return v.get_metadata()["hf"].removesuffix(".weight")
 
 
-def factorise(model: Any, ranks: dict[str, int], itemsize: int) -> tuple[Any, JsonObject]:
+def factorise(
+  model: DecoderModel, ranks: dict[str, int], itemsize: int
+) -> tuple[DecoderModel, JsonObject]:
   """Replaces each named matrix by its best approximation of a rank (Eckart and Young).
 
   The product of the factors is written out, in the matrix's shape, since transformers loads no

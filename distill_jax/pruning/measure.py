@@ -14,19 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax.models import DecoderBlock
+from distill_jax.models import DecoderBlock, DecoderModel, Experts
 from distill_jax.nn import fused_head, layers, params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.types import Batch, Inputs, JsonObject, Mean
 
 Importance = dict[str, dict[str, np.ndarray]]  # by stack and statistic: see `importance`
-LossFn = Callable[[Any, Batch, np.ndarray], Mean]  # (model, batch, which layers run, [L])
+LossFn = Callable[[DecoderModel, Batch, np.ndarray], Mean]  # (model, batch, which layers run, [L])
 ROOT_MEAN_SQUARES = ("heads", "mlp", "expert_mlp")
 Sums = dict[str, JsonObject]  # by stack ("" for what is outside of them) and statistic
 
 
 def importance(
-  model: Any,
+  model: DecoderModel,
   batches: Sequence[Batch],
   compute: ComputeConfig,
   within_experts: bool,
@@ -65,7 +65,9 @@ def importance(
   }
 
 
-def _sums(model: Any, inputs: Inputs, *, compute: ComputeConfig, within_experts: bool) -> Sums:
+def _sums(
+  model: DecoderModel, inputs: Inputs, *, compute: ComputeConfig, within_experts: bool
+) -> Sums:
   x_BTD, _ = model.embed_tokens(inputs.tokens_BT, compute)
   position_inputs, valid_BT = model.position_inputs(inputs), inputs.segments_BT > 0
   sums: Sums = {}
@@ -98,7 +100,7 @@ def _sums(model: Any, inputs: Inputs, *, compute: ComputeConfig, within_experts:
 
 
 def _layer(
-  block: Any,
+  block: DecoderBlock,
   x_BTD: jax.Array,
   attend: Callable[[jax.Array], jax.Array],
   valid_BT: jax.Array,
@@ -112,7 +114,7 @@ def _layer(
   out_BTD = mid_BTD + block.feed_forward(mid_BTD, compute.rules)
   y_BTD = block.norm(mid_BTD, block.mlp_norm)
   norm_inputs = {"attn_norm": x_BTD, "mlp_norm": mid_BTD}
-  if hasattr(block, "attn_post_norm"):  # what the plain layer adds goes through a norm first
+  if block.attn_post_norm is not None:  # what the plain layer adds goes through a norm first
     norm_inputs["attn_post_norm"] = DecoderBlock.project_heads(block, a_BTHh)
     norm_inputs["mlp_post_norm"] = DecoderBlock.feed_forward(block, mid_BTD, compute.rules)
   sums = {
@@ -120,19 +122,19 @@ def _layer(
     "heads": _sum(_head_energy(a_BTHh, block.o[...]), valid_BT),
   }
   sums |= {f"{k}.energy": _energy(x, valid_BT, c.rms_norm_eps) for k, x in norm_inputs.items()}
-  if hasattr(block, "gate"):
+  if block.HAS_DENSE_MLP:
     h_BTF = _gated(y_BTD, block.gate[...], block.up[...], block.activation)
     sums["mlp"] = _sum(h_BTF**2, valid_BT) * _energy_of_rows(block.down[...])
-  if hasattr(block, "experts"):
-    sums |= _experts(block, y_BTD, valid_BT, within_experts)
+  if block.experts is not None:
+    sums |= _experts(block, block.experts, y_BTD, valid_BT, within_experts)
   return out_BTD, sums
 
 
 def _experts(
-  block: Any, y_BTD: jax.Array, valid_BT: jax.Array, within: bool
+  block: DecoderBlock, experts: Experts, y_BTD: jax.Array, valid_BT: jax.Array, within: bool
 ) -> dict[str, jax.Array]:
   """How much each expert is used; with `within`, also what each of its channels adds."""
-  experts, (ids_BTK, weight_BTK) = block.experts, block.route(y_BTD)
+  ids_BTK, weight_BTK = block.route(y_BTD)
   E = experts.router.shape[-1]
   weight_BTE = jnp.sum(jax.nn.one_hot(ids_BTK, E) * weight_BTK[..., None], 2)
   sums = {"experts": _sum(weight_BTE, valid_BT)}
@@ -188,7 +190,7 @@ def make_loss(compute: ComputeConfig, chunk: int, vocab_size: int) -> LossFn:
 
 
 def loss(
-  loss_fn: LossFn, model: Any, batches: Sequence[Batch], without: Sequence[int] = ()
+  loss_fn: LossFn, model: DecoderModel, batches: Sequence[Batch], without: Sequence[int] = ()
 ) -> float:
   """Returns the cross-entropy in nats a label, with the layers in `without` left out."""
   runs_L = np.ones(model.config.num_hidden_layers, bool)
@@ -198,7 +200,7 @@ def loss(
 
 
 def _loss_without(
-  model: Any,
+  model: DecoderModel,
   batch: Batch,
   runs_L: jax.Array,
   *,

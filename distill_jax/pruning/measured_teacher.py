@@ -7,7 +7,7 @@ import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import cast
 
 import jax
 import numpy as np
@@ -18,14 +18,14 @@ from distill_jax.data import corpus
 from distill_jax.errors import InputError
 from distill_jax.hub.export import check_new, export_model
 from distill_jax.hub.weights import float_dtype
-from distill_jax.models import loading, runs
+from distill_jax.models import DecoderConfig, DecoderModel, loading, runs
 from distill_jax.nn import params, sharding
 from distill_jax.pruning import choose, cut, experts, factorise, measure, shapes, table, windows
 from distill_jax.pruning.options import ShrinkOptions
 from distill_jax.records import collate
 from distill_jax.runtime import storage
 from distill_jax.runtime.progress import Progress
-from distill_jax.types import Batch, JsonObject
+from distill_jax.types import Batch, JsonObject, Model
 
 
 class MeasuredTeacher:
@@ -74,9 +74,9 @@ class MeasuredTeacher:
   @functools.cached_property
   def ce(self) -> float:
     """The teacher's cross-entropy on held-out text, nats a token."""
-    return self.cross_entropy(self.loaded.model)
+    return self.cross_entropy(self.loaded.decoder)
 
-  def cross_entropy(self, model: Any) -> float:
+  def cross_entropy(self, model: DecoderModel) -> float:
     """The cross-entropy of any model on the same text."""
     with jax.set_mesh(self.mesh):
       return measure.loss(self._loss_fn, model, self.heldout)
@@ -91,21 +91,20 @@ class MeasuredTeacher:
     if within_experts not in self._importance:
       with Progress("measure", sum(b.mask_BT.size for b in self.calibration)) as progress:
         self._importance[within_experts] = measure.importance(
-          self.loaded.model, self.calibration, self.source.compute, within_experts, progress.add
+          self.loaded.decoder, self.calibration, self.source.compute, within_experts, progress.add
         )
     return self._importance[within_experts]
 
   def layers(self, n: int, by: str) -> tuple[int, ...]:
     """Chooses n layers; `by` is one of shapes.CHOICES["layers_by"]."""
-    L = self.source.config.num_hidden_layers
+    L = self.source.decoder_config.num_hidden_layers
     if by == "even" or n == L:
       return choose.even(n, L)
     if by == "ends":
       return choose.ends(n, L)
     if by == "influence":
       measured = self.importance(False)
-      model: Any = self.loaded.model  # a decoder
-      stacks = model.layer_stacks(self.source.config)
+      stacks = self.loaded.decoder.layer_stacks(self.source.decoder_config)
       influence_L = np.concatenate([measured[name]["influence"] for name, _, _ in stacks])
       return choose.influential(n, influence_L)
     if (more := L - n - len(self._removed)) > 0:
@@ -118,10 +117,10 @@ class MeasuredTeacher:
   @functools.cached_property
   def _removal_order(self) -> Iterator[int]:
     """By the loss on the first batch of the calibration text."""
-    return choose.removal_order(self.source.config.num_hidden_layers, self._loss_without)
+    return choose.removal_order(self.source.decoder_config.num_hidden_layers, self._loss_without)
 
   def _loss_without(self, layers: Sequence[int]) -> float:
-    return measure.loss(self._loss_fn, self.loaded.model, self.calibration[:1], layers)
+    return measure.loss(self._loss_fn, self.loaded.decoder, self.calibration[:1], layers)
 
   def make(
     self, options: ShrinkOptions, target: str | os.PathLike[str], random: bool = True
@@ -139,7 +138,7 @@ class MeasuredTeacher:
     narrowed = self._check(options)
     if not storage.is_remote(target):
       check_new(target)
-    teacher, compute = self.source.config, self.source.compute
+    teacher, compute = self.source.decoder_config, self.source.compute
     with jax.set_mesh(self.mesh):
       layers = self.layers(options.layers or teacher.num_hidden_layers, options.layers_by)
       all_layers = layers == tuple(range(teacher.num_hidden_layers))
@@ -159,7 +158,7 @@ class MeasuredTeacher:
       }
       with storage.new_folder(target) as folder:
         export_model(
-          student,
+          cast(Model, student),
           folder,
           tokenizer=corpus.files_of(self.config.data, self.source.pretrained),
           generation=self.source.generation,
@@ -169,9 +168,9 @@ class MeasuredTeacher:
         )
     return result
 
-  def _check(self, options: ShrinkOptions) -> Any:
+  def _check(self, options: ShrinkOptions) -> DecoderConfig:
     """Refuses a shape that the family cannot have; returns the narrower Config."""
-    teacher = self.source.config
+    teacher = self.source.decoder_config
     narrowed = shapes.narrowed(options, self.source.family, teacher)
     abstract = shapes.abstract(self.source.family, narrowed)
     factorise.targets(abstract, options.factorise)
@@ -181,7 +180,7 @@ class MeasuredTeacher:
       windows.windowed(options, narrowed.keep_layers(choose.even(options.layers or L, L)))
     return narrowed
 
-  def untrained(self, config: Any) -> Any:
+  def untrained(self, config: DecoderConfig) -> DecoderModel:
     """Returns a model of a Config with random weights."""
     family = shapes.family_of(config)
     make = registry.load("models", family).Model
@@ -191,11 +190,11 @@ class MeasuredTeacher:
     return jax.jit(lambda key: make(config, key), out_shardings=out_shardings)(key)
 
   def _cut(
-    self, options: ShrinkOptions, config: Any, layers: tuple[int, ...]
-  ) -> tuple[Any, cut.KeptIndices]:
-    family, model = self.source.family, self.loaded.model
+    self, options: ShrinkOptions, config: DecoderConfig, layers: tuple[int, ...]
+  ) -> tuple[DecoderModel, cut.KeptIndices]:
+    family, model = self.source.family, self.loaded.decoder
     measured = self.importance(bool(options.expert_intermediate))
-    kept = cut.keep(options, family, self.source.config, config, layers, measured)
+    kept = cut.keep(options, family, self.source.decoder_config, config, layers, measured)
     if options.experts_by == "merge":
       model = experts.merge(model, kept, measured)
     return cut.cut(model, family, config, kept, self.mesh, self.source.compute.rules), kept
@@ -204,9 +203,11 @@ class MeasuredTeacher:
   def _itemsize(self) -> int:
     return float_dtype(self.config.shrink.dtype).itemsize
 
-  def _scores(self, config: Any, student: Any, random: bool) -> dict[str, dict[str, float]]:
+  def _scores(
+    self, config: DecoderConfig, student: DecoderModel, random: bool
+  ) -> dict[str, dict[str, float]]:
     """By model: parameters, bytes and cross-entropy."""
-    models = {"teacher": self.loaded.model, "student": student}
+    models = {"teacher": self.loaded.decoder, "student": student}
     if random:
       models["random"] = self.untrained(config)
     scores = {}

@@ -11,7 +11,6 @@ import functools
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -21,7 +20,7 @@ from distill_jax.errors import InputError
 from distill_jax.generation.unrolled import unroll
 from distill_jax.hub.weights import float_dtype
 from distill_jax.losses import kd
-from distill_jax.models import loading, runs
+from distill_jax.models import DecoderConfig, loading, runs
 from distill_jax.models.loading import LoadedModel, ModelSource
 from distill_jax.nn import sharding
 from distill_jax.nn.layer_sharing import ShareOptions
@@ -49,16 +48,16 @@ def propose(config: Config, workdir: Path, key: str) -> dict[str, ShrinkOptions]
   if not 0 < size < math.inf:
     raise InputError(f"shrink.{key} is {size}; it is a positive number")
   source = loading.open_source(config.teacher, config.seed)
-  shapes.check(options, source.family, source.config)
+  shapes.check(options, source.family, source.decoder_config)
   mesh = sharding.make_mesh(**vars(config.mesh))
 
-  def check(student: Any) -> None:
+  def check(student: DecoderConfig) -> None:
     """Refuses a Config that does not divide over the mesh."""
     abstract = shapes.abstract(source.family, student)
     sharding.shardings(abstract, mesh, source.compute.rules)
 
   target = _target(config, source, workdir, key)
-  return candidates.propose(options, source.family, source.config, target, check)
+  return candidates.propose(options, source.family, source.decoder_config, target, check)
 
 
 def _target(config: Config, source: ModelSource, workdir: Path, key: str) -> Target:
@@ -69,10 +68,10 @@ def _target(config: Config, source: ModelSource, workdir: Path, key: str) -> Tar
   """
   value = getattr(config.shrink, key)
 
-  def parameters(student: Any) -> float:
+  def parameters(student: DecoderConfig) -> float:
     return shapes.cost(source.family, student).parameters
 
-  def active(student: Any) -> float:
+  def active(student: DecoderConfig) -> float:
     return shapes.cost(source.family, student).active
 
   if key == "target_params":
@@ -87,7 +86,7 @@ def _target(config: Config, source: ModelSource, workdir: Path, key: str) -> Tar
       "name more"
     )
   unit = f"{key} at {rate:.3g} tokens a second of the teacher, in parameters a token,"
-  return Target(active, active(source.config) * rate / value, unit)
+  return Target(active, active(source.decoder_config) * rate / value, unit)
 
 
 def make(config: Config, proposed: dict[str, ShrinkOptions], folders: dict[str, Path]) -> None:
@@ -149,7 +148,7 @@ def score(config: Config, folders: dict[str, Path], rates: bool) -> None:
   teacher = MeasuredTeacher(config)
   for folder in todo:
     student = trained(config, teacher.mesh, folder)
-    scores = {"ce": teacher.cross_entropy(student.model)}
+    scores = {"ce": teacher.cross_entropy(student.decoder)}
     if rates:
       scores["decode_rate"] = _decode_rate(config, student, teacher.mesh)
     json_io.write_json_once(folder / SCORE, scores)

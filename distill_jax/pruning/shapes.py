@@ -8,9 +8,11 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+from flax import nnx
 
 from distill_jax import registry
 from distill_jax.errors import InputError
+from distill_jax.models import DecoderConfig
 from distill_jax.nn import params
 from distill_jax.pruning.options import ShrinkOptions
 
@@ -38,40 +40,40 @@ CHOICES = {
 
 
 @functools.lru_cache(maxsize=256)
-def abstract(family: str, config: Any) -> Any:
+def abstract(family: str, config: DecoderConfig) -> nnx.Module:
   """Returns a family's model as shapes."""
   make = registry.load("models", family).Model
   return jax.eval_shape(lambda key: make(config, key), jax.random.key(0))
 
 
-def family_of(config: Any) -> str:
+def family_of(config: object) -> str:
   """The module of distill_jax/models whose Config it is."""
   return type(config).__module__.rpartition(".")[2]
 
 
-def axis_names(family: str, config: Any) -> set[str]:
+def axis_names(family: str, config: DecoderConfig) -> set[str]:
   """The names of all axes that a model's parameters have."""
   return {a for _, v in params.named_params(abstract(family, config)) for a in _axes(v)}
 
 
-def _axes(v: Any) -> tuple[str, ...]:
+def _axes(v: nnx.Variable) -> tuple[str, ...]:
   return v.get_metadata()["axes"]
 
 
-def field(config: Any, key: str) -> str:
+def field(config: DecoderConfig, key: str) -> str:
   """What a Config calls the number that a key of SIZES sets; "" where it has none."""
   has = {f.name for f in dataclasses.fields(config)}
   fields = (f for f in SIZES[key].fields if f in has and getattr(config, f) is not None)
   return next(fields, "")
 
 
-def count(config: Any, key: str) -> int:
+def count(config: DecoderConfig, key: str) -> int:
   """The number that a key of SIZES sets; 0 where a Config has none."""
   name = field(config, key)
   return getattr(config, name) if name else 0
 
 
-def check(options: ShrinkOptions, family: str, config: Any) -> None:
+def check(options: ShrinkOptions, family: str, config: DecoderConfig) -> None:
   """Refuses what no family, or not this one, can have."""
   _check_options(options)
   L, axes = config.num_hidden_layers, axis_names(family, config)
@@ -117,7 +119,7 @@ def _check_options(options: ShrinkOptions) -> None:
     )
 
 
-def narrowed(options: ShrinkOptions, family: str, config: Any) -> Any:
+def narrowed(options: ShrinkOptions, family: str, config: DecoderConfig) -> DecoderConfig:
   """Returns the Config of the narrower model, with all of the teacher's layers.
 
   Raises:
@@ -128,7 +130,7 @@ def narrowed(options: ShrinkOptions, family: str, config: Any) -> Any:
   return dataclasses.replace(config, **sizes | _head_counts(options, config))
 
 
-def _head_counts(options: ShrinkOptions, config: Any) -> dict[str, int]:
+def _head_counts(options: ShrinkOptions, config: DecoderConfig) -> dict[str, int]:
   """How many query and key/value heads the narrower model has, where either changes.
 
   Dropped key/value heads take their query heads along. Merged ones leave all query heads, which

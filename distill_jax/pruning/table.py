@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill_jax.models import GLOBAL
+from distill_jax.models import GLOBAL, DecoderConfig
 from distill_jax.models.options import ModelOptions
 from distill_jax.pruning import shapes
 from distill_jax.pruning.cut import KeptIndices
@@ -15,7 +15,7 @@ NOTE = "as factors, for a student that starts from them; the folder holds the pr
 
 
 def kept_summary(
-  options: ShrinkOptions, teacher: Any, student: Any, kept: KeptIndices
+  options: ShrinkOptions, teacher: DecoderConfig, student: Any, kept: KeptIndices
 ) -> JsonObject:
   """Returns, by axis, how many are kept, of how many, and where it applies by what.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from distill_jax import registry
 from distill_jax.errors import InputError
-from distill_jax.models import GLOBAL, LOCAL
+from distill_jax.models import GLOBAL, LOCAL, DecoderConfig, DecoderModel
 from distill_jax.nn import params, sharding
 from distill_jax.pruning import shapes
 from distill_jax.pruning.options import ShrinkOptions
@@ -23,7 +23,7 @@ from distill_jax.pruning.options import ShrinkOptions
 WINDOWED_FAMILY = {"llama": "qwen2", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
-def windowed(options: ShrinkOptions, config: Any) -> Any:
+def windowed(options: ShrinkOptions, config: Any) -> DecoderConfig:
   """Returns a student's Config with windows added, perhaps of another family.
 
   Raises:
@@ -64,14 +64,16 @@ def windowed(options: ShrinkOptions, config: Any) -> Any:
   return new(**same | {"sliding_window": options.window, "layer_types": types})
 
 
-def with_windows(model: Any, config: Any, mesh: jax.sharding.Mesh, rules: sharding.Rules) -> Any:
+def with_windows(
+  model: DecoderModel, config: DecoderConfig, mesh: jax.sharding.Mesh, rules: sharding.Rules
+) -> DecoderModel:
   """Returns the model with a Config of `windowed`: the same weights, and biases of 0.
 
   The arrays of `model` are donated.
   """
   abstract = shapes.abstract(shapes.family_of(config), config)
 
-  def make(model: Any) -> Any:
+  def make(model: DecoderModel) -> DecoderModel:
     values = {path: v[...] for path, v in params.named_params(model)}
     zeros = {p: jnp.zeros(v.shape) for p, v in params.named_params(abstract) if p not in values}
     return params.replace(abstract, zeros | values)
