@@ -1,4 +1,4 @@
-"""Tests data/chat.py and data/jinja.py beside transformers' apply_chat_template.
+"""Tests data/chat_template.py and data/sandboxed_jinja.py beside transformers' apply_chat_template.
 
 The templates are of the kinds that published models have, written for these tests.
 """

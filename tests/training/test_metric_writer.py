@@ -1,4 +1,4 @@
-"""Tests metrics.py."""
+"""Tests training/metric_writer.py."""
 
 import json
 import math
