@@ -12,10 +12,16 @@ Arrays carry their axes as a suffix, `x_BTD`, one letter an axis:
   J beams                  U distinct layers of those that share weights
   A teachers               O output width of a linear map, I its input width
   X positions of all sequences in one axis         n chunks
-  s devices that share the head                    v rows of the head on one of them
+  s devices that share the vocabulary              v rows of the head on one of them
+  b blocks of the vocabulary                       t tokens of a block
+  g groups of tokens or of experts                 f tokens of a group
+  e experts of a group                             p side of a patch, in pixels
+  k taps of a filter                               r rotated part of a head's width
+  u part of it that is not rotated                 w width of one head's values
 
 `_BT` is [batch, position], `_VD` the unembedding's rows, `_BYWM` images. A digit is an axis of
-that size, as in `_BT1`. A scalar has no suffix, and a temperature is `temperature`, never T.
+that size, as in `_BT1`. A module that
+uses a letter otherwise defines it where it is used. A scalar has no suffix, and a temperature is `temperature`, never T.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ def interval(per_question: Sequence[float], seed: int = 0) -> Number:
   Questions are resampled with replacement, each with all its samples: 2,000 times, seeded. Where
   all questions have the same value, the interval is that point.
   """
-  x_Q, rng = np.asarray(per_question, np.float64), np.random.default_rng(seed)
-  means = [np.mean(x_Q[rng.integers(len(x_Q), size=len(x_Q))]) for _ in range(RESAMPLES)]
+  values, rng = np.asarray(per_question, np.float64), np.random.default_rng(seed)
+  means = [np.mean(values[rng.integers(len(values), size=len(values))]) for _ in range(RESAMPLES)]
   low, high = np.percentile(means, [2.5, 97.5])
-  return {"value": float(np.mean(x_Q)), "low": float(low), "high": float(high)}
+  return {"value": float(np.mean(values)), "low": float(low), "high": float(high)}
 
 
 def pass_at(k: int, n: int, right: int) -> float:

@@ -5,6 +5,8 @@ sets have the same minimum under a random hash (Broder, "On the resemblance and 
 documents", 1997): the share of PERMUTATIONS hashes in which they do, within 0.04 (one standard
 deviation at 0.8). Only texts that agree in all hashes of a band are compared: two of similarity
 s are with chance 1 - (1 - s^ROWS)^BANDS, 0.95 at 0.8, 0.9998 at 0.9.
+
+Here S are the runs of words of a text, and P the permutations.
 """
 
 from __future__ import annotations

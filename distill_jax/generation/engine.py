@@ -1,4 +1,7 @@
-"""Decoding on devices: prompts read into a cache, its rows decoded several steps at a time."""
+"""Decoding on devices: prompts read into a cache, its rows decoded several steps at a time.
+
+Here P are the rows of prompts that are read at once.
+"""
 
 from __future__ import annotations
 

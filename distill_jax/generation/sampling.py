@@ -102,8 +102,8 @@ def warp(logits_BCV: jax.Array, spec: Sampling) -> tuple[jax.Array, jax.Array]:
   """
   z_BCV = logits_BCV / spec.temperature
   if 0 < spec.top_k < z_BCV.shape[-1]:
-    top_BCk, _ = selection.top_k(z_BCV, spec.top_k)
-    z_BCV = jnp.where(z_BCV >= top_BCk[..., -1:], z_BCV, -jnp.inf)
+    top_BCK, _ = selection.top_k(z_BCV, spec.top_k)
+    z_BCV = jnp.where(z_BCV >= top_BCK[..., -1:], z_BCV, -jnp.inf)
   peak_BC1 = jnp.max(z_BCV, -1, keepdims=True)
   e_BCV = jnp.exp(z_BCV - peak_BC1)
   if spec.min_p > 0:

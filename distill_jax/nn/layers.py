@@ -129,8 +129,8 @@ def patches(x_BYWM: jax.Array, w_DMpp: jax.Array) -> jax.Array:
   """
   (B, Y, W, M), p = x_BYWM.shape, w_DMpp.shape[-1]
   y, w = Y // p, W // p
-  x_BypwpM = x_BYWM[:, : y * p, : w * p].reshape(B, y, p, w, p, M)
-  return jnp.einsum("BypwqM,DMpq->BywD", x_BypwpM, w_DMpp)
+  x_BYpWpM = x_BYWM[:, : y * p, : w * p].reshape(B, y, p, w, p, M)
+  return jnp.einsum("BypwqM,DMpq->BywD", x_BYpWpM, w_DMpp)
 
 
 def rope_angles(positions_BT: jax.Array, inv_freq: np.ndarray, amplitude: float = 1.0) -> Angles:

@@ -46,8 +46,8 @@ def _merge_layer(
 ) -> None:
   """Overwrites the kept experts of one layer, [E, D, F] and [E, F, D], with the means."""
   unit_DE = router_DE / np.maximum(np.linalg.norm(router_DE, axis=0), 1e-30)
-  similarity_Ee = unit_DE.T @ unit_DE[:, chosen_E]
-  joins_E = chosen_E[similarity_Ee.argmax(1)]
+  similarity_EE = unit_DE.T @ unit_DE[:, chosen_E]
+  joins_E = chosen_E[similarity_EE.argmax(1)]
   joins_E[chosen_E] = chosen_E
   used_E = used_E / used_E.sum()
   for into in chosen_E:

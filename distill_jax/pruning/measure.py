@@ -168,9 +168,9 @@ def _cosine(a_BTD: jax.Array, b_BTD: jax.Array) -> jax.Array:
 
 def _head_energy(a_BTHh: jax.Array, o_HhD: jax.Array) -> jax.Array:
   """|what each head adds|^2, [B, T, H], without writing out what it adds."""
-  gram_Hhk = jnp.einsum("HhD,HkD->Hhk", o_HhD, o_HhD, preferred_element_type=jnp.float32)
+  gram_Hhh = jnp.einsum("HhD,HkD->Hhk", o_HhD, o_HhD, preferred_element_type=jnp.float32)
   a_BTHh = a_BTHh.astype(jnp.float32)
-  return jnp.maximum(jnp.einsum("BTHh,Hhk,BTHk->BTH", a_BTHh, gram_Hhk, a_BTHh), 0)
+  return jnp.maximum(jnp.einsum("BTHh,Hhk,BTHk->BTH", a_BTHh, gram_Hhh, a_BTHh), 0)
 
 
 def _energy_of_rows(down_FD: jax.Array) -> jax.Array:

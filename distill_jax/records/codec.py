@@ -6,6 +6,8 @@ mask_T is set, and nowhere else: a position whose label is not trained on costs 
 elias_fano.py says how entries are laid out and what was measured; log-probabilities take
 float16.
 
+Here S are the positions that have targets, and E the entries of all of them.
+
 Tried and left out: storing the next token as the entry that it is (it is among them seven
 times in eight) saves 1.2 of 40 bytes, and ties the tokens to the targets.
 """

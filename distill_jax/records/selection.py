@@ -62,11 +62,11 @@ def _local_top_k(x_BCV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return jax.lax.top_k(x_BCV, k)
   x_BCV = jnp.pad(x_BCV, ((0, 0), (0, 0), (0, -width % TOP_BLOCK)), constant_values=-jnp.inf)
   x_BCbt = x_BCV.reshape(*x_BCV.shape[:2], -1, TOP_BLOCK)
-  _, blocks_BCk = jax.lax.top_k(jnp.max(x_BCbt, -1), k)
-  blocks_BCk = jnp.sort(blocks_BCk, -1)  # of equal logits the lowest id is taken
-  few_BCkt = _take_rows(x_BCbt, blocks_BCk)
-  top, at = jax.lax.top_k(few_BCkt.reshape(*few_BCkt.shape[:2], -1), k)
-  block = jnp.take_along_axis(blocks_BCk, at // TOP_BLOCK, -1)
+  _, blocks_BCK = jax.lax.top_k(jnp.max(x_BCbt, -1), k)
+  blocks_BCK = jnp.sort(blocks_BCK, -1)  # of equal logits the lowest id is taken
+  few_BCKt = _take_rows(x_BCbt, blocks_BCK)
+  top, at = jax.lax.top_k(few_BCKt.reshape(*few_BCKt.shape[:2], -1), k)
+  block = jnp.take_along_axis(blocks_BCK, at // TOP_BLOCK, -1)
   return top, block * TOP_BLOCK + at % TOP_BLOCK
 
 
@@ -137,7 +137,7 @@ def points(e_BCV: jax.Array, u_BC: jax.Array, n: int, axis: str | None) -> jax.A
 
 
 def _locate(ends: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The interval that holds x, of those that end at `ends` [..., M], and how far in.
+  """The interval that holds x, of those that end at `ends` [..., intervals], and how far in.
 
   An end equal to the last one is not passed: rounding may put x past the whole, and what
   follows the last mass is empty.
@@ -147,8 +147,9 @@ def _locate(ends: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.sum(passed, -1, dtype=jnp.int32), x - start
 
 
-def _take_rows(table_BCrf: jax.Array, rows_BCN: jax.Array) -> jax.Array:
-  return jnp.take_along_axis(table_BCrf, rows_BCN[..., None], 2)
+def _take_rows(table: jax.Array, rows_BCN: jax.Array) -> jax.Array:
+  """The named rows of each position's table [B, C, rows, numbers]: [B, C, N, numbers]."""
+  return jnp.take_along_axis(table, rows_BCN[..., None], 2)
 
 
 def max_over_shards(x: jax.Array, axis: str | None) -> jax.Array:

@@ -8,8 +8,8 @@ order that changes, the same batches through
   hidden   the model alone: hidden states after the final norm, no unembedding;
   plain    the hidden states, and the unembedding a chunk at a time, reduced to the
            log-probability of every label: what any teacher pass computes (evals/heldout.py);
-  record   the pass of records/recorder.py: the model, records.sampler (63 points, entropy, argmax and
-           the labels' log-probabilities), the ids to the host once the next batch is
+  record   that of records/recorder.py: the model, records.sampler (63 points, entropy, argmax
+           and the labels' log-probabilities), the ids to the host once the next batch is
            dispatched, and the shard before encoded and written behind it.
 
 A round of `record` holds one shard's pass and one shard's writing, and ends when both are
