@@ -20,8 +20,8 @@ Arrays carry their axes as a suffix, `x_BTD`, one letter an axis:
   u part of it that is not rotated                 w width of one head's values
 
 `_BT` is [batch, position], `_VD` the unembedding's rows, `_BYWM` images. A digit is an axis of
-that size, as in `_BT1`. A module that
-uses a letter otherwise defines it where it is used. A scalar has no suffix, and a temperature is `temperature`, never T.
+that size, as in `_BT1`. A module that uses a letter otherwise defines it where it is used. A
+scalar has no suffix, and a temperature is `temperature`, never T.
 """
 
 from __future__ import annotations
