@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from distill_jax.config import Config
 from distill_jax.data import jsonl
@@ -171,7 +171,7 @@ class FilterRun:
 
 def _grouped(path: Path, filter_run: FilterRun) -> Iterator[Sample]:
   """Yields the samples of a file, with `of`, the number of samples of their prompt."""
-  seen: set[Any] = set()
+  seen: set[int | str] = set()
   for prompt, group in itertools.groupby(_read(path, filter_run), key=lambda s: s["id"]):
     if prompt in seen:
       raise InputError(

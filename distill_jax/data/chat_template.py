@@ -213,9 +213,9 @@ class ChatTemplate:
     return draw
 
 
-def _spelt(token: Any, what: str, name: str) -> str:
+def _spelt(token: Any, subject: str, name: str) -> str:
   """Returns the text of a token in tokenizer_config.json: a string, or an object that has it."""
   spelt = token.get("content") if isinstance(token, dict) else token
   if not isinstance(spelt, str):
-    raise InputError(f"tokenizer_config.json of {name} has {what} {token!r:.80}; it is a string")
+    raise InputError(f"tokenizer_config.json of {name} has {subject} {token!r:.80}; it is a string")
   return spelt

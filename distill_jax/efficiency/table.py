@@ -84,11 +84,11 @@ def _bounds(r: JsonObject) -> list[str]:
     f"  {'':<8}{'batch':>6}{'chips':>7}{'experts':>9}{'read a step':>13}{'tokens/s':>12}"
     f"{'a chip':>10}  bound by",
   ]
-  for who, model in r["models"].items():
+  for name, model in r["models"].items():
     for b in model["decode_bounds"]:
       experts = "" if b["experts_read"] is None else f"{b['experts_read']:.1f}"
       lines.append(
-        f"  {who:<8}{b['batch_size']:>6,}{b['chips']:>7,}{experts:>9}"
+        f"  {name:<8}{b['batch_size']:>6,}{b['chips']:>7,}{experts:>9}"
         f"{size(b['bytes_read'], 'B'):>13}{b['tokens_per_second']:>12,.0f}"
         f"{b['tokens_per_second_per_chip']:>10,.0f}  {b['bound_by']}"
       )
@@ -100,11 +100,11 @@ def _measured(m: JsonObject) -> list[str]:
   head = f"measured on {m['device']} in {dtypes}, {m['prompt']} tokens read and {m['new']} decoded "
   lines = [head + "a row: tokens a second, median (least to most)"]
   lines.append(f"  {'':<8}{'batch':>6}{'weights':>10}{'cache':>10}{'prefill':>26}{'decode':>26}")
-  for who, model in m["models"].items():
+  for name, model in m["models"].items():
     for b in model["batches"]:
       rates = [_rate(b[f"{k}_tokens_per_second"]) for k in ("prefill", "decode")]
       lines.append(
-        f"  {who:<8}{b['batch_size']:>6,}{size(model['weight_bytes'], 'B'):>10}"
+        f"  {name:<8}{b['batch_size']:>6,}{size(model['weight_bytes'], 'B'):>10}"
         f"{size(b['cache_bytes'], 'B'):>10}{rates[0]:>26}{rates[1]:>26}"
       )
   for row in m["ratios"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from distill_jax.nn.layers import ComputeConfig
 from distill_jax.preflight import programs
 from distill_jax.records.store import Manifest
 from distill_jax.training import state
-from distill_jax.types import JsonObject
+from distill_jax.types import JsonObject, PyTree
 
 # Entries of systematic sampling of n points, measured on SmolLM2-135M at 1.6 nats of entropy.
 _ENTRIES = {32: 8.6, 63: 12.7, 255: 29.3}
@@ -88,6 +87,6 @@ def _model_bytes(source: ModelSource, mesh: jax.sharding.Mesh) -> int:
   return _placed_bytes(source.abstract, source.compute, mesh)
 
 
-def _placed_bytes(tree: Any, compute: ComputeConfig, mesh: jax.sharding.Mesh) -> int:
+def _placed_bytes(tree: PyTree, compute: ComputeConfig, mesh: jax.sharding.Mesh) -> int:
   where = sharding.shardings(tree, mesh, compute.rules)
   return programs.bytes_of(sharding.with_shardings(tree, where))

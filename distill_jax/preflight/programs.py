@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,16 @@ from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
+from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
 from distill_jax.records import collate, fields, multi_teacher, recorder, taps, tf_example
 from distill_jax.records.fields import Record
 from distill_jax.records.store import Manifest, Store
 from distill_jax.tasks import dataset
 from distill_jax.training import loop, state, stores, validate
-from distill_jax.types import Batch, Model, Recorded
+from distill_jax.types import Batch, Model, PyTree, Recorded
+
+ModelT = TypeVar("ModelT", bound=ModelOptions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Program:
 def without_weights(config: Config) -> Config:
   """Returns the config with models by their named shapes, where one stands beside a source."""
 
-  def by_shape(spec: Any) -> Any:
+  def by_shape(spec: ModelT) -> ModelT:
     return dataclasses.replace(spec, source="") if spec.shape else spec
 
   teachers = dict.fromkeys(config.teachers, "") if config.teacher.shape else config.teachers
@@ -228,7 +231,7 @@ def planned_batch(
   return jax.tree.map(of_all_rows, batch)
 
 
-def bytes_of(tree: Any) -> int:
+def bytes_of(tree: PyTree) -> int:
   """Returns the bytes that a device holds of a tree of shapes with shardings."""
   leaves = jax.tree.leaves(tree)
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

@@ -23,7 +23,7 @@ from etils import epath
 
 from distill_jax.errors import InputError
 from distill_jax.runtime import storage
-from distill_jax.types import JsonObject
+from distill_jax.types import JsonObject, PyTree
 
 STATE, ABOUT = "state", "about"
 
@@ -34,7 +34,7 @@ def manager(workdir: Path, keep: int = 1, every: int = 0) -> ocp.CheckpointManag
   return ocp.CheckpointManager(epath.Path(storage.checkpoints(workdir)), options=options)
 
 
-def save(saves: ocp.CheckpointManager, step: int, state: Any, about: JsonObject) -> None:
+def save(saves: ocp.CheckpointManager, step: int, state: PyTree, about: JsonObject) -> None:
   """Starts saving a state, which may be donated to the next step once this returns.
 
   Args:
@@ -66,8 +66,8 @@ def wait(saves: ocp.CheckpointManager) -> None:
 
 
 def restore(
-  saves: ocp.CheckpointManager, abstract: Any, about: JsonObject, step: int | None = None
-) -> Any:
+  saves: ocp.CheckpointManager, abstract: PyTree, about: JsonObject, step: int | None = None
+) -> PyTree:
   """Returns the state that was saved, in the shardings of the abstract state.
 
   Args:
@@ -90,7 +90,7 @@ def restore(
   return _read(saves, step, "", abstract)
 
 
-def restore_params(workdir: str | Path, abstract: Any, step: int | None = None) -> Any:
+def restore_params(workdir: str | Path, abstract: PyTree, step: int | None = None) -> PyTree:
   """Returns what a run has trained, without the optimizer's state; see `restore`."""
   with _open(workdir) as saves:
     return _read(saves, _existing_step(saves, step), "params.", abstract)
@@ -103,7 +103,7 @@ def digest(workdir: str | Path) -> str:
   return _sha256({path: x for path, x in arrays.items() if path.startswith("params.")})
 
 
-def checksums(tree: Any) -> Any:
+def checksums(tree: PyTree) -> PyTree:
   """Returns two uint32 for each array, the same on every mesh: sums of hashed numbers.
 
   Each number's bits are hashed with its index by bijections, so a change of one number always
@@ -131,7 +131,7 @@ def _scramble(x: jax.Array) -> jax.Array:
   return x ^ (x >> 16)
 
 
-def _read(saves: ocp.CheckpointManager, step: int, prefix: str, abstract: Any) -> Any:
+def _read(saves: ocp.CheckpointManager, step: int, prefix: str, abstract: PyTree) -> PyTree:
   """Returns the arrays under a prefix as the tree `abstract`, each checked by its checksums."""
   expected = {prefix + path: leaf for path, leaf in _leaves_by_path(abstract)}
   folder = saves.directory / str(step)
@@ -183,7 +183,7 @@ def _dtype_and_shape(x: Any) -> str:
   return f"{x.dtype}{list(x.shape)}"
 
 
-def _sha256(tree: Any) -> str:
+def _sha256(tree: PyTree) -> str:
   return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -238,7 +238,7 @@ def _damage_error(saves: ocp.CheckpointManager, step: int, why: str) -> InputErr
   )
 
 
-def _leaves_by_path(tree: Any) -> list[tuple[str, Any]]:
+def _leaves_by_path(tree: PyTree) -> list[tuple[str, Any]]:
   """Returns (dotted path, leaf) for each leaf, in the order of the tree."""
   leaves = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

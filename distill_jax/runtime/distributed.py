@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -129,7 +128,7 @@ class Preemption:
     if self._handles:
       signal.signal(signal.SIGTERM, self._previous_handler)
 
-  def _on_signal(self, *_: Any) -> None:
+  def _on_signal(self, *_: object) -> None:
     self._signalled = True
 
   def reached(self, step: int) -> bool:

@@ -26,7 +26,7 @@ class Progress:
   mean rate instead.
 
   Args:
-    what: the verb, first on the line.
+    verb: a verb, first on the line.
     total: units in the whole job.
     unit: what is counted.
     start: units done before this process began (a resumed job); not part of the rate.
@@ -39,7 +39,7 @@ class Progress:
 
   def __init__(
     self,
-    what: str,
+    verb: str,
     total: int,
     unit: str = "tokens",
     start: int = 0,
@@ -47,7 +47,7 @@ class Progress:
     file: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
   ):
-    self.what, self.total, self.unit, self.every = what, total, unit, every
+    self.verb, self.total, self.unit, self.every = verb, total, unit, every
     self.done = self._start_at = start
     self._file, self._clock = file, clock
     self._numbers: JsonObject = {}
@@ -85,7 +85,7 @@ class Progress:
       return
     share = f"{100 * self.done // self.total}%" if self.total else "100%"
     parts = [
-      self.what,
+      self.verb,
       f"{self.done:,}/{self.total:,} {self.unit}",
       share,
       f"{_number(rate)} {self.unit}/s",

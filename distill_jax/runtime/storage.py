@@ -161,7 +161,7 @@ class Synced:
     while not self._stopped.wait(PUBLISH_EVERY):
       publish(self._folder, self._published)
 
-  def __exit__(self, *_: Any) -> None:
+  def __exit__(self, *_: object) -> None:
     self._stopped.set()
     if self._thread.is_alive():
       self._thread.join()

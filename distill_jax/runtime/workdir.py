@@ -74,7 +74,7 @@ class Workdir:
     self._lock.flush()
     write_json(self.path / "versions.json", versions())
 
-  def __exit__(self, *_: Any) -> None:
+  def __exit__(self, *_: object) -> None:
     if self._lock is not None:
       self._lock.close()
 

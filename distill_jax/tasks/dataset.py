@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from distill_jax.augmentations import Augmentation
 from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.hub.pretrained import Pretrained
@@ -54,14 +55,15 @@ class TaskExamples(Sequence):
     self,
     task: Task,
     source: TaskSource,
-    augmentations: Sequence[Any] = (),
+    augmentations: Sequence[Augmentation] = (),
     views: int = 1,
     max_rows: int = 0,
   ):
     self.task, self.source = task, source
     self._augmentations, self._len = augmentations, len(source) * views
     self._len = min(self._len, max_rows or self._len)
-    fields = [dataclasses.asdict(x) for x in (task, *augmentations)]
+    entries: tuple[Any, ...] = (task, *augmentations)  # dataclasses
+    fields = [dataclasses.asdict(entry) for entry in entries]
     fields[0] = {key: value for key, value in fields[0].items() if key not in NOT_IN_DIGEST}
     text = json.dumps([type(task).__module__, fields, source.digest], sort_keys=True)
     self.digest = hashlib.sha256(text.encode()).hexdigest()
