@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ import optax
 from flax import struct
 
 PyTree = Any  # of arrays, their shapes, or what is held for each
+Tree = TypeVar("Tree")  # a PyTree of which a function returns another of the same structure
 QKV = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys, values
 JsonObject = dict[str, Any]  # a parsed JSON object, or what is written as one
 # A divergence: (log p, log q) -> its terms, elementwise over the last axis.

@@ -7,10 +7,13 @@ what it asks of its Model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from distill_jax.errors import InputError
+from distill_jax.types import JsonObject
+
+if TYPE_CHECKING:
+  from _typeshed import DataclassInstance
 
 
 class FamilyDefaults:
@@ -80,7 +83,7 @@ class SizesOfPart(FamilyDefaults):
     return self.layered_part.value_head_dim
 
 
-def check_numbers(config: Any, optional_zero: tuple[str, ...] = ()) -> None:
+def check_numbers(config: DataclassInstance, optional_zero: tuple[str, ...] = ()) -> None:
   """Refuses, by name, a field of the wrong kind, or a number no model can have.
 
   Args: optional_zero, the fields that may be 0.
@@ -96,7 +99,7 @@ def check_numbers(config: Any, optional_zero: tuple[str, ...] = ()) -> None:
 
 
 def check_supported(
-  hf: Mapping[str, Any], supported: Mapping[str, Any], family: str, required: bool = False
+  hf: JsonObject, supported: JsonObject, family: str, required: bool = False
 ) -> None:
   """Refuses a config.json with a value that the family has no code for.
 

@@ -134,8 +134,8 @@ class Model(nnx.Module):
       (self.head, self.head_bias, self.pool, self.pool_bias)
     )
     pooled_B1D = jnp.tanh(x_BSD[:, :1] @ pool[...] + pool_bias[...][None, None])
-    hidden, head = layers.with_bias(pooled_B1D, head[...], head_bias[...])
-    return Output(hidden, head, taps_PBTD=taps_PBSD, embedding_BTD=mean_B1D)
+    hidden_B1D, head_VD = layers.with_bias(pooled_B1D, head[...], head_bias[...])
+    return Output(hidden_B1D, head_VD, taps_PBTD=taps_PBSD, embedding_BTD=mean_B1D)
 
   def encode(
     self, inputs: Inputs, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()

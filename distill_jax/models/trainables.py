@@ -129,6 +129,7 @@ class Lora(Trainable):
     return jax.jit(init, out_shardings=shardings)(keys["lora"])
 
   def model(self, trained: PyTree, base: Model | None = None) -> Model:
+    assert base is not None
     return lora.with_adapters(base, trained)
 
   def merge(self, trained: PyTree, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:

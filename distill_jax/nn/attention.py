@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -162,14 +162,14 @@ def choose_kernel(kernel: str, q_BTHh: jax.Array) -> str:
   """The kernel by its name, or, for "auto", the best that these devices and shapes have."""
   if kernel not in KERNELS:
     raise InputError(f"attention is {kernel!r}; it can be one of {KERNELS}")
-  here, why_not = platform(), cudnn_cannot(q_BTHh)
+  platform_name, why_not = platform(), cudnn_cannot(q_BTHh)
   if kernel == "auto":
     fits = {"splash": True, "cudnn": not why_not}
-    return next((k for k, on in RUNS_ON.items() if here in on and fits[k]), "xla")
-  if kernel != "xla" and here not in RUNS_ON[kernel]:
+    return next((k for k, on in RUNS_ON.items() if platform_name in on and fits[k]), "xla")
+  if kernel != "xla" and platform_name not in RUNS_ON[kernel]:
     raise InputError(
-      f"attention is {kernel!r}, which runs on {RUNS_ON[kernel][0]}, and the devices are {here}; "
-      "set it to 'auto'"
+      f"attention is {kernel!r}, which runs on {RUNS_ON[kernel][0]}, and the devices are "
+      f"{platform_name}; set it to 'auto'"
     )
   if kernel == "cudnn" and why_not:
     raise InputError(f"attention is 'cudnn' and {why_not}; set it to 'auto'")
@@ -258,10 +258,10 @@ def splash(
   return a_BHTh[:, :, :T].swapaxes(1, 2)
 
 
-def _splash_kernel(T: int, window: int | None, interpret: bool) -> Any:
+def _splash_kernel(T: int, window: int | None, interpret: bool) -> Callable[..., jax.Array]:
   """For any number of heads: they all have the one mask, which Pallas caches."""
   if window is None or window >= T:
-    mask: Any = pallas.CausalMask((T, T))
+    mask: pallas.CausalMask | pallas.LocalMask = pallas.CausalMask((T, T))
   else:
     mask = pallas.LocalMask((T, T), (window - 1, 0), 0)
   block = next(b for b in BLOCKS if T % b == 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from distill_jax.errors import InputError
 from distill_jax.nn import sharding
 from distill_jax.nn.logits import fit_rows, log_sum_exp, logits, logp_at, only_rows, soft_cap
-from distill_jax.types import Batch
+from distill_jax.types import Batch, PyTree
 
 __all__ = [
   "fit_rows",
@@ -34,10 +34,10 @@ __all__ = [
 ]
 
 # (logits_BCV float32, a chunk of the batch) -> a tree of arrays that are summed over chunks.
-ChunkFn = Callable[[jax.Array, Batch], Any]
+ChunkFn = Callable[[jax.Array, Batch], PyTree]
 # The same for losses: (loss, metrics), of which the first is a scalar and is differentiated.
-ChunkLossFn = Callable[[jax.Array, Batch], tuple[jax.Array, Any]]
-SumOverBatch = Callable[[Any], Any]  # sums a tree over the devices that hold other sequences
+ChunkLossFn = Callable[[jax.Array, Batch], tuple[jax.Array, PyTree]]
+SumOverBatch = Callable[[PyTree], PyTree]  # sums a tree over the devices that hold other sequences
 
 BLOCK_BYTES = 2**23  # of the head's gradient, as much as one product makes
 
@@ -50,7 +50,7 @@ def fold(
   chunk: int,
   vocab_size: int | None = None,
   batch_axes: tuple[str, ...] = sharding.BATCH,
-) -> Any:
+) -> PyTree:
   """Sums `chunk_fn(logits_BCV, chunk of the batch)` over chunks, with no gradient: for metrics.
 
   Args: as of `loss`, but that `chunk_fn` returns any tree of arrays that are summed.
@@ -68,7 +68,7 @@ def loss(
   vocab_size: int | None = None,
   batch_axes: tuple[str, ...] = sharding.BATCH,
   vocab_axis: str = sharding.VOCAB,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, PyTree]:
   """Sums a loss over chunks; its gradient is ready when the forward pass ends.
 
   Nothing is averaged here. `loss_fn` weighs each loss and divides it by the number of tokens of
@@ -126,7 +126,7 @@ def _scan_values(
   head_VD: jax.Array,
   batch: Batch,
   sum_over_batch: SumOverBatch,
-) -> Any:
+) -> PyTree:
   """`fold` of one device's sequences."""
   chunks = _split(hidden_BTD, batch, chunk)
 
@@ -151,7 +151,7 @@ def _scan_gradients(
   head_VD: jax.Array,
   batch: Batch,
   sum_over_batch: SumOverBatch,
-) -> tuple[tuple[jax.Array, Any], jax.Array, jax.Array]:
+) -> tuple[tuple[jax.Array, PyTree], jax.Array, jax.Array]:
   """`loss` of one device's sequences, and its gradients.
 
   Returns: ((loss, metrics), the head's gradient [V, D] float32, the hidden states' [B, T, D]).
@@ -217,8 +217,8 @@ def _shards_and_blocks(head_VD: jax.Array, shards: int) -> tuple[jax.Array, int]
   V, D = head_VD.shape
   shards = 1 if V % shards else shards
   rows = V // shards
-  wanted = -(-rows * D * 4 // BLOCK_BYTES)
-  blocks = max(n for n in range(1, wanted + 1) if rows % n == 0)
+  max_blocks = -(-rows * D * 4 // BLOCK_BYTES)
+  blocks = max(n for n in range(1, max_blocks + 1) if rows % n == 0)
   return head_VD.reshape(shards, rows, D), blocks
 
 
@@ -263,13 +263,13 @@ def _pull_back(
 
 
 def _per_batch_shard(
-  scan: Callable[..., Any],
-  out_specs: Any,
+  scan: Callable[..., PyTree],
+  out_specs: PyTree,
   batch_axes: tuple[str, ...],
   hidden_BTD: jax.Array,
   head_VD: jax.Array,
   batch: Batch,
-) -> Any:
+) -> PyTree:
   """Runs `scan(hidden, head, batch, sum_over_batch)` on each device's own sequences.
 
   Left to itself, the partitioner would sum every chunk's gradient of the head over the devices
@@ -334,7 +334,7 @@ def _join(x_nBCD: jax.Array, T: int) -> jax.Array:
   return jnp.moveaxis(x_nBCD, 0, 1).reshape(B, n * C, D)[:, :T]
 
 
-def _zeros_like_result(fn: Callable[[jax.Array, Batch], Any], chunks: _Chunks) -> Any:
+def _zeros_like_result(fn: Callable[[jax.Array, Batch], PyTree], chunks: _Chunks) -> PyTree:
   """Zeros of the shapes that `fn(hidden, batch)` has for a chunk."""
   first = jax.tree.map(lambda x: x[0], (chunks.hidden_nBCD, chunks.batch))
   shapes = jax.eval_shape(fn, *first)

@@ -21,6 +21,7 @@ from flax import nnx, struct
 from distill_jax.errors import InputError
 from distill_jax.nn import lora, params
 from distill_jax.nn.layers import LayerStack
+from distill_jax.types import FamilyConfig, Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +42,10 @@ AT = "student.share.lora"
 
 
 @runtime_checkable
-class ModelOfStacks(Protocol):
+class ModelOfStacks(Model, Protocol):
   """A decoder, as models/_decoder.Model: its layers are stacks."""
 
-  config: Any  # the family's Config
+  def __init__(self, c: Any, key: jax.Array) -> None: ...
 
   @staticmethod
   def layer_stacks(c: Any) -> tuple[LayerStack, ...]: ...
@@ -53,12 +54,12 @@ class ModelOfStacks(Protocol):
 class Shared(struct.PyTreeNode):
   """What is trained of a student whose layers share weights."""
 
-  unique: Any  # the family's Model of the different layers
+  unique: ModelOfStacks  # the family's Model of the different layers
   deltas: lora.Adapters  # of all L layers; {} without
-  config: Any = struct.field(pytree_node=False)  # of the model of L layers
+  config: FamilyConfig = struct.field(pytree_node=False)  # of the model of L layers
   order: str = struct.field(pytree_node=False)
 
-  def unshare(self) -> Any:
+  def unshare(self) -> ModelOfStacks:
     """The model of L layers without the deltas, its shared weights written out."""
     make = type(self.unique)
     abstract = jax.eval_shape(lambda: make(self.config, jax.random.key(0)))
@@ -69,16 +70,16 @@ class Shared(struct.PyTreeNode):
       values[path] = v[...] if row is None else v[...][row]
     return params.replace(abstract, values)
 
-  def with_adapters(self) -> Any:
+  def with_adapters(self) -> Model:
     """The model of L layers with the deltas in it, as lora.with_adapters puts them there."""
     return lora.with_adapters(self.unshare(), self.deltas)
 
-  def merge_adapters(self) -> Any:
+  def merge_adapters(self) -> Model:
     """The model of L layers with the deltas merged, each weight in the dtype that it had."""
     return lora.merge_adapters(self.unshare(), self.deltas)
 
 
-def check(spec: ShareOptions, model: Any) -> None:
+def check(spec: ShareOptions, model: Model) -> None:
   """Refuses what a model (or its shapes) cannot share."""
   if spec.order not in ORDERS or spec.start not in STARTS:
     raise InputError(
@@ -101,7 +102,7 @@ def check(spec: ShareOptions, model: Any) -> None:
     )
 
 
-def start(model: Any, spec: ShareOptions, key: jax.Array, fit: bool) -> Shared:
+def start(model: Model, spec: ShareOptions, key: jax.Array, fit: bool) -> Shared:
   """What training starts from: the model's layers shared.
 
   Args:
@@ -113,6 +114,7 @@ def start(model: Any, spec: ShareOptions, key: jax.Array, fit: bool) -> Shared:
     InputError: the spec does not fit the model.
   """
   check(spec, model)
+  assert isinstance(model, ModelOfStacks)
   rows = _rows(type(model), model.config, spec.layers, spec.order)
   config = model.config.keep_layers(_first_users(rows))
   abstract = jax.eval_shape(lambda: type(model)(config, jax.random.key(0)))
@@ -126,12 +128,14 @@ def start(model: Any, spec: ShareOptions, key: jax.Array, fit: bool) -> Shared:
   shared = Shared(unique, deltas, model.config, spec.order)
   if not fit:
     return shared
-  wanted, without_deltas = (dict(params.named_params(m)) for m in (model, shared.unshare()))
-  fitted = {path: _fit(d, wanted[path], without_deltas[path]) for path, d in deltas.items()}
+  original, without_deltas = (dict(params.named_params(m)) for m in (model, shared.unshare()))
+  fitted = {path: _fit(d, original[path], without_deltas[path]) for path, d in deltas.items()}
   return shared.replace(deltas=fitted)
 
 
-def _rows(make: type[ModelOfStacks], config: Any, layers: int, order: str) -> dict[str, np.ndarray]:
+def _rows(
+  make: type[ModelOfStacks], config: FamilyConfig, layers: int, order: str
+) -> dict[str, np.ndarray]:
   """By stack, which of its different layers each of its layers is.
 
   Layers of another kind before the last stack's, as DeepSeek's dense ones, are not shared.
@@ -164,31 +168,31 @@ def _distinct(x_LX: jax.Array, row: np.ndarray, mean: bool) -> jax.Array:
   return (total_UX / count_U.reshape(-1, *[1] * (x_LX.ndim - 1))).astype(x_LX.dtype)
 
 
-def _fit(delta: lora.Adapter, wanted: nnx.Variable, shared: nnx.Variable) -> lora.Adapter:
-  """The delta nearest to wanted - shared (Eckart and Young), both factors of one size.
+def _fit(delta: lora.Adapter, original: nnx.Variable, shared: nnx.Variable) -> lora.Adapter:
+  """The delta nearest to original - shared (Eckart and Young), both factors of one size.
 
-  Args: wanted, shared: stacked weights [L, ...] in the model's layout.
+  Args: original, shared: stacked weights [L, ...] in the model's layout.
 
   A direction that they do not differ in keeps A as it was drawn, and B at 0: with both at 0
   neither would have a gradient.
   """
   a_LIR, b_LRO = delta.a[...], delta.b[...]  # I and O may each be several axes here
-  rank, axes = a_LIR.shape[-1], wanted.get_metadata()["axes"][1:]
+  rank, axes = a_LIR.shape[-1], original.get_metadata()["axes"][1:]
   inputs = delta.a.get_metadata()["axes"][1:-1]
   outputs = delta.b.get_metadata()["axes"][2:]
   to_inputs_outputs = [axes.index(axis) for axis in (*inputs, *outputs)]
   I = math.prod(a_LIR.shape[1:-1])
 
   def fit_layer(layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    wanted_layer, shared_layer = layer
-    rest = wanted_layer.astype(jnp.float32) - shared_layer.astype(jnp.float32)
+    original_layer, shared_layer = layer
+    rest = original_layer.astype(jnp.float32) - shared_layer.astype(jnp.float32)
     rest_IO = rest.transpose(to_inputs_outputs).reshape(I, -1) / delta.scale
     if rest_IO.shape[1] >= I:
       return nearest_factors(rest_IO, rank)
     b_OR, a_RI = nearest_factors(rest_IO.T, rank)
     return a_RI.T, b_OR.T
 
-  new_a, new_b = jax.lax.map(fit_layer, (wanted[...], shared[...]))  # a layer at a time
+  new_a, new_b = jax.lax.map(fit_layer, (original[...], shared[...]))  # a layer at a time
   differs = jnp.any(new_b != 0, -1).reshape(a_LIR.shape[0], *[1] * len(inputs), rank)
   new_a = jnp.where(differs, new_a.reshape(a_LIR.shape), a_LIR)
   return delta.replace(a=delta.a.replace(new_a), b=delta.b.replace(new_b.reshape(b_LRO.shape)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ from flax import nnx
 from distill_jax.errors import InputError
 from distill_jax.nn import lora, params, sharding
 from distill_jax.nn.quantise import QuantiseOptions, rounded
+from distill_jax.types import Tree
 
+Layer = TypeVar("Layer")
 Angles = tuple[jax.Array, jax.Array]  # (cos, sin) of rotary embeddings, each [B, T, h/2]
 REMAT = ("none", "full", "dots", "offload")
 
@@ -49,7 +51,7 @@ class ComputeConfig:
   quantise: QuantiseOptions = QuantiseOptions()
   training: bool = False
 
-  def cast_and_gather(self, tree: Any) -> Any:
+  def cast_and_gather(self, tree: Tree) -> Tree:
     """Parameters as they are used: in the compute dtype, gathered by the compute column.
 
     Before that, where they are stored, low-rank adapters are merged into their weights, and
@@ -249,8 +251,8 @@ def _experts_from(
 
 
 def scan_layers(
-  stacks: Sequence[Any],
-  apply: Callable[[Any, jax.Array, jax.Array], jax.Array],
+  stacks: Sequence[Layer],
+  apply: Callable[[Layer, jax.Array, jax.Array], jax.Array],
   x_BTD: jax.Array,
   taps: tuple[int, ...],
   compute: ComputeConfig,

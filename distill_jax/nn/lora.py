@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jax.tree_util import KeyPath
 
 from distill_jax.errors import InputError
 from distill_jax.nn import params
 from distill_jax.nn.params import param
+from distill_jax.types import Model, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Adapter(struct.PyTreeNode):
 Adapters = dict[str, Adapter]  # by the path of the weight, as "layers.q"
 
 
-def init(model: Any, spec: LoraOptions, key: jax.Array, at: str = "student.lora") -> Adapters:
+def init(model: Model, spec: LoraOptions, key: jax.Array, at: str = "student.lora") -> Adapters:
   """Adapters for a model (or its shapes), float32: A as PEFT draws it, B zero.
 
   `at` is where the spec stands in the config.
@@ -104,7 +105,7 @@ def _adapter(weight: nnx.Variable, spec: LoraOptions, key: jax.Array) -> Adapter
   return Adapter(**stacked, scale=spec.alpha / spec.rank)
 
 
-def targets(model: Any, spec: LoraOptions, at: str = "student.lora") -> dict[str, nnx.Variable]:
+def targets(model: Model, spec: LoraOptions, at: str = "student.lora") -> dict[str, nnx.Variable]:
   """The weights that are adapted, by path, in the order in which the model has them.
 
   A target names modules as PEFT's target_modules do: by the end of their dotted name.
@@ -180,17 +181,17 @@ def _is_routed(v: nnx.Variable) -> bool:
   return bool({"experts", "routes"} & set(v.get_metadata()["axes"]))
 
 
-def with_adapters(model: Any, adapters: Adapters) -> Any:
+def with_adapters(model: Tree, adapters: Adapters) -> Tree:
   """Returns the model with its adapters in it: computed as the model that they make."""
 
-  def beside_weight(path: Any, v: nnx.Variable) -> Adapter | nnx.Variable:
+  def beside_weight(path: KeyPath, v: nnx.Variable) -> Adapter | nnx.Variable:
     adapter = adapters.get(params.dotted(path))
     return v if adapter is None else adapter.replace(weight=v)
 
   return jax.tree_util.tree_map_with_path(beside_weight, model, is_leaf=params.is_param)
 
 
-def merge_attached(tree: Any) -> Any:
+def merge_attached(tree: Tree) -> Tree:
   """Merges every adapter in a tree (see with_adapters) into its weight, which becomes float32."""
   return jax.tree.map(
     lambda x: x.merged_weight() if isinstance(x, Adapter) else x,
@@ -199,7 +200,7 @@ def merge_attached(tree: Any) -> Any:
   )
 
 
-def merge_adapters(model: Any, adapters: Adapters) -> Any:
+def merge_adapters(model: Tree, adapters: Adapters) -> Tree:
   """Returns the model that they make, each weight rounded to the dtype that it had."""
   merged = merge_attached(with_adapters(model, adapters))
   return params.map_params(lambda v, was: v.replace(v[...].astype(was.dtype)), merged, model)

@@ -20,12 +20,15 @@ export and sharding cannot be forgotten or disagree. Four kinds of string descri
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.tree_util import KeyPath
+
+from distill_jax.types import PyTree, Tree
 
 
 def param(
@@ -67,8 +70,8 @@ def param(
 
 
 def stack(
-  n: int, make: Callable[[jax.Array], Any], key: jax.Array, axis: str = "layers", first: int = 0
-) -> Any:
+  n: int, make: Callable[[jax.Array], Tree], key: jax.Array, axis: str = "layers", first: int = 0
+) -> Tree:
   """Makes `n` copies of a module (or parameter) along a new first axis, ready for `lax.scan`.
 
   `first` is the number that Hugging Face gives to the first layer of the stack.
@@ -80,57 +83,57 @@ def stack(
   return map_params(name_first_axis, jax.vmap(make)(jax.random.split(key, n)))
 
 
-def unstack(layer: Any) -> Any:
+def unstack(layer: Tree) -> Tree:
   """Takes the first axis' name off parameters that `lax.scan` or indexing took it from."""
   return map_params(lambda v: v.replace(axes=v.get_metadata()["axes"][1:]), layer)
 
 
-def take_layer(stacked: Any, i: int) -> Any:
+def take_layer(stacked: Tree, i: int) -> Tree:
   """One layer of a stack, as the stacked module is without its first axis."""
   return unstack(jax.tree.map(lambda x: x[i], stacked))
 
 
-def is_param(x: Any) -> bool:
+def is_param(x: object) -> TypeGuard[nnx.Variable]:
   """Whether a node of a tree is a whole parameter, metadata and all."""
   return isinstance(x, nnx.Variable)
 
 
-def map_params(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_params(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
   """`jax.tree.map` whose leaves are whole parameters, metadata and all."""
   return jax.tree.map(fn, tree, *rest, is_leaf=is_param)
 
 
-def named_params(tree: Any) -> Iterator[tuple[str, Any]]:
+def named_params(tree: PyTree) -> Iterator[tuple[str, nnx.Variable]]:
   """(path, parameter) pairs; the path is dotted, as "layers.q"."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param):
     yield dotted(path), leaf
 
 
-def dotted(path: Any) -> str:
+def dotted(path: KeyPath) -> str:
   """A parameter's path in a tree, as "layers.q"."""
   return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def trainable_mask(tree: Any, frozen: tuple[str, ...]) -> Any:
+def trainable_mask(tree: PyTree, frozen: tuple[str, ...]) -> PyTree:
   """True for each leaf, False where a parameter's Hugging Face name begins with one of `frozen`."""
 
-  def mask_of(v: Any) -> Any:
+  def mask_of(v: PyTree) -> PyTree:
     hf = v.get_metadata()["hf"] if is_param(v) else ""
     return jax.tree.map(lambda _: not hf.startswith(frozen), v)
 
   return map_params(mask_of, tree)
 
 
-def replace(tree: Any, values: dict[str, Any]) -> Any:
+def replace(tree: Tree, values: Mapping[str, PyTree]) -> Tree:
   """Returns the tree with these values, by path, in place of its own."""
 
-  def replaced(path: Any, v: Any) -> Any:
+  def replaced(path: KeyPath, v: nnx.Variable) -> nnx.Variable:
     name = dotted(path)
     return v.replace(values[name]) if name in values else v
 
   return jax.tree_util.tree_map_with_path(replaced, tree, is_leaf=is_param)
 
 
-def count(tree: Any) -> int:
+def count(tree: PyTree) -> int:
   """How many numbers the parameters hold."""
   return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from flax import nnx
 
 from distill_jax.errors import InputError
 from distill_jax.nn import params
+from distill_jax.types import Model, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ LOOPS = ("layers", "encoder_layers", "experts")  # axes along which weights are 
 BITS = (0, 4, 8)
 
 
-def check(spec: QuantiseOptions, model: Any) -> None:
+def check(spec: QuantiseOptions, model: Model) -> None:
   """Refuses what a model (or its shapes) cannot be quantised to."""
   if spec.bits not in BITS or spec.group < 0:
     raise InputError(
@@ -71,7 +71,7 @@ def rounded(v: nnx.Variable, spec: QuantiseOptions) -> nnx.Variable:
   return v.replace(x + jax.lax.stop_gradient(on_grid - x))
 
 
-def tree(model: Any, spec: QuantiseOptions) -> Any:
+def tree(model: Tree, spec: QuantiseOptions) -> Tree:
   """Returns the model with its weights on the grid, each in the dtype that it had."""
 
   def on_grid(v: nnx.Variable) -> nnx.Variable:
@@ -80,7 +80,7 @@ def tree(model: Any, spec: QuantiseOptions) -> Any:
   return params.map_params(on_grid, model)
 
 
-def nbytes(model: Any, spec: QuantiseOptions) -> int:
+def nbytes(model: Model, spec: QuantiseOptions) -> int:
   """Bytes of the weights: b bits each where quantised, and a bfloat16 scale a group."""
   total = 0
   for _, v in params.named_params(model):

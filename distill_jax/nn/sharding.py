@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
 
 from distill_jax.errors import InputError
 from distill_jax.nn import params
+from distill_jax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,9 @@ def rules(changes: Mapping[str, tuple[str, ...]]) -> Rules:
   return Rules(tuple(table.items()))
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = None) -> Mesh:
+def make_mesh(
+  data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
   """A mesh with axes (data, fsdp, tensor); -1, on one axis at most, means the rest.
 
   Where devices are in several slices, `data` alone goes over the slow network between them.
@@ -156,14 +159,14 @@ def mesh_shape(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, in
   return shape[0], shape[1], shape[2]
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+def shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
   """The storage sharding of every leaf: parameters by their axes, the rest replicated.
 
   Raises:
     InputError: an axis does not divide over its mesh axes, named with the parameter.
   """
 
-  def sharding_of(path: Any, v: Any) -> Any:
+  def sharding_of(path: KeyPath, v: PyTree) -> PyTree:
     if not params.is_param(v):
       return NamedSharding(mesh, PartitionSpec())
     if not jax.tree.leaves(v):  # moments of what is not trained
@@ -181,10 +184,10 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
   return jax.tree_util.tree_map_with_path(sharding_of, tree, is_leaf=params.is_param)
 
 
-def with_shardings(abstract: Any, shardings: Any) -> Any:
+def with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
   """Returns a tree of shapes that carry their shardings, as `jit(...).lower` and orbax take it."""
 
-  def place(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+  def place(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
   return jax.tree.map(place, abstract, shardings)

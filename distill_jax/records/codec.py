@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -138,13 +138,15 @@ class Layout(NamedTuple):
   def entries(self) -> int:
     return len(self.place_E)
 
-  def padded(self, values_E: np.ndarray, dtype: Any, empty: float = 0) -> np.ndarray:
+  def padded(
+    self, values_E: np.ndarray, dtype: np.typing.DTypeLike, empty: float = 0
+  ) -> np.ndarray:
     """Returns values of entries as [T, K]."""
     out = np.full(self.T * self.K, empty, dtype) if empty else np.zeros(self.T * self.K, dtype)
     out[self.place_E] = values_E
     return out.reshape(self.T, self.K)
 
-  def spread(self, values_S: np.ndarray, dtype: Any) -> np.ndarray:
+  def spread(self, values_S: np.ndarray, dtype: np.typing.DTypeLike) -> np.ndarray:
     """Returns values of positions as [T], 0 where there are no targets."""
     out = np.zeros(self.T, dtype)
     out[self.at_S] = values_S

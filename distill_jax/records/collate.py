@@ -12,7 +12,7 @@ from distill_jax.data import packing
 from distill_jax.losses import SampledTargets, TopKTargets
 from distill_jax.records import fields, taps
 from distill_jax.records.fields import Record
-from distill_jax.types import Batch, Inputs, Recorded, Targets
+from distill_jax.types import Batch, Inputs, Recorded, Targets, Tree
 
 # Makes a batch without targets, given a function from a field's name to the field [B, ...].
 Read = Callable[[Callable[[str], np.ndarray]], Batch]
@@ -88,7 +88,7 @@ def padded_batches(
     yield collate(whole[jax.process_index() :: jax.process_count()], read=read)
 
 
-def to_device(batch: Any, sharding: jax.sharding.Sharding) -> Any:
+def to_device(batch: Tree, sharding: jax.sharding.Sharding) -> Tree:
   """Returns the global batch (or any tree of rows), from each process's own rows."""
 
   def global_array(x: np.ndarray) -> jax.Array:

@@ -168,7 +168,7 @@ def decode_counts(
   return counts
 
 
-def whole(what: str, found: int, want: int) -> None:
+def whole(noun: str, found: int, want: int) -> None:
   """Refuses a record that holds more or fewer of something than it should."""
   if found != want:
-    raise InputError(f"a record holds {found} {what} where {want} belong; record the shard again")
+    raise InputError(f"a record holds {found} {noun} where {want} belong; record the shard again")

@@ -141,10 +141,10 @@ def placeholder(
     taps_width: numbers of a tapped vector, D.
   """
   sizes = {"T": positions, "N": spec.n, "P": taps, "D": taps_width}
-  made = {
+  record = {
     f.record: np.zeros([sizes[axis] for axis in f.axes], f.dtype)
     for f in (*spec.recorded, *(TAPPED if taps else ()))
   }
   if spec.kind in ("topk", "dense"):  # whose ids are distinct
-    made[IDS.record] += np.arange(spec.n, dtype=IDS.dtype)
-  return made
+    record[IDS.record] += np.arange(spec.n, dtype=IDS.dtype)
+  return record

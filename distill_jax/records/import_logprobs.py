@@ -28,6 +28,7 @@ import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.records.fields import Record
+from distill_jax.types import JsonObject
 
 FORMATS = ("vllm", "sglang", "openai")
 # Of each token: its id, and the log-probabilities by id of what could stand there, or None.
@@ -154,14 +155,14 @@ def _resolver(token_id: TokenIds | None, missing_mass: str, at: str) -> Callable
   return resolve
 
 
-def _vllm(response: Any, _: Callable) -> Document:
+def _vllm(response: JsonObject, _: Callable) -> Document:
   holder = response if "prompt_logprobs" in response else response["choices"][0]
   tokens = holder.get("prompt_token_ids") or response["prompt_token_ids"]
   logprobs = holder["prompt_logprobs"]
   if len(tokens) != len(logprobs):
     raise ValueError(f"{len(tokens)} prompt_token_ids and {len(logprobs)} prompt_logprobs")
 
-  def value(x: Any) -> float:
+  def value(x: JsonObject | float) -> float:
     return float(x["logprob"] if isinstance(x, dict) else x)
 
   return [
@@ -170,7 +171,7 @@ def _vllm(response: Any, _: Callable) -> Document:
   ]
 
 
-def _sglang(response: Any, _: Callable) -> Document:
+def _sglang(response: JsonObject, _: Callable) -> Document:
   info, document = response["meta_info"], []
   for side in ("input", "output"):
     own = info.get(f"{side}_token_logprobs") or []
@@ -185,7 +186,7 @@ def _sglang(response: Any, _: Callable) -> Document:
   return document
 
 
-def _openai(response: Any, resolve: Callable) -> Document:
+def _openai(response: JsonObject, resolve: Callable) -> Document:
   if "prompt_token_ids" not in response:
     raise ValueError("no prompt_token_ids: add them to each line, the format leaves them out")
   document: Document = [(int(t), None) for t in response["prompt_token_ids"]]

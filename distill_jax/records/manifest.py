@@ -267,15 +267,15 @@ def require_same(want: Manifest, found: Manifest, folder: Path) -> None:
       f"{want.format_version}; train on them as they are, or record into another folder"
     )
   a, b = ({"smoothing": False, **m.identity} for m in (want, found))
-  for key, here in a.items():
-    if here != b[key]:
-      if isinstance(here, dict) and isinstance(b[key], dict):
-        sub = next(k for k in {**here, **b[key]} if here.get(k) != b[key].get(k))
-        key, here, there = f"{key}.{sub}", here.get(sub), b[key].get(sub)
+  for key, planned in a.items():
+    if planned != b[key]:
+      if isinstance(planned, dict) and isinstance(b[key], dict):
+        sub = next(k for k in {**planned, **b[key]} if planned.get(k) != b[key].get(k))
+        key, planned, recorded = f"{key}.{sub}", planned.get(sub), b[key].get(sub)
       else:
-        there = b[key]
+        recorded = b[key]
       raise InputError(
-        f"{folder} holds records with {key}={there!r} and this run has {key}={here!r}; "
+        f"{folder} holds records with {key}={recorded!r} and this run has {key}={planned!r}; "
         "choose another folder, or the settings of the first recording"
       )
 

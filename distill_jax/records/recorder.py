@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from distill_jax.records.fields import Record, RecordSpec
 from distill_jax.records.manifest import Manifest, Taps, format_of
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.sampler import SamplerSpec
-from distill_jax.types import Batch, Output
+from distill_jax.types import Batch, JsonObject, Model, Output
 
 TAPS_SEED = 0  # of the fixed projection; the manifest names it
 Part = TypeVar("Part")
@@ -87,12 +87,12 @@ class Recorder:
   feature_width: int = 0
 
   @functools.cached_property
-  def jitted(self) -> Any:
+  def jitted(self) -> jax.stages.Wrapped:
     """`targets`, compiled."""
     return jax.jit(self.targets)
 
   def targets(
-    self, model: Any, key: jax.Array, batch: Batch, index_B: jax.Array
+    self, model: Model, key: jax.Array, batch: Batch, index_B: jax.Array
   ) -> dict[str, jax.Array]:
     """Returns what is stored of each row, by field, with the batch axis first.
 
@@ -203,7 +203,7 @@ def feature_spec(options: RecordsOptions) -> FeatureSpec:
 
 
 def manifest_of(
-  options: RecordsOptions, corpus: Corpus, teacher: dict[str, Any], feature_width: int = 0
+  options: RecordsOptions, corpus: Corpus, teacher: JsonObject, feature_width: int = 0
 ) -> Manifest:
   """The manifest of a store of these sequences.
 

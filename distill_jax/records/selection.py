@@ -16,8 +16,6 @@ one all-reduce of N integers a position tells the rest.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -112,7 +110,7 @@ def points(e_BCV: jax.Array, u_BC: jax.Array, n: int, axis: str | None) -> jax.A
   group_BCbf = group_BCg.reshape(*group_BCg.shape[:2], -1, FINE)
   block_BCb = jnp.cumsum(jnp.sum(group_BCbf, -1), -1)
 
-  shard: Any = 0
+  shard: int | jax.Array = 0
   shards = 1
   before_BC, mass_BC = jnp.zeros_like(block_BCb[..., -1]), block_BCb[..., -1]
   if axis is not None:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, SupportsIndex
+from typing import Protocol, SupportsIndex
 
 import numpy as np
 from array_record.python import array_record_module
@@ -18,6 +18,7 @@ from distill_jax.records import tf_example
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest, Shard, Taps
 from distill_jax.records.writer import Writer, digest
+from distill_jax.types import JsonObject
 
 __all__ = ["Manifest", "RecordSource", "Shard", "Store", "Taps", "Writer", "open_store"]
 
@@ -47,7 +48,7 @@ class Store:
   def __init__(self, folder: Path, manifest: Manifest):
     self.folder, self.manifest = folder, manifest
     self._firsts = np.array([s.first for s in manifest.shards])
-    self._readers: dict[int, Any] = {}
+    self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
     self._lock = threading.Lock()
 
   def __len__(self) -> int:
@@ -106,7 +107,7 @@ class Store:
     return Store, (self.folder, self.manifest)
 
 
-def open_store(folder: str | os.PathLike, expect: dict[str, Any] | None = None) -> Store:
+def open_store(folder: str | os.PathLike, expect: JsonObject | None = None) -> Store:
   """Opens a finished store, checking the manifest and every shard's presence, size and count.
 
   Args:
@@ -141,13 +142,13 @@ def open_store(folder: str | os.PathLike, expect: dict[str, Any] | None = None) 
   return Store(folder, m)
 
 
-def _reader(folder: Path, shard: Shard) -> Any:
+def _reader(folder: Path, shard: Shard) -> array_record_module.ArrayRecordReader:
   """Opens a shard. The raw reader opens a damaged file as zero records: so count them."""
   path = folder / shard.name
   found = path.stat().st_size if path.is_file() else None
   if found != shard.bytes:
-    what = "is missing" if found is None else f"is {found} bytes, the manifest has {shard.bytes}"
-    raise InputError(f"{path} {what}; delete it and run `record` again")
+    fault = "is missing" if found is None else f"is {found} bytes, the manifest has {shard.bytes}"
+    raise InputError(f"{path} {fault}; delete it and run `record` again")
   try:
     reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
     count = reader.num_records() if reader.ok() else 0

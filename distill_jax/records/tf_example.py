@@ -60,8 +60,8 @@ def encode(index: int, seq: Record, m: Manifest) -> dict[str, bytes]:
     InputError: the sequence does not fit the manifest.
   """
   if (found := len(seq[m.ids_name])) != m.seq_len:
-    what = "labels" if m.labels else "tokens"
-    raise InputError(f"sequence {index} has {found} {what}, not {m.seq_len}")
+    unit = "labels" if m.labels else "tokens"
+    raise InputError(f"sequence {index} has {found} {unit}, not {m.seq_len}")
   encode_ids = token_codec.encode_labels if m.labels else token_codec.encode_tokens
   fields = {"key": key(index, m), _ids_feature(m): encode_ids(seq, m.spec)}
   if m.kind != "text":

@@ -53,5 +53,5 @@ def write(folder: Path, m: Manifest) -> None:
     )
     info.set_splits(tfds.core.splits.SplitDict([split]))
     info.write_to_directory(scratch)
-    for made in Path(scratch).iterdir():
-      atomic_write(folder / made.name, made.read_text())
+    for file in Path(scratch).iterdir():
+      atomic_write(folder / file.name, file.read_text())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -25,10 +24,10 @@ from distill_jax.training.run_log import Log, Profile
 from distill_jax.training.state import prepare
 from distill_jax.training.step import Step
 from distill_jax.training.stores import Stores, batches, open_stores, recorded, teacher_manifest
-from distill_jax.types import TrainState
+from distill_jax.types import JsonObject, TrainState
 
 
-def train(config: Config, workdir: Path) -> dict[str, Any]:
+def train(config: Config, workdir: Path) -> JsonObject:
   """Trains the student to the last step, from the last checkpoint where there is one.
 
   Returns:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,6 +9,7 @@ import optax
 from distill_jax.errors import InputError
 from distill_jax.nn import params
 from distill_jax.training.options import OptimOptions
+from distill_jax.types import PyTree
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
@@ -42,10 +41,10 @@ def learning_rate(c: OptimOptions, steps: int) -> optax.Schedule:
   return optax.join_schedules([warmup, schedule], [c.warmup_steps])
 
 
-def decay_mask(tree: Any) -> Any:
+def decay_mask(tree: PyTree) -> PyTree:
   """True for the parameters that decay: matrices and larger, not norms or biases."""
 
-  def mask(v: Any) -> Any:
+  def mask(v: PyTree) -> PyTree:
     axes = v.get_metadata()["axes"] if params.is_param(v) else v.shape
     wide = sum(a not in ("layers", "encoder_layers", "experts", "one") for a in axes) > 1
     return jax.tree.map(lambda _: wide and "bias" not in axes, v)

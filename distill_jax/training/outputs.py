@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +10,14 @@ import jax.numpy as jnp
 from distill_jax.losses import DenseTargets, features
 from distill_jax.losses.features import Features, FeatureSpec
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.types import Batch, Model, Output, Recorded
+from distill_jax.types import Batch, FamilyConfig, Model, ModelInputs, Output, PyTree, Recorded
 
 NO_FEATURES = FeatureSpec()
 Teachers = Mapping[str, Model]  # the online ones, by name
 
 
 def run_teacher(
-  model: Model, inputs: Any, compute: ComputeConfig, spec: FeatureSpec = NO_FEATURES
+  model: Model, inputs: ModelInputs, compute: ComputeConfig, spec: FeatureSpec = NO_FEATURES
 ) -> tuple[DenseTargets, Features]:
   """Runs an online teacher: its hidden states, head and features, without logits or gradient."""
   with jax.named_scope("teacher"):
@@ -32,12 +31,17 @@ def run_teacher(
     return jax.lax.stop_gradient((targets, spec.extract(model, out, inputs, compute)))
 
 
-def recorded_features(taps_BPTD: jax.Array, recorded: Recorded, teacher_config: Any) -> Features:
+def recorded_features(
+  taps_BPTD: jax.Array, recorded: Recorded, teacher_config: FamilyConfig | None
+) -> Features:
   """The features of a recorded teacher, from its taps."""
   by_layer = {layer: taps_BPTD[:, i] for i, layer in enumerate(recorded.taps)}
   if recorded.tap_kind == "hidden":
     return Features(by_layer, {})
-  qkv = {layer: features.unflat_qkv(x, teacher_config) for layer, x in by_layer.items()}
+  qkv = {}
+  for layer, x_BTD in by_layer.items():
+    assert teacher_config is not None
+    qkv[layer] = features.unflat_qkv(x_BTD, teacher_config)
   return Features({}, qkv)
 
 
@@ -51,7 +55,7 @@ def label_each_output(batch: Batch, out: Output) -> Batch:
   if out.hidden_BTD.shape[1] == T:
     return batch
 
-  def twice(tree: Any) -> Any:
+  def twice(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x_BT: jnp.repeat(x_BT, 2, axis=1), tree)
 
   targets = {

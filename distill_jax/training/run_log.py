@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
 import jax
 
@@ -58,8 +58,13 @@ class Log:
       self._open = stack.pop_all()
     return self
 
-  def __exit__(self, *error: Any) -> None:
-    self._open.__exit__(*error)
+  def __exit__(
+    self,
+    error_type: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: TracebackType | None,
+  ) -> None:
+    self._open.__exit__(error_type, error, traceback)
 
   def step(self, n: int, metrics: dict[str, jax.Array]) -> None:
     """Keeps the metrics of a step, still being computed, and writes the row of the one before."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -19,7 +18,7 @@ from distill_jax.runtime import checkpoint
 from distill_jax.training.outputs import Teachers
 from distill_jax.training.step import Step
 from distill_jax.training.stores import Stores, batches, teacher_manifest
-from distill_jax.types import Model, TrainState
+from distill_jax.types import JsonObject, Model, PyTree, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,7 @@ def prepare(
   *,
   mesh: Mesh,
   saves: ocp.CheckpointManager,
-  metadata: dict[str, Any],
+  metadata: JsonObject,
 ) -> TrainInputs:
   """Builds what the step is given: from the last checkpoint, or as before step 0.
 
@@ -87,19 +86,20 @@ def prepare(
 def abstract_state(step: Step, stores: Stores, student: ModelSource) -> TrainState:
   """The state before step 0 as shapes, in no memory."""
 
-  def init(trained: Any, key: jax.Array) -> TrainState:
+  def init(trained: PyTree, key: jax.Array) -> TrainState:
     return step.init(trained, _adapters(step, stores, key))
 
   return jax.eval_shape(init, student.abstract_trainable, jax.eval_shape(jax.random.key, 0))
 
 
-def _adapters(step: Step, stores: Stores, key: jax.Array) -> dict[str, Any]:
+def _adapters(step: Step, stores: Stores, key: jax.Array) -> dict[str, PyTree]:
   """The parameters that losses own, by loss."""
   taps = teacher_manifest(stores).taps if step.recorded.taps else None
   adapters = {}
   for i, name in enumerate(step.losses):
     if fn := step.feature_losses.get(name):
-      width = fn.adapter_width(step.teacher_config, taps.width if taps else None)
+      student_config, teacher_config = step.configs
+      width = fn.adapter_width(teacher_config, taps.width if taps else None)
       own_key = jax.random.fold_in(key, i)
-      adapters[name] = fn.init(own_key, step.pairs(fn), step.student_config, width)
-  return {name: made for name, made in adapters.items() if made}
+      adapters[name] = fn.init(own_key, step.pairs(fn), student_config, width)
+  return {name: owned for name, owned in adapters.items() if owned}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,17 @@ from distill_jax.training.outputs import (
   recorded_features,
   run_teacher,
 )
-from distill_jax.types import Batch, Mean, Model, Output, Recorded, Targets, TrainState
+from distill_jax.types import (
+  Batch,
+  FamilyConfig,
+  Mean,
+  Model,
+  Output,
+  PyTree,
+  Recorded,
+  Targets,
+  TrainState,
+)
 
 Weights = dict[str, jax.Array]  # of the losses, by name
 Metrics = dict[str, jax.Array]  # scalars
@@ -88,8 +98,8 @@ class Step:
   chunk: int
   accumulate: int = 1
   vocab_size: int | None = None
-  student_config: Any = None
-  teacher_config: Any = None
+  student_config: FamilyConfig | None = None
+  teacher_config: FamilyConfig | None = None
   recorded: Recorded = Recorded()
   balance_every: int = 0
   trainable: Trainable = WHOLE
@@ -103,7 +113,13 @@ class Step:
   def feature_losses(self) -> dict[str, FeatureLoss]:
     return {name: fn for name, fn in self.losses.items() if isinstance(fn, FeatureLoss)}
 
-  def init(self, trained: Any, adapters: dict[str, Any] | None = None) -> TrainState:
+  @property
+  def configs(self) -> tuple[FamilyConfig, FamilyConfig]:
+    """The student's and the teacher's config, of a step with feature losses."""
+    assert self.student_config is not None and self.teacher_config is not None
+    return self.student_config, self.teacher_config
+
+  def init(self, trained: PyTree, adapters: dict[str, PyTree] | None = None) -> TrainState:
     """The state before step 0.
 
     Args:
@@ -155,19 +171,19 @@ class Step:
     }
 
   def _gradient(
-    self, trained: Any, pieces: Batch, fixed: Fixed, weights: Weights
-  ) -> tuple[tuple[jax.Array, dict[str, Mean]], Any]:
+    self, trained: PyTree, pieces: Batch, fixed: Fixed, weights: Weights
+  ) -> tuple[tuple[jax.Array, dict[str, Mean]], PyTree]:
     """((loss, means), gradient), summed over microbatches [accumulate, B / accumulate, ...]."""
     value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
 
-    def micro(piece: Batch) -> Any:
+    def micro(piece: Batch) -> PyTree:
       return value_and_grad(trained, piece, fixed, weights)
 
     first = jax.tree.map(lambda x: x[0], pieces)
     if self.accumulate == 1:
       return micro(first)
 
-    def add(total: Any, piece: Batch) -> tuple[Any, None]:
+    def add(total: PyTree, piece: Batch) -> tuple[PyTree, None]:
       return jax.tree.map(jnp.add, total, micro(piece)), None
 
     shapes = jax.eval_shape(micro, first)
@@ -175,7 +191,7 @@ class Step:
     return jax.lax.scan(add, zero, pieces)[0]
 
   def loss(
-    self, trained: Any, batch: Batch, fixed: Fixed, weights: Weights
+    self, trained: PyTree, batch: Batch, fixed: Fixed, weights: Weights
   ) -> tuple[jax.Array, dict[str, Mean]]:
     """(weighted loss, means of losses and metrics) of one microbatch.
 
@@ -231,8 +247,8 @@ class Step:
     )
 
   def fit(
-    self, trained: Any, batch: Batch, teachers: Teachers, base: Model | None = None
-  ) -> dict[str, Any]:
+    self, trained: PyTree, batch: Batch, teachers: Teachers, base: Model | None = None
+  ) -> dict[str, PyTree]:
     """The adapters of those losses that fit theirs on one batch, fitted.
 
     Args:
@@ -255,13 +271,13 @@ class Step:
 
   def pairs(self, fn: FeatureLoss) -> features.Pairs:
     """The (student layer, teacher layer) pairs of a feature loss."""
-    return fn.pairs(self.student_config, self.teacher_config)
+    return fn.pairs(*self.configs)
 
   def feature_specs(self) -> tuple[FeatureSpec, FeatureSpec]:
     """The features that the losses compare, of the student and of the teacher."""
     ours, theirs = FeatureSpec(), FeatureSpec()
     for fn in self.feature_losses.values():
-      a, b = fn.feature_specs(self.pairs(fn), self.student_config, self.teacher_config)
+      a, b = fn.feature_specs(self.pairs(fn), *self.configs)
       ours, theirs = ours | a, theirs | b
     return ours, theirs
 
