@@ -16,7 +16,7 @@ from distill_jax.models._declare import Declare
 from distill_jax.models._family import check_numbers, check_supported
 from distill_jax.nn import layers
 from distill_jax.nn.params import stack
-from distill_jax.types import JsonObject
+from distill_jax.types import QKV, JsonObject
 
 EPS = 1e-5  # of norms
 ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
@@ -146,7 +146,7 @@ class DecoderLayer(_seq2seq.DecoderLayer, EncoderLayer):  # type: ignore[misc]  
     x_BTD = x_BTD + jnp.einsum("BTHh,HhD->BTD", a_BTHh, o[...]) + bias[...][None, None]
     return x_BTD if self.PRE_NORM else self._norm(x_BTD, norm)
 
-  def qkv(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def qkv(self, x_BTD: jax.Array) -> QKV:
     return EncoderLayer.qkv(self, x_BTD)
 
   def attention_residual(self, x_BTD: jax.Array, a_BTHh: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from distill_jax.models._decoder_config import TINY, Config
 from distill_jax.models._experts import Experts
 from distill_jax.nn import attention, kv_cache, layers, sharding
 from distill_jax.nn.params import param, stack, take_layer
-from distill_jax.types import Inputs, Output
+from distill_jax.types import QKV, Inputs, Output
 
 __all__ = ["TINY", "Block", "Cache", "Config", "LayerStacks", "Model", "PositionInputs", "declare"]
 
@@ -96,7 +96,7 @@ class Block(nnx.Module):
     c = self.config
     return layers.rms_norm(x_BTD, scale[...], c.rms_norm_eps, c.NORM_OFFSET)
 
-  def qkv(self, x_BTD: jax.Array, angles: layers.Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def qkv(self, x_BTD: jax.Array, angles: layers.Angles) -> QKV:
     """Queries [B, T, H, h], keys and values [B, T, G, h] from the layer's input."""
     y_BTD = self.norm(x_BTD, self.attn_norm)
     q_BTHh = jnp.einsum("BTD,DHh->BTHh", y_BTD, self.q[...])
@@ -292,9 +292,7 @@ class Model(nnx.Module):
       x_BTD = sharding.constrain(x_BTD, "batch seq embed", compute.rules)
     return self.output(x_BTD, embed_VD, compute), tuple(new_cache)
 
-  def qkv(
-    self, layer: int, x_BTD: jax.Array, inputs: Inputs, compute: layers.ComputeConfig
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def qkv(self, layer: int, x_BTD: jax.Array, inputs: Inputs, compute: layers.ComputeConfig) -> QKV:
     """Queries, keys and values of one layer, from the output of the layer before it."""
     first = 0
     for name, _, size in self.layer_stacks(self.config):

@@ -19,7 +19,7 @@ from distill_jax.errors import InputError
 from distill_jax.models._declare import Declare
 from distill_jax.models._family import FamilyDefaults, check_numbers
 from distill_jax.nn import attention, layers
-from distill_jax.types import JsonObject
+from distill_jax.types import QKV, JsonObject
 
 
 def _quick_gelu(x: jax.Array) -> jax.Array:
@@ -154,7 +154,7 @@ class Block(nnx.Module):
     self.down_bias = declare.bias(names["down"], D)
     self.mlp_norm, self.mlp_norm_bias = declare.layer_norm(names["mlp_norm"], D)
 
-  def qkv(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def qkv(self, x_BSD: jax.Array) -> QKV:
     """Queries, keys and values [B, S, H, h] from the layer's input."""
     y_BSD = self.norm_attn(x_BSD) if self.PRE_NORM else x_BSD
     k_BSHh = heads_of(y_BSD, self.k, self.k_bias if self.KEY_BIAS else None)

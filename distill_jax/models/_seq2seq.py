@@ -16,7 +16,7 @@ from distill_jax.models._family import FamilyDefaults
 from distill_jax.nn import attention, sharding
 from distill_jax.nn.layers import ComputeConfig, scan_layers
 from distill_jax.nn.params import take_layer, unstack
-from distill_jax.types import Output, SourceTarget
+from distill_jax.types import QKV, Output, SourceTarget
 
 ENCODER_AXIS = "encoder_layers"  # of stacked encoder layers: keep_layers means the decoder's
 
@@ -83,7 +83,7 @@ class DecoderLayer(nnx.Module):
 
   SCALE: ClassVar[float | None] = None  # of scores; 1/sqrt(h)
 
-  def qkv(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def qkv(self, x_BTD: jax.Array) -> QKV:
     """Queries, keys and values of the target [B, T, H, h]."""
     raise NotImplementedError
 
@@ -237,9 +237,7 @@ class Model(nnx.Module):
     x_X1D, (k_LXZHh, v_LXZHh) = jax.lax.scan(step_layer, x_X1D, (self.layers, stacked))
     return self.output(x_X1D, compute, None), cache.replace(k_LXZHh=k_LXZHh, v_LXZHh=v_LXZHh)
 
-  def qkv(
-    self, layer: int, x_BTD: jax.Array, inputs: SourceTarget, compute: ComputeConfig
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def qkv(self, layer: int, x_BTD: jax.Array, inputs: SourceTarget, compute: ComputeConfig) -> QKV:
     """Queries, keys and values of a decoder layer, from the output of the layer before it."""
     del inputs
     return compute.cast_and_gather(take_layer(self.layers, layer)).qkv(x_BTD)

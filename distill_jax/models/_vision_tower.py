@@ -13,7 +13,7 @@ from distill_jax.models import _encoder, _patches
 from distill_jax.models._declare import Declare
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import param, stack, take_layer
-from distill_jax.types import Images
+from distill_jax.types import QKV, Images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +102,6 @@ class VisionTower(nnx.Module):
       x_BSD[:, 0], self.top[...], self.top_bias[...], self.config.layer_norm_eps
     )
 
-  def qkv(
-    self, layer: int, x_BSD: jax.Array, compute: layers.ComputeConfig
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def qkv(self, layer: int, x_BSD: jax.Array, compute: layers.ComputeConfig) -> QKV:
     """Queries, keys and values of one layer, from the output of the layer before it."""
     return compute.cast_and_gather(take_layer(self.layers, layer)).qkv(x_BSD)

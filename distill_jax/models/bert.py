@@ -15,7 +15,7 @@ from distill_jax.models._declare import Declare
 from distill_jax.models._family import check_supported
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import param, stack, take_layer
-from distill_jax.types import Inputs, JsonObject, Output
+from distill_jax.types import QKV, Inputs, JsonObject, Output
 
 HF_MODEL_TYPES = ("bert",)  # of config.json
 PREFIX = "bert."  # of all but the head; a checkpoint of the body alone goes without
@@ -153,9 +153,7 @@ class Model(nnx.Module):
       [self.layers], lambda layer, i, x: layer(x, valid_BS), x_BSD, taps, compute
     )
 
-  def qkv(
-    self, layer: int, x_BSD: jax.Array, inputs: Inputs, compute: layers.ComputeConfig
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def qkv(self, layer: int, x_BSD: jax.Array, inputs: Inputs, compute: layers.ComputeConfig) -> QKV:
     """Queries, keys and values of one layer, from the output of the layer before it."""
     del inputs
     return compute.cast_and_gather(take_layer(self.layers, layer)).qkv(x_BSD)

@@ -17,7 +17,7 @@ from distill_jax.models._declare import Declare
 from distill_jax.models._family import SizesOfPart, check_numbers
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import param, stack
-from distill_jax.types import IN_BATCH_CLASSES, Images, ImageText, Inputs, JsonObject, Output
+from distill_jax.types import IN_BATCH_CLASSES, QKV, Images, ImageText, Inputs, JsonObject, Output
 
 HF_MODEL_TYPES = ("clip",)  # of config.json
 MAX_LOGIT_SCALE = math.log(100)  # past which CLIP's authors found training unstable
@@ -201,7 +201,7 @@ class Model(nnx.Module):
 
   def qkv(
     self, layer: int, x_BSD: jax.Array, inputs: ImageText, compute: layers.ComputeConfig
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  ) -> QKV:
     """Of one layer of the vision tower, from the output of the layer before it."""
     return self.vision.qkv(layer, x_BSD, compute)
 

@@ -14,7 +14,7 @@ from distill_jax.models import _decoder, _rope
 from distill_jax.models._declare import Declare
 from distill_jax.models._experts import Experts, check_top_k
 from distill_jax.nn import attention, layers, sharding
-from distill_jax.types import JsonObject
+from distill_jax.types import QKV, JsonObject
 
 HF_MODEL_TYPES = ("deepseek_v3",)  # of config.json
 
@@ -171,7 +171,7 @@ class Block(_decoder.Block):
     self.kv_up = declare.linear(f"{at}kv_b_proj", up, "heads head_dim")
     self.o = declare.linear(f"{at}o_proj", f"heads:{H} head_dim:{c.v_head_dim} embed:{D}", "embed")
 
-  def qkv(self, x_BTD: jax.Array, angles: layers.Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def qkv(self, x_BTD: jax.Array, angles: layers.Angles) -> QKV:
     """Queries and keys [B, T, H, h], values [B, T, H, v_head_dim] from the layer's input."""
     c = self.config
     q_BTHh, kv_BTR, k_rope_BTr = self._latents(x_BTD, angles)

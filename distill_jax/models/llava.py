@@ -14,7 +14,7 @@ from distill_jax.models import _encoder, _vision_tower, llama
 from distill_jax.models._declare import Declare
 from distill_jax.models._family import SizesOfPart, check_supported
 from distill_jax.nn import layers, params
-from distill_jax.types import Images, ImageText, JsonObject, Output
+from distill_jax.types import QKV, Images, ImageText, JsonObject, Output
 
 HF_MODEL_TYPES = ("llava",)  # of config.json
 AFTER, PREFIX = "vision_tower.", "vision_model."  # what transformers 5 leaves out, after what
@@ -165,7 +165,7 @@ class Model(nnx.Module):
 
   def qkv(
     self, layer: int, x_BTD: jax.Array, inputs: ImageText, compute: layers.ComputeConfig
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  ) -> QKV:
     """Of one layer of the decoder, from the output of the layer before it."""
     return self.text.qkv(layer, x_BTD, inputs.texts, compute)
 

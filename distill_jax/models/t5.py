@@ -22,7 +22,7 @@ from distill_jax.models._encoder import heads_of
 from distill_jax.models._family import check_numbers, check_supported
 from distill_jax.nn import attention, layers, sharding
 from distill_jax.nn.params import param, stack
-from distill_jax.types import Inputs, JsonObject, Output
+from distill_jax.types import QKV, Inputs, JsonObject, Output
 
 HF_MODEL_TYPES = ("t5",)  # of config.json
 SUPPORTED_VALUES = {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": True}
@@ -151,7 +151,7 @@ class EncoderLayer(nnx.Module):
   def norm(self, x_BTD: jax.Array, scale: nnx.Param) -> jax.Array:
     return layers.rms_norm(x_BTD, scale[...], self.config.layer_norm_epsilon)
 
-  def qkv(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def qkv(self, x_BTD: jax.Array) -> QKV:
     y_BTD = self.norm(x_BTD, self.attn_norm)
     return heads_of(y_BTD, self.q), heads_of(y_BTD, self.k), heads_of(y_BTD, self.v)
 

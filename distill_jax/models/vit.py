@@ -15,7 +15,7 @@ from distill_jax.models import _encoder, _patches
 from distill_jax.models._declare import Declare
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import param, stack, take_layer
-from distill_jax.types import Images, JsonObject, Output
+from distill_jax.types import QKV, Images, JsonObject, Output
 
 HF_MODEL_TYPES = ("vit",)  # of config.json
 PREFIX = "vit."  # of all but the head; a checkpoint of the body alone goes without
@@ -146,9 +146,7 @@ class Model(nnx.Module):
     hidden, head = layers.with_bias(x_BSD[:, :1], *weights)
     return Output(hidden, head, taps_PBTD=taps_PBSD)
 
-  def qkv(
-    self, layer: int, x_BSD: jax.Array, inputs: Images, compute: layers.ComputeConfig
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def qkv(self, layer: int, x_BSD: jax.Array, inputs: Images, compute: layers.ComputeConfig) -> QKV:
     """Queries, keys and values of one layer, from the output of the layer before it."""
     del inputs
     return compute.cast_and_gather(take_layer(self.body.layers, layer)).qkv(x_BSD)

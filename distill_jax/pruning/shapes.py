@@ -12,7 +12,7 @@ from flax import nnx
 
 from distill_jax import registry
 from distill_jax.errors import InputError
-from distill_jax.models import DecoderConfig
+from distill_jax.models import DecoderConfig, DecoderModel
 from distill_jax.nn import params
 from distill_jax.pruning.options import ShrinkOptions
 
@@ -40,7 +40,7 @@ CHOICES = {
 
 
 @functools.lru_cache(maxsize=256)
-def abstract(family: str, config: DecoderConfig) -> nnx.Module:
+def abstract(family: str, config: DecoderConfig) -> DecoderModel:
   """Returns a family's model as shapes."""
   make = registry.load("models", family).Model
   return jax.eval_shape(lambda key: make(config, key), jax.random.key(0))
