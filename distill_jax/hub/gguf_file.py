@@ -267,7 +267,7 @@ class _Cursor:
       meta[key] = self.value(self.scalar("I"))
     return meta
 
-  def tensors(self, n: int, align: Any) -> dict[str, Entry]:
+  def tensors(self, n: int, align: object) -> dict[str, Entry]:
     """The table of tensors, checked to fill the rest of the file exactly."""
     if type(align) is not int or not 0 < align <= 2**16 or align & (align - 1):
       raise self.damaged(f"its alignment is {align!r:.60}, no power of two")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any
+from typing import Any, TypeGuard
 
 from distill_jax.errors import InputError
 from distill_jax.hub.tokenizer import TokenizerFiles
@@ -67,7 +67,7 @@ def tokenizer_files(meta: JsonObject, path: pathlib.Path) -> TokenizerFiles:
   return TokenizerFiles(text, None, config)
 
 
-def _check_lists(tokens: Any, merges: Any, types: Any, path: pathlib.Path) -> None:
+def _check_lists(tokens: object, merges: object, types: object, path: pathlib.Path) -> None:
   if not _is_strings(tokens) or not _is_strings(merges) or not isinstance(types, list):
     raise InputError(f"{path} lacks its tokenizer's tokens, merges or token_type; fetch it again")
   if len(set(tokens)) != len(tokens) or len(types) != len(tokens):
@@ -82,7 +82,7 @@ def _check_lists(tokens: Any, merges: Any, types: Any, path: pathlib.Path) -> No
       raise InputError(f"{path} merges {merge!r}, which is not in its vocabulary; fetch it again")
 
 
-def _is_strings(x: Any) -> bool:
+def _is_strings(x: object) -> TypeGuard[list[str]]:
   return isinstance(x, list) and all(isinstance(item, str) for item in x)
 
 

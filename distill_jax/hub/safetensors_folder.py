@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -160,11 +160,11 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
   return entries
 
 
-def _is_sizes(x: Any) -> bool:
+def _is_sizes(x: object) -> TypeGuard[list[int]]:
   return isinstance(x, list) and all(type(n) is int and 0 <= n < 2**63 for n in x)
 
 
-def _entry(path: pathlib.Path, name: str, raw: Any, start: int) -> Entry:
+def _entry(path: pathlib.Path, name: str, raw: object, start: int) -> Entry:
   if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
     raise InputError(f"{path}: {name} is not described by dtype, shape and data_offsets")
   kind, shape, span = raw["dtype"], raw["shape"], raw["data_offsets"]

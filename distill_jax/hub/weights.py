@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any, Protocol
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -55,7 +55,7 @@ def read_hf_json(path: pathlib.Path) -> JsonObject:
   return parse_hf_json(path.read_bytes(), str(path))
 
 
-def write_hf_json(path: pathlib.Path, value: Any) -> None:
+def write_hf_json(path: pathlib.Path, value: JsonObject) -> None:
   """Writes JSON as the Hugging Face libraries do: two spaces, keys in their own order."""
   json_io.write_json(path, value, indent=2, sort_keys=False, ensure_ascii=False)
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from distill_jax.errors import InputError
 from distill_jax.records.fields import RecordSpec
@@ -280,6 +279,6 @@ def require_same(want: Manifest, found: Manifest, folder: Path) -> None:
       )
 
 
-def _plain(x: Any) -> Any:
+def _plain(x: JsonObject) -> JsonObject:
   """As JSON gives it back: tuples become lists."""
   return json.loads(json.dumps(x))

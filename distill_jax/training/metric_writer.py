@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import SupportsFloat
 
 from tensorboardX import SummaryWriter
 
@@ -53,7 +53,7 @@ class MetricsWriter:
   def __exit__(self, *_: object) -> None:
     self.close()
 
-  def write(self, step: int, numbers: Mapping[str, Any]) -> None:
+  def write(self, step: int, numbers: Mapping[str, SupportsFloat]) -> None:
     """One row: all that is known of a step, each value anything that `float` takes.
 
     Raises:
