@@ -118,6 +118,6 @@ def main(folder):
 
 
 if __name__ == "__main__":
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("folder", type=Path, help="where the two files are written")
   main(parser.parse_args().folder)

@@ -27,8 +27,8 @@ def pairs(folder: Path, language: str) -> dict[str, str]:
   found: dict[str, str] = {}
   for file in sorted(folder.glob(f"usr/share/locale/{language}/LC_MESSAGES/*.mo")):
     with file.open("rb") as f:
-      said = gettext.GNUTranslations(f)._catalog
-    for english, other in said.items():
+      catalog = gettext.GNUTranslations(f)._catalog
+    for english, other in catalog.items():
       # A context stands before \x04; plurals are pairs of (text, number).
       if isinstance(english, str) and english and "\n" not in english + other:
         found.setdefault(english.split("\x04")[-1].replace("_", ""), other.replace("_", ""))

@@ -145,15 +145,15 @@ def main() -> None:
   places = "model.encoder.embed_positions.weight"
   tensors[places] = tensors[places][: 50 * given.seconds].copy()
   config = config_of(found, tensors)
-  said = json.loads((given.folder / "config.json").read_text())
+  settings = json.loads((given.folder / "config.json").read_text())
   english = config["vocab_size"] == ENGLISH
   generation = {
     **{k: v for k, v in config.items() if k.endswith("_token_id")},
     "max_length": 448,
     "is_multilingual": not english,
     "no_timestamps_token_id": NO_TIMES[english],
-    "suppress_tokens": said["suppress_ids"],
-    "begin_suppress_tokens": said["suppress_ids_begin"],
+    "suppress_tokens": settings["suppress_ids"],
+    "begin_suppress_tokens": settings["suppress_ids_begin"],
   }
   named = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
   given.target.mkdir(parents=True)

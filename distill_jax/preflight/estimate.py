@@ -22,26 +22,26 @@ from distill_jax.types import JsonObject, PyTree
 _ENTRIES = {32: 8.6, 63: 12.7, 255: 29.3}
 
 
-def record_bytes_per_token(about: Manifest) -> float:
+def record_bytes_per_token(manifest: Manifest) -> float:
   """Estimates the bytes a token of a store, before it is made.
 
   Measured (records/elias_fano.py): an id takes about 3 bits less than the vocabulary's width,
   a count about 2, a log-probability 16; entropy and label 4 bytes together, the token its
   own width. Entries depend on the teacher's entropy; 1.6 nats is taken.
   """
-  width = math.ceil(math.log2(about.vocab_size))
-  if about.kind == "text":
+  width = math.ceil(math.log2(manifest.vocab_size))
+  if manifest.kind == "text":
     return width / 8
-  if about.kind in ("topk", "dense"):
-    entries, bits = float(about.n), width - 3 + 16
+  if manifest.kind in ("topk", "dense"):
+    entries, bits = float(manifest.n), width - 3 + 16
   else:
     points = np.log(list(_ENTRIES)), np.log(list(_ENTRIES.values()))
     slope = np.diff(points[1])[-1] / np.diff(points[0])[-1]
-    beyond = max(0.0, math.log(about.n / max(_ENTRIES))) * slope
-    entries = min(about.n, math.exp(np.interp(math.log(about.n), *points) + beyond))
-    bits = width - 3 + 2 + 16 * about.logp
-  taps = len(about.taps.layers) * (about.taps.width + 4) if about.taps else 0
-  return (width + entries * bits) / 8 + 2 + 2 * about.entropy + taps
+    beyond = max(0.0, math.log(manifest.n / max(_ENTRIES))) * slope
+    entries = min(manifest.n, math.exp(np.interp(math.log(manifest.n), *points) + beyond))
+    bits = width - 3 + 2 + 16 * manifest.logp
+  taps = len(manifest.taps.layers) * (manifest.taps.width + 4) if manifest.taps else 0
+  return (width + entries * bits) / 8 + 2 + 2 * manifest.entropy + taps
 
 
 def total_tokens(config: Config, verb: str) -> int:

@@ -63,7 +63,7 @@ def write_report(
   models = {name: _numbers(evaluation, name) for name in [*MODELS, *measured]} if measured else {}
   html = page.render(
     headline=results.headline(evaluation) if measured else benchmarks.headline(evals),
-    about=_about(evaluation) if measured else "The loss on held-out text was not measured.",
+    summary=_about(evaluation) if measured else "The loss on held-out text was not measured.",
     labels={name: MODELS.get(name, name) for name in [*MODELS, *models]},
     models=models,
     gaps=results.gaps(evaluation),

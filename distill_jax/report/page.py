@@ -20,7 +20,7 @@ escape = html.escape
 
 def render(
   headline: str,
-  about: str,
+  summary: str,
   labels: Mapping[str, str],
   models: Mapping[str, Mapping[str, float | None]],
   gaps: Sequence[Gap],
@@ -33,7 +33,7 @@ def render(
   """Returns the page.
 
   Args:
-    headline, about: its title, and the line below.
+    headline, summary: its title, and the line below.
     labels: what models and runs are called, by name.
     models: every number of every model shown, None where not measured; without models, there is
       nothing on the page about held-out text.
@@ -59,7 +59,7 @@ def render(
     '<meta name="color-scheme" content="light dark">'
     f"<title>distill_jax report</title><style>{CSS}</style></head>\n<body><main><header>"
     f'<p class="kicker">distill_jax · report</p><h1>{escape(headline)}</h1>'
-    f'<p class="about">{escape(about)}</p>{tiles}</header>\n'
+    f'<p class="about">{escape(summary)}</p>{tiles}</header>\n'
     f"{body}</main></body></html>\n"
   )
 
@@ -131,9 +131,9 @@ def _records(records: Mapping[str, Any] | None) -> str:
     return '<p class="bad">The bytes a token of the records were not measured.</p>'
   ours, vocab = float(records["bytes_per_token"]), records.get("vocab_size")
   entries = records.get("entries_per_token")
-  about = f"Kind {records.get('kind')}, n = {records.get('n')}"
+  contents = f"Kind {records.get('kind')}, n = {records.get('n')}"
   if entries is not None:
-    about += f": {text(float(entries), 1)} entries a token on average"
+    contents += f": {text(float(entries), 1)} entries a token on average"
   costs = [("These records", ours), ("Top 64, int32 ids and float32 log-probabilities", 64 * 8.0)]
   if vocab is not None:
     costs.append((f"All {int(vocab):,} logits in float32", 4.0 * int(vocab)))
@@ -143,7 +143,7 @@ def _records(records: Mapping[str, Any] | None) -> str:
     for name, cost in costs
   )
   return (
-    f'<p>{escape(about)}.</p><table class="costs"><thead><tr><td></td><th>bytes a token</th>'
+    f'<p>{escape(contents)}.</p><table class="costs"><thead><tr><td></td><th>bytes a token</th>'
     f"<th>beside these</th></tr></thead><tbody>{rows}</tbody></table>"
   )
 

@@ -34,20 +34,20 @@ def manager(workdir: Path, keep: int = 1, every: int = 0) -> ocp.CheckpointManag
   return ocp.CheckpointManager(epath.Path(storage.checkpoints(workdir)), options=options)
 
 
-def save(saves: ocp.CheckpointManager, step: int, state: PyTree, about: JsonObject) -> None:
+def save(saves: ocp.CheckpointManager, step: int, state: PyTree, metadata: JsonObject) -> None:
   """Starts saving a state, which may be donated to the next step once this returns.
 
   Args:
-    about: metadata, plain values, that must be the same when the state is restored.
+    metadata: plain values that must be the same when the state is restored.
 
   Raises:
     InputError: the step is saved already, or this or the save before it cannot be written.
   """
   flat = dict(_leaves_by_path(state))
-  metadata = {**about, "arrays": _array_records(flat)}
+  stored = {**metadata, "arrays": _array_records(flat)}
   items = ocp.args.Composite(
     state=ocp.args.StandardSave(flat),
-    about=ocp.args.JsonSave({**metadata, "sha256": _sha256(metadata)}),
+    about=ocp.args.JsonSave({**stored, "sha256": _sha256(stored)}),
   )
   with _writing(saves):
     saved = saves.save(step, args=items)
@@ -66,25 +66,25 @@ def wait(saves: ocp.CheckpointManager) -> None:
 
 
 def restore(
-  saves: ocp.CheckpointManager, abstract: PyTree, about: JsonObject, step: int | None = None
+  saves: ocp.CheckpointManager, abstract: PyTree, metadata: JsonObject, step: int | None = None
 ) -> PyTree:
   """Returns the state that was saved, in the shardings of the abstract state.
 
   Args:
     abstract: the state as shapes with shardings.
-    about: the metadata that the state must have been saved with.
+    metadata: what the state must have been saved with.
     step: of the checkpoint; None is the last one.
 
   Raises:
     InputError: there is no such checkpoint, it is damaged, it is of another model, or it was
-      saved with another `about`.
+      saved with other metadata.
   """
   step = _existing_step(saves, step)
-  metadata = _read_metadata(saves, step)
-  for name, expected in about.items():
-    if metadata[name] != expected:
+  stored = _read_metadata(saves, step)
+  for name, expected in metadata.items():
+    if stored[name] != expected:
       raise InputError(
-        f"{saves.directory / str(step)} was saved with {name} {metadata[name]} and this run has "
+        f"{saves.directory / str(step)} was saved with {name} {stored[name]} and this run has "
         f"{expected}; bring the former back, or train in another --workdir"
       )
   return _read(saves, step, "", abstract)

@@ -153,15 +153,15 @@ def decoded(teacher: MeasuredTeacher) -> dict[str, Any]:
         logp_BT = fused_head.logp_at(z_BTV, batch.labels_BT[..., None])[..., 0]
         means[dtype].append(Mean.of(-logp_BT, batch.mask_BT))
       means["same"].append(Mean.of(first[""] == first["int8"], batch.mask_BT))
-  said = {name: float(sum(some[1:], some[0]).value()) for name, some in means.items()}
+  overall = {name: float(sum(parts[1:], parts[0]).value()) for name, parts in means.items()}
   c = teacher.source.config
   scales = 2 * c.num_key_value_heads * c.num_hidden_layers * CONTEXT
   return {
     "parameters": params.count(teacher.source.abstract),
     "cache_bytes": formulas.cache_numbers(c, CONTEXT) + 4 * scales,
-    "ce_before": said[""],
-    "ce": said["int8"],
-    "agreement": said["same"],
+    "ce_before": overall[""],
+    "ce": overall["int8"],
+    "agreement": overall["same"],
   }
 
 

@@ -113,7 +113,7 @@ def special(count: int) -> dict[str, int]:
   }
 
 
-def said(rng: np.random.Generator, count: int, length: int) -> str:
+def random_words(rng: np.random.Generator, count: int, length: int) -> str:
   return " ".join(f"w{i}" for i in rng.integers(count, size=rng.integers(1, length)))
 
 
@@ -121,7 +121,9 @@ def texts(folder: Path, small: bool) -> ml_collections.ConfigDict:
   """Texts of up to 31 words in four classes: a BERT of MiniLM's shape teaches two such layers."""
   c, rng = config.base(), np.random.default_rng(0)
   n, count, length = (64, 50, 8) if small else (2_048, 30_000, 32)
-  lines = [{"text": f"{i} {said(rng, count, length)}", "label": "abcd"[i % 4]} for i in range(n)]
+  lines = [
+    {"text": f"{i} {random_words(rng, count, length)}", "label": "abcd"[i % 4]} for i in range(n)
+  ]
   (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   c.tasks.texts = config.task(
     "text_classes",
@@ -146,7 +148,8 @@ def translation(folder: Path, small: bool) -> ml_collections.ConfigDict:
   c, rng = config.base(), np.random.default_rng(0)
   n, count, length = (32, 50, 8) if small else (4_096, 8_000, 32)
   pairs = [
-    {"source": said(rng, count, length), "target": said(rng, count, length)} for _ in range(n)
+    {"source": random_words(rng, count, length), "target": random_words(rng, count, length)}
+    for _ in range(n)
   ]
   (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
   c.tasks.pairs = config.task(
@@ -187,7 +190,7 @@ def speech(folder: Path, small: bool) -> ml_collections.ConfigDict:
       f.setsampwidth(2)
       f.setframerate(8_000)  # brought to 16 kHz as it is read
       f.writeframes(samples.tobytes())
-    lines.append({"audio": f"{i}.wav", "text": said(rng, count, 16)})
+    lines.append({"audio": f"{i}.wav", "text": random_words(rng, count, 16)})
   (folder / "said.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   c.tasks.said = config.task(
     "speech",
@@ -217,7 +220,7 @@ def captions(folder: Path, small: bool) -> ml_collections.ConfigDict:
   lines = []
   for i in range(n):
     Image.fromarray(rng.integers(0, 256, (size, size), dtype=np.uint8)).save(folder / f"{i}.png")
-    lines.append({"image": f"{i}.png", "text": said(rng, count, length)})
+    lines.append({"image": f"{i}.png", "text": random_words(rng, count, length)})
   (folder / "said.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
   patches = (size // 4 if small else size // 8) ** 2

@@ -88,13 +88,13 @@ def ours(folder: str, name: str, kind: str) -> None:
     mask = jnp.broadcast_to(jnp.arange(T) < T - 1, (B, T))
     if kind == "online":
       return Batch(inputs, i32(np.roll(tokens, -1, 1)), mask)
-    said = SampledTargets(
+    targets = SampledTargets(
       ids_BTK=i32(np.sort(rng.integers(0, V, (B, T, points)), -1)),
       weight_BTK=jnp.full((B, T, points), 1 / points),
       entropy_BT=jnp.full((B, T), 2.0),
       temperature=hot,
     )
-    return Batch(inputs, i32(np.roll(tokens, -1, 1)), mask, {"teacher": said})
+    return Batch(inputs, i32(np.roll(tokens, -1, 1)), mask, {"teacher": targets})
 
   student = model(c["student"], 0)
   teachers = {"teacher": model(c["teacher"], 1)} if kind == "online" else {}
@@ -195,7 +195,7 @@ def main() -> None:
     rounds = []
     for _ in range(args.rounds):
       got = {name: record_of(command) for name, command in run.items() if name not in missing}
-      missing |= {name: said for name, said in got.items() if isinstance(said, str)}
+      missing |= {name: error for name, error in got.items() if isinstance(error, str)}
       rounds.append(got)
     kept = [{n: r for n, r in got.items() if n not in missing} for got in rounds]
     figures |= missing

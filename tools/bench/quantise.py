@@ -84,7 +84,7 @@ def trained(config: Config, judge: MeasuredTeacher, name: str, workdir: Path) ->
 def row(
   judge: MeasuredTeacher, name: str, after: bool, model: Any, args: argparse.Namespace
 ) -> None:
-  said = {
+  figures = {
     "weights": name,
     "trained_as_they_are": not after,
     "ce": round(judge.cross_entropy(model), 4),
@@ -95,7 +95,7 @@ def row(
     "seq_len": args.seq_len,
     "peak_lr": args.peak_lr,
   }
-  print(json.dumps(said), flush=True)
+  print(json.dumps(figures), flush=True)
 
 
 def main() -> None:

@@ -85,9 +85,9 @@ class Passes:
     size, pending = self.c.records.batch_size, None
     for first in range(0, len(self.rows), size):
       batch = collate.to_device(collate.collate(self.rows[first : first + size]), self.where)
-      said = fn(self.model, batch)
+      outputs = fn(self.model, batch)
       jax.block_until_ready(pending)  # one batch in flight, as when recording
-      pending = said
+      pending = outputs
     jax.block_until_ready(pending)
 
   def record(self, i: int) -> None:

@@ -196,7 +196,7 @@ def sampled(
   V = teacher.head_VD.shape[0]
   u_BT = jax.random.uniform(jax.random.key(n), batch.labels_BT.shape)
   run = jax.jit(functools.partial(sampler.summarise, spec=SamplerSpec(n), chunk=chunk))
-  said = jax.device_get(run(teacher.hidden_BTD, teacher.head_VD, batch.labels_BT, u_BT))
+  summary = jax.device_get(run(teacher.hidden_BTD, teacher.head_VD, batch.labels_BT, u_BT))
   T = batch.labels_BT.shape[1]
   m = Manifest(
     kind="sampled",
@@ -211,7 +211,7 @@ def sampled(
   )
   records, back, entries = [], [], 0
   for i, row in enumerate(rows):
-    seq = row | {("ids_TN" if k == "ids" else f"{k}_T"): x[i] for k, x in said.items()}
+    seq = row | {("ids_TN" if k == "ids" else f"{k}_T"): x[i] for k, x in summary.items()}
     fields = tf_example.encode(i, seq, m)
     entries += codec.count_entries(fields)
     records.append(tf_example.serialize(fields))
@@ -255,14 +255,14 @@ def rivals(teacher: DenseTargets, chunk: int, seed: int) -> dict[str, np.ndarray
   }
 
 
-def rival_targets(kind: str, said: dict[str, np.ndarray]) -> tuple[Targets, np.ndarray]:
+def rival_targets(kind: str, outputs: dict[str, np.ndarray]) -> tuple[Targets, np.ndarray]:
   """Targets of one rival, and how many entries each position stores."""
   if kind == "iid_50":
-    ids = np.sort(said["iid_BTN"], -1)
+    ids = np.sort(outputs["iid_BTN"], -1)
     weight = np.full(ids.shape, 1 / ids.shape[-1], np.float32)
     return SampledTargets(ids_BTK=ids, weight_BTK=weight), 1 + (np.diff(ids, axis=-1) > 0).sum(-1)
-  k = min(KINDS[kind], said["ids_BTK"].shape[-1])
-  ids, logp = said["ids_BTK"][..., :k], said["logp_BTK"][..., :k]
+  k = min(KINDS[kind], outputs["ids_BTK"].shape[-1])
+  ids, logp = outputs["ids_BTK"][..., :k], outputs["logp_BTK"][..., :k]
   return TopKTargets(ids_BTK=ids, logp_BTK=logp), np.full(ids.shape[:2], k)
 
 
@@ -275,16 +275,16 @@ def iid_bytes(entries: float, n: int, vocab_size: int) -> float:
   return (entries * (id_bits + bits.width(n + 1)) + id_bits) / 8 + 1
 
 
-def maxtext_example(batch: Batch, said: dict[str, np.ndarray], i: int) -> bytes:
+def maxtext_example(batch: Batch, outputs: dict[str, np.ndarray], i: int) -> bytes:
   """MaxText's record of one sequence, as ../shared/bench/peers re-makes it from its source."""
   out = tf_example_pb2.Example()
-  logits = said["logits_BTK"][i].astype(jnp.bfloat16).astype(np.float32)
+  logits = outputs["logits_BTK"][i].astype(jnp.bfloat16).astype(np.float32)
   out.features.feature["top_k_logits"].float_list.value.extend(logits.ravel().tolist())
   tokens, segments = batch.inputs.tokens_BT[i], batch.inputs.segments_BT[i]
   for name, value in {
     "inputs": tokens,
     "targets": batch.labels_BT[i],
-    "top_k_indices": said["ids_BTK"][i],
+    "top_k_indices": outputs["ids_BTK"][i],
     "inputs_position": batch.inputs.positions_BT[i],
     "inputs_segmentation": segments,
     "targets_segmentation": segments,
@@ -294,12 +294,12 @@ def maxtext_example(batch: Batch, said: dict[str, np.ndarray], i: int) -> bytes:
   return out.SerializeToString()
 
 
-def megatron_payload(said: dict[str, np.ndarray], i: int, k: int) -> bytes:
+def megatron_payload(outputs: dict[str, np.ndarray], i: int, k: int) -> bytes:
   """Megatron Core's arrays of one sequence: float16 values, 16 low bits and the 17th of ids."""
-  ids = said["ids_BTK"][i, :, :k]
+  ids = outputs["ids_BTK"][i, :, :k]
   return b"".join(
     (
-      said["logp_BTK"][i, :, :k].astype("<f2").tobytes(),
+      outputs["logp_BTK"][i, :, :k].astype("<f2").tobytes(),
       (ids & 0xFFFF).astype("<u2").tobytes(),
       (ids >> 16).astype(np.bool_).tobytes(),
     )
@@ -317,12 +317,12 @@ def file_bytes(records: list[bytes], options: str) -> float:
     return path.stat().st_size / COPIES
 
 
-def rival_records(kind: str, batch: Batch, said: dict[str, np.ndarray]) -> list[bytes]:
+def rival_records(kind: str, batch: Batch, outputs: dict[str, np.ndarray]) -> list[bytes]:
   """A rival's record of every sequence; see the top of the file."""
   rows = range(len(batch.labels_BT))
   if kind == "topk16_bucket":
-    return [megatron_payload(said, i, KINDS[kind]) for i in rows]
-  return [maxtext_example(batch, said, i) for i in rows]
+    return [megatron_payload(outputs, i, KINDS[kind]) for i in rows]
+  return [maxtext_example(batch, outputs, i) for i in rows]
 
 
 # ---------------------------------------------------------------- the texts
@@ -378,7 +378,7 @@ def measure(
     return [np.asarray(g) for g in out]
 
   exact = grads(teacher, ours)
-  said = rivals(teacher, chunk, seed=0)
+  outputs = rivals(teacher, chunk, seed=0)
   mask = np.asarray(batch.mask_BT)
   figures = {}
   for kind, n in KINDS.items():
@@ -386,9 +386,9 @@ def measure(
       targets, records, entries = sampled(batch, rows, teacher, n, chunk)
       options, token_loss = writer.array_record_options(batch.labels_BT.shape[1]), ours
     else:
-      targets, entries_BT = rival_targets(kind, said)
+      targets, entries_BT = rival_targets(kind, outputs)
       entries = float(entries_BT[mask].mean())
-      records = [] if kind == "iid_50" else rival_records(kind, batch, said)
+      records = [] if kind == "iid_50" else rival_records(kind, batch, outputs)
       options, token_loss = "group_size:1", LOSSES[kind]
     if records:
       cost, raw = file_bytes(records, options) / tokens, sum(map(len, records)) / tokens
@@ -405,8 +405,8 @@ def entropy(batch: Batch, teacher: DenseTargets, chunk: int) -> float:
   """The teacher's, in nats, over the labels."""
   run = jax.jit(functools.partial(sampler.summarise, spec=SamplerSpec(1), chunk=chunk))
   u_BT = jnp.zeros(batch.labels_BT.shape)
-  said = run(teacher.hidden_BTD, teacher.head_VD, batch.labels_BT, u_BT)
-  return float(np.asarray(said["entropy"])[np.asarray(batch.mask_BT)].mean())
+  summary = run(teacher.hidden_BTD, teacher.head_VD, batch.labels_BT, u_BT)
+  return float(np.asarray(summary["entropy"])[np.asarray(batch.mask_BT)].mean())
 
 
 def table(text: str, nats: float, figures: dict[str, dict[str, float]]) -> str:
@@ -436,8 +436,8 @@ def run(positions: int, seq_len: int, chunk: int) -> dict[str, float]:
     batch = collate.collate(rows)
     dense = {}
     for name, model in models.items():
-      said = forward(model, batch.inputs)
-      dense[name] = DenseTargets(hidden_BTD=said.hidden_BTD, head_VD=said.head_VD)
+      output = forward(model, batch.inputs)
+      dense[name] = DenseTargets(hidden_BTD=output.hidden_BTD, head_VD=output.head_VD)
     figures = measure(rows, batch, dense["teacher"], dense["student"], chunk)
     nats = entropy(batch, dense["teacher"], chunk)
     print(table(text, nats, figures), flush=True)

@@ -107,14 +107,14 @@ class Bench:
     c.seed = seed
     c.student.keep_layers = (0, 1, 2, *range(21, 30))
 
-    def of(name):
+    def stores_of(name):
       return tuple(str(self.at / "records" / name / text) for text in TEXTS)
 
-    c.train.records, c.train.mixture = of(kind if kind in TEXTS else "python"), (0.5, 0.5)
+    c.train.records, c.train.mixture = stores_of(kind if kind in TEXTS else "python"), (0.5, 0.5)
     if kind in TEXTS:
       c.losses.soft = configs.loss("kd", weight=0.9)
     else:
-      c.train.teachers = {"problems": of("problems")}
+      c.train.teachers = {"problems": stores_of("problems")}
       c.losses.soft = configs.loss("mixture", weight=0.9, teachers=BOTH, **MIXTURES[kind])
     c.losses.hard = configs.loss("ce", weight=0.1)
     c.optim.peak_lr = args.peak_lr
@@ -139,9 +139,9 @@ class Bench:
       write_json(file, {text: judge.cross_entropy(model) for text, judge in judges.items()})
     ce = json.loads(file.read_text())
     a = self.args
-    said = {k: round(v, 4) for k, v in ce.items()} | {"mean": round(sum(ce.values()) / 2, 4)}
-    about = {"steps": a.steps, "sequences": a.sequences, "seq_len": a.seq_len, "learn": a.learn}
-    print(json.dumps({"model": name, **said, **about, "peak_lr": a.peak_lr}), flush=True)
+    rounded = {k: round(v, 4) for k, v in ce.items()} | {"mean": round(sum(ce.values()) / 2, 4)}
+    settings = {"steps": a.steps, "sequences": a.sequences, "seq_len": a.seq_len, "learn": a.learn}
+    print(json.dumps({"model": name, **rounded, **settings, "peak_lr": a.peak_lr}), flush=True)
 
 
 def problems(path: Path) -> None:
