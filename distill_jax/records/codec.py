@@ -22,7 +22,7 @@ import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.records import bits, elias_fano, numbers
-from distill_jax.records.fields import Record, RecordSpec
+from distill_jax.records.fields import ARGMAX, IDS, LOGP, WEIGHT, Record, RecordSpec
 
 
 def encode_targets(seq: Record, spec: RecordSpec) -> dict[str, bytes]:
@@ -40,14 +40,16 @@ def encode_targets(seq: Record, spec: RecordSpec) -> dict[str, bytes]:
   # First, because where a teacher outputs NaN its ids mean nothing either.
   halves = [numbers.half(np.asarray(seq[f.record])[mask], f.record) for f in spec.scalars]
   out = {"scalars": b"".join(halves)}
-  ids_SN = numbers.integers(np.asarray(seq["ids_TN"])[mask], spec.vocab_size, "ids_TN")
-  argmax_S = numbers.integers(np.asarray(seq["argmax_T"])[mask], spec.vocab_size, "argmax_T")
+  ids_SN = numbers.integers(np.asarray(seq[IDS.record])[mask], spec.vocab_size, IDS.record)
+  argmax = np.asarray(seq[ARGMAX.record])
+  argmax_S = numbers.integers(argmax[mask], spec.vocab_size, ARGMAX.record)
   if ids_SN.ndim != 2 or ids_SN.shape[1] != spec.n:
-    raise InputError(f"ids_TN is {np.shape(seq['ids_TN'])}; it holds n={spec.n} ids a position")
+    shape = np.shape(seq[IDS.record])
+    raise InputError(f"{IDS.record} is {shape}; it holds n={spec.n} ids a position")
   logp_SN: np.ndarray = np.zeros(0, np.float32)
   counts = None
   if spec.has_logp:
-    logp_SN = np.asarray(seq["logp_TN"], np.float32)[mask]
+    logp_SN = np.asarray(seq[LOGP.record], LOGP.dtype)[mask]
   if spec.kind == "sampled":
     keep_SN = _first_of_runs(ids_SN)
     counts = np.diff(np.flatnonzero(keep_SN), append=ids_SN.size)
@@ -60,7 +62,7 @@ def encode_targets(seq: Record, spec: RecordSpec) -> dict[str, bytes]:
   ids = ids_SN[keep_SN].astype(np.int64)
   out |= elias_fano.encode(ids, M_S, argmax_S, counts, spec.n, spec.vocab_size)
   if spec.has_logp:
-    out["logp"] = numbers.half(logp_SN[keep_SN], "logp_TN")
+    out["logp"] = numbers.half(logp_SN[keep_SN], LOGP.record)
   return out
 
 
@@ -79,7 +81,10 @@ def decode_targets(fields: Mapping[str, bytes], mask_T: np.ndarray, spec: Record
   layout = _layout(head, fields, mask_T, spec)
   ids_E = _ids(head, fields, layout, spec)
   slot_S, argmax_S = _argmax(head, fields, layout, ids_E)
-  out = {"ids_TK": layout.padded(ids_E, np.int32), "argmax_T": layout.spread(argmax_S, np.int32)}
+  out = {
+    IDS.read: layout.padded(ids_E, IDS.dtype),
+    ARGMAX.read: layout.spread(argmax_S, ARGMAX.dtype),
+  }
   return out | _values(fields, layout, slot_S, spec) | _scalars(fields, layout, spec)
 
 
@@ -106,7 +111,7 @@ class _Head(NamedTuple):
     return cls(positions, entries, strays, np.frombuffer(data, np.uint8, pieces, 16))
 
 
-class Layout(NamedTuple):
+class EntryLayout(NamedTuple):
   """Where the entries of a sequence lie: end to end as stored, and padded as read.
 
   Attributes:
@@ -127,7 +132,7 @@ class Layout(NamedTuple):
   place_E: np.ndarray
 
   @classmethod
-  def of(cls, T: int, K: int, at_S: np.ndarray, M_S: np.ndarray) -> Layout:
+  def of(cls, T: int, K: int, at_S: np.ndarray, M_S: np.ndarray) -> EntryLayout:
     ends_S = np.cumsum(M_S)
     starts_S = ends_S - M_S
     place_E = np.repeat(at_S * K - starts_S, M_S)
@@ -155,7 +160,7 @@ class Layout(NamedTuple):
 
 def _layout(
   head: _Head, fields: Mapping[str, bytes], mask_T: np.ndarray, spec: RecordSpec
-) -> Layout:
+) -> EntryLayout:
   at_S, S = np.flatnonzero(mask_T), head.positions
   elias_fano.whole("positions", S, len(at_S))
   if _is_full(head, spec):
@@ -163,7 +168,7 @@ def _layout(
   else:
     M_S = bits.unpack(fields["lengths"], bits.width(spec.n), S).astype(int) + 1
   elias_fano.whole("entries", head.entries, int(M_S.sum()))
-  return Layout.of(len(mask_T), spec.n, at_S, M_S)
+  return EntryLayout.of(len(mask_T), spec.n, at_S, M_S)
 
 
 def _is_full(head: _Head, spec: RecordSpec) -> bool:
@@ -171,7 +176,9 @@ def _is_full(head: _Head, spec: RecordSpec) -> bool:
   return head.entries == head.positions * spec.n == head.positions * spec.vocab_size
 
 
-def _ids(head: _Head, fields: Mapping[str, bytes], layout: Layout, spec: RecordSpec) -> np.ndarray:
+def _ids(
+  head: _Head, fields: Mapping[str, bytes], layout: EntryLayout, spec: RecordSpec
+) -> np.ndarray:
   """The id of each entry."""
   if _is_full(head, spec):
     ids_E = np.tile(np.arange(spec.n), head.positions)
@@ -183,7 +190,7 @@ def _ids(head: _Head, fields: Mapping[str, bytes], layout: Layout, spec: RecordS
 
 
 def _argmax(
-  head: _Head, fields: Mapping[str, bytes], layout: Layout, ids_E: np.ndarray
+  head: _Head, fields: Mapping[str, bytes], layout: EntryLayout, ids_E: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """Of each position: the entry of the argmax among all E, and its id.
 
@@ -205,7 +212,7 @@ def _argmax(
 
 
 def _values(
-  fields: Mapping[str, bytes], layout: Layout, argmax_entry_S: np.ndarray, spec: RecordSpec
+  fields: Mapping[str, bytes], layout: EntryLayout, argmax_entry_S: np.ndarray, spec: RecordSpec
 ) -> Record:
   """The weights of sampled entries, and log-probabilities where they are kept."""
   out, E = {}, layout.entries
@@ -213,14 +220,15 @@ def _values(
     counts_E = elias_fano.decode_counts(
       fields["counts"], argmax_entry_S, layout.starts_S, E, spec.n
     )
-    out["weight_TK"] = layout.padded(_weights(spec.n)[counts_E], np.float32)
+    out[WEIGHT.read] = layout.padded(_weights(spec.n)[counts_E], WEIGHT.dtype)
   if spec.has_logp:
     elias_fano.whole("bytes of logp", len(fields["logp"]), 2 * E)
-    out["logp_TK"] = layout.padded(np.frombuffer(fields["logp"], "<f2"), np.float32, -np.inf)
+    logp_E = np.frombuffer(fields["logp"], "<f2")
+    out[LOGP.read] = layout.padded(logp_E, LOGP.dtype, LOGP.empty)
   return out
 
 
-def _scalars(fields: Mapping[str, bytes], layout: Layout, spec: RecordSpec) -> Record:
+def _scalars(fields: Mapping[str, bytes], layout: EntryLayout, spec: RecordSpec) -> Record:
   """The numbers of which each position has one."""
   S = len(layout.at_S)
   elias_fano.whole("bytes of scalars", len(fields["scalars"]), 2 * S * len(spec.scalars))
@@ -247,7 +255,7 @@ def _first_of_runs(ids_SN: np.ndarray) -> np.ndarray:
 def _by_id(ids_SN: np.ndarray, logp_SN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Entries in id order, unused ones last."""
   used = logp_SN != -np.inf
-  numbers.finite(logp_SN[used], "logp_TN")
+  numbers.finite(logp_SN[used], LOGP.record)
   order = np.argsort(np.where(used, ids_SN, 1 << 20), axis=1, kind="stable")
   ids_SN, logp_SN = (np.take_along_axis(x, order, 1) for x in (ids_SN, logp_SN))
   if np.any((ids_SN[:, 1:] == ids_SN[:, :-1]) & (logp_SN[:, 1:] > -np.inf)):

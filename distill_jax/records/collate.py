@@ -69,7 +69,7 @@ def _targets(records: Sequence[Record], prefix: str, recorded: Recorded) -> Targ
     vectors = [taps.dequantise(*(r[name] for name in names)) for r in records]
     stored[fields.TAPS.batch] = np.stack(vectors)
   stored["temperature"] = recorded.temperature
-  if "weight_BTK" in stored:
+  if fields.WEIGHT.batch in stored:
     return SampledTargets(**stored)
   return TopKTargets(**stored, missing_mass=recorded.missing_mass)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from distill_jax.records.fields import Record
+from distill_jax.records.fields import ARGMAX, ENTROPY, IDS, LABEL_LOGP, LOGP, WEIGHT, Record
 from distill_jax.records.store import Store
 from distill_jax.types import JsonObject
 
@@ -54,11 +54,11 @@ def show(store: Store, i: int, decode: Callable[[list[int]], str], top: int = 5)
   lines = []
   for t in np.flatnonzero(seq["segments_T"] > 0):
     line = f"{t:5d} {seq['segments_T'][t]:3d} {piece(tokens[t]):<16}"
-    if mask[t] and "ids_TK" in seq:
+    if mask[t] and IDS.read in seq:
       label = int(tokens[t + 1]) if t + 1 < len(tokens) else None
-      if "entropy_T" in seq:
-        line += f" H={seq['entropy_T'][t]:.2f}"
-      line += f" label={seq['label_logp_T'][t]:.2f} "
+      if ENTROPY.read in seq:
+        line += f" H={seq[ENTROPY.read][t]:.2f}"
+      line += f" label={seq[LABEL_LOGP.read][t]:.2f} "
       line += "  ".join(_candidates(seq, int(t), label, top, piece))
     lines.append(line.rstrip())
   return "\n".join(lines)
@@ -68,11 +68,11 @@ def _candidates(
   seq: Record, t: int, label: int | None, top: int, piece: Callable[[int], str]
 ) -> list[str]:
   """Returns the likeliest entries of position t, each marked and with its probability."""
-  p_K = np.exp(seq["logp_TK"][t]) if "weight_TK" not in seq else seq["weight_TK"][t]
+  p_K = seq[WEIGHT.read][t] if WEIGHT.read in seq else np.exp(seq[LOGP.read][t])
   out = []
   for k in np.argsort(-p_K, kind="stable")[:top]:
     if p_K[k] > 0:
-      token = int(seq["ids_TK"][t, k])
-      marks = ">" * (token == label) + "*" * (token == int(seq["argmax_T"][t]))
+      token = int(seq[IDS.read][t, k])
+      marks = ">" * (token == label) + "*" * (token == int(seq[ARGMAX.read][t]))
       out.append(f"{marks}{piece(token)} {p_K[k]:.3f}")
   return out

@@ -135,7 +135,7 @@ def decode_ids(
   Args:
     fields: those that `encode` made.
     table: log2 sizes of the pieces that the id space is cut into.
-    M_S, starts_S, ends_S: see codec.Layout.
+    M_S, starts_S, ends_S: see codec.EntryLayout.
   """
   E = int(ends_S[-1]) if len(ends_S) else 0
   place = bits.ones(fields["high"])

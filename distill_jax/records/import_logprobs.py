@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from distill_jax.errors import InputError
-from distill_jax.records.fields import Record
+from distill_jax.records.fields import ARGMAX, IDS, LABEL_LOGP, LOGP, Record
 from distill_jax.types import JsonObject
 
 FORMATS = ("vllm", "sglang", "openai")
@@ -131,10 +131,10 @@ def _pack(documents: list[Document], n: int, seq_len: int) -> Record:
     "tokens_T": tokens,
     "segments_T": segments,
     "mask_T": mask,
-    "ids_TN": ids,
-    "logp_TN": logp,
-    "argmax_T": argmax,
-    "label_logp_T": label_logp,
+    IDS.record: ids,
+    LOGP.record: logp,
+    ARGMAX.record: argmax,
+    LABEL_LOGP.record: label_logp,
   }
 
 

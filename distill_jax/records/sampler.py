@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from distill_jax.errors import InputError
 from distill_jax.nn import fused_head, sharding
 from distill_jax.records import selection
+from distill_jax.records.fields import ARGMAX, ENTROPY, IDS, LABEL_LOGP, LOGP
 from distill_jax.records.options import RecordsOptions
 
 KINDS = ("sampled", "topk", "dense")
@@ -174,16 +175,16 @@ def _of_logits(
   """What is recorded of the logits of one chunk, of this shard of the vocabulary."""
   dist = _Distribution.of(logits_BCV, spec, axis)
   out = {
-    "entropy": dist.entropy_BC(),
-    "label_logp": dist.logp(labels_BC[..., None])[..., 0],
-    "argmax": dist.argmax_BC,
+    ENTROPY.name: dist.entropy_BC(),
+    LABEL_LOGP.name: dist.logp(labels_BC[..., None])[..., 0],
+    ARGMAX.name: dist.argmax_BC,
   }
   return out | (_sampled_ids(dist, u_BC, spec) if spec.kind == "sampled" else _topk_ids(dist, spec))
 
 
 def _sampled_ids(dist: _Distribution, u_BC: jax.Array, spec: SamplerSpec) -> dict[str, jax.Array]:
   ids_BCN = selection.points(dist.e_BCV, u_BC, spec.n, dist.axis)
-  return {"ids": ids_BCN} | ({"logp": dist.logp(ids_BCN)} if spec.logp else {})
+  return {IDS.name: ids_BCN} | ({LOGP.name: dist.logp(ids_BCN)} if spec.logp else {})
 
 
 def _topk_ids(dist: _Distribution, spec: SamplerSpec) -> dict[str, jax.Array]:
@@ -193,7 +194,7 @@ def _topk_ids(dist: _Distribution, spec: SamplerSpec) -> dict[str, jax.Array]:
     p_BCN = jnp.exp(logp_BCN)
     inside_BCN = jnp.cumsum(p_BCN, -1) - p_BCN < spec.nucleus  # the mass before an entry
     logp_BCN = jnp.where(inside_BCN, logp_BCN, -jnp.inf)
-  return {"ids": ids_BCN, "logp": logp_BCN}
+  return {IDS.name: ids_BCN, LOGP.name: logp_BCN}
 
 
 class _Distribution(NamedTuple):

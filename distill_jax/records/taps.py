@@ -8,7 +8,7 @@ import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.losses.features import attention_sizes
-from distill_jax.records.fields import Record
+from distill_jax.records.fields import TAPS, TAPS_SCALE, Record
 from distill_jax.records.manifest import Taps
 from distill_jax.types import FamilyConfig
 
@@ -57,7 +57,7 @@ def dequantise(taps_PTD: np.ndarray, scale_PT: np.ndarray) -> np.ndarray:
 
 def encode(seq: Record, m: Taps) -> bytes:
   """taps_PTD int8 and taps_scale_PT float32, of positions that are not padding."""
-  q, scale, keep = seq["taps_PTD"], seq["taps_scale_PT"], seq["segments_T"] > 0
+  q, scale, keep = seq[TAPS.record], seq[TAPS_SCALE.record], seq["segments_T"] > 0
   want = (len(m.layers), len(keep), m.width)
   if q.shape != want or q.dtype != np.int8 or scale.shape != want[:2]:
     raise InputError(
@@ -78,4 +78,4 @@ def decode(data: bytes, segments_T: np.ndarray, m: Taps) -> Record:
   scale = np.zeros((P, len(keep)), np.float32)
   q[:, keep] = np.frombuffer(data, np.int8, P * S * m.width).reshape(P, S, m.width)
   scale[:, keep] = np.frombuffer(data, "<f4", P * S, P * S * m.width).reshape(P, S)
-  return {"taps_PTD": q, "taps_scale_PT": scale}
+  return {TAPS.read: q, TAPS_SCALE.read: scale}
