@@ -74,7 +74,7 @@ def run(config: Config) -> JsonObject:
     **dict.fromkeys(roofline.SPEED_KEYS),
   }
   if compiled is not None:
-    sent = collectives.Program(compiled.as_text(), options.num_slices).sent()
+    sent = collectives.HloText(compiled.as_text(), options.num_slices).sent()
     result |= {"collectives": sent, "collective_bytes_per_device": sum(sent.values())}
     if step_flops is not None:
       moved = memory.arguments + compiled.memory_analysis().output_size_in_bytes

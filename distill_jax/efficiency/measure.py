@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from distill_jax.config import Config
-from distill_jax.efficiency.options import DecodeOptions
+from distill_jax.efficiency.options import DecodeTimingOptions
 from distill_jax.errors import InputError
 from distill_jax.generation import engine
 from distill_jax.generation.sampling import Sampling
@@ -22,7 +22,7 @@ from distill_jax.nn import sharding
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import JsonObject
 
-CALLS = 4  # of DecodeOptions.steps tokens each, that decoding is timed over
+CALLS = 4  # of DecodeTimingOptions.steps tokens each, that decoding is timed over
 PHASES = ("prefill", "decode")
 
 
@@ -57,7 +57,7 @@ class BenchmarkedModel:
     loaded: LoadedModel,
     model: Unrolled,
     mesh: jax.sharding.Mesh,
-    options: DecodeOptions,
+    options: DecodeTimingOptions,
     context: int,
     rows: int,
     seed: int,

@@ -6,7 +6,7 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeOptions:
+class DecodeTimingOptions:
   """How decoding speed is measured, in the programs that `generate` runs."""
 
   steps: int = 8  # tokens of a row that one call decodes
@@ -26,4 +26,4 @@ class EfficiencyOptions:
   cache_dtype: str = "bfloat16"  # of both, as they are served
   measure: bool = False  # runs both here too, at this context and these batch sizes
   rounds: int = 5  # of measuring, each with both models
-  decode: DecodeOptions = DecodeOptions()  # of measuring
+  decode: DecodeTimingOptions = DecodeTimingOptions()  # of measuring

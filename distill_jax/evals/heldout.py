@@ -28,7 +28,7 @@ from distill_jax.types import IN_BATCH_CLASSES, Batch, JsonObject, Mean
 
 TIMED_PASSES = 2  # over one batch, for the throughput
 
-Row = dict[str, float]  # the results of one model
+ModelResults = dict[str, float]  # the results of one model
 
 
 class HeldOut(NamedTuple):
@@ -124,7 +124,7 @@ def _measure(
   models: Mapping[str, loading.LoadedModel],
   data: HeldOut,
   mesh: jax.sharding.Mesh,
-) -> dict[str, Row]:
+) -> dict[str, ModelResults]:
   """Runs every model on every batch; the teacher once a batch for all of them."""
   chunk, size = config.evaluate.chunk, config.evaluate.batch_size
   batch_sharding = sharding.batch_sharding(mesh)
@@ -161,17 +161,17 @@ def _embedding_metrics(classes: int) -> Retrieval | Similarity | None:
   return Similarity() if classes == 1 else None
 
 
-def _row(means: Mapping[str, Mean]) -> Row:
+def _row(means: Mapping[str, Mean]) -> ModelResults:
   row = {name: float(mean.value()) for name, mean in means.items()}
   return row | {"perplexity": math.exp(min(row["ce"], 700)), "tokens": float(means["ce"].count)}
 
 
-def _size(m: loading.LoadedModel) -> Row:
+def _size(m: loading.LoadedModel) -> ModelResults:
   weights = jax.tree.leaves(m.model)
   return {"parameters": params.count(m.model), "bytes": sum(w.nbytes for w in weights)}
 
 
-def _speed(m: loading.LoadedModel, batch: Batch, chunk: int) -> Row:
+def _speed(m: loading.LoadedModel, batch: Batch, chunk: int) -> ModelResults:
   """Tokens a second of scoring one batch."""
   score = jax.jit(functools.partial(next_token.score, compute=m.compute, chunk=chunk))
   jax.block_until_ready(score(m.model, batch))  # compiles it

@@ -20,7 +20,7 @@ from distill_jax.records.store import Writer
 from distill_jax.runtime import storage
 from distill_jax.types import JsonObject
 
-Row = Mapping[str, Any]  # of samples.jsonl, by its `prompt`'s number and `tokens`
+SampleRow = Mapping[str, Any]  # of samples.jsonl, by its `prompt`'s number and `tokens`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class GeneratedStore:
     self,
     tokenizer: Tokenizer,
     prompts: Mapping[int, Sequence[int]],
-    rows: Sequence[Row],
+    rows: Sequence[SampleRow],
     token_records: Callable[[int], np.ndarray],
   ) -> JsonObject:
     """Packs texts in order, each after its prompt, into the store; the prompts are not trained on.
@@ -98,7 +98,7 @@ class GeneratedStore:
     self,
     spec: RecordSpec,
     prompts: Mapping[int, Sequence[int]],
-    rows: Sequence[Row],
+    rows: Sequence[SampleRow],
     texts: Sequence[int],
     token_records: Callable[[int], np.ndarray],
   ) -> dict[str, np.ndarray]:

@@ -57,7 +57,7 @@ IN_LAYER = {
 ROWS = 64  # dequantised at a time: the temporaries stay in the cache
 
 
-class Entry(NamedTuple):
+class GGUFTensor(NamedTuple):
   """Where one tensor lies."""
 
   kind: gguf.GGMLQuantizationType
@@ -101,7 +101,7 @@ class GGUFFile:
       )
     return value
 
-  def _named(self, entries: dict[str, Entry]) -> dict[str, Entry]:
+  def _named(self, entries: dict[str, GGUFTensor]) -> dict[str, GGUFTensor]:
     """Under Hugging Face names; what has none keeps its own, and is refused as unknown."""
     heads = self.number("attention.head_count")
     permuted = {"attn_q": heads, "attn_k": self.number("attention.head_count_kv", heads)}
@@ -267,7 +267,7 @@ class _Cursor:
       meta[key] = self.value(self.scalar("I"))
     return meta
 
-  def tensors(self, n: int, align: object) -> dict[str, Entry]:
+  def tensors(self, n: int, align: object) -> dict[str, GGUFTensor]:
     """The table of tensors, checked to fill the rest of the file exactly."""
     if type(align) is not int or not 0 < align <= 2**16 or align & (align - 1):
       raise self.damaged(f"its alignment is {align!r:.60}, no power of two")
@@ -279,7 +279,7 @@ class _Cursor:
       shape = tuple(self.scalar("Q") for _ in range(dims))[::-1]
       table.append((name, shape, self.scalar("I"), self.scalar("Q")))
     start = at = -(-self.at // align) * align
-    entries: dict[str, Entry] = {}
+    entries: dict[str, GGUFTensor] = {}
     for name, shape, kind, offset in table:
       if name in entries:
         raise self.damaged(f"it has tensor {name} twice")
@@ -293,7 +293,7 @@ class _Cursor:
           f"{name} of shape {shape} begins at byte {start + offset} where {at} was expected, and "
           f"would end at {end} of {self.size}"
         )
-      entries[name] = Entry(type_, shape, at, end, 0)
+      entries[name] = GGUFTensor(type_, shape, at, end, 0)
       at = -(-end // align) * align
     if self.size > at:
       raise self.damaged(f"its tensors end at byte {at} of {self.size}")

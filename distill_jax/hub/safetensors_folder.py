@@ -38,7 +38,7 @@ DTYPES = {
 }
 
 
-class Entry(NamedTuple):
+class SafetensorsTensor(NamedTuple):
   """Where one tensor lies."""
 
   path: pathlib.Path
@@ -58,7 +58,7 @@ class SafetensorsFolder:
 
   def __init__(self, folder: pathlib.Path):
     self.files, index = _shards(folder)
-    self._entries: dict[str, Entry] = {}
+    self._entries: dict[str, SafetensorsTensor] = {}
     for path in self.files:
       for name, entry in read_header(path).items():
         if name in self._entries:
@@ -135,7 +135,7 @@ def _shards(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], dict[str, s
   raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}; give a folder with weights")
 
 
-def read_header(path: pathlib.Path) -> dict[str, Entry]:
+def read_header(path: pathlib.Path) -> dict[str, SafetensorsTensor]:
   """The tensors of one file; every length, type and byte range is checked against the file."""
   size = path.stat().st_size
   with path.open("rb") as f:
@@ -164,7 +164,7 @@ def _is_sizes(x: object) -> TypeGuard[list[int]]:
   return isinstance(x, list) and all(type(n) is int and 0 <= n < 2**63 for n in x)
 
 
-def _entry(path: pathlib.Path, name: str, raw: object, start: int) -> Entry:
+def _entry(path: pathlib.Path, name: str, raw: object, start: int) -> SafetensorsTensor:
   if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
     raise InputError(f"{path}: {name} is not described by dtype, shape and data_offsets")
   kind, shape, span = raw["dtype"], raw["shape"], raw["data_offsets"]
@@ -177,4 +177,4 @@ def _entry(path: pathlib.Path, name: str, raw: object, start: int) -> Entry:
     raise InputError(
       f"{path}: {name} is {kind} of shape {shape}, which is not the {span[1] - span[0]} bytes given"
     )
-  return Entry(path, dtype, tuple(shape), start + span[0], start + span[1])
+  return SafetensorsTensor(path, dtype, tuple(shape), start + span[0], start + span[1])

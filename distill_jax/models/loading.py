@@ -21,7 +21,7 @@ from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.models import DecoderConfig, DecoderModel, trainables
 from distill_jax.models.options import ModelOptions, StudentOptions
 from distill_jax.models.runs import RUN, Run, run_folder
-from distill_jax.models.trainables import Shared, Trainable
+from distill_jax.models.trainables import LayerSharing, Trainable
 from distill_jax.nn import params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.nn.quantise import QuantiseOptions
@@ -183,7 +183,7 @@ class ModelSource:
       InputError: the weights do not fit the config, or are not those of `options.digest`.
     """
     loaded = self.load_initial(mesh, key, step)
-    if isinstance(self.options, StudentOptions) and isinstance(self.trainable, Shared):
+    if isinstance(self.options, StudentOptions) and isinstance(self.trainable, LayerSharing):
       shared = self.start_training(loaded.model, mesh, {"student": key})
       model = self.trainable.unshare(shared, mesh, self.compute)
       return dataclasses.replace(loaded, model=model)

@@ -158,7 +158,7 @@ class Quantised(Trainable):
 
 
 @dataclasses.dataclass(frozen=True)
-class Shared(Trainable):
+class LayerSharing(Trainable):
   """Layers that share weights are trained, each perhaps with a low-rank difference of its own."""
 
   options: layer_sharing.ShareOptions = layer_sharing.ShareOptions()
@@ -188,11 +188,11 @@ class Shared(Trainable):
     return Quantised(options=self.integers).merge(model, base, mesh, compute)
 
   @staticmethod
-  def unshare(trained: layer_sharing.Shared, mesh: Mesh, compute: ComputeConfig) -> Model:
+  def unshare(trained: layer_sharing.SharedLayers, mesh: Mesh, compute: ComputeConfig) -> Model:
     """The model with a copy of the shared layers wherever they are used."""
-    abstract = jax.eval_shape(layer_sharing.Shared.merge_adapters, trained)
+    abstract = jax.eval_shape(layer_sharing.SharedLayers.merge_adapters, trained)
     shardings = sharding.shardings(abstract, mesh, compute.rules)
-    return jax.jit(layer_sharing.Shared.merge_adapters, out_shardings=shardings)(trained)
+    return jax.jit(layer_sharing.SharedLayers.merge_adapters, out_shardings=shardings)(trained)
 
 
 WHOLE = Trainable()
@@ -208,7 +208,7 @@ def of_student(options: StudentOptions) -> Trainable:
     case "lora":
       return Lora(options=options.lora)
     case "shared":
-      return Shared(options=options.share, integers=options.quantise)
+      return LayerSharing(options=options.share, integers=options.quantise)
     case "quantised":
       return Quantised(options=options.quantise)
   raise AssertionError(options.train)  # StudentOptions refuses others

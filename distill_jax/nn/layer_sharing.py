@@ -2,9 +2,9 @@
 
 U different layers stand for L: neighbours share (grouped: ALBERT, arXiv:1909.11942), or layer i is
 the (i mod U)th (cyclic: relaxed recursive transformers, arXiv:2410.20672, whose differences are
-LoRA's and start from the residual's largest singular values). What is trained is `Shared`; the
-step and the export see the family's own Model of L layers that it makes, and the gradient of a
-shared weight is the sum over its layers.
+LoRA's and start from the residual's largest singular values). What is trained is
+`SharedLayers`; the step and the export see the family's own Model of L layers that it makes, and
+the gradient of a shared weight is the sum over its layers.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ModelOfStacks(Model, Protocol):
   def layer_stacks(c: Any) -> tuple[LayerStack, ...]: ...
 
 
-class Shared(struct.PyTreeNode):
+class SharedLayers(struct.PyTreeNode):
   """What is trained of a student whose layers share weights."""
 
   unique: ModelOfStacks  # the family's Model of the different layers
@@ -102,7 +102,7 @@ def check(spec: ShareOptions, model: Model) -> None:
     )
 
 
-def start(model: Model, spec: ShareOptions, key: jax.Array, fit: bool) -> Shared:
+def start(model: Model, spec: ShareOptions, key: jax.Array, fit: bool) -> SharedLayers:
   """What training starts from: the model's layers shared.
 
   Args:
@@ -125,7 +125,7 @@ def start(model: Model, spec: ShareOptions, key: jax.Array, fit: bool) -> Shared
     values[path] = v[...] if row is None else _distinct(v[...], row, mean)
   unique = params.replace(abstract, values)
   deltas = lora.init(model, spec.lora, key, AT) if spec.lora.rank else {}
-  shared = Shared(unique, deltas, model.config, spec.order)
+  shared = SharedLayers(unique, deltas, model.config, spec.order)
   if not fit:
     return shared
   original, without_deltas = (dict(params.named_params(m)) for m in (model, shared.unshare()))
@@ -168,7 +168,7 @@ def _distinct(x_LX: jax.Array, row: np.ndarray, mean: bool) -> jax.Array:
   return (total_UX / count_U.reshape(-1, *[1] * (x_LX.ndim - 1))).astype(x_LX.dtype)
 
 
-def _fit(delta: lora.Adapter, original: nnx.Variable, shared: nnx.Variable) -> lora.Adapter:
+def _fit(delta: lora.LoraAdapter, original: nnx.Variable, shared: nnx.Variable) -> lora.LoraAdapter:
   """The delta nearest to original - shared (Eckart and Young), both factors of one size.
 
   Args: original, shared: stacked weights [L, ...] in the model's layout.

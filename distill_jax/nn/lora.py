@@ -40,7 +40,7 @@ class LoraOptions:
 PEFT = "base_model.model."  # what PEFT puts before a module's name
 
 
-class Adapter(struct.PyTreeNode):
+class LoraAdapter(struct.PyTreeNode):
   """What is trained of one stacked weight, with that weight where it is in a model."""
 
   a: nnx.Variable  # [layers, the weight's input axes, rank]
@@ -70,7 +70,7 @@ class Adapter(struct.PyTreeNode):
     return self.weight.replace(self.weight[...].astype(jnp.float32) + self.scale * ab[0])
 
 
-Adapters = dict[str, Adapter]  # by the path of the weight, as "layers.q"
+Adapters = dict[str, LoraAdapter]  # by the path of the weight, as "layers.q"
 
 
 def init(model: Model, spec: LoraOptions, key: jax.Array, at: str = "student.lora") -> Adapters:
@@ -86,7 +86,7 @@ def init(model: Model, spec: LoraOptions, key: jax.Array, at: str = "student.lor
   return {path: _adapter(v, spec, k) for (path, v), k in zip(weights.items(), keys, strict=True)}
 
 
-def _adapter(weight: nnx.Variable, spec: LoraOptions, key: jax.Array) -> Adapter:
+def _adapter(weight: nnx.Variable, spec: LoraOptions, key: jax.Array) -> LoraAdapter:
   """One weight's adapter, for all its layers."""
   meta, (inputs, outputs) = weight.get_metadata(), _linear_axes(weight)
   sizes = dict(zip(meta["axes"], weight.shape, strict=True))
@@ -102,7 +102,7 @@ def _adapter(weight: nnx.Variable, spec: LoraOptions, key: jax.Array) -> Adapter
     return {"a": a, "b": b}
 
   stacked = params.stack(sizes["layers"], of_layer, key, first=meta["first"])
-  return Adapter(**stacked, scale=spec.alpha / spec.rank)
+  return LoraAdapter(**stacked, scale=spec.alpha / spec.rank)
 
 
 def targets(model: Model, spec: LoraOptions, at: str = "student.lora") -> dict[str, nnx.Variable]:
@@ -184,7 +184,7 @@ def _is_routed(v: nnx.Variable) -> bool:
 def with_adapters(model: Tree, adapters: Adapters) -> Tree:
   """Returns the model with its adapters in it: computed as the model that they make."""
 
-  def beside_weight(path: KeyPath, v: nnx.Variable) -> Adapter | nnx.Variable:
+  def beside_weight(path: KeyPath, v: nnx.Variable) -> LoraAdapter | nnx.Variable:
     adapter = adapters.get(params.dotted(path))
     return v if adapter is None else adapter.replace(weight=v)
 
@@ -194,9 +194,9 @@ def with_adapters(model: Tree, adapters: Adapters) -> Tree:
 def merge_attached(tree: Tree) -> Tree:
   """Merges every adapter in a tree (see with_adapters) into its weight, which becomes float32."""
   return jax.tree.map(
-    lambda x: x.merged_weight() if isinstance(x, Adapter) else x,
+    lambda x: x.merged_weight() if isinstance(x, LoraAdapter) else x,
     tree,
-    is_leaf=lambda x: isinstance(x, Adapter) or params.is_param(x),
+    is_leaf=lambda x: isinstance(x, LoraAdapter) or params.is_param(x),
   )
 
 

@@ -95,7 +95,7 @@ def _sent_share(kind: str, n: int) -> float:
   return passes * (n - 1) / n if passes else 1.0
 
 
-class Program:
+class HloText:
   """A program's text (`compiled.as_text()`) as computations of instructions."""
 
   def __init__(self, hlo: str, slices: int = 1):

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.errors import JaxRuntimeError
 
-from distill_jax.preflight.programs import Program
+from distill_jax.preflight.programs import LoweredStep
 
 # 4 to 6 times cheaper than a full compile, with a peak within 5% of it.
 LOW_EFFORT: dict[str, str | int | float | bool] = {"exec_time_optimization_effort": -1.0}
@@ -33,7 +33,7 @@ class Memory:
 
 
 def compile_step(
-  program: Program, options: dict[str, str | int | float | bool] | None = None
+  program: LoweredStep, options: dict[str, str | int | float | bool] | None = None
 ) -> tuple[Memory, Any]:
   """Returns the memory that a step needs, and jax's compiled step, None where it does not fit."""
   arguments = sum(program.arguments.values())

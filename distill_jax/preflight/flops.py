@@ -115,11 +115,11 @@ def model_flops(step_flops: dict[str, float]) -> float:
 def _adapted_params(student: ModelSource) -> int:
   """Numbers of the weights that adapters are added to."""
   trained = student.abstract_trainable
-  adapters = trained.deltas if isinstance(trained, layer_sharing.Shared) else trained
+  adapters = trained.deltas if isinstance(trained, layer_sharing.SharedLayers) else trained
   joined = lora.with_adapters(student.abstract, adapters)
   leaves = jax.tree.leaves(joined, is_leaf=lambda x: _is_adapter(x) or params.is_param(x))
   return sum(params.count(x.weight) for x in leaves if _is_adapter(x))
 
 
 def _is_adapter(x: object) -> bool:
-  return isinstance(x, lora.Adapter)
+  return isinstance(x, lora.LoraAdapter)

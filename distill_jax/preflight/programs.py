@@ -30,7 +30,7 @@ ModelT = TypeVar("ModelT", bound=ModelOptions)
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class LoweredStep:
   """A program that is ready to compile, and its arguments.
 
   Attributes:
@@ -56,7 +56,7 @@ def without_weights(config: Config) -> Config:
   )
 
 
-def lower(config: Config, verb: str, mesh: Mesh) -> Program:
+def lower(config: Config, verb: str, mesh: Mesh) -> LoweredStep:
   """Returns the step of `train`, or the pass of `record`, as it is compiled on this mesh.
 
   Raises:
@@ -112,7 +112,7 @@ def _planned_stores(config: Config) -> stores.Stores:
   return recorded
 
 
-def _train(config: Config, mesh: Mesh) -> Program:
+def _train(config: Config, mesh: Mesh) -> LoweredStep:
   opened, student = _planned_stores(config), loading.open_source(config.student, config.seed)
   c = config.train
   # The tokenizer and the stores are not there yet, and are not looked for.
@@ -146,10 +146,10 @@ def _train(config: Config, mesh: Mesh) -> Program:
     "teacher": bytes_of(teachers),
     "batch": bytes_of(batch),
   }
-  return Program(lowered, {k: n for k, n in arguments.items() if n}, c.batch_size)
+  return LoweredStep(lowered, {k: n for k, n in arguments.items() if n}, c.batch_size)
 
 
-def _record(config: Config, mesh: Mesh) -> Program:
+def _record(config: Config, mesh: Mesh) -> LoweredStep:
   c = config.records
   if c.kind == "text" or c.logprobs:
     raise InputError(
@@ -177,7 +177,7 @@ def _record(config: Config, mesh: Mesh) -> Program:
   )
   with jax.set_mesh(mesh):
     lowered = run.jitted.lower(model, key, batch, index_B)
-  return Program(lowered, {"teacher": bytes_of(model), "batch": bytes_of(batch)}, c.batch_size)
+  return LoweredStep(lowered, {"teacher": bytes_of(model), "batch": bytes_of(batch)}, c.batch_size)
 
 
 def _model(source: ModelSource, mesh: Mesh) -> Model:

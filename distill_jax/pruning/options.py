@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from distill_jax.efficiency.options import DecodeOptions
+from distill_jax.efficiency.options import DecodeTimingOptions
 from distill_jax.models.options import StudentOptions
 
 
@@ -33,7 +33,7 @@ class ShrinkOptions:
   target_decode_rate: float = 0.0  # … or so many tokens a second, one text at a time, here
   steps: int = 100  # of distillation of each candidate
   context: int = 4096  # positions of the text at which target_decode_rate is measured, …
-  decode: DecodeOptions = DecodeOptions()  # … and how
+  decode: DecodeTimingOptions = DecodeTimingOptions()  # … and how
   chunk: int = 128  # positions of each sequence whose logits exist at once, in measuring
   dtype: str = "bfloat16"  # of the folder's weights
   shard_bytes: int = 5_000_000_000  # of one file of the folder

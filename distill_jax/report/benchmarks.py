@@ -8,8 +8,8 @@ from typing import Any
 
 from distill_jax.report.numbers import cell, percent, tone
 
-Row = Mapping[str, Any]  # of evaluation.json
-Evals = Mapping[str, Mapping[str, Row]]  # by benchmark, then by model
+ModelScores = Mapping[str, Any]  # of evaluation.json
+Evals = Mapping[str, Mapping[str, ModelScores]]  # by benchmark, then by model
 
 
 def numbers(evals: Evals) -> Iterator[tuple[str, str]]:
@@ -24,7 +24,7 @@ def models_of(evals: Evals) -> list[str]:
   return list(dict.fromkeys(model for rows in evals.values() for model in rows))
 
 
-def value(row: Row | None, number: str) -> str:
+def value(row: ModelScores | None, number: str) -> str:
   """Formats a number with its interval, e.g. "12.5% (7.5% to 20.0%)"."""
   if row is None or number not in row:
     return "not measured"
@@ -32,7 +32,7 @@ def value(row: Row | None, number: str) -> str:
   return f"{percent(x['value'])} ({percent(x['low'])} to {percent(x['high'])})"
 
 
-def note(by_model: Mapping[str, Row]) -> str:
+def note(by_model: Mapping[str, ModelScores]) -> str:
   """Says how much a benchmark's numbers rest on: of the models, the worst."""
   rows = [row for row in by_model.values() if row]
   if not rows:

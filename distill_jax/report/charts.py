@@ -15,7 +15,7 @@ import numpy as np
 from distill_jax.report.numbers import COLUMNS, cell, tone
 
 if TYPE_CHECKING:
-  from distill_jax.report.html_report import Run
+  from distill_jax.report.html_report import ReportedRun
 
 POINTS = 600  # of one curve, at most
 escape = html.escape
@@ -60,7 +60,7 @@ def _percent_of_axis(x: float, lo: float, hi: float) -> float:
   return 100 * (x - lo) / (hi - lo)
 
 
-def curves(labels: Mapping[str, str], runs: Mapping[str, Run]) -> str:
+def curves(labels: Mapping[str, str], runs: Mapping[str, ReportedRun]) -> str:
   """Returns curves of the quantities that every run logged; only those can be compared."""
   if not runs:
     return '<p class="bad">No run with a metrics.jsonl was given.</p>'
@@ -79,7 +79,7 @@ def curves(labels: Mapping[str, str], runs: Mapping[str, Run]) -> str:
   return f'<p class="legend">{legend}</p><div class="charts">{charts}</div>'
 
 
-def _chart(key: str, title: str, runs: Mapping[str, Run]) -> str:
+def _chart(key: str, title: str, runs: Mapping[str, ReportedRun]) -> str:
   series = {
     name: np.array([[row["step"], row[key]] for row in run.rows if key in row], float)
     for name, run in runs.items()

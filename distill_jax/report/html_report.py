@@ -19,7 +19,7 @@ from distill_jax.types import JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class ReportedRun:
   """A training run as its folder tells it."""
 
   rows: list[dict[str, float]]  # metrics.jsonl
@@ -77,7 +77,7 @@ def write_report(
   return results.summary(evaluation, records, export_dir)
 
 
-def _runs(folder: Path, runs: Mapping[str, str | Path] | None) -> dict[str, Run]:
+def _runs(folder: Path, runs: Mapping[str, str | Path] | None) -> dict[str, ReportedRun]:
   """Reads the run folders: those of MODELS first, in that order, then the others."""
   if runs is None:
     runs = {p.parent.name: p.parent for p in sorted(folder.glob(f"*/{FILE}"))}
@@ -85,9 +85,9 @@ def _runs(folder: Path, runs: Mapping[str, str | Path] | None) -> dict[str, Run]
   return {name: _run(Path(runs[name])) for name in sorted(runs, key=order.index)}
 
 
-def _run(folder: Path) -> Run:
+def _run(folder: Path) -> ReportedRun:
   versions = folder / "versions.json"
-  return Run(
+  return ReportedRun(
     read_metrics(folder),
     _read(folder / "config.json"),
     _read(versions) if versions.is_file() else {},
@@ -104,7 +104,7 @@ def _about(evaluation: Mapping[str, Any]) -> str:
   return f"Measured on {counted} held-out tokens" + (f" of {corpus}." if corpus else ".")
 
 
-def _commands(folder: Path, runs: Mapping[str, Run]) -> dict[str, str]:
+def _commands(folder: Path, runs: Mapping[str, ReportedRun]) -> dict[str, str]:
   """The command of each run, and of each other step with a folder beside them, by time."""
   versions = {p.parent.name: _read(p) for p in folder.glob("*/versions.json")}
   versions |= {name: run.versions for name, run in runs.items()}

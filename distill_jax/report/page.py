@@ -12,7 +12,7 @@ from distill_jax.report.numbers import COLUMNS, cell, percent, text, tone
 from distill_jax.report.style import CSS
 
 if TYPE_CHECKING:
-  from distill_jax.report.html_report import Run
+  from distill_jax.report.html_report import ReportedRun
   from distill_jax.report.results import Gap
 
 escape = html.escape
@@ -24,7 +24,7 @@ def render(
   labels: Mapping[str, str],
   models: Mapping[str, Mapping[str, float | None]],
   gaps: Sequence[Gap],
-  runs: Mapping[str, Run],
+  runs: Mapping[str, ReportedRun],
   records: Mapping[str, Any] | None,
   export_dir: str,
   commands: Mapping[str, str],
@@ -149,7 +149,10 @@ def _records(records: Mapping[str, Any] | None) -> str:
 
 
 def _reproduce(
-  labels: Mapping[str, str], runs: Mapping[str, Run], commands: Mapping[str, str], export_dir: str
+  labels: Mapping[str, str],
+  runs: Mapping[str, ReportedRun],
+  commands: Mapping[str, str],
+  export_dir: str,
 ) -> str:
   parts = "".join(
     f"<h3>{escape(labels.get(name, name))}</h3><pre>{escape(command)}</pre>"

@@ -18,7 +18,7 @@ from distill_jax.tasks._model_configs import VisionConfig
 from distill_jax.types import JsonObject
 
 
-class Pair(NamedTuple):
+class ImageTextPair(NamedTuple):
   """An image's file, its text, and the sha256 of the file."""
 
   image: Path
@@ -64,7 +64,7 @@ class ImageTextTask(JsonlTask):
         f"{self.kind} has size {self.size} and std {self.std}; they are at least 1, and above 0"
       )
 
-  def read_pairs(self, split: str) -> list[Pair]:
+  def read_pairs(self, split: str) -> list[ImageTextPair]:
     """Returns the pairs of a split whose image can be read, in the order of the file."""
     source, bad = self.document_source(split, self.text), self.bad_examples()
     entries: list[tuple[Path, str, str]] = []
@@ -80,7 +80,7 @@ class ImageTextTask(JsonlTask):
     pairs = []
     for (path, text, where), digest in zip(entries, digests, strict=True):
       if digest:
-        pairs.append(Pair(path, text, digest))
+        pairs.append(ImageTextPair(path, text, digest))
       else:
         bad.reject_subject(f"{where}: {path}", "is no image that can be read")
     bad.finish(len(pairs))
@@ -92,7 +92,7 @@ class ImageTextTask(JsonlTask):
     readable = image_files.decode(raw, self.size, self.channels) is not None
     return hashlib.sha256(raw).hexdigest() if readable else ""
 
-  def pixels(self, pair: Pair) -> np.ndarray:
+  def pixels(self, pair: ImageTextPair) -> np.ndarray:
     """Returns uint8 [size, size, channels].
 
     Raises:

@@ -17,7 +17,7 @@ from distill_jax.hub.pretrained import Pretrained
 from distill_jax.models import FamilyConfig
 from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Example, Stack
-from distill_jax.tasks._image_text_pairs import ImageTextTask, Pair
+from distill_jax.tasks._image_text_pairs import ImageTextPair, ImageTextTask
 from distill_jax.tasks._model_configs import ImageDecoderConfig, wrong_kind
 from distill_jax.types import Images, ImageText
 
@@ -71,7 +71,7 @@ class Task(ImageTextTask):
 class CaptionedImages:
   """A TaskSource of rows of tokens with an image each, which is read when it is asked for."""
 
-  def __init__(self, task: Task, pairs: Sequence[Pair], tokenizer: Tokenizer, eos: int):
+  def __init__(self, task: Task, pairs: Sequence[ImageTextPair], tokenizer: Tokenizer, eos: int):
     self.classes, self.positions = task.vocab_size, task.max_tokens
     self._task, self._pairs = task, pairs
     before, after = (tokenizer.encode(part) for part in task.prompt.split("<image>"))

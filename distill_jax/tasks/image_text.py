@@ -17,7 +17,7 @@ from distill_jax.hub.pretrained import Pretrained
 from distill_jax.models import FamilyConfig
 from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Example, Stack
-from distill_jax.tasks._image_text_pairs import ImageTextTask, Pair
+from distill_jax.tasks._image_text_pairs import ImageTextPair, ImageTextTask
 from distill_jax.tasks._model_configs import ImageTextConfig, wrong_kind
 from distill_jax.types import IN_BATCH_CLASSES, Images, ImageText
 
@@ -74,7 +74,7 @@ class EncodedImageTextPairs:
 
   classes, positions = IN_BATCH_CLASSES, 2
 
-  def __init__(self, task: Task, pairs: Sequence[Pair], tokenizer: Tokenizer):
+  def __init__(self, task: Task, pairs: Sequence[ImageTextPair], tokenizer: Tokenizer):
     self._task, self._pairs = task, pairs
     texts, labels = [pair.text for pair in pairs], [0] * len(pairs)
     self._texts = _texts.EncodedTexts(texts, labels, self.classes, tokenizer, task.max_tokens)

@@ -18,7 +18,7 @@ from distill_jax.commands.record import run as record
 from distill_jax.errors import InputError
 from distill_jax.models import deepseek_v3, gemma3, llama, loading, qwen3
 from distill_jax.models.options import StudentOptions
-from distill_jax.models.trainables import Shared
+from distill_jax.models.trainables import LayerSharing
 from distill_jax.nn import layer_sharing, layers, params, sharding
 from distill_jax.nn.layer_sharing import ShareOptions
 from distill_jax.nn.lora import LoraOptions
@@ -135,7 +135,7 @@ def test_what_it_starts_from(compute, order, of):
       same = np.float64(v[...])[np.array(of) == i]
       want = same.mean(0) if compute == "mean" else same[0]
       np.testing.assert_allclose(unique[path][i], want, atol=1e-6, err_msg=path)
-  merged = jax.jit(layer_sharing.Shared.merge_adapters)(shared)
+  merged = jax.jit(layer_sharing.SharedLayers.merge_adapters)(shared)
   assert sorted(shared.deltas) == ["layers.down", "layers.q"]
   for name in ("q", "down"):
     got, want = (getattr(m.layers, name)[...] for m in (merged, model))
@@ -170,7 +170,7 @@ def test_a_delta_that_starts_at_nothing_can_learn():
 def steps(mesh_shape=(1, 1, 1)):
   """(what is trained, metrics) after three steps."""
   spec = ShareOptions(2, lora=LoraOptions(rank=2))
-  step = training_steps.make_step(trainable=Shared(options=spec))
+  step = training_steps.make_step(trainable=LayerSharing(options=spec))
   mesh = sharding.make_mesh(*mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))])
   with jax.set_mesh(mesh):
     init = lambda key: step.init(
@@ -238,7 +238,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder):
   train(shared_config(folder), folder / "stopped")
   mesh = sharding.make_mesh()
   whole, stopped = (loading.open_run(folder / name).restore(mesh) for name in ("whole", "stopped"))
-  assert isinstance(whole, layer_sharing.Shared) and len(whole.unique.layers.q) == 2
+  assert isinstance(whole, layer_sharing.SharedLayers) and len(whole.unique.layers.q) == 2
   jax.tree.map(np.testing.assert_array_equal, whole, stopped)
   rows = read_metrics(folder / "whole")
   assert rows[-1]["loss"] < rows[0]["loss"]

@@ -72,7 +72,7 @@ def test_collectives_in_a_loop_count_as_often_as_it_turns():
   where = NamedSharding(mesh, PartitionSpec("fsdp"))
   compiled = jax.jit(f).lower(jax.ShapeDtypeStruct((32, 16), "float32", sharding=where)).compile()
   mine = 8 * 16 * 4
-  sent = collectives.Program(compiled.as_text()).sent()
+  sent = collectives.HloText(compiled.as_text()).sent()
   assert sent == {
     "all-gather": 5 * 3 * mine,
     "all-reduce": 5 * 2 * mine * 3 // 4,
@@ -124,7 +124,7 @@ ENTRY %main (p: bf16[64,8]) -> bf16[64,8] {
 
 def test_the_ways_of_tpu_programs():
   """A loop from 2 to 7, a reduce-scatter in a fusion, a gather by addition, another slice."""
-  assert collectives.Program(TPU_TEXT, slices=2).sent() == {
+  assert collectives.HloText(TPU_TEXT, slices=2).sent() == {
     "all-gather": 5 * 64 * 8 * 2 * 3 // 4,
     "all-gather as all-reduce": 64 * 8 * 2 * 2 * 3 // 4,
     "dcn all-reduce": 10 * 100 * 4,
@@ -134,7 +134,7 @@ def test_the_ways_of_tpu_programs():
 
 def test_a_loop_of_unknown_length_is_not_guessed():
   with pytest.raises(ValueError, match="ends where 0 counters are compared"):
-    collectives.Program(TPU_TEXT.replace("direction=LT", "direction=NE")).sent()
+    collectives.HloText(TPU_TEXT.replace("direction=LT", "direction=NE")).sent()
 
 
 # ---------------------------------------------------------------- FLOPs
@@ -378,10 +378,12 @@ def test_too_big_is_a_verdict():
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
     "(22.80G) exceeds available HBM (15.75G)."
   )
-  memory, compiled = compiler.compile_step(programs.Program(TooBig(told), {"parameters": 2**30}, 4))
+  memory, compiled = compiler.compile_step(
+    programs.LoweredStep(TooBig(told), {"parameters": 2**30}, 4)
+  )
   assert compiled is None and memory.peak == int(22.8 * 2**30) == memory.temporaries + 2**30
   with pytest.raises(jax.errors.JaxRuntimeError):
-    compiler.compile_step(programs.Program(TooBig("INTERNAL: something else"), {}, 4))
+    compiler.compile_step(programs.LoweredStep(TooBig("INTERNAL: something else"), {}, 4))
 
 
 # ---------------------------------------------------------------- refusals

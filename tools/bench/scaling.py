@@ -44,7 +44,7 @@ def measure(name: str, c: config.Config) -> dict[str, Any]:
   """Bytes of one device."""
   program = programs.lower(c, "train", topology.make_mesh(c.mesh, name))
   memory, compiled = compiler.compile_step(program)
-  sent = collectives.Program(compiled.as_text()).sent()
+  sent = collectives.HloText(compiled.as_text()).sent()
   state = sum(program.arguments[part] for part in ("parameters", "optimizer"))
   return {
     "state_bytes": state,
