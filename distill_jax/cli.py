@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -31,9 +32,9 @@ DISTRIBUTED = flags.DEFINE_string(
 PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps", "", "profiles the steps FIRST:END, e.g. 10:13 for steps 10 to 12"
 )
-TOPOLOGY = flags.DEFINE_string("topology", "", "preflight: the TPUs, e.g. v5p:4x4x4")
-NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "preflight: the number of such slices")
-VERB = flags.DEFINE_string("verb", "train", "preflight: the command to compile, train or record")
+TOPOLOGY = flags.DEFINE_string("topology", None, "preflight: the TPUs, e.g. v5p:4x4x4")
+NUM_SLICES = flags.DEFINE_integer("num_slices", None, "preflight: the number of such slices")
+VERB = flags.DEFINE_string("verb", None, "preflight: the command to compile, train or record")
 JSON = flags.DEFINE_bool("json", False, "prints one JSON object as the last line")
 
 
@@ -118,9 +119,18 @@ def parse(argv: list[str]) -> configs.Config:
     raise InputError(f"the config {named[-1]} does not run: {_one_line(error)}") from error
   if len(rest) > 1:
     raise InputError(f"{rest[1]!r} is neither a verb nor a flag; flags begin with --")
-  preflight = configs.PreflightOptions(TOPOLOGY.value, NUM_SLICES.value, VERB.value)
   resolved = configs.resolve(config)
-  return dataclasses.replace(resolved, profile_steps=PROFILE_STEPS.value, preflight=preflight)
+  flags_given: dict[str, Any] = {
+    "topology": TOPOLOGY.value,
+    "num_slices": NUM_SLICES.value,
+    "verb": VERB.value,
+  }
+  flags_given = {key: value for key, value in flags_given.items() if value is not None}
+  return dataclasses.replace(
+    resolved,
+    profile_steps=PROFILE_STEPS.value or resolved.profile_steps,
+    preflight=dataclasses.replace(resolved.preflight, **flags_given),
+  )
 
 
 def summary(verb: str, result: JsonObject) -> str:

@@ -59,18 +59,18 @@ class Config:
   mesh: MeshOptions = MeshOptions()
   data: DataOptions = DataOptions()
   records: RecordsOptions = RecordsOptions()
-  losses: JsonObject = dataclasses.field(default_factory=dict)  # name: Loss
+  losses: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Loss
   optim: OptimOptions = OptimOptions()
   train: TrainOptions = TrainOptions()
   evaluate: EvaluateOptions = EvaluateOptions()
-  evals: JsonObject = dataclasses.field(default_factory=dict)  # name: Benchmark
+  evals: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Benchmark
   generate: GenerateOptions = GenerateOptions()
   filter: FilterOptions = FilterOptions()
-  filters: JsonObject = dataclasses.field(default_factory=dict)  # name: Filter
-  tasks: JsonObject = dataclasses.field(default_factory=dict)  # name: Task; empty: the next
+  filters: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Filter
+  tasks: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Task; empty: the next
   # token of the corpus in `data`. Each of several tasks has a part of the student's head, in this
   # order, and train.records names a store for each of them, or none
-  augmentations: JsonObject = dataclasses.field(default_factory=dict)  # name: Augmentation
+  augmentations: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Augmentation
   export: ExportOptions = ExportOptions()
   shrink: ShrinkOptions = ShrinkOptions()
   chain: tuple[str, ...] = ()  # names in `links`, from the teacher to the last student
@@ -206,7 +206,13 @@ def _build(cls: Any, tree: JsonObject, path: str) -> Any:
   """Returns a dataclass from a dict, each field converted to its declared type."""
   hints = typing.get_type_hints(cls)
   _check_keys(tree, hints, path)
-  return cls(**{key: _convert(hints[key], value, _join(path, key)) for key, value in tree.items()})
+  fields = {key: _convert(hints[key], value, _join(path, key)) for key, value in tree.items()}
+  try:
+    return cls(**fields)
+  except InputError as error:
+    if not path or str(error).startswith(f"{path}."):
+      raise
+    raise InputError(f"{path}: {error}") from error
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

@@ -83,6 +83,14 @@ def test_unknown_key_on_the_command_line(at):
   assert "'data.seqlen' is unknown; did you mean --config.data.seq_len?" in said
 
 
+def test_what_preflight_compiles_for_is_a_flag_or_a_key(tmp_path, monkeypatch):
+  key = "--config.preflight.topology=v5e:2x2"
+  argv = [*command(tmp_path, "preflight")[:-1], key, "--verb=record"]
+  monkeypatch.setattr(sys, "argv", argv)
+  asked = cli.parse([argv[0], *argv[2:]]).preflight
+  assert (asked.topology, asked.num_slices, asked.verb) == ("v5e:2x2", 1, "record")
+
+
 def test_unknown_key_in_the_file(at):
   assert "peek_lr" in at("record", "c.optim.peek_lr = 1.0")
 

@@ -163,6 +163,11 @@ def _is_cut(name: str, link: LinkOptions) -> bool:
       f"links.{name}.student.keep_layers is {link.student.keep_layers} and the student is made by "
       f"shrink; set links.{name}.shrink.layers alone"
     )
+  if link.shrink.dtype != ShrinkOptions().dtype:
+    raise InputError(
+      f"links.{name}.shrink.dtype is {link.shrink.dtype!r}; expected its default, since a link's "
+      f"model is written in links.{name}.student.param_dtype. Leave it out"
+    )
   if link.steps < 0 or link.peak_lr < 0:
     raise InputError(
       f"links.{name} has steps {link.steps} and peak_lr {link.peak_lr}; each is above 0, or 0 for "

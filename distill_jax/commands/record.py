@@ -42,10 +42,11 @@ def run(config: Config, folder: Path) -> JsonObject:
   teacher = loading.open_source(config.teacher, config.seed)
   if runs_teacher(config.records):
     sharding.shardings(teacher.abstract, mesh, teacher.compute.rules)  # does it divide?
-  corpus = open_corpus(config, teacher)
   options = config.records
   _check(options, of_task=bool(config.tasks))
   sharding.check_batch("records.batch_size", options.batch_size, mesh)
+  teacher.check_digest()
+  corpus = open_corpus(config, teacher)
   width = feature_width(options, teacher)
   manifest = recorder.manifest_of(options, corpus, _identity(options, teacher), width)
   if jax.process_count() > len(manifest.ranges):

@@ -161,7 +161,7 @@ class ModelSource:
       return self.run.digest
     if self.pretrained is None:
       return f"random, seed {self.seed}"
-    self._check_digest()
+    self.check_digest()
     return self.pretrained.digest
 
   @property
@@ -205,7 +205,7 @@ class ModelSource:
     if self.run is not None:
       model = self.run.load(mesh, compute, step)
     elif self.pretrained is not None:
-      self._check_digest()
+      self.check_digest()
       changed = apply_changes(self.pretrained.config, spec.changes)
       overrides = Overrides(changed, spec.new, key)
       model = load_model(
@@ -223,7 +223,8 @@ class ModelSource:
     model = registry.load("models", self.family).Model(self.config, key)
     return params.map_params(cast, model)
 
-  def _check_digest(self) -> None:
+  def check_digest(self) -> None:
+    """Refuses another checkpoint than `options.digest` names; reads the weights if it names one."""
     digest, source = self.options.digest, self.pretrained
     if digest and source is not None and source.digest != digest:
       raise InputError(

@@ -89,7 +89,7 @@ def check(spec: ShareOptions, model: Model) -> None:
   if not isinstance(model, ModelOfStacks):
     raise InputError(
       f"student.share.layers is {spec.layers} and the student is no decoder, whose layers these "
-      "are; leave student.share as it is"
+      "are; set student.train='whole'"
     )
   *unshared, last = model.layer_stacks(model.config)
   own = sum(stack.size for stack in unshared)
@@ -98,7 +98,7 @@ def check(spec: ShareOptions, model: Model) -> None:
     why = f", of which the first {own} are of another kind and stay as they are" if own else ""
     raise InputError(
       f"student.share.layers is {spec.layers} and the student has {L} layers{why}; it is "
-      f"from {own + 1} to {L}; leave student.share as it is to share none"
+      f"from {own + 1} to {L}; set student.train='whole' to share none"
     )
 
 

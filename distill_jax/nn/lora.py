@@ -24,7 +24,7 @@ from distill_jax.types import Model, Tree
 class LoraOptions:
   """Low-rank adapters, trained in the place of the model's own weights."""
 
-  rank: int = 0  # 0: none, and all weights are trained
+  rank: int = 0  # at least 1 where adapters are trained
   alpha: float = 16.0  # a weight W is used as W + alpha / rank * A B
   targets: tuple[str, ...] = (  # Hugging Face's names of linear layers, or ends of dotted ones
     "q_proj",
@@ -140,8 +140,8 @@ def targets(model: Model, spec: LoraOptions, at: str = "student.lora") -> dict[s
 def _check_options(spec: LoraOptions, at: str) -> None:
   if spec.rank < 1 or not 0 < spec.alpha < math.inf:
     raise InputError(
-      f"{at} has rank {spec.rank} and alpha {spec.alpha:g}; the rank is at least 1 (0 for "
-      "no adapters) and alpha a positive number"
+      f"{at} has rank {spec.rank} and alpha {spec.alpha:g}; the rank is at least 1 and "
+      "alpha a positive number; for no adapters set student.train='whole'"
     )
   if not spec.targets or len(set(spec.targets)) < len(spec.targets):
     raise InputError(f"{at}.targets is {spec.targets}; name modules, each once")

@@ -100,7 +100,14 @@ def read_config(path: str | Path) -> configs.Config:
   file = Path(path) / "config.json"
   if not file.exists():
     raise InputError(f"{path} holds no run: there is no {file.name} in it; train there first")
-  return configs.from_dict(read_object(file, DAMAGED))
+  tree = read_object(file, DAMAGED)
+  try:
+    return configs.from_dict(tree)
+  except InputError as error:
+    raise InputError(
+      f"{file} does not fit this version of distill_jax: {error}. Train again in another "
+      "--workdir, or use the version that versions.json names"
+    ) from error
 
 
 def versions() -> JsonObject:

@@ -73,6 +73,7 @@ def check_teachers(config: Config) -> None:
 
 def check_student(student: ModelSource) -> None:
   """Refuses adapters, sharing, integers or frozen parameters that do not fit the student."""
+  student.check_digest()
   _ = student.abstract_trainable  # refuses adapters and sharing that do not fit
   student.trainable.check(student.abstract)
 
@@ -127,10 +128,15 @@ def check_records(config: Config, stores: Stores) -> None:
           _check_loss(name, fn, path, manifest, kinds)
         elif teacher in store.others:
           _check_loss(name, fn, path, store.others[teacher].manifest, set())
-  conventions = {store.manifest.missing_mass for store in stores if store.manifest.kind != "text"}
-  if len(conventions) > 1 and not config.train.online:
+  kept = {p: s.manifest for p, s in zip(paths, stores, strict=True) if s.manifest.kind != "text"}
+  reads_targets = any(
+    isinstance(fn, TokenLoss) and "teacher" in fn.teacher_names for fn in config.losses.values()
+  )
+  conventions = {manifest.missing_mass for manifest in kept.values()}
+  if len(conventions) > 1 and reads_targets and not config.train.online:
+    named = ", ".join(f"{path} ({m.kind}, {m.missing_mass})" for path, m in kept.items())
     raise InputError(
-      f"records {paths} have missing_mass {sorted(conventions)}; mix stores with the same"
+      f"train.records mixes {named}; expected one kind and one missing_mass. Record them alike"
     )
 
 

@@ -18,7 +18,7 @@ from distill_jax.nn import sharding
 from distill_jax.records import collate
 from distill_jax.records.store import open_store
 from distill_jax.runtime import checkpoint
-from distill_jax.runtime.workdir import Workdir
+from distill_jax.runtime.workdir import Workdir, read_config
 from distill_jax.training import loop as training
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.training.stores import open_stores
@@ -179,6 +179,14 @@ def test_a_workdir_of_another_config_is_refused(folder):
     train(c, folder / "whole")
 
 
+def test_a_run_of_another_version_is_refused_by_its_file(tmp_path):
+  tree = config.to_dict(config.resolve(tiny.tiny(tmp_path)))
+  tree["records"]["taps_of"] = tree["records"].pop("tap_kind")
+  (tmp_path / "config.json").write_text(json.dumps(tree))
+  with pytest.raises(InputError, match=r"config.json does not fit .*'records.taps_of' is unknown"):
+    read_config(tmp_path)
+
+
 @pytest.mark.parametrize(
   "kind, options, losses",
   [
@@ -219,6 +227,12 @@ def test_what_records_cannot_serve_is_refused(folder):
   c.teacher.digest = "abc"
   with pytest.raises(InputError, match="are of a teacher with digest .* teacher.digest is abc"):
     train(c, folder / "refused5")
+  c = tiny.tiny(folder)
+  c.records.kind = "topk"
+  record(config.resolve(c), folder / "mixed")
+  c.train.records = (str(folder / "records"), str(folder / "mixed"))
+  with pytest.raises(InputError, match=r"mixes .*\(sampled, none\), .*\(topk, tail_bucket\)"):
+    train(c, folder / "refused6")
   c = tiny.tiny(folder)
   c.train.records = (str(folder / "text"),)
   with pytest.raises(InputError, match="hold text alone"):

@@ -297,7 +297,7 @@ def test_preflight_counts_the_deltas(base):
   [
     ({"layers": 4}, r"layers is 4 and the student has 3 layers; it is from 1 to 3"),
     ({"layers": -1}, r"layers is -1"),
-    ({"layers": 0}, r"layers is 0 .*leave student.share as it is"),
+    ({"layers": 0}, r"layers is 0 .*set student.train='whole'"),
     ({"order": "groups"}, r"order 'groups' .*one of cyclic, grouped"),
     ({"start": "last"}, r"start 'last'"),
     ({"lora": {"rank": 99}}, r"student.share.lora.rank is 99 and layers.q is 32 by 32"),
