@@ -19,6 +19,8 @@ QUICK = (
   "--xla_backend_optimization_level=0",
   "--xla_cpu_use_fusion_emitters=false",
   "--xla_cpu_parallel_codegen_split_count=1",
+  # On a loaded machine a virtual device may wait longer for the others than the default 40 s.
+  "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
 os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *QUICK])
 
