@@ -49,3 +49,19 @@ def record(folder, m=None, shards=None, index=0, count=1):
       w.write_shard(r, map(sequence, r))
     w.complete()
   return todo
+
+
+def same(got, i):
+  """Asserts that a record that was read is sequence i."""
+  want = sequence(i)
+  np.testing.assert_array_equal(got["tokens_T"], want["tokens_T"])
+  dense = np.zeros((T, V))
+  np.add.at(dense, (np.arange(T)[:, None], got["ids_TK"]), got["weight_TK"])
+  ref = np.zeros((T, V))
+  np.add.at(ref, (np.arange(T)[:, None], want["ids_TN"]), want["mask_T"][:, None] / N)
+  np.testing.assert_allclose(dense, ref, atol=1e-6)
+
+
+def contents(folder):
+  """Returns the bytes of the files of a store, by name."""
+  return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}

@@ -1,0 +1,162 @@
+"""Stores that are damaged, foreign or of another run are refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from tiny_store import N, V, contents, manifest, record, same
+
+from distill_jax.errors import InputError
+from distill_jax.records import store
+from distill_jax.records.manifest import NAME, shard_name
+
+
+def refused(folder, *words, expect=None, read=False):
+  with pytest.raises(InputError) as e:
+    s = store.open_store(folder, expect)
+    if read:
+      for i in range(len(s)):
+        s[i]
+  for word in words:
+    assert word in str(e.value)
+
+
+def test_flipped_byte_anywhere_in_the_data(copy):
+  path = copy / shard_name(1)
+  data = bytearray(path.read_bytes())
+  used = len(bytes(data).rstrip(b"\0"))
+  found = 0
+  for at in range(100, used, used // 12):
+    bad = bytearray(data)
+    bad[at] ^= 0x10
+    path.write_bytes(bad)
+    with pytest.raises(InputError, match=path.name):
+      store.open_store(copy).verify()
+    found += 1
+    try:  # a read finds it, or the byte was not part of a record
+      s = store.open_store(copy)
+      for i in range(3, 6):
+        same(s[i], i)
+    except InputError as e:
+      assert path.name in str(e)  # noqa: PT017
+  assert found > 10
+
+
+def test_records_of_one_label_are_a_few_dozen_bytes(tmp_path):
+  """Many share a chunk; each is still read by itself, and one bad byte is still seen."""
+  rng = np.random.default_rng(0)
+  labels, logits = rng.integers(0, 10, 3000), rng.normal(size=(3000, 10)).astype(np.float32)
+  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+  def one(i):
+    order = np.argsort(-logp[i]).astype(np.int32)
+    return {
+      "tokens_T": labels[i : i + 1].astype(np.int32),
+      "segments_T": np.ones(1, np.int32),
+      "mask_T": np.ones(1, bool),
+      "ids_TN": order[None],
+      "logp_TN": logp[i][order][None],
+      "argmax_T": order[:1],
+      "label_logp_T": logp[i, labels[i : i + 1]],
+      "entropy_T": -np.sum(np.exp(logp[i]) * logp[i], keepdims=True),
+    }
+
+  kind = {"kind": "topk", "n": 10, "vocab_size": 10, "seq_len": 1, "missing_mass": "renormalise"}
+  about = manifest(3000, logp=True, sequences_per_shard=3000, **kind)
+  with store.Writer(tmp_path, about) as w:
+    w.write_shard(range(3000), map(one, range(3000)))
+    done = w.complete()
+  assert done.shards[0].bytes < 100 * 3000  # 20 of them the log-probabilities, of random logits
+  read = store.open_store(tmp_path)
+  for i in rng.permutation(3000)[:100]:
+    got = read[int(i)]
+    assert got["tokens_T"] == labels[i]
+    # float16 below 8 is to 2^-9.
+    np.testing.assert_allclose(got["logp_TK"][0], logp[i][got["ids_TK"][0]], atol=2e-3)
+  path = tmp_path / shard_name(0)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 3] ^= 1
+  path.write_bytes(data)
+  refused(tmp_path, path.name, read=True)
+
+
+def test_truncated_empty_and_missing_shards(copy):
+  path = copy / shard_name(2)
+  data = path.read_bytes()
+  path.write_bytes(data[: len(data) // 2])
+  refused(copy, path.name, f"{len(data) // 2} bytes", str(len(data)))
+  path.write_bytes(b"")
+  refused(copy, path.name, "0 bytes")
+  path.write_bytes(bytes(len(data)))
+  refused(copy, path.name)
+  path.unlink()
+  refused(copy, path.name, "missing")
+
+
+def test_foreign_shard_of_the_right_name(copy, tmp_path):
+  record(tmp_path / "other", manifest(corpus="another"))
+  shutil.copy(tmp_path / "other" / shard_name(1), copy / shard_name(1))
+  refused(copy, shard_name(1), "of store", read=True)
+  with pytest.raises(InputError, match="digest"):
+    store.open_store(copy).verify()
+  shutil.copy(copy / shard_name(0), copy / shard_name(1))  # one of this store, elsewhere
+  refused(copy, shard_name(1), "record 0", "record 3", read=True)
+
+
+@pytest.mark.parametrize(
+  ("expect", "words"),
+  [
+    ({"tokenizer": "other"}, ("tokenizer='tok'", "'other'")),
+    ({"vocab_size": 7}, (f"vocab_size={V}", "7")),
+    ({"teacher": "xyz"}, ("'abc'", "'xyz'")),
+    ({"nonsense": 1}, ("nonsense",)),
+  ],
+)
+def test_another_tokenizer_vocabulary_or_teacher(whole, expect, words):
+  refused(whole, *words, expect=expect)
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ({"tokenizer": "x"}, "tokenizer='tok' and this run has tokenizer='x'"),
+    ({"n": 7}, f"n={N} and this run has n=7"),
+    ({"teacher": {"name": "t", "config": {"layers": 2}, "digest": "q"}}, "teacher.digest='abc'"),
+  ],
+)
+def test_another_recording_in_the_folder(copy, change, words):
+  before = contents(copy)
+  with pytest.raises(InputError, match=words):
+    record(copy, manifest(**change))
+  assert contents(copy) == before
+
+
+def test_manifests_that_are_none(copy, tmp_path):
+  refused(tmp_path / "nowhere", "holds no manifest")
+  text = (copy / NAME).read_text()
+  for bad, word in [
+    (text[: len(text) // 2], "cannot be read"),
+    ("[]", "format None"),
+    (text.replace('"format_version": 1', '"format_version": 99'), "format 99"),
+    (text.replace('"corpus"', '"corpse"'), "corpse"),
+  ]:
+    (copy / NAME).write_text(bad)
+    refused(copy, NAME, word)
+    with pytest.raises(InputError, match=NAME):
+      record(copy)
+
+
+def test_manifest_fields():
+  for change, word in [
+    ({"kind": "topk"}, "tail_bucket"),
+    ({"missing_mass": "renormalise"}, "none"),
+    ({"kind": "topk", "missing_mass": "renormalise", "temperature": 2.0}, "temperature"),
+    ({"kind": "dense", "missing_mass": "renormalise"}, f"n is {N} for kind 'dense' of {V}"),
+    ({"kind": "dense", "n": V}, "expected renormalise"),
+    ({"kind": "dense", "n": V, "missing_mass": "renormalise", "temperature": 2.0}, "expected 1"),
+    ({"extents": ()}, "empty corpus"),
+  ]:
+    with pytest.raises(InputError, match=word):
+      manifest(**change)
+  assert json.loads(json.dumps(manifest().identity)) == manifest().identity
