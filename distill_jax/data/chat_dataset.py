@@ -7,7 +7,6 @@ text (the user's) or messages, and whose text is the assistant's turn.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 
@@ -100,7 +99,7 @@ def parse(line: str) -> tuple[list[JsonObject], list[JsonObject] | None]:
 
 def confidence(line: str, field: str) -> float:
   """Returns how far a line's labels are to be trusted, from 0 to 1, as its field says."""
-  value = json.loads(line).get(field)
+  value = jsonl.parse_object(line).get(field)
   if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
     raise InputError(
       f"its field {field!r} is {value!r:.60}, and data.trust names a number from 0 to 1, such as "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,7 @@ def _csv_rows(file: Path, data: bytes) -> list[BenchmarkRow]:
 
 
 def _list(file: Path, data: bytes) -> list[BenchmarkRow]:
-  try:
-    rows = json.loads(data.decode("utf-8-sig"))
-  except (ValueError, RecursionError) as e:
-    raise InputError(f"{file} is damaged ({e}); fetch it again") from e
+  rows = json_io.parse(data.removeprefix(codecs.BOM_UTF8), str(file), "fetch it again")
   if not isinstance(rows, list):
     raise InputError(f"{file} holds a JSON {type(rows).__name__}; it ought to be a list of rows")
   return rows

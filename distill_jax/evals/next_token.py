@@ -34,8 +34,8 @@ def compare(
   assert reference.head_VD is not None
 
   def chunk_metrics(logits_BCV: jax.Array, piece: Batch) -> dict[str, dict[str, Mean]]:
-    teacher_BCV = fused_head.soft_cap(logits_BCV, reference.soft_cap)
-    teacher_BCV = fused_head.only_rows(teacher_BCV, piece.class_range_BT2)
+    rows_BC2 = piece.class_range_BT2
+    teacher_BCV = fused_head.cap_and_select(logits_BCV, reference.soft_cap, rows_BC2)
     logp_BCV = jax.nn.log_softmax(teacher_BCV)
     means = {teacher: token_metrics.of_distributions(logp_BCV, logp_BCV, piece)}
     for name, output in piece.targets.items():
@@ -58,9 +58,7 @@ def score(model: Model, batch: Batch, compute: ComputeConfig, chunk: int) -> Mea
   batch = batch.with_contrastive_labels() if out.contrastive else batch
 
   def ce(logits_BCV: jax.Array, piece: Batch) -> Mean:
-    logits_BCV = fused_head.soft_cap(logits_BCV, out.soft_cap)
-    logits_BCV = fused_head.only_rows(logits_BCV, piece.class_range_BT2)
-    label_logp_BC = fused_head.logp_at(logits_BCV, piece.labels_BT[..., None])[..., 0]
-    return Mean.of(-label_logp_BC, piece.mask_BT)
+    logits_BCV = fused_head.cap_and_select(logits_BCV, out.soft_cap, piece.class_range_BT2)
+    return Mean.of(-fused_head.label_logp(logits_BCV, piece.labels_BT), piece.mask_BT)
 
   return fused_head.fold(ce, out.hidden_BTD, out.head_VD, batch, chunk)

@@ -83,7 +83,7 @@ class Loss(TokenLoss):
     if not self.label_trust:
       return loss_BC
     trust_BC = self.label_trust * (1 - jnp.sum(share_ABC * jnp.exp(label_logp_ABC), 0))
-    hard_BC = -fused_head.logp_at(logits_BCV, batch.labels_BT[..., None])[..., 0]
+    hard_BC = -fused_head.label_logp(logits_BCV, batch.labels_BT)
     return (1 - trust_BC) * loss_BC + trust_BC * hard_BC
 
   def _label_logp(

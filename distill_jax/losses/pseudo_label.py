@@ -34,4 +34,4 @@ class Loss(TokenLoss):
         f"pseudo_label needs the most probable token, which the records of {self.teacher!r} do "
         "not hold; record again, or run the teacher in the step"
       )
-    return -fused_head.logp_at(logits_BCV, argmax_BC[..., None])[..., 0]
+    return -fused_head.label_logp(logits_BCV, argmax_BC)

@@ -26,8 +26,6 @@ ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
 class Config(_seq2seq.DecoderSizes):
   """The shape that Marian and Whisper share, under Hugging Face's names. There is no dropout."""
 
-  vocab_size: int
-  d_model: int
   encoder_layers: int
   encoder_attention_heads: int
   encoder_ffn_dim: int
@@ -38,11 +36,7 @@ class Config(_seq2seq.DecoderSizes):
   MODEL_TYPE: ClassVar[str]
   ARCHITECTURE: ClassVar[str]
   SUPPORTED_VALUES: ClassVar[JsonObject]
-  OPTIONAL_ZERO: ClassVar[tuple[str, ...]] = (
-    "pad_token_id",
-    "eos_token_id",
-    "decoder_start_token_id",
-  )
+  DECODER_LAYERS: ClassVar[str] = "decoder_layers"
 
   def __post_init__(self):
     check_numbers(self, self.OPTIONAL_ZERO)
@@ -84,14 +78,6 @@ class Config(_seq2seq.DecoderSizes):
       self.activation,
       layer_norm_eps=EPS,
     )
-
-  def keep_layers(self, kept: tuple[int, ...]) -> Self:
-    """The config of a model that has these decoder layers of this one, and all of the encoder."""
-    return dataclasses.replace(self, decoder_layers=len(kept))
-
-  @property
-  def num_hidden_layers(self) -> int:
-    return self.decoder_layers
 
   @property
   def num_attention_heads(self) -> int:

@@ -6,7 +6,8 @@ model; how they are put together, and how tokens are decoded one by one, is here
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+import dataclasses
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,33 @@ from distill_jax.types import QKV, Output, SourceTarget
 ENCODER_AXIS = "encoder_layers"  # of stacked encoder layers: keep_layers means the decoder's
 
 
+@dataclasses.dataclass(frozen=True)
 class DecoderSizes(FamilyDefaults):
-  """Sizes that are asked of every config: those of the decoder. A family adds its layers."""
+  """Sizes that are asked of every config: those of the decoder. A family adds its heads.
+
+  Attributes:
+    DECODER_LAYERS: the family's field with the number of decoder layers.
+    OPTIONAL_ZERO: fields that may be 0.
+  """
 
   vocab_size: int
   d_model: int
+
+  DECODER_LAYERS: ClassVar[str]
+  OPTIONAL_ZERO: ClassVar[tuple[str, ...]] = (
+    "pad_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+  )
+
+  def keep_layers(self, kept: tuple[int, ...]) -> Self:
+    """The config of a model that has these decoder layers of this one, and all of the encoder."""
+    return dataclasses.replace(self, **{self.DECODER_LAYERS: len(kept)})
+
+  @property
+  def num_hidden_layers(self) -> int:
+    layers: int = getattr(self, self.DECODER_LAYERS)
+    return layers
 
   @property
   def num_attention_heads(self) -> int:

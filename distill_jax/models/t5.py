@@ -32,8 +32,6 @@ SUPPORTED_VALUES = {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": Tru
 class Config(_seq2seq.DecoderSizes):
   """The shape of a model, in Hugging Face's words. There is no dropout."""
 
-  vocab_size: int
-  d_model: int
   d_kv: int
   d_ff: int
   num_layers: int
@@ -47,11 +45,7 @@ class Config(_seq2seq.DecoderSizes):
   eos_token_id: int = 1
   decoder_start_token_id: int = 0
 
-  OPTIONAL_ZERO: ClassVar[tuple[str, ...]] = (
-    "pad_token_id",
-    "eos_token_id",
-    "decoder_start_token_id",
-  )
+  DECODER_LAYERS: ClassVar[str] = "num_decoder_layers"
 
   def __post_init__(self):
     check_numbers(self, self.OPTIONAL_ZERO)
@@ -85,18 +79,10 @@ class Config(_seq2seq.DecoderSizes):
       "use_cache": True,
     }
 
-  def keep_layers(self, kept: tuple[int, ...]) -> Self:
-    """The config of a model that has these decoder layers of this one, and all of the encoder."""
-    return dataclasses.replace(self, num_decoder_layers=len(kept))
-
   def ignores_tensor(self, name: str) -> bool:
     """Whether a checkpoint may hold this tensor although the model has no use for it."""
     copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of the shared table
     return name in copies or name.endswith("layer.1.EncDecAttention.relative_attention_bias.weight")
-
-  @property
-  def num_hidden_layers(self) -> int:
-    return self.num_decoder_layers
 
   @property
   def tied_table(self) -> str | None:

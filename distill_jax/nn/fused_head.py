@@ -18,13 +18,24 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from distill_jax.errors import InputError
-from distill_jax.nn import sharding
-from distill_jax.nn.logits import fit_rows, log_sum_exp, logits, logp_at, only_rows, soft_cap
+from distill_jax.nn import chunks, sharding
+from distill_jax.nn.logits import (
+  cap_and_select,
+  fit_rows,
+  label_logp,
+  log_sum_exp,
+  logits,
+  logp_at,
+  only_rows,
+  soft_cap,
+)
 from distill_jax.types import Batch, PyTree
 
 __all__ = [
+  "cap_and_select",
   "fit_rows",
   "fold",
+  "label_logp",
   "log_sum_exp",
   "logits",
   "logp_at",
@@ -128,17 +139,17 @@ def _scan_values(
   sum_over_batch: SumOverBatch,
 ) -> PyTree:
   """`fold` of one device's sequences."""
-  chunks = _split(hidden_BTD, batch, chunk)
+  pieces = _split(hidden_BTD, batch, chunk)
 
   def value_of(hidden_BCD, piece):
     with jax.named_scope("head"):
-      return chunk_fn(logits(hidden_BCD, head_VD, vocab_size), chunks.with_heads(piece))
+      return chunk_fn(logits(hidden_BCD, head_VD, vocab_size), pieces.with_heads(piece))
 
   def add_chunk(sums, xs):
     return jax.tree.map(jnp.add, sums, value_of(*xs)), None
 
-  zero = _zeros_like_result(value_of, chunks)
-  sums, _ = jax.lax.scan(add_chunk, zero, (chunks.hidden_nBCD, chunks.batch))
+  zero = _zeros_like_result(value_of, pieces)
+  sums, _ = jax.lax.scan(add_chunk, zero, (pieces.hidden_nBCD, pieces.batch))
   return sum_over_batch(sums)
 
 
@@ -165,7 +176,7 @@ def _scan_gradients(
                                         times hidden states        added to `head_grad_svD`
                                         times the head             is hidden_grad_nBCD[i]
   """
-  chunks = _split(hidden_BTD, batch, chunk)
+  pieces = _split(hidden_BTD, batch, chunk)
   head_svD, blocks = _shards_and_blocks(head_VD, shards)
 
   def value_and_grad(hidden_BCD, piece):
@@ -173,7 +184,7 @@ def _scan_gradients(
     with jax.named_scope("head"):
       logits_BCV = logits(hidden_BCD, head_VD, vocab_size)
       value, pull, metrics = jax.vjp(
-        lambda z_BCV: loss_fn(z_BCV, chunks.with_heads(piece)), logits_BCV, has_aux=True
+        lambda z_BCV: loss_fn(z_BCV, pieces.with_heads(piece)), logits_BCV, has_aux=True
       )
       grad_BCV = pull(jnp.ones_like(value))[0].astype(head_VD.dtype)
     return (value, metrics), grad_BCV
@@ -187,13 +198,13 @@ def _scan_gradients(
       )
     return (jax.tree.map(jnp.add, sums, chunk_sums), head_grad_svD), hidden_grad_BCD
 
-  zero_sums = _zeros_like_result(lambda *xs: value_and_grad(*xs)[0], chunks)
+  zero_sums = _zeros_like_result(lambda *xs: value_and_grad(*xs)[0], pieces)
   carry = zero_sums, jnp.zeros(head_svD.shape, jnp.float32)
-  carry, hidden_grad_nBCD = jax.lax.scan(add_chunk, carry, (chunks.hidden_nBCD, chunks.batch))
+  carry, hidden_grad_nBCD = jax.lax.scan(add_chunk, carry, (pieces.hidden_nBCD, pieces.batch))
   sums, head_grad_svD = carry
   # Summed over the devices that share the head once a pass, not once a chunk.
   sums, head_grad_VD = sum_over_batch((sums, head_grad_svD.reshape(head_VD.shape)))
-  return sums, head_grad_VD, _join(hidden_grad_nBCD, hidden_BTD.shape[1])
+  return sums, head_grad_VD, chunks.join(hidden_grad_nBCD, hidden_BTD.shape[1])
 
 
 def _mesh_size(axes: tuple[str, ...], argument: str) -> int:
@@ -311,31 +322,20 @@ def _split(hidden_BTD: jax.Array, batch: Batch, chunk: int) -> _Chunks:
   Masked positions are zeroed here, once: a NaN there would survive `0 * NaN` in the
   gradient of the head. The last chunk is filled up with masked positions.
   """
-  T = hidden_BTD.shape[1]
-  chunk = min(chunk, T)
-  n = -(-T // chunk)
 
   def cut(x_BT):
     mask = batch.mask_BT.reshape(batch.mask_BT.shape + (1,) * (x_BT.ndim - 2))
-    x_BT = jnp.where(mask, x_BT, jnp.zeros((), x_BT.dtype))
-    x_BT = jnp.pad(x_BT, ((0, 0), (0, n * chunk - T)) + ((0, 0),) * (x_BT.ndim - 2))
-    return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], n, chunk, *x_BT.shape[2:]), 1, 0)
+    return chunks.split(jnp.where(mask, x_BT, jnp.zeros((), x_BT.dtype)), chunk)
 
   # What has no position axis stays out of the scan and is put back into every chunk.
   heads = {name: t.head_VD for name, t in batch.targets.items()}
   targets = {n: t.replace(head_VD=None, taps_BPTD=None) for n, t in batch.targets.items()}
-  pieces = jax.tree.map(cut, batch.replace(inputs=None, targets=targets))
-  return _Chunks(cut(hidden_BTD), pieces, heads)
+  batch_nBC = jax.tree.map(cut, batch.replace(inputs=None, targets=targets))
+  return _Chunks(cut(hidden_BTD), batch_nBC, heads)
 
 
-def _join(x_nBCD: jax.Array, T: int) -> jax.Array:
-  """The inverse of `_split`: [B, T, D], without what filled the last chunk up."""
-  n, B, C, D = x_nBCD.shape
-  return jnp.moveaxis(x_nBCD, 0, 1).reshape(B, n * C, D)[:, :T]
-
-
-def _zeros_like_result(fn: Callable[[jax.Array, Batch], PyTree], chunks: _Chunks) -> PyTree:
+def _zeros_like_result(fn: Callable[[jax.Array, Batch], PyTree], pieces: _Chunks) -> PyTree:
   """Zeros of the shapes that `fn(hidden, batch)` has for a chunk."""
-  first = jax.tree.map(lambda x: x[0], (chunks.hidden_nBCD, chunks.batch))
+  first = jax.tree.map(lambda x: x[0], (pieces.hidden_nBCD, pieces.batch))
   shapes = jax.eval_shape(fn, *first)
   return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

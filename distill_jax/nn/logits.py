@@ -38,6 +38,13 @@ def only_rows(logits_BCV: jax.Array, rows_BC2: jax.Array | None) -> jax.Array:
   return jnp.where(((row_V >= first) & (row_V < past)) | (past == 0), logits_BCV, -jnp.inf)
 
 
+def cap_and_select(
+  logits_BCV: jax.Array, cap: float | None, rows_BC2: jax.Array | None
+) -> jax.Array:
+  """Logits as every loss and metric reads them: capped, over the rows to choose among."""
+  return only_rows(soft_cap(logits_BCV, cap), rows_BC2)
+
+
 def fit_rows(logits_BCV: jax.Array, like_BCV: jax.Array) -> jax.Array:
   """Logits over as many rows as `like` has: padding rows are cut, or added as -inf.
 
@@ -63,3 +70,8 @@ def logp_at(logits_BCV: jax.Array, ids_BCK: jax.Array) -> jax.Array:
   """log softmax at a few ids, [B, C, K], without the log-probabilities of all the others."""
   picked = jnp.take_along_axis(logits_BCV, ids_BCK, axis=-1)
   return picked - log_sum_exp(logits_BCV)
+
+
+def label_logp(logits_BCV: jax.Array, labels_BC: jax.Array) -> jax.Array:
+  """log softmax at one id of each position, [B, C]."""
+  return logp_at(logits_BCV, labels_BC[..., None])[..., 0]

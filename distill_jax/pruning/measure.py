@@ -225,6 +225,6 @@ def _loss_without(
 
   def ce(z_BCV: jax.Array, piece: Batch) -> Mean:
     z_BCV = fused_head.soft_cap(z_BCV, out.soft_cap)
-    return Mean.of(-fused_head.logp_at(z_BCV, piece.labels_BT[..., None])[..., 0], piece.mask_BT)
+    return Mean.of(-fused_head.label_logp(z_BCV, piece.labels_BT), piece.mask_BT)
 
   return fused_head.fold(ce, out.hidden_BTD, out.head_VD, batch, chunk, vocab_size)

@@ -19,15 +19,16 @@ missing_mass convention says.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from distill_jax.data import jsonl
 from distill_jax.errors import InputError
 from distill_jax.records.fields import ARGMAX, IDS, LABEL_LOGP, LOGP, Record
+from distill_jax.runtime import json_io
 from distill_jax.types import JsonObject
 
 FORMATS = ("vllm", "sglang", "openai")
@@ -85,14 +86,11 @@ def sequences(
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+  """Yields (its number, what it holds) for each line."""
   try:
-    with path.open(encoding="utf-8") as f:
-      for number, line in enumerate(f, 1):
-        if line.strip():
-          yield number, json.loads(line)
-  except json.JSONDecodeError as e:
-    raise InputError(f"{path}, line {number} is not JSON ({e}); one response a line") from e
-  except (OSError, UnicodeDecodeError) as e:
+    for line in jsonl.read_lines(path):
+      yield line.number, json_io.parse(line.text(), line.where, "one response a line")
+  except OSError as e:
     raise InputError(f"{path} cannot be read ({e}); give a UTF-8 JSONL file") from e
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from distill_jax.errors import InputError
 from distill_jax.records.fields import RecordSpec
+from distill_jax.runtime import json_io
 from distill_jax.runtime.atomic_io import atomic_write
 from distill_jax.types import JsonObject
 
@@ -232,10 +233,10 @@ def load(folder: str | os.PathLike) -> Manifest:
   """
   path = Path(folder) / NAME
   try:
-    fields = json.loads(path.read_text())
+    fields = json_io.parse(path.read_bytes())
   except FileNotFoundError as e:
     raise InputError(f"{folder} holds no {NAME}; give a folder that `record` wrote") from e
-  except (OSError, ValueError) as e:
+  except (OSError, InputError) as e:
     raise InputError(f"{path} cannot be read ({e}); delete it and run `record` again") from e
   version = fields.get("format_version") if isinstance(fields, dict) else None
   if version not in FORMATS:

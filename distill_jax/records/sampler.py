@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from distill_jax.errors import InputError
-from distill_jax.nn import fused_head, sharding
+from distill_jax.nn import chunks, fused_head, sharding
 from distill_jax.records import selection
 from distill_jax.records.fields import ARGMAX, ENTROPY, IDS, LABEL_LOGP, LOGP
 from distill_jax.records.options import RecordsOptions
@@ -104,33 +104,10 @@ def summarise(
     InputError: the kind is unknown, u_BT is missing, or n is over the vocabulary (topk).
   """
   spec = spec.check(head_VD.shape[0], u_BT is not None)
-  T = hidden_BTD.shape[1]
-  chunk = min(chunk, T)
   if u_BT is None:
     u_BT = jnp.zeros(labels_BT.shape, jnp.float32)
 
-  def scan(
-    hidden_BTD: jax.Array,
-    head_VD: jax.Array,
-    labels_BT: jax.Array,
-    u_BT: jax.Array,
-    axis: str | None = None,
-  ) -> dict[str, jax.Array]:
-    def body(_: None, chunks: tuple[jax.Array, ...]) -> tuple[None, dict[str, jax.Array]]:
-      hidden_BCD, labels_BC, u_BC = chunks
-      logits_BCV = jnp.einsum(
-        "BCD,VD->BCV",
-        hidden_BCD.astype(head_VD.dtype),
-        head_VD,
-        preferred_element_type=jnp.float32,
-      )
-      logits_BCV = fused_head.soft_cap(logits_BCV, soft_cap)
-      return None, _of_logits(logits_BCV, labels_BC, u_BC, spec, axis)
-
-    chunks = jax.tree.map(lambda x: _split(x, chunk), (hidden_BTD, labels_BT, u_BT))
-    _, out = jax.lax.scan(body, None, chunks)
-    return jax.tree.map(lambda x: _join(x)[:, :T], out)
-
+  scan = functools.partial(_scan_chunks, spec=spec, chunk=chunk, soft_cap=soft_cap)
   with jax.named_scope("summarise"):
     if jax.sharding.get_abstract_mesh().empty:
       return scan(hidden_BTD, head_VD, labels_BT, u_BT)
@@ -141,6 +118,38 @@ def summarise(
       out_specs=batch,
       check_vma=False,
     )(hidden_BTD, head_VD, labels_BT, u_BT)
+
+
+def _scan_chunks(
+  hidden_BTD: jax.Array,
+  head_VD: jax.Array,
+  labels_BT: jax.Array,
+  u_BT: jax.Array,
+  spec: SamplerSpec,
+  chunk: int,
+  soft_cap: float | None,
+  axis: str | None = None,
+) -> dict[str, jax.Array]:
+  """`summarise` of one device's sequences and its rows of the head.
+
+  Args:
+    axis: the mesh axis that V is sharded over, inside shard_map.
+  """
+
+  def summarise_chunk(carry: None, xs: tuple[jax.Array, ...]) -> tuple[None, dict[str, jax.Array]]:
+    hidden_BCD, labels_BC, u_BC = xs
+    logits_BCV = jnp.einsum(
+      "BCD,VD->BCV",
+      hidden_BCD.astype(head_VD.dtype),
+      head_VD,
+      preferred_element_type=jnp.float32,
+    )
+    logits_BCV = fused_head.soft_cap(logits_BCV, soft_cap)
+    return carry, _of_logits(logits_BCV, labels_BC, u_BC, spec, axis)
+
+  xs = jax.tree.map(lambda x: chunks.split(x, chunk), (hidden_BTD, labels_BT, u_BT))
+  _, out = jax.lax.scan(summarise_chunk, None, xs)
+  return jax.tree.map(lambda x: chunks.join(x, hidden_BTD.shape[1]), out)
 
 
 def of_logits(
@@ -247,16 +256,3 @@ class _Distribution(NamedTuple):
       selection.sum_over_shards(jnp.where(mine_BCN, z_BCN, 0.0), self.axis)
       - self.log_mass_BC[..., None]
     )
-
-
-def _split(x_BT: jax.Array, chunk: int) -> jax.Array:
-  """[B, T, ...] to [chunks, B, chunk, ...], zeros after the end."""
-  pad = [(0, 0)] * x_BT.ndim
-  pad[1] = (0, -x_BT.shape[1] % chunk)
-  x = jnp.pad(x_BT, pad)
-  return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
-
-
-def _join(x_nBC: jax.Array) -> jax.Array:
-  x = jnp.moveaxis(x_nBC, 0, 1)
-  return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -25,7 +25,7 @@ from distill_jax.records import codec, tf_example, tfds_info
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest, Shard
-from distill_jax.runtime import atomic_io
+from distill_jax.runtime import atomic_io, json_io
 
 
 def array_record_options(seq_len: int) -> str:
@@ -105,7 +105,7 @@ class Writer:
     known = {s.first: s for s in self.manifest.shards}
     for number, r in enumerate(self.manifest.ranges):
       if (path := self._registration(number)).exists():
-        known[r.start] = Shard(**json.loads(path.read_text()))
+        known[r.start] = Shard(**json_io.read_object(path, "delete it and run `record` again"))
     return {first: s for first, s in known.items() if is_there(self.folder, s)}
 
   def write_shard(self, sequences_of: range, sequences: Iterable[Record]) -> Shard:

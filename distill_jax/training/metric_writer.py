@@ -17,6 +17,7 @@ from typing import SupportsFloat
 from tensorboardX import SummaryWriter
 
 from distill_jax.errors import InputError
+from distill_jax.runtime import json_io
 from distill_jax.runtime.atomic_io import atomic_write
 
 FILE = "metrics.jsonl"
@@ -96,9 +97,9 @@ def _rows(path: Path) -> list[tuple[dict[str, float], bytes]]:
 
 def _row(line: bytes, where: str) -> dict[str, float]:
   try:
-    row = json.loads(line)
+    row = json_io.parse_object(line)
     return {k: int(x) if k == "step" else float(x) for k, x in row.items()} | {"step": row["step"]}
-  except (ValueError, TypeError, AttributeError, KeyError) as e:
+  except (ValueError, TypeError, KeyError) as e:
     raise InputError(
       f"{where} is {line[:40]!r}, not a row of numbers with a step; move the file away"
     ) from e

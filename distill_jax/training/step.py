@@ -230,8 +230,7 @@ class Step:
     out = prepared.out
 
     def chunk_loss(logits_BCV: jax.Array, piece: Batch) -> tuple[jax.Array, dict[str, Mean]]:
-      logits_BCV = fused_head.soft_cap(logits_BCV, out.soft_cap)
-      logits_BCV = fused_head.only_rows(logits_BCV, piece.class_range_BT2)
+      logits_BCV = fused_head.cap_and_select(logits_BCV, out.soft_cap, piece.class_range_BT2)
       total, means = jnp.zeros((), jnp.float32), {}
       for name, fn in self.token_losses.items():
         by_teacher = bool(fn.teacher_names)
