@@ -71,7 +71,10 @@ def _csv_rows(file: Path, data: bytes) -> list[BenchmarkRow]:
 
 
 def _list(file: Path, data: bytes) -> list[BenchmarkRow]:
-  rows = json_io.parse(data.removeprefix(codecs.BOM_UTF8), str(file), "fetch it again")
+  try:
+    rows = json_io.parse(data.removeprefix(codecs.BOM_UTF8))
+  except InputError as e:
+    raise InputError(f"{file} is damaged ({e}); fetch it again") from e
   if not isinstance(rows, list):
     raise InputError(f"{file} holds a JSON {type(rows).__name__}; it ought to be a list of rows")
   return rows
