@@ -185,8 +185,9 @@ class ModelSource:
     loaded = self.load_initial(mesh, key, step)
     if isinstance(self.options, StudentOptions) and isinstance(self.trainable, LayerSharing):
       shared = self.start_training(loaded.model, mesh, {"student": key})
+      del loaded  # its memory is that of the copy made next
       model = self.trainable.unshare(shared, mesh, self.compute)
-      return dataclasses.replace(loaded, model=model)
+      return LoadedModel(model, self.config, self.compute, self.pretrained)
     return loaded
 
   def start_training(self, model: Model, mesh: Mesh, keys: Mapping[str, jax.Array]) -> PyTree:

@@ -73,8 +73,8 @@ def argument_bytes(config: Config, verb: str, mesh: jax.sharding.Mesh) -> int:
   """Bytes a device of parameters, optimiser and teacher on a mesh, without a compile."""
   if verb == "record":
     return _model_bytes(loading.open_source(config.teacher), mesh)
-  teachers = [loading.open_source(spec) for spec in state.online_teachers(config).values()]
-  teacher = sum(_model_bytes(source, mesh) for source in teachers)
+  teachers = state.online_teachers(config)
+  teacher = sum(_model_bytes(source, mesh) for source in teachers.values())
   student = loading.open_source(config.student)
   trained = _placed_bytes(student.abstract_trainable, student.compute, mesh)
   width = jnp.dtype(config.student.param_dtype).itemsize

@@ -95,8 +95,7 @@ def step_flops(config: Config, verb: str, rows: int) -> dict[str, float]:
     "head": 3 * forward.head,
   }
   if online := state.online_teachers(config):
-    sources = [loading.open_source(spec) for spec in online.values()]
-    flops["teacher"] = sum(forward_flops(teacher, rows, T).total for teacher in sources)
+    flops["teacher"] = sum(forward_flops(teacher, rows, T).total for teacher in online.values())
   if rank := student.lora.rank or student.share.lora.rank:
     # A B, and what its factors get of its gradient
     flops["adapters"] = 3 * 2.0 * rank * _adapted_params(source) * config.optim.accumulate

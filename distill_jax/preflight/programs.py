@@ -123,7 +123,8 @@ def _train(config: Config, mesh: Mesh) -> LoweredStep:
   )
   validate.check_run(without_files, opened, student)
   sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
-  step = loop.make_step(config, opened, student)
+  online = state.online_teachers(config)
+  step = loop.make_step(config, opened, student, online.get("teacher"))
   validate.check_features(config, step, opened)
   abstract = state.abstract_state(step, opened, student)
   shardings = sharding.shardings(abstract, mesh, step.student.rules)
@@ -132,10 +133,7 @@ def _train(config: Config, mesh: Mesh) -> LoweredStep:
   row = opened[0][0] if config.tasks else placeholder_text(manifest)
   recorded = [*(() if c.online else ("teacher",)), *c.teachers]
   batch = planned_batch(manifest, row, recorded, dataset.reader(config.tasks), c.batch_size, mesh)
-  teachers = {
-    name: _model(loading.open_source(options), mesh)
-    for name, options in state.online_teachers(config).items()
-  }
+  teachers = {name: _model(source, mesh) for name, source in online.items()}
   base = _model(student, mesh) if step.trainable.has_base else None
   with jax.set_mesh(mesh):
     lowered = loop.jitted(step, trained, mesh).lower(trained, batch, teachers, base=base)

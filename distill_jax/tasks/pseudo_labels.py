@@ -21,6 +21,7 @@ from distill_jax.nn import sharding
 from distill_jax.records import collate
 from distill_jax.runtime import distributed
 from distill_jax.runtime.progress import Progress
+from distill_jax.tasks import dataset
 from distill_jax.tasks._base import Example, TextTask
 from distill_jax.tasks._model_configs import Seq2SeqConfig
 from distill_jax.types import JsonObject
@@ -96,8 +97,6 @@ def write_pseudo_labels(config: Config, workdir: Path) -> JsonObject:
   Raises:
     InputError: the task's models do not write texts, there are several tasks, or no output is fit.
   """
-  from distill_jax.tasks import dataset
-
   name = dataset.recorded_task(config)
   task = config.tasks[name]
   if not isinstance(task, TextTask):

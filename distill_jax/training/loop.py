@@ -21,7 +21,7 @@ from distill_jax.tasks.dataset import RecordedTask
 from distill_jax.training import optim, validate
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.training.run_log import Log, Profile
-from distill_jax.training.state import prepare
+from distill_jax.training.state import online_teachers, prepare
 from distill_jax.training.step import Step
 from distill_jax.training.stores import Stores, batches, open_stores, recorded, teacher_manifest
 from distill_jax.types import JsonObject, TrainState
@@ -45,7 +45,8 @@ def train(config: Config, workdir: Path) -> JsonObject:
   mesh = sharding.make_mesh(**vars(config.mesh))
   c = config.train
   sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
-  step = make_step(config, stores, student)
+  online = online_teachers(config)
+  step = make_step(config, stores, student, online.get("teacher"))
   validate.check_features(config, step, stores)
   if step.trainable.has_base:
     distributed.run_on_process_0(Run(workdir, config, student).pin_base)
@@ -56,7 +57,9 @@ def train(config: Config, workdir: Path) -> JsonObject:
     checkpoint.manager(workdir, c.keep, c.keep_every) as saves,
     distributed.Preemption() as preemption,
   ):
-    inputs = prepare(step, config, stores, student, mesh=mesh, saves=saves, metadata=metadata)
+    inputs = prepare(
+      step, config, stores, student, online, mesh=mesh, saves=saves, metadata=metadata
+    )
     state, start = inputs.state, int(inputs.state.step)
     if start == c.steps:
       return read_metrics(workdir)[-1]  # finished before
@@ -82,14 +85,22 @@ def train(config: Config, workdir: Path) -> JsonObject:
     return log.last
 
 
-def make_step(config: Config, stores: Stores, student: ModelSource | None = None) -> Step:
+def make_step(
+  config: Config,
+  stores: Stores,
+  student: ModelSource | None = None,
+  teacher: ModelSource | None = None,
+) -> Step:
   """The step that a config describes, on these stores.
 
   Args:
     student: the model that is trained; None opens config.student.
+    teacher: config.teacher, opened; None opens it where a loss compares its features.
   """
   student = student or loading.open_source(config.student, config.seed)
   needs_features = any(isinstance(fn, FeatureLoss) for fn in config.losses.values())
+  if needs_features and teacher is None:
+    teacher = loading.open_source(config.teacher, config.seed)
   sizes = [store.manifest.vocab_size for store in stores]
   return Step(
     losses=config.losses,
@@ -101,7 +112,7 @@ def make_step(config: Config, stores: Stores, student: ModelSource | None = None
     accumulate=config.optim.accumulate,
     vocab_size=sum(sizes) if config.tasks else teacher_manifest(stores).vocab_size,
     student_config=student.config,
-    teacher_config=loading.open_source(config.teacher).config if needs_features else None,
+    teacher_config=teacher.config if needs_features and teacher else None,
     recorded=recorded(config, stores),
     balance_every=config.optim.balance_every,
     trainable=student.trainable,

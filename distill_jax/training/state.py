@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import orbax.checkpoint as ocp
@@ -11,7 +12,6 @@ from jax.sharding import Mesh
 from distill_jax.config import Config
 from distill_jax.models import loading, runs
 from distill_jax.models.loading import ModelSource
-from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
 from distill_jax.records import collate
 from distill_jax.runtime import checkpoint
@@ -36,13 +36,12 @@ class TrainInputs:
   base: Model | None = None
 
 
-def online_teachers(config: Config) -> dict[str, ModelOptions]:
-  """The teachers that run in the step, by name."""
-  more = {
-    name: dataclasses.replace(config.teacher, source=source)
-    for name, source in config.teachers.items()
-  }
-  return ({"teacher": config.teacher} if config.train.online else {}) | more
+def online_teachers(config: Config) -> dict[str, ModelSource]:
+  """Opens the teachers that run in the step; by name."""
+  options = {"teacher": config.teacher} if config.train.online else {}
+  for name, source in config.teachers.items():
+    options[name] = dataclasses.replace(config.teacher, source=source)
+  return {name: loading.open_source(teacher, config.seed) for name, teacher in options.items()}
 
 
 def prepare(
@@ -50,6 +49,7 @@ def prepare(
   config: Config,
   stores: Stores,
   student: ModelSource,
+  online: Mapping[str, ModelSource],
   *,
   mesh: Mesh,
   saves: ocp.CheckpointManager,
@@ -59,28 +59,33 @@ def prepare(
 
   Args:
     student: the model that is trained.
+    online: the teachers that run in the step, from `online_teachers`.
     saves: the run's checkpoints.
     metadata: what a checkpoint must have been saved with, to be continued.
   """
   keys = runs.keys(config.seed)
-  teachers = {
-    name: loading.open_source(options).load(mesh, keys["teacher"]).model
-    for name, options in online_teachers(config).items()
-  }
+  teachers = {name: source.load(mesh, keys["teacher"]).model for name, source in online.items()}
   base = student.load(mesh, keys["student"]).model if step.trainable.has_base else None
   abstract = abstract_state(step, stores, student)
   shardings = sharding.shardings(abstract, mesh, step.student.rules)
   if saves.latest_step() is not None:
     placed = sharding.with_shardings(abstract, shardings)
     return TrainInputs(checkpoint.restore(saves, placed, metadata), teachers, base)
-  model = base if base is not None else student.load_initial(mesh, keys["student"]).model
-  trained = student.start_training(model, mesh, keys)
+  trained = _start(student, base, mesh, keys)
   adapters = _adapters(step, stores, keys["adapters"])
   if any(fn.fits_adapters and name in adapters for name, fn in step.feature_losses.items()):
     batch = collate.to_device(next(batches(config, stores)), sharding.batch_sharding(mesh))
     adapters |= jax.jit(step.fit)((trained, adapters), batch, teachers, base)
   init = jax.jit(step.init, out_shardings=shardings, donate_argnums=0)
   return TrainInputs(init(trained, adapters), teachers, base)
+
+
+def _start(
+  student: ModelSource, base: Model | None, mesh: Mesh, keys: Mapping[str, jax.Array]
+) -> PyTree:
+  """What training starts from; of the student that is loaded for it, nothing else is kept."""
+  model = base if base is not None else student.load_initial(mesh, keys["student"]).model
+  return student.start_training(model, mesh, keys)
 
 
 def abstract_state(step: Step, stores: Stores, student: ModelSource) -> TrainState:
