@@ -227,15 +227,15 @@ def _check_models(config: Config, planned: dict[str, PlannedLink]) -> None:
     try:
       if link.is_cut:
         shape = _cut_shape(link.config.shrink, origin.family, shape)
-        student = _as_origin(link.config.student, origin.options)
+        options = _as_origin(link.config.student, origin.options)
+        student = dataclasses.replace(origin, options=options)
       else:
-        student = link.config.student
-        origin = loading.open_source(student, config.seed)
+        student = origin = loading.open_source(link.config.student, config.seed)
         shape = origin.decoder_config
       corpus.check(config.data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
       _check_tokenizer(config, origin, tokenizer.digest, teaches=name != config.chain[-1])
       train = dataclasses.replace(link.config.train, records=())
-      validate.check_run(dataclasses.replace(link.config, student=student, train=train), [])
+      validate.check_run(dataclasses.replace(link.config, train=train), [], student)
       optim.learning_rate(link.config.optim, train.steps)  # does warm-up end?
     except InputError as e:
       raise InputError(f"links.{name}: {e}") from e

@@ -8,6 +8,7 @@ from pathlib import Path
 from distill_jax.commands import record
 from distill_jax.config import Config
 from distill_jax.errors import InputError
+from distill_jax.models import loading
 from distill_jax.pruning import search, shapes
 from distill_jax.pruning.measured_teacher import MeasuredTeacher
 from distill_jax.pruning.table import text  # noqa: F401
@@ -54,14 +55,15 @@ def run(config: Config, workdir: Path) -> JsonObject:
 
 def _search(config: Config, workdir: Path, key: str) -> JsonObject:
   """Proposes, makes, distils and scores candidates, each in a folder of `workdir`/candidates."""
-  proposed = search.propose(config, workdir, key)
+  teacher = loading.open_source(config.teacher, config.seed)
+  proposed = search.propose(config, teacher, workdir, key)
   folders = {name: workdir / "candidates" / name for name in proposed}
-  search.make(config, proposed, folders)
+  search.make(config, teacher, proposed, folders)
   config = with_records(config, workdir)
   for folder in folders.values():
     if not (folder / search.SCORE).exists():
       search.distil(config, folder)
-  search.score(config, folders, rates=key == "target_decode_rate")
+  search.score(config, teacher, folders, rates=key == "target_decode_rate")
   return search.summary(config, folders, key)
 
 

@@ -31,24 +31,27 @@ from distill_jax.types import Batch, JsonObject, Model
 class MeasuredTeacher:
   """config.teacher with its calibration and held-out text; weights are read when needed.
 
+  Args:
+    config: names the teacher, the text and how both are measured.
+    source: config.teacher, opened; None opens it.
+
   Attributes:
     config: as given.
     source: the teacher, opened.
     mesh: where all is computed.
     tokenizer: of the text.
-    calibration: batches by which importance is measured.
+    calibration: batches by which importance is measured; read when needed.
     heldout: batches by which cross-entropy is measured, of `labels` labels in all.
   """
 
-  def __init__(self, config: Config):
+  def __init__(self, config: Config, source: loading.ModelSource | None = None):
     self.config, self._size = config, config.evaluate.batch_size
-    self.source = loading.open_source(config.teacher, config.seed)
+    self.source = source or loading.open_source(config.teacher, config.seed)
     self.mesh = sharding.make_mesh(**vars(config.mesh))
     sharding.check_batch("evaluate.batch_size", self._size, self.mesh)
     self.tokenizer = corpus.tokenizer_of(config.data, self.source.pretrained)
     shape = self.source.text_config
     corpus.check(config.data, self.tokenizer, shape.vocab_size, shape.max_position_embeddings)
-    self.calibration = self._batches(self._sequences("train", config.shrink.sequences))
     heldout = self._sequences("heldout", config.evaluate.sequences)
     self.heldout = self._batches(heldout)
     self.labels = sum(int(row["mask_T"].sum()) for row in heldout)
@@ -64,6 +67,10 @@ class MeasuredTeacher:
       raise InputError("data gives no sequence to measure on; name a corpus that holds some")
     place = sharding.batch_sharding(self.mesh)
     return [collate.to_device(b, place) for b in collate.padded_batches(rows, self._size)]
+
+  @functools.cached_property
+  def calibration(self) -> list[Batch]:
+    return self._batches(self._sequences("train", self.config.shrink.sequences))
 
   @functools.cached_property
   def loaded(self) -> loading.LoadedModel:

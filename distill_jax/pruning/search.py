@@ -38,8 +38,16 @@ TARGETS = ("target_params", "target_bytes", "target_decode_rate")
 MADE, SCORE, RATE = "made.json", "score.json", "decode_rate.json"
 
 
-def propose(config: Config, workdir: Path, key: str) -> dict[str, ShrinkOptions]:
+def propose(
+  config: Config, teacher: ModelSource, workdir: Path, key: str
+) -> dict[str, ShrinkOptions]:
   """Returns the shapes to try, by name, for the target that the key of `shrink` sets.
+
+  Args:
+    config: of the search.
+    teacher: config.teacher, opened.
+    workdir: where what is measured of the teacher is kept.
+    key: the target, one of TARGETS.
 
   Raises:
     InputError: a target that no shape meets.
@@ -47,17 +55,16 @@ def propose(config: Config, workdir: Path, key: str) -> dict[str, ShrinkOptions]
   options, size = config.shrink, getattr(config.shrink, key)
   if not 0 < size < math.inf:
     raise InputError(f"shrink.{key} is {size}; it is a positive number")
-  source = loading.open_source(config.teacher, config.seed)
-  shapes.check(options, source.family, source.decoder_config)
+  shapes.check(options, teacher.family, teacher.decoder_config)
   mesh = sharding.make_mesh(**vars(config.mesh))
 
   def check(student: DecoderConfig) -> None:
     """Refuses a Config that does not divide over the mesh."""
-    abstract = shapes.abstract(source.family, student)
-    sharding.shardings(abstract, mesh, source.compute.rules)
+    abstract = shapes.abstract(teacher.family, student)
+    sharding.shardings(abstract, mesh, teacher.compute.rules)
 
-  target = _target(config, source, workdir, key)
-  return candidates.propose(options, source.family, source.decoder_config, target, check)
+  target = _target(config, teacher, workdir, key)
+  return candidates.propose(options, teacher.family, teacher.decoder_config, target, check)
 
 
 def _target(config: Config, source: ModelSource, workdir: Path, key: str) -> Target:
@@ -89,12 +96,17 @@ def _target(config: Config, source: ModelSource, workdir: Path, key: str) -> Tar
   return Target(active, active(source.decoder_config) * rate / value, unit)
 
 
-def make(config: Config, proposed: dict[str, ShrinkOptions], folders: dict[str, Path]) -> None:
+def make(
+  config: Config,
+  source: ModelSource,
+  proposed: dict[str, ShrinkOptions],
+  folders: dict[str, Path],
+) -> None:
   """Makes the candidates that are not made yet, of one teacher that is measured once."""
   todo = [name for name in proposed if not (folders[name] / MADE).exists()]
   if not todo:
     return
-  teacher = MeasuredTeacher(config)
+  teacher = MeasuredTeacher(config, source)
   for name in todo:
     folder = folders[name]
     # Without MADE, the making of what is there was interrupted.
@@ -140,12 +152,12 @@ def _distil_config(config: Config, folder: Path) -> Config:
   )
 
 
-def score(config: Config, folders: dict[str, Path], rates: bool) -> None:
+def score(config: Config, source: ModelSource, folders: dict[str, Path], rates: bool) -> None:
   """Measures trained candidates: held-out cross-entropy and, with `rates`, decoding speed."""
   todo = [folder for folder in folders.values() if not (folder / SCORE).exists()]
   if not todo:
     return
-  teacher = MeasuredTeacher(config)
+  teacher = MeasuredTeacher(config, source)
   for folder in todo:
     student = trained(config, teacher.mesh, folder)
     scores = {"ce": teacher.cross_entropy(student.decoder)}

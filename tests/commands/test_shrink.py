@@ -101,13 +101,13 @@ def test_the_best_of_the_search_is_recommended(tmp_path, monkeypatch):
   kept = {"layers": {"kept": 2, "of": 4}}
   row = {"parameters": 7, "bytes": 14, "ce": 9.0}
 
-  def make(conf, proposed, folders):
+  def make(conf, teacher, proposed, folders):
     for name, f in folders.items():
       made.append(name)
       models = {"teacher": row, "student": row}
       json_io.write_json(f / "made.json", {"kept": kept, "dir": "model", "models": models})
 
-  score = lambda conf, folders, rates: [
+  score = lambda conf, teacher, folders, rates: [
     json_io.write_json(f / "score.json", {"ce": ce[name]}) for name, f in folders.items()
   ]
   monkeypatch.setattr(search, "make", make)
@@ -126,18 +126,18 @@ def test_the_rate_is_a_size_by_what_the_teacher_does(tmp_path, monkeypatch):
   monkeypatch.setattr(search, "_decode_rate", lambda *args: 10.0)
   c = tiny_config(tmp_path, target_decode_rate=15.0)
   resolved = config.resolve(c)
-  proposed = search.propose(resolved, tmp_path, "target_decode_rate")
   source = loading.open_source(resolved.teacher)
+  proposed = search.propose(resolved, source, tmp_path, "target_decode_rate")
   family, shape = source.family, source.config
   for s in proposed.values():
     now = shapes.narrowed(s, family, shape).keep_layers(tuple(range(s.layers)))
     ratio = shapes.cost(family, shape).active / shapes.cost(family, now).active
     assert ratio == pytest.approx(1.5, rel=0.12)
   monkeypatch.setattr(search, "_decode_rate", lambda *args: 99.0)  # it was measured before
-  assert search.propose(resolved, tmp_path, "target_decode_rate") == proposed
+  assert search.propose(resolved, source, tmp_path, "target_decode_rate") == proposed
   c.shrink.target_decode_rate = 10.0
   with pytest.raises(InputError, match="itself decodes 10 a second"):
-    search.propose(config.resolve(c), tmp_path, "target_decode_rate")
+    search.propose(config.resolve(c), source, tmp_path, "target_decode_rate")
 
 
 FAMILIES = [
