@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-
 from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.evals import generative, heldout, multiple_choice
@@ -53,13 +51,19 @@ def run(config: Config, folder: Path) -> JsonObject:
     name: read_questions(name, benchmark, config.evaluate.on_bad)
     for name, benchmark in config.evals.items()
   }
+  slots = {
+    name: ModelSlot(options, mesh, config.seed, is_teacher=options is config.teacher)
+    for name, options in all_models(config).items()
+  }
   evaluation: JsonObject = {"models": {}}
   if config.evaluate.heldout:
-    evaluation = heldout.measure(config, all_models(config), mesh)
+    sources = {name: slot.source for name, slot in slots.items()}
+    evaluation = heldout.measure(config, sources, mesh)
   if config.evals:
     results: dict[str, JsonObject] = {name: {} for name in config.evals}
-    for model, options in models.items():
-      rows = _run_benchmarks(config, options, questions, mesh, folder / RESULTS / model)
+    for model in models:
+      rows = _run_benchmarks(config, slots[model], questions, folder / RESULTS / model)
+      slots[model].release()
       for name, row in rows.items():
         results[name][model] = row
     evaluation["evals"] = results
@@ -123,19 +127,17 @@ def _check_served(config: Config, benchmarked: Mapping[str, ModelOptions]) -> No
 
 def _run_benchmarks(
   config: Config,
-  options: ModelOptions,
+  model: ModelSlot,
   questions: Mapping[str, Questions],
-  mesh: jax.sharding.Mesh,
   folder: Path,
 ) -> dict[str, JsonObject]:
   """One model on all benchmarks: first those of choices, since the others unroll its layers."""
   c = config.evaluate
-  model = ModelSlot(options, mesh, config.seed, is_teacher=options is config.teacher)
   rows: dict[str, JsonObject] = {}
   choices = [name for name in questions if config.evals[name].judge() is None]
   if choices:
     tokenizer = model.tokenizer(config.data)
-    scorer = Scorer(model.stacked(), mesh, tokenizer, c.batch_size, c.chunk)
+    scorer = Scorer(model.stacked(), model.mesh, tokenizer, c.batch_size, c.chunk)
     for name in choices:
       rows[name] = multiple_choice.measure(scorer, tokenizer, questions[name], folder / name)
     del scorer  # it holds the stacked layers

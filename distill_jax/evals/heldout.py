@@ -17,8 +17,8 @@ from distill_jax.data import corpus
 from distill_jax.evals import next_token
 from distill_jax.evals.retrieval import Retrieval
 from distill_jax.evals.similarity import Similarity
-from distill_jax.models import loading, runs
-from distill_jax.models.options import ModelOptions
+from distill_jax.models import runs
+from distill_jax.models.loading import LoadedModel, ModelSource
 from distill_jax.nn import params, sharding
 from distill_jax.records import collate
 from distill_jax.runtime.progress import Progress
@@ -44,12 +44,12 @@ class HeldOut(NamedTuple):
 
 
 def measure(
-  config: Config, models: Mapping[str, ModelOptions], mesh: jax.sharding.Mesh
+  config: Config, models: Mapping[str, ModelSource], mesh: jax.sharding.Mesh
 ) -> JsonObject:
   """Measures models on held-out data.
 
   Args:
-    models: by name, "teacher" among them.
+    models: by name, opened, "teacher" among them.
 
   Returns:
     models, tokens, corpus and tasks, as commands/evaluate.py describes them.
@@ -86,13 +86,13 @@ def measure(
 
 
 def _load(
-  config: Config, models: Mapping[str, ModelOptions], name: str, mesh: jax.sharding.Mesh
-) -> loading.LoadedModel:
+  config: Config, models: Mapping[str, ModelSource], name: str, mesh: jax.sharding.Mesh
+) -> LoadedModel:
   key = runs.keys(config.seed)["teacher" if name == "teacher" else "student"]
-  return loading.open_source(models[name], config.seed).load(mesh, key)
+  return models[name].load(mesh, key)
 
 
-def _corpus(config: Config, teacher: loading.LoadedModel) -> HeldOut:
+def _corpus(config: Config, teacher: LoadedModel) -> HeldOut:
   """Packed sequences."""
   data = dataclasses.replace(config.data, split="heldout", sequences=config.evaluate.sequences)
   tokenizer = corpus.tokenizer_of(data, teacher.pretrained)
@@ -102,7 +102,7 @@ def _corpus(config: Config, teacher: loading.LoadedModel) -> HeldOut:
   return HeldOut(sequences, tokenizer.vocab_size)
 
 
-def _tasks(config: Config, teacher: loading.LoadedModel) -> dict[str, HeldOut]:
+def _tasks(config: Config, teacher: LoadedModel) -> dict[str, HeldOut]:
   """The examples of each task; the heads have the classes of all."""
   examples = {
     name: dataset.open_examples(
@@ -121,7 +121,7 @@ def _tasks(config: Config, teacher: loading.LoadedModel) -> dict[str, HeldOut]:
 
 def _measure(
   config: Config,
-  models: Mapping[str, loading.LoadedModel],
+  models: Mapping[str, LoadedModel],
   data: HeldOut,
   mesh: jax.sharding.Mesh,
 ) -> dict[str, ModelResults]:
@@ -166,12 +166,12 @@ def _row(means: Mapping[str, Mean]) -> ModelResults:
   return row | {"perplexity": math.exp(min(row["ce"], 700)), "tokens": float(means["ce"].count)}
 
 
-def _size(m: loading.LoadedModel) -> ModelResults:
+def _size(m: LoadedModel) -> ModelResults:
   weights = jax.tree.leaves(m.model)
   return {"parameters": params.count(m.model), "bytes": sum(w.nbytes for w in weights)}
 
 
-def _speed(m: loading.LoadedModel, batch: Batch, chunk: int) -> ModelResults:
+def _speed(m: LoadedModel, batch: Batch, chunk: int) -> ModelResults:
   """Tokens a second of scoring one batch."""
   score = jax.jit(functools.partial(next_token.score, compute=m.compute, chunk=chunk))
   jax.block_until_ready(score(m.model, batch))  # compiles it

@@ -50,6 +50,10 @@ class ModelSlot:
         self._stacked = self.source.load(self.mesh, key)
     return self._stacked
 
+  def release(self) -> None:
+    """Frees the weights; they are loaded again when they are used."""
+    self._stacked = self._unrolled = None
+
   def unrolled(self) -> tuple[Unrolled, ComputeConfig]:
     """The model with its layers one by one, and how it is computed."""
     if self._unrolled is None:
