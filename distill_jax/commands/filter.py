@@ -71,7 +71,7 @@ def _filter(
       raise InputError(f"filter.samples is {path}, which would be replaced; take another --workdir")
   folder.mkdir(parents=True, exist_ok=True)
   parts = [folder / f".{name}.part" for name in (KEPT, REJECTED)]
-  n_lines = sum(1 for _ in jsonl.read_lines(path))
+  n_lines = sum(1 for _ in jsonl.read_lines(path, skip_bom=True))
   with (
     parts[0].open("wb") as kept,
     parts[1].open("wb") as rejected,
@@ -183,7 +183,7 @@ def _grouped(path: Path, filter_run: FilterRun) -> Iterator[Sample]:
 
 
 def _read(path: Path, filter_run: FilterRun) -> Iterator[Sample]:
-  for line in jsonl.read_lines(path):
+  for line in jsonl.read_lines(path, skip_bom=True):
     sample, reason = _parse(line.raw)
     if reason is None:
       yield sample

@@ -56,15 +56,17 @@ class Line:
     return parse_object(self.text(), self.where)
 
 
-def read_lines(*files: Path) -> Iterator[Line]:
+def read_lines(*files: Path, skip_bom: bool = False) -> Iterator[Line]:
   """Yields the lines of files that are not blank, in order. Nothing is decoded.
 
-  A file may begin with the byte order mark of UTF-8, which is no part of its first line.
+  Args:
+    skip_bom: leaves out a UTF-8 byte order mark at the start of a file. Otherwise it is part of
+      the first line, which then is not JSON.
   """
   for file in files:
     with file.open("rb") as lines:
       offset = 0
-      if lines.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+      if skip_bom and lines.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
         offset = len(codecs.BOM_UTF8)
       lines.seek(offset)
       for number, raw in enumerate(lines, 1):

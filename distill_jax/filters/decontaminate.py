@@ -62,7 +62,7 @@ class Filter(_base.Filter):
     if not path.is_file():
       raise InputError(f"{path} is not there; name a .jsonl file of an evaluation set")
     examples = short = 0
-    for line in jsonl.read_lines(path):
+    for line in jsonl.read_lines(path, skip_bom=True):
       where = f"{path.stem}, line {line.number}"
       for text in self._texts(line):
         text_words = words(text)

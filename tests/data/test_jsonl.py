@@ -23,9 +23,11 @@ def test_lines_know_their_places(tmp_path):
     lines[2].object()
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+def test_a_byte_order_mark_is_skipped_where_asked(tmp_path):
   (tmp_path / "a").write_bytes(b'\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{}\n')
-  first, second = jsonl.read_lines(tmp_path / "a")
+  with pytest.raises(InputError, match="a, line 1: not JSON"):
+    next(jsonl.read_lines(tmp_path / "a")).object()
+  first, second = jsonl.read_lines(tmp_path / "a", skip_bom=True)
   assert first.object() == json_io.parse(first.raw) == {"a": 1} and first.offset == 3
   assert second.offset == 12
   with pytest.raises(InputError, match="a, line 2: not JSON"):
