@@ -1,4 +1,4 @@
-"""What augmentations of images share: to Pillow and back, warped, mixed."""
+"""Image operations that augmentations share: conversion to and from Pillow, warping, mixing."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class PlannedLink:
 
   @property
   def source(self) -> str:
-    """What names the trained link in a config."""
+    """The model source that names the trained link in a config."""
     return runs.RUN + str(self.folder / "run")
 
 
@@ -63,7 +63,7 @@ def run(config: Config, workdir: Path) -> JsonObject:
 
   Raises:
     InputError: links that are missing or cannot be made, before anything is read or compiled.
-    Preempted: SIGTERM came; what was finished is kept.
+    Preempted: SIGTERM was received; finished links are kept.
   """
   if not config.chain:
     raise InputError(

@@ -42,7 +42,7 @@ def run(config: Config, folder: Path) -> JsonObject:
   Raises:
     InputError: there is nothing to measure; config, models, data and benchmarks do not fit
       together.
-    Preempted: SIGTERM came while answers were sampled; finished ones are kept.
+    Preempted: SIGTERM was received while sampling; finished samples are kept.
   """
   models = check(config)
   mesh = sharding.make_mesh(**vars(config.mesh))

@@ -37,7 +37,7 @@ def run(config: Config, folder: Path) -> JsonObject:
   Raises:
     InputError: no samples, or samples in disorder; a filter refuses its config or the machine;
       filter.on_bad is "stop" and there is something that cannot be judged.
-    Preempted: SIGTERM came; nothing is written.
+    Preempted: SIGTERM was received; nothing is written.
   """
   policy = BadInputPolicy("filter.on_bad", config.filter.on_bad)
   filters = _ordered(config)

@@ -63,7 +63,7 @@ class ChatTemplate:
 
   @classmethod
   def of(cls, files: TokenizerFiles, name: str) -> ChatTemplate:
-    """Returns the template that came with a model called `name`.
+    """Returns the chat template of the model called `name`.
 
     Raises:
       InputError: there is none, it is not Jinja, or it reads a token that nothing names.

@@ -20,7 +20,7 @@ BATCH = 256  # documents tokenized at once
 
 
 def tokenizer_of(data: DataOptions, pretrained: Pretrained | None) -> tokenizers.Tokenizer:
-  """Loads the tokenizer that a config names, or the one that came with the model."""
+  """Loads the tokenizer that a config names, or the model's own."""
   if data.tokenizer:
     return tokenizers.load_tokenizer(data.tokenizer)
   if pretrained is None or pretrained.tokenizer is None:
@@ -29,7 +29,7 @@ def tokenizer_of(data: DataOptions, pretrained: Pretrained | None) -> tokenizers
 
 
 def of_files(files: TokenizerFiles, source: str) -> tokenizers.Tokenizer:
-  """Returns the tokenizer that came with the model `source`."""
+  """Returns the tokenizer of the model `source`."""
   raw = files.json.encode() if files.json is not None else files.sentencepiece
   assert raw is not None
   # Documents end with the vocabulary's own document end, not with what ends a chat's turn.

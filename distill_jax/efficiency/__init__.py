@@ -1,1 +1,1 @@
-"""What a student saves against its teacher: by formula and as measured."""
+"""The savings of a student over its teacher, by formula and as measured."""

@@ -106,7 +106,7 @@ class BenchmarkedModel:
       self._cache = self._prefill(self._model, self._cache, tokens_BC, first_B, count_B)
 
   def _decode(self) -> None:
-    """As generation/scheduler.py does: the new tokens are fetched after each call."""
+    """Decodes as generation/scheduler.py does: new tokens are fetched after each call."""
     rows, position = len(self._tokens_BT), self._context - self._new
     token_B = self._tokens_BT[:, position]
     fill = functools.partial(np.full, rows, dtype=np.int32)
@@ -169,7 +169,7 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> JsonObject:
 def _rounds(
   models: dict[str, BenchmarkedModel], rounds: int, progress: Progress
 ) -> list[dict[str, dict[str, float]]]:
-  """What was measured in each round, by model, but the first, in which everything compiles."""
+  """Returns each round's measurements by model, without the first round, which compiles."""
   measured = []
   for i in range(rounds + 1):
     order = sorted(models, reverse=i % 2 == 0)

@@ -1,4 +1,4 @@
-"""What `efficiency` compares, and how decoding speed is measured."""
+"""The settings of `efficiency`: its operating points, and how decoding is timed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class DecodeTimingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EfficiencyOptions:
-  """What `efficiency` compares the teacher and the student at."""
+  """The operating points at which `efficiency` compares teacher and student."""
 
   context: int = 4096  # positions of a row: its prompt and what is generated
   batch_sizes: tuple[int, ...] = (1, 8, 64, 512)

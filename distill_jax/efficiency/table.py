@@ -114,7 +114,7 @@ def _measured(m: JsonObject) -> list[str]:
 
 
 def _number(x: Any) -> str:
-  """As evaluate writes it: a number, or one with its interval."""
+  """Formats a score as `evaluate` does: a number, or one with its interval."""
   if isinstance(x, dict) and x.keys() == {"value", "low", "high"}:
     return f"{x['value']:.4g} ({x['low']:.4g} to {x['high']:.4g})"
   return f"{x:.4g}" if isinstance(x, int | float) else str(x)

@@ -51,7 +51,7 @@ def measure(
   Raises:
     InputError: the folder's samples are of other settings; evaluate.on_bad is "stop" and a
       prompt is too long for the cache; what `dispatch.generate` refuses.
-    Preempted: SIGTERM came; finished samples are kept.
+    Preempted: SIGTERM was received; finished samples are kept.
   """
   row: JsonObject = {}
   try:

@@ -64,7 +64,7 @@ def generate(
 
   Raises:
     InputError: the job and the model do not fit together, before anything is compiled.
-    Preempted: SIGTERM came; finished samples are kept.
+    Preempted: SIGTERM was received; finished samples are kept.
   """
   mesh = sharding.make_mesh(**vars(job.mesh))
   tokenizer = corpus.tokenizer_of(job.data, job.source.pretrained)
@@ -128,7 +128,7 @@ def _check(
 
 
 def end_tokens(job: GenerationJob, tokenizer: Tokenizer) -> tuple[int, ...]:
-  """The tokens that end a text: those that came with the model, and the end of a document."""
+  """Returns the tokens that end a text: the generation config's, and the end of a document."""
   if job.ignore_eos:
     return ()
   named = job.source.generation.get("eos_token_id")

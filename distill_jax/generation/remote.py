@@ -47,7 +47,7 @@ def generate(job: GenerationJob, folder: Path) -> JsonObject:
   Raises:
     InputError: job and prompts do not fit together; the server refuses a request, or does
       not answer, or not with what is needed. Finished samples are kept.
-    Preempted: SIGTERM came; the same.
+    Preempted: SIGTERM was received; finished samples are kept.
   """
   _check(job)
   prompts = read_prompts(job)

@@ -32,7 +32,7 @@ class Weights(Protocol):
   def shape(self, name: str) -> tuple[int, ...]: ...
 
   def dtype(self, name: str) -> np.dtype:
-    """Of what `read` returns."""
+    """The dtype of the array that `read` returns."""
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
     """The tensor, or the slice of it at `index`: one slice an axis, step 1."""

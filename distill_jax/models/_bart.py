@@ -65,7 +65,7 @@ class Config(_seq2seq.DecoderSizes):
 
   @property
   def activation(self) -> str:
-    """Of both sides' feed-forwards, one of _encoder.ACTIVATIONS."""
+    """The feed-forward activation of both sides, one of _encoder.ACTIVATIONS."""
     return "gelu"
 
   def side(self, name: str) -> _encoder.Config:

@@ -167,7 +167,7 @@ class Config(FamilyDefaults):
 
   @property
   def soft_cap(self) -> float | None:
-    """Of the logits."""
+    """The soft cap of the logits."""
     return None
 
   @property

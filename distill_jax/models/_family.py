@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class FamilyDefaults:
-  """Of FamilyConfig, what most families lack; a Config that has it overrides it."""
+  """Defaults for the parts of FamilyConfig that most families lack."""
 
   @property
   def embedding_size(self) -> int | None:

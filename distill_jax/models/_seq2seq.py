@@ -89,7 +89,7 @@ class Cache(struct.PyTreeNode):
 
 
 class LayerCache(NamedTuple):
-  """Of a Cache, what one layer reads."""
+  """One layer's part of a Cache."""
 
   k_XZHh: jax.Array
   v_XZHh: jax.Array
@@ -205,7 +205,7 @@ class Model(nnx.Module):
     raise NotImplementedError
 
   def target_bias(self, T: int, compute: ComputeConfig) -> jax.Array | None:
-    """Of scores between positions of the target, [1, H, T, T]; None: there is none."""
+    """The bias of scores between target positions, [1, H, T, T], or None."""
     del T, compute
     return None
 

@@ -99,7 +99,7 @@ class Config(FamilyDefaults):
 
   @property
   def hidden_size(self) -> int:
-    """Of what the head reads."""
+    """The size of the features that the head reads."""
     return self.hidden_sizes[-1]
 
 

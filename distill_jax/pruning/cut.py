@@ -82,7 +82,7 @@ def keep(
 
 
 def _axis_sizes(family: str, config: DecoderConfig) -> dict[str, dict[str, int]]:
-  """By stack: how long each axis is."""
+  """Returns the length of each axis, by stack."""
   sizes: dict[str, dict[str, int]] = {}
   for path, v in params.named_params(shapes.abstract(family, config)):
     axes = v.get_metadata()["axes"]

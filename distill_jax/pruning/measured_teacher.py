@@ -123,7 +123,7 @@ class MeasuredTeacher:
 
   @functools.cached_property
   def _removal_order(self) -> Iterator[int]:
-    """By the loss on the first batch of the calibration text."""
+    """The order in which layers are removed, by loss on the first calibration batch."""
     return choose.removal_order(self.source.decoder_config.num_hidden_layers, self._loss_without)
 
   def _loss_without(self, layers: Sequence[int]) -> float:
@@ -213,7 +213,7 @@ class MeasuredTeacher:
   def _scores(
     self, config: DecoderConfig, student: DecoderModel, random: bool
   ) -> dict[str, dict[str, float]]:
-    """By model: parameters, bytes and cross-entropy."""
+    """Returns parameters, bytes and cross-entropy, by model."""
     models = {"teacher": self.loaded.decoder, "student": student}
     if random:
       models["random"] = self.untrained(config)

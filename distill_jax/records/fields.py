@@ -125,7 +125,7 @@ class RecordSpec:
 
   @functools.cached_property
   def scalars(self) -> tuple[Field, ...]:
-    """Those that are stored as one number a position, in the order they are stored."""
+    """The fields stored as one number per position, in storage order."""
     return tuple(f for f in SCALARS if f in self.recorded)
 
 

@@ -281,5 +281,5 @@ def require_same(want: Manifest, found: Manifest, folder: Path) -> None:
 
 
 def _plain(x: JsonObject) -> JsonObject:
-  """As JSON gives it back: tuples become lists."""
+  """Converts a value as a JSON round trip does: tuples become lists."""
   return json.loads(json.dumps(x))

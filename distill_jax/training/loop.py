@@ -36,7 +36,7 @@ def train(config: Config, workdir: Path) -> JsonObject:
   Raises:
     InputError: something in the config does not fit, before anything is compiled.
     FloatingPointError: a loss is not finite; the last good checkpoint stays.
-    Preempted: SIGTERM came; the step that it came in is saved.
+    Preempted: SIGTERM was received; the step in progress is saved.
   """
   began = time.monotonic()
   student = loading.open_source(config.student, config.seed)
