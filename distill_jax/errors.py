@@ -1,13 +1,36 @@
-"""The one exception for input that cannot be used."""
+"""Errors that the command line reports in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 
 class InputError(ValueError):
   """A config, file or workdir that cannot be used as it is.
 
-  The message is one sentence in two halves: what was found beside what was
-  expected, and what to do. The command line prints it and exits with code 2.
+  The message states the problem and what to do about it. Where a config key, a flag or a field of
+  a file is at fault it has the form `KEY is VALUE; expected EXPECTED. ACTION.`, which `bad_value`
+  writes. The command line prints the message and exits with code 2.
   """
 
 
 class Preempted(Exception):
-  """The machine is being taken away, and all is saved: the same command goes on."""
+  """The machine is being reclaimed. All work is saved; the same command resumes the run."""
+
+
+def bad_value(key: str, value: Any, expected: str, action: str) -> InputError:
+  """Returns the error for a key whose value cannot be used.
+
+  Args:
+    key: A config key, flag, argument or field, e.g. "train.steps".
+    value: The value found. Strings are quoted in the message; paths are not.
+    expected: What would be valid, e.g. "a positive integer", without a full stop.
+    action: What the user should do, as an imperative without a full stop.
+
+  Example:
+    >>> print(bad_value("train.steps", 0, "a positive integer", "Set the number of steps"))
+    train.steps is 0; expected a positive integer. Set the number of steps.
+  """
+  found = str(value) if isinstance(value, Path) else repr(value)
+  return InputError(f"{key} is {found}; expected {expected}. {action}.")
