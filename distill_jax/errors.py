@@ -7,7 +7,7 @@ from typing import Any
 
 
 class InputError(ValueError):
-  """A config, file or workdir that cannot be used as it is.
+  """A config, file or workdir that cannot be used.
 
   The message states the problem and what to do about it. Where a config key, a flag or a field of
   a file is at fault it has the form `KEY is VALUE; expected EXPECTED. ACTION.`, which `bad_value`
