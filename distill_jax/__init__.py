@@ -1,3 +1,3 @@
 """distill_jax: knowledge distillation, TPU-native."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
