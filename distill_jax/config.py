@@ -1,8 +1,8 @@
-"""Configs: ml-collections files at the edge, frozen dataclasses inside.
+"""The config: ml-collections in the files of configs/, frozen dataclasses in the code.
 
-The dataclasses below declare every key, its type and its default once. A file in configs/
-starts from `base()`, which holds them all, so that any key can be overridden on the command
-line and an unknown one is refused; `resolve` turns the result into a `Config` once.
+`Config` and the dataclasses of its sections declare every key once, with its type, default and
+meaning. A config file starts from `base()`, which holds all keys, so that any key can be overridden
+on the command line and unknown keys raise an error. `resolve` converts the result to a `Config`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from distill_jax import registry
 from distill_jax.data.options import DataOptions
 from distill_jax.efficiency.options import EfficiencyOptions
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.evals.options import EvaluateOptions
 from distill_jax.filters.options import FilterOptions
 from distill_jax.generation.options import GenerateOptions
@@ -32,8 +32,8 @@ from distill_jax.schedules import Schedule
 from distill_jax.training.options import OptimOptions, TrainOptions
 from distill_jax.types import JsonObject
 
-# Packages whose modules are entries of the config, and the name of the dataclass in each module.
-# In lower case, it is the key of an entry that names the module: {"loss": "kd", "weight": 1.0}.
+# Packages whose modules are entries of the config, and the dataclass that each module defines.
+# The class name in lower case is the key that names the module: {"loss": "kd", "weight": 1.0}.
 ENTRY_CLASSES = {
   "losses": "Loss",
   "filters": "Filter",
@@ -41,81 +41,168 @@ ENTRY_CLASSES = {
   "tasks": "Task",
   "augmentations": "Augmentation",
 }
+TYPE_NAMES = {
+  bool: "True or False",
+  int: "an integer",
+  float: "a number",
+  str: "a string",
+  tuple: "a tuple",
+  dict: "a dictionary",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """A run: what its commands read, compute and write.
+  """The config of a run: what its commands read, compute and write.
 
-  The entries of `losses`, `evals`, `filters`, `tasks` and `augmentations` are of types in those
-  packages (losses.TokenLoss, tasks.Task, ...), which this module is below.
+  The entries of `losses`, `evals`, `filters`, `tasks` and `augmentations` have types from these
+  packages (losses.TokenLoss, tasks.Task, ...). They are `Any` here, because this module must not
+  import the packages.
   """
 
   seed: int = 0
+  """Seed of all randomness in a run: initial weights, data order, sampling and augmentations."""
+
   teacher: ModelOptions = ModelOptions()
-  teachers: dict[str, str] = dataclasses.field(default_factory=dict)  # name: source of another
-  # teacher that runs in the training step, computed as `teacher` is
+  """The teacher: the model to distil from."""
+
+  teachers: dict[str, str] = dataclasses.field(default_factory=dict)
+  """Additional teachers that run in the training step: {name: source}.
+
+  All other settings of these models are those of `teacher`.
+  """
+
   student: StudentOptions = StudentOptions()
+  """The student: the model to train."""
+
   mesh: MeshOptions = MeshOptions()
+  """The device mesh on which models run."""
+
   data: DataOptions = DataOptions()
+  """The text corpus, its tokenizer and the sequence length."""
+
   records: RecordsOptions = RecordsOptions()
-  losses: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Loss
+  """Settings of `record`: which teacher outputs are stored."""
+
+  losses: dict[str, Any] = dataclasses.field(default_factory=dict)
+  """Training losses by name, made with config.loss("MODULE", ...)."""
+
   optim: OptimOptions = OptimOptions()
+  """The optimizer and the learning-rate schedule."""
+
   train: TrainOptions = TrainOptions()
+  """Settings of `train`: the length of the run, its records and checkpoints."""
+
   evaluate: EvaluateOptions = EvaluateOptions()
-  evals: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Benchmark
+  """Settings of `evaluate`: the models to evaluate and how benchmarks are sampled."""
+
+  evals: dict[str, Any] = dataclasses.field(default_factory=dict)
+  """Benchmarks by name, made with config.benchmark("MODULE", ...)."""
+
   generate: GenerateOptions = GenerateOptions()
+  """Settings of `generate`: prompts, sampling, decoding, and the server of a served teacher."""
+
   filter: FilterOptions = FilterOptions()
-  filters: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Filter
-  tasks: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Task; empty: the next
-  # token of the corpus in `data`. Each of several tasks has a part of the student's head, in this
-  # order, and train.records names a store for each of them, or none
-  augmentations: dict[str, Any] = dataclasses.field(default_factory=dict)  # name: Augmentation
+  """Settings of `filter`: the samples to read and the order of `filters`."""
+
+  filters: dict[str, Any] = dataclasses.field(default_factory=dict)
+  """Filters for generated samples by name, made with config.filter("MODULE", ...)."""
+
+  tasks: dict[str, Any] = dataclasses.field(default_factory=dict)
+  """Tasks by name, made with config.task("MODULE", ...); {}: next-token prediction on `data`.
+
+  Several tasks share the student. Each has its own part of the student's head, in this order, and
+  train.records has one store for each task, or is empty.
+  """
+
+  augmentations: dict[str, Any] = dataclasses.field(default_factory=dict)
+  """Augmentations of a task's inputs by name, made with config.augmentation("MODULE", ...)."""
+
   export: ExportOptions = ExportOptions()
+  """Settings of `export`: the Hugging Face folder to write."""
+
   shrink: ShrinkOptions = ShrinkOptions()
-  chain: tuple[str, ...] = ()  # names in `links`, from the teacher to the last student
-  links: dict[str, LinkOptions] = dataclasses.field(default_factory=dict)  # name: a student
+  """Settings of `shrink`: the sizes or the target of the smaller model."""
+
+  chain: tuple[str, ...] = ()
+  """Names in `links` in the order in which `chain` trains them; the last is the final student."""
+
+  links: dict[str, LinkOptions] = dataclasses.field(default_factory=dict)
+  """Students of a chain by name, made with config.link(...)."""
+
   efficiency: EfficiencyOptions = EfficiencyOptions()
+  """Settings of `efficiency`: the operating points at which teacher and student are compared."""
+
   inspect: InspectOptions = InspectOptions()
+  """Settings of `inspect`."""
+
   preflight: PreflightOptions = PreflightOptions()
-  profile_steps: str = ""  # the flag --profile_steps
+  """Settings of `preflight`."""
+
+  profile_steps: str = ""
+  """Training steps to profile as "FIRST:END", e.g. "10:13" for steps 10 to 12; "": none.
+
+  The flag --profile_steps sets this key.
+  """
 
 
 def base() -> ConfigDict:
-  """Returns every key with its default, for a file in configs/ to start from."""
+  """Returns a config with the default value of every key; config files start from it."""
   return ConfigDict(dataclasses.asdict(Config()))
 
 
 def loss(name: str, **fields: Any) -> ConfigDict:
-  """Returns an entry of `losses`: a module of distill_jax/losses with all its keys.
+  """Returns an entry of `losses`.
 
-  A weight or temperature is a number or `schedule(...)`.
+  Args:
+    name: a module of distill_jax/losses.
+    **fields: keys of its Loss. A weight or a temperature is a number or `schedule(...)`.
   """
   return _entry("losses", name, fields)
 
 
 def filter(name: str, **fields: Any) -> ConfigDict:
-  """Returns an entry of `filters`: a module of distill_jax/filters with all its keys."""
+  """Returns an entry of `filters`.
+
+  Args:
+    name: a module of distill_jax/filters.
+    **fields: keys of its Filter.
+  """
   return _entry("filters", name, fields)
 
 
 def benchmark(name: str, **fields: Any) -> ConfigDict:
-  """Returns an entry of `evals`: a module of distill_jax/evals with all its keys."""
+  """Returns an entry of `evals`.
+
+  Args:
+    name: a module of distill_jax/evals.
+    **fields: keys of its Benchmark.
+  """
   return _entry("evals", name, fields)
 
 
 def task(name: str, **fields: Any) -> ConfigDict:
-  """Returns an entry of `tasks`: a module of distill_jax/tasks with all its keys."""
+  """Returns an entry of `tasks`.
+
+  Args:
+    name: a module of distill_jax/tasks.
+    **fields: keys of its Task.
+  """
   return _entry("tasks", name, fields)
 
 
 def augmentation(name: str, **fields: Any) -> ConfigDict:
-  """Returns an entry of `augmentations`: a module of that package with all its keys."""
+  """Returns an entry of `augmentations`.
+
+  Args:
+    name: a module of distill_jax/augmentations.
+    **fields: keys of its Augmentation.
+  """
   return _entry("augmentations", name, fields)
 
 
 def link(**fields: Any) -> ConfigDict:
-  """Returns an entry of `links` with all its keys: link(steps=64, student={"source": …})."""
+  """Returns an entry of `links`, e.g. link(steps=64, student={"source": "assistant"})."""
   entry = ConfigDict(dataclasses.asdict(LinkOptions()))
   _check_keys(fields, entry, "links")
   entry.update(fields)
@@ -133,19 +220,24 @@ def _entry_class(package: str, name: str) -> Any:
 
 
 def _module_key(package: str) -> str:
-  """Returns the key of an entry that names its module, e.g. "loss"."""
+  """Returns the key that names the module of an entry, e.g. "loss"."""
   return ENTRY_CLASSES[package].lower()
 
 
 def _default(field: dataclasses.Field) -> Any:
-  """Returns the default of a field as a config file would write it."""
+  """Returns the default of a field in the form in which a config file has it."""
   if field.default_factory is not dataclasses.MISSING:
     return field.default_factory()
   return field.default.values[0] if isinstance(field.default, Schedule) else field.default
 
 
 def schedule(*points: tuple[float, float], shape: str = "linear") -> JsonObject:
-  """Returns a weight or temperature that follows the step: see distill_jax/schedules.py."""
+  """Returns a weight or temperature that depends on the training step.
+
+  Args:
+    *points: (step, value), in the order of the steps.
+    shape: how values between points are computed; see distill_jax/schedules.py.
+  """
   return {"points": points, "shape": shape}
 
 
@@ -153,7 +245,7 @@ def resolve(config: ConfigDict) -> Config:
   """Returns a config as frozen dataclasses.
 
   Raises:
-    InputError: a key is unknown or has a value of another type; the error has its dotted name.
+    InputError: A key is unknown or its value has the wrong type. The message has the dotted key.
   """
   tree = config.to_dict()
   entries = {
@@ -167,7 +259,7 @@ def resolve(config: ConfigDict) -> Config:
 
 
 def to_dict(config: Config) -> JsonObject:
-  """Returns a resolved config as plain values, for a run's config.json."""
+  """Returns a resolved config as plain values: the content of a run's config.json."""
   tree = dataclasses.asdict(config)
   for package in ENTRY_CLASSES:
     for name, value in getattr(config, package).items():
@@ -176,26 +268,30 @@ def to_dict(config: Config) -> JsonObject:
 
 
 def from_dict(tree: JsonObject) -> Config:
-  """Returns the config of a run's config.json; the inverse of `to_dict`."""
+  """Returns the config for the content of a config.json; the inverse of `to_dict`."""
   return resolve(ConfigDict(tree, convert_dict=True))
 
 
 def _build_entry(package: str, fields: JsonObject, path: str) -> Any:
   key = _module_key(package)
   if key not in fields:
-    raise InputError(f"{path} has no key {key!r}; name a module of distill_jax/{package} there")
+    raise InputError(
+      f"{path}.{key} is missing; expected the name of a module in distill_jax/{package}. Make the "
+      f"entry with config.{key}(NAME)."
+    )
   own = {name: value for name, value in fields.items() if name != key}
   return _build(_entry_class(package, fields[key]), own, path)
 
 
 def _check_keys(given: Iterable[str], known: Iterable[str], path: str) -> None:
-  """Raises InputError if a key is not known. `path` is the dotted name of what holds them."""
+  """Raises InputError if a key is unknown. `path` is the dotted key of the section."""
   known = list(known)
   for key in given:
     if key not in known:
       near = difflib.get_close_matches(key, known, 1)
-      hint = f"did you mean {near[0]!r}?" if near else f"it holds {', '.join(known)}"
-      raise InputError(f"config key {_join(path, key)!r} is unknown; {hint}")
+      where = f"the keys of {path}" if path else "the sections"
+      hint = f"did you mean {near[0]!r}?" if near else f"{where} are {', '.join(known)}."
+      raise InputError(f"Config key {_join(path, key)!r} is unknown; {hint}")
 
 
 def _join(path: str, key: str) -> str:
@@ -203,7 +299,7 @@ def _join(path: str, key: str) -> str:
 
 
 def _build(cls: Any, tree: JsonObject, path: str) -> Any:
-  """Returns a dataclass from a dict, each field converted to its declared type."""
+  """Returns an instance of a dataclass; each value is converted to the type of its field."""
   hints = typing.get_type_hints(cls)
   _check_keys(tree, hints, path)
   fields = {key: _convert(hints[key], value, _join(path, key)) for key, value in tree.items()}
@@ -216,12 +312,12 @@ def _build(cls: Any, tree: JsonObject, path: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-  """Returns a plain value as the type that its field declares.
+  """Converts a plain value to the declared type of its field.
 
   Args:
     hint: Any, bool, int, float, str, Schedule, a dataclass, tuple[X, ...] or dict[str, X].
-    value: as ml_collections or JSON gives it.
-    path: dotted name of the key, for errors.
+    value: a value from ml_collections or JSON.
+    path: the dotted key, for errors.
   """
   container, args = typing.get_origin(hint), typing.get_args(hint)
   if hint is Any:
@@ -236,16 +332,15 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return {key: _convert(args[1], item, _join(path, key)) for key, item in value.items()}
   if hint is float and type(value) is int:
     return float(value)
-  if type(value) is hint:  # not isinstance: True is no int
+  if type(value) is hint:  # isinstance would accept True as an int
     return value
-  expected = getattr(hint, "__name__", str(hint))
-  raise InputError(
-    f"config key {path!r} is {value!r}, a {type(value).__name__}; it wants {expected}"
-  )
+  found = type(value).__name__
+  expected = TYPE_NAMES.get(container or hint, "a section with keys")
+  raise bad_value(path, value, f"{expected}, not a value of type {found}", "Correct the value")
 
 
 def _convert_schedule(value: Any, path: str) -> Schedule:
-  """Returns a schedule from what `schedule` gives, or from a number, which is constant."""
+  """Returns a Schedule; `value` is a number (a constant) or a result of `schedule`."""
   if not isinstance(value, dict):
     return Schedule(((0.0, _convert(float, value, path)),))
   points = tuple((float(step), float(y)) for step, y in value["points"])

