@@ -115,16 +115,19 @@ def template(node: ast.expr) -> str | None:
   return None
 
 
-def messages(tree: ast.AST) -> Iterator[tuple[int, str]]:
-  """Yields (line, text) of every message that an InputError or ValueError is made with."""
+def messages(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
+  """Yields (line, text, is_whole) of every message of an InputError or ValueError.
+
+  The arguments of `bad_value` are parts of a message (is_whole is False): it adds the key.
+  """
   for node in ast.walk(tree):
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
       if node.func.id in ("InputError", "ValueError") and (text := template(node.args[0])):
-        yield node.lineno, text
+        yield node.lineno, text, True
       if node.func.id == "bad_value":
         for argument in node.args[2:]:
           if text := template(argument):
-            yield node.lineno, text + "."
+            yield node.lineno, text + ".", False
 
 
 def comments(source: str) -> Iterator[tuple[int, str]]:
@@ -152,12 +155,12 @@ def faults(path: Path) -> list[str]:
       found.append(f"{line}: write Args and Returns as a block, one entry a line")
     if re.match(r"(Args|Attributes|Raises|Returns):", first):
       found.append(f"{line}: begin the docstring with a sentence, not with a block")
-  for line, text in messages(tree):
+  for line, text, is_whole in messages(tree):
     prose.append((line, text))
     if not text.rstrip().endswith((".", "?", "}")):
       found.append(f"{line}: the message is not a sentence with a full stop: {text!r}")
     clause = re.split(r"; |\. ", text)[0]
-    if A_KEY.search(clause) and not OF_A_KEY.match(text):
+    if is_whole and A_KEY.search(clause) and not OF_A_KEY.match(text):
       found.append(
         f"{line}: use errors.bad_value, or `KEY is VALUE; expected …. ACTION.`: {text!r}"
       )

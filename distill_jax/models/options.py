@@ -1,10 +1,10 @@
-"""Which models, where they come from, and what of the student is trained."""
+"""The config sections `teacher` and `student`: models, and which parameters are trained."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.nn.layer_sharing import ShareOptions
 from distill_jax.nn.lora import LoraOptions
 from distill_jax.nn.quantise import QuantiseOptions
@@ -13,26 +13,44 @@ from distill_jax.types import JsonObject
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-  """Where a model comes from and how it is computed."""
+  """A model: its source, its architecture, and how its outputs are computed."""
 
-  source: str = ""  # a folder, a .gguf, "package:…", "hub:…", "run:WORKDIR"; "": random weights
-  family: str = "llama"  # without a source: a module of distill_jax/models …
-  shape: str = ""  # … and one of its named shapes; beside a source, what preflight goes by
-  digest: str = ""  # the sha256 that the source must have (a store's manifest names it); "": any
-  keep_layers: tuple[int, ...] = ()  # layers of the source to keep; (): all
-  changes: JsonObject = dataclasses.field(default_factory=dict)  # overrides for fields of the
-  # architecture config, e.g. {"num_labels": 10}
-  new: tuple[str, ...] = ()  # Hugging Face parameter-name prefixes to initialise randomly instead
-  # of loading, e.g. "classifier"
-  dtype: str = "float32"  # of matrix products
-  param_dtype: str = "float32"  # of the stored parameters
-  remat: str = "none"  # none | dots | offload | full
-  attention: str = "auto"  # auto | xla | splash | cudnn
-  rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # rows of
-  # sharding.TABLE that are this model's own: {"experts": ("fsdp", "tensor")}
+  source: str = ""
+  """Source of the weights: a Hugging Face folder, a `.gguf` file, "package:NAME/PATH" (a file in an
+  installed Python package), "hub:ORG/NAME", "hub:ORG/NAME@REVISION", or "run:WORKDIR" (the last
+  checkpoint of a training run). "": random weights of `family` and `shape`."""
+  family: str = "llama"
+  """Model family of `shape`: a module of distill_jax/models. Only used together with `shape`."""
+  shape: str = ""
+  """Name of a shape in the family's CONFIGS. Required without a source. With a source, it must be
+  the source's shape; `preflight` then does not read the source. "": the shape of the source."""
+  digest: str = ""
+  """SHA-256 that the weights must have, in hex, as in the manifest of a record store. "": any."""
+  keep_layers: tuple[int, ...] = ()
+  """Layers of the source to keep, numbered from 0, in this order. (): all layers."""
+  changes: JsonObject = dataclasses.field(default_factory=dict)
+  """Overrides for fields of the architecture config, e.g. {"num_labels": 10}."""
+  new: tuple[str, ...] = ()
+  """Hugging Face parameter-name prefixes to initialise randomly instead of loading, e.g.
+  ("classifier",)."""
+  dtype: str = "float32"
+  """Dtype of matrix products and activations, e.g. "bfloat16". Norms, softmax and losses are
+  computed in float32."""
+  param_dtype: str = "float32"
+  """Dtype of the parameters in memory: "float32", "bfloat16" or "float16"."""
+  remat: str = "none"
+  """Activations kept for the backward pass: "none" keeps all of them, "dots" keeps the results of
+  matrix products, "offload" keeps these in host memory, "full" keeps only each layer's input. What
+  is not kept is recomputed."""
+  attention: str = "auto"
+  """Attention kernel: "xla", "splash" (TPU), "cudnn" (GPU), or "auto" for the best one that the
+  device and the model support."""
+  rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  """Sharding rules that replace rows of nn/sharding.TABLE for this model: a pair (storage, compute)
+  of mesh axes by logical axis, e.g. {"experts": ("fsdp", "tensor")}. "": not sharded."""
 
 
-# What student.train can be, and the options of the student that it uses. Integers may be shared.
+# The values of student.train, and the options of the student that each of them uses.
 TRAIN: dict[str, tuple[str, ...]] = {
   "whole": (),
   "lora": ("lora",),
@@ -46,31 +64,39 @@ TRAIN: dict[str, tuple[str, ...]] = {
 class StudentOptions(ModelOptions):
   """The model that is trained."""
 
-  train: str = "whole"  # what of it: whole | lora | shared | quantised | frozen (all but `frozen`);
-  # of the four keys below, those of another choice stay at their defaults
+  train: str = "whole"
+  """Trained parameters: "whole" (all of them), "frozen" (all except those in `student.frozen`),
+  "lora" (low-rank adapters), "shared" (layers that share weights), or "quantised" (all of them,
+  with linear weights rounded to integers)."""
   lora: LoraOptions = LoraOptions()
+  """Low-rank adapters, for student.train="lora"."""
   share: ShareOptions = ShareOptions()
-  quantise: QuantiseOptions = QuantiseOptions()  # with train "quantised", or "shared"
-  frozen: tuple[str, ...] = ()  # Hugging Face parameter-name prefixes that are not trained and
-  # have no optimizer state, e.g. "model.encoder."
+  """Sharing of weights between layers, for student.train="shared"."""
+  quantise: QuantiseOptions = QuantiseOptions()
+  """Integer weights, for student.train="quantised" or "shared"."""
+  frozen: tuple[str, ...] = ()
+  """Hugging Face prefixes of parameters that are not trained and have no optimizer state, e.g.
+  ("model.encoder.",), for student.train="frozen"."""
 
   def __post_init__(self) -> None:
     if self.train not in TRAIN:
-      raise InputError(f"student.train is {self.train!r}; expected one of {', '.join(TRAIN)}")
+      raise bad_value("student.train", self.train, f"one of {', '.join(TRAIN)}", "Choose one")
     defaults = {f.name: f.default for f in dataclasses.fields(self)}
     for part in ("lora", "share", "quantise", "frozen"):
       if part not in TRAIN[self.train] and getattr(self, part) != defaults[part]:
         choices = " or ".join(repr(train) for train, parts in TRAIN.items() if part in parts)
-        raise InputError(
-          f"student.{part} is set and student.train is {self.train!r}; expected {choices}. Set "
-          f"student.train, or leave student.{part} at its default"
+        raise bad_value(
+          "student.train",
+          self.train,
+          f"{choices} because student.{part} is set",
+          f"Set student.train, or leave student.{part} at its default",
         )
 
   def as_trained(self, source: str) -> StudentOptions:
-    """The options to load a trained student with, computed as it was in training.
+    """Returns the options that load a trained student, computed as in training.
 
     Args:
-      source: a run, or a folder that was exported.
+      source: A run ("run:WORKDIR"), or an exported folder.
     """
     return dataclasses.replace(
       self,

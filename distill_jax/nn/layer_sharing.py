@@ -26,14 +26,18 @@ from distill_jax.types import FamilyConfig, Model
 
 @dataclasses.dataclass(frozen=True)
 class ShareOptions:
-  """Layers that have their weights in common: see layer_sharing.py."""
+  """Layers that share their weights: see nn/layer_sharing.py."""
 
-  layers: int = 0  # different ones, of which the model's are made; 0: each is its own
-  order: str = "cyclic"  # cyclic, the first again after the last | grouped, neighbours alike
-  start: str = "mean"  # mean | first, of a source's layers that are to be one
-  lora: lora.LoraOptions = (
-    lora.LoraOptions()
-  )  # each layer's own difference, which starts from the source's
+  layers: int = 0
+  """Number of distinct layers, from 1 to the number of layers of the model."""
+  order: str = "cyclic"
+  """Assignment of layers to distinct layers: "cyclic" (layer i uses distinct layer i mod N) or
+  "grouped" (neighbouring layers share)."""
+  start: str = "mean"
+  """Initial value of a distinct layer: "mean" or "first" of the source's layers that share it."""
+  lora: lora.LoraOptions = lora.LoraOptions()
+  """Low-rank adapters that each layer adds to its shared weights. They start as the best
+  approximation of the difference to the source's layer. With `rank` 0 there are no adapters."""
 
 
 ORDERS = ("cyclic", "grouped")

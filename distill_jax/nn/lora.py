@@ -22,11 +22,14 @@ from distill_jax.types import Model, Tree
 
 @dataclasses.dataclass(frozen=True)
 class LoraOptions:
-  """Low-rank adapters, trained in the place of the model's own weights."""
+  """Low-rank adapters, trained instead of the model's own weights."""
 
-  rank: int = 0  # at least 1 where adapters are trained
-  alpha: float = 16.0  # a weight W is used as W + alpha / rank * A B
-  targets: tuple[str, ...] = (  # Hugging Face's names of linear layers, or ends of dotted ones
+  rank: int = 0
+  """Rank of each adapter: at least 1 for student.train="lora". In `student.share`, 0 means that
+  layers have no adapters."""
+  alpha: float = 16.0
+  """Scale of the adapters: a weight W is used as W + alpha / rank * A B."""
+  targets: tuple[str, ...] = (
     "q_proj",
     "k_proj",
     "v_proj",
@@ -35,6 +38,8 @@ class LoraOptions:
     "up_proj",
     "down_proj",
   )
+  """Linear layers that get an adapter: Hugging Face module names or the ends of dotted names, e.g.
+  "q_proj" or "self_attn.q_proj"."""
 
 
 PEFT = "base_model.model."  # what PEFT puts before a module's name

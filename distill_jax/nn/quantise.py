@@ -22,10 +22,12 @@ from distill_jax.types import Model, Tree
 
 @dataclasses.dataclass(frozen=True)
 class QuantiseOptions:
-  """Integer weights of linear layers, in training and after it: see quantise.py."""
+  """Integer weights of linear layers, in training and afterwards: see nn/quantise.py."""
 
-  bits: int = 0  # 4 | 8; 0: none
-  group: int = 0  # inputs that share a scale; 0: all of an output's
+  bits: int = 0
+  """Bits of a weight: 4, 8, or 0 for weights that are not quantised."""
+  group: int = 0
+  """Number of consecutive inputs that share a scale. 0: one scale for each output."""
 
 
 LOOPS = ("layers", "encoder_layers", "experts")  # axes along which weights are tensors of their own

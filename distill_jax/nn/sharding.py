@@ -23,11 +23,17 @@ from distill_jax.types import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class MeshOptions:
-  """Devices on each mesh axis; -1 is the rest."""
+  """The device mesh: the number of devices on each axis."""
 
   data: int = 1
+  """Devices on the data axis: sequences are split, parameters are copied. -1: all remaining
+  devices. Only this axis may span several slices."""
   fsdp: int = -1
+  """Devices on the FSDP axis: sequences and stored parameters are split. -1: all remaining
+  devices."""
   tensor: int = 1
+  """Devices on the tensor axis: heads, feed-forward channels, experts and the vocabulary are split.
+  -1: all remaining devices."""
 
 
 MESH_AXES = ("data", "fsdp", "tensor")

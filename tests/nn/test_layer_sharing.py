@@ -314,7 +314,9 @@ def test_what_cannot_be_shared_is_refused(base, changes, said):
 def test_adapters_beside_shared_layers_are_refused(base):
   c = shared_config(base)
   c.student.lora.rank, c.student.quantise.bits = 2, 0
-  with pytest.raises(InputError, match=r"student.lora is set and student.train is .shared."):
+  with pytest.raises(
+    InputError, match=r"student.train is .shared.; expected .* because student.lora is set"
+  ):
     validate.check_run(config.resolve(c), [])
   with pytest.raises(InputError, match=r"first 1 are of another kind .*from 2 to 3"):
     layer_sharing.check(ShareOptions(1), random_model(deepseek_v3, deepseek_v3.TINY))
