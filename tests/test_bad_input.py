@@ -160,7 +160,7 @@ def test_no_losses_and_no_weight(at, tmp_path, monkeypatch):
   zero = "c.losses.soft.weight = 0.0; c.losses.hard.weight = 0.0"
   assert "every weight in losses is 0" in at("train", zero, workdir="b")
   hot = "c.losses.soft.temperature = 2.0"
-  assert "the temperature is not the recorded one" in at("train", hot, workdir="c")
+  assert "The loss's temperature differs from the recorded one" in at("train", hot, workdir="c")
 
 
 def test_a_damaged_shard_is_found_before_training(at, tmp_path, monkeypatch):

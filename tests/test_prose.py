@@ -61,7 +61,6 @@ PENDING: tuple[str, ...] = (
   "distill_jax/filters/",
   "distill_jax/generation/",
   "distill_jax/hub/",
-  "distill_jax/losses/",
   "distill_jax/models/",
   "distill_jax/nn/",
   "distill_jax/preflight/",

@@ -1,14 +1,14 @@
-"""One loss a file; the folder is the registry.
+"""Training losses. Each loss is one file, and the folder is the registry.
 
-A loss is a module with a frozen dataclass `Loss` whose fields are its config keys. It is of one
-of two kinds, which _base.py declares:
+A loss is a module with a frozen dataclass `Loss` whose fields are its config keys. There are two
+kinds of losses, declared in _base.py:
 
-  TokenLoss    `token_loss(logits_BCV, batch, step) -> loss_BC`, a chunk at a time on the fused
-               head (nn/fused_head.py).
-  FeatureLoss  `feature_loss(student, teacher, adapters, batch, pairs) -> Mean`, of features
-               that `feature_specs` names. A LayerPairLoss is one over pairs of layers.
+  TokenLoss    `token_loss(logits_BCV, batch, step) -> loss_BC`. The fused head
+               (nn/fused_head.py) evaluates it on one chunk of positions at a time.
+  FeatureLoss  `feature_loss(student, teacher, adapters, batch, pairs) -> Mean`. It compares the
+               features that `feature_specs` names. A LayerPairLoss compares pairs of layers.
 
-As a library: `losses.KD(temperature=2.0)`.
+Losses can be used without a config: `losses.KD(temperature=2.0)`.
 """
 
 from distill_jax.losses._base import BaseLoss, FeatureLoss, LayerPairLoss, TokenLoss

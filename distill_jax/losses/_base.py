@@ -1,4 +1,4 @@
-"""The two kinds of losses, with what every loss of a kind has."""
+"""Base classes of the two kinds of losses."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from distill_jax.types import Batch, FamilyConfig, Mean, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class BaseLoss:
-  """What the training step asks of any loss.
+  """The interface between the training step and a loss.
 
-  Fields are the loss's config keys. A number given for a Schedule is that constant, so that
-  `kd.Loss(temperature=2.0)` works without a config.
-
-  Attributes:
-    weight: of this loss in the sum that is minimised. The step multiplies by it, not the loss.
+  The fields are the loss's config keys. A number passed for a Schedule becomes a constant
+  schedule, so that `losses.KD(temperature=2.0)` works without a config.
   """
 
   weight: Schedule = constant(1.0)
+  """Weight of this loss in the sum that is minimised: a number or a schedule.
+
+  The training step multiplies by it; `token_loss` and `feature_loss` return unweighted values.
+  """
 
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
@@ -36,64 +37,62 @@ class BaseLoss:
 
   @property
   def teacher_names(self) -> tuple[str, ...]:
-    """The teachers that this loss learns from; () for one that needs labels alone."""
+    """Names of the teachers this loss uses; () for a loss that only needs labels."""
     return ()
 
   def schedules(self) -> dict[str, Schedule]:
-    """The fields that follow the step, by name."""
+    """Returns the fields that are schedules, by name."""
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     return {name: value for name, value in values.items() if isinstance(value, Schedule)}
 
   def check_records(self, kind: str, has_logp: bool, temperature: float, missing_mass: str) -> None:
-    """Refuses records whose targets this loss cannot use; by default it can use all.
+    """Checks that this loss can use the targets of a store; by default every loss can.
 
     Args:
-      kind: of the records.
-      has_logp: whether sampled records hold log-probabilities.
-      temperature: of the recorded distribution.
-      missing_mass: the convention of top-k records.
+      kind: Kind of the records, e.g. "sampled".
+      has_logp: True if sampled records hold log-probabilities.
+      temperature: Temperature of the recorded distribution.
+      missing_mass: Convention for the mass outside top-k entries.
 
     Raises:
-      InputError: they would give a biased loss.
+      InputError: The loss would be biased with these records.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenLoss(BaseLoss):
-  """A loss of each position's logits, which the fused head runs a chunk at a time."""
+  """A loss computed from the logits of each position, one chunk at a time."""
 
   def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array | int) -> jax.Array:
-    """The loss of each position, float32 [B, C], in nats, without its weight.
+    """Returns the unweighted loss of each position in nats, float32 [B, C].
 
     Args:
-      logits_BCV: the student's, float32.
-      batch: the chunk's labels, mask and targets.
-      step: the step number, which schedules follow.
+      logits_BCV: The student's logits, float32.
+      batch: Labels, mask and targets of the chunk.
+      step: The step number, at which schedules are evaluated.
     """
     raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureLoss(BaseLoss):
-  """A loss of features of whole sequences.
-
-  Attributes:
-    teacher: whose features.
-  """
+  """A loss computed from features of whole sequences."""
 
   teacher: str = "teacher"
+  """Name of the teacher whose features are compared."""
 
-  compares_embeddings: ClassVar[bool] = False  # it reads Features.embedding_BTD
+  compares_embeddings: ClassVar[bool] = False  # True if the loss reads Features.embedding_BTD
 
   @property
   def teacher_names(self) -> tuple[str, ...]:
     return (self.teacher,)
 
   def pairs(self, student: FamilyConfig, teacher: FamilyConfig) -> Pairs:
-    """The (student layer, teacher layer) pairs whose features are compared.
+    """Returns the (student layer, teacher layer) pairs whose features are compared.
 
     Args:
-      student, teacher: their configs.
+      student: The student's architecture config.
+      teacher: The teacher's architecture config.
     """
     del student, teacher
     return ()
@@ -101,16 +100,23 @@ class FeatureLoss(BaseLoss):
   def feature_specs(
     self, pairs: Pairs, student: FamilyConfig, teacher: FamilyConfig
   ) -> tuple[FeatureSpec, FeatureSpec]:
-    """The features that the student and the teacher have to give, from their configs."""
+    """Returns the features needed from the student and from the teacher.
+
+    Args:
+      pairs: The pairs of layers, from `pairs`.
+      student: The student's architecture config.
+      teacher: The teacher's architecture config.
+    """
     del pairs, student, teacher
     return FeatureSpec(), FeatureSpec()
 
   def adapter_width(self, teacher: FamilyConfig, recorded_width: int | None) -> int:
-    """The width of the teacher's features that adapters project to; 0 without adapters.
+    """Returns the width of the teacher features that adapters project to; 0 without adapters.
 
     Args:
-      teacher: its config.
-      recorded_width: of its features in records, which may project them; None if it is online.
+      teacher: The teacher's architecture config.
+      recorded_width: Width of the recorded features, which may be projected; None for an online
+        teacher.
     """
     del teacher, recorded_width
     return 0
@@ -118,18 +124,22 @@ class FeatureLoss(BaseLoss):
   def init(
     self, key: jax.Array, pairs: Pairs, student: FamilyConfig, width: int
   ) -> dict[str, PyTree]:
-    """The adapters: parameters that this loss owns, trained with the student. By default none.
+    """Returns the adapters: parameters of this loss that are trained with the student.
+
+    By default a loss has no adapters.
 
     Args:
-      student: its config.
-      width: see adapter_width.
+      key: Random key.
+      pairs: The pairs of layers, from `pairs`.
+      student: The student's architecture config.
+      width: The width that `adapter_width` returned.
     """
     del key, pairs, student, width
     return {}
 
   @property
   def fits_adapters(self) -> bool:
-    """Whether `fit` replaces the adapters before the first step."""
+    """True if `fit` replaces the adapters before the first step."""
     return False
 
   def fit(
@@ -140,7 +150,7 @@ class FeatureLoss(BaseLoss):
     teacher: Features,
     batch: Batch,
   ) -> dict[str, PyTree]:
-    """The adapters as fitted on one batch."""
+    """Returns adapters fitted to one batch."""
     raise NotImplementedError
 
   def feature_loss(
@@ -151,19 +161,20 @@ class FeatureLoss(BaseLoss):
     batch: Batch,
     pairs: Pairs,
   ) -> Mean:
-    """The loss as a mean over labels, without its weight."""
+    """Returns the unweighted loss as a mean over labels."""
     raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerPairLoss(FeatureLoss):
-  """A FeatureLoss that is the mean over pairs of layers.
-
-  Attributes:
-    layers: see features.pairs.
-  """
+  """A FeatureLoss averaged over pairs of layers."""
 
   layers: str = "last"
+  """Layers to compare: "uniform", "last", or student:teacher pairs such as "0:4 5:29".
+
+  "uniform" pairs every student layer with a teacher layer at equal steps; "last" pairs the last
+  layers.
+  """
 
   def pairs(self, student: FamilyConfig, teacher: FamilyConfig) -> Pairs:
     return features.pairs(self.layers, student.num_hidden_layers, teacher.num_hidden_layers)
@@ -171,7 +182,7 @@ class LayerPairLoss(FeatureLoss):
   def feature_specs(
     self, pairs: Pairs, student: FamilyConfig, teacher: FamilyConfig
   ) -> tuple[FeatureSpec, FeatureSpec]:
-    """The hidden states of the paired layers."""
+    """Returns specs of the hidden states of the paired layers."""
     del student, teacher
     ours, theirs = zip(*pairs, strict=True)
     return FeatureSpec(hidden=ours), FeatureSpec(hidden=theirs)
@@ -184,7 +195,7 @@ class LayerPairLoss(FeatureLoss):
     batch: Batch,
     pairs: Pairs,
   ) -> Iterator[Mean]:
-    """The loss of each pair, or several for each."""
+    """Yields one or more losses per pair, which are averaged."""
     raise NotImplementedError
 
   def feature_loss(

@@ -1,9 +1,10 @@
-"""Divergences between teacher p and student q, from log-probabilities on the same outcomes.
+"""Divergences between the teacher p and the student q, from log-probabilities.
 
-Each is (logp, logq) -> terms, elementwise over the last axis, float32; their sum over all
-outcomes is the divergence in nats. Terms of a KL carry `b - a`, which sums to 0 and makes
-each of them non-negative: sums of them do not lose their digits near 0, as a plain
-sum of a (log a - log b) does.
+Each function takes log-probabilities of the same outcomes and returns float32 terms, elementwise
+over the last axis. The sum of the terms over all outcomes is the divergence in nats.
+
+The terms of a KL divergence include `b - a`. It sums to 0 and makes every term non-negative, so
+that the sum stays accurate near 0, where a plain sum of a (log a - log b) cancels.
 """
 
 from __future__ import annotations
@@ -15,31 +16,32 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.types import Terms
 
 
 @jax.custom_jvp
 def forward_kl(logp: jax.Array, logq: jax.Array) -> jax.Array:
-  """KL(p || q) (arXiv:1503.02531)."""
+  """Returns the terms of KL(p || q) (arXiv:1503.02531)."""
   return _kl(logp, logq)
 
 
-# By logq alone, and without the `b - a` of _kl, whose sum is constant: what autodiff would
-# make of the terms keeps several more arrays of the vocabulary's size.
+# The derivative in logq only, without that of the `b - a` in _kl, whose sum is constant. Autodiff
+# would keep several more arrays of the size of the vocabulary.
 forward_kl.defjvps(None, lambda dlogq, _, logp, logq: -jnp.exp(logp) * dlogq)
 
 
 def reverse_kl(logp: jax.Array, logq: jax.Array) -> jax.Array:
-  """KL(q || p) (MiniLLM, arXiv:2306.08543)."""
+  """Returns the terms of KL(q || p) (MiniLLM, arXiv:2306.08543)."""
   return _kl(logq, logp)
 
 
 def jensen_shannon(logp: jax.Array, logq: jax.Array, beta: float = 0.5) -> jax.Array:
-  """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, arXiv:2306.13649).
+  """Returns the terms of the generalised Jensen-Shannon divergence (GKD, arXiv:2306.13649).
 
-  Divided by beta it tends to KL(p || q) for beta to 0, and by 1 - beta to KL(q || p) for beta
-  to 1; at 0 and 1 themselves those are returned.
+  It is beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. Divided by beta it
+  tends to KL(p || q) as beta tends to 0; divided by 1 - beta it tends to KL(q || p) as beta tends
+  to 1. For beta equal to 0 or 1 these limits are returned.
   """
   if beta in (0, 1):
     return forward_kl(logp, logq) if beta == 0 else reverse_kl(logp, logq)
@@ -48,20 +50,21 @@ def jensen_shannon(logp: jax.Array, logq: jax.Array, beta: float = 0.5) -> jax.A
 
 
 def skew_kl(logp: jax.Array, logq: jax.Array, alpha: float = 0.1) -> jax.Array:
-  """KL(p || alpha p + (1 - alpha) q) (DistiLLM, arXiv:2402.03898)."""
+  """Returns the terms of KL(p || alpha p + (1 - alpha) q) (DistiLLM, arXiv:2402.03898)."""
   return _kl(logp, _mix(logp, logq, alpha))
 
 
 def skew_reverse_kl(logp: jax.Array, logq: jax.Array, alpha: float = 0.1) -> jax.Array:
-  """KL(q || alpha q + (1 - alpha) p) (DistiLLM, arXiv:2402.03898)."""
+  """Returns the terms of KL(q || alpha q + (1 - alpha) p) (DistiLLM, arXiv:2402.03898)."""
   return _kl(logq, _mix(logq, logp, alpha))
 
 
 def adaptive_kl(logp: jax.Array, logq: jax.Array, head_mass: float = 0.5) -> jax.Array:
-  """Forward and reverse KL, weighed by where p and q differ (AKL, arXiv:2404.02657).
+  """Returns the terms of adaptive KL, a mixture of forward and reverse KL (arXiv:2404.02657).
 
-  The head is the teacher's likeliest outcomes up to `head_mass`. Forward KL has the head's
-  share of sum |p - q|, reverse KL the tail's. The shares carry no gradient.
+  The head of the distribution is the teacher's most probable outcomes up to a mass of
+  `head_mass`. Forward KL is weighted by the head's share of sum |p - q|, reverse KL by the
+  tail's share. The shares are treated as constants in the gradient.
   """
   p, gap = jnp.exp(logp), jnp.abs(jnp.exp(logp) - jnp.exp(logq))
   order = jnp.argsort(-logp, axis=-1)
@@ -77,16 +80,22 @@ def adaptive_kl(logp: jax.Array, logq: jax.Array, head_mass: float = 0.5) -> jax
 def alpha_beta(
   logp: jax.Array, logq: jax.Array, alpha: float = 0.2, beta: float = 0.7
 ) -> jax.Array:
-  """The alpha-beta divergence (ABKD, arXiv:2505.04560, equation 6).
+  """Returns the terms of the alpha-beta divergence (ABKD, arXiv:2505.04560, equation 6).
 
-  -1/(alpha beta) sum [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta)
-  - beta/(alpha+beta) q^(alpha+beta)]; towards (1, 0) forward and (0, 1) reverse KL.
+  It is -1/(alpha beta) sum [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta)
+  - beta/(alpha+beta) q^(alpha+beta)]. It tends to forward KL as (alpha, beta) tends to (1, 0), and
+  to reverse KL as it tends to (0, 1).
+
+  Raises:
+    InputError: alpha, beta or their sum is 0.
   """
   total = alpha + beta
   if 0 in (alpha, beta, total):
-    raise InputError(
-      f"alpha_beta has parameters ({alpha}, {beta}); neither they nor their sum can be 0: the "
-      "limits are forward_kl and reverse_kl"
+    raise bad_value(
+      "(alpha, beta)",
+      (alpha, beta),
+      "two numbers that are not 0 and whose sum is not 0",
+      "Use forward_kl or reverse_kl for the limits",
     )
   mixed = jnp.exp(alpha * logp + beta * logq)
   return (alpha / total * jnp.exp(total * logp) + beta / total * jnp.exp(total * logq) - mixed) / (
@@ -95,7 +104,7 @@ def alpha_beta(
 
 
 def total_variation(logp: jax.Array, logq: jax.Array) -> jax.Array:
-  """Half of sum |p - q|."""
+  """Returns the terms of the total variation distance, half of sum |p - q|."""
   return 0.5 * jnp.abs(jnp.exp(logp) - jnp.exp(logq))
 
 
@@ -112,35 +121,43 @@ ALL: dict[str, Callable[..., jax.Array]] = {
 
 
 def named(name: str, parameters: Mapping[str, float] | None = None) -> Terms:
-  """Returns a divergence by name, with its parameters by name or at their defaults.
+  """Returns a divergence with its parameters.
+
+  Args:
+    name: A key of ALL.
+    parameters: Values of its parameters, by name. Missing ones have their defaults.
 
   Raises:
-    InputError: there is no such divergence, it has no such parameter, or the value is out of range.
+    InputError: The name or a parameter is unknown, or a value is out of range.
   """
   parameters = dict(parameters or {})
   if name not in ALL:
-    raise InputError(f"there is no divergence {name!r}; there are {', '.join(ALL)}")
-  takes = list(inspect.signature(ALL[name]).parameters)[2:]
-  if not set(parameters) <= set(takes):
-    expected = " and ".join(takes) or "no parameters"
-    raise InputError(f"{name} takes {expected} and was given {parameters}")
-  if name != "alpha_beta" and any(not 0 <= x <= 1 for x in parameters.values()):
-    raise InputError(f"{name} has parameters {parameters}; each lies from 0 to 1")
+    raise bad_value("divergence", name, f"one of {', '.join(ALL)}", "Correct the name")
+  known = list(inspect.signature(ALL[name]).parameters)[2:]
+  if unknown := [key for key in parameters if key not in known]:
+    raise bad_value(
+      "parameters",
+      parameters,
+      f"only {' and '.join(known)}" if known else f"none for {name}",
+      f"Remove {unknown[0]!r}",
+    )
   if name == "alpha_beta":
-    alpha_beta(jnp.zeros(1), jnp.zeros(1), **parameters)  # refuses what the formula cannot take
+    alpha_beta(jnp.zeros(1), jnp.zeros(1), **parameters)  # checks the values
+  elif any(not 0 <= x <= 1 for x in parameters.values()):
+    raise bad_value("parameters", parameters, "numbers from 0 to 1", "Correct the values")
   return functools.partial(ALL[name], **parameters)
 
 
 def _kl(loga: jax.Array, logb: jax.Array) -> jax.Array:
-  """a (log a - log b) + b - a, at least 0."""
+  """Returns a (log a - log b) + b - a, which is at least 0."""
   d = loga - logb
-  near = jnp.clip(d, -0.5, 0.5)  # where expm1 keeps the digits that b - a would cancel
+  near = jnp.clip(d, -0.5, 0.5)  # where expm1 avoids the cancellation of b - a
   a = jnp.exp(loga)
   return jnp.where(d == near, a * (near + jnp.expm1(-near)), a * d + jnp.exp(logb) - a)
 
 
 def _mix(loga: jax.Array, logb: jax.Array, alpha: float) -> jax.Array:
-  """log(alpha a + (1 - alpha) b)."""
+  """Returns log(alpha a + (1 - alpha) b)."""
   if alpha in (0, 1):
     return logb if alpha == 0 else loga
   return jnp.logaddexp(loga + jnp.log(alpha), logb + jnp.log1p(-alpha))

@@ -1,4 +1,4 @@
-"""Embeddings of whole images or texts, brought to the teacher's."""
+"""Embedding loss: distance between the embeddings of whole images or texts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.losses._base import FeatureLoss
 from distill_jax.losses.features import Features, FeatureSpec, Pairs
 from distill_jax.nn import layers
@@ -20,52 +20,66 @@ PROJECTIONS = ("none", "orthogonal")
 
 @dataclasses.dataclass(frozen=True)
 class Loss(FeatureLoss):
-  """|student - teacher|^2 of embeddings of length 1, the mean over positions.
+  """Squared distance between embeddings normalised to length 1, averaged over positions.
 
-  CLIP-KD's feature distillation (arXiv:2307.12732, equation 4), for the image and for the text;
-  a text encoder has one position. It is 2 - 2 cos(student, teacher).
-
-  Attributes:
-    projection: from the student's width to the teacher's, trained, initialised "orthogonal";
-      "none" where the widths are equal.
+  This is the feature distillation of CLIP-KD (arXiv:2307.12732, equation 4) and equals
+  2 - 2 cos(student, teacher). CLIP has two positions, the image and the text; a text encoder has
+  one.
   """
 
   projection: str = "none"
+  """Projection from the student's width to the teacher's: "none" or "orthogonal".
+
+  "none" is for equal widths. "orthogonal" is a trained projection initialised to an orthogonal
+  matrix.
+  """
 
   compares_embeddings: ClassVar[bool] = True
 
   def __post_init__(self) -> None:
     super().__post_init__()
     if self.projection not in PROJECTIONS:
-      raise InputError(f"projection is {self.projection!r}; it is one of {PROJECTIONS}")
+      raise bad_value("projection", self.projection, "'none' or 'orthogonal'", "Correct it")
 
   def feature_specs(
     self, pairs: Pairs, student: FamilyConfig, teacher: FamilyConfig
   ) -> tuple[FeatureSpec, FeatureSpec]:
-    """None, as embeddings are among a model's outputs; refuses families without them."""
+    """Returns empty specs: embeddings are model outputs and need no taps.
+
+    Raises:
+      InputError: A model does not output embeddings.
+    """
     for role, config in (("student", student), ("teacher", teacher)):
       if config.embedding_size is None:
         raise InputError(
-          f"the loss embedding compares embeddings of whole inputs, which the {role}'s family "
-          f"({type(config).__module__.rpartition('.')[2]}) does not output; use the loss hidden"
+          f"The loss 'embedding' needs embeddings of whole inputs, but the {role}'s family "
+          f"({type(config).__module__.rpartition('.')[2]}) does not output them. Use the loss "
+          "'hidden'."
         )
     return super().feature_specs(pairs, student, teacher)
 
   def adapter_width(self, teacher: FamilyConfig, recorded_width: int | None) -> int:
     del recorded_width
-    assert teacher.embedding_size is not None  # feature_specs refuses others
+    assert teacher.embedding_size is not None  # checked by feature_specs
     return teacher.embedding_size
 
   def init(
     self, key: jax.Array, pairs: Pairs, student: FamilyConfig, width: int
   ) -> dict[str, PyTree]:
-    """The projection [I, O]; {} where the widths are equal."""
+    """Returns the projection [I, O]; {} if the widths are equal.
+
+    Raises:
+      InputError: The key `projection` does not fit the widths.
+    """
     del pairs
     D = student.embedding_size
     if (width == D) != (self.projection == "none"):
-      raise InputError(
-        f"projection is {self.projection!r}, the student's embeddings have {D} numbers and the "
-        f"teacher's {width}; it is 'none' where they are equal, 'orthogonal' where they differ"
+      expected = "'none'" if width == D else "'orthogonal'"
+      raise bad_value(
+        "projection",
+        self.projection,
+        f"{expected} for student embeddings of width {D} and teacher embeddings of width {width}",
+        f"Set it to {expected}",
       )
     if width == D:
       return {}

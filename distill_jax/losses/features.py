@@ -1,7 +1,7 @@
-"""What feature losses compare: hidden states, and queries, keys and values, of chosen layers.
+"""Features that losses compare: hidden states, queries, keys and values of chosen layers.
 
-No other layer's outputs are kept. Queries, keys and values of layer l are recomputed from the
-output of layer l - 1, so they cost no more than its tap.
+The outputs of other layers are not kept. Queries, keys and values of layer l are recomputed from
+the output of layer l - 1, so that only that output is stored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.types import QKV, Batch, FamilyConfig, Inputs, Mean, Model, ModelInputs, Output
 
@@ -21,34 +21,37 @@ Pairs = tuple[tuple[int, int], ...]  # (student layer, teacher layer)
 
 
 class AttentionSizes(FamilyConfig, Protocol):
-  """The config of a model with attention, whose queries, keys and values can be compared."""
+  """Protocol of the config of a model with attention."""
 
   @property
   def num_attention_heads(self) -> int:
-    """Heads of queries."""
+    """Number of query heads."""
 
   @property
   def num_key_value_heads(self) -> int:
-    """Heads of keys and values."""
+    """Number of key and value heads."""
 
   @property
   def head_dim(self) -> int:
-    """Width of one head's queries and keys."""
+    """Width of the queries and keys of one head."""
 
   @property
   def value_head_dim(self) -> int:
-    """Width of one head's values; DeepSeek's are narrower than its keys."""
+    """Width of the values of one head; in DeepSeek it is less than `head_dim`."""
 
 
 def attention_sizes(config: FamilyConfig) -> AttentionSizes:
-  """Returns the config, of a model that is known to have attention, as what it is."""
+  """Returns the config typed as that of a model with attention; the caller knows that it is."""
   return cast(AttentionSizes, config)
 
 
 class Features(struct.PyTreeNode):
-  """A model's features: by layer, hidden states [B, T, D], and (q, k, v), each [B, T, heads, h].
+  """Features of a model.
 
-  `embedding_BTD` is the embedding of each position's whole input, where a family has it.
+  Attributes:
+    hidden: Hidden states [B, T, D], by layer.
+    qkv: Queries, keys and values, each [B, T, heads, h], by layer.
+    embedding_BTD: Embedding of the whole input at each position, for families that output it.
   """
 
   hidden: dict[int, jax.Array]
@@ -58,7 +61,7 @@ class Features(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
-  """The layers whose features are extracted from a model."""
+  """Layers whose features are extracted from a model: hidden states, and (q, k, v)."""
 
   hidden: tuple[int, ...] = ()
   qkv: tuple[int, ...] = ()
@@ -69,13 +72,20 @@ class FeatureSpec:
 
   @property
   def taps(self) -> tuple[int, ...]:
-    """The layers whose outputs are tapped for them."""
+    """Layers whose outputs the model must return, in ascending order."""
     return tuple(sorted({*self.hidden, *(layer - 1 for layer in self.qkv)}))
 
   def extract(
     self, model: Model, out: Output, inputs: ModelInputs, compute: ComputeConfig
   ) -> Features:
-    """The features from the outputs of a model that ran with `taps`."""
+    """Returns the features, given the outputs of a model called with `taps`.
+
+    Args:
+      model: The model, which recomputes queries, keys and values.
+      out: Its outputs.
+      inputs: Its inputs.
+      compute: The compute config it was called with.
+    """
     if not self.taps:
       return Features({}, {}, out.embedding_BTD)
     assert out.taps_PBTD is not None
@@ -85,15 +95,16 @@ class FeatureSpec:
 
 
 def pairs(layers: str, student: int, teacher: int) -> Pairs:
-  """Pairs each trained student layer with the teacher layer that it is compared to.
+  """Returns the (student layer, teacher layer) pairs to compare.
 
   Args:
-    layers: "uniform" (every student layer with teacher layers at equal steps, the last with
-      the last: TinyBERT, arXiv:1909.10351), "last", or pairs such as "0:4 5:29".
-    student, teacher: their numbers of layers.
+    layers: "uniform" (each student layer with a teacher layer at equal steps, the last with the
+      last, as in TinyBERT, arXiv:1909.10351), "last", or pairs such as "0:4 5:29".
+    student: Number of layers of the student.
+    teacher: Number of layers of the teacher.
 
   Raises:
-    InputError: a pair is not two numbers, or there is no such layer.
+    InputError: A pair is not two numbers, or a layer does not exist.
   """
   if layers == "uniform":
     return tuple((i, (i + 1) * teacher // student - 1) for i in range(student))
@@ -103,25 +114,31 @@ def pairs(layers: str, student: int, teacher: int) -> Pairs:
     a_b = [tuple(map(int, pair.split(":"))) for pair in layers.split()]
     chosen = tuple((a, b) for a, b in a_b)
   except ValueError:
-    raise InputError(
-      f"layers is {layers!r}; it is 'uniform', 'last' or student:teacher pairs such as '0:4 5:29'"
+    raise bad_value(
+      "layers",
+      layers,
+      "'uniform', 'last' or student:teacher pairs such as '0:4 5:29'",
+      "Correct it",
     ) from None
   bad = [(a, b) for a, b in chosen if not (0 <= a < student and 0 <= b < teacher)]
   if bad or not chosen:
-    raise InputError(
-      f"layers is {layers!r}; the student has layers 0 to {student - 1} and the teacher 0 to "
-      f"{teacher - 1}"
+    raise bad_value(
+      "layers",
+      layers,
+      f"pairs of student layers 0 to {student - 1} and teacher layers 0 to {teacher - 1}",
+      "Name existing layers",
     )
   return chosen
 
 
 class FeaturePositions(NamedTuple):
-  """The positions of a model's features.
+  """Positions of a model's features, and which of them attend to each other.
 
   Attributes:
-    valid_BS: bool, those that are compared.
-    segments_BS: int32, the documents, 0 in padding; a position attends within its own.
-    causal: a position attends to earlier ones and itself only.
+    valid_BS: bool [B, S], True where features are compared.
+    segments_BS: int32 [B, S], the document of each position; 0 for padding. Positions attend
+      within their document.
+    causal: True if positions attend only to themselves and earlier positions.
   """
 
   valid_BS: jax.Array
@@ -130,9 +147,13 @@ class FeaturePositions(NamedTuple):
 
 
 def feature_positions(batch: Batch, positions: int) -> FeaturePositions:
-  """Positions whose features are compared.
+  """Returns the positions whose features are compared.
 
-  Those with a label for decoders, all of the `positions` that are not padding for encoders.
+  These are the labelled positions for decoders and all non-padding positions for encoders.
+
+  Args:
+    batch: The batch.
+    positions: Number of positions of the features, S.
   """
   if batch.valid_BS is None:
     assert isinstance(batch.inputs, Inputs)
@@ -142,7 +163,10 @@ def feature_positions(batch: Batch, positions: int) -> FeaturePositions:
 
 
 def mean_over_labels(x_BS: jax.Array, batch: Batch) -> Mean:
-  """Mean over labels. For encoders, each label counts the mean over its input positions."""
+  """Returns the mean of x_BS over labels.
+
+  For encoders, the value of a label is the mean over the input positions of its row.
+  """
   if batch.valid_BS is None:
     return Mean.of(x_BS, batch.mask_BT)
   valid_BS = feature_positions(batch, x_BS.shape[1]).valid_BS
@@ -152,14 +176,14 @@ def mean_over_labels(x_BS: jax.Array, batch: Batch) -> Mean:
 
 
 def flat_qkv(qkv: QKV) -> jax.Array:
-  """Joins (q, k, v) to one vector a position, [B, T, D], for records."""
+  """Concatenates (q, k, v) to one vector per position, [B, T, D], as records store them."""
   return jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in qkv], -1)
 
 
 def unflat_qkv(x_BTD: jax.Array, config: FamilyConfig) -> QKV:
-  """The inverse of flat_qkv, for a teacher of this config."""
+  """Splits vectors from `flat_qkv` into (q, k, v), for a teacher with this config."""
   c = attention_sizes(config)
   H, G, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim
   q, k, v = jnp.split(x_BTD, [H * h, (H + G) * h], -1)
   q, k, v = (x.reshape(*x.shape[:2], n, -1) for x, n in ((q, H), (k, G), (v, G)))
-  return q, k, v  # values may be narrower than keys
+  return q, k, v  # the width of values may differ from that of keys

@@ -1,4 +1,4 @@
-"""Hidden states of chosen layers, through a learned projection where the widths differ."""
+"""Hidden-state loss: distance between hidden states of chosen layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.losses import features
 from distill_jax.losses._base import LayerPairLoss
 from distill_jax.losses.features import Features, Pairs
@@ -16,33 +16,42 @@ from distill_jax.nn.params import param
 from distill_jax.types import Batch, FamilyConfig, Mean, PyTree
 
 DISTANCES, PROJECTIONS = ("mse", "cosine"), ("none", "orthogonal", "least_squares")
-RIDGE = 1e-4  # of the mean squared activation, so that least squares has one answer
+RIDGE = 1e-4  # times the mean squared activation; makes the least-squares solution unique
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss(LayerPairLoss):
-  """The mean over layer pairs of a distance that has no unit.
+  """Distance between hidden states, averaged over pairs of layers.
 
-  "mse" is |student - teacher|^2 / |teacher|^2, "cosine" 1 - cos(student, teacher); so a
-  weight means the same at every width and depth (FitNets, arXiv:1412.6550; PKD,
-  arXiv:1908.09355).
-
-  Attributes:
-    layers: see features.pairs.
-    projection: from the student's width to the teacher's, trained: initialised "orthogonal", or
-      as the "least_squares" fit on the first batch; "none" where the widths are equal.
+  Follows FitNets (arXiv:1412.6550) and PKD (arXiv:1908.09355). The distances are relative, so
+  that a weight means the same at every width and depth.
   """
 
   layers: str = "uniform"
+  """Layers to compare: "uniform", "last", or student:teacher pairs such as "0:4 5:29".
+
+  "uniform" pairs every student layer with a teacher layer at equal steps; "last" pairs the last
+  layers.
+  """
   distance: str = "mse"
+  """Distance: "mse" or "cosine".
+
+  "mse" is |student - teacher|^2 / |teacher|^2; "cosine" is 1 - cos(student, teacher).
+  """
   projection: str = "none"
+  """Projection from the student's width to the teacher's: "none", "orthogonal" or "least_squares".
+
+  "none" is for equal widths. The other two are trained; they are initialised to an orthogonal
+  matrix, or to the least-squares fit on the first batch.
+  """
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if self.distance not in DISTANCES or self.projection not in PROJECTIONS:
-      raise InputError(
-        f"distance is {self.distance!r} and projection {self.projection!r}; they are one of "
-        f"{DISTANCES} and one of {PROJECTIONS}"
+    if self.distance not in DISTANCES:
+      raise bad_value("distance", self.distance, " or ".join(map(repr, DISTANCES)), "Correct it")
+    if self.projection not in PROJECTIONS:
+      raise bad_value(
+        "projection", self.projection, f"one of {', '.join(PROJECTIONS)}", "Correct it"
       )
 
   def adapter_width(self, teacher: FamilyConfig, recorded_width: int | None) -> int:
@@ -51,17 +60,19 @@ class Loss(LayerPairLoss):
   def init(
     self, key: jax.Array, pairs: Pairs, student: FamilyConfig, width: int
   ) -> dict[str, PyTree]:
-    """The projections [P, I, O], one a pair; {} where the widths are equal."""
+    """Returns the projections [P, I, O], one per pair; {} if the widths are equal.
+
+    Raises:
+      InputError: The key `projection` does not fit the widths.
+    """
     D, n = student.hidden_size, len(pairs)
-    if width == D and self.projection != "none":
-      raise InputError(
-        f"projection is {self.projection!r} and both hidden states have {D} numbers; leave it "
-        "'none'"
-      )
-    if width != D and self.projection == "none":
-      raise InputError(
-        f"the student's hidden states have {D} numbers and the teacher's {width}; set projection "
-        "to 'orthogonal' or 'least_squares'"
+    if (width == D) != (self.projection == "none"):
+      expected = "'none'" if width == D else "'orthogonal' or 'least_squares'"
+      raise bad_value(
+        "projection",
+        self.projection,
+        f"{expected} for hidden states of width {D} (student) and {width} (teacher)",
+        f"Set it to {expected}",
       )
     if width == D:
       return {}
@@ -83,7 +94,7 @@ class Loss(LayerPairLoss):
     teacher: Features,
     batch: Batch,
   ) -> dict[str, PyTree]:
-    """The projections that best map the student's hidden states of one batch."""
+    """Returns the projections that best map the student's hidden states to the teacher's."""
     positions = next(iter(student.hidden.values())).shape[1]
     valid_N1 = features.feature_positions(batch, positions).valid_BS.reshape(-1, 1)
 
@@ -112,18 +123,18 @@ class Loss(LayerPairLoss):
 
 
 def _least_squares(s_NI: jax.Array, t_NO: jax.Array) -> jax.Array:
-  """The projection [I, O] that maps N vectors nearest to the teacher's, with a small ridge."""
+  """Returns the projection [I, O] with the least squared error, with a small ridge."""
   square_II = s_NI.T @ s_NI
   ridge = RIDGE * jnp.trace(square_II) / len(square_II)
   return jnp.linalg.solve(square_II + ridge * jnp.eye(len(square_II)), s_NI.T @ t_NO)
 
 
 def _distance(kind: str, s: jax.Array, t: jax.Array) -> jax.Array:
-  """Per position, float32; 0 where the teacher's vector is 0 (masked positions)."""
+  """Returns the distance per position, float32; 0 where the teacher's vector is 0 (masked)."""
   t2 = jnp.sum(t * t, -1)
   if kind == "mse":
     return jnp.sum((s - t) ** 2, -1) / jnp.where(t2 > 0, t2, 1)
   s2 = jnp.sum(s * s, -1)
-  both = (s2 > 0) & (t2 > 0)  # a vector of length 0 has no direction, and no gradient
+  both = (s2 > 0) & (t2 > 0)  # the cosine of a zero vector is undefined; its gradient is 0
   cos = jnp.sum(s * t, -1) * jax.lax.rsqrt(jnp.where(both, s2 * t2, 1))
   return jnp.where(both, 1 - cos, 0)

@@ -1,4 +1,4 @@
-"""Soft labels: a divergence between teacher and student at a temperature, times its square."""
+"""Soft-label loss: a divergence between teacher and student at a temperature."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.losses import divergences, supports
 from distill_jax.losses._base import TokenLoss
 from distill_jax.schedules import Schedule, constant
@@ -15,25 +15,31 @@ from distill_jax.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Loss(TokenLoss):
-  """temperature^2 D(p, q) in nats, of p and q at the temperature (arXiv:1503.02531, section 2.1).
+  """temperature^2 D(p, q) in nats, with p and q at the temperature.
 
-  Attributes:
-    temperature: of teacher and student.
-    teacher: whose targets.
-    divergence: its name; see divergences.py.
-    parameters: the divergence's, by name; those left out are at their defaults.
+  See "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, section 2.1.
   """
 
   temperature: Schedule = constant(1.0)
+  """Temperature of teacher and student: a positive number or a schedule."""
   teacher: str = "teacher"
+  """Name of the teacher."""
   divergence: str = "forward_kl"
+  """Name of the divergence; see losses/divergences.py.
+
+  One of "forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "skew_reverse_kl",
+  "adaptive_kl", "alpha_beta" and "total_variation".
+  """
   parameters: dict[str, float] = dataclasses.field(default_factory=dict)
+  """Parameters of the divergence, by name, e.g. {"beta": 0.5}; missing ones have their defaults."""
 
   def __post_init__(self) -> None:
     super().__post_init__()
     divergences.named(self.divergence, self.parameters)
     if min(self.temperature.values) <= 0:
-      raise InputError(f"temperature is {self.temperature.values}; it is above 0 at every step")
+      raise bad_value(
+        "temperature", self.temperature.values, "values above 0 at every step", "Raise it"
+      )
 
   @property
   def teacher_names(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Soft labels of several teachers: at each token, more of the one that knows better."""
+"""Soft-label loss with several teachers, weighted per token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.losses import kd
 from distill_jax.losses._base import TokenLoss
 from distill_jax.nn import fused_head
@@ -19,59 +19,70 @@ BY = ("shares", "label", "entropy")
 
 @dataclasses.dataclass(frozen=True)
 class Loss(TokenLoss):
-  """(1 - t) sum_a s_a KD(p_a, q) - t log q(label), in nats: a and t of each token.
+  """(1 - t) sum_a s_a KD(p_a, q) - t log q(label) in nats, summed over teachers a.
 
-  Attributes:
-    temperature, divergence, parameters: as in kd.py.
-    teachers: their names, two or more; with one, only label_trust makes this other than kd.
-    by: what a teacher's share s_a follows: "shares", fixed ones; "label", s_a proportional to
-      p_a(label)^sharpness, so that it falls where a teacher is wrong; "entropy", to
-      exp(-sharpness H(p_a)), so that the teacher with the lowest entropy has the largest.
-    shares: for "shares"; (): equal ones.
-    label_trust: t = label_trust (1 - sum_a s_a p_a(label)): the hard label replaces the soft ones
-      as far as the teachers give it no probability. 0: never.
+  The shares s_a and the label's weight t are computed per token.
   """
 
   temperature: Schedule = constant(1.0)
+  """Temperature of teachers and student: a positive number or a schedule."""
   teachers: tuple[str, ...] = ("teacher",)
+  """Names of the teachers, usually two or more."""
   by: str = "shares"
+  """Rule for the teachers' shares: "shares", "label" or "entropy".
+
+  "shares" uses the fixed `shares`. "label" makes a share proportional to p_a(label)^sharpness, so
+  that it is small where the teacher is wrong. "entropy" makes it proportional to
+  exp(-sharpness H(p_a)), so that the teacher with the lowest entropy has the largest share.
+  """
   shares: tuple[float, ...] = ()
+  """Fixed shares for by="shares", one per teacher; () for equal shares."""
   sharpness: float = 1.0
+  """Exponent, above 0, for by="label" and by="entropy"."""
   label_trust: float = 0.0
+  """Weight, from 0 to 1, of the hard label where the teachers give it little probability.
+
+  t = label_trust (1 - sum_a s_a p_a(label)). With 0 the hard label is not used.
+  """
   divergence: str = "forward_kl"
+  """Name of the divergence; see the loss "kd"."""
   parameters: dict[str, float] = dataclasses.field(default_factory=dict)
+  """Parameters of the divergence, by name; missing ones have their defaults."""
 
   def __post_init__(self) -> None:
     super().__post_init__()
     self._kd(self.teachers[0] if self.teachers else "")
-    if self.by not in BY or not 0 <= self.label_trust <= 1 or not self.sharpness > 0:
-      raise InputError(
-        f"by is {self.by!r}, label_trust {self.label_trust} and sharpness {self.sharpness}; by is "
-        f"one of {BY}, the trust from 0 to 1, the sharpness above 0"
-      )
+    if self.by not in BY:
+      raise bad_value("by", self.by, f"one of {', '.join(BY)}", "Correct it")
+    if not 0 <= self.label_trust <= 1:
+      raise bad_value("label_trust", self.label_trust, "a number from 0 to 1", "Correct it")
+    if not self.sharpness > 0:
+      raise bad_value("sharpness", self.sharpness, "a number above 0", "Raise it")
     if not self.teachers or len(set(self.teachers)) < len(self.teachers):
-      raise InputError(f"teachers is {self.teachers}; name one or more, each once")
-    if self.shares and (
-      self.by != "shares"
-      or len(self.shares) != len(self.teachers)
-      or min(self.shares) < 0
-      or not sum(self.shares)
-    ):
-      raise InputError(
-        f"shares is {self.shares} for {len(self.teachers)} teachers by {self.by!r}; they belong to "
-        "by='shares', one a teacher, none below 0"
-      )
+      raise bad_value("teachers", self.teachers, "one or more different names", "Correct it")
+    if self.shares:
+      self._check_shares()
+
+  def _check_shares(self) -> None:
+    if self.by != "shares":
+      raise bad_value("shares", self.shares, f"() for by={self.by!r}", "Remove them")
+    if len(self.shares) != len(self.teachers):
+      expected = f"one number for each of {len(self.teachers)} teachers"
+      raise bad_value("shares", self.shares, expected, "Correct them")
+    if min(self.shares) < 0 or not sum(self.shares):
+      expected = "numbers of at least 0 with a positive sum"
+      raise bad_value("shares", self.shares, expected, "Correct them")
 
   @property
   def teacher_names(self) -> tuple[str, ...]:
     return self.teachers
 
   def check_records(self, kind: str, has_logp: bool, temperature: float, missing_mass: str) -> None:
-    alone = self._kd(self.teachers[0])
-    alone.check_records(kind, has_logp, temperature, missing_mass)
+    kd_loss = self._kd(self.teachers[0])
+    kd_loss.check_records(kind, has_logp, temperature, missing_mass)
 
   def _kd(self, teacher: str) -> kd.Loss:
-    """The loss of one teacher alone."""
+    """Returns the loss of one teacher."""
     return kd.Loss(self.weight, self.temperature, teacher, self.divergence, self.parameters)
 
   def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array | int) -> jax.Array:
@@ -89,30 +100,34 @@ class Loss(TokenLoss):
   def _label_logp(
     self, targets: list[Targets], logits_BCV: jax.Array, labels_BC: jax.Array
   ) -> jax.Array:
-    """log p(label) of each teacher [A, B, C]."""
+    """Returns log p(label) of each teacher, [A, B, C]."""
     found = [t.label_logp(logits_BCV, labels_BC) for t in targets]
-    return jnp.stack(_all_there(found, "label log-probabilities"))
+    return jnp.stack(_require_all(found, "label log-probabilities"))
 
   def _shares(
     self, targets: list[Targets], logits_BCV: jax.Array, label_logp_ABC: jax.Array
   ) -> jax.Array:
-    """[A, B, C], summing to 1 over A at each token; no gradient passes through them."""
+    """Returns the shares [A, B, C], which sum to 1 over A and have no gradient."""
     if self.by == "label":
       return jax.nn.softmax(self.sharpness * label_logp_ABC, 0)
     if self.by == "entropy":
-      entropy_ABC = jnp.stack(_all_there([t.entropy(logits_BCV) for t in targets], "entropies"))
+      entropy_ABC = jnp.stack(_require_all([t.entropy(logits_BCV) for t in targets], "entropies"))
       return jax.nn.softmax(-self.sharpness * entropy_ABC, 0)
     shares_A = jnp.asarray(self.shares or (1.0,) * len(targets), jnp.float32)
     shares_A11 = (shares_A / jnp.sum(shares_A))[:, None, None]
     return jnp.broadcast_to(shares_A11, label_logp_ABC.shape)
 
 
-def _all_there(values: list[jax.Array | None], noun: str) -> list[jax.Array]:
-  """The values; refuses teachers whose records, such as dumps of served teachers, hold none."""
+def _require_all(values: list[jax.Array | None], noun: str) -> list[jax.Array]:
+  """Returns the values of all teachers.
+
+  Raises:
+    InputError: The records of a teacher lack them, e.g. because they were imported from a server.
+  """
   found = [value for value in values if value is not None]
   if len(found) < len(values):
     raise InputError(
-      f"a mixture of these teachers needs {noun}, which the records of one of them do not hold; "
-      "choose another `by`, or record with the teacher here"
+      f"The loss 'mixture' needs the {noun} of every teacher, but the records of one of them lack "
+      "them. Set another `by`, or record that teacher with `record` instead of importing a dump."
     )
   return found

@@ -1,4 +1,4 @@
-"""The teacher's most probable token as the label: pseudo-labels, and DeiT's hard distillation."""
+"""Hard distillation: cross-entropy with the teacher's most probable token or class."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ from distill_jax.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Loss(TokenLoss):
-  """-log q(argmax p), in nats (arXiv:2012.12877, equation 3).
-
-  Attributes:
-    teacher: whose p.
-  """
+  """-log q(argmax p) in nats (DeiT, arXiv:2012.12877, equation 3)."""
 
   teacher: str = "teacher"
+  """Name of the teacher."""
 
   @property
   def teacher_names(self) -> tuple[str, ...]:
@@ -31,7 +28,7 @@ class Loss(TokenLoss):
     argmax_BC = batch.targets[self.teacher].argmax(logits_BCV)
     if argmax_BC is None:
       raise InputError(
-        f"pseudo_label needs the most probable token, which the records of {self.teacher!r} do "
-        "not hold; record again, or run the teacher in the step"
+        f"The loss 'pseudo_label' needs the most probable token, but the records of "
+        f"{self.teacher!r} lack it. Record again, or set train.online=True."
       )
     return -fused_head.label_logp(logits_BCV, argmax_BC)

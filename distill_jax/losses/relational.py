@@ -1,4 +1,4 @@
-"""Relational knowledge: distances and angles between the tokens of a document (RKD)."""
+"""Relational loss (RKD): distances and angles between the tokens of a document."""
 
 from __future__ import annotations
 
@@ -9,44 +9,41 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.losses import features
 from distill_jax.losses._base import LayerPairLoss
 from distill_jax.losses.features import FeaturePositions, Features, Pairs
 from distill_jax.types import Batch, Mean, PyTree
 
-POSITIONS = 32  # whose relations exist at once
-# The square of a distance beside that of a vector: below it, 80 float32 roundings, two tokens are
-# one, and have no direction from each other.
+POSITIONS = 32  # positions whose relations are in memory at once
+# Squared distances below NOISE times the squared length of a vector (about 80 float32 rounding
+# errors) count as 0: the direction between the tokens would be noise.
 NOISE = 1e-10
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss(LayerPairLoss):
-  """Huber loss on distances and angles between a token and those before it.
+  """Huber loss on distances and angles between a token and the tokens before it.
 
-  RKD (arXiv:1904.05068, equations 3 to 7), whose relations are among the examples of a batch,
-  brought to tokens: a token is related to the `tokens` - 1 before it in its document,
-  so it is a mean over tokens, as every other loss is, and knows nothing of the batch or of
-  how documents are packed. Distances are divided by their mean over the token's relations,
-  so that widths may differ and no projection is needed; angles are those at the token.
+  RKD (arXiv:1904.05068, equations 3 to 7) relates the examples of a batch. Here each token is
+  related to the `tokens` - 1 tokens before it in its document instead. The loss is then a mean
+  over tokens and does not depend on the batch or on how documents are packed.
 
-  Attributes:
-    layers: see features.pairs.
-    tokens: of a window, a token and those before it that it is related to.
-    angle: the weight of the angle term beside the distance term's 1; 0 leaves it out.
+  Distances are divided by their mean over the token's relations, so that widths may differ without
+  a projection. Angles are measured at the token.
   """
 
   tokens: int = 16
+  """Number of tokens in a window: a token and those before it that it is related to; at least 3."""
   angle: float = 2.0
+  """Weight of the angle term; the distance term has weight 1. 0 to leave the angle term out."""
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if self.tokens < 3 or self.angle < 0:
-      raise InputError(
-        f"tokens is {self.tokens} and angle {self.angle}; an angle takes 3 tokens, and its weight "
-        "is at least 0"
-      )
+    if self.tokens < 3:
+      raise bad_value("tokens", self.tokens, "at least 3, which an angle needs", "Raise it")
+    if self.angle < 0:
+      raise bad_value("angle", self.angle, "at least 0", "Set 0 to leave the angle term out")
 
   def pair_losses(
     self,
@@ -66,15 +63,15 @@ class Loss(LayerPairLoss):
       yield features.mean_over_labels(self._token_losses(s, t, where), batch)
 
   def _token_losses(self, s_BTD: jax.Array, t_BTD: jax.Array, where: FeaturePositions) -> jax.Array:
-    """The loss of each token, float32 [B, T]; 0 for one without relations.
+    """Returns the loss of each token, float32 [B, T]; 0 for a token without relations.
 
-    Relations exist for a block of C tokens at a time; N are those of one token.
+    Relations are computed for blocks of C tokens; N is the number of relations of a token.
     """
     B, T = s_BTD.shape[:2]
     C, back_N = min(POSITIONS, T), 1 + jnp.arange(self.tokens - 1)
     blocks = -(-T // C)
 
-    @jax.checkpoint  # the backward pass makes a block's relations again
+    @jax.checkpoint  # the backward pass recomputes the relations of a block
     def block(start: jax.Array) -> jax.Array:
       at_C = jnp.minimum(start + jnp.arange(C), T - 1)
       window = _Window(at_C, at_C[:, None] - back_N[None])
@@ -93,17 +90,17 @@ class Loss(LayerPairLoss):
 
 
 class _Window(NamedTuple):
-  """A block of C tokens, and the N positions before each that it may be related to."""
+  """A block of C tokens, and the N positions before each one."""
 
   at_C: jax.Array
-  before_CN: jax.Array  # below 0 where there is none
+  before_CN: jax.Array  # negative before the start of the row
 
   def gather(self, x_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Values of the tokens [B, C, 1, ...], and of those before them [B, C, N, ...]."""
+    """Returns values of the tokens [B, C, 1, ...] and of those before them [B, C, N, ...]."""
     return x_BT[:, self.at_C][:, :, None], x_BT[:, jnp.maximum(self.before_CN, 0)]
 
   def real(self, where: FeaturePositions) -> jax.Array:
-    """Whether each relation is between two compared tokens of one document, bool [B, C, N]."""
+    """Returns bool [B, C, N], True where both tokens are compared and in one document."""
     segment_BC1, others_BCN = self.gather(where.segments_BS)
     valid_BC1, others_valid_BCN = self.gather(where.valid_BS)
     in_row = (self.before_CN >= 0)[None]
@@ -113,7 +110,7 @@ class _Window(NamedTuple):
 def _relations(
   x_BTD: jax.Array, window: _Window, real_BCN: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Distances over their mean [B, C, N], and cosines of the angles at the token [B, C, N, N]."""
+  """Returns normalised distances [B, C, N] and cosines of angles at the token [B, C, N, N]."""
   x_BC1D, others_BCND = window.gather(x_BTD)
   e_BCND = x_BC1D - others_BCND
   d_BCN = _lengths(e_BCND, real_BCN, NOISE * jnp.sum(x_BC1D * x_BC1D, -1))
@@ -124,7 +121,7 @@ def _relations(
 
 
 def _lengths(e: jax.Array, real: jax.Array, noise: jax.Array) -> jax.Array:
-  """Lengths whose gradient at 0 is 0, not NaN; 0 where not real, or their squares are noise."""
+  """Returns vector lengths with gradient 0 at 0, not NaN; 0 where not `real` or below `noise`."""
   square = jnp.sum(e * e, -1)
   real &= square > noise
   return jnp.where(real, jnp.sqrt(jnp.where(real, square, 1)), 0)
@@ -136,5 +133,5 @@ def _huber(x: jax.Array) -> jax.Array:
 
 
 def _mean(x: jax.Array, where: jax.Array) -> jax.Array:
-  """Over the last axis; 0 of nothing."""
+  """Returns the mean over the last axis; 0 for an empty selection."""
   return jnp.sum(jnp.where(where, x, 0), -1) / jnp.maximum(jnp.sum(where, -1), 1)

@@ -1,4 +1,4 @@
-"""Attention relations: how queries, keys and values relate among themselves (MiniLM)."""
+"""Attention-relation loss (MiniLM): similarities among queries, among keys and among values."""
 
 from __future__ import annotations
 
@@ -9,46 +9,52 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.losses import features
 from distill_jax.losses._base import LayerPairLoss
 from distill_jax.losses.features import Features, FeatureSpec, Pairs
 from distill_jax.types import Batch, FamilyConfig, Mean, PyTree
 
-QUERIES = 128  # rows of a relation at once
+QUERIES = 128  # rows of a relation that are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss(LayerPairLoss):
   """KL between query-query, key-key and value-value relations (MiniLMv2, arXiv:2012.15828).
 
-  A relation is softmax(x x^T / sqrt(d)) over the positions that a position can see. All
-  heads are joined and split anew into `heads` relation heads, so that teacher and student
-  may have other heads and widths. The mean over relation heads and the three relations.
-  Rows of a relation exist for a block of positions at a time.
-
-  Attributes:
-    layers: see features.pairs; not layer 0.
-    heads: relation heads; they divide the joined width of queries and of keys on both sides.
+  A relation is softmax(x x^T / sqrt(d)) over the positions that a position attends to. The heads
+  are concatenated and split again into `heads` relation heads, so that teacher and student may
+  differ in heads and widths. The loss is the mean over relation heads and the three relations.
+  Layer 0 cannot be compared.
   """
 
   heads: int = 1
+  """Number of relation heads.
+
+  It divides the total width of the queries, and of the keys, of teacher and student.
+  """
 
   def feature_specs(
     self, pairs: Pairs, student: FamilyConfig, teacher: FamilyConfig
   ) -> tuple[FeatureSpec, FeatureSpec]:
-    """Queries, keys and values of the paired layers."""
+    """Returns specs of the queries, keys and values of the paired layers.
+
+    Raises:
+      InputError: `heads` does not divide a width, or a pair names layer 0.
+    """
     for role, config in (("student", student), ("teacher", teacher)):
       c = features.attention_sizes(config)
       for n in (c.num_attention_heads, c.num_key_value_heads):
         if self.heads < 1 or n * c.head_dim % self.heads:
-          raise InputError(
-            f"relations have {self.heads} heads and the {role} {n} of {c.head_dim}, which they do "
-            "not divide; choose another losses.….heads"
+          raise bad_value(
+            "heads",
+            self.heads,
+            f"a divisor of {n * c.head_dim}, the width of the {role}'s {n} heads",
+            "Correct it",
           )
     ours, theirs = zip(*pairs, strict=True)
     if 0 in (*ours, *theirs):
-      raise InputError("relations of layer 0 cannot be tapped; name layers from 1 on")
+      raise InputError("The loss 'relations' cannot compare layer 0. Name layers from 1 on.")
     return FeatureSpec(qkv=ours), FeatureSpec(qkv=theirs)
 
   def pair_losses(
@@ -68,7 +74,7 @@ class Loss(LayerPairLoss):
         yield features.mean_over_labels(_relation_kl(s, t, segments, where.causal), batch)
 
   def _split(self, x_BTHh: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """In relation heads, float32 [B, T, H, h]; 0 in padding, where a NaN would reach gradients."""
+    """Returns x as relation heads, float32 [B, T, H, h]; 0 in padding, so that NaN is harmless."""
     B, T = segments_BT.shape
     x_BTHh = x_BTHh.reshape(B, T, self.heads, -1).astype(jnp.float32)
     return jnp.where(segments_BT[..., None, None] > 0, x_BTHh, 0)
@@ -77,12 +83,12 @@ class Loss(LayerPairLoss):
 def _relation_kl(
   s_BTHh: jax.Array, t_BTHh: jax.Array, segments_BT: jax.Array, causal: bool
 ) -> jax.Array:
-  """KL(teacher's relation || student's), mean over H relation heads, float32 [B, T]."""
+  """Returns KL(teacher's relation || student's), averaged over H heads, float32 [B, T]."""
   B, T = segments_BT.shape
   C = min(QUERIES, T)
   n = -(-T // C)
 
-  @jax.checkpoint  # the backward pass makes a block's rows again
+  @jax.checkpoint  # the backward pass recomputes the rows of a block
   def block(start: jax.Array) -> jax.Array:
     at_C = jnp.minimum(start + jnp.arange(C), T - 1)
     sees_BCT = segments_BT[:, at_C, None] == segments_BT[:, None, :]

@@ -1,8 +1,8 @@
-"""The three kinds of targets: teacher and student compared on the same outcomes.
+"""The three kinds of targets, which differ in the outcomes that are compared.
 
-DenseTargets    every token: an online teacher's logits, made for the chunk.
-TopKTargets     the k stored tokens, and what the convention does with the mass outside them.
-SampledTargets  the sampled tokens, each with an unbiased estimate of its p.
+DenseTargets    All tokens: logits of an online teacher, computed for one chunk at a time.
+TopKTargets     The k stored tokens, with a convention for the mass outside them.
+SampledTargets  The sampled tokens, each with an unbiased estimate of its probability.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from distill_jax.losses import divergences
 from distill_jax.nn import fused_head
 from distill_jax.types import Targets, Terms
 
-NEG_LARGE = -1e4  # a log-probability whose exponential is 0, and finite as -inf is not
-MIN_TAIL = 1e-7  # of the mass outside top-k: float32 cannot tell 1 - sum(p) from less
+NEG_LARGE = -1e4  # a finite log-probability whose exponential is 0
+MIN_TAIL = 1e-7  # smallest mass outside top-k: the resolution of 1 - sum(p) in float32
 
 
 class DenseTargets(Targets, kw_only=True):
-  """An online teacher's outputs: its logits exist for a chunk of positions at a time.
+  """Outputs of an online teacher; its logits are computed for one chunk at a time.
 
   Attributes:
-    hidden_BTD, head_VD, soft_cap, contrastive: see types.Output.
+    hidden_BTD: Hidden states; see types.Output.
+    head_VD: The unembedding; see types.Output.
+    soft_cap: Soft cap of the logits; see types.Output.
+    contrastive: True if the head is made of the batch; see types.Output.
   """
 
   hidden_BTD: jax.Array
@@ -32,7 +35,7 @@ class DenseTargets(Targets, kw_only=True):
   contrastive: bool = struct.field(pytree_node=False, default=False)
 
   def logits(self) -> jax.Array:
-    """The teacher's logits, float32 [B, C, V]."""
+    """Returns the teacher's logits, float32 [B, C, V]."""
     assert self.head_VD is not None
     logits_BCV = fused_head.logits(self.hidden_BTD, self.head_VD)
     return fused_head.soft_cap(logits_BCV, self.soft_cap)
@@ -40,7 +43,7 @@ class DenseTargets(Targets, kw_only=True):
   def log_probs(
     self, logits_BCV: jax.Array, temperature: jax.Array | float = 1.0
   ) -> tuple[jax.Array, jax.Array]:
-    """(log p, log q) over the student's rows; rows past either vocabulary have no probability."""
+    """Returns (log p, log q) over the rows of the student's head; padding rows are -inf."""
     teacher_BCV = fused_head.fit_rows(self.logits(), logits_BCV)
     logp_BCV = jax.nn.log_softmax(teacher_BCV / temperature)
     return logp_BCV, jax.nn.log_softmax(logits_BCV / temperature)
@@ -48,7 +51,7 @@ class DenseTargets(Targets, kw_only=True):
   def divergence(
     self, terms: Terms, logits_BCV: jax.Array, temperature: jax.Array | float
   ) -> jax.Array:
-    """The exact divergence of each position, float32 [B, C]."""
+    """Returns the exact divergence at each position, float32 [B, C]."""
     return _sum(terms, *self.log_probs(logits_BCV, temperature))
 
   def forward_kl(self, logits_BCV: jax.Array, temperature: jax.Array | float) -> jax.Array:
@@ -67,13 +70,13 @@ class DenseTargets(Targets, kw_only=True):
 
 
 class TopKTargets(Targets, kw_only=True):
-  """The k most probable tokens of each position.
+  """The k most probable tokens at each position.
 
   Attributes:
-    ids_BTK: int32, tokens.
-    logp_BTK: float32, their true log-probabilities; unused entries are -inf.
-    missing_mass: "tail_bucket", the other tokens are one outcome more (the temperature must be
-      1); or "renormalise", the k tokens are all outcomes.
+    ids_BTK: int32 token ids.
+    logp_BTK: float32, exact log-probabilities; -inf in unused entries.
+    missing_mass: "tail_bucket" (all other tokens are one further outcome; needs temperature 1) or
+      "renormalise" (the k tokens are the only outcomes).
   """
 
   ids_BTK: jax.Array
@@ -83,7 +86,7 @@ class TopKTargets(Targets, kw_only=True):
   def log_probs(
     self, logits_BCV: jax.Array, temperature: jax.Array | float = 1.0
   ) -> tuple[jax.Array, jax.Array]:
-    """(log p, log q) over k tokens, or k and the rest; unused entries are -inf in both."""
+    """Returns (log p, log q) over the outcomes; -inf in unused entries."""
     used = self.logp_BTK > -jnp.inf
     if self.missing_mass == "renormalise":
       z = jnp.take_along_axis(logits_BCV, self.ids_BTK, -1)
@@ -99,7 +102,7 @@ class TopKTargets(Targets, kw_only=True):
   def divergence(
     self, terms: Terms, logits_BCV: jax.Array, temperature: jax.Array | float
   ) -> jax.Array:
-    """The exact divergence between the two over these outcomes, float32 [B, C]."""
+    """Returns the exact divergence over these outcomes, float32 [B, C]."""
     return _sum(terms, *self.log_probs(logits_BCV, temperature))
 
   def forward_kl(self, logits_BCV: jax.Array, temperature: jax.Array | float) -> jax.Array:
@@ -107,13 +110,13 @@ class TopKTargets(Targets, kw_only=True):
 
 
 class SampledTargets(Targets, kw_only=True):
-  """Tokens drawn from the teacher's distribution at each position.
+  """Tokens sampled from the teacher's distribution at each position.
 
   Attributes:
-    ids_BTK: int32, tokens.
-    weight_BTK: float32, unbiased estimates of their probabilities, summing to 1; unused entries
-      are 0, and a position that the teacher did not read has no other.
-    logp_BTK: float32, their true log-probabilities, where they are recorded.
+    ids_BTK: int32 token ids.
+    weight_BTK: float32, unbiased estimates of their probabilities, which sum to 1. Unused entries
+      are 0; at positions the teacher was not evaluated on, all are.
+    logp_BTK: float32, exact log-probabilities; None if they are not recorded.
   """
 
   ids_BTK: jax.Array
@@ -123,9 +126,15 @@ class SampledTargets(Targets, kw_only=True):
   def log_probs(
     self, logits_BCV: jax.Array, temperature: jax.Array | float = 1.0
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(log p, log q, weight) at the sampled tokens; needs recorded log-probabilities."""
+    """Returns (log p, log q, weight) at the sampled tokens.
+
+    Raises:
+      InputError: Log-probabilities are not recorded.
+    """
     if self.logp_BTK is None:
-      raise InputError("sampled targets hold no log-probabilities; record with records.logp=True")
+      raise InputError(
+        "These sampled records lack log-probabilities. Record with records.logp=True."
+      )
     valid = self.weight_BTK > 0
     logp = jnp.where(valid, self.logp_BTK, 0.0)
     tilt = jnp.where(valid, self.weight_BTK * jnp.exp((1 / temperature - 1) * logp), 0.0)
@@ -137,10 +146,13 @@ class SampledTargets(Targets, kw_only=True):
   def divergence(
     self, terms: Terms, logits_BCV: jax.Array, temperature: jax.Array | float
   ) -> jax.Array:
-    """An estimate of the divergence of each position, float32 [B, C].
+    """Returns an estimate of the divergence at each position, float32 [B, C].
 
-    Unbiased at a temperature of 1, and consistent at others by self-normalised weights
-    p^(1/temperature - 1). Needs recorded log-probabilities.
+    The estimate is unbiased at temperature 1. At other temperatures it is consistent, with
+    self-normalised weights p^(1/temperature - 1).
+
+    Raises:
+      InputError: Log-probabilities are not recorded.
     """
     logp, logq, weight = self.log_probs(logits_BCV, temperature)
     valid = weight > 0
@@ -148,9 +160,11 @@ class SampledTargets(Targets, kw_only=True):
     return jnp.sum(jnp.where(valid, weight * jnp.exp(-logp) * terms(logp, logq), 0.0), -1)
 
   def forward_kl(self, logits_BCV: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """-H(p) - sum_i w_i log q_i: the one divergence that counts alone serve without bias.
+    """Returns an estimate of KL(p || q) at each position, float32 [B, C].
 
-    With recorded log-probabilities the weights follow any temperature; without, p is as recorded.
+    The estimate is -H(p) - sum_i w_i log q_i. No other divergence is unbiased with counts alone.
+    With recorded log-probabilities the weights are adjusted to the temperature; without them, p
+    keeps the recorded temperature.
     """
     if self.logp_BTK is not None:
       logp_BCK, logq_BCK, weight_BCK = self.log_probs(logits_BCV, temperature)
@@ -170,45 +184,50 @@ def check(
   temperature_changes: bool,
   missing_mass: str = "none",
 ) -> None:
-  """Refuses a divergence over records that cannot serve it without bias.
+  """Checks that a divergence can be estimated without bias from records.
 
   Args:
-    kind: of the records; "dense" for an online teacher.
-    has_logp: sampled records that hold true log-probabilities beside the counts.
-    temperature_changes: a temperature other than the recorded one is asked for.
-    missing_mass: the convention of top-k records.
+    kind: Kind of the records; "dense" for an online teacher.
+    has_logp: True if sampled records hold exact log-probabilities in addition to counts.
+    divergence: Name of the divergence.
+    temperature_changes: True if the loss has a temperature other than the recorded one.
+    missing_mass: Convention of top-k records.
+
+  Raises:
+    InputError: The estimate would be biased.
   """
   if kind == "sampled" and divergence == "adaptive_kl":
     raise InputError(
-      "adaptive_kl ranks all outcomes and sampled records hold a random few; record kind topk"
+      "adaptive_kl ranks all outcomes, but sampled records hold a random subset. Record with "
+      "records.kind=topk."
     )
   if kind == "sampled" and not has_logp and divergence != "forward_kl":
     raise InputError(
-      f"{divergence} needs p itself and sampled records hold counts, which estimate it without "
-      "bias only where the loss is linear in p; record with records.logp=True, or kind topk"
+      f"{divergence} needs exact probabilities. Counts of sampled records are unbiased only for "
+      "losses linear in p. Record with records.logp=True or records.kind=topk."
     )
   if kind == "sampled" and not has_logp and temperature_changes:
     raise InputError(
-      "the temperature is not the recorded one and sampled records hold counts, which cannot be "
-      "raised to a power without bias; record at that temperature, or with records.logp=True"
+      "The loss's temperature differs from the recorded one, and counts of sampled records cannot "
+      "be raised to a power without bias. Record at that temperature or with records.logp=True."
     )
   if kind == "topk" and temperature_changes and missing_mass == "tail_bucket":
     raise InputError(
-      "the temperature is not the recorded one and these top-k records have a tail bucket, of "
-      "which a temperature makes nothing that is known; record with "
-      "records.missing_mass=renormalise, or keep the recorded temperature"
+      "The loss's temperature differs from the recorded one, and the mass of a tail bucket at "
+      "another temperature is unknown. Record with records.missing_mass=renormalise, or keep the "
+      "recorded temperature."
     )
 
 
 def _sum(terms: Terms, logp: jax.Array, logq: jax.Array) -> jax.Array:
-  """Sums over the outcomes that either side can have; the others are -inf in both."""
+  """Returns the sum of the terms over outcomes with a finite log-probability on both sides."""
   valid = (logp > -jnp.inf) & (logq > -jnp.inf)
   logp, logq = (jnp.where(valid, x, NEG_LARGE) for x in (logp, logq))
   return jnp.sum(jnp.where(valid, terms(logp, logq), 0.0), -1)
 
 
 def _with_tail(logx: jax.Array) -> jax.Array:
-  """Adds the mass of all other tokens as one outcome, where float32 can tell it from 0."""
+  """Appends the log-mass of all other tokens as one outcome, of at least MIN_TAIL."""
   inside = jax.nn.logsumexp(logx, axis=-1, keepdims=True)
   tail = jnp.log(-jnp.expm1(jnp.minimum(inside, -MIN_TAIL)))
   return jnp.concatenate([logx, tail], -1)

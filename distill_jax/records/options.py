@@ -1,4 +1,4 @@
-"""What is recorded, and what `inspect` shows."""
+"""Options of the `record` and `inspect` commands."""
 
 from __future__ import annotations
 
@@ -7,28 +7,53 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class RecordsOptions:
-  """What is stored of the teacher, and how the pass over the corpus runs."""
+  """Options for recording: what is stored of the teacher's outputs, and the batch size."""
 
-  kind: str = "sampled"  # sampled | topk | text | dense: all classes, for tasks of few
-  task: str = ""  # which of `tasks`; "": the only one
-  n: int = 63  # points of systematic sampling, or the k of topk
-  logp: bool = False  # sampled: true log-probabilities beside the counts
-  nucleus: float = 1.0  # topk: entries end where their mass reaches this
-  missing_mass: str = "tail_bucket"  # topk: tail_bucket | renormalise
+  kind: str = "sampled"
+  """Targets stored per token: "sampled", "topk", "dense" (all classes) or "text" (none).
+
+  "sampled" stores tokens drawn from the teacher's distribution, which gives unbiased estimates of
+  the KL divergence. "dense" is for tasks with few classes.
+  """
+  task: str = ""
+  """Name of the entry of `tasks` to record; "" for the only one."""
+  n: int = 63
+  """Number of sampling points per token for "sampled"; k for "topk"."""
+  logp: bool = False
+  """True to store the exact log-probabilities of sampled tokens with their counts."""
+  nucleus: float = 1.0
+  """Probability mass at which the entries of "topk" are cut; 1 for no cut."""
+  missing_mass: str = "tail_bucket"
+  """Treatment of the mass outside the entries of "topk": "tail_bucket" or "renormalise".
+
+  "tail_bucket" treats all other tokens as one further outcome. "renormalise" rescales the entries
+  to sum to 1.
+  """
   temperature: float = 1.0
-  taps: tuple[int, ...] = ()  # layers whose outputs are stored, int8
-  tap_kind: str = "hidden"  # hidden | qkv, the layers' queries, keys and values
-  taps_width: int = 0  # of a fixed random projection of the taps; 0: none
-  logprobs: str = ""  # a JSONL dump of a served teacher's responses, instead of a teacher here
-  logprobs_format: str = "vllm"  # vllm | sglang | openai
+  """Temperature of the recorded distribution."""
+  taps: tuple[int, ...] = ()
+  """Teacher layers whose features are stored, in int8, for feature losses; () for none."""
+  tap_kind: str = "hidden"
+  """Features stored for `taps`: "hidden" states, or "qkv" for queries, keys and values."""
+  taps_width: int = 0
+  """Width of a fixed random projection of the tapped features; 0 for no projection."""
+  logprobs: str = ""
+  """Path of a JSONL dump of a served teacher's responses to import; "" runs the teacher."""
+  logprobs_format: str = "vllm"
+  """Format of `logprobs`: "vllm", "sglang" or "openai"."""
   batch_size: int = 8
-  chunk: int = 128  # positions of each sequence whose logits exist at once
+  """Number of sequences per batch, over all devices."""
+  chunk: int = 128
+  """Number of positions per sequence whose logits are in memory at once."""
   sequences_per_shard: int = 1024
+  """Number of sequences per shard file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InspectOptions:
-  """What `inspect` does beside describing a store."""
+  """Options of the `inspect` command, which describes a store of records."""
 
-  sequence: int = -1  # shows this one, token by token; -1: none
-  verify: bool = False  # reads every record and checks every digest
+  sequence: int = -1
+  """Index of a sequence to print token by token; -1 for none."""
+  verify: bool = False
+  """True to read every record and check every shard's digest."""

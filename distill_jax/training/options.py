@@ -1,4 +1,4 @@
-"""The optimizer and the run."""
+"""Options of the optimizer and of a training run."""
 
 from __future__ import annotations
 
@@ -7,36 +7,67 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class OptimOptions:
-  """AdamW and the learning-rate schedule."""
+  """Options of AdamW and the learning-rate schedule."""
 
   peak_lr: float = 3e-4
-  schedule: str = "cosine"  # cosine | linear | constant | wsd
+  """Peak learning rate, reached after the warm-up."""
+  schedule: str = "cosine"
+  """Learning-rate schedule after the warm-up: "cosine", "linear", "constant" or "wsd".
+
+  "wsd" (warm-up, stable, decay) stays at the peak and falls linearly at the end.
+  """
   warmup_steps: int = 0
-  decay_fraction: float = 0.2  # wsd: the last part of training, in which the rate falls
-  end_fraction: float = 0.0  # of the peak, at the end
-  plateau_patience: int = 0  # steps without a better loss until the rate halves; 0: never
+  """Number of linear warm-up steps."""
+  decay_fraction: float = 0.2
+  """Fraction of all steps, at the end, in which the rate of "wsd" falls."""
+  end_fraction: float = 0.0
+  """Learning rate at the last step, as a fraction of the peak."""
+  plateau_patience: int = 0
+  """Number of steps without a lower loss after which the rate is halved; 0 for never."""
   b1: float = 0.9
+  """Adam's decay rate of the first moment."""
   b2: float = 0.95
+  """Adam's decay rate of the second moment."""
   eps: float = 1e-8
+  """Adam's epsilon."""
   weight_decay: float = 0.1
+  """Decoupled weight decay of matrices; norms and biases are not decayed."""
   clip_norm: float = 1.0
-  accumulate: int = 1  # microbatches a step
-  balance_every: int = 0  # re-balances the losses every so many steps, so that their gradient
-  # norms are in the ratio of their weights; 0: never
+  """Global gradient norm above which gradients are clipped."""
+  accumulate: int = 1
+  """Number of microbatches per step. The gradient is that of the whole batch."""
+  balance_every: int = 0
+  """Number of steps between re-balancings of the losses; 0 for never.
+
+  Re-balancing scales the losses so that their gradient norms are in the ratio of their weights.
+  """
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-  """The length of a run and where its data lies."""
+  """Options of a training run: its data, length and checkpoints."""
 
-  records: tuple[str, ...] = ()  # stores; several are mixed
-  mixture: tuple[float, ...] = ()  # their weights; (): by size
-  teachers: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # name: the
-  # stores of one more teacher, of the same text, one for each of `records`
-  online: bool = False  # the teacher runs in the step, and its records are not read
+  records: tuple[str, ...] = ()
+  """Folders or URLs of the record stores to train on; several are mixed.
+
+  With `tasks`: one store for each task, in their order, or () to train on labels alone or from an
+  online teacher.
+  """
+  mixture: tuple[float, ...] = ()
+  """Sampling weights of the stores, one each; () for weights in proportion to their sizes."""
+  teachers: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  """Further recorded teachers, by name: stores of the same text, one for each of `records`."""
+  online: bool = False
+  """True to run the teacher in the training step and ignore its recorded targets."""
   steps: int = 1000
-  batch_size: int = 8  # sequences a step, over all devices
-  chunk: int = 128  # positions of each sequence whose logits exist at once
+  """Number of training steps."""
+  batch_size: int = 8
+  """Number of sequences per step, over all devices."""
+  chunk: int = 128
+  """Number of positions per sequence whose logits are in memory at once."""
   checkpoint_every: int = 500
-  keep: int = 2  # checkpoints, the last ones
-  keep_every: int = 0  # and each whose step is a multiple of this; 0: none
+  """Number of steps between checkpoints."""
+  keep: int = 2
+  """Number of most recent checkpoints to keep."""
+  keep_every: int = 0
+  """Interval in steps of checkpoints that are kept besides the most recent ones; 0 for none."""

@@ -214,7 +214,7 @@ def test_every_kind_of_record_trains(folder, kind, options, losses):
 def test_what_records_cannot_serve_is_refused(folder):
   c = tiny.tiny(folder)
   c.losses = {"r": config.loss("kd", divergence="reverse_kl")}
-  with pytest.raises(InputError, match=r"losses.r over records .*record with records.logp=True"):
+  with pytest.raises(InputError, match=r"losses.r over records .*Record with records.logp=True"):
     train(c, folder / "refused")
   c.losses = {"f": config.loss("kd", weight=config.schedule((0, 0.0), (7, 1.0)))}
   with pytest.raises(InputError, match="scheduled to step 7 and training ends at 6"):

@@ -213,19 +213,28 @@ def test_layer_maps():
   assert features.pairs("last", 3, 12) == ((2, 11),)
   assert features.pairs("0:4 2:11", 3, 12) == ((0, 4), (2, 11))
   for bad in ("0:12", "3:0", "zero:1", ""):
-    with pytest.raises(InputError, match="layers is"):
+    with pytest.raises(InputError, match="layers is .*; expected"):
       features.pairs(bad, 3, 12)
 
 
 @pytest.mark.parametrize(
   "make, message",
   [
-    (lambda c: hidden.Loss(projection="orthogonal").init(KEY, ((0, 1),), c, 32), "leave it"),
-    (lambda c: hidden.Loss().init(jax.random.key(0), ((0, 1),), c, 48), "set projection to"),
-    (lambda c: relations.Loss(heads=5).feature_specs(((1, 1),), c, c), "do not divide"),
-    (lambda c: relations.Loss().feature_specs(((0, 1),), c, c), "layer 0 cannot be tapped"),
+    (
+      lambda c: hidden.Loss(projection="orthogonal").init(KEY, ((0, 1),), c, 32),
+      "expected 'none' for .* 32",
+    ),
+    (
+      lambda c: hidden.Loss().init(jax.random.key(0), ((0, 1),), c, 48),
+      "Set it to 'orthogonal' or",
+    ),
+    (
+      lambda c: relations.Loss(heads=5).feature_specs(((1, 1),), c, c),
+      "heads is 5; expected a divisor of 32",
+    ),
+    (lambda c: relations.Loss().feature_specs(((0, 1),), c, c), "cannot compare layer 0"),
     (lambda c: hidden.Loss(distance="l1"), "distance is 'l1'"),
-    (lambda c: relational.Loss(tokens=2), "3 tokens"),
+    (lambda c: relational.Loss(tokens=2), "tokens is 2; expected at least 3"),
   ],
 )
 def test_what_does_not_fit_is_refused(make, message):
@@ -323,7 +332,7 @@ def test_projected_taps_and_adapters_resume(tmp_path):
   _, unfitted = run(c, tmp_path, "unfitted")
   assert whole[0]["hidden"] < 0.5 * unfitted[0]["hidden"]
   c.losses["hidden"].projection = "none"
-  with pytest.raises(InputError, match="have 32 numbers and the teacher's 48"):
+  with pytest.raises(InputError, match=r"width 32 \(student\) and 48 \(teacher\)"):
     run(c, tmp_path, "none")
 
 

@@ -112,13 +112,13 @@ def test_a_mixture_of_one_is_kd(said):
   ("fields", "message"),
   [
     ({"by": "chance"}, "by is 'chance'"),
-    ({"label_trust": 1.5}, "label_trust 1.5"),
-    ({"sharpness": 0.0}, "sharpness 0.0"),
-    ({"teachers": ("a", "a")}, "each once"),
-    ({"teachers": ()}, "name one or more"),
-    ({"shares": (1.0,), "teachers": NAMES}, "one a teacher"),
-    ({"shares": (0.0,)}, "none below 0"),
-    ({"shares": (1.0,), "by": "label"}, "belong to by='shares'"),
+    ({"label_trust": 1.5}, r"label_trust is 1\.5; expected a number from 0 to 1"),
+    ({"sharpness": 0.0}, r"sharpness is 0\.0; expected a number above 0"),
+    ({"teachers": ("a", "a")}, r"teachers is \('a', 'a'\); expected .* different names"),
+    ({"teachers": ()}, r"teachers is \(\); expected one or more"),
+    ({"shares": (1.0,), "teachers": NAMES}, "one number for each of"),
+    ({"shares": (0.0,)}, "numbers of at least 0 with a positive sum"),
+    ({"shares": (1.0,), "by": "label"}, r"shares is \(1\.0,\); expected \(\) for by='label'"),
   ],
 )
 def test_a_mixture_that_makes_no_sense(fields, message):
