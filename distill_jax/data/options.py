@@ -1,4 +1,4 @@
-"""The corpus."""
+"""Config section `data`: the corpus and its tokenizer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,33 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-  """The corpus that is packed into sequences."""
+  """The corpus, and how it is tokenized and packed into sequences."""
 
-  kind: str = "text"  # pydoc | text | jsonl | chat | tfds
+  kind: str = "text"
+  """Format of the corpus: "text" (UTF-8 text files), "jsonl" (one JSON object per line), "chat"
+  (one JSON chat per line), "tfds" (a TensorFlow dataset in array_record format), or "pydoc"
+  (Python's language reference, which every Python installation contains)."""
   path: str = ""
+  """File or folder that holds the corpus; "" for "pydoc". For "tfds", a prepared dataset's folder,
+  DATA_DIR/NAME[:VERSION], or the NAME of a dataset in TFDS's default folder."""
   split: str = "train"
+  """Split to read: "train" or "heldout"; for "tfds", any split of the dataset, e.g.
+  "train[:90%]"."""
   field: str = "text"
+  """Field that holds the text, for "jsonl" and "tfds"."""
   heldout_fraction: float = 0.1
-  tokenizer: str = ""  # "": the model's own
+  """Fraction of the documents that are held out, in [0, 1). A document's split depends on a hash of
+  its text only. 0 puts every document into both splits: use it if the held-out data is a file of
+  its own. Not used by "tfds"."""
+  tokenizer: str = ""
+  """Tokenizer: a tokenizer.json file, a sentencepiece .model file, or a folder that holds one. "":
+  the model's own tokenizer."""
   seq_len: int = 1024
-  sequences: int = 0  # at most this many; 0: all
-  on_bad: str = "stop"  # stop | skip, where a chat cannot be used
-  trust: str = ""  # name of a per-example confidence field in [0, 1], such as "agreement", which
-  # the filter `votes` writes; 1 - confidence is used as label smoothing (losses/ce.py); "": 1
+  """Length of the packed sequences, in tokens."""
+  sequences: int = 0
+  """Maximum number of packed sequences. 0: all."""
+  on_bad: str = "stop"
+  """What to do at a chat that cannot be used: "stop" with an error, or "skip" it and count it."""
+  trust: str = ""
+  """Name of a per-chat confidence field in [0, 1], e.g. "agreement", which the filter `votes`
+  writes. 1 - confidence is used as label smoothing. "": no label smoothing. For "chat" only."""

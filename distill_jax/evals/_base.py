@@ -1,4 +1,4 @@
-"""The contract of a benchmark and of its questions."""
+"""The interface of a benchmark, and its questions."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.filters import Filter
 from distill_jax.types import JsonObject
 
-# DeepSeek-R1's instruction for mathematics (its model card's "Usage Recommendations").
+# DeepSeek-R1's instruction for mathematics, from "Usage Recommendations" in its model card.
 REASON = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
-BenchmarkRow = Mapping[str, Any]  # of a benchmark's file
-# The line of a prompts.jsonl: `prompt`, and the fields that the judge reads, such as `answer`.
+BenchmarkRow = Mapping[str, Any]  # a row of a benchmark's file
+# A line of a prompts.jsonl: `prompt`, and the fields that the judge reads, e.g. `answer`.
 PromptLine = JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """A question whose answer is one of `choices`: the one that best continues `context`.
+  """A multiple-choice question: which of `choices` continues `context`.
 
   Attributes:
-    lengths: of the choices in characters, for acc_norm, without what joins them to the context.
-    label: the right choice, from 0 on.
+    context: The text before a choice.
+    choices: The choices, each including the separator between context and choice.
+    lengths: The length of each choice in characters, without the separator, for acc_norm.
+    label: The index of the correct choice.
   """
 
   context: str
@@ -36,72 +38,69 @@ class Choice:
 
 
 class Benchmark(abc.ABC):
-  """A set of questions with answer keys, as one entry of `evals` names it.
-
-  Attributes:
-    path: the file, a folder of files, or package:NAME/FILE; "": in the package that has it.
-    limit: the first so many questions; 0: all.
-  """
+  """A set of questions with answer keys: an entry of the config section `evals`."""
 
   path: str
+  """File of questions, a folder of files, or package:NAME/FILE. "": the file in the installed
+  package that contains the benchmark."""
   limit: int
+  """Maximum number of questions; the first ones are used. 0: all."""
 
   @abc.abstractmethod
   def files(self) -> list[Path]:
-    """Returns the files of the benchmark, here or in an installed package; none is downloaded.
+    """Returns the files of the benchmark, local or in an installed package.
+
+    Nothing is downloaded.
 
     Raises:
-      InputError: there is none.
+      InputError: If there is no such file.
     """
 
   @abc.abstractmethod
   def question(self, row: BenchmarkRow, number: int) -> Choice | PromptLine:
-    """Returns a row of the files as a question.
+    """Returns the question in a row of the files.
 
     Args:
-      number: of the row, from 0 on.
+      row: The row.
+      number: The index of the row, from 0.
 
     Raises:
-      InputError: the row lacks a field, or a field is malformed.
+      InputError: If the row lacks a field, or a field is malformed.
     """
 
   @abc.abstractmethod
   def judge(self) -> Filter | None:
-    """Returns the filter that accepts right answers; None for choices, which need none."""
+    """Returns the filter that accepts correct answers, or None for multiple-choice questions."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerativeBenchmark(Benchmark):
-  """The keys of every benchmark that is answered in words.
-
-  Attributes:
-    path, limit: see Benchmark.
-    samples: of each question; 0: evaluate.samples.
-    prompt: the prompt of a question, {question}. With generate.chat it is a user's message;
-      without, "{question}" alone or a few worked examples suit.
-    stop: strings that end an answer; (): generate.stop.
-  """
+  """A benchmark whose answers are generated texts."""
 
   path: str = ""
+  """File of questions, a folder of files, or package:NAME/FILE. "": the file in the installed
+  package that contains the benchmark, if there is one."""
   limit: int = 0
+  """Maximum number of questions; the first ones are used. 0: all."""
   samples: int = 0
+  """Number of samples per question. 0: evaluate.samples."""
   prompt: str = REASON
+  """Template of the prompts; must contain {question}. With generate.chat, the prompt is a user's
+  message. Without it, the model continues the prompt: use "{question}" or add solved examples."""
   stop: tuple[str, ...] = ()
+  """Stop strings. (): generate.stop."""
 
   def __post_init__(self):
     if "{question}" not in self.prompt:
-      raise InputError(
-        f"a benchmark's prompt is {self.prompt!r:.60}; it needs a {{question}} in it"
+      raise bad_value(
+        "prompt", self.prompt, "a template that contains {question}", "Add {question} to it"
       )
-    if self.limit < 0 or self.samples < 0:
-      raise InputError(
-        f"a benchmark's limit is {self.limit} and samples {self.samples}; 0 or more each"
-      )
+    for key in ("limit", "samples"):
+      if (value := getattr(self, key)) < 0:
+        raise bad_value(key, value, "0 or more", "Increase it")
     if not all(self.stop):
-      raise InputError(
-        "a benchmark's stop holds an empty string, which ends every text; leave it out"
-      )
+      raise bad_value("stop", self.stop, "strings that are not empty", "Remove the empty string")
 
   def make_prompt(self, question: str) -> str:
-    """Returns the prompt of a question."""
+    """Returns the prompt for a question."""
     return self.prompt.replace("{question}", question)

@@ -1,4 +1,4 @@
-"""What benchmarks share: their files, the fields of a row, and choices as files hold them."""
+"""Helpers for benchmarks: finding and reading files, fields of a row, and choices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.evals._base import BenchmarkRow, Choice
 from distill_jax.hub.locate import locate
 from distill_jax.runtime import json_io
@@ -20,39 +20,47 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv")
 
 
 def find(path: str, *packaged: str, other: str = "") -> list[Path]:
-  """Finds the files of a benchmark.
+  """Returns the files of a benchmark.
 
   Args:
-    path: as a config gives it.
-    packaged: "NAME/FILE" inside installed packages, for an empty path.
-    other: what to do where no package is known to have one.
+    path: The benchmark's config key `path`.
+    packaged: "NAME/FILE" inside installed packages, used if the path is empty.
+    other: The advice for an empty path if no package contains the benchmark, as an imperative.
+
+  Raises:
+    InputError: If there is no such file.
   """
   if path.startswith("hub:"):
-    raise InputError(f"{path} would be downloaded; download its file and name that in path")
+    raise bad_value("path", path, "a local file", "Download the file and set path to it")
   if not path and not packaged:
-    raise InputError(f"the benchmark's path is empty and no package is known to hold it; {other}")
+    raise bad_value("path", path, "a file, since no package contains this benchmark", other)
   try:
     files = [locate(p) for p in ([path] if path else [f"package:{p}" for p in packaged])]
   except InputError as e:
-    raise InputError(f"{e}, or name the benchmark's file in its path") from e
+    raise InputError(f"{str(e).rstrip('.')}. Or set `path` to the benchmark's file.") from e
   if files[0].is_dir():
     inside = sorted(p for p in files[0].iterdir() if p.name.endswith(ENDINGS))
     if not inside:
-      raise InputError(
-        f"{path} holds no file that ends in {', '.join(ENDINGS)}; name the benchmark's file"
-      )
+      expected = f"a folder with files that end in {', '.join(ENDINGS)}"
+      raise bad_value("path", path, expected, "Set it to the benchmark's file")
     return inside
   return files
 
 
 def rows(file: Path) -> Iterator[tuple[str, bytes | BenchmarkRow]]:
-  """Yields (its place, a row) for each row of a file; of .jsonl the raw line."""
+  """Yields (place, row) for each row of a file.
+
+  The place is for messages, e.g. "FILE, line 3". The row of a .jsonl file is its raw line.
+
+  Raises:
+    InputError: If the file is damaged or not of a known format.
+  """
   if not file.name.endswith(ENDINGS):
-    raise InputError(f"{file} is none of {', '.join(ENDINGS)}; convert it to JSON lines")
+    raise bad_value("path", file, f"a file that ends in {', '.join(ENDINGS)}", "Convert the file")
   try:
     data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
   except (OSError, EOFError) as e:
-    raise InputError(f"{file} cannot be read ({e}); fetch it again") from e
+    raise InputError(f"{file} cannot be read ({e}). Download it again.") from e
   if file.name.endswith((".jsonl", ".jsonl.gz")):
     for n, raw in enumerate(data.splitlines(), 1):
       if raw.strip():
@@ -67,54 +75,72 @@ def _csv_rows(file: Path, data: bytes) -> list[BenchmarkRow]:
     text = io.StringIO(data.decode("utf-8-sig"), newline="")
     return list(csv.DictReader(text, strict=True))
   except (ValueError, csv.Error) as e:
-    raise InputError(f"{file} is damaged ({e}); fetch it again") from e
+    raise InputError(f"{file} is damaged ({e}). Download it again.") from e
 
 
 def _list(file: Path, data: bytes) -> list[BenchmarkRow]:
   try:
     rows = json_io.parse(data.removeprefix(codecs.BOM_UTF8))
   except InputError as e:
-    raise InputError(f"{file} is damaged ({e}); fetch it again") from e
+    raise InputError(f"{file} is damaged ({e}). Download it again.") from e
   if not isinstance(rows, list):
-    raise InputError(f"{file} holds a JSON {type(rows).__name__}; it ought to be a list of rows")
+    raise InputError(
+      f"{file} contains a JSON {type(rows).__name__}. A .json benchmark must be a list of rows."
+    )
   return rows
 
 
 def parse(raw: bytes | BenchmarkRow) -> BenchmarkRow:
-  """Parses a row, where it is still a line."""
-  row = json_io.parse(raw, "it") if isinstance(raw, bytes) else raw
+  """Returns a row of `rows`, with a raw line parsed as JSON.
+
+  Raises:
+    InputError: If the line is not a JSON object.
+  """
+  row = json_io.parse(raw, "The row") if isinstance(raw, bytes) else raw
   if not isinstance(row, dict):
-    raise InputError(f"it is a JSON {type(row).__name__}, and a row is an object")
+    raise InputError(f"The row is a JSON {type(row).__name__}; expected an object.")
   return row
 
 
 def field(row: BenchmarkRow, *names: str) -> Any:
-  """Returns the first of these fields that is there. No error quotes the contents of others."""
+  """Returns the first of the named fields that is present and not null.
+
+  Raises:
+    InputError: If there is none. The message names the row's fields but never their contents.
+  """
   for name in names:
     if row.get(name) is not None:
       return row[name]
-  raise InputError(
-    f"there is no field {' or '.join(map(repr, names))}, but {', '.join(map(repr, row)) or 'none'}"
-  )
+  wanted = " or ".join(map(repr, names))
+  has = ", ".join(map(repr, row)) or "no fields"
+  raise InputError(f"The row has no field {wanted} (it has {has}).")
 
 
 def text(row: BenchmarkRow, *names: str) -> str:
-  """Returns a field that is text and not empty; numbers are taken as they are written."""
+  """Returns the first of the named fields as text; a number is converted to text.
+
+  Raises:
+    InputError: If the field is missing, empty or not text.
+  """
   value = field(row, *names)
   if isinstance(value, int | float) and not isinstance(value, bool):
     value = str(value)
   if not isinstance(value, str) or not value.strip():
-    raise InputError(f"field {' or '.join(map(repr, names))} is empty or no text")
+    raise InputError(f"Field {' or '.join(map(repr, names))} is empty or not a text.")
   return value
 
 
 def make_choice(context: str, choices: Any, label: Any, joined: str = " ") -> Choice:
-  """Makes a Choice.
+  """Returns a multiple-choice question.
 
   Args:
-    choices: as files hold them: a list of texts, or {"text": [...], "label": [...]}.
-    label: the right one: its place from 0 on, its letter, or its label beside the texts.
-    joined: what joins a choice to the context.
+    context: The text before a choice.
+    choices: A list of texts, or {"text": [...], "label": [...]}.
+    label: The correct choice: its index (from 0), its letter, or its entry in "label".
+    joined: The separator between the context and a choice.
+
+  Raises:
+    InputError: If the choices are malformed, or the label is not one of them.
   """
   names: Any = None
   if isinstance(choices, dict):
@@ -124,7 +150,7 @@ def make_choice(context: str, choices: Any, label: Any, joined: str = " ") -> Ch
     or len(choices) < 2
     or not all(isinstance(c, str) and c.strip() for c in choices)
   ):
-    raise InputError("the choices are no list of at least two texts")
+    raise InputError("The choices are not a list of at least two texts.")
   at = -1
   if isinstance(names, list) and label in names:
     at = names.index(label)
@@ -133,6 +159,6 @@ def make_choice(context: str, choices: Any, label: Any, joined: str = " ") -> Ch
   elif not isinstance(label, bool) and str(label).strip().isdecimal():
     at = int(label)
   if not 0 <= at < len(choices):
-    raise InputError(f"the answer key {label!r:.40} is none of the {len(choices)} choices")
+    raise InputError(f"The answer key {label!r:.40} is not one of the {len(choices)} choices.")
   lengths = tuple(map(len, choices))
   return Choice(context, tuple(joined + c for c in choices), lengths, at)

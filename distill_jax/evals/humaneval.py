@@ -1,4 +1,4 @@
-"""HumanEval: 164 Python functions to be written to their docstrings (arXiv:2107.03374)."""
+"""HumanEval: write 164 Python functions given their docstrings (arXiv:2107.03374)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ WRITE = (
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark(GenerativeBenchmark):
-  """HumanEval, whose answers run in a sandbox.
+  """HumanEval, whose answers are run in a sandbox.
 
-  For a model that is not trained to chat: prompt="{question}", and as stop the paper's
-  "\\nclass", "\\ndef", "\\n#", "\\nif" and "\\nprint".
-
-  Attributes:
-    isolated: see the code filter; False only for programs that you trust.
+  For a base model, set prompt="{question}" and the paper's stop strings: "\\nclass", "\\ndef",
+  "\\n#", "\\nif" and "\\nprint".
   """
 
   prompt: str = WRITE
+  """Template of the prompts; must contain {question}, the beginning of the program."""
   isolated: bool = True
+  """Whether programs run in Linux namespaces (see the filter `code`). False: use it only for
+  programs that you trust."""
 
   def files(self) -> list[Path]:
     return find(self.path, PACKAGED)

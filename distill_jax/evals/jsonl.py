@@ -1,11 +1,11 @@
-"""Any benchmark of one's own: rows of a JSON-lines, JSON or CSV file."""
+"""Your own benchmark, from the rows of a JSON-lines, JSON or CSV file."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.evals._base import BenchmarkRow, Choice, GenerativeBenchmark, PromptLine
 from distill_jax.evals._option_letter import Judge, with_options
 from distill_jax.evals._rows import LETTERS, field, find, make_choice, text
@@ -16,39 +16,37 @@ SCORES = ("math", "exact", "code", "letter", "choice")
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark(GenerativeBenchmark):
-  r"""Questions from a file, by the names of its fields.
-
-  Attributes:
-    score: "math", answers that equal the key as mathematics; "exact", letter by letter; "code",
-      programs that pass `test`, of HumanEval's form; "letter", the letter of an option, given in
-      words; "choice", the likeliest choice, by log-likelihood.
-    question_field: the question; of code, the beginning of the program.
-    answer_field: the key of "math" and "exact".
-    choices_field: of "letter" and "choice": a list of texts.
-    label_field: of the same: the right one, its place from 0 on or its letter.
-    of: exact: what is compared: "text", "last line" or "final", see the exact filter.
-    isolated: code: see the code filter.
-  """
+  """Questions from a file, whose fields are named by config keys."""
 
   prompt: str = "{question}"
+  """Template of the prompts; must contain {question}."""
   score: str = "math"
+  """Scoring: "math" (answers mathematically equal to the key), "exact" (answers that match the
+  key's text), "code" (programs that pass the field `test`, as in HumanEval), "letter" (generated
+  answers that name an option's letter), or "choice" (the most likely choice, by
+  log-likelihood)."""
   question_field: str = "question"
+  """Field that holds the question or, for "code", the beginning of the program."""
   answer_field: str = "answer"
+  """Field that holds the answer key, for "math" and "exact"."""
   choices_field: str = "choices"
+  """Field that holds the list of choices, for "letter" and "choice"."""
   label_field: str = "label"
+  """Field that holds the correct choice's index (from 0) or letter, for "letter" and "choice"."""
   of: str = "text"
+  """Part of the answer to compare, for "exact": "text", "last line" or "final" (see the filter
+  `exact`)."""
   isolated: bool = True
+  """Whether programs run in Linux namespaces, for "code" (see the filter `code`)."""
 
   def __post_init__(self):
     super().__post_init__()
     if self.score not in SCORES:
-      raise InputError(
-        f"the score of a jsonl benchmark is {self.score!r}; it can be one of {SCORES}"
-      )
-    self.judge()  # refuses what it does not know
+      raise bad_value("score", self.score, f"one of {SCORES}", "Choose one of them")
+    self.judge()  # raises for an invalid value of `of`
 
   def files(self) -> list[Path]:
-    return find(self.path, other="name the file there")
+    return find(self.path, other="Set it to the file of questions")
 
   def question(self, row: BenchmarkRow, number: int) -> Choice | PromptLine:
     question = text(row, self.question_field)

@@ -1,4 +1,4 @@
-"""Config section `evaluate`: what is measured of models."""
+"""Config section `evaluate`: the models to evaluate, and how."""
 
 from __future__ import annotations
 
@@ -7,25 +7,37 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
-  """What `evaluate` measures: the loss on held-out data, and the benchmarks in `evals`.
+  """Settings of the command `evaluate`: the held-out loss, and the benchmarks in `evals`.
 
-  Answers to benchmarks are sampled with the keys here. How they are prompted and decoded is in
-  section `generate`, so that a model is evaluated as it is sampled from: chat, stop (where the
-  benchmark has none), repetition, cache_len, cache_dtype, batch_size, prefill_rows,
-  prefill_chunk, steps, and the teacher's server.
+  Benchmarks are sampled with the settings in `generate` (`chat`, `stop`, `repetition`,
+  `cache_len`, `cache_dtype`, `batch_size`, `prefill_rows`, `prefill_chunk`, `steps` and `server`),
+  except for the keys below.
   """
 
-  models: dict[str, str] = dataclasses.field(default_factory=dict)  # name: source; of a server its
-  # address, such as http://localhost:8000/v1, or http://…/v1#MODEL where it has several
-  heldout: bool = True  # the loss on held-out data, also of the teacher and of "start", the student
-  # before training
-  sequences: int = 0  # held-out sequences; 0: all
-  batch_size: int = 8  # sequences at once, of held-out text and of choices
-  chunk: int = 128  # positions of each row whose logits exist at once
-  on: tuple[str, ...] = ()  # the models that the benchmarks run on: names in `models`, "teacher" or
-  # "start"; (): all of `models`, else the teacher
-  samples: int = 1  # of each question; DeepSeek-R1's protocol: 64 …
+  models: dict[str, str] = dataclasses.field(default_factory=dict)
+  """Models to evaluate besides the teacher, as NAME: SOURCE. The source of a served model is the
+  server's address, e.g. "http://localhost:8000/v1", or "http://localhost:8000/v1#MODEL" if the
+  server has several models."""
+  heldout: bool = True
+  """Whether to compute the loss on held-out data, for `models`, the teacher, and "start" (the
+  student before training)."""
+  sequences: int = 0
+  """Maximum number of held-out sequences or examples. 0: all."""
+  batch_size: int = 8
+  """Batch size for held-out data and for the choices of multiple-choice benchmarks."""
+  chunk: int = 128
+  """Number of positions per sequence whose logits are in memory at once."""
+  on: tuple[str, ...] = ()
+  """Models to run the benchmarks on: names in `models`, "teacher" or "start". (): all of
+  `models`, or the teacher if there are none."""
+  samples: int = 1
+  """Number of samples per question. DeepSeek-R1's protocol uses 64."""
   temperature: float = 0.6
+  """Sampling temperature. 0: greedy decoding."""
   top_p: float = 0.95
-  max_new_tokens: int = 1024  # … and 32,768
-  on_bad: str = "stop"  # stop | skip, where a question cannot be used
+  """Probability mass of the nucleus to sample from, in (0, 1]. 1: all tokens."""
+  max_new_tokens: int = 1024
+  """Maximum number of generated tokens per sample. DeepSeek-R1's protocol uses 32,768."""
+  on_bad: str = "stop"
+  """What to do at a question that cannot be used: "stop" with an error, or "skip" it and count
+  it."""

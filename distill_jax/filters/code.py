@@ -1,10 +1,11 @@
-"""Programs that pass their tests, run in a sandbox (_jail.py).
+"""Keeps programs that pass their tests, which run in a sandbox (_jail.py).
 
-Tests have HumanEval's form: `prompt` begins a program that the sample ends, `test` defines
-check(candidate), and `entry_point` names what is checked. Test and program run in two processes
-(_runner.py): the test sees what the program's function returns, plain values alone, and what the
-prompt defines, and the verdict is a secret that only its process knows. Exit codes, prints, and
-whatever a program finds in its interpreter count for nothing.
+Tests have HumanEval's form (arXiv:2107.03374): `prompt` is the beginning of a program that the
+sample completes, `test` defines `check(candidate)`, and `entry_point` is the name of the function
+to check. Test and program run in two processes (_runner.py). The test sees only plain values that
+the program's function returns, and the functions that the prompt defines. Its process reports
+success with a secret that the program's process does not know, so exit codes, output and the
+interpreter's state cannot fake a pass.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.filters import _base
 from distill_jax.filters.samples import (
   Judged,
@@ -37,7 +38,7 @@ from distill_jax.types import JsonObject
 
 JAIL, RUNNER = (Path(__file__).with_name(name) for name in ("_jail.py", "_runner.py"))
 FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
-MAX_REPORT = 4096  # bytes that are read of a program's report
+MAX_REPORT = 4096  # maximum length of a program's report, in bytes
 ENV = {
   "PATH": "/usr/bin:/bin",
   "LANG": "C.UTF-8",
@@ -48,44 +49,45 @@ ENV = {
 
 @dataclasses.dataclass(frozen=True)
 class Filter(_base.Filter):
-  """Rejects programs that fail their tests.
-
-  Attributes:
-    prompt, test, entry_point: fields of the prompt's line. A prompt of chat messages begins no
-      program.
-    cpu_seconds, wall_seconds: of one program.
-    memory: bytes of address space of one process.
-    processes: and threads, at once.
-    disk: bytes of files, which are in memory and go with the program.
-    isolated: no network, no files but its own, no processes of others: Linux namespaces, which
-      some machines permit to nobody. False: time, memory and size of files are limited, nothing
-      else is: for programs that you trust.
-    python: the interpreter; "": this one.
-    workers: programs at once.
-  """
+  """Rejects programs that fail their tests."""
 
   prompt: str = "prompt"
+  """Field of the prompt's line with the beginning of the program. If it holds chat messages, the
+  sample must be the whole program."""
   test: str = "test"
+  """Field of the prompt's line with the test, Python code that defines check(candidate)."""
   entry_point: str = "entry_point"
+  """Field of the prompt's line with the name of the function to check."""
   cpu_seconds: int = 10
+  """CPU time limit of one program, in seconds."""
   wall_seconds: float = 30.0
+  """Wall-clock limit of one program, in seconds."""
   memory: int = 2**30
+  """Memory limit of one process (its address space), in bytes."""
   processes: int = 4
+  """Maximum number of processes and threads of one program."""
   disk: int = 2**24
+  """Maximum size of the files that one program writes, in bytes. They are kept in memory and
+  deleted with the program."""
   isolated: bool = True
+  """Whether programs run in Linux namespaces, without network, files or processes other than their
+  own. Some machines do not permit namespaces. False: only time, memory and file sizes are limited;
+  use it only for programs that you trust."""
   python: str = ""
+  """Python interpreter for the programs. "": the running one."""
   workers: int = 2
+  """Number of programs that run in parallel."""
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if isinstance(value, int | float) and field.name != "isolated" and value <= 0:
-        raise InputError(f"a code filter's {field.name} is {value}; it is above 0")
+        raise bad_value(field.name, value, "a positive number", "Increase it")
 
   def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
     if reason := self.run("def one(): return 1", "def check(f): assert f() == 1", "one"):
       raise InputError(
-        f"the sandbox does not run a program that is right ({reason}); set other limits"
+        f"The sandbox fails on a correct program ({reason}). Raise the limits of the code filter."
       )
     yield from judge_in_parallel(self._reject_reason, samples, self.workers)
 
@@ -95,7 +97,7 @@ class Filter(_base.Filter):
       if isinstance(part, Unjudgeable):
         return part
     if not entry.isidentifier():
-      return Unjudgeable(f"no {self.entry_point}: {entry!r:.60} is no name")
+      return Unjudgeable(f"no {self.entry_point}: {entry!r:.60} is not a Python name")
     try:
       ast.parse(test)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
@@ -105,16 +107,19 @@ class Filter(_base.Filter):
     return self.run(program(prompt, sample["text"], entry), test, entry, prelude)
 
   def run(self, source: str, test: str, entry: str, prelude: str = "") -> str | None:
-    """Runs a program and its test. Returns why it fails; None where check(entry) returns.
+    """Runs a program and its test.
 
     Args:
-      source: the program.
-      test: defines check(candidate).
-      entry: the name of the function that is checked.
-      prelude: defines what the test may use too, such as the prompt's functions.
+      source: The program.
+      test: Python code that defines check(candidate).
+      entry: The name of the function to check.
+      prelude: Code with further definitions for the test, e.g. the prompt's functions.
+
+    Returns:
+      The reason why the program fails, or None if check(candidate) returns without an error.
 
     Raises:
-      InputError: the sandbox cannot be made on this machine.
+      InputError: If the sandbox cannot be created on this machine.
     """
     secret = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="distill-jax-") as folder:
@@ -136,17 +141,21 @@ class Filter(_base.Filter):
           os.set_blocking(report_from, False)
           try:
             report = os.read(report_from, MAX_REPORT).decode(errors="replace")
-          except BlockingIOError:  # some process of the program is still there
+          except BlockingIOError:  # a process of the program is still running
             report = ""
           os.close(report_from)
     if report == secret:
       return None
     if report == "cpu":
-      return f"timeout: {self.cpu_seconds} s of computing"
+      return f"timeout: {self.cpu_seconds} s of CPU time"
     return ended or _reason(report)
 
   def _jail(self, limits: JsonObject, *fds: int) -> str:
-    """Runs the program to its end, whatever it does. Returns how it was ended, or ""."""
+    """Runs the sandbox until the program ends or is killed.
+
+    Returns:
+      The reason why the program was killed, or "" if it ended by itself.
+    """
     process = subprocess.Popen(
       [sys.executable, "-I", "-S", str(JAIL), json.dumps(limits)],
       pass_fds=fds,
@@ -159,29 +168,39 @@ class Filter(_base.Filter):
     try:
       _, error = process.communicate(timeout=self.wall_seconds)
     except subprocess.TimeoutExpired:
-      return f"timeout: {self.wall_seconds} s of the clock"
+      return f"timeout: {self.wall_seconds} s of wall-clock time"
     finally:
       if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     if process.returncode == 125:
       raise InputError(
-        f"the sandbox cannot be made here ({error.decode(errors='replace').strip()[-200:]}); run "
-        "where namespaces are permitted, or, for programs that you trust, set isolated=False"
+        f"The sandbox cannot be created ({error.decode(errors='replace').strip()[-200:]}). Use a "
+        "machine that permits Linux namespaces or, for programs that you trust, set isolated=False."
       )
     if process.returncode == 124:
-      return f"timeout: {self.cpu_seconds} s of computing"
+      return f"timeout: {self.cpu_seconds} s of CPU time"
     return "killed" if process.returncode else ""
 
 
 def program(prompt: Any, text: str, entry: str) -> str:
-  """Returns the whole program of a sample: its last block of Python, or else all of its text."""
+  """Returns the whole program of a sample.
+
+  Its code is the last fenced block that defines `entry`, else the last fenced block, else the whole
+  answer. The prompt is put before it, except if the prompt is not code and the sample defines
+  `entry` itself.
+
+  Args:
+    prompt: The beginning of the program; ignored unless it is a string.
+    text: The sample's text, with or without reasoning.
+    entry: The name of the function to check.
+  """
   answer = answer_part(text)
   blocks = FENCE.findall(answer)
   whole = [block for block in blocks if _defines(block, entry)]
   source = [answer, *blocks, *whole][-1]
   prompt = prompt if isinstance(prompt, str) else ""
-  if _defines(source, entry):  # what the prompt imports and defines is still wanted, if it is code
+  if _defines(source, entry):  # the program may still use the prompt's imports and definitions
     return f"{prompt}\n{source}" if _parses(prompt) else source
   return prompt + source
 
@@ -199,13 +218,13 @@ def _parses(source: str) -> bool:
 
 
 def _reason(report: str) -> str:
-  """Returns the reason to reject a sample, of _runner.py's report."""
+  """Returns the reason to reject a sample, given _runner.py's report."""
   kind, _, detail = report.partition(" ")
   return {
     "asserted": "failed the test",
     "unparsed": f"not Python: {detail}",
-    "undefined": f"does not define what is checked: {detail}",
-    "other": f"returned no plain value: {detail}",
+    "undefined": f"does not define the entry point: {detail}",
+    "other": f"returned a value that is not plain: {detail}",
     "raised": f"raised: {detail}",
     "killed": "killed",
-  }.get(kind, "ended before the check was done")
+  }.get(kind, "exited before the test finished")

@@ -1,8 +1,8 @@
-"""Samples that share a run of words with an evaluation set.
+"""Removes samples that share a run of words with an evaluation set.
 
-As in GPT-3 (arXiv:2005.14165, appendix C): words are compared without case and punctuation, in
-runs of 13; an example of 8 to 12 words counts where it stands in full; shorter ones would be
-found everywhere, and are not looked for. Their number is printed on standard error.
+The rule is GPT-3's (arXiv:2005.14165, appendix C): words are compared without case and punctuation,
+in runs of 13. An evaluation example of 8 to 12 words must occur in full. Shorter examples are not
+searched for, since common phrases would match them; their number is printed on standard error.
 """
 
 from __future__ import annotations
@@ -16,41 +16,40 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.data import jsonl
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.filters import _base
 from distill_jax.filters.samples import Judged, Sample, prompt_text
 from distill_jax.runtime import json_io
 
 MIN_WORDS = 8
 WORD = re.compile(r"\w+")
-Runs = dict[int, dict[str, str]]  # length in words: run: where it comes from
+Runs = dict[int, dict[str, str]]  # number of words: {run of words: its place}
 
 
 @dataclasses.dataclass(frozen=True)
 class Filter(_base.Filter):
-  """Rejects samples that share a run of words with an evaluation set.
-
-  Attributes:
-    against: JSONL files, an example a line.
-    fields: of their objects; (): all text in them.
-    ngram: words of a run, at least 8.
-    prompt: prompts are searched too, not the texts alone.
-  """
+  """Rejects samples that share a run of words with an evaluation set."""
 
   against: tuple[str, ...] = ()
+  """Evaluation sets: .jsonl files with one example per line."""
   fields: tuple[str, ...] = ()
+  """Fields of the examples to compare with. (): all their text."""
   ngram: int = 13
+  """Length of a run, in words; at least 8."""
   prompt: bool = True
+  """Whether to search the samples' prompts too. False: only their texts."""
 
   def __post_init__(self):
     if self.ngram < MIN_WORDS:
-      raise InputError(
-        f"ngram is {self.ngram}; runs of fewer than {MIN_WORDS} words are everywhere"
+      raise bad_value(
+        "ngram", self.ngram, f"at least {MIN_WORDS}", "Increase it, since shorter runs are common"
       )
 
   def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
     if not self.against:
-      raise InputError("a decontaminate filter has nothing in against; name evaluation sets")
+      raise bad_value(
+        "against", self.against, "at least one file", "Name .jsonl files of evaluation sets"
+      )
     runs: Runs = {}
     for path in self.against:
       self._add(Path(path), runs)
@@ -60,7 +59,7 @@ class Filter(_base.Filter):
 
   def _add(self, path: Path, runs: Runs) -> None:
     if not path.is_file():
-      raise InputError(f"{path} is not there; name a .jsonl file of an evaluation set")
+      raise bad_value("against", path, "an existing file", "Name a .jsonl file")
     examples = short = 0
     for line in jsonl.read_lines(path, skip_bom=True):
       where = f"{path.stem}, line {line.number}"
@@ -72,14 +71,17 @@ class Filter(_base.Filter):
           for at in range(len(text_words) - n + 1):
             runs.setdefault(n, {}).setdefault(" ".join(text_words[at : at + n]), where)
     if examples == short:
-      raise InputError(f"{path} has no text of {MIN_WORDS} words or more in {self.fields or 'it'}")
+      fields = f"the fields {', '.join(self.fields)} of {path}" if self.fields else path
+      raise InputError(
+        f"All texts in {fields} have fewer than {MIN_WORDS} words. Name other files or fields."
+      )
     if short:
       count = f"{short:,} of {examples:,} texts have fewer than {MIN_WORDS} words"
-      print(f"decontaminate: {path}: {count} and are not looked for", file=sys.stderr)
+      print(f"decontaminate: {path}: {count} and are not searched for.", file=sys.stderr)
 
   def _texts(self, line: jsonl.Line) -> Iterator[str]:
     try:
-      row = json_io.parse(line.raw, action="mend the line")
+      row = json_io.parse(line.raw, action="Correct the line")
     except InputError as e:
       raise InputError(f"{line.where}: {e}") from e
     if not self.fields:
@@ -87,18 +89,20 @@ class Filter(_base.Filter):
       return
     for field in self.fields:
       if not isinstance(row, dict) or field not in row:
-        names = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-        raise InputError(f"{line.where}: no field {field!r}, but {names}; name other fields")
+        names = ", ".join(map(repr, row)) if isinstance(row, dict) else "not a JSON object"
+        raise InputError(
+          f"{line.where} has no field {field!r} (it has {names}). Name other fields."
+        )
       yield from _strings(row[field])
 
 
 def words(text: str) -> list[str]:
-  """Returns the words of a text without regard to case."""
+  """Returns the words of a text in a form without case and punctuation."""
   return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def overlap(text_words: list[str], runs: Runs) -> str | None:
-  """Returns where the first run comes from that stands in an evaluation set, or None."""
+  """Returns the place and the words of the first run that is in an evaluation set, or None."""
   for n, known in sorted(runs.items(), reverse=True):
     for at in range(len(text_words) - n + 1):
       run = " ".join(text_words[at : at + n])

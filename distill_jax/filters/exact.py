@@ -1,11 +1,11 @@
-"""Answers that are the key, letter by letter but for case, spaces and a last full stop."""
+"""Keeps answers that match the answer key, ignoring case, white space and a final full stop."""
 
 from __future__ import annotations
 
 import dataclasses
 import unicodedata
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.filters import answers
 from distill_jax.filters._base import SampleFilter
 from distill_jax.filters.samples import Sample, Unjudgeable, answer_part, text_field
@@ -15,20 +15,17 @@ OF = ("text", "last line", "final")
 
 @dataclasses.dataclass(frozen=True)
 class Filter(SampleFilter):
-  r"""Rejects answers that differ from the key.
-
-  Attributes:
-    key: field of the prompt's line that holds the answer.
-    of: what is compared, once the reasoning is cut off: "text", "last line", or "final", the
-      last \boxed{…}, what follows "####", or the last number.
-  """
+  """Rejects answers that differ from the answer key."""
 
   key: str = "answer"
+  """Field of the prompt's line that holds the answer key."""
   of: str = "text"
+  r"""Part of the text after the reasoning to compare: "text" (all of it), "last line", or "final"
+  (the content of the last \boxed{…}, else the text after "####", else the last number)."""
 
   def __post_init__(self):
     if self.of not in OF:
-      raise InputError(f"an exact filter's of is {self.of!r}; it can be one of {OF}")
+      raise bad_value("of", self.of, f"one of {OF}", "Choose one of them")
 
   def reject_reason(self, sample: Sample) -> str | None:
     key = text_field(sample, self.key)
@@ -41,14 +38,14 @@ class Filter(SampleFilter):
     elif self.of == "final":
       key, answer = answers.key(key), answers.final(text)
     if not plain(key):
-      return Unjudgeable(f"empty key: field {self.key!r} holds no word")
+      return Unjudgeable(f"empty key: field {self.key!r} has no text")
     if answer is None:
       return "no final answer"
     if plain(answer) == plain(key):
       return None
-    return f"wrong: {answer!r:.80}, and the key is {key!r:.80}"
+    return f"wrong: {answer!r:.80}, but the key is {key!r:.80}"
 
 
 def plain(text: str) -> str:
-  """Returns a text without regard to case, spaces and a last full stop."""
+  """Returns a text in lower case, with single spaces and without a final full stop."""
   return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".").rstrip()

@@ -1,4 +1,7 @@
-"""One block of reasoning, then an answer, in one language (arXiv:2501.12948, section 2.3)."""
+"""Keeps texts with one block of reasoning and then an answer, in one language.
+
+These are DeepSeek-R1's format rules (arXiv:2501.12948, section 2.3).
+"""
 
 from __future__ import annotations
 
@@ -6,37 +9,39 @@ import dataclasses
 import functools
 import unicodedata
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.filters._base import SampleFilter
 from distill_jax.filters.samples import Sample
+
+OPENED = ("text", "prompt", "either")
 
 
 @dataclasses.dataclass(frozen=True)
 class Filter(SampleFilter):
-  """Rejects texts without one block of reasoning and an answer, or in several scripts.
-
-  Attributes:
-    open, close: the marks of a block of reasoning; close "": none is asked for.
-    opened: "text", the text itself opens the block; "prompt", the prompt has; "either".
-    scripts: the scripts that letters are to be of, by the first word of their Unicode names
-      (LATIN, CJK, CYRILLIC); (): any.
-    other_share: of letters that may be of other scripts.
-  """
+  """Rejects texts without exactly one block of reasoning and an answer, or in several scripts."""
 
   open: str = "<think>"
+  """Mark that opens the reasoning."""
   close: str = "</think>"
+  """Mark that closes the reasoning. "": texts are not checked for reasoning."""
   opened: str = "either"
+  """Where the opening mark is: in the "text", in the "prompt" (and not again in the text), or in
+  "either"."""
   scripts: tuple[str, ...] = ("LATIN", "GREEK", "MATHEMATICAL")
+  """Scripts of the letters, as the first words of their Unicode names, e.g. "LATIN", "CJK" or
+  "CYRILLIC". (): any."""
   other_share: float = 0.02
+  """Maximum fraction of letters in other scripts, in [0, 1]."""
 
   def __post_init__(self):
-    if self.opened not in ("text", "prompt", "either") or not 0 <= self.other_share <= 1:
-      raise InputError(
-        f"opened is {self.opened!r} and other_share {self.other_share}; opened is 'text', 'prompt' "
-        "or 'either', the share from 0 to 1"
-      )
+    if self.opened not in OPENED:
+      raise bad_value("opened", self.opened, f"one of {OPENED}", "Choose one of them")
+    if not 0 <= self.other_share <= 1:
+      raise bad_value("other_share", self.other_share, "a fraction in [0, 1]", "Correct it")
     if self.close and not self.open:
-      raise InputError("a format filter has a close and no open; name both marks or neither")
+      raise bad_value(
+        "open", self.open, "the opening mark that belongs to close", "Set it, or empty close"
+      )
 
   def reject_reason(self, sample: Sample) -> str | None:
     text = sample["text"]
@@ -47,13 +52,13 @@ class Filter(SampleFilter):
     if opens > 1 or closes > 1:
       return f"several reasoning blocks: {opens} opened, {closes} closed"
     if not closes:
-      return "reasoning without end" if opens else "no reasoning"
+      return "reasoning is not closed" if opens else "no reasoning"
     if opens and not text.startswith(self.open):
-      return "reasoning does not come first"
+      return "text before the reasoning"
     if opens and self.opened == "prompt":
-      return "reasoning opened twice"
+      return "reasoning is opened twice"
     if not opens and self.opened == "text":
-      return "reasoning without beginning"
+      return "reasoning is not opened"
     reasoning, _, answer = text.removeprefix(self.open).partition(self.close)
     if not reasoning.strip():
       return "empty reasoning"
@@ -64,7 +69,7 @@ class Filter(SampleFilter):
     other = [c for c in letters if _script(c) not in self.scripts]
     if not letters or len(other) <= self.other_share * len(letters):
       return ""
-    return f"mixed language: {len(other)} of {len(letters)} letters, as {other[0]!r}"
+    return f"mixed language: {len(other)} of {len(letters)} letters, e.g. {other[0]!r}"
 
 
 @functools.lru_cache(4096)

@@ -1,7 +1,8 @@
-"""Answers that equal the key as mathematics: fractions, units, degrees, sets, \\boxed{…}.
+"""Keeps answers that are mathematically equal to the answer key.
 
-Equality is `math-verify`'s, over sympy, in worker processes: what sympy never finishes is ended
-and rejected as such, and the next answer gets a new worker.
+Fractions, units, degrees, sets and \\boxed{…} are understood. `math-verify` compares the answers
+with sympy, in worker processes. A comparison that takes too long is ended and its sample rejected;
+a new worker takes the next sample.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib.util
 import re
 from collections.abc import Iterable, Iterator
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.filters import _base, answers
 from distill_jax.filters._math_pool import Pool
 from distill_jax.filters.exact import plain
@@ -24,39 +25,35 @@ from distill_jax.filters.samples import (
   text_field,
 )
 
-# Read as words: sympy would read a product of letters, in any order.
+# Answers in words, which are compared as text: sympy would parse a product of letters.
 WORDS = re.compile(r"(?:no|[^\W\d_]{3,})(?:[\s'-]+[^\W\d_]+)*\.?", re.IGNORECASE)
 UNIT = re.compile(rf"(\$?-?(?:{answers.DIGITS})(?:/\d+)?)\s+[^\W\d_]+(?:\s+[^\W\d_]+)*\.?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Filter(_base.Filter):
-  r"""Rejects answers that do not equal the key as mathematics.
-
-  Attributes:
-    key: field of the prompt's line that holds the answer: the answer alone, or a solution with
-      \boxed{…} or "####" before it.
-    box_only: an answer counts only in \boxed{…}; else what follows "####", or the last number,
-      does too.
-    seconds: of computing, until an answer is given up.
-    workers: answers at once.
-  """
+  """Rejects answers that are not mathematically equal to the answer key."""
 
   key: str = "answer"
+  r"""Field of the prompt's line that holds the answer key: the answer alone, or a solution with the
+  answer in \boxed{…} or after "####"."""
   box_only: bool = False
+  r"""Whether only the content of \boxed{…} counts as an answer. False: else the text after "####",
+  else the last number."""
   seconds: float = 5.0
+  """CPU time limit for comparing one answer, in seconds."""
   workers: int = 2
+  """Number of answers that are compared in parallel."""
 
   def __post_init__(self):
-    if self.seconds <= 0 or self.workers < 1:
-      raise InputError(
-        f"seconds is {self.seconds} and workers {self.workers}; the first is above 0, the second "
-        "at least 1"
-      )
+    if self.seconds <= 0:
+      raise bad_value("seconds", self.seconds, "a positive number", "Increase it")
+    if self.workers < 1:
+      raise bad_value("workers", self.workers, "a positive integer", "Increase it")
 
   def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
     if importlib.util.find_spec("math_verify") is None:
-      raise InputError("math-verify is not installed; pip install 'distill-jax[data]'")
+      raise InputError("math-verify is not installed. Run `pip install 'distill-jax[data]'`.")
     with Pool(self.seconds) as pool:
 
       def reject_reason(sample: Sample) -> str | None:
@@ -75,8 +72,8 @@ class Filter(_base.Filter):
       if answer is None:
         return "no final answer"
       same = plain(answer) == plain(key)
-      return None if same else f"wrong: {answer!r:.80}, and the key is {key!r}"
-    # The key is read first, so that a bad one is found whatever the sample is.
+      return None if same else f"wrong: {answer!r:.80}, but the key is {key!r}"
+    # The key is compared even if there is no answer, so that an invalid key is always reported.
     verdict = pool.equal(_without_unit(key), _without_unit(answer or ""))
     if verdict == "key":
       return Unjudgeable(f"the key cannot be parsed: {whole_key!r:.80}")
@@ -85,11 +82,11 @@ class Filter(_base.Filter):
     if verdict == "equal":
       return None
     kind = "wrong" if verdict == "other" else verdict
-    return f"{kind}: {answer!r:.80}, and the key is {key!r:.80}"
+    return f"{kind}: {answer!r:.80}, but the key is {key!r:.80}"
 
 
 def _without_unit(answer: str) -> str:
-  """Returns an answer without a unit in words, which would be read as a product of letters."""
+  """Returns an answer without a unit in words, which sympy would parse as a product of letters."""
   answer = answers.GROUPS.sub("", answer.strip()).rstrip(".")
   match = UNIT.fullmatch(answer)
   return match[1] if match else answer

@@ -1,12 +1,13 @@
-"""Texts that are nearly those of an earlier sample: MinHash with banding.
+"""Removes near-duplicates of earlier samples, found by MinHash with banding.
 
-The Jaccard similarity of two texts, of their sets of runs of words, is the chance that the two
-sets have the same minimum under a random hash (Broder, "On the resemblance and containment of
-documents", 1997): the share of PERMUTATIONS hashes in which they do, within 0.04 (one standard
-deviation at 0.8). Only texts that agree in all hashes of a band are compared: two of similarity
-s are with chance 1 - (1 - s^ROWS)^BANDS, 0.95 at 0.8, 0.9998 at 0.9.
+The similarity of two texts is the Jaccard similarity of their sets of n-grams of words. It equals
+the probability that the two sets have the same minimum under a random hash (Broder, "On the
+resemblance and containment of documents", 1997), and is estimated as the fraction of PERMUTATIONS
+hashes with equal minima; the standard deviation is 0.04 at similarity 0.8. Only texts whose minima
+agree in all ROWS hashes of at least one of the BANDS are compared. Two texts of similarity s are
+compared with probability 1 - (1 - s^ROWS)^BANDS: 0.95 at s = 0.8, and 0.9998 at s = 0.9.
 
-Here S are the runs of words of a text, and P the permutations.
+Axes: S, the n-grams of a text; P, the permutations.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.filters import _base
 from distill_jax.filters.samples import Judged, Sample, prompt_text
 
@@ -30,24 +31,26 @@ WORD = re.compile(r"\w+")
 
 @dataclasses.dataclass(frozen=True)
 class Filter(_base.Filter):
-  """Keeps the first of each kind. It remembers about 2 KB of each text.
+  """Rejects texts that are nearly the same as an earlier one.
 
-  Attributes:
-    threshold: the similarity from which on a text is a near-duplicate. Below 0.7 many are missed.
-    ngram: words of a run.
-    of: "text", "prompt" or "both". Samples of one prompt are compared too, but for "prompt".
+  It uses about 2 KB of memory per text.
   """
 
   threshold: float = 0.8
+  """Minimum similarity of near-duplicates, in [0.5, 1]. Below 0.7, many are missed."""
   ngram: int = 5
+  """Length of the n-grams to compare, in words."""
   of: str = "text"
+  """Part of the samples to compare: "text", "prompt" or "both". Samples of one prompt are compared
+  with each other too, except for "prompt"."""
 
   def __post_init__(self):
-    if not 0.5 <= self.threshold <= 1 or self.ngram < 1 or self.of not in OF:
-      raise InputError(
-        f"threshold is {self.threshold}, ngram {self.ngram} and of {self.of!r}; the first is from "
-        f"0.5 to 1, the second at least 1, the last one of {OF}"
-      )
+    if not 0.5 <= self.threshold <= 1:
+      raise bad_value("threshold", self.threshold, "a number in [0.5, 1]", "Correct it")
+    if self.ngram < 1:
+      raise bad_value("ngram", self.ngram, "a positive integer", "Increase it")
+    if self.of not in OF:
+      raise bad_value("of", self.of, f"one of {OF}", "Choose one of them")
 
   def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
     bands: list[dict[bytes, list[int]]] = [{} for _ in range(BANDS)]
@@ -61,9 +64,10 @@ class Filter(_base.Filter):
       for n in sorted(near):
         if self.of == "prompt" and names[n][0] == sample["id"]:
           continue
-        alike = float(np.mean(kept[n] == print_P))
-        if alike >= self.threshold:
-          reason = f"near-duplicate: of prompt {names[n][0]}, sample {names[n][1]}, {alike:.2f}"
+        similarity = float(np.mean(kept[n] == print_P))
+        if similarity >= self.threshold:
+          other = f"prompt {names[n][0]}, sample {names[n][1]}"
+          reason = f"near-duplicate: of {other}, similarity {similarity:.2f}"
           break
       if reason is None:
         for band, key in zip(bands, keys, strict=True):
@@ -78,7 +82,7 @@ class Filter(_base.Filter):
 
 
 def shingles(text: str, n: int) -> set[bytes]:
-  """The runs of `n` words, 8 bytes each; all words are one run where there are fewer."""
+  """Returns hashes (8 bytes each) of a text's n-grams; of all its words if there are fewer."""
   words = WORD.findall(text.casefold()) or [text.strip()]
   runs = (" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1)))
   raw = (run.encode("utf-8", "surrogatepass") for run in runs)
@@ -86,11 +90,14 @@ def shingles(text: str, n: int) -> set[bytes]:
 
 
 def signature(runs: set[bytes]) -> np.ndarray:
-  """uint32 [PERMUTATIONS], the minimum of each hash: the high half of a·x + b modulo 2^64."""
+  """Returns the MinHash signature of a set of n-grams, uint32 [PERMUTATIONS].
+
+  Each hash is the high half of a·x + b modulo 2^64, with odd a.
+  """
   x_S1 = np.frombuffer(b"".join(sorted(runs)), np.uint64)[:, None]
   random = np.random.default_rng(0).integers(0, 2**64, (2, PERMUTATIONS), np.uint64)
-  least_P = np.full(PERMUTATIONS, np.iinfo(np.uint32).max, np.uint32)
+  min_P = np.full(PERMUTATIONS, np.iinfo(np.uint32).max, np.uint32)
   for at in range(0, len(x_S1), 4096):
     hash_SP = x_S1[at : at + 4096] * (random[:1] | np.uint64(1)) + random[1:]
-    least_P = np.minimum(least_P, (hash_SP >> np.uint64(32)).astype(np.uint32).min(0))
-  return least_P
+    min_P = np.minimum(min_P, (hash_SP >> np.uint64(32)).astype(np.uint32).min(0))
+  return min_P

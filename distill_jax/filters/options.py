@@ -1,4 +1,4 @@
-"""What `filter` reads."""
+"""Config section `filter`: the samples to filter, and the order of the filters."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class FilterOptions:
-  """What `filter` reads, and the order of `filters`."""
+  """The samples that the command `filter` reads, and the order in which it applies `filters`."""
 
-  samples: str = ""  # what `generate` wrote, or the folder it is in; "": the workdir
-  order: tuple[str, ...] = ()  # names in `filters`, all of them; (): there is only one
-  on_bad: str = "stop"  # stop | skip, what is to happen where a sample cannot be judged
+  samples: str = ""
+  """File of samples written by `generate`, or the folder that holds it. "": the workdir."""
+  order: tuple[str, ...] = ()
+  """Names of all entries of `filters`, in the order in which they are applied. (): allowed if
+  there is only one."""
+  on_bad: str = "stop"
+  """What to do at a sample that cannot be judged, e.g. without an answer key: "stop" with an error,
+  or "skip" it and count it."""

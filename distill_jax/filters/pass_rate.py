@@ -1,7 +1,8 @@
-"""Prompts that are too easy or too hard, by how many of their samples have come so far.
+"""Removes prompts that are too easy or too hard, by the pass rate of their samples.
 
-It belongs behind the filters that tell right from wrong. Of a prompt none of whose samples
-came so far, nothing is left to reject.
+The pass rate of a prompt is the fraction of its samples that the earlier filters kept, so this
+filter belongs after a filter that judges answers, e.g. `math`. A prompt without any kept sample has
+a pass rate of 0 and nothing left to reject.
 """
 
 from __future__ import annotations
@@ -9,27 +10,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.filters import _base
 from distill_jax.filters.samples import Judged, Sample, by_prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Filter(_base.Filter):
-  """Writes `pass_rate` into the samples.
-
-  Attributes:
-    at_least, at_most: bounds of the share of a prompt's samples, bounds included.
-  """
+  """Rejects all samples of a prompt whose pass rate is out of range, and writes `pass_rate`."""
 
   at_least: float = 0.0
+  """Minimum pass rate, in [0, 1]."""
   at_most: float = 1.0
+  """Maximum pass rate, in [at_least, 1]."""
 
   def __post_init__(self):
-    if not 0 <= self.at_least <= self.at_most <= 1:
-      raise InputError(
-        f"pass rates from {self.at_least} to {self.at_most} are not a range between 0 and 1"
-      )
+    if not 0 <= self.at_least <= 1:
+      raise bad_value("at_least", self.at_least, "a fraction in [0, 1]", "Correct it")
+    if not self.at_least <= self.at_most <= 1:
+      expected = f"a fraction from at_least ({self.at_least}) to 1"
+      raise bad_value("at_most", self.at_most, expected, "Correct it")
 
   def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
     for group in by_prompt(samples):

@@ -1,7 +1,7 @@
-"""Labels that a teacher gives to unlabelled text, where it is sure (pseudo-labels).
+"""Keeps pseudo-labels that the teacher is confident of.
 
-The prompts ask for a label and the samples are the teacher's outputs. `label` and `confidence` go
-into the samples.
+The prompts ask for the label of an unlabelled text, and the samples are the teacher's outputs. The
+filter writes the fields `label` and `confidence`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.filters import _base
 from distill_jax.filters.exact import plain
 from distill_jax.filters.samples import Judged, Sample, Unjudgeable, answer_part, number_field
@@ -20,43 +20,39 @@ BY = ("probability", "agreement")
 
 @dataclasses.dataclass(frozen=True)
 class Filter(_base.Filter):
-  """Rejects labels that the teacher is not sure of, and writes `label` and `confidence`.
-
-  Attributes:
-    labels: the possible outputs, compared without regard to case.
-    confidence: the smallest.
-    by: "probability", the teacher's of the whole output, or "agreement", which votes (votes.py, of
-      "text") have left.
-  """
+  """Rejects labels below a minimum confidence, and writes `label` and `confidence`."""
 
   labels: tuple[str, ...] = ()
+  """Possible labels. Case, white space and a final full stop are ignored."""
   confidence: float = 0.9
+  """Minimum confidence, in [0, 1]."""
   by: str = "probability"
+  """Definition of the confidence: "probability", the teacher's probability of the whole output, or
+  "agreement", the field that the filter `votes` writes with of="text"."""
 
   def __post_init__(self):
     if len({plain(label) for label in self.labels}) != len(self.labels):
-      raise InputError(f"labels are {self.labels}, two of which are the same; name each once")
-    if self.by not in BY or not 0 <= self.confidence <= 1:
-      raise InputError(
-        f"by is {self.by!r} and confidence {self.confidence}; by can be one of {BY}, confidence is "
-        "from 0 to 1"
-      )
+      raise bad_value("labels", self.labels, "different labels", "Name each one once")
+    if self.by not in BY:
+      raise bad_value("by", self.by, f"one of {BY}", "Choose one of them")
+    if not 0 <= self.confidence <= 1:
+      raise bad_value("confidence", self.confidence, "a number in [0, 1]", "Correct it")
 
   def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
     if not self.labels:
-      raise InputError("a pseudo_label filter has no labels; name what the teacher can output")
+      raise bad_value("labels", self.labels, "the possible labels", "Name at least one")
     return (self._judged(sample) for sample in samples)
 
   def _judged(self, sample: Sample) -> Judged:
     output = plain(answer_part(sample["text"]))
     label = next((label for label in self.labels if plain(label) == output), None)
     if label is None:
-      return Judged(sample, f"no label: {output!r:.80}")
+      return Judged(sample, f"not a label: {output!r:.80}")
     value = number_field(sample, "logprob" if self.by == "probability" else "agreement")
     if isinstance(value, Unjudgeable):
       return Judged(sample, value)
     confidence = math.exp(min(value, 0.0)) if self.by == "probability" else value
     sample = sample | {"label": label, "confidence": confidence}
     if confidence < self.confidence:
-      return Judged(sample, f"unsure: {confidence:.3f}, at least {self.confidence}")
+      return Judged(sample, f"low confidence: {confidence:.3f}, minimum {self.confidence}")
     return Judged(sample, None)

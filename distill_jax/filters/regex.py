@@ -1,33 +1,37 @@
-"""Texts in which a pattern is found, or is not."""
+"""Keeps texts by regular expressions."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.filters._base import SampleFilter
 from distill_jax.filters.samples import Sample
 
 
 @dataclasses.dataclass(frozen=True)
 class Filter(SampleFilter):
-  """Rejects texts by patterns.
+  """Rejects texts that lack a required pattern or have a forbidden one.
 
-  Attributes:
-    must: each of these regular expressions (Python's `re`) is found in the text …
-    must_not: … and none of these. "." is any character, "^" and "$" are of a line.
+  Patterns are Python's regular expressions: "." matches any character, "^" and "$" match at each
+  line's start and end.
   """
 
   must: tuple[str, ...] = ()
+  """Regular expressions that must all match somewhere in the text."""
   must_not: tuple[str, ...] = ()
+  """Regular expressions that must not match anywhere in the text."""
 
   def __post_init__(self):
-    for pattern in (*self.must, *self.must_not):
-      try:
-        re.compile(pattern)
-      except re.error as e:
-        raise InputError(f"{pattern!r} is no regular expression ({e}); mend it") from e
+    for key in ("must", "must_not"):
+      for pattern in getattr(self, key):
+        try:
+          re.compile(pattern)
+        except re.error as e:
+          raise bad_value(
+            key, pattern, "a valid regular expression", f"It has an error: {e}"
+          ) from e
 
   def reject_reason(self, sample: Sample) -> str | None:
     for pattern in self.must:

@@ -1,4 +1,4 @@
-"""Texts that say the same again and again (the rules of Gopher, arXiv:2112.11446, table A1)."""
+"""Removes texts that repeat themselves, by the rules of Gopher (arXiv:2112.11446, table A1)."""
 
 from __future__ import annotations
 
@@ -6,36 +6,33 @@ import dataclasses
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.filters._base import SampleFilter
 from distill_jax.filters.samples import Sample
 
 
 @dataclasses.dataclass(frozen=True)
 class Filter(SampleFilter):
-  """Rejects texts that repeat themselves.
-
-  Attributes:
-    lines: the largest share of lines that stand there before.
-    ngram: words of a run …
-    words: … and the largest share of words in runs that stand there before.
-  """
+  """Rejects texts that repeat themselves."""
 
   lines: float = 0.3
+  """Maximum fraction of lines that repeat an earlier line, in [0, 1]."""
   ngram: int = 10
+  """Length of a repeated run, in words."""
   words: float = 0.3
+  """Maximum fraction of words in runs that repeat an earlier run, in [0, 1]."""
 
   def __post_init__(self):
-    if not (0 <= self.lines <= 1 and 0 <= self.words <= 1 and self.ngram >= 1):
-      raise InputError(
-        f"lines is {self.lines}, words {self.words} and ngram {self.ngram}; shares are from 0 to 1 "
-        "and a run has at least one word"
-      )
+    for key in ("lines", "words"):
+      if not 0 <= (share := getattr(self, key)) <= 1:
+        raise bad_value(key, share, "a fraction in [0, 1]", "Correct it")
+    if self.ngram < 1:
+      raise bad_value("ngram", self.ngram, "a positive integer", "Increase it")
 
   def reject_reason(self, sample: Sample) -> str | None:
     text = sample["text"]
     if sample.get("reason") == "repetition":
-      return "stopped for repetition"
+      return "stopped at a repetition"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if lines and (share := 1 - len(set(lines)) / len(lines)) > self.lines:
       return f"repeated lines: {share:.0%}"
@@ -45,7 +42,7 @@ class Filter(SampleFilter):
 
 
 def repeated(words: Sequence[Hashable], n: int) -> float:
-  """The share of words that lie in a run of `n` seen before in the same text."""
+  """Returns the fraction of words that are in a run of `n` words which occurred earlier."""
   seen: Counter[tuple] = Counter()
   marked = [False] * len(words)
   for at in range(len(words) - n + 1):

@@ -1,7 +1,7 @@
-"""Samples of a prompt that give the answer most of them give (arXiv:2203.11171).
+"""Keeps the samples with the most frequent answer to a prompt (self-consistency, arXiv:2203.11171).
 
-`agreement`, the share of the prompt's samples that the answer has, goes into the samples: how
-much a label is to be trusted, and so what label smoothing leaves of it.
+The filter writes the field `agreement`: the fraction of the prompt's samples that have this answer.
+It can serve as the confidence in a label (data.trust), which determines label smoothing.
 """
 
 from __future__ import annotations
@@ -10,34 +10,32 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.filters import _base, answers
 from distill_jax.filters.exact import plain
 from distill_jax.filters.samples import Judged, Sample, answer_part, by_prompt
 
+OF = ("final", "text")
+
 
 @dataclasses.dataclass(frozen=True)
 class Filter(_base.Filter):
-  r"""Rejects answers that most samples of the prompt do not give, and writes `agreement`.
-
-  Attributes:
-    of: "final", the last \boxed{…}, what follows "####", or the last number; "text": all that
-      comes after the reasoning.
-    at_least: the smallest agreement. The share is of all samples of the prompt, those included
-      that earlier filters rejected.
-    one: of those that agree, only the first is kept.
-  """
+  """Rejects samples that differ from the prompt's most frequent answer, and writes `agreement`."""
 
   of: str = "final"
+  r"""Part of the text after the reasoning that is the answer: "final" (the content of the last
+  \boxed{…}, else the text after "####", else the last number), or "text" (all of it)."""
   at_least: float = 0.0
+  """Minimum agreement, in [0, 1]: the fraction of all samples of the prompt, including those that
+  earlier filters rejected."""
   one: bool = False
+  """Whether to keep only the first sample with the most frequent answer."""
 
   def __post_init__(self):
-    if self.of not in ("final", "text") or not 0 <= self.at_least <= 1:
-      raise InputError(
-        f"votes are of {self.of!r} with at_least {self.at_least}; they are of 'final' or 'text', "
-        "the share from 0 to 1"
-      )
+    if self.of not in OF:
+      raise bad_value("of", self.of, f"one of {OF}", "Choose one of them")
+    if not 0 <= self.at_least <= 1:
+      raise bad_value("at_least", self.at_least, "a fraction in [0, 1]", "Correct it")
 
   def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
     for group in by_prompt(samples):
@@ -49,15 +47,15 @@ class Filter(_base.Filter):
       for sample, answer in zip(group, answers, strict=True):
         why = None
         if not answer:
-          why = "no answer to vote with"
+          why = "no answer"
         elif tie:
           why = f"tie: {votes} votes each for {winner!r:.40} and {best[1][0]!r:.40}"
         elif agreement < self.at_least:
-          why = f"too little agreement: {votes} of {group[0]['of']}"
+          why = f"low agreement: {votes} of {group[0]['of']}"
         elif answer != winner:
           why = f"outvoted: {answer!r:.40} by {winner!r:.40}"
         elif self.one and chosen:
-          why = "another was chosen"
+          why = "another sample with this answer is kept"
         chosen = chosen or why is None
         yield Judged(sample | ({"agreement": agreement} if why is None else {}), why)
 

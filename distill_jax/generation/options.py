@@ -1,4 +1,4 @@
-"""Config section `generate`: what is sampled, how it is decoded, and from which server."""
+"""Config section `generate`: prompts, sampling, decoding, and the teacher's server."""
 
 from __future__ import annotations
 
@@ -11,57 +11,94 @@ from distill_jax.types import JsonObject
 class ServerOptions:
   """An OpenAI-compatible server that serves the teacher, such as vLLM or SGLang."""
 
-  url: str = ""  # such as http://localhost:8000/v1; "": the teacher runs here
-  model: str = ""  # its name there; "": the only one that is served
-  api_key_env: str = ""  # the environment variable that holds the key; "": no key
-  in_flight: int = 32  # requests at once
-  requests_per_minute: float = 0.0  # 0: no limit
-  timeout_s: float = 600.0  # of one request
-  retries: int = 8  # of a request, after waits that grow
-  top_logprobs: int = 0  # of each token, kept in responses.jsonl for `record`; 0: none
-  extra: JsonObject = dataclasses.field(default_factory=dict)  # more fields of a request
+  url: str = ""
+  """Address of the server, e.g. "http://localhost:8000/v1". "": the teacher runs on the local
+  devices."""
+  model: str = ""
+  """Name of the model on the server. "": the only model that the server has."""
+  api_key_env: str = ""
+  """Name of the environment variable that holds the API key. "": no key is sent."""
+  in_flight: int = 32
+  """Maximum number of concurrent requests."""
+  requests_per_minute: float = 0.0
+  """Maximum number of requests per minute. 0: no limit."""
+  timeout_s: float = 600.0
+  """Timeout of one request, in seconds."""
+  retries: int = 8
+  """Maximum number of retries of a request. The waits between them grow exponentially."""
+  top_logprobs: int = 0
+  """Number of log-probabilities per token to request. They are stored in responses.jsonl, which
+  `record` can read. 0: none."""
+  extra: JsonObject = dataclasses.field(default_factory=dict)
+  """Additional fields of each request's JSON body. A field set to None is removed from the body."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodingOptions:
-  """How texts are decoded here. They do not depend on it, but for the length of the cache.
+  """How a local model decodes: cache size and batching.
 
-  `evaluate` decodes its benchmarks with these same keys.
+  Apart from `cache_len` and `cache_dtype`, these keys do not change the generated texts. `evaluate`
+  decodes its benchmarks with the same keys.
   """
 
-  cache_len: int = 1024  # positions of a row: a prompt and the tokens after it
-  cache_dtype: str = ""  # of the KV cache: int8 | "", the compute dtype; int8 changes outputs
-  # slightly
-  batch_size: int = 32  # rows decoded at once
-  prefill_rows: int = 4  # prompts read at once …
-  prefill_chunk: int = 64  # … and how many tokens of each
-  steps: int = 8  # tokens of a row between two looks at the text
+  cache_len: int = 1024
+  """Maximum length of a prompt and its completion together, in tokens."""
+  cache_dtype: str = ""
+  """Dtype of the KV cache: "int8", or "" for the compute dtype. "int8" changes outputs slightly."""
+  batch_size: int = 32
+  """Number of sequences that are decoded at once."""
+  prefill_rows: int = 4
+  """Number of prompts that are prefilled at once."""
+  prefill_chunk: int = 64
+  """Number of tokens of each prompt that one prefill call processes."""
+  steps: int = 8
+  """Number of tokens that one decode call generates per sequence. Stop strings are checked after
+  each call."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions(DecodingOptions):
-  """What `generate` samples from the teacher.
+  """The prompts of the command `generate`, and how the teacher's completions are sampled.
 
-  `evaluate` prompts and decodes as is said here: with `chat`, `stop` (of benchmarks without
-  their own), `repetition`, `server` (of the teacher) and all of DecodingOptions. What it samples
-  is in section `evaluate`.
+  `evaluate` uses these keys of this section too: `chat`, `stop` (for benchmarks without their own),
+  `repetition`, `server` (for the teacher) and all of `DecodingOptions`.
   """
 
-  prompts: str = ""  # a .jsonl file, an object a line; or a text file, a prompt a line
-  field: str = "prompt"  # of the objects: text, or a list of chat messages; "text" of a filtered
-  # sample: its completion is the next prompt, and its answer key is carried over
-  template: str = ""  # applied to each prompt, or to the last of its messages; contains {prompt},
-  # such as "Say in other words, with all numbers:\n{prompt}"; "": prompts as they are
-  chat: bool = False  # text is a user's message in a chat; else it is what the model continues
-  samples: int = 1  # of each prompt
+  prompts: str = ""
+  """File of prompts: a .jsonl file with one JSON object per line, or a text file with one prompt
+  per line."""
+  field: str = "prompt"
+  """Field of the JSON objects that holds the prompt: text or a list of chat messages. Set to "text"
+  to use a filtered sample's completion as the next prompt; its answer key is carried over."""
+  template: str = ""
+  """Template applied to the prompt (or to its last message); must contain {prompt}. Example:
+  "Rephrase and keep all numbers:\\n{prompt}". "": prompts are used unchanged."""
+  chat: bool = False
+  """Whether a text prompt is a user's message, which the chat template renders. False: the model
+  continues the text itself."""
+  samples: int = 1
+  """Number of samples per prompt."""
   max_new_tokens: int = 256
-  on_bad: str = "stop"  # stop | skip, where a prompt cannot be used
-  temperature: float = 1.0  # 0: the likeliest token
-  top_k: int = 0  # 0: all
+  """Maximum number of generated tokens per sample."""
+  on_bad: str = "stop"
+  """What to do at a prompt that cannot be used: "stop" with an error, or "skip" it and count it."""
+  temperature: float = 1.0
+  """Sampling temperature. 0: greedy decoding."""
+  top_k: int = 0
+  """Number of most likely tokens to sample from. 0: all."""
   top_p: float = 1.0
+  """Probability mass of the nucleus to sample from, in (0, 1]. 1: all tokens."""
   min_p: float = 0.0
-  stop: tuple[str, ...] = ()  # a text ends before the first of these
-  repetition: int = 0  # a text ends once so many tokens are one run, over and over; 0: never
+  """Minimum probability of a token relative to the most likely one, in [0, 1]. 0: no minimum."""
+  stop: tuple[str, ...] = ()
+  """Stop strings. A text ends before the first of them."""
+  repetition: int = 0
+  """Length of a loop, in tokens: a text ends once its last N tokens are one sequence repeated at
+  least 4 times. 0: off."""
   ignore_eos: bool = False
-  records_dir: str = ""  # a store of the sampled texts, of records.kind; "": none
-  server: ServerOptions = ServerOptions()  # where the teacher is served
+  """Whether to generate past the end-of-text tokens."""
+  records_dir: str = ""
+  """Folder or URL of a store that receives the samples, with the teacher's distributions recorded
+  as set in `records`. "": none."""
+  server: ServerOptions = ServerOptions()
+  """Server that runs the teacher."""

@@ -51,7 +51,7 @@ def test_filters_run_in_order_and_lose_nothing(tmp_path):
     "short": {"too long": 1},
     "right": {"wrong": 3},
     "rate": {"too easy": 3},
-    "vote": {"another was chosen": 1},
+    "vote": {"another sample with this answer is kept": 1},
   }
   assert result == {"samples": 9, "kept": 1, "rejected": 8, "rejected_by": by}
   assert {

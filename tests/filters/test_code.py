@@ -1,4 +1,4 @@
-"""Programs in the sandbox: what they return counts, and they do no harm."""
+"""Programs in the sandbox: only their return values count, and they cannot do harm."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from distill_jax.filters.samples import Unjudgeable
 TEST = "def check(f):\n  assert f(2) == 4\n  assert f(3) == 9"
 LIMITS = {"cpu_seconds": 1, "wall_seconds": 60.0, "memory": 2**29}
 EVIL = Path("/tmp/distill-jax-test-evil")
-# Is the secret anywhere in the program's interpreter? Are files of other processes to be had?
+# LOOK searches the program's interpreter for the secret; GRAB tries to copy files of other processes.
 LOOK = """import gc, os, sys
   held, frame = [], sys._getframe()
   while frame:
@@ -36,13 +36,13 @@ GRAB = """import ctypes, os
     other = call(434, pid, 0)
     got += [call(438, other, fd, 0) for fd in range(16)]
   return x * x * (max(got) >= 0)"""  # pidfd_open, pidfd_getfd
-PROGRAMS = {  # what f does: why it is rejected
+PROGRAMS = {  # body of f: the reason why it is rejected
   "return x * x": None,
   "return x + 2": "failed the test",
   "while True: pass": "timeout",
   "return len(bytearray(8 << 30))": "raised",
-  "import sys; sys.exit(0)": "ended before the check was done",
-  "import os; os._exit(0)": "ended before the check was done",
+  "import sys; sys.exit(0)": "exited before the test finished",
+  "import os; os._exit(0)": "exited before the test finished",
   "print('ok', 'passed', 1.0); return 0": "failed the test",
   "import socket; socket.create_connection(('127.0.0.1', PORT), 2); return x * x": "raised",
   f"open({str(EVIL)!r}, 'w').write('x'); return x * x": "raised",
@@ -57,7 +57,7 @@ PROGRAMS = {  # what f does: why it is rejected
   "import ctypes; ctypes.string_at(0)": "killed",
   "import os; [os.write(fd, b'x' * 40000) for fd in range(3, 9)]; return 0": "raised",
   "return type('E', (int,), {'__eq__': lambda *a: True})(0)": "failed the test",
-  "return object()": "returned no plain value",
+  "return object()": "returned a value that is not plain",
   "import socket; socket.socket(socket.AF_UNIX).connect('SOCKET'); return x * x": "raised",
   "open('/dev/zero', 'rb').read(1); return x * x": "raised",
   "open('/dev/null', 'w').write('x'); return x * x": None,
@@ -78,7 +78,7 @@ needs_namespaces = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def port():
-  """Of a server here, which answers outside the sandbox."""
+  """Yields the port of a local server, which can be reached outside the sandbox."""
   with socket.create_server(("127.0.0.1", 0)) as server:
     number = server.getsockname()[1]
     socket.create_connection(("127.0.0.1", number), 2).close()
@@ -87,7 +87,7 @@ def port():
 
 @pytest.fixture
 def socket_file():
-  """A socket that anybody may speak to."""
+  """Yields the path of a Unix socket that any process may connect to."""
   with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listening:
     Path(folder).chmod(0o755)
     path = Path(folder) / "s"
@@ -98,7 +98,7 @@ def socket_file():
 
 
 @needs_namespaces
-def test_programs_do_no_harm(port, socket_file):
+def test_programs_cannot_do_harm(port, socket_file):
   samples = [
     a_sample(
       "def f(x):\n  " + body.replace("PORT", str(port)).replace("SOCKET", socket_file),
@@ -113,7 +113,7 @@ def test_programs_do_no_harm(port, socket_file):
   assert got == PROGRAMS
   assert not EVIL.exists() and Path(__file__).exists()
   asleep = code.Filter(wall_seconds=1.0).run("__import__('time').sleep(600)", TEST, "f")
-  assert asleep == "timeout: 1.0 s of the clock"
+  assert asleep == "timeout: 1.0 s of wall-clock time"
   mine = [p for p in Path("/proc").glob("[0-9]*/stat") if _parent(p) == os.getpid()]
   assert not [p for p in mine if b"_jail" in (p.parent / "cmdline").read_bytes()]
 
@@ -136,7 +136,7 @@ def test_programs_as_models_write_them():
     "```\ndef g(x): return 1\n```": "failed the test",
     "  return x *": "not Python",
     "  return (": "not Python",
-    "  return x * x\ndef check(f): pass\nraise SystemExit": "ended before the check was done",
+    "  return x * x\ndef check(f): pass\nraise SystemExit": "exited before the test finished",
     "  pass\nimport builtins\nbuiltins.exec = lambda *a: None\n": "failed the test",
     "  '''": "not Python",
   }
@@ -146,7 +146,7 @@ def test_programs_as_models_write_them():
   both = begin + '  return x * x\n\n\ndef g(x):\n  "Of f."\n'
   uses = "def check(g):\n  assert [g(x) for x in (1, 3)] == [f(f(x)) for x in (1, 3)]"
   sample = a_sample("  return f(f(x))", prompt=both, entry_point="g", test=uses)
-  assert kinds("code", [sample], **LIMITS) == [None]  # what the prompt defines, a test may use
+  assert kinds("code", [sample], **LIMITS) == [None]  # the test uses the prompt's function f
   chat = a_sample(
     f"```python\n{good.replace('List', 'int')}\n```",
     test=TEST,
@@ -161,7 +161,7 @@ def test_programs_as_models_write_them():
 
 @needs_namespaces
 def test_the_sandbox_of_a_user_who_is_not_root(tmp_path):
-  """In a user namespace, as `unshare -r` gives, root is nobody special."""
+  """In a user namespace (`unshare -r`), root has no privileges outside of it."""
   bodies = [
     "return x * x",
     f"open({str(tmp_path / 'x')!r}, 'w'); return x * x",
@@ -190,12 +190,12 @@ def test_a_machine_without_namespaces_is_refused(tmp_path, monkeypatch):
   jail.write_text(code.JAIL.read_text().replace('  call("unshare", flags)', f"  {denied}"))
   monkeypatch.setattr(code, "JAIL", jail)
   sample = a_sample("def f(x): return x * x", prompt="", test=TEST, entry_point="f")
-  with pytest.raises(InputError, match="sandbox cannot be made here .*isolated=False"):
+  with pytest.raises(InputError, match="sandbox cannot be created .*isolated=False"):
     judge("code", [sample])
   assert kinds("code", [sample], isolated=False) == [None]
 
 
-def test_plain_values_come_through_as_they_are():
+def test_plain_values_are_unchanged_by_encode_and_decode():
   values = [
     None,
     True,

@@ -1,4 +1,4 @@
-"""Filters that see more than one sample: votes, pass rates, duplicates, evaluation sets."""
+"""Filters that compare a sample with others: votes, pass rates, duplicates, decontamination."""
 
 import json
 import random
@@ -18,13 +18,12 @@ def test_votes():
   samples += group(1, ["1", "2"]) + group(2, ["no", "no"]) + group(3, ["8"], of=4)
   made = registry.load("filters", "votes").Filter()
   out = list(made.select(samples))
-  want = [None] * 3 + ["outvoted", "no answer to vote with"] + ["tie"] * 2
-  want += ["no answer to vote with"] * 2 + [None]
+  want = [None] * 3 + ["outvoted", "no answer"] + ["tie"] * 2 + ["no answer"] * 2 + [None]
   assert [kind(why) for _, why in out] == want
   assert [s["agreement"] for s, why in out if not why] == [0.6, 0.6, 0.6, 0.25]
   once = kinds("votes", samples, one=True, at_least=0.5)
-  assert once[:3] == [None, "another was chosen", "another was chosen"]
-  assert once[-1] == "too little agreement"
+  assert once[:3] == [None] + ["another sample with this answer is kept"] * 2
+  assert once[-1] == "low agreement"
   assert kinds("votes", group(0, ["Yes.", "yes", "no"]), of="text") == [None, None, "outvoted"]
 
 
@@ -35,14 +34,15 @@ def test_pass_rate():
 
 
 def test_pseudo_label():
-  said = [("Positive.", np.log(0.95), 0.5), ("negative", np.log(0.5), 1.0), ("good", 0.0, 1.0)]
-  samples = [a_sample(t, logprob=p, agreement=a) for t, p, a in said]
+  rows = [("Positive.", np.log(0.95), 0.5), ("negative", np.log(0.5), 1.0), ("good", 0.0, 1.0)]
+  samples = [a_sample(t, logprob=p, agreement=a) for t, p, a in rows]
   labels = ("positive", "negative")
   made = registry.load("filters", "pseudo_label").Filter(labels=labels)
   out = list(made.select(samples))
-  assert [kind(why) for _, why in out] == [None, "unsure", "no label"]
+  assert [kind(why) for _, why in out] == [None, "low confidence", "not a label"]
   assert out[0][0]["label"] == "positive" and out[0][0]["confidence"] == pytest.approx(0.95)
-  assert kinds("pseudo_label", samples, labels=labels, by="agreement")[:2] == ["unsure", None]
+  by_agreement = kinds("pseudo_label", samples, labels=labels, by="agreement")
+  assert by_agreement[:2] == ["low confidence", None]
   assert isinstance(
     judge("pseudo_label", [a_sample("positive", logprob=None)], labels=labels)[0], Unjudgeable
   )
@@ -90,6 +90,9 @@ def test_decontaminate(tmp_path, capsys):
   assert " ".join(question[3:16]) in whys[0] and "line 1" in whys[0]
   assert "1 of 3 texts have fewer than 8 words" in capsys.readouterr().err
   assert kinds("decontaminate", samples, against=(str(path),), prompt=False)[4] is None
-  for fields, match in (({"fields": ("x",)}, "no field 'x'"), ({"ngram": 7}, "everywhere")):
+  for fields, match in (
+    ({"fields": ("x",)}, "line 1 has no field 'x'"),
+    ({"ngram": 7}, "ngram is 7; expected at least 8"),
+  ):
     with pytest.raises(InputError, match=match):
       judge("decontaminate", samples, against=(str(path),), **fields)

@@ -1,4 +1,4 @@
-"""Filters of a text's form: format, length, repetition, perplexity."""
+"""Filters that judge a text without an answer key: format, length, repetition, perplexity."""
 
 import numpy as np
 import pytest
@@ -13,18 +13,18 @@ def test_format():
     "<think>a</think>b": None,
     "a</think>b": None,
     "<think>a</think><think>b</think>c": "several reasoning blocks",
-    "<think>a": "reasoning without end",
+    "<think>a": "reasoning is not closed",
     "b": "no reasoning",
-    "x<think>a</think>b": "reasoning does not come first",
+    "x<think>a</think>b": "text before the reasoning",
     "<think> </think>b": "empty reasoning",
     "<think>a</think> ": "no answer after the reasoning",
     "<think>so we 所以我们 compute</think>4": "mixed language",
     "<think>α + β = 𝑥, naïve</think>4": None,
   }
   assert dict(zip(texts, kinds("format", [a_sample(t) for t in texts]), strict=True)) == texts
-  assert kinds("format", [a_sample("a</think>b")], opened="text") == ["reasoning without beginning"]
+  assert kinds("format", [a_sample("a</think>b")], opened="text") == ["reasoning is not opened"]
   twice = kinds("format", [a_sample("<think>a</think>b")], opened="prompt")
-  assert twice == ["reasoning opened twice"]
+  assert twice == ["reasoning is opened twice"]
   assert kinds("format", [a_sample("所以")], close="", scripts=()) == [None]
 
 
@@ -43,7 +43,7 @@ def test_repetition():
     a_sample("x\n" * 9),
     a_sample(reason="repetition"),
   ]
-  want = [None, "repeated words", "repeated lines", "stopped for repetition"]
+  want = [None, "repeated words", "repeated lines", "stopped at a repetition"]
   assert kinds("repetition", samples) == want
   assert repetition.repeated(words[:10] + words[50:60] + words[:10], 10) == pytest.approx(1 / 3)
   assert repetition.repeated([], 10) == repetition.repeated(["a"], 10) == 0

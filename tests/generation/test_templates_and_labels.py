@@ -163,7 +163,7 @@ def test_unlabelled_text_is_labelled_where_the_teacher_is_sure(tmp_path):
   ]
   assert [r["confidence"] for r in rows] == pytest.approx([0.875] * 2)
   (other,) = lines(tmp_path / "w" / "rejected.jsonl")
-  assert other["rejected"]["why"] == "unsure" and other["confidence"] == pytest.approx(0.5)
+  assert other["rejected"]["why"] == "low confidence" and other["confidence"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("template", ["no place", "{ prompt }"])
