@@ -308,7 +308,8 @@ def _build(cls: Any, tree: JsonObject, path: str) -> Any:
   except InputError as error:
     if not path or str(error).startswith(f"{path}."):
       raise
-    raise InputError(f"{path}: {error}") from error
+    starts_with_field = str(error).partition(" is ")[0] in hints
+    raise InputError(f"{path}{'.' if starts_with_field else ': '}{error}") from error
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

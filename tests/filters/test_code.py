@@ -20,7 +20,7 @@ from distill_jax.filters.samples import Unjudgeable
 TEST = "def check(f):\n  assert f(2) == 4\n  assert f(3) == 9"
 LIMITS = {"cpu_seconds": 1, "wall_seconds": 60.0, "memory": 2**29}
 EVIL = Path("/tmp/distill-jax-test-evil")
-# LOOK searches the program's interpreter for the secret; GRAB tries to copy files of other processes.
+# LOOK searches the program's interpreter for the secret; GRAB tries to copy other processes' files.
 LOOK = """import gc, os, sys
   held, frame = [], sys._getframe()
   while frame:
