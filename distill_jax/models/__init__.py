@@ -39,4 +39,4 @@ __all__ = [
   "Seq2SeqModel",
 ]
 
-SHARED = ("trainables", "loading", "runs")
+SHARED = ("trainables", "loading", "runs", "standalone")
