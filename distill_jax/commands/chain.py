@@ -1,8 +1,17 @@
-"""`chain`: students in a row, each distilled from the one before it (arXiv:1902.03393).
+"""Trains several students in a row, each distilled from the model before it.
 
-Where a student is far smaller than its teacher, an assistant of a size between them may be the
-better teacher. Whether it is has to be measured: the same config with a chain of one link is the
-student without an assistant.
+If a student is much smaller than its teacher, an assistant of intermediate size can be a better
+teacher (arXiv:1902.03393). Check whether it is for your models: the same config with a chain of one
+link trains the student without an assistant.
+
+Reads: the teacher (`teacher`), the students in `links`, and the corpus in `data`.
+
+Writes: in the workdir: a folder for each link, with its records, its run and, if it is made by
+pruning, its model; evaluation.json, with all links and the teacher; and export.dir, if it is set,
+with the last link. Finished parts are skipped when the command is run again.
+
+Example:
+  distill-jax chain --config=configs/assistants.py --workdir=runs/assistants
 """
 
 from __future__ import annotations
@@ -17,7 +26,7 @@ from distill_jax.commands import evaluate as evaluation
 from distill_jax.commands import export, record
 from distill_jax.config import Config
 from distill_jax.data import corpus
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.export import check_new
 from distill_jax.models import DecoderConfig, loading, runs
 from distill_jax.models.loading import ModelSource
@@ -34,41 +43,46 @@ from distill_jax.types import JsonObject
 
 MADE, DONE, SCORES, EXPORTED = "made.json", "done.json", "evaluation.json", "exported.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-RESERVED = ("teacher", "start", evaluation.RESULTS)  # names of models, and of a folder beside
+RESERVED = ("teacher", "start", evaluation.RESULTS)  # names of models and of a folder
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedLink:
-  """A link as it is run, in `folder`: `records`, `model` where it is cut, and `run`."""
+  """A link and its folder, which contains `records`, `run` and, if the link is cut, `model`."""
 
   folder: Path
-  config: Config  # of its teacher's records and its own training
-  is_cut: bool  # whether it is cut from its teacher
+  config: Config  # for `record` and `train`
+  is_cut: bool  # whether its model is made from its teacher by pruning
 
   @property
   def source(self) -> str:
-    """The model source that names the trained link in a config."""
+    """The model source of the trained link."""
     return runs.RUN + str(self.folder / "run")
 
 
 def run(config: Config, workdir: Path) -> JsonObject:
-  """Records, trains and measures the links of config.chain, each in a folder of `workdir`.
+  """Records, trains and evaluates the links in config.chain, each in a folder of `workdir`.
 
-  The teacher of the first is config.teacher, that of each other one the link before it. It is
-  recorded over the corpus as config.records has it, and the link is trained on these records with
-  the losses of config. In the end all are evaluated beside the teacher as `evaluate` does, and the
-  last is exported where export.dir is set. What is finished is not done again.
+  The teacher of the first link is config.teacher; the teacher of each other link is the link before
+  it. The teacher is recorded over the corpus with config.records, and the link is trained on these
+  records with config.losses. Then all links and the teacher are evaluated, and the last link is
+  exported if export.dir is set. Finished parts are skipped.
 
-  Returns: what evaluation.json in `workdir` holds; delete that file to measure anew.
+  Returns:
+    The content of evaluation.json in `workdir`. Delete that file to evaluate again.
 
   Raises:
-    InputError: links that are missing or cannot be made, before anything is read or compiled.
+    InputError: A link is missing or cannot be made. It is raised before anything is read or
+      compiled.
     Preempted: SIGTERM was received; finished links are kept.
   """
   if not config.chain:
-    raise InputError(
-      'chain is empty; name its links, as c.chain = ("assistant", "student"), and add each as '
-      "c.links.student = config.link(student=…, steps=…)"
+    raise bad_value(
+      "chain",
+      (),
+      "the names of the links",
+      'Set it, e.g. c.chain = ("assistant", "student"), and define each link, e.g. '
+      "c.links.student = config.link(student=…, steps=…)",
     )
   planned = plan(config, workdir)
   measuring = _evaluation_config(config, planned)
@@ -89,7 +103,7 @@ def run(config: Config, workdir: Path) -> JsonObject:
 
 
 def plan(config: Config, workdir: Path) -> dict[str, PlannedLink]:
-  """Returns the links in their order, by name; each config is that of a `record` and a `train`."""
+  """Returns the links by name, in order, each with the config for its `record` and `train`."""
   _check_names(config)
   planned: dict[str, PlannedLink] = {}
   teacher: ModelOptions = config.teacher
@@ -97,7 +111,7 @@ def plan(config: Config, workdir: Path) -> dict[str, PlannedLink]:
     link, folder = config.links[name], workdir / name
     cut = _is_cut(name, link)
     planned[name] = PlannedLink(folder, _link_config(config, link, teacher, folder), cut)
-    # Computed as the first teacher is; its shape and layers are in its run.
+    # It has the compute settings of the first teacher; its run has its shape and layers.
     teacher = dataclasses.replace(
       config.teacher,
       source=planned[name].source,
@@ -113,24 +127,26 @@ def plan(config: Config, workdir: Path) -> dict[str, PlannedLink]:
 def _check_names(config: Config) -> None:
   reserved = (*RESERVED, *config.evaluate.models)
   for i, name in enumerate(config.chain):
+    key = f"chain[{i}]"
     if name not in config.links:
-      raise InputError(f"chain names {name!r}, and links holds {', '.join(config.links) or 'none'}")
+      names = f"a name in links ({', '.join(config.links) or 'empty'})"
+      raise bad_value(key, name, names, f"Add the link as c.links.{name} = config.link(…)")
     if name in config.chain[:i]:
-      raise InputError(f"chain names {name!r}, which is there twice; name each link once")
+      raise bad_value(key, name, "a name that occurs only once in chain", "Remove one of them")
     if name in reserved:
-      raise InputError(
-        f"chain names {name!r}, which has another meaning; choose another name than "
-        f"{', '.join(reserved)}"
-      )
+      other = f"a name other than {', '.join(reserved)}, which are reserved"
+      raise bad_value(key, name, other, "Rename the link")
     if not NAME.fullmatch(name):
-      raise InputError(
-        f"chain names {name!r}, which cannot be a folder's name; use letters, digits, '_', '.' and "
-        "'-', and begin with a letter or a digit"
+      raise bad_value(
+        key,
+        name,
+        "letters, digits, '_', '.' and '-', with a letter or digit first, since it names a folder",
+        "Rename the link",
       )
 
 
 def _link_config(config: Config, link: LinkOptions, teacher: ModelOptions, folder: Path) -> Config:
-  """The config of the link's run, which its folder will hold."""
+  """Returns the config of a link's run, whose folder is `folder`."""
   student = link.student
   if not (student.source or student.shape):
     student = dataclasses.replace(student, source=str(folder / "model"))
@@ -150,34 +166,56 @@ def _link_config(config: Config, link: LinkOptions, teacher: ModelOptions, folde
 
 
 def _is_cut(name: str, link: LinkOptions) -> bool:
-  """Whether a link is cut from the model before it; refuses one with two origins, or none."""
+  """Returns whether a link is cut from the model before it.
+
+  Raises:
+    InputError: The link has two origins or none, or one of its keys has a bad value.
+  """
   sizes = [k for k in ("layers", *shapes.SIZES, "factorise") if getattr(link.shrink, k)]
-  own = link.student.source or link.student.shape
-  if bool(sizes) == bool(own) or any(getattr(link.shrink, k) for k in search.TARGETS):
-    raise InputError(
-      f"links.{name} has student.source or student.shape {own!r} and shrink sizes "
-      f"({', '.join(sizes) or 'none'}); a link has one of the two, and no target of shrink"
+  origins = [k for k in ("source", "shape") if getattr(link.student, k)]
+  key = f"links.{name}"
+  for target in search.TARGETS:
+    if value := getattr(link.shrink, target):
+      action = f"Set sizes, e.g. {key}.shrink.layers"
+      raise bad_value(f"{key}.shrink.{target}", value, "0, because a chain does not search", action)
+  if not origins and not sizes:
+    raise bad_value(
+      f"{key}.student.source",
+      link.student.source,
+      f"a model, or sizes in {key}.shrink, e.g. {key}.shrink.layers",
+      "Set one of the two",
+    )
+  if origins and sizes:
+    raise bad_value(
+      f"{key}.student.{origins[0]}",
+      getattr(link.student, origins[0]),
+      f"an empty string, because {key}.shrink.{sizes[0]} makes the student from its teacher",
+      "Set only one of the two",
     )
   if sizes and link.student.keep_layers:
-    raise InputError(
-      f"links.{name}.student.keep_layers is {link.student.keep_layers} and the student is made by "
-      f"shrink; set links.{name}.shrink.layers alone"
+    raise bad_value(
+      f"{key}.student.keep_layers",
+      link.student.keep_layers,
+      f"(), because {key}.shrink.{sizes[0]} makes the student from its teacher",
+      f"Set {key}.shrink.layers instead",
     )
   if link.shrink.dtype != ShrinkOptions().dtype:
-    raise InputError(
-      f"links.{name}.shrink.dtype is {link.shrink.dtype!r}; expected its default, since a link's "
-      f"model is written in links.{name}.student.param_dtype. Leave it out"
+    raise bad_value(
+      f"{key}.shrink.dtype",
+      link.shrink.dtype,
+      f"its default, because the model has the dtype of {key}.student.param_dtype",
+      "Remove the key",
     )
-  if link.steps < 0 or link.peak_lr < 0:
-    raise InputError(
-      f"links.{name} has steps {link.steps} and peak_lr {link.peak_lr}; each is above 0, or 0 for "
-      "train.steps and optim.peak_lr"
-    )
+  for number in ("steps", "peak_lr"):
+    if (value := getattr(link, number)) < 0:
+      default = "train.steps" if number == "steps" else "optim.peak_lr"
+      expected = f"a positive number, or 0 for the value of {default}"
+      raise bad_value(f"{key}.{number}", value, expected, "Correct it")
   return bool(sizes)
 
 
 def _evaluation_config(config: Config, planned: dict[str, PlannedLink]) -> Config:
-  """The config that evaluates all links; "start" is the last one before training."""
+  """Returns the config that evaluates all links; "start" is the last link before training."""
   models = {name: link.source for name, link in planned.items()} | config.evaluate.models
   return dataclasses.replace(
     config,
@@ -189,21 +227,23 @@ def _evaluation_config(config: Config, planned: dict[str, PlannedLink]) -> Confi
 def _check(
   config: Config, measuring: Config, planned: dict[str, PlannedLink], workdir: Path
 ) -> None:
-  """Refuses what would stop the chain later on."""
-  if config.train.records or config.train.online:
-    raise InputError(
-      f"train.records is {config.train.records} and train.online {config.train.online}; a chain "
-      "records each of its teachers by itself: leave both out"
-    )
-  if config.records.kind == "text" or config.records.logprobs:
-    raise InputError(
-      f"records.kind is {config.records.kind!r} and records.logprobs {config.records.logprobs!r}; "
-      "a chain records its own models: take 'sampled' or 'topk'"
-    )
+  """Raises InputError for everything that would stop the chain later."""
+  itself = "because a chain records its teachers itself"
+  if config.train.records:
+    raise bad_value("train.records", config.train.records, f"(), {itself}", "Remove the key")
+  if config.train.online:
+    raise bad_value("train.online", True, f"False, {itself}", "Remove the key")
+  if config.records.logprobs:
+    raise bad_value("records.logprobs", config.records.logprobs, f"'', {itself}", "Remove the key")
+  if config.records.kind == "text":
+    kinds = "'sampled' or 'topk', because the links are trained on their teachers' outputs"
+    raise bad_value("records.kind", config.records.kind, kinds, "Choose one of them")
   if config.tasks:
-    raise InputError(
-      f"tasks names {', '.join(config.tasks)}, and a chain teaches the text of `data`; leave tasks "
-      "out, or run record and train for one link after another"
+    raise bad_value(
+      "tasks",
+      ", ".join(config.tasks),
+      "an empty section, because a chain trains on the text in `data`",
+      "Remove the tasks, or run record and train for each link",
     )
   mesh = sharding.make_mesh(**vars(config.mesh))
   sharding.check_batch("records.batch_size", config.records.batch_size, mesh)
@@ -218,8 +258,8 @@ def _check(
 
 
 def _check_models(config: Config, planned: dict[str, PlannedLink]) -> None:
-  """Refuses students that cannot be made or trained, or that read other tokens than the teacher."""
-  origin = loading.open_source(config.teacher, config.seed)  # of the weights of a link that is cut
+  """Raises InputError for a link that cannot be made or trained, or that has another tokenizer."""
+  origin = loading.open_source(config.teacher, config.seed)  # the source of a cut link's weights
   shape = origin.decoder_config
   tokenizer = corpus.tokenizer_of(config.data, origin.pretrained)
   corpus.check(config.data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
@@ -236,13 +276,13 @@ def _check_models(config: Config, planned: dict[str, PlannedLink]) -> None:
       _check_tokenizer(config, origin, tokenizer.digest, teaches=name != config.chain[-1])
       train = dataclasses.replace(link.config.train, records=())
       validate.check_run(dataclasses.replace(link.config, train=train), [], student)
-      optim.learning_rate(link.config.optim, train.steps)  # does warm-up end?
+      optim.learning_rate(link.config.optim, train.steps)  # raises if warm-up does not end
     except InputError as e:
       raise InputError(f"links.{name}: {e}") from e
 
 
 def _as_origin(student: StudentOptions, origin: ModelOptions) -> StudentOptions:
-  """A student that is not cut yet, as the model that it will be cut from."""
+  """Returns the options of a student to be cut, with the source and shape of its origin."""
   return dataclasses.replace(
     student,
     source=origin.source,
@@ -255,7 +295,7 @@ def _as_origin(student: StudentOptions, origin: ModelOptions) -> StudentOptions:
 
 
 def _cut_shape(options: ShrinkOptions, family: str, teacher: DecoderConfig) -> DecoderConfig:
-  """The Config of what shrink makes; which layers it keeps does not matter here."""
+  """Returns the architecture config that shrink makes, whichever layers it keeps."""
   narrowed = shapes.narrowed(options, family, teacher)
   factorise.targets(shapes.abstract(family, narrowed), options.factorise)
   if not options.layers:
@@ -264,23 +304,26 @@ def _cut_shape(options: ShrinkOptions, family: str, teacher: DecoderConfig) -> D
 
 
 def _check_tokenizer(config: Config, student: ModelSource, digest: str, teaches: bool) -> None:
-  """Refuses another tokenizer than the teacher's; one that does not teach may have none."""
+  """Raises InputError if the student's tokenizer is not the teacher's.
+
+  A student that is not a teacher itself can lack a tokenizer.
+  """
   if student.tokenizer is None and not teaches:
     return
   tokenizer = corpus.tokenizer_of(config.data, student.pretrained)
   if tokenizer.digest != digest:
     raise InputError(
-      f"the student has tokenizer {tokenizer.digest[:12]} and the teacher {digest[:12]}; take one "
-      "with the teacher's tokenizer"
+      f"The student has tokenizer {tokenizer.digest[:12]}, but the teacher has {digest[:12]}. "
+      "Choose a student with the teacher's tokenizer."
     )
 
 
 def _run(link: PlannedLink) -> JsonObject:
-  """Runs one link from where it stands; returns the last step's metrics."""
+  """Runs the unfinished parts of a link; returns the metrics of its last training step."""
   record.run(link.config, link.folder / "records")
   if link.is_cut and not (link.folder / MADE).exists():
     model = link.folder / "model"
-    # Without MADE, the making of what is there was interrupted.
+    # A folder without MADE was left by an interrupted command.
     distributed.run_on_process_0(functools.partial(shutil.rmtree, model, ignore_errors=True))
     summary = MeasuredTeacher(link.config).make(link.config.shrink, model, random=False)
     json_io.write_json_once(link.folder / MADE, summary)

@@ -1,10 +1,17 @@
-"""`efficiency`: what the student saves, in bytes, operations and seconds, and what it costs.
+"""Compares the costs of teacher and student: bytes, operations, decoding speed, and quality.
 
-Three parts, and each number says which it is of. By formula, from the shapes alone
-(efficiency/formulas.py): parameters, bytes, operations, and the fewest seconds of a decode step
-at a chip's published peaks, so bounds and not forecasts. Measured here (efficiency/measure.py),
-where efficiency.measure is on and the weights are at hand. Quality is copied from the
-evaluation.json in the workdir.
+The result has three parts. The first is computed by formula from the shapes of the models:
+parameters, bytes, operations, and lower bounds on the time of a decode step at the published peaks
+of a chip. The second is measured on this machine, if efficiency.measure is True. The third is the
+quality of the models, copied from an evaluation.
+
+Reads: the shapes of `teacher` and `student` (to measure, also their weights), and evaluation.json
+in the workdir if it exists.
+
+Writes: efficiency.json in the workdir.
+
+Example:
+  distill-jax efficiency --config=configs/demo.py --workdir=runs/demo --config.efficiency.chip=v5e
 """
 
 from __future__ import annotations
@@ -23,19 +30,20 @@ from distill_jax.types import JsonObject
 
 
 def run(config: Config, folder: Path) -> JsonObject:
-  """Compares config.teacher with config.student, and writes efficiency.json into the workdir.
+  """Compares config.teacher with config.student and writes efficiency.json into the workdir.
 
-  Models whose shape is named beside a source are judged by that shape, as preflight does: no
-  weight is read but to measure. The student is config.student as training begins with it; a
-  trained one has the same shape, and its quality is in evaluation.json under its name.
+  If the config has a model's shape next to its source, the shape is used, as in preflight, and the
+  weights are read only to measure. The student is config.student before training. The trained
+  student has the same shape; its quality is in evaluation.json under its own name.
 
-  Returns: `context`, `chip`, `models` (see formulas.model_costs), `ratios` (see
-    comparison.ratios), `measured` (see measure.measure) and `quality`, rows by model; the last two
-    None without.
+  Returns:
+    `context`, `chip`, `models` (see formulas.model_costs), `ratios` (see comparison.ratios),
+    `measured` (see measure.measure; None if nothing was measured) and `quality` (rows by model;
+    None without an evaluation).
 
   Raises:
-    InputError: a chip, dtype, context or batch size that cannot be; a measurement without
-      weights; an evaluation.json that cannot be read.
+    InputError: A chip, dtype, context or batch size is not valid, the models to measure lack
+      weights, or evaluation.json cannot be read.
   """
   options, shapes = config.efficiency, programs.without_weights(config)
   sources = {

@@ -1,4 +1,14 @@
-"""`evaluate`: models on held-out data, beside their teacher, and on the benchmarks in `evals`."""
+"""Evaluates the teacher and the students on held-out data and on benchmarks.
+
+Reads: the teacher, the student before training ("start"), and the models in evaluate.models; the
+held-out part of `data` or `tasks`; and the files of the benchmarks in `evals`.
+
+Writes: evaluation.json in the workdir. For benchmarks, also the generated answers and their grades,
+in evals/MODEL/BENCHMARK of the workdir. Finished samples are kept when the command is interrupted.
+
+Example:
+  distill-jax evaluate --config=configs/demo.py --workdir=runs/demo
+"""
 
 from __future__ import annotations
 
@@ -7,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distill_jax.config import Config
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.evals import generative, heldout, multiple_choice
 from distill_jax.evals.likelihood import Scorer
 from distill_jax.evals.model_slot import ModelSlot
@@ -19,28 +29,31 @@ from distill_jax.report.benchmarks import text  # noqa: F401
 from distill_jax.runtime import distributed, json_io
 from distill_jax.types import JsonObject
 
-RESULTS = "evals"  # the folder of answers and verdicts, by model and benchmark
+RESULTS = "evals"  # the folder of answers and grades, by model and benchmark
 
 
 def run(config: Config, folder: Path) -> JsonObject:
-  """Measures models on held-out data, where evaluate.heldout, and on the benchmarks in `evals`.
+  """Evaluates models on held-out data, if evaluate.heldout, and on the benchmarks in `evals`.
 
-  Writes evaluation.json into the workdir and returns it (on the first process whole):
+  Returns:
+    The content of evaluation.json, which it writes into the workdir; on other processes than the
+    first parts can be missing:
 
-  models: by name ("teacher", "start", then those of evaluate.models), each with ce,
-    perplexity, kl, agreement, accuracy, entropy, parameters, bytes and tokens_per_second
-    (scoring, measured here), all on the same sequences, against the teacher's own pass.
-  tokens, corpus: number of evaluated tokens, and the name of the corpus. With `tasks`, these are
-    of the first, and `tasks` holds models and tokens of each; a token is a label. For contrastive
-    tasks, ce, kl, agreement and accuracy are among the pairs of a batch, and recall is among all
-    (evals/retrieval.py). Tasks of texts add bleu and chrf, or wer, against the references.
-  evals: by the name of a benchmark, then of a model: questions, left_out and numbers, each
-    {value, low, high}: see evals/generative.py and evals/multiple_choice.py, which write into
-    evals/MODEL/BENCHMARK of the workdir. A benchmark needs no teacher, and each model has its own
-    tokenizer.
+    models: by name ("teacher", "start", then those in evaluate.models): ce, perplexity, kl,
+      agreement, accuracy, entropy, parameters, bytes and tokens_per_second (of scoring, on this
+      machine). All are evaluated on the same sequences; kl and agreement compare with the teacher's
+      outputs on them.
+    tokens, corpus: number of evaluated tokens, and the corpus name. With `tasks`, a token is a
+      label, both describe the first task, and `tasks` has the models and tokens of each. For
+      contrastive tasks, ce, kl, agreement and accuracy are computed within a batch, and recall over
+      all pairs (evals/retrieval.py). Text-generation tasks add bleu and chrf, or wer, against the
+      references.
+    evals: by benchmark and model: questions, left_out, and numbers as {value, low, high}; see
+      evals/generative.py and evals/multiple_choice.py. Benchmarks do not use the teacher, and each
+      model has its own tokenizer.
 
   Raises:
-    InputError: there is nothing to measure; config, models, data and benchmarks do not fit
+    InputError: There is nothing to evaluate, or config, models, data and benchmarks do not fit
       together.
     Preempted: SIGTERM was received while sampling; finished samples are kept.
   """
@@ -72,11 +85,17 @@ def run(config: Config, folder: Path) -> JsonObject:
 
 
 def check(config: Config) -> dict[str, ModelOptions]:
-  """Refuses what cannot be measured, with nothing read; returns the models for the benchmarks."""
+  """Checks the config without reading a model or data; returns the models for the benchmarks.
+
+  Raises:
+    InputError: There is nothing to evaluate, or a model cannot be evaluated.
+  """
   if not config.evaluate.heldout and not config.evals:
-    raise InputError(
-      "evaluate.heldout is False and evals is empty: there is nothing to measure; add a benchmark "
-      "as evals.gsm8k = config.benchmark('gsm8k')"
+    raise bad_value(
+      "evaluate.heldout",
+      False,
+      "True, or a benchmark in evals, because there is nothing to evaluate",
+      "Add a benchmark, e.g. c.evals.gsm8k = config.benchmark('gsm8k')",
     )
   models = _benchmarked_models(config) if config.evals else {}
   _check_served(config, models)
@@ -84,7 +103,7 @@ def check(config: Config) -> dict[str, ModelOptions]:
 
 
 def all_models(config: Config) -> dict[str, ModelOptions]:
-  """The teacher, "start" and evaluate.models, by name."""
+  """Returns the models by name: "teacher", "start" and those in evaluate.models."""
   plain = dataclasses.replace(
     config.student.as_trained(""), train="whole", quantise=QuantiseOptions()
   )
@@ -96,32 +115,36 @@ def all_models(config: Config) -> dict[str, ModelOptions]:
 
 
 def _benchmarked_models(config: Config) -> dict[str, ModelOptions]:
-  """The models that the benchmarks run on."""
+  """Returns the models to run the benchmarks on, by name."""
   known = all_models(config)
   names = config.evaluate.on or tuple(config.evaluate.models) or ("teacher",)
   if unknown := [name for name in names if name not in known]:
-    raise InputError(
-      f"evaluate.on names {unknown[0]!r}, which is no model here; they are {', '.join(known)}"
-    )
+    expected = f"names of models ({', '.join(known)})"
+    raise bad_value("evaluate.on", names, expected, f"Correct {unknown[0]!r}")
   return {name: known[name] for name in names}
 
 
 def _check_served(config: Config, benchmarked: Mapping[str, ModelOptions]) -> None:
-  """Refuses what needs a model's likelihoods of a server."""
+  """Raises InputError if a served model is to be evaluated by likelihood, which servers lack."""
   served = [n for n, options in all_models(config).items() if generative.is_served(options)]
   if served and config.evaluate.heldout:
-    raise InputError(
-      f"model {served[0]!r} is a server, which does not say how likely it finds a text; "
-      "set evaluate.heldout=False, or measure it by itself"
+    raise bad_value(
+      "evaluate.heldout",
+      True,
+      f"False, because {served[0]!r} is served and servers do not return the likelihood of a text",
+      "Set it to False, or remove that model",
     )
   if config.generate.server.url:
     served.append("teacher")
   served = [name for name in served if name in benchmarked]
   for name, benchmark in config.evals.items():
     if benchmark.judge() is None and served:
-      raise InputError(
-        f"evals.{name} goes by the likelihood of its choices, which {served[0]!r}, a server, does "
-        "not say; leave one of the two out, by evaluate.on"
+      raise bad_value(
+        "evaluate.on",
+        tuple(benchmarked),
+        f"models that are not served, because evals.{name} compares the likelihoods of its choices "
+        f"and {served[0]!r} is served",
+        "Remove the benchmark or the model",
       )
 
 
@@ -131,7 +154,10 @@ def _run_benchmarks(
   questions: Mapping[str, Questions],
   folder: Path,
 ) -> dict[str, JsonObject]:
-  """One model on all benchmarks: first those of choices, since the others unroll its layers."""
+  """Runs one model on all benchmarks; returns the results by benchmark.
+
+  Multiple-choice benchmarks are first, because the others unroll the model's layers.
+  """
   c = config.evaluate
   rows: dict[str, JsonObject] = {}
   choices = [name for name in questions if config.evals[name].judge() is None]

@@ -1,4 +1,14 @@
-"""`export`: a run as a Hugging Face folder that `transformers` loads."""
+"""Exports a trained student as a Hugging Face folder that `transformers` loads.
+
+Reads: the run in the workdir: its config and its last checkpoint, or that of export.step. For a
+model card with results, also export.evaluation.
+
+Writes: export.dir, a new folder: config.json, safetensors weights, the tokenizer and README.md (the
+model card). A LoRA run is exported merged, as a PEFT adapter or as its base model (export.lora).
+
+Example:
+  distill-jax export --config=configs/demo.py:distilled --workdir=runs/demo/distilled
+"""
 
 from __future__ import annotations
 
@@ -8,7 +18,7 @@ import jax
 
 from distill_jax.config import Config
 from distill_jax.data import corpus
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.hub.export import export_model
 from distill_jax.hub.options import ExportOptions
 from distill_jax.hub.peft import export_adapters
@@ -21,23 +31,24 @@ from distill_jax.runtime import json_io, storage
 from distill_jax.types import JsonObject, Model
 
 LORA_FORMS = ("merged", "peft", "base")
-ONLY_OURS = (RUN, "package:")  # prefixes of sources that other libraries cannot open
+ONLY_OURS = (RUN, "package:")  # prefixes of sources that only this project can open
 
 
 def run(config: Config, workdir: Path) -> JsonObject:
   """Writes the run in `workdir` as a Hugging Face folder into export.dir.
 
-  Returns: export_dir and parameters; of a run that shares layers, shared_parameters; of one
-    trained as integers, integer_bytes.
+  Returns:
+    export_dir and parameters; for shared layers also shared_parameters, the number of distinct
+    parameters; for integer weights also integer_bytes, the size that the integers would have.
 
   Raises:
-    InputError: there is no such run or checkpoint, or the folder exists.
+    InputError: The run or its checkpoint does not exist, or the folder exists.
   """
   options, lora = config.export, config.student.lora
   _check(options, adapters=trainables.of_student(config.student).has_base)
   evaluation = None
   if options.evaluation:
-    action = "run evaluate first or leave export.evaluation empty"
+    action = "run evaluate first, or set export.evaluation to an empty string"
     evaluation = json_io.read_object(Path(options.evaluation), action)
   mesh = sharding.make_mesh(**vars(config.mesh))
   card = model_card.card(config, options.step or config.train.steps, evaluation)
@@ -70,25 +81,30 @@ def run(config: Config, workdir: Path) -> JsonObject:
         extra=_task_files(config, student.config),
       )
   summary = {"export_dir": options.dir, "parameters": params.count(model)}
-  if config.student.share.layers:  # the folder has a copy of them for every use
+  if config.student.share.layers:  # the folder has a copy of a shared layer for each use
     summary["shared_parameters"] = params.count(student.abstract_trainable)
-  if config.student.quantise.bits:  # what they would take; the folder has them in export.dtype
+  if config.student.quantise.bits:  # the folder has the weights in export.dtype
     summary["integer_bytes"] = quantise.nbytes(model, config.student.quantise)
   return summary
 
 
 def _check(options: ExportOptions, adapters: bool) -> None:
   if not options.dir:
-    raise InputError("export.dir is empty; name the folder to make")
-  if options.lora not in LORA_FORMS or (options.lora != "merged" and not adapters):
-    raise InputError(
-      f"export.lora is {options.lora!r} and adapters were {'' if adapters else 'not '}trained; "
-      f"expected one of {LORA_FORMS}, the last two only for adapters"
+    raise bad_value("export.dir", "", "the path of a new folder", "Set it")
+  if options.lora not in LORA_FORMS:
+    expected = ", ".join(map(repr, LORA_FORMS[:-1])) + f" or {LORA_FORMS[-1]!r}"
+    raise bad_value("export.lora", options.lora, expected, "Choose one of them")
+  if options.lora != "merged" and not adapters:
+    raise bad_value(
+      "export.lora",
+      options.lora,
+      "'merged', because this run has not trained LoRA adapters",
+      "Remove the key",
     )
 
 
 def _load(trained: Run, options: ExportOptions, mesh: jax.sharding.Mesh) -> Model:
-  """Returns the trained model; for export.lora=base, the one that its adapters belong to."""
+  """Returns the trained model or, for export.lora="base", the base model of its adapters."""
   student = trained.student
   if options.lora != "base":
     return trained.load(mesh, student.compute, options.step or None)
@@ -97,10 +113,9 @@ def _load(trained: Run, options: ExportOptions, mesh: jax.sharding.Mesh) -> Mode
 
 
 def _task_files(config: Config, model_config: FamilyConfig) -> JsonObject:
-  """Returns JSON files about the task; none for several tasks, which each have a part of the head.
+  """Returns the JSON files that describe the task, by name; {} for several tasks.
 
-  Args:
-    model_config: the architecture config of the student.
+  With several tasks, each has a part of the head, which these files cannot describe.
   """
   if len(config.tasks) != 1:
     return {}
@@ -111,7 +126,7 @@ def _task_files(config: Config, model_config: FamilyConfig) -> JsonObject:
 def _base(spec: ModelOptions) -> tuple[str, str] | None:
   """Returns (name, revision) of a base model that PEFT can load.
 
-  None where only a folder made with export.lora=base can be its base.
+  Returns None if only a folder written with export.lora="base" can be the base.
   """
   if not spec.source or spec.keep_layers or spec.source.startswith(ONLY_OURS):
     return None

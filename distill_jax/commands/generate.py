@@ -1,4 +1,19 @@
-"""`generate`: the teacher samples completions of prompts, here or behind a server."""
+"""Samples completions of prompts from the teacher, on this machine or from a server.
+
+With a translation or speech task in `tasks`, the teacher generates texts for the task's examples
+instead (pseudo-labels).
+
+Reads: generate.prompts, and the teacher (`teacher`, or generate.server for a served one). With
+`tasks`: the examples of the task.
+
+Writes: in the workdir: samples.jsonl (one completion per line) and generate.json (a summary).
+Prompts that cannot be used are written to samples.rejected.jsonl. With generate.records_dir: a
+store of the same texts. With `tasks`: pairs.jsonl. Finished samples are kept when the command is
+interrupted.
+
+Example:
+  distill-jax generate --config=configs/grade_school.py --workdir=runs/grade_school/samples
+"""
 
 from __future__ import annotations
 
@@ -13,11 +28,9 @@ from distill_jax.types import JsonObject
 
 
 def run(config: Config, folder: Path) -> JsonObject:
-  """Writes samples.jsonl into `folder`; with `tasks`, pseudo-labels of a task's examples.
+  """Writes samples.jsonl into `folder`; with `tasks`, pseudo-labels for a task's examples.
 
-  With generate.records_dir, a store of the same texts is made.
-
-  Returns and raises what `dispatch.generate` or `pseudo_labels.write_pseudo_labels` do.
+  Results and errors are those of `dispatch.generate` and `pseudo_labels.write_pseudo_labels`.
   """
   if config.tasks:
     return pseudo_labels.write_pseudo_labels(config, folder)

@@ -1,4 +1,13 @@
-"""`inspect`: what a store of records is, what a token costs, and single sequences."""
+"""Describes a store of records: its settings, its size, and single sequences token by token.
+
+Reads: the store in the workdir. With inspect.sequence=N, also the tokenizer of the teacher.
+
+Writes: nothing but standard output. inspect.verify=True checks the digest of every shard and
+decodes every record.
+
+Example:
+  distill-jax inspect --config=configs/demo.py --workdir=runs/demo/records
+"""
 
 from __future__ import annotations
 
@@ -7,7 +16,7 @@ from pathlib import Path
 
 from distill_jax.config import Config
 from distill_jax.data import corpus
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.models import loading
 from distill_jax.records import describe
 from distill_jax.records.store import open_store
@@ -16,26 +25,37 @@ from distill_jax.types import JsonObject
 
 
 def run(config: Config, workdir: Path) -> JsonObject:
-  """Describes the store in `workdir`; --config.inspect.sequence shows one, .verify reads all."""
+  """Returns the description of the store in `workdir`; see `InspectOptions` for what else it does.
+
+  Raises:
+    InputError: The workdir does not contain a store, a record is damaged, or inspect.sequence
+      cannot be shown.
+  """
   store = open_store(workdir)
   if config.inspect.verify:
     with Progress("verify", len(store), "sequences") as progress:
       store.verify(lambda done, total: progress.add(done - progress.done))
   if config.inspect.sequence >= 0:
     if config.inspect.sequence >= len(store):
-      raise InputError(
-        f"inspect.sequence is {config.inspect.sequence} and {workdir} holds {len(store)} sequences"
+      raise bad_value(
+        "inspect.sequence",
+        config.inspect.sequence,
+        f"a number below {len(store)}, the number of sequences in {workdir}",
+        "Choose another sequence",
       )
     if store.manifest.labels:
-      raise InputError(
-        f"inspect.sequence is {config.inspect.sequence} and {workdir} holds labels of a task; "
-        "expected -1. Only sequences of text are shown token by token"
+      raise bad_value(
+        "inspect.sequence",
+        config.inspect.sequence,
+        f"-1, because {workdir} contains labels of a task and not sequences of text",
+        "Remove the key",
       )
     tokenizer = corpus.tokenizer_of(config.data, loading.open_source(config.teacher).pretrained)
     if tokenizer.digest != store.manifest.tokenizer:
       raise InputError(
-        f"{workdir} was recorded with tokenizer {store.manifest.tokenizer[:12]} and "
-        f"{tokenizer.where} is {tokenizer.digest[:12]}; name the store's own in data.tokenizer"
+        f"{workdir} was recorded with tokenizer {store.manifest.tokenizer[:12]}, but "
+        f"{tokenizer.where} is {tokenizer.digest[:12]}. Set data.tokenizer to the tokenizer of the "
+        "store."
       )
     print(describe.show(store, config.inspect.sequence, tokenizer.decode), file=sys.stderr)
   return describe.describe(store)

@@ -1,16 +1,24 @@
-"""`preflight`: will it fit, how fast can it be, what will it cost; no accelerator is needed.
+"""Predicts whether a run fits on a TPU slice, how fast it can be and what it costs, without a TPU.
 
-The very program that `train` or `record` would run is compiled for a named TPU topology by
-libtpu, on this machine. Memory is what the compiler says. Collectives are counted in the
-compiled program (preflight/collectives.py), FLOPs by closed formulas (preflight/flops.py), since
-XLA's own count takes a loop's body once. Times are bounds: the largest of compute, memory and
-networks, each at its published peak (preflight/chips.py).
+The program that `train` or `record` would run is compiled on this machine, by libtpu, for the given
+TPU topology. Memory sizes are those that the compiler reports. Collectives are counted in the
+compiled program. FLOPs are computed by formulas, since XLA counts the body of a loop only once.
+Times are lower bounds: the maximum of the times for compute, memory and networks at their published
+peaks.
+
+Reads: the config and the shapes of its models. Weights are read neither from disk nor from the
+network if the config names shapes (teacher.shape, student.shape).
+
+Writes: nothing but standard output. No --workdir is needed.
+
+Example:
+  distill-jax preflight --config=configs/r1_qwen_7b.py --topology=v5p:4x4x4
 """
 
 from __future__ import annotations
 
 from distill_jax.config import Config
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.preflight import (
   collectives,
   compiler,
@@ -28,22 +36,23 @@ VERBS = ("train", "record")
 
 
 def run(config: Config) -> JsonObject:
-  """Compiles one step and reports on it.
+  """Compiles one step and returns its memory, FLOPs, collectives and bounds on time.
 
-  Returns: see preflight/table.py for the words; the keys are `fits`, `chips`,
-  `peak_bytes_per_device`, `hbm_bytes_per_device`, `flops_per_step`,
-  `collective_bytes_per_device`, `step_seconds_bound`, `mfu_bound`, `tokens_per_second_bound`,
-  `chip_hours` and more. What is not known (collectives of a program that does not fit, hours of
-  a corpus whose length the config does not name) is None; of tasks, all that is counted by a
-  decoder's formulas.
+  Returns:
+    A dictionary with `fits`, `chips`, `peak_bytes_per_device`, `hbm_bytes_per_device`,
+    `flops_per_step`, `collective_bytes_per_device`, `step_seconds_bound`, `mfu_bound`,
+    `tokens_per_second_bound`, `chip_hours` and others; preflight/table.py prints them. None stands
+    for unknown numbers: the collectives of a program that does not fit, the hours for a corpus
+    whose length the config does not contain and, with `tasks`, all numbers from the formulas for
+    decoders.
 
   Raises:
-    InputError: libtpu is not installed, the topology is unknown, or the config does not fit
-      together or onto it.
+    InputError: libtpu is not installed, the topology is unknown, or the config is not valid, or not
+      valid on this topology.
   """
   options, verb = config.preflight, config.preflight.verb
   if verb not in VERBS:
-    raise InputError(f"--verb is {verb!r}; preflight compiles {' or '.join(VERBS)}")
+    raise bad_value("--verb", verb, " or ".join(map(repr, VERBS)), "Choose one of them")
   hardware = topology.Hardware(options.topology, options.num_slices)
   topology.prepare()
   config = programs.without_weights(config)

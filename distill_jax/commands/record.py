@@ -1,4 +1,16 @@
-"""`record`: runs the teacher over the corpus once and stores its targets."""
+"""Runs the teacher over the corpus once and stores its outputs, which students are then trained on.
+
+Each token takes a few dozen bytes: a sample or the top-k of the teacher's distribution
+(records.kind). Finished shards are skipped when the command is run again. records.logprobs imports
+the outputs of a served teacher instead.
+
+Reads: the teacher (`teacher`), and the corpus in `data` or the examples of `tasks`.
+
+Writes: a store in the workdir: manifest.json and shards (*.array_record).
+
+Example:
+  distill-jax record --config=configs/demo.py --workdir=runs/demo/records
+"""
 
 from __future__ import annotations
 
@@ -13,7 +25,7 @@ from jax.sharding import Mesh
 from distill_jax.config import Config
 from distill_jax.data import corpus as text_corpus
 from distill_jax.data.tokenizers import Tokenizer
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.models import loading, runs
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
@@ -29,19 +41,20 @@ from distill_jax.types import JsonObject
 
 
 def run(config: Config, folder: Path) -> JsonObject:
-  """Writes the store of a corpus into `folder`; what is already there is not done again.
+  """Writes the store of a corpus into `folder`; finished shards are skipped.
 
   Returns:
-    sequences in all and recorded_now; tokens, entries and bytes of the whole store.
+    sequences, tokens, entries and bytes of the whole store, and recorded_now, the number of
+    sequences that this call recorded.
 
   Raises:
-    InputError: the teacher, tokenizer and corpus do not fit together, or the folder holds
-      other records; before anything is compiled.
+    InputError: Teacher, tokenizer and corpus do not fit together, or the folder contains other
+      records. It is raised before anything is compiled.
   """
   mesh = sharding.make_mesh(**vars(config.mesh))
   teacher = loading.open_source(config.teacher, config.seed)
   if runs_teacher(config.records):
-    sharding.shardings(teacher.abstract, mesh, teacher.compute.rules)  # does it divide?
+    sharding.shardings(teacher.abstract, mesh, teacher.compute.rules)  # raises if it cannot be
   options = config.records
   _check(options, of_task=bool(config.tasks))
   sharding.check_batch("records.batch_size", options.batch_size, mesh)
@@ -50,32 +63,38 @@ def run(config: Config, folder: Path) -> JsonObject:
   width = feature_width(options, teacher)
   manifest = recorder.manifest_of(options, corpus, _identity(options, teacher), width)
   if jax.process_count() > len(manifest.ranges):
-    raise InputError(
-      f"{jax.process_count()} processes record {len(manifest.ranges)} shards, and each writes "
-      "shards of its own; start fewer or lower records.sequences_per_shard"
+    raise bad_value(
+      "records.sequences_per_shard",
+      options.sequences_per_shard,
+      f"a size that makes at least {jax.process_count()} shards, one per process, instead of "
+      f"{len(manifest.ranges)}",
+      "Lower it, or start fewer processes",
     )
   with Writer(folder, manifest, jax.process_index(), jax.process_count()) as writer:
     _check_same_corpus(writer, corpus.rows)
     todo = writer.missing()
-    # Processes that have nothing left to write compute with the others.
+    # Processes whose shards are finished still compute together with the others.
     if distributed.max_over_processes(len(todo)):
       with jax.set_mesh(mesh):
         batches = _batches(config, teacher, corpus, todo, mesh)
         _write(batches, corpus.positions, todo, writer)
     distributed.barrier("recorded")
-    if jax.process_count() > 1 and (url := storage.remote_of(folder)):  # they may share no disk
+    if jax.process_count() > 1 and (url := storage.remote_of(folder)):  # disks may not be shared
       storage.publish(folder)
       distributed.barrier("published")
       storage.fetch(url)
     done = writer.complete()
   if done is None:
-    raise InputError(f"{folder} still lacks shards of a process that is not here; run it again")
+    raise InputError(
+      f"{folder} still lacks shards of a process that is not part of this run. Run the command "
+      "again with all processes."
+    )
   sums = {k: sum(getattr(s, k) for s in done.shards) for k in ("tokens", "entries", "bytes")}
   return {"sequences": done.total, "recorded_now": sum(map(len, todo)), **sums}
 
 
 def runs_teacher(options: RecordsOptions) -> bool:
-  """Returns whether recording runs a model: text has no teacher, a dump was made elsewhere."""
+  """Returns whether recording runs a model: not for text alone, nor for a served teacher's dump."""
   return options.kind != "text" and not options.logprobs
 
 
@@ -83,7 +102,7 @@ def open_corpus(config: Config, teacher: ModelSource) -> Corpus:
   """Opens the text or the task of a config.
 
   Raises:
-    InputError: it is not there, or the teacher cannot read it.
+    InputError: The data does not exist, or the teacher cannot read it.
   """
   pretrained = teacher.pretrained
   if config.tasks:
@@ -100,7 +119,7 @@ def open_corpus(config: Config, teacher: ModelSource) -> Corpus:
 
 
 def feature_width(options: RecordsOptions, teacher: ModelSource) -> int:
-  """Returns the size of a tapped vector of the teacher; 0 without taps."""
+  """Returns the size of the teacher's recorded feature vectors; 0 without taps."""
   return taps.feature_width(teacher.config, options.tap_kind) if options.taps else 0
 
 
@@ -111,16 +130,16 @@ def _batches(
   shards: Sequence[range],
   mesh: Mesh,
 ) -> Iterator[Sequence[Record]]:
-  """Returns the records of these shards, in order, at most a batch of one shard at a time.
+  """Returns the records of these shards, in order, in batches that each lie within one shard.
 
-  The teacher computes one batch ahead of the one that is read.
+  The teacher computes the next batch while one is read.
   """
   size = config.records.batch_size // jax.process_count()
   parts = recorder.split(shards, size)
   if not runs_teacher(config.records):
     return (corpus.rows[part.start : part.stop] for part in parts)
   dispatch = dispatcher(config, teacher, corpus, size, mesh)
-  # All processes compute together, so those with less to write continue with padding alone.
+  # All processes compute together, so processes with fewer batches continue on padding.
   parts += [range(0)] * (distributed.max_over_processes(len(parts)) - len(parts))
   return recorder.recorded(dispatch, corpus.rows, parts)
 
@@ -132,7 +151,7 @@ def dispatcher(
   size: int,
   mesh: Mesh,
 ) -> Callable[[range], dict[str, jax.Array]]:
-  """Loads the teacher; returns what starts its computation of at most `size` rows."""
+  """Loads the teacher; returns a function that starts its computation on at most `size` rows."""
   keys, options = runs.keys(config.seed), config.records
   loaded = teacher.load(mesh, keys["teacher"])
   width = feature_width(options, teacher)
@@ -152,7 +171,7 @@ def dispatcher(
 
 
 def _reader(config: Config) -> collate.Read | None:
-  """Returns what makes batches of the task that is recorded; None for text."""
+  """Returns the function that reads batches of the recorded task; None for text."""
   if not config.tasks:
     return None
   name = dataset.recorded_task(config)
@@ -162,7 +181,7 @@ def _reader(config: Config) -> collate.Read | None:
 def _write(
   batches: Iterator[Sequence[Record]], positions: int, shards: list[range], writer: Writer
 ) -> None:
-  """Writes the records of the missing shards behind the pass that makes them."""
+  """Writes the records of the missing shards as they are computed."""
   with (
     ShardBuffer(writer, shards) as buffer,
     Progress("record", sum(map(len, shards)) * positions, "tokens") as progress,
@@ -187,13 +206,14 @@ def _identity(options: RecordsOptions, teacher: ModelSource) -> JsonObject:
 
 
 def _dump(config: Config, tokenizer: Tokenizer) -> Iterator[Record]:
-  """Reads a served teacher's own responses with their log-probabilities."""
+  """Reads a served teacher's responses with their log-probabilities."""
   c = config.records
   path = Path(c.logprobs)
   if not path.is_file():
-    raise InputError(f"records.logprobs is {c.logprobs}, which is not there; name a JSONL file")
+    raise bad_value("records.logprobs", path, "an existing JSONL file", "Correct the path")
   if c.kind != "topk":
-    raise InputError(f"records.kind is {c.kind!r}; a server's top log-probabilities are 'topk'")
+    expected = "'topk' with records.logprobs, because servers return the top log-probabilities"
+    raise bad_value("records.kind", c.kind, expected, "Set it to 'topk'")
 
   def token_id(token: str) -> int | None:
     ids = tokenizer.encode(token)
@@ -211,28 +231,28 @@ def _dump(config: Config, tokenizer: Tokenizer) -> Iterator[Record]:
 
 
 def _check(c: RecordsOptions, of_task: bool) -> None:
-  """Refuses what these records cannot hold."""
+  """Raises InputError for options that records do not support."""
   if of_task and c.taps:
-    raise InputError(
-      f"records.taps is {c.taps}; expected () for a task. Leave it empty and set "
-      "train.online=True for losses that compare features"
-    )
-  if c.batch_size % jax.process_count():
-    raise InputError(
-      f"records.batch_size is {c.batch_size} and there are {jax.process_count()} processes; each "
-      "reads an equal share"
-    )
-  if c.tap_kind not in ("hidden", "qkv") or (c.tap_kind == "qkv" and (c.taps_width or 0 in c.taps)):
-    raise InputError(
-      f"records.tap_kind is {c.tap_kind!r} with taps {c.taps} and taps_width {c.taps_width}; it is "
-      "'hidden', or 'qkv' of layers from 1 on without a projection"
-    )
+    action = "Remove the key, and set train.online=True for losses that compare features"
+    raise bad_value("records.taps", c.taps, "() with tasks, whose features are not stored", action)
+  if c.batch_size % (processes := jax.process_count()):
+    expected = f"a multiple of {processes}, the number of processes"
+    raise bad_value("records.batch_size", c.batch_size, expected, "Change it")
+  if c.tap_kind not in ("hidden", "qkv"):
+    raise bad_value("records.tap_kind", c.tap_kind, "'hidden' or 'qkv'", "Choose one of them")
+  if c.tap_kind == "qkv" and c.taps_width:
+    expected = "0 with records.tap_kind='qkv', which is not projected"
+    raise bad_value("records.taps_width", c.taps_width, expected, "Remove the key")
+  if c.tap_kind == "qkv" and 0 in c.taps:
+    expected = "layers from 1 with records.tap_kind='qkv', because 0 is the embedding"
+    raise bad_value("records.taps", c.taps, expected, "Remove layer 0")
   if c.taps_width and not c.taps:
-    raise InputError(f"records.taps_width is {c.taps_width} and records.taps is empty; name layers")
+    expected = "0 without records.taps"
+    raise bad_value("records.taps_width", c.taps_width, expected, "Add layers to records.taps")
 
 
 def _check_same_corpus(writer: Writer, rows: Sequence[Record]) -> None:
-  """Refuses to go on with a store whose text is not the one at hand, before the end of it."""
+  """Raises InputError if the finished shards in a folder were recorded from another corpus."""
   finished = writer.finished()
   shards = [finished[first] for first in sorted(finished)]
   store = Store(writer.folder, dataclasses.replace(writer.manifest, shards=tuple(shards)))
@@ -241,6 +261,6 @@ def _check_same_corpus(writer: Writer, rows: Sequence[Record]) -> None:
     name = store.manifest.ids_name
     if not np.array_equal(store[last][name], rows[last][name]):
       raise InputError(
-        f"{writer.folder} holds another text in sequence {last}; the corpus has changed since "
-        "it was recorded, so choose another folder"
+        f"{writer.folder} was recorded from another corpus: sequence {last} differs. Choose "
+        "another --workdir."
       )

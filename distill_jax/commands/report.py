@@ -1,4 +1,13 @@
-"""`report`: one HTML page with the numbers and the plots of a run."""
+"""Writes one HTML page with the results and plots of a run.
+
+Reads: evaluation.json in the workdir, the runs in evaluate.models, and the first store in
+train.records.
+
+Writes: report.html in the workdir. The page is a single file, without scripts or external images.
+
+Example:
+  distill-jax report --config=configs/demo.py --workdir=runs/demo
+"""
 
 from __future__ import annotations
 
@@ -14,7 +23,7 @@ from distill_jax.types import JsonObject
 
 
 def run(config: Config, workdir: Path) -> JsonObject:
-  """Writes report.html into `workdir` from the evaluation there and the runs it names."""
+  """Writes report.html into `workdir`; returns the summary of `html_report.write_report`."""
   folders = {
     name: runs.run_folder(source)
     for name, source in config.evaluate.models.items()

@@ -1,4 +1,20 @@
-"""`shrink`: a smaller student out of a teacher, as a Hugging Face folder; or the search for one."""
+"""Makes a smaller student from the teacher by pruning, or searches for the best shape near a
+target.
+
+Set the sizes of the student (shrink.layers, shrink.hidden, …), or one target: shrink.target_params,
+shrink.target_bytes or shrink.target_decode_rate. For a target, several shapes near it are made and
+distilled for shrink.steps, and the one with the lowest held-out loss is recommended.
+
+Reads: the teacher (`teacher`), and the corpus in `data` to measure the importance of its parts. For
+a target, also the stores in train.records, if any.
+
+Writes: the student as a Hugging Face folder, shrink.dir or "model" in the workdir; shrink.json with
+the sizes and the losses. For a target: each candidate in candidates/ of the workdir. Finished parts
+are skipped when the command is run again.
+
+Example:
+  distill-jax shrink --config=configs/demo.py --workdir=runs/shrink --config.shrink.layers=20
+"""
 
 from __future__ import annotations
 
@@ -7,7 +23,7 @@ from pathlib import Path
 
 from distill_jax.commands import record
 from distill_jax.config import Config
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.models import loading
 from distill_jax.pruning import search, shapes
 from distill_jax.pruning.measured_teacher import MeasuredTeacher
@@ -19,31 +35,46 @@ RESULT = "shrink.json"
 
 
 def run(config: Config, workdir: Path) -> JsonObject:
-  """Makes config.teacher smaller as config.shrink says, and writes shrink.json into `workdir`.
+  """Prunes config.teacher according to config.shrink and writes shrink.json into `workdir`.
 
-  With a target, several shapes near it are made and distilled a little, and one recommended.
-  What is finished is not done again.
+  Finished parts are not computed again.
 
-  Returns: what shrink.json holds: `dir`; `kept`, by axis; `factorised`, by matrix; and of
-    `models` (teacher, student, and random: the student's shape with random weights)
-    parameters, bytes in shrink.dtype, and ce, the held-out cross-entropy in nats a token.
-    With a target: target, wanted, steps; teacher (ce); candidates by name (kept, dir, run,
-    parameters, bytes, ce_before, ce, and decode_rate where that is the target); recommended,
-    the one with the lowest held-out ce.
+  Returns:
+    The content of shrink.json: `dir`; `kept`, by axis; `factorised`, by matrix; and `models`
+    (teacher, student, and random: the student's shape with random weights), each with parameters,
+    bytes in shrink.dtype, and ce, the held-out cross-entropy in nats per token. For a target:
+    target, wanted, steps; teacher (ce); candidates by name (kept, dir, run, parameters, bytes,
+    ce_before, ce, and decode_rate if that is the target); recommended, the candidate with the
+    lowest held-out ce.
 
   Raises:
-    InputError: a shape that the family cannot have, a target that no shape meets, data that
-      does not fit; before anything is measured.
+    InputError: The family does not support the shape, no shape meets the target, or the data does
+      not fit. It is raised before anything is measured.
   """
   options = config.shrink
-  if (workdir / RESULT).exists():  # finished before
+  if (workdir / RESULT).exists():  # an earlier command has finished
     return json_io.read_object(workdir / RESULT, "delete it and run shrink again")
   sizes = [k for k in ("layers", *shapes.SIZES, "factorise", "window") if getattr(options, k)]
   targets = [k for k in search.TARGETS if getattr(options, k)]
-  if len(targets) > 1 or bool(targets) == bool(sizes):
+  one_target = ", ".join(f"shrink.{k}" for k in search.TARGETS)
+  if not targets and not sizes:
     raise InputError(
-      f"shrink sets {', '.join(targets + sizes) or 'nothing'}; set sizes, such as shrink.layers, "
-      f"or one of {', '.join(search.TARGETS)}"
+      f"The config does not set a size of the student. Set sizes, e.g. shrink.layers, or one of "
+      f"{one_target}."
+    )
+  if len(targets) > 1:
+    raise bad_value(
+      f"shrink.{targets[1]}",
+      getattr(options, targets[1]),
+      f"0, because shrink.{targets[0]} is set",
+      f"Set only one of {one_target}",
+    )
+  if targets and sizes:
+    raise bad_value(
+      f"shrink.{sizes[0]}",
+      getattr(options, sizes[0]),
+      f"its default, because shrink.{targets[0]} is set",
+      "Set either sizes or a target",
     )
   if targets:
     result = _search(config, workdir, targets[0])
@@ -54,7 +85,7 @@ def run(config: Config, workdir: Path) -> JsonObject:
 
 
 def _search(config: Config, workdir: Path, key: str) -> JsonObject:
-  """Proposes, makes, distils and scores candidates, each in a folder of `workdir`/candidates."""
+  """Proposes, makes, distils and evaluates candidates, each in a folder of `workdir`/candidates."""
   teacher = loading.open_source(config.teacher, config.seed)
   proposed = search.propose(config, teacher, workdir, key)
   folders = {name: workdir / "candidates" / name for name in proposed}
@@ -68,7 +99,10 @@ def _search(config: Config, workdir: Path, key: str) -> JsonObject:
 
 
 def with_records(config: Config, workdir: Path) -> Config:
-  """The config with records to distil from: its own, or text with the teacher in the step."""
+  """Returns the config with records to distil from.
+
+  Without train.records, these are a store of the text alone, and the teacher runs in the step.
+  """
   if config.train.records:
     return config
   text_store = workdir / "text"

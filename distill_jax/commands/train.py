@@ -1,4 +1,16 @@
-"""`train`: trains a student from records or beside an online teacher."""
+"""Trains a student on the records of its teachers, or on teachers that run in the training step.
+
+A run resumes from its last checkpoint when the command is run again.
+
+Reads: the student (`student`), the stores in train.records and, for online teachers, `teacher` and
+`teachers`.
+
+Writes: in the workdir: metrics.jsonl (the metrics of each step), event files for TensorBoard, and
+checkpoints/.
+
+Example:
+  distill-jax train --config=configs/demo.py:distilled --workdir=runs/demo/distilled
+"""
 
 from distill_jax.training.loop import train as run
 

@@ -141,21 +141,37 @@ def other_words(c, path):
 @pytest.mark.parametrize(
   ("wrong", "says"),
   [
-    (lambda c, path: c.update(chain=()), "chain is empty; name its links"),
+    (lambda c, path: c.update(chain=()), "chain is ..; expected the names of the links"),
     (
       lambda c, path: c.update(chain=("helper",)),
-      "names 'helper', and links holds assistant, stud",
+      "is 'helper'; expected a name in links .assistant, stud",
     ),
-    (lambda c, path: c.update(chain=("student", "student")), "'student', which is there twice"),
+    (
+      lambda c, path: c.update(chain=("student", "student")),
+      "chain.1. is 'student'; expected a name that occurs only once",
+    ),
     (
       lambda c, path: (c.links.update(start=c.links.student), c.update(chain=("start",))),
-      "'start', which has another meaning",
+      "is 'start'; expected a name other than teacher, start, evals, which are reserved",
     ),
-    (change(student={}), "links.student has student.source or student.shape '' and .* .none.;"),
-    (change(student={"shrink": {"layers": 2}, "student": {"shape": "tiny"}}), "shape 'tiny' and"),
-    (change(student={"shrink": {"target_params": 1e4}, "student": {"shape": "tiny"}}), "no target"),
-    (change(student={"shrink": {"layers": 2}, "student": {"keep_layers": (0,)}}), "keep_layers is"),
-    (change(student={"shrink": {"layers": 2}, "steps": -1}), "steps -1 and peak_lr"),
+    (change(student={}), "links.student.student.source is ''; expected a model, or sizes in"),
+    (
+      change(student={"shrink": {"layers": 2}, "student": {"shape": "tiny"}}),
+      "student.shape is 'tiny'; expected an empty string",
+    ),
+    (
+      change(student={"shrink": {"target_params": 1e4}, "student": {"shape": "tiny"}}),
+      "shrink.target_params is 10000.0; expected 0",
+    ),
+    (
+      change(student={"shrink": {"layers": 2}, "student": {"keep_layers": (0,)}}),
+      r"links.student.student.keep_layers is \(0,\)",
+    ),
+    (change(student={"shrink": {"layers": 2}, "steps": -1}), "links.student.steps is -1; expected"),
+    (
+      change(student={"shrink": {"layers": 2}, "peak_lr": -1.0}),
+      "links.student.peak_lr is -1.0; expected",
+    ),
     (change(student={"shrink": {"heads": 3}}), "links.student: .*3 heads over 2 key/value heads"),
     (
       change(student={"shrink": {"layers": 4, "layers_by": "ends"}}),
@@ -165,21 +181,23 @@ def other_words(c, path):
     (of(digest="abc"), "links.student: .*has digest .* and the config wants abc"),
     (change(student={"shrink": {"layers": 2, "dtype": "float32"}}), "student.shrink.dtype is"),
     (of(train="quantised", quantise={"bits": 3}), "links.student: student.quantise has bits 3"),
-    (other_words, "links.student: .*200 .*|links.student: the student has tokenizer"),
+    (other_words, "links.student: .*200 .*|links.student: The student has tokenizer"),
     (lambda c, path: setattr(c, "losses", {}), "links.assistant: losses is empty"),
     (lambda c, path: c.optim.update(warmup_steps=4), "links.assistant: optim.warmup_steps is 4"),
-    (lambda c, path: c.train.update(online=True), "train.online True; a chain records"),
+    (lambda c, path: c.train.update(online=True), "train.online is True; expected False"),
+    (lambda c, path: c.train.update(records=("x",)), r"train.records is \('x',\); expected \(\)"),
+    (lambda c, path: c.records.update(logprobs="x"), "records.logprobs is 'x'; expected ''"),
     (
       lambda c, path: setattr(c.tasks, "films", config.task("text_classes", classes=("a", "b"))),
-      "tasks names films, and a chain teaches the text",
+      "tasks is 'films'; expected an empty section",
     ),
     (lambda c, path: c.records.update(kind="text"), "records.kind is 'text'"),
     (lambda c, path: c.train.update(batch_size=0), "train.batch_size is 0"),
-    (lambda c, path: c.evaluate.update(heldout=False), "there is nothing to measure"),
+    (lambda c, path: c.evaluate.update(heldout=False), "there is nothing to evaluate"),
     (lambda c, path: c.export.update(dir=str(path)), "exists, and export overwrites nothing"),
   ],
 )
-def test_chains_that_make_no_sense(wrong, says, tmp_path, monkeypatch):
+def test_bad_chains_raise_before_anything_is_computed(wrong, says, tmp_path, monkeypatch):
   monkeypatch.setattr(record, "run", None)  # before anything is computed
   c = tiny_chain(tmp_path)
   wrong(c, tmp_path)

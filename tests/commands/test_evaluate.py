@@ -201,10 +201,10 @@ URL = "http://127.0.0.1:9/v1"
 @pytest.mark.parametrize(
   ("changes", "says"),
   [
-    ({"heldout": False}, "evals is empty: there is nothing to measure"),
-    ({"heldout": False, "on": ("me",), "sets": "choice"}, "evaluate.on names 'me'"),
-    ({"heldout": False, "models": {"s": URL}, "sets": "choice"}, "'s', a server, does not say"),
-    ({"heldout": True, "models": {"s": URL}, "sets": "exact"}, "'s' is a server.*heldout=False"),
+    ({"heldout": False}, "heldout is False; expected .* because there is nothing to evaluate"),
+    ({"heldout": False, "on": ("me",), "sets": "choice"}, r"evaluate.on is \('me',\); .*'me'"),
+    ({"heldout": False, "models": {"s": URL}, "sets": "choice"}, "evals.x .*and 's' is served"),
+    ({"heldout": True, "models": {"s": URL}, "sets": "exact"}, "heldout is True; .*'s' is served"),
     ({"heldout": False, "samples": 4, "sets": "exact"}, "4 samples .*temperature 0, "),
     ({"heldout": False, "max_new_tokens": 0, "sets": "exact"}, "evals.x: evaluate.max_new_tok"),
   ],

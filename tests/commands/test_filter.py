@@ -131,7 +131,7 @@ def test_what_the_verb_refuses(tmp_path):
   length = config.filter("length")
   with pytest.raises(InputError, match="filters is empty"):
     verb(tmp_path, [])
-  with pytest.raises(InputError, match="filter.order is .*name each once"):
+  with pytest.raises(InputError, match="filter.order is .*each name in filters once"):
     c = config.base()
     c.filters.a, c.filters.b = length, length
     filter_samples(config.resolve(c), tmp_path)
@@ -144,7 +144,7 @@ def test_what_the_verb_refuses(tmp_path):
   with pytest.raises(InputError, match="did you mean 'max_chars'"):
     config.filter("length", max_char=3)
   (tmp_path / "samples.jsonl").unlink()
-  with pytest.raises(InputError, match="is not there"):
+  with pytest.raises(InputError, match="filter.samples is .*expected an existing file"):
     c = config.base()
     c.filters.it = length
     filter_samples(config.resolve(c), tmp_path)

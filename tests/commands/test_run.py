@@ -284,7 +284,7 @@ def test_a_store_is_extended_by_a_longer_corpus_and_not_by_another(folder):
   c.data.path = str(folder / "other.txt")
   (folder / "other.txt").write_text(text[:200] + "Something else." + text[200:])
   c.data.sequences = 20
-  with pytest.raises(InputError, match="holds another text in sequence 7"):
+  with pytest.raises(InputError, match="was recorded from another corpus: sequence 7 differs"):
     record(config.resolve(c), folder / "short")
 
 

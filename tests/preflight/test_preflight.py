@@ -313,7 +313,7 @@ def test_unknown_topologies(name, message):
 
 
 def test_unknown_verb():
-  with pytest.raises(InputError, match="--verb is 'export'; preflight compiles train or record"):
+  with pytest.raises(InputError, match="--verb is 'export'; expected 'train' or 'record'"):
     preflight.run(config.Config(preflight=config.PreflightOptions("v5e:2x2", verb="export")))
 
 
