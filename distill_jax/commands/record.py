@@ -181,7 +181,7 @@ def _reader(config: Config) -> collate.Read | None:
 def _write(
   batches: Iterator[Sequence[Record]], positions: int, shards: list[range], writer: Writer
 ) -> None:
-  """Writes the records of the missing shards as they are computed."""
+  """Writes the records of the missing shards while they are computed."""
   with (
     ShardBuffer(writer, shards) as buffer,
     Progress("record", sum(map(len, shards)) * positions, "tokens") as progress,

@@ -249,8 +249,8 @@ def test_another_base_is_refused(folder, tmp_path, another_norm):
 @pytest.mark.parametrize(
   "compute, rank, said",
   [
-    ("adapter", 4, "export.lora is 'adapter' and adapters were trained; expected one of"),
-    ("peft", 0, "export.lora is 'peft' and adapters were not trained"),
+    ("adapter", 4, "export.lora is 'adapter'; expected 'merged', 'peft' or 'base'"),
+    ("peft", 0, "export.lora is 'peft'; expected 'merged', because this run has not"),
   ],
 )
 def test_exports_that_make_no_sense(folder, compute, rank, said):
