@@ -1,19 +1,16 @@
 """Four virtual CPU devices, and rank promotion that raises, in every test.
 
-Most of a test's time goes into compiling, so XLA is asked for speed of its own and not of what it
-makes (fusions by its older emitters take a quarter of the time), and all processes of one `pytest`
-share what they have compiled.
+Most of a test's time goes into compiling. XLA's options therefore make compiling fast and not the
+programs (its older emitters of fusions need a quarter of the time), and all test runs of a checkout
+share the compiled programs (compile_cache.py).
 """
 
-import atexit
 import os
-import shutil
-import tempfile
+
+import compile_cache
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else: a worker, or the caller's own
-  compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
-  atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+compile_cache.use()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 QUICK = (
   "--xla_backend_optimization_level=0",
