@@ -57,7 +57,6 @@ PENDING: tuple[str, ...] = (
   "distill_jax/data/",
   "distill_jax/efficiency/",
   "distill_jax/evals/",
-  "distill_jax/filters/",
   "distill_jax/generation/",
   "distill_jax/hub/",
   "distill_jax/models/",

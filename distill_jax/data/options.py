@@ -33,7 +33,7 @@ class DataOptions:
   sequences: int = 0
   """Maximum number of packed sequences. 0: all."""
   on_bad: str = "stop"
-  """What to do at a chat that cannot be used: "stop" with an error, or "skip" it and count it."""
+  """Action at a chat that cannot be used: "stop" (raise an error) or "skip" (skip and count it)."""
   trust: str = ""
   """Name of a per-chat confidence field in [0, 1], e.g. "agreement", which the filter `votes`
   writes. 1 - confidence is used as label smoothing. "": no label smoothing. For "chat" only."""

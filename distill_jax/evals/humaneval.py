@@ -26,8 +26,8 @@ class Benchmark(GenerativeBenchmark):
   prompt: str = WRITE
   """Template of the prompts; must contain {question}, the beginning of the program."""
   isolated: bool = True
-  """Whether programs run in Linux namespaces (see the filter `code`). False: use it only for
-  programs that you trust."""
+  """True to run programs in Linux namespaces (see the filter `code`). False only for programs that
+  you trust."""
 
   def files(self) -> list[Path]:
     return find(self.path, PACKAGED)

@@ -37,7 +37,7 @@ class Benchmark(GenerativeBenchmark):
   """Part of the answer to compare, for "exact": "text", "last line" or "final" (see the filter
   `exact`)."""
   isolated: bool = True
-  """Whether programs run in Linux namespaces, for "code" (see the filter `code`)."""
+  """True to run programs in Linux namespaces, for "code" (see the filter `code`)."""
 
   def __post_init__(self):
     super().__post_init__()

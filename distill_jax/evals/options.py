@@ -19,8 +19,8 @@ class EvaluateOptions:
   server's address, e.g. "http://localhost:8000/v1", or "http://localhost:8000/v1#MODEL" if the
   server has several models."""
   heldout: bool = True
-  """Whether to compute the loss on held-out data, for `models`, the teacher, and "start" (the
-  student before training)."""
+  """True to compute the loss on held-out data, for `models`, the teacher, and "start" (the student
+  before training)."""
   sequences: int = 0
   """Maximum number of held-out sequences or examples. 0: all."""
   batch_size: int = 8
@@ -39,5 +39,5 @@ class EvaluateOptions:
   max_new_tokens: int = 1024
   """Maximum number of generated tokens per sample. DeepSeek-R1's protocol uses 32,768."""
   on_bad: str = "stop"
-  """What to do at a question that cannot be used: "stop" with an error, or "skip" it and count
-  it."""
+  """Action at a question that cannot be used: "stop" (raise an error) or "skip" (skip and count
+  it)."""

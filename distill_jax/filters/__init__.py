@@ -1,8 +1,9 @@
-"""Filters of generated samples. One filter a file; the folder is the registry.
+"""Filters for generated samples.
 
-A filter is a module with a frozen dataclass `Filter`, a subclass of `Filter` or `SampleFilter`
-below, whose fields are its config keys. A sample is an object of the samples.jsonl that `generate`
-writes, with `of`, the number of samples that its prompt has.
+A filter is a module of this package with a frozen dataclass `Filter`, a subclass of `Filter` or
+`SampleFilter` below, whose fields are its config keys. All public modules except those in SHARED
+are filters. A sample is a line of the samples.jsonl that `generate` writes, as a dict with an
+additional key `of`, the number of samples of its prompt.
 """
 
 from distill_jax.filters._base import Filter, SampleFilter

@@ -1,4 +1,4 @@
-"""The contract of a filter."""
+"""The interface of a filter."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from distill_jax.filters.samples import Judged, Sample
 
 
 class Filter(abc.ABC):
-  """Tells samples worth training on from others."""
+  """Selects the samples to train on."""
 
   @abc.abstractmethod
   def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
     """Judges a stream of samples.
 
     Args:
-      samples: those of one prompt come together.
+      samples: The samples, those of each prompt in succession.
 
     Yields:
-      Each sample once and in order, with the reason to reject it, or None. It may have more
-      fields than before. A reason is a few words, which are counted, and then, after ": ", what
-      they are about in this case. `Unjudgeable` says that the sample cannot be judged at all, and
-      filter.on_bad decides what follows.
+      Each sample in order, with the reason to reject it or None to keep it. The filter may add
+      fields to a sample. A reason has the form "CATEGORY" or "CATEGORY: DETAIL"; the categories are
+      counted. The reason is an `Unjudgeable` if the sample cannot be judged; filter.on_bad
+      determines what happens then.
     """
 
 
 class SampleFilter(Filter):
-  """A filter that judges each sample by itself."""
+  """A filter that judges each sample independently of the others."""
 
   @abc.abstractmethod
   def reject_reason(self, sample: Sample) -> str | None:
-    """Returns the reason to reject a sample, or None; see `Filter.select`."""
+    """Returns the reason to reject a sample, or None to keep it; see `Filter.select`."""
 
   def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
     return (Judged(sample, self.reject_reason(sample)) for sample in samples)

@@ -1,16 +1,18 @@
-"""Runs one program in a sandbox where it can do no harm; a script, for Linux.
+"""A script for Linux that runs one program in a sandbox.
 
-Its argument is a JSON object: the fields of code.Filter; `folder`; `runner`, the source of the
-program; and `fds`, the file descriptors from which the program reads its job and to which it writes
-its report.
+Its argument is a JSON object with the fields of code.Filter and:
+  folder: The working folder of the program.
+  runner: The source of the program, which is _runner.py.
+  fds: Two file descriptors. The program reads its job from the first and writes its report to the
+    second.
 
-Two processes: the outer one makes the namespaces and waits. The inner process is PID 1 of a new PID
-namespace, so killing it kills every descendant. It has no network or devices, a read-only file
-system except an empty tmpfs, a seccomp filter, and no capability but CAP_DAC_READ_SEARCH; then it
-execs the program.
+The script has two processes. The outer process creates the namespaces and waits. The inner process
+is PID 1 of a new PID namespace, so killing it kills every descendant. It has no network, no devices
+except DEVICES, a read-only file system except for a tmpfs, a seccomp filter, and no capability
+except CAP_DAC_READ_SEARCH. Then it execs the program.
 
-The outer process exits with 125 if the sandbox cannot be made, 124 if the program used up its CPU
-time, and 1 if the program was killed otherwise.
+The outer process exits with 125 if the sandbox cannot be created, 124 if the program exceeded its
+CPU time, and 1 if the program was killed for another reason.
 """
 
 import ctypes
@@ -36,25 +38,25 @@ MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 8, 38, 47
 PR_SET_SECCOMP, AF_UNIX, EACCES, IO_URING_SETUP = 22, 1, 13, 425
-# For each machine: AUDIT_ARCH, and the numbers of the system calls socket and shmget.
+# Machine: (AUDIT_ARCH, number of the system call socket, number of the system call shmget).
 ARCHITECTURES = {"x86_64": (0xC000003E, 41, 29), "aarch64": (0xC00000B7, 198, 194)}
 CAP_VERSION, CAP_DAC_READ_SEARCH = 0x20080522, 2
-COVERED = ("/proc", "/run")  # they show other processes, and the sockets of services
-DEVICES = ("/dev/null", "/dev/urandom")  # the only ones that can be opened
+COVERED = ("/proc", "/run")  # hidden, since they show other processes and the sockets of services
+DEVICES = ("/dev/null", "/dev/urandom")  # the only devices that can be opened
 NOBODY = 65534
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(name, *args):
-  """Calls a function of the C library that returns 0; raises OSError if it does not."""
+  """Calls a function of the C library and raises OSError if it does not return 0."""
   if getattr(libc, name)(*args):
     code = ctypes.get_errno()
     raise OSError(code, f"{name}: {os.strerror(code)}")
 
 
 def end_with_parent():
-  """Lets the kernel end this process when its parent ends."""
+  """Makes the kernel kill this process when its parent ends."""
   parent = os.getppid()
   call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
   if parent != os.getppid():
@@ -62,13 +64,13 @@ def end_with_parent():
 
 
 def is_root():
-  """Returns whether this is root of the machine, not of a user namespace."""
+  """Returns True if this process is root of the machine, and not of a user namespace only."""
   maps_all_users = Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
   return os.geteuid() == 0 and maps_all_users
 
 
 def enter_namespaces(root):
-  """Moves this process into new namespaces, and its children into a new PID namespace."""
+  """Moves this process into new namespaces and its future children into a new PID namespace."""
   user, group = os.geteuid(), os.getegid()
   flags = sum(flag for name, flag in CLONE.items() if not (root and name == "NEWUSER"))
   call("unshare", flags)
@@ -86,13 +88,13 @@ def mount_tmpfs(target, options, flags):
 
 
 def set_mount(path, flags, attributes, cleared=0):
-  """Sets and clears attributes of a mount: mount_setattr(2), with its struct mount_attr."""
+  """Sets and clears attributes of a mount with mount_setattr(2)."""
   mount_attr = (ctypes.c_uint64 * 4)(attributes, cleared, 0, 0)
   call("syscall", ctypes.c_long(MOUNT_SETATTR), AT_FDCWD, path.encode(), flags, mount_attr, 32)
 
 
 def restrict_files(folder, disk):
-  """Makes all files read-only, hides COVERED and devices, and mounts a tmpfs on `folder`."""
+  """Makes all files read-only, hides COVERED and the devices, and mounts a tmpfs on `folder`."""
   call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
   for path in DEVICES:
     call("mount", path.encode(), path.encode(), None, MS_BIND, None)
@@ -106,7 +108,12 @@ def restrict_files(folder, disk):
 
 
 def set_limits(job, extra):
-  """Limits each process, and their number; `extra` are there beside the program's."""
+  """Limits each process's resources, and the number of processes.
+
+  Args:
+    job: The script's argument.
+    extra: The number of processes that are not the program's but count towards the limit.
+  """
   limits = {
     resource.RLIMIT_CPU: job["cpu_seconds"],
     resource.RLIMIT_AS: job["memory"],
@@ -121,9 +128,9 @@ def set_limits(job, extra):
 
 
 def become_user(user):
-  """Changes from root to a user of its own, since the kernel does not limit root's processes.
+  """Changes from root to a dedicated user, since the kernel does not limit root's processes.
 
-  CAP_DAC_READ_SEARCH is kept: Python itself may lie where only root can read.
+  CAP_DAC_READ_SEARCH is kept, because Python may be installed where only root can read.
   """
   call("prctl", PR_SET_KEEPCAPS, 1, 0, 0, 0)
   os.setgroups([])
@@ -135,20 +142,21 @@ def become_user(user):
 
 
 def install_seccomp():
-  """Forbids system calls that would get around the sandbox, for good (seccomp(2)).
+  """Installs a seccomp(2) filter that denies system calls which could bypass the sandbox.
 
-  They are socket for AF_UNIX, since such sockets lie in the file system; shmget, whose memory no
-  limit counts; and io_uring_setup, through which work is done without system calls.
+  The denied calls are socket for AF_UNIX, since the file system may contain such sockets; shmget,
+  whose memory does not count towards any limit; and io_uring_setup, which does work without system
+  calls.
 
-  The program of the filter, in the order below. Offsets are those of struct seccomp_data: 0 is the
-  number of the call, 4 the architecture, 16 the lower half of the first argument.
+  The filter is the BPF program below. Its offsets into struct seccomp_data are 0 for the number of
+  the call, 4 for the architecture, and 16 for the lower half of the first argument.
 
      0  A = architecture
-     1  if A == ours goto 3
+     1  if A == this machine's goto 3
      2  kill
      3  A = number of the call
      4  if A < 0x40000000 goto 6
-     5  kill                        x32, which numbers the calls otherwise
+     5  kill                        the x32 ABI has other numbers
      6  if A != io_uring_setup goto 8
      7  deny
      8  if A != shmget goto 10
@@ -160,11 +168,11 @@ def install_seccomp():
     14  allow
   """
   if platform.machine() not in ARCHITECTURES:
-    raise OSError(f"no filter of system calls is known for {platform.machine()}")
+    raise OSError(f"no seccomp filter is defined for {platform.machine()}")
   architecture, socket, shmget = ARCHITECTURES[platform.machine()]
   load, if_equal, if_at_least, leave = 0x20, 0x15, 0x35, 0x06  # BPF's LD|W|ABS, JEQ, JGE, RET
   kill, allow, deny = 0x80000000, 0x7FFF0000, 0x50000 | EACCES
-  program = [  # (instruction, jump if true, jump if false, operand), jumps from the next line on
+  program = [  # (instruction, lines to skip if true, lines to skip if false, operand)
     (load, 0, 0, 4),
     (if_equal, 1, 0, architecture),
     (leave, 0, 0, kill),
@@ -188,7 +196,7 @@ def install_seccomp():
 
 
 def exec_program(job, root):
-  """Restricts the inner process and replaces it by the program."""
+  """Restricts the inner process and replaces it with the program."""
   if job["isolated"]:
     restrict_files(job["folder"], job["disk"])
   os.chdir(job["folder"])
@@ -201,7 +209,7 @@ def exec_program(job, root):
   call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
   if job["isolated"]:
     install_seccomp()
-  call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of user has undone it
+  call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of user resets it
   arguments = [job["python"], "-I", "-B", "-c", job["runner"], *map(str, job["fds"])]
   os.execve(job["python"], arguments, dict(os.environ, HOME=job["folder"]))
 
@@ -210,7 +218,7 @@ def main(job):
   end_with_parent()
   root = is_root()
   job["number"] = os.getpid()
-  error_from, error_to = os.pipe()  # exec closes it: the program cannot write to it
+  error_from, error_to = os.pipe()  # exec closes it, so the program cannot write to it
   try:
     if job["isolated"]:
       enter_namespaces(root)
@@ -235,7 +243,7 @@ def main(job):
 
 
 def fail(error):
-  """Ends the outer process where the sandbox cannot be made."""
+  """Ends the outer process because the sandbox cannot be created."""
   print(error, file=sys.stderr)
   sys.exit(125)
 

@@ -1,4 +1,4 @@
-"""Worker processes that compare two answers, and are replaced when they do not return."""
+"""A pool of processes that compare two answers; a process that hangs or crashes is replaced."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from pathlib import Path
 from distill_jax.errors import InputError
 
 WORKER = Path(__file__).with_name("_math_worker.py")
-START_SECONDS = 120.0  # that a worker may take to import sympy
-SLACK = 10.0  # seconds of the clock for one of computing, until a worker is killed from outside
+START_SECONDS = 120.0  # maximum time for a worker to import sympy
+SLACK = 10.0  # a worker is killed after this many wall-clock seconds per second of its CPU limit
 
 
 class Pool:
-  """A context manager with as many workers as there are threads that call `equal`."""
+  """A context manager with one worker process per thread that calls `equal`.
+
+  Args:
+    seconds: The CPU time limit of one comparison.
+  """
 
   def __init__(self, seconds: float):
     self._seconds = seconds
@@ -38,7 +42,14 @@ class Pool:
       self._all.clear()
 
   def equal(self, key: str, answer: str) -> str:
-    """Returns equal | other | key (the key cannot be parsed) | timeout | crashed."""
+    """Compares an answer with the answer key.
+
+    Returns:
+      "equal", "other" (not equal), "key" (the key cannot be parsed), "timeout" or "crashed".
+
+    Raises:
+      InputError: If a worker does not start.
+    """
     try:
       worker = self._idle.get_nowait()
     except queue.Empty:
@@ -69,13 +80,14 @@ class Pool:
       self._all.add(worker)
     if _line(worker, START_SECONDS) != "ready":
       raise InputError(
-        f"math-verify does not start in {START_SECONDS:.0f} s; run {' '.join(command)}"
+        f"math-verify did not start within {START_SECONDS:.0f} s. Run `{' '.join(command)}` to see "
+        "the reason."
       )
     return worker
 
 
 def _line(worker: subprocess.Popen[bytes], seconds: float) -> str:
-  """Returns the next line; "" at the end, or if none comes in time. A line is one write."""
+  """Returns a worker's next line, or "" if its output ends or no line arrives in time."""
   assert worker.stdout is not None
   if not select.select([worker.stdout], [], [], seconds)[0]:
     return ""

@@ -1,7 +1,8 @@
-"""Compares answers with their keys; a script that reads ["key", "answer"] a line.
+"""A script that compares answers with their keys.
 
-Its argument is the CPU seconds that one answer may take: the kernel ends the process (SIGPROF)
-after them, wherever sympy is.
+It reads one JSON array ["key", "answer"] per line and writes one verdict per line. Its argument is
+the CPU time limit per line in seconds: the kernel ends the process at the limit (SIGPROF), even if
+sympy never returns to Python.
 """
 
 import json
@@ -17,13 +18,13 @@ CONFIG = (LatexExtractionConfig(), ExprExtractionConfig())
 
 
 def read(answer: str) -> list:
-  """Returns what sympy parses an answer to; [] if it cannot."""
+  """Returns an answer as sympy expressions, or [] if it cannot be parsed."""
   parsed = parse(f"${answer}$", CONFIG, parsing_timeout=None)
   return [] if all(isinstance(x, str) for x in parsed) else parsed
 
 
 def compare(key: str, answer: str) -> str:
-  """Returns equal | other | key (the key cannot be parsed)."""
+  """Returns "equal", "other" (not equal) or "key" (the key cannot be parsed)."""
   gold = read(key)
   if not gold:
     return "key"
@@ -32,7 +33,7 @@ def compare(key: str, answer: str) -> str:
 
 
 def main(seconds: float) -> None:
-  logging.disable()  # it warns that its own time limits, which need the main thread, are off
+  logging.disable()  # math-verify warns that its own time limits are off
   resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
   answers = sys.stdout
   sys.stdout = sys.stderr

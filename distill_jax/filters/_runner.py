@@ -1,9 +1,10 @@
-"""Runs a program and its test in two processes of one sandbox (_jail.py); a script.
+"""A script that runs a program and its test in two processes of one sandbox (_jail.py).
 
-The test's process knows the secret that means "passed" and runs no code of the program: it asks the
-program's process to call its function, and gets the result as JSON. So a program cannot pass by
-reading the interpreter's memory, or by returning objects that equal everything. The script's
-arguments are the file descriptors to read the job from and to write the report to.
+The test's process knows the secret that means "passed" and runs no code of the program. It requests
+calls of the program's function from the program's process and receives the results as JSON. So a
+program cannot pass by reading the interpreter's memory or by returning objects that equal
+everything. The script's arguments are two file descriptors: it reads the job from the first and
+writes the report to the second.
 """
 
 import builtins
@@ -28,7 +29,13 @@ class NotPlain(Exception):
 
 
 def encode(x):
-  """Returns a plain value as JSON: subclasses as their base class, numpy's as Python's."""
+  """Returns a plain value in a form for JSON that keeps its type.
+
+  Instances of subclasses become instances of the base class, and numpy values Python values.
+
+  Raises:
+    TypeError: If the value is not plain.
+  """
   if hasattr(x, "tolist"):
     x = x.tolist()
   if x is None:
@@ -47,7 +54,7 @@ def encode(x):
 
 
 def decode(x):
-  """Returns the plain value that `encode` was given."""
+  """Returns the plain value that `encode` encoded."""
   if not isinstance(x, dict):
     return x
   ((name, parts),) = x.items()
@@ -59,7 +66,10 @@ def decode(x):
 
 
 def serve(calls, replies):
-  """Runs the program, then calls its function once a line: the program's process."""
+  """Runs the program and then calls its function once per line of `calls`.
+
+  This is the main function of the program's process.
+  """
 
   def reply(function, *args, **kwargs):
     try:
@@ -94,9 +104,13 @@ def serve(calls, replies):
 
 
 def verdict(calls, replies, secret, prelude, source, test, entry):
-  """Runs the test. Returns the report: the secret, or why the program fails."""
+  """Runs the test in its own process.
 
-  def ask(request):
+  Returns:
+    The report: the secret if the program passes, else the reason why it fails.
+  """
+
+  def send(request):
     try:
       print(json.dumps(request), file=calls, flush=True)
     except BrokenPipeError:
@@ -108,7 +122,7 @@ def verdict(calls, replies, secret, prelude, source, test, entry):
     return kind, result
 
   def candidate(*args, **kwargs):
-    kind, result = ask(encode((list(args), kwargs)))
+    kind, result = send(encode((list(args), kwargs)))
     if kind == "returned":
       return decode(result)
     if kind == "other":
@@ -119,7 +133,7 @@ def verdict(calls, replies, secret, prelude, source, test, entry):
     raise type(str(result), (Exception,), {})
 
   try:
-    kind, result = ask([source, entry])
+    kind, result = send([source, entry])
     if kind != "returned":
       return "exited" if result in ("SystemExit", "KeyboardInterrupt") else f"{kind} {result}"
     if result is not True:
@@ -143,7 +157,7 @@ def verdict(calls, replies, secret, prelude, source, test, entry):
 
 
 def how_it_ended(child):
-  """Returns how the program's process ended: exited, cpu or killed."""
+  """Returns how the program's process ended: "exited", "cpu" or "killed"."""
   _, status = os.waitpid(child, 0)
   if not os.WIFSIGNALED(status):
     return "exited"
@@ -153,7 +167,7 @@ def how_it_ended(child):
 
 
 def main(job, report):
-  ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no process looks into another one
+  ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # a process cannot inspect another one
   to_program, to_test = os.pipe(), os.pipe()
   child = os.fork()
   if not child:

@@ -1,4 +1,4 @@
-r"""Final answers in text: the last \boxed{…}, what follows "####", or the last number."""
+r"""Final answers in texts: the last \boxed{…}, the text after "####", or the last number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLAIN_FRACTION = re.compile(r"(-?)\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))")
 
 
 def boxed(text: str) -> str | None:
-  r"""What the last whole \boxed{…} holds."""
+  r"""Returns the content of the last complete \boxed{…} or \fbox{…}, or None."""
   content = None
   for match in BOX.finditer(text):
     depth = 1
@@ -28,7 +28,15 @@ def boxed(text: str) -> str | None:
 
 
 def final(text: str, box_only: bool = False) -> str | None:
-  """The final answer that a text gives; None where it gives none."""
+  r"""Returns the final answer in a text, or None.
+
+  The answer is the content of the last \boxed{…}, else the line after the last "####", else the
+  last number.
+
+  Args:
+    text: The text, without the reasoning.
+    box_only: True to accept only \boxed{…}.
+  """
   answer = boxed(text)
   if answer is not None or box_only:
     return answer or None
@@ -40,7 +48,11 @@ def final(text: str, box_only: bool = False) -> str | None:
 
 
 def key(text: str) -> str:
-  """The answer in an answer key, which may be a worked solution."""
+  r"""Returns the answer in an answer key.
+
+  The key may be a solution with the answer in \boxed{…} or after "####". Otherwise, the whole key
+  is the answer.
+  """
   inside = boxed(text)
   if inside is not None:
     return inside
@@ -48,13 +60,17 @@ def key(text: str) -> str:
 
 
 def unwrapped(answer: str) -> str:
-  r"""What \text{…} holds where an answer is nothing else."""
+  r"""Returns the content of an answer that is a single \text{…}, or the answer unchanged."""
   match = TEXT.fullmatch(answer.strip())
   return match[1].strip() if match else answer
 
 
 def canonical(answer: str) -> str:
-  """One spelling for answers that are plainly equal: 0.5, 1/2 and \\frac{1}{2} are "1/2"."""
+  r"""Returns one spelling for equivalent spellings of an answer.
+
+  For example, "0.5", "1/2" and "\frac{1}{2}" all become "1/2". Unlike the filter `math`, this does
+  not evaluate expressions.
+  """
   s = TEXT.sub(r"\1", GROUPS.sub("", answer.strip()))
   s = re.sub(r"\\(?:left|right|!|,|;|\s)|\^\s*\{?\\circ\}?|°|\\?[$%]|\s", "", s)
   s = s.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").rstrip(".")
@@ -62,7 +78,7 @@ def canonical(answer: str) -> str:
     sign, a, b, c, d = match.groups()
     s = f"{sign}{a or b}/{c or d}".replace("--", "")
   if re.fullmatch(rf"-?(?:{DIGITS})(?:/\d+)?", s):
-    above, _, below = s.replace(",", "").partition("/")
-    if not below or int(below):
-      return str(Fraction(above) / int(below or 1))
+    numerator, _, denominator = s.replace(",", "").partition("/")
+    if not denominator or int(denominator):
+      return str(Fraction(numerator) / int(denominator or 1))
   return s.casefold()

@@ -70,9 +70,9 @@ class Filter(_base.Filter):
   """Maximum size of the files that one program writes, in bytes. They are kept in memory and
   deleted with the program."""
   isolated: bool = True
-  """Whether programs run in Linux namespaces, without network, files or processes other than their
-  own. Some machines do not permit namespaces. False: only time, memory and file sizes are limited;
-  use it only for programs that you trust."""
+  """True to run programs in Linux namespaces, without network, files or processes other than their
+  own; some machines do not permit this. False to limit only time, memory and file sizes, for
+  programs that you trust."""
   python: str = ""
   """Python interpreter for the programs. "": the running one."""
   workers: int = 2

@@ -37,7 +37,7 @@ class Filter(_base.Filter):
   ngram: int = 13
   """Length of a run, in words; at least 8."""
   prompt: bool = True
-  """Whether to search the samples' prompts too. False: only their texts."""
+  """True to search the samples' prompts and texts; False to search only the texts."""
 
   def __post_init__(self):
     if self.ngram < MIN_WORDS:

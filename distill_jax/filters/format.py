@@ -25,8 +25,7 @@ class Filter(SampleFilter):
   close: str = "</think>"
   """Mark that closes the reasoning. "": texts are not checked for reasoning."""
   opened: str = "either"
-  """Where the opening mark is: in the "text", in the "prompt" (and not again in the text), or in
-  "either"."""
+  """Place of the opening mark: "text", "prompt" (then the text must not repeat it), or "either"."""
   scripts: tuple[str, ...] = ("LATIN", "GREEK", "MATHEMATICAL")
   """Scripts of the letters, as the first words of their Unicode names, e.g. "LATIN", "CJK" or
   "CYRILLIC". (): any."""

@@ -22,7 +22,7 @@ class Filter(SampleFilter):
   max_chars: int = 0
   """Maximum number of characters, without white space at both ends. 0: no maximum."""
   finished: bool = True
-  """Whether to reject texts that were cut off at the maximum length."""
+  """True to reject texts that were cut off at the maximum length."""
 
   def __post_init__(self):
     for unit in ("tokens", "chars"):

@@ -38,8 +38,8 @@ class Filter(_base.Filter):
   r"""Field of the prompt's line that holds the answer key: the answer alone, or a solution with the
   answer in \boxed{…} or after "####"."""
   box_only: bool = False
-  r"""Whether only the content of \boxed{…} counts as an answer. False: else the text after "####",
-  else the last number."""
+  r"""True to accept answers only in \boxed{…}; False to accept also the text after "####" or,
+  without one, the last number."""
   seconds: float = 5.0
   """CPU time limit for comparing one answer, in seconds."""
   workers: int = 2
@@ -73,7 +73,7 @@ class Filter(_base.Filter):
         return "no final answer"
       same = plain(answer) == plain(key)
       return None if same else f"wrong: {answer!r:.80}, but the key is {key!r}"
-    # The key is compared even if there is no answer, so that an invalid key is always reported.
+    # The key is compared even without an answer, so that an invalid key is always reported.
     verdict = pool.equal(_without_unit(key), _without_unit(answer or ""))
     if verdict == "key":
       return Unjudgeable(f"the key cannot be parsed: {whole_key!r:.80}")

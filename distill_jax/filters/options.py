@@ -15,5 +15,5 @@ class FilterOptions:
   """Names of all entries of `filters`, in the order in which they are applied. (): allowed if
   there is only one."""
   on_bad: str = "stop"
-  """What to do at a sample that cannot be judged, e.g. without an answer key: "stop" with an error,
-  or "skip" it and count it."""
+  """Action at a sample that cannot be judged, e.g. without an answer key: "stop" (raise an error)
+  or "skip" (reject and count it)."""

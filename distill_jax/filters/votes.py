@@ -29,7 +29,7 @@ class Filter(_base.Filter):
   """Minimum agreement, in [0, 1]: the fraction of all samples of the prompt, including those that
   earlier filters rejected."""
   one: bool = False
-  """Whether to keep only the first sample with the most frequent answer."""
+  """True to keep only the first sample with the most frequent answer."""
 
   def __post_init__(self):
     if self.of not in OF:

@@ -74,14 +74,15 @@ class GenerateOptions(DecodingOptions):
   """Template applied to the prompt (or to its last message); must contain {prompt}. Example:
   "Rephrase and keep all numbers:\\n{prompt}". "": prompts are used unchanged."""
   chat: bool = False
-  """Whether a text prompt is a user's message, which the chat template renders. False: the model
-  continues the text itself."""
+  """True if a text prompt is a user's message, to be rendered by the chat template; False if the
+  model continues the text itself."""
   samples: int = 1
   """Number of samples per prompt."""
   max_new_tokens: int = 256
   """Maximum number of generated tokens per sample."""
   on_bad: str = "stop"
-  """What to do at a prompt that cannot be used: "stop" with an error, or "skip" it and count it."""
+  """Action at a prompt that cannot be used: "stop" (raise an error) or "skip" (skip and count
+  it)."""
   temperature: float = 1.0
   """Sampling temperature. 0: greedy decoding."""
   top_k: int = 0
@@ -96,7 +97,7 @@ class GenerateOptions(DecodingOptions):
   """Length of a loop, in tokens: a text ends once its last N tokens are one sequence repeated at
   least 4 times. 0: off."""
   ignore_eos: bool = False
-  """Whether to generate past the end-of-text tokens."""
+  """True to generate past the end-of-text tokens."""
   records_dir: str = ""
   """Folder or URL of a store that receives the samples, with the teacher's distributions recorded
   as set in `records`. "": none."""
