@@ -1,4 +1,8 @@
-"""`distill-jax VERB --config=FILE --workdir=DIR --config.key=value [--json]`."""
+"""`distill-jax VERB --config=FILE --workdir=DIR --config.key=value [--json]`.
+
+Only the standard library is imported at the top: `--help` and `--version` answer at once, and an
+interpreter or a jax that is too old is reported before anything that needs a newer one is read.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +13,25 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
-
-from distill_jax import config as configs
 from distill_jax import registry
 from distill_jax.errors import InputError, Preempted
-from distill_jax.runtime import distributed, storage
-from distill_jax.runtime.workdir import Workdir
-from distill_jax.types import JsonObject
+
+if TYPE_CHECKING:
+  from ml_collections import ConfigDict
+
+  from distill_jax.config import Config
+  from distill_jax.types import JsonObject
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # or read-only
 WITHOUT_WORKDIR = ("preflight",)  # writes nothing
-CONFIG = config_flags.DEFINE_config_file("config", None, "the config file, e.g. configs/demo.py")
-WORKDIR = flags.DEFINE_string("workdir", None, "the folder of the run")
-DISTRIBUTED = flags.DEFINE_string(
-  "distributed", "", "joins the processes of a run: 'auto', or HOST:PORT,COUNT,INDEX"
-)
-PROFILE_STEPS = flags.DEFINE_string(
-  "profile_steps", "", "profiles the steps FIRST:END, e.g. 10:13 for steps 10 to 12"
-)
-TOPOLOGY = flags.DEFINE_string("topology", None, "preflight: the TPUs, e.g. v5p:4x4x4")
-NUM_SLICES = flags.DEFINE_integer("num_slices", None, "preflight: the number of such slices")
-VERB = flags.DEFINE_string("verb", None, "preflight: the command to compile, train or record")
-JSON = flags.DEFINE_bool("json", False, "prints one JSON object as the last line")
+WITHOUT_CONFIG = ("completion", "help")  # print a text
+HELP_FLAGS = ("--help", "-h", "-help")
+PYTHON = (3, 11)
+PACKAGES = {"jax": (0, 10, 2), "flax": (0, 12, 8)}  # the oldest versions, as in pyproject.toml
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,8 +41,12 @@ def main(argv: list[str] | None = None) -> None:
   command again; 1, training has gone wrong.
   """
   argv = list(sys.argv if argv is None else argv)
-  hush_libtpu()
   try:
+    check_versions()
+    if (words := help_words(argv[1:])) is not None:
+      print_lines(registry.load("commands", words[0]).answer(words[1:]))
+      return
+    hush_libtpu()
     result = run(argv)
   except InputError as error:
     sys.exit(_stop(2, f"error: {error}"))
@@ -57,15 +57,74 @@ def main(argv: list[str] | None = None) -> None:
   except OSError as error:
     if error.errno not in DISK_FULL:
       raise
-    path, reason = error.filename or WORKDIR.value, error.strerror
-    message = f"{path} cannot be written ({reason}); make room and run again: finished work is kept"
+    path, reason = error.filename or "the workdir", error.strerror
+    message = (
+      f"{path} cannot be written ({reason}). Make room and run again; finished work is kept."
+    )
     sys.exit(_stop(2, f"error: {message}"))
+  from distill_jax import flags
+  from distill_jax.runtime import distributed
+
   if distributed.is_process_0():
-    print(json.dumps(result) if JSON.value else summary(argv[1], result), flush=True)
+    print(json.dumps(result) if flags.JSON.value else summary(argv[1], result), flush=True)
+
+
+def check_versions() -> None:
+  """Refuses a Python, jax or flax that is too old.
+
+  Raises:
+    InputError: the first of them, with the version that is needed.
+  """
+  if sys.version_info < PYTHON:
+    found = ".".join(map(str, sys.version_info[:3]))
+    raise InputError(
+      f"Python is {found}; expected {'.'.join(map(str, PYTHON))} or newer. Make a virtual "
+      "environment with a newer Python and install distill-jax there."
+    )
+  for package, oldest in PACKAGES.items():
+    wanted = ".".join(map(str, oldest))
+    try:
+      found = metadata.version(package)
+    except metadata.PackageNotFoundError:
+      found = "not installed"
+    if found == "not installed" or _release(found) < oldest:
+      install = f"pip install '{package}>={wanted}'"
+      raise InputError(f"{package} is {found}; expected {wanted} or newer. Run `{install}`.")
+
+
+def _release(version: str) -> tuple[int, ...]:
+  """Returns the numbers of a version, e.g. (0, 10, 2) for "0.10.2.dev1"."""
+  numbers = []
+  for part in version.split("."):
+    if not part.isdigit():
+      break
+    numbers.append(int(part))
+  return tuple(numbers)
+
+
+def help_words(words: list[str]) -> list[str] | None:
+  """Returns the words of a request for help, version or completion; None for any other command."""
+  if "--version" in words:
+    return ["help", "--version"]
+  if not words or words[0] in HELP_FLAGS:
+    return ["help"]
+  if words[0] in WITHOUT_CONFIG:
+    return [word for word in words if word not in HELP_FLAGS]
+  if any(word in HELP_FLAGS for word in words):
+    return ["help", words[0]]
+  return None
+
+
+def print_lines(text: str) -> None:
+  """Prints a text, and ends quietly where the reader, such as `head`, closes the pipe early."""
+  try:
+    print(text, flush=True)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def hush_libtpu() -> None:
-  """Where there is no TPU, tells libtpu a host name and a kind of TPU, before jax loads it.
+  """Gives libtpu a host name and a kind of TPU on a machine without one, before jax loads it.
 
   preflight and the tests use libtpu on machines without a TPU, where it would otherwise begin
   every command with six lines of errors about the two.
@@ -83,52 +142,71 @@ def _stop(code: int, message: str) -> int:
 
 def run(argv: list[str]) -> JsonObject:
   """Parses the command line and runs the command inside its workdir."""
-  verb = argv[1] if len(argv) > 1 else ""
-  if verb not in (verbs := registry.names("commands")):
-    raise InputError(f"{verb or 'no verb'!r} is not a verb; the verbs are {', '.join(verbs)}")
+  check_verb(argv[1])
+  from distill_jax import flags
+  from distill_jax.runtime import distributed, storage
+  from distill_jax.runtime.workdir import Workdir
+
   config = parse(argv[:1] + argv[2:])
-  command = registry.load("commands", verb)
-  if verb in WITHOUT_WORKDIR:
+  command = registry.load("commands", argv[1])
+  if argv[1] in WITHOUT_WORKDIR:
     return command.run(config)
-  if not WORKDIR.value:
-    raise InputError("--workdir is missing; name the folder of the run")
-  distributed.initialize(DISTRIBUTED.value)
-  with storage.Synced(WORKDIR.value) as folder, Workdir(folder, config) as workdir:
+  if not flags.WORKDIR.value:
+    raise InputError("--workdir is missing. Name the folder of the run, e.g. --workdir=runs/demo.")
+  distributed.initialize(flags.DISTRIBUTED.value)
+  with storage.Synced(flags.WORKDIR.value) as folder, Workdir(folder, config) as workdir:
     return command.run(config, workdir)
 
 
-def parse(argv: list[str]) -> configs.Config:
+def check_verb(verb: str) -> None:
+  """Refuses a word that is not a verb, and names the nearest one."""
+  verbs = registry.names("commands")
+  if verb in verbs:
+    return
+  near = difflib.get_close_matches(verb, verbs, 1)
+  hint = f"Did you mean {near[0]!r}?" if near else "`distill-jax help` explains them."
+  raise InputError(f"{verb!r} is not a verb; expected one of {', '.join(verbs)}. {hint}")
+
+
+def parse(argv: list[str]) -> Config:
   """Returns the resolved config of a command line.
 
   Raises:
     InputError: the config is missing or does not run, or a flag, key or value is wrong.
   """
-  named = [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
+  from absl import flags as absl_flags
+
+  from distill_jax import config as configs
+  from distill_jax import flags
+
+  pairs = zip(argv, [*argv[1:], ""], strict=True)
+  named = [after for arg, after in pairs if arg == "--config"]
+  named += [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
   if not named:
-    raise InputError("--config is missing; name a file such as --config=configs/demo.py")
+    raise InputError("--config is missing. Name a file, e.g. --config=configs/demo.py.")
   file = Path(named[-1].partition(":")[0])  # FILE, or FILE:ARGUMENT
   if not file.is_file():
-    raise InputError(f"the config {named[-1]} is not there; name a file such as configs/demo.py")
+    raise InputError(f"The config {named[-1]} does not exist. {_nearest_file(file)}")
   sys.path.append(str(file.parent))  # it may import its neighbours
   try:
-    rest = flags.FLAGS(argv)
-    config = CONFIG.value
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    raise InputError(_flag_error(argv, error)) from error
+    rest = absl_flags.FLAGS(argv)
+    config = flags.CONFIG.value
+  except (absl_flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    raise InputError(_flag_error(argv, error, configs.base())) from error
   except (OSError, ImportError, SyntaxError) as error:
-    raise InputError(f"the config {named[-1]} does not run: {_one_line(error)}") from error
+    raise InputError(f"The config {named[-1]} does not run: {_one_line(error)}.") from error
   if len(rest) > 1:
-    raise InputError(f"{rest[1]!r} is neither a verb nor a flag; flags begin with --")
+    raise InputError(f"{rest[1]!r} is neither a verb nor a flag. Flags begin with --.")
   resolved = configs.resolve(config)
   flags_given: dict[str, Any] = {
-    "topology": TOPOLOGY.value,
-    "num_slices": NUM_SLICES.value,
-    "verb": VERB.value,
+    "topology": flags.TOPOLOGY.value,
+    "num_slices": flags.NUM_SLICES.value,
+    "verb": flags.VERB.value,
   }
   flags_given = {key: value for key, value in flags_given.items() if value is not None}
   return dataclasses.replace(
     resolved,
-    profile_steps=PROFILE_STEPS.value or resolved.profile_steps,
+    profile_steps=flags.PROFILE_STEPS.value or resolved.profile_steps,
     preflight=dataclasses.replace(resolved.preflight, **flags_given),
   )
 
@@ -141,15 +219,22 @@ def summary(verb: str, result: JsonObject) -> str:
   return "\n".join(f"{name}: {value}" for name, value in result.items())
 
 
-def _flag_error(argv: list[str], error: Exception) -> str:
+def _nearest_file(file: Path) -> str:
+  """Returns what to do about a config file that does not exist."""
+  there = [str(path) for folder in (file.parent, Path("configs")) for path in folder.glob("*.py")]
+  near = difflib.get_close_matches(str(file), there, 1)
+  return f"Did you mean {near[0]}?" if near else "Name a file such as configs/demo.py."
+
+
+def _flag_error(argv: list[str], error: Exception, base: ConfigDict) -> str:
   """Returns the message for an error of absl's: the first unknown config key that it names."""
-  known = sorted(_dotted_keys(configs.base(), "config"))
+  known = sorted(_dotted_keys(base, "config"))
   for arg in argv:
     key = arg.lstrip("-").split("=")[0]
     if key.startswith("config.") and key not in known and key.split(".")[-1] in str(error):
       near = difflib.get_close_matches(key, known, 1)
-      hint = f"did you mean --{near[0]}?" if near else "see distill_jax/config.py"
-      return f"config key {key.removeprefix('config.')!r} is unknown; {hint}"
+      hint = f"Did you mean --{near[0]}?" if near else "`distill-jax help config` lists the keys."
+      return f"Config key {key.removeprefix('config.')!r} does not exist. {hint}"
   return _one_line(error)
 
 
@@ -160,7 +245,7 @@ def _one_line(error: Exception) -> str:
 def _dotted_keys(tree: ConfigDict, prefix: str) -> Iterator[str]:
   for key, value in tree.items():
     yield f"{prefix}.{key}"
-    if isinstance(value, ConfigDict):
+    if hasattr(value, "items"):
       yield from _dotted_keys(value, f"{prefix}.{key}")
 
 

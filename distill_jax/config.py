@@ -28,19 +28,11 @@ from distill_jax.nn.sharding import MeshOptions
 from distill_jax.preflight.options import PreflightOptions
 from distill_jax.pruning.options import LinkOptions, ShrinkOptions
 from distill_jax.records.options import InspectOptions, RecordsOptions
+from distill_jax.registry import ENTRY_CLASSES
 from distill_jax.schedules import Schedule
 from distill_jax.training.options import OptimOptions, TrainOptions
 from distill_jax.types import JsonObject
 
-# Packages whose modules are entries of the config, and the dataclass that each module defines.
-# The class name in lower case is the key that names the module: {"loss": "kd", "weight": 1.0}.
-ENTRY_CLASSES = {
-  "losses": "Loss",
-  "filters": "Filter",
-  "evals": "Benchmark",
-  "tasks": "Task",
-  "augmentations": "Augmentation",
-}
 TYPE_NAMES = {
   bool: "True or False",
   int: "an integer",

@@ -8,6 +8,16 @@ from types import ModuleType
 
 from distill_jax.errors import InputError
 
+# Packages whose modules are entries of the config, and the dataclass that each module defines.
+# The class name in lower case is the key that names the module: {"loss": "kd", "weight": 1.0}.
+ENTRY_CLASSES = {
+  "losses": "Loss",
+  "filters": "Filter",
+  "evals": "Benchmark",
+  "tasks": "Task",
+  "augmentations": "Augmentation",
+}
+
 
 def names(package: str) -> list[str]:
   """Returns the entries of `distill_jax.<package>`, sorted.

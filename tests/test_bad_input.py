@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -66,10 +68,12 @@ RANDOM = "c.teacher.source = ''"
 
 def test_no_verb_no_config_no_workdir(capsys, monkeypatch):
   for argv, said in (
-    (["distill-jax"], "the verbs are chain"),
-    (["distill-jax", "recrod", "--config=x"], "'recrod' is not a verb"),
-    (["distill-jax", "record"], "--config is missing"),
-    (["distill-jax", "record", "--config=nowhere.py"], "nowhere.py"),
+    (["distill-jax", "recrod", "--config=x"], "'recrod' is not a verb; expected one of chain, "),
+    (["distill-jax", "recrod", "--config=x"], "report, shrink, train. Did you mean 'record'?"),
+    (["distill-jax", "record"], "--config is missing. Name a file"),
+    (["distill-jax", "record", "--config=nowhere.py"], "The config nowhere.py does not exist."),
+    (["distill-jax", "record", "--config=configs/dmo.py"], "Did you mean configs/demo.py?"),
+    (["distill-jax", "record", "--config", "nowhere.py"], "The config nowhere.py does not exist."),
   ):
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as stop:
@@ -78,9 +82,43 @@ def test_no_verb_no_config_no_workdir(capsys, monkeypatch):
     assert said in capsys.readouterr().err
 
 
+def test_a_python_that_is_too_old(capsys, monkeypatch):
+  monkeypatch.setattr(sys, "version_info", (3, 10, 12))
+  with pytest.raises(SystemExit) as stop:
+    cli.main(["distill-jax", "train", "--config=configs/demo.py"])
+  assert stop.value.code == 2
+  assert "Python is 3.10.12; expected 3.11 or newer." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("found", ["0.4.30", "0.10.1.dev3", ""])
+@pytest.mark.parametrize("package, oldest", [("jax", "0.10.2"), ("flax", "0.12.8")])
+def test_a_package_that_is_too_old_or_missing(package, oldest, found, capsys, monkeypatch):
+  real = metadata.version
+
+  def version(name):
+    if name == package and not found:
+      raise metadata.PackageNotFoundError
+    return found if name == package else real(name)
+
+  monkeypatch.setattr(metadata, "version", version)
+  with pytest.raises(SystemExit) as stop:
+    cli.main(["distill-jax", "train", "--config=configs/demo.py"])
+  assert stop.value.code == 2
+  said = capsys.readouterr().err
+  assert f"{package} is {found or 'not installed'}; expected {oldest} or newer." in said
+  assert f"pip install '{package}>={oldest}'" in said
+
+
+def test_the_oldest_versions_are_those_of_the_package():
+  project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+  assert project["requires-python"] == ">=" + ".".join(map(str, cli.PYTHON))
+  for package, oldest in cli.PACKAGES.items():
+    assert f"{package}>={'.'.join(map(str, oldest))}" in project["dependencies"]
+
+
 def test_unknown_key_on_the_command_line(at):
   said = at("record", flags=["--config.data.seqlen=8"])
-  assert "'data.seqlen' is unknown; did you mean --config.data.seq_len?" in said
+  assert "'data.seqlen' does not exist. Did you mean --config.data.seq_len?" in said
 
 
 def test_what_preflight_compiles_for_is_a_flag_or_a_key(tmp_path, monkeypatch):
@@ -223,4 +261,4 @@ cli.main(sys.argv)
     env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"},
   )
   assert done.returncode == 2, done.stderr
-  assert "cannot be written (File too large); make room and run again" in done.stderr
+  assert "cannot be written (File too large). Make room and run again" in done.stderr

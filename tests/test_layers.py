@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent / "distill_jax"
 LAYERS = (
   ("errors",),
   ("types", "schedules", "registry"),
+  ("config_reference",),  # reads the source of the modules and imports none of them
   ("nn",),
   ("options",),  # every package's options.py: the sections of a config
   ("config",),
@@ -26,6 +27,7 @@ LAYERS = (
   ("preflight", "report"),
   ("evals", "efficiency", "pruning"),
   ("commands",),
+  ("flags",),
   ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -81,7 +83,9 @@ def test_the_root_holds_the_front_door_only():
     "__init__.py",
     "cli.py",
     "config.py",
+    "config_reference.py",
     "errors.py",
+    "flags.py",
     "py.typed",
     "registry.py",
     "schedules.py",

@@ -68,7 +68,6 @@ PENDING: tuple[str, ...] = (
   "distill_jax/runtime/",
   "distill_jax/tasks/",
   "distill_jax/training/",
-  "distill_jax/cli.py",
   "distill_jax/registry.py",
   "distill_jax/types.py",
   "distill_jax/schedules.py",

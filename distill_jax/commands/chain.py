@@ -10,6 +10,9 @@ Writes: in the workdir: a folder for each link, with its records, its run and, i
 pruning, its model; evaluation.json, with all links and the teacher; and export.dir, if it is set,
 with the last link. Finished parts are skipped when the command is run again.
 
+Config: seed, mesh, teacher, data, chain, links, records, losses, optim, train, evaluate, evals,
+export.
+
 Example:
   distill-jax chain --config=configs/assistants.py --workdir=runs/assistants
 """

@@ -10,6 +10,8 @@ in the workdir if it exists.
 
 Writes: efficiency.json in the workdir.
 
+Config: seed, mesh, teacher, student, efficiency.
+
 Example:
   distill-jax efficiency --config=configs/demo.py --workdir=runs/demo --config.efficiency.chip=v5e
 """

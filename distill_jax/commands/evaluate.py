@@ -6,6 +6,8 @@ held-out part of `data` or `tasks`; and the files of the benchmarks in `evals`.
 Writes: evaluation.json in the workdir. For benchmarks, also the generated answers and their grades,
 in evals/MODEL/BENCHMARK of the workdir. Finished samples are kept when the command is interrupted.
 
+Config: seed, mesh, teacher, student, data, evaluate, evals, generate, tasks.
+
 Example:
   distill-jax evaluate --config=configs/demo.py --workdir=runs/demo
 """

@@ -6,6 +6,8 @@ model card with results, also export.evaluation.
 Writes: export.dir, a new folder: config.json, safetensors weights, the tokenizer and README.md (the
 model card). A LoRA run is exported merged, as a PEFT adapter or as its base model (export.lora).
 
+Config: mesh, export.
+
 Example:
   distill-jax export --config=configs/demo.py:distilled --workdir=runs/demo/distilled
 """

@@ -6,6 +6,8 @@ workdir).
 Writes: in the workdir: kept.jsonl, with the samples that pass all `filters`; rejected.jsonl, with
 the others and the reason for each; and filter.json, with the counts.
 
+Config: filter, filters.
+
 Example:
   distill-jax filter --config=configs/grade_school.py --workdir=runs/grade_school/filtered
 """

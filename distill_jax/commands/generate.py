@@ -11,6 +11,8 @@ Prompts that cannot be used are written to samples.rejected.jsonl. With generate
 store of the same texts. With `tasks`: pairs.jsonl. Finished samples are kept when the command is
 interrupted.
 
+Config: seed, mesh, teacher, data, generate, records, tasks.
+
 Example:
   distill-jax generate --config=configs/grade_school.py --workdir=runs/grade_school/samples
 """

@@ -5,6 +5,8 @@ Reads: the store in the workdir. With inspect.sequence=N, also the tokenizer of 
 Writes: nothing but standard output. inspect.verify=True checks the digest of every shard and
 decodes every record.
 
+Config: inspect, data, teacher.
+
 Example:
   distill-jax inspect --config=configs/demo.py --workdir=runs/demo/records
 """

@@ -11,6 +11,8 @@ network if the config names shapes (teacher.shape, student.shape).
 
 Writes: nothing but standard output. No --workdir is needed.
 
+Config: mesh, teacher, student, data, records, losses, optim, train, preflight.
+
 Example:
   distill-jax preflight --config=configs/r1_qwen_7b.py --topology=v5p:4x4x4
 """

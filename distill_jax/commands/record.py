@@ -8,6 +8,8 @@ Reads: the teacher (`teacher`), and the corpus in `data` or the examples of `tas
 
 Writes: a store in the workdir: manifest.json and shards (*.array_record).
 
+Config: seed, mesh, teacher, data, records, tasks.
+
 Example:
   distill-jax record --config=configs/demo.py --workdir=runs/demo/records
 """

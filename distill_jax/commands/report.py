@@ -5,6 +5,8 @@ train.records.
 
 Writes: report.html in the workdir. The page is a single file, without scripts or external images.
 
+Config: evaluate.models, train.records, export.dir.
+
 Example:
   distill-jax report --config=configs/demo.py --workdir=runs/demo
 """

@@ -12,6 +12,8 @@ Writes: the student as a Hugging Face folder, shrink.dir or "model" in the workd
 the sizes and the losses. For a target: each candidate in candidates/ of the workdir. Finished parts
 are skipped when the command is run again.
 
+Config: seed, mesh, teacher, student, data, shrink, records, losses, optim, train.
+
 Example:
   distill-jax shrink --config=configs/demo.py --workdir=runs/shrink --config.shrink.layers=20
 """

@@ -8,6 +8,8 @@ Reads: the student (`student`), the stores in train.records and, for online teac
 Writes: in the workdir: metrics.jsonl (the metrics of each step), event files for TensorBoard, and
 checkpoints/.
 
+Config: seed, mesh, student, teacher, teachers, data, losses, optim, train, tasks, augmentations.
+
 Example:
   distill-jax train --config=configs/demo.py:distilled --workdir=runs/demo/distilled
 """
