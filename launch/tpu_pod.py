@@ -57,7 +57,7 @@ EVERYWHERE = ("--node=all", "--worker=all", "--batch-size=all")
 INSTALL = (
   'test -e "$1/.installed" || { tar -xzf "$1.tar.gz" && cd "$1" && sudo apt-get update -q && '
   'sudo apt-get install -qy "$2-venv" && "$2" -m venv .venv && '
-  '.venv/bin/pip install -q -c tools/constraints.txt ".[tpu]" gcsfs && touch .installed; }'
+  '.venv/bin/pip install -q -c tools/constraints.txt ".[all,gcs,tpu]" && touch .installed; }'
 )
 # The lock: after a lost connection the same run again waits for the first one's end.
 RUN = (

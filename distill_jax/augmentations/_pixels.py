@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from PIL import Image
 
 from distill_jax.augmentations import Example
+from distill_jax.data.image_files import pillow
 from distill_jax.errors import InputError
 
 PIXELS, LABELS = "pixels_WWM", ("labels_T", "mask_T")
@@ -17,12 +19,12 @@ def check_probability(name: str, p: float) -> None:
     raise InputError(f"{name} is {p}; a probability, from 0 to 1, was expected")
 
 
-def to_pillow(pixels_WWM: np.ndarray) -> Image.Image:
+def to_pillow(pixels_WWM: np.ndarray) -> Any:
   """Returns an image of one channel, grey, or of three."""
-  return Image.fromarray(pixels_WWM[..., 0] if pixels_WWM.shape[-1] == 1 else pixels_WWM)
+  return pillow().fromarray(pixels_WWM[..., 0] if pixels_WWM.shape[-1] == 1 else pixels_WWM)
 
 
-def to_pixels(image: Image.Image) -> np.ndarray:
+def to_pixels(image: Any) -> np.ndarray:
   """Returns uint8 [height, width, 1 or 3]."""
   pixels = np.asarray(image)
   return pixels[..., None] if pixels.ndim == 2 else pixels
@@ -43,9 +45,9 @@ def warped(pixels_WWM: np.ndarray, matrix: np.ndarray, fill: int = 0) -> np.ndar
   grey = image.mode == "L"
   warped_image = image.transform(
     image.size,
-    Image.Transform.AFFINE,
+    pillow().Transform.AFFINE,
     data,
-    Image.Resampling.BILINEAR,
+    pillow().Resampling.BILINEAR,
     fillcolor=fill if grey else (fill,) * 3,
   )
   return to_pixels(warped_image)

@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
 
 from distill_jax.augmentations import Example
 from distill_jax.augmentations._pixels import PIXELS, to_pillow, to_pixels
+from distill_jax.data.image_files import pillow
 from distill_jax.errors import InputError
 
 
@@ -51,5 +51,5 @@ class Augmentation:
     y, x = (int(rng.integers(0, n + 1)) for n in (padded.shape[0] - h, padded.shape[1] - w))
     part = padded[y : y + h, x : x + w]
     if (h, w) != (H, W):
-      part = to_pixels(to_pillow(part).resize((W, H), Image.Resampling.BILINEAR))
+      part = to_pixels(to_pillow(part).resize((W, H), pillow().Resampling.BILINEAR))
     return example | {PIXELS: part}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
 
 from distill_jax.augmentations import Example, _pixels
 from distill_jax.augmentations._pixels import PIXELS
 from distill_jax.errors import InputError
+from distill_jax.runtime import extras
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ def changed(pixels_WWM: np.ndarray, name: str, strength: float, fill: int = 0) -
   if name in WARPS:
     H, W = pixels_WWM.shape[:2]
     return _pixels.warped(pixels_WWM, WARPS[name](strength, H, W), fill)
-  return _pixels.to_pixels(TONES[name](_pixels.to_pillow(pixels_WWM), strength))
+  return _pixels.to_pixels(_tones()[name](_pixels.to_pillow(pixels_WWM), strength))
 
 
 def _rotate(s: float, H: int, W: int) -> np.ndarray:
@@ -73,15 +75,35 @@ WARPS: dict[str, Callable[[float, int, int], np.ndarray]] = {
   "translate_x": lambda s, H, W: np.array([[1, 0, 0.3 * s * W], [0, 1, 0]]),
   "translate_y": lambda s, H, W: np.array([[1, 0, 0], [0, 1, 0.3 * s * H]]),
 }
-TONES: dict[str, Callable[[Image.Image, float], Image.Image]] = {
-  "identity": lambda image, s: image,
-  "auto_contrast": lambda image, s: ImageOps.autocontrast(image),
-  "equalize": lambda image, s: ImageOps.equalize(image),
-  "posterize": lambda image, s: ImageOps.posterize(image, 8 - round(4 * abs(s))),
-  "solarize": lambda image, s: ImageOps.solarize(image, round(256 * (1 - abs(s)))),
-  "brightness": lambda image, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s),
-  "contrast": lambda image, s: ImageEnhance.Contrast(image).enhance(1 + 0.9 * s),
-  "sharpness": lambda image, s: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * s),
-  "colour": lambda image, s: ImageEnhance.Color(image).enhance(1 + 0.9 * s),
-}
+
+
+@functools.cache
+def _tones() -> dict[str, Callable[[Any, float], Any]]:
+  """Returns the changes of grey levels and colours, functions of a Pillow image and a strength."""
+  with extras.needed("images"):
+    from PIL import ImageEnhance, ImageOps
+  return {
+    "identity": lambda image, s: image,
+    "auto_contrast": lambda image, s: ImageOps.autocontrast(image),
+    "equalize": lambda image, s: ImageOps.equalize(image),
+    "posterize": lambda image, s: ImageOps.posterize(image, 8 - round(4 * abs(s))),
+    "solarize": lambda image, s: ImageOps.solarize(image, round(256 * (1 - abs(s)))),
+    "brightness": lambda image, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s),
+    "contrast": lambda image, s: ImageEnhance.Contrast(image).enhance(1 + 0.9 * s),
+    "sharpness": lambda image, s: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * s),
+    "colour": lambda image, s: ImageEnhance.Color(image).enhance(1 + 0.9 * s),
+  }
+
+
+TONES = (
+  "identity",
+  "auto_contrast",
+  "equalize",
+  "posterize",
+  "solarize",
+  "brightness",
+  "contrast",
+  "sharpness",
+  "colour",
+)
 CHANGES = (*WARPS, *TONES)

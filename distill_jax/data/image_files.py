@@ -5,13 +5,25 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+
+from distill_jax.runtime import extras
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-# What Pillow raises of bytes that are no whole image, or are larger than is safe.
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def pillow() -> Any:
+  """Returns the module PIL.Image, which the extra "images" installs."""
+  with extras.needed("images"):
+    from PIL import Image
+  return Image
+
+
+def decode_errors() -> tuple[type[Exception], ...]:
+  """Returns what Pillow raises for bytes that are not a whole image or are unsafely large."""
+  return OSError, SyntaxError, ValueError, pillow().DecompressionBombError
 
 
 def in_folder(folder: Path) -> list[Path]:
@@ -27,10 +39,11 @@ def decode(raw: bytes, size: int, channels: int) -> np.ndarray | None:
   Returns:
     uint8 [size, size, channels]; None if the bytes are not an image.
   """
+  Image = pillow()
   try:
     with Image.open(io.BytesIO(raw)) as opened:
       image = opened.convert("L" if channels == 1 else "RGB")
-  except BROKEN:
+  except decode_errors():
     return None
   short = min(image.size)
   if short != size:

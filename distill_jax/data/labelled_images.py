@@ -11,12 +11,12 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from distill_jax.data.bad_input import BadInputPolicy
-from distill_jax.data.image_files import BROKEN
+from distill_jax.data.image_files import decode_errors, pillow
 from distill_jax.errors import InputError
 from distill_jax.runtime.progress import Progress
 
@@ -95,11 +95,11 @@ class ImageSpec:
       return ""
     return f"is not {self.size} x {self.size}"
 
-  def pixels(self, image: Image.Image) -> np.ndarray:
+  def pixels(self, image: Any) -> np.ndarray:
     """Returns an image as the model reads it, uint8 [W, W, M]."""
     image = image.convert(MODES[self.channels])
     if image.size != (self.size, self.size):
-      image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+      image = image.resize((self.size, self.size), pillow().Resampling.BILINEAR)
     return np.asarray(image).reshape(self.size, self.size, self.channels)
 
 
@@ -165,9 +165,9 @@ def _folder(
 def _reread(files: Sequence[Path], hashes: Sequence[int], spec: ImageSpec, i: int) -> np.ndarray:
   """Returns the pixels of file i; raises InputError if they have changed."""
   try:
-    with Image.open(files[i]) as image:
+    with pillow().open(files[i]) as image:
       pixels = spec.pixels(image)
-  except BROKEN as e:
+  except decode_errors() as e:
     raise InputError(f"{files[i]} could be read when the run began ({e}); mend it") from e
   if _hash(pixels) != hashes[i]:
     raise InputError(f"{files[i]} has other pixels than when the run began; start it again")
@@ -179,9 +179,9 @@ def _inspect(file: Path, spec: ImageSpec) -> tuple[int, str]:
   if file.suffix.lower() not in SUFFIXES:
     return 0, "is neither PNG nor JPEG"
   try:
-    with Image.open(file) as image:
+    with pillow().open(file) as image:
       return (0, why) if (why := spec.defect(*image.size)) else (_hash(spec.pixels(image)), "")
-  except BROKEN:
+  except decode_errors():
     return 0, "is damaged"
 
 
@@ -199,7 +199,7 @@ def _idx(
       f"image {i} of {path}", f"has label {labels[i]}, and there are {len(classes)} classes"
     )
   shape = (-1, spec.size, spec.size, spec.channels)
-  arrays = [spec.pixels(Image.fromarray(x)) for x in pixels[good]]
+  arrays = [spec.pixels(pillow().fromarray(x)) for x in pixels[good]]
   images, indices_N = np.array(arrays, np.uint8).reshape(shape), np.arange(len(arrays))
   hashes_N = np.array([_hash(x) for x in arrays], np.uint64)
   return LabelledImages(images.__getitem__, indices_N, hashes_N, labels[good].astype(np.int32))

@@ -9,16 +9,18 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.meta
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-import jinja2.utils
-
 from distill_jax.errors import InputError
+from distill_jax.runtime import extras
 from distill_jax.types import JsonObject
+
+with extras.needed("train"):
+  import jinja2
+  import jinja2.ext
+  import jinja2.meta
+  import jinja2.nodes
+  import jinja2.parser
+  import jinja2.sandbox
+  import jinja2.utils
 
 MARKS = ("\ufdd0", "\ufdd1")  # Unicode's noncharacters, for use inside a program
 # A message's reasoning goes by three names; templates read the first, a few the second.

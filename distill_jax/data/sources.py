@@ -15,7 +15,7 @@ from pathlib import Path
 
 from distill_jax.data import jsonl
 from distill_jax.errors import InputError
-from distill_jax.runtime import json_io
+from distill_jax.runtime import extras, json_io
 from distill_jax.types import JsonObject
 
 KINDS = ("pydoc", "text", "jsonl", "chat", "tfds")
@@ -177,7 +177,8 @@ def _string(record: JsonObject, field: str, where: str) -> str:
 
 
 def _tfds(source: DocumentSource) -> Iterator[str]:
-  import tensorflow_datasets as tfds  # here, because it takes seconds
+  with extras.needed("tfds"):  # here, because it takes seconds
+    import tensorflow_datasets as tfds
 
   path = Path(source.path)
   try:

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-import tokenizers
-
 from distill_jax.errors import InputError
-from distill_jax.runtime import json_io
+from distill_jax.runtime import extras, json_io
 from distill_jax.types import JsonObject
+
+with extras.needed("train"):
+  import sentencepiece
+  import tokenizers
 
 FILES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 # Looked for in this order where nothing names them. A document's end comes before a

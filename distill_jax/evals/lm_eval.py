@@ -27,14 +27,11 @@ from distill_jax.generation.options import DecodingOptions
 from distill_jax.generation.sampling import Sampling
 from distill_jax.generation.stops import Stops
 from distill_jax.nn import sharding
+from distill_jax.runtime import extras
 from distill_jax.types import JsonObject
 
-try:
+with extras.needed("lm_eval"):
   from lm_eval.api.model import LM
-except ImportError as e:
-  raise InputError(
-    f"lm-eval cannot be imported ({e}); run `pip install 'distill-jax[lm_eval]'`"
-  ) from e
 
 SUPPORTED = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p"}
 CACHE_MULTIPLE = 64  # a cache has a multiple of so many positions

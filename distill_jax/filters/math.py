@@ -8,7 +8,6 @@ a new worker takes the next sample.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Iterable, Iterator
 
@@ -24,6 +23,7 @@ from distill_jax.filters.samples import (
   judge_in_parallel,
   text_field,
 )
+from distill_jax.runtime import extras
 
 # Answers in words, which are compared as text: sympy would parse a product of letters.
 WORDS = re.compile(r"(?:no|[^\W\d_]{3,})(?:[\s'-]+[^\W\d_]+)*\.?", re.IGNORECASE)
@@ -52,8 +52,8 @@ class Filter(_base.Filter):
       raise bad_value("workers", self.workers, "a positive integer", "Increase it")
 
   def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
-    if importlib.util.find_spec("math_verify") is None:
-      raise InputError("math-verify is not installed. Run `pip install 'distill-jax[data]'`.")
+    if extras.not_installed("math_verify"):
+      raise extras.missing("math_verify", "data")
     with Pool(self.seconds) as pool:
 
       def reject_reason(sample: Sample) -> str | None:

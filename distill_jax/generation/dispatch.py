@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill_jax.errors import InputError
-from distill_jax.generation import local, openai_api, remote
+from distill_jax.generation import local, openai_api
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.to_records import GeneratedStore
 from distill_jax.types import JsonObject
@@ -33,4 +33,6 @@ def generate(
       "generate.records_dir is for a teacher here; leave it empty, and `record` the server's "
       f"{openai_api.RESPONSES}"
     )
+  from distill_jax.generation import remote  # needs an extra
+
   return remote.generate(job, folder)

@@ -16,33 +16,19 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import httpx2
-
 from distill_jax.errors import InputError
 from distill_jax.generation.options import ServerOptions
+from distill_jax.generation.request_errors import RequestFailed, RequestRefused
+from distill_jax.runtime import extras
+
+with extras.needed("serve"):
+  import httpx2
 
 Answer = TypeVar("Answer")
 
 RETRY_STATUSES = (408, 409, 425, 429)  # and from 500 on: the same request may be answered yet
 FIRST_WAIT_S, MAX_WAIT_S = 0.5, 60.0  # before a request is made again
 MAX_SERVER_WAIT_S = 600.0  # that a server may ask for
-
-
-class RequestRefused(Exception):
-  """The server does not answer such a request, however often it is made."""
-
-
-class RequestFailed(Exception):
-  """A request was not answered; made again, it may be.
-
-  Attributes:
-    busy: the server has too much to do, and nothing is wrong.
-    after: seconds that it asks to wait.
-  """
-
-  def __init__(self, why: str, busy: bool = False, after: float = 0.0):
-    super().__init__(why)
-    self.busy, self.after = busy, after
 
 
 class Client:

@@ -14,9 +14,9 @@ from typing import Any
 from distill_jax.data import corpus, jsonl
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
-from distill_jax.generation.http_client import RequestRefused
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.prompts import Message, PromptEncoder, model_input
+from distill_jax.generation.request_errors import RequestRefused
 from distill_jax.generation.scheduler import SampleKey
 from distill_jax.runtime import atomic_io, json_io
 from distill_jax.types import JsonObject

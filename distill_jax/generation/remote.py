@@ -12,7 +12,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import httpx2
 import jax
 
 from distill_jax.errors import InputError
@@ -22,7 +21,11 @@ from distill_jax.generation.journal import SampleJournal
 from distill_jax.generation.openai_api import Responses
 from distill_jax.generation.prompts import read_prompts
 from distill_jax.generation.remote_sampler import RemoteSampler
+from distill_jax.runtime import extras
 from distill_jax.types import JsonObject
+
+with extras.needed("serve"):
+  import httpx2
 
 
 def generate(job: GenerationJob, folder: Path) -> JsonObject:

@@ -15,13 +15,16 @@ import re
 import struct
 from typing import Any, NamedTuple
 
-import gguf
 import numpy as np
-from gguf import quants
 
 from distill_jax.errors import InputError
 from distill_jax.hub.weights import Index
+from distill_jax.runtime import extras
 from distill_jax.types import JsonObject
+
+with extras.needed("gguf"):
+  import gguf
+  from gguf import quants
 
 # The value types of the metadata, as struct codes.
 SCALARS = {

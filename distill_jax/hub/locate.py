@@ -6,7 +6,7 @@ import importlib.util
 import pathlib
 
 from distill_jax.errors import InputError
-from distill_jax.runtime import storage
+from distill_jax.runtime import extras, storage
 
 # Weights are read from safetensors alone: a `.bin` is a pickle, which can run code.
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja"]
@@ -58,13 +58,8 @@ def _in_package(rest: str) -> pathlib.Path:
 
 
 def _from_hub(rest: str) -> pathlib.Path:
-  try:
+  with extras.needed("train"):
     import huggingface_hub
-  except ImportError:
-    raise InputError(
-      f"hub:{rest} needs huggingface_hub, which is not installed; run `pip install "
-      "huggingface_hub`, or give a local folder"
-    ) from None
   repo, _, revision = rest.partition("@")
   try:
     return pathlib.Path(

@@ -13,7 +13,6 @@ from typing import cast
 from distill_jax import registry
 from distill_jax.errors import InputError
 from distill_jax.hub import float8, prefixed, timm_vit
-from distill_jax.hub.gguf_file import GGUFFile
 from distill_jax.hub.gguf_tokenizer import tokenizer_files
 from distill_jax.hub.locate import locate
 from distill_jax.hub.safetensors_folder import SafetensorsFolder
@@ -83,6 +82,8 @@ def open_model(source: str) -> Pretrained:
     extra = path / "generation_config.json"
     generation = read_hf_json(extra) if extra.exists() else {}
   elif path.suffix == ".gguf":
+    from distill_jax.hub.gguf_file import GGUFFile  # needs an extra
+
     weights = file = GGUFFile(path)
     hf, tokenizer, generation = file.config(), tokenizer_files(file.meta, path), {}
     family = _family(hf, path)

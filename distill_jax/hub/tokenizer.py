@@ -7,6 +7,7 @@ import pathlib
 
 from distill_jax.errors import InputError
 from distill_jax.hub.weights import parse_hf_json, read_hf_json, read_text
+from distill_jax.runtime import extras
 from distill_jax.types import JsonObject
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -40,7 +41,8 @@ class TokenizerFiles:
   def size(self) -> int:
     """Ids that the tokenizer can give: the largest one plus 1."""
     if self.json is None:
-      import sentencepiece
+      with extras.needed("train"):
+        import sentencepiece
 
       return sentencepiece.SentencePieceProcessor(model_proto=self.sentencepiece).get_piece_size()
     parsed = parse_hf_json(self.json.encode(), "tokenizer.json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import os
 
 import jax
@@ -16,6 +15,7 @@ from distill_jax.nn import sharding
 from distill_jax.nn.sharding import MeshOptions
 from distill_jax.preflight import chips
 from distill_jax.preflight.chips import Chip
+from distill_jax.runtime import extras
 
 # Nothing is asked of a metadata server, no log is written to the terminal, and another
 # process may have libtpu too. libtpu reads this when it is loaded, at the first topology.
@@ -59,11 +59,8 @@ def prepare() -> None:
   Raises:
     InputError: libtpu is not installed.
   """
-  if importlib.util.find_spec("libtpu") is None:
-    raise InputError(
-      "preflight compiles with libtpu, which is not installed; run pip install 'distill-jax[tpu]', "
-      "no TPU is needed"
-    )
+  if extras.not_installed("libtpu"):
+    raise extras.missing("libtpu", "tpu")
   os.environ.update(ENVIRONMENT)
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_enable_compilation_cache", False)

@@ -1,57 +1,64 @@
-"""features.json and dataset_info.json: what `tfds.builder_from_directory` reads."""
+"""features.json and dataset_info.json: what `tfds.builder_from_directory` reads.
+
+Both are the files that tensorflow-datasets itself would write, so that a store can be written
+without it.
+"""
 
 from __future__ import annotations
 
-import tempfile
+import json
 from pathlib import Path
-
-import numpy as np
 
 from distill_jax.records import tf_example
 from distill_jax.records.manifest import Manifest
 from distill_jax.runtime.atomic_io import atomic_write
+from distill_jax.types import JsonObject
 
 SPLIT = "records"
 # Without the number of shards in the names, a store is extended without renaming any.
 TEMPLATE = "{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"
+FEATURES = "tensorflow_datasets.core.features"
 
 
 def write(folder: Path, m: Manifest) -> None:
-  """Describes the shards of m, each file replaced as a whole."""
-  import tensorflow_datasets as tfds  # a second of imports that readers need not pay
+  """Describes the shards of a manifest. Each file is replaced as a whole."""
+  for name, contents, indent in (
+    ("features.json", features(m), 4),
+    ("dataset_info.json", dataset_info(m), 2),
+  ):
+    atomic_write(folder / name, json.dumps(contents, indent=indent, sort_keys=True))
 
-  with tempfile.TemporaryDirectory() as scratch:
-    features = tfds.features.FeaturesDict(
-      {
-        n: tfds.features.Tensor(shape=(), dtype=np.object_, doc=tf_example.FIELDS[n])
-        for n in tf_example.names(m)
+
+def features(m: Manifest) -> JsonObject:
+  """Returns the description of the features of a record: byte strings."""
+  return {
+    "pythonClassName": f"{FEATURES}.features_dict.FeaturesDict",
+    "featuresDict": {
+      "features": {
+        name: {
+          "pythonClassName": f"{FEATURES}.tensor_feature.Tensor",
+          "tensor": {"dtype": "string", "encoding": "none", "shape": {}},
+          "description": tf_example.FIELDS[name],
+        }
+        for name in tf_example.names(m)
       }
-    )
-    info = tfds.core.DatasetInfo(
-      builder=tfds.core.dataset_info.DatasetIdentity(
-        name="records",
-        version=tfds.core.utils.Version("1.0.0"),
-        data_dir=str(folder),
-        module_name="",
-      ),
-      features=features,
-      description=f"Teacher records of {m.teacher.get('name', 'no teacher')}, kind {m.kind}.",
-    )
-    info.set_file_format("array_record")
-    template = tfds.core.ShardedFileTemplate(
-      data_dir=folder,
-      dataset_name="records",
-      split=SPLIT,
-      filetype_suffix="array_record",
-      template=TEMPLATE,
-    )
-    split = tfds.core.SplitInfo(
-      name=SPLIT,
-      shard_lengths=[s.count for s in m.shards],
-      num_bytes=sum(s.bytes for s in m.shards),
-      filename_template=template,
-    )
-    info.set_splits(tfds.core.splits.SplitDict([split]))
-    info.write_to_directory(scratch)
-    for file in Path(scratch).iterdir():
-      atomic_write(folder / file.name, file.read_text())
+    },
+  }
+
+
+def dataset_info(m: Manifest) -> JsonObject:
+  """Returns the description of the dataset and its shards. 64-bit numbers are strings."""
+  return {
+    "name": "records",
+    "version": "1.0.0",
+    "description": f"Teacher records of {m.teacher.get('name', 'no teacher')}, kind {m.kind}.",
+    "fileFormat": "array_record",
+    "splits": [
+      {
+        "name": SPLIT,
+        "numBytes": str(sum(s.bytes for s in m.shards)),
+        "shardLengths": [str(s.count) for s in m.shards],
+        "filepathTemplate": TEMPLATE,
+      }
+    ],
+  }

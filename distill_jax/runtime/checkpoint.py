@@ -18,12 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from distill_jax.errors import InputError
-from distill_jax.runtime import storage
+from distill_jax.runtime import extras, storage
 from distill_jax.types import JsonObject, PyTree
+
+with extras.needed("train"):
+  import orbax.checkpoint as ocp
 
 STATE, ABOUT = "state", "about"
 

@@ -22,6 +22,7 @@ from typing import Any
 import fsspec
 
 from distill_jax.errors import InputError
+from distill_jax.runtime import extras
 
 REMOTE = ".remote"  # a file in a mirror: the URL of what it mirrors
 CHECKPOINTS = "checkpoints"
@@ -29,6 +30,8 @@ PUBLISH_EVERY = 30.0  # seconds, for a folder in use
 # Files below so many bytes may be rewritten with the same size, so they are always copied; larger
 # ones are copied if their size differs.
 ALWAYS_COPIED_BELOW = 2**20
+# By scheme, the package that fsspec opens it with, and the extra that installs it.
+EXTRAS = {"gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 Version = tuple[int, int]  # of a file: size, and time of its last change in nanoseconds
 
 
@@ -181,7 +184,9 @@ def _open(url: str) -> tuple[Any, str]:
   try:
     fs, root = fsspec.core.url_to_fs(url.rstrip("/"))
   except ImportError as e:
-    raise InputError(f"{url} needs a package that is not installed ({e}); install it") from e
+    if scheme in EXTRAS:
+      raise extras.missing(*EXTRAS[scheme]) from e
+    raise InputError(f"{url} needs a package that is not installed ({e}). Install it.") from e
   except ValueError as e:
     raise InputError(f"{url}: {scheme!r} is no file system that fsspec knows ({e})") from e
   return fs, root.rstrip("/")

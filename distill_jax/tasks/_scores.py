@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from distill_jax.runtime import extras
+
+WORD_ERROR_PACKAGES = ("jiwer", "transformers")
 
 
 class WordErrors(NamedTuple):
@@ -15,15 +18,10 @@ class WordErrors(NamedTuple):
   words: int
 
 
-def missing(*packages: str) -> list[str]:
-  """Returns the packages that are not installed."""
-  return [p for p in packages if importlib.util.find_spec(p) is None]
-
-
 def bleu_and_chrf(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
   """Returns scores of a corpus from 0 to 100 (arXiv:1804.08771); {} without sacrebleu."""
-  if missing("sacrebleu"):
-    print("no bleu and chrf: pip install sacrebleu", file=sys.stderr)
+  if packages := extras.not_installed("sacrebleu"):
+    print(f"Skipping bleu and chrf. {extras.missing(packages[0], 'text')}", file=sys.stderr)
     return {}
   import sacrebleu
 
@@ -35,8 +33,8 @@ def bleu_and_chrf(outputs: Sequence[str], references: Sequence[str]) -> dict[str
 
 def word_error_rate(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
   """Returns wrong words per reference word; {} without jiwer or transformers."""
-  if packages := missing("jiwer", "transformers"):
-    print(f"no wer: pip install {' '.join(packages)}", file=sys.stderr)
+  if packages := extras.not_installed(*WORD_ERROR_PACKAGES):
+    print(f"Skipping wer. {extras.missing(packages[0], 'text')}", file=sys.stderr)
     return {}
   errors = word_errors(outputs, references)
   return {"wer": sum(e.wrong for e in errors) / max(1, sum(e.words for e in errors))}

@@ -16,6 +16,7 @@ from distill_jax.errors import InputError
 from distill_jax.generation.beam_search import Search
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.models import FamilyConfig
+from distill_jax.runtime import extras
 from distill_jax.tasks import _scores, _seq2seq_targets
 from distill_jax.tasks._base import Example, PseudoLabels, Stack, TextTask
 from distill_jax.tasks._jsonl_task import BadExamples, JsonlTask, is_text, read_media
@@ -169,8 +170,8 @@ class Task(JsonlTask, TextTask):
 
   def pseudo_labels(self, outputs: Sequence[str], source: TranscribedSounds) -> PseudoLabels:
     """Returns the outputs as texts, but those above `max_wer`: Distil-Whisper's filter."""
-    if missing := _scores.missing("jiwer", "transformers"):
-      raise InputError(f"max_wer needs {' and '.join(missing)}; pip install {' '.join(missing)}")
+    if packages := extras.not_installed(*_scores.WORD_ERROR_PACKAGES):
+      raise extras.missing(packages[0], "text")
     errors = _scores.word_errors(outputs, source.texts)
     lines = [
       {

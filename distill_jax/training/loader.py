@@ -9,14 +9,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 
-import grain
 import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.records.collate import Read, collate
 from distill_jax.records.fields import Record
 from distill_jax.records.store import RecordSource
+from distill_jax.runtime import extras
 from distill_jax.types import Batch, Recorded
+
+with extras.needed("train"):
+  import grain
 
 
 def batches(

@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import SupportsFloat
 
-from tensorboardX import SummaryWriter
-
 from distill_jax.errors import InputError
-from distill_jax.runtime import json_io
+from distill_jax.runtime import extras, json_io
 from distill_jax.runtime.atomic_io import atomic_write
+
+with extras.needed("train"):
+  from tensorboardX import SummaryWriter
 
 FILE = "metrics.jsonl"
 

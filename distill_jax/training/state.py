@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 
 import jax
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from distill_jax.config import Config
@@ -14,11 +13,14 @@ from distill_jax.models import loading, runs
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.records import collate
-from distill_jax.runtime import checkpoint
+from distill_jax.runtime import checkpoint, extras
 from distill_jax.training.outputs import Teachers
 from distill_jax.training.step import Step
 from distill_jax.training.stores import Stores, batches, teacher_manifest
 from distill_jax.types import JsonObject, Model, PyTree, TrainState
+
+with extras.needed("train"):
+  import orbax.checkpoint as ocp
 
 
 @dataclasses.dataclass(frozen=True)

@@ -319,7 +319,7 @@ def test_unknown_verb():
 
 def test_without_libtpu(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(InputError, match=r"libtpu, which is not installed; run pip install"):
+  with pytest.raises(InputError, match=r"libtpu is not installed; .*'distill-jax\[tpu\]'"):
     topology.prepare()
 
 
