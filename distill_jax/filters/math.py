@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 
-from distill_jax.errors import InputError, bad_value
+from distill_jax.errors import bad_value
 from distill_jax.filters import _base, answers
 from distill_jax.filters._math_pool import Pool
 from distill_jax.filters.exact import plain
