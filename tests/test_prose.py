@@ -64,7 +64,6 @@ PENDING: tuple[str, ...] = (
   "distill_jax/preflight/",
   "distill_jax/pruning/",
   "distill_jax/records/",
-  "distill_jax/report/",
   "distill_jax/runtime/",
   "distill_jax/tasks/",
   "distill_jax/training/",

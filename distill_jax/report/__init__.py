@@ -1,1 +1,1 @@
-"""The report of a run: its numbers, the sentence they support, one HTML page, the model card."""
+"""The report of a run: its results, a headline, the HTML page and the model card."""

@@ -8,19 +8,19 @@ from typing import Any
 
 from distill_jax.report.numbers import cell, percent, tone
 
-ModelScores = Mapping[str, Any]  # of evaluation.json
-Evals = Mapping[str, Mapping[str, ModelScores]]  # by benchmark, then by model
+ModelScores = Mapping[str, Any]  # the results of one model on one benchmark, in evaluation.json
+Evals = Mapping[str, Mapping[str, ModelScores]]  # by benchmark and model
 
 
 def numbers(evals: Evals) -> Iterator[tuple[str, str]]:
-  """Yields (benchmark, number) for each number that some model has, e.g. ("gsm8k", "pass@1")."""
+  """Yields (benchmark, name of a number), e.g. ("gsm8k", "pass@1"), if any model has the number."""
   for name, rows in evals.items():
     keys = (key for row in rows.values() for key, v in row.items() if isinstance(v, dict))
     yield from ((name, number) for number in dict.fromkeys(keys))
 
 
 def models_of(evals: Evals) -> list[str]:
-  """The models that some benchmark was run on, in order."""
+  """Returns the models that were evaluated on at least one benchmark, in order."""
   return list(dict.fromkeys(model for rows in evals.values() for model in rows))
 
 
@@ -33,7 +33,7 @@ def value(row: ModelScores | None, number: str) -> str:
 
 
 def note(by_model: Mapping[str, ModelScores]) -> str:
-  """Says how much a benchmark's numbers rest on: of the models, the worst."""
+  """Returns the sample sizes behind a benchmark's numbers, for the model with the fewest."""
   rows = [row for row in by_model.values() if row]
   if not rows:
     return ""
@@ -41,21 +41,21 @@ def note(by_model: Mapping[str, ModelScores]) -> str:
   if (n := max(row.get("samples", 0) for row in rows)) > 1:
     parts.append(f"{n:g} samples each")
   if left_out := max(row["left_out"] for row in rows):
-    parts.append(f"{left_out} left out")
+    parts.append(f"{left_out} skipped")
   if cut_off := max(row.get("cut_off", 0.0) for row in rows):
-    parts.append(f"up to {percent(cut_off)} of the answers cut off")
+    parts.append(f"up to {percent(cut_off)} of the answers truncated")
   return ", ".join(parts)
 
 
 def headline(evals: Evals) -> str:
-  """Returns the first number of the first benchmark, of each model."""
+  """Returns the first number of the first benchmark for each model."""
   name, number = next(numbers(evals))
   values = {model: row[number]["value"] for model, row in evals[name].items() if number in row}
   return f"{name}, {number}: " + ", ".join(f"{model} {percent(x)}" for model, x in values.items())
 
 
 def table(labels: Mapping[str, str], evals: Evals) -> str:
-  """Returns the table of the page, in HTML."""
+  """Returns the table of benchmarks for the page, in HTML."""
   models = models_of(evals)
   head = "".join(
     f'<th scope="col"><i class="dot {tone(m)}"></i>{html.escape(labels.get(m, m))}</th>'
@@ -75,7 +75,10 @@ def table(labels: Mapping[str, str], evals: Evals) -> str:
 
 
 def text(evaluation: Mapping[str, Any]) -> str:
-  """Formats an evaluation.json: a line for each model, then one for each benchmark's number."""
+  """Formats the content of an evaluation.json for the terminal.
+
+  There is a line for each model, then a line for each number of each benchmark.
+  """
   lines = []
   for model, row in evaluation["models"].items():
     lines.append(f"{model}: " + ", ".join(f"{name} {x:,.4g}" for name, x in row.items()))
@@ -87,7 +90,7 @@ def text(evaluation: Mapping[str, Any]) -> str:
 
 
 def markdown(evals: Evals) -> list[str]:
-  """Returns the lines of a model card's table."""
+  """Returns the lines of the table of benchmarks for a model card, in Markdown."""
   models = models_of(evals)
   lines = ["| benchmark | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
   for name, number in numbers(evals):

@@ -1,6 +1,6 @@
-"""Plots drawn by hand: boxes placed by percent, with SVG paths only for curves.
+"""The plots of the report, as HTML elements positioned by percent, with SVG paths for curves.
 
-So text keeps its size at any width, and a plot costs a few kilobytes.
+Text keeps its size at any width of the page, and a plot takes only a few kilobytes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from distill_jax.report.numbers import COLUMNS, cell, tone
 if TYPE_CHECKING:
   from distill_jax.report.html_report import ReportedRun
 
-POINTS = 600  # of one curve, at most
+POINTS = 600  # maximum per curve
 escape = html.escape
 
 
 def dots(labels: Mapping[str, str], models: Mapping[str, Mapping[str, float | None]]) -> str:
-  """Returns panels, one for each number, with a dot for each model."""
+  """Returns dot plots: one panel for each number, with one dot per model."""
   panels = ""
   for key in ("ce", "kl", "agreement"):
     name, note, write = COLUMNS[key]
@@ -61,16 +61,18 @@ def _percent_of_axis(x: float, lo: float, hi: float) -> float:
 
 
 def curves(labels: Mapping[str, str], runs: Mapping[str, ReportedRun]) -> str:
-  """Returns curves of the quantities that every run logged; only those can be compared."""
+  """Returns training curves of the metrics that all runs have logged, so that they compare."""
   if not runs:
-    return '<p class="bad">No run with a metrics.jsonl was given.</p>'
+    return '<p class="bad">There are no training curves: no run has a metrics.jsonl.</p>'
   shared = set.intersection(*({k for row in r.rows for k in row} for r in runs.values()))
   kls = sorted(k for k in shared if k.startswith("kl/"))
   keys = [k for k in ("ce", *kls[:1]) if k in shared] or [k for k in ("loss",) if k in shared]
   if not keys:
-    return f'<p class="bad">The runs {escape(", ".join(runs))} wrote no number in common.</p>'
-  names = {"ce": "Cross-entropy of the training labels", "loss": "Training loss, each run's own"}
-  charts = "".join(_chart(k, names.get(k, "KL to the teacher, training text"), runs) for k in keys)
+    return f'<p class="bad">The runs {escape(", ".join(runs))} share no metric.</p>'
+  names = {"ce": "Cross-entropy on training data", "loss": "Training loss (differs between runs)"}
+  charts = "".join(
+    _chart(k, names.get(k, "KL to the teacher on training data"), runs) for k in keys
+  )
   legend = "".join(
     f'<span><i class="dot {tone(name)}"></i>{escape(labels.get(name, name))}, '
     f"{len(run.rows):,} steps</span>"
@@ -108,9 +110,9 @@ def _chart(key: str, title: str, runs: Mapping[str, ReportedRun]) -> str:
   grid = "".join(f'<i class="grid" style="top:{100 * top(t):.2f}%"></i>' for t in ticks)
   y = "".join(f'<span class="y" style="top:{100 * top(t):.2f}%">{t:g}</span>' for t in ticks)
   x = "".join(f'<span class="x" style="left:{100 * left(t):.2f}%">{t:g}</span>' for t in x_ticks)
-  note = f"by step; thick: mean over {window} steps"
+  note = f"per step; thick line: mean over {window} steps"
   if broken := len(points) - len(finite):
-    note += f"; {broken} values are NaN or infinite and leave a hole"
+    note += f"; gaps: {broken} values are NaN or infinite"
   return (
     f"<figure><figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>"
     f'<div class="plot">{grid}<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
@@ -119,7 +121,7 @@ def _chart(key: str, title: str, runs: Mapping[str, ReportedRun]) -> str:
 
 
 def _axis(values: Sequence[float], n: int) -> tuple[float, float, list[float]]:
-  """(low, high, about n round ticks) that hold the values."""
+  """Returns (low, high, about n round ticks) of an axis that includes the values."""
   lo, hi = (min(values), max(values)) if values else (0.0, 1.0)
   if hi - lo <= 1e-6 * max(1.0, abs(hi)):
     lo, hi = lo - 0.5, hi + 0.5
@@ -132,7 +134,7 @@ def _axis(values: Sequence[float], n: int) -> tuple[float, float, list[float]]:
 
 
 def _smooth(points: np.ndarray, width: int) -> np.ndarray:
-  """Running mean over `width` values, each at the middle of its window."""
+  """Returns the running mean over `width` values, each at the middle of its window."""
   if len(points) < width:
     return points
   kernel = np.ones(width) / width
@@ -140,7 +142,7 @@ def _smooth(points: np.ndarray, width: int) -> np.ndarray:
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:
-  """An SVG path that breaks where y is not finite."""
+  """Returns an SVG path with a gap where y is not finite."""
   d, pen = [], "M"
   for a, b in zip(x, y, strict=True):
     if not math.isfinite(b):

@@ -1,4 +1,4 @@
-"""Gathers what a run's folders hold, and writes it as one HTML page."""
+"""Reads the folders of a run and writes the HTML page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distill_jax.types import JsonObject
 
 @dataclasses.dataclass(frozen=True)
 class ReportedRun:
-  """A training run as its folder tells it."""
+  """A training run, read from its folder."""
 
   rows: list[dict[str, float]]  # metrics.jsonl
   config: JsonObject  # config.json
@@ -38,18 +38,18 @@ def write_report(
   """Writes the page into `workdir` and returns `results.summary`.
 
   Args:
-    workdir: where the page goes.
+    workdir: the folder for the page.
     evaluation: {"models": {name: numbers}, "tokens": n, "corpus": text, "evals": {benchmark:
-      {name: row}}}, of which the last, or all others, may be left out; without it,
-      workdir/evaluation.json. Numbers of a model: ce, kl, entropy (nats a token),
-      perplexity, agreement (0 to 1), parameters, bytes, tokens_per_second.
-    runs: run folders by name; without it, each folder in workdir with a metrics.jsonl.
+      {name: row}}}. Either "evals" or the other three can be missing. The numbers of a model are
+      ce, kl, entropy (nats per token), perplexity, agreement (0 to 1), parameters, bytes and
+      tokens_per_second. None reads workdir/evaluation.json.
+    runs: the run folders by name. None: each folder in workdir with a metrics.jsonl.
     records: {"kind", "n", "bytes_per_token", "entries_per_token", "vocab_size"}.
     export_dir: the exported Hugging Face folder.
-    out: the page's file name.
+    out: the file name of the page.
 
   Raises:
-    InputError: no evaluation, or one without models.
+    InputError: The evaluation does not exist or has no models.
   """
   folder = Path(workdir)
   if evaluation is None:
@@ -57,13 +57,13 @@ def write_report(
   measured, evals = evaluation.get("models"), evaluation.get("evals") or {}
   if not isinstance(measured, dict) or not (measured or evals):
     raise InputError(
-      f"the evaluation for {folder} holds {sorted(evaluation)} and no models; run evaluate first"
+      f"The evaluation for {folder} has {sorted(evaluation)} but no models. Run evaluate first."
     )
   loaded = _runs(folder, runs)
   models = {name: _numbers(evaluation, name) for name in [*MODELS, *measured]} if measured else {}
   html = page.render(
     headline=results.headline(evaluation) if measured else benchmarks.headline(evals),
-    summary=_about(evaluation) if measured else "The loss on held-out text was not measured.",
+    summary=_about(evaluation) if measured else "The loss on held-out data was not measured.",
     labels={name: MODELS.get(name, name) for name in [*MODELS, *models]},
     models=models,
     gaps=results.gaps(evaluation),
@@ -78,7 +78,7 @@ def write_report(
 
 
 def _runs(folder: Path, runs: Mapping[str, str | Path] | None) -> dict[str, ReportedRun]:
-  """Reads the run folders: those of MODELS first, in that order, then the others."""
+  """Reads the run folders: first those named in MODELS, in that order, then the others."""
   if runs is None:
     runs = {p.parent.name: p.parent for p in sorted(folder.glob(f"*/{FILE}"))}
   order = [*MODELS, *runs]
@@ -101,11 +101,11 @@ def _numbers(evaluation: Mapping[str, Any], model: str) -> dict[str, float | Non
 def _about(evaluation: Mapping[str, Any]) -> str:
   tokens, corpus = evaluation.get("tokens"), evaluation.get("corpus")
   counted = "an unknown number of" if tokens is None else f"{int(tokens):,}"
-  return f"Measured on {counted} held-out tokens" + (f" of {corpus}." if corpus else ".")
+  return f"Evaluated on {counted} held-out tokens" + (f" of {corpus}." if corpus else ".")
 
 
 def _commands(folder: Path, runs: Mapping[str, ReportedRun]) -> dict[str, str]:
-  """The command of each run, and of each other step with a folder beside them, by time."""
+  """Returns the commands of the runs and of all other steps in `folder`, by name, in time order."""
   versions = {p.parent.name: _read(p) for p in folder.glob("*/versions.json")}
   versions |= {name: run.versions for name, run in runs.items()}
   names = sorted(versions, key=lambda name: (str(versions[name].get("started", "")), name))
@@ -113,7 +113,7 @@ def _commands(folder: Path, runs: Mapping[str, ReportedRun]) -> dict[str, str]:
 
 
 def _command(versions: Mapping[str, Any]) -> str:
-  argv = list(versions.get("command") or ["(no command is recorded)"])
+  argv = list(versions.get("command") or ["(the command is unknown)"])
   return shlex.join([Path(argv[0]).name, *argv[1:]]) if len(argv) > 1 else argv[0]
 
 

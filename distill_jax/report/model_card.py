@@ -1,4 +1,4 @@
-"""The model card of an exported student: its data, teacher, losses and measured numbers."""
+"""The model card of an exported student: its data, teacher, losses and results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLUMNS = ("ce", "perplexity", "kl", "agreement", "parameters")
 
 
 def card(config: Config, step: int, evaluation: Mapping[str, Any] | None) -> str:
-  """Returns README.md in Markdown; without an `evaluation` it says that nothing was measured."""
+  """Returns the model card in Markdown, with the results of `evaluation` if it is given."""
   student, data, optim, train = config.student, config.data, config.optim, config.train
   kept = f", layers {list(student.keep_layers)}" if student.keep_layers else ""
   text = f"- Data: `{data.kind}` `{data.path}`, sequences of {data.seq_len} tokens"
@@ -25,14 +25,14 @@ def card(config: Config, step: int, evaluation: Mapping[str, Any] | None) -> str
     "---",
     "# A distilled student",
     "",
-    f"Trained by distill_jax for {step:,} steps of {train.batch_size} sequences.",
+    f"Trained with distill_jax for {step:,} steps with {train.batch_size} sequences per step.",
     "",
     f"- Teacher: `{config.teacher.source or config.teacher.shape}`",
     f"- Student before training: `{student.source or student.shape}`{kept}",
     *_trained(config),
     *(_entry("Task", name, task) for name, task in config.tasks.items()),
     *([] if config.tasks else [text]),
-    f"- Optimiser: AdamW, peak rate {optim.peak_lr:g}, {optim.schedule}, "
+    f"- Optimizer: AdamW, peak learning rate {optim.peak_lr:g}, {optim.schedule} schedule, "
     f"weight decay {optim.weight_decay:g}",
     *(_entry("Loss", name, loss) for name, loss in config.losses.items()),
     "",
@@ -42,26 +42,26 @@ def card(config: Config, step: int, evaluation: Mapping[str, Any] | None) -> str
 
 
 def _trained(config: Config) -> list[str]:
-  """What of the student was trained, where that is adapters or shared layers."""
+  """Returns a line about the adapters or shared layers that were trained; [] otherwise."""
   lora, share = config.student.lora, config.student.share
   if config.student.train == "lora":
     exported = {
       "merged": "merged into the weights",
-      "peft": "alone, for the student before training",
-      "base": "not in here: this is the student before training",
+      "peft": "adapters only, to load on top of the student before training",
+      "base": "not included, since this is the student before training",
     }[config.export.lora]
     on = ", ".join(lora.targets)
     return [f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {on}; {exported}"]
   if config.student.train == "shared":
     deltas = (
-      f", each with a difference of rank {share.lora.rank} merged in" if share.lora.rank else ""
+      f", each with a merged LoRA difference of rank {share.lora.rank}" if share.lora.rank else ""
     )
-    return [f"- Layers: {share.layers} different ones, {share.order}, written out{deltas}"]
+    return [f"- Shared layers: {share.layers} distinct layers ({share.order}), repeated{deltas}"]
   return []
 
 
 def _entry(kind: str, name: str, entry: Any) -> str:
-  """A line about a task or a loss of the config: its module and its keys."""
+  """Returns a line about a task or a loss of the config: its module and its keys."""
   values = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}
   keys = (f"{k} {v.values if isinstance(v, Schedule) else v}" for k, v in values.items())
   return f"- {kind} `{name}` ({type(entry).__module__.rpartition('.')[2]}): {', '.join(keys)}"
@@ -69,14 +69,18 @@ def _entry(kind: str, name: str, entry: Any) -> str:
 
 def _measured(evaluation: Mapping[str, Any] | None) -> list[str]:
   if evaluation is None:
-    return ["Not measured: run `distill-jax evaluate` and export again with its evaluation.json."]
+    return [
+      "This model has not been evaluated. Run `distill-jax evaluate`, set `export.evaluation` to "
+      "its evaluation.json, and export again."
+    ]
   evals = evaluation.get("evals")
   rows = [*benchmarks.markdown(evals), ""] if evals else []
   if not evaluation["models"]:
     return rows
   rows += [
-    f"Measured on {evaluation['tokens']:,.0f} tokens of {evaluation['corpus']}; "
-    "ce and kl in nats a token, kl and agreement with the teacher.",
+    f"Evaluated on {evaluation['tokens']:,.0f} held-out tokens of {evaluation['corpus']}. "
+    "Cross-entropy (ce) and KL divergence (kl) are in nats per token; kl and top-1 agreement "
+    "compare with the teacher.",
     "",
     "| model | " + " | ".join(COLUMNS) + " |",
     "|---" * (len(COLUMNS) + 1) + "|",

@@ -1,4 +1,4 @@
-"""How numbers are written on the page, and what they are called."""
+"""The names of the numbers on the page, and their formats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def text(x: float | None, digits: int = 3) -> str:
-  """A number, or the word for why there is none."""
+  """Formats a number, or returns the reason for its absence."""
   if x is None:
     return "not measured"
   return f"{x:,.{digits}f}" if math.isfinite(x) else "NaN" if math.isnan(x) else "infinite"
@@ -19,7 +19,7 @@ def percent(x: float | None) -> str:
 
 
 def size(x: float | None, unit: str = "") -> str:
-  """134,515,008 as "134.5 M": three or four digits and a power of a thousand."""
+  """Formats a large number with three or four digits, e.g. 134,515,008 as "134.5 M"."""
   if x is None or not math.isfinite(x):
     return text(x)
   for power, prefix in ((9, "G"), (6, "M"), (3, "k")):
@@ -29,29 +29,33 @@ def size(x: float | None, unit: str = "") -> str:
 
 
 def short(x: float | None) -> str:
-  """Two digits after the point, where that many mean anything."""
+  """Formats a number with two decimals, or with none from 1,000 on."""
   return text(x, 0 if x is not None and abs(x) >= 1000 else 2)
 
 
 def cell(written: str) -> str:
-  """Returns the text for HTML; what is not a number is marked."""
+  """Returns the HTML of a formatted number; missing and infinite values are highlighted."""
   bad = written in ("not measured", "NaN", "infinite")
   return f'<span class="bad">{written}</span>' if bad else html.escape(written)
 
 
 def tone(model: str) -> str:
-  """The colour of a model, the same everywhere on the page."""
+  """Returns the CSS class for the colour of a model."""
   return model if model in ("teacher", "start", "hard", "distilled") else "other"
 
 
-# key: (name, what it is, how it is written)
+# Key in evaluation.json: (name, explanation, format).
 COLUMNS: dict[str, tuple[str, str, Callable[[float | None], str]]] = {
-  "ce": ("Cross-entropy", "nats a token; lower is better", text),
-  "perplexity": ("Perplexity", "e to the cross-entropy", short),
-  "kl": ("KL to the teacher", "nats a token; 0 is the teacher itself", text),
-  "agreement": ("Top-1 agreement", "same first choice as the teacher", percent),
-  "entropy": ("Entropy", "of its own predictions, nats", text),
+  "ce": ("Cross-entropy", "nats per token; lower is better", text),
+  "perplexity": ("Perplexity", "exponential of the cross-entropy", short),
+  "kl": ("KL to the teacher", "nats per token; lower is better", text),
+  "agreement": ("Top-1 agreement", "tokens with the teacher's top prediction", percent),
+  "entropy": ("Entropy", "of the predictions, nats per token", text),
   "parameters": ("Parameters", "", size),
-  "bytes": ("Bytes", "of its weights", lambda x: size(x, "B")),
-  "tokens_per_second": ("Tokens a second", "forward pass, this machine", lambda x: text(x, 0)),
+  "bytes": ("Size", "bytes of the weights", lambda x: size(x, "B")),
+  "tokens_per_second": (
+    "Tokens per second",
+    "forward pass on this machine",
+    lambda x: text(x, 0),
+  ),
 }

@@ -1,4 +1,4 @@
-"""The report as one HTML page of some tens of kilobytes that loads nothing else."""
+"""The report as one HTML file of some tens of kilobytes, without external resources."""
 
 from __future__ import annotations
 
@@ -33,18 +33,24 @@ def render(
   """Returns the page.
 
   Args:
-    headline, summary: its title, and the line below.
-    labels: what models and runs are called, by name.
-    models: every number of every model shown, None where not measured; without models, there is
-      nothing on the page about held-out text.
-    commands: of runs and other steps, by name.
+    headline: the title of the page.
+    summary: the line below the title.
+    labels: the displayed names of models and runs, by name.
+    models: all numbers of the displayed models, None if not measured. If it is empty, the page has
+      no sections about held-out data.
+    gaps: the differences to show.
+    runs: the training runs by name.
+    records: the description of the records; None if unknown.
+    export_dir: the exported folder, or "".
+    commands: the commands of runs and other steps, by name.
+    evals: the results of benchmarks.
   """
   sections = [("Benchmarks", benchmarks.table(labels, evals))] if evals else []
   if models:
     sections = [
       ("Held-out results", charts.dots(labels, models) + _table(labels, models)),
       *sections,
-      ("Share of the gap closed", _gaps(gaps)),
+      ("Closed part of the gap to the teacher", _gaps(gaps)),
     ]
   sections += [
     ("Training", charts.curves(labels, runs)),
@@ -69,19 +75,24 @@ def _tiles(
   gaps: Sequence[Gap],
   records: Mapping[str, Any] | None,
 ) -> str:
-  """Four figures to take away."""
+  """Returns the four key figures below the title."""
   teacher, ours = models["teacher"], models["distilled"]
 
   def ratio(key: str) -> str:
     a, b = ours[key], teacher[key]
     return text(None) if a is None or b is None else f"{a / b:.2f}×" if b else "not defined"
 
-  closed = gaps[0].share
+  gap, baseline = gaps[0], "hard labels"
+  if gap.share is None and gaps[2].share is not None:
+    gap, baseline = gaps[2], "before training"
   tiles = [
-    (percent(closed) if closed is not None else "—", "of the hard-label student's KL gap closed"),
+    (
+      percent(gap.share) if gap.share is not None else "—",
+      f"of the KL gap to the teacher closed, compared with {baseline}",
+    ),
     (ratio("parameters"), "the teacher's parameters"),
-    (ratio("tokens_per_second"), "the teacher's tokens a second"),
-    (text((records or {}).get("bytes_per_token"), 1), "bytes a token of the records"),
+    (ratio("tokens_per_second"), "the teacher's tokens per second"),
+    (text((records or {}).get("bytes_per_token"), 1), "bytes per token in the records"),
   ]
   return '<dl class="tiles">{}</dl>'.format(
     "".join(f"<div><dd>{cell(v)}</dd><dt>{escape(k)}</dt></div>" for v, k in tiles)
@@ -97,7 +108,7 @@ def _table(labels: Mapping[str, str], models: Mapping[str, Mapping[str, float | 
     cells = "".join(f"<td>{cell(write(numbers[key]))}</td>" for numbers in models.values())
     small = f"<small>{escape(note)}</small>" if note else ""
     rows += f'<tr><th scope="row">{escape(name)}{small}</th>{cells}</tr>'
-  return (  # wider than a phone from five models on, and then scrolled sideways
+  return (  # with five or more models the table scrolls sideways on a phone
     f'<div class="wide"><table class="results" style="--models:{len(models)}">'
     f"<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
   )
@@ -121,30 +132,30 @@ def _in_words(share: float | None) -> str:
   if share is None:
     return ""
   if share < 0:
-    return "the gap grew"
-  return "past the teacher" if share > 1 else ""
+    return "the gap has grown"
+  return "better than the teacher" if share > 1 else ""
 
 
 def _records(records: Mapping[str, Any] | None) -> str:
-  """Bytes a token beside those of a teacher stored in full and of its 64 best."""
+  """Returns a table that compares the size of the records with full logits and with a top 64."""
   if not records or records.get("bytes_per_token") is None:
-    return '<p class="bad">The bytes a token of the records were not measured.</p>'
+    return '<p class="bad">The size of the records was not measured.</p>'
   ours, vocab = float(records["bytes_per_token"]), records.get("vocab_size")
   entries = records.get("entries_per_token")
   contents = f"Kind {records.get('kind')}, n = {records.get('n')}"
   if entries is not None:
-    contents += f": {text(float(entries), 1)} entries a token on average"
-  costs = [("These records", ours), ("Top 64, int32 ids and float32 log-probabilities", 64 * 8.0)]
+    contents += f"; {text(float(entries), 1)} entries per token on average"
+  costs = [("These records", ours), ("Top 64 as int32 ids and float32 log-probabilities", 64 * 8.0)]
   if vocab is not None:
-    costs.append((f"All {int(vocab):,} logits in float32", 4.0 * int(vocab)))
+    costs.append((f"All {int(vocab):,} logits as float32", 4.0 * int(vocab)))
   rows = "".join(
     f'<tr><th scope="row">{escape(name)}</th><td>{text(cost, 1 if cost < 1000 else 0)}</td>'
     f"<td>{f'{cost / ours:,.1f}×' if ours > 0 else 'not defined'}</td></tr>"
     for name, cost in costs
   )
   return (
-    f'<p>{escape(contents)}.</p><table class="costs"><thead><tr><td></td><th>bytes a token</th>'
-    f"<th>beside these</th></tr></thead><tbody>{rows}</tbody></table>"
+    f'<p>{escape(contents)}.</p><table class="costs"><thead><tr><td></td><th>bytes per token</th>'
+    f"<th>relative size</th></tr></thead><tbody>{rows}</tbody></table>"
   )
 
 
@@ -159,7 +170,7 @@ def _reproduce(
     for name, command in commands.items()
   )
   if export_dir:
-    parts += f"<p>The distilled student lies in <code>{escape(export_dir)}</code>.</p>"
+    parts += f"<p>The exported student is in <code>{escape(export_dir)}</code>.</p>"
   for name, run in runs.items():
     versions = run.versions
     packages = ", ".join(f"{k} {v}" for k, v in versions.get("packages", {}).items())
@@ -175,4 +186,4 @@ def _reproduce(
       f"<details><summary>{escape(labels.get(name, name))}: config and versions</summary>"
       f'<p class="facts">{escape("; ".join(facts))}.</p><pre>{escape(config)}</pre></details>'
     )
-  return parts or '<p class="bad">No run folder was given.</p>'
+  return parts or '<p class="bad">No run folder was found.</p>'

@@ -1,7 +1,6 @@
-"""The results of a run: its numbers, and the sentence that they support.
+"""The results of a run: its numbers and the headline.
 
-The sentence is computed, never written beforehand: it says better, equal, worse or not
-measured, whichever is so.
+The headline is computed from the numbers: better, equal, worse or not measured.
 """
 
 from __future__ import annotations
@@ -11,26 +10,28 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.report.numbers import percent, text
 from distill_jax.training.metric_writer import spell
 from distill_jax.types import JsonObject
 
 MODELS = {
   "teacher": "Teacher",
-  "start": "Student before",
+  "start": "Before training",
   "hard": "Hard labels",
   "distilled": "Distilled",
 }
-EQUAL = 0.01  # a difference below this fraction of the hard-label student's number is called none
+EQUAL = 0.01  # differences below this fraction of the hard-label student's number count as equal
 
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-  """A difference, and how much of it the distilled student closed.
+  """A difference between a baseline and the teacher, and the part that distillation closed.
 
   Attributes:
-    share: the fraction that was closed; None where there is no such gap or a number is missing.
+    name: the title of the gap.
+    meaning: a sentence about it.
+    share: the fraction that was closed; None if the gap is not positive or a number is missing.
     why: the reason for None.
   """
 
@@ -41,47 +42,45 @@ class Gap:
 
 
 def number(evaluation: Mapping[str, Any], model: str, key: str) -> float | None:
-  """Returns one measured number; None where it was not measured. NaN stays NaN."""
+  """Returns one number of a model, or None if it was not measured."""
   value = evaluation["models"].get(model, {}).get(key)
   if key == "agreement" and value is not None and (float(value) < 0 or float(value) > 1):
-    raise InputError(f"{model}: agreement is {value}; it is a share between 0 and 1")
+    raise bad_value(f"{model}.agreement", value, "a number from 0 to 1", "Run evaluate again")
   return None if value is None else float(value)
 
 
 def gaps(evaluation: Mapping[str, Any]) -> tuple[Gap, Gap, Gap]:
-  """Returns three gaps, and the fraction of each that distillation closed.
+  """Returns three gaps, with the fraction of each that distillation closed.
 
-  (kl_hard - kl_distilled) / kl_hard; (ce_hard - ce_distilled) / (ce_hard - ce_teacher);
-  (kl_start - kl_distilled) / kl_start. The teacher's KL to itself is 0.
+  The fractions are (kl_hard - kl_distilled) / kl_hard, (ce_hard - ce_distilled) / (ce_hard -
+  ce_teacher) and (kl_start - kl_distilled) / kl_start. The teacher's KL to itself is 0.
   """
   kl = {m: number(evaluation, m, "kl") for m in MODELS} | {"teacher": 0.0}
   ce = {m: number(evaluation, m, "ce") for m in MODELS}
   return (
     _gap(
-      "KL to the teacher, from the hard-label student",
+      "KL to the teacher, compared with hard labels",
       "hard",
       kl,
-      "how much of the hard-label student's KL divergence from the teacher is gone in the "
-      "distilled one",
+      "by how much the distilled student's KL to the teacher is below the hard-label student's",
     ),
     _gap(
-      "Cross-entropy, from the hard-label student",
+      "Cross-entropy, compared with hard labels",
       "hard",
       ce,
-      "how far the distilled student is from the hard-label student's cross-entropy to the "
-      "teacher's",
+      "the distilled student's position between the hard-label student (0%) and the teacher (100%)",
     ),
     _gap(
-      "KL to the teacher, from the untrained student",
+      "KL to the teacher, compared with before training",
       "start",
       kl,
-      "how much of the student's KL divergence before training is gone after distillation",
+      "by how much distillation has lowered the student's KL to the teacher",
     ),
   )
 
 
 def _gap(name: str, baseline: str, x: dict[str, float | None], meaning: str) -> Gap:
-  """The fraction of the way from a baseline to the teacher that the distilled student has gone."""
+  """Returns the gap from a baseline to the teacher; `x` has the numbers of the models."""
   start, ours, goal = x[baseline], x["distilled"], x["teacher"]
   if start is None or ours is None or goal is None:
     missing = [MODELS[m] for m in (baseline, "distilled", "teacher") if x[m] is None]
@@ -89,7 +88,7 @@ def _gap(name: str, baseline: str, x: dict[str, float | None], meaning: str) -> 
   if not all(map(math.isfinite, (start, ours, goal))):
     return Gap(name, meaning, None, "a number is NaN or infinite")
   if start <= goal:
-    why = f"{MODELS[baseline]} is already at the teacher: no gap to close"
+    why = f"no gap to close: {MODELS[baseline]!r} is already as good as the teacher"
     return Gap(name, meaning, None, why)
   return Gap(name, meaning, (start - ours) / (start - goal))
 
@@ -97,12 +96,12 @@ def _gap(name: str, baseline: str, x: dict[str, float | None], meaning: str) -> 
 def summary(
   evaluation: Mapping[str, Any], records: Mapping[str, Any] | None = None, export_dir: str = ""
 ) -> JsonObject:
-  """Returns the run in a few numbers, as strict JSON (design section 10).
+  """Returns the main numbers of a run, as strict JSON.
 
   Returns:
-    teacher, start, hard, distilled: each {ce, kl, agreement}; evals, where benchmarks were
-    run; gap_closed (of KL), gap_closed_ce; bytes_per_token; export_dir. What was not measured, or
-    is not defined, is None; NaN and infinities are strings, as in metrics.jsonl.
+    teacher, start, hard, distilled: {ce, kl, agreement} of each model; evals, if benchmarks were
+    run; gap_closed (of KL), gap_closed_ce; bytes_per_token; export_dir. Missing and undefined
+    numbers have the value None. NaN and infinities are strings, as in metrics.jsonl.
   """
   kl, ce, _ = gaps(evaluation)
   numbers: JsonObject = {
@@ -124,34 +123,45 @@ def _plain(x: Any) -> float | str | None:
 
 
 def headline(evaluation: Mapping[str, Any]) -> str:
-  """Returns one sentence: is the distilled student nearer the teacher than its hard-label twin?"""
-  kl, ce, _ = gaps(evaluation)
-  hard, ours = (number(evaluation, m, "kl") for m in ("hard", "distilled"))
+  """Returns one sentence that compares the distilled student with the hard-label student.
+
+  Without a hard-label student, it compares the student before and after distillation.
+  """
+  kl, _, from_start = gaps(evaluation)
+  start, hard, ours = (number(evaluation, m, "kl") for m in ("start", "hard", "distilled"))
+  if hard is None and from_start.share is not None:
+    change, closed = "raised", ""
+    if from_start.share >= 0:
+      change, closed = "lowered", f" ({percent(from_start.share)} of the gap closed)"
+    return (
+      f"Distillation has {change} the student's KL to the teacher from {start:.3f} to {ours:.3f} "
+      f"nats per token{closed}."
+    )
   if hard is None or ours is None:
-    return f"There is no comparison to report: KL to the teacher was {kl.why}."
+    return f"The students cannot be compared: the KL to the teacher was {kl.why}."
   if not (math.isfinite(hard) and math.isfinite(ours)):
     return (
-      f"There is no result: the KL to the teacher is {text(ours)} for the distilled student "
-      f"and {text(hard)} for the hard-label student."
+      f"The students cannot be compared: the KL to the teacher is {text(ours)} for the distilled "
+      f"student and {text(hard)} for the hard-label student."
     )
-  pair = f"{ours:.3f} against {hard:.3f} nats a token"
+  pair = f"KL {ours:.3f} vs. {hard:.3f} nats per token"
   if abs(hard - ours) <= EQUAL * hard:
-    first = f"Distillation made no difference in KL to the teacher: {pair}"
+    first = f"The distilled student is as close to the teacher as the hard-label student: {pair}"
   elif ours < hard:
     first = (
-      f"The distilled student ends nearer the teacher than its hard-label twin: KL {pair}, "
+      f"The distilled student is closer to the teacher than the hard-label student: {pair}, "
       f"{percent(kl.share)} of the gap closed"
     )
   else:
-    first = f"The distilled student ends further from the teacher than its twin: KL {pair}"
-  return f"{first}; {_cross_entropy_clause(evaluation)}."
+    first = f"The distilled student is farther from the teacher than the hard-label student: {pair}"
+  return f"{first}. {_cross_entropy_sentence(evaluation)}."
 
 
-def _cross_entropy_clause(evaluation: Mapping[str, Any]) -> str:
+def _cross_entropy_sentence(evaluation: Mapping[str, Any]) -> str:
   hard, ours = (number(evaluation, m, "ce") for m in ("hard", "distilled"))
   if hard is None or ours is None or not (math.isfinite(hard) and math.isfinite(ours)):
-    return f"its cross-entropy is {text(ours)} against {text(hard)}"
+    return f"Its cross-entropy is {text(ours)} vs. {text(hard)}"
   if abs(hard - ours) <= EQUAL * hard:
-    return f"cross-entropy is the same within {EQUAL:.0%} ({ours:.3f} against {hard:.3f})"
+    return f"The cross-entropy is the same within {EQUAL:.0%} ({ours:.3f} vs. {hard:.3f})"
   word = "lower" if ours < hard else "higher"
-  return f"its cross-entropy is {word} ({ours:.3f} against {hard:.3f})"
+  return f"Its cross-entropy is {word} ({ours:.3f} vs. {hard:.3f})"

@@ -1,4 +1,4 @@
-"""The report's style sheet: colours for light and dark, type, and two narrower layouts."""
+"""The style sheet of the report, with light and dark colours and two narrow layouts."""
 
 CSS = """
 :root {

@@ -134,10 +134,10 @@ def test_report_and_card(whole, tmp_path):
   numbers = write_report(tmp_path, result)
   page = (tmp_path / "report.html").read_text()
   assert numbers["evals"] == result["evals"] and numbers["teacher"]["ce"] is None
-  assert "words pass@1" in page and "66.7% (0.0% to 100.0%)" in page and "2 left out" in page
+  assert "words pass@1" in page and "66.7% (0.0% to 100.0%)" in page and "2 skipped" in page
   assert "choices acc_norm" in page and "Held-out results" not in page
   said = cli.summary("evaluate", result)
-  assert "words pass@1, 3 questions, 2 left out" in said and "teacher 66.7% (0.0% to" in said
+  assert "words pass@1, 3 questions, 2 skipped" in said and "teacher 66.7% (0.0% to" in said
   text = model_card.card(config.resolve(c), 1, result)
   assert "| words pass@1, 3 questions, " in text and "66.7% (" in text
 
@@ -233,4 +233,4 @@ def test_beside_the_loss_on_text(tmp_path, monkeypatch):
   assert "Held-out results" in page and "x acc_norm" in page
   assert "teacher: ce 1, perplexity 2.7" in cli.summary("evaluate", result)
   both = model_card.card(config.resolve(c), 1, result)
-  assert "| x acc, 1 questions |" in both and "9 tokens of text" in both
+  assert "| x acc, 1 questions |" in both and "9 held-out tokens of text" in both

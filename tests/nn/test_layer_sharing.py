@@ -264,7 +264,7 @@ def test_the_export_is_the_model_written_out(folder):
     want = model(torch.from_numpy(tokens_BT).long()).logits
   assert parity.error(out.hidden_BTD @ out.head_VD.T, want) < parity.FORWARD
   assert (
-    "2 different ones, cyclic, written out, each with a difference of rank 3"
+    "2 distinct layers (cyclic), repeated, each with a merged LoRA difference of rank 3"
     in (folder / "export" / "README.md").read_text()
   )
 

@@ -1,4 +1,4 @@
-"""Tests report/: what it says against arithmetic done here, and the page as a parser sees it."""
+"""The report: its numbers and headline against arithmetic, and the HTML of the page."""
 
 import copy
 import html.parser
@@ -47,7 +47,7 @@ RECORDS = {
 
 
 def changed(**models):
-  """EVALUATION with numbers of models replaced, or a model taken out (None)."""
+  """Returns EVALUATION with numbers of models replaced; None removes a model."""
   out = copy.deepcopy(EVALUATION)
   for name, numbers in models.items():
     if numbers is None:
@@ -58,7 +58,7 @@ def changed(**models):
 
 
 class Page(html.parser.HTMLParser):
-  """Tags with attributes, text by table row, and a check that every tag is closed."""
+  """A parser that collects tags and the text of table rows, and checks that every tag is closed."""
 
   VOID = ("meta", "br", "path", "link", "img")
 
@@ -67,7 +67,7 @@ class Page(html.parser.HTMLParser):
     self.tags, self.open, self.words, self.rows = [], [], [], []
     self.feed(text)
     self.close()
-    assert not self.open, f"left open: {self.open}"
+    assert not self.open, f"not closed: {self.open}"
 
   def handle_starttag(self, tag, attrs):
     self.tags.append((tag, dict(attrs)))
@@ -124,8 +124,8 @@ def test_the_numbers_are_on_the_page(workdir):
   assert page.row("KL to the teacher")[2:] == ["0.000", "5.000", "1.250", "0.750"]
   assert page.row("Top-1 agreement")[2:] == ["100.0%", "8.0%", "48.7%", "56.2%"]
   assert page.row("Parameters")[1:] == ["134.5 M", "70.8 M", "70.8 M", "70.8 M"]
-  assert page.row("Bytes")[2:] == ["538.1 MB", "283.2 MB", "283.2 MB", "283.2 MB"]
-  assert page.row("Tokens a second")[2:] == ["410", "812", "820", "816"]
+  assert page.row("Size")[2:] == ["538.1 MB", "283.2 MB", "283.2 MB", "283.2 MB"]
+  assert page.row("Tokens per second")[2:] == ["410", "812", "820", "816"]
   assert page.row("These records") == ["These records", "64.0", "1.0×"]
   assert [r[1:] for r in page.rows if "Top 64" in r[:1][0]] == [["512.0", "8.0×"]]
   assert [r[1:] for r in page.rows if "49,152" in r[:1][0]] == [["196,608", "3,072.0×"]]
@@ -146,11 +146,11 @@ def test_the_numbers_are_on_the_page(workdir):
     '"peak_lr": 0.0003',
   ):
     assert part in words, part
-  assert words.index("a b/hard'") < words.index("a b/distilled'")  # by the time they started
+  assert words.index("a b/hard'") < words.index("a b/distilled'")  # in the order they were started
   assert numbers == summary(EVALUATION, RECORDS, "out/export")
 
 
-def test_the_page_asks_for_nothing_and_is_small(workdir):
+def test_the_page_is_small_and_loads_no_other_resource(workdir):
   render(workdir, records=RECORDS)
   text = (workdir / "report.html").read_text()
   for tag, attrs in Page(text).tags:
@@ -163,7 +163,7 @@ def test_the_page_asks_for_nothing_and_is_small(workdir):
   assert [p.name for p in workdir.glob(".*")] == []
 
 
-def test_curves_are_the_runs(workdir):
+def test_curves_show_the_metrics_of_the_runs(workdir):
   page, _ = render(workdir)
   paths = [a for t, a in page.tags if t == "path"]
   assert [p["class"] for p in paths] == [
@@ -196,26 +196,35 @@ def test_summary():
 @pytest.mark.parametrize(
   "ours, says, not_says",
   [
-    ({"kl": 0.75, "ce": 3.8}, ["nearer", "0.750 against 1.250", "40.0%", "lower"], ["further"]),
-    (
-      {"kl": 0.75, "ce": 4.5},
-      ["nearer", "cross-entropy is higher (4.500 against 4.000)"],
-      ["lower"],
-    ),
-    ({"kl": 0.75, "ce": 4.001}, ["nearer", "the same within 1%"], ["lower", "higher"]),
-    ({"kl": 1.255}, ["made no difference", "1.255 against 1.250"], ["nearer", "further"]),
-    ({"kl": 1.4}, ["further", "1.400 against 1.250"], ["nearer", "closed"]),
-    ({"kl": math.nan}, ["no result", "NaN for the distilled"], ["nearer", "further"]),
-    ({"kl": None}, ["no comparison", "not measured: Distilled"], ["nearer", "further"]),
-    ({"kl": 0.75, "ce": math.nan}, ["nearer", "cross-entropy is NaN"], ["lower", "higher"]),
+    ({"kl": 0.75, "ce": 3.8}, ["closer", "0.750 vs. 1.250", "40.0%", "lower"], ["farther"]),
+    ({"kl": 0.75, "ce": 4.5}, ["closer", "cross-entropy is higher (4.500 vs. 4.000)"], ["lower"]),
+    ({"kl": 0.75, "ce": 4.001}, ["closer", "the same within 1%"], ["lower", "higher"]),
+    ({"kl": 1.255}, ["as close to", "1.255 vs. 1.250"], ["closer", "farther"]),
+    ({"kl": 1.4}, ["farther", "1.400 vs. 1.250"], ["closer", "closed"]),
+    ({"kl": math.nan}, ["cannot be compared", "NaN for the distilled"], ["closer", "farther"]),
+    ({"kl": None}, ["cannot be compared", "not measured: Distilled"], ["closer", "farther"]),
+    ({"kl": 0.75, "ce": math.nan}, ["closer", "cross-entropy is NaN"], ["lower", "higher"]),
   ],
 )
-def test_the_headline_says_what_is_so(ours, says, not_says):
+def test_the_headline_agrees_with_the_numbers(ours, says, not_says):
   sentence = headline(changed(distilled=ours))
   assert all(s in sentence for s in says) and not any(s in sentence for s in not_says), sentence
 
 
-def test_gaps_that_are_not_there():
+def test_the_headline_without_a_hard_label_student(workdir):
+  assert headline(changed(hard=None)) == (
+    "Distillation has lowered the student's KL to the teacher from 5.000 to 0.750 nats per token "
+    "(85.0% of the gap closed)."
+  )
+  raised = headline(changed(hard=None, distilled={"kl": 6.0}))
+  assert raised.endswith(
+    "has raised the student's KL to the teacher from 5.000 to 6.000 nats per token."
+  )
+  page, _ = render(workdir, changed(hard=None))
+  assert "of the KL gap to the teacher closed, compared with before training" in page.words
+
+
+def test_undefined_gaps():
   kl, ce, start = gaps(EVALUATION)
   assert [g.share for g in (kl, ce, start)] == pytest.approx([0.4, 0.2, 0.85])
   _, ce, _ = gaps(changed(hard={"ce": 2.9}))
@@ -225,7 +234,7 @@ def test_gaps_that_are_not_there():
   kl, ce, _ = gaps(changed(distilled={"kl": 1.5, "ce": 2.5}))
   assert kl.share == pytest.approx(-0.2) and ce.share == pytest.approx(1.5)
   _, _, start = gaps(changed(start=None))
-  assert start.share is None and "Student before" in start.why
+  assert start.share is None and "Before training" in start.why
 
 
 def test_nan_and_missing_are_shown(workdir):
@@ -234,13 +243,13 @@ def test_nan_and_missing_are_shown(workdir):
   assert page.row("KL to the teacher")[2:] == ["0.000", "not measured", "1.250", "infinite"]
   assert page.row("Parameters")[2] == "not measured"
   words = " ".join(page.words)
-  assert "a number is NaN or infinite" in words and "There is no result" in words
-  assert "bytes a token of the records were not measured" in words
+  assert "a number is NaN or infinite" in words and "The students cannot be compared" in words
+  assert "The size of the records was not measured." in words
   dots = [a for t, a in page.tags if "left" in a.get("style", "") and "dot" in a.get("class", "")]
-  assert len(dots) == 3 * 4 - 3 - 2  # no dot stands for a number that is not there
+  assert len(dots) == 3 * 4 - 3 - 2  # missing numbers have no dot
 
 
-def test_nan_in_a_curve_leaves_a_hole_and_is_counted(workdir):
+def test_nan_in_a_curve_is_a_gap_and_is_counted(workdir):
   path = workdir / "hard" / "metrics.jsonl"
   rows = [json.loads(line) for line in path.read_text().splitlines()]
   for row in rows[10:13]:
@@ -252,29 +261,29 @@ def test_nan_in_a_curve_leaves_a_hole_and_is_counted(workdir):
   assert "3 values are NaN or infinite" in " ".join(page.words)
 
 
-def test_runs_that_share_nothing_or_are_not_there(workdir, tmp_path):
+def test_runs_without_a_common_metric_and_missing_runs(workdir, tmp_path):
   page, _ = render(workdir, runs={})
-  assert "No run with a metrics.jsonl" in " ".join(page.words)
+  assert "There are no training curves" in " ".join(page.words)
   (workdir / "hard" / "metrics.jsonl").write_text('{"step": 0, "other": 1.0}\n')
   page, _ = render(workdir)
-  assert "wrote no number in common" in " ".join(page.words)
+  assert "The runs hard, distilled share no metric." in page.words
   with pytest.raises(InputError, match=r"metrics\.jsonl is not there"):
     write_report(workdir, EVALUATION, runs={"hard": tmp_path / "gone"})
 
 
-def test_names_are_escaped_and_other_models_shown(workdir):
+def test_names_are_escaped_and_other_models_are_shown(workdir):
   evaluation = changed()
   evaluation["models"]["<b>seed 2"] = {"ce": 3.7}
   evaluation["corpus"] = "<script>alert(1)</script>"
   page, _ = render(workdir, evaluation)
   assert "<b>seed 2" in page.words and not [t for t, _ in page.tags if t == "script"]
-  assert page.row("Cross-entropy")[-1] == "3.700" and page.row("Bytes")[-1] == "not measured"
+  assert page.row("Cross-entropy")[-1] == "3.700" and page.row("Size")[-1] == "not measured"
 
 
-def test_refuses(workdir):
+def test_bad_evaluations_raise(workdir):
   for evaluation, says in [
-    ({"tokens": 3}, "holds \\['tokens'\\] and no models"),
-    (changed(hard={"agreement": 48.7}), "agreement is 48.7"),
+    ({"tokens": 3}, "has \\['tokens'\\] but no models"),
+    (changed(hard={"agreement": 48.7}), "hard.agreement is 48.7; expected a number from 0 to 1"),
   ]:
     with pytest.raises(InputError, match=says):
       write_report(workdir, evaluation)
