@@ -53,7 +53,6 @@ DIALECT_PATTERNS = [(re.compile(rf"\b({p})\b", re.I), plain) for p, plain in DIA
 
 # Files that are not rewritten yet, as path prefixes. This list shrinks to nothing.
 PENDING: tuple[str, ...] = (
-  "distill_jax/augmentations/",
   "distill_jax/data/",
   "distill_jax/efficiency/",
   "distill_jax/evals/",
@@ -65,7 +64,6 @@ PENDING: tuple[str, ...] = (
   "distill_jax/pruning/",
   "distill_jax/records/",
   "distill_jax/runtime/",
-  "distill_jax/tasks/",
   "distill_jax/training/",
   "distill_jax/registry.py",
   "distill_jax/types.py",

@@ -1,12 +1,13 @@
-"""Augmentations of training examples. One augmentation a file; the folder is the registry.
+"""Augmentations of training examples. Each augmentation is one file; the folder is the registry.
 
-An augmentation is a module with a frozen dataclass `Augmentation`, of the type below, whose fields
-are its config keys. It is a function of its arguments alone, so that a view is made again bit for
-bit from (seed, row): teacher and student see the same one (arXiv:2106.05237).
+An augmentation is a module with a frozen dataclass `Augmentation` that follows the protocol below
+and whose fields are its config keys. It depends only on its arguments, so that an augmented view
+can be regenerated bit for bit from (seed, row): teacher and student see the same view
+(arXiv:2106.05237).
 
-Images are `pixels_WWM`, uint8 [height, width, channels], before they are normalised. Where two
-images are mixed the label is drawn, a's with a's share: the cross-entropy is then that of the mixed
-labels in expectation, and labels stay whole numbers.
+Images are `pixels_WWM`, uint8 [height, width, channels], before normalisation. An augmentation
+that mixes two images draws the label from one of them, with probability equal to that image's
+share. The expected cross-entropy is then that of the mixed labels, and labels stay integers.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ Example = dict[str, np.ndarray]
 
 
 class Augmentation(Protocol):
-  """Changes an example, at random."""
+  """A random change of an example."""
 
   def __call__(
     self, rng: np.random.Generator, example: Example, other: Callable[[], Example]
@@ -26,7 +27,7 @@ class Augmentation(Protocol):
     """Returns a new example.
 
     Args:
-      rng: the source of all randomness.
-      example: its arrays, by name.
-      other: draws another example of the same source, by `rng`.
+      rng: The source of all randomness.
+      example: Arrays of the example, by name.
+      other: Draws another example of the same source with `rng`.
     """

@@ -1,4 +1,4 @@
-"""Random crops, resized to the size of the image."""
+"""Random crops that are resized to the size of the image."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ import numpy as np
 from distill_jax.augmentations import Example
 from distill_jax.augmentations._pixels import PIXELS, to_pillow, to_pixels
 from distill_jax.data.image_files import pillow
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """A box of random area and shape, anywhere, resized to the whole (arXiv:1409.4842, section 6).
+  """Crops a box of random size, shape and place, and resizes it to the size of the image.
 
-  Attributes:
-    area: the least part of the image's area that the box has; 1: all, and nothing is resized.
-    ratio: the box is at most so many times wider than high, or higher than wide.
-    pad: black pixels on every side, within which the box lies.
+  See arXiv:1409.4842, section 6.
   """
 
   area: float = 1.0
+  """Smallest area of the box as a fraction of the image's area; 1 for no resizing."""
   ratio: float = 1.0
+  """Largest aspect ratio of the box, long side to short side; 1 for the aspect of the image."""
   pad: int = 0
+  """Number of black pixels added on every side before cropping."""
 
   def __post_init__(self):
-    if not 0 < self.area <= 1 or self.ratio < 1 or self.pad < 0:
-      raise InputError(
-        f"area is {self.area}, ratio {self.ratio} and pad {self.pad}; area is above 0 and at most "
-        "1, ratio at least 1, pad at least 0"
-      )
+    if not 0 < self.area <= 1:
+      raise bad_value("area", self.area, "a number above 0 and at most 1", "Correct it")
+    if self.ratio < 1:
+      raise bad_value("ratio", self.ratio, "at least 1", "Raise it")
+    if self.pad < 0:
+      raise bad_value("pad", self.pad, "at least 0", "Raise it")
 
   def __call__(
     self, rng: np.random.Generator, example: Example, other: Callable[[], Example]
@@ -43,7 +44,7 @@ class Augmentation:
     H, W = pixels.shape[:2]
     pad = self.pad
     padded = np.zeros((H + 2 * pad, W + 2 * pad, pixels.shape[2]), np.uint8)
-    padded[pad : pad + H, pad : pad + W] = pixels  # np.pad takes as long as all the rest
+    padded[pad : pad + H, pad : pad + W] = pixels  # np.pad would take as long as everything else
     area, max_log_ratio = rng.uniform(self.area, 1), math.log(self.ratio)
     ratio = math.exp(rng.uniform(-max_log_ratio, max_log_ratio))
     h = min(round(H * math.sqrt(area / ratio)), padded.shape[0])

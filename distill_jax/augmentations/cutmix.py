@@ -1,4 +1,4 @@
-"""CutMix: a box of one image set into another (arXiv:1905.04899)."""
+"""CutMix: a box of one image pasted into another (arXiv:1905.04899)."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 
 from distill_jax.augmentations import Example
 from distill_jax.augmentations._pixels import PIXELS, check_probability, with_drawn_label
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """The box has 1 - lambda of the area, lambda of Beta(alpha, alpha), its middle is anywhere.
+  """Pastes a box of another image into an image.
 
-  It is cut off at the edge; the label is drawn by what is seen of each image.
-
-  Attributes:
-    p: the probability that anything is done.
+  The box has a fraction 1 - lambda of the area, with lambda drawn from Beta(alpha, alpha), and a
+  random centre; it is cut off at the edge. The label is drawn in proportion to the visible areas.
   """
 
   alpha: float = 1.0
+  """Parameter of the Beta distribution, above 0."""
   p: float = 1.0
+  """Probability that an image is changed."""
 
   def __post_init__(self):
     check_probability("p", self.p)
     if self.alpha <= 0:
-      raise InputError(f"alpha is {self.alpha}; it is above 0")
+      raise bad_value("alpha", self.alpha, "a number above 0", "Raise it")
 
   def __call__(
     self, rng: np.random.Generator, example: Example, other: Callable[[], Example]
@@ -46,7 +46,7 @@ class Augmentation:
 
 
 def _span(rng: np.random.Generator, n: int, part: float) -> tuple[int, int]:
-  """Returns (first, past the last) of `part` of n pixels around a random middle."""
+  """Returns the range (first, end) of a fraction `part` of n pixels around a random centre."""
   size, middle = round(n * part), int(rng.integers(0, n))
   first = middle - size // 2
   return max(first, 0), min(first + size, n)

@@ -1,4 +1,4 @@
-"""Mirrored images, left and right exchanged."""
+"""Horizontal flips."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from distill_jax.augmentations._pixels import PIXELS, check_probability
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """Mirrors an image with probability p."""
+  """Flips an image left to right with probability p."""
 
   p: float = 0.5
+  """Probability that an image is flipped."""
 
   def __post_init__(self):
     check_probability("p", self.p)

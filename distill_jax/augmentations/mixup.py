@@ -9,18 +9,22 @@ import numpy as np
 
 from distill_jax.augmentations import Example
 from distill_jax.augmentations._pixels import PIXELS, with_drawn_label
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """lambda a + (1 - lambda) b, lambda of Beta(alpha, alpha); the label is drawn by lambda."""
+  """Mixes two images: lambda a + (1 - lambda) b, with lambda drawn from Beta(alpha, alpha).
+
+  The label is that of a with probability lambda, else that of b.
+  """
 
   alpha: float = 0.2
+  """Parameter of the Beta distribution, above 0."""
 
   def __post_init__(self):
     if self.alpha <= 0:
-      raise InputError(f"alpha is {self.alpha}; it is above 0")
+      raise bad_value("alpha", self.alpha, "a number above 0", "Raise it")
 
   def __call__(
     self, rng: np.random.Generator, example: Example, other: Callable[[], Example]

@@ -1,4 +1,4 @@
-"""RandAugment (arXiv:1909.13719): a few random changes, all of one strength."""
+"""RandAugment (arXiv:1909.13719): several random changes of equal strength."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ import numpy as np
 
 from distill_jax.augmentations import Example, _pixels
 from distill_jax.augmentations._pixels import PIXELS
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.runtime import extras
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """`n` changes out of CHANGES, each drawn anew, one after another.
-
-  Attributes:
-    magnitude: their strength, from 0 to 10, as in the paper.
-    fill: the grey level that shows from outside the image.
-  """
+  """Applies `n` randomly chosen changes of CHANGES to an image, one after another."""
 
   n: int = 2
+  """Number of changes."""
   magnitude: float = 9.0
+  """Strength of the changes, from 0 to 10, as in the paper."""
   fill: int = 0
+  """Grey level, from 0 to 255, of points outside the image."""
 
   def __post_init__(self):
-    if self.n < 1 or not 0 <= self.magnitude <= 10 or not 0 <= self.fill <= 255:
-      raise InputError(
-        f"n is {self.n}, magnitude {self.magnitude} and fill {self.fill}; n is at least 1, "
-        "magnitude from 0 to 10, fill from 0 to 255"
-      )
+    if self.n < 1:
+      raise bad_value("n", self.n, "at least 1", "Raise it")
+    if not 0 <= self.magnitude <= 10:
+      raise bad_value("magnitude", self.magnitude, "a number from 0 to 10", "Correct it")
+    if not 0 <= self.fill <= 255:
+      raise bad_value("fill", self.fill, "a grey level from 0 to 255", "Correct it")
 
   def __call__(
     self, rng: np.random.Generator, example: Example, other: Callable[[], Example]
@@ -51,10 +50,10 @@ def changed(pixels_WWM: np.ndarray, name: str, strength: float, fill: int = 0) -
   """Returns an image after one of CHANGES.
 
   Args:
-    pixels_WWM: the image.
-    name: one of CHANGES.
-    strength: from -1 to 1; the sign does nothing where a change has but one direction.
-    fill: the grey level that shows from outside the image.
+    pixels_WWM: The image, uint8 [height, width, channels].
+    name: One of CHANGES.
+    strength: Strength from -1 to 1. The sign is ignored by changes with only one direction.
+    fill: Grey level of points outside the image.
   """
   if name in WARPS:
     H, W = pixels_WWM.shape[:2]
@@ -63,7 +62,7 @@ def changed(pixels_WWM: np.ndarray, name: str, strength: float, fill: int = 0) -
 
 
 def _rotate(s: float, H: int, W: int) -> np.ndarray:
-  """Returns a rotation of the image counter-clockwise, by up to 30 degrees."""
+  """Returns a counter-clockwise rotation by 30 * s degrees."""
   a = math.radians(30 * s)
   return np.array([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]])
 

@@ -1,8 +1,8 @@
-"""Tasks other than the next token: what a model reads and which labels it is trained on.
+"""Tasks other than next-token prediction: the model's inputs and its training labels.
 
-One task a file; the folder is the registry. A task is a module with a frozen dataclass `Task`, a
-subclass of `Task` below, whose fields are the keys of an entry of `tasks` in a config. Tasks that
-`generate` and `evaluate` let models write texts for are subclasses of `TextTask`.
+Each task is one file, and the folder is the registry. A task is a module with a frozen dataclass
+`Task`, a subclass of `Task` below, whose fields are the keys of an entry of `tasks` in a config.
+Tasks whose models generate texts, in `generate` and `evaluate`, are subclasses of `TextTask`.
 """
 
 from distill_jax.tasks._base import Example, PseudoLabels, Stack, Task, TaskSource, TextTask

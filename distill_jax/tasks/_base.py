@@ -1,4 +1,4 @@
-"""The contract of a task and of its examples."""
+"""Base classes of tasks, and the protocol of their examples."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ Stack = Callable[[str], np.ndarray]
 
 
 class TaskSource(Protocol):
-  """The examples of one split, in an order that never changes.
+  """The examples of one split, in a fixed order.
 
-  An example is a dict of arrays, each of one shape for all examples: the fields that the task's
-  `inputs` asks for, `labels_T` int32 and `mask_T` bool, the labels that are trained on.
+  An example is a dict of arrays. It holds the fields that the task's `inputs` reads, `labels_T`
+  (int32), and `mask_T` (bool, True at labels that are trained on). The shapes of a field are the
+  same in all examples.
   """
 
   @property
   def classes(self) -> int:
-    """The number of classes: the rows of a head that the labels name."""
+    """Number of classes, i.e. of rows of the head."""
 
   @property
   def positions(self) -> int:
-    """The number of labels of an example, T."""
+    """Number of labels of an example, T."""
 
   @property
   def digest(self) -> str:
-    """sha256, in hex, of the data and of all that decides how it is read."""
+    """sha256, in hex, of the data and of everything that decides how it is read."""
 
   def __len__(self) -> int:
     """Returns the number of examples."""
@@ -46,24 +47,21 @@ class TaskSource(Protocol):
 
 
 class Task(abc.ABC):
-  """What a model reads and which labels it is trained on.
+  """The inputs of a model and its training labels."""
 
-  Attributes:
-    heldout: where the held-out examples are; "": a share of the others.
-    augment: names in `augmentations` that change the training examples, in order.
-    views: how many times each training example is seen, with other augmentations each time.
-    seed: of the augmentations.
-  """
-
-  # Those of a task without keys of these names.
+  # A subclass declares these as fields if they are its config keys.
   heldout: str = ""
+  """Path of the held-out examples; "" holds out a fraction of the others."""
   augment: tuple[str, ...] = ()
+  """Names in `augmentations`, applied to training examples in this order."""
   views: int = 1
+  """Number of augmented views of each training example."""
   seed: int = 0
+  """Random seed of the augmentations."""
 
   @property
   def kind(self) -> str:
-    """The task's name in the registry."""
+    """Name of the task in the registry."""
     return type(self).__module__.rpartition(".")[2]
 
   @abc.abstractmethod
@@ -72,35 +70,48 @@ class Task(abc.ABC):
 
     Args:
       split: "train" or "heldout".
-      pretrained: the model that reads them, which may bring a tokenizer.
+      pretrained: The model's checkpoint, whose tokenizer is used by default; None without one.
+
+    Raises:
+      InputError: The examples cannot be read.
     """
 
   @abc.abstractmethod
   def inputs(self, stack: Stack) -> Inputs | Images | SourceTarget | ImageText:
-    """Returns the model's inputs for a batch, as numpy arrays."""
+    """Returns the model's inputs for a batch, as numpy arrays.
+
+    Args:
+      stack: Returns a field of all examples of the batch.
+    """
 
   @abc.abstractmethod
   def check(self, config: FamilyConfig) -> None:
-    """Refuses a family's Config whose model cannot read this task's inputs or has other outputs."""
+    """Checks that a model can read this task's inputs and has its outputs.
+
+    Args:
+      config: The model's architecture config.
+
+    Raises:
+      InputError: The model does not fit the task.
+    """
 
   @abc.abstractmethod
   def hub_files(self, config: FamilyConfig) -> JsonObject:
-    """Returns what the exported folder of a model holds for this task.
+    """Returns JSON files for the exported folder of a model, e.g. of its image processor.
 
     Args:
-      config: the family's Config.
+      config: The model's architecture config.
 
     Returns:
-      A tree of JSON by file name, such as {"config.json": {"id2label": ...}}; it is merged into a
-      file that is there.
+      JSON by file name, e.g. {"config.json": {"id2label": ...}}. It is merged into existing files.
     """
 
   def valid(self, stack: Stack) -> np.ndarray | None:
-    """Returns the positions of a batch's inputs that are not padding, for encoders.
+    """Returns which input positions of a batch are not padding, for encoders.
 
     Returns:
-      bool [B, S], or [B, 1] if there is no padding; None for decoders, whose features are compared
-      at the labels.
+      bool [B, S], or [B, 1] without padding; None for decoders, whose features are compared at the
+      labels.
     """
     del stack
     return None
@@ -110,8 +121,8 @@ class PseudoLabels(NamedTuple):
   """A model's outputs as training data.
 
   Attributes:
-    lines: objects of a .jsonl file that the task reads, with the outputs as labels.
-    left_out: how many outputs are not among them.
+    lines: Lines of a .jsonl file in the task's format, with the outputs as labels.
+    left_out: Number of outputs that were rejected.
   """
 
   lines: list[JsonObject]
@@ -119,32 +130,43 @@ class PseudoLabels(NamedTuple):
 
 
 class TextTask(Task):
-  """A task of encoder-decoders, which write a text for each example.
-
-  Attributes:
-    batch_size: texts that are decoded at once.
-  """
+  """A task of encoder-decoders, which generate a text for each example."""
 
   batch_size: int
+  """Number of texts that are decoded at once."""
 
   @abc.abstractmethod
   def inputs(self, stack: Stack) -> SourceTarget:
-    """Returns the model's inputs for a batch, as numpy arrays."""
+    """Returns the model's inputs for a batch, as numpy arrays.
+
+    Args:
+      stack: Returns a field of all examples of the batch.
+    """
 
   @abc.abstractmethod
   def search(self, config: Seq2SeqConfig, source: Any, generation: JsonObject) -> Search:
-    """Returns how a model decodes its outputs.
+    """Returns the beam-search settings for a model.
 
     Args:
-      config: the family's Config.
-      source: this task's examples.
-      generation: the model's generation_config.json.
+      config: The model's architecture config.
+      source: The examples of this task, from `open`.
+      generation: The contents of the model's generation_config.json.
     """
 
   @abc.abstractmethod
   def scores(self, outputs: Sequence[str], source: Any) -> dict[str, float]:
-    """Returns metrics of the outputs for the first examples of a source, in their order."""
+    """Returns metrics of generated texts.
+
+    Args:
+      outputs: Texts for the first examples of the source, in its order.
+      source: The examples of this task, from `open`.
+    """
 
   @abc.abstractmethod
   def pseudo_labels(self, outputs: Sequence[str], source: Any) -> PseudoLabels:
-    """Returns the outputs for all examples of a source, in their order, as training data."""
+    """Returns generated texts as training data.
+
+    Args:
+      outputs: Texts for all examples of the source, in its order.
+      source: The examples of this task, from `open`.
+    """

@@ -1,4 +1,4 @@
-"""Images and their texts in files: what tasks of both share."""
+"""Base class of tasks with pairs of an image and a text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from distill_jax.data import image_files, sources
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.models import FamilyConfig
 from distill_jax.tasks._jsonl_task import JsonlTask, is_text, read_media
 from distill_jax.tasks._model_configs import VisionConfig
@@ -19,7 +19,7 @@ from distill_jax.types import JsonObject
 
 
 class ImageTextPair(NamedTuple):
-  """An image's file, its text, and the sha256 of the file."""
+  """An image file, its text, and the sha256 of the file."""
 
   image: Path
   text: str
@@ -28,51 +28,69 @@ class ImageTextPair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ImageTextTask(JsonlTask):
-  """Where the pairs are, and how an image is read; see JsonlTask for tokenizer and on_bad.
+  """A task whose examples are pairs of an image and a text."""
 
-  Attributes:
-    path: a .jsonl file, whose image files are named from its folder on; or a folder of images,
-      each beside a .txt file of its name.
-    image, text: fields of a line.
-    heldout: where the held-out pairs are, as `path`; "": a share `heldout_fraction` of path's, by
-      a hash of each image's name.
-    size, channels: of the model's input: the shorter side is brought to `size`, the middle cut.
-    mean, std: of each channel, pixels being from 0 to 1.
-    augment, views, seed: see Task.
+  path: str = ""
+  """A .jsonl file, or a folder of images.
+
+  A .jsonl file names image files relative to its own folder. In a folder of images, the text of
+  x.png is in x.txt.
   """
-
   image: str = "image"
+  """Name of the .jsonl field with the image file's name."""
   text: str = "text"
+  """Name of the .jsonl field with the text."""
   heldout: str = ""
+  """Path of the held-out pairs, in the format of `path`.
+
+  "" holds out a fraction `heldout_fraction` of `path`, chosen by a hash of each image's name.
+  """
   size: int = 224
+  """Height and width of the model's input, in pixels.
+
+  Images are resized so that the shorter side has this length, and cropped at the centre.
+  """
   channels: int = 3
-  mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's
+  """Number of channels of the model's input: 1 (grey) or 3 (RGB)."""
+  mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # those of OpenAI's CLIP
+  """Mean of each channel, for pixels from 0 to 1. The input is (pixel - mean) / std."""
   std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+  """Standard deviation of each channel, for pixels from 0 to 1."""
   augment: tuple[str, ...] = ()
+  """Names in `augmentations`, applied to training images in this order."""
   views: int = 1
+  """Number of augmented views of each training pair."""
   seed: int = 0
+  """Random seed of the augmentations."""
 
   def __post_init__(self):
     super().__post_init__()
-    if self.channels not in (1, 3) or {len(self.mean), len(self.std)} != {self.channels}:
-      raise InputError(
-        f"{self.kind} has {self.channels} channels, mean {self.mean} and std {self.std}; there are "
-        "1 (grey) or 3, with a mean and a std each"
-      )
-    if self.size < 1 or min(self.std) <= 0:
-      raise InputError(
-        f"{self.kind} has size {self.size} and std {self.std}; they are at least 1, and above 0"
-      )
+    if self.channels not in (1, 3):
+      raise bad_value("channels", self.channels, "1 (grey) or 3 (RGB)", "Correct it")
+    for key, values in (("mean", self.mean), ("std", self.std)):
+      if len(values) != self.channels:
+        raise bad_value(key, values, f"{self.channels} numbers, one per channel", "Correct it")
+    if min(self.std) <= 0:
+      raise bad_value("std", self.std, "numbers above 0", "Correct it")
+    if self.size < 1:
+      raise bad_value("size", self.size, "at least 1", "Set the model's image size")
 
   def read_pairs(self, split: str) -> list[ImageTextPair]:
-    """Returns the pairs of a split whose image can be read, in the order of the file."""
+    """Returns the pairs of a split with a readable image, in the order of the file.
+
+    Args:
+      split: "train" or "heldout".
+
+    Raises:
+      InputError: A pair cannot be used and `on_bad` is "stop", or no pair can be used.
+    """
     source, bad = self.document_source(split, self.text), self.bad_examples()
     entries: list[tuple[Path, str, str]] = []
     for image, text, where in read_media(source, self.image, image_files.in_folder, bad):
       if not is_text(text):
         bad.reject_subject(where, "has no text")
       elif not image:
-        bad.reject_subject(where, f"names no image in its field {self.image!r}")
+        bad.reject_subject(where, f"has no image in its field {self.image!r}")
       elif sources.in_split(image, source):
         entries.append((Path(image), text, where))
     with ThreadPoolExecutor(8) as pool:  # decoding releases the GIL
@@ -82,39 +100,38 @@ class ImageTextTask(JsonlTask):
       if digest:
         pairs.append(ImageTextPair(path, text, digest))
       else:
-        bad.reject_subject(f"{where}: {path}", "is no image that can be read")
+        bad.reject_subject(f"{where}: {path}", "is not a readable image")
     bad.finish(len(pairs))
     return pairs
 
   def _digest(self, image: Path) -> str:
-    """Returns the sha256 of a file; "" if it is not an image that can be read."""
+    """Returns the sha256 of a file; "" if it is not a readable image."""
     raw = image.read_bytes() if image.is_file() else b""
     readable = image_files.decode(raw, self.size, self.channels) is not None
     return hashlib.sha256(raw).hexdigest() if readable else ""
 
   def pixels(self, pair: ImageTextPair) -> np.ndarray:
-    """Returns uint8 [size, size, channels].
+    """Returns the image of a pair, uint8 [size, size, channels].
 
     Raises:
-      InputError: the file has changed since the run began.
+      InputError: The file has changed since the run began.
     """
     raw = pair.image.read_bytes() if pair.image.is_file() else b""
     pixels = image_files.decode(raw, self.size, self.channels)
     if pixels is None or hashlib.sha256(raw).hexdigest() != pair.digest:
-      raise InputError(f"{pair.image} is not the file it was when the run began; start it again")
+      raise InputError(f"{pair.image} has changed since the run began. Start the run again.")
     return pixels
 
   def check_images(self, vision: VisionConfig) -> None:
-    """Refuses a vision tower that reads other images."""
-    want = vision.image_size, vision.num_channels
-    if (self.size, self.channels) != want:
-      raise InputError(
-        f"{self.kind} has size {self.size} with {self.channels} channels and the model reads "
-        f"{want[0]} with {want[1]}; set them alike"
-      )
+    """Raises InputError if a vision tower reads images of another size or other channels."""
+    if self.size != (n := vision.image_size):
+      raise bad_value(f"{self.kind}.size", self.size, f"{n}, the model's image size", "Set it so")
+    if self.channels != (n := vision.num_channels):
+      expected = f"{n}, the model's number of channels"
+      raise bad_value(f"{self.kind}.channels", self.channels, expected, "Set it so")
 
   def hub_files(self, config: FamilyConfig) -> JsonObject:
-    """Returns what transformers' CLIPImageProcessor reads."""
+    """Returns the config of transformers' CLIPImageProcessor."""
     del config
     size = {"height": self.size, "width": self.size}
     return {

@@ -1,4 +1,4 @@
-"""What tasks share that read .jsonl files: their keys, their lines, and bad examples."""
+"""Base class of tasks that read .jsonl files, and helpers for reading them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from distill_jax.data import corpus
-from distill_jax.data.bad_input import BadInputPolicy, check_on_bad
+from distill_jax.data.bad_input import ON_BAD, BadInputPolicy
 from distill_jax.data.sources import DocumentSource, lines
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.runtime import json_io
 from distill_jax.tasks._base import Task
@@ -19,88 +19,108 @@ from distill_jax.types import JsonObject
 
 
 class BadExamples(BadInputPolicy):
-  """Stops at the first example of a task that cannot be used, or skips and counts it."""
+  """Policy for examples of a task that cannot be used: stop at the first, or skip and count them.
+
+  Args:
+    kind: Name of the task in the registry.
+    on_bad: The task's key `on_bad`.
+
+  Raises:
+    InputError: `on_bad` is neither "stop" nor "skip".
+  """
 
   def __init__(self, kind: str, on_bad: str):
-    """Args:
-    kind: the task's name in the registry.
-    on_bad: the task's key.
-    """
-    check_on_bad(on_bad, f"the task {kind} has on_bad {on_bad!r}")
-    super().__init__(f"{kind}'s on_bad", on_bad)
+    if on_bad not in ON_BAD:
+      raise bad_value("on_bad", on_bad, "'stop' or 'skip'", "Correct it")
+    super().__init__(f"{kind}.on_bad", on_bad)
     self._kind = kind
 
   def finish(self, used: int) -> None:
-    """Prints what was skipped.
+    """Prints the number of skipped examples and the reasons.
+
+    Args:
+      used: Number of examples that could be used.
 
     Raises:
-      InputError: no example could be used.
+      InputError: No example could be used.
     """
     self.report(self._kind, used, "examples")
     if not used:
-      raise InputError(f"{self._kind}: none of its {self.counts.total()} examples can be used")
+      raise InputError(
+        f"The task {self._kind} has no usable example: all {self.counts.total()} were skipped. "
+        "Correct the data."
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonlTask(Task):
-  """A task whose examples are lines of JSON.
-
-  Attributes:
-    path: a .jsonl file or a folder of them.
-    heldout_fraction: the share of examples that is held out, by a hash of each one's text.
-    tokenizer: a file; "": the model's own.
-    on_bad: "stop" at an example that cannot be used, or "skip" it and count.
-  """
+  """A task whose examples are lines of JSON."""
 
   path: str = ""
+  """A .jsonl file, or a folder of .jsonl files."""
   heldout_fraction: float = 0.1
+  """Fraction of the examples that is held out, chosen by a hash of each example."""
   tokenizer: str = ""
+  """Path of a tokenizer; "" for the model's tokenizer."""
   on_bad: str = "stop"
+  """Policy for examples that cannot be used: "stop" with an error, or "skip" and count them."""
 
   def __post_init__(self):
-    self.bad_examples()  # refuses other values of on_bad
+    self.bad_examples()  # checks on_bad
 
   def bad_examples(self) -> BadExamples:
     return BadExamples(self.kind, self.on_bad)
 
   def document_source(self, split: str, field: str) -> DocumentSource:
-    """Returns where the lines of a split are, and what decides which lines are in it."""
+    """Returns the source of a split's lines.
+
+    Args:
+      split: "train" or "heldout".
+      field: Name of the field with the text.
+    """
     path = self.heldout if split == "heldout" and self.heldout else self.path
     fraction = 0.0 if self.heldout else self.heldout_fraction
     return DocumentSource("jsonl", path, split, field, fraction)
 
   def load_tokenizer(self, pretrained: Pretrained | None) -> Tokenizer:
-    """Loads the tokenizer that the task names, or else that of the model that reads."""
+    """Loads the tokenizer of the key `tokenizer`, else that of the model.
+
+    Raises:
+      InputError: There is neither.
+    """
     if self.tokenizer:
       return load_tokenizer(self.tokenizer)
     if pretrained is None or pretrained.tokenizer is None:
-      raise InputError(
-        f"the task {self.kind} has no tokenizer and the model brings none; name a file"
+      raise bad_value(
+        f"{self.kind}.tokenizer",
+        self.tokenizer,
+        "a file, because the model has no tokenizer",
+        "Set it",
       )
     return corpus.of_files(pretrained.tokenizer, pretrained.source)
 
 
 def read_objects(source: DocumentSource, bad: BadExamples) -> Iterator[tuple[JsonObject, str]]:
-  """Yields the object on each line of a source's files, of both splits, and its place."""
+  """Yields (JSON object, place) for each line of a source's files, for both splits."""
   for line in lines(source):
     try:
       value = json_io.parse(line.raw)
     except InputError:
-      bad.reject_subject(line.where, "is no JSON in UTF-8")
+      bad.reject_subject(line.where, "is not JSON in UTF-8")
       continue
     if isinstance(value, dict):
       yield value, line.where
     else:
-      bad.reject_subject(line.where, "is no JSON object")
+      bad.reject_subject(line.where, "is not a JSON object")
 
 
 class MediaLine(NamedTuple):
-  """A media file and its text, neither of which is checked yet.
+  """A media file and its text, both unchecked.
 
   Attributes:
-    file: the file's name; "": the line names none.
-    text: what the text's field holds, or the text file; None without.
-    where: where the text is.
+    file: Path of the media file; "" if the line does not name one.
+    text: Value of the text field, or contents of the text file; None if missing.
+    where: Place of the text, for errors.
   """
 
   file: str
@@ -111,14 +131,14 @@ class MediaLine(NamedTuple):
 def read_media(
   source: DocumentSource, field: str, list_media: Callable[[Path], list[Path]], bad: BadExamples
 ) -> Iterator[MediaLine]:
-  """Yields the media files and texts that a source names.
+  """Yields the media files and texts of a source.
 
   Args:
-    source: its path is a .jsonl file, whose media files are named from its folder on; or a folder
-      of media files, each beside a .txt file of its name.
-    field: the field of a line that names the media file.
-    list_media: returns the media files in such a folder, in order.
-    bad: rejects lines that are not JSON.
+    source: Its path is a .jsonl file, which names media files relative to its own folder; or a
+      folder of media files, where the text of x.wav is in x.txt.
+    field: Name of the .jsonl field with the media file's name.
+    list_media: Returns the media files of a folder, in order.
+    bad: Policy for lines that are not JSON.
   """
   path = Path(source.path)
   if path.is_dir():
@@ -141,5 +161,5 @@ def _read_text(file: Path) -> str | None:
 
 
 def is_text(x: Any) -> TypeGuard[str]:
-  """Returns whether a field holds text that is not blank and has a UTF-8."""
+  """Returns True for a string that is not blank and can be encoded in UTF-8."""
   return isinstance(x, str) and bool(x.strip()) and json_io.lone_surrogate(x) is None

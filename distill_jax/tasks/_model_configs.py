@@ -1,4 +1,4 @@
-"""What tasks ask of a model family's Config, to tell whether its model is of the right kind."""
+"""Protocols of architecture configs, with which tasks check that a model is of the right kind."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ from distill_jax.errors import InputError
 
 @runtime_checkable
 class PositionLimitedConfig(Protocol):
-  """The config of a model that reads texts up to a length."""
+  """The config of a model that reads texts of limited length."""
 
   @property
   def max_position_embeddings(self) -> int:
-    """The most tokens of a text."""
+    """Maximum number of tokens of a text."""
 
 
 class VisionConfig(Protocol):
-  """The config of a model's part that reads images."""
+  """The config of a vision tower."""
 
   image_size: int
   num_channels: int
 
   @property
   def num_patches(self) -> int:
-    """How many vectors an image becomes."""
+    """Number of vectors that represent an image."""
 
 
 class TextTowerConfig(Protocol):
-  """The config of a model's part that reads texts whose end token stands for all of it."""
+  """The config of a text tower, where the state at the end token represents the text."""
 
   eos_token_id: int
 
 
 @runtime_checkable
 class TextEncoderConfig(Protocol):
-  """The config of a text encoder, such as bert: a classifier if `num_labels` is above 0."""
+  """The config of a text encoder, e.g. bert; a classifier if `num_labels` is above 0."""
 
   num_labels: int
   max_position_embeddings: int
 
   @property
   def embedding_size(self) -> int:
-    """Width of the vector that stands for a whole text."""
+    """Width of the embedding of a whole text."""
 
 
 @runtime_checkable
 class ImageEncoderConfig(Protocol):
-  """The config of an image encoder, such as vit."""
+  """The config of an image encoder, e.g. vit."""
 
   image_size: int
   num_channels: int
@@ -55,7 +55,7 @@ class ImageEncoderConfig(Protocol):
 
 @runtime_checkable
 class ImageDecoderConfig(Protocol):
-  """The config of a decoder that reads images, such as llava."""
+  """The config of a decoder that reads images, e.g. llava."""
 
   image_token: int
   vision: VisionConfig
@@ -63,27 +63,27 @@ class ImageDecoderConfig(Protocol):
 
   @property
   def max_position_embeddings(self) -> int:
-    """The most tokens of a row, those of the image among them."""
+    """Maximum number of tokens of a row, including those of the image."""
 
 
 class ImageTextConfig(Protocol):
-  """The config of a model of images and texts, such as clip."""
+  """The config of a model of images and texts, e.g. clip."""
 
   vision: VisionConfig
   text: TextTowerConfig
 
   @property
   def vocab_size(self) -> int:
-    """The rows of the text tower's table."""
+    """Number of rows of the text tower's embedding table."""
 
   @property
   def max_position_embeddings(self) -> int:
-    """The most tokens of a text."""
+    """Maximum number of tokens of a text."""
 
 
 @runtime_checkable
 class Seq2SeqConfig(Protocol):
-  """The config of an encoder-decoder, such as t5."""
+  """The config of an encoder-decoder, e.g. t5."""
 
   decoder_start_token_id: int
   pad_token_id: int
@@ -91,7 +91,7 @@ class Seq2SeqConfig(Protocol):
 
 @runtime_checkable
 class SpeechConfig(Seq2SeqConfig, Protocol):
-  """The config of an encoder-decoder that reads sounds, such as whisper."""
+  """The config of an encoder-decoder that reads audio, e.g. whisper."""
 
   num_mel_bins: int
   max_source_positions: int
@@ -99,12 +99,15 @@ class SpeechConfig(Seq2SeqConfig, Protocol):
 
 
 def wrong_kind(kind: str, expected: str, config: object) -> InputError:
-  """Returns the error for a model of another kind than a task needs.
+  """Returns the error for a model that is not of the kind that a task needs.
 
   Args:
-    kind: the task's name in the registry.
-    expected: what it needs, such as "a model of sounds, such as whisper".
-    config: what it was given.
+    kind: Name of the task in the registry.
+    expected: The kind of model it needs, e.g. "a speech model, e.g. whisper".
+    config: The model's architecture config.
   """
   family = type(config).__module__.rpartition(".")[2]
-  return InputError(f"{kind} wants {expected}, and this is a {family}")
+  return InputError(
+    f"The task {kind} needs {expected}, but this model is of the family {family}. Choose another "
+    "model."
+  )

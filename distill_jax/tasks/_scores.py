@@ -1,4 +1,4 @@
-"""Model outputs against references: BLEU and chrF by sacrebleu, word error rate by jiwer."""
+"""Scores of generated texts: BLEU and chrF (sacrebleu), and word error rate (jiwer)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ WORD_ERROR_PACKAGES = ("jiwer", "transformers")
 
 
 class WordErrors(NamedTuple):
-  """Wrong words of an output, and the words of its reference."""
+  """Number of wrong words of an output, and of words of its reference."""
 
   wrong: int
   words: int
 
 
 def bleu_and_chrf(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-  """Returns scores of a corpus from 0 to 100 (arXiv:1804.08771); {} without sacrebleu."""
+  """Returns corpus BLEU and chrF from 0 to 100 (arXiv:1804.08771); {} without sacrebleu."""
   if packages := extras.not_installed("sacrebleu"):
     print(f"Skipping bleu and chrf. {extras.missing(packages[0], 'text')}", file=sys.stderr)
     return {}
@@ -32,7 +32,7 @@ def bleu_and_chrf(outputs: Sequence[str], references: Sequence[str]) -> dict[str
 
 
 def word_error_rate(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-  """Returns wrong words per reference word; {} without jiwer or transformers."""
+  """Returns the word error rate of all texts; {} without jiwer or transformers."""
   if packages := extras.not_installed(*WORD_ERROR_PACKAGES):
     print(f"Skipping wer. {extras.missing(packages[0], 'text')}", file=sys.stderr)
     return {}
@@ -41,15 +41,15 @@ def word_error_rate(outputs: Sequence[str], references: Sequence[str]) -> dict[s
 
 
 def word_errors(outputs: Sequence[str], references: Sequence[str]) -> list[WordErrors]:
-  """Returns the errors of each output, both texts as Whisper's normaliser leaves them."""
+  """Returns the word errors of each output, after Whisper's text normalisation."""
   import jiwer
   from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-  normalise = EnglishTextNormalizer({})  # British spelling stays as it is
+  normalise = EnglishTextNormalizer({})  # keeps British spelling
   errors = []
   for output, reference in zip(outputs, references, strict=True):
     output, reference = normalise(output), normalise(reference)
-    if not reference:  # jiwer refuses it: every word of the output is wrong
+    if not reference:  # jiwer raises; every word of the output is wrong
       errors.append(WordErrors(len(output.split()), 0))
       continue
     counts = jiwer.process_words(reference, output)

@@ -1,4 +1,4 @@
-"""Texts that an encoder-decoder outputs, as fields of an example."""
+"""Target texts of encoder-decoders, as fields of an example."""
 
 from __future__ import annotations
 
@@ -15,22 +15,34 @@ from distill_jax.types import Inputs
 
 
 def token_id(kind: str, tokenizer: Tokenizer, token: str) -> int:
-  """Returns the id of a token that a task of this kind names."""
+  """Returns the id of a special token that a task's config names.
+
+  Args:
+    kind: Name of the task in the registry.
+    tokenizer: The tokenizer.
+    token: The token, e.g. "<pad>".
+
+  Raises:
+    InputError: The tokenizer does not have the token.
+  """
   if (id_ := tokenizer.token_id(token)) is None:
-    raise InputError(f"{tokenizer.where} has no token {token!r}; name {kind}'s as it spells them")
+    raise InputError(
+      f"{tokenizer.where} has no token {token!r}. Correct the token in the config of the task "
+      f"{kind}."
+    )
   return id_
 
 
 def target_fields(prompt: Sequence[int], ids: Sequence[int], eos: int, length: int) -> Example:
-  """Returns `decoder_tokens_T`, what the decoder reads, and its labels and mask.
+  """Returns the decoder's input `decoder_tokens_T`, `labels_T` and `mask_T`.
 
-  The text and its end take len(prompt) - 1 + len(ids) + 1 positions of the `length` there are.
+  The prompt, the text and its end token take len(prompt) + len(ids) of the `length` positions.
 
   Args:
-    prompt: the tokens that every text begins with; they are not trained on.
-    ids: the text.
-    eos: the token that ends it.
-    length: T.
+    prompt: Tokens that every text begins with. They are not trained on.
+    ids: Tokens of the text.
+    eos: The end token.
+    length: Number of positions, T.
   """
   whole = [*prompt, *ids, eos]
   decoder_tokens_T, labels_T = np.zeros(length, np.int32), np.zeros(length, np.int32)
@@ -40,15 +52,15 @@ def target_fields(prompt: Sequence[int], ids: Sequence[int], eos: int, length: i
 
 
 def target_inputs(stack: Stack) -> Inputs:
-  """Returns what the decoder reads of a batch with the fields of `target_fields`."""
+  """Returns the decoder's inputs for a batch with the fields of `target_fields`."""
   tokens_BT = stack("decoder_tokens_T")
   return _texts.as_inputs(tokens_BT, np.ones_like(tokens_BT))
 
 
 def check_start(kind: str, start: int, config: Seq2SeqConfig) -> None:
-  """Refuses a model that begins its texts with another token."""
+  """Raises InputError if a model starts its texts with another token than a task."""
   if start != config.decoder_start_token_id:
     raise InputError(
-      f"{kind} begins texts with token {start} and the model with {config.decoder_start_token_id} "
-      "(decoder_start_token_id); set them alike"
+      f"The task {kind} starts texts with token {start}, but the model's decoder_start_token_id is "
+      f"{config.decoder_start_token_id}. Set both to the same token."
     )

@@ -1,4 +1,4 @@
-"""Texts that an encoder reads whole, one a row: what tasks of text encoders share."""
+"""Texts as inputs of encoders, one text per row."""
 
 from __future__ import annotations
 
@@ -10,16 +10,24 @@ from typing import Any
 import numpy as np
 
 from distill_jax.data.tokenizers import Tokenizer
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.tasks._base import Example, Stack
 from distill_jax.tasks._model_configs import PositionLimitedConfig
 from distill_jax.types import Inputs
 
-MIN_TOKENS = 3  # of a row: a text's beginning, a word, its end
+MIN_TOKENS = 3  # tokens of a row: a start token, a word and an end token
 
 
 class EncodedTexts:
-  """A TaskSource of texts as tokens, with a class each."""
+  """A TaskSource of tokenized texts with one class each.
+
+  Args:
+    texts: One text per example.
+    labels: Index of the class of each text.
+    classes: Number of classes.
+    tokenizer: The tokenizer.
+    max_tokens: Length of a row. The end of a longer text is cut, except for its end token.
+  """
 
   positions = 1
 
@@ -31,13 +39,6 @@ class EncodedTexts:
     tokenizer: Tokenizer,
     max_tokens: int,
   ):
-    """Args:
-    texts: one an example.
-    labels: the number of each text's class.
-    classes: how many classes there are.
-    tokenizer: of the texts.
-    max_tokens: the length of a row; a longer text is cut before its end token.
-    """
     self.classes, self._max_tokens, self._labels = classes, max_tokens, labels
     self._ids = [
       _cut([*tokenizer.begin, *ids, *tokenizer.end], max_tokens)
@@ -56,26 +57,26 @@ class EncodedTexts:
 
 
 def _cut(ids: list[int], max_tokens: int) -> list[int]:
-  """Returns at most so many ids, of which the last stays: a text's end, such as BERT's [SEP]."""
+  """Returns at most `max_tokens` ids, keeping the last one, e.g. the [SEP] of BERT."""
   return ids if len(ids) <= max_tokens else [*ids[: max_tokens - 1], ids[-1]]
 
 
 def padded(ids: Sequence[int], length: int) -> Example:
-  """Returns `tokens_S`, an encoder's tokens, and `valid_S`, 1 where they are not padding."""
+  """Returns the padded tokens `tokens_S`, and `valid_S`, 1 at positions that are not padding."""
   tokens_S, valid_S = np.zeros(length, np.int32), np.zeros(length, np.int32)
   tokens_S[: len(ids)], valid_S[: len(ids)] = ids, 1
   return {"tokens_S": tokens_S, "valid_S": valid_S}
 
 
 def as_inputs(tokens_BT: np.ndarray, segments_BT: np.ndarray) -> Inputs:
-  """Returns rows that each begin at position 0; the arrays are numpy until they are sharded."""
+  """Returns Inputs whose rows start at position 0, as numpy arrays."""
   positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
   arrays: Any = (tokens_BT, positions_BT, segments_BT)
   return Inputs(*arrays)
 
 
 def inputs(stack: Stack) -> Inputs:
-  """Returns what a text encoder reads of a batch with the fields of `padded`."""
+  """Returns a text encoder's inputs for a batch with the fields of `padded`."""
   return as_inputs(stack("tokens_S"), stack("valid_S"))
 
 
@@ -85,9 +86,13 @@ def valid(stack: Stack) -> np.ndarray:
 
 
 def check_length(kind: str, max_tokens: int, config: PositionLimitedConfig) -> None:
-  """Refuses texts of more tokens than a family's Config has positions for, or of too few."""
-  if not MIN_TOKENS <= max_tokens <= config.max_position_embeddings:
-    raise InputError(
-      f"the task {kind} has max_tokens {max_tokens}; it is at least {MIN_TOKENS}, and the model "
-      f"reads at most {config.max_position_embeddings}"
-    )
+  """Raises InputError if `max_tokens` is too small, or exceeds the positions of a model.
+
+  Args:
+    kind: Name of the task in the registry.
+    max_tokens: The task's key `max_tokens`.
+    config: The model's architecture config.
+  """
+  if not MIN_TOKENS <= max_tokens <= (limit := config.max_position_embeddings):
+    expected = f"from {MIN_TOKENS} to {limit}, the number of positions of the model"
+    raise bad_value(f"{kind}.max_tokens", max_tokens, expected, "Correct it")

@@ -1,8 +1,8 @@
-"""The examples of a task for record, train and evaluate, with what a teacher recorded of them.
+"""Examples of tasks for `record`, `train` and `evaluate`, joined with records of a teacher.
 
-A store holds only an example's labels and the teacher's targets. The model's inputs are read
-again from the task's own data by the example's number, so that a record is small, and teacher
-and student see the same augmented view.
+A store holds only the labels and the teacher's targets of an example. The model's inputs are
+re-read from the task's data, and augmented views are regenerated from their index. Records are
+therefore small, and teacher and student see the same view.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from distill_jax.augmentations import Augmentation
 from distill_jax.config import Config
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.models import FamilyConfig
 from distill_jax.records.fields import CLASS_IDS, TASK, UNTAUGHT, Record
@@ -29,26 +29,27 @@ from distill_jax.records.recorder import Corpus
 from distill_jax.tasks._base import Stack, Task, TaskSource
 from distill_jax.types import IN_BATCH_CLASSES, Batch
 
-# Fields of a task that are not in its digest: paths, whose data has a digest of its own, and how
-# many examples there are.
+# Task fields excluded from the digest: paths (the data has its own digest), the policy for bad
+# examples, and the number of views.
 NOT_IN_DIGEST = ("path", "train", "heldout", "tokenizer", "on_bad", "views")
 
 
 class TaskExamples(Sequence):
-  """Every view of every example: row n is view n // N of example n % N, of N examples.
+  """All augmented views of all examples. Row n is view n // N of example n % N.
 
-  What an augmentation draws depends on (task.seed, n) alone.
+  Augmentations depend only on (task.seed, n).
 
   Args:
-    task: what is read and predicted.
-    source: its examples.
-    augmentations: change an example, in this order.
-    views: augmented views of each example.
-    max_rows: keeps this many rows at most; 0 keeps all.
+    task: The task.
+    source: Its N examples.
+    augmentations: Augmentations, applied in this order.
+    views: Number of augmented views of each example.
+    max_rows: Maximum number of rows; 0 for all.
 
   Attributes:
-    task, source: as given.
-    digest: of the data, the task and its augmentations, but not of the number of views.
+    task: The task.
+    source: Its examples, before augmentation.
+    digest: Digest of the data, the task and its augmentations; the number of views is not included.
   """
 
   def __init__(
@@ -70,7 +71,7 @@ class TaskExamples(Sequence):
 
   @property
   def manifest(self) -> Manifest:
-    """The manifest of the labels alone, where no teacher is recorded."""
+    """The manifest of labels without a teacher's targets."""
     return without_targets(
       vocab_size=self.source.classes,
       positions=self.source.positions,
@@ -100,22 +101,23 @@ class TaskExamples(Sequence):
 
 
 class RecordedTask(Sequence):
-  """A task's examples, each with what was recorded of it: a random-access source of rows.
+  """A random-access source of a task's examples with their recorded targets.
 
   Args:
-    examples: of the task.
-    records: of a teacher, or of several; None for labels alone.
-    class_range: the task's rows of a head that several tasks share; None if it has its own.
-    manifest: of records that do not exist yet, for preflight.
+    examples: The examples.
+    records: Records of one or more teachers; None for labels only.
+    class_range: The task's rows of a head that tasks share; None if there is one task.
+    manifest: Manifest of records that do not exist yet, for preflight.
 
   Attributes:
-    examples, class_range: as given.
-    manifest: of the records; without any, of the labels.
-    others: the stores of further teachers, by name; see MultiTeacherStore.
-    digests: of all that a row is made of.
+    examples: The examples.
+    class_range: The task's rows of the head, or None.
+    manifest: Manifest of the records, or of the labels without records.
+    others: Stores of further teachers, by name; see MultiTeacherStore.
+    digests: Digests of the stores, or of the examples without records.
 
   Raises:
-    InputError: the records are of another task, other data, or fewer views.
+    InputError: The records are of another task, other data, or another number of views.
   """
 
   def __init__(
@@ -127,14 +129,14 @@ class RecordedTask(Sequence):
   ):
     if records is not None and records.manifest.corpus != examples.digest:
       raise InputError(
-        f"the records in {records.folder} are of other data or another task or augmentation "
-        f"(digest {records.manifest.corpus[:12]}) than this config's ({examples.digest[:12]}); "
-        "record again"
+        f"{records.folder} was recorded with another task, data or augmentation (digest "
+        f"{records.manifest.corpus[:12]}) than this config's (digest {examples.digest[:12]}). "
+        "Record again."
       )
     if records is not None and len(records) != len(examples):
       raise InputError(
-        f"the records in {records.folder} are of {len(records)} rows and the task has "
-        f"{len(examples)}; set its views as they were recorded"
+        f"{records.folder} holds {len(records)} records, but the task has {len(examples)} rows. "
+        "Set the task's `views` to the recorded number."
       )
     self.examples, self._records, self.class_range = examples, records, class_range
     self.manifest = manifest or (records.manifest if records else examples.manifest)
@@ -152,15 +154,15 @@ class RecordedTask(Sequence):
       record = self._records[index]
       if not all(np.array_equal(record[name], row[name]) for name in TASK):
         raise InputError(
-          f"row {operator.index(index)} has other labels than when {self._records.folder} was "
-          "recorded; the task's data has changed, so record again"
+          f"The labels of row {operator.index(index)} differ from those recorded in "
+          f"{self._records.folder}: the task's data has changed. Record again."
         )
       row |= {name: x for name, x in record.items() if name not in UNTAUGHT}
     return row if self.class_range is None else _in_shared_head(row, self.class_range)
 
 
 def _in_shared_head(row: Record, classes: range) -> Record:
-  """Returns a row whose class ids are these rows of the head, and that says so."""
+  """Returns a row with class ids shifted into the range `classes`, and with that range."""
   shifted = {n: x + classes.start for n, x in row.items() if n.rpartition("/")[2] in CLASS_IDS}
   range_2 = np.array([classes.start, classes.stop], np.int32)
   return row | shifted | {"class_range_T2": np.tile(range_2, (len(row["labels_T"]), 1))}
@@ -169,56 +171,62 @@ def _in_shared_head(row: Record, classes: range) -> Record:
 def open_examples(
   config: Config, name: str, split: str, pretrained: Pretrained | None, max_rows: int = 0
 ) -> TaskExamples:
-  """Opens the examples of one task; held-out ones come once each and are not augmented.
+  """Opens the examples of one task. Held-out examples are not augmented.
 
   Args:
-    config: with the task and its augmentations.
-    name: of the task.
+    config: The config, with the task and its augmentations.
+    name: Name of the task in `tasks`.
     split: "train" or "heldout".
-    pretrained: the source of the model that reads them, for its tokenizer, or None.
-    max_rows: keeps this many rows at most; 0 keeps all.
+    pretrained: Checkpoint of the model that reads them, for its tokenizer, or None.
+    max_rows: Maximum number of rows; 0 for all.
 
   Raises:
-    InputError: an augmentation that the config does not have, or what the task itself refuses.
+    InputError: An augmentation is unknown, `views` is below 1, or the task cannot be opened.
   """
   task = config.tasks[name]
   source = task.open(split, pretrained)
   if split != "train":
     return TaskExamples(task, source, max_rows=max_rows)
   if missing := [n for n in task.augment if n not in config.augmentations]:
-    raise InputError(
-      f"tasks.{name}.augment names {missing[0]!r} and augmentations holds "
-      f"{', '.join(config.augmentations) or 'none'}; add it there"
+    known = ", ".join(config.augmentations) or "none are defined"
+    raise bad_value(
+      f"tasks.{name}.augment",
+      task.augment,
+      f"names in `augmentations` ({known})",
+      f"Add {missing[0]!r} to `augmentations`",
     )
   if task.views < 1:
-    raise InputError(f"tasks.{name}.views is {task.views}; it is at least 1")
+    raise bad_value(f"tasks.{name}.views", task.views, "at least 1", "Raise it")
   augmentations = [config.augmentations[n] for n in task.augment]
   return TaskExamples(task, source, augmentations, task.views, max_rows)
 
 
 def recorded_task(config: Config) -> str:
-  """Returns the name of the task that is recorded."""
+  """Returns the name of the task to record.
+
+  Raises:
+    InputError: The key `records.task` does not name a task, or is empty and there are several.
+  """
   name = config.records.task or (next(iter(config.tasks)) if len(config.tasks) == 1 else "")
   if name not in config.tasks:
-    raise InputError(
-      f"records.task is {config.records.task!r} and tasks holds {', '.join(config.tasks)}; name one"
-    )
+    expected = f"one of {', '.join(config.tasks)}"
+    raise bad_value("records.task", config.records.task, expected, "Name the task to record")
   return name
 
 
 def open_corpus(
   config: Config, pretrained: Pretrained | None, teacher: FamilyConfig | None
 ) -> Corpus:
-  """Opens the examples of the one task that is recorded.
+  """Opens the examples of the task to record.
 
   Args:
-    config: with the tasks.
-    pretrained: the teacher's source, or None.
-    teacher: the teacher's architecture config, which must have a place for all tasks; None
-      where no teacher is recorded.
+    config: The config, with the tasks.
+    pretrained: The teacher's checkpoint, or None.
+    teacher: The teacher's architecture config, whose head must fit all tasks; None to record
+      without a teacher.
 
   Raises:
-    InputError: the task cannot be recorded, or the teacher cannot read it.
+    InputError: The task cannot be recorded, or the teacher does not fit it.
   """
   name = recorded_task(config)
   every = {n: open_examples(config, n, "train", pretrained) for n in config.tasks}
@@ -226,8 +234,8 @@ def open_corpus(
   source = examples.source
   if source.classes == IN_BATCH_CLASSES:
     raise InputError(
-      f"task {name} is contrastive; its targets within a batch cannot be recorded. Set "
-      "train.online=True"
+      f"The task {name!r} is contrastive: its targets depend on the batch and cannot be recorded. "
+      "Set train.online=True."
     )
   if teacher is not None:
     check_model(every, teacher)
@@ -236,7 +244,7 @@ def open_corpus(
 
 
 def class_ranges(examples: Mapping[str, TaskExamples]) -> dict[str, range | None]:
-  """Returns each task's rows of the head, one task after another; None if there is one task."""
+  """Returns the rows of the head of each task, in order; None for a single task."""
   if len(examples) == 1:
     return dict.fromkeys(examples)
   ranges: dict[str, range | None] = {}
@@ -248,34 +256,53 @@ def class_ranges(examples: Mapping[str, TaskExamples]) -> dict[str, range | None
 
 
 def check_model(examples: Mapping[str, TaskExamples], model_config: FamilyConfig) -> None:
-  """Refuses a model whose head is too small for all classes, or that cannot read the tasks."""
+  """Checks that a model can be trained on tasks.
+
+  Args:
+    examples: The examples of each task, by name.
+    model_config: The model's architecture config.
+
+  Raises:
+    InputError: The model cannot read a task, its head is too small for all classes, or the tasks
+      cannot be trained together.
+  """
   for task_examples in examples.values():
     task_examples.task.check(model_config)
   sources = [task_examples.source for task_examples in examples.values()]
   total = sum(source.classes for source in sources)
   if total > model_config.head_rows:
     raise InputError(
-      f"the tasks {', '.join(examples)} have {total} classes and the model's head "
-      f"{model_config.head_rows} rows; set changes={{'num_labels': {total}}} of the model"
+      f"The tasks {', '.join(examples)} have {total} classes, but the model's head has "
+      f"{model_config.head_rows} rows. Set changes={{'num_labels': {total}}} of the model."
     )
   if len(sources) > 1 and any(source.classes == IN_BATCH_CLASSES for source in sources):
     raise InputError(
-      f"the tasks {', '.join(examples)} are several, and one has pairs; train it alone"
+      f"One of the tasks {', '.join(examples)} is contrastive and cannot be trained with other "
+      "tasks. Train it alone."
     )
   kinds = {type(task_examples.task) for task_examples in examples.values()}
   sizes = {source.positions for source in sources}
-  if len(kinds) > 1 or len(sizes) > 1:
+  if len(kinds) > 1:
     raise InputError(
-      f"tasks {', '.join(examples)} are of {len(kinds)} kinds with {sorted(sizes)} labels an "
-      "example; tasks that are trained together are of one kind"
+      f"The tasks {', '.join(examples)} are of {len(kinds)} kinds. Only tasks of one kind can be "
+      "trained together."
+    )
+  if len(sizes) > 1:
+    raise InputError(
+      f"The tasks {', '.join(examples)} have {sorted(sizes)} labels per example. Only tasks with "
+      "the same number of labels can be trained together."
     )
 
 
 def reader(tasks: Mapping[str, Task]) -> Callable[[Stack], Batch] | None:
-  """Returns what makes a batch, without targets, of its rows' fields; None for packed text.
+  """Returns a function from the fields of a batch to a Batch without targets.
 
   Args:
-    tasks: those that the rows belong to, all of one kind.
+    tasks: The tasks of the rows, all of one kind.
+
+  Returns:
+    The function, as the argument `read` of `records.collate`; None without tasks, i.e. for packed
+    text.
   """
   if not tasks:
     return None

@@ -1,4 +1,4 @@
-"""Images and their captions, for decoders that read images, such as LLaVA."""
+"""Image captioning, for decoders that read images, e.g. LLaVA."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from distill_jax.data import image_files
 from distill_jax.data.tokenizers import Tokenizer
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.models import FamilyConfig
 from distill_jax.tasks import _texts
@@ -24,30 +24,30 @@ from distill_jax.types import Images, ImageText
 
 @dataclasses.dataclass(frozen=True)
 class Task(ImageTextTask):
-  """The next token of the caption, after the image's patches and the prompt.
-
-  Attributes:
-    prompt: what stands before each image's text, with "<image>" where the patches are.
-    patches: tokens that an image takes, and `image_token` their id, both as the model has them.
-    max_tokens: of a row, the image's among them; a longer text is cut.
-    vocab_size: rows of the model's head.
-  """
+  """Next-token prediction of a caption, given an image and a prompt."""
 
   prompt: str = "<image>\n"
+  """Prompt before each caption; "<image>" marks the place of the image and must occur once."""
   patches: int = 576
+  """Number of tokens that represent an image, as in the model."""
   image_token: int = 32_000
+  """Id of these tokens, as in the model."""
   max_tokens: int = 704
+  """Number of tokens per row, including those of the image; a longer text is cut."""
   vocab_size: int = 32_064
+  """Number of rows of the model's head."""
 
   def __post_init__(self):
     super().__post_init__()
     if self.prompt.count("<image>") != 1:
-      raise InputError(f"{self.kind} has prompt {self.prompt!r}; it has <image> once")
+      raise bad_value("prompt", self.prompt, "a text with <image> once", "Correct it")
 
   def open(self, split: str, pretrained: Pretrained | None) -> CaptionedImages:
     tokenizer = self.load_tokenizer(pretrained)
     if tokenizer.eos_id is None:
-      raise InputError(f"{tokenizer.where} has no end of a text; take one that has")
+      raise InputError(
+        f"{tokenizer.where} has no end token, which captions need. Use another tokenizer."
+      )
     return CaptionedImages(self, self.read_pairs(split), tokenizer, tokenizer.eos_id)
 
   def inputs(self, stack: Stack) -> ImageText:
@@ -56,20 +56,20 @@ class Task(ImageTextTask):
 
   def check(self, config: FamilyConfig) -> None:
     if not isinstance(config, ImageDecoderConfig):
-      raise wrong_kind(self.kind, "a decoder that reads images, such as llava", config)
-    ours = self.patches, self.image_token, self.vocab_size
-    model = config.vision.num_patches, config.image_token, config.head_rows
-    if ours != model:
-      raise InputError(
-        f"image_captions has (patches, image_token, vocab_size) {ours} and the model {model}; set "
-        "them alike"
-      )
+      raise wrong_kind(self.kind, "a decoder that reads images, e.g. llava", config)
+    for key, value, of_model in (
+      ("patches", self.patches, config.vision.num_patches),
+      ("image_token", self.image_token, config.image_token),
+      ("vocab_size", self.vocab_size, config.head_rows),
+    ):
+      if value != of_model:
+        raise bad_value(f"{self.kind}.{key}", value, f"{of_model}, as in the model", "Set it so")
     _texts.check_length(self.kind, self.max_tokens, config)
     self.check_images(config.vision)
 
 
 class CaptionedImages:
-  """A TaskSource of rows of tokens with an image each, which is read when it is asked for."""
+  """A TaskSource of token rows with one image each. Images are read on access."""
 
   def __init__(self, task: Task, pairs: Sequence[ImageTextPair], tokenizer: Tokenizer, eos: int):
     self.classes, self.positions = task.vocab_size, task.max_tokens
@@ -77,9 +77,11 @@ class CaptionedImages:
     before, after = (tokenizer.encode(part) for part in task.prompt.split("<image>"))
     self._prompt = [*tokenizer.begin, *before, *[task.image_token] * task.patches, *after]
     if len(self._prompt) >= task.max_tokens:
-      raise InputError(
-        f"{task.kind} has max_tokens {task.max_tokens} and the prompt takes {len(self._prompt)} "
-        "with its image; raise it"
+      raise bad_value(
+        f"{task.kind}.max_tokens",
+        task.max_tokens,
+        f"more than the {len(self._prompt)} tokens of the prompt and image",
+        "Raise it",
       )
     self._ids = [[*ids, eos] for ids in tokenizer.encode_batch([p.text for p in pairs])]
     data = json.dumps([tokenizer.digest, self._prompt, self._ids, [p.digest for p in pairs]])
@@ -92,7 +94,7 @@ class CaptionedImages:
     T, first = self.positions, len(self._prompt)
     ids = np.array([*self._prompt, *self._ids[i]], np.int32)[: T + 1]
     tokens_S, labels_T = np.zeros(T, np.int32), np.zeros(T, np.int32)
-    n = len(ids) - 1  # the last is a label alone
+    n = len(ids) - 1  # the last token is only a label
     tokens_S[:n], labels_T[:n] = ids[:-1], ids[1:]
     positions_T = np.arange(T)
     return {

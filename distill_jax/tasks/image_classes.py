@@ -1,4 +1,4 @@
-"""Images to classes, from IDX files (MNIST's format) or a folder of classes."""
+"""Image classification, from IDX files (the format of MNIST) or a folder per class."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 from distill_jax.data import labelled_images
 from distill_jax.data.image_files import normalised
 from distill_jax.data.labelled_images import ImageSpec, LabelledImages
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.models import FamilyConfig
 from distill_jax.tasks import _base
 from distill_jax.tasks._base import Example, Stack
 from distill_jax.tasks._class_names import as_hub_config, check_names
 from distill_jax.tasks._jsonl_task import BadExamples
-from distill_jax.tasks._model_configs import ImageEncoderConfig
+from distill_jax.tasks._model_configs import ImageEncoderConfig, wrong_kind
 from distill_jax.types import Images, JsonObject
 
 PIXELS = "pixels_WWM"
@@ -28,56 +28,64 @@ WHICH = ("all", "labelled", "unlabelled")
 
 @dataclasses.dataclass(frozen=True)
 class Task(_base.Task):
-  """One label an image.
-
-  Attributes:
-    train: a folder with a folder of PNG and JPEG files for each class, or what the names of two
-      IDX files begin with: "fashion-mnist/train" of fashion-mnist/train-images-idx3-ubyte.gz.
-    heldout: another; "": a part of `train`, which is then not trained on.
-    heldout_fraction: that part, chosen by each image's bytes.
-    classes: their names in the order of the labels; (): the folders' names.
-    size, channels, resize: of the images, see data/labelled_images.py.
-    mean, std: of each channel, or one for all, of pixels from 0 to 1: what is read is
-      (pixel - mean) / std.
-    labelled: the part of the training images whose labels are known, chosen by each image's bytes.
-    which: all | labelled | unlabelled, the training images that are read. Of images without
-      labels, records hold the teacher's outputs, for losses that need no labels.
-    augment: names in `augmentations`, in order.
-    views: of each image, each with augmentations of its own.
-    seed: of the augmentations.
-    on_bad: "stop" at an image or a class that cannot be used, or "skip" it and count.
-  """
+  """One label per image."""
 
   train: str = ""
+  """Path of the training images: a folder with one subfolder per class, or a prefix of IDX files.
+
+  The subfolders hold PNG and JPEG files. The prefix of fashion-mnist/train-images-idx3-ubyte.gz is
+  "fashion-mnist/train".
+  """
   heldout: str = ""
+  """Path of the held-out images, in the format of `train`; "" holds out a fraction of `train`."""
   heldout_fraction: float = 0.1
+  """Fraction of `train` that is held out if `heldout` is "", chosen by a hash of each image."""
   classes: tuple[str, ...] = ()
+  """Names of the classes, in the order of the labels; () for the names of the subfolders."""
   size: int = 224
+  """Height and width of the model's input, in pixels."""
   channels: int = 3
+  """Number of channels of the model's input: 1 (grey) or 3 (RGB)."""
   resize: bool = False
+  """True to resize images of other sizes; False to treat them as unusable."""
   mean: tuple[float, ...] = (0.5,)
+  """Mean for pixels from 0 to 1: one number, or one per channel.
+
+  The input is (pixel - mean) / std.
+  """
   std: tuple[float, ...] = (0.5,)
+  """Standard deviation for pixels from 0 to 1: one number, or one per channel."""
   labelled: float = 1.0
+  """Fraction of the training images that counts as labelled, chosen by a hash of each image."""
   which: str = "all"
+  """Training images to use: "all", "labelled" or "unlabelled".
+
+  Records of unlabelled images hold the teacher's outputs, for losses that do not need labels.
+  """
   augment: tuple[str, ...] = ()
+  """Names in `augmentations`, applied to training images in this order."""
   views: int = 1
+  """Number of augmented views of each training image."""
   seed: int = 0
+  """Random seed of the augmentations."""
   on_bad: str = "stop"
+  """Policy for images that cannot be used: "stop" with an error, or "skip" and count them."""
 
   def __post_init__(self):
-    if any(len(v) not in (1, self.channels) for v in (self.mean, self.std)) or min(self.std) <= 0:
-      raise InputError(
-        f"mean is {self.mean} and std {self.std}; one number, or one for each of {self.channels} "
-        "channels, was expected, and std above 0"
-      )
-    BadExamples(self.kind, self.on_bad)  # refuses other values
+    for key, values in (("mean", self.mean), ("std", self.std)):
+      if len(values) not in (1, self.channels):
+        expected = f"one number, or one for each of {self.channels} channels"
+        raise bad_value(key, values, expected, "Correct it")
+    if min(self.std) <= 0:
+      raise bad_value("std", self.std, "numbers above 0", "Correct it")
+    BadExamples(self.kind, self.on_bad)  # checks on_bad
     if self.which not in WHICH:
-      raise InputError(f"which is {self.which!r}; it can be one of {', '.join(WHICH)}")
-    if not 0 < self.labelled <= 1 or not 0 < self.heldout_fraction < 1:
-      raise InputError(
-        f"labelled is {self.labelled} and heldout_fraction {self.heldout_fraction}; parts above 0 "
-        "were expected, and of heldout_fraction below 1"
-      )
+      raise bad_value("which", self.which, f"one of {', '.join(WHICH)}", "Correct it")
+    if not 0 < self.labelled <= 1:
+      raise bad_value("labelled", self.labelled, "a fraction above 0 and at most 1", "Correct it")
+    if not 0 < self.heldout_fraction < 1:
+      expected = "a fraction above 0 and below 1"
+      raise bad_value("heldout_fraction", self.heldout_fraction, expected, "Correct it")
 
   @property
   def image_spec(self) -> ImageSpec:
@@ -85,14 +93,16 @@ class Task(_base.Task):
 
   @functools.cached_property
   def names(self) -> tuple[str, ...]:
-    """The names of the classes, in the order of the labels."""
+    """Names of the classes, in the order of the labels."""
     if not self.classes and not Path(self.train).is_dir():
-      raise InputError(
-        f"classes is () and {self.train!r} is no folder of classes; name the classes in the order "
-        "of their labels"
+      raise bad_value(
+        f"{self.kind}.classes",
+        (),
+        f"the classes of {self.train}, which is not a folder",
+        "List their names in the order of the labels",
       )
     names = self.classes or labelled_images.folders(self.train)
-    check_names(self.kind, names)
+    check_names(names)
     return names
 
   def open(self, split: str, pretrained: Pretrained | None) -> ClassifiedImages:
@@ -104,13 +114,13 @@ class Task(_base.Task):
     if not self.heldout:
       readable = readable.where((readable.shares_N < self.heldout_fraction) == (split == "heldout"))
     if split == "train" and self.which != "all":
-      # Another part of the hash than the one that chooses what is held out.
+      # Lower bits of the hash, which are independent of those that choose the held-out images.
       shares_N = readable.shares_N * 2**16 % 1
       readable = readable.where((shares_N < self.labelled) == (self.which == "labelled"))
     if not len(readable):
       raise InputError(
-        f"{path} has no image for split {split!r}, which {self.which!r}, labelled {self.labelled}, "
-        f"heldout_fraction {self.heldout_fraction}; give it more"
+        f"{path} has no image of split {split!r} with which={self.which!r}, "
+        f"labelled={self.labelled} and heldout_fraction={self.heldout_fraction}. Add images."
       )
     return ClassifiedImages(readable, len(self.names))
 
@@ -119,18 +129,17 @@ class Task(_base.Task):
     return Images(pixels)
 
   def valid(self, stack: Stack) -> np.ndarray:
-    """Returns True for all: no patch is padding."""
+    """Returns True for every row: no patch is padding."""
     return np.ones((len(stack(PIXELS)), 1), bool)
 
   def check(self, config: FamilyConfig) -> None:
-    reads: tuple[int | None, int | None] = (None, None)
-    if isinstance(config, ImageEncoderConfig):
-      reads = config.image_size, config.num_channels
-    if reads != (self.size, self.channels):
-      raise InputError(
-        f"the model reads images of (size, channels) {reads} and the task's are "
-        f"{self.size, self.channels}; set size and channels here, or change the model"
-      )
+    if not isinstance(config, ImageEncoderConfig):
+      raise wrong_kind(self.kind, "an image classifier, e.g. vit", config)
+    if self.size != (n := config.image_size):
+      raise bad_value(f"{self.kind}.size", self.size, f"{n}, the model's image size", "Set it so")
+    if self.channels != (n := config.num_channels):
+      expected = f"{n}, the model's number of channels"
+      raise bad_value(f"{self.kind}.channels", self.channels, expected, "Set it so")
 
   def hub_files(self, config: FamilyConfig) -> JsonObject:
     del config
@@ -155,7 +164,7 @@ class Task(_base.Task):
 
 @dataclasses.dataclass(frozen=True)
 class ClassifiedImages:
-  """A TaskSource: IDX files are held in memory, other images are read when they are asked for."""
+  """A TaskSource of images. IDX files are in memory; other images are read on access."""
 
   images: LabelledImages
   classes: int
@@ -163,7 +172,7 @@ class ClassifiedImages:
 
   @property
   def digest(self) -> str:
-    """sha256 of pixels and labels."""
+    """sha256 of the pixels and labels."""
     return self.images.digest
 
   def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Images and the texts that belong to them: contrastive learning, such as CLIP's."""
+"""Contrastive learning from pairs of an image and a text, e.g. for CLIP."""
 
 from __future__ import annotations
 
@@ -24,13 +24,10 @@ from distill_jax.types import IN_BATCH_CLASSES, Images, ImageText
 
 @dataclasses.dataclass(frozen=True)
 class Task(ImageTextTask):
-  """Each image is to find its text among all of the batch, each text its image.
-
-  Attributes:
-    max_tokens: a longer text is cut before its end token.
-  """
+  """Matching of each image to its text, and of each text to its image, within a batch."""
 
   max_tokens: int = 77
+  """Maximum number of tokens of a text. A longer one is cut before its end token."""
 
   def open(self, split: str, pretrained: Pretrained | None) -> EncodedImageTextPairs:
     tokenizer = self.load_tokenizer(pretrained)
@@ -41,36 +38,40 @@ class Task(ImageTextTask):
     return ImageText(Images(pixels), _texts.inputs(stack))
 
   def valid(self, stack: Stack) -> np.ndarray:
-    """Returns True for all: features of the image tower are compared, and no patch is padding."""
+    """Returns True for every row: features are those of the image tower, without padding."""
     return np.ones((len(stack("mask_T")), 1), bool)
 
   def check(self, config: FamilyConfig) -> None:
     if config.head_rows != IN_BATCH_CLASSES:
-      raise wrong_kind(self.kind, "a model of images and texts, such as clip", config)
-    image_text_config = cast(ImageTextConfig, config)  # as its rows of the head tell
+      raise wrong_kind(self.kind, "a model of images and texts, e.g. clip", config)
+    image_text_config = cast(ImageTextConfig, config)  # head_rows identifies it
     _texts.check_length(self.kind, self.max_tokens, image_text_config)
     self.check_images(image_text_config.vision)
     if self.tokenizer:
       self._check_tokenizer(load_tokenizer(self.tokenizer), image_text_config)
 
   def _check_tokenizer(self, tokenizer: Tokenizer, config: ImageTextConfig) -> None:
-    """Refuses another end token than the model's, whose state stands for the whole text."""
+    """Raises InputError if the tokenizer does not fit the text tower.
+
+    The state at the end token represents the text, so both must use the same end token.
+    """
     if (n := tokenizer.vocab_size) > config.vocab_size:
       raise InputError(
-        f"{self.tokenizer} has {n} tokens and the model {config.vocab_size} rows; take the model's"
+        f"{self.tokenizer} has {n} tokens, but the model's embedding table has {config.vocab_size} "
+        "rows. Use the model's tokenizer."
       )
     end = config.text.eos_token_id
-    end = n - 1 if end == 2 else end  # old files give 2 where they mean the largest id
+    end = n - 1 if end == 2 else end  # old files have 2 instead of the largest id
     if tokenizer.end != [end]:
       end_tokens = ", ".join(map(str, tokenizer.end)) or "none"
       raise InputError(
-        f"{self.tokenizer} ends texts with token {end_tokens} and the model with {end}; set "
-        "eos_token_id of the text tower"
+        f"{self.tokenizer} ends texts with token {end_tokens}, but eos_token_id of the text tower "
+        f"is {end}. Correct eos_token_id, or use the model's tokenizer."
       )
 
 
 class EncodedImageTextPairs:
-  """A TaskSource of pairs in the order of the file; images are read when they are asked for."""
+  """A TaskSource of pairs in the order of the file. Images are read on access."""
 
   classes, positions = IN_BATCH_CLASSES, 2
 
@@ -86,6 +87,6 @@ class EncodedImageTextPairs:
 
   def __getitem__(self, i: int) -> Example:
     image = {"pixels_WWM": self._task.pixels(self._pairs[i])}
-    # The labels are rows of the batch that the pair will be in: Batch.with_contrastive_labels.
+    # The labels depend on the batch; Batch.with_contrastive_labels sets them.
     labels = {"labels_T": np.zeros(2, np.int32), "mask_T": np.ones(2, bool)}
     return self._texts[i] | image | labels

@@ -1,4 +1,4 @@
-"""The texts that an encoder-decoder writes for a task's examples; and `generate` over a task."""
+"""Decoding of encoder-decoders, and `generate` over a task: sequence-level pseudo-labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from distill_jax.config import Config
 from distill_jax.data import jsonl
 from distill_jax.data.tokenizers import Tokenizer
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.generation.beam_search import search
 from distill_jax.models import loading
 from distill_jax.models.runs import keys
@@ -36,19 +36,22 @@ def decode_texts(
   mesh: jax.sharding.Mesh,
   max_examples: int = 0,
 ) -> list[str]:
-  """Returns a model's output for each example of a source, in its order.
+  """Returns a model's output text for each example of a source, in its order.
 
-  All batches have one shape, and a row's text does not depend on the others of its batch.
+  All batches have the same shape, and a text does not depend on the other rows of its batch.
 
   Args:
-    model: an encoder-decoder.
-    task: decides how it decodes.
-    source: the task's examples; it has a `tokenizer`.
-    mesh: the mesh that the model is on.
-    max_examples: decode the first so many; 0: all.
+    model: An encoder-decoder.
+    task: The task, which sets the decoding options.
+    source: The examples of the task, from `task.open`.
+    mesh: The mesh of the model.
+    max_examples: Number of examples to decode; 0 for all.
+
+  Raises:
+    InputError: The task's `batch_size` is not divisible by the number of batch shards.
   """
   n, size = min(len(source), max_examples or len(source)), task.batch_size
-  sharding.check_batch("the task's batch_size", size, mesh)
+  sharding.check_batch(f"{task.kind}.batch_size", size, mesh)
   generation = model.pretrained.generation if model.pretrained else {}
   spec = task.search(cast(Seq2SeqConfig, model.config), source, generation)
   batch_sharding = sharding.batch_sharding(mesh)
@@ -56,10 +59,10 @@ def decode_texts(
   texts: list[str] = []
   with Progress("decode", n, "texts") as progress:
     for first in range(0, n, size):
-      # The last batch is filled up with its own first example.
+      # The last batch is padded with its own first example.
       rows = [source[i if i < n else first] for i in range(first, first + size)]
       per_process = size // jax.process_count()
-      own = rows[jax.process_index() * per_process :][:per_process]  # in this order on the devices
+      own = rows[jax.process_index() * per_process :][:per_process]  # the order on the devices
       inputs = task.inputs(functools.partial(_stack, own))
       source_inputs = collate.to_device(inputs.source, batch_sharding)
       outputs = jitted_search(model.model, source_inputs, compute=model.compute, spec=spec)
@@ -78,7 +81,7 @@ def _stack(rows: list[Example], name: str) -> np.ndarray:
 def _jitted_search(
   out_sharding: jax.sharding.Sharding,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """Returns a function that models of one shape share, compiled once."""
+  """Returns the compiled search, shared by all models of the same shape."""
   return jax.jit(search, static_argnames=("compute", "spec"), out_shardings=out_sharding)
 
 
@@ -89,19 +92,26 @@ def _to_text(ids: list[int], eos: int, tokenizer: Tokenizer) -> str:
 
 
 def write_pseudo_labels(config: Config, workdir: Path) -> JsonObject:
-  """Writes the teacher's outputs for a task's training examples, as a file that the task reads.
+  """Writes the teacher's outputs for a task's training examples to WORKDIR/pairs.jsonl.
 
-  That is sequence-level distillation (arXiv:1606.07947), or pseudo-labels of speech. The file is
-  there whole or not at all.
+  The file is in the task's format, for sequence-level distillation (arXiv:1606.07947) or
+  pseudo-labelled speech. It is written atomically.
+
+  Returns:
+    The path of the file, the number of outputs kept and rejected, and the scores of the outputs.
 
   Raises:
-    InputError: the task's models do not write texts, there are several tasks, or no output is fit.
+    InputError: The task's models do not generate texts, the task is ambiguous, or every output is
+      rejected.
   """
   name = dataset.recorded_task(config)
   task = config.tasks[name]
   if not isinstance(task, TextTask):
-    raise InputError(
-      f"tasks.{name} is of {type(task).__module__}, whose models do not write texts; leave it"
+    raise bad_value(
+      f"tasks.{name}.task",
+      task.kind,
+      "a task whose models generate texts, e.g. translation",
+      "Choose another task; `generate` cannot run on this one",
     )
   mesh = sharding.make_mesh(**vars(config.mesh))
   sharding.check_batch(f"tasks.{name}.batch_size", task.batch_size, mesh)
@@ -113,7 +123,10 @@ def write_pseudo_labels(config: Config, workdir: Path) -> JsonObject:
     outputs = decode_texts(loaded, task, source, mesh)
   lines, left_out = task.pseudo_labels(outputs, source)
   if not lines:
-    raise InputError(f"all {len(outputs)} texts of tasks.{name} are left out; raise its limit")
+    raise InputError(
+      f"All {len(outputs)} outputs for the task {name!r} are rejected. Raise max_wer if it is a "
+      "speech task."
+    )
   distributed.run_on_process_0(lambda: jsonl.write(workdir / PAIRS, lines))
   return {
     "pairs": str(workdir / PAIRS),

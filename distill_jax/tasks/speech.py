@@ -1,4 +1,4 @@
-"""Sounds to texts: speech recognition, by Whisper (arXiv:2212.04356, arXiv:2311.00430)."""
+"""Speech recognition, with Whisper (arXiv:2212.04356) and Distil-Whisper (arXiv:2311.00430)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from distill_jax.data import mel, sources
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.generation.beam_search import Search
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.models import FamilyConfig
@@ -25,7 +25,7 @@ from distill_jax.types import JsonObject, Sounds, SourceTarget
 
 
 class Sound(NamedTuple):
-  """A sound's file, the words in it, and the sha256 of the file."""
+  """An audio file, its transcript, and the sha256 of the file."""
 
   file: Path
   text: str
@@ -34,45 +34,50 @@ class Sound(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task(JsonlTask, TextTask):
-  """Sounds and what is said in them; see JsonlTask for tokenizer and on_bad.
+  """Transcription of audio files."""
 
-  Attributes:
-    path: a .jsonl file, whose wav files are named from its folder on; or a folder of wav files,
-      each beside a .txt file of its name. What `generate` has written is such a file.
-    audio, text: fields of a line.
-    heldout: where the held-out sounds are, as `path`; "": a share `heldout_fraction` of path's, by
-      a hash of each text, so that no sentence is on both sides.
-    frames, bins: of the model's input: 100 frames a second. A longer sound cannot be used.
-    resample: sounds of another rate than 16 kHz are brought to it; else they cannot be used.
-    max_tokens: of a text with its end token; a longer one cannot be used.
-    prompt: tokens that a text begins with, which are not trained on.
-    end: the token that ends a text.
-    beams: of what `evaluate` scores and `generate` writes; 1: greedy.
-    max_wer: `generate` leaves out outputs with a higher word error rate against the transcript.
-    batch_size: sounds that are decoded at once.
+  path: str = ""
+  """A .jsonl file, or a folder of wav files.
+
+  A .jsonl file names wav files relative to its own folder; `generate` writes such a file. In a
+  folder of wav files, the transcript of x.wav is in x.txt.
   """
-
   audio: str = "audio"
+  """Name of the .jsonl field with the wav file's name."""
   text: str = "text"
+  """Name of the .jsonl field with the transcript."""
   heldout: str = ""
+  """Path of the held-out examples, in the format of `path`.
+
+  "" holds out a fraction `heldout_fraction` of `path`, chosen by a hash of each transcript, so that
+  a sentence is never in both splits.
+  """
   frames: int = 3_000
+  """Number of frames of the model's input, 100 per second. Longer audio cannot be used."""
   bins: int = 80
+  """Number of mel bins of the model's input."""
   resample: bool = True
+  """True to resample audio to 16 kHz; False to treat other sample rates as unusable."""
   max_tokens: int = 128
+  """Maximum number of tokens of a transcript, with its end token. Longer ones cannot be used."""
   prompt: tuple[str, ...] = ("<|startoftranscript|>", "<|notimestamps|>")
+  """Tokens that every text begins with. They are not trained on."""
   end: str = "<|endoftext|>"
+  """The end token of texts."""
   beams: int = 1
+  """Number of beams in `evaluate` and `generate`; 1 for greedy decoding."""
   max_wer: float = 0.1
+  """Word error rate against the transcript above which `generate` rejects an output."""
   batch_size: int = 8
+  """Number of audio files that are decoded at once."""
 
   def __post_init__(self):
     super().__post_init__()
-    numbers = (self.frames, self.bins, self.max_tokens, self.beams, self.batch_size)
-    if min(numbers) < 1 or not self.prompt:
-      raise InputError(
-        f"speech has frames {self.frames}, bins {self.bins}, max_tokens {self.max_tokens}, beams "
-        f"{self.beams}, batch_size {self.batch_size} and prompt {self.prompt}; each is at least 1"
-      )
+    for key in ("frames", "bins", "max_tokens", "beams", "batch_size"):
+      if (value := getattr(self, key)) < 1:
+        raise bad_value(key, value, "at least 1", "Raise it")
+    if not self.prompt:
+      raise bad_value("prompt", self.prompt, "one token or more", "Name the start token")
 
   @property
   def positions(self) -> int:
@@ -84,9 +89,9 @@ class Task(JsonlTask, TextTask):
     entries: list[tuple[Path, str]] = []
     for name, text, where in read_media(source, self.audio, _wav_files, bad):
       if not is_text(text):
-        bad.reject_subject(where, "has no text, or none in UTF-8")
+        bad.reject_subject(where, "has no text in UTF-8")
       elif not Path(name).is_file():
-        bad.reject_subject(where, f"names no file in its field {self.audio!r}")
+        bad.reject_subject(where, f"has no existing file in its field {self.audio!r}")
       elif sources.in_split(text, source):
         entries.append((Path(name), text))
     with ThreadPoolExecutor(8) as pool:
@@ -100,13 +105,13 @@ class Task(JsonlTask, TextTask):
     return TranscribedSounds(self, sounds, tokenizer, bad)
 
   def _defect(self, file: Path) -> str:
-    """Returns why a sound cannot be used; "" if it can."""
+    """Returns the reason why an audio file cannot be used; "" if it can."""
     try:
       samples, rate = mel.read_wav(file)
     except InputError:
-      return "is damaged, empty or no wav file of whole numbers"
+      return "is damaged, empty or not a wav file of integers"
     if rate != mel.RATE and not self.resample:
-      return f"has {rate} samples a second, and resample is False"
+      return f"has {rate} samples per second, and resample is False"
     if len(samples) > self.frames * mel.HOP * rate / mel.RATE:
       return f"is longer than {self.frames} frames"
     return ""
@@ -117,18 +122,17 @@ class Task(JsonlTask, TextTask):
 
   def check(self, config: FamilyConfig) -> None:
     if not isinstance(config, SpeechConfig):
-      raise wrong_kind(self.kind, "a model of sounds, such as whisper", config)
-    want = config.num_mel_bins, 2 * config.max_source_positions
-    if (self.bins, self.frames) != want:
-      raise InputError(
-        f"speech has {self.bins} bins and {self.frames} frames and the model reads {want[0]} and "
-        f"{want[1]}; set them alike"
-      )
-    if (n := self.positions) > config.max_target_positions:
-      raise InputError(
-        f"speech outputs up to {n} tokens, its prompt among them, and the model at most "
-        f"{config.max_target_positions}; lower max_tokens"
-      )
+      raise wrong_kind(self.kind, "a speech model, e.g. whisper", config)
+    for key, value, of_model in (
+      ("bins", self.bins, config.num_mel_bins),
+      ("frames", self.frames, 2 * config.max_source_positions),
+    ):
+      if value != of_model:
+        raise bad_value(f"{self.kind}.{key}", value, f"{of_model}, as in the model", "Set it so")
+    if self.positions > (limit := config.max_target_positions):
+      most = limit - (len(self.prompt) - 1)
+      expected = f"at most {most}, because the model outputs up to {limit} tokens with the prompt"
+      raise bad_value(f"{self.kind}.max_tokens", self.max_tokens, expected, "Lower it")
     if self.tokenizer:
       start = _seq2seq_targets.token_id(self.kind, load_tokenizer(self.tokenizer), self.prompt[0])
       _seq2seq_targets.check_start(self.kind, start, config)
@@ -160,7 +164,7 @@ class Task(JsonlTask, TextTask):
       config.pad_token_id,
       self.max_tokens,
       self.beams,
-      # generation_config.json is another program's file: a key may be missing or null.
+      # In generation_config.json keys may be missing or null.
       suppress=tuple(generation.get("suppress_tokens") or ()),
       suppress_first=tuple(generation.get("begin_suppress_tokens") or ()),
     )
@@ -169,7 +173,11 @@ class Task(JsonlTask, TextTask):
     return _scores.word_error_rate(outputs, source.texts[: len(outputs)])
 
   def pseudo_labels(self, outputs: Sequence[str], source: TranscribedSounds) -> PseudoLabels:
-    """Returns the outputs as texts, but those above `max_wer`: Distil-Whisper's filter."""
+    """Returns the outputs with a word error rate of at most `max_wer`, as in Distil-Whisper.
+
+    Raises:
+      InputError: A package for the word error rate is not installed.
+    """
     if packages := extras.not_installed(*_scores.WORD_ERROR_PACKAGES):
       raise extras.missing(packages[0], "text")
     errors = _scores.word_errors(outputs, source.texts)
@@ -193,12 +201,14 @@ def _wav_files(folder: Path) -> list[Path]:
 
 
 class TranscribedSounds:
-  """A TaskSource of sounds in the order of the file, which are read when they are asked for.
+  """A TaskSource of transcribed audio in the order of the file. Audio is read on access.
 
   Attributes:
-    files, texts: of each.
-    tokenizer: of the texts.
-    prompt, eos: the tokens that a text begins and ends with.
+    files: The audio files.
+    texts: Their transcripts.
+    tokenizer: The tokenizer.
+    prompt: Ids of the tokens that a text begins with.
+    eos: Id of the end token.
   """
 
   def __init__(self, task: Task, sounds: Sequence[Sound], tokenizer: Tokenizer, bad: BadExamples):
@@ -210,7 +220,7 @@ class TranscribedSounds:
     self.texts: list[str] = []
     self._ids: list[list[int]] = []
     digests = []
-    # A text begins with a space, as Whisper was trained.
+    # Whisper was trained on texts that begin with a space.
     encoded = tokenizer.encode_batch([" " + sound.text.strip() for sound in sounds])
     for sound, ids in zip(sounds, encoded, strict=True):
       if len(ids) + 1 > task.max_tokens:

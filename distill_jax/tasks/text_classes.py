@@ -1,4 +1,4 @@
-"""Texts to classes: sentiment, topic, language."""
+"""Text classification, e.g. by sentiment, topic or language."""
 
 from __future__ import annotations
 
@@ -20,22 +20,20 @@ from distill_jax.types import Inputs, JsonObject
 
 @dataclasses.dataclass(frozen=True)
 class Task(JsonlTask):
-  """Lines of JSON, a text and its class each; see JsonlTask for path, tokenizer and on_bad.
-
-  Attributes:
-    text, label: their fields. A label is one of `classes`.
-    classes: the classes' names, in the order of the head's rows.
-    max_tokens: a longer text is cut.
-  """
+  """One class per text."""
 
   text: str = "text"
+  """Name of the .jsonl field with the text."""
   label: str = "label"
+  """Name of the .jsonl field with the label, one of `classes`."""
   classes: tuple[str, ...] = ()
+  """Names of the classes, in the order of the rows of the head; two or more."""
   max_tokens: int = 128
+  """Maximum number of tokens of a text; a longer one is cut."""
 
   def __post_init__(self):
     super().__post_init__()
-    check_names(self.kind, self.classes)
+    check_names(self.classes)
 
   def open(self, split: str, pretrained: Pretrained | None) -> _texts.EncodedTexts:
     tokenizer = self.load_tokenizer(pretrained)
@@ -55,8 +53,8 @@ class Task(JsonlTask):
     bad.finish(len(texts))
     if empty := [c for i, c in enumerate(self.classes) if i not in set(labels)]:
       raise InputError(
-        f"{self.path} has no text of class {empty[0]!r} among its {len(texts)} of split {split!r}; "
-        "leave the class out or give more texts"
+        f"{self.path} has no text of class {empty[0]!r} among its {len(texts)} texts of split "
+        f"{split!r}. Remove the class or add texts."
       )
     return _texts.EncodedTexts(texts, labels, len(self.classes), tokenizer, self.max_tokens)
 
@@ -68,7 +66,7 @@ class Task(JsonlTask):
 
   def check(self, config: FamilyConfig) -> None:
     if not isinstance(config, TextEncoderConfig) or not config.num_labels:
-      expected = "a model that classifies texts, such as bert with num_labels"
+      expected = "a text classifier, e.g. bert with num_labels above 0"
       raise wrong_kind(self.kind, expected, config)
     _texts.check_length(self.kind, self.max_tokens, config)
 

@@ -1,4 +1,4 @@
-"""Texts to embeddings, without labels: a student's embeddings are to equal its teacher's."""
+"""Text embeddings, without labels: the student is trained to match the teacher's embeddings."""
 
 from __future__ import annotations
 
@@ -18,17 +18,12 @@ from distill_jax.types import Inputs, JsonObject
 
 @dataclasses.dataclass(frozen=True)
 class Task(JsonlTask):
-  """Lines of JSON with a text each, for the loss `embedding` and an online teacher.
-
-  See JsonlTask for path, tokenizer and on_bad.
-
-  Attributes:
-    text: the field of a line.
-    max_tokens: a longer text is cut.
-  """
+  """One text per example, for the loss "embedding" and an online teacher."""
 
   text: str = "text"
+  """Name of the .jsonl field with the text."""
   max_tokens: int = 128
+  """Maximum number of tokens of a text; a longer one is cut."""
 
   def open(self, split: str, pretrained: Pretrained | None) -> _texts.EncodedTexts:
     tokenizer = self.load_tokenizer(pretrained)
@@ -51,12 +46,12 @@ class Task(JsonlTask):
 
   def check(self, config: FamilyConfig) -> None:
     if not isinstance(config, TextEncoderConfig) or config.num_labels:
-      expected = "a model that outputs an embedding of a text, such as bert with num_labels 0"
+      expected = "a model that outputs text embeddings, e.g. bert with num_labels 0"
       raise wrong_kind(self.kind, expected, config)
     _texts.check_length(self.kind, self.max_tokens, config)
 
   def hub_files(self, config: FamilyConfig) -> JsonObject:
-    """Returns what sentence-transformers reads: the mean over tokens, then length 1."""
+    """Returns the files of sentence-transformers: mean pooling and normalisation."""
     parts = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     modules = [
       {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}

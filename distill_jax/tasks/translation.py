@@ -1,4 +1,4 @@
-"""Texts to texts by an encoder-decoder: translation, summaries."""
+"""Text-to-text tasks of encoder-decoders, e.g. translation and summarisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 
 from distill_jax.data import sources
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.generation.beam_search import Search
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.models import FamilyConfig
@@ -28,38 +28,37 @@ from distill_jax.types import JsonObject, SourceTarget
 
 @dataclasses.dataclass(frozen=True)
 class Task(JsonlTask, TextTask):
-  """Lines of JSON, a text and its translation each; see JsonlTask for path, tokenizer and on_bad.
+  """Generation of a target text from a source text."""
 
-  What `generate` has written is such a file.
-
-  Attributes:
-    source, target: their fields.
-    heldout: where the held-out pairs are, as `path`; "": a share `heldout_fraction` of path's, by
-      a hash of each source.
-    source_len, target_len: tokens at the most, the end token among them.
-    start: the token that a translation begins with, which is not trained on: "<pad>" of T5, Marian.
-    beams: of the translations that `evaluate` scores and `generate` writes; 1: greedy.
-    length_penalty: see generation/beam_search.py.
-    batch_size: texts that are translated at once.
-  """
-
+  path: str = ""
+  """A .jsonl file, or a folder of .jsonl files. `generate` writes such a file."""
   source: str = "source"
+  """Name of the .jsonl field with the source text."""
   target: str = "target"
+  """Name of the .jsonl field with the target text."""
   heldout: str = ""
+  """Path of the held-out pairs, in the format of `path`.
+
+  "" holds out a fraction `heldout_fraction` of `path`, chosen by a hash of the source text.
+  """
   source_len: int = 128
+  """Maximum number of tokens of a source text, with its end token. Longer ones cannot be used."""
   target_len: int = 128
+  """Maximum number of tokens of a target text, with its end token. Longer ones cannot be used."""
   start: str = "<pad>"
+  """Start token of target texts, which is not trained on; "<pad>" for T5 and Marian."""
   beams: int = 4
+  """Number of beams in `evaluate` and `generate`; 1 for greedy decoding."""
   length_penalty: float = 1.0
+  """Exponent of the length by which beam search divides a text's log-probability."""
   batch_size: int = 32
+  """Number of texts that are decoded at once."""
 
   def __post_init__(self):
     super().__post_init__()
-    if min(self.source_len, self.target_len, self.beams, self.batch_size) < 1:
-      raise InputError(
-        f"translation has source_len {self.source_len}, target_len {self.target_len}, beams "
-        f"{self.beams} and batch_size {self.batch_size}; each is at least 1"
-      )
+    for key in ("source_len", "target_len", "beams", "batch_size"):
+      if (value := getattr(self, key)) < 1:
+        raise bad_value(key, value, "at least 1", "Raise it")
 
   def open(self, split: str, pretrained: Pretrained | None) -> EncodedPairs:
     tokenizer = self.load_tokenizer(pretrained)
@@ -88,15 +87,14 @@ class Task(JsonlTask, TextTask):
 
   def check(self, config: FamilyConfig) -> None:
     if not isinstance(config, Seq2SeqConfig) or isinstance(config, SpeechConfig):
-      expected = "a model of texts with an encoder and a decoder, such as t5"
+      expected = "an encoder-decoder of texts, e.g. t5"
       raise wrong_kind(self.kind, expected, config)
     if isinstance(config, PositionLimitedConfig):
-      max_len = config.max_position_embeddings
-      if max(self.source_len, self.target_len) > max_len:
-        raise InputError(
-          f"translation has source_len {self.source_len} and target_len {self.target_len} and the "
-          f"model reads at most {max_len}; lower them"
-        )
+      limit = config.max_position_embeddings
+      for key, value in (("source_len", self.source_len), ("target_len", self.target_len)):
+        if value > limit:
+          expected = f"at most {limit}, the number of positions of the model"
+          raise bad_value(f"{self.kind}.{key}", value, expected, "Lower it")
     if self.tokenizer:
       self._check_start(load_tokenizer(self.tokenizer), config)
 
@@ -120,7 +118,7 @@ class Task(JsonlTask, TextTask):
     return _scores.bleu_and_chrf(outputs, references)
 
   def pseudo_labels(self, outputs: Sequence[str], source: EncodedPairs) -> PseudoLabels:
-    """Returns the outputs as targets; empty ones are left out."""
+    """Returns the outputs that are not empty, as target texts."""
     lines = [
       {self.source: pair.source, self.target: output, "reference": pair.target}
       for output, pair in zip(outputs, source.pairs, strict=True)
@@ -130,18 +128,19 @@ class Task(JsonlTask, TextTask):
 
 
 class TextPair(NamedTuple):
-  """A text and its translation."""
+  """A source text and its target text."""
 
   source: str
   target: str
 
 
 class EncodedPairs:
-  """A TaskSource of pairs as tokens, in the order of the file.
+  """A TaskSource of tokenized pairs, in the order of the file.
 
   Attributes:
-    pairs: the texts.
-    tokenizer, eos: of both sides.
+    pairs: The texts.
+    tokenizer: The tokenizer of both texts.
+    eos: Id of the end token of both texts.
   """
 
   def __init__(
@@ -155,7 +154,10 @@ class EncodedPairs:
     self._task, self.tokenizer = task, tokenizer
     self.classes, self.positions = tokenizer.vocab_size, task.target_len
     if tokenizer.eos_id is None:
-      raise InputError(f"{tokenizer.where} has no end token; translation needs one")
+      raise InputError(
+        f"{tokenizer.where} has no end token, which the task {task.kind} needs. Use another "
+        "tokenizer."
+      )
     self.eos = tokenizer.eos_id
     self._start = [_seq2seq_targets.token_id(task.kind, tokenizer, task.start)]
     encoded = (tokenizer.encode_batch([pair[side] for pair in pairs]) for side in (0, 1))

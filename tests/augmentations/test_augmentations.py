@@ -188,11 +188,14 @@ def test_every_change_of_rand_augment_is_drawn():
   "make, message",
   [
     (lambda: flip.Augmentation(1.5), "p is 1.5"),
-    (lambda: crop.Augmentation(area=0.0), "area is 0.0"),
-    (lambda: crop.Augmentation(pad=-1), "pad -1"),
+    (lambda: crop.Augmentation(area=0.0), r"area is 0\.0; expected a number above 0"),
+    (lambda: crop.Augmentation(pad=-1), "pad is -1; expected at least 0"),
     (lambda: mixup.Augmentation(0.0), "alpha is 0.0"),
     (lambda: cutmix.Augmentation(p=-0.1), "p is -0.1"),
-    (lambda: rand_augment.Augmentation(magnitude=11), "magnitude 11"),
+    (
+      lambda: rand_augment.Augmentation(magnitude=11),
+      "magnitude is 11; expected a number from 0 to 10",
+    ),
   ],
 )
 def test_what_no_augmentation_can_do_is_refused(make, message):
@@ -213,5 +216,5 @@ def test_pairs_are_not_mixed(mix):
     "labels_T": np.zeros(2, np.int32),
     "mask_T": np.ones(2, bool),
   }
-  with pytest.raises(InputError, match="an example here has 2"):
+  with pytest.raises(InputError, match="need one label per example, but these examples have 2"):
     mix(np.random.default_rng(0), pair, lambda: pair)

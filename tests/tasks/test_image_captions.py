@@ -86,9 +86,9 @@ def test_what_does_not_fit_is_refused(c):
 
   c.train.records = ()
   c.tasks.captions.image_token = 7
-  refused(r"has \(patches, image_token, vocab_size\) \(4, 7, 256\)")
+  refused("image_captions.image_token is 7; expected")
   c.tasks.captions.image_token = IMAGE
   c.tasks.captions.max_tokens = 8
-  refused("the prompt takes 8 with its image")
+  refused("max_tokens is 8; expected more than the 8 tokens of the prompt and image")
   c.tasks.captions.prompt = "what is it?"
-  refused("it has <image> once")
+  refused("prompt is 'what is it\\?'; expected a text with <image> once")

@@ -160,7 +160,7 @@ def test_labels_out_of_range_stop_or_are_counted_and_named(tmp_path, capsys):
 
 def test_where_no_label_is_in_range_it_is_said(tmp_path):
   write_idx(tmp_path, 4, labels=[3, 4, 5, 6])
-  with pytest.raises(InputError, match="none of its 7 examples can be used"):
+  with pytest.raises(InputError, match="has no usable example: all 7 were skipped"):
     task(tmp_path / "train", on_bad="skip").open("train", None)
 
 
@@ -228,16 +228,16 @@ def test_a_digest_is_of_the_data(tmp_path):
   "changes, why",
   [
     ({"train": "/nowhere"}, "/nowhere is no folder"),
-    ({"train": "/nowhere", "classes": ()}, "name the classes"),
-    ({"on_bad": "shrug"}, "on_bad 'shrug'"),
-    ({"classes": ("one", "one")}, "each once"),
+    ({"train": "/nowhere", "classes": ()}, r"classes is \(\); expected the classes of /nowhere"),
+    ({"on_bad": "shrug"}, "on_bad is 'shrug'; expected 'stop' or 'skip'"),
+    ({"classes": ("one", "one")}, r"classes is \('one', 'one'\); expected two or more"),
     ({"channels": 2}, "channels is 2"),
     ({"size": W + 1}, "is not 13 x 13, but"),
-    ({"heldout_fraction": 1e-9, "split": "heldout"}, "has no image for split 'heldout'"),
-    ({"std": (0.0,)}, "std"),
-    ({"mean": (0.5, 0.5)}, "mean"),
-    ({"which": "some"}, "which is 'some'"),
-    ({"labelled": 0.0}, "labelled is 0.0"),
+    ({"heldout_fraction": 1e-9, "split": "heldout"}, "has no image of split 'heldout'"),
+    ({"std": (0.0,)}, "std is .*; expected numbers above 0"),
+    ({"mean": (0.5, 0.5)}, "mean is .*; expected one number, or one for each of"),
+    ({"which": "some"}, "which is 'some'; expected one of all, "),
+    ({"labelled": 0.0}, r"labelled is 0\.0; expected a fraction above 0"),
   ],
 )
 def test_what_cannot_be_opened_is_refused_by_name(tmp_path, changes, why):
@@ -250,5 +250,7 @@ def test_what_cannot_be_opened_is_refused_by_name(tmp_path, changes, why):
 def test_a_model_that_does_not_fit_is_refused(tmp_path):
   t = task(tmp_path)
   t.check(vit.TINY)
-  with pytest.raises(InputError, match=r"\(8, 1\).*\(12, 1\)"):
+  with pytest.raises(
+    InputError, match=r"image_classes\.size is 12; expected 8, the model's image size"
+  ):
     t.check(dataclasses.replace(vit.TINY, image_size=8))

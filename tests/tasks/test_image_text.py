@@ -98,9 +98,9 @@ def test_a_folder_of_images_beside_their_texts(c, tmp_path):
   "line, why",
   [
     ({"image": "0.png", "text": " "}, "line 13 has no text"),
-    ({"image": "broken.png", "text": "x"}, "broken.png is no image that can be read"),
-    ({"image": "nowhere.png", "text": "x"}, "nowhere.png is no image that can be read"),
-    ({"text": "x"}, "line 13 names no image in its field 'image'"),
+    ({"image": "broken.png", "text": "x"}, "broken.png is not a readable image"),
+    ({"image": "nowhere.png", "text": "x"}, "nowhere.png is not a readable image"),
+    ({"text": "x"}, "line 13 has no image in its field 'image'"),
   ],
 )
 def test_a_bad_pair_stops_the_run_or_is_counted(c, tmp_path, capsys, line, why):
@@ -177,10 +177,10 @@ def test_what_does_not_fit_is_refused(c):
   refused("wants a teacher and records pairs hold text alone")
   del c.losses.features
   c.tasks.pairs.size = 9
-  refused("size 9 with 1 channels and the model reads 8 with 1")
+  refused("image_text.size is 9; expected 8, the model's image size")
   c.tasks.pairs.size = 8
   c.student.changes.text.eos_token_id = 7
-  refused("ends texts with token 93 and the model with 7")
+  refused("ends texts with token 93, but eos_token_id of the text tower is 7")
   c.student.family = "bert"
   c.student.changes = {}
-  refused("wants a model of images and texts")
+  refused("image_text needs a model of images and texts.*of the family bert")

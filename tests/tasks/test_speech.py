@@ -121,7 +121,7 @@ def test_generate_writes_pseudo_labels_the_task_reads(tmp_path):
   assert {line["reference"] for line in lines} <= set(source.texts)
   # A random model says nothing right: no text differs by less than all of its words.
   c.tasks.main.max_wer = 0.0
-  with pytest.raises(InputError, match="texts of tasks.main are left out"):
+  with pytest.raises(InputError, match="outputs for the task 'main' are rejected"):
     generate.run(config.resolve(c), tmp_path)
 
 
@@ -164,7 +164,7 @@ SPOILT = {
   "damaged": (lambda p: p.write_bytes(p.read_bytes()[:-99]), "0.wav is damaged, empty"),
   "empty": (lambda p: p.write_bytes(b""), "0.wav is damaged, empty"),
   "no wav": (lambda p: p.write_text("hello"), "0.wav is damaged, empty"),
-  "missing": (lambda p: p.unlink(), "line 1 names no file in its field"),
+  "missing": (lambda p: p.unlink(), "line 1 has no existing file in its field"),
   "long": (
     lambda p: write_wav(p, np.zeros(9000, np.float32), RATE),
     "longer than 32 frames",
@@ -188,17 +188,19 @@ def test_a_bad_sound_stops_the_run_or_is_counted(tmp_path, capsys, kind):
 def test_other_rates_texts_and_models_are_refused(tmp_path):
   c = configured(tmp_path)
   of = config.resolve(c).tasks["main"]
-  with pytest.raises(InputError, match="wants a model of sounds, such as whisper.*a t5"):
+  with pytest.raises(InputError, match=r"needs a speech model, e\.g\. whisper, .*of the family t5"):
     of.check(t5.TINY)
-  with pytest.raises(InputError, match="8 bins and 32 frames and the model reads 80 and 3000"):
+  with pytest.raises(InputError, match="speech.bins is 8; expected 80, as in the model"):
     of.check(whisper.CONFIGS["whisper-tiny.en"])
-  with pytest.raises(InputError, match="begins texts with token 256 and the model with 2"):
+  with pytest.raises(
+    InputError, match="starts texts with token 256, but the model's decoder_start_token_id is 2"
+  ):
     of.check(whisper.TINY)
   c.tasks.main.max_tokens = 3
   with pytest.raises(InputError, match="has a text of more than 3 tokens"):
     config.resolve(c).tasks["main"].open("train", None)
   c.tasks.main.resample = False
-  with pytest.raises(InputError, match="has 8000 samples a second, and resample is False"):
+  with pytest.raises(InputError, match="has 8000 samples per second, and resample is False"):
     config.resolve(c).tasks["main"].open("train", None)
 
 

@@ -147,7 +147,7 @@ def test_records_are_of_one_task_and_data(run):
     open_store(folder / "records")
   )
   c.tasks.parity.max_tokens = 31
-  with pytest.raises(InputError, match="other data or another task or augmentation"):
+  with pytest.raises(InputError, match="recorded with another task, data or augmentation"):
     training_stores.open_stores(config.resolve(c))
 
 
@@ -197,7 +197,7 @@ def test_several_tasks_are_recorded_one_by_one_and_learnt_together(c, tmp_path):
   assert set(found) == {"parity", "again"}
   assert found["again"]["models"]["student"]["kl"] < 0.1 < found["again"]["models"]["teacher"]["ce"]
   c.teacher.changes = {"num_hidden_layers": 2}
-  with pytest.raises(InputError, match="have 4 classes and the model's head 2 rows"):
+  with pytest.raises(InputError, match="have 4 classes, but the model's head has 2 rows"):
     record.run(config.resolve(c), tmp_path / "refused")
 
 
@@ -273,10 +273,10 @@ def test_what_does_not_fit_is_refused(c):
 
   refused("no text of class 'third'", classes=(*CLASSES, "third"))
   c.tasks.parity.classes = CLASSES
-  refused("reads at most 128", max_tokens=200)
+  refused("max_tokens is 200; expected from 3 to 128", max_tokens=200)
   c.tasks.parity.max_tokens = 32
   c.student.changes = {"num_labels": 1}
-  refused("have 2 classes and the model's head 1 rows")
+  refused("have 2 classes, but the model's head has 1 rows")
   c.student.changes = {"num_lables": 2}
   refused("did you mean 'num_labels'")
 
