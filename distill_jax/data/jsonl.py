@@ -1,4 +1,4 @@
-"""JSON lines: files with one JSON value on each line, read with places for errors and written."""
+"""Reading and writing JSON lines: files with one JSON value per line."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Line:
   """One line of a file.
 
   Attributes:
-    raw: its bytes, the line end included.
-    file: the file.
-    number: its number in the file, from 1.
-    offset: the place of its first byte in the file.
+    raw: The line's bytes, including the line end.
+    file: The file.
+    number: The line's number in the file, from 1.
+    offset: The offset of the line's first byte in the file.
   """
 
   raw: bytes
@@ -33,34 +33,35 @@ class Line:
 
   @property
   def where(self) -> str:
-    """The line's place, for errors."""
+    """The file and the line number, for messages: "FILE, line 3"."""
     return f"{self.file}, line {self.number}"
 
   def text(self) -> str:
-    """Returns the line as text, line end included.
+    """Returns the line as text, including the line end.
 
     Raises:
-      InputError: it is not UTF-8; the error names the byte's place in the file.
+      InputError: If the line is not UTF-8.
     """
     try:
       return json_io.decode_utf8(self.raw, self.offset)
     except InputError as e:
-      raise InputError(f"{self.file}: {e}; convert the file to UTF-8") from e
+      raise InputError(f"{self.file}: {e} Convert the file to UTF-8.") from e
 
   def object(self) -> JsonObject:
     """Returns the JSON object on the line.
 
     Raises:
-      InputError: there is none; the error begins with the line's place.
+      InputError: If the line is not UTF-8 or not a JSON object.
     """
     return parse_object(self.text(), self.where)
 
 
 def read_lines(*files: Path, skip_bom: bool = False) -> Iterator[Line]:
-  """Yields the lines of files that are not blank, in order. Nothing is decoded.
+  """Yields the lines of files in order, except blank lines.
 
   Args:
-    skip_bom: leaves out a UTF-8 byte order mark at the start of a file. Otherwise it is part of
+    files: The files.
+    skip_bom: True to skip a UTF-8 byte order mark at the start of a file. Otherwise it is part of
       the first line, which then is not JSON.
   """
   for file in files:
@@ -75,29 +76,26 @@ def read_lines(*files: Path, skip_bom: bool = False) -> Iterator[Line]:
         offset += len(raw)
 
 
-def parse_object(text: str, where: str = "") -> JsonObject:
+def parse_object(text: str, where: str = "The line") -> JsonObject:
   """Returns the JSON object on a line.
 
   Args:
-    text: the line.
-    where: its place, with which the error begins; "": the caller adds it.
+    text: The line.
+    where: The subject of the error message, e.g. the line's place.
 
   Raises:
-    InputError: the line is not JSON, or not an object.
+    InputError: If the line is not a JSON object.
   """
-  try:
-    return json_io.parse_object(text, action="mend the line")
-  except InputError as e:
-    raise InputError(f"{where}: {e}" if where else str(e)) from e.__cause__
+  return json_io.parse_object(text, where, "Correct the line")
 
 
 def to_line(value: Any, ensure_ascii: bool = False) -> bytes:
   """Returns a value as one line of JSON.
 
   Args:
-    value: plain values.
-    ensure_ascii: escape what is not ASCII. A value with half a surrogate pair, which UTF-8
-      cannot hold, is always written so.
+    value: A tree of plain values.
+    ensure_ascii: True to escape characters that are not ASCII. A value with half a surrogate pair,
+      which UTF-8 cannot encode, is always escaped.
   """
   try:
     return json.dumps(value, ensure_ascii=ensure_ascii).encode() + b"\n"
@@ -106,5 +104,5 @@ def to_line(value: Any, ensure_ascii: bool = False) -> bytes:
 
 
 def write(path: Path, values: Iterable[Any], ensure_ascii: bool = False) -> None:
-  """Writes a file with a line for each value (see `to_line`), whole or not at all."""
+  """Writes a file with one line per value (see `to_line`), atomically."""
   atomic_write(path, b"".join(to_line(value, ensure_ascii) for value in values))

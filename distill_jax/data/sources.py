@@ -157,7 +157,7 @@ def _utf8(raw: bytes, where: str) -> str:
   try:
     return json_io.decode_utf8(raw)
   except InputError as e:
-    raise InputError(f"{where}: {e}; convert the file to UTF-8") from e
+    raise InputError(f"{where}: {e} Convert the file to UTF-8.") from e
 
 
 def _string(record: JsonObject, field: str, where: str) -> str:

@@ -289,7 +289,7 @@ def _named_tokens(config: Path) -> dict[str, str]:
   """Returns the eos_token and bos_token that a tokenizer_config.json names."""
   if not config.is_file():
     return {}
-  fields = json_io.parse_object(config.read_bytes(), str(config), "mend or remove it")
+  fields = json_io.parse_object(config.read_bytes(), str(config), "Correct or remove it")
   tokens = {k: fields.get(k) for k in ("eos_token", "bos_token")}
   # An added token is spelt as a string, or as an object that holds it.
   return {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items() if v}

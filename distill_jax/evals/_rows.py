@@ -82,7 +82,8 @@ def _list(file: Path, data: bytes) -> list[BenchmarkRow]:
   try:
     rows = json_io.parse(data.removeprefix(codecs.BOM_UTF8))
   except InputError as e:
-    raise InputError(f"{file} is damaged ({e}). Download it again.") from e
+    why = str(e).rstrip(".")
+    raise InputError(f"{file} is damaged ({why}). Download it again.") from e
   if not isinstance(rows, list):
     raise InputError(
       f"{file} contains a JSON {type(rows).__name__}. A .json benchmark must be a list of rows."

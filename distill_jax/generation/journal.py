@@ -57,7 +57,8 @@ class SampleJournal:
         row = json_io.parse_object(raw)
       except InputError as e:
         raise InputError(
-          f"{path}, line {number + 1} is damaged ({e}); delete the file and run generate again"
+          f"{path}, line {number + 1} is damaged ({str(e).rstrip('.')}). Delete the file and run "
+          "`generate` again."
         ) from e
       if number:
         size = token_bytes * len(row["tokens"])

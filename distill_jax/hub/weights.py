@@ -65,4 +65,4 @@ def read_text(path: pathlib.Path) -> str:
   try:
     return json_io.decode_utf8(path.read_bytes())
   except InputError as e:
-    raise InputError(f"{path}: {e}; fetch the file again") from e
+    raise InputError(f"{path}: {e} Download the file again.") from e

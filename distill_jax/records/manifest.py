@@ -237,7 +237,8 @@ def load(folder: str | os.PathLike) -> Manifest:
   except FileNotFoundError as e:
     raise InputError(f"{folder} holds no {NAME}; give a folder that `record` wrote") from e
   except (OSError, InputError) as e:
-    raise InputError(f"{path} cannot be read ({e}); delete it and run `record` again") from e
+    why = str(e).rstrip(".")
+    raise InputError(f"{path} cannot be read ({why}). Delete it and run `record` again.") from e
   version = fields.get("format_version") if isinstance(fields, dict) else None
   if version not in FORMATS:
     raise InputError(

@@ -1,4 +1,4 @@
-"""JSON: parsed with errors that name what is wrong, read from files and written to them."""
+"""Reading JSON with errors that name the file and the problem, and writing JSON files."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def decode_utf8(raw: bytes, offset: int = 0) -> str:
   """Decodes UTF-8.
 
   Args:
-    raw: the bytes.
-    offset: the place of their first byte in the file, for the error.
+    raw: The bytes.
+    offset: The offset of the first byte in its file, for the error.
 
   Raises:
-    InputError: they are not UTF-8. The text speaks of the byte alone: the caller knows the file.
+    InputError: If the bytes are not UTF-8. The message names the first invalid byte but no file.
   """
   try:
     return raw.decode()
   except UnicodeDecodeError as e:
-    raise InputError(f"byte {offset + e.start} is 0x{raw[e.start]:02x}, which is not UTF-8") from e
+    raise InputError(f"Byte {offset + e.start} is 0x{raw[e.start]:02x}, which is not UTF-8.") from e
 
 
 def lone_surrogate(text: str) -> str | None:
@@ -40,27 +40,28 @@ def lone_surrogate(text: str) -> str | None:
   return match[0] if match else None
 
 
-def parse(text: bytes | str, subject: str = "", action: str = "", unique_keys: bool = False) -> Any:
-  """Parses JSON of any kind.
+def parse(
+  text: bytes | str, subject: str = "The text", action: str = "", unique_keys: bool = False
+) -> Any:
+  """Parses a JSON value.
 
   Args:
     text: str, or bytes in UTF-8.
-    subject: what the error is about, as in "SUBJECT is not JSON"; "": the error begins with
-      "not JSON", for a caller that puts a place and a colon before it.
-    action: what the error tells the reader to do; "": nothing.
-    unique_keys: refuses an object that has a key twice, of which the last counts otherwise.
+    subject: The subject of the error message, as in "SUBJECT is not JSON."
+    action: The advice at the end of the error message, as an imperative without a full stop. "":
+      no advice.
+    unique_keys: True to refuse an object with a repeated key. Otherwise, the last value is used.
 
   Raises:
-    InputError: the text is not JSON or not UTF-8 (`__cause__` is the parser's own error), or a
-      key is there twice.
+    InputError: If the text is not JSON or not UTF-8 (`__cause__` is the parser's error), or if a
+      key is repeated.
   """
 
   def unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
       twice = next(key for key in keys if keys.count(key) > 1)
-      named = f"{subject} names {twice!r} twice" if subject else f"{twice!r} is named twice"
-      raise InputError(_sentence(named, action))
+      raise InputError(_message(f"{subject} has the key {twice!r} twice", action))
     return dict(pairs)
 
   try:
@@ -69,45 +70,41 @@ def parse(text: bytes | str, subject: str = "", action: str = "", unique_keys: b
   except InputError:
     raise
   except (ValueError, RecursionError) as e:  # ValueError: not UTF-8, or a number of 5000 digits
-    raise InputError(_sentence(_predicate(subject, f"not JSON ({e})"), action)) from e
+    raise InputError(_message(f"{subject} is not JSON ({e})", action)) from e
 
 
 def parse_object(
-  text: bytes | str, subject: str = "", action: str = "", unique_keys: bool = False
+  text: bytes | str, subject: str = "The text", action: str = "", unique_keys: bool = False
 ) -> JsonObject:
-  """Parses one JSON object; arguments and errors are those of `parse`.
+  """Parses one JSON object; see `parse` for the arguments.
 
   Raises:
-    InputError: as `parse` does, or the text is JSON and not an object.
+    InputError: See `parse`; or if the JSON value is not an object.
   """
   value = parse(text, subject, action, unique_keys)
   if not isinstance(value, dict):
-    problem = _predicate(subject, f"a JSON {type(value).__name__}")
-    raise InputError(_sentence(problem, "expected one object {...}", action))
+    problem = f"{subject} is a JSON {type(value).__name__}; expected one object {{...}}"
+    raise InputError(_message(problem, action))
   return value
 
 
-def _predicate(subject: str, predicate: str) -> str:
-  return f"{subject} is {predicate}" if subject else predicate
-
-
-def _sentence(*parts: str) -> str:
-  return "; ".join(filter(None, parts))
+def _message(problem: str, action: str) -> str:
+  return f"{problem}. {action[0].upper()}{action[1:]}." if action else f"{problem}."
 
 
 def read_object(path: Path, action: str, unique_keys: bool = False) -> JsonObject:
   """Reads the JSON object in a file.
 
   Args:
-    path: the file.
-    action: what to do where it is missing or damaged, such as "run the step that writes it".
-    unique_keys: see `parse_object`.
+    path: The file.
+    action: The advice if the file is missing or damaged, e.g. "Run the step that writes it".
+    unique_keys: See `parse`.
 
   Raises:
-    InputError: the file is missing, or holds no JSON object.
+    InputError: If the file does not exist or does not contain a JSON object.
   """
   if not path.is_file():
-    raise InputError(f"{path} is not there; {action}")
+    raise InputError(_message(f"{path} does not exist", action))
   return parse_object(path.read_bytes(), str(path), action, unique_keys)
 
 
@@ -119,15 +116,15 @@ def write_json(
   sort_keys: bool = True,
   ensure_ascii: bool = True,
 ) -> None:
-  """Writes a tree of plain values as JSON, whole or not at all."""
+  """Writes a tree of plain values to a JSON file, atomically."""
   text = json.dumps(tree, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii)
   atomic_write(path, text + "\n")
 
 
 def write_json_once(path: Path, tree: Any) -> None:
-  """Writes a tree of plain values as JSON, on the first process alone.
+  """Writes a tree of plain values to a JSON file, on the first process only.
 
   Raises:
-    InputError: on all processes, if the first one cannot write it.
+    InputError: If the first process cannot write it; raised on all processes.
   """
   distributed.run_on_process_0(lambda: write_json(path, tree))

@@ -109,7 +109,7 @@ def test_every_filter_loses_nothing_whatever_it_is_given(name, tmp_path):
   result = verb(tmp_path, rows, "skip", it=made)
   out = lines(tmp_path / "kept.jsonl") + lines(tmp_path / "rejected.jsonl")
   assert result["samples"] == len(out) == len(rows) - 1
-  assert result["rejected_by"]["read"] == {"no sample": 1, "not JSON": 1}
+  assert result["rejected_by"]["read"] == {"not a sample": 1, "not JSON": 1}
   good = [r for r in rows if isinstance(r, dict)]
   bare = lambda r: json.dumps({k: r[k] for k in good[0]}, sort_keys=True)
   assert Counter(map(bare, good)) == Counter(bare(r) for r in out if "line" not in r)

@@ -108,7 +108,7 @@ def test_chats_that_cannot_be_used(folder, capsys):
   "line, words",
   [
     ("[1]", "a JSON list"),
-    ("{", "not JSON"),
+    ("{", "The line is not JSON"),
     ('{"messages": "hi"}', "neither a list"),
     ('{"prompt": 3, "text": "x"}', "neither a list"),
     ('{"messages": [{"content": 1}]}', "neither"),

@@ -1,4 +1,4 @@
-"""JSON lines are read with their places, and what cannot be used stops a run or is counted."""
+"""JSON lines are read with their places; unusable input stops a run or is skipped and counted."""
 
 import json
 
@@ -17,24 +17,24 @@ def test_lines_know_their_places(tmp_path):
   assert [(x.number, x.offset) for x in lines] == [(1, 0), (4, 13), (5, 24), (1, 0)]
   assert lines[0].object() == {"a": 1} and lines[3].object() == {}
   assert lines[3].text() == "{}\r\n" and lines[3].where == f"{tmp_path / 'b'}, line 1"
-  with pytest.raises(InputError, match=r"a: byte 20 is 0xff, which is not UTF-8; convert"):
+  with pytest.raises(InputError, match=r"a: Byte 20 is 0xff, which is not UTF-8\. Convert the"):
     lines[1].object()
-  with pytest.raises(InputError, match=r"a, line 5: a JSON list; .*; mend the line"):
+  with pytest.raises(InputError, match=r"a, line 5 is a JSON list; .*\. Correct the line\."):
     lines[2].object()
 
 
-def test_a_byte_order_mark_is_skipped_where_asked(tmp_path):
+def test_skip_bom_skips_a_byte_order_mark(tmp_path):
   (tmp_path / "a").write_bytes(b'\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{}\n')
-  with pytest.raises(InputError, match="a, line 1: not JSON"):
+  with pytest.raises(InputError, match="a, line 1 is not JSON"):
     next(jsonl.read_lines(tmp_path / "a")).object()
   first, second = jsonl.read_lines(tmp_path / "a", skip_bom=True)
   assert first.object() == json_io.parse(first.raw) == {"a": 1} and first.offset == 3
   assert second.offset == 12
-  with pytest.raises(InputError, match="a, line 2: not JSON"):
+  with pytest.raises(InputError, match="a, line 2 is not JSON"):
     second.object()
 
 
-def test_what_is_written_is_read_again(tmp_path):
+def test_written_lines_can_be_read_again(tmp_path):
   rows = [{"b": "é", "a": 1}, {"half": "\ud800"}, [1, "\n"]]
   jsonl.write(tmp_path / "x", rows)
   assert (tmp_path / "x").read_bytes().startswith('{"b": "é", "a": 1}\n'.encode())

@@ -86,20 +86,20 @@ def test_streams_files(tmp_path):
   (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\nnot json\n')
   stream = documents(DocumentSource("jsonl", str(tmp_path), heldout_fraction=0))
   assert next(stream) == "fine"
-  with pytest.raises(InputError, match=r"a\.jsonl, line 2: not JSON"):
+  with pytest.raises(InputError, match=r"a\.jsonl, line 2 is not JSON"):
     next(stream)
 
 
 @pytest.mark.parametrize(
   "raw, says",
   [
-    (b'{"text": "a"}\n{"text": "\xff"}\n', "byte 24 is 0xff, which is not UTF-8"),
-    (b'{"text": "a"}\n{"text": "b"', "line 2: not JSON"),
-    (b'{"text": "a"}\n["b"]\n', "line 2: a JSON list"),
+    (b'{"text": "a"}\n{"text": "\xff"}\n', "Byte 24 is 0xff, which is not UTF-8"),
+    (b'{"text": "a"}\n{"text": "b"', "line 2 is not JSON"),
+    (b'{"text": "a"}\n["b"]\n', "line 2 is a JSON list"),
     (b'{"body": "a", "id": 1}\n', "line 1: no field 'text'; the fields there are 'body', 'id'"),
     (b'{"text": 3}\n', "field 'text' holds int"),
     (b'{"text": "\\ud800"}\n', "half a surrogate pair"),
-    (b"\xef\xbb\xbf{}", "line 1: not JSON"),
+    (b"\xef\xbb\xbf{}", "line 1 is not JSON"),
     (b"", "no text in any document"),
     (b'{"text": " "}\n\n', "no text in any document"),
   ],
@@ -116,7 +116,7 @@ def test_text_refuses(tmp_path):
   with pytest.raises(InputError, match=r"without \.txt files"):
     list(documents(DocumentSource("text", str(tmp_path))))
   (tmp_path / "a.txt").write_bytes("é".encode("latin-1") * 3)
-  with pytest.raises(InputError, match=r"a\.txt: byte 0 is 0xe9, which is not UTF-8"):
+  with pytest.raises(InputError, match=r"a\.txt: Byte 0 is 0xe9, which is not UTF-8"):
     list(documents(DocumentSource("text", str(tmp_path))))
   (tmp_path / "a.txt").write_text("one document cannot be on both sides")
   sides = []

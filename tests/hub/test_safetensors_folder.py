@@ -80,7 +80,7 @@ HEADERS = {
   "a number of 5000 digits": (b'{"x": ' + b"9" * 5000 + b"}", b"", None, "not JSON"),
   "absurd length": (b"{}", b"", 2**63, "its header claims 9223372036854775808"),
   "length past the end": (b"{}", b"", 3, "its header claims 3"),
-  "named twice": (b'{"x": 1, "x": 2}', b"", None, "names 'x' twice"),
+  "named twice": (b'{"x": 1, "x": 2}', b"", None, "has the key 'x' twice"),
   "no dtype": ({"x": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8), None, "not described"),
   "unknown dtype": ({"x": F32 | {"dtype": "F31"}}, bytes(8), None, "has dtype 'F31'"),
   "negative size": ({"x": F32 | {"shape": [-2]}}, bytes(8), None, "has shape"),

@@ -291,6 +291,6 @@ def test_bad_evaluations_raise(workdir):
   with pytest.raises(InputError, match="evaluation.json is not JSON"):
     write_report(workdir)
   (workdir / "evaluation.json").unlink()
-  with pytest.raises(InputError, match="evaluation.json is not there"):
+  with pytest.raises(InputError, match="evaluation.json does not exist"):
     write_report(workdir)
   assert not (workdir / "report.html").exists()

@@ -9,12 +9,12 @@ from distill_jax.runtime import json_io
 @pytest.mark.parametrize(
   "text, words",
   [
-    (b"{", "^f.json is not JSON .*; fetch it$"),
-    (b'"\xff"', "^f.json is not JSON .*; fetch it$"),
+    (b"{", r"^f.json is not JSON .*\. Fetch it\.$"),
+    (b'"\xff"', r"^f.json is not JSON .*\. Fetch it\.$"),
     (b"9" * 5000, "^f.json is not JSON"),
     (b"[" * 100_000, "^f.json is not JSON"),
-    (b"[1]", "^f.json is a JSON list; expected one object .*; fetch it$"),
-    (b'{"a": {"b": 1, "b": 2}}', "^f.json names 'b' twice; fetch it$"),
+    (b"[1]", r"^f.json is a JSON list; expected one object .*\. Fetch it\.$"),
+    (b'{"a": {"b": 1, "b": 2}}', r"^f.json has the key 'b' twice\. Fetch it\.$"),
   ],
 )
 def test_errors_name_the_subject_and_what_to_do(text, words):
@@ -23,16 +23,16 @@ def test_errors_name_the_subject_and_what_to_do(text, words):
 
 
 def test_without_a_subject_the_caller_names_the_place():
-  with pytest.raises(InputError, match="^not JSON "):
+  with pytest.raises(InputError, match="^The text is not JSON "):
     json_io.parse_object("{")
-  with pytest.raises(InputError, match="^a JSON list; "):
+  with pytest.raises(InputError, match="^The text is a JSON list; "):
     json_io.parse_object("[]")
   assert json_io.parse_object('{"a": 1, "a": 2}') == {"a": 2}
 
 
 def test_files(tmp_path):
   path = tmp_path / "a" / "b.json"
-  with pytest.raises(InputError, match="b.json is not there; run it first"):
+  with pytest.raises(InputError, match=r"b.json does not exist\. Run it first\."):
     json_io.read_object(path, "run it first")
   json_io.write_json(path, {"b": "é", "a": [1]})
   assert path.read_bytes() == b'{\n "a": [\n  1\n ],\n "b": "\\u00e9"\n}\n'
@@ -43,5 +43,5 @@ def test_files(tmp_path):
 
 def test_halves_of_surrogate_pairs_and_bytes_that_are_not_utf8():
   assert json_io.lone_surrogate("a\udfff") == "\udfff" and json_io.lone_surrogate("a😀") is None
-  with pytest.raises(InputError, match="^byte 12 is 0xff, which is not UTF-8$"):
+  with pytest.raises(InputError, match=r"^Byte 12 is 0xff, which is not UTF-8\.$"):
     json_io.decode_utf8(b"ab\xff", 10)
