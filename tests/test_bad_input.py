@@ -177,13 +177,18 @@ def test_sequence_longer_than_the_model_reads(at):
 
 def test_batch_that_does_not_divide(at):
   said = at("record", f"{RANDOM}; c.records.batch_size = 3")
-  assert "records.batch_size is 3, which does not divide over 4 devices" in said
+  assert "records.batch_size is 3; expected a positive multiple of 4 (4 devices)" in said
 
 
 def test_mesh_that_does_not_fit(at):
-  assert "there are 4" in at("record", f"{RANDOM}; c.mesh.data = 3; c.mesh.fsdp = 1")
+  assert "whose product is 4, the number of devices" in at(
+    "record", f"{RANDOM}; c.mesh.data = 3; c.mesh.fsdp = 1"
+  )
   said = at("record", f"{RANDOM}; c.mesh.fsdp = 1; c.mesh.tensor = 4", workdir="other")
-  assert "layers.k: axis 'kv_heads' of size 2 does not divide over mesh axis 'tensor'" in said
+  assert (
+    "layers.k: axis 'kv_heads' of size 2 is not divisible by 4, the size of mesh axis 'tensor'"
+    in said
+  )
 
 
 def test_records_that_are_not_there(at):

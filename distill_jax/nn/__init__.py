@@ -1,1 +1,1 @@
-"""How arrays are computed: parameters, sharding, layers, attention, the fused head. No files."""
+"""Parameters, sharding, layers, attention and the fused head: code that reads no files."""

@@ -1,7 +1,7 @@
-"""Causal attention within packed segments: one function, and the kernel that fits the device.
+"""Causal attention within packed segments, by the best kernel for the device.
 
-Splash attention (Pallas) on TPU, cuDNN's flash attention on GPU, XLA's own products
-elsewhere: the two first never hold the [T, T] scores.
+The kernels are splash attention (Pallas) on TPU, cuDNN's flash attention on GPU, and XLA's matrix
+products elsewhere. The first two never store the [T, T] scores.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jax.sharding import PartitionSpec
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.nn import sharding
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
 RUNS_ON = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}
-LANES = 128  # of a TPU: splash attention's blocks are multiples of so many positions
+LANES = 128  # splash attention's blocks are multiples of this number of positions
 BLOCKS = (512, 256, LANES)
 
 
 class OneOf(NamedTuple):
-  """The window of a layer that is one of several kinds in one scan."""
+  """The window of a layer in a scan over layers with different windows."""
 
   sizes: tuple[int | None, ...]
-  at: jax.Array  # which of them, int32, perhaps traced
+  at: jax.Array  # index into `sizes`, an int32 scalar, which may be traced
 
 
 Window = int | None | OneOf
@@ -44,20 +44,28 @@ def attention(
   kernel: str = "auto",
   rules: sharding.Rules = sharding.Rules(),  # noqa: B008
 ) -> jax.Array:
-  """Causal attention within segments, grouped heads. Returns [B, T, H, width of values].
+  """Computes causal attention within segments, with grouped query heads.
 
-  A position always sees itself, padding too, so no row of the softmax is empty. Values may
+  Every position attends to itself, padding included, so no row of the softmax is empty. Values may
   be narrower than keys.
 
   Args:
-    segments_BT: int32; positions of a segment are consecutive.
-    window: how many positions, itself among them, a position sees; None: all before it.
-    scale: of the scores; 1/sqrt(h) by default.
-    kernel: one of KERNELS; "auto" is the best for the devices of the mesh in use.
-    rules: say which sequences and heads a device has, if the kernel is not XLA's.
+    q_BTHh: queries, float32, bfloat16 or float16.
+    k_BTGh: keys, in the same dtype. H is a multiple of G.
+    v_BTGh: values, in the same dtype.
+    segments_BT: int32, the number of each position's segment. The positions of a segment are
+      consecutive.
+    window: the number of positions that a position attends to, itself included; None for all
+      positions up to its own.
+    scale: the factor of the scores, by default 1/sqrt(h).
+    kernel: one of KERNELS; "auto" selects the best one for the devices of the mesh in use.
+    rules: the sharding of sequences and heads, used by all kernels except "xla".
+
+  Returns:
+    [B, T, H, width of values], in the dtype of the queries.
 
   Raises:
-    InputError: the kernel is unknown, or it cannot do this on these devices.
+    InputError: the kernel is unknown, or does not support these arrays or devices.
   """
   kernel = choose_kernel(kernel, q_BTHh)
   scale = q_BTHh.shape[-1] ** -0.5 if scale is None else scale
@@ -76,13 +84,13 @@ def attention(
   )
   if heads != kv_heads or heads[1] or heads[3]:
     raise InputError(
-      f"{kernel} attention runs on a device's own sequences and heads, and the rules compute "
-      f"queries by {heads} and keys by {kv_heads}; spread 'heads' and 'kv_heads' "
-      "alike, 'seq' and 'head_dim' not at all, or take attention 'xla'"
+      f"{kernel} attention runs on a device's own sequences and heads, but the rules shard queries "
+      f"by {heads} and keys by {kv_heads}. Shard 'heads' and 'kv_heads' over the same mesh axes, "
+      "do not shard 'seq' and 'head_dim', or set attention to 'xla'."
     )
   rows = rules.spec(("batch", "seq"), "compute")
-  # The kernels do not say what varies over which axis. No device sends anything, so the
-  # check has nothing to find.
+  # The kernels do not declare over which mesh axes their results vary. Without communication
+  # between devices there is nothing to check.
   return jax.shard_map(
     run, in_specs=(heads, heads, heads, rows, PartitionSpec()), out_specs=heads, check_vma=False
   )(*arrays)
@@ -97,15 +105,22 @@ def full(
   scale: float | None = None,
   bias_BHTS: jax.Array | None = None,
 ) -> jax.Array:
-  """Attention of T positions to all S of a source (its own, perhaps): of encoders.
+  """Computes attention of T positions to all S positions of a source, for encoders.
+
+  The source may be the same sequence (self-attention).
 
   Args:
-    valid_BS: bool, the positions that are no padding; None: all. A row that has none of them
-      comes out finite.
-    causal: a position sees those before it and itself.
-    bias_BHTS: added to the scores, float32; any of its axes may be 1.
+    q_BTHh: queries.
+    k_BSGh: keys.
+    v_BSGh: values.
+    valid_BS: bool, True at positions that are not padding; None for no padding. A row without a
+      valid position has a finite result.
+    causal: whether a position attends only to itself and those before it.
+    scale: the factor of the scores, by default 1/sqrt(h).
+    bias_BHTS: float32, added to the scores; any of its axes may have size 1.
 
-  Returns: [B, T, H, h].
+  Returns:
+    [B, T, H, h].
   """
   mask_B1TS = None if valid_BS is None else valid_BS[:, None, None, :]
   return jax.nn.dot_product_attention(
@@ -121,11 +136,22 @@ def cached(
   window: Window,
   scale: float,
 ) -> jax.Array:
-  """Attention of T positions to the Z slots of a cache. Returns [B, T, H, width of values].
+  """Computes attention of T positions to the Z slots of a cache.
 
-  A row's slot z holds its position z; a position sees slots up to its own, whatever the
-  others hold (finite numbers). Scores and softmax are float32. Keys lie as the first product
-  reads them: for a few queries a row that is six times faster on a CPU than [B, Z, G, h].
+  Slot z of a row holds its position z. A position attends to the slots up to its own; the other
+  slots may hold any finite numbers. Scores and softmax are float32. Keys have the layout that the
+  first product reads: with a few queries a row this is six times faster on a CPU than [B, Z, G, h].
+
+  Args:
+    q_BTHh: queries.
+    k_BGhZ: cached keys.
+    v_BGZh: cached values.
+    positions_BT: int32, the position of each query.
+    window: as in `attention`.
+    scale: the factor of the scores.
+
+  Returns:
+    [B, T, H, width of values], in the dtype of the values.
   """
   (B, T, H, h), (_, G, _, Z) = q_BTHh.shape, k_BGhZ.shape
   sizes, at = window if isinstance(window, OneOf) else OneOf((window,), jnp.int32(0))
@@ -146,9 +172,9 @@ def cached(
 def write_slots(
   cache: jax.Array, x_BT: jax.Array, slots_BT: jax.Array, slot_axis: int
 ) -> jax.Array:
-  """A cache with T new positions a row [B, T, ...] in their slots along `slot_axis`.
+  """Returns a cache with T new positions [B, T, ...] written to their slots along `slot_axis`.
 
-  A slot that is not there takes nothing.
+  Positions whose slot is out of range are dropped.
   """
 
   def write_row(old: jax.Array, new_T: jax.Array, slots_T: jax.Array) -> jax.Array:
@@ -159,39 +185,44 @@ def write_slots(
 
 
 def choose_kernel(kernel: str, q_BTHh: jax.Array) -> str:
-  """The kernel by its name, or, for "auto", the best that these devices and shapes have."""
+  """Returns the kernel to use: `kernel`, or for "auto" the best for these devices and shapes.
+
+  Raises:
+    InputError: the kernel is unknown, or does not support these queries or devices.
+  """
   if kernel not in KERNELS:
-    raise InputError(f"attention is {kernel!r}; it can be one of {KERNELS}")
-  platform_name, why_not = platform(), cudnn_cannot(q_BTHh)
+    raise bad_value("attention", kernel, f"one of {', '.join(KERNELS)}", "Choose one")
+  platform_name, unsupported = platform(), cudnn_limitation(q_BTHh)
   if kernel == "auto":
-    fits = {"splash": True, "cudnn": not why_not}
+    fits = {"splash": True, "cudnn": not unsupported}
     return next((k for k, on in RUNS_ON.items() if platform_name in on and fits[k]), "xla")
   if kernel != "xla" and platform_name not in RUNS_ON[kernel]:
-    raise InputError(
-      f"attention is {kernel!r}, which runs on {RUNS_ON[kernel][0]}, and the devices are "
-      f"{platform_name}; set it to 'auto'"
-    )
-  if kernel == "cudnn" and why_not:
-    raise InputError(f"attention is 'cudnn' and {why_not}; set it to 'auto'")
+    needs = f"a kernel that runs on {platform_name}, while this one runs on {RUNS_ON[kernel][0]}"
+    raise bad_value("attention", kernel, needs, "Set it to 'auto'")
+  if kernel == "cudnn" and unsupported:
+    raise bad_value("attention", kernel, f"another kernel, since {unsupported}", "Set it to 'auto'")
   return kernel
 
 
 def platform() -> str:
-  """Of the mesh in use, which may be of devices that are not here; else of jax's default."""
+  """Returns the platform of the mesh in use, or of jax's default devices without a mesh.
+
+  The devices of the mesh need not exist on this machine.
+  """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.default_backend() if device is None else device.platform
 
 
-def cudnn_cannot(q_BTHh: jax.Array) -> str:
-  """Why cuDNN's flash attention cannot have these queries; "" if it can."""
+def cudnn_limitation(q_BTHh: jax.Array) -> str:
+  """Returns why cuDNN's flash attention does not support these queries; "" if it does."""
   _, T, _, h = q_BTHh.shape
   if q_BTHh.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"the compute dtype is {q_BTHh.dtype}, where it does bfloat16 and float16"
+    return f"cuDNN needs bfloat16 or float16 and the compute dtype is {q_BTHh.dtype}"
   major = getattr(jax.devices()[0], "compute_capability", "9.0").split(".")[0]
   max_width = {"8": 128}.get(major, 0 if major in ("5", "6", "7") else 256)
   if h % 8 or h > max_width:
-    return f"heads are {h} wide, where this GPU's are multiples of 8 up to {max_width}"
-  return f"sequences have {T} positions, where it wants an even number" if T % 2 else ""
+    return f"on this GPU it needs head widths that are multiples of 8 up to {max_width}, not {h}"
+  return f"it needs an even number of positions and sequences have {T}" if T % 2 else ""
 
 
 def dense(
@@ -204,14 +235,17 @@ def dense(
   scale: float,
   implementation: Literal["xla", "cudnn"],
 ) -> jax.Array:
-  """`attention` by a mask [B, T, T]. cuDNN adds it to the scores, its only way to segments
-  that jax offers; its own sliding window does not go with that, so the window is in it too."""
+  """Computes `attention` with a mask [B, T, T].
+
+  cuDNN adds the mask to the scores, the only way in which jax lets it handle segments. Its sliding
+  window cannot be combined with a mask, so the mask contains the window too.
+  """
   T, width = segments_BT.shape[1], v_BTGh.shape[-1]
   mask_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
   if sizes != (None,):
     window, t = jnp.asarray([w or T for w in sizes])[at], jnp.arange(T)
     mask_BTS &= (t[:, None] - t[None, :] < window)[None]
-  if missing := q_BTHh.shape[-1] - width:  # jax has values as wide as keys
+  if missing := q_BTHh.shape[-1] - width:  # jax needs values as wide as keys
     v_BTGh = jnp.pad(v_BTGh, ((0, 0), (0, 0), (0, 0), (0, missing)))
   a_BTHh = jax.nn.dot_product_attention(
     q_BTHh,
@@ -235,12 +269,13 @@ def splash(
   scale: float,
   interpret: bool = False,
 ) -> jax.Array:
-  """`attention` by Pallas. Its masks are static, so each window is a kernel of its own.
+  """Computes `attention` with Pallas.
 
-  The kernel has no scale: queries are scaled in float32 and rounded once more.
+  The kernel's masks are static, so each window size has its own kernel. The kernel has no scale:
+  queries are scaled in float32 and rounded once more.
   """
   T = segments_BT.shape[1]
-  padding = -T % LANES  # positions behind the last one, which none sees
+  padding = -T % LANES  # positions after the last one, which no position attends to
 
   def padded_heads(x_BTHh: jax.Array) -> jax.Array:
     return jnp.pad(x_BTHh.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
@@ -252,14 +287,14 @@ def splash(
     kernel = jax.vmap(_splash_kernel(T + padding, window, interpret))
     return lambda q, k, v, s: kernel(q, k, v, pallas.SegmentIds(s, s))
 
-  branches = [kernel_of(window) for window in sizes]  # with one of them, no switch is made
+  branches = [kernel_of(window) for window in sizes]  # lax.switch calls a single branch directly
   q_k_v = (padded_heads(x) for x in (q_BTHh, k_BTGh, v_BTGh))
   a_BHTh = jax.lax.switch(at, branches, *q_k_v, segments_BT)
   return a_BHTh[:, :, :T].swapaxes(1, 2)
 
 
 def _splash_kernel(T: int, window: int | None, interpret: bool) -> Callable[..., jax.Array]:
-  """For any number of heads: they all have the one mask, which Pallas caches."""
+  """Returns the kernel for any number of heads: all have the same mask, which Pallas caches."""
   if window is None or window >= T:
     mask: pallas.CausalMask | pallas.LocalMask = pallas.CausalMask((T, T))
   else:

@@ -1,4 +1,4 @@
-"""Arrays over positions, cut into chunks to scan over, and joined again."""
+"""Splits arrays over positions into chunks to scan over, and joins them again."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import jax.numpy as jnp
 
 
 def split(x_BT: jax.Array, chunk: int) -> jax.Array:
-  """Cuts [B, T, ...] into [n, B, C, ...]: n chunks of C = min(chunk, T) positions.
+  """Splits [B, T, ...] into [n, B, C, ...]: n chunks of C = min(chunk, T) positions.
 
   Args:
-    x_BT: an array whose axes 0 and 1 are sequences and positions; the others are kept.
-    chunk: positions in a chunk; need not divide T. The last chunk is filled up with zeros.
+    x_BT: an array whose axes 0 and 1 are sequences and positions.
+    chunk: the number of positions of a chunk. It need not divide T: the last chunk is padded with
+      zeros.
   """
   T = x_BT.shape[1]
   chunk = min(chunk, T)
@@ -20,6 +21,6 @@ def split(x_BT: jax.Array, chunk: int) -> jax.Array:
 
 
 def join(x_nBC: jax.Array, T: int) -> jax.Array:
-  """Joins what `split` cut: [B, T, ...], without what filled the last chunk up."""
+  """Joins the chunks that `split` returned into [B, T, ...], without the padding."""
   x_BnC = jnp.moveaxis(x_nBC, 0, 1)
   return x_BnC.reshape(x_BnC.shape[0], -1, *x_BnC.shape[3:])[:, :T]

@@ -1,9 +1,9 @@
-"""The fused vocabulary head: logits exist for one chunk of positions at a time.
+"""The fused vocabulary head: logits are in memory for one chunk of positions at a time.
 
-A loss over the vocabulary is a sum over positions, and the weights and the token count that
-scale it are known before it starts. So the gradient of each chunk is pulled back at once,
-in the forward pass: three matrix products, as without chunks, nothing computed twice, and
-memory that does not grow with positions times vocabulary.
+A loss over the vocabulary is a sum over positions. Its scale, the loss weights and the token count,
+is known before the forward pass. So the gradient of each chunk is computed in the forward pass,
+right after its logits. This takes three matrix products, as without chunks, computes nothing twice,
+and needs no memory proportional to positions times vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.nn import chunks, sharding
 from distill_jax.nn.logits import (
   cap_and_select,
@@ -46,11 +46,12 @@ __all__ = [
 
 # (logits_BCV float32, a chunk of the batch) -> a tree of arrays that are summed over chunks.
 ChunkFn = Callable[[jax.Array, Batch], PyTree]
-# The same for losses: (loss, metrics), of which the first is a scalar and is differentiated.
+# (logits_BCV float32, a chunk of the batch) -> (loss, metrics). The loss is a scalar, which is
+# differentiated; the metrics are a tree of arrays. Both are summed over chunks.
 ChunkLossFn = Callable[[jax.Array, Batch], tuple[jax.Array, PyTree]]
 SumOverBatch = Callable[[PyTree], PyTree]  # sums a tree over the devices that hold other sequences
 
-BLOCK_BYTES = 2**23  # of the head's gradient, as much as one product makes
+BLOCK_BYTES = 2**23  # maximum size of the part of the head's gradient that one product computes
 
 
 def fold(
@@ -62,9 +63,17 @@ def fold(
   vocab_size: int | None = None,
   batch_axes: tuple[str, ...] = sharding.BATCH,
 ) -> PyTree:
-  """Sums `chunk_fn(logits_BCV, chunk of the batch)` over chunks, with no gradient: for metrics.
+  """Sums `chunk_fn(logits_BCV, chunk of the batch)` over chunks, for metrics.
 
-  Args: as of `loss`, but that `chunk_fn` returns any tree of arrays that are summed.
+  Args:
+    chunk_fn: (logits_BCV float32, chunk of the batch) -> a tree of arrays, which are summed.
+    hidden_BTD: see `loss`, as for all further arguments.
+
+  Returns:
+    The summed tree. It has no efficient gradient: use `loss` to differentiate.
+
+  Raises:
+    InputError: the mesh lacks one of the axes.
   """
   scan = functools.partial(_scan_values, chunk_fn, chunk, vocab_size)
   return _per_batch_shard(scan, P(), batch_axes, hidden_BTD, head_VD, batch)
@@ -80,29 +89,29 @@ def loss(
   batch_axes: tuple[str, ...] = sharding.BATCH,
   vocab_axis: str = sharding.VOCAB,
 ) -> tuple[jax.Array, PyTree]:
-  """Sums a loss over chunks; its gradient is ready when the forward pass ends.
+  """Sums a loss over chunks, and computes its gradient in the forward pass.
 
-  Nothing is averaged here. `loss_fn` weighs each loss and divides it by the number of tokens of
-  the global batch: of all devices and microbatches, not of this chunk or this device. Whoever
-  calls this counts them first, as training.step does.
+  The sum is not divided by a token count. `loss_fn` multiplies each loss by its weight and divides
+  it by the number of tokens of the global batch, i.e. of all devices and microbatches, not of this
+  chunk or device. The caller counts these tokens first, as training.step does.
 
-  On a mesh (under `jax.set_mesh`) each device works on its own sequences, and sums are taken
-  over `batch_axes` once, at the end. Under `with mesh:` alone no mesh is seen.
+  On a mesh set with `jax.set_mesh`, each device processes its own sequences, and results are summed
+  over `batch_axes` once, at the end. A mesh that is only entered with `with mesh:` is not used.
 
   Args:
-    loss_fn: (logits_BCV float32, chunk of the batch) -> (loss, metrics): a scalar, weighed and
-      divided as above, and a tree that merges by addition.
-    hidden_BTD: after the final norm, float32 or bfloat16.
+    loss_fn: (logits_BCV float32, chunk of the batch) -> (loss, metrics). The loss is a scalar,
+      weighted and divided as described above; the metrics are a tree of arrays that are summed.
+    hidden_BTD: the hidden states after the final norm, float32 or bfloat16.
     head_VD: the unembedding, in the same dtype.
-    batch: labels, mask and targets; masked positions may hold anything, NaN included.
-    chunk: positions of each sequence at once; it need not divide T.
-    vocab_size: rows of the head from here on are padding.
-    batch_axes: the mesh axes over which sequences are spread.
-    vocab_axis: the mesh axis over which the head's rows are spread.
+    batch: labels, mask and targets. Masked positions may hold any value, NaN included.
+    chunk: the number of positions of each sequence in a chunk. It need not divide T.
+    vocab_size: the number of rows of the head that are not padding; None for all.
+    batch_axes: the mesh axes over which sequences are sharded.
+    vocab_axis: the mesh axis over which the rows of the head are sharded.
 
   Returns:
-    (total loss, metrics), float32. The total is differentiable in hidden_BTD and head_VD,
-    the metrics are not. The gradient of the head is summed in float32.
+    (total loss, metrics), float32. The total is differentiable with respect to hidden_BTD and
+    head_VD, the metrics are not. The gradient of the head is summed in float32.
 
   Raises:
     InputError: the mesh lacks one of the axes.
@@ -138,7 +147,7 @@ def _scan_values(
   batch: Batch,
   sum_over_batch: SumOverBatch,
 ) -> PyTree:
-  """`fold` of one device's sequences."""
+  """Computes `fold` for one device's sequences."""
   pieces = _split(hidden_BTD, batch, chunk)
 
   def value_of(hidden_BCD, piece):
@@ -163,24 +172,25 @@ def _scan_gradients(
   batch: Batch,
   sum_over_batch: SumOverBatch,
 ) -> tuple[tuple[jax.Array, PyTree], jax.Array, jax.Array]:
-  """`loss` of one device's sequences, and its gradients.
+  """Computes `loss` and its gradients for one device's sequences.
 
-  Returns: ((loss, metrics), the head's gradient [V, D] float32, the hidden states' [B, T, D]).
-  The first two are of all devices' sequences, the last of this device's own.
-
-  The scan over chunks carries two sums and gives out a gradient for each chunk:
+  The scan over chunks carries two sums and outputs a gradient for each chunk:
 
     chunk i -> logits -> loss_fn -+-> (loss, metrics)              added to `sums`
                                   |
                                   +-> gradient of the logits
                                         times hidden states        added to `head_grad_svD`
-                                        times the head             is hidden_grad_nBCD[i]
+                                        times the head             stored in hidden_grad_nBCD[i]
+
+  Returns:
+    ((loss, metrics), gradient of the head [V, D] float32, gradient of the hidden states [B, T, D]).
+    The first two are sums over all devices' sequences, the last is for this device's sequences.
   """
   pieces = _split(hidden_BTD, batch, chunk)
   head_svD, blocks = _shards_and_blocks(head_VD, shards)
 
   def value_and_grad(hidden_BCD, piece):
-    """((loss, metrics), the gradient of the logits) of a chunk."""
+    """Returns ((loss, metrics), gradient of the logits) for a chunk."""
     with jax.named_scope("head"):
       logits_BCV = logits(hidden_BCD, head_VD, vocab_size)
       value, pull, metrics = jax.vjp(
@@ -202,28 +212,34 @@ def _scan_gradients(
   carry = zero_sums, jnp.zeros(head_svD.shape, jnp.float32)
   carry, hidden_grad_nBCD = jax.lax.scan(add_chunk, carry, (pieces.hidden_nBCD, pieces.batch))
   sums, head_grad_svD = carry
-  # Summed over the devices that share the head once a pass, not once a chunk.
+  # This sums over devices once per pass, not once per chunk.
   sums, head_grad_VD = sum_over_batch((sums, head_grad_svD.reshape(head_VD.shape)))
   return sums, head_grad_VD, chunks.join(hidden_grad_nBCD, hidden_BTD.shape[1])
 
 
 def _mesh_size(axes: tuple[str, ...], argument: str) -> int:
-  """Over how many devices of the mesh in use these axes spread an array; 1 without a mesh."""
+  """Returns the number of devices along these axes of the mesh in use; 1 without a mesh.
+
+  Args:
+    axes: names of mesh axes.
+    argument: the argument that names them, for errors.
+
+  Raises:
+    InputError: the mesh lacks one of the axes.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return 1
   if missing := [axis for axis in axes if axis not in mesh.shape]:
-    raise InputError(
-      f"{argument} is {axes} and the mesh has axes {mesh.axis_names}, among which is no "
-      f"{missing[0]!r}. Name axes of the mesh."
-    )
+    expected = f"mesh axes among {', '.join(mesh.axis_names)}, which lack {missing[0]!r}"
+    raise bad_value(argument, axes, expected, "Name axes of the mesh")
   return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _shards_and_blocks(head_VD: jax.Array, shards: int) -> tuple[jax.Array, int]:
-  """The head as [s, v, D], one entry for each device that may hold a part, and blocks of a part.
+  """Returns the head as [s, v, D], one part per device that may hold one, and blocks per part.
 
-  A block is what `_pull_back` makes of the head's gradient at once; blocks divide v.
+  `_pull_back` computes the head's gradient for one block at a time. The number of blocks divides v.
   """
   V, D = head_VD.shape
   shards = 1 if V % shards else shards
@@ -240,11 +256,11 @@ def _pull_back(
   head_grad_svD: jax.Array,
   blocks: int,
 ) -> tuple[jax.Array, jax.Array]:
-  """The gradient of a chunk's hidden states, and the head's with the chunk's share added.
+  """Returns the gradient of a chunk's hidden states, and the head's gradient with it added.
 
-  A block of the vocabulary at a time, within each device's part of it: no second array of
-  the head's size is made, and a block is still in cache when its sum is updated. What the
-  devices have of the hidden states' gradient is summed once, after the blocks.
+  The loop runs over blocks of the vocabulary within each device's part. So no second array of the
+  head's size is allocated, and a block is still in cache when its sum is updated. The devices'
+  parts of the hidden states' gradient are summed once, after the blocks.
   """
   B, C, D = hidden_BCD.shape
   shards, rows, _ = head_svD.shape
@@ -283,16 +299,16 @@ def _per_batch_shard(
 ) -> PyTree:
   """Runs `scan(hidden, head, batch, sum_over_batch)` on each device's own sequences.
 
-  Left to itself, the partitioner would sum every chunk's gradient of the head over the devices
-  that hold other sequences; the vocabulary is its own to shard.
+  Without this, the partitioner would sum the head's gradient over devices after every chunk. The
+  vocabulary is still sharded by the partitioner.
   """
-  batch = batch.replace(inputs=None, valid_BS=None)  # the head has no use for them
+  batch = batch.replace(inputs=None, valid_BS=None)  # unused by the head
   if _mesh_size(batch_axes, "batch_axes") == 1:
     return scan(hidden_BTD, head_VD, batch, lambda tree: tree)
   rows = P(batch_axes)
   specs = jax.tree.map(lambda _: rows, batch)
   for name, t in batch.targets.items():
-    if t.head_VD is not None:  # every device has a teacher's head whole, as the student's
+    if t.head_VD is not None:  # not sharded over the batch axes, like the student's head
       specs.targets[name] = specs.targets[name].replace(head_VD=P())
   return jax.shard_map(
     functools.partial(scan, sum_over_batch=lambda tree: jax.lax.psum(tree, batch_axes)),
@@ -304,30 +320,30 @@ def _per_batch_shard(
 
 
 class _Chunks(NamedTuple):
-  """What the scan goes over: arrays with the n chunks as their first axis."""
+  """The inputs of the scan: arrays with the n chunks as their first axis."""
 
   hidden_nBCD: jax.Array
-  batch: Batch  # every array of it [n, B, C, ...]
-  teacher_heads: dict[str, jax.Array | None]  # have no positions, so they are in every chunk
+  batch: Batch  # its arrays are [n, B, C, ...]
+  teacher_heads: dict[str, jax.Array | None]  # have no position axis and belong to every chunk
 
   def with_heads(self, piece: Batch) -> Batch:
-    """One chunk of the batch with the heads of online teachers put back."""
+    """Returns one chunk of the batch with the heads of online teachers."""
     parts = {name: t.replace(head_VD=self.teacher_heads[name]) for name, t in piece.targets.items()}
     return piece.replace(targets=parts)
 
 
 def _split(hidden_BTD: jax.Array, batch: Batch, chunk: int) -> _Chunks:
-  """Cuts hidden states and batch into chunks of positions.
+  """Splits hidden states and batch into chunks of positions.
 
-  Masked positions are zeroed here, once: a NaN there would survive `0 * NaN` in the
-  gradient of the head. The last chunk is filled up with masked positions.
+  Masked positions are set to zero here, since `0 * NaN` is NaN in the gradient of the head. The
+  last chunk is padded with masked positions.
   """
 
   def cut(x_BT):
     mask = batch.mask_BT.reshape(batch.mask_BT.shape + (1,) * (x_BT.ndim - 2))
     return chunks.split(jnp.where(mask, x_BT, jnp.zeros((), x_BT.dtype)), chunk)
 
-  # What has no position axis stays out of the scan and is put back into every chunk.
+  # Arrays without a position axis are not scanned over; `with_heads` adds them to every chunk.
   heads = {name: t.head_VD for name, t in batch.targets.items()}
   targets = {n: t.replace(head_VD=None, taps_BPTD=None) for n, t in batch.targets.items()}
   batch_nBC = jax.tree.map(cut, batch.replace(inputs=None, targets=targets))
@@ -335,7 +351,7 @@ def _split(hidden_BTD: jax.Array, batch: Batch, chunk: int) -> _Chunks:
 
 
 def _zeros_like_result(fn: Callable[[jax.Array, Batch], PyTree], pieces: _Chunks) -> PyTree:
-  """Zeros of the shapes that `fn(hidden, batch)` has for a chunk."""
+  """Returns zeros with the shapes and dtypes of the result of `fn(hidden, batch)` for a chunk."""
   first = jax.tree.map(lambda x: x[0], (pieces.hidden_nBCD, pieces.batch))
   shapes = jax.eval_shape(fn, *first)
   return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

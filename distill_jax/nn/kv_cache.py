@@ -1,8 +1,8 @@
-"""The arrays that a layer keeps of positions while it decodes, as they are or as int8.
+"""The KV cache of a layer, in the compute dtype or as int8.
 
-An int8 cache holds x of a position and head as round(x / s), where s, a float32 beside it, is the
-largest |x| there over 127. No number is off by more than s / 2. The same numbers always give the
-same integers, so what is kept of a row depends on that row alone.
+An int8 cache stores the vector x of a position and head as round(x / s). The scale s is a float32
+number, the largest |x| of the vector divided by 127, so no number changes by more than s / 2. The
+scale depends on that vector alone, so a row's cache does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -13,23 +13,31 @@ import jax.numpy as jnp
 from distill_jax.nn import attention, sharding
 
 DTYPES = ("", "int8")
-FEATURES = ("head_dim", "latent")  # the axis that has a scale in common
+FEATURES = ("head_dim", "latent")  # the axis along which numbers share a scale
 MAX_INT8 = 127
-SCALE = "_scale"  # what follows an array's name in that of its scales
+SCALE = "_scale"  # suffix of the name of an array's scales
 
-LayerCache = dict[str, jax.Array]  # by the names in Block.CACHE, and those of scales
-CacheAxes = dict[str, str]  # Block.CACHE: the axes of each array, as "batch kv_heads seq head_dim"
+LayerCache = dict[str, jax.Array]  # arrays by the names in Block.CACHE, and their scales
+CacheAxes = dict[str, str]  # Block.CACHE: axes by array, e.g. "batch kv_heads seq head_dim"
 
 
 def axes_of_scale(axes: str) -> str:
-  """As `axes`, the features gone."""
+  """Returns the axes of the scales of an array with `axes`: all except the features."""
   return " ".join(a for a in axes.split() if a not in FEATURES)
 
 
 def write(
   cache: LayerCache, new: LayerCache, slots_BT: jax.Array, axes: CacheAxes, rules: sharding.Rules
 ) -> LayerCache:
-  """Returns the cache with T new positions [B, T, ...] in their slots."""
+  """Returns the cache with T new positions written to their slots.
+
+  Args:
+    cache: the arrays of a layer.
+    new: the new positions by array, each [B, T, ...].
+    slots_BT: int32, the slot of each new position. Slots out of range are dropped.
+    axes: the logical axes of each array.
+    rules: the sharding of the arrays.
+  """
   written: LayerCache = {}
 
   def write_array(name: str, x_BT: jax.Array, axes_of_array: str) -> None:
@@ -46,7 +54,7 @@ def write(
 
 
 def read(cache: LayerCache, axes: CacheAxes, dtype: jnp.dtype) -> LayerCache:
-  """Returns the cache in the compute dtype, by the names in CACHE."""
+  """Returns the arrays of a cache in the compute dtype, by their names in `axes`."""
   return {name: _read_array(cache, name, axes_of, dtype) for name, axes_of in axes.items()}
 
 
@@ -59,7 +67,7 @@ def _read_array(cache: LayerCache, name: str, axes: str, dtype: jnp.dtype) -> ja
 
 
 def to_int8(x_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(integers, their scales), by the last axis."""
+  """Returns int8 [B, T, ..., n] and its float32 scales [B, T, ...], one for each last axis."""
   x_BT = x_BT.astype(jnp.float32)
   scale_BT = jnp.max(jnp.abs(x_BT), -1) / MAX_INT8
   steps_BT = jnp.round(x_BT / jnp.where(scale_BT > 0, scale_BT, 1.0)[..., None])
@@ -67,7 +75,14 @@ def to_int8(x_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def shapes(x_BT: jax.ShapeDtypeStruct, name: str, axes: str, dtype: str) -> dict:
-  """By name, (shape of a position [1, 1, ...], dtype, axes) of what is kept as `name`."""
+  """Returns the arrays that store `name` in a cache, as (shape, dtype, axes) by array name.
+
+  Args:
+    x_BT: the shape and dtype of one position, [1, 1, ...].
+    name: the array's name in Block.CACHE.
+    axes: its logical axes.
+    dtype: one of DTYPES.
+  """
   if dtype != "int8":
     return {name: (x_BT.shape, x_BT.dtype, axes)}
   scale = x_BT.shape[:-1], jnp.float32, axes_of_scale(axes)

@@ -1,10 +1,11 @@
-"""Students whose layers share weights, each perhaps with a low-rank difference of its own.
+"""Students whose layers share weights, optionally with a low-rank delta for each layer.
 
-U different layers stand for L: neighbours share (grouped: ALBERT, arXiv:1909.11942), or layer i is
-the (i mod U)th (cyclic: relaxed recursive transformers, arXiv:2410.20672, whose differences are
-LoRA's and start from the residual's largest singular values). What is trained is
-`SharedLayers`; the step and the export see the family's own Model of L layers that it makes, and
-the gradient of a shared weight is the sum over its layers.
+A model of L layers has U distinct layers. In grouped order, neighbouring layers share (ALBERT,
+arXiv:1909.11942). In cyclic order, layer i uses distinct layer i mod U (relaxed recursive
+transformers, arXiv:2410.20672). As in that paper, deltas are LoRA adapters, initialised from the
+largest singular values of the difference. Training updates `SharedLayers`; the training step and
+the export use the family's ordinary model of L layers that it expands to. The gradient of a shared
+weight is the sum over its layers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.nn import lora, params
 from distill_jax.nn.layers import LayerStack
 from distill_jax.types import FamilyConfig, Model
@@ -37,7 +38,7 @@ class ShareOptions:
   """Initial value of a distinct layer: "mean" or "first" of the source's layers that share it."""
   lora: lora.LoraOptions = lora.LoraOptions()
   """Low-rank adapters that each layer adds to its shared weights. They start as the best
-  approximation of the difference to the source's layer. With `rank` 0 there are no adapters."""
+  approximation of the difference to the source's layer. With `rank` 0, layers have none."""
 
 
 ORDERS = ("cyclic", "grouped")
@@ -47,7 +48,7 @@ AT = "student.share.lora"
 
 @runtime_checkable
 class ModelOfStacks(Model, Protocol):
-  """A decoder, as models/_decoder.Model: its layers are stacks."""
+  """The part of models/_decoder.Model that is used here: a model whose layers are stacks."""
 
   def __init__(self, c: Any, key: jax.Array) -> None: ...
 
@@ -56,15 +57,15 @@ class ModelOfStacks(Model, Protocol):
 
 
 class SharedLayers(struct.PyTreeNode):
-  """What is trained of a student whose layers share weights."""
+  """The trained parameters of a student whose layers share weights."""
 
-  unique: ModelOfStacks  # the family's Model of the different layers
-  deltas: lora.Adapters  # of all L layers; {} without
-  config: FamilyConfig = struct.field(pytree_node=False)  # of the model of L layers
+  unique: ModelOfStacks  # the family's Model with only the distinct layers
+  deltas: lora.Adapters  # adapters of all L layers; {} for none
+  config: FamilyConfig = struct.field(pytree_node=False)  # config of the model of L layers
   order: str = struct.field(pytree_node=False)
 
   def unshare(self) -> ModelOfStacks:
-    """The model of L layers without the deltas, its shared weights written out."""
+    """Returns the model of L layers, with a copy of the shared weights per layer and no deltas."""
     make = type(self.unique)
     abstract = jax.eval_shape(lambda: make(self.config, jax.random.key(0)))
     rows = _rows(make, self.config, self.unique.config.num_hidden_layers, self.order)
@@ -75,44 +76,49 @@ class SharedLayers(struct.PyTreeNode):
     return params.replace(abstract, values)
 
   def with_adapters(self) -> Model:
-    """The model of L layers with the deltas in it, as lora.with_adapters puts them there."""
+    """Returns the model of L layers with the deltas attached, as by lora.with_adapters."""
     return lora.with_adapters(self.unshare(), self.deltas)
 
   def merge_adapters(self) -> Model:
-    """The model of L layers with the deltas merged, each weight in the dtype that it had."""
+    """Returns the model of L layers with the deltas merged, each weight in its original dtype."""
     return lora.merge_adapters(self.unshare(), self.deltas)
 
 
 def check(spec: ShareOptions, model: Model) -> None:
-  """Refuses what a model (or its shapes) cannot share."""
-  if spec.order not in ORDERS or spec.start not in STARTS:
-    raise InputError(
-      f"student.share has order {spec.order!r} and start {spec.start!r}; order is one of "
-      f"{', '.join(ORDERS)} and start one of {', '.join(STARTS)}"
-    )
+  """Checks that the options fit a model (or its shapes).
+
+  Raises:
+    InputError: they do not.
+  """
+  for key, choices in (("order", ORDERS), ("start", STARTS)):
+    if (value := getattr(spec, key)) not in choices:
+      raise bad_value(f"student.share.{key}", value, f"one of {', '.join(choices)}", "Choose one")
   if not isinstance(model, ModelOfStacks):
-    raise InputError(
-      f"student.share.layers is {spec.layers} and the student is no decoder, whose layers these "
-      "are; set student.train='whole'"
-    )
+    expected = "another choice, because only layers of decoders can share weights"
+    raise bad_value("student.train", "shared", expected, "Set student.train='whole'")
   *unshared, last = model.layer_stacks(model.config)
   own = sum(stack.size for stack in unshared)
   L = own + last.size
   if not own < spec.layers <= L:
-    why = f", of which the first {own} are of another kind and stay as they are" if own else ""
-    raise InputError(
-      f"student.share.layers is {spec.layers} and the student has {L} layers{why}; it is "
-      f"from {own + 1} to {L}; set student.train='whole' to share none"
+    first = (
+      f" (the first {own} of its {L} layers are of another kind and not shared)" if own else ""
     )
+    expected = f"a number from {own + 1} to {L} for this student{first}"
+    action = "Change it, or set student.train='whole' to share no layers"
+    raise bad_value("student.share.layers", spec.layers, expected, action)
 
 
 def start(model: Model, spec: ShareOptions, key: jax.Array, fit: bool) -> SharedLayers:
-  """What training starts from: the model's layers shared.
+  """Returns the parameters at the start of training: the model with its layers shared.
 
   Args:
-    fit: the layers have been trained. Then a shared layer is the mean of its layers, or the first
-      of them, as spec.start says, and a delta the best approximation of its rank of what its layer
-      differs by. Else it is the first, and deltas start as LoRA's do.
+    model: the student with L separate layers, or its shapes.
+    spec: the options.
+    key: PRNG key of the deltas.
+    fit: whether the model's layers are trained. If so, a distinct layer is the mean of the layers
+      that use it, or the first of them (`spec.start`), and a delta is the best low-rank
+      approximation of the difference to its layer. Otherwise a distinct layer is the first of the
+      layers that use it, and deltas start like LoRA adapters.
 
   Raises:
     InputError: the spec does not fit the model.
@@ -140,9 +146,10 @@ def start(model: Model, spec: ShareOptions, key: jax.Array, fit: bool) -> Shared
 def _rows(
   make: type[ModelOfStacks], config: FamilyConfig, layers: int, order: str
 ) -> dict[str, np.ndarray]:
-  """By stack, which of its different layers each of its layers is.
+  """Returns for each stack the index of the distinct layer that each of its layers uses.
 
-  Layers of another kind before the last stack's, as DeepSeek's dense ones, are not shared.
+  Only the last stack is shared. Layers of another kind before it, such as DeepSeek's dense ones,
+  are not.
   """
   *unshared, last = make.layer_stacks(config)
   rows = {stack.name: np.arange(stack.size) for stack in unshared}
@@ -152,7 +159,7 @@ def _rows(
 
 
 def _first_users(rows: dict[str, np.ndarray]) -> tuple[int, ...]:
-  """The model's layers, by number, that are the first to use a different one each."""
+  """Returns for each distinct layer the number of the model's first layer that uses it."""
   found, before = [], 0
   for row in rows.values():
     found += [before + int(i) for i in np.unique(row, return_index=True)[1]]
@@ -161,9 +168,12 @@ def _first_users(rows: dict[str, np.ndarray]) -> tuple[int, ...]:
 
 
 def _distinct(x_LX: jax.Array, row: np.ndarray, mean: bool) -> jax.Array:
-  """The U different layers of a stacked weight: of those that share, the mean or the first.
+  """Returns the U distinct layers of a stacked weight.
 
-  Args: row, int [L], which of the U each layer is.
+  Args:
+    x_LX: the weight of all L layers.
+    row: int [L], the index of the distinct layer that each layer uses.
+    mean: whether a distinct layer is the mean of its layers, not the first of them.
   """
   _, first_U, count_U = np.unique(row, return_index=True, return_counts=True)
   if not mean:
@@ -173,12 +183,15 @@ def _distinct(x_LX: jax.Array, row: np.ndarray, mean: bool) -> jax.Array:
 
 
 def _fit(delta: lora.LoraAdapter, original: nnx.Variable, shared: nnx.Variable) -> lora.LoraAdapter:
-  """The delta nearest to original - shared (Eckart and Young), both factors of one size.
+  """Returns the delta nearest to original - shared (Eckart-Young), with factors of equal norm.
 
-  Args: original, shared: stacked weights [L, ...] in the model's layout.
+  Where the difference has a rank below the delta's, the remaining directions keep the random A and
+  have B = 0: with both at 0 neither would have a gradient.
 
-  A direction that they do not differ in keeps A as it was drawn, and B at 0: with both at 0
-  neither would have a gradient.
+  Args:
+    delta: the initialised adapter.
+    original: the stacked weight [L, ...] of the model, in the model's layout.
+    shared: the same of the model with shared layers.
   """
   a_LIR, b_LRO = delta.a[...], delta.b[...]  # I and O may each be several axes here
   rank, axes = a_LIR.shape[-1], original.get_metadata()["axes"][1:]
@@ -196,16 +209,20 @@ def _fit(delta: lora.LoraAdapter, original: nnx.Variable, shared: nnx.Variable) 
     b_OR, a_RI = nearest_factors(rest_IO.T, rank)
     return a_RI.T, b_OR.T
 
-  new_a, new_b = jax.lax.map(fit_layer, (original[...], shared[...]))  # a layer at a time
+  new_a, new_b = jax.lax.map(fit_layer, (original[...], shared[...]))  # one layer at a time
   differs = jnp.any(new_b != 0, -1).reshape(a_LIR.shape[0], *[1] * len(inputs), rank)
   new_a = jnp.where(differs, new_a.reshape(a_LIR.shape), a_LIR)
   return delta.replace(a=delta.a.replace(new_a), b=delta.b.replace(new_b.reshape(b_LRO.shape)))
 
 
 def nearest_factors(x_IO: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
-  """[I, R] and [R, O], of equal norms, whose product is nearest to x, which has I <= O.
+  """Returns factors [I, R] and [R, O] of equal norm, whose product is nearest to x.
 
-  By the eigenvectors of x x^T, the smaller of the two squares.
+  They are computed from the eigenvectors of x x^T, which is not larger than x^T x.
+
+  Args:
+    x_IO: a float32 matrix with I <= O.
+    rank: R.
   """
   _, u_II = jnp.linalg.eigh(jnp.matmul(x_IO, x_IO.T, precision="highest"))
   u_IR = u_II[:, ::-1][:, :rank]  # the largest first
@@ -216,5 +233,5 @@ def nearest_factors(x_IO: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _stack_name(path: str) -> str:
-  """The stack that a parameter belongs to: "layers" of "layers.q"."""
+  """Returns the stack that a parameter belongs to, e.g. "layers" for "layers.q"."""
   return path.partition(".")[0]

@@ -1,4 +1,4 @@
-"""What model families share: norms, rope, feed-forwards, experts, the scan over layers."""
+"""Layers shared by model families: norms, rope, feed-forwards, experts, the scan over layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.nn import lora, params, sharding
 from distill_jax.nn.quantise import QuantiseOptions, rounded
 from distill_jax.types import Tree
@@ -22,26 +22,27 @@ REMAT = ("none", "full", "dots", "offload")
 
 
 class LayerStack(NamedTuple):
-  """Layers alike, which are one module with a first axis of layers."""
+  """Layers of one kind, stored as one module whose parameters have a first axis of layers."""
 
-  name: str  # the attribute of the model that holds them
-  block: type  # the class of one of them
-  size: int  # how many they are
+  name: str  # the model's attribute that holds the stack
+  block: type  # the class of one layer
+  size: int  # the number of layers
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-  """How a model is computed, apart from what it is. Static and hashable.
+  """Settings of a model's computation, such as its dtype. Static and hashable.
 
   Attributes:
-    dtype: of matrix products and activations; norms, softmax and losses are float32.
-    rules: logical to mesh axes.
-    remat: what the backward pass keeps of a layer: "none" recomputes nothing (and
-      keeps weights as merged with adapters), "dots" keeps matrix products, "offload" keeps
-      them too, in the host's memory, "full" keeps the layer's input alone.
+    dtype: the dtype of matrix products and activations; norms, softmax and losses are float32.
+    rules: the map from logical to mesh axes.
+    remat: the activations of a layer that are kept for the backward pass. "none" keeps all of them,
+      and weights with merged adapters; "dots" keeps the results of matrix products; "offload"
+      keeps these in host memory; "full" keeps only the layer's input.
     attention: the kernel, one of attention.KERNELS.
-    quantise: linear weights are used as integers times a scale.
-    training: the model is a student in its step; DeiT has two outputs for an image there alone.
+    quantise: the integers by which linear weights are represented.
+    training: whether the model is a student in its training step. Only there DeiT has two outputs
+      per image.
   """
 
   dtype: str = "float32"
@@ -52,10 +53,10 @@ class ComputeConfig:
   training: bool = False
 
   def cast_and_gather(self, tree: Tree) -> Tree:
-    """Parameters as they are used: in the compute dtype, gathered by the compute column.
+    """Returns parameters as used: in the compute dtype, sharded by the compute column.
 
-    Before that, where they are stored, low-rank adapters are merged into their weights, and
-    weights that are to be integers rounded.
+    Before parameters are gathered, low-rank adapters are merged into their weights, and quantised
+    weights are rounded.
     """
 
     def used_form(v: nnx.Variable) -> nnx.Variable:
@@ -69,9 +70,9 @@ class ComputeConfig:
     return params.map_params(used_form, lora.merge_attached(tree))
 
   def checkpoint(self, fn: Callable) -> Callable:
-    """The function, its activations kept or recomputed in the backward pass as `remat` says."""
+    """Returns the function with `jax.checkpoint` applied, as configured by `remat`."""
     if self.remat not in REMAT:
-      raise InputError(f"remat is {self.remat!r}; it can be one of {REMAT}")
+      raise bad_value("remat", self.remat, f"one of {', '.join(REMAT)}", "Choose one")
     if self.remat == "none":
       return fn
     policies = jax.checkpoint_policies
@@ -84,7 +85,17 @@ class ComputeConfig:
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
-  """Root-mean-square norm in float32, returned in the input's dtype (arXiv:1910.07467)."""
+  """Computes the root-mean-square norm (arXiv:1910.07467) in float32.
+
+  Args:
+    x_BTD: the input, normalised over its last axis.
+    scale_D: the scale.
+    eps: added to the mean square.
+    offset: added to the scale.
+
+  Returns:
+    An array of the input's shape and dtype.
+  """
   x = x_BTD.astype(jnp.float32)
   x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
   scale = jnp.broadcast_to(scale_D.astype(jnp.float32) + offset, x.shape)
@@ -92,7 +103,7 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float, offset: float = 0
 
 
 def layer_norm(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> jax.Array:
-  """Layer norm in float32, returned in the input's dtype (arXiv:1607.06450)."""
+  """Computes layer norm (arXiv:1607.06450) in float32; returns the input's shape and dtype."""
   x = x_BTD.astype(jnp.float32)
   x -= jnp.mean(x, -1, keepdims=True)
   x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
@@ -102,12 +113,15 @@ def layer_norm(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: flo
 
 
 def add_head_bias(x_BTHh: jax.Array, bias: jax.Array) -> jax.Array:
-  """Adds a bias to heads, which is flat: [H * h]."""
+  """Adds a flat bias [H * h] to heads."""
   return x_BTHh + bias.reshape(1, 1, *x_BTHh.shape[2:])
 
 
 def unit(x_BD: jax.Array) -> jax.Array:
-  """Vectors of length 1 over the last axis, float32; one of length 0 stays, without gradient."""
+  """Normalises vectors to length 1 over the last axis, in float32.
+
+  A vector of length 0 stays 0 and has no gradient.
+  """
   x_BD = x_BD.astype(jnp.float32)
   square = jnp.sum(x_BD * x_BD, -1, keepdims=True)
   return jnp.where(square > 0, x_BD * jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
@@ -116,7 +130,7 @@ def unit(x_BD: jax.Array) -> jax.Array:
 def with_bias(
   hidden_BTD: jax.Array, head_VD: jax.Array, bias_V: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Hidden states and head whose product is hidden @ head.T + bias: one number wider."""
+  """Returns hidden states and head, one element wider, whose product is hidden @ head.T + bias."""
   one_BT1 = jnp.ones((*hidden_BTD.shape[:2], 1), hidden_BTD.dtype)
   return (
     jnp.concatenate([hidden_BTD, one_BT1], -1),
@@ -125,9 +139,9 @@ def with_bias(
 
 
 def patches(x_BYWM: jax.Array, w_DMpp: jax.Array) -> jax.Array:
-  """A convolution whose p x p windows lie side by side, as one product: [B, Y/p, W/p, D].
+  """Computes a convolution with stride p and p x p windows as one product: [B, Y/p, W/p, D].
 
-  Rows and columns that fill no window are left out, as torch does.
+  Rows and columns that do not fill a window are skipped, as in torch.
   """
   (B, Y, W, M), p = x_BYWM.shape, w_DMpp.shape[-1]
   y, w = Y // p, W // p
@@ -136,16 +150,23 @@ def patches(x_BYWM: jax.Array, w_DMpp: jax.Array) -> jax.Array:
 
 
 def rope_angles(positions_BT: jax.Array, inv_freq: np.ndarray, amplitude: float = 1.0) -> Angles:
-  """(cos, sin) of rotary embeddings, float32 [B, T, h/2] (arXiv:2104.09864)."""
+  """Returns (cos, sin) of rotary embeddings, float32 [B, T, h/2] (arXiv:2104.09864).
+
+  Args:
+    positions_BT: int32.
+    inv_freq: [h/2], the angle per position of each pair of elements.
+    amplitude: the factor of both.
+  """
   angles = positions_BT[..., None].astype(jnp.float32) * inv_freq[None, None, :]
   return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
 
 
 def rope(x_BTHh: jax.Array, angles: Angles, interleaved: bool = False) -> jax.Array:
-  """Rotates the two halves of each head against each other, as Hugging Face lays them out.
+  """Applies rotary embeddings to heads [B, T, H, h] in Hugging Face's layout.
 
-  Interleaved, the even places are one half and the odd ones the other; they come out as
-  halves, which leaves the products of queries and keys as they are.
+  Element i of the first half of a head is rotated together with element i of the second half. With
+  `interleaved`, the pairs are elements 2i and 2i + 1; the result is in halves nevertheless, which
+  does not change the products of queries and keys.
   """
   dtype, (cos, sin) = x_BTHh.dtype, (a[:, :, None, :] for a in angles)
   x_BTHh = x_BTHh.astype(jnp.float32)
@@ -163,7 +184,7 @@ def gated_mlp(
   down_FD: jax.Array,
   activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
 ) -> jax.Array:
-  """down(activation(gate(x)) * up(x)); SwiGLU with silu (arXiv:2002.05202)."""
+  """Returns down(activation(gate(x)) * up(x)); with silu this is SwiGLU (arXiv:2002.05202)."""
   return (activation(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
 
 
@@ -176,18 +197,25 @@ def experts(
   down_EFD: jax.Array,
   rules: sharding.Rules,
 ) -> jax.Array:
-  """Each position through its K chosen gated feed-forwards, summed by weight. Returns [B, T, D].
+  """Computes the weighted sum of K experts (gated feed-forwards) at each position.
 
-  Every device sorts its own positions by expert and multiplies them in groups, by those
-  experts (or that part of each) that it holds; what it lacks comes from the devices that
-  share its positions.
+  Every device sorts its own positions by expert and applies the experts, or the parts of experts,
+  that it holds. The results are summed over the devices that hold the same positions.
 
   Args:
+    x_BTD: the input.
     ids_BTK: int32, the experts of each position.
-    weight_BTK: float32.
+    weight_BTK: float32, their weights.
+    gate_EDF: the experts' gate projections.
+    up_EDF: the experts' up projections.
+    down_EFD: the experts' down projections.
+    rules: the sharding of experts and positions.
+
+  Returns:
+    [B, T, D].
 
   Raises:
-    InputError: experts are computed along a mesh axis that positions are spread over.
+    InputError: experts are sharded over a mesh axis over which positions are sharded.
   """
   weights = gate_EDF, up_EDF, down_EFD
   if jax.sharding.get_abstract_mesh().empty:
@@ -199,13 +227,13 @@ def experts(
   batch_axes = {name for entry in positions for name in sharding.mesh_axis_names(entry)}
   if both := set(expert_axes) & batch_axes:
     raise InputError(
-      f"experts are computed along mesh axis {both.pop()!r}, which the batch is spread over; give "
-      "'experts' and 'expert_mlp' another axis, or none, in the compute column"
+      f"The rules shard experts over mesh axis {both.pop()!r}, over which the batch is sharded. "
+      "Choose another mesh axis, or none, for 'experts' and 'expert_mlp' in the compute column."
     )
 
   def on_device(x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD):
-    """Of a device's own positions: what the experts that it holds give, summed over devices."""
-    if expert_axes:  # pcast here: left to the gather below, jax 0.10 forgets it in the gradient
+    """Applies a device's experts to its positions, and sums over devices."""
+    if expert_axes:  # without this pcast, jax 0.10 loses the gather's own one in the gradient
       x_BTD = jax.lax.pcast(x_BTD, expert_axes, to="varying")
     first = jax.lax.axis_index(up[0]) * gate_EDF.shape[0] if up[0] else 0
     y_BTD = _experts_from(first, x_BTD, ids_BTK, weight_BTK, gate_EDF, up_EDF, down_EFD)
@@ -226,20 +254,20 @@ def _experts_from(
   up_EDF: jax.Array,
   down_EFD: jax.Array,
 ) -> jax.Array:
-  """`experts` for the E experts from number `first` on; the choices of others add nothing.
+  """Computes the part of `experts` that belongs to the E experts from number `first` on.
 
-  The X = B * T * K choices are sorted by expert, so that those of one expert are neighbours and
-  ragged_dot multiplies each group by its expert's matrix; then they are put back in order.
+  The X = B * T * K pairs of position and expert are sorted by expert, multiplied by the experts'
+  matrices with ragged_dot, and put back in order.
   """
   (B, T, D), K, E = x_BTD.shape, ids_BTK.shape[-1], gate_EDF.shape[0]
   ids_X = ids_BTK.reshape(-1) - first
   mine_X = (ids_X >= 0) & (ids_X < E)
-  ids_X = jnp.where(mine_X, ids_X, E)  # the others' are sorted behind the last group
+  ids_X = jnp.where(mine_X, ids_X, E)  # pairs of other experts are sorted after the last group
   order_X = jnp.argsort(ids_X)
   sizes_E = jnp.zeros(E, jnp.int32).at[ids_X].add(1, mode="drop")
 
   def only_mine(sorted_XD: jax.Array) -> jax.Array:
-    """Zeros behind the last group, where rows may hold anything, in the gradient too."""
+    """Sets rows after the last group to 0, since ragged_dot leaves them undefined."""
     return jnp.where(mine_X[order_X][:, None], sorted_XD, 0)
 
   x_XD = only_mine(x_BTD.reshape(-1, D)[order_X // K])
@@ -257,23 +285,30 @@ def scan_layers(
   taps: tuple[int, ...],
   compute: ComputeConfig,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """Runs `x = apply(layer, its number, x)` over stacks of layers, keeping those asked for.
+  """Runs `x = apply(layer, number of the layer, x)` over stacks of layers, and keeps taps.
 
-  A tapped activation is written into a buffer carried through the scan; a layer that is
-  not asked for writes to a slot out of bounds, which `mode="drop"` discards. So memory
-  grows with the taps, not with the layers.
+  A tapped activation is written into a buffer that the scan carries. Other layers write to an index
+  out of bounds, which `mode="drop"` discards. So memory is proportional to the number of taps, not
+  of layers.
+
+  Args:
+    stacks: stacks of layers, in order.
+    apply: computes one layer.
+    x_BTD: the input of the first layer.
+    taps: numbers of the layers whose outputs are returned.
+    compute: the settings of the computation.
 
   Returns:
-    The last activation, and the taps as [P, B, T, D] in the order asked for (None without).
+    (last activation [B, T, D], taps [P, B, T, D] in the order of `taps`, or None without taps).
 
   Raises:
-    InputError: a tap is not the index of a layer.
+    InputError: a tap is repeated, or is not the number of a layer.
   """
   sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in stacks]
   n = sum(sizes)
   bad = [t for t in taps if not 0 <= t < n]
   if bad or len(set(taps)) < len(taps):
-    raise InputError(f"taps {taps}: each is a different layer from 0 to {n - 1}")
+    raise bad_value("taps", taps, f"distinct layers from 0 to {n - 1}", "Change the layers")
   slots = np.full(n, len(taps), np.int32)
   slots[list(taps)] = np.arange(len(taps))
   step = compute.checkpoint(

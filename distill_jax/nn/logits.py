@@ -1,4 +1,4 @@
-"""Logits over a vocabulary: made of hidden states, capped, restricted to rows, and normalised."""
+"""Functions on logits: computing, capping, masking and normalising them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import jax.numpy as jnp
 
 
 def logits(hidden_BTD: jax.Array, head_VD: jax.Array, vocab_size: int | None = None) -> jax.Array:
-  """float32 [B, T, V], whatever the dtype of the product's inputs.
+  """Returns hidden @ head.T as float32 [B, T, V], also for bfloat16 inputs.
 
-  Rows of the head from `vocab_size` on are padding: -inf, so that they get no probability.
+  Args:
+    hidden_BTD: the hidden states.
+    head_VD: the unembedding, in the same dtype.
+    vocab_size: the number of rows of the head that are not padding; None for all. Logits of padding
+      rows are -inf, so that their probability is 0.
   """
   z_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
   if vocab_size is None or vocab_size >= head_VD.shape[0]:
@@ -19,17 +23,22 @@ def logits(hidden_BTD: jax.Array, head_VD: jax.Array, vocab_size: int | None = N
 
 
 def soft_cap(logits_BTV: jax.Array, cap: float | None) -> jax.Array:
-  """cap * tanh(logits / cap), where a family has a cap (arXiv:2408.00118); padding stays -inf."""
+  """Returns cap * tanh(logits / cap) (arXiv:2408.00118), or the logits if the cap is None.
+
+  Logits of -inf, i.e. padding rows, stay -inf.
+  """
   if cap is None:
     return logits_BTV
   return jnp.where(logits_BTV > -jnp.inf, cap * jnp.tanh(logits_BTV / cap), -jnp.inf)
 
 
 def only_rows(logits_BCV: jax.Array, rows_BC2: jax.Array | None) -> jax.Array:
-  """Logits of those rows among which each position chooses, from `first` to before `past`.
+  """Masks logits outside each position's class range [first, past) to -inf.
 
-  The others are -inf, as padding rows are. None, and a position whose rows are (0, 0), as
-  masked ones' are, choose among all.
+  Args:
+    logits_BCV: the logits.
+    rows_BC2: int32, (first, past) for each position; None for no mask. A position with (0, 0), such
+      as a masked one, is not masked.
   """
   if rows_BC2 is None:
     return logits_BCV
@@ -41,14 +50,15 @@ def only_rows(logits_BCV: jax.Array, rows_BC2: jax.Array | None) -> jax.Array:
 def cap_and_select(
   logits_BCV: jax.Array, cap: float | None, rows_BC2: jax.Array | None
 ) -> jax.Array:
-  """Logits as every loss and metric reads them: capped, over the rows to choose among."""
+  """Applies `soft_cap` and `only_rows`, as every loss and metric does first."""
   return only_rows(soft_cap(logits_BCV, cap), rows_BC2)
 
 
 def fit_rows(logits_BCV: jax.Array, like_BCV: jax.Array) -> jax.Array:
-  """Logits over as many rows as `like` has: padding rows are cut, or added as -inf.
+  """Returns logits with as many rows as `like_BCV`: padding rows are removed, or added as -inf.
 
-  Rows that are padding on either side are padding here: both sides sum over the same tokens.
+  Rows that are -inf in either argument are -inf in the result, so that both distributions cover the
+  same tokens.
   """
   rows = like_BCV.shape[-1]
   logits_BCV = logits_BCV[..., :rows]
@@ -59,19 +69,19 @@ def fit_rows(logits_BCV: jax.Array, like_BCV: jax.Array) -> jax.Array:
 
 
 def log_sum_exp(logits_BCV: jax.Array) -> jax.Array:
-  """log of the sum of exponentials, [B, C, 1]: one form for every loss and metric.
+  """Returns log(sum(exp(logits))), [B, C, 1].
 
-  What several of them ask of the same logits is then the same to XLA, and done once a chunk.
+  All losses and metrics call this function, so that XLA computes it once for the same logits.
   """
   return jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
 
 
 def logp_at(logits_BCV: jax.Array, ids_BCK: jax.Array) -> jax.Array:
-  """log softmax at a few ids, [B, C, K], without the log-probabilities of all the others."""
+  """Returns the log-softmax at K ids, [B, C, K], without storing it for the whole vocabulary."""
   picked = jnp.take_along_axis(logits_BCV, ids_BCK, axis=-1)
   return picked - log_sum_exp(logits_BCV)
 
 
 def label_logp(logits_BCV: jax.Array, labels_BC: jax.Array) -> jax.Array:
-  """log softmax at one id of each position, [B, C]."""
+  """Returns the log-softmax at one id of each position, [B, C]."""
   return logp_at(logits_BCV, labels_BC[..., None])[..., 0]

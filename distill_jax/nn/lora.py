@@ -1,7 +1,8 @@
-"""Low-rank adapters, trained in a frozen model's place (LoRA, arXiv:2106.09685).
+"""Low-rank adapters, trained while the model's own weights stay frozen (LoRA, arXiv:2106.09685).
 
-A linear weight W is used as W + alpha / rank * A B. The sum is made where a layer is used
-(layers.ComputeConfig.cast_and_gather), a layer at a time, so no second copy of the model exists.
+A linear weight W is used as W + alpha / rank * A B. The sum is computed where a layer is used
+(layers.ComputeConfig.cast_and_gather), one layer at a time, so that no second copy of the model
+exists.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.tree_util import KeyPath
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.nn import params
 from distill_jax.nn.params import param
 from distill_jax.types import Model, Tree
@@ -42,24 +43,24 @@ class LoraOptions:
   "q_proj" or "self_attn.q_proj"."""
 
 
-PEFT = "base_model.model."  # what PEFT puts before a module's name
+PEFT = "base_model.model."  # the prefix of module names in PEFT checkpoints
 
 
 class LoraAdapter(struct.PyTreeNode):
-  """What is trained of one stacked weight, with that weight where it is in a model."""
+  """The adapter of one stacked weight, and in a model also that weight."""
 
-  a: nnx.Variable  # [layers, the weight's input axes, rank]
-  b: nnx.Variable  # [layers, rank, the weight's output axes]
+  a: nnx.Variable  # [layers, input axes of the weight, rank]
+  b: nnx.Variable  # [layers, rank, output axes of the weight]
   scale: float = struct.field(pytree_node=False)
   weight: nnx.Variable | None = None  # None outside a model
 
   def merged_weight(self) -> nnx.Variable:
-    """The weight that they make together, float32, of a stack or of one of its layers."""
-    assert self.weight is not None, "with_adapters puts an adapter beside its weight"
+    """Returns W + scale * A B in float32, for a stack or for one of its layers."""
+    assert self.weight is not None, "with_adapters sets the weight"
     a_axes, b_axes, weight_axes = (v.get_metadata()["axes"] for v in (self.a, self.b, self.weight))
     number = {axis: i for i, axis in enumerate(dict.fromkeys(a_axes + b_axes), 1)}
-    # A batch axis of size 1 (number 0): products without one are kept by remat="dots",
-    # and these, of all layers, would be a second copy of the model.
+    # A batch axis of size 1 (number 0): remat="dots" keeps products without a batch axis, and
+    # those of all layers would be a second copy of the model.
     a_numbers, b_numbers, weight_numbers = (
       [0, *(number[axis] for axis in axes)] for axes in (a_axes, b_axes, weight_axes)
     )
@@ -75,13 +76,17 @@ class LoraAdapter(struct.PyTreeNode):
     return self.weight.replace(self.weight[...].astype(jnp.float32) + self.scale * ab[0])
 
 
-Adapters = dict[str, LoraAdapter]  # by the path of the weight, as "layers.q"
+Adapters = dict[str, LoraAdapter]  # by the path of the weight, e.g. "layers.q"
 
 
 def init(model: Model, spec: LoraOptions, key: jax.Array, at: str = "student.lora") -> Adapters:
-  """Adapters for a model (or its shapes), float32: A as PEFT draws it, B zero.
+  """Initialises adapters in float32: A uniform as in PEFT, B zero.
 
-  `at` is where the spec stands in the config.
+  Args:
+    model: the model, or its shapes.
+    spec: the adapters.
+    key: PRNG key.
+    at: the config key of the spec, for errors.
 
   Raises:
     InputError: the spec does not fit the model; see `targets`.
@@ -92,7 +97,7 @@ def init(model: Model, spec: LoraOptions, key: jax.Array, at: str = "student.lor
 
 
 def _adapter(weight: nnx.Variable, spec: LoraOptions, key: jax.Array) -> LoraAdapter:
-  """One weight's adapter, for all its layers."""
+  """Initialises the adapter of one stacked weight."""
   meta, (inputs, outputs) = weight.get_metadata(), _linear_axes(weight)
   sizes = dict(zip(meta["axes"], weight.shape, strict=True))
   input_dims, output_dims = (
@@ -111,31 +116,32 @@ def _adapter(weight: nnx.Variable, spec: LoraOptions, key: jax.Array) -> LoraAda
 
 
 def targets(model: Model, spec: LoraOptions, at: str = "student.lora") -> dict[str, nnx.Variable]:
-  """The weights that are adapted, by path, in the order in which the model has them.
+  """Returns the weights that get an adapter, by path, in the model's order.
 
-  A target names modules as PEFT's target_modules do: by the end of their dotted name.
+  A target matches the end of a module's dotted name, like PEFT's target_modules.
+
+  Args:
+    model: the model, or its shapes.
+    spec: the adapters.
+    at: the config key of the spec, for errors.
 
   Raises:
-    InputError: a number out of range; a target that is no linear layer of the model, or is named
-      as experts are; a rank larger than a weight.
+    InputError: a number is out of range, a target is not a linear layer of the model or has the
+      name of an expert's layer, or the rank is larger than a weight.
   """
   _check_options(spec, at)
   linear = {path: v for path, v in params.named_params(model) if _is_linear(v)}
-  # PEFT takes every layer that is called as experts' are, the shared ones too, for theirs.
+  # PEFT treats every layer with the name of an expert's layer as an expert, shared experts too.
   expert_names = {_last_name(v) for v in linear.values() if _is_routed(v)}
   names = ", ".join(sorted({_last_name(v) for v in linear.values()} - expert_names))
   chosen: set[str] = set()
   for target in spec.targets:
     found = {p: v for p, v in linear.items() if f".{_module(v)}".endswith(f".{target}")}
     if not found:
-      raise InputError(
-        f"{at}.targets names {target!r} and the student has {names}; name some of these"
-      )
+      raise bad_value(f"{at}.targets", target, f"modules among {names}", "Change the name")
     if target.rpartition(".")[2] in expert_names:
-      raise InputError(
-        f"{at}.targets names {target!r}, which in the student are experts, and adapters go "
-        f"on layers that all tokens pass; name some of {names}"
-      )
+      expected = f"modules among {names}, because layers of experts cannot have adapters"
+      raise bad_value(f"{at}.targets", target, expected, "Change the name")
     for path, v in found.items():
       _check_rank(path, v, spec.rank, at)
     chosen |= set(found)
@@ -143,38 +149,36 @@ def targets(model: Model, spec: LoraOptions, at: str = "student.lora") -> dict[s
 
 
 def _check_options(spec: LoraOptions, at: str) -> None:
-  if spec.rank < 1 or not 0 < spec.alpha < math.inf:
-    raise InputError(
-      f"{at} has rank {spec.rank} and alpha {spec.alpha:g}; the rank is at least 1 and "
-      "alpha a positive number; for no adapters set student.train='whole'"
-    )
+  if spec.rank < 1:
+    action = "Set a rank, or student.train='whole' to train without adapters"
+    raise bad_value(f"{at}.rank", spec.rank, "at least 1", action)
+  if not 0 < spec.alpha < math.inf:
+    raise bad_value(f"{at}.alpha", spec.alpha, "a positive number", "Change it")
   if not spec.targets or len(set(spec.targets)) < len(spec.targets):
-    raise InputError(f"{at}.targets is {spec.targets}; name modules, each once")
+    raise bad_value(f"{at}.targets", spec.targets, "distinct module names", "Change the list")
 
 
 def _check_rank(path: str, weight: nnx.Variable, rank: int, at: str) -> None:
   sizes = dict(zip(weight.get_metadata()["axes"], weight.shape, strict=True))
   inputs, outputs = (math.prod(sizes[axis] for axis in axes) for axes in _linear_axes(weight))
   if rank > min(inputs, outputs):
-    raise InputError(
-      f"{at}.rank is {rank} and {path} is {inputs} by {outputs}; the rank is at most "
-      f"{min(inputs, outputs)}"
-    )
+    expected = f"at most {min(inputs, outputs)} because {path} is {inputs} by {outputs}"
+    raise bad_value(f"{at}.rank", rank, expected, "Lower the rank")
 
 
 def _linear_axes(weight: nnx.Variable) -> tuple[list[str], tuple[str, ...]]:
-  """The names of a layer's (input, output) axes."""
+  """Returns the (input, output) axes of a linear weight, without the layers."""
   meta = weight.get_metadata()
   return [a for a in meta["axes"] if a not in ("layers", *meta["out"])], meta["out"]
 
 
 def _module(weight: nnx.Variable) -> str:
-  """Hugging Face's name of the linear layer, dotted."""
+  """Returns the dotted Hugging Face name of the linear layer."""
   return weight.get_metadata()["hf"].removesuffix(".weight")
 
 
 def _last_name(weight: nnx.Variable) -> str:
-  """The end of that name, as "q_proj"."""
+  """Returns the last part of the linear layer's name, e.g. "q_proj"."""
   return _module(weight).rpartition(".")[2]
 
 
@@ -187,17 +191,17 @@ def _is_routed(v: nnx.Variable) -> bool:
 
 
 def with_adapters(model: Tree, adapters: Adapters) -> Tree:
-  """Returns the model with its adapters in it: computed as the model that they make."""
+  """Returns the model with its adapters in it; its outputs are those of the adapted model."""
 
-  def beside_weight(path: KeyPath, v: nnx.Variable) -> LoraAdapter | nnx.Variable:
+  def attach(path: KeyPath, v: nnx.Variable) -> LoraAdapter | nnx.Variable:
     adapter = adapters.get(params.dotted(path))
     return v if adapter is None else adapter.replace(weight=v)
 
-  return jax.tree_util.tree_map_with_path(beside_weight, model, is_leaf=params.is_param)
+  return jax.tree_util.tree_map_with_path(attach, model, is_leaf=params.is_param)
 
 
 def merge_attached(tree: Tree) -> Tree:
-  """Merges every adapter in a tree (see with_adapters) into its weight, which becomes float32."""
+  """Merges every adapter in a tree (see `with_adapters`) into its weight, as float32."""
   return jax.tree.map(
     lambda x: x.merged_weight() if isinstance(x, LoraAdapter) else x,
     tree,
@@ -206,6 +210,6 @@ def merge_attached(tree: Tree) -> Tree:
 
 
 def merge_adapters(model: Tree, adapters: Adapters) -> Tree:
-  """Returns the model that they make, each weight rounded to the dtype that it had."""
+  """Returns the model with its adapters merged, each weight in its original dtype."""
   merged = merge_attached(with_adapters(model, adapters))
   return params.map_params(lambda v, was: v.replace(v[...].astype(was.dtype)), merged, model)

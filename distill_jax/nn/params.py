@@ -1,20 +1,21 @@
-"""One declaration a parameter: shape, initialiser, sharding, Hugging Face name and layout.
+"""Declarations of parameters: shape, initialiser, sharding, Hugging Face name and layout.
 
-A model declares `self.q = param(key, "embed:64 heads:4 head_dim:16", hf="...", out="heads
-head_dim")` once; sharding, the optimizer and hub/ read everything they need from it, so import,
-export and sharding cannot be forgotten or disagree. Four kinds of string describe a parameter:
+A model declares each parameter once, e.g. `self.q = param(key, "embed:64 heads:4 head_dim:16",
+hf="...", out="heads head_dim")`. Sharding, the optimizer, import and export all use this
+declaration. Four kinds of string describe a parameter:
 
   axes   "layers embed heads head_dim": the logical axes of an array, in order. Each has a row in
-         sharding.TABLE. Metadata `axes` is the same as a tuple; sharding.constrain takes the
-         string, as "batch seq embed" for [B, T, D].
+         sharding.TABLE. The metadata `axes` is a tuple of these names; sharding.constrain takes
+         the string, e.g. "batch seq embed" for [B, T, D].
   dims   "embed:64 heads:4 head_dim:16": axes with their sizes.
-  out    "heads head_dim": those of the axes that are outputs. torch's Linear weights are
-         [out, in], so a checkpoint holds [prod(out), prod(the rest)]; "" is stored as it is.
+  out    "heads head_dim": the output axes. torch's Linear weights are [out, in], so a checkpoint
+         stores [prod(out), prod(other axes)]. With "", it stores the array's own layout.
   hf     "model.layers.{layers}.mlp.experts.{experts}.up_proj.weight": the tensor's name in a
          Hugging Face checkpoint. A name in braces is an axis along which the checkpoint has
-         tensors of their own, numbered; `stack` adds the axis.
+         separate numbered tensors; `stack` adds the axis.
 
-`axis` below is one name, `axes` several. A typo raises where the parameter is first sharded.
+In this module `axis` is one name and `axes` are several. A misspelt axis raises an error when the
+parameter is first sharded.
 """
 
 from __future__ import annotations
@@ -43,11 +44,14 @@ def param(
 
   Args:
     key: PRNG key.
-    dims, hf, out: as above.
-    init: "fan_in" (normal, deviation 1/sqrt(n), n the product of the axes not in `out`),
-      "uniform" (between -1/sqrt(n) and 1/sqrt(n)), "ones", "zeros", or the standard deviation
-      of a normal.
-    exact: it stays float32 where the others are read, used or written as bfloat16.
+    dims: the axes and their sizes; see the module's docstring.
+    hf: the Hugging Face name; see the module's docstring.
+    out: the output axes; see the module's docstring.
+    init: "fan_in" (normal with standard deviation 1/sqrt(n), n the product of the axes not in
+      `out`), "uniform" (between -1/sqrt(n) and 1/sqrt(n)), "ones", "zeros", or the standard
+      deviation of a normal.
+    exact: whether the parameter stays float32 when other parameters are read, used or written as
+      bfloat16.
 
   Returns:
     An `nnx.Param` with metadata `axes`, `hf`, `out` and `exact`, and `first`, which `stack` sets.
@@ -74,7 +78,12 @@ def stack(
 ) -> Tree:
   """Makes `n` copies of a module (or parameter) along a new first axis, ready for `lax.scan`.
 
-  `first` is the number that Hugging Face gives to the first layer of the stack.
+  Args:
+    n: the number of copies.
+    make: makes one copy from a key.
+    key: PRNG key.
+    axis: the logical name of the new axis.
+    first: the number of the first copy in Hugging Face's names.
   """
 
   def name_first_axis(v: nnx.Variable) -> nnx.Variable:  # vmap does not lift metadata
@@ -84,38 +93,43 @@ def stack(
 
 
 def unstack(layer: Tree) -> Tree:
-  """Takes the first axis' name off parameters that `lax.scan` or indexing took it from."""
+  """Removes the first name from `axes` after `lax.scan` or indexing has removed the first axis."""
   return map_params(lambda v: v.replace(axes=v.get_metadata()["axes"][1:]), layer)
 
 
 def take_layer(stacked: Tree, i: int) -> Tree:
-  """One layer of a stack, as the stacked module is without its first axis."""
+  """Returns layer `i` of a stacked module."""
   return unstack(jax.tree.map(lambda x: x[i], stacked))
 
 
 def is_param(x: object) -> TypeGuard[nnx.Variable]:
-  """Whether a node of a tree is a whole parameter, metadata and all."""
+  """Returns whether a node of a tree is a parameter (a variable with its metadata)."""
   return isinstance(x, nnx.Variable)
 
 
 def map_params(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-  """`jax.tree.map` whose leaves are whole parameters, metadata and all."""
+  """Applies `jax.tree.map` with parameters (variables with their metadata) as leaves."""
   return jax.tree.map(fn, tree, *rest, is_leaf=is_param)
 
 
 def named_params(tree: PyTree) -> Iterator[tuple[str, nnx.Variable]]:
-  """(path, parameter) pairs; the path is dotted, as "layers.q"."""
+  """Yields (path, parameter) pairs, with a dotted path, e.g. "layers.q"."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param):
     yield dotted(path), leaf
 
 
 def dotted(path: KeyPath) -> str:
-  """A parameter's path in a tree, as "layers.q"."""
+  """Returns a parameter's path in a tree as a string, e.g. "layers.q"."""
   return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def trainable_mask(tree: PyTree, frozen: tuple[str, ...]) -> PyTree:
-  """True for each leaf, False where a parameter's Hugging Face name begins with one of `frozen`."""
+  """Returns a tree of bools: False for parameters whose Hugging Face name starts with a prefix.
+
+  Args:
+    tree: parameters.
+    frozen: the prefixes.
+  """
 
   def mask_of(v: PyTree) -> PyTree:
     hf = v.get_metadata()["hf"] if is_param(v) else ""
@@ -125,7 +139,12 @@ def trainable_mask(tree: PyTree, frozen: tuple[str, ...]) -> PyTree:
 
 
 def replace(tree: Tree, values: Mapping[str, PyTree]) -> Tree:
-  """Returns the tree with these values, by path, in place of its own."""
+  """Returns the tree with the values of some parameters replaced.
+
+  Args:
+    tree: parameters.
+    values: new values by dotted path.
+  """
 
   def replaced(path: KeyPath, v: nnx.Variable) -> nnx.Variable:
     name = dotted(path)
@@ -135,5 +154,5 @@ def replace(tree: Tree, values: Mapping[str, PyTree]) -> Tree:
 
 
 def count(tree: PyTree) -> int:
-  """How many numbers the parameters hold."""
+  """Returns the total number of elements of all parameters."""
   return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

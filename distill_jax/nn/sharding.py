@@ -1,8 +1,9 @@
-"""Logical axes to mesh axes: the one table, and what is derived from it.
+"""The device mesh, and the table that maps logical axes to mesh axes.
 
-Models name logical axes only; the fused head is told the mesh axes of sequences and vocabulary,
-BATCH and VOCAB by default. A parameter is kept as the storage column says and, where it is used,
-gathered as the compute column says; activations follow the compute column.
+Models use logical axes only. The fused head takes the mesh axes of sequences and vocabulary as
+arguments, BATCH and VOCAB by default. A parameter is stored with the sharding of the storage
+column and gathered to that of the compute column where it is used. Activations have the sharding
+of the compute column.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.nn import params
 from distill_jax.types import PyTree
 
@@ -37,14 +38,14 @@ class MeshOptions:
 
 
 MESH_AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # mesh axes over which sequences are spread
-VOCAB = "tensor"  # mesh axis over which the vocabulary is spread
+BATCH = ("data", "fsdp")  # mesh axes over which sequences are sharded
+VOCAB = "tensor"  # mesh axis over which the vocabulary is sharded
 
-# What one array axis is spread over: nothing, a mesh axis, or several.
+# The mesh axes over which one array axis is sharded: none, one, or several.
 MeshAxes = str | tuple[str, ...] | None
 
-# logical axis: (storage, compute). `table` is the width of the embedding table: with the
-# name `embed` its rows would be looked up along the axis that the batch is sharded over.
+# logical axis: (storage, compute). `table` is the width of the embedding table. Under the name
+# `embed`, its rows would be looked up along the mesh axis over which the batch is sharded.
 TABLE: dict[str, tuple[MeshAxes, MeshAxes]] = {
   "batch": (None, BATCH),
   "seq": (None, None),
@@ -55,69 +56,85 @@ TABLE: dict[str, tuple[MeshAxes, MeshAxes]] = {
   "kv_heads": ("tensor", "tensor"),
   "head_dim": (None, None),
   "mlp": ("tensor", "tensor"),
-  "latent": (None, None),  # narrow, between two products; the second reads it as the next
-  "from_latent": ("fsdp", None),
+  "latent": (None, None),  # the narrow output of a first product
+  "from_latent": ("fsdp", None),  # the same axis, as the input of a second product
   "norm": (None, None),
   "bias": (None, None),
   "experts": ("tensor", "tensor"),
   "expert_mlp": (None, None),
-  "routes": (None, None),  # the experts, where a router chooses among them
-  "classes": (None, None),  # few
-  "places": (None, None),  # learned positions, and kinds of segments
-  "channels": (None, None),  # of an image or a sound
+  "routes": (None, None),  # the experts, as outputs of a router
+  "classes": (None, None),
+  "places": (None, None),  # learned positions, and segment types
+  "channels": (None, None),  # channels of an image, or mel bins of audio
   "pixels": (None, None),  # height or width of a patch
-  "one": (None, None),  # an axis that Hugging Face has with nothing along it
+  "one": (None, None),  # an axis of size 1 in the Hugging Face checkpoint
   "layers": (None, None),
-  "encoder_layers": (None, None),  # of a model that has a decoder beside its encoder
-  "filters": (None, None),  # of a convolution, as the next
-  "kernel": (None, None),
-  "rank": (None, None),  # of low-rank adapters
-  "pairs": (None, None),  # of adapters, as the next
-  "teacher_embed": (None, None),
+  "encoder_layers": (None, None),  # layers of the encoder in an encoder-decoder
+  "filters": (None, None),  # channels of a convolution
+  "kernel": (None, None),  # width of a convolution
+  "rank": (None, None),  # rank of low-rank adapters
+  "pairs": (None, None),  # pairs of tapped layers, in the projections that feature losses train
+  "teacher_embed": (None, None),  # the teacher's width, in the same projections
 }
 
 
 def mesh_axis_names(axes: MeshAxes) -> tuple[str, ...]:
-  """The mesh axes that one entry of a rule or of a PartitionSpec names."""
+  """Returns the mesh axes in one entry of a rule or of a PartitionSpec, as a tuple."""
   return (axes,) if isinstance(axes, str) else axes or ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """Logical axis to mesh axis, in two columns. Hashable, so that jit may close over it."""
+  """A map from logical axes to mesh axes, for storage and for compute.
+
+  It is hashable, so that it can be a static value in jit.
+  """
 
   table: tuple[tuple[str, tuple[MeshAxes, MeshAxes]], ...] = tuple(TABLE.items())
 
   def spec(self, axes: tuple[str, ...], column: str) -> PartitionSpec:
-    """The PartitionSpec of an array with these logical axes; a collision raises."""
+    """Returns the PartitionSpec of an array.
+
+    Args:
+      axes: the logical axes of the array.
+      column: "storage" or "compute".
+
+    Raises:
+      InputError: an axis has no rule, or two axes are sharded over the same mesh axis.
+    """
     table, which = dict(self.table), ("storage", "compute").index(column)
     unknown = [a for a in axes if a not in table]
     if unknown:
-      raise InputError(f"logical axis {unknown[0]!r} has no rule; there are {sorted(table)}")
+      raise bad_value("axes", axes, f"names among {', '.join(sorted(table))}", "Fix the name")
     names = tuple(table[a][which] for a in axes)
     used = [mesh_axis for name in names for mesh_axis in mesh_axis_names(name)]
     if len(set(used)) < len(used):
-      raise InputError(f"axes {axes} map onto {names}: a mesh axis is used twice; change the rules")
+      raise InputError(
+        f"The rules shard the axes {axes} over {names}, which uses a mesh axis twice. Change the "
+        "rules of the model."
+      )
     return PartitionSpec(*names)
 
 
 def rules(changes: Mapping[str, tuple[str, ...]]) -> Rules:
-  """The table with some rows of a config's own: {"experts": ("fsdp", "tensor")}.
+  """Returns the table with some rows replaced.
 
-  Each row is (storage, compute), mesh axes by name: "" is none, "fsdp,tensor" both.
+  Args:
+    changes: new rows by logical axis, e.g. {"experts": ("fsdp", "tensor")}. A row is (storage,
+      compute). Each is a comma-separated list of mesh axes, e.g. "fsdp,tensor", or "" for none.
 
   Raises:
-    InputError: a logical or a mesh axis is unknown, or a row is no pair.
+    InputError: a logical or mesh axis is unknown, or a row is not a pair.
   """
   table = dict(TABLE)
   for axis, row in changes.items():
     parts = [tuple(p for p in side.split(",") if p) for side in row]
     unknown = [m for part in parts for m in part if m not in MESH_AXES]
-    if axis not in table or len(row) != 2 or unknown:
-      raise InputError(
-        f"rules.{axis} is {row}; a rule is (storage, compute) of mesh axes {', '.join(MESH_AXES)} "
-        f"for one of {', '.join(table)}"
-      )
+    if axis not in table:
+      raise bad_value("rules", axis, f"logical axes among {', '.join(table)}", "Fix the name")
+    if len(row) != 2 or unknown:
+      expected = f"a pair (storage, compute) of mesh axes among {', '.join(MESH_AXES)}"
+      raise bad_value(f"rules.{axis}", row, expected, "Fix the rule")
     storage, compute = (part[0] if len(part) == 1 else part or None for part in parts)
     table[axis] = storage, compute
   return Rules(tuple(table.items()))
@@ -126,18 +143,25 @@ def rules(changes: Mapping[str, tuple[str, ...]]) -> Rules:
 def make_mesh(
   data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """A mesh with axes (data, fsdp, tensor); -1, on one axis at most, means the rest.
+  """Returns a mesh with axes (data, fsdp, tensor).
 
-  Where devices are in several slices, `data` alone goes over the slow network between them.
+  With devices in several slices, only the data axis crosses the slow network between slices.
+
+  Args:
+    data: the size of the data axis. One of the three sizes may be -1, for all remaining devices.
+    fsdp: the size of the fsdp axis.
+    tensor: the size of the tensor axis.
+    devices: the devices; None for all devices of jax.
+
+  Raises:
+    InputError: the sizes do not fit the number of devices or slices.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = mesh_shape(data, fsdp, tensor, len(devices))
   slices = len({getattr(d, "slice_index", None) for d in devices})
   if shape[0] % slices:
-    raise InputError(
-      f"mesh.data is {shape[0]} and there are {slices} slices, over which the data axis alone is "
-      f"spread; set mesh.data to a multiple of {slices}"
-    )
+    expected = f"a multiple of {slices}, the number of slices, which only this axis spans"
+    raise bad_value("mesh.data", shape[0], expected, "Change mesh.data")
   split = {"allow_split_physical_axes": True}
   if slices == 1:
     grid = mesh_utils.create_device_mesh(shape, devices, **split)
@@ -148,42 +172,54 @@ def make_mesh(
 
 
 def mesh_shape(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
-  """The sizes of the mesh axes over so many devices, the -1 among them resolved."""
+  """Returns the sizes of the mesh axes for a number of devices, with a -1 resolved.
+
+  Raises:
+    InputError: the sizes do not fit the number of devices.
+  """
   shape = [data, fsdp, tensor]
   if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
-    raise InputError(f"mesh {shape}: sizes are at least 1, and one at most is -1 (the rest)")
+    expected = "positive sizes, of which one may be -1 (all remaining devices)"
+    raise bad_value("mesh", dict(zip(MESH_AXES, shape, strict=True)), expected, "Change the sizes")
   if -1 in shape:
     known = -math.prod(shape)
     if devices % known:
-      raise InputError(f"mesh {shape} does not divide the {devices} devices here")
+      sizes = dict(zip(MESH_AXES, shape, strict=True))
+      raise bad_value("mesh", sizes, f"sizes that divide {devices} devices", "Change the sizes")
     shape[shape.index(-1)] = devices // known
   if math.prod(shape) != devices:
-    raise InputError(
-      f"mesh {dict(zip(MESH_AXES, shape, strict=True))} wants {math.prod(shape)} devices and there "
-      f"are {devices}; set mesh.fsdp=-1 to use them all"
-    )
+    sizes = dict(zip(MESH_AXES, shape, strict=True))
+    expected = f"sizes whose product is {devices}, the number of devices"
+    raise bad_value("mesh", sizes, expected, "Set mesh.fsdp=-1 to use all devices")
   return shape[0], shape[1], shape[2]
 
 
 def shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
-  """The storage sharding of every leaf: parameters by their axes, the rest replicated.
+  """Returns the storage sharding of every leaf of a tree.
+
+  Parameters are sharded by their axes; other leaves are replicated.
+
+  Args:
+    tree: parameters and other leaves, e.g. an optimizer state; shapes are enough.
+    mesh: the mesh.
+    rules: the rules of the model.
 
   Raises:
-    InputError: an axis does not divide over its mesh axes, named with the parameter.
+    InputError: a parameter's axis is not divisible by the size of its mesh axes.
   """
 
   def sharding_of(path: KeyPath, v: PyTree) -> PyTree:
     if not params.is_param(v):
       return NamedSharding(mesh, PartitionSpec())
-    if not jax.tree.leaves(v):  # moments of what is not trained
+    if not jax.tree.leaves(v):  # moments of a parameter that is not trained
       return v
     spec = rules.spec(v.get_metadata()["axes"], "storage")
     for axis, n, part in zip(v.get_metadata()["axes"], v.shape, spec, strict=True):
       ways = math.prod(mesh.shape[m] for m in mesh_axis_names(part))
       if n % ways:
         raise InputError(
-          f"{params.dotted(path)}: axis {axis!r} of size {n} does not divide over mesh axis "
-          f"{part!r} of size {ways}; choose another mesh or another rule for {axis!r}"
+          f"{params.dotted(path)}: axis {axis!r} of size {n} is not divisible by {ways}, the size "
+          f"of mesh axis {part!r}. Choose another mesh, or another rule for {axis!r}."
         )
     return v.replace(NamedSharding(mesh, spec))
 
@@ -191,7 +227,12 @@ def shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
 
 
 def with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
-  """Returns a tree of shapes that carry their shardings, as `jit(...).lower` and orbax take it."""
+  """Returns a tree of shapes with shardings, for `jit(...).lower` and orbax.
+
+  Args:
+    abstract: shapes.
+    shardings: the sharding of each shape.
+  """
 
   def place(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -200,28 +241,39 @@ def with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
 
 
 def constrain(x: jax.Array, axes: str, rules: Rules) -> jax.Array:
-  """Pins an activation's sharding, as `constrain(x_BTD, "batch seq embed", rules)`."""
+  """Constrains an activation's sharding, e.g. `constrain(x_BTD, "batch seq embed", rules)`.
+
+  Without a mesh it returns the array unchanged.
+  """
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, rules.spec(tuple(axes.split()), "compute"))
 
 
 def check_batch(name: str, size: int, mesh: Mesh, accumulate: int = 1) -> None:
-  """Refuses a batch (config key `name`) that does not divide over the mesh's batch axes."""
+  """Checks that a batch is divisible by the number of devices that hold different sequences.
+
+  Args:
+    name: the config key of the batch size.
+    size: the batch size.
+    mesh: the mesh.
+    accumulate: the number of microbatches of a batch.
+
+  Raises:
+    InputError: the batch is not divisible.
+  """
   ways = math.prod(mesh.shape[a] for a in BATCH)
   if size < 1 or size % (ways * accumulate):
-    micro = f" in {accumulate} microbatches" if accumulate > 1 else ""
-    raise InputError(
-      f"{name} is {size}, which does not divide over {ways} devices{micro}; take a multiple of "
-      f"{ways * accumulate}"
-    )
+    microbatches = f" times {accumulate} microbatches" if accumulate > 1 else ""
+    expected = f"a positive multiple of {ways * accumulate} ({ways} devices{microbatches})"
+    raise bad_value(name, size, expected, "Change the batch size or the mesh")
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """How a batch's first axis is spread."""
+  """Returns the sharding of a batch: the first axis over the mesh axes BATCH."""
   return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Whole on every device."""
+  """Returns the sharding of an array that every device holds completely."""
   return NamedSharding(mesh, PartitionSpec())

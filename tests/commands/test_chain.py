@@ -180,7 +180,7 @@ def other_words(c, path):
     (of(shape="tinny", source="", keep_layers=()), "links.student: llama has no shape 'tinny'"),
     (of(digest="abc"), "links.student: .*has digest .* and the config wants abc"),
     (change(student={"shrink": {"layers": 2, "dtype": "float32"}}), "student.shrink.dtype is"),
-    (of(train="quantised", quantise={"bits": 3}), "links.student: student.quantise has bits 3"),
+    (of(train="quantised", quantise={"bits": 3}), "links.student: student.quantise.bits is 3"),
     (other_words, "links.student: .*200 .*|links.student: The student has tokenizer"),
     (lambda c, path: setattr(c, "losses", {}), "links.assistant: losses is empty"),
     (lambda c, path: c.optim.update(warmup_steps=4), "links.assistant: optim.warmup_steps is 4"),

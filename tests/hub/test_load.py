@@ -261,7 +261,7 @@ def test_vocabulary(tmp_path):
 
 def test_a_mesh_that_does_not_divide(tmp_path):
   c = dataclasses.replace(CONFIG, vocab_size=47)
-  with pytest.raises(InputError, match="'vocab' of size 47 does not divide"):
+  with pytest.raises(InputError, match="'vocab' of size 47 is not divisible by 2"):
     read(write_folder(tmp_path, c), sharding.make_mesh(1, 2, 2))
 
 

@@ -70,7 +70,7 @@ def test_experts_along_the_batch_are_refused():
   inputs = parity.plain_inputs(np.zeros((4, 8), np.int32))
   with (
     jax.set_mesh(sharding.make_mesh(1, 2, 2)),
-    pytest.raises(InputError, match="'fsdp', which the batch is spread over"),
+    pytest.raises(InputError, match="'fsdp', over which the batch is sharded"),
   ):
     jax.eval_shape(lambda m: m(inputs, layers.ComputeConfig(rules=rules)), model)
 

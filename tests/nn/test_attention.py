@@ -163,12 +163,12 @@ def test_the_kernel_follows_the_devices(platform, q, want, monkeypatch):
 @pytest.mark.parametrize(
   "platform, kernel, q, words",
   [
-    ("cpu", "flash", queries(), "'flash'; it can be one of"),
-    ("cpu", "splash", queries(), "runs on tpu, and the devices are cpu"),
-    ("tpu", "cudnn", queries(), "runs on gpu, and the devices are tpu"),
-    ("gpu", "cudnn", queries(dtype=jnp.float32), "dtype is float32"),
-    ("gpu", "cudnn", queries(h=12), "heads are 12 wide"),
-    ("gpu", "cudnn", queries(T=63), "63 positions"),
+    ("cpu", "flash", queries(), "attention is 'flash'; expected one of auto, xla"),
+    ("cpu", "splash", queries(), "runs on cpu, while this one runs on tpu"),
+    ("tpu", "cudnn", queries(), "runs on tpu, while this one runs on gpu"),
+    ("gpu", "cudnn", queries(dtype=jnp.float32), "compute dtype is float32"),
+    ("gpu", "cudnn", queries(h=12), "multiples of 8 up to 256, not 12"),
+    ("gpu", "cudnn", queries(T=63), "even number of positions and sequences have 63"),
   ],
 )
 def test_a_kernel_that_cannot_run_is_refused(platform, kernel, q, words, monkeypatch):
@@ -177,11 +177,14 @@ def test_a_kernel_that_cannot_run_is_refused(platform, kernel, q, words, monkeyp
     attention.choose_kernel(kernel, q)
 
 
-def test_keys_that_are_not_beside_their_queries_are_refused(interpreted):
+def test_different_rules_for_queries_and_keys_are_refused(interpreted):
   table = sharding.TABLE | {"kv_heads": (None, None)}
   rules = sharding.Rules(tuple(table.items()))
   q, k, v, segments, _ = arrays(8, 4, 2, 8, 8)
-  with jax.set_mesh(sharding.make_mesh(1, 2, 2)), pytest.raises(InputError, match="kv_heads"):
+  with (
+    jax.set_mesh(sharding.make_mesh(1, 2, 2)),
+    pytest.raises(InputError, match="Shard 'heads' and 'kv_heads' over the same"),
+  ):
     jax.jit(lambda *x: attention.attention(*x, kernel="splash", rules=rules))(q, k, v, segments)
 
 

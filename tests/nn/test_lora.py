@@ -211,7 +211,7 @@ def test_queries_and_keys_that_a_loss_compares_are_the_adapted_ones():
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_no_second_copy_of_the_model_is_kept(remat):
-  """What the backward pass holds on to: nothing of a stack's shape but the base itself."""
+  """Among the arrays kept for the backward pass, only the base's weights have a stack's shape."""
   base = llama.Model(llama.TINY, jax.random.key(0))
   adapters, compute = (
     random_adapters(base, LoraOptions(rank=2)),
@@ -230,6 +230,6 @@ def test_no_second_copy_of_the_model_is_kept(remat):
 def test_experts_are_refused_by_name(family, target):
   shape = family.CONFIGS["tiny-moe" if family is qwen3 else "tiny"]
   model = jax.eval_shape(lambda: family.Model(shape, jax.random.key(0)))
-  said = f"names '{target}', which in the student are experts.*name some of .*o_proj"
-  with pytest.raises(InputError, match=said):
+  message = f"targets is '{target}'; expected modules among .*o_proj.*, because layers of experts"
+  with pytest.raises(InputError, match=message):
     lora.targets(model, LoraOptions(rank=2, targets=("o_proj", target)))

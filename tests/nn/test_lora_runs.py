@@ -185,16 +185,19 @@ def test_a_random_base_in_bfloat16_and_a_projection_fitted_beside_it(folder):
 @pytest.mark.parametrize(
   "changes, said",
   [
-    ({"rank": -1}, "rank -1 and alpha 16; the rank is at least 1"),
-    ({"alpha": 0.0}, "rank 4 and alpha 0; .* alpha a positive number"),
-    ({"alpha": float("nan")}, "alpha nan"),
-    ({"rank": 33}, "rank is 33 and layers.q is 32 by 32; the rank is at most 32"),
-    ({"rank": 17, "targets": ("k_proj",)}, "layers.k is 32 by 16; the rank is at most 16"),
-    ({"targets": ()}, r"targets is \(\); name modules"),
-    ({"targets": ("q_proj", "q_proj")}, "name modules, each once"),
-    ({"targets": ("q_prj",)}, "names 'q_prj' and the student has down_proj, .*q_proj, up_proj"),
-    ({"targets": ("roj",)}, "names 'roj' and the student has"),
-    ({"targets": ("lm_head",)}, "names 'lm_head' and the student has"),
+    ({"rank": -1}, "lora.rank is -1; expected at least 1"),
+    ({"alpha": 0.0}, "lora.alpha is 0.0; expected a positive number"),
+    ({"alpha": float("nan")}, "alpha is nan"),
+    ({"rank": 33}, "rank is 33; expected at most 32 because layers.q is 32 by 32"),
+    ({"rank": 17, "targets": ("k_proj",)}, "at most 16 because layers.k is 32 by 16"),
+    ({"targets": ()}, r"targets is \(\); expected distinct module names"),
+    ({"targets": ("q_proj", "q_proj")}, "expected distinct module names"),
+    (
+      {"targets": ("q_prj",)},
+      "targets is 'q_prj'; expected modules among down_proj, .*q_proj, up_proj",
+    ),
+    ({"targets": ("roj",)}, "targets is 'roj'; expected modules among"),
+    ({"targets": ("lm_head",)}, "targets is 'lm_head'; expected modules among"),
   ],
 )
 def test_adapters_that_do_not_fit_are_refused_before_anything_runs(folder, changes, said):

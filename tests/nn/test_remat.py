@@ -41,7 +41,7 @@ def test_gradients_are_those_without(remat):
 
 
 def test_an_unknown_policy_is_refused():
-  with pytest.raises(InputError, match="remat is 'some'; it can be one of"):
+  with pytest.raises(InputError, match="remat is 'some'; expected one of none, full"):
     gradient("some")
 
 

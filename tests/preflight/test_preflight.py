@@ -326,8 +326,8 @@ def test_without_libtpu(monkeypatch):
 @pytest.mark.parametrize(
   "changes, verb, message",
   [
-    ({"train.batch_size": 6}, "train", "train.batch_size is 6, which does not divide over 4"),
-    ({"records.batch_size": 6}, "record", "records.batch_size is 6, which does not divide"),
+    ({"train.batch_size": 6}, "train", "train.batch_size is 6; expected a positive multiple of 4"),
+    ({"records.batch_size": 6}, "record", "records.batch_size is 6; expected a positive multiple"),
     ({"losses": {}}, "train", "losses is empty"),
     ({"data.seq_len": 4_096}, "train", "the student reads at most 128"),
     ({"records.kind": "text"}, "record", "no teacher runs there"),
@@ -346,7 +346,9 @@ def test_what_the_run_would_refuse(changes, verb, message):
 
 
 def test_a_dimension_that_does_not_divide():
-  with pytest.raises(InputError, match="axis 'kv_heads' of size 2 does not divide over mesh axis"):
+  with pytest.raises(
+    InputError, match="axis 'kv_heads' of size 2 is not divisible by 4, the size of mesh axis"
+  ):
     programs.lower(config.resolve(model_config()), "train", sharding.make_mesh(fsdp=1, tensor=4))
 
 

@@ -64,15 +64,15 @@ def test_teacher_and_student_have_rules_of_their_own():
 
 
 @pytest.mark.parametrize(
-  "changes",
+  "changes, message",
   [
-    {"embd": ("fsdp", "")},
-    {"embed": ("fsdp",)},
-    {"embed": ("model", "")},
+    ({"embd": ("fsdp", "")}, "rules is 'embd'; expected logical axes among batch, seq"),
+    ({"embed": ("fsdp",)}, "a pair .storage, compute. of mesh axes among data, fsdp"),
+    ({"embed": ("model", "")}, "a pair .storage, compute. of mesh axes among data, fsdp"),
   ],
 )
-def test_a_rule_that_is_none_is_refused(changes):
-  with pytest.raises(InputError, match="a rule is .storage, compute. of mesh axes data, fsdp"):
+def test_a_rule_that_is_invalid_is_refused(changes, message):
+  with pytest.raises(InputError, match=message):
     sharding.rules(changes)
 
 
