@@ -70,10 +70,7 @@ def fold(
     hidden_BTD: see `loss`, as for all further arguments.
 
   Returns:
-    The summed tree. It has no efficient gradient: use `loss` to differentiate.
-
-  Raises:
-    InputError: the mesh lacks one of the axes.
+    The summed tree. To differentiate it, use `loss`.
   """
   scan = functools.partial(_scan_values, chunk_fn, chunk, vocab_size)
   return _per_batch_shard(scan, P(), batch_axes, hidden_BTD, head_VD, batch)
@@ -218,15 +215,7 @@ def _scan_gradients(
 
 
 def _mesh_size(axes: tuple[str, ...], argument: str) -> int:
-  """Returns the number of devices along these axes of the mesh in use; 1 without a mesh.
-
-  Args:
-    axes: names of mesh axes.
-    argument: the argument that names them, for errors.
-
-  Raises:
-    InputError: the mesh lacks one of the axes.
-  """
+  """Returns the number of devices along these axes of the mesh in use; 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return 1
