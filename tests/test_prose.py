@@ -59,7 +59,6 @@ PENDING: tuple[str, ...] = (
   "distill_jax/generation/",
   "distill_jax/hub/",
   "distill_jax/models/",
-  "distill_jax/preflight/",
   "distill_jax/pruning/",
   "distill_jax/records/",
   "distill_jax/runtime/",

@@ -1,1 +1,1 @@
-"""Whether a run fits a slice that is not here, how fast it can be, and what it costs."""
+"""Predictions of the memory, speed and cost of a run on TPU slices that are not available here."""

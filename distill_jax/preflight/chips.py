@@ -1,4 +1,4 @@
-"""The TPU chips that preflight knows: published peaks, memory, and the slices one can rent."""
+"""The TPU chips that preflight supports: their published peaks, memory and available slices."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 
 GiB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One chip, a device or (v4 without its megacore, tpu7x) two.
+  """A TPU chip. It has one device, or two (v4 without megacore, and tpu7x).
 
-  Peaks are those of Google Cloud's documentation, docs.cloud.google.com/tpu/docs/NAME, read in
-  November 2026. It gives the interconnects' bandwidth in both directions together, or (v4) as
-  the bits of one; here it is what a chip can send in a second, half of the former. `hbm` is
-  what libtpu 0.0.42.1 lets a program have of a device, as it says itself when that is too
-  little ("exceeds available HBM (95.74G)").
+  The peaks are from Google Cloud's documentation (docs.cloud.google.com/tpu/docs/NAME, November
+  2026). The documentation gives the bandwidth of interconnects for both directions together or,
+  for v4, in bits for one direction. Here it is the number of bytes that a chip can send per second.
+  `hbm` is the memory that libtpu 0.0.42.1 makes available to a program, from its error message
+  ("exceeds available HBM (95.74G)").
 
   Attributes:
-    name: as in a topology's name.
-    flops: bfloat16 operations a second.
-    hbm: bytes of memory a device.
-    hbm_bandwidth: bytes a second.
-    ici, dcn: bytes a second that a chip sends, within its slice and to other slices.
-    grids: slices as the documentation lists them, from small to large.
+    name: the name in a topology, e.g. "v5p".
+    flops: bfloat16 operations per second.
+    hbm: bytes of memory per device.
+    hbm_bandwidth: bytes per second.
+    ici: bytes per second that a chip sends within its slice.
+    dcn: bytes per second that a chip sends to other slices.
+    grids: the slices listed in the documentation, from small to large.
   """
 
   name: str
@@ -40,7 +41,7 @@ class Chip:
 
   @property
   def memory(self) -> int:
-    """Bytes of all devices of a chip."""
+    """Bytes of memory of a chip, over all its devices."""
     return self.hbm * (2 if self.name in ("v4", "tpu7x") else 1)
 
   @property
@@ -76,7 +77,7 @@ CHIPS = {
 
 
 class Slice(NamedTuple):
-  """A listed slice: which chip, and how many of them."""
+  """A listed slice: the chip, and the number of chips."""
 
   chip: Chip
   chips: int
@@ -86,16 +87,13 @@ def parse(topology: str) -> Slice:
   """Returns the slice with a name such as v5p:4x4x4.
 
   Raises:
-    InputError: the chip is unknown, or it has no such slice.
+    InputError: The chip is unknown, or it does not have this slice.
   """
   name, _, grid = topology.partition(":")
   if name not in CHIPS:
-    raise InputError(
-      f"--topology is {topology!r}, and {name!r} is no chip that preflight knows; they are "
-      f"{', '.join(CHIPS)}, as in --topology=v5p:4x4x4"
-    )
+    expected = f"CHIP:SHAPE with one of the chips {', '.join(CHIPS)}"
+    raise bad_value("--topology", topology, expected, "Name a slice, e.g. --topology=v5p:4x4x4")
   if grid not in CHIPS[name].grids:
-    raise InputError(
-      f"--topology is {topology!r}, which is not listed; {name} has {', '.join(CHIPS[name].grids)}"
-    )
+    expected = f"{name} with one of the shapes {', '.join(CHIPS[name].grids)}"
+    raise bad_value("--topology", topology, expected, "Choose one of them")
   return Slice(CHIPS[name], math.prod(map(int, grid.split("x"))))

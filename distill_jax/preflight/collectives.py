@@ -1,8 +1,8 @@
-"""What a compiled program sends between devices, read from its text.
+"""Parses the text of a compiled program to count the bytes that it sends between devices.
 
-XLA's own cost analysis counts a loop's body once; here every collective counts as often as its
-loops run. Bytes are those that one device sends, by the ring algorithms: of S bytes over n
-devices an all-gather or a reduce-scatter sends S (n-1)/n, an all-reduce twice that.
+XLA's own cost analysis counts the body of a loop only once. Here, a collective in a loop is counted
+once per iteration. Bytes are those that one device sends, with ring algorithms: for an array of S
+bytes over n devices, S (n-1)/n for an all-gather or a reduce-scatter, twice that for an all-reduce.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-DCN = "dcn "  # before the kind of what is sent from slice to slice
-# Where a gather spans a whole 3D torus, libtpu adds up arrays that are zero elsewhere.
+DCN = "dcn "  # prefix of the kinds of transfers between slices
+# An all-gather over a whole 3D torus is compiled to a sum of arrays that are mostly zero.
 BY_ADDING = "all-gather as all-reduce"
 BYTES = {"pred": 1, "bf16": 2}
 _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)")
@@ -32,7 +32,7 @@ _TUPLE_INDEX = re.compile(r"index=(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-  """One instruction: the shape of its result, its opcode, and the text behind the shape."""
+  """An instruction: the shape of its result, its opcode, and the text after the shape."""
 
   shape: str
   opcode: str
@@ -41,19 +41,19 @@ class Op:
 
   @property
   def is_start(self) -> bool:
-    """Whether it is the first half of an asynchronous instruction; the second moves nothing."""
+    """True for the first half of an asynchronous instruction; the second half sends nothing."""
     return self.opcode.endswith("-start")
 
 
 class Sent(NamedTuple):
-  """What one collective sends."""
+  """The bytes that one collective sends, and its kind."""
 
   kind: str
   bytes: float
 
 
-Computation = dict[str, Op]  # by the name of what an instruction makes
-Payload = Callable[[Op, int], float]  # (an instruction, its group's size) -> bytes
+Computation = dict[str, Op]  # instructions by the names of their results
+Payload = Callable[[Op, int], float]  # (instruction, size of its group) -> bytes
 
 
 def _result_bytes(op: Op, n: int) -> float:
@@ -62,12 +62,12 @@ def _result_bytes(op: Op, n: int) -> float:
 
 def _gathered_bytes(op: Op, n: int) -> float:
   # %all-gather.1 = bf16[64,8]{1,0} all-gather(%x), …
-  # %ag = (bf16[16,8]{1,0}, bf16[64,8]{1,0}) all-gather-start(%x), …: the operand, then the result
+  # %ag = (bf16[16,8]{1,0}, bf16[64,8]{1,0}) all-gather-start(%x), …: operand and result
   return float(_bytes(op.shape)) * n / (n + 1) if op.is_start else float(_bytes(op.shape))
 
 
 def _scattered_bytes(op: Op, n: int) -> float:
-  # %rs = f32[2,128]{1,0} reduce-scatter(%x), replica_groups={{0,1,2,3}}, …: a part of the sum
+  # %rs = f32[2,128]{1,0} reduce-scatter(%x), replica_groups={{0,1,2,3}}, …: one part of the sum
   return float(_bytes(op.shape)) * n
 
 
@@ -76,8 +76,8 @@ def _permuted_bytes(op: Op, n: int) -> float:
   return float(_bytes(op.shape.split("]")[0] + "]") if op.is_start else _bytes(op.shape))
 
 
-# Opcode: the bytes S of the whole array, and how many ring passes it takes, each of which sends
-# S (n-1)/n; 0 passes: S is sent as it is.
+# Opcode: (a function that returns S, the bytes of the whole array; the number of ring passes).
+# Each pass sends S (n-1)/n; without a pass (0), S is sent.
 COLLECTIVES: dict[str, tuple[Payload, int]] = {
   "all-gather": (_gathered_bytes, 1),
   "all-reduce": (_result_bytes, 2),
@@ -90,13 +90,18 @@ COLLECTIVES: dict[str, tuple[Payload, int]] = {
 
 
 def _sent_share(kind: str, n: int) -> float:
-  """The fraction of the whole array that each of n devices sends."""
+  """Returns the fraction of the whole array that each of n devices sends."""
   _, passes = COLLECTIVES.get(kind, (_result_bytes, 1))
   return passes * (n - 1) / n if passes else 1.0
 
 
 class HloText:
-  """A program's text (`compiled.as_text()`) as computations of instructions."""
+  """The parsed text of a program (`compiled.as_text()`): computations and their instructions.
+
+  Args:
+    hlo: the text.
+    slices: the number of slices that the program runs on.
+  """
 
   def __init__(self, hlo: str, slices: int = 1):
     self.slices = slices
@@ -115,11 +120,11 @@ class HloText:
           self.computations[name][match[1]] = op
 
   def sent(self) -> dict[str, int]:
-    """Bytes that a device sends in one run of the program, by kind."""
+    """Returns the bytes that a device sends in one run of the program, by kind."""
     return {kind: round(n) for kind, n in sorted(self._total(self.entry).items())}
 
   def _total(self, name: str) -> dict[str, float]:
-    """Bytes that a device sends in one run of a computation, by kind."""
+    """Returns the bytes that a device sends in one run of a computation, by kind."""
     if name in self._totals:
       return self._totals[name]
     total: dict[str, float] = {}
@@ -136,9 +141,10 @@ class HloText:
     return total
 
   def _collective(self, op: Op, computation: str) -> Sent | None:
-    """What an instruction sends by itself; None unless it is a collective."""
+    """Returns what an instruction sends; None if it is not a collective."""
+    # A transfer to the other slices:
     # %send.1 = (f32[10,100]{1,0}, u32[], token[]) send(%g, %after), is_host_transfer=true,
-    #   frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}: to the other slices
+    #   frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
     if op.opcode == "send" and (match := _TRANSFER.search(op.text)):
       kind, payload = match[1].lower().replace("_", "-"), op.shape.split(", u32[]")[0]
       return Sent(DCN + kind, _bytes(payload) * _sent_share(kind, self.slices))
@@ -149,7 +155,7 @@ class HloText:
     payload_bytes, _ = COLLECTIVES[kind]
     size = payload_bytes(op, n)
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-      # How TPUs spell a reduce-scatter, in a computation of its own:
+      # The compiler for TPUs writes a reduce-scatter as a separate computation:
       # %all-reduce-scatter.4 (input: bf16[32,32]) -> bf16[32,16] {
       #   %all-reduce.9 = bf16[32,32]{0,1} all-reduce(%input), replica_groups={{0,2},{1,3}}, …
       #   ROOT %mine = bf16[32,16]{1,0} dynamic-slice(%all-reduce.9), …
@@ -161,16 +167,16 @@ class HloText:
     return Sent(kind, size * share)
 
   def _trip_count(self, name: str, loop: Op) -> int:
-    """How often a loop of a computation runs.
+    """Returns the number of iterations of a loop in a computation.
 
     Raises:
-      ValueError: the text does not say.
+      ValueError: The text does not contain it.
     """
     # %loop = (…) while(%start), condition=%ends, body=%turn,
     #   backend_config={"known_trip_count":{"n":"5"}}
     if match := _TRIP_COUNT.search(loop.text):
       return int(match[1])
-    # Else its counter goes from a first value up to a constant that it is compared with:
+    # Otherwise, a counter runs from its first value to a constant that it is compared with:
     # %ends (state: (s32[], bf16[64,8])) -> pred[] {
     #   %limit = s32[] constant(7)
     #   %i = s32[] get-tuple-element(%state), index=0
@@ -180,7 +186,9 @@ class HloText:
     condition = self.computations[named[1]]
     tests = [(op, c) for op, c in self._comparisons(condition) if "direction=LT" in op.text]
     if len(tests) != 1:
-      raise ValueError(f"a loop of {name} ends where {len(tests)} counters are compared, not one")
+      raise ValueError(
+        f"The end of a loop in {name} compares {len(tests)} counters instead of one."
+      )
     (test, limit), computation = tests[0], self.computations[name]
     counter = condition.get(test.operands[0])
     index = _TUPLE_INDEX.search(counter.text) if counter else None
@@ -191,11 +199,11 @@ class HloText:
     return limit - (first or 0)
 
   def _comparisons(self, condition: Computation) -> Iterator[tuple[Op, int]]:
-    """The comparisons with a constant, and these constants."""
+    """Yields the comparisons with a constant, each with the constant."""
     for op in condition.values():
       if op.opcode == "compare" and (limit := _constant(condition, op.operands[1])) is not None:
         yield op, limit
-      # %lt = pred[] fusion(%i, %limit), kind=kLoop, calls=%compare: the limit is a parameter there
+      # %lt = pred[] fusion(%i, %limit), kind=kLoop, calls=%compare: the limit is a parameter
       if op.opcode == "fusion":
         for called in _called(op.text):
           inner = dict(self.computations[called])
@@ -207,7 +215,7 @@ class HloText:
 
 
 def _constant(computation: Computation, name: str) -> int | None:
-  """The integer that a name stands for, perhaps through copies; None if it is no constant."""
+  """Returns the value of an integer constant or of a copy of one; None for anything else."""
   op = computation.get(name)
   while op is not None and op.opcode in ("copy", "bitcast"):
     op = computation.get(op.operands[0])
@@ -218,7 +226,7 @@ def _constant(computation: Computation, name: str) -> int | None:
 
 
 def _op(text: str) -> Op | None:
-  """An instruction from what is behind its `=`: shape, opcode(operands), attributes."""
+  """Parses the text after the `=` of an instruction: shape, opcode(operands), attributes."""
   end = _end_of_tuple(text) if text.startswith("(") else text.find(" ")
   match = _CALL.search(text[end:]) if end >= 0 else None
   if match is None:
@@ -229,7 +237,7 @@ def _op(text: str) -> Op | None:
 
 
 def _end_of_tuple(text: str) -> int:
-  """The index of the bracket that closes the first one."""
+  """Returns the index of the bracket that closes the first one."""
   depth = 0
   for i, char in enumerate(text):
     depth += (char == "(") - (char == ")")
@@ -244,7 +252,7 @@ def _add(total: dict[str, float], more: dict[str, float], times: int = 1) -> Non
 
 
 def _called(text: str) -> list[str]:
-  """The computations that an instruction calls."""
+  """Returns the names of the computations that an instruction calls."""
   return [
     name.strip().removeprefix("%")
     for group in _CALLED.findall(text)
@@ -253,7 +261,7 @@ def _called(text: str) -> list[str]:
 
 
 def _bytes(shape: str) -> int:
-  """Bytes of all arrays in a shape; S(1)-like layouts and nested tuples do not matter."""
+  """Returns the bytes of all arrays in a shape, with any layouts and nested tuples."""
   total = 0
   for dtype, dims in _ARRAY.findall(shape):
     bits = BYTES[dtype] * 8 if dtype in BYTES else int(re.findall(r"\d+", dtype)[0])
@@ -262,12 +270,12 @@ def _bytes(shape: str) -> int:
 
 
 def _group_size(text: str) -> int:
-  """Devices that take part together, in any of the ways that XLA writes them down."""
+  """Returns the number of devices in a group, from any of XLA's notations for groups."""
   if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):  # {{0,2},{1,3}}
     return len(match[1].split(","))
   if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):  # [2,4]<=[8]
     return int(match[2])
-  # mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, where an axis may be split: {'axis_1':(1)2}
+  # mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, or a part of an axis: {'axis_1':(1)2}
   if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", match[1])}
     axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])

@@ -1,4 +1,4 @@
-"""What a run takes before anything is compiled: bytes of arguments, tokens, bytes of records."""
+"""Estimates that need no compilation: bytes of arguments, number of tokens, bytes of records."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from distill_jax.records.store import Manifest
 from distill_jax.training import state
 from distill_jax.types import JsonObject, PyTree
 
-# Entries of systematic sampling of n points, measured on SmolLM2-135M at 1.6 nats of entropy.
+# Entries per token for n sampled points, measured on SmolLM2-135M at an entropy of 1.6 nats.
 _ENTRIES = {32: 8.6, 63: 12.7, 255: 29.3}
 
 
 def record_bytes_per_token(manifest: Manifest) -> float:
-  """Estimates the bytes a token of a store, before it is made.
+  """Estimates the bytes per token of a store before it is recorded.
 
-  Measured (records/elias_fano.py): an id takes about 3 bits less than the vocabulary's width,
-  a count about 2, a log-probability 16; entropy and label 4 bytes together, the token its
-  own width. Entries depend on the teacher's entropy; 1.6 nats is taken.
+  From measurements (records/elias_fano.py): an id takes about 3 bits less than the width of the
+  vocabulary, a count about 2 bits, a log-probability 16 bits, entropy and label together 4 bytes,
+  and the token itself the width of the vocabulary. The number of entries depends on the entropy of
+  the teacher; 1.6 nats is assumed.
   """
   width = math.ceil(math.log2(manifest.vocab_size))
   if manifest.kind == "text":
@@ -45,7 +46,7 @@ def record_bytes_per_token(manifest: Manifest) -> float:
 
 
 def total_tokens(config: Config, verb: str) -> int:
-  """Tokens of the whole run; 0 where the config does not say how long its corpus is."""
+  """Returns the number of tokens in the whole run; 0 if the config has no length of the corpus."""
   if verb == "record":
     return config.data.sequences * config.data.seq_len
   return config.train.steps * config.train.batch_size * config.data.seq_len
@@ -54,13 +55,13 @@ def total_tokens(config: Config, verb: str) -> int:
 def store_size(config: Config, verb: str) -> JsonObject:
   """Estimates the size of the records: `store_bytes_per_token`, `tokens` and `store_bytes`.
 
-  All are None for tasks; the last two where the config does not say how long its corpus is.
+  All three have the value None for tasks, and the last two if the length of the corpus is unknown.
   """
   if config.tasks:
     return {"store_bytes_per_token": None, "tokens": None, "store_bytes": None}
   per_token = round(record_bytes_per_token(programs.planned_manifest(config)), 1)
   total = total_tokens(config, verb)
-  # For a corpus of unknown length no more is known than what training sees, perhaps twice.
+  # If the length of the corpus is unknown, the tokens seen in training are an upper bound.
   stored = total_tokens(config, "record") or total
   return {
     "store_bytes_per_token": per_token,
@@ -70,7 +71,7 @@ def store_size(config: Config, verb: str) -> JsonObject:
 
 
 def argument_bytes(config: Config, verb: str, mesh: jax.sharding.Mesh) -> int:
-  """Bytes a device of parameters, optimiser and teacher on a mesh, without a compile."""
+  """Computes the bytes per device of parameters, optimizer and teacher without compiling."""
   if verb == "record":
     return _model_bytes(loading.open_source(config.teacher), mesh)
   teachers = state.online_teachers(config)
@@ -79,7 +80,7 @@ def argument_bytes(config: Config, verb: str, mesh: jax.sharding.Mesh) -> int:
   trained = _placed_bytes(student.abstract_trainable, student.compute, mesh)
   width = jnp.dtype(config.student.param_dtype).itemsize
   base = _model_bytes(student, mesh) if student.trainable.has_base else 0
-  moments = trained * (4 + width) / width  # the first in float32, the second as the weights
+  moments = trained * (4 + width) / width  # the first in float32, the second like the weights
   return round(teacher + base + trained + moments)
 
 

@@ -1,12 +1,13 @@
-"""Operations of a step by closed formulas, from the parameters' own declarations.
+"""The operations (FLOPs) of a step, computed by formulas from the shapes of the parameters.
 
-A product of [m, k] and [k, n] is 2 m k n operations. Of a decoder's weights every position
-passes all but the embedding table, which is looked up, and of an expert layer K of E experts.
-Attention is causal: position t sees t + 1 positions, or its window. Norms, softmax and rope are
-not counted, nor is what documents in one row do not see of each other.
+A product of [m, k] and [k, n] counts as 2 m k n operations. Each position is multiplied with all
+weights of a decoder except the embedding table and, in an expert layer, with K of E experts.
+Attention is causal: position t attends to t + 1 positions, or to its window. Norms, softmax and
+rope are not counted. Masking between documents in one row is ignored.
 
-A backward pass is twice the forward one: a product each for the inputs' and the weights'
-gradients. The head's gradient needs no second forward pass (nn/fused_head.py).
+A backward pass has twice the operations of the forward pass: one product for the gradient of the
+inputs and one for that of the weights. The gradient of the head does not need a second forward pass
+(nn/fused_head.py).
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from distill_jax.training import state
 
 @dataclasses.dataclass(frozen=True)
 class ForwardFlops:
-  """Operations of one forward pass of one model, over all devices."""
+  """The operations of one forward pass of a model, over all devices."""
 
-  weights: float  # the layers' products with weights, in attention and feed-forwards
-  attention: float  # scores, and sums of values
+  weights: float  # products with the weights of the layers
+  attention: float  # attention scores and weighted sums of values
   head: float
 
   @property
@@ -38,7 +39,7 @@ class ForwardFlops:
 
 
 def forward_flops(source: ModelSource, rows: int, seq_len: int) -> ForwardFlops:
-  """Operations of one forward pass over `rows` sequences of `seq_len` positions."""
+  """Returns the operations of one forward pass over `rows` sequences of `seq_len` positions."""
   c, tokens = source.decoder_config, rows * seq_len
   pairs = rows * sum(attended_pairs(c, layer, seq_len) for layer in range(c.num_hidden_layers))
   return ForwardFlops(
@@ -49,17 +50,17 @@ def forward_flops(source: ModelSource, rows: int, seq_len: int) -> ForwardFlops:
 
 
 def active_params(source: ModelSource) -> int:
-  """Weights that one position is multiplied with, including the head's."""
+  """Returns the number of weights that one position is multiplied with, including the head."""
   c = source.decoder_config
   return round(_active_layer_params(source)) + c.vocab_size * c.hidden_size
 
 
 def _active_layer_params(source: ModelSource) -> float:
-  """Weights of the layers that one position is multiplied with."""
+  """Returns the number of weights of the layers that one position is multiplied with."""
   total = 0.0
   for path, v in params.named_params(source.abstract):
     meta = v.get_metadata()
-    if path.find(".") <= 0 or not meta["out"]:  # outside the layers; a norm or a bias
+    if path.find(".") <= 0 or not meta["out"]:  # outside the layers, or a norm or a bias
       continue
     size = float(math.prod(v.shape))
     if "experts" in meta["axes"]:
@@ -70,17 +71,17 @@ def _active_layer_params(source: ModelSource) -> float:
 
 
 def attended_pairs(c: DecoderConfig, layer: int, seq_len: int) -> int:
-  """Pairs of a position and one that it attends to, in one sequence."""
+  """Returns the number of (query, key) pairs of a layer in one sequence."""
   w = min(c.window_at(layer) or seq_len, seq_len)
   return w * (w + 1) // 2 + (seq_len - w) * w
 
 
 def step_flops(config: Config, verb: str, rows: int) -> dict[str, float]:
-  """Operations of one step over all devices, by purpose.
+  """Returns the operations of one step over all devices, by purpose.
 
-  Returns: "layers" (weights), "attention", "head", "teacher" (online), "adapters" (merging
-  low-rank ones); and "recomputed", which a model's FLOPs do not count: layers run again
-  in the backward pass by remat, scores by the attention kernel.
+  The purposes are "layers" (weights), "attention", "head", "teacher" (online teachers), "adapters"
+  (merging low-rank adapters) and "recomputed", which is not part of a model's FLOPs: layers that
+  remat computes again in the backward pass, and scores that the attention kernel computes again.
   """
   T = config.data.seq_len
   if verb == "record":
@@ -97,22 +98,22 @@ def step_flops(config: Config, verb: str, rows: int) -> dict[str, float]:
   if online := state.online_teachers(config):
     flops["teacher"] = sum(forward_flops(teacher, rows, T).total for teacher in online.values())
   if rank := student.lora.rank or student.share.lora.rank:
-    # A B, and what its factors get of its gradient
+    # The product A B, and the gradients of A and B.
     flops["adapters"] = 3 * 2.0 * rank * _adapted_params(source) * config.optim.accumulate
   again = {"none": 0.0, "full": forward.weights + forward.attention}
   flops["recomputed"] = again.get(student.remat, forward.attention)
-  if student.attention != "xla":  # a flash kernel computes the scores again, going back
+  if student.attention != "xla":  # flash kernels compute the scores again in the backward pass
     flops["recomputed"] += forward.attention / 2
   return flops
 
 
 def model_flops(step_flops: dict[str, float]) -> float:
-  """The operations that utilisation counts: all of a step's but those that are recomputed."""
+  """Returns the operations that model FLOPs utilization counts: all except recomputed ones."""
   return sum(n for purpose, n in step_flops.items() if purpose != "recomputed")
 
 
 def _adapted_params(student: ModelSource) -> int:
-  """Numbers of the weights that adapters are added to."""
+  """Returns the number of weights in the matrices that have adapters."""
   trained = student.abstract_trainable
   adapters = trained.deltas if isinstance(trained, layer_sharing.SharedLayers) else trained
   joined = lora.with_adapters(student.abstract, adapters)

@@ -1,4 +1,4 @@
-"""The programs that `train` and `record` would compile, from shapes: nothing is allocated."""
+"""The programs that `train` and `record` would compile, lowered from shapes without allocation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill_jax.config import Config
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.models.options import ModelOptions
@@ -34,9 +34,9 @@ class LoweredStep:
   """A program that is ready to compile, and its arguments.
 
   Attributes:
-    lowered: jax's.
-    arguments: bytes a device by what they are, e.g. "parameters", "optimizer", "batch".
-    rows: sequences a step, over all devices.
+    lowered: the lowered function (jax.stages.Lowered).
+    arguments: bytes per device by purpose, e.g. "parameters", "optimizer", "batch".
+    rows: sequences per step, over all devices.
   """
 
   lowered: Any
@@ -45,7 +45,7 @@ class LoweredStep:
 
 
 def without_weights(config: Config) -> Config:
-  """Returns the config with models by their named shapes, where one stands beside a source."""
+  """Returns the config with the source removed from models that have a named shape."""
 
   def by_shape(spec: ModelT) -> ModelT:
     return dataclasses.replace(spec, source="") if spec.shape else spec
@@ -57,11 +57,11 @@ def without_weights(config: Config) -> Config:
 
 
 def lower(config: Config, verb: str, mesh: Mesh) -> LoweredStep:
-  """Returns the step of `train`, or the pass of `record`, as it is compiled on this mesh.
+  """Returns the step of `train` or `record`, lowered for this mesh.
 
   Raises:
-    InputError: what `verb` would refuse: a batch or dimension that does not divide, losses
-      that the records do not serve.
+    InputError: `verb` would raise it, e.g. for a batch or dimension that is not divisible, or for
+      losses that the records do not support.
   """
   return {"train": _train, "record": _record}[verb](config, mesh)
 
@@ -70,9 +70,9 @@ def planned_manifest(config: Config, vocab_size: int = 0, positions: int = 0) ->
   """Returns the manifest that the records will have.
 
   Args:
-    config: of the run.
-    vocab_size: tokens or classes; 0 takes all rows of the model that reads the text.
-    positions: of a sequence or example; 0 takes data.seq_len.
+    config: the config of the run.
+    vocab_size: number of tokens or classes; 0: the vocabulary size of the model.
+    positions: positions per sequence or example; 0: data.seq_len.
   """
   model = config.student if config.losses else config.teacher
   return recorder.planned_manifest(
@@ -86,7 +86,7 @@ def planned_manifest(config: Config, vocab_size: int = 0, positions: int = 0) ->
 
 
 def _feature_width(config: Config) -> int:
-  """Returns the size of a recorded feature of the teacher, before a projection; 0 without taps."""
+  """Returns the size of the teacher's recorded features before projection; 0 without taps."""
   if not config.records.taps:
     return 0
   teacher = loading.open_source(config.teacher).config
@@ -94,7 +94,7 @@ def _feature_width(config: Config) -> int:
 
 
 def _planned_stores(config: Config) -> stores.Stores:
-  """Returns the stores as train opens them, as if all had been recorded."""
+  """Returns stores like those that `train` opens, without recorded files."""
   if not config.tasks:
     store = Store(Path("preflight"), planned_manifest(config))
     return [multi_teacher.MultiTeacherStore(store, dict.fromkeys(config.train.teachers, store))]
@@ -115,7 +115,7 @@ def _planned_stores(config: Config) -> stores.Stores:
 def _train(config: Config, mesh: Mesh) -> LoweredStep:
   opened, student = _planned_stores(config), loading.open_source(config.student, config.seed)
   c = config.train
-  # The tokenizer and the stores are not there yet, and are not looked for.
+  # The tokenizer and the stores can be missing, so their files are not checked.
   without_files = dataclasses.replace(
     config,
     data=dataclasses.replace(config.data, tokenizer=""),
@@ -150,10 +150,9 @@ def _train(config: Config, mesh: Mesh) -> LoweredStep:
 def _record(config: Config, mesh: Mesh) -> LoweredStep:
   c = config.records
   if c.kind == "text" or c.logprobs:
-    raise InputError(
-      f"records.kind is {c.kind!r} and records.logprobs {c.logprobs!r}: "
-      "no teacher runs there, so there is nothing to compile; preflight another config"
-    )
+    key = "records.logprobs" if c.logprobs else "records.kind"
+    expected = "a config that runs a teacher, because otherwise nothing is compiled"
+    raise bad_value(key, c.logprobs or c.kind, expected, "Run preflight with another config")
   sharding.check_batch("records.batch_size", c.batch_size, mesh)
   teacher = loading.open_source(config.teacher, config.seed)
   if config.tasks:
@@ -179,13 +178,13 @@ def _record(config: Config, mesh: Mesh) -> LoweredStep:
 
 
 def _model(source: ModelSource, mesh: Mesh) -> Model:
-  """Returns a model as shapes with shardings."""
+  """Returns the shapes of a model, with shardings."""
   shardings = sharding.shardings(source.abstract, mesh, source.compute.rules)
   return sharding.with_shardings(source.abstract, shardings)
 
 
 def placeholder_text(manifest: Manifest) -> Record:
-  """Returns a row of made-up text."""
+  """Returns a placeholder for a row of text."""
   T = manifest.seq_len
   return {
     "tokens_T": np.zeros(T, np.int32),
@@ -202,16 +201,17 @@ def planned_batch(
   rows: int,
   mesh: Mesh,
 ) -> Batch:
-  """Returns a batch as the loader makes it, as shapes with shardings.
+  """Returns the shapes of a batch from the loader, with shardings.
 
-  One record, made up, is encoded and read back.
+  A placeholder record is encoded and decoded, so that the batch has the loader's format.
 
   Args:
-    manifest: of the store.
-    row: a record without targets, as every row of the batch is.
-    teachers: names of those whose targets are recorded.
+    manifest: the manifest of the store.
+    row: a record without targets, for all rows of the batch.
+    teachers: names of the teachers whose targets are recorded.
     reader: see collate.
-    rows: of the batch.
+    rows: number of rows.
+    mesh: the device mesh.
   """
   layers, width = (len(manifest.taps.layers), manifest.taps.width) if manifest.taps else (0, 0)
   targets = fields.placeholder(manifest.spec, manifest.seq_len, layers, width)
@@ -230,6 +230,6 @@ def planned_batch(
 
 
 def bytes_of(tree: PyTree) -> int:
-  """Returns the bytes that a device holds of a tree of shapes with shardings."""
+  """Returns the bytes per device of a tree of shapes with shardings."""
   leaves = jax.tree.leaves(tree)
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

@@ -1,4 +1,4 @@
-"""Lower bounds on the seconds of a step, from a chip's published peaks: bounds, not forecasts."""
+"""Lower bounds on the time of a step, from the published peaks of a chip."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPEED_KEYS = (
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-  """The fewest seconds that a step can take, by what would have to be saturated."""
+  """Lower bounds on the seconds per step, one for each resource."""
 
   compute: float
   hbm: float
@@ -51,14 +51,17 @@ def bound(
   hbm_bytes: float,
   sent: dict[str, int],
 ) -> Bound:
-  """Returns the roofline of a step.
+  """Returns the bounds on the time of a step.
 
   Args:
-    flops: over all devices, by purpose, with what is recomputed.
-    hbm_bytes: read and written by one device.
+    chip: the kind of chip.
+    chips: number of chips.
+    devices: number of devices.
+    flops: operations over all devices by purpose, including recomputed ones.
+    hbm_bytes: bytes that one device reads and writes.
     sent: bytes that one device sends, by kind of collective.
   """
-  share = devices / chips  # devices of a chip share what it has
+  share = devices / chips  # the devices of a chip share its bandwidth
   dcn = sum(n for kind, n in sent.items() if kind.startswith(collectives.DCN))
   return Bound(
     compute=sum(flops.values()) / (chips * chip.flops),
@@ -80,8 +83,12 @@ def speed(
   """Returns the bounds that preflight reports, by SPEED_KEYS.
 
   Args:
+    config: the config of the run.
+    verb: "train" or "record".
+    hardware: the slices.
+    mesh: the device mesh.
     step_flops: see flops.step_flops.
-    moved: bytes of a device's arguments and outputs.
+    moved: bytes of the arguments and outputs of one device.
     sent: bytes that one device sends, by kind of collective.
   """
   chip, chips = hardware.chip, hardware.num_chips
@@ -101,9 +108,10 @@ def speed(
 
 
 def _hbm_bytes(config: Config, verb: str, moved: int, mesh: jax.sharding.Mesh) -> float:
-  """The least that a device reads and writes: arguments, outputs, and gathered weights.
+  """Returns the minimum of bytes that a device reads and writes in a step.
 
-  Gathered weights are written once and read once in each pass over the layers.
+  These are the arguments, the outputs, and the gathered weights, which are written once and read
+  once in each pass over the layers.
   """
   spec = config.teacher if verb == "record" else config.student
   numbers = params.count(loading.open_source(spec).abstract) / mesh.shape["tensor"]

@@ -1,4 +1,4 @@
-"""The search for the smallest slice of a chip on which a config fits."""
+"""The search for the smallest slice that a config fits on."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ MAX_COMPILES = 3
 
 
 def smallest_slice(config: Config, verb: str, hardware: Hardware, fits: bool) -> JsonObject | None:
-  """Finds the smallest listed slice of the chip on which the config fits, other than `hardware`.
+  """Finds the smallest listed slice of the chip that the config fits on, other than `hardware`.
 
-  The mesh is the config's, or where that does not divide a slice, all of it is fsdp (beside
-  tensor). Slices that cannot hold the arguments are passed over by arithmetic; the others are
-  compiled, in order of size, with little effort.
+  The mesh is that of the config. If a slice cannot be divided by it, all devices are fsdp, except
+  for the tensor axis. Slices whose memory is smaller than the arguments are skipped without
+  compiling. The others are compiled with low effort, in order of size.
 
   Args:
-    fits: whether the config fits on `hardware`: smaller slices are searched if so, larger if not.
+    config: the config of the run.
+    verb: "train" or "record".
+    hardware: the slice of the config.
+    fits: whether the config fits on `hardware`. If it does, smaller slices are searched, otherwise
+      larger ones.
 
-  Returns: `topology` and `mesh`; `proven`, whether a compile showed that it fits; then
-    `peak_bytes_per_device`, or `tried`, how many were compiled in vain. None if no slice fits.
+  Returns:
+    `topology` and `mesh`; `proven`, True if the step compiles for it; then `peak_bytes_per_device`
+    or, if it is not proven, `tried`, the number of smaller slices that were compiled and do not
+    fit. None if no slice fits.
   """
   tried = 0
   for name in hardware.chip.topologies:
@@ -38,7 +44,7 @@ def smallest_slice(config: Config, verb: str, hardware: Hardware, fits: bool) ->
       if mesh is None or estimate.argument_bytes(config, verb, mesh) > hardware.chip.hbm:
         continue
       program = programs.lower(config, verb, mesh)
-    except InputError:  # a dimension or the batch does not divide over it
+    except InputError:  # a dimension or the batch is not divisible
       continue
     slice_ = {"topology": name, "mesh": dict(mesh.shape)}
     if tried == MAX_COMPILES:
@@ -51,7 +57,7 @@ def smallest_slice(config: Config, verb: str, hardware: Hardware, fits: bool) ->
 
 
 def _mesh(config: Config, hardware: Hardware) -> jax.sharding.Mesh | None:
-  """The config's mesh on these slices, or one of fsdp; None if its tensor does not divide them."""
+  """Returns the config's mesh on these slices, else one with all devices in fsdp, else None."""
   all_fsdp = dataclasses.replace(config.mesh, data=hardware.num_slices, fsdp=-1)
   for axes in (config.mesh, all_fsdp):
     try:

@@ -1,4 +1,4 @@
-"""What preflight found, in words."""
+"""The result of preflight as text."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ GiB = 2**30
 
 
 def text(r: JsonObject) -> str:
-  """For a person: the verdict first."""
+  """Formats the result for the terminal, with the verdict first."""
   lines = [verdict(r), ""]
   lines += [f"{r['verb']} on {_slices(r)}: {r['chips']} chips, mesh {_mesh(r)}", ""]
-  lines.append("bytes a device")
+  lines.append("bytes per device")
   lines += [f"  {name:<22}{_size(n):>12}" for name, n in r["bytes_per_device"].items()]
   lines.append(f"  {'peak':<22}{_size(r['peak_bytes_per_device']):>12}")
   lines.append(f"  {'memory':<22}{_size(r['hbm_bytes_per_device']):>12}")
   if r["flops"] is not None:
-    lines += ["", "operations a step"]
+    lines += ["", "operations per step"]
     lines += [f"  {name:<22}{n:>12.3e}" for name, n in r["flops"].items() if n]
   if r["collectives"] is not None:
-    lines += ["", "sent by a device a step"]
+    lines += ["", "bytes sent per device and step"]
     lines += [f"  {name:<22}{_size(n):>12}" for name, n in r["collectives"].items()]
   if r["bounds"] is not None:
-    lines += ["", "seconds a step, at the least"]
+    lines += ["", "seconds per step (lower bounds)"]
     lines += [f"  {name:<22}{n:>12.4f}" for name, n in r["bounds"].items() if n]
     lines += [
-      f"  so at most {r['tokens_per_second_bound']:,.0f} tokens a second, "
-      f"{100 * r['mfu_bound']:.1f}% of peak on the model's own operations",
+      f"  At most {r['tokens_per_second_bound']:,.0f} tokens per second, with a model FLOPs "
+      f"utilization of {100 * r['mfu_bound']:.1f}%.",
     ]
   if r["chip_hours"] is not None:
-    lines.append(f"  {r['tokens']:,} tokens take at least {r['chip_hours']:,.1f} chip-hours")
+    lines.append(f"  {r['tokens']:,} tokens take at least {r['chip_hours']:,.1f} chip-hours.")
   lines.append("")
   if r["store_bytes_per_token"] is not None:
     lines.append(_store(r))
@@ -38,33 +38,31 @@ def text(r: JsonObject) -> str:
 
 
 def verdict(r: JsonObject) -> str:
+  """Returns one line: whether the config fits, and the largest part of the memory."""
   largest = max(r["bytes_per_device"], key=lambda name: r["bytes_per_device"][name])
-  largest_part = f"the largest part is {largest}, {_size(r['bytes_per_device'][largest])}"
+  largest_part = f"The largest part is {largest}, {_size(r['bytes_per_device'][largest])}."
   peak, hbm = _size(r["peak_bytes_per_device"]), _size(r["hbm_bytes_per_device"])
   if r["fits"]:
-    return f"fits: {peak} of {hbm} a device; {largest_part}"
-  return f"does not fit: {peak} are needed of {hbm} a device; {largest_part}"
+    return f"Fits: {peak} of {hbm} per device. {largest_part}"
+  return f"Does not fit: {peak} needed, {hbm} available per device. {largest_part}"
 
 
 def _store(r: JsonObject) -> str:
-  whole = f", at most {r['store_bytes'] / 1e9:,.1f} GB in all" if r["store_bytes"] else ""
-  return f"records take about {r['store_bytes_per_token']} bytes a token{whole}"
+  whole = f", at most {r['store_bytes'] / 1e9:,.1f} GB in total" if r["store_bytes"] else ""
+  return f"The records take about {r['store_bytes_per_token']} bytes per token{whole}."
 
 
 def _smallest(r: JsonObject) -> str:
   slice_ = r["smallest"]
   if slice_ is None:
-    return (
-      "no smaller listed slice fits with this config's batch"
-      if r["fits"]
-      else "no larger listed slice fits with this config's batch"
-    )
+    size = "smaller" if r["fits"] else "larger"
+    return f"This config does not fit on any {size} slice with the same batch size."
   if slice_["proven"]:
     peak = _size(slice_["peak_bytes_per_device"])
-    return f"the smallest listed slice that fits is {_on(slice_)}, by a compile: {peak}"
+    return f"The smallest slice that it fits on is {_on(slice_)}: compiled with a peak of {peak}."
   return (
-    f"{slice_['tried']} slices were compiled and did not fit; {_on(slice_)} is the next that "
-    "holds the arguments"
+    f"{slice_['tried']} slices were compiled and do not fit. {_on(slice_)} is the next one that is "
+    "large enough for the arguments; it was not compiled."
   )
 
 

@@ -1,4 +1,4 @@
-"""Meshes of TPUs that are not present, and the environment in which libtpu compiles for them."""
+"""Meshes of TPUs that are not available here, and the settings with which libtpu compiles."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.nn import sharding
 from distill_jax.nn.sharding import MeshOptions
 from distill_jax.preflight import chips
 from distill_jax.preflight.chips import Chip
 from distill_jax.runtime import extras
 
-# Nothing is asked of a metadata server, no log is written to the terminal, and another
-# process may have libtpu too. libtpu reads this when it is loaded, at the first topology.
+# libtpu does not query a metadata server, does not log to the terminal, and can be loaded by
+# several processes. It reads these variables when it is loaded, at the first topology.
 ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
@@ -34,7 +34,7 @@ class Hardware:
   """Slices of a listed topology (see chips.parse).
 
   Raises:
-    InputError: the chip is unknown, or it has no such slice.
+    InputError: The chip is unknown, or it does not have this slice.
   """
 
   topology: str  # e.g. v5p:4x4x4
@@ -49,12 +49,12 @@ class Hardware:
 
   @property
   def num_chips(self) -> int:
-    """In all slices."""
+    """Number of chips in all slices."""
     return chips.parse(self.topology).chips * self.num_slices
 
 
 def prepare() -> None:
-  """Sets this process up: all real work is on CPU, and TPU programs are not cached.
+  """Configures this process: computations run on the CPU, and TPU programs are not cached.
 
   Raises:
     InputError: libtpu is not installed.
@@ -68,7 +68,7 @@ def prepare() -> None:
 
 @functools.cache
 def devices(topology: str, num_slices: int = 1) -> tuple[jax.Device, ...]:
-  """The devices of a listed topology (chips.parse), all slices, in jax's order."""
+  """Returns the devices of all slices of a listed topology (see chips.parse), in jax's order."""
   kwargs = {"num_slices": num_slices} if num_slices > 1 else {}
   described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **kwargs)
   return tuple(described.devices)
@@ -78,14 +78,14 @@ def make_mesh(config: MeshOptions, topology: str, num_slices: int = 1) -> jax.sh
   """Returns the mesh that a run on these slices would have.
 
   Raises:
-    InputError: the topology is not listed, or the config's mesh does not divide it.
+    InputError: The topology is not listed, or its devices cannot be divided by the config's mesh.
   """
   chips.parse(topology)
   if not 1 <= num_slices <= 64:
-    raise InputError(f"--num_slices is {num_slices}; preflight takes 1 to 64 slices")
+    raise bad_value("--num_slices", num_slices, "a number from 1 to 64", "Change it")
   described = devices(topology, num_slices)
   if any(d.core_on_chip for d in described) and topology.startswith("v4:"):
-    # A v4 chip is one device; libtpu describes its two cores, which mesh_utils refuses.
+    # A v4 chip is one device, but libtpu describes its two cores, which mesh_utils cannot place.
     shape = sharding.mesh_shape(**vars(config), devices=len(described))
     axes = {"axis_types": (jax.sharding.AxisType.Auto,) * 3}
     return jax.sharding.Mesh(np.reshape(described, shape), sharding.MESH_AXES, **axes)

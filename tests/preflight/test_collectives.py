@@ -1,4 +1,4 @@
-"""What a compiled step sends between devices, read from its text."""
+"""The bytes that a compiled step sends between devices, parsed from its text."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from distill_jax.nn import sharding
 from distill_jax.preflight import collectives
 
 
-def test_collectives_in_a_loop_count_as_often_as_it_turns():
+def test_collectives_in_a_loop_are_counted_once_per_iteration():
   mesh = sharding.make_mesh(fsdp=4)
 
   def here(x):
@@ -80,8 +80,8 @@ ENTRY %main (p: bf16[64,8]) -> bf16[64,8] {
 """  # noqa: E501
 
 
-def test_the_ways_of_tpu_programs():
-  """A loop from 2 to 7, a reduce-scatter in a fusion, a gather by addition, another slice."""
+def test_notations_in_tpu_programs():
+  """A loop from 2 to 7, a reduce-scatter in a fusion, a gather by addition, a second slice."""
   assert collectives.HloText(TPU_TEXT, slices=2).sent() == {
     "all-gather": 5 * 64 * 8 * 2 * 3 // 4,
     "all-gather as all-reduce": 64 * 8 * 2 * 2 * 3 // 4,
@@ -90,6 +90,6 @@ def test_the_ways_of_tpu_programs():
   }
 
 
-def test_a_loop_of_unknown_length_is_not_guessed():
-  with pytest.raises(ValueError, match="ends where 0 counters are compared"):
+def test_a_loop_of_unknown_length_raises():
+  with pytest.raises(ValueError, match="compares 0 counters instead of one"):
     collectives.HloText(TPU_TEXT.replace("direction=LT", "direction=NE")).sent()

@@ -1,4 +1,4 @@
-"""Preflight: what is counted is what a hand counts, and what is compiled is what would run."""
+"""Preflight: its counts against counts by hand, and its programs against those that would run."""
 
 import dataclasses
 import importlib.util
@@ -49,8 +49,8 @@ needs_libtpu = pytest.mark.skipif(
 # ---------------------------------------------------------------- FLOPs
 
 
-def test_flops_are_what_xla_counts_where_it_counts_all(monkeypatch):
-  """One layer, so that its loop's body counted once is all; XLA scores what is masked too."""
+def test_flops_agree_with_xla_for_one_layer(monkeypatch):
+  """XLA counts the body of a loop once, so the model has one layer. Masked scores count, too."""
   shape = dataclasses.replace(
     llama.TINY,
     vocab_size=4_096,
@@ -89,7 +89,7 @@ def test_flops_are_what_xla_counts_where_it_counts_all(monkeypatch):
     ("qwen2", "qwen2.5-7b", 7.61),  # all of it, arXiv:2412.15115
   ],
 )
-def test_active_weights_are_the_published(family, shape, billions):
+def test_active_weights_agree_with_published_numbers(family, shape, billions):
   source = loading.open_source(ModelOptions(family=family, shape=shape))
   table = source.config.vocab_size * source.config.hidden_size
   active = flops.active_params(source)
@@ -104,7 +104,7 @@ def test_active_weights_are_the_published(family, shape, billions):
     ("gemma3", "tiny"),
   ],
 )
-def test_attention_sees_what_the_window_lets_it(family, shape):
+def test_attended_pairs_respect_the_window(family, shape):
   c = loading.open_source(ModelOptions(family=family, shape=shape)).config
   T = 11
   for layer in range(c.num_hidden_layers):
@@ -114,7 +114,7 @@ def test_attention_sees_what_the_window_lets_it(family, shape):
     assert flops.attended_pairs(c, layer, T) == pairs
 
 
-def test_a_step_by_hand():
+def test_flops_of_a_step_computed_by_hand():
   """tiny: D 32, F 64, 3 layers of 4 and 2 heads of 8, 256 tokens; 4 rows of 32."""
   c = config.resolve(model_config())
   layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64  # q, k and v, o, gate and up and down
@@ -160,7 +160,7 @@ def model_config():
     {"kind": "topk", "taps": (1,), "taps_width": 8},
   ],
 )
-def test_the_batch_is_the_loaders(tmp_path, records):
+def test_the_planned_batch_has_the_shapes_of_the_loader(tmp_path, records):
   c = tiny.tiny(tmp_path)
   c.teacher.source = ""
   c.records.update(records)
@@ -184,7 +184,7 @@ def test_the_batch_is_the_loaders(tmp_path, records):
     ("train", {"student.train": "lora", "student.lora.rank": 2}),
   ],
 )
-def test_arguments_are_what_the_compiler_is_given(verb, changes):
+def test_argument_bytes_agree_with_the_compiler(verb, changes):
   c = model_config()
   c.update_from_flattened_dict(changes)
   program = programs.lower(config.resolve(c), verb, sharding.make_mesh(fsdp=2, tensor=2))
@@ -193,7 +193,7 @@ def test_arguments_are_what_the_compiler_is_given(verb, changes):
   assert given == pytest.approx(memory.argument_size_in_bytes, abs=200)  # scalars and keys
 
 
-def test_arguments_by_arithmetic():
+def test_argument_bytes_without_compiling():
   mesh = sharding.make_mesh(fsdp=2, tensor=2)
   for rank in (0, 2):
     c = model_config()
@@ -205,7 +205,7 @@ def test_arguments_by_arithmetic():
       assert estimate.argument_bytes(c, verb, mesh) == pytest.approx(want, rel=0.01)
 
 
-def test_a_named_shape_stands_in_for_weights():
+def test_a_named_shape_replaces_the_source():
   c = model_config()
   c.teacher.source = "hub:somebody/model"
   c = programs.without_weights(config.resolve(c))
@@ -221,8 +221,8 @@ R1 = [
 
 
 @pytest.mark.parametrize(("path", "seq_len"), R1, ids=lambda x: getattr(x, "stem", x))
-def test_the_configs_at_both_lengths(path, seq_len, monkeypatch):
-  """The named slice holds the mesh, and the batch divides over it."""
+def test_the_r1_configs_fit_the_slices_in_their_docstrings(path, seq_len, monkeypatch):
+  """The slice has the size of the mesh, and the batch is divisible by it."""
   monkeypatch.syspath_prepend(CONFIGS)
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
@@ -242,8 +242,8 @@ def test_the_configs_at_both_lengths(path, seq_len, monkeypatch):
 # ---------------------------------------------------------------- estimates
 
 
-def test_store_bytes_are_about_what_the_codec_writes():
-  """12.7 entries at 63 points, ids drawn over the whole vocabulary: its worst case."""
+def test_estimated_store_bytes_are_close_to_what_the_codec_writes():
+  """12 entries for 63 points with ids from the whole vocabulary, the worst case."""
   rng, T, V = np.random.default_rng(0), 512, 151_936
   about = dataclasses.replace(
     planned_manifest(config.resolve(model_config()).records, V, 1, T), n=63
@@ -264,7 +264,7 @@ def test_store_bytes_are_about_what_the_codec_writes():
   assert estimate.record_bytes_per_token(about) == pytest.approx(written, rel=0.15)
 
 
-def test_the_roofline_is_the_slowest_part():
+def test_the_bound_is_that_of_the_slowest_resource():
   chip = chips.CHIPS["v5p"]
   sent = {"all-gather": int(600e9), "dcn all-reduce": int(6.25e9)}
   b = roofline.bound(chip, 64, 64, {"layers": 459e12 * 64 * 3}, 2.765e12 * 2, sent)
@@ -282,7 +282,7 @@ class TooBig:
     raise jax.errors.JaxRuntimeError(self.message)
 
 
-def test_too_big_is_a_verdict():
+def test_a_program_that_is_too_large_is_reported():
   told = (
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
     "(22.80G) exceeds available HBM (15.75G)."
@@ -301,10 +301,10 @@ def test_too_big_is_a_verdict():
 @pytest.mark.parametrize(
   "name, message",
   [
-    ("v5p", "'v5p', which is not listed; v5p has 2x2x1, "),
-    ("v5p:3x3x3", "which is not listed; v5p has 2x2x1, "),
-    ("v9:4x4", "'v9' is no chip that preflight knows; they are v4, v5e, v5p, v6e, tpu7x"),
-    ("", "is no chip that preflight knows"),
+    ("v5p", "--topology is 'v5p'; expected v5p with one of the shapes 2x2x1, "),
+    ("v5p:3x3x3", "expected v5p with one of the shapes 2x2x1, "),
+    ("v9:4x4", "is 'v9:4x4'; .* one of the chips v4, v5e, v5p, v6e, tpu7x"),
+    ("", "--topology is ''; expected CHIP:SHAPE"),
   ],
 )
 def test_unknown_topologies(name, message):
@@ -330,11 +330,11 @@ def test_without_libtpu(monkeypatch):
     ({"records.batch_size": 6}, "record", "records.batch_size is 6; expected a positive multiple"),
     ({"losses": {}}, "train", "losses is empty"),
     ({"data.seq_len": 4_096}, "train", "the student reads at most 128"),
-    ({"records.kind": "text"}, "record", "no teacher runs there"),
+    ({"records.kind": "text"}, "record", "records.kind is 'text'; .* that runs a teacher"),
     ({"records.kind": "text"}, "train", "losses.soft wants a teacher and records"),
   ],
 )
-def test_what_the_run_would_refuse(changes, verb, message):
+def test_errors_of_the_run_are_raised_by_preflight(changes, verb, message):
   c = model_config()
   for key, value in changes.items():
     if key == "losses":
@@ -386,8 +386,8 @@ def start(path, *flags):
 
 
 @needs_libtpu
-def test_two_at_once_for_a_slice_that_is_not_here(tmp_path):
-  """As a person runs it: the words, and the numbers, in two processes at the same time."""
+def test_commands_for_a_slice_run_at_the_same_time(tmp_path):
+  """Runs the command line in four processes at once; checks the text and the JSON."""
   path = tmp_path / "c.py"
   path.write_text(CONFIG)
   both = (
@@ -409,7 +409,7 @@ def test_two_at_once_for_a_slice_that_is_not_here(tmp_path):
   assert r["tokens_per_second_bound"] == pytest.approx(8 * 128 / r["step_seconds_bound"])
   assert r["store_bytes"] == pytest.approx(100 * 128 * r["store_bytes_per_token"], rel=0.01)
   assert r["chip_hours"] == pytest.approx(10 * r["step_seconds_bound"] * 4 / 3600)
-  assert words.startswith("fits: ") and "records take about" in words
+  assert words.startswith("Fits: ") and "records take about" in words
   assert "mesh.data is 1 and there are 2 slices" in refused
   slow = json.loads(two.splitlines()[-1])
   assert slow["chips"] == 8 and slow["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
@@ -421,7 +421,7 @@ def test_two_at_once_for_a_slice_that_is_not_here(tmp_path):
 
 @pytest.mark.parametrize("verb", ["train", "record"])
 @pytest.mark.parametrize("tasks", [1, 2])
-def test_tasks_are_compiled_and_their_operations_are_not_guessed(
+def test_tasks_are_compiled_without_an_estimate_of_their_operations(
   monkeypatch, tmp_path, verb, tasks
 ):
   monkeypatch.setattr(topology, "prepare", lambda: None)
@@ -440,11 +440,11 @@ def test_tasks_are_compiled_and_their_operations_are_not_guessed(
   assert verb == "record" or r["collective_bytes_per_device"]
   assert {r[k] for k in ("flops", "bounds", "tokens", "store_bytes_per_token")} == {None}
   words = table.text(r)
-  assert words.startswith("fits: ") and "operations" not in words and "tokens" not in words
+  assert words.startswith("Fits: ") and "operations" not in words and "tokens" not in words
 
 
-def test_the_smallest_slice_may_have_another_mesh(monkeypatch):
-  """The config wants 16 devices of fsdp, which four have not."""
+def test_the_smallest_slice_can_have_another_mesh(monkeypatch):
+  """The config has 16 devices in fsdp, and the smallest slice has four devices."""
   monkeypatch.setattr(topology, "prepare", lambda: None)
   mesh_of = lambda axes, name, _: sharding.make_mesh(**vars(axes))
   monkeypatch.setattr(topology, "make_mesh", mesh_of)
@@ -462,7 +462,7 @@ def test_the_smallest_slice_may_have_another_mesh(monkeypatch):
 
 
 @needs_libtpu
-def test_libtpu_is_silent_where_there_is_no_tpu():
+def test_libtpu_prints_nothing_without_a_tpu():
   script = "from distill_jax import cli; cli.hush_libtpu(); import jax; jax.devices()"
   env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_PLATFORMS", "TPU_"))}
   env["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"  # else another process's lock would silence it
@@ -470,7 +470,7 @@ def test_libtpu_is_silent_where_there_is_no_tpu():
   assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
-def test_the_words_of_a_verdict():
+def test_the_text_of_a_verdict():
   r = {
     "fits": False,
     "peak_bytes_per_device": 30 * 2**30,
@@ -478,19 +478,19 @@ def test_the_words_of_a_verdict():
     "bytes_per_device": {"parameters": 2**30, "optimizer": 2**31},
   }
   assert table.verdict(r) == (
-    "does not fit: 30.00 GiB are needed of 16.00 GiB a device; the largest part is optimizer, "
-    "2.00 GiB"
+    "Does not fit: 30.00 GiB needed, 16.00 GiB available per device. The largest part is "
+    "optimizer, 2.00 GiB."
   )
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_seven_billion_on_sixty_four_chips():
+def test_a_student_of_7b_fits_on_64_chips():
   path = "configs/r1_qwen_7b.py"
   process = start(path, "--topology=v5p:4x4x4", "--json")
   out, err = process.communicate(timeout=900)
   r = json.loads(out.splitlines()[-1])
   assert process.returncode == 0 and r["fits"], err
-  # 6 operations a weight and token, and attention's; arXiv:2204.02311, appendix B.
+  # 6 operations per weight and token, and those of attention; arXiv:2204.02311, appendix B.
   tokens = 256 * 4_096
   assert r["flops_per_step"] == pytest.approx(6 * 7.07e9 * tokens, rel=0.1)
