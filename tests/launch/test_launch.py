@@ -271,8 +271,8 @@ def test_a_dry_run_prints_the_commands_and_runs_none(gcloud, tmp_path):
   [
     (["--name=r1; rm", "--zone=z9", "--topology=v5p:2x2x2"], "is no name"),
     (["--name=r1", "--zone=$(id)", "--topology=v5p:2x2x2"], "is no name"),
-    (["--name=r1", "--zone=z9", "--topology=v9:2x2"], "is no chip that preflight knows"),
-    (["--name=r1", "--zone=z9", "--topology=v5p:3x3x3"], "which is not listed"),
+    (["--name=r1", "--zone=z9", "--topology=v9:2x2"], "expected CHIP:SHAPE with one of the chips"),
+    (["--name=r1", "--zone=z9", "--topology=v5p:3x3x3"], "expected v5p with one of the shapes"),
     (["--name=r1", "--zone=z9", "--topology=tpu7x:2x2x1"], "use launch/gke.py"),
     (["--name=r1", "--zone=z9", "--topology=v5p:2x2x2", "--num_slices=0"], "at least 1"),
   ],
@@ -400,7 +400,7 @@ def test_every_value_is_one_scalar():
   "flags, words",
   [
     (["--topology=v5p:4x4x4", "--chips_per_host=8"], "slices are of hosts of 4"),
-    (["--topology=v5x:4x4"], "is no chip that preflight knows"),
+    (["--topology=v5x:4x4"], "expected CHIP:SHAPE with one of the chips"),
     (["--topology=v5e:2x2", "--queue=a: b"], "--queue is 'a: b'"),
     (["--topology=v5e:2x2", "--num_slices=0"], "--num_slices=0"),
   ],
