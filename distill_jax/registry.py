@@ -1,7 +1,8 @@
-"""The folder is the registry: a name in a config is a module in a folder."""
+"""Registries: a name in a config is a module in a folder, e.g. `kd` in distill_jax/losses."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pkgutil
 from types import ModuleType
@@ -22,8 +23,8 @@ ENTRY_CLASSES = {
 def names(package: str) -> list[str]:
   """Returns the entries of `distill_jax.<package>`, sorted.
 
-  Every module is one, except `options`, those whose names begin with "_", and those in the
-  package's SHARED, which its entries use.
+  Every module is an entry, except `options`, modules whose names begin with "_", and the modules
+  in the package's SHARED, which the entries use.
   """
   folder = importlib.import_module(f"distill_jax.{package}")
   shared = ("options", *vars(folder).get("SHARED", ()))
@@ -38,5 +39,7 @@ def load(package: str, name: str) -> ModuleType:
     InputError: the package has no such entry.
   """
   if name not in (known := names(package)):
-    raise InputError(f"there is no {name!r} in distill_jax/{package}; it holds {', '.join(known)}")
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Its modules are {', '.join(known)}."
+    raise InputError(f"distill_jax/{package} has no module {name!r}. {hint}")
   return importlib.import_module(f"distill_jax.{package}.{name}")

@@ -1,4 +1,4 @@
-"""Schedules: values by step number, for weights and temperatures of losses."""
+"""Schedules: values that depend on the step, for weights and temperatures of losses."""
 
 from __future__ import annotations
 
@@ -7,35 +7,40 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 
 SHAPES = ("linear", "cosine", "step")
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """A value by step: (step, value) points, and the shape of the way between two of them.
+  """A value that depends on the step: (step, value) points, and an interpolation between them.
 
-  One point is a constant; two are linear or cosine; more are piecewise; a first value of 0
-  held to a later point is a delay. Before the first point and after the last the value is
-  held. The shape "step" jumps to a point's value at its step.
+  Before the first point and after the last one the value is constant, so one point is a constant,
+  and ((0, 0), (100, 0), (200, 1)) is a delayed ramp.
+
+  Raises:
+    InputError: the points or the shape are invalid.
   """
 
   points: tuple[tuple[float, float], ...]
+  """(step, value) pairs with rising steps, the first at least 0."""
   shape: str = "linear"
+  """Interpolation between two points: "linear", "cosine", or "step" (constant until the step of the
+  next point)."""
 
   def __post_init__(self):
     steps = [s for s, _ in self.points]
     if not steps or steps != sorted(set(steps)) or steps[0] < 0:
-      raise InputError(
-        f"schedule points {self.points}: steps start at 0 or later and rise from point to point"
-      )
+      expected = "(step, value) pairs with rising steps, the first at least 0"
+      raise bad_value("points", self.points, expected, "Change them")
     if self.shape not in SHAPES:
-      raise InputError(f"schedule shape {self.shape!r} is unknown; it can be one of {SHAPES}")
+      expected = f"one of {', '.join(SHAPES)}"
+      raise bad_value("shape", self.shape, expected, "Choose one")
 
   def __call__(self, step: jax.Array | int) -> jax.Array:
     """Returns the value at a step, a float32 scalar."""
-    if len(self.points) == 1:  # known to the compiler: logits / 1 is then no work
+    if len(self.points) == 1:  # a constant for the compiler, which then removes logits / 1
       return jnp.asarray(self.points[0][1], jnp.float32)
     xs = jnp.asarray([s for s, _ in self.points], jnp.float32)
     ys = jnp.asarray([v for _, v in self.points], jnp.float32)
@@ -51,15 +56,15 @@ class Schedule:
 
   @property
   def values(self) -> tuple[float, ...]:
-    """The values at its points, between which all others lie."""
+    """The values at the points. All other values are between them."""
     return tuple(v for _, v in self.points)
 
   @property
   def last_step(self) -> float:
-    """The step from which it is constant."""
+    """The step from which the value is constant."""
     return self.points[-1][0]
 
 
 def constant(value: float) -> Schedule:
-  """Returns the schedule that is `value` at every step."""
+  """Returns a schedule with the same value at every step."""
   return Schedule(((0, float(value)),))

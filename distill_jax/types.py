@@ -1,27 +1,27 @@
-"""What models, losses and the training step pass to each other, and the legend of shape letters.
+"""The types that models, losses and the training step exchange, and the letters of array shapes.
 
-Arrays carry their axes as a suffix, `x_BTD`, one letter an axis:
+The name of an array ends in its axes, one letter each, e.g. `x_BTD`:
 
   B batch (sequences)      D model width           K entries of a stored distribution
   T positions (tokens)     V vocabulary            P tapped layers
   L layers                 H query heads           h width of one head
   G key/value heads        F feed-forward width    C positions of one chunk
   S source positions       Y, W height and width   M mel bins, or channels of an image
-  N samples or points      E experts               R low rank (LoRA, latent attention)
+  N samples or points      E experts               R rank (LoRA, latent attention)
   Q query heads per key/value head                 Z cache slots
-  J beams                  U distinct layers of those that share weights
+  J beams                  U distinct layers if layers share weights
   A teachers               O output width of a linear map, I its input width
   X positions of all sequences in one axis         n chunks
-  s devices that share the vocabulary              v rows of the head on one of them
+  s devices that shard the vocabulary              v rows of the head on one device
   b blocks of the vocabulary                       t tokens of a block
   g groups of tokens or of experts                 f tokens of a group
   e experts of a group                             p side of a patch, in pixels
-  k taps of a filter                               r rotated part of a head's width
-  u part of it that is not rotated                 w width of one head's values
+  k width of a convolution                         r rotated part of a head's width
+  u unrotated part of a head's width               w width of one head's values
 
-`_BT` is [batch, position], `_VD` the unembedding's rows, `_BYWM` images. A digit is an axis of
-that size, as in `_BT1`. A module that uses a letter otherwise defines it where it is used. A
-scalar has no suffix, and a temperature is `temperature`, never T.
+For example, `_BT` is [batch, position], `_VD` an unembedding, and `_BYWM` a batch of images. A
+digit is an axis of that size, e.g. `_BT1`. A module that uses a letter with another meaning defines
+it there. Scalars have no suffix. A temperature is called `temperature`, never T.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-PyTree = Any  # of arrays, their shapes, or what is held for each
-Tree = TypeVar("Tree")  # a PyTree of which a function returns another of the same structure
+PyTree = Any  # a tree of arrays, or of a value for each array, such as its shape or sharding
+Tree = TypeVar("Tree")  # a PyTree; the function returns one of the same structure
 QKV = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys, values
-JsonObject = dict[str, Any]  # a parsed JSON object, or what is written as one
-# A divergence: (log p, log q) -> its terms, elementwise over the last axis.
+JsonObject = dict[str, Any]  # a parsed JSON object, or a dict to write as one
+# A divergence: (log p, log q) -> the terms of its sum, elementwise over the last axis.
 Terms = Callable[[jax.Array, jax.Array], jax.Array]
 # Sentinel class count of contrastive tasks, whose "classes" are the other examples of the batch;
 # larger than any batch.
@@ -49,8 +49,8 @@ IN_BATCH_CLASSES = 2**20
 class Inputs(struct.PyTreeNode):
   """The inputs of a text model, all int32 [B, T].
 
-  `segments_BT` numbers the documents packed into a row from 1; 0 is padding. Attention
-  never crosses a segment, and positions start at 0 in each.
+  `segments_BT` numbers the documents packed into a row from 1; 0 is padding. Attention does not
+  cross segments, and positions start at 0 in each segment.
   """
 
   tokens_BT: jax.Array
@@ -71,14 +71,14 @@ class Sounds(struct.PyTreeNode):
 
 
 class SourceTarget(struct.PyTreeNode):
-  """The inputs of an encoder-decoder: the source, and the target shifted right."""
+  """The inputs of an encoder-decoder: the source, and the target shifted right by one."""
 
   source: Inputs | Sounds
   target: Inputs
 
 
 class ImageText(struct.PyTreeNode):
-  """The inputs of a model of images and texts, one text an image."""
+  """The inputs of a model of images and texts: one text for each image."""
 
   images: Images
   texts: Inputs
@@ -88,15 +88,15 @@ ModelInputs = Inputs | Images | Sounds | SourceTarget | ImageText
 
 
 class Targets(struct.PyTreeNode, kw_only=True):
-  """A teacher's outputs at each position: one of the three kinds in losses/supports.py.
+  """A teacher's outputs at each position: the base class of the kinds in losses/supports.py.
 
   Attributes:
-    entropy_BT: float32, nats.
-    label_logp_BT: float32, nats: log p(label).
-    argmax_BT: int32: the most probable token.
-    taps_BPTD: features of tapped layers.
-    head_VD: of an online teacher alone, and the one array without positions.
-    temperature: of the distribution that the arrays are of.
+    entropy_BT: float32, the entropy in nats.
+    label_logp_BT: float32, log p(label) in nats.
+    argmax_BT: int32, the most probable token.
+    taps_BPTD: features of the tapped layers.
+    head_VD: the unembedding of an online teacher. It is the only array without a position axis.
+    temperature: the temperature of the stored distribution.
   """
 
   entropy_BT: jax.Array | None = None
@@ -109,47 +109,48 @@ class Targets(struct.PyTreeNode, kw_only=True):
   def divergence(
     self, terms: Terms, logits_BCV: jax.Array, temperature: jax.Array | float
   ) -> jax.Array:
-    """The divergence of the student's logits from these targets, float32 [B, C].
+    """Returns the divergence between these targets and the student's logits, float32 [B, C].
 
     Args:
-      terms: see losses/divergences.py.
-      logits_BCV: the student's, of the chunk of positions that these targets are of.
-      temperature: at which both are compared.
+      terms: the divergence; see losses/divergences.py.
+      logits_BCV: the student's logits for the same chunk of positions as these targets.
+      temperature: the temperature of both distributions.
     """
     raise NotImplementedError
 
   def forward_kl(self, logits_BCV: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """KL(p || q), float32 [B, C]: the divergence that most targets serve."""
+    """Returns KL(teacher || student), float32 [B, C], the divergence that most kinds support."""
     raise NotImplementedError
 
   def label_logp(self, logits_BCV: jax.Array, labels_BC: jax.Array) -> jax.Array | None:
-    """log p(label) [B, C] at the recorded temperature; None where it is not recorded."""
+    """Returns log p(label) [B, C] at the recorded temperature; None if it is not recorded."""
     del logits_BCV, labels_BC
     return self.label_logp_BT
 
   def entropy(self, logits_BCV: jax.Array) -> jax.Array | None:
-    """H(p) [B, C] in nats at the recorded temperature; None where it is not recorded."""
+    """Returns the entropy [B, C] in nats at the recorded temperature; None if not recorded."""
     del logits_BCV
     return self.entropy_BT
 
   def argmax(self, logits_BCV: jax.Array) -> jax.Array | None:
-    """The most probable token, int32 [B, C]; None where it is not recorded."""
+    """Returns the most probable token, int32 [B, C]; None if it is not recorded."""
     del logits_BCV
     return self.argmax_BT
 
   def present(self) -> jax.Array | None:
-    """Positions that the teacher has read, bool [B, C]; None for all."""
+    """Returns a mask of the positions with targets, bool [B, C]; None if all have them."""
     return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-  """How the recorded targets of a batch were made, from the store's manifest.
+  """Properties of the recorded targets of a batch, from the store's manifest.
 
   Attributes:
-    temperature: of the recorded distribution.
-    missing_mass: the convention for the mass outside top-k records.
-    taps: the layers whose features are recorded, in order; `tap_kind` is "hidden" or "qkv".
+    temperature: the temperature of the recorded distribution.
+    missing_mass: the convention for the probability mass outside top-k records.
+    taps: the layers whose features are recorded, in order.
+    tap_kind: the kind of these features, "hidden" or "qkv".
   """
 
   temperature: float = 1.0
@@ -162,17 +163,17 @@ class Batch(struct.PyTreeNode):
   """One global training batch.
 
   Attributes:
-    inputs: the model's inputs, of the type that its family reads.
+    inputs: the model's inputs, of the type for its family.
     labels_BT: int32 [B, T], the correct token or class.
-    mask_BT: bool [B, T], the only mask: the labels that are trained on.
+    mask_BT: bool [B, T], True at labels that are trained on. It is the only mask.
     targets: the teachers' outputs, by teacher.
     smoothing_BT: float32 [B, T], 1 minus the confidence in each label; None for full confidence.
-    class_range_BT2: int32 [B, T, 2], the rows [first, past) of the head among which a position
-      chooses; None for all of them.
+    class_range_BT2: int32 [B, T, 2], the rows [first, past) of the head that are a position's
+      classes; None for all rows.
     valid_BS: for encoders, whose features are per input position and not per label: bool [B, S],
-      True at positions that are not padding ([B, 1] if there is no padding).
+      True at positions that are not padding ([B, 1] if a batch never has padding).
     distill_token_BT: for students with a distillation token (models/deit.py): bool [B, T], True
-      where a position is trained on teachers only, and False where on labels only.
+      where a position is trained on teachers only, False where it is trained on labels only.
   """
 
   inputs: ModelInputs
@@ -185,22 +186,23 @@ class Batch(struct.PyTreeNode):
   distill_token_BT: jax.Array | None = None
 
   def mask_for_teacher_losses(self) -> jax.Array:
-    """Positions, bool [B, T], over which losses and metrics against teachers are taken."""
+    """Returns the positions, bool [B, T], for losses and metrics against teachers."""
     if self.distill_token_BT is None:
       return self.mask_BT
     return self.mask_BT & self.distill_token_BT
 
   def mask_for_label_losses(self) -> jax.Array:
-    """Positions, bool [B, T], over which losses and metrics against labels are taken."""
+    """Returns the positions, bool [B, T], for losses and metrics against labels."""
     if self.distill_token_BT is None:
       return self.mask_BT
     return self.mask_BT & ~self.distill_token_BT
 
   def with_contrastive_labels(self) -> Batch:
-    """The batch labelled for a head that is made of it: B texts, then their B images.
+    """Returns the batch with labels for a contrastive head: rows for B texts, then for B images.
 
-    Position 0 of row i, its image, chooses row i of the first B, position 1, its text, row
-    B + i of the others. Call it where the batch is global: traced, outside shard_map.
+    Row i of the batch has two positions. Its image, position 0, has label i among the first B rows
+    of the head; its text, position 1, has label B + i among the others. The batch must be global:
+    call this in jit but outside shard_map.
     """
     B = len(self.mask_BT)
     first_2 = jnp.array([0, B], jnp.int32)
@@ -210,19 +212,20 @@ class Batch(struct.PyTreeNode):
 
 
 class Output(struct.PyTreeNode):
-  """A model's outputs, without logits: those are made from it by the fused head.
+  """A model's outputs before the logits, which the fused head computes from them.
 
-  A position is a label to predict; a classifier has one, T = 1. A head's bias is a column of
-  `head_VD` beside a 1 in `hidden_BTD` (layers.with_bias).
+  Each position predicts one label; a classifier has T = 1. The bias of a head is a column of
+  `head_VD`, multiplied by a 1 in `hidden_BTD` (layers.with_bias).
 
   Attributes:
     hidden_BTD: [B, T, D], after the final norm.
-    head_VD: [V, D], the unembedding as it is multiplied: logits = hidden @ head.T.
-    soft_cap: of the logits; see fused_head.soft_cap.
-    taps_PBTD: the residual stream after each layer that was asked for.
-    embedding_BTD: of each position's whole input (an image, a text), where a family has it.
-    contrastive: the head is made of the batch itself; Batch.with_contrastive_labels names the
-      correct rows.
+    head_VD: [V, D], the unembedding: logits = hidden @ head.T.
+    soft_cap: the soft cap of the logits; see fused_head.soft_cap.
+    taps_PBTD: the residual stream after each tapped layer.
+    embedding_BTD: the embedding of each position's whole input (an image or a text), for families
+      that compute one.
+    contrastive: whether the rows of the head are the examples of the batch. If so,
+      Batch.with_contrastive_labels sets the labels.
   """
 
   hidden_BTD: jax.Array
@@ -239,36 +242,40 @@ class FamilyConfig(Protocol):
 
   @property
   def hidden_size(self) -> int:
-    """Width of the hidden states that features are taken from."""
+    """Width of the hidden states, and of features."""
 
   @property
   def num_hidden_layers(self) -> int:
-    """How many layers taps are chosen from."""
+    """Number of layers that can be tapped."""
 
   @property
   def head_rows(self) -> int:
-    """How many outcomes the model's head tells apart: tokens of a vocabulary, or classes."""
+    """Number of outcomes that the head predicts: tokens of a vocabulary, or classes."""
 
   @property
   def embedding_size(self) -> int | None:
-    """Width of Output.embedding_BTD, the embeddings of whole inputs; None without them."""
+    """Width of Output.embedding_BTD; None if the model does not compute it."""
 
   @property
   def tied_table(self) -> str | None:
-    """The tensor of the embedding table that is the head too; None where the head is its own."""
+    """Name of the embedding table if it is also the head; None if the head is a separate tensor."""
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
-    """Reads a Hugging Face config.json; what the family cannot do is refused by name."""
+    """Returns the config for a Hugging Face config.json.
+
+    Raises:
+      InputError: the family does not support a setting of the file, which the error names.
+    """
 
   def to_hf(self) -> JsonObject:
     """Returns the config.json of the model."""
 
   def keep_layers(self, kept: tuple[int, ...]) -> Self:
-    """Returns the config of a model that has these layers of this one, in this order."""
+    """Returns the config of a model with only these layers, in this order."""
 
   def ignores_tensor(self, name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+    """Returns whether a checkpoint may hold this tensor although the model does not use it."""
 
 
 class TextConfig(FamilyConfig, Protocol):
@@ -280,36 +287,39 @@ class TextConfig(FamilyConfig, Protocol):
 
   @property
   def max_position_embeddings(self) -> int:
-    """How many positions the model reads at most."""
+    """Maximum number of positions."""
 
 
 class Model(Protocol):
-  """A family's model: its parameters, and how its outputs are computed from its inputs."""
+  """A family's model: its parameters, and the function from inputs to outputs."""
 
   config: FamilyConfig
 
   def __call__(self, inputs: ModelInputs, compute: Any, taps: tuple[int, ...] = ()) -> Output:
-    """The outputs.
+    """Returns the outputs.
 
     Args:
-      inputs: of the type that the family reads; see Batch.
-      compute: an nn.layers.ComputeConfig.
-      taps: layers whose outputs are kept beside, in ascending order.
+      inputs: the inputs, of the type for the family; see Batch.
+      compute: the settings of the computation, an nn.layers.ComputeConfig.
+      taps: the layers whose outputs are also returned, in ascending order.
     """
 
   def qkv(self, layer: int, x_BTD: jax.Array, inputs: ModelInputs, compute: Any) -> QKV:
-    """(q, k, v) of a layer, each [B, T, heads, h], from the output of the layer before it."""
+    """Returns (q, k, v) of a layer, each [B, T, heads, h], for the output of the layer before."""
 
 
 class Mean(struct.PyTreeNode):
-  """A total and a count: the type of every metric and loss. Added, they are of both parts."""
+  """A total and a count, the type of every metric and loss.
+
+  The sum of two is the mean over both parts.
+  """
 
   total: jax.Array
   count: jax.Array
 
   @classmethod
   def of(cls, x_BT: jax.Array, mask_BT: jax.Array) -> Mean:
-    """Sums `x_BT` where the mask is set. `where`, not `*`: NaN in padding is harmless."""
+    """Sums `x_BT` where the mask is True. NaN is allowed elsewhere."""
     x_BT = jnp.where(mask_BT, x_BT.astype(jnp.float32), 0.0)
     return cls(jnp.sum(x_BT), jnp.sum(mask_BT, dtype=jnp.float32))
 
@@ -317,15 +327,15 @@ class Mean(struct.PyTreeNode):
     return Mean(self.total + other.total, self.count + other.count)
 
   def value(self) -> jax.Array:
-    """The mean; 0 when nothing was counted."""
+    """Returns the mean, or 0 if the count is 0."""
     return self.total / jnp.maximum(self.count, 1.0)
 
 
 class TrainState(struct.PyTreeNode):
-  """All that training changes."""
+  """The state that a training step updates."""
 
   step: jax.Array  # int32
-  params: PyTree  # what is trained of the student: see models/trainables.py
-  adapters: dict[str, PyTree]  # parameters that losses own, by loss; never exported
+  params: PyTree  # the trained parameters of the student: see models/trainables.py
+  adapters: dict[str, PyTree]  # the losses' own parameters, by loss; they are not exported
   opt: optax.OptState
   balance: dict[str, jax.Array] = struct.field(default_factory=dict)  # factors of loss weights

@@ -139,7 +139,9 @@ def test_what_the_verb_refuses(tmp_path):
     verb(tmp_path, [*raw(0, ["a"]), *raw(1, ["a"]), *raw(0, ["b"])], it=length)
   with pytest.raises(InputError, match="on_bad is 'go'"):
     verb(tmp_path, [], "go", it=length)
-  with pytest.raises(InputError, match="there is no 'lenght' in distill_jax/filters"):
+  with pytest.raises(
+    InputError, match="distill_jax/filters has no module 'lenght'. Did you mean 'length'"
+  ):
     config.filter("lenght")
   with pytest.raises(InputError, match="did you mean 'max_chars'"):
     config.filter("length", max_char=3)
