@@ -239,7 +239,7 @@ def test_a_second_process_in_one_workdir(tmp_path):
   finally:
     holder.communicate()
   assert done.returncode == 2
-  assert "is held by another process (pid 123)" in done.stderr
+  assert "is in use by another process (pid 123)" in done.stderr
   assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
 
 

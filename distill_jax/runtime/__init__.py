@@ -1,1 +1,1 @@
-"""Processes, folders, object stores, checkpoints and progress: what surrounds the mathematics."""
+"""Processes, folders, object stores, checkpoints and progress reports."""

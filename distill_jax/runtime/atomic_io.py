@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from pathlib import Path
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-  """Writes a file under another name, syncs and renames it: it is on disk when this returns."""
+  """Writes a file under a temporary name, syncs and renames it.
+
+  The file has its old or its new contents at any moment, and is on disk when this returns.
+
+  Args:
+    path: The file. Missing folders are created.
+    data: The contents; text is written as UTF-8.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(f".{path.name}.{os.getpid()}.part")
   with part.open("wb") as f:
@@ -19,7 +26,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 def fsync_dir(folder: Path) -> None:
-  """Syncs a folder, so that renames in it survive a power cut."""
+  """Syncs a folder, so that renames in it survive a power failure."""
   fd = os.open(folder, os.O_RDONLY)
   try:
     os.fsync(fd)

@@ -1,9 +1,9 @@
-"""Checkpoints: orbax behind four functions, and a checksum of every array.
+"""Checkpoints in orbax's format, with a checksum of every array.
 
-A state is saved as a flat mapping from dotted path to array, so that a checkpoint can be
-read without the classes that made it. The position of the loader is the step itself
-(training/loader.py), so state and data cannot come apart. Beside the state lies its metadata,
-`about`: the checksums, and what the caller adds, such as the digests of the records.
+A state is saved as a flat mapping from dotted path to array, so that a checkpoint can be read
+without the classes that wrote it. The position of the loader is the step number
+(training/loader.py), so state and data stay consistent. The metadata, named `about`, holds the
+checksums and values from the caller, e.g. digests of the records.
 """
 
 from __future__ import annotations
@@ -31,19 +31,28 @@ STATE, ABOUT = "state", "about"
 
 
 def manager(workdir: Path, keep: int = 1, every: int = 0) -> ocp.CheckpointManager:
-  """Asynchronous saves under workdir/checkpoints: the last `keep` stay, and every `every`th."""
+  """Returns a manager of asynchronous checkpoints under WORKDIR/checkpoints.
+
+  Args:
+    workdir: The folder of the run.
+    keep: Number of most recent checkpoints to keep.
+    every: Interval in steps of checkpoints that are kept besides; 0 for none.
+  """
   options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=every or None)
   return ocp.CheckpointManager(epath.Path(storage.checkpoints(workdir)), options=options)
 
 
 def save(saves: ocp.CheckpointManager, step: int, state: PyTree, metadata: JsonObject) -> None:
-  """Starts saving a state, which may be donated to the next step once this returns.
+  """Starts saving a state. The state may be donated to the next step once this returns.
 
   Args:
-    metadata: plain values that must be the same when the state is restored.
+    saves: The checkpoint manager.
+    step: The step number.
+    state: The state.
+    metadata: Plain values that must be equal when the state is restored.
 
   Raises:
-    InputError: the step is saved already, or this or the save before it cannot be written.
+    InputError: The step is already saved, or this or the previous checkpoint cannot be written.
   """
   flat = dict(_leaves_by_path(state))
   stored = {**metadata, "arrays": _array_records(flat)}
@@ -54,14 +63,17 @@ def save(saves: ocp.CheckpointManager, step: int, state: PyTree, metadata: JsonO
   with _writing(saves):
     saved = saves.save(step, args=items)
   if not saved:
-    raise InputError(f"checkpoint {step} is already in {saves.directory}; it is not overwritten")
+    raise InputError(
+      f"Checkpoint {step} exists in {saves.directory} and is not overwritten. Choose another "
+      "--workdir."
+    )
 
 
 def wait(saves: ocp.CheckpointManager) -> None:
-  """Waits until all that was saved is on disk.
+  """Waits until all checkpoints are on disk.
 
   Raises:
-    InputError: it cannot be written.
+    InputError: A checkpoint cannot be written.
   """
   with _writing(saves):
     saves.wait_until_finished()
@@ -70,49 +82,51 @@ def wait(saves: ocp.CheckpointManager) -> None:
 def restore(
   saves: ocp.CheckpointManager, abstract: PyTree, metadata: JsonObject, step: int | None = None
 ) -> PyTree:
-  """Returns the state that was saved, in the shardings of the abstract state.
+  """Returns a saved state with the shardings of the abstract state.
 
   Args:
-    abstract: the state as shapes with shardings.
-    metadata: what the state must have been saved with.
-    step: of the checkpoint; None is the last one.
+    saves: The checkpoint manager.
+    abstract: Shapes, dtypes and shardings of the state.
+    metadata: Values that must equal those the state was saved with.
+    step: The step of the checkpoint; None for the last one.
 
   Raises:
-    InputError: there is no such checkpoint, it is damaged, it is of another model, or it was
-      saved with other metadata.
+    InputError: The checkpoint does not exist, is damaged, is of another model, or was saved with
+      other metadata.
   """
   step = _existing_step(saves, step)
   stored = _read_metadata(saves, step)
   for name, expected in metadata.items():
     if stored[name] != expected:
       raise InputError(
-        f"{saves.directory / str(step)} was saved with {name} {stored[name]} and this run has "
-        f"{expected}; bring the former back, or train in another --workdir"
+        f"{saves.directory / str(step)} was saved with {name} {stored[name]}, but this run has "
+        f"{expected}. Restore the former, or train in another --workdir."
       )
   return _read(saves, step, "", abstract)
 
 
 def restore_params(workdir: str | Path, abstract: PyTree, step: int | None = None) -> PyTree:
-  """Returns what a run has trained, without the optimizer's state; see `restore`."""
+  """Returns the trained parameters of a run, without the optimizer state; see `restore`."""
   with _open(workdir) as saves:
     return _read(saves, _existing_step(saves, step), "params.", abstract)
 
 
 def digest(workdir: str | Path) -> str:
-  """Returns the sha256, in hex, of the checksums of what a run has trained, at its last step."""
+  """Returns the sha256, in hex, of the checksums of a run's trained parameters at its last step."""
   with _open(workdir) as saves:
     arrays = _read_metadata(saves, _existing_step(saves, None))["arrays"]
   return _sha256({path: x for path, x in arrays.items() if path.startswith("params.")})
 
 
 def checksums(tree: PyTree) -> PyTree:
-  """Returns two uint32 for each array, the same on every mesh: sums of hashed numbers.
+  """Returns a checksum of each array: two uint32, the sums of hashed elements.
 
-  Each number's bits are hashed with its index by bijections, so a change of one number always
-  changes the sums; and sums modulo 2^32 do not depend on the order of addition.
+  The bits of each element are hashed with its index by bijections, so that a change of one element
+  always changes the sums. Sums modulo 2^32 do not depend on the order of addition, so that the
+  checksum is the same on every mesh.
   """
-  # One by one: arrays of one shape share a program, and on CPU programs of all devices that are
-  # under way together can wait for each other for ever.
+  # One array at a time: arrays of one shape share a program, and concurrent programs over all
+  # devices can deadlock on CPU.
   return jax.tree.map(lambda x: np.asarray(_sums(x)), tree)
 
 
@@ -127,14 +141,14 @@ def _sums(x: jax.Array) -> jax.Array:
 
 
 def _scramble(x: jax.Array) -> jax.Array:
-  """A bijection of uint32: the finaliser of MurmurHash3 (Appleby, public domain)."""
+  """Returns the finaliser of MurmurHash3 (Appleby, public domain), a bijection of uint32."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return x ^ (x >> 16)
 
 
 def _read(saves: ocp.CheckpointManager, step: int, prefix: str, abstract: PyTree) -> PyTree:
-  """Returns the arrays under a prefix as the tree `abstract`, each checked by its checksums."""
+  """Returns the arrays under a prefix in the structure of `abstract`, after checking them."""
   expected = {prefix + path: leaf for path, leaf in _leaves_by_path(abstract)}
   folder = saves.directory / str(step)
   saved = {
@@ -143,12 +157,12 @@ def _read(saves: ocp.CheckpointManager, step: int, prefix: str, abstract: PyTree
     if path.startswith(prefix)
   }
   for path in sorted(saved.keys() | expected.keys()):
-    has = saved[path]["is"] if path in saved else "nothing"
-    wants = _dtype_and_shape(expected[path]) if path in expected else "nothing"
-    if has != wants:
+    found = saved[path]["is"] if path in saved else "missing"
+    wanted = _dtype_and_shape(expected[path]) if path in expected else "missing"
+    if found != wanted:
       raise InputError(
-        f"{folder} holds {path} as {has} and this model has {wants} there; it is of another model, "
-        "so choose another --workdir or the model that made it"
+        f"{folder} is of another model: {path} is {found} in the checkpoint and {wanted} in this "
+        "model. Choose another --workdir, or the model that was saved."
       )
   args = ocp.args.PyTreeRestore(
     expected,
@@ -159,7 +173,7 @@ def _read(saves: ocp.CheckpointManager, step: int, prefix: str, abstract: PyTree
     flat = reader.restore(folder / STATE, args=args)
   for path, record in _array_records(flat).items():
     if record != saved[path]:
-      raise _damage_error(saves, step, f"{path} is not as it was saved")
+      raise _damage_error(saves, step, f"the checksum of {path} differs")
   return jax.tree.unflatten(jax.tree.structure(abstract), [flat[p] for p in expected])
 
 
@@ -168,12 +182,12 @@ def _read_metadata(saves: ocp.CheckpointManager, step: int) -> JsonObject:
     items = ocp.args.Composite(about=ocp.args.JsonRestore())
     metadata = dict(saves.restore(step, args=items)[ABOUT])
     if metadata.pop("sha256") != _sha256(metadata):
-      raise ValueError(f"{ABOUT} is not as it was saved")
+      raise ValueError(f"the checksum of {ABOUT} differs.")
   return metadata
 
 
 def _array_records(flat: dict[str, jax.Array]) -> JsonObject:
-  """Returns, by path, an array's dtype and shape, and its checksums."""
+  """Returns the dtype, shape and checksum of each array, by path."""
   sums = checksums(flat)
   return {
     path: {"is": _dtype_and_shape(x), "sums": [int(n) for n in sums[path]]}
@@ -193,55 +207,55 @@ def _sha256(tree: PyTree) -> str:
 def _open(workdir: str | Path) -> Iterator[ocp.CheckpointManager]:
   folder = epath.Path(storage.checkpoints(workdir))
   if not folder.is_dir():
-    raise InputError(f"{workdir} holds no checkpoints; train there first")
+    raise InputError(f"{workdir} does not hold checkpoints. Train there first.")
   with ocp.CheckpointManager(folder) as saves:
     yield saves
 
 
 def _existing_step(saves: ocp.CheckpointManager, step: int | None) -> int:
-  """Returns the step, or the last one for None; raises InputError if it was not saved."""
+  """Returns the step, or the last one for None; raises InputError if it is not saved."""
   steps = sorted(saves.all_steps())
   if not steps or (step is not None and step not in steps):
     raise InputError(
-      f"{saves.directory} holds checkpoints {steps} and not {step or 'any'}; name one of them, or "
-      "train there first"
+      f"{saves.directory} has no checkpoint{'' if step is None else f' {step}'}; its checkpoints "
+      f"are {steps}. Choose one of them, or train there first."
     )
   return steps[-1] if step is None else step
 
 
 @contextmanager
 def _writing(saves: ocp.CheckpointManager) -> Iterator[None]:
-  """Turns errors of writing into InputErrors: also those of the save before, in the background."""
+  """Turns errors of writing, also those of the previous background save, into InputErrors."""
   try:
     yield
-  except (ValueError, OSError) as e:  # tensorstore's errors are ValueErrors
+  except (ValueError, OSError) as e:  # tensorstore raises ValueErrors
     raise InputError(
-      f"a checkpoint cannot be written into {saves.directory} ({str(e).splitlines()[0][-200:]}); "
-      "free space, or choose another place, and run again: the checkpoints before it are whole"
+      f"A checkpoint cannot be written to {saves.directory} ({str(e).splitlines()[0][-200:]}). "
+      "Free space, or choose another --workdir, and run again; earlier checkpoints are intact."
     ) from e
 
 
 @contextmanager
 def _reading(saves: ocp.CheckpointManager, step: int) -> Iterator[None]:
-  """Turns whatever orbax raises on a damaged checkpoint into an InputError."""
+  """Turns any error that orbax raises on a damaged checkpoint into an InputError."""
   try:
     yield
-  except Exception as e:  # orbax raises that very class, and six others, as flipped bytes show
+  except Exception as e:  # orbax raises many classes on flipped bytes, Exception included
     cause = e.__cause__ or e
     why = " ".join(str(cause).split())[:200] or type(cause).__name__
-    raise _damage_error(saves, step, why) from e
+    raise _damage_error(saves, step, why.removesuffix(".")) from e
 
 
 def _damage_error(saves: ocp.CheckpointManager, step: int, why: str) -> InputError:
   earlier = [s for s in sorted(saves.all_steps()) if s < step]
-  then = f"to go on from checkpoint {earlier[-1]}" if earlier else "to start anew"
+  then = f"resume from checkpoint {earlier[-1]}" if earlier else "start again"
   return InputError(
-    f"checkpoint {saves.directory / str(step)} is damaged ({why}); move that folder away {then}"
+    f"Checkpoint {saves.directory / str(step)} is damaged ({why}). Move that folder away to {then}."
   )
 
 
 def _leaves_by_path(tree: PyTree) -> list[tuple[str, Any]]:
-  """Returns (dotted path, leaf) for each leaf, in the order of the tree."""
+  """Returns (dotted path, leaf) for each leaf, in tree order."""
   leaves = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     name = jax.tree_util.keystr(path, simple=True, separator=".")

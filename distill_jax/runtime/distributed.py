@@ -1,4 +1,4 @@
-"""One run on several processes: which one writes, what all agree on, and when all stop."""
+"""Runs of several processes: initialisation, communication and preemption."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from distill_jax.errors import InputError, Preempted
+from distill_jax.errors import InputError, Preempted, bad_value
 from distill_jax.runtime.progress import Progress
 
-MAX_MESSAGE_BYTES = 2000  # of an error that one process sends to all
+MAX_MESSAGE_BYTES = 2000  # maximum size of an error that process 0 sends to the others
 
 
 def initialize(flag: str) -> None:
-  """Joins this process to the others of a run. Call it before any other use of jax.
+  """Connects this process to the other processes of a run. Call it before any other use of jax.
 
   Args:
-    flag: the flag --distributed. "" for a run of one process; "auto" where jax finds the others by
-      itself (TPU pods, Slurm, Kubernetes, MPI); or "HOST:PORT,COUNT,INDEX": the address of process
-      0, the number of processes, and which one this is.
+    flag: The flag --distributed: "" for a run of one process; "auto" where jax detects the others
+      (TPU pods, Slurm, Kubernetes, MPI); or "HOST:PORT,COUNT,INDEX" with the address of process 0,
+      the number of processes, and the index of this process.
 
   Raises:
-    InputError: the flag is none of these.
+    InputError: The flag has another form.
   """
   if not flag:
     return
@@ -36,9 +36,11 @@ def initialize(flag: str) -> None:
       address, count, index = flag.split(",")
       num_processes, process_id = int(count), int(index)
     except ValueError as e:
-      raise InputError(
-        f"--distributed is {flag!r}; expected 'auto' or HOST:PORT,COUNT,INDEX, such as "
-        "'localhost:9000,2,0'"
+      raise bad_value(
+        "--distributed",
+        flag,
+        "'auto' or HOST:PORT,COUNT,INDEX, e.g. localhost:9000,2,0",
+        "Correct the flag",
       ) from e
     jax.distributed.initialize(
       address, num_processes, process_id, cluster_detection_method="deactivate"
@@ -47,15 +49,15 @@ def initialize(flag: str) -> None:
 
 
 def is_process_0() -> bool:
-  """Returns whether this process writes the files that a run writes once."""
+  """Returns True on process 0, which writes the files of a run."""
   return jax.process_index() == 0
 
 
 def run_on_process_0(fn: Callable[[], None]) -> None:
-  """Runs `fn` on process 0 alone, and waits for it on all.
+  """Runs `fn` on process 0 and waits for it on all processes.
 
   Raises:
-    InputError: `fn` raised it; the error is raised on every process.
+    InputError: `fn` raised an InputError; it is raised on every process.
   """
   error = ""
   if is_process_0():
@@ -70,7 +72,7 @@ def run_on_process_0(fn: Callable[[], None]) -> None:
 
 
 def _broadcast_text(text: str) -> str:
-  """Returns the text of process 0 on every process, cut off after MAX_MESSAGE_BYTES."""
+  """Returns the text of process 0 on every process, truncated to MAX_MESSAGE_BYTES."""
   encoded = text.encode()[:MAX_MESSAGE_BYTES]
   buffer = np.frombuffer(encoded.ljust(MAX_MESSAGE_BYTES, b"\0"), np.uint8)
   received = broadcast_from_process_0(buffer)
@@ -78,42 +80,42 @@ def _broadcast_text(text: str) -> str:
 
 
 def max_over_processes(n: int) -> int:
-  """Returns the largest `n` of any process."""
+  """Returns the maximum of `n` over all processes."""
   if jax.process_count() == 1:
     return n
   return int(np.max(multihost_utils.process_allgather(np.int32(n))))
 
 
 def broadcast_from_process_0(x: np.ndarray) -> np.ndarray:
-  """Returns the array of process 0; `x` has the same shape and dtype on all processes."""
+  """Returns the array of process 0. `x` must have the same shape and dtype on all processes."""
   if jax.process_count() == 1:
     return x
   return np.asarray(multihost_utils.broadcast_one_to_all(x))
 
 
 def barrier(name: str) -> None:
-  """Waits until every process is here."""
+  """Waits until every process has called this with the same name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-  """Returns a whole array, wherever its parts are. Every process has to call this."""
+  """Returns a global array as numpy, gathered if needed. Every process must call this."""
   if x.is_fully_addressable or x.is_fully_replicated:
     return np.asarray(x)
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def from_host(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-  """Returns an array in a sharding, given the whole of it on every process."""
+  """Returns a global array with a sharding, from the full array on every process."""
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 class Preemption:
-  """Turns SIGTERM into a flag that is read once a step; a context manager.
+  """Context manager that turns SIGTERM into a flag, which is checked at every step.
 
-  With several processes, a SIGTERM to any of them stops all at the same step: there jax's
-  preemption service handles the signal.
+  With several processes, jax's preemption service handles the signal: a SIGTERM to any process
+  stops all of them at the same step.
   """
 
   def __enter__(self) -> Preemption:
@@ -132,15 +134,15 @@ class Preemption:
     self._signalled = True
 
   def reached(self, step: int) -> bool:
-    """Returns whether to save and stop now. Every process has to call this at every step."""
+    """Returns True to save and stop now. Every process must call this at every step."""
     return self._signalled if self._single else multihost_utils.reached_preemption_sync_point(step)
 
   @staticmethod
   def stop(verb: str, kept: str) -> Preempted:
-    """Returns the exception to raise once all is saved.
+    """Returns the exception to raise once all work is saved.
 
     Args:
-      verb: the command.
-      kept: the work that is saved, as in "finished shards are kept".
+      verb: The command.
+      kept: What is saved, as a clause, e.g. "finished shards are kept".
     """
-    return Preempted(f"{verb} was told to stop; {kept}: run the same command again to go on")
+    return Preempted(f"{verb} received SIGTERM; {kept}. Run the same command again to continue.")

@@ -1,7 +1,7 @@
-"""One plain line every few seconds: how far a job is, how fast, and how much time is left.
+"""Progress reports: a plain line every few seconds with the progress, rate and time left.
 
-Lines go to standard error, because `--json` promises one JSON object last on standard
-output. They are the same on a pipe as on a terminal.
+Lines go to standard error, because the last line of standard output is a JSON object with `--json`.
+They are the same on a pipe as on a terminal.
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ from typing import Any, TextIO
 
 from distill_jax.types import JsonObject
 
-WINDOW = 12  # lines that the rate is taken over, so that compiling does not weigh for long
+WINDOW = 12  # recent lines over which the rate is averaged, so that compile time drops out
 
 
 class Progress:
-  """Reports on a long job; a context manager.
+  """Context manager that reports the progress of a long job.
 
-  `record  12,288/65,536 tokens  18%  1,024 tokens/s  left 0m52s  loss 3.21`
-
-  The last line, printed when the block ends however it ends, has the total time and the
-  mean rate instead.
+  A line reads `record  12,288/65,536 tokens  18%  1,024 tokens/s  left 0m52s  loss 3.21`. The last
+  line, printed when the block ends or raises, has the total time and the mean rate.
 
   Args:
-    verb: a verb, first on the line.
-    total: units in the whole job.
-    unit: what is counted.
-    start: units done before this process began (a resumed job); not part of the rate.
-    every: seconds between lines, at least.
-    file: where lines go; standard error when None.
-    clock: seconds, monotonic.
+    verb: First word of the line, e.g. "train".
+    total: Number of units in the whole job.
+    unit: Name of the units.
+    start: Number of units done before this process started, for a resumed job. They do not count
+      towards the rate.
+    every: Minimum number of seconds between lines.
+    file: Where lines are written; None for standard error.
+    clock: Returns a monotonic time in seconds.
   """
 
-  shown = True  # False on a process whose run another process reports on
+  shown = True  # False on all processes of a run except process 0
 
   def __init__(
     self,
@@ -58,9 +57,12 @@ class Progress:
     return self
 
   def add(self, n: int, **numbers: Any) -> None:
-    """Counts `n` more units; the numbers are shown on the next line that is due.
+    """Counts `n` units as done.
 
-    A number is read only when it is printed, so a device array costs no wait otherwise.
+    Args:
+      n: Number of units.
+      **numbers: Values for the next line. They are converted to float only when the line is
+        printed, so that device arrays do not block before.
     """
     self.done += n
     self._numbers.update(numbers)
@@ -102,7 +104,7 @@ def _duration(seconds: float) -> str:
 
 
 def _number(value: Any) -> str:
-  """Three significant digits, or whole from a hundred on, with thousands separated."""
+  """Returns a number with 3 significant digits, or as an integer with separators from 100 on."""
   x = float(value)
   if abs(x) >= 100 and x - x == 0:
     return f"{x:,.0f}"

@@ -1,10 +1,10 @@
-"""Folders that lie elsewhere: gs://, s3://, and whatever else fsspec opens.
+"""Remote folders: gs://, s3:// and every other file system that fsspec supports.
 
-A remote folder has a mirror on this machine, and all other code sees the mirror: files are
-fetched into it before they are read, and published from it once they are written. Only
-checkpoints, which no machine of a pod could hold alone, go straight to their place (orbax
-reads and writes there). Files are written under other names and renamed, so whatever has its
-own name is whole and may be published at any moment; names that begin with a dot stay here.
+A remote folder has a local mirror, and all other code uses the mirror: files are fetched before
+they are read, and published after they are written. Checkpoints are an exception, because they may
+not fit on one machine: orbax reads and writes them at the URL. Files are written under temporary
+names that begin with a dot and then renamed. Other files are therefore complete and can be
+published at any moment; names that begin with a dot are not published.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ import fsspec
 from distill_jax.errors import InputError
 from distill_jax.runtime import extras
 
-REMOTE = ".remote"  # a file in a mirror: the URL of what it mirrors
+REMOTE = ".remote"  # file in a mirror that holds its URL
 CHECKPOINTS = "checkpoints"
-PUBLISH_EVERY = 30.0  # seconds, for a folder in use
-# Files below so many bytes may be rewritten with the same size, so they are always copied; larger
-# ones are copied if their size differs.
+PUBLISH_EVERY = 30.0  # seconds between copies of a folder in use
+# Smaller files (in bytes) are always copied, because they may be rewritten with the same size.
+# Larger ones are copied if their size differs.
 ALWAYS_COPIED_BELOW = 2**20
 # By scheme, the package that fsspec opens it with, and the extra that installs it.
 EXTRAS = {"gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
-Version = tuple[int, int]  # of a file: size, and time of its last change in nanoseconds
+Version = tuple[int, int]  # size of a file, and time of its last change in nanoseconds
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -40,7 +40,7 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def mirror(path: str | os.PathLike[str]) -> Path:
-  """Returns the folder on this machine: the path itself, or the mirror of a URL."""
+  """Returns the local folder: the path itself, or the mirror of a URL."""
   if not is_remote(path):
     return Path(path)
   url = str(path).rstrip("/")
@@ -53,22 +53,22 @@ def mirror(path: str | os.PathLike[str]) -> Path:
 
 
 def remote_of(folder: str | os.PathLike[str]) -> str:
-  """Returns the URL that a folder mirrors; "" for any other folder."""
+  """Returns the URL of a mirror; "" for any other folder."""
   file = Path(folder) / REMOTE
   return file.read_text() if file.is_file() else ""
 
 
 def checkpoints(workdir: str | os.PathLike[str]) -> str:
-  """Returns where a run's checkpoints are: a path or URL, as orbax takes it."""
+  """Returns the path or URL of a run's checkpoints, for orbax."""
   url = remote_of(workdir).removeprefix("file://")
   return f"{url}/{CHECKPOINTS}" if url else str((Path(workdir) / CHECKPOINTS).absolute())
 
 
 def fetch(path: str | os.PathLike[str]) -> Path:
-  """Returns the folder on this machine, with all that its URL holds except checkpoints.
+  """Returns the local folder, after copying the files of a URL to it, except checkpoints.
 
   Raises:
-    InputError: the URL cannot be reached, or needs a package that is not installed.
+    InputError: The URL cannot be read, or needs a package that is not installed.
   """
   folder = mirror(path)
   if not is_remote(path):
@@ -87,21 +87,25 @@ def fetch(path: str | os.PathLike[str]) -> Path:
 
 @functools.cache
 def local(path: str | os.PathLike[str]) -> Path:
-  """Fetches a folder once a process: for what is finished and does not change."""
+  """Fetches a folder once per process, for folders that no longer change."""
   return fetch(path)
 
 
 def file(path: str | os.PathLike[str]) -> Path:
-  """Returns a file on this machine; one of a URL is fetched with all of its folder."""
+  """Returns the local path of a file. The whole folder of a URL is fetched."""
   folder, _, name = str(path).rpartition("/")
   return local(folder) / name if is_remote(path) else Path(path)
 
 
 def publish(folder: Path, published: dict[str, Version] | None = None) -> None:
-  """Copies a mirror's files to its URL, oldest first; does nothing for any other folder.
+  """Copies the files of a mirror to its URL, oldest first; does nothing for other folders.
 
   Args:
-    published: the files that earlier calls have copied, by name; updated.
+    folder: The folder.
+    published: Versions of the files that earlier calls have copied, by name. It is updated.
+
+  Raises:
+    InputError: The URL cannot be read, or needs a package that is not installed.
   """
   if not (url := remote_of(folder)):
     return
@@ -122,30 +126,30 @@ def publish(folder: Path, published: dict[str, Version] | None = None) -> None:
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-  """Yields the folder to make: the path, or a folder that is copied to the URL at the end.
+  """Yields the folder to write: the path, or a temporary folder that is then copied to the URL.
 
   Raises:
-    InputError: there is something at the URL.
+    InputError: The URL is not empty.
   """
   if not is_remote(path):
     yield Path(path)
     return
   fs, root = _open(str(path))
   if _listing(fs, root):
-    raise InputError(f"{path} exists, and export overwrites nothing; name a folder that does not")
+    raise InputError(f"{path} exists, and export does not overwrite it. Choose another folder.")
   with tempfile.TemporaryDirectory() as tmp:
     folder = Path(tmp) / "made"
     yield folder
-    # The largest first: config.json comes once the weights are there.
+    # Largest first, so that config.json is copied after the weights.
     for source in sorted(folder.glob("*"), key=lambda p: -p.stat().st_size):
       fs.makedirs(root, exist_ok=True)
       fs.put_file(str(source), f"{root}/{source.name}")
 
 
 class Synced:
-  """A folder to work in: a path, or a mirror that is published while it is used.
+  """Context manager for a working folder, with a mirror that is published regularly for a URL.
 
-  A context manager. On exit everything is published, also if an exception ends the work.
+  On exit all files are published, also after an exception.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
@@ -172,7 +176,7 @@ class Synced:
 
 
 def _versions_after_fetch(path: str | os.PathLike[str]) -> dict[str, Version]:
-  """Returns the files of a folder just fetched, which `publish` need not copy back."""
+  """Returns the versions of the files of a folder just fetched, which need no publishing."""
   if not is_remote(path):
     return {}
   stats = {name: (mirror(path) / name).stat() for name in _listing(*_open(str(path)))}
@@ -188,23 +192,28 @@ def _open(url: str) -> tuple[Any, str]:
       raise extras.missing(*EXTRAS[scheme]) from e
     raise InputError(f"{url} needs a package that is not installed ({e}). Install it.") from e
   except ValueError as e:
-    raise InputError(f"{url}: {scheme!r} is no file system that fsspec knows ({e})") from e
+    raise InputError(
+      f"{url} cannot be opened: fsspec does not know the file system {scheme!r} ({e}). Correct the "
+      "address."
+    ) from e
   return fs, root.rstrip("/")
 
 
 def _listing(fs: Any, root: str) -> dict[str, int]:
-  """Returns the sizes of the files under a folder, by relative name, without checkpoints."""
+  """Returns the sizes of the files under a folder, by relative name, except checkpoints."""
   try:
     fs.invalidate_cache()
     files = fs.find(root, detail=True)
   except FileNotFoundError:
     return {}
   except OSError as e:
-    raise InputError(f"{root} cannot be listed ({e}); check the address and your rights") from e
+    raise InputError(
+      f"{root} cannot be listed ({e}). Check the address and your permissions."
+    ) from e
   sizes = {path.removeprefix(root).lstrip("/"): info["size"] for path, info in files.items()}
   return {name: size for name, size in sizes.items() if name and not _hidden(Path(name))}
 
 
 def _hidden(name: Path) -> bool:
-  """Returns whether a file is not mirrored: checkpoints, and names that begin with a dot."""
+  """Returns True for files that are not mirrored: checkpoints and names with a leading dot."""
   return name.parts[0] == CHECKPOINTS or any(part.startswith(".") for part in name.parts)

@@ -1,4 +1,4 @@
-"""A run's folder: locked by one process, of one config, with the versions that made it."""
+"""The folder of a run: its lock, config and package versions."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from distill_jax.runtime.json_io import read_object, write_json
 from distill_jax.types import JsonObject
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
-DAMAGED = "bring the file back, or choose another --workdir"
-# A run may continue with these changed: they do not decide what is computed.
+DAMAGED = "Restore the file, or choose another --workdir"
+# Keys that may change between calls, because they do not affect the training run.
 MAY_CHANGE = (
   "mesh",
   "evaluate",
@@ -36,15 +36,21 @@ MAY_CHANGE = (
 
 
 class Workdir:
-  """Takes a folder for one run, of however many processes: `with Workdir(path, config):`.
+  """Context manager that locks a folder for one run: `with Workdir(path, config) as folder:`.
+
+  It writes config.json and versions.json. A run of several processes holds one lock.
+
+  Args:
+    path: The folder, which is created if it does not exist.
+    config: The config of the run.
 
   Raises:
-    InputError: another process holds the folder, or it holds a run of another config.
+    InputError: Another run holds the lock, or the folder holds a run with another config.
   """
 
   def __init__(self, path: str | Path, config: configs.Config):
     self.path = Path(path)
-    self.config = json.loads(json.dumps(configs.to_dict(config)))  # as the file will have it
+    self.config = json.loads(json.dumps(configs.to_dict(config)))  # as in the file
 
   def __enter__(self) -> Path:
     self._lock: IO[str] | None = None
@@ -61,8 +67,8 @@ class Workdir:
       holder = self._lock.read().strip() or "unknown"
       self._lock.close()
       raise InputError(
-        f"workdir {self.path} is held by another process (pid {holder}); wait for it or choose "
-        f"another --workdir"
+        f"{self.path} is in use by another process (pid {holder}). Wait for it, or choose another "
+        "--workdir."
       ) from None
     try:
       self._check()
@@ -86,8 +92,8 @@ class Workdir:
     for key, was, now in _differences(read_object(file, DAMAGED), self.config, ""):
       if key.split(".")[0] not in MAY_CHANGE:
         raise InputError(
-          f"workdir {self.path} holds a run with {key}={was!r} and this config has {now!r}; "
-          f"choose another --workdir or the same config"
+          f"{self.path} holds a run with {key}={was!r}, but this config has {now!r}. Choose "
+          "another --workdir, or use the same config."
         )
 
 
@@ -95,23 +101,23 @@ def read_config(path: str | Path) -> configs.Config:
   """Returns the config of the run in a folder.
 
   Raises:
-    InputError: there is no run, or its config is damaged or has keys that are unknown today.
+    InputError: The folder does not hold a run, or its config is damaged or has unknown keys.
   """
   file = Path(path) / "config.json"
   if not file.exists():
-    raise InputError(f"{path} holds no run: there is no {file.name} in it; train there first")
+    raise InputError(f"{path} does not hold a run: {file.name} is missing. Train there first.")
   tree = read_object(file, DAMAGED)
   try:
     return configs.from_dict(tree)
   except InputError as error:
     raise InputError(
-      f"{file} does not fit this version of distill_jax: {error}. Train again in another "
-      "--workdir, or use the version that versions.json names"
+      f"{file} does not fit this version of distill_jax: {error} Train again in another "
+      "--workdir, or use the version in versions.json."
     ) from error
 
 
 def versions() -> JsonObject:
-  """Returns what made a run: command, packages, platform and git revision."""
+  """Returns the command, time, package versions, platform and git revision of a run."""
   return {
     "command": sys.argv,
     "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -123,18 +129,18 @@ def versions() -> JsonObject:
 
 
 def _git_revision() -> str:
-  """Returns the source's revision, with "-dirty" if it was edited; "" outside a checkout."""
+  """Returns the git revision, with "-dirty" if files are modified; "" outside a checkout."""
   folder = Path(__file__).parent
   command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
   try:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-  except FileNotFoundError:  # a machine without git
+  except FileNotFoundError:  # git is not installed
     return ""
   return done.stdout.strip()
 
 
 def _differences(was: Any, now: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-  """Yields (dotted key, former value, new value) of the values that differ."""
+  """Yields (dotted key, old value, new value) for the values that differ."""
   if isinstance(was, dict) and isinstance(now, dict):
     for key in sorted(set(was) | set(now)):
       yield from _differences(was.get(key), now.get(key), f"{path}.{key}" if path else key)

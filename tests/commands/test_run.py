@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder):
 def test_a_workdir_of_another_config_is_refused(folder):
   c = tiny.tiny(folder)
   c.optim.peak_lr = 5e-3
-  with pytest.raises(InputError, match=r"holds a run with optim.peak_lr=0.01 and this config has"):
+  with pytest.raises(InputError, match=r"holds a run with optim.peak_lr=0.01, but this config has"):
     train(c, folder / "whole")
 
 

@@ -107,7 +107,7 @@ def test_a_flipped_byte_anywhere_is_refused_or_changes_nothing(saved, tmp_path):
           assert_equal(checkpoint.restore(saves, abstract(state()), ABOUT), state(2))
         except InputError as e:
           assert "checkpoints/2" in str(e)
-          assert "move that folder away to go on from checkpoint 1" in str(e)
+          assert "Move that folder away to resume from checkpoint 1" in str(e)
           found[name] = found.get(name, 0) + 1
       shutil.rmtree(run)
   data = {name: n for name, n in found.items() if "/d/" in name}
@@ -129,15 +129,17 @@ def test_another_model_other_records_and_no_checkpoint_are_refused(saved, tmp_pa
   other = state()
   other["params"]["a"] = jnp.zeros((64, 48))
   with checkpoint.manager(saved) as saves:
-    with pytest.raises(InputError, match=r"holds params.a as float32\[64, 32\] and this model has"):
+    with pytest.raises(
+      InputError, match=r"of another model: params\.a is float32\[64, 32\] in the"
+    ):
       checkpoint.restore(saves, abstract(other), ABOUT)
-    with pytest.raises(InputError, match="was saved with records .'abc'. and this run has .'xyz'"):
+    with pytest.raises(InputError, match="was saved with records .'abc'., but this run has .'xyz'"):
       checkpoint.restore(saves, abstract(state()), {"records": ["xyz"]})
-    with pytest.raises(InputError, match=r"holds checkpoints \[1, 2\] and not 5"):
+    with pytest.raises(InputError, match=r"has no checkpoint 5; its checkpoints are \[1, 2\]"):
       checkpoint.restore(saves, abstract(state()), ABOUT, 5)
-    with pytest.raises(InputError, match="already in"):
+    with pytest.raises(InputError, match="Checkpoint 2 exists in"):
       checkpoint.save(saves, 2, state(), ABOUT)
-  with pytest.raises(InputError, match="holds no checkpoints"):
+  with pytest.raises(InputError, match="does not hold checkpoints"):
     checkpoint.restore_params(tmp_path, abstract(state()["params"]))
 
 
@@ -170,7 +172,7 @@ def test_a_disk_that_takes_no_more_leaves_the_checkpoint_before(tmp_path):
   """No file may grow past 100 kB, which the system says as it says that a disk is full."""
   line = [sys.executable, "-c", FULL, str(tmp_path)]
   done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-  assert "a checkpoint cannot be written into" in done.stdout, done.stderr
+  assert "A checkpoint cannot be written to" in done.stdout, done.stderr
   assert "File too large" in done.stdout
   with checkpoint.manager(tmp_path) as saves:
     assert sorted(saves.all_steps()) == [1]

@@ -174,7 +174,7 @@ def test_a_refusal_of_the_first_process_stops_all(folder):
   line = launch(folder, "train", "one", "--config.optim.peak_lr=0.5")
   said = run(line, code=2)
   for i in range(2):
-    assert f"[{i}] error: workdir {folder / 'one'} holds a run with optim.peak_lr=0.01" in said
+    assert f"[{i}] error: {folder / 'one'} holds a run with optim.peak_lr=0.01" in said
 
 
 def test_dry_run_prints_what_would_run():

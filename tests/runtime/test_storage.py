@@ -84,12 +84,12 @@ def test_an_export_goes_up_whole_and_over_nothing(bucket):
     "/bucket/export/model.safetensors",
   }
   again = storage.new_folder("memory://bucket/export")
-  with pytest.raises(InputError, match="exists, and export overwrites nothing"), again:
+  with pytest.raises(InputError, match="exists, and export does not overwrite it"), again:
     pass
 
 
 def test_an_address_that_cannot_be_opened_is_refused(bucket):
-  with pytest.raises(InputError, match="'nowhere' is no file system"):
+  with pytest.raises(InputError, match="fsspec does not know the file system 'nowhere'"):
     storage.fetch("nowhere://bucket/run")
   assert storage.mirror("plain/path") == Path("plain/path")
   assert storage.fetch("plain/path") == Path("plain/path")
