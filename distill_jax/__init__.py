@@ -21,7 +21,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
   from distill_jax import config, losses
   from distill_jax.evals.lm_eval import Adapter as LMEvalAdapter
-  from distill_jax.losses import divergences, supports
+  from distill_jax.losses import divergences, fused_loss, logits_loss, supports
   from distill_jax.models.standalone import export_model, load_model
   from distill_jax.nn import fused_head
   from distill_jax.nn.sharding import make_mesh
@@ -45,7 +45,9 @@ _EXPORTS = {
   "divergences": "losses.divergences",
   "export_model": "models.standalone:export_model",
   "fused_head": "nn.fused_head",
+  "fused_loss": "losses:fused_loss",
   "load_model": "models.standalone:load_model",
+  "logits_loss": "losses:logits_loss",
   "losses": "losses",
   "make_mesh": "nn.sharding:make_mesh",
   "open_store": "records.store:open_store",
@@ -68,7 +70,9 @@ __all__ = [
   "divergences",
   "export_model",
   "fused_head",
+  "fused_loss",
   "load_model",
+  "logits_loss",
   "losses",
   "make_mesh",
   "open_store",

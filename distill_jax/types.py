@@ -35,6 +35,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from distill_jax.errors import bad_value
+
 PyTree = Any  # a tree of arrays, or of a value for each array, such as its shape or sharding
 Tree = TypeVar("Tree")  # a PyTree; the function returns one of the same structure
 QKV = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys, values
@@ -163,7 +165,7 @@ class Batch(struct.PyTreeNode):
   """One global training batch.
 
   Attributes:
-    inputs: the model's inputs, of the type for its family.
+    inputs: the model's inputs, of the type for its family; None if only losses are computed.
     labels_BT: int32 [B, T], the correct token or class.
     mask_BT: bool [B, T], True at labels that are trained on. It is the only mask.
     targets: the teachers' outputs, by teacher.
@@ -176,7 +178,7 @@ class Batch(struct.PyTreeNode):
       where a position is trained on teachers only, False where it is trained on labels only.
   """
 
-  inputs: ModelInputs
+  inputs: ModelInputs | None
   labels_BT: jax.Array
   mask_BT: jax.Array
   targets: dict[str, Targets] = struct.field(default_factory=dict)
@@ -184,6 +186,19 @@ class Batch(struct.PyTreeNode):
   class_range_BT2: jax.Array | None = None
   valid_BS: jax.Array | None = None
   distill_token_BT: jax.Array | None = None
+
+  @property
+  def model_inputs(self) -> ModelInputs:
+    """The model's inputs.
+
+    Raises:
+      InputError: the batch has no inputs.
+    """
+    if self.inputs is None:
+      raise bad_value(
+        "Batch.inputs", None, "the inputs of a model", "Make the batch with its model's inputs"
+      )
+    return self.inputs
 
   def mask_for_teacher_losses(self) -> jax.Array:
     """Returns the positions, bool [B, T], for losses and metrics against teachers."""

@@ -54,7 +54,7 @@ def compare(
 
 def score(model: Model, batch: Batch, compute: ComputeConfig, chunk: int) -> Mean:
   """Computes -log q(label) alone: the work of a forward pass over a prompt, for timing."""
-  out: Output = model(batch.inputs, compute)
+  out: Output = model(batch.model_inputs, compute)
   batch = batch.with_contrastive_labels() if out.contrastive else batch
 
   def ce(logits_BCV: jax.Array, piece: Batch) -> Mean:

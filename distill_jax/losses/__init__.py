@@ -12,6 +12,7 @@ Losses can be used without a config: `losses.KD(temperature=2.0)`.
 """
 
 from distill_jax.losses._base import BaseLoss, FeatureLoss, LayerPairLoss, TokenLoss
+from distill_jax.losses._fused import count_labels, fused_loss, logits_loss
 from distill_jax.losses.ce import Loss as CE
 from distill_jax.losses.embedding import Loss as Embedding
 from distill_jax.losses.hidden import Loss as Hidden
@@ -38,6 +39,9 @@ __all__ = [
   "SampledTargets",
   "TokenLoss",
   "TopKTargets",
+  "count_labels",
+  "fused_loss",
+  "logits_loss",
 ]
 
 SHARED = ("divergences", "features", "supports")

@@ -9,7 +9,6 @@ and needs no memory proportional to positions times vocabulary.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from distill_jax.errors import bad_value
-from distill_jax.nn import chunks, sharding
+from distill_jax.nn import chunks, mesh_in_use, sharding
 from distill_jax.nn.logits import (
   cap_and_select,
   fit_rows,
@@ -29,6 +27,7 @@ from distill_jax.nn.logits import (
   only_rows,
   soft_cap,
 )
+from distill_jax.nn.sharding import MeshAxes
 from distill_jax.types import Batch, PyTree
 
 __all__ = [
@@ -84,7 +83,7 @@ def loss(
   chunk: int,
   vocab_size: int | None = None,
   batch_axes: tuple[str, ...] = sharding.BATCH,
-  vocab_axis: str = sharding.VOCAB,
+  vocab_axis: MeshAxes = sharding.VOCAB,
 ) -> tuple[jax.Array, PyTree]:
   """Sums a loss over chunks, and computes its gradient in the forward pass.
 
@@ -93,7 +92,7 @@ def loss(
   chunk or device. The caller counts these tokens first, as training.step does.
 
   On a mesh set with `jax.set_mesh`, each device processes its own sequences, and results are summed
-  over `batch_axes` once, at the end. A mesh that is only entered with `with mesh:` is not used.
+  over `batch_axes` once, at the end.
 
   Args:
     loss_fn: (logits_BCV float32, chunk of the batch) -> (loss, metrics). The loss is a scalar,
@@ -104,14 +103,15 @@ def loss(
     chunk: the number of positions of each sequence in a chunk. It need not divide T.
     vocab_size: the number of rows of the head that are not padding; None for all.
     batch_axes: the mesh axes over which sequences are sharded.
-    vocab_axis: the mesh axis over which the rows of the head are sharded.
+    vocab_axis: the mesh axis, or axes, over which the rows of the head are sharded; None if they
+      are not.
 
   Returns:
     (total loss, metrics), float32. The total is differentiable with respect to hidden_BTD and
     head_VD, the metrics are not. The gradient of the head is summed in float32.
 
   Raises:
-    InputError: the mesh lacks one of the axes.
+    InputError: the mesh lacks one of the axes, has Explicit ones, or is set by `with mesh:`.
   """
 
   @jax.custom_vjp
@@ -119,7 +119,7 @@ def loss(
     return fold(loss_fn, hidden_BTD, head_VD, batch, chunk, vocab_size, batch_axes)
 
   def forward(hidden_BTD, head_VD):
-    shards = _mesh_size((vocab_axis,), "vocab_axis")
+    shards = mesh_in_use.spread(vocab_axis, "vocab_axis")
     scan = functools.partial(_scan_gradients, loss_fn, chunk, vocab_size, shards)
     out_specs = (P(), P(), P(batch_axes))
     sums, head_grad_VD, hidden_grad_BTD = _per_batch_shard(
@@ -214,17 +214,6 @@ def _scan_gradients(
   return sums, head_grad_VD, chunks.join(hidden_grad_nBCD, hidden_BTD.shape[1])
 
 
-def _mesh_size(axes: tuple[str, ...], argument: str) -> int:
-  """Returns the number of devices along these axes of the mesh in use; 1 without a mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return 1
-  if missing := [axis for axis in axes if axis not in mesh.shape]:
-    expected = f"mesh axes among {', '.join(mesh.axis_names)}, which lack {missing[0]!r}"
-    raise bad_value(argument, axes, expected, "Name axes of the mesh")
-  return math.prod(mesh.shape[axis] for axis in axes)
-
-
 def _shards_and_blocks(head_VD: jax.Array, shards: int) -> tuple[jax.Array, int]:
   """Returns the head as [s, v, D], one part per device that may hold one, and blocks per part.
 
@@ -292,8 +281,10 @@ def _per_batch_shard(
   vocabulary is still sharded by the partitioner.
   """
   batch = batch.replace(inputs=None, valid_BS=None)  # unused by the head
-  if _mesh_size(batch_axes, "batch_axes") == 1:
+  mesh_in_use.check_axis_types(batch_axes)
+  if mesh_in_use.spread(batch_axes, "batch_axes") == 1:
     return scan(hidden_BTD, head_VD, batch, lambda tree: tree)
+  mesh_in_use.divide(hidden_BTD.shape[0], batch_axes, "batch_axes", "The batch")
   rows = P(batch_axes)
   specs = jax.tree.map(lambda _: rows, batch)
   for name, t in batch.targets.items():

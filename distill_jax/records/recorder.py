@@ -105,7 +105,7 @@ class Recorder:
     c, T = self.options, batch.labels_BT.shape[1]
     u_BT = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (T,)))(index_B)
     features = feature_spec(c)
-    out: Output = model(batch.inputs, self.compute, features.taps)
+    out: Output = model(batch.model_inputs, self.compute, features.taps)
     # Rows of the head that belong to other tasks come last, as padding does.
     first = self.first_class
     head_VD = jnp.roll(out.head_VD, -first, 0) if first else out.head_VD
@@ -120,7 +120,7 @@ class Recorder:
     )
     targets = {f.device: summary[f.name] for f in fields.PREDICTED if f.name in summary}
     if c.taps:
-      kept = features.extract(model, out, batch.inputs, self.compute)
+      kept = features.extract(model, out, batch.model_inputs, self.compute)
       flat = [kept.hidden[i] if i in kept.hidden else flat_qkv(kept.qkv[i]) for i in c.taps]
       q_PBTD, scale_PBT = taps.quantise(jnp.stack(flat), self._projection())
       targets[fields.TAPS.device] = jnp.moveaxis(q_PBTD, 0, 1)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from distill_jax.errors import InputError
-from distill_jax.nn import chunks, fused_head, sharding
+from distill_jax.nn import chunks, fused_head, mesh_in_use, sharding
+from distill_jax.nn.sharding import MeshAxes
 from distill_jax.records import selection
 from distill_jax.records.fields import ARGMAX, ENTROPY, IDS, LABEL_LOGP, LOGP
 from distill_jax.records.options import RecordsOptions
@@ -79,7 +80,7 @@ def summarise(
   chunk: int,
   soft_cap: float | None = None,
   batch_axes: tuple[str, ...] = sharding.BATCH,
-  vocab_axis: str = "tensor",
+  vocab_axis: MeshAxes = sharding.VOCAB,
 ) -> dict[str, jax.Array]:
   """What is recorded of a teacher, without ever holding [B, T, V] logits.
 
@@ -109,8 +110,10 @@ def summarise(
 
   scan = functools.partial(_scan_chunks, spec=spec, chunk=chunk, soft_cap=soft_cap)
   with jax.named_scope("summarise"):
-    if jax.sharding.get_abstract_mesh().empty:
+    if mesh_in_use.no_mesh():
       return scan(hidden_BTD, head_VD, labels_BT, u_BT)
+    mesh_in_use.divide(hidden_BTD.shape[0], batch_axes, "batch_axes", "The batch")
+    mesh_in_use.divide(head_VD.shape[0], vocab_axis, "vocab_axis", "The head")
     batch, vocab = PartitionSpec(batch_axes), PartitionSpec(vocab_axis)
     return jax.shard_map(
       functools.partial(scan, axis=vocab_axis),
@@ -128,7 +131,7 @@ def _scan_chunks(
   spec: SamplerSpec,
   chunk: int,
   soft_cap: float | None,
-  axis: str | None = None,
+  axis: MeshAxes = None,
 ) -> dict[str, jax.Array]:
   """`summarise` of one device's sequences and its rows of the head.
 
@@ -159,12 +162,14 @@ def of_logits(
   spec: SamplerSpec,
   *,
   batch_axes: tuple[str, ...] = sharding.BATCH,
-  vocab_axis: str = "tensor",
+  vocab_axis: MeshAxes = sharding.VOCAB,
 ) -> dict[str, jax.Array]:
   """`summarise` of logits that are there already, float32 [B, C, V], capped but not scaled."""
   spec = spec.check(logits_BCV.shape[-1], with_offsets=True)
-  if jax.sharding.get_abstract_mesh().empty:
+  if mesh_in_use.no_mesh():
     return _of_logits(logits_BCV, labels_BC, u_BC, spec, None)
+  mesh_in_use.divide(logits_BCV.shape[0], batch_axes, "batch_axes", "The batch")
+  mesh_in_use.divide(logits_BCV.shape[-1], vocab_axis, "vocab_axis", "The logits")
   rows, vocab = PartitionSpec(batch_axes), PartitionSpec(batch_axes, None, vocab_axis)
   return jax.shard_map(
     functools.partial(_of_logits, spec=spec, axis=vocab_axis),
@@ -179,7 +184,7 @@ def _of_logits(
   labels_BC: jax.Array,
   u_BC: jax.Array,
   spec: SamplerSpec,
-  axis: str | None,
+  axis: MeshAxes,
 ) -> dict[str, jax.Array]:
   """What is recorded of the logits of one chunk, of this shard of the vocabulary."""
   dist = _Distribution.of(logits_BCV, spec, axis)
@@ -224,10 +229,10 @@ class _Distribution(NamedTuple):
   log_mass_BC: jax.Array
   argmax_BC: jax.Array
   first: jax.Array | int
-  axis: str | None
+  axis: MeshAxes
 
   @classmethod
-  def of(cls, logits_BCV: jax.Array, spec: SamplerSpec, axis: str | None) -> _Distribution:
+  def of(cls, logits_BCV: jax.Array, spec: SamplerSpec, axis: MeshAxes) -> _Distribution:
     scale = 1.0 / spec.temperature
     logits_BCV = logits_BCV * scale if scale != 1.0 else logits_BCV
     width = logits_BCV.shape[-1]

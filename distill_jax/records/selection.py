@@ -19,12 +19,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from distill_jax.nn.sharding import MeshAxes
+
 FINE, BLOCK = 16, 256  # BLOCK = FINE * FINE
 TOP_BLOCK = 64
 
 
 def systematic(
-  logits_BCV: jax.Array, u_BC: jax.Array, n: int, *, axis: str | None = None
+  logits_BCV: jax.Array, u_BC: jax.Array, n: int, *, axis: MeshAxes = None
 ) -> jax.Array:
   """The tokens of n equally spaced points of the cumulative sum of softmax(logits).
 
@@ -41,7 +43,7 @@ def systematic(
   return points(jnp.exp(logits_BCV - peak_BC[..., None]), u_BC, n, axis)
 
 
-def top_k(logits_BCV: jax.Array, k: int, *, axis: str | None = None) -> tuple[jax.Array, jax.Array]:
+def top_k(logits_BCV: jax.Array, k: int, *, axis: MeshAxes = None) -> tuple[jax.Array, jax.Array]:
   """The k largest logits and their ids: float32 and int32 [B, C, k], largest first."""
   width = logits_BCV.shape[-1]
   top, ids = _local_top_k(logits_BCV, min(k, width))
@@ -73,7 +75,7 @@ def argmax(logits_BCV: jax.Array) -> jax.Array:
   return peak_and_argmax(logits_BCV, None)[1]
 
 
-def peak_and_argmax(logits_BCV: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
+def peak_and_argmax(logits_BCV: jax.Array, axis: MeshAxes) -> tuple[jax.Array, jax.Array]:
   """The largest logit and the lowest of the ids that have it, in one pass over V.
 
   jnp.argmax is ten times slower on a CPU than a maximum, so: maxima of groups, then the
@@ -102,7 +104,7 @@ def groups(x_BCV: jax.Array, fill: float) -> jax.Array:
   return x.reshape(*x.shape[:2], -1, FINE)
 
 
-def points(e_BCV: jax.Array, u_BC: jax.Array, n: int, axis: str | None) -> jax.Array:
+def points(e_BCV: jax.Array, u_BC: jax.Array, n: int, axis: MeshAxes) -> jax.Array:
   """`systematic`, on unnormalised probabilities."""
   width = e_BCV.shape[-1]
   e_BCgf = groups(e_BCV, 0.0)  # g: groups of FINE tokens
@@ -150,9 +152,9 @@ def _take_rows(table: jax.Array, rows_BCN: jax.Array) -> jax.Array:
   return jnp.take_along_axis(table, rows_BCN[..., None], 2)
 
 
-def max_over_shards(x: jax.Array, axis: str | None) -> jax.Array:
+def max_over_shards(x: jax.Array, axis: MeshAxes) -> jax.Array:
   return x if axis is None else jax.lax.pmax(x, axis)
 
 
-def sum_over_shards(x: jax.Array, axis: str | None) -> jax.Array:
+def sum_over_shards(x: jax.Array, axis: MeshAxes) -> jax.Array:
   return x if axis is None else jax.lax.psum(x, axis)

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distill_jax.losses import BaseLoss, FeatureLoss, TokenLoss, features
+from distill_jax.losses import BaseLoss, FeatureLoss, TokenLoss, count_labels, features, fused_loss
 from distill_jax.losses.features import Features, FeatureSpec
 from distill_jax.models.trainables import WHOLE, Trainable
-from distill_jax.nn import fused_head
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.training import token_metrics
 from distill_jax.training.outputs import (
@@ -140,7 +139,7 @@ class Step:
     Losses are sums over tokens divided by the token count of the whole batch, so neither
     microbatches nor the mesh change the gradient.
     """
-    count = jnp.maximum(jnp.sum(batch.mask_BT, dtype=jnp.float32), 1.0)
+    count = count_labels(batch)
     fixed = Fixed(teachers, state.step, count, base)
     trained = (state.params, state.adapters)
     pieces = jax.tree.map(self._microbatches, batch)
@@ -217,10 +216,10 @@ class Step:
   def _prepare(self, model: Model, batch: Batch, teachers: Teachers) -> Prepared:
     """Runs the student and its online teachers, and reads the recorded ones."""
     ours, theirs = self.feature_specs()
-    out = model(batch.inputs, self.student, ours.taps)
+    out = model(batch.model_inputs, self.student, ours.taps)
     targets, teacher_features = self._teacher_outputs(batch, teachers, theirs)
     labelled = batch.with_contrastive_labels() if out.contrastive else batch
-    student = ours.extract(model, out, batch.inputs, self.student)
+    student = ours.extract(model, out, batch.model_inputs, self.student)
     return Prepared(out, labelled.replace(targets=targets), student, teacher_features)
 
   def _token_losses(
@@ -228,21 +227,18 @@ class Step:
   ) -> tuple[jax.Array, dict[str, Mean]]:
     """(weighted sum of the token losses, means of losses and metrics)."""
     out = prepared.out
-
-    def chunk_loss(logits_BCV: jax.Array, piece: Batch) -> tuple[jax.Array, dict[str, Mean]]:
-      logits_BCV = fused_head.cap_and_select(logits_BCV, out.soft_cap, piece.class_range_BT2)
-      total, means = jnp.zeros((), jnp.float32), {}
-      for name, fn in self.token_losses.items():
-        by_teacher = bool(fn.teacher_names)
-        mask_BC = piece.mask_for_teacher_losses() if by_teacher else piece.mask_for_label_losses()
-        means[name] = Mean.of(fn.token_loss(logits_BCV, piece, fixed.step), mask_BC)
-        total += weights[name] / fixed.label_count * means[name].total
-      metrics = token_metrics.means(jax.lax.stop_gradient(logits_BCV), piece, self.first_classes)
-      return total, means | metrics
-
-    batch = label_each_output(prepared.batch, out)
-    return fused_head.loss(
-      chunk_loss, out.hidden_BTD, out.head_VD, batch, self.chunk, self.vocab_size
+    return fused_loss(
+      self.token_losses,
+      out.hidden_BTD,
+      out.head_VD,
+      label_each_output(prepared.batch, out),
+      step=fixed.step,
+      label_count=fixed.label_count,
+      chunk=self.chunk,
+      vocab_size=self.vocab_size,
+      soft_cap=out.soft_cap,
+      weights=weights,
+      metrics=functools.partial(token_metrics.means, first_classes=self.first_classes),
     )
 
   def fit(
@@ -290,7 +286,8 @@ class Step:
         teacher_features[name] = recorded_features(t.taps_BPTD, self.recorded, self.teacher_config)
         targets[name] = t.replace(taps_BPTD=None)
     for name, model in teachers.items():
-      targets[name], teacher_features[name] = run_teacher(model, batch.inputs, self.teacher, spec)
+      inputs = batch.model_inputs
+      targets[name], teacher_features[name] = run_teacher(model, inputs, self.teacher, spec)
     return targets, teacher_features
 
   def _balance(
