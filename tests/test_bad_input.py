@@ -199,9 +199,9 @@ def test_no_losses_and_no_weight(at, tmp_path, monkeypatch):
   argv = command(tmp_path, "record", RANDOM, workdir="records")
   monkeypatch.setattr(sys, "argv", argv)
   cli.main(argv)
-  assert "losses is empty" in at("train", "c.losses = {}", workdir="a")
+  assert "losses is {}; expected one loss or more" in at("train", "c.losses = {}", workdir="a")
   zero = "c.losses.soft.weight = 0.0; c.losses.hard.weight = 0.0"
-  assert "every weight in losses is 0" in at("train", zero, workdir="b")
+  assert "The weights of all losses are 0" in at("train", zero, workdir="b")
   hot = "c.losses.soft.temperature = 2.0"
   assert "The loss's temperature differs from the recorded one" in at("train", hot, workdir="c")
 

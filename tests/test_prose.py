@@ -61,7 +61,6 @@ PENDING: tuple[str, ...] = (
   "distill_jax/models/",
   "distill_jax/pruning/",
   "distill_jax/records/",
-  "distill_jax/training/",
   "configs/",
   "launch/",
   "tools/",

@@ -1,7 +1,7 @@
-"""The loader: batch n is a function of (stores, seed, n), on any number of processes.
+"""The data loader: batch n is a function of (stores, seed, n), for any number of processes.
 
-grain's datasets are read at random: shuffled, repeated and mixed, element i is known without
-those before it. So there is no loader state to save: the position is the step.
+grain's datasets have random access: after shuffling, repeating and mixing, element i can still be
+read without the elements before it. The loader therefore has no state to save except the step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.records.collate import Read, collate
 from distill_jax.records.fields import Record
 from distill_jax.records.store import RecordSource
@@ -35,25 +35,36 @@ def batches(
   read: Read | None = None,
   recorded: Recorded | None = None,
 ) -> Iterator[Batch]:
-  """This process's rows of every global batch from step `start` on, as numpy arrays.
+  """Yields this process's rows of every global batch from step `start` on, as numpy arrays.
 
   Args:
-    stores: random access to records, all of one sequence length.
-    batch_size: of the global batch; process p reads rows p, p + P, ... of it.
-    seed: of the order; each epoch has its own.
-    mixture: weights of the stores; empty: by size.
-    targets: False ignores the recorded targets of "teacher", for one that runs in the step.
-    read, recorded: see collate.
+    stores: Random-access sources of records with equal sequence lengths.
+    batch_size: Size of the global batch. Process p reads rows p, p + P, ... of it.
+    seed: Random seed of the order, which differs between epochs.
+    start: The first step.
+    mixture: Sampling weights of the stores; empty for weights in proportion to their sizes.
+    targets: False to ignore the recorded targets of "teacher", for an online teacher.
+    process_index: Index of this process.
+    process_count: Number of processes, P.
+    read: See `collate`.
+    recorded: See `collate`.
 
   Raises:
-    InputError: the batch does not divide over the processes, or a store is empty.
+    InputError: The batch size is not divisible by the number of processes, `mixture` has another
+      length than `stores`, or a store is empty.
   """
   if batch_size % process_count:
-    raise InputError(f"batch size {batch_size} does not divide over {process_count} processes")
+    raise bad_value(
+      "train.batch_size",
+      batch_size,
+      f"a multiple of {process_count}, the number of processes",
+      "Correct it",
+    )
   if mixture and len(mixture) != len(stores):
-    raise InputError(f"train.mixture has {len(mixture)} weights for {len(stores)} stores")
+    expected = f"{len(stores)} weights, one for each store"
+    raise bad_value("train.mixture", mixture, expected, "Correct it")
   if not all(len(store) for store in stores):
-    raise InputError("a store holds no sequence; record it first")
+    raise InputError("A record store is empty. Record it first.")
   rows = [grain.MapDataset.source(store).shuffle(seed=seed).repeat() for store in stores]
   if targets and (empty_targets := _empty_targets([store[0] for store in stores])):
     add_missing = functools.partial(_add_missing_targets, empty_targets=empty_targets)
@@ -67,10 +78,10 @@ def batches(
 
 
 def _empty_targets(first: Sequence[Record]) -> Record:
-  """Returns the fields of targets that only some of the stores hold, as zeros.
+  """Returns zeros for the fields of targets that are missing in some of the stores.
 
   Args:
-    first: the first record of each store.
+    first: The first record of each store.
   """
   fields = {name: x for record in first for name, x in record.items()}
   if all(record.keys() == fields.keys() for record in first):

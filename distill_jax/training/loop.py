@@ -1,4 +1,4 @@
-"""The only loop: stream batches through the step, log, save, resume."""
+"""The training loop: batches, steps, metrics, checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -28,15 +28,19 @@ from distill_jax.types import JsonObject, TrainState
 
 
 def train(config: Config, workdir: Path) -> JsonObject:
-  """Trains the student to the last step, from the last checkpoint where there is one.
+  """Trains the student, starting from the last checkpoint if there is one.
+
+  Args:
+    config: The config of the run.
+    workdir: The folder of the run.
 
   Returns:
     The metrics of the last step.
 
   Raises:
-    InputError: something in the config does not fit, before anything is compiled.
-    FloatingPointError: a loss is not finite; the last good checkpoint stays.
-    Preempted: SIGTERM was received; the step in progress is saved.
+    InputError: The config does not fit the data or models. It is checked before anything compiles.
+    FloatingPointError: A loss is not finite. The last good checkpoint is kept.
+    Preempted: SIGTERM was received. The current step is saved.
   """
   began = time.monotonic()
   student = loading.open_source(config.student, config.seed)
@@ -62,7 +66,7 @@ def train(config: Config, workdir: Path) -> JsonObject:
     )
     state, start = inputs.state, int(inputs.state.step)
     if start == c.steps:
-      return read_metrics(workdir)[-1]  # finished before
+      return read_metrics(workdir)[-1]  # already finished
     step_fn = jitted(step, state, mesh)
     rows, shardings = batches(config, stores, start), sharding.batch_sharding(mesh)
     with Log(workdir, start, c.steps, began) as log:
@@ -71,10 +75,10 @@ def train(config: Config, workdir: Path) -> JsonObject:
         profile.step(n)
         with jax.transfer_guard("disallow"):
           state, metrics = step_fn(state, batch, inputs.teachers, base=inputs.base)
-        log.step(n, metrics)  # and reads those of the step before: one step is in flight
+        log.step(n, metrics)  # blocks on the metrics of the previous step only
         stop = preemption.reached(n + 1)
         if stop or (n + 1) % c.checkpoint_every == 0 or n + 1 == c.steps:
-          log.flush()  # a state is saved once its loss is known to be finite
+          log.flush()  # raises if the loss is not finite, before the state is saved
           checkpoint.save(saves, n + 1, state, metadata)
           log.saved()
         if stop and n + 1 < c.steps:
@@ -91,11 +95,13 @@ def make_step(
   student: ModelSource | None = None,
   teacher: ModelSource | None = None,
 ) -> Step:
-  """The step that a config describes, on these stores.
+  """Returns the training step of a config.
 
   Args:
-    student: the model that is trained; None opens config.student.
-    teacher: config.teacher, opened; None opens it where a loss compares its features.
+    config: The config of the run.
+    stores: The stores it trains on.
+    student: The model to train; None to open config.student.
+    teacher: The opened config.teacher; None to open it if a loss compares its features.
   """
   student = student or loading.open_source(config.student, config.seed)
   needs_features = any(isinstance(fn, FeatureLoss) for fn in config.losses.values())
@@ -125,10 +131,12 @@ def make_step(
 
 
 def jitted(step: Step, state: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
-  """The step as it is compiled: (state, batch, teachers, base=None) -> (state, metrics).
+  """Returns the jitted step: (state, batch, teachers, base=None) -> (state, metrics).
 
   Args:
-    state: the state, or its shapes with shardings, which it keeps.
+    step: The step.
+    state: The state, or its shapes with shardings. The new state has the same shardings.
+    mesh: The mesh.
   """
   shardings = jax.tree.map(lambda x: x.sharding, state)
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))

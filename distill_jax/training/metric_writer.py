@@ -1,8 +1,8 @@
-"""A run's numbers by step: metrics.jsonl, and event files for TensorBoard.
+"""Metrics by step: metrics.jsonl, and event files for TensorBoard.
 
-A row is {"step": 7, "loss": 3.21, ...}. JSON has no NaN or infinity, and a number that is
-not there must not look like one that is null, so those three are written as the strings
-"NaN", "Infinity" and "-Infinity"; `read_metrics` makes numbers of them again.
+A row is {"step": 7, "loss": 3.21, ...}. JSON does not have NaN or infinity, and null would look
+like a missing number. They are therefore written as the strings "NaN", "Infinity" and "-Infinity",
+which `read_metrics` converts back to numbers.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-  """Appends rows to `dir`/metrics.jsonl and to TensorBoard event files beside it.
+  """Context manager that appends rows to `dir`/metrics.jsonl and to TensorBoard event files.
 
-  Rows are flushed one at a time, so a killed process leaves half a line at most; opening
-  drops it. A context manager.
+  Each row is flushed, so that a killed process leaves at most one incomplete line, which is removed
+  when the file is opened again.
 
   Args:
-    dir: the run's folder; made when it is not there.
-    purge_step: the step that a resumed run starts at. Rows from it on are cut, for that
-      run writes them again, so no step appears twice. None keeps them all.
+    dir: The folder of the run, which is created if it does not exist.
+    purge_step: The first step of a resumed run. Rows from this step on are removed, because the run
+      writes them again. None to keep all rows.
 
   Raises:
-    InputError: a metrics.jsonl that this class did not write.
+    InputError: metrics.jsonl has another format.
   """
 
   def __init__(self, dir: str | Path, purge_step: int | None = None):
@@ -45,7 +45,7 @@ class MetricsWriter:
     path = folder / FILE
     self._last = _clean(path, purge_step)
     self._file = path.open("a", encoding="utf-8")
-    # The library names files by the second and would write over an earlier one.
+    # tensorboardX names files by the second, and would overwrite a file of the same second.
     suffix = f".{time.time_ns()}"
     self._events = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=suffix)
 
@@ -56,13 +56,17 @@ class MetricsWriter:
     self.close()
 
   def write(self, step: int, numbers: Mapping[str, SupportsFloat]) -> None:
-    """One row: all that is known of a step, each value anything that `float` takes.
+    """Writes the row of a step.
+
+    Args:
+      step: The step number.
+      numbers: Metrics by name, each a number that `float` accepts.
 
     Raises:
-      ValueError: the step is not after the last one.
+      ValueError: The step is not after the last one.
     """
     if step <= self._last:
-      raise ValueError(f"step {step} comes after step {self._last}: a step is written once")
+      raise ValueError(f"Step {step} is not after step {self._last}; a step is written once.")
     values = {name: float(x) for name, x in numbers.items()}
     row = {"step": int(step)} | {name: spell(x) for name, x in values.items()}
     self._file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -77,22 +81,22 @@ class MetricsWriter:
 
 
 def read_metrics(dir: str | Path) -> list[dict[str, float]]:
-  """The rows of a run, in order; "step" is an int, all else floats.
+  """Returns the rows of a run, in order. "step" is an int, other values are floats.
 
-  Half a line at the end, left by a killed writer, is passed over.
+  An incomplete last line, left by a killed process, is skipped.
 
   Raises:
-    InputError: no metrics.jsonl, or a line that is no row.
+    InputError: metrics.jsonl does not exist, or a line has another format.
   """
   path = Path(dir) / FILE
   if not path.is_file():
-    raise InputError(f"{path} is not there; name the folder of a training run")
+    raise InputError(f"{path} does not exist. Name the folder of a training run.")
   return [row for row, _ in _rows(path)]
 
 
 def _rows(path: Path) -> list[tuple[dict[str, float], bytes]]:
-  """(row, its line) of each whole line."""
-  whole = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end is half a line
+  """Returns (row, line) for each complete line."""
+  whole = path.read_bytes().split(b"\n")[:-1]  # the rest is an incomplete line
   return [(_row(line, f"{path}, line {n}"), line + b"\n") for n, line in enumerate(whole, 1)]
 
 
@@ -102,12 +106,12 @@ def _row(line: bytes, where: str) -> dict[str, float]:
     return {k: int(x) if k == "step" else float(x) for k, x in row.items()} | {"step": row["step"]}
   except (ValueError, TypeError, KeyError) as e:
     raise InputError(
-      f"{where} is {line[:40]!r}, not a row of numbers with a step; move the file away"
+      f"{where} is {line[:40]!r}, not a row of numbers with a step. Move the file away."
     ) from e
 
 
 def _clean(path: Path, purge_step: int | None) -> int:
-  """Cuts half a line and the rows from `purge_step` on; returns the last step left, or -1."""
+  """Removes an incomplete line and rows from `purge_step` on; returns the last step, or -1."""
   if not path.is_file():
     return -1
   rows = _rows(path)
@@ -119,7 +123,7 @@ def _clean(path: Path, purge_step: int | None) -> int:
 
 
 def spell(x: float) -> float | str:
-  """A float as strict JSON can hold it: NaN and the infinities as strings."""
+  """Returns a float as strict JSON allows it, with NaN and infinities as strings."""
   if math.isnan(x):
     return "NaN"
   return x if math.isfinite(x) else "Infinity" if x > 0 else "-Infinity"

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate by step: warm-up, schedule, clipping, decoupled weight decay."""
+"""AdamW with gradient clipping, decoupled weight decay and a learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.nn import params
 from distill_jax.training.options import OptimOptions
 from distill_jax.types import PyTree
@@ -15,18 +15,24 @@ SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
 def learning_rate(c: OptimOptions, steps: int) -> optax.Schedule:
-  """Linear warm-up, then the schedule that `c.schedule` names, as a function of the step.
+  """Returns the learning rate as a function of the step: linear warm-up, then a schedule.
 
-  Step 0 is already trained at peak / (warmup + 1): no step is spent at a rate of 0.
-  "wsd" (warm-up, stable, decay: arXiv:2404.06395) holds the peak and falls linearly over
-  the last `decay_fraction` of the steps.
+  The rate of step 0 is peak / (warmup_steps + 1), not 0. "wsd" (warm-up, stable, decay,
+  arXiv:2404.06395) stays at the peak and falls linearly over the last `decay_fraction` of the
+  steps.
+
+  Args:
+    c: The optimizer's options.
+    steps: Number of training steps.
+
+  Raises:
+    InputError: The schedule is unknown, or the warm-up is not shorter than the training.
   """
   if c.schedule not in SCHEDULES:
-    raise InputError(f"optim.schedule is {c.schedule!r}; it can be one of {SCHEDULES}")
+    raise bad_value("optim.schedule", c.schedule, f"one of {', '.join(SCHEDULES)}", "Correct it")
   if not 0 <= c.warmup_steps < steps:
-    raise InputError(
-      f"optim.warmup_steps is {c.warmup_steps} and train.steps {steps}; warm-up ends first"
-    )
+    expected = f"at least 0 and below train.steps ({steps})"
+    raise bad_value("optim.warmup_steps", c.warmup_steps, expected, "Correct it")
   peak, end, rest = c.peak_lr, c.peak_lr * c.end_fraction, steps - c.warmup_steps
   warmup = optax.linear_schedule(peak / (c.warmup_steps + 1), peak, c.warmup_steps)
   if c.schedule == "cosine":
@@ -42,7 +48,7 @@ def learning_rate(c: OptimOptions, steps: int) -> optax.Schedule:
 
 
 def decay_mask(tree: PyTree) -> PyTree:
-  """True for the parameters that decay: matrices and larger, not norms or biases."""
+  """Returns a tree with True for parameters that decay: matrices, but not norms or biases."""
 
   def mask(v: PyTree) -> PyTree:
     axes = v.get_metadata()["axes"] if params.is_param(v) else v.shape
@@ -55,10 +61,14 @@ def decay_mask(tree: PyTree) -> PyTree:
 def optimizer(
   c: OptimOptions, frozen: tuple[str, ...] = ()
 ) -> optax.GradientTransformationExtraArgs:
-  """The whole update but for the learning rate, which the step applies itself and logs.
+  """Returns the optimizer without the learning rate, which the step applies and logs.
 
-  `update` takes `value=` (the loss) for reduce-on-plateau. Frozen parameters have no state, and
-  their update is their gradient, which is 0.
+  `update` takes `value=` (the loss) for reduce-on-plateau. Frozen parameters do not have optimizer
+  state, and their update is their gradient, which is 0.
+
+  Args:
+    c: The optimizer's options.
+    frozen: Prefixes of the names of frozen parameters.
   """
   transforms = [
     optax.clip_by_global_norm(c.clip_norm),

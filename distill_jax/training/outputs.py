@@ -1,4 +1,4 @@
-"""What teachers output on a batch, and a batch's labels for each output of the student."""
+"""Targets and features of teachers on a batch, and labels for each output of the student."""
 
 from __future__ import annotations
 
@@ -13,13 +13,23 @@ from distill_jax.nn.layers import ComputeConfig
 from distill_jax.types import Batch, FamilyConfig, Model, ModelInputs, Output, PyTree, Recorded
 
 NO_FEATURES = FeatureSpec()
-Teachers = Mapping[str, Model]  # the online ones, by name
+Teachers = Mapping[str, Model]  # online teachers, by name
 
 
 def run_teacher(
   model: Model, inputs: ModelInputs, compute: ComputeConfig, spec: FeatureSpec = NO_FEATURES
 ) -> tuple[DenseTargets, Features]:
-  """Runs an online teacher: its hidden states, head and features, without logits or gradient."""
+  """Runs an online teacher, without gradient.
+
+  Args:
+    model: The teacher.
+    inputs: Inputs of the batch.
+    compute: The teacher's compute config.
+    spec: The features to extract.
+
+  Returns:
+    Its targets, without logits, and its features.
+  """
   with jax.named_scope("teacher"):
     out = model(inputs, compute, spec.taps)
     targets = DenseTargets(
@@ -34,7 +44,13 @@ def run_teacher(
 def recorded_features(
   taps_BPTD: jax.Array, recorded: Recorded, teacher_config: FamilyConfig | None
 ) -> Features:
-  """The features of a recorded teacher, from its taps."""
+  """Returns the features of a recorded teacher.
+
+  Args:
+    taps_BPTD: Recorded features of P layers.
+    recorded: The layers and the kind of the features.
+    teacher_config: The teacher's architecture config, for queries, keys and values.
+  """
   by_layer = {layer: taps_BPTD[:, i] for i, layer in enumerate(recorded.taps)}
   if recorded.tap_kind == "hidden":
     return Features(by_layer, {})
@@ -46,10 +62,10 @@ def recorded_features(
 
 
 def label_each_output(batch: Batch, out: Output) -> Batch:
-  """The batch with one position for each of the student's outputs.
+  """Returns the batch with one position for each output of the student.
 
-  Students with a distillation token (models/deit.py) have two outputs a label: the first is
-  trained on labels, the second on teachers.
+  Students with a distillation token (models/deit.py) have two outputs per label: the first is
+  trained on labels, the second on teachers. For them every position is repeated.
   """
   T = batch.labels_BT.shape[1]
   if out.hidden_BTD.shape[1] == T:

@@ -1,4 +1,4 @@
-"""The output of a training run: metrics, progress, goodput, a profile on demand."""
+"""Outputs of a training run: metrics, progress, goodput, and an optional profile."""
 
 from __future__ import annotations
 
@@ -11,26 +11,30 @@ from types import TracebackType
 
 import jax
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.runtime import distributed
 from distill_jax.runtime.progress import Progress
 from distill_jax.training.metric_writer import MetricsWriter
 
-CLOCK = ("step_seconds", "tokens_per_second", "goodput")  # differ between two runs of one config
+CLOCK = ("step_seconds", "tokens_per_second", "goodput")  # not reproducible between runs
 
 
 class Log:
-  """Writes a row of metrics a step, each read once the next step is dispatched.
+  """Context manager that writes a row of metrics per step.
 
-  A row is what the step measured, and the wall clock: `step_seconds`, `tokens_per_second` and
-  `goodput`, the share of the time since the process began the run that went into steps, and not
-  into compiling, waiting for data, or saving. A context manager.
+  The metrics of a step are read from the device after the next step is dispatched. A row also holds
+  `step_seconds`, `tokens_per_second` and `goodput`: the fraction of the time since the process
+  started the run that was spent in steps, not in compiling, waiting for data or saving.
 
   Args:
-    began: when the process began the run, by `clock`.
+    workdir: The folder of the run.
+    start: The first step.
+    steps: Total number of steps.
+    began: Time at which the process started the run, by `clock`.
+    clock: Returns a monotonic time in seconds.
 
   Attributes:
-    last: the last row written.
+    last: The last row written.
   """
 
   def __init__(
@@ -67,15 +71,20 @@ class Log:
     self._open.__exit__(error_type, error, traceback)
 
   def step(self, n: int, metrics: dict[str, jax.Array]) -> None:
-    """Keeps the metrics of a step, still being computed, and writes the row of the one before."""
+    """Writes the row of the previous step, and keeps the metrics of this one.
+
+    Args:
+      n: The step number.
+      metrics: Its metrics, which may still be in computation.
+    """
     self.flush()
     self._pending = n, metrics
 
   def flush(self) -> None:
-    """Writes the row still pending.
+    """Writes the pending row.
 
     Raises:
-      FloatingPointError: its loss is not finite.
+      FloatingPointError: The loss is not finite.
     """
     if self._pending is None:
       return
@@ -83,8 +92,8 @@ class Log:
     row = {name: float(x) for name, x in jax.device_get(metrics).items()}
     if not math.isfinite(row["loss"]):
       raise FloatingPointError(
-        f"the loss of step {n} is {row['loss']}; the last good checkpoint stays in "
-        f"{self._workdir}; lower optim.peak_lr or look at the data of that step"
+        f"The loss of step {n} is {row['loss']}. The last good checkpoint is kept in "
+        f"{self._workdir}. Lower optim.peak_lr, or check the data of that step."
       )
     row |= self._clock(row["tokens"])
     if self._writer is not None:
@@ -93,13 +102,13 @@ class Log:
     self.last = row
 
   def saved(self) -> None:
-    """Leaves the time since the last row, which went into saving, out of the next step's."""
+    """Excludes the time since the last row, which was spent on saving, from the next step."""
     self._mark = self._now()
 
   def _clock(self, tokens: float) -> dict[str, float]:
     now = self._now()
     took, self._mark = now - self._mark, now
-    if math.isnan(took):  # the first row of a process has its compilation in it
+    if math.isnan(took):  # the first row of a process includes compilation
       return dict.fromkeys(CLOCK, 0.0)
     self._good += took
     goodput = self._good / (now - self._began)
@@ -107,10 +116,14 @@ class Log:
 
 
 class Profile:
-  """A trace of steps A to B-1, as "A:B" names them, for TensorBoard or xprof; "" makes none.
+  """A profiler trace of some steps, for TensorBoard or xprof.
+
+  Args:
+    steps: "A:B" to trace steps A to B - 1; "" for no trace.
+    workdir: The folder of the run. The trace is written to its subfolder "profile".
 
   Raises:
-    InputError: "A:B" is anything else.
+    InputError: `steps` has another form.
   """
 
   def __init__(self, steps: str, workdir: Path):
@@ -119,12 +132,13 @@ class Profile:
     try:
       self._first, self._last = int(first), int(last)
     except ValueError as e:
-      raise InputError(f"profile_steps is {steps!r}; expected FIRST:END, e.g. 10:13") from e
+      raise bad_value("profile_steps", steps, "FIRST:END, e.g. 10:13", "Correct it") from e
     if steps and not 0 <= self._first < self._last:
-      raise InputError(f"profile_steps is {steps!r}; FIRST is at least 0 and below END")
+      expected = "FIRST:END with 0 <= FIRST < END"
+      raise bad_value("profile_steps", steps, expected, "Correct it")
 
   def step(self, n: int) -> None:
-    """Starts or stops the trace; called before step n is dispatched."""
+    """Starts or stops the trace. Call it before step n is dispatched."""
     if n == self._first:
       jax.profiler.start_trace(str(self._folder))
       self._running = True

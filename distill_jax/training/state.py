@@ -1,4 +1,4 @@
-"""What a run starts or continues from: the student, its optimizer, its teachers."""
+"""Initial and restored state of a training run, and its online teachers."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ with extras.needed("train"):
 
 @dataclasses.dataclass(frozen=True)
 class TrainInputs:
-  """What the step is given beside a batch.
+  """Arguments of the training step, except for the batch.
 
   Attributes:
-    state: what it changes.
-    teachers: the online teachers' models, by name.
-    base: the student's model, where low-rank adapters of it are trained; else None.
+    state: The training state.
+    teachers: Models of the online teachers, by name.
+    base: The frozen base model if low-rank adapters are trained; otherwise None.
   """
 
   state: TrainState
@@ -39,7 +39,7 @@ class TrainInputs:
 
 
 def online_teachers(config: Config) -> dict[str, ModelSource]:
-  """Opens the teachers that run in the step; by name."""
+  """Opens the online teachers; returns them by name."""
   options = {"teacher": config.teacher} if config.train.online else {}
   for name, source in config.teachers.items():
     options[name] = dataclasses.replace(config.teacher, source=source)
@@ -57,13 +57,20 @@ def prepare(
   saves: ocp.CheckpointManager,
   metadata: JsonObject,
 ) -> TrainInputs:
-  """Builds what the step is given: from the last checkpoint, or as before step 0.
+  """Returns the inputs of the step, with the state of the last checkpoint or before step 0.
 
   Args:
-    student: the model that is trained.
-    online: the teachers that run in the step, from `online_teachers`.
-    saves: the run's checkpoints.
-    metadata: what a checkpoint must have been saved with, to be continued.
+    step: The training step.
+    config: The config of the run.
+    stores: The stores it trains on.
+    student: The model to train.
+    online: The online teachers, from `online_teachers`.
+    mesh: The mesh.
+    saves: The checkpoints of the run.
+    metadata: Values that must equal those saved in the checkpoint.
+
+  Raises:
+    InputError: The checkpoint is damaged or does not fit this run.
   """
   keys = runs.keys(config.seed)
   teachers = {name: source.load(mesh, keys["teacher"]).model for name, source in online.items()}
@@ -85,13 +92,13 @@ def prepare(
 def _start(
   student: ModelSource, base: Model | None, mesh: Mesh, keys: Mapping[str, jax.Array]
 ) -> PyTree:
-  """What training starts from; of the student that is loaded for it, nothing else is kept."""
+  """Returns the initial trainable parameters; the rest of the loaded student is freed."""
   model = base if base is not None else student.load_initial(mesh, keys["student"]).model
   return student.start_training(model, mesh, keys)
 
 
 def abstract_state(step: Step, stores: Stores, student: ModelSource) -> TrainState:
-  """The state before step 0 as shapes, in no memory."""
+  """Returns the shapes and dtypes of the state before step 0, without allocating memory."""
 
   def init(trained: PyTree, key: jax.Array) -> TrainState:
     return step.init(trained, _adapters(step, stores, key))
@@ -100,7 +107,7 @@ def abstract_state(step: Step, stores: Stores, student: ModelSource) -> TrainSta
 
 
 def _adapters(step: Step, stores: Stores, key: jax.Array) -> dict[str, PyTree]:
-  """The parameters that losses own, by loss."""
+  """Returns the adapters of the losses, by the name of the loss."""
   taps = teacher_manifest(stores).taps if step.recorded.taps else None
   adapters = {}
   for i, name in enumerate(step.losses):

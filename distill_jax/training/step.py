@@ -1,4 +1,4 @@
-"""The training step: pure, and the same for recorded and online teachers."""
+"""The training step: a pure function, the same for recorded and online teachers."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from distill_jax.types import (
   TrainState,
 )
 
-Weights = dict[str, jax.Array]  # of the losses, by name
+Weights = dict[str, jax.Array]  # weights of the losses, by name
 Metrics = dict[str, jax.Array]  # scalars
 
 
 class Fixed(NamedTuple):
-  """What a loss depends on and is not differentiated in.
+  """Arguments of the loss that are constants in the gradient.
 
   Attributes:
-    teachers: the online ones.
-    step: the step number.
-    label_count: of the whole batch; every sum over labels is divided by it.
-    base: the model that low-rank adapters are trained on.
+    teachers: The online teachers, by name.
+    step: The step number.
+    label_count: Number of labels of the whole batch, by which sums over labels are divided.
+    base: The base model of low-rank adapters, or None.
   """
 
   teachers: Teachers
@@ -55,12 +55,13 @@ class Fixed(NamedTuple):
 
 
 class Prepared(NamedTuple):
-  """What the losses of one microbatch are computed from.
+  """Inputs of the losses for one microbatch.
 
   Attributes:
-    out: the student's outputs.
-    batch: its labels, and every teacher's targets.
-    student: the student's features; `teachers`: the teachers', by name.
+    out: The student's outputs.
+    batch: The labels, and the targets of all teachers.
+    student: The student's features.
+    teachers: The teachers' features, by name.
   """
 
   out: Output
@@ -69,24 +70,25 @@ class Prepared(NamedTuple):
   teachers: dict[str, Features]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # jit hashes it: by identity
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, as jit needs
 class Step:
-  """Everything static about a training step: what is minimised, and how it is computed.
+  """A training step, with everything that is static under jit.
 
   Attributes:
-    losses: by name; see distill_jax/losses.
-    learning_rate: of the step number.
-    optimizer: the whole update but for the learning rate.
-    student, teacher: how each is computed.
-    chunk: positions of each sequence whose logits exist at once.
-    accumulate: microbatches a step; the gradient is that of the whole batch.
-    vocab_size: tokens; further rows of a head are padding. None: no row is.
-    student_config, teacher_config: shapes, for feature losses.
-    recorded: how the targets in a batch were recorded.
-    balance_every: steps between measurements of the losses' gradient norms, which are then
-      held in the ratio of the losses' weights; 0: never, weights are weights.
-    trainable: what of the student is trained.
-    first_classes: of several tasks, each one's name and its first row of the head.
+    losses: The losses, by name; see distill_jax/losses.
+    learning_rate: Learning rate as a function of the step number.
+    optimizer: The optimizer without the learning rate.
+    student: The student's compute config.
+    teacher: The teachers' compute config.
+    chunk: Number of positions per sequence whose logits are in memory at once.
+    accumulate: Number of microbatches per step. The gradient is that of the whole batch.
+    vocab_size: Number of tokens; further rows of the head are padding. None if no row is padding.
+    student_config: The student's architecture config, for feature losses.
+    teacher_config: The teacher's architecture config, for feature losses.
+    recorded: Metadata of the recorded targets in a batch.
+    balance_every: Number of steps between re-balancings of the losses; 0 for never. See `_balance`.
+    trainable: The part of the student that is trained.
+    first_classes: Name and first row of the head of each task, if there are several.
   """
 
   losses: Mapping[str, BaseLoss]
@@ -114,16 +116,16 @@ class Step:
 
   @property
   def configs(self) -> tuple[FamilyConfig, FamilyConfig]:
-    """The student's and the teacher's config, of a step with feature losses."""
+    """Architecture configs of student and teacher, which feature losses need."""
     assert self.student_config is not None and self.teacher_config is not None
     return self.student_config, self.teacher_config
 
   def init(self, trained: PyTree, adapters: dict[str, PyTree] | None = None) -> TrainState:
-    """The state before step 0.
+    """Returns the state before step 0.
 
     Args:
-      trained: what is trained of the student: a model, its shared layers, or its adapters.
-      adapters: parameters that losses own, by loss.
+      trained: The trained part of the student: a model, its shared layers, or its adapters.
+      adapters: Adapters of the losses, by the name of the loss.
     """
     adapters = adapters or {}
     balance = {name: jnp.ones(()) for name in self.losses} if self.balance_every else {}
@@ -133,11 +135,19 @@ class Step:
   def __call__(
     self, state: TrainState, batch: Batch, teachers: Teachers, base: Model | None = None
   ) -> tuple[TrainState, Metrics]:
-    """One step: (state, batch, online teachers by name) -> (state, metrics as scalars).
+    """Runs one training step.
 
-    With a `base`, state.params are its low-rank adapters and it stays as it is.
-    Losses are sums over tokens divided by the token count of the whole batch, so neither
-    microbatches nor the mesh change the gradient.
+    Losses are sums over tokens divided by the token count of the whole batch. Neither microbatches
+    nor the mesh change the gradient.
+
+    Args:
+      state: The training state.
+      batch: The global batch.
+      teachers: The online teachers, by name.
+      base: The frozen base model if state.params are low-rank adapters; otherwise None.
+
+    Returns:
+      The new state, and scalar metrics by name.
     """
     count = count_labels(batch)
     fixed = Fixed(teachers, state.step, count, base)
@@ -161,7 +171,7 @@ class Step:
     return TrainState(state.step + 1, new_params, adapters, opt, balance), metrics
 
   def _scheduled(self, step: jax.Array) -> Metrics:
-    """The losses' schedules at a step, but for their weights."""
+    """Returns the values of the losses' schedules at a step, except weights."""
     return {
       f"{key}/{name}": schedule(step)
       for name, fn in self.losses.items()
@@ -172,7 +182,7 @@ class Step:
   def _gradient(
     self, trained: PyTree, pieces: Batch, fixed: Fixed, weights: Weights
   ) -> tuple[tuple[jax.Array, dict[str, Mean]], PyTree]:
-    """((loss, means), gradient), summed over microbatches [accumulate, B / accumulate, ...]."""
+    """Returns ((loss, means), gradient), summed over microbatches [accumulate, B / accumulate]."""
     value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
 
     def micro(piece: Batch) -> PyTree:
@@ -192,10 +202,13 @@ class Step:
   def loss(
     self, trained: PyTree, batch: Batch, fixed: Fixed, weights: Weights
   ) -> tuple[jax.Array, dict[str, Mean]]:
-    """(weighted loss, means of losses and metrics) of one microbatch.
+    """Returns (weighted loss, means of losses and metrics) of one microbatch.
 
     Args:
-      trained: (what is trained of the student, adapters of losses), to differentiate in.
+      trained: (trained part of the student, adapters of losses), the differentiated argument.
+      batch: The microbatch.
+      fixed: The other arguments, constants in the gradient.
+      weights: Weights of the losses, by name.
     """
     trained_params, adapters = trained
     model = self.trainable.model(trained_params, fixed.base)
@@ -214,7 +227,7 @@ class Step:
     return total, means
 
   def _prepare(self, model: Model, batch: Batch, teachers: Teachers) -> Prepared:
-    """Runs the student and its online teachers, and reads the recorded ones."""
+    """Runs the student and the online teachers, and reads the recorded ones."""
     ours, theirs = self.feature_specs()
     out = model(batch.model_inputs, self.student, ours.taps)
     targets, teacher_features = self._teacher_outputs(batch, teachers, theirs)
@@ -225,7 +238,7 @@ class Step:
   def _token_losses(
     self, prepared: Prepared, fixed: Fixed, weights: Weights
   ) -> tuple[jax.Array, dict[str, Mean]]:
-    """(weighted sum of the token losses, means of losses and metrics)."""
+    """Returns (weighted sum of the token losses, means of losses and metrics)."""
     out = prepared.out
     return fused_loss(
       self.token_losses,
@@ -244,10 +257,13 @@ class Step:
   def fit(
     self, trained: PyTree, batch: Batch, teachers: Teachers, base: Model | None = None
   ) -> dict[str, PyTree]:
-    """The adapters of those losses that fit theirs on one batch, fitted.
+    """Returns the adapters of losses that fit them to a first batch, by the name of the loss.
 
     Args:
-      trained: (what is trained of the student, adapters of losses), as in `loss`.
+      trained: (trained part of the student, adapters of losses), as in `loss`.
+      batch: The batch.
+      teachers: The online teachers, by name.
+      base: The base model of low-rank adapters, or None.
     """
     trained_params, adapters = trained
     model = self.trainable.model(trained_params, base)
@@ -265,11 +281,11 @@ class Step:
     }
 
   def pairs(self, fn: FeatureLoss) -> features.Pairs:
-    """The (student layer, teacher layer) pairs of a feature loss."""
+    """Returns the (student layer, teacher layer) pairs of a feature loss."""
     return fn.pairs(*self.configs)
 
   def feature_specs(self) -> tuple[FeatureSpec, FeatureSpec]:
-    """The features that the losses compare, of the student and of the teacher."""
+    """Returns specs of the student's and the teacher's features that the losses compare."""
     ours, theirs = FeatureSpec(), FeatureSpec()
     for fn in self.feature_losses.values():
       a, b = fn.feature_specs(self.pairs(fn), *self.configs)
@@ -279,7 +295,7 @@ class Step:
   def _teacher_outputs(
     self, batch: Batch, teachers: Teachers, spec: FeatureSpec
   ) -> tuple[dict[str, Targets], dict[str, Features]]:
-    """Targets and features of every teacher, from its records or from its model."""
+    """Returns targets and features of every teacher, from its records or its model."""
     targets, teacher_features = dict(batch.targets), {}
     for name, t in targets.items():
       if t.taps_BPTD is not None:
@@ -293,11 +309,11 @@ class Step:
   def _balance(
     self, state: TrainState, batch: Batch, fixed: Fixed, weights: Weights
   ) -> dict[str, jax.Array]:
-    """Factors that hold the losses' gradient norms in the ratio of their weights.
+    """Returns factors that bring the losses' gradient norms into the ratio of their weights.
 
-    Every `balance_every` steps each loss is pulled back alone on the first microbatch; the
-    factors keep the mean norm, so that the learning rate means what it did. The idea of
-    GradNorm (arXiv:1711.02257), solved at once instead of learned.
+    Every `balance_every` steps the gradient of each loss is computed on the first microbatch. The
+    factors preserve the mean norm, so that the learning rate keeps its scale. This is the idea of
+    GradNorm (arXiv:1711.02257), solved in closed form instead of trained.
     """
     if not self.balance_every:
       return state.balance
@@ -319,6 +335,6 @@ class Step:
     return jax.lax.cond(state.step % self.balance_every == 0, measure, lambda: state.balance)
 
   def _microbatches(self, x_B: jax.Array) -> jax.Array:
-    """[B, ...] -> [accumulate, B / accumulate, ...], each spread over devices as B was."""
+    """Reshapes [B, ...] to [accumulate, B / accumulate, ...], with the sharding of B in each."""
     rows = x_B.reshape(x_B.shape[0] // self.accumulate, self.accumulate, *x_B.shape[1:])
     return jnp.moveaxis(rows, 1, 0)

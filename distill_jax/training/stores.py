@@ -1,4 +1,4 @@
-"""What a run is trained on: its stores of records, its tasks, and the batches made of them."""
+"""The training data of a run: stores of records, tasks, and their batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from distill_jax.config import Config
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.records.manifest import Manifest
@@ -23,24 +23,27 @@ Stores = Sequence[MultiTeacherStore | RecordedTask]
 
 
 def open_stores(config: Config, student: ModelSource | None = None) -> Stores:
-  """Opens and checks the stores that a config trains on, those of all teachers joined.
+  """Opens and checks the stores of a config, with the records of all teachers joined.
 
-  A task brings its own data, and needs records only of its teacher's outputs.
+  Tasks have their own data and only need records for a teacher's outputs.
 
   Args:
-    student: the model that is trained, for its tokenizer; None opens config.student.
+    config: The config of the run.
+    student: The model to train, for its tokenizer; None to open config.student.
 
   Raises:
-    InputError: a store is missing, or does not fit the others or its task.
+    InputError: A store is missing, or does not fit the others or its task.
   """
   if not config.tasks:
     return _open_records(config)
   tasks = open_tasks(config, student)
   records = _open_records(config) if config.train.records else [None] * len(tasks)
   if len(records) != len(tasks):
-    raise InputError(
-      f"train.records names {len(records)} stores and there are {len(tasks)} tasks; name one for "
-      "each, in their order, or none"
+    raise bad_value(
+      "train.records",
+      config.train.records,
+      f"(), or one store for each of the {len(tasks)} tasks, in their order",
+      "Correct it",
     )
   ranges = dataset.class_ranges(tasks)
   return [
@@ -50,7 +53,7 @@ def open_stores(config: Config, student: ModelSource | None = None) -> Stores:
 
 
 def open_tasks(config: Config, student: ModelSource | None = None) -> dict[str, TaskExamples]:
-  """Opens and checks what the student reads of each task."""
+  """Opens the training examples of each task, and checks that the student fits them."""
   student = student or loading.open_source(config.student, config.seed)
   tasks = {
     name: dataset.open_examples(config, name, "train", student.pretrained) for name in config.tasks
@@ -62,13 +65,16 @@ def open_tasks(config: Config, student: ModelSource | None = None) -> dict[str, 
 def _open_records(config: Config) -> list[MultiTeacherStore]:
   paths, teachers = config.train.records, config.train.teachers
   if not paths:
-    raise InputError("train.records names no store; record one and give its folder")
+    expected = "one folder or more, with stores of records"
+    raise bad_value("train.records", paths, expected, "Run `record` and name its folder")
   stores = [open_store(storage.local(path)) for path in paths]
   for name, of_teacher in teachers.items():
     if len(of_teacher) != len(stores):
-      raise InputError(
-        f"train.teachers.{name} names {len(of_teacher)} stores and train.records {len(stores)}; "
-        "name one of the same text for each"
+      raise bad_value(
+        f"train.teachers.{name}",
+        of_teacher,
+        f"{len(stores)} stores, one of the same text for each of train.records",
+        "Correct it",
       )
   others = {
     name: [open_store(storage.local(path)) for path in of_teacher]
@@ -81,13 +87,13 @@ def _open_records(config: Config) -> list[MultiTeacherStore]:
 
 
 def teacher_manifest(stores: Stores) -> Manifest:
-  """The manifest of the first store that holds a teacher's targets; of the first, if none does."""
+  """Returns the manifest of the first store with targets of a teacher, else of the first store."""
   manifests = [store.manifest for store in stores]
   return next((m for m in manifests if m.kind != "text"), manifests[0])
 
 
 def recorded(config: Config, stores: Stores) -> Recorded:
-  """How the targets in these stores were recorded."""
+  """Returns metadata of the recorded targets in these stores."""
   manifest = teacher_manifest(stores)
   taps = None if config.train.online else manifest.taps
   return Recorded(
@@ -99,7 +105,7 @@ def recorded(config: Config, stores: Stores) -> Recorded:
 
 
 def batches(config: Config, stores: Stores, start: int = 0) -> Iterator[Batch]:
-  """This process's rows of every global batch from step `start` on, as numpy arrays."""
+  """Yields this process's rows of every global batch from step `start` on, as numpy arrays."""
   c = config.train
   return loader.batches(
     stores,

@@ -1,8 +1,8 @@
-"""Metrics of every token: cross-entropy, entropy, KL and agreement with a teacher.
+"""Metrics per token: cross-entropy, entropy, KL and agreement with a teacher.
 
-In training they are computed from the student's logits, without further arrays of the
-vocabulary's size, and are the same for recorded and online teachers (`means`). Evaluation
-compares whole distributions (`of_distributions`).
+`means` is for training: it does not allocate further arrays of the size of the vocabulary, and
+has the same metrics for recorded and online teachers. `of_distributions` is for evaluation, and
+compares full distributions.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from distill_jax.types import Batch, Mean, Targets
 def means(
   logits_BCV: jax.Array, piece: Batch, first_classes: tuple[tuple[str, int], ...] = ()
 ) -> dict[str, Mean]:
-  """Means over a chunk's labels, in nats.
+  """Returns means over the labels of a chunk, in nats.
 
   Args:
-    logits_BCV: the student's.
-    piece: the chunk's labels, mask and targets.
-    first_classes: of several tasks, each one's name and its first row of the head.
+    logits_BCV: The student's logits.
+    piece: Labels, mask and targets of the chunk.
+    first_classes: Name and first row of the head of each task, if there are several.
 
   Returns:
-    ce, entropy: of the student. By teacher, as far as its targets hold them: kl (at a temperature
-    of 1, or at the recorded one under the name kl_at_TEMPERATURE), teacher_ce, teacher_entropy,
-    agreement (both have the same most probable token). By task: ce, and accuracy.
+    "ce" and "entropy" of the student. For each teacher, as "METRIC/TEACHER" and as far as its
+    targets allow: "kl" at temperature 1, or "kl_at_TEMPERATURE" at the recorded temperature;
+    "teacher_ce"; "teacher_entropy"; and "agreement", the fraction of labels where both have the
+    same most probable token. For each of several tasks: "ce/TASK" and "accuracy/TASK".
   """
   lse_BC = fused_head.log_sum_exp(logits_BCV)[..., 0]
   label_BC = jnp.take_along_axis(logits_BCV, piece.labels_BT[..., None], -1)[..., 0]
@@ -44,7 +45,7 @@ def means(
     out[f"ce/{name}"] = Mean.of(ce_BC, of_task_BC)
     out[f"accuracy/{name}"] = Mean.of(correct_BC, of_task_BC)
   for name, targets in piece.targets.items():
-    # Text among sampled records has no entries: no teacher has read it.
+    # Text in a mixture with sampled records has no entries.
     mask_BC, present_BC = piece.mask_for_teacher_losses(), targets.present()
     mask_BC = mask_BC if present_BC is None else mask_BC & present_BC
     for key, x_BC in _by_teacher(targets, logits_BCV, piece).items():
@@ -53,17 +54,19 @@ def means(
 
 
 def of_distributions(logp_BCV: jax.Array, logq_BCV: jax.Array, piece: Batch) -> dict[str, Mean]:
-  """Means over a chunk's labels of a model q beside its teacher p, in nats.
+  """Returns means over the labels of a chunk, for a model q and its teacher p, in nats.
 
   Args:
-    logp_BCV, logq_BCV: log-probabilities of all tokens; -inf past the vocabulary.
+    logp_BCV: The teacher's log-probabilities of all tokens; -inf in padding rows.
+    logq_BCV: The model's log-probabilities of all tokens; -inf in padding rows.
+    piece: Labels and mask of the chunk.
 
   Returns:
-    ce, entropy and accuracy of q; kl, KL(p || q); agreement, p and q have the same most probable
-    token.
+    "ce", "entropy" and "accuracy" of q; "kl", KL(p || q); and "agreement", the fraction of labels
+    where p and q have the same most probable token.
   """
   top_BC, q_BCV = jnp.argmax(logq_BCV, -1), jnp.exp(logq_BCV)
-  real_BCV = logp_BCV > -jnp.inf  # rows past the vocabulary have no probability
+  real_BCV = logp_BCV > -jnp.inf  # padding rows have probability 0
   safe = (jnp.where(real_BCV, x, 0) for x in (logp_BCV, logq_BCV))
   values = {
     "ce": -jnp.take_along_axis(logq_BCV, piece.labels_BT[..., None], -1)[..., 0],
@@ -76,7 +79,7 @@ def of_distributions(logp_BCV: jax.Array, logq_BCV: jax.Array, piece: Batch) -> 
 
 
 def _by_teacher(targets: Targets, logits_BCV: jax.Array, piece: Batch) -> dict[str, jax.Array]:
-  """The student beside one teacher."""
+  """Returns the metrics of the student against one teacher."""
   if isinstance(targets, DenseTargets):
     metrics = _online(targets, logits_BCV, piece)
   else:
@@ -106,14 +109,14 @@ def _recorded(targets: Targets, logits_BCV: jax.Array) -> dict[str, jax.Array]:
   if targets.entropy_BT is not None and targets.temperature == 1:
     metrics["teacher_entropy"] = targets.entropy_BT
   if targets.argmax_BT is not None:
-    # Not argmax, which is ten times slower on a CPU than a maximum.
+    # argmax would be ten times slower than a maximum on CPU.
     at_top_BC = jnp.take_along_axis(logits_BCV, targets.argmax_BT[..., None], -1)[..., 0]
     metrics["agreement"] = at_top_BC >= jnp.max(logits_BCV, -1)
   return metrics
 
 
 def _kl(targets: Targets, logits_BCV: jax.Array) -> jax.Array | None:
-  """KL(p || q) at the temperature of the targets; None where they do not allow it."""
+  """Returns KL(p || q) at the temperature of the targets, or None if they do not allow it."""
   if isinstance(targets, SampledTargets):
     has_entropy = targets.entropy_BT is not None
     return targets.forward_kl(logits_BCV, targets.temperature) if has_entropy else None
@@ -125,6 +128,6 @@ def _is_top(logits_BCV: jax.Array) -> jax.Array:
 
 
 def _mean_logit(logits_BCV: jax.Array, lse_BC: jax.Array) -> jax.Array:
-  """sum_i q_i z_i, without rows of -inf."""
+  """Returns sum_i q_i z_i, without rows of -inf."""
   q_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
   return jnp.sum(jnp.where(q_BCV > 0, q_BCV * logits_BCV, 0), -1)

@@ -1,11 +1,11 @@
-"""Refuses a training run that cannot work, before anything large is read or compiled."""
+"""Checks of a training run, before anything large is read or compiled."""
 
 from __future__ import annotations
 
 from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.losses import BaseLoss, TokenLoss
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
@@ -16,13 +16,15 @@ from distill_jax.types import IN_BATCH_CLASSES
 
 
 def check_run(config: Config, stores: Stores, student: ModelSource | None = None) -> None:
-  """Refuses losses, records and a student that do not fit together.
+  """Checks that the losses, records and student of a run fit together.
 
   Args:
-    student: the model that is trained; None opens config.student.
+    config: The config of the run.
+    stores: The stores it trains on.
+    student: The model to train; None to open config.student.
 
   Raises:
-    InputError: the first thing that does not fit.
+    InputError: They do not fit together.
   """
   student = student or loading.open_source(config.student, config.seed)
   check_losses(config)
@@ -35,51 +37,57 @@ def check_run(config: Config, stores: Stores, student: ModelSource | None = None
 
 
 def check_losses(config: Config) -> None:
-  """Refuses a run without anything to minimise."""
+  """Raises InputError if `losses` is empty or all weights are 0."""
   if not config.losses:
-    raise InputError("losses is empty, so there is nothing to train on; add ce or kd")
+    raise bad_value("losses", {}, "one loss or more", "Add e.g. ce or kd")
   if all(v == 0 for fn in config.losses.values() for v in fn.weight.values):
-    raise InputError("every weight in losses is 0, so nothing would be trained")
+    raise InputError("The weights of all losses are 0. Set one above 0.")
 
 
 def check_accumulation(config: Config, stores: Stores) -> None:
-  """Refuses microbatches that there cannot be."""
-  if config.optim.accumulate < 1:
-    raise InputError(f"optim.accumulate is {config.optim.accumulate}; it is at least 1")
-  if config.optim.accumulate > 1 and any(s.manifest.vocab_size == IN_BATCH_CLASSES for s in stores):
-    raise InputError(
-      f"optim.accumulate is {config.optim.accumulate}, and each microbatch of a contrastive task "
-      "would find its pairs among fewer; set it to 1"
+  """Raises InputError if the number of microbatches is not valid for the tasks."""
+  accumulate = config.optim.accumulate
+  if accumulate < 1:
+    raise bad_value("optim.accumulate", accumulate, "at least 1", "Raise it")
+  if accumulate > 1 and any(s.manifest.vocab_size == IN_BATCH_CLASSES for s in stores):
+    raise bad_value(
+      "optim.accumulate",
+      accumulate,
+      "1 for a contrastive task, which compares all pairs of a batch",
+      "Set it to 1",
     )
 
 
 def check_teachers(config: Config) -> None:
-  """Refuses a loss whose teacher the config does not name, and two teachers of one name."""
+  """Raises InputError if a loss names an unknown teacher, or if two teachers have one name."""
   recorded, online = set(config.train.teachers), set(config.teachers)
   if twice := sorted(recorded & online | {"teacher"} & (recorded | online)):
     raise InputError(
-      f"teacher {twice[0]!r} is named twice; `teacher`, `teachers` and train.teachers each name "
-      "others"
+      f"Two teachers have the name {twice[0]!r}; expected different names in `teachers` and "
+      "train.teachers, other than 'teacher'. Rename one."
     )
   known = {"teacher"} | recorded | online
   for name, fn in config.losses.items():
     if unknown := [t for t in fn.teacher_names if t not in known]:
       raise InputError(
-        f"losses.{name} learns from teacher {unknown[0]!r}, and the config names "
-        f"{', '.join(sorted(known))}; add it to train.teachers with its records, or to teachers "
-        "with its source"
+        f"losses.{name} needs the teacher {unknown[0]!r}; expected one of "
+        f"{', '.join(sorted(known))}. Add it to train.teachers with its records, or to `teachers` "
+        "with its source."
       )
 
 
 def check_student(student: ModelSource) -> None:
-  """Refuses adapters, sharing, integers or frozen parameters that do not fit the student."""
+  """Raises InputError if the options of `student` do not fit the model.
+
+  These are its digest, low-rank adapters, layer sharing, quantisation and frozen parameters.
+  """
   student.check_digest()
-  _ = student.abstract_trainable  # refuses adapters and sharing that do not fit
+  _ = student.abstract_trainable  # checks adapters and sharing
   student.trainable.check(student.abstract)
 
 
 def check_text_fits(config: Config, student: ModelSource, stores: Stores) -> None:
-  """Refuses recorded text that the student cannot read."""
+  """Raises InputError if recorded text does not fit the student's tokenizer or positions."""
   if config.tasks:
     return
   tokenizer, shape = _tokenizer(config, student), student.text_config
@@ -87,40 +95,42 @@ def check_text_fits(config: Config, student: ModelSource, stores: Stores) -> Non
     manifest = store.manifest
     if manifest.vocab_size > shape.vocab_size:
       raise InputError(
-        f"records {path} are over {manifest.vocab_size} tokens and the student has "
-        f"{shape.vocab_size} rows; record with the student's tokenizer"
+        f"The records {path} have a vocabulary of {manifest.vocab_size} tokens, but the student's "
+        f"embedding table has {shape.vocab_size} rows. Record with the student's tokenizer."
       )
     if manifest.seq_len > shape.max_position_embeddings:
       raise InputError(
-        f"records {path} hold sequences of {manifest.seq_len} tokens and the student reads at most "
-        f"{shape.max_position_embeddings}; record with a smaller data.seq_len"
+        f"The records {path} have sequences of {manifest.seq_len} tokens, but the student has "
+        f"{shape.max_position_embeddings} positions. Record with a smaller data.seq_len."
       )
     if tokenizer is not None and tokenizer.digest != manifest.tokenizer:
       raise InputError(
-        f"records {path} were made with tokenizer {manifest.tokenizer[:12]} and {tokenizer.where} "
-        f"is {tokenizer.digest[:12]}; record with the student's tokenizer, or name the records' in "
-        "data.tokenizer"
+        f"The records {path} were made with another tokenizer (digest {manifest.tokenizer[:12]}) "
+        f"than {tokenizer.where} (digest {tokenizer.digest[:12]}). Record with the student's "
+        "tokenizer, or set data.tokenizer to that of the records."
       )
 
 
 def _tokenizer(config: Config, student: ModelSource) -> Tokenizer | None:
-  """The student's tokenizer; None for a random student when the config names none."""
+  """Returns the student's tokenizer; None for a random student without data.tokenizer."""
   if not config.data.tokenizer and student.tokenizer is None:
     return None
   return corpus.tokenizer_of(config.data, student.pretrained)
 
 
 def check_records(config: Config, stores: Stores) -> None:
-  """Refuses records that are of another teacher, or that a loss cannot use."""
-  paths = config.train.records or tuple(config.tasks)  # tasks bring their data with them
+  """Raises InputError if records are of another teacher, or if a loss cannot use them."""
+  paths = config.train.records or tuple(config.tasks)  # tasks have their own data
   kinds = {store.manifest.kind for store in stores}
   for path, store in zip(paths, stores, strict=True):
     manifest = store.manifest
     recorded = manifest.teacher.get("digest")
     if config.teacher.digest and manifest.kind != "text" and recorded != config.teacher.digest:
-      raise InputError(
-        f"records {path} are of a teacher with digest {recorded} and teacher.digest is "
-        f"{config.teacher.digest}; name the records of that teacher"
+      raise bad_value(
+        "teacher.digest",
+        config.teacher.digest,
+        f"{recorded}, the digest of the teacher of {path}",
+        "Name the records of the right teacher",
       )
     for name, fn in config.losses.items():
       for teacher in fn.teacher_names:
@@ -136,58 +146,61 @@ def check_records(config: Config, stores: Stores) -> None:
   if len(conventions) > 1 and reads_targets and not config.train.online:
     named = ", ".join(f"{path} ({m.kind}, {m.missing_mass})" for path, m in kept.items())
     raise InputError(
-      f"train.records mixes {named}; expected one kind and one missing_mass. Record them alike"
+      f"The stores to mix are {named}; expected the same kind and missing_mass in all. Record them "
+      "with the same settings."
     )
 
 
 def _check_loss(name: str, fn: BaseLoss, path: str, manifest: Manifest, kinds: set[str]) -> None:
-  """Refuses a loss that these records cannot serve.
+  """Raises InputError if a loss cannot use these records.
 
-  Beside sampled records, text has no targets, and a loss of each token leaves it out.
+  Text without targets can be mixed with sampled records; token losses skip it.
   """
   if manifest.kind == "text" and kinds == {"text", "sampled"} and isinstance(fn, TokenLoss):
     return
   if manifest.kind == "text":
     raise InputError(
-      f"losses.{name} wants a teacher and records {path} hold text alone; record with "
-      "records.kind=sampled (dense, of few classes), mix it with sampled records alone, or set "
-      "train.online=True"
+      f"losses.{name} needs a teacher's targets, but the records {path} only hold text or labels. "
+      "Record with records.kind=sampled (dense for few classes), or set train.online=True."
     )
   try:
     fn.check_records(manifest.kind, manifest.logp, manifest.temperature, manifest.missing_mass)
   except InputError as error:
-    raise InputError(f"losses.{name} over records {path}: {error}") from error
+    raise InputError(f"losses.{name} cannot use the records {path}: {error}") from error
 
 
 def check_schedules(config: Config) -> None:
-  """Refuses schedules of losses that training would not reach the end of."""
+  """Raises InputError if the schedule of a loss ends after the last training step."""
   for name, fn in config.losses.items():
     for key, schedule in fn.schedules().items():
       if schedule.last_step > config.train.steps:
         raise InputError(
-          f"losses.{name}.{key} is scheduled to step {schedule.last_step:g} and training ends at "
-          f"{config.train.steps}; end it by then"
+          f"The schedule losses.{name}.{key} ends at step {schedule.last_step:g}; expected at most "
+          f"{config.train.steps} (train.steps). Shorten it."
         )
 
 
 def check_features(config: Config, step: Step, stores: Stores) -> None:
-  """Refuses feature losses whose layers are not there, or not in the records."""
-  _, theirs = step.feature_specs()  # a layer map that does not fit raises here
+  """Raises InputError if the features that losses compare are not in the models or records."""
+  _, theirs = step.feature_specs()  # raises if a layer does not exist
   for name, fn in step.feature_losses.items():
     runs_here = fn.teacher in config.teachers or (fn.teacher == "teacher" and config.train.online)
     if fn.compares_embeddings and not runs_here:
       raise InputError(
-        f"losses.{name} compares embeddings, which records do not hold; set train.online=True"
+        f"losses.{name} compares embeddings, which records do not hold. Set train.online=True."
       )
   if config.train.online or not theirs.taps:
     return
   if any(store.manifest.taps != stores[0].manifest.taps for store in stores):
-    raise InputError(f"records {config.train.records} hold other taps; mix stores with the same")
+    raise InputError(
+      f"The stores {', '.join(config.train.records)} have different taps. Mix stores with the same "
+      "taps."
+    )
   for kind, layers in (("hidden", theirs.hidden), ("qkv", theirs.qkv)):
     held = step.recorded.taps if step.recorded.tap_kind == kind else ()
     if missing := sorted(set(layers) - set(held)):
       raise InputError(
-        f"the losses compare {kind} of teacher layers {list(layers)} and the records lack "
-        f"{missing}; record with records.tap_kind={kind} and records.taps={tuple(layers)}, or set "
-        "train.online=True"
+        f"The losses compare {kind} features of teacher layers {list(layers)}, but the records "
+        f"lack layers {missing}. Record with records.tap_kind={kind} and "
+        f"records.taps={tuple(layers)}, or set train.online=True."
       )

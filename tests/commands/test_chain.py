@@ -182,7 +182,7 @@ def other_words(c, path):
     (change(student={"shrink": {"layers": 2, "dtype": "float32"}}), "student.shrink.dtype is"),
     (of(train="quantised", quantise={"bits": 3}), "links.student: student.quantise.bits is 3"),
     (other_words, "links.student: .*200 .*|links.student: The student has tokenizer"),
-    (lambda c, path: setattr(c, "losses", {}), "links.assistant: losses is empty"),
+    (lambda c, path: setattr(c, "losses", {}), "links.assistant: losses is {}; expected one loss"),
     (lambda c, path: c.optim.update(warmup_steps=4), "links.assistant: optim.warmup_steps is 4"),
     (lambda c, path: c.train.update(online=True), "train.online is True; expected False"),
     (lambda c, path: c.train.update(records=("x",)), r"train.records is \('x',\); expected \(\)"),

@@ -199,5 +199,5 @@ def test_chats_among_soft_labels(stores):
   assert row["loss"] == pytest.approx(0.7 * row["soft"] + 0.3 * row["ce"], rel=1e-5)
   c.losses = {"soft": config.loss("kd")}
   c.train.records, c.train.mixture = (str(folder / "chats"),), ()
-  with pytest.raises(InputError, match="hold text alone"):
+  with pytest.raises(InputError, match="only hold text or labels"):
     train(c, folder / "refused")

@@ -340,7 +340,9 @@ def test_taps_that_the_records_lack_are_refused(tmp_path):
   c = feature_config(tmp_path)
   c.records.taps = (1,)
   record(config.resolve(c), tmp_path / "records")
-  with pytest.raises(InputError, match=r"records lack \[2\]; record with records.tap_kind=hidden"):
+  with pytest.raises(
+    InputError, match=r"records lack layers \[2\]\. Record with records.tap_kind=hidden"
+  ):
     run(c, tmp_path, "out")
 
 

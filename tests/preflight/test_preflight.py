@@ -328,10 +328,10 @@ def test_without_libtpu(monkeypatch):
   [
     ({"train.batch_size": 6}, "train", "train.batch_size is 6; expected a positive multiple of 4"),
     ({"records.batch_size": 6}, "record", "records.batch_size is 6; expected a positive multiple"),
-    ({"losses": {}}, "train", "losses is empty"),
-    ({"data.seq_len": 4_096}, "train", "the student reads at most 128"),
+    ({"losses": {}}, "train", "losses is {}; expected one loss or more"),
+    ({"data.seq_len": 4_096}, "train", "the student has 128 positions"),
     ({"records.kind": "text"}, "record", "records.kind is 'text'; .* that runs a teacher"),
-    ({"records.kind": "text"}, "train", "losses.soft wants a teacher and records"),
+    ({"records.kind": "text"}, "train", "losses.soft needs a teacher's targets, but the records"),
   ],
 )
 def test_errors_of_the_run_are_raised_by_preflight(changes, verb, message):

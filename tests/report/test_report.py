@@ -267,7 +267,7 @@ def test_runs_without_a_common_metric_and_missing_runs(workdir, tmp_path):
   (workdir / "hard" / "metrics.jsonl").write_text('{"step": 0, "other": 1.0}\n')
   page, _ = render(workdir)
   assert "The runs hard, distilled share no metric." in page.words
-  with pytest.raises(InputError, match=r"metrics\.jsonl is not there"):
+  with pytest.raises(InputError, match=r"metrics\.jsonl does not exist"):
     write_report(workdir, EVALUATION, runs={"hard": tmp_path / "gone"})
 
 

@@ -171,10 +171,10 @@ def test_what_does_not_fit_is_refused(c):
       validate.check_features(resolved, loop.make_step(resolved, stores), stores)
 
   c.optim.accumulate = 2
-  refused("find its pairs among fewer")
+  refused("optim.accumulate is 2; expected 1 for a contrastive task")
   c.optim.accumulate = 1
   c.losses.features = config.loss("embedding", projection="orthogonal")
-  refused("wants a teacher and records pairs hold text alone")
+  refused("needs a teacher's targets, but the records pairs only hold text or labels")
   del c.losses.features
   c.tasks.pairs.size = 9
   refused("image_text.size is 9; expected 8, the model's image size")

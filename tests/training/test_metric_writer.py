@@ -131,7 +131,7 @@ def test_a_foreign_file_is_refused_and_kept(tmp_path, line):
 
 
 def test_missing_is_refused(tmp_path):
-  with pytest.raises(InputError, match="is not there"):
+  with pytest.raises(InputError, match="does not exist"):
     read_metrics(tmp_path)
 
 

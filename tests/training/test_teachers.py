@@ -188,11 +188,17 @@ def test_one_recorded_and_one_that_runs_in_the_step(folder):
   ("change", "message"),
   [
     (lambda c, f: c.train.teachers.update(other=(str(f / "shorter"),)), "of 12 .* and .* of 20"),
-    (lambda c, f: c.train.teachers.update(other=()), "names 0 stores and train.records 1"),
-    (lambda c, f: c.teachers.update(other=""), "teacher 'other' is named twice"),
-    (lambda c, f: c.teachers.update(teacher=""), "teacher 'teacher' is named twice"),
-    (lambda c, f: c.losses.soft.update(teachers=("x",)), "learns from teacher 'x'.*other, teacher"),
-    (lambda c, f: c.losses.soft.update(temperature=2.0), "losses.soft over records"),
+    (
+      lambda c, f: c.train.teachers.update(other=()),
+      r"train.teachers.other is \(\); expected 1 stores",
+    ),
+    (lambda c, f: c.teachers.update(other=""), "Two teachers have the name 'other'"),
+    (lambda c, f: c.teachers.update(teacher=""), "Two teachers have the name 'teacher'"),
+    (
+      lambda c, f: c.losses.soft.update(teachers=("x",)),
+      "needs the teacher 'x'; expected one of other, teacher",
+    ),
+    (lambda c, f: c.losses.soft.update(temperature=2.0), "losses.soft cannot use the records"),
   ],
 )
 def test_teachers_that_do_not_fit(folder, change, message, tmp_path):
