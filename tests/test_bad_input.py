@@ -172,7 +172,7 @@ def test_text_that_is_not_utf8(at, tmp_path):
 
 def test_sequence_longer_than_the_model_reads(at):
   said = at("record", f"{RANDOM}; c.data.seq_len = 129")
-  assert "data.seq_len is 129 and the model reads at most 128" in said
+  assert "data.seq_len is 129; expected at most 128, the model's limit" in said
 
 
 def test_batch_that_does_not_divide(at):

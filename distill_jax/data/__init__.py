@@ -1,1 +1,1 @@
-"""From text, images and sounds to arrays: sources, tokenizers, chat templates, packing."""
+"""Text, images and sound as arrays: document sources, tokenizers, chat templates and packing."""

@@ -1,8 +1,9 @@
-"""Chats to tokens; only the assistant's turns are trained on.
+"""Chats as token sequences in which only the assistant's turns are trained on.
 
-A line of JSON is a chat: {"messages": [{"role": ..., "content": ...}, ...], "tools": [...]},
-or a sample as `generate` and `filter` write them, {"prompt": ..., "text": ...}, whose prompt is
-text (the user's) or messages, and whose text is the assistant's turn.
+Each line of a file is a JSON object. It is either a chat, {"messages": [{"role": ..., "content":
+...}, ...], "tools": [...]}, or a sample written by `generate` or `filter`, {"prompt": ..., "text":
+...}. The prompt of a sample is a user's message or a list of messages; its text is the assistant's
+turn.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from distill_jax.data import jsonl
 from distill_jax.data.bad_input import BadInputPolicy
 from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.data.packing import MaskedDocument
 from distill_jax.data.sources import DocumentSource, documents
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
+from distill_jax.runtime import json_io
 from distill_jax.types import JsonObject
 
 
@@ -28,23 +29,23 @@ def tokenized_chats(
   on_bad: str,
   trust: str = "",
 ) -> Iterator[MaskedDocument]:
-  """Yields the tokens of each chat of a source, with those to train on and their label smoothing.
+  """Yields each chat of a source as tokens, with the mask to train on and the label smoothing.
 
-  A chat is unusable if its line is not a chat, the template refuses it, it is longer than
-  `max_tokens`, it has no assistant turn to train on, or its field `trust` is not from 0 to 1.
-  At the end, standard error says how many were left out and why.
+  A chat cannot be used if its line is not a chat, the template rejects it, it is longer than
+  `max_tokens`, it has no assistant turn to train on, or its field `trust` is not in [0, 1]. The
+  number of skipped chats is printed on standard error at the end.
 
   Args:
-    source: of kind "chat".
-    tokenizer: the tokenizer that belongs to the template.
-    template: renders the chats.
-    max_tokens: the length of the longest chat that is used.
-    on_bad: "stop" at an unusable chat, or "skip" it.
-    trust: the field with the confidence in a chat's labels; label smoothing is 1 - confidence.
+    source: A source of kind "chat".
+    tokenizer: The tokenizer that belongs to the template.
+    template: The chat template.
+    max_tokens: The maximum length of a chat.
+    on_bad: "stop" at a chat that cannot be used, or "skip" it.
+    trust: The field with the confidence in a chat's labels; label smoothing is 1 - confidence.
       "": no smoothing.
 
   Raises:
-    InputError: a chat is unusable and on_bad is "stop", or all are.
+    InputError: If a chat cannot be used and on_bad is "stop", or if no chat can be used.
   """
   bad = BadInputPolicy("data.on_bad", on_bad)
   used = unmarked = 0
@@ -61,28 +62,31 @@ def tokenized_chats(
     if len(ids) > max_tokens:
       bad.reject_subject(where, f"is longer than the {max_tokens} tokens of data.seq_len")
     elif not any(mask):
-      bad.reject_subject(where, "has nothing that the assistant says")
+      bad.reject_subject(where, "has no assistant turn to train on")
     else:
       used += 1
       yield MaskedDocument(ids, mask, smoothing)
   bad.report(source.path, used, "chats")
   if unmarked:
     print(
-      f"{source.path}: {unmarked} turns are not trained on, since later messages change how the "
-      "template writes them; give each chat up to such a turn as a chat of its own",
+      f"{source.path}: {unmarked} assistant turns are not trained on, since the template renders "
+      "them differently when messages follow. To train on such a turn, add a chat that ends with "
+      "it.",
       file=sys.stderr,
     )
   if not used:
-    raise InputError(f"{source.path}: none of its chats can be used; the lines above say why")
+    raise InputError(
+      f"{source.path} has no chat that can be used. The lines above give the reasons."
+    )
 
 
 def parse(line: str) -> tuple[list[JsonObject], list[JsonObject] | None]:
-  """Returns (messages, tools) of a line.
+  """Returns the messages of a line, and its tools or None.
 
   Raises:
-    InputError: the line is not JSON, or neither a chat nor a sample.
+    InputError: If the line is neither a chat nor a sample.
   """
-  record = jsonl.parse_object(line)
+  record = json_io.parse_object(line, "The line")
   messages = record.get("messages")
   if messages is None and "prompt" in record and isinstance(record.get("text"), str):
     prompt = record["prompt"]
@@ -93,16 +97,23 @@ def parse(line: str) -> tuple[list[JsonObject], list[JsonObject] | None]:
   if not isinstance(messages, list) or not all(
     isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
   ):
-    raise InputError("neither a list of 'messages' nor 'prompt' and 'text'; give one")
+    raise InputError("The line has neither a list of 'messages' nor a 'prompt' and a 'text'.")
   return messages, record.get("tools")
 
 
 def confidence(line: str, field: str) -> float:
-  """Returns how far a line's labels are to be trusted, from 0 to 1, as its field says."""
-  value = jsonl.parse_object(line).get(field)
+  """Returns the confidence in a line's labels, a number in [0, 1].
+
+  Args:
+    line: A line of JSON.
+    field: The field with the confidence (data.trust).
+
+  Raises:
+    InputError: If the field is not a number in [0, 1].
+  """
+  value = json_io.parse_object(line, "The line").get(field)
   if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
     raise InputError(
-      f"its field {field!r} is {value!r:.60}, and data.trust names a number from 0 to 1, such as "
-      "the votes filter writes"
+      f"Field {field!r} is {value!r:.60}; expected a number from 0 to 1, since data.trust names it."
     )
   return float(value)

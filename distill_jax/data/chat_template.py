@@ -1,8 +1,8 @@
-"""Chats to text and tokens by a model's own Jinja template, and which tokens to train on.
+"""Chats rendered as text and tokens by a model's Jinja chat template, and the tokens to train on.
 
-The text is what transformers' `apply_chat_template` gives. A token is the assistant's if the model
-has to emit it: those between the generation prompt that a template writes for a turn and the end of
-that turn, the token that ends it included.
+The text equals that of transformers' `apply_chat_template`. The tokens to train on are those that
+the model has to generate: in each assistant turn, the tokens after the generation prompt, up to and
+including the token that ends the turn.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from typing import Any
 from distill_jax.data import sandboxed_jinja
 from distill_jax.data.chat_turns import Draw, Message, TurnFinder, prompted
 from distill_jax.data.tokenizers import Tokenizer, special_pattern
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.types import JsonObject
 
 NAMED = tuple(f"{r}_token" for r in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-# Classes that name no special tokens of their own where tokenizer_config.json names none.
+# Tokenizer classes without default special tokens in transformers' code.
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
-# transformers' own arguments, which would reach the template alone, as names that it ignores.
-TAKEN = ("add_generation_prompt", "continue_final_message", "chat_template")
+# Arguments of apply_chat_template that are not variables of the template.
+RESERVED = ("add_generation_prompt", "continue_final_message", "chat_template")
 
 
 @dataclasses.dataclass(frozen=True)
 class Marked:
-  """A rendered chat and what of it is the assistant's.
+  """A rendered chat and the parts of it that the model has to generate.
 
   Attributes:
-    text: all of it.
-    spans: (start, end) characters of `text`, in order, that the model has to emit.
-    unmarked: indices of the assistant messages without a span, since the messages after
-      them changed how they are written (templates that drop earlier reasoning do that, and
-      no model emits such a turn). Each can be trained on as the last of a chat of its own.
+    text: The rendered chat.
+    spans: The (start, end) character offsets in `text` of the parts to generate, in order.
+    unmarked: The indices of the assistant messages without a span, because later messages change
+      how they are rendered (e.g. templates that drop earlier reasoning). A model never generates
+      them in that form. They can be trained on at the end of a shorter chat.
   """
 
   text: str
@@ -45,33 +45,38 @@ class Marked:
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-  """A chat template with the tokens that it writes.
+  """A chat template and the special tokens that it uses.
 
   Attributes:
-    source: Jinja.
-    tokens: (role, token), such as ("bos_token", "<s>"): what a template reads by that name.
-    added: further tokens that the tokenizer's config adds to its vocabulary.
-    tool_use: another source, for chats with tools; None where `source` serves for both.
-    where: whose template it is, for messages.
+    source: The Jinja source.
+    tokens: Pairs of a variable name and the token that it stands for, e.g. ("bos_token", "<s>").
+    added: Further tokens that the tokenizer's config adds to the vocabulary.
+    tool_use: The Jinja source for chats with tools; None if it is `source`.
+    where: The name of the template, for messages.
   """
 
   source: str
   tokens: tuple[tuple[str, str], ...] = ()
   added: tuple[str, ...] = ()
   tool_use: str | None = None
-  where: str = "the chat template"
+  where: str = "The chat template"
 
   @classmethod
   def of(cls, files: TokenizerFiles, name: str) -> ChatTemplate:
-    """Returns the chat template of the model called `name`.
+    """Returns the chat template of a model.
+
+    Args:
+      files: The model's tokenizer files.
+      name: The model's name, for messages.
 
     Raises:
-      InputError: there is none, it is not Jinja, or it reads a token that nothing names.
+      InputError: If there is no template, it is not valid Jinja, or it uses a special token that
+        the tokenizer's config does not define.
     """
     if not isinstance(source := files.chat_template, str):
-      raise InputError(f"{name} brings no chat template; give a model that was trained to chat")
-    config, where = files.config, f"the chat template of {name}"
-    tokens = {r: _spelt(config[r], r, name) for r in NAMED if config.get(r) is not None}
+      raise InputError(f"{name} has no chat template. Use a chat model or its tokenizer.")
+    config, where = files.config, f"The chat template of {name}"
+    tokens = {r: _token_text(config[r], r, name) for r in NAMED if config.get(r) is not None}
     try:
       named = config["chat_template"]
       several = {t["name"]: t["template"] for t in named} if isinstance(named, list) else {}
@@ -79,16 +84,16 @@ class ChatTemplate:
       extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
       listed = [*decoder.values(), *(extra.values() if isinstance(extra, dict) else extra)]
     except (AttributeError, TypeError) as e:
-      raise InputError(f"the tokenizer_config.json of {name} is damaged ({e}); mend it") from e
-    added = dict.fromkeys(_spelt(t, "an added token", name) for t in listed)
+      raise InputError(f"tokenizer_config.json of {name} is damaged ({e}). Correct it.") from e
+    added = dict.fromkeys(_token_text(t, "an added token", name) for t in listed)
     out = cls(source, tuple(tokens.items()), tuple(added), several.get("tool_use"), where)
     for text in filter(None, (out.source, out.tool_use)):
       read = sandboxed_jinja.compiled(text, where).reads
-      # A class of its own may name it in transformers' code; an empty string would be a guess.
+      # A model-specific class may define the token in transformers' code, which is not read here.
       if config.get("tokenizer_class") not in GENERIC and (lost := read & set(NAMED) - set(config)):
         raise InputError(
-          f"{where} writes {min(lost)}, which tokenizer_config.json does not name; name it "
-          "there, or say that it is null"
+          f"{where} uses {min(lost)}, which tokenizer_config.json does not define. Define it there "
+          "(as null if the model has no such token)."
         )
     return out
 
@@ -102,16 +107,16 @@ class ChatTemplate:
     """Returns a chat's text, as transformers' `apply_chat_template(tokenize=False)` does.
 
     Args:
-      messages: {"role": ..., "content": ...} and what else the template reads, as JSON has
-        it. Keys whose value is None are left out.
-      tools: JSON schemas.
-      add_generation_prompt: ends with what the assistant's next turn begins with.
-      extra: what else the template reads, such as enable_thinking or date_string. Without
-        the latter, some templates write today's date.
+      messages: Dicts with "role", "content" and other keys that the template reads, with JSON
+        values. Keys with the value None are ignored.
+      tools: JSON schemas of the tools.
+      add_generation_prompt: True to append the generation prompt for the assistant's next turn.
+      extra: Other variables of the template, e.g. enable_thinking or date_string. Without
+        date_string, some templates write the current date.
 
     Raises:
-      InputError: the template refuses the messages, in its own words, or fails on them; or
-        a prompt is asked for and it writes none.
+      InputError: If the template rejects the messages or fails on them, or if it has no generation
+        prompt and one is requested.
     """
     draw = self._drawer(messages, tools, extra)
     return prompted(draw, messages, self.where) if add_generation_prompt else draw(messages)
@@ -123,15 +128,21 @@ class ChatTemplate:
     tools: Sequence[Message] | None = None,
     **extra: Any,
   ) -> Marked:
-    """Renders a chat and finds the assistant's parts.
+    """Renders a chat and finds the parts that the model has to generate.
 
-    A template with `{% generation %}` blocks marks them itself. With any other, a turn is what
-    its rendering adds to the messages before it with a generation prompt; it ends with its
-    last special token if only white space follows that. Whatever cannot be told for sure
-    this way is refused.
+    In a template with `{% generation %}` blocks, these are the blocks. In another template, a turn
+    is the text that its message adds to the chat before it and the generation prompt; the turn ends
+    with its last special token, if only white space follows that token. Templates for which this
+    rule is ambiguous are refused.
+
+    Args:
+      tokenizer: The tokenizer that belongs to the template.
+      messages: See `render`.
+      tools: See `render`.
+      extra: See `render`.
 
     Raises:
-      InputError: as `render` does, and where a template cannot be marked.
+      InputError: See `render`; or if the turns of the template cannot be found.
     """
     draw = self._drawer(messages, tools, extra)
     text = draw(messages)
@@ -157,17 +168,23 @@ class ChatTemplate:
     tools: Sequence[Message] | None = None,
     **extra: Any,
   ) -> tuple[list[int], list[bool]]:
-    """Returns a chat's ids, as `apply_chat_template(tokenize=True)` does, and the assistant's.
+    """Returns a chat's token ids and the mask of the tokens that the model has to generate.
 
-    Those are the tokens that lie wholly in the spans of `mark`: one that holds a character
-    of the prompt too is not. Assistant messages that `mark` leaves unmarked are as unmarked
-    here.
+    The ids equal those of transformers' `apply_chat_template(tokenize=True)`. The mask is True for
+    tokens that are entirely inside the spans of `mark`; a token that also contains a character of
+    the prompt is not.
+
+    Args:
+      tokenizer: The tokenizer that belongs to the template.
+      messages: See `render`.
+      tools: See `render`.
+      extra: See `render`.
 
     Returns:
-      ids, and for each whether it is the assistant's.
+      (ids, mask), two lists of the same length.
 
     Raises:
-      InputError: as `mark` does; a special token in the text that the tokenizer lacks.
+      InputError: See `mark`; or if the tokenizer lacks a special token of the text.
     """
     marked = self.mark(tokenizer, messages, tools, **extra)
     special = [*dict(self.tokens).values(), *self.added]
@@ -176,7 +193,7 @@ class ChatTemplate:
     for start, end in places:
       while spans and spans[0][1] <= start:
         spans.pop(0)
-      # No width at all: a byte of a character, or a mark put before the next one.
+      # A token without width is a byte of a character, or a mark before the next token.
       mask.append(bool(spans) and spans[0][0] <= start and end <= spans[0][1])
     return ids, mask
 
@@ -184,13 +201,13 @@ class ChatTemplate:
     return self.source if tools is None or self.tool_use is None else self.tool_use
 
   def _drawer(self, messages: Sequence[Message], tools: Any, extra: JsonObject) -> Draw:
-    """Renders parts of one chat, all at the same moment."""
+    """Returns a function that renders parts of one chat, all with the same date and time."""
     if not isinstance(messages, Sequence) or not messages:
-      raise InputError(f"a chat is {messages!r}; give a list of at least one message")
+      raise bad_value("messages", messages, "a list of at least one message", "Correct it")
     if tools is not None and not all(isinstance(t, Mapping) for t in tools):
-      raise InputError("a tool is not a JSON schema; give each as a dictionary")
-    if taken := [k for k in TAKEN if k in extra]:
-      raise InputError(f"{taken[0]} is no variable for the chat template; leave it out here")
+      raise InputError("A tool is not a JSON schema. Give each tool as a dict.")
+    if reserved := [k for k in RESERVED if k in extra]:
+      raise InputError(f"{reserved[0]} is not a variable of the chat template. Remove it.")
     now, source = datetime.datetime.now(), self._source(tools)
     names = {
       "strftime_now": lambda form: now.strftime(form),
@@ -199,7 +216,7 @@ class ChatTemplate:
       **sandboxed_jinja.plain(extra),
       "tools": sandboxed_jinja.plain(tools),
     }
-    done: dict[Any, str] = {}  # a message's turn is rendered with and without what follows
+    done: dict[Any, str] = {}  # a cache, since most parts are rendered more than once
 
     def draw(messages: Sequence[Message], prompt: bool = False, blocks: bool = False) -> str:
       chat = [sandboxed_jinja.message(m) for m in messages]
@@ -213,9 +230,11 @@ class ChatTemplate:
     return draw
 
 
-def _spelt(token: Any, subject: str, name: str) -> str:
-  """Returns the text of a token in tokenizer_config.json: a string, or an object that has it."""
-  spelt = token.get("content") if isinstance(token, dict) else token
-  if not isinstance(spelt, str):
-    raise InputError(f"tokenizer_config.json of {name} has {subject} {token!r:.80}; it is a string")
-  return spelt
+def _token_text(token: Any, subject: str, name: str) -> str:
+  """Returns the text of a token in tokenizer_config.json: a string, or an object's "content"."""
+  text = token.get("content") if isinstance(token, dict) else token
+  if not isinstance(text, str):
+    raise InputError(
+      f"tokenizer_config.json of {name} has {subject} {token!r:.80}; expected a string. Correct it."
+    )
+  return text

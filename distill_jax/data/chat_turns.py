@@ -1,6 +1,6 @@
-"""The assistant's turns in a rendered chat, of templates that do not mark them.
+"""Finding the assistant's turns in a rendered chat if the template does not mark them.
 
-A turn is what its rendering adds to the messages before it with a generation prompt.
+A turn is the text that its message adds to the chat before it and the generation prompt.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from distill_jax.data import sandboxed_jinja
 from distill_jax.errors import InputError
 from distill_jax.types import JsonObject
 
-PROBE = "probe"  # a message's content, to see what a template writes around it
+PROBE = "probe"  # content of a test message, to see the text that a template writes around it
 
 Message = Mapping[str, Any]
 Draw = Callable[..., str]  # (messages, prompt=False) -> text
 
 
 class Turn(NamedTuple):
-  """The chat up to and with an assistant's message.
+  """A chat up to and including an assistant's message.
 
   Attributes:
-    text: that part of the chat as it is written if nothing follows.
-    span: the (start, end) of the assistant's part in `text`.
+    text: The rendered chat up to that message, without later messages.
+    span: The (start, end) character offsets in `text` of the part that the model generates.
   """
 
   text: str
@@ -34,8 +34,11 @@ class Turn(NamedTuple):
 def prompted(draw: Draw, messages: Sequence[Message], where: str) -> str:
   """Returns the text of messages with the generation prompt for the assistant's next turn.
 
-  Some templates need none: a turn follows the messages at once. Others ignore that a prompt is
-  wanted, and write a header with the turn; those are refused.
+  Some templates need no generation prompt, because a turn directly follows the messages. Others
+  ignore `add_generation_prompt` and write a header together with the turn; those are refused.
+
+  Raises:
+    InputError: If the template needs a generation prompt and does not write one.
   """
   text = draw(messages, prompt=True)
   if text != draw(messages):
@@ -43,47 +46,51 @@ def prompted(draw: Draw, messages: Sequence[Message], where: str) -> str:
   turn = draw([*messages, {"role": "assistant", "content": PROBE}])
   if not turn.startswith(text) or not turn[len(text) :].lstrip().startswith(PROBE):
     raise InputError(
-      f"{where} writes no generation prompt, so nothing tells a model that its turn "
-      "begins; use `add_generation_prompt` in it"
+      f"{where} writes no generation prompt before an assistant's turn. Use "
+      "`add_generation_prompt` in the template."
     )
   return text
 
 
 class TurnFinder:
-  """Finds the assistant's turns of one chat."""
+  """Finds the assistant's turns of one chat.
+
+  Args:
+    draw: Renders messages of the chat.
+    cut: A pattern that splits a text at special tokens.
+    where: The name of the template, for messages.
+  """
 
   def __init__(self, draw: Draw, cut: re.Pattern[str], where: str):
-    """Args:
-    draw: renders messages of the chat.
-    cut: splits a text at special tokens.
-    where: whose template it is, for errors.
-    """
     self._draw, self._cut, self._where = draw, cut, where
 
   def find(self, messages: Sequence[Message], i: int, text: str) -> Turn:
-    """Finds the assistant's part of message i, from renderings of the chat that ends with it.
+    """Finds the part of assistant message i that the model generates.
 
-    It begins where the generation prompt for it ends. Where it ends depends on how the template
-    writes the chat that ends with the message, `alone`, and the same with a generation prompt,
-    `with_prompt`:
+    The part starts at the end of the generation prompt. To find its end, the chat up to the message
+    is rendered twice: without a generation prompt (`alone`) and with one (`with_prompt`). There are
+    three kinds of templates:
 
-      the template                       told by                          the turn ends with
-      writes a prompt after each turn    with_prompt = alone + prompt     alone
-      writes no prompt after a turn      with_prompt = alone              alone, if it begins the
-                                                                          chat with a next message
-      writes the chat's end otherwise    neither                          what both begin with
+      condition                        template                            the turn ends with
+      with_prompt = alone + prompt     writes a prompt after each turn     alone
+      with_prompt = alone              writes no prompt after a turn       alone, if it is also a
+                                                                           prefix of a longer chat
+      neither                          writes a special end of the chat    the common prefix
 
-    and there at the last special token, if only white space follows that.
+    In each case, the end moves back to the last special token, if only white space follows it.
 
     Args:
-      messages: the whole chat.
-      i: the number of the assistant's message.
-      text: the whole chat, rendered.
+      messages: The whole chat.
+      i: The index of the assistant's message.
+      text: The whole chat, rendered.
+
+    Raises:
+      InputError: If the turn cannot be found with certainty.
     """
     before = prompted(self._draw, messages[:i], self._where)
     alone, with_prompt = self._draw(messages[: i + 1]), self._draw(messages[: i + 1], prompt=True)
     if not alone.startswith(before):
-      raise self._unsure(i, "does not begin that turn as it begins its generation prompt")
+      raise self._unsure(i, "does not start the turn with its generation prompt")
     if with_prompt == alone:
       self._check_followed(messages, i, alone, text)
       stable = alone
@@ -97,35 +104,35 @@ class TurnFinder:
     return Turn(alone, (len(before), end))
 
   def _check_followed(self, messages: Sequence[Message], i: int, alone: str, text: str) -> None:
-    """Refuses a turn that a next message changes, of a template without prompts after turns.
+    """Checks that the next message does not change a turn, for templates without a prompt after it.
 
-    Either it writes nothing after a turn, or always the next one's header, which the next message
-    then follows.
+    Such a template writes after a turn either nothing or always the next turn's header, which the
+    next message then follows.
     """
     followed = text.startswith(alone) and text != alone
     longer = text if followed else self._draw([*messages[: i + 1], _next(messages[i])])
     if not longer.startswith(alone):
-      raise self._unsure(i, "ends that turn otherwise when a message follows")
+      raise self._unsure(i, "changes the end of the turn if a message follows")
 
   def _without_chat_end(
     self, messages: Sequence[Message], i: int, alone: str, with_prompt: str
   ) -> str:
-    """Returns `alone` up to where the template writes the chat's end otherwise than a turn's.
+    """Returns `alone` without the special text that the template writes at the end of a chat.
 
-    That is certain only if the prompt, as it is written before message i, is all that follows in
-    `with_prompt`, and the turn has a special token.
+    The result is certain only if the rest of `with_prompt` is exactly the generation prompt, as it
+    was written before message i, and the turn has a special token.
     """
     before = prompted(self._draw, messages[:i], self._where)
     stable = _common(alone, with_prompt, self._cut)
     prompt = before[len(_common(before, self._draw(messages[:i]), self._cut)) :]
     if with_prompt != stable + prompt or not self._cut.search(stable, len(before)):
-      raise self._unsure(i, "ends that turn otherwise when a prompt follows")
+      raise self._unsure(i, "changes the end of the turn if a generation prompt follows")
     return stable
 
   def _check_whole(self, message: Message, i: int, before: str, turn: str) -> None:
-    """Refuses a turn that lacks some of the message; spaces and special tokens do not count.
+    """Checks that a turn contains its whole message, except for white space and special tokens.
 
-    The message may begin within the prompt, such as an empty thought.
+    The beginning of the message may be in the prompt, e.g. an empty block of reasoning.
     """
     before, written = _bare(before, self._cut), _bare(turn, self._cut)
     for key in ("content", *sandboxed_jinja.REASONING):
@@ -134,16 +141,16 @@ class TurnFinder:
         part = "".join(p["text"] for p in part if isinstance(p, dict) and p.get("type") == "text")
       part = _bare(part, self._cut) if isinstance(part, str) else ""
       if part not in before[len(before) - max(len(part) - 1, 0) :] + written:
-        raise self._unsure(i, f"leaves out or changes some of its {key}")
+        raise self._unsure(i, f"omits or changes a part of its {key}")
     for call in message.get("tool_calls") or []:
       name = str(_function(call).get("name"))
       if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", turn):
-        raise self._unsure(i, f"leaves out its call of {name!r}")
+        raise self._unsure(i, f"omits its call of {name!r}")
 
   def _unsure(self, i: int, why: str) -> InputError:
     return InputError(
-      f"{self._where} cannot be marked: for message {i}, the assistant's, it {why}; put "
-      "{% generation %} and {% endgeneration %} around what is trained on"
+      f"{self._where} does not show which tokens to train on: for the assistant's message {i}, it "
+      f"{why}. Put {{% generation %}} and {{% endgeneration %}} around the text to train on."
     )
 
 
@@ -153,7 +160,7 @@ def _bare(text: str, cut: re.Pattern[str]) -> str:
 
 
 def _next(message: Message) -> JsonObject:
-  """Returns a message that may follow an assistant's."""
+  """Returns a message that may follow an assistant's message."""
   if not (calls := message.get("tool_calls")):
     return {"role": "user", "content": PROBE}
   function = _function(calls[0])
@@ -166,15 +173,15 @@ def _next(message: Message) -> JsonObject:
 
 
 def _function(call: Any) -> Mapping[str, Any]:
-  """Returns the part of a tool call that names its function: all of it, or its "function"."""
+  """Returns the part of a tool call that names the function: its "function", or the whole call."""
   function = call.get("function", call) if isinstance(call, Mapping) else None
   if not isinstance(function, Mapping):
-    raise InputError(f"a tool call is {call!r:.80}; it is a dictionary with a function's name")
+    raise InputError(f"A tool call is {call!r:.80}; expected a dict with a function's name.")
   return function
 
 
 def _common(a: str, b: str, cut: re.Pattern[str]) -> str:
-  """Returns what both begin with, in whole pieces between special tokens."""
+  """Returns the common prefix of two texts, in whole pieces between special tokens."""
   same = []
   for x, y in zip(cut.split(a), cut.split(b), strict=False):
     if x != y:

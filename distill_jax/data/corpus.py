@@ -1,4 +1,4 @@
-"""A config's corpus as packed sequences: source, tokenizer and packing put together."""
+"""The corpus of a config as packed sequences."""
 
 from __future__ import annotations
 
@@ -12,47 +12,63 @@ import numpy as np
 from distill_jax.data import chat_dataset, packing, sources, tokenizers
 from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.data.options import DataOptions
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.hub.tokenizer import TokenizerFiles, check_vocabulary, read_tokenizer
 
-BATCH = 256  # documents tokenized at once
+BATCH = 256  # number of documents that are tokenized at once
 
 
 def tokenizer_of(data: DataOptions, pretrained: Pretrained | None) -> tokenizers.Tokenizer:
-  """Loads the tokenizer that a config names, or the model's own."""
+  """Returns the tokenizer set in data.tokenizer, or the model's tokenizer.
+
+  Raises:
+    InputError: If neither exists.
+  """
   if data.tokenizer:
     return tokenizers.load_tokenizer(data.tokenizer)
   if pretrained is None or pretrained.tokenizer is None:
-    raise InputError("the model brings no tokenizer; name one in data.tokenizer")
+    raise InputError("The model has no tokenizer. Set data.tokenizer.")
   return of_files(pretrained.tokenizer, pretrained.source)
 
 
 def of_files(files: TokenizerFiles, source: str) -> tokenizers.Tokenizer:
-  """Returns the tokenizer of the model `source`."""
+  """Returns a model's tokenizer, given its files.
+
+  Args:
+    files: The model's tokenizer files.
+    source: The model's name, for messages.
+  """
   raw = files.json.encode() if files.json is not None else files.sentencepiece
   assert raw is not None
-  # Documents end with the vocabulary's own document end, not with what ends a chat's turn.
+  # Documents end with the vocabulary's end-of-document token, not with the end of a chat turn.
   return tokenizers.Tokenizer(raw, f"the tokenizer of {source}", None, None)
 
 
 def source_of(data: DataOptions) -> sources.DocumentSource:
-  """Returns where a config's documents come from."""
+  """Returns the source of a config's documents."""
   names = (f.name for f in dataclasses.fields(sources.DocumentSource))
-  return sources.DocumentSource(**{name: getattr(data, name) for name in names})
+  try:
+    return sources.DocumentSource(**{name: getattr(data, name) for name in names})
+  except InputError as e:
+    raise InputError(f"data.{e}") from e
 
 
 def template_of(data: DataOptions, pretrained: Pretrained | None) -> ChatTemplate:
-  """Returns the chat template of the tokenizer that a config names, or of the model's own."""
-  name = data.tokenizer or (pretrained.source if pretrained else "the model")
+  """Returns the chat template that belongs to data.tokenizer or to the model.
+
+  Raises:
+    InputError: If there is no tokenizer or no chat template.
+  """
+  name = data.tokenizer or (pretrained.source if pretrained else "The model")
   files = files_of(data, pretrained)
   if files is None:
-    raise InputError(f"{name} brings no tokenizer, and so no chat template; set data.tokenizer")
+    raise InputError(f"{name} has no tokenizer, and thus no chat template. Set data.tokenizer.")
   return ChatTemplate.of(files, name)
 
 
 def files_of(data: DataOptions, pretrained: Pretrained | None) -> TokenizerFiles | None:
-  """Returns the files of the tokenizer that a config names, or of the model's own, or None."""
+  """Returns the files of the tokenizer set in data.tokenizer, or of the model's, or None."""
   if not data.tokenizer:
     return pretrained.tokenizer if pretrained else None
   path = Path(data.tokenizer)
@@ -62,20 +78,31 @@ def files_of(data: DataOptions, pretrained: Pretrained | None) -> TokenizerFiles
 def sequences(
   data: DataOptions, tokenizer: tokenizers.Tokenizer, pretrained: Pretrained | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Yields packed sequences in corpus order, at most `data.sequences`, as records without targets.
+  """Yields at most `data.sequences` packed sequences in corpus order, as records without targets.
 
-  Chats are rendered by the template of `pretrained`, or of data.tokenizer. They are packed whole,
-  and only the assistant's tokens are trained on.
+  Chats are rendered by the template that belongs to data.tokenizer or `pretrained`. They are not
+  cut unless they are longer than a sequence, and only the assistant's tokens are trained on.
 
-  Other documents begin with what the tokenizer begins a text with, as prompts do
-  (generation/prompts.py), and end with a document's end.
+  Other documents begin with the tokens that the tokenizer puts before a text, as prompts do
+  (generation/prompts.py), and end with the end-of-document token.
+
+  Args:
+    data: The config section `data`.
+    tokenizer: The tokenizer.
+    pretrained: The model whose chat template is used unless data.tokenizer is set.
 
   Yields:
-    {tokens_T int32, segments_T int32, mask_T bool}. Unlike packing's mask of tokens, `mask_T` is
-    True at positions whose label is trained on. With data.trust, smoothing_T float32 too.
+    Dicts with tokens_T int32 [T], segments_T int32 [T] and mask_T bool [T], where mask_T is True at
+    positions whose label (the next token) is trained on. With data.trust, also smoothing_T
+    float32 [T].
+
+  Raises:
+    InputError: If the corpus cannot be read, or data.trust is set for a corpus without chats.
   """
   if data.trust and data.kind != "chat":
-    raise InputError(f"data.trust is {data.trust!r} and data.kind {data.kind!r}; it is for chats")
+    raise bad_value(
+      "data.trust", data.trust, f"'' for data.kind={data.kind!r}", "Use it only for chats"
+    )
   if data.kind == "chat":
     template = template_of(data, pretrained)
     chats = chat_dataset.tokenized_chats(
@@ -89,18 +116,21 @@ def sequences(
 
 
 def check(data: DataOptions, tokenizer: tokenizers.Tokenizer, rows: int, max_len: int) -> None:
-  """Refuses a tokenizer or a sequence length that the model cannot read.
+  """Checks that the model supports the tokenizer and the sequence length.
 
   Args:
-    data: the corpus.
-    tokenizer: its tokenizer.
-    rows: of the model's embedding.
-    max_len: the longest sequence that the model reads.
+    data: The config section `data`.
+    tokenizer: The tokenizer of the corpus.
+    rows: The number of rows of the model's embedding.
+    max_len: The model's maximum sequence length.
+
+  Raises:
+    InputError: If the vocabulary or the sequence length is too large.
   """
   check_vocabulary(tokenizer.vocab_size, rows, tokenizer.where)
   if data.seq_len > max_len:
-    raise InputError(
-      f"data.seq_len is {data.seq_len} and the model reads at most {max_len} tokens; lower it"
+    raise bad_value(
+      "data.seq_len", data.seq_len, f"at most {max_len}, the model's limit", "Reduce it"
     )
 
 

@@ -1,4 +1,4 @@
-"""Image files to arrays."""
+"""Reading image files as arrays."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pillow() -> Any:
 
 
 def decode_errors() -> tuple[type[Exception], ...]:
-  """Returns what Pillow raises for bytes that are not a whole image or are unsafely large."""
+  """Returns the exceptions that Pillow raises for damaged images and for images of unsafe size."""
   return OSError, SyntaxError, ValueError, pillow().DecompressionBombError
 
 
@@ -32,12 +32,17 @@ def in_folder(folder: Path) -> list[Path]:
 
 
 def decode(raw: bytes, size: int, channels: int) -> np.ndarray | None:
-  """Decodes an image as CLIP's processor cuts it.
+  """Decodes an image and resizes it as CLIP's processor does.
 
-  The shorter side is brought to `size` (bicubic), and the middle taken.
+  The shorter side is resized to `size` pixels (bicubic) and the centre is cropped.
+
+  Args:
+    raw: The bytes of an image file.
+    size: The height and width of the result in pixels.
+    channels: 1 for grey, 3 for colour.
 
   Returns:
-    uint8 [size, size, channels]; None if the bytes are not an image.
+    uint8 [size, size, channels], or None if the bytes are not an image.
   """
   Image = pillow()
   try:
@@ -55,6 +60,15 @@ def decode(raw: bytes, size: int, channels: int) -> np.ndarray | None:
 
 
 def normalised(pixels_WWM: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-  """Returns (pixels - mean) / std of each channel, float32, where pixels are from 0 to 1."""
+  """Normalises an image: (pixels / 255 - mean) / std for each channel.
+
+  Args:
+    pixels_WWM: uint8 [W, W, M].
+    mean: The mean of each channel, for pixels in [0, 1].
+    std: The standard deviation of each channel, for pixels in [0, 1].
+
+  Returns:
+    float32 [W, W, M].
+  """
   mean_M, std_M = (np.asarray(x, np.float32) for x in (mean, std))
   return (pixels_WWM.astype(np.float32) / 255 - mean_M) / std_M

@@ -17,11 +17,11 @@ import numpy as np
 
 from distill_jax.data.bad_input import BadInputPolicy
 from distill_jax.data.image_files import decode_errors, pillow
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.runtime.progress import Progress
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-UBYTE = 8  # IDX's code of a byte
+UBYTE = 8  # IDX's type code for unsigned bytes
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -30,10 +30,11 @@ class LabelledImages:
   """N images and their labels.
 
   Attributes:
-    pixels: returns an image, uint8 [W, W, M], by its number in `indices_N`; files are read anew.
-    indices_N: int64, the number of each image, for `pixels`.
-    hashes_N: uint64, of each image's pixels.
-    labels_N: int32.
+    pixels: A function from an index in `indices_N` to an image, uint8 [W, W, M]. Image files are
+      read again at each call.
+    indices_N: int64, the index of each image, for `pixels`.
+    hashes_N: uint64, a hash of each image's pixels.
+    labels_N: int32, the class index of each image.
   """
 
   pixels: Callable[[int], np.ndarray]
@@ -55,30 +56,31 @@ class LabelledImages:
 
   @property
   def shares_N(self) -> np.ndarray:
-    """A number from 0 to 1 for each image, made from its pixels, that decides its split."""
+    """A hash of each image's pixels as a number in [0, 1], float64, which determines its split."""
     return self.hashes_N / 2**64
 
   @functools.cached_property
   def digest(self) -> str:
-    """sha256 of all pixels' hashes and of the labels."""
+    """The SHA-256 digest of all hashes and labels."""
     both = self.hashes_N.astype("<u8").tobytes() + self.labels_N.astype("<i4").tobytes()
     return hashlib.sha256(both).hexdigest()
 
 
 def _hash(pixels_WWM: np.ndarray) -> int:
-  """Returns a hash of 64 bits."""
+  """Returns a 64-bit hash of an image's pixels."""
   digest = hashlib.blake2b(np.ascontiguousarray(pixels_WWM).data, digest_size=8).digest()
   return int.from_bytes(digest)
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-  """What every image has to be.
+  """The size and number of channels of all images.
 
   Attributes:
-    size: height and width.
-    channels: 1 or 3; colours become grey, or grey three equal colours.
-    resize: images of other sizes are made this one, without regard to their shape.
+    size: The height and width in pixels.
+    channels: 1 (grey) or 3 (colour). Images are converted if necessary.
+    resize: True to resize images of other sizes, without keeping their aspect ratio. Otherwise they
+      cannot be used.
   """
 
   size: int
@@ -86,17 +88,22 @@ class ImageSpec:
   resize: bool = False
 
   def __post_init__(self):
-    if self.channels not in MODES or self.size < 1:
-      raise InputError(f"channels is {self.channels} and size {self.size}; 1 or 3 and above 0")
+    if self.channels not in MODES:
+      raise bad_value("channels", self.channels, "1 or 3", "Choose one of them")
+    if self.size < 1:
+      raise bad_value("size", self.size, "a positive integer", "Increase it")
 
   def defect(self, width: int, height: int) -> str:
-    """Returns why an image of this size cannot be used; "" if it can."""
+    """Returns the reason why an image of this size cannot be used, or "" if it can be used.
+
+    The reason is a predicate, e.g. "is not 28 x 28".
+    """
     if self.resize or (width, height) == (self.size, self.size):
       return ""
     return f"is not {self.size} x {self.size}"
 
   def pixels(self, image: Any) -> np.ndarray:
-    """Returns an image as the model reads it, uint8 [W, W, M]."""
+    """Returns the pixels of an image with this size and number of channels, uint8 [W, W, M]."""
     image = image.convert(MODES[self.channels])
     if image.size != (self.size, self.size):
       image = image.resize((self.size, self.size), pillow().Resampling.BILINEAR)
@@ -106,17 +113,18 @@ class ImageSpec:
 def read(
   path: str, classes: tuple[str, ...], spec: ImageSpec, bad: BadInputPolicy
 ) -> LabelledImages:
-  """Reads the images of a folder of classes, or of IDX files, that can be used.
+  """Reads labelled images from a folder of classes or from IDX files.
 
   Args:
-    path: a folder with a folder of PNG and JPEG files for each class; or what the names of two
-      IDX files begin with, such as "fashion-mnist/train" of train-images-idx3-ubyte.gz.
-    classes: their names; a label is the number of one.
-    spec: what every image has to be.
-    bad: rejects images that cannot be used, and classes without images.
+    path: A folder that contains a folder of PNG and JPEG files for each class; or the common
+      prefix of two IDX files, e.g. "fashion-mnist/train" for
+      fashion-mnist/train-images-idx3-ubyte.gz and fashion-mnist/train-labels-idx1-ubyte.gz.
+    classes: The names of the classes. A label is an index into them.
+    spec: The size and number of channels of all images.
+    bad: The policy for images that cannot be used and for classes without images.
 
   Raises:
-    InputError: there is nothing at `path`, or IDX files are damaged.
+    InputError: If nothing exists at `path`, if IDX files are damaged, or by `bad`.
   """
   read_images = _folder if Path(path).is_dir() else _idx
   images = read_images(path, classes, spec, bad)
@@ -128,7 +136,7 @@ def read(
 
 
 def folders(path: str) -> tuple[str, ...]:
-  """Returns the names of the classes that a folder holds."""
+  """Returns the names of the classes in a folder: the names of its subfolders, sorted."""
   return tuple(sorted(p.name for p in Path(path).iterdir() if p.is_dir()))
 
 
@@ -141,21 +149,21 @@ def _folder(
     for file in sorted(p for p in (Path(path) / name).iterdir() if not p.name.startswith("."))
   ]
   files, hashes, labels = [], [], []
-  # Decoding releases the GIL; only a hash of each image is kept.
+  # Threads help, since decoding releases the GIL. Only a hash of each image stays in memory.
   pool = ThreadPoolExecutor()
   try:
     inspected = pool.map(lambda pair: _inspect(pair[0], spec), labelled_files)
     with Progress("open", len(labelled_files), "images") as progress:
       for (file, name), (hashed, why) in zip(labelled_files, inspected, strict=True):
         progress.add(1)
-        why = why if name in classes else f"is of class {name!r}, which the task does not name"
+        why = why if name in classes else f"has class {name!r}, which is not a class of the task"
         if why:
           bad.reject_subject(str(file), why)
           continue
         files.append(file)
         hashes.append(hashed)
         labels.append(classes.index(name))
-  finally:  # where the first that is bad stops the run, the rest is not inspected
+  finally:  # if `bad` raises an error, the other images are not inspected
     pool.shutdown(cancel_futures=True)
   pixels = functools.partial(_reread, files, hashes, spec)
   indices_N = np.arange(len(files))
@@ -163,19 +171,21 @@ def _folder(
 
 
 def _reread(files: Sequence[Path], hashes: Sequence[int], spec: ImageSpec, i: int) -> np.ndarray:
-  """Returns the pixels of file i; raises InputError if they have changed."""
+  """Returns the pixels of file i, and raises InputError if they have changed."""
   try:
     with pillow().open(files[i]) as image:
       pixels = spec.pixels(image)
   except decode_errors() as e:
-    raise InputError(f"{files[i]} could be read when the run began ({e}); mend it") from e
+    raise InputError(
+      f"{files[i]} could be read at the start of the run, but not now ({e}). Restore the file."
+    ) from e
   if _hash(pixels) != hashes[i]:
-    raise InputError(f"{files[i]} has other pixels than when the run began; start it again")
+    raise InputError(f"{files[i]} has changed since the start of the run. Restart the run.")
   return pixels
 
 
 def _inspect(file: Path, spec: ImageSpec) -> tuple[int, str]:
-  """Returns (hash of the pixels, "") of a file, or (0, why it cannot be used)."""
+  """Returns (hash of the pixels, ""), or (0, predicate) if the file cannot be used."""
   if file.suffix.lower() not in SUFFIXES:
     return 0, "is neither PNG nor JPEG"
   try:
@@ -190,13 +200,16 @@ def _idx(
 ) -> LabelledImages:
   pixels, labels = (_idx_array(path, f"-{n}-ubyte") for n in ("images-idx3", "labels-idx1"))
   if len(pixels) != len(labels):
-    raise InputError(f"{path} has {len(pixels)} images and {len(labels)} labels; fetch both again")
+    raise InputError(
+      f"{path} has {len(pixels)} images but {len(labels)} labels. Download both files again."
+    )
   if why := spec.defect(*pixels.shape[:0:-1]):
-    raise InputError(f"an image of {path} {why}, but {pixels.shape[1:]}; set size, or resize=True")
+    size = " x ".join(map(str, pixels.shape[1:]))
+    raise InputError(f"An image of {path} {why}, but {size}. Set size, or resize=True.")
   good = labels < len(classes)
   for i in np.flatnonzero(~good):
     bad.reject_subject(
-      f"image {i} of {path}", f"has label {labels[i]}, and there are {len(classes)} classes"
+      f"image {i} of {path}", f"has label {labels[i]}, but there are {len(classes)} classes"
     )
   shape = (-1, spec.size, spec.size, spec.channels)
   arrays = [spec.pixels(pillow().fromarray(x)) for x in pixels[good]]
@@ -206,29 +219,34 @@ def _idx(
 
 
 def _idx_array(path: str, end: str) -> np.ndarray:
-  """Reads an IDX file: two zeros, a type, the number of axes, big-endian sizes, the bytes.
+  """Reads an IDX file of unsigned bytes.
+
+  The format is two zero bytes, a byte for the type, a byte for the number of axes, the sizes as
+  big-endian int32, and the data.
 
   Args:
-    path: what the file's name begins with.
-    end: what it ends with, with the number of axes in it; ".gz" may follow.
+    path: The beginning of the file name.
+    end: The end of the file name, which contains the number of axes; ".gz" may follow it.
 
   Returns:
-    uint8.
+    uint8, with the axes of the file.
   """
   file = next((f for s in (".gz", "") if (f := Path(path + end + s)).is_file()), None)
   if file is None:
     raise InputError(
-      f"{path} is no folder and there is no {path}{end}[.gz]; give a folder of classes, or what "
-      "the names of IDX files begin with"
+      f"{path} is not a folder, and {path}{end}[.gz] does not exist. Give a folder of classes, or "
+      "the common prefix of IDX files."
     )
   raw = file.read_bytes()
   try:
     raw = gzip.decompress(raw) if file.suffix == ".gz" else raw
   except (OSError, EOFError, zlib.error) as e:
-    raise InputError(f"{file} is damaged ({e}); fetch it again") from e
+    raise InputError(f"{file} is damaged ({e}). Download it again.") from e
   axes = int(end.removesuffix("-ubyte")[-1])
   head = 4 + 4 * axes
   shape = tuple(np.frombuffer(raw[4:head], ">i4")) if len(raw) >= head else ()
   if raw[:4] != bytes((0, 0, UBYTE, axes)) or math.prod(map(int, shape)) != len(raw) - head:
-    raise InputError(f"{file} is no IDX file of {axes} axes, or cut off; fetch it again")
+    raise InputError(
+      f"{file} is not a complete IDX file of bytes with {axes} axes. Download it again."
+    )
   return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)

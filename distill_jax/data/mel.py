@@ -1,4 +1,4 @@
-"""Whisper's audio features: wav files, 16 kHz, log-mel frames (arXiv:2212.04356)."""
+"""Whisper's audio features: log-mel frames of wav files at 16 kHz (arXiv:2212.04356)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 
 from distill_jax.errors import InputError
 
-RATE = 16_000  # samples a second
-WINDOW, HOP = 400, 160  # samples of a frame, and between two
-FLOOR, RANGE = 1e-10, 8.0  # the least energy, and how far below the loudest frames go, in log10
+RATE = 16_000  # samples per second
+WINDOW, HOP = 400, 160  # length of a frame and distance between frames, in samples
+FLOOR, RANGE = 1e-10, 8.0  # minimum energy, and maximum range below the peak in units of log10
 
 
 def read_wav(path: Path) -> tuple[np.ndarray, int]:
-  """Reads a wav file.
+  """Reads a wav file with integer samples.
 
   Returns:
-    float32 samples from -1 to 1, the mean of all channels; and how many there are a second.
+    The mean of all channels, float32 [samples] in [-1, 1]; and the number of samples per second.
 
   Raises:
-    InputError: not a wav file, one of floats, one cut short, or one without samples.
+    InputError: If the file is not a wav file with integer samples, is truncated, or is empty.
   """
   try:
     with wave.open(str(path), "rb") as f:
@@ -31,17 +31,20 @@ def read_wav(path: Path) -> tuple[np.ndarray, int]:
       n_samples = f.getnframes()
       raw = f.readframes(n_samples)
   except (OSError, EOFError, wave.Error) as e:
-    raise InputError(f"{path} is no wav file of whole numbers ({e or 'it ends early'})") from e
-  if not n_samples or len(raw) < n_samples * width * channels:
+    reason = str(e) or "it ends early"
+    raise InputError(f"{path} is not a wav file with integer samples ({reason}).") from e
+  if not n_samples:
+    raise InputError(f"{path} has no samples.")
+  if len(raw) < n_samples * width * channels:
     n = len(raw) // (width * channels)
-    raise InputError(f"{path} holds {n} of the {n_samples} samples that it says it has")
-  if width == 3:  # the three bytes are the upper ones of four
+    raise InputError(f"{path} is truncated: it has {n} of the {n_samples} samples in its header.")
+  if width == 3:  # pad to four bytes per sample
     wide = np.zeros((len(raw) // 3, 4), np.uint8)
     wide[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
     x = wide.view("<i4")[:, 0]
   else:
     x = np.frombuffer(raw, {1: "u1", 2: "<i2", 4: "<i4"}[width])
-  if width == 1:  # eight bits have no sign
+  if width == 1:  # 8-bit samples are unsigned
     x = (x.astype(np.float32) - 128) / 128
   else:
     x = x / np.float32(2.0 ** (x.itemsize * 8 - 1))
@@ -49,7 +52,15 @@ def read_wav(path: Path) -> tuple[np.ndarray, int]:
 
 
 def resampled(x: np.ndarray, rate: int) -> np.ndarray:
-  """Returns samples at RATE, by a polyphase filter."""
+  """Resamples a sound to RATE with a polyphase filter.
+
+  Args:
+    x: float32 [samples].
+    rate: The number of samples per second.
+
+  Returns:
+    float32 [samples * RATE / rate].
+  """
   if rate == RATE:
     return x
   from scipy.signal import resample_poly
@@ -59,9 +70,17 @@ def resampled(x: np.ndarray, rate: int) -> np.ndarray:
 
 
 def log_mel(x: np.ndarray, frames: int, bins: int) -> np.ndarray:
-  """Returns what transformers' WhisperFeatureExtractor does, transposed: float32 [frames, bins].
+  """Computes log-mel features, equal to those of transformers' WhisperFeatureExtractor.
 
-  Shorter sounds are padded with silence, longer ones are cut.
+  Shorter sounds are padded with silence, and longer ones are cut.
+
+  Args:
+    x: float32 [samples] at RATE.
+    frames: The number of frames.
+    bins: The number of mel bins.
+
+  Returns:
+    float32 [frames, bins].
   """
   n = frames * HOP
   x = np.pad(x[:n], (0, max(0, n - len(x)))).astype(np.float32)
@@ -75,7 +94,11 @@ def log_mel(x: np.ndarray, frames: int, bins: int) -> np.ndarray:
 
 @functools.lru_cache
 def filters(bins: int) -> np.ndarray:
-  """Returns triangles of equal area at equal steps of Slaney's mel scale, float32 [201, bins]."""
+  """Returns the mel filter bank: triangles of equal area at equal steps of Slaney's mel scale.
+
+  Returns:
+    float32 [WINDOW // 2 + 1, bins], from the frequencies of the FFT to mel bins.
+  """
   edges = _hertz(np.linspace(0, _mel(RATE / 2), bins + 2))
   of_fft = np.linspace(0, RATE / 2, WINDOW // 2 + 1)
   slopes = edges[None] - of_fft[:, None]
@@ -85,7 +108,7 @@ def filters(bins: int) -> np.ndarray:
 
 
 def _mel(hertz: float) -> float:
-  """Linear up to 1,000 Hz, which is 15 mels; then 27 of them for each factor of 6.4."""
+  """Converts Hz to mels: linear up to 1,000 Hz (15 mels), then 27 mels per factor of 6.4."""
   return 3 * hertz / 200 if hertz < 1000 else 15 + 27 * np.log(hertz / 1000) / np.log(6.4)
 
 

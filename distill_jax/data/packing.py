@@ -1,7 +1,7 @@
-"""Packing: documents of tokens to rows of one length, and rows to the inputs and labels of a model.
+"""Packing of tokenized documents into rows of one length, and of rows into inputs and labels.
 
-Documents are laid end to end and cut at the row's end. Each document, or piece of one, is a
-segment of its row; attention and positions never cross segments (types.Inputs).
+Documents are concatenated and cut at the end of each row. Each document, or piece of one, is a
+segment of its row. Attention and positions never cross segments (types.Inputs).
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 
 
 class MaskedDocument(NamedTuple):
-  """A document of which some tokens are trained on.
+  """A document with a mask of the tokens to train on.
 
   Attributes:
-    ids: its tokens.
-    mask: for each, whether it is trained on.
-    smoothing: label smoothing of all of them.
+    ids: The token ids.
+    mask: True for tokens that are trained on.
+    smoothing: The label smoothing of all tokens.
   """
 
   ids: Sequence[int]
@@ -38,10 +38,10 @@ class PackedRow:
 
   Attributes:
     tokens_T: int32; 0 in padding.
-    segments_T: int32, numbered from 1 in the row's own order; 0 is padding.
-    mask_T: bool, the tokens that the documents want trained on. `label_mask` says which of them
-      can be: the first token of a segment has nothing to predict it.
-    smoothing_T: float32, label smoothing, the same for all tokens of a document.
+    segments_T: int32, numbered from 1 within the row; 0 in padding.
+    mask_T: bool, True for tokens that are trained on. The first token of a segment is never
+      trained on, since no position predicts it (see `label_mask`).
+    smoothing_T: float32, the label smoothing, equal for all tokens of a document.
   """
 
   tokens_T: np.ndarray
@@ -50,20 +50,20 @@ class PackedRow:
   smoothing_T: np.ndarray
 
   def record(self) -> dict[str, np.ndarray]:
-    """Returns a record without targets, whose mask is True at the positions with a label."""
+    """Returns a record without targets; its mask is True at positions whose label is trained on."""
     mask_T = label_mask(self.segments_T, self.mask_T)
     return {"tokens_T": self.tokens_T, "segments_T": self.segments_T, "mask_T": mask_T}
 
 
 class ModelRows(NamedTuple):
-  """Packed rows as a model reads them, and their labels; each array is [..., T].
+  """The inputs and labels of packed rows; each array is [..., T].
 
   Attributes:
     tokens: int32.
-    positions: int32, from 0 in each segment, and in the padding.
+    positions: int32, counted from 0 in each segment and in the padding.
     segments: int32.
-    labels: int32, the next token; of the last position 0.
-    mask: bool, the positions whose label is trained on.
+    labels: int32, the next token; 0 at the last position.
+    mask: bool, True at positions whose label is trained on.
   """
 
   tokens: np.ndarray
@@ -76,26 +76,27 @@ class ModelRows(NamedTuple):
 def pack(
   documents: Iterable[Document], seq_len: int, eos_id: int | None, whole: bool = False
 ) -> Iterator[PackedRow]:
-  """Packs documents into rows of `seq_len` tokens, in order, losing and doubling none.
+  """Packs documents into rows of `seq_len` tokens, in order; every token occurs once.
 
   Args:
-    documents: token ids, all of which are trained on, or masked documents. Empty ones are skipped.
-    seq_len: tokens a row, at least 2.
-    eos_id: appended to every document, and trained on where the document's last token is; None
-      appends nothing.
-    whole: a document that does not fit into what is left of a row begins the next one, so that
+    documents: Token ids, all of which are trained on, or masked documents. Empty ones are skipped.
+    seq_len: The number of tokens per row, at least 2.
+    eos_id: A token that is appended to every document, and trained on if the document's last token
+      is. None: nothing is appended.
+    whole: True to start a new row for a document that does not fit into the current one, so that
       only documents longer than a row are cut.
 
   Yields:
-    Rows; the last is padded. One row is held at a time.
+    The rows. The last one is padded. Only one row is in memory at a time.
 
   Raises:
-    InputError: a document is not token ids, or there are no tokens at all.
+    InputError: If an argument is invalid, a document is not a sequence of token ids, or there are
+      no tokens.
   """
   if seq_len < 2:
-    raise InputError(f"seq_len is {seq_len}; a row needs at least 2 tokens for one label")
+    raise bad_value("seq_len", seq_len, "at least 2 tokens, for one label", "Increase it")
   if eos_id is not None and not 0 <= eos_id < 2**31:
-    raise InputError(f"eos_id is {eos_id}; give a token id, or None to append nothing")
+    raise bad_value("eos_id", eos_id, "a token id, or None to append nothing", "Correct it")
   return _rows(documents, seq_len, eos_id, whole)
 
 
@@ -118,15 +119,15 @@ def _rows(
   if row.filled:
     yield row.row
   elif is_empty:
-    raise InputError("the documents hold no tokens at all, so there is nothing to pack")
+    raise InputError("The documents contain no tokens. Use a corpus that contains text.")
 
 
 class _OpenRow:
-  """A row that is being filled.
+  """A row that is not full yet.
 
   Attributes:
-    row: its arrays.
-    filled: how many of its tokens there are.
+    row: The row's arrays.
+    filled: The number of tokens in the row.
   """
 
   def __init__(self, seq_len: int):
@@ -138,7 +139,7 @@ class _OpenRow:
     return len(self.row.tokens_T) - self.filled
 
   def add(self, ids: np.ndarray, mask: np.ndarray, smoothing: float) -> int:
-    """Adds a segment of as many of the tokens as there is room for; returns how many."""
+    """Adds the first tokens as a segment, up to the row's end, and returns their number."""
     n = min(self.room, len(ids))
     part = slice(self.filled, self.filled + n)
     self._segments += 1
@@ -149,13 +150,14 @@ class _OpenRow:
 
 
 def label_mask(segments: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """Returns the positions whose label is trained on, bool [..., T].
+  """Returns the mask of positions whose label is trained on, bool [..., T].
 
-  The label of a position is the next token of its own segment, so there is none at the end of a
-  segment or of the row, and in padding.
+  The label of a position is the next token of the same segment. So the last position of a segment
+  or row has no label, and padding has none.
 
   Args:
-    segments, mask: [..., T], as in `PackedRow`.
+    segments: int32 [..., T], as in `PackedRow`.
+    mask: bool [..., T], True for tokens that are trained on, as in `PackedRow`.
   """
   out = np.zeros(mask.shape, bool)
   same = segments[..., 1:] == segments[..., :-1]
@@ -164,18 +166,23 @@ def label_mask(segments: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def to_inputs(tokens: np.ndarray, segments: np.ndarray, mask: np.ndarray) -> ModelRows:
-  """Returns packed rows as a model reads them, and their labels (see `label_mask`).
+  """Returns the inputs and labels of packed rows (see `label_mask` for the mask of labels).
 
   Args:
-    tokens, segments, mask: [..., T], as in `PackedRow`.
+    tokens: Integers [..., T], as in `PackedRow`.
+    segments: Integers [..., T], as in `PackedRow`.
+    mask: bool [..., T], True for tokens that are trained on, as in `PackedRow`.
+
+  Raises:
+    InputError: If the shapes differ.
   """
   if not tokens.shape == segments.shape == mask.shape or tokens.ndim < 1:
     raise InputError(
-      f"tokens {tokens.shape}, segments {segments.shape} and mask {mask.shape} are rows of one "
-      "shape; give all three as [..., T]"
+      f"tokens, segments and mask have the shapes {tokens.shape}, {segments.shape} and "
+      f"{mask.shape}; expected one shape [..., T]."
     )
   t_T = np.arange(tokens.shape[-1], dtype=np.int32)
-  first = np.insert(segments[..., 1:] != segments[..., :-1], 0, True, axis=-1)  # of its segment
+  first = np.insert(segments[..., 1:] != segments[..., :-1], 0, True, axis=-1)  # in its segment
   positions = t_T - np.maximum.accumulate(np.where(first, t_T, 0), axis=-1)
   labels = np.zeros_like(tokens, dtype=np.int32)
   labels[..., :-1] = tokens[..., 1:]
@@ -191,7 +198,7 @@ def to_inputs(tokens: np.ndarray, segments: np.ndarray, mask: np.ndarray) -> Mod
 def _arrays(
   document: Document, number: int, eos_id: int | None
 ) -> tuple[np.ndarray, np.ndarray, float]:
-  """Returns (ids int32, mask bool, label smoothing) of a document, its end token included."""
+  """Returns (ids int32, mask bool, label smoothing) for a document, including its end token."""
   masked = MaskedDocument(*document) if isinstance(document, tuple) else None
   ids = np.asarray(masked.ids if masked else document)
   smoothing = masked.smoothing if masked else 0.0
@@ -199,13 +206,14 @@ def _arrays(
     return np.zeros(0, np.int32), np.zeros(0, bool), smoothing
   if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2**31:
     raise InputError(
-      f"document {number} is {ids.dtype} {ids.shape} from {ids.min()} to {ids.max()}; token ids "
-      "are one row of integers from 0 to 2**31 - 1"
+      f"Document {number} is an array of {ids.dtype} {ids.shape} from {ids.min()} to {ids.max()}; "
+      "expected a sequence of token ids, integers from 0 to 2**31 - 1."
     )
   mask = np.asarray(masked.mask, bool) if masked else np.ones(len(ids), bool)
   if mask.shape != ids.shape:
     raise InputError(
-      f"document {number} has {len(ids)} tokens and a mask of shape {mask.shape}; give one each"
+      f"Document {number} has {len(ids)} tokens and a mask of shape {mask.shape}; expected one "
+      "mask value per token."
     )
   if eos_id is not None:
     ids, mask = np.append(ids, eos_id), np.append(mask, mask[-1])

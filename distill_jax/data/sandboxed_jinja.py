@@ -1,4 +1,7 @@
-"""Jinja as transformers sets it up for chat templates, which are untrusted code."""
+"""A sandboxed Jinja environment for chat templates, which are untrusted code.
+
+The environment has the filters and functions of transformers' environment.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ with extras.needed("train"):
   import jinja2.sandbox
   import jinja2.utils
 
-MARKS = ("\ufdd0", "\ufdd1")  # Unicode's noncharacters, for use inside a program
-# A message's reasoning goes by three names; templates read the first, a few the second.
+MARKS = ("\ufdd0", "\ufdd1")  # Unicode noncharacters, which are reserved for internal use
+# Three names of the key with a message's reasoning. Most templates read the first, some the second.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-# What Python raises for an operation that a template has no right to.
+# Python exceptions that an invalid operation in a template can raise.
 FAULTS = (
   TypeError,
   ValueError,
@@ -38,11 +41,11 @@ FAULTS = (
 
 
 class _Raised(jinja2.TemplateError):
-  """A template's own raise_exception."""
+  """The exception of a template's call of raise_exception."""
 
 
 class _Generation(jinja2.ext.Extension):
-  """`{% generation %}`, around what the assistant says: writes its body as it is."""
+  """The tag `{% generation %}` around the assistant's text; writes its body unchanged."""
 
   tags = {"generation"}
   marks = ("", "")
@@ -57,13 +60,13 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _MarkedGeneration(_Generation):
-  """The same, with marks before and after the body."""
+  """The tag `{% generation %}`, with marks written before and after its body."""
 
   marks = MARKS
 
 
 class _Namespace(jinja2.utils.Namespace):
-  """A namespace without underscored names, which Python might call past the sandbox."""
+  """A namespace without names that start with "_", which Python could call outside the sandbox."""
 
   def __setitem__(self, name: str, value: Any) -> None:
     super().__setitem__(_checked(name), value)
@@ -71,37 +74,57 @@ class _Namespace(jinja2.utils.Namespace):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """A chat template, ready to render.
+  """A compiled chat template.
 
   Attributes:
-    where: whose it is.
-    reads: names that it reads and does not set.
-    generation: whether it has `{% generation %}` blocks.
+    where: The name of the template, for messages.
+    reads: The names of the variables that it reads and does not set.
+    generation: True if it has `{% generation %}` blocks.
+    templates: The template without and with marks around generation blocks.
   """
 
   where: str
   reads: frozenset[str]
   generation: bool
-  templates: tuple[jinja2.Template, jinja2.Template]  # without and with marks
+  templates: tuple[jinja2.Template, jinja2.Template]
 
   def render(self, values: JsonObject, marked: bool = False) -> str:
-    """The text, or that with MARKS around each generation block."""
+    """Renders the template.
+
+    Args:
+      values: The variables.
+      marked: True to put MARKS around each generation block.
+
+    Raises:
+      InputError: If the template raises an exception or fails, or if its text contains MARKS.
+    """
     try:
       text = self.templates[marked].render(values)
     except _Raised as e:
-      raise InputError(f"{self.where} refuses these messages: {e}") from e
+      raise InputError(f"{self.where} rejects these messages: {str(e).rstrip('.')}.") from e
     except (jinja2.TemplateError, *FAULTS) as e:
       raise InputError(
-        f"{self.where} fails on these messages ({type(e).__name__}: {e}); mend one of the two"
+        f"{self.where} fails on these messages ({type(e).__name__}: {e}). Correct the template or "
+        "the messages."
       ) from e
     if not marked and any(mark in text for mark in MARKS):
-      raise InputError("a chat holds U+FDD0 or U+FDD1, which no text may; take them out")
+      raise InputError(
+        "A chat contains U+FDD0 or U+FDD1, which are not allowed in text. Remove them."
+      )
     return text
 
   def blocks(self, text: str, marked: str) -> tuple[tuple[int, int], ...]:
-    """(start, end) of the generation blocks in `text`, given what the marked template writes."""
+    """Returns the (start, end) character offsets of the generation blocks in a rendered text.
+
+    Args:
+      text: The text rendered without marks.
+      marked: The text rendered with marks.
+
+    Raises:
+      InputError: If the template changes the text of a block after it is written.
+    """
     spans: list[tuple[int, int]] = []
-    opened: list[int] = []  # a block may hold others
+    opened: list[int] = []  # blocks may be nested
     at = 0
     for part in (parts := re.split(f"([{''.join(MARKS)}])", marked)):
       if part == MARKS[0]:
@@ -114,18 +137,22 @@ class Compiled:
         at += len(part)
     if "".join(p for p in parts if p not in MARKS) != text or opened:
       raise InputError(
-        f"{self.where} works on the text of a generation block after it is written, so its "
-        "place is lost; put the block around the final text"
+        f"{self.where} changes the text of a generation block after the block, so the place of the "
+        "text is unknown. Put the block around the final text."
       )
     return tuple(spans)
 
 
 @functools.lru_cache(maxsize=64)
 def compiled(source: str, where: str) -> Compiled:
-  """A template's source, compiled.
+  """Compiles a template.
+
+  Args:
+    source: The Jinja source.
+    where: The name of the template, for messages.
 
   Raises:
-    InputError: it is no Jinja.
+    InputError: If the source is not valid Jinja.
   """
   plain, marked = _environment(_Generation), _environment(_MarkedGeneration)
   try:
@@ -134,7 +161,7 @@ def compiled(source: str, where: str) -> Compiled:
     has = next(tree.find_all(jinja2.nodes.ExtensionAttribute), None) is not None
     return Compiled(where, reads, has, (plain.from_string(source), marked.from_string(source)))
   except (jinja2.TemplateError, *FAULTS) as e:
-    raise InputError(f"{where} is no Jinja that can be read ({e}); mend it") from e
+    raise InputError(f"{where} is not valid Jinja ({str(e).rstrip('.')}). Correct it.") from e
 
 
 @functools.cache
@@ -142,13 +169,19 @@ def _environment(generation: type[_Generation]) -> jinja2.Environment:
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[generation, jinja2.ext.loopcontrols]
   )
-  environment.filters["tojson"] = _tojson  # Jinja's own escapes HTML
+  environment.filters["tojson"] = _tojson  # Jinja's filter escapes HTML
   environment.globals |= {"raise_exception": _raise, "namespace": _namespace}
   return environment
 
 
 def plain(value: Any) -> Any:
-  """A copy of plain JSON types: any other object has methods that a template could call."""
+  """Returns a copy of a JSON value in plain Python types.
+
+  Other objects are refused, since they have methods that a template could call.
+
+  Raises:
+    InputError: If the value is not a JSON value.
+  """
   if value is None or isinstance(value, bool):
     return value
   for kind in (str, int, float):
@@ -158,14 +191,22 @@ def plain(value: Any) -> Any:
     return {plain(k): plain(v) for k, v in value.items()}
   if isinstance(value, list | tuple):
     return [plain(v) for v in value]
-  raise InputError(f"a chat holds a {type(value).__name__}; give what JSON can hold")
+  raise InputError(
+    f"A chat contains a value of type {type(value).__name__}; expected only JSON values."
+  )
 
 
 def message(given: Any) -> JsonObject:
-  """A chat's message as transformers hands it to a template: nothing that is None, and the
-  reasoning under the names that templates read."""
+  """Returns a message in the form that transformers passes to a template.
+
+  Keys with the value None are removed, and the reasoning is available under both names that
+  templates read.
+
+  Raises:
+    InputError: If the message is not a dict with a role.
+  """
   if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
-    raise InputError(f"a message is {given!r:.80}; it is a dictionary with a role")
+    raise InputError(f"A message is {given!r:.80}; expected a dict with a role.")
   out = plain({k: v for k, v in given.items() if v is not None})
   reasoning = next((out[k] for k in REASONING if k in out), None)
   return (
@@ -195,5 +236,5 @@ def _namespace(*args: Any, **kwargs: Any) -> _Namespace:
 
 def _checked(name: Any) -> Any:
   if isinstance(name, str) and name.startswith("_"):
-    raise jinja2.sandbox.SecurityError(f"a namespace may hold no {name!r}")
+    raise jinja2.sandbox.SecurityError(f"a namespace must not contain {name!r}")
   return name

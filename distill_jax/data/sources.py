@@ -1,8 +1,7 @@
-"""Where text comes from: a stream of documents, always in the same order.
+"""Document sources: streams of text documents in a fixed order.
 
-What is held out is a function of the documents alone: a document goes by a hash of its
-text (of its topic's name for `pydoc`), so neither order nor company moves it, and equal
-documents fall on the same side.
+The split of a document depends only on a hash of its text (for `pydoc`, of its topic's name). So it
+does not depend on the order or on other documents, and equal documents are in the same split.
 """
 
 from __future__ import annotations
@@ -14,31 +13,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill_jax.data import jsonl
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.runtime import extras, json_io
 from distill_jax.types import JsonObject
 
 KINDS = ("pydoc", "text", "jsonl", "chat", "tfds")
-RUN = 8  # words: a shared run as long as this counts as the same text
+RUN = 8  # number of consecutive words that two texts must share to be considered the same text
 
 
 @dataclasses.dataclass(frozen=True)
 class DocumentSource:
-  """A corpus.
+  """A corpus, or a split of one.
 
   Attributes:
-    kind: "pydoc", Python's language reference as the running CPython carries it, a topic
-      a document; "text", a UTF-8 file or a folder of .txt files, a file a document;
-      "jsonl", a file or a folder of .jsonl files, one object a line; "chat", the same, each
-      line a chat and a document as it stands (chat_dataset.py); "tfds", a TFDS dataset in
-      array_record format.
-    path: the file or folder. For tfds a prepared folder (it holds dataset_info.json), or
-      DATA_DIR/NAME[:VERSION], or a NAME in TFDS's own data folder. Empty for pydoc.
-    split: "train" or "heldout"; for tfds any split the dataset has ("train[:90%]").
-    field: which field holds the text (jsonl, tfds).
-    heldout_fraction: the share of documents held out, in expectation. 0 takes every
-      document whatever the split: for a corpus with a held-out file of its own. TFDS has
-      splits of its own and does not read this.
+    kind: The format:
+      "pydoc": Python's language reference, from the running CPython; each topic is a document.
+      "text": A UTF-8 file, or a folder of .txt files; each file is a document.
+      "jsonl": A .jsonl file or a folder of them; each line is a JSON object with a text.
+      "chat": A .jsonl file or a folder of them; each line is a chat (chat_dataset.py), and a
+        document is the raw line.
+      "tfds": A TFDS dataset in array_record format.
+    path: The file or folder; "" for "pydoc". For "tfds", a prepared folder (with
+      dataset_info.json), DATA_DIR/NAME[:VERSION], or a NAME in TFDS's default folder.
+    split: "train" or "heldout"; for "tfds", any split of the dataset, e.g. "train[:90%]".
+    field: The field that contains the text, for "jsonl" and "tfds".
+    heldout_fraction: The expected fraction of held-out documents. 0 puts every document into both
+      splits, for a corpus with a separate held-out file. Not used for "tfds".
   """
 
   kind: str
@@ -49,25 +49,28 @@ class DocumentSource:
 
   def __post_init__(self):
     if self.kind not in KINDS:
-      raise InputError(f"source kind is {self.kind!r}; it can be one of {', '.join(KINDS)}")
+      raise bad_value("kind", self.kind, f"one of {KINDS}", "Choose one of them")
     if self.kind != "tfds" and self.split not in ("train", "heldout"):
-      raise InputError(f"split is {self.split!r}; a {self.kind} source has 'train' and 'heldout'")
+      raise bad_value("split", self.split, "'train' or 'heldout'", "Choose one of them")
     if not 0 <= self.heldout_fraction < 1:
-      raise InputError(f"heldout_fraction is {self.heldout_fraction}; give at least 0 and below 1")
+      raise bad_value(
+        "heldout_fraction", self.heldout_fraction, "a fraction in [0, 1)", "Correct it"
+      )
     if self.kind == "pydoc" and self.split == "heldout" and self.heldout_fraction == 0:
-      raise InputError("heldout_fraction is 0, so pydoc has no held-out topics; give 0.1, say")
+      expected = "a positive fraction for the split 'heldout' of pydoc"
+      raise bad_value("heldout_fraction", self.heldout_fraction, expected, "Set it, e.g. to 0.1")
     if self.kind != "pydoc" and not self.path:
-      raise InputError(f"a {self.kind} source has no path; name its file or folder in `path`")
+      raise bad_value("path", self.path, f"a file or folder for kind={self.kind!r}", "Set it")
 
 
 def documents(source: DocumentSource) -> Iterator[str]:
-  """Yields the documents of a source. Blank ones are skipped.
+  """Yields the documents of a source, except blank ones.
 
-  Text is taken as it stands, line ends included: nothing is normalised.
+  Text is not normalised, and line ends are kept.
 
   Raises:
-    InputError: a file that is missing, malformed or not UTF-8, or no document at all.
-      Files and arguments are checked as the stream reaches them.
+    InputError: If a file is missing, malformed or not UTF-8, or there is no document. Files are
+      checked when the stream reaches them.
   """
   read = {"pydoc": _pydoc, "text": _text, "jsonl": _jsonl, "chat": _lines, "tfds": _tfds}[
     source.kind
@@ -81,37 +84,42 @@ def documents(source: DocumentSource) -> Iterator[str]:
       kept += 1
       yield document
   if not kept:
-    where = source.path or "the topics"
+    where = source.path or "pydoc"
+    if not seen:
+      raise InputError(f"{where} has no document with text. Use another corpus.")
     raise InputError(
-      f"{where}: no text in any document; give a corpus that holds some"
-      if not seen
-      else f"{where}: none of its {seen} documents falls into split {source.split!r}; give more "
-      "documents, or heldout_fraction=0 and a file of its own for each split"
+      f"{where} has {seen} documents, but the split {source.split!r} has none of them. Add "
+      "documents, or use a separate file for each split with heldout_fraction=0."
     )
 
 
 def in_split(key: str, source: DocumentSource) -> bool:
-  """Returns whether the document with this key belongs to the source's split."""
+  """Returns True if the document with this key belongs to the source's split.
+
+  Args:
+    key: The document's text or name, whose hash determines the split.
+    source: The source.
+  """
   if source.heldout_fraction == 0:
     return True
-  where = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
-  return (where < source.heldout_fraction) == (source.split == "heldout")
+  share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+  return (share < source.heldout_fraction) == (source.split == "heldout")
 
 
 def _pydoc(source: DocumentSource) -> Iterator[str]:
-  """Topics sorted by name, split by name, less the training text that is held out.
+  """Yields the topics of the split, sorted by name, without held-out text in training topics.
 
-  The reference repeats itself: "compound" holds all of "for" and "while". Nine tenths of
-  the held-out lines would stand in the training topics too, so a training paragraph that
-  shares a run of eight words with a held-out topic is left out.
+  The reference repeats itself: "compound" contains all of "for" and "while". Nine tenths of the
+  held-out lines also occur in training topics, so every training paragraph that shares a run of
+  RUN words with a held-out topic is removed.
   """
   topics = importlib.import_module("pydoc_data.topics").topics
   names = [name for name in sorted(topics) if in_split(name, source)]
   if source.split == "heldout" or source.heldout_fraction == 0:
     yield from (topics[name] for name in names)
     return
-  mine = set(names)
-  heldout = {run for name in topics if name not in mine for run in _runs(topics[name])}
+  train = set(names)
+  heldout = {run for name in topics if name not in train for run in _runs(topics[name])}
   for name in names:
     paragraphs = topics[name].split("\n\n")
     yield "\n\n".join(p for p in paragraphs if heldout.isdisjoint(_runs(p)))
@@ -126,10 +134,10 @@ def _files(source: DocumentSource, suffix: str) -> list[Path]:
   path = Path(source.path)
   if path.is_dir():
     if not (files := sorted(p for p in path.glob(f"*{suffix}") if p.is_file())):
-      raise InputError(f"{path} is a folder without {suffix} files; name one that has some")
+      raise InputError(f"{path} is a folder without {suffix} files. Name another folder.")
     return files
   if not path.is_file():
-    raise InputError(f"{path} is not there; name a {suffix} file or a folder of them")
+    raise InputError(f"{path} does not exist. Name a {suffix} file or a folder of them.")
   return [path]
 
 
@@ -149,7 +157,7 @@ def _lines(source: DocumentSource) -> Iterator[str]:
 
 
 def lines(source: DocumentSource) -> Iterator[jsonl.Line]:
-  """Yields the lines of a source's .jsonl files that are not blank, of both splits."""
+  """Yields the lines of a source's .jsonl files, of both splits, except blank lines."""
   return jsonl.read_lines(*_files(source, ".jsonl"))
 
 
@@ -161,18 +169,22 @@ def _utf8(raw: bytes, where: str) -> str:
 
 
 def _string(record: JsonObject, field: str, where: str) -> str:
-  """The text in one field; bytes (as TFDS gives them) are UTF-8."""
+  """Returns the text in one field; bytes (from TFDS) are decoded as UTF-8."""
   if field not in record:
-    names = ", ".join(map(repr, record)) or "none"
-    raise InputError(f"{where}: no field {field!r}; the fields there are {names}")
+    names = ", ".join(map(repr, record)) or "no fields"
+    raise InputError(f"{where} has no field {field!r} (it has {names}). Name another field.")
   value = record[field]
   if isinstance(value, bytes):
     return _utf8(value, f"{where}, field {field!r}")
   if not isinstance(value, str):
     kind = type(value).__name__
-    raise InputError(f"{where}: field {field!r} holds {kind}; name one that holds a string")
+    raise InputError(
+      f"{where}: field {field!r} has the type {kind}; expected a string. Name another field."
+    )
   if half := json_io.lone_surrogate(value):
-    raise InputError(f"{where}: field {field!r} holds half a surrogate pair, {half!r}; mend it")
+    raise InputError(
+      f"{where}: field {field!r} contains half a surrogate pair, {half!r}. Correct the text."
+    )
   return value
 
 
@@ -190,8 +202,8 @@ def _tfds(source: DocumentSource) -> Iterator[str]:
   except (ValueError, NotImplementedError, AssertionError, FileNotFoundError) as e:
     reason = str(e).partition("\n")[0].rstrip(". ")
     raise InputError(
-      f"{path}: split {source.split!r} cannot be read ({reason}); give a dataset prepared with "
-      "file_format='array_record' and one of its splits"
+      f"{path}: split {source.split!r} cannot be read ({reason}). Name a split of a dataset that "
+      "was prepared with file_format='array_record'."
     ) from e
   for number, record in enumerate(records):
     yield _string(record, source.field, f"{path}[{source.split}], record {number}")

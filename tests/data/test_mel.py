@@ -1,4 +1,4 @@
-"""Log-mel frames against transformers' feature extractor; wav files whole and damaged."""
+"""Log-mel features equal those of transformers; wav files of all kinds, intact and damaged."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def test_frames_are_those_of_transformers(seconds, frames, bins):
   want = extractor(x, sampling_rate=mel.RATE, return_tensors="np").input_features[0].T
   got = mel.log_mel(x, frames, bins)
   assert got.shape == want.shape == (frames, bins)
-  # log10 of float32 energies, whose least are sums that cancel: 2e-5 seen.
+  # log10 of float32 energies; the smallest suffer from cancellation (2e-5 observed).
   np.testing.assert_allclose(got, want, atol=1e-4)
 
 
@@ -28,7 +28,7 @@ def test_wav_of_every_width(tmp_path, width):
   x = sound(0.3, 8000)
   got, rate = mel.read_wav(write_wav(tmp_path / "a.wav", x, 8000, width))
   assert rate == 8000 and got.dtype == np.float32
-  # Half a step, and that the largest value is one step short of 1.
+  # The tolerance is half a step, plus half a step since the largest value is one step below 1.
   np.testing.assert_allclose(got, x, atol=2.0 ** (1 - 8 * width) + 1e-7)
 
 
@@ -45,28 +45,31 @@ def test_resampling_keeps_a_tone():
   y = mel.resampled(x, 8000)
   want = np.sin(2 * np.pi * 440 * np.arange(16_000) / mel.RATE)
   assert len(y) == 16_000
-  # Away from the ends, where the filter reads zeros: its ripple.
+  # The tolerance is the filter's ripple. The ends, where the filter reads zeros, are excluded.
   np.testing.assert_allclose(y[400:-400], want[400:-400], atol=2e-3)
   assert mel.resampled(x, mel.RATE) is x
 
 
 @pytest.mark.parametrize(
-  "spoil, says",
+  "damage, message",
   [
-    (lambda raw: b"", "is no wav file"),
-    (lambda raw: b"RIFFnothing of the kind", "is no wav file"),
-    (lambda raw: raw[:-100], "holds 950 of the 1000 samples"),
-    (lambda raw: raw.replace(b"WAVEfmt \x10\0\0\0\x01", b"WAVEfmt \x10\0\0\0\x03"), "no wav file"),
+    (lambda raw: b"", "is not a wav file"),
+    (lambda raw: b"RIFFnothing of the kind", "is not a wav file"),
+    (lambda raw: raw[:-100], "is truncated: it has 950 of the 1000 samples"),
+    (
+      lambda raw: raw.replace(b"WAVEfmt \x10\0\0\0\x01", b"WAVEfmt \x10\0\0\0\x03"),
+      "is not a wav file with integer samples",
+    ),
   ],
-  ids=["empty", "no wav", "cut short", "floats"],
+  ids=["empty", "not a wav file", "truncated", "floats"],
 )
-def test_damaged_files_are_named(tmp_path, spoil, says):
+def test_damaged_files_are_errors(tmp_path, damage, message):
   path = write_wav(tmp_path / "a.wav", np.zeros(1000, np.float32), 8000)
-  path.write_bytes(spoil(path.read_bytes()))
-  with pytest.raises(InputError, match=f"a.wav.*{says}|a.wav {says}"):
+  path.write_bytes(damage(path.read_bytes()))
+  with pytest.raises(InputError, match=f"a.wav {message}"):
     mel.read_wav(path)
 
 
-def test_a_file_without_a_sound_is_named(tmp_path):
-  with pytest.raises(InputError, match="holds 0 of the 0 samples"):
+def test_a_file_without_samples_is_an_error(tmp_path):
+  with pytest.raises(InputError, match="a.wav has no samples"):
     mel.read_wav(write_wav(tmp_path / "a.wav", np.zeros(0, np.float32), 8000))

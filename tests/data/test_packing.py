@@ -1,4 +1,4 @@
-"""Tests data/packing.py against a row-by-row reading of the rules."""
+"""Packing follows its rules, checked token by token."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from distill_jax.data.packing import pack, to_inputs
 from distill_jax.errors import InputError
 
 EOS = 999
-# Every token of a corpus is another number, so that a lost or doubled one shows.
+# All tokens of a corpus differ, so that a lost or repeated token is noticed.
 CORPORA = st.lists(st.integers(0, 23), min_size=1, max_size=12).filter(any)
 
 
@@ -22,7 +22,7 @@ def corpus(lengths):
 
 @settings(max_examples=200, deadline=None)
 @given(CORPORA, st.integers(2, 17), st.sampled_from([EOS, None]))
-def test_no_token_is_lost_doubled_or_moved(lengths, seq_len, eos_id):
+def test_no_token_is_lost_repeated_or_moved(lengths, seq_len, eos_id):
   documents = corpus(lengths)
   rows = list(pack(iter(documents), seq_len, eos_id))
   laid = [t for d in documents if d for t in d + ([EOS] if eos_id is not None else [])]
@@ -52,7 +52,7 @@ def test_segments_are_documents(lengths, seq_len):
 
 @settings(max_examples=200, deadline=None)
 @given(CORPORA, st.integers(2, 17), st.randoms(use_true_random=False))
-def test_inputs_read_position_by_position(lengths, seq_len, random):
+def test_inputs_and_labels_are_right_at_every_position(lengths, seq_len, random):
   documents = [(d, [random.random() < 0.5 for _ in d]) for d in corpus(lengths)]
   wanted = {t: m for ids, mask in documents for t, m in zip(ids, mask, strict=True)}
   rows = list(pack(documents, seq_len, None))
@@ -77,7 +77,7 @@ def test_inputs_read_position_by_position(lengths, seq_len, random):
     )
 
 
-def test_by_hand():
+def test_a_worked_example():
   rows = list(pack([[1, 2, 3], [], [4], [5, 6]], 5, 9))
   assert [r.tokens_T.tolist() for r in rows] == [[1, 2, 3, 9, 4], [9, 5, 6, 9, 0]]
   assert [r.segments_T.tolist() for r in rows] == [[1, 1, 1, 1, 2], [1, 2, 2, 2, 0]]
@@ -87,13 +87,13 @@ def test_by_hand():
   assert mask.tolist() == [True, True, True, False, False]
 
 
-def test_eos_is_learnt_where_the_last_token_is():
-  learnt, not_learnt = ([1, 2], [False, True]), ([3, 4], [True, False])
-  row = next(pack([learnt, not_learnt], 6, 9))
+def test_eos_is_trained_on_if_the_last_token_is():
+  trained, not_trained = ([1, 2], [False, True]), ([3, 4], [True, False])
+  row = next(pack([trained, not_trained], 6, 9))
   assert row.mask_T.tolist() == [False, True, True, True, False, False]
 
 
-def test_streams():
+def test_documents_are_read_lazily():
   taken = 0
 
   def endless():
@@ -104,27 +104,27 @@ def test_streams():
 
   rows = list(itertools.islice(pack(endless(), 8, None), 5))
   assert len(rows) == 5 and taken <= 14
-  assert len({id(r.tokens_T) for r in rows}) == 5  # a row is not written again after it is given
+  assert len({id(r.tokens_T) for r in rows}) == 5  # arrays of a row are not reused
 
 
 @pytest.mark.parametrize(
-  "documents, says",
+  "documents, message",
   [
-    ([[1, -2]], "document 0"),
-    ([[1], [1.5]], "document 1"),
-    ([[[1]]], "document 0"),
-    ([[2**31]], "document 0"),
+    ([[1, -2]], "Document 0"),
+    ([[1], [1.5]], "Document 1"),
+    ([[[1]]], "Document 0"),
+    ([[2**31]], "Document 0"),
     ([([1, 2], [True])], "mask of shape"),
     ([], "no tokens"),
     ([[], []], "no tokens"),
   ],
 )
-def test_refuses(documents, says):
-  with pytest.raises(InputError, match=says):
+def test_invalid_documents_are_errors(documents, message):
+  with pytest.raises(InputError, match=message):
     list(pack(documents, 4, None))
 
 
-def test_refuses_arguments_at_once():
+def test_invalid_arguments_are_errors_at_once():
   with pytest.raises(InputError, match="seq_len is 1"):
     pack([[1]], 1, None)
   with pytest.raises(InputError, match="eos_id is -1"):
@@ -133,7 +133,7 @@ def test_refuses_arguments_at_once():
     to_inputs(np.zeros((2, 4)), np.zeros((2, 4)), np.zeros((2, 3)))
 
 
-def test_padding_is_never_learnt_whatever_the_mask_says():
+def test_padding_is_never_trained_on_whatever_the_mask():
   segments = np.array([1, 1, 0, 0, 0])
   *_, mask = to_inputs(np.array([5, 6, 0, 0, 0]), segments, np.ones(5, bool))
   assert mask.tolist() == [True, False, False, False, False]

@@ -1,4 +1,4 @@
-"""Tests data/sources.py."""
+"""Document sources read all kinds of corpora and split them by content."""
 
 import hashlib
 import json
@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from distill_jax.data import sources
+from distill_jax.data import corpus, sources
+from distill_jax.data.options import DataOptions
 from distill_jax.data.sources import DocumentSource, documents
 from distill_jax.errors import InputError
 
@@ -28,7 +29,7 @@ def jsonl(tmp_path):
   return file
 
 
-def test_text_is_taken_as_it_stands(folder):
+def test_text_is_not_normalised(folder):
   assert list(documents(DocumentSource("text", str(folder), heldout_fraction=0))) == TEXTS
   one = DocumentSource("text", str(folder / "007.txt"), heldout_fraction=0)
   assert list(documents(one)) == [TEXTS[7]]
@@ -46,7 +47,7 @@ def test_splits_are_a_partition_by_content(jsonl):
   )
   assert sorted(train + heldout) == sorted(TEXTS)
   assert 5 <= len(heldout) <= 40  # binomial(200, 0.1): four deviations and more each way
-  # A document's side does not hang on the others, and equal documents share one.
+  # A document's split does not depend on the others, and equal documents have the same split.
   lines = [json.dumps({"text": t}) for t in (heldout[0], train[0], heldout[0])]
   jsonl.write_text("\n".join(lines))
   assert list(documents(DocumentSource("jsonl", str(jsonl), "heldout"))) == [heldout[0]] * 2
@@ -61,14 +62,14 @@ def test_pydoc_splits_by_topic():
   assert heldout == [topics[k] for k in sorted(topics) if side[k] < 0.1]
   assert 2 <= len(heldout) <= 0.25 * len(topics)
   assert len(heldout) + len(train) == len(topics)
-  # Nothing is added, and little is taken.
+  # Nothing is added, and little is removed.
   whole = sum(len(topics[k]) for k in topics if side[k] >= 0.1)
   assert 0.8 * whole < sum(map(len, train)) <= whole
   assert len(list(documents(DocumentSource("pydoc", heldout_fraction=0)))) == len(topics)
 
 
 def test_pydoc_training_text_holds_no_heldout_text():
-  """Python's reference repeats whole topics inside others; lines tell what would leak."""
+  """Python's reference repeats whole topics inside others, so a naive split would leak lines."""
 
   def long_lines(texts):
     return [s for text in texts for line in text.split("\n") if len(s := line.strip()) > 60]
@@ -91,27 +92,27 @@ def test_streams_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "raw, says",
+  "raw, message",
   [
     (b'{"text": "a"}\n{"text": "\xff"}\n', "Byte 24 is 0xff, which is not UTF-8"),
     (b'{"text": "a"}\n{"text": "b"', "line 2 is not JSON"),
     (b'{"text": "a"}\n["b"]\n', "line 2 is a JSON list"),
-    (b'{"body": "a", "id": 1}\n', "line 1: no field 'text'; the fields there are 'body', 'id'"),
-    (b'{"text": 3}\n', "field 'text' holds int"),
+    (b'{"body": "a", "id": 1}\n', r"line 1 has no field 'text' \(it has 'body', 'id'\)"),
+    (b'{"text": 3}\n', "field 'text' has the type int"),
     (b'{"text": "\\ud800"}\n', "half a surrogate pair"),
     (b"\xef\xbb\xbf{}", "line 1 is not JSON"),
-    (b"", "no text in any document"),
-    (b'{"text": " "}\n\n', "no text in any document"),
+    (b"", "has no document with text"),
+    (b'{"text": " "}\n\n', "has no document with text"),
   ],
 )
-def test_jsonl_refuses(tmp_path, raw, says):
+def test_invalid_jsonl_files_are_errors(tmp_path, raw, message):
   (file := tmp_path / "x.jsonl").write_bytes(raw)
-  with pytest.raises(InputError, match=says):
+  with pytest.raises(InputError, match=message):
     list(documents(DocumentSource("jsonl", str(file), heldout_fraction=0)))
 
 
-def test_text_refuses(tmp_path):
-  with pytest.raises(InputError, match="is not there"):
+def test_invalid_text_files_are_errors(tmp_path):
+  with pytest.raises(InputError, match="does not exist"):
     list(documents(DocumentSource("text", str(tmp_path / "gone.txt"))))
   with pytest.raises(InputError, match=r"without \.txt files"):
     list(documents(DocumentSource("text", str(tmp_path))))
@@ -124,23 +125,28 @@ def test_text_refuses(tmp_path):
     try:
       sides.append(len(list(documents(DocumentSource("text", str(tmp_path), split)))))
     except InputError as e:
-      assert "none of its 1 documents" in str(e) and split in str(e)
+      assert f"has 1 documents, but the split {split!r} has none" in str(e)
   assert sides == [1]
 
 
 @pytest.mark.parametrize(
-  "source, says",
+  "source, message",
   [
-    ({"kind": "csv"}, "source kind is 'csv'"),
-    ({"kind": "text"}, "has no path"),
+    ({"kind": "csv"}, "kind is 'csv'; expected one of"),
+    ({"kind": "text"}, "path is ''; expected a file or folder"),
     ({"kind": "text", "path": "a", "split": "test"}, "split is 'test'"),
     ({"kind": "text", "path": "a", "heldout_fraction": 1}, "heldout_fraction is 1"),
-    ({"kind": "pydoc", "split": "heldout", "heldout_fraction": 0}, "no held-out topics"),
+    ({"kind": "pydoc", "split": "heldout", "heldout_fraction": 0}, "heldout_fraction is 0; expec"),
   ],
 )
-def test_refuses_arguments(source, says):
-  with pytest.raises(InputError, match=says):
+def test_invalid_arguments_are_errors(source, message):
+  with pytest.raises(InputError, match=message):
     DocumentSource(**source)
+
+
+def test_errors_name_the_config_key():
+  with pytest.raises(InputError, match=r"^data\.kind is 'csv'; expected one of"):
+    corpus.source_of(DataOptions(kind="csv"))
 
 
 def test_tfds(tmp_path):
@@ -169,7 +175,7 @@ def test_tfds(tmp_path):
     list(documents(DocumentSource("tfds", str(tmp_path / "own_text"), "test", "body"))) == TEXTS[:2]
   )
   assert "tensorflow" not in __import__("sys").modules
-  for source, says in [
+  for source, message in [
     (
       DocumentSource("tfds", str(tmp_path / "own_text"), "heldout", "body"),
       "Unknown split 'heldout'",
@@ -180,9 +186,12 @@ def test_tfds(tmp_path):
       "no_such_text not found",
     ),
     (DocumentSource("tfds", str(tmp_path / "own_text"), "train"), "no field 'text'.*'body'"),
-    (DocumentSource("tfds", str(tmp_path / "own_text"), "train", "n"), "field 'n' holds int"),
+    (
+      DocumentSource("tfds", str(tmp_path / "own_text"), "train", "n"),
+      "field 'n' has the type int",
+    ),
   ]:
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
       list(documents(source))
 
 

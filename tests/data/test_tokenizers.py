@@ -1,4 +1,4 @@
-"""Tests data/tokenizers.py beside transformers and sentencepiece themselves."""
+"""Tokenizers give the ids and texts of transformers and sentencepiece."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def bpe(corpus):
-  """A byte-level BPE tokenizer, as most tokenizer.json files hold."""
+  """Returns a byte-level BPE tokenizer, the kind of most tokenizer.json files."""
   backend = tokenizers.Tokenizer(tokenizers.models.BPE())
   backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.decoder = tokenizers.decoders.ByteLevel()
@@ -49,7 +49,7 @@ def spm(corpus, tmp_path_factory):
   return path
 
 
-def test_json_equals_transformers(bpe, corpus, tmp_path):
+def test_tokenizer_json_equals_transformers(bpe, corpus, tmp_path):
   from transformers import PreTrainedTokenizerFast
 
   bpe.save(str(tmp_path / "tokenizer.json"))
@@ -63,7 +63,7 @@ def test_json_equals_transformers(bpe, corpus, tmp_path):
   assert ours.vocab_size == len(theirs) and ours.kind == "huggingface"
 
 
-def test_a_file_a_folder_and_text_are_one(bpe, tmp_path):
+def test_a_file_a_folder_and_text_give_the_same_tokenizer(bpe, tmp_path):
   bpe.save(str(tmp_path / "tokenizer.json"))
   as_text = (tmp_path / "tokenizer.json").read_text()
   three = [load_tokenizer(s) for s in (tmp_path, str(tmp_path / "tokenizer.json"), as_text)]
@@ -86,7 +86,7 @@ def test_a_length_limit_in_the_file_does_not_cut_text(bpe):
   assert len(ours.encode("a")) == 1
 
 
-def test_vocab_size_counts_rows_not_tokens(bpe):
+def test_vocab_size_is_the_largest_id_plus_one(bpe):
   text = json.loads(bpe.to_str())
   text["model"]["vocab"]["far"] = 900  # ids may have holes
   assert load_tokenizer(json.dumps(text)).vocab_size == 901
@@ -105,8 +105,12 @@ def test_special_tokens(bpe, tmp_path):
   assert load_tokenizer(tmp_path, bos=5).bos_id == 5
   bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
   assert load_tokenizer(bare.to_str()).eos_id is None
-  for wrong, says in (("<none>", "no token '<none>'"), (500, "500 is no token"), (-1, "no token")):
-    with pytest.raises(InputError, match=says):
+  for wrong, message in (
+    ("<none>", "has no token '<none>'"),
+    (500, "Token id 500 is outside the vocabulary"),
+    (-1, "Token id -1 is outside the vocabulary"),
+  ):
+    with pytest.raises(InputError, match=message):
       load_tokenizer(tmp_path, eos=wrong)
   (tmp_path / "tokenizer_config.json").write_text("{")
   with pytest.raises(InputError, match="tokenizer_config.json is not JSON"):
@@ -132,33 +136,33 @@ def test_trained_sentencepiece_loses_nothing(spm, text):
 
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
-def test_training_repeats_and_compresses(corpus, tmp_path, model_type):
+def test_training_is_reproducible_and_compresses(corpus, tmp_path, model_type):
   a = train_sentencepiece(corpus, 400, tmp_path / "a.model", model_type)
   b = train_sentencepiece(iter(corpus), 400, tmp_path / "deep" / "b.model", model_type)
   assert a.raw == b.raw == (tmp_path / "a.model").read_bytes() and a.digest == b.digest
   assert a.vocab_size == 400
-  # The 140 pieces beside the bytes were learnt from this corpus: text gets shorter.
+  # The 140 pieces that are not bytes were trained on this corpus, so its text gets shorter.
   assert sum(map(len, corpus)) > 1.5 * sum(map(len, a.encode_batch(corpus)))
   assert sorted(p.name for p in tmp_path.iterdir()) == ["a.model", "deep"]
 
 
 def test_training_keeps_long_lines(tmp_path):
-  """By default sentencepiece leaves lines over 4,192 bytes out, with a log line at most."""
+  """By default, sentencepiece skips lines over 4,192 bytes almost silently."""
   one_line = " ".join(["wonderful"] * 1000)
   assert train_sentencepiece([one_line], 285, tmp_path / "a.model", "bpe").token_id("▁wonderful")
 
 
-def test_training_refuses(tmp_path):
+def test_training_errors_keep_the_old_file(tmp_path):
   out = tmp_path / "a.model"
   out.write_bytes(b"kept")
-  for docs, size, kind, says in [
+  for docs, size, kind, message in [
     ([], 300, "unigram", "holds no text"),
     (["", "\n"], 300, "bpe", "holds no text"),
     (["abc"], 5000, "unigram", "5000 pieces.*too high"),
     (["abc"], 10, "bpe", "10 pieces"),
     (["abc"], 300, "word", "model_type is 'word'"),
   ]:
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
       train_sentencepiece(docs, size, out, kind)
 
   def broken():
@@ -178,32 +182,32 @@ def test_pickles(bpe, spm):
       assert getattr(again, name) == getattr(ours, name)
 
 
-def test_decode_refuses_foreign_ids(bpe, spm):
+def test_decoding_an_id_outside_the_vocabulary_is_an_error(bpe, spm):
   for ours in (load_tokenizer(bpe.to_str()), load_tokenizer(spm)):
     for bad in (-1, ours.vocab_size):
-      with pytest.raises(InputError, match=f"token id {bad} is outside"):
+      with pytest.raises(InputError, match=f"Token id {bad} is outside the vocabulary"):
         ours.decode([0, bad])
 
 
 @pytest.mark.parametrize(
-  "raw, says",
+  "raw, message",
   [
-    (b"", "neither.*empty"),
+    (b"", "is empty"),
     (b"not a model at all\n", "neither"),
     (b"\0" * 64, "neither"),
-    (b"{", "not whole JSON"),
+    (b"{", "not complete JSON"),
     (b'{"text": "a"}', "without a 'model'"),
-    (b'{"model": {"type": "Unheard"}}', "no tokenizer that `tokenizers` can read"),
-    (b'{"model": {"\xff": 1}}', "not whole JSON"),
+    (b'{"model": {"type": "Unheard"}}', "not a tokenizer that `tokenizers` can read"),
+    (b'{"model": {"\xff": 1}}', "not complete JSON"),
   ],
 )
-def test_a_file_that_is_neither_is_refused(tmp_path, raw, says):
+def test_a_file_that_is_not_a_tokenizer_is_an_error(tmp_path, raw, message):
   (file := tmp_path / "tokenizer.json").write_bytes(raw)
-  with pytest.raises(InputError, match=says):
+  with pytest.raises(InputError, match=message):
     load_tokenizer(file)
 
 
-def test_cut_files_are_refused(bpe, spm, tmp_path):
+def test_truncated_files_are_errors(bpe, spm, tmp_path):
   for raw in (bpe.to_str().encode(), spm.read_bytes()):
     for part in (0.1, 0.5, 0.9, 0.999):
       (file := tmp_path / "cut").write_bytes(raw[: int(len(raw) * part)])
@@ -211,7 +215,7 @@ def test_cut_files_are_refused(bpe, spm, tmp_path):
         load_tokenizer(file)
 
 
-def test_a_sentencepiece_model_without_end_is_none(corpus, tmp_path):
+def test_a_sentencepiece_model_without_eos_has_none(corpus, tmp_path):
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(corpus),
@@ -226,8 +230,8 @@ def test_a_sentencepiece_model_without_end_is_none(corpus, tmp_path):
   assert load_tokenizer(tmp_path).eos_id is None and load_tokenizer(file).bos_id is None
 
 
-def test_missing_is_refused(tmp_path):
-  with pytest.raises(InputError, match="is not there"):
+def test_missing_files_are_errors(tmp_path):
+  with pytest.raises(InputError, match="does not exist"):
     load_tokenizer(tmp_path / "tokenizer.json")
-  with pytest.raises(InputError, match="holds no tokenizer.json or tokenizer.model"):
+  with pytest.raises(InputError, match="has no tokenizer.json or tokenizer.model"):
     load_tokenizer(tmp_path)

@@ -136,7 +136,7 @@ def test_votes_become_label_smoothing(made):
   assert first["hard"] != first["ce"] and first["loss"] == pytest.approx(first["hard"])
 
   c.data.trust = "confidence"
-  with pytest.raises(InputError, match="field 'confidence' is None, and data.trust"):
+  with pytest.raises(InputError, match="Field 'confidence' is None; expected a number"):
     record(config.resolve(c), folder / "other")
   c.data.trust = ""
   record(config.resolve(c), folder / "plain")

@@ -92,10 +92,13 @@ def empty(folder):
 @pytest.mark.parametrize(
   "spoil, why",
   [
-    (lambda file: file.unlink(), "could be read when the run began"),
-    (lambda file: file.write_bytes(file.read_bytes()[:-40]), "could be read when the run began"),
-    (lambda file: Image.new("L", (W, W), 9).save(file), "has other pixels than when"),
-    (lambda file: Image.new("L", (W + 1, W)).save(file), "has other pixels than when"),
+    (lambda file: file.unlink(), "could be read at the start of the run"),
+    (
+      lambda file: file.write_bytes(file.read_bytes()[:-40]),
+      "could be read at the start of the run",
+    ),
+    (lambda file: Image.new("L", (W, W), 9).save(file), "has changed since the start of the run"),
+    (lambda file: Image.new("L", (W + 1, W)).save(file), "has changed since the start of the run"),
   ],
 )
 def test_a_file_that_changes_under_a_run_is_no_example(tmp_path, spoil, why):
@@ -130,7 +133,7 @@ def text(folder):
   "spoil, why, named, left",
   [
     (damaged, "is damaged", ("coat/9.png", "coat/cut.png"), 12),
-    (unknown, "is of class 'shoe'", ("shoe/0.png",), 12),
+    (unknown, "has class 'shoe'", ("shoe/0.png",), 12),
     (empty, "has no image", ("class 'bag'",), 8),
     (text, "neither PNG nor JPEG", ("bag/notes.txt",), 12),
   ],
@@ -144,13 +147,13 @@ def test_bad_files_stop_or_are_counted_and_named(tmp_path, capsys, spoil, why, n
   assert len(skipping.open("train", None)) == left
   said = capsys.readouterr().err
   assert why in said and all(name in said for name in named)
-  assert f"{len(named)} of {left + len(named)} examples left out" in said
+  assert f"{len(named)} of {left + len(named)} examples skipped" in said
 
 
 def test_labels_out_of_range_stop_or_are_counted_and_named(tmp_path, capsys):
   write_idx(tmp_path, 6, labels=[0, 1, 2, 3, 9, 0])
   path = tmp_path / "train"
-  with pytest.raises(InputError, match="image 3 of .* has label 3, and there are 3 classes"):
+  with pytest.raises(InputError, match="image 3 of .* has label 3, but there are 3 classes"):
     task(path).open("train", None)
   source = task(path, on_bad="skip", heldout=str(path)).open("train", None)
   np.testing.assert_array_equal(all_of(source)[1], [0, 1, 2, 0])
@@ -186,9 +189,9 @@ def fewer(folder):
   "spoil, why",
   [
     (cut_gzip, "damaged"),
-    (cut_array, "cut off"),
-    (of_labels, "no IDX file of 3 axes"),
-    (fewer, "40 images and 39 labels"),
+    (cut_array, "not a complete IDX file"),
+    (of_labels, "not a complete IDX file of bytes with 3 axes"),
+    (fewer, "40 images but 39 labels"),
   ],
 )
 def test_damaged_idx_files_are_refused_even_where_images_are_skipped(tmp_path, spoil, why):
@@ -227,7 +230,7 @@ def test_a_digest_is_of_the_data(tmp_path):
 @pytest.mark.parametrize(
   "changes, why",
   [
-    ({"train": "/nowhere"}, "/nowhere is no folder"),
+    ({"train": "/nowhere"}, "/nowhere is not a folder"),
     ({"train": "/nowhere", "classes": ()}, r"classes is \(\); expected the classes of /nowhere"),
     ({"on_bad": "shrug"}, "on_bad is 'shrug'; expected 'stop' or 'skip'"),
     ({"classes": ("one", "one")}, r"classes is \('one', 'one'\); expected two or more"),

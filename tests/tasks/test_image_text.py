@@ -112,7 +112,7 @@ def test_a_bad_pair_stops_the_run_or_is_counted(c, tmp_path, capsys, line, why):
     rows(c)
   c.tasks.pairs.on_bad = "skip"
   assert len(rows(c)) == 12
-  assert "1 of 13 examples left out" in capsys.readouterr().err
+  assert "1 of 13 examples skipped" in capsys.readouterr().err
 
 
 def test_pixels_are_those_of_transformers(c, tmp_path):

@@ -182,7 +182,7 @@ def test_a_bad_sound_stops_the_run_or_is_counted(tmp_path, capsys, kind):
     config.resolve(c).tasks["main"].open("train", None)
   c.tasks.main.on_bad = "skip"
   assert len(config.resolve(c).tasks["main"].open("train", None)) == 17
-  assert "1 of 18 examples left out" in capsys.readouterr().err
+  assert "1 of 18 examples skipped" in capsys.readouterr().err
 
 
 def test_other_rates_texts_and_models_are_refused(tmp_path):

@@ -261,7 +261,7 @@ def test_a_bad_line_stops_the_run_or_is_counted(c, tmp_path, capsys, line, why):
     dataset.open_examples(config.resolve(c), "parity", "train", None)
   c.tasks.parity.on_bad = "skip"
   rows = dataset.open_examples(config.resolve(c), "parity", "train", None)
-  assert f"1 of {len(rows) + 1} examples left out" in capsys.readouterr().err
+  assert f"1 of {len(rows) + 1} examples skipped" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_refused(c):
