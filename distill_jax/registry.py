@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 
 # Packages whose modules are entries of the config, and the dataclass that each module defines.
 # The class name in lower case is the key that names the module: {"loss": "kd", "weight": 1.0}.
@@ -43,3 +44,24 @@ def load(package: str, name: str) -> ModuleType:
     hint = f"Did you mean {near[0]!r}?" if near else f"Its modules are {', '.join(known)}."
     raise InputError(f"distill_jax/{package} has no module {name!r}. {hint}")
   return importlib.import_module(f"distill_jax.{package}.{name}")
+
+
+def add_folder(package: str, folder: str | Path) -> None:
+  """Makes the modules of a folder entries of `distill_jax.<package>`, next to its own.
+
+  Call it in a config file, to use losses, tasks, filters or model families that are not part of
+  distill_jax. Adding a folder twice changes nothing.
+
+  Args:
+    package: The package, e.g. "losses".
+    folder: The folder that holds the modules.
+
+  Raises:
+    InputError: The folder does not exist.
+  """
+  path = str(Path(folder).resolve())
+  if not Path(path).is_dir():
+    raise bad_value("folder", str(folder), "an existing folder", "Correct the path")
+  search_path = importlib.import_module(f"distill_jax.{package}").__path__
+  if path not in search_path:
+    search_path.append(path)

@@ -1,15 +1,30 @@
 """The documentation: its examples run, its links and commands name what exists."""
 
+import collections
 import hashlib
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
+import tiny
 import tiny_store
 
+from distill_jax import config, registry
+from distill_jax.commands import evaluate, record
+from distill_jax.commands import filter as filter_command
+from distill_jax.hub.export import export_model
+from distill_jax.losses import SampledTargets
 from distill_jax.records import tf_example
 from distill_jax.records.manifest import Manifest
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training import loop
+from distill_jax.types import Batch
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -75,9 +90,9 @@ def test_the_reader_of_the_page_reads_what_the_library_writes():
     assert tokens == sequence["tokens_T"].tolist()
     assert mask == sequence["mask_T"].tolist()
     for ids, counted in zip(sequence["ids_TN"][sequence["mask_T"]], entries, strict=True):
-      assert dict(zip(*map(np.ndarray.tolist, np.unique(ids, return_counts=True)), strict=True)) == (
-        counted
-      )
+      assert dict(
+        zip(*map(np.ndarray.tolist, np.unique(ids, return_counts=True)), strict=True)
+      ) == (counted)
 
 
 def test_every_feature_is_described():
@@ -86,3 +101,129 @@ def test_every_feature_is_described():
     assert f"`{name}`" in text, name
   for name in Manifest.__dataclass_fields__:
     assert f"`{name}`" in text, name
+
+
+# Extensions: the files of the pages "A new loss", "A new filter", "A new task", "A new family".
+
+
+def extension(page, package, folder, monkeypatch):
+  """Writes the file of a page, adds its folder to the registry, and returns the module."""
+  text = (DOCS / page).read_text(encoding="utf-8")
+  path, source = re.search(r'^```python title="(.*?)"\n(.*?)^```$', text, re.M | re.S).groups()
+  file = folder / path
+  file.parent.mkdir()
+  file.write_text(source, encoding="utf-8")
+  searched = importlib.import_module(f"distill_jax.{package}").__path__
+  monkeypatch.setattr(importlib.import_module(f"distill_jax.{package}"), "__path__", [*searched])
+  registry.add_folder(package, file.parent)
+  yield registry.load(package, file.stem)
+  sys.modules.pop(f"distill_jax.{package}.{file.stem}")
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+  loaded = []
+
+  def load(page, package):
+    loaded.append(extension(page, package, tmp_path, monkeypatch))
+    return next(loaded[-1])
+
+  yield load
+  for generator in loaded:
+    next(generator, None)
+
+
+def get_config(page):
+  """Runs the config of a page, without its add_folder, whose folder the test has added."""
+  source = blocks(page, "python")[0]  # the first without a title
+  scope = {}
+  exec(re.sub(r"^registry.add_folder.*$", "", source, flags=re.M), scope)
+  return scope["get_config"]()
+
+
+def test_a_new_loss_trains(load, tmp_path):
+  load("new-loss.md", "losses")
+  c = tiny.tiny(tmp_path)
+  c.teacher.source = ""
+  c.losses = get_config("new-loss.md").losses
+  c.train.steps = 2
+  resolved = config.resolve(c)
+  record.run(resolved, tmp_path / "records")
+  with Workdir(tmp_path / "run", resolved) as workdir:
+    row = loop.train(resolved, workdir)
+  assert np.isfinite(row["loss"])
+  assert row["loss"] > 0
+
+
+def test_a_new_loss_is_what_the_page_states(load):
+  loss = load("new-loss.md", "losses").Loss()
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(2, 3, 5)).astype(np.float32)
+  logits[..., 4] = -np.inf
+  p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  entropy = -np.sum(p[..., :4] * np.log(p[..., :4]), -1)
+  zeros = np.zeros((2, 3), np.int32)
+  targets = SampledTargets(
+    ids_BTK=zeros[..., None], weight_BTK=zeros[..., None], entropy_BT=zeros + 0.5
+  )
+  batch = Batch(None, zeros, zeros == 0, {"teacher": targets})
+  found = loss.token_loss(jnp.asarray(logits), batch, 0)
+  np.testing.assert_allclose(found, (entropy - 0.5) ** 2, rtol=1e-5)
+  gradient = jax.grad(lambda z: jnp.sum(loss.token_loss(z, batch, 0)))(jnp.asarray(logits))
+  assert np.all(np.isfinite(gradient))
+
+
+def test_a_new_filter_filters(load, tmp_path):
+  load("new-filter.md", "filters")
+  lines = [
+    {"id": i, "sample": 0, "prompt": "p", "text": text, "reason": "eos", "about": {}}
+    for i, text in enumerate(("plain", "see https://example.com"))
+  ]
+  (tmp_path / "samples.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+  c = get_config("new-filter.md")
+  c.filter.samples = str(tmp_path)
+  result = filter_command.run(config.resolve(c), tmp_path)
+  assert result["kept"] == 1
+  assert result["rejected_by"] == {"no_links": {"has links": 1}}
+
+
+def test_a_new_task_is_recorded_trained_and_evaluated(load, tmp_path):
+  load("new-task.md", "tasks")
+  rng = np.random.default_rng(0)
+  c = get_config("new-task.md")
+  shape = registry.load("models", "vit").CONFIGS["tiny"]
+  size, channels = shape.image_size, shape.num_channels
+  for name in ("train", "heldout"):
+    images = rng.integers(0, 256, (24, size, size, channels)).astype(np.uint8)
+    np.savez(tmp_path / f"{name}.npz", images=images, labels=np.arange(24) % 3)
+  c.tasks.main.path = str(tmp_path / "train.npz")
+  c.tasks.main.heldout = str(tmp_path / "heldout.npz")
+  for key in ("family", "shape", "changes"):
+    c.teacher[key] = c.student[key]
+  c.losses.soft = config.loss("kd")
+  c.records.kind, c.train.records = "dense", (str(tmp_path / "records"),)
+  c.train.steps, c.train.batch_size, c.evaluate.batch_size = 2, 4, 4
+  c.evaluate.models = {"trained": f"run:{tmp_path / 'run'}"}
+  resolved = config.resolve(c)
+  with Workdir(tmp_path / "records", resolved) as records:
+    record.run(resolved, records)
+  with Workdir(tmp_path / "run", resolved) as workdir:
+    row = loop.train(resolved, workdir)
+  assert np.isfinite(row["loss"])
+  rows = evaluate.run(resolved, tmp_path)["models"]
+  assert 0 <= rows["trained"]["accuracy"] <= 1
+
+
+def test_a_new_family_agrees_with_transformers(load, tmp_path):
+  parity = pytest.importorskip("parity")
+  load("new-family.md", "models")
+  theirs = parity.torch_model("seed_oss", attention_bias=True, attention_out_bias=False)
+  ours = parity.ours_from(theirs, tmp_path / "theirs")
+  assert max(parity.forward_errors(theirs, ours, parity.tokens())) < parity.FORWARD
+  export_model(ours, tmp_path / "ours", tokenizer=None, generation={}, card="", dtype="float32")
+  again = parity.transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / "ours", attn_implementation="eager"
+  )
+  tokens = parity.torch.from_numpy(parity.tokens()).long()
+  with parity.torch.no_grad():
+    assert parity.torch.equal(again(tokens).logits, theirs(tokens).logits)
