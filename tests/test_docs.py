@@ -1,6 +1,5 @@
 """The documentation: its examples run, its links and commands name what exists."""
 
-import collections
 import hashlib
 import importlib
 import json
@@ -15,7 +14,7 @@ import pytest
 import tiny
 import tiny_store
 
-from distill_jax import config, registry
+from distill_jax import config, flags, registry
 from distill_jax.commands import evaluate, record
 from distill_jax.commands import filter as filter_command
 from distill_jax.hub.export import export_model
@@ -28,13 +27,152 @@ from distill_jax.types import Batch
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = [*sorted(DOCS.glob("*.md")), *(ROOT / n for n in ("README.md", "CONTRIBUTING.md"))]
 
 
 def blocks(page, language):
   """Returns the code blocks of a page in one language."""
   text = (DOCS / page).read_text(encoding="utf-8")
   return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+# Links, commands, keys and files.
+
+PENDING = {"api.md", "distill", "smoke", "test-changed"}  # in the making
+
+
+@pytest.fixture(scope="module", params=PAGES, ids=lambda path: path.name)
+def page(request):
+  """(path, text) of a page."""
+  return request.param, request.param.read_text(encoding="utf-8")
+
+
+def without_code(text):
+  return re.sub(r"^\s*```.*?^\s*```$|`[^`\n]*`", "", text, flags=re.M | re.S)
+
+
+def anchors(text):
+  """Returns the anchors of the headings of a page, as MkDocs makes them."""
+  headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
+  words = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings)
+  return {re.sub(r"[-\s]+", "-", heading) for heading in words}
+
+
+def test_links_lead_to_pages_and_headings(page):
+  path, text = page
+  for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
+    if re.match(r"[a-z]+://", target):
+      continue
+    name, _, anchor = target.partition("#")
+    linked = path.parent / name if name else path
+    if linked.name in PENDING:
+      continue
+    assert linked.exists(), f"{path.name} links to {target}"
+    if anchor:
+      found = anchors(linked.read_text(encoding="utf-8"))
+      assert anchor in found, f"{path.name} links to {target}; the headings are {found}"
+
+
+def code(text):
+  """Yields the lines of code of a page: those of blocks, continued ones joined, and inline code."""
+  for block in re.findall(r"^\s*```\w*[^\n]*\n(.*?)^\s*```$", text, re.M | re.S):
+    yield from re.sub(r"\\\n\s*", " ", block).splitlines()
+  inline = re.sub(r"^\s*```.*?^\s*```$", "", text, flags=re.M | re.S)
+  yield from re.findall(r"`([^`\n]+)`", inline)
+
+
+VERBS = registry.names("commands")
+FLAGS = {name for name in vars(flags) if name.isupper()} | {"TEACHER", "STUDENT", "DATA"}
+LAUNCHER_FLAGS = {"--dry_run", "--spot", "--keep"}
+
+
+def commands(text):
+  """Yields (verb, arguments) of every command line on a page."""
+  for line in code(text):
+    line = line.split(" #")[0]
+    for start in (r"\bdistill-jax ", r"^launch/\S+ .* -- ", r" -- ", r"slurm\.sbatch "):
+      if match := re.search(start + r"(.*)$", line):
+        words = match[1].split()
+        if words and not words[0].isupper():
+          yield words[0], words[1:]
+        break
+
+
+def keys(tree, prefix=""):
+  for key, value in tree.items():
+    yield f"{prefix}{key}"
+    if hasattr(value, "items"):
+      yield from keys(value, f"{prefix}{key}.")
+
+
+KEYS = set(keys(config.base()))
+# Dicts whose keys a config chooses.
+NAMED = (*registry.ENTRY_CLASSES, "augmentations", "links", "teachers", "train.teachers")
+NAMED = (*NAMED, "evaluate.models", "student.changes", "teacher.changes", "student.rules")
+
+
+def is_key(dotted):
+  return dotted in KEYS or dotted.startswith(tuple(f"{name}." for name in NAMED))
+
+
+def test_commands_name_verbs_flags_and_keys(page):
+  path, text = page
+  for verb, arguments in commands(text):
+    where = f"{path.name}: distill-jax {verb} {' '.join(arguments)}"
+    if verb.startswith("--"):
+      assert verb in ("--help", "--version"), where
+      continue
+    assert verb in VERBS or verb in PENDING, where
+    for argument in arguments:
+      flag, _, value = argument.partition("=")
+      if flag.startswith("--config."):
+        assert is_key(flag.removeprefix("--config.")), where
+      elif flag.startswith("--"):
+        assert flag[2:].upper() in FLAGS or flag in LAUNCHER_FLAGS, where
+      if flag == "--config" and value.startswith("configs/"):
+        assert (ROOT / value.partition(":")[0]).is_file(), where
+
+
+def test_keys_exist(page):
+  path, text = page
+  sections = "|".join(key for key in KEYS if "." not in key)
+  for line in code(text):
+    found = re.findall(rf"(?:^|[\s(])(?:c\.)?((?:{sections})(?:\.[a-z_0-9]+)+)(?![\w(/])", line)
+    for dotted in found:
+      if dotted.endswith((".py", ".md", ".json", ".yml", ".jsonl", ".txt", ".npz")):
+        continue
+      if re.match(r"(config|registry|inspect)\.", dotted) or f"{dotted}(" in line:
+        continue
+      assert is_key(dotted), f"{path.name}: {dotted} in {line!r}"
+
+
+def test_files_exist(page):
+  path, text = page
+  for line in code(text):
+    for name in re.findall(r"(?<![\w/.])(?:configs|tools|launch|tests|distill_jax)/[\w/.*]+", line):
+      name = name.rstrip(".")
+      if "NAME" in name or "FILE" in name:
+        continue
+      exists = any(ROOT.glob(name)) if "*" in name else (ROOT / name).exists()
+      assert exists, f"{path.name}: {name}"
+
+
+def test_make_targets_exist(page):
+  path, text = page
+  targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+  for line in code(text):
+    if match := re.match(r"make ([a-z -]+?)(?: +#.*)?$", line.strip()):
+      assert set(match[1].split()) <= targets | PENDING, f"{path.name}: {line}"
+
+
+def test_every_page_is_in_the_navigation():
+  nav = (ROOT / "mkdocs.yml").read_text()
+  named = set(re.findall(r"[\w-]+\.md", nav.partition("\nnav:")[2]))
+  assert named == {path.name for path in DOCS.glob("*.md")}
+
+
+def test_no_page_needs_the_network(page):
+  assert not re.search(r"!\[[^\]]*\]\(https?://|<(?:script|link|img)\b", page[1])
 
 
 # Record format.
