@@ -57,7 +57,6 @@ PENDING: tuple[str, ...] = (
   "distill_jax/evals/",
   "distill_jax/generation/",
   "distill_jax/hub/",
-  "distill_jax/models/",
   "distill_jax/pruning/",
   "distill_jax/records/",
   "configs/",

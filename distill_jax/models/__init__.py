@@ -1,19 +1,20 @@
-"""One model family a file; the folder is the registry.
+"""Model families, one file each.
 
-Where to begin: `_decoder.py` is the decoder that Llama, Qwen, Gemma and DeepSeek share, one layer
-and the model around the layers; `llama.py` shows what a family adds to it. Encoders share
-`_encoder.py` (bert.py, vit.py), encoder-decoders `_seq2seq.py` (t5.py; marian.py and whisper.py
-through `_bart.py`). Layers, attention and the declaration of parameters are in distill_jax/nn.
+To begin reading: `_decoder.py` has the layer and the model that Llama, Qwen, Gemma and DeepSeek
+share; `llama.py` shows what a family adds. Encoders share `_encoder.py` (bert.py, vit.py), and
+encoder-decoders share `_seq2seq.py` (t5.py; marian.py and whisper.py through `_bart.py`). Layers,
+attention and declarations of parameters are in distill_jax/nn.
 
-A family is a module with
+A family is a module with these names:
 
-  HF_MODEL_TYPES   the `model_type`s of config.json that it reads
-  Config           a FamilyConfig: the shape of a model, read from config.json and written to it
-  Model            a types.Model, made by `Model(config, key)`; called with (inputs, compute,
-                   taps), it gives a types.Output
-  TINY, CONFIGS    a shape for tests, and published shapes by name
+  HF_MODEL_TYPES   values of `model_type` in config.json that belong to the family
+  Config           a FamilyConfig: a model's architecture, converted from and to config.json
+  Model            a types.Model: `Model(config, key)` initialises it; called with (inputs,
+                   compute, taps), it returns a types.Output
+  TINY, CONFIGS    an architecture for tests, and published architectures by name
 
-and, where a checkpoint needs them, PREFIX and AFTER (hub/prefixed.py).
+Some families also define PREFIX and AFTER, for checkpoints whose tensor names may lack a prefix
+(hub/prefixed.py).
 """
 
 from distill_jax.models._decoder import Block as DecoderBlock

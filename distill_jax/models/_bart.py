@@ -1,4 +1,4 @@
-"""Encoder-decoders in the shape of BART (arXiv:1910.13461), which Marian and Whisper have."""
+"""Encoder-decoders with the architecture of BART (arXiv:1910.13461): Marian and Whisper."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models import _encoder, _seq2seq
 from distill_jax.models._declare import Declare
 from distill_jax.models._family import check_numbers, check_supported
@@ -18,13 +18,16 @@ from distill_jax.nn import layers
 from distill_jax.nn.params import stack
 from distill_jax.types import QKV, JsonObject
 
-EPS = 1e-5  # of norms
+EPS = 1e-5  # epsilon of norms
 ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(_seq2seq.DecoderSizes):
-  """The shape that Marian and Whisper share, under Hugging Face's names. There is no dropout."""
+  """The architecture that Marian and Whisper share, under Hugging Face's field names.
+
+  Dropout is 0.
+  """
 
   encoder_layers: int
   encoder_attention_heads: int
@@ -41,12 +44,12 @@ class Config(_seq2seq.DecoderSizes):
   def __post_init__(self):
     check_numbers(self, self.OPTIONAL_ZERO)
     if self.d_model % 2:
-      raise InputError(f"d_model is {self.d_model}; positions are pairs of sine and cosine")
-    self.side("encoder"), self.side("decoder")  # they check heads and activation
+      raise bad_value("d_model", self.d_model, "an even number", "Correct the model's config")
+    self.side("encoder"), self.side("decoder")  # these calls check heads and activation
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
-    """Reads a Hugging Face config.json; what the family cannot do is refused by name."""
+    """Returns the config for a Hugging Face config.json; unsupported values raise InputError."""
     check_supported(hf, cls.SUPPORTED_VALUES, cls.MODEL_TYPE)
     names = {f.name for f in dataclasses.fields(cls)}
     return cls(**{name: hf[name] for name in names if hf.get(name) is not None})
@@ -69,7 +72,7 @@ class Config(_seq2seq.DecoderSizes):
     return "gelu"
 
   def side(self, name: str) -> _encoder.Config:
-    """The shape of the layers of the "encoder" or the "decoder"."""
+    """Returns the architecture of the layers of the "encoder" or the "decoder"."""
     return _encoder.Config(
       self.d_model,
       getattr(self, f"{name}_ffn_dim"),
@@ -89,7 +92,7 @@ class Config(_seq2seq.DecoderSizes):
 
 
 class EncoderLayer(_encoder.Block):
-  """An encoder layer as BART, and those after it, name its parts."""
+  """An encoder layer with BART's names of its parts."""
 
   NAMES = {
     **{n: f"self_attn.{name}" for n, name in ATTENTION.items()},
@@ -101,7 +104,7 @@ class EncoderLayer(_encoder.Block):
 
 
 class DecoderLayer(_seq2seq.DecoderLayer, EncoderLayer):  # type: ignore[misc]  # other arguments
-  """The same with attention to the source between the two."""
+  """An encoder layer with attention to the source added before the feed-forward."""
 
   def __init__(self, c: _encoder.Config, prefix: str, key: jax.Array):
     EncoderLayer.__init__(self, c, prefix, key)
@@ -127,8 +130,7 @@ class DecoderLayer(_seq2seq.DecoderLayer, EncoderLayer):  # type: ignore[misc]  
   def _residual(
     self, x_BTD: jax.Array, a_BTHh: jax.Array, o: nnx.Param, bias: nnx.Param, norm: str
   ) -> jax.Array:
-    """The residual with an attention's output projected and, unless PRE_NORM, normed."""
-
+    """Adds an attention's projected output to the residual, and norms it unless PRE_NORM."""
     x_BTD = x_BTD + jnp.einsum("BTHh,HhD->BTD", a_BTHh, o[...]) + bias[...][None, None]
     return x_BTD if self.PRE_NORM else self._norm(x_BTD, norm)
 
@@ -159,7 +161,7 @@ class DecoderLayer(_seq2seq.DecoderLayer, EncoderLayer):  # type: ignore[misc]  
 
 
 class Model(_seq2seq.Model):
-  """An encoder-decoder whose layers are declared here, and all else by its family."""
+  """An encoder-decoder. This class declares its layers, and the family the other parameters."""
 
   ENCODER_LAYER: ClassVar[type[EncoderLayer]]
   DECODER_LAYER: ClassVar[type[DecoderLayer]]

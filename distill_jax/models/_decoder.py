@@ -1,8 +1,8 @@
 """The decoder that most families share: one layer, and the model around the layers.
 
-Read `Block.__call__` and `Model.__call__` first; what they call follows them. A family
-subclasses Config (_decoder_config.py) and sets there what tells it apart; where that is not
-enough, it overrides a method of Block or Model.
+Read `Block.__call__` and `Model.__call__` first; the functions that they call follow them. A family
+subclasses Config (_decoder_config.py) and sets its particulars there. Where that is not enough, it
+overrides a method of Block or Model.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from distill_jax.types import QKV, Inputs, Output
 
 __all__ = ["TINY", "Block", "Cache", "Config", "LayerStacks", "Model", "PositionInputs", "declare"]
 
-Cache = tuple[kv_cache.LayerCache, ...]  # for each layer, by Block.CACHE
+Cache = tuple[kv_cache.LayerCache, ...]  # one entry per layer, with the arrays in Block.CACHE
 LayerStacks = tuple[layers.LayerStack, ...]
-# Of a layer's number, perhaps traced: its rotary angles and its window.
+# (number of a layer, which may be traced) -> (rotary angles, window).
 PositionInputs = Callable[[int | jax.Array], tuple[layers.Angles, attention.Window]]
 
 
 class Block(nnx.Module):
-  """One layer: attention, then feed-forward, each normed and added to the residual."""
+  """One layer: attention, then feed-forward, each with a norm before it and a residual."""
 
-  MLP_NORM = "post_attention_layernorm"  # the name of the norm before the feed-forward
+  MLP_NORM = "post_attention_layernorm"  # name of the norm before the feed-forward
   activation: Callable[[jax.Array], jax.Array] = staticmethod(jax.nn.silu)
-  # What layers of some families have beside the rest; None in the others.
+  # Parts that only some families have; None otherwise.
   experts: Experts | None = None
-  attn_post_norm: nnx.Param | None = None  # of what attention adds, and so for the feed-forward
-  HAS_DENSE_MLP: ClassVar[bool] = True  # `gate`, `up` and `down`, perhaps beside experts
-  CACHE: ClassVar[dict[str, str]] = {  # what is kept of positions, and its axes there
+  attn_post_norm: nnx.Param | None = None  # norm after attention (then there is mlp_post_norm too)
+  HAS_DENSE_MLP: ClassVar[bool] = True  # whether there are `gate`, `up` and `down`
+  CACHE: ClassVar[dict[str, str]] = {  # arrays of the KV cache, and their axes
     "k": "batch kv_heads head_dim seq",
     "v": "batch kv_heads seq head_dim",
   }
@@ -97,7 +97,7 @@ class Block(nnx.Module):
     return layers.rms_norm(x_BTD, scale[...], c.rms_norm_eps, c.NORM_OFFSET)
 
   def qkv(self, x_BTD: jax.Array, angles: layers.Angles) -> QKV:
-    """Queries [B, T, H, h], keys and values [B, T, G, h] from the layer's input."""
+    """Returns queries [B, T, H, h], keys and values [B, T, G, h] for the layer's input."""
     y_BTD = self.norm(x_BTD, self.attn_norm)
     q_BTHh = jnp.einsum("BTD,DHh->BTHh", y_BTD, self.q[...])
     k_BTGh = jnp.einsum("BTD,DGh->BTGh", y_BTD, self.k[...])
@@ -118,7 +118,7 @@ class Block(nnx.Module):
     segments_BT: jax.Array,
     compute: layers.ComputeConfig,
   ) -> jax.Array:
-    """The output of the attention heads [B, T, H, h], from the layer's input."""
+    """Returns the output of the attention heads [B, T, H, h] for the layer's input."""
     return attention.attention(
       *self.qkv(x_BTD, angles),
       segments_BT,
@@ -129,17 +129,17 @@ class Block(nnx.Module):
     )
 
   def project_heads(self, a_BTHh: jax.Array) -> jax.Array:
-    """What attention adds to the residual, from the output of its heads."""
+    """Returns the update of the residual by attention, given the output of its heads."""
     return jnp.einsum("BTHh,HhD->BTD", a_BTHh, self.o[...])
 
   def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
-    """What the feed-forward adds to the residual."""
+    """Returns the update of the residual by the feed-forward."""
     y_BTD = self.norm(x_BTD, self.mlp_norm)
     weights = self.gate[...], self.up[...], self.down[...]
     return layers.gated_mlp(y_BTD, *weights, self.activation)
 
   def route(self, y_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(ids, weights) [B, T, K] of the experts that each normed position goes through."""
+    """Returns (ids, weights) [B, T, K] of the experts of each normed position."""
     raise NotImplementedError
 
   def decode_step(
@@ -152,7 +152,11 @@ class Block(nnx.Module):
     cache: kv_cache.LayerCache,
     rules: sharding.Rules,
   ) -> tuple[jax.Array, kv_cache.LayerCache]:
-    """The layer of T new positions that see those in a cache: (its output, the cache with them)."""
+    """Computes the layer for T new positions, which attend to a cache.
+
+    Returns:
+      (output, cache with the new positions).
+    """
     with jax.named_scope("attention"):
       q_BTHh, new = self.project_for_cache(x_BTD, angles)
       cache = kv_cache.write(cache, new, slots_BT, self.CACHE, rules)
@@ -164,7 +168,7 @@ class Block(nnx.Module):
   def project_for_cache(
     self, x_BTD: jax.Array, angles: layers.Angles
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Queries for `attend_cached`, and what a cache keeps [B, T, ...], by its name in CACHE."""
+    """Returns queries for `attend_cached`, and the arrays to cache [B, T, ...] by name."""
     q_BTHh, k_BTGh, v_BTGh = self.qkv(x_BTD, angles)
     return q_BTHh, {"k": k_BTGh, "v": v_BTGh}
 
@@ -175,13 +179,13 @@ class Block(nnx.Module):
     cached: dict[str, jax.Array],
     window: attention.Window,
   ) -> jax.Array:
-    """The output of the attention heads over the Z slots of a cache, for `project_heads`."""
+    """Returns the output of the attention heads over the Z slots of a cache."""
     scale = self.config.attention_scale
     return attention.cached(q_BTHh, cached["k"], cached["v"], positions_BT, window, scale)
 
 
 class Model(nnx.Module):
-  """Tokens in, hidden states and the unembedding out."""
+  """A decoder: tokens to hidden states and the unembedding."""
 
   config: Config
 
@@ -203,16 +207,17 @@ class Model(nnx.Module):
 
   @staticmethod
   def layer_stacks(c: Any) -> LayerStacks:
-    """The stacks of layers alike, from the first layer up.
+    """Returns the stacks of layers of one kind, in the order of the layers.
 
-    Args: c, the family's Config; each family narrows its type.
+    Args:
+      c: the family's Config; each family narrows its type.
     """
     return (layers.LayerStack("layers", Block, c.num_hidden_layers),)
 
   def __call__(
     self, inputs: Inputs, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> Output:
-    """Args: inputs, int32 [B, T]; taps, the layers whose output is kept. Returns: Output."""
+    """Returns the model's Output; see types.Model."""
     return self.from_embeddings(
       *self.embed_tokens(inputs.tokens_BT, compute), inputs, compute, taps
     )
@@ -220,7 +225,7 @@ class Model(nnx.Module):
   def embed_tokens(
     self, tokens_BT: jax.Array, compute: layers.ComputeConfig
   ) -> tuple[jax.Array, jax.Array]:
-    """The first layer's input, and the embedding table."""
+    """Returns the first layer's input [B, T, D], and the embedding table [V, D]."""
     with jax.named_scope("embed"):
       embed_VD = compute.cast_and_gather(self.embed)[...]
       x_BTD = sharding.constrain(embed_VD[tokens_BT], "batch seq embed", compute.rules)
@@ -236,7 +241,7 @@ class Model(nnx.Module):
     compute: layers.ComputeConfig,
     taps: tuple[int, ...] = (),
   ) -> Output:
-    """The model above its embeddings: `__call__`, for what is embedded otherwise."""
+    """Returns the model's Output for embeddings [B, T, D] that were computed by the caller."""
     position_inputs = self.position_inputs(inputs)
 
     def apply(layer: Block, i: jax.Array, x_BTD: jax.Array) -> jax.Array:
@@ -247,7 +252,7 @@ class Model(nnx.Module):
     return self.output(x_BTD, embed_VD, compute, taps_PBTD)
 
   def position_inputs(self, inputs: Inputs) -> PositionInputs:
-    """What a layer is told of the positions: a function of its number."""
+    """Returns a function from a layer's number to its rotary angles and window."""
     c = self.config
     freq = _rope.frequencies(c.rope_theta, c.rope_dim, c.rope_scaling)
     angles = layers.rope_angles(inputs.positions_BT, freq, _rope.amplitude(c.rope_scaling))
@@ -260,7 +265,7 @@ class Model(nnx.Module):
     compute: layers.ComputeConfig,
     taps_PBTD: jax.Array | None = None,
   ) -> Output:
-    """The final norm and the unembedding, from the output of the last layer."""
+    """Returns the model's Output, given the output of the last layer."""
     c = self.config
     x_BTD = layers.rms_norm(x_BTD, self.norm[...], c.rms_norm_eps, c.NORM_OFFSET)
     head_VD = embed_VD if c.tie_word_embeddings else compute.cast_and_gather(self.head)[...]
@@ -269,20 +274,22 @@ class Model(nnx.Module):
   def decode_step(
     self, blocks: Sequence[Block], inputs: Inputs, cache: Cache, compute: layers.ComputeConfig
   ) -> tuple[Output, Cache]:
-    """The model of T more positions a row, which see those that a cache holds.
+    """Computes the model for T new positions per row, which attend to a cache.
 
     Args:
-      blocks: the layers one by one, in place of the model's stacks (generation/unrolled.py).
-      inputs: int32 [B, T]. A row keeps its position p in slot p of the cache; what has
-        segment 0 is padding, and is not kept.
-      cache: for each layer, arrays by name, as its CACHE says; slots up to a position are
-        filled before it is read.
+      blocks: the separate layers, instead of the model's stacks (generation/unrolled.py).
+      inputs: int32 [B, T]. Position p of a row is stored in slot p of the cache. Positions with
+        segment 0 are padding and are not stored.
+      cache: one entry per layer, with the arrays in Block.CACHE. The slots before a position must
+        be filled.
+      compute: the settings of the computation.
 
-    Returns: Output, and the cache with the new positions in it.
+    Returns:
+      (Output, cache with the new positions).
     """
     x_BTD, embed_VD = self.embed_tokens(inputs.tokens_BT, compute)
     position_inputs, new_cache = self.position_inputs(inputs), []
-    past_the_end = jnp.iinfo(jnp.int32).max  # of any cache
+    past_the_end = jnp.iinfo(jnp.int32).max  # a slot that no cache has, so nothing is stored
     slots_BT = jnp.where(inputs.segments_BT > 0, inputs.positions_BT, past_the_end)
     for i, block in enumerate(blocks):
       x_BTD, layer_cache = compute.cast_and_gather(block).decode_step(
@@ -293,7 +300,7 @@ class Model(nnx.Module):
     return self.output(x_BTD, embed_VD, compute), tuple(new_cache)
 
   def qkv(self, layer: int, x_BTD: jax.Array, inputs: Inputs, compute: layers.ComputeConfig) -> QKV:
-    """Queries, keys and values of one layer, from the output of the layer before it."""
+    """Returns the queries, keys and values of one layer, given the output of the layer before."""
     first = 0
     for name, _, size in self.layer_stacks(self.config):
       if first <= layer < first + size:
@@ -303,5 +310,5 @@ class Model(nnx.Module):
 
 
 def declare(key: jax.Array, c: Config, prefix: str = "model.layers.{layers}.") -> Declare:
-  """Declares parameters of a decoder: by default, of one of its layers."""
+  """Returns a Declare for the parameters of a decoder, by default of one of its layers."""
   return Declare(key, prefix, rms_init="zeros" if c.NORM_OFFSET else "ones")

@@ -1,6 +1,6 @@
-"""The shape of the decoders that families share, read from config.json and written to it.
+"""The architecture of decoders, converted from and to config.json.
 
-A family subclasses `Config` and sets there what tells it apart; see _decoder.py.
+A family subclasses `Config` and sets its particulars there; see _decoder.py.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import dataclasses
 import re
 from typing import ClassVar, Self
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models import _rope
 from distill_jax.models._family import FamilyDefaults, check_numbers, check_supported
 from distill_jax.types import JsonObject
 
-# Buffers that older checkpoints hold; they follow from the config.
+# Buffers in older checkpoints, which can be computed from the config.
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
-TINY: JsonObject = {  # the smallest model of every family
+TINY: JsonObject = {  # fields of the smallest model of every family
   "vocab_size": 256,
   "hidden_size": 32,
   "intermediate_size": 64,
@@ -31,7 +31,7 @@ TINY: JsonObject = {  # the smallest model of every family
 
 @dataclasses.dataclass(frozen=True)
 class Config(FamilyDefaults):
-  """The shape of a decoder, under the names of Hugging Face's config.json."""
+  """A decoder's architecture, under Hugging Face's field names."""
 
   vocab_size: int
   hidden_size: int
@@ -46,30 +46,28 @@ class Config(FamilyDefaults):
   rope_scaling: _rope.Scaling | None = None
   tie_word_embeddings: bool = False
 
-  # Of a family, not of a model: what it writes into config.json, and how it computes.
+  # Properties of a family: the entries that it writes to config.json, and its computation.
   MODEL_TYPE: ClassVar[str]
   ARCHITECTURE: ClassVar[str]
-  SUPPORTED_VALUES: ClassVar[JsonObject] = {"hidden_act": "silu"}  # the only values it can do
+  SUPPORTED_VALUES: ClassVar[JsonObject] = {"hidden_act": "silu"}  # the only supported value
   QKV_BIAS: ClassVar[bool] = False
-  QK_NORM: ClassVar[bool] = False  # of each head, before rope
+  QK_NORM: ClassVar[bool] = False  # whether queries and keys are normed before rope
   NORM_OFFSET: ClassVar[float] = 0.0  # added to the scale of a norm
-  OPTIONAL_ZERO: ClassVar[tuple[str, ...]] = ()  # fields
+  OPTIONAL_ZERO: ClassVar[tuple[str, ...]] = ()  # fields that may be 0
 
   def __post_init__(self):
     check_numbers(self, self.OPTIONAL_ZERO)
     if self.rope_dim % 2:
-      raise InputError(
-        f"head_dim is {self.head_dim} and rope turns {self.rope_dim} of it; that has to be even"
-      )
+      expected = f"a width of which rope rotates an even part, not {self.rope_dim}"
+      raise bad_value("head_dim", self.head_dim, expected, "Correct the model's config")
     if self.num_attention_heads % self.num_key_value_heads:
-      raise InputError(
-        f"{self.num_attention_heads} attention heads do not divide over "
-        f"{self.num_key_value_heads} key/value heads"
-      )
+      expected = f"a multiple of num_key_value_heads, {self.num_key_value_heads}"
+      action = "Correct the model's config"
+      raise bad_value("num_attention_heads", self.num_attention_heads, expected, action)
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
-    """From a Hugging Face config.json; what this family cannot do is refused by name."""
+    """Returns the config for a Hugging Face config.json; unsupported values raise InputError."""
     check_supported(hf, cls.SUPPORTED_VALUES, cls.MODEL_TYPE)
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     heads = hf["num_attention_heads"]
@@ -88,7 +86,7 @@ class Config(FamilyDefaults):
     return cls(**values)
 
   def to_hf(self) -> JsonObject:
-    """The config.json of this model."""
+    """Returns the config.json of this model."""
     hf = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     theta, scaling = hf.pop("rope_theta"), _rope.write(hf.pop("rope_scaling"))
     return {
@@ -99,23 +97,23 @@ class Config(FamilyDefaults):
       "use_cache": True,
       **self.SUPPORTED_VALUES,
       **hf,
-      # The first key is read by transformers 5, the two others by older ones and by vLLM.
+      # transformers 5 reads the first key; older versions and vLLM read the other two.
       "rope_parameters": {**scaling, "rope_theta": theta},
       "rope_theta": theta,
       "rope_scaling": scaling if self.rope_scaling else None,
     }
 
   def keep_layers(self, kept: tuple[int, ...]) -> Self:
-    """The config of a model that has these layers of this one, in this order."""
+    """Returns the config of a model with only these layers, in this order."""
     return dataclasses.replace(self, num_hidden_layers=len(kept))
 
   def ignores_tensor(self, name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+    """Returns whether a checkpoint may hold this tensor although the model does not use it."""
     return BUFFERS.fullmatch(name) is not None
 
   @property
   def head_rows(self) -> int:
-    """How many outcomes the model's head can tell apart."""
+    """Number of outcomes that the head predicts."""
     return self.vocab_size
 
   @property
@@ -129,36 +127,36 @@ class Config(FamilyDefaults):
 
   @property
   def rope_dim(self) -> int:
-    """How much of a head rope turns."""
+    """Width of the part of a head that rope rotates."""
     return self.head_dim
 
   @property
   def window(self) -> int | None:
-    """How many positions, its own among them, a position attends to; None: all."""
+    """Number of positions that a position attends to, itself included; None for all."""
     return None
 
   def window_at(self, layer: int) -> int | None:
-    """The window of one layer; None where it attends to all positions."""
+    """Returns the window of one layer; None for full attention."""
     return self.window
 
   @property
   def attention_width(self) -> int:
-    """Multiply-adds of a query head for one position attended to: its score and its value."""
+    """Multiply-adds of a query head per attended position, for the score and the value."""
     return 2 * self.head_dim
 
   @property
   def decode_attention_width(self) -> int:
-    """The same in decoding, over what the cache holds."""
+    """Multiply-adds of a query head per cached position in decoding."""
     return self.attention_width
 
   @property
   def cache_width(self) -> int:
-    """Numbers that one layer's cache holds of a position."""
+    """Number of elements that a layer's cache stores per position."""
     return 2 * self.num_key_value_heads * self.head_dim
 
   @property
   def expert_groups(self) -> int:
-    """Groups of equally many experts that the router chooses among."""
+    """Number of groups of experts of equal size, among which the router chooses."""
     return 1
 
   @property

@@ -1,7 +1,7 @@
-"""What encoders share: a layer of attention and feed-forward with biases and layer norms.
+"""The layer that encoders share: attention and feed-forward with biases and layer norms.
 
-BERT norms after each of the two, the others before. A family names the parts as Hugging Face
-does, and adds what embeds its inputs and what is computed of the last layer's output.
+BERT has its norms after attention and feed-forward, other families have them before. A family sets
+the Hugging Face names of the parts, and adds its embeddings and its head.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models._declare import Declare
 from distill_jax.models._family import FamilyDefaults, check_numbers
 from distill_jax.nn import attention, layers
@@ -37,9 +37,19 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def check_activation(name: str) -> None:
+  """Checks that an activation is supported.
+
+  Raises:
+    InputError: it is not one of ACTIVATIONS.
+  """
+  if name not in ACTIVATIONS:
+    raise bad_value("hidden_act", name, f"one of {', '.join(ACTIVATIONS)}", "Use another model")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(FamilyDefaults):
-  """The shape of a stack of layers, under the names of Hugging Face's config.json."""
+  """The architecture of a stack of layers, under Hugging Face's field names."""
 
   hidden_size: int
   intermediate_size: int
@@ -48,19 +58,14 @@ class Config(FamilyDefaults):
   hidden_act: str = "gelu"
   layer_norm_eps: float = 1e-12
 
-  OPTIONAL_ZERO: ClassVar[tuple[str, ...]] = ()  # fields
+  OPTIONAL_ZERO: ClassVar[tuple[str, ...]] = ()  # fields that may be 0
 
   def __post_init__(self):
     check_numbers(self, self.OPTIONAL_ZERO)
     if self.hidden_size % self.num_attention_heads:
-      raise InputError(
-        f"hidden_size is {self.hidden_size} and there are {self.num_attention_heads} heads, over "
-        "which it does not divide"
-      )
-    if self.hidden_act not in ACTIVATIONS:
-      raise InputError(
-        f"hidden_act is {self.hidden_act!r}; it can be one of {', '.join(ACTIVATIONS)}"
-      )
+      expected = f"a multiple of num_attention_heads, {self.num_attention_heads}"
+      raise bad_value("hidden_size", self.hidden_size, expected, "Correct the model's config")
+    check_activation(self.hidden_act)
 
   @property
   def head_dim(self) -> int:
@@ -75,13 +80,13 @@ class Config(FamilyDefaults):
     return self.num_attention_heads
 
   def keep_layers(self, kept: tuple[int, ...]) -> Self:
-    """The config of a model that has these layers of this one, in this order."""
+    """Returns the config of a model with only these layers, in this order."""
     return dataclasses.replace(self, num_hidden_layers=len(kept))
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig(Config):
-  """The shape of an encoder of square images that are cut into square patches."""
+  """The architecture of an encoder of square images, split into square patches."""
 
   image_size: int = 224
   patch_size: int = 16
@@ -90,10 +95,8 @@ class VisionConfig(Config):
   def __post_init__(self):
     super().__post_init__()
     if self.image_size % self.patch_size:
-      raise InputError(
-        f"image_size is {self.image_size} and patch_size {self.patch_size}, which does not divide "
-        "it; take a divisor"
-      )
+      expected = f"a divisor of image_size, {self.image_size}"
+      raise bad_value("patch_size", self.patch_size, expected, "Correct the model's config")
 
   @property
   def num_patches(self) -> int:
@@ -104,17 +107,17 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def config_of_part(cls: type[ConfigT], hf: JsonObject) -> ConfigT:
-  """A Config from the part of config.json that describes it, defaults for what it leaves out."""
+  """Returns a Config from a part of config.json, with defaults for missing fields."""
   return cls(**{f.name: hf[f.name] for f in dataclasses.fields(cls) if f.name in hf})
 
 
 def num_labels_of(hf: JsonObject) -> int:
-  """How many classes a config.json names; 2 where it names none, as transformers has it."""
+  """Returns the number of classes in a config.json: 2 without class names, as in transformers."""
   return len(hf["id2label"]) if "id2label" in hf else 2
 
 
 def label_names(n: int) -> JsonObject:
-  """What a config.json says of n classes that have no names."""
+  """Returns the entries of config.json for n unnamed classes."""
   return {
     "id2label": {str(i): f"LABEL_{i}" for i in range(n)},
     "label2id": {f"LABEL_{i}": i for i in range(n)},
@@ -122,16 +125,16 @@ def label_names(n: int) -> JsonObject:
 
 
 def heads_of(x_BSD: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
-  """Projects hidden states to heads, [B, S, H, h]."""
+  """Projects hidden states [B, S, D] to heads [B, S, H, h]."""
   y_BSHh = jnp.einsum("BSD,DHh->BSHh", x_BSD, weight[...])
   return y_BSHh if bias is None else layers.add_head_bias(y_BSHh, bias[...])
 
 
 class Block(nnx.Module):
-  """One layer. A subclass gives Hugging Face's names of its parts."""
+  """One layer. A subclass sets the Hugging Face names of its parts."""
 
-  NAMES: ClassVar[dict[str, str]]  # of q, k, v, o, attn_norm, up, down, mlp_norm
-  PRE_NORM: ClassVar[bool] = True
+  NAMES: ClassVar[dict[str, str]]  # names of q, k, v, o, attn_norm, up, down and mlp_norm
+  PRE_NORM: ClassVar[bool] = True  # whether norms precede attention and feed-forward
   CAUSAL: ClassVar[bool] = False
   KEY_BIAS: ClassVar[bool] = True
 
@@ -155,18 +158,18 @@ class Block(nnx.Module):
     self.mlp_norm, self.mlp_norm_bias = declare.layer_norm(names["mlp_norm"], D)
 
   def qkv(self, x_BSD: jax.Array) -> QKV:
-    """Queries, keys and values [B, S, H, h] from the layer's input."""
+    """Returns queries, keys and values [B, S, H, h] for the layer's input."""
     y_BSD = self.norm_attn(x_BSD) if self.PRE_NORM else x_BSD
     k_BSHh = heads_of(y_BSD, self.k, self.k_bias if self.KEY_BIAS else None)
     return heads_of(y_BSD, self.q, self.q_bias), k_BSHh, heads_of(y_BSD, self.v, self.v_bias)
 
   def attend(self, x_BSD: jax.Array, valid_BS: jax.Array | None) -> jax.Array:
-    """What attention adds to the residual."""
+    """Returns the update of the residual by attention."""
     a_BSHh = attention.full(*self.qkv(x_BSD), valid_BS, self.CAUSAL)
     return jnp.einsum("BSHh,HhD->BSD", a_BSHh, self.o[...]) + self.o_bias[...][None, None]
 
   def feed_forward(self, x_BSD: jax.Array) -> jax.Array:
-    """What the feed-forward adds to the residual, from its input after the norm."""
+    """Returns the update of the residual by the feed-forward, given its normed input."""
     h_BSF = x_BSD @ self.up[...] + self.up_bias[...][None, None]
     h_BSF = ACTIVATIONS[self.config.hidden_act](h_BSF)
     return h_BSF @ self.down[...] + self.down_bias[...][None, None]

@@ -1,7 +1,6 @@
-"""The contract of a model family, and how families read config.json.
+"""Base classes of family configs, and checks of config.json.
 
-types.FamilyConfig is what the rest of the package asks of every family's Config, and types.Model
-what it asks of its Model.
+Every family's Config is a types.FamilyConfig and its Model a types.Model.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Protocol
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.types import JsonObject
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class FamilyDefaults:
-  """Defaults for the parts of FamilyConfig that most families lack."""
+  """Defaults of FamilyConfig properties that most families do not have."""
 
   @property
   def embedding_size(self) -> int | None:
@@ -29,7 +28,7 @@ class FamilyDefaults:
 
 
 class SizedPart(Protocol):
-  """The sizes of one part of a model, a stack of layers with attention."""
+  """The sizes of one part of a model: a stack of layers with attention."""
 
   @property
   def hidden_size(self) -> int: ...
@@ -51,11 +50,11 @@ class SizedPart(Protocol):
 
 
 class SizesOfPart(FamilyDefaults):
-  """Sizes that are asked of every config, for a model made of parts: those of one part."""
+  """The sizes of a model made of several parts, which are those of one part."""
 
   @property
   def layered_part(self) -> SizedPart:
-    """The config of the part whose layers are counted, tapped and compared."""
+    """The config of the part whose layers can be tapped."""
     raise NotImplementedError
 
   @property
@@ -84,9 +83,14 @@ class SizesOfPart(FamilyDefaults):
 
 
 def check_numbers(config: DataclassInstance, optional_zero: tuple[str, ...] = ()) -> None:
-  """Refuses, by name, a field of the wrong kind, or a number no model can have.
+  """Checks the types of a config's fields, and that its numbers are positive.
 
-  Args: optional_zero, the fields that may be 0.
+  Args:
+    config: a family's Config or a part of one.
+    optional_zero: the fields that may be 0.
+
+  Raises:
+    InputError: a field has another type, or is not positive.
   """
   kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}  # annotations are strings here
   for f in dataclasses.fields(config):
@@ -95,20 +99,25 @@ def check_numbers(config: DataclassInstance, optional_zero: tuple[str, ...] = ()
       continue
     kind = kinds.get(name)
     if kind and (type(x) not in kind or (kind != (bool,) and not 0 < x < 2**31)):
-      raise InputError(f"{f.name} is {x!r:.60}; a {name}, above 0 if a number, was expected")
+      expected = name if kind == (bool,) else f"positive {name}"
+      raise InputError(f"{f.name} is {x!r:.60}; expected a {expected}. Correct the model's config.")
 
 
 def check_supported(
   hf: JsonObject, supported: JsonObject, family: str, required: bool = False
 ) -> None:
-  """Refuses a config.json with a value that the family has no code for.
+  """Checks that the family supports the values in a config.json.
 
   Args:
-    supported: for some keys of config.json, the only value that the family can do.
-    required: a key that is missing is refused too.
+    hf: the config.json.
+    supported: the only supported value, for some keys.
+    family: the name of the family, for errors.
+    required: whether the keys must be present.
+
+  Raises:
+    InputError: a value is not supported.
   """
   for key, want in supported.items():
     if hf.get(key, want) != want or (required and key not in hf):
-      raise InputError(
-        f"config.json has {key}={hf.get(key)!r}; the {family} family has {want!r} only"
-      )
+      expected = f"{want!r}, the only value that the {family} family supports"
+      raise bad_value(f"{key} in config.json", hf.get(key), expected, "Use another model")

@@ -1,11 +1,11 @@
-"""Square images cut into square patches, as ViT and the vision tower of CLIP read them."""
+"""Embeddings of square images that are split into square patches, for ViT and CLIP."""
 
 from __future__ import annotations
 
 import jax
 from flax import nnx
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models._encoder import VisionConfig
 from distill_jax.nn import layers
 
@@ -13,19 +13,21 @@ from distill_jax.nn import layers
 def embed(
   c: VisionConfig, pixels_BYWM: jax.Array, patch: nnx.Param, compute: layers.ComputeConfig
 ) -> jax.Array:
-  """A vector for each patch, row by row: [B, S, D], in the compute dtype.
+  """Returns an embedding for each patch, row by row: [B, S, D] in the compute dtype.
 
   Args:
+    c: the architecture.
+    pixels_BYWM: the images.
     patch: the parameter, [D, M, p, p].
+    compute: the settings of the computation.
 
   Raises:
-    InputError: the images have another shape.
+    InputError: the images do not have the shape in `c`.
   """
   want = (c.image_size, c.image_size, c.num_channels)
   if pixels_BYWM.shape[1:] != want:
-    raise InputError(
-      f"images are {pixels_BYWM.shape[1:]} [height, width, channels] and the model's {want}; set "
-      "the model's image_size and num_channels, or the task's size"
-    )
+    found, key = pixels_BYWM.shape[1:], "shape of the images (height, width, channels)"
+    action = "Change the model's image_size and num_channels, or the task's size"
+    raise bad_value(key, found, f"{want} for this model", action)
   x_BYWD = layers.patches(pixels_BYWM.astype(compute.dtype), compute.cast_and_gather(patch)[...])
   return x_BYWD.reshape(len(pixels_BYWM), -1, c.hidden_size)

@@ -1,7 +1,7 @@
-"""Rotary frequencies, and the ways to stretch them over longer texts than were trained on.
+"""Rotary frequencies, and their scalings for texts longer than those in training.
 
-Each scaling is a frozen dataclass with the fields of config.json's `rope_parameters`
-(`rope_scaling` before transformers 5), found by its `rope_type`.
+Each scaling is a frozen dataclass with the fields of `rope_parameters` in config.json
+(`rope_scaling` before transformers 5). The field `rope_type` selects it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import math
 
 import numpy as np
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.models._family import check_numbers
 from distill_jax.types import JsonObject
 
-OTHER_KEYS = {"rope_type", "type", "rope_theta"}  # beside the scaling's own
+OTHER_KEYS = {"rope_type", "type", "rope_theta"}  # keys that are not fields of a scaling
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-  """Every frequency is slowed by `factor` (arXiv:2306.15595)."""
+  """Linear scaling: all frequencies are divided by `factor` (arXiv:2306.15595)."""
 
   factor: float
 
@@ -33,7 +33,7 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True)
 class Llama3:
-  """Llama 3.1's: low frequencies are slowed by `factor` (arXiv:2407.21783)."""
+  """Llama 3.1's scaling: low frequencies are divided by `factor` (arXiv:2407.21783)."""
 
   factor: float
   low_freq_factor: float
@@ -43,13 +43,12 @@ class Llama3:
   def __post_init__(self):
     check_numbers(self)
     if self.low_freq_factor >= self.high_freq_factor:
-      raise InputError(
-        f"rope scaling has low_freq_factor {self.low_freq_factor} and high_freq_factor "
-        f"{self.high_freq_factor}; the first has to be the smaller"
-      )
+      expected = f"a number below high_freq_factor, {self.high_freq_factor}"
+      action = "Correct the rope scaling in the model's config"
+      raise bad_value("low_freq_factor", self.low_freq_factor, expected, action)
 
   def slow(self, freq: np.ndarray, theta: float) -> np.ndarray:
-    # Wavelengths past original/low are slowed, under original/high kept, between mixed.
+    # Wavelengths above original/low are scaled, below original/high kept, and mixed in between.
     turns = self.original_max_position_embeddings * freq / (2 * math.pi)
     keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
     return _mix(freq, self.factor, keep)
@@ -57,10 +56,10 @@ class Llama3:
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-  """YaRN (arXiv:2309.00071): low frequencies are slowed, and attention is sharpened.
+  """YaRN (arXiv:2309.00071): low frequencies are scaled, and attention scores are enlarged.
 
-  `mscale` and `mscale_all_dim` are DeepSeek's: the first sharpens cosines and sines, the
-  second divides that out again and sharpens the whole head instead (`attention_scale`).
+  `mscale` and `mscale_all_dim` are from DeepSeek. The first enlarges cosines and sines. The second
+  cancels this, and enlarges the scores of the whole head instead (`attention_scale`).
   """
 
   factor: float
@@ -75,10 +74,8 @@ class Yarn:
   def __post_init__(self):
     check_numbers(self)
     if self.beta_slow >= self.beta_fast:
-      raise InputError(
-        f"rope scaling has beta_slow {self.beta_slow} and beta_fast {self.beta_fast}; the first "
-        "has to be the smaller"
-      )
+      action = "Correct the rope scaling in the model's config"
+      raise bad_value("beta_slow", self.beta_slow, f"below beta_fast, {self.beta_fast}", action)
 
   def slow(self, freq: np.ndarray, theta: float) -> np.ndarray:
     n = len(freq)
@@ -90,7 +87,7 @@ class Yarn:
     return _mix(freq, self.factor, 1 - ramp)
 
   def _pair_turning(self, beta: float, n: int, theta: float) -> float:
-    """The one of n pairs that turns `beta` times over the original length."""
+    """Returns the index among n frequencies with `beta` turns over the original length."""
     positions = self.original_max_position_embeddings
     return n * math.log(positions / (beta * 2 * math.pi)) / math.log(theta)
 
@@ -99,7 +96,7 @@ class Yarn:
 
   @property
   def amplitude(self) -> float:
-    """What cosines and sines are multiplied by."""
+    """The factor of cosines and sines."""
     if self.attention_factor is not None:
       return self.attention_factor
     if self.mscale is not None and self.mscale_all_dim is not None:
@@ -117,29 +114,33 @@ def _mix(freq: np.ndarray, factor: float, keep: np.ndarray) -> np.ndarray:
 
 
 def frequencies(theta: float, width: int, scaling: Scaling | None) -> np.ndarray:
-  """Rotary frequencies of heads of this width, float32 [width / 2] (arXiv:2104.09864)."""
+  """Returns the rotary frequencies for heads of a width, float32 [width / 2] (arXiv:2104.09864)."""
   freq = theta ** -(np.arange(0, width, 2) / width)
   return (scaling.slow(freq, theta) if scaling else freq).astype(np.float32)
 
 
 def amplitude(scaling: Scaling | None) -> float:
-  """What cosines and sines are multiplied by."""
+  """Returns the factor of cosines and sines."""
   return scaling.amplitude if isinstance(scaling, Yarn) else 1.0
 
 
 def read(rope: JsonObject) -> Scaling | None:
-  """The scaling that config.json's rope_parameters ask for; None is the default rope.
+  """Returns the scaling for `rope_parameters` in config.json; None for no scaling.
 
   Raises:
-    InputError: a rope type, or a key of one, that is not known here.
+    InputError: the rope type or one of its keys is not supported.
   """
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind != "default" and kind not in KINDS:
-    raise InputError(f"config.json has rope type {kind!r}; there are default, {', '.join(KINDS)}")
+    expected = f"one of default, {', '.join(KINDS)}"
+    raise bad_value("rope_type in config.json", kind, expected, "Use another model")
   fields = dataclasses.fields(KINDS[kind]) if kind != "default" else ()
   known = OTHER_KEYS | {f.name for f in fields}
   if unknown := sorted(k for k, v in rope.items() if k not in known and v is not None):
-    raise InputError(f"config.json has {unknown[0]} for rope type {kind!r}, which has no such key")
+    raise InputError(
+      f"The rope parameters in config.json have the key {unknown[0]!r}, which rope type {kind!r} "
+      "does not support. Use another model."
+    )
   if kind == "default":
     return None
   given = {k: v for k, v in rope.items() if k not in OTHER_KEYS and v is not None}
@@ -148,7 +149,7 @@ def read(rope: JsonObject) -> Scaling | None:
 
 
 def write(scaling: Scaling | None) -> JsonObject:
-  """The inverse, without rope_theta."""
+  """Returns `rope_parameters` for config.json without rope_theta: the inverse of `read`."""
   kind = next((k for k, t in KINDS.items() if isinstance(scaling, t)), "default")
   given = dataclasses.asdict(scaling) if scaling else {}
   return {"rope_type": kind, **{k: v for k, v in given.items() if v is not None}}

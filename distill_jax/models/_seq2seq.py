@@ -1,7 +1,7 @@
-"""What encoder-decoders share: a decoder that reads a source, whole or a token at a time.
+"""The base of encoder-decoders: the decoder layer and the model, for training and for decoding.
 
 A family (t5.py; marian.py and whisper.py through _bart.py) defines the parts of a layer and of the
-model; how they are put together, and how tokens are decoded one by one, is here.
+model. This module combines them, and decodes token by token.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from distill_jax.nn.layers import ComputeConfig, scan_layers
 from distill_jax.nn.params import take_layer, unstack
 from distill_jax.types import QKV, Output, SourceTarget
 
-ENCODER_AXIS = "encoder_layers"  # of stacked encoder layers: keep_layers means the decoder's
+ENCODER_AXIS = "encoder_layers"  # axis of encoder layers; keep_layers applies to "layers" only
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSizes(FamilyDefaults):
-  """Sizes that are asked of every config: those of the decoder. A family adds its heads.
+  """The sizes in types.FamilyConfig, which are those of the decoder.
 
   Attributes:
-    DECODER_LAYERS: the family's field with the number of decoder layers.
+    DECODER_LAYERS: the family's field for the number of decoder layers.
     OPTIONAL_ZERO: fields that may be 0.
   """
 
@@ -42,7 +42,7 @@ class DecoderSizes(FamilyDefaults):
   )
 
   def keep_layers(self, kept: tuple[int, ...]) -> Self:
-    """The config of a model that has these decoder layers of this one, and all of the encoder."""
+    """Returns the config of a model with only these decoder layers, and the whole encoder."""
     return dataclasses.replace(self, **{self.DECODER_LAYERS: len(kept)})
 
   @property
@@ -76,9 +76,9 @@ class DecoderSizes(FamilyDefaults):
 
 
 class Cache(struct.PyTreeNode):
-  """What decoding keeps of B sources and of B * J targets, J beams each, of up to Z tokens.
+  """The cache for decoding B sources with J beams each: B * J targets of up to Z tokens.
 
-  Targets are the axis X: the beams of the first source, then those of the next.
+  The axis X enumerates targets: the beams of the first source, then those of the second, etc.
   """
 
   k_LXZHh: jax.Array
@@ -98,36 +98,35 @@ class LayerCache(NamedTuple):
 
 
 class DecoderLayer(nnx.Module):
-  """One decoder layer, of what a family defines in the methods that raise here.
+  """One decoder layer: attention to the target, attention to the source, feed-forward.
 
-  A layer attends to the target so far, then to the source, then feeds forward; x_BTD is the
-  residual stream.
+  A family overrides the methods that raise here. `x_BTD` is the residual stream.
   """
 
-  SCALE: ClassVar[float | None] = None  # of scores; 1/sqrt(h)
+  SCALE: ClassVar[float | None] = None  # factor of attention scores; None for 1/sqrt(h)
 
   def qkv(self, x_BTD: jax.Array) -> QKV:
-    """Queries, keys and values of the target [B, T, H, h]."""
+    """Returns queries, keys and values of the target [B, T, H, h]."""
     raise NotImplementedError
 
   def attention_residual(self, x_BTD: jax.Array, a_BTHh: jax.Array) -> jax.Array:
-    """The residual with what attention to the target gives."""
+    """Returns the residual, updated by attention to the target."""
     raise NotImplementedError
 
   def source_q(self, x_BTD: jax.Array) -> jax.Array:
-    """Queries to the source [B, T, H, h]."""
+    """Returns queries for attention to the source [B, T, H, h]."""
     raise NotImplementedError
 
   def source_kv(self, memory_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values [B, S, H, h] of the encoder's output."""
+    """Returns keys and values [B, S, H, h] of the encoder's output."""
     raise NotImplementedError
 
   def source_attention_residual(self, x_BTD: jax.Array, a_BTHh: jax.Array) -> jax.Array:
-    """The residual with what attention to the source gives."""
+    """Returns the residual, updated by attention to the source."""
     raise NotImplementedError
 
   def feed_forward_block(self, x_BTD: jax.Array) -> jax.Array:
-    """The residual with what the feed-forward gives."""
+    """Returns the residual, updated by the feed-forward."""
     raise NotImplementedError
 
   def __call__(
@@ -156,9 +155,10 @@ class DecoderLayer(nnx.Module):
     position: jax.Array,
     bias_1H1Z: jax.Array | None = None,
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The layer of one more token of each target, all at one position.
+    """Computes the layer for one new token of each target, all at the same position.
 
-    Returns: (the residual, the target's keys and values with the new ones).
+    Returns:
+      (residual, (keys, values) of the target with the new ones).
     """
     q_X1Hh, k_X1Hh, v_X1Hh = self.qkv(x_X1D)
     k_XZHh = _write_position(cache.k_XZHh, k_X1Hh, position)
@@ -168,7 +168,7 @@ class DecoderLayer(nnx.Module):
     a_X1Hh = attention.full(q_X1Hh, k_XZHh, v_XZHh, past_XZ, False, self.SCALE, bias_1H1Z)
     x_X1D = self.attention_residual(x_X1D, a_X1Hh)
     q_X1Hh, k_BSHh, v_BSHh = self.source_q(x_X1D), cache.source_k_BSHh, cache.source_v_BSHh
-    # A source's beams attend as its positions do: its keys are there once for all of them.
+    # The beams of a source are treated as its positions, so its keys are stored only once.
     q_BJHh = q_X1Hh.reshape(len(k_BSHh), -1, *q_X1Hh.shape[2:])
     a_BJHh = attention.full(q_BJHh, k_BSHh, v_BSHh, valid_BS, scale=self.SCALE)
     x_X1D = self.source_attention_residual(x_X1D, a_BJHh.reshape(q_X1Hh.shape))
@@ -180,41 +180,52 @@ def _write_position(old_XZHh: jax.Array, new_X1Hh: jax.Array, position: jax.Arra
 
 
 class Model(nnx.Module):
-  """Source and target so far in, the next tokens' hidden states and the head out.
+  """An encoder-decoder: source and target to hidden states of the target and the unembedding.
 
-  A family has `layers`, its stack of DecoderLayers, and defines the methods that raise here.
+  A family declares `layers`, a stack of DecoderLayers, and overrides the methods that raise here.
   """
 
   layers: DecoderLayer
 
   def encode(self, source: Any, compute: ComputeConfig) -> tuple[jax.Array, jax.Array | None]:
-    """(the encoder's output [B, S, D], which of its positions are no padding; None: all).
+    """Computes the encoder.
 
-    Args: source, Inputs or Sounds: each family narrows its type.
+    Args:
+      source: Inputs or Sounds; each family narrows the type.
+      compute: the settings of the computation.
+
+    Returns:
+      (output [B, S, D], mask [B, S] of positions that are not padding, or None for no padding).
     """
     raise NotImplementedError
 
   def embed_tokens(
     self, tokens_BT: jax.Array, positions_BT: jax.Array, compute: ComputeConfig
   ) -> jax.Array:
-    """The first decoder layer's input [B, T, D]."""
+    """Returns the first decoder layer's input [B, T, D]."""
     raise NotImplementedError
 
   def output(self, x_BTD: jax.Array, compute: ComputeConfig, taps_PBTD: jax.Array | None) -> Output:
-    """The model's output, from that of its last layer."""
+    """Returns the model's Output, given the output of its last layer."""
     raise NotImplementedError
 
   def target_bias(self, T: int, compute: ComputeConfig) -> jax.Array | None:
-    """The bias of scores between target positions, [1, H, T, T], or None."""
+    """Returns the bias of attention scores between target positions, [1, H, T, T], or None."""
     del T, compute
     return None
 
   def __call__(
     self, inputs: SourceTarget, compute: ComputeConfig, taps: tuple[int, ...] = ()
   ) -> Output:
-    """Args: taps, decoder layers whose output is kept. Returns: Output, a position a target token.
+    """Returns the model's Output, one position per target token.
 
-    Padding ends a target, and no position sees what comes after it.
+    Attention to the target needs no padding mask: padding is at the end of a target, and attention
+    is causal.
+
+    Args:
+      inputs: source and target.
+      compute: the settings of the computation.
+      taps: decoder layers whose outputs are also returned.
     """
     memory_BSD, valid_BS = self.encode(inputs.source, compute)
     target = inputs.target
@@ -229,7 +240,7 @@ class Model(nnx.Module):
     return self.output(x_BTD, compute, taps_PBTD)
 
   def init_cache(self, source: Any, beams: int, size: int, compute: ComputeConfig) -> Cache:
-    """An empty cache of targets of up to `size` tokens, and the source's keys and values."""
+    """Returns a cache with the source's keys and values, and room for `size` target tokens."""
     memory_BSD, valid_BS = self.encode(source, compute)
 
     def init_layer(_, layer):
@@ -245,7 +256,17 @@ class Model(nnx.Module):
   def decode_step(
     self, tokens_X: jax.Array, position: jax.Array, cache: Cache, compute: ComputeConfig
   ) -> tuple[Output, Cache]:
-    """One more token of each target, all at one position: (Output of T = 1, the cache with it)."""
+    """Computes one new token of each target, all at the same position.
+
+    Args:
+      tokens_X: int32, the token of each target at the position.
+      position: int32 scalar.
+      cache: the cache; the positions before `position` must be filled.
+      compute: the settings of the computation.
+
+    Returns:
+      (Output with T = 1, cache with the new position).
+    """
     positions_X1 = jnp.full((len(tokens_X), 1), position, jnp.int32)
     x_X1D = self.embed_tokens(tokens_X[:, None], positions_X1, compute)
     if (bias := self.target_bias(cache.k_LXZHh.shape[2], compute)) is not None:
@@ -261,6 +282,6 @@ class Model(nnx.Module):
     return self.output(x_X1D, compute, None), cache.replace(k_LXZHh=k_LXZHh, v_LXZHh=v_LXZHh)
 
   def qkv(self, layer: int, x_BTD: jax.Array, inputs: SourceTarget, compute: ComputeConfig) -> QKV:
-    """Queries, keys and values of a decoder layer, from the output of the layer before it."""
+    """Returns the queries, keys and values of a decoder layer, given the output before it."""
     del inputs
     return compute.cast_and_gather(take_layer(self.layers, layer)).qkv(x_BTD)

@@ -1,4 +1,4 @@
-"""The vision tower of CLIP, which LLaVA has too: images to a vector for each patch."""
+"""The vision tower of CLIP and LLaVA: images to an embedding for each patch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distill_jax.types import QKV, Images
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig(_encoder.VisionConfig):
-  """The shape of the tower, with the values that config.json may leave out."""
+  """The tower's architecture, with defaults for fields that may be missing in config.json."""
 
   hidden_size: int = 768
   intermediate_size: int = 3_072
@@ -30,7 +30,7 @@ class VisionConfig(_encoder.VisionConfig):
 
 
 class Block(_encoder.Block):
-  """One layer of either tower of CLIP, normed before attention and before the feed-forward."""
+  """One layer of either tower of CLIP."""
 
   NAMES = {
     "q": "self_attn.q_proj",
@@ -45,14 +45,14 @@ class Block(_encoder.Block):
 
 
 class VisionTower(nnx.Module):
-  """Images in, a vector for each patch out, after one that stands for the whole image."""
+  """An encoder: images to an embedding of the whole image and one for each patch."""
 
   def __init__(self, c: VisionConfig, prefix: str, key: jax.Array):
-    """Args: prefix, what Hugging Face's names of the tower's tensors begin with."""
+    """Declares the parameters. Their Hugging Face names begin with `prefix`."""
     keys, D, p = jax.random.split(key, 6), c.hidden_size, c.patch_size
     self.config = c
     self.whole = param(keys[0], f"table:{D}", f"{prefix}embeddings.class_embedding", init=D**-0.5)
-    # In torch's order, as a convolution's weights have four axes there.
+    # In torch's layout of a convolution: [out, in, height, width].
     dims = f"embed:{D} channels:{c.num_channels} pixels:{p} pixels:{p}"
     std = (c.num_channels * p * p) ** -0.5
     self.patch = param(keys[1], dims, f"{prefix}embeddings.patch_embedding.weight", init=std)
@@ -62,7 +62,7 @@ class VisionTower(nnx.Module):
       f"{prefix}embeddings.position_embedding.weight",
       init=0.02,
     )
-    # Misspelt by those who wrote the checkpoints.
+    # The name is misspelt in the checkpoints.
     self.norm, self.norm_bias = Declare(keys[3], prefix).layer_norm("pre_layrnorm", D)
     block = functools.partial(Block, c, prefix + "encoder.layers.{layers}.")
     self.layers = stack(c.num_hidden_layers, block, keys[4])
@@ -71,17 +71,17 @@ class VisionTower(nnx.Module):
   def __call__(
     self, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> tuple[jax.Array, jax.Array | None]:
-    """The last layer's output [B, 1 + patches, D], and the taps."""
+    """Returns the last layer's output [B, 1 + patches, D], and the taps."""
     return self._run(self.layers, inputs, compute, taps)
 
   def first_layers(self, n: int, inputs: Images, compute: layers.ComputeConfig) -> jax.Array:
-    """The output of the first n layers, [B, 1 + patches, D]."""
+    """Returns the output of the first n layers, [B, 1 + patches, D]."""
     return self._run(jax.tree.map(lambda w: w[:n], self.layers), inputs, compute, ())[0]
 
   def _run(
     self, stacked: Block, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...]
   ) -> tuple[jax.Array, jax.Array | None]:
-    """The output [B, 1 + patches, D] of these layers, and the taps."""
+    """Returns the output [B, 1 + patches, D] of these layers, and the taps."""
     with jax.named_scope("embed"):
       x_BSD, eps = self.embed_patches(inputs.pixels_BYWM, compute), self.config.layer_norm_eps
       x_BSD = layers.layer_norm(x_BSD, self.norm[...], self.norm_bias[...], eps)
@@ -89,7 +89,7 @@ class VisionTower(nnx.Module):
     return layers.scan_layers([stacked], lambda layer, i, x: layer(x, None), x_BSD, taps, compute)
 
   def embed_patches(self, pixels_BYWM: jax.Array, compute: layers.ComputeConfig) -> jax.Array:
-    """[B, 1 + patches, D]: what stands for the whole, then the patches row by row."""
+    """Returns [B, 1 + patches, D]: the class embedding, then the patches row by row."""
     c, B = self.config, pixels_BYWM.shape[0]
     patches_BSD = _patches.embed(c, pixels_BYWM, self.patch, compute)
     whole_B1D = jnp.broadcast_to(compute.cast_and_gather(self.whole)[...], (B, 1, c.hidden_size))
@@ -97,11 +97,11 @@ class VisionTower(nnx.Module):
     return x_BSD + compute.cast_and_gather(self.places)[...][None]
 
   def pool(self, x_BSD: jax.Array) -> jax.Array:
-    """The normed vector that stands for the whole image, [B, D]."""
+    """Returns the normed embedding of the whole image, [B, D]."""
     return layers.layer_norm(
       x_BSD[:, 0], self.top[...], self.top_bias[...], self.config.layer_norm_eps
     )
 
   def qkv(self, layer: int, x_BSD: jax.Array, compute: layers.ComputeConfig) -> QKV:
-    """Queries, keys and values of one layer, from the output of the layer before it."""
+    """Returns the queries, keys and values of one layer, given the output of the layer before."""
     return compute.cast_and_gather(take_layer(self.layers, layer)).qkv(x_BSD)

@@ -1,4 +1,4 @@
-"""Families some of whose layers see a window and the others all, by config.json's layer_types."""
+"""Decoders with sliding-window attention in some layers, listed in layer_types in config.json."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.models import _decoder
 from distill_jax.nn import attention, layers
 from distill_jax.types import Inputs, JsonObject
@@ -17,19 +17,21 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
 def check_kinds(types: tuple[str, ...], layers: int) -> None:
-  """Refuses layer_types that do not say of each layer which of the two it is."""
+  """Checks layer_types.
+
+  Raises:
+    InputError: it does not have one of the two kinds for each layer.
+  """
   if len(types) != layers or not set(types) <= {LOCAL, GLOBAL}:
-    raise InputError(
-      f"layer_types has {len(types)} layers of {sorted(set(types))}; {layers} of {LOCAL!r} or "
-      f"{GLOBAL!r} were expected"
-    )
+    expected = f"{layers} entries, each {LOCAL!r} or {GLOBAL!r}"
+    raise bad_value("layer_types", types, expected, "Correct the model's config")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(_decoder.Config):
-  """A decoder's shape with Qwen's names for windows.
+  """A decoder's architecture with Qwen's field names for windows.
 
-  `layer_types` is () and `sliding_window` None where all layers see all.
+  If all layers have full attention, `layer_types` is () and `sliding_window` is None.
   """
 
   sliding_window: int | None = None
@@ -39,24 +41,25 @@ class Config(_decoder.Config):
     super().__post_init__()
     if self.layer_types or self.sliding_window is not None:
       check_kinds(self.layer_types, self.num_hidden_layers)
-      if self.sliding_window is None or LOCAL not in self.layer_types:
-        raise InputError(
-          f"sliding_window is {self.sliding_window} and layer_types {self.layer_types}; a window "
-          f"goes with layers of {LOCAL!r}"
-        )
+      if self.sliding_window is None:
+        expected = f"a number because layer_types contains {LOCAL!r}"
+        raise bad_value("sliding_window", None, expected, "Correct the model's config")
+      if LOCAL not in self.layer_types:
+        expected = f"at least one {LOCAL!r} because sliding_window is {self.sliding_window}"
+        raise bad_value("layer_types", self.layer_types, expected, "Correct the model's config")
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
     used = hf.get("use_sliding_window") and hf.get("sliding_window") is not None
     numbers = range(hf["num_hidden_layers"]) if used else ()
-    kinds = hf.get("layer_types") or [  # spelt out by transformers 5
+    kinds = hf.get("layer_types") or [  # written by transformers 5 only
       GLOBAL if i < hf.get("max_window_layers", 28) else LOCAL for i in numbers
     ]
     if LOCAL in kinds and not used:
       raise InputError(
-        f"config.json has layers of {LOCAL!r}, use_sliding_window="
-        f"{hf.get('use_sliding_window')!r} and sliding_window={hf.get('sliding_window')!r}; name a "
-        "window and set the first to true, or make all layers 'full_attention'"
+        f"layer_types in config.json contains {LOCAL!r}, but use_sliding_window is "
+        f"{hf.get('use_sliding_window')!r} and sliding_window is {hf.get('sliding_window')!r}. Set "
+        "both, or make all layers 'full_attention'."
       )
     if set(kinds) <= {GLOBAL}:
       return super().from_hf({**hf, "sliding_window": None, "layer_types": ()})
@@ -82,7 +85,7 @@ class Config(_decoder.Config):
 
   @property
   def window(self) -> int | None:
-    """What all layers see, where they are alike."""
+    """The window of all layers; None if some or all layers have full attention."""
     return None if GLOBAL in self.layer_types else self.sliding_window
 
   def window_at(self, layer: int) -> int | None:
@@ -90,19 +93,19 @@ class Config(_decoder.Config):
 
 
 class Model(_decoder.Model):
-  """Tokens in, hidden states and the unembedding out."""
+  """A decoder: tokens to hidden states and the unembedding."""
 
   config: Config
 
   def position_inputs(self, inputs: Inputs) -> _decoder.PositionInputs:
-    """Chosen by the layer's number, so that layers of both kinds are one scan."""
-    c, alike = self.config, super().position_inputs(inputs)
+    """Returns a function of the layer's number, so that one scan covers both kinds of layer."""
+    c, same_for_all = self.config, super().position_inputs(inputs)
     if len(set(c.layer_types)) < 2:
-      return alike
+      return same_for_all
     local_L = jnp.asarray([kind == LOCAL for kind in c.layer_types], jnp.int32)
 
     def of_layer(layer: int | jax.Array) -> tuple[layers.Angles, attention.Window]:
-      angles, _ = alike(layer)
+      angles, _ = same_for_all(layer)
       return angles, attention.OneOf((None, c.sliding_window), local_L[layer])
 
     return of_layer

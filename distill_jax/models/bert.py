@@ -1,4 +1,4 @@
-"""BERT, and MiniLM, which has its shape (arXiv:1810.04805): texts to classes, or to embeddings."""
+"""BERT and MiniLM (arXiv:1810.04805): texts to classes, or to embeddings."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import param, stack, take_layer
 from distill_jax.types import QKV, Inputs, JsonObject, Output
 
-HF_MODEL_TYPES = ("bert",)  # of config.json
-PREFIX = "bert."  # of all but the head; a checkpoint of the body alone goes without
+HF_MODEL_TYPES = ("bert",)  # model_type in config.json
+PREFIX = "bert."  # of all tensors except the head's; absent in checkpoints without a head
 SUPPORTED_VALUES = {
   "position_embedding_type": "absolute",
   "is_decoder": False,
@@ -28,10 +28,10 @@ SUPPORTED_VALUES = {
 
 @dataclasses.dataclass(frozen=True)
 class Config(_encoder.Config):
-  """The shape of a model, in Hugging Face's words. There is no dropout.
+  """A model's architecture, under Hugging Face's field names. Dropout is 0.
 
-  With `num_labels` 0 it is a BertModel whose output is one embedding of a text: the mean of the
-  last layer's output at its tokens, brought to length 1, as sentence-transformers has it.
+  With `num_labels` 0 it is a BertModel, whose output is one embedding per text: the mean of the
+  last layer's output over tokens, normalised to length 1, as in sentence-transformers.
   """
 
   vocab_size: int = 30_522
@@ -43,14 +43,14 @@ class Config(_encoder.Config):
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
-    """From a Hugging Face config.json; what this family cannot do is refused by name."""
+    """Returns the config for a Hugging Face config.json; unsupported values raise InputError."""
     check_supported(hf, SUPPORTED_VALUES, "bert")
     names = {f.name for f in dataclasses.fields(cls)} - {"num_labels"}
     labels = 0 if hf.get("architectures") == ["BertModel"] else _encoder.num_labels_of(hf)
     return cls(**{name: hf[name] for name in names if name in hf}, num_labels=labels)
 
   def to_hf(self) -> JsonObject:
-    """The config.json of this model."""
+    """Returns the config.json of this model."""
     hf = dataclasses.asdict(self)
     n = hf.pop("num_labels")
     architecture = "BertForSequenceClassification" if n else "BertModel"
@@ -66,21 +66,21 @@ class Config(_encoder.Config):
     }
 
   def ignores_tensor(self, name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+    """Returns whether a checkpoint may hold this tensor although the model does not use it."""
     return name.endswith("embeddings.position_ids") or name.startswith("cls.")
 
   @property
   def head_rows(self) -> int:
-    return max(self.num_labels, 1)  # an embedding has a head of one row
+    return max(self.num_labels, 1)  # for embeddings, the head has one row
 
   @property
   def embedding_size(self) -> int:
-    """Width of the vector that stands for a whole text."""
+    """Width of the embedding of a whole text."""
     return self.hidden_size
 
 
 class Block(_encoder.Block):
-  """One layer, normed after attention and after the feed-forward."""
+  """One layer, with norms after attention and after the feed-forward."""
 
   PRE_NORM = False
   NAMES = {
@@ -96,7 +96,7 @@ class Block(_encoder.Block):
 
 
 class Model(nnx.Module):
-  """Texts in, one a row; out, as one position, the pooled first token and the classifier."""
+  """An encoder: one text per row to one position, the pooled first token, and the classifier."""
 
   def __init__(self, c: Config, key: jax.Array):
     keys, at, D = jax.random.split(key, 6), f"{PREFIX}embeddings.", c.hidden_size
@@ -112,7 +112,7 @@ class Model(nnx.Module):
     block = functools.partial(Block, c, PREFIX + "encoder.layer.{layers}.")
     self.layers = stack(c.num_hidden_layers, block, keys[4])
     declare = Declare(keys[5], "")
-    # "heads" names the axis that a pooler's outputs are spread over, as queries are.
+    # The outputs are sharded over the logical axis "heads", like queries.
     self.pool = declare.linear(f"{PREFIX}pooler.dense", f"embed:{D} heads:{D}", "heads")
     self.pool_bias = declare.bias(f"{PREFIX}pooler.dense", D)
     if n := c.num_labels:
@@ -122,9 +122,9 @@ class Model(nnx.Module):
   def __call__(
     self, inputs: Inputs, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> Output:
-    """Args: inputs, int32 [B, S]; taps, the layers whose output is kept. Returns: Output, T = 1."""
+    """Returns the model's Output with T = 1; see types.Model."""
     x_BSD, taps_PBSD = self.encode(inputs, compute, taps)
-    # As sentence-transformers have it (arXiv:1908.10084).
+    # The embedding of sentence-transformers (arXiv:1908.10084).
     mean_B1D = _mean(x_BSD, inputs.segments_BT > 0)
     if not self.config.num_labels:
       unit_B1D = layers.unit(mean_B1D)
@@ -140,7 +140,7 @@ class Model(nnx.Module):
   def encode(
     self, inputs: Inputs, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> tuple[jax.Array, jax.Array | None]:
-    """The last layer's output [B, S, D], and the taps."""
+    """Returns the last layer's output [B, S, D], and the taps."""
     with jax.named_scope("embed"):
       x_BSD = compute.cast_and_gather(self.embed)[...][inputs.tokens_BT]
       x_BSD = x_BSD + compute.cast_and_gather(self.places)[...][inputs.positions_BT]
@@ -154,13 +154,13 @@ class Model(nnx.Module):
     )
 
   def qkv(self, layer: int, x_BSD: jax.Array, inputs: Inputs, compute: layers.ComputeConfig) -> QKV:
-    """Queries, keys and values of one layer, from the output of the layer before it."""
+    """Returns the queries, keys and values of one layer, given the output of the layer before."""
     del inputs
     return compute.cast_and_gather(take_layer(self.layers, layer)).qkv(x_BSD)
 
 
 def _mean(x_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
-  """Over the tokens of each text, [B, 1, D]."""
+  """Returns the mean over the tokens of each text, [B, 1, D]."""
   x_BSD = jnp.where(valid_BS[..., None], x_BSD, 0)
   n_B11 = jnp.maximum(jnp.sum(valid_BS, 1), 1)[:, None, None]
   return jnp.sum(x_BSD, 1, keepdims=True) / n_B11.astype(x_BSD.dtype)

@@ -1,4 +1,4 @@
-"""CLIP (arXiv:2103.00020): images and the texts that belong to them, as vectors of one space."""
+"""CLIP (arXiv:2103.00020): embeddings of images and of their texts in one space."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models import _encoder, _vision_tower
 from distill_jax.models._declare import Declare
 from distill_jax.models._family import SizesOfPart, check_numbers
@@ -19,14 +19,14 @@ from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import param, stack
 from distill_jax.types import IN_BATCH_CLASSES, QKV, Images, ImageText, Inputs, JsonObject, Output
 
-HF_MODEL_TYPES = ("clip",)  # of config.json
-MAX_LOGIT_SCALE = math.log(100)  # past which CLIP's authors found training unstable
-EMPTY_LOGIT = -1e9  # of a row of the batch that holds no pair
+HF_MODEL_TYPES = ("clip",)  # model_type in config.json
+MAX_LOGIT_SCALE = math.log(100)  # above it, CLIP's authors found training unstable
+EMPTY_LOGIT = -1e9  # logit of a padding row of the batch
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig(_encoder.Config):
-  """The shape of the text tower, with the values that config.json may leave out."""
+  """The text tower's architecture, with defaults for fields that may be missing in config.json."""
 
   hidden_size: int = 512
   intermediate_size: int = 2_048
@@ -38,14 +38,14 @@ class TextConfig(_encoder.Config):
   max_position_embeddings: int = 77
   pad_token_id: int = 1
   bos_token_id: int = 49_406
-  eos_token_id: int = 49_407  # whose vector stands for the text; 2, in old files, is the last id
+  eos_token_id: int = 49_407  # its output embeds the text; in old files 2 means the last id
 
   OPTIONAL_ZERO = ("pad_token_id", "bos_token_id")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(SizesOfPart):
-  """The shape of a model. Layers, as losses of features count them, are the vision tower's."""
+  """A model's architecture. Its layers, e.g. for taps, are those of the vision tower."""
 
   text: TextConfig
   vision: _vision_tower.VisionConfig
@@ -56,14 +56,14 @@ class Config(SizesOfPart):
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
-    """From a Hugging Face config.json, whose text_config_dict, if there, is the newer one."""
+    """Returns the config for a Hugging Face config.json; text_config_dict replaces text_config."""
     parts = {n: hf.get(f"{n}_config_dict") or hf[f"{n}_config"] for n in ("text", "vision")}
     text = _encoder.config_of_part(TextConfig, parts["text"])
     vision = _encoder.config_of_part(_vision_tower.VisionConfig, parts["vision"])
     return cls(text, vision, *(hf[k] for k in ("projection_dim",) if k in hf))
 
   def to_hf(self) -> JsonObject:
-    """The config.json of this model."""
+    """Returns the config.json of this model."""
     common = {"attention_dropout": 0.0, "projection_dim": self.projection_dim}
     text = {"model_type": "clip_text_model", **dataclasses.asdict(self.text), **common}
     vision = {"model_type": "clip_vision_model", **dataclasses.asdict(self.vision), **common}
@@ -76,19 +76,17 @@ class Config(SizesOfPart):
     }
 
   def keep_layers(self, kept: tuple[int, ...]) -> Self:
-    """The config of a model that has these layers of both towers of this one, in this order."""
+    """Returns the config of a model with only these layers of both towers, in this order."""
     text, vision = self.text.num_hidden_layers, self.vision.num_hidden_layers
     if text != vision:
-      raise InputError(
-        f"keep_layers chooses layers of both towers, and this model's have {text} (text) and "
-        f"{vision} (vision); name a shape of its own for the student"
-      )
+      expected = f"(), since the towers have different numbers of layers ({text} and {vision})"
+      raise bad_value("keep_layers", kept, expected, "Choose a smaller shape for the student")
     return dataclasses.replace(
       self, text=self.text.keep_layers(kept), vision=self.vision.keep_layers(kept)
     )
 
   def ignores_tensor(self, name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+    """Returns whether a checkpoint may hold this tensor although the model does not use it."""
     return name.endswith("embeddings.position_ids")
 
   @property
@@ -105,7 +103,7 @@ class Config(SizesOfPart):
 
   @property
   def embedding_size(self) -> int:
-    """Width of the vectors that images and texts have in common."""
+    """Width of the embeddings of images and texts."""
     return self.projection_dim
 
   @property
@@ -120,10 +118,10 @@ class CausalBlock(_vision_tower.Block):
 
 
 class TextTower(nnx.Module):
-  """Texts in, read from left to right; a vector for each out."""
+  """A causal encoder: texts to one embedding each."""
 
   def __init__(self, c: TextConfig, prefix: str, key: jax.Array):
-    """Args: prefix, what Hugging Face's names of the tower's tensors begin with."""
+    """Declares the parameters. Their Hugging Face names begin with `prefix`."""
     keys, D, V = jax.random.split(key, 4), c.hidden_size, c.vocab_size
     tokens, positions = (f"{prefix}embeddings.{n}_embedding.weight" for n in ("token", "position"))
     self.config = c
@@ -135,7 +133,7 @@ class TextTower(nnx.Module):
     self.top, self.top_bias = Declare(keys[3], prefix).layer_norm("final_layer_norm", D)
 
   def __call__(self, inputs: Inputs, compute: layers.ComputeConfig) -> jax.Array:
-    """The normed vector at the last token of each text, [B, D]."""
+    """Returns the normed output at the last token of each text, [B, D]."""
     with jax.named_scope("embed"):
       x_BSD = compute.cast_and_gather(self.embed)[...][inputs.tokens_BT]
       x_BSD = x_BSD + compute.cast_and_gather(self.places)[...][inputs.positions_BT]
@@ -150,11 +148,11 @@ class TextTower(nnx.Module):
 
 
 class Model(nnx.Module):
-  """Pairs in; two positions a pair out, its image and its text, and all of the batch as head.
+  """Two towers: pairs to two positions each, the image and the text, and a head from the batch.
 
-  The head's rows are the vectors of all texts of the batch, then of all images: position 0
-  chooses among the first, position 1 among the second (Batch.with_contrastive_labels).
-  Cross-entropy is then InfoNCE in both directions, as CLIP is trained.
+  The rows of the head are the embeddings of all texts of the batch, followed by those of all
+  images. Position 0, the image, predicts a text, and position 1 an image
+  (Batch.with_contrastive_labels). Cross-entropy is then InfoNCE in both directions, as in CLIP.
   """
 
   def __init__(self, c: Config, key: jax.Array):
@@ -162,7 +160,7 @@ class Model(nnx.Module):
     self.config = c
     self.text = TextTower(c.text, "text_model.", keys[0])
     self.vision = _vision_tower.VisionTower(c.vision, "vision_model.", keys[1])
-    # "heads" names the axis that a projection's outputs are spread over, as queries are.
+    # The outputs are sharded over the logical axis "heads", like queries.
     text, image = (
       f"embed:{part.hidden_size} heads:{c.projection_dim}" for part in (c.text, c.vision)
     )
@@ -174,12 +172,12 @@ class Model(nnx.Module):
   def __call__(
     self, inputs: ImageText, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> Output:
-    """Args: taps, layers of the vision tower. Returns: Output, T = 2, its head `contrastive`."""
+    """Returns a contrastive Output with T = 2; `taps` are layers of the vision tower."""
     image_BO, taps_PBSD = self.embed_images(inputs.images, compute, taps)
     text_BO = self.embed_texts(inputs.texts, compute)
     scale = jnp.exp(jnp.minimum(self.scale[...].astype(jnp.float32), MAX_LOGIT_SCALE))
     both_B2O = jnp.stack([image_BO, text_BO], 1)
-    # A row of the batch that is filled up, whose text is empty, is nobody's negative.
+    # Padding rows of the batch, whose text is empty, are not used as negatives.
     empty_B = jnp.all(inputs.texts.segments_BT == 0, 1)
     bias_V = jnp.tile(jnp.where(empty_B, EMPTY_LOGIT, 0.0), 2)
     head_VO = jnp.concatenate([text_BO, image_BO])
@@ -189,20 +187,20 @@ class Model(nnx.Module):
   def embed_images(
     self, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> tuple[jax.Array, jax.Array | None]:
-    """(vectors of length 1, float32 [B, O]; the taps)"""
+    """Returns (embeddings of length 1, float32 [B, O]; taps)."""
     x_BSD, taps_PBSD = self.vision(inputs, compute, taps)
     return layers.unit(
       self.vision.pool(x_BSD) @ compute.cast_and_gather(self.of_image)[...]
     ), taps_PBSD
 
   def embed_texts(self, inputs: Inputs, compute: layers.ComputeConfig) -> jax.Array:
-    """Vectors of length 1, float32 [B, O]."""
+    """Returns embeddings of length 1, float32 [B, O]."""
     return layers.unit(self.text(inputs, compute) @ compute.cast_and_gather(self.of_text)[...])
 
   def qkv(
     self, layer: int, x_BSD: jax.Array, inputs: ImageText, compute: layers.ComputeConfig
   ) -> QKV:
-    """Of one layer of the vision tower, from the output of the layer before it."""
+    """Returns the queries, keys and values of a layer of the vision tower, given its input."""
     return self.vision.qkv(layer, x_BSD, compute)
 
 

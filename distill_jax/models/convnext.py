@@ -1,4 +1,4 @@
-"""ConvNeXt (arXiv:2201.03545): images to classes by convolutions, with no batch statistics."""
+"""ConvNeXt (arXiv:2201.03545): images to classes by convolutions, without batch norm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models import _encoder
 from distill_jax.models._declare import Declare
 from distill_jax.models._family import FamilyDefaults, check_numbers
@@ -19,23 +19,24 @@ from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import stack
 from distill_jax.types import Images, JsonObject, Output
 
-HF_MODEL_TYPES = ("convnext",)  # of config.json
-PREFIX = "convnext."  # of all but the head; a checkpoint of the body alone goes without
-KERNEL, EPS = 7, 1e-6  # of the depthwise convolutions; of all norms but the last
-MATMUL_PLACES = 256  # of an image, up to which a depthwise convolution is a product of matrices
+HF_MODEL_TYPES = ("convnext",)  # model_type in config.json
+PREFIX = "convnext."  # of all tensors except the head's; absent in checkpoints without a head
+KERNEL = 7  # width of the depthwise convolutions
+EPS = 1e-6  # epsilon of all norms except the last
+MATMUL_PLACES = 256  # up to this number of places, depthwise convolutions are matrix products
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(FamilyDefaults):
-  """The shape of a model, in Hugging Face's words. There is no stochastic depth."""
+  """A model's architecture, under Hugging Face's field names. Stochastic depth is off."""
 
-  hidden_sizes: tuple[int, ...] = (96, 192, 384, 768)  # channels of each stage …
-  depths: tuple[int, ...] = (3, 3, 9, 3)  # … and its layers
+  hidden_sizes: tuple[int, ...] = (96, 192, 384, 768)  # channels of each stage
+  depths: tuple[int, ...] = (3, 3, 9, 3)  # layers of each stage
   patch_size: int = 4
   num_channels: int = 3
   image_size: int = 224
   hidden_act: str = "gelu"
-  layer_norm_eps: float = 1e-12  # of the last norm
+  layer_norm_eps: float = 1e-12  # epsilon of the last norm
   layer_scale_init_value: float = 1e-6
   num_labels: int = 2
 
@@ -43,28 +44,25 @@ class Config(FamilyDefaults):
 
   def __post_init__(self):
     check_numbers(self)
-    stages = len(self.hidden_sizes), len(self.depths)
-    numbers = (*self.hidden_sizes, *self.depths)
-    if len(set(stages)) > 1 or not all(type(n) is int and 0 < n < 2**20 for n in numbers):
-      raise InputError(
-        f"hidden_sizes is {self.hidden_sizes} and depths {self.depths}; a number above 0 of each, "
-        "for every stage, was expected"
-      )
-    if self.hidden_act not in _encoder.ACTIVATIONS:
-      raise InputError(
-        f"hidden_act is {self.hidden_act!r}; it can be one of {', '.join(_encoder.ACTIVATIONS)}"
-      )
+    for key in ("hidden_sizes", "depths"):
+      numbers = getattr(self, key)
+      if not all(type(n) is int and 0 < n < 2**20 for n in numbers):
+        raise bad_value(key, numbers, "positive integers", "Correct the model's config")
+    if len(self.hidden_sizes) != len(self.depths):
+      expected = f"{len(self.hidden_sizes)} numbers, as many as hidden_sizes has"
+      raise bad_value("depths", self.depths, expected, "Correct the model's config")
+    _encoder.check_activation(self.hidden_act)
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
-    """From a Hugging Face config.json; what this family cannot do is refused by name."""
+    """Returns the config for a Hugging Face config.json; unsupported values raise InputError."""
     names = {f.name for f in dataclasses.fields(cls)} - {"num_labels"}
     given = {name: hf[name] for name in names if name in hf}
     given |= {n: tuple(given[n]) for n in ("hidden_sizes", "depths") if n in given}
     return cls(**given, num_labels=_encoder.num_labels_of(hf))
 
   def to_hf(self) -> JsonObject:
-    """The config.json of this model."""
+    """Returns the config.json of this model."""
     hf = dataclasses.asdict(self)
     return {
       "architectures": ["ConvNextForImageClassification"],
@@ -79,13 +77,11 @@ class Config(FamilyDefaults):
     }
 
   def keep_layers(self, kept: tuple[int, ...]) -> Self:
-    raise InputError(
-      f"keep_layers is {kept} and the model a ConvNeXt, whose layers are of several widths; take a "
-      "smaller shape"
-    )
+    expected = "(), since the layers of a ConvNeXt have several widths"
+    raise bad_value("keep_layers", kept, expected, "Choose a smaller shape")
 
   def ignores_tensor(self, name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+    """Returns whether a checkpoint may hold this tensor although the model does not use it."""
     del name
     return False
 
@@ -99,17 +95,17 @@ class Config(FamilyDefaults):
 
   @property
   def hidden_size(self) -> int:
-    """The size of the features that the head reads."""
+    """Width of the features for the head."""
     return self.hidden_sizes[-1]
 
 
 class Block(nnx.Module):
-  """One layer: each channel over 7 x 7 places, then a feed-forward at each place, scaled."""
+  """One layer: a depthwise 7 x 7 convolution, then a scaled feed-forward at each place."""
 
   def __init__(self, c: Config, D: int, at: str, key: jax.Array):
     declare = Declare(key, at)
     self.config = c
-    # In torch's order, as a convolution's weights have four axes there.
+    # In torch's layout of a convolution: [out, in, height, width].
     dims = f"embed:{D} one:1 pixels:{KERNEL} pixels:{KERNEL}"
     self.depthwise = declare.linear("dwconv", dims, "", init=1 / KERNEL)
     self.depthwise_bias = declare.bias("dwconv", D)
@@ -134,7 +130,7 @@ class Block(nnx.Module):
 
 
 class Stage(nnx.Module):
-  """Layers of one width, after a step down to half the height and width but in the first."""
+  """Layers of one width. Every stage except the first begins by halving height and width."""
 
   def __init__(self, c: Config, i: int, key: jax.Array):
     down, blocks = jax.random.split(key)
@@ -159,7 +155,7 @@ class Stage(nnx.Module):
 
 
 class Model(nnx.Module):
-  """Images in; the mean over places and the classifier out, as one position."""
+  """A convolutional network: images to one position, the mean over places, and the classifier."""
 
   def __init__(self, c: Config, key: jax.Array):
     stem, stages, head = jax.random.split(key, 3)
@@ -181,11 +177,14 @@ class Model(nnx.Module):
   def __call__(
     self, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> Output:
-    """Args: inputs, float32 pixels [B, Y, W, M]. Returns: Output, T = 1. There are no taps."""
+    """Returns the model's Output with T = 1; see types.Model.
+
+    Raises:
+      InputError: `taps` is not ().
+    """
     if taps:
-      raise InputError(
-        f"taps {taps} of a ConvNeXt, whose layers are of several widths; there are none"
-      )
+      expected = "(), since the layers of a ConvNeXt have several widths"
+      raise bad_value("taps", taps, expected, "Use another model for feature losses")
     with jax.named_scope("embed"):
       x_BYWD = layers.patches(
         inputs.pixels_BYWM.astype(compute.dtype), compute.cast_and_gather(self.patch)[...]
@@ -203,15 +202,15 @@ class Model(nnx.Module):
 
 
 def over_places(x_D: jax.Array) -> jax.Array:
-  """One number for each channel, for images [B, Y, W, D]."""
+  """Reshapes one number per channel, [D], for images [B, Y, W, D]."""
   return x_D[None, None, None]
 
 
 def depthwise(x_BYWD: jax.Array, w_D1kk: jax.Array) -> jax.Array:
-  """Each channel by a filter of its own, zeros outside, the image as large as before: odd k.
+  """Convolves each channel with its own filter of odd width, padded to keep the image's size.
 
-  For few places it is a product with a matrix of places by places, for each channel: XLA's
-  convolution is 17 to 40 times slower on a CPU, its gradients included (14 x 14, 7 x 7 places).
+  For images of few places, this is a product with a matrix [places, places] for each channel. On a
+  CPU, XLA's convolution with its gradients is 17 to 40 times slower (14 x 14 and 7 x 7 places).
   """
   (B, Y, W, D), k = x_BYWD.shape, w_D1kk.shape[-1]
   if Y * W > MATMUL_PLACES:
@@ -223,7 +222,7 @@ def depthwise(x_BYWD: jax.Array, w_D1kk: jax.Array) -> jax.Array:
       dimension_numbers=("NHWC", "OIHW", "NHWC"),
       feature_group_count=D,
     )
-  # In the subscripts y, w are places of the input, Y, W of the output; p, q taps of the filter.
+  # Subscripts: y and w are places of the input, Y and W of the output; p and q are filter taps.
   rows_kYY, columns_kWW = (_shifts(k, n, x_BYWD.dtype) for n in (Y, W))
   w_DkYY = jnp.einsum("Dpq,pyY->DqyY", w_D1kk[:, 0], rows_kYY)
   w_DSS = jnp.einsum("DqyY,qwW->DywYW", w_DkYY, columns_kWW).reshape(D, Y * W, Y * W)
@@ -232,7 +231,7 @@ def depthwise(x_BYWD: jax.Array, w_D1kk: jax.Array) -> jax.Array:
 
 
 def _shifts(k: int, n: int, dtype: np.dtype) -> np.ndarray:
-  """[k, n, n]: 1 where tap q of a filter brings place i to place j."""
+  """Returns [k, n, n]: 1 where tap q of a filter maps place i to place j."""
   from_n1, to_1n = np.arange(n)[:, None], np.arange(n)[None]
   return (from_n1 - to_1n + k // 2 == np.arange(k)[:, None, None]).astype(dtype)
 

@@ -9,21 +9,21 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models import _decoder, _rope
 from distill_jax.models._declare import Declare
 from distill_jax.models._experts import Experts, check_top_k
 from distill_jax.nn import attention, layers, sharding
 from distill_jax.types import QKV, JsonObject
 
-HF_MODEL_TYPES = ("deepseek_v3",)  # of config.json
+HF_MODEL_TYPES = ("deepseek_v3",)  # model_type in config.json
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(_decoder.Config):
-  """The shape of a model, in Hugging Face's words.
+  """A model's architecture, under Hugging Face's field names.
 
-  `head_dim` is that of queries and keys; values have `v_head_dim`. Layers from
+  `head_dim` is the width of queries and keys, `v_head_dim` that of values. Layers from
   `first_k_dense_replace` on have experts.
   """
 
@@ -43,7 +43,7 @@ class Config(_decoder.Config):
   topk_group: int = 4
   norm_topk_prob: bool = True
   routed_scaling_factor: float = 2.5
-  num_nextn_predict_layers: int = 0  # in the checkpoint, past the last layer; not read
+  num_nextn_predict_layers: int = 0  # extra layers at the end of the checkpoint; not read
 
   MODEL_TYPE = "deepseek_v3"
   ARCHITECTURE = "DeepseekV3ForCausalLM"
@@ -59,32 +59,29 @@ class Config(_decoder.Config):
   def __post_init__(self):
     super().__post_init__()
     check_top_k(self.num_experts_per_tok, self.n_routed_experts)
-    of_groups = self.n_routed_experts // self.n_group * self.topk_group
-    whole = self.n_routed_experts % self.n_group == 0 and self.n_routed_experts >= 2 * self.n_group
-    if not whole or self.topk_group > self.n_group or self.num_experts_per_tok > of_groups:
-      raise InputError(
-        f"n_routed_experts {self.n_routed_experts}, n_group {self.n_group}, topk_group "
-        f"{self.topk_group} and num_experts_per_tok {self.num_experts_per_tok} do not fit: groups "
-        "are equal, of at least 2, and those chosen hold the experts chosen"
-      )
-    if self.head_dim != self.qk_nope_head_dim + self.qk_rope_head_dim:
-      raise InputError(
-        f"head_dim is {self.head_dim}; it is qk_nope_head_dim {self.qk_nope_head_dim} and "
-        f"qk_rope_head_dim {self.qk_rope_head_dim} together"
-      )
+    action = "Correct the model's config"
+    experts, groups = self.n_routed_experts, self.n_group
+    if experts % groups or experts < 2 * groups:
+      expected = f"a multiple of n_group, {groups}, with at least 2 experts per group"
+      raise bad_value("n_routed_experts", experts, expected, action)
+    if self.topk_group > groups:
+      raise bad_value("topk_group", self.topk_group, f"at most n_group, {groups}", action)
+    if self.num_experts_per_tok > (in_groups := experts // groups * self.topk_group):
+      expected = f"at most {in_groups}, the number of experts in topk_group groups"
+      raise bad_value("num_experts_per_tok", self.num_experts_per_tok, expected, action)
+    if self.head_dim != (width := self.qk_nope_head_dim + self.qk_rope_head_dim):
+      expected = f"{width}, the sum of qk_nope_head_dim and qk_rope_head_dim"
+      raise bad_value("head_dim", self.head_dim, expected, action)
     if self.v_head_dim > self.head_dim:
-      raise InputError(
-        f"v_head_dim is {self.v_head_dim} and queries have {self.head_dim}; values are no wider"
-      )
+      expected = f"at most {self.head_dim}, the width of queries"
+      raise bad_value("v_head_dim", self.v_head_dim, expected, action)
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
     if hf.get("num_key_value_heads") not in (None, hf["num_attention_heads"]):
-      raise InputError(
-        f"config.json has num_key_value_heads={hf['num_key_value_heads']!r}; latent attention has "
-        f"as many as num_attention_heads, {hf['num_attention_heads']}"
-      )
-    # config.json's own head_dim, where transformers writes one, is the rotated part's.
+      key, expected = "num_key_value_heads", f"num_attention_heads, {hf['num_attention_heads']}"
+      raise bad_value(f"{key} in config.json", hf[key], expected, "Use another model")
+    # head_dim in config.json, if transformers has written it, is the width of the rotated part.
     head_dim = hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]
     mtp = hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers", 0))
     return super().from_hf({**hf, "head_dim": head_dim, "num_nextn_predict_layers": mtp})
@@ -96,15 +93,13 @@ class Config(_decoder.Config):
   def keep_layers(self, kept: tuple[int, ...]) -> Self:
     dense = [i < self.first_k_dense_replace for i in kept]
     if dense != sorted(dense, reverse=True):
-      raise InputError(
-        f"layers {kept} are kept of a model whose first {self.first_k_dense_replace} are dense; "
-        "name those before the ones with experts"
-      )
+      expected = f"dense layers, i.e. the first {self.first_k_dense_replace}, before all others"
+      raise bad_value("keep_layers", kept, expected, "Change the order")
     n = {"num_hidden_layers": len(kept), "first_k_dense_replace": sum(dense)}
     return dataclasses.replace(self, **n)  # type: ignore[arg-type]
 
   def ignores_tensor(self, name: str) -> bool:
-    """Layers that predict further tokens come after the last one."""
+    """Returns whether a tensor is unused, e.g. in a layer that predicts further tokens."""
     found = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
     first = self.num_hidden_layers
     past = found is not None and first <= int(found[1]) < first + self.num_nextn_predict_layers
@@ -143,9 +138,10 @@ class Config(_decoder.Config):
 
 
 class Block(_decoder.Block):
-  """One dense layer: queries, keys and values come out of narrow latents.
+  """One dense layer, whose queries, keys and values are computed from narrow latents.
 
-  Letters of this file: of a head, rope turns r numbers and not the other u; w, width of values.
+  Letters of this file: rope rotates r elements of a head and not the other u; w is the width of
+  values.
   """
 
   config: Config
@@ -172,19 +168,19 @@ class Block(_decoder.Block):
     self.o = declare.linear(f"{at}o_proj", f"heads:{H} head_dim:{c.v_head_dim} embed:{D}", "embed")
 
   def qkv(self, x_BTD: jax.Array, angles: layers.Angles) -> QKV:
-    """Queries and keys [B, T, H, h], values [B, T, H, v_head_dim] from the layer's input."""
+    """Returns queries and keys [B, T, H, h] and values [B, T, H, w] for the layer's input."""
     c = self.config
     q_BTHh, kv_BTR, k_rope_BTr = self._latents(x_BTD, angles)
     k_and_v_BTHh = jnp.einsum("BTR,RHh->BTHh", kv_BTR, self.kv_up[...])
     k_BTHu, v_BTHw = jnp.split(k_and_v_BTHh, [c.qk_nope_head_dim], -1)
-    # One rotated key for all heads.
+    # All heads share one rotated key.
     k_rope_BTHr = jnp.broadcast_to(k_rope_BTr[:, :, None], (*k_BTHu.shape[:3], c.qk_rope_head_dim))
     return q_BTHh, jnp.concatenate([k_BTHu, k_rope_BTHr], -1), v_BTHw
 
   def _latents(
     self, x_BTD: jax.Array, angles: layers.Angles
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, T, H, h], the latent of keys and values [B, T, R], the rotated key [B, T, r]."""
+    """Returns queries [B, T, H, h], latents for keys and values [B, T, R], keys [B, T, r]."""
     c, y_BTD = self.config, self.norm(x_BTD, self.attn_norm)
     if c.q_lora_rank is None:
       q_BTHh = jnp.einsum("BTD,DHh->BTHh", y_BTD, self.q[...])
@@ -202,9 +198,9 @@ class Block(_decoder.Block):
   def project_for_cache(
     self, x_BTD: jax.Array, angles: layers.Angles
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The latent and the rotated key alone are kept, and queries are brought into their space.
+    """Returns queries in the space of the latents, and the latent with the rotated key to cache.
 
-    Scores are q (c W)^T = (q W^T) c^T: one key for all heads (arXiv:2405.04434, 2.1.2).
+    Scores are q (c W)^T = (q W^T) c^T, so all heads share one key (arXiv:2405.04434, 2.1.2).
     """
     c = self.config
     q_BTHh, kv_BTR, k_rope_BTr = self._latents(x_BTD, angles)
@@ -221,7 +217,10 @@ class Block(_decoder.Block):
     cached: dict[str, jax.Array],
     window: attention.Window,
   ) -> jax.Array:
-    """As of any decoder; what is cached is the one key of all heads, and its first R the values."""
+    """Returns the output of the attention heads over a cache.
+
+    A cached vector is the key of all heads; its first R elements are their value.
+    """
     c, k_BGhZ = self.config, cached["latent"][:, None]
     v_BGZR = k_BGhZ[:, :, : c.kv_lora_rank].swapaxes(2, 3)
     a_BTHR = attention.cached(q_BTHh, k_BGhZ, v_BGZR, positions_BT, window, c.attention_scale)
@@ -229,11 +228,11 @@ class Block(_decoder.Block):
     return jnp.einsum("BTHR,RHw->BTHw", a_BTHR, up_RHw)
 
 
-LATENT_EPS = 1e-6  # of the latents' norms, whatever config.json says of the others
+LATENT_EPS = 1e-6  # epsilon of the latents' norms, which config.json does not change
 
 
 class SparseBlock(Block):
-  """One layer of experts, some chosen by their sigmoid, some for every position."""
+  """One layer with routed experts, chosen by sigmoid scores, and shared experts."""
 
   experts: Experts
 
@@ -241,8 +240,8 @@ class SparseBlock(Block):
     c = self.config
     D, E, F = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size
     self.experts = Experts(declare, D, E, F)
-    # Added where experts are chosen and not where they are weighed: it balances their load,
-    # and no gradient reaches it. bfloat16 is too coarse: many differ by less.
+    # This bias balances the experts' load. It is used to choose experts, not to weight them, so
+    # it has no gradient. It is exact because many of its values are equal in bfloat16.
     self.balance = declare.bias("mlp.gate", E, tensor="e_score_correction_bias", exact=True)
     shared, at = F * c.n_shared_experts, "mlp.shared_experts."
     self.gate = declare.linear(f"{at}gate_proj", f"embed:{D} mlp:{shared}", "mlp")
@@ -255,7 +254,7 @@ class SparseBlock(Block):
     return routed_BTD + super().feed_forward(x_BTD, rules)
 
   def route(self, y_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(ids, weights) [B, T, K] of the experts that each normed position goes through."""
+    """Returns (ids, weights) [B, T, K] of the experts of each normed position."""
     score_BTE = jax.nn.sigmoid(self.experts.logits(y_BTD))
     return choose_experts(self.config, score_BTE, self.balance[...])
 
@@ -263,10 +262,15 @@ class SparseBlock(Block):
 def choose_experts(
   c: Config, score_BTE: jax.Array, balance_E: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """(ids, weights) [B, T, K]: the best experts of the best groups.
+  """Returns (ids, weights) [B, T, K] of the best experts in the best groups.
 
-  The E experts are n_group groups (g) of e each. A group is as good as its two best experts
-  together.
+  The E experts form n_group groups (g) of e experts. A group's score is the sum of its two best
+  experts' scores (arXiv:2412.19437, 2.1.2).
+
+  Args:
+    c: the architecture.
+    score_BTE: sigmoid scores, float32.
+    balance_E: the bias added to scores when choosing.
   """
   choice_BTE = score_BTE + balance_E[None, None]
   choice_BTge = choice_BTE.reshape(*choice_BTE.shape[:2], c.n_group, -1)
@@ -282,7 +286,7 @@ def choose_experts(
 
 
 class Model(_decoder.Model):
-  """Tokens in, hidden states and the unembedding out."""
+  """A decoder: tokens to hidden states and the unembedding."""
 
   @staticmethod
   def layer_stacks(c: Config) -> _decoder.LayerStacks:

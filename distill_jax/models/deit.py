@@ -1,9 +1,9 @@
 """DeiT with its distillation token (arXiv:2012.12877, section 4): a ViT with two heads.
 
-The class token is trained on labels, the distillation token on the teacher, each through a head
-of its own; in use the mean of both heads' logits counts. The two heads lie side by side in one
-matrix, against hidden states that are 0 where the other head is: so either head's logits, and
-the mean of both, are one position of an Output.
+The class token is trained on labels and the distillation token on the teacher, each with a separate
+head. Predictions use the mean of both heads' logits. One matrix holds both heads next to each
+other; hidden states are 0 at the columns of the other head. So the logits of either head, and the
+mean of both, are one position of an Output.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from distill_jax.models._declare import Declare
 from distill_jax.nn import layers
 from distill_jax.types import Images, Output
 
-HF_MODEL_TYPES = ("deit",)  # of config.json
-PREFIX = "deit."  # of all but the heads; a checkpoint of the body alone goes without
+HF_MODEL_TYPES = ("deit",)  # model_type in config.json
+PREFIX = "deit."  # of all tensors except the heads'; absent in checkpoints without a head
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(vit.Config):
-  """The shape of a model, in Hugging Face's words. There is no dropout."""
+  """A model's architecture, under Hugging Face's field names. Dropout is 0."""
 
   MODEL_TYPE: ClassVar[str] = "deit"
   ARCHITECTURE: ClassVar[str] = "DeiTForImageClassificationWithTeacher"
@@ -33,13 +33,13 @@ class Config(vit.Config):
 
 
 class Body(vit.Body):
-  """A ViT's, with one more token."""
+  """The body of a ViT with one more token."""
 
   TOKENS = ("cls_token", "distillation_token")
 
 
 class Model(vit.Model):
-  """Images in; the mean of both heads out as one position, in training each head as its own."""
+  """A ViT: images to one position for the mean of both heads; in training, one for each head."""
 
   def __init__(self, c: Config, key: jax.Array):
     body, head = jax.random.split(key)
@@ -47,21 +47,24 @@ class Model(vit.Model):
     self.body = Body(c, PREFIX, body)
     declare = Declare(head, "")
     self.head, self.head_bias = vit.classifier(declare, "cls_classifier", c)
-    self.taught, self.taught_bias = vit.classifier(declare, "distillation_classifier", c)
+    self.distill_head, self.distill_head_bias = vit.classifier(
+      declare, "distillation_classifier", c
+    )
 
   def __call__(
     self, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> Output:
-    """Args: inputs, float32 pixels; taps, the layers whose output is kept.
+    """Returns the model's Output; see types.Model.
 
-    Returns: Output, T = 1; where `compute.training`, T = 2, the class token and then the other.
+    It has T = 1, or with `compute.training` T = 2: the class token and the distillation token.
     """
     x_BSD, taps_PBSD = self.body(inputs, compute, taps)
     class_B1D, class_head_VD = layers.with_bias(
       x_BSD[:, :1], *(compute.cast_and_gather(v)[...] for v in (self.head, self.head_bias))
     )
     distill_B1D, distill_head_VD = layers.with_bias(
-      x_BSD[:, 1:2], *(compute.cast_and_gather(v)[...] for v in (self.taught, self.taught_bias))
+      x_BSD[:, 1:2],
+      *(compute.cast_and_gather(v)[...] for v in (self.distill_head, self.distill_head_bias)),
     )
     zero_B1D = jnp.zeros_like(class_B1D)
     class_B1D = jnp.concatenate([class_B1D, zero_B1D], -1)

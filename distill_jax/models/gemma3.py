@@ -1,4 +1,4 @@
-"""Gemma 3, text: local and global attention in turns (arXiv:2503.19786)."""
+"""Gemma 3, text only: alternating local and global attention (arXiv:2503.19786)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models import _decoder, _rope
 from distill_jax.models._windows import GLOBAL, LOCAL, check_kinds
 from distill_jax.nn import attention, layers, sharding
 from distill_jax.types import Inputs, JsonObject
 
-HF_MODEL_TYPES = ("gemma3_text",)  # of config.json
+HF_MODEL_TYPES = ("gemma3_text",)  # model_type in config.json
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(_decoder.Config):
-  """The shape of a model, in Hugging Face's words.
+  """A model's architecture, under Hugging Face's field names.
 
-  `rope_theta` and `rope_scaling` are the global layers'; `layer_types` says which are.
+  `rope_theta` and `rope_scaling` apply to global layers, which `layer_types` lists.
   """
 
   rms_norm_eps: float = 1e-6
@@ -39,7 +39,7 @@ class Config(_decoder.Config):
   SUPPORTED_VALUES = {
     "hidden_activation": "gelu_pytorch_tanh",
     "attention_bias": False,
-    "attn_logit_softcapping": None,  # transformers reads it and caps nothing
+    "attn_logit_softcapping": None,  # transformers reads it but does not apply it
     "use_bidirectional_attention": False,
   }
   QK_NORM = True
@@ -51,14 +51,15 @@ class Config(_decoder.Config):
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
-    rope = hf.get("rope_parameters") or {}  # by kind of layer, since transformers 5
+    rope = hf.get("rope_parameters") or {}  # since transformers 5, by kind of layer
     theta = {"rope_theta": hf.get("rope_theta", 1_000_000.0)}
     global_rope = theta | (rope.get(GLOBAL) or hf.get("rope_scaling") or {})
     local_rope = {"rope_theta": hf.get("rope_local_base_freq", 10_000.0)} | (rope.get(LOCAL) or {})
     if _rope.read(local_rope) is not None:
       kind = local_rope["rope_type"]
-      raise InputError(f"config.json has rope type {kind!r} for {LOCAL}; default only")
-    # Older configs: the last of so many is global.
+      expected = f"'default', the only supported value for {LOCAL}"
+      raise bad_value("rope_type in config.json", kind, expected, "Use another model")
+    # In older configs, every N-th layer is global.
     every = hf.get("sliding_window_pattern", 6)
     types = hf.get("layer_types") or _layer_types(hf["num_hidden_layers"], every)
     own = {"layer_types": tuple(types), "rope_local_base_freq": local_rope["rope_theta"]}
@@ -91,11 +92,11 @@ class Config(_decoder.Config):
 
 
 class Block(_decoder.Block):
-  """One layer: what attention and feed-forward add is normed once more."""
+  """One layer, with norms also after attention and after the feed-forward."""
 
   attn_post_norm: nnx.Param
   MLP_NORM = "pre_feedforward_layernorm"
-  activation = staticmethod(jax.nn.gelu)  # its tanh form, by default
+  activation = staticmethod(jax.nn.gelu)  # the tanh approximation
 
   def __init__(self, c: Config, key: jax.Array):
     super().__init__(c, key)
@@ -111,7 +112,7 @@ class Block(_decoder.Block):
 
 
 class Model(_decoder.Model):
-  """Tokens in, hidden states and the unembedding out."""
+  """A decoder: tokens to hidden states and the unembedding."""
 
   config: Config
 
@@ -120,7 +121,7 @@ class Model(_decoder.Model):
     return (layers.LayerStack("layers", Block, c.num_hidden_layers),)
 
   def position_inputs(self, inputs: Inputs) -> _decoder.PositionInputs:
-    """Chosen by the layer's number, so that layers of both kinds are one scan."""
+    """Returns a function of the layer's number, so that one scan covers both kinds of layer."""
     c, positions_BT = self.config, inputs.positions_BT
     local_freq = _rope.frequencies(c.rope_local_base_freq, c.head_dim, None)
     global_freq = _rope.frequencies(c.rope_theta, c.head_dim, c.rope_scaling)

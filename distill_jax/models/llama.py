@@ -12,12 +12,15 @@ from distill_jax.types import JsonObject
 
 __all__ = ["CONFIGS", "HF_MODEL_TYPES", "TINY", "Block", "Config", "Model"]
 
-HF_MODEL_TYPES = ("llama", "mistral")  # of config.json
+HF_MODEL_TYPES = ("llama", "mistral")  # model_type in config.json
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(_decoder.Config):
-  """The shape of a model, in Hugging Face's words. One with a sliding window is a Mistral."""
+  """A model's architecture, under Hugging Face's field names.
+
+  With a sliding window it is a Mistral.
+  """
 
   sliding_window: int | None = None
 
@@ -27,7 +30,7 @@ class Config(_decoder.Config):
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
-    # transformers gives a Llama no window, whatever its config.json says.
+    # transformers ignores a sliding window in the config.json of a Llama.
     window = hf.get("sliding_window") if hf.get("model_type") == "mistral" else None
     return super().from_hf({**hf, "sliding_window": window})
 

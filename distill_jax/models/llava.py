@@ -1,4 +1,4 @@
-"""LLaVA (arXiv:2304.08485, arXiv:2310.03744): a decoder that reads patches as tokens."""
+"""LLaVA (arXiv:2304.08485, arXiv:2310.03744): a decoder with image patches among its tokens."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.models import _encoder, _vision_tower, llama
 from distill_jax.models._declare import Declare
 from distill_jax.models._family import SizesOfPart, check_supported
 from distill_jax.nn import layers, params
 from distill_jax.types import QKV, Images, ImageText, JsonObject, Output
 
-HF_MODEL_TYPES = ("llava",)  # of config.json
-AFTER, PREFIX = "vision_tower.", "vision_model."  # what transformers 5 leaves out, after what
+HF_MODEL_TYPES = ("llava",)  # model_type in config.json
+AFTER, PREFIX = "vision_tower.", "vision_model."  # transformers 5 omits PREFIX after AFTER
 SUPPORTED_VALUES = {
   "projector_hidden_act": "gelu",
   "multimodal_projector_bias": True,
@@ -27,12 +27,15 @@ SUPPORTED_VALUES = {
 
 @dataclasses.dataclass(frozen=True)
 class Config(SizesOfPart):
-  """The shape of a model. Layers, as losses of features count them, are the decoder's.
+  """A model's architecture. Its layers, e.g. for taps, are those of the decoder.
 
   Attributes:
-    feature_layer: of the vision tower, whose patches are read; negative ones count from behind,
-      -1 the last layer's output, as in Hugging Face's vision_feature_layer.
-    image_token: stands in a text, once a patch, where the picture is.
+    text: the decoder.
+    vision: the vision tower.
+    image_token: the token that stands for the image in a text, repeated once for each patch.
+    feature_layer: the layer of the vision tower whose output the decoder uses, called
+      vision_feature_layer in config.json. Negative numbers count from the end: -1 is the last
+      layer's output.
   """
 
   text: llama.Config
@@ -43,31 +46,35 @@ class Config(SizesOfPart):
   def __post_init__(self):
     n = self.vision.num_hidden_layers
     if not -n - 1 <= self.feature_layer <= n:
-      raise InputError(
-        f"vision_feature_layer is {self.feature_layer} and the vision tower has {n} layers"
-      )
+      expected = f"a layer of the vision tower, from {-n - 1} to {n}"
+      action = "Correct the model's config"
+      raise bad_value("vision_feature_layer", self.feature_layer, expected, action)
     if not 0 <= self.image_token < self.text.vocab_size:
-      raise InputError(
-        f"image_token_index is {self.image_token} and the decoder has {self.text.vocab_size} tokens"
-      )
+      expected = f"a token below {self.text.vocab_size}"
+      action = "Correct the model's config"
+      raise bad_value("image_token_index", self.image_token, expected, action)
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
-    """From a Hugging Face config.json; what this family cannot do is refused by name."""
+    """Returns the config for a Hugging Face config.json; unsupported values raise InputError."""
     check_supported(hf, SUPPORTED_VALUES, "llava")
     text, vision = hf["text_config"], hf["vision_config"]
     kinds = text.get("model_type", "llama"), vision.get("model_type", "clip_vision_model")
     if kinds[0] not in llama.HF_MODEL_TYPES or kinds[1] != "clip_vision_model":
-      raise InputError(f"config.json joins {kinds[1]} to {kinds[0]}; llava here is CLIP and Llama")
+      raise InputError(
+        f"config.json combines {kinds[1]} with {kinds[0]}; the llava family has only CLIP with "
+        "Llama or Mistral. Use another model."
+      )
     layer = hf.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
-      raise InputError(f"config.json has vision_feature_layer={layer!r}; here it is one layer")
+      key = "vision_feature_layer in config.json"
+      raise bad_value(key, layer, "the number of one layer", "Use another model")
     token = hf["image_token_id"] if "image_token_id" in hf else hf["image_token_index"]
     tower = _encoder.config_of_part(_vision_tower.VisionConfig, vision)
     return cls(llama.Config.from_hf(text), tower, token, layer)
 
   def to_hf(self) -> JsonObject:
-    """The config.json of this model."""
+    """Returns the config.json of this model."""
     vision = {"model_type": "clip_vision_model", **dataclasses.asdict(self.vision)}
     return {
       "architectures": ["LlavaForConditionalGeneration"],
@@ -82,13 +89,12 @@ class Config(SizesOfPart):
     }
 
   def keep_layers(self, kept: tuple[int, ...]) -> Self:
-    """The config of a model that has these layers of the decoder of this one, in this order."""
-    raise InputError(
-      f"keep_layers {kept} would take layers out of both parts of a llava; name a shape of its own"
-    )
+    """Raises InputError: the layers of a LLaVA cannot be selected."""
+    expected = "(), since it would select layers of both parts of a llava"
+    raise bad_value("keep_layers", kept, expected, "Choose a smaller shape")
 
   def ignores_tensor(self, name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+    """Returns whether a checkpoint may hold this tensor although the model does not use it."""
     return name.endswith("embeddings.position_ids") or self.text.ignores_tensor(name)
 
   @property
@@ -117,7 +123,7 @@ class Config(SizesOfPart):
 
 
 class Model(nnx.Module):
-  """Texts with an image each; hidden states of every token, the image's among them."""
+  """A decoder: texts with one image each to hidden states of all tokens, image tokens included."""
 
   def __init__(self, c: Config, key: jax.Array):
     keys, D = jax.random.split(key, 3), c.text.hidden_size
@@ -125,7 +131,7 @@ class Model(nnx.Module):
     self.text = params.map_params(_name_in_language_model, llama.Model(c.text, keys[0]))
     self.vision = _vision_tower.VisionTower(c.vision, "vision_tower.vision_model.", keys[1])
     declare = Declare(keys[2], "multi_modal_projector.")
-    # "heads" names the axis that a projection's outputs are spread over, as queries are.
+    # The outputs are sharded over the logical axis "heads", like queries.
     self.first = declare.linear("linear_1", f"embed:{c.vision.hidden_size} heads:{D}", "heads")
     self.first_bias = declare.bias("linear_1", D)
     self.second = declare.linear("linear_2", f"mlp:{D} embed:{D}", "embed")
@@ -134,7 +140,13 @@ class Model(nnx.Module):
   def __call__(
     self, inputs: ImageText, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> Output:
-    """Args: inputs, texts that have the image token once a patch; taps, layers of the decoder."""
+    """Returns the model's Output; see types.Model.
+
+    Args:
+      inputs: images, and texts that contain the image token once for each patch.
+      compute: the settings of the computation.
+      taps: layers of the decoder whose outputs are also returned.
+    """
     x_BTD, embed_VD = self.text.embed_tokens(inputs.texts.tokens_BT, compute)
     with jax.named_scope("image"):
       x_BTD = self.insert_patches(x_BTD, inputs, compute)
@@ -143,7 +155,7 @@ class Model(nnx.Module):
   def insert_patches(
     self, x_BTD: jax.Array, inputs: ImageText, compute: layers.ComputeConfig
   ) -> jax.Array:
-    """Embeddings with the image's patches where the image token stands, in order."""
+    """Replaces the embeddings of image tokens by the image's patches, in order."""
     patches_BSD = self.project_patches(inputs.images, compute)
     is_image_BT = inputs.texts.tokens_BT == self.config.image_token
     patch_BT = jnp.cumsum(is_image_BT, 1) - 1
@@ -152,9 +164,9 @@ class Model(nnx.Module):
     return jnp.where(is_image_BT[..., None], image_BTD.astype(x_BTD.dtype), x_BTD)
 
   def project_patches(self, inputs: Images, compute: layers.ComputeConfig) -> jax.Array:
-    """The decoder's inputs for an image: [B, patches, D]."""
+    """Returns the decoder's inputs for images: [B, patches, D]."""
     c = self.config
-    layer = c.feature_layer % (c.vision.num_hidden_layers + 1)  # 0 is what the first layer reads
+    layer = c.feature_layer % (c.vision.num_hidden_layers + 1)  # 0 is the first layer's input
     x_BSD = self.vision.first_layers(layer, inputs, compute)[:, 1:]
     first, first_bias, second, second_bias = compute.cast_and_gather(
       (self.first, self.first_bias, self.second, self.second_bias)
@@ -166,12 +178,12 @@ class Model(nnx.Module):
   def qkv(
     self, layer: int, x_BTD: jax.Array, inputs: ImageText, compute: layers.ComputeConfig
   ) -> QKV:
-    """Of one layer of the decoder, from the output of the layer before it."""
+    """Returns the queries, keys and values of a layer of the decoder, given its input."""
     return self.text.qkv(layer, x_BTD, inputs.texts, compute)
 
 
 def _name_in_language_model(v: nnx.Variable) -> nnx.Variable:
-  """The decoder's parameter under the name that it has within a LLaVA."""
+  """Returns a parameter of the decoder with its name in a LLaVA checkpoint."""
   return v.replace(hf="language_model." + v.get_metadata()["hf"])
 
 

@@ -1,4 +1,4 @@
-"""A model from its entry in a config: random, imported, or out of a run."""
+"""Loads a model from its section of a config: random, imported, or from a training run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from distill_jax import registry
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.load import Overrides, check_layers, load_model
 from distill_jax.hub.pretrained import Pretrained, open_model
 from distill_jax.hub.tokenizer import TokenizerFiles
@@ -33,12 +33,12 @@ ConfigT = TypeVar("ConfigT", bound=Any)  # a frozen dataclass: a family's Config
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-  """A model in memory, with how it is computed and what came with its weights."""
+  """A model in memory, with the settings of its computation and its checkpoint."""
 
   model: Model
   config: FamilyConfig
   compute: ComputeConfig
-  pretrained: Pretrained | None  # tokenizer, generation config, digest; None if random
+  pretrained: Pretrained | None  # tokenizer, generation config, digest; None for random weights
 
   @property
   def text_config(self) -> TextConfig:
@@ -58,15 +58,15 @@ class LoadedModel:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelSource:
-  """A model as a config names it, opened once: all that is known of it before weights are read.
+  """A model named in a config, and everything known about it before its weights are read.
 
-  Made by `open_source` and passed on. Only `digest`, `identity` and `load` read weights.
+  `open_source` returns it. Only `digest`, `identity` and the `load` methods read weights.
 
   Attributes:
-    options: the config's entry.
-    seed: of the config, part of the identity of random weights.
-    pretrained: the checkpoint that is read, or that a run's student started from; None if the
-      weights are random.
+    options: the section of the config.
+    seed: the config's seed, part of the identity of random weights.
+    pretrained: the checkpoint, or the checkpoint from which a run's student started; None for
+      random weights.
     run: the run that trained the model; None unless the options name one.
   """
 
@@ -77,12 +77,12 @@ class ModelSource:
 
   @property
   def name(self) -> str:
-    """What a person calls it: its source, or its family and shape."""
+    """A readable name: the source, or the family and shape."""
     return self.options.source or f"{self.options.family} {self.options.shape}"
 
   @property
   def tokenizer(self) -> TokenizerFiles | None:
-    """The tokenizer that comes with the model; None without one."""
+    """The tokenizer of the checkpoint; None without one."""
     return self.pretrained.tokenizer if self.pretrained else None
 
   @property
@@ -92,7 +92,7 @@ class ModelSource:
 
   @property
   def family(self) -> str:
-    """The module of distill_jax.models."""
+    """The family: a module of distill_jax.models."""
     if self.run is not None:
       return self.run.student.family
     return self.pretrained.family if self.pretrained else self.options.family
@@ -102,8 +102,8 @@ class ModelSource:
     """The family's Config, with `changes` and `keep_layers` applied.
 
     Raises:
-      InputError: the family has no such shape or field, the source is of another shape, or it
-        has no such layer.
+      InputError: the family does not have the shape or a field, the source has another shape, or
+        it does not have a layer to keep.
     """
     options = self.options
     if self.run is not None:
@@ -130,32 +130,32 @@ class ModelSource:
 
   @functools.cached_property
   def compute(self) -> ComputeConfig:
-    """How the model is computed."""
+    """The settings of the model's computation."""
     return compute_config(self.options)
 
   @functools.cached_property
   def abstract(self) -> Model:
-    """The model as shapes: what `load` would make, in no memory."""
+    """The shapes of the model that `load` returns."""
     return jax.eval_shape(self._init, jax.random.key(0))
 
   @functools.cached_property
   def trainable(self) -> Trainable:
-    """What of the student is trained."""
+    """The selection of the student's trained parameters."""
     assert isinstance(self.options, StudentOptions)
     return trainables.of_student(self.options)
 
   @functools.cached_property
   def abstract_trainable(self) -> PyTree:
-    """What training changes, as shapes: the model, its shared layers, or its adapters."""
+    """The shapes of the trained parameters: the model, its shared layers, or its adapters."""
     init = functools.partial(self.trainable.init, pretrained=bool(self.options.source))
     return jax.eval_shape(init, self.abstract, key=jax.random.key(0))
 
   @functools.cached_property
   def digest(self) -> str:
-    """sha256, in hex, of the weights; of random ones, words that name their seed.
+    """SHA-256 of the weights, in hex; for random weights, a text with the seed.
 
     Raises:
-      InputError: `options.digest` names another checkpoint.
+      InputError: it differs from `options.digest`.
     """
     if self.run is not None:
       return self.run.digest
@@ -166,42 +166,44 @@ class ModelSource:
 
   @property
   def identity(self) -> dict[str, str]:
-    """Name and digest, for the manifest of a store."""
+    """Name and digest, for the manifest of a record store."""
     return {"name": self.name, "digest": self.digest}
 
   def load(self, mesh: Mesh, key: jax.Array, step: int | None = None) -> LoadedModel:
-    """Returns the model with its parameters, sharded over the mesh as the rules store them.
+    """Returns the model with its parameters in their storage sharding.
 
-    Of what `options` asks for, layers are shared here (and written out again); adapters and
-    integers are not made.
+    With student.train="shared", layers have their shared values. Adapters are not attached, and
+    weights are not rounded to integers.
 
     Args:
-      key: initialises the parameters that do not come from a checkpoint.
-      step: the checkpoint of a run; None is the last one.
+      mesh: the mesh.
+      key: PRNG key of parameters that are not in a checkpoint.
+      step: the step of a run's checkpoint; None for the last one.
 
     Raises:
-      InputError: the weights do not fit the config, or are not those of `options.digest`.
+      InputError: the weights do not fit the config, or do not have the digest `options.digest`.
     """
     loaded = self.load_initial(mesh, key, step)
     if isinstance(self.options, StudentOptions) and isinstance(self.trainable, LayerSharing):
       shared = self.start_training(loaded.model, mesh, {"student": key})
-      del loaded  # its memory is that of the copy made next
+      del loaded  # frees memory for the copy
       model = self.trainable.unshare(shared, mesh, self.compute)
       return LoadedModel(model, self.config, self.compute, self.pretrained)
     return loaded
 
   def start_training(self, model: Model, mesh: Mesh, keys: Mapping[str, jax.Array]) -> PyTree:
-    """Returns what training starts from: the model, its shared layers, or its adapters.
+    """Returns the trained parameters before step 0: the model, its shared layers, or its adapters.
 
     Args:
       model: the student, from `load_initial`.
-      keys: of the run; see runs.keys.
+      mesh: the mesh.
+      keys: the run's PRNG keys; see runs.keys.
     """
     shardings = sharding.shardings(self.abstract_trainable, mesh, self.compute.rules)
     return self.trainable.start(model, keys, shardings, bool(self.options.source))
 
   def load_initial(self, mesh: Mesh, key: jax.Array, step: int | None = None) -> LoadedModel:
-    """Returns the model as `load` does, but with none of its layers shared."""
+    """Returns the model as `load` does, but before layers are shared."""
     spec, compute, config = self.options, self.compute, self.config
     if self.run is not None:
       model = self.run.load(mesh, compute, step)
@@ -225,43 +227,48 @@ class ModelSource:
     return params.map_params(cast, model)
 
   def check_digest(self) -> None:
-    """Refuses another checkpoint than `options.digest` names; reads the weights if it names one."""
+    """Checks the digest of the checkpoint if `options.digest` is set, which reads the weights.
+
+    Raises:
+      InputError: it differs.
+    """
     digest, source = self.options.digest, self.pretrained
     if digest and source is not None and source.digest != digest:
       raise InputError(
-        f"{self.options.source} has digest {source.digest} and the config wants {digest}; it is "
-        "another model, or a damaged file"
+        f"{self.options.source} has digest {source.digest}, but the config requires {digest}. The "
+        "model has changed, or a file is damaged: fetch it again, or change `digest`."
       )
 
 
 def open_source(options: ModelOptions, seed: int = 0) -> ModelSource:
-  """Opens the model that `options` names; its weights are not read.
+  """Opens a model without reading its weights.
 
   Args:
-    seed: of the config that holds the options.
+    options: the model's section of a config.
+    seed: the seed of that config.
 
   Raises:
-    InputError: it is not there or not readable, or a run is to be changed.
+    InputError: the source does not exist or cannot be read, or the options change the model of a
+      run.
   """
   if options.source.startswith(RUN):
-    if options.changes or options.new or options.keep_layers:
-      raise InputError(
-        f"{options.source} is a run, and keep_layers {options.keep_layers}, changes "
-        f"{options.changes} and new {options.new} are not for runs; export it and name the folder"
-      )
+    for key, default in (("keep_layers", ()), ("changes", {}), ("new", ())):
+      if value := getattr(options, key):
+        expected = f"{default!r} because the source {options.source} is a run"
+        raise bad_value(key, value, expected, "Export the run, and use the folder as the source")
     run = open_run(run_folder(options.source))
     return ModelSource(options, seed, run.student.pretrained, run)
   return ModelSource(options, seed, open_model(options.source) if options.source else None)
 
 
 def open_run(folder: Path) -> Run:
-  """Opens the run in a folder of this machine."""
+  """Opens the run in a local folder."""
   config = workdir.read_config(folder)
   return Run(folder, config, open_source(config.student, config.seed))
 
 
 def compute_config(options: ModelOptions) -> ComputeConfig:
-  """Returns how the config has a model computed."""
+  """Returns the settings of a model's computation."""
   return ComputeConfig(
     dtype=options.dtype,
     rules=sharding.rules(options.rules),
@@ -272,26 +279,29 @@ def compute_config(options: ModelOptions) -> ComputeConfig:
 
 
 def apply_changes(config: ConfigT, changes: JsonObject, prefix: str = "") -> ConfigT:
-  """Returns a family's Config with the fields that `changes` gives.
+  """Returns a family's Config with some fields changed.
 
   Args:
-    changes: new values by field; of a Config inside the Config, a dict of its fields.
-    prefix: where this Config lies in the family's, e.g. "vision.", for errors.
+    config: the Config, or a Config inside it.
+    changes: new values by field; for a Config inside the Config, a dict of its fields.
+    prefix: the path of `config` in the family's Config, e.g. "vision.", for errors.
 
   Raises:
-    InputError: the family has no such field.
+    InputError: the family does not have a field.
   """
   fields = [f.name for f in dataclasses.fields(config)]
   values: JsonObject = {}
   for key, value in changes.items():
     if key not in fields:
       near = difflib.get_close_matches(key, fields, 1)
-      hint = f"did you mean {prefix + near[0]!r}?" if near else f"there are {', '.join(fields)}"
-      raise InputError(f"changes names {prefix + key!r}, which no model of this family has; {hint}")
+      hint = f"Did you mean {prefix + near[0]!r}?" if near else f"Use one of {', '.join(fields)}."
+      raise InputError(
+        f"changes is {prefix + key!r}; expected fields of this model's config. {hint}"
+      )
     values[key] = tuple(value) if isinstance(value, list) else value
     if dataclasses.is_dataclass(inner := getattr(config, key)):
       if not isinstance(value, dict):
-        raise InputError(f"changes gives {prefix + key} {value!r}; expected a dict of its fields")
+        raise bad_value(f"changes.{prefix}{key}", value, "a dict of its fields", "Use a dict")
       values[key] = apply_changes(inner, value, f"{prefix}{key}.")
   return dataclasses.replace(config, **values)
 
@@ -299,14 +309,17 @@ def apply_changes(config: ConfigT, changes: JsonObject, prefix: str = "") -> Con
 def _named_config(options: ModelOptions) -> FamilyConfig:
   shapes = registry.load("models", options.family).CONFIGS
   if options.shape not in shapes:
-    raise InputError(
-      f"{options.family} has no shape {options.shape!r}; it names {', '.join(shapes)}"
-    )
+    expected = f"a shape of the {options.family} family: {', '.join(shapes)}"
+    raise bad_value("shape", options.shape, expected, "Choose one, or set a source")
   return shapes[options.shape]
 
 
 def _check_shape(options: ModelOptions, pretrained: Pretrained) -> None:
-  """Refuses a source that is not of the shape beside it, which preflight goes by."""
+  """Checks that a source has the shape in the options, which `preflight` uses instead of it.
+
+  Raises:
+    InputError: it has another shape.
+  """
   no_sizes = {"max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling"}
   named, found = (
     {k: v for k, v in vars(config).items() if k not in no_sizes}
@@ -316,6 +329,6 @@ def _check_shape(options: ModelOptions, pretrained: Pretrained) -> None:
     key = next((k for k in found if named.get(k) != found[k]), "family")
     expected, value = named.get(key, options.family), found.get(key, pretrained.family)
     raise InputError(
-      f"{options.source} has {key} {value!r} and the shape beside it, {options.family} "
-      f"{options.shape}, has {expected!r}; name its own shape, or none"
+      f"{options.source} has {key} {value!r}, but the shape {options.family} {options.shape} has "
+      f"{expected!r}. Set the shape of the source, or none."
     )

@@ -1,6 +1,6 @@
-"""Marian, the shape of the Opus-MT models (arXiv:1804.00344): one language to another.
+"""Marian (arXiv:1804.00344), the architecture of the Opus-MT translation models.
 
-One table of tokens for both languages and the head, positions of sines, a bias of the logits.
+Both languages and the head share one embedding table; positions are sinusoids; logits have a bias.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models import _bart
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import param
 from distill_jax.types import Inputs, JsonObject, Output
 
-HF_MODEL_TYPES = ("marian",)  # of config.json
+HF_MODEL_TYPES = ("marian",)  # model_type in config.json
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(_bart.Config):
-  """The shape of a model, in Hugging Face's words. There is no dropout."""
+  """A model's architecture, under Hugging Face's field names. Dropout is 0."""
 
   activation_function: str = "swish"
   scale_embedding: bool = True
@@ -48,10 +48,8 @@ class Config(_bart.Config):
   def from_hf(cls, hf: JsonObject) -> Self:
     config = super().from_hf(hf)
     if hf.get("decoder_vocab_size") not in (None, hf["vocab_size"]):
-      raise InputError(
-        f"config.json has vocab_size={hf['vocab_size']} and decoder_vocab_size="
-        f"{hf['decoder_vocab_size']}; the marian family has one table for both"
-      )
+      key, expected = "decoder_vocab_size", f"{hf['vocab_size']}, the same as vocab_size"
+      raise bad_value(f"{key} in config.json", hf[key], expected, "Use another model")
     return config
 
   def to_hf(self) -> JsonObject:
@@ -63,7 +61,7 @@ class Config(_bart.Config):
     }
 
   def ignores_tensor(self, name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+    """Returns whether a checkpoint may hold this tensor although the model does not use it."""
     copies = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
     return name in (*copies, "lm_head.weight") or name.endswith("embed_positions.weight")
 
@@ -77,7 +75,7 @@ class DecoderLayer(_bart.DecoderLayer):
 
 
 class Model(_bart.Model):
-  """Texts in, the next tokens of their targets out."""
+  """An encoder-decoder: source and target tokens to hidden states of the target."""
 
   ENCODER_LAYER, DECODER_LAYER = EncoderLayer, DecoderLayer
 
@@ -89,7 +87,7 @@ class Model(_bart.Model):
     self.head_bias = param(keys[3], f"bias:1 vocab:{V}", "final_logits_bias", init="zeros")
 
   def encode(self, source: Inputs, compute: layers.ComputeConfig) -> tuple[jax.Array, jax.Array]:
-    """The encoder's output [B, S, D], and which of its positions are no padding."""
+    """Returns the encoder's output [B, S, D], and a mask of positions that are not padding."""
     valid_BS = source.segments_BT > 0
     x_BSD = self.embed_tokens(source.tokens_BT, source.positions_BT, compute)
     x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
@@ -116,7 +114,7 @@ class Model(_bart.Model):
 
 
 def sinusoids(length: int, width: int) -> np.ndarray:
-  """float32 [length, width]: sines, then cosines, of one rate each (arXiv:1706.03762)."""
+  """Returns float32 [length, width]: sines in the first half, then cosines (arXiv:1706.03762)."""
   rate = 10_000.0 ** (-2 * np.arange(width // 2) / width)
   angle = np.arange(length)[:, None] * rate[None]
   return np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32)

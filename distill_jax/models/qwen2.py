@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with biases on queries, keys and values (arXiv:2412.15115)."""
+"""Qwen2 and Qwen2.5 (arXiv:2412.15115): Llama with biases of queries, keys and values."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from distill_jax.models._windows import Model
 
 __all__ = ["CONFIGS", "HF_MODEL_TYPES", "TINY", "Block", "Config", "Model"]
 
-HF_MODEL_TYPES = ("qwen2",)  # of config.json
+HF_MODEL_TYPES = ("qwen2",)  # model_type in config.json
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(_windows.Config):
-  """The shape of a model, in Hugging Face's words."""
+  """A model's architecture, under Hugging Face's field names."""
 
   rms_norm_eps: float = 1e-6
 

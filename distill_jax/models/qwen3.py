@@ -1,4 +1,4 @@
-"""Qwen3: queries and keys are normed; some are mixtures of experts (arXiv:2505.09388)."""
+"""Qwen3 (arXiv:2505.09388): decoders with norms of queries and keys, some with experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import jax
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models import _decoder, _windows
 from distill_jax.models._declare import Declare
 from distill_jax.models._decoder import Block
@@ -17,12 +17,12 @@ from distill_jax.types import JsonObject
 
 __all__ = ["CONFIGS", "HF_MODEL_TYPES", "TINY", "Block", "Config", "Model"]
 
-HF_MODEL_TYPES = ("qwen3", "qwen3_moe")  # of config.json
+HF_MODEL_TYPES = ("qwen3", "qwen3_moe")  # model_type in config.json
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(_windows.Config):
-  """The shape of a model, in Hugging Face's words. One with experts is a qwen3_moe."""
+  """A model's architecture, under Hugging Face's field names. With experts, it is a qwen3_moe."""
 
   rms_norm_eps: float = 1e-6
   num_experts: int | None = None
@@ -37,34 +37,33 @@ class Config(_windows.Config):
 
   def __post_init__(self):
     super().__post_init__()
-    sizes = self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size
-    if any(sizes) and not all(sizes):
-      raise InputError(
-        "num_experts, num_experts_per_tok, moe_intermediate_size are "
-        f"{', '.join(map(str, sizes))}; a mixture of experts has all three"
-      )
+    keys = "num_experts", "num_experts_per_tok", "moe_intermediate_size"
+    missing = [key for key in keys if not getattr(self, key)]
+    if 0 < len(missing) < len(keys):
+      expected = f"a number, since a mixture of experts needs {', '.join(keys)}"
+      raise bad_value(missing[0], None, expected, "Correct the model's config")
     if self.num_experts is not None:
       check_top_k(self.num_experts_per_tok or 0, self.num_experts)
     if self.num_experts is not None and self.layer_types:
-      raise InputError(
-        f"use_sliding_window is on with a window of {self.sliding_window}; a mixture of experts "
-        "attends in full here, set it to false if the model was trained so"
-      )
+      expected = "None, since mixtures of experts with windows are not supported"
+      action = "Set use_sliding_window to false if the model was trained with full attention"
+      raise bad_value("sliding_window", self.sliding_window, expected, action)
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
     if hf.get("model_type") != "qwen3_moe":
       return super().from_hf(hf)
-    if hf.get("decoder_sparse_step", 1) != 1 or hf.get("mlp_only_layers"):
-      raise InputError(
-        f"config.json has decoder_sparse_step={hf.get('decoder_sparse_step')!r} and "
-        f"mlp_only_layers={hf.get('mlp_only_layers')!r}; this family has experts in every layer"
-      )
-    # transformers 5 writes the attribute that it maps num_experts to.
+    if (step := hf.get("decoder_sparse_step", 1)) != 1:
+      key, expected = "decoder_sparse_step in config.json", "1, i.e. experts in every layer"
+      raise bad_value(key, step, expected, "Use another model")
+    if dense := hf.get("mlp_only_layers"):
+      key, expected = "mlp_only_layers in config.json", "[], i.e. experts in every layer"
+      raise bad_value(key, dense, expected, "Use another model")
+    # transformers 5 writes num_local_experts, its internal name of num_experts.
     experts = hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"]
     needed = {k: hf[k] for k in ("num_experts_per_tok", "moe_intermediate_size")}
-    alike = {"max_window_layers": 0}  # of these, transformers windows all layers or none
-    return super().from_hf({**hf, **needed, **alike, "num_experts": experts})
+    windows = {"max_window_layers": 0}  # transformers applies a window to all layers or to none
+    return super().from_hf({**hf, **needed, **windows, "num_experts": experts})
 
   def to_hf(self) -> JsonObject:
     hf = super().to_hf()
@@ -94,14 +93,14 @@ class SparseBlock(Block):
     return self.experts(y_BTD, *self.route(y_BTD), rules)
 
   def route(self, y_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(ids, weights) [B, T, K] of the experts that each normed position goes through."""
+    """Returns (ids, weights) [B, T, K] of the experts of each normed position."""
     c, logits_BTE = self.config, self.experts.logits(y_BTD)
     assert c.num_experts_per_tok is not None
     return softmax_top_k(logits_BTE, c.num_experts_per_tok, c.norm_topk_prob)
 
 
 class Model(_windows.Model):
-  """Tokens in, hidden states and the unembedding out."""
+  """A decoder: tokens to hidden states and the unembedding."""
 
   @staticmethod
   def layer_stacks(c: Config) -> _decoder.LayerStacks:

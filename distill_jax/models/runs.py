@@ -1,4 +1,4 @@
-"""What a training run has made, as the source of a model."""
+"""Training runs as sources of models."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
   from distill_jax.models.loading import ModelSource
 
 RUN = "run:"
-BASE = "base.json"  # in the folder of a run of adapters: name and digest of their base model
+BASE = "base.json"  # in the folder of a run with adapters: name and digest of the base model
 
 
 def keys(seed: int) -> dict[str, jax.Array]:
-  """Returns the random keys that a run begins with, one for each use."""
+  """Returns a run's PRNG keys, one for each use."""
   names = ("student", "teacher", "records", "adapters", "lora", "generate")
   return dict(zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True))
 
 
 def run_folder(source: str) -> Path:
-  """Returns the folder, on this machine, of the run that "run:WORKDIR" names."""
+  """Returns the local folder for a source "run:WORKDIR"."""
   return storage.local(source.removeprefix(RUN))
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A training run: its folder, its config, and the student that it started from."""
+  """A training run: its folder, its config, and the student before training."""
 
   folder: Path
   config: Config
@@ -46,17 +46,18 @@ class Run:
 
   @functools.cached_property
   def digest(self) -> str:
-    """sha256, in hex, of what the last checkpoint holds; of adapters, with their base model."""
+    """SHA-256, in hex, of the last checkpoint; for adapters, also of their base model."""
     trained = checkpoint.digest(self.folder)
     if not self.student.trainable.has_base:
       return trained
     return hashlib.sha256((trained + self.student.digest).encode()).hexdigest()
 
   def restore(self, mesh: Mesh, step: int | None = None) -> PyTree:
-    """Returns what was trained: a whole model, shared layers, or adapters alone.
+    """Returns the trained parameters: a model, shared layers, or adapters.
 
     Args:
-      step: of the checkpoint; None is the last one.
+      mesh: the mesh.
+      step: the step of the checkpoint; None for the last one.
     """
     abstract = self.student.abstract_trainable
     shardings = sharding.shardings(abstract, mesh, self.student.compute.rules)
@@ -65,10 +66,18 @@ class Run:
     )
 
   def load(self, mesh: Mesh, compute: ComputeConfig, step: int | None = None) -> Model:
-    """Returns the trained model in its ordinary form.
+    """Returns the trained model in its family's ordinary form.
 
-    Adapters are merged into their base, shared layers are written out, and weights that were
-    trained as integers are rounded to their grids.
+    Adapters are merged into the base, shared layers are copied, and weights that were trained as
+    integers are rounded.
+
+    Args:
+      mesh: the mesh.
+      compute: the settings of the computation.
+      step: the step of the checkpoint; None for the last one.
+
+    Raises:
+      InputError: adapters were trained on another base model.
     """
     trainable, trained, base = self.student.trainable, self.restore(mesh, step), None
     if trainable.has_base:
@@ -77,23 +86,32 @@ class Run:
     return trainable.merge(trained, base, mesh, compute)
 
   def pin_base(self) -> None:
-    """Writes down, once, which base model the adapters are trained on; refuses another one."""
+    """Writes the identity of the adapters' base model on the first call, and checks it later.
+
+    Raises:
+      InputError: the base model is not the one in the file.
+    """
     if not (self.folder / BASE).exists():
       json_io.write_json(self.folder / BASE, self.student.identity)
     self.check_base()
 
   def check_base(self) -> None:
-    """Raises InputError if the base model is not the one that the adapters were trained on."""
+    """Checks that the base model is the one that the adapters were trained on.
+
+    Raises:
+      InputError: it is another model, or the file with its identity is missing.
+    """
     file = self.folder / BASE
     if not file.exists():
       raise InputError(
-        f"{self.folder} holds adapters and no {BASE}, which names their base; train there"
+        f"{self.folder} lacks {BASE}, which names the base model of its adapters. Restore the file "
+        "or train in another --workdir."
       )
-    pinned = json_io.read_object(file, "bring the file back, or train in another --workdir")
+    pinned = json_io.read_object(file, "restore the file, or train in another --workdir")
     found = self.student.identity
     if pinned["digest"] != found["digest"]:
       raise InputError(
-        f"the adapters in {self.folder} were trained on {pinned['name']} with digest "
-        f"{pinned['digest']} and it now has {found['digest']}; bring the old weights back or "
-        "train in another --workdir"
+        f"The adapters in {self.folder} were trained on {pinned['name']} with digest "
+        f"{pinned['digest']}, but its digest is now {found['digest']}. Restore the weights, or "
+        "train in another --workdir."
       )

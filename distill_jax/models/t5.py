@@ -1,7 +1,7 @@
 """T5 v1.1 and Flan-T5 (arXiv:1910.10683, arXiv:2002.05202): text to text.
 
-Relative positions are a bias of the scores, which are not scaled; norms are root mean squares,
-nothing else has a bias, and the feed-forward is gated.
+Relative positions are a bias of the attention scores, which are not scaled. Norms are RMS norms,
+linear layers have no bias, and the feed-forward is gated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models import _seq2seq
 from distill_jax.models._declare import Declare
 from distill_jax.models._encoder import heads_of
@@ -24,13 +24,13 @@ from distill_jax.nn import attention, layers, sharding
 from distill_jax.nn.params import param, stack
 from distill_jax.types import QKV, Inputs, JsonObject, Output
 
-HF_MODEL_TYPES = ("t5",)  # of config.json
+HF_MODEL_TYPES = ("t5",)  # model_type in config.json
 SUPPORTED_VALUES = {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(_seq2seq.DecoderSizes):
-  """The shape of a model, in Hugging Face's words. There is no dropout."""
+  """A model's architecture, under Hugging Face's field names. Dropout is 0."""
 
   d_kv: int
   d_ff: int
@@ -40,7 +40,7 @@ class Config(_seq2seq.DecoderSizes):
   relative_attention_num_buckets: int = 32
   relative_attention_max_distance: int = 128
   layer_norm_epsilon: float = 1e-6
-  tie_word_embeddings: bool = False  # then outputs are scaled by 1/sqrt(d_model): T5's, not v1.1's
+  tie_word_embeddings: bool = False  # as in T5 v1.0: also scales outputs by 1/sqrt(d_model)
   pad_token_id: int = 0
   eos_token_id: int = 1
   decoder_start_token_id: int = 0
@@ -49,19 +49,20 @@ class Config(_seq2seq.DecoderSizes):
 
   def __post_init__(self):
     check_numbers(self, self.OPTIONAL_ZERO)
-    n = self.relative_attention_num_buckets
-    if n % 4 or self.relative_attention_max_distance <= n // 2:
-      raise InputError(
-        f"there are {n} buckets of relative positions up to "
-        f"{self.relative_attention_max_distance}; they are a multiple of 4, and half of them "
-        "fewer than positions"
-      )
+    n, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+    action = "Correct the model's config"
+    if n % 4:
+      raise bad_value("relative_attention_num_buckets", n, "a multiple of 4", action)
+    if distance <= n // 2:
+      expected = f"more than {n // 2}, half of relative_attention_num_buckets"
+      raise bad_value("relative_attention_max_distance", distance, expected, action)
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
-    """From a Hugging Face config.json; what this family cannot do is refused by name."""
+    """Returns the config for a Hugging Face config.json; unsupported values raise InputError."""
     check_supported(hf, SUPPORTED_VALUES, "t5", required=True)
-    # transformers 5 ties whenever a checkpoint has no head, and says here what it did before.
+    # transformers 5 ties embeddings if a checkpoint lacks a head; scale_decoder_outputs has the
+    # value that older versions call tie_word_embeddings.
     tied: Any = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True))
     names = {f.name for f in dataclasses.fields(cls)} - {"tie_word_embeddings"}
     values = {name: hf[name] for name in names if hf.get(name) is not None}
@@ -69,7 +70,7 @@ class Config(_seq2seq.DecoderSizes):
     return cls(**values, tie_word_embeddings=tied)
 
   def to_hf(self) -> JsonObject:
-    """The config.json of this model."""
+    """Returns the config.json of this model."""
     return {
       "architectures": ["T5ForConditionalGeneration"],
       "model_type": "t5",
@@ -80,8 +81,9 @@ class Config(_seq2seq.DecoderSizes):
     }
 
   def ignores_tensor(self, name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the model has no use for it."""
-    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of the shared table
+    """Returns whether a checkpoint may hold this tensor although the model does not use it."""
+    # Copies of the shared table.
+    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     return name in copies or name.endswith("layer.1.EncDecAttention.relative_attention_bias.weight")
 
   @property
@@ -98,7 +100,7 @@ class Config(_seq2seq.DecoderSizes):
 
 
 def declare_heads(declare: Declare, c: Config, module: str) -> nnx.Param:
-  """Declares a projection to heads; queries start small, as no scale follows."""
+  """Declares a projection to heads. Queries start small because scores are not scaled."""
   init = (c.d_model * c.d_kv) ** -0.5 if module.endswith("q") else "fan_in"
   dims = f"embed:{c.d_model} heads:{c.num_heads} head_dim:{c.d_kv}"
   return declare.linear(module, dims, "heads head_dim", init)
@@ -111,14 +113,14 @@ def declare_output(declare: Declare, c: Config, module: str) -> nnx.Param:
 
 
 def project_heads(a_BTHh: jax.Array, weight: nnx.Param) -> jax.Array:
-  """What attention adds to the residual, from the output of its heads."""
+  """Returns the update of the residual by attention, given the output of its heads."""
   return jnp.einsum("BTHh,HhD->BTD", a_BTHh, weight[...])
 
 
 class EncoderLayer(nnx.Module):
-  """Attention and feed-forward, each normed before it and added to the residual."""
+  """One layer: attention, then feed-forward, each with a norm before it and a residual."""
 
-  MLP = 1  # the feed-forward's number among the parts of a layer
+  MLP = 1  # index of the feed-forward among the parts of a layer
 
   def __init__(self, c: Config, prefix: str, key: jax.Array):
     keys = jax.random.split(key, 2)
@@ -158,7 +160,7 @@ class EncoderLayer(nnx.Module):
 
 
 class DecoderLayer(_seq2seq.DecoderLayer, EncoderLayer):  # type: ignore[misc]  # other arguments
-  """The same with attention to the source between the two."""
+  """An encoder layer with attention to the source added before the feed-forward."""
 
   SCALE = 1.0
   MLP = 2
@@ -187,7 +189,7 @@ class DecoderLayer(_seq2seq.DecoderLayer, EncoderLayer):  # type: ignore[misc]  
 
 
 class Model(_seq2seq.Model):
-  """Texts in, the next tokens of their targets out."""
+  """An encoder-decoder: source and target tokens to hidden states of the target."""
 
   def __init__(self, c: Config, key: jax.Array):
     keys, V, D, H = jax.random.split(key, 8), c.vocab_size, c.d_model, c.num_heads
@@ -207,7 +209,7 @@ class Model(_seq2seq.Model):
       self.head = param(keys[7], f"vocab:{V} embed:{D}", "lm_head.weight", "vocab")
 
   def encode(self, source: Inputs, compute: layers.ComputeConfig) -> tuple[jax.Array, jax.Array]:
-    """The encoder's output [B, S, D], and which of its positions are no padding."""
+    """Returns the encoder's output [B, S, D], and a mask of positions that are not padding."""
     valid_BS, S = source.segments_BT > 0, source.tokens_BT.shape[1]
     bias_1HSS = self._bias(self.encoder_near, S, both_ways=True, compute=compute)
     x_BSD = self.embed_tokens(source.tokens_BT, source.positions_BT, compute)
@@ -220,7 +222,7 @@ class Model(_seq2seq.Model):
   def embed_tokens(
     self, tokens_BT: jax.Array, positions_BT: jax.Array, compute: layers.ComputeConfig
   ):
-    del positions_BT  # the scores have them
+    del positions_BT  # the bias of the scores contains them
     with jax.named_scope("embed"):
       return compute.cast_and_gather(self.embed)[...][tokens_BT]
 
@@ -230,7 +232,7 @@ class Model(_seq2seq.Model):
   def _bias(
     self, near: nnx.Param, T: int, both_ways: bool, compute: layers.ComputeConfig
   ) -> jax.Array:
-    """[1, H, T, T] from a table of buckets."""
+    """Returns the bias of attention scores, [1, H, T, T], from a table of buckets."""
     c = self.config
     buckets = relative_buckets(
       T, both_ways, c.relative_attention_num_buckets, c.relative_attention_max_distance
@@ -248,15 +250,18 @@ class Model(_seq2seq.Model):
 
 
 def relative_buckets(T: int, both_ways: bool, buckets: int, max_distance: int) -> np.ndarray:
-  """int32 [T, T], of (query, key): near distances one each, far ones by their logarithm."""
-  distance = np.arange(T)[:, None] - np.arange(T)[None, :]  # back to the key
+  """Returns the bucket of each relative position, int32 [T, T] by (query, key).
+
+  Near distances have one bucket each; far distances share buckets on a logarithmic scale.
+  """
+  distance = np.arange(T)[:, None] - np.arange(T)[None, :]  # from the key to the query
   first = np.zeros_like(distance)
   if both_ways:
     buckets //= 2
     first, distance = np.where(distance < 0, buckets, 0), np.abs(distance)
   distance = np.maximum(distance, 0)
   exact = buckets // 2
-  # In float32, as everybody rounds it.
+  # Computed in float32, so that the rounding is that of other implementations.
   far = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
   far = far / np.float32(np.log(max_distance / exact)) * np.float32(buckets - exact)
   far = np.minimum(exact + far.astype(np.int32), buckets - 1)

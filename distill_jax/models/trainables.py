@@ -1,13 +1,13 @@
-"""What of a student is trained: one choice, `student.train`, and what follows from it.
+"""The trained parameters of a student, selected by `student.train`.
 
   whole      every parameter.
-  frozen     every parameter but those whose names begin with one of student.frozen.
-  lora       low-rank adapters (student.lora) of a base model that stays as it is.
-  shared     layers that share weights (student.share), perhaps as integers (student.quantise).
-  quantised  every parameter, linear weights as integers (student.quantise).
+  frozen     every parameter except those whose names begin with a prefix in student.frozen.
+  lora       low-rank adapters (student.lora) of a frozen base model.
+  shared     layers that share weights (student.share), optionally as integers (student.quantise).
+  quantised  every parameter, with linear weights as integers (student.quantise).
 
-What is trained is a pytree of parameters: the model, its adapters, or its shared layers. Only the
-classes here know which.
+The trained parameters are a pytree: the model, its adapters, or its shared layers. Only the classes
+in this module depend on which of these it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import Mesh
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models.options import StudentOptions
 from distill_jax.nn import layer_sharing, lora, params, quantise, sharding
 from distill_jax.nn.layers import ComputeConfig
@@ -28,18 +28,18 @@ from distill_jax.types import Model, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-  """Every parameter of the model is trained: "whole".
+  """Training of every parameter ("whole"), and the base class of the other choices.
 
   Attributes:
-    frozen: beginnings of Hugging Face names of parameters that have no update.
-    has_base: the model itself is not trained, and everything below takes it as `base`.
+    frozen: prefixes of Hugging Face names of parameters that are not updated.
+    has_base: whether the model itself is not trained. It is then the argument `base` below.
   """
 
   frozen: tuple[str, ...] = ()
   has_base = False
 
   def check(self, model: Model) -> None:
-    """Refuses options that do not fit the student.
+    """Checks that the options fit the student.
 
     Args:
       model: the student, or its shapes.
@@ -49,11 +49,12 @@ class Trainable:
     """
 
   def init(self, model: Model, key: jax.Array, pretrained: bool) -> PyTree:
-    """What is trained, as it is before step 0.
+    """Returns the trained parameters before step 0.
 
     Args:
-      model: the student; its shapes are enough if it has a base.
-      pretrained: its weights are not random.
+      model: the student. If `has_base`, its shapes are enough.
+      key: PRNG key.
+      pretrained: whether the student's weights are from a checkpoint, not random.
 
     Raises:
       InputError: the options do not fit the student.
@@ -64,42 +65,48 @@ class Trainable:
   def start(
     self, model: Model, keys: Mapping[str, jax.Array], shardings: PyTree, pretrained: bool
   ) -> PyTree:
-    """`init` on the mesh: what training starts from.
+    """Returns the trained parameters before step 0 (`init`) on the mesh.
 
     Args:
       model: the student with its parameters.
-      keys: the run's; see runs.keys.
-      shardings: of what is trained.
+      keys: the run's PRNG keys; see runs.keys.
+      shardings: the shardings of the trained parameters.
+      pretrained: as in `init`.
     """
     del keys, shardings, pretrained
     return model
 
   def model(self, trained: PyTree, base: Model | None = None) -> Model:
-    """The model as the training step computes it, differentiable in what is trained."""
+    """Returns the model for the training step, differentiable with respect to `trained`."""
     del base
     return trained
 
   def merge(self, trained: PyTree, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
-    """The trained model in its family's ordinary form, on the mesh; `trained` may be donated."""
+    """Returns the trained model in its family's ordinary form, on the mesh.
+
+    `trained` and `base` may be donated.
+    """
     del base, mesh, compute
     return trained
 
 
 @dataclasses.dataclass(frozen=True)
 class Frozen(Trainable):
-  """Every parameter but some is trained."""
+  """Training of every parameter except some ("frozen")."""
 
   def check(self, model: Model) -> None:
     names = sorted({v.get_metadata()["hf"] for _, v in params.named_params(model)})
     if not self.frozen:
-      raise InputError("student.train is 'frozen' and student.frozen names no parameter")
-    lost = [start for start in self.frozen if not any(n.startswith(start) for n in names)]
-    if lost or all(n.startswith(self.frozen) for n in names):
-      which = f"{lost[0]!r}, with which no" if lost else f"{self.frozen}, with which every"
-      raise InputError(
-        f"student.frozen names {which} parameter of the student begins; they are called "
-        f"{', '.join(names)}"
-      )
+      expected = "at least one prefix because student.train is 'frozen'"
+      action = "Set it, or student.train='whole'"
+      raise bad_value("student.frozen", self.frozen, expected, action)
+    for prefix in self.frozen:
+      if not any(n.startswith(prefix) for n in names):
+        expected = f"prefixes of the student's parameters {', '.join(names)}"
+        raise bad_value("student.frozen", prefix, expected, "Correct the prefix")
+    if all(n.startswith(self.frozen) for n in names):
+      expected = f"prefixes that do not match all of the parameters {', '.join(names)}"
+      raise bad_value("student.frozen", self.frozen, expected, "Remove a prefix")
 
   def model(self, trained: PyTree, base: Model | None = None) -> Model:
     del base
@@ -112,7 +119,7 @@ class Frozen(Trainable):
 
 @dataclasses.dataclass(frozen=True)
 class Lora(Trainable):
-  """Low-rank adapters are trained, beside a base model that stays as it is."""
+  """Training of low-rank adapters of a frozen base model ("lora")."""
 
   options: lora.LoraOptions = lora.LoraOptions()
   has_base = True
@@ -133,24 +140,25 @@ class Lora(Trainable):
     return lora.with_adapters(base, trained)
 
   def merge(self, trained: PyTree, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
-    """The base with its adapters merged; the base is donated."""
+    """Returns the base with its adapters merged; the base is donated."""
     shardings = sharding.shardings(base, mesh, compute.rules)
     return jax.jit(lora.merge_adapters, out_shardings=shardings, donate_argnums=0)(base, trained)
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantised(Trainable):
-  """Every parameter is trained, linear weights as the integers that they are used as."""
+  """Training of every parameter, with linear weights rounded to integers ("quantised")."""
 
   options: quantise.QuantiseOptions = quantise.QuantiseOptions()
 
   def check(self, model: Model) -> None:
     quantise.check(self.options, model)
     if not self.options.bits:
-      raise InputError("student.train is 'quantised' and student.quantise.bits is 0; set 4 or 8")
+      expected = "4 or 8 because student.train is 'quantised'"
+      raise bad_value("student.quantise.bits", 0, expected, "Set the bits")
 
   def merge(self, trained: PyTree, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
-    """The model with its weights rounded to their grids."""
+    """Returns the model with its linear weights rounded."""
     del base
     round_to_grid = functools.partial(quantise.tree, spec=self.options)
     shardings = sharding.shardings(trained, mesh, compute.rules)
@@ -159,7 +167,7 @@ class Quantised(Trainable):
 
 @dataclasses.dataclass(frozen=True)
 class LayerSharing(Trainable):
-  """Layers that share weights are trained, each perhaps with a low-rank difference of its own."""
+  """Training of layers that share weights, optionally with adapters per layer ("shared")."""
 
   options: layer_sharing.ShareOptions = layer_sharing.ShareOptions()
   integers: quantise.QuantiseOptions = quantise.QuantiseOptions()
@@ -189,7 +197,7 @@ class LayerSharing(Trainable):
 
   @staticmethod
   def unshare(trained: layer_sharing.SharedLayers, mesh: Mesh, compute: ComputeConfig) -> Model:
-    """The model with a copy of the shared layers wherever they are used."""
+    """Returns the model with a separate copy of its weights for each layer."""
     abstract = jax.eval_shape(layer_sharing.SharedLayers.merge_adapters, trained)
     shardings = sharding.shardings(abstract, mesh, compute.rules)
     return jax.jit(layer_sharing.SharedLayers.merge_adapters, out_shardings=shardings)(trained)
@@ -199,7 +207,7 @@ WHOLE = Trainable()
 
 
 def of_student(options: StudentOptions) -> Trainable:
-  """What student.train selects."""
+  """Returns the Trainable for student.train."""
   match options.train:
     case "whole":
       return WHOLE
@@ -211,4 +219,4 @@ def of_student(options: StudentOptions) -> Trainable:
       return LayerSharing(options=options.share, integers=options.quantise)
     case "quantised":
       return Quantised(options=options.quantise)
-  raise AssertionError(options.train)  # StudentOptions refuses others
+  raise AssertionError(options.train)  # StudentOptions checks the values

@@ -1,4 +1,4 @@
-"""ViT (arXiv:2010.11929): images, cut into patches, to classes."""
+"""ViT (arXiv:2010.11929): images, split into patches, to classes."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models import _encoder, _patches
 from distill_jax.models._declare import Declare
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import param, stack, take_layer
 from distill_jax.types import QKV, Images, JsonObject, Output
 
-HF_MODEL_TYPES = ("vit",)  # of config.json
-PREFIX = "vit."  # of all but the head; a checkpoint of the body alone goes without
+HF_MODEL_TYPES = ("vit",)  # model_type in config.json
+PREFIX = "vit."  # of all tensors except the head's; absent in checkpoints without a head
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(_encoder.VisionConfig):
-  """The shape of a model, in Hugging Face's words. There is no dropout."""
+  """A model's architecture, under Hugging Face's field names. Dropout is 0."""
 
   num_labels: int = 2
 
   MODEL_TYPE: ClassVar[str] = "vit"
   ARCHITECTURE: ClassVar[str] = "ViTForImageClassification"
-  TOKENS: ClassVar[int] = 1  # before the patches
+  TOKENS: ClassVar[int] = 1  # number of tokens before the patches
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
-    """From a Hugging Face config.json; what this family cannot do is refused by name."""
+    """Returns the config for a Hugging Face config.json; unsupported values raise InputError."""
     if not hf.get("qkv_bias", True):
-      raise InputError(f"config.json has qkv_bias=False; the {cls.MODEL_TYPE} family has it")
+      expected = f"True, the only value that the {cls.MODEL_TYPE} family supports"
+      raise bad_value("qkv_bias in config.json", False, expected, "Use another model")
     names = {f.name for f in dataclasses.fields(cls)} - {"num_labels"}
     return cls(**{n: hf[n] for n in names if n in hf}, num_labels=_encoder.num_labels_of(hf))
 
   def to_hf(self) -> JsonObject:
-    """The config.json of this model."""
+    """Returns the config.json of this model."""
     hf = dataclasses.asdict(self)
     return {
       "architectures": [self.ARCHITECTURE],
@@ -54,7 +55,7 @@ class Config(_encoder.VisionConfig):
     }
 
   def ignores_tensor(self, name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the model has no use for it."""
+    """Returns whether a checkpoint may hold this tensor although the model does not use it."""
     return ".pooler." in f".{name}" or name.endswith("embeddings.mask_token")
 
   @property
@@ -63,12 +64,12 @@ class Config(_encoder.VisionConfig):
 
   @property
   def positions(self) -> int:
-    """Positions of the layers' input: the tokens before the patches, and the patches."""
+    """Number of positions: the tokens before the patches, and the patches."""
     return self.TOKENS + self.num_patches
 
 
 class Block(_encoder.Block):
-  """One layer, normed before attention and before the feed-forward."""
+  """One layer, with norms before attention and before the feed-forward."""
 
   NAMES = {
     "q": "attention.attention.query",
@@ -83,9 +84,9 @@ class Block(_encoder.Block):
 
 
 class Body(nnx.Module):
-  """An image in, the layers' output at each of its patches and before them out."""
+  """An encoder: images to the layers' output at the tokens and at each patch."""
 
-  TOKENS: ClassVar[tuple[str, ...]] = ("cls_token",)  # before the patches
+  TOKENS: ClassVar[tuple[str, ...]] = ("cls_token",)  # tokens before the patches
 
   def __init__(self, c: Config, prefix: str, key: jax.Array):
     keys, at = iter(jax.random.split(key, 4 + len(self.TOKENS))), f"{prefix}embeddings."
@@ -96,7 +97,7 @@ class Body(nnx.Module):
     dims = f"one:1 places:{c.positions} table:{D}"
     self.places = param(next(keys), dims, f"{at}position_embeddings", init=0.02)
     patch = Declare(next(keys), at + "patch_embeddings.")
-    # In torch's order, as a convolution's weights have four axes there.
+    # In torch's layout of a convolution: [out, in, height, width].
     dims = f"embed:{D} channels:{M} pixels:{p} pixels:{p}"
     self.patch = patch.linear("projection", dims, "", init=(M * p * p) ** -0.5)
     self.patch_bias = patch.bias("projection", D)
@@ -107,7 +108,7 @@ class Body(nnx.Module):
   def __call__(
     self, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> tuple[jax.Array, jax.Array | None]:
-    """The last layer's output [B, S, D], normed, and the taps."""
+    """Returns the last layer's output [B, S, D], normed, and the taps."""
     with jax.named_scope("embed"):
       x_BSD = self.embed_patches(inputs.pixels_BYWM, compute)
       x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
@@ -118,7 +119,7 @@ class Body(nnx.Module):
     return layers.layer_norm(x_BSD, self.norm[...], self.norm_bias[...], eps), taps_PBSD
 
   def embed_patches(self, pixels_BYWM: jax.Array, compute: layers.ComputeConfig) -> jax.Array:
-    """[B, S, D]: the tokens, then the patches row by row, each with its place."""
+    """Returns embeddings [B, S, D]: the tokens, then the patches row by row, with positions."""
     c, B = self.config, pixels_BYWM.shape[0]
     x_BSD = _patches.embed(c, pixels_BYWM, self.patch, compute)
     x_BSD = x_BSD + compute.cast_and_gather(self.patch_bias)[...][None, None]
@@ -128,7 +129,7 @@ class Body(nnx.Module):
 
 
 class Model(nnx.Module):
-  """Images in; the class token and the classifier out, as one position."""
+  """An encoder: images to one position, the class token, and the classifier."""
 
   def __init__(self, c: Config, key: jax.Array):
     body, head = jax.random.split(key)
@@ -140,20 +141,20 @@ class Model(nnx.Module):
   def __call__(
     self, inputs: Images, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()
   ) -> Output:
-    """Args: inputs, float32 pixels; taps, the layers whose output is kept. Returns: T = 1."""
+    """Returns the model's Output with T = 1; see types.Model."""
     x_BSD, taps_PBSD = self.body(inputs, compute, taps)
     weights = compute.cast_and_gather(self.head)[...], compute.cast_and_gather(self.head_bias)[...]
     hidden, head = layers.with_bias(x_BSD[:, :1], *weights)
     return Output(hidden, head, taps_PBTD=taps_PBSD)
 
   def qkv(self, layer: int, x_BSD: jax.Array, inputs: Images, compute: layers.ComputeConfig) -> QKV:
-    """Queries, keys and values of one layer, from the output of the layer before it."""
+    """Returns the queries, keys and values of one layer, given the output of the layer before."""
     del inputs
     return compute.cast_and_gather(take_layer(self.body.layers, layer)).qkv(x_BSD)
 
 
 def classifier(declare: Declare, name: str, c: Config) -> tuple[nnx.Param, nnx.Param]:
-  """(rows of classes, their biases) of a head that Hugging Face calls `name`."""
+  """Declares a head with the Hugging Face name `name`; returns (weight, bias)."""
   dims = f"classes:{c.num_labels} embed:{c.hidden_size}"
   return declare.linear(name, dims, "classes", 0.02), declare.bias(name, c.num_labels)
 

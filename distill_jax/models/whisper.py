@@ -1,4 +1,4 @@
-"""Whisper and Distil-Whisper, which has fewer decoder layers (arXiv:2212.04356): speech to text."""
+"""Whisper (arXiv:2212.04356) and Distil-Whisper: speech to text."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models import _bart
 from distill_jax.models._declare import Declare
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import param
 from distill_jax.types import JsonObject, Output, Sounds
 
-HF_MODEL_TYPES = ("whisper",)  # of config.json
+HF_MODEL_TYPES = ("whisper",)  # model_type in config.json
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(_bart.Config):
-  """The shape of a model, in Hugging Face's words. There is no dropout."""
+  """A model's architecture, under Hugging Face's field names. Dropout is 0."""
 
   num_mel_bins: int = 80
-  max_source_positions: int = 1_500  # two frames each; every sound has just so many
+  max_source_positions: int = 1_500  # two frames each; all sounds have this length
   max_target_positions: int = 448
   pad_token_id: int = 50_256
   eos_token_id: int = 50_256
@@ -48,8 +48,8 @@ class Config(_bart.Config):
     }
 
   def ignores_tensor(self, name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the model has no use for it."""
-    return name == "proj_out.weight"  # the table of the decoder's tokens once more
+    """Returns whether a checkpoint may hold this tensor although the model does not use it."""
+    return name == "proj_out.weight"  # a copy of the decoder's embedding table
 
 
 class EncoderLayer(_bart.EncoderLayer):
@@ -61,7 +61,7 @@ class DecoderLayer(_bart.DecoderLayer):
 
 
 class Model(_bart.Model):
-  """Log-mel frames in, the next tokens of what is spoken in them out."""
+  """An encoder-decoder: log-mel frames and target tokens to hidden states of the target."""
 
   ENCODER_LAYER, DECODER_LAYER = EncoderLayer, DecoderLayer
 
@@ -71,7 +71,7 @@ class Model(_bart.Model):
     at = "model.encoder."
     self.conv1, self.conv1_bias = _declare_conv(keys[0], f"{at}conv1", D, M)
     self.conv2, self.conv2_bias = _declare_conv(keys[1], f"{at}conv2", D, D)
-    # "bias" keeps the optimizer from decaying what is never trained.
+    # The axis "bias" excludes these constants from weight decay.
     dims = f"bias:{c.max_source_positions} table:{D}"
     frames = param(keys[2], dims, f"{at}embed_positions.weight", init="zeros")
     self.frames = frames.replace(jnp.asarray(sinusoids(c.max_source_positions, D)))
@@ -85,10 +85,11 @@ class Model(_bart.Model):
     self.declare_layers(c, keys[3], keys[7])
 
   def encode(self, source: Sounds, compute: layers.ComputeConfig) -> tuple[jax.Array, None]:
-    """The encoder's output [B, S, D]; all of it is seen, silence too."""
+    """Returns the encoder's output [B, S, D], and None: padding, i.e. silence, is not masked."""
     want = 2 * self.config.max_source_positions
     if source.mel_BSM.shape[1] != want:
-      raise InputError(f"a sound has {source.mel_BSM.shape[1]} frames and whisper reads {want}")
+      frames = source.mel_BSM.shape[1]
+      raise bad_value("frames of a sound", frames, f"{want} for this model", "Pad or cut the sound")
     with jax.named_scope("embed"):
       x_BSD = source.mel_BSM.astype(compute.dtype)
       weight, bias = (compute.cast_and_gather(v)[...] for v in (self.conv1, self.conv1_bias))
@@ -118,15 +119,15 @@ class Model(_bart.Model):
 def _declare_conv(
   key: jax.Array, module: str, filters: int, channels: int
 ) -> tuple[nnx.Param, nnx.Param]:
-  """(weights, bias) of a convolution over three frames."""
-  # As torch lays it out, [out, in, kernel], each a matrix to nobody but the convolution.
+  """Declares a convolution over three frames; returns (weight, bias)."""
+  # In torch's layout of a convolution: [out, in, kernel].
   dims = f"filters:{filters} channels:{channels} kernel:3"
   weight = param(key, dims, f"{module}.weight", init=(3 * channels) ** -0.5)
   return weight, Declare(key, "").bias(module, filters)
 
 
 def conv(x_BSM: jax.Array, w_DMk: jax.Array, bias_D: jax.Array, stride: int) -> jax.Array:
-  """gelu of a convolution over time, padded by one frame on each side."""
+  """Returns the gelu of a convolution over time, padded by one frame on each side."""
   y_BSD = jax.lax.conv_general_dilated(
     x_BSM, w_DMk, (stride,), [(1, 1)], dimension_numbers=("NWC", "OIW", "NWC")
   )
@@ -134,7 +135,7 @@ def conv(x_BSM: jax.Array, w_DMk: jax.Array, bias_D: jax.Array, stride: int) -> 
 
 
 def sinusoids(length: int, width: int) -> np.ndarray:
-  """float32 [length, width]: sines, then cosines, of periods from 2 pi to 20,000 pi."""
+  """Returns float32 [length, width]: sines, then cosines, with periods from 2 pi to 20,000 pi."""
   rate = np.exp(-np.log(10_000) / (width // 2 - 1) * np.arange(width // 2))
   angle = np.arange(length)[:, None] * rate[None]
   return np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32)

@@ -177,8 +177,11 @@ def other_words(c, path):
       change(student={"shrink": {"layers": 4, "layers_by": "ends"}}),
       "layers is 4 and the teacher h",
     ),
-    (of(shape="tinny", source="", keep_layers=()), "links.student: llama has no shape 'tinny'"),
-    (of(digest="abc"), "links.student: .*has digest .* and the config wants abc"),
+    (
+      of(shape="tinny", source="", keep_layers=()),
+      "links.student: shape is 'tinny'; expected a shape of the llama family",
+    ),
+    (of(digest="abc"), "links.student: .*has digest .*, but the config requires abc"),
     (change(student={"shrink": {"layers": 2, "dtype": "float32"}}), "student.shrink.dtype is"),
     (of(train="quantised", quantise={"bits": 3}), "links.student: student.quantise.bits is 3"),
     (other_words, "links.student: .*200 .*|links.student: The student has tokenizer"),

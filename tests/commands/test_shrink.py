@@ -182,11 +182,11 @@ def refused(family, name, **asked):
     ("llama", "tiny", {"layers": 2, "layers_by": "odd"}, "one of even, ends"),
     ("llama", "tiny", {"hidden": 64}, "hidden is 64 and the teacher has 32"),
     ("qwen3", "tiny-moe", {"intermediate": 32}, "this qwen3 model has none"),
-    ("qwen3", "tiny-moe", {"experts": 2}, "num_experts_per_tok is 3 and there are 2"),
+    ("qwen3", "tiny-moe", {"experts": 2}, "num_experts_per_tok is 3; expected at most 2"),
     ("qwen3", "qwen3-8b", {"kv_heads": 3, "kv_heads_by": "merge"}, "take a divisor"),
     ("deepseek_v3", "tiny", {"kv_heads": 2}, "this deepseek_v3 model has none"),
     ("deepseek_v3", "tiny", {"experts": 6}, "4 equal groups"),
-    ("deepseek_v3", "tiny", {"experts": 4}, "do not fit"),
+    ("deepseek_v3", "tiny", {"experts": 4}, "expected a multiple of n_group, 4, with at least 2"),
     ("gemma3", "tiny", {"sequences": 0}, "sequences is 0"),
   ],
 )

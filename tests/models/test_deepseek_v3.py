@@ -128,23 +128,26 @@ def test_a_student_keeps_dense_layers_and_those_of_experts(kept, tmp_path):
   theirs.config.num_hidden_layers, theirs.config.use_cache = len(kept), False
   errors = parity.forward_errors(theirs, student, parity.tokens())
   assert max(errors) < parity.FORWARD, errors
-  with pytest.raises(InputError, match="first 1 are dense"):
+  with pytest.raises(InputError, match="keep_layers is .*dense layers, i.e. the first 1, before"):
     opened.config.keep_layers((1, 0))
 
 
 @pytest.mark.parametrize(
   "change, word",
   [
-    ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
-    ({"n_group": 3}, "n_group 3"),
-    ({"topk_group": 5}, "topk_group 5"),
-    ({"n_group": 8}, "of at least 2"),
-    ({"num_experts_per_tok": 5}, "num_experts_per_tok 5"),
+    (
+      {"num_key_value_heads": 2},
+      "num_key_value_heads in config.json is 2; expected num_attention_heads, 4",
+    ),
+    ({"n_group": 3}, "n_routed_experts is 8; expected a multiple of n_group, 3"),
+    ({"topk_group": 5}, "topk_group is 5; expected at most n_group, 4"),
+    ({"n_group": 8}, "at least 2 experts per group"),
+    ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5; expected at most 4"),
     ({"scoring_func": "softmax"}, "scoring_func"),
     ({"topk_method": "greedy"}, "topk_method"),
     ({"moe_layer_freq": 2}, "moe_layer_freq"),
     ({"attention_bias": True}, "attention_bias"),
-    ({"qk_rope_head_dim": 5}, "rope turns 5"),
+    ({"qk_rope_head_dim": 5}, "rope rotates an even part, not 5"),
     ({"v_head_dim": 13}, "v_head_dim is 13"),
     ({"n_shared_experts": 0}, "n_shared_experts"),
     ({"first_k_dense_replace": -1}, "first_k_dense_replace"),

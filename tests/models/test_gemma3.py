@@ -70,7 +70,7 @@ def test_keys_of_a_layer_have_its_own_rope(layer, tmp_path):
 @pytest.mark.parametrize(
   "change, word",
   [
-    ({"layer_types": [gemma3.LOCAL] * 2}, "layer_types has 2 layers"),
+    ({"layer_types": [gemma3.LOCAL] * 2}, "layer_types is .*; expected 3 entries"),
     ({"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
     ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     ({"final_logit_softcapping": -30.0}, "final_logit_softcapping"),

@@ -107,7 +107,11 @@ def test_taps_come_in_the_order_asked_for(tmp_path):
     ("attention_bias", True, "attention_bias"),
     ("mlp_bias", True, "mlp_bias"),
     ("rope_scaling", {"rope_type": "dynamic", "factor": 4.0}, "dynamic"),
-    ("num_key_value_heads", 3, "key/value heads"),
+    (
+      "num_key_value_heads",
+      3,
+      "num_attention_heads is 4; expected a multiple of num_key_value_heads, 3",
+    ),
     ("hidden_size", 0, "hidden_size"),
     ("vocab_size", -1, "vocab_size"),
     ("num_hidden_layers", 2.5, "num_hidden_layers"),

@@ -151,9 +151,13 @@ def test_what_it_cannot_do_is_refused(both):
   assert llava.Config.from_hf(hf) == both[1].config
   for key, value, match in (
     ("vision_feature_layer", [1, 2], "one layer"),
-    ("vision_feature_layer", 7, "has 3 layers"),
-    ("projector_hidden_act", "relu", "'gelu' only"),
-    ("image_token_index", 64, "64 tokens"),
+    ("vision_feature_layer", 7, "is 7; expected a layer of the vision tower, from -4 to 3"),
+    (
+      "projector_hidden_act",
+      "relu",
+      "expected 'gelu', the only value that the llava family supports",
+    ),
+    ("image_token_index", 64, "image_token_index is 64; expected a token below 64"),
   ):
     with pytest.raises(InputError, match=match):
       llava.Config.from_hf({**hf, key: value})

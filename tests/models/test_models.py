@@ -115,7 +115,9 @@ def test_a_part_of_a_model_is_changed_or_refused_by_name():
   whole = loading.open_source(ModelOptions(family="llava", shape="tiny")).config
   vision = dataclasses.replace(whole.vision, num_hidden_layers=2)
   assert made(vision={"num_hidden_layers": 2}) == dataclasses.replace(whole, vision=vision) != whole
-  with pytest.raises(InputError, match="'vision.patchsize'.*did you mean 'vision.patch_size'"):
+  with pytest.raises(
+    InputError, match="changes is 'vision.patchsize'.*Did you mean 'vision.patch_size'"
+  ):
     made(vision={"patchsize": 2})
-  with pytest.raises(InputError, match="vision 3; expected a dict of its fields"):
+  with pytest.raises(InputError, match="changes.vision is 3; expected a dict of its fields"):
     made(vision=3)

@@ -151,12 +151,24 @@ def test_nobody_sees_what_comes_later_or_padding_of_the_source(both):
 @pytest.mark.parametrize(
   "family, changes, says",
   [
-    ("t5", {"feed_forward_proj": "relu"}, "feed_forward_proj='relu'; the t5 family has 'gated"),
+    (
+      "t5",
+      {"feed_forward_proj": "relu"},
+      "feed_forward_proj in config.json is 'relu'; expected 'gated",
+    ),
     ("t5", {"d_kv": 0}, "d_kv is 0"),
-    ("t5", {"relative_attention_num_buckets": 6}, "there are 6 buckets"),
-    ("marian", {"decoder_vocab_size": 7}, "decoder_vocab_size=7; the marian family has one table"),
-    ("marian", {"encoder_attention_heads": 5}, "there are 5 heads"),
-    ("whisper", {"scale_embedding": True}, "scale_embedding=True; the whisper family has False"),
+    ("t5", {"relative_attention_num_buckets": 6}, "num_buckets is 6; expected a multiple of 4"),
+    ("marian", {"decoder_vocab_size": 7}, "decoder_vocab_size in config.json is 7; expected 256"),
+    (
+      "marian",
+      {"encoder_attention_heads": 5},
+      "hidden_size is 32; expected a multiple of num_attention_heads, 5",
+    ),
+    (
+      "whisper",
+      {"scale_embedding": True},
+      "scale_embedding in config.json is True; expected False",
+    ),
   ],
 )
 def test_what_a_family_cannot_do_is_refused(family, changes, says):
@@ -170,7 +182,7 @@ def test_whisper_refuses_sounds_of_another_length():
   module = registry.load("models", "whisper")
   model = jax.eval_shape(lambda key: module.Model(module.TINY, key), jax.random.key(0))
   sounds = Sounds(jax.ShapeDtypeStruct((1, 30, 8), jnp.float32))
-  with pytest.raises(InputError, match="30 frames and whisper reads 32"):
+  with pytest.raises(InputError, match="frames of a sound is 30; expected 32"):
     jax.eval_shape(lambda m, s: m.encode(s, layers.ComputeConfig()), model, sounds)
 
 

@@ -82,10 +82,13 @@ def test_experts_along_the_batch_are_refused():
     ({"mlp_only_layers": [0]}, "mlp_only_layers"),
     ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9"),
     ({"num_experts": 0}, "num_experts is 0"),
-    ({"moe_intermediate_size": None}, "8, 3, None"),
+    ({"moe_intermediate_size": None}, "moe_intermediate_size is None; expected a number"),
     ({"norm_topk_prob": 1}, "norm_topk_prob"),
     ({"attention_bias": True}, "attention_bias"),
-    ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "use_sliding"),
+    (
+      {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+      "sliding_window is 8; .*use_sliding",
+    ),
   ],
 )
 def test_a_config_that_cannot_be_computed_is_refused(change, word):

@@ -208,11 +208,11 @@ def test_a_shape_has_its_published_size():
 @pytest.mark.parametrize(
   "module, changes, message",
   [
-    (vit, {"patch_size": 5}, "does not divide"),
+    (vit, {"patch_size": 5}, "patch_size is 5; expected a divisor of image_size, 12"),
     (vit, {"hidden_act": "swash"}, "swash"),
     (deit, {"num_channels": 0}, "num_channels is 0"),
-    (convnext, {"depths": (1,)}, "every stage"),
-    (convnext, {"hidden_sizes": (8, -1)}, "above 0"),
+    (convnext, {"depths": (1,)}, "depths is .1,.; expected 2 numbers"),
+    (convnext, {"hidden_sizes": (8, -1)}, "hidden_sizes is .8, -1.; expected positive"),
     (convnext, {"layer_scale_init_value": 0.0}, "layer_scale_init_value"),
   ],
 )

@@ -231,7 +231,7 @@ def test_another_base_is_refused(folder, tmp_path, another_norm):
   """Neither resumed, nor exported, nor taken as a teacher."""
   run, c = shutil.copytree(folder / "whole", tmp_path / "run"), lora_config(folder)
   shutil.rmtree(run / "checkpoints" / "6")
-  said = "were trained on .*base with digest .* and it now has"
+  said = "were trained on .*base with digest .*, but its digest is now"
   with pytest.raises(InputError, match=said):
     train(c, run)
   c.export.dir = str(tmp_path / "out")
@@ -244,7 +244,7 @@ def test_another_base_is_refused(folder, tmp_path, another_norm):
       sharding.make_mesh(), jax.random.key(0)
     )
   (run / "base.json").unlink()
-  with pytest.raises(InputError, match="holds adapters and no base.json"):
+  with pytest.raises(InputError, match="lacks base.json, which names the base model"):
     export.run(config.resolve(c), run)
   assert not (tmp_path / "out").exists()
 

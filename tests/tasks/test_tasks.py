@@ -240,7 +240,10 @@ def test_a_head_is_trained_without_its_body(c, tmp_path):
   student = loading.open_source(resolved.student)
   abstract = state.abstract_state(step, training_stores.open_stores(resolved), student)
   assert params.count(abstract.opt) < 3 * (2 * 32 + 2)  # two moments of the head, and a count
-  for frozen, why in ((("brat.",), "'brat.', with which no"), (("bert.", "cl"), "which every")):
+  for frozen, why in (
+    (("brat.",), "student.frozen is 'brat.'; expected prefixes of the student's parameters"),
+    (("bert.", "cl"), "prefixes that do not match all of the parameters"),
+  ):
     c.student.frozen = frozen
     with pytest.raises(InputError, match=why):
       loop.train(config.resolve(c), tmp_path / "other")
@@ -278,7 +281,7 @@ def test_what_does_not_fit_is_refused(c):
   c.student.changes = {"num_labels": 1}
   refused("have 2 classes, but the model's head has 1 rows")
   c.student.changes = {"num_lables": 2}
-  refused("did you mean 'num_labels'")
+  refused("Did you mean 'num_labels'")
 
 
 def test_a_student_learns_the_embeddings_of_texts(c, tmp_path):
