@@ -153,7 +153,7 @@ def test_tokenizer_larger_than_the_vocabulary(at, tmp_path):
   big.add_tokens(["zzzz"])
   big.save(str(tmp_path / "big.json"))
   said = at("record", f"{RANDOM}; c.data.tokenizer = {str(tmp_path / 'big.json')!r}")
-  assert "has 257 tokens and the model's embedding 256 rows" in said
+  assert "has 257 tokens, but the model's embedding has 256 rows" in said
 
 
 def test_empty_corpus(at, tmp_path):

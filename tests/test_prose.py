@@ -56,7 +56,6 @@ PENDING: tuple[str, ...] = (
   "distill_jax/efficiency/",
   "distill_jax/evals/",
   "distill_jax/generation/",
-  "distill_jax/hub/",
   "distill_jax/pruning/",
   "distill_jax/records/",
   "configs/",

@@ -1,1 +1,1 @@
-"""Models in and out: safetensors folders and GGUF files, by the parameters' own declarations."""
+"""Import and export of models: Hugging Face folders (safetensors) and GGUF files."""

@@ -1,8 +1,8 @@
-"""Parameters' declarations, applied to a checkpoint and inverted.
+"""The layouts of parameters in a checkpoint, derived from the declarations of the parameters.
 
-A parameter is declared once (params.py) with its axes, its Hugging Face name and the axes
-that torch puts first. From that follow, here, which tensors it is spread over, the shape
-of each, and how values move between the two layouts.
+A parameter is declared once (params.py), with its axes, its Hugging Face name and the axes that are
+first in torch. From the declaration this module derives the names and shapes of its tensors in a
+checkpoint, and converts values between the two layouts.
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ from flax import nnx
 
 from distill_jax.hub.weights import Index
 
-BLOCK = 16  # rows transposed at a time: numpy alone is 4 times slower on a large matrix
+BLOCK = 16  # rows per transposed block: a single call of numpy is 4 times slower on large matrices
 
 
 def loop_axes(v: nnx.Variable) -> tuple[str, ...]:
-  """Returns the leading axes that Hugging Face spreads over tensors: `layers`, `experts`."""
+  """Returns the leading axes that are separate tensors in a checkpoint: `layers`, `experts`."""
   meta = v.get_metadata()
   axes = tuple(a for a in meta["axes"] if "{" + a + "}" in meta["hf"])
   if meta["axes"][: len(axes)] != axes:
-    raise ValueError(f"{meta['hf']}: the axes {axes} have to lead {meta['axes']}")
+    raise ValueError(f"{meta['hf']}: the axes {axes} must be the first of {meta['axes']}.")
   return axes
 
 
 def dtype_of(v: nnx.Variable, dtype: np.dtype) -> np.dtype:
-  """Returns the dtype of `v` where the other parameters are `dtype`."""
+  """Returns the dtype of `v` in a model with `dtype`: float32 for parameters declared exact."""
   return np.dtype(np.float32) if v.get_metadata()["exact"] else dtype
 
 
 def tensors(
   v: nnx.Variable, index: Index | None = None, layers: tuple[int, ...] = ()
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-  """Yields (tensor name, index along the loop axes) of the tensors that hold `v`.
+  """Yields (tensor name, index along the loop axes) for the tensors of `v`.
 
   Args:
-    index: the part of `v` that is wanted; None is all.
-    layers: where given, our layer i has the name of layer `layers[i]`.
+    v: the parameter.
+    index: the part of `v` to read; None: all of it.
+    layers: layer `layers[i]` of the checkpoint becomes layer i of `v`; (): the same layers.
   """
   axes, first = loop_axes(v), v.get_metadata()["first"]
   sizes = v.shape[: len(axes)]
@@ -56,7 +57,10 @@ def tensors(
 
 
 def _grid(ranges: list[range]) -> Iterator[tuple[int, ...]]:
-  """itertools.product, without its copy of the ranges: a damaged config can make them huge."""
+  """Yields the product of ranges, without copying them as itertools.product does.
+
+  Ranges can be very long if a config is damaged.
+  """
   if not ranges:
     yield ()
     return
@@ -66,7 +70,7 @@ def _grid(ranges: list[range]) -> Iterator[tuple[int, ...]]:
 
 
 def matcher(v: nnx.Variable) -> Callable[[str], bool]:
-  """Returns whether a name is one of the tensors of `v`, without listing them."""
+  """Returns a function that is True for the names of the tensors of `v`."""
   axes, hf = loop_axes(v), v.get_metadata()["hf"]
   pattern = re.escape(hf)
   for axis in axes:
@@ -85,12 +89,12 @@ def matcher(v: nnx.Variable) -> Callable[[str], bool]:
 
 
 class Cut(NamedTuple):
-  """How a part of a tensor of ours comes out of the stored one; see Layout.
+  """The slices that select a part of a tensor; see Layout.
 
   Attributes:
-    stored: the slices of the stored tensor that are read.
-    grouped: the shape of what was read, in grouped axes.
-    rest: slices of the grouped axes that leave the part that was asked for.
+    stored: the slices of the stored tensor to read.
+    grouped: the shape of the result in grouped axes.
+    rest: the slices of the grouped axes that select the part.
   """
 
   stored: Index
@@ -99,23 +103,24 @@ class Cut(NamedTuple):
 
 
 class Layout:
-  """How one tensor of a parameter (without its loop axes) lies in a checkpoint.
+  """The layout of one tensor of a parameter (without its loop axes) in a checkpoint.
 
   There are three coordinate systems:
 
-    ours     the axes as declared:  (embed 64, heads 4, head_dim 16), out="heads head_dim"
-    grouped  torch's order of them: (heads 4, head_dim 16, embed 64), those of `out` first
-    stored   each group flattened:  (heads * head_dim 64, embed 64), as the checkpoint has it
+    ours     the declared axes:   (embed 64, heads 4, head_dim 16), out="heads head_dim"
+    grouped  the order in torch:  (heads 4, head_dim 16, embed 64), the axes in `out` first
+    stored   flattened groups:    (heads * head_dim 64, embed 64), the shape in the checkpoint
 
-  Heads 2 and 3 for the first 32 of embed are `[0:32, 2:4, 0:16]` of ours. They are the stored
-  `[32:64, 0:32]`, since head 2 begins at row 2 * 16, which is (2, 16, 32) in grouped axes, and
-  nothing more is cut off. But half of each head, `[0:64, 0:4, 0:8]` of ours, is no range of
-  stored rows: all 64 are read, and of the grouped (4, 16, 64) `[0:4, 0:8, 0:64]` is left.
+  For example, heads 2 and 3 for the first 32 of embed are `[0:32, 2:4, 0:16]` in our axes. In the
+  stored tensor they are `[32:64, 0:32]`, since head 2 starts at row 2 * 16. The result has the
+  shape (2, 16, 32) in grouped axes. But one half of each head, `[0:64, 0:4, 0:8]` in our axes, is
+  not a range of stored rows. So all 64 rows are read, and `[0:4, 0:8, 0:64]` is selected from the
+  grouped shape (4, 16, 64).
 
-  Without `out` every axis is a group of its own, and the three are the same.
+  Without `out`, each axis is a separate group, and the three systems are the same.
 
   Attributes:
-    ours: our shape.
+    ours: the shape in our axes.
     shape: the stored shape.
   """
 
@@ -124,26 +129,26 @@ class Layout:
     axes, out = v.get_metadata()["axes"][loops:], v.get_metadata()["out"]
     first = [axes.index(a) for a in out]
     rest = [i for i, a in enumerate(axes) if a not in out]
-    # Our axes of each stored axis.
+    # The axes of ours in each stored axis.
     self._groups = [first, rest] if first and rest else [first] if first else [[i] for i in rest]
     self._order = [i for group in self._groups for i in group]
     self.ours: tuple[int, ...] = v.shape[loops:]
     self.shape = tuple(math.prod(self.ours[i] for i in group) for group in self._groups)
-    # The common case, two groups that swap places, is a plain transposition.
+    # The common case of two groups in reverse order is a transposition.
     in_place = self._order == sorted(self._order)
     self._swaps = len(self._groups) == 2 and not in_place and sorted(self._order) == rest + first
 
   def cut(self, index: Index) -> Cut:
-    """Returns how the part at `index` of ours comes out of the stored tensor."""
+    """Returns the slices of the stored tensor for the part at `index`, in our axes."""
     stored: list[slice] = []
     grouped: list[int] = []
     left: list[slice] = []
     for group in self._groups:
       sizes = [self.ours[i] for i in group]
       spans = [index[i].indices(self.ours[i])[:2] for i in group]
-      inner = math.prod(sizes[1:])  # stored rows of one step along the group's first axis
+      inner = math.prod(sizes[1:])  # stored rows per index of the group's first axis
       first, last = spans[0]
-      if spans[1:] == [(0, n) for n in sizes[1:]]:  # the inner axes are whole: a range of rows
+      if spans[1:] == [(0, n) for n in sizes[1:]]:  # the inner axes are complete: a range of rows
         stored.append(slice(first * inner, last * inner))
         grouped += [last - first, *sizes[1:]]
         left += [slice(None)] * len(group)
@@ -154,7 +159,7 @@ class Layout:
     return Cut(tuple(stored), tuple(grouped), tuple(left))
 
   def to_ours(self, stored: np.ndarray, cut: Cut, out: np.ndarray) -> None:
-    """Writes the values read at `cut.stored` into `out`, in our axes, in its dtype."""
+    """Writes the values read at `cut.stored` into `out`, in our axes and the dtype of `out`."""
     grouped = stored.reshape(cut.grouped)[cut.rest]
     if self._swaps:
       rows = math.prod(grouped.shape[: len(self._groups[0])])
@@ -163,7 +168,7 @@ class Layout:
       out[...] = grouped.transpose(np.argsort(self._order))
 
   def to_stored(self, ours: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Returns one whole tensor of ours as the checkpoint holds it."""
+    """Returns a complete tensor in the layout of the checkpoint."""
     if not self._swaps:
       grouped = ours.transpose(self._order)
       return np.ascontiguousarray(grouped.reshape(self.shape), dtype)
@@ -174,7 +179,7 @@ class Layout:
 
 def _transpose(x: np.ndarray, out: np.ndarray) -> None:
   """Writes the transpose of the matrix `x` into `out`, a block of rows at a time."""
-  if x.dtype == out.dtype == ml_dtypes.bfloat16:  # numpy copies what it knows faster
+  if x.dtype == out.dtype == ml_dtypes.bfloat16:  # numpy copies its own dtypes faster
     x, out = x.view(np.uint16), out.view(np.uint16)
   for i in range(0, len(x), BLOCK):
     out[:, i : i + BLOCK] = x[i : i + BLOCK].T

@@ -1,4 +1,4 @@
-"""A model out to a Hugging Face folder, by the parameters' own declarations."""
+"""Writes a model as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.hub import declared
 from distill_jax.hub.safetensors_folder import INDEX, SINGLE
 from distill_jax.hub.tokenizer import TokenizerFiles
@@ -34,11 +34,11 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclasses.dataclass(frozen=True)
 class TensorSource:
-  """Where one tensor of the checkpoint comes from."""
+  """A tensor of the checkpoint, with the parameter that contains its value."""
 
   name: str
   param: nnx.Variable
-  loop_index: tuple[int, ...]  # along the parameter's loop axes
+  loop_index: tuple[int, ...]  # index along the loop axes of the parameter
   shape: tuple[int, ...]
   dtype: np.dtype
 
@@ -47,20 +47,21 @@ class TensorSource:
     return math.prod(self.shape) * self.dtype.itemsize
 
   def value(self) -> np.ndarray:
-    """Returns the tensor as it is stored, on the host."""
-    # One tensor comes to the host, whatever the sharding of the stack it is cut from.
+    """Returns the tensor on the host, in the layout of the checkpoint."""
+    # Only this tensor is copied to the host, with any sharding of the stacked parameter.
     ours = _to_host(self.param[...], self.loop_index)
-    with np.errstate(over="ignore"):  # looked for below
+    with np.errstate(over="ignore"):  # checked below
       stored = declared.Layout(self.param).to_stored(ours, self.dtype)
     if self.dtype == np.float16 and np.isinf(stored).any() and not np.isinf(ours).any():
       raise InputError(
-        f"{self.name} holds {np.abs(ours).max():.3g}, past float16's 65504; export as bfloat16"
+        f"{self.name} contains {np.abs(ours).max():.3g}, but the maximum of float16 is 65504. Set "
+        "export.dtype to 'bfloat16'."
       )
     return stored
 
 
 def _to_host(x: jax.Array, loop_index: tuple[int, ...]) -> np.ndarray:
-  """Returns one tensor of a stack; on a CPU alone it is a view of the array's memory."""
+  """Returns one tensor of a stack; on a single CPU device it is a view of the array's memory."""
   devices: list[jax.Device] = list(x.sharding.device_set)
   if len(devices) == 1 and devices[0].platform == "cpu":
     return np.asarray(x)[loop_index]
@@ -78,26 +79,30 @@ def export_model(
   extra: Mapping[str, JsonObject] | None = None,
   shard_bytes: int = SHARD_BYTES,
 ) -> pathlib.Path:
-  """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` takes as it is.
+  """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` can load.
 
-  It is written beside the target under another name, synced to disk and renamed: the
-  target is there whole or not at all. Host memory holds one tensor at a time.
+  The folder is written under a temporary name in the same parent folder, synced to disk and
+  renamed, so that the target appears only when it is complete. One tensor at a time is on the host.
 
   Args:
-    model: a family's Model; its `config` becomes config.json.
-    target: the folder to make; it must not exist.
-    tokenizer: written as it was read (`Pretrained.tokenizer`); None writes none.
-    generation: becomes generation_config.json; its token ids go into config.json too.
-    card: README.md, Markdown.
-    extra: more JSON files by name; what is given for config.json goes into it.
-    dtype: of the tensors: "float32", "bfloat16" or "float16".
-    shard_bytes: the largest a safetensors file may be, unless one tensor is larger.
+    model: a family's Model; its `config` is written to config.json.
+    target: the folder to write; it must not exist.
+    tokenizer: the files of the tokenizer (`Pretrained.tokenizer`); None: no tokenizer.
+    generation: the content of generation_config.json; its token ids are also in config.json.
+    card: the model card in Markdown, for README.md.
+    extra: additional JSON files by name; the entry for config.json is merged into it.
+    dtype: the dtype of the tensors: "float32", "bfloat16" or "float16".
+    shard_bytes: the maximum size of a safetensors file, unless a single tensor is larger.
+
+  Returns:
+    The absolute path of the folder.
 
   Raises:
-    InputError: the target exists, the disk is too full, the dtype cannot hold a value.
+    InputError: The target exists, the disk is full, or a value is too large for the dtype.
   """
   if shard_bytes < 1:
-    raise InputError(f"shard_bytes is {shard_bytes}; it is a positive number of bytes")
+    expected = "a positive number of bytes"
+    raise bad_value("export.shard_bytes", shard_bytes, expected, "Correct it")
   tensors = tensor_sources(model, float_dtype(dtype))
   with new_folder(target, tensors) as work:
     if work is not None:
@@ -115,13 +120,13 @@ def export_model(
 def new_folder(
   target: str | os.PathLike[str], tensors: list[TensorSource]
 ) -> Iterator[pathlib.Path | None]:
-  """A folder to write into, synced and renamed to the target if nothing is raised.
+  """A context manager that yields a folder to write into and renames it to the target at the end.
 
-  The first process of a run writes; it is None on the others, which have then given it the
-  parts of the tensors that they hold.
+  If an error is raised, the folder is deleted. Only the first process of a run writes. The others
+  send it their parts of the tensors, and get None.
 
   Raises:
-    InputError: the target exists, or the disk has no room for the tensors.
+    InputError: The target exists, or the disk is too small for the tensors.
   """
   target = pathlib.Path(target).absolute()
   distributed.run_on_process_0(lambda: _check_room(target, sum(s.nbytes for s in tensors)))
@@ -139,27 +144,30 @@ def new_folder(
     work.rename(target)
     fsync_dir(target.parent)
   finally:
-    shutil.rmtree(work, ignore_errors=True)  # gone already, if all went well
+    shutil.rmtree(work, ignore_errors=True)  # only exists after an error
   distributed.barrier(f"exported {target}")
 
 
 def check_new(target: str | os.PathLike[str]) -> None:
+  """Raises InputError if the folder to export to exists."""
   if pathlib.Path(target).exists():
-    raise InputError(f"{target} exists, and export overwrites nothing; name a folder that does not")
+    raise InputError(f"{target} exists, and export does not overwrite. Choose another export.dir.")
 
 
 def _check_room(target: pathlib.Path, need: int) -> None:
   check_new(target)
   target.parent.mkdir(parents=True, exist_ok=True)
   if (free := shutil.disk_usage(target.parent).free) < need:
-    raise InputError(f"{target} needs {need} bytes and the disk has {free}; make room")
+    raise InputError(
+      f"{target} needs {need:,} bytes, but the disk has only {free:,} bytes free. Free some space."
+    )
 
 
 def tensor_sources(model: PyTree, dtype: np.dtype) -> list[TensorSource]:
-  """Returns the checkpoint's tensors, layer by layer.
+  """Returns the tensors of the checkpoint, layer by layer.
 
   Raises:
-    ValueError: two parameters declare one name, which is a bug.
+    ValueError: Two parameters declare the same name, which is a bug.
   """
   sources = [
     TensorSource(name, v, loop_index, declared.Layout(v).shape, declared.dtype_of(v, dtype))
@@ -167,12 +175,12 @@ def tensor_sources(model: PyTree, dtype: np.dtype) -> list[TensorSource]:
     for name, loop_index in declared.tensors(v)
   ]
   if len({s.name for s in sources}) < len(sources):
-    raise ValueError("two parameters declare the same Hugging Face name")
+    raise ValueError("Two parameters declare the same Hugging Face name.")
   return sorted(sources, key=lambda source: _natural_order(source.name))
 
 
 def _natural_order(name: str) -> list[int | str]:
-  """A key that sorts layer 2 before layer 10."""
+  """Returns a sort key with which layer 2 is before layer 10."""
   return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
@@ -203,17 +211,17 @@ def _write_weights(folder: pathlib.Path, sources: list[TensorSource], limit: int
 
 
 def write_shard(f: BinaryIO, shard: list[TensorSource]) -> None:
-  """One safetensors file, a tensor at a time, on disk when this returns."""
+  """Writes a safetensors file, one tensor at a time, and syncs it to disk."""
   at = 0
-  header: JsonObject = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+  header: JsonObject = {"__metadata__": {"format": "pt"}}  # transformers needs it
   for s in shard:
     end, code = at + s.nbytes, CODES[s.dtype.name]
     header[s.name] = {"dtype": code, "shape": list(s.shape), "data_offsets": [at, end]}
     at = end
   text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+  text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
   f.write(len(text).to_bytes(8, "little") + text)
-  with ThreadPoolExecutor(1) as background:  # one tensor is written while the next is made
+  with ThreadPoolExecutor(1) as background:  # writes one tensor while the next is computed
     writing: Future | None = None
     for s in shard:
       data = s.value().reshape(-1).view(np.uint8).data
@@ -235,7 +243,7 @@ def _write_texts(
   card: str,
 ) -> None:
   ids = {k: v for k, v in generation.items() if k.endswith("_token_id")}
-  # transformers 5 reads `dtype`, older ones and vLLM `torch_dtype`.
+  # transformers 5 reads `dtype`; older versions and vLLM read `torch_dtype`.
   write_hf_json(folder / "config.json", {**hf, "dtype": dtype, "torch_dtype": dtype, **ids})
   if generation:
     write_hf_json(folder / "generation_config.json", generation)
@@ -243,7 +251,7 @@ def _write_texts(
 
 
 def write_tokenizer(folder: pathlib.Path, tokenizer: TokenizerFiles | None, card: str) -> None:
-  """The tokenizer's files, if there are any, and the model card."""
+  """Writes the model card and, if there is a tokenizer, its files."""
   atomic_write(folder / "README.md", card.encode())
   if tokenizer is not None:
     write_hf_json(folder / "tokenizer_config.json", tokenizer.config)

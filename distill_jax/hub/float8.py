@@ -1,7 +1,7 @@
-"""Block-scaled float8 weights, as DeepSeek-V3 is published: dequantised as they are read.
+"""Block-scaled float8 weights, the published format of DeepSeek-V3, dequantised on reading.
 
-A matrix `NAME.weight` in float8 (e4m3) lies beside `NAME.weight_scale_inv`, float32, with
-one scale for each block of 128 x 128 values (arXiv:2412.19437, section 3.3).
+For a matrix `NAME.weight` in float8 (e4m3), the checkpoint also has `NAME.weight_scale_inv` in
+float32, with one scale for each block of 128 x 128 values (arXiv:2412.19437, section 3.3).
 """
 
 from __future__ import annotations
@@ -16,35 +16,45 @@ from distill_jax.errors import InputError
 from distill_jax.hub.weights import Index, Weights
 
 SUFFIX = "_scale_inv"
-# All 256 values, looked up: 4 times faster than ml_dtypes converts.
+# The table of all 256 values: a lookup is 4 times faster than a conversion by ml_dtypes.
 VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 def scaled(weights: Weights, quantization: Any, path: pathlib.Path) -> Weights:
-  """A reader of the true values, by what config.json says in its `quantization_config`.
+  """Returns a reader of the dequantised weights.
+
+  Args:
+    weights: the reader of the stored weights.
+    quantization: `quantization_config` in config.json; None: `weights` is returned.
+    path: the folder, for errors.
 
   Raises:
-    InputError: a quantisation other than this one; scales that do not fit their matrix.
+    InputError: The weights have another quantization, or a matrix and its scales do not fit
+      together.
   """
   if quantization is None:
     return weights
   method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
   if method != "fp8":
     raise InputError(
-      f"{path} is quantised by {method!r:.60}; only block-scaled 'fp8' can be read, so give the "
-      "weights that it was made from"
+      f"{path} is quantized by {method!r:.60}, but only block-scaled 'fp8' can be read. Use the "
+      "weights before quantization."
     )
   block = quantization.get("weight_block_size")
   whole = isinstance(block, list) and all(type(n) is int and 0 < n < 2**31 for n in block)
   if not whole or len(block) != 2:
     raise InputError(
-      f"{path} has weight_block_size {block!r:.60}; [rows, columns] of a block were expected"
+      f"{path}: weight_block_size is {block!r:.60}; expected [rows, columns] of a block. Download "
+      "config.json again."
     )
   return BlockScaled(weights, (block[0], block[1]))
 
 
 class BlockScaled:
-  """Reads float8 matrices as float32, multiplied by their scales; the rest as it is."""
+  """A reader that multiplies float8 matrices with their scales, which gives float32.
+
+  Other tensors are unchanged.
+  """
 
   def __init__(self, weights: Weights, block: tuple[int, int]):
     self.files = weights.files
@@ -60,11 +70,12 @@ class BlockScaled:
     blocks = tuple(-(-n // b) for n, b in zip(shape, self._block, strict=False))
     if len(shape) != 2 or scale != blocks or dtype != ml_dtypes.float8_e4m3fn:
       raise InputError(
-        f"{name} is {dtype} of shape {shape} and {name + SUFFIX} has shape {scale}; in blocks of "
-        f"{self._block} a float8_e4m3fn matrix of {blocks} blocks was expected, fetch both again"
+        f"{name} is {dtype} with shape {shape}, and {name + SUFFIX} has shape {scale}; expected a "
+        f"float8_e4m3fn matrix and {blocks} scales for blocks of {self._block}. Download both "
+        "again."
       )
     if scale_dtype != np.float32:
-      raise InputError(f"{name + SUFFIX} is {scale_dtype}; scales are float32, fetch it again")
+      raise InputError(f"{name + SUFFIX} is {scale_dtype}; expected float32. Download it again.")
 
   def names(self) -> set[str]:
     return self._weights.names() - {n + SUFFIX for n in self._scaled}
@@ -84,7 +95,7 @@ class BlockScaled:
     rows = range(shape[0])[index[0]]
     scales = np.repeat(self._weights.read(name + SUFFIX), width, axis=1)[:, : shape[1]]
     scales, out = scales[:, index[1]], np.empty(x.shape, np.float32)
-    for b in range(rows.start // height, -(-rows.stop // height)):  # a row of blocks at a time
+    for b in range(rows.start // height, -(-rows.stop // height)):  # one row of blocks at a time
       a, z = (min(max(r - rows.start, 0), len(rows)) for r in (b * height, (b + 1) * height))
       np.multiply(VALUES[x[a:z]], scales[b], out=out[a:z])
     return out

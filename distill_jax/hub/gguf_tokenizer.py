@@ -1,4 +1,4 @@
-"""A tokenizer.json from a GGUF file's metadata: byte-level BPE."""
+"""Converts the byte-level BPE tokenizer in a GGUF file's metadata to a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LLAMA_3 = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# How text is cut before merging, by tokenizer.ggml.pre. "smollm" isolates every digit first:
-# so do SmolLM2's own tokenizer.json and llama.cpp. (transformers 5.23 reads this GGUF
-# without that rule, and gives other ids where two or more spaces precede a digit.)
+# The pre-tokenizers by tokenizer.ggml.pre. "smollm" isolates every digit first, as SmolLM2's own
+# tokenizer.json and llama.cpp do. (transformers 5.23 ignores this rule in a GGUF file, and returns
+# different ids if two or more spaces precede a digit.)
 CUTS: dict[str, list[JsonObject]] = {
   "gpt-2": [BYTES],
   "smollm": [DIGITS, BYTES],
@@ -31,10 +31,11 @@ CUTS: dict[str, list[JsonObject]] = {
 
 
 def tokenizer_files(meta: JsonObject, path: pathlib.Path) -> TokenizerFiles:
-  """The tokenizer of a GGUF file with metadata `meta`.
+  """Returns the tokenizer of a GGUF file with metadata `meta`.
 
   Raises:
-    InputError: not a byte-level BPE, a cutting rule that is not known, or damaged lists.
+    InputError: The tokenizer is not a byte-level BPE, its pre-tokenizer is unknown, or its lists
+      are damaged.
   """
 
   def key(name: str, default: Any = None) -> Any:
@@ -43,8 +44,9 @@ def tokenizer_files(meta: JsonObject, path: pathlib.Path) -> TokenizerFiles:
   model, pre = key("model"), key("pre")
   if model != "gpt2" or pre not in CUTS:
     raise InputError(
-      f"{path} has a tokenizer of model {model!r} and pre {pre!r}; from GGUF, model 'gpt2' with "
-      f"pre {', '.join(CUTS)} is read: give the safetensors folder of this model"
+      f"{path} has a tokenizer with model {model!r} and pre {pre!r}, but only model "
+      f"'gpt2' with pre {', '.join(CUTS)} is supported in a GGUF file. Use the safetensors folder "
+      "of this model."
     )
   tokens, merges, types = key("tokens"), key("merges"), key("token_type")
   _check_lists(tokens, merges, types, path)
@@ -52,7 +54,10 @@ def tokenizer_files(meta: JsonObject, path: pathlib.Path) -> TokenizerFiles:
   for role, name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
     if (i := key(f"{name}_token_id")) is not None:
       if type(i) is not int or not 0 <= i < len(tokens):
-        raise InputError(f"{path} has {name}_token_id {i!r} for {len(tokens)} tokens")
+        raise InputError(
+          f"{path}: {name}_token_id is {i!r}; expected a number below {len(tokens)}. Download the "
+          "file again."
+        )
       special[f"{role}_token"] = tokens[i]
   config = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -69,17 +74,21 @@ def tokenizer_files(meta: JsonObject, path: pathlib.Path) -> TokenizerFiles:
 
 def _check_lists(tokens: object, merges: object, types: object, path: pathlib.Path) -> None:
   if not _is_strings(tokens) or not _is_strings(merges) or not isinstance(types, list):
-    raise InputError(f"{path} lacks its tokenizer's tokens, merges or token_type; fetch it again")
+    raise InputError(
+      f"{path} lacks the tokens, merges or token_type of its tokenizer. Download the file again."
+    )
   if len(set(tokens)) != len(tokens) or len(types) != len(tokens):
     raise InputError(
-      f"{path} has {len(tokens)} tokens, {len(set(tokens))} of them different, and {len(types)} "
-      "token types; fetch it again"
+      f"{path} has {len(tokens)} tokens ({len(set(tokens))} distinct) and {len(types)} token "
+      "types. Download the file again."
     )
   known = set(tokens)
   for merge in merges:
     a, _, b = merge.partition(" ")
     if not {a, b, a + b} <= known:
-      raise InputError(f"{path} merges {merge!r}, which is not in its vocabulary; fetch it again")
+      raise InputError(
+        f"{path} has the merge {merge!r}, which is not in its vocabulary. Download the file again."
+      )
 
 
 def _is_strings(x: object) -> TypeGuard[list[str]]:
@@ -127,7 +136,7 @@ def _tokenizer_json(tokens, merges, types, pre: str, bos: str | None) -> JsonObj
 
 
 def _begins_with(bos: str, i: int) -> JsonObject:
-  """A post-processor that puts `bos` first."""
+  """Returns a post-processor that inserts `bos` at the start of a text."""
   token, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
   return {
     "type": "TemplateProcessing",

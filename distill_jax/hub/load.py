@@ -1,4 +1,4 @@
-"""The weights of a checkpoint, straight into their sharding."""
+"""Loads the weights of a checkpoint directly into their sharding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import KeyPath
 
 from distill_jax import registry
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.hub import declared
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.hub.weights import FLOATS, Weights, float_dtype
@@ -25,7 +25,7 @@ from distill_jax.types import FamilyConfig, Model, PyTree
 
 HEAD = "lm_head.weight"
 
-Spans = tuple[tuple[int, int], ...]  # (first, past the last) along each axis
+Spans = tuple[tuple[int, int], ...]  # (start, stop) along each axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Overrides:
   """Differences between the model to build and its checkpoint.
 
   Attributes:
-    config: the family's Config of the model, with all layers of the checkpoint.
+    config: the architecture config of the model, with all layers of the checkpoint.
     random: Hugging Face parameter-name prefixes to initialise randomly instead of loading.
-    key: initialises them.
+    key: the key to initialise them with.
   """
 
   config: FamilyConfig
@@ -43,7 +43,7 @@ class Overrides:
   key: jax.Array | None = None
 
   def is_random(self, name: str) -> bool:
-    """Whether the parameter with this Hugging Face name starts random."""
+    """Returns whether the parameter with this Hugging Face name is initialised randomly."""
     return name.startswith(self.random)
 
 
@@ -55,19 +55,22 @@ def load_model(
   keep_layers: tuple[int, ...] = (),
   overrides: Overrides | None = None,
 ) -> Model:
-  """Returns the model, each parameter in `dtype` in its storage sharding on `mesh`.
+  """Loads a model, with each parameter in `dtype` and in its storage sharding on `mesh`.
 
-  Only the slices that this process's devices hold are read. Beside the parameters, host
-  memory holds two tensors of the checkpoint at a time, and the shard being filled where the
-  device's memory is not the host's.
+  Only slices for the devices of this process are read. Besides the parameters, host memory holds at
+  most two tensors of the checkpoint and, if the devices have their own memory, one shard.
 
   Args:
-    keep_layers: makes a student of these layers of the source, in this order; () is all.
-    overrides: how the model differs from its checkpoint; None: in nothing.
+    pretrained: the checkpoint.
+    mesh: the device mesh.
+    compute: the compute config, which has the sharding rules.
+    dtype: the dtype of the parameters.
+    keep_layers: the layers of the checkpoint to keep, in this order; (): all.
+    overrides: the differences between the model and its checkpoint; None: none.
 
   Raises:
-    InputError: a tensor is missing, unknown, misshaped or not a float; a size does not
-      divide over the mesh; a layer to keep is not there.
+    InputError: A tensor is missing, is unknown, has the wrong shape or is not a float; a size is
+      not divisible by the mesh; or a layer to keep does not exist.
   """
   check_layers(pretrained, keep_layers)
   overrides = overrides or Overrides(pretrained.config)
@@ -84,7 +87,7 @@ def load_model(
   random = _random_params(family, model, shardings, overrides, numpy_dtype)
   with (
     Progress("load", _bytes_here(model, shardings, numpy_dtype), "bytes") as progress,
-    ThreadPoolExecutor(2) as pool,  # one tensor is read while another is laid out
+    ThreadPoolExecutor(2) as pool,  # reads one tensor while another is transposed
   ):
     filler = _Filler(pretrained.weights, numpy_dtype, keep_layers, progress, pool)
 
@@ -102,23 +105,30 @@ def check_layers(pretrained: Pretrained, keep_layers: tuple[int, ...]) -> None:
   """Raises InputError if a layer to keep is not in the checkpoint."""
   L = pretrained.config.num_hidden_layers
   if bad := [i for i in keep_layers if not 0 <= i < L]:
-    raise InputError(f"keep_layers names layer {bad[0]}; {pretrained.source} has 0 to {L - 1}")
+    raise bad_value(
+      "keep_layers",
+      keep_layers,
+      f"layers from 0 to {L - 1}, which {pretrained.source} has",
+      f"Remove layer {bad[0]}",
+    )
 
 
 def _check_overrides(overrides: Overrides, model: Model) -> None:
   names = {v.get_metadata()["hf"] for v in _leaves(model)}
   unused = [p for p in overrides.random if not any(n.startswith(p) for n in names)]
   if unused:
-    raise InputError(
-      f"new names {unused[0]!r}, with which no parameter of the model begins; they are called "
-      f"{', '.join(sorted(names))}"
+    raise bad_value(
+      "new",
+      overrides.random,
+      f"prefixes of the parameters {', '.join(sorted(names))}",
+      f"Correct {unused[0]!r}",
     )
 
 
 def _random_params(
   family: ModuleType, model: Model, shardings: PyTree, overrides: Overrides, dtype: np.dtype
 ) -> dict[str, jax.Array]:
-  """Returns, by path, the parameters that start random, in their sharding."""
+  """Returns the randomly initialised parameters by path, in their sharding."""
   chosen = {
     path for path, v in params.named_params(model) if overrides.is_random(v.get_metadata()["hf"])
   }
@@ -135,7 +145,7 @@ def _random_params(
 
 
 def _bytes_here(model: Model, shardings: PyTree, dtype: np.dtype) -> int:
-  """Bytes of the different parts of all parameters that this process holds."""
+  """Returns the bytes of the distinct parts of all parameters on this process's devices."""
   total = 0
   for v, place in zip(_leaves(model), jax.tree.leaves(shardings), strict=True):
     part = math.prod(place.shard_shape(v.shape)) * declared.dtype_of(v, dtype).itemsize
@@ -150,25 +160,27 @@ def _leaves(model: Model) -> list[nnx.Variable]:
 def _check_tensors(
   weights: Weights, model: Model, pretrained: Pretrained, overrides: Overrides
 ) -> None:
-  """Refuses a checkpoint that lacks a tensor of the model, or holds one more."""
+  """Raises InputError if the checkpoint lacks a tensor of the model or has an additional one."""
   names, source = weights.names(), pretrained.source
   for v in _leaves(model):
     if overrides.is_random(v.get_metadata()["hf"]):
       continue
     shape = declared.Layout(v).shape
-    for name, _ in declared.tensors(v):  # lazily: a damaged config can ask for millions
+    for name, _ in declared.tensors(v):  # a generator, since a damaged config can have millions
       if name not in names:
         raise InputError(
-          f"{source} lacks the tensor {name}: its files and config.json disagree, or it is to "
-          "start random, which `new` would say"
+          f"{source} lacks the tensor {name}. Download it again if its files and config.json do "
+          "not fit together, or add the prefix of the name to `new` to initialise it randomly."
         )
       if weights.shape(name) != shape:
         raise InputError(
-          f"{source}: {name} has shape {weights.shape(name)} where the config makes it {shape}"
+          f"{source}: {name} has shape {weights.shape(name)}; expected {shape} from config.json. "
+          "Download both again."
         )
       if weights.dtype(name) not in FLOATS.values():
         raise InputError(
-          f"{source}: {name} is {weights.dtype(name)}; {', '.join(FLOATS)} can be read"
+          f"{source}: {name} has dtype {weights.dtype(name)}; expected {', '.join(FLOATS)}. "
+          "Convert the weights."
         )
   known = [
     *map(declared.matcher, _leaves(model)),
@@ -181,27 +193,27 @@ def _check_tensors(
     _check_tied(weights, source, table)
   if unknown:
     raise InputError(
-      f"{source} holds {unknown[0]} ({len(unknown)} such in all), which its model does not have; "
-      "the files and config.json disagree"
+      f"{source} contains {unknown[0]}, which its model does not have ({len(unknown)} such tensors "
+      "in total). Download it again: its files and config.json do not fit together."
     )
 
 
 def _check_tied(weights: Weights, source: str, table: str, rows: int = 4096) -> None:
-  """A stored head of a tied model has to be the embedding table."""
+  """Raises InputError if the stored head of a tied model differs from the embedding table."""
   same = weights.shape(HEAD) == weights.shape(table)
   for i in range(0, weights.shape(table)[0] if same else 0, rows):
     at = (slice(i, i + rows), slice(None))
     same = same and np.array_equal(weights.read(HEAD, at), weights.read(table, at), equal_nan=True)
   if not same:
     raise InputError(
-      f"{source} ties its embeddings and holds another {HEAD}; set tie_word_embeddings to false in "
-      "config.json if the head is its own"
+      f"{source} ties its embeddings, but its {HEAD} differs from the embedding table. Set "
+      "tie_word_embeddings to false in config.json if the head is separate."
     )
 
 
 @dataclasses.dataclass
 class _Filler:
-  """Fills parameters from the tensors of a checkpoint."""
+  """A reader of parameters from the tensors of a checkpoint."""
 
   weights: Weights
   dtype: np.dtype
@@ -210,10 +222,10 @@ class _Filler:
   pool: ThreadPoolExecutor
 
   def fill(self, v: nnx.Variable, place: NamedSharding) -> nnx.Variable:
-    """Returns the parameter `v` (abstract), its value read into its sharding.
+    """Returns the abstract parameter `v` with its value, in its sharding.
 
-    One shard after another, where jax.make_array_from_callback would keep all of this
-    process's shards of a stacked parameter on the host at once.
+    Shards are read one at a time. jax.make_array_from_callback would hold all of this process's
+    shards of a stacked parameter on the host at once.
     """
     arrays: dict[jax.Device, jax.Array] = {}
     for spans, devices in shards_here(v, place).items():
@@ -225,10 +237,10 @@ class _Filler:
     )
 
   def _read_shard(self, v: nnx.Variable, spans: Spans) -> np.ndarray:
-    """Returns the part of `v` between `spans`, (first, past the last) along each axis.
+    """Returns the part of `v` at `spans`.
 
-    A stacked parameter of axes (layers, embed, mlp) whose shard is layers 2 to 3 has one tensor
-    a layer: that of layer 3 is read into `out[1]`, by the slices of a [embed, mlp] matrix.
+    For example, a parameter with axes (layers, embed, mlp) has one tensor per layer. For a shard
+    with layers 2 and 3, the tensor of layer 3 is read into `out[1]`.
     """
     index = tuple(slice(start, stop) for start, stop in spans)
     shape = tuple(stop - start for start, stop in spans)
@@ -241,7 +253,7 @@ class _Filler:
       within: tuple[Any, ...] = tuple(
         i - start for i, (start, _) in zip(loop_index, spans, strict=False)
       )
-      part = out[(*within, ...)]  # a view, even of a single number
+      part = out[(*within, ...)]  # with the ellipsis, a view even of a single number
       layout.to_ours(self.weights.read(name, cut.stored), cut, part)
       return part.nbytes
 
@@ -251,17 +263,17 @@ class _Filler:
 
 
 def shards_here(v: nnx.Variable, place: NamedSharding) -> dict[Spans, list[jax.Device]]:
-  """Returns the different parts of `v` that this process holds, each with its devices."""
+  """Returns the distinct parts of `v` on this process's devices, each with its devices."""
   parts: dict[Spans, list[jax.Device]] = {}
   for device, index in place.addressable_devices_indices_map(v.shape).items():
-    assert index is not None  # this process's own devices have one
+    assert index is not None  # devices of this process have one
     spans = tuple(s.indices(n)[:2] for s, n in zip(index, v.shape, strict=True))
     parts.setdefault(spans, []).append(device)
   return parts
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """Returns memory at a multiple of 64 bytes, which jax on CPU takes without a copy."""
+  """Returns an array aligned to 64 bytes, which jax uses on CPU without a copy."""
   nbytes = math.prod(shape) * dtype.itemsize
   raw = np.empty(nbytes + 64, np.uint8)
   start = -raw.ctypes.data % 64

@@ -1,4 +1,4 @@
-"""Low-rank adapters out to a folder that the PEFT library loads onto their base."""
+"""Writes LoRA adapters as a folder for the PEFT library."""
 
 from __future__ import annotations
 
@@ -21,17 +21,25 @@ def export_adapters(
   card: str,
   dtype: str = "bfloat16",
 ) -> pathlib.Path:
-  """Writes a folder for `peft.PeftModel.from_pretrained(base_model, dir)`; whole or not at all.
+  """Writes a folder for `peft.PeftModel.from_pretrained(base_model, dir)`.
+
+  The folder appears only when it is complete.
 
   Args:
-    adapters: of a run, as `lora.init` made them from `spec`.
-    target: the folder to make; it must not exist.
-    base: (name, revision) by which PEFT finds their model; None where it cannot, and "" for
-      no revision.
-    tokenizer, card, dtype: as for hub.export.export_model.
+    adapters: the adapters of a run.
+    spec: the options that they were made with.
+    target: the folder to write; it must not exist.
+    base: (name, revision) of the base model for PEFT, with "" for no revision; None if PEFT cannot
+      load the base model by name.
+    tokenizer: see hub.export.export_model.
+    card: see hub.export.export_model.
+    dtype: see hub.export.export_model.
+
+  Returns:
+    The absolute path of the folder.
 
   Raises:
-    InputError: the target exists, the disk is too full, the dtype cannot hold a value.
+    InputError: The target exists, the disk is full, or a value is too large for the dtype.
   """
   tensors = tensor_sources(adapters, float_dtype(dtype))
   with new_folder(target, tensors) as work:

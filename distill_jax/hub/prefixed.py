@@ -1,8 +1,8 @@
-"""The body of a model under the names that it has beneath a head.
+"""Weights whose names lack a prefix, read under the names with the prefix.
 
-transformers saves a BertModel as "encoder.layer.0…" and the same body in a classifier as
-"bert.encoder.layer.0…"; a family declares the second. And transformers 5 saves a LLaVA's
-"vision_tower.encoder…" where older ones, and vLLM, have "vision_tower.vision_model.encoder…".
+transformers saves a BertModel as "encoder.layer.0…", but the same body in a classifier as
+"bert.encoder.layer.0…". A family declares the second form. And transformers 5 saves a LLaVA as
+"vision_tower.encoder…", but older versions and vLLM use "vision_tower.vision_model.encoder…".
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ from distill_jax.hub.weights import Index, Weights
 
 
 def prefixed(weights: Weights, prefix: str, after: str = "") -> Weights:
-  """The weights, `prefix` in their names where none of them has it.
+  """Returns the weights with `prefix` in their names, unless a name has it already.
 
-  It stands first, or, of names that begin with `after`, behind that.
+  Args:
+    weights: the reader of the weights.
+    prefix: the prefix to insert.
+    after: names that start with this get the prefix after it; others are unchanged. With "", all
+      names get the prefix at the start.
   """
   if not prefix or any(name.startswith(after + prefix) for name in weights.names()):
     return weights
@@ -25,7 +29,7 @@ def prefixed(weights: Weights, prefix: str, after: str = "") -> Weights:
 
 
 class Prefixed:
-  """Weights whose names have something before them, or after their first part."""
+  """A reader that inserts a prefix into the names of weights; see `prefixed`."""
 
   def __init__(self, weights: Weights, prefix: str, after: str = ""):
     self.files: tuple[pathlib.Path, ...] = weights.files

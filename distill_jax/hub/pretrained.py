@@ -1,4 +1,4 @@
-"""A checkpoint in a Hugging Face folder or a GGUF file, opened: all but its weights is read."""
+"""Opens a checkpoint, a Hugging Face folder or a GGUF file, and reads everything but weights."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-  """A checkpoint that was found, its weights not yet read.
+  """An open checkpoint, whose weights have not been read.
 
   Attributes:
-    source: its name in the config.
-    family: the module of distill_jax.models.
-    config: that family's Config.
+    source: its source in the config.
+    family: the module in distill_jax.models.
+    config: the architecture config.
     weights: the reader of its tensors.
-    tokenizer: None where the folder holds none.
-    generation: generation_config.json, with the special tokens' ids.
+    tokenizer: the files of its tokenizer; None if it lacks one.
+    generation: the content of generation_config.json, with the ids of special tokens.
   """
 
   source: str
@@ -45,7 +45,7 @@ class Pretrained:
 
   @functools.cached_property
   def digest(self) -> str:
-    """sha256, in hex, over the config and the bytes of the weight files in order of name."""
+    """The SHA-256 digest, in hex, of the config and of the weight files in order of their names."""
 
     def file_sha256(path: pathlib.Path) -> bytes:
       with path.open("rb") as f:
@@ -59,19 +59,21 @@ class Pretrained:
 
 
 def open_model(source: str) -> Pretrained:
-  """Finds a model and reads everything but its weights.
+  """Opens a model and reads everything but its weights.
 
   Args:
-    source: what `locate` takes: a .gguf file or a Hugging Face folder.
+    source: the source of a .gguf file or a Hugging Face folder; see `locate`.
 
   Raises:
-    InputError: not found, not readable, of an architecture that no family has, or with a
-      tokenizer that does not fit the weights.
+    InputError: The model does not exist or cannot be read, its architecture is not supported, or
+      its tokenizer does not fit the weights.
   """
   path = locate(source)
   if path.is_dir():
     if not (path / "config.json").exists():
-      raise InputError(f"{path} holds no config.json; give a Hugging Face folder or a .gguf file")
+      raise InputError(
+        f"{path} does not contain a config.json. Use a Hugging Face folder or a .gguf file."
+      )
     hf = read_hf_json(path / "config.json")
     from_timm = timm_vit.is_plain_vit(hf)
     family = "vit" if from_timm else _family(hf, path)
@@ -88,7 +90,7 @@ def open_model(source: str) -> Pretrained:
     hf, tokenizer, generation = file.config(), tokenizer_files(file.meta, path), {}
     family = _family(hf, path)
   else:
-    raise InputError(f"{path} is neither a folder nor a .gguf file; give one of them")
+    raise InputError(f"{path} is neither a folder nor a .gguf file. Use one of them.")
   config = _config(family, hf, path)
   module = registry.load("models", family)
   prefix, after = (getattr(module, name, "") for name in ("PREFIX", "AFTER"))
@@ -100,7 +102,7 @@ def open_model(source: str) -> Pretrained:
 
 
 def _family(hf: JsonObject, path: pathlib.Path) -> str:
-  """Returns the module of distill_jax.models that reads this config.json's model_type."""
+  """Returns the module in distill_jax.models for the model_type in a config.json."""
   families = {
     model_type: name
     for name in registry.names("models")
@@ -108,8 +110,8 @@ def _family(hf: JsonObject, path: pathlib.Path) -> str:
   }
   if not isinstance(model_type := hf.get("model_type"), str) or model_type not in families:
     raise InputError(
-      f"{path} is of model_type {model_type!r}, architectures {hf.get('architectures')}; the "
-      f"families here have {', '.join(sorted(families))}"
+      f"{path} has model_type {model_type!r} (architectures {hf.get('architectures')}); expected "
+      f"one of {', '.join(sorted(families))}. Choose a model of these families."
     )
   return families[model_type]
 
@@ -120,6 +122,8 @@ def _config(family: str, hf: JsonObject, path: pathlib.Path) -> FamilyConfig:
   except InputError as e:
     raise InputError(f"{path}: {e}") from e
   except KeyError as e:
-    raise InputError(f"the config.json of {path} has no {e}, which {family} needs") from e
+    message = f"The config.json of {path} lacks {e}, which {family} models need. Download it again."
+    raise InputError(message) from e
   except (TypeError, ValueError, AttributeError, ArithmeticError) as e:
-    raise InputError(f"the config.json of {path} has a value of the wrong kind ({e})") from e
+    message = f"The config.json of {path} has a value of the wrong type ({e}). Download it again."
+    raise InputError(message) from e

@@ -1,7 +1,8 @@
-"""Weights in a Hugging Face folder: one safetensors file, or shards with an index.
+"""Reads the weights in a Hugging Face folder: one safetensors file, or shards with an index.
 
-The format: 8 bytes, the header's length; the header, a JSON object from tensor names to
-dtype, shape and byte range; then the tensors, back to back, little-endian.
+A safetensors file starts with the length of the header (8 bytes). The header is a JSON object with
+the dtype, shape and byte range of each tensor. Then follow the tensors, without gaps, in
+little-endian order.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ DTYPES = {
 
 
 class SafetensorsTensor(NamedTuple):
-  """Where one tensor lies."""
+  """The dtype, shape and position of a tensor."""
 
   path: pathlib.Path
   dtype: np.dtype
   shape: tuple[int, ...]
-  begin: int  # byte of the file
+  begin: int  # in bytes from the start of the file
   end: int
 
 
 class SafetensorsFolder:
-  """Reads a folder's tensors, a slice at a time, from any thread.
+  """A reader of the tensors in a folder, or slices of them, that any thread can use.
 
   Raises:
-    InputError: no safetensors here; a shard that is missing, outside the folder,
-      truncated, or at odds with the index; a tensor given twice.
+    InputError: The folder has no safetensors; a shard is missing, outside the folder or truncated,
+      or does not agree with the index; or a tensor occurs twice.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -63,7 +64,7 @@ class SafetensorsFolder:
       for name, entry in read_header(path).items():
         if name in self._entries:
           first = self._entries[name].path.name
-          raise InputError(f"{name} is in {first} and again in {path.name}; keep one of them")
+          raise InputError(f"{name} is in both {first} and {path.name}. Download the files again.")
         self._entries[name] = entry
     if index is not None:
       self._check_index(folder / INDEX, index)
@@ -71,10 +72,14 @@ class SafetensorsFolder:
   def _check_index(self, path: pathlib.Path, index: dict[str, str]) -> None:
     for name, shard in index.items():
       if name not in self._entries or self._entries[name].path.name != shard:
-        raise InputError(f"{path} says that {name} is in {shard}, which does not hold it")
+        raise InputError(
+          f"{path} lists {name} in {shard}, but it is not in this file. Download both again."
+        )
     if extra := sorted(self._entries.keys() - index.keys()):
       where = self._entries[extra[0]].path.name
-      raise InputError(f"{where} holds {extra[0]}, which {path} does not name; fetch both again")
+      raise InputError(
+        f"{where} contains {extra[0]}, which {path} does not list. Download both again."
+      )
 
   def names(self) -> set[str]:
     return set(self._entries)
@@ -86,9 +91,10 @@ class SafetensorsFolder:
     return self._entries[name].dtype
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """The rows of the slice come from the file; along other axes it is cut in memory.
+    """Returns the tensor, or the slice at `index`.
 
-    Read, not mapped: a mapped file counts as memory of this process once it is touched.
+    Only rows in the slice are read; other axes are sliced in memory. The file is not mapped,
+    because mapped pages would count as memory of this process.
     """
     e = self._entries[name]
     first, last, _ = index[0].indices(e.shape[0]) if index and e.shape else (0, 1, 1)
@@ -104,58 +110,64 @@ class SafetensorsFolder:
 def _fill(f: BinaryIO, into: memoryview, path: pathlib.Path) -> None:
   while len(into):
     if not (n := f.readinto(into)):  # type: ignore[attr-defined]
-      raise InputError(f"{path} has become shorter since it was opened; fetch it again")
+      raise InputError(f"{path} has become shorter since it was opened. Download it again.")
     into = into[n:]
 
 
 def _shards(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], dict[str, str] | None]:
-  """The files to read, and the index where there is one."""
+  """Returns the files to read, and the index or None."""
   single, index = folder / SINGLE, folder / INDEX
   if index.exists():
     weight_map = read_hf_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-      raise InputError(f"{index} has no weight_map from tensor names to files; fetch it again")
+      raise InputError(f"{index} has no weight_map from tensor names to files. Download it again.")
     files = sorted(set(weight_map.values()))
     for name in files:
-      # Only the name is judged: the Hub's cache keeps files as links to its blobs.
+      # Only the name is checked, because files in the cache of the Hub are links to its blobs.
       if not name.endswith(".safetensors") or "/" in name or "\\" in name or "\0" in name:
-        raise InputError(f"{index} names {name!r}, which is not a safetensors file in its folder")
+        raise InputError(
+          f"{index} lists {name!r}, which is not a safetensors file in its folder. Download it "
+          "again."
+        )
       if not (folder / name).is_file():
-        raise InputError(f"{index} names {name}, which is not in the folder; fetch that file")
+        raise InputError(f"{index} lists {name}, which is not in the folder. Download that file.")
     if single.exists() and SINGLE not in files:
-      raise InputError(f"{folder} holds both {SINGLE} and {INDEX}; delete the one not meant")
+      raise InputError(f"{folder} contains both {SINGLE} and {INDEX}. Delete one of them.")
     return tuple(folder / f for f in files), weight_map
   if single.is_file():
     return (single,), None
   if pickles := sorted(p.name for p in folder.glob("*.bin")):
     raise InputError(
-      f"{folder} holds {pickles[0]}, a pickle that can run code; only safetensors are read: save "
-      "the model again with save_pretrained(dir, safe_serialization=True)"
+      f"{folder} contains {pickles[0]}, a pickle, which can run code; expected safetensors. Save "
+      "the model again with save_pretrained(dir, safe_serialization=True)."
     )
-  raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}; give a folder with weights")
+  raise InputError(f"{folder} contains neither {SINGLE} nor {INDEX}. Use a folder with weights.")
 
 
 def read_header(path: pathlib.Path) -> dict[str, SafetensorsTensor]:
-  """The tensors of one file; every length, type and byte range is checked against the file."""
+  """Returns the tensors of a file; all lengths, types and byte ranges are checked."""
   size = path.stat().st_size
   with path.open("rb") as f:
     n = int.from_bytes(f.read(8), "little")
     if size < 8 or n > min(MAX_HEADER, size - 8):
       raise InputError(
-        f"{path} is {size} bytes and its header claims {n}; it is truncated or no safetensors "
-        "file, fetch it again"
+        f"{path} has {size} bytes, but its header claims {n} bytes: it is truncated or not a "
+        "safetensors file. Download it again."
       )
-    header = parse_hf_json(f.read(n), f"the header of {path}")
+    header = parse_hf_json(f.read(n), f"The header of {path}")
   header.pop("__metadata__", None)
   entries = {name: _entry(path, name, raw, 8 + n) for name, raw in header.items()}
   at = 8 + n
   for name, e in sorted(entries.items(), key=lambda item: item[1][3:]):
     if e.begin != at:
-      raise InputError(f"{path}: {name} begins at byte {e.begin} and not at {at}; fetch it again")
+      raise InputError(
+        f"{path}: {name} starts at byte {e.begin}; expected byte {at}. Download the file again."
+      )
     at = e.end
   if at != size:
     raise InputError(
-      f"{path} is {size} bytes and its tensors end at {at}: truncated, or junk; fetch it again"
+      f"{path} has {size} bytes, but its tensors end at byte {at}: it is truncated or damaged. "
+      "Download it again."
     )
   return entries
 
@@ -166,15 +178,24 @@ def _is_sizes(x: object) -> TypeGuard[list[int]]:
 
 def _entry(path: pathlib.Path, name: str, raw: object, start: int) -> SafetensorsTensor:
   if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
-    raise InputError(f"{path}: {name} is not described by dtype, shape and data_offsets")
+    raise InputError(
+      f"{path}: {name} does not have dtype, shape and data_offsets. Download the file again."
+    )
   kind, shape, span = raw["dtype"], raw["shape"], raw["data_offsets"]
   if not isinstance(kind, str) or kind not in DTYPES:
-    raise InputError(f"{path}: {name} has dtype {kind!r}; known are {', '.join(DTYPES)}")
+    raise InputError(
+      f"{path}: {name} has dtype {kind!r}; expected one of {', '.join(DTYPES)}. Convert the "
+      "weights."
+    )
   if not _is_sizes(shape) or not _is_sizes(span) or len(span) != 2 or len(shape) > 16:
-    raise InputError(f"{path}: {name} has shape {shape!r:.100} and data_offsets {span!r:.100}")
+    raise InputError(
+      f"{path}: {name} has shape {shape!r:.100} and data_offsets {span!r:.100}; expected lists of "
+      "sizes. Download the file again."
+    )
   dtype = np.dtype(DTYPES[kind])
   if span[1] - span[0] != math.prod(shape) * dtype.itemsize:
     raise InputError(
-      f"{path}: {name} is {kind} of shape {shape}, which is not the {span[1] - span[0]} bytes given"
+      f"{path}: {name} is {kind} with shape {shape}, which does not take the {span[1] - span[0]} "
+      "bytes in its data_offsets. Download the file again."
     )
   return SafetensorsTensor(path, dtype, tuple(shape), start + span[0], start + span[1])

@@ -1,7 +1,7 @@
-"""A ViT as timm writes it, read under Hugging Face's names.
+"""Reads the ViT checkpoints of timm under Hugging Face names.
 
-timm's config.json names an architecture and no sizes, which the tensors tell, and one matrix
-holds queries, keys and values, which are cut apart as they are read.
+The config.json of timm has the name of an architecture but no sizes, which are taken from the
+shapes of the tensors. Queries, keys and values are one matrix in timm, which is split on reading.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from distill_jax.errors import InputError
 from distill_jax.hub.weights import Index, Weights
 from distill_jax.types import JsonObject
 
-HEAD_DIM = 64  # of every ViT that timm calls vit_{tiny,small,base,large}_patch…
+HEAD_DIM = 64  # the same in all of timm's vit_{tiny,small,base,large}_patch…
 QKV = ("query", "key", "value")
-NAMES = {  # timm's: Hugging Face's, of all but queries, keys and values
+NAMES = {  # timm's names: Hugging Face names; queries, keys and values are handled separately
   "cls_token": "vit.embeddings.cls_token",
   "pos_embed": "vit.embeddings.position_embeddings",
   "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
@@ -35,16 +35,16 @@ IN_LAYER = {
 
 
 def is_plain_vit(hf: JsonObject) -> bool:
-  """Whether a config.json is timm's, of a plain ViT."""
+  """Returns whether a config.json was written by timm for a plain ViT."""
   name = hf.get("architecture")
   return isinstance(name, str) and re.fullmatch(r"vit_[a-z]+_patch\d+_\d+", name) is not None
 
 
 def read(weights: Weights, path: pathlib.Path) -> tuple[JsonObject, Weights]:
-  """(config.json as Hugging Face has it, the weights under its names).
+  """Returns (the content of a Hugging Face config.json, the weights under Hugging Face names).
 
   Raises:
-    InputError: the tensors are not those of a plain ViT with a class token.
+    InputError: The tensors are not those of a plain ViT with a class token.
   """
   renamed = Renamed(weights)
   shape = {name: weights.shape(name) for name in weights.names()}
@@ -53,7 +53,9 @@ def read(weights: Weights, path: pathlib.Path) -> tuple[JsonObject, Weights]:
     places, labels = shape["pos_embed"][1] - 1, shape["head.weight"][0]
     mlp = shape["blocks.0.mlp.fc1.weight"][0]
   except (KeyError, IndexError, ValueError) as e:
-    raise InputError(f"{path} is no plain ViT of timm's with a head: it lacks {e}") from e
+    raise InputError(
+      f"{path} is not a plain ViT of timm with a head: it lacks {e}. Choose another model."
+    ) from e
   layers = len({name.split(".")[1] for name in shape if name.startswith("blocks.")})
   return {
     "model_type": "vit",
@@ -71,11 +73,11 @@ def read(weights: Weights, path: pathlib.Path) -> tuple[JsonObject, Weights]:
 
 
 class Renamed:
-  """timm's tensors by Hugging Face's names; what it does not know keeps its own."""
+  """A reader of timm's tensors under Hugging Face names; unknown tensors keep their names."""
 
   def __init__(self, weights: Weights):
     self.files, self._weights = weights.files, weights
-    # By Hugging Face's name: timm's, and which third of its rows.
+    # Hugging Face name: (timm's name, the third of its rows or None for all).
     self._of: dict[str, tuple[str, int | None]] = {}
     for name in weights.names():
       self._of |= _theirs(name)
@@ -103,7 +105,7 @@ class Renamed:
 
 
 def _theirs(name: str) -> dict[str, tuple[str, int | None]]:
-  """Hugging Face's names of a tensor of timm's, each with the third of its rows."""
+  """Returns {Hugging Face name: (`name`, third of its rows or None)} for a tensor of timm."""
   stem, _, end = name.rpartition(".")
   layer = re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)
   if layer is None:

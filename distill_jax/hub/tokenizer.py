@@ -1,4 +1,4 @@
-"""The tokenizer that travels with a model: its files, and how many tokens it has."""
+"""The files of a tokenizer in a model folder, and its number of tokens."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-  """A Hugging Face tokenizer as its files hold it; one of `json` and `sentencepiece` is set.
+  """The files of a Hugging Face tokenizer. At least one of `json` and `sentencepiece` is set.
 
   Attributes:
     json: the text of tokenizer.json.
     sentencepiece: the bytes of tokenizer.model.
-    config: tokenizer_config.json: the special tokens' names, and `chat_template`.
+    config: the content of tokenizer_config.json: special tokens and `chat_template`.
   """
 
   json: str | None
@@ -32,14 +32,16 @@ class TokenizerFiles:
     """The Jinja source of the default chat template; None without one."""
     template = self.config.get("chat_template")
     try:
-      if isinstance(template, list):  # several, by name
+      if isinstance(template, list):  # several templates with names
         template = {t["name"]: t["template"] for t in template}.get("default")
     except (KeyError, TypeError) as e:
-      raise InputError(f"tokenizer_config.json has a chat_template without {e}") from e
+      raise InputError(
+        f"The chat_template in tokenizer_config.json lacks {e}. Download the file again."
+      ) from e
     return template
 
   def size(self) -> int:
-    """Ids that the tokenizer can give: the largest one plus 1."""
+    """Returns the number of ids of the tokenizer: the largest id plus 1."""
     if self.json is None:
       with extras.needed("train"):
         import sentencepiece
@@ -51,7 +53,7 @@ class TokenizerFiles:
       ids = [t["id"] for t in parsed.get("added_tokens") or []]
       return max([*ids, *(vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1])]) + 1
     except (KeyError, TypeError, ValueError) as e:
-      raise InputError(f"tokenizer.json has no vocabulary ({e!r}); fetch the file again") from e
+      raise InputError(f"tokenizer.json has no vocabulary ({e!r}). Download the file again.") from e
 
 
 def _read_optional(path: pathlib.Path) -> JsonObject:
@@ -59,12 +61,12 @@ def _read_optional(path: pathlib.Path) -> JsonObject:
 
 
 def read_tokenizer(folder: pathlib.Path) -> TokenizerFiles | None:
-  """The tokenizer in a Hugging Face folder; None where there is none."""
+  """Returns the tokenizer in a Hugging Face folder; None if the folder lacks one."""
   text, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
   if not text.exists() and not pieces.exists():
     return None
   config = _read_optional(folder / "tokenizer_config.json")
-  named = _read_optional(folder / "special_tokens_map.json")  # where older folders name them
+  named = _read_optional(folder / "special_tokens_map.json")  # of older versions of transformers
   for role in ROLES:
     if role in named and config.get(role) is None:
       token = named[role]
@@ -78,10 +80,13 @@ def read_tokenizer(folder: pathlib.Path) -> TokenizerFiles | None:
   )
 
 
-def check_vocabulary(tokens: int, rows: int, name: str = "the tokenizer") -> None:
-  """Refuses a tokenizer with more tokens than the embedding has rows; spare rows are padding."""
+def check_vocabulary(tokens: int, rows: int, name: str = "The tokenizer") -> None:
+  """Raises InputError for a tokenizer with more tokens than the embedding has rows.
+
+  Additional rows are padding.
+  """
   if tokens > rows:
     raise InputError(
-      f"{name} has {tokens} tokens and the model's embedding {rows} rows; take the tokenizer that "
-      "belongs to these weights"
+      f"{name} has {tokens} tokens, but the model's embedding has {rows} rows. "
+      "Use the tokenizer that belongs to these weights."
     )

@@ -1,4 +1,4 @@
-"""What every reader of weights offers; the files of a checkpoint that are JSON or text."""
+"""The interface of readers of weights, and functions for JSON and text files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.runtime import json_io
 from distill_jax.types import JsonObject
 
-# What parameters may be stored as; anything else needs a reader that knows its scales.
+# The dtypes of stored parameters. Other dtypes need a reader that applies their scales.
 FLOATS = {
   "float32": np.dtype(np.float32),
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -23,7 +23,7 @@ Index = tuple[slice, ...]
 
 
 class Weights(Protocol):
-  """Tensors by their Hugging Face names, read a slice at a time."""
+  """A reader of tensors, or slices of them, by Hugging Face name."""
 
   files: tuple[pathlib.Path, ...]
 
@@ -32,22 +32,22 @@ class Weights(Protocol):
   def shape(self, name: str) -> tuple[int, ...]: ...
 
   def dtype(self, name: str) -> np.dtype:
-    """The dtype of the array that `read` returns."""
+    """Returns the dtype of the array that `read` returns."""
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """The tensor, or the slice of it at `index`: one slice an axis, step 1."""
+    """Returns the tensor, or the part at `index`: one slice per axis, with step 1."""
 
 
 def float_dtype(name: str) -> np.dtype:
-  """Returns the numpy dtype of "float32", "bfloat16" or "float16"; others raise InputError."""
+  """Returns the numpy dtype for "float32", "bfloat16" or "float16"; others raise InputError."""
   if name not in FLOATS:
-    raise InputError(f"dtype {name!r} cannot hold parameters; choose one of {', '.join(FLOATS)}")
+    raise bad_value("dtype", name, f"one of {', '.join(FLOATS)}", "Choose one of them")
   return FLOATS[name]
 
 
 def parse_hf_json(text: bytes | str, subject: str) -> JsonObject:
-  """Parses a JSON object of a checkpoint; a key given twice, too, raises InputError."""
-  return json_io.parse_object(text, subject, "fetch or write the file again", unique_keys=True)
+  """Parses a JSON object of a checkpoint; a duplicate key raises InputError, too."""
+  return json_io.parse_object(text, subject, "Download or write the file again", unique_keys=True)
 
 
 def read_hf_json(path: pathlib.Path) -> JsonObject:
@@ -56,12 +56,12 @@ def read_hf_json(path: pathlib.Path) -> JsonObject:
 
 
 def write_hf_json(path: pathlib.Path, value: JsonObject) -> None:
-  """Writes JSON as the Hugging Face libraries do: two spaces, keys in their own order."""
+  """Writes JSON in the style of the Hugging Face libraries: indented by 2, keys not sorted."""
   json_io.write_json(path, value, indent=2, sort_keys=False, ensure_ascii=False)
 
 
 def read_text(path: pathlib.Path) -> str:
-  """Reads a file of a checkpoint that has to be UTF-8."""
+  """Reads a UTF-8 text file of a checkpoint."""
   try:
     return json_io.decode_utf8(path.read_bytes())
   except InputError as e:

@@ -197,7 +197,7 @@ def other_words(c, path):
     (lambda c, path: c.records.update(kind="text"), "records.kind is 'text'"),
     (lambda c, path: c.train.update(batch_size=0), "train.batch_size is 0"),
     (lambda c, path: c.evaluate.update(heldout=False), "there is nothing to evaluate"),
-    (lambda c, path: c.export.update(dir=str(path)), "exists, and export overwrites nothing"),
+    (lambda c, path: c.export.update(dir=str(path)), "exists, and export does not overwrite"),
   ],
 )
 def test_bad_chains_raise_before_anything_is_computed(wrong, says, tmp_path, monkeypatch):

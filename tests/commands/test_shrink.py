@@ -67,7 +67,7 @@ def test_a_student_and_its_table(tmp_path):
   assert run(c, tmp_path / "run") == result  # finished before
   assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == before
   c.shrink.dir = result["dir"]
-  with pytest.raises(InputError, match="overwrites nothing"):
+  with pytest.raises(InputError, match="export does not overwrite"):
     run(c, tmp_path / "again")
 
 

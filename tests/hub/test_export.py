@@ -1,4 +1,4 @@
-"""Export: what other libraries read back, bit for bit, and nothing half written."""
+"""Export: other libraries read the same values, and failures leave no files."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def model(tmp_path):
 
 
 def stored(folder) -> dict[str, np.ndarray]:
-  """Read with the safetensors library."""
+  """Reads the tensors with the safetensors library."""
   out = {}
   for f in sorted(folder.glob("*.safetensors")):
     with safe_open(f, "numpy") as s:
@@ -45,7 +45,7 @@ def stored(folder) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_tensors_come_back_bit_for_bit(dtype, model, tmp_path):
+def test_tensors_are_read_back_bit_for_bit(dtype, model, tmp_path):
   out = export_model(model, tmp_path / "out", dtype=dtype, **EXTRA)
   got, want = stored(out), tensors()
   assert got.keys() == want.keys()
@@ -56,7 +56,7 @@ def test_the_tensors_come_back_bit_for_bit(dtype, model, tmp_path):
 
 
 @pytest.mark.parametrize("stored_as", ["float32", "bfloat16", "float16"])
-def test_import_then_export_is_the_same_folder(stored_as, tmp_path):
+def test_import_and_export_give_the_same_folder(stored_as, tmp_path):
   w = {name: x.astype(FLOATS[stored_as]) for name, x in tensors().items()}
   source = write_folder(tmp_path / "source", weights=w)
   opened = open_model(str(source))
@@ -103,7 +103,7 @@ def test_one_shard_a_tensor(model, tmp_path):
   assert len(list(out.glob("*.safetensors"))) == len(torch_shapes(CONFIG))
 
 
-def test_the_files_beside_the_weights(model, tmp_path):
+def test_the_files_other_than_weights(model, tmp_path):
   files = TokenizerFiles('{"é": 1}', b"\0pieces", {"chat_template": "T", "eos_token": "</s>"})
   generation = {"eos_token_id": [1, 2], "pad_token_id": 0, "top_p": 0.9}
   out = export_model(
@@ -120,15 +120,15 @@ def test_the_files_beside_the_weights(model, tmp_path):
   assert hf["model_type"] == "llama" and hf["vocab_size"] == CONFIG.vocab_size
 
 
-def test_nothing_is_overwritten(model, tmp_path):
+def test_an_existing_folder_raises(model, tmp_path):
   (tmp_path / "out").mkdir()
-  with pytest.raises(InputError, match="overwrites nothing"):
+  with pytest.raises(InputError, match="export does not overwrite"):
     export_model(model, tmp_path / "out", **EXTRA)
   assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("at", ["weights", "texts"])
-def test_a_failure_leaves_nothing(at, model, tmp_path, monkeypatch):
+def test_a_failure_leaves_no_files(at, model, tmp_path, monkeypatch):
   def fail(*args):
     raise OSError("no space left")
 
@@ -139,29 +139,31 @@ def test_a_failure_leaves_nothing(at, model, tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == before
 
 
-def test_a_full_disk_is_seen_before_writing(model, tmp_path, monkeypatch):
+def test_a_full_disk_raises_before_writing(model, tmp_path, monkeypatch):
   usage = shutil.disk_usage(tmp_path)._replace(free=1000)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-  with pytest.raises(InputError, match="the disk has 1000; make room"):
+  with pytest.raises(InputError, match="the disk has only 1,000 bytes free"):
     export_model(model, tmp_path / "out", **EXTRA)
   assert not (tmp_path / "out").exists()
 
 
-def test_values_past_float16(model, tmp_path):
+def test_values_too_large_for_float16_raise(model, tmp_path):
   model.norm = model.norm.replace(model.norm[...].at[3].set(70_000.0))
-  with pytest.raises(InputError, match="model.norm.weight holds 7e.04, past float16"):
+  with pytest.raises(
+    InputError, match="model.norm.weight contains 7e.04, but the maximum of float16"
+  ):
     export_model(model, tmp_path / "out", dtype="float16", **EXTRA)
   assert not (tmp_path / "out").exists()
   export_model(model, tmp_path / "out", dtype="bfloat16", **EXTRA)
 
 
 @pytest.mark.parametrize("wrong, word", [({"dtype": "int4"}, "int4"), ({"shard_bytes": 0}, "is 0")])
-def test_wrong_arguments(wrong, word, model, tmp_path):
+def test_wrong_arguments_raise(wrong, word, model, tmp_path):
   with pytest.raises(InputError, match=word):
     export_model(model, tmp_path / "out", **EXTRA, **wrong)
 
 
-def test_parameters_in_bfloat16_lose_nothing(model, tmp_path):
+def test_bfloat16_parameters_are_exported_exactly(model, tmp_path):
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
   got = stored(export_model(half, tmp_path / "out", dtype="float32", **EXTRA))
   for name, x in tensors().items():

@@ -1,4 +1,4 @@
-"""Block-scaled float8 weights: the values, slices of them, and every refusal."""
+"""Block-scaled float8 weights: values, slices of them, and errors."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def test_the_values_and_any_slice_of_them(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2)])
-def test_a_model_is_that_of_the_true_values(shape, tmp_path):
+def test_a_model_has_the_dequantised_values(shape, tmp_path):
   stored, true = quantised()
   n = np.prod(shape)
   mesh = sharding.make_mesh(*shape, devices=jax.devices()[:n])
@@ -86,15 +86,15 @@ def test_transformers_reads_the_same(tmp_path):
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 DAMAGE = {
-  "no scale": (lambda w: w.pop(WEIGHT + "_scale_inv"), "up_proj.weight is float8_e4m3fn"),
+  "no scale": (lambda w: w.pop(WEIGHT + "_scale_inv"), "up_proj.weight has dtype float8_e4m3fn"),
   "no matrix": (lambda w: w.pop(WEIGHT), f"lacks the tensor {WEIGHT}"),
   "a scale too few": (
     lambda w: w.update({WEIGHT + "_scale_inv": w[WEIGHT + "_scale_inv"][1:]}),
-    "5, 3. blocks",
+    "5, 3. scales for blocks",
   ),
   "scales of another kind": (
     lambda w: w.update({WEIGHT + "_scale_inv": w[WEIGHT + "_scale_inv"].astype(np.float16)}),
-    "scales are float32",
+    "expected float32",
   ),
   "scales of a vector": (
     lambda w: w.update({"model.norm.weight_scale_inv": np.ones(1, np.float32)}),
@@ -104,7 +104,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_tensors_at_odds_with_their_scales_are_refused(case, tmp_path):
+def test_tensors_that_do_not_fit_their_scales_raise(case, tmp_path):
   stored, _ = quantised()
   edit, word = DAMAGE[case]
   edit(stored)
@@ -116,19 +116,19 @@ def test_tensors_at_odds_with_their_scales_are_refused(case, tmp_path):
 @pytest.mark.parametrize(
   "change, word",
   [
-    ({"quant_method": "gptq"}, "quantised by 'gptq'"),
-    ({"weight_block_size": None}, "weight_block_size None"),
+    ({"quant_method": "gptq"}, "quantized by 'gptq'"),
+    ({"weight_block_size": None}, "weight_block_size is None"),
     ({"weight_block_size": [128]}, "weight_block_size"),
     ({"weight_block_size": [0, 128]}, "weight_block_size"),
     ({"weight_block_size": [True, 128]}, "weight_block_size"),
   ],
 )
-def test_a_quantisation_that_cannot_be_read(change, word, tmp_path):
+def test_another_quantization_raises(change, word, tmp_path):
   with pytest.raises(InputError, match=word):
     open_model(str(folder_of(tmp_path, quantised()[0], **change)))
 
 
-def test_an_export_says_nothing_of_a_quantisation(tmp_path):
+def test_an_export_has_no_quantization_config(tmp_path):
   opened = open_model(str(folder_of(tmp_path / "a", quantised()[0])))
   model = load.load_model(
     opened, sharding.make_mesh(devices=jax.devices()[:1]), layers.ComputeConfig()

@@ -1,8 +1,8 @@
-"""Damaged files: refused with InputError, or read with exactly the shapes declared.
+"""Damaged files either raise InputError or are read with the declared shapes.
 
-Nothing else may come out: no other exception, no crash of the process (a fault in C would
-end pytest), no tensor of another shape. A flipped byte inside the weights cannot be seen
-by either format; a changed length, name, type or offset has to be.
+Other exceptions, crashes of the process (a fault in C would end pytest) and tensors with other
+shapes are failures. A flipped byte in the weights cannot be detected in either format, but a
+changed length, name, type or offset must be.
 """
 
 import math
@@ -25,7 +25,7 @@ def one_device():
 
 
 def mutate(data: bytes, header: int, rng: np.random.Generator) -> bytes:
-  """One kind of damage; nine in ten strike the header."""
+  """Returns the data with one kind of damage; 90% of it is in the header."""
   end = header if rng.random() < 0.9 else len(data)
   at, kind = int(rng.integers(end)), rng.integers(6)
   some = rng.integers(0, 256, int(rng.integers(1, 9)), np.uint8).tobytes()
@@ -84,7 +84,7 @@ def test_gguf(tmp_path):
 
 
 def test_config_json(tmp_path):
-  """A whole load: what comes through has the sizes that its config says."""
+  """Loads the model; a model that loads has the sizes in its config."""
   folder = write_folder(tmp_path)
   path, mesh = folder / "config.json", one_device()
   whole, rng = path.read_bytes(), np.random.default_rng(0)

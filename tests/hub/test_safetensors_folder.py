@@ -1,4 +1,4 @@
-"""The safetensors reader against the safetensors library, and every refusal."""
+"""The safetensors reader: agreement with the safetensors library, and errors."""
 
 import json
 
@@ -62,7 +62,7 @@ def test_shards(tmp_path):
     np.testing.assert_array_equal(weights.read(name), TENSORS[name])
 
 
-def test_shards_may_be_links_as_in_the_hubs_cache(tmp_path):
+def test_shards_can_be_links_as_in_the_cache_of_the_hub(tmp_path):
   blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
   blobs.mkdir(), snapshot.mkdir()
   two(blobs)
@@ -81,44 +81,54 @@ HEADERS = {
   "absurd length": (b"{}", b"", 2**63, "its header claims 9223372036854775808"),
   "length past the end": (b"{}", b"", 3, "its header claims 3"),
   "named twice": (b'{"x": 1, "x": 2}', b"", None, "has the key 'x' twice"),
-  "no dtype": ({"x": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8), None, "not described"),
+  "no dtype": (
+    {"x": {"shape": [2], "data_offsets": [0, 8]}},
+    bytes(8),
+    None,
+    "does not have dtype, shape",
+  ),
   "unknown dtype": ({"x": F32 | {"dtype": "F31"}}, bytes(8), None, "has dtype 'F31'"),
   "negative size": ({"x": F32 | {"shape": [-2]}}, bytes(8), None, "has shape"),
   "size true": ({"x": F32 | {"shape": [True, 2]}}, bytes(8), None, "has shape"),
-  "wrong size": ({"x": F32 | {"shape": [3]}}, bytes(8), None, "not the 8 bytes given"),
-  "huge size": ({"x": F32 | {"shape": [2**62, 2**62]}}, bytes(8), None, "not the 8 bytes given"),
-  "overlap": ({"x": F32, "y": F32}, bytes(8), None, "begins at byte"),
-  "hole": ({"x": F32, "y": F32 | {"data_offsets": [12, 20]}}, bytes(20), None, "begins at byte"),
-  "truncated": ({"x": F32}, bytes(7), None, "truncated, or junk"),
-  "junk": ({"x": F32}, bytes(9), None, "truncated, or junk"),
+  "wrong size": ({"x": F32 | {"shape": [3]}}, bytes(8), None, "does not take the 8 bytes"),
+  "huge size": (
+    {"x": F32 | {"shape": [2**62, 2**62]}},
+    bytes(8),
+    None,
+    "does not take the 8 bytes",
+  ),
+  "overlap": ({"x": F32, "y": F32}, bytes(8), None, "starts at byte"),
+  "hole": ({"x": F32, "y": F32 | {"data_offsets": [12, 20]}}, bytes(20), None, "starts at byte"),
+  "truncated": ({"x": F32}, bytes(7), None, "it is truncated or damaged"),
+  "junk": ({"x": F32}, bytes(9), None, "it is truncated or damaged"),
 }
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_a_damaged_header_is_refused(case, tmp_path):
+def test_a_damaged_header_raises(case, tmp_path):
   header, data, length, word = HEADERS[case]
   raw(tmp_path, header, data, length)
   with pytest.raises(InputError, match=word):
     SafetensorsFolder(tmp_path)
 
 
-def test_a_file_of_a_few_bytes_is_refused(tmp_path):
+def test_a_file_of_a_few_bytes_raises(tmp_path):
   (tmp_path / SINGLE).write_bytes(b"\0\0\0")
-  with pytest.raises(InputError, match="is 3 bytes"):
+  with pytest.raises(InputError, match="has 3 bytes"):
     SafetensorsFolder(tmp_path)
 
 
-def test_a_shard_that_is_not_there(tmp_path):
+def test_a_missing_shard_raises(tmp_path):
   two(tmp_path)
   (tmp_path / "2.safetensors").unlink()
-  with pytest.raises(InputError, match="names 2.safetensors, which is not in the folder"):
+  with pytest.raises(InputError, match="lists 2.safetensors, which is not in the folder"):
     SafetensorsFolder(tmp_path)
 
 
 @pytest.mark.parametrize(
   "name", ["../x.safetensors", "/x.safetensors", "a\\x.safetensors", "x.bin"]
 )
-def test_an_index_that_leaves_the_folder(name, tmp_path):
+def test_an_index_with_files_outside_the_folder_raises(name, tmp_path):
   save_file({"x": TENSORS["a"]}, tmp_path / "x.safetensors")
   inside = tmp_path / "model"
   inside.mkdir()
@@ -127,23 +137,23 @@ def test_an_index_that_leaves_the_folder(name, tmp_path):
     SafetensorsFolder(inside)
 
 
-def test_a_tensor_in_two_shards(tmp_path):
+def test_a_tensor_in_two_shards_raises(tmp_path):
   shards = {"1.safetensors": {"a": TENSORS["a"]}, "2.safetensors": {"a": TENSORS["a"]}}
   write_shards(tmp_path, shards, {"a": "1.safetensors", "b": "2.safetensors"})
-  with pytest.raises(InputError, match="a is in 1.safetensors and again in 2.safetensors"):
+  with pytest.raises(InputError, match="a is in both 1.safetensors and 2.safetensors"):
     SafetensorsFolder(tmp_path)
 
 
 def test_an_index_at_odds_with_its_shards(tmp_path):
   two(tmp_path, a="2.safetensors")
-  with pytest.raises(InputError, match="a is in 2.safetensors, which does not hold it"):
+  with pytest.raises(InputError, match="lists a in 2.safetensors, but it is not in this file"):
     SafetensorsFolder(tmp_path)
   two(tmp_path, z="2.safetensors")
-  with pytest.raises(InputError, match="z is in 2.safetensors, which does not hold it"):
+  with pytest.raises(InputError, match="lists z in 2.safetensors, but it is not in this file"):
     SafetensorsFolder(tmp_path)
   shard = {"a": TENSORS["a"], "more": TENSORS["c"]}
   write_shards(tmp_path, {"1.safetensors": shard}, {"a": "1.safetensors"})
-  with pytest.raises(InputError, match="1.safetensors holds more"):
+  with pytest.raises(InputError, match="1.safetensors contains more"):
     SafetensorsFolder(tmp_path)
 
 
@@ -157,12 +167,12 @@ def test_an_index_without_a_map(text, tmp_path):
 def test_two_sets_of_weights(tmp_path):
   two(tmp_path)
   save_file(TENSORS, tmp_path / SINGLE)
-  with pytest.raises(InputError, match="holds both"):
+  with pytest.raises(InputError, match="contains both"):
     SafetensorsFolder(tmp_path)
 
 
 def test_a_pickle_and_nothing(tmp_path):
-  with pytest.raises(InputError, match="holds neither"):
+  with pytest.raises(InputError, match="contains neither"):
     SafetensorsFolder(tmp_path)
   (tmp_path / "pytorch_model.bin").write_bytes(b"")
   with pytest.raises(InputError, match="pytorch_model.bin, a pickle"):

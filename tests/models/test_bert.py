@@ -123,7 +123,9 @@ def test_a_body_gets_a_new_head_when_it_is_asked_for(tmp_path):
   again = loading.open_source(spec).load(MESH, jax.random.key(1)).model
   assert not np.array_equal(model.head[...], again.head[...])
   np.testing.assert_array_equal(model.embed[...], again.embed[...])
-  with pytest.raises(InputError, match="lacks the tensor classifier.*which `new` would say"):
+  with pytest.raises(
+    InputError, match="lacks the tensor classifier.*add the prefix of the name to `new`"
+  ):
     loading.open_source(ModelOptions(source=spec.source, changes={"num_labels": 5})).load(MESH, key)
   with pytest.raises(InputError, match="frozen is 'klassifier'; expected prefixes"):
     loading.open_source(
