@@ -189,11 +189,7 @@ class Batch(struct.PyTreeNode):
 
   @property
   def model_inputs(self) -> ModelInputs:
-    """The model's inputs.
-
-    Raises:
-      InputError: the batch has no inputs.
-    """
+    """The model's inputs; raises InputError if they are None."""
     if self.inputs is None:
       raise bad_value(
         "Batch.inputs", None, "the inputs of a model", "Make the batch with its model's inputs"
@@ -277,11 +273,7 @@ class FamilyConfig(Protocol):
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
-    """Returns the config for a Hugging Face config.json.
-
-    Raises:
-      InputError: the family does not support a setting of the file, which the error names.
-    """
+    """Returns the config for a Hugging Face config.json; unsupported values raise InputError."""
 
   def to_hf(self) -> JsonObject:
     """Returns the config.json of the model."""
@@ -324,10 +316,7 @@ class Model(Protocol):
 
 
 class Mean(struct.PyTreeNode):
-  """A total and a count, the type of every metric and loss.
-
-  The sum of two is the mean over both parts.
-  """
+  """A total and a count, the type of every metric and loss. The sum of two covers both."""
 
   total: jax.Array
   count: jax.Array
