@@ -31,7 +31,7 @@ from distill_jax.errors import InputError, bad_value
 from distill_jax.models import loading, runs
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
-from distill_jax.records import collate, import_logprobs, recorder, taps
+from distill_jax.records import collate, import_logprobs, recorder, tap_features
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.recorder import Corpus, Record, Recorder
 from distill_jax.records.shard_buffer import ShardBuffer
@@ -122,7 +122,7 @@ def open_corpus(config: Config, teacher: ModelSource) -> Corpus:
 
 def feature_width(options: RecordsOptions, teacher: ModelSource) -> int:
   """Returns the size of the teacher's recorded feature vectors; 0 without taps."""
-  return taps.feature_width(teacher.config, options.tap_kind) if options.taps else 0
+  return tap_features.feature_width(teacher.config, options.tap_kind) if options.taps else 0
 
 
 def _batches(

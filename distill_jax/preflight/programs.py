@@ -19,7 +19,7 @@ from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
-from distill_jax.records import collate, fields, multi_teacher, recorder, taps, tf_example
+from distill_jax.records import collate, fields, multi_teacher, recorder, tap_features, tf_example
 from distill_jax.records.fields import Record
 from distill_jax.records.store import Manifest, Store
 from distill_jax.tasks import dataset
@@ -90,7 +90,7 @@ def _feature_width(config: Config) -> int:
   if not config.records.taps:
     return 0
   teacher = loading.open_source(config.teacher).config
-  return taps.feature_width(teacher, config.records.tap_kind)
+  return tap_features.feature_width(teacher, config.records.tap_kind)
 
 
 def _planned_stores(config: Config) -> stores.Stores:

@@ -8,12 +8,15 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill_jax.errors import InputError
 from distill_jax.records.fields import RecordSpec
 from distill_jax.runtime import json_io
 from distill_jax.runtime.atomic_io import atomic_write
-from distill_jax.types import JsonObject
+
+if TYPE_CHECKING:  # reading a store needs no jax
+  from distill_jax.types import JsonObject
 
 FORMAT = 2  # of stores of tasks and of kind "dense"; all others are still of format 1
 FORMATS = (1, 2)

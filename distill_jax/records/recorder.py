@@ -18,7 +18,7 @@ import numpy as np
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.losses.features import FeatureSpec, flat_qkv
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.records import fields, sampler, taps
+from distill_jax.records import fields, sampler, tap_features, taps
 from distill_jax.records.fields import Record, RecordSpec
 from distill_jax.records.manifest import Manifest, Taps, format_of
 from distill_jax.records.options import RecordsOptions
@@ -77,7 +77,7 @@ class Recorder:
     compute: how the teacher is computed.
     vocab_size: classes at a position.
     first_class: row of the teacher's head where they begin.
-    feature_width: numbers in a tapped vector before the projection; see taps.feature_width.
+    feature_width: numbers in a tapped vector before the projection; see tap_features.feature_width.
   """
 
   options: RecordsOptions
@@ -122,7 +122,7 @@ class Recorder:
     if c.taps:
       kept = features.extract(model, out, batch.model_inputs, self.compute)
       flat = [kept.hidden[i] if i in kept.hidden else flat_qkv(kept.qkv[i]) for i in c.taps]
-      q_PBTD, scale_PBT = taps.quantise(jnp.stack(flat), self._projection())
+      q_PBTD, scale_PBT = tap_features.quantise(jnp.stack(flat), self._projection())
       targets[fields.TAPS.device] = jnp.moveaxis(q_PBTD, 0, 1)
       targets[fields.TAPS_SCALE.device] = jnp.moveaxis(scale_PBT, 0, 1)
     return targets

@@ -6,11 +6,10 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, SupportsIndex
+from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
 import numpy as np
 from array_record.python import array_record_module
-from google.protobuf.message import DecodeError
 
 from distill_jax.errors import InputError
 from distill_jax.records import manifest as manifest_lib
@@ -18,7 +17,9 @@ from distill_jax.records import tf_example
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest, Shard, Taps
 from distill_jax.records.writer import Writer, digest
-from distill_jax.types import JsonObject
+
+if TYPE_CHECKING:  # reading a store needs no jax
+  from distill_jax.types import JsonObject
 
 __all__ = ["Manifest", "RecordSource", "Shard", "Store", "Taps", "Writer", "open_store"]
 
@@ -61,7 +62,7 @@ class Store:
     shard, data = self.read(i)
     try:
       return tf_example.decode(i, tf_example.parse(data), self.manifest)
-    except (InputError, DecodeError) as e:
+    except InputError as e:
       raise InputError(
         f"{self.folder / shard.name}, record {i}: {e}; this shard is not the one that was "
         "written, so delete it and run `record` again"

@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from distill_jax.errors import InputError
-from distill_jax.losses.features import attention_sizes
 from distill_jax.records.fields import TAPS, TAPS_SCALE, Record
 from distill_jax.records.manifest import Taps
-from distill_jax.types import FamilyConfig
-
-
-def feature_width(config: FamilyConfig, kind: str) -> int:
-  """Returns how many numbers a tapped vector has, for a model of this config.
-
-  Args:
-    config: the model's.
-    kind: "hidden", a layer's output, or "qkv", its queries, keys and values end to end.
-  """
-  if kind == "hidden":
-    return config.hidden_size
-  c = attention_sizes(config)
-  H, G = c.num_attention_heads, c.num_key_value_heads
-  return (H + G) * c.head_dim + G * c.value_head_dim
 
 
 def projection(seed: int, width: int, to: int) -> np.ndarray:
@@ -36,18 +18,6 @@ def projection(seed: int, width: int, to: int) -> np.ndarray:
   words = np.random.Philox(seed).random_raw((width * to + 63) // 64)
   signs = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little")[: width * to]
   return ((2.0 * signs - 1) / np.sqrt(to)).astype(np.float32).reshape(width, to)
-
-
-def quantise(
-  taps_PBTD: jax.Array, project_DE: np.ndarray | None = None
-) -> tuple[jax.Array, jax.Array]:
-  """On the device: int8 values and the float32 scale of each vector [P, B, T]."""
-  x = taps_PBTD.astype(jnp.float32)
-  if project_DE is not None:
-    x = x @ project_DE
-  scale = jnp.max(jnp.abs(x), -1) / 127
-  x = jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None])
-  return jnp.clip(x, -127, 127).astype(jnp.int8), scale
 
 
 def dequantise(taps_PTD: np.ndarray, scale_PT: np.ndarray) -> np.ndarray:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import struct
 
 import numpy as np
-from tensorflow_datasets.proto import tf_example_pb2
 
 from distill_jax.errors import InputError
 from distill_jax.records import codec, taps, token_codec
+from distill_jax.records.example_wire import parse, serialize
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest
+
+__all__ = ["FIELDS", "decode", "encode", "key", "names", "parse", "segments", "serialize"]
 
 FIELDS = {
   "key": "8 bytes of the manifest's digest, then the sequence's number, little-endian uint64",
@@ -96,15 +98,3 @@ def decode(index: int, fields: dict[str, bytes], m: Manifest) -> Record:
 
 def key(index: int, m: Manifest) -> bytes:
   return m.tag + struct.pack("<Q", index)
-
-
-def serialize(fields: dict[str, bytes]) -> bytes:
-  example = tf_example_pb2.Example()
-  for name, value in fields.items():
-    example.features.feature[name].bytes_list.value.append(value)
-  return example.SerializeToString(deterministic=True)
-
-
-def parse(data: bytes) -> dict[str, bytes]:
-  features = tf_example_pb2.Example.FromString(data).features.feature
-  return {name: f.bytes_list.value[0] for name, f in features.items()}

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill_jax.records import tf_example
 from distill_jax.records.manifest import Manifest
 from distill_jax.runtime.atomic_io import atomic_write
-from distill_jax.types import JsonObject
+
+if TYPE_CHECKING:  # reading a store needs no jax
+  from distill_jax.types import JsonObject
 
 SPLIT = "records"
 # Without the number of shards in the names, a store is extended without renaming any.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill_jax.errors import InputError
-from distill_jax.runtime import distributed
 from distill_jax.runtime.atomic_io import atomic_write
-from distill_jax.types import JsonObject
+
+if TYPE_CHECKING:  # reading a store needs no jax
+  from distill_jax.types import JsonObject
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -127,4 +128,6 @@ def write_json_once(path: Path, tree: Any) -> None:
   Raises:
     InputError: If the first process cannot write it; raised on all processes.
   """
+  from distill_jax.runtime import distributed  # imports jax
+
   distributed.run_on_process_0(lambda: write_json(path, tree))

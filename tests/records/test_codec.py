@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distill_jax.errors import InputError
-from distill_jax.records import bits, codec, taps, token_codec
+from distill_jax.records import bits, codec, tap_features, taps, token_codec
 from distill_jax.records.fields import RecordSpec
 from distill_jax.records.manifest import Taps
 
@@ -224,7 +224,7 @@ def test_specs(kind):
 def test_taps():
   x = np.random.default_rng(0).normal(0, 5, (2, 1, 9, 32)).astype(np.float32)
   x[0, 0, 3] = 0
-  q, scale = (np.asarray(a)[:, 0] for a in taps.quantise(x))
+  q, scale = (np.asarray(a)[:, 0] for a in tap_features.quantise(x))
   seq = {
     "taps_PTD": q,
     "taps_scale_PT": scale,

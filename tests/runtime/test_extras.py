@@ -60,8 +60,6 @@ def third_party():
         yield path.relative_to(ROOT), normal(extras.distribution(module)), extra
 
 
-# Reading stores without them is in the making.
-PENDING = ("distill_jax/records/store.py", "distill_jax/records/tf_example.py")
 # Their absence is handled where they are used: tasks skip the metric, filters start a process.
 BY_OTHER_MEANS = {
   "distill_jax/tasks/_scores.py": "text",
@@ -71,8 +69,6 @@ BY_OTHER_MEANS = {
 
 def test_every_import_is_of_the_core_or_of_a_named_extra():
   for path, distribution, extra in third_party():
-    if str(path) in PENDING and distribution in ("google", "tensorflow-datasets"):
-      continue
     extra = extra or BY_OTHER_MEANS.get(str(path))
     if extra is None:
       assert distribution in CORE | WITH_JAX | WITH_ETILS, f"{path} imports {distribution}"
@@ -179,10 +175,6 @@ MODULES = {
 }
 
 
-if PENDING:
-  MODULES.remove("tensorflow_datasets")
-
-
 def run(code, *args):
   script = BLOCKED % MODULES + code
   return subprocess.run(
@@ -190,14 +182,11 @@ def run(code, *args):
   ).stdout
 
 
-@pytest.mark.skipif(bool(PENDING), reason="stores are read with tensorflow-datasets")
 def test_the_core_alone_has_the_head_the_losses_and_stores(store):
   run(CORE_ONLY, store)
 
 
 def test_each_missing_package_is_named_with_its_extra():
-  if PENDING:
-    pytest.skip("stores are read with tensorflow-datasets")
   found = dict(line.split(": ", 1) for line in run(SITES).splitlines())
   wanted = {
     "tokenizer": ("sentencepiece", "train"),

@@ -1,0 +1,120 @@
+"""The bytes of a tf.train.Example whose features are single byte strings, without protobuf.
+
+The layout, in protobuf's terms, of messages in each other:
+
+  Example {1: Features {1: entry {1: key, 2: Feature {1: BytesList {1: value}}}, 1: entry ...}}
+
+Each field is a tag (its number << 3 | its wire type), for these messages always 0x0A or 0x12, then
+the length as a varint, then that number of bytes. Entries are written in order of their keys, as
+protobuf does when it is deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from distill_jax.errors import InputError
+
+FIRST, SECOND = b"\x0a", b"\x12"  # the tags of fields 1 and 2 that have a length
+VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5  # wire types
+Span = tuple[int, int]
+
+
+def serialize(features: Mapping[str, bytes]) -> bytes:
+  """Returns the bytes of an Example with these features."""
+  entries = []
+  for key, value in sorted((name.encode(), value) for name, value in features.items()):
+    feature = _field(FIRST, _field(FIRST, value))
+    entries.append(_field(FIRST, _field(FIRST, key) + _field(SECOND, feature)))
+  return _field(FIRST, b"".join(entries)) if entries else b""
+
+
+def parse(data: bytes) -> dict[str, bytes]:
+  """Returns the features of an Example, the first byte string of each.
+
+  Unknown fields are skipped, as protobuf does.
+
+  Raises:
+    InputError: The bytes are not an Example, or a feature is not a byte string.
+  """
+  features = {}
+  for example in _messages(data, (0, len(data)), 1):
+    for entry in _messages(data, example, 1):
+      key, value = _entry(data, entry)
+      features[key] = value
+  return features
+
+
+def _entry(data: bytes, entry: Span) -> tuple[str, bytes]:
+  key, value = b"", None
+  for number, (start, end) in _fields(data, entry):
+    if number == 1:
+      key = data[start:end]
+    elif number == 2:
+      value = _first_bytes(data, (start, end))
+  try:
+    name = key.decode()
+  except UnicodeDecodeError as e:
+    raise InputError("a feature's name is not UTF-8") from e
+  if value is None:
+    raise InputError(f"feature {name!r} is not a byte string")
+  return name, value
+
+
+def _first_bytes(data: bytes, feature: Span) -> bytes | None:
+  for bytes_list in _messages(data, feature, 1):
+    for start, end in _messages(data, bytes_list, 1):
+      return data[start:end]
+  return None
+
+
+def _messages(data: bytes, span: Span, wanted: int) -> Iterator[Span]:
+  """Yields the contents of the fields with this number."""
+  return (inside for number, inside in _fields(data, span) if number == wanted)
+
+
+def _fields(data: bytes, span: Span) -> Iterator[tuple[int, Span]]:
+  """Yields (number, place of the contents) of each field that has a length."""
+  at, end = span
+  while at < end:
+    tag, at = _varint(data, at, end)
+    number, wire = tag >> 3, tag & 7
+    if wire == LENGTH:
+      size, at = _varint(data, at, end)
+      if size > end - at:
+        raise InputError("a field is longer than what holds it")
+      if not number:
+        raise InputError("a field has number 0")
+      yield number, (at, at + size)
+      at += size
+    elif wire == VARINT:
+      _, at = _varint(data, at, end)
+    elif wire in (FIXED64, FIXED32):
+      at += 8 if wire == FIXED64 else 4
+      if at > end:
+        raise InputError("a number is cut off")
+    else:
+      raise InputError(f"a field has wire type {wire}, which an Example does not use")
+
+
+def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+  """Returns (the number, the place after it)."""
+  value = shift = 0
+  while True:
+    if at >= end or shift > 63:
+      raise InputError("a length is cut off")
+    byte = data[at]
+    at += 1
+    value |= (byte & 0x7F) << shift
+    if byte < 0x80:
+      return value, at
+    shift += 7
+
+
+def _field(tag: bytes, contents: bytes) -> bytes:
+  size, head = len(contents), bytearray(tag)
+  while size > 0x7F:
+    head.append(size & 0x7F | 0x80)
+    size >>= 7
+  head.append(size)
+  return bytes(head) + contents

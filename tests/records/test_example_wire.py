@@ -1,0 +1,90 @@
+"""The hand-written tf.Example: the bytes that protobuf writes, and what it reads."""
+
+import contextlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill_jax.errors import InputError
+from distill_jax.records import example_wire, tf_example
+
+pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
+from tensorflow_datasets.proto import tf_example_pb2  # noqa: E402
+
+# Lengths on both sides of where a varint takes another byte.
+VALUES = st.one_of(st.binary(max_size=300), st.integers(16380, 16390).map(bytes))
+ANY_NAMES = st.dictionaries(st.text(max_size=8), VALUES, max_size=6)
+
+
+def no_prefixes(names):
+  """No name begins another one: implementations of protobuf order such names differently."""
+  return not any(a != b and b.startswith(a) for a in names for b in names)
+
+
+FEATURES = ANY_NAMES.filter(no_prefixes)
+
+
+def test_names_of_a_record_do_not_begin_each_other():
+  assert no_prefixes(tf_example.FIELDS)
+
+
+def by_protobuf(features):
+  example = tf_example_pb2.Example()
+  for name, value in features.items():
+    example.features.feature[name].bytes_list.value.append(value)
+  return example.SerializeToString(deterministic=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(FEATURES)
+def test_bytes_are_those_of_protobuf_and_are_read_back(features):
+  data = example_wire.serialize(features)
+  assert data == by_protobuf(features)
+  assert example_wire.parse(data) == features
+
+
+@settings(max_examples=100, deadline=None)
+@given(FEATURES, st.randoms())
+def test_any_order_and_unknown_fields_are_read(features, rng):
+  """A map's entries in another order, in two messages, and fields of a later version."""
+  entries = [example_wire.serialize({k: v}) for k, v in features.items()]
+  rng.shuffle(entries)
+  unknown = bytes([0x50, 0x85, 0x01])  # field 10, a varint
+  unknown += bytes([0x59]) + bytes(8) + bytes([0x65]) + bytes(4)  # fields 11 and 12, fixed
+  unknown += bytes([0x6A, 0x02, 0x00, 0x00])  # field 13, two bytes
+  data = b"".join(entry + unknown for entry in entries)
+  assert example_wire.parse(data) == features
+  example = tf_example_pb2.Example.FromString(data)
+  assert {k: f.bytes_list.value[0] for k, f in example.features.feature.items()} == features
+
+
+@settings(max_examples=300, deadline=None)
+@given(FEATURES.filter(bool), st.data())
+def test_damaged_bytes_are_an_input_error_or_other_features(features, data):
+  raw = bytearray(example_wire.serialize(features))
+  for _ in range(data.draw(st.integers(1, 3))):
+    raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+  raw = raw[: data.draw(st.integers(0, len(raw)))]
+  with contextlib.suppress(InputError):
+    example_wire.parse(bytes(raw))
+
+
+def test_features_of_numbers_are_refused():
+  example = tf_example_pb2.Example()
+  example.features.feature["x"].int64_list.value.append(3)
+  with pytest.raises(InputError, match="feature 'x' is not a byte string"):
+    example_wire.parse(example.SerializeToString())
+
+
+def test_bytes_that_are_no_example():
+  for data, problem in (
+    (b"\x0a\x7f", "longer than what holds it"),
+    (b"\x0a\xff", "a length is cut off"),
+    (b"\x0b", "wire type 3"),
+    (b"\x09\x00", "a number is cut off"),
+    (b"\x02\x00", "number 0"),
+  ):
+    with pytest.raises(InputError, match=problem):
+      example_wire.parse(data)
+  assert example_wire.parse(b"") == {}
