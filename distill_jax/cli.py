@@ -147,8 +147,10 @@ def run(argv: list[str]) -> JsonObject:
   from distill_jax.runtime import distributed, storage
   from distill_jax.runtime.workdir import Workdir
 
-  config = parse(argv[:1] + argv[2:])
   command = registry.load("commands", argv[1])
+  if "configure" in vars(command) and not any(arg.startswith("--config=") for arg in argv):
+    return run_configured(command, argv[:1] + argv[2:])
+  config = parse(argv[:1] + argv[2:])
   if argv[1] in WITHOUT_WORKDIR:
     return command.run(config)
   if not flags.WORKDIR.value:
@@ -156,6 +158,41 @@ def run(argv: list[str]) -> JsonObject:
   distributed.initialize(flags.DISTRIBUTED.value)
   with storage.Synced(flags.WORKDIR.value) as folder, Workdir(folder, config) as workdir:
     return command.run(config, workdir)
+
+
+def run_configured(command: Any, argv: list[str]) -> JsonObject:
+  """Runs a command that makes its own config from flags, with the overrides of the user."""
+  from absl import flags as absl_flags
+
+  from distill_jax import config as configs
+  from distill_jax import flags
+  from distill_jax.runtime import distributed, storage
+  from distill_jax.runtime.workdir import Workdir
+
+  overrides = [arg for arg in argv if arg.startswith("--config.")]
+  try:
+    rest = absl_flags.FLAGS([arg for arg in argv if arg not in overrides])
+  except absl_flags.Error as error:
+    raise InputError(_flag_error(argv, error, configs.base())) from error
+  if len(rest) > 1:
+    raise InputError(f"{rest[1]!r} is neither a verb nor a flag. Flags begin with --.")
+  for name in ("teacher", "data", "workdir"):
+    if not absl_flags.FLAGS[name].value:
+      raise InputError(f"--{name} is missing. `distill-jax help distill` explains the flags.")
+  distributed.initialize(flags.DISTRIBUTED.value)
+  request = command.Request(
+    teacher=flags.TEACHER.value,
+    student=flags.STUDENT.value,
+    data=flags.DATA.value,
+    workdir=flags.WORKDIR.value,
+    overridden=frozenset(a.split("=")[0].removeprefix("--config.") for a in overrides),
+  )
+  with storage.Synced(request.workdir) as folder:
+    config = command.configure(
+      request, folder, lambda file: parse([argv[0], f"--config={file}", *overrides])
+    )
+    with Workdir(folder, config) as workdir:
+      return command.run(config, workdir)
 
 
 def check_verb(verb: str) -> None:
@@ -188,6 +225,8 @@ def parse(argv: list[str]) -> Config:
   if not file.is_file():
     raise InputError(f"The config {named[-1]} does not exist. {_nearest_file(file)}")
   sys.path.append(str(file.parent))  # it may import its neighbours
+  for name in [name for name in absl_flags.FLAGS if name.startswith("config.")]:
+    delattr(absl_flags.FLAGS, name)  # an override of a config that was read before
   try:
     rest = absl_flags.FLAGS(argv)
     config = flags.CONFIG.value

@@ -25,7 +25,7 @@ LAYERS = (
   ("tasks",),
   ("training",),
   ("preflight", "report"),
-  ("evals", "efficiency", "pruning"),
+  ("evals", "efficiency", "pruning", "recipe"),
   ("commands",),
   ("flags",),
   ("cli",),

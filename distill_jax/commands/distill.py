@@ -1,0 +1,215 @@
+"""Distils a model on your own data: records, trains, evaluates, exports and reports.
+
+The sizes of the run (steps, batch size, sequence length) are chosen from the amount of data and
+from the machine, and printed. The config is written to config.py in the workdir. The other verbs
+take that file, and any key can be overridden here with --config.KEY=VALUE.
+
+  --teacher   the model to distil from: a Hugging Face folder, a .gguf file, a Hub id such as
+              Qwen/Qwen2.5-0.5B, package:NAME/PATH, or run:WORKDIR
+  --student   the model to train, named like the teacher and with the same tokenizer; or half,
+              third, quarter, two-thirds, three-quarters: that fraction of the teacher's layers.
+              Default: half
+  --data      a text file, a folder of text files, or JSON lines with "text", with "messages"
+              (chats), or with "prompt" and "completion". pydoc: Python's language reference
+  --workdir   the folder of the run
+
+Reads: the teacher, the student and the data.
+
+Writes: in the workdir: config.py; records/ and train/ with the stores and the checkpoints;
+evaluation.json; export/, the student as a Hugging Face folder; samples/; report.html. Finished
+stages are skipped when the command is run again, and an interrupted stage continues.
+
+Config: data.seq_len, data.sequences, data.heldout_fraction, losses, optim.peak_lr, train.steps,
+train.batch_size, evaluate.sequences, export.dtype.
+
+Example:
+  distill-jax distill --teacher=models/teacher --student=half --data=notes.txt --workdir=runs/notes
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distill_jax.commands import evaluate, export, record, report, train
+from distill_jax.config import Config
+from distill_jax.errors import InputError
+from distill_jax.models.runs import RUN
+from distill_jax.recipe import config_file, machine, plan, samples
+from distill_jax.recipe.plan import Request
+from distill_jax.recipe.result import text  # noqa: F401
+from distill_jax.runtime import distributed, json_io, storage
+from distill_jax.runtime.atomic_io import atomic_write
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.types import JsonObject
+
+CONFIG, REQUEST, STAGES = "config.py", "distill.json", "stages"
+DOC = """\
+Written by `distill-jax distill`. The single commands take it, for example
+
+  distill-jax train --config={config} --workdir={workdir}/train
+  distill-jax evaluate --config={config} --workdir={workdir}
+
+The command was: {command}"""
+ReadConfig = Callable[[Path], Config]
+
+
+def configure(request: Request, folder: Path, read: ReadConfig) -> Config:
+  """Returns the config of a run: the recipe's the first time, later that of config.py.
+
+  Args:
+    request: The flags.
+    folder: The workdir on this machine.
+    read: Reads a config file and applies the overrides of the command line.
+
+  Raises:
+    InputError: The models or the data cannot be used, or the workdir holds another run.
+  """
+  request, folder = request.full(), folder.absolute()
+  distributed.run_on_process_0(lambda: _prepare(request, folder, read))
+  if (url := storage.remote_of(folder)) and distributed.max_over_processes(0) == 0:
+    storage.publish(folder)
+    distributed.barrier("configured")
+    storage.fetch(url)
+  return read(folder / CONFIG)
+
+
+def _prepare(request: Request, folder: Path, read: ReadConfig) -> None:
+  """Writes config.py unless the folder holds this run already."""
+  named = {"teacher": request.teacher, "student": request.student, "data": request.data}
+  if (folder / REQUEST).exists():
+    before = json_io.read_object(folder / REQUEST, "choose another --workdir")
+    for key, value in named.items():
+      if before.get(key) != value:
+        raise InputError(
+          f"--{key} is {value!r}; expected {before.get(key)!r}, with which the run in {folder} "
+          "began. Choose another --workdir."
+        )
+    say(f"The run in {folder} continues, with its {CONFIG}.")
+    return
+  if (folder / "config.json").exists():
+    raise InputError(
+      f"--workdir is {folder}, which holds another run; expected a new folder. Choose another "
+      "--workdir."
+    )
+  folder.mkdir(parents=True, exist_ok=True)
+  start = folder / ".start.py"
+  start.write_text(config_file.text(plan.start(), "The losses of the recipe.", {}))
+  try:
+    begun = read(start)
+  finally:
+    start.unlink()
+  chosen = plan.plan(request, begun, folder / "data", machine.this_machine())
+  for sentence in chosen.sentences:
+    say(sentence)
+  path = f"{request.workdir}/{CONFIG}"
+  say(f"The config is {path}. The single commands take it: distill-jax train --config={path} …")
+  _write_config(folder, chosen.config, chosen.comments)
+  json_io.write_json(folder / REQUEST, named)
+
+
+def _write_config(folder: Path, config: Config, comments: dict[str, str]) -> None:
+  """Writes config.py."""
+  doc = DOC.format(
+    config=folder / CONFIG, workdir=folder, command=shlex.join(["distill-jax", *sys.argv[1:]])
+  )
+  atomic_write(folder / CONFIG, config_file.text(config, doc.replace("\\", r"\\"), comments))
+
+
+def run(config: Config, workdir: Path) -> JsonObject:
+  """Runs the stages that are not finished, each in a folder of `workdir`.
+
+  Returns:
+    config, export_dir and report, paths; models, the rows of evaluation.json; tokens, the number
+    of evaluated ones; samples, see recipe/samples.py; steps.
+
+  Raises:
+    InputError: A stage cannot run.
+    Preempted: SIGTERM was received; finished work is kept.
+  """
+  if not config.train.records or "distilled" not in config.evaluate.models:
+    raise InputError(
+      "--teacher, --student and --data are missing, and the config was not written by distill. "
+      "Name the models and the data, or take a single command such as train."
+    )
+  distributed.run_on_process_0(lambda: _update_config(workdir, config))
+  student = config.evaluate.models["distilled"]
+  records, trained = config.train.records[0], student.removeprefix(RUN)
+  _stage(workdir, "record", "recording the teacher", lambda: _inside(record.run, config, records))
+  _stage(workdir, "train", "training the student", lambda: _inside(train.run, config, trained))
+  evaluation = _stage(
+    workdir, "evaluate", "evaluating on held-out data", lambda: evaluate.run(config, workdir)
+  )
+  _stage(workdir, "export", "exporting the student", lambda: _export(config, trained))
+  compared = _stage(
+    workdir,
+    "samples",
+    "generating samples",
+    lambda: _samples(config, workdir / "samples", student),
+  )
+  distributed.run_on_process_0(lambda: _report(config, workdir))
+  return {
+    "config": str(workdir / CONFIG),
+    "report": str(workdir / "report.html"),
+    "export_dir": config.export.dir,
+    "steps": config.train.steps,
+    "models": evaluation.get("models", {}),
+    "tokens": evaluation.get("tokens", 0),
+    "samples": compared.get("samples", []),
+  }
+
+
+def _update_config(workdir: Path, config: Config) -> None:
+  """Writes overrides into config.py; the workdir has checked that they may change."""
+  before = (workdir / CONFIG).read_text() if (workdir / CONFIG).exists() else ""
+  body = config_file.text(config, "", {}).partition("def get_config")[2]
+  without_comments = "\n".join(line.split("  # ")[0] for line in before.splitlines()) + "\n"
+  if without_comments.partition("def get_config")[2] != body:
+    _write_config(workdir, config, {})
+
+
+def _stage(workdir: Path, name: str, doing: str, work: Callable[[], JsonObject]) -> JsonObject:
+  """Returns the result of a stage; one that is finished is not run again."""
+  path = workdir / STAGES / f"{name}.json"
+  if distributed.max_over_processes(int(path.exists())):
+    return json_io.read_object(path, "delete the workdir") if path.exists() else {}
+  say(f"Now {doing} …")
+  result = work()
+  path.parent.mkdir(exist_ok=True)
+  json_io.write_json_once(path, result)
+  return result
+
+
+def _inside(run: Callable[[Config, Path], JsonObject], config: Config, path: str) -> JsonObject:
+  """Runs a command in a workdir, as the command line does."""
+  with storage.Synced(path) as folder, Workdir(folder, config) as workdir:
+    return run(config, workdir)
+
+
+def _export(config: Config, trained: str) -> JsonObject:
+  """Exports the run; a folder that exists was exported before, since it appears only whole."""
+  if not storage.is_remote(config.export.dir) and Path(config.export.dir).exists():
+    return {"export_dir": config.export.dir}
+  return _inside(export.run, config, trained)
+
+
+def _report(config: Config, workdir: Path) -> None:
+  report.run(config, workdir)
+
+
+def _samples(config: Config, folder: Path, student: str) -> JsonObject:
+  """Generates samples; data that no prompt can be made from has none."""
+  try:
+    return samples.write_samples(config, folder, student)
+  except InputError as error:
+    say(f"There are no samples: {error}")
+    return {"samples": []}
+
+
+def say(sentence: Any) -> None:
+  """Prints a sentence for the user on standard error, from the first process alone."""
+  if distributed.is_process_0():
+    print(sentence, file=sys.stderr, flush=True)
