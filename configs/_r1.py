@@ -1,8 +1,8 @@
-"""What the R1-Distill students share: sampled records of a teacher with their own tokenizer."""
+"""The common part of configs/r1_*.py: students of a teacher that has the same tokenizer."""
 
 from distill_jax import config
 
-TOKENS = 2**33  # seen in training: DeepSeek's 800,000 samples, about twice
+TOKENS = 2**33  # tokens in training: about two epochs of DeepSeek's 800,000 samples
 TEACHERS = {  # family: repository, shape
   "qwen2": ("hub:deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "qwen2.5-32b"),
   "llama": ("hub:deepseek-ai/DeepSeek-R1-Distill-Llama-70B", "llama-3.3-70b"),
@@ -10,18 +10,22 @@ TEACHERS = {  # family: repository, shape
 
 
 def student(family, name, shape, seq_len, batch, fsdp, peak_lr):
-  """A student's config.
+  """Returns the config of a student.
 
   Args:
-    family, name, shape: "qwen2", the repository of its first weights, its named shape.
-    seq_len: as text, since it stands behind the config's name.
-    batch: sequences a step, by seq_len.
-    fsdp: devices that parameters are spread over, half a v5p slice: where a gather spans a
-      whole one, XLA makes an all-reduce of it, which sends twice the bytes (for 7B on 64
-      chips 86 GB a step, 57 over 2 x 32).
+    family: the model family, e.g. "qwen2".
+    name: the Hugging Face repository with its initial weights.
+    shape: its named shape.
+    seq_len: the sequence length, as a string, because it is the argument after the config's name.
+    batch: sequences per step, by seq_len.
+    fsdp: number of devices that parameters are sharded over: half of a v5p slice. XLA compiles an
+      all-gather over a whole slice to an all-reduce, which sends more bytes (for 7B on 64 chips 86
+      GB per step, compared with 57 GB over 2 x 32).
+    peak_lr: the peak learning rate.
   """
   if seq_len not in map(str, batch):
-    raise ValueError(f"seq_len is {seq_len}; this config has {' and '.join(map(str, batch))}")
+    lengths = " or ".join(map(str, batch))
+    raise ValueError(f"seq_len is {seq_len}; expected {lengths}. Choose one of them.")
   c = config.base()
   c.teacher.source, c.teacher.shape = TEACHERS[family]
   c.student.source, c.student.shape = f"hub:{name}", shape

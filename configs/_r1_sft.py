@@ -1,27 +1,30 @@
-"""What students fine-tuned on R1's text share: the road of DeepSeek-R1-Distill, whole.
+"""The common part of configs/r1_sft_*.py: the full recipe of DeepSeek-R1-Distill.
 
-R1 answers from a server, what is right and clean is kept, and the student learns to say it:
-no distribution is stored, so R1's tokenizer does not matter. Rates, the batch of 64 and the
-length of 32,768 tokens are those of the paper (arXiv:2501.12948v2, supplement), as are
-temperature 0.6 and top-p 0.95.
+R1 generates answers on a server, correct and clean answers are kept, and the student is trained on
+their text. Distributions are not stored, so student and teacher can have different tokenizers. The
+learning rates, the batch of 64, the length of 32,768 tokens, the temperature of 0.6 and the top-p
+of 0.95 are those of the paper (arXiv:2501.12948v2, supplement).
 """
 
 from distill_jax import config
 
-TOKENS = 2**33  # seen in training: 800,000 samples of about 5,000 tokens, twice
+TOKENS = 2**33  # tokens in training: two epochs of 800,000 samples with about 5,000 tokens
 SEQ_LEN, BATCH = 32_768, 64
 EVALUATIONS = tuple(f"data/{name}.jsonl" for name in ("aime2024", "math500", "gpqa_diamond"))
 
 
 def student(family, name, shape, fsdp, peak_lr):
-  """A student's config.
+  """Returns the config of a student.
 
   Args:
-    family, name, shape: "qwen2", the repository of its first weights, its named shape.
-    fsdp: devices that parameters are spread over.
+    family: the model family, e.g. "qwen2".
+    name: the Hugging Face repository with its initial weights.
+    shape: its named shape.
+    fsdp: number of devices that parameters are sharded over.
+    peak_lr: the peak learning rate.
   """
   c = config.base()
-  for model in (c.student, c.teacher):  # `record` takes the teacher's tokenizer and chat template
+  for model in (c.student, c.teacher):  # `record` uses the teacher's tokenizer and chat template
     model.source, model.shape, model.family = f"hub:{name}", shape, family
     model.dtype, model.remat = "bfloat16", "full"
   c.mesh.data, c.mesh.fsdp = -1, fsdp

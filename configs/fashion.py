@@ -1,10 +1,10 @@
-"""Fashion-MNIST: a small ViT teaches a smaller one, which then needs no label at all.
+"""Distils a small ViT into smaller students on Fashion-MNIST, with and without labels.
 
   apt-get install dataset-fashion-mnist    # MIT; four files under /usr/share/datasets
   distill-jax train    --config=configs/fashion.py:teacher   --workdir=runs/fashion/teacher
   distill-jax record   --config=configs/fashion.py           --workdir=runs/fashion/records
 
-and, of seeds 0, 1 and 2 (--config.seed=0 …), and with seed 0 :deit and :conv,
+then for seeds 0, 1 and 2 (--config.seed=0 …), and with seed 0 for :deit and :conv:
 
   distill-jax train    --config=configs/fashion.py:hard      --workdir=runs/fashion/hard_0
   distill-jax train    --config=configs/fashion.py:distilled --workdir=runs/fashion/distilled_0
@@ -12,28 +12,29 @@ and, of seeds 0, 1 and 2 (--config.seed=0 …), and with seed 0 :deit and :conv,
   distill-jax evaluate --config=configs/fashion.py           --workdir=runs/fashion
   distill-jax export   --config=configs/fashion.py           --workdir=runs/fashion/distilled_0
 
-`hard` learns from the 60,000 labels, `few` from one in a hundred, and `distilled` from what the
-teacher says of all images, of which it reads no label: so beside `few` it is what unlabelled
-images are worth once there is a teacher. The teacher itself has seen all labels. All students are
-one ViT with as many steps, shifts and mirrors, four views of an image (`few`: 400 of each); the
-teacher says what it says of those very views (arXiv:2106.05237). `deit` is a DeiT of that size,
-whose second token follows the teacher, and `conv` a ConvNeXt of half of it.
+`hard` is trained on the 60,000 labels, `few` on 1% of them, and `distilled` on the teacher's
+outputs for all images, without labels. The difference between `few` and `distilled` is the value of
+unlabelled images if there is a teacher; the teacher was trained on all labels. All three are the
+same ViT, trained for the same number of steps on shifted and mirrored images, with four views of
+each image (`few`: 400 views). The teacher is recorded on the same views (arXiv:2106.05237). `deit`
+is a DeiT of the same size, whose distillation token is trained on the teacher. `conv` is a ConvNeXt
+with half of the parameters.
 
-Expect, of the 10,000 test images, the mean of seeds 0, 1 and 2 (from least to most), and of `deit`
-and `conv` seed 0:
+Expected results on the 10,000 test images: the mean of seeds 0, 1 and 2 (minimum - maximum), and of
+seed 0 for `deit` and `conv`:
 
   |                          | accuracy            | ce    | KL to the teacher     | parameters |
   |--------------------------|---------------------|-------|-----------------------|------------|
   | teacher                  | 85.4%               | 0.405 | 0                     | 306,826    |
   | hard, all 60,000 labels  | 79.8% (79.2 - 80.4) | 0.551 | 0.169 (0.167 - 0.172) | 19,658     |
-  | distilled, no label      | 79.8% (79.2 - 80.6) | 0.546 | 0.159 (0.151 - 0.169) | 19,658     |
+  | distilled, no labels     | 79.8% (79.2 - 80.6) | 0.546 | 0.159 (0.151 - 0.169) | 19,658     |
   | few, 600 labels          | 75.1% (74.4 - 75.6) | 0.849 | 0.463 (0.424 - 0.493) | 19,658     |
   | deit                     | 79.4%               | 0.567 | 0.183                 | 20,052     |
   | conv                     | 80.4%               | 0.513 | 0.165                 | 9,430      |
 
-The worst student without labels is 3.5 points better than the best of 600, and those without labels
-are as good as those with all. One core: 14 minutes for the teacher, 7 to record it, 4 for a student
-from labels, 7 to 9 from records.
+The worst student without labels is 3.5 points better than the best student with 600 labels, and
+students without labels are as good as students with all labels. Cost on one core: 14 minutes for
+the teacher, 7 to record it, 4 for a student on labels, 7 to 9 for a student on records.
 """
 
 from distill_jax import config
@@ -117,8 +118,8 @@ def get_config(role: str = "distilled"):
     c.tasks.fashion.update(labelled=0.01, which="labelled", views=400)
     c.losses.hard = config.loss("ce")
   else:
-    roles = "teacher, distilled, conv, deit, hard and few"
-    raise ValueError(f"configs/fashion.py:{role} is none of {roles}")
+    roles = "teacher, distilled, conv, deit, hard or few"
+    raise ValueError(f"The role is {role!r}; expected {roles}. Choose one of them.")
 
   seeds = {f"{name}_{seed}" for seed in range(3) for name in ("hard", "distilled", "few")}
   runs = sorted(seeds | {"deit_0", "conv_0"})

@@ -1,4 +1,4 @@
-"""A CLIP of a ninth of its teacher's size learns the teacher's affinities, on Fashion-MNIST.
+"""Distils a CLIP into a student with a ninth of its parameters, on Fashion-MNIST with captions.
 
   apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb runs/fashion
   python tools/fashion_captions.py runs/fashion/usr/share/datasets/fashion-mnist runs/fashion
@@ -11,12 +11,13 @@
   distill-jax evaluate --config=$C           --workdir=$R
   distill-jax export   --config=$C:distilled --workdir=$R/distilled0
 
-The captions are made from labels (tools/fashion_captions.py): no person wrote them, and a text
-tells the class of its image and no more. The teacher (0.67 M parameters) sees 20,000 pairs three
-times, the students (0.08 M) 2,000 of them fifteen times: `hard` by InfoNCE alone, `distilled` also
-by the teacher's affinities (TinyCLIP, arXiv:2309.12314) and embeddings (CLIP-KD,
-arXiv:2307.12732). On what is held out, 5,000 test images under ten texts, text_recall in
-evaluation.json is zero-shot accuracy. Expect, the mean of three seeds (from least to most):
+The captions are generated from labels (tools/fashion_captions.py), so each text only contains the
+class of its image. The teacher (0.67 M parameters) is trained on 20,000 pairs for three epochs, the
+students (0.08 M) on 2,000 of them for fifteen epochs: `hard` with InfoNCE only, `distilled` also
+with the teacher's affinities (TinyCLIP, arXiv:2309.12314) and embeddings (CLIP-KD,
+arXiv:2307.12732). The held-out data are 5,000 test images and ten texts, so text_recall in
+evaluation.json is the zero-shot accuracy. Expected results, the mean of three seeds (minimum -
+maximum):
 
   |           | zero-shot accuracy  | ce in batches of 250     | KL to the teacher | parameters |
   |-----------|---------------------|--------------------------|-------------------|------------|
@@ -24,8 +25,8 @@ evaluation.json is zero-shot accuracy. Expect, the mean of three seeds (from lea
   | hard      | 75.2% (74.6 - 76.3) | 4.11                     | 0.477             | 76,785     |
   | distilled | 77.4% (75.9 - 78.8) | 3.91                     | 0.274             | 76,785     |
 
-The distilled student is the better one in every seed. The teacher has seen ten times as many
-pairs, and that is a part of it. CPU time: 166 s for the teacher, 41 to 87 s for a student.
+The distilled student is better with every seed. One reason is that the teacher was trained on ten
+times as many pairs. Cost: 166 s of CPU time for the teacher, 41 to 87 s for a student.
 """
 
 from distill_jax import config
@@ -36,6 +37,7 @@ IMAGE = {"image_size": 28, "patch_size": 7, "num_channels": 1}
 
 
 def tower(width: int, layers: int, **more: int) -> dict[str, int]:
+  """Returns the architecture config of one tower; `more` has additional fields."""
   return {
     "hidden_size": width,
     "intermediate_size": 4 * width,
@@ -65,7 +67,7 @@ def get_config(arm: str = "distilled"):
     "text": tower(32, 1, **TOKENS),
     "projection_dim": 32,
   }
-  c.train.steps, c.train.batch_size = 240, 125  # 15 times through
+  c.train.steps, c.train.batch_size = 240, 125  # 15 epochs
   c.optim.peak_lr, c.optim.warmup_steps, c.optim.b2 = 2e-3, 20, 0.98
 
   c.losses.hard = config.loss("ce")  # InfoNCE in both directions
@@ -76,13 +78,13 @@ def get_config(arm: str = "distilled"):
       "text": tower(64, 1, **TOKENS),
       "projection_dim": 64,
     }
-    c.train.steps, c.optim.peak_lr = 480, 1e-3  # 3 times through
+    c.train.steps, c.optim.peak_lr = 480, 1e-3  # 3 epochs
   elif arm == "distilled":
     c.train.online = True
     c.losses.affinity = config.loss("kd")
     c.losses.features = config.loss("embedding", projection="orthogonal")
   elif arm != "hard":
-    raise ValueError(f"fashion_clip.py:{arm} is neither :teacher, :hard nor :distilled")
+    raise ValueError(f"The arm is {arm!r}; expected teacher, hard or distilled. Choose one.")
   c.train.checkpoint_every, c.train.keep = 1000, 1
 
   students = [f"{arm}{seed}" for arm in ("hard", "distilled") for seed in range(3)]

@@ -1,17 +1,18 @@
-"""Llama 3.3 70B learns from sampled records of R1-Distill-Llama-70B, which is of its size.
+"""Trains Llama 3.3 70B on sampled records of R1-Distill-Llama-70B, a model of the same size.
 
   distill-jax preflight --config=configs/r1_llama_70b.py --topology=v5p:4x4x8
   distill-jax record    --config=configs/r1_llama_70b.py --workdir=records
   distill-jax train     --config=configs/r1_llama_70b.py --workdir=runs/r1_llama_70b
 
-and with configs/r1_llama_70b.py:32768 on longer sequences. What preflight says of a step on
-v5p:4x4x8, for 256 sequences of 4,096 tokens and 128 of 32,768 (one a device):
+With configs/r1_llama_70b.py:32768 the sequences have 32,768 tokens. Estimates of preflight
+for a step on v5p:4x4x8, with 256 sequences of 4,096 tokens or 128 of 32,768 (one per
+device):
 
-    tokens     GiB a device   GB sent  s/step   MFU    tokens/s  chip-hours
+    tokens       GiB/device   GB sent  s/step   MFU    tokens/s  chip-hours
      4,096    36.5 of 95.74      554   10.32    75%     101,633      3,005
     32,768    74.3 of 95.74      554   53.34    73%      78,630      3,884
 
-Times are bounds at published peaks, not forecasts; chip-hours are those of 8.6 billion tokens.
+Times are lower bounds from published peaks, not forecasts. Chip-hours are for 8.6 billion tokens.
 """
 
 import _r1

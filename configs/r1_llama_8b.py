@@ -1,17 +1,18 @@
-"""Llama 3.1 8B learns from sampled records of R1-Distill-Llama-70B.
+"""Trains Llama 3.1 8B on sampled records of R1-Distill-Llama-70B.
 
   distill-jax preflight --config=configs/r1_llama_8b.py --topology=v5p:4x4x4
   distill-jax record    --config=configs/r1_llama_8b.py --workdir=records
   distill-jax train     --config=configs/r1_llama_8b.py --workdir=runs/r1_llama_8b
 
-and with configs/r1_llama_8b.py:32768 on longer sequences. What preflight says of a step on
-v5p:4x4x4, for 256 sequences of 4,096 tokens and 64 of 32,768 (one a device):
+With configs/r1_llama_8b.py:32768 the sequences have 32,768 tokens. Estimates of preflight
+for a step on v5p:4x4x4, with 256 sequences of 4,096 tokens or 64 of 32,768 (one per
+device):
 
-    tokens     GiB a device   GB sent  s/step   MFU    tokens/s  chip-hours
+    tokens       GiB/device   GB sent  s/step   MFU    tokens/s  chip-hours
      4,096    13.5 of 95.74       61    2.28    76%     460,297        332
     32,768    20.0 of 95.74       61    6.97    73%     300,853        508
 
-Times are bounds at published peaks, not forecasts; chip-hours are those of 8.6 billion tokens.
+Times are lower bounds from published peaks, not forecasts. Chip-hours are for 8.6 billion tokens.
 """
 
 import _r1

@@ -1,17 +1,18 @@
-"""Qwen2.5 14B learns from sampled records of R1-Distill-Qwen-32B.
+"""Trains Qwen2.5 14B on sampled records of R1-Distill-Qwen-32B.
 
   distill-jax preflight --config=configs/r1_qwen_14b.py --topology=v5p:4x4x4
   distill-jax record    --config=configs/r1_qwen_14b.py --workdir=records
   distill-jax train     --config=configs/r1_qwen_14b.py --workdir=runs/r1_qwen_14b
 
-and with configs/r1_qwen_14b.py:32768 on longer sequences. What preflight says of a step on
-v5p:4x4x4, for 256 sequences of 4,096 tokens and 64 of 32,768 (one a device):
+With configs/r1_qwen_14b.py:32768 the sequences have 32,768 tokens. Estimates of preflight
+for a step on v5p:4x4x4, with 256 sequences of 4,096 tokens or 64 of 32,768 (one per
+device):
 
-    tokens     GiB a device   GB sent  s/step   MFU    tokens/s  chip-hours
+    tokens       GiB/device   GB sent  s/step   MFU    tokens/s  chip-hours
      4,096    23.2 of 95.74      112    4.26    75%     245,969        621
     32,768    32.1 of 95.74      112   13.05    72%     160,658        951
 
-Times are bounds at published peaks, not forecasts; chip-hours are those of 8.6 billion tokens.
+Times are lower bounds from published peaks, not forecasts. Chip-hours are for 8.6 billion tokens.
 """
 
 import _r1

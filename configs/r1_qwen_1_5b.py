@@ -1,17 +1,18 @@
-"""Qwen2.5 1.5B learns from sampled records of R1-Distill-Qwen-32B.
+"""Trains Qwen2.5 1.5B on sampled records of R1-Distill-Qwen-32B.
 
   distill-jax preflight --config=configs/r1_qwen_1_5b.py --topology=v5e:4x8
   distill-jax record    --config=configs/r1_qwen_1_5b.py --workdir=records
   distill-jax train     --config=configs/r1_qwen_1_5b.py --workdir=runs/r1_qwen_1_5b
 
-and with configs/r1_qwen_1_5b.py:32768 on longer sequences. What preflight says of a step on
-v5e:4x8, for 128 sequences of 4,096 tokens and 32 of 32,768 (one a device):
+With configs/r1_qwen_1_5b.py:32768 the sequences have 32,768 tokens. Estimates of preflight
+for a step on v5e:4x8, with 128 sequences of 4,096 tokens or 32 of 32,768 (one per
+device):
 
-    tokens     GiB a device   GB sent  s/step   MFU    tokens/s  chip-hours
+    tokens       GiB/device   GB sent  s/step   MFU    tokens/s  chip-hours
      4,096     6.9 of 15.75       21    1.12    77%     468,085        163
     32,768     6.7 of 15.75       21    4.09    72%     256,617        298
 
-Times are bounds at published peaks, not forecasts; chip-hours are those of 8.6 billion tokens.
+Times are lower bounds from published peaks, not forecasts. Chip-hours are for 8.6 billion tokens.
 """
 
 import _r1

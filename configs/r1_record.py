@@ -1,19 +1,20 @@
-"""DeepSeek-R1 671B reads a corpus once, and what it says is stored, 63 points a token.
+"""Records the outputs of DeepSeek-R1 671B on a corpus, with 63 samples per token.
 
   distill-jax preflight --config=configs/r1_record.py --topology=v5p:4x4x4 --verb=record
   distill-jax record    --config=configs/r1_record.py --workdir=records
 
-and with configs/r1_record.py:32768 on longer sequences. 4.3 billion tokens; weights in bfloat16,
-experts, heads and vocabulary over 4 chips, all of it over 16 such groups. What preflight says
-of a batch on v5p:4x4x4, 64 sequences of 4,096 tokens or 16 of 32,768:
+With configs/r1_record.py:32768 the sequences have 32,768 tokens. The corpus has 4.3 billion tokens.
+Weights are in bfloat16. Experts, heads and vocabulary are split over 4 chips, and parameters over
+16 groups of 4 chips. Estimates of preflight for a batch on v5p:4x4x4, 64 sequences of 4,096 tokens
+or 16 of 32,768:
 
-    tokens     GiB a device   GB sent  s/step   MFU    tokens/s  chip-hours
+    tokens       GiB/device   GB sent  s/step   MFU    tokens/s  chip-hours
      4,096    24.6 of 95.74      359    0.75   100%     351,868        217
     32,768    27.8 of 95.74      403    2.77   100%     189,370        403
 
-Times are bounds at published peaks, not forecasts. Gathering the weights takes 0.6 seconds a
-batch on the links' own, so a batch is no smaller than this. The store: about 135 GB, 31.5 bytes a
-token. R1 has a tokenizer of its own: students of another one learn from its text alone.
+Times are lower bounds from published peaks, not forecasts. Gathering the weights takes at least 0.6
+seconds per batch, so smaller batches would be slower per token. The store takes about 135 GB, 31.5
+bytes per token. Students must have R1's tokenizer; others can only be trained on its text.
 """
 
 from distill_jax import config

@@ -1,18 +1,18 @@
-"""Qwen2.5 32B learns to say what DeepSeek-R1 said and was right.
+"""Trains Qwen2.5 32B on correct answers that DeepSeek-R1 generated.
 
   C=configs/r1_sft_qwen_32b.py
   distill-jax preflight --config=$C --topology=v5p:4x4x4
-  distill-jax generate  --config=$C --workdir=runs/r1_sft/generated   # R1 behind vLLM
+  distill-jax generate  --config=$C --workdir=runs/r1_sft/generated   # R1 on a vLLM server
   distill-jax filter    --config=$C --workdir=runs/r1_sft/filtered
-  distill-jax record    --config=$C --workdir=records                 # packs the text, no teacher
+  distill-jax record    --config=$C --workdir=records                 # packs text, without teacher
   distill-jax train     --config=$C --workdir=runs/r1_sft_qwen_32b
 
-What preflight says of a step on v5p:4x4x4, 64 sequences of 32,768 tokens, one a device:
+Estimates of preflight for a step on v5p:4x4x4, 64 sequences of 32,768 tokens (one per device):
 
-    GiB a device    GB sent   s/step   MFU    tokens/s   chip-hours
+      GiB/device    GB sent   s/step   MFU    tokens/s   chip-hours
      49.1 of 95.74       253    25.05   73%      83,703      1,824
 
-Times are bounds at published peaks, not forecasts; chip-hours are those of 8.6 billion tokens.
+Times are lower bounds from published peaks, not forecasts. Chip-hours are for 8.6 billion tokens.
 """
 
 import _r1_sft

@@ -1,17 +1,17 @@
-"""Films liked or not: MiniLM, fine-tuned on rated snippets, teaches two of its layers.
+"""Distils a MiniLM for the sentiment of film reviews into a student with two of its layers.
 
-  python tools/sentiment.py DIR runs/sentiment    # its docstring says what DIR holds
+  python tools/sentiment.py DIR runs/sentiment    # its docstring describes DIR
   distill-jax train    --config=configs/sentiment.py:teacher   --workdir=runs/sentiment/teacher
   distill-jax record   --config=configs/sentiment.py           --workdir=runs/sentiment/records
 
-and, of seeds 0, 1 and 2 (--config.seed=0 …),
+then for seeds 0, 1 and 2 (--config.seed=0 …):
 
   distill-jax train    --config=configs/sentiment.py:hard      --workdir=runs/sentiment/hard_0
   distill-jax train    --config=configs/sentiment.py:distilled --workdir=runs/sentiment/distilled_0
   distill-jax evaluate --config=configs/sentiment.py           --workdir=runs/sentiment
   distill-jax export   --config=configs/sentiment.py:distilled --workdir=runs/sentiment/distilled_0
 
-Expect, on 1,032 held-out snippets, the mean of three seeds (from least to most):
+Expected results on 1,032 held-out snippets, the mean of three seeds (minimum - maximum):
 
   |                   | accuracy            | ce    | KL to the teacher | same answer | parameters |
   |-------------------|---------------------|-------|-------------------|-------------|------------|
@@ -19,16 +19,16 @@ Expect, on 1,032 held-out snippets, the mean of three seeds (from least to most)
   | 2 layers, hard    | 79.2% (78.9 - 79.7) | 0.447 | 0.088             | 84.9%       | 15.6 M     |
   | 2 layers, soft    | 79.6% (78.3 - 80.2) | 0.448 | 0.072             | 86.7%       | 15.6 M     |
 
-The soft labels bring the student nearer to its teacher in every seed; in accuracy the two are
-equal within their spread. 160 steps of 32 snippets are half of the text, read once. Measured on
-2 CPU cores with other work beside: 9 minutes for the teacher, 2 to 4 for a student.
+With every seed, the student is closer to the teacher with soft labels. The difference in accuracy
+is within the spread of the seeds. 160 steps of 32 snippets are half an epoch. Cost on 2 busy CPU
+cores: 9 minutes for the teacher, 2 to 4 for a student.
 """
 
 import os
 
 from distill_jax import config
 
-AT = os.environ.get("SENTIMENT", "runs/sentiment")  # where it all lies
+AT = os.environ.get("SENTIMENT", "runs/sentiment")  # the folder of all data and runs
 
 
 def get_config(student: str = "distilled"):
@@ -43,7 +43,7 @@ def get_config(student: str = "distilled"):
   c.teacher.source = f"run:{AT}/teacher"
   c.student.source = f"{AT}/minilm"
   c.student.changes, c.student.new = {"num_labels": 2}, ("classifier",)
-  c.records.kind = "dense"  # two log-probabilities a text
+  c.records.kind = "dense"  # two log-probabilities per text
   c.records.batch_size = c.train.batch_size = c.evaluate.batch_size = 32
   c.train.steps = c.train.checkpoint_every = 160
   c.train.keep = 1
@@ -61,7 +61,8 @@ def get_config(student: str = "distilled"):
       c.train.records = (f"{AT}/records",)
       c.losses.soft = config.loss("kd", temperature=2.0)
   else:
-    raise ValueError(f"configs/sentiment.py:{student} is none of teacher, hard, distilled")
+    roles = "teacher, hard or distilled"
+    raise ValueError(f"The student is {student!r}; expected {roles}. Choose one of them.")
 
   runs = [f"{name}_{seed}" for name in ("hard", "distilled") for seed in range(3)]
   c.evaluate.models = {name: f"run:{AT}/{name}" for name in runs}

@@ -58,7 +58,6 @@ PENDING: tuple[str, ...] = (
   "distill_jax/generation/",
   "distill_jax/pruning/",
   "distill_jax/records/",
-  "configs/",
   "launch/",
   "tools/",
 )

@@ -52,14 +52,14 @@ def measured(config: str, at: Path, seed: int, students: tuple[str, ...]) -> dic
 def translation(at: Path, seed: int) -> dict[str, float]:
   run("train", "translation.py:teacher", at / "teacher", at)
   run("record", "translation.py", at / "records", at)
-  if not (at / "said/pairs.jsonl").exists():
-    run("generate", "translation.py", at / "said", at)
+  if not (at / "generated/pairs.jsonl").exists():
+    run("generate", "translation.py", at / "generated", at)
   return measured("translation.py", at, seed, ("hard", "words", "sentences"))
 
 
 def speech(at: Path, seed: int) -> dict[str, float]:
-  if not (at / "said/pairs.jsonl").exists():
-    run("generate", "speech.py", at / "said", at)
+  if not (at / "generated/pairs.jsonl").exists():
+    run("generate", "speech.py", at / "generated", at)
   run("record", "speech.py:records", at / "records", at)
   return measured("speech.py", at, seed, ("hard", "distilled"))
 
