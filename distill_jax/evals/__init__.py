@@ -1,8 +1,8 @@
-"""Evaluation: benchmarks, one a file, and how models are measured on them and on held-out data.
+"""Evaluation of models on benchmarks and on held-out data.
 
-A benchmark is a module with a frozen dataclass `Benchmark`, a subclass of `Benchmark` or
-`GenerativeBenchmark` below, whose fields are its config keys. The folder is their registry, but
-for the modules in SHARED.
+A benchmark is a module of this package with a frozen dataclass `Benchmark`, a subclass of
+`Benchmark` or `GenerativeBenchmark` below, whose fields are its config keys. All public modules
+except those in SHARED are benchmarks.
 """
 
 from distill_jax.evals._base import Benchmark, Choice, GenerativeBenchmark, PromptLine

@@ -1,4 +1,4 @@
-r"""Questions with options A, B, C, …, answered by a letter in the text."""
+r"""Multiple-choice questions with options A, B, C, … that are answered in text."""
 
 from __future__ import annotations
 
@@ -22,15 +22,23 @@ ALONE = re.compile(rf"{LETTER}\s*")
 
 
 def with_options(question: str, texts: Sequence[str]) -> str:
-  """Returns a question followed by its options, a line each: "A) …"."""
+  """Returns a question followed by its options, one per line, e.g. "A) 42".
+
+  Raises:
+    InputError: If there are more options than letters.
+  """
   if len(texts) > len(LETTERS):
-    raise InputError(f"there are {len(texts)} options and {len(LETTERS)} letters")
+    raise InputError(f"The question has {len(texts)} options; expected at most {len(LETTERS)}.")
   lines = (f"{letter}) {text.strip()}" for letter, text in zip(LETTERS, texts, strict=False))
   return "\n".join([question.strip(), "", *lines])
 
 
 def final_letter(text: str) -> str:
-  r"""The final letter of an answer: the last \boxed{…}, "answer: …", or all there is; else ""."""
+  r"""Returns the letter that a text gives as its answer, or "".
+
+  This is the letter in the last \boxed{…}, else after the last "answer:" or "answer is", else the
+  whole text if it is a single letter. Reasoning is ignored.
+  """
   text = answer_part(text).strip()
   box = answers.boxed(text)
   if box is not None:
@@ -44,7 +52,7 @@ def final_letter(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Judge(SampleFilter):
-  """Accepts answers whose letter is that of the key, the field `answer`."""
+  """Rejects answers whose letter differs from the answer key in the field `answer`."""
 
   def reject_reason(self, sample: Sample) -> str | None:
     key = text_field(sample, "answer")
@@ -55,4 +63,4 @@ class Judge(SampleFilter):
     letter = final_letter(sample["text"])
     if not letter:
       return "no final answer"
-    return None if letter == key else f"wrong: {letter!r}, and the key is {key!r}"
+    return None if letter == key else f"wrong: {letter!r}, but the key is {key!r}"

@@ -107,7 +107,7 @@ def field(row: BenchmarkRow, *names: str) -> Any:
   """Returns the first of the named fields that is present and not null.
 
   Raises:
-    InputError: If there is none. The message names the row's fields but never their contents.
+    InputError: If all are missing. The message names the row's fields but never their contents.
   """
   for name in names:
     if row.get(name) is not None:

@@ -1,4 +1,4 @@
-"""From verdicts to numbers: pass@k and majority votes, with confidence intervals."""
+"""Scores of generative benchmarks: pass@k and majority votes, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-RESAMPLES = 2000
-KS = (1, 10, 100)  # of pass@k, beside all samples
+RESAMPLES = 2000  # number of bootstrap samples
+KS = (1, 10, 100)  # values of k for pass@k, in addition to the number of samples
 
 Number = dict[str, float]  # value, low, high
 
 
 def interval(per_question: Sequence[float], seed: int = 0) -> Number:
-  """The mean over questions, and its 95% percentile bootstrap interval.
+  """Returns the mean over questions with its 95% bootstrap confidence interval.
 
-  Questions are resampled with replacement, each with all its samples: 2,000 times, seeded. Where
-  all questions have the same value, the interval is that point.
+  The percentile bootstrap resamples questions (each with all its samples) with replacement,
+  RESAMPLES times. If all questions have the same value, the interval is that value.
+
+  Args:
+    per_question: One value per question.
+    seed: The seed of the bootstrap.
   """
   values, rng = np.asarray(per_question, np.float64), np.random.default_rng(seed)
   means = [np.mean(values[rng.integers(len(values), size=len(values))]) for _ in range(RESAMPLES)]
@@ -26,18 +30,22 @@ def interval(per_question: Sequence[float], seed: int = 0) -> Number:
 
 
 def pass_at(k: int, n: int, right: int) -> float:
-  """The chance that of k samples, drawn from n of which `right` are, one is right.
+  """Returns the unbiased estimate of pass@k, 1 - C(n - right, k) / C(n, k).
 
-  1 - C(n - right, k) / C(n, k), without bias (arXiv:2107.03374, equation 1).
+  This is the probability that at least one of k samples is correct, if k samples are drawn from n
+  samples of which `right` are correct (arXiv:2107.03374, equation 1).
   """
   return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def majority(answers: Sequence[str], right: Sequence[bool]) -> float:
-  """1.0 if the answer that most samples give is right, else 0.0; ties share the point.
+  """Returns the score of the majority vote on one question: 1.0 if it is correct, else 0.0.
+
+  Tied answers share the point.
 
   Args:
-    answers: spelt in one way; "" is no answer, and has no vote.
+    answers: The answer of each sample, with one spelling for equal answers; "" does not vote.
+    right: True for correct samples.
   """
   votes: dict[str, list[bool]] = {}
   for answer, verdict in zip(answers, right, strict=True):
@@ -51,16 +59,17 @@ def majority(answers: Sequence[str], right: Sequence[bool]) -> float:
 def passed(
   right: Sequence[Sequence[bool]], answers: Sequence[Sequence[str]] | None
 ) -> dict[str, Number]:
-  """The numbers of a set.
+  """Returns the scores of a benchmark, each with its confidence interval.
 
   Args:
-    right: of each question, whether each of its samples is.
-    answers: what each says, in one spelling; None: such answers are not voted on.
+    right: For each question, a list that is True for each correct sample.
+    answers: For each question, the answers of its samples, with one spelling for equal answers.
+      None: no majority votes.
 
   Returns:
-    pass@1, the mean over a question's samples and then over questions: DeepSeek-R1's pass@1
-    (arXiv:2501.12948), which is pass_at(1); pass@k of KS and of as many samples as all
-    questions have; maj@n. Each with its interval.
+    "pass@k" for k in KS and for k = n, and "maj@n", where n is the minimum number of samples per
+    question. pass@1 is DeepSeek-R1's (arXiv:2501.12948): the mean over the samples of a question,
+    and then over questions.
   """
   n = min(map(len, right))
   ks = sorted({k for k in (*KS, n) if k <= n})

@@ -1,4 +1,4 @@
-"""Benchmarks answered in words: a model's samples, judged by a filter."""
+"""Generative benchmarks: sample a model's answers and judge them with a filter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distill_jax.config import Config
 from distill_jax.data import jsonl
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.evals import _option_letter, _scores
 from distill_jax.evals._base import GenerativeBenchmark
 from distill_jax.evals.model_slot import ModelSlot
@@ -36,22 +36,35 @@ def measure(
   questions: Questions,
   folder: Path,
 ) -> JsonObject:
-  """Samples a model's answers to every question, and judges them.
+  """Samples a model's answers to every question and judges them.
 
-  In `folder`: prompts.jsonl, the questions; samples.jsonl, the answers, see generation/local.py;
-  verdicts.jsonl, {id, sample, right, why, answer} a sample; left_out.jsonl, the questions and
-  samples that do not count. A run that was stopped continues.
+  An interrupted run is resumed. These files are written into `folder`:
+    prompts.jsonl: The questions.
+    samples.jsonl: The answers; see generation/local.py.
+    verdicts.jsonl: {id, sample, right, why, answer} for each judged sample.
+    left_out.jsonl: {question, reason} for each skipped question or sample.
+
+  Args:
+    config: The config.
+    model: The model.
+    benchmark: The benchmark.
+    questions: The benchmark's questions.
+    folder: The folder for these files.
 
   Returns:
-    questions; left_out, how many do not count; samples, of each; cut_off, the share of samples
-    that ended at the maximum length, which are judged as they are; tokens, a sample's mean; and
-    the numbers of _scores.passed.
-    On processes but the first: nothing.
+    A dict with these keys, on the first process; an empty dict on other processes.
+      questions: The number of questions with a judged sample.
+      left_out: The number of skipped questions.
+      samples: The mean number of samples per question.
+      cut_off: The fraction of samples that were cut off at the maximum length. They are judged like
+        all others.
+      tokens: The mean number of tokens per sample.
+    It also contains the scores of `_scores.passed`.
 
   Raises:
-    InputError: the folder's samples are of other settings; evaluate.on_bad is "stop" and a
-      prompt is too long for the cache; what `dispatch.generate` refuses.
-    Preempted: SIGTERM was received; finished samples are kept.
+    InputError: If the folder has samples with other settings; if evaluate.on_bad is "stop" and a
+      prompt is too long; or by `dispatch.generate`.
+    Preempted: If SIGTERM was received. Finished samples are kept.
   """
   row: JsonObject = {}
   try:
@@ -68,10 +81,14 @@ def measure(
 def generation_job(
   config: Config, model: ModelSlot, benchmark: GenerativeBenchmark, folder: Path
 ) -> GenerationJob:
-  """The job that samples answers to the questions in `folder`.
+  """Returns the job that samples answers to the questions in `folder`.
 
-  It decodes and prompts as section `generate` says, and samples as `evaluate` and the benchmark
-  say. generate.server is the teacher's; another model is served where its source is an address.
+  Prompting and decoding are set in section `generate`, and sampling in section `evaluate` and in
+  the benchmark. generate.server serves the teacher; another model is on a server if its source is
+  an address.
+
+  Raises:
+    InputError: If several samples per question are requested with greedy decoding.
   """
   c, server = config.evaluate, ServerOptions()
   if is_served(model.options):
@@ -81,9 +98,11 @@ def generation_job(
     server = config.generate.server
   samples = benchmark.samples or c.samples
   if samples > 1 and c.temperature == 0:
-    raise InputError(
-      f"{samples} samples of each question are asked for at evaluate.temperature 0, which makes "
-      "them all the same; ask for 1, or set a temperature"
+    raise bad_value(
+      "evaluate.temperature",
+      c.temperature,
+      f"more than 0 for {samples} samples per question, which would all be equal",
+      "Set a temperature, or evaluate.samples=1",
     )
   return GenerationJob(
     model=model.options,
@@ -106,12 +125,12 @@ def generation_job(
 
 
 def is_served(options: ModelOptions) -> bool:
-  """Whether a model's source is the address of a server."""
+  """Returns True if a model's source is the address of a server."""
   return options.source.startswith(("http://", "https://"))
 
 
 def _check_same_settings(job: GenerationJob, folder: Path) -> None:
-  """Refuses a folder of samples of other settings; writes these down where there is none."""
+  """Checks that a folder has no samples with other settings, and writes the settings to a file."""
   settings = {
     "samples": job.samples,
     "temperature": job.sampling.temperature,
@@ -127,24 +146,24 @@ def _check_same_settings(job: GenerationJob, folder: Path) -> None:
     "extra": json.loads(json.dumps(job.server.extra)),
   }
   file = folder / SETTINGS
-  before = json_io.read_object(file, "delete that folder") if file.exists() else settings
+  before = json_io.read_object(file, "Delete the folder") if file.exists() else settings
   for key, value in settings.items():
     if before.get(key) != value:
       raise InputError(
-        f"{folder} holds answers that were asked for with {key} {before.get(key)!r} and it is now "
-        f"{value!r}; delete that folder, or choose another --workdir"
+        f"The answers in {folder} were sampled with {key}={before.get(key)!r}, but it is now "
+        f"{value!r}. Delete the folder, or choose another --workdir."
       )
   json_io.write_json(file, settings)
 
 
 def _judge(benchmark: GenerativeBenchmark, questions: Questions, folder: Path) -> JsonObject:
-  """Judges the samples in `folder`, and writes the verdicts there; returns a row of results."""
+  """Judges the samples in `folder`, writes the verdicts into it, and returns the results."""
   judge = benchmark.judge()
   assert judge is not None
   tally = Tally(questions, _spelling(judge))
   for row in _objects(folder / outputs.REJECTED):
-    tally.leave_out(row["id"], row.get("sample"), row["reason"])
-  # The answer key is the one that the benchmark has now, not the one of the time of sampling.
+    tally.skip(row["id"], row.get("sample"), row["reason"])
+  # Samples are judged with the benchmark's current answer keys, not with those in samples.jsonl.
   samples = (
     sample | {"about": questions.usable[sample["id"]].content}
     for sample in _objects(folder / outputs.SAMPLES)
@@ -154,19 +173,24 @@ def _judge(benchmark: GenerativeBenchmark, questions: Questions, folder: Path) -
   jsonl.write(folder / VERDICTS, tally.verdicts, ensure_ascii=True)
   jsonl.write(folder / LEFT_OUT, tally.left_out, ensure_ascii=True)
   if not tally.verdicts:
-    raise InputError(f"evals.{questions.name} has no answer to judge; {folder / LEFT_OUT} says why")
+    raise InputError(
+      f"evals.{questions.name} has no answer that can be judged. See {folder / LEFT_OUT} for the "
+      "reasons."
+    )
   return tally.row()
 
 
 class Tally:
-  """Verdicts on samples, and the numbers that they add up to.
-
-  Attributes:
-    verdicts: {id, sample, right, why, answer} of each sample that counts.
-    left_out: {question, reason} of each question or sample that does not.
+  """Collects verdicts on samples and computes the scores.
 
   Args:
-    spell: gives one spelling for answers that are the same, to vote with; None: no votes.
+    questions: The benchmark's questions.
+    spell: A function that returns the answer in a sample, with one spelling for equal answers, for
+      majority votes. None: no votes.
+
+  Attributes:
+    verdicts: {id, sample, right, why, answer} for each judged sample.
+    left_out: {question, reason} for each skipped question or sample.
   """
 
   def __init__(self, questions: Questions, spell: Callable[[Sample], str] | None):
@@ -177,17 +201,22 @@ class Tally:
     self._answers: dict[int, list[str]] = collections.defaultdict(list)
     self._cut_off = self._tokens = 0
 
-  def leave_out(self, number: int, sample: int | None, reason: str) -> None:
-    """Counts a sample of a question, or all of them (None), as left out."""
+  def skip(self, number: int, sample: int | None, reason: str) -> None:
+    """Skips a sample of a question, or all of its samples (None)."""
     where = self._questions.usable[number].where
     which = where if sample is None else f"{where}, sample {sample}"
     self.left_out.append({"question": which, "reason": reason})
 
   def add(self, sample: Sample, verdict: str | None) -> None:
-    """Counts a sample. The verdict is why it is wrong, None if it is right, or Unjudgeable."""
+    """Adds a sample.
+
+    Args:
+      sample: The sample.
+      verdict: None if it is correct, the reason if it is wrong, or an `Unjudgeable` to skip it.
+    """
     number = sample["id"]
     if isinstance(verdict, Unjudgeable):
-      self.leave_out(number, sample["sample"], verdict)
+      self.skip(number, sample["sample"], verdict)
       return
     is_right = verdict is None
     line = {"id": number, "sample": sample["sample"], "right": is_right, "why": verdict}
@@ -200,7 +229,7 @@ class Tally:
     self._tokens += sample.get("token_count", len(sample.get("tokens", ())))
 
   def row(self) -> JsonObject:
-    """The results, as `measure` returns them."""
+    """Returns the results; see `measure`."""
     questions, samples = len(self._right), len(self.verdicts)
     answers = [*self._answers.values()] if self._spell else None
     return {
@@ -214,7 +243,7 @@ class Tally:
 
 
 def _spelling(judge: Filter) -> Callable[[Sample], str] | None:
-  """One spelling for answers that a judge takes for the same; None: they are not voted on."""
+  """Returns a function for the spelling of answers that a judge considers equal (see `Tally`)."""
   if isinstance(judge, code.Filter):
     return None
   if isinstance(judge, _option_letter.Judge):

@@ -1,4 +1,4 @@
-"""Models on held-out data, beside the teacher: all on the same sequences, or on the same labels."""
+"""Evaluation of models and their teacher on the same held-out sequences or examples."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from distill_jax.tasks import TextTask, dataset, pseudo_labels
 from distill_jax.training.outputs import run_teacher
 from distill_jax.types import IN_BATCH_CLASSES, Batch, JsonObject, Mean
 
-TIMED_PASSES = 2  # over one batch, for the throughput
+TIMED_PASSES = 2  # number of passes over one batch to measure the throughput
 
-ModelResults = dict[str, float]  # the results of one model
+ModelResults = dict[str, float]  # results of one model
 
 
 class HeldOut(NamedTuple):
-  """The held-out data of a task, or of the corpus.
+  """The held-out data of a task or of the corpus.
 
   Attributes:
-    examples: records without targets.
-    classes: rows of the models' heads that are classes, or tokens.
+    examples: Records without targets.
+    classes: The number of rows of the models' heads that are classes or tokens; others are padding.
   """
 
   examples: Sequence[dict[str, np.ndarray]]
@@ -46,16 +46,19 @@ class HeldOut(NamedTuple):
 def measure(
   config: Config, models: Mapping[str, ModelSource], mesh: jax.sharding.Mesh
 ) -> JsonObject:
-  """Measures models on held-out data.
+  """Evaluates models on held-out data.
 
   Args:
-    models: by name, opened, "teacher" among them.
+    config: The config.
+    models: Opened models by name, including "teacher".
+    mesh: The devices.
 
   Returns:
-    models, tokens, corpus and tasks, as commands/evaluate.py describes them.
+    A dict with the keys models, tokens, corpus and (with config.tasks) tasks; see
+    commands/evaluate.py.
 
   Raises:
-    InputError: config, models and data do not fit together.
+    InputError: If config, models and data are inconsistent.
   """
   with jax.set_mesh(mesh):
     teacher = _load(config, models, "teacher", mesh)
@@ -93,7 +96,7 @@ def _load(
 
 
 def _corpus(config: Config, teacher: LoadedModel) -> HeldOut:
-  """Packed sequences."""
+  """Returns the held-out part of the corpus as packed sequences."""
   data = dataclasses.replace(config.data, split="heldout", sequences=config.evaluate.sequences)
   tokenizer = corpus.tokenizer_of(data, teacher.pretrained)
   shape = teacher.text_config
@@ -103,7 +106,7 @@ def _corpus(config: Config, teacher: LoadedModel) -> HeldOut:
 
 
 def _tasks(config: Config, teacher: LoadedModel) -> dict[str, HeldOut]:
-  """The examples of each task; the heads have the classes of all."""
+  """Returns the held-out examples of each task. The models' heads have the classes of all tasks."""
   examples = {
     name: dataset.open_examples(
       config, name, "heldout", teacher.pretrained, config.evaluate.sequences
@@ -125,7 +128,10 @@ def _measure(
   data: HeldOut,
   mesh: jax.sharding.Mesh,
 ) -> dict[str, ModelResults]:
-  """Runs every model on every batch; the teacher once a batch for all of them."""
+  """Evaluates all models on all batches, and returns their results by name.
+
+  The teacher runs once per batch.
+  """
   chunk, size = config.evaluate.chunk, config.evaluate.batch_size
   batch_sharding = sharding.batch_sharding(mesh)
   forward = {
@@ -155,7 +161,7 @@ def _measure(
 
 
 def _embedding_metrics(classes: int) -> Retrieval | Similarity | None:
-  """The metrics of models whose outputs are embeddings: of pairs, or a head of one row."""
+  """Returns the metrics for models whose outputs are embeddings, or None for other models."""
   if classes == IN_BATCH_CLASSES:
     return Retrieval()
   return Similarity() if classes == 1 else None
@@ -172,9 +178,9 @@ def _size(m: LoadedModel) -> ModelResults:
 
 
 def _speed(m: LoadedModel, batch: Batch, chunk: int) -> ModelResults:
-  """Tokens a second of scoring one batch."""
+  """Measures the tokens per second of scoring one batch."""
   score = jax.jit(functools.partial(next_token.score, compute=m.compute, chunk=chunk))
-  jax.block_until_ready(score(m.model, batch))  # compiles it
+  jax.block_until_ready(score(m.model, batch))  # compilation
   start = time.perf_counter()
   for _ in range(TIMED_PASSES):
     jax.block_until_ready(score(m.model, batch))

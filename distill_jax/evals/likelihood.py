@@ -1,4 +1,4 @@
-"""The log-likelihood of continuations, and whether greedy decoding gives the same."""
+"""Log-likelihoods of continuations, for multiple-choice benchmarks and lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from distill_jax.records.collate import to_device
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import Inputs, JsonObject, Model, Output
 
-MIN_LEN = 32  # rows are padded to one of few lengths, from this one on
+MIN_LEN = 32  # minimum length to which rows are padded
 
 
 class Pair(NamedTuple):
-  """A text in tokens: a context of at least one, and at least one that is scored after it."""
+  """A tokenized text: a context of at least one token, and at least one token to score after it."""
 
   given: list[int]
   scored: list[int]
@@ -35,8 +35,8 @@ class Scored(NamedTuple):
   """The score of a pair.
 
   Attributes:
-    logp: of all its scored tokens, in nats.
-    greedy: whether each of them is the likeliest.
+    logp: The log-probability of all scored tokens, in nats.
+    greedy: True if each scored token is the most likely token at its position.
   """
 
   logp: float
@@ -44,13 +44,13 @@ class Scored(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-  """The rows of a batch of pairs.
+  """A batch of pairs.
 
   Attributes:
-    number_B: of the pair; -1 for padding.
-    inputs: the tokens of both parts but for the last one.
-    positions_BC: the positions whose outputs predict the scored tokens …
-    labels_BC: … and these tokens; -1 where there is none.
+    number_B: int32, the index of each pair; -1 for padding.
+    inputs: The tokens of both parts, except for the last token.
+    positions_BC: int32, the positions whose outputs predict the scored tokens.
+    labels_BC: int32, the scored tokens; -1 for padding.
   """
 
   number_B: Any
@@ -60,12 +60,16 @@ class PairBatch(NamedTuple):
 
 
 def make_pair(tokenizer: Tokenizer, given: str, scored: str) -> Pair:
-  """Tokenizes `given + scored`, and tells which tokens are scored.
+  """Tokenizes the text `given + scored` and splits its tokens into context and scored tokens.
 
-  As in lm-evaluation-harness, so that numbers compare: the whole text is tokenized, after what
-  the tokenizer puts first; spaces that `given` ends with belong to what is scored; and as many
-  tokens are given as `given` has alone. An empty one is replaced by a text's beginning (or a
-  document's end).
+  The rules are those of lm-evaluation-harness, so that results are comparable. The whole text is
+  tokenized, with the tokens that the tokenizer puts first. White space at the end of `given` is
+  part of the scored text. The number of context tokens is that of `given` alone. An empty `given`
+  is replaced by the tokens of `prefix`.
+
+  Raises:
+    InputError: If no token belongs to the scored text, or the tokenizer has no prefix for an empty
+      context.
   """
   end = len(given.rstrip())
   given, scored = given[:end], given[end:] + scored
@@ -73,35 +77,35 @@ def make_pair(tokenizer: Tokenizer, given: str, scored: str) -> Pair:
   ids = tokenizer.encode(given + scored)
   whole = with_beginning(tokenizer, ids) if given else [*prefix(tokenizer), *ids]
   if len(whole) <= n:
-    raise InputError("there is nothing to score: no token of the text is of its second part")
+    raise InputError("The continuation adds no tokens to its context, so it cannot be scored.")
   return Pair(whole[:n], whole[n:])
 
 
 def with_beginning(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-  """Adds what the tokenizer puts first, where a chat template has not written it."""
+  """Returns token ids with the tokenizer's first tokens (`Tokenizer.begin`), added if missing."""
   first = tokenizer.begin
   return ids if ids[: len(first)] == first else [*first, *ids]
 
 
 def prefix(tokenizer: Tokenizer) -> list[int]:
-  """What a text without a context is scored after: the token that begins or ends a text.
+  """Returns the context of a text without context: the token that begins or ends a text.
 
   Raises:
-    InputError: the tokenizer has neither.
+    InputError: If the tokenizer has neither.
   """
   if tokenizer.begin:
     return tokenizer.begin
   first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
   if first is None:
     raise InputError(
-      f"{tokenizer.where} has no token that begins or ends a text, after which one that follows "
-      "nothing could be scored; give every text a context"
+      f"{tokenizer.where} has no token that begins or ends a text, so a text without context "
+      "cannot be scored. Give every text a context."
     )
   return [first]
 
 
 def padded_len(n: int, max_len: int) -> int:
-  """The least of 32, 48, 64, 96, 128, … that is at least n; at most `max_len`."""
+  """Returns the smallest length of 32, 48, 64, 96, 128, … that is at least n, up to `max_len`."""
   power = 1 << max(n - 1, MIN_LEN - 1).bit_length()
   fits_between = n <= 3 * power // 4 and power > MIN_LEN
   return min(3 * power // 4 if fits_between else power, max_len)
@@ -110,9 +114,19 @@ def padded_len(n: int, max_len: int) -> int:
 def score(
   model: Model, batch: PairBatch, *, compute: ComputeConfig, chunk: int, vocab_size: int
 ) -> JsonObject:
-  """Scores the rows of a batch: number int32 [B], logp float32 [B] in nats, greedy bool [B].
+  """Scores a batch of pairs. The head is computed only at positions that predict a scored token.
 
-  The head reads only the positions that predict a label.
+  Args:
+    model: The model.
+    batch: The pairs.
+    compute: The compute settings.
+    chunk: The number of positions per row whose logits are in memory at once.
+    vocab_size: The number of tokens; further rows of the head are padding.
+
+  Returns:
+    number: int32 [B], see `PairBatch`.
+    logp: float32 [B], the log-probability of the scored tokens in nats.
+    greedy: bool [B], see `Scored`.
   """
   out: Output = model(batch.inputs, compute)
   hidden_BCD = jnp.take_along_axis(out.hidden_BTD, batch.positions_BC[..., None], axis=1)
@@ -132,14 +146,20 @@ def score(
 
 
 class Scorer:
-  """Scores pairs with a model, `batch_size` rows at a time, on its mesh.
+  """Scores pairs with a model.
 
   Args:
-    tokenizer: the model's; rows of the head past its tokens are padding.
-    chunk: positions of each row whose logits exist at once.
+    loaded: The model.
+    mesh: The devices.
+    tokenizer: The model's tokenizer. Rows of the head beyond its tokens are padding.
+    batch_size: The number of pairs per batch.
+    chunk: The number of positions per row whose logits are in memory at once.
 
   Attributes:
-    max_len: tokens that the model reads.
+    max_len: The model's maximum sequence length.
+
+  Raises:
+    InputError: If the batch size does not divide over the devices, or the vocabulary is too large.
   """
 
   def __init__(
@@ -162,14 +182,14 @@ class Scorer:
     )
 
   def fits(self, pair: Pair) -> bool:
-    """Whether the model can read a pair, but for the last token."""
+    """Returns True if a pair without its last token fits into the model's maximum length."""
     return len(pair.given) + len(pair.scored) - 1 <= self.max_len
 
   def __call__(self, pairs: Sequence[Pair]) -> list[Scored]:
-    """Scores pairs that fit, in their order.
+    """Scores pairs that fit and returns the scores in the same order.
 
     Raises:
-      FloatingPointError: a log-probability is not finite.
+      FloatingPointError: If a log-probability is not finite.
     """
     lengths = [padded_len(len(p.given) + len(p.scored) - 1, self.max_len) for p in pairs]
     order = sorted(range(len(pairs)), key=lambda i: (-lengths[i], -len(pairs[i].scored)))
@@ -189,13 +209,13 @@ class Scorer:
     for i, s in enumerate(scored):
       if not np.isfinite(s.logp):
         raise FloatingPointError(
-          f"the log-probability of text {i} is {s.logp}; the model's weights are damaged, or too "
-          "large for its dtype"
+          f"The log-probability of text {i} is {s.logp}. The model's weights are damaged, or too "
+          "large for its dtype."
         )
     return scored
 
   def _batch(self, pairs: Mapping[int, Pair], T: int) -> PairBatch:
-    """This process's rows of a batch of pairs by number; rows past them are padding."""
+    """Returns this process's rows of a batch, given its pairs by index. Other rows are padding."""
     B, C = self._batch_size, padded_len(max(len(p.scored) for p in pairs.values()), T)
     number_B = np.full(B, -1, np.int32)
     tokens_BT, segments_BT, position_BT = (np.zeros((B, T), np.int32) for _ in range(3))
@@ -207,6 +227,6 @@ class Scorer:
       tokens_BT[row, : len(read)], segments_BT[row, : len(read)] = read, 1
       positions_BC[row, : len(scored)] = np.arange(len(given) - 1, len(read))
       labels_BC[row, : len(scored)] = scored
-    arrays: Any = (tokens_BT, position_BT, segments_BT)  # of numpy, until to_device
+    arrays: Any = (tokens_BT, position_BT, segments_BT)  # numpy arrays until to_device
     batch = PairBatch(number_B, Inputs(*arrays), positions_BC, labels_BC)
     return jax.tree.map(lambda x: x[jax.process_index() :: jax.process_count()], batch)

@@ -1,9 +1,9 @@
-"""EleutherAI's lm-evaluation-harness over a model of ours.
+"""An adapter for EleutherAI's lm-evaluation-harness.
 
   from distill_jax.evals.lm_eval import Adapter
   lm_eval.simple_evaluate(model=Adapter("run:runs/demo/distilled"), tasks=["hellaswag"])
 
-It needs the package lm-eval (`pip install 'distill-jax[lm_eval]'`), so no other module imports it.
+This module needs the package lm-eval (`pip install 'distill-jax[lm_eval]'`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax
 from distill_jax import config
 from distill_jax.data import corpus
 from distill_jax.data.chat_template import ChatTemplate
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.evals.likelihood import Pair, Scorer, make_pair, prefix, with_beginning
 from distill_jax.evals.model_slot import ModelSlot
 from distill_jax.generation import local
@@ -34,22 +34,27 @@ with extras.needed("lm_eval"):
   from lm_eval.api.model import LM
 
 SUPPORTED = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p"}
-CACHE_MULTIPLE = 64  # a cache has a multiple of so many positions
+CACHE_MULTIPLE = 64  # the length of a cache is a multiple of this
 
 
 class Adapter(LM):
-  """A model by its source, as teacher.source in a config names one.
+  """A model for lm_eval.simple_evaluate.
 
   Args:
-    source: a folder, a .gguf, "package:…", "hub:…" or "run:WORKDIR".
-    batch_size: rows at once; it divides over the mesh's devices.
-    max_length: of a text in tokens; 0: what the model reads.
-    max_gen_toks: where a task does not say.
-    tokenizer: a file or folder; "": the model's own.
-    dtype: of matrix products.
-    seed: of sampling, where a task samples.
-    mesh: devices on its axes, as {"data": 1, "fsdp": -1, "tensor": 1}.
-    model: further keys of the config's Model, such as family and shape of a random one.
+    source: The model, as in teacher.source: a folder, a .gguf file, "package:…", "hub:…" or
+      "run:WORKDIR".
+    batch_size: The number of texts per batch; must be divisible by the number of devices on the
+      mesh's data and fsdp axes.
+    max_length: The maximum length of a text in tokens. 0: the model's maximum.
+    max_gen_toks: The maximum number of generated tokens, for tasks that do not set it.
+    tokenizer: A tokenizer's file or folder. "": the model's tokenizer.
+    dtype: The dtype of matrix products.
+    seed: The seed for tasks that sample.
+    mesh: The sizes of the mesh axes, e.g. {"data": 1, "fsdp": -1, "tensor": 1}.
+    model: Other keys of the config section `teacher`, e.g. family and shape of a random model.
+
+  Raises:
+    InputError: If the model cannot be opened or an argument is invalid.
   """
 
   def __init__(
@@ -77,8 +82,8 @@ class Adapter(LM):
     self.tokens = self._model.tokenizer(self.config.data)
     max_positions = self._model.source.text_config.max_position_embeddings
     if not 0 <= max_length <= max_positions:
-      raise InputError(
-        f"max_length is {max_length} and this model reads at most {max_positions} tokens"
+      raise bad_value(
+        "max_length", max_length, f"at most {max_positions}, the model's limit", "Reduce it"
       )
     self.max_length, self.max_gen_toks = max_length or max_positions, max_gen_toks
 
@@ -98,7 +103,15 @@ class Adapter(LM):
     return corpus.template_of(self.config.data, self._model.source.pretrained)
 
   def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-    """(nats, whether greedy decoding gives it) of each continuation after its context."""
+    """Scores the continuation of each context.
+
+    Args:
+      requests: Instances of lm-eval whose arguments are (context, continuation).
+
+    Returns:
+      For each request, the log-likelihood in nats, and True if greedy decoding gives the
+      continuation.
+    """
     pairs = [make_pair(self.tokens, *request.args) for request in requests]
     scored = self._scorer()([self._cut(p) for p in pairs])
     self._report_cut(sum(len(p.given) + len(p.scored) > self.max_length + 1 for p in pairs))
@@ -107,7 +120,16 @@ class Adapter(LM):
     return answers
 
   def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-    """Nats of whole texts; each token is scored once, after as much of the text as fits."""
+    """Scores whole texts.
+
+    Each token is scored once, with the longest context that fits into the model.
+
+    Args:
+      requests: Instances of lm-eval whose arguments are (text,).
+
+    Returns:
+      The log-likelihood of each text in nats.
+    """
     texts = [self.tokens.encode(request.args[0]) for request in requests]
     windows = [list(rolling(ids, prefix(self.tokens), self.max_length)) for ids in texts]
     scored = iter(self._scorer()([pair for pairs in windows for pair in pairs]))
@@ -116,7 +138,14 @@ class Adapter(LM):
     return answers
 
   def generate_until(self, requests: Sequence[Any]) -> list[str]:
-    """How the model continues each context, up to the first of the strings `until`."""
+    """Generates a continuation of each context, up to the first of the stop strings `until`.
+
+    Args:
+      requests: Instances of lm-eval whose arguments are (context, settings).
+
+    Raises:
+      InputError: If a setting is not supported.
+    """
     by_settings: dict[str, list[int]] = {}
     for i, request in enumerate(requests):
       by_settings.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
@@ -133,12 +162,18 @@ class Adapter(LM):
       self.cache_hook.add_partial(kind, request.args, answer)
 
   def _generate(self, texts: dict[int, str], settings: JsonObject) -> Iterator[tuple[int, str]]:
-    """Yields (number, continuation) of each text."""
+    """Yields (index, continuation) for each text."""
     if unknown := set(settings) - SUPPORTED:
-      raise InputError(f"generation is asked for with {min(unknown)!r}; known: {sorted(SUPPORTED)}")
-    max_prompt = self.max_length - settings.get("max_gen_toks", self.max_gen_toks)
+      raise InputError(
+        f"The task uses the generation setting {min(unknown)!r}, which is not supported; supported "
+        f"settings are {', '.join(sorted(SUPPORTED))}."
+      )
+    max_new_tokens = settings.get("max_gen_toks", self.max_gen_toks)
+    max_prompt = self.max_length - max_new_tokens
     if max_prompt < 1:
-      raise InputError(f"max_gen_toks leaves no room for a prompt in {self.max_length} tokens")
+      raise bad_value(
+        "max_gen_toks", max_new_tokens, f"less than max_length ({self.max_length})", "Reduce it"
+      )
     ids = {i: with_beginning(self.tokens, self.tokens.encode(text)) for i, text in texts.items()}
     self._report_cut(sum(len(x) > max_prompt for x in ids.values()))
     ids = {i: (x or prefix(self.tokens))[-max_prompt:] for i, x in ids.items()}
@@ -153,7 +188,13 @@ class Adapter(LM):
           yield s.prompt, stops.text(s.text_tokens)
 
   def _job(self, settings: JsonObject, prompt_tokens: int, max_new_tokens: int) -> GenerationJob:
-    """The job of lm-eval's settings, for prompts of up to so many tokens."""
+    """Returns a job with lm-eval's settings.
+
+    Args:
+      settings: The settings of a task.
+      prompt_tokens: The maximum length of a prompt.
+      max_new_tokens: The maximum length of a continuation.
+    """
     until = settings.get("until") or []
     is_sampled = settings.get("do_sample", settings.get("temperature", 0) > 0)
     cache_len = -(-(prompt_tokens + max_new_tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
@@ -188,27 +229,36 @@ class Adapter(LM):
     )
 
   def _cut(self, pair: Pair) -> Pair:
-    """A pair without the beginning that does not fit, as lm-eval's own models cut."""
+    """Returns a pair without the beginning that does not fit, like lm-eval's models."""
     room = self.max_length + 1 - len(pair.scored)
     if room < 1:
-      raise InputError(
-        f"a continuation has {len(pair.scored)} tokens, and max_length is {self.max_length}"
+      raise bad_value(
+        "max_length",
+        self.max_length,
+        f"at least {len(pair.scored)}, the length of a continuation in tokens",
+        "Use a model with longer sequences",
       )
     return Pair(pair.given[-room:], pair.scored)
 
   def _report_cut(self, cut: int) -> None:
     if cut:
       print(
-        f"lm_eval: the beginnings of {cut} texts are cut off, to fit {self.max_length} tokens",
+        f"lm_eval: {cut} texts are longer than {self.max_length} tokens. Their beginnings are cut.",
         file=sys.stderr,
       )
 
 
 def rolling(ids: list[int], first: list[int], max_len: int) -> Iterator[Pair]:
-  """Yields pairs that score each token once; the model reads at most `max_len` tokens a pair.
+  """Yields pairs that together score each token of a text once.
 
-  All but the last score as many tokens as they read, the last as many as there are left, after
-  as much of the text before them as fits.
+  Each pair scores `max_len` tokens, except for the last one, which scores the rest. The context of
+  the first pair is the last token of `first`; the others have as much context as fits into
+  `max_len` inputs.
+
+  Args:
+    ids: The tokens of the text.
+    first: The tokens before the text.
+    max_len: The model's maximum length.
   """
   for at in range(0, len(ids), max_len):
     scored = ids[at : at + max_len]

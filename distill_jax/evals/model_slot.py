@@ -1,4 +1,4 @@
-"""A model in memory in one of two forms: stacked layers read texts, unrolled ones generate."""
+"""A model in memory in one of two forms: stacked layers to score, unrolled layers to generate."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from distill_jax.nn.layers import ComputeConfig
 
 
 class ModelSlot:
-  """A model that is opened and loaded when it is used.
+  """A model that is opened and loaded at its first use.
 
-  There is memory for one form, so a change of form loads the weights again.
+  Only one form is in memory at a time, so a change of form may load the weights again.
 
   Args:
-    options: the model; one that is served is never opened.
-    is_teacher: decides which of the seed's keys initialises random weights.
+    options: The model. A model on a server is never opened.
+    mesh: The devices.
+    seed: The seed for random weights.
+    is_teacher: True to initialise random weights as the teacher's, False as the student's.
   """
 
   def __init__(
@@ -38,11 +40,11 @@ class ModelSlot:
     return loading.open_source(self.options, self.seed)
 
   def tokenizer(self, data: DataOptions) -> Tokenizer:
-    """The tokenizer that `data` names, or the model's own."""
+    """Returns the tokenizer set in data.tokenizer, or the model's tokenizer."""
     return corpus.tokenizer_of(data, self.source.pretrained)
 
   def stacked(self) -> loading.LoadedModel:
-    """The model with stacked layers, as it was loaded."""
+    """Returns the model with stacked layers; loads it if necessary."""
     if self._stacked is None:
       self._unrolled = None
       key = runs.keys(self.seed)["teacher" if self.is_teacher else "student"]
@@ -51,11 +53,11 @@ class ModelSlot:
     return self._stacked
 
   def release(self) -> None:
-    """Frees the weights; they are loaded again when they are used."""
+    """Frees the weights. They are loaded again at the next use."""
     self._stacked = self._unrolled = None
 
   def unrolled(self) -> tuple[Unrolled, ComputeConfig]:
-    """The model with its layers one by one, and how it is computed."""
+    """Returns the model with unrolled layers, and its compute settings; loads it if necessary."""
     if self._unrolled is None:
       loaded = self.stacked()
       self._stacked = None

@@ -1,4 +1,4 @@
-"""Benchmarks of choices: a model's answer is the choice that it finds likeliest."""
+"""Multiple-choice benchmarks: a model's answer is the choice with the highest likelihood."""
 
 from __future__ import annotations
 
@@ -22,19 +22,28 @@ VERDICTS, LEFT_OUT = "verdicts.jsonl", "left_out.jsonl"
 def measure(
   scorer: likelihood.Scorer, tokenizer: Tokenizer, questions: Questions, folder: Path
 ) -> JsonObject:
-  """Scores every choice after its context.
+  """Scores every choice of every question.
 
-  In `folder`: verdicts.jsonl, {id, logps, label, chosen, chosen_norm} a question, in nats;
-  left_out.jsonl, the questions that do not count.
+  These files are written into `folder`:
+    verdicts.jsonl: {id, logps, label, chosen, chosen_norm} for each question, with logps in nats.
+    left_out.jsonl: {question, reason} for each skipped question.
+
+  Args:
+    scorer: Scores texts with the model.
+    tokenizer: The model's tokenizer.
+    questions: The benchmark's questions.
+    folder: The folder for these files.
 
   Returns:
-    questions; left_out, how many do not count; acc, the share of questions whose likeliest choice
-    is right; acc_norm, of those whose likeliest by character of its text is, as in
-    lm-evaluation-harness. With intervals.
+    questions: The number of scored questions.
+    left_out: The number of skipped questions.
+    acc: The fraction of questions whose most likely choice is correct, with its interval.
+    acc_norm: The same, with log-likelihoods divided by the number of characters of the choice, as
+      in lm-evaluation-harness.
 
   Raises:
-    InputError: evaluate.on_bad is "stop" and a question is longer than the model reads, or all
-      are.
+    InputError: If evaluate.on_bad is "stop" and a question is too long for the model, or if all
+      questions are.
   """
   fitting = Questions(questions.name, questions.policy, left_out=[*questions.left_out])
   by_question: list[list[likelihood.Pair]] = []
@@ -42,9 +51,9 @@ def measure(
     try:
       pairs = [likelihood.make_pair(tokenizer, question.context, c) for c in question.choices]
       if not all(map(scorer.fits, pairs)):
-        raise InputError(f"it is longer than the {scorer.max_len} tokens that the model reads")
+        raise InputError(f"The question is longer than the model's limit, {scorer.max_len} tokens.")
     except InputError as e:
-      fitting.leave_out(where, str(e))
+      fitting.skip(where, str(e))
       continue
     fitting.add(where, question)
     by_question.append(pairs)
@@ -69,7 +78,13 @@ def measure(
 
 
 def verdict(number: int, question: Choice, logps: Sequence[float]) -> JsonObject:
-  """The line of a question: the likeliest choices, the first of equals."""
+  """Returns a question's line of verdicts.jsonl. Of equally likely choices, the first is chosen.
+
+  Args:
+    number: The index of the question.
+    question: The question.
+    logps: The log-likelihood of each choice in nats.
+  """
   chosen = int(np.argmax(logps))
   norm = int(np.argmax(np.asarray(logps) / np.asarray(question.lengths)))
   return {

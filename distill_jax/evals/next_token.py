@@ -1,4 +1,4 @@
-"""Next-token quality of language models beside their teacher, from full distributions."""
+"""Comparison of models with their teacher by their full next-token distributions."""
 
 from __future__ import annotations
 
@@ -20,14 +20,24 @@ def compare(
   vocab_size: int | None = None,
   teacher: str = "teacher",
 ) -> dict[str, dict[str, Mean]]:
-  """Compares every model with the teacher, over the labels of a batch, in nats.
+  """Compares every model with the teacher at the labels of a batch.
 
   Args:
-    outputs: hidden states and head of each model by name, the teacher's among them.
+    outputs: The hidden states and head of each model by name, including the teacher.
+    batch: The batch.
+    chunk: The number of positions per row whose logits are in memory at once.
+    vocab_size: The number of tokens or classes; further rows of the heads are padding. None: all
+      rows are tokens.
+    teacher: The teacher's name.
 
   Returns:
-    By model: ce, -log q(label); entropy of q; accuracy, q's top token is the label;
-    kl, KL(p || q); agreement, p and q have the same top token.
+    The metrics of each model by name, as means over labels, where q is the model's distribution and
+    p the teacher's:
+      ce: -log q(label), in nats.
+      entropy: The entropy of q, in nats.
+      accuracy: 1 if the most likely token of q is the label.
+      kl: KL(p || q), in nats.
+      agreement: 1 if p and q have the same most likely token.
   """
 
   reference = outputs[teacher]
@@ -53,7 +63,14 @@ def compare(
 
 
 def score(model: Model, batch: Batch, compute: ComputeConfig, chunk: int) -> Mean:
-  """Computes -log q(label) alone: the work of a forward pass over a prompt, for timing."""
+  """Computes the mean of -log q(label), to measure the time of a forward pass with its head.
+
+  Args:
+    model: The model.
+    batch: The batch.
+    compute: The compute settings.
+    chunk: The number of positions per row whose logits are in memory at once.
+  """
   out: Output = model(batch.model_inputs, compute)
   batch = batch.with_contrastive_labels() if out.contrastive else batch
 

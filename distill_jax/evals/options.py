@@ -29,7 +29,7 @@ class EvaluateOptions:
   """Number of positions per sequence whose logits are in memory at once."""
   on: tuple[str, ...] = ()
   """Models to run the benchmarks on: names in `models`, "teacher" or "start". (): all of
-  `models`, or the teacher if there are none."""
+  `models`, or the teacher if `models` is empty."""
   samples: int = 1
   """Number of samples per question. DeepSeek-R1's protocol uses 64."""
   temperature: float = 0.6

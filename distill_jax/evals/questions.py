@@ -1,4 +1,4 @@
-"""The questions of a benchmark, and those that cannot be used, with the reason."""
+"""Reading the questions of a benchmark; those that cannot be used are skipped with a reason."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Question(NamedTuple):
   """A question that can be used.
 
   Attributes:
-    where: its place, such as "FILE, line 3".
-    content: a Choice; of generative benchmarks, the line of a prompts.jsonl.
+    where: The question's place, e.g. "FILE, line 3".
+    content: A Choice for multiple-choice benchmarks, a PromptLine for generative ones.
   """
 
   where: str
-  content: Any  # Choice | PromptLine, by the benchmark
+  content: Any
 
 
 @dataclasses.dataclass
@@ -34,10 +34,10 @@ class Questions:
   """The questions of a benchmark.
 
   Attributes:
-    name: of the benchmark, in the config.
-    policy: what happens at a question that cannot be used.
-    usable: the questions.
-    left_out: {"question": its place, "reason": …} of each of the others.
+    name: The name of the benchmark in the config.
+    policy: The policy for questions that cannot be used.
+    usable: The questions that can be used.
+    left_out: {"question": its place, "reason": …} for each skipped question.
   """
 
   name: str
@@ -48,40 +48,55 @@ class Questions:
   def add(self, where: str, content: Choice | PromptLine) -> None:
     self.usable.append(Question(where, content))
 
-  def leave_out(self, where: str, reason: str) -> None:
-    """Counts a question as left out.
+  def skip(self, where: str, reason: str) -> None:
+    """Skips a question.
+
+    Args:
+      where: The question's place.
+      reason: The reason, a sentence.
 
     Raises:
-      InputError: evaluate.on_bad is "stop".
+      InputError: If evaluate.on_bad is "stop".
     """
     self.policy.reject(f"evals.{self.name}: {where}", reason)
     self.left_out.append({"question": where, "reason": reason})
 
   def check(self) -> None:
-    """Refuses a benchmark without a usable question."""
-    if not self.usable:
-      first = self.left_out[0] if self.left_out else None
-      why = f"{first['question']}: {first['reason']}" if first else "its file: it is empty"
-      raise InputError(f"evals.{self.name} has no question that can be used; first: {why}")
+    """Raises InputError if no question can be used."""
+    if self.usable:
+      return
+    if not self.left_out:
+      raise InputError(f"The file of evals.{self.name} has no questions. Use another file.")
+    place, reason = self.left_out[0]["question"], self.left_out[0]["reason"]
+    raise InputError(
+      f"evals.{self.name} has no question that can be used. The first is {place}: "
+      f"{reason.rstrip('.')}."
+    )
 
 
 def read_questions(name: str, benchmark: Benchmark, on_bad: str) -> Questions:
-  """Reads the first `benchmark.limit` questions of a benchmark, and checks their answer keys.
+  """Reads the first `benchmark.limit` questions of a benchmark and checks their answer keys.
+
+  Args:
+    name: The name of the benchmark in the config.
+    benchmark: The benchmark.
+    on_bad: "stop" at a question that cannot be used, or "skip" it.
 
   Raises:
-    InputError: there is no file, or it is damaged; on_bad is "stop" and a question cannot be
-      used, or none can.
+    InputError: If the file is missing or damaged, if `on_bad` is "stop" and a question cannot be
+      used, or if no question can be used.
   """
   questions = Questions(name, BadInputPolicy(ON_BAD, on_bad))
   try:
     rows = [row for file in benchmark.files() for row in _rows.rows(file)]
   except InputError as e:
-    raise InputError(f"evals.{name}: {e}") from e
+    starts_with_key = str(e).startswith("path is ")
+    raise InputError(f"evals.{name}{'.' if starts_with_key else ': '}{e}") from e
   for number, (where, raw) in enumerate(rows[: benchmark.limit or None]):
     try:
       questions.add(where, benchmark.question(_rows.parse(raw), number))
     except InputError as e:
-      questions.leave_out(where, str(e))
+      questions.skip(where, str(e))
   judge = benchmark.judge()
   if judge is not None and questions.usable:
     _check_keys(judge, questions)
@@ -90,9 +105,9 @@ def read_questions(name: str, benchmark: Benchmark, on_bad: str) -> Questions:
 
 
 def _check_keys(judge: Filter, questions: Questions) -> None:
-  """Leaves out questions that cannot be judged, before any is sampled.
+  """Skips questions whose answer key cannot be used, before any answer is sampled.
 
-  Judges read the answer key first, so they are given an empty answer.
+  Judges read the answer key first, so they are called with empty answers.
   """
   reasons = [""] * len(questions.usable)
 
@@ -106,7 +121,7 @@ def _check_keys(judge: Filter, questions: Questions) -> None:
   candidates, questions.usable = questions.usable, []
   for i, (where, content) in enumerate(candidates):
     if is_bad[i]:
-      questions.leave_out(where, reasons[i])
+      questions.skip(where, reasons[i])
     else:
       questions.add(where, content)
 

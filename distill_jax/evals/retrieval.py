@@ -1,4 +1,4 @@
-"""Retrieval of held-out images by texts, and of texts by images, by their embeddings."""
+"""Retrieval of held-out images by text and of texts by image, by the similarity of embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distill_jax.types import Batch, ImageText
 
 
 class Retrieval:
-  """Gathers the embeddings of all batches, and computes recall among them."""
+  """Collects the embeddings of all batches and computes the recall."""
 
   def __init__(self) -> None:
     self._embeddings: dict[str, list[np.ndarray]] = {}
@@ -22,7 +22,9 @@ class Retrieval:
     """Adds the embeddings of a batch.
 
     Args:
-      outputs: by model; their heads are the batch, first its texts, then its images.
+      outputs: The outputs of each model by name. The rows of a head are the embeddings of the
+        batch's texts, followed by those of its images.
+      batch: The batch.
     """
     assert isinstance(batch.inputs, ImageText)
     real_B = distributed.to_host(batch.mask_BT)[:, 0]
@@ -33,23 +35,28 @@ class Retrieval:
       self._embeddings.setdefault(name, []).append(both_2BD[:, real_B])
 
   def row(self, model: str) -> dict[str, float]:
-    """The recall of a model."""
+    """Returns the recall of a model."""
     text_BD, image_BD = np.concatenate(self._embeddings[model], 1)
     return recall(text_BD, image_BD, np.concatenate(self._texts))
 
 
 def recall(text_BD: np.ndarray, image_BD: np.ndarray, tokens_BS: np.ndarray) -> dict[str, float]:
-  """Computes recall at 1 among all pairs, of embeddings of length 1; equal texts are one.
+  """Computes recall@1 among all pairs of texts and images. Equal texts count as one text.
 
-  Where each class has one text, text_recall is zero-shot classification.
+  If there is one text per class, text_recall is the accuracy of zero-shot classification.
+
+  Args:
+    text_BD: The embedding of each pair's text, with length 1.
+    image_BD: The embedding of each pair's image, with length 1.
+    tokens_BS: The tokens of each pair's text, to find equal texts.
 
   Returns:
-    text_recall: the share of images whose own text is the nearest of all different texts;
-    image_recall: the share of different texts whose nearest image is one of their own.
+    text_recall: The fraction of images whose nearest text is the text of their pair.
+    image_recall: The fraction of texts whose nearest image belongs to one of their pairs.
   """
   _, first, own_B = np.unique(tokens_BS, axis=0, return_index=True, return_inverse=True)
   own_B = own_B.reshape(-1)
-  cosine_BK = image_BD @ text_BD[first].T  # of the K different texts
+  cosine_BK = image_BD @ text_BD[first].T  # K different texts
   return {
     "text_recall": float(np.mean(cosine_BK.argmax(1) == own_B)),
     "image_recall": float(np.mean(own_B[cosine_BK.argmax(0)] == np.arange(len(first)))),

@@ -1,4 +1,4 @@
-"""Similarity of held-out texts by their embeddings: whether models agree on it."""
+"""Agreement of models on the similarity of held-out texts, by their embeddings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distill_jax.types import Batch
 
 
 class Similarity:
-  """Gathers the embeddings of all batches; widths may differ from model to model."""
+  """Collects the embeddings of all batches and compares models with the teacher."""
 
   def __init__(self) -> None:
     self._embeddings: dict[str, list[np.ndarray]] = {}
@@ -22,24 +22,29 @@ class Similarity:
     """Adds the embeddings of a batch.
 
     Args:
-      outputs: by model; their hidden states are embeddings of length 1.
+      outputs: The outputs of each model by name; hidden states are embeddings of length 1.
+      batch: The batch.
     """
     real_B = distributed.to_host(batch.mask_BT)[:, 0]
     for name, t in outputs.items():
       self._embeddings.setdefault(name, []).append(distributed.to_host(t.hidden_BTD)[real_B, 0])
 
   def row(self, model: str) -> dict[str, float]:
-    """The agreement of a model with the teacher."""
+    """Returns the agreement of a model with the teacher."""
     return agreement(*(np.concatenate(self._embeddings[name]) for name in (model, "teacher")))
 
 
 def agreement(ours_ND: np.ndarray, theirs_ND: np.ndarray) -> dict[str, float]:
-  """Compares two models' cosines of all pairs of N texts; their widths D may differ.
+  """Compares the cosine similarities of all pairs of N texts between two models.
+
+  Args:
+    ours_ND: The embeddings of one model, with length 1.
+    theirs_ND: The embeddings of the other model, with length 1. Its width D may differ.
 
   Returns:
-    spearman: the rank correlation of their cosines, each pair once (as STS is scored,
-      with the teacher in the place of people);
-    same_nearest: the share of texts whose nearest other text is the same.
+    spearman: The rank correlation of the cosines of all pairs. This is the score of the STS
+      benchmarks, with the teacher in place of human ratings.
+    same_nearest: The fraction of texts with the same nearest other text in both models.
   """
   pairs = np.triu_indices(len(ours_ND), 1)
   cosines = [x.astype(np.float64) @ x.astype(np.float64).T for x in (ours_ND, theirs_ND)]

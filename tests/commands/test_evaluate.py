@@ -94,7 +94,9 @@ def test_what_cannot_be_used_stops_it(whole):
   c = c.copy_and_resolve_references()
   c.evaluate.on_bad = "stop"
   del c.evals["choices"]
-  with pytest.raises(InputError, match="evals.words: .*line 5: there is no field 'question'.*eval"):
+  with pytest.raises(
+    InputError, match="evals.words: .*line 5: The row has no field 'question'"
+  ):
     run(c, folder / "stop")
   c.evals.words.limit = 4
   with pytest.raises(InputError, match="evals.words: .*prompt has 70 tokens.*evaluate.on_bad=skip"):
@@ -111,7 +113,8 @@ def test_choices_go_by_likelihood(whole):
   row = result["evals"]["choices"]["teacher"]
   assert (row["questions"], row["left_out"]) == (3, 1)
   (left,) = lines(folder / "run/evals/teacher/choices/left_out.jsonl")
-  assert "longer than the 128 tokens" in left["reason"] and left["question"].endswith("line 4")
+  assert "longer than the model's limit, 128 tokens" in left["reason"]
+  assert left["question"].endswith("line 4")
   for name, chosen in (("acc", "chosen"), ("acc_norm", "chosen_norm")):
     assert row[name]["value"] == pytest.approx(sum(v[chosen] == v["label"] for v in verdicts) / 3)
 
@@ -121,7 +124,7 @@ def test_answers_to_something_else_are_refused(whole):
   c = c.copy_and_resolve_references()
   del c.evals["choices"]
   c.evaluate.max_new_tokens = 7
-  with pytest.raises(InputError, match="with max_new_tokens 6 and it is now 7; delete that folder"):
+  with pytest.raises(InputError, match="max_new_tokens=6, but it is now 7. Delete the folder"):
     run(c, folder / "run")
   c.evaluate.max_new_tokens = 6
   c.evals.words.limit = 2
@@ -205,7 +208,7 @@ URL = "http://127.0.0.1:9/v1"
     ({"heldout": False, "on": ("me",), "sets": "choice"}, r"evaluate.on is \('me',\); .*'me'"),
     ({"heldout": False, "models": {"s": URL}, "sets": "choice"}, "evals.x .*and 's' is served"),
     ({"heldout": True, "models": {"s": URL}, "sets": "exact"}, "heldout is True; .*'s' is served"),
-    ({"heldout": False, "samples": 4, "sets": "exact"}, "4 samples .*temperature 0, "),
+    ({"heldout": False, "samples": 4, "sets": "exact"}, "temperature is 0.0; .*4 samples"),
     ({"heldout": False, "max_new_tokens": 0, "sets": "exact"}, "evals.x: evaluate.max_new_tok"),
   ],
 )

@@ -179,7 +179,7 @@ def test_unusable_questions_are_reported_and_counted(tmp_path):
   file.write_bytes(BAD[5])
   with pytest.raises(InputError, match="line 1: the key cannot be parsed"):
     read_questions("gsm8k", of("gsm8k", file), "stop")
-  with pytest.raises(InputError, match="no question that can be used; first: .*line 1"):
+  with pytest.raises(InputError, match="no question that can be used. The first is .*line 1"):
     read_questions("gsm8k", of("gsm8k", file), "skip")
   with pytest.raises(InputError, match="on_bad is 'maybe'"):
     read_questions("gsm8k", of("gsm8k", file), "maybe")

@@ -1,4 +1,4 @@
-"""Log-likelihoods against transformers, a text at a time; whatever the batch, length and mesh."""
+"""Log-likelihoods equal those of transformers, for all batches, lengths and meshes."""
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ LONGEST = 80
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-  """(a random model of transformers, its folder, a byte tokenizer)."""
+  """Returns a random model of transformers, its folder, and a byte tokenizer."""
   folder = tmp_path_factory.mktemp("likelihood")
   torch_model = parity.torch_model("llama", vocab_size=260, max_position_embeddings=LONGEST)
   torch_model.save_pretrained(folder)
@@ -40,7 +40,7 @@ def scorer(models, batch_size=4, mesh=None):
 
 
 def reference(model, of, vocab_size):
-  """One text: the sum over the scored tokens, and whether each is the likeliest."""
+  """Returns transformers' log-likelihood of a pair, and True if greedy decoding gives it."""
   ids = [*of.given, *of.scored]
   with torch.no_grad():
     z = model(torch.tensor([ids])).logits[0, :, :vocab_size].double()
@@ -52,7 +52,7 @@ def reference(model, of, vocab_size):
 
 @pytest.fixture(scope="module")
 def pairs(models):
-  """Of all lengths, the longest that fits too; and some that greedy decoding says."""
+  """Returns pairs of all lengths, up to the maximum, and two that greedy decoding generates."""
   rng = np.random.default_rng(0)
   draw = lambda n: rng.integers(0, 256, n).tolist()
   out = [
@@ -78,31 +78,31 @@ def pairs(models):
   return out
 
 
-def test_equal_to_transformers(models, pairs):
+def test_scores_equal_those_of_transformers(models, pairs):
   got = scorer(models)(pairs)
-  for of, said in zip(pairs, got, strict=True):
-    want, greedy = reference(models[0], of, 256)
-    assert said.logp == pytest.approx(want, rel=2e-5, abs=2e-5) and said.greedy == greedy
+  for pair, ours in zip(pairs, got, strict=True):
+    want, greedy = reference(models[0], pair, 256)
+    assert ours.logp == pytest.approx(want, rel=2e-5, abs=2e-5) and ours.greedy == greedy
   assert [s.greedy for s in got][-2:] == [True, True] and not all(s.greedy for s in got)
 
 
-def test_neither_the_batch_nor_the_mesh_matters(models, pairs):
+def test_scores_do_not_depend_on_batch_and_mesh(models, pairs):
   mesh = sharding.make_mesh(data=2, fsdp=1, tensor=2)
-  some = [pairs[i] for i in (0, 2, 7, 8, 9)]  # of one length, once they are filled up
+  some = [pairs[i] for i in (0, 2, 7, 8, 9)]  # these have one length with padding
   alone = [scored for of in (some[:2], some[2:]) for scored in scorer(models, 1)(of)]
   on_mesh = scorer(models, 4, mesh)(some[::-1])[::-1]
   for a, b in zip(alone, on_mesh, strict=True):
     assert a.logp == pytest.approx(b.logp, rel=1e-5, abs=1e-5) and a.greedy == b.greedy
 
 
-def test_few_programs_are_compiled():
+def test_few_padded_lengths_are_compiled():
   lengths = {padded_len(n, 8192) for n in range(1, 8193)}
   assert len(lengths) < 20 and all(padded_len(n, 8192) >= n for n in range(1, 8193))
   assert all(padded_len(n, 8192) < 1.5 * n + 1 for n in range(32, 8193))
   assert padded_len(70, 80) == 80 and padded_len(1, 80) == 32 and padded_len(33, 80) == 48
 
 
-def test_what_is_given_and_what_is_scored(models, monkeypatch):
+def test_context_and_scored_tokens_of_a_pair(models, monkeypatch):
   tokenizer = models[2]
   spell = lambda of: (tokenizer.decode(of.given), tokenizer.decode(of.scored))
   assert spell(make_pair(tokenizer, "one", " two")) == ("one", " two")
@@ -112,17 +112,17 @@ def test_what_is_given_and_what_is_scored(models, monkeypatch):
   )
   with pytest.raises(InputError, match="no token that begins or ends a text"):
     make_pair(tokenizer, "", "two")
-  with pytest.raises(InputError, match="nothing to score"):
+  with pytest.raises(InputError, match="adds no tokens to its context"):
     make_pair(tokenizer, "one", "")
   begin = tokenizer.encode("^")
   monkeypatch.setattr(tokenizer, "begin", begin)
   assert spell(make_pair(tokenizer, "one", " two")) == ("^one", " two")
-  assert spell(make_pair(tokenizer, "^one", " two")) == ("^one", " two")  # a template wrote it
+  assert spell(make_pair(tokenizer, "^one", " two")) == ("^one", " two")  # not added twice
   assert spell(make_pair(tokenizer, "", " two")) == ("^", " two")
   assert likelihood.prefix(tokenizer) == begin
 
 
-def test_refused(models):
+def test_invalid_batches_pairs_and_scores_are_errors(models):
   with pytest.raises(InputError, match="evaluate.batch_size is 3"):
     scorer(models, 3, sharding.make_mesh(data=2, fsdp=2))
   s = scorer(models)

@@ -1,4 +1,4 @@
-"""The adapter for lm-evaluation-harness, beside transformers and, if it is here, lm-eval itself."""
+"""The adapter for lm-evaluation-harness gives the results of transformers and lm-eval."""
 
 import importlib
 import importlib.util
@@ -15,14 +15,14 @@ from tokenizers import Tokenizer
 
 from distill_jax.errors import InputError
 
-HERE = importlib.util.find_spec("lm_eval") is not None
+INSTALLED = importlib.util.find_spec("lm_eval") is not None
 LONGEST = 64
 TEXTS = ["three times six is eighteen", "x", "a longer text, " * 12, ""]
 PAIRS = [
   ("three times six is", " eighteen"),
   ("a longer text, " * 6, "and its end"),
   ("", "a beginning"),
-  ("ends with a space ", "and goes on"),
+  ("ends with a space ", "and continues"),
   ("one", "o"),
 ]
 PROMPTS = [
@@ -39,9 +39,9 @@ class Request:
 
 @pytest.fixture(scope="module")
 def api():
-  """lm-eval's module with the class LM; a stand-in where lm-eval is not installed."""
+  """Returns the adapter's module, with a substitute for lm-eval if it is not installed."""
   patch = pytest.MonkeyPatch()
-  if not HERE:
+  if not INSTALLED:
 
     class LM:
       def __init__(self):
@@ -69,14 +69,14 @@ def folder(tmp_path_factory):
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
   )
-  said = {
+  tokenizer_config = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": "<s>",
     "eos_token": "#",
     "model_max_length": LONGEST,
     "chat_template": template,
   }
-  (folder / "tokenizer_config.json").write_text(json.dumps(said))
+  (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
   return folder
 
 
@@ -91,7 +91,7 @@ def torch_model(folder):
 
 
 def logp(model, ids, n):
-  """Of the last n tokens, and whether each is the likeliest."""
+  """Returns the log-likelihood of the last n tokens, and True if greedy decoding gives them."""
   with torch.no_grad():
     z = torch.log_softmax(model(torch.tensor([ids[:-1]])).logits[0].double(), -1)[-n:]
   scored = torch.tensor(ids[-n:])
@@ -100,15 +100,15 @@ def logp(model, ids, n):
 
 def test_rolling_windows(api):
   ids = list(range(10))
-  got = list(api.rolling(ids, [99], 4))  # lm-eval's own example, in its docstring
+  got = list(api.rolling(ids, [99], 4))  # the example in lm-eval's docstring
   assert got == [([99], [0, 1, 2, 3]), ([3], [4, 5, 6, 7]), ([5, 6, 7], [8, 9])]
   assert list(api.rolling([], [99], 4)) == [] and list(api.rolling([1], [99], 4)) == [([99], [1])]
 
 
-def test_likelihoods_are_those_of_transformers(ours, torch_model, capsys):
+def test_likelihoods_equal_those_of_transformers(ours, torch_model, capsys):
   encode = ours.tokens.encode
   got = ours.loglikelihood([Request(*pair) for pair in PAIRS])
-  assert "the beginnings of 1 texts are cut off, to fit 64 tokens" in capsys.readouterr().err
+  assert "1 texts are longer than 64 tokens. Their beginnings are cut." in capsys.readouterr().err
   for (given, scored), (total, greedy) in zip(PAIRS, got, strict=True):
     ids, n = encode(given + scored), len(encode(scored)) + given.endswith(" ")
     want = logp(torch_model, ([256, *ids] if not given else ids)[-LONGEST - 1 :], n)
@@ -124,16 +124,16 @@ def test_likelihoods_are_those_of_transformers(ours, torch_model, capsys):
 
 
 @pytest.fixture(scope="module")
-def said(ours):
+def continuations(ours):
   return ours.generate_until([Request(*prompt) for prompt in PROMPTS])
 
 
-def test_generation_is_that_of_transformers(ours, torch_model, said):
-  for (text, compute), got in zip(PROMPTS, said, strict=True):
+def test_continuations_equal_those_of_transformers(ours, torch_model, continuations):
+  for (text, settings), got in zip(PROMPTS, continuations, strict=True):
     ids = torch.tensor([ours.tokens.encode(text)[-(LONGEST - 12) :]])
     out = torch_model.generate(
       ids,
-      max_new_tokens=compute["max_gen_toks"],
+      max_new_tokens=settings["max_gen_toks"],
       do_sample=False,
       attention_mask=torch.ones_like(ids),
       eos_token_id=2,
@@ -143,8 +143,8 @@ def test_generation_is_that_of_transformers(ours, torch_model, said):
     assert got == ours.tokens.decode(want).partition("\n")[0]
 
 
-def test_stops_at_a_string_and_chats(ours, said):
-  whole = said[1]
+def test_stop_strings_and_chat_templates(ours, continuations):
+  whole = continuations[1]
   (cut,) = ours.generate_until([Request("hello", {"until": whole[4], "max_gen_toks": 12})])
   assert cut == whole[: whole.index(whole[4])] and len(whole) > len(cut)
   hi = [{"role": "user", "content": "hi"}]
@@ -153,29 +153,31 @@ def test_stops_at_a_string_and_chats(ours, said):
   assert "m.role" in ours.chat_template(True) and ours.chat_template(False) == ""
 
 
-def test_refused(ours, api, folder):
-  with pytest.raises(InputError, match="asked for with 'num_beams'"):
+def test_invalid_requests_and_arguments_are_errors(ours, api, folder):
+  with pytest.raises(InputError, match="setting 'num_beams', which is not supported"):
     ours.generate_until([Request("a", {"num_beams": 2})])
-  with pytest.raises(InputError, match="leaves no room for a prompt in 64 tokens"):
+  with pytest.raises(InputError, match=r"max_gen_toks is 64; expected less than max_length \(64\)"):
     ours.generate_until([Request("a", {"max_gen_toks": 64})])
-  with pytest.raises(InputError, match="a continuation has 70 tokens"):
+  with pytest.raises(InputError, match="max_length is 64; expected at least 70"):
     ours.loglikelihood([Request("a", "b" * 70)])
-  with pytest.raises(InputError, match="reads at most 64 tokens"):
+  with pytest.raises(InputError, match="max_length is 65; expected at most 64"):
     api.Adapter(str(folder), batch_size=4, max_length=65)
   with pytest.raises(InputError, match="batch_size is 3"):
     api.Adapter(str(folder), batch_size=3)
 
 
-def test_without_the_package(monkeypatch):
+def test_a_missing_lm_eval_is_an_error(monkeypatch):
   monkeypatch.delitem(sys.modules, "distill_jax.evals.lm_eval", raising=False)
   monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
   with pytest.raises(InputError, match="pip install 'distill-jax\\[lm_eval\\]'"):
     importlib.import_module("distill_jax.evals.lm_eval")
 
 
-@pytest.mark.skipif(not HERE, reason="lm-eval is not installed: pip install 'distill-jax[lm_eval]'")
-def test_beside_lm_evals_own_model(ours, folder, tmp_path):
-  """A task of each kind from a local file, run by lm-eval itself on both."""
+@pytest.mark.skipif(
+  not INSTALLED, reason="lm-eval is not installed: pip install 'distill-jax[lm_eval]'"
+)
+def test_results_equal_those_of_lm_evals_model(ours, folder, tmp_path):
+  """lm-eval runs a task of each kind from a local file on both models."""
   import lm_eval
   from lm_eval.models.huggingface import HFLM
   from lm_eval.tasks import TaskManager
@@ -202,7 +204,7 @@ def test_beside_lm_evals_own_model(ours, folder, tmp_path):
     },
     common
     | {
-      "task": "say",
+      "task": "generate",
       "output_type": "generate_until",
       "doc_to_target": "{{n}}",
       "generation_kwargs": {"until": ["\n"], "max_gen_toks": 12},
@@ -228,7 +230,7 @@ def test_beside_lm_evals_own_model(ours, folder, tmp_path):
       task_manager=TaskManager(include_defaults=False),
     )
     found[name] = {n: [s["resps"] for s in samples] for n, samples in out["samples"].items()}
-  assert found["ours"]["say"] == found["theirs"]["say"]
+  assert found["ours"]["generate"] == found["theirs"]["generate"]
   for a, b in zip(found["ours"]["choose"], found["theirs"]["choose"], strict=True):
     assert [x[0][0] for x in a] == pytest.approx([x[0][0] for x in b], rel=1e-4)
     assert [x[0][1] for x in a] == [x[0][1] for x in b]

@@ -1,4 +1,4 @@
-"""pass@k, votes, intervals and letters against arithmetic that is done here."""
+"""pass@k, majority votes, confidence intervals, and the letters of options."""
 
 import itertools
 import math
@@ -12,28 +12,28 @@ from distill_jax.evals import _option_letter, _scores
 @pytest.mark.parametrize(
   ("n", "right", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (4, 3, 2), (3, 3, 3)]
 )
-def test_pass_at_k_is_the_share_of_draws(n, right, k):
+def test_pass_at_k_is_the_fraction_of_draws_with_a_correct_sample(n, right, k):
   draws = list(itertools.combinations([True] * right + [False] * (n - right), k))
   assert _scores.pass_at(k, n, right) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
-def test_the_numbers_of_a_set():
+def test_scores_of_a_benchmark():
   right = [[True, False, False, False], [True, True, True, True], [False] * 4]
-  said = [["2", "3", "3", ""], ["1"] * 4, ["5", "5", "6", "6"]]
-  out = _scores.passed(right, said)
+  answers = [["2", "3", "3", ""], ["1"] * 4, ["5", "5", "6", "6"]]
+  out = _scores.passed(right, answers)
   assert list(out) == ["pass@1", "pass@4", "maj@4"]
   assert out["pass@1"]["value"] == pytest.approx((0.25 + 1 + 0) / 3)
   assert out["pass@4"]["value"] == pytest.approx(2 / 3)
-  assert out["maj@4"]["value"] == pytest.approx(1 / 3)  # "3" outvotes the right "2"
+  assert out["maj@4"]["value"] == pytest.approx(1 / 3)  # "3" outvotes the correct "2"
   assert list(_scores.passed([[True], [False]], [["1"], ["2"]])) == ["pass@1"]
   twelve = _scores.passed([[True] + [False] * 11], None)
   assert twelve["pass@10"]["value"] == pytest.approx(10 / 12) and "maj@12" not in twelve
 
 
-def test_votes():
+def test_majority_votes():
   assert _scores.majority(["a", "a", "b"], [True, True, False]) == 1
   assert _scores.majority(["a", "b", "b"], [True, False, False]) == 0
-  assert _scores.majority(["a", "b", ""], [True, False, False]) == 0.5  # a tie, and no vote
+  assert _scores.majority(["a", "b", ""], [True, False, False]) == 0.5  # a tie; "" does not vote
   assert _scores.majority(["", ""], [False, False]) == 0
 
 
@@ -49,7 +49,7 @@ def test_interval_is_a_percentile_bootstrap_over_questions():
     total += p
   assert got["low"] == pytest.approx(ends[0], abs=0.011)
   assert got["high"] == pytest.approx(ends[1], abs=0.011)
-  # Questions are drawn, not samples: halves on every question leave nothing to vary.
+  # Questions are resampled, not samples, so equal values per question give an interval of 0.
   assert _scores.interval([0.5] * 20) == {"value": 0.5, "low": 0.5, "high": 0.5}
 
 
@@ -73,14 +73,14 @@ def test_interval_is_a_percentile_bootstrap_over_questions():
     ("the answer a man gave", ""),
   ],
 )
-def test_letters(text, letter):
+def test_the_letter_of_an_answer(text, letter):
   assert _option_letter.final_letter(text) == letter
 
 
-def test_the_judge_of_letters():
+def test_the_judge_compares_letters():
   judge = _option_letter.Judge()
   sample = lambda text, answer: {"text": text, "about": {"answer": answer}}
   assert judge.reject_reason(sample("\\boxed{B}", "B")) is None
-  assert judge.reject_reason(sample("\\boxed{B}", "C")) == "wrong: 'B', and the key is 'C'"
+  assert judge.reject_reason(sample("\\boxed{B}", "C")) == "wrong: 'B', but the key is 'C'"
   assert judge.reject_reason(sample("who knows", "C")) == "no final answer"
   assert "cannot be parsed" in judge.reject_reason(sample("\\boxed{B}", "both"))
