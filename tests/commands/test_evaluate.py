@@ -94,9 +94,7 @@ def test_what_cannot_be_used_stops_it(whole):
   c = c.copy_and_resolve_references()
   c.evaluate.on_bad = "stop"
   del c.evals["choices"]
-  with pytest.raises(
-    InputError, match="evals.words: .*line 5: The row has no field 'question'"
-  ):
+  with pytest.raises(InputError, match="evals.words: .*line 5: The row has no field 'question'"):
     run(c, folder / "stop")
   c.evals.words.limit = 4
   with pytest.raises(InputError, match="evals.words: .*prompt has 70 tokens.*evaluate.on_bad=skip"):
