@@ -218,7 +218,7 @@ def planned_batch(
   record = tf_example.decode(0, tf_example.encode(0, row | targets, manifest), manifest)
   for name in teachers:
     prefix = "" if name == "teacher" else f"{name}/"
-    row |= {prefix + field: x for field, x in record.items() if field not in fields.UNTAUGHT}
+    row |= {prefix + field: x for field, x in record.items() if field not in fields.WITHOUT_TARGETS}
   recorded = Recorded(temperature=manifest.temperature, missing_mass=manifest.missing_mass)
   batch = collate.collate([row], "teacher" in teachers, reader, recorded)
   by_rows = sharding.batch_sharding(mesh)

@@ -1,4 +1,4 @@
-"""Packing integers into bits and back, vectorised. Bits run from the low end of each byte."""
+"""Vectorised packing of integers into bits. The first bit is the lowest bit of a byte."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from distill_jax.errors import InputError
 
 
 def width(n: int) -> int:
-  """Bits that hold 0 .. n-1."""
+  """Returns the number of bits that hold 0 .. n-1."""
   return max(int(n) - 1, 0).bit_length()
 
 
 def widths(n: np.ndarray) -> np.ndarray:
-  """`width` of each of an array (below 2^31), as uint8."""
+  """Returns the `width` of each number of an array (below 2^31), as uint8."""
   return np.frexp(np.maximum(n - 1, 0).astype(np.float64))[1].astype(np.uint8)
 
 
 def pack(values: np.ndarray, nbits: np.ndarray | int) -> bytes:
-  """Unsigned integers below 2^32 in `nbits` each (a number, or one width a value)."""
+  """Packs unsigned integers below 2^32 into `nbits` bits each: one number, or one per value."""
   if not len(values):
     return b""
   nbits = np.broadcast_to(np.asarray(nbits, np.int64), values.shape)
@@ -26,17 +26,17 @@ def pack(values: np.ndarray, nbits: np.ndarray | int) -> bytes:
   at = ends - nbits
   shifted = values.astype(np.uint64) << (at & 31).astype(np.uint64)
   words = int(ends[-1] + 31) // 32 + 1
-  # No two values share a bit, so adding is or-ing; float64 holds a 32-bit word exactly.
+  # Values do not share bits, so adding is or-ing; float64 holds a 32-bit word exactly.
   low = np.bincount(at >> 5, (shifted & np.uint64(0xFFFFFFFF)).astype(np.float64), words)
   high = np.bincount((at >> 5) + 1, (shifted >> np.uint64(32)).astype(np.float64), words + 1)
   return (low + high[:words]).astype("<u4").tobytes()[: int(ends[-1] + 7) // 8]
 
 
 def unpack(data: bytes | memoryview, nbits: np.ndarray | int, n: int) -> np.ndarray:
-  """The inverse of `pack`: n values as uint32.
+  """Unpacks n values of `pack`, as uint32.
 
   Raises:
-    InputError: the data are not the bytes that n such values take.
+    InputError: The data have the wrong length for n values.
   """
   if isinstance(nbits, int):
     at = np.arange(0, n * nbits, nbits) if nbits else np.zeros(n, np.int64)
@@ -48,8 +48,10 @@ def unpack(data: bytes | memoryview, nbits: np.ndarray | int, n: int) -> np.ndar
     at -= nbits
     mask = MASKS[nbits]
   if len(data) != (total + 7) // 8:
-    raise InputError(f"a field is {len(data)} bytes where {(total + 7) // 8} belong; record again")
-  if n == 1:  # a record of one position has little else
+    raise InputError(
+      f"A field has {len(data)} bytes; expected {(total + 7) // 8}. Record the shard again."
+    )
+  if n == 1:  # a fast path for records of one position
     only = int.from_bytes(data, "little") & int(np.ravel(mask)[0])
     return np.array([only], np.uint32)
   words = np.frombuffer(bytes(data) + bytes(12 - len(data) % 4), "<u4")
@@ -66,7 +68,7 @@ MASKS = ((1 << np.arange(33, dtype=np.uint64)) - 1).astype(np.uint32)
 
 
 def unary(gaps: np.ndarray) -> bytes:
-  """Each gap g as g zeros and a one."""
+  """Returns each gap g as g zeros and a one."""
   ends = np.cumsum(gaps + 1) - 1
   plane = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, np.uint8)
   plane[ends] = 1
@@ -74,6 +76,6 @@ def unary(gaps: np.ndarray) -> bytes:
 
 
 def ones(data: bytes | memoryview) -> np.ndarray:
-  """Where the ones of a unary plane are, int64: the g-th is at sum(gaps) + g."""
+  """Returns the positions of the ones of a unary plane, int64. The g-th is at sum(gaps) + g."""
   bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
   return np.flatnonzero(bits.view(bool))

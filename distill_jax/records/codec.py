@@ -1,15 +1,15 @@
-"""A teacher's targets of one sequence, to bytes and back: exact, and vectorised both ways.
+"""Encoding of a teacher's targets for one sequence to bytes, lossless and vectorised.
 
-A position with targets is a set of entries, ids ascending, and beside them which entry is
-the teacher's argmax, the label's log-probability and the entropy. Targets are kept where
-mask_T is set, and nowhere else: a position whose label is not trained on costs its token.
-elias_fano.py says how entries are laid out and what was measured; log-probabilities take
-float16.
+The targets of a position are a set of entries with ascending ids, the entry of the teacher's
+argmax, the log-probability of the label, and the entropy. Targets are stored only where mask_T is
+set. Other positions only take the bits of their token. elias_fano.py documents the layout of
+entries with measurements. Log-probabilities are float16.
 
-Here S are the positions that have targets, and E the entries of all of them.
+In this module, S is the number of positions with targets, and E the number of entries of all of
+them.
 
-Tried and left out: storing the next token as the entry that it is (it is among them seven
-times in eight) saves 1.2 of 40 bytes, and ties the tokens to the targets.
+The next token could be stored as an index into the entries, which contain it seven times in eight.
+That saves 1.2 of 40 bytes, but tokens would depend on targets, so it is not done.
 """
 
 from __future__ import annotations
@@ -26,18 +26,22 @@ from distill_jax.records.fields import ARGMAX, IDS, LOGP, WEIGHT, Record, Record
 
 
 def encode_targets(seq: Record, spec: RecordSpec) -> dict[str, bytes]:
-  """Returns the teacher's targets where mask_T is set, by stored field.
+  """Encodes the teacher's targets where mask_T is set.
 
   Args:
-    seq: beside mask_T, as a recorder gives them for one sequence: ids_TN int
-      (sampled: nondecreasing points; topk: any order), argmax_T int, label_logp_T and
-      entropy_T float, logp_TN float (topk: -inf is an unused entry).
+    seq: The sequence: mask_T bool; ids_TN int ("sampled": nondecreasing points; "topk": any
+      order); argmax_T int; label_logp_T and entropy_T float; logp_TN float ("topk": -inf in unused
+      entries).
+    spec: The contents of a record.
+
+  Returns:
+    The bytes of each stored field, by name.
 
   Raises:
-    InputError: ids outside the vocabulary or not sorted, or numbers that are not finite.
+    InputError: Ids are outside the vocabulary or not sorted, or numbers are not finite.
   """
   mask = seq["mask_T"]
-  # First, because where a teacher outputs NaN its ids mean nothing either.
+  # Checked first, because ids are meaningless where a teacher outputs NaN.
   halves = [numbers.half(np.asarray(seq[f.record])[mask], f.record) for f in spec.scalars]
   out = {"scalars": b"".join(halves)}
   ids_SN = numbers.integers(np.asarray(seq[IDS.record])[mask], spec.vocab_size, IDS.record)
@@ -45,7 +49,10 @@ def encode_targets(seq: Record, spec: RecordSpec) -> dict[str, bytes]:
   argmax_S = numbers.integers(argmax[mask], spec.vocab_size, ARGMAX.record)
   if ids_SN.ndim != 2 or ids_SN.shape[1] != spec.n:
     shape = np.shape(seq[IDS.record])
-    raise InputError(f"{IDS.record} is {shape}; it holds n={spec.n} ids a position")
+    raise InputError(
+      f"{IDS.record} is of shape {shape}; expected {spec.n} ids per position. Record with the "
+      "settings of the store."
+    )
   logp_SN: np.ndarray = np.zeros(0, np.float32)
   counts = None
   if spec.has_logp:
@@ -58,7 +65,7 @@ def encode_targets(seq: Record, spec: RecordSpec) -> dict[str, bytes]:
     keep_SN = logp_SN > -np.inf
   M_S = keep_SN.sum(1)
   if len(M_S) and M_S.min() == 0:
-    raise InputError("a position has no entry; mask it out, or record at least one")
+    raise InputError("A position with targets has no entry. Unset its mask_T, or add an entry.")
   ids = ids_SN[keep_SN].astype(np.int64)
   out |= elias_fano.encode(ids, M_S, argmax_S, counts, spec.n, spec.vocab_size)
   if spec.has_logp:
@@ -67,15 +74,20 @@ def encode_targets(seq: Record, spec: RecordSpec) -> dict[str, bytes]:
 
 
 def decode_targets(fields: Mapping[str, bytes], mask_T: np.ndarray, spec: RecordSpec) -> Record:
-  """The inverse, padded to n entries and to T positions.
+  """Decodes the targets of a sequence, padded to n entries and T positions.
+
+  Args:
+    fields: The bytes of each stored field, from `encode_targets`.
+    mask_T: bool, True at positions with targets.
+    spec: The contents of a record.
 
   Returns:
-    ids_TK int32 (ascending), argmax_T int32, label_logp_T float32, entropy_T float32 if
-    kept, weight_TK float32 (sampled: counts over n) and logp_TK float32 where kept (-inf
-    in unused entries). Where mask_T is not set everything is 0 (logp -inf).
+    ids_TK int32 (ascending), argmax_T int32, label_logp_T float32; if stored, entropy_T float32 and
+    logp_TK float32 (-inf in unused entries); for "sampled", weight_TK float32 (counts over n).
+    Where mask_T is not set, all are 0 (logp_TK is -inf).
 
   Raises:
-    InputError: the fields do not agree with each other.
+    InputError: The fields are inconsistent.
   """
   head = _Head.of(fields["head"])
   layout = _layout(head, fields, mask_T, spec)
@@ -92,10 +104,10 @@ class _Head(NamedTuple):
   """The counts at the beginning of a record.
 
   Attributes:
-    positions: with targets, S.
-    entries: of all positions, E.
-    strays: positions whose argmax is not among their entries.
-    pieces: uint8 log2 sizes of the pieces that the id space is cut into.
+    positions: Number of positions with targets, S.
+    entries: Number of entries of all positions, E.
+    strays: Number of positions whose argmax is not among their entries.
+    pieces: uint8, log2 sizes of the pieces of the id space.
   """
 
   positions: int
@@ -112,15 +124,16 @@ class _Head(NamedTuple):
 
 
 class EntryLayout(NamedTuple):
-  """Where the entries of a sequence lie: end to end as stored, and padded as read.
+  """The layout of a sequence's entries: concatenated as stored, and padded as read.
 
   Attributes:
-    T, K: sizes of the padded array.
-    at_S: the positions that have entries.
-    M_S: how many entries each has.
-    starts_S: each one's first entry among all E.
-    ends_S: the first entry after it.
-    place_E: of each entry in the padded array, flattened.
+    T: Number of positions of the padded array.
+    K: Number of entries per position of the padded array.
+    at_S: Positions with entries.
+    M_S: Number of entries of each of them.
+    starts_S: Index of the first entry of each of them, among all E.
+    ends_S: Index after the last entry of each of them.
+    place_E: Index of each entry in the flattened padded array.
   """
 
   T: int
@@ -146,13 +159,13 @@ class EntryLayout(NamedTuple):
   def padded(
     self, values_E: np.ndarray, dtype: np.typing.DTypeLike, empty: float = 0
   ) -> np.ndarray:
-    """Returns values of entries as [T, K]."""
+    """Returns values of entries as a padded array [T, K]."""
     out = np.full(self.T * self.K, empty, dtype) if empty else np.zeros(self.T * self.K, dtype)
     out[self.place_E] = values_E
     return out.reshape(self.T, self.K)
 
   def spread(self, values_S: np.ndarray, dtype: np.typing.DTypeLike) -> np.ndarray:
-    """Returns values of positions as [T], 0 where there are no targets."""
+    """Returns values of positions as an array [T], 0 at positions without targets."""
     out = np.zeros(self.T, dtype)
     out[self.at_S] = values_S
     return out
@@ -172,30 +185,32 @@ def _layout(
 
 
 def _is_full(head: _Head, spec: RecordSpec) -> bool:
-  """Whether every position has every id as an entry."""
+  """Returns True if every position has all ids as entries."""
   return head.entries == head.positions * spec.n == head.positions * spec.vocab_size
 
 
 def _ids(
   head: _Head, fields: Mapping[str, bytes], layout: EntryLayout, spec: RecordSpec
 ) -> np.ndarray:
-  """The id of each entry."""
+  """Returns the id of each entry."""
   if _is_full(head, spec):
     ids_E = np.tile(np.arange(spec.n), head.positions)
   else:
     ids_E = elias_fano.decode_ids(fields, head.pieces, layout.M_S, layout.starts_S, layout.ends_S)
   if layout.entries and int(ids_E.max()) >= spec.vocab_size:
-    raise InputError(f"an id is {ids_E.max()}, over the vocabulary of {spec.vocab_size}")
+    raise InputError(
+      f"An id is {ids_E.max()}; expected ids below {spec.vocab_size}. Record the shard again."
+    )
   return ids_E
 
 
 def _argmax(
   head: _Head, fields: Mapping[str, bytes], layout: EntryLayout, ids_E: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Of each position: the entry of the argmax among all E, and its id.
+  """Returns, for each position, the index of the argmax's entry among all E, and its id.
 
-  Of strays, whose argmax is not an entry, an entry of the largest count, and the id that is
-  stored beside it.
+  For strays, whose argmax is not an entry, these are an entry with the largest count, and the id
+  that is stored separately.
   """
   data, S = fields["argmax"], head.positions
   slot_bits = bits.widths(layout.M_S)
@@ -214,7 +229,7 @@ def _argmax(
 def _values(
   fields: Mapping[str, bytes], layout: EntryLayout, argmax_entry_S: np.ndarray, spec: RecordSpec
 ) -> Record:
-  """The weights of sampled entries, and log-probabilities where they are kept."""
+  """Returns the weights of sampled entries, and log-probabilities if stored."""
   out, E = {}, layout.entries
   if spec.kind == "sampled":
     counts_E = elias_fano.decode_counts(
@@ -229,7 +244,7 @@ def _values(
 
 
 def _scalars(fields: Mapping[str, bytes], layout: EntryLayout, spec: RecordSpec) -> Record:
-  """The numbers of which each position has one."""
+  """Returns the fields with one number per position."""
   S = len(layout.at_S)
   elias_fano.whole("bytes of scalars", len(fields["scalars"]), 2 * S * len(spec.scalars))
   numbers = np.frombuffer(fields["scalars"], "<f2").reshape(len(spec.scalars), S)
@@ -247,22 +262,22 @@ def _first_of_runs(ids_SN: np.ndarray) -> np.ndarray:
   first_SN = np.ones(ids_SN.shape, bool)
   steps = np.diff(ids_SN, axis=1)
   if steps.size and steps.min() < 0:
-    raise InputError("the points of a position are not sorted by id; sample in token-id order")
+    raise InputError("The sampled ids of a position are not sorted. Sample in the order of ids.")
   first_SN[:, 1:] = steps > 0
   return first_SN
 
 
 def _by_id(ids_SN: np.ndarray, logp_SN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Entries in id order, unused ones last."""
+  """Returns the entries sorted by id, with unused ones last."""
   used = logp_SN != -np.inf
   numbers.finite(logp_SN[used], LOGP.record)
   order = np.argsort(np.where(used, ids_SN, 1 << 20), axis=1, kind="stable")
   ids_SN, logp_SN = (np.take_along_axis(x, order, 1) for x in (ids_SN, logp_SN))
   if np.any((ids_SN[:, 1:] == ids_SN[:, :-1]) & (logp_SN[:, 1:] > -np.inf)):
-    raise InputError("a position of ids_TN names an id twice; top-k entries are distinct")
+    raise InputError("A position of ids_TN has an id twice. Top-k entries must be distinct.")
   return ids_SN, logp_SN
 
 
 def count_entries(fields: dict[str, bytes]) -> int:
-  """How many entries encoded targets hold."""
+  """Returns the number of entries of encoded targets."""
   return struct.unpack_from("<II", fields["head"])[1]

@@ -1,4 +1,4 @@
-"""Records of single sequences to one batch, and to the devices."""
+"""Collation of records to batches, on the host and on devices."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ def collate(
   read: Read | None = None,
   recorded: Recorded | None = None,
 ) -> Batch:
-  """Returns records of single sequences as a Batch; differing K are filled up with weight 0.
+  """Returns records of single sequences as a Batch of numpy arrays.
 
   Args:
-    records: the rows of the batch.
-    with_targets: include those of "teacher".
-    read: makes the batch without its targets; None reads packed text.
-    recorded: how the targets were recorded, from their store's manifest.
+    records: The rows of the batch. Different numbers of entries are padded with weight 0.
+    with_targets: True to include the targets of "teacher".
+    read: Returns the batch without targets from its fields; None for packed text.
+    recorded: Metadata of the recorded targets, from the manifest of their store.
   """
-  # numpy here, jax arrays once `to_device` has made the global batch
 
   def stack(name: str) -> np.ndarray:
     return np.stack([record[name] for record in records])
@@ -51,14 +50,14 @@ def collate(
 
 
 def _packed(stack: Callable[[str], np.ndarray]) -> Batch:
-  """Returns packed text as a batch: the label of a position is the next token."""
+  """Returns packed text as a batch. The label of a position is the next token."""
   mask: Any = stack("mask_T")
   rows: Any = packing.to_inputs(stack("tokens_T"), stack("segments_T"), mask)
   return Batch(Inputs(rows.tokens, rows.positions, rows.segments), rows.labels, mask)
 
 
 def _targets(records: Sequence[Record], prefix: str, recorded: Recorded) -> Targets:
-  """Returns the targets of one teacher, whose fields begin with `prefix` (MultiTeacherStore)."""
+  """Returns the targets of one teacher, whose fields have a prefix (see MultiTeacherStore)."""
   stored: dict[str, Any] = {
     f.batch: _stack_padded([r[prefix + f.read] for r in records], f.empty)
     for f in fields.PREDICTED
@@ -77,9 +76,12 @@ def _targets(records: Sequence[Record], prefix: str, recorded: Recorded) -> Targ
 def padded_batches(
   rows: Sequence[dict[str, np.ndarray]], size: int, read: Read | None = None
 ) -> Iterator[Batch]:
-  """Yields this process's rows of batches of `size` rows, in order, without targets of a teacher.
+  """Yields this process's rows of batches in order, without targets.
 
-  The last batch is filled up with rows of padding.
+  Args:
+    rows: All rows.
+    size: Size of the global batch. The last one is padded with rows of zeros.
+    read: See `collate`.
   """
   padding = {name: np.zeros_like(x) for name, x in rows[0].items()}
   for i in range(0, len(rows), size):
@@ -89,7 +91,7 @@ def padded_batches(
 
 
 def to_device(batch: Tree, sharding: jax.sharding.Sharding) -> Tree:
-  """Returns the global batch (or any tree of rows), from each process's own rows."""
+  """Returns a global batch, or any tree of rows, from the rows of each process."""
 
   def global_array(x: np.ndarray) -> jax.Array:
     return jax.make_array_from_process_local_data(sharding, x)

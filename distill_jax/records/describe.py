@@ -1,4 +1,4 @@
-"""What a store holds: its manifest, its bytes per token, and the targets of a sequence."""
+"""Description of a store: its manifest, sizes per token, and the targets of a sequence."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from distill_jax.types import JsonObject
 
 
 def describe(store: Store) -> JsonObject:
-  """Returns the manifest without its shards, and figures: flat names, JSON values.
+  """Returns the manifest, without shards, and sizes, as JSON values by name.
 
-  bytes_per_token counts whole files, over positions that are not padding; payload.FIELD is
-  what each field takes of it, and container the rest.
+  "bytes_per_token" is the size of all files divided by the number of non-padding positions. It is
+  the sum of "payload.FIELD", the share of each field, and "container", the rest.
   """
   m = store.manifest
   tokens = sum(s.tokens for s in m.shards)
@@ -39,11 +39,17 @@ def describe(store: Store) -> JsonObject:
 
 
 def show(store: Store, i: int, decode: Callable[[list[int]], str], top: int = 5) -> str:
-  """Returns sequence i as text, one token a line, with the teacher's likeliest next tokens.
+  """Returns sequence i as text, one token per line, with the teacher's most probable next tokens.
 
-  A line holds the position, the segment, the token, then (where there are targets) the
-  teacher's entropy and log p of the label in nats, and candidates with their probability;
-  `>` marks the token that followed and `*` the teacher's argmax.
+  A line holds the position, segment and token. At positions with targets it also holds the
+  teacher's entropy and log p(label), in nats, and candidates with their probabilities. `>` marks
+  the label and `*` the teacher's argmax.
+
+  Args:
+    store: The store.
+    i: Index of the sequence.
+    decode: Returns the text of token ids.
+    top: Number of candidates.
   """
   seq = store[i]
   tokens, mask = seq["tokens_T"], seq["mask_T"]
@@ -67,7 +73,7 @@ def show(store: Store, i: int, decode: Callable[[list[int]], str], top: int = 5)
 def _candidates(
   seq: Record, t: int, label: int | None, top: int, piece: Callable[[int], str]
 ) -> list[str]:
-  """Returns the likeliest entries of position t, each marked and with its probability."""
+  """Returns the most probable entries of position t, with marks and probabilities."""
   p_K = seq[WEIGHT.read][t] if WEIGHT.read in seq else np.exp(seq[LOGP.read][t])
   out = []
   for k in np.argsort(-p_K, kind="stable")[:top]:

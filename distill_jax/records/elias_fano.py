@@ -1,29 +1,30 @@
-"""The entries of a sequence's positions: which ids, how often, and which is the likeliest.
+"""Encoding of the entries of a sequence's positions: their ids, counts and the argmax.
 
-Ids ascend within a position, so only the set is stored. The id space is cut into pieces,
-powers of two long, each with about the same share of this record's entries: Elias-Fano
-(1974) fitted to the record. An entry is its piece, as a unary gap from the entry before,
-and its place in the piece, in as many bits as the piece is long. The cut is 30 to 50 bytes
-a record. Token ids crowd at the low end (a tokenizer numbers its merges by frequency), and
-the fit is what profits from it.
+Ids. They ascend within a position, so only the set is stored, with an Elias-Fano code (1974) that
+is fitted to the record. The id space is cut into pieces whose lengths are powers of two and which
+hold about the same number of entries of this record. An entry is stored as its piece, a unary gap
+from the entry before, and its place in the piece, in log2(length) bits. The table of pieces takes
+30 to 50 bytes per record. The fit pays off because frequent tokens have low ids.
 
-Counts add up to N and most are 1: unary, and the entry of the argmax, which has most of
-them, is left out, since it is what remains. Its slot is stored, in ceil(log2 M) bits for M
-entries: that tells the teacher's top token exactly. A token that was not sampled cannot be
-the argmax unless no probability reaches 1/N; such positions carry the id itself.
+Counts. They add up to N and most are 1, so they are stored in unary. The count of the argmax, the
+largest, is omitted, because it is the remainder.
 
-Measured in bits an entry, on SmolLM2-135M over Python's language reference, 2,048 tokens, N
-= 63, V = 49,152, 2.56 nats, 20.7 entries a token:
+Argmax. Its index among the M entries is stored in ceil(log2 M) bits, so that the teacher's top
+token is exact. A token that was not sampled can only be the argmax if all probabilities are below
+1/N; such positions store the id itself.
 
-  ids     ceil(log2 V) 16; Elias-Fano 12.6; DEFLATEd byte planes of ids 11.8, of gaps 10.9
-          (but inflating them alone would take as long as all of this); fitted 10.95. With
-          ids scattered at random over V = 151,936: 18, Elias-Fano 14.6, fitted 14.7
-  counts  ceil(log2(N+1)) 6; unary without the argmax, slot included 1.8
+Measured in bits per entry, with SmolLM2-135M on Python's language reference, for 2,048 tokens,
+N = 63, V = 49,152, an entropy of 2.56 nats and 20.7 entries per token:
 
-A token takes 39.9 bytes of payload there, its own id and float16 scalars included, where 3
-bytes an entry and 6 would be 68. With ids scattered over V = 151,936, 30 at 10.3 entries
-(37 allowed) and 38 at 13.5 (46). Decoding takes 0.25 microseconds a token on one idle core
-(4 million tokens a second) into padded arrays, a fifth of it unary planes, a fifth low bits.
+  ids     16 as ceil(log2 V); 12.6 with Elias-Fano; 10.95 fitted. DEFLATE gives 11.8 on byte planes
+          of ids and 10.9 on those of gaps, but inflating takes as long as decoding everything here.
+          For ids at random over V = 151,936: 18, 14.6 with Elias-Fano, 14.7 fitted.
+  counts  6 as ceil(log2(N+1)); 1.8 in unary without the argmax, including its index.
+
+A token then takes 39.9 bytes of payload, including its own id and the float16 scalars; 3 bytes per
+entry plus 6 would be 68. With ids at random over V = 151,936 it takes 30 bytes for 10.3 entries and
+38 bytes for 13.5. Decoding into padded arrays takes 0.25 microseconds per token on one idle core,
+i.e. 4 million tokens per second. A fifth of it is spent on unary planes, a fifth on low bits.
 """
 
 from __future__ import annotations
@@ -45,14 +46,18 @@ def encode(
   n: int,
   vocab_size: int,
 ) -> dict[str, bytes]:
-  """The fields of entries laid end to end.
+  """Encodes the concatenated entries of S positions.
 
   Args:
-    ids: int64, ascending within each position.
-    M_S: entries of each of S positions, at least 1.
-    argmax_S: the teacher's likeliest id at each.
-    counts: of each entry, n in all at each position; None for top-k.
-    n, vocab_size: as in fields.RecordSpec.
+    ids: int64 ids, ascending within each position.
+    M_S: Number of entries of each position, at least 1.
+    argmax_S: The teacher's most probable id at each position.
+    counts: Count of each entry, which sum to n at each position; None for top-k.
+    n: See fields.RecordSpec.
+    vocab_size: See fields.RecordSpec.
+
+  Returns:
+    The bytes of each stored field, by name.
   """
   starts, S, E = np.cumsum(M_S) - M_S, len(M_S), len(ids)
   table = _buckets(ids, S, bits.width(vocab_size))
@@ -78,10 +83,10 @@ def encode(
 
 
 def _buckets(ids: np.ndarray, S: int, id_bits: int) -> np.ndarray:
-  """Cuts the id space where this record's ids are dense: log2 sizes of the pieces, in order.
+  """Cuts the id space into pieces; returns their log2 sizes, in order.
 
-  Pieces are halved while they hold more than a share of the entries; 1.2 pieces for every
-  entry a position was the cheapest split between low bits and unary gaps.
+  Pieces are halved while they hold more than a limit of entries. 1.2 pieces per entry of a position
+  was the cheapest compromise between low bits and unary gaps.
   """
   if not len(ids):
     return np.array([id_bits], np.uint8)
@@ -106,10 +111,11 @@ def _argmax_slot(
   argmax_S: np.ndarray,
   counts: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns which entry is the teacher's argmax, and the positions where none is.
+  """Returns the index of the argmax's entry at each position, and the positions without one.
 
-  There the slot names an entry of the largest count (or the first one) and the id itself
-  is stored: with counts that happens only where no probability reaches 1/N.
+  For the latter ("strays") the index is that of an entry with the largest count, or the first
+  entry, and the id itself is stored. With counts, they occur only where all probabilities are below
+  1/N.
   """
   hit = np.flatnonzero(ids == np.repeat(argmax_S, M_S))
   slot = np.full(len(M_S), -1, np.int64)
@@ -118,7 +124,7 @@ def _argmax_slot(
   stray = np.flatnonzero(slot < 0)
   slot[stray] = 0
   if counts is not None:
-    for s in stray:  # rare by construction
+    for s in stray:  # rare
       slot[s] = np.argmax(counts[starts[s] : starts[s] + M_S[s]])
   return slot, stray
 
@@ -133,16 +139,21 @@ def decode_ids(
   """Returns the id of each entry.
 
   Args:
-    fields: those that `encode` made.
-    table: log2 sizes of the pieces that the id space is cut into.
-    M_S, starts_S, ends_S: see codec.EntryLayout.
+    fields: The bytes of each stored field, from `encode`.
+    table: log2 sizes of the pieces of the id space.
+    M_S: See codec.EntryLayout.
+    starts_S: See codec.EntryLayout.
+    ends_S: See codec.EntryLayout.
+
+  Raises:
+    InputError: The fields are inconsistent.
   """
   E = int(ends_S[-1]) if len(ends_S) else 0
   place = bits.ones(fields["high"])
   whole("bucket marks", len(place), E)
   if not E:
     return np.zeros(0, np.int64)
-  # The one of entry e of a position is at (ones and zeros before the position) + bucket + e.
+  # The one of entry e is at (number of bits before the position) + bucket + e.
   before_S = np.append(0, place[ends_S[:-1] - 1] + 1)
   place -= np.repeat(before_S - starts_S, M_S)
   place -= np.arange(E)
@@ -155,7 +166,18 @@ def decode_ids(
 def decode_counts(
   data: bytes, argmax_entry_S: np.ndarray, starts_S: np.ndarray, E: int, n: int
 ) -> np.ndarray:
-  """Returns how many of the n points of its position fell on each of E entries."""
+  """Returns the count of each of E entries.
+
+  Args:
+    data: The stored field "counts".
+    argmax_entry_S: Index of the argmax's entry of each position.
+    starts_S: See codec.EntryLayout.
+    E: Number of entries.
+    n: Number of sampled points per position.
+
+  Raises:
+    InputError: The counts are inconsistent.
+  """
   place = bits.ones(data)
   whole("count marks", len(place), E - len(starts_S))
   others = np.ones(E, bool)
@@ -164,11 +186,14 @@ def decode_counts(
   counts[others] = np.diff(place, prepend=-1)
   counts[argmax_entry_S] = n - np.add.reduceat(counts, starts_S) if E else 0
   if E and counts.min() < 1:
-    raise InputError(f"the counts of a position add up to more than the {n} points")
+    raise InputError(
+      f"The counts of a position add up to more than {n}, the number of points. Record the shard "
+      "again."
+    )
   return counts
 
 
 def whole(noun: str, found: int, want: int) -> None:
-  """Refuses a record that holds more or fewer of something than it should."""
+  """Raises InputError if the number of something in a record is not the expected one."""
   if found != want:
-    raise InputError(f"a record holds {found} {noun} where {want} belong; record the shard again")
+    raise InputError(f"A record has {found} {noun}; expected {want}. Record the shard again.")

@@ -1,11 +1,11 @@
-"""The fields of a record: one table that sampler, recorder, codec, loader and preflight share.
+"""The fields of a record, a table shared by sampler, recorder, codec, loader and preflight.
 
-A quantity has one name. As an array it carries its axes, which depend on where it is:
+A quantity has one name. The name of an array adds its axes, which depend on the place:
 
-  device   batch first, as the recorder returns it       ids_BTN
-  record   one sequence, as it is written                ids_TN
-  read     the same, as a store returns it               ids_TK
-  batch    the attribute of types.Targets                ids_BTK
+  device   with the batch axis, from the recorder        ids_BTN
+  record   one sequence, to be written                   ids_TN
+  read     one sequence, from a store                    ids_TK
+  batch    an attribute of types.Targets                 ids_BTK
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import functools
 
 import numpy as np
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 
 Record = dict[str, np.ndarray]  # one sequence, or one example of a task, by field
 KINDS = ("sampled", "topk", "dense", "text")
-TEXT = ("tokens_T", "segments_T", "mask_T")  # of packed text, beside the teacher's targets
-TASK = ("labels_T", "mask_T")  # of an example of a task
-SMOOTHING = "smoothing_T"  # label smoothing, where documents or examples have their own
-UNTAUGHT = (*TEXT, *TASK, SMOOTHING)  # fields of a record that no teacher computed
+TEXT = ("tokens_T", "segments_T", "mask_T")  # fields of packed text
+TASK = ("labels_T", "mask_T")  # fields of an example of a task
+SMOOTHING = "smoothing_T"  # label smoothing, if documents or examples differ in it
+WITHOUT_TARGETS = (*TEXT, *TASK, SMOOTHING)  # fields of a record that are not from a teacher
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """One quantity that a teacher's record holds for each position.
+  """One quantity of a teacher's record, with values at each position.
 
   Attributes:
-    name: its name, as `sampler.summarise` returns it.
-    dtype: numpy dtype of its numbers.
-    axes: axes of one record that is written; "" for what is derived when it is read.
-    read_axes: axes of one record that is read.
-    empty: value of unused entries.
-    class_ids: its numbers are classes, i.e. rows of the head.
-    scalar: stored as one float16 a position.
+    name: Its name in the output of `sampler.summarise`.
+    dtype: Its numpy dtype.
+    axes: Axes in a record to be written; "" for a quantity that is computed on reading.
+    read_axes: Axes in a record that is read.
+    empty: Value of unused entries.
+    class_ids: True if its values are classes, i.e. rows of the head.
+    scalar: True if it is stored as one float16 per position.
   """
 
   name: str
@@ -73,23 +73,23 @@ ARGMAX = Field("argmax", np.int32, "T", "T", class_ids=True)
 TAPS = Field("taps", np.int8, "PTD", "PTD")
 TAPS_SCALE = Field("taps_scale", np.float32, "PT", "PT")
 
-PREDICTED = (IDS, LOGP, WEIGHT, ENTROPY, LABEL_LOGP, ARGMAX)  # of the teacher's distribution
-TAPPED = (TAPS, TAPS_SCALE)  # of its features
+PREDICTED = (IDS, LOGP, WEIGHT, ENTROPY, LABEL_LOGP, ARGMAX)  # the teacher's distribution
+TAPPED = (TAPS, TAPS_SCALE)  # the teacher's features
 SCALARS = (LABEL_LOGP, ENTROPY)  # in the order of the stored field "scalars"
 CLASS_IDS = ("labels_T", *(f.read for f in PREDICTED if f.class_ids))
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordSpec:
-  """What a record holds, the same for every record of a store.
+  """The contents of a record, equal for all records of a store.
 
   Attributes:
-    kind: "sampled" (counts of n points), "topk" (log-probabilities, at most n entries),
-      "dense" (log-probabilities of all n classes) or "text" (no targets).
-    n: points or entries a position; 0 for text.
-    vocab_size: ids are below it; at most 2^20.
-    logp: for "sampled", true log-probabilities are kept beside the counts.
-    entropy: the teacher's entropy is kept (a dump from elsewhere may not have it).
+    kind: "sampled" (counts of n points), "topk" (log-probabilities of at most n entries), "dense"
+      (log-probabilities of all n classes) or "text" (no targets).
+    n: Number of points or entries per position; 0 for "text".
+    vocab_size: Number of tokens or classes; at most 2^20.
+    logp: True if "sampled" records hold exact log-probabilities in addition to counts.
+    entropy: True if the teacher's entropy is stored. Imported dumps may lack it.
   """
 
   kind: str
@@ -100,14 +100,18 @@ class RecordSpec:
 
   def __post_init__(self) -> None:
     if self.kind not in KINDS:
-      raise InputError(f"records kind is {self.kind!r}; expected one of {KINDS}")
+      raise bad_value("records.kind", self.kind, f"one of {', '.join(KINDS)}", "Correct it")
     if not 1 <= self.vocab_size <= 1 << 20:
-      raise InputError(f"vocab_size is {self.vocab_size}; records hold from 1 to {1 << 20} ids")
+      raise bad_value(
+        "vocab_size", self.vocab_size, f"from 1 to {1 << 20}", "Use another tokenizer"
+      )
     low = 0 if self.kind == "text" else 1
     if not low <= self.n < 1 << 15:
-      raise InputError(
-        f"n is {self.n}; kind {self.kind!r} takes from {low} to {(1 << 15) - 1}"
-        + (" classes; record topk instead" if self.kind == "dense" else "")
+      raise bad_value(
+        "records.n",
+        self.n,
+        f"from {low} to {(1 << 15) - 1} for kind {self.kind!r}",
+        "Set records.kind=topk" if self.kind == "dense" else "Correct it",
       )
 
   @property
@@ -116,7 +120,7 @@ class RecordSpec:
 
   @functools.cached_property
   def recorded(self) -> tuple[Field, ...]:
-    """The fields of the teacher's distribution in a record that is written."""
+    """Fields of the teacher's distribution in a record to be written."""
     if self.kind == "text":
       return ()
     absent = {WEIGHT} | ({LOGP} if not self.has_logp else set())
@@ -125,26 +129,26 @@ class RecordSpec:
 
   @functools.cached_property
   def scalars(self) -> tuple[Field, ...]:
-    """The fields stored as one number per position, in storage order."""
+    """Fields that are stored as one number per position, in storage order."""
     return tuple(f for f in SCALARS if f in self.recorded)
 
 
 def placeholder(
   spec: RecordSpec, positions: int, taps: int = 0, taps_width: int = 0
 ) -> dict[str, np.ndarray]:
-  """Returns valid made-up targets of one sequence, under the names of a record.
+  """Returns valid placeholder targets of one sequence, by their names in a record.
 
   Args:
-    spec: of the store.
-    positions: of the sequence, T.
-    taps: tapped layers, P; 0 for none.
-    taps_width: numbers of a tapped vector, D.
+    spec: The contents of a record.
+    positions: Number of positions, T.
+    taps: Number of tapped layers, P; 0 for none.
+    taps_width: Width of a tapped vector, D.
   """
   sizes = {"T": positions, "N": spec.n, "P": taps, "D": taps_width}
   record = {
     f.record: np.zeros([sizes[axis] for axis in f.axes], f.dtype)
     for f in (*spec.recorded, *(TAPPED if taps else ()))
   }
-  if spec.kind in ("topk", "dense"):  # whose ids are distinct
+  if spec.kind in ("topk", "dense"):  # ids are distinct
     record[IDS.record] += np.arange(spec.n, dtype=IDS.dtype)
   return record

@@ -1,20 +1,18 @@
-"""Records from a teacher behind a server: JSONL dumps of responses with top log-probabilities.
+"""Import of records from a served teacher: JSONL dumps of responses with top log-probabilities.
 
-One response a line, as the server gave it, in one of three formats:
+A line is one response of the server, in one of three formats:
 
-  vllm    `prompt_logprobs`, a list with null first and then {token id: {"logprob": ...}} for
-          each prompt token, beside `prompt_token_ids`; either at the top or in `choices[0]`
-          (vLLM puts the prompt's own token among the entries, whatever its rank).
-  sglang  `meta_info` with `input_token_logprobs` as [logprob, id, text] a token and
-          `input_top_logprobs` as a list of those, and the same for `output_`.
-  openai  `choices[0].logprobs.content` with `token`, `logprob` and `top_logprobs` a token,
-          and, put there by whoever made the dump, `prompt_token_ids`, because the format
-          leaves the prompt out. Strings "token_id:123" (vLLM's return_tokens_as_token_ids)
-          are ids.
+  vllm    `prompt_logprobs`, a list of null and then {token id: {"logprob": ...}} for each prompt
+          token, and `prompt_token_ids`, both at the top level or in `choices[0]`. vLLM always
+          includes the prompt's own token among the entries.
+  sglang  `meta_info` with `input_token_logprobs`, a list of [logprob, id, text] per token, and
+          `input_top_logprobs`, a list of such lists per token; the same for `output_`.
+  openai  `choices[0].logprobs.content` with `token`, `logprob` and `top_logprobs` per token. The
+          format lacks the prompt, so `prompt_token_ids` must be added to each line. Strings
+          "token_id:123" (vLLM's return_tokens_as_token_ids) are ids.
 
-What such a teacher did not give is not made up: entropy is absent, positions without
-log-probabilities are masked out, and the mass outside the entries is what the store's
-missing_mass convention says.
+Missing values stay missing: entropies are not stored, positions without log-probabilities are
+masked, and the mass outside the entries follows the convention `missing_mass` of the store.
 """
 
 from __future__ import annotations
@@ -26,13 +24,13 @@ from typing import Any
 import numpy as np
 
 from distill_jax.data import jsonl
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.records.fields import ARGMAX, IDS, LABEL_LOGP, LOGP, Record
 from distill_jax.runtime import json_io
 from distill_jax.types import JsonObject
 
 FORMATS = ("vllm", "sglang", "openai")
-# Of each token: its id, and the log-probabilities by id of what could stand there, or None.
+# The id of each token, and the log-probabilities of the candidates at its position by id, or None.
 Document = list[tuple[int, dict[int, float] | None]]
 TokenIds = Callable[[str], int | None]
 
@@ -47,25 +45,26 @@ def sequences(
   missing_mass: str,
   token_id: TokenIds | None = None,
 ) -> Iterator[Record]:
-  """Reads a dump into sequences for `Writer.write_shard`, kind "topk" with entropy=False.
+  """Yields the sequences of a dump as records of kind "topk" without entropy.
 
-  Whole documents are packed in order, as many as fit a sequence.
+  Each sequence packs as many whole documents as fit, in order.
 
   Args:
-    path: of the JSONL file.
+    path: The JSONL file.
     fmt: "vllm", "sglang" or "openai".
-    n: entries kept a position, the likeliest; positions may have fewer.
-    seq_len: tokens a sequence; a longer document is refused.
-    vocab_size: ids are below it.
-    missing_mass: the store's convention. Candidates whose string is no single token can be
-      left to the tail, so with "renormalise" they are refused.
-    token_id: for strings: the id of a token, or None when there is none or several.
+    n: Maximum number of entries per position; the most probable ones are kept.
+    seq_len: Number of tokens per sequence, and maximum length of a document.
+    vocab_size: Number of tokens of the vocabulary.
+    missing_mass: Convention of the store. With "tail_bucket", candidates whose string is not a
+      single token count towards the tail; with "renormalise" they raise an error.
+    token_id: Returns the id of a string that is a single token, otherwise None.
 
   Raises:
-    InputError: naming the line.
+    InputError: A line cannot be used; the message names it.
   """
   if fmt not in FORMATS:
-    raise InputError(f"logprobs format is {fmt!r}; it can be one of {FORMATS}")
+    expected = f"one of {', '.join(FORMATS)}"
+    raise bad_value("records.logprobs_format", fmt, expected, "Correct it")
   row: list[Document] = []
   for number, response in _lines(path):
     at = f"{path}, line {number}"
@@ -74,43 +73,56 @@ def sequences(
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
       if isinstance(e, InputError):
         raise
-      raise InputError(f"{at} is not a {fmt} response with log-probabilities ({e!r})") from e
+      raise InputError(
+        f"{at} is not a {fmt} response with log-probabilities ({e!r}). Correct the dump or "
+        "records.logprobs_format."
+      ) from e
     _check(document, vocab_size, seq_len, at)
     if row and sum(map(len, row)) + len(document) > seq_len:
       yield _pack(row, n, seq_len)
       row = []
     row.append(document)
   if not row:
-    raise InputError(f"{path} holds no response; an empty dump makes no records")
+    raise InputError(f"{path} is empty. Name a dump with responses.")
   yield _pack(row, n, seq_len)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-  """Yields (its number, what it holds) for each line."""
+  """Yields (line number, JSON value) for each line."""
   try:
     for line in jsonl.read_lines(path):
-      yield line.number, json_io.parse(line.text(), line.where, "one response a line")
+      yield line.number, json_io.parse(line.text(), line.where, "Write one response per line")
   except OSError as e:
-    raise InputError(f"{path} cannot be read ({e}); give a UTF-8 JSONL file") from e
+    raise InputError(f"{path} cannot be read ({e}). Name a JSONL file in UTF-8.") from e
 
 
 def _check(document: Document, vocab_size: int, seq_len: int, at: str) -> None:
   if not 2 <= len(document) <= seq_len:
-    raise InputError(f"{at} has {len(document)} tokens; a document here has 2 to {seq_len}")
+    raise InputError(
+      f"{at} has {len(document)} tokens; expected 2 to {seq_len}. Remove the line, or raise "
+      "data.seq_len."
+    )
   for i, (token, top) in enumerate(document):
     for t, logp in {token: -1.0, **(top or {})}.items():
       if not 0 <= t < vocab_size:
         raise InputError(
-          f"{at} names token {t} and the vocabulary has {vocab_size}; use its tokenizer"
+          f"{at} has the token id {t}, but the vocabulary has {vocab_size} tokens. Use the "
+          "teacher's tokenizer."
         )
       if not (np.isfinite(logp) and logp <= 1e-3):
-        raise InputError(f"{at}, token {i} has log-probability {logp}; it is finite and at most 0")
+        raise InputError(
+          f"{at}, token {i} has log-probability {logp}; expected a finite number of at most 0. "
+          "Remove the line."
+        )
     if top and (mass := sum(np.exp(list(top.values())))) > 1.01:
-      raise InputError(f"{at}, token {i}: the candidates' probabilities add up to {mass:.3f}")
+      raise InputError(
+        f"{at}, token {i} has candidates whose probabilities sum to {mass:.3f}; expected at most "
+        "1. Remove the line."
+      )
 
 
 def _pack(documents: list[Document], n: int, seq_len: int) -> Record:
-  """Packs documents into a record: the distribution of token t + 1 is the target of position t."""
+  """Packs documents into a record. The target of position t is the distribution of token t + 1."""
   tokens, segments, argmax = (np.zeros(seq_len, np.int32) for _ in range(3))
   mask, label_logp = np.zeros(seq_len, bool), np.zeros(seq_len, np.float32)
   ids = np.zeros((seq_len, n), np.int32)
@@ -119,7 +131,7 @@ def _pack(documents: list[Document], n: int, seq_len: int) -> Record:
   for segment, document in enumerate(documents, 1):
     for i, (token, top) in enumerate(document):
       tokens[t], segments[t] = token, segment
-      if i and top and token in top:  # without the label's, there is no teacher's loss
+      if i and top and token in top:  # skipped if the label's log-probability is missing
         best = sorted(top, key=lambda k: (-top[k], k))[:n]
         ids[t - 1, : len(best)] = best
         logp[t - 1, : len(best)] = [min(top[k], 0.0) for k in best]
@@ -141,12 +153,16 @@ def _resolver(token_id: TokenIds | None, missing_mass: str, at: str) -> Callable
     if token.startswith("token_id:"):
       return int(token.removeprefix("token_id:"))
     if token_id is None:
-      raise InputError(f"{at} gives tokens as strings, as {token!r}; give the teacher's tokenizer")
+      raise InputError(
+        f"{at} has tokens as strings, e.g. {token!r}. Set data.tokenizer to the teacher's "
+        "tokenizer."
+      )
     found = token_id(token)
     if found is None and (chosen or missing_mass != "tail_bucket"):
       raise InputError(
-        f"{at}: {token!r} is not one token of the tokenizer; use the teacher's, or ask the server "
-        "for token ids" + ("" if chosen else ", or record with missing_mass=tail_bucket")
+        f"{at} has {token!r}, which is not a single token of the tokenizer. Use the teacher's "
+        "tokenizer, or request token ids from the server"
+        + ("." if chosen else ", or set records.missing_mass=tail_bucket.")
       )
     return found
 
@@ -158,7 +174,7 @@ def _vllm(response: JsonObject, _: Callable) -> Document:
   tokens = holder.get("prompt_token_ids") or response["prompt_token_ids"]
   logprobs = holder["prompt_logprobs"]
   if len(tokens) != len(logprobs):
-    raise ValueError(f"{len(tokens)} prompt_token_ids and {len(logprobs)} prompt_logprobs")
+    raise ValueError(f"{len(tokens)} prompt_token_ids, but {len(logprobs)} prompt_logprobs.")
 
   def value(x: JsonObject | float) -> float:
     return float(x["logprob"] if isinstance(x, dict) else x)
@@ -175,7 +191,7 @@ def _sglang(response: JsonObject, _: Callable) -> Document:
     own = info.get(f"{side}_token_logprobs") or []
     tops = info.get(f"{side}_top_logprobs") or []
     if len(own) != len(tops):
-      raise ValueError(f"{len(own)} {side}_token_logprobs and {len(tops)} {side}_top_logprobs")
+      raise ValueError(f"{len(own)} {side}_token_logprobs, but {len(tops)} {side}_top_logprobs.")
     for (logp, token, _text), top in zip(own, tops, strict=True):
       entries = {int(k): float(x) for x, k, _text in top} if top else {}
       if logp is not None and entries:
@@ -186,7 +202,7 @@ def _sglang(response: JsonObject, _: Callable) -> Document:
 
 def _openai(response: JsonObject, resolve: Callable) -> Document:
   if "prompt_token_ids" not in response:
-    raise ValueError("no prompt_token_ids: add them to each line, the format leaves them out")
+    raise ValueError("prompt_token_ids is missing; add it to each line.")
   document: Document = [(int(t), None) for t in response["prompt_token_ids"]]
   for entry in response["choices"][0]["logprobs"]["content"]:
     token = resolve(entry["token"], True)

@@ -1,4 +1,4 @@
-"""What a store of records is: made once, checked by everything that touches the folder."""
+"""The manifest of a store: its description, written once and checked by every reader and writer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.records.fields import RecordSpec
 from distill_jax.runtime import json_io
 from distill_jax.runtime.atomic_io import atomic_write
@@ -18,23 +18,23 @@ from distill_jax.runtime.atomic_io import atomic_write
 if TYPE_CHECKING:  # reading a store needs no jax
   from distill_jax.types import JsonObject
 
-FORMAT = 2  # of stores of tasks and of kind "dense"; all others are still of format 1
+FORMAT = 2  # format of stores of tasks and of kind "dense"; others have format 1
 FORMATS = (1, 2)
 NAME = "manifest.json"
-# Where the mass outside the entries goes, by kind; the other kinds miss none in expectation.
+# Conventions for the mass outside the entries, by kind; the other kinds lack none in expectation.
 CONVENTIONS = {"topk": ("tail_bucket", "renormalise"), "dense": ("renormalise",)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Taps:
-  """Features of some layers, kept beside the targets.
+  """Features of some layers that are stored in addition to targets.
 
   Attributes:
-    layers: the layers, in the order of the P axis.
-    width: numbers a vector, after the projection.
-    seed: of the fixed random projection (taps.projection), or None without one.
-    kind: "hidden", the layers' outputs, or "qkv", their queries, keys and values end to end;
-      the file calls it "of".
+    layers: The layers, in the order of the P axis.
+    width: Width of a vector, after projection.
+    seed: Seed of the fixed random projection (taps.projection), or None without one.
+    kind: "hidden" for the layers' outputs, or "qkv" for their concatenated queries, keys and
+      values. Its name in the file is "of".
   """
 
   layers: tuple[int, ...]
@@ -45,42 +45,57 @@ class Taps:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """One finished shard: sequences first .. first + count - 1."""
+  """One finished shard, with sequences first .. first + count - 1.
+
+  Attributes:
+    name: Name of the file.
+    first: Index of the first sequence.
+    count: Number of sequences.
+    bytes: Size of the file.
+    sha256: sha256 of the file, in hex.
+    tokens: Number of positions that are not padding.
+    targets: Number of positions with targets (mask_T set).
+    entries: Number of entries of all positions.
+    fields: Payload in bytes, by field.
+  """
 
   name: str
   first: int
   count: int
   bytes: int
   sha256: str
-  tokens: int  # positions that are not padding
-  targets: int  # positions with targets (mask_T set)
+  tokens: int
+  targets: int
   entries: int
-  fields: dict[str, int]  # payload bytes by field
+  fields: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """Everything a reader must know before the first record.
+  """The description of a store, which readers need before the first record.
 
   Attributes:
-    kind, n, logp, entropy: see fields.RecordSpec.
-    vocab_size: of the tokenizer; ids are below it.
-    seq_len: tokens a sequence.
-    teacher: {"name", "config", "digest"}; {} for kind "text" without one.
-    tokenizer, corpus: their digests.
-    sequences_per_shard: of every shard but the last of each extent.
-    extents: sequences recorded by each run that made the store longer; a run gives the one
-      total it wants, as `extents=(total,)`.
-    missing_mass: where the mass outside the entries goes: of topk "tail_bucket" or
-      "renormalise"; of dense "renormalise", which makes up for float16; "none" for kinds that
-      miss nothing in expectation.
-    nucleus: topk entries are cut where they hold this mass; 1 is no cut.
-    temperature: of the recorded distribution.
-    taps: hidden states kept, or None.
-    smoothing: each document has its own label smoothing.
-    labels: records hold labels_T, of the examples of a task, and not packed tokens.
-    format_version: see `format_of`.
-    shards: finished shards, in order.
+    kind: See fields.RecordSpec.
+    n: See fields.RecordSpec.
+    vocab_size: Number of tokens of the tokenizer, or of classes of the task.
+    seq_len: Number of tokens, or labels, of a sequence.
+    teacher: {"name", "config", "digest"}; {} for kind "text" without a teacher.
+    tokenizer: Digest of the tokenizer; "" for a task.
+    corpus: Digest of the corpus or task.
+    sequences_per_shard: Number of sequences of each shard; the last of each extent may have fewer.
+    extents: Number of sequences that each run added to the store. A run that writes passes the
+      total as `extents=(total,)`.
+    logp: See fields.RecordSpec.
+    entropy: See fields.RecordSpec.
+    missing_mass: Convention for the mass outside the entries: "tail_bucket" or "renormalise" for
+      "topk"; "renormalise" for "dense", which corrects float16 rounding; otherwise "none".
+    nucleus: Probability mass at which "topk" entries are cut; 1 for no cut.
+    temperature: Temperature of the recorded distribution.
+    taps: The stored features, or None.
+    smoothing: True if documents have different label smoothing.
+    labels: True if records hold labels_T of a task's examples instead of packed tokens.
+    format_version: Version of the format; see `format_of`.
+    shards: The finished shards, in order.
   """
 
   kind: str
@@ -106,30 +121,35 @@ class Manifest:
   def __post_init__(self):
     RecordSpec(self.kind, self.n, self.vocab_size, self.logp, self.entropy)
     if self.kind == "dense" and self.n != self.vocab_size:
-      raise InputError(
-        f"n is {self.n} for kind 'dense' of {self.vocab_size} classes; it records all of them"
-      )
+      expected = f"{self.vocab_size}, the number of classes, for kind 'dense'"
+      raise bad_value("n", self.n, expected, "Correct it")
     conventions = CONVENTIONS.get(self.kind, ("none",))
     if self.missing_mass not in conventions:
-      raise InputError(
-        f"missing_mass is {self.missing_mass!r} for kind {self.kind!r}; expected "
-        f"{' or '.join(conventions)}"
-      )
+      expected = f"{' or '.join(map(repr, conventions))} for kind {self.kind!r}"
+      raise bad_value("records.missing_mass", self.missing_mass, expected, "Correct it")
     if self.temperature != 1.0 and self.kind == "dense":
-      raise InputError(
-        f"temperature is {self.temperature} for kind 'dense'; expected 1. Losses apply their own "
-        "temperature to dense records"
+      raise bad_value(
+        "records.temperature",
+        self.temperature,
+        "1 for kind 'dense', because losses apply their own temperature to dense records",
+        "Set it to 1",
       )
     if self.temperature != 1.0 and self.missing_mass == "renormalise":
-      raise InputError(
-        f"temperature is {self.temperature} over renormalised top-k records, which does not "
-        "define the mass left out; record at temperature 1 or with tail_bucket"
+      raise bad_value(
+        "records.temperature",
+        self.temperature,
+        "1 for missing_mass 'renormalise', because the omitted mass is unknown at others",
+        "Set it to 1, or set records.missing_mass=tail_bucket",
       )
-    if self.sequences_per_shard < 1 or self.seq_len < 1 or min(self.extents, default=0) < 1:
-      raise InputError(
-        f"sequences_per_shard={self.sequences_per_shard}, seq_len={self.seq_len}, extents="
-        f"{self.extents}: each is at least 1; an empty corpus makes no records"
+    if self.sequences_per_shard < 1:
+      raise bad_value(
+        "records.sequences_per_shard", self.sequences_per_shard, "at least 1", "Raise it"
       )
+    if self.seq_len < 1:
+      raise bad_value("seq_len", self.seq_len, "at least 1", "Raise it")
+    if min(self.extents, default=0) < 1:
+      expected = "numbers of sequences of at least 1"
+      raise bad_value("extents", self.extents, expected, "Record a corpus that is not empty")
 
   @functools.cached_property
   def spec(self) -> RecordSpec:
@@ -137,12 +157,12 @@ class Manifest:
 
   @property
   def total(self) -> int:
-    """Sequences in all, finished or not."""
+    """Total number of sequences, finished or not."""
     return sum(self.extents)
 
   @property
   def ranges(self) -> list[range]:
-    """The sequences of every shard, by shard number."""
+    """The range of sequences of every shard, in order."""
     out, first = [], 0
     for extent in self.extents:
       last = first + extent
@@ -153,14 +173,15 @@ class Manifest:
 
   @property
   def identity(self) -> JsonObject:
-    """All that two runs must agree on to write into one folder."""
-    without = ["extents", "shards"] + ["smoothing"] * (not self.smoothing)  # older than it is
+    """The fields that must be equal for two runs to write into one folder."""
+    # False is omitted, because older manifests lack the field.
+    without = ["extents", "shards"] + ["smoothing"] * (not self.smoothing)
     return {k: v for k, v in self._json().items() if k not in without}
 
   def _json(self) -> JsonObject:
-    """All fields as the file spells them."""
+    """Returns all fields in the format of the file."""
     fields = _plain(dataclasses.asdict(self))
-    if self.format_version == 1:  # which knows no labels: those of a task are under "tokens"
+    if self.format_version == 1:  # it stores labels of a task as "tokens"
       del fields["labels"]
     if fields["taps"]:
       fields["taps"]["of"] = fields["taps"].pop("kind")
@@ -168,18 +189,18 @@ class Manifest:
 
   @property
   def ids_name(self) -> str:
-    """The field of a record that holds its tokens, or its labels."""
+    """Name of the field with the tokens, or labels, of a record."""
     return "labels_T" if self.labels else "tokens_T"
 
   @functools.cached_property
   def tag(self) -> bytes:
-    """Eight bytes of the identity's digest: every record carries them, and asks for them."""
+    """8 bytes of the digest of the identity, which are stored in every record."""
     text = json.dumps(self.identity, sort_keys=True)
     return hashlib.sha256(text.encode()).digest()[:8]
 
   @functools.cached_property
   def digest(self) -> str:
-    """sha256, in hex, of what the store holds: another if a shard differs, or one is added."""
+    """sha256, in hex, of the identity and the shards' digests."""
     text = json.dumps({**self.identity, "shards": [s.sha256 for s in self.shards]}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -189,10 +210,14 @@ class Manifest:
 
 
 def format_of(kind: str, labels: bool) -> int:
-  """The format of a new store.
+  """Returns the format version of a new store.
 
-  Format 2 adds labels_T (format 1 stores the labels of a task as tokens) and kind "dense"
-  (format 1 stores it as renormalised topk). Others stay format 1, so that their bytes do.
+  Format 2 adds labels_T (format 1 stores labels of a task as tokens) and kind "dense" (format 1
+  stores it as renormalised "topk"). Other stores keep format 1, so that their bytes do not change.
+
+  Args:
+    kind: Kind of the records.
+    labels: True for a store of a task.
   """
   return FORMAT if labels or kind == "dense" else 1
 
@@ -200,13 +225,13 @@ def format_of(kind: str, labels: bool) -> int:
 def without_targets(
   *, vocab_size: int, positions: int, sequences: int, corpus: str = ""
 ) -> Manifest:
-  """The manifest of a task's labels that no teacher has recorded: no folder holds it.
+  """Returns a manifest of a task's labels without a teacher, which is not stored in a folder.
 
   Args:
-    vocab_size: classes of the task.
-    positions: labels of an example.
-    sequences: examples.
-    corpus: digest of the data.
+    vocab_size: Number of classes of the task.
+    positions: Number of labels of an example.
+    sequences: Number of examples.
+    corpus: Digest of the data.
   """
   return Manifest(
     kind="text",
@@ -224,7 +249,7 @@ def without_targets(
 
 
 def shard_name(number: int) -> str:
-  """The file of shard `number`; tfds finds it by {SPLIT}-{SHARD_INDEX}.{FILEFORMAT}."""
+  """Returns the file name of a shard, which matches tfds_info.TEMPLATE."""
   return f"records-{number:05d}.array_record"
 
 
@@ -232,21 +257,21 @@ def load(folder: str | os.PathLike) -> Manifest:
   """Reads the manifest of a folder.
 
   Raises:
-    InputError: there is none, or it is not one this version reads.
+    InputError: The manifest is missing or damaged, or has an unknown format version.
   """
   path = Path(folder) / NAME
   try:
     fields = json_io.parse(path.read_bytes())
   except FileNotFoundError as e:
-    raise InputError(f"{folder} holds no {NAME}; give a folder that `record` wrote") from e
+    raise InputError(f"{folder} has no {NAME}. Name a folder that `record` wrote.") from e
   except (OSError, InputError) as e:
     why = str(e).rstrip(".")
     raise InputError(f"{path} cannot be read ({why}). Delete it and run `record` again.") from e
   version = fields.get("format_version") if isinstance(fields, dict) else None
   if version not in FORMATS:
     raise InputError(
-      f"{path} has format {version!r}, this version reads {' and '.join(map(str, FORMATS))}; "
-      "record again"
+      f"{path} has format {version!r}, but this version of distill_jax reads the formats "
+      f"{' and '.join(map(str, FORMATS))}. Record again."
     )
   try:
     fields["extents"] = tuple(fields["extents"])
@@ -254,21 +279,27 @@ def load(folder: str | os.PathLike) -> Manifest:
     if taps := fields["taps"]:
       taps = {**taps, "kind": taps.get("of", "hidden"), "layers": tuple(taps["layers"])}
       fields["taps"] = Taps(**{k: v for k, v in taps.items() if k != "of"})
-    if version == 1:  # text has a tokenizer, whose digest is never empty
+    if version == 1:  # only tasks lack the digest of a tokenizer
       fields["labels"] = not fields["tokenizer"]
     return Manifest(**fields)
   except (TypeError, KeyError) as e:
     raise InputError(
-      f"{path} is not a whole manifest ({e}); delete it and run `record` again"
+      f"{path} is not a complete manifest ({e}). Delete it and run `record` again."
     ) from e
 
 
 def require_same(want: Manifest, found: Manifest, folder: Path) -> None:
-  """Refuses to mix two recordings in one folder, naming both sides."""
+  """Raises InputError if two recordings cannot share a folder.
+
+  Args:
+    want: The manifest of this run.
+    found: The manifest in the folder.
+    folder: The folder.
+  """
   if want.format_version != found.format_version:
     raise InputError(
-      f"{folder} holds records of format {found.format_version} and this run writes format "
-      f"{want.format_version}; train on them as they are, or record into another folder"
+      f"{folder} holds records of format {found.format_version}, but this run writes format "
+      f"{want.format_version}. Train on the existing records, or record into another folder."
     )
   a, b = ({"smoothing": False, **m.identity} for m in (want, found))
   for key, planned in a.items():
@@ -279,11 +310,11 @@ def require_same(want: Manifest, found: Manifest, folder: Path) -> None:
       else:
         recorded = b[key]
       raise InputError(
-        f"{folder} holds records with {key}={recorded!r} and this run has {key}={planned!r}; "
-        "choose another folder, or the settings of the first recording"
+        f"{folder} holds records with {key}={recorded!r}, but this run has {key}={planned!r}. "
+        "Choose another folder, or use the settings of the first recording."
       )
 
 
 def _plain(x: JsonObject) -> JsonObject:
-  """Converts a value as a JSON round trip does: tuples become lists."""
+  """Returns a value after a JSON round trip, in which tuples become lists."""
   return json.loads(json.dumps(x))

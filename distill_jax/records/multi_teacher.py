@@ -1,4 +1,4 @@
-"""The targets of several teachers on the same text, as one store."""
+"""A store that joins the targets of several teachers on the same text."""
 
 from __future__ import annotations
 
@@ -8,26 +8,33 @@ from typing import SupportsIndex
 import numpy as np
 
 from distill_jax.errors import InputError
-from distill_jax.records.fields import UNTAUGHT
+from distill_jax.records.fields import WITHOUT_TARGETS
 from distill_jax.records.store import Store
 
-# What the stores of several teachers agree on: the text, and how their targets are read.
+# Manifest fields that must be equal in the stores of all teachers.
 SAME = ("corpus", "tokenizer", "vocab_size", "seq_len", "labels", "temperature", "missing_mass")
 
 
 class MultiTeacherStore:
-  """A random-access source of records that hold the targets of each teacher.
+  """A random-access source of records with the targets of several teachers.
 
-  `store[i]` is the record of the first store; the fields of the others that are not the
-  text's own stand beside them as "NAME/FIELD".
+  `store[i]` is the record of the first store, with the targets of other teachers added as
+  "NAME/FIELD".
+
+  Args:
+    first: The first store.
+    others: The other stores, by the name of their teacher.
 
   Attributes:
-    manifest: the first store's.
-    others: the other stores, by the name of their teacher.
+    first: The first store.
+    others: The other stores, by the name of their teacher.
+    manifest: The manifest of the first store.
+
+  Raises:
+    InputError: The stores are not of the same text.
   """
 
   def __init__(self, first: Store, others: dict[str, Store]):
-    """Raises: InputError: the stores are not of the same text."""
     self.first, self.others = first, others
     self.manifest = first.manifest
     for name, store in others.items():
@@ -35,16 +42,18 @@ class MultiTeacherStore:
         a, b = getattr(self.manifest, key), getattr(store.manifest, key)
         if a != b:
           raise InputError(
-            f"the records of teacher {name!r} in {store.folder} have {key}={b!r:.40} and those in "
-            f"{first.folder} {a!r:.40}; record the same text with the same settings"
+            f"The records of teacher {name!r} in {store.folder} have {key}={b!r:.40}, but those in "
+            f"{first.folder} have {a!r:.40}. Record the same text with the same settings."
           )
       if len(store) != len(first):
         raise InputError(
-          f"the records of teacher {name!r} in {store.folder} are of {len(store)} sequences and "
-          f"those in {first.folder} of {len(first)}; record the rest"
+          f"The records of teacher {name!r} in {store.folder} have {len(store)} sequences, but "
+          f"those in {first.folder} have {len(first)}. Record the rest."
         )
       if store.manifest.kind == "text":
-        raise InputError(f"the records of teacher {name!r} in {store.folder} hold text alone")
+        raise InputError(
+          f"The records of teacher {name!r} in {store.folder} hold only text. Record its targets."
+        )
 
   @property
   def folder(self) -> Path:
@@ -65,8 +74,8 @@ class MultiTeacherStore:
       theirs = store[index]
       if not np.array_equal(theirs[ids], row[ids]):
         raise InputError(
-          f"sequence {index} of {store.folder} is another text than in {self.folder}; record it "
-          "anew"
+          f"The text of sequence {index} differs between {store.folder} and {self.folder}. Record "
+          "again."
         )
-      out |= {f"{name}/{field}": x for field, x in theirs.items() if field not in UNTAUGHT}
+      out |= {f"{name}/{field}": x for field, x in theirs.items() if field not in WITHOUT_TARGETS}
     return out

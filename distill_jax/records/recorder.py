@@ -1,6 +1,6 @@
-"""Recording a teacher: what a store keeps of its outputs, and the manifest that describes it.
+"""Recording of a teacher: targets computed from its outputs, and the manifest of the store.
 
-Nothing here reads a config or a corpus; `commands/record.py` does, and calls this.
+This module does not read configs or corpora; `commands/record.py` does.
 """
 
 from __future__ import annotations
@@ -25,24 +25,23 @@ from distill_jax.records.options import RecordsOptions
 from distill_jax.records.sampler import SamplerSpec
 from distill_jax.types import Batch, JsonObject, Model, Output
 
-TAPS_SEED = 0  # of the fixed projection; the manifest names it
+TAPS_SEED = 0  # seed of the fixed projection, stored in the manifest
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """The sequences that are recorded: packed text, or the examples of one task.
+  """The sequences to record: packed text, or the examples of one task.
 
   Attributes:
-    rows: records without targets: tokens_T, segments_T and mask_T of text; labels_T and
-      mask_T of a task, with the model's inputs beside them.
-    positions: positions of a row, T.
-    classes: outcomes at a position: tokens, or the classes of a task.
-    tokenizer: digest of the tokenizer; "" for a task, whose own digest covers it.
-    digest: digest of the beginning of the text, or of the task.
-    first_class: row of the teacher's head where the classes begin; not 0 only for one of
-      several tasks.
+    rows: Records without targets: tokens_T, segments_T and mask_T for text; labels_T, mask_T and
+      the model's inputs for a task.
+    positions: Number of positions of a row, T.
+    classes: Number of tokens, or of classes of the task.
+    tokenizer: Digest of the tokenizer; "" for a task, whose own digest covers it.
+    digest: Digest of the first row of the text, or of the task.
+    first_class: First row of the teacher's head for the classes; not 0 only with several tasks.
   """
 
   rows: Sequence[Record]
@@ -58,9 +57,10 @@ class Corpus:
 
   @classmethod
   def of_text(cls, rows: Sequence[Record], tokenizer: Tokenizer, positions: int) -> Corpus:
-    """Packed text. Its digest covers the first row, so that a corpus may grow.
+    """Returns the corpus of packed text.
 
-    `commands/record.py` compares what follows with the shards already written.
+    The digest covers only the first row, so that a corpus can grow. `commands/record.py` compares
+    the other rows with the shards that are already written.
     """
     total = hashlib.sha256()
     for name in fields.TEXT:
@@ -70,14 +70,14 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class Recorder:
-  """Reduces a teacher's outputs on a batch to what a store keeps of them, on the device.
+  """Computes the targets to store from a teacher's outputs on a batch, on the device.
 
   Attributes:
-    options: what is stored; of any kind but "text".
-    compute: how the teacher is computed.
-    vocab_size: classes at a position.
-    first_class: row of the teacher's head where they begin.
-    feature_width: numbers in a tapped vector before the projection; see tap_features.feature_width.
+    options: The options of `records`, with any kind except "text".
+    compute: The teacher's compute config.
+    vocab_size: Number of tokens or classes.
+    first_class: First row of the teacher's head for them.
+    feature_width: Width of a tapped vector before projection; see tap_features.feature_width.
   """
 
   options: RecordsOptions
@@ -88,25 +88,25 @@ class Recorder:
 
   @functools.cached_property
   def jitted(self) -> jax.stages.Wrapped:
-    """`targets`, compiled."""
+    """The jitted `targets`."""
     return jax.jit(self.targets)
 
   def targets(
     self, model: Model, key: jax.Array, batch: Batch, index_B: jax.Array
   ) -> dict[str, jax.Array]:
-    """Returns what is stored of each row, by field, with the batch axis first.
+    """Returns the targets to store, by field, with the batch axis first.
 
     Args:
-      model: the teacher.
-      key: of the sampling offsets, which depend on it and the row's number alone.
-      batch: the rows, without targets.
-      index_B: int32 number of each row in the store.
+      model: The teacher.
+      key: Random key. The sampling offsets of a row depend only on it and the row's index.
+      batch: The rows, without targets.
+      index_B: int32 index of each row in the store.
     """
     c, T = self.options, batch.labels_BT.shape[1]
     u_BT = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (T,)))(index_B)
     features = feature_spec(c)
     out: Output = model(batch.model_inputs, self.compute, features.taps)
-    # Rows of the head that belong to other tasks come last, as padding does.
+    # Moves the rows of the head of other tasks to the end, where they count as padding.
     first = self.first_class
     head_VD = jnp.roll(out.head_VD, -first, 0) if first else out.head_VD
     summary = sampler.summarise(
@@ -133,31 +133,31 @@ class Recorder:
 
 
 def local_records(rows: Sequence[Record], targets: Mapping[str, jax.Array]) -> list[Record]:
-  """Returns the records of this process: its rows, each with its part of the batch's targets.
+  """Returns the records of this process, i.e. its rows with their targets.
 
   Args:
-    rows: this process's rows of the batch, without padding.
-    targets: of the global batch, as `Recorder.targets` returns them.
+    rows: This process's rows of the batch, without padding.
+    targets: Targets of the global batch, from `Recorder.targets`.
   """
   recorded = (*fields.PREDICTED, *fields.TAPPED)
   local = {f.record: _local(targets[f.device]) for f in recorded if f.device in targets}
   return [
-    {name: row[name] for name in fields.UNTAUGHT if name in row}
+    {name: row[name] for name in fields.WITHOUT_TARGETS if name in row}
     | {name: x[i] for name, x in local.items()}
     for i, row in enumerate(rows)
   ]
 
 
 def _local(x_B: jax.Array) -> np.ndarray:
-  parts = {s.index[0].start or 0: s for s in x_B.addressable_shards}  # replicas count once
+  parts = {s.index[0].start or 0: s for s in x_B.addressable_shards}  # one copy of replicas
   return np.concatenate([np.asarray(parts[start].data) for start in sorted(parts)])
 
 
 def overlap(fn: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[tuple[Part, Result]]:
-  """Yields (part, fn(part)), each once fn has been called on the next part.
+  """Yields (part, fn(part)) after fn has been called on the next part.
 
-  fn dispatches work to the devices; they compute one part while the caller reads the one
-  before.
+  With a function that dispatches work to the devices, they compute a part while the caller
+  processes the previous one.
   """
   before: tuple[Part, Result] | None = None
   for part in parts:
@@ -186,17 +186,17 @@ def recorded(
   """Yields the records of each part of the rows.
 
   Args:
-    dispatch: starts the teacher's computation for this process's part of a batch, and returns
-      the targets of the whole batch.
-    rows: records without targets.
-    parts: of the rows; all processes give equally many, range(0) where they have none left.
+    dispatch: Starts the teacher's computation for this process's part of a batch, and returns the
+      targets of the global batch.
+    rows: Records without targets.
+    parts: Ranges of the rows. All processes pass the same number, with range(0) after their last.
   """
   for part, targets in overlap(dispatch, parts):
     yield local_records(rows[part.start : part.stop], targets)
 
 
 def feature_spec(options: RecordsOptions) -> FeatureSpec:
-  """The features of the teacher that are recorded."""
+  """Returns the spec of the teacher's features to record."""
   if options.tap_kind == "hidden":
     return FeatureSpec(hidden=options.taps)
   return FeatureSpec(qkv=options.taps)
@@ -205,13 +205,13 @@ def feature_spec(options: RecordsOptions) -> FeatureSpec:
 def manifest_of(
   options: RecordsOptions, corpus: Corpus, teacher: JsonObject, feature_width: int = 0
 ) -> Manifest:
-  """The manifest of a store of these sequences.
+  """Returns the manifest of a store.
 
   Args:
-    options: what is stored.
-    corpus: what is recorded.
-    teacher: its name and digest (ModelSource.identity); {} for kind "text".
-    feature_width: see `Recorder`.
+    options: The options of `records`.
+    corpus: The sequences to record.
+    teacher: Name and digest of the teacher (ModelSource.identity); {} for kind "text".
+    feature_width: See `Recorder`.
   """
   planned = planned_manifest(
     options,
@@ -231,7 +231,7 @@ def manifest_of(
 
 
 def record_spec(options: RecordsOptions, vocab_size: int) -> RecordSpec:
-  """What a record holds of so many classes."""
+  """Returns the contents of a record for a number of tokens or classes."""
   c = options
   n = {"text": 0, "dense": vocab_size}.get(c.kind, c.n)
   return RecordSpec(c.kind, n, vocab_size, c.logp, entropy=not c.logprobs)
@@ -245,15 +245,15 @@ def planned_manifest(
   feature_width: int = 0,
   labels: bool = False,
 ) -> Manifest:
-  """The manifest of a store whose teacher and corpus are not known yet.
+  """Returns the manifest of a store whose teacher and corpus are not known yet.
 
   Args:
-    options: what is stored.
-    vocab_size: tokens, or classes of a task.
-    sequences: how many there are.
-    positions: of a sequence, T.
-    feature_width: see `Recorder`.
-    labels: the sequences are examples of a task.
+    options: The options of `records`.
+    vocab_size: Number of tokens, or of classes of a task.
+    sequences: Number of sequences.
+    positions: Number of positions of a sequence, T.
+    feature_width: See `Recorder`.
+    labels: True if the sequences are examples of a task.
   """
   c, stored_taps = options, None
   if c.taps:

@@ -1,17 +1,17 @@
-"""Choosing tokens by their logits: points of systematic sampling, the top k, the argmax.
+"""Selection of tokens by their logits: systematic sampling, top k and argmax.
 
-Systematic sampling in token-id order: with N points and one uniform offset u a position,
-point j is (u + j)/N, and the token stored for it is the one whose interval of the
-cumulative sum of p contains it. Its count over N is an unbiased estimate of p, off by less
-than 1/N for every token (Madow 1949). No sort, no top-k.
+Systematic sampling (Madow 1949) uses N points and one uniform offset u per position. Point j is
+(u + j)/N, and selects the token whose interval of the cumulative sum of p contains it, in the order
+of token ids. The count of a token over N is an unbiased estimate of p with an error below 1/N.
+Neither sorting nor top-k is needed.
 
-The cumulative sum is never taken over the whole vocabulary. It is taken over the sums of
-blocks of 256 tokens, then over 16 sums of 16 inside the block of each point, then over 16
-tokens: what is touched once an id is V/256 + 32 numbers a point instead of V.
+The cumulative sum is not computed over the whole vocabulary, but over the sums of blocks of 256
+tokens, then over 16 sums of 16 tokens in the block of each point, then over 16 tokens. A point then
+reads V/256 + 32 numbers instead of V.
 
-Over a vocabulary sharded on a mesh axis, each shard knows the mass before it from one
-all-gather of a float a shard and position; the shard that holds a point's token names it and
-one all-reduce of N integers a position tells the rest.
+With a vocabulary that is sharded over mesh axes, one all-gather of a float per shard and position
+gives each shard the mass before it. The shard that holds the token of a point finds it, and an
+all-reduce of N integers per position distributes the result.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ TOP_BLOCK = 64
 def systematic(
   logits_BCV: jax.Array, u_BC: jax.Array, n: int, *, axis: MeshAxes = None
 ) -> jax.Array:
-  """The tokens of n equally spaced points of the cumulative sum of softmax(logits).
+  """Returns the tokens of n equally spaced points of the cumulative sum of softmax(logits).
 
   Args:
-    logits_BCV: float32; -inf is a token that is never drawn.
+    logits_BCV: float32 logits; -inf for tokens that are never selected.
     u_BC: float32 offsets in [0, 1).
-    n: points a position.
-    axis: inside shard_map, the mesh axis that V is sharded over.
+    n: Number of points per position.
+    axis: Mesh axes over which V is sharded, inside shard_map.
 
   Returns:
-    int32 [B, C, n] ids, nondecreasing along n. An id without mass is never returned.
+    int32 ids [B, C, n], nondecreasing along n. Ids without mass are never returned.
   """
   peak_BC = max_over_shards(jnp.max(logits_BCV, -1), axis)
   return points(jnp.exp(logits_BCV - peak_BC[..., None]), u_BC, n, axis)
 
 
 def top_k(logits_BCV: jax.Array, k: int, *, axis: MeshAxes = None) -> tuple[jax.Array, jax.Array]:
-  """The k largest logits and their ids: float32 and int32 [B, C, k], largest first."""
+  """Returns the k largest logits and their ids, float32 and int32 [B, C, k], largest first."""
   width = logits_BCV.shape[-1]
   top, ids = _local_top_k(logits_BCV, min(k, width))
   if axis is not None:
@@ -56,14 +56,14 @@ def top_k(logits_BCV: jax.Array, k: int, *, axis: MeshAxes = None) -> tuple[jax.
 
 
 def _local_top_k(x_BCV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """`lax.top_k`, ties and all: the k largest lie in the k blocks of the largest maxima."""
+  """Returns `lax.top_k`, ties included, from the k blocks with the largest maxima."""
   width = x_BCV.shape[-1]
   if width < 4 * k * TOP_BLOCK:
     return jax.lax.top_k(x_BCV, k)
   x_BCV = jnp.pad(x_BCV, ((0, 0), (0, 0), (0, -width % TOP_BLOCK)), constant_values=-jnp.inf)
   x_BCbt = x_BCV.reshape(*x_BCV.shape[:2], -1, TOP_BLOCK)
   _, blocks_BCK = jax.lax.top_k(jnp.max(x_BCbt, -1), k)
-  blocks_BCK = jnp.sort(blocks_BCK, -1)  # of equal logits the lowest id is taken
+  blocks_BCK = jnp.sort(blocks_BCK, -1)  # the lowest id is selected among equal logits
   few_BCKt = _take_rows(x_BCbt, blocks_BCK)
   top, at = jax.lax.top_k(few_BCKt.reshape(*few_BCKt.shape[:2], -1), k)
   block = jnp.take_along_axis(blocks_BCK, at // TOP_BLOCK, -1)
@@ -71,15 +71,15 @@ def _local_top_k(x_BCV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def argmax(logits_BCV: jax.Array) -> jax.Array:
-  """The likeliest tokens, the first of equals: int32 [B, C]."""
+  """Returns the most probable tokens, the lowest id among equals, int32 [B, C]."""
   return peak_and_argmax(logits_BCV, None)[1]
 
 
 def peak_and_argmax(logits_BCV: jax.Array, axis: MeshAxes) -> tuple[jax.Array, jax.Array]:
-  """The largest logit and the lowest of the ids that have it, in one pass over V.
+  """Returns the largest logit and the lowest id that has it, in one pass over V.
 
-  jnp.argmax is ten times slower on a CPU than a maximum, so: maxima of groups, then the
-  first group with the largest, then the first place in it.
+  On CPU jnp.argmax is ten times slower than a maximum. This computes the maxima of groups, the
+  first group with the largest one, and the first place in it.
   """
   x_BCgf = groups(logits_BCV, -jnp.inf)
   top_BCg = jnp.max(x_BCgf, -1)
@@ -98,14 +98,14 @@ def peak_and_argmax(logits_BCV: jax.Array, axis: MeshAxes) -> tuple[jax.Array, j
 
 
 def groups(x_BCV: jax.Array, fill: float) -> jax.Array:
-  """[B, C, V / FINE, FINE], padded to whole blocks."""
+  """Returns x as groups [B, C, V / FINE, FINE], padded to whole blocks."""
   pad = ((0, 0), (0, 0), (0, -x_BCV.shape[-1] % BLOCK))
   x = jnp.pad(x_BCV, pad, constant_values=fill)
   return x.reshape(*x.shape[:2], -1, FINE)
 
 
 def points(e_BCV: jax.Array, u_BC: jax.Array, n: int, axis: MeshAxes) -> jax.Array:
-  """`systematic`, on unnormalised probabilities."""
+  """Returns the tokens of `systematic`, given unnormalised probabilities."""
   width = e_BCV.shape[-1]
   e_BCgf = groups(e_BCV, 0.0)  # g: groups of FINE tokens
   group_BCg = jnp.sum(e_BCgf, -1)
@@ -137,10 +137,10 @@ def points(e_BCV: jax.Array, u_BC: jax.Array, n: int, axis: MeshAxes) -> jax.Arr
 
 
 def _locate(ends: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The interval that holds x, of those that end at `ends` [..., intervals], and how far in.
+  """Returns the index of the interval that holds x, and the offset of x in it.
 
-  An end equal to the last one is not passed: rounding may put x past the whole, and what
-  follows the last mass is empty.
+  Intervals end at `ends` [..., intervals]. Intervals without mass at the end are not selected, even
+  if rounding puts x past the last end.
   """
   passed = (ends <= x[..., None]) & (ends < ends[..., -1:])
   start = jnp.max(jnp.where(passed, ends, 0.0), -1)  # ends are nondecreasing
@@ -148,7 +148,7 @@ def _locate(ends: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _take_rows(table: jax.Array, rows_BCN: jax.Array) -> jax.Array:
-  """The named rows of each position's table [B, C, rows, numbers]: [B, C, N, numbers]."""
+  """Returns rows [B, C, N, numbers] of each position's table [B, C, rows, numbers]."""
   return jnp.take_along_axis(table, rows_BCN[..., None], 2)
 
 

@@ -1,4 +1,4 @@
-"""Writing shards behind the computation that fills them."""
+"""Background writing of shards."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from distill_jax.records.writer import Writer
 
 
 class ShardBuffer:
-  """Collects records in order and writes each shard in the background once it is full.
+  """Context manager that collects records in order and writes full shards in the background.
 
-  Use as a context manager; its exit waits for the last write. At most one shard is being
-  written while the next is filled.
+  At most one shard is written while the next one is filled. The exit waits for the last write.
 
   Args:
-    writer: of the store.
-    shards: the ranges to write, as `Writer.missing` returns them.
+    writer: Writer of the store.
+    shards: Ranges of sequences to write, from `Writer.missing`.
   """
 
   def __init__(self, writer: Writer, shards: Iterable[range]):
@@ -32,13 +31,13 @@ class ShardBuffer:
 
   @property
   def unfinished(self) -> int:
-    """Sequences of the shard that is not full yet; 0 once all shards are."""
+    """Number of sequences of the shard that is being filled; 0 once all shards are full."""
     return len(self._shards[0]) if self._shards else 0
 
   def add(self, records: Sequence[dict[str, np.ndarray]]) -> None:
-    """Adds the next records, none of them past the end of the shard that is being filled.
+    """Adds the next records, which must not extend past the end of the current shard.
 
-    Raises: whatever failed in the write of the shard before.
+    Raises any error of writing the previous shard.
     """
     self._records += records
     if not self._records or len(self._records) < self.unfinished:

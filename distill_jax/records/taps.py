@@ -1,4 +1,4 @@
-"""Features of chosen layers: int8 with a float32 scale a vector; padding is not stored."""
+"""Storage of features of chosen layers, as int8 with a float32 scale per vector."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from distill_jax.records.manifest import Taps
 
 
 def projection(seed: int, width: int, to: int) -> np.ndarray:
-  """A fixed random matrix [width, to] float32 of signs over sqrt(to), the same everywhere.
+  """Returns a reproducible random projection, float32 [width, to], of signs over sqrt(to).
 
-  Lengths and angles survive it (Achlioptas 2003). The signs are raw bits of Philox, a
-  counter-based generator whose stream numpy fixes.
+  It approximately preserves lengths and angles (Achlioptas 2003). The signs are raw bits of Philox,
+  a counter-based generator whose stream is fixed in numpy.
   """
   words = np.random.Philox(seed).random_raw((width * to + 63) // 64)
   signs = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little")[: width * to]
@@ -21,29 +21,43 @@ def projection(seed: int, width: int, to: int) -> np.ndarray:
 
 
 def dequantise(taps_PTD: np.ndarray, scale_PT: np.ndarray) -> np.ndarray:
-  """float32 [P, T, D]."""
+  """Returns features of one record, float32 [P, T, D]."""
   return taps_PTD.astype(np.float32) * scale_PT[..., None]
 
 
 def encode(seq: Record, m: Taps) -> bytes:
-  """taps_PTD int8 and taps_scale_PT float32, of positions that are not padding."""
+  """Encodes taps_PTD (int8) and taps_scale_PT (float32) at positions that are not padding.
+
+  Raises:
+    InputError: A field has the wrong shape or dtype, or is not finite.
+  """
   q, scale, keep = seq[TAPS.record], seq[TAPS_SCALE.record], seq["segments_T"] > 0
   want = (len(m.layers), len(keep), m.width)
   if q.shape != want or q.dtype != np.int8 or scale.shape != want[:2]:
     raise InputError(
-      f"taps_PTD is {q.shape} {q.dtype} with scales {scale.shape}; the manifest has {want} int8"
+      f"taps_PTD is {q.dtype} {q.shape} with scales {scale.shape}; expected int8 {want} with "
+      f"scales {want[:2]}. Record with the settings of the store."
     )
   if not np.all(np.isfinite(scale[:, keep])):
-    raise InputError("taps_scale_PT is not finite; a teacher's hidden state overflowed")
+    raise InputError(
+      "taps_scale_PT is not finite, because a hidden state of the teacher is not. Check the "
+      "teacher, or set teacher.dtype=float32."
+    )
   return q[:, keep].tobytes() + scale[:, keep].astype("<f4").tobytes()
 
 
 def decode(data: bytes, segments_T: np.ndarray, m: Taps) -> Record:
-  """The inverse; 0 in padding."""
+  """Decodes taps_PTD and taps_scale_PT; 0 in padding.
+
+  Raises:
+    InputError: The data have the wrong length.
+  """
   keep, P = segments_T > 0, len(m.layers)
   S = int(keep.sum())
   if len(data) != P * S * (m.width + 4):
-    raise InputError(f"taps are {len(data)} bytes where {P * S * (m.width + 4)} belong")
+    raise InputError(
+      f"The taps have {len(data)} bytes; expected {P * S * (m.width + 4)}. Record the shard again."
+    )
   q = np.zeros((P, len(keep), m.width), np.int8)
   scale = np.zeros((P, len(keep)), np.float32)
   q[:, keep] = np.frombuffer(data, np.int8, P * S * m.width).reshape(P, S, m.width)

@@ -1,4 +1,4 @@
-"""features.json and dataset_info.json: what `tfds.builder_from_directory` reads.
+"""Files for `tfds.builder_from_directory`: features.json and dataset_info.json.
 
 Both are the files that tensorflow-datasets itself would write, so that a store can be written
 without it.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # reading a store needs no jax
   from distill_jax.types import JsonObject
 
 SPLIT = "records"
-# Without the number of shards in the names, a store is extended without renaming any.
+# The names omit the number of shards, so that a store can be extended without renaming files.
 TEMPLATE = "{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"
 FEATURES = "tensorflow_datasets.core.features"
 

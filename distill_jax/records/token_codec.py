@@ -1,6 +1,6 @@
-"""Tokens, segments and the loss mask of a record, to bytes and back; or a task's labels.
+"""Encoding of the tokens, segments and loss mask of a record, or of a task's labels.
 
-Ids take ceil(log2 V) bits, segments and mask 7 bytes where either changes.
+An id takes ceil(log2 V) bits. Segments and mask take 7 bytes at each position where they change.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from distill_jax.records.fields import Record, RecordSpec
 
 
 def encode_tokens(seq: Record, spec: RecordSpec) -> bytes:
-  """tokens_T int, segments_T int >= 0, mask_T bool: ids in ceil(log2 V) bits, runs of the rest."""
+  """Encodes tokens_T (int), segments_T (int, at least 0) and mask_T (bool).
+
+  Raises:
+    InputError: A field has the wrong shape, dtype or range.
+  """
   return _encode_ids("tokens_T", seq["tokens_T"], seq["segments_T"], seq["mask_T"], spec)
 
 
 def encode_labels(seq: Record, spec: RecordSpec) -> bytes:
-  """labels_T int and mask_T bool of an example of a task: laid out as tokens of one segment."""
+  """Encodes labels_T (int) and mask_T (bool) of an example, as tokens of one segment."""
   labels_T = np.asarray(seq["labels_T"])
   return _encode_ids("labels_T", labels_T, np.ones_like(labels_T), seq["mask_T"], spec)
 
@@ -33,13 +37,13 @@ def _encode_ids(
   segments, mask = np.asarray(segments_T), np.asarray(mask_T)
   if segments.shape != (T,) or mask.shape != (T,) or mask.dtype != np.bool_:
     raise InputError(
-      f"a sequence of {T} tokens has segments_T {segments.shape} and mask_T {mask.shape} "
-      f"{mask.dtype}; each is [{T}], the mask bool"
+      f"A sequence of {T} tokens has segments_T of shape {segments.shape} and mask_T of shape "
+      f"{mask.shape} and dtype {mask.dtype}. Both must have shape ({T},), and mask_T dtype bool."
     )
   segments = numbers.integers(segments, 1 << 20, "segments_T")
   if np.any(mask & (segments == 0)):
-    raise InputError("mask_T is set at padding (segments_T 0); a label there cannot be trained on")
-  # A run begins where segment or mask changes; gaps between are stored.
+    raise InputError("mask_T is set at padding (where segments_T is 0). Unset it there.")
+  # A run begins where the segment or the mask changes.
   both = segments.astype(np.int64) * 2 + mask
   starts = np.flatnonzero(np.append(True, both[1:] != both[:-1])) if T else np.zeros(0, np.int64)
   head = struct.pack("<II", T, len(starts))
@@ -54,7 +58,11 @@ def _encode_ids(
 
 
 def decode_tokens(data: bytes, spec: RecordSpec) -> Record:
-  """The inverse: tokens_T int32, segments_T int32, mask_T bool."""
+  """Decodes tokens_T (int32), segments_T (int32) and mask_T (bool).
+
+  Raises:
+    InputError: The data are inconsistent.
+  """
   elias_fano.whole("bytes of head", len(data[:8]), 8)
   T, runs = struct.unpack_from("<II", data)
   token_bits = bits.width(spec.vocab_size)
@@ -65,7 +73,9 @@ def decode_tokens(data: bytes, spec: RecordSpec) -> Record:
   both = np.repeat(bits.unpack(data[a:b], 24, runs), ends - starts)
   tokens = bits.unpack(data[b:], token_bits, T).view(np.int32)
   if T and tokens.max() >= spec.vocab_size:
-    raise InputError(f"a token id is {tokens.max()}, over the vocabulary of {spec.vocab_size}")
+    raise InputError(
+      f"A token id is {tokens.max()}; expected ids below {spec.vocab_size}. Record the shard again."
+    )
   return {
     "tokens_T": tokens,
     "segments_T": (both >> 1).astype(np.int32),
@@ -74,26 +84,33 @@ def decode_tokens(data: bytes, spec: RecordSpec) -> Record:
 
 
 def decode_labels(data: bytes, spec: RecordSpec) -> Record:
-  """The inverse: labels_T int32, mask_T bool."""
+  """Decodes labels_T (int32) and mask_T (bool)."""
   seq = decode_tokens(data, spec)
   return {"labels_T": seq["tokens_T"], "mask_T": seq["mask_T"]}
 
 
 def encode_smoothing(seq: Record) -> bytes:
-  """smoothing_T, float in [0, 1], one number a segment: a float16 each, in their order."""
+  """Encodes smoothing_T, floats in [0, 1] that are equal within a segment, as a float16 each.
+
+  Raises:
+    InputError: The values differ within a segment or are out of range.
+  """
   segments, x_T = np.asarray(seq["segments_T"]), np.asarray(seq["smoothing_T"])
   present, first = np.unique(segments, return_index=True)
   x_S = x_T[first][present > 0]
   real = segments > 0
   if not np.array_equal(x_T[real], x_S[np.searchsorted(present[present > 0], segments[real])]):
-    raise InputError("smoothing_T differs within a segment; a document's labels have one smoothing")
+    raise InputError("smoothing_T differs within a segment. Use one value per document.")
   if np.any(~((x_S >= 0) & (x_S <= 1))):
-    raise InputError(f"smoothing_T is from {x_S.min()} to {x_S.max()}; it is from 0 to 1")
+    raise InputError(
+      f"smoothing_T is from {x_S.min()} to {x_S.max()}; expected numbers from 0 to 1. Correct the "
+      "confidence of the labels (data.trust)."
+    )
   return numbers.half(x_S, "smoothing_T")
 
 
 def decode_smoothing(data: bytes, segments_T: np.ndarray) -> np.ndarray:
-  """The inverse: float32 [T]; 0 in padding."""
+  """Decodes smoothing_T, float32 [T]; 0 in padding."""
   present, at_T = np.unique(segments_T, return_inverse=True)
   padding = int(0 in present)
   elias_fano.whole("bytes of smoothing", len(data), 2 * (len(present) - padding))

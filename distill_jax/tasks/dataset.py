@@ -22,7 +22,7 @@ from distill_jax.config import Config
 from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.models import FamilyConfig
-from distill_jax.records.fields import CLASS_IDS, TASK, UNTAUGHT, Record
+from distill_jax.records.fields import CLASS_IDS, TASK, WITHOUT_TARGETS, Record
 from distill_jax.records.manifest import Manifest, without_targets
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.recorder import Corpus
@@ -157,7 +157,7 @@ class RecordedTask(Sequence):
           f"The labels of row {operator.index(index)} differ from those recorded in "
           f"{self._records.folder}: the task's data has changed. Record again."
         )
-      row |= {name: x for name, x in record.items() if name not in UNTAUGHT}
+      row |= {name: x for name, x in record.items() if name not in WITHOUT_TARGETS}
     return row if self.class_range is None else _in_shared_head(row, self.class_range)
 
 

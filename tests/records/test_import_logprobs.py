@@ -144,10 +144,10 @@ def test_a_candidate_that_is_no_token_goes_to_the_tail_or_is_refused(tmp_path):
   words = {k: v for k, v in WORDS.items() if k != " dog"}
   (seq,) = read(tmp_path, [openai()], "openai", token_id=words.get)
   assert list(seq["ids_TN"][0, :2]) == [2, 6]
-  with pytest.raises(InputError, match="line 1: ' dog' is not one token"):
+  with pytest.raises(InputError, match="line 1 has ' dog', which is not a single token"):
     read(tmp_path, [openai()], "openai", token_id=words.get, missing_mass="renormalise")
   words.pop(" cat")
-  with pytest.raises(InputError, match="line 1: ' cat' is not one token"):
+  with pytest.raises(InputError, match="line 1 has ' cat', which is not a single token"):
     read(tmp_path, [openai()], "openai", token_id=words.get)
 
 
@@ -159,9 +159,13 @@ def test_a_candidate_that_is_no_token_goes_to_the_tail_or_is_refused(tmp_path):
     ("sglang", [VLLM], "line 1 is not a sglang response"),
     ("openai", [openai()], "as strings"),
     ("openai", [{"choices": []}], "prompt_token_ids"),
-    ("vllm", [], "holds no response"),
+    ("vllm", [], "is empty"),
     ("other", [VLLM], "one of"),
-    ("vllm", [{"prompt_token_ids": [1, 99], "prompt_logprobs": [None, {"99": -1}]}], "token 99"),
+    (
+      "vllm",
+      [{"prompt_token_ids": [1, 99], "prompt_logprobs": [None, {"99": -1}]}],
+      "token id 99, but the vocabulary",
+    ),
     ("vllm", [{"prompt_token_ids": [1, 2], "prompt_logprobs": [None, {"2": 3.0}]}], "3.0"),
     ("vllm", [{"prompt_token_ids": [1, 2], "prompt_logprobs": [None, {"2": 0, "3": 0}]}], "2.000"),
     ("vllm", [{"prompt_token_ids": [1, 2], "prompt_logprobs": [None]}], "1 prompt_logprobs"),

@@ -168,7 +168,7 @@ def test_format_1_of_text_and_of_a_task_is_read(tmp_path):
   np.testing.assert_array_equal(read[4]["labels_T"], sequence(4)["tokens_T"])
   np.testing.assert_array_equal(read[4]["mask_T"], sequence(4)["mask_T"])
   assert not {"tokens_T", "segments_T"} & set(read[4])
-  with pytest.raises(InputError, match="of format 1 and this run writes format 2"):
+  with pytest.raises(InputError, match="of format 1, but this run writes format 2"):
     record(task, manifest(tokenizer="", labels=True, format_version=2))
 
 

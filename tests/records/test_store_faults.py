@@ -120,8 +120,8 @@ def test_another_tokenizer_vocabulary_or_teacher(whole, expect, words):
 @pytest.mark.parametrize(
   ("change", "words"),
   [
-    ({"tokenizer": "x"}, "tokenizer='tok' and this run has tokenizer='x'"),
-    ({"n": 7}, f"n={N} and this run has n=7"),
+    ({"tokenizer": "x"}, "tokenizer='tok', but this run has tokenizer='x'"),
+    ({"n": 7}, f"n={N}, but this run has n=7"),
     ({"teacher": {"name": "t", "config": {"layers": 2}, "digest": "q"}}, "teacher.digest='abc'"),
   ],
 )
@@ -133,7 +133,7 @@ def test_another_recording_in_the_folder(copy, change, words):
 
 
 def test_manifests_that_are_none(copy, tmp_path):
-  refused(tmp_path / "nowhere", "holds no manifest")
+  refused(tmp_path / "nowhere", "has no manifest")
   text = (copy / NAME).read_text()
   for bad, word in [
     (text[: len(text) // 2], "cannot be read"),
@@ -152,10 +152,16 @@ def test_manifest_fields():
     ({"kind": "topk"}, "tail_bucket"),
     ({"missing_mass": "renormalise"}, "none"),
     ({"kind": "topk", "missing_mass": "renormalise", "temperature": 2.0}, "temperature"),
-    ({"kind": "dense", "missing_mass": "renormalise"}, f"n is {N} for kind 'dense' of {V}"),
-    ({"kind": "dense", "n": V}, "expected renormalise"),
-    ({"kind": "dense", "n": V, "missing_mass": "renormalise", "temperature": 2.0}, "expected 1"),
-    ({"extents": ()}, "empty corpus"),
+    (
+      {"kind": "dense", "missing_mass": "renormalise"},
+      f"n is {N}; expected {V}, the number of classes, for kind 'dense'",
+    ),
+    ({"kind": "dense", "n": V}, "expected 'renormalise' for kind 'dense'"),
+    (
+      {"kind": "dense", "n": V, "missing_mass": "renormalise", "temperature": 2.0},
+      "expected 1 for kind 'dense'",
+    ),
+    ({"extents": ()}, r"extents is \(\); expected numbers of sequences of at least 1"),
   ]:
     with pytest.raises(InputError, match=word):
       manifest(**change)

@@ -187,7 +187,10 @@ def test_one_recorded_and_one_that_runs_in_the_step(folder):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (lambda c, f: c.train.teachers.update(other=(str(f / "shorter"),)), "of 12 .* and .* of 20"),
+    (
+      lambda c, f: c.train.teachers.update(other=(str(f / "shorter"),)),
+      "have 12 sequences, but .* have 20",
+    ),
     (
       lambda c, f: c.train.teachers.update(other=()),
       r"train.teachers.other is \(\); expected 1 stores",
