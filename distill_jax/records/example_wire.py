@@ -37,11 +37,40 @@ def parse(data: bytes) -> dict[str, bytes]:
   Raises:
     InputError: The bytes are not an Example, or a feature is not a byte string.
   """
+  if (written_here := _parse_plain(data)) is not None:
+    return written_here
   features = {}
   for example in _messages(data, (0, len(data)), 1):
     for entry in _messages(data, example, 1):
       key, value = _entry(data, entry)
       features[key] = value
+  return features
+
+
+def _parse_plain(data: bytes) -> dict[str, bytes] | None:
+  """Returns the features of bytes laid out as `serialize` does; None for any others. It is fast."""
+  features, at, end = {}, 0, len(data)
+  try:
+    size, at = _varint(data, 1, end)
+    if data[0] != FIRST[0] or at + size != end:
+      return None
+    while at < end:
+      entry = at
+      size, at = _varint(data, entry + 1, end)
+      after, key, value = at + size, at + 2, at + 2 + data[at + 1]
+      if data[entry] != FIRST[0] or data[at] != FIRST[0] or data[at + 1] > 0x7F:
+        return None
+      name = data[key:value].decode()
+      for tag in (SECOND[0], FIRST[0], FIRST[0]):  # Feature, BytesList, value: each holds the next
+        if data[value] != tag:
+          return None
+        size, value = _varint(data, value + 1, end)
+        if value + size != after:
+          return None
+      features[name] = data[value:after]
+      at = after
+  except (IndexError, InputError, UnicodeDecodeError):
+    return None
   return features
 
 
@@ -99,6 +128,8 @@ def _fields(data: bytes, span: Span) -> Iterator[tuple[int, Span]]:
 
 def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
   """Returns (the number, the place after it)."""
+  if at < end and data[at] < 0x80:
+    return data[at], at + 1
   value = shift = 0
   while True:
     if at >= end or shift > 63:
