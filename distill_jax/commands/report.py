@@ -20,7 +20,6 @@ from distill_jax.models import runs
 from distill_jax.records import describe
 from distill_jax.records.store import open_store
 from distill_jax.report import html_report
-from distill_jax.runtime import storage
 from distill_jax.types import JsonObject
 
 
@@ -33,7 +32,7 @@ def run(config: Config, workdir: Path) -> JsonObject:
   }
   records = None
   if config.train.records:
-    records = describe.describe(open_store(storage.local(config.train.records[0])))
+    records = describe.describe(open_store(config.train.records[0]))
   return html_report.write_report(
     workdir, runs=folders, records=records, export_dir=config.export.dir
   )

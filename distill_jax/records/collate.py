@@ -12,6 +12,7 @@ from distill_jax.data import packing
 from distill_jax.losses import SampledTargets, TopKTargets
 from distill_jax.records import fields, taps
 from distill_jax.records.fields import Record
+from distill_jax.records.manifest import Manifest
 from distill_jax.types import Batch, Inputs, Recorded, Targets, Tree
 
 # Makes a batch without targets, given a function from a field's name to the field [B, ...].
@@ -47,6 +48,16 @@ def collate(
   }
   smoothing: Any = stack(fields.SMOOTHING) if fields.SMOOTHING in records[0] else None
   return batch.replace(targets=targets, smoothing_BT=smoothing)
+
+
+def recorded_of(m: Manifest) -> Recorded:
+  """Returns how the targets of a store were recorded."""
+  return Recorded(
+    temperature=m.temperature,
+    missing_mass=m.missing_mass,
+    taps=m.taps.layers if m.taps else (),
+    tap_kind=m.taps.kind if m.taps else "hidden",
+  )
 
 
 def _packed(stack: Callable[[str], np.ndarray]) -> Batch:

@@ -12,13 +12,15 @@ import numpy as np
 from array_record.python import array_record_module
 
 from distill_jax.errors import InputError
+from distill_jax.records import formats, tf_example
 from distill_jax.records import manifest as manifest_lib
-from distill_jax.records import tf_example
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest, Shard, Taps
 from distill_jax.records.writer import Writer, digest
 
 if TYPE_CHECKING:  # reading a store needs no jax
+  import grain
+
   from distill_jax.types import JsonObject
 
 __all__ = ["Manifest", "RecordSource", "Shard", "Store", "Taps", "Writer", "open_store"]
@@ -68,6 +70,41 @@ class Store:
         "written, so delete it and run `record` again"
       ) from e
 
+  def example(self, index: SupportsIndex) -> Record:
+    """Returns record `index` as a training example: inputs, shifted targets, positions, segments.
+
+    For packed text the arrays are inputs, inputs_position, inputs_segmentation, targets,
+    targets_position, targets_segmentation and mask; for a task, labels and mask. The teacher's are
+    teacher_ids, teacher_weight and so on. See `formats.example`.
+    """
+    return formats.example(self[index], self.manifest)
+
+  def as_dataset(
+    self,
+    format: str = "plain",
+    *,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    epochs: int | None = 1,
+  ) -> grain.MapDataset:
+    """Returns the store as a grain dataset of what a trainer reads.
+
+    Args:
+      format: "plain": dicts, as `example` returns. "maxtext": dicts with the keys of MaxText's
+        loader, top_k_indices and top_k_logits included. "tunix": Tunix's TrainingInput, with
+        positions, segment_ids and, as teacher_output, the top-k arrays. "batch": a `Batch` for
+        `fused_loss`.
+      batch_size: Number of examples of a batch; the last batch is dropped if it is not full. None:
+        single examples, for "plain" and "maxtext".
+      seed: Seed of the order, which is another one in each epoch; None: the order of the store.
+      epochs: Number of passes over the store; None: endless.
+
+    Raises:
+      InputError: The format is unknown, does not exist for a task, or needs a package that is not
+        installed.
+    """
+    return formats.as_dataset(self, format, batch_size, seed, epochs)
+
   def read(self, i: int) -> tuple[Shard, bytes]:
     """Record i as it lies in its shard, and the shard."""
     number = int(np.searchsorted(self._firsts, i, side="right")) - 1
@@ -108,17 +145,21 @@ class Store:
     return Store, (self.folder, self.manifest)
 
 
-def open_store(folder: str | os.PathLike, expect: JsonObject | None = None) -> Store:
+def open_store(folder: str | os.PathLike[str], expect: JsonObject | None = None) -> Store:
   """Opens a finished store, checking the manifest and every shard's presence, size and count.
 
   Args:
-    folder: what `record` wrote.
+    folder: The folder or URL that `record` or a Recorder wrote. A URL is fetched to this machine.
     expect: fields of the manifest that must hold, as {"tokenizer": digest, "vocab_size": V}.
       A string for "teacher" is its digest.
 
   Raises:
     InputError: naming the file, or both sides of what does not match.
   """
+  if "://" in str(folder):
+    from distill_jax.runtime import storage  # imports fsspec
+
+    folder = storage.local(str(folder))
   folder = Path(folder)
   m = manifest_lib.load(folder)
   for key, want in (expect or {}).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -10,10 +11,10 @@ from distill_jax.config import Config
 from distill_jax.errors import bad_value
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
+from distill_jax.records.collate import recorded_of
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import open_store
-from distill_jax.runtime import storage
 from distill_jax.tasks import dataset
 from distill_jax.tasks.dataset import RecordedTask, TaskExamples
 from distill_jax.training import loader
@@ -67,7 +68,7 @@ def _open_records(config: Config) -> list[MultiTeacherStore]:
   if not paths:
     expected = "one folder or more, with stores of records"
     raise bad_value("train.records", paths, expected, "Run `record` and name its folder")
-  stores = [open_store(storage.local(path)) for path in paths]
+  stores = [open_store(path) for path in paths]
   for name, of_teacher in teachers.items():
     if len(of_teacher) != len(stores):
       raise bad_value(
@@ -77,8 +78,7 @@ def _open_records(config: Config) -> list[MultiTeacherStore]:
         "Correct it",
       )
   others = {
-    name: [open_store(storage.local(path)) for path in of_teacher]
-    for name, of_teacher in teachers.items()
+    name: [open_store(path) for path in of_teacher] for name, of_teacher in teachers.items()
   }
   return [
     MultiTeacherStore(store, {name: of_teacher[i] for name, of_teacher in others.items()})
@@ -95,13 +95,7 @@ def teacher_manifest(stores: Stores) -> Manifest:
 def recorded(config: Config, stores: Stores) -> Recorded:
   """Returns metadata of the recorded targets in these stores."""
   manifest = teacher_manifest(stores)
-  taps = None if config.train.online else manifest.taps
-  return Recorded(
-    temperature=manifest.temperature,
-    missing_mass=manifest.missing_mass,
-    taps=taps.layers if taps else (),
-    tap_kind=taps.kind if taps else "hidden",
-  )
+  return recorded_of(dataclasses.replace(manifest, taps=None) if config.train.online else manifest)
 
 
 def batches(config: Config, stores: Stores, start: int = 0) -> Iterator[Batch]:

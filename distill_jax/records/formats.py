@@ -1,0 +1,200 @@
+"""Records in the form that trainers take: shifted labels, positions, segments, top-k arrays.
+
+All of this is numpy. grain, Tunix and jax are imported where a dataset for them is made.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distill_jax.data import packing
+from distill_jax.errors import InputError, bad_value
+from distill_jax.records import fields
+from distill_jax.records.fields import IDS, LOGP, SMOOTHING, WEIGHT, Record
+from distill_jax.records.manifest import Manifest
+from distill_jax.runtime import extras
+
+if TYPE_CHECKING:
+  import grain
+
+  from distill_jax.records.store import Store
+  from distill_jax.types import Batch
+
+FORMATS = ("plain", "maxtext", "tunix", "batch")
+UNUSED = -1e4  # the logit of entries that a position does not use; its exponential is 0
+
+
+def example(record: Record, m: Manifest) -> Record:
+  """Returns a record as a training example.
+
+  Returns:
+    For packed text, arrays [T]: inputs, inputs_position, inputs_segmentation, targets,
+    targets_position, targets_segmentation (int32) and mask (bool). `targets[t]` is the token after
+    `inputs[t]`; positions begin at 0 in each segment; segments are numbered from 1, and 0 is
+    padding. `mask` is True where the target is trained on, and targets_segmentation is 0 elsewhere.
+    For a task, labels and mask.
+
+    The teacher's arrays are added as teacher_ids, teacher_weight or teacher_logp [T, K], and
+    teacher_argmax, teacher_entropy and teacher_label_logp [T], as the store holds them.
+  """
+  if m.labels:
+    out = {"labels": record["labels_T"], "mask": record["mask_T"]}
+  else:
+    mask_T = record["mask_T"]
+    rows = packing.to_inputs(record["tokens_T"], record["segments_T"], mask_T)
+    out = {
+      "inputs": rows.tokens,
+      "inputs_position": rows.positions,
+      "inputs_segmentation": rows.segments,
+      "targets": rows.labels,
+      "targets_position": rows.positions,
+      "targets_segmentation": np.where(mask_T, rows.segments, 0).astype(np.int32),
+      "mask": mask_T,
+    }
+  if SMOOTHING in record:
+    out["smoothing"] = record[SMOOTHING]
+  stored = (*fields.PREDICTED, *fields.TAPPED)
+  return out | {f"teacher_{f.name}": record[f.read] for f in stored if f.read in record}
+
+
+def top_k(record: Record) -> tuple[np.ndarray, np.ndarray]:
+  """Returns a record's entries as top-k arrays: distinct ids, int32 [T, K], and logits, float32.
+
+  The logits are log-probabilities of top-k and dense records, and logarithms of the weights of
+  sampled ones. Unused entries have the logit -1e4 and ids that the position does not use, so that
+  the arrays can be scattered into a row of the vocabulary.
+  """
+  ids_TK = record[IDS.read]
+  if WEIGHT.read in record:
+    with np.errstate(divide="ignore"):
+      logits_TK = np.log(record[WEIGHT.read])
+  else:
+    logits_TK = record[LOGP.read]
+  used_TK = logits_TK > -np.inf
+  T, K = ids_TK.shape
+  # Among the first 2 K ids at least K are free; fewer where the vocabulary is smaller than that,
+  # and then K - M of them are free all the same, where M entries are used.
+  taken = np.zeros((T, 2 * K), bool)
+  t_TK = np.broadcast_to(np.arange(T)[:, None], (T, K))
+  low_TK = used_TK & (ids_TK < 2 * K)
+  taken[t_TK[low_TK], ids_TK[low_TK]] = True
+  free_TK = np.argsort(taken, axis=1, kind="stable")[:, :K]
+  place_TK = np.maximum(np.cumsum(~used_TK, axis=1) - 1, 0)  # of each unused entry among them
+  filled_TK = np.take_along_axis(free_TK, place_TK, 1)
+  ids_TK = np.where(used_TK, ids_TK, filled_TK).astype(np.int32)
+  return ids_TK, np.where(used_TK, logits_TK, UNUSED).astype(np.float32)
+
+
+def maxtext(record: Record, m: Manifest) -> Record:
+  """Returns a record under the keys that MaxText's trainers read.
+
+  Returns:
+    inputs, inputs_position, inputs_segmentation, targets, targets_position, targets_segmentation,
+    int32 [T]; of a store with targets also top_k_indices int32 and top_k_logits float32 [T, K].
+  """
+  whole = example(record, m)
+  names = [f"{side}{part}" for side in ("inputs", "targets") for part in ("", "_position")]
+  names += ["inputs_segmentation", "targets_segmentation"]
+  out = {name: whole[name] for name in names}
+  if IDS.read in record:
+    out["top_k_indices"], out["top_k_logits"] = top_k(record)
+  return out
+
+
+def tunix_fields(record: Record, m: Manifest) -> dict[str, Any]:
+  """Returns the arrays of a TunixInput, under its fields' names; see `tunix_input_class`."""
+  whole = maxtext(record, m)
+  mask_T = np.zeros_like(record["mask_T"])
+  mask_T[1:] = record["mask_T"][:-1]  # Tunix masks tokens, and not the positions before them
+  out: dict[str, Any] = {
+    "input_tokens": whole["inputs"],
+    "input_mask": mask_T,
+    "positions": whole["inputs_position"],
+    "segment_ids": whole["inputs_segmentation"],
+  }
+  teacher = {name: whole[name] for name in ("top_k_indices", "top_k_logits") if name in whole}
+  return out | ({"teacher_output": teacher} if teacher else {})
+
+
+@functools.cache
+def tunix_input_class() -> Any:
+  """Returns the dataclass of Tunix batches: its distillation TrainingInput and two more fields.
+
+  Its fields are input_tokens, input_mask (True at tokens that are trained on) and teacher_output, a
+  dict of top_k_indices and top_k_logits, of Tunix; positions and segment_ids are added, because
+  rows are packed.
+  """
+  try:
+    trainer = importlib.import_module("tunix.distillation.distillation_trainer")
+  except ImportError as e:
+    raise InputError(
+      f'as_dataset(format="tunix") needs Tunix ({e}). Run `pip install google-tunix`.'
+    ) from e
+
+  struct = importlib.import_module("flax.struct")
+  fields_of_ours = {"positions": None, "segment_ids": None}
+  namespace = {"__annotations__": dict.fromkeys(fields_of_ours, Any), **fields_of_ours}
+  return struct.dataclass(type("TunixInput", (trainer.TrainingInput,), namespace), frozen=True)
+
+
+def as_dataset(
+  store: Store, form: str, batch_size: int | None, seed: int | None, epochs: int | None
+) -> grain.MapDataset:
+  """Returns a store as a grain dataset; see `Store.as_dataset`."""
+  if form not in FORMATS:
+    raise bad_value("format", form, f"one of {', '.join(FORMATS)}", "Correct it")
+  m = store.manifest
+  if m.labels and form != "plain":
+    raise bad_value("format", form, "'plain' for a store of a task", "Use it")
+  if form in ("tunix", "batch") and batch_size is None:
+    raise bad_value("batch_size", None, f"a number for format={form!r}", "Pass it")
+  convert = {
+    "plain": functools.partial(example, m=m),
+    "maxtext": functools.partial(maxtext, m=m),
+    "tunix": functools.partial(tunix_fields, m=m),
+    "batch": None,
+  }[form]
+  after = _Make(tunix_input_class()) if form == "tunix" else None
+  with extras.needed("train"):
+    import grain
+
+  dataset = grain.MapDataset.source(store)
+  if seed is not None:
+    dataset = dataset.shuffle(seed=seed)
+  if epochs != 1:
+    dataset = dataset.repeat(epochs)
+  if convert is not None:
+    dataset = dataset.map(convert)
+  if batch_size is not None:
+    collate = {"batch_fn": batch_function(m)} if form == "batch" else {}
+    dataset = dataset.batch(batch_size, drop_remainder=True, **collate)
+  return dataset if after is None else dataset.map(after)
+
+
+def batch_function(m: Manifest) -> Callable[[Sequence[Record]], Batch]:
+  """Returns the function from records of a store to a Batch of numpy arrays, with its targets."""
+  from distill_jax.records import collate
+
+  return functools.partial(collate.collate, recorded=collate.recorded_of(m))
+
+
+class _Make:
+  """A function from a dict of fields to a dataclass, which grain may pickle by its name."""
+
+  def __init__(self, cls: Any):
+    self._cls = cls
+
+  def __call__(self, values: dict[str, Any]) -> Any:
+    return self._cls(**values)
+
+  def __reduce__(self) -> Any:
+    return _make_tunix, ()
+
+
+def _make_tunix() -> _Make:
+  return _Make(tunix_input_class())
