@@ -183,6 +183,19 @@ def test_a_habit_is_found(source, tmp_path):
   assert faults(tmp_path / "module.py")
 
 
+PAGES = sorted((ROOT / "docs").glob("*.md")) + [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize(
+  "path", [p for p in PAGES if p.name != "configuration.md"], ids=lambda p: p.name
+)
+def test_a_page_reads_as_plain_english(path):
+  text = re.sub(r"^\s*```.*?^\s*```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+  text = re.sub(r"`[^`]*`|\"[^\"\n]*\"", "", text)
+  found = [match[0] for pattern, _ in DIALECT_PATTERNS for match in pattern.finditer(text)]
+  assert not found, f"{path.name}: {found}"
+
+
 if __name__ == "__main__":  # python tests/test_prose.py [PREFIX ...]: prints every fault
   import sys
 
