@@ -1,13 +1,13 @@
-"""Runs one verb on TPU slices of a GKE cluster, as a JobSet (launch/gke_jobset.yaml).
+"""Runs a command on TPU slices of a GKE cluster, as a JobSet (launch/gke_jobset.yaml).
 
   python launch/gke.py --name=r1 --image=REGISTRY/distill:1 --topology=v5p:4x4x4 --spot \\
       [--num_slices=2] [--queue=multislice-queue] [--dry_run] -- \\
       train --config=configs/r1_qwen_7b.py --workdir=gs://BUCKET/r1
 
-The image has distill-jax on its PATH and this repository as its working folder. --queue is a
-Kueue queue; clusters that xpk made have multislice-queue. What is preempted, or ends with exit
-code 75, runs again from its last checkpoint; exit code 2 ends the JobSet. Under a name that is
-taken: kubectl delete jobset NAME, first.
+The image must have distill-jax on its PATH and this repository as its working folder. --queue is a
+Kueue queue; clusters created by xpk have multislice-queue. A pod that is preempted or exits with
+code 75 is started again and resumes from its last checkpoint. Exit code 2 ends the JobSet. If the
+name is in use, first run `kubectl delete jobset NAME`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.preflight import chips
 
 TEMPLATE = Path(__file__).with_name("gke_jobset.yaml")
@@ -33,15 +33,15 @@ ACCELERATORS = {
   "v6e": "tpu-v6e-slice",
   "tpu7x": "tpu7x",
 }
-NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"  # with the pods' suffixes, a DNS label
+NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"  # a DNS label, even with the suffixes of the pods
 
 
 class Text(str):
-  """What a person gave: always in double quotes, so that no YAML reader sees more in it."""
+  """A string from the command line, always written with double quotes in the YAML."""
 
 
 class Dumper(yaml.SafeDumper):
-  pass
+  """A YAML writer that supports Text."""
 
 
 Dumper.add_representer(
@@ -50,10 +50,10 @@ Dumper.add_representer(
 
 
 def hosts(topology: str, chips_per_host: int) -> int:
-  """Hosts of a slice.
+  """Returns the number of hosts in a slice.
 
   Raises:
-    InputError: the topology is not listed, or such hosts do not make it up.
+    InputError: The topology is not listed, or it does not consist of hosts with this many chips.
   """
   chip, count = chips.parse(topology)
   flat = chip.name in ("v5e", "v6e")
@@ -61,14 +61,13 @@ def hosts(topology: str, chips_per_host: int) -> int:
     n, rest = divmod(count, chips_per_host)
     if not rest:
       return n
-  raise InputError(
-    f"--chips_per_host is {chips_per_host}, and {topology} has {count} chips; slices are of hosts "
-    f"of 4{', or of 8 in a slice of one host' if flat else ''}"
-  )
+  single = ", or 8 for a slice with one host" if flat else ""
+  expected = f"4{single}, for the {count} chips of {topology}"
+  raise bad_value("--chips_per_host", chips_per_host, expected, "Correct it")
 
 
 def render(args: argparse.Namespace) -> str:
-  """The JobSet, by structure: a value is one scalar, whatever is in it."""
+  """Returns the JobSet as YAML. Each value is written as one scalar, with any characters in it."""
   n = hosts(args.topology, args.chips_per_host)
   chip, _, grid = args.topology.partition(":")
   jobset: dict[str, Any] = yaml.safe_load(TEMPLATE.read_text())
@@ -94,7 +93,7 @@ def render(args: argparse.Namespace) -> str:
     )
   [main] = pod["containers"]
   main["image"] = Text(args.image)
-  # Kubernetes replaces $(NAME) in arguments, and reads $$ as $.
+  # Kubernetes replaces $(NAME) in arguments, and $$ by $.
   main["args"] = [Text(word.replace("$", "$$")) for word in (*args.verb, "--distributed=auto")]
   for kind in ("requests", "limits"):
     main["resources"][kind]["google.com/tpu"] = args.chips_per_host
@@ -102,29 +101,33 @@ def render(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+  """Creates the JobSet with kubectl, or prints it."""
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
   parser.add_argument("--name", required=True)
   parser.add_argument("--image", required=True)
-  parser.add_argument("--topology", required=True, help="as v5p:4x4x4, a slice")
+  parser.add_argument("--topology", required=True, help="topology of a slice, e.g. v5p:4x4x4")
   parser.add_argument("--num_slices", type=int, default=1)
   parser.add_argument("--chips_per_host", type=int, default=4)
-  parser.add_argument("--spot", action="store_true", help="node pools of spot machines")
-  parser.add_argument("--namespace", default="", help="left out: kubectl's own")
-  parser.add_argument("--queue", default="", help="of Kueue")
+  parser.add_argument("--spot", action="store_true", help="use node pools of spot machines")
+  parser.add_argument("--namespace", default="", help="default: the namespace of kubectl")
+  parser.add_argument("--queue", default="", help="name of a Kueue queue")
   parser.add_argument("--max_restarts", type=int, default=10)
-  parser.add_argument("--dry_run", action="store_true", help="print the JobSet, and stop")
+  parser.add_argument("--dry_run", action="store_true", help="only print the JobSet")
   parser.add_argument("verb", nargs="+", help="after --: a verb and its flags")
   args = parser.parse_args(argv)
   for flag in ("name", "namespace", "queue"):
     value = getattr(args, flag)
     if value and not re.fullmatch(NAME, value):
-      parser.error(f"--{flag} is {value!r}; it is at most 40 lower-case letters, digits and -")
+      expected = "at most 40 lower-case letters, digits and -"
+      parser.error(str(bad_value(f"--{flag}", value, expected, "Choose another name")))
   if not re.fullmatch(r"[a-z0-9][\w.:/@+-]*", args.image, re.ASCII):
-    parser.error(f"--image is {args.image!r}, which is no image's name")
+    parser.error(str(bad_value("--image", args.image, "the name of an image", "Correct it")))
   if odd := [word for word in args.verb if not word.isprintable()]:
-    parser.error(f"{odd[0]!r} holds a line break or another control character; take it out")
-  if args.num_slices < 1 or args.max_restarts < 0:
-    parser.error(f"--num_slices={args.num_slices} --max_restarts={args.max_restarts}: from 1, 0 up")
+    parser.error(f"The argument {odd[0]!r} contains a line break or control character. Remove it.")
+  if args.num_slices < 1:
+    parser.error(str(bad_value("--num_slices", args.num_slices, "at least 1", "Correct it")))
+  if args.max_restarts < 0:
+    parser.error(str(bad_value("--max_restarts", args.max_restarts, "at least 0", "Correct it")))
   try:
     jobset = render(args)
   except InputError as error:

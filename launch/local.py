@@ -1,12 +1,12 @@
-"""Runs one verb as several processes on this machine, as a pod would.
+"""Runs a command as several processes on this machine, like the hosts of a pod.
 
   python launch/local.py --processes=2 [--devices=2] [--dry_run] -- \\
       train --config=configs/demo.py --workdir=runs/two
 
-Each process has `--devices` virtual CPU devices (on a machine with accelerators leave it
-out, and choose devices by JAX_CUDA_VISIBLE_DEVICES and the like). Lines of process i begin
-with [i]. SIGTERM is passed on, so the run saves and exits with 75: run the same again. When
-one process fails the others are stopped, and its exit code is the launcher's.
+Each process has `--devices` virtual CPU devices. On a machine with accelerators omit the flag, and
+select devices with environment variables such as JAX_CUDA_VISIBLE_DEVICES. Output lines of process
+i start with [i]. On SIGTERM the run saves and exits with code 75; the same command resumes it. If
+one process fails, the others are stopped, and the launcher exits with its code.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import sys
 import threading
 import time
 
-GRACE = 30  # seconds for the others, once one has failed
+GRACE = 30  # seconds until the other processes are killed after a failure
 
 
 def commands(processes: int, port: int, verb: list[str]) -> list[list[str]]:
-  """What each process runs."""
+  """Returns the command of each process."""
   where = [f"--distributed=localhost:{port},{processes},{i}" for i in range(processes)]
   return [[sys.executable, "-m", "distill_jax.cli", *verb, w] for w in where]
 
@@ -37,17 +37,17 @@ def free_port() -> int:
 
 
 def run(lines: list[list[str]], env: dict[str, str]) -> int:
-  """Starts them all, and waits: 0, or the exit code of the first that failed."""
+  """Runs all commands and waits; returns 0 or the exit code of the first that failed."""
   children = [
     subprocess.Popen(line, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for line in lines
   ]
 
-  def pass_on(number, _):
+  def forward(number, _):
     return [c.send_signal(number) for c in children if c.poll() is None]
 
   for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, pass_on)
+    signal.signal(number, forward)
   readers = [threading.Thread(target=_copy, args=(i, c)) for i, c in enumerate(children)]
   for reader in readers:
     reader.start()
@@ -73,14 +73,17 @@ def _copy(i: int, child: subprocess.Popen) -> None:
 
 
 def main() -> None:
+  """Parses the command line and runs the processes, or prints their commands."""
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--processes", type=int, default=2)
-  parser.add_argument("--devices", type=int, default=0, help="virtual CPU devices of each")
-  parser.add_argument("--dry_run", action="store_true", help="print what would run, and stop")
+  parser.add_argument("--devices", type=int, default=0, help="virtual CPU devices per process")
+  parser.add_argument("--dry_run", action="store_true", help="only print the commands")
   parser.add_argument("verb", nargs="+", help="after --: a verb and its flags")
   args = parser.parse_args()
-  if args.processes < 1 or args.devices < 0:
-    parser.error(f"--processes={args.processes} --devices={args.devices}: at least 1, at least 0")
+  if args.processes < 1:
+    parser.error(f"--processes is {args.processes}; expected at least 1. Correct it.")
+  if args.devices < 0:
+    parser.error(f"--devices is {args.devices}; expected at least 0. Correct it.")
   env = {}
   if args.devices:
     env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(args.devices)}

@@ -1,15 +1,16 @@
-"""Runs one verb on a TPU slice, or on several, rented through gcloud's queued resources.
+"""Runs a command on one or more TPU slices from Google Cloud's queued resources.
 
   python launch/tpu_pod.py up --name=r1 --zone=us-east5-a --topology=v5p:4x4x4 --spot \\
       [--num_slices=2] [--project=P] [--keep] [--dry_run] -- \\
       train --config=configs/r1_qwen_7b.py --workdir=gs://BUCKET/r1
 
-`up` creates the slices, installs the last commit on all hosts, runs the verb on them, fetches
-their logs to logs/NAME/ and deletes the slices (not with --keep). What was preempted is created
-again, and the same verb goes on from its last checkpoint, so the workdir is a folder that all
-hosts share and that outlives them. Any other failure stops, with the end of the log. The run
-outlives its launcher: Ctrl-C stops only the watching, `up` goes on with it, `delete` ends it.
-The steps alone: create, install, run, logs, delete. TPU7x has no queued resources: launch/gke.py.
+`up` creates the slices, installs the last commit on all hosts, runs the command on them, downloads
+their logs to logs/NAME/ and deletes the slices (unless --keep is set). Preempted slices are created
+again, and the command resumes from its last checkpoint. So the workdir must be on storage that all
+hosts share and that is not deleted with them. After any other failure, `up` prints the end of the
+log and stops. The run continues without the launcher: Ctrl-C stops only the launcher, `up` waits
+for the run again, and `delete` ends it. The steps can be run one by one: create, install, run,
+logs, delete. TPU7x does not have queued resources; use launch/gke.py.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ import tempfile
 import time
 from pathlib import Path
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.preflight import chips
 
 ROOT = Path(__file__).parent.parent
-TRIES = 3  # of what may fail by a network's fault
-LOST_CONNECTION = 255  # ssh's own exit code
-# Chips with queued resources: their images (cloud.google.com/tpu/docs/runtimes).
+TRIES = 3  # attempts of commands that depend on the network
+LOST_CONNECTION = 255  # exit code of ssh
+# The images of chips with queued resources (cloud.google.com/tpu/docs/runtimes).
 RUNTIMES = {
   "v4": "tpu-ubuntu2204-base",
   "v5e": "v2-alpha-tpuv5-lite",
   "v5p": "v2-alpha-tpuv5",
   "v6e": "v2-alpha-tpuv6e",
 }
-# States that end by themselves, of a queued resource or of a node.
+# Temporary states of a queued resource or a node.
 WAITING = {
   "CREATING",
   "ACCEPTED",
@@ -50,16 +51,16 @@ WAITING = {
   "REPAIRING",
 }
 
-# Not in turns of 64 hosts, which is gcloud's way: they wait for each other.
+# All hosts at once, because they wait for each other; the default of gcloud is 64 at a time.
 EVERYWHERE = ("--node=all", "--worker=all", "--batch-size=all")
 
-# Remote scripts take their values as "$1", "$@": no value is ever part of a script.
+# Remote scripts get their values as "$1" and "$@", so that a value is never run as code.
 INSTALL = (
   'test -e "$1/.installed" || { tar -xzf "$1.tar.gz" && cd "$1" && sudo apt-get update -q && '
   'sudo apt-get install -qy "$2-venv" && "$2" -m venv .venv && '
   '.venv/bin/pip install -q -c tools/constraints.txt ".[all,gcs,tpu]" && touch .installed; }'
 )
-# The lock: after a lost connection the same run again waits for the first one's end.
+# The lock: after a lost connection, the second command waits for the end of the first.
 RUN = (
   "trap '' HUP && exec 9>distill.lock && flock 9 && cd \"$1\" && shift && set -o pipefail && "
   '.venv/bin/distill-jax "$@" --distributed=auto 2>&1 | tee -ap ../distill.log'
@@ -67,20 +68,22 @@ RUN = (
 
 
 def gcloud(args: argparse.Namespace, *words: str) -> list[str]:
+  """Returns a gcloud command for TPUs."""
   project = [f"--project={args.project}"] if args.project else []
   return ["gcloud", "compute", "tpus", *words, f"--zone={args.zone}", *project]
 
 
 def ssh(args: argparse.Namespace, script: str, *values: str, more: tuple[str, ...] = ()):
-  """A script on every host of every slice at once, its values quoted for the remote shell."""
+  """Returns the command that runs a script on all hosts of all slices at once."""
   command = f"--command={shlex.join(['bash', '-c', script, 'bash', *values])}"
   return gcloud(args, "queued-resources", "ssh", args.name, *EVERYWHERE, command, *more)
 
 
 def create(args: argparse.Namespace) -> list[str]:
+  """Returns the command that creates the slices."""
   chip, count = chips.parse(args.topology)
   what = [f"--type={chip.name}", f"--topology={args.topology.partition(':')[2]}"]
-  if chip.name in ("v5e", "v6e"):  # a number of chips is a shape
+  if chip.name in ("v5e", "v6e"):  # the number of chips determines the shape
     what = [f"--accelerator-type={'v5litepod' if chip.name == 'v5e' else chip.name}-{count}"]
   what += [f"--runtime-version={args.runtime or RUNTIMES[chip.name]}"]
   what += (
@@ -92,7 +95,7 @@ def create(args: argparse.Namespace) -> list[str]:
 
 
 def plan(args: argparse.Namespace) -> dict[str, list[list[str]]]:
-  """The commands of each step."""
+  """Returns the commands of each step."""
   git = ["git", "-C", str(ROOT)]
   commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
   folder = f"distill_jax-{commit.stdout[:12]}"
@@ -117,16 +120,19 @@ def call(line: list[str], capture: bool = False) -> subprocess.CompletedProcess:
 
 
 def sure(args: argparse.Namespace, line: list[str], capture: bool = False) -> str:
-  """The output of a command that may fail for a while, and then ends the launcher."""
+  """Runs a command, with retries, and returns its output; exits if it keeps failing."""
   for i in range(TRIES):
     time.sleep(args.poll if i else 0)
     if not (done := call(line, capture)).returncode:
       return done.stdout
-  sys.exit(f"error: {shlex.join(line[:6])} fails; what is rented stays so until `delete`")
+  sys.exit(
+    f"error: {shlex.join(line[:6])} keeps failing. The slices exist and cost money until you run "
+    "`delete`."
+  )
 
 
 def state(args: argparse.Namespace) -> str:
-  """ABSENT, WAITING, ACTIVE (every slice is ready) or LOST."""
+  """Returns the state of the slices: ABSENT, WAITING, ACTIVE (all are ready) or LOST."""
 
   def listing(what):
     return {
@@ -147,14 +153,17 @@ def state(args: argparse.Namespace) -> str:
 
 
 def bring_up(args: argparse.Namespace, steps: dict[str, list[list[str]]]) -> None:
-  """Returns when all slices are ready; what was lost is deleted and created anew."""
+  """Waits until all slices are ready. Lost slices are deleted and created again."""
   created = 0
   while (now := state(args)) != "ACTIVE":
     print(f"{args.name} is {now}", file=sys.stderr, flush=True)
     if now == "LOST":
       sure(args, steps["delete"][0])
     elif now == "ABSENT" and created == TRIES:
-      sys.exit(f"error: {args.name} was created {TRIES} times and never ready; see gcloud above")
+      sys.exit(
+        f"error: {args.name} was created {TRIES} times but was never ready. See the output of "
+        "gcloud above."
+      )
     elif now == "ABSENT":
       created += 1
       call(steps["create"][0])
@@ -162,7 +171,7 @@ def bring_up(args: argparse.Namespace, steps: dict[str, list[list[str]]]) -> Non
 
 
 def up(args: argparse.Namespace, steps: dict[str, list[list[str]]]) -> int:
-  """All steps, again from the first after a preemption: the verb's exit code."""
+  """Runs all steps, again after each preemption; returns the exit code of the command."""
   lost = 0
   while True:
     bring_up(args, steps)
@@ -174,16 +183,19 @@ def up(args: argparse.Namespace, steps: dict[str, list[list[str]]]) -> int:
       break
     if code == os.EX_TEMPFAIL:
       continue
-    time.sleep(args.poll)  # the state of a machine that was taken away follows its connections
+    time.sleep(args.poll)  # a preempted machine loses its connections before its state changes
     if state(args) != "ACTIVE":
       continue
     if code != LOST_CONNECTION:
       call(ssh(args, "hostname; tail -n 50 distill.log"))
-      print(f"error: {args.verb[0]} ended with {code}; its log is above", file=sys.stderr)
+      print(f"error: {args.verb[0]} exited with code {code}. Its log is above.", file=sys.stderr)
       break
     lost = lost + 1 if time.monotonic() - began < 10 * args.poll else 0
     if lost == TRIES:
-      sys.exit(f"error: no connection to {args.name}, which is still rented, and may still run")
+      sys.exit(
+        f"error: {args.name} cannot be reached. It still exists and costs money, and the command "
+        "may still be running. Run `up` again to wait for it, or `delete`."
+      )
   for line in steps["logs"]:
     call(line)
   if not args.keep:
@@ -192,45 +204,54 @@ def up(args: argparse.Namespace, steps: dict[str, list[list[str]]]) -> int:
 
 
 def name(text: str) -> str:
+  """Checks a name on the command line."""
   if not re.fullmatch(r"[a-z][a-z0-9.:-]*[a-z0-9]", text):
-    raise argparse.ArgumentTypeError(f"{text!r} is no name; lower-case letters, digits and - . :")
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is not a valid name. Use lower-case letters, digits, '-', '.' and ':'."
+    )
   return text
 
 
 def topology(text: str) -> str:
+  """Checks a topology on the command line."""
   try:
     chip, _ = chips.parse(text)
   except InputError as error:
     raise argparse.ArgumentTypeError(str(error)) from error
   if chip.name not in RUNTIMES:
-    raise argparse.ArgumentTypeError(f"{text} is not rented by queued resources; use launch/gke.py")
+    raise argparse.ArgumentTypeError(
+      f"{text} is not available as a queued resource. Use launch/gke.py."
+    )
   return text
 
 
 def main(argv: list[str] | None = None) -> None:
+  """Parses the command line and runs a step, or prints its commands."""
   argv = sys.argv[1:] if argv is None else argv
   split = argv.index("--") if "--" in argv else len(argv)
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
   parser.add_argument("step", choices=["up", "create", "install", "run", "logs", "delete"])
   parser.add_argument("--name", type=name, required=True)
   parser.add_argument("--zone", type=name, required=True)
-  parser.add_argument("--topology", type=topology, required=True, help="of a slice, as v5p:4x4x4")
+  parser.add_argument(
+    "--topology", type=topology, required=True, help="topology of a slice, e.g. v5p:4x4x4"
+  )
   parser.add_argument("--num_slices", type=int, default=1)
-  parser.add_argument("--project", type=name, help="left out: gcloud's own")
-  parser.add_argument("--spot", action="store_true", help="cheaper, and may be preempted")
-  parser.add_argument("--runtime", type=name, help="left out: the chip's usual image")
-  parser.add_argument("--python", type=name, default="python3.11", help="as the image's apt has it")
-  parser.add_argument("--poll", type=float, default=30, help="seconds between two looks")
-  parser.add_argument("--keep", action="store_true", help="leaves the slices rented")
-  parser.add_argument("--dry_run", action="store_true", help="print what would run, and stop")
+  parser.add_argument("--project", type=name, help="default: the project of gcloud")
+  parser.add_argument("--spot", action="store_true", help="cheaper, but can be preempted")
+  parser.add_argument("--runtime", type=name, help="default: the usual image for the chip")
+  parser.add_argument("--python", type=name, default="python3.11", help="name of the apt package")
+  parser.add_argument("--poll", type=float, default=30, help="seconds between status checks")
+  parser.add_argument("--keep", action="store_true", help="do not delete the slices")
+  parser.add_argument("--dry_run", action="store_true", help="only print the commands")
   args = parser.parse_args(argv[:split])
   args.verb = argv[split + 1 :]
   if args.num_slices < 1:
-    parser.error(f"--num_slices={args.num_slices}: at least 1")
+    parser.error(str(bad_value("--num_slices", args.num_slices, "at least 1", "Correct it")))
   if args.step in ("up", "run") and not args.verb:
-    parser.error("nothing to run; a verb and its flags come after --, as -- train --config=...")
+    parser.error("There is nothing to run. Add a verb and its flags after --, e.g. -- train ….")
   if odd := [word for word in args.verb if not word.isprintable()]:
-    parser.error(f"{odd[0]!r} holds a line break or another control character; take it out")
+    parser.error(f"The argument {odd[0]!r} contains a line break or control character. Remove it.")
   steps = plan(args)
   if args.dry_run:
     for step in steps if args.step == "up" else [args.step]:
@@ -241,7 +262,10 @@ def main(argv: list[str] | None = None) -> None:
       sys.exit(up(args, steps))
     sys.exit(next((code for line in steps[args.step] if (code := call(line).returncode)), 0))
   except KeyboardInterrupt:
-    sys.exit(f"{args.name} is still rented: `up` again goes on with it, `delete` ends it")
+    sys.exit(
+      f"{args.name} still exists and costs money. Run `up` again to continue, or `delete` to end "
+      "it."
+    )
 
 
 if __name__ == "__main__":

@@ -57,7 +57,6 @@ PENDING: tuple[str, ...] = (
   "distill_jax/generation/",
   "distill_jax/pruning/",
   "distill_jax/records/",
-  "launch/",
   "tools/",
 )
 

@@ -1,4 +1,4 @@
-"""The launchers: exactly what would run, no value becomes a command, and preemption goes on."""
+"""The launchers: their commands, values that must not be run as code, and preemption."""
 
 import contextlib
 import importlib.util
@@ -131,7 +131,7 @@ leave()
 
 @pytest.fixture
 def gcloud(tmp_path):
-  """A gcloud on the PATH that writes down what it is asked, and plays a rented slice."""
+  """A fake gcloud on the PATH that logs its arguments and simulates a slice."""
 
   def make(runs, fails=()):
     folder = tmp_path / "bin"
@@ -144,16 +144,16 @@ def gcloud(tmp_path):
   return make
 
 
-def asked(tmp_path):
+def logged(tmp_path):
   lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
   what = lambda words: words[3] if words[2] == "queued-resources" else words[2]
   return [what(words) for words in lines if words[3] != "list"], lines
 
 
-def test_a_pod_that_is_preempted_and_stopped_goes_on_to_the_end(gcloud, tmp_path):
-  """Taken away once, told to stop once (75), then done: logs fetched, slices deleted."""
+def test_a_preempted_and_stopped_pod_continues_to_the_end(gcloud, tmp_path):
+  """Preempted once, stopped once (exit code 75), then finished: logs downloaded, slices deleted."""
   pod("up", *POD, "--", *VERB, env=gcloud(["preempted", 75, 0]), cwd=tmp_path)
-  steps, _ = asked(tmp_path)
+  steps, _ = logged(tmp_path)
   assert steps == [
     "create",
     "scp",
@@ -173,27 +173,27 @@ def test_a_pod_that_is_preempted_and_stopped_goes_on_to_the_end(gcloud, tmp_path
   assert (tmp_path / "logs" / "r1").is_dir()
 
 
-def test_one_slice_of_two_is_taken_away(gcloud, tmp_path):
+def test_one_of_two_slices_is_preempted(gcloud, tmp_path):
   env = gcloud(["preempted", "suspended", 0])
   pod("up", *POD, "--num_slices=2", "--keep", "--", *VERB, env=env, cwd=tmp_path)
-  steps, lines = asked(tmp_path)
+  steps, lines = logged(tmp_path)
   assert (steps.count("create"), steps.count("delete"), steps[-1]) == (3, 2, "ssh")
   [made, *_] = [words for words in lines if words[3] == "create"]
   assert {"--node-count=2", "--node-prefix=r1"} <= set(made)
 
 
-def test_a_lost_connection_is_no_end_of_the_run(gcloud, tmp_path):
-  """The slice is still there: nothing is deleted, and the same run is watched again."""
+def test_a_lost_connection_does_not_end_the_run(gcloud, tmp_path):
+  """The slice still exists: it is not deleted, and the launcher waits for the same run again."""
   pod("up", *POD, "--keep", "--", *VERB, env=gcloud([255, 255, 0]), cwd=tmp_path)
-  steps, _ = asked(tmp_path)
+  steps, _ = logged(tmp_path)
   assert steps == ["create", *["scp", "ssh", "ssh"] * 3, "ssh"]
 
 
-def test_what_fails_once_is_tried_again_and_what_fails_always_stops(gcloud, tmp_path):
+def test_commands_that_fail_once_are_retried(gcloud, tmp_path):
   qr = "queued-resources"
   fails = [[qr, "list"], [qr, "create"], [qr, "scp"], [qr, "ssh"], [qr, "ssh"], [qr, "delete"]]
   pod("up", *POD, "--", *VERB, env=gcloud([0], fails), cwd=tmp_path)
-  steps, _ = asked(tmp_path)
+  steps, _ = logged(tmp_path)
   assert steps == [
     "create",
     "create",
@@ -212,30 +212,30 @@ def test_what_fails_once_is_tried_again_and_what_fails_always_stops(gcloud, tmp_
 @pytest.mark.parametrize(
   "step, words, tried",
   [
-    ("create", "was created 3 times and never ready", 3),
-    ("scp", "fails; what is rented stays so until `delete`", 3),
+    ("create", "was created 3 times but was never ready", 3),
+    ("scp", "keeps failing. The slices exist and cost money until you run `delete`", 3),
   ],
 )
-def test_what_always_fails_is_given_up(gcloud, tmp_path, step, words, tried):
+def test_commands_that_keep_failing_end_the_launcher(gcloud, tmp_path, step, words, tried):
   fails = [["queued-resources", step]] * 9
   done = pod("up", *POD, "--", *VERB, env=gcloud([], fails), code=1, cwd=tmp_path)
   assert words in done.stderr
-  assert asked(tmp_path)[0].count(step) == tried
+  assert logged(tmp_path)[0].count(step) == tried
 
 
 def test_any_other_failure_stops_with_the_log(gcloud, tmp_path):
   done = pod("up", *POD, "--", *VERB, env=gcloud([2]), code=2, cwd=tmp_path)
-  assert "train ended with 2; its log is above" in done.stderr
-  steps, lines = asked(tmp_path)
+  assert "train exited with code 2. Its log is above" in done.stderr
+  steps, lines = logged(tmp_path)
   assert steps[-1] == "delete"
   assert any("tail -n 50" in word for line in lines for word in line)
 
 
-def test_every_value_reaches_the_verb_as_one_word(gcloud, tmp_path):
-  """What the remote shell makes of the command line, by a shell, with distill-jax played."""
+def test_every_value_is_one_argument_of_the_command(gcloud, tmp_path):
+  """Runs the remote command in a shell, with a fake distill-jax."""
   env = gcloud([0])
   pod("run", *POD, "--", *VERB, env=env, cwd=tmp_path)
-  _, [words] = asked(tmp_path)
+  _, [words] = logged(tmp_path)
   command = next(w for w in words if w.startswith("--command=")).removeprefix("--command=")
   folder = shlex.split(command)[4]
   home = tmp_path / "home"
@@ -269,24 +269,27 @@ def test_a_dry_run_prints_the_commands_and_runs_none(gcloud, tmp_path):
 @pytest.mark.parametrize(
   "flags, words",
   [
-    (["--name=r1; rm", "--zone=z9", "--topology=v5p:2x2x2"], "is no name"),
-    (["--name=r1", "--zone=$(id)", "--topology=v5p:2x2x2"], "is no name"),
+    (["--name=r1; rm", "--zone=z9", "--topology=v5p:2x2x2"], "is not a valid name"),
+    (["--name=r1", "--zone=$(id)", "--topology=v5p:2x2x2"], "is not a valid name"),
     (["--name=r1", "--zone=z9", "--topology=v9:2x2"], "expected CHIP:SHAPE with one of the chips"),
     (["--name=r1", "--zone=z9", "--topology=v5p:3x3x3"], "expected v5p with one of the shapes"),
-    (["--name=r1", "--zone=z9", "--topology=tpu7x:2x2x1"], "use launch/gke.py"),
-    (["--name=r1", "--zone=z9", "--topology=v5p:2x2x2", "--num_slices=0"], "at least 1"),
+    (["--name=r1", "--zone=z9", "--topology=tpu7x:2x2x1"], "Use launch/gke.py"),
+    (
+      ["--name=r1", "--zone=z9", "--topology=v5p:2x2x2", "--num_slices=0"],
+      "--num_slices is 0; expected at least 1",
+    ),
   ],
 )
-def test_what_names_no_pod_is_refused(flags, words):
+def test_bad_flags_of_a_pod_raise(flags, words):
   assert words in pod("up", *flags, "--dry_run", "--", "train", code=2).stderr
 
 
-def test_what_a_pod_cannot_run_is_refused():
-  assert "nothing to run" in pod("up", *POD, "--dry_run", code=2).stderr
+def test_bad_commands_of_a_pod_raise():
+  assert "There is nothing to run" in pod("up", *POD, "--dry_run", code=2).stderr
   assert "line break" in pod("up", *POD, "--dry_run", "--", "a\nb", code=2).stderr
 
 
-def test_the_scripts_are_commands():
+def test_the_scripts_have_help():
   run([sys.executable, "launch/tpu_pod.py", "--help"])
   run([sys.executable, "launch/gke.py", "--help"])
   run(["bash", "-n", "launch/slurm.sbatch"])
@@ -384,8 +387,8 @@ def test_a_pod_for_each_host_of_a_slice(topology, flags, hosts, accelerator):
   assert asked_for["requests"] == asked_for["limits"]
 
 
-def test_every_value_is_one_scalar():
-  """YAML gives each word back; $ is doubled, for Kubernetes replaces $(NAME)."""
+def test_every_value_is_one_yaml_scalar():
+  """A YAML reader returns each word; $ is doubled, because Kubernetes replaces $(NAME)."""
   jobset = rendered("--topology=v5e:2x2")
   [main] = job(jobset)["template"]["spec"]["containers"]
   assert main["command"] == ["distill-jax"]
@@ -399,38 +402,38 @@ def test_every_value_is_one_scalar():
 @pytest.mark.parametrize(
   "flags, words",
   [
-    (["--topology=v5p:4x4x4", "--chips_per_host=8"], "slices are of hosts of 4"),
+    (["--topology=v5p:4x4x4", "--chips_per_host=8"], "--chips_per_host is 8; expected 4"),
     (["--topology=v5x:4x4"], "expected CHIP:SHAPE with one of the chips"),
     (["--topology=v5e:2x2", "--queue=a: b"], "--queue is 'a: b'"),
-    (["--topology=v5e:2x2", "--num_slices=0"], "--num_slices=0"),
+    (["--topology=v5e:2x2", "--num_slices=0"], "--num_slices is 0; expected at least 1"),
   ],
 )
-def test_what_makes_no_jobset_is_refused(flags, words):
+def test_bad_flags_of_a_jobset_raise(flags, words):
   assert words in gke(*GKE, *flags, "--", "train", code=2).stderr
 
 
 @pytest.mark.parametrize(
   "flag, words, verb",
   [
-    ("--image=a b", "no image's name", "train"),
-    ("--image=a\nb", "no image's name", "train"),
+    ("--image=a b", "expected the name of an image", "train"),
+    ("--image=a\nb", "expected the name of an image", "train"),
     ("--name=r1\nspec: x", "lower-case letters", "train"),
     ("--namespace=$(id)", "lower-case letters", "train"),
     ("--spot", "line break", "a\nb"),
   ],
 )
-def test_what_is_no_name_is_refused(flag, words, verb):
+def test_bad_names_raise(flag, words, verb):
   assert words in gke(*GKE, "--topology=v5e:2x2", flag, "--", verb, code=2).stderr
 
 
-def test_nothing_of_the_template_is_left_to_fill():
+def test_all_placeholders_of_the_template_are_replaced():
   jobset = json.dumps(rendered("--topology=v5e:2x2", "--spot"))
   for word in ("NAME", "IMAGE", "TOPOLOGY", "ACCELERATOR", "VERB"):
     assert word in (ROOT / "launch/gke_jobset.yaml").read_text()
     assert f'"{word}"' not in jobset
 
 
-def test_the_jobset_goes_to_kubectl(tmp_path):
+def test_the_jobset_is_passed_to_kubectl(tmp_path):
   executable(
     tmp_path / "kubectl", f'#!/bin/sh\necho "$@" > {tmp_path}/args; cat > {tmp_path}/in; exit 3\n'
   )
@@ -445,7 +448,7 @@ def test_the_jobset_goes_to_kubectl(tmp_path):
 
 
 def slurm(tmp_path, code, *words, env=None, expect=0):
-  """The script with srun and scontrol played."""
+  """Runs the script with fake srun and scontrol."""
   show = (
     f"#!{sys.executable}\nimport json, pathlib, sys\n"
     f"pathlib.Path({str(tmp_path)!r}, '{{name}}').write_text(json.dumps(sys.argv[1:]))\n"
@@ -457,7 +460,7 @@ def slurm(tmp_path, code, *words, env=None, expect=0):
   return run(["bash", ROOT / "launch/slurm.sbatch", *words], env=path, code=expect)
 
 
-def test_slurm_passes_words_on_and_requeues_what_was_told_to_stop(tmp_path):
+def test_slurm_passes_arguments_and_requeues_a_stopped_run(tmp_path):
   slurm(tmp_path, 75, *VERB)
   said = json.loads((tmp_path / "srun.json").read_text())
   assert said == ["--kill-on-bad-exit=0", "distill-jax", *VERB, "--distributed=auto"]
@@ -465,7 +468,7 @@ def test_slurm_passes_words_on_and_requeues_what_was_told_to_stop(tmp_path):
 
 
 @pytest.mark.parametrize("code", [0, 1, 2])
-def test_slurm_ends_as_the_run_ended(tmp_path, code):
+def test_slurm_exits_with_the_code_of_the_run(tmp_path, code):
   slurm(tmp_path, code, *VERB, expect=code)
   assert not (tmp_path / "scontrol.json").exists()
 
@@ -475,4 +478,4 @@ def test_slurm_dry_run(tmp_path):
   assert not (tmp_path / "srun.json").exists()
   words = run(["bash", "-c", f"printf '%s\\0' {said.strip()}"]).stdout.split("\0")[:-1]
   assert words == ["srun", "--kill-on-bad-exit=0", "distill-jax", *VERB, "--distributed=auto"]
-  assert "nothing to run" in slurm(tmp_path, 0, expect=2).stderr
+  assert "There is nothing to run" in slurm(tmp_path, 0, expect=2).stderr
