@@ -48,9 +48,7 @@ def unpack(data: bytes | memoryview, nbits: np.ndarray | int, n: int) -> np.ndar
     at -= nbits
     mask = MASKS[nbits]
   if len(data) != (total + 7) // 8:
-    raise InputError(
-      f"A field has {len(data)} bytes; expected {(total + 7) // 8}. Record the shard again."
-    )
+    raise InputError(f"A field has {len(data)} bytes; expected {(total + 7) // 8}.")
   if n == 1:  # a fast path for records of one position
     only = int.from_bytes(data, "little") & int(np.ravel(mask)[0])
     return np.array([only], np.uint32)

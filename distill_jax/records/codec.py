@@ -198,9 +198,7 @@ def _ids(
   else:
     ids_E = elias_fano.decode_ids(fields, head.pieces, layout.M_S, layout.starts_S, layout.ends_S)
   if layout.entries and int(ids_E.max()) >= spec.vocab_size:
-    raise InputError(
-      f"An id is {ids_E.max()}; expected ids below {spec.vocab_size}. Record the shard again."
-    )
+    raise InputError(f"An id is {ids_E.max()}; expected ids below {spec.vocab_size}.")
   return ids_E
 
 

@@ -186,14 +186,11 @@ def decode_counts(
   counts[others] = np.diff(place, prepend=-1)
   counts[argmax_entry_S] = n - np.add.reduceat(counts, starts_S) if E else 0
   if E and counts.min() < 1:
-    raise InputError(
-      f"The counts of a position add up to more than {n}, the number of points. Record the shard "
-      "again."
-    )
+    raise InputError(f"The counts of a position add up to more than {n}, the number of points.")
   return counts
 
 
 def whole(noun: str, found: int, want: int) -> None:
   """Raises InputError if the number of something in a record is not the expected one."""
   if found != want:
-    raise InputError(f"A record has {found} {noun}; expected {want}. Record the shard again.")
+    raise InputError(f"A record has {found} {noun}; expected {want}.")

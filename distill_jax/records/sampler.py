@@ -1,6 +1,6 @@
-"""Reduces a teacher's logits to what is recorded, on the device, a chunk of positions at a time.
+"""Reduction of a teacher's logits to targets, on the device, one chunk of positions at a time.
 
-`selection.py` says which tokens are kept.
+`selection.py` selects the tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.nn import chunks, fused_head, mesh_in_use, sharding
 from distill_jax.nn.sharding import MeshAxes
 from distill_jax.records import selection
@@ -25,16 +25,17 @@ KINDS = ("sampled", "topk", "dense")
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSpec:
-  """What the logits of a position are reduced to.
+  """The targets to compute from the logits of a position.
 
   Attributes:
-    kind: "sampled" (n points), "topk" (the n likeliest) or "dense" (all).
-    n: points or entries a position; not used for "dense".
-    logp: for "sampled", true log-probabilities of the ids as well.
-    temperature: every output describes softmax(logits / temperature).
-    nucleus: for "topk", entries past the fewest that hold this mass get logp -inf.
-    vocab_size: rows of the head from here on are padding: no mass, never an id; None: no
-      row is.
+    n: Number of points or entries per position; not used for "dense".
+    kind: "sampled" (n points), "topk" (the n most probable tokens) or "dense" (all tokens).
+    logp: True to add the exact log-probabilities of the ids for "sampled".
+    temperature: All outputs describe softmax(logits / temperature).
+    nucleus: Probability mass at which the entries of "topk" are cut; entries after it get logp
+      -inf.
+    vocab_size: Number of tokens. Further rows of the head are padding, with probability 0. None if
+      no row is padding.
   """
 
   n: int = 1
@@ -46,27 +47,33 @@ class SamplerSpec:
 
   @classmethod
   def of(cls, options: RecordsOptions, vocab_size: int) -> SamplerSpec:
-    """What `records` of a config asks for, of so many classes."""
+    """Returns the spec for the options of `records` and a number of tokens or classes."""
     c = options
     return cls(c.n, c.kind, c.logp, c.temperature, c.nucleus, vocab_size)
 
   def check(self, rows: int, with_offsets: bool) -> SamplerSpec:
-    """Returns the spec for a head of so many rows, its sizes filled in.
+    """Returns the spec with its sizes filled in.
+
+    Args:
+      rows: Number of rows of the head.
+      with_offsets: True if sampling offsets are given.
 
     Raises:
-      InputError: the kind is unknown, offsets are missing, or n is over the vocabulary.
+      InputError: The kind is unknown, offsets are missing, or a size is out of range.
     """
     vocab_size = rows if self.vocab_size is None else self.vocab_size
     n = vocab_size if self.kind == "dense" else self.n
     if self.kind not in KINDS:
-      raise InputError(f"records kind {self.kind!r} has no sampler; the kinds here are {KINDS}")
+      raise bad_value("kind", self.kind, f"one of {', '.join(KINDS)}", "Correct it")
     if self.kind == "sampled" and not with_offsets:
-      raise InputError("kind 'sampled' found no u_BT; give one uniform offset a position")
-    if n < 1 or (self.kind != "sampled" and n > vocab_size) or not 0 < vocab_size <= rows:
-      raise InputError(
-        f"n={n} and vocab_size={vocab_size} over a head of {rows} rows: n is from 1 (to the "
-        "vocabulary for topk), vocab_size from 1 to the rows"
-      )
+      expected = "a uniform offset per position for kind 'sampled'"
+      raise bad_value("u_BT", None, expected, "Pass offsets in [0, 1)")
+    if not 0 < vocab_size <= rows:
+      expected = f"from 1 to {rows}, the number of rows of the head"
+      raise bad_value("vocab_size", vocab_size, expected, "Correct it")
+    if n < 1 or (self.kind != "sampled" and n > vocab_size):
+      limit = "" if self.kind == "sampled" else f" and at most {vocab_size}, the vocabulary"
+      raise bad_value("n", n, f"at least 1{limit}", "Correct it")
     return dataclasses.replace(self, n=n, vocab_size=vocab_size)
 
 
@@ -82,27 +89,30 @@ def summarise(
   batch_axes: tuple[str, ...] = sharding.BATCH,
   vocab_axis: MeshAxes = sharding.VOCAB,
 ) -> dict[str, jax.Array]:
-  """What is recorded of a teacher, without ever holding [B, T, V] logits.
+  """Returns the targets of a teacher's outputs, without computing all [B, T, V] logits at once.
 
-  Under a mesh B is sharded over `batch_axes` and V over `vocab_axis`, which they must divide.
+  Under a mesh, B is sharded over `batch_axes` and V over `vocab_axis`. The sizes of the axes must
+  divide B and V.
 
   Args:
-    hidden_BTD: after the final norm.
-    head_VD: logits = hidden @ head.T, in the head's dtype with float32 sums.
-    labels_BT: int32 ids whose log-probability is recorded (any id where there is none).
-    u_BT: float32 offsets in [0, 1), for kind "sampled".
-    spec: what is recorded.
-    chunk: positions whose logits exist at once; need not divide T.
-    soft_cap: of the logits, before the temperature.
-    batch_axes, vocab_axis: names of the mesh's axes.
+    hidden_BTD: Hidden states after the final norm.
+    head_VD: The unembedding: logits = hidden @ head.T, in the head's dtype with float32 sums.
+    labels_BT: int32 labels, whose log-probabilities are returned; any id at positions without a
+      label.
+    u_BT: float32 offsets in [0, 1) for kind "sampled"; None for others.
+    spec: The targets to compute.
+    chunk: Number of positions whose logits are in memory at once. It need not divide T.
+    soft_cap: Soft cap of the logits, applied before the temperature.
+    batch_axes: Names of the mesh axes of the batch.
+    vocab_axis: Names of the mesh axes of the vocabulary.
 
   Returns:
-    ids int32 [B, T, n] (nondecreasing if sampled, likeliest first otherwise), logp float32
-    [B, T, n] (not of "sampled" unless asked for), entropy and label_logp float32 [B, T] in
-    nats, argmax int32 [B, T].
+    "ids", int32 [B, T, n] (nondecreasing for "sampled", else the most probable one first); "logp",
+    float32 [B, T, n] (for "sampled" only if spec.logp is set); "entropy" and "label_logp", float32
+    [B, T], in nats; and "argmax", int32 [B, T].
 
   Raises:
-    InputError: the kind is unknown, u_BT is missing, or n is over the vocabulary (topk).
+    InputError: The kind is unknown, u_BT is missing, or a size is out of range.
   """
   spec = spec.check(head_VD.shape[0], u_BT is not None)
   if u_BT is None:
@@ -133,10 +143,17 @@ def _scan_chunks(
   soft_cap: float | None,
   axis: MeshAxes = None,
 ) -> dict[str, jax.Array]:
-  """`summarise` of one device's sequences and its rows of the head.
+  """Returns the output of `summarise` for one device's sequences and rows of the head.
 
   Args:
-    axis: the mesh axis that V is sharded over, inside shard_map.
+    hidden_BTD: See `summarise`.
+    head_VD: See `summarise`.
+    labels_BT: See `summarise`.
+    u_BT: See `summarise`.
+    spec: See `summarise`.
+    chunk: See `summarise`.
+    soft_cap: See `summarise`.
+    axis: Mesh axes over which V is sharded, inside shard_map.
   """
 
   def summarise_chunk(carry: None, xs: tuple[jax.Array, ...]) -> tuple[None, dict[str, jax.Array]]:
@@ -164,7 +181,19 @@ def of_logits(
   batch_axes: tuple[str, ...] = sharding.BATCH,
   vocab_axis: MeshAxes = sharding.VOCAB,
 ) -> dict[str, jax.Array]:
-  """`summarise` of logits that are there already, float32 [B, C, V], capped but not scaled."""
+  """Returns the output of `summarise`, given logits.
+
+  Args:
+    logits_BCV: float32 logits, after the soft cap and before the temperature.
+    labels_BC: int32 labels; see `summarise`.
+    u_BC: float32 offsets in [0, 1).
+    spec: The targets to compute.
+    batch_axes: Names of the mesh axes of the batch.
+    vocab_axis: Names of the mesh axes of the vocabulary.
+
+  Raises:
+    InputError: The kind is unknown, or a size is out of range.
+  """
   spec = spec.check(logits_BCV.shape[-1], with_offsets=True)
   if mesh_in_use.no_mesh():
     return _of_logits(logits_BCV, labels_BC, u_BC, spec, None)
@@ -186,7 +215,7 @@ def _of_logits(
   spec: SamplerSpec,
   axis: MeshAxes,
 ) -> dict[str, jax.Array]:
-  """What is recorded of the logits of one chunk, of this shard of the vocabulary."""
+  """Returns the output of `summarise` for one chunk's logits of this shard of the vocabulary."""
   dist = _Distribution.of(logits_BCV, spec, axis)
   out = {
     ENTROPY.name: dist.entropy_BC(),
@@ -206,21 +235,22 @@ def _topk_ids(dist: _Distribution, spec: SamplerSpec) -> dict[str, jax.Array]:
   logp_BCN = top_BCN - dist.log_mass_BC[..., None]
   if spec.kind == "topk" and spec.nucleus < 1:
     p_BCN = jnp.exp(logp_BCN)
-    inside_BCN = jnp.cumsum(p_BCN, -1) - p_BCN < spec.nucleus  # the mass before an entry
+    inside_BCN = jnp.cumsum(p_BCN, -1) - p_BCN < spec.nucleus  # compares the mass before an entry
     logp_BCN = jnp.where(inside_BCN, logp_BCN, -jnp.inf)
   return {IDS.name: ids_BCN, LOGP.name: logp_BCN}
 
 
 class _Distribution(NamedTuple):
-  """softmax of the logits of one chunk, of this shard of the vocabulary.
+  """The softmax of one chunk's logits, for this shard of the vocabulary.
 
   Attributes:
-    z_BCV: logits less the largest one of all shards.
+    z_BCV: Logits minus the largest one of all shards.
     e_BCV: exp(z).
-    mass_BC: the sum of e over all shards, and its logarithm.
-    argmax_BC: int32 global id.
-    first: global id of this shard's first row.
-    axis: the mesh axis that V is sharded over, inside shard_map.
+    mass_BC: Sum of e over all shards.
+    log_mass_BC: Logarithm of mass_BC.
+    argmax_BC: int32 global id of the largest logit.
+    first: Global id of the first row of this shard.
+    axis: Mesh axes over which V is sharded, inside shard_map.
   """
 
   z_BCV: jax.Array
@@ -252,7 +282,7 @@ class _Distribution(NamedTuple):
     return self.log_mass_BC - selection.sum_over_shards(dot_BC, self.axis) / self.mass_BC
 
   def logp(self, ids_BCN: jax.Array) -> jax.Array:
-    """Log-probabilities of global ids."""
+    """Returns the log-probabilities of global ids."""
     width = self.z_BCV.shape[-1]
     mine_BCN = (ids_BCN >= self.first) & (ids_BCN < self.first + width)
     local_BCN = jnp.where(mine_BCN, ids_BCN - self.first, 0)

@@ -1,4 +1,4 @@
-"""The features of a teacher's layers before they are stored: their width and int8 values."""
+"""Preparation of a teacher's features for storage: projection and int8 quantisation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from distill_jax.types import FamilyConfig
 
 
 def feature_width(config: FamilyConfig, kind: str) -> int:
-  """Returns how many numbers a tapped vector has, for a model of this config.
+  """Returns the width of a tapped vector.
 
   Args:
-    config: the model's.
-    kind: "hidden", a layer's output, or "qkv", its queries, keys and values end to end.
+    config: The model's architecture config.
+    kind: "hidden" for a layer's output, or "qkv" for its concatenated queries, keys and values.
   """
   if kind == "hidden":
     return config.hidden_size
@@ -27,7 +27,15 @@ def feature_width(config: FamilyConfig, kind: str) -> int:
 def quantise(
   taps_PBTD: jax.Array, project_DE: np.ndarray | None = None
 ) -> tuple[jax.Array, jax.Array]:
-  """On the device: int8 values and the float32 scale of each vector [P, B, T]."""
+  """Quantises features on the device.
+
+  Args:
+    taps_PBTD: Features of P layers.
+    project_DE: A projection to apply first, or None.
+
+  Returns:
+    int8 values [P, B, T, D], and the float32 scale of each vector [P, B, T].
+  """
   x = taps_PBTD.astype(jnp.float32)
   if project_DE is not None:
     x = x @ project_DE

@@ -55,9 +55,7 @@ def decode(data: bytes, segments_T: np.ndarray, m: Taps) -> Record:
   keep, P = segments_T > 0, len(m.layers)
   S = int(keep.sum())
   if len(data) != P * S * (m.width + 4):
-    raise InputError(
-      f"The taps have {len(data)} bytes; expected {P * S * (m.width + 4)}. Record the shard again."
-    )
+    raise InputError(f"The taps have {len(data)} bytes; expected {P * S * (m.width + 4)}.")
   q = np.zeros((P, len(keep), m.width), np.int8)
   scale = np.zeros((P, len(keep)), np.float32)
   q[:, keep] = np.frombuffer(data, np.int8, P * S * m.width).reshape(P, S, m.width)

@@ -73,9 +73,7 @@ def decode_tokens(data: bytes, spec: RecordSpec) -> Record:
   both = np.repeat(bits.unpack(data[a:b], 24, runs), ends - starts)
   tokens = bits.unpack(data[b:], token_bits, T).view(np.int32)
   if T and tokens.max() >= spec.vocab_size:
-    raise InputError(
-      f"A token id is {tokens.max()}; expected ids below {spec.vocab_size}. Record the shard again."
-    )
+    raise InputError(f"A token id is {tokens.max()}; expected ids below {spec.vocab_size}.")
   return {
     "tokens_T": tokens,
     "segments_T": (both >> 1).astype(np.int32),

@@ -1,9 +1,9 @@
-"""Writing a store: any number of processes, killed and resumed at any moment.
+"""Writing of stores, by any number of processes that may be killed and resumed at any time.
 
-A shard is written under a hidden name, checked, fsynced, renamed, and only then registered
-by a small file of its own, `NAME.json`. What is registered is never written again. When
-every planned shard is registered, `complete` merges them into the manifest and describes
-the folder for tfds; any process may do it, and doing it twice changes nothing.
+A shard is written under a hidden name, checked, synced and renamed. Then it is registered in a
+small file, `NAME.json`. Registered shards are never written again. When all planned shards are
+registered, `complete` merges them into the manifest and writes the files for tfds. Any process may
+call it, also repeatedly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import IO
 
 from array_record.python import array_record_module
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.records import codec, tf_example, tfds_info
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.fields import Record
@@ -29,27 +29,33 @@ from distill_jax.runtime import atomic_io, json_io
 
 
 def array_record_options(seq_len: int) -> str:
-  """What array_record is asked for, by the positions of a record.
+  """Returns the options of array_record for records of `seq_len` positions.
 
-  One record a chunk, for random access; its bits are packed already, and zstd finds nothing. A
-  record of few positions is mostly the names of its fields, so 64 share a compressed chunk: of
-  one label with ten classes that is 36 bytes for 285, and is read no slower.
+  Long records have one chunk each, for random access, without compression, because their bits are
+  already packed. Short records consist mostly of field names, so 64 of them share a compressed
+  chunk: a record of one label with ten classes takes 36 instead of 285 bytes, and reading is as
+  fast.
   """
   return "group_size:64,zstd:1" if seq_len < 8 else "group_size:1,uncompressed"
 
 
 class Writer:
-  """Writes the shards of one process. Use as a context manager, or `close` it.
+  """Writer of the shards of one process. Use it as a context manager, or `close` it.
 
   Args:
-    folder: made if it is not there.
-    manifest: what this run records, `extents` holding the one total wanted. A folder that
-      holds fewer sequences is extended; its finished shards stay as they are.
-    process_index, process_count: shard s belongs to process s % process_count.
+    folder: The folder of the store, which is created if it does not exist.
+    manifest: The manifest of this run, whose `extents` holds the total number of sequences. A
+      folder with fewer sequences is extended; its finished shards are kept.
+    process_index: Index of this process.
+    process_count: Number of processes. Shard s belongs to process s % process_count.
+
+  Attributes:
+    folder: The folder of the store.
+    manifest: The manifest of the folder, after extending it.
 
   Raises:
-    InputError: the folder holds other records, more of them, cannot be written to, or
-      another process with this index writes there now.
+    InputError: The folder holds other records or more of them, cannot be written, or is in use by
+      another process with this index.
   """
 
   def __init__(
@@ -60,7 +66,8 @@ class Writer:
     process_count: int = 1,
   ):
     if not 0 <= process_index < process_count:
-      raise InputError(f"process {process_index} of {process_count}: the index is below the count")
+      expected = f"from 0 to {process_count - 1}, below process_count"
+      raise bad_value("process_index", process_index, expected, "Correct it")
     self.folder = Path(folder)
     self._process = f"{process_index}-of-{process_count}"
     self._own_shards = slice(process_index, None, process_count)
@@ -74,7 +81,7 @@ class Writer:
       raise
 
   def _join(self, want: Manifest) -> Manifest:
-    """The folder's manifest, made or extended to hold what is wanted."""
+    """Returns the manifest of the folder, created or extended for this run."""
     if not (self.folder / manifest_lib.NAME).exists():
       found = dataclasses.replace(want, extents=(want.total,), shards=())
     else:
@@ -82,8 +89,8 @@ class Writer:
       manifest_lib.require_same(want, found, self.folder)
       if want.total < found.total:
         raise InputError(
-          f"{self.folder} holds {found.total} sequences and this run wants {want.total}; records "
-          "are only ever extended, so choose another folder"
+          f"{self.folder} holds {found.total} sequences, but this run records {want.total}. Stores "
+          "can only be extended; choose another folder."
         )
       if want.total == found.total:
         return found
@@ -93,15 +100,15 @@ class Writer:
     return found
 
   def missing(self) -> list[range]:
-    """The ranges of sequences that this process has still to write, in order.
+    """Returns the ranges of sequences that this process still has to write, in order.
 
-    A registered shard whose file is gone, or has another size, is written again.
+    Registered shards whose files are missing or have another size are included.
     """
     done = self.finished()
     return [r for r in self.manifest.ranges[self._own_shards] if r.start not in done]
 
   def finished(self) -> dict[int, Shard]:
-    """Registered shards that are there, by any process: by first sequence."""
+    """Returns the registered shards of all processes whose files exist, by first sequence."""
     known = {s.first: s for s in self.manifest.shards}
     for number, r in enumerate(self.manifest.ranges):
       if (path := self._registration(number)).exists():
@@ -109,21 +116,21 @@ class Writer:
     return {first: s for first, s in known.items() if is_there(self.folder, s)}
 
   def write_shard(self, sequences_of: range, sequences: Iterable[Record]) -> Shard:
-    """Writes one whole shard. Returns when it is on disk and registered.
+    """Writes a shard; returns when it is on disk and registered.
 
     Args:
-      sequences_of: one of `missing()`.
-      sequences: exactly that many dicts (see codec), in order.
+      sequences_of: The range of sequences, one of `missing()`.
+      sequences: The records of the range, in order; see codec.encode_targets.
 
     Raises:
-      InputError: the range is not a planned shard, there are more or fewer sequences, the
-        disk is full, or another writer registered other bytes for it.
+      InputError: The range is not a planned shard, the number of records differs, the disk is full,
+        or another writer has registered different bytes for this shard.
     """
     ranges = self.manifest.ranges
     if sequences_of not in ranges:
       raise InputError(
-        f"sequences {sequences_of.start} to {sequences_of.stop} are no shard of {self.folder}; "
-        "write the ranges that missing() gives"
+        f"The range {sequences_of.start} to {sequences_of.stop} is not a shard of {self.folder}. "
+        "Write the ranges of missing()."
       )
     number = ranges.index(sequences_of)
     path = self.folder / manifest_lib.shard_name(number)
@@ -151,7 +158,9 @@ class Writer:
     try:
       for seq in sequences:
         if count == len(sequences_of):
-          raise InputError(f"shard {part.name} was given more than {count} sequences")
+          raise InputError(
+            f"Shard {part.name} got more than {count} records. Pass one per sequence."
+          )
         record = tf_example.encode(sequences_of[count], seq, self.manifest)
         writer.write(tf_example.serialize(record))
         count += 1
@@ -164,22 +173,27 @@ class Writer:
     finally:
       writer.close()
     if count != len(sequences_of):
-      raise InputError(f"shard {part.name} was given {count} sequences, not {len(sequences_of)}")
+      raise InputError(
+        f"Shard {part.name} got {count} records; expected {len(sequences_of)}. Pass one per "
+        "sequence."
+      )
     reader = array_record_module.ArrayRecordReader(str(part))
     if not reader.ok() or reader.num_records() != count:
-      raise InputError(f"{part} was not written whole; is the disk full? Free space, run again")
+      raise InputError(
+        f"{part} is incomplete; the disk may be full. Free space and run the command again."
+      )
     with part.open("rb") as f:
       os.fsync(f.fileno())
     return {"tokens": tokens, "targets": targets, "entries": entries, "fields": fields}
 
   def _publish(self, part: Path, path: Path, shard: Shard, number: int) -> None:
-    # Another writer, with another process count, may have been here first.
+    # A writer with another process count may have registered this shard.
     if (other := self.finished().get(shard.first)) is not None:
       part.unlink()
       if other.sha256 != shard.sha256:
         raise InputError(
-          f"{path} was finished by another writer with digest {other.sha256[:12]}, this one made "
-          f"{shard.sha256[:12]}; two recordings that differ are writing here, so stop one"
+          f"{path} was finished by another writer with digest {other.sha256[:12]}, but this writer "
+          f"has digest {shard.sha256[:12]}. Stop one of the two recordings."
         )
       return
     part.replace(path)
@@ -190,10 +204,10 @@ class Writer:
     return self.folder / f"{manifest_lib.shard_name(number)}.json"
 
   def complete(self) -> Manifest | None:
-    """Merges the registered shards into the manifest, if every planned one is there.
+    """Merges the registered shards into the manifest, if all planned shards are registered.
 
     Returns:
-      The finished manifest, or None while another process still has shards to write.
+      The finished manifest, or None while other processes still have shards to write.
     """
     shards = self.finished()
     if len(shards) < len(self.manifest.ranges):
@@ -201,14 +215,14 @@ class Writer:
     done = dataclasses.replace(self.manifest, shards=tuple(shards[k] for k in sorted(shards)))
     with _writing(self.folder):
       tfds_info.write(self.folder, done)
-      done.save(self.folder)  # last: a folder whose manifest is whole is whole
+      done.save(self.folder)  # last, because it marks the folder as complete
       for stale in self.folder.glob(".writing-*"):
         stale.unlink(missing_ok=True)
     self.manifest = done
     return done
 
   def close(self) -> None:
-    self._lock.close()  # and with it the lock
+    self._lock.close()  # releases the lock
 
   def __enter__(self) -> Writer:
     return self
@@ -223,13 +237,13 @@ def is_there(folder: Path, shard: Shard) -> bool:
 
 
 def digest(path: Path) -> str:
-  """The sha256 of a file, in hex."""
+  """Returns the sha256 of a file, in hex."""
   with path.open("rb") as f:
     return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _lock(path: Path) -> IO[str]:
-  """Holds a file locked until it is closed; the kernel lets go when the process dies."""
+  """Returns a locked file. Closing it or the end of the process releases the lock."""
   f = path.open("a+")
   try:
     fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -237,9 +251,7 @@ def _lock(path: Path) -> IO[str]:
     f.seek(0)
     holder = f.read().strip() or "another process"
     f.close()
-    raise InputError(
-      f"{path.parent} is being written by {holder} now; wait for it, or stop it"
-    ) from e
+    raise InputError(f"{path.parent} is being written by {holder}. Wait for it, or stop it.") from e
   f.truncate(0)
   f.write(f"process {os.getpid()}")
   f.flush()
@@ -248,7 +260,7 @@ def _lock(path: Path) -> IO[str]:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-  """What the system or array_record says about a failed write, as one sentence."""
+  """Turns errors of the system and of array_record on writing into InputErrors."""
   try:
     yield
   except InputError:
@@ -256,6 +268,6 @@ def _writing(path: Path) -> Iterator[None]:
   except (OSError, RuntimeError) as e:
     why = getattr(e, "strerror", None) or str(e).split(";")[0]
     raise InputError(
-      f"{path} cannot be written ({why}); free space or choose another folder, and run again: "
-      "finished shards are kept"
+      f"{path} cannot be written ({why}). Free space or choose another folder, and run again; "
+      "finished shards are kept."
     ) from e

@@ -174,11 +174,11 @@ def test_mesh_axes_of_other_names():
 
 def test_bad_input():
   hidden, head, labels, u = example()
-  with pytest.raises(InputError, match="'text' has no sampler"):
+  with pytest.raises(InputError, match="kind is 'text'; expected one of sampled, topk, dense"):
     sampler.summarise(hidden, head, labels, u, SamplerSpec(4, "text"), chunk=4)
-  with pytest.raises(InputError, match="no u_BT"):
+  with pytest.raises(InputError, match="u_BT is None; expected a uniform offset per position"):
     sampler.summarise(hidden, head, labels, None, SamplerSpec(4), chunk=4)
-  with pytest.raises(InputError, match="head of 600 rows"):
+  with pytest.raises(InputError, match="n is 601; expected at least 1 and at most 600"):
     sampler.summarise(hidden, head, labels, None, SamplerSpec(601, "topk"), chunk=4)
 
 

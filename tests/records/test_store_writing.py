@@ -59,7 +59,7 @@ def test_extending_rewrites_nothing(copy):
   source = tfds.builder_from_directory(str(copy)).as_data_source(split="records")
   assert len(source) == 17
   same(tf_example.decode(16, source[16], s.manifest), 16)
-  with pytest.raises(InputError, match="holds 17 sequences and this run wants 10"):
+  with pytest.raises(InputError, match="holds 17 sequences, but this run records 10"):
     record(copy)
 
 
@@ -166,11 +166,11 @@ def test_read_only_mount(tmp_path):
 def test_wrong_sequences(tmp_path):
   with store.Writer(tmp_path, manifest()) as w:
     r = w.missing()[0]
-    with pytest.raises(InputError, match="given 2 sequences, not 3"):
+    with pytest.raises(InputError, match="got 2 records; expected 3"):
       w.write_shard(r, map(sequence, range(2)))
-    with pytest.raises(InputError, match="more than 3"):
+    with pytest.raises(InputError, match="got more than 3 records"):
       w.write_shard(r, map(sequence, range(4)))
-    with pytest.raises(InputError, match="no shard"):
+    with pytest.raises(InputError, match="is not a shard"):
       w.write_shard(range(1, 4), map(sequence, range(3)))
     short = {k: v[:5] for k, v in sequence(0).items()}
     with pytest.raises(InputError, match="5 tokens, not 32"):
