@@ -53,9 +53,7 @@ DIALECT_PATTERNS = [(re.compile(rf"\b({p})\b", re.I), plain) for p, plain in DIA
 
 # Files that are not rewritten yet, as path prefixes. This list shrinks to nothing.
 PENDING: tuple[str, ...] = (
-  "distill_jax/efficiency/",
   "distill_jax/generation/",
-  "distill_jax/pruning/",
   "distill_jax/records/",
   "tools/",
 )

@@ -1,1 +1,1 @@
-"""The savings of a student over its teacher, by formula and as measured."""
+"""The savings of a student compared to its teacher, computed and measured."""

@@ -1,4 +1,4 @@
-"""How much less the student costs than the teacher, as ratios, and how good both are."""
+"""Ratios between the costs of teacher and student, and their quality."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ from pathlib import Path
 from distill_jax.efficiency import formulas
 from distill_jax.efficiency.formulas import ServingCost
 from distill_jax.efficiency.options import EfficiencyOptions
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.models.loading import ModelSource
 from distill_jax.preflight.chips import CHIPS, Chip
 from distill_jax.runtime import json_io
 from distill_jax.types import JsonObject
 
-NOT_QUALITY = ("parameters", "bytes", "tokens_per_second")  # of evaluation.json, computed here
+NOT_QUALITY = ("parameters", "bytes", "tokens_per_second")  # keys of evaluation.json to skip
 
 
 def check(options: EfficiencyOptions, models: Mapping[str, ModelSource]) -> None:
-  """Refuses what cannot be computed, by its key."""
+  """Checks the options.
+
+  Args:
+    options: the options of `efficiency`.
+    models: the teacher and the student, opened.
+
+  Raises:
+    InputError: an option is invalid, or the context is longer than a model supports.
+  """
   if options.chip not in CHIPS:
-    raise InputError(f"efficiency.chip is {options.chip!r}; the chips known are {', '.join(CHIPS)}")
+    expected = f"one of {', '.join(CHIPS)}"
+    raise bad_value("efficiency.chip", options.chip, expected, "Choose one")
   dtypes = {
     "teacher_dtype": options.teacher_dtype,
     "student_dtype": options.student_dtype,
@@ -28,38 +37,39 @@ def check(options: EfficiencyOptions, models: Mapping[str, ModelSource]) -> None
   }
   for key, dtype in dtypes.items():
     if dtype not in formulas.DTYPES:
-      known = ", ".join(formulas.DTYPES)
-      raise InputError(f"efficiency.{key} is {dtype!r}; it can be one of {known}")
-  if not options.batch_sizes or min(options.batch_sizes) < 1 or options.rounds < 1:
-    raise InputError(
-      f"efficiency.batch_sizes is {options.batch_sizes} and efficiency.rounds {options.rounds}; "
-      "name one batch size or more, and all these numbers are at least 1"
-    )
+      expected = f"one of {', '.join(formulas.DTYPES)}"
+      raise bad_value(f"efficiency.{key}", dtype, expected, "Choose one")
+  if not options.batch_sizes or min(options.batch_sizes) < 1:
+    expected = "one or more positive numbers"
+    raise bad_value("efficiency.batch_sizes", options.batch_sizes, expected, "Change them")
+  if options.rounds < 1:
+    raise bad_value("efficiency.rounds", options.rounds, "a positive number", "Change it")
   for name, source in models.items():
     max_len = source.text_config.max_position_embeddings
     if not 1 <= options.context <= max_len:
-      raise InputError(
-        f"efficiency.context is {options.context}; it is at least 1, and the {name} has {max_len} "
-        "positions"
-      )
+      expected = f"a number from 1 to {max_len}, the maximum length of the {name}"
+      raise bad_value("efficiency.context", options.context, expected, "Change it")
 
 
 def ratios(
   models: Mapping[str, JsonObject], chip: Chip, costs: Mapping[str, ServingCost]
 ) -> JsonObject:
-  """Returns how many times less the student takes, and how many times faster it is.
+  """Returns the ratios of the teacher's costs to the student's.
 
   Args:
-    models: by name, formulas.model_costs.
-    costs: by name, formulas.serving_cost.
+    models: formulas.model_costs by model.
+    chip: the chip.
+    costs: formulas.serving_cost by model.
 
   Returns:
-    memory: `same_dtype`, by parameters; `weights`, as they are served; and for each batch size
-      weights and cache.
-    flops: a token, by phase; where compute is what binds, this is the speed-up, and of prefill
-      it always nearly is.
-    latency: of one row's token; on as many chips, and on the fewest that hold each model.
-    throughput_per_chip: decoded tokens a second, for each batch size.
+    A dict with the keys
+      memory: `same_dtype`, the ratio of parameters; `weights`, of bytes in the serving dtypes; and
+        `with_cache`, of weights and cache for each batch size.
+      flops: operations per token, by phase. This is the speed-up if computation is the bottleneck,
+        as is nearly always the case in prefill.
+      latency: of one row's token, on one chip (`same_chips`), and on the minimum number of chips
+        for each model (`own_chips`).
+      throughput_per_chip: decoded tokens per second for each batch size, student to teacher.
   """
   t, s = models["teacher"], models["student"]
   teacher, student = costs["teacher"], costs["student"]
@@ -90,14 +100,15 @@ def ratios(
 
 
 def _latency(cost: ServingCost, chip: Chip, chips: int) -> float:
-  """The fewest seconds of one row's token."""
+  """Returns the minimum seconds to decode one row's token."""
   return cost.step_bound(chip, chips, 1).seconds
 
 
 def quality(evaluation: Path) -> JsonObject | None:
-  """Reads, by model, what `evaluate` measured, e.g. "gsm8k.pass@1"; None without the file.
+  """Returns the metrics in evaluation.json by model, e.g. "gsm8k.pass@1"; None without the file.
 
-  Names and numbers are evaluate's own.
+  Raises:
+    InputError: the file does not have the form that `evaluate` writes.
   """
   if not evaluation.exists():
     return None
@@ -111,7 +122,7 @@ def quality(evaluation: Path) -> JsonObject | None:
         out.setdefault(name, {}).update({f"{benchmark}.{key}": x for key, x in row.items()})
   except (InputError, AttributeError) as error:
     raise InputError(
-      f"{evaluation} does not hold models and their numbers, as evaluate writes them ({error}); "
-      "run evaluate again or move it away"
+      f"{evaluation} does not contain the results of `evaluate` ({error}). Run `evaluate` again or "
+      "move the file."
     ) from error
   return out

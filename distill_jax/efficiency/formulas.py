@@ -1,8 +1,8 @@
-"""What a model costs to serve, from its shape alone: bytes, operations, and bounds on speed.
+"""The cost of serving a model, computed from its config: bytes, operations, and bounds on speed.
 
-Weights are counted by their declarations, the cache and attention by the published equations.
-Latent attention caches one latent and one rotated key a position, and decodes in the latents'
-space (arXiv:2405.04434, 2.1.2), as models/deepseek_v3.py does; a layer with a window caches its
+Weights are counted from their declarations; cache and attention follow the published equations.
+Latent attention caches one latent and one rotated key per position and decodes in the space of the
+latents (arXiv:2405.04434, 2.1.2), like models/deepseek_v3.py. A layer with a window caches the
 window.
 """
 
@@ -22,23 +22,23 @@ from distill_jax.preflight import flops, roofline
 from distill_jax.preflight.chips import Chip
 from distill_jax.types import JsonObject
 
-# What weights and caches may be served in, and bytes of a number. With float8 weights only the
-# layers' matrices are that: see `param_bytes`.
+# Dtypes of served weights and caches, and bytes per element. Of float8 weights, only the layers'
+# matrices are float8; see `param_bytes`.
 DTYPES = {"float32": 4, "bfloat16": 2, "float8": 1}
-BLOCK = 128  # float8 weights have a float32 scale for a square of so many rows and columns
+BLOCK = 128  # float8 weights have a float32 scale for each square block of this size
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightBytes:
-  """Bytes of a model's weights, by when a decode step reads them.
+  """Bytes of a model's weights, grouped by when a decode step reads them.
 
   Attributes:
     total: all weights.
-    every_step: what a decode step reads whatever the batch: all but routed experts, and but an
-      embedding table of its own, of which it reads a row a token.
+    every_step: weights that every decode step reads: all except routed experts and an embedding
+      table that is not also the head (a step reads only one row of it per token).
     experts: all routed experts of all layers.
-    num_experts: of a layer.
-    experts_per_token: of a layer.
+    num_experts: the number of routed experts in a layer; 0 without experts.
+    experts_per_token: the number of experts that process a token in a layer.
   """
 
   total: int
@@ -48,28 +48,33 @@ class WeightBytes:
   experts_per_token: int
 
   def read(self, batch: int) -> float:
-    """Bytes that one decode step of `batch` rows reads."""
+    """Returns the bytes of weights that one decode step of `batch` rows reads."""
     if not self.num_experts:
       return self.every_step
     return self.every_step + self.experts * self.distinct_experts(batch) / self.num_experts
 
   def distinct_experts(self, batch: int) -> float:
-    """How many experts of a layer one decode step of `batch` rows is expected to read."""
+    """Returns the expected number of a layer's experts that a decode step of `batch` rows reads."""
     return distinct(self.num_experts, self.experts_per_token, batch)
 
 
 def distinct(n: int, chosen: int, batch: int) -> float:
-  """How many of n experts a batch is expected to need, each token `chosen` of them.
+  """Returns the expected number of distinct experts in a batch: n (1 - (1 - chosen / n) ** batch).
 
-  n (1 - (1 - chosen / n) ** batch): each expert is as likely as another, and tokens choose
-  independently. Where experts are used unevenly, fewer are needed.
+  This assumes that all experts are equally likely and that tokens choose independently. With uneven
+  use, the number is smaller.
+
+  Args:
+    n: the number of experts.
+    chosen: the number of experts that each token chooses.
+    batch: the number of tokens.
   """
   return n * (1 - (1 - chosen / n) ** batch)
 
 
 def weight_bytes(source: ModelSource, dtype: str) -> WeightBytes:
-  """Bytes of a model served in `dtype`, one of DTYPES."""
-  c: Any = source.config  # a decoder's
+  """Returns the bytes of a model that is served in `dtype`, one of DTYPES."""
+  c: Any = source.config  # the Config of a decoder
   total = experts = table = n = 0
   for path, v in params.named_params(source.abstract):
     size, axes = param_bytes(v, dtype), v.get_metadata()["axes"]
@@ -83,11 +88,11 @@ def weight_bytes(source: ModelSource, dtype: str) -> WeightBytes:
 
 
 def param_bytes(v: nnx.Variable, dtype: str) -> int:
-  """Bytes of one declared parameter.
+  """Returns the bytes of one declared parameter.
 
-  float8 is block-scaled as DeepSeek-V3 is published (arXiv:2412.19437, 3.3): the layers'
-  matrices but the routers', with their scales; all else is bfloat16. What is declared exact is
-  float32 always.
+  float8 means the format of DeepSeek-V3 (arXiv:2412.19437, 3.3): block-scaled matrices of layers,
+  routers excepted, with their scales; other parameters are bfloat16. Parameters declared exact are
+  always float32.
   """
   meta, count = v.get_metadata(), math.prod(v.shape)
   if meta["exact"]:
@@ -108,33 +113,33 @@ def param_bytes(v: nnx.Variable, dtype: str) -> int:
 
 
 def attended_positions(c: DecoderConfig, layer: int, context: int) -> int:
-  """Positions that the last of `context` attends to: all, or the layer's window."""
+  """Returns the number of positions that the last of `context` positions attends to in a layer."""
   return flops.attended_pairs(c, layer, context) - flops.attended_pairs(c, layer, context - 1)
 
 
 def all_attended_positions(c: DecoderConfig, context: int) -> int:
-  """The same, summed over layers."""
+  """Returns `attended_positions`, summed over layers."""
   return sum(attended_positions(c, layer, context) for layer in range(c.num_hidden_layers))
 
 
 def cache_numbers(c: DecoderConfig, context: int) -> int:
-  """Numbers that a server caches of a row, and reads for its next token."""
+  """Returns the number of elements that a server caches for a row, and reads for its next token."""
   return c.cache_width * all_attended_positions(c, context)
 
 
 def allocated_cache_numbers(c: DecoderConfig, context: int) -> int:
-  """Numbers that generation/ allocates for a row: all positions in all layers."""
+  """Returns the number of elements that generation/ allocates per row: all positions and layers."""
   return c.cache_width * c.num_hidden_layers * context
 
 
 def prefill_flops(source: ModelSource, context: int) -> float:
-  """Operations a token of reading a prompt of `context` tokens; the head is for the last one."""
+  """Returns operations per token for a prompt of `context` tokens, with logits of the last one."""
   forward = flops.forward_flops(source, 1, context)
   return (forward.weights + forward.attention + forward.head / context) / context
 
 
 def decode_flops(source: ModelSource, context: int) -> float:
-  """Operations of one token at position `context` - 1."""
+  """Returns the operations to decode one token at position `context` - 1."""
   c = source.decoder_config
   attended = all_attended_positions(c, context)
   attention = 2.0 * attended * c.num_attention_heads * c.decode_attention_width
@@ -143,11 +148,12 @@ def decode_flops(source: ModelSource, context: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class ServingCost:
-  """Bytes and operations by which the decode steps of a served model are bounded.
+  """The bytes and operations that bound the decode steps of a served model.
 
   Attributes:
-    cache: bytes of a row.
-    flops: of a row's next token.
+    weights: bytes of the weights.
+    cache: bytes of the cache per row.
+    flops: operations for a row's next token.
   """
 
   weights: WeightBytes
@@ -155,23 +161,24 @@ class ServingCost:
   flops: float
 
   def memory(self, batch: int) -> float:
-    """Bytes of weights and cache."""
+    """Returns the bytes of weights and cache."""
     return self.weights.total + batch * self.cache
 
   def min_chips(self, chip: Chip, batch: int) -> int:
-    """The fewest chips that hold weights and cache, by bytes alone."""
+    """Returns the minimum number of chips whose memory holds weights and cache."""
     return math.ceil(self.memory(batch) / chip.memory)
 
   def step_bound(self, chip: Chip, chips: int, batch: int) -> roofline.Bound:
-    """The fewest seconds of a decode step that all chips share evenly, links apart.
+    """Returns the minimum seconds of a decode step that all chips share evenly.
 
-    Weights are read once a step, a row's cache once; products are at the bfloat16 peak.
+    Weights and caches are read once per step, and products run at the bfloat16 peak. Communication
+    between chips is not counted.
     """
     read = self.weights.read(batch) + batch * self.cache
     return roofline.bound(chip, chips, chips, {"step": batch * self.flops}, read / chips, {})
 
   def decode_bound(self, chip: Chip, batch: int) -> JsonObject:
-    """One row of the report, on the fewest chips."""
+    """Returns one row of the report, on the minimum number of chips."""
     chips = self.min_chips(chip, batch)
     bound = self.step_bound(chip, chips, batch)
     w = self.weights
@@ -189,7 +196,7 @@ class ServingCost:
 
 
 def serving_cost(source: ModelSource, context: int, dtype: str, cache_dtype: str) -> ServingCost:
-  """Returns the cost of a model that is served in `dtype`, for rows of `context` positions."""
+  """Returns the cost of serving a model in `dtype`, for rows of `context` positions."""
   c = source.decoder_config
   cache = DTYPES[cache_dtype] * cache_numbers(c, context)
   return ServingCost(weight_bytes(source, dtype), cache, decode_flops(source, context))
@@ -203,7 +210,7 @@ def model_costs(
   cache_dtype: str,
   batch_sizes: Sequence[int],
 ) -> JsonObject:
-  """All that is computed of one model, as efficiency.json holds it: bytes, operations, seconds."""
+  """Returns one model's entry in efficiency.json: bytes, operations, and bounds on speed."""
   c, options = source.decoder_config, source.options
   cost, width = serving_cost(source, context, dtype, cache_dtype), DTYPES[cache_dtype]
   return {

@@ -1,4 +1,4 @@
-"""Prefill and decode tokens a second, measured here: teacher and student by turns."""
+"""Measures tokens per second of teacher and student on this machine, in alternation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from distill_jax.config import Config
 from distill_jax.efficiency.options import DecodeTimingOptions
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.generation import engine
 from distill_jax.generation.sampling import Sampling
 from distill_jax.generation.unrolled import Unrolled, empty_cache, unroll
@@ -22,34 +22,50 @@ from distill_jax.nn import sharding
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import JsonObject
 
-CALLS = 4  # of DecodeTimingOptions.steps tokens each, that decoding is timed over
+CALLS = 4  # number of timed decoding calls, of DecodeTimingOptions.steps tokens each
 PHASES = ("prefill", "decode")
 
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
-  """Refuses a measurement that cannot be made, before any weight is read."""
+  """Checks the options of a measurement, without reading weights.
+
+  Raises:
+    InputError: a model does not have a source, or a number is invalid.
+  """
   options, decode = config.efficiency, config.efficiency.decode
   for name, spec in (("teacher", config.teacher), ("student", config.student)):
     if not spec.source:
-      raise InputError(
-        f"efficiency.measure is on and {name}.source is empty, so there are no weights to run; "
-        "name them there, or leave efficiency.measure off"
-      )
-  room = 2 * CALLS * decode.steps
-  if min(decode.steps, decode.prefill_chunk) < 1 or options.context < room:
-    raise InputError(
-      f"efficiency.context is {options.context}, efficiency.decode.steps {decode.steps} and "
-      f"efficiency.decode.prefill_chunk {decode.prefill_chunk}; the last two are at least 1, and a "
-      f"measurement wants {2 * CALLS} times the steps as context, half of it a prompt"
+      expected = "the weights to run because efficiency.measure is True"
+      action = "Set it, or efficiency.measure=False"
+      raise bad_value(f"{name}.source", spec.source, expected, action)
+  for key in ("steps", "prefill_chunk"):
+    if (n := getattr(decode, key)) < 1:
+      raise bad_value(f"efficiency.decode.{key}", n, "a positive number", "Change it")
+  if options.context < 2 * CALLS * decode.steps:
+    expected = (
+      f"at least {2 * CALLS * decode.steps}, i.e. {2 * CALLS} times efficiency.decode.steps"
     )
+    raise bad_value("efficiency.context", options.context, expected, "Change one of them")
   for rows in options.batch_sizes:
     sharding.check_batch("efficiency.batch_sizes", rows, mesh)
 
 
 class BenchmarkedModel:
-  """A model and an empty cache of `rows` rows, in the programs that `generate` runs.
+  """A model with a cache of `rows` rows, run by the compiled programs of `generate`.
 
-  Prompts fill all of the `context` positions but the last CALLS x options.steps.
+  The last CALLS * options.steps of the `context` positions are decoded; the others are the prompt.
+
+  Args:
+    loaded: the model.
+    model: the same model, unrolled.
+    mesh: the mesh.
+    options: the settings of decoding.
+    context: the number of positions of a row.
+    rows: the number of rows.
+    seed: the seed of the run.
+
+  Attributes:
+    cache_bytes: bytes of the cache on all devices.
   """
 
   def __init__(
@@ -62,7 +78,6 @@ class BenchmarkedModel:
     rows: int,
     seed: int,
   ):
-    """`model` is `loaded`'s, unrolled."""
     self._model, self._context, self._chunk = model, context, options.prefill_chunk
     self._new = CALLS * options.steps
     self._cache = empty_cache(model, rows, context, loaded.compute, mesh, options.cache_dtype)
@@ -83,7 +98,7 @@ class BenchmarkedModel:
     self._tokens_BT = rng.integers(0, vocab_size, (rows, context), np.int32)
 
   def run(self) -> dict[str, float]:
-    """Measures the tokens a second of reading the prompts, and of decoding after them."""
+    """Returns the tokens per second of reading the prompts ("prefill") and of decoding."""
     rows = len(self._tokens_BT)
     return {
       "prefill": rows * (self._context - self._new) / self._seconds(self._read_prompts),
@@ -106,7 +121,7 @@ class BenchmarkedModel:
       self._cache = self._prefill(self._model, self._cache, tokens_BC, first_B, count_B)
 
   def _decode(self) -> None:
-    """Decodes as generation/scheduler.py does: new tokens are fetched after each call."""
+    """Decodes like generation/scheduler.py, which fetches new tokens after each call."""
     rows, position = len(self._tokens_BT), self._context - self._new
     token_B = self._tokens_BT[:, position]
     fill = functools.partial(np.full, rows, dtype=np.int32)
@@ -125,13 +140,19 @@ class BenchmarkedModel:
 
 
 def measure(config: Config, mesh: jax.sharding.Mesh) -> JsonObject:
-  """Measures both models at every batch size, in the dtype that each is configured to compute in.
+  """Measures both models at every batch size, each in its configured compute dtype.
 
-  A round runs both, in turns the one or the other first; a model's number is the median over
-  rounds with the least and the most, and a ratio is that of the same round.
+  A round runs both models, and rounds alternate which of them is first. Results are the median,
+  minimum and maximum over rounds. Ratios are between models of the same round.
 
-  Returns: `prompt` and `new`, tokens a row; `device`; by model, `weight_bytes` on all devices,
-    dtype, and a row for each batch size; `ratios`, student over teacher.
+  Args:
+    config: the config.
+    mesh: the mesh.
+
+  Returns:
+    A dict with the keys `prompt` and `new` (tokens per row), `device`, `models` (for each the
+    weight_bytes on all devices, the dtype, and a row for each batch size), and `ratios` (student to
+    teacher).
   """
   options, decode = config.efficiency, config.efficiency.decode
   new = CALLS * decode.steps
@@ -169,7 +190,7 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> JsonObject:
 def _rounds(
   models: dict[str, BenchmarkedModel], rounds: int, progress: Progress
 ) -> list[dict[str, dict[str, float]]]:
-  """Returns each round's measurements by model, without the first round, which compiles."""
+  """Returns the measurements of each round by model, without a first round that compiles."""
   measured = []
   for i in range(rounds + 1):
     order = sorted(models, reverse=i % 2 == 0)

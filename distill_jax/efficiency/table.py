@@ -1,4 +1,4 @@
-"""What `efficiency` found, in words."""
+"""The results of `efficiency` as text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from distill_jax.types import JsonObject
 
 
 def text(r: JsonObject) -> str:
-  """For a person: the claims first, then what they are made of."""
+  """Returns the results as text: a summary, then the numbers behind it."""
   lines = [*claims(r), "", *_by_formula(r), "", *_bounds(r)]
   if r["measured"]:
     lines += ["", *_measured(r["measured"])]
   if r["quality"]:
-    lines += ["", "quality, from evaluation.json"]
+    lines += ["", "quality (from evaluation.json)"]
     for name, row in r["quality"].items():
       numbers = [f"{k} {_number(x)}" for k, x in row.items()]
       lines.append(f"  {name:<22}{', '.join(numbers)}")
@@ -22,20 +22,20 @@ def text(r: JsonObject) -> str:
 
 
 def claims(r: JsonObject) -> list[str]:
-  """What the student saves, a sentence a kind of claim."""
+  """Returns the student's savings, one sentence for each kind."""
   t, s, ratios = r["models"]["teacher"], r["models"]["student"], r["ratios"]
   memory, latency = ratios["memory"], ratios["latency"]
   cached, speed = memory["with_cache"], ratios["throughput_per_chip"]
   lines = [
-    f"memory: 1/{memory['same_dtype']:.3g} at equal dtype, 1/{memory['weights']:.3g} as served "
-    f"({t['dtype']} against {s['dtype']}), {_each(cached, '1/')} with the cache of "
-    f"{_batches(cached)} rows of {r['context']:,} positions",
-    f"operations: {_times(ratios['flops']['prefill'])} fewer a token in prefill, "
-    f"{_times(ratios['flops']['decode'])} in decoding",
-    f"speed, by bounds on {r['chip']}: {_each(speed)} times the decoded tokens a second a "
-    f"chip, at batches of {_batches(speed)}",
-    f"latency, by the same: one row's token comes {_times(latency['same_chips'])} as fast on as "
-    f"many chips, {_times(latency['own_chips'])} on the fewest that hold each model",
+    f"memory: 1/{memory['same_dtype']:.3g} at equal dtype, 1/{memory['weights']:.3g} when served "
+    f"({t['dtype']} for the teacher, {s['dtype']} for the student), {_each(cached, '1/')} with the "
+    f"cache of {_batches(cached)} rows of {r['context']:,} positions",
+    f"operations: {_times(ratios['flops']['prefill'])} fewer per token in prefill, "
+    f"{_times(ratios['flops']['decode'])} fewer in decoding",
+    f"speed (upper bounds on {r['chip']}): {_each(speed)} times the decoded tokens per second and "
+    f"chip, at batch sizes {_batches(speed)}",
+    f"latency (upper bounds on {r['chip']}): one row's token is {_times(latency['same_chips'])} as "
+    f"fast on the same chips, {_times(latency['own_chips'])} on the fewest chips for each model",
   ]
   if r["measured"]:
     rows = r["measured"]["ratios"]
@@ -43,7 +43,9 @@ def claims(r: JsonObject) -> list[str]:
       _each([{"ratio": row[k]["median"]} for row in rows]) + f" times in {k}"
       for k in ("prefill", "decode")
     ]
-    lines.append(f"speed, measured here: {', '.join(spans)}, at batches of {_batches(rows)}")
+    lines.append(
+      f"speed (measured on this machine): {', '.join(spans)}, at batch sizes {_batches(rows)}"
+    )
   return lines
 
 
@@ -56,19 +58,19 @@ def _by_formula(r: JsonObject) -> list[str]:
       (name, size(t[key], unit), size(s[key], unit))
       for name, key, unit in (
         ("parameters", "parameters", ""),
-        ("multiplied by a token", "active_parameters", ""),
+        ("active per token", "active_parameters", ""),
         ("weights", "weight_bytes", "B"),
-        ("cache a token", "cache_bytes_per_token", "B"),
-        ("cache of the context", "cache_bytes", "B"),
-        ("… in our decoder", "decoder_cache_bytes", "B"),
+        ("cache per token", "cache_bytes_per_token", "B"),
+        ("cache per row", "cache_bytes", "B"),
+        ("… in `generate`", "decoder_cache_bytes", "B"),
       )
     ),
     *(
-      (f"{k}, FLOPs a token", size(t["flops_per_token"][k]), size(s["flops_per_token"][k]))
+      (f"{k} FLOPs per token", size(t["flops_per_token"][k]), size(s["flops_per_token"][k]))
       for k in ("prefill", "decode")
     ),
   ]
-  head = f"by formula, context {r['context']:,}, cache in {t['cache_dtype']}"
+  head = f"computed for a context of {r['context']:,} and a {t['cache_dtype']} cache"
   return [
     f"teacher: {t['name']}",
     f"student: {s['name']}",
@@ -80,9 +82,9 @@ def _by_formula(r: JsonObject) -> list[str]:
 
 def _bounds(r: JsonObject) -> list[str]:
   lines = [
-    f"decoding at most, on the fewest {r['chip']} that hold weights and cache",
-    f"  {'':<8}{'batch':>6}{'chips':>7}{'experts':>9}{'read a step':>13}{'tokens/s':>12}"
-    f"{'a chip':>10}  bound by",
+    f"upper bounds on decoding, on the fewest {r['chip']} chips that hold weights and cache",
+    f"  {'':<8}{'batch':>6}{'chips':>7}{'experts':>9}{'read/step':>13}{'tokens/s':>12}"
+    f"{'per chip':>10}  bound by",
   ]
   for name, model in r["models"].items():
     for b in model["decode_bounds"]:
@@ -98,7 +100,7 @@ def _bounds(r: JsonObject) -> list[str]:
 def _measured(m: JsonObject) -> list[str]:
   dtypes = " and ".join(dict.fromkeys(model["dtype"] for model in m["models"].values()))
   head = f"measured on {m['device']} in {dtypes}, {m['prompt']} tokens read and {m['new']} decoded "
-  lines = [head + "a row: tokens a second, median (least to most)"]
+  lines = [head + "per row: tokens per second, median (minimum to maximum)"]
   lines.append(f"  {'':<8}{'batch':>6}{'weights':>10}{'cache':>10}{'prefill':>26}{'decode':>26}")
   for name, model in m["models"].items():
     for b in model["batches"]:
@@ -109,12 +111,12 @@ def _measured(m: JsonObject) -> list[str]:
       )
   for row in m["ratios"]:
     rates = [_rate(row[k], 2) for k in ("prefill", "decode")]
-    lines.append(f"  {'times':<8}{row['batch_size']:>6,}{'':>20}{rates[0]:>26}{rates[1]:>26}")
+    lines.append(f"  {'ratio':<8}{row['batch_size']:>6,}{'':>20}{rates[0]:>26}{rates[1]:>26}")
   return lines
 
 
 def _number(x: Any) -> str:
-  """Formats a score as `evaluate` does: a number, or one with its interval."""
+  """Formats a score like `evaluate`: a number, with its interval if it has one."""
   if isinstance(x, dict) and x.keys() == {"value", "low", "high"}:
     return f"{x['value']:.4g} ({x['low']:.4g} to {x['high']:.4g})"
   return f"{x:.4g}" if isinstance(x, int | float) else str(x)
@@ -129,7 +131,7 @@ def _times(x: float) -> str:
 
 
 def _each(rows: list[JsonObject], before: str = "") -> str:
-  """The ratios of all batch sizes, in their order."""
+  """Returns the ratios for all batch sizes, as text."""
   return ", ".join(f"{before}{row['ratio']:.3g}" for row in rows)
 
 

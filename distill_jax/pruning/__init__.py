@@ -1,1 +1,1 @@
-"""What `shrink` is made of: shapes, what matters in a model, what is kept, the cut itself."""
+"""Pruning for `shrink`: sizes of a student, importance of a model's parts, selection, cutting."""

@@ -1,4 +1,4 @@
-"""Shapes near a target: fewer layers, narrower layers, and both."""
+"""Proposals of student sizes near a target: fewer layers, narrower layers, or both."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.models import DecoderConfig
 from distill_jax.pruning import choose, shapes
 from distill_jax.pruning.options import ShrinkOptions
 from distill_jax.types import JsonObject
 
-TOLERANCE = 0.1  # how far from the target, as a fraction of it, a proposed shape may be
+TOLERANCE = 0.1  # maximum relative difference between a proposed size and the target
 
-Size = Callable[[DecoderConfig], float]  # of a family's Config, in the target's units
-Check = Callable[[DecoderConfig], object]  # raises InputError for a Config that is of no use
+Size = Callable[[DecoderConfig], float]  # the size of a model, in the target's unit
+Check = Callable[[DecoderConfig], object]  # raises InputError for a Config that cannot be used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,37 +24,42 @@ class Target:
   """The size that a student should have.
 
   Attributes:
-    size: measures a family's Config.
-    value: the size, in the same units.
-    key: of `shrink`, which asks for it; with more words where the unit is another.
+    size: computes the size of a model from its Config.
+    value: the target, in the same unit.
+    unit: the unit, for errors.
+    key: the key of `shrink` that sets the target.
+    given: the value of that key.
   """
 
   size: Size
   value: float
+  unit: str
   key: str
+  given: float
 
   def distance(self, config: DecoderConfig) -> float:
-    """How many times too large or too small a Config is, as the size of the logarithm."""
+    """Returns |log(size / value)| for a Config."""
     return abs(math.log(self.size(config) / self.value))
 
   def is_met(self, config: DecoderConfig) -> bool:
+    """Returns whether a Config's size is within TOLERANCE of the target."""
     return abs(self.size(config) / self.value - 1) <= TOLERANCE
 
 
 @dataclasses.dataclass(frozen=True)
 class _Teacher:
-  """What candidates are cut from."""
+  """The model from which candidates are cut."""
 
   family: str
   config: DecoderConfig
 
   def student(self, options: ShrinkOptions) -> DecoderConfig:
-    """The Config of a candidate; which layers it keeps does not matter here."""
+    """Returns the Config of a candidate. Its size does not depend on which layers are kept."""
     narrowed = shapes.narrowed(options, self.family, self.config)
     return narrowed.keep_layers(choose.even(options.layers, self.config.num_hidden_layers))
 
   def nearest(self, candidates: Iterable[ShrinkOptions], target: Target) -> ShrinkOptions:
-    """The candidate that comes nearest to the target."""
+    """Returns the candidate nearest to the target."""
     return min(candidates, key=lambda options: target.distance(self.student(options)))
 
 
@@ -65,24 +70,25 @@ def propose(
   target: Target,
   check: Check = lambda config: None,
 ) -> dict[str, ShrinkOptions]:
-  """Proposes shapes by name, each as near to the target as its kind gets.
+  """Proposes candidates, by name, each as near to the target as its kind allows.
 
-  `depth` has fewer layers, `inner` narrower feed-forwards and fewer heads or experts, `width`
-  fewer embedding channels as well; `depth-inner` and `depth-width` go half of the way by each.
+  `depth` has fewer layers. `inner` has narrower feed-forwards and fewer heads or experts; `width`
+  also has fewer embedding channels. `depth-inner` and `depth-width` combine both kinds equally.
 
   Args:
-    options: what all shapes have in common; their sizes are set here.
-    family, config: the teacher's.
-    check: raises InputError for a Config that is of no use, e.g. where the mesh does not fit.
+    options: the options that all candidates share; this function sets their sizes.
+    family: the teacher's family.
+    config: the teacher's Config.
+    target: the target.
+    check: raises InputError for a Config that cannot be used, e.g. because of the mesh.
 
   Raises:
-    InputError: the teacher is no larger, or no kind of shape comes near.
+    InputError: the target is not smaller than the teacher, or no candidate is near the target.
   """
-  if target.value >= target.size(config):
-    raise InputError(
-      f"shrink.{target.key} wants {target.value:,.0f} and the teacher has "
-      f"{target.size(config):,.0f}; name less"
-    )
+  key = f"shrink.{target.key}"
+  if target.value >= (size := target.size(config)):
+    expected = f"a target below the teacher's {size:,.0f} {target.unit}"
+    raise bad_value(key, target.given, expected, "Choose a smaller student")
   teacher, L = _Teacher(family, config), config.num_hidden_layers
   depth = teacher.nearest((_with_layers(options, n) for n in range(1, L + 1)), target)
   half_depth = max(1, round(math.sqrt(depth.layers * L)))
@@ -100,11 +106,12 @@ def propose(
   if not proposed:
     nearest = teacher.nearest(candidates_by_kind.values(), target)
     min_size = min(target.size(teacher.student(_with_layers(rung, 1))) for rung in smallest)
-    raise InputError(
-      f"shrink.{target.key} wants {target.value:,.0f} and no shape of this teacher comes within "
-      f"{TOLERANCE:.0%}: the nearest has {target.size(teacher.student(nearest)):,.0f} and the "
-      f"smallest possible {min_size:,.0f}"
+    expected = (
+      f"a target within {TOLERANCE:.0%} of a possible student: it needs {target.value:,.0f} "
+      f"{target.unit}, the nearest one has {target.size(teacher.student(nearest)):,.0f} and the "
+      f"smallest one {min_size:,.0f}"
     )
+    raise bad_value(key, target.given, expected, "Change the target")
   return proposed
 
 
@@ -115,7 +122,7 @@ def _with_layers(options: ShrinkOptions, layers: int) -> ShrinkOptions:
 def _ladder(
   options: ShrinkOptions, family: str, config: DecoderConfig, narrow_hidden: bool, check: Check
 ) -> Iterator[ShrinkOptions]:
-  """Yields ever wider shapes below the teacher's own, at multiples that matrix units like."""
+  """Yields candidates of rising width below the teacher's, in multiples that suit hardware."""
   count = functools.partial(shapes.count, config)
   axes = shapes.axis_names(family, config)
   keys = [k for k, size in shapes.SIZES.items() if size.axis in axes and count(k)]
@@ -132,13 +139,13 @@ def _ladder(
     candidate = dataclasses.replace(options, **sizes)
     try:
       check(shapes.narrowed(candidate, family, config))
-    except InputError:  # the family cannot have this one: too few experts for its router, say
+    except InputError:  # not possible for the family, e.g. too few experts for its router
       continue
     yield candidate
 
 
 def _around(options: ShrinkOptions, config: DecoderConfig) -> list[ShrinkOptions]:
-  """A shape, and those whose feed-forward is a little wider or narrower."""
+  """Returns a candidate, and variants with a slightly wider or narrower feed-forward."""
   if not options.intermediate:
     return [options]
   full = config.intermediate_size
@@ -147,7 +154,7 @@ def _around(options: ShrinkOptions, config: DecoderConfig) -> list[ShrinkOptions
 
 
 def unit(n: int) -> int:
-  """What a width is a multiple of: a power of two, at most 128, that goes into it 16 times."""
+  """Returns the step of a width n: the largest power of two up to n / 16, at most 128."""
   return min(128, 2 ** int(math.log2(max(1, n // 16))))
 
 
@@ -156,9 +163,10 @@ def _multiple(x: float, unit: int) -> int:
 
 
 def _fewer_heads(config: DecoderConfig, fraction: float, grouped: bool) -> dict[str, int]:
-  """Whole groups of query heads and their keys; heads of the one group where there is one.
+  """Returns the numbers of heads: whole groups of query heads with their key/value head.
 
-  Groups that devices can share evenly stay such: of a power of two, a power of two is left.
+  With a single group, only its query heads are reduced. A power of two of groups is reduced to a
+  power of two, so that devices can still share them evenly.
   """
   H, G = config.num_attention_heads, config.num_key_value_heads
   if not grouped or G == 1:

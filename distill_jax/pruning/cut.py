@@ -1,8 +1,8 @@
-"""A student's parameters out of the teacher's, by the names of their axes.
+"""Cuts a student's parameters from the teacher's, by the names of their axes.
 
-Every parameter declares what its axes are (nn/params.py), so that no family has code here: where
-the student's declaration is shorter along an axis, it takes the indices that are kept along the
-axis of that name.
+Every parameter declares the names of its axes (nn/params.py), so no family needs its own code.
+Where an axis of the student is shorter, the student takes the kept indices of the axis of that
+name.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from distill_jax.pruning.measure import Importance
 from distill_jax.pruning.options import ShrinkOptions
 
 CHANNELS = ("embed", "table", "norm")  # axes of the residual stream, the same in all layers
-# By the energy where it is read. SmolLM2, 512 (448, 384) of 576 channels: held-out 3.77 (4.90,
-# 6.07) nats, and by Minitron's mean size of what the norms put out 3.90 (5.15, 6.23).
+# Channels are chosen by their energy at the inputs of these norms. For SmolLM2 with 512 (448, 384)
+# of 576 channels, held-out cross-entropy is 3.77 (4.90, 6.07) nats. With Minitron's criterion, the
+# mean absolute output of the norms, it is 3.90 (5.15, 6.23).
 READ = ("attn_norm.energy", "mlp_norm.energy", "norm.energy")
-SAME = {"routes": "experts"}  # axes that are cut at another's indices
+SAME = {"routes": "experts"}  # axes that are cut at the indices of another axis
 
 
 @dataclasses.dataclass(frozen=True)
 class KeptIndices:
-  """Indices into a teacher's axes that its student keeps.
+  """Indices into the teacher's axes that the student keeps.
 
   Attributes:
-    layers: the teacher's, by number, in the student's order.
-    rows: by stack, those layers' numbers in the teacher's stack.
-    axes: by stack and axis, [L', k], or [L', E', k] for the channels of experts.
-    channels: [D'] of the residual stream.
-    correction: by the path of a norm, [L'] or scalar: see `corrections`.
+    layers: numbers of the teacher's layers, in the student's order.
+    rows: by stack, the indices of these layers in the teacher's stack.
+    axes: by stack and axis, [L', k], or [L', E', k] for channels of experts.
+    channels: [D'], channels of the residual stream.
+    correction: by path of a norm, [L'] or scalar; see `corrections`.
   """
 
   layers: tuple[int, ...]
@@ -54,11 +55,15 @@ def keep(
   layers: tuple[int, ...],
   measured: Importance,
 ) -> KeptIndices:
-  """Chooses what a student keeps.
+  """Chooses the indices that a student keeps.
 
   Args:
-    teacher, student: their Configs.
-    layers: the teacher's layers that the student has.
+    options: the options of `shrink`.
+    family: the teacher's family.
+    teacher: the teacher's Config.
+    student: the student's Config.
+    layers: the teacher's layers that the student keeps.
+    measured: the importance of the teacher's parts.
   """
   old, new = _axis_sizes(family, teacher), _axis_sizes(family, student)
   rows: dict[str, np.ndarray] = {}
@@ -99,18 +104,20 @@ def _stack_indices(
   new: dict[str, int],
   scores: dict[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
-  """What one stack keeps along the axes that get shorter.
+  """Returns the indices that one stack keeps, by axis that becomes shorter.
 
   Args:
-    teacher: its Config.
-    old, new: how long each axis is.
-    scores: what was measured of the layers that are kept.
+    options: the options of `shrink`.
+    teacher: the teacher's Config.
+    old: the teacher's size of each axis.
+    new: the student's size of each axis.
+    scores: the importance of the kept layers' parts.
   """
   shorter = {axis for axis, n in old.items() if new.get(axis, 0) < n}
   indices: dict[str, np.ndarray] = {}
   if shorter & {"heads", "kv_heads"}:
     merge = options.kv_heads_by == "merge" and "kv_heads" in shorter
-    groups = new.get("kv_heads", new["heads"])  # latent attention has none of its own
+    groups = new.get("kv_heads", new["heads"])  # absent in latent attention
     query, key_value = choose.heads(
       scores["heads"], teacher.num_key_value_heads, new["heads"], groups, merge
     )
@@ -130,13 +137,20 @@ def _stack_indices(
 
 
 def corrections(kept: KeptIndices, measured: Importance, width: int) -> dict[str, np.ndarray]:
-  """Returns what norms' scales are multiplied by where only some channels are left.
+  """Returns factors for the scales of norms if only some channels are kept.
 
-  By the path of a norm, [L'] or scalar; empty where all `width` channels are kept.
+  A norm divides by the root mean square of its input. The kept channels are the large ones, so
+  their root mean square is larger than that of all channels. If their mean square is `energy` times
+  the mean square of all channels, the norm's output is too small by sqrt(energy). This is exact if
+  the removed channels are 0.
 
-  A norm divides by the root mean square of its input, over fewer channels now, and those are
-  the large ones. Where the kept channels had, in the mean, `energy` times the mean square of
-  all of them, what comes out is too small by sqrt(energy): exactly where the others are 0.
+  Args:
+    kept: the kept indices.
+    measured: the importance of the teacher's parts.
+    width: the teacher's number of channels.
+
+  Returns:
+    Factors by path of the norm, [L'] or scalar; empty if all channels are kept.
   """
   if len(kept.channels) == width:
     return {}
@@ -158,14 +172,18 @@ def cut(
   mesh: jax.sharding.Mesh,
   rules: sharding.Rules,
 ) -> DecoderModel:
-  """Returns the student, in its storage sharding; a part that nothing is cut from keeps its bits.
+  """Returns the student in its storage sharding. Parameters that are not cut are unchanged.
 
   Args:
     model: the teacher.
-    config: the student's.
+    family: the family of both.
+    config: the student's Config.
+    kept: the kept indices.
+    mesh: the mesh.
+    rules: the rules of the student.
 
   Raises:
-    InputError: a size does not divide over the mesh.
+    InputError: a size is not divisible by the mesh axes.
   """
   abstract = shapes.abstract(family, config)
 
@@ -180,7 +198,7 @@ def cut(
 
 
 def _by_module(named: dict[str, nnx.Variable]) -> dict[tuple[str, str], nnx.Variable]:
-  """Weights by their stack and Hugging Face's name of the module that they are in."""
+  """Returns parameters by stack and Hugging Face name of their module."""
   return {
     (path.partition(".")[0], v.get_metadata()["hf"].removesuffix(".weight")): v
     for path, v in named.items()
@@ -190,11 +208,11 @@ def _by_module(named: dict[str, nnx.Variable]) -> dict[tuple[str, str], nnx.Vari
 def _scaled(
   values: dict[str, jax.Array], kept: KeptIndices, teacher: DecoderConfig, student: DecoderConfig
 ) -> dict[str, jax.Array]:
-  """Norms corrected, and the embedding where a family scales it by its width."""
+  """Applies `corrections`, and rescales the embedding of families that scale it by its width."""
   factors = {path: jnp.asarray(c, jnp.float32) for path, c in kept.correction.items()}
   if (ratio := teacher.embed_scale / student.embed_scale) != 1:
     values["embed"] = values["embed"] * jnp.asarray(ratio, values["embed"].dtype)
-    if student.tie_word_embeddings:  # the same table is the head, and logits stay as they are
+    if student.tie_word_embeddings:  # the table is also the head, so this keeps the logits
       factors["norm"] = factors["norm"] / ratio
   for path, c in factors.items():
     x, off = values[path], teacher.NORM_OFFSET
@@ -205,10 +223,12 @@ def _scaled(
 
 @dataclasses.dataclass(frozen=True)
 class _Cutter:
-  """Cuts one parameter after another.
+  """Cuts parameters.
 
   Attributes:
-    theirs, ours: the teacher's and the student's parameters, by `_by_module`.
+    kept: the kept indices.
+    theirs: the teacher's parameters, by `_by_module`.
+    ours: the student's parameters, by `_by_module`.
   """
 
   kept: KeptIndices
@@ -216,7 +236,13 @@ class _Cutter:
   ours: dict[tuple[str, str], nnx.Variable]
 
   def value(self, path: str, v: nnx.Variable, like: nnx.Variable) -> jax.Array:
-    """The student's value of one parameter, declared as `like`, out of the teacher's."""
+    """Returns the student's value of one parameter.
+
+    Args:
+      path: the path of the parameter.
+      v: the teacher's parameter.
+      like: the student's declaration.
+    """
     x, stack, axes = v[...], path.partition(".")[0], v.get_metadata()["axes"]
     if axes[0] != "layers":
       return self._shorten(x, axes, like.shape, {})
@@ -226,7 +252,7 @@ class _Cutter:
     indices = self.kept.axes[stack]
     if axes[-1] != "bias" or x.shape == like.shape:
       return self._shorten(x, axes, like.shape, indices)
-    # A bias is flat; its axes are the output axes of its module's weight.
+    # A bias is flat. Its axes are the output axes of its module's weight.
     module = stack, v.get_metadata()["hf"].rpartition(".")[0]
     weight = self.theirs[module]
     names = weight.get_metadata()["out"]
@@ -244,18 +270,18 @@ class _Cutter:
         x = jnp.take(x, self.kept.channels, at)
       elif (axis := SAME.get(axis, axis)) in kept:
         x = jnp.take_along_axis(x, _broadcastable(kept[axis], at, x.ndim), at)
-      else:  # neighbours are merged (arXiv:2305.13245)
+      else:  # key/value heads of neighbouring groups are averaged (arXiv:2305.13245)
         x = x.reshape(*x.shape[:at], n, -1, *x.shape[at + 1 :]).mean(at + 1)
     return x
 
 
 def _sizes(weight: nnx.Variable, axes: tuple[str, ...]) -> list[int]:
-  """How long a weight is along some of its axes."""
+  """Returns the sizes of a weight along some of its axes."""
   sizes = dict(zip(weight.get_metadata()["axes"], weight.shape, strict=True))
   return [sizes[axis] for axis in axes]
 
 
 def _broadcastable(indices: np.ndarray, at: int, ndim: int) -> np.ndarray:
-  """Indices [L, ..., k] along axis `at` of an array whose first axes are theirs."""
+  """Reshapes indices [L, ..., k] for take_along_axis on axis `at` of an array [L, ...]."""
   before = [1] * (at - indices.ndim + 1)
   return indices.reshape(*indices.shape[:-1], *before, -1, *[1] * (ndim - at - 1))

@@ -1,8 +1,8 @@
-"""Merges experts that are dropped into those that are kept (arXiv:2310.01334).
+"""Merges removed experts into the kept ones (arXiv:2310.01334).
 
-An expert computes the same whatever the order of its channels. So each is first reordered to be
-as similar as possible to the expert that it joins; then their mean is taken, weighted by how much
-each was used.
+The order of an expert's channels does not change its output. So the channels of a removed expert
+are first reordered to be as similar as possible to those of its kept expert. Then the experts are
+averaged, weighted by their use.
 """
 
 from __future__ import annotations
@@ -20,20 +20,25 @@ WEIGHTS = ("gate", "up", "down")
 
 
 def merge(model: DecoderModel, kept: KeptIndices, measured: Importance) -> DecoderModel:
-  """Returns the teacher, its kept experts replaced by the means of those that join them.
+  """Returns the teacher with its kept experts replaced by averages with the removed ones.
 
-  The router still distinguishes all experts; the kept ones' columns stay as they are.
+  The router is unchanged and still has all experts.
+
+  Args:
+    model: the teacher.
+    kept: the kept indices.
+    measured: the importance of the teacher's parts.
   """
-  model = params.map_params(lambda v: v, model)  # a copy of the tree, not of its arrays
+  model = params.map_params(lambda v: v, model)  # copies the tree, not its arrays
   for stack, indices in kept.axes.items():
     if "experts" not in indices:
       continue
     experts = getattr(model, stack).experts
     router_LDE = distributed.to_host(experts.router[...])
     weights = {name: np.array(distributed.to_host(getattr(experts, name)[...])) for name in WEIGHTS}
-    # A layer that the student has twice is merged once.
+    # A layer that the student repeats is merged only once.
     for row, chosen_E in dict(zip(kept.rows[stack], indices["experts"], strict=True)).items():
-      layer = {name: w[row] for name, w in weights.items()}  # views, which are filled
+      layer = {name: w[row] for name, w in weights.items()}  # views, written in place
       _merge_layer(layer, router_LDE[row], chosen_E, measured[stack]["experts"][row])
     for name, w in weights.items():
       v = getattr(experts, name)
@@ -44,7 +49,7 @@ def merge(model: DecoderModel, kept: KeptIndices, measured: Importance) -> Decod
 def _merge_layer(
   layer: dict[str, np.ndarray], router_DE: np.ndarray, chosen_E: np.ndarray, used_E: np.ndarray
 ) -> None:
-  """Overwrites the kept experts of one layer, [E, D, F] and [E, F, D], with the means."""
+  """Overwrites the kept experts of one layer, [E, D, F] and [E, F, D], with averages."""
   unit_DE = router_DE / np.maximum(np.linalg.norm(router_DE, axis=0), 1e-30)
   similarity_EE = unit_DE.T @ unit_DE[:, chosen_E]
   joins_E = chosen_E[similarity_EE.argmax(1)]
@@ -66,7 +71,7 @@ def _merge_layer(
 
 
 def align(layer: dict[str, np.ndarray], e: int, into: int) -> np.ndarray:
-  """The order of expert e's channels, [F], in which its weights are most similar to another's."""
+  """Returns the order [F] of expert e's channels that is most similar to expert `into`."""
   ours = {name: np.asarray(w[e], np.float32) for name, w in layer.items()}
   theirs = {name: np.asarray(w[into], np.float32) for name, w in layer.items()}
   similarity_FF = sum(theirs[name].T @ ours[name] for name in ("gate", "up"))

@@ -1,4 +1,4 @@
-"""Approximates matrices by ones of low rank, by their largest singular values."""
+"""Low-rank approximation of matrices by their largest singular values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 from flax import nnx
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.hub import declared
 from distill_jax.models import DecoderModel
 from distill_jax.nn import params
@@ -16,10 +16,14 @@ from distill_jax.types import JsonObject
 
 
 def targets(model: nnx.Module, ranks: dict[str, int]) -> dict[str, tuple[nnx.Variable, int]]:
-  """Returns (matrix, rank) by path, for the matrices named by the ends of their dotted names.
+  """Returns (matrix, rank) by path.
+
+  Args:
+    model: the model, or its shapes.
+    ranks: ranks by the end of a matrix's dotted name.
 
   Raises:
-    InputError: a name that no matrix of a layer has, or a rank that is not below a matrix's.
+    InputError: a name does not match a matrix of a layer, or a rank is not below the full rank.
   """
   matrices = {path: v for path, v in params.named_params(model) if _is_layer_matrix(v)}
   chosen: dict[str, tuple[nnx.Variable, int]] = {}
@@ -27,14 +31,13 @@ def targets(model: nnx.Module, ranks: dict[str, int]) -> dict[str, tuple[nnx.Var
     matching = {p: v for p, v in matrices.items() if f".{_module(v)}".endswith(f".{target}")}
     if not matching:
       names = sorted({_module(v).rpartition(".")[2] for v in matrices.values()})
-      raise InputError(f"shrink.factorise names {target!r}; the student has {', '.join(names)}")
+      expected = f"names among {', '.join(names)}"
+      raise bad_value("shrink.factorise", target, expected, "Correct the name")
     for path, v in matching.items():
       full = min(declared.Layout(v).shape)
       if not 1 <= rank < full:
-        raise InputError(
-          f"shrink.factorise has rank {rank} for {target} and {path} has {full}; give 1 to "
-          f"{full - 1}"
-        )
+        expected = f"a rank from 1 to {full - 1} for {path}, whose full rank is {full}"
+        raise bad_value(f"shrink.factorise.{target}", rank, expected, "Change the rank")
       chosen[path] = v, rank
   return chosen
 
@@ -44,20 +47,26 @@ def _is_layer_matrix(v: nnx.Variable) -> bool:
 
 
 def _module(v: nnx.Variable) -> str:
-  """Hugging Face's name of the module that a weight is in."""
+  """Returns the Hugging Face name of the module of a weight."""
   return v.get_metadata()["hf"].removesuffix(".weight")
 
 
 def factorise(
   model: DecoderModel, ranks: dict[str, int], itemsize: int
 ) -> tuple[DecoderModel, JsonObject]:
-  """Replaces each named matrix by its best approximation of a rank (Eckart and Young).
+  """Replaces matrices by their best low-rank approximations (Eckart-Young).
 
-  The product of the factors is written out, in the matrix's shape, since transformers loads no
-  factors: what is saved is for a student that starts from the factors (adapters, shared layers).
+  The product of the factors keeps the matrix's shape, because transformers does not load factors.
+  Memory is saved only by a student that starts from the factors (adapters or shared layers).
 
-  Returns: the model; by path, rank, the fraction of the squared norm that is left, bytes, and
-    bytes as two factors.
+  Args:
+    model: the model.
+    ranks: ranks by the end of a matrix's dotted name.
+    itemsize: bytes per element in the summary.
+
+  Returns:
+    (model, summary). The summary has for each path the rank, the full rank, the remaining fraction
+    of the squared norm, bytes, and bytes as two factors.
   """
   values: JsonObject = {}
   summary: JsonObject = {}

@@ -1,7 +1,7 @@
-"""Importance of a model's parts, measured on calibration text, and its loss without some layers.
+"""Measures the importance of a model's parts on calibration text, and its loss without layers.
 
-Importance is measured in one forward pass, a layer at a time as in training (lax.scan), that
-computes what each part of a layer adds to the residual. Only sums over positions leave it.
+One forward pass, a scan over layers as in training, computes how much each part of a layer adds to
+the residual stream. It returns only sums over positions.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from distill_jax.nn import fused_head, layers, params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.types import Batch, Inputs, JsonObject, Mean
 
-Importance = dict[str, dict[str, np.ndarray]]  # by stack and statistic: see `importance`
-LossFn = Callable[[DecoderModel, Batch, np.ndarray], Mean]  # (model, batch, which layers run, [L])
+Importance = dict[str, dict[str, np.ndarray]]  # by stack and statistic; see `importance`
+LossFn = Callable[[DecoderModel, Batch, np.ndarray], Mean]  # (model, batch, mask [L] of layers)
 ROOT_MEAN_SQUARES = ("heads", "mlp", "expert_mlp")
-Sums = dict[str, JsonObject]  # by stack ("" for what is outside of them) and statistic
+Sums = dict[str, JsonObject]  # by stack ("" for the rest of the model) and statistic
 
 
 def importance(
@@ -32,22 +32,25 @@ def importance(
   within_experts: bool,
   on_batch: Callable[[int], object] = lambda positions: None,
 ) -> Importance:
-  """Returns means over all positions, by stack of layers; each array begins with its layers.
+  """Returns means over all positions, float64, by stack of layers and statistic.
 
-  Of a stack:
+  The statistics of a stack, whose first axis is its layers, are:
     influence [L]: 1 - cosine of a layer's input and output (ShortGPT, arXiv:2403.03853).
-    heads [L, H], mlp [L, F], expert_mlp [L, E, F]: the root mean square of what a head, or a
-      channel, adds to the residual. Minitron (arXiv:2407.14679) takes the size of the
-      activation; here it is multiplied by the norm of the weights that read it, so that channels
-      that nothing reads also score zero.
-    experts [L, E]: the mean weight that the router gives.
-    NAME.energy [L, D], for each norm over channels by its name: the mean square of its
-      input in units of the vector's own mean square; over all channels it averages to 1.
-  And under "", without layers: norm.energy [D] of the final norm.
+    heads [L, H], mlp [L, F], expert_mlp [L, E, F]: the root mean square of a head's or channel's
+      contribution to the residual. Minitron (arXiv:2407.14679) uses the size of the activation.
+      Here it is multiplied by the norm of the weights that read it, so that channels that nothing
+      reads also score zero.
+    experts [L, E]: the mean weight from the router.
+    NAME.energy [L, D] for each norm: the mean square of each channel of its input, divided by the
+      mean square of the whole vector. Its average over channels is 1.
+  The statistic norm.energy [D] of the final norm is in the entry "".
 
   Args:
-    within_experts: also expert_mlp, for which every expert reads every position.
-    on_batch: called with the number of positions after each batch.
+    model: the model.
+    batches: the calibration text.
+    compute: the settings of the computation.
+    within_experts: whether to measure expert_mlp, for which every expert processes every position.
+    on_batch: called after each batch with its number of positions.
   """
   watch = jax.jit(functools.partial(_sums, compute=compute, within_experts=within_experts))
   total: Any = None
@@ -107,14 +110,14 @@ def _layer(
   compute: ComputeConfig,
   within_experts: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """One layer's output, and sums over positions of what its parts add."""
+  """Returns one layer's output, and its statistics summed over positions."""
   c = block.config
   a_BTHh = attend(x_BTD)
   mid_BTD = x_BTD + block.project_heads(a_BTHh)
   out_BTD = mid_BTD + block.feed_forward(mid_BTD, compute.rules)
   y_BTD = block.norm(mid_BTD, block.mlp_norm)
   norm_inputs = {"attn_norm": x_BTD, "mlp_norm": mid_BTD}
-  if block.attn_post_norm is not None:  # what the plain layer adds goes through a norm first
+  if block.attn_post_norm is not None:  # outputs are normed before they are added
     norm_inputs["attn_post_norm"] = DecoderBlock.project_heads(block, a_BTHh)
     norm_inputs["mlp_post_norm"] = DecoderBlock.feed_forward(block, mid_BTD, compute.rules)
   sums = {
@@ -133,7 +136,7 @@ def _layer(
 def _experts(
   block: DecoderBlock, experts: Experts, y_BTD: jax.Array, valid_BT: jax.Array, within: bool
 ) -> dict[str, jax.Array]:
-  """How much each expert is used; with `within`, also what each of its channels adds."""
+  """Returns the use of each expert, and with `within` also the energy of each of its channels."""
   ids_BTK, weight_BTK = block.route(y_BTD)
   E = experts.router.shape[-1]
   weight_BTE = jnp.sum(jax.nn.one_hot(ids_BTK, E) * weight_BTK[..., None], 2)
@@ -155,7 +158,7 @@ def _gated(x_BTD, gate_DF, up_DF, activation) -> jax.Array:
 
 
 def _sum(x_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
-  """Over the positions that are not padding, in float32: [B, T, ...] to [...]."""
+  """Sums [B, T, ...] to [...] over positions that are not padding, in float32."""
   valid_BT = valid_BT.reshape(*valid_BT.shape, *[1] * (x_BT.ndim - 2))
   return jnp.sum(jnp.where(valid_BT, x_BT.astype(jnp.float32), 0), (0, 1))
 
@@ -167,7 +170,7 @@ def _cosine(a_BTD: jax.Array, b_BTD: jax.Array) -> jax.Array:
 
 
 def _head_energy(a_BTHh: jax.Array, o_HhD: jax.Array) -> jax.Array:
-  """|what each head adds|^2, [B, T, H], without writing out what it adds."""
+  """Returns the squared norm of each head's contribution, [B, T, H], from the Gram matrix."""
   gram_Hhh = jnp.einsum("HhD,HkD->Hhk", o_HhD, o_HhD, preferred_element_type=jnp.float32)
   a_BTHh = a_BTHh.astype(jnp.float32)
   return jnp.maximum(jnp.einsum("BTHh,Hhk,BTHk->BTH", a_BTHh, gram_Hhh, a_BTHh), 0)
@@ -183,7 +186,13 @@ def _energy(x_BTD: jax.Array, valid_BT: jax.Array, eps: float) -> jax.Array:
 
 
 def make_loss(compute: ComputeConfig, chunk: int, vocab_size: int) -> LossFn:
-  """Returns what `loss` runs: compiled once a shape, whichever layers are left out."""
+  """Returns the compiled function of `loss`. Removed layers are an argument, not a constant.
+
+  Args:
+    compute: the settings of the computation.
+    chunk: the number of positions whose logits are in memory at once.
+    vocab_size: the number of tokens.
+  """
   return jax.jit(
     functools.partial(_loss_without, compute=compute, chunk=chunk, vocab_size=vocab_size)
   )
@@ -192,7 +201,14 @@ def make_loss(compute: ComputeConfig, chunk: int, vocab_size: int) -> LossFn:
 def loss(
   loss_fn: LossFn, model: DecoderModel, batches: Sequence[Batch], without: Sequence[int] = ()
 ) -> float:
-  """Returns the cross-entropy in nats a label, with the layers in `without` left out."""
+  """Returns the cross-entropy in nats per label.
+
+  Args:
+    loss_fn: from `make_loss`.
+    model: the model.
+    batches: the text.
+    without: numbers of the layers to skip.
+  """
   runs_L = np.ones(model.config.num_hidden_layers, bool)
   runs_L[list(without)] = False
   means = [loss_fn(model, batch, runs_L) for batch in batches]

@@ -1,4 +1,4 @@
-"""A teacher that is measured once, and students made of it."""
+"""A teacher whose importance is measured once, and the students cut from it."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from distill_jax.types import Batch, JsonObject, Model
 
 
 class MeasuredTeacher:
-  """config.teacher with its calibration and held-out text; weights are read when needed.
+  """The teacher of a config with its calibration and held-out text. Weights are read on first use.
 
   Args:
-    config: names the teacher, the text and how both are measured.
-    source: config.teacher, opened; None opens it.
+    config: the config, with the teacher, the text, and the settings of the measurements.
+    source: the opened config.teacher; None to open it here.
 
   Attributes:
-    config: as given.
-    source: the teacher, opened.
-    mesh: where all is computed.
-    tokenizer: of the text.
-    calibration: batches by which importance is measured; read when needed.
-    heldout: batches by which cross-entropy is measured, of `labels` labels in all.
+    config: the config.
+    source: the opened teacher.
+    mesh: the mesh.
+    tokenizer: the tokenizer of the text.
+    heldout: batches on which cross-entropy is measured.
+    labels: the number of labels in `heldout`.
   """
 
   def __init__(self, config: Config, source: loading.ModelSource | None = None):
@@ -56,7 +56,7 @@ class MeasuredTeacher:
     self.heldout = self._batches(heldout)
     self.labels = sum(int(row["mask_T"].sum()) for row in heldout)
     self._importance: dict[bool, measure.Importance] = {}
-    self._removed: list[int] = []  # layers, in the order in which they can go
+    self._removed: list[int] = []  # layers in the order of removal
 
   def _sequences(self, split: str, n: int) -> list[dict[str, np.ndarray]]:
     data = dataclasses.replace(self.config.data, split=split, sequences=n)
@@ -64,12 +64,13 @@ class MeasuredTeacher:
 
   def _batches(self, rows: Sequence[dict[str, np.ndarray]]) -> list[Batch]:
     if not rows:
-      raise InputError("data gives no sequence to measure on; name a corpus that holds some")
+      raise InputError("`data` has no sequences to measure on. Choose a larger corpus.")
     place = sharding.batch_sharding(self.mesh)
     return [collate.to_device(b, place) for b in collate.padded_batches(rows, self._size)]
 
   @functools.cached_property
   def calibration(self) -> list[Batch]:
+    """Batches on which importance is measured."""
     return self._batches(self._sequences("train", self.config.shrink.sequences))
 
   @functools.cached_property
@@ -80,11 +81,11 @@ class MeasuredTeacher:
 
   @functools.cached_property
   def ce(self) -> float:
-    """The teacher's cross-entropy on held-out text, nats a token."""
+    """The teacher's cross-entropy on held-out text, in nats per token."""
     return self.cross_entropy(self.loaded.decoder)
 
   def cross_entropy(self, model: DecoderModel) -> float:
-    """The cross-entropy of any model on the same text."""
+    """Returns the cross-entropy of a model on the held-out text, in nats per token."""
     with jax.set_mesh(self.mesh):
       return measure.loss(self._loss_fn, model, self.heldout)
 
@@ -94,7 +95,7 @@ class MeasuredTeacher:
     return measure.make_loss(self.source.compute, chunk, self.tokenizer.vocab_size)
 
   def importance(self, within_experts: bool) -> measure.Importance:
-    """The importance of the teacher's parts, by the calibration text."""
+    """Returns the importance of the teacher's parts; see measure.importance."""
     if within_experts not in self._importance:
       with Progress("measure", sum(b.mask_BT.size for b in self.calibration)) as progress:
         self._importance[within_experts] = measure.importance(
@@ -103,7 +104,7 @@ class MeasuredTeacher:
     return self._importance[within_experts]
 
   def layers(self, n: int, by: str) -> tuple[int, ...]:
-    """Chooses n layers; `by` is one of shapes.CHOICES["layers_by"]."""
+    """Returns the numbers of n layers to keep; `by` is one of shapes.CHOICES["layers_by"]."""
     L = self.source.decoder_config.num_hidden_layers
     if by == "even" or n == L:
       return choose.even(n, L)
@@ -115,7 +116,7 @@ class MeasuredTeacher:
       influence_L = np.concatenate([measured[name]["influence"] for name, _, _ in stacks])
       return choose.influential(n, influence_L)
     if (more := L - n - len(self._removed)) > 0:
-      with Progress("leave out", more, "layers") as progress:
+      with Progress("remove", more, "layers") as progress:
         for i in itertools.islice(self._removal_order, more):
           self._removed.append(i)
           progress.add(1)
@@ -123,7 +124,7 @@ class MeasuredTeacher:
 
   @functools.cached_property
   def _removal_order(self) -> Iterator[int]:
-    """The order in which layers are removed, by loss on the first calibration batch."""
+    """Layers in the order of removal, by loss on the first calibration batch."""
     return choose.removal_order(self.source.decoder_config.num_hidden_layers, self._loss_without)
 
   def _loss_without(self, layers: Sequence[int]) -> float:
@@ -132,15 +133,18 @@ class MeasuredTeacher:
   def make(
     self, options: ShrinkOptions, target: str | os.PathLike[str], random: bool = True
   ) -> JsonObject:
-    """Writes the student that `options` ask for as a Hugging Face folder.
+    """Cuts a student and writes it as a Hugging Face folder.
 
     Args:
-      random: whether its shape with random weights is scored too.
+      options: the student's sizes.
+      target: the folder.
+      random: whether to measure the same architecture with random weights too.
 
-    Returns: see commands/shrink.py.
+    Returns:
+      The contents of shrink.json; see commands/shrink.py.
 
     Raises:
-      InputError: a shape that the family cannot have, or a folder that exists.
+      InputError: the family does not support the sizes, or the folder exists.
     """
     narrowed = self._check(options)
     if not storage.is_remote(target):
@@ -176,19 +180,23 @@ class MeasuredTeacher:
     return result
 
   def _check(self, options: ShrinkOptions) -> DecoderConfig:
-    """Refuses a shape that the family cannot have; returns the narrower Config."""
+    """Returns the narrower Config with all layers.
+
+    Raises:
+      InputError: the family or the mesh does not support the sizes.
+    """
     teacher = self.source.decoder_config
     narrowed = shapes.narrowed(options, self.source.family, teacher)
     abstract = shapes.abstract(self.source.family, narrowed)
     factorise.targets(abstract, options.factorise)
-    sharding.shardings(abstract, self.mesh, self.source.compute.rules)  # does it divide?
+    sharding.shardings(abstract, self.mesh, self.source.compute.rules)  # checks divisibility
     if options.window:
       L = teacher.num_hidden_layers
       windows.windowed(options, narrowed.keep_layers(choose.even(options.layers or L, L)))
     return narrowed
 
   def untrained(self, config: DecoderConfig) -> DecoderModel:
-    """Returns a model of a Config with random weights."""
+    """Returns a model with random weights."""
     family = shapes.family_of(config)
     make = registry.load("models", family).Model
     abstract = shapes.abstract(family, config)
@@ -213,7 +221,7 @@ class MeasuredTeacher:
   def _scores(
     self, config: DecoderConfig, student: DecoderModel, random: bool
   ) -> dict[str, dict[str, float]]:
-    """Returns parameters, bytes and cross-entropy, by model."""
+    """Returns the numbers of parameters and bytes and the cross-entropy, by model."""
     models = {"teacher": self.loaded.decoder, "student": student}
     if random:
       models["random"] = self.untrained(config)

@@ -1,7 +1,7 @@
-"""The search for a student's shape: several near one size, each distilled a little.
+"""The search for a student's sizes: several candidates near a target, each distilled briefly.
 
-Every candidate has a folder: its model before training in `model`, what it is in MADE, its run in
-`run`, and what it came to in SCORE.
+Every candidate has a folder with its model before training (`model`), a summary of it (MADE), its
+training run (`run`), and its scores (SCORE).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 
 from distill_jax.config import Config
 from distill_jax.efficiency.measure import BenchmarkedModel
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.generation.unrolled import unroll
 from distill_jax.hub.weights import float_dtype
 from distill_jax.losses import kd
@@ -41,25 +41,25 @@ MADE, SCORE, RATE = "made.json", "score.json", "decode_rate.json"
 def propose(
   config: Config, teacher: ModelSource, workdir: Path, key: str
 ) -> dict[str, ShrinkOptions]:
-  """Returns the shapes to try, by name, for the target that the key of `shrink` sets.
+  """Returns the candidates for a target, by name.
 
   Args:
-    config: of the search.
-    teacher: config.teacher, opened.
-    workdir: where what is measured of the teacher is kept.
-    key: the target, one of TARGETS.
+    config: the config of the search.
+    teacher: the opened config.teacher.
+    workdir: the folder for measurements of the teacher.
+    key: the key of the target in `shrink`, one of TARGETS.
 
   Raises:
-    InputError: a target that no shape meets.
+    InputError: a student cannot meet the target.
   """
   options, size = config.shrink, getattr(config.shrink, key)
   if not 0 < size < math.inf:
-    raise InputError(f"shrink.{key} is {size}; it is a positive number")
+    raise bad_value(f"shrink.{key}", size, "a positive number", "Change the target")
   shapes.check(options, teacher.family, teacher.decoder_config)
   mesh = sharding.make_mesh(**vars(config.mesh))
 
   def check(student: DecoderConfig) -> None:
-    """Refuses a Config that does not divide over the mesh."""
+    """Raises InputError if a Config is not divisible by the mesh axes."""
     abstract = shapes.abstract(teacher.family, student)
     sharding.shardings(abstract, mesh, teacher.compute.rules)
 
@@ -68,10 +68,11 @@ def propose(
 
 
 def _target(config: Config, source: ModelSource, workdir: Path, key: str) -> Target:
-  """The target in a unit that a shape alone determines.
+  """Returns the target in a unit that can be computed from a Config.
 
-  Decoding one text reads every weight that a token needs, and takes as long as that: the
-  teacher's rate is measured once, and a shape's is that times how many fewer it has.
+  When one text is decoded, reading the weights that a token uses takes nearly all of the time. So
+  the teacher's rate is measured once, and a candidate's rate is estimated as inversely proportional
+  to its number of parameters per token.
   """
   value = getattr(config.shrink, key)
 
@@ -82,18 +83,16 @@ def _target(config: Config, source: ModelSource, workdir: Path, key: str) -> Tar
     return shapes.cost(source.family, student).active
 
   if key == "target_params":
-    return Target(parameters, value, key)
+    return Target(parameters, value, "parameters", key, value)
   if key == "target_bytes":
     itemsize = float_dtype(config.shrink.dtype).itemsize
-    return Target(lambda student: parameters(student) * itemsize, value, key)
+    return Target(lambda student: parameters(student) * itemsize, value, "bytes", key, value)
   rate = _teacher_rate(config, source, workdir)
   if value <= rate:
-    raise InputError(
-      f"shrink.{key} is {value:g} and the teacher itself decodes {rate:.3g} a second here; "
-      "name more"
-    )
-  unit = f"{key} at {rate:.3g} tokens a second of the teacher, in parameters a token,"
-  return Target(active, active(source.decoder_config) * rate / value, unit)
+    expected = f"more than {rate:.3g} tokens per second, the teacher's speed on this machine"
+    raise bad_value(f"shrink.{key}", value, expected, "Raise the target")
+  unit = f"parameters per token (the teacher decodes {rate:.3g} tokens per second)"
+  return Target(active, active(source.decoder_config) * rate / value, unit, key, value)
 
 
 def make(
@@ -102,14 +101,14 @@ def make(
   proposed: dict[str, ShrinkOptions],
   folders: dict[str, Path],
 ) -> None:
-  """Makes the candidates that are not made yet, of one teacher that is measured once."""
+  """Cuts the candidates that do not exist yet. The teacher is measured once."""
   todo = [name for name in proposed if not (folders[name] / MADE).exists()]
   if not todo:
     return
   teacher = MeasuredTeacher(config, source)
   for name in todo:
     folder = folders[name]
-    # Without MADE, the making of what is there was interrupted.
+    # Without MADE, a previous attempt was interrupted.
     distributed.run_on_process_0(
       functools.partial(shutil.rmtree, folder / "model", ignore_errors=True)
     )
@@ -118,14 +117,14 @@ def make(
 
 
 def distil(config: Config, folder: Path) -> None:
-  """Trains one candidate for shrink.steps steps; continues from its last checkpoint."""
+  """Trains one candidate for shrink.steps steps; resumes from its last checkpoint."""
   run = _distil_config(config, folder)
   with Workdir(folder / "run", run) as workdir:
     loop.train(run, workdir)
 
 
 def _distil_config(config: Config, folder: Path) -> Config:
-  """The config of a candidate's run: config's losses (kd, where it has none), shortened."""
+  """Returns the config of a candidate's run: shorter, with kd if the config has no losses."""
   steps = config.shrink.steps
   return dataclasses.replace(
     config,
@@ -153,7 +152,7 @@ def _distil_config(config: Config, folder: Path) -> Config:
 
 
 def score(config: Config, source: ModelSource, folders: dict[str, Path], rates: bool) -> None:
-  """Measures trained candidates: held-out cross-entropy and, with `rates`, decoding speed."""
+  """Measures the held-out cross-entropy of candidates, and with `rates` their decoding speed."""
   todo = [folder for folder in folders.values() if not (folder / SCORE).exists()]
   if not todo:
     return
@@ -167,7 +166,7 @@ def score(config: Config, source: ModelSource, folders: dict[str, Path], rates: 
 
 
 def trained(config: Config, mesh: jax.sharding.Mesh, folder: Path) -> LoadedModel:
-  """Loads a candidate as its run has left it."""
+  """Returns a candidate after training."""
   spec = config.student.as_trained(f"{runs.RUN}{folder / 'run'}")
   with jax.set_mesh(mesh):
     source = loading.open_source(spec, config.seed)
@@ -175,7 +174,7 @@ def trained(config: Config, mesh: jax.sharding.Mesh, folder: Path) -> LoadedMode
 
 
 def _teacher_rate(config: Config, source: ModelSource, workdir: Path) -> float:
-  """Measured once: candidates do not change while the search continues."""
+  """Returns the teacher's tokens per second, measured once, so that resuming does not change it."""
   if not (workdir / RATE).exists():
     mesh = sharding.make_mesh(**vars(config.mesh))
     with jax.set_mesh(mesh):
@@ -186,7 +185,7 @@ def _teacher_rate(config: Config, source: ModelSource, workdir: Path) -> float:
 
 
 def _decode_rate(config: Config, loaded: LoadedModel, mesh: jax.sharding.Mesh) -> float:
-  """Tokens a second of one text for each group of devices; `loaded` is taken apart."""
+  """Returns the tokens per second of one text for each group of devices; `loaded` is donated."""
   options = config.shrink
   rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
   with jax.set_mesh(mesh):
@@ -194,7 +193,7 @@ def _decode_rate(config: Config, loaded: LoadedModel, mesh: jax.sharding.Mesh) -
     model = BenchmarkedModel(
       loaded, unrolled, mesh, options.decode, options.context, rows, config.seed
     )
-    model.run()  # compiles
+    model.run()  # compiles the programs
     return model.run()["decode"] / rows
 
 
@@ -203,7 +202,7 @@ def _read(file: Path) -> JsonObject:
 
 
 def summary(config: Config, folders: dict[str, Path], key: str) -> JsonObject:
-  """Returns what the search came to; see commands/shrink.py."""
+  """Returns the results of the search; see commands/shrink.py."""
   rows, teacher = {}, {}
   for name, folder in folders.items():
     student_summary = _read(folder / MADE)

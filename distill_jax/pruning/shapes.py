@@ -1,4 +1,4 @@
-"""The shape of a narrower model, and what a shape costs, with no weight read or made."""
+"""Configs of narrower models, and their numbers of parameters, without reading weights."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import jax
 from flax import nnx
 
 from distill_jax import registry
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models import DecoderConfig, DecoderModel
 from distill_jax.nn import params
 from distill_jax.pruning.options import ShrinkOptions
 
 
 class SizeKey(NamedTuple):
-  """What a size in ShrinkOptions changes: the field of a family's Config, and a named axis."""
+  """The meaning of a size in ShrinkOptions: a field of a family's Config, and a named axis."""
 
-  fields: tuple[str, ...]  # what families call that number
+  fields: tuple[str, ...]  # the families' names of the field
   axis: str
 
 
@@ -41,18 +41,18 @@ CHOICES = {
 
 @functools.lru_cache(maxsize=256)
 def abstract(family: str, config: DecoderConfig) -> DecoderModel:
-  """Returns a family's model as shapes."""
+  """Returns the shapes of a model."""
   make = registry.load("models", family).Model
   return jax.eval_shape(lambda key: make(config, key), jax.random.key(0))
 
 
 def family_of(config: object) -> str:
-  """The module of distill_jax/models whose Config it is."""
+  """Returns the family of a Config: a module of distill_jax/models."""
   return type(config).__module__.rpartition(".")[2]
 
 
 def axis_names(family: str, config: DecoderConfig) -> set[str]:
-  """The names of all axes that a model's parameters have."""
+  """Returns the names of all axes of a model's parameters."""
   return {a for _, v in params.named_params(abstract(family, config)) for a in _axes(v)}
 
 
@@ -61,69 +61,72 @@ def _axes(v: nnx.Variable) -> tuple[str, ...]:
 
 
 def field(config: DecoderConfig, key: str) -> str:
-  """What a Config calls the number that a key of SIZES sets; "" where it has none."""
+  """Returns the field of a Config for a key of SIZES; "" if it does not have one."""
   has = {f.name for f in dataclasses.fields(config)}
   fields = (f for f in SIZES[key].fields if f in has and getattr(config, f) is not None)
   return next(fields, "")
 
 
 def count(config: DecoderConfig, key: str) -> int:
-  """The number that a key of SIZES sets; 0 where a Config has none."""
+  """Returns a Config's value for a key of SIZES; 0 if it does not have one."""
   name = field(config, key)
   return getattr(config, name) if name else 0
 
 
 def check(options: ShrinkOptions, family: str, config: DecoderConfig) -> None:
-  """Refuses what no family, or not this one, can have."""
+  """Checks that the options are valid for a teacher.
+
+  Raises:
+    InputError: they are not.
+  """
   _check_options(options)
   L, axes = config.num_hidden_layers, axis_names(family, config)
   if options.layers > L and options.layers_by != "even":
-    raise InputError(
-      f"shrink.layers is {options.layers} and the teacher has {L}; a deeper student has some of "
-      "them twice, which shrink.layers_by=even chooses"
-    )
+    expected = f"at most {L}, the teacher's number of layers, unless layers are repeated"
+    action = "Set shrink.layers_by='even' to repeat layers"
+    raise bad_value("shrink.layers", options.layers, expected, action)
   for key, size in SIZES.items():
     n = getattr(options, key)
     if not n:
       continue
     if size.axis not in axes or not field(config, key):
-      raise InputError(f"shrink.{key} is {n} and this {family} model has none; leave it at 0")
+      expected = f"0, since this {family} model does not have this size"
+      raise bad_value(f"shrink.{key}", n, expected, "Remove it")
     if n > count(config, key):
-      raise InputError(
-        f"shrink.{key} is {n} and the teacher has {count(config, key)}; a student gets at most as "
-        "many from it"
-      )
+      expected = f"at most {count(config, key)}, the teacher's value"
+      raise bad_value(f"shrink.{key}", n, expected, "Lower it")
   if options.experts % config.expert_groups:
-    raise InputError(
-      f"shrink.experts is {options.experts}, and experts are routed in {config.expert_groups} "
-      "equal groups; take a multiple"
-    )
+    expected = f"a multiple of {config.expert_groups}, the number of groups of experts"
+    raise bad_value("shrink.experts", options.experts, expected, "Change it")
 
 
 def _check_options(options: ShrinkOptions) -> None:
-  """Refuses what no family can have."""
+  """Checks the options that do not depend on the teacher."""
   for key, choices in CHOICES.items():
     if (choice := getattr(options, key)) not in choices:
-      raise InputError(f"shrink.{key} is {choice!r}; it can be one of {', '.join(choices)}")
+      raise bad_value(f"shrink.{key}", choice, f"one of {', '.join(choices)}", "Choose one")
   if options.window < 0:
-    raise InputError(
-      f"shrink.window is {options.window}; it is at least 1, or 0 for as the teacher sees"
-    )
+    expected = "a positive number, or 0 for the teacher's attention"
+    raise bad_value("shrink.window", options.window, expected, "Change it")
   for key in ("layers", *SIZES):
     if (n := getattr(options, key)) < 0:
-      raise InputError(f"shrink.{key} is {n}; it is at least 1, or 0 for all")
-  if options.sequences < 1 or options.steps < 1:
-    raise InputError(
-      f"shrink.sequences is {options.sequences} and shrink.steps {options.steps}; each is at "
-      "least 1"
-    )
+      expected = "a positive number, or 0 for the teacher's value"
+      raise bad_value(f"shrink.{key}", n, expected, "Change it")
+  for key in ("sequences", "steps"):
+    if (n := getattr(options, key)) < 1:
+      raise bad_value(f"shrink.{key}", n, "a positive number", "Change it")
 
 
 def narrowed(options: ShrinkOptions, family: str, config: DecoderConfig) -> DecoderConfig:
   """Returns the Config of the narrower model, with all of the teacher's layers.
 
+  Args:
+    options: the sizes.
+    family: the teacher's family.
+    config: the teacher's Config.
+
   Raises:
-    InputError: the teacher has fewer of something, or the family cannot have that shape.
+    InputError: a size is larger than the teacher's, or the family does not support it.
   """
   check(options, family, config)
   sizes = {field(config, key): getattr(options, key) for key in SIZES if getattr(options, key)}
@@ -131,48 +134,46 @@ def narrowed(options: ShrinkOptions, family: str, config: DecoderConfig) -> Deco
 
 
 def _head_counts(options: ShrinkOptions, config: DecoderConfig) -> dict[str, int]:
-  """How many query and key/value heads the narrower model has, where either changes.
+  """Returns the numbers of query and key/value heads of the narrower model, if they change.
 
-  Dropped key/value heads take their query heads along. Merged ones leave all query heads, which
-  then share fewer keys.
+  The query heads of dropped key/value heads are dropped too. If key/value heads are merged, all
+  query heads are kept and share fewer keys.
   """
   H, G = config.num_attention_heads, config.num_key_value_heads
   if not (options.heads or options.kv_heads):
     return {}
   if options.kv_heads_by == "merge" and options.kv_heads:
     if G % options.kv_heads:
-      raise InputError(
-        f"shrink.kv_heads is {options.kv_heads} and {G} key/value heads are merged evenly; take a "
-        "divisor"
-      )
+      expected = f"a divisor of {G}, the teacher's number, since kv_heads_by is 'merge'"
+      raise bad_value("shrink.kv_heads", options.kv_heads, expected, "Choose a divisor")
     groups, heads_per_group = options.kv_heads, H // options.kv_heads
     heads = options.heads or H
   else:
-    all_heads = options.heads if H == G else G  # where each query head has its own keys
+    all_heads = options.heads if H == G else G  # with H == G, each query head has its own keys
     groups, heads_per_group = options.kv_heads or all_heads, H // G
     heads = options.heads or heads_per_group * groups
   if heads % groups or heads // groups > heads_per_group:
-    raise InputError(
-      f"shrink keeps {heads} heads over {groups} key/value heads, and each of those has "
-      f"{heads_per_group} of the teacher's; take a multiple of {groups} up to "
-      f"{groups * heads_per_group}"
+    expected = (
+      f"a multiple of {groups} up to {groups * heads_per_group}, since {groups} key/value heads "
+      f"with at most {heads_per_group} query heads each are kept"
     )
+    raise bad_value("shrink.heads", heads, expected, "Change it, or the number of key/value heads")
   return {"num_attention_heads": heads, "num_key_value_heads": groups}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What a shape costs: its parameters, and those that are read for one token of one text."""
+  """The numbers of a model's parameters, and of those that decoding one token reads."""
 
   parameters: int
   active: int
 
 
 def cost(family: str, config: Any) -> Cost:
-  """Counts the parameters of a shape from their declarations.
+  """Counts the parameters of a model from their declarations.
 
-  A token reads a row of the embedding table, unless the table is the head too, and the
-  experts it is routed to.
+  A token reads only one row of an embedding table that is not also the head, which is not counted,
+  and only the experts to which it is routed.
   """
   total = active = 0
   for path, v in params.named_params(abstract(family, config)):

@@ -1,4 +1,4 @@
-"""How a student was made, in words: the printed table and the model card."""
+"""The description of a pruned student: the printed table and the model card."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from distill_jax.pruning.cut import KeptIndices
 from distill_jax.pruning.options import ShrinkOptions
 from distill_jax.types import JsonObject
 
-NOTE = "as factors, for a student that starts from them; the folder holds the products"
+NOTE = "as factors (the folder contains their products)"
 
 
 def kept_summary(
   options: ShrinkOptions, teacher: DecoderConfig, student: Any, kept: KeptIndices
 ) -> JsonObject:
-  """Returns, by axis, how many are kept, of how many, and where it applies by what.
+  """Returns, by axis, how many indices are kept, of how many, and the method if there is one.
 
   Args:
-    teacher, student: their Configs.
+    options: the options of `shrink`.
+    teacher: the teacher's Config.
+    student: the student's Config.
+    kept: the kept indices.
   """
   summary: JsonObject = {
     "layers": {
@@ -40,13 +43,13 @@ def kept_summary(
     window = {"kept": options.window, "of": teacher.max_position_embeddings, "by": "all layers"}
     full = [i for i, kind in enumerate(student.layer_types) if kind == GLOBAL]
     if full:
-      window |= {"by": "all layers but", "numbers": full}
+      window |= {"by": "all layers except", "numbers": full}
     summary["window"] = window
   return summary
 
 
 def text(result: JsonObject) -> str:
-  """Returns shrink.json as a table."""
+  """Returns the contents of shrink.json as a table."""
   if "candidates" in result:
     return _search_table(result)
   lines = [f"{'model':12}{'parameters':>16}{'bytes':>16}{'held-out ce':>13}"]
@@ -68,7 +71,7 @@ def _kept_lines(kept: JsonObject) -> list[str]:
       by = f" by {k['by']}" if "by" in k else ""
       which = f": {' '.join(map(str, k['numbers']))}" if "numbers" in k else ""
       lines.append(f"{key}: {k['kept']:,} of {k['of']:,}{by}{which}")
-  return lines or ["everything is kept"]
+  return lines or ["all parts are kept"]
 
 
 def _search_table(result: JsonObject) -> str:
@@ -86,14 +89,14 @@ def _search_table(result: JsonObject) -> str:
     )
   best = result["candidates"][result["recommended"]]
   lines.append(
-    f"recommended: {result['recommended']}, the best after {result['steps']} steps; it is in "
-    f"{best['dir']}, and so far trained in {best['run']}"
+    f"recommended: {result['recommended']}, the best after {result['steps']} steps; untrained in "
+    f"{best['dir']}, trained so far in {best['run']}"
   )
   return "\n".join(lines)
 
 
 def card(teacher: ModelOptions, result: JsonObject) -> str:
-  """Returns README.md of the folder, in Markdown."""
+  """Returns the model card of the folder (README.md), in Markdown."""
   rows = result["models"]
   lines = [
     "---",
@@ -102,17 +105,17 @@ def card(teacher: ModelOptions, result: JsonObject) -> str:
     "---",
     "# A student before training",
     "",
-    f"Made by `distill-jax shrink` from `{teacher.source or teacher.shape}`; it is "
-    "where a student's training starts, and has not been trained since it was cut.",
+    f"Cut by `distill-jax shrink` from `{teacher.source or teacher.shape}`. It is the start of a "
+    "student's training and has not been trained after the cut.",
     "",
     *(f"- {line}" for line in _kept_lines(result["kept"])),
     *(
-      f"- `{path}` at rank {f['rank']} of {f['of']}, written out"
+      f"- `{path}` approximated at rank {f['rank']} of {f['of']}"
       for path, f in result["factorised"].items()
     ),
     "",
-    f"Cross-entropy on {result['heldout_labels']:,} held-out tokens of {result['corpus']}, nats a "
-    "token:",
+    f"Cross-entropy on {result['heldout_labels']:,} held-out tokens of {result['corpus']}, in nats "
+    "per token:",
     "",
     "| model | parameters | ce |",
     "|---|---|---|",

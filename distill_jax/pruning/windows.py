@@ -1,6 +1,6 @@
 """Students with sliding-window attention in most layers and full attention in every N-th.
 
-The cache of a layer with a window, and what it reads for the next token, end at the window.
+A layer with a window caches and reads only the positions in the window.
 """
 
 from __future__ import annotations
@@ -12,52 +12,48 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax import registry
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models import GLOBAL, LOCAL, DecoderConfig, DecoderModel
 from distill_jax.nn import params, sharding
 from distill_jax.pruning import shapes
 from distill_jax.pruning.options import ShrinkOptions
 
-# By family, the one in which transformers has layers of both kinds. A Llama is a Qwen2 without
-# biases, and rope is the same in all of its kinds.
+# For each family, the one in which transformers supports both kinds of layer. A Llama is a Qwen2
+# without biases, and all of them have the same rope scalings.
 WINDOWED_FAMILY = {"llama": "qwen2", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
 def windowed(options: ShrinkOptions, config: Any) -> DecoderConfig:
-  """Returns a student's Config with windows added, perhaps of another family.
+  """Returns a student's Config with windows, which may be of another family.
+
+  Args:
+    options: the options of `shrink`.
+    config: the student's Config without windows.
 
   Raises:
-    InputError: the family cannot have them.
+    InputError: the family does not support windows, or the options do not fit.
   """
   family = shapes.family_of(config)
   if options.global_every < 0:
-    raise InputError(
-      f"shrink.global_every is {options.global_every}; it is at least 2, or 0 where no layer sees "
-      "all"
-    )
+    expected = "at least 2, or 0 for windows in all layers"
+    raise bad_value("shrink.global_every", options.global_every, expected, "Change it")
   if family not in WINDOWED_FAMILY or shapes.count(config, "experts"):
-    raise InputError(
-      f"shrink.window is {options.window} and transformers has no windows in some layers of a "
-      f"{family} model like this one; teachers of {', '.join(WINDOWED_FAMILY)} without experts can "
-      "be given them"
+    expected = (
+      f"0 for this {family} model, since transformers supports windows in some layers only for "
+      f"{', '.join(WINDOWED_FAMILY)} without experts"
     )
+    raise bad_value("shrink.window", options.window, expected, "Remove it, or use another teacher")
   if config.sliding_window is not None:
-    raise InputError(
-      f"shrink.window is {options.window} and the teacher has a window of {config.sliding_window} "
-      "already; leave shrink.window at 0 to keep it"
-    )
+    expected = f"0, since the teacher already has a window of {config.sliding_window}"
+    raise bad_value("shrink.window", options.window, expected, "Remove it to keep that window")
   L, every = config.num_hidden_layers, options.global_every
   if every > L:
-    raise InputError(
-      f"shrink.global_every is {every} and the student has {L} layers, so that none sees all; take "
-      f"2 to {L}, or 0 if that is meant"
-    )
+    expected = f"a number from 2 to {L}, the number of layers, or 0 for windows in all layers"
+    raise bad_value("shrink.global_every", every, expected, "Change it")
   types = tuple(GLOBAL if every and (i + 1) % every == 0 else LOCAL for i in range(L))
   if LOCAL not in types:
-    raise InputError(
-      f"shrink.global_every is {every} of {L} layers, so that all see all and none has the window "
-      f"of {options.window}; make it at least 2, or leave shrink.window at 0"
-    )
+    expected = "at least 2, since with 1 all layers have full attention"
+    raise bad_value("shrink.global_every", every, expected, "Change it, or remove shrink.window")
   new = registry.load("models", WINDOWED_FAMILY[family]).Config
   names = {f.name for f in dataclasses.fields(new)}
   same = {name: value for name, value in vars(config).items() if name in names}
@@ -67,9 +63,13 @@ def windowed(options: ShrinkOptions, config: Any) -> DecoderConfig:
 def with_windows(
   model: DecoderModel, config: DecoderConfig, mesh: jax.sharding.Mesh, rules: sharding.Rules
 ) -> DecoderModel:
-  """Returns the model with a Config of `windowed`: the same weights, and biases of 0.
+  """Returns the model with windows: the same weights, and biases of 0 if the family has biases.
 
-  The arrays of `model` are donated.
+  Args:
+    model: the model without windows. Its arrays are donated.
+    config: the Config from `windowed`.
+    mesh: the mesh.
+    rules: the rules of the model.
   """
   abstract = shapes.abstract(shapes.family_of(config), config)
 

@@ -121,8 +121,8 @@ def test_the_best_of_the_search_is_recommended(tmp_path, monkeypatch):
   assert names == ["inner", "width", "depth"]  # the best first
 
 
-def test_the_rate_is_a_size_by_what_the_teacher_does(tmp_path, monkeypatch):
-  """Twice the rate is half of what a token reads."""
+def test_a_target_rate_is_converted_to_a_size(tmp_path, monkeypatch):
+  """A rate is inversely proportional to the parameters that a token reads."""
   monkeypatch.setattr(search, "_decode_rate", lambda *args: 10.0)
   c = tiny_config(tmp_path, target_decode_rate=15.0)
   resolved = config.resolve(c)
@@ -133,10 +133,14 @@ def test_the_rate_is_a_size_by_what_the_teacher_does(tmp_path, monkeypatch):
     now = shapes.narrowed(s, family, shape).keep_layers(tuple(range(s.layers)))
     ratio = shapes.cost(family, shape).active / shapes.cost(family, now).active
     assert ratio == pytest.approx(1.5, rel=0.12)
-  monkeypatch.setattr(search, "_decode_rate", lambda *args: 99.0)  # it was measured before
+  monkeypatch.setattr(
+    search, "_decode_rate", lambda *args: 99.0
+  )  # not called: the rate is already measured
   assert search.propose(resolved, source, tmp_path, "target_decode_rate") == proposed
   c.shrink.target_decode_rate = 10.0
-  with pytest.raises(InputError, match="itself decodes 10 a second"):
+  with pytest.raises(
+    InputError, match="target_decode_rate is 10.0; expected more than 10 tokens per second"
+  ):
     search.propose(config.resolve(c), source, tmp_path, "target_decode_rate")
 
 
@@ -153,7 +157,7 @@ def test_shapes_are_proposed_for_every_family(family, name):
   shape = registry.load("models", family).CONFIGS[name]
   size = lambda c: shapes.cost(family, c).parameters
   wanted = 0.6 * size(shape)
-  target = candidates.Target(size, wanted, "target_params")
+  target = candidates.Target(size, wanted, "parameters", "target_params", wanted)
   proposed = candidates.propose(ShrinkOptions(), family, shape, target)
   assert len(proposed) > 1
   for s in proposed.values():
@@ -172,22 +176,32 @@ def refused(family, name, **asked):
 @pytest.mark.parametrize(
   "family, name, asked, says",
   [
-    ("llama", "tiny", {"heads": 3}, "3 heads over 2 key/value heads"),
-    ("llama", "tiny", {"heads": 5}, "heads is 5 and the teacher has 4"),
-    ("llama", "tiny", {"heads": -1}, "heads is -1; it is at least 1"),
+    ("llama", "tiny", {"heads": 3}, "shrink.heads is 3; expected a multiple of 2 up to 4"),
+    ("llama", "tiny", {"heads": 5}, "heads is 5; expected at most 4, the teacher's value"),
+    ("llama", "tiny", {"heads": -1}, "heads is -1; expected a positive number, or 0"),
     ("llama", "tiny", {"heads": 4, "kv_heads": 1}, "a multiple of 1 up to 2"),
-    ("llama", "tiny", {"experts": 2}, "this llama model has none"),
-    ("llama", "tiny", {"expert_intermediate": 2}, "this llama model has none"),
-    ("llama", "tiny", {"layers": 4, "layers_by": "loss"}, "layers_by=even"),
+    ("llama", "tiny", {"experts": 2}, "experts is 2; expected 0, since this llama model"),
+    ("llama", "tiny", {"expert_intermediate": 2}, "is 2; expected 0, since this llama model"),
+    ("llama", "tiny", {"layers": 4, "layers_by": "loss"}, "layers_by='even'"),
     ("llama", "tiny", {"layers": 2, "layers_by": "odd"}, "one of even, ends"),
-    ("llama", "tiny", {"hidden": 64}, "hidden is 64 and the teacher has 32"),
-    ("qwen3", "tiny-moe", {"intermediate": 32}, "this qwen3 model has none"),
+    ("llama", "tiny", {"hidden": 64}, "hidden is 64; expected at most 32"),
+    ("qwen3", "tiny-moe", {"intermediate": 32}, "is 32; expected 0, since this qwen3 model"),
     ("qwen3", "tiny-moe", {"experts": 2}, "num_experts_per_tok is 3; expected at most 2"),
-    ("qwen3", "qwen3-8b", {"kv_heads": 3, "kv_heads_by": "merge"}, "take a divisor"),
-    ("deepseek_v3", "tiny", {"kv_heads": 2}, "this deepseek_v3 model has none"),
-    ("deepseek_v3", "tiny", {"experts": 6}, "4 equal groups"),
+    (
+      "qwen3",
+      "qwen3-8b",
+      {"kv_heads": 3, "kv_heads_by": "merge"},
+      "kv_heads is 3; expected a divisor of 8",
+    ),
+    ("deepseek_v3", "tiny", {"kv_heads": 2}, "is 2; expected 0, since this deepseek_v3 model"),
+    (
+      "deepseek_v3",
+      "tiny",
+      {"experts": 6},
+      "experts is 6; expected a multiple of 4, the number of groups",
+    ),
     ("deepseek_v3", "tiny", {"experts": 4}, "expected a multiple of n_group, 4, with at least 2"),
-    ("gemma3", "tiny", {"sequences": 0}, "sequences is 0"),
+    ("gemma3", "tiny", {"sequences": 0}, "sequences is 0; expected a positive number"),
   ],
 )
 def test_shapes_that_a_family_cannot_have(family, name, asked, says):
@@ -197,10 +211,10 @@ def test_shapes_that_a_family_cannot_have(family, name, asked, says):
 @pytest.mark.parametrize(
   "family, name, says",
   [
-    ("gemma3", "tiny", "no windows in some layers of a gemma3 model .* llama, qwen2, qwen3"),
-    ("deepseek_v3", "tiny", "a deepseek_v3 model"),
+    ("gemma3", "tiny", "expected 0 for this gemma3 model, .* only for llama, qwen2, qwen3"),
+    ("deepseek_v3", "tiny", "expected 0 for this deepseek_v3 model"),
     ("qwen3", "tiny-moe", "without experts"),
-    ("llama", "tiny-window", "the teacher has a window of 5 already"),
+    ("llama", "tiny-window", "the teacher already has a window of 5"),
   ],
 )
 def test_windows_that_transformers_cannot_load(family, name, says):
@@ -218,7 +232,7 @@ def test_a_student_with_windows(every, see_all, tmp_path):
   family, shape = source.family, source.config
   assert (family, shape.sliding_window) == ("qwen2", 8)
   assert [i for i, kind in enumerate(shape.layer_types) if kind == "full_attention"] == see_all
-  layers_seen = "all layers but: 1 3" if see_all else "all layers\n"
+  layers_seen = "all layers except: 1 3" if see_all else "all layers\n"
   assert f"window: 8 of {shape.max_position_embeddings} by {layers_seen}" in table.text(result)
   ce = {name: row["ce"] for name, row in result["models"].items()}
   assert ce["student"] != ce["teacher"] and ce["random"] == pytest.approx(5.545, abs=0.2)
@@ -233,16 +247,28 @@ def test_a_student_with_windows(every, see_all, tmp_path):
       {"target_bytes": 1e4, "target_params": 1e4},
       "shrink.target_bytes is 10000.0; expected 0, because shrink.target_params is set",
     ),
-    ({"target_params": 1e9}, "wants 1,000,000,000 and the teacher has 45,344"),
-    ({"target_params": 100.0}, "the smallest possible 1,"),
-    ({"target_params": -5.0}, "it is a positive number"),
-    ({"window": -8}, "window is -8; it is at least 1"),
-    ({"window": 8, "global_every": 5}, "global_every is 5 and the student has 4 layers"),
-    ({"window": 8, "global_every": 2, "layers": 1}, "the student has 1 layers"),
-    ({"window": 8, "global_every": 1}, "all see all and none has the window of 8"),
-    ({"window": 8, "global_every": -1}, "global_every is -1"),
-    ({"factorise": {"x_proj": 2}}, "names 'x_proj'; the student has down_proj, gate_proj"),
-    ({"factorise": {"k_proj": 16}}, "rank 16 for k_proj and layers.k has 16; give 1 to 15"),
+    ({"target_params": 1e9}, "is 1000000000.0; expected a target below the teacher's 45,344 param"),
+    ({"target_params": 100.0}, "is 100.0; .*needs 100 parameters.* and the smallest one 1,"),
+    ({"target_params": -5.0}, "is -5.0; expected a positive number"),
+    ({"window": -8}, "window is -8; expected a positive number, or 0"),
+    (
+      {"window": 8, "global_every": 5},
+      "global_every is 5; expected a number from 2 to 4, the number of layers",
+    ),
+    ({"window": 8, "global_every": 2, "layers": 1}, "global_every is 2; .* the number of layers"),
+    (
+      {"window": 8, "global_every": 1},
+      "global_every is 1; expected at least 2, since with 1 all layers have full",
+    ),
+    ({"window": 8, "global_every": -1}, "global_every is -1; expected at least 2, or 0"),
+    (
+      {"factorise": {"x_proj": 2}},
+      "factorise is 'x_proj'; expected names among down_proj, gate_proj",
+    ),
+    (
+      {"factorise": {"k_proj": 16}},
+      "factorise.k_proj is 16; expected a rank from 1 to 15 for layers.k",
+    ),
   ],
 )
 def test_requests_that_cannot_be_met(asked, says, tmp_path):

@@ -213,25 +213,27 @@ def test_r1_against_seven_billion(tmp_path):
   assert r["measured"] is r["quality"] is None
   assert json.loads((tmp_path / "efficiency.json").read_text()) == r
   said = table.text(r)
-  assert said.startswith("memory: 1/88.1 at equal dtype, 1/44.2 as served (float8 against bfloat16")
+  assert said.startswith(
+    "memory: 1/88.1 at equal dtype, 1/44.2 when served (float8 for the teacher, "
+  )
 
 
 @pytest.mark.parametrize(
   "keys, message",
   [
-    ({"chip": "h100"}, "efficiency.chip is 'h100'; the chips known are v4, "),
-    ({"student_dtype": "int4"}, "efficiency.student_dtype is 'int4'; it can be one of float32, "),
+    ({"chip": "h100"}, "efficiency.chip is 'h100'; expected one of v4, "),
+    ({"student_dtype": "int4"}, "efficiency.student_dtype is 'int4'; expected one of float32, "),
     (
       {"context": 32_769},
-      "context is 32769; it is at least 1, and the student has 32768 positions",
+      "context is 32769; expected a number from 1 to 32768, the maximum length of the student",
     ),
     ({"context": 0}, "context is 0"),
-    ({"batch_sizes": ()}, "batch_sizes is ()"),
+    ({"batch_sizes": ()}, "batch_sizes is (); expected one or more positive numbers"),
     ({"batch_sizes": (8, 0)}, "batch_sizes is (8, 0)"),
-    ({"measure": True}, "teacher.source is empty, so there are no weights to run"),
+    ({"measure": True}, "teacher.source is ''; expected the weights to run"),
   ],
 )
-def test_what_cannot_be_is_refused(keys, message, tmp_path):
+def test_an_invalid_option_is_refused(keys, message, tmp_path):
   with pytest.raises(InputError) as refused:
     efficiency.run(of(**keys), tmp_path)
   assert message in str(refused.value) and not list(tmp_path.iterdir())
@@ -240,7 +242,7 @@ def test_what_cannot_be_is_refused(keys, message, tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"models": 3}', '{"evals": {"gsm8k": 3}}'])
 def test_a_damaged_evaluation(text, tmp_path):
   (tmp_path / "evaluation.json").write_text(text)
-  with pytest.raises(InputError, match="does not hold models and their numbers"):
+  with pytest.raises(InputError, match="does not contain the results of `evaluate`"):
     efficiency.run(of(), tmp_path)
 
 
@@ -306,7 +308,7 @@ def test_quality_is_evaluates_own(measured):
 
 def test_the_words(measured):
   lines = table.text(measured[1]).splitlines()
-  assert any(line.startswith("speed, measured here: ") for line in lines)
+  assert any(line.startswith("speed (measured on this machine): ") for line in lines)
   assert any(line.split() == ["teacher", "ce", "1.5"] for line in lines)
   assert any("sums.acc 0.5 (0.25 to 0.75)" in line for line in lines)
   assert any(line.endswith("model, 2 of its layers") for line in lines)
@@ -319,8 +321,11 @@ def test_a_workdir_may_be_looked_at_in_other_ways(measured):
     pass
 
 
-def test_a_measurement_wants_room_for_what_it_makes(measured, tmp_path):
+def test_a_context_too_short_for_a_measurement_is_refused(measured, tmp_path):
   c = read_config(measured[0])
   short = dataclasses.replace(c, efficiency=dataclasses.replace(c.efficiency, context=15))
-  with pytest.raises(InputError, match="efficiency.context is 15, efficiency.decode.steps 2"):
+  with pytest.raises(
+    InputError,
+    match="efficiency.context is 15; expected at least 16, i.e. 8 times efficiency.decode.steps",
+  ):
     efficiency.run(short, tmp_path)
