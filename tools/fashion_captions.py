@@ -1,19 +1,19 @@
-"""Fashion-MNIST with captions made from its labels: the pairs of configs/fashion_clip.py.
+"""Writes Fashion-MNIST with captions generated from its labels, for configs/fashion_clip.py.
 
   apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb runs/fashion
   python tools/fashion_captions.py runs/fashion/usr/share/datasets/fashion-mnist runs/fashion
 
-The captions are no person's words: each is one of a few sentences around the name of the image's
-class, drawn at random for training, always the first for what is held out. So a text tells the
-class and nothing else of its image. Writes, the same ones each time:
+Each caption is one of a few sentences with the name of the image's class. It is drawn at random for
+training images and is always the first sentence for held-out images. So a caption contains only the
+class of its image. The script always writes the same files:
 
   images/            PNG files
   train.jsonl        20,000 of the training images
   small.jsonl        the first 2,000 of them
   heldout.jsonl      5,000 of the test images
-  tokenizer.json     a token a word
+  tokenizer.json     a tokenizer with one token per word
 
-The data is Zalando's (MIT licence, in the package's copyright file).
+The data is by Zalando (MIT licence, in the copyright file of the package).
 """
 
 import argparse
@@ -53,7 +53,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def read(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-  """(images uint8 [N, 28, 28], labels [N]) of "train" or "t10k"."""
+  """Returns (images uint8 [N, 28, 28], labels [N]) of "train" or "t10k"."""
 
   def content(kind, skip):
     return np.frombuffer(
@@ -64,6 +64,7 @@ def read(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write(out: Path, images: np.ndarray, captions: list[str], split: str) -> None:
+  """Writes the images and the JSONL file of a split."""
   lines = []
   for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
     name = f"images/{split}-{i:05d}.png"
@@ -73,6 +74,7 @@ def write(out: Path, images: np.ndarray, captions: list[str], split: str) -> Non
 
 
 def tokenizer() -> tokenizers.Tokenizer:
+  """Returns the tokenizer for the captions."""
   words = sorted({w for s in (*SENTENCES, *CLASSES) for w in s.replace("{}", "").split()})
   vocabulary = {word: i for i, word in enumerate(("<unk>", *words, START, END))}
   made = tokenizers.Tokenizer(models.WordLevel(vocabulary, "<unk>"))
@@ -83,6 +85,7 @@ def tokenizer() -> tokenizers.Tokenizer:
 
 
 def main(source: Path, out: Path) -> None:
+  """Writes all files into `out`."""
   (out / "images").mkdir(parents=True, exist_ok=True)
   rng = random.Random(0)
   images, labels = read(source, "train")
@@ -98,6 +101,6 @@ def main(source: Path, out: Path) -> None:
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("source", type=Path, help="the folder of the four ubyte.gz files")
-  parser.add_argument("out", type=Path, help="where the pairs and the tokenizer are written")
+  parser.add_argument("out", type=Path, help="the folder to write")
   args = parser.parse_args()
   main(args.source, args.out)

