@@ -1,4 +1,4 @@
-"""Augmentations: functions of the Generator and the example, right in geometry and in chances."""
+"""Tests of augmentations: reproducibility, geometry and probabilities."""
 
 import math
 
@@ -34,7 +34,7 @@ IMAGES = ["crop", "cutmix", "flip", "mixup", "rand_augment"]
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", IMAGES)
-def test_a_view_follows_from_its_key_and_leaves_the_example_alone(name, channels):
+def test_augmentations_are_reproducible_and_do_not_change_their_input(name, channels):
   change = registry.load("augmentations", name).Augmentation()
   given, partner = example(channels=channels), example(9, channels, label=7)
   before = given["pixels_WWM"].copy()
@@ -45,11 +45,11 @@ def test_a_view_follows_from_its_key_and_leaves_the_example_alone(name, channels
     again = view(n)
     assert v.keys() == given.keys() and all(np.array_equal(v[k], again[k]) for k in v)
   np.testing.assert_array_equal(given["pixels_WWM"], before)
-  if name != "crop":  # whose defaults change nothing
+  if name != "crop":  # the defaults of crop do not change the image
     assert len({v["pixels_WWM"].tobytes() for v in views}) > 1
 
 
-def test_flip_is_a_mirror_half_of_the_time():
+def test_flip_mirrors_half_of_the_images():
   change, given, rng = flip.Augmentation(0.3), example(), np.random.default_rng(0)
   mirrored = 0
   for _ in range(2_000):
@@ -60,7 +60,7 @@ def test_flip_is_a_mirror_half_of_the_time():
   assert abs(mirrored / 2_000 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 2_000)
 
 
-def test_crop_of_a_padded_image_shifts_it_to_each_place_alike():
+def test_crops_of_a_padded_image_are_uniform_shifts():
   change, rng = crop.Augmentation(pad=2), np.random.default_rng(0)
   given, places = example() | {"pixels_WWM": np.zeros((W, W, 1), np.uint8)}, np.zeros((5, 5))
   given["pixels_WWM"][6, 6] = 255
@@ -71,8 +71,8 @@ def test_crop_of_a_padded_image_shifts_it_to_each_place_alike():
   assert np.abs(places / 100 - 1).max() < 4 / math.sqrt(100)
 
 
-def test_crop_takes_boxes_of_the_area_and_ratio_that_it_is_told():
-  # A slope along x and along y: what a crop shows of it says how large its box was.
+def test_crops_have_the_configured_area_and_ratio():
+  # Gradients along x and y: the values in a crop show the size of its box.
   ramp = np.broadcast_to(np.arange(0, 240, 2, dtype=np.uint8), (120, 120))[..., None]
   change, rng = crop.Augmentation(area=0.3, ratio=2.0), np.random.default_rng(1)
   areas, ratios = [], []
@@ -85,7 +85,7 @@ def test_crop_takes_boxes_of_the_area_and_ratio_that_it_is_told():
       widths.append((got.max() - got.min()) / 2 + 1)
     areas.append(widths[0] * widths[1] / 120**2)
     ratios.append(math.log(widths[0] / widths[1]))
-  # A box is whole pixels, and at most as wide as the image.
+  # Boxes have integer sizes of at most the width of the image.
   assert 0.28 < min(areas) < 0.35 and 0.9 < max(areas) <= 1
   assert -0.72 < min(ratios) < -0.5 and 0.5 < max(ratios) < 0.72
 
@@ -105,7 +105,7 @@ def test_mixup_is_the_weighted_mean_and_draws_labels_by_the_weight():
     assert abs(ours[here].mean() - p) < 4 * math.sqrt(p * (1 - p) / n)
 
 
-def test_cutmix_sets_in_a_box_and_draws_labels_by_what_is_seen():
+def test_cutmix_pastes_a_box_and_draws_labels_by_visible_area():
   change, rng, picked = cutmix.Augmentation(), np.random.default_rng(0), []
   for _ in range(3_000):
     got = change(rng, flat(0, 1), lambda: flat(200, 2))
@@ -125,14 +125,14 @@ def test_cutmix_sets_in_a_box_and_draws_labels_by_what_is_seen():
 
 
 def dot(x, y):
-  """Black but for a square of 3 around a place, from the centre of 33 x 33."""
+  """Returns a black image of 33 x 33 with a white square of 3 x 3 at an offset from the centre."""
   pixels = np.zeros((33, 33, 1), np.uint8)
   pixels[15 + y : 18 + y, 15 + x : 18 + x] = 255
   return pixels
 
 
 def centre(pixels):
-  """Of mass, (x, y) from the middle."""
+  """Returns the centre of mass, (x, y) relative to the centre of the image."""
   weight = pixels[..., 0] / pixels.sum()
   at = np.arange(33) - 16
   return np.array([(weight.sum(0) * at).sum(), (weight.sum(1) * at).sum()])
@@ -141,7 +141,7 @@ def centre(pixels):
 @pytest.mark.parametrize(
   "name, to",
   [
-    # y goes downwards, so what was right of the middle turns upwards.
+    # y points downwards, so a point right of the centre moves up.
     ("rotate", (9 * math.cos(math.pi / 12), -9 * math.sin(math.pi / 12))),
     ("translate_x", (9 - 0.15 * 33, 0)),
     ("translate_y", (9, -0.15 * 33)),
@@ -149,9 +149,9 @@ def centre(pixels):
     ("shear_y", (9, -0.15 * 9)),
   ],
 )
-def test_warps_move_a_point_where_geometry_has_it(name, to):
+def test_warps_move_a_point_by_their_formula(name, to):
   got = centre(rand_augment.changed(dot(9, 0), name, 0.5))
-  np.testing.assert_allclose(got, to, atol=0.1)  # a square of 3 is no point
+  np.testing.assert_allclose(got, to, atol=0.1)  # a square of 3 x 3 is not a point
 
 
 def test_shear_x_moves_a_point_below_the_middle():
@@ -160,7 +160,7 @@ def test_shear_x_moves_a_point_below_the_middle():
   )
 
 
-def test_tones_are_what_their_names_say():
+def test_tone_changes_match_their_names():
   given = example(channels=3)["pixels_WWM"]
   of = lambda name, s: rand_augment.changed(given, name, s)
   np.testing.assert_array_equal(of("identity", 1.0), given)
@@ -171,7 +171,7 @@ def test_tones_are_what_their_names_say():
   np.testing.assert_allclose(np.ptp(of("auto_contrast", 0.1), (0, 1)), 255, atol=1)
 
 
-def test_every_change_of_rand_augment_is_drawn():
+def test_rand_augment_draws_every_change():
   change, rng, seen = rand_augment.Augmentation(n=1), np.random.default_rng(0), set()
   given = example(channels=3)
   made = {
@@ -198,19 +198,19 @@ def test_every_change_of_rand_augment_is_drawn():
     ),
   ],
 )
-def test_what_no_augmentation_can_do_is_refused(make, message):
+def test_invalid_parameters_are_refused(make, message):
   with pytest.raises(InputError, match=message):
     make()
 
 
-def test_a_warp_that_is_none_gives_the_image_back():
+def test_the_identity_warp_returns_the_image():
   given = example(channels=3)["pixels_WWM"]
   np.testing.assert_array_equal(_pixels.warped(given, np.array([[1, 0, 0], [0, 1, 0]])), given)
 
 
 @pytest.mark.parametrize("mix", [mixup.Augmentation(), cutmix.Augmentation(p=1.0)])
 def test_pairs_are_not_mixed(mix):
-  """A pair has a label for its image and one for its text, which would stay behind."""
+  """A pair has a label for its image and one for its text, which cannot be mixed."""
   pair = {
     "pixels_WWM": np.zeros((4, 4, 1), np.uint8),
     "labels_T": np.zeros(2, np.int32),

@@ -1,4 +1,4 @@
-"""Divergences over supports against their formulas, dense and in float64: values and gradients."""
+"""Tests of divergences over all kinds of targets: values and gradients against float64 formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ def problem():
 
 
 def numerical_gradient(loss, z, eps=1e-6):
-  """Central differences in float64; the loss is summed over positions."""
+  """Returns the gradient by central differences in float64, of the sum over positions."""
   grad = np.zeros_like(z)
   for v in range(z.shape[-1]):
     step = np.zeros(z.shape[-1])
@@ -97,9 +97,9 @@ def test_dense(problem, name, parameters, formula, T):
   z, (targets, teacher) = problem[0], dense_targets(problem)
   p = softmax(teacher / T)
   got, grad = value_and_grad(name, parameters, targets, z, T)
-  # float32 logits of size 10 carry an error of 1e-6, and so does every log-probability.
+  # float32 logits of size 10 have an error of 1e-6, and so do log-probabilities.
   np.testing.assert_allclose(got, formula(p, softmax(z / T)), rtol=3e-6, atol=1e-6)
-  if name == "adaptive_kl":  # the shares carry no gradient: hold them where they are
+  if name == "adaptive_kl":  # the shares have no gradient, so they are held fixed
     share, _ = adaptive(p, softmax(z / T))
     formula = lambda p, q: share * kl(p, q) + (1 - share) * kl(q, p)
   want = numerical_gradient(lambda z: formula(p, softmax(z / T)), z)
@@ -117,7 +117,7 @@ def test_top_k_with_a_tail_is_exact_over_k_plus_1_outcomes(problem, name, parame
     return np.concatenate([inside, 1 - inside.sum(-1, keepdims=True)], -1)
 
   logp = np.log(np.take_along_axis(p, ids, -1))
-  # A seventh entry that is not used, as padding leaves it.
+  # A seventh entry that is not used, as in padding.
   unused = lambda x, fill: np.concatenate([x, np.full((B, C, 1), fill)], -1)
   targets = TopKTargets(
     ids_BTK=jnp.asarray(unused(ids, 0), jnp.int32), logp_BTK=jnp.float32(unused(logp, -np.inf))
@@ -151,7 +151,7 @@ def test_top_k_renormalised(problem, T):
 
 
 def sampled_everything(p, n=10**6):
-  """Records in which every token was drawn exactly p n times: the expectation itself."""
+  """Returns records in which every token is drawn exactly p n times, i.e. their expectation."""
   ids = np.broadcast_to(np.arange(V), p.shape)
   entropy = -(p * np.log(p)).sum(-1)
   return SampledTargets(
@@ -168,7 +168,7 @@ def sampled_everything(p, n=10**6):
   ids=[i for i in IDS if "adaptive" not in i],
 )
 def test_sampled_with_logp_is_unbiased(problem, name, parameters, formula):
-  """The estimate is linear in the weights, so at their expectation it is the divergence."""
+  """The estimate is linear in the weights, so at their expectation it equals the divergence."""
   z = problem[0]
   p = softmax(dense_targets(problem)[1])
   got, grad = value_and_grad(name, parameters, sampled_everything(p), z)
@@ -194,11 +194,11 @@ def test_forward_kl_from_counts_and_at_other_temperatures(problem, T):
 
 
 @pytest.mark.parametrize("name", divergences.ALL)
-def test_no_divergence_is_below_zero_or_moves_equal_sides(name):
-  """p = q at logits of size 30 and V=50,000: plain sums of p (log p - log q) reach -2e-6."""
+def test_divergences_are_nonnegative_and_have_no_gradient_at_equality(name):
+  """With logits of size 30 and V=50,000, plain sums of p (log p - log q) reach -2e-6 for p = q."""
   rng = np.random.default_rng(1)
   z = jnp.float32(rng.normal(size=(1, 8, 50_000)) * 6)
-  shifted = z + jnp.float32(11.3)  # the same distribution through other roundings
+  shifted = z + jnp.float32(11.3)  # the same distribution with other rounding errors
   logp, logq = jax.nn.log_softmax(z), jax.nn.log_softmax(shifted)
   terms = divergences.named(name)
   assert float(terms(logp, logq).sum(-1).min()) >= -1e-7
@@ -217,7 +217,7 @@ def test_jensen_shannon_tends_to_both_kls(problem):
 
 
 def test_extreme_logits_are_finite():
-  """One token has everything on each side, another one on the other."""
+  """Teacher and student each put all mass on one token, and the tokens differ."""
   z = jnp.full((1, 1, V), -1e4).at[0, 0, 3].set(1e4)
   logp = jax.nn.log_softmax(jnp.roll(z, 1, -1))
   for name in divergences.ALL:
@@ -229,7 +229,7 @@ def test_extreme_logits_are_finite():
 
 
 def test_padding_rows_have_no_probability(problem):
-  """151,936 tokens in 152,064 rows, in small: rows past the vocabulary change nothing."""
+  """Padding rows of the head do not change the loss, as for 151,936 tokens in 152,064 rows."""
   z, hidden, head = problem
   small, _ = dense_targets(problem)
   wide = jnp.concatenate([jnp.float32(head), jnp.ones((3, D))])
@@ -255,7 +255,7 @@ def test_padding_rows_have_no_probability(problem):
     (("sampled", False, "forward_kl", True), "Record at that temperature"),
   ],
 )
-def test_supports_refuse_what_they_would_bias(args, message):
+def test_records_that_would_bias_a_divergence_are_refused(args, message):
   with pytest.raises(InputError, match=message):
     supports.check(*args)
 
@@ -273,7 +273,7 @@ def test_supports_refuse_what_they_would_bias(args, message):
     ),
   ],
 )
-def test_divergences_refuse_what_they_do_not_take(name, parameters, message):
+def test_unknown_divergences_and_invalid_parameters_are_refused(name, parameters, message):
   with pytest.raises(InputError, match=message):
     divergences.named(name, parameters)
   with pytest.raises(InputError, match=r"temperature is \(0\.0,\); expected values above 0"):

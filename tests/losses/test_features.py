@@ -1,4 +1,4 @@
-"""Whole-sequence losses against float64 numpy; layer maps; taps recorded and online alike."""
+"""Tests of feature losses against float64 numpy, of layer pairs, and of recorded features."""
 
 import dataclasses
 import shutil
@@ -48,7 +48,7 @@ def vectors(seed, width):
 
 
 @pytest.mark.parametrize("distance", hidden.DISTANCES)
-def test_hidden_states_by_their_formula(distance, mask):
+def test_hidden_loss_matches_its_formula(distance, mask):
   s, t = [vectors(i, D) for i in (1, 2)], [vectors(i, D) for i in (3, 4)]
   if distance == "mse":
     per = [((a - b) ** 2).sum(-1) / (b**2).sum(-1) for a, b in zip(s, t, strict=True)]
@@ -63,8 +63,8 @@ def test_hidden_states_by_their_formula(distance, mask):
   assert got.count == mask.sum()
 
 
-def test_hidden_loss_has_no_unit(mask):
-  """Ten times the width, or more pairs of the same: the same number."""
+def test_hidden_loss_does_not_depend_on_scale_width_or_number_of_pairs(mask):
+  """The loss is the same with ten times the width, or with repeated pairs."""
   s, t = vectors(1, D), vectors(2, D)
   run = lambda s, t, n: (
     hidden.Loss()
@@ -83,10 +83,10 @@ def test_hidden_loss_has_no_unit(mask):
 
 
 def test_least_squares_is_the_best_projection(mask):
-  """A teacher that is a linear map of the student is met exactly, masked positions aside."""
+  """A teacher that is a linear map of the student is matched exactly at unmasked positions."""
   s = vectors(1, D)
   t = s @ np.random.default_rng(5).normal(size=(D, E))
-  t[~mask] = 1e3  # not to be fitted
+  t[~mask] = 1e3  # must not influence the fit
   shape = dataclasses.replace(llama.TINY, hidden_size=D, num_hidden_layers=1)
   loss = hidden.Loss(projection="least_squares", layers="last")
   adapters = loss.init(jax.random.key(0), ((0, 0),), shape, E)
@@ -96,7 +96,7 @@ def test_least_squares_is_the_best_projection(mask):
   fitted = loss.fit(adapters, ((0, 0),), student, teacher, batch_of(mask))
   end = loss.feature_loss(student, teacher, fitted, batch_of(mask), ((0, 0),)).value()
   assert start > 0.5
-  assert end < 1e-6  # of the ridge
+  assert end < 1e-6  # the error due to the ridge
 
 
 def test_orthogonal_projection_keeps_lengths():
@@ -111,8 +111,8 @@ def test_orthogonal_projection_keeps_lengths():
 # ------------------------------------------------------------------ relations
 
 
-def test_relations_by_their_formula(mask):
-  """Other heads, widths and key heads on the two sides; documents do not see each other."""
+def test_relations_loss_matches_its_formula(mask):
+  """Both sides differ in heads, widths and key heads; attention stays within documents."""
   rng, R = np.random.default_rng(0), 2
   segments = np.array([[1] * 4 + [2] * 5, [1] * 9], np.int32)
   make = lambda heads, h: rng.normal(size=(B, T, heads, h))
@@ -138,7 +138,7 @@ def test_relations_by_their_formula(mask):
   np.testing.assert_allclose(got.value(), np.mean(per, 0)[mask].mean(), rtol=2e-6)
 
 
-def test_relations_in_blocks_are_the_same(mask, monkeypatch):
+def test_relations_loss_does_not_depend_on_the_block_size(mask, monkeypatch):
   make = lambda seed: tuple(jnp.float32(vectors(seed + i, 8)).reshape(B, T, 2, 4) for i in range(3))
   run = jax.value_and_grad(
     lambda q: (
@@ -163,8 +163,8 @@ def test_relations_in_blocks_are_the_same(mask, monkeypatch):
 
 
 @pytest.mark.parametrize("positions", [32, 4])  # 4 does not divide 9
-def test_relational_by_its_formula(mask, monkeypatch, positions):
-  """Token by token, each with those before it in its document that are trained on."""
+def test_relational_loss_matches_its_formula(mask, monkeypatch, positions):
+  """Each token is compared with the trained tokens before it in its document."""
   monkeypatch.setattr(relational, "POSITIONS", positions)
   s, t, tokens = vectors(1, D), vectors(2, E), 4
   segments = np.array([[1] * 5 + [2] * 4, [1] * 7 + [0] * 2])
@@ -191,8 +191,8 @@ def test_relational_by_its_formula(mask, monkeypatch, positions):
   assert got.count == mask.sum()
 
 
-def test_tokens_that_are_one_but_for_rounding_have_no_direction(mask):
-  """What is left of x - x by another order of operations points anywhere."""
+def test_tokens_that_differ_only_by_rounding_have_no_direction(mask):
+  """The rounding error of x - x in another order of operations has a random direction."""
   s = vectors(1, D).astype(np.float32)
   s[:, 3] = s[:, 1]
   t = s.copy()
@@ -208,7 +208,7 @@ def test_tokens_that_are_one_but_for_rounding_have_no_direction(mask):
 # ------------------------------------------------------------------ maps and needs
 
 
-def test_layer_maps():
+def test_layer_pairs():
   assert features.pairs("uniform", 3, 12) == ((0, 3), (1, 7), (2, 11))
   assert features.pairs("last", 3, 12) == ((2, 11),)
   assert features.pairs("0:4 2:11", 3, 12) == ((0, 4), (2, 11))
@@ -242,8 +242,8 @@ def test_what_does_not_fit_is_refused(make, message):
     make(llama.TINY)
 
 
-def test_queries_keys_values_are_the_model_s_own():
-  """Those made again from a tap are those that the layer used: its output follows from them."""
+def test_recomputed_queries_keys_and_values_are_those_of_the_model():
+  """The output of a layer follows from the queries, keys and values recomputed from a tap."""
   model = llama.Model(llama.TINY, jax.random.key(0))
   tokens = jax.random.randint(jax.random.key(1), (1, T), 0, 256)
   inputs = Inputs(tokens, jnp.arange(T)[None], jnp.ones((1, T), jnp.int32))
@@ -256,7 +256,7 @@ def test_queries_keys_values_are_the_model_s_own():
     patch.setattr(jax.lax, "scan", lambda f, c, xs: unrolled(f, c, xs))
     model(inputs, compute)
   for a, b in zip(got.qkv[1], seen[1], strict=True):
-    np.testing.assert_allclose(a, b, atol=5e-6)  # one is in a fused program
+    np.testing.assert_allclose(a, b, atol=5e-6)  # one of them is computed in a fused program
 
 
 def unrolled(f, carry, xs):
@@ -269,7 +269,7 @@ def unrolled(f, carry, xs):
 
 
 def feature_config(folder):
-  """A teacher of 3 layers, a student of 2 cut from it: same width, whole losses of each kind."""
+  """Returns a config with a teacher of 3 layers, a student of 2 of them, and all feature losses."""
   c = tiny.tiny(folder)
   c.teacher.source = ""
   c.losses = {
@@ -289,7 +289,7 @@ def run(c, folder, name):
   return last, tiny.measured(path)
 
 
-def test_features_from_records_and_from_an_online_teacher_alike(tmp_path):
+def test_recorded_and_online_features_give_the_same_losses(tmp_path):
   c = feature_config(tmp_path)
   record(config.resolve(c), tmp_path / "records")
   assert open_store(tmp_path / "records")[0]["taps_PTD"].dtype == np.int8
@@ -297,7 +297,7 @@ def test_features_from_records_and_from_an_online_teacher_alike(tmp_path):
   c.train.online = True
   _, online = run(c, tmp_path, "online")
   for name in ("hidden", "relational"):
-    # int8 of the largest number of each vector: half a step of 1/127, of many, and a square.
+    # The error of int8 is half a step of 1/127 of the largest number of a vector.
     assert recorded[0][name] == pytest.approx(online[0][name], rel=1e-3), name
     assert recorded[-1][name] != recorded[0][name]
 
@@ -313,8 +313,8 @@ def test_relations_from_recorded_queries_keys_values(tmp_path):
   assert recorded[0]["relations"] == pytest.approx(online[0]["relations"], rel=0.02)
 
 
-def test_projected_taps_and_adapters_resume(tmp_path):
-  """Adapters start fitted, are in the checkpoint, and a resumed run is the uninterrupted one."""
+def test_runs_with_projected_taps_and_adapters_resume(tmp_path):
+  """Adapters start fitted and are checkpointed; a resumed run equals an uninterrupted one."""
   c = feature_config(tmp_path)
   c.records.taps_width, c.optim.peak_lr = 48, 1e-4
   c.losses = {
@@ -346,7 +346,7 @@ def test_taps_that_the_records_lack_are_refused(tmp_path):
     run(c, tmp_path, "out")
 
 
-def test_balance_holds_gradient_norms_in_the_ratio_of_the_weights(tmp_path):
+def test_balancing_brings_gradient_norms_into_the_ratio_of_the_weights(tmp_path):
   c = feature_config(tmp_path)
   c.train.online = True
   c.optim.balance_every = 2

@@ -1,4 +1,4 @@
-"""Feature losses of models that say one thing of all they read: bidirectional, a mean a label."""
+"""Tests of feature losses of encoders: bidirectional, with a mean over positions per label."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def batch():
   return Batch(None, zeros, jnp.asarray(LABELLED), valid_BS=jnp.asarray(SEEN))
 
 
-def test_hidden_states_are_a_mean_over_what_was_read():
+def test_hidden_loss_of_an_encoder_is_a_mean_over_its_input_positions():
   (s, _, mine), (t, _, theirs) = features(0), features(1)
   got = hidden.Loss(layers="0:0").feature_loss(mine, theirs, {}, batch(), ((0, 0),))
   of = [
@@ -41,11 +41,11 @@ def test_hidden_states_are_a_mean_over_what_was_read():
   assert float(got.total) == pytest.approx(np.sum(of), rel=1e-6)
 
 
-def test_relations_look_both_ways():
+def test_relations_of_an_encoder_are_bidirectional():
   (_, s, mine), (_, t, theirs) = features(0), features(1)
   got = relations.Loss(layers="1:1", heads=H).feature_loss(mine, theirs, {}, batch(), ((1, 1),))
 
-  def relation(x_NHh, h):  # of the real positions of one example, float64
+  def relation(x_NHh, h):  # relations among the valid positions of one example, float64
     z = x_NHh[:, h] @ x_NHh[:, h].T / np.sqrt(D // H)
     p = np.exp(z - z.max(-1, keepdims=True))
     return p / p.sum(-1, keepdims=True)

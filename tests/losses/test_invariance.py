@@ -1,4 +1,4 @@
-"""Every loss: one gradient, however the batch is cut, packed or padded; and no NaN."""
+"""Tests of all losses: gradients do not depend on microbatches, packing or padding; no NaN."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ B, T, D, K, V = 4, 20, 8, 5, 64
 
 @dataclasses.dataclass(frozen=True)
 class Shape(llama.Config):
-  """What the losses ask of a config."""
+  """The properties of a config that losses use."""
 
   embedding_size = D
 
@@ -63,7 +63,7 @@ CAPTURE = optax.GradientTransformationExtraArgs(  # the optimizer's state is the
 
 
 class Toy(struct.PyTreeNode):
-  """A model without layers, that compiles at once: each feature is a product of embeddings."""
+  """A model without layers that compiles quickly: each feature is a product of embeddings."""
 
   embed_VD: jax.Array
   layers_LDD: jax.Array
@@ -75,7 +75,9 @@ class Toy(struct.PyTreeNode):
 
   def __call__(self, inputs, compute, taps=()):
     del compute
-    turn_BT = jnp.cos(inputs.positions_BT)[..., None]  # so that a place in a document matters
+    turn_BT = jnp.cos(inputs.positions_BT)[
+      ..., None
+    ]  # makes features depend on the position in a document
     x_BTD = self.embed_VD[inputs.tokens_BT] * turn_BT
     taps_PBTD = jnp.stack([x_BTD @ self.layers_LDD[i] for i in taps]) if taps else None
     out_BTD = jnp.tanh(x_BTD @ self.layers_LDD[0])
@@ -87,14 +89,14 @@ class Toy(struct.PyTreeNode):
     return heads, heads[..., ::-1], 2 * heads
 
 
-def test_every_loss_is_here():
+def test_every_loss_is_covered():
   assert {type(fn).__module__.rpartition(".")[2] for fn, _ in CASES.values()} == {
     *registry.names("losses")
   }
 
 
 def documents() -> list[dict[str, np.ndarray]]:
-  """Two documents for each row, of 5 to 10 tokens, with what a teacher said of them."""
+  """Returns two documents per row, of 5 to 10 tokens, with targets of a teacher."""
   rng, docs = np.random.default_rng(0), []
   for _ in range(2 * B):
     n = rng.integers(5, 11)
@@ -116,7 +118,7 @@ def documents() -> list[dict[str, np.ndarray]]:
 
 
 def packed(rows: list[tuple[int, int]], kind: str) -> Batch:
-  """A batch whose rows hold these documents, one after the other, and padding."""
+  """Returns a batch whose rows hold these documents and padding."""
   docs = documents()
 
   def laid_out(name):
@@ -163,7 +165,7 @@ def program(name: str, accumulate: int):
 
 
 def gradient(name: str, batch: Batch, accumulate: int = 1):
-  """(loss, its gradient) of a training step."""
+  """Returns (loss, gradient) of a training step."""
   step, compiled = program(name, accumulate)
   teachers = {"teacher": Toy.init(1)} if CASES[name][1] == "online" else {}
   state, metrics = compiled(step.init(Toy.init(0)), batch, teachers)
@@ -171,7 +173,7 @@ def gradient(name: str, batch: Batch, accumulate: int = 1):
 
 
 def assert_same(got, want):
-  """Float32 sums in another order: 1e-5 of a leaf's largest gradient."""
+  """Checks gradients to 1e-5 of the largest one of a leaf: float32 sums in another order."""
   np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
   largest = max(float(jnp.abs(w).max()) for w in jax.tree.leaves(want[1]))
   assert largest > 0
@@ -181,7 +183,7 @@ def assert_same(got, want):
 
 @pytest.mark.parametrize("name", CASES)
 def test_accumulation_and_packing(name):
-  """1, 2 and 4 microbatches; the same documents in other rows, in another order."""
+  """The gradient is equal for 1, 2 and 4 microbatches, and for another order of documents."""
   kind = CASES[name][1]
   want = gradient(name, packed(ROWS, kind))
   for accumulate in (2, 4):
@@ -191,8 +193,8 @@ def test_accumulation_and_packing(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_row_without_labels_changes_nothing(name):
-  """A fully masked row more: no NaN, the same gradient."""
+def test_a_row_without_labels_does_not_change_the_gradient(name):
+  """An additional row that is fully masked does not change the gradient."""
   kind = CASES[name][1]
   want = gradient(name, packed(ROWS[:3], kind))
   batch = packed(ROWS, kind)
@@ -224,7 +226,7 @@ def put(tree: Features, where_BT: jax.Array, value: float) -> Features:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_vectors_of_length_zero_give_no_nan(name):
-  """Of the student, the teacher, or both; some, or all of them."""
+  """Some or all vectors of the student, the teacher or both are zero."""
   batch, some = packed(ROWS, ""), jnp.arange(T)[None] % 3 == 0
   every = jnp.ones((B, T), bool)
   for where in (jnp.broadcast_to(some, (B, T)), every):
@@ -237,8 +239,8 @@ def test_vectors_of_length_zero_give_no_nan(name):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_nan_where_nothing_is_trained_is_harmless(name):
-  """In masked positions; for relations in padding, as masked tokens are seen by others."""
+def test_nan_in_masked_positions_does_not_reach_the_gradient(name):
+  """NaN is in masked positions; for relations in padding, because masked tokens are attended to."""
   batch = packed(ROWS, "")
   out = batch.inputs.segments_BT == 0 if name == "relations" else ~batch.mask_BT
   s, t = features(0), features(1)
@@ -249,8 +251,8 @@ def test_nan_where_nothing_is_trained_is_harmless(name):
     np.testing.assert_allclose(g, w, atol=1e-7)
 
 
-def test_a_changed_weight_would_be_seen():
-  """The comparison itself can fail: another weight is another gradient."""
+def test_the_comparison_detects_a_changed_weight():
+  """The comparison of gradients can fail: a changed weight changes the gradient."""
   want = gradient("ce", packed(ROWS, ""))
   batch = packed(ROWS, "")
   other = batch.replace(mask_BT=batch.mask_BT.at[0, 0].set(~batch.mask_BT[0, 0]))

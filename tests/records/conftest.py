@@ -1,4 +1,4 @@
-"""A store that is written once a module, and a copy of it for the tests that change it."""
+"""Fixtures: a store that is written once per module, and a copy for tests that change it."""
 
 import shutil
 

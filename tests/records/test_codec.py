@@ -1,4 +1,4 @@
-"""The codec: exact both ways for every shape, small, quick, and loud about bad input."""
+"""Tests of the codec: exact round trips, size, speed, and errors on bad input."""
 
 import time
 
@@ -12,13 +12,13 @@ from distill_jax.records.manifest import Taps
 
 
 def zipf(rng, V, shape, a=1.1):
-  """Ids with a language-like skew, scattered over the vocabulary."""
+  """Returns ids with a skew like that of language, scattered over the vocabulary."""
   p = 1 / np.arange(1, V + 1) ** a
   return np.minimum(np.searchsorted(np.cumsum(p / p.sum()), rng.random(shape)), V - 1)
 
 
 def sequence(spec, T, seed=0, mask=0.9):
-  """A random sequence of this kind, as the sampler would give it."""
+  """Returns a random sequence of a kind, as from the sampler."""
   rng = np.random.default_rng(seed)
   V, n = spec.vocab_size, spec.n
   segments = np.sort(rng.integers(0, 4, T))[::-1].astype(np.int32)
@@ -58,7 +58,7 @@ def half(x):
 
 
 def check(seq, out, spec):
-  """Entry by entry, from the definition, in plain Python."""
+  """Checks each entry against the definition, in plain Python."""
   for name in ("tokens_T", "segments_T", "mask_T"):
     np.testing.assert_array_equal(out[name], seq[name])
   assert out["tokens_T"].dtype == out["segments_T"].dtype == np.int32
@@ -128,10 +128,10 @@ def test_bits_against_plain_python():
 
 
 def realistic(T=8192, V=151_936, n=63):
-  """About 1.6 nats and 12.7 entries a position, ids anywhere in the vocabulary."""
+  """Returns a sequence with about 1.6 nats and 12.7 entries per position, and ids at random."""
   rng = np.random.default_rng(0)
   p = rng.dirichlet(np.full(60, 0.05), T)
-  # Each row mixes a few likely tokens with a tail.
+  # Each row mixes a few probable tokens with a tail.
   p = 0.92 * p + 0.08 * rng.dirichlet(np.full(60, 0.5), T)
   x = (rng.random((T, 1)) + np.arange(n)) / n
   which = (np.cumsum(p, 1)[:, None, :] <= x[:, :, None]).sum(-1).clip(0, 59)
@@ -151,7 +151,7 @@ def test_size_and_speed():
   spec, seq = RecordSpec("sampled", 63, 151_936), realistic()
   data, fields = token_codec.encode_tokens(seq, spec), codec.encode_targets(seq, spec)
   T, E = len(seq["tokens_T"]), codec.count_entries(fields)
-  assert 11 < E / T < 15  # the case that the target names
+  assert 11 < E / T < 15  # the entries per position that the target assumes
   size = len(data) + sum(map(len, fields.values()))
   assert size / T < 0.85 * (3 * E / T + 6)
   mask_T = token_codec.decode_tokens(data, spec)["mask_T"]
@@ -196,8 +196,8 @@ def test_nan_logp_and_repeated_ids_are_refused():
       codec.encode_targets(seq, spec)
 
 
-def test_no_number_of_a_padded_position_is_read():
-  """A teacher may say NaN about padding."""
+def test_values_in_padding_are_ignored():
+  """A teacher may output NaN in padding."""
   spec = RecordSpec("sampled", 63, 1000)
   seq = sequence(spec, 65, mask=0.5)
   for name in ("entropy_T", "label_logp_T"):
@@ -216,7 +216,7 @@ def test_cut_fields_do_not_decode(field):
 
 
 @pytest.mark.parametrize("kind", [{"kind": "other"}, {"vocab_size": (1 << 20) + 1}, {"n": 0}])
-def test_specs(kind):
+def test_invalid_specs_are_refused(kind):
   with pytest.raises(InputError):
     RecordSpec(**{"kind": "sampled", "n": 63, "vocab_size": 100} | kind)
 

@@ -1,4 +1,4 @@
-"""Inspecting a store prints true numbers."""
+"""Tests of the description of a store."""
 
 import numpy as np
 import pytest

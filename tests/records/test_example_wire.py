@@ -12,13 +12,13 @@ from distill_jax.records import example_wire, tf_example
 pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
 from tensorflow_datasets.proto import tf_example_pb2  # noqa: E402
 
-# Lengths on both sides of where a varint takes another byte.
+# Includes lengths around the one at which a varint takes another byte.
 VALUES = st.one_of(st.binary(max_size=300), st.integers(16380, 16390).map(bytes))
 ANY_NAMES = st.dictionaries(st.text(max_size=8), VALUES, max_size=6)
 
 
 def no_prefixes(names):
-  """No name begins another one: implementations of protobuf order such names differently."""
+  """Returns True if no name is a prefix of another; protobuf orders such names inconsistently."""
   return not any(a != b and b.startswith(a) for a in names for b in names)
 
 
@@ -69,7 +69,7 @@ def test_damaged_bytes_are_an_input_error_or_other_features(features, data):
   plain = example_wire._parse_plain(bytes(raw))
   with contextlib.suppress(InputError), pytest.MonkeyPatch.context() as patch:
     patch.setattr(example_wire, "_parse_plain", lambda data: None)
-    assert plain in (None, example_wire.parse(bytes(raw)))  # the fast way is no other reading
+    assert plain in (None, example_wire.parse(bytes(raw)))  # both ways of parsing agree
     return
   assert plain is None
 

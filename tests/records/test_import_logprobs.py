@@ -1,4 +1,4 @@
-"""Dumps of servers become records; fixtures by hand from the servers' documented formats."""
+"""Tests of the import of server dumps, with fixtures in the documented formats of the servers."""
 
 import json
 
@@ -88,7 +88,7 @@ def read(tmp_path, lines, fmt, n=3, seq_len=8, missing_mass="tail_bucket", **com
 @pytest.mark.parametrize(
   ("fmt", "line"), [("vllm", VLLM), ("sglang", SGLANG), ("openai", openai())]
 )
-def test_three_formats_say_the_same(tmp_path, fmt, line):
+def test_all_formats_give_the_same_records(tmp_path, fmt, line):
   (seq,) = read(tmp_path, [line], fmt, token_id=WORDS.get)
   assert list(seq["tokens_T"]) == [1, 2, 3, 0, 0, 0, 0, 0]
   assert list(seq["segments_T"]) == [1, 1, 1, 0, 0, 0, 0, 0]
@@ -101,7 +101,7 @@ def test_three_formats_say_the_same(tmp_path, fmt, line):
   assert list(seq["argmax_T"][:2]) == [2, 6]
 
 
-def test_into_a_store(tmp_path):
+def test_a_dump_is_written_to_a_store(tmp_path):
   rows = read(tmp_path, [VLLM] * 5, "vllm")
   assert [r["segments_T"].max() for r in rows] == [2, 2, 1]
   m = store.Manifest(
@@ -140,7 +140,7 @@ def test_differing_k_missing_positions_and_token_id_strings(tmp_path):
   assert list(seq["mask_T"][:3]) == [False, True, False]
 
 
-def test_a_candidate_that_is_no_token_goes_to_the_tail_or_is_refused(tmp_path):
+def test_a_candidate_of_several_tokens_counts_towards_the_tail_or_is_refused(tmp_path):
   words = {k: v for k, v in WORDS.items() if k != " dog"}
   (seq,) = read(tmp_path, [openai()], "openai", token_id=words.get)
   assert list(seq["ids_TN"][0, :2]) == [2, 6]

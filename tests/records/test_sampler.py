@@ -1,4 +1,4 @@
-"""The sampler as mathematics, against float64 numpy, and over a sharded vocabulary."""
+"""Tests of the sampler against float64 numpy, and with a sharded vocabulary."""
 
 import re
 
@@ -20,7 +20,7 @@ def softmax(logits):
 
 
 def reference(logits, u, n):
-  """float64: the token whose interval of the cumulative sum holds (u + j)/n."""
+  """Returns the tokens whose intervals of the cumulative sum contain (u + j)/n, in float64."""
   ends = np.cumsum(softmax(logits.astype(np.float64)), -1)
   x = (u[..., None].astype(np.float64) + np.arange(n)) / n * ends[..., -1:]
   return (ends[..., None, :] <= x[..., None]).sum(-1)
@@ -40,8 +40,8 @@ LOGITS = {
 
 @pytest.mark.parametrize("name", LOGITS)
 @pytest.mark.parametrize("n", [1, 5, 63])
-def test_expectation_over_u_is_p(name, n):
-  """Counts are constant between the offsets where a point meets an interval's end."""
+def test_expected_counts_over_offsets_are_the_probabilities(name, n):
+  """Counts are constant between offsets at which a point reaches the end of an interval."""
   p = softmax(LOGITS[name])
   breaks = np.unique(np.concatenate([[0, 1], np.cumsum(p) * n % 1]))
   middles = (breaks[1:] + breaks[:-1]) / 2
@@ -70,7 +70,7 @@ def test_float64_reference(V):
 
 @pytest.mark.parametrize("at", [0, 255, 256, 511, 777])
 @pytest.mark.parametrize("low", [-np.inf, -1e30, -200.0])
-def test_one_hot(at, low):
+def test_a_one_hot_distribution_gives_only_its_token(at, low):
   logits = np.full((1, 3, 778), low)
   logits[..., at] = 50.0
   u = np.array([[0.0, 0.5, np.nextafter(np.float32(1), np.float32(0))]], np.float32)
@@ -183,7 +183,7 @@ def test_bad_input():
 
 
 def on_mesh(shape, spec):
-  """(outputs, compiled text) of summarise with the batch and the vocabulary sharded."""
+  """Returns (outputs, compiled text) of summarise with a sharded batch and vocabulary."""
   mesh = sharding.make_mesh(*shape)
   args = example(B=2, T=10, V=4096)
   specs = [PartitionSpec(sharding.BATCH)] * 4
@@ -200,7 +200,7 @@ COLLECTIVE = re.compile(
 
 
 def collective_sizes(hlo):
-  """Numbers in the largest operand or result of each collective."""
+  """Returns the size of the largest operand or result of each collective."""
   sizes = []
   for line in hlo.splitlines():
     if COLLECTIVE.search(line):

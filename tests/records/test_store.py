@@ -1,4 +1,4 @@
-"""The store as it is read: by us, by tfds and by grain."""
+"""Tests of reading a store: with distill_jax, tfds and grain."""
 
 import json
 import pickle
@@ -16,8 +16,8 @@ from distill_jax.records import store, tf_example
 from distill_jax.records.manifest import NAME, shard_name
 
 
-def test_a_record_costs_the_same_however_many_shards_there_are(whole, monkeypatch):
-  """What a record asks of the manifest (its tag and spec) is worked out once a store."""
+def test_the_cost_of_reading_a_record_does_not_depend_on_the_number_of_shards(whole, monkeypatch):
+  """The tag and spec of the manifest are computed once per store."""
   s = store.open_store(whole)
   s[0]
   monkeypatch.setattr(store.Manifest, "identity", property(lambda m: pytest.fail("asked again")))
@@ -131,7 +131,7 @@ def test_every_kind(tmp_path, change):
 
 
 def test_labels_of_a_task(tmp_path):
-  """They are no tokens, and have no segments."""
+  """Labels are not tokens, and do not have segments."""
 
   def example(i):
     row = sequence(i)
@@ -153,7 +153,7 @@ def test_labels_of_a_task(tmp_path):
 
 
 def test_format_1_of_text_and_of_a_task_is_read(tmp_path):
-  """Format 1 has the labels of a task as tokens, and no tokenizer is how to tell."""
+  """Format 1 stores labels of a task as tokens; a missing tokenizer identifies them."""
   text, task = tmp_path / "text", tmp_path / "task"
   record(text)
   record(task, manifest(tokenizer=""))
@@ -172,7 +172,7 @@ def test_format_1_of_text_and_of_a_task_is_read(tmp_path):
     record(task, manifest(tokenizer="", labels=True, format_version=2))
 
 
-def test_taps_are_of_a_kind_that_the_file_calls_of(tmp_path):
+def test_the_kind_of_taps_is_named_of_in_the_file(tmp_path):
   m = manifest(2, taps=store.Taps((1,), 8, None, "qkv"))
   m.save(tmp_path)
   assert json.loads((tmp_path / NAME).read_text())["taps"]["of"] == "qkv"

@@ -1,4 +1,4 @@
-"""Stores that are damaged, foreign or of another run are refused."""
+"""Tests of errors for damaged stores and stores of other runs."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def refused(folder, *words, expect=None, read=False):
     assert word in str(e.value)
 
 
-def test_flipped_byte_anywhere_in_the_data(copy):
+def test_a_flipped_byte_in_the_data_is_detected(copy):
   path = copy / shard_name(1)
   data = bytearray(path.read_bytes())
   used = len(bytes(data).rstrip(b"\0"))
@@ -34,7 +34,7 @@ def test_flipped_byte_anywhere_in_the_data(copy):
     with pytest.raises(InputError, match=path.name):
       store.open_store(copy).verify()
     found += 1
-    try:  # a read finds it, or the byte was not part of a record
+    try:  # either reading fails, or the byte was not part of a record
       s = store.open_store(copy)
       for i in range(3, 6):
         same(s[i], i)
@@ -43,8 +43,8 @@ def test_flipped_byte_anywhere_in_the_data(copy):
   assert found > 10
 
 
-def test_records_of_one_label_are_a_few_dozen_bytes(tmp_path):
-  """Many share a chunk; each is still read by itself, and one bad byte is still seen."""
+def test_records_of_one_label_take_a_few_dozen_bytes(tmp_path):
+  """Many records share a chunk, but each is read alone, and a flipped byte is detected."""
   rng = np.random.default_rng(0)
   labels, logits = rng.integers(0, 10, 3000), rng.normal(size=(3000, 10)).astype(np.float32)
   logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -67,12 +67,12 @@ def test_records_of_one_label_are_a_few_dozen_bytes(tmp_path):
   with store.Writer(tmp_path, about) as w:
     w.write_shard(range(3000), map(one, range(3000)))
     done = w.complete()
-  assert done.shards[0].bytes < 100 * 3000  # 20 of them the log-probabilities, of random logits
+  assert done.shards[0].bytes < 100 * 3000  # log-probabilities of random logits take 20 of them
   read = store.open_store(tmp_path)
   for i in rng.permutation(3000)[:100]:
     got = read[int(i)]
     assert got["tokens_T"] == labels[i]
-    # float16 below 8 is to 2^-9.
+    # The rounding error of float16 below 8 is 2^-9.
     np.testing.assert_allclose(got["logp_TK"][0], logp[i][got["ids_TK"][0]], atol=2e-3)
   path = tmp_path / shard_name(0)
   data = bytearray(path.read_bytes())
@@ -81,7 +81,7 @@ def test_records_of_one_label_are_a_few_dozen_bytes(tmp_path):
   refused(tmp_path, path.name, read=True)
 
 
-def test_truncated_empty_and_missing_shards(copy):
+def test_truncated_empty_and_missing_shards_are_refused(copy):
   path = copy / shard_name(2)
   data = path.read_bytes()
   path.write_bytes(data[: len(data) // 2])
@@ -94,13 +94,15 @@ def test_truncated_empty_and_missing_shards(copy):
   refused(copy, path.name, "missing")
 
 
-def test_foreign_shard_of_the_right_name(copy, tmp_path):
+def test_a_shard_of_another_store_with_the_right_name_is_refused(copy, tmp_path):
   record(tmp_path / "other", manifest(corpus="another"))
   shutil.copy(tmp_path / "other" / shard_name(1), copy / shard_name(1))
   refused(copy, shard_name(1), "of store", read=True)
   with pytest.raises(InputError, match="digest"):
     store.open_store(copy).verify()
-  shutil.copy(copy / shard_name(0), copy / shard_name(1))  # one of this store, elsewhere
+  shutil.copy(
+    copy / shard_name(0), copy / shard_name(1)
+  )  # a shard of this store under another name
   refused(copy, shard_name(1), "record 0", "record 3", read=True)
 
 
@@ -113,7 +115,7 @@ def test_foreign_shard_of_the_right_name(copy, tmp_path):
     ({"nonsense": 1}, ("nonsense",)),
   ],
 )
-def test_another_tokenizer_vocabulary_or_teacher(whole, expect, words):
+def test_a_store_that_does_not_match_expect_is_refused(whole, expect, words):
   refused(whole, *words, expect=expect)
 
 
@@ -125,14 +127,14 @@ def test_another_tokenizer_vocabulary_or_teacher(whole, expect, words):
     ({"teacher": {"name": "t", "config": {"layers": 2}, "digest": "q"}}, "teacher.digest='abc'"),
   ],
 )
-def test_another_recording_in_the_folder(copy, change, words):
+def test_recording_into_a_folder_with_other_settings_is_refused(copy, change, words):
   before = contents(copy)
   with pytest.raises(InputError, match=words):
     record(copy, manifest(**change))
   assert contents(copy) == before
 
 
-def test_manifests_that_are_none(copy, tmp_path):
+def test_missing_and_damaged_manifests_are_refused(copy, tmp_path):
   refused(tmp_path / "nowhere", "has no manifest")
   text = (copy / NAME).read_text()
   for bad, word in [
@@ -147,7 +149,7 @@ def test_manifests_that_are_none(copy, tmp_path):
       record(copy)
 
 
-def test_manifest_fields():
+def test_invalid_manifest_fields_are_refused():
   for change, word in [
     ({"kind": "topk"}, "tail_bucket"),
     ({"missing_mass": "renormalise"}, "none"),

@@ -1,4 +1,4 @@
-"""The store as it is written: by several processes, resumed, extended, killed; and its faults."""
+"""Tests of writing a store: several processes, resuming, extending, kills, and errors."""
 
 import os
 import resource
@@ -16,7 +16,7 @@ from distill_jax.records import store, tf_example
 from distill_jax.records.manifest import shard_name
 
 
-def test_processes_give_the_same_bytes_as_one(whole, tmp_path):
+def test_several_processes_write_the_same_bytes_as_one(whole, tmp_path):
   for index in (2, 0, 1):
     with store.Writer(tmp_path, manifest(), index, 3) as w:
       for r in w.missing():
@@ -26,7 +26,7 @@ def test_processes_give_the_same_bytes_as_one(whole, tmp_path):
   assert contents(tmp_path) == contents(whole)
 
 
-def test_resuming_redoes_only_what_is_missing(whole, tmp_path):
+def test_resuming_writes_only_missing_shards(whole, tmp_path):
   assert record(tmp_path, shards=2) == [range(3), range(3, 6)]
   before = (tmp_path / shard_name(0)).stat().st_mtime_ns
   with pytest.raises(InputError, match="0 of 4 shards"):
@@ -38,14 +38,14 @@ def test_resuming_redoes_only_what_is_missing(whole, tmp_path):
   assert contents(tmp_path) == contents(whole)
 
 
-def test_a_damaged_shard_is_deleted_and_redone_alone(whole, copy):
+def test_only_missing_and_damaged_shards_are_written_again(whole, copy):
   (copy / shard_name(1)).unlink()
   (copy / shard_name(3)).write_bytes(b"cut")
   assert record(copy) == [range(3, 6), range(9, 10)]
   assert contents(copy) == contents(whole)
 
 
-def test_extending_rewrites_nothing(copy):
+def test_extending_keeps_finished_shards(copy):
   before = contents(copy)
   assert record(copy, manifest(17)) == [range(10, 13), range(13, 16), range(16, 17)]
   after = contents(copy)
@@ -79,7 +79,7 @@ KILL = """
         os.kill(os.getpid(), signal.SIGKILL)
       return fn(*a, **k)
     return wrapped
-  # Every step at which the folder changes.
+  # All points at which the folder changes.
   writer.tf_example.encode = maybe_die(writer.tf_example.encode)
   writer.digest = maybe_die(writer.digest)
   Path.replace = maybe_die(Path.replace)
@@ -90,7 +90,7 @@ KILL = """
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 4, 7, 8, 9, 10, 11, 12, 20, 30, 36, 39, 41])
-def test_kill_and_resume(whole, tmp_path, at):
+def test_a_killed_writer_resumes_to_the_same_bytes(whole, tmp_path, at):
   tests = Path(__file__).parents[1]
   code = KILL.format(at=at, folder=str(tmp_path), tests=str(tests), root=str(tests.parent))
   died = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True)
@@ -105,8 +105,8 @@ def test_kill_and_resume(whole, tmp_path, at):
   store.open_store(tmp_path).verify()
 
 
-def test_full_disk(whole, tmp_path):
-  """A limit on file size stands in for a full disk: the same error, from the same calls."""
+def test_a_full_disk_is_reported_and_finished_shards_are_kept(whole, tmp_path):
+  """A limit on file size replaces a full disk: the same calls raise the same error."""
   record(tmp_path, shards=1)
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   for limit in (1000, 70_000):  # in the first block; while the footer is written
@@ -121,11 +121,11 @@ def test_full_disk(whole, tmp_path):
   assert contents(tmp_path) == contents(whole)
 
 
-def test_two_writers_on_one_range(tmp_path):
+def test_two_writers_with_the_same_shards_are_refused(tmp_path):
   with store.Writer(tmp_path, manifest()) as first:
     with pytest.raises(InputError, match=f"being written by process {os.getpid()}"):
       store.Writer(tmp_path, manifest())
-    # Another process count is another lock: found when the shard is finished.
+    # With another process count the lock differs, so the conflict is found at the end of a shard.
     with store.Writer(tmp_path, manifest(), 0, 2) as second:
       r = first.missing()[0]
       first.write_shard(r, map(sequence, r))
@@ -138,7 +138,7 @@ def test_two_writers_on_one_range(tmp_path):
   assert len(record(tmp_path)) == 3
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
   (tmp_path / "file").write_text("mine")
   for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/records")):
     with pytest.raises(InputError, match="cannot be written"):
@@ -146,8 +146,8 @@ def test_a_folder_that_cannot_be_written(tmp_path):
   assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_read_only_mount(tmp_path):
-  """Root ignores mode bits, so a read-only mount in a private namespace."""
+def test_a_read_only_mount_is_refused(tmp_path):
+  """A read-only mount in a private namespace is used, because root ignores mode bits."""
   script = f"mount -t tmpfs -o ro none {tmp_path} && exec {sys.executable} -c "
   tests = Path(__file__).parents[1]
   code = f"import sys; sys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]\n"
@@ -163,7 +163,7 @@ def test_read_only_mount(tmp_path):
   assert "Read-only file system" in out.stderr.strip().splitlines()[-1]
 
 
-def test_wrong_sequences(tmp_path):
+def test_records_that_do_not_fit_the_shard_are_refused(tmp_path):
   with store.Writer(tmp_path, manifest()) as w:
     r = w.missing()[0]
     with pytest.raises(InputError, match="got 2 records; expected 3"):

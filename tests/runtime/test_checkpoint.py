@@ -1,4 +1,4 @@
-"""Checkpoints: the state that was saved, bit for bit, on any mesh; or a refusal."""
+"""Tests of checkpoints: exact restoring on any mesh, and errors for damaged files."""
 
 import random
 import shutil
@@ -51,7 +51,7 @@ def saved(tmp_path_factory):
   return folder
 
 
-def test_what_is_saved_is_restored_on_another_mesh(saved):
+def test_a_state_is_restored_on_another_mesh(saved):
   mesh = sharding.make_mesh(fsdp=2, tensor=2)
   with checkpoint.manager(saved) as saves:
     like = abstract(state(), mesh, ("fsdp", "tensor"))
@@ -60,7 +60,7 @@ def test_what_is_saved_is_restored_on_another_mesh(saved):
   assert_equal(checkpoint.restore_params(saved, abstract(state()["params"])), state(2)["params"])
 
 
-def test_checksums_are_those_of_the_numbers_not_of_the_mesh():
+def test_checksums_do_not_depend_on_the_mesh():
   x = jax.random.normal(jax.random.key(0), (8, 16, 4))
   want = checkpoint.checksums(x)
   for shape, spec in (
@@ -88,9 +88,9 @@ def test_every_flipped_bit_changes_the_checksum(dtype):
   assert len(seen) == 1 + x.nbytes * len(flips)
 
 
-@pytest.mark.filterwarnings("ignore")  # orbax leaves its coroutines behind when it fails
+@pytest.mark.filterwarnings("ignore")  # orbax does not await its coroutines after an error
 def test_a_flipped_byte_anywhere_is_refused_or_changes_nothing(saved, tmp_path):
-  """Every file of the checkpoint, eight bytes of each; each refusal offers the one before."""
+  """Flips eight bytes of every file of the checkpoint; errors name the previous checkpoint."""
   files = [p for p in sorted((saved / "checkpoints" / "2").rglob("*")) if p.is_file()]
   rng, found = random.Random(0), {}
   for n, file in enumerate(files):
@@ -168,8 +168,8 @@ with checkpoint.manager(Path(sys.argv[1]), keep=2) as saves:
 """
 
 
-def test_a_disk_that_takes_no_more_leaves_the_checkpoint_before(tmp_path):
-  """No file may grow past 100 kB, which the system says as it says that a disk is full."""
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
+  """A limit of 100 kB per file replaces a full disk: the system raises a similar error."""
   line = [sys.executable, "-c", FULL, str(tmp_path)]
   done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[2])
   assert "A checkpoint cannot be written to" in done.stdout, done.stderr
@@ -194,8 +194,8 @@ with checkpoint.manager(Path(sys.argv[1]), keep=2) as saves:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_of_a_save(tmp_path):
-  """Twenty kills with -9: the last checkpoint is always whole, and is what was saved."""
+def test_kills_at_random_moments_of_a_save_leave_a_valid_checkpoint(tmp_path):
+  """After each of twenty kills with -9, the last checkpoint is complete and exact."""
   rng, last = random.Random(0), 0
   for _ in range(20):
     with subprocess.Popen(
@@ -216,4 +216,4 @@ def test_killed_at_random_moments_of_a_save(tmp_path):
         assert float(got["x"].min()) == float(got["x"].max()) == step
         assert float(got["y"].max()) == step + 1
       last = step
-  assert last > 20  # some got further than one save
+  assert last > 20  # some processes saved more than once

@@ -1,4 +1,4 @@
-"""Two processes of two devices, started by launch/local.py: the same run as one of four."""
+"""Tests of two processes with two devices each, against one process with four devices."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def get_config():
 
 
 def made(folder: Path):
-  """The same config in this process."""
+  """Returns the same config in this process."""
   (folder / "config.py").write_text(CONFIG.format(tests=str(ROOT / "tests"), folder=str(folder)))
   scope: dict = {}
   exec((folder / "config.py").read_text(), scope)
@@ -68,7 +68,7 @@ def run(line: list[str], code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Recorded and trained by this process, with its four devices."""
+  """Returns a folder with a run that this process recorded and trained on four devices."""
   path = tmp_path_factory.mktemp("processes")
   c = config.resolve(made(path))
   record(c, path / "records")
@@ -77,8 +77,8 @@ def folder(tmp_path_factory):
   return path
 
 
-def test_recording(folder):
-  """Each process writes shards of its own; targets differ by float32 ties alone."""
+def test_two_processes_record_the_same_store(folder):
+  """Each process writes its own shards; targets differ only by ties in float32."""
   run(launch(folder, "record", "records2", "--json"))
   one, two = open_store(folder / "records"), open_store(folder / "records2")
   assert len(one) == len(two)
@@ -94,8 +94,8 @@ def test_recording(folder):
   assert '"recorded_now": 0' in again
 
 
-def test_training_told_to_stop_goes_on_as_another_number_of_processes(folder):
-  """SIGTERM to the launcher, exit code 75; then one process, on another mesh, to the end.
+def test_training_resumes_with_another_number_of_processes(folder):
+  """SIGTERM to the launcher gives exit code 75; one process on another mesh finishes the run.
 
   The signal comes while the step compiles: jax looks for one once a second, and twelve small
   steps take less than that.
@@ -121,7 +121,7 @@ def test_training_told_to_stop_goes_on_as_another_number_of_processes(folder):
 
 
 def compare(one: Path, two: Path) -> None:
-  """Sums over four devices in one process or in two: float32, in another order."""
+  """Checks sums over four devices in one or two processes: float32 in another order."""
   one, two = read_metrics(one), read_metrics(two)
   assert [row["step"] for row in two] == list(range(12))
   for a, b in zip(one, two, strict=True):
@@ -151,8 +151,8 @@ def test_more_processes_than_shards_are_refused(folder):
   assert "2 processes record 1 shards" in said
 
 
-def test_evaluation_and_export(folder):
-  """Of a run that one process trained: read, measured and written by two as by one."""
+def test_two_processes_evaluate_and_export_the_same_model(folder):
+  """Two processes read, evaluate and export a run of one process with the same results."""
   run(launch(folder, "evaluate", "evaluated"))
   c = made(folder)
   want = evaluate(config.resolve(c), folder)["models"]
@@ -169,8 +169,8 @@ def test_evaluation_and_export(folder):
     np.testing.assert_array_equal(x, b[key])
 
 
-def test_a_refusal_of_the_first_process_stops_all(folder):
-  """A workdir of another config: found by the first process, said by each, exit code 2."""
+def test_an_error_of_process_0_stops_all_processes(folder):
+  """Process 0 finds another config in the workdir; every process reports it with exit code 2."""
   line = launch(folder, "train", "one", "--config.optim.peak_lr=0.5")
   said = run(line, code=2)
   for i in range(2):

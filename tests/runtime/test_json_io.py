@@ -41,7 +41,7 @@ def test_files(tmp_path):
   assert path.read_text(encoding="utf-8") == '{\n  "b": "é",\n  "a": 1\n}\n'
 
 
-def test_halves_of_surrogate_pairs_and_bytes_that_are_not_utf8():
+def test_lone_surrogates_and_invalid_utf8_are_detected():
   assert json_io.lone_surrogate("a\udfff") == "\udfff" and json_io.lone_surrogate("a😀") is None
   with pytest.raises(InputError, match=r"^Byte 12 is 0xff, which is not UTF-8\.$"):
     json_io.decode_utf8(b"ab\xff", 10)

@@ -1,4 +1,4 @@
-"""Tests progress.py with a clock of its own."""
+"""Tests of progress reports, with a fake clock."""
 
 import io
 import math
@@ -25,7 +25,7 @@ def lines(out):
   return out.getvalue().splitlines()
 
 
-def test_lines_by_hand(clock):
+def test_lines_match_examples(clock):
   out = io.StringIO()
   with Progress("record", 65_536, file=out, clock=clock) as p:
     for _ in range(12):
@@ -38,7 +38,7 @@ def test_lines_by_hand(clock):
   ]
 
 
-def test_rate_forgets_the_slow_start(clock):
+def test_the_rate_is_that_of_recent_lines(clock):
   out = io.StringIO()
   with Progress("train", 10_000, "steps", file=out, clock=clock) as p:
     clock.now += 600  # compiling
@@ -50,7 +50,7 @@ def test_rate_forgets_the_slow_start(clock):
   assert "  4.55 steps/s  took 18m20s" in lines(out)[-1]  # the mean over all of it
 
 
-def test_a_resumed_job_is_not_credited_with_what_was_done(clock):
+def test_the_rate_of_a_resumed_job_excludes_earlier_work(clock):
   out = io.StringIO()
   with Progress("record", 1000, start=900, file=out, clock=clock) as p:
     clock.now += 10
@@ -75,7 +75,7 @@ def test_numbers_are_read_only_when_printed(clock):
   assert Device.reads == len(lines(out)) == 9
 
 
-def test_an_error_still_ends_with_a_line(clock):
+def test_the_last_line_is_printed_after_an_error(clock):
   out = io.StringIO()
   with pytest.raises(KeyError), Progress("train", 10, "steps", file=out, clock=clock) as p:
     clock.now += 3723
@@ -84,14 +84,14 @@ def test_an_error_still_ends_with_a_line(clock):
   assert lines(out)[-1].endswith("/s  stopped after 1h02m  loss nan  lr 0.0001  grad 123,457")
 
 
-def test_no_time_and_no_work(clock):
+def test_zero_time_and_zero_units(clock):
   out = io.StringIO()
   with Progress("record", 0, file=out, clock=clock):
     pass
   assert lines(out) == ["record  0/0 tokens  100%  0 tokens/s  took 0m00s"]
   out = io.StringIO()
   with Progress("record", 5, every=0, file=out, clock=clock) as p:
-    p.add(7)  # more than was foreseen, in no time
+    p.add(7)  # more than the total, in zero time
   assert "left unknown" in lines(out)[0]
 
 

@@ -1,4 +1,4 @@
-"""Remote folders: fsspec's memory as a bucket, and file:// as one that outlives a machine."""
+"""Tests of remote folders, with fsspec's memory file system and file:// as buckets."""
 
 import os
 import shutil
@@ -20,14 +20,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-  """An empty bucket, and a machine that has seen nothing of it."""
+  """Returns an empty bucket, with an empty local cache."""
   monkeypatch.setenv("DISTILL_JAX_CACHE", str(tmp_path / "cache"))
   fs = fsspec.filesystem("memory")
   fs.rm("/", recursive=True) if fs.find("/") else None
   return fs
 
 
-def test_a_folder_goes_there_and_comes_back_on_another_machine(bucket, tmp_path, monkeypatch):
+def test_a_published_folder_is_fetched_on_another_machine(bucket, tmp_path, monkeypatch):
   url = "memory://bucket/run"
   with storage.Synced(url) as here:
     (here / "config.json").write_text("{}")
@@ -45,8 +45,8 @@ def test_a_folder_goes_there_and_comes_back_on_another_machine(bucket, tmp_path,
   assert (there / "sub/x.array_record").read_bytes() == (here / "sub/x.array_record").read_bytes()
 
 
-def test_what_was_fetched_is_not_copied_back(bucket):
-  """Another process of the run has written the file anew: it stays as that one left it."""
+def test_fetched_files_are_not_published_again(bucket):
+  """A file that another process has rewritten in the meantime is not overwritten."""
   with bucket.open("/bucket/run/metrics.jsonl", "w") as f:
     f.write("old")
   with storage.Synced("memory://bucket/run") as here:
@@ -56,25 +56,25 @@ def test_what_was_fetched_is_not_copied_back(bucket):
   assert bucket.cat("/bucket/run/metrics.jsonl") == b"new, by the first process"
 
 
-def test_finished_files_are_published_while_the_work_goes_on(bucket, monkeypatch):
+def test_finished_files_are_published_during_the_work(bucket, monkeypatch):
   monkeypatch.setattr(storage, "PUBLISH_EVERY", 0.01)
   with storage.Synced("memory://bucket/run") as here:
     (here / "shard").write_bytes(b"1")
     for _ in range(500):
       if bucket.exists("/bucket/run/shard") and bucket.cat("/bucket/run/shard"):
-        break  # it is there, empty, before it is written
+        break  # the file exists, empty, before it is written
       storage.threading.Event().wait(0.01)
     assert bucket.cat("/bucket/run/shard") == b"1"
 
 
-def test_what_was_written_before_an_error_is_kept(bucket):
+def test_files_written_before_an_error_are_published(bucket):
   with pytest.raises(KeyError), storage.Synced("memory://bucket/run") as here:
     (here / "shard").write_bytes(b"1")
     raise KeyError
   assert bucket.cat("/bucket/run/shard") == b"1"
 
 
-def test_an_export_goes_up_whole_and_over_nothing(bucket):
+def test_an_export_is_copied_to_an_empty_url_only(bucket):
   with storage.new_folder("memory://bucket/export") as made:
     made.mkdir()
     (made / "config.json").write_text("{}")
@@ -108,8 +108,8 @@ def get_config():
 
 
 @pytest.mark.slow
-def test_a_run_whose_machine_is_lost_goes_on_elsewhere(tmp_path):
-  """Records, checkpoints and metrics in the bucket alone; each verb on a machine of its own."""
+def test_a_run_resumes_on_another_machine(tmp_path):
+  """Records, checkpoints and metrics are only in the bucket; each verb runs on another machine."""
   bucket = tmp_path / "bucket"
   bucket.mkdir()
   text = CONFIG.format(tests=str(ROOT / "tests"), folder=str(tmp_path), bucket=bucket)
@@ -138,7 +138,7 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere(tmp_path):
   assert '"recorded_now": 6' in verb("record", "records", "--json")
   verb("train", "run")
   assert [row["step"] for row in read_metrics(bucket / "run")] == list(range(6))
-  # As a machine lost after step 4 leaves it.
+  # The state after a machine was lost at step 4.
   shutil.rmtree(bucket / "run" / "checkpoints" / "6")
   before = tiny.measured(bucket / "run")
   verb("train", "run")

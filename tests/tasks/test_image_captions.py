@@ -1,4 +1,4 @@
-"""A decoder that sees learns what another says of images, from its records."""
+"""Tests of image captioning: a decoder that reads images is trained from records of another."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def c(tmp_path):
   return c
 
 
-def test_a_row_is_the_prompt_the_patches_and_the_text(c):
+def test_a_row_holds_the_prompt_the_patches_and_the_text(c):
   row = dataset.open_examples(config.resolve(c), "captions", "train", None)[3]
   tokenizer = Tokenizer.from_file(c.tasks.captions.tokenizer)
   read, labels = row["tokens_S"], row["labels_T"]
@@ -64,11 +64,11 @@ def test_a_row_is_the_prompt_the_patches_and_the_text(c):
   assert tokenizer.decode(labels[row["mask_T"]]) == "shade 3~"
   n = row["valid_S"].sum()
   np.testing.assert_array_equal(labels[: n - 1], read[1:n])
-  first = np.flatnonzero(row["mask_T"])[0]  # the position that says the text's first token
+  first = np.flatnonzero(row["mask_T"])[0]  # the position that predicts the first token of the text
   assert tokenizer.decode(read[first - 1 : first + 1]) == " b"
 
 
-def test_a_student_learns_from_records(c, tmp_path):
+def test_a_student_is_trained_from_records(c, tmp_path):
   c.student.train, c.student.frozen = "frozen", ("vision_tower.",)
   resolved = config.resolve(c)
   with Workdir(tmp_path / "records", resolved) as folder:

@@ -1,4 +1,4 @@
-"""Images from files to what a model reads, and every way in which a file can be bad."""
+"""Tests of reading labelled images, and of bad files."""
 
 import dataclasses
 import gzip
@@ -41,7 +41,7 @@ def test_idx_files_are_read_bit_for_bit(idx_task):
   assert (source.classes, source.positions, len(source)) == (3, 1, 40)
 
 
-def test_a_folder_of_classes_is_read_bit_for_bit_and_names_them(tmp_path):
+def test_a_folder_per_class_is_read_bit_for_bit_with_its_class_names(tmp_path):
   made = write_folder(tmp_path, channels=3)
   source = task(tmp_path, classes=(), channels=3, heldout=str(tmp_path)).open("train", None)
   got, labels = all_of(source)
@@ -49,7 +49,7 @@ def test_a_folder_of_classes_is_read_bit_for_bit_and_names_them(tmp_path):
   np.testing.assert_array_equal(labels, np.repeat([0, 1, 2], 4))
 
 
-def test_what_a_model_reads_is_normalised_as_transformers_does_it(tmp_path):
+def test_images_are_normalised_as_in_transformers(tmp_path):
   transformers = pytest.importorskip("transformers")
   made = write_folder(tmp_path, channels=3)
   t = task(tmp_path, channels=3, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), heldout=str(tmp_path))
@@ -101,7 +101,7 @@ def empty(folder):
     (lambda file: Image.new("L", (W + 1, W)).save(file), "has changed since the start of the run"),
   ],
 )
-def test_a_file_that_changes_under_a_run_is_no_example(tmp_path, spoil, why):
+def test_a_file_that_changes_during_a_run_is_refused(tmp_path, spoil, why):
   write_folder(tmp_path)
   source = task(tmp_path, heldout=str(tmp_path)).open("train", None)
   spoil(tmp_path / "bag" / "1.png")
@@ -110,8 +110,8 @@ def test_a_file_that_changes_under_a_run_is_no_example(tmp_path, spoil, why):
     source[5]
 
 
-def test_a_folder_takes_no_memory_for_its_pixels(tmp_path):
-  """200 images of 1 MB each are opened in less than a tenth of what they hold."""
+def test_images_of_a_folder_are_not_held_in_memory(tmp_path):
+  """Opening 200 images of 1 MB takes less than a tenth of their size."""
   for name in ("ankle", "bag"):
     (tmp_path / name).mkdir()
     Image.new("RGB", (600, 600)).save(tmp_path / name / "0.png")
@@ -138,7 +138,7 @@ def text(folder):
     (text, "neither PNG nor JPEG", ("bag/notes.txt",), 12),
   ],
 )
-def test_bad_files_stop_or_are_counted_and_named(tmp_path, capsys, spoil, why, named, left):
+def test_bad_files_stop_the_run_or_are_counted(tmp_path, capsys, spoil, why, named, left):
   write_folder(tmp_path)
   spoil(tmp_path)
   with pytest.raises(InputError, match=why):
@@ -150,7 +150,7 @@ def test_bad_files_stop_or_are_counted_and_named(tmp_path, capsys, spoil, why, n
   assert f"{len(named)} of {left + len(named)} examples skipped" in said
 
 
-def test_labels_out_of_range_stop_or_are_counted_and_named(tmp_path, capsys):
+def test_labels_out_of_range_stop_the_run_or_are_counted(tmp_path, capsys):
   write_idx(tmp_path, 6, labels=[0, 1, 2, 3, 9, 0])
   path = tmp_path / "train"
   with pytest.raises(InputError, match="image 3 of .* has label 3, but there are 3 classes"):
@@ -161,7 +161,7 @@ def test_labels_out_of_range_stop_or_are_counted_and_named(tmp_path, capsys):
   assert "image 3" in said and "image 4" in said
 
 
-def test_where_no_label_is_in_range_it_is_said(tmp_path):
+def test_a_file_without_valid_labels_is_refused(tmp_path):
   write_idx(tmp_path, 4, labels=[3, 4, 5, 6])
   with pytest.raises(InputError, match="has no usable example: all 7 were skipped"):
     task(tmp_path / "train", on_bad="skip").open("train", None)
@@ -201,7 +201,7 @@ def test_damaged_idx_files_are_refused_even_where_images_are_skipped(tmp_path, s
     task(tmp_path / "train", on_bad="skip").open("train", None)
 
 
-def test_splits_are_by_the_bytes_of_images_and_do_not_overlap(tmp_path):
+def test_splits_depend_on_image_bytes_and_do_not_overlap(tmp_path):
   write_idx(tmp_path, 300)
   t = task(tmp_path / "train", heldout_fraction=0.3, labelled=0.25)
   of = lambda split, **changes: {
@@ -216,7 +216,7 @@ def test_splits_are_by_the_bytes_of_images_and_do_not_overlap(tmp_path):
   assert of("heldout", which="labelled") == heldout
 
 
-def test_a_digest_is_of_the_data(tmp_path):
+def test_the_digest_depends_on_the_data(tmp_path):
   write_idx(tmp_path)
   made = task(tmp_path / "train")
   a = made.open("train", None).digest
@@ -243,7 +243,7 @@ def test_a_digest_is_of_the_data(tmp_path):
     ({"labelled": 0.0}, r"labelled is 0\.0; expected a fraction above 0"),
   ],
 )
-def test_what_cannot_be_opened_is_refused_by_name(tmp_path, changes, why):
+def test_invalid_configs_are_refused(tmp_path, changes, why):
   write_idx(tmp_path)
   split = changes.pop("split", "train")
   with pytest.raises(InputError, match=why):

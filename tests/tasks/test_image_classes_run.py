@@ -1,4 +1,4 @@
-"""Images through record, train, evaluate and export; DeiT's two answers in the step."""
+"""Tests of image classification from record to export, and of DeiT's two outputs."""
 
 import json
 
@@ -28,7 +28,7 @@ torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transfo
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """(folder, config) of a teacher recorded and a student trained."""
+  """Returns (folder, config) of a run with a recorded teacher and a trained student."""
   folder = tmp_path_factory.mktemp("run")
   tiny_images.write_idx(folder)
   resolved = config.resolve(configured(folder))
@@ -39,7 +39,7 @@ def run(tmp_path_factory):
   return folder, configured(folder)
 
 
-def test_what_is_exported_says_in_transformers_what_the_run_says(run, tmp_path):
+def test_an_exported_model_has_the_same_outputs_in_transformers(run, tmp_path):
   folder, c = run
   c.evaluate.models = {"student": f"run:{folder / 'student'}"}
   c.export.dir, c.export.dtype = str(tmp_path / "hub"), "float32"
@@ -61,7 +61,7 @@ def test_what_is_exported_says_in_transformers_what_the_run_says(run, tmp_path):
   assert row["accuracy"] == pytest.approx(float((z.argmax(-1) == labels).float().mean()))
 
 
-def test_a_deit_trains_on_the_same_records_and_is_asked_once_in_use(run, tmp_path):
+def test_a_deit_trains_on_the_same_records_and_has_one_output_in_use(run, tmp_path):
   folder, c = run
   c = c.copy_and_resolve_references()
   c.student.family = "deit"
@@ -70,7 +70,9 @@ def test_a_deit_trains_on_the_same_records_and_is_asked_once_in_use(run, tmp_pat
   with Workdir(tmp_path / "deit", resolved) as student:
     last = loop.train(resolved, student)
   assert last["tokens"] == 8 and last["soft"] > 0
-  assert last["hard"] == pytest.approx(last["ce"], rel=1e-5)  # both of the class token alone
+  assert last["hard"] == pytest.approx(
+    last["ce"], rel=1e-5
+  )  # both are computed from the class token only
   model = jax.eval_shape(lambda key: deit.Model(deit.TINY, key), jax.random.key(0))
   seen = Images(jax.ShapeDtypeStruct((2, 12, 12, 1), jnp.float32))
   assert (
@@ -78,7 +80,7 @@ def test_a_deit_trains_on_the_same_records_and_is_asked_once_in_use(run, tmp_pat
   )
 
 
-def test_a_view_is_the_same_at_every_read_and_records_are_of_one_seed(run):
+def test_views_are_reproducible_and_records_depend_on_the_seed(run):
   _, c = run
   resolved = config.resolve(c)
   a, b = (dataset.open_examples(resolved, "things", "train", None) for _ in "ab")
@@ -108,8 +110,8 @@ def deit_batch(seed=0):
 
 
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
-def test_the_class_token_follows_labels_and_the_other_the_teacher(hard):
-  """Against the paper's two formulas (equations 2 and 3), written out on both answers' logits."""
+def test_the_class_token_is_trained_on_labels_and_the_distillation_token_on_the_teacher(hard):
+  """The loss equals equations 2 and 3 of the paper, computed from the logits of both outputs."""
   model = deit.Model(deit.TINY, jax.random.key(0))
   batch = deit_batch()
   soft = pseudo_label.Loss() if hard else kd.Loss()
@@ -141,6 +143,6 @@ def test_the_class_token_follows_labels_and_the_other_the_teacher(hard):
   assert float(got) == pytest.approx(float(value), rel=1e-6)
   assert (
     float(means["ce"].count) == float(means["soft"].count) == 3
-  )  # not the answers of both tokens
+  )  # not the outputs of both tokens
   for a, b in zip(*map(jax.tree.leaves, (got_grads, grads)), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Pairs of images and texts: what is read, what is refused, who finds whom; through the verbs."""
+"""Tests of image-text pairs: reading, errors, retrieval, and a run from record to export."""
 
 import json
 
@@ -26,7 +26,7 @@ VISION = {**TOWER, "image_size": 8, "patch_size": 4, "num_channels": 1}
 
 
 def write_tokenizer(path):
-  """A token a byte, with an end that texts are given."""
+  """Writes a tokenizer with one token per byte and an end token."""
   made = Tokenizer.from_file(str(tiny.write_tokenizer(path)))
   made.post_processor = processors.TemplateProcessing("$A ~", None, [("~", made.token_to_id("~"))])
   made.save(str(path))
@@ -35,7 +35,7 @@ def write_tokenizer(path):
 
 @pytest.fixture
 def c(tmp_path):
-  """Twelve grey squares, each of a shade that its text names."""
+  """Writes twelve grey squares; each text names the shade."""
   lines = []
   for i in range(12):
     Image.new("L", (8, 8), 20 * i).save(tmp_path / f"{i}.png")
@@ -66,7 +66,7 @@ def rows(c, split="train"):
   return dataset.open_examples(config.resolve(c), "pairs", split, None)
 
 
-def test_a_pair_is_its_pixels_and_its_tokens(c):
+def test_an_example_holds_pixels_and_tokens(c):
   both = {s: rows(c, s) for s in ("train", "heldout")}
   assert len(both["train"]) + len(both["heldout"]) == 12
   tokenizer = Tokenizer.from_file(c.tasks.pairs.tokenizer)
@@ -83,7 +83,7 @@ def test_a_pair_is_its_pixels_and_its_tokens(c):
   assert tokenizer.decode(ids) == "sha~"
 
 
-def test_a_folder_of_images_beside_their_texts(c, tmp_path):
+def test_a_folder_of_images_and_text_files_is_read(c, tmp_path):
   for i in range(12):
     (tmp_path / f"{i}.txt").write_text(f"shade {i}")
   (tmp_path / "11.txt").unlink()
@@ -132,7 +132,7 @@ def test_pixels_are_those_of_transformers(c, tmp_path):
   assert torch.allclose(torch.tensor(got.transpose(2, 0, 1)), want, atol=2e-6)
 
 
-def test_recall_is_among_all_different_texts():
+def test_recall_is_computed_among_distinct_texts():
   unit = lambda *degrees: np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], -1)
   text, tokens = unit(0, 90, 90, 180), np.array([[1], [2], [2], [3]])
   # Image 1 is nearest to text 1; all others to their own. Text 3 is nearest to image 3.
@@ -142,8 +142,8 @@ def test_recall_is_among_all_different_texts():
   assert found == {"text_recall": 0.5, "image_recall": pytest.approx(2 / 3)}
 
 
-def test_a_student_learns_beside_its_teacher(c, tmp_path):
-  """And its exported folder is, in transformers, a model and what prepares its images."""
+def test_a_student_is_trained_with_an_online_teacher(c, tmp_path):
+  """The exported folder loads in transformers as a model and an image processor."""
   transformers = pytest.importorskip("transformers")
   c.train.online = True
   c.export.dir, c.export.dtype = str(tmp_path / "hub"), "float32"

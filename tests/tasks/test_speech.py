@@ -1,4 +1,4 @@
-"""Speech as a task: wav files, Whisper from record to export, pseudo-labels, bad sounds."""
+"""Tests of speech: wav files, Whisper from record to export, pseudo-labels, bad audio."""
 
 import dataclasses
 import json
@@ -19,12 +19,12 @@ from distill_jax.runtime.workdir import Workdir
 from distill_jax.tasks import _scores, dataset
 from distill_jax.training import loop
 
-FRAMES, RATE = 32, 8_000  # of Whisper's tiny shape; of the files
+FRAMES, RATE = 32, 8_000  # frames of the tiny Whisper; sample rate of the files
 WORDS = ("yes", "no", "three", "four", "up", "down")
 
 
 def write_sounds(folder):
-  """Tones, a word each, and the manifest."""
+  """Writes wav files of tones with one word each, and the .jsonl file."""
   folder.mkdir()
   lines = []
   for i in range(18):
@@ -58,7 +58,7 @@ def configured(folder):
 
 
 def test_from_record_to_export(tmp_path, capsys):
-  """The exported folder hears in transformers what evaluate says, its frames made by theirs."""
+  """The exported model has the same cross-entropy in transformers, with its feature extractor."""
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
   c = configured(tmp_path)
   c.evaluate.models = {"student": f"run:{tmp_path / 'student'}"}
@@ -88,8 +88,8 @@ def test_from_record_to_export(tmp_path, capsys):
   assert row["ce"] == pytest.approx(float(ce), rel=2e-6)  # float32
 
 
-def test_a_frozen_encoder_stays_as_it_is(tmp_path):
-  """Distil-Whisper's; weight decay leaves it alone, too, and all of the decoder moves."""
+def test_a_frozen_encoder_does_not_change(tmp_path):
+  """The encoder is frozen, also for weight decay, as in Distil-Whisper; the decoder changes."""
   c = configured(tmp_path)
   c.train.records, c.losses = (), {"hard": config.loss("ce")}
   c.student.train, c.student.frozen = "frozen", ("model.encoder.",)
@@ -108,7 +108,7 @@ def test_a_frozen_encoder_stays_as_it_is(tmp_path):
     assert same == v.get_metadata()["hf"].startswith("model.encoder."), path
 
 
-def test_generate_writes_pseudo_labels_the_task_reads(tmp_path):
+def test_generate_writes_pseudo_labels_in_the_format_of_the_task(tmp_path):
   pytest.importorskip("jiwer", reason="pip install jiwer")
   pytest.importorskip("transformers")
   c = configured(tmp_path)
@@ -119,7 +119,7 @@ def test_generate_writes_pseudo_labels_the_task_reads(tmp_path):
   assert made["kept"] == len(lines) and made["kept"] + made["left_out"] == len(source)
   assert made["wer"] > 0
   assert {line["reference"] for line in lines} <= set(source.texts)
-  # A random model says nothing right: no text differs by less than all of its words.
+  # The outputs of a random model have a word error rate of at least 1.
   c.tasks.main.max_wer = 0.0
   with pytest.raises(InputError, match="outputs for the task 'main' are rejected"):
     generate.run(config.resolve(c), tmp_path)
@@ -152,7 +152,7 @@ def configured_again(tmp_path):
   return configured(tmp_path / "again")
 
 
-def test_the_prompt_is_given_and_not_learnt(tmp_path):
+def test_the_prompt_is_not_trained_on(tmp_path):
   c = configured(tmp_path)
   c.tasks.main.prompt = ("<pad>", "</s>")
   row = config.resolve(c).tasks["main"].open("train", None)[0]
@@ -173,7 +173,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("kind", SPOILT)
-def test_a_bad_sound_stops_the_run_or_is_counted(tmp_path, capsys, kind):
+def test_a_bad_audio_file_stops_the_run_or_is_counted(tmp_path, capsys, kind):
   spoil, why = SPOILT[kind]
   c = configured(tmp_path)
   c.tasks.main.heldout_fraction = 0.0
@@ -185,7 +185,7 @@ def test_a_bad_sound_stops_the_run_or_is_counted(tmp_path, capsys, kind):
   assert "1 of 18 examples skipped" in capsys.readouterr().err
 
 
-def test_other_rates_texts_and_models_are_refused(tmp_path):
+def test_unsuitable_models_texts_and_sample_rates_are_refused(tmp_path):
   c = configured(tmp_path)
   of = config.resolve(c).tasks["main"]
   with pytest.raises(InputError, match=r"needs a speech model, e\.g\. whisper, .*of the family t5"):
@@ -204,7 +204,7 @@ def test_other_rates_texts_and_models_are_refused(tmp_path):
     config.resolve(c).tasks["main"].open("train", None)
 
 
-def test_a_folder_of_sounds_beside_their_texts(tmp_path):
+def test_a_folder_of_wav_and_text_files_is_read(tmp_path):
   c = configured(tmp_path)
   for i in range(18):
     (tmp_path / f"sounds/{i}.txt").write_text(f"{WORDS[i % 6]} {i}\n")

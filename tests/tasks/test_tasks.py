@@ -1,4 +1,4 @@
-"""Tasks beside language modelling, through record, train, evaluate and export."""
+"""Tests of text tasks from record to export."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ CLASSES = ("odd", "even")
 
 
 def write_numbers(path, n=40):
-  """Texts that name a number, and whether it is odd."""
+  """Writes texts that name a number, with a label for its parity."""
   lines = [{"text": f"the number {i} is here", "label": CLASSES[1 - i % 2]} for i in range(n)]
   path.write_text("\n".join(map(json.dumps, lines)))
   return path
@@ -61,7 +61,7 @@ def c(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """(folder, config, metrics of the last step) of a run from records."""
+  """Returns (folder, config, metrics of the last step) of a run from records."""
   folder = tmp_path_factory.mktemp("run")
   resolved = config.resolve(configured(folder))
   with Workdir(folder / "records", resolved) as records:
@@ -70,8 +70,8 @@ def run(tmp_path_factory):
     return folder, configured(folder), loop.train(resolved, student)
 
 
-def test_a_student_learns_the_classes_of_texts(run, tmp_path):
-  """All verbs; the exported folder says in transformers what the run says."""
+def test_a_student_is_trained_to_classify_texts(run, tmp_path):
+  """The exported model has the same outputs in transformers as in `evaluate`."""
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
   folder, c, last = run
   assert last["tokens"] == 4 and 0 < last["kl/teacher"] < 1
@@ -94,8 +94,8 @@ def test_a_student_learns_the_classes_of_texts(run, tmp_path):
   assert row["accuracy"] == pytest.approx((z.argmax(-1).numpy() == labels).mean())
 
 
-def test_dense_records_give_the_gradient_of_the_teacher_beside_the_student(run):
-  """Stored in float16, they are off by what that rounds: 2^-11 of a log-probability below 1."""
+def test_dense_records_give_the_gradient_of_an_online_teacher(run):
+  """Records differ by float16 rounding: 2^-11 of a log-probability below 1."""
   _, c, _ = run
   online = config.resolve(c)
   online = dataclasses.replace(
@@ -120,7 +120,7 @@ def test_dense_records_give_the_gradient_of_the_teacher_beside_the_student(run):
     assert np.abs(a - b).max() <= 1e-3 * max(np.abs(b).max(), 1e-3)
 
 
-def test_a_loss_of_the_likeliest_class_reads_any_records(run):
+def test_pseudo_label_loss_works_with_any_records(run):
   _, c, _ = run
   c = c.copy_and_resolve_references()
   c.losses = {"pseudo": config.loss("pseudo_label")}
@@ -162,8 +162,8 @@ def with_a_second(c):
   c.student.changes = {"num_labels": 4, "num_hidden_layers": 1}
 
 
-def test_several_tasks_are_recorded_one_by_one_and_learnt_together(c, tmp_path):
-  """Each task's teacher is its own part of one head."""
+def test_several_tasks_are_recorded_one_by_one_and_trained_together(c, tmp_path):
+  """The teacher of each task is a part of one head."""
   with_a_second(c)
   c.teacher.changes = {"num_labels": 4, "num_hidden_layers": 2}
   stores = {name: tmp_path / "of" / name for name in c.tasks}
@@ -181,7 +181,7 @@ def test_several_tasks_are_recorded_one_by_one_and_learnt_together(c, tmp_path):
     logits = np.float64(out.hidden_BTD[:, 0] @ out.head_VD.T)[:, 2 * i : 2 * i + 2]
     want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for n in range(3):
-      # A record keeps float16.
+      # Records hold float16.
       np.testing.assert_allclose(rows[n]["logp_TK"][0], want[n][rows[n]["ids_TK"][0]], atol=5e-4)
   c.train.records, c.train.mixture = tuple(map(str, stores.values())), (0.5, 0.5)
   c.losses = {"soft": config.loss("kd")}
@@ -190,7 +190,7 @@ def test_several_tasks_are_recorded_one_by_one_and_learnt_together(c, tmp_path):
   assert [sorted(store[0]["ids_TK"][0]) for store in both] == [[0, 1], [2, 3]]
   with Workdir(tmp_path / "run", resolved) as at:
     last = loop.train(resolved, at)
-  assert 0 < last["soft"] < 0.7  # among a task's own two classes, near a half each
+  assert 0 < last["soft"] < 0.7  # probabilities near a half for the two classes of a task
   assert {"ce/parity", "ce/again", "accuracy/again", "kl/teacher"} <= set(last)
   c.evaluate.models = {"student": f"run:{tmp_path / 'run'}"}
   found = evaluate.run(config.resolve(c), tmp_path / "found")["tasks"]
@@ -202,7 +202,7 @@ def test_several_tasks_are_recorded_one_by_one_and_learnt_together(c, tmp_path):
 
 
 def test_several_tasks_share_a_body_and_have_a_head_each(c, tmp_path):
-  """Of each row, the classes of the other task get no probability, and no gradient."""
+  """The classes of the other task have probability 0 and gradient 0 in each row."""
   with_a_second(c)
   c.losses = {"hard": config.loss("ce")}
   c.train.records = ()
@@ -284,8 +284,8 @@ def test_what_does_not_fit_is_refused(c):
   refused("Did you mean 'num_labels'")
 
 
-def test_a_student_learns_the_embeddings_of_texts(c, tmp_path):
-  """From a wider teacher, online; and what evaluate says of them is what numpy says."""
+def test_a_student_is_trained_on_text_embeddings(c, tmp_path):
+  """The online teacher is wider; the metrics of `evaluate` are those of numpy."""
   c.tasks = {
     "texts": config.task(
       "text_embeddings",
@@ -311,7 +311,7 @@ def test_a_student_learns_the_embeddings_of_texts(c, tmp_path):
   assert -1 <= rows["student"]["spearman"] <= 1
 
 
-def test_models_are_alike_as_the_ranks_of_their_cosines():
+def test_similarity_of_models_is_the_rank_correlation_of_their_cosines():
   turn = np.array([0.0, 0.1, 0.5, 1.7])  # angles: neighbours are 0-1, 1-0, 2-1, 3-2
   circle = lambda a: np.stack([np.cos(a), np.sin(a)], -1).astype(np.float32)
   assert similarity.agreement(circle(turn), circle(2 + turn)) == {

@@ -1,4 +1,4 @@
-"""Translation as a task: pairs, an encoder-decoder from record to export, what it says."""
+"""Tests of translation: pairs, an encoder-decoder from record to export, its outputs."""
 
 import json
 
@@ -48,7 +48,7 @@ def configured(folder):
 
 
 def test_from_record_to_export(tmp_path, capsys):
-  """The exported folder finds in transformers the cross-entropy that evaluate says."""
+  """The exported model has the same cross-entropy in transformers as in `evaluate`."""
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
   c = configured(tmp_path)
   c.evaluate.models = {"student": f"run:{tmp_path / 'student'}"}
@@ -75,7 +75,7 @@ def test_from_record_to_export(tmp_path, capsys):
   assert rows["student"]["ce"] == pytest.approx(float(ce), rel=2e-6)  # float32
 
 
-def test_generate_writes_what_the_task_reads(tmp_path):
+def test_generate_writes_pairs_in_the_format_of_the_task(tmp_path):
   c = configured(tmp_path)
   with Workdir(tmp_path / "said", config.resolve(c)) as folder:
     made = generate.run(config.resolve(c), folder)
@@ -86,13 +86,13 @@ def test_generate_writes_what_the_task_reads(tmp_path):
   assert all(wanted[line["en"]] == line["reference"] for line in lines)
   c.tasks.main.path = str(tmp_path / "said/pairs.jsonl")
   c.tasks.main.heldout, c.tasks.main.on_bad = str(tmp_path / "pairs.jsonl"), "skip"
-  c.tasks.main.target_len = 40  # random bytes do not come back as the same tokens
+  c.tasks.main.target_len = 40  # random bytes are tokenized differently after decoding
   again = config.resolve(c).tasks["main"].open("train", None)
   assert 0 < len(again) <= len(lines)
   assert len(config.resolve(c).tasks["main"].open("heldout", None)) == 24
 
 
-def test_an_example_has_what_teacher_forcing_wants(tmp_path):
+def test_an_example_has_teacher_forcing_inputs_and_labels(tmp_path):
   resolved = config.resolve(configured(tmp_path))
   source = resolved.tasks["main"].open("train", None)
   tokenizer = ours.load_tokenizer(tmp_path / "tokenizer.json")
@@ -131,7 +131,7 @@ def test_a_bad_pair_stops_the_run_or_is_counted(tmp_path, capsys, line, why):
 
 
 @pytest.mark.parametrize("raw", [b'{"en": "\xff"}', b"[1]", b"{", b'{"en": "a", "de": "\\ud800"}'])
-def test_a_line_that_is_no_pair_stops_the_run_or_is_counted(tmp_path, raw):
+def test_a_line_without_a_pair_stops_the_run_or_is_counted(tmp_path, raw):
   c = config.base()
   c.tasks.main = task(tmp_path, heldout_fraction=0.0)
   with (tmp_path / "pairs.jsonl").open("ab") as f:

@@ -1,4 +1,4 @@
-"""The loader: a function of (stores, seed, step), whatever the processes."""
+"""Tests of the loader: batches depend on (stores, seed, step), not on the processes."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from distill_jax.training import loader
 
 
 class Store:
-  """Sequences that are told apart by their first token."""
+  """A store of sequences that differ in their first token."""
 
   def __init__(self, n, first=0):
     self.n, self.first = n, first
@@ -25,39 +25,39 @@ class Store:
 
 
 def read(stores, n, **options):
-  """The first tokens of n batches, [n, B]."""
+  """Returns the first tokens of n batches, [n, B]."""
   options = {"batch_size": 4, "seed": 0, **options}
   batches = itertools.islice(loader.batches(stores, **options), n)
   return np.stack([b.inputs.tokens_BT[:, 0] for b in batches])
 
 
-def test_every_sequence_once_an_epoch_each_in_its_own_order():
+def test_an_epoch_has_every_sequence_once_in_a_new_order():
   rows = read([Store(12)], 6).reshape(2, 12)
   for epoch in rows:
     assert sorted(epoch) == list(range(12))
   assert list(rows[0]) != list(rows[1])
 
 
-def test_same_seed_same_batches_another_seed_others():
+def test_batches_depend_only_on_the_seed():
   np.testing.assert_array_equal(read([Store(40)], 5), read([Store(40)], 5))
   assert np.any(read([Store(40)], 5) != read([Store(40)], 5, seed=1))
 
 
-def test_starting_at_a_step_is_going_on_from_it():
+def test_starting_at_a_step_continues_the_same_batches():
   whole = read([Store(10)], 9)
   for start in (1, 4, 7):  # in and past the first epoch
     np.testing.assert_array_equal(read([Store(10)], 9 - start, start=start), whole[start:])
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_each_global_batch(processes):
+def test_processes_split_each_global_batch(processes):
   whole = read([Store(10)], 5)
   parts = [read([Store(10)], 5, process_index=p, process_count=processes) for p in range(processes)]
   for n in range(5):
     assert sorted(np.concatenate([p[n] for p in parts])) == sorted(whole[n])
 
 
-def test_stores_are_mixed_by_weight_and_resumed():
+def test_stores_are_mixed_by_weight_also_after_resuming():
   stores = [Store(30), Store(30, first=1000)]
   rows = read(stores, 100, mixture=(3.0, 1.0))
   share = np.mean(rows < 1000)
@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_refused():
     read([Store(0)], 1)
 
 
-def test_entries_of_other_stores_are_filled_up():
+def test_different_numbers_of_entries_are_padded():
   ids = lambda K: {
     "ids_TK": np.ones((4, K), np.int32),
     "weight_TK": np.ones((4, K), np.float32),

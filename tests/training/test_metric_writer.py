@@ -1,4 +1,4 @@
-"""Tests training/metric_writer.py."""
+"""Tests of the metrics files."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def test_rows_and_events(tmp_path):
   assert sorted(events(tmp_path / "run")) == [("loss", 0, 3.5), ("loss", 2, 2.5), ("lr", 0, 0.25)]
 
 
-def test_nan_and_infinity_are_strict_json_and_come_back(tmp_path):
+def test_nan_and_infinity_survive_strict_json(tmp_path):
   with MetricsWriter(tmp_path) as w:
     w.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1e300})
 
@@ -56,7 +56,7 @@ def test_nan_and_infinity_are_strict_json_and_come_back(tmp_path):
   assert math.isnan(row["a"]) and (row["b"], row["c"], row["d"]) == (math.inf, -math.inf, 1e300)
 
 
-def test_resuming_cuts_what_will_be_written_again(tmp_path):
+def test_resuming_removes_rows_that_will_be_written_again(tmp_path):
   with MetricsWriter(tmp_path) as w:
     for step in range(10):
       w.write(step, {"loss": float(step)})
@@ -68,13 +68,13 @@ def test_resuming_cuts_what_will_be_written_again(tmp_path):
   assert [r["step"] for r in rows] == list(range(9))
   assert rows[5]["loss"] == 5 and rows[6]["loss"] == 106
   assert sorted(events(tmp_path)) == [("loss", r["step"], r["loss"]) for r in rows]
-  with MetricsWriter(tmp_path) as w:  # without it, everything stays
+  with MetricsWriter(tmp_path) as w:  # without purge_step all rows are kept
     w.write(9, {"loss": 0.0})
   assert [r["step"] for r in read_metrics(tmp_path)] == list(range(10))
   assert not list(tmp_path.glob(".*"))
 
 
-def test_half_a_line_is_dropped(tmp_path):
+def test_an_incomplete_line_is_removed(tmp_path):
   with MetricsWriter(tmp_path) as w:
     w.write(0, {"loss": 1.0})
   path = tmp_path / "metrics.jsonl"
@@ -120,7 +120,7 @@ def test_a_step_is_written_once(tmp_path):
     b'{"step": 1, "loss": null}',
   ],
 )
-def test_a_foreign_file_is_refused_and_kept(tmp_path, line):
+def test_a_file_of_another_format_is_refused_and_kept(tmp_path, line):
   path = tmp_path / "metrics.jsonl"
   path.write_bytes(b'{"step": 0}\n' + line + b"\n")
   before = path.read_bytes()
@@ -130,11 +130,11 @@ def test_a_foreign_file_is_refused_and_kept(tmp_path, line):
   assert path.read_bytes() == before
 
 
-def test_missing_is_refused(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
   with pytest.raises(InputError, match="does not exist"):
     read_metrics(tmp_path)
 
 
-def test_no_tensorflow():
+def test_tensorflow_is_not_imported():
   code = "import sys, distill_jax.training.metric_writer; sys.exit('tensorflow' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", code]).returncode == 0

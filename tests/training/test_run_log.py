@@ -1,4 +1,4 @@
-"""A run's rows: the clock beside the numbers, a profile on demand, preemption."""
+"""Tests of the log of a run: times, the profile and preemption."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from distill_jax.training.run_log import Log, Profile
 
 
 def test_goodput_is_the_share_of_time_in_steps(tmp_path, monkeypatch):
-  """Steps of 2 s; 10 s before the first ends (compiling), 4 s of saving after the third."""
+  """Steps take 2 s; compiling takes 10 s before the first, saving 4 s after the third."""
   times = iter([110.0, 112.0, 114.0, 118.0, 120.0])  # row, row, row, saved, row
   metrics = {"loss": jnp.float32(1.0), "tokens": jnp.float32(64.0)}
   monkeypatch.setattr(run_log, "Progress", lambda *_, **__: Silent())
@@ -55,7 +55,7 @@ def test_a_loss_that_is_not_finite_writes_no_row(tmp_path):
   assert read_metrics(tmp_path) == []
 
 
-def test_a_profile_of_the_steps_asked_for(tmp_path):
+def test_the_requested_steps_are_profiled(tmp_path):
   profile = Profile("1:3", tmp_path)
   for n in range(4):
     profile.step(n)
@@ -65,12 +65,12 @@ def test_a_profile_of_the_steps_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("steps", ["3", "a:b", "3:3", "-1:2", "5:2"])
-def test_a_profile_of_nothing_is_refused(tmp_path, steps):
+def test_invalid_profile_steps_are_refused(tmp_path, steps):
   with pytest.raises(InputError, match="profile_steps is .*; expected FIRST:END"):
     Profile(steps, tmp_path)
 
 
-def test_sigterm_is_heard_and_the_old_handler_comes_back():
+def test_sigterm_is_caught_and_the_old_handler_is_restored():
   before = signal.getsignal(signal.SIGTERM)
   with distributed.Preemption() as preemption:
     assert not preemption.reached(0)

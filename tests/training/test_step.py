@@ -1,4 +1,4 @@
-"""The step: one gradient whatever the mesh, the microbatches and the padding."""
+"""Tests of the step: training does not depend on mesh, microbatches or padding."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def reference():
 
 
 def test_golden_three_steps(reference):
-  """A trajectory pinned on 2026-11-24. When it moves on purpose, say why in the commit."""
+  """A trajectory pinned on 2026-11-24. If it changes on purpose, give the reason in the commit."""
   _, rows = reference
   golden = {
     "loss": [4.636097, 4.653410, 4.653963],
@@ -40,7 +40,7 @@ def test_golden_three_steps(reference):
 
 @pytest.mark.parametrize("shape", [(4, 1, 1), (2, 2, 1), (1, 2, 2), (1, 4, 1), (1, 1, 2)])
 def test_mesh_does_not_change_training(reference, shape):
-  """Float32 sums in another order: metrics within 1e-5, parameters within Adam's noise."""
+  """Float32 sums in another order change metrics by 1e-5, and parameters by the noise of Adam."""
   state, rows = run(make_step(), shape)
   for row, want in zip(rows, reference[1], strict=True):
     for name in want:
@@ -52,8 +52,8 @@ def test_mesh_does_not_change_training(reference, shape):
     np.testing.assert_allclose(a[...], b[...], atol=1e-4, err_msg=path)
 
 
-def test_teacher_and_student_have_rules_of_their_own():
-  """On one mesh: the teacher's layers spread otherwise than the student's, the same training."""
+def test_teacher_and_student_may_have_different_sharding_rules():
+  """The teacher is sharded differently from the student, on one mesh; training is the same."""
   theirs = sharding.rules({"embed": ("", ""), "mlp": ("fsdp,tensor", "tensor")})
   assert dict(theirs.table)["mlp"] == (("fsdp", "tensor"), "tensor")
   _, want = run(make_step(), online=True)
@@ -71,7 +71,7 @@ def test_teacher_and_student_have_rules_of_their_own():
     ({"embed": ("model", "")}, "a pair .storage, compute. of mesh axes among data, fsdp"),
   ],
 )
-def test_a_rule_that_is_invalid_is_refused(changes, message):
+def test_invalid_sharding_rules_are_refused(changes, message):
   with pytest.raises(InputError, match=message):
     sharding.rules(changes)
 
@@ -96,7 +96,7 @@ def test_remat_does_not_change_training(reference, remat):
 
 
 def test_nan_in_masked_positions_is_harmless(reference):
-  """Poison every target that the mask leaves out: nothing changes, bit for bit."""
+  """NaN in all masked targets does not change a bit of the result."""
 
   def poison(batch: Batch) -> Batch:
     t, out_BT = batch.targets["teacher"], ~batch.mask_BT
@@ -130,7 +130,7 @@ def test_online_targets_carry_no_gradient_to_the_teacher():
 
 
 def test_norms_do_not_decay():
-  """With a gradient of 0 the update is the decay alone."""
+  """With gradient 0, the update is the weight decay."""
   model = llama.Model(llama.TINY, jax.random.key(0))
   tx = optim.optimizer(config.OptimOptions(weight_decay=0.1))
   zeros = jax.tree.map(jnp.zeros_like, model)
@@ -146,7 +146,7 @@ def test_plateau_halves_the_rate():
   tx = optim.optimizer(config.OptimOptions(plateau_patience=2, weight_decay=0.0))
   p = {"w": jnp.ones((2, 2))}
   state, sizes = tx.init(p), []
-  for _ in range(8):  # the loss never gets better
+  for _ in range(8):  # the loss never improves
     updates, state = tx.update({"w": jnp.ones((2, 2))}, state, p, value=jnp.asarray(1.0))
     sizes.append(float(updates["w"][0, 0]))
   np.testing.assert_allclose(sizes, [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125], rtol=1e-6)

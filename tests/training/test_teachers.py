@@ -1,4 +1,4 @@
-"""Several teachers: their records of one text joined, and mixtures of what they say."""
+"""Tests of several teachers: joined records of one text, and the loss "mixture"."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def train(c, folder):
 
 @pytest.fixture(scope="module")
 def said():
-  """(logits, labels, hidden states and head of each teacher), float64."""
+  """Returns (logits, labels, hidden states and head of each teacher), float64."""
   rng = np.random.default_rng(0)
   teachers = {n: (rng.normal(size=(B, C, D)), 2 * rng.normal(size=(V, D))) for n in NAMES}
   return rng.normal(size=(B, C, V)), rng.integers(0, V, (B, C)), teachers
@@ -49,7 +49,7 @@ def batch_of(said):
 
 
 def reference(said, by, shares, sharpness, trust, T):
-  """(loss, its gradient) by torch in float64, from the formula in words."""
+  """Returns (loss, gradient) in float64 with torch, from the formula."""
   logits, labels, teachers = said
   z = torch.tensor(logits, requires_grad=True)
   label = torch.tensor(labels)[..., None]
@@ -97,12 +97,12 @@ def test_a_mixture_and_its_gradient(said, by, shares, sharpness, trust, T):
   batch, z = batch_of(said), jnp.asarray(said[0], jnp.float32)
   total = lambda z: fn.token_loss(z, batch, jnp.asarray(0)).sum()
   want, want_grad = reference(said, by, shares, sharpness, trust, T)
-  # float32 beside float64: a few units in the last place of sums of V terms
+  # float32 against float64: a few units in the last place of sums of V terms
   np.testing.assert_allclose(fn.token_loss(z, batch, jnp.asarray(0)), want, rtol=2e-6, atol=2e-6)
   np.testing.assert_allclose(jax.grad(total)(z), want_grad, rtol=1e-5, atol=2e-6)
 
 
-def test_a_mixture_of_one_is_kd(said):
+def test_a_mixture_of_one_teacher_equals_kd(said):
   batch, z = batch_of(said), jnp.asarray(said[0], jnp.float32)
   one = mixture.Loss(teachers=("b",), by="entropy").token_loss(z, batch, jnp.asarray(0))
   np.testing.assert_array_equal(one, kd.Loss(teacher="b").token_loss(z, batch, jnp.asarray(0)))
@@ -121,7 +121,7 @@ def test_a_mixture_of_one_is_kd(said):
     ({"shares": (1.0,), "by": "label"}, r"shares is \(1\.0,\); expected \(\) for by='label'"),
   ],
 )
-def test_a_mixture_that_makes_no_sense(fields, message):
+def test_invalid_mixtures_are_refused(fields, message):
   with pytest.raises(InputError, match=message):
     mixture.Loss(**fields)
 
@@ -131,7 +131,7 @@ def test_a_mixture_that_makes_no_sense(fields, message):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Two random teachers' records of one text, and a third of another."""
+  """Returns a folder with records of two random teachers on one text, and of another text."""
   path = tmp_path_factory.mktemp("teachers")
   c = tiny.tiny(path)
   c.teacher.source = ""
@@ -153,7 +153,7 @@ def config_of(folder):
   return c
 
 
-def test_training_on_what_two_teachers_have_said(folder):
+def test_training_on_records_of_two_teachers(folder):
   c = config_of(folder)
   train(c, folder / "two")
   rows = read_metrics(folder / "two")
@@ -163,7 +163,7 @@ def test_training_on_what_two_teachers_have_said(folder):
   one = MultiTeacherStore(first, {"other": second})[3]
   np.testing.assert_array_equal(one["other/ids_TK"], second[3]["ids_TK"])
   np.testing.assert_array_equal(one["ids_TK"], first[3]["ids_TK"])
-  # Each alone says of its own records what it says of both.
+  # The metrics of a teacher are the same when its records are used alone.
   c = tiny.tiny(folder)
   c.train.records = (str(folder / "other"),)
   train(c, folder / "alone")
@@ -172,8 +172,8 @@ def test_training_on_what_two_teachers_have_said(folder):
     assert alone[f"{name}/teacher"] == rows[0][f"{name}/other"], name
 
 
-def test_one_recorded_and_one_that_runs_in_the_step(folder):
-  """The teacher here is the one that `records` are of: the two tell the same."""
+def test_training_on_a_recorded_and_an_online_teacher(folder):
+  """The online teacher is the recorded one, so both give the same metrics."""
   c = tiny.tiny(folder)
   c.teacher.source = ""
   c.teachers = {"here": ""}
@@ -204,7 +204,7 @@ def test_one_recorded_and_one_that_runs_in_the_step(folder):
     (lambda c, f: c.losses.soft.update(temperature=2.0), "losses.soft cannot use the records"),
   ],
 )
-def test_teachers_that_do_not_fit(folder, change, message, tmp_path):
+def test_teachers_that_do_not_fit_are_refused(folder, change, message, tmp_path):
   c = config_of(folder)
   with c.unlocked():
     change(c, folder)
