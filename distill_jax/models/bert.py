@@ -96,7 +96,7 @@ class Block(_encoder.Block):
 
 
 class Model(nnx.Module):
-  """An encoder: one text per row to one position, the pooled first token, and the classifier."""
+  """A text classifier: one text per row; its output has one position, the pooled first token."""
 
   def __init__(self, c: Config, key: jax.Array):
     keys, at, D = jax.random.split(key, 6), f"{PREFIX}embeddings.", c.hidden_size

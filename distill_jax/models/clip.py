@@ -148,7 +148,7 @@ class TextTower(nnx.Module):
 
 
 class Model(nnx.Module):
-  """Two towers: pairs to two positions each, the image and the text, and a head from the batch.
+  """Two towers. The output has two positions for each pair, the image and the text.
 
   The rows of the head are the embeddings of all texts of the batch, followed by those of all
   images. Position 0, the image, predicts a text, and position 1 an image

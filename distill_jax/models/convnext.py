@@ -155,7 +155,7 @@ class Stage(nnx.Module):
 
 
 class Model(nnx.Module):
-  """A convolutional network: images to one position, the mean over places, and the classifier."""
+  """An image classifier. Its output has one position, the mean over places."""
 
   def __init__(self, c: Config, key: jax.Array):
     stem, stages, head = jax.random.split(key, 3)

@@ -39,7 +39,7 @@ class Body(vit.Body):
 
 
 class Model(vit.Model):
-  """A ViT: images to one position for the mean of both heads; in training, one for each head."""
+  """An image classifier. Its output has one position; in training, it has one for each head."""
 
   def __init__(self, c: Config, key: jax.Array):
     body, head = jax.random.split(key)

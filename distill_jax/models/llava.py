@@ -123,7 +123,7 @@ class Config(SizesOfPart):
 
 
 class Model(nnx.Module):
-  """A decoder: texts with one image each to hidden states of all tokens, image tokens included."""
+  """A decoder of texts with one image each. Its output has all tokens, image tokens included."""
 
   def __init__(self, c: Config, key: jax.Array):
     keys, D = jax.random.split(key, 3), c.text.hidden_size

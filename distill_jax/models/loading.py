@@ -42,17 +42,17 @@ class LoadedModel:
 
   @property
   def text_config(self) -> TextConfig:
-    """The family's Config, of a model that is known to read text."""
+    """The family's Config, for models of text."""
     return cast(TextConfig, self.config)
 
   @property
   def decoder_config(self) -> DecoderConfig:
-    """The family's Config, of a model that is known to be a decoder."""
+    """The family's Config, for decoders."""
     return cast(DecoderConfig, self.config)
 
   @property
   def decoder(self) -> DecoderModel:
-    """The model, of a family of decoders."""
+    """The model, for decoders."""
     return cast(DecoderModel, self.model)
 
 
@@ -120,12 +120,12 @@ class ModelSource:
 
   @property
   def text_config(self) -> TextConfig:
-    """The family's Config, of a model that is known to read text."""
+    """The family's Config, for models of text."""
     return cast(TextConfig, self.config)
 
   @property
   def decoder_config(self) -> DecoderConfig:
-    """The family's Config, of a model that is known to be a decoder."""
+    """The family's Config, for decoders."""
     return cast(DecoderConfig, self.config)
 
   @functools.cached_property

@@ -96,7 +96,7 @@ class StudentOptions(ModelOptions):
     """Returns the options that load a trained student, computed as in training.
 
     Args:
-      source: A run ("run:WORKDIR"), or an exported folder.
+      source: a run ("run:WORKDIR"), or an exported folder.
     """
     return dataclasses.replace(
       self,

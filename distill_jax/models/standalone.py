@@ -34,7 +34,7 @@ Exported by distill_jax.
 
 @dataclasses.dataclass(frozen=True)
 class StandaloneModel(LoadedModel):
-  """A model with its tokenizer, as `load_model` returns it.
+  """A model with its tokenizer: the result of `load_model`.
 
   `loaded.model(inputs, loaded.compute)` returns an Output. `loaded.model` is a pytree: pass it to
   jitted functions as an argument, differentiate it, update it with optax.
@@ -141,12 +141,11 @@ def export_model(
   """Writes a model as a Hugging Face folder that `transformers` loads.
 
   Args:
-    model: the model, or what `load_model` returned; parameters that a training loop has updated
-      count, and `config.json` describes their shapes.
-    folder: the folder or URL to make; it must not exist.
-    like: where the tokenizer and generation_config.json come from: a model that `load_model`
-      returned, or a source. None: the model itself if `load_model` returned it, else neither
-      file is written.
+    model: the model, or the result of `load_model`, with its current parameters.
+    folder: the folder or URL to write; it must not exist.
+    like: the source of the tokenizer and of generation_config.json: a result of `load_model`, or
+      a source. None: `model` if it is a result of `load_model`; otherwise these files are not
+      written.
     dtype: dtype of the tensors: "float32", "bfloat16" or "float16".
     card: README.md of the folder, in Markdown; "" writes a short one.
 

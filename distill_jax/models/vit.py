@@ -84,7 +84,7 @@ class Block(_encoder.Block):
 
 
 class Body(nnx.Module):
-  """An encoder: images to the layers' output at the tokens and at each patch."""
+  """The classifier without its head: images to hidden states of tokens and patches."""
 
   TOKENS: ClassVar[tuple[str, ...]] = ("cls_token",)  # tokens before the patches
 
@@ -129,7 +129,7 @@ class Body(nnx.Module):
 
 
 class Model(nnx.Module):
-  """An encoder: images to one position, the class token, and the classifier."""
+  """An image classifier. Its output has one position, the class token."""
 
   def __init__(self, c: Config, key: jax.Array):
     body, head = jax.random.split(key)

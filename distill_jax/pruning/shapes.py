@@ -172,8 +172,8 @@ class Cost:
 def cost(family: str, config: Any) -> Cost:
   """Counts the parameters of a model from their declarations.
 
-  A token reads only one row of an embedding table that is not also the head, which is not counted,
-  and only the experts to which it is routed.
+  A token reads only the experts to which it is routed. It reads only one row of an embedding table
+  that is not also the head; such a table is not counted as active.
   """
   total = active = 0
   for path, v in params.named_params(abstract(family, config)):
