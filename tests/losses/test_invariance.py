@@ -140,8 +140,8 @@ def packed(rows: list[tuple[int, int]], kind: str) -> Batch:
     "topk": TopKTargets(ids_BTK=laid_out("ids"), logp_BTK=laid_out("logp")),
   }
   inputs = Inputs(laid_out("tokens"), laid_out("positions"), jnp.asarray(segments, jnp.int32))
-  said = {"teacher": targets[kind]} if kind in targets else {}
-  return Batch(inputs, laid_out("labels"), laid_out("mask"), said)
+  of_teachers = {"teacher": targets[kind]} if kind in targets else {}
+  return Batch(inputs, laid_out("labels"), laid_out("mask"), of_teachers)
 
 
 ROWS = [(0, 1), (2, 3), (4, 5), (6, 7)]

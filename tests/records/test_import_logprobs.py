@@ -133,8 +133,8 @@ def test_differing_k_missing_positions_and_token_id_strings(tmp_path):
   assert seq["label_logp_T"][1] == -6.0  # though the label is not among the entries
   line = openai()
   line["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = []
-  for said in line["choices"][0]["logprobs"]["content"]:
-    for x in [said, *said["top_logprobs"]]:
+  for entry in line["choices"][0]["logprobs"]["content"]:
+    for x in [entry, *entry["top_logprobs"]]:
       x["token"] = f"token_id:{WORDS[x['token']]}"
   (seq,) = read(tmp_path, [line], "openai")
   assert list(seq["mask_T"][:3]) == [False, True, False]

@@ -108,9 +108,9 @@ def test_training_resumes_with_another_number_of_processes(folder):
       assert launched.poll() is None and time.monotonic() < deadline
       time.sleep(0.01)
     launched.send_signal(signal.SIGTERM)
-    said, _ = launched.communicate(timeout=200)
-  assert launched.returncode == os.EX_TEMPFAIL, said
-  step = int(re.search(r"step (\d+) of 12 is saved", said)[1])
+    output, _ = launched.communicate(timeout=200)
+  assert launched.returncode == os.EX_TEMPFAIL, output
+  step = int(re.search(r"step (\d+) of 12 is saved", output)[1])
   assert 1 <= step < 12
   c = made(folder)
   c.train.checkpoint_every, c.mesh.tensor = 1000, 2
@@ -147,8 +147,8 @@ def test_four_processes_of_two_devices(folder):
 
 def test_more_processes_than_shards_are_refused(folder):
   flag = "--config.records.sequences_per_shard=1000"
-  said = run([*launch(folder, "record", "one_shard"), flag], code=2)
-  assert "2 processes record 1 shards" in said
+  output = run([*launch(folder, "record", "one_shard"), flag], code=2)
+  assert "2 processes record 1 shards" in output
 
 
 def test_two_processes_evaluate_and_export_the_same_model(folder):
@@ -172,14 +172,14 @@ def test_two_processes_evaluate_and_export_the_same_model(folder):
 def test_an_error_of_process_0_stops_all_processes(folder):
   """Process 0 finds another config in the workdir; every process reports it with exit code 2."""
   line = launch(folder, "train", "one", "--config.optim.peak_lr=0.5")
-  said = run(line, code=2)
+  output = run(line, code=2)
   for i in range(2):
-    assert f"[{i}] error: {folder / 'one'} holds a run with optim.peak_lr=0.01" in said
+    assert f"[{i}] error: {folder / 'one'} holds a run with optim.peak_lr=0.01" in output
 
 
 def test_dry_run_prints_what_would_run():
-  said = run(
+  output = run(
     [sys.executable, "launch/local.py", "--dry_run", "--devices=2", "--", "train", "--x=$(rm a)"]
   )
-  assert len(said.splitlines()) == 2
-  assert "JAX_NUM_CPU_DEVICES=2" in said and "'--x=$(rm a)'" in said
+  assert len(output.splitlines()) == 2
+  assert "JAX_NUM_CPU_DEVICES=2" in output and "'--x=$(rm a)'" in output

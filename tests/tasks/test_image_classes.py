@@ -145,9 +145,9 @@ def test_bad_files_stop_the_run_or_are_counted(tmp_path, capsys, spoil, why, nam
     task(tmp_path).open("train", None)
   skipping = task(tmp_path, on_bad="skip", heldout=str(tmp_path))
   assert len(skipping.open("train", None)) == left
-  said = capsys.readouterr().err
-  assert why in said and all(name in said for name in named)
-  assert f"{len(named)} of {left + len(named)} examples skipped" in said
+  printed = capsys.readouterr().err
+  assert why in printed and all(name in printed for name in named)
+  assert f"{len(named)} of {left + len(named)} examples skipped" in printed
 
 
 def test_labels_out_of_range_stop_the_run_or_are_counted(tmp_path, capsys):
@@ -157,8 +157,8 @@ def test_labels_out_of_range_stop_the_run_or_are_counted(tmp_path, capsys):
     task(path).open("train", None)
   source = task(path, on_bad="skip", heldout=str(path)).open("train", None)
   np.testing.assert_array_equal(all_of(source)[1], [0, 1, 2, 0])
-  said = capsys.readouterr().err
-  assert "image 3" in said and "image 4" in said
+  printed = capsys.readouterr().err
+  assert "image 3" in printed and "image 4" in printed
 
 
 def test_a_file_without_valid_labels_is_refused(tmp_path):

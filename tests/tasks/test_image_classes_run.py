@@ -104,9 +104,9 @@ def deit_batch(seed=0):
   rng = np.random.default_rng(seed)
   f32 = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
   labels = jnp.asarray(rng.integers(0, 10, (4, 1)), jnp.int32)
-  said = DenseTargets(hidden_BTD=f32(4, 1, 6), head_VD=f32(10, 6))
+  targets = DenseTargets(hidden_BTD=f32(4, 1, 6), head_VD=f32(10, 6))
   mask = jnp.asarray([[True], [True], [False], [True]])
-  return Batch(Images(f32(4, 12, 12, 1)), labels, mask, {"teacher": said})
+  return Batch(Images(f32(4, 12, 12, 1)), labels, mask, {"teacher": targets})
 
 
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])

@@ -118,13 +118,13 @@ def test_a_bad_pair_stops_the_run_or_is_counted(c, tmp_path, capsys, line, why):
 def test_pixels_are_those_of_transformers(c, tmp_path):
   transformers = pytest.importorskip("transformers")
   torch = pytest.importorskip("torch")
-  said = rows(c).task.hub_files(None)["preprocessor_config.json"]
-  said.pop("image_processor_type")
-  said |= {"size": {"shortest_edge": 6}, "crop_size": {"height": 6, "width": 6}}
-  said |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_convert_rgb": True}
+  settings = rows(c).task.hub_files(None)["preprocessor_config.json"]
+  settings.pop("image_processor_type")
+  settings |= {"size": {"shortest_edge": 6}, "crop_size": {"height": 6, "width": 6}}
+  settings |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_convert_rgb": True}
   pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3)).astype(np.uint8)
   Image.fromarray(pixels).save(tmp_path / "x.png")
-  processor = transformers.CLIPImageProcessorPil(**said)
+  processor = transformers.CLIPImageProcessorPil(**settings)
   want = processor(Image.open(tmp_path / "x.png"), return_tensors="pt")["pixel_values"][0]
   got = image_files.decode((tmp_path / "x.png").read_bytes(), 6, 3)
   got = image_files.normalised(got, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))

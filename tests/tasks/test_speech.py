@@ -74,8 +74,8 @@ def test_from_record_to_export(tmp_path, capsys):
 
   export.run(resolved, tmp_path / "student")
   theirs = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "hub").eval()
-  said = json.loads((tmp_path / "hub/preprocessor_config.json").read_text())
-  assert said["feature_extractor_type"] == "WhisperFeatureExtractor" and said["feature_size"] == 8
+  hub = json.loads((tmp_path / "hub/preprocessor_config.json").read_text())
+  assert hub["feature_extractor_type"] == "WhisperFeatureExtractor" and hub["feature_size"] == 8
   held = dataset.open_examples(resolved, "main", "heldout", None)
   rows = [held[i] for i in range(len(held))]
   mel, read, labels, mask = (
@@ -112,9 +112,9 @@ def test_generate_writes_pseudo_labels_in_the_format_of_the_task(tmp_path):
   pytest.importorskip("jiwer", reason="pip install jiwer")
   pytest.importorskip("transformers")
   c = configured(tmp_path)
-  with Workdir(tmp_path / "said", config.resolve(c)) as folder:
+  with Workdir(tmp_path / "texts", config.resolve(c)) as folder:
     made = generate.run(config.resolve(c), folder)
-  lines = [json.loads(line) for line in (tmp_path / "said/pairs.jsonl").read_text().splitlines()]
+  lines = [json.loads(line) for line in (tmp_path / "texts/pairs.jsonl").read_text().splitlines()]
   source = config.resolve(c).tasks["main"].open("train", None)
   assert made["kept"] == len(lines) and made["kept"] + made["left_out"] == len(source)
   assert made["wer"] > 0
@@ -128,10 +128,10 @@ def test_generate_writes_pseudo_labels_in_the_format_of_the_task(tmp_path):
 def test_word_errors_are_those_of_whispers_normaliser():
   pytest.importorskip("jiwer", reason="pip install jiwer")
   pytest.importorskip("transformers")
-  said = ["Please press one, now.", "it's mister smith", "[beep]"]
+  outputs = ["Please press one, now.", "it's mister smith", "[beep]"]
   wanted = ["please press 1 now", "It is Mr. Smith!", "hello there"]
-  assert _scores.word_errors(said, wanted) == [(0, 4), (0, 4), (2, 2)]
-  assert _scores.word_error_rate(said, wanted) == {"wer": 0.2}
+  assert _scores.word_errors(outputs, wanted) == [(0, 4), (0, 4), (2, 2)]
+  assert _scores.word_error_rate(outputs, wanted) == {"wer": 0.2}
   assert _scores.word_errors(["well"], ["[laughs]"]) == [(1, 0)]
 
 

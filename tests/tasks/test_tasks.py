@@ -128,8 +128,8 @@ def test_pseudo_label_loss_works_with_any_records(run):
   stores = training_stores.open_stores(resolved)
   validate.check_run(resolved, stores)
   batch = next(training_stores.batches(resolved, stores))
-  said = batch.targets["teacher"]
-  best = np.take_along_axis(said.ids_BTK, said.logp_BTK.argmax(-1)[..., None], -1)[..., 0]
+  targets = batch.targets["teacher"]
+  best = np.take_along_axis(targets.ids_BTK, targets.logp_BTK.argmax(-1)[..., None], -1)[..., 0]
   z_BCV = jax.random.normal(jax.random.key(0), (4, 1, 2))
   want = -np.take_along_axis(np.asarray(jax.nn.log_softmax(z_BCV)), best[..., None], -1)[..., 0]
   batch = jax.tree.map(jax.numpy.asarray, batch)
@@ -174,10 +174,10 @@ def test_several_tasks_are_recorded_one_by_one_and_trained_together(c, tmp_path)
     with Workdir(store, resolved) as at:
       record.run(resolved, at)
     rows = open_store(store)
-    said = loading.open_source(resolved.teacher).load(mesh, runs.keys(0)["teacher"])
+    teacher = loading.open_source(resolved.teacher).load(mesh, runs.keys(0)["teacher"])
     inputs = dataset.open_examples(resolved, name, "train", None)
     read = lambda field, rows=inputs: np.stack([rows[i][field] for i in range(3)])
-    out = said.model(resolved.tasks[name].inputs(read), said.compute)
+    out = teacher.model(resolved.tasks[name].inputs(read), teacher.compute)
     logits = np.float64(out.hidden_BTD[:, 0] @ out.head_VD.T)[:, 2 * i : 2 * i + 2]
     want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for n in range(3):
@@ -320,6 +320,6 @@ def test_similarity_of_models_is_the_rank_correlation_of_their_cosines():
   }
   # Apart by 1, 5, 17, 4, 16, 12 and by 2, 9, 3, 7, 1, 6 tenths: ranks 1 3 6 2 5 4, 2 6 3 5 1 4,
   # whose differences have 44 for the sum of squares.
-  said = similarity.agreement(circle(np.array([0.0, 0.2, 0.9, 0.3])), circle(turn))
-  assert said["spearman"] == pytest.approx(1 - 6 * 44 / (6 * 35))
-  assert said["same_nearest"] == 0.25  # the nearest are 1 3 3 1 and 1 0 1 2
+  scores = similarity.agreement(circle(np.array([0.0, 0.2, 0.9, 0.3])), circle(turn))
+  assert scores["spearman"] == pytest.approx(1 - 6 * 44 / (6 * 35))
+  assert scores["same_nearest"] == 0.25  # the nearest are 1 3 3 1 and 1 0 1 2

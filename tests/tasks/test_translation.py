@@ -65,26 +65,26 @@ def test_from_record_to_export(tmp_path, capsys):
   export.run(resolved, tmp_path / "student")
   theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "hub").eval()
   held = dataset.open_examples(resolved, "main", "heldout", None)
-  read, seen, said, labels, mask = (
+  read, seen, decoder_inputs, labels, mask = (
     torch.tensor(np.stack([r[k] for r in held])).long()
     for k in ("tokens_S", "valid_S", "decoder_tokens_T", "labels_T", "mask_T")
   )
   with torch.no_grad():
-    z = theirs(input_ids=read, attention_mask=seen, decoder_input_ids=said).logits
+    z = theirs(input_ids=read, attention_mask=seen, decoder_input_ids=decoder_inputs).logits
   ce = torch.nn.functional.cross_entropy(z[mask > 0], labels[mask > 0])
   assert rows["student"]["ce"] == pytest.approx(float(ce), rel=2e-6)  # float32
 
 
 def test_generate_writes_pairs_in_the_format_of_the_task(tmp_path):
   c = configured(tmp_path)
-  with Workdir(tmp_path / "said", config.resolve(c)) as folder:
+  with Workdir(tmp_path / "texts", config.resolve(c)) as folder:
     made = generate.run(config.resolve(c), folder)
-  lines = [json.loads(line) for line in (tmp_path / "said/pairs.jsonl").read_text().splitlines()]
+  lines = [json.loads(line) for line in (tmp_path / "texts/pairs.jsonl").read_text().splitlines()]
   source = config.resolve(c).tasks["main"].open("train", None)
   assert made["kept"] == len(lines) and made["kept"] + made["left_out"] == len(source)
   wanted = dict(source.pairs)
   assert all(wanted[line["en"]] == line["reference"] for line in lines)
-  c.tasks.main.path = str(tmp_path / "said/pairs.jsonl")
+  c.tasks.main.path = str(tmp_path / "texts/pairs.jsonl")
   c.tasks.main.heldout, c.tasks.main.on_bad = str(tmp_path / "pairs.jsonl"), "skip"
   c.tasks.main.target_len = 40  # random bytes are tokenized differently after decoding
   again = config.resolve(c).tasks["main"].open("train", None)

@@ -32,15 +32,15 @@ def train(c, folder):
 
 
 @pytest.fixture(scope="module")
-def said():
+def outputs():
   """Returns (logits, labels, hidden states and head of each teacher), float64."""
   rng = np.random.default_rng(0)
   teachers = {n: (rng.normal(size=(B, C, D)), 2 * rng.normal(size=(V, D))) for n in NAMES}
   return rng.normal(size=(B, C, V)), rng.integers(0, V, (B, C)), teachers
 
 
-def batch_of(said):
-  _, labels, teachers = said
+def batch_of(outputs):
+  _, labels, teachers = outputs
   f32 = lambda x: jnp.asarray(x, jnp.float32)
   targets = {n: DenseTargets(hidden_BTD=f32(h), head_VD=f32(w)) for n, (h, w) in teachers.items()}
   zeros = jnp.zeros((B, C), jnp.int32)
@@ -48,9 +48,9 @@ def batch_of(said):
   return Batch(inputs, jnp.asarray(labels, jnp.int32), jnp.ones((B, C), bool), targets)
 
 
-def reference(said, by, shares, sharpness, trust, T):
+def reference(outputs, by, shares, sharpness, trust, T):
   """Returns (loss, gradient) in float64 with torch, from the formula."""
-  logits, labels, teachers = said
+  logits, labels, teachers = outputs
   z = torch.tensor(logits, requires_grad=True)
   label = torch.tensor(labels)[..., None]
   q_T, q = (z / T).log_softmax(-1), z.log_softmax(-1)
@@ -85,7 +85,7 @@ def reference(said, by, shares, sharpness, trust, T):
     ("entropy", (1.0, 1.0), 2.0, 0.3, 1.0),
   ],
 )
-def test_a_mixture_and_its_gradient(said, by, shares, sharpness, trust, T):
+def test_a_mixture_and_its_gradient(outputs, by, shares, sharpness, trust, T):
   fn = mixture.Loss(
     temperature=mixture.constant(T),
     teachers=NAMES,
@@ -94,16 +94,16 @@ def test_a_mixture_and_its_gradient(said, by, shares, sharpness, trust, T):
     label_trust=trust,
     shares=shares if by == "shares" else (),
   )
-  batch, z = batch_of(said), jnp.asarray(said[0], jnp.float32)
+  batch, z = batch_of(outputs), jnp.asarray(outputs[0], jnp.float32)
   total = lambda z: fn.token_loss(z, batch, jnp.asarray(0)).sum()
-  want, want_grad = reference(said, by, shares, sharpness, trust, T)
+  want, want_grad = reference(outputs, by, shares, sharpness, trust, T)
   # float32 against float64: a few units in the last place of sums of V terms
   np.testing.assert_allclose(fn.token_loss(z, batch, jnp.asarray(0)), want, rtol=2e-6, atol=2e-6)
   np.testing.assert_allclose(jax.grad(total)(z), want_grad, rtol=1e-5, atol=2e-6)
 
 
-def test_a_mixture_of_one_teacher_equals_kd(said):
-  batch, z = batch_of(said), jnp.asarray(said[0], jnp.float32)
+def test_a_mixture_of_one_teacher_equals_kd(outputs):
+  batch, z = batch_of(outputs), jnp.asarray(outputs[0], jnp.float32)
   one = mixture.Loss(teachers=("b",), by="entropy").token_loss(z, batch, jnp.asarray(0))
   np.testing.assert_array_equal(one, kd.Loss(teacher="b").token_loss(z, batch, jnp.asarray(0)))
 
