@@ -154,6 +154,7 @@ class EntryLayout(NamedTuple):
 
   @property
   def entries(self) -> int:
+    """Number of entries of all positions, E."""
     return len(self.place_E)
 
   def padded(

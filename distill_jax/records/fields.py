@@ -49,18 +49,22 @@ class Field:
 
   @property
   def device(self) -> str:
+    """Its name in a batch on the device."""
     return f"{self.name}_B{self.axes}"
 
   @property
   def record(self) -> str:
+    """Its name in a record to be written."""
     return f"{self.name}_{self.axes}"
 
   @property
   def read(self) -> str:
+    """Its name in a record that is read."""
     return f"{self.name}_{self.read_axes}"
 
   @property
   def batch(self) -> str:
+    """Its name as an attribute of types.Targets."""
     return f"{self.name}_B{self.read_axes}"
 
 
@@ -116,6 +120,7 @@ class RecordSpec:
 
   @property
   def has_logp(self) -> bool:
+    """True if records hold log-probabilities of their entries."""
     return self.kind in ("topk", "dense") or (self.kind == "sampled" and self.logp)
 
   @functools.cached_property

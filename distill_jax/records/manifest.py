@@ -153,6 +153,7 @@ class Manifest:
 
   @functools.cached_property
   def spec(self) -> RecordSpec:
+    """The contents of a record."""
     return RecordSpec(self.kind, self.n, self.vocab_size, self.logp, self.entropy)
 
   @property
@@ -205,6 +206,7 @@ class Manifest:
     return hashlib.sha256(text.encode()).hexdigest()
 
   def save(self, folder: Path) -> None:
+    """Writes the manifest to a folder, atomically."""
     text = json.dumps(self._json(), indent=1)
     atomic_write(folder / NAME, text + "\n")
 

@@ -57,10 +57,12 @@ class MultiTeacherStore:
 
   @property
   def folder(self) -> Path:
+    """The folder of the first store."""
     return self.first.folder
 
   @property
   def digests(self) -> list[str]:
+    """The digests of all stores."""
     return [store.manifest.digest for store in (self.first, *self.others.values())]
 
   def __len__(self) -> int:

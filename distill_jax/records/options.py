@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class RecordsOptions:
-  """Options for recording: what is stored of the teacher's outputs, and the batch size."""
+  """Options for recording: the stored targets, the source of the outputs, and the batches."""
 
   kind: str = "sampled"
   """Targets stored per token: "sampled", "topk", "dense" (all classes) or "text" (none).

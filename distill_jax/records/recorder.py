@@ -53,6 +53,7 @@ class Corpus:
 
   @property
   def is_task(self) -> bool:
+    """True for the examples of a task, False for packed text."""
     return "labels_T" in self.rows[0]
 
   @classmethod

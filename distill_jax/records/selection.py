@@ -153,8 +153,10 @@ def _take_rows(table: jax.Array, rows_BCN: jax.Array) -> jax.Array:
 
 
 def max_over_shards(x: jax.Array, axis: MeshAxes) -> jax.Array:
+  """Returns the maximum over mesh axes inside shard_map; x itself if `axis` is None."""
   return x if axis is None else jax.lax.pmax(x, axis)
 
 
 def sum_over_shards(x: jax.Array, axis: MeshAxes) -> jax.Array:
+  """Returns the sum over mesh axes inside shard_map; x itself if `axis` is None."""
   return x if axis is None else jax.lax.psum(x, axis)

@@ -36,6 +36,7 @@ Version = tuple[int, int]  # size of a file, and time of its last change in nano
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
+  """Returns True for a URL."""
   return "://" in str(path)
 
 

@@ -69,6 +69,7 @@ class JsonlTask(Task):
     self.bad_examples()  # checks on_bad
 
   def bad_examples(self) -> BadExamples:
+    """Returns a new policy for examples that cannot be used."""
     return BadExamples(self.kind, self.on_bad)
 
   def document_source(self, split: str, field: str) -> DocumentSource:

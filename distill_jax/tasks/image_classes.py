@@ -89,6 +89,7 @@ class Task(_base.Task):
 
   @property
   def image_spec(self) -> ImageSpec:
+    """The required format of an image."""
     return ImageSpec(self.size, self.channels, self.resize)
 
   @functools.cached_property

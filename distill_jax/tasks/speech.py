@@ -81,6 +81,7 @@ class Task(JsonlTask, TextTask):
 
   @property
   def positions(self) -> int:
+    """Number of positions of the decoder: the prompt, except its last token, and the text."""
     return len(self.prompt) - 1 + self.max_tokens
 
   def open(self, split: str, pretrained: Pretrained | None) -> TranscribedSounds:

@@ -1,1 +1,1 @@
-"""The train step, its state, the loop around it, and what the loop reads and writes."""
+"""The training step, its state, the training loop, and the loop's inputs and outputs."""

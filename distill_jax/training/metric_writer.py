@@ -76,6 +76,7 @@ class MetricsWriter:
     self._last = step
 
   def close(self) -> None:
+    """Closes the files."""
     self._file.close()
     self._events.close()
 

@@ -146,6 +146,7 @@ class Profile:
       self.stop()
 
   def stop(self) -> None:
+    """Stops the trace if it is running."""
     if self._running:
       jax.profiler.stop_trace()
       self._running = False

@@ -108,10 +108,12 @@ class Step:
 
   @functools.cached_property
   def token_losses(self) -> dict[str, TokenLoss]:
+    """The losses that are computed from logits, by name."""
     return {name: fn for name, fn in self.losses.items() if isinstance(fn, TokenLoss)}
 
   @functools.cached_property
   def feature_losses(self) -> dict[str, FeatureLoss]:
+    """The losses that are computed from features, by name."""
     return {name: fn for name, fn in self.losses.items() if isinstance(fn, FeatureLoss)}
 
   @property
