@@ -16,7 +16,6 @@ Example:
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -33,9 +32,9 @@ from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.records import collate, import_logprobs, recorder, tap_features
 from distill_jax.records.options import RecordsOptions
-from distill_jax.records.recorder import Corpus, Record, Recorder
+from distill_jax.records.recorder import Corpus, Record, TeacherPass
 from distill_jax.records.shard_buffer import ShardBuffer
-from distill_jax.records.store import Store, Writer
+from distill_jax.records.store import Writer, unfinished_store
 from distill_jax.runtime import distributed, storage
 from distill_jax.runtime.progress import Progress
 from distill_jax.tasks import dataset
@@ -157,7 +156,7 @@ def dispatcher(
   keys, options = runs.keys(config.seed), config.records
   loaded = teacher.load(mesh, keys["teacher"])
   width = feature_width(options, teacher)
-  run = Recorder(options, loaded.compute, corpus.classes, corpus.first_class, width).jitted
+  run = TeacherPass(options, loaded.compute, corpus.classes, corpus.first_class, width).jitted
   where = sharding.batch_sharding(mesh)
   read = _reader(config)
   padding = {name: np.zeros_like(x) for name, x in corpus.rows[0].items()}
@@ -255,14 +254,7 @@ def _check(c: RecordsOptions, of_task: bool) -> None:
 
 def _check_same_corpus(writer: Writer, rows: Sequence[Record]) -> None:
   """Raises InputError if the finished shards in a folder were recorded from another corpus."""
-  finished = writer.finished()
-  shards = [finished[first] for first in sorted(finished)]
-  store = Store(writer.folder, dataclasses.replace(writer.manifest, shards=tuple(shards)))
-  for shard in shards:
+  store = unfinished_store(writer)
+  for shard in store.manifest.shards:
     last = shard.first + shard.count - 1
-    name = store.manifest.ids_name
-    if not np.array_equal(store[last][name], rows[last][name]):
-      raise InputError(
-        f"{writer.folder} was recorded from another corpus: sequence {last} differs. Choose "
-        "another --workdir."
-      )
+    recorder.check_same_row(store, last, rows[last])

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from distill_jax.errors import InputError, bad_value
@@ -93,13 +92,7 @@ def fused_loss(
     vocab_axis=vocab_axis,
   )
   batch = batch.replace(inputs=None, valid_BS=None)
-  mesh = jax.sharding.get_abstract_mesh()
-  if AxisType.Explicit in mesh.axis_types:
-    run = jax.sharding.auto_axes(run, out_sharding=P())
-    batch, label_count, weights, step = jax.tree.map(
-      jnp.asarray, (batch, label_count, dict(weights), step)
-    )
-  return run(hidden_BTD, head_VD, batch, label_count, weights, step)
+  return mesh_in_use.auto(run, P())(hidden_BTD, head_VD, batch, label_count, dict(weights), step)
 
 
 def logits_loss(

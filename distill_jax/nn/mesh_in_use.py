@@ -7,12 +7,15 @@ other libraries.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
-from jax.sharding import AxisType
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 from distill_jax.errors import InputError, bad_value
 from distill_jax.nn.sharding import MeshAxes, mesh_axis_names
+from distill_jax.types import PyTree
 
 
 def no_mesh() -> bool:
@@ -70,6 +73,22 @@ def divide(size: int, axes: MeshAxes, argument: str, name: str) -> None:
       f"{name} has size {size}, and {argument} {axes!r} spreads it over {ways} devices. Take a "
       f"multiple of {ways}, or other axes."
     )
+
+
+def auto(fn: Callable[..., PyTree], out_sharding: PartitionSpec) -> Callable[..., PyTree]:
+  """Returns the function as it runs on a mesh with Explicit axes too.
+
+  Args:
+    fn: A function that is written for Auto axes. It must not close over arrays.
+    out_sharding: How all its results are sharded.
+  """
+  if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+    return fn
+
+  def of_arrays(*args: PyTree) -> PyTree:
+    return jax.sharding.auto_axes(fn, out_sharding=out_sharding)(*jax.tree.map(jnp.asarray, args))
+
+  return of_arrays
 
 
 def manual_axes() -> tuple[str, ...]:

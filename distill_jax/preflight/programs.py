@@ -169,7 +169,7 @@ def _record(config: Config, mesh: Mesh) -> LoweredStep:
   by_rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   key = sharding.with_shardings(jax.eval_shape(jax.random.key, 0), replicated)
   index_B = jax.ShapeDtypeStruct((c.batch_size,), jnp.int32, sharding=by_rows)
-  run = recorder.Recorder(
+  run = recorder.TeacherPass(
     c, teacher.compute, manifest.vocab_size, first_class, _feature_width(config)
   )
   with jax.set_mesh(mesh):

@@ -9,20 +9,25 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from distill_jax.data.tokenizers import Tokenizer
+from distill_jax.errors import InputError
 from distill_jax.losses.features import FeatureSpec, flat_qkv
+from distill_jax.models import runs
+from distill_jax.nn import sharding
 from distill_jax.nn.layers import ComputeConfig
+from distill_jax.nn.sharding import MeshAxes
 from distill_jax.records import fields, sampler, tap_features, taps
 from distill_jax.records.fields import Record, RecordSpec
 from distill_jax.records.manifest import Manifest, Taps, format_of
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.sampler import SamplerSpec
+from distill_jax.records.store import Store
 from distill_jax.types import Batch, JsonObject, Model, Output
 
 TAPS_SEED = 0  # seed of the fixed projection, stored in the manifest
@@ -63,14 +68,62 @@ class Corpus:
     The digest covers only the first row, so that a corpus can grow. `commands/record.py` compares
     the other rows with the shards that are already written.
     """
-    total = hashlib.sha256()
-    for name in fields.TEXT:
-      total.update(np.ascontiguousarray(rows[0][name]).tobytes())
-    return cls(rows, positions, tokenizer.vocab_size, tokenizer.digest, total.hexdigest())
+    return cls(rows, positions, tokenizer.vocab_size, tokenizer.digest, text_digest(rows[0]))
+
+
+def sampling_key(seed: int) -> jax.Array:
+  """Returns the key of the sampling offsets of a run with this seed."""
+  return runs.keys(seed)["records"]
+
+
+def text_digest(first: Record) -> str:
+  """Returns the digest of a corpus of packed text, from its first row."""
+  total = hashlib.sha256()
+  for name in fields.TEXT:
+    total.update(np.ascontiguousarray(first[name]).tobytes())
+  return total.hexdigest()
+
+
+def predicted(
+  spec: SamplerSpec,
+  key: jax.Array,
+  index_B: jax.Array,
+  labels_BT: jax.Array,
+  *,
+  hidden_BTD: jax.Array | None = None,
+  head_VD: jax.Array | None = None,
+  logits_BTV: jax.Array | None = None,
+  chunk: int,
+  soft_cap: float | None = None,
+  batch_axes: tuple[str, ...] = sharding.BATCH,
+  vocab_axis: MeshAxes = sharding.VOCAB,
+) -> dict[str, jax.Array]:
+  """Returns what is stored of a teacher's distributions, by field, with the batch axis first.
+
+  Args:
+    spec: What is stored.
+    key: Key of the sampling offsets, which depend on it and on the row's number only.
+    index_B: Number of each row in the store, int32.
+    labels_BT: The token after each position.
+    hidden_BTD, head_VD: The teacher's hidden states after the final norm, and its unembedding; or
+    logits_BTV: its logits.
+    chunk, soft_cap, batch_axes, vocab_axis: See `sampler.summarise`.
+  """
+  T = labels_BT.shape[1]
+  u_BT = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (T,)))(index_B)
+  axes: Any = {"batch_axes": batch_axes, "vocab_axis": vocab_axis}
+  if logits_BTV is not None:
+    summary = sampler.summarise_logits(logits_BTV, labels_BT, u_BT, spec, chunk=chunk, **axes)
+  else:
+    assert hidden_BTD is not None and head_VD is not None
+    summary = sampler.summarise(
+      hidden_BTD, head_VD, labels_BT, u_BT, spec, chunk=chunk, soft_cap=soft_cap, **axes
+    )
+  return {f.device: summary[f.name] for f in fields.PREDICTED if f.name in summary}
 
 
 @dataclasses.dataclass(frozen=True)
-class Recorder:
+class TeacherPass:
   """Computes the targets to store from a teacher's outputs on a batch, on the device.
 
   Attributes:
@@ -103,23 +156,22 @@ class Recorder:
       batch: The rows, without targets.
       index_B: int32 index of each row in the store.
     """
-    c, T = self.options, batch.labels_BT.shape[1]
-    u_BT = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (T,)))(index_B)
+    c = self.options
     features = feature_spec(c)
     out: Output = model(batch.model_inputs, self.compute, features.taps)
     # Moves the rows of the head of other tasks to the end, where they count as padding.
     first = self.first_class
     head_VD = jnp.roll(out.head_VD, -first, 0) if first else out.head_VD
-    summary = sampler.summarise(
-      out.hidden_BTD,
-      head_VD,
-      batch.labels_BT,
-      u_BT,
+    targets = predicted(
       SamplerSpec.of(c, self.vocab_size),
+      key,
+      index_B,
+      batch.labels_BT,
+      hidden_BTD=out.hidden_BTD,
+      head_VD=head_VD,
       chunk=c.chunk,
       soft_cap=out.soft_cap,
     )
-    targets = {f.device: summary[f.name] for f in fields.PREDICTED if f.name in summary}
     if c.taps:
       kept = features.extract(model, out, batch.model_inputs, self.compute)
       flat = [kept.hidden[i] if i in kept.hidden else flat_qkv(kept.qkv[i]) for i in c.taps]
@@ -138,7 +190,7 @@ def local_records(rows: Sequence[Record], targets: Mapping[str, jax.Array]) -> l
 
   Args:
     rows: This process's rows of the batch, without padding.
-    targets: Targets of the global batch, from `Recorder.targets`.
+    targets: Targets of the global batch, from `TeacherPass.targets`.
   """
   recorded = (*fields.PREDICTED, *fields.TAPPED)
   local = {f.record: _local(targets[f.device]) for f in recorded if f.device in targets}
@@ -152,6 +204,16 @@ def local_records(rows: Sequence[Record], targets: Mapping[str, jax.Array]) -> l
 def _local(x_B: jax.Array) -> np.ndarray:
   parts = {s.index[0].start or 0: s for s in x_B.addressable_shards}  # one copy of replicas
   return np.concatenate([np.asarray(parts[start].data) for start in sorted(parts)])
+
+
+def check_same_row(store: Store, index: int, row: Record) -> None:
+  """Raises InputError if a recorded sequence is not the same as a row of this corpus."""
+  name = store.manifest.ids_name
+  if not np.array_equal(store[index][name], row[name]):
+    raise InputError(
+      f"{store.folder} was recorded from another corpus: sequence {index} differs. Choose another "
+      "folder."
+    )
 
 
 def overlap(fn: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[tuple[Part, Result]]:
@@ -212,7 +274,7 @@ def manifest_of(
     options: The options of `records`.
     corpus: The sequences to record.
     teacher: Name and digest of the teacher (ModelSource.identity); {} for kind "text".
-    feature_width: See `Recorder`.
+    feature_width: See `TeacherPass`.
   """
   planned = planned_manifest(
     options,
@@ -253,7 +315,7 @@ def planned_manifest(
     vocab_size: Number of tokens, or of classes of a task.
     sequences: Number of sequences.
     positions: Number of positions of a sequence, T.
-    feature_width: See `Recorder`.
+    feature_width: See `TeacherPass`.
     labels: True if the sequences are examples of a task.
   """
   c, stored_taps = options, None

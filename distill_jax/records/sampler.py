@@ -208,6 +208,41 @@ def of_logits(
   )(logits_BCV, labels_BC, u_BC)
 
 
+def summarise_logits(
+  logits_BTV: jax.Array,
+  labels_BT: jax.Array,
+  u_BT: jax.Array,
+  spec: SamplerSpec,
+  *,
+  chunk: int,
+  batch_axes: tuple[str, ...] = sharding.BATCH,
+  vocab_axis: MeshAxes = sharding.VOCAB,
+) -> dict[str, jax.Array]:
+  """Returns what `summarise` returns, from logits [B, T, V] that exist already.
+
+  Args:
+    logits_BTV: The teacher's logits, capped but not divided by the temperature.
+    labels_BT, u_BT, spec, chunk, batch_axes, vocab_axis: See `summarise`. `chunk` bounds the memory
+      that is needed beside the logits.
+  """
+
+  def summarise_chunk(carry: None, xs: tuple[jax.Array, ...]) -> tuple[None, dict[str, jax.Array]]:
+    logits_BCV, labels_BC, u_BC = xs
+    summary = of_logits(
+      logits_BCV.astype(jnp.float32),
+      labels_BC,
+      u_BC,
+      spec,
+      batch_axes=batch_axes,
+      vocab_axis=vocab_axis,
+    )
+    return carry, summary
+
+  xs = jax.tree.map(lambda x: chunks.split(x, chunk), (logits_BTV, labels_BT, u_BT))
+  _, out = jax.lax.scan(summarise_chunk, None, xs)
+  return jax.tree.map(lambda x: chunks.join(x, logits_BTV.shape[1]), out)
+
+
 def _of_logits(
   logits_BCV: jax.Array,
   labels_BC: jax.Array,

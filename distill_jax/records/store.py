@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable
@@ -143,6 +144,13 @@ class Store:
 
   def __reduce__(self):
     return Store, (self.folder, self.manifest)
+
+
+def unfinished_store(writer: Writer) -> Store:
+  """Returns a store of the shards that are finished, of one that is still written."""
+  finished = writer.finished()
+  shards = tuple(finished[first] for first in sorted(finished))
+  return Store(writer.folder, dataclasses.replace(writer.manifest, shards=shards))
 
 
 def open_store(folder: str | os.PathLike[str], expect: JsonObject | None = None) -> Store:

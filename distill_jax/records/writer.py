@@ -99,6 +99,20 @@ class Writer:
       found.save(self.folder)
     return found
 
+  def lengthen(self, total: int) -> None:
+    """Plans more sequences, as far as `total`, while the store is written.
+
+    Shards that are planned already stay as they are.
+    """
+    *before, last = self.manifest.extents
+    more = total - self.manifest.total
+    # Whole shards may belong to one extent: its ranges are then the same.
+    whole = last % self.manifest.sequences_per_shard == 0
+    extents = (*before, last + more) if whole else (*before, last, more)
+    with _writing(self.folder):
+      self.manifest = dataclasses.replace(self.manifest, extents=extents)
+      self.manifest.save(self.folder)
+
   def missing(self) -> list[range]:
     """Returns the ranges of sequences that this process still has to write, in order.
 

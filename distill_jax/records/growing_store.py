@@ -1,0 +1,129 @@
+"""Writing a store whose number of sequences need not be known before its end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from distill_jax.errors import InputError, bad_value
+from distill_jax.records import manifest as manifest_lib
+from distill_jax.records import recorder
+from distill_jax.records.fields import Record
+from distill_jax.records.manifest import Manifest
+from distill_jax.records.store import Store, Writer, unfinished_store
+
+
+class GrowingStore:
+  """Writes records in order, each shard in the background once it is full; resumes.
+
+  Args:
+    folder: The folder of the store.
+    manifest: The manifest without corpus and extents, which are those of the records.
+    sequences: Number of records in all; None if it is not known.
+  """
+
+  def __init__(self, folder: Path, manifest: Manifest, sequences: int | None):
+    self._folder, self._manifest, self._sequences = folder, manifest, sequences
+    self._writer: Writer | None = None
+    self._found: Store | None = None  # the shards that earlier runs have finished
+    self._background = ThreadPoolExecutor(1)
+    self._writing: Future[Any] | None = None
+    self._shard: list[Record] = []  # the records of the shard that is being filled
+    self._added = 0
+
+  def stored(self, first: int, rows: Sequence[Record]) -> list[bool]:
+    """Returns which rows are stored already by earlier runs.
+
+    Args:
+      first: Number of the first row.
+      rows: Rows, with or without targets.
+
+    Raises:
+      InputError: Other rows are stored, or there are more rows than planned.
+    """
+    past = first + len(rows)
+    if self._sequences is not None and past > self._sequences:
+      expected = f"at least the number of rows that are added, {past}"
+      raise bad_value("sequences", self._sequences, expected, "Raise it")
+    if self._writer is None and (self._folder / manifest_lib.NAME).exists():
+      self._open(rows[0], manifest_lib.load(self._folder).total)
+    if self._found is None:
+      return [False] * len(rows)
+    shards = [range(s.first, s.first + s.count) for s in self._found.manifest.shards]
+    for shard in shards:
+      if shard[-1] in range(first, past):
+        recorder.check_same_row(self._found, shard[-1], rows[shard[-1] - first])
+    return [any(i in shard for shard in shards) for i in range(first, past)]
+
+  def add(self, records: Sequence[Record]) -> None:
+    """Adds records. Those that are stored already need no targets."""
+    for record in records:
+      if self._writer is None and self._sequences is not None:
+        self._open(record, self._sequences)
+      first = self._added - len(self._shard)
+      self._shard.append(record)
+      self._added += 1
+      if self._added == self._end_of_shard(first):
+        self._write_shard()
+
+  def finish(self) -> Manifest:
+    """Writes the last shard and completes the store.
+
+    Raises:
+      InputError: There are fewer records than planned, or none.
+    """
+    if self._sequences is not None and self._added < self._sequences:
+      expected = f"the number of rows that were added, {self._added}"
+      raise bad_value("sequences", self._sequences, expected, "Add the other rows")
+    if self._shard:
+      self._write_shard()
+    self._wait()
+    if self._writer is None:
+      raise InputError("No rows were added. Call add with rows and the teacher's outputs.")
+    if (done := self._writer.complete()) is None:
+      raise InputError(
+        f"{self._folder} holds more rows than the {self._added} that were added. Add all of them."
+      )
+    return done
+
+  def close(self) -> None:
+    """Waits for the shard that is being written and releases the folder."""
+    self._background.shutdown()
+    if self._writer is not None:
+      self._writer.close()
+
+  def _open(self, first_row: Record, total: int) -> Writer:
+    """Opens the writer, once the first row is known."""
+    manifest = dataclasses.replace(
+      self._manifest,
+      corpus=recorder.text_digest(first_row),
+      extents=(self._sequences or total,),
+    )
+    self._writer = Writer(self._folder, manifest)
+    self._found = unfinished_store(self._writer)
+    return self._writer
+
+  def _end_of_shard(self, first: int) -> int:
+    """Returns the number after the last record of the shard that begins with record `first`."""
+    ranges = self._writer.manifest.ranges if self._writer else []
+    planned = {r.start: r.stop for r in ranges}
+    return planned.get(first, first + self._manifest.sequences_per_shard)
+
+  def _write_shard(self) -> None:
+    """Starts to write the records in `_shard`, if they are not stored already."""
+    records, self._shard = self._shard, []
+    rows = range(self._added - len(records), self._added)
+    self._wait()
+    writer = self._writer or self._open(records[0], len(records))
+    if rows.stop > writer.manifest.total:
+      writer.lengthen(rows.stop)
+    if rows.start not in writer.finished():
+      self._writing = self._background.submit(writer.write_shard, rows, records)
+
+  def _wait(self) -> None:
+    if self._writing is not None:
+      self._writing.result()
+      self._writing = None
