@@ -55,7 +55,6 @@ DIALECT_PATTERNS = [(re.compile(rf"\b({p})\b", re.I), plain) for p, plain in DIA
 PENDING: tuple[str, ...] = (
   "distill_jax/generation/",
   "distill_jax/records/",
-  "tools/bench/",
 )
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, on shapes that take no time: ../tools/bench/."""
+"""The computations of the benchmarks in tools/bench, on tiny shapes."""
 
 import importlib.util
 import json
@@ -39,7 +39,7 @@ V, D, T = 90, 12, 32
 
 @pytest.fixture(scope="module")
 def case():
-  """(rows, batch, teacher, student): two sequences, dense targets with random numbers."""
+  """Returns (rows, batch, teacher, student): two sequences, with random dense targets."""
   rng = np.random.default_rng(0)
   rows = []
   for _ in range(2):
@@ -67,7 +67,7 @@ def probabilities(targets):
 
 
 def kind_gradients(case, kind, k=None):
-  """(hidden, head) of a rival's loss, with its k likeliest entries."""
+  """Returns the gradients (hidden, head) of one of the other losses with k entries."""
   _, batch, teacher, student = case
   targets, _ = fidelity.rival_targets(kind, fidelity.rivals(teacher, 8, seed=0))
   k = k or targets.ids_BTK.shape[-1]
@@ -79,7 +79,7 @@ def kind_gradients(case, kind, k=None):
 
 
 def by_hand(case, kind, k):
-  """The same in float64 from the logits' gradients, q - p as each rival means them."""
+  """Returns the same gradients in float64, from q - p as described for each kind."""
   _, batch, teacher, student = case
   p, q = probabilities(teacher), probabilities(student)
   top = np.argsort(-p, -1)[..., :k]
@@ -101,7 +101,7 @@ def by_hand(case, kind, k):
 
 @pytest.mark.parametrize("kind", ["topk64_both", "topk64_teacher", "topk16_bucket"])
 @pytest.mark.parametrize("k", [3, 16])
-def test_rivals_are_what_they_are_described_as(case, kind, k):
+def test_other_kinds_agree_with_their_descriptions(case, kind, k):
   for found, want in zip(kind_gradients(case, kind, k), by_hand(case, kind, k), strict=True):
     np.testing.assert_allclose(found, want, atol=2e-6)
 
@@ -115,7 +115,7 @@ def exact_gradients(case):
 
 
 @pytest.mark.parametrize("kind", ["topk64_both", "topk64_teacher", "topk16_bucket"])
-def test_everything_stored_is_the_full_distribution(case, kind, monkeypatch):
+def test_a_record_of_all_tokens_gives_the_full_gradient(case, kind, monkeypatch):
   monkeypatch.setattr(fidelity, "KINDS", {**fidelity.KINDS, "topk64_both": V, kind: V})
   for found, want in zip(kind_gradients(case, kind), exact_gradients(case), strict=True):
     angle, ratio = fidelity.angle_and_ratio(found, want)
@@ -123,7 +123,7 @@ def test_everything_stored_is_the_full_distribution(case, kind, monkeypatch):
     assert ratio == pytest.approx(1, abs=1e-4)
 
 
-def test_renormalising_both_sides_turns_the_gradient(case):
+def test_renormalising_both_sides_rotates_the_gradient(case):
   exact = exact_gradients(case)
   for k, least in ((3, 20), (30, 2)):
     both = kind_gradients(case, "topk64_both", k)
@@ -153,7 +153,7 @@ def test_independent_draws_follow_p(case):
   assert np.all(np.abs(counts - ids.size * p) < 5 * np.sqrt(ids.size * p * (1 - p)) + 5)
 
 
-def test_every_figure_of_every_kind(case, monkeypatch):
+def test_all_figures_of_all_kinds(case, monkeypatch):
   monkeypatch.setattr(fidelity, "COPIES", 16)
   figures = fidelity.measure(*case, chunk=8)
   assert list(figures) == [
@@ -183,7 +183,7 @@ def test_every_figure_of_every_kind(case, monkeypatch):
   assert "sampled_63" in fidelity.table("maths", 1.0, figures)
 
 
-def test_entries_are_the_distinct_ids(case):
+def test_entries_are_distinct_ids(case):
   rows, batch, teacher, _ = case
   targets, records, entries = fidelity.sampled(batch, rows, teacher, 63, chunk=8)
   mask = batch.mask_BT
@@ -194,7 +194,7 @@ def test_entries_are_the_distinct_ids(case):
   assert counted.tolist() == [[3]]
 
 
-def test_rivals_bytes(case):
+def test_bytes_of_other_kinds(case):
   _, batch, teacher, _ = case
   said = fidelity.rivals(teacher, 8, seed=0)
   record = tf_example_pb2.Example.FromString(fidelity.maxtext_example(batch, said, 1))
@@ -220,17 +220,18 @@ def test_without_the_maths_package(monkeypatch, capsys):
   assert "pip install --no-deps" in capsys.readouterr().err
 
 
-def test_positions_are_whole_rows(tmp_path):
+def test_positions_are_complete_rows(tmp_path):
   letters = tokenizers.load_tokenizer(tiny.write_tokenizer(tmp_path / "tokenizer.json"))
   rows = fidelity.sequences("abcdefgh" * 9, letters, 64, 16)
   tokens = np.stack([row["tokens_T"] for row in rows])
   np.testing.assert_array_equal(tokens, [letters.encode("abcdefgh" * 2)] * 4)
-  for positions, found in ((40, "no whole rows"), (8, "no whole rows"), (80, "shorter than 80")):
+  whole = "expected a multiple of --seq_len"
+  for positions, found in ((40, whole), (8, whole), (80, "shorter than 80")):
     with pytest.raises(InputError, match=found):
       fidelity.sequences("abcdefgh" * 9, letters, positions, 16)
 
 
-def test_overhead_records_whole_shards(tmp_path):
+def test_overhead_records_complete_shards(tmp_path):
   c = tiny.tiny(tmp_path)
   c.teacher.source, c.teacher.shape = "", "tiny"
   c.data.sequences = c.records.sequences_per_shard = 8

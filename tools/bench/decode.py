@@ -1,17 +1,17 @@
-"""Decoding beside transformers' `generate`, of the same model on the same cores.
+"""Compares the speed of decoding with `generate` of transformers, on the same model and cores.
 
   python tools/bench/decode.py [--rounds=3] [--batch=32] [--prompt=64] [--new=64]
 
-SmolLM2-135M from its package, float32, greedy with the end of text ignored, so that both make
-the same number of tokens: 32 prompts of 64 tokens (the first of Python's own reference topics),
-64 new tokens each, prompts read included. Each contestant runs in a process of its own, by
-turns, its first run untimed (it compiles); torch has as many threads as there are cores.
-Ours runs as `generate` runs it, with the defaults of config.Generate: finished texts are
-looked for and rows refilled. `speedup_over_transformers` is the median over rounds of our
-tokens a second over theirs, `same_tokens` the share of tokens that both chose alike. The last
-line is one JSON object. Only an otherwise idle machine tells anything: with other work on the
-cores torch's threads wait for each other, and its rate falls to a tenth (seen); `load_before`,
-the load average at the start, says whether it was idle.
+The model is SmolLM2-135M from its package, in float32. Decoding is greedy and does not stop at the
+end of text, so that both generate the same number of tokens: 64 for each of 32 prompts with 64
+tokens (from Python's reference topics). The time includes reading the prompts. Each side runs in a
+separate process, in turn, and its first run is not timed, because it compiles. torch has one thread
+per core. Our side runs as in `generate`, with the default settings. `speedup_over_transformers` is
+the median over rounds of the ratio of tokens per second; `same_tokens` is the share of equal
+tokens. The last line is a JSON object.
+
+The results are only valid on an idle machine: with other work, the threads of torch wait for each
+other, and its speed can fall to a tenth. `load_before` is the load average at the start.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CORES = len(os.sched_getaffinity(0))
 
 
 def prepare(folder: Path, batch: int, length: int) -> None:
-  """The model as a float32 folder, which both read, and the prompts."""
+  """Writes the model as a float32 folder, which both sides read, and the prompts."""
   import jax
 
   from distill_jax.data import corpus, sources

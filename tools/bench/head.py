@@ -1,24 +1,23 @@
-"""The fused head beside materialised logits: value and gradient, memory and time.
+"""Compares the fused head with materialised logits: memory and time of the loss and its gradient.
 
   python tools/bench/head.py [--rounds=5] [--cases=d256,d1024,online,length]
 
-V=151,936, 2 sequences of 512 tokens, float32; hard labels and 63 sampled targets a token
-(`online`: a teacher's hidden states and head instead, D=256). The gradient is with respect
-to the hidden states and the head. Every round runs, in an order that changes,
+There are 2 sequences of 512 tokens, V=151,936, in float32, with hard labels and 63 sampled targets
+per token (for `online`: the hidden states and head of a teacher, D=256). Gradients are with respect
+to the hidden states and the head. Every round runs, in varying order:
 
-  fused          head.loss over losses kd and ce, as the training step calls it;
-  textbook       logits [B, T, V], kd from jax.nn.log_softmax, ce as optax has it;
-  one_softmax    the same from a single log_softmax, for both losses;
+  fused          fused_head.loss with the losses kd and ce, as in the training step;
+  textbook       logits [B, T, V], kd from jax.nn.log_softmax, ce from optax;
+  one_softmax    the same with a single log_softmax for both losses;
   same_losses    our kd and ce on logits [B, T, V];
-  products       the three matrix products alone, on all positions at once: what no head
-                 that has a gradient can do without.
+  products       only the three matrix products, on all positions at once, which every head with a
+                 gradient needs.
 
-The rivals go through plain jax.value_and_grad. `time_ratio` is the median over rounds
-of fused / textbook, wall clock, and `temp_ratio` the same of the temporaries that
-memory_analysis() counts; of the two D the worse one. `RIVAL.time_ratio` and so on stand
-beside them. `length.T=N.temp_bytes`: temporaries of the fused head by sequence length; what
-grows is a copy of the hidden states and their gradient, cut into chunks. The last line is
-one JSON object.
+The others than fused use jax.value_and_grad. `time_ratio` is the median over rounds of fused /
+textbook, wall clock. `temp_ratio` is the ratio of the temporaries from memory_analysis(). Both are
+the maximum over the two D. `NAME.time_ratio` and `NAME.temp_ratio` compare with the other variants.
+`length.T=N.temp_bytes` are the temporaries of the fused head by sequence length; they grow by a
+copy of the hidden states and their gradient. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ from distill_jax.types import Batch, Mean
 
 B, T, V, POINTS = 2, 512, 151_936, 63
 SOFT, HARD = 0.7, 0.3
-# (D, kind of targets, positions of each sequence at once)
+# Case: (D, kind of targets, positions of each sequence per chunk).
 CASES = {"d256": (256, "sampled", 86), "d1024": (1024, "sampled", 86), "online": (256, "dense", 64)}
 RIVALS = ("textbook", "one_softmax", "same_losses")
 
 
 def problem(D: int, kind: str, T: int = T) -> tuple[jax.Array, jax.Array, Batch]:
-  """Hidden states, a head that makes logits of about unit size, labels and targets."""
+  """Returns hidden states, a head that gives logits of about unit size, and a batch."""
   keys = jax.random.split(jax.random.key(0), 7)
   hidden_BTD = jax.random.normal(keys[0], (B, T, D))
 
@@ -69,7 +68,7 @@ def problem(D: int, kind: str, T: int = T) -> tuple[jax.Array, jax.Array, Batch]
 
 
 def ours(logits_BCV: jax.Array, batch: Batch, count: float) -> tuple[jax.Array, dict]:
-  """As step.Step adds them up, without the metrics beside."""
+  """Returns the weighted sum of the losses as in step.Step, without metrics."""
   total = jnp.zeros(())
   for weight, loss in ((SOFT, kd.Loss()), (HARD, ce.Loss())):
     mean = Mean.of(loss.token_loss(logits_BCV, batch, jnp.zeros((), jnp.int32)), batch.mask_BT)
@@ -78,7 +77,7 @@ def ours(logits_BCV: jax.Array, batch: Batch, count: float) -> tuple[jax.Array, 
 
 
 def textbook(logits_BTV: jax.Array, batch: Batch, one_softmax: bool) -> jax.Array:
-  """What is commonly written down: mean of kd and ce from log-probabilities of all tokens."""
+  """Returns the mean of kd and ce, computed from the log-probabilities of all tokens."""
   logq_BTV = jax.nn.log_softmax(logits_BTV)
   t = batch.targets["teacher"]
   if isinstance(t, DenseTargets):
@@ -96,7 +95,7 @@ def textbook(logits_BTV: jax.Array, batch: Batch, one_softmax: bool) -> jax.Arra
 
 
 def programs(args: tuple, chunk: int) -> dict[str, Any]:
-  """Every contestant, compiled for the same arguments."""
+  """Returns all variants, compiled for the same arguments."""
 
   def fused(hidden, rows, batch):
     fn = functools.partial(ours, count=batch.mask_BT.size)
@@ -108,7 +107,7 @@ def programs(args: tuple, chunk: int) -> dict[str, Any]:
     )
 
   def products(hidden, rows, batch):
-    """Logits, and both gradients of half their squared length: nothing but products."""
+    """Returns a logit, and both gradients of half the squared norm of all logits."""
     del batch
     z_BTV = jnp.einsum("BTD,VD->BTV", hidden, rows, preferred_element_type=jnp.float32)
     grads = jnp.einsum("BTV,VD->BTD", z_BTV, rows), jnp.einsum("BTV,BTD->VD", z_BTV, hidden)
@@ -133,7 +132,7 @@ def temporaries(program: Any) -> int:
 
 
 def check(programs: dict[str, Any], args: tuple) -> None:
-  """All contestants find the same loss and gradients."""
+  """Checks that all variants return the same loss and gradients."""
   (want, grads) = jax.device_get(programs["fused"](*args))
   for name in RIVALS:
     value, got = jax.device_get(programs[name](*args))
@@ -146,7 +145,7 @@ def measure(name: str, rounds: int) -> dict[str, float]:
   D, kind, chunk = CASES[name]
   args = problem(D, kind)
   made = programs(args, chunk)
-  check(made, args)  # and warms up
+  check(made, args)  # also warms up
   seconds: dict[str, list[float]] = {n: [] for n in made}
   order = list(made)
   for i in range(rounds):
@@ -166,7 +165,7 @@ def measure(name: str, rounds: int) -> dict[str, float]:
 
 
 def lengths(chunk: int = 64) -> dict[str, float]:
-  """Temporaries alone, so nothing is run."""
+  """Returns the temporaries by sequence length. The programs are compiled but not run."""
   out = {}
   for n in (512, 1024, 2048, 4096):
     args = jax.eval_shape(lambda n=n: problem(256, "sampled", n))

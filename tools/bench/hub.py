@@ -1,14 +1,14 @@
-"""Import and export beside transformers' own load and save, of the same model.
+"""Compares import and export with load and save of transformers, for the same model.
 
   python tools/bench/hub.py [--layers=16] [--rounds=3] [--folder=DIR]
 
-A llama of width 2,048 in bfloat16 with random weights (16 layers: 1.2 billion parameters, 2.4
-GB), written once as a sharded folder. Every contestant runs in a process of its own, in turn,
-round after round; the files are in the page cache for all of them. Import is from folder to
-parameters ready to compute with, in bfloat16; export from parameters to a synced folder.
-`*_ratio_to_transformers` is our rate over theirs, median over rounds: above 1 we are faster.
-`*_peak_extra_bytes` is the peak of resident memory above what the process held before and
-the bytes of the parameters; mapped files count. The last line is one JSON object.
+The model is a llama of width 2,048 in bfloat16 with random weights (16 layers: 1.2 billion
+parameters, 2.4 GB), written once as a folder with several shards. Each side runs in a separate
+process, in turn; for both, the files are in the page cache. Import ends when the bfloat16
+parameters can be used, export when the folder is synced to disk. `*_ratio_to_transformers` is our
+speed over theirs, the median over rounds. `*_peak_extra_bytes` is the peak of resident memory in
+addition to the memory at the start and the parameters; mapped files count. The last line is a JSON
+object.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def memory(field: str) -> int:
 
 
 class Measured:
-  """Seconds, and the peak of resident memory above that at the start."""
+  """A context manager that measures seconds and the increase of peak resident memory."""
 
   def __enter__(self):
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     self.before, self._start = memory("VmRSS"), time.perf_counter()
     return self
 
@@ -109,7 +109,7 @@ def theirs(source: Path, target: Path) -> tuple[Measured, Measured]:
 
   with Measured() as read:
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    for p in model.parameters():  # mapped until they are used; ours are there
+    for p in model.parameters():  # reads the weights, which are mapped files
       p.data = p.data.clone()
   with Measured() as wrote:
     model.save_pretrained(target, max_shard_size="5GB")
@@ -135,7 +135,7 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--layers", type=int, default=16)
   parser.add_argument("--rounds", type=int, default=3)
-  parser.add_argument("--folder", help="where the files go; a temporary folder by default")
+  parser.add_argument("--folder", help="the folder for the files; default: a temporary folder")
   parser.add_argument("--contest", nargs=3, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.contest:
@@ -154,7 +154,7 @@ def main() -> None:
         shutil.rmtree(target)
   figures: dict[str, float] = {"gigabytes": size / 1e9}
   for what in ("import", "export"):
-    # Import makes the parameters, whose bytes are no extra.
+    # The bytes of the parameters themselves are not counted for the import.
     made = size if what == "import" else 0
     for name in CONTESTANTS:
       seconds = statistics.median(r[f"{what}.seconds"] for r in rows[name])

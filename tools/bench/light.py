@@ -1,20 +1,27 @@
-"""What lighter students of SmolLM2-135M cost in quality after the same short distillation.
+"""Compares the quality of lighter students of SmolLM2-135M after the same short distillation.
 
   python tools/bench/light.py --workdir=/tmp/light [--steps=20] [--sequences=24] [--seq_len=128]
     [--rows=depth,grouped,…] [--small]
 
-Rows: half of the layers (depth), by influence, beside as many different ones used twice, one after
-another (grouped) or all of them again (cyclic), and both with each layer's own difference of rank
-16; windows of 64 positions in three layers of four; one key/value head of three by merging; and the
-teacher decoding with its cache in int8. The students learn from the same records for the same
-steps at the same rate. `ce` is nats a token on held-out topics of Python's language reference,
-`ce_before` before training; `parameters` are those that are trained, `cache_bytes` what a server
-keeps of a text of 4,096 tokens (bfloat16, but int8 where it says so).
+The students are:
 
-A line of JSON a row, as each is finished, and again on the next run, which goes on where this one
-was stopped. --small checks that the script runs: two rows, two sequences, two steps.
+  depth                     half of the layers, chosen by influence
+  grouped, cyclic           the same number of shared layers, each used twice: in adjacent layers,
+                            or all of them and then all again
+  …_deltas                  the same with a difference of rank 16 for each layer
+  window                    windows of 64 positions in three of four layers
+  one_kv_head               three key/value heads merged into one
+  int8_cache                the teacher itself, with an int8 KV cache
 
-Seen with the defaults, where the teacher has 3.35 nats:
+All are trained on the same records for the same steps at the same rate. `ce` is the cross-entropy
+after training, in nats per token on held-out topics of Python's language reference, and `ce_before`
+is the one before. `parameters` are trained parameters; `cache_bytes` is the KV cache for a text of
+4,096 tokens (bfloat16, or int8 for int8_cache).
+
+The script prints one line of JSON per row. If it was interrupted, the same command resumes it.
+--small checks that the script runs: two rows, two sequences, two steps.
+
+Results with the defaults (cross-entropy of the teacher: 3.35):
 
   | row            | parameters trained | cache bytes | ce before | ce after |
   |----------------|--------------------|-------------|-----------|----------|
@@ -27,10 +34,10 @@ Seen with the defaults, where the teacher has 3.35 nats:
   | one_kv_head    | 130.1 M            | 31.5 MB     | 9.81      | 6.99     |
   | int8_cache     | none               | 50.1 MB     | 3.879     | 3.880    |
 
-At equal parameters and after so few steps, layers that are the mean of two are far behind half of
-the layers as they were. Windows and an int8 cache are nearly free (the last row reads the packed
-documents as one text, so its number is another; 97.9% of the top tokens are the same); three
-heads' keys and values merged into one are not, for a model that had only three.
+With the same number of parameters and few steps, means of two layers are far worse than half of the
+layers. Windows and an int8 cache cost almost no quality. (The last row reads packed documents as
+one text, so its cross-entropy is not comparable; 97.9% of the top tokens are the same.) Merging the
+three key/value heads into one costs much quality.
 """
 
 from __future__ import annotations
@@ -80,6 +87,7 @@ SMALL = {"rows": "grouped_deltas,int8_cache", "steps": 2, "sequences": 2, "seq_l
 
 
 def config_of(args: argparse.Namespace) -> Config:
+  """Returns the config that all rows share."""
   c = configs.base()
   c.teacher.source = TEACHER
   c.data.kind, c.data.seq_len, c.data.sequences = "pydoc", args.seq_len, args.sequences
@@ -95,11 +103,11 @@ def config_of(args: argparse.Namespace) -> Config:
 
 
 def distilled(config: Config, teacher: MeasuredTeacher, name: str, folder: Path) -> dict[str, Any]:
-  """One student made and trained, as a row."""
+  """Makes and trains a student; returns its row."""
   shrink, share = ROWS[name]
   model = folder / "model"
   if shrink is not None:
-    shutil.rmtree(model, ignore_errors=True)  # what is there was cut off before it was scored
+    shutil.rmtree(model, ignore_errors=True)  # left by an interrupted command
     teacher.make(dataclasses.replace(shrink, sequences=config.shrink.sequences), model, False)
   student = StudentOptions(
     source=str(model) if shrink is not None else TEACHER,
@@ -131,10 +139,9 @@ def cross_entropy(teacher: MeasuredTeacher, spec: StudentOptions) -> float:
 
 
 def decoded(teacher: MeasuredTeacher) -> dict[str, Any]:
-  """The teacher's text read through a cache of its own, and one in int8: each position after
-  those before it, as they are kept."""
+  """Returns the row of the teacher with an int8 cache, compared with its default cache."""
   compute, key = ComputeConfig(), runs.keys(teacher.config.seed)["teacher"]
-  with jax.set_mesh(teacher.mesh):  # another one, as it is taken apart
+  with jax.set_mesh(teacher.mesh):  # a second model, because unroll takes it apart
     model = unroll(teacher.source.load(teacher.mesh, key).model, compute)
   means: dict[str, list[Mean]] = {"": [], "int8": [], "same": []}
 
@@ -166,6 +173,7 @@ def decoded(teacher: MeasuredTeacher) -> dict[str, Any]:
 
 
 def rows(config: Config, names: list[str], workdir: Path) -> Iterator[dict[str, Any]]:
+  """Yields the rows; finished ones are read from the workdir."""
   record.run(config, workdir / "records")
   teacher = MeasuredTeacher(config)
   for name in names:
@@ -190,7 +198,7 @@ def main() -> None:
   for key, value in SMALL.items() if args.small else ():
     setattr(args, key, value)
   config = config_of(args)
-  with Workdir(args.workdir, config):  # one process; and never another config's results
+  with Workdir(args.workdir, config):  # one process at a time, and always the same config
     for row in rows(config, args.rows.split(","), args.workdir):
       print(json.dumps(row), flush=True)
 

@@ -1,15 +1,14 @@
-"""The loader's tokens a second, beside what a training step needs.
+"""Compares the loader's tokens per second with those of a training step.
 
   python tools/bench/loader.py [--sequences=64] [--seq_len=4096] [--seconds=10]
 
-A store of sampled records as records_io.py makes it (63 points, vocabulary 151,936); batches
-come from loader.py as loop.py asks for them, shuffled, read, decoded and collated, and
-are put on the device. In turn with it, round after round, runs one CPU training step of a
-12-layer SmolLM2 (step.py's records step). `loader_over_step` is how many times what that step
-needs the loader gives. `loader_over_v5p_host` is the same of a host of four v5p chips that
-train a 7-billion-parameter student at half of 459 bfloat16 TFLOP/s a chip (Google Cloud's
-published peak), at 6 FLOPs a parameter and token: 21,857 tokens a second. That host has 208
-vCPUs and this figure is from the cores here. The last line is one JSON object.
+The store has sampled records (63 points, vocabulary 151,936; see records_io.py). Batches are
+shuffled, read, decoded, collated and put on the device, as in training. In turn with the loader, a
+training step of a 12-layer SmolLM2 runs on the CPU (the records step of step.py).
+`loader_over_step` is the ratio of the speeds. `loader_over_v5p_host` compares with a host of four
+v5p chips that train a student with 7 billion parameters at half of the published peak, 459 bfloat16
+TFLOP/s per chip, with 6 FLOPs per parameter and token: 21,857 tokens per second. That host has 208
+vCPUs, but the loader is measured on the cores of this machine. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ from distill_jax.records.store import open_store
 from distill_jax.training import loader
 
 V5P_FLOPS, CHIPS, STUDENT = 459e12, 4, 7e9
-V5P_HOST = 0.5 * V5P_FLOPS * CHIPS / (6 * STUDENT)  # tokens a second
+V5P_HOST = 0.5 * V5P_FLOPS * CHIPS / (6 * STUDENT)  # tokens per second
 
 
 def load(stores: list, seconds: float, batch_size: int = 8) -> float:
-  """Tokens a second over a while, after the first batch."""
+  """Returns the loader's tokens per second, without the first batch."""
   where = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1]))
   batches = loader.batches(stores, batch_size=batch_size, seed=0)
   first = collate.to_device(next(batches), where)

@@ -1,20 +1,19 @@
-"""By modality: a step on records beside one with an online teacher, and whether data keeps up.
+"""Compares steps on records with steps with an online teacher, and with the loader, by modality.
 
   python tools/bench/modalities.py [images …] [--rounds=10] [--seconds=5] [--small]
 
-A modality is a function below: it writes made-up data into a folder and returns the config of a
-task, a teacher and a student. The rest is what record and train do: the teacher (random weights)
-is recorded, both steps are compiled and run by turns, and the loader is read for a while as
-training reads it, augmentations included, but for the step. In the last line, one JSON object,
-each figure has its modality before it:
+Each modality is a function below, which writes random data into a folder and returns the config of
+a task, a teacher and a student. The teacher (with random weights) is recorded, both steps are
+compiled and run in turn, and batches are loaded as in training, with augmentations. The last line
+is a JSON object, in which the name of the modality is a prefix of each key:
 
-  records_seconds, online_seconds  medians of a step, wall clock
-  online_over_records              the median of their ratio, round by round
-  examples_per_second              of the loader
-  loader_over_step                 how many times what the step on records needs that is
-  bytes_per_example                of the store
+  records_seconds, online_seconds  seconds per step (median), wall clock
+  online_over_records              ratio of the two, the median over rounds
+  examples_per_second              speed of the loader
+  loader_over_step                 speed of the loader over the speed of the step on records
+  bytes_per_example                size of the store
 
-Seen on two cores with other work beside, 6 rounds:
+Results on two busy cores, 6 rounds:
 
   |                       | texts | images | captions | translation | speech |
   |-----------------------|-------|--------|----------|-------------|--------|
@@ -56,7 +55,7 @@ from distill_jax.training import loop, state, stores
 
 
 def images(folder: Path, small: bool) -> ml_collections.ConfigDict:
-  """28 x 28 grey: a ViT of 2.7 M parameters teaches one of 0.1 M; shifted and mirrored."""
+  """Grey images of 28 x 28, shifted and mirrored: a ViT of 2.7 M parameters, a student of 0.1 M."""
   c = config.base()
   n, size = (64, 12) if small else (4_096, 28)
   rng = np.random.default_rng(0)
@@ -96,7 +95,7 @@ def images(folder: Path, small: bool) -> ml_collections.ConfigDict:
 
 
 def words(folder: Path, count: int) -> str:
-  """A tokenizer of so many words, w0 and so on, and T5's special tokens behind them."""
+  """Writes a tokenizer with the words w0, w1, … and T5's special tokens; returns its path."""
   made = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(count)}, "w0"))
   made.pre_tokenizer = pre_tokenizers.Whitespace()
   made.add_special_tokens(["<pad>", "</s>"])
@@ -118,7 +117,7 @@ def random_words(rng: np.random.Generator, count: int, length: int) -> str:
 
 
 def texts(folder: Path, small: bool) -> ml_collections.ConfigDict:
-  """Texts of up to 31 words in four classes: a BERT of MiniLM's shape teaches two such layers."""
+  """Texts of up to 31 words in four classes: a BERT with MiniLM's shape, a student of 2 layers."""
   c, rng = config.base(), np.random.default_rng(0)
   n, count, length = (64, 50, 8) if small else (2_048, 30_000, 32)
   lines = [
@@ -144,7 +143,7 @@ def texts(folder: Path, small: bool) -> ml_collections.ConfigDict:
 
 
 def translation(folder: Path, small: bool) -> ml_collections.ConfigDict:
-  """Pairs of up to 31 words of 8,000: a T5 of 10 M parameters teaches one of 2 M."""
+  """Pairs of up to 31 words, vocabulary 8,000: a T5 of 10 M parameters, a student of 2 M."""
   c, rng = config.base(), np.random.default_rng(0)
   n, count, length = (32, 50, 8) if small else (4_096, 8_000, 32)
   pairs = [
@@ -179,7 +178,7 @@ def translation(folder: Path, small: bool) -> ml_collections.ConfigDict:
 
 
 def speech(folder: Path, small: bool) -> ml_collections.ConfigDict:
-  """Noises of up to 6 seconds: Whisper of tiny.en's shape teaches one of half its decoder."""
+  """Noise of up to 6 seconds: a Whisper with tiny.en's shape, a student of half its decoder."""
   c, rng = config.base(), np.random.default_rng(0)
   n, count, frames = (8, 50, 32) if small else (64, 51_862, 600)
   lines = []
@@ -188,13 +187,13 @@ def speech(folder: Path, small: bool) -> ml_collections.ConfigDict:
     with wave.open(str(folder / f"{i}.wav"), "wb") as f:
       f.setnchannels(1)
       f.setsampwidth(2)
-      f.setframerate(8_000)  # brought to 16 kHz as it is read
+      f.setframerate(8_000)  # resampled to 16 kHz on reading
       f.writeframes(samples.tobytes())
     lines.append({"audio": f"{i}.wav", "text": random_words(rng, count, 16)})
-  (folder / "said.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  c.tasks.said = config.task(
+  (folder / "speech.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  c.tasks.speech = config.task(
     "speech",
-    path=str(folder / "said.jsonl"),
+    path=str(folder / "speech.jsonl"),
     heldout_fraction=0.0,
     frames=frames,
     bins=8 if small else 80,
@@ -214,19 +213,19 @@ def speech(folder: Path, small: bool) -> ml_collections.ConfigDict:
 
 
 def captions(folder: Path, small: bool) -> ml_collections.ConfigDict:
-  """Colours with a text each, 64 x 64: a LLaVA of 20 M parameters teaches one of 6 M."""
+  """Images of 64 x 64 with a text each: a LLaVA of 20 M parameters, a student of 6 M."""
   c, rng = config.base(), np.random.default_rng(0)
   n, count, size, length = (16, 50, 8, 8) if small else (256, 8_000, 64, 32)
   lines = []
   for i in range(n):
     Image.fromarray(rng.integers(0, 256, (size, size), dtype=np.uint8)).save(folder / f"{i}.png")
     lines.append({"image": f"{i}.png", "text": random_words(rng, count, length)})
-  (folder / "said.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
   patches = (size // 4 if small else size // 8) ** 2
   c.tasks.captions = config.task(
     "image_captions",
-    path=str(folder / "said.jsonl"),
+    path=str(folder / "captions.jsonl"),
     heldout_fraction=0.0,
     size=size,
     channels=1,
@@ -271,7 +270,7 @@ MODALITIES: dict[str, Callable[[Path, bool], ml_collections.ConfigDict]] = {
 
 
 def measured(c: ml_collections.ConfigDict, folder: Path, rounds: int, seconds: float):
-  """The figures of one modality."""
+  """Returns the results of one modality."""
   c.train.records = (str(folder / "records"),)
   recorded = config.resolve(c)
   with Workdir(folder / "records", recorded) as records:
@@ -299,7 +298,7 @@ def measured(c: ml_collections.ConfigDict, folder: Path, rounds: int, seconds: f
 
 
 def prepared(c: config.Config, mesh: Any) -> list[Any]:
-  """[the compiled step, its state, a batch, online teachers]"""
+  """Returns [the compiled step, its state, a batch, online teachers]."""
   opened, keys = stores.open_stores(c), runs.keys(c.seed)
   step = loop.make_step(c, opened)
   batch = collate.to_device(next(stores.batches(c, opened)), sharding.batch_sharding(mesh))
@@ -312,7 +311,7 @@ def prepared(c: config.Config, mesh: Any) -> list[Any]:
 
 
 def run(prepared: list[Any]) -> float:
-  """One step: its wall seconds. The state goes on from step to step."""
+  """Runs one step from the state of the last; returns its wall seconds."""
   program, state, batch, teachers = prepared
   start = time.perf_counter()
   prepared[1], metrics = program(state, batch, teachers)
@@ -321,7 +320,7 @@ def run(prepared: list[Any]) -> float:
 
 
 def read(c: config.Config, seconds: float) -> float:
-  """Examples a second of the loader, after the first batch."""
+  """Returns the loader's examples per second, without the first batch."""
   batches = stores.batches(c, stores.open_stores(c))
   next(batches)
   start, n = time.perf_counter(), 0
@@ -334,8 +333,8 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("names", nargs="*", default=list(MODALITIES), help="some of MODALITIES")
   parser.add_argument("--rounds", type=int, default=10)
-  parser.add_argument("--seconds", type=float, default=5.0, help="of reading data alone")
-  parser.add_argument("--small", action="store_true", help="tiny shapes: does the script run?")
+  parser.add_argument("--seconds", type=float, default=5.0, help="seconds of loading")
+  parser.add_argument("--small", action="store_true", help="tiny shapes, to check the script")
   args = parser.parse_args()
   figures: dict[str, float] = {}
   for name in args.names:

@@ -1,20 +1,20 @@
-"""Our training step beside the ones that a user would pick instead, on the same shapes.
+"""Compares our training step with those of other libraries, on the same shapes.
 
   PY_TUNIX=…/python PY_TRL=…/python python tools/bench/peers.py [--configs=small32k,vocab152k]
       [--rounds=2] [--peers=../shared/bench/peers] [--only=ours]
 
-The peers are scripts in the folder `--peers`, whose README says what they run and what their
-interpreters need: Tunix DistillationTrainer, TRL GKDTrainer and TRL DistillationTrainer. An
-interpreter that is not named is reported as absent, and its peer is left out. Ours are
+The others are scripts in the folder `--peers`, whose README describes what they run and what their
+interpreters need: Tunix DistillationTrainer, TRL GKDTrainer and TRL DistillationTrainer. If the
+variable with an interpreter is not set, its script is skipped and reported as absent. Ours are
 
-  online   step.Step on qwen3 of the same shape, kd at T=2 and ce by halves, with the teacher
-           in the step, as Tunix and TRL have it;
-  records  the same on 63 sampled targets a token: no teacher.
+  online   step.Step on a qwen3 with the same shape, with equal weights for kd (T=2) and ce, and
+           with the teacher in the step, as in Tunix and TRL;
+  records  the same on 63 sampled targets per token, without a teacher.
 
-Everyone runs in a process of its own, in turn, round after round, and is timed by the
-peers' own peer_shapes.StepClock: wall and CPU time of a step after warm-up, peak memory.
-`CONFIG.PEER.time_ratio` is ours online / peer, medians over rounds; `memory_ratio` the same
-of peak resident memory. The last line is one JSON object.
+Each runs in a separate process, in turn, and is timed by peer_shapes.StepClock in the folder of the
+others: wall and CPU time per step after warm-up, and peak memory. `CONFIG.PEER.time_ratio` is ours
+(online) over the other, the median over rounds. `memory_ratio` is the ratio of peak resident
+memory. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve()
-PEERS = {  # name: (the variable that names its interpreter, script and flags)
+PEERS = {  # name: (environment variable with its interpreter, script and flags)
   "tunix": ("PY_TUNIX", ["bench_tunix.py"]),
   "trl_gkd": ("PY_TRL", ["bench_trl.py", "--trainer", "gkd"]),
   "trl_distill": ("PY_TRL", ["bench_trl.py", "--trainer", "distill"]),
@@ -40,7 +40,7 @@ LIMIT = 580  # seconds for one process
 
 
 def ours(folder: str, name: str, kind: str) -> None:
-  """One of our contestants, in this process; prints a record as the peers do."""
+  """Runs one of our variants in this process; prints a result in the format of the others."""
   import jax
   import jax.numpy as jnp
   import numpy as np
@@ -129,7 +129,7 @@ def ours(folder: str, name: str, kind: str) -> None:
 
 
 def record_of(command: list[str]) -> dict[str, Any] | str:
-  """The JSON on the last line of a process, or what went wrong with it."""
+  """Runs a process; returns the JSON on its last line, or a message if it fails."""
   done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
   if done.returncode:
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -138,7 +138,7 @@ def record_of(command: list[str]) -> dict[str, Any] | str:
 
 
 def commands(folder: Path, config: str, only: str) -> tuple[dict[str, list[str]], dict[str, str]]:
-  """By name: (what to run, who is absent and why)."""
+  """Returns (commands by name, reasons for absent ones by name)."""
   run, absent = {}, {}
   for kind in OURS:
     flags = ["--peers", str(folder), "--one", config, kind]
@@ -146,17 +146,17 @@ def commands(folder: Path, config: str, only: str) -> tuple[dict[str, list[str]]
   for name, (variable, script) in PEERS.items():
     python = os.environ.get(variable, "")
     if only == "ours":
-      absent[name] = "left out: --only=ours"
+      absent[name] = "skipped: --only=ours"
     elif not Path(python).is_file():
-      is_not = f", which is {python}, no file" if python else ""
-      absent[name] = f"absent: set {variable}{is_not}"
+      found = f"; {python} is not a file" if python else ""
+      absent[name] = f"absent: set {variable}{found}"
     else:
       run[name] = [python, str(folder / script[0]), config, *script[1:]]
   return run, absent
 
 
 def compare(config: str, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
-  """Medians over rounds, and ours online over each peer."""
+  """Returns medians over rounds, and the ratios of ours (online) to each other."""
   out = {}
   for name in rounds[0]:
 
@@ -179,14 +179,14 @@ def compare(config: str, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, f
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--peers", default=str(HERE.parents[3] / "shared/bench/peers"))
-  parser.add_argument("--configs", default="small32k,vocab152k", help="of peer_shapes.py")
+  parser.add_argument("--configs", default="small32k,vocab152k", help="names in peer_shapes.py")
   parser.add_argument("--rounds", type=int, default=2)
   parser.add_argument("--only", default="", choices=["", "ours"])
-  parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # a contestant, in this process
+  parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # runs in this process
   args = parser.parse_args()
   folder = Path(args.peers).resolve()
   if not (folder / "peer_shapes.py").is_file():
-    sys.exit(f"{folder} holds no peer_shapes.py; name the folder of the peer scripts by --peers")
+    sys.exit(f"{folder} does not contain peer_shapes.py. Set --peers to the folder of the scripts.")
   if args.one:
     return ours(str(folder), *args.one)
   figures: dict[str, Any] = {}

