@@ -43,11 +43,11 @@ TINY = [
 # ---------------------------------------------------------------- bytes
 
 
-def test_weight_bytes_are_the_published():
-  """`total_size` of Qwen2.5-7B's index; of DeepSeek-R1, the bytes of its weight files.
+def test_weight_bytes_match_published_checkpoints():
+  """Compares with `total_size` in Qwen2.5-7B's index, and with DeepSeek-R1's weight files.
 
-  Those also hold the layer of multi-token prediction, here by hand, and headers: 91,991
-  tensors at 100 to 150 bytes of JSON.
+  The latter also contain the multi-token prediction layer, which is added by hand here, and
+  headers: 91,991 tensors with 100 to 150 bytes of JSON each.
   """
   assert formulas.weight_bytes(loading.open_source(QWEN), "bfloat16").total == 15_231_233_024
   D, F, E, V = 7_168, 2_048, 256, 129_280
@@ -68,8 +68,8 @@ def test_other_dtypes():
   assert r1.total == 2 * 671_026_419_200 + 2 * 58 * 256  # the routers' biases are float32
 
 
-def test_what_a_token_reads_is_what_it_is_multiplied_with():
-  """For a batch of 1, in bfloat16, but for norms and biases."""
+def test_a_token_reads_the_weights_that_multiply_it():
+  """Compares bytes for a batch of 1 in bfloat16, except norms and biases."""
   for spec in (R1, QWEN, ModelOptions(family="qwen3", shape="qwen3-30b-a3b")):
     source = loading.open_source(spec)
     read = formulas.weight_bytes(source, "bfloat16").read(1)
@@ -80,7 +80,7 @@ def test_what_a_token_reads_is_what_it_is_multiplied_with():
 
 
 @pytest.mark.parametrize("family, name", TINY)
-def test_the_cache_is_what_decode_allocates(family, name):
+def test_the_cache_size_matches_the_allocation(family, name):
   module, rows, size = registry.load("models", family), 3, 10
   c = module.CONFIGS[name]
 
@@ -98,7 +98,7 @@ def test_the_cache_is_what_decode_allocates(family, name):
   assert sum(x.size for x in cache) == rows * formulas.allocated_cache_numbers(c, size)
 
 
-def test_a_server_keeps_a_window_and_a_latent():
+def test_cache_sizes_of_windows_and_latents():
   shape = lambda family, name: registry.load("models", family).CONFIGS[name]
   pair = 2 * 2 * 8  # keys and values of 2 heads of 8
   numbers = formulas.cache_numbers
@@ -109,7 +109,7 @@ def test_a_server_keeps_a_window_and_a_latent():
   assert 2 * numbers(shape("deepseek_v3", "deepseek-v3"), 1) == 70_272  # 61 layers of 512 + 64
 
 
-def test_distinct_experts_are_as_many_as_chance_has():
+def test_distinct_experts_match_a_simulation():
   rng = np.random.default_rng(0)
   for n, chosen, batch in ((8, 3, 1), (8, 3, 4), (64, 8, 10)):
     draws = rng.random((2_000, batch, n)).argsort(-1)[..., :chosen].reshape(2_000, -1)
@@ -135,8 +135,8 @@ LATENT = dataclasses.replace(  # all layers dense: XLA counts all experts for a 
 
 
 @pytest.mark.parametrize("family, shape", [("llama", LLAMA), ("deepseek_v3", LATENT)])
-def test_decode_flops_are_what_xla_counts(family, shape, monkeypatch):
-  """The last of 128 positions, which sees all that generation/ computes scores of."""
+def test_decode_flops_match_xla(family, shape, monkeypatch):
+  """Uses the last of 128 positions, which attends to all positions with computed scores."""
   module, S = registry.load("models", family), 128
   monkeypatch.setitem(module.CONFIGS, "wide", shape)
 
@@ -161,7 +161,7 @@ def test_decode_flops_are_what_xla_counts(family, shape, monkeypatch):
   assert ours == pytest.approx(counted, rel=0.02)
 
 
-def test_prefill_has_the_head_once():
+def test_prefill_counts_the_head_once():
   source, S = opened("llama", "tiny"), 16
   one = flops.forward_flops(source, 1, S)
   want = one.total - (S - 1) * 2 * 256 * 32  # of 256 tokens, 32 wide
@@ -171,8 +171,8 @@ def test_prefill_has_the_head_once():
 # ---------------------------------------------------------------- bounds
 
 
-def test_bounds_by_hand():
-  """4 experts of which a token needs 2: 2 for one row, 3 for two."""
+def test_bounds_match_hand_computation():
+  """With 4 experts, 2 per token, one row reads 2 experts and two rows read 3."""
   chip = Chip("v5e", flops=100.0, hbm=50, hbm_bandwidth=10.0, ici=1.0, dcn=1.0, grids=())
   served = formulas.ServingCost(formulas.WeightBytes(90, 30, 60, 4, 2), cache=10, flops=5.0)
   assert served.min_chips(chip, 1) == 2 and served.min_chips(chip, 2) == 3  # 100 and 110 bytes
@@ -261,7 +261,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-  """(workdir, result) of a command that measures two tiny models."""
+  """(workdir, result) of a measurement of two tiny models."""
   path = tmp_path_factory.mktemp("efficiency")
   model = jax.eval_shape(lambda key: llama.Model(llama.TINY, key), jax.random.key(0))
   model = jax.tree.map(lambda x: jnp.asarray(np.full(x.shape, 0.01, x.dtype)), model)
@@ -280,7 +280,7 @@ def measured(tmp_path_factory):
   return path / "run", json.loads((path / "run" / "efficiency.json").read_text())
 
 
-def test_both_are_measured(measured):
+def test_both_models_are_measured(measured):
   _, r = measured
   m = r["measured"]
   assert (m["prompt"], m["new"], m["device"]) == (13, 8, "cpu")
@@ -299,14 +299,14 @@ def test_both_are_measured(measured):
   assert [row["batch_size"] for row in m["ratios"]] == [4]
 
 
-def test_quality_is_evaluates_own(measured):
+def test_quality_is_read_from_evaluation_json(measured):
   assert measured[1]["quality"] == {
     "teacher": {"ce": 1.5},
     "small": {"sums.acc": {"value": 0.5, "low": 0.25, "high": 0.75}},
   }
 
 
-def test_the_words(measured):
+def test_the_printed_table(measured):
   lines = table.text(measured[1]).splitlines()
   assert any(line.startswith("speed (measured on this machine): ") for line in lines)
   assert any(line.split() == ["teacher", "ce", "1.5"] for line in lines)
@@ -314,7 +314,7 @@ def test_the_words(measured):
   assert any(line.endswith("model, 2 of its layers") for line in lines)
 
 
-def test_a_workdir_may_be_looked_at_in_other_ways(measured):
+def test_a_workdir_can_be_measured_with_other_options(measured):
   workdir, _ = measured
   c = read_config(workdir)
   with Workdir(workdir, dataclasses.replace(c, efficiency=config.EfficiencyOptions())):

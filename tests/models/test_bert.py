@@ -50,8 +50,8 @@ def batch():
   return tokens, segments, Inputs(*map(jnp.asarray, (tokens, places, segments)))
 
 
-def test_a_classifier_is_as_in_transformers(tmp_path):
-  """Every layer, the logits, and the gradient of every parameter."""
+def test_a_classifier_matches_transformers(tmp_path):
+  """Compares every layer, the logits, and the gradient of every parameter."""
   model = theirs(transformers.BertForSequenceClassification)
   model.save_pretrained(tmp_path / "theirs")
   ours = load.load_model(open_model(str(tmp_path / "theirs")), MESH, layers.ComputeConfig())
@@ -94,8 +94,8 @@ def test_a_classifier_is_as_in_transformers(tmp_path):
     assert torch.equal(again.state_dict()[name], x), name
 
 
-def test_a_sentence_encoder_is_a_body_without_a_prefix(tmp_path):
-  """Means over tokens as sentence-transformers takes them; exported as a BertModel."""
+def test_a_sentence_encoder_is_read_without_a_prefix(tmp_path):
+  """Embeddings are means over tokens, as in sentence-transformers; exports are BertModels."""
   model = theirs(transformers.BertModel)
   model.save_pretrained(tmp_path / "theirs")
   ours = load.load_model(open_model(str(tmp_path / "theirs")), MESH, layers.ComputeConfig())
@@ -114,7 +114,7 @@ def test_a_sentence_encoder_is_a_body_without_a_prefix(tmp_path):
     assert torch.equal(again.state_dict()[name], value), name
 
 
-def test_a_body_gets_a_new_head_when_it_is_asked_for(tmp_path):
+def test_a_new_head_is_initialised_on_request(tmp_path):
   theirs(transformers.BertModel).save_pretrained(tmp_path / "body")
   spec = ModelOptions(source=str(tmp_path / "body"), changes={"num_labels": 5}, new=("classifier",))
   key = jax.random.key(0)

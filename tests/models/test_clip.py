@@ -30,7 +30,7 @@ CAPTURE = optax.GradientTransformationExtraArgs(  # the optimizer's state is the
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-  """(transformers' model, its folder, ours)."""
+  """(the model in transformers, its folder, our model)."""
   torch.manual_seed(0)
   ids = {"bos_token_id": 254, "eos_token_id": EOS, "pad_token_id": PAD}
   text = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 256, **ids}
@@ -49,7 +49,7 @@ def both(tmp_path_factory):
 
 
 def batch(rows: int = B, seed: int = 0) -> Batch:
-  """Texts of different lengths, each with its end; padding behind it."""
+  """Returns texts of different lengths, each with an end token, then padding."""
   rng = np.random.default_rng(seed)
   pixels = rng.normal(size=(rows, 12, 12, 2)).astype(np.float32)
   tokens = rng.integers(2, 250, (rows, S)).astype(np.int32)
@@ -65,7 +65,7 @@ def batch(rows: int = B, seed: int = 0) -> Batch:
 
 
 def another(model):
-  """A model of the same shape that says something else."""
+  """A model of the same shape with other weights."""
   rng = np.random.default_rng(1)
   noise = lambda x: jnp.asarray(np.asarray(x) + 0.1 * rng.normal(size=x.shape), jnp.float32)
   return jax.tree.map(noise, model)
@@ -98,13 +98,13 @@ def program(names: tuple[str, ...]):
 
 
 def gradient(names, model, b: Batch, teachers=None):
-  """(metrics, the gradient as a model) of a training step."""
+  """Returns (metrics, gradient as a model) of a training step."""
   step, compiled = program(names)
   state, metrics = compiled(step.init(model), b, teachers or {})
   return {k: float(v) for k, v in metrics.items()}, state.opt[0]
 
 
-def test_vectors_logits_and_gradients_are_transformers(both):
+def test_embeddings_logits_and_gradients_match_transformers(both):
   theirs, _, ours = both
   b = batch()
   want = theirs(**torch_inputs(b), return_loss=True)
@@ -148,8 +148,8 @@ def test_an_export_is_read_by_transformers_bit_for_bit(both, tmp_path):
   assert of(out) == of(folder) == ours.config
 
 
-def test_a_mesh_gives_one_devices_gradient(both):
-  """InfoNCE, affinity mimicking and embeddings at once: every negative of the batch counts."""
+def test_the_gradient_is_the_same_on_a_mesh(both):
+  """Uses InfoNCE, affinity mimicking and embedding losses with all negatives of the batch."""
   student, teacher = both[2], another(both[2])
   names, b = ("ce", "kd", "embedding"), batch()
   want_metrics, want = gradient(names, student, b, {"teacher": teacher})
@@ -165,8 +165,8 @@ def test_a_mesh_gives_one_devices_gradient(both):
     np.testing.assert_allclose(g, w, atol=2e-5 * max(np.abs(w).max(), 0.01 * largest))
 
 
-def test_a_teachers_rows_are_the_students(both):
-  """A teacher that is the student has nothing to teach; one of other pairs has."""
+def test_teacher_and_student_have_the_same_rows(both):
+  """The KL is 0 for a teacher equal to the student, and matches float64 for another one."""
   b, model = batch(), both[2]
   metrics, _ = gradient(("ce", "kd", "embedding"), model, b, {"teacher": model})
   assert abs(metrics["kl/teacher"]) < 1e-5
@@ -185,8 +185,8 @@ def test_a_teachers_rows_are_the_students(both):
   np.testing.assert_allclose(got["kl/teacher"], np.mean(expected), rtol=2e-5)
 
 
-def test_a_row_that_is_filled_up_is_nobodys_negative(both):
-  """Its logits are so far below that it has no probability; the others' stay as they are."""
+def test_a_padding_row_is_not_a_negative(both):
+  """The padding row has probability 0, and other rows are unchanged."""
   b, model = batch().inputs, both[2]
   more = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x[:2])]), b)
   want, got = (model(inputs, layers.ComputeConfig()) for inputs in (b, more))

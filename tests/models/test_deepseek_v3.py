@@ -39,20 +39,20 @@ def torch_model(case: str = "as published", **more):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_layer_and_the_logits_are_transformers(case, tmp_path):
+def test_every_layer_and_the_logits_match_transformers(case, tmp_path):
   theirs = torch_model(case)
   errors = parity.forward_errors(theirs, parity.ours_from(theirs, tmp_path), parity.tokens())
   assert max(errors) < parity.FORWARD, errors
 
 
 @pytest.mark.parametrize("case", ["as published", "dense layers alone"])
-def test_gradients_are_transformers(case, tmp_path):
+def test_gradients_match_transformers(case, tmp_path):
   theirs = torch_model(case)
   worst = parity.worst_gradient(theirs, parity.ours_from(theirs, tmp_path), parity.tokens())
   assert worst[0] < parity.GRADIENT, worst
 
 
-def test_the_balance_chooses_experts_and_does_not_weigh_them():
+def test_the_balance_bias_affects_only_the_choice_of_experts():
   c = deepseek_v3.TINY  # 8 experts in 4 groups, 3 of the best 2
   score = np.array([0.9, 0.1, 0.8, 0.7, 0.2, 0.3, 0.6, 0.5], np.float32)[None, None]
   ids, weight = deepseek_v3.choose_experts(c, score, np.zeros(8, np.float32))
@@ -66,7 +66,7 @@ def test_the_balance_chooses_experts_and_does_not_weigh_them():
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)])
 def test_the_balance_stays_float32(mesh, tmp_path):
-  """Read into bfloat16, computed in it, and written out beside it, as DeepSeek has it."""
+  """The bias stays float32 when other weights are read, used and written as bfloat16."""
   theirs = torch_model(vocab_size=96, kv_lora_rank=24).bfloat16()
   for layer in theirs.model.layers[1:]:
     layer.mlp.gate.e_score_correction_bias = parity.torch.rand(12)
@@ -93,7 +93,7 @@ def test_the_balance_stays_float32(mesh, tmp_path):
   assert index["metadata"]["total_size"] == sum(x.nbytes for x in want.values())
 
 
-def test_layers_of_multi_token_prediction_are_left_out(tmp_path):
+def test_multi_token_prediction_layers_are_skipped(tmp_path):
   ours = parity.ours_from(torch_model(), tmp_path)
   path = tmp_path / "model.safetensors"
   tensors, extra = load_file(path), np.ones((3, 4), np.float32)
@@ -116,7 +116,7 @@ def test_layers_of_multi_token_prediction_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("kept", [(0, 3, 1), (3,), (0,)])
-def test_a_student_keeps_dense_layers_and_those_of_experts(kept, tmp_path):
+def test_a_student_keeps_dense_and_sparse_layers(kept, tmp_path):
   changes = parity.DEEPSEEK | {"num_hidden_layers": 4, "first_k_dense_replace": 1}
   theirs = parity.torch_model("deepseek_v3", **changes)
   theirs.save_pretrained(tmp_path)
@@ -154,13 +154,13 @@ def test_a_student_keeps_dense_layers_and_those_of_experts(kept, tmp_path):
     ({"rope_parameters": YARN | {"mscale": -1.0}}, "mscale"),
   ],
 )
-def test_a_config_that_cannot_be_computed_is_refused(change, word):
+def test_an_unsupported_config_is_refused(change, word):
   with pytest.raises(InputError, match=word):
     deepseek_v3.Config.from_hf(deepseek_v3.TINY.to_hf() | change)
 
 
-def test_the_published_config_json_is_read_as_the_named_shape():
-  """The values of DeepSeek-V3's own file, under the names of its time."""
+def test_the_published_config_json_gives_the_named_shape():
+  """Uses the values of DeepSeek-V3's config.json, with the names of that version."""
   hf = {
     "model_type": "deepseek_v3",
     "vocab_size": 129280,

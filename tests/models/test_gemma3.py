@@ -38,21 +38,21 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_layer_and_the_logits_are_transformers(case, tmp_path):
+def test_every_layer_and_the_logits_match_transformers(case, tmp_path):
   theirs = parity.torch_model("gemma3_text", **GEMMA | CASES[case])
   errors = parity.forward_errors(theirs, parity.ours_from(theirs, tmp_path), parity.tokens())
   assert max(errors) < parity.FORWARD, errors
 
 
 @pytest.mark.parametrize("case", ["in turns", "capped logits"])
-def test_gradients_are_transformers(case, tmp_path):
+def test_gradients_match_transformers(case, tmp_path):
   theirs = parity.torch_model("gemma3_text", **GEMMA | CASES[case])
   worst = parity.worst_gradient(theirs, parity.ours_from(theirs, tmp_path), parity.tokens())
   assert worst[0] < parity.GRADIENT, worst
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_keys_of_a_layer_have_its_own_rope(layer, tmp_path):
+def test_local_and_global_layers_have_different_rope(layer, tmp_path):
   theirs = parity.torch_model("gemma3_text", **GEMMA | CASES["two ropes, one scaled"])
   ours, inputs = parity.ours_from(theirs, tmp_path), parity.plain_inputs(parity.tokens())
   x_BTD = np.random.default_rng(0).standard_normal((parity.B, parity.T, 48)).astype(np.float32)
@@ -80,13 +80,13 @@ def test_keys_of_a_layer_have_its_own_rope(layer, tmp_path):
     ({"sliding_window": None}, "sliding_window"),
   ],
 )
-def test_a_config_that_cannot_be_computed_is_refused(change, word):
+def test_an_unsupported_config_is_refused(change, word):
   with pytest.raises(InputError, match=word):
     gemma3.Config.from_hf(gemma3.TINY.to_hf() | change)
 
 
-def test_config_json_as_older_transformers_wrote_it():
-  """As that of gemma-3-4b: one rope scaling, a pattern, and no word of tied embeddings."""
+def test_config_json_from_older_transformers():
+  """Like that of gemma-3-4b: one rope scaling, a layer pattern, no key for tied embeddings."""
   want = gemma3.CONFIGS["gemma-3-4b"]
   hf = want.to_hf() | {"sliding_window_pattern": 6}
   for key in ("rope_parameters", "layer_types", "tie_word_embeddings", "attention_bias"):
@@ -99,8 +99,8 @@ def test_a_student_keeps_the_kinds_of_its_layers():
   assert gemma3.TINY.keep_layers((1, 2)).layer_types == (gemma3.GLOBAL, gemma3.LOCAL)
 
 
-def test_a_cap_is_everywhere_that_logits_are():
-  """Training, its gradient, evaluation, records and an online teacher, beside full logits."""
+def test_the_soft_cap_is_applied_wherever_logits_are_used():
+  """Compares training, gradients, evaluation, records and an online teacher with full logits."""
   config, compute = gemma3.CONFIGS["tiny-cap"], layers.ComputeConfig()
   model = jax.jit(lambda key: gemma3.Model(config, key))(jax.random.key(0))
   model.embed = model.embed.replace(50 * model.embed[...])  # so that the cap bites

@@ -34,14 +34,14 @@ MISTRAL = {"a window": {"sliding_window": 5}, "no window": {"sliding_window": No
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_layer_and_the_logits_are_transformers(case, tmp_path):
+def test_every_layer_and_the_logits_match_transformers(case, tmp_path):
   theirs = parity.torch_model("llama", **CASES[case])
   errors = parity.forward_errors(theirs, parity.ours_from(theirs, tmp_path), parity.tokens())
   assert max(errors) < parity.FORWARD, errors
 
 
 @pytest.mark.parametrize("case", MISTRAL)
-def test_mistral_is_transformers(case, tmp_path):
+def test_mistral_matches_transformers(case, tmp_path):
   theirs = parity.torch_model("mistral", **MISTRAL[case])
   ours = parity.ours_from(theirs, tmp_path)
   assert ours.config.sliding_window == MISTRAL[case]["sliding_window"]
@@ -49,7 +49,7 @@ def test_mistral_is_transformers(case, tmp_path):
   assert max(errors) < parity.FORWARD, errors
 
 
-def test_a_window_is_seen_at_these_positions(tmp_path):
+def test_a_window_changes_outputs_at_these_positions(tmp_path):
   theirs = parity.torch_model("mistral", sliding_window=5)
   ours, inputs = parity.ours_from(theirs, tmp_path), parity.plain_inputs(parity.tokens())
   hidden = lambda m: m(inputs, layers.ComputeConfig()).hidden_BTD
@@ -58,14 +58,14 @@ def test_a_window_is_seen_at_these_positions(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["grouped heads", "tied", "llama 3 rope"])
-def test_gradients_are_transformers(case, tmp_path):
+def test_gradients_match_transformers(case, tmp_path):
   theirs = parity.torch_model("llama", **CASES[case])
   worst = parity.worst_gradient(theirs, parity.ours_from(theirs, tmp_path), parity.tokens())
   assert worst[0] < parity.GRADIENT, worst
 
 
-def test_the_rope_scaling_is_seen_at_these_positions(tmp_path):
-  """Else the case above would pass without it."""
+def test_the_rope_scaling_changes_outputs_at_these_positions(tmp_path):
+  """Otherwise the parity test would pass without the scaling."""
   theirs = parity.torch_model("llama", **CASES["llama 3 rope"])
   ours, inputs = parity.ours_from(theirs, tmp_path), parity.plain_inputs(parity.tokens())
   hidden = lambda c: _with_config(ours, c)(inputs, layers.ComputeConfig()).hidden_BTD
@@ -79,7 +79,7 @@ def _with_config(model: llama.Model, config: llama.Config) -> llama.Model:
   return other
 
 
-def test_packed_documents_are_as_if_alone(tmp_path):
+def test_packed_documents_are_independent(tmp_path):
   ours, tokens_BT = parity.ours_from(parity.torch_model("llama"), tmp_path), parity.tokens()[:1]
   cut, run = 40, jax.jit(lambda i: ours(i, layers.ComputeConfig(), (0, 2)))
   at = np.arange(parity.T, dtype=np.int32)[None]
@@ -91,7 +91,7 @@ def test_packed_documents_are_as_if_alone(tmp_path):
     assert parity.error(packed.taps_PBTD[:, :, part], alone.taps_PBTD) < parity.FORWARD
 
 
-def test_taps_come_in_the_order_asked_for(tmp_path):
+def test_taps_are_in_the_given_order(tmp_path):
   ours = parity.ours_from(parity.torch_model("llama"), tmp_path)
   run = lambda taps: (
     ours(parity.plain_inputs(parity.tokens()), layers.ComputeConfig(), taps).taps_PBTD
@@ -123,13 +123,13 @@ def test_taps_come_in_the_order_asked_for(tmp_path):
     ("rope_scaling", LLAMA3 | {"high_freq_factor": 1.0}, "low_freq_factor"),
   ],
 )
-def test_a_config_that_cannot_be_computed_is_refused(key, value, word):
+def test_an_unsupported_config_is_refused(key, value, word):
   with pytest.raises(InputError, match=word):
     llama.Config.from_hf({**llama.TINY.to_hf(), "rope_parameters": None, key: value})
 
 
 @pytest.mark.parametrize("name", llama.CONFIGS)
-def test_a_config_goes_through_config_json(name):
+def test_a_config_round_trips_through_config_json(name):
   config = llama.CONFIGS[name]
   assert llama.Config.from_hf(config.to_hf()) == config
   scaled = dataclasses.replace(config, rope_scaling=_rope.Llama3(8.0, 1.0, 4.0, 32))

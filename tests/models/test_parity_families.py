@@ -19,7 +19,7 @@ transformers = parity.transformers
 
 @pytest.fixture(scope="module", params=parity.DECODERS)
 def both(request, tmp_path_factory):
-  """(transformers' model, its folder, ours)."""
+  """(the model in transformers, its folder, our model)."""
   model_type, changes = parity.DECODERS[request.param]
   folder = tmp_path_factory.mktemp(request.param)
   theirs = parity.torch_model(model_type, vocab_size=96, **changes)
@@ -49,7 +49,7 @@ def test_the_tensors_come_back_bit_for_bit(both, exported):
     np.testing.assert_array_equal(got[name], x, err_msg=name)
 
 
-def test_transformers_gives_the_same_logits(both, exported):
+def test_transformers_computes_the_same_logits(both, exported):
   tokens = parity.torch.from_numpy(parity.tokens() % 96).long()
   again, loaded = transformers.AutoModelForCausalLM.from_pretrained(
     exported, attn_implementation="eager", output_loading_info=True
@@ -61,14 +61,14 @@ def test_transformers_gives_the_same_logits(both, exported):
     assert parity.torch.equal(again(tokens).logits, both[0](tokens).logits)
 
 
-def test_config_json_keeps_what_the_original_said(both, exported):
+def test_config_json_keeps_the_values_of_the_original(both, exported):
   of = lambda path: open_model(str(path)).config
   assert of(exported) == of(both[1])
   kind = json.loads((both[1] / "config.json").read_text())["architectures"]
   assert json.loads((exported / "config.json").read_text())["architectures"] == kind
 
 
-def test_a_mesh_gets_the_same_and_computes_the_same(both):
+def test_weights_and_outputs_are_the_same_on_a_mesh(both):
   _, folder, ours = both
   mesh = sharding.make_mesh(1, 2, 2)
   compute = layers.ComputeConfig()
@@ -85,7 +85,7 @@ def test_a_mesh_gets_the_same_and_computes_the_same(both):
   assert parity.error(got, want) < parity.FORWARD
 
 
-def test_a_student_of_chosen_layers(both):
+def test_a_student_with_selected_layers(both):
   _, folder, ours = both
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   student = load.load_model(

@@ -26,13 +26,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_layer_and_the_logits_are_transformers(case, tmp_path):
+def test_every_layer_and_the_logits_match_transformers(case, tmp_path):
   theirs = parity.torch_model("qwen2", **CASES[case])
   errors = parity.forward_errors(theirs, parity.ours_from(theirs, tmp_path), parity.tokens())
   assert max(errors) < parity.FORWARD, errors
 
 
-def test_gradients_are_transformers(tmp_path):
+def test_gradients_match_transformers(tmp_path):
   windows = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
   theirs = parity.torch_model("qwen2", **windows)
   worst = parity.worst_gradient(theirs, parity.ours_from(theirs, tmp_path), parity.tokens())
@@ -52,7 +52,7 @@ YARNS = [
 
 
 @pytest.mark.parametrize("given", YARNS, ids=str)
-def test_yarn_is_transformers(given):
+def test_yarn_matches_transformers(given):
   rope = YARN | {"original_max_position_embeddings": 400} | given
   c = parity.transformers.Qwen2Config(hidden_size=256, num_attention_heads=4, rope_parameters=rope)
   want, amplitude = parity.transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](c)
@@ -78,23 +78,23 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 8}
     ({"rope_parameters": YARN | {"factor": "4"}}, "factor"),
   ],
 )
-def test_a_config_that_cannot_be_computed_is_refused(change, word):
+def test_an_unsupported_config_is_refused(change, word):
   with pytest.raises(InputError, match=word):
     qwen2.Config.from_hf(qwen2.TINY.to_hf() | change)
 
 
-def test_a_window_past_the_last_layer_is_no_window():
+def test_a_window_after_the_last_layer_is_ignored():
   change = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
   assert qwen2.Config.from_hf(qwen2.TINY.to_hf() | change) == qwen2.TINY
 
 
-def test_layers_that_are_kept_keep_their_windows():
+def test_kept_layers_keep_their_windows():
   c = qwen2.CONFIGS["tiny-window"]
   assert c.keep_layers((2, 1)).layer_types == ("sliding_attention", "full_attention")
   assert c.keep_layers((1,)) == dataclasses.replace(qwen2.TINY, num_hidden_layers=1)
   assert (c.window, c.keep_layers((0, 2)).window) == (None, 5)
 
 
-def test_a_config_goes_through_config_json():
+def test_a_config_round_trips_through_config_json():
   scaled = dataclasses.replace(qwen2.TINY, rope_scaling=_rope.Yarn(4.0, 32, truncate=False))
   assert qwen2.Config.from_hf(scaled.to_hf()) == scaled

@@ -23,7 +23,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_layer_and_the_logits_are_transformers(case, tmp_path):
+def test_every_layer_and_the_logits_match_transformers(case, tmp_path):
   kind, changes = CASES[case]
   theirs = parity.torch_model(kind, **changes)
   errors = parity.forward_errors(theirs, parity.ours_from(theirs, tmp_path), parity.tokens())
@@ -31,7 +31,7 @@ def test_every_layer_and_the_logits_are_transformers(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["dense", "experts"])
-def test_gradients_are_transformers(case, tmp_path):
+def test_gradients_match_transformers(case, tmp_path):
   kind, changes = CASES[case]
   theirs = parity.torch_model(kind, **changes)
   worst = parity.worst_gradient(theirs, parity.ours_from(theirs, tmp_path), parity.tokens())
@@ -63,7 +63,7 @@ def test_experts_on_a_mesh_are_those_on_one_device(rules):
     assert parity.error(a, b) < 2e-6
 
 
-def test_experts_along_the_batch_are_refused():
+def test_experts_sharded_like_the_batch_are_refused():
   table = sharding.TABLE | {"experts": ("fsdp", "fsdp")}
   model = jax.eval_shape(lambda k: qwen3.Model(qwen3.CONFIGS["tiny-moe"], k), jax.random.key(0))
   rules = sharding.Rules(tuple((table | {"embed": (None, None)}).items()))
@@ -91,13 +91,13 @@ def test_experts_along_the_batch_are_refused():
     ),
   ],
 )
-def test_a_config_that_cannot_be_computed_is_refused(change, word):
+def test_an_unsupported_config_is_refused(change, word):
   with pytest.raises(InputError, match=word):
     qwen3.Config.from_hf(qwen3.CONFIGS["tiny-moe"].to_hf() | change)
 
 
-def test_config_json_is_read_as_transformers_reads_it():
-  """Under the name that transformers 5 writes, too."""
+def test_config_json_is_read_like_transformers():
+  """This includes the name that transformers 5 writes."""
   config = qwen3.CONFIGS["tiny-moe"]
   read = parity.transformers.Qwen3MoeConfig.from_dict(config.to_hf())
   assert (read.num_experts, read.norm_topk_prob, read.mlp_only_layers) == (8, True, [])

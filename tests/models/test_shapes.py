@@ -37,7 +37,7 @@ PUBLISHED = {
 }
 
 
-def test_every_shape_but_the_tiny_ones_is_here():
+def test_every_published_shape_is_tested():
   named = {(f, n) for f in tiny.decoder_families() for n in registry.load("models", f).CONFIGS}
   assert {(f, n) for f, n in named if not n.startswith("tiny")} == PUBLISHED.keys()
 
@@ -52,7 +52,7 @@ def test_a_shape_has_its_published_size(which):
 
 
 @pytest.mark.parametrize("family", registry.names("models"))
-def test_a_family_is_what_the_contract_says(family):
+def test_every_family_follows_the_protocol(family):
   module = registry.load("models", family)
   assert module.CONFIGS["tiny"] == module.TINY and module.HF_MODEL_TYPES
   assert isinstance(module.TINY, FamilyConfig) and isinstance(module.TINY, module.Config)
@@ -73,7 +73,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_transformers_makes_the_same_of_our_config_json(name):
+def test_transformers_reads_our_config_json(name):
   family = next(f for f, n in PUBLISHED if n == name)
   hf = registry.load("models", family).CONFIGS[name].to_hf()
   config = transformers.AutoConfig.for_model(**hf)

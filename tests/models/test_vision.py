@@ -60,7 +60,7 @@ FORWARD, GRADIENT = 2e-6, 2e-5
 
 @pytest.fixture(scope="module", params=KINDS)
 def both(request, tmp_path_factory):
-  """(transformers' model, its folder, ours, pixels)."""
+  """(the model in transformers, its folder, our model, pixels)."""
   kind, (name, changes) = request.param, KINDS[request.param]
   torch.manual_seed(0)
   theirs = getattr(transformers, name)(transformers.AutoConfig.for_model(kind, **changes))
@@ -90,7 +90,7 @@ def stored(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def torch_gradients(theirs, folder: pathlib.Path) -> dict[str, np.ndarray]:
-  """Under the names that transformers writes, which are not those that it has in memory."""
+  """Returns tensors under the names that transformers writes, which differ from those in memory."""
   holder = copy.deepcopy(theirs)
   with torch.no_grad():
     for to, p in zip(holder.parameters(), theirs.parameters(), strict=True):
@@ -122,7 +122,7 @@ def test_logits_and_gradients_are_those_of_transformers(both, tmp_path):
   assert not want_grads
 
 
-def test_weights_come_back_bit_for_bit_and_transformers_says_the_same(both, tmp_path):
+def test_weights_round_trip_and_transformers_computes_the_same(both, tmp_path):
   theirs, path, ours, pixels = both
   target = tmp_path / "exported"
   hub_export.export_model(ours, target, tokenizer=None, generation={}, card="", dtype="float32")
@@ -142,7 +142,7 @@ def test_weights_come_back_bit_for_bit_and_transformers_says_the_same(both, tmp_
     assert torch.equal(again(torch_pixels(pixels)).logits, theirs(torch_pixels(pixels)).logits)
 
 
-def test_deit_answers_twice_in_training(both):
+def test_deit_has_two_outputs_in_training(both):
   theirs, _, ours, pixels = both
   if not isinstance(ours, deit.Model):
     return
@@ -181,7 +181,7 @@ def test_a_mesh_computes_the_same(both):
   assert parity.error(got, logits(ours, pixels)) < FORWARD
 
 
-def test_depthwise_is_one_convolution_on_few_and_on_many_places(monkeypatch):
+def test_both_depthwise_implementations_agree(monkeypatch):
   x = jax.random.normal(jax.random.key(0), (2, 9, 5, 3))
   w = jax.random.normal(jax.random.key(1), (3, 1, 7, 7))
   grad = lambda: jax.value_and_grad(lambda *a: jnp.sum(convnext.depthwise(*a) ** 2), (0, 1))(x, w)
@@ -192,7 +192,7 @@ def test_depthwise_is_one_convolution_on_few_and_on_many_places(monkeypatch):
 
 
 @pytest.mark.parametrize("module", [vit, deit, convnext], ids=lambda m: m.__name__[19:])
-def test_configs_survive_hugging_face_form(module):
+def test_configs_round_trip_through_config_json(module):
   for config in module.CONFIGS.values():
     assert module.Config.from_hf(config.to_hf()) == config
 
@@ -216,12 +216,12 @@ def test_a_shape_has_its_published_size():
     (convnext, {"layer_scale_init_value": 0.0}, "layer_scale_init_value"),
   ],
 )
-def test_a_shape_no_model_can_have_is_refused(module, changes, message):
+def test_an_invalid_shape_is_refused(module, changes, message):
   with pytest.raises(InputError, match=message):
     dataclasses.replace(module.TINY, **changes)
 
 
-def test_what_no_family_can_do_is_refused_by_name():
+def test_unsupported_inputs_are_refused():
   with pytest.raises(InputError, match="qkv_bias"):
     vit.Config.from_hf({**vit.TINY.to_hf(), "qkv_bias": False})
   with pytest.raises(InputError, match="several widths"):

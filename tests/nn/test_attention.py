@@ -31,7 +31,7 @@ CASES = {  # T, heads, key/value heads, their width, that of values, window
 
 
 def arrays(T, H, G, h, width):
-  """Queries, keys, values, three segments of a row and padding, and a gradient of the output."""
+  """Returns queries, keys, values, a row of three segments with padding, and an output gradient."""
   rng = np.random.default_rng(0)
   normal = lambda n, w: rng.normal(size=(B, T, n, w)).astype(np.float32)
   cuts = np.sort(rng.integers(1, T, (B, 3)), 1)
@@ -41,7 +41,7 @@ def arrays(T, H, G, h, width):
 
 
 def by_hand(q, k, v, segments, out_grad, window):
-  """Attention and its gradients of q, k, v in float64, each score a number in an array."""
+  """Computes attention and its gradients for q, k and v in float64, score by score."""
   q, k, v, out_grad = (np.asarray(x, np.float64) for x in (q, k, v, out_grad))
   (_, T, H, _), G = q.shape, k.shape[2]
   k, v = np.repeat(k, H // G, 2), np.repeat(v, H // G, 2)
@@ -63,7 +63,7 @@ def by_hand(q, k, v, segments, out_grad, window):
 
 
 def run(q, k, v, segments, out_grad, window, kernel):
-  """The same by the library, jitted, `OneOf.at` traced."""
+  """Computes the same with the library, jitted, with `OneOf.at` traced."""
   sizes, at = window if isinstance(window, OneOf) else ((window,), 0)
 
   @jax.jit
@@ -78,7 +78,7 @@ def run(q, k, v, segments, out_grad, window, kernel):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-  """As on a TPU, but that Pallas interprets its kernels."""
+  """Simulates a TPU: Pallas interprets its kernels."""
   monkeypatch.setattr(attention, "platform", lambda: "tpu")
   splash = functools.partial(attention.splash, interpret=True)
   monkeypatch.setattr(attention, "splash", splash)
@@ -86,8 +86,8 @@ def interpreted(monkeypatch):
 
 @pytest.mark.parametrize("kernel", ["xla", "splash"])
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients_are_those_by_hand(case, kernel, interpreted):
-  """Float32 sums of 300 terms."""
+def test_values_and_gradients_match_a_float64_reference(case, kernel, interpreted):
+  """The tolerance is for float32 sums of 300 terms."""
   *shape, window = CASES[case]
   given = arrays(*shape)
   size = window.sizes[int(window.at)] if isinstance(window, OneOf) else window
@@ -95,8 +95,8 @@ def test_values_and_gradients_are_those_by_hand(case, kernel, interpreted):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_splash_on_a_mesh_is_splash_on_one_device(interpreted):
-  """Sequences over fsdp, heads over tensor, each group of heads beside its keys."""
+def test_splash_is_the_same_on_a_mesh(interpreted):
+  """Sequences are sharded over fsdp and heads over tensor, with each group next to its keys."""
   window = OneOf((None, 5), jnp.int32(1))
   *given, out_grad = arrays(100, 4, 2, 8, 8)
   want = run(*given, out_grad, window, "auto")
@@ -109,8 +109,8 @@ def test_splash_on_a_mesh_is_splash_on_one_device(interpreted):
 
 
 @pytest.mark.parametrize("family", ["llama tiny-window", "gemma3 tiny", "deepseek_v3 tiny"])
-def test_a_model_is_the_same_by_splash(family, interpreted):
-  """Windows of layers in turns, values narrower than keys, scales of the family's own."""
+def test_a_model_is_the_same_with_splash(family, interpreted):
+  """Covers alternating windows, values narrower than keys, and scales set by the family."""
   name, shape = family.split()
   module = registry.load("models", name)
   config = module.CONFIGS[shape].keep_layers((0, 1))  # one layer of each kind
@@ -125,7 +125,7 @@ def test_a_model_is_the_same_by_splash(family, interpreted):
 
 
 def test_bfloat16_queries_are_rounded_once_more(interpreted):
-  """2**-9 an operand; outputs are means of values of size 1."""
+  """The error is 2**-9 per operand; outputs are means of values of size 1."""
   *given, out_grad = (
     jnp.asarray(x, jnp.bfloat16) if x.dtype == np.float32 else x for x in arrays(130, 2, 2, 16, 16)
   )
@@ -154,7 +154,7 @@ def queries(T=64, h=64, dtype=jnp.bfloat16):
     ("gpu", queries(T=63), "xla"),
   ],
 )
-def test_the_kernel_follows_the_devices(platform, q, want, monkeypatch):
+def test_auto_chooses_the_kernel_for_the_device(platform, q, want, monkeypatch):
   monkeypatch.setattr(attention, "platform", lambda: platform)
   assert attention.choose_kernel("auto", q) == want
   assert attention.choose_kernel("xla", q) == "xla"
@@ -188,8 +188,8 @@ def test_different_rules_for_queries_and_keys_are_refused(interpreted):
     jax.jit(lambda *x: attention.attention(*x, kernel="splash", rules=rules))(q, k, v, segments)
 
 
-def test_cudnn_is_what_a_gpu_would_run(monkeypatch):
-  """Lowered for CUDA, which takes no GPU, only word of a cuDNN: both passes are its calls."""
+def test_cudnn_is_used_when_lowered_for_a_gpu(monkeypatch):
+  """Lowering for CUDA needs no GPU, only a cuDNN version: both passes call cuDNN."""
   monkeypatch.setattr(attention, "platform", lambda: "cuda")
   monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
   monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
@@ -237,8 +237,8 @@ print(json.dumps({
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_splash_compiles_for_a_tpu_and_sends_nothing():
-  """On four v5e chips, forward and backward, two windows, values narrower than keys."""
+def test_splash_compiles_for_a_tpu_without_communication():
+  """Covers four v5e chips, both passes, two windows, and values narrower than keys."""
   done = subprocess.run([sys.executable, "-c", TPU], capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr[-2000:]
   found = json.loads(done.stdout.splitlines()[-1])

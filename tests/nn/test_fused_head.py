@@ -83,7 +83,7 @@ def test_values_and_gradients_in_float32(chunk, T_):
 
 
 def test_bfloat16_inputs_keep_float32_reductions():
-  """The reference reads the same rounded inputs; what is left is the rounded d(logits)."""
+  """The reference uses the same rounded inputs, so only d(logits) is rounded differently."""
   hidden, rows, *rest = problem()
   round_ = lambda x: np.float64(jnp.asarray(x, jnp.bfloat16))
   want, dh, dw, *_ = reference(round_(hidden), round_(rows), *rest, TEMPERATURE)
@@ -95,7 +95,7 @@ def test_bfloat16_inputs_keep_float32_reductions():
     assert error < 2**-8  # half a unit of bfloat16's 8 bits, twice
 
 
-def test_poison_in_masked_positions_is_harmless():
+def test_nan_in_masked_positions_has_no_effect():
   hidden, rows, ids, weight, labels, mask = problem()
   clean = fused(hidden, rows, ids, weight, labels, mask, 4, 1.0)
   bad = np.where(mask[..., None], hidden, np.nan)
@@ -104,7 +104,7 @@ def test_poison_in_masked_positions_is_harmless():
   jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
 
 
-def test_metrics_carry_no_gradient_and_fold_agrees():
+def test_metrics_have_no_gradient_and_equal_fold():
   args = problem()
   (_, means), _ = fused(*args, 4, 1.0)
   (_, whole), _ = fused(*args, 64, 1.0)
@@ -114,7 +114,7 @@ def test_metrics_carry_no_gradient_and_fold_agrees():
 
 
 def test_logits_exist_for_one_chunk_only():
-  """No array of the compiled program holds more positions times vocabulary than a chunk."""
+  """The compiled program has no array with more positions times vocabulary than a chunk."""
   big = 4096
   hidden, rows = jnp.zeros((1, 64, D)), jnp.zeros((big, D))
   zeros = jnp.zeros((1, 64), jnp.int32)

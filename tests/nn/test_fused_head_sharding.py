@@ -28,7 +28,7 @@ MESHES = [(2, 2, 1), (1, 4, 1), (1, 2, 2), (1, 1, 4)]
 
 
 def problem():
-  """Three teachers at once: an online one, its top k, and a sample."""
+  """Returns targets from three teachers: online, top-k and sampled."""
   rng = np.random.default_rng(0)
   f32 = lambda x: jnp.asarray(x, jnp.float32)
   hidden, rows = f32(rng.normal(size=(B, T, D))), f32(rng.normal(size=(V, D)))
@@ -66,7 +66,7 @@ def loss_and_grads(hidden_BTD, head_VD, batch):
 
 @functools.cache
 def compiled(shape):
-  """(what the compiled function gives, its HLO) on a mesh, everything sharded as in training."""
+  """Returns (result of the compiled function, its HLO) on a mesh, sharded as in training."""
   mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
   rows = NamedSharding(mesh, P(sharding.BATCH))
   vocab = NamedSharding(mesh, P("tensor"))
@@ -82,12 +82,12 @@ def compiled(shape):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-  """So small that a device's part of the head is pulled back in several blocks."""
+  """Makes blocks so small that a device's part of the head has several of them."""
   monkeypatch.setattr(fused_head, "BLOCK_BYTES", 8 * D * 4)
 
 
 def collectives(hlo: str):
-  """(what, loops around it, [dims of each operand and result]) of the collectives in HLO text."""
+  """Returns (kind, loops around it, dims of operands and result) of the collectives in HLO text."""
   bodies, defined, name, loops = {}, {}, "", {}
   for line in hlo.splitlines():
     if re.match(r"(ENTRY )?%\S+ \(", line):
@@ -120,15 +120,15 @@ def collectives(hlo: str):
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_values_and_gradients_are_those_of_one_device(shape):
-  """Float32 sums of at most 112 terms in another order: a few units in the last place."""
+  """The order of float32 sums of up to 112 terms differs: a few units in the last place."""
   (got, _), (want, _) = compiled(shape), compiled((1, 1, 1))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_what_is_sent_between_devices(shape):
-  """Where the vocabulary is sharded logits stay, and the head's gradient is summed once a pass."""
+def test_collectives_between_devices(shape):
+  """With a sharded vocabulary, logits are not sent, and the head's gradient is summed once."""
   *batch_axes, S = shape
   positions = B // math.prod(batch_axes) * CHUNK  # of a chunk, on a device
   found = collectives(compiled(shape)[1])
@@ -144,8 +144,8 @@ def test_what_is_sent_between_devices(shape):
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 1), (1, 2, 2)])
-def test_fsdp_gathers_the_head_once_a_step(shape):
-  """A whole step of an untied model: its table and its head, each gathered once."""
+def test_fsdp_gathers_the_head_once_per_step(shape):
+  """A whole step of an untied model gathers its table and its head once each."""
   config = dataclasses.replace(llama.TINY, tie_word_embeddings=False)
   rows, D = config.vocab_size // shape[2], config.hidden_size
   mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])

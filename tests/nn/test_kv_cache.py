@@ -13,8 +13,8 @@ from distill_jax.types import Inputs
 KINDS = ["llama", "deepseek_v3"]
 
 
-def test_no_number_is_off_by_more_than_half_a_step():
-  """A step is the largest of a position and head over 127; the largest itself is exact."""
+def test_the_int8_error_is_at_most_half_a_step():
+  """A step is the largest number of a position and head, divided by 127; that number is exact."""
   rng = np.random.default_rng(0)
   x_BTGh = np.float32(rng.normal(size=(2, 7, 3, 16)) * 10.0 ** rng.integers(-4, 4, (2, 7, 3, 1)))
   x_BTGh[0, 0, 0] = 0
@@ -29,8 +29,8 @@ def test_no_number_is_off_by_more_than_half_a_step():
 
 
 @pytest.mark.parametrize("family", KINDS)
-def test_what_is_kept_is_what_the_formula_says(family):
-  """Beside the cache as it is: the same keys, values or latents within half a step; and smaller."""
+def test_the_int8_cache_follows_the_formula(family):
+  """An int8 cache has the numbers of an ordinary one within half a step, and is smaller."""
   model, mesh = (
     unroll(decoding.copied(decoding.random_model(family)), decoding.COMPUTE),
     (decoding.one_device()),
@@ -63,7 +63,7 @@ def test_what_is_kept_is_what_the_formula_says(family):
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_tokens_do_not_depend_on_the_batch(family):
-  """Drawn tokens, to the same integers: in rows of other numbers, and alone, bit for bit."""
+  """Sampled tokens are the same in batches of different sizes; a rerun also has equal logps."""
   model, read = decoding.random_model(family), decoding.prompts(256)
   runs = [
     decoding.decode(

@@ -56,7 +56,7 @@ CASES = {  # name: (module, Config, spec, the different layer that each layer is
 
 
 def draw(tree, seed=0):
-  """Random values, by numpy: no compile."""
+  """Returns a model with random values from numpy, without compiling."""
   rng = np.random.default_rng(seed)
   return params.map_params(
     lambda v: v.replace(jnp.asarray(rng.normal(0, 0.2, v.shape), jnp.float32)), tree
@@ -74,7 +74,7 @@ def started(model, spec, fit=True):
 
 @pytest.mark.parametrize("name", CASES)
 def test_layers_that_share_are_equal_and_their_gradients_add_up(name):
-  """Whatever gradient the model of L layers has, as numpy sums it over the layers of a group."""
+  """For any gradient of the model of L layers, the shared gradient is numpy's sum over a group."""
   module, c, spec, of = CASES[name]
   shared = started(random_model(module, c), spec, fit=False)
   whole = shared.unshare()
@@ -97,8 +97,8 @@ def test_layers_that_share_are_equal_and_their_gradients_add_up(name):
   np.testing.assert_array_equal(got.unique.embed[...], grads.embed[...])
 
 
-def test_the_loss_s_gradient_is_the_unshared_one_s_sum():
-  """Through the network, deltas and all: of the model of 5 layers, which knows of no sharing."""
+def test_the_gradient_is_the_sum_over_the_unshared_model():
+  """Compares with the gradient of an ordinary model of 5 layers, including deltas."""
   model = random_model(llama, CASES["cyclic"][1])
   spec = ShareOptions(2, lora=LoraOptions(rank=2, alpha=3.0, targets=ON))
   shared = started(model, spec, fit=False)
@@ -124,8 +124,8 @@ def test_the_loss_s_gradient_is_the_unshared_one_s_sum():
 @pytest.mark.parametrize(
   "compute, order, of", [("mean", "cyclic", [0, 1, 0, 1, 0]), ("first", "grouped", [0, 0, 0, 1, 1])]
 )
-def test_what_it_starts_from(compute, order, of):
-  """The mean of its layers, or the first; and deltas of full rank make up for all of the rest."""
+def test_initial_shared_layers_and_deltas(compute, order, of):
+  """A shared layer is the mean or the first; deltas of full rank restore the original layers."""
   model = random_model(llama, CASES["cyclic"][1])
   deltas = LoraOptions(rank=32, alpha=7.0, targets=("q_proj", "down_proj"))
   shared = started(model, ShareOptions(2, order, compute, deltas))
@@ -142,8 +142,8 @@ def test_what_it_starts_from(compute, order, of):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_deltas_are_the_best_of_their_rank():
-  """The Frobenius norm that is left is that of numpy's remaining singular values."""
+def test_deltas_are_the_best_low_rank_approximation():
+  """The remaining Frobenius norm is that of the remaining singular values from numpy."""
   model = random_model(llama, CASES["cyclic"][1])
   shared = started(model, ShareOptions(2, lora=LoraOptions(rank=3, targets=ON)))
   whole, merged = jax.jit(lambda s: (s.unshare(), s.merge_adapters()))(shared)
@@ -156,8 +156,8 @@ def test_deltas_are_the_best_of_their_rank():
       np.testing.assert_allclose(left, np.sqrt((s[3:] ** 2).sum()), rtol=1e-4)
 
 
-def test_a_delta_that_starts_at_nothing_can_learn():
-  """Layers 0 and 1 are the shared ones themselves: A is drawn there and B is 0, as LoRA's."""
+def test_a_zero_delta_has_a_gradient():
+  """Layers 0 and 1 equal the shared ones, so A is random and B is 0, as in LoRA."""
   model = random_model(llama, CASES["cyclic"][1])
   spec = ShareOptions(2, start="first", lora=LoraOptions(rank=2, targets=("q_proj",)))
   for fit in (True, False):
@@ -168,7 +168,7 @@ def test_a_delta_that_starts_at_nothing_can_learn():
 
 
 def steps(mesh_shape=(1, 1, 1)):
-  """(what is trained, metrics) after three steps."""
+  """Returns (trained parameters, metrics) after three steps."""
   spec = ShareOptions(2, lora=LoraOptions(rank=2))
   step = training_steps.make_step(trainable=LayerSharing(options=spec))
   mesh = sharding.make_mesh(*mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))])
@@ -204,7 +204,7 @@ def train(c, workdir):
 
 
 def shared_config(folder):
-  """Two layers cut out of three, with deltas and integer weights, from a folder's weights."""
+  """Returns a config that shares two of three layers, with deltas and integer weights."""
   c = tiny.tiny(folder)
   c.teacher.source = ""
   c.student.source = str(folder / "base")
@@ -216,7 +216,7 @@ def shared_config(folder):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-  """A folder with the weights that the student starts from."""
+  """A folder with the student's initial weights."""
   path = tmp_path_factory.mktemp("share")
   shape = {k: v for k, v in llama.TINY.to_hf().items() if k != "model_type"}
   parity.torch_model("llama", **shape).save_pretrained(path / "base")
@@ -225,7 +225,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(base):
-  """And with a run of it."""
+  """The same folder after a training run."""
   c = shared_config(base)
   record(config.resolve(c), base / "records")
   train(c, base / "whole")
@@ -244,8 +244,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder):
   assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-def test_the_export_is_the_model_written_out(folder):
-  """Three layers in transformers, tied embeddings, with the logits of what was trained."""
+def test_the_export_has_unshared_layers(folder):
+  """transformers reads three layers with tied embeddings and computes the same logits."""
   c = shared_config(folder)
   c.export.dir, c.export.dtype = str(folder / "export"), "float32"
   resolved = config.resolve(c)
@@ -269,8 +269,8 @@ def test_the_export_is_the_model_written_out(folder):
   )
 
 
-def test_a_run_is_a_source(folder):
-  """Its layers written out; without deltas those that share are equal."""
+def test_a_run_can_be_a_source(folder):
+  """The loaded model has all layers; without deltas, layers that share are equal."""
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   plain = StudentOptions(source=f"run:{folder / 'whole'}")
   model = loading.open_source(plain).load(mesh, jax.random.key(0)).model
@@ -304,14 +304,14 @@ def test_preflight_counts_the_deltas(base):
     ({"lora": {"rank": 2, "targets": ("x",)}}, r"student.share.lora.targets is 'x'"),
   ],
 )
-def test_what_cannot_be_shared_is_refused(base, changes, said):
+def test_invalid_share_options_are_refused(base, changes, said):
   c = shared_config(base)
   c.student.share.update(changes)
   with pytest.raises(InputError, match=said):
     validate.check_run(config.resolve(c), [])
 
 
-def test_adapters_beside_shared_layers_are_refused(base):
+def test_adapters_with_shared_layers_are_refused(base):
   c = shared_config(base)
   c.student.lora.rank, c.student.quantise.bits = 2, 0
   with pytest.raises(

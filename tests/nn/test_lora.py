@@ -31,7 +31,7 @@ FAMILIES = {
 
 
 def random_adapters(model, spec, seed=1):
-  """Both factors random: with B at 0, A has no gradient."""
+  """Returns adapters with random factors, since with B = 0 the gradient of A is 0."""
   adapters = lora.init(model, spec, jax.random.key(seed))
   rng = np.random.default_rng(seed)
   draw = lambda v: v.replace(jnp.asarray(rng.normal(0, 0.2, v.shape), jnp.float32))
@@ -47,8 +47,8 @@ def as_stored(adapters) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_are_peft_s(family, tmp_path):
-  """On the same weights, both factors random; every adapter's gradient of the cross-entropy."""
+def test_logits_and_gradients_match_peft(family, tmp_path):
+  """Compares logits and the gradients of all adapters, with the same weights and factors."""
   changes, targets = FAMILIES[family]
   theirs = parity.torch_model(family, **changes)
   base, spec = (
@@ -90,8 +90,8 @@ def test_logits_and_gradients_are_peft_s(family, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_before_training_it_is_the_base(dtype):
-  """B is 0, so every output is the base's, bit for bit."""
+def test_before_training_outputs_are_those_of_the_base(dtype):
+  """B is 0, so outputs equal the base's, bit for bit."""
   compute, tokens_BT = layers.ComputeConfig(dtype=dtype), parity.tokens()
   base = jax.jit(lambda key: llama.Model(llama.TINY, key))(jax.random.key(0))
   joined = lora.with_adapters(base, lora.init(base, LoraOptions(rank=2), jax.random.key(1)))
@@ -100,8 +100,8 @@ def test_before_training_it_is_the_base(dtype):
   )
 
 
-def test_a_starts_as_peft_draws_it():
-  """Uniform between -1/sqrt(inputs) and 1/sqrt(inputs): torch's Linear, which PEFT takes over."""
+def test_a_is_initialised_like_peft():
+  """A is uniform between -1/sqrt(inputs) and 1/sqrt(inputs), as in torch's Linear."""
   base = llama.Model(llama.TINY, jax.random.key(0))
   adapters = lora.init(
     base, LoraOptions(rank=32, targets=("o_proj", "down_proj")), jax.random.key(1)
@@ -118,7 +118,7 @@ def test_a_starts_as_peft_draws_it():
     assert not b.any()
 
 
-def test_merging_is_the_dense_formula():
+def test_merging_matches_the_dense_formula():
   base = llama.Model(llama.TINY, jax.random.key(0))
   adapters = random_adapters(base, LoraOptions(rank=3, alpha=5.0, targets=("q_proj", "o_proj")))
   whole = lora.merge_adapters(base, adapters)
@@ -142,7 +142,7 @@ def test_merging_is_the_dense_formula():
 
 
 def steps(mesh_shape=(1, 1, 1), spec=LoraOptions(rank=4), **changes):  # noqa: B008
-  """(adapters, base before, base after, metrics) of three steps."""
+  """Returns (adapters, base before, base after, metrics) for three steps."""
   step = training_steps.make_step(trainable=Lora(options=spec), **changes)
   mesh = sharding.make_mesh(*mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))])
   make = lambda key: llama.Model(llama.TINY, key)
@@ -183,7 +183,7 @@ def test_mesh_does_not_change_training(reference):
     np.testing.assert_allclose(got, want, atol=1e-4)  # 1% of one of Adam's first updates
 
 
-def test_adapters_are_sharded_as_their_weight_is():
+def test_adapters_are_sharded_like_their_weight():
   base = jax.eval_shape(lambda: llama.Model(llama.TINY, jax.random.key(0)))
   adapters = lora.init(base, LoraOptions(rank=4, targets=("q_proj",)), jax.random.key(0))
   where = sharding.shardings(adapters, sharding.make_mesh(1, 2, 2), sharding.Rules())
@@ -197,7 +197,7 @@ def test_neither_microbatches_nor_remat_change_training(reference):
     assert rows[-1][name] == pytest.approx(reference[3][-1][name], rel=1e-5), name
 
 
-def test_queries_and_keys_that_a_loss_compares_are_the_adapted_ones():
+def test_qkv_includes_the_adapters():
   base = llama.Model(llama.TINY, jax.random.key(0))
   adapters = random_adapters(base, LoraOptions(rank=2))
   inputs = parity.plain_inputs(parity.tokens())
@@ -227,7 +227,7 @@ def test_no_second_copy_of_the_model_is_kept(remat):
 
 @pytest.mark.parametrize("family", [qwen3, deepseek_v3])
 @pytest.mark.parametrize("target", ["gate_proj", "mlp.gate", "experts.{experts}.down_proj"])
-def test_experts_are_refused_by_name(family, target):
+def test_adapters_of_experts_are_refused(family, target):
   shape = family.CONFIGS["tiny-moe" if family is qwen3 else "tiny"]
   model = jax.eval_shape(lambda: family.Model(shape, jax.random.key(0)))
   message = f"targets is '{target}'; expected modules among .*o_proj.*, because layers of experts"

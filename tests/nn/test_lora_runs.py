@@ -38,7 +38,7 @@ def train(c, workdir):
 
 
 def lora_config(folder):
-  """A student with adapters on a folder's weights, beside a teacher of its own shape."""
+  """Returns a config of a student with adapters on a folder's weights, and a teacher."""
   c = tiny.tiny(folder)
   c.teacher.source = ""
   c.student.source = str(folder / "base")
@@ -72,8 +72,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder):
   assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-def test_a_checkpoint_holds_adapters_alone(folder):
-  """And their two moments: no number of the base."""
+def test_a_checkpoint_contains_only_adapters(folder):
+  """A checkpoint has the adapters and their two moments, but no weight of the base."""
   where = folder / "whole" / "checkpoints" / "6" / checkpoint.STATE
   held = ocp.PyTreeCheckpointer().metadata(where).item_metadata.tree
   numbers = sum(int(np.prod(x.shape)) for x in held.values() if x.shape)
@@ -85,7 +85,7 @@ def test_a_checkpoint_holds_adapters_alone(folder):
 
 
 def exported(folder, compute):
-  """Once a module."""
+  """Shared by the tests of this module."""
   c, out = lora_config(folder), folder / f"export-{compute}"
   c.export.dir, c.export.lora, c.export.dtype = str(out), compute, "float32"
   if not out.exists():
@@ -94,7 +94,7 @@ def exported(folder, compute):
 
 
 def test_every_export_is_the_model_that_was_trained(folder):
-  """Merged, or PEFT's adapters on the exported base: logits as of base and adapters, joined."""
+  """Merged exports, and PEFT adapters on the exported base, have the logits of the run."""
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   opened = open_model(str(folder / "base"))
   base = load.load_model(opened, mesh, layers.ComputeConfig())
@@ -121,8 +121,8 @@ def test_every_export_is_the_model_that_was_trained(folder):
   assert "rank 4, alpha 16, on q_proj, v_proj, o_proj, gate_proj, down_proj" in card
 
 
-def test_the_base_is_exported_as_it_came(folder):
-  """And in the merged export every weight without adapters is its, bit for bit."""
+def test_the_exported_base_is_unchanged(folder):
+  """In the merged export, every weight without an adapter equals the base's, bit for bit."""
   pretrained = load_file(folder / "base" / "model.safetensors")
   base = load_file(exported(folder, "base") / "model.safetensors")
   whole = load_file(exported(folder, "merged") / "model.safetensors")
@@ -134,8 +134,8 @@ def test_the_base_is_exported_as_it_came(folder):
     assert np.array_equal(pretrained[name], whole[name]) != adapted, name
 
 
-def test_evaluate_and_a_teacher_out_of_a_run_of_adapters(folder):
-  """`start` is the base; a run is its base and adapters, as a student's or a teacher's source."""
+def test_a_run_with_adapters_can_be_evaluated_and_be_a_teacher(folder):
+  """`start` is the base. A run, as a source, is the base with its adapters."""
   c = lora_config(folder)
   c.evaluate.models = {"mine": f"run:{folder / 'whole'}", "merged": str(exported(folder, "merged"))}
   c.evaluate.batch_size = 4
@@ -152,8 +152,8 @@ def test_evaluate_and_a_teacher_out_of_a_run_of_adapters(folder):
 
 
 @pytest.mark.slow
-def test_a_random_base_in_bfloat16_and_a_projection_fitted_beside_it(folder):
-  """The base follows from the seed; adapters stay float32; PEFT is told of no base to load."""
+def test_a_random_bfloat16_base_with_a_trained_projection(folder):
+  """The base depends on the seed, adapters stay float32, and PEFT files name no base."""
   c = lora_config(folder)
   c.student.source = ""
   c.student.param_dtype = c.student.dtype = "bfloat16"
@@ -217,7 +217,7 @@ def test_a_teacher_has_no_adapters(folder):
 
 @pytest.fixture
 def another_norm(folder):
-  """The base's weights changed under the run."""
+  """Changes the base's weights after the run."""
   file = folder / "base" / "model.safetensors"
   pretrained = file.read_bytes()
   weights = load_file(file)
@@ -228,7 +228,7 @@ def another_norm(folder):
 
 
 def test_another_base_is_refused(folder, tmp_path, another_norm):
-  """Neither resumed, nor exported, nor taken as a teacher."""
+  """A run with a changed base is not resumed, exported or used as a teacher."""
   run, c = shutil.copytree(folder / "whole", tmp_path / "run"), lora_config(folder)
   shutil.rmtree(run / "checkpoints" / "6")
   said = "were trained on .*base with digest .*, but its digest is now"
@@ -256,7 +256,7 @@ def test_another_base_is_refused(folder, tmp_path, another_norm):
     ("peft", 0, "export.lora is 'peft'; expected 'merged', because this run has not"),
   ],
 )
-def test_exports_that_make_no_sense(folder, compute, rank, said):
+def test_invalid_exports_are_refused(folder, compute, rank, said):
   c = lora_config(folder)
   c.export.lora, c.export.dir = compute, str(folder / "none")
   if not rank:

@@ -30,7 +30,7 @@ MODELS = {
 
 
 def theirs(v):
-  """A parameter's tensors as Hugging Face has them, [n, out, in]."""
+  """Returns a parameter's tensors in Hugging Face's layout, [n, out, in]."""
   loops = sum(a in quantise.LOOPS for a in v.get_metadata()["axes"])
   flat = np.asarray(v[...]).reshape(-1, *v.shape[loops:])
   layout = Layout(v)
@@ -40,8 +40,8 @@ def theirs(v):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [0, 8])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_grid_is_torch_s(name, bits, group):
-  """Each row of each tensor, or each group of a row, by torch's fake quantisation."""
+def test_rounding_matches_torch(name, bits, group):
+  """Compares each row, or group of a row, with torch's fake quantisation."""
   model, spec, most = MODELS[name](), QuantiseOptions(bits, group), 2 ** (bits - 1) - 1
   done = dict(params.named_params(quantise.tree(model, spec)))
   quantised = 0
@@ -75,7 +75,7 @@ def test_the_gradient_passes_the_rounding():
     np.testing.assert_allclose(a[...], b[...], rtol=1e-4, atol=1e-4, err_msg=path)
 
 
-def test_what_cannot_be_quantised_is_refused():
+def test_invalid_quantise_options_are_refused():
   model = MODELS["llama"]()
   with pytest.raises(InputError, match=r"quantise.bits is 3; expected 4, 8, or 0"):
     quantise.check(QuantiseOptions(3), model)
@@ -87,7 +87,7 @@ def test_what_cannot_be_quantised_is_refused():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A student of 4 bits, trained."""
+  """A trained student with 4-bit weights."""
   path = tmp_path_factory.mktemp("quantise")
   c = tiny.tiny(path)
   c.teacher.source = ""
@@ -102,8 +102,8 @@ def run(tmp_path_factory):
   return path, resolved, made
 
 
-def test_a_student_of_four_bits_learns_and_is_exported(run):
-  """What transformers loads is on the grid, and says what the run's model says."""
+def test_a_four_bit_student_is_trained_and_exported(run):
+  """The weights that transformers loads are rounded, and give the logits of the run."""
   path, c, made = run
   rows = read_metrics(path / "run")
   assert rows[-1]["loss"] < rows[0]["loss"]

@@ -33,7 +33,7 @@ def gradient(remat: str):
 
 
 @pytest.mark.parametrize("remat", [r for r in layers.REMAT if r != "none"])
-def test_gradients_are_those_without(remat):
+def test_remat_does_not_change_gradients(remat):
   for got, want in zip(
     jax.tree.leaves(gradient(remat)), jax.tree.leaves(gradient("none")), strict=True
   ):
@@ -70,8 +70,8 @@ print(json.dumps(host))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_offload_keeps_products_in_the_hosts_memory_on_a_tpu():
-  """CPU has no other memory; so it is compiled for four v5e chips."""
+def test_offload_stores_products_in_host_memory_on_a_tpu():
+  """A CPU has no separate host memory, so this compiles for four v5e chips."""
   done = subprocess.run([sys.executable, "-c", TPU], capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr[-2000:]
   host = json.loads(done.stdout.splitlines()[-1])
@@ -82,7 +82,7 @@ def test_offload_keeps_products_in_the_hosts_memory_on_a_tpu():
 
 
 def compile_step(family: str, shape: str, rules: sharding.Rules, mesh_shape) -> None:
-  """A whole train step on four devices, as far as XLA splits it among them."""
+  """Compiles a whole training step for four devices."""
   module = registry.load("models", family)
   mesh = sharding.make_mesh(*mesh_shape)
   step = training_steps.make_step(student=layers.ComputeConfig(rules=rules))
@@ -100,7 +100,7 @@ def compile_step(family: str, shape: str, rules: sharding.Rules, mesh_shape) -> 
 
 @pytest.fixture
 def compiled_afresh():
-  """XLA says nothing of a program that comes from the cache."""
+  """XLA prints no warnings for a program from the cache."""
   jax.config.update("jax_enable_compilation_cache", False)
   compilation_cache.reset_cache()  # it decides once whether it is in use
   yield
@@ -112,15 +112,15 @@ def compiled_afresh():
 @pytest.mark.parametrize(
   "family", [f for f in tiny.decoder_shapes() if f[1] in ("tiny", "tiny-moe")], ids=" ".join
 )
-def test_xla_splits_a_step_without_giving_up(family, capfd):
-  """Where it finds no way from one sharding to the next it gathers, and says so on stderr."""
+def test_xla_partitions_a_step_without_replication(family, capfd):
+  """XLA prints a warning on stderr if it must replicate an array to change its sharding."""
   compile_step(*family, sharding.Rules(), (1, 2, 2))
   assert XLA_GAVE_UP not in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("compiled_afresh")
-def test_giving_up_would_be_seen(capfd):
-  """A table that is looked up along the axes of the batch: what the rule `table` avoids."""
+def test_replication_would_be_detected(capfd):
+  """Looking up a table that is sharded like the batch, which the rule `table` avoids."""
   both = ("fsdp", "tensor")
   table = sharding.TABLE | {"vocab": (None, None), "table": (both, both)}
   compile_step("llama", "tiny", sharding.Rules(tuple(table.items())), (1, 2, 2))

@@ -45,7 +45,7 @@ def batch(tokens_BT=TOKENS):
 
 
 def kill(weights: dict, s: ShrinkOptions, c) -> None:
-  """Zeros in torch's tensors, others in every layer: dead parts, by hand."""
+  """Sets parts of torch's tensors to 0, different ones in every layer."""
   rng = np.random.default_rng(0)
   some = lambda n, k: rng.permutation(n)[:k]
   channels = some(D, D - s.hidden)
@@ -91,7 +91,7 @@ def logits(model, tokens_BT) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
-  """(what is asked, the dead teacher's folder, ours of it, what was measured)."""
+  """(options, folder of the teacher with dead parts, our model of it, its importance)."""
   model_type, changes, asked = CASES[request.param]
   s = ShrinkOptions(layers=2, layers_by="influence", **asked)
   folder = tmp_path_factory.mktemp(request.param)
@@ -122,7 +122,7 @@ def student_of(s, family, ours, measured):
   return cut.cut(ours, family, config, kept, mesh, HOW.rules), kept
 
 
-def test_what_is_dead_can_go(case):
+def test_removing_dead_parts_does_not_change_outputs(case):
   s, family, folder, ours, measured = case
   student, kept = student_of(s, family, ours, measured)
   assert kept.layers == tuple(i for i in range(3) if i != DEAD_LAYER)
@@ -146,7 +146,7 @@ def test_what_is_dead_can_go(case):
   assert parity.error(z_BTV, logits(small, tokens)) < parity.FORWARD
 
 
-def test_all_that_is_kept_keeps_its_bits(case):
+def test_a_student_with_all_parts_is_unchanged(case):
   _, family, _, ours, measured = case
   c, same = ours.config, {}
   for key in shapes.SIZES:
@@ -170,8 +170,8 @@ def measured(qwen2):
   return measure.importance(qwen2[1], [batch(TOKENS % 96)], HOW, False)
 
 
-def test_importance_is_what_parts_add(qwen2, measured):
-  """Against transformers, by hooks on the inputs of o_proj and down_proj."""
+def test_importance_is_the_contribution_to_the_residual(qwen2, measured):
+  """Compares with transformers, by hooks on the inputs of o_proj and down_proj."""
   theirs, _ = qwen2
   (embedded, *outputs), _, _ = parity.torch_outputs(theirs, TOKENS % 96)
   states = [embedded, *outputs]
@@ -207,8 +207,8 @@ def test_padding_does_not_count(qwen2, measured):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), got, measured)
 
 
-def test_a_layer_left_out_is_a_model_without_it(qwen2):
-  """The loss of the mask against that of the model that `keep_layers` makes."""
+def test_a_skipped_layer_is_a_model_without_it(qwen2):
+  """Compares the loss with a skipped layer to that of a model without it."""
   _, ours = qwen2
   b = batch(TOKENS % 96)
   run = measure.make_loss(HOW, 16, 96)
@@ -228,8 +228,8 @@ def ce_of(model, b) -> float:
   return -float(jnp.where(b.mask_BT, picked_BT, 0).sum() / b.mask_BT.sum())
 
 
-def test_equal_neighbours_merge_into_one_of_them(qwen2, measured):
-  """Four key/value heads, two and two alike, biases too: two of them say the same."""
+def test_merging_equal_neighbours_does_not_change_outputs(qwen2, measured):
+  """Four key/value heads, pairwise equal with their biases, are merged into two."""
   _, ours = qwen2
   twin = jax.tree.map(lambda x: x, ours)
   double = lambda x, axis: jnp.repeat(jnp.take(x, np.array([0, 2]), axis), 2, axis)
@@ -264,8 +264,10 @@ ROPES = [
 
 @pytest.mark.parametrize("rope", ROPES, ids=lambda r: r["rope_type"])
 def test_a_llama_with_windows_is_a_qwen2(rope, tmp_path):
-  """transformers' Llama by transformers' Qwen2, where the window is as long as the text; where it
-  is shorter, what transformers loads sees what ours does."""
+  """With a window as long as the text, the Qwen2 in transformers equals the Llama.
+
+  With a shorter window, it equals our model.
+  """
   theirs = parity.torch_model("llama", rope_parameters=rope, tie_word_embeddings=True)
   ours = parity.ours_from(theirs, tmp_path / "llama")
   logits = lambda m: m(torch.from_numpy(TOKENS).long()).logits.detach().numpy()
@@ -289,7 +291,7 @@ def test_a_llama_with_windows_is_a_qwen2(rope, tmp_path):
       assert parity.error(logits(loaded), logits(theirs)) < parity.FORWARD
 
 
-def test_layers_in_any_number():
+def test_any_number_of_layers_can_be_chosen():
   assert choose.even(3, 9) == (0, 4, 8) and choose.even(1, 9) == (0,)
   deeper = choose.even(14, 9)
   assert set(deeper) == set(range(9)) and list(deeper) == sorted(deeper) and len(deeper) == 14
@@ -297,8 +299,8 @@ def test_layers_in_any_number():
   assert choose.influential(2, np.array([0.3, 0.1, 0.2, 0.5])) == (0, 3)
 
 
-def test_the_loss_chooses_layers_together():
-  """Of layers 1 and 2 either can go alone, and not both; layer 0 is next."""
+def test_the_loss_measures_removed_layers_together():
+  """Either of layers 1 and 2 can be removed but not both; layer 0 is next."""
 
   def loss(without):
     return 4.0 * (3 in without) + 1.0 * (0 in without) + 9.0 * ({1, 2} <= set(without))
@@ -306,7 +308,7 @@ def test_the_loss_chooses_layers_together():
   assert list(choose.removal_order(4, loss)) == [1, 0, 3, 2]
 
 
-def test_groups_stay_together():
+def test_query_heads_stay_in_their_group():
   score = np.array([[1.0, 9, 3, 2, 0, 7, 5, 4]])  # 4 groups of 2
   q, kv = choose.heads(score, groups=4, new_heads=2, new_groups=2, merge=False)
   np.testing.assert_array_equal(kv, [[0, 2]])  # by |1 9|, |3 2|, |0 7|, |5 4|
@@ -316,7 +318,7 @@ def test_groups_stay_together():
   np.testing.assert_array_equal(q, [[1, 2, 5, 6]])  # the two best of 0 to 3, and of 4 to 7
 
 
-def test_experts_merge_whatever_the_order_of_their_channels():
+def test_merging_experts_ignores_the_order_of_channels():
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
   layer = {"gate": draw(4, 6, 10), "up": draw(4, 6, 10), "down": draw(4, 10, 6)}
@@ -332,7 +334,7 @@ def test_experts_merge_whatever_the_order_of_their_channels():
   np.testing.assert_array_equal(layer["down"][[0, 2]], before["down"][[0, 2]])
 
 
-def test_the_best_of_a_rank(qwen2):
+def test_factorise_is_the_best_low_rank_approximation(qwen2):
   _, ours = qwen2
   student, about = factorise.factorise(ours, {"mlp.down_proj": 5, "q_proj": 3}, 2)
   assert set(about) == {"layers.down", "layers.q"}
@@ -353,7 +355,7 @@ def test_the_best_of_a_rank(qwen2):
   assert parity.error(again.layers.down[...], student.layers.down[...]) < 1e-5
 
 
-def test_what_a_token_reads():
+def test_cost_counts_the_parameters_that_a_token_reads():
   c = dataclasses.replace(
     shapes.registry.load("models", "qwen3").CONFIGS["tiny-moe"], tie_word_embeddings=False
   )
