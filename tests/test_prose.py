@@ -53,7 +53,6 @@ DIALECT_PATTERNS = [(re.compile(rf"\b({p})\b", re.I), plain) for p, plain in DIA
 
 # Files that are not rewritten yet, as path prefixes. This list shrinks to nothing.
 PENDING: tuple[str, ...] = (
-  "distill_jax/generation/",
   "distill_jax/records/",
 )
 

@@ -1,1 +1,1 @@
-"""Decoding with a cache: what `generate` is made of."""
+"""Text generation: decoding with a KV cache on local devices, and requests to servers."""

@@ -1,10 +1,10 @@
-"""Decoding of encoder-decoders: greedy or by beam search, one compiled program a batch.
+"""Greedy and beam-search decoding of encoder-decoders, in one compiled program per batch.
 
-All targets of a batch begin with the same tokens, so that they are at one position at a time.
-Rows know nothing of each other: what becomes of one does not depend on its company.
+All targets of a batch begin with the same tokens, so that all rows are at the same position. The
+result of a row does not depend on the other rows.
 
-Beside the letters of types.py: T new tokens of a target, and K the 2J likeliest continuations of
-a row's J beams.
+Axes, in addition to those of types.py: J, the beams of a row; K, the 2J most likely continuations
+of a row; T, the new tokens of a target.
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models import Seq2SeqCache as Cache
 from distill_jax.models import Seq2SeqModel
 from distill_jax.nn import fused_head
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.types import Inputs, Sounds
 
-NEVER = -1e9  # a score less than any text's
+NEVER = -1e9  # a score below that of any text
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-  """How targets are decoded. Static and hashable.
+  """Settings of greedy or beam-search decoding. Static and hashable.
 
   Attributes:
-    prompt: the tokens that every target begins with, the model's decoder_start_token_id first.
-    eos, pad: the token that ends a target, and the one that fills the rest.
-    max_new_tokens: of a target, after the prompt.
-    beams: 1 is greedy.
-    length_penalty: a text's log-probability is divided by its length to this power.
-    suppress: tokens that are never generated.
-    suppress_first: tokens that are not generated first.
+    prompt: The tokens that every target begins with; the first is the model's
+      decoder_start_token_id.
+    eos: The token that ends a target.
+    pad: The token after the end of a target.
+    max_new_tokens: The maximum number of tokens after the prompt.
+    beams: The number of beams; 1 for greedy decoding.
+    length_penalty: The exponent p: a text's score is its log-probability / length^p.
+    suppress: Tokens that are never generated.
+    suppress_first: Tokens that are not generated as the first token.
   """
 
   prompt: tuple[int, ...]
@@ -50,15 +52,15 @@ class Search:
   suppress_first: tuple[int, ...] = ()
 
   def __post_init__(self):
-    if self.beams < 1 or self.max_new_tokens < 1 or not self.prompt:
-      raise InputError(
-        f"beams is {self.beams}, max_new_tokens {self.max_new_tokens} and the prompt has "
-        f"{len(self.prompt)} tokens; each is at least 1"
-      )
+    for key in ("beams", "max_new_tokens"):
+      if (value := getattr(self, key)) < 1:
+        raise bad_value(key, value, "a positive integer", "Increase it")
+    if not self.prompt:
+      raise bad_value("prompt", self.prompt, "at least one token", "Add the start token")
 
   @property
   def size(self) -> int:
-    """Positions of a target."""
+    """The maximum number of positions of a target."""
     return len(self.prompt) + self.max_new_tokens
 
 
@@ -68,11 +70,14 @@ def search(
   """Decodes a target for each source.
 
   Args:
-    source: of B rows, as the family reads it.
+    model: An encoder-decoder.
+    source: The inputs of the encoder, with B rows.
+    compute: The compute settings.
+    spec: The decoding settings.
 
   Returns:
-    int32 [B, max_new_tokens], without the prompt, eos at the end of what ended, and pad after
-    it; and float32 [B], its log-probability (with beams, under the length penalty).
+    The tokens after the prompt, int32 [B, max_new_tokens], with pad after eos; and their
+    log-probabilities, float32 [B], with length penalty if there are beams.
   """
   cache = model.init_cache(source, spec.beams, spec.size, compute)
   rows = cache.k_LXZHh.shape[1]
@@ -94,9 +99,9 @@ def _next_logp(
   compute: ComputeConfig,
   spec: Search,
 ) -> tuple[jax.Array, Cache]:
-  """(float32 [B, V], the log-probabilities of the token after `n` new ones; the cache).
+  """Returns the log-probabilities of the token after `n` new ones, float32 [B, V], and the cache.
 
-  Rows B are those of the cache: with beams, J for each source.
+  The rows B are those of the cache: J rows for each source.
   """
   out, cache = model.decode_step(tokens_B, len(spec.prompt) - 1 + n, cache, compute)
   logits_B1V = fused_head.soft_cap(fused_head.logits(out.hidden_BTD, out.head_VD), out.soft_cap)
@@ -113,7 +118,7 @@ def _suppressed(logp_BV: jax.Array, tokens: tuple[int, ...]) -> jax.Array:
 
 
 class Greedy(struct.PyTreeNode):
-  """A text a row: its `n` new tokens so far, and their log-probability."""
+  """The state of greedy decoding: each row's `n` new tokens and their log-probability."""
 
   n: jax.Array
   tokens_BT: jax.Array
@@ -158,33 +163,33 @@ def _greedy(
 
 
 class Beams(struct.PyTreeNode):
-  """The J best running texts of each row, best first, and its J best finished ones."""
+  """The state of beam search: each row's J best running texts and J best finished ones."""
 
   n: jax.Array
   tokens_BJT: jax.Array
-  score_BJ: jax.Array  # log-probabilities
+  score_BJ: jax.Array  # log-probabilities, in descending order
   finished_BJT: jax.Array
-  finished_score_BJ: jax.Array  # under the length penalty; NEVER where there is none
+  finished_score_BJ: jax.Array  # with length penalty; NEVER without a finished text
   is_finished_BJ: jax.Array
-  open_B: jax.Array  # a running text may yet be better than a finished one
+  open_B: jax.Array  # True if a running text may still beat a finished one
   last_BJ: jax.Array
   cache: Cache
 
 
 class Continuations(NamedTuple):
-  """The K likeliest texts of one more token, best first."""
+  """The K most likely texts with one more token, best first."""
 
   tokens_BKT: jax.Array
   score_BK: jax.Array
   last_BK: jax.Array
-  parent_BK: jax.Array  # the beam that each continues
+  parent_BK: jax.Array  # index of the continued beam
   ends_BK: jax.Array
 
 
 def _beams(
   model: Seq2SeqModel, cache: Cache, compute: ComputeConfig, spec: Search
 ) -> tuple[jax.Array, jax.Array]:
-  """Beam search as in transformers' GenerationMixin._beam_search (early_stopping=False)."""
+  """Runs the beam search of transformers' GenerationMixin._beam_search (early_stopping=False)."""
   J, T = spec.beams, spec.max_new_tokens
   B = cache.k_LXZHh.shape[1] // J
   empty_BJT = jnp.full((B, J, T), spec.pad, jnp.int32)
@@ -192,7 +197,7 @@ def _beams(
   start = Beams(
     n=jnp.int32(0),
     tokens_BJT=empty_BJT,
-    score_BJ=never_BJ.at[:, 0].set(0.0),  # all beams are the same text
+    score_BJ=never_BJ.at[:, 0].set(0.0),  # initially, all beams are the same text
     finished_BJT=empty_BJT,
     finished_score_BJ=never_BJ,
     is_finished_BJ=jnp.zeros((B, J), bool),
@@ -212,7 +217,7 @@ def _beams(
 
 
 def _beam_step(model: Seq2SeqModel, s: Beams, compute: ComputeConfig, spec: Search) -> Beams:
-  """One token more of every running text; the functions have transformers' names."""
+  """Adds one token to every running text. The functions have the names of transformers'."""
   logp_BV, cache = _next_logp(model, s.last_BJ.reshape(-1), s.n, s.cache, compute, spec)
   logp_BJV = logp_BV.reshape(*s.score_BJ.shape, -1)
   continuations = _get_top_k_continuations(s, logp_BJV, spec)
@@ -222,7 +227,7 @@ def _beam_step(model: Seq2SeqModel, s: Beams, compute: ComputeConfig, spec: Sear
 
 
 def _get_top_k_continuations(s: Beams, logp_BJV: jax.Array, spec: Search) -> Continuations:
-  """The likeliest texts of one more token: 2J of them, as J of them may have ended."""
+  """Returns the 2J most likely texts with one more token; up to J of them may have ended."""
   B, J, V = logp_BJV.shape
   total_BJV = s.score_BJ[..., None] + logp_BJV
   score_BK, index_BK = jax.lax.top_k(total_BJV.reshape(B, J * V), 2 * J)
@@ -237,7 +242,7 @@ def _get_top_k_continuations(s: Beams, logp_BJV: jax.Array, spec: Search) -> Con
 
 
 def _get_running_beams_for_next_iteration(s: Beams, c: Continuations, cache: Cache) -> Beams:
-  """The J best continuations that have not ended, with their parents' rows of the cache."""
+  """Continues with the J best texts that have not ended, and their parents' rows of the cache."""
   B, J = s.score_BJ.shape
   score_BJ, chosen_BJ = jax.lax.top_k(jnp.where(c.ends_BK, NEVER, c.score_BK), J)
   rows = (jnp.arange(B)[:, None] * J + _take(c.parent_BK, chosen_BJ)).reshape(-1)
@@ -251,9 +256,9 @@ def _get_running_beams_for_next_iteration(s: Beams, c: Continuations, cache: Cac
 
 
 def _update_finished_beams(s: Beams, c: Continuations, spec: Search) -> Beams:
-  """The J best finished texts, old and new.
+  """Keeps the J best finished texts, old and new.
 
-  Of those that just ended, the ones among the J best continuations count, in rows that are open.
+  A text that has just ended is added if it is among the J best continuations of an open row.
   """
   J = s.score_BJ.shape[1]
   ended_BK = c.ends_BK & (jnp.arange(2 * J) < J)[None]
@@ -270,7 +275,7 @@ def _update_finished_beams(s: Beams, c: Continuations, spec: Search) -> Beams:
 
 
 def _check_early_stop_heuristic(s: Beams, spec: Search) -> jax.Array:
-  """Whether the best running text of a row, as it is, beats the worst finished one, bool [B]."""
+  """Returns True for rows whose best running text beats the worst finished one, bool [B]."""
   best_B1 = s.score_BJ[:, :1] / s.n.astype(jnp.float32) ** spec.length_penalty
   worst_B1 = jnp.min(s.finished_score_BJ, 1, keepdims=True)
   worst_BJ = jnp.where(s.is_finished_BJ, worst_B1, NEVER)
@@ -278,5 +283,5 @@ def _check_early_stop_heuristic(s: Beams, spec: Search) -> jax.Array:
 
 
 def _take(x_BK: jax.Array, index_BJ: jax.Array) -> jax.Array:
-  """Rows [B, J, ...] of [B, K, ...]."""
+  """Returns x[b, index[b, j]] for all b and j, [B, J, ...]."""
   return jax.vmap(lambda x_K, index_J: x_K[index_J])(x_BK, index_BJ)

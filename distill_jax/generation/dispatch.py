@@ -1,10 +1,10 @@
-"""Sampling wherever a job's model runs: on a server, or here."""
+"""Running a generation job on the local devices or on a server."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.generation import local, openai_api
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.to_records import GeneratedStore
@@ -17,21 +17,29 @@ def generate(
   load_model: local.LoadModel | None = None,
   store: GeneratedStore | None = None,
 ) -> JsonObject:
-  """Writes a job's samples into `folder`: see local.generate and remote.generate.
+  """Writes a job's samples into `folder`; see `local.generate` and `remote.generate`.
 
   Args:
-    load_model: gives a model that runs here; None loads job.model.
-    store: receives the texts of a model that runs here.
+    job: The job.
+    folder: The workdir.
+    load_model: Returns a local model. None: job.model is loaded.
+    store: A store that receives the texts of a local model. None: no store.
+
+  Returns:
+    The result of `local.generate` or `remote.generate`.
 
   Raises:
-    InputError: a store is wanted of a server's texts; and what the two raise.
+    InputError: If a store is requested for a model on a server; or by the two functions.
+    Preempted: If SIGTERM was received. Finished samples are kept.
   """
   if not job.server.url:
     return local.generate(job, folder, load_model, store)
   if store is not None:
-    raise InputError(
-      "generate.records_dir is for a teacher here; leave it empty, and `record` the server's "
-      f"{openai_api.RESPONSES}"
+    raise bad_value(
+      "generate.records_dir",
+      store.config.generate.records_dir,
+      "'' for a teacher on a server",
+      f"Leave it empty, and run `record` on the server's {openai_api.RESPONSES}",
     )
   from distill_jax.generation import remote  # needs an extra
 

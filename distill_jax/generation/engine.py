@@ -1,6 +1,6 @@
-"""Decoding on devices: prompts read into a cache, its rows decoded several steps at a time.
+"""Decoding on devices: prompts are prefilled into a KV cache, then rows are decoded in steps.
 
-Here P are the rows of prompts that are read at once.
+Axes, in addition to those of types.py: P, the prompts that are prefilled at once.
 """
 
 from __future__ import annotations
@@ -26,26 +26,37 @@ from distill_jax.types import Inputs
 
 
 class RowState(struct.PyTreeNode):
-  """Where the rows of a batch stand; int32 [B], of numpy outside of compiled functions."""
+  """The state of the rows of a batch. Arrays are numpy's outside of compiled functions.
 
-  token_B: Any  # the last token, which the model has not read yet
-  position_B: Any  # of that token
-  last_B: Any  # the last position that a token may have
-  alive_B: Any  # bool; other rows are idle
-  prompt_B: Any  # number of the prompt …
-  sample_B: Any  # … and of the sample
+  Attributes:
+    token_B: int32, the last token, which is the model's next input.
+    position_B: int32, the position of that token.
+    last_B: int32, the last position of the row.
+    alive_B: bool, False for idle rows.
+    prompt_B: int32, the index of the prompt.
+    sample_B: int32, the index of the sample.
+  """
+
+  token_B: Any
+  position_B: Any
+  last_B: Any
+  alive_B: Any
+  prompt_B: Any
+  sample_B: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineSpec:
-  """The static part of what is compiled.
+  """The static settings of decoding.
 
   Attributes:
-    steps: tokens of a row that one call makes, at most.
-    eos: tokens that end a row.
-    vocab_size: rows of the head from here on are padding.
-    records: what is recorded of the distribution that each token is drawn from; None: nothing.
-    cache_dtype: see nn/kv_cache.py.
+    compute: The compute settings.
+    sampling: The sampling settings.
+    steps: The maximum number of tokens that one call generates per row.
+    eos: Tokens that end a row.
+    vocab_size: The number of tokens; further rows of the head are padding.
+    records: Settings for recording the distribution of each token. None: nothing is recorded.
+    cache_dtype: The dtype of the KV cache; see nn/kv_cache.py.
   """
 
   compute: ComputeConfig
@@ -58,14 +69,20 @@ class EngineSpec:
 
 
 class Engine:
-  """A model with a cache of `rows` rows of `size` positions, and one of `prefill_rows` rows.
+  """A model with a KV cache for decoding and another one for prompts.
 
-  Prompts are read into the second cache and copied into rows of the first. Shapes are the same in
-  all calls and rows know nothing of each other, so what becomes of a row depends on neither its
-  place nor its company.
+  Prompts are prefilled into the prompt cache and then copied into rows of the decoding cache. All
+  calls have the same shapes and rows are independent, so the result of a row depends neither on its
+  index nor on the other rows.
 
   Args:
-    keys: "generate" for the tokens, "records" for the records' offsets.
+    model: The model.
+    mesh: The devices.
+    spec: The static settings.
+    rows: The number of rows of the decoding cache.
+    prefill_rows: The number of rows of the prompt cache.
+    size: The number of positions of each row.
+    keys: Random keys by name: "generate" for tokens, "records" for the offsets of records.
   """
 
   def __init__(
@@ -97,15 +114,15 @@ class Engine:
     )
 
   def prefill(self, tokens_PC: np.ndarray, first_P: np.ndarray, count_P: np.ndarray) -> None:
-    """Reads `count` tokens of each prompt at positions `first` on into the cache of prompts."""
+    """Prefills tokens of each prompt into the prompt cache; see the function `prefill`."""
     self._prompt_cache = self._prefill(self._model, self._prompt_cache, tokens_PC, first_P, count_P)
 
   def insert(self, from_P: np.ndarray, to_P: np.ndarray) -> None:
-    """Copies rows of the cache of prompts into the cache; rows that do not exist get none."""
+    """Copies rows of the prompt cache into the decoding cache; see the function `insert`."""
     self._cache = self._insert(self._cache, self._prompt_cache, from_P, to_P)
 
   def decode(self, rows: RowState) -> dict[str, np.ndarray]:
-    """Makes the next tokens of each row; returns the arrays of `decode_steps`."""
+    """Generates the next tokens of each row, and returns the arrays of `decode_steps`."""
     self._cache, outputs = self._decode(self._model, self._cache, rows, self._keys)
     return jax.device_get(outputs)
 
@@ -119,26 +136,49 @@ def prefill(
   *,
   compute: ComputeConfig,
 ) -> Cache:
-  """Reads `count` tokens of each prompt, from position `first` on, into the cache."""
+  """Prefills tokens of each prompt into a cache.
+
+  Args:
+    model: The model.
+    cache: The cache.
+    tokens_PC: int32, the next tokens of each prompt.
+    first_P: int32, the position of the first token.
+    count_P: int32, the number of tokens; the rest of the row is padding.
+    compute: The compute settings.
+
+  Returns:
+    The new cache.
+  """
   i_PC = jnp.broadcast_to(jnp.arange(tokens_PC.shape[1], dtype=jnp.int32)[None], tokens_PC.shape)
   real_PC = (i_PC < count_P[:, None]).astype(jnp.int32)
   return model.decode_step(Inputs(tokens_PC, first_P[:, None] + i_PC, real_PC), cache, compute)[1]
 
 
 def insert(cache: Cache, prompt_cache: Cache, from_P: jax.Array, to_P: jax.Array) -> Cache:
-  """Copies rows from one cache into another; rows past the end of the second are dropped."""
+  """Copies rows `from_P` of the prompt cache to rows `to_P` of the cache.
+
+  Rows with a target beyond the end of the cache are dropped.
+  """
   return jax.tree.map(lambda x, new: x.at[to_P].set(new[from_P], mode="drop"), cache, prompt_cache)
 
 
 def decode_steps(
   model: Unrolled, cache: Cache, rows: RowState, keys: dict[str, jax.Array], *, spec: EngineSpec
 ) -> tuple[Cache, dict[str, jax.Array]]:
-  """Makes up to spec.steps tokens of each row that is alive, fewer once none is.
+  """Generates up to spec.steps tokens for each row, and stops early if no row is alive.
+
+  Args:
+    model: The model.
+    cache: The cache.
+    rows: The state of the rows.
+    keys: Random keys; see `Engine`.
+    spec: The static settings.
 
   Returns:
-    The cache, and arrays [steps, B, ...]: `token`, -1 where there is none; `logp`, its
-    log-probability under the model as it is; with spec.records, the fields of
-    sampler.of_logits, each as record_NAME.
+    The cache, and a dict of arrays [steps, B, ...]:
+      token: int32, the generated token, or -1.
+      logp: float32, its log-probability under the model, without temperature and truncation.
+      record_NAME: The field NAME of sampler.of_logits, with spec.records.
   """
   step = functools.partial(_decode_step, model, keys=keys, spec=spec)
   shapes = jax.eval_shape(lambda cache, rows: step(cache, rows)[2], cache, rows)
@@ -163,7 +203,7 @@ def decode_steps(
 def _decode_step(
   model: Unrolled, cache: Cache, rows: RowState, *, keys: dict[str, jax.Array], spec: EngineSpec
 ) -> tuple[Cache, RowState, dict[str, jax.Array]]:
-  """One token of each row: (cache, rows, arrays [B, ...])."""
+  """Generates one token for each row, and returns (cache, rows, arrays [B, ...])."""
   alive_B = rows.alive_B
   read = Inputs(*(x[:, None] for x in (rows.token_B, rows.position_B, alive_B.astype(jnp.int32))))
   out, cache = model.decode_step(read, cache, spec.compute)
@@ -189,7 +229,7 @@ def _decode_step(
 
 
 def token_keys(key: jax.Array, rows: RowState, position_B: jax.Array) -> jax.Array:
-  """A key for each row, of (seed, prompt, sample, position) and nothing else."""
+  """Returns a random key for each row that depends only on (seed, prompt, sample, position)."""
   fold_in = jax.vmap(jax.random.fold_in)
   prompt_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, rows.prompt_B)
   return fold_in(fold_in(prompt_keys_B, rows.sample_B), position_B)

@@ -1,7 +1,7 @@
-"""A client of OpenAI-compatible servers: many requests at once, each repeated until it is answered.
+"""A client for OpenAI-compatible servers that makes concurrent requests and retries them.
 
-Transient faults are waited out, with waits that grow: timeouts, cut connections, answers that
-cannot be parsed, statuses 408, 409, 425, 429 and from 500 on. Permanent ones are named at once.
+Transient faults are retried with exponential backoff: timeouts, broken connections, responses that
+cannot be parsed, and the statuses 408, 409, 425, 429 and 5xx. Other errors are raised at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.generation.options import ServerOptions
 from distill_jax.generation.request_errors import RequestFailed, RequestRefused
 from distill_jax.runtime import extras
@@ -26,23 +26,31 @@ with extras.needed("serve"):
 
 Answer = TypeVar("Answer")
 
-RETRY_STATUSES = (408, 409, 425, 429)  # and from 500 on: the same request may be answered yet
-FIRST_WAIT_S, MAX_WAIT_S = 0.5, 60.0  # before a request is made again
-MAX_SERVER_WAIT_S = 600.0  # that a server may ask for
+RETRY_STATUSES = (408, 409, 425, 429)  # statuses that are retried, in addition to 5xx
+FIRST_WAIT_S, MAX_WAIT_S = 0.5, 60.0  # first and maximum wait before a retry, in seconds
+MAX_SERVER_WAIT_S = 600.0  # maximum wait that a server may request, in seconds
 
 
 class Client:
-  """Makes many requests of a server at once, each repeatedly; an async context manager.
+  """A client of one server; an async context manager.
+
+  Args:
+    server: The server.
+    seed: The seed for the random parts of waits.
 
   Attributes:
-    answered, retried: how many requests were.
+    answered: The number of answered requests.
+    retried: The number of retries.
+
+  Raises:
+    InputError: If the environment variable server.api_key_env has no key.
   """
 
   def __init__(self, server: ServerOptions, seed: int):
     self.answered = self.retried = 0
     self._server, self._seed = server, seed
     self._url, self._key = server.url.rstrip("/"), _read_key(server.api_key_env)
-    self._next = 0.0  # when the next request may be made
+    self._next = 0.0  # time at which the next request may be made
     limits = httpx2.Limits(
       max_connections=server.in_flight, max_keepalive_connections=server.in_flight
     )
@@ -58,18 +66,19 @@ class Client:
   async def request(
     self, path: str, body: Any, name: str, parse: Callable[[Any], Answer]
   ) -> Answer:
-    """Makes a request until it has an answer that can be parsed, and returns that.
+    """Makes a request, with retries, and returns its parsed response.
 
     Args:
-      body: what is posted; None: a GET.
-      name: of the request; the waits between its repetitions are a function of it.
-      parse: raises KeyError, IndexError, TypeError, AttributeError or ValueError for an answer
-        that is malformed.
+      path: The path after the server's URL.
+      body: The JSON body of a POST. None: a GET.
+      name: The name of the request, which determines the random parts of its waits.
+      parse: Parses the JSON of the response. It raises KeyError, IndexError, TypeError,
+        AttributeError or ValueError for a malformed response.
 
     Raises:
-      RequestFailed: it has been repeated `retries` times.
-      RequestRefused: it cannot be answered.
-      InputError: no request can be, or `parse` raises one.
+      RequestFailed: If the request still fails after the maximum number of retries.
+      RequestRefused: If the server rejects the request.
+      InputError: If the server would reject every request, or if `parse` raises it.
     """
     attempt, answered = 0, self.answered
     while True:
@@ -80,11 +89,11 @@ class Client:
       except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
         if isinstance(e, InputError):
           raise
-        failed = RequestFailed(f"gives an answer that cannot be read ({type(e).__name__}: {e})")
+        failed = RequestFailed(f"sent an invalid response ({type(e).__name__}: {e})")
       else:
         self.answered += 1
         return answer
-      # A request refused as "busy" while others are answered has only lost a race.
+      # A busy server that answers other requests meanwhile does not count as a failed attempt.
       attempt += not (failed.busy and self.answered > answered)
       answered = self.answered
       if attempt > self._server.retries:
@@ -95,17 +104,17 @@ class Client:
       await asyncio.sleep(failed.after + part * wait)
 
   async def _send(self, path: str, body: Any) -> Any:
-    """Makes a request once, and returns the JSON of its answer."""
+    """Makes a request once and returns the JSON of the response."""
     await self._wait_for_turn()
     try:
       async with asyncio.timeout(self._server.timeout_s):
         verb = "GET" if body is None else "POST"
         response = await self._http.request(verb, f"{self._url}/{path}", json=body)
     except TimeoutError as e:
-      raise RequestFailed(f"has not answered within {self._server.timeout_s:g} s") from e
+      raise RequestFailed(f"did not answer within {self._server.timeout_s:g} s") from e
     except httpx2.RequestError as e:
       why = self._without_key(f"{type(e).__name__} {e}".strip())
-      raise RequestFailed(f"cannot be reached, or breaks off ({why})") from e
+      raise RequestFailed(f"cannot be reached or closed the connection ({why})") from e
     if response.status_code == 200:
       return response.json()
     raise self._error(path, body, response)
@@ -113,48 +122,48 @@ class Client:
   def _error(
     self, path: str, body: Any, response: httpx2.Response
   ) -> RequestFailed | RequestRefused | InputError:
-    """What a status other than 200 means."""
+    """Returns the error for a response with a status other than 200."""
     status = response.status_code
     answer = f"{status} {' '.join(self._without_key(response.text).split())[:300]}".strip()
     if status in RETRY_STATUSES or status >= 500:
       after = self._hold(_retry_after(response), answer)
-      return RequestFailed(f"answers {answer}", busy=status == 429, after=after)
+      return RequestFailed(f"responds with {answer}", busy=status == 429, after=after)
     if status in (401, 403):
-      holds = f"in environment variable {self._server.api_key_env}" if self._key else "(none)"
+      key = f"the key in {self._server.api_key_env}" if self._key else "requests without a key"
       return InputError(
-        f"the server at {self._url} does not take the key {holds}: it answers {answer}; name the "
-        "right variable in generate.server.api_key_env"
+        f"The server at {self._url} rejects {key} ({answer}). Set generate.server.api_key_env to "
+        "the environment variable that contains the server's key."
       )
     if body is not None and (status in (404, 405) or status < 400):
       return InputError(
-        f"the server at {self._url} answers {answer} to {path}; generate.server.url ends in /v1 "
-        "as a rule, and generate.server.model is a name that is served there"
+        f"The server at {self._url} responds to {path} with {answer}. Check generate.server.url, "
+        "which usually ends in /v1, and generate.server.model."
       )
-    return RequestRefused(f"the server answers {answer}")
+    return RequestRefused(f"The server responds with {answer}.")
 
   async def _wait_for_turn(self) -> None:
-    """Waits until another request may be made."""
+    """Waits until the next request may be made."""
     per_minute, now = self._server.requests_per_minute, time.monotonic()
     start = max(now, self._next)
     self._next = start + (60 / per_minute if per_minute else 0.0)
     await asyncio.sleep(start - now)
 
   def _hold(self, after: float, answer: str) -> float:
-    """Makes no request at all before the time that a server asks for is over; returns it.
+    """Delays all requests by the time that the server asks to wait, and returns that time.
 
     Raises:
-      InputError: the server asks for more than MAX_SERVER_WAIT_S.
+      InputError: If the time exceeds MAX_SERVER_WAIT_S.
     """
     if after > MAX_SERVER_WAIT_S:
       raise InputError(
-        f"the server at {self._url} answers {answer} and asks to wait {after:.0f} s; what is "
-        "finished is kept, so run the same command again then"
+        f"The server at {self._url} responds with {answer} and asks to wait {after:.0f} s. "
+        "Finished samples are kept; run the same command again after that time."
       )
     self._next = max(self._next, time.monotonic() + after) if after else self._next
     return after
 
   def _without_key(self, text: str) -> str:
-    """Servers may repeat what they were sent; the key goes into no message."""
+    """Replaces the API key in a server's text, so that messages never contain it."""
     return text.replace(self._key, "***") if self._key else text
 
 
@@ -163,15 +172,17 @@ def _read_key(variable: str) -> str:
     return ""
   key = os.environ.get(variable, "").strip()
   if not key or not key.isascii() or not key.isprintable():
-    raise InputError(
-      f"environment variable {variable}, which generate.server.api_key_env names, holds no key; "
-      "set it to the server's key"
+    raise bad_value(
+      "generate.server.api_key_env",
+      variable,
+      "an environment variable that contains a key",
+      f"Set the environment variable {variable}",
     )
   return key
 
 
 def _retry_after(response: httpx2.Response) -> float:
-  """Seconds to wait: the header has a number of them, or a date."""
+  """Returns the seconds to wait from the header Retry-After, a number of seconds or a date."""
   text = response.headers.get("Retry-After", "")
   if re.fullmatch(r"\d+(\.\d+)?", text):
     return float(text)

@@ -1,4 +1,4 @@
-"""A request to sample texts: whose, from which prompts, and how."""
+"""A generation job: the model, the prompts, and the sampling settings."""
 
 from __future__ import annotations
 
@@ -17,22 +17,28 @@ from distill_jax.nn.sharding import MeshOptions
 
 @dataclasses.dataclass(frozen=True)
 class GenerationJob:
-  """A request to sample texts from a model, here or on a server.
+  """Settings for sampling texts from a model on local devices or on a server.
 
   Attributes:
-    model: the model that generates. One on a server is opened only where its tokenizer is used.
-    open_model: gives the model where it may be open already; None opens it.
-    data: names the tokenizer, where it is not the model's own.
-    mesh: of the devices here.
-    decoding: how texts are decoded here.
-    server: where the model is served; without a URL it runs here.
-    seed: of the sampling, and of random weights.
-    prompts: the file of prompts.
-    field, template, chat: see GenerateOptions.
-    on_bad: "stop" or "skip", where a prompt cannot be used.
-    samples: of each prompt.
-    max_new_tokens, stop, repetition, ignore_eos: where a text ends.
-    section: the config section that samples, max_new_tokens and on_bad were read from.
+    model: The model. A model on a server is opened only if its tokenizer is needed.
+    data: The config section `data`; data.tokenizer is used.
+    mesh: The mesh of local devices.
+    decoding: The decoding settings of a local model.
+    server: The server of the model. Without a URL, the model is local.
+    seed: The seed for sampling and for random weights.
+    prompts: The file of prompts.
+    field: See GenerateOptions, also for the following settings.
+    template: See `field`.
+    chat: See `field`.
+    on_bad: See `field`.
+    samples: See `field`.
+    sampling: The sampling settings.
+    max_new_tokens: See `field`.
+    stop: See `field`.
+    repetition: See `field`.
+    ignore_eos: See `field`.
+    section: The config section of samples, max_new_tokens and on_bad, for messages.
+    open_model: Returns the model if it may be open already. None: `model` is opened.
   """
 
   model: ModelOptions
@@ -57,7 +63,7 @@ class GenerationJob:
 
   @classmethod
   def from_config(cls, config: Config) -> GenerationJob:
-    """What the command `generate` samples."""
+    """Returns the job of the command `generate`."""
     c = config.generate
     return cls(
       model=config.teacher,
@@ -81,9 +87,9 @@ class GenerationJob:
 
   @functools.cached_property
   def source(self) -> ModelSource:
-    """The model without its weights, opened at its first use: a server's need not be here."""
+    """The model without its weights, opened at its first use."""
     return self.open_model() if self.open_model else open_source(self.model, self.seed)
 
   def key(self, name: str) -> str:
-    """The config key of samples, max_new_tokens or on_bad, for errors."""
+    """Returns the config key of samples, max_new_tokens or on_bad, for messages."""
     return f"{self.section}.{name}"

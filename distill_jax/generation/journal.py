@@ -1,9 +1,10 @@
-"""An append-only journal of finished samples, which survives kill -9.
+"""An append-only journal of finished samples that survives kill -9.
 
-`samples.part.jsonl` begins with a line of what the samples are of, then has a line for each.
-`samples.part.bin` has what was recorded of each token, in the same order. The binary record is
-synced before its line, so a complete line always has its data and only the last line can be cut
-off. Of a copy of the folder that was made in between, lines without their data are dropped.
+The first line of samples.part.jsonl describes the prompts and the model; each further line is a
+sample. samples.part.bin has a binary record of each token, in the same order. The binary records of
+a sample are synced before its line, so a complete line always has its data, and only the last line
+can be truncated. If a copy of the folder was made between the two writes, lines without data are
+dropped.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ LINES, BINARY = "samples.part.jsonl", "samples.part.bin"
 
 
 class SampleJournal:
-  """The samples that a workdir holds so far; a context manager.
-
-  Attributes:
-    rows: the lines, one for each sample.
+  """The finished samples of a workdir; a context manager.
 
   Args:
-    origin: the prompts and the model of the samples; a folder with samples of others is refused.
-    record: of a token in the binary file; None: nothing is recorded.
+    folder: The workdir.
+    origin: A description of the prompts and the model. A journal with another origin is refused.
+    record: The dtype of a token's binary record. None: tokens have no records.
+
+  Attributes:
+    rows: The samples' lines.
+
+  Raises:
+    InputError: If the journal is damaged or has another origin.
   """
 
   def __init__(self, folder: Path, origin: JsonObject, record: np.dtype | None):
@@ -45,7 +50,7 @@ class SampleJournal:
       raise
 
   def _read(self, path: Path, origin: JsonObject) -> None:
-    """Reads the samples whose data are there, and cuts off what follows them."""
+    """Reads the samples that have data, and truncates the files after them."""
     self._lines.seek(0)
     line_bytes = record_bytes = 0
     token_bytes = 0 if self._record is None else self._record.itemsize
@@ -75,7 +80,12 @@ class SampleJournal:
     self._binary.truncate(record_bytes)
 
   def add(self, rows: list[JsonObject], records: list[dict[str, list[np.ndarray]]]) -> None:
-    """Adds samples, each with what was recorded of its tokens. Returns when all is on disk."""
+    """Adds samples with the records of their tokens, and returns when they are on disk.
+
+    Args:
+      rows: The samples' lines.
+      records: For each sample, the recorded arrays of all its tokens by field.
+    """
     if not rows:
       return
     if self._record is not None:
@@ -95,7 +105,7 @@ class SampleJournal:
     os.fsync(self._lines.fileno())
 
   def records(self, number: int) -> np.ndarray:
-    """What was recorded of each token of the sample in row `number`; call it when all are there."""
+    """Returns the records of the tokens of sample `rows[number]`, when all samples are finished."""
     assert self._record is not None
     if self._token_ends is None:
       self._token_ends = np.cumsum([0] + [len(row["tokens"]) for row in self.rows])
@@ -120,10 +130,10 @@ class SampleJournal:
 
 
 def _check_origin(path: Path, recorded: JsonObject, origin: JsonObject) -> None:
-  """Refuses samples of other prompts or of another model."""
+  """Raises InputError if the journal has samples for other prompts or from another model."""
   if recorded != origin:
     key = next(k for k in {**origin, **recorded} if origin.get(k) != recorded.get(k))
     raise InputError(
-      f"{path} holds samples of {key} {recorded.get(key)!r} and this run has {origin.get(key)!r}; "
-      "bring the old ones back or choose another --workdir"
+      f"{path} has samples with {key}={recorded.get(key)!r}, but this run has {origin.get(key)!r}. "
+      "Restore the old setting, or choose another --workdir."
     )

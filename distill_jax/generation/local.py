@@ -1,4 +1,4 @@
-"""Sampling by a model that runs here: it continues prompts, many at once."""
+"""Sampling from a model on local devices, many prompts at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.generation import outputs
 from distill_jax.generation.engine import Engine, EngineSpec
 from distill_jax.generation.job import GenerationJob
@@ -42,29 +42,37 @@ def generate(
   load_model: LoadModel | None = None,
   store: GeneratedStore | None = None,
 ) -> JsonObject:
-  """Writes samples.jsonl into `folder`, an object a sample, ordered by prompt and sample.
+  """Samples texts and writes them to samples.jsonl in `folder`, ordered by prompt and sample.
 
-  A sample has `id` and `sample`, its numbers; `prompt`, text or messages as they were given,
-  and `about`, the other fields of that line; `text`, without what ended it; `tokens`, with it;
-  `reason`, one of stop, eos, length, repetition; `logprob` and `logprob_mean`, in nats, of its
-  tokens under the model as it is. Prompts that cannot be used are in samples.rejected.jsonl.
+  Each line is a sample with these fields:
+    id, sample: The indices of the prompt and of the sample.
+    prompt: The prompt, as text or messages.
+    about: The other fields of the prompt's line.
+    text: The text, without the stop string or token that ended it.
+    tokens: The tokens, including the one that ended the text.
+    reason: Why the text ended: "stop", "eos", "length" or "repetition".
+    logprob, logprob_mean: The sum and the mean of the tokens' log-probabilities in nats, under the
+      model without temperature and truncation.
+  Prompts that cannot be used are written to samples.rejected.jsonl with the reason.
 
-  A text is a function of (seed, prompt, sample), but for ties that floating point breaks
-  otherwise in a batch of another size or on other devices. A run that was stopped continues, and
-  gives what it would have given.
+  A text depends only on (seed, prompt, sample), except for floating-point ties, which may be broken
+  differently with other batch sizes or devices. An interrupted run is resumed, with the same
+  result.
 
   Args:
-    load_model: gives the model where there is more to do; None loads job.model.
-    store: receives the same texts; None: none does.
+    job: The job.
+    folder: The workdir.
+    load_model: Returns the model, if samples are missing. None: job.model is loaded.
+    store: A store that receives the texts too. None: no store.
 
   Returns:
-    prompts, rejected, samples, tokens, the number of samples for each reason, and
-    tokens_per_second of this process's part; sequences, record_tokens, entries and bytes of the
-    store.
+    A dict with prompts, rejected, samples, tokens (their numbers), the number of samples for each
+    reason, and tokens_per_second of this process's part; with a store, also its sequences,
+    record_tokens, entries and bytes.
 
   Raises:
-    InputError: the job and the model do not fit together, before anything is compiled.
-    Preempted: SIGTERM was received; finished samples are kept.
+    InputError: If the job and the model are inconsistent; raised before compilation.
+    Preempted: If SIGTERM was received. Finished samples are kept.
   """
   mesh = sharding.make_mesh(**vars(job.mesh))
   tokenizer = corpus.tokenizer_of(job.data, job.source.pretrained)
@@ -78,7 +86,7 @@ def generate(
   distributed.run_on_process_0(lambda: result.update(outputs.finished_result(folder, origin) or {}))
   if distributed.max_over_processes(len(result)):
     return result
-  journals: list[SampleJournal] = []  # one, on the first process
+  journals: list[SampleJournal] = []  # one on the first process, none on others
   token_record = store.token_record(tokenizer.vocab_size) if store else None
   distributed.run_on_process_0(lambda: journals.append(SampleJournal(folder, origin, token_record)))
   try:
@@ -98,7 +106,7 @@ def generate(
 def _check(
   job: GenerationJob, tokenizer: Tokenizer, mesh: Mesh, store: GeneratedStore | None
 ) -> Stops:
-  """Refuses what does not fit together, with no weight read."""
+  """Checks the job before weights are read, and returns its end conditions."""
   c, shape = job.decoding, job.source.text_config
   for key, value in (
     (job.key("samples"), job.samples),
@@ -107,28 +115,32 @@ def _check(
     ("generate.steps", c.steps),
   ):
     if value < 1:
-      raise InputError(f"{key} is {value}; it is at least 1")
+      raise bad_value(key, value, "a positive integer", "Increase it")
   if c.cache_dtype not in kv_cache.DTYPES:
-    raise InputError(
-      f"generate.cache_dtype is {c.cache_dtype!r}; expected one of {kv_cache.DTYPES}, "
-      "where '' means teacher.dtype"
+    raise bad_value(
+      "generate.cache_dtype",
+      c.cache_dtype,
+      f"one of {kv_cache.DTYPES}, where '' means the compute dtype",
+      "Choose one of them",
     )
   if not 2 <= c.cache_len <= shape.max_position_embeddings:
-    raise InputError(
-      f"generate.cache_len is {c.cache_len}; it is at least 2, and this model reads at most "
-      f"{shape.max_position_embeddings} tokens"
+    raise bad_value(
+      "generate.cache_len",
+      c.cache_len,
+      f"2 to {shape.max_position_embeddings}, the model's limit",
+      "Correct it",
     )
   check_vocabulary(tokenizer.vocab_size, shape.vocab_size, tokenizer.where)
   sharding.check_batch("generate.batch_size", c.batch_size, mesh)
   sharding.check_batch("generate.prefill_rows", c.prefill_rows, mesh)
-  sharding.shardings(job.source.abstract, mesh, job.source.compute.rules)  # does it divide?
+  sharding.shardings(job.source.abstract, mesh, job.source.compute.rules)  # raises if invalid
   if store is not None:
     store.check()
   return Stops(tokenizer, job.stop, job.repetition)
 
 
 def end_tokens(job: GenerationJob, tokenizer: Tokenizer) -> tuple[int, ...]:
-  """Returns the tokens that end a text: the generation config's, and the end of a document."""
+  """Returns the tokens that end a text: those of the generation config, and the document's end."""
   if job.ignore_eos:
     return ()
   named = job.source.generation.get("eos_token_id")
@@ -146,9 +158,9 @@ def _decode(
   load_model: LoadModel,
   store: GeneratedStore | None,
 ) -> float:
-  """Makes the samples that are missing, and returns tokens per second.
+  """Generates the missing samples and returns the tokens per second.
 
-  All processes decode all rows; the first one writes.
+  All processes decode all rows; the first one writes the journal.
   """
   sample_keys = [(p, s) for p in prompts.ids for s in range(job.samples)]
   have = {outputs.sample_key(row) for journal in journals for row in journal.rows}
@@ -192,11 +204,17 @@ def make_scheduler(
   compute: ComputeConfig,
   records: RecordsOptions | None = None,
 ) -> Scheduler:
-  """Makes the decoder of a job.
+  """Returns the scheduler that decodes a job.
 
   Args:
-    prompts: the tokens of each prompt, by number.
-    records: what is recorded of each token's distribution; None: nothing.
+    job: The job.
+    mesh: The devices.
+    tokenizer: The tokenizer.
+    stops: The end conditions of texts.
+    prompts: The tokens of each prompt, by index.
+    model: The model with unrolled layers.
+    compute: The compute settings.
+    records: Settings for recording the distribution of each token. None: nothing is recorded.
   """
   c, run_keys = job.decoding, keys(job.seed)
   spec = EngineSpec(
@@ -214,7 +232,7 @@ def make_scheduler(
 
 
 def _journal_row(s: GeneratedSample, stops: Stops) -> outputs.JournalRow:
-  """What is kept of a sample until all are there."""
+  """Returns a sample's line of the journal."""
   return {
     "prompt": s.prompt,
     "sample": s.sample,
@@ -233,7 +251,7 @@ def _publish(
   journal: SampleJournal,
   store: GeneratedStore | None,
 ) -> JsonObject:
-  """Writes the files, whole and in order, from the journal; returns what is in them."""
+  """Writes the output files from the journal, in order, and returns their counts."""
   order = sorted(range(len(journal.rows)), key=lambda i: outputs.sample_key(journal.rows[i]))
   rows = [journal.rows[i] for i in order]
   outputs.write_rejected(folder, prompts)

@@ -1,4 +1,4 @@
-"""Requests to OpenAI-compatible servers, and what is kept of their answers."""
+"""The request and response formats of OpenAI-compatible servers, and the file of responses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from distill_jax.data import corpus, jsonl
 from distill_jax.data.tokenizers import Tokenizer
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.prompts import Message, PromptEncoder, model_input
 from distill_jax.generation.request_errors import RequestRefused
@@ -22,13 +22,13 @@ from distill_jax.runtime import atomic_io, json_io
 from distill_jax.types import JsonObject
 
 RESPONSES, PART = "responses.jsonl", "responses.part.jsonl"
-PREFIX = re.compile(rb'\{"id": (\d+), "sample": (\d+), ')  # of a line of responses.jsonl
-EXTENDED_SERVERS = ("vllm", "sglang")  # they take fields beyond OpenAI's; in `owned_by`
-TOKEN_ID = "token_id:"  # how vLLM spells tokens where it is asked for ids
-REASONS = {"stop": "eos", "length": "length"}  # by finish_reason, generate's reason
-BROKEN_OFF = (None, "abort", "error")  # finish_reason of an answer that the server gave up
+PREFIX = re.compile(rb'\{"id": (\d+), "sample": (\d+), ')  # start of a line of responses.jsonl
+EXTENDED_SERVERS = ("vllm", "sglang")  # values of `owned_by` of servers with more request fields
+TOKEN_ID = "token_id:"  # prefix of token names if vLLM returns tokens as ids
+REASONS = {"stop": "eos", "length": "length"}  # finish_reason: reason in samples.jsonl
+BROKEN_OFF = (None, "abort", "error")  # finish_reason of an incomplete response
 
-TokenLogprobs = list[JsonObject]  # of each token, as chat completions have them
+TokenLogprobs = list[JsonObject]  # one object per token, in the format of chat completions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class ServedModel:
   """A model on a server.
 
   Attributes:
-    name: its name there.
-    server: "vllm", "sglang", or "" for all others.
+    name: The model's name on the server.
+    server: The kind of server: "vllm", "sglang", or "" for others.
   """
 
   name: str
@@ -45,13 +45,19 @@ class ServedModel:
 
   @classmethod
   def from_answer(cls, answer: Any, name: str) -> ServedModel:
-    """The model of that name in an answer to `models`; the only one where no name is given."""
+    """Returns a model from the response to the request `models`.
+
+    Args:
+      answer: The JSON of the response.
+      name: The model's name. "": the only model of the server.
+
+    Raises:
+      InputError: If `name` is empty and the server does not have exactly one model.
+    """
     owners = {m["id"]: m.get("owned_by") for m in answer["data"]}
     if not name and len(owners) != 1:
-      raise InputError(
-        f"generate.server.model is empty and the server has {len(owners)} models "
-        f"({', '.join([*owners][:5])}); name one"
-      )
+      models = f"one of the server's {len(owners)} models ({', '.join([*owners][:5])})"
+      raise bad_value("generate.server.model", name, models, "Name the model")
     model = name or next(iter(owners))
     return cls(model, owners[model] if owners.get(model) in EXTENDED_SERVERS else "")
 
@@ -59,7 +65,15 @@ class ServedModel:
 def request(
   job: GenerationJob, served: ServedModel, content: str | list[Message], prompt: int, sample: int
 ) -> tuple[str, JsonObject]:
-  """(path, body) of the request for one sample of a prompt."""
+  """Returns the path and the JSON body of the request for one sample.
+
+  Args:
+    job: The job.
+    served: The model.
+    content: The prompt, as text or messages.
+    prompt: The index of the prompt, for the seed.
+    sample: The index of the sample, for the seed.
+  """
   given, top = model_input(job, content), job.server.top_logprobs
   is_text, sampling = isinstance(given, str), job.sampling
   digest = hashlib.sha256(f"{job.seed}/{prompt}/{sample}".encode()).digest()
@@ -69,15 +83,15 @@ def request(
     "max_tokens": job.max_new_tokens,
     "temperature": sampling.temperature,
     "top_p": sampling.top_p,
-    "seed": int.from_bytes(digest[:4], "big") >> 1,  # some servers take 31 bits
+    "seed": int.from_bytes(digest[:4], "big") >> 1,  # some servers accept only 31 bits
   }
   if job.stop:
     body["stop"] = list(job.stop)
   if job.ignore_eos:
     body["ignore_eos"] = True
-  if served.server:  # what is missing, these take from the model's generation_config.json
+  if served.server:  # their defaults come from generation_config.json, so send all settings
     body |= {"top_k": sampling.top_k or -1, "min_p": sampling.min_p, "repetition_penalty": 1.0}
-  else:  # others may refuse fields that are not OpenAI's
+  else:  # other servers may reject fields that OpenAI's API does not have
     body |= {k: v for k, v in (("top_k", sampling.top_k), ("min_p", sampling.min_p)) if v}
   if served.server == "vllm":
     body["return_token_ids"] = True
@@ -90,21 +104,29 @@ def request(
 
 
 def parse(answer: Any, stop: tuple[str, ...]) -> tuple[JsonObject, TokenLogprobs | None]:
-  """(the fields of samples.jsonl that an answer has; its log-probabilities, None without).
+  """Parses a response.
+
+  Args:
+    answer: The JSON of the response.
+    stop: The stop strings of the request.
+
+  Returns:
+    The fields of the sample in samples.jsonl, and the log-probabilities of its tokens or None.
 
   Raises:
-    RequestRefused: a filter or a tool ended the text.
-    KeyError, IndexError, TypeError, AttributeError, ValueError: it is malformed or broken off.
+    RequestRefused: If a content filter or a tool call ended the text.
+    KeyError, IndexError, TypeError, AttributeError, ValueError: If the response is malformed or
+      incomplete.
   """
   choice = answer["choices"][0]
   finish = choice.get("finish_reason")
   if finish in BROKEN_OFF:
-    raise ValueError(f"finish_reason {finish!r}")
+    raise ValueError(f"The finish_reason is {finish!r}.")
   if finish not in REASONS:
-    raise RequestRefused(f"the server ends the text by {finish!r}")
+    raise RequestRefused(f"The server ended the text with the finish_reason {finish!r}.")
   text = _text(choice["message"]) if "message" in choice else choice["text"]
   if json_io.lone_surrogate(text):
-    raise ValueError("half a surrogate pair in the text")
+    raise ValueError("The text contains half a surrogate pair.")
   token_logprobs = _token_logprobs(choice)
   tokens = _tokens(choice, token_logprobs or [])
   usage = (answer.get("usage") or {}).get("completion_tokens")
@@ -115,23 +137,23 @@ def parse(answer: Any, stop: tuple[str, ...]) -> tuple[JsonObject, TokenLogprobs
   if token_logprobs:
     logps = [float(x["logprob"]) for x in token_logprobs]
     if not all(map(math.isfinite, logps)):
-      raise ValueError("a log-probability that is not finite")
+      raise ValueError("A log-probability is not finite.")
     row |= {"logprob": sum(logps), "logprob_mean": sum(logps) / len(logps)}
   return row, token_logprobs
 
 
 def _text(message: JsonObject) -> str:
-  """The text of a message after its reasoning, as DeepSeek-R1 writes them."""
+  """Returns a message's reasoning and text in DeepSeek-R1's format."""
   reasoning = message.get("reasoning_content") or message.get("reasoning")
   content = message["content"] or ""
   if not reasoning:
     return content
-  begun = "<think>\n" + reasoning.strip("\n")
-  return f"{begun}\n</think>\n\n" + content.lstrip("\n") if content else begun
+  unclosed = "<think>\n" + reasoning.strip("\n")
+  return f"{unclosed}\n</think>\n\n" + content.lstrip("\n") if content else unclosed
 
 
 def _tokens(choice: JsonObject, token_logprobs: TokenLogprobs) -> list[int]:
-  """The ids of a text's tokens; [] where the server does not give them."""
+  """Returns the ids of a text's tokens, or [] if the response does not contain them."""
   if ids := choice.get("token_ids"):
     return ids
   names = [x["token"] for x in token_logprobs]
@@ -141,15 +163,15 @@ def _tokens(choice: JsonObject, token_logprobs: TokenLogprobs) -> list[int]:
 
 
 def _is_stop_string(choice: JsonObject, stop: tuple[str, ...]) -> bool:
-  """Whether a stop string ended a text, and not the model."""
-  for key in ("stop_reason", "matched_stop"):  # vLLM's, SGLang's
+  """Returns True if a stop string ended the text, and False if the model did."""
+  for key in ("stop_reason", "matched_stop"):  # fields of vLLM and SGLang
     if key in choice:
       return isinstance(choice[key], str) and choice[key] in stop
   return bool(stop)
 
 
 def _token_logprobs(choice: JsonObject) -> TokenLogprobs | None:
-  """The log-probabilities of each token, those of text completions in the form of chats."""
+  """Returns the log-probabilities of each token in the format of chat completions, or None."""
   logprobs = choice.get("logprobs")
   if not logprobs or logprobs.get("content") is not None:
     return logprobs["content"] if logprobs else None
@@ -168,7 +190,11 @@ def _token_logprobs(choice: JsonObject) -> TokenLogprobs | None:
 
 
 class PromptIds:
-  """The tokens of prompts: as the server gives them, else by the model's tokenizer here."""
+  """Determines the tokens of prompts, from the server's response or with a local tokenizer.
+
+  Args:
+    job: The job.
+  """
 
   def __init__(self, job: GenerationJob):
     self._job = job
@@ -176,10 +202,15 @@ class PromptIds:
     self._tokenizer: Tokenizer | None = None
 
   def __call__(self, content: str | list[Message], answer: Any) -> list[int]:
-    """The tokens of a prompt that was answered.
+    """Returns the tokens of a prompt.
+
+    Args:
+      content: The prompt, as text or messages.
+      answer: The JSON of the server's response to the prompt.
 
     Raises:
-      InputError: there is no tokenizer here, or it is not the server's.
+      InputError: If neither the response nor a local tokenizer has the tokens, or if their number
+        differs between the two.
     """
     ids = answer.get("prompt_token_ids") or answer["choices"][0].get("prompt_token_ids")
     if ids:
@@ -190,8 +221,8 @@ class PromptIds:
     count = (answer.get("usage") or {}).get("prompt_tokens", len(ids))
     if count != len(ids):
       raise InputError(
-        f"the server reads {count} tokens where {self._tokenizer.where} makes {len(ids)} of a "
-        "prompt; take the tokenizer, chat template and beginning of a text that the server has"
+        f"The server reads a prompt as {count} tokens, but {self._tokenizer.where} encodes it as "
+        f"{len(ids)}. Use the server's tokenizer and chat template."
       )
     return ids
 
@@ -201,14 +232,21 @@ class PromptIds:
       pretrained = None if data.tokenizer else self._job.source.pretrained
       return corpus.tokenizer_of(data, pretrained)
     except InputError as e:
-      raise InputError(f"the server does not say the tokens of a prompt, and {e}") from e
+      raise InputError(f"The server does not return the tokens of prompts. {e}") from e
 
 
 class Responses:
-  """The answers so far, on disk before the samples made of them; a context manager.
+  """The responses of a run so far; a context manager.
 
-  A line begins with the numbers of its prompt and sample. Of two with the same numbers, the last
-  is the one that a sample was made of: killed in between, a run makes the request again.
+  A response is on disk before its sample. Each line begins with the indices of the prompt and the
+  sample. If a run was killed between the two writes, the request is made again, and the last of two
+  lines with the same indices is valid.
+
+  Args:
+    folder: The workdir.
+
+  Raises:
+    InputError: If the file is damaged.
   """
 
   def __init__(self, folder: Path):
@@ -225,21 +263,21 @@ class Responses:
   def _index(self, line: bytes) -> None:
     if not (match := PREFIX.match(line)):
       raise InputError(
-        f"{self._folder / PART} is damaged at byte {self._end}; choose another --workdir"
+        f"{self._folder / PART} is damaged at byte {self._end}. Choose another --workdir."
       )
     self._spans[int(match[1]), int(match[2])] = self._end, len(line)
     self._end += len(line)
 
   def check(self, samples: Iterable[SampleKey]) -> None:
-    """Refuses a folder in which the answer of a sample is missing."""
+    """Raises InputError if the response to a finished sample is missing."""
     if lost := [key for key in samples if key not in self._spans]:
       raise InputError(
-        f"{self._folder} has {len(lost)} samples whose answers are not in {PART}; bring the file "
-        "back or choose another --workdir"
+        f"{self._folder} has {len(lost)} samples whose responses are missing in {PART}. Restore "
+        "the file, or choose another --workdir."
       )
 
   def add(self, answers: list[JsonObject]) -> None:
-    """Appends answers. Returns when all is on disk."""
+    """Appends responses, and returns when they are on disk."""
     lines = [jsonl.to_line(answer, ensure_ascii=True) for answer in answers]
     self._file.write(b"".join(lines))
     self._file.flush()
@@ -248,7 +286,7 @@ class Responses:
       self._index(line)
 
   def publish(self, order: Iterable[SampleKey]) -> None:
-    """Writes responses.jsonl, whole or not at all."""
+    """Writes responses.jsonl atomically, with the responses to these samples in order."""
     part = self._folder / f".{RESPONSES}.part"
     with part.open("wb") as f:
       for offset, size in (self._spans[key] for key in order):

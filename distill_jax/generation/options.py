@@ -35,7 +35,7 @@ class ServerOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DecodingOptions:
-  """How a local model decodes: cache size and batching.
+  """Settings for decoding with a local model: the cache and the batches.
 
   Apart from `cache_len` and `cache_dtype`, these keys do not change the generated texts. `evaluate`
   decodes its benchmarks with the same keys.

@@ -1,4 +1,4 @@
-"""The files that `generate` leaves in a workdir, wherever the model runs."""
+"""The output files of `generate`, for local models and for servers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distill_jax.runtime import json_io
 from distill_jax.types import JsonObject
 
 SAMPLES, REJECTED, SUMMARY = "samples.jsonl", "samples.rejected.jsonl", "generate.json"
-JournalRow = JsonObject  # a sample as the journal keeps it: `prompt` is the prompt's number
+JournalRow = JsonObject  # a sample's line of the journal; its `prompt` is the prompt's index
 
 
 def sample_key(row: JournalRow) -> SampleKey:
@@ -23,7 +23,10 @@ def sample_key(row: JournalRow) -> SampleKey:
 
 
 def write_samples(folder: Path, rows: Iterable[JournalRow], prompts: Prompts) -> None:
-  """Writes samples.jsonl: each sample beside its prompt, without fields that a server left out."""
+  """Writes samples.jsonl, in which each sample includes its prompt.
+
+  The field `tokens` is omitted if the server did not return tokens.
+  """
 
   def published(row: JournalRow) -> JsonObject:
     prompt = prompts.prompts[row["prompt"]]
@@ -37,9 +40,12 @@ def write_samples(folder: Path, rows: Iterable[JournalRow], prompts: Prompts) ->
 
 
 def write_rejected(folder: Path, prompts: Prompts, samples: Iterable[JsonObject] = ()) -> int:
-  """Writes samples.rejected.jsonl: prompts that cannot be used, and samples that were refused.
+  """Writes samples.rejected.jsonl and returns the number of its lines.
 
-  Returns: how many there are.
+  Args:
+    folder: The workdir.
+    prompts: The prompts, including those that cannot be used.
+    samples: {"id", "sample", "reason"} for each sample that a server refused.
   """
   rejected = [{"id": n, "reason": why} for n, why in prompts.rejected.items()]
   rejected += samples
@@ -48,24 +54,28 @@ def write_rejected(folder: Path, prompts: Prompts, samples: Iterable[JsonObject]
 
 
 def count_reasons(rows: Iterable[JournalRow]) -> dict[str, int]:
-  """How many samples ended for which reason."""
+  """Returns the number of samples for each reason why they ended."""
   return dict(sorted(collections.Counter(row["reason"] for row in rows).items()))
 
 
 def finished_result(folder: Path, origin: JsonObject) -> JsonObject | None:
-  """The result of an earlier run of the same prompts and model that came to its end; or None."""
+  """Returns the result of a finished run with the same prompts and model, or None.
+
+  Raises:
+    InputError: If the folder has the result of other prompts or another model.
+  """
   file = folder / SUMMARY
   if not file.exists():
     return None
-  result = json_io.read_object(file, "choose another --workdir")
+  result = json_io.read_object(file, "Choose another --workdir")
   if result.pop("of") != origin:
     raise InputError(
-      f"{folder} holds samples of other prompts or another teacher; choose another --workdir"
+      f"{folder} has samples of other prompts or another teacher. Choose another --workdir."
     )
   return result | {"tokens_per_second": 0.0}
 
 
 def finish(folder: Path, origin: JsonObject, result: JsonObject, journal: SampleJournal) -> None:
-  """Writes the result, the last file of a run, and removes the journal."""
+  """Writes the result, which is the last file of a run, and removes the journal."""
   json_io.write_json(folder / SUMMARY, {"of": origin, **result})
   journal.remove()

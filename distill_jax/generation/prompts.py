@@ -1,4 +1,4 @@
-"""Prompts: read, rendered by a chat template, tokenized; those that cannot be used are named."""
+"""Reading prompts, rendering them with a chat template, and tokenizing them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from distill_jax.data import corpus, jsonl
 from distill_jax.data.bad_input import BadInputPolicy
 from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.data.tokenizers import Tokenizer
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.filters.samples import answer_part
 from distill_jax.generation.job import GenerationJob
 from distill_jax.runtime import json_io, storage
 from distill_jax.types import JsonObject
 
-SAMPLE_FIELDS = {"id", "sample", "text", "about"}  # of a line that `generate` wrote
+SAMPLE_FIELDS = {"id", "sample", "text", "about"}  # fields of a line that `generate` wrote
 PLACEHOLDER = "{prompt}"  # in generate.template
 
-Message = JsonObject  # of a chat: its `role` and `content`
+Message = JsonObject  # a chat message with `role` and `content`
 
 
 class Prompt(NamedTuple):
-  """A prompt as it is published beside its samples.
+  """A prompt.
 
   Attributes:
-    content: text, or the messages of a chat; in generate.template.
-    about: the other fields of its line.
+    content: Text or chat messages, with generate.template applied.
+    about: The other fields of the prompt's line.
   """
 
   content: str | list[Message]
@@ -37,12 +37,12 @@ class Prompt(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """The prompts of a file, by number: their places among its lines that are not blank, from 0 on.
+  """The prompts of a file by index. The index counts the lines that are not blank, from 0.
 
   Attributes:
-    ids: the tokens of each prompt that can be used; empty where none were asked for.
-    prompts: these prompts.
-    rejected: for each prompt that cannot be used, the reason.
+    ids: The tokens of each prompt that can be used; empty if they were not requested.
+    prompts: The prompts that can be used.
+    rejected: The reason for each prompt that cannot be used.
   """
 
   ids: dict[int, list[int]]
@@ -51,18 +51,19 @@ class Prompts:
 
 
 def read_prompts(job: GenerationJob, tokenizer: Tokenizer | None = None) -> Prompts:
-  """Reads all prompts of a job's file.
+  """Reads the prompts of a job's file.
 
-  A line that is a sample of an earlier run brings its `about` with it, and its text, where
-  generate.field names it, without the reasoning: a text that a teacher was asked to rewrite is
-  a prompt with the answer key of the old one.
+  A line may be a sample of an earlier run. With generate.field="text", its text without the
+  reasoning is the prompt. Its `about` is carried over, so that e.g. a question that a teacher has
+  rewritten keeps its answer key.
 
   Args:
-    tokenizer: None reads prompts of any length, without their tokens.
+    job: The job.
+    tokenizer: The tokenizer. None: prompts are not tokenized and may have any length.
 
   Raises:
-    InputError: the file cannot be read; a prompt cannot be used and on_bad is "stop", or none
-      can be used.
+    InputError: If the file cannot be read, if a prompt cannot be used and on_bad is "stop", or if
+      no prompt can be used.
   """
   path, policy = _check(job), BadInputPolicy(job.key("on_bad"), job.on_bad)
   prompts = Prompts({}, {}, {})
@@ -79,36 +80,46 @@ def read_prompts(job: GenerationJob, tokenizer: Tokenizer | None = None) -> Prom
       policy.reject(line.where, str(error))
       prompts.rejected[n] = f"line {line.number}: {error}"
   if not prompts.prompts:
-    reasons = [*prompts.rejected.values()]
-    why = f"the first one's reason: {reasons[0]}" if reasons else "it is empty"
-    raise InputError(f"{path} holds no prompt that can be used; {why}")
+    if not prompts.rejected:
+      raise InputError(f"{path} is empty. Add prompts to it.")
+    first = next(iter(prompts.rejected.values())).rstrip(".")
+    raise InputError(f"{path} has no prompt that can be used. The first problem: {first}.")
   return prompts
 
 
 def _check(job: GenerationJob) -> Path:
-  """The file of prompts."""
+  """Returns the file of prompts, after checking the job's settings for prompts."""
   if job.template and PLACEHOLDER not in job.template:
-    raise InputError(
-      f"generate.template is {job.template!r:.60}; it has {PLACEHOLDER} for the prompt"
+    raise bad_value(
+      "generate.template",
+      job.template,
+      f"a template that contains {PLACEHOLDER}",
+      f"Add {PLACEHOLDER} to it",
     )
   path = storage.file(job.prompts)
   if not job.prompts or not path.is_file():
-    raise InputError(f"generate.prompts is {job.prompts!r}, which is no file; name the prompts")
+    raise bad_value("generate.prompts", job.prompts, "an existing file", "Name a file of prompts")
   return path
 
 
 def model_input(job: GenerationJob, content: str | list[Message]) -> str | list[Message]:
-  """A prompt as the model reads it: text to continue, or the messages of a chat."""
+  """Returns a prompt as text to continue, or as the messages of a chat.
+
+  With job.chat, a text becomes a user's message.
+  """
   if isinstance(content, str) and job.chat:
     return [{"role": "user", "content": content}]
   return content
 
 
 class PromptEncoder:
-  """Turns prompts into tokens.
+  """Tokenizes prompts.
 
-  Text comes after what the tokenizer begins a text with, as documents do (data/corpus.py); chats
-  are rendered by the model's template, which is read at the first chat.
+  Texts begin with the tokens that the tokenizer puts first, as documents do (data/corpus.py). Chats
+  are rendered by the chat template, which is read at the first chat.
+
+  Args:
+    job: The job.
   """
 
   def __init__(self, job: GenerationJob):
@@ -129,20 +140,24 @@ class PromptEncoder:
 
 
 def _apply_template(job: GenerationJob, content: Any) -> str | list[Message]:
-  """Puts a prompt, or the last of its messages, into generate.template."""
+  """Applies generate.template to a prompt, or to the last of its messages.
+
+  Raises:
+    InputError: If the prompt is malformed.
+  """
   if isinstance(content, str) and content:
     return job.template.replace(PLACEHOLDER, content) if job.template else content
   if not isinstance(content, list) or not all(isinstance(m, dict) and "role" in m for m in content):
     raise InputError(
-      f"field {job.field!r} holds {content!r:.60}; it is text, or messages with roles"
+      f"Field {job.field!r} is {content!r:.60}; expected a text, or messages with roles."
     )
   if not content:
-    raise InputError(f"field {job.field!r} holds no message; a chat has at least one")
+    raise InputError(f"Field {job.field!r} is an empty list; expected at least one message.")
   if not job.template:
     return content
   last = content[-1]
   if not isinstance(last.get("content"), str):
-    raise InputError("the last message has no text that generate.template could be put around")
+    raise InputError("The last message has no text, so the template cannot be applied.")
   return [
     *content[:-1],
     last | {"content": job.template.replace(PLACEHOLDER, last["content"])},
@@ -151,23 +166,31 @@ def _apply_template(job: GenerationJob, content: Any) -> str | list[Message]:
 
 def _check_length(ids: list[int], cache_len: int) -> list[int]:
   if not ids:
-    raise InputError("the prompt has no tokens, and a model continues at least one")
+    raise InputError("The prompt has no tokens; expected at least one.")
   if len(ids) >= cache_len:
     raise InputError(
-      f"the prompt has {len(ids)} tokens, and generate.cache_len {cache_len} leaves at most "
-      f"{cache_len - 1} for it"
+      f"The prompt has {len(ids)} tokens; expected at most {cache_len - 1}, since "
+      f"generate.cache_len is {cache_len}."
     )
   return ids
 
 
 def _parse(text: str, field: str) -> Prompt:
-  """What `field` of a line holds, unchecked, beside the other fields or a sample's `about`."""
-  row = json_io.parse(text, "it")
-  if not isinstance(row, dict) or field not in row:
-    fields = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-    raise InputError(f"there is no field {field!r}, but {fields or 'nothing'}")
+  """Returns the prompt in a field of a line, unchecked.
+
+  Its `about` is that of a sample, or the other fields of another line.
+
+  Raises:
+    InputError: If the line is not a JSON object with this field.
+  """
+  row = json_io.parse(text, "The line")
+  if not isinstance(row, dict):
+    raise InputError(f"The line is a JSON {type(row).__name__}; expected an object.")
+  if field not in row:
+    names = ", ".join(map(repr, row)) or "no fields"
+    raise InputError(f"The line has no field {field!r} (it has {names}).")
   if half := json_io.lone_surrogate(json.dumps(row, ensure_ascii=False)):
-    raise InputError(f"it holds half a surrogate pair, {half!r}")
+    raise InputError(f"The line contains half a surrogate pair, {half!r}.")
   value = row.pop(field)
   if not row.keys() | {field} >= SAMPLE_FIELDS or not isinstance(row["about"], dict):
     return Prompt(value, row)

@@ -1,8 +1,8 @@
-"""Sampling by a model behind an OpenAI-compatible server, such as vLLM or SGLang.
+"""Sampling from a model on an OpenAI-compatible server, such as vLLM or SGLang.
 
-Messages go to chat/completions and text to completions, one request a sample, each with a seed
-made of (seed, prompt, sample): a request is the same whenever it is made. Whether the server then
-generates the same text is up to the server.
+There is one request per sample: to chat/completions for messages, and to completions for text. The
+seed of a request depends only on (seed, prompt, sample), so a repeated request is identical. The
+server determines whether the text is identical too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.generation import outputs
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.journal import SampleJournal
@@ -29,28 +29,34 @@ with extras.needed("serve"):
 
 
 def generate(job: GenerationJob, folder: Path) -> JsonObject:
-  """Writes samples.jsonl into `folder`, as local.generate does, of a server's texts.
+  """Samples texts from a server and writes them to samples.jsonl in `folder`.
 
-  A sample has `model` and `token_count`, as the server gives them; `tokens` and the
-  log-probabilities only where the server gives them. Reasoning that a server sets apart comes
-  before the text as DeepSeek-R1 writes it, "<think>\\n…\\n</think>\\n\\n…"; where nothing follows,
-  it is left open. `reason` is stop, eos or length; where a server does not tell whether a stop
-  string or the model ended a text, it is taken for the string if the job has any. With
-  top_logprobs, responses.jsonl has the answers, for `record` with records.logprobs and
-  records.logprobs_format=openai.
+  The format is that of `local.generate`, with these differences:
+    model, token_count: Additional fields from the server.
+    tokens, logprob, logprob_mean: Present only if the server returns them.
+    text: Reasoning in a separate field is put before the text in DeepSeek-R1's format,
+      "<think>\\n…\\n</think>\\n\\n…". Without an answer, the reasoning is not closed.
+    reason: "stop", "eos" or "length". If the server does not tell whether a stop string or the
+      model ended the text, the reason is "stop" if the job has stop strings.
+  With server.top_logprobs, the responses are written to responses.jsonl, which `record` reads with
+  records.logprobs and records.logprobs_format="openai".
 
-  samples.rejected.jsonl has the prompts that cannot be used, and with on_bad=skip the samples
-  that the server refuses, or fails at while it answers others. A run that was stopped continues:
-  no finished sample is requested again.
+  samples.rejected.jsonl contains the prompts that cannot be used and, with on_bad="skip", the
+  samples that the server refuses or fails on while it answers other requests. An interrupted run is
+  resumed: finished samples are not requested again.
+
+  Args:
+    job: The job.
+    folder: The workdir.
 
   Returns:
-    prompts, rejected, samples, tokens, the number of samples for each reason, retried requests,
-    and tokens_per_second of this process's part.
+    A dict with prompts, rejected, samples, tokens (their numbers), the number of samples for each
+    reason, the number of retried requests, and tokens_per_second of this run.
 
   Raises:
-    InputError: job and prompts do not fit together; the server refuses a request, or does
-      not answer, or not with what is needed. Finished samples are kept.
-    Preempted: SIGTERM was received; finished samples are kept.
+    InputError: If the job is invalid, the server refuses a request, does not respond, or its
+      responses lack required fields. Finished samples are kept.
+    Preempted: If SIGTERM was received. Finished samples are kept.
   """
   _check(job)
   prompts = read_prompts(job)
@@ -66,7 +72,8 @@ def generate(job: GenerationJob, folder: Path) -> JsonObject:
     expected = len(prompts.prompts) * job.samples
     assert len(rows) + len(rejected) == expected, "a sample is lost"
     if not rows:
-      raise InputError(f"the server refuses all that is asked; first: {rejected[-1]['reason']}")
+      reason = rejected[-1]["reason"].rstrip(".")
+      raise InputError(f"The server rejected all requests. The last reason: {reason}.")
     if job.server.top_logprobs:
       responses.publish([outputs.sample_key(row) for row in rows])
     result = {
@@ -84,7 +91,7 @@ def generate(job: GenerationJob, folder: Path) -> JsonObject:
 
 
 def _check(job: GenerationJob) -> None:
-  """Refuses what a server cannot do, and numbers out of their range."""
+  """Checks the settings of a job for a server."""
   s = job.server
   for key, value, minimum in (
     (job.key("samples"), job.samples, 1),
@@ -96,20 +103,25 @@ def _check(job: GenerationJob) -> None:
     ("generate.server.requests_per_minute", s.requests_per_minute, 0),
   ):
     if value < minimum:
-      raise InputError(f"{key} is {value}; it is at least {minimum}")
-  if not _is_address(s.url):  # and it is not repeated: it may hold a password
+      raise bad_value(key, value, f"at least {minimum}", "Increase it")
+  if not _is_address(s.url):  # the message does not contain the URL, which may have a password
     raise InputError(
-      "generate.server.url is no address of a server; give one as http://localhost:8000/v1, and "
-      "a key by generate.server.api_key_env"
+      "generate.server.url is invalid; expected an address like http://localhost:8000/v1. Set the "
+      "key with generate.server.api_key_env."
     )
   if job.repetition:
-    raise InputError(
-      "generate.repetition is for a teacher here; set it to 0, and filter what a server repeats"
+    raise bad_value(
+      "generate.repetition",
+      job.repetition,
+      "0 for a model on a server",
+      "Use the filter `repetition` instead",
     )
   if not all(job.stop):
-    raise InputError("generate.stop holds an empty string, which ends every text; leave it out")
+    raise bad_value(
+      "generate.stop", job.stop, "strings that are not empty", "Remove the empty string"
+    )
   if jax.process_count() > 1:
-    raise InputError("a server is asked by one process; leave --distributed out")
+    raise InputError("Only one process can send requests to a server. Remove --distributed.")
 
 
 def _is_address(url: str) -> bool:

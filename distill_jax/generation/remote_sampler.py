@@ -1,4 +1,4 @@
-"""Requests for samples, many at once: workers make them, and one loop counts and writes."""
+"""Concurrent requests for samples: workers make requests, and one loop counts and writes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.generation import openai_api, outputs
 from distill_jax.generation.http_client import Client, RequestFailed, RequestRefused
 from distill_jax.generation.job import GenerationJob
@@ -21,8 +21,9 @@ from distill_jax.runtime import distributed
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import JsonObject
 
-WRITE_EVERY_S = 1.0  # between two writes of finished samples
-# Refusals before any sample, or failures in a row: then it is not the prompts.
+WRITE_EVERY_S = 1.0  # time between two writes of finished samples, in seconds
+# Number of consecutive failures, or of refusals before the first sample, that stops the run, since
+# the cause is then probably not the prompts.
 MAX_CONSECUTIVE_FAILURES = 100
 
 
@@ -30,8 +31,8 @@ class Answered(NamedTuple):
   """A sample that the server generated.
 
   Attributes:
-    row: of samples.jsonl, as the journal keeps it.
-    response: the line of responses.jsonl.
+    row: The sample's line of the journal.
+    response: The response's line of responses.jsonl.
   """
 
   row: outputs.JournalRow
@@ -39,10 +40,12 @@ class Answered(NamedTuple):
 
 
 class Unanswered(NamedTuple):
-  """A sample that the server refused, or failed at.
+  """A sample that the server refused or failed to generate.
 
   Attributes:
-    server_answers: whether it answers other requests.
+    key: The indices of the prompt and the sample.
+    error: The error.
+    server_answers: True if the server answers other requests.
   """
 
   key: SampleKey
@@ -51,14 +54,21 @@ class Unanswered(NamedTuple):
 
 
 class RemoteSampler:
-  """Requests the samples that are missing, several at once.
+  """Requests the missing samples of a job concurrently.
 
-  Workers make requests and put what becomes of each into a queue; `_collect` alone reads it,
-  counts, and writes.
+  Workers make requests and put the results into a queue. Only `_collect` reads the queue, counts
+  the results, and writes.
+
+  Args:
+    job: The job.
+    folder: The workdir.
+    prompts: The prompts.
+    journal: The finished samples.
+    responses: The responses so far.
 
   Attributes:
-    rejected: why there is no sample, by (prompt, sample).
-    retried: requests that were made again.
+    rejected: The reason for each sample that the server did not generate, by (prompt, sample).
+    retried: The number of retried requests.
   """
 
   def __init__(
@@ -79,7 +89,12 @@ class RemoteSampler:
     self.rejected: dict[SampleKey, str] = {}
 
   async def run(self) -> float:
-    """Requests every sample that is not there yet; returns tokens per second."""
+    """Requests all missing samples and returns the tokens per second.
+
+    Raises:
+      InputError: See `remote.generate`.
+      Preempted: If SIGTERM was received.
+    """
     keys = [(p, s) for p in self._prompts.prompts for s in range(self._job.samples)]
     have = {outputs.sample_key(row) for row in self._journal.rows}
     missing = [key for key in keys if key not in have]
@@ -97,12 +112,12 @@ class RemoteSampler:
     return self._tokens / (time.perf_counter() - self._start)
 
   async def _sample(self, missing: Sequence[SampleKey], preemption: distributed.Preemption) -> None:
-    """Requests samples with workers, each of which takes the next key when it is done."""
+    """Requests samples with workers that take one key after another from a shared iterator."""
     self._served = await self._served_model()
     if others := {row["model"] for row in self._journal.rows} - {self._served.name}:
       raise InputError(
-        f"{self._folder} holds samples of {min(others)} and the server has {self._served.name}; "
-        "bring the old one back or choose another --workdir"
+        f"{self._folder} has samples from the model {min(others)}, but the server has "
+        f"{self._served.name}. Serve the old model, or choose another --workdir."
       )
     keys = iter(missing)
     workers = [asyncio.create_task(self._work(keys)) for _ in missing[: self._job.server.in_flight]]
@@ -115,7 +130,7 @@ class RemoteSampler:
       self._keep_answers()
 
   async def _work(self, keys: Iterator[SampleKey]) -> None:
-    """Requests one sample after another, until one shows that the run has to stop."""
+    """Requests one sample after another, until the run has to stop."""
     for key in keys:
       answered = self._client.answered
       try:
@@ -129,7 +144,7 @@ class RemoteSampler:
         self._results.put_nowait(Unanswered(key, e, True))
         if not self._skip:
           return
-      except Exception as e:  # raised in `_collect`
+      except Exception as e:  # raised again in `_collect`
         self._results.put_nowait(e)
         return
 
@@ -139,9 +154,11 @@ class RemoteSampler:
     def parse(answer: Any) -> Answered:
       row, token_logprobs = openai_api.parse(answer, self._job.stop)
       if top and token_logprobs is None:
-        raise InputError(
-          f"{self._served.name} is served without log-probabilities; set "
-          "generate.server.top_logprobs=0"
+        raise bad_value(
+          "generate.server.top_logprobs",
+          top,
+          f"0, since the server returns no log-probabilities for {self._served.name}",
+          "Set it to 0, or use another server",
         )
       response: JsonObject = {"id": prompt, "sample": sample}
       if top:
@@ -156,7 +173,7 @@ class RemoteSampler:
     return await self._client.request(path, body, f"{prompt}/{sample}", parse)
 
   async def _served_model(self) -> ServedModel:
-    """The model that the server serves, as it describes it."""
+    """Returns the model that the server serves."""
     name = self._job.server.model
     try:
       return await self._client.request(
@@ -166,11 +183,16 @@ class RemoteSampler:
       raise self._stopped(e) from e
     except RequestRefused as e:
       if not name:
-        raise InputError(f"generate.server.model is empty and {e}; name the model") from e
+        raise bad_value(
+          "generate.server.model",
+          name,
+          f"a name, since the server does not list its models ({str(e).rstrip('.')})",
+          "Name the model",
+        ) from e
       return ServedModel(name)
 
   async def _is_alive(self) -> bool:
-    """Whether the server answers anything: then it is the request that it fails at."""
+    """Returns True if the server responds, so that only the current request fails."""
     try:
       await self._client.request("models", None, "alive", lambda answer: answer)
     except RequestRefused:
@@ -180,7 +202,7 @@ class RemoteSampler:
     return True
 
   async def _collect(self, preemption: distributed.Preemption) -> None:
-    """Reads what becomes of the requests until there is no more, and writes every second."""
+    """Reads the results of all requests, and writes them every WRITE_EVERY_S seconds."""
     clock = asyncio.get_running_loop().time
     while self._missing:
       with contextlib.suppress(TimeoutError):
@@ -192,7 +214,7 @@ class RemoteSampler:
         raise distributed.Preemption.stop("generate", "finished samples are kept")
 
   def _take(self, result: Answered | Unanswered | Exception) -> None:
-    """Counts one result. Raises InputError where the run has to stop."""
+    """Counts one result, and raises InputError if the run has to stop."""
     if isinstance(result, Exception):
       raise result
     if isinstance(result, Answered):
@@ -203,21 +225,22 @@ class RemoteSampler:
       is_hopeless = self._consecutive_failures >= MAX_CONSECUTIVE_FAILURES
       if is_hopeless or not (self._skip and result.server_answers):
         raise self._stopped(result.error) from result.error
-      self.rejected[result.key] = f"the server {result.error}"
+      self.rejected[result.key] = f"The server {result.error}."
     else:
       self.rejected[result.key] = str(result.error)
       nothing_yet = not (self._journal.rows or self._unwritten)
       is_hopeless = nothing_yet and len(self.rejected) >= MAX_CONSECUTIVE_FAILURES
       if is_hopeless or not self._skip:
         prompt, sample = result.key
+        reason = str(result.error).rstrip(".")
+        skip = "" if self._skip else f", or set {self._job.key('on_bad')}=skip"
         raise InputError(
-          f"sample {sample} of prompt {prompt}: {result.error}; mend the prompt or the config"
-          + ("" if self._skip else f", or set {self._job.key('on_bad')}=skip")
+          f"Sample {sample} of prompt {prompt}: {reason}. Correct the prompt or the config{skip}."
         ) from result.error
     self._missing -= 1
 
   def _keep_answers(self) -> None:
-    """Writes the answers that are still in the queue, where the run stops."""
+    """Writes the responses that are still in the queue when the run stops."""
     while not self._results.empty():
       result = self._results.get_nowait()
       if isinstance(result, Answered):
@@ -226,7 +249,7 @@ class RemoteSampler:
     self._write()
 
   def _write(self) -> None:
-    """Writes the answers of which nothing is on disk."""
+    """Writes the responses that are not on disk yet."""
     answers, self._unwritten = self._unwritten, []
     if self._job.server.top_logprobs:
       self._responses.add([a.response for a in answers])
@@ -237,10 +260,10 @@ class RemoteSampler:
     self._progress.add(len(answers), tokens_per_second=rate, retried=self.retried)
 
   def _stopped(self, why: RequestFailed) -> InputError:
-    """The error of a server that does not answer, once its answers so far are on disk."""
+    """Writes the responses so far and returns the error for a server that does not respond."""
     self._keep_answers()
     return InputError(
-      f"the server at {self._job.server.url} {why}; {len(self._journal.rows)} samples are kept in "
-      f"{self._folder} and {self._missing} are left, so see to the server and run the same command "
-      "again"
+      f"The server at {self._job.server.url} {why}. {len(self._journal.rows)} samples are kept in "
+      f"{self._folder} and {self._missing} are missing. Check the server and run the same command "
+      "again."
     )

@@ -1,18 +1,23 @@
-"""The two ways in which a request to a server fails."""
+"""Exceptions of requests to servers."""
 
 from __future__ import annotations
 
 
 class RequestRefused(Exception):
-  """The server does not answer such a request, however often it is made."""
+  """The server rejects a request permanently. The message is a sentence."""
 
 
 class RequestFailed(Exception):
-  """A request was not answered; made again, it may be.
+  """A request failed, but may succeed if it is repeated.
+
+  Args:
+    why: The reason, as a predicate of the server, e.g. "cannot be reached".
+    busy: True if the server is only overloaded.
+    after: The time in seconds after which the server asks to repeat the request.
 
   Attributes:
-    busy: the server has too much to do, and nothing is wrong.
-    after: seconds that it asks to wait.
+    busy: See Args.
+    after: See Args.
   """
 
   def __init__(self, why: str, busy: bool = False, after: float = 0.0):

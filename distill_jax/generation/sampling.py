@@ -1,8 +1,9 @@
-"""The next token of each row: greedy, or drawn by temperature, top-k, top-p and min-p.
+"""Choosing the next token of each row: greedy, or with temperature, top-k, top-p and min-p.
 
-Nothing is sorted. Top-k and min-p are thresholds on logits. Top-p tests whether the tokens
-likelier than a drawn one hold less than p of the mass, and draws again where they do not:
-at least p of the draws are kept, and those are distributed as the renormalised nucleus is.
+Nothing is sorted. Top-k and min-p are thresholds on logits. Top-p is rejection sampling: a drawn
+token is accepted if the tokens that are more likely than it have less than p of the probability
+mass, and drawn again otherwise. At least p of the draws are accepted, and accepted tokens have the
+renormalised distribution of the nucleus.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ import math
 import jax
 import jax.numpy as jnp
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.records import selection
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How a token is chosen, in this order: temperature, top-k, top-p, min-p.
+  """Sampling settings, applied in this order: temperature, top-k, top-p, min-p.
 
   Attributes:
-    temperature: 0 takes the likeliest token, whatever the others are.
-    top_k: how many of the likeliest tokens are kept, ties with the last too; 0: all.
-    top_p: the fewest likeliest tokens that hold this mass are kept (arXiv:1904.09751).
-    min_p: tokens at least so likely, relative to the likeliest, are kept (arXiv:2407.01082).
+    temperature: The temperature. 0: greedy decoding, whatever the other settings are.
+    top_k: The number of most likely tokens to keep, and ties with the last of them. 0: all.
+    top_p: The probability mass to keep: the smallest set of most likely tokens with at least this
+      mass (arXiv:1904.09751). 1: all.
+    min_p: The minimum probability relative to the most likely token (arXiv:2407.01082). 0: all.
   """
 
   temperature: float = 1.0
@@ -41,13 +43,21 @@ class Sampling:
       ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 (all) to 1"),
     ):
       if not is_valid:
-        raise InputError(f"{name} is {value:g}; expected {expected}")
+        raise bad_value(name, value, expected, "Correct it")
 
   @classmethod
   def from_section(
     cls, section: str, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
   ) -> Sampling:
-    """The sampling of a config section, which errors name."""
+    """Returns the sampling settings of a config section.
+
+    Args:
+      section: The name of the section, for messages.
+      temperature: See the class, also for the following arguments.
+      top_k: See `temperature`.
+      top_p: See `temperature`.
+      min_p: See `temperature`.
+    """
     try:
       return cls(temperature, top_k, top_p, min_p)
     except InputError as e:
@@ -55,11 +65,15 @@ class Sampling:
 
 
 def choose(logits_BV: jax.Array, keys_B: jax.Array, spec: Sampling) -> jax.Array:
-  """Chooses the next token of each row, int32 [B]; a logit of -inf is never chosen.
+  """Chooses the next token of each row.
 
   Args:
-    logits_BV: float32.
-    keys_B: a key for each row; the choice is a function of it and of the row's logits.
+    logits_BV: float32. Tokens with a logit of -inf are never chosen.
+    keys_B: A random key for each row. The choice depends only on the key and the row's logits.
+    spec: The sampling settings.
+
+  Returns:
+    int32 [B].
   """
   logits_BCV = logits_BV[:, None]
   if spec.temperature == 0:
@@ -88,7 +102,7 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, spec: Sampling) -> jax.Array
     )
 
   ids_BC = jnp.zeros(logits_BV.shape[:1] + (1,), jnp.int32)
-  start = jnp.int32(0), ids_BC, jnp.isnan(total_BC)  # NaN: no draw would ever be accepted
+  start = jnp.int32(0), ids_BC, jnp.isnan(total_BC)  # with NaN, no draw would ever be accepted
   _, ids_BC, _ = jax.lax.while_loop(is_unfinished, draw_again, start)
   return ids_BC[:, 0]
 
@@ -96,9 +110,14 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, spec: Sampling) -> jax.Array
 def warp(logits_BCV: jax.Array, spec: Sampling) -> tuple[jax.Array, jax.Array]:
   """Applies temperature, top-k and min-p to logits.
 
+  Args:
+    logits_BCV: float32.
+    spec: The sampling settings.
+
   Returns:
-    Of what top-k keeps, likelihoods relative to the likeliest, 0 elsewhere; of what min-p keeps of
-    these, logits at the temperature, -inf elsewhere.
+    The probabilities of the tokens that top-k keeps, relative to the most likely token (0 for other
+    tokens), and the logits with temperature of those that min-p keeps as well (-inf for others);
+    both float32 [B, C, V].
   """
   z_BCV = logits_BCV / spec.temperature
   if 0 < spec.top_k < z_BCV.shape[-1]:
@@ -112,7 +131,17 @@ def warp(logits_BCV: jax.Array, spec: Sampling) -> tuple[jax.Array, jax.Array]:
 
 
 def in_nucleus(e_BCV: jax.Array, total_BC: jax.Array, ids_BC: jax.Array, p: float) -> jax.Array:
-  """Whether the tokens likelier than these hold less than p of the mass, bool [B, C]."""
+  """Tests whether tokens are in the nucleus: more likely tokens have less than p of the mass.
+
+  Args:
+    e_BCV: Unnormalised probabilities.
+    total_BC: Their sum.
+    ids_BC: The tokens to test.
+    p: The probability mass of the nucleus.
+
+  Returns:
+    bool [B, C].
+  """
   own_BC1 = jnp.take_along_axis(e_BCV, ids_BC[..., None], -1)
   above_BC = jnp.sum(jnp.where(e_BCV > own_BC1, e_BCV, 0), -1)
   return above_BC < p * total_BC

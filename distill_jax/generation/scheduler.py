@@ -1,4 +1,4 @@
-"""Rows of a batch that are filled again as they finish, from a queue of samples."""
+"""Continuous batching: rows of a batch are refilled from a queue of samples when they finish."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from distill_jax.generation.engine import Engine, RowState
 from distill_jax.generation.options import DecodingOptions
 from distill_jax.generation.stops import Stops
 
-SampleKey = tuple[int, int]  # (prompt, sample): their numbers
-RECORD = "record_"  # begins the names of recorded fields in the engine's outputs
+SampleKey = tuple[int, int]  # indices of the prompt and the sample
+RECORD = "record_"  # prefix of recorded fields in the engine's outputs
 
 
 @dataclasses.dataclass
 class GeneratedSample:
-  """One text, in progress or finished.
+  """A text that is being generated or is finished.
 
   Attributes:
-    prompt, sample: its numbers.
-    length: of the prompt, in tokens.
-    tokens: the generated tokens, with the one that ended the text.
-    logps: of these tokens, under the model as it is.
-    records: by field, what was recorded of each token's distribution.
-    reason: why it is finished: stop, eos, length or repetition; "" while it is not.
+    prompt: The index of the prompt.
+    sample: The index of the sample.
+    length: The length of the prompt in tokens.
+    tokens: The generated tokens, including the one that ended the text.
+    logps: The tokens' log-probabilities under the model, without temperature and truncation.
+    records: The recorded arrays of each token, by field.
+    reason: The reason why the text ended, "stop", "eos", "length" or "repetition"; "" before that.
   """
 
   prompt: int
@@ -46,7 +47,7 @@ class GeneratedSample:
 
   @property
   def text_tokens(self) -> list[int]:
-    """The tokens without the one that ends a document."""
+    """The tokens without the token that ended the text."""
     return self.tokens[:-1] if self.reason == "eos" else self.tokens
 
   def add(
@@ -57,10 +58,17 @@ class GeneratedSample:
     eos: tuple[int, ...],
     max_tokens: int,
   ) -> None:
-    """Takes the new tokens of a row of the engine's outputs, up to the end of the text.
+    """Adds the new tokens of a row of the engine's outputs, up to the end of the text.
+
+    Args:
+      outputs: The outputs of `engine.decode_steps`.
+      row: The index of the row.
+      stops: The end conditions of texts.
+      eos: Tokens that end a text.
+      max_tokens: The maximum number of tokens.
 
     Raises:
-      FloatingPointError: a token's log-probability is not finite.
+      FloatingPointError: If a token's log-probability is not finite.
     """
     old, new_tokens = len(self.tokens), outputs["token"][:, row]
     self.tokens += new_tokens[: int((new_tokens >= 0).sum())].tolist()
@@ -75,9 +83,9 @@ class GeneratedSample:
     logps = outputs["logp"][:count, row]
     if not np.isfinite(logps).all():
       raise FloatingPointError(
-        f"the log-probability of token {old + int(np.argmin(np.isfinite(logps)))} of prompt "
-        f"{self.prompt}, sample {self.sample} is not finite; the model's weights are damaged, or "
-        "too large for its dtype"
+        f"The log-probability of token {old + int(np.argmin(np.isfinite(logps)))} of prompt "
+        f"{self.prompt}, sample {self.sample} is not finite. The model's weights are damaged, or "
+        "too large for its dtype."
       )
     self.logps += logps.tolist()
     for name, x in outputs.items():
@@ -86,9 +94,17 @@ class GeneratedSample:
 
 
 class Scheduler:
-  """Decodes samples of prompts, options.batch_size of them at once.
+  """Decodes samples, options.batch_size of them at once.
 
-  A text ends at the last position of its row, options.cache_len, or after `max_new_tokens`.
+  A text ends at an end condition, after `max_new_tokens`, or at the end of its row of the cache.
+
+  Args:
+    engine: The engine.
+    prompts: The tokens of each prompt, by index.
+    stops: The end conditions of texts.
+    eos: Tokens that end a text.
+    options: The decoding settings.
+    max_new_tokens: The maximum number of generated tokens per text.
   """
 
   def __init__(
@@ -104,14 +120,18 @@ class Scheduler:
     self._cache_len, self._max_new_tokens = options.cache_len, max_new_tokens
     self._prefill_rows, self._prefill_chunk = options.prefill_rows, options.prefill_chunk
     self._rows: list[GeneratedSample | None] = [None] * options.batch_size
-    self._prefilled: list[int] = []  # the prompts in the engine's cache of prompts
+    self._prefilled: list[int] = []  # indices of the prompts in the engine's prompt cache
 
   def run(self, keys: Iterable[SampleKey]) -> Iterator[tuple[list[GeneratedSample], int]]:
-    """Yields (the samples that have finished, tokens made) after each call of the engine."""
+    """Yields the newly finished samples and the number of new tokens after each engine call.
+
+    Args:
+      keys: The samples to generate.
+    """
     queue = collections.deque(keys)
     while True:
       free = [i for i, s in enumerate(self._rows) if s is None]
-      # A prefill costs the same for one prompt as for `prefill_rows`: worth waiting for.
+      # A prefill costs the same for 1 and for `prefill_rows` prompts, so wait for enough free rows.
       if queue and len(free) >= min(self._prefill_rows, len(queue)):
         self._refill(free, queue)
       if all(s is None for s in self._rows):
@@ -141,7 +161,7 @@ class Scheduler:
     return rows.replace(alive_B=alive_B)
 
   def _refill(self, free: list[int], queue: collections.deque[SampleKey]) -> None:
-    """Moves samples from the queue into free rows; those of one prompt share its prefill."""
+    """Moves samples from the queue into free rows. Samples of one prompt share its prefill."""
     while free and queue:
       if queue[0][0] not in self._prefilled:
         self._prefilled = self._next_prompts(queue, len(free))
@@ -149,21 +169,21 @@ class Scheduler:
       self._insert(self._next_samples(free, queue))
 
   def _next_prompts(self, queue: collections.deque[SampleKey], n: int) -> list[int]:
-    """The first `prefill_rows` prompts of the next n samples."""
+    """Returns the first `prefill_rows` different prompts of the next n samples."""
     prompts = dict.fromkeys(prompt for prompt, _ in itertools.islice(queue, n))
     return list(prompts)[: self._prefill_rows]
 
   def _next_samples(
     self, free: list[int], queue: collections.deque[SampleKey]
   ) -> dict[int, SampleKey]:
-    """By row, the samples of prefilled prompts that begin next, at most `prefill_rows` of them."""
+    """Returns the next samples of prefilled prompts by row, at most `prefill_rows` of them."""
     begin: dict[int, SampleKey] = {}
     while free and queue and queue[0][0] in self._prefilled and len(begin) < self._prefill_rows:
       begin[free.pop(0)] = queue.popleft()
     return begin
 
   def _insert(self, begin: Mapping[int, SampleKey]) -> None:
-    """Begins samples: each one's prompt is copied from the cache of prompts into its row."""
+    """Starts samples by copying their prompts from the prompt cache into their rows."""
     no_row = len(self._rows)
     from_P = np.zeros(self._prefill_rows, np.int32)
     to_P = np.full(self._prefill_rows, no_row, np.int32)
@@ -173,7 +193,7 @@ class Scheduler:
     self._engine.insert(from_P, to_P)
 
   def _prefill(self, numbers: Sequence[int]) -> None:
-    """Reads prompts but for each one's last token, which the first decode step reads."""
+    """Prefills prompts without their last tokens, which the first decode step reads."""
     P, C = self._prefill_rows, self._prefill_chunk
     prompts = [self._prompts[n][:-1] for n in numbers]
     for first in range(0, max(map(len, prompts)), C):

@@ -1,4 +1,4 @@
-"""Where a text ends before the model ends it: at a stop string, or where it repeats itself."""
+"""End conditions of texts other than the model's end token: stop strings and repetition."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from distill_jax.data.tokenizers import Tokenizer
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 
-MIN_TURNS = 4  # of a repetition
+MIN_TURNS = 4  # minimum number of repetitions of a sequence that end a text
 
 
 @dataclasses.dataclass(frozen=True)
 class Stops:
-  """Finds the end of a text among its tokens.
+  """Finds the end of a text in its tokens.
 
   Attributes:
-    strings: a text ends before the first of them, wherever tokens are cut.
-    repetition: a text ends once its last so many tokens are one sequence, MIN_TURNS times or
-      more; 0: never.
+    tokenizer: The tokenizer.
+    strings: Stop strings. A text ends before the first of them, even within a token.
+    repetition: The length of a loop, in tokens: a text ends once its last `repetition` tokens are
+      one sequence repeated at least MIN_TURNS times. 0: off.
   """
 
   tokenizer: Tokenizer
@@ -29,17 +30,22 @@ class Stops:
 
   def __post_init__(self):
     if not all(self.strings):
-      raise InputError("generate.stop holds an empty string, which ends every text; leave it out")
-    if 0 < self.repetition < MIN_TURNS or self.repetition < 0:
-      raise InputError(
-        f"generate.repetition is {self.repetition}; it is 0 (off) or at least {MIN_TURNS} tokens"
+      raise bad_value(
+        "generate.stop", self.strings, "strings that are not empty", "Remove the empty string"
       )
+    if 0 < self.repetition < MIN_TURNS or self.repetition < 0:
+      expected = f"0 (off) or at least {MIN_TURNS} tokens"
+      raise bad_value("generate.repetition", self.repetition, expected, "Correct it")
 
   def first(self, tokens: Sequence[int], old: int) -> tuple[int, str] | None:
     """Finds the first end of a text after its first `old` tokens.
 
+    Args:
+      tokens: The tokens of the text.
+      old: The number of tokens in which no end was found before.
+
     Returns:
-      (how many tokens the text has then, "stop" or "repetition"); None where it does not end.
+      The number of tokens up to the end and the reason, "stop" or "repetition"; or None.
     """
     ends = [
       (n, reason)
@@ -52,16 +58,16 @@ class Stops:
     return min(ends, default=None, key=lambda end: end[0])
 
   def text(self, tokens: Sequence[int]) -> str:
-    """The text up to the first stop string."""
+    """Returns the text of tokens up to the first stop string."""
     text = self.tokenizer.decode(tokens)
     starts = [i for s in self.strings if (i := text.find(s)) >= 0]
     return text[: min(starts)] if starts else text
 
   def _stop_string(self, tokens: Sequence[int], old: int) -> int | None:
-    """The number of tokens, more than `old`, after which there is a stop string."""
+    """Returns the smallest number of tokens above `old` whose text has a stop string, or None."""
     if not self.strings:
       return None
-    # No token is less than a byte, but for those without text, such as a document's end.
+    # A token has at least one byte, except for up to 8 tokens without text, e.g. a document's end.
     reach = max(len(s.encode()) for s in self.strings)
     first = max(0, old - reach - 8)
 
@@ -74,7 +80,7 @@ class Stops:
     return next((n for n in range(old + 1, len(tokens) + 1) if has_stop(n)), None)
 
   def _repetition(self, tokens: Sequence[int], old: int) -> int | None:
-    """The number of tokens, more than `old`, of which the last `repetition` repeat themselves."""
+    """Returns the smallest number of tokens above `old` at which a loop ends the text, or None."""
     length = self.repetition
     if not length or len(tokens) < length:
       return None
@@ -83,7 +89,7 @@ class Stops:
     ends = []
     for period in range(1, length // MIN_TURNS + 1):
       same = recent[period:] == recent[:-period]
-      # The end of each stretch of `needed` positions that equal those a period before.
+      # Stretches of `needed` positions that equal the position one period before.
       needed = length - period
       sums = np.concatenate([[0], np.cumsum(same)])
       stretches = np.flatnonzero(sums[needed:] - sums[:-needed] == needed)

@@ -1,4 +1,4 @@
-"""Generated texts as records: packed whole, with the teacher's distributions as it wrote them."""
+"""Generated texts as a store of records, with the teacher's distributions during generation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from distill_jax.config import Config
 from distill_jax.data import packing
 from distill_jax.data.tokenizers import Tokenizer
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 from distill_jax.models.loading import ModelSource
 from distill_jax.records import recorder
 from distill_jax.records.fields import RecordSpec
@@ -20,38 +20,46 @@ from distill_jax.records.store import Writer
 from distill_jax.runtime import storage
 from distill_jax.types import JsonObject
 
-SampleRow = Mapping[str, Any]  # of samples.jsonl, by its `prompt`'s number and `tokens`
+SampleRow = Mapping[str, Any]  # a sample with `prompt` (the index of the prompt) and `tokens`
 
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedStore:
-  """The store at generate.records_dir that sampled texts become, as section `records` has it."""
+  """The store at generate.records_dir, written from sampled texts.
+
+  Attributes:
+    config: The config; its section `records` determines the format.
+    teacher: The teacher.
+  """
 
   config: Config
   teacher: ModelSource
 
   def check(self) -> None:
-    """Refuses a store that generated texts cannot fill."""
+    """Raises InputError if generated texts cannot be stored with this config."""
     data, generate, records = self.config.data, self.config.generate, self.config.records
     if data.seq_len < generate.cache_len:
-      raise InputError(
-        f"data.seq_len is {data.seq_len} and texts have up to generate.cache_len "
-        f"{generate.cache_len} tokens; records hold them whole, so raise the first or lower "
-        "the other"
+      raise bad_value(
+        "data.seq_len",
+        data.seq_len,
+        f"at least generate.cache_len ({generate.cache_len}), since texts are not cut",
+        "Increase it, or reduce generate.cache_len",
       )
     if records.taps:
-      raise InputError(
-        f"records.taps is {records.taps}, and texts are generated without taps; leave it empty, or "
-        "record the text"
+      raise bad_value(
+        "records.taps",
+        records.taps,
+        "() for generated texts",
+        "Leave it empty, or run `record` on the texts",
       )
 
   @property
   def records(self) -> RecordsOptions | None:
-    """What is recorded of each token's distribution; None: nothing."""
+    """Settings for recording the distribution of each token, or None if nothing is recorded."""
     return None if self.config.records.kind == "text" else self.config.records
 
   def token_record(self, vocab_size: int) -> np.dtype | None:
-    """What is recorded of each token, as sampler.of_logits gives it; None: nothing."""
+    """Returns the dtype of a token's record (the fields of sampler.of_logits), or None."""
     if self.records is None:
       return None
     spec = recorder.record_spec(self.records, vocab_size)
@@ -65,17 +73,23 @@ class GeneratedStore:
     rows: Sequence[SampleRow],
     token_records: Callable[[int], np.ndarray],
   ) -> JsonObject:
-    """Packs texts in order, each after its prompt, into the store; the prompts are not trained on.
+    """Packs prompts with their texts into the store, in order. Prompts are not trained on.
 
     Args:
-      prompts: the tokens of each prompt.
-      token_records: of the place of a text in `rows`, what was recorded of its tokens.
+      tokenizer: The tokenizer.
+      prompts: The tokens of each prompt, by index.
+      rows: The samples.
+      token_records: Returns the records of the tokens of `rows[i]`, given i.
+
+    Returns:
+      A dict with the numbers of sequences, tokens, entries and bytes.
     """
     T = self.config.data.seq_len
     documents = (_document(prompts[r["prompt"]], r["tokens"]) for r in rows)
     packed = list(packing.pack(documents, T, None, whole=True))
     sequences = [sequence.record() for sequence in packed]
-    ends = np.cumsum([sequence.segments_T.max() for sequence in packed])  # of the texts in each
+    # Sequence n contains the texts ends[n - 1] to ends[n] - 1.
+    ends = np.cumsum([sequence.segments_T.max() for sequence in packed])
 
     def row(n: int) -> dict[str, np.ndarray]:
       texts = range(ends[n - 1] if n else 0, ends[n])
@@ -102,19 +116,19 @@ class GeneratedStore:
     texts: Sequence[int],
     token_records: Callable[[int], np.ndarray],
   ) -> dict[str, np.ndarray]:
-    """The recorded fields of one packed sequence, which holds `texts` of `rows`."""
+    """Returns the recorded fields of one packed sequence, which contains `texts` of `rows`."""
     if not spec.recorded:
       return {}
     targets = np.zeros(self.config.data.seq_len, self.token_record(spec.vocab_size))
     at = 0
     for i in texts:
       read, written = len(prompts[rows[i]["prompt"]]), len(rows[i]["tokens"])
-      first = at + read - 1  # the position whose label is the first generated token
+      first = at + read - 1  # position whose label is the first generated token
       targets[first : first + written] = token_records(i)
       at += read + written
     return {f.record: targets[f.name] for f in spec.recorded}
 
 
 def _document(prompt: Sequence[int], tokens: Sequence[int]) -> tuple[list[int], list[bool]]:
-  """A text after its prompt, and which of these tokens are trained on."""
+  """Returns the tokens of a prompt and its text, and the mask of those that are trained on."""
   return [*prompt, *tokens], [False] * len(prompt) + [True] * len(tokens)

@@ -1,9 +1,8 @@
-"""A model's layers one by one, and the cache that they decode with.
+"""Models with unrolled layers for decoding, and their KV cache.
 
-Training scans over stacked layers, which compiles fast. A decode step does little work for each
-weight, so it cannot afford the copies of a scan: every layer's weights and cache out of the
-stack, and the cache back into it. Decoding therefore runs unrolled layers, each with its own
-arrays.
+Training scans over stacked layers, which compile fast. A scan copies every layer's weights and
+cache out of the stack, and the cache back into it. A decode step does so little work per weight
+that these copies would dominate. Decoding therefore uses unrolled layers, each with its own arrays.
 """
 
 from __future__ import annotations
@@ -24,23 +23,28 @@ from distill_jax.types import Inputs, Model, Output
 
 
 class Unrolled(struct.PyTreeNode):
-  """A model whose stacks of layers are replaced by `blocks`, its layers in order."""
+  """A model with unrolled layers.
 
-  rest: DecoderModel  # the family's Model without its stacks
+  Attributes:
+    rest: The family's model without its stacks of layers.
+    blocks: The layers in order.
+  """
+
+  rest: DecoderModel
   blocks: tuple[DecoderBlock, ...]
 
   def decode_step(
     self, inputs: Inputs, cache: Cache, compute: ComputeConfig
   ) -> tuple[Output, Cache]:
-    """See models/_decoder.Model.decode_step."""
+    """Runs one decode step; see models/_decoder.Model.decode_step."""
     return self.rest.decode_step(self.blocks, inputs, cache, compute)
 
 
 def unroll(model: Model, compute: ComputeConfig) -> Unrolled:
-  """Unrolls a model, whose arrays are deleted: `model` cannot be used afterwards.
+  """Unrolls a model. The arrays of `model` are deleted, so it cannot be used afterwards.
 
-  Weights are in the compute dtype from here on, and sharded as they were. At most one stacked
-  parameter is held twice at a time.
+  The weights are converted to the compute dtype and keep their sharding. At most one stacked
+  parameter is in memory twice at a time.
   """
   decoder = cast(DecoderModel, model)
   stacks = [(getattr(model, name), n) for name, _, n in decoder.layer_stacks(decoder.config)]
@@ -56,7 +60,7 @@ def unroll(model: Model, compute: ComputeConfig) -> Unrolled:
 
 
 def _split_layers(v: nnx.Variable, compute: ComputeConfig) -> list[nnx.Variable]:
-  """The parameter of each layer, from a stacked one, which is deleted."""
+  """Returns the parameter of each layer from a stacked one, which is deleted."""
   x, axes = v[...], v.get_metadata()["axes"][1:]
   dtype = "float32" if v.get_metadata()["exact"] else compute.dtype
   layer_sharding = None
@@ -78,17 +82,22 @@ def _cast(v: nnx.Variable, compute: ComputeConfig) -> nnx.Variable:
 def empty_cache(
   unrolled: Unrolled, rows: int, size: int, compute: ComputeConfig, mesh: Mesh, dtype: str = ""
 ) -> Cache:
-  """Makes a cache for `rows` sequences of up to `size` positions, sharded as the rules say.
+  """Returns an empty cache, sharded by the rules of `compute`.
 
   Args:
-    dtype: one of kv_cache.DTYPES: "" is the compute dtype, "int8" integers with their scales.
+    unrolled: The model.
+    rows: The number of sequences.
+    size: The maximum number of positions per sequence.
+    compute: The compute settings.
+    mesh: The devices.
+    dtype: One of kv_cache.DTYPES: "" for the compute dtype, "int8" for integers with scales.
   """
   zero_11 = jnp.zeros((1, 1), jnp.int32)
   angles, _ = unrolled.rest.position_inputs(Inputs(zero_11, zero_11, zero_11))(0)
   x_BTD = jax.ShapeDtypeStruct((1, 1, unrolled.rest.config.hidden_size), compute.dtype)
 
   def zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, axes: str) -> jax.Array:
-    """The zeros of a cached array that has `shape` for one row and one position."""
+    """Returns zeros for a cached array, given its shape for one row and one position."""
     names = tuple(axes.split())
     whole = [rows, *shape[2:]]
     whole.insert(names.index("seq"), size)

@@ -174,7 +174,7 @@ def test_what_an_unfinished_run_was_of_is_checked(tmp_path):
   folder = tmp_path / "w"
   folder.mkdir()
   (folder / "samples.part.jsonl").write_text('{"prompts": "other", "teacher": {}}\n')
-  with pytest.raises(InputError, match="holds samples of"):
+  with pytest.raises(InputError, match="has samples with prompts='other', but this run has"):
     run(made(tmp_path), folder)
 
 
@@ -219,8 +219,8 @@ def test_chats_stops_and_rejected_prompts(tmp_path):
   assert got.keys() == {0, 1, 5} and why.keys() == {2, 3, 4, 6, 7, 8}
   assert (result["prompts"], result["rejected"]) == (3, 6)
   assert got[0]["tokens"] == got[1]["tokens"] != got[5]["tokens"]
-  said = {2: "most 39", 3: "no field 'q'", 4: "messages", 6: "half", 7: "half", 8: "line 10"}
-  for n, reason in said.items():
+  reasons = {2: "most 39", 3: "no field 'q'", 4: "messages", 6: "half", 7: "half", 8: "line 10"}
+  for n, reason in reasons.items():
     assert reason in why[n]
   store = open_store(tmp_path / "r")
   assert store.manifest.kind == "text"
@@ -235,7 +235,7 @@ def test_chats_stops_and_rejected_prompts(tmp_path):
   ended = lines(tmp_path / "two" / "samples.jsonl")[-1]
   assert ended["reason"] == "stop" and ended["text"] == got[5]["text"].partition(stop)[0]
   c.generate.on_bad = "stop"
-  with pytest.raises(InputError, match="line 3: the prompt has"):
+  with pytest.raises(InputError, match="line 3: The prompt has"):
     run(c, tmp_path / "three")
 
 
@@ -276,23 +276,23 @@ def test_prompts_in_a_bucket(tmp_path, monkeypatch):
   c.generate.prompts = "memory://bucket/asked/p.txt"
   assert read_prompts(job_of(c)).prompts == {0: ("one", {}), 1: ("two", {})}
   c.generate.prompts = "memory://bucket/asked/q.txt"
-  with pytest.raises(InputError, match="which is no file"):
+  with pytest.raises(InputError, match="q.txt'; expected an existing file"):
     read_prompts(job_of(c))
 
 
 def test_a_template_without_a_generation_prompt(tmp_path):
   c = made(tmp_path, chat=True, on_bad="skip")
   c.data.tokenizer = str(chat_folder(tmp_path / "t", MUTE))
-  with pytest.raises(InputError, match="no prompt that can be used.*writes no generation prompt"):
+  with pytest.raises(InputError, match="no prompt that can be used.*writes no generation promp"):
     run(c, tmp_path / "w")
 
 
 @pytest.mark.parametrize(
   ("changes", "says"),
   [
-    ({"prompts": "nowhere.txt"}, "which is no file"),
+    ({"prompts": "nowhere.txt"}, "expected an existing file"),
     ({"on_bad": "ignore"}, "on_bad"),
-    ({"cache_len": 1000}, "reads at most 128"),
+    ({"cache_len": 1000}, "cache_len is 1000; expected 2 to 128"),
     ({"batch_size": 3}, "generate.batch_size is 3"),
     ({"steps": 0}, "generate.steps"),
     ({"top_p": 0.0}, "top_p"),

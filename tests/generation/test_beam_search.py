@@ -1,4 +1,4 @@
-"""Greedy and beam search of encoder-decoders against transformers.generate, on random models."""
+"""Greedy and beam search of encoder-decoders give the tokens of transformers."""
 
 import jax
 import numpy as np
@@ -17,19 +17,19 @@ run = jax.jit(search, static_argnames=("compute", "spec"))
 
 @pytest.fixture(scope="module", params=seq2seq_pairs.CASES)
 def both(request, tmp_path_factory):
-  """(the case, transformers' model, its folder, ours)."""
+  """Returns the case, transformers' model, its folder, and our model."""
   return seq2seq_pairs.open_pair(request.param, tmp_path_factory.mktemp("theirs"))
 
 
 def transformers_tokens(model, given, spec: Search) -> np.ndarray:
-  """int [B, max_new_tokens], padded; without the prompt."""
+  """Returns transformers' tokens after the prompt, int [B, max_new_tokens], padded."""
   B = len(next(iter(given.values())))
   config = transformers.GenerationConfig(
     num_beams=spec.beams,
     do_sample=False,
     max_new_tokens=spec.max_new_tokens,
     min_length=0,
-    use_cache=False,  # transformers 5 makes T5 a cache of as many layers as its encoder has
+    use_cache=False,  # the cache of transformers 5 for T5 has the encoder's number of layers
     length_penalty=spec.length_penalty,
     early_stopping=False,
     eos_token_id=EOS,
@@ -46,7 +46,7 @@ def transformers_tokens(model, given, spec: Search) -> np.ndarray:
   tokens = tokens.numpy()[:, len(spec.prompt) :]
   tokens = np.pad(tokens, ((0, 0), (0, spec.max_new_tokens - tokens.shape[1])), constant_values=PAD)
   ended = np.cumsum(tokens == EOS, 1) - (tokens == EOS) > 0
-  return np.where(ended, PAD, tokens)  # it fills up with eos where the pad token is number 0
+  return np.where(ended, PAD, tokens)  # transformers pads with eos if the pad token is 0
 
 
 CASES = {
@@ -57,7 +57,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_tokens_are_those_of_transformers(both, case):
+def test_tokens_equal_those_of_transformers(both, case):
   kind, theirs, _, ours = both
   inputs, given, _, _ = seq2seq_pairs.examples(kind)
   given = {k: v for k, v in given.items() if k != "decoder_input_ids"}
@@ -69,7 +69,7 @@ def test_tokens_are_those_of_transformers(both, case):
   assert np.isfinite(score).all() and (np.asarray(score) < 0).all()
 
 
-def test_a_row_does_not_depend_on_its_company(both):
+def test_a_row_does_not_depend_on_other_rows(both):
   kind, _, _, ours = both
   source = seq2seq_pairs.examples(kind)[0].source
   for beams in (1, 4):
@@ -81,7 +81,11 @@ def test_a_row_does_not_depend_on_its_company(both):
     np.testing.assert_array_equal(score, score_again[::-1])
 
 
-def test_a_search_without_beams_or_prompt_is_refused():
-  for fields in ({"beams": 0}, {"max_new_tokens": 0}, {"prompt": ()}):
-    with pytest.raises(InputError, match="each is at least 1"):
+def test_a_search_without_beams_or_prompt_is_an_error():
+  for fields, message in (
+    ({"beams": 0}, "beams is 0; expected a positive integer"),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0; expected a positive integer"),
+    ({"prompt": ()}, r"prompt is \(\); expected at least one token"),
+  ):
+    with pytest.raises(InputError, match=message):
       Search(**{"prompt": (1,), "eos": 1, "pad": 0, "max_new_tokens": 4, **fields})

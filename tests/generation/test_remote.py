@@ -1,4 +1,4 @@
-"""A teacher behind a server, and all that can go wrong on the way to it."""
+"""Sampling from a teacher on a server, with all kinds of faults."""
 
 import asyncio
 import collections
@@ -59,7 +59,7 @@ def made(folder: Path, server: Server, prompts, /, **changes):
   path.write_text("".join(json.dumps(line) + "\n" for line in lines))
   c.generate.prompts = str(path)
   c.generate.server.url = server.url
-  c.generate.server.timeout_s = 20.0  # more than any answer here takes on a busy machine
+  c.generate.server.timeout_s = 20.0  # longer than any response takes on a busy machine
   c.generate.server.retries = 3
   for name, value in changes.items():
     section = c.generate if hasattr(c.generate, name) else c.generate.server
@@ -80,8 +80,7 @@ def times_asked(server: Server) -> collections.Counter:
   return collections.Counter((prompt, seed) for _, prompt, seed in server.asked)
 
 
-def test_every_fault_is_got_over(tmp_path):
-  """And leaves no mark on the samples."""
+def test_faults_do_not_change_the_samples(tmp_path):
   prompts = [f"goes wrong by {fault}" for fault in FAULTS]
   with Server() as calm, Server() as wild:
     for prompt, fault in zip(prompts, FAULTS, strict=True):
@@ -95,67 +94,67 @@ def test_every_fault_is_got_over(tmp_path):
   assert not any(wild.faults.values()) and set(wild.answered.values()) == {1}
   rows = lines(tmp_path / "wild" / "samples.jsonl")
   assert [(r["id"], r["sample"]) for r in rows] == [(p, s) for p in range(13) for s in range(2)]
-  assert len({r["text"] for r in rows}) == 26  # each with a seed of its own
+  assert len({r["text"] for r in rows}) == 26  # each sample has a different seed
   assert rows[2]["prompt"] == prompts[1] and rows[2]["about"] == {"answer": 7}
   assert rows[0]["reason"] == "eos" and rows[0]["token_count"] == 7
-  assert not {"tokens", "logprob", "logprob_mean"} & set(rows[0])  # which this one does not say
+  assert not {"tokens", "logprob", "logprob_mean"} & set(rows[0])  # not in the responses
   assert got["samples"] == 26 and got["eos"] == 26 and got["tokens"] == 26 * 7
   assert not list((tmp_path / "wild").glob("*part*"))
   n = len(wild.asked)
   assert run(made(tmp_path, wild, prompts, samples=2), tmp_path / "wild")["samples"] == 26
-  assert len(wild.asked) == n  # although the server is gone by now
+  assert len(wild.asked) == n  # the server has stopped and is not needed
 
 
 @pytest.mark.parametrize("after, least", [("0.4", 0.4), ("date", 1.0)])
-def test_waits_as_long_as_the_server_asks(tmp_path, after, least):
-  """And none is asked for meanwhile: with one request in flight, the next is the same again."""
+def test_retry_after_is_respected(tmp_path, after, least):
+  """Meanwhile there is no other request: with one in flight, the next one is the retry."""
   prompts = ["first", "second"]
   with Server() as server:
     server.faults["first"] = [f"429 {after}"]
     run(made(tmp_path, server, prompts, in_flight=1), tmp_path / "w")
   (t0, *_), (t1, again, _), _ = server.asked
-  assert again == "first" and t1 - t0 >= least - 0.01  # a date has whole seconds: 1 to 2 of them
+  assert again == "first" and t1 - t0 >= least - 0.01  # a date has whole seconds, here 1 to 2
 
 
-def test_a_wait_of_a_day_is_not_waited_out(tmp_path):
+def test_a_very_long_retry_after_stops_the_run(tmp_path):
   with Server() as server:
     server.faults["a"] = ["429 86400"]
-    with pytest.raises(InputError, match="asks to wait 86400 s; what is finished is kept"):
+    with pytest.raises(InputError, match=r"asks to wait 86400 s\. Finished samples are kept"):
       run(made(tmp_path, server, ["a"]), tmp_path / "w")
 
 
 @pytest.mark.parametrize("n", [3, 12])
-def test_requests_in_flight_are_as_many_as_are_asked_for(tmp_path, n):
-  """No answer comes before `n` requests wait for theirs."""
+def test_in_flight_is_the_number_of_concurrent_requests(tmp_path, n):
+  """The server answers only when `n` requests are waiting."""
   with Server() as server:
     server.together = threading.Barrier(n)
     run(made(tmp_path, server, [f"p{i}" for i in range(12)], in_flight=n), tmp_path / "w")
   assert server.most == n and len(server.asked) == 12
 
 
-def test_requests_a_minute_are_limited(tmp_path):
+def test_requests_per_minute_are_limited(tmp_path):
   with Server() as server:
     c = made(tmp_path, server, [f"p{i}" for i in range(12)], requests_per_minute=1200.0)
     start = time.monotonic()
     run(c, tmp_path / "w")
-  assert max(at for at, *_ in server.asked) - start >= 12 / 20  # who are you, then 12 samples
+  assert max(at for at, *_ in server.asked) - start >= 12 / 20  # one for the model, 12 samples
 
 
 @pytest.mark.parametrize("others", [1, 0])
-def test_busy_while_others_are_answered_is_no_failure(monkeypatch, others):
-  """One request is told to come back five times, of three that it may fail."""
+def test_a_busy_server_that_answers_others_is_not_a_failure(monkeypatch, others):
+  """A request is rejected five times as busy, although only three retries are allowed."""
   asking, times = Client(ServerOptions(url="http://a/v1", retries=3), 0), 0
 
   async def once(path, body):
     nonlocal times
     times += 1
-    asking.answered += others  # since it was last told so
+    asking.answered += others  # other requests that were answered since the last attempt
     if times <= 5:
       raise RequestFailed("is busy", busy=True)
     return "at last"
 
   monkeypatch.setattr(asking, "_send", once)
-  ask = asking.request("completions", {}, "unlucky", lambda said: said)
+  ask = asking.request("completions", {}, "unlucky", lambda answer: answer)
   if others:
     assert asyncio.run(ask) == "at last" and times == 6 and asking.retried == 5
   else:
@@ -165,7 +164,7 @@ def test_busy_while_others_are_answered_is_no_failure(monkeypatch, others):
 
 
 @pytest.mark.parametrize("fault", ["silent", "500", "close"])
-def test_a_server_that_never_answers_stops_the_run_and_loses_nothing(tmp_path, fault):
+def test_a_server_that_never_answers_stops_the_run_and_samples_are_kept(tmp_path, fault):
   prompts = [f"p{i}" for i in range(8)]
   with Server() as server:
     server.faults["p5"], server.forever = [fault], True
@@ -174,12 +173,14 @@ def test_a_server_that_never_answers_stops_the_run_and_loses_nothing(tmp_path, f
       c.generate.server.timeout_s = 0.5
     with pytest.raises(InputError) as error:
       run(c, tmp_path / "w")
-    said = str(error.value)
-    assert f"the server at {server.url}" in said and "2 times in a row" in said
-    assert f"5 samples are kept in {tmp_path / 'w'} and 3 are left" in said
+    message = str(error.value)
+    assert f"The server at {server.url}" in message and "2 times in a row" in message
+    assert f"5 samples are kept in {tmp_path / 'w'} and 3 are missing" in message
     server.faults.clear()
     server.model = "small"
-    with pytest.raises(InputError, match="holds samples of big and the server has small"):
+    with pytest.raises(
+      InputError, match="samples from the model big, but the server has small"
+    ):
       run(c, tmp_path / "w")
     server.model, c.generate.server.timeout_s = "big", 20.0
     result = run(c, tmp_path / "w")
@@ -188,21 +189,21 @@ def test_a_server_that_never_answers_stops_the_run_and_loses_nothing(tmp_path, f
   assert sorted(asked.values()) == [1] * 7 + [3]
 
 
-def test_no_server_at_all(tmp_path):
+def test_an_unreachable_server_is_an_error(tmp_path):
   with Server() as server:
     pass
-  with pytest.raises(InputError, match=r"cannot be reached.*; 0 samples are kept .* 2 are left"):
+  with pytest.raises(InputError, match=r"cannot be reached.*\. 0 samples are kept .* 2 are missi"):
     run(made(tmp_path, server, ["a", "b"], retries=1), tmp_path / "w")
 
 
-def test_what_the_server_refuses_stops_or_is_counted(tmp_path):
+def test_refused_requests_stop_the_run_or_are_skipped(tmp_path):
   prompts = ["fine", "far too long", "filtered", "poison", "good"]
   with Server() as server:
     server.forever = True
     server.faults |= {"far too long": ["400"], "filtered": ["filter"], "poison": ["500"]}
-    with pytest.raises(InputError, match=r"sample 0 of prompt 1: .*400.*maximum context.*skip"):
+    with pytest.raises(InputError, match=r"Sample 0 of prompt 1: .*400.*maximum context.*skip"):
       run(made(tmp_path, server, prompts, in_flight=1), tmp_path / "stop")
-    assert times_asked(server).total() == 2  # not asked for again
+    assert times_asked(server).total() == 2  # refused requests are not retried
     c = made(tmp_path, server, prompts, in_flight=2, retries=1, on_bad="skip", samples=4)
     result = run(c, tmp_path / "skip")
   assert result["prompts"] == 5 and result["samples"] == 8 and result["rejected"] == 12
@@ -212,53 +213,53 @@ def test_what_the_server_refuses_stops_or_is_counted(tmp_path):
   assert {r["id"] for r in lines(tmp_path / "skip" / "samples.jsonl")} == {0, 4}
 
 
-def test_a_config_that_is_refused_by_all_is_not_taken_for_bad_prompts(tmp_path):
+def test_a_server_that_refuses_all_requests_stops_the_run(tmp_path):
   prompts = [f"p{i}" for i in range(300)]
   with Server() as server:
     server.forever = True
     server.faults |= {p: ["422"] for p in prompts}
-    with pytest.raises(InputError, match="mend the prompt or the config"):
+    with pytest.raises(InputError, match="Correct the prompt or the config"):
       run(made(tmp_path, server, prompts, on_bad="skip"), tmp_path / "w")
     assert len(server.asked) < 200
-    with pytest.raises(InputError, match="refuses all that is asked; first: .*422"):
+    with pytest.raises(InputError, match=r"rejected all requests\. The last reason: .*422"):
       run(made(tmp_path, server, prompts[:3], on_bad="skip"), tmp_path / "few")
 
 
 @pytest.mark.parametrize(
   "changes, message",
   [
-    ({"url": "localhost:8000"}, "no address"),
-    ({"url": "http://me:secret@host/v1"}, "no address"),
-    ({"url": "http://[::1/v1"}, "no address"),
+    ({"url": "localhost:8000"}, "server.url is invalid; expected an address"),
+    ({"url": "http://me:secret@host/v1"}, "server.url is invalid; expected an address"),
+    ({"url": "http://[::1/v1"}, "server.url is invalid; expected an address"),
     ({"in_flight": 0}, "in_flight is 0"),
     ({"timeout_s": 0.0}, "timeout_s is 0.0"),
-    ({"repetition": 40}, "for a teacher here"),
-    ({"records_dir": "r"}, "for a teacher here"),
+    ({"repetition": 40}, "repetition is 40; expected 0 for a model on a server"),
+    ({"records_dir": "r"}, "records_dir is 'r'; expected '' for a teacher on a server"),
     ({"temperature": -1.0}, "temperature is -1"),
     ({"on_bad": "perhaps"}, "on_bad is 'perhaps'"),
-    ({"prompts": "nowhere.jsonl"}, "no file"),
+    ({"prompts": "nowhere.jsonl"}, "expected an existing file"),
     ({"field": "question"}, "no field 'question'"),
-    ({"api_key_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE.*holds no key"),
+    ({"api_key_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE'; expected an environment variable"),
   ],
 )
-def test_bad_config_is_refused_before_anything_is_asked(tmp_path, changes, message):
+def test_an_invalid_config_is_an_error_before_any_request(tmp_path, changes, message):
   with Server() as server, pytest.raises(InputError, match=message) as error:
     run(made(tmp_path, server, ["a"], **changes), tmp_path / "w")
   assert "secret" not in str(error.value) and not server.asked
 
 
-def test_bad_prompts_are_named_or_counted(tmp_path):
+def test_unusable_prompts_stop_the_run_or_are_skipped(tmp_path):
   prompts = ["good", "", {"prompt": [{"content": "no role"}]}, {"prompt": 3}]
   with Server() as server:
-    with pytest.raises(InputError, match="line 2: .*text, or messages"):
+    with pytest.raises(InputError, match="line 2: .*expected a text, or messages"):
       run(made(tmp_path, server, prompts), tmp_path / "stop")
     result = run(made(tmp_path, server, prompts, on_bad="skip"), tmp_path / "skip")
   assert (result["prompts"], result["rejected"], result["samples"]) == (1, 3, 1)
 
 
-def test_a_model_that_is_not_named(tmp_path):
-  with Server(owner="") as server:  # it does not say which it has
-    with pytest.raises(InputError, match=r"server.model is empty .*404.*; name the model"):
+def test_the_model_must_be_named_if_the_server_does_not_list_one(tmp_path):
+  with Server(owner="") as server:  # it does not list its models
+    with pytest.raises(InputError, match=r"server.model is ''; .*404.*\. Name the model"):
       run(made(tmp_path, server, ["a"]), tmp_path / "w")
     assert run(made(tmp_path, server, ["a"], model="my"), tmp_path / "named")["samples"] == 1
     assert server.bodies[0]["model"] == "my"
@@ -267,7 +268,7 @@ def test_a_model_that_is_not_named(tmp_path):
     openai_api.ServedModel.from_answer(two, "")
 
 
-def test_what_is_asked(tmp_path):
+def test_request_bodies(tmp_path):
   chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
   changes = {"stop": ("\n\n",), "top_k": 5, "top_p": 0.9, "max_new_tokens": 9}
   with Server(owner="vllm") as server:
@@ -294,23 +295,23 @@ def test_what_is_asked(tmp_path):
   }
   assert want.items() <= a.items() and "logprobs" not in a
   job = GenerationJob.from_config(config.resolve(made(tmp_path, server, ["a"])))
-  path, body = openai_api.request(job, openai_api.ServedModel("m"), "go on", 1, 0)
-  assert path == "completions" and body["prompt"] == "go on"
-  assert not {"top_k", "min_p", "repetition_penalty"} & set(body)  # nothing that is not OpenAI's
+  path, body = openai_api.request(job, openai_api.ServedModel("m"), "once upon", 1, 0)
+  assert path == "completions" and body["prompt"] == "once upon"
+  assert not {"top_k", "min_p", "repetition_penalty"} & set(body)  # only fields of OpenAI's API
 
 
-def test_how_answers_are_read():
+def test_parsing_of_responses():
   def read(stop=(), **choice):
     return openai_api.parse({"choices": [choice]}, stop)[0]
 
   message = {"content": "\n\n4", "reasoning_content": "2 and 2\n"}
   r1 = "<think>\n2 and 2\n</think>\n\n4"
   assert read(message=message, finish_reason="stop")["text"] == r1
-  message = {"content": None, "reasoning": "2 and"}  # vLLM's newer name, cut off within it
+  message = {"content": None, "reasoning": "2 and"}  # vLLM's newer name; cut off in the reasoning
   got = read(message=message, finish_reason="length")
   assert got["text"] == "<think>\n2 and" and got["reason"] == "length"
   assert read(message={"content": None}, finish_reason="stop")["text"] == ""
-  for reason, stop, said in (
+  for reason, stop, fields in (
     ("eos", (), {}),
     ("stop", ("x",), {}),
     ("eos", ("x",), {"stop_reason": None}),
@@ -318,7 +319,7 @@ def test_how_answers_are_read():
     ("stop", ("x",), {"stop_reason": "x"}),
     ("stop", ("x",), {"matched_stop": "x"}),
   ):
-    assert read(stop, text="a", finish_reason="stop", **said)["reason"] == reason
+    assert read(stop, text="a", finish_reason="stop", **fields)["reason"] == reason
   with pytest.raises(RequestRefused, match="tool_calls"):
     read(message={"content": None}, finish_reason="tool_calls")
   bad = {"content": [{"token": "a", "logprob": float("nan"), "top_logprobs": []}]}
@@ -328,7 +329,7 @@ def test_how_answers_are_read():
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-  """A config of 60 prompts for a server that wants a key, and its command line."""
+  """Yields a config of 60 prompts for a server with an API key, and a function that runs it."""
   monkeypatch.setenv("TEACHER_KEY", KEY)
   with Server(key=KEY) as server:
     prompts = [f"p{i}" for i in range(60)]
@@ -355,13 +356,13 @@ def wait_for(part: Path, rows: int, job) -> None:
     time.sleep(0.01)
 
 
-def test_killed_told_to_stop_and_gone_on_with_and_the_key_is_nowhere(job, monkeypatch, capfd):
-  """kill -9, then half a line on disk; SIGTERM; a wrong key; a server that echoes the right one."""
+def test_resuming_after_kill_sigterm_and_errors_without_leaking_the_key(job, monkeypatch, capfd):
+  """A run ends by kill -9 with half a line on disk, SIGTERM, a wrong key, and an echoed key."""
   c, server, folder, start = job
   part = folder / "samples.part.jsonl"
 
   def silent_from(first: int) -> None:
-    """From this prompt on the server says nothing: no run comes to its end before it is told."""
+    """Makes the server silent from this prompt on, so that no run finishes by itself."""
     server.faults.clear()
     server.faults |= {f"p{i}": ["silent"] for i in range(first, 60)}
 
@@ -370,7 +371,7 @@ def test_killed_told_to_stop_and_gone_on_with_and_the_key_is_nowhere(job, monkey
   with start() as killed:
     wait_for(part, 20, killed)
     killed.send_signal(signal.SIGKILL)
-    said = [killed.stderr.read()]
+    outputs = [killed.stderr.read()]
   kept = [(f"p{r['prompt']}", r["text"]) for r in lines(part)[1:]]
   before = times_asked(server)
   with part.open("ab") as f:
@@ -379,9 +380,9 @@ def test_killed_told_to_stop_and_gone_on_with_and_the_key_is_nowhere(job, monkey
   with start() as told:
     wait_for(part, 40, told)
     told.send_signal(signal.SIGTERM)
-    said += told.communicate(timeout=60)
+    outputs += told.communicate(timeout=60)
   between = times_asked(server)
-  assert told.returncode == os.EX_TEMPFAIL and "received SIGTERM" in said[-1]
+  assert told.returncode == os.EX_TEMPFAIL and "received SIGTERM" in outputs[-1]
   again = [(f"p{r['prompt']}", r["text"]) for r in lines(part)[1:]]
   assert len(kept) == 20 and len(again) == 40 and again[:20] == kept
 
@@ -389,7 +390,7 @@ def test_killed_told_to_stop_and_gone_on_with_and_the_key_is_nowhere(job, monkey
   with monkeypatch.context() as other, pytest.raises(InputError, match="TEACHER_KEY") as wrong:
     other.setenv("TEACHER_KEY", "sk-wrong")
     run(c, folder)
-  assert server.refused == 1  # not asked a second time
+  assert server.refused == 1  # a wrong key is not retried
   server.faults["p59"] = ["500"]
   with pytest.raises(InputError, match=r"out of order, Bearer \*\*\*") as failed:
     run(c, folder)
@@ -397,13 +398,13 @@ def test_killed_told_to_stop_and_gone_on_with_and_the_key_is_nowhere(job, monkey
   assert run(c, folder)["samples"] == 60
   now = times_asked(server)
   seeds = dict(now.keys())
-  assert len(seeds) == len(now) == 60  # the same seed whenever a prompt was asked
+  assert len(seeds) == len(now) == 60  # a prompt has the same seed in every run
   for i, (prompt, text) in enumerate(again):
     one = prompt, seeds[prompt]
     assert now[one] == (before if i < len(kept) else between)[one]
     assert text == f"{prompt} -> {seeds[prompt]} \u00e9"
-  said += [str(wrong.value), str(failed.value), *capfd.readouterr()]
-  assert all(KEY not in s and "sk-wrong" not in s for s in said)
+  outputs += [str(wrong.value), str(failed.value), *capfd.readouterr()]
+  assert all(KEY not in s and "sk-wrong" not in s for s in outputs)
   for path in folder.rglob("*"):
     assert path.is_dir() or KEY.encode() not in path.read_bytes()
 
@@ -412,7 +413,7 @@ LETTERS = "abcdefgh"
 
 
 def with_logprobs(tokenizer, vllm: bool, chat: bool):
-  """Answers of three letters, each the second of four candidates with known probabilities."""
+  """Returns a server's answer: three letters, each the second most likely of four."""
   P = [0.5, 0.25, 0.125, 0.0625]
 
   def spell(letter):
@@ -427,15 +428,15 @@ def with_logprobs(tokenizer, vllm: bool, chat: bool):
       top = [{"token": spell(x), "logprob": float(np.log(p))} for x, p in zip(some, P, strict=True)]
       content.append({**top[1], "top_logprobs": top})
     text = "".join(LETTERS[(first + t + 1) % len(LETTERS)] for t in range(3))
-    said = {
+    logprobs = {
       "tokens": [x["token"] for x in content],
       "token_logprobs": [x["logprob"] for x in content],
       "top_logprobs": [{y["token"]: y["logprob"] for y in x["top_logprobs"]} for x in content],
     }
     inner = {"message": {"content": text}} if chat else {"text": text}
     if chat:
-      said = {"content": content}
-    choice = {"finish_reason": "length", "logprobs": said, **inner}
+      logprobs = {"content": content}
+    choice = {"finish_reason": "length", "logprobs": logprobs, **inner}
     ids = tokenizer.encode(prompt)
     out = {
       "id": "r",
@@ -452,7 +453,7 @@ def with_logprobs(tokenizer, vllm: bool, chat: bool):
 
 @pytest.mark.parametrize("vllm, chat", [(True, True), (False, False)])
 def test_log_probabilities_become_records(tmp_path, vllm, chat):
-  """Through `record`, each position with the probabilities that the server gave."""
+  """`record` stores the probabilities of the server's responses at each position."""
   tokenizer = load_tokenizer(tiny.write_tokenizer(tmp_path / "tokenizer.json"))
   prompts = [f"ask {i}:" for i in range(9)]
   make = with_logprobs(tokenizer, vllm, chat)
@@ -466,8 +467,8 @@ def test_log_probabilities_become_records(tmp_path, vllm, chat):
   assert all(r["logprob"] == pytest.approx(3 * np.log(0.25)) for r in rows)
   if vllm:
     assert all(r["tokens"] == tokenizer.encode(r["text"]) for r in rows)
-  said = lines(tmp_path / "w" / "responses.jsonl")
-  assert [(r["id"], r["sample"]) for r in said] == [(r["id"], r["sample"]) for r in rows]
+  responses = lines(tmp_path / "w" / "responses.jsonl")
+  assert [(r["id"], r["sample"]) for r in responses] == [(r["id"], r["sample"]) for r in rows]
 
   c.records.kind, c.records.n, c.records.logprobs_format = "topk", 4, "openai"
   c.records.logprobs = str(tmp_path / "w" / "responses.jsonl")
@@ -492,17 +493,17 @@ def test_log_probabilities_become_records(tmp_path, vllm, chat):
   assert seen == 3 * 18 and next(texts, None) is None
 
 
-def test_log_probabilities_that_cannot_become_records(tmp_path):
+def test_missing_log_probabilities_and_tokens_are_errors(tmp_path):
   tokenizer = load_tokenizer(tiny.write_tokenizer(tmp_path / "tokenizer.json"))
   with Server() as server:
-    with pytest.raises(InputError, match="served without log-probabilities"):
+    with pytest.raises(InputError, match="top_logprobs is 4; expected 0, since the server"):
       run(made(tmp_path, server, ["a"], top_logprobs=4), tmp_path / "none")
     server.make = with_logprobs(tokenizer, False, False)
     c = made(tmp_path, server, ["a"], top_logprobs=4)
     c.data.tokenizer = ""
-    with pytest.raises(InputError, match=r"does not say the tokens.* name one in data.tokenizer"):
+    with pytest.raises(InputError, match=r"does not return the tokens.* Set data.tokenizer"):
       run(c, tmp_path / "bare")
     right = server.make
     server.make = lambda b: right(b) | {"usage": {"prompt_tokens": 2, "completion_tokens": 3}}
-    with pytest.raises(InputError, match=r"reads 2 tokens where .* makes 1 of a prompt"):
+    with pytest.raises(InputError, match=r"reads a prompt as 2 tokens, but .* encodes it as 1"):
       run(made(tmp_path, server, ["a"], top_logprobs=4), tmp_path / "other")

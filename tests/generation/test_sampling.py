@@ -1,4 +1,4 @@
-"""Which tokens are kept, as transformers keeps them, and how often each is drawn."""
+"""Sampling keeps the tokens that transformers keeps, and draws them with its probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def logits(rows: int = 6, vocab: int = 200) -> np.ndarray:
 
 
 def theirs(z_BV: np.ndarray, settings: Sampling) -> np.ndarray:
-  """Probabilities after the processors that `generate` makes of these numbers, in its order."""
+  """Returns the probabilities after transformers' logits processors for these settings."""
   c = transformers.GenerationConfig(
     do_sample=True,
     temperature=settings.temperature,
@@ -52,7 +52,7 @@ def theirs(z_BV: np.ndarray, settings: Sampling) -> np.ndarray:
 
 
 def kept(z_BV: np.ndarray, settings: Sampling) -> np.ndarray:
-  """Which tokens `choose` may draw and keep."""
+  """Returns the tokens that `choose` may draw and accept, bool [B, V]."""
   e_BCV, drawn_BCV = sampling.warp(jnp.asarray(z_BV)[:, None], settings)
   if settings.top_p == 1:
     return np.isfinite(drawn_BCV[:, 0])
@@ -66,7 +66,7 @@ def kept(z_BV: np.ndarray, settings: Sampling) -> np.ndarray:
 
 
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
-def test_kept_tokens_are_those_of_transformers(settings):
+def test_kept_tokens_equal_those_of_transformers(settings):
   z_BV = logits()
   want = theirs(z_BV, settings) > 0
   np.testing.assert_array_equal(kept(z_BV, settings), want)
@@ -74,7 +74,7 @@ def test_kept_tokens_are_those_of_transformers(settings):
 
 
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
-def test_tokens_are_drawn_as_often_as_transformers_says(settings):
+def test_tokens_are_drawn_with_transformers_probabilities(settings):
   z_BV, n = logits(1, 40), 20_000
   keys = jax.random.split(jax.random.key(0), n)
   got = jax.jit(lambda z, k: sampling.choose(z, k, settings))(
@@ -89,7 +89,7 @@ def test_tokens_are_drawn_as_often_as_transformers_says(settings):
   assert chi2 < df + 4 * np.sqrt(2 * df) + 4  # 4 deviations
 
 
-def test_greedy_takes_the_first_of_equals_and_no_padding():
+def test_greedy_takes_the_first_of_equal_logits_and_never_padding():
   z = np.array([[0, 3, 3, 1], [-np.inf, -5, -np.inf, -5]], np.float32)
   keys = jax.random.split(jax.random.key(0), 2)
   np.testing.assert_array_equal(sampling.choose(jnp.asarray(z), keys, Sampling(0.0)), [1, 1])
@@ -100,14 +100,14 @@ def test_greedy_takes_the_first_of_equals_and_no_padding():
   assert set(map(int, drawn)) == {1, 3}
 
 
-def test_a_row_of_nan_ends():
-  """It would be drawn again for ever; who asked finds its log-probability not finite."""
+def test_a_row_of_nan_terminates():
+  """Rejection sampling must stop; callers find that the log-probability is not finite."""
   z = jnp.asarray([[0.0, 1.0], [jnp.nan, jnp.nan], [-jnp.inf, -jnp.inf]])
   keys = jax.random.split(jax.random.key(0), 3)
   assert sampling.choose(z, keys, Sampling(1.0, top_p=0.9)).shape == (3,)
 
 
-def test_a_row_is_drawn_by_its_own_key():
+def test_a_row_depends_only_on_its_key():
   z, keys = jnp.asarray(logits()), jax.random.split(jax.random.key(1), 6)
   settings = Sampling(1.0, top_p=0.3)
   whole = sampling.choose(z, keys, settings)
@@ -125,6 +125,6 @@ def test_a_row_is_drawn_by_its_own_key():
     {"temperature": float("nan")},
   ],
 )
-def test_numbers_out_of_range_are_refused(bad):
+def test_settings_out_of_range_are_errors(bad):
   with pytest.raises(InputError, match=next(iter(bad))):
     Sampling(**bad)

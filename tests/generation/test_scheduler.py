@@ -1,4 +1,4 @@
-"""Cached decoding: transformers' tokens, the uncached model's probabilities, whatever the batch."""
+"""Cached decoding gives transformers' tokens and the uncached model's probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,10 @@ transformers, torch = parity.transformers, parity.torch
 
 
 @pytest.mark.parametrize("kind", parity.DECODERS)
-def test_greedy_is_transformers_greedy(kind, tmp_path):
-  """Prompts of 1 to 20 tokens, in chunks; rows are filled again; a window slides.
+def test_greedy_tokens_equal_those_of_transformers(kind, tmp_path):
+  """Prompts have 1 to 20 tokens and are prefilled in chunks; rows are refilled; windows slide.
 
-  And the probabilities of what was chosen are those of our model without a cache.
+  The log-probabilities of the tokens are those of our model without a cache.
   """
   model_type, changes = parity.DECODERS[kind]
   theirs = parity.torch_model(model_type, **changes)
@@ -66,7 +66,7 @@ def test_greedy_is_transformers_greedy(kind, tmp_path):
 
 
 def test_tokens_do_not_depend_on_the_batch():
-  """Its size, and how many prompts are read at once."""
+  """Neither the number of rows nor of prefilled prompts matters."""
   model, read = random_model(), prompts(256)
   wanted = [(p, s) for p in read for s in range(2)]
   first, *others = (
@@ -77,8 +77,8 @@ def test_tokens_do_not_depend_on_the_batch():
   assert first[4, 0] != first[4, 1]
 
 
-def test_a_row_does_not_depend_on_its_company():
-  """In another order, and alone, as after a resume: bit for bit."""
+def test_a_row_does_not_depend_on_other_rows():
+  """Samples in another order or alone, e.g. after a resume, are equal bit for bit."""
   model, read = random_model("qwen3", **MOE), prompts(256)
   wanted = [(p, s) for p in read for s in range(2)]
   engine = engine_of(model, one_device(), DRAWN)
@@ -89,8 +89,7 @@ def test_a_row_does_not_depend_on_its_company():
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
-def test_sharded_rows_and_heads(family):
-  """On 2 x 2 devices as on one; records too."""
+def test_sharded_rows_and_heads_equal_one_device(family):
   model, read = random_model(family), prompts(256, (3, 9, 14))
   records = config.RecordsOptions(n=15)
   one = decode(model, one_device(), DRAWN, read, rows=4, records=records)
@@ -107,8 +106,8 @@ def test_sharded_rows_and_heads(family):
 
 
 @pytest.mark.parametrize("kind", ["sampled", "topk"])
-def test_records_are_what_the_recorder_says_of_the_text(kind):
-  """The uncached model, and the same offsets: of (seed, prompt, sample, position)."""
+def test_records_equal_those_of_the_recorder(kind):
+  """The recorder uses the model without a cache, with offsets of the same keys."""
   model, read = random_model(), prompts(256, (6, 11))
   c = config.RecordsOptions(kind=kind, n=15, temperature=1.5 if kind == "sampled" else 1.0)
   for (p, number), s in decode(model, one_device(), DRAWN, read, records=c).items():
@@ -135,19 +134,19 @@ def test_records_are_what_the_recorder_says_of_the_text(kind):
         np.testing.assert_allclose(got[name], x, atol=2e-4, err_msg=name)
 
 
-def test_a_model_of_nan_is_found():
+def test_a_model_with_nan_weights_is_an_error():
   model = map_params(lambda v: v.replace(v[...] * jnp.nan), random_model())
   with pytest.raises(FloatingPointError, match="token 0 of prompt 0, sample 0 is not finite"):
     decode(model, one_device(), DRAWN, {0: [1, 2]})
 
 
-def test_ends():
-  """By token and by length; nothing is kept of what a call makes after the end of a text."""
+def test_texts_end_at_stop_strings_eos_and_length():
+  """Tokens that a call generates after the end of a text are dropped."""
   model, read, mesh = random_model(), prompts(256), one_device()
   engine = engine_of(model, mesh, GREEDY)
   free = run(engine, mesh, read)
   tokens = free[3, 0].tokens
-  stop = Stops(Numbers(), (f"{tokens[4]} {tokens[5]}",))  # cut in two by a space
+  stop = Stops(Numbers(), (f"{tokens[4]} {tokens[5]}",))  # spans two tokens
   ended = run(engine, mesh, read, stops=stop)[3, 0]
   assert ended.reason == "stop" and len(ended.logps) == len(ended.tokens)
   assert ended.tokens == tokens[: len(ended.tokens)]

@@ -1,4 +1,4 @@
-"""Ends that the model does not make."""
+"""Stop strings and repetition end a text."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def bytes_(tmp_path_factory):
 
 
 def grown(stops: Stops, ids: list[int], steps: int) -> tuple[int, str] | None:
-  """Where a text ends that grows by so many tokens a look."""
+  """Returns the end of a text to which `steps` tokens are added at a time."""
   for old in range(0, len(ids), steps):
     if found := stops.first(ids[: old + steps], old):
       return found
@@ -23,8 +23,8 @@ def grown(stops: Stops, ids: list[int], steps: int) -> tuple[int, str] | None:
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8, 100])
-def test_stop_strings_end_a_text_at_the_token_that_completes_the_first(bytes_, steps):
-  """A token is a byte here, so every stop string is cut; some characters are three tokens."""
+def test_the_first_complete_stop_string_ends_a_text(bytes_, steps):
+  """Tokens are bytes, so stop strings and some characters have several tokens."""
   text = "Tür 1 ist zu – \n\nQ: and ### more\n\nQ:"
   stops = Stops(bytes_, ("###", "\n\nQ:", "–"))
   ids = bytes_.encode(text)
@@ -40,8 +40,8 @@ def test_stop_strings_end_a_text_at_the_token_that_completes_the_first(bytes_, s
 
 @pytest.mark.parametrize("steps", [1, 5, 100])
 @pytest.mark.parametrize("period", [1, 3, 4])
-def test_running_in_circles(bytes_, steps, period):
-  """The last 16 tokens are one run of at most 4, four times or more."""
+def test_a_loop_ends_a_text(bytes_, steps, period):
+  """A loop is detected when the last 16 tokens repeat a sequence of at most 4 tokens."""
   rng = np.random.default_rng(0)
   free = rng.permutation(100)[:30].tolist()
   circle = [200 + i for i in range(period)]
@@ -51,7 +51,7 @@ def test_running_in_circles(bytes_, steps, period):
   assert grown(stops, circle * 20, steps) == (16, "repetition")
 
 
-def test_a_run_too_long_for_the_circles_asked_for_is_none(bytes_):
+def test_loops_of_longer_sequences_are_ignored(bytes_):
   assert grown(Stops(bytes_, repetition=16), list(range(5)) * 20, 4) is None
   assert grown(Stops(bytes_), [1] * 100, 4) is None
 
@@ -63,6 +63,6 @@ def test_the_first_end_counts(bytes_):
 
 
 @pytest.mark.parametrize("bad", [{"strings": ("",)}, {"repetition": 2}, {"repetition": -1}])
-def test_what_ends_every_text_is_refused(bytes_, bad):
+def test_invalid_end_conditions_are_errors(bytes_, bad):
   with pytest.raises(InputError, match="generate"):
     Stops(bytes_, **bad)

@@ -1,5 +1,4 @@
-"""From prompts through a teacher to more prompts, to labels that are trusted as far as they agree,
-and to a student; and what such labels are to the loss."""
+"""Templates, rewritten prompts, votes and pseudo-labels, and label smoothing by agreement."""
 
 import json
 
@@ -35,16 +34,16 @@ ASK = "{prompt}\nEnd with \\boxed{} around the number."
 
 
 def teacher(body):
-  """Rewrites, solves with two right answers of three, and labels, surer of what is good."""
-  said = bad_server.text_of(body)
+  """Rewrites, solves (two of three answers are correct), and labels, with confidence if good."""
+  prompt = bad_server.text_of(body)
   choice = {"finish_reason": "stop"}
-  if said.startswith("Say this"):
-    text = f"<think>\nHm.\n</think>\n\nTell me what {said.splitlines()[1]} equals.\n"
-  elif said.endswith("around the number."):
-    a, b = (int(n) for n in said.split(" equals")[0].split()[-3::2])
+  if prompt.startswith("Say this"):
+    text = f"<think>\nHm.\n</think>\n\nTell me what {prompt.splitlines()[1]} equals.\n"
+  elif prompt.endswith("around the number."):
+    a, b = (int(n) for n in prompt.split(" equals")[0].split()[-3::2])
     text = f"It is \\boxed{{{a + b + (body['seed'] % 3 == 0)}}}."
   else:
-    text, logp = ("good", np.log(0.875)) if "fine" in said else ("bad", np.log(0.5))
+    text, logp = ("good", np.log(0.875)) if "fine" in prompt else ("bad", np.log(0.5))
     content = [{"token": text, "logprob": logp, "top_logprobs": []}]
     choice["logprobs"] = {"content": content}
   usage = {"prompt_tokens": 1, "completion_tokens": 1}
@@ -73,7 +72,7 @@ def kept(c, folder, **filters):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-  """(folder, config, server's questions) with samples rewritten and solved."""
+  """Returns a folder with rewritten and solved samples, the config, and the server's prompts."""
   folder = tmp_path_factory.mktemp("augment")
   c = tiny.tiny(folder)
   c.teacher.source = ""
@@ -102,7 +101,7 @@ def test_rewritten_prompts_keep_their_answers(made):
 
 
 def test_votes_become_label_smoothing(made):
-  """What `filter` keeps is what `record` reads; agreement is what the labels are trusted."""
+  """`record` reads the kept samples; label smoothing is 1 - agreement."""
   folder, c, _ = made
   rows = kept(c, folder / "so", vote=config.filter("votes"), right=config.filter("math"))
   votes = {}
@@ -143,10 +142,10 @@ def test_votes_become_label_smoothing(made):
   both = [open_store(folder / "plain"), store]
   batch = next(loader.batches(both, batch_size=8, seed=0, mixture=(0.5, 0.5)))
   smoothed = (batch.smoothing_BT > 0).any(1)
-  assert 0 < smoothed.sum() < 8  # rows of a store that smooths nothing are as certain as ever
+  assert 0 < smoothed.sum() < 8  # rows of a store without smoothing are not smoothed
 
 
-def test_unlabelled_text_is_labelled_where_the_teacher_is_sure(tmp_path):
+def test_pseudo_labels_are_kept_if_the_teacher_is_confident(tmp_path):
   c = tiny.tiny(tmp_path)
   texts = tmp_path / "texts.txt"
   texts.write_text("a fine film\na film\nfine\n")
@@ -167,16 +166,16 @@ def test_unlabelled_text_is_labelled_where_the_teacher_is_sure(tmp_path):
 
 
 @pytest.mark.parametrize("template", ["no place", "{ prompt }"])
-def test_a_template_has_a_place_for_the_prompt(tmp_path, template):
+def test_a_template_without_a_placeholder_is_an_error(tmp_path, template):
   c = tiny.tiny(tmp_path)
   c.generate.prompts = c.data.path
   c.generate.server.url = "http://localhost:1/v1"
-  with pytest.raises(InputError, match="it has {prompt} for the prompt"):
+  with pytest.raises(InputError, match="expected a template that contains {prompt}"):
     asked(c, tmp_path / "w", template=template)
 
 
 def test_smoothed_labels_and_their_gradient():
-  """As cross-entropy with the distribution itself, in float64; NaN where nothing is learnt."""
+  """They equal cross-entropy with the smoothed distribution; masked positions may be NaN."""
   B, T, D, V, rows = 2, 6, 4, 11, 13
   rng = np.random.default_rng(0)
   x, w = rng.normal(size=(B, T, D)), rng.normal(size=(rows, D))
@@ -210,7 +209,7 @@ def test_smoothed_labels_and_their_gradient():
   assert not dw[V:].any()
 
 
-def test_smoothing_on_disk():
+def test_encoding_of_smoothing():
   segments = np.array([1, 1, 2, 3, 3, 0, 0], np.int32)
   x = np.array([0.5, 0.5, 0, 0.25, 0.25, 9, 9], np.float32)
   data = token_codec.encode_smoothing({"segments_T": segments, "smoothing_T": x})
