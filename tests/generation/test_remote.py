@@ -178,9 +178,7 @@ def test_a_server_that_never_answers_stops_the_run_and_samples_are_kept(tmp_path
     assert f"5 samples are kept in {tmp_path / 'w'} and 3 are missing" in message
     server.faults.clear()
     server.model = "small"
-    with pytest.raises(
-      InputError, match="samples from the model big, but the server has small"
-    ):
+    with pytest.raises(InputError, match="samples from the model big, but the server has small"):
       run(c, tmp_path / "w")
     server.model, c.generate.server.timeout_s = "big", 20.0
     result = run(c, tmp_path / "w")
