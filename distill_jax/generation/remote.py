@@ -72,7 +72,7 @@ def generate(job: GenerationJob, folder: Path) -> JsonObject:
     expected = len(prompts.prompts) * job.samples
     assert len(rows) + len(rejected) == expected, "a sample is lost"
     if not rows:
-      reason = rejected[-1]["reason"].rstrip(".")
+      reason = str(rejected[-1]["reason"]).rstrip(".")
       raise InputError(f"The server rejected all requests. The last reason: {reason}.")
     if job.server.top_logprobs:
       responses.publish([outputs.sample_key(row) for row in rows])
