@@ -10,7 +10,7 @@ else
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 endif
 
-.PHONY: venv demo test test-slow lint docs bench clean-demo
+.PHONY: venv demo test smoke test-changed test-slow lint docs bench clean-demo
 
 venv: .venv/.ready
 
@@ -41,8 +41,19 @@ demo: .venv/.ready
 clean-demo:
 	rm -rf $(DEMO)
 
+# --durations: the slowest tests, so that slowness is seen where it begins.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
+
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
+
+# Under a minute on two cores: pure Python, and one small program each of head, step and resume.
+smoke: .venv/.test
+	$(PYTEST) -m smoke
+
+# The tests of the files that differ from main, in commits or not.
+test-changed: .venv/.test
+	$(BIN)/python tools/changed_tests.py $(PYTEST)
 
 test-slow: .venv/.test
 	$(BIN)/python -m pytest -m slow

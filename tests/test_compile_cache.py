@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+pytestmark = pytest.mark.smoke
+
 
 def test_the_folder_is_of_one_jax_and_one_processor(monkeypatch, tmp_path):
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")

@@ -17,6 +17,8 @@ from distill_jax.preflight import programs
 from distill_jax.records.manifest import Manifest
 from distill_jax.training import loop
 
+pytestmark = pytest.mark.smoke
+
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(path for path in FOLDER.glob("*.py") if not path.name.startswith("_"))
 

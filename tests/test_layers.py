@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.smoke
+
 ROOT = Path(__file__).parent.parent / "distill_jax"
 # From the bottom up. A module imports its own layer and those above it in this list only.
 LAYERS = (

@@ -15,6 +15,8 @@ import pytest
 
 from distill_jax import config
 
+pytestmark = pytest.mark.smoke
+
 ROOT = Path(__file__).parent.parent
 FILES = sorted(
   path

@@ -9,6 +9,8 @@ from distill_jax import registry
 from distill_jax.augmentations import _pixels, crop, cutmix, flip, mixup, rand_augment
 from distill_jax.errors import InputError
 
+pytestmark = pytest.mark.smoke
+
 W = 12
 
 

@@ -7,47 +7,30 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from tiny_run import record, train
 
 from distill_jax import config
 from distill_jax.commands import export, report
 from distill_jax.commands.evaluate import run as evaluate
-from distill_jax.commands.record import run as record
 from distill_jax.errors import InputError
 from distill_jax.models import loading, runs
 from distill_jax.nn import sharding
 from distill_jax.records import collate
 from distill_jax.records.store import open_store
 from distill_jax.runtime import checkpoint
-from distill_jax.runtime.workdir import Workdir, read_config
+from distill_jax.runtime.workdir import read_config
 from distill_jax.training import loop as training
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.training.stores import open_stores
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  """A teacher that has learnt the text a little, and its records."""
-  path = tmp_path_factory.mktemp("run")
-  c = tiny.tiny(path)
-  c.teacher.source = ""
-  c.records.kind = "text"
-  record(config.resolve(c), path / "text")
-  c.train.records = (str(path / "text"),)
-  c.losses = {"hard": config.loss("ce")}
-  c.train.steps = c.train.checkpoint_every = 60
-  train(c, path / "teacher")
-  c = tiny.tiny(path)
-  record(config.resolve(c), path / "records")
-  train(c, path / "whole")
+def online(tiny_run, tmp_path_factory):
+  """The run of two steps with the teacher in the step."""
+  c = tiny.tiny(tiny_run)
   c.train.online, c.train.steps = True, 2
-  train(c, path / "online")
-  return path
-
-
-def train(c, workdir):
-  resolved = config.resolve(c)
-  with Workdir(workdir, resolved) as path:
-    return training.train(resolved, path)
+  train(c, workdir := tmp_path_factory.mktemp("online"))
+  return workdir
 
 
 def last_state(c, workdir):
@@ -60,10 +43,11 @@ def last_state(c, workdir):
     return jax.device_get(checkpoint.restore(saves, like, {}))
 
 
-def test_resume_equals_uninterrupted_bit_for_bit(folder):
+@pytest.mark.smoke
+def test_resume_equals_uninterrupted_bit_for_bit(tiny_run, tmp_path):
   """Stopped after step 4 of 6 by an error in the fifth batch, then run again."""
-  c = tiny.tiny(folder)
-  whole, stopped = folder / "whole", folder / "stopped"
+  c = tiny.tiny(tiny_run)
+  whole, stopped = tiny_run / "whole", tmp_path / "stopped"
   real, seen = collate.to_device, []
 
   def power_cut(batch, where):
@@ -84,22 +68,22 @@ def test_resume_equals_uninterrupted_bit_for_bit(folder):
   assert [row["step"] for row in read_metrics(stopped)] == list(range(6))
 
 
-def test_training_learns(folder):
-  rows = read_metrics(folder / "whole")
+def test_training_learns(tiny_run):
+  rows = read_metrics(tiny_run / "whole")
   assert rows[-1]["kl/teacher"] < rows[0]["kl/teacher"]
 
 
-def test_recording_again_does_nothing(folder):
-  again = record(config.resolve(tiny.tiny(folder)), folder / "records")
+def test_recording_again_does_nothing(tiny_run):
+  again = record(tiny.tiny(tiny_run), tiny_run / "records")
   assert again["sequences"] == 20
   assert again["recorded_now"] == 0
 
 
-def test_records_hold_what_the_teacher_said(folder):
+def test_records_hold_what_the_teacher_said(tiny_run):
   """Counts within one point of the dense distribution, true entropy and label log-probability."""
-  resolved = config.resolve(tiny.tiny(folder))
+  resolved = config.resolve(tiny.tiny(tiny_run))
   mesh = sharding.make_mesh()
-  store = open_store(folder / "records")
+  store = open_store(tiny_run / "records")
   batch = collate.collate([store[i] for i in range(4)])
   with jax.set_mesh(mesh):
     teacher = loading.open_source(resolved.teacher).load(mesh, runs.keys(resolved.seed)["teacher"])
@@ -121,62 +105,62 @@ def test_records_hold_what_the_teacher_said(folder):
   np.testing.assert_allclose(t.label_logp_BT[keep], label[keep], rtol=6e-4)
 
 
-def test_online_teacher_is_what_records_estimate(folder):
+def test_online_teacher_is_what_records_estimate(tiny_run, online):
   """Without sampling noise: the same teacher, in the step instead of from records."""
-  rows = read_metrics(folder / "online")
-  recorded = read_metrics(folder / "whole")
+  rows = read_metrics(online)
+  recorded = read_metrics(tiny_run / "whole")
   # 15 points, averaged over 124 positions: a few hundredths of a nat.
   assert rows[0]["kl/teacher"] == pytest.approx(recorded[0]["kl/teacher"], abs=0.05)
   assert rows[0]["ce"] == pytest.approx(recorded[0]["ce"], rel=1e-6)
 
 
-def test_evaluate_export_report(folder):
-  c = tiny.tiny(folder)
-  c.evaluate.models = {"distilled": f"run:{folder / 'whole'}"}
+def test_evaluate_export_report(tiny_run, tmp_path):
+  c = tiny.tiny(tiny_run)
+  c.evaluate.models = {"distilled": f"run:{tiny_run / 'whole'}"}
   c.evaluate.batch_size = 4
-  c.export.dir = str(folder / "export")
+  c.export.dir = str(tmp_path / "export")
   resolved = config.resolve(c)
-  evaluation = evaluate(resolved, folder)
+  evaluation = evaluate(resolved, tmp_path)
   models = evaluation["models"]
   assert models["teacher"]["kl"] == pytest.approx(0, abs=1e-6)
   assert models["teacher"]["agreement"] == 1
   assert models["distilled"]["kl"] < models["start"]["kl"]
   assert models["distilled"]["perplexity"] == pytest.approx(np.exp(models["distilled"]["ce"]))
-  c.export.evaluation = str(folder / "evaluation.json")
-  result = export.run(config.resolve(c), folder / "whole")
+  c.export.evaluation = str(tmp_path / "evaluation.json")
+  result = export.run(config.resolve(c), tiny_run / "whole")
   assert result["parameters"] == models["distilled"]["parameters"]
-  card = (folder / "export" / "README.md").read_text()
+  card = (tmp_path / "export" / "README.md").read_text()
   assert f"{models['distilled']['kl']:.4g}" in card
-  c.evaluate.models = {"distilled": str(folder / "export")}
-  c.student.source = f"run:{folder / 'whole'}"
-  again = evaluate(config.resolve(c), folder / "records")["models"]["distilled"]
+  c.evaluate.models = {"distilled": str(tmp_path / "export")}
+  c.student.source = f"run:{tiny_run / 'whole'}"
+  again = evaluate(config.resolve(c), tmp_path / "again")["models"]["distilled"]
   # bfloat16 weights of a model that is already rounded by nothing: a few thousandths of a nat.
   assert again["ce"] == pytest.approx(models["distilled"]["ce"], rel=5e-3)
-  summary = report.run(dataclasses.replace(resolved), folder)
+  summary = report.run(dataclasses.replace(resolved), tmp_path)
   assert summary["distilled"]["kl"] == pytest.approx(models["distilled"]["kl"])
-  assert "Distilled" in (folder / "report.html").read_text()
+  assert "Distilled" in (tmp_path / "report.html").read_text()
 
 
-def test_the_run_explains_itself(folder):
-  saved = json.loads((folder / "whole" / "config.json").read_text())
-  assert config.from_dict(saved) == config.resolve(tiny.tiny(folder))
-  said = json.loads((folder / "whole" / "versions.json").read_text())
+def test_the_run_explains_itself(tiny_run):
+  saved = json.loads((tiny_run / "whole" / "config.json").read_text())
+  assert config.from_dict(saved) == config.resolve(tiny.tiny(tiny_run))
+  said = json.loads((tiny_run / "whole" / "versions.json").read_text())
   assert said["packages"]["jax"] == jax.__version__
-  assert list((folder / "whole").glob("events.out.tfevents.*"))
+  assert list((tiny_run / "whole").glob("events.out.tfevents.*"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(folder):
-  c = tiny.tiny(folder)
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_run, tmp_path):
+  c = tiny.tiny(tiny_run)
   c.optim.peak_lr = 1e30
   with pytest.raises(FloatingPointError, match=r"loss of step \d is (nan|inf)"):
-    train(c, folder / "nan")
+    train(c, tmp_path / "nan")
 
 
-def test_a_workdir_of_another_config_is_refused(folder):
-  c = tiny.tiny(folder)
+def test_a_workdir_of_another_config_is_refused(tiny_run):
+  c = tiny.tiny(tiny_run)
   c.optim.peak_lr = 5e-3
   with pytest.raises(InputError, match=r"holds a run with optim.peak_lr=0.01, but this config has"):
-    train(c, folder / "whole")
+    train(c, tiny_run / "whole")
 
 
 def test_a_run_of_another_version_is_refused_by_its_file(tmp_path):
@@ -195,77 +179,77 @@ def test_a_run_of_another_version_is_refused_by_its_file(tmp_path):
     ("sampled", {"logp": True}, {"s": ("skew_kl", 1.0), "f": ("forward_kl", 2.0)}),
   ],
 )
-def test_every_kind_of_record_trains(folder, kind, options, losses):
-  c = tiny.tiny(folder)
+def test_every_kind_of_record_trains(tiny_run, tmp_path, kind, options, losses):
+  c = tiny.tiny(tiny_run)
   name = f"{kind}-{'-'.join(options)}"
   c.records.kind = kind
   for key, value in options.items():
     c.records[key] = value
   c.losses = {n: config.loss("kd", divergence=d, temperature=T) for n, (d, T) in losses.items()}
-  c.train.records = (str(folder / name),)
+  c.train.records = (str(tmp_path / name),)
   c.train.steps = c.train.checkpoint_every = 12
-  record(config.resolve(c), folder / name)
-  train(c, folder / f"{name}-run")
-  rows = read_metrics(folder / f"{name}-run")
+  record(c, tmp_path / name)
+  train(c, tmp_path / f"{name}-run")
+  rows = read_metrics(tmp_path / f"{name}-run")
   assert rows[-1]["loss"] < rows[0]["loss"]
   assert rows[0]["teacher_ce/teacher"] > 0
 
 
-def test_what_records_cannot_serve_is_refused(folder):
-  c = tiny.tiny(folder)
+def test_what_records_cannot_serve_is_refused(tiny_run, tmp_path):
+  c = tiny.tiny(tiny_run)
   c.losses = {"r": config.loss("kd", divergence="reverse_kl")}
   with pytest.raises(
     InputError, match=r"losses.r cannot use the records .*Record with records.logp=True"
   ):
-    train(c, folder / "refused")
+    train(c, tmp_path / "refused")
   c.losses = {"f": config.loss("kd", weight=config.schedule((0, 0.0), (7, 1.0)))}
   with pytest.raises(InputError, match=r"losses\.f\.weight ends at step 7; expected at most 6"):
-    train(c, folder / "refused2")
+    train(c, tmp_path / "refused2")
   c.losses = {"f": config.loss("kd")}
-  c.data.tokenizer = str(other_tokenizer(folder))
+  c.data.tokenizer = str(other_tokenizer(tiny_run, tmp_path))
   with pytest.raises(InputError, match="were made with another tokenizer .* than .*other.json"):
-    train(c, folder / "refused4")
-  c = tiny.tiny(folder)
+    train(c, tmp_path / "refused4")
+  c = tiny.tiny(tiny_run)
   c.teacher.digest = "abc"
   with pytest.raises(
     InputError, match="teacher.digest is 'abc'; expected .*, the digest of the teacher of"
   ):
-    train(c, folder / "refused5")
-  c = tiny.tiny(folder)
+    train(c, tmp_path / "refused5")
+  c = tiny.tiny(tiny_run)
   c.records.kind = "topk"
-  record(config.resolve(c), folder / "mixed")
-  c.train.records = (str(folder / "records"), str(folder / "mixed"))
+  record(c, tmp_path / "mixed")
+  c.train.records = (str(tiny_run / "records"), str(tmp_path / "mixed"))
   with pytest.raises(
     InputError, match=r"stores to mix are .*\(sampled, none\), .*\(topk, tail_bucket\)"
   ):
-    train(c, folder / "refused6")
-  c = tiny.tiny(folder)
-  c.train.records = (str(folder / "text"),)
+    train(c, tmp_path / "refused6")
+  c = tiny.tiny(tiny_run)
+  c.train.records = (str(tiny_run / "text"),)
   with pytest.raises(InputError, match="only hold text or labels"):
-    train(c, folder / "refused3")
+    train(c, tmp_path / "refused3")
 
 
-def other_tokenizer(folder):
+def other_tokenizer(tiny_run, tmp_path):
   import tokenizers
 
-  other = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  other = tokenizers.Tokenizer.from_file(str(tiny_run / "tokenizer.json"))
   other.add_special_tokens(["<extra>"])
-  other.save(str(folder / "other.json"))
-  return folder / "other.json"
+  other.save(str(tmp_path / "other.json"))
+  return tmp_path / "other.json"
 
 
-def test_metrics_are_the_same_offline(folder):
+def test_metrics_are_the_same_offline(tiny_run, online):
   """Recorded and online teachers tell the same of the same batch, but for sampling and float16."""
-  recorded = read_metrics(folder / "whole")[0]
-  online = read_metrics(folder / "online")[0]
+  recorded = read_metrics(tiny_run / "whole")[0]
+  run = read_metrics(online)[0]
   for name in ("ce", "entropy", "perplexity"):
-    assert recorded[name] == pytest.approx(online[name], rel=1e-5), name
+    assert recorded[name] == pytest.approx(run[name], rel=1e-5), name
   for name in ("teacher_ce/teacher", "teacher_entropy/teacher"):
-    assert recorded[name] == pytest.approx(online[name], rel=1e-3), name
-  assert recorded["agreement/teacher"] == online["agreement/teacher"]
+    assert recorded[name] == pytest.approx(run[name], rel=1e-3), name
+  assert recorded["agreement/teacher"] == run["agreement/teacher"]
 
 
-def test_a_failed_write_fails_the_recording(folder, monkeypatch):
+def test_a_failed_write_fails_the_recording(tiny_run, tmp_path, monkeypatch):
   from distill_jax.records.writer import Writer
 
   def full(*_):
@@ -273,36 +257,36 @@ def test_a_failed_write_fails_the_recording(folder, monkeypatch):
 
   monkeypatch.setattr(Writer, "write_shard", full)
   with pytest.raises(InputError, match="the disk is full"):
-    record(config.resolve(tiny.tiny(folder)), folder / "full")
+    record(tiny.tiny(tiny_run), tmp_path / "full")
 
 
-def test_a_store_is_extended_by_a_longer_corpus_and_not_by_another(folder):
-  c = tiny.tiny(folder)
+def test_a_store_is_extended_by_a_longer_corpus_and_not_by_another(tiny_run, tmp_path):
+  c = tiny.tiny(tiny_run)
   c.data.sequences = 8
-  record(config.resolve(c), folder / "short")
-  first = sorted((folder / "short").glob("*.array_record"))[0]
+  record(c, tmp_path / "short")
+  first = sorted((tmp_path / "short").glob("*.array_record"))[0]
   before = first.read_bytes()
   c.data.sequences = 14
-  again = record(config.resolve(c), folder / "short")
+  again = record(c, tmp_path / "short")
   assert (again["sequences"], again["recorded_now"]) == (14, 6)
   assert first.read_bytes() == before
-  text = (folder / "text.txt").read_text()
-  c.data.path = str(folder / "other.txt")
-  (folder / "other.txt").write_text(text[:200] + "Something else." + text[200:])
+  text = (tiny_run / "text.txt").read_text()
+  c.data.path = str(tmp_path / "other.txt")
+  (tmp_path / "other.txt").write_text(text[:200] + "Something else." + text[200:])
   c.data.sequences = 20
   with pytest.raises(InputError, match="was recorded from another corpus: sequence 7 differs"):
-    record(config.resolve(c), folder / "short")
+    record(c, tmp_path / "short")
 
 
-def test_a_served_teacher_s_dump_becomes_records(folder):
+def test_a_served_teacher_s_dump_becomes_records(tiny_run, tmp_path):
   """vLLM's prompt_logprobs, written by hand, through the verb."""
   ids = [65, 66, 67, 68]
   top = [None] + [{str(i): {"logprob": -0.1}, "9": {"logprob": -3.0}} for i in ids[1:]]
   line = json.dumps({"prompt_token_ids": ids, "prompt_logprobs": top})
-  (folder / "dump.jsonl").write_text(line + "\n")
-  c = tiny.tiny(folder)
-  c.records.kind, c.records.n, c.records.logprobs = "topk", 4, str(folder / "dump.jsonl")
-  done = record(config.resolve(c), folder / "served")
+  (tmp_path / "dump.jsonl").write_text(line + "\n")
+  c = tiny.tiny(tiny_run)
+  c.records.kind, c.records.n, c.records.logprobs = "topk", 4, str(tmp_path / "dump.jsonl")
+  done = record(c, tmp_path / "served")
   assert done["sequences"] == 1
-  row = open_store(folder / "served")[0]
+  row = open_store(tmp_path / "served")[0]
   assert sorted(row["ids_TK"][0][row["logp_TK"][0] > -np.inf]) == [9, 66]

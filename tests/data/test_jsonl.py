@@ -9,6 +9,8 @@ from distill_jax.data.bad_input import BadInputPolicy
 from distill_jax.errors import InputError
 from distill_jax.runtime import json_io
 
+pytestmark = pytest.mark.smoke
+
 
 def test_errors_name_the_file_and_line(tmp_path):
   (tmp_path / "a").write_bytes(b'{"a": 1}\n\n \r\n{"b": "\xff"}\n[1]')

@@ -7,6 +7,8 @@ from tiny_sounds import sound, write_wav
 from distill_jax.data import mel
 from distill_jax.errors import InputError
 
+pytestmark = pytest.mark.smoke
+
 transformers = pytest.importorskip("transformers")
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from distill_jax.data.packing import pack, to_inputs
 from distill_jax.errors import InputError
 
+pytestmark = pytest.mark.smoke
+
 EOS = 999
 # All tokens of a corpus differ, so that a lost or repeated token is noticed.
 CORPORA = st.lists(st.integers(0, 23), min_size=1, max_size=12).filter(any)

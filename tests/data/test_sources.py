@@ -11,6 +11,8 @@ from distill_jax.data.options import DataOptions
 from distill_jax.data.sources import DocumentSource, documents
 from distill_jax.errors import InputError
 
+pytestmark = pytest.mark.smoke
+
 TEXTS = [f"document {i}: é, 漢字\r\nand a second line " for i in range(200)]
 
 

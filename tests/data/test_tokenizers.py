@@ -15,6 +15,8 @@ from distill_jax.data.sources import DocumentSource, documents
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
 
+pytestmark = pytest.mark.smoke
+
 TEXTS = ["def f(x):\n  return x  ", "", " é漢字 😀\t\r\n", "a<|endoftext|>b", "the the" * 50]
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from distill_jax.evals import _option_letter, _scores
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.mark.parametrize(
   ("n", "right", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (4, 3, 2), (3, 3, 3)]

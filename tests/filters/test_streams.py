@@ -12,6 +12,8 @@ from distill_jax.errors import InputError
 from distill_jax.filters import near_duplicates
 from distill_jax.filters.samples import Unjudgeable
 
+pytestmark = pytest.mark.smoke
+
 
 def test_votes():
   samples = group(0, [r"\boxed{0.5}", "1/2", r"\boxed{\frac{1}{2}}", "it is 3", "nothing"])

@@ -7,6 +7,8 @@ from tiny_samples import a_sample, judge, kinds
 from distill_jax.filters import repetition
 from distill_jax.filters.samples import Unjudgeable
 
+pytestmark = pytest.mark.smoke
+
 
 def test_format():
   texts = {

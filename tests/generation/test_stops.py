@@ -8,6 +8,8 @@ from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.generation.stops import Stops
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.fixture(scope="module")
 def bytes_(tmp_path_factory):

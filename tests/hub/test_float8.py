@@ -16,6 +16,8 @@ from distill_jax.hub.export import export_model
 from distill_jax.hub.pretrained import open_model
 from distill_jax.nn import layers, sharding
 
+pytestmark = pytest.mark.smoke
+
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 BLOCK = (16, 24)  # neither divides every size below
 WIDE = dataclasses.replace(CONFIG, hidden_size=64, intermediate_size=80)

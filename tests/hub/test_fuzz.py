@@ -9,6 +9,7 @@ import math
 
 import jax
 import numpy as np
+import pytest
 from hub_tiny import CONFIG, tensors, torch_shapes, write_folder, write_gguf
 
 from distill_jax.errors import InputError
@@ -16,6 +17,8 @@ from distill_jax.hub import load
 from distill_jax.hub.pretrained import open_model
 from distill_jax.hub.safetensors_folder import SafetensorsFolder
 from distill_jax.nn import layers, sharding
+
+pytestmark = pytest.mark.smoke
 
 SMALL = {n: x[:4, :4] if x.ndim == 2 else x[:4] for n, x in tensors().items()}
 

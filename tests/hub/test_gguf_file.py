@@ -11,6 +11,8 @@ from distill_jax.hub.gguf_file import GGUFFile
 from distill_jax.hub.pretrained import open_model
 from distill_jax.models import llama
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.mark.parametrize("quant", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
 def test_tensors_under_hugging_face_names(quant, tmp_path):

@@ -18,6 +18,8 @@ from distill_jax.hub.pretrained import open_model
 from distill_jax.nn import layers, params, sharding
 from distill_jax.runtime.progress import Progress
 
+pytestmark = pytest.mark.smoke
+
 HOW = layers.ComputeConfig()
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
 

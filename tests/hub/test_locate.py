@@ -7,6 +7,8 @@ import pytest
 from distill_jax.errors import InputError
 from distill_jax.hub.locate import locate
 
+pytestmark = pytest.mark.smoke
+
 
 def test_a_local_path(tmp_path):
   assert locate(str(tmp_path)) == tmp_path

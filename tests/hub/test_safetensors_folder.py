@@ -10,6 +10,8 @@ from safetensors.numpy import save_file
 from distill_jax.errors import InputError
 from distill_jax.hub.safetensors_folder import INDEX, SINGLE, SafetensorsFolder
 
+pytestmark = pytest.mark.smoke
+
 rng = np.random.default_rng(0)
 TENSORS = {
   "a": rng.standard_normal((6, 4)).astype(np.float32),

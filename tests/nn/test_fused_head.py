@@ -82,6 +82,7 @@ def test_values_and_gradients_in_float32(chunk, T_):
   np.testing.assert_allclose(gw, dw, atol=5e-7 * np.abs(dw).max())
 
 
+@pytest.mark.smoke
 def test_bfloat16_inputs_keep_float32_reductions():
   """The reference uses the same rounded inputs, so only d(logits) is rounded differently."""
   hidden, rows, *rest = problem()

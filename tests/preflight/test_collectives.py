@@ -8,6 +8,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from distill_jax.nn import sharding
 from distill_jax.preflight import collectives
 
+pytestmark = pytest.mark.smoke
+
 
 def test_collectives_in_a_loop_are_counted_once_per_iteration():
   mesh = sharding.make_mesh(fsdp=4)

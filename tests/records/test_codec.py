@@ -10,6 +10,8 @@ from distill_jax.records import bits, codec, tap_features, taps, token_codec
 from distill_jax.records.fields import RecordSpec
 from distill_jax.records.manifest import Taps
 
+pytestmark = pytest.mark.smoke
+
 
 def zipf(rng, V, shape, a=1.1):
   """Returns ids with a skew like that of language, scattered over the vocabulary."""

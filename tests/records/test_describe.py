@@ -6,6 +6,8 @@ from tiny_store import N, T, record, sequence
 
 from distill_jax.records import describe, store
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):

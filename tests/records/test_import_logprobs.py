@@ -8,6 +8,8 @@ import pytest
 from distill_jax.errors import InputError
 from distill_jax.records import import_logprobs, store
 
+pytestmark = pytest.mark.smoke
+
 WORDS = {"The": 1, " cat": 2, " sat": 3, " dog": 4, "!": 5, " on": 6}
 
 # "The cat sat": three candidates for the second token, the third's own token ranked fourth.

@@ -15,6 +15,8 @@ from distill_jax.errors import InputError
 from distill_jax.records import store, tf_example
 from distill_jax.records.manifest import NAME, shard_name
 
+pytestmark = pytest.mark.smoke
+
 
 def test_the_cost_of_reading_a_record_does_not_depend_on_the_number_of_shards(whole, monkeypatch):
   """The tag and spec of the manifest are computed once per store."""

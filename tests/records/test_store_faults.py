@@ -11,6 +11,8 @@ from distill_jax.errors import InputError
 from distill_jax.records import store
 from distill_jax.records.manifest import NAME, shard_name
 
+pytestmark = pytest.mark.smoke
+
 
 def refused(folder, *words, expect=None, read=False):
   with pytest.raises(InputError) as e:

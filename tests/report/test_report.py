@@ -13,6 +13,8 @@ from distill_jax.report.html_report import write_report
 from distill_jax.report.results import gaps, headline, summary
 from distill_jax.training.metric_writer import MetricsWriter
 
+pytestmark = pytest.mark.smoke
+
 
 def model(ce, kl, agreement, parameters=1_000, speed=100.0):
   return {

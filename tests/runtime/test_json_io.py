@@ -5,6 +5,8 @@ import pytest
 from distill_jax.errors import InputError
 from distill_jax.runtime import json_io
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.mark.parametrize(
   "text, words",

@@ -7,6 +7,8 @@ import pytest
 
 from distill_jax.runtime.progress import Progress
 
+pytestmark = pytest.mark.smoke
+
 
 class Clock:
   now = 100.0

@@ -9,6 +9,8 @@ from distill_jax.errors import InputError
 from distill_jax.records import collate
 from distill_jax.training import loader
 
+pytestmark = pytest.mark.smoke
+
 
 class Store:
   """A store of sequences that differ in their first token."""

@@ -14,6 +14,8 @@ from distill_jax.training import run_log
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.training.run_log import Log, Profile
 
+pytestmark = pytest.mark.smoke
+
 
 def test_goodput_is_the_share_of_time_in_steps(tmp_path, monkeypatch):
   """Steps take 2 s; compiling takes 10 s before the first, saving 4 s after the third."""

@@ -23,6 +23,7 @@ def reference():
   return run(make_step())
 
 
+@pytest.mark.smoke
 def test_golden_three_steps(reference):
   """A trajectory pinned on 2026-11-24. If it changes on purpose, give the reason in the commit."""
   _, rows = reference
