@@ -20,6 +20,7 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
   from distill_jax import config, losses
+  from distill_jax.data.packing import pack
   from distill_jax.evals.lm_eval import Adapter as LMEvalAdapter
   from distill_jax.losses import divergences, fused_loss, logits_loss, supports
   from distill_jax.models.standalone import export_model, load_model
@@ -53,6 +54,7 @@ _EXPORTS = {
   "losses": "losses",
   "make_mesh": "nn.sharding:make_mesh",
   "open_store": "records.store:open_store",
+  "pack": "data.packing:pack",
   "supports": "losses.supports",
 }
 
@@ -79,6 +81,7 @@ __all__ = [
   "losses",
   "make_mesh",
   "open_store",
+  "pack",
   "supports",
 ]
 

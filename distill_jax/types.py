@@ -32,6 +32,7 @@ from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -58,6 +59,24 @@ class Inputs(struct.PyTreeNode):
   tokens_BT: jax.Array
   positions_BT: jax.Array
   segments_BT: jax.Array
+
+  @classmethod
+  def of(cls, tokens_BT: Any, segments_BT: Any = None) -> Inputs:
+    """Returns the inputs of packed rows, with positions that begin at 0 in each segment.
+
+    Args:
+      tokens_BT: Token ids, as a numpy or jax array.
+      segments_BT: Documents of each row, numbered from 1; 0 is padding. None: one document a row.
+    """
+    xp: Any = jnp if isinstance(tokens_BT, jax.Array) else np
+    tokens_BT = xp.asarray(tokens_BT, np.int32)
+    ones_BT = xp.ones_like(tokens_BT)
+    segments_BT = ones_BT if segments_BT is None else xp.asarray(segments_BT, np.int32)
+    t_BT = xp.cumsum(ones_BT, axis=1) - 1
+    starts_BT = xp.where(segments_BT[:, 1:] != segments_BT[:, :-1], t_BT[:, 1:], 0)
+    starts_BT = xp.concatenate([xp.zeros_like(t_BT[:, :1]), starts_BT], axis=1)
+    positions_BT = t_BT - xp.maximum.accumulate(starts_BT, axis=1)
+    return cls(tokens_BT, positions_BT.astype(np.int32), segments_BT)
 
 
 class Images(struct.PyTreeNode):

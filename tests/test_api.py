@@ -105,6 +105,23 @@ def test_a_model_is_loaded_onto_a_mesh(tmp_path):
   np.testing.assert_allclose(got.hidden_BTD, want.hidden_BTD, rtol=1e-3, atol=1e-3)
 
 
+def test_inputs_of_rows_have_positions_that_begin_at_0_in_each_segment():
+  tokens, segments = np.arange(6)[None] % 5, np.array([[1, 1, 2, 2, 2, 0]])
+  for make in (dj.Inputs.of, jax.jit(dj.Inputs.of)):
+    made = make(tokens, segments)
+    np.testing.assert_array_equal(made.positions_BT, [[0, 1, 0, 1, 2, 0]])
+    np.testing.assert_array_equal(made.segments_BT, segments)
+    assert made.tokens_BT.dtype == made.positions_BT.dtype == made.segments_BT.dtype == np.int32
+  np.testing.assert_array_equal(dj.Inputs.of(tokens).positions_BT, [np.arange(6)])
+  np.testing.assert_array_equal(dj.Inputs.of(tokens).segments_BT, np.ones((1, 6)))
+
+
+def test_documents_are_packed_into_rows():
+  rows = list(dj.pack([[1, 2, 3], [4, 5]], seq_len=4, eos_id=0))
+  np.testing.assert_array_equal(rows[0].tokens_T, [1, 2, 3, 0])
+  np.testing.assert_array_equal(rows[1].segments_T, [1, 1, 1, 0])
+
+
 def test_a_random_model_is_loaded_by_family_and_shape():
   loaded = dj.load_model(family="llama", shape="tiny", seed=3)
   assert loaded.identity == {"name": "llama tiny", "digest": "random, seed 3"}
