@@ -1,8 +1,8 @@
 """Trains several students in a row, each distilled from the model before it.
 
 If a student is much smaller than its teacher, an assistant of intermediate size can be a better
-teacher (arXiv:1902.03393). Check whether it is for your models: the same config with a chain of one
-link trains the student without an assistant.
+teacher (arXiv:1902.03393). For comparison, the same config with a chain of one link trains the
+student without an assistant.
 
 Reads: the teacher (`teacher`), the students in `links`, and the corpus in `data`.
 

@@ -1,4 +1,4 @@
-"""Compares the costs of teacher and student: bytes, operations, decoding speed, and quality.
+"""Compares teacher and student in bytes, operations, decoding speed and quality.
 
 The result has three parts. The first is computed by formula from the shapes of the models:
 parameters, bytes, operations, and lower bounds on the time of a decode step at the published peaks

@@ -1,4 +1,4 @@
-"""Samples completions of prompts from the teacher, on this machine or from a server.
+"""Samples completions of prompts from the teacher, on this machine or on a server.
 
 With a translation or speech task in `tasks`, the teacher generates texts for the task's examples
 instead (pseudo-labels).

@@ -1,9 +1,11 @@
-"""Describes a store of records: its settings, its size, and single sequences token by token.
+"""Describes a store of records: its settings, its size, and single sequences.
 
-Reads: the store in the workdir. With inspect.sequence=N, also the tokenizer of the teacher.
+inspect.sequence=N shows one sequence token by token. inspect.verify=True checks the digest of every
+shard and decodes every record.
 
-Writes: nothing but standard output. inspect.verify=True checks the digest of every shard and
-decodes every record.
+Reads: the store in the workdir. With inspect.sequence, also the tokenizer of the teacher.
+
+Writes: nothing but standard output.
 
 Config: inspect, data, teacher.
 

@@ -1,10 +1,10 @@
-"""Predicts whether a run fits on a TPU slice, how fast it can be and what it costs, without a TPU.
+"""Predicts whether a run fits on a TPU slice, its speed and its cost.
 
-The program that `train` or `record` would run is compiled on this machine, by libtpu, for the given
-TPU topology. Memory sizes are those that the compiler reports. Collectives are counted in the
-compiled program. FLOPs are computed by formulas, since XLA counts the body of a loop only once.
-Times are lower bounds: the maximum of the times for compute, memory and networks at their published
-peaks.
+A TPU is not needed. The program that `train` or `record` would run is compiled on this machine, by
+libtpu, for the given TPU topology. Memory sizes are those that the compiler reports. Collectives
+are counted in the compiled program. FLOPs are computed by formulas, since XLA counts the body of a
+loop only once. Times are lower bounds: the maximum of the times for compute, memory and networks at
+their published peaks.
 
 Reads: the config and the shapes of its models. Weights are read neither from disk nor from the
 network if the config names shapes (teacher.shape, student.shape).

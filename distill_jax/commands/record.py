@@ -1,8 +1,8 @@
-"""Runs the teacher over the corpus once and stores its outputs, which students are then trained on.
+"""Runs the teacher over the corpus once and stores its outputs for training.
 
-Each token takes a few dozen bytes: a sample or the top-k of the teacher's distribution
-(records.kind). Finished shards are skipped when the command is run again. records.logprobs imports
-the outputs of a served teacher instead.
+Students are trained on this store, without the teacher. Each token takes a few dozen bytes: a
+sample or the top-k of the teacher's distribution (records.kind). Finished shards are skipped when
+the command is run again. records.logprobs imports the outputs of a served teacher instead.
 
 Reads: the teacher (`teacher`), and the corpus in `data` or the examples of `tasks`.
 

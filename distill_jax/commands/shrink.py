@@ -1,5 +1,4 @@
-"""Makes a smaller student from the teacher by pruning, or searches for the best shape near a
-target.
+"""Prunes the teacher into a smaller student, or searches for the best shape near a target.
 
 Set the sizes of the student (shrink.layers, shrink.hidden, …), or one target: shrink.target_params,
 shrink.target_bytes or shrink.target_decode_rate. For a target, several shapes near it are made and

@@ -1,4 +1,4 @@
-"""Trains a student on the records of its teachers, or on teachers that run in the training step.
+"""Trains a student on the records of its teachers, or with teachers in the training step.
 
 A run resumes from its last checkpoint when the command is run again.
 

@@ -60,13 +60,16 @@ def write_report(
       f"The evaluation for {folder} has {sorted(evaluation)} but no models. Run evaluate first."
     )
   loaded = _runs(folder, runs)
-  models = {name: _numbers(evaluation, name) for name in [*MODELS, *measured]} if measured else {}
+  # The hard-label student is optional; the other models of a run are shown even if not measured.
+  has_hard = "hard" in (measured or {})
+  names = [name for name in MODELS if has_hard or name != "hard"]
+  models = {name: _numbers(evaluation, name) for name in [*names, *measured]} if measured else {}
   html = page.render(
     headline=results.headline(evaluation) if measured else benchmarks.headline(evals),
     summary=_about(evaluation) if measured else "The loss on held-out data was not measured.",
     labels={name: MODELS.get(name, name) for name in [*MODELS, *models]},
     models=models,
-    gaps=results.gaps(evaluation),
+    gaps=[gap for gap in results.gaps(evaluation) if has_hard or gap.baseline != "hard"],
     runs=loaded,
     records=records,
     export_dir=str(export_dir),

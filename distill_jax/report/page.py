@@ -57,7 +57,7 @@ def render(
     ("Teacher records", _records(records)),
     ("Reproduce", _reproduce(labels, runs, commands, export_dir)),
   ]
-  tiles = _tiles(models, gaps, records) if models else ""
+  tiles = _tiles(labels, models, gaps, records) if models else ""
   body = "".join(f"<section><h2>{escape(name)}</h2>{part}</section>" for name, part in sections)
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -71,6 +71,7 @@ def render(
 
 
 def _tiles(
+  labels: Mapping[str, str],
   models: Mapping[str, Mapping[str, float | None]],
   gaps: Sequence[Gap],
   records: Mapping[str, Any] | None,
@@ -82,13 +83,11 @@ def _tiles(
     a, b = ours[key], teacher[key]
     return text(None) if a is None or b is None else f"{a / b:.2f}×" if b else "not defined"
 
-  gap, baseline = gaps[0], "hard labels"
-  if gap.share is None and gaps[2].share is not None:
-    gap, baseline = gaps[2], "before training"
+  gap = gaps[-1] if gaps[0].share is None else gaps[0]  # both are of the KL
   tiles = [
     (
       percent(gap.share) if gap.share is not None else "—",
-      f"of the KL gap to the teacher closed, compared with {baseline}",
+      f"of the KL gap to the teacher closed, compared with {labels[gap.baseline].lower()}",
     ),
     (ratio("parameters"), "the teacher's parameters"),
     (ratio("tokens_per_second"), "the teacher's tokens per second"),

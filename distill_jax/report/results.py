@@ -30,12 +30,14 @@ class Gap:
 
   Attributes:
     name: the title of the gap.
+    baseline: the model at the start of the gap, "hard" or "start".
     meaning: a sentence about it.
     share: the fraction that was closed; None if the gap is not positive or a number is missing.
     why: the reason for None.
   """
 
   name: str
+  baseline: str
   meaning: str
   share: float | None
   why: str = ""
@@ -84,13 +86,13 @@ def _gap(name: str, baseline: str, x: dict[str, float | None], meaning: str) -> 
   start, ours, goal = x[baseline], x["distilled"], x["teacher"]
   if start is None or ours is None or goal is None:
     missing = [MODELS[m] for m in (baseline, "distilled", "teacher") if x[m] is None]
-    return Gap(name, meaning, None, f"not measured: {', '.join(missing)}")
+    return Gap(name, baseline, meaning, None, f"not measured: {', '.join(missing)}")
   if not all(map(math.isfinite, (start, ours, goal))):
-    return Gap(name, meaning, None, "a number is NaN or infinite")
+    return Gap(name, baseline, meaning, None, "a number is NaN or infinite")
   if start <= goal:
     why = f"no gap to close: {MODELS[baseline]!r} is already as good as the teacher"
-    return Gap(name, meaning, None, why)
-  return Gap(name, meaning, (start - ours) / (start - goal))
+    return Gap(name, baseline, meaning, None, why)
+  return Gap(name, baseline, meaning, (start - ours) / (start - goal))
 
 
 def summary(

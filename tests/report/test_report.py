@@ -222,8 +222,10 @@ def test_the_headline_without_a_hard_label_student(workdir):
   assert raised.endswith(
     "has raised the student's KL to the teacher from 5.000 to 6.000 nats per token."
   )
-  page, _ = render(workdir, changed(hard=None))
+  page, _ = render(workdir, changed(hard=None), records=RECORDS)
   assert "of the KL gap to the teacher closed, compared with before training" in page.words
+  assert page.row("Cross-entropy")[2:] == ["3.000", "7.600", "3.800"]
+  assert not [w for w in page.words if "compared with hard labels" in w or w == "not measured"]
 
 
 def test_undefined_gaps():
