@@ -185,7 +185,7 @@ def _teacher_rate(config: Config, source: ModelSource, workdir: Path) -> float:
 
 
 def _decode_rate(config: Config, loaded: LoadedModel, mesh: jax.sharding.Mesh) -> float:
-  """Returns the tokens per second of one text for each group of devices; `loaded` is donated."""
+  """Returns the tokens per second of one text for each group of devices; consumes `loaded`."""
   options = config.shrink
   rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
   with jax.set_mesh(mesh):

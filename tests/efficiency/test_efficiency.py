@@ -53,10 +53,10 @@ def test_weight_bytes_match_published_checkpoints():
   D, F, E, V = 7_168, 2_048, 256, 129_280
   scales = lambda rows, columns: 4 * -(-rows // 128) * -(-columns // 128)
   matrix = lambda rows, columns: rows * columns + scales(rows, columns)
-  mtp = (E + 1) * (2 * matrix(F, D) + matrix(D, F)) + 2 * E * D + 4 * E  # router, its bias
+  mtp = (E + 1) * (2 * matrix(F, D) + matrix(D, F)) + 2 * E * D + 4 * E  # router and its bias
   mtp += matrix(1_536, D) + matrix(128 * 192, 1_536) + matrix(576, D) + matrix(128 * 256, 512)
   mtp += matrix(D, 128 * 128) + 2 * (2 * D + 1_536 + 512)  # norms
-  mtp += 2 * (3 * D + 2 * D * D + 2 * V * D)  # its own norms, joining product, tables
+  mtp += 2 * (3 * D + 2 * D * D + 2 * V * D)  # its norms, projection and tables
   headers = 688_586_727_753 - mtp - formulas.weight_bytes(loading.open_source(R1), "float8").total
   assert 91_991 * 100 < headers < 91_991 * 150
 
@@ -74,7 +74,7 @@ def test_a_token_reads_the_weights_that_multiply_it():
     source = loading.open_source(spec)
     read = formulas.weight_bytes(source, "bfloat16").read(1)
     assert read / 2 == pytest.approx(flops.active_params(source), rel=2e-4)
-  tied = opened("llama", "tiny")  # the table is the head
+  tied = opened("llama", "tiny")  # the embedding table is also the head
   w = formulas.weight_bytes(tied, "float32")
   assert w.read(1) == w.read(99) == w.total
 
@@ -121,7 +121,7 @@ def test_distinct_experts_match_a_simulation():
 
 WIDE = {"vocab_size": 4_096, "hidden_size": 256, "intermediate_size": 1_024}
 LLAMA = dataclasses.replace(llama.TINY, **WIDE, head_dim=64)
-LATENT = dataclasses.replace(  # all layers dense: XLA counts all experts for a few
+LATENT = dataclasses.replace(  # dense layers only: XLA counts all experts
   deepseek_v3.TINY,
   **WIDE,
   head_dim=96,
@@ -164,7 +164,7 @@ def test_decode_flops_match_xla(family, shape, monkeypatch):
 def test_prefill_counts_the_head_once():
   source, S = opened("llama", "tiny"), 16
   one = flops.forward_flops(source, 1, S)
-  want = one.total - (S - 1) * 2 * 256 * 32  # of 256 tokens, 32 wide
+  want = one.total - (S - 1) * 2 * 256 * 32  # 256 tokens, width 32
   assert formulas.prefill_flops(source, S) * S == want
 
 
@@ -206,7 +206,7 @@ def test_r1_against_seven_billion(tmp_path):
   assert ratios["memory"]["weights"] == pytest.approx(673.15 / 15.231, rel=1e-4)
   t, s = (r["models"][who]["decode_bounds"] for who in ("teacher", "student"))
   for i, row in enumerate(ratios["throughput_per_chip"]):
-    assert row["ratio"] == pytest.approx(t[i]["bytes_read"] / s[i]["bytes_read"])  # of memory
+    assert row["ratio"] == pytest.approx(t[i]["bytes_read"] / s[i]["bytes_read"])  # memory-bound
   latency = ratios["latency"]
   assert latency["same_chips"] == pytest.approx(ratios["throughput_per_chip"][0]["ratio"])
   assert latency["own_chips"] == pytest.approx(latency["same_chips"] / t[0]["chips"])
@@ -288,7 +288,7 @@ def test_both_models_are_measured(measured):
   for who, layers in (("teacher", 3), ("student", 2)):
     one, computed = m["models"][who], r["models"][who]
     assert one["weight_bytes"] == 4 * (table + layers * layer + norm)
-    assert computed["weight_bytes"] * 2 == one["weight_bytes"]  # bfloat16, and float32 here
+    assert computed["weight_bytes"] * 2 == one["weight_bytes"]  # bfloat16 there, float32 here
     assert [b["batch_size"] for b in one["batches"]] == [4]
     for b in one["batches"]:
       assert b["cache_bytes"] == b["batch_size"] * 4 * layers * 21 * 2 * 2 * 8

@@ -27,7 +27,7 @@ SHAPE = {
   "max_position_embeddings": 40,
 }
 B, S = 3, 10
-# In units of the largest value; what float32 loses here (seen: 6e-7 and 3e-6). Times three.
+# Tolerances relative to the largest value: three times the observed 6e-7 and 3e-6 of float32.
 FORWARD, GRADIENT = 2e-6, 1e-5
 MESH = sharding.make_mesh(devices=jax.devices()[:1])
 
@@ -82,7 +82,7 @@ def test_a_classifier_matches_transformers(tmp_path):
     for name, at in declared.tensors(v)
   }
   assert got.keys() == want.keys()
-  # A key's bias moves all scores of a query alike: its gradient is 0 but for rounding.
+  # A key's bias shifts all scores of a query equally: its gradient is 0 up to rounding.
   worst = max((error(got[n], want[n]), n) for n in want if not n.endswith("key.bias"))
   assert worst[0] < GRADIENT, worst
 

@@ -59,7 +59,7 @@ def batch(rows: int = B, seed: int = 0) -> Batch:
   tokens[np.arange(rows), ends] = EOS
   positions = np.broadcast_to(np.arange(S, dtype=np.int32), (rows, S))
   texts = Inputs(*map(jnp.asarray, (tokens, positions, segments)))
-  labels = jnp.zeros((rows, 2), jnp.int32)  # which are the batch's own is found in the step
+  labels = jnp.zeros((rows, 2), jnp.int32)  # the step computes the labels in the batch
   inputs = ImageText(Images(jnp.asarray(pixels)), texts)
   return Batch(inputs, labels, jnp.ones((rows, 2), bool))
 
@@ -128,7 +128,7 @@ def test_embeddings_logits_and_gradients_match_transformers(both):
   assert got.keys() == wanted.keys()
   largest = max(np.abs(w).max() for w in wanted.values())
   for name, w in wanted.items():
-    # A bias of all keys changes no softmax: its gradient is 0 but for rounding.
+    # A bias of all keys does not change the softmax: its gradient is 0 up to rounding.
     scale = largest if name.endswith("k_proj.bias") else np.abs(w).max()
     assert np.abs(got[name].reshape(w.shape) - w).max() < parity.GRADIENT * scale, name
 

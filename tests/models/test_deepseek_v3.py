@@ -53,10 +53,10 @@ def test_gradients_match_transformers(case, tmp_path):
 
 
 def test_the_balance_bias_affects_only_the_choice_of_experts():
-  c = deepseek_v3.TINY  # 8 experts in 4 groups, 3 of the best 2
+  c = deepseek_v3.TINY  # 8 experts in 4 groups; 3 experts in the best 2 groups
   score = np.array([0.9, 0.1, 0.8, 0.7, 0.2, 0.3, 0.6, 0.5], np.float32)[None, None]
   ids, weight = deepseek_v3.choose_experts(c, score, np.zeros(8, np.float32))
-  # Groups sum to 1.0, 1.5, 0.5, 1.1: the second and the last; their best three.
+  # Groups sum to 1.0, 1.5, 0.5 and 1.1, so the second and the last are chosen.
   np.testing.assert_array_equal(ids[0, 0], [2, 3, 6])
   np.testing.assert_allclose(weight[0, 0], 2.5 * np.array([8, 7, 6]) / 21, rtol=1e-6)
   ids, weight = deepseek_v3.choose_experts(c, score, np.eye(8, dtype=np.float32)[4])
@@ -102,10 +102,10 @@ def test_multi_token_prediction_layers_are_skipped(tmp_path):
   save_file(tensors | {"model.layers.3.eh_proj.weight": extra}, path)
   for a, b in zip(jax.tree.leaves(read()), jax.tree.leaves(ours), strict=True):
     np.testing.assert_array_equal(a, b)
-  save_file(tensors | {"model.layers.4.eh_proj.weight": extra}, path)  # config.json says 1
+  save_file(tensors | {"model.layers.4.eh_proj.weight": extra}, path)  # config.json has 1
   with pytest.raises(InputError, match="holds model.layers.4.eh_proj.weight"):
     read()
-  # A config.json that forgets a layer is no reason to drop it.
+  # A layer that is missing in config.json must not be dropped silently.
   save_file(tensors, path)
   hf = json.loads((tmp_path / "config.json").read_text())
   (tmp_path / "config.json").write_text(
@@ -206,5 +206,5 @@ def test_the_published_config_json_gives_the_named_shape():
   }
   read = deepseek_v3.Config.from_hf(hf)
   assert read.num_nextn_predict_layers == 1 and read.ignores_tensor("model.layers.61.enorm.weight")
-  again = deepseek_v3.Config.from_hf(read.to_hf())  # which holds no such layer
+  again = deepseek_v3.Config.from_hf(read.to_hf())  # without such a layer
   assert again == deepseek_v3.CONFIGS["deepseek-v3"]

@@ -16,13 +16,13 @@ from distill_jax.records import sampler
 from distill_jax.training import outputs, step
 from distill_jax.types import Batch
 
-# Heads of 12 wide, scaled as if of 20; every second layer sees all, the others 5 positions.
+# Heads of width 12, scaled as if of width 20; every second layer is global, others see 5.
 GEMMA = {
   "query_pre_attn_scalar": 20,
   "sliding_window": 5,
   "num_hidden_layers": 4,
   "layer_types": [gemma3.LOCAL, gemma3.GLOBAL] * 2,
-  "pad_token_id": None,  # else torch gives that row of the embedding no gradient
+  "pad_token_id": None,  # otherwise torch computes no gradient for that row
 }
 ROPES = {
   gemma3.GLOBAL: {"rope_type": "linear", "rope_theta": 5e4, "factor": 8.0},
@@ -103,7 +103,7 @@ def test_the_soft_cap_is_applied_wherever_logits_are_used():
   """Compares training, gradients, evaluation, records and an online teacher with full logits."""
   config, compute = gemma3.CONFIGS["tiny-cap"], layers.ComputeConfig()
   model = jax.jit(lambda key: gemma3.Model(config, key))(jax.random.key(0))
-  model.embed = model.embed.replace(50 * model.embed[...])  # so that the cap bites
+  model.embed = model.embed.replace(50 * model.embed[...])  # so that the cap has an effect
   tokens = np.random.default_rng(0).integers(0, 256, (2, 16)).astype(np.int32)
   inputs, labels = parity.plain_inputs(tokens), jnp.asarray(np.roll(tokens, -1, 1))
   batch = Batch(inputs, labels, jnp.ones((2, 16), bool))

@@ -66,7 +66,7 @@ def published(folder, model):
 def outputs(both):
   theirs, _, (tokens, pixels) = both
   ids = torch.from_numpy(tokens).long()
-  labels = torch.where(ids == IMAGE, -100, ids)  # the loss is on the text
+  labels = torch.where(ids == IMAGE, -100, ids)  # the loss covers only text
   pixels = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
   return theirs(input_ids=ids, pixel_values=pixels, labels=labels)
 
@@ -104,7 +104,7 @@ def test_logits_and_gradients_match_transformers(both):
   assert got.keys() == wanted.keys()
   largest = max(np.abs(w).max() for w in wanted.values())
   for name, w in wanted.items():
-    # Layers past the one that is read have none; a bias of all keys changes no softmax.
+    # Layers after `feature_layer`, and biases of keys, have a gradient of 0.
     scale = largest if "k_proj.bias" in name or not w.any() else np.abs(w).max()
     assert np.abs(got[name] - w).max() < parity.GRADIENT * scale, name
 

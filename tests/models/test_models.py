@@ -50,7 +50,7 @@ def sensitivity(model, inputs):
 
 def influence(model, segments_T, positions_T):
   """Returns |d hidden_t / d embedding of token s|, [t, s]: the positions that t attends to."""
-  tokens = jnp.arange(T)[None]  # all different, so that each has a row of its own
+  tokens = jnp.arange(T)[None]  # all different: one row each
   inputs = Inputs(tokens, jnp.asarray(positions_T)[None], jnp.asarray(segments_T)[None])
   return np.asarray(sensitivity(model, inputs))[:, :T]
 

@@ -80,10 +80,10 @@ def test_gradients(both):
   if kind == "whisper":
     assert not got["model.encoder.embed_positions.weight"].any()
   assert got.keys() - untrained == want.keys()
-  for name in [n for n in want if n.endswith("k_proj.bias")]:  # scores move alike: it has none
+  for name in [n for n in want if n.endswith("k_proj.bias")]:  # 0 up to rounding
     assert max(np.abs(got.pop(name)).max(), np.abs(want.pop(name)).max()) < 1e-6
   worst = max((parity.error(got[n], want[n]), n) for n in want)
-  # T5 does not scale its scores, which are large here: 4.1e-5 seen, the others 1e-5.
+  # T5 does not scale its scores, which are large here: 4.1e-5 observed, others 1e-5.
   assert worst[0] < (1e-4 if kind.startswith("t5") else parity.GRADIENT), worst
 
 

@@ -8,7 +8,7 @@ import pytest
 from distill_jax.errors import InputError
 from distill_jax.models import _rope, qwen2
 
-# Qwen2.5's own recipe for long texts, at a length that positions to 95 go well past.
+# Qwen2.5's recipe for long texts, with a length well below the positions up to 95.
 YARN = {
   "rope_type": "yarn",
   "rope_theta": 1e4,
@@ -39,7 +39,7 @@ def test_gradients_match_transformers(tmp_path):
   assert worst[0] < parity.GRADIENT, worst
 
 
-# Around a window of 12 to 40 positions a pair can be slowed fully, partly or not at all.
+# With 12 to 40 positions, frequencies are scaled fully, partly or not at all.
 YARNS = [
   {},
   {"truncate": False},

@@ -11,11 +11,11 @@ from distill_jax.nn import params
 
 torch, transformers = parity.torch, parity.transformers
 
-# Of the models' safetensors on the Hub, a tied head counted once.
+# From the models' safetensors on the Hub, with a tied head counted once.
 PUBLISHED = {
   ("deepseek_v3", "deepseek-v3"): 671_026_419_200,  # without the layer of multi-token prediction
   ("gemma3", "gemma-3-1b"): 999_885_952,
-  ("gemma3", "gemma-3-4b"): 3_880_263_168,  # the text model, of 4,300,079,472 with its eyes
+  ("gemma3", "gemma-3-4b"): 3_880_263_168,  # the text model; with its vision tower, 4,300,079,472
   ("llama", "smollm2-135m"): 134_515_008,
   ("llama", "llama-3.2-1b"): 1_235_814_400,
   ("llama", "llama-3.2-3b"): 3_212_749_824,
@@ -60,7 +60,7 @@ def test_every_family_follows_the_protocol(family):
   assert model.config == module.TINY and callable(model)
 
 
-# One of each kind: what transformers makes of our config.json, counted without memory.
+# One of each kind. transformers builds a model from our config.json, without memory.
 KINDS = [
   "llama-3.2-1b",
   "mistral-7b-v0.1",

@@ -35,7 +35,7 @@ KINDS = {
   "deit": ("DeiTForImageClassificationWithTeacher", ENCODER),
   "convnext": (
     "ConvNextForImageClassification",
-    # 13 / 2 leaves a row out, and so does 6 / 2 / 2.
+    # 13 / 2 and 6 / 2 / 2 skip a row.
     {
       "hidden_sizes": [6, 10, 12],
       "depths": [1, 2, 1],
@@ -54,7 +54,7 @@ PUBLISHED = {  # of the models' safetensors on the Hub
   (convnext, "convnext-tiny"): 28_589_128,
 }
 HOW = layers.ComputeConfig()
-# In units of the largest value, float32 through a few layers: seen 6e-7 and 7e-6. Times three.
+# Tolerances relative to the largest value: three times the observed 6e-7 and 7e-6 of float32.
 FORWARD, GRADIENT = 2e-6, 2e-5
 
 
@@ -66,7 +66,7 @@ def both(request, tmp_path_factory):
   theirs = getattr(transformers, name)(transformers.AutoConfig.for_model(kind, **changes))
   theirs = theirs.float().eval()
   with torch.no_grad():
-    for n, p in theirs.named_parameters():  # all matter: norms are not 1, nor biases 0
+    for n, p in theirs.named_parameters():  # so that norms are not 1 and biases not 0
       p.copy_(int("norm" in n and n.endswith("weight")) + 0.2 * torch.randn_like(p))
   path = tmp_path_factory.mktemp(kind)
   ours = parity.ours_from(theirs, path)
@@ -117,7 +117,7 @@ def test_logits_and_gradients_are_those_of_transformers(both, tmp_path):
     for name, i in declared.tensors(v):
       x = declared.Layout(v).to_stored(np.asarray(v[...])[i], np.dtype(np.float32))
       y = want_grads.pop(name)
-      # A key's bias changes no softmax: its gradient is 0 up to rounding in both.
+      # A key's bias does not change the softmax: its gradient is 0 up to rounding in both.
       assert np.abs(x - y).max() < GRADIENT * max(np.abs(y).max(), 1e-2 * largest), name
   assert not want_grads
 
@@ -163,7 +163,7 @@ def test_taps_are_the_layers_outputs(both):
   with torch.no_grad():
     want = theirs(torch_pixels(pixels), output_hidden_states=True).hidden_states
   got = ours(inputs, HOW, (1, 0)).taps_PBTD
-  # The last of theirs is the last layer's.
+  # The last hidden state of transformers is the last layer's output.
   assert parity.error(got, torch.stack([want[2], want[1]])) < FORWARD
 
 
@@ -172,7 +172,7 @@ def test_a_mesh_computes_the_same(both):
   if isinstance(ours, convnext.Model):
     mesh = sharding.make_mesh(2, 2, 1)
   else:
-    mesh = sharding.make_mesh(1, 4, 1)  # 3 heads and 5 classes stay whole
+    mesh = sharding.make_mesh(1, 4, 1)  # 3 heads and 5 classes are not sharded
   there = load.load_model(open_model(str(path)), mesh, HOW)
   pixels = np.concatenate([pixels, pixels[:1]])
   with jax.set_mesh(mesh):

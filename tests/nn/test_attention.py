@@ -204,7 +204,7 @@ def test_cudnn_is_used_when_lowered_for_a_gpu(monkeypatch):
   calls = [line for line in text.splitlines() if "@__cudnn$fmha" in line]
   assert ["Backward(" in line for line in calls] == [False, True]
   assert all("CAUSAL" in line and "tensor<2x1x64x64xbf16>" in line for line in calls)
-  assert "dot_general" not in text  # the scores are nowhere else
+  assert "dot_general" not in text  # no scores outside cuDNN
 
 
 TPU = """
@@ -245,4 +245,4 @@ def test_splash_compiles_for_a_tpu_without_communication():
   assert found["sent"] == []
   assert [k.split("_")[2] for k in found["kernels"]] == ["dkv", "dq", "fwd"]
   assert all("segmented" in k for k in found["kernels"])
-  assert found["calls"] == 6  # three kernels of each window
+  assert found["calls"] == 6  # three kernels per window

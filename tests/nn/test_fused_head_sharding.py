@@ -21,8 +21,8 @@ from distill_jax.types import Batch, Inputs, Mean
 KINDS_SENT = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 COLLECTIVE = re.compile(rf"= (.*?) ({KINDS_SENT})(?:-start)?\((.*?)\)")
 DIMS = re.compile(r"\w+\[([\d,]*)\]")
-# Sizes that tell what is what in compiled code: D, K + 1 < V / 4, and a chunk's positions
-# times D < V / 4 * D.
+# Sizes by which arrays can be told apart in compiled code: D, K + 1 < V / 4, and a chunk's
+# positions times D < V / 4 * D.
 B, T, D, V, K, CHUNK = 4, 7, 8, 112, 5, 3
 MESHES = [(2, 2, 1), (1, 4, 1), (1, 2, 2), (1, 1, 4)]
 
@@ -130,10 +130,10 @@ def test_values_and_gradients_are_those_of_one_device(shape):
 def test_collectives_between_devices(shape):
   """With a sharded vocabulary, logits are not sent, and the head's gradient is summed once."""
   *batch_axes, S = shape
-  positions = B // math.prod(batch_axes) * CHUNK  # of a chunk, on a device
+  positions = B // math.prod(batch_axes) * CHUNK  # in a chunk on one device
   found = collectives(compiled(shape)[1])
   for what, loops, dims in found:
-    assert loops <= (S > 1), what  # once a chunk at most, not once a block
+    assert loops <= (S > 1), what  # at most once per chunk, not per block
     for d in dims:
       assert S == 1 or V not in d, (what, d)
       if loops:

@@ -23,9 +23,9 @@ def test_the_int8_error_is_at_most_half_a_step():
   assert steps.dtype == jnp.int8 and np.abs(steps).max() == 127
   np.testing.assert_allclose(scale_BTG, most_BTG / 127, rtol=1e-6)
   off = np.abs(np.float64(steps) * np.float64(scale_BTG)[..., None] - x_BTGh)
-  # Half a step, and three roundings of float32 to something no larger than `most`.
+  # Half a step, and three float32 roundings of numbers up to `most`.
   assert (off <= most_BTG[..., None] * (0.5 / 127 + 2e-7)).all()
-  assert (off.max(-1) > most_BTG * 0.3 / 127)[most_BTG > 0].all()  # it is 8 bits, not more
+  assert (off.max(-1) > most_BTG * 0.3 / 127)[most_BTG > 0].all()  # not more than 8 bits
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -56,8 +56,8 @@ def test_the_int8_cache_follows_the_formula(family):
   assert sum(x.nbytes for x in jax.tree.leaves(small)) == numbers + 4 * scales
   exact, near = (fused_head.logits(o.hidden_BTD, o.head_VD) for o in (out, small_out))
   off = np.abs(exact - near).max() / np.abs(exact).max()
-  # Numbers off by up to 0.4% of their largest, in two layers: 0.024 is seen in the worse family.
-  # With 4 bits it would be 16 times as much.
+  # Errors of up to 0.4% of the largest number in two layers: 0.024 observed for the worst family.
+  # With 4 bits it would be 16 times larger.
   assert 0 < off < 0.05
 
 

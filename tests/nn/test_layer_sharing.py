@@ -31,7 +31,7 @@ from distill_jax.training.metric_writer import read_metrics
 torch, transformers = parity.torch, parity.transformers
 HOW = layers.ComputeConfig()
 ON = ("q_proj", "o_proj", "down_proj")
-CASES = {  # name: (module, Config, spec, the different layer that each layer is)
+CASES = {  # name: (module, Config, spec, distinct layer of each layer)
   "cyclic": (
     llama,
     dataclasses.replace(llama.TINY, num_hidden_layers=5),

@@ -101,7 +101,7 @@ def test_every_export_is_the_model_that_was_trained(folder):
   adapters = loading.open_run(folder / "whole").restore(mesh)
   tokens_BT = parity.tokens() % llama.TINY.vocab_size
   ours = parity.plain_logits(lora.with_adapters(base, adapters), tokens_BT)
-  assert parity.error(parity.plain_logits(base, tokens_BT), ours) > 0.01  # something was learnt
+  assert parity.error(parity.plain_logits(base, tokens_BT), ours) > 0.01  # training had an effect
   auto = transformers.AutoModelForCausalLM
 
   def error(model):
@@ -163,7 +163,7 @@ def test_a_random_bfloat16_base_with_a_trained_projection(folder):
   c.train.records, c.train.steps = (str(folder / "taps"),), 2
   record(config.resolve(c), folder / "taps")
   train(c, folder / "random")
-  # Unfitted it is 0.85; 32 numbers of 124 positions can explain half of what they should.
+  # Without fitting it is 0.85; 32 numbers for 124 positions explain half of the targets.
   assert read_metrics(folder / "random")[0]["hidden"] < 0.6
   mesh = sharding.make_mesh()
   adapters = loading.open_run(folder / "random").restore(mesh)

@@ -76,7 +76,7 @@ def test_offload_stores_products_in_host_memory_on_a_tpu():
   assert done.returncode == 0, done.stderr[-2000:]
   host = json.loads(done.stdout.splitlines()[-1])
   c, positions, bf16 = llama.TINY, 8 * 256 // 2, 2
-  # At the least, the gated feed-forward's two products of each layer.
+  # At least the two products of the gated feed-forward in each layer.
   assert host["offload"] >= c.num_hidden_layers * positions * 2 * c.intermediate_size // 2 * bf16
   assert host["dots"] == 0
 
@@ -102,7 +102,7 @@ def compile_step(family: str, shape: str, rules: sharding.Rules, mesh_shape) -> 
 def compiled_afresh():
   """XLA prints no warnings for a program from the cache."""
   jax.config.update("jax_enable_compilation_cache", False)
-  compilation_cache.reset_cache()  # it decides once whether it is in use
+  compilation_cache.reset_cache()  # jax checks only once whether the cache is used
   yield
   jax.config.update("jax_enable_compilation_cache", True)
   compilation_cache.reset_cache()

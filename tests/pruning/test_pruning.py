@@ -26,7 +26,7 @@ D, H, F, DEAD_LAYER = 48, 4, 80, 1
 HALF = {"hidden": 32, "heads": 2, "intermediate": 48}
 MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 DEEPSEEK = parity.DEEPSEEK | {"kv_lora_rank": 24, "num_mtp_layers": 0}
-CASES = {  # name: (model_type, its changes, what is asked for)
+CASES = {  # name: (model_type, changes of its config, options of shrink)
   "llama": ("llama", {"tie_word_embeddings": True}, HALF),
   "qwen2": ("qwen2", {}, HALF | {"kv_heads": 1, "heads": 0}),
   "qwen3_moe": ("qwen3_moe", MOE, {"hidden": 32, "heads": 2, "expert_intermediate": 12}),
@@ -54,7 +54,7 @@ def kill(weights: dict, s: ShrinkOptions, c) -> None:
     if "norm" in name or w.ndim < 2:
       continue
     if name.endswith("embed_tokens.weight"):
-      w *= 8  # so that the norms' epsilon is nothing beside it
+      w *= 8  # so that the norms' epsilon is negligible
       w[:, channels] = 0
     elif name.endswith(("o_proj.weight", "down_proj.weight")):
       w[channels] = 0
@@ -71,13 +71,13 @@ def kill(weights: dict, s: ShrinkOptions, c) -> None:
           heads[:, g, rng.integers(H // kv)] = 0
     if name.endswith("down_proj.weight"):
       routed = ".experts." in name
-      # Shared experts, two as one, have the width of two.
+      # Two shared experts are stored as one of twice the width.
       left = {F: s.intermediate, 40: 2 * s.expert_intermediate, 20: s.expert_intermediate}
       dead = some(w.shape[1], w.shape[1] - left[w.shape[1]])
       half = len(dead) // 2
-      w[:, dead[:half]] = 0  # nobody reads what they say
+      w[:, dead[:half]] = 0  # their outputs are not read
       up = weights[name.replace("down_proj", "up_proj")]
-      up[dead[half:]] = 0  # they say nothing
+      up[dead[half:]] = 0  # their outputs are 0
       assert routed or w.shape[1] != 20
   for name, b in weights.items():
     if name.endswith("e_score_correction_bias"):  # one expert of each group is never chosen
@@ -126,7 +126,7 @@ def test_removing_dead_parts_does_not_change_outputs(case):
   s, family, folder, ours, measured = case
   student, kept = student_of(s, family, ours, measured)
   assert kept.layers == tuple(i for i in range(3) if i != DEAD_LAYER)
-  if s.experts:  # those that are never chosen change nothing where they join
+  if s.experts:  # merging unused experts has no effect
     merged = experts.merge(ours, kept, measured)
     jax.tree.map(np.testing.assert_array_equal, merged, ours)
   target = export.export_model(
@@ -138,7 +138,7 @@ def test_removing_dead_parts_does_not_change_outputs(case):
   (small, loaded), (whole, _) = from_folder(target), from_folder(folder / "whole")
   assert not any(loaded[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
   assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in whole.parameters()) / 2
-  tokens = parity.tokens(1)[:, :40] % 96  # not those that it was measured on
+  tokens = parity.tokens(1)[:, :40] % 96  # other tokens than in calibration
   want = logits(whole, tokens)
   assert parity.error(logits(small, tokens), want) < 2e-4  # the norms' epsilon
   out = jax.jit(lambda m, i: m(i, HOW))(student, parity.plain_inputs(tokens))
@@ -323,7 +323,7 @@ def test_merging_experts_ignores_the_order_of_channels():
   draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
   layer = {"gate": draw(4, 6, 10), "up": draw(4, 6, 10), "down": draw(4, 10, 6)}
   order, router = rng.permutation(10), draw(6, 4)
-  for name, w in layer.items():  # 3 is 1 in another order, and says three times as much
+  for name, w in layer.items():  # expert 3 is expert 1 reordered, times 3
     w[3] = 3 * w[1][order] if name == "down" else w[1][:, order]
   router[:, 3] = 2 * router[:, 1]
   before = {name: w.copy() for name, w in layer.items()}
