@@ -1,12 +1,11 @@
-"""The bytes of a tf.train.Example whose features are single byte strings, without protobuf.
+"""Encoding of a tf.train.Example whose features are single byte strings, without protobuf.
 
-The layout, in protobuf's terms, of messages in each other:
+The nested messages, in protobuf's terms:
 
   Example {1: Features {1: entry {1: key, 2: Feature {1: BytesList {1: value}}}, 1: entry ...}}
 
-Each field is a tag (its number << 3 | its wire type), for these messages always 0x0A or 0x12, then
-the length as a varint, then that number of bytes. Entries are written in order of their keys, as
-protobuf does when it is deterministic.
+Each field is a tag (number << 3 | wire type, here always 0x0A or 0x12), the length as a varint, and
+that number of bytes. Entries are sorted by key, as in deterministic protobuf.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Iterator, Mapping
 
 from distill_jax.errors import InputError
 
-FIRST, SECOND = b"\x0a", b"\x12"  # the tags of fields 1 and 2 that have a length
+FIRST, SECOND = b"\x0a", b"\x12"  # tags of fields 1 and 2 with a length
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5  # wire types
 Span = tuple[int, int]
 
@@ -30,9 +29,9 @@ def serialize(features: Mapping[str, bytes]) -> bytes:
 
 
 def parse(data: bytes) -> dict[str, bytes]:
-  """Returns the features of an Example, the first byte string of each.
+  """Returns the first byte string of each feature of an Example, by name.
 
-  Unknown fields are skipped, as protobuf does.
+  Unknown fields are skipped, as in protobuf.
 
   Raises:
     InputError: The bytes are not an Example, or a feature is not a byte string.
@@ -48,7 +47,7 @@ def parse(data: bytes) -> dict[str, bytes]:
 
 
 def _parse_plain(data: bytes) -> dict[str, bytes] | None:
-  """Returns the features of bytes laid out as `serialize` does; None for any others. It is fast."""
+  """Returns the features of bytes in the layout of `serialize`, fast; None for another layout."""
   features, at, end = {}, 0, len(data)
   try:
     size, at = _varint(data, 1, end)
@@ -61,7 +60,7 @@ def _parse_plain(data: bytes) -> dict[str, bytes] | None:
       if data[entry] != FIRST[0] or data[at] != FIRST[0] or data[at + 1] > 0x7F:
         return None
       name = data[key:value].decode()
-      for tag in (SECOND[0], FIRST[0], FIRST[0]):  # Feature, BytesList, value: each holds the next
+      for tag in (SECOND[0], FIRST[0], FIRST[0]):  # Feature, BytesList and value, nested
         if data[value] != tag:
           return None
         size, value = _varint(data, value + 1, end)
@@ -84,9 +83,9 @@ def _entry(data: bytes, entry: Span) -> tuple[str, bytes]:
   try:
     name = key.decode()
   except UnicodeDecodeError as e:
-    raise InputError("a feature's name is not UTF-8") from e
+    raise InputError("The name of a feature is not UTF-8.") from e
   if value is None:
-    raise InputError(f"feature {name!r} is not a byte string")
+    raise InputError(f"Feature {name!r} is not a byte string.")
   return name, value
 
 
@@ -98,12 +97,12 @@ def _first_bytes(data: bytes, feature: Span) -> bytes | None:
 
 
 def _messages(data: bytes, span: Span, wanted: int) -> Iterator[Span]:
-  """Yields the contents of the fields with this number."""
+  """Yields the spans of the contents of fields with a number."""
   return (inside for number, inside in _fields(data, span) if number == wanted)
 
 
 def _fields(data: bytes, span: Span) -> Iterator[tuple[int, Span]]:
-  """Yields (number, place of the contents) of each field that has a length."""
+  """Yields (number, span of the contents) of each field with a length."""
   at, end = span
   while at < end:
     tag, at = _varint(data, at, end)
@@ -111,9 +110,9 @@ def _fields(data: bytes, span: Span) -> Iterator[tuple[int, Span]]:
     if wire == LENGTH:
       size, at = _varint(data, at, end)
       if size > end - at:
-        raise InputError("a field is longer than what holds it")
+        raise InputError("A field is longer than its message.")
       if not number:
-        raise InputError("a field has number 0")
+        raise InputError("A field has the number 0.")
       yield number, (at, at + size)
       at += size
     elif wire == VARINT:
@@ -121,19 +120,19 @@ def _fields(data: bytes, span: Span) -> Iterator[tuple[int, Span]]:
     elif wire in (FIXED64, FIXED32):
       at += 8 if wire == FIXED64 else 4
       if at > end:
-        raise InputError("a number is cut off")
+        raise InputError("A number is cut off.")
     else:
-      raise InputError(f"a field has wire type {wire}, which an Example does not use")
+      raise InputError(f"A field has the wire type {wire}, which an Example does not use.")
 
 
 def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-  """Returns (the number, the place after it)."""
+  """Returns (number, index after it)."""
   if at < end and data[at] < 0x80:
     return data[at], at + 1
   value = shift = 0
   while True:
     if at >= end or shift > 63:
-      raise InputError("a length is cut off")
+      raise InputError("A length is cut off.")
     byte = data[at]
     at += 1
     value |= (byte & 0x7F) << shift

@@ -49,22 +49,22 @@ class Field:
 
   @property
   def device(self) -> str:
-    """Its name in a batch on the device."""
+    """The name in a batch on the device."""
     return f"{self.name}_B{self.axes}"
 
   @property
   def record(self) -> str:
-    """Its name in a record to be written."""
+    """The name in a record to be written."""
     return f"{self.name}_{self.axes}"
 
   @property
   def read(self) -> str:
-    """Its name in a record that is read."""
+    """The name in a record that is read."""
     return f"{self.name}_{self.read_axes}"
 
   @property
   def batch(self) -> str:
-    """Its name as an attribute of types.Targets."""
+    """The name as an attribute of types.Targets."""
     return f"{self.name}_B{self.read_axes}"
 
 

@@ -15,7 +15,7 @@ from distill_jax.records.fields import RecordSpec
 from distill_jax.runtime import json_io
 from distill_jax.runtime.atomic_io import atomic_write
 
-if TYPE_CHECKING:  # reading a store needs no jax
+if TYPE_CHECKING:  # reading a store must not import jax
   from distill_jax.types import JsonObject
 
 FORMAT = 2  # format of stores of tasks and of kind "dense"; others have format 1

@@ -98,16 +98,20 @@ def predicted(
   batch_axes: tuple[str, ...] = sharding.BATCH,
   vocab_axis: MeshAxes = sharding.VOCAB,
 ) -> dict[str, jax.Array]:
-  """Returns what is stored of a teacher's distributions, by field, with the batch axis first.
+  """Returns the targets of a teacher's distributions, by field, with the batch axis first.
 
   Args:
-    spec: What is stored.
-    key: Key of the sampling offsets, which depend on it and on the row's number only.
-    index_B: Number of each row in the store, int32.
+    spec: The targets to compute.
+    key: Random key. The sampling offsets of a row depend only on it and the row's index.
+    index_B: int32 index of each row in the store.
     labels_BT: The token after each position.
-    hidden_BTD, head_VD: The teacher's hidden states after the final norm, and its unembedding; or
-    logits_BTV: its logits.
-    chunk, soft_cap, batch_axes, vocab_axis: See `sampler.summarise`.
+    hidden_BTD: The teacher's hidden states after the final norm.
+    head_VD: The teacher's unembedding.
+    logits_BTV: The teacher's logits, instead of `hidden_BTD` and `head_VD`.
+    chunk: See `sampler.summarise`.
+    soft_cap: See `sampler.summarise`.
+    batch_axes: See `sampler.summarise`.
+    vocab_axis: See `sampler.summarise`.
   """
   T = labels_BT.shape[1]
   u_BT = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (T,)))(index_B)
@@ -207,7 +211,7 @@ def _local(x_B: jax.Array) -> np.ndarray:
 
 
 def check_same_row(store: Store, index: int, row: Record) -> None:
-  """Raises InputError if a recorded sequence is not the same as a row of this corpus."""
+  """Raises InputError if a recorded sequence differs from a row of this corpus."""
   name = store.manifest.ids_name
   if not np.array_equal(store[index][name], row[name]):
     raise InputError(

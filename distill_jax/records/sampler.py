@@ -218,12 +218,16 @@ def summarise_logits(
   batch_axes: tuple[str, ...] = sharding.BATCH,
   vocab_axis: MeshAxes = sharding.VOCAB,
 ) -> dict[str, jax.Array]:
-  """Returns what `summarise` returns, from logits [B, T, V] that exist already.
+  """Returns the output of `summarise`, given all logits.
 
   Args:
-    logits_BTV: The teacher's logits, capped but not divided by the temperature.
-    labels_BT, u_BT, spec, chunk, batch_axes, vocab_axis: See `summarise`. `chunk` bounds the memory
-      that is needed beside the logits.
+    logits_BTV: The teacher's logits, after the soft cap and before the temperature.
+    labels_BT: See `summarise`.
+    u_BT: See `summarise`.
+    spec: See `summarise`.
+    chunk: Number of positions that are processed at once.
+    batch_axes: See `summarise`.
+    vocab_axis: See `summarise`.
   """
 
   def summarise_chunk(carry: None, xs: tuple[jax.Array, ...]) -> tuple[None, dict[str, jax.Array]]:

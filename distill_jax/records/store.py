@@ -1,4 +1,4 @@
-"""Reading a store: checked when it is opened, checked again at each record."""
+"""Reading of stores. A store is checked when it is opened, and each record when it is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest, Shard, Taps
 from distill_jax.records.writer import Writer, digest
 
-if TYPE_CHECKING:  # reading a store needs no jax
+if TYPE_CHECKING:  # reading a store must not import jax
   import grain
 
   from distill_jax.types import JsonObject
@@ -28,7 +28,7 @@ __all__ = ["Manifest", "RecordSource", "Shard", "Store", "Taps", "Writer", "open
 
 
 class RecordSource(Protocol):
-  """Random access to records, all with the same fields."""
+  """A random-access source of records with the same fields."""
 
   def __len__(self) -> int:
     """Returns the number of records."""
@@ -38,15 +38,15 @@ class RecordSource(Protocol):
 
 
 class Store:
-  """A finished store as a grain random-access source: `len(store)`, `store[i]`.
+  """A finished store, as a random-access source of grain: `len(store)`, `store[i]`.
 
-  `store[i]` is tokens_T int32, segments_T int32 and mask_T bool (of a task, labels_T and
-  mask_T) and, by kind, what `codec.decode_targets` returns, with numpy arrays of one shape for
-  every i. Pickles by its path; threads may share it.
+  `store[i]` is a dict of numpy arrays: tokens_T int32, segments_T int32 and mask_T bool (for a
+  task, labels_T and mask_T), and the targets that `codec.decode_targets` returns. The shapes are
+  equal for all i. A store can be pickled, and threads can share it.
 
   Attributes:
-    folder: of the store.
-    manifest: what it holds.
+    folder: The folder of the store.
+    manifest: Its manifest.
   """
 
   def __init__(self, folder: Path, manifest: Manifest):
@@ -61,22 +61,22 @@ class Store:
   def __getitem__(self, index: SupportsIndex) -> Record:
     i = index.__index__()
     if not 0 <= i < len(self):
-      raise IndexError(f"record {i} of a store of {len(self)}")
+      raise IndexError(f"Record {i} is not in a store of {len(self)} records.")
     shard, data = self.read(i)
     try:
       return tf_example.decode(i, tf_example.parse(data), self.manifest)
     except InputError as e:
       raise InputError(
-        f"{self.folder / shard.name}, record {i}: {e}; this shard is not the one that was "
-        "written, so delete it and run `record` again"
+        f"{self.folder / shard.name} is damaged at record {i} ({str(e).rstrip('.')}). Delete it "
+        "and run `record` again."
       ) from e
 
   def example(self, index: SupportsIndex) -> Record:
-    """Returns record `index` as a training example: inputs, shifted targets, positions, segments.
+    """Returns a record as a training example: inputs, shifted targets, positions and segments.
 
     For packed text the arrays are inputs, inputs_position, inputs_segmentation, targets,
-    targets_position, targets_segmentation and mask; for a task, labels and mask. The teacher's are
-    teacher_ids, teacher_weight and so on. See `formats.example`.
+    targets_position, targets_segmentation and mask; for a task, labels and mask. The teacher's
+    arrays are teacher_ids, teacher_weight and so on. See `formats.example`.
     """
     return formats.example(self[index], self.manifest)
 
@@ -88,7 +88,7 @@ class Store:
     seed: int | None = None,
     epochs: int | None = 1,
   ) -> grain.MapDataset:
-    """Returns the store as a grain dataset of what a trainer reads.
+    """Returns the store as a grain dataset for a trainer.
 
     Args:
       format: "plain": dicts, as `example` returns. "maxtext": dicts with the keys of MaxText's
@@ -107,7 +107,11 @@ class Store:
     return formats.as_dataset(self, format, batch_size, seed, epochs)
 
   def read(self, i: int) -> tuple[Shard, bytes]:
-    """Record i as it lies in its shard, and the shard."""
+    """Returns the shard of record i, and the encoded record.
+
+    Raises:
+      InputError: The shard is damaged.
+    """
     number = int(np.searchsorted(self._firsts, i, side="right")) - 1
     shard = self.manifest.shards[number]
     with self._lock:
@@ -118,24 +122,24 @@ class Store:
       return shard, reader.read([i - shard.first])[0]
     except (RuntimeError, ValueError, IndexError) as e:
       raise InputError(
-        f"{self.folder / shard.name}, record {i}: the file is damaged ({str(e).split(';')[0]}); "
-        "delete it and run `record` again"
+        f"{self.folder / shard.name} is damaged at record {i} ({str(e).split(';')[0]}). Delete it "
+        "and run `record` again."
       ) from e
 
   def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
     """Checks every shard's digest and decodes every record.
 
     Args:
-      progress: called after each record with how many of how many are done.
+      progress: Called after each record with the number of checked records and of all records.
 
     Raises:
-      InputError: the first shard or record that is not as it was written.
+      InputError: A shard or record is damaged.
     """
     for shard in self.manifest.shards:
       if (found := digest(self.folder / shard.name)) != shard.sha256:
         raise InputError(
-          f"{self.folder / shard.name} has digest {found[:12]}, the manifest {shard.sha256[:12]}; "
-          "delete it and run `record` again"
+          f"{self.folder / shard.name} has digest {found[:12]}; expected {shard.sha256[:12]}. "
+          "Delete it and run `record` again."
         )
       for i in range(shard.first, shard.first + shard.count):
         self[i]
@@ -147,22 +151,22 @@ class Store:
 
 
 def unfinished_store(writer: Writer) -> Store:
-  """Returns a store of the shards that are finished, of one that is still written."""
+  """Returns a store of the finished shards of a store that is still being written."""
   finished = writer.finished()
   shards = tuple(finished[first] for first in sorted(finished))
   return Store(writer.folder, dataclasses.replace(writer.manifest, shards=shards))
 
 
 def open_store(folder: str | os.PathLike[str], expect: JsonObject | None = None) -> Store:
-  """Opens a finished store, checking the manifest and every shard's presence, size and count.
+  """Opens a finished store, after checking its manifest and the size and count of every shard.
 
   Args:
     folder: The folder or URL that `record` or a Recorder wrote. A URL is fetched to this machine.
-    expect: fields of the manifest that must hold, as {"tokenizer": digest, "vocab_size": V}.
-      A string for "teacher" is its digest.
+    expect: Expected values of manifest fields, e.g. {"tokenizer": digest, "vocab_size": V}. A
+      string for "teacher" is its digest.
 
   Raises:
-    InputError: naming the file, or both sides of what does not match.
+    InputError: The store is missing, damaged or unfinished, or a field differs from `expect`.
   """
   if "://" in str(folder):
     from distill_jax.runtime import storage  # imports fsspec
@@ -172,20 +176,20 @@ def open_store(folder: str | os.PathLike[str], expect: JsonObject | None = None)
   m = manifest_lib.load(folder)
   for key, want in (expect or {}).items():
     if not hasattr(m, key):
-      raise InputError(f"expect names {key!r}, which a manifest does not have")
+      raise InputError(f"A manifest does not have the field {key!r}. Remove it from `expect`.")
     found = getattr(m, key)
     if key == "teacher" and isinstance(want, str):
       found = found.get("digest")
     if found != want:
       raise InputError(
-        f"{folder} has {key}={found!r} and this run has {want!r}; use the records' own or record "
-        "again"
+        f"{folder} has {key}={found!r}, but this run has {want!r}. Use the settings of the "
+        "records, or record again."
       )
   planned = m.ranges
   if [range(s.first, s.first + s.count) for s in m.shards] != planned:
     raise InputError(
-      f"{folder} holds {len(m.shards)} of {len(planned)} shards; recording is not finished, so run "
-      "`record` again to finish it"
+      f"{folder} is not finished: it holds {len(m.shards)} of {len(planned)} shards. Run `record` "
+      "again to finish it."
     )
   for shard in m.shards:
     _reader(folder, shard)
@@ -193,20 +197,20 @@ def open_store(folder: str | os.PathLike[str], expect: JsonObject | None = None)
 
 
 def _reader(folder: Path, shard: Shard) -> array_record_module.ArrayRecordReader:
-  """Opens a shard. The raw reader opens a damaged file as zero records: so count them."""
+  """Opens a shard and checks its size and count, because array_record opens damaged files."""
   path = folder / shard.name
   found = path.stat().st_size if path.is_file() else None
   if found != shard.bytes:
-    fault = "is missing" if found is None else f"is {found} bytes, the manifest has {shard.bytes}"
-    raise InputError(f"{path} {fault}; delete it and run `record` again")
+    fault = "is missing" if found is None else f"has {found} bytes; expected {shard.bytes}"
+    action = "Run" if found is None else "Delete it and run"
+    raise InputError(f"{path} {fault}. {action} `record` again.")
   try:
     reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
     count = reader.num_records() if reader.ok() else 0
   except (RuntimeError, ValueError) as e:
-    raise InputError(f"{path} does not open ({e}); delete it and run `record` again") from e
+    raise InputError(f"{path} cannot be opened ({e}). Delete it and run `record` again.") from e
   if count != shard.count:
     raise InputError(
-      f"{path} holds {count} records, the manifest has {shard.count}; delete it and run `record` "
-      "again"
+      f"{path} holds {count} records; expected {shard.count}. Delete it and run `record` again."
     )
   return reader

@@ -1,8 +1,8 @@
-"""A record on disk: a tf.train.Example whose features are single byte strings.
+"""Encoding of a record as a tf.train.Example whose features are single byte strings.
 
-Packed bytes, because tf.Example itself stores float16 as float32 and integers as varints.
-Every record begins with a `key`: the manifest's tag and the record's place in the store,
-so that a shard of another store, or one under another's name, is found when it is read.
+The features are packed bytes, because tf.Example stores float16 as float32 and integers as varints.
+Every record has a `key`, the manifest's tag and the record's index. With it, a shard of another
+store or under another name is detected on reading.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ FIELDS = {
   "key": "8 bytes of the manifest's digest, then the sequence's number, little-endian uint64",
   "tokens": "token ids, segment ids and loss mask; read with distill_jax.records",
   "labels": "labels of an example of a task and loss mask; read with distill_jax.records",
-  "head": "counts of positions and entries, and the pieces the id space is cut into",
-  "lengths": "entries of each position",
-  "high": "which piece of the id space each entry is in: unary gaps",
-  "low": "where in its piece each entry is",
-  "argmax": "which entry is the teacher's likeliest token",
-  "counts": "sample counts of the other entries: unary",
+  "head": "numbers of positions and entries, and the pieces of the id space",
+  "lengths": "number of entries of each position",
+  "high": "piece of the id space of each entry, as unary gaps",
+  "low": "place of each entry in its piece",
+  "argmax": "entry of the teacher's most probable token at each position",
+  "counts": "sample counts of the other entries, in unary",
   "logp": "float16 log-probabilities of the entries",
-  "scalars": "float16 log-probability of each label, then float16 entropies, in nats",
+  "scalars": "float16 log-probabilities of labels, then float16 entropies, in nats",
   "smoothing": "float16 label smoothing of each segment",
-  "taps": "int8 hidden states, then a float32 scale a vector",
+  "taps": "int8 features, then a float32 scale per vector",
 }
 
 
 def names(m: Manifest) -> list[str]:
-  """The features a record of this store has."""
+  """Returns the names of the features of a record of a store."""
   out = ["key", _ids_feature(m)]
   if m.kind != "text":
     out += ["head", "lengths", "high", "low", "argmax", "scalars"]
@@ -46,24 +46,34 @@ def names(m: Manifest) -> list[str]:
 
 
 def _ids_feature(m: Manifest) -> str:
-  """The feature of tokens, or of labels; format 1 stores labels as tokens."""
+  """Returns the name of the feature with tokens or labels; format 1 stores labels as tokens."""
   return "labels" if m.labels and m.format_version > 1 else "tokens"
 
 
 def segments(seq: Record, m: Manifest) -> np.ndarray:
-  """segments_T of a record; the labels of an example are one segment."""
+  """Returns segments_T of a record. The labels of an example are one segment."""
   return np.ones_like(seq["labels_T"]) if m.labels else seq["segments_T"]
 
 
 def encode(index: int, seq: Record, m: Manifest) -> dict[str, bytes]:
-  """The fields of sequence number `index`; see codec for what `seq` holds.
+  """Encodes a sequence.
+
+  Args:
+    index: Index of the sequence in the store.
+    seq: The sequence; see codec.encode_targets.
+    m: The manifest of the store.
+
+  Returns:
+    The bytes of each feature, by name.
 
   Raises:
-    InputError: the sequence does not fit the manifest.
+    InputError: The sequence does not fit the manifest.
   """
   if (found := len(seq[m.ids_name])) != m.seq_len:
     unit = "labels" if m.labels else "tokens"
-    raise InputError(f"sequence {index} has {found} {unit}, not {m.seq_len}")
+    raise InputError(
+      f"Sequence {index} has {found} {unit}; expected {m.seq_len}. Pack it to this length."
+    )
   encode_ids = token_codec.encode_labels if m.labels else token_codec.encode_tokens
   fields = {"key": key(index, m), _ids_feature(m): encode_ids(seq, m.spec)}
   if m.kind != "text":
@@ -76,14 +86,23 @@ def encode(index: int, seq: Record, m: Manifest) -> dict[str, bytes]:
 
 
 def decode(index: int, fields: dict[str, bytes], m: Manifest) -> Record:
-  """The inverse of `encode`; raises InputError if the record is not number `index` of m."""
+  """Decodes a sequence.
+
+  Args:
+    index: Index of the sequence in the store.
+    fields: The bytes of each feature, by name.
+    m: The manifest of the store.
+
+  Raises:
+    InputError: The record is damaged, or is not the one with this index in this store.
+  """
   if sorted(fields) != sorted(names(m)):
-    raise InputError(f"it has the fields {sorted(fields)} where {sorted(names(m))} belong")
+    raise InputError(f"The record has the fields {sorted(fields)}; expected {sorted(names(m))}.")
   if fields["key"] != key(index, m):
     tag, number = fields["key"][:8], int.from_bytes(fields["key"][8:], "little")
     raise InputError(
-      f"it is record {number} of store {tag.hex()} where record {index} of store {m.tag.hex()} "
-      "belongs"
+      f"The record has the index {number} and the tag {tag.hex()}; expected {index} and "
+      f"{m.tag.hex()}."
     )
   decode_ids = token_codec.decode_labels if m.labels else token_codec.decode_tokens
   seq = decode_ids(fields[_ids_feature(m)], m.spec)
@@ -97,4 +116,5 @@ def decode(index: int, fields: dict[str, bytes], m: Manifest) -> Record:
 
 
 def key(index: int, m: Manifest) -> bytes:
+  """Returns the key of record `index`: the manifest's tag and the index."""
   return m.tag + struct.pack("<Q", index)

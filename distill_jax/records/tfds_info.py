@@ -14,7 +14,7 @@ from distill_jax.records import tf_example
 from distill_jax.records.manifest import Manifest
 from distill_jax.runtime.atomic_io import atomic_write
 
-if TYPE_CHECKING:  # reading a store needs no jax
+if TYPE_CHECKING:  # reading a store must not import jax
   from distill_jax.types import JsonObject
 
 SPLIT = "records"

@@ -100,13 +100,16 @@ class Writer:
     return found
 
   def lengthen(self, total: int) -> None:
-    """Plans more sequences, as far as `total`, while the store is written.
+    """Raises the total number of sequences while the store is being written.
 
-    Shards that are planned already stay as they are.
+    Shards that are already planned keep their ranges.
+
+    Args:
+      total: The new total.
     """
     *before, last = self.manifest.extents
     more = total - self.manifest.total
-    # Whole shards may belong to one extent: its ranges are then the same.
+    # After a full shard the extent can grow without changing its ranges.
     whole = last % self.manifest.sequences_per_shard == 0
     extents = (*before, last + more) if whole else (*before, last, more)
     with _writing(self.folder):

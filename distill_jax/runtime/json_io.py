@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from distill_jax.errors import InputError
 from distill_jax.runtime.atomic_io import atomic_write
 
-if TYPE_CHECKING:  # reading a store needs no jax
+if TYPE_CHECKING:  # reading a store must not import jax
   from distill_jax.types import JsonObject
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -77,17 +77,17 @@ def test_damaged_bytes_are_an_input_error_or_other_features(features, data):
 def test_features_of_numbers_are_refused():
   example = tf_example_pb2.Example()
   example.features.feature["x"].int64_list.value.append(3)
-  with pytest.raises(InputError, match="feature 'x' is not a byte string"):
+  with pytest.raises(InputError, match="Feature 'x' is not a byte string"):
     example_wire.parse(example.SerializeToString())
 
 
-def test_bytes_that_are_no_example():
+def test_invalid_bytes_are_refused():
   for data, problem in (
-    (b"\x0a\x7f", "longer than what holds it"),
-    (b"\x0a\xff", "a length is cut off"),
-    (b"\x0b", "wire type 3"),
-    (b"\x09\x00", "a number is cut off"),
-    (b"\x02\x00", "number 0"),
+    (b"\x0a\x7f", "longer than its message"),
+    (b"\x0a\xff", "A length is cut off"),
+    (b"\x0b", "the wire type 3"),
+    (b"\x09\x00", "A number is cut off"),
+    (b"\x02\x00", "the number 0"),
   ):
     with pytest.raises(InputError, match=problem):
       example_wire.parse(data)

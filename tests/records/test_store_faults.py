@@ -99,13 +99,13 @@ def test_truncated_empty_and_missing_shards_are_refused(copy):
 def test_a_shard_of_another_store_with_the_right_name_is_refused(copy, tmp_path):
   record(tmp_path / "other", manifest(corpus="another"))
   shutil.copy(tmp_path / "other" / shard_name(1), copy / shard_name(1))
-  refused(copy, shard_name(1), "of store", read=True)
+  refused(copy, shard_name(1), "the tag", "expected", read=True)
   with pytest.raises(InputError, match="digest"):
     store.open_store(copy).verify()
   shutil.copy(
     copy / shard_name(0), copy / shard_name(1)
   )  # a shard of this store under another name
-  refused(copy, shard_name(1), "record 0", "record 3", read=True)
+  refused(copy, shard_name(1), "the index 0", "expected 3", read=True)
 
 
 @pytest.mark.parametrize(

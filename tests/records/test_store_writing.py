@@ -173,6 +173,6 @@ def test_records_that_do_not_fit_the_shard_are_refused(tmp_path):
     with pytest.raises(InputError, match="is not a shard"):
       w.write_shard(range(1, 4), map(sequence, range(3)))
     short = {k: v[:5] for k, v in sequence(0).items()}
-    with pytest.raises(InputError, match="5 tokens, not 32"):
+    with pytest.raises(InputError, match="5 tokens; expected 32"):
       w.write_shard(r, [short])
     assert w.missing()[0] == r
