@@ -15,6 +15,10 @@ from distill_jax.recipe import data_source, model_source, sizes, tokens
 from distill_jax.recipe.machine import Machine
 from distill_jax.recipe.model_source import Models
 
+DATA_COMMENTS = {
+  "heldout_fraction": "about 100 documents, at most a tenth",
+  "on_bad": "chats longer than data.seq_len are skipped",
+}
 MAX_EVALUATED = {"cpu": 16, "accelerator": 256}  # held-out sequences
 
 
@@ -122,7 +126,7 @@ def plan(request: Request, config: Config, folder: Path, machine: Machine) -> Pl
   found = data_source.find(request.data)
   data = data_source.prepare(found, folder)
   for field in ("kind", "path", "field", "heldout_fraction", "on_bad"):
-    result.set(f"data.{field}", getattr(data, field))
+    result.set(f"data.{field}", getattr(data, field), DATA_COMMENTS.get(field, ""))
   tokens.check_chat_template(request.data, result.config.data, models)
   _plan_sizes(result, request, found.sentence, models, machine)
   _plan_folders(result, request)
@@ -156,7 +160,8 @@ def _plan_sizes(
   tokenizer, file = tokens.shared_tokenizer(data, models)
   result.set("data.tokenizer", file, "the same in both models")
   count = tokens.count(result.config.data, tokenizer, models.teacher)
-  length = result.set("data.seq_len", sizes.seq_len(count, models, machine))
+  length = sizes.seq_len(count, models, machine)
+  length = result.set("data.seq_len", length, "from the amount of data and the machine")
   corpus.check(
     result.config.data,
     tokenizer,
@@ -166,7 +171,8 @@ def _plan_sizes(
   passes = sizes.epochs(count.tokens)
   sequences = count.sequences(length)
   most = sizes.max_sequences(length, passes, models, machine)
-  limit = result.set("data.sequences", most if 0 < most < sequences else 0)
+  limit = most if 0 < most < sequences else 0
+  limit = result.set("data.sequences", limit, "about a quarter of an hour; 0: all")
   used = min(limit or sequences, sequences)
   about = "about " if count.scale > 1 else ""
   held = f"{result.config.data.heldout_fraction:.1%}".replace(".0%", "%")
@@ -191,25 +197,26 @@ def _plan_training(
 ) -> None:
   length = result.config.data.seq_len
   batch = sizes.batch_sizes(sequences * passes, length, models, machine)
-  size = result.set("train.batch_size", batch.batch)
-  result.set("optim.accumulate", batch.accumulate)
-  result.set("student.remat", batch.remat)
+  size = result.set("train.batch_size", batch.batch, "grows with the amount of data")
+  result.set("optim.accumulate", batch.accumulate, "microbatches that fit into the memory")
+  result.set("student.remat", batch.remat, "activations do not fit into the memory")
   steps = max(1, -(-sequences * passes // size))
   steps = result.set("train.steps", steps, f"{passes} epochs of {sequences:,} sequences")
   result.set("train.checkpoint_every", max(10, min(500, -(-steps // 10))))
   rows = max(1, size // (machine.devices * result.config.optim.accumulate))
-  result.set("train.chunk", sizes.chunk(length, rows, models, machine))
-  result.set("optim.peak_lr", sizes.peak_lr(models))
-  result.set("optim.warmup_steps", steps // 20)
+  result.set("train.chunk", sizes.chunk(length, rows, models, machine), "bounds the logits")
+  origin = "cut from its teacher" if models.is_cut else "with its own weights"
+  result.set("optim.peak_lr", sizes.peak_lr(models), f"for a student {origin}")
+  result.set("optim.warmup_steps", steps // 20, "5% of the steps")
   forward = sizes.forward_batch(length, sequences, models, machine)
   chunk = sizes.chunk(length, max(1, forward // machine.devices), models, machine)
   for section in ("records", "evaluate"):
-    result.set(f"{section}.batch_size", forward)
+    result.set(f"{section}.batch_size", forward, "fits into the memory")
     result.set(f"{section}.chunk", chunk)
   shard = min(1024, max(8, -(-sequences // 16)), -(-sequences // machine.processes))
   result.set("records.sequences_per_shard", max(1, shard), "finished shards survive a stop")
   most = MAX_EVALUATED["cpu" if machine.is_cpu else "accelerator"]
-  result.set("evaluate.sequences", most)
+  result.set("evaluate.sequences", most, "held-out sequences, at most")
 
 
 def _plan_folders(result: Plan, request: Request) -> None:

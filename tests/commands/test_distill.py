@@ -1,6 +1,7 @@
 """`distill-jax distill`: one command from two Hugging Face folders to a third."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ from distill_jax.records.shard_buffer import ShardBuffer
 
 transformers = pytest.importorskip("transformers")
 
-STEPS = "--config.train.steps=6"
+COMMON = ("--config.train.steps=6", "--nojson")  # a flag keeps its value within a process
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def whole(models):
 def command(folder, workdir="run", *flags, student="student", data="notes.txt"):
   named = {"teacher": folder / "teacher", "data": folder / data, "workdir": folder / workdir}
   named["student"] = student if student == "half" else folder / student
-  return ["distill-jax", "distill", *(f"--{k}={v}" for k, v in named.items()), STEPS, *flags]
+  return ["distill-jax", "distill", *(f"--{k}={v}" for k, v in named.items()), *COMMON, *flags]
 
 
 def run(folder, *args, **kwargs):
@@ -94,6 +95,26 @@ def test_running_it_again_does_nothing(models, whole, monkeypatch, capsys):
   assert run(models, "whole") == whole
   assert "continues" in capsys.readouterr().err
   assert (models / "whole" / "config.py").read_bytes() == before
+
+
+def test_it_continues_from_its_config_alone(models, whole, capsys, monkeypatch):
+  folder = models / "whole"
+  argv = ["distill-jax", "distill", f"--config={folder}/config.py", f"--workdir={folder}", "--json"]
+  monkeypatch.setattr(sys, "argv", argv)
+  cli.main(argv)
+  assert json.loads(capsys.readouterr().out.splitlines()[-1]) == whole
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_student(models, whole):
+  """With the devices of one process; sums over them differ in their order."""
+  argv = [sys.executable, "launch/local.py", "--processes=2", "--devices=2", "--"]
+  done = subprocess.run([*argv, *command(models, "two")[1:]], capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout
+  assert "Machine: 4 CPU devices" in done.stdout
+  assert done.stdout.count("student after") == 1
+  rows = json.loads((models / "two" / "evaluation.json").read_text())["models"]
+  assert rows["distilled"]["kl"] == pytest.approx(whole["models"]["distilled"]["kl"], rel=1e-3)
 
 
 def test_the_single_verbs_take_its_config(models, whole, capsys, monkeypatch):
