@@ -58,7 +58,7 @@ def test_the_store_of_the_page_is_whole(page):
 def test_the_exported_model_is_the_trained_one(page):
   namespace, _ = page
   assert namespace["again"].config.num_hidden_layers == 2
-  assert namespace["again"].tokenizer.digest == namespace["teacher"].tokenizer.digest
+  assert namespace["again"].tokenizer.digest == namespace["loaded"].tokenizer.digest
   assert load_file("models/student/model.safetensors")
 
 
