@@ -1,4 +1,4 @@
-"""What a user can get wrong: one sentence each, exit code 2, nothing overwritten."""
+"""Bad input: one message on one line, exit code 2, and no file is overwritten."""
 
 import importlib.util
 import os
@@ -36,7 +36,7 @@ def command(folder, verb, changes="", workdir="out", flags=()):
 
 
 def refused(folder, capsys, monkeypatch, *args, **kwargs) -> str:
-  """Runs the command line in this process; returns the one line it said."""
+  """Runs the command line in this process; returns the line on standard error."""
   argv = command(folder, *args, **kwargs)
   monkeypatch.setattr(sys, "argv", argv)
   before = snapshot(folder)
@@ -51,7 +51,7 @@ def refused(folder, capsys, monkeypatch, *args, **kwargs) -> str:
 
 
 def snapshot(folder):
-  """Every file's bytes, but for what a run says about itself before it begins."""
+  """Returns the bytes of every file, except those that a run writes when it starts."""
   own = ("config.json", "versions.json", ".lock", "conf.py")
   files = (p for p in folder.rglob("*") if p.is_file() and p.name not in own)
   return {str(p): p.read_bytes() for p in files if "__pycache__" not in str(p)}
@@ -121,7 +121,7 @@ def test_unknown_key_on_the_command_line(at):
   assert "'data.seqlen' does not exist. Did you mean --config.data.seq_len?" in said
 
 
-def test_what_preflight_compiles_for_is_a_flag_or_a_key(tmp_path, monkeypatch):
+def test_the_topology_for_preflight_is_a_flag_or_a_key(tmp_path, monkeypatch):
   key = "--config.preflight.topology=v5e:2x2"
   argv = [*command(tmp_path, "preflight")[:-1], key, "--verb=record"]
   monkeypatch.setattr(sys, "argv", argv)
@@ -191,7 +191,7 @@ def test_mesh_that_does_not_fit(at):
   )
 
 
-def test_records_that_are_not_there(at):
+def test_missing_records(at):
   assert "records" in at("train")
 
 
@@ -243,8 +243,8 @@ def test_a_second_process_in_one_workdir(tmp_path):
   assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
 
 
-def test_a_workdir_on_a_disk_that_takes_no_more(tmp_path):
-  """No file may grow at all, which the system says as it says that a disk is full."""
+def test_a_workdir_on_a_full_disk(tmp_path):
+  """Limits the size of files to 0, for which the system raises an error as for a full disk."""
   tiny.tiny(tmp_path)
   argv = command(tmp_path, "record", RANDOM)
   full = """

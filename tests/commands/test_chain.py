@@ -1,4 +1,4 @@
-"""Students in a row, each taught by the one before it: run, stopped, run again, refused."""
+"""`chain`: complete runs, interrupted runs and errors."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ SHAPE = dataclasses.replace(hub_tiny.CONFIG, vocab_size=256, tie_word_embeddings
 
 
 def tiny_chain(path):
-  """4 layers teach 3 of them, and those 2 of the teacher's own."""
+  """A teacher of 4 layers, an assistant with 3 of them, and a student with 2 of the teacher's."""
   c = tiny.tiny(path)
   if not (path / "teacher").exists():
     weights = {n: 0.2 * x + ("norm" in n) for n, x in hub_tiny.tensors(SHAPE).items()}
@@ -45,7 +45,7 @@ def run(c, workdir):
     return chain.run(resolved, path)
 
 
-def learnt(workdir):
+def restored(workdir):
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
     return jax.device_get(loading.open_run(workdir / "student" / "run").restore(mesh))
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
   return path, run(c, path / "whole")
 
 
-def test_a_chain(folder, monkeypatch):
+def test_a_complete_chain(folder, monkeypatch):
   path, result = folder
   assert json.loads((path / "whole" / "evaluation.json").read_text()) == result
   models = result["models"]
@@ -83,16 +83,16 @@ def test_a_chain(folder, monkeypatch):
     monkeypatch.setattr(module, verb, None)
   c = tiny_chain(path)
   c.export.dir = str(path / "export")
-  assert run(c, path / "whole") == result  # nothing is done again
+  assert run(c, path / "whole") == result  # nothing is computed again
 
 
-def test_stopped_it_comes_to_the_same_bits(folder, monkeypatch):
-  """Killed between two links, told to stop, then killed in the middle of one."""
+def test_an_interrupted_chain_ends_with_the_same_bits(folder, monkeypatch):
+  """Killed between two links, stopped by a signal, then killed in the middle of a link."""
   path, _ = folder
   c, whole, workdir = tiny_chain(path), path / "whole", path / "stopped"
-  shutil.copytree(whole / "assistant", workdir / "assistant")  # what a kill there leaves
+  shutil.copytree(whole / "assistant", workdir / "assistant")  # the files after a kill
   score = lambda conf, where: (where / chain.SCORES).write_text("{}")
-  monkeypatch.setattr(chain.evaluation, "run", score)  # it has no part in this
+  monkeypatch.setattr(chain.evaluation, "run", score)  # not part of this test
   batches, seen = loader.batches, []
 
   def told(conf, where):
@@ -114,7 +114,7 @@ def test_stopped_it_comes_to_the_same_bits(folder, monkeypatch):
   assert [p.name for p in (workdir / "student" / "run" / "checkpoints").iterdir()] == ["2"]
   assert not (workdir / "student" / "done.json").exists()
   run(c, workdir)
-  jax.tree.map(np.testing.assert_array_equal, learnt(whole), learnt(workdir))
+  jax.tree.map(np.testing.assert_array_equal, restored(whole), restored(workdir))
   assert tiny.measured(whole / "student" / "run") == tiny.measured(workdir / "student" / "run")
 
 
@@ -127,7 +127,7 @@ def change(**links):
 
 
 def of(**fields):
-  """A student that is the teacher's folder, or as `fields` say."""
+  """Changes the source of the student to the teacher's folder, and sets `fields`."""
   return lambda c, path: c.links.student.student.update(fields)
 
 

@@ -1,4 +1,4 @@
-"""evaluate on sets: asked here and of a server, gone on with, refused, and on the report."""
+"""`evaluate` on benchmarks: local and served models, interrupted runs, errors, and the report."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def run(c, folder: Path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """(folder, config, result) of a model asked by choices, and in words, two of which are right."""
+  """(folder, config, result) of a run on multiple-choice and generative questions."""
   folder = tmp_path_factory.mktemp("evaluate")
   c = made(folder, on_bad="skip")
   rows = [{"question": q, "answer": "?"} for q in [*QUESTIONS, "x" * 70]] + [{}]
@@ -64,12 +64,12 @@ def whole(tmp_path_factory):
   choices += [{"question": "x" * 130, "choices": ["a", "b"], "label": 0}]
   path = write(folder / "c.jsonl", choices)
   c.evals.choices = config.benchmark("jsonl", path=path, score="choice")
-  with pytest.MonkeyPatch.context() as patch:  # answers are there, and not asked for again
+  with pytest.MonkeyPatch.context() as patch:  # finished answers are not sampled again
     patch.setattr(local, "make_scheduler", None)
     return folder, c, run(c, folder / "run")
 
 
-def test_words(whole):
+def test_generative_benchmarks(whole):
   folder, _, result = whole
   words = result["evals"]["words"]["teacher"]
   assert (words["questions"], words["left_out"], words["samples"]) == (3, 2, 1)
@@ -89,7 +89,7 @@ def test_words(whole):
   assert json.loads((folder / "run/evaluation.json").read_text()) == result
 
 
-def test_what_cannot_be_used_stops_it(whole):
+def test_bad_rows_and_prompts_stop_the_run(whole):
   folder, c, _ = whole
   c = c.copy_and_resolve_references()
   c.evaluate.on_bad = "stop"
@@ -101,7 +101,7 @@ def test_what_cannot_be_used_stops_it(whole):
     run(c, folder / "stop")
 
 
-def test_choices_go_by_likelihood(whole):
+def test_multiple_choice_compares_likelihoods(whole):
   folder, _, result = whole
   verdicts = lines(folder / "run/evals/teacher/choices/verdicts.jsonl")
   best = lambda v, weights: max(range(2), key=lambda i: v["logps"][i] / weights[i])
@@ -117,7 +117,7 @@ def test_choices_go_by_likelihood(whole):
     assert row[name]["value"] == pytest.approx(sum(v[chosen] == v["label"] for v in verdicts) / 3)
 
 
-def test_answers_to_something_else_are_refused(whole):
+def test_answers_of_another_run_raise(whole):
   folder, c, _ = whole
   c = c.copy_and_resolve_references()
   del c.evals["choices"]
@@ -130,7 +130,7 @@ def test_answers_to_something_else_are_refused(whole):
     run(c, folder / "run")
 
 
-def test_report_and_card(whole, tmp_path):
+def test_results_in_the_report_and_the_model_card(whole, tmp_path):
   _, c, result = whole
   numbers = write_report(tmp_path, result)
   page = (tmp_path / "report.html").read_text()
@@ -144,7 +144,7 @@ def test_report_and_card(whole, tmp_path):
 
 
 def server_says(texts):
-  """Answers by prompt: the n-th sample of a prompt gets the n-th text."""
+  """Returns a fake server's answers: the n-th sample of a prompt is the n-th text."""
   count: dict[str, int] = {}
 
   def answer(body):
@@ -160,7 +160,7 @@ def server_says(texts):
   return answer
 
 
-def test_a_server_is_asked_several_times(tmp_path):
+def test_several_samples_from_a_server(tmp_path):
   pytest.importorskip("math_verify")
   texts = {
     "half": ["so \\boxed{\\frac{1}{2}}", "0.5", "it is \\boxed{\\dfrac12}", "\\boxed{3}"],
@@ -210,7 +210,7 @@ URL = "http://127.0.0.1:9/v1"
     ({"heldout": False, "max_new_tokens": 0, "sets": "exact"}, "evals.x: evaluate.max_new_tok"),
   ],
 )
-def test_refused(tmp_path, changes, says):
+def test_bad_configs_raise(tmp_path, changes, says):
   score = changes.pop("sets", None)
   c = made(tmp_path, **changes)
   if score:
@@ -220,7 +220,7 @@ def test_refused(tmp_path, changes, says):
     run(c, tmp_path / "w")
 
 
-def test_beside_the_loss_on_text(tmp_path, monkeypatch):
+def test_benchmarks_together_with_heldout_text(tmp_path, monkeypatch):
   row = {"ce": 1.0, "perplexity": 2.7, "kl": 0.0, "agreement": 1.0, "parameters": 5}
   text = {"models": {"teacher": row}, "tokens": 9.0, "corpus": "text"}  # see test_run.py
   monkeypatch.setattr(heldout, "measure", lambda *_: dict(text))

@@ -1,4 +1,4 @@
-"""`filter`: it keeps what is good, names what is not, and loses nothing."""
+"""`filter`: kept and rejected samples, with every sample in one of the files."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def verb(tmp_path, rows, on_bad="stop", **filters):
   return filter_samples(resolved, tmp_path)
 
 
-def test_filters_run_in_order_and_lose_nothing(tmp_path):
+def test_filters_run_in_order_and_keep_or_reject_every_sample(tmp_path):
   rows = raw(0, ["it is 4", "it is 5", "it is 4", "4" * 99], answer="4")
   rows += (
     raw(1, ["7", "7"], answer="7") + raw(2, ["1", "2"], answer="3") + raw(3, ["9"], answer="9")
@@ -84,7 +84,7 @@ def filter_again(tmp_path, rows):
 @pytest.mark.parametrize(
   "name", [n for n in registry.names("filters") if n not in ("math", "code")] + ["math"]
 )
-def test_every_filter_loses_nothing_whatever_it_is_given(name, tmp_path):
+def test_every_filter_keeps_or_rejects_every_sample(name, tmp_path):
   rng = random.Random(name)
   pieces = ["4", "\\boxed{", "}", "<think>", "</think>", "所以", "\ud800", "\n", "####", " ", "yes"]
   rows: list = []
@@ -127,7 +127,7 @@ def test_a_bad_key_stops_or_is_counted(tmp_path):
   assert result["rejected_by"] == {"right": {"the key cannot be parsed": 2}}
 
 
-def test_what_the_verb_refuses(tmp_path):
+def test_bad_configs_and_samples_raise(tmp_path):
   length = config.filter("length")
   with pytest.raises(InputError, match="filters is empty"):
     verb(tmp_path, [])
@@ -158,7 +158,7 @@ def test_what_the_verb_refuses(tmp_path):
   }
 
 
-def test_every_filter_says_what_it_is():
+def test_every_filter_has_a_docstring_and_a_filter_class():
   for name in registry.names("filters"):
     module = registry.load("filters", name)
     assert module.__doc__ and dataclasses.is_dataclass(module.Filter)

@@ -1,4 +1,4 @@
-"""The verb: from prompts to samples and records, refused, killed and gone on with."""
+"""`generate`: samples and records from prompts, interrupted runs, and errors."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def whole(tmp_path_factory):
   return folder, run(c, folder / "whole")
 
 
-def test_samples_are_whole_and_in_order(whole):
+def test_samples_are_complete_and_in_order(whole):
   folder, result = whole
   rows = lines(folder / "whole" / "samples.jsonl")
   assert [(r["id"], r["sample"]) for r in rows] == [(p, s) for p in range(5) for s in range(3)]
@@ -88,8 +88,8 @@ def test_samples_are_whole_and_in_order(whole):
   assert again["samples"] == 15 and again["tokens_per_second"] == 0
 
 
-def test_records_are_what_record_would_store(whole):
-  """Of the packed texts, with the offsets of (seed, prompt, sample, position)."""
+def test_records_equal_those_of_record(whole):
+  """Compares with `record` on packed texts, with offsets by (seed, prompt, sample, position)."""
   folder, _ = whole
   c = config.resolve(made(folder))
   store, rows = open_store(folder / "records"), lines(folder / "whole" / "samples.jsonl")
@@ -140,10 +140,10 @@ class Killed(BaseException):
   pass
 
 
-def test_gone_on_with_wherever_it_was_stopped(whole, tmp_path, monkeypatch):
-  """In the middle of a line at that; the same samples and the same bytes of records come.
+def test_an_interrupted_run_continues_from_any_point(whole, tmp_path, monkeypatch):
+  """Interrupted in the middle of a line, a run writes the same samples and the same records.
 
-  What is on disk then is on disk after kill -9 too, which test_remote.py sends.
+  The files are the same as after kill -9, which test_remote.py sends.
   """
   folder, _ = whole
   add = SampleJournal.add
@@ -170,7 +170,7 @@ def test_gone_on_with_wherever_it_was_stopped(whole, tmp_path, monkeypatch):
   assert a.digest == b.digest and os.fspath(folder) != os.fspath(tmp_path)
 
 
-def test_what_an_unfinished_run_was_of_is_checked(tmp_path):
+def test_an_unfinished_run_with_other_settings_raises(tmp_path):
   folder = tmp_path / "w"
   folder.mkdir()
   (folder / "samples.part.jsonl").write_text('{"prompts": "other", "teacher": {}}\n')
@@ -195,7 +195,7 @@ MUTE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
 
 
 def test_chats_stops_and_rejected_prompts(tmp_path):
-  """Messages and text through a template; what cannot be used is kept with its reason."""
+  """Messages and text through a template; rejected prompts are written with the reason."""
   c = made(
     tmp_path,
     field="q",
@@ -240,8 +240,8 @@ def test_chats_stops_and_rejected_prompts(tmp_path):
 
 
 @pytest.mark.parametrize("bos", ["<s>", None])
-def test_text_begins_as_the_tokenizer_begins_it(tmp_path, bos):
-  """As transformers has it, and so do documents; chats begin as their template does."""
+def test_text_starts_with_the_bos_token_of_the_tokenizer(tmp_path, bos):
+  """Text starts as in transformers and as documents do, a chat as in its template."""
   c = tiny.tiny(tmp_path)
   path = tmp_path / "tokenizer.json"
   said = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": GOOD}
@@ -300,7 +300,7 @@ def test_a_template_without_a_generation_prompt(tmp_path):
     ({"records_dir": "r", "cache_len": 128}, "data.seq_len is 64"),
   ],
 )
-def test_refused(tmp_path, changes, says):
+def test_bad_configs_raise(tmp_path, changes, says):
   c = made(tmp_path, **changes)
   if "records_dir" in changes:
     c.data.seq_len = 64
@@ -308,8 +308,8 @@ def test_refused(tmp_path, changes, says):
     run(c, tmp_path / "w")
 
 
-def test_a_line_without_what_it_speaks_of_is_made_again(tmp_path):
-  """As in a copy of a workdir that was made while it was written to."""
+def test_a_line_without_its_binary_record_is_sampled_again(tmp_path):
+  """This happens in a copy of a workdir that was made during a run."""
   record, about = np.dtype([("ids", "<i4", (3,))]), {"prompts": "p", "teacher": {}}
   rows = [{"prompt": i, "sample": 0, "tokens": [1] * (i + 1)} for i in range(3)]
   kept = [{"ids": [np.full(3, i, np.int32)] * (i + 1)} for i in range(3)]

@@ -1,4 +1,4 @@
-"""The chain on a tiny model: record, train, stop, resume, evaluate, export, report."""
+"""A complete run on a tiny model: record, train, stop, resume, evaluate, export, report."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(tiny_run, tmp_path):
   assert [row["step"] for row in read_metrics(stopped)] == list(range(6))
 
 
-def test_training_learns(tiny_run):
+def test_training_lowers_the_loss(tiny_run):
   rows = read_metrics(tiny_run / "whole")
   assert rows[-1]["kl/teacher"] < rows[0]["kl/teacher"]
 
@@ -79,8 +79,8 @@ def test_recording_again_does_nothing(tiny_run):
   assert again["recorded_now"] == 0
 
 
-def test_records_hold_what_the_teacher_said(tiny_run):
-  """Counts within one point of the dense distribution, true entropy and label log-probability."""
+def test_records_agree_with_the_teacher(tiny_run):
+  """Counts are within one point of the distribution; entropy and label log-prob are exact."""
   resolved = config.resolve(tiny.tiny(tiny_run))
   mesh = sharding.make_mesh()
   store = open_store(tiny_run / "records")
@@ -105,8 +105,8 @@ def test_records_hold_what_the_teacher_said(tiny_run):
   np.testing.assert_allclose(t.label_logp_BT[keep], label[keep], rtol=6e-4)
 
 
-def test_online_teacher_is_what_records_estimate(tiny_run, online):
-  """Without sampling noise: the same teacher, in the step instead of from records."""
+def test_an_online_teacher_agrees_with_records(tiny_run, online):
+  """The same teacher runs in the step, without sampling noise."""
   rows = read_metrics(online)
   recorded = read_metrics(tiny_run / "whole")
   # 15 points, averaged over 124 positions: a few hundredths of a nat.
@@ -134,14 +134,14 @@ def test_evaluate_export_report(tiny_run, tmp_path):
   c.evaluate.models = {"distilled": str(tmp_path / "export")}
   c.student.source = f"run:{tiny_run / 'whole'}"
   again = evaluate(config.resolve(c), tmp_path / "again")["models"]["distilled"]
-  # bfloat16 weights of a model that is already rounded by nothing: a few thousandths of a nat.
+  # The export rounds the weights to bfloat16: a few thousandths of a nat.
   assert again["ce"] == pytest.approx(models["distilled"]["ce"], rel=5e-3)
   summary = report.run(dataclasses.replace(resolved), tmp_path)
   assert summary["distilled"]["kl"] == pytest.approx(models["distilled"]["kl"])
   assert "Distilled" in (tmp_path / "report.html").read_text()
 
 
-def test_the_run_explains_itself(tiny_run):
+def test_the_workdir_has_config_and_versions(tiny_run):
   saved = json.loads((tiny_run / "whole" / "config.json").read_text())
   assert config.from_dict(saved) == config.resolve(tiny.tiny(tiny_run))
   said = json.loads((tiny_run / "whole" / "versions.json").read_text())
@@ -156,14 +156,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_run, tmp_path):
     train(c, tmp_path / "nan")
 
 
-def test_a_workdir_of_another_config_is_refused(tiny_run):
+def test_a_workdir_of_another_config_raises(tiny_run):
   c = tiny.tiny(tiny_run)
   c.optim.peak_lr = 5e-3
   with pytest.raises(InputError, match=r"holds a run with optim.peak_lr=0.01, but this config has"):
     train(c, tiny_run / "whole")
 
 
-def test_a_run_of_another_version_is_refused_by_its_file(tmp_path):
+def test_a_run_with_unknown_config_keys_raises_with_its_file(tmp_path):
   tree = config.to_dict(config.resolve(tiny.tiny(tmp_path)))
   tree["records"]["taps_of"] = tree["records"].pop("tap_kind")
   (tmp_path / "config.json").write_text(json.dumps(tree))
@@ -195,7 +195,7 @@ def test_every_kind_of_record_trains(tiny_run, tmp_path, kind, options, losses):
   assert rows[0]["teacher_ce/teacher"] > 0
 
 
-def test_what_records_cannot_serve_is_refused(tiny_run, tmp_path):
+def test_losses_that_records_do_not_support_raise(tiny_run, tmp_path):
   c = tiny.tiny(tiny_run)
   c.losses = {"r": config.loss("kd", divergence="reverse_kl")}
   with pytest.raises(
@@ -238,8 +238,8 @@ def other_tokenizer(tiny_run, tmp_path):
   return tmp_path / "other.json"
 
 
-def test_metrics_are_the_same_offline(tiny_run, online):
-  """Recorded and online teachers tell the same of the same batch, but for sampling and float16."""
+def test_metrics_with_records_and_online_agree(tiny_run, online):
+  """Recorded and online teachers give the same metrics, up to sampling and float16."""
   recorded = read_metrics(tiny_run / "whole")[0]
   run = read_metrics(online)[0]
   for name in ("ce", "entropy", "perplexity"):
@@ -278,8 +278,8 @@ def test_a_store_is_extended_by_a_longer_corpus_and_not_by_another(tiny_run, tmp
     record(c, tmp_path / "short")
 
 
-def test_a_served_teacher_s_dump_becomes_records(tiny_run, tmp_path):
-  """vLLM's prompt_logprobs, written by hand, through the verb."""
+def test_the_responses_of_a_served_teacher_are_recorded(tiny_run, tmp_path):
+  """Records hand-written prompt_logprobs in the format of vLLM."""
   ids = [65, 66, 67, 68]
   top = [None] + [{str(i): {"logprob": -0.1}, "9": {"logprob": -3.0}} for i in ids[1:]]
   line = json.dumps({"prompt_token_ids": ids, "prompt_logprobs": top})

@@ -1,4 +1,4 @@
-"""The verb: one student, the search for one, and what is refused in one sentence."""
+"""`shrink`: one student, the search for a student, and errors."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ SHAPE = dataclasses.replace(hub_tiny.CONFIG, vocab_size=256, tie_word_embeddings
 
 
 def tiny_config(path, **asked):
-  """Of a teacher in a folder, which takes no compiling as random weights do."""
+  """Returns a config with a teacher in a folder, since random weights would be compiled."""
   c = tiny.tiny(path)
   if not (path / "teacher").exists():
     weights = {n: 0.2 * x + ("norm" in n) for n, x in hub_tiny.tensors(SHAPE).items()}
@@ -64,7 +64,7 @@ def test_a_student_and_its_table(tmp_path):
   card = (tmp_path / "run" / "model" / "README.md").read_text()
   assert "heads: 2 of 4" in card and f"{models['student']['ce']:.4g}" in card
   before = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
-  assert run(c, tmp_path / "run") == result  # finished before
+  assert run(c, tmp_path / "run") == result  # finished earlier
   assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == before
   c.shrink.dir = result["dir"]
   with pytest.raises(InputError, match="export does not overwrite"):
@@ -72,7 +72,7 @@ def test_a_student_and_its_table(tmp_path):
 
 
 def test_the_search(tmp_path, monkeypatch):
-  """Stopped before it trains, run again, and run a third time when all is done."""
+  """Interrupted before training, run again, and run a third time after the end."""
   c = tiny_config(tmp_path, target_params=36_000.0, steps=3)
   c.optim.warmup_steps = 50
   trained, once, kinds = [], loop.train, candidates.propose
@@ -118,7 +118,7 @@ def test_the_best_of_the_search_is_recommended(tmp_path, monkeypatch):
   result = run(tiny_config(tmp_path, target_params=9.0), tmp_path / "run")
   assert made == list(ce) and result["recommended"] == "inner"
   names = [line.split()[0] for line in table.text(result).splitlines()[2:5]]
-  assert names == ["inner", "width", "depth"]  # the best first
+  assert names == ["inner", "width", "depth"]  # in order of the held-out loss
 
 
 def test_a_target_rate_is_converted_to_a_size(tmp_path, monkeypatch):
@@ -204,7 +204,7 @@ def refused(family, name, **asked):
     ("gemma3", "tiny", {"sequences": 0}, "sequences is 0; expected a positive number"),
   ],
 )
-def test_shapes_that_a_family_cannot_have(family, name, asked, says):
+def test_unsupported_shapes_raise(family, name, asked, says):
   assert says in refused(family, name, **asked)
 
 
@@ -217,7 +217,7 @@ def test_shapes_that_a_family_cannot_have(family, name, asked, says):
     ("llama", "tiny-window", "the teacher already has a window of 5"),
   ],
 )
-def test_windows_that_transformers_cannot_load(family, name, says):
+def test_unsupported_windows_raise(family, name, says):
   with pytest.raises(InputError, match=says):
     windows.windowed(
       ShrinkOptions(window=4, global_every=2), registry.load("models", family).CONFIGS[name]
@@ -271,7 +271,7 @@ def test_a_student_with_windows(every, see_all, tmp_path):
     ),
   ],
 )
-def test_requests_that_cannot_be_met(asked, says, tmp_path):
+def test_bad_sizes_and_targets_raise(asked, says, tmp_path):
   with pytest.raises(InputError, match=says):
     run(tiny_config(tmp_path, **asked), tmp_path / "run")
   assert not (tmp_path / "run" / "model").exists()
