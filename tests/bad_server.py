@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server that counts what it is asked and misbehaves on demand."""
+"""A small OpenAI-compatible server that counts requests and produces faults on demand."""
 
 from __future__ import annotations
 
@@ -11,17 +11,26 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-KEY = "sk-a-key-that-nobody-else-may-see"
+KEY = "sk-a-key-that-must-not-leak"
 LONG = "This model's maximum context length is 64 tokens, and you asked for 99."
 
 
 class Server(ThreadingHTTPServer):
-  """Attributes:
-  faults: by prompt, what goes wrong with its next requests; the last one stays if forever.
-  asked: (time, prompt, seed) of each request for a sample.
-  answered: how often a prompt and seed had a whole answer.
-  most: requests at once.
-  together: if set, requests for samples are answered so many at a time.
+  """A server that runs in a thread; a context manager.
+
+  Args:
+    owner: The owner of its model. "": it does not list its models.
+    key: The API key that requests must have. None: no key.
+    answer: Returns the JSON of a response, given a request's body. None: `plain`.
+
+  Attributes:
+    faults: The faults of a prompt's next requests, by prompt. With `forever`, the first one stays.
+    forever: See `faults`.
+    asked: The (time, prompt, seed) of each request for a sample.
+    answered: The number of complete responses, by (prompt, seed).
+    most: The maximum number of concurrent requests.
+    refused: The number of requests with a wrong key.
+    together: A barrier at which requests for samples wait for each other. None: no barrier.
   """
 
   daemon_threads = True
@@ -44,7 +53,7 @@ class Server(ThreadingHTTPServer):
     return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
   def handle_error(self, *_):
-    pass  # clients that are killed, and go away
+    pass  # a client was killed and closed its connection
 
   def __enter__(self):
     threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -60,9 +69,9 @@ def text_of(body: dict[str, Any]) -> str:
 
 
 def plain(body: dict[str, Any]) -> dict[str, Any]:
-  """An answer that is a function of prompt and seed."""
-  said = f"{text_of(body)} -> {body['seed']} \u00e9"
-  inner = {"text": said} if "prompt" in body else {"message": {"content": said}}
+  """Returns a response whose text is a function of prompt and seed."""
+  text = f"{text_of(body)} -> {body['seed']} \u00e9"
+  inner = {"text": text} if "prompt" in body else {"message": {"content": text}}
   return {
     "id": "x",
     "choices": [{"finish_reason": "stop", **inner}],
@@ -134,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
     elif fault == "silent":
       with contextlib.suppress(OSError):
         self.connection.settimeout(300)
-        self.connection.recv(1)  # until the client goes away
+        self.connection.recv(1)  # wait until the client closes the connection
       self.close_connection = True
     elif fault == "drip":
       self.send_response(200)

@@ -1,4 +1,4 @@
-"""Small decoders and what they decode, for the tests of the engine, the scheduler and the cache."""
+"""Small random decoders and their samples, for tests of the engine, the scheduler and the cache."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def random_model(family: str = "llama", **changes):
 
 
 def engine_of(model, mesh, sampling, rows=3, fill=2, eos=(), records=None, cache_dtype=""):
-  """Of a model that may be used again."""
+  """Returns an engine for a copy of a model, which can be used again."""
   with jax.set_mesh(mesh):
     vocab_size = model.config.vocab_size
     spec = EngineSpec(COMPUTE, sampling, 4, eos, vocab_size, records, cache_dtype)
@@ -60,7 +60,7 @@ def engine_of(model, mesh, sampling, rows=3, fill=2, eos=(), records=None, cache
 
 
 def run(engine, mesh, read, wanted=None, rows=3, fill=2, eos=(), stops=None):
-  """Samples by (prompt, sample): 3 rows for 5 prompts, in chunks of 8 tokens."""
+  """Decodes samples of prompts in chunks of 8 tokens, and returns them by (prompt, sample)."""
   wanted = wanted or [(p, 0) for p in read]
   options = DecodingOptions(cache_len=SIZE, batch_size=rows, prefill_rows=fill, prefill_chunk=8)
   scheduler = Scheduler(engine, read, stops or Stops(Numbers()), eos, options, NEW)

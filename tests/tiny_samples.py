@@ -1,4 +1,4 @@
-"""Samples as `generate` writes them, and filters over them."""
+"""Samples in the format of `generate`, and functions that run filters on them."""
 
 import json
 
@@ -17,7 +17,7 @@ def group(number, texts, of=None, **fields):
 
 
 def judge(name, samples, **fields):
-  """Why each sample is rejected, of a filter by its name."""
+  """Returns the reason why a filter rejects each sample, or None."""
   made = registry.load("filters", name).Filter(**fields)
   out = list(made.select(iter(samples)))
   assert [(s["id"], s["sample"]) for s, _ in out] == [(s["id"], s["sample"]) for s in samples]

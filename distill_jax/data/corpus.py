@@ -80,8 +80,8 @@ def sequences(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields at most `data.sequences` packed sequences in corpus order, as records without targets.
 
-  Chats are rendered by the template that belongs to data.tokenizer or `pretrained`. They are not
-  cut unless they are longer than a sequence, and only the assistant's tokens are trained on.
+  Chats are rendered by the template that belongs to data.tokenizer or `pretrained`. They are never
+  cut, and only the assistant's tokens are trained on.
 
   Other documents begin with the tokens that the tokenizer puts before a text, as prompts do
   (generation/prompts.py), and end with the end-of-document token.

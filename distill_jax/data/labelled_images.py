@@ -124,7 +124,7 @@ def read(
     bad: The policy for images that cannot be used and for classes without images.
 
   Raises:
-    InputError: If nothing exists at `path`, if IDX files are damaged, or by `bad`.
+    InputError: If nothing exists at `path`, if IDX files are damaged, or if `bad` raises it.
   """
   read_images = _folder if Path(path).is_dir() else _idx
   images = read_images(path, classes, spec, bad)

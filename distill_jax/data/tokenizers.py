@@ -249,7 +249,7 @@ def load_tokenizer(
       the text of a tokenizer.json.
     eos: The token that ends a document, or its id. None: the token in tokenizer_config.json next to
       the file, else the first of `EOS` in the vocabulary, else no token.
-    bos: The token that begins a text, or its id. None: see `eos`, with `BOS`.
+    bos: The token that begins a text, or its id. None: chosen like `eos`, from `BOS`.
 
   Raises:
     InputError: If the file is missing or not a tokenizer, or a token is not in the vocabulary.

@@ -62,8 +62,8 @@ def measure(
     It also contains the scores of `_scores.passed`.
 
   Raises:
-    InputError: If the folder has samples with other settings; if evaluate.on_bad is "stop" and a
-      prompt is too long; or by `dispatch.generate`.
+    InputError: If the folder has samples with other settings, or if evaluate.on_bad is "stop" and a
+      prompt is too long. See also `dispatch.generate`.
     Preempted: If SIGTERM was received. Finished samples are kept.
   """
   row: JsonObject = {}

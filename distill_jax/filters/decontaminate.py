@@ -88,8 +88,10 @@ class Filter(_base.Filter):
       yield from _strings(row)
       return
     for field in self.fields:
-      if not isinstance(row, dict) or field not in row:
-        names = ", ".join(map(repr, row)) if isinstance(row, dict) else "not a JSON object"
+      if not isinstance(row, dict):
+        raise InputError(f"{line.where} is a JSON {type(row).__name__}; expected an object.")
+      if field not in row:
+        names = ", ".join(map(repr, row)) or "no fields"
         raise InputError(
           f"{line.where} has no field {field!r} (it has {names}). Name other fields."
         )

@@ -29,7 +29,7 @@ def generate(
     The result of `local.generate` or `remote.generate`.
 
   Raises:
-    InputError: If a store is requested for a model on a server; or by the two functions.
+    InputError: If a store is requested for a model on a server. See also the two functions.
     Preempted: If SIGTERM was received. Finished samples are kept.
   """
   if not job.server.url:

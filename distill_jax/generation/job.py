@@ -27,16 +27,16 @@ class GenerationJob:
     server: The server of the model. Without a URL, the model is local.
     seed: The seed for sampling and for random weights.
     prompts: The file of prompts.
-    field: See GenerateOptions, also for the following settings.
-    template: See `field`.
-    chat: See `field`.
-    on_bad: See `field`.
-    samples: See `field`.
+    field: See GenerateOptions.
+    template: See GenerateOptions.
+    chat: See GenerateOptions.
+    on_bad: See GenerateOptions.
+    samples: See GenerateOptions.
     sampling: The sampling settings.
-    max_new_tokens: See `field`.
-    stop: See `field`.
-    repetition: See `field`.
-    ignore_eos: See `field`.
+    max_new_tokens: See GenerateOptions.
+    stop: See GenerateOptions.
+    repetition: See GenerateOptions.
+    ignore_eos: See GenerateOptions.
     section: The config section of samples, max_new_tokens and on_bad, for messages.
     open_model: Returns the model if it may be open already. None: `model` is opened.
   """

@@ -53,10 +53,10 @@ class Sampling:
 
     Args:
       section: The name of the section, for messages.
-      temperature: See the class, also for the following arguments.
-      top_k: See `temperature`.
-      top_p: See `temperature`.
-      min_p: See `temperature`.
+      temperature: See the class.
+      top_k: See the class.
+      top_p: See the class.
+      min_p: See the class.
     """
     try:
       return cls(temperature, top_k, top_p, min_p)

@@ -66,7 +66,7 @@ def test_greedy_tokens_equal_those_of_transformers(kind, tmp_path):
 
 
 def test_tokens_do_not_depend_on_the_batch():
-  """Neither the number of rows nor of prefilled prompts matters."""
+  """Neither the number of rows nor the number of prefilled prompts changes them."""
   model, read = random_model(), prompts(256)
   wanted = [(p, s) for p in read for s in range(2)]
   first, *others = (
