@@ -89,14 +89,17 @@ class Adapter(LM):
 
   @property
   def tokenizer_name(self) -> str:
+    """The tokenizer's digest, a key for lm-eval's cache of requests."""
     return self.tokens.digest
 
   def chat_template(self, chat_template: bool | str = False) -> str:
+    """Returns the source of the chat template, or "" if lm-eval does not use it."""
     return self._template().source if chat_template else ""
 
   def apply_chat_template(
     self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
   ) -> str:
+    """Returns the text of a chat; see `ChatTemplate.render`."""
     return self._template().render(chat_history, add_generation_prompt=add_generation_prompt)
 
   def _template(self) -> ChatTemplate:

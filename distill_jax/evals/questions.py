@@ -46,6 +46,7 @@ class Questions:
   left_out: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
   def add(self, where: str, content: Choice | PromptLine) -> None:
+    """Adds a question that can be used; see `Question` for the arguments."""
     self.usable.append(Question(where, content))
 
   def skip(self, where: str, reason: str) -> None:

@@ -84,6 +84,7 @@ def enter_namespaces(root):
 
 
 def mount_tmpfs(target, options, flags):
+  """Mounts an empty tmpfs on a folder."""
   call("mount", b"none", os.fsencode(target), b"tmpfs", flags | MS_NOSUID | MS_NODEV, options)
 
 
@@ -215,6 +216,7 @@ def exec_program(job, root):
 
 
 def main(job):
+  """Runs the outer process; see the module's docstring for its argument and exit codes."""
   end_with_parent()
   root = is_root()
   job["number"] = os.getpid()

@@ -33,6 +33,7 @@ def compare(key: str, answer: str) -> str:
 
 
 def main(seconds: float) -> None:
+  """Reads lines from standard input and writes a verdict for each to standard output."""
   logging.disable()  # math-verify warns that its own time limits are off
   resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
   answers = sys.stdout

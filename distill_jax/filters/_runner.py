@@ -167,6 +167,7 @@ def how_it_ended(child):
 
 
 def main(job, report):
+  """Forks the program's process, runs the test, and writes the report."""
   ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # a process cannot inspect another one
   to_program, to_test = os.pipe(), os.pipe()
   child = os.fork()

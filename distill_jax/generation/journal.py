@@ -114,10 +114,12 @@ class SampleJournal:
     return np.frombuffer(self._binary.read((end - start) * self._record.itemsize), self._record)
 
   def close(self) -> None:
+    """Closes the files, and keeps them for the next run."""
     self._lines.close()
     self._binary.close()
 
   def remove(self) -> None:
+    """Closes and deletes the files, when the output files are written."""
     self.close()
     for name in (LINES, BINARY):
       (self._folder / name).unlink(missing_ok=True)

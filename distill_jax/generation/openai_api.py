@@ -298,6 +298,7 @@ class Responses:
     atomic_io.fsync_dir(self._folder)
 
   def remove(self) -> None:
+    """Deletes the file of responses so far."""
     (self._folder / PART).unlink()
 
   def __enter__(self) -> Responses:

@@ -19,6 +19,7 @@ JournalRow = JsonObject  # a sample's line of the journal; its `prompt` is the p
 
 
 def sample_key(row: JournalRow) -> SampleKey:
+  """Returns the indices of a line's prompt and sample."""
   return row["prompt"], row["sample"]
 
 

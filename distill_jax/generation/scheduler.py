@@ -43,6 +43,7 @@ class GeneratedSample:
 
   @property
   def key(self) -> SampleKey:
+    """The indices of the prompt and the sample."""
     return self.prompt, self.sample
 
   @property
