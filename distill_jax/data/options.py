@@ -14,20 +14,20 @@ class DataOptions:
   (one JSON chat per line), "tfds" (a TensorFlow dataset in array_record format), or "pydoc"
   (Python's language reference, which every Python installation contains)."""
   path: str = ""
-  """File or folder that holds the corpus; "" for "pydoc". For "tfds", a prepared dataset's folder,
+  """File or folder of the corpus; "" for "pydoc". For "tfds", a prepared dataset's folder,
   DATA_DIR/NAME[:VERSION], or the NAME of a dataset in TFDS's default folder."""
   split: str = "train"
   """Split to read: "train" or "heldout"; for "tfds", any split of the dataset, e.g.
   "train[:90%]"."""
   field: str = "text"
-  """Field that holds the text, for "jsonl" and "tfds"."""
+  """Field that contains the text, for "jsonl" and "tfds"."""
   heldout_fraction: float = 0.1
-  """Fraction of the documents that are held out, in [0, 1). A document's split depends on a hash of
-  its text only. 0 puts every document into both splits: use it if the held-out data is a file of
-  its own. Not used by "tfds"."""
+  """Fraction of the documents that are held out, in [0, 1). A document's split depends only on a
+  hash of its text. 0 puts every document into both splits, for a corpus with a separate held-out
+  file. Not used for "tfds"."""
   tokenizer: str = ""
-  """Tokenizer: a tokenizer.json file, a sentencepiece .model file, or a folder that holds one. "":
-  the model's own tokenizer."""
+  """Tokenizer: a tokenizer.json file, a sentencepiece .model file, or a folder with one of them.
+  "": the model's tokenizer."""
   seq_len: int = 1024
   """Length of the packed sequences, in tokens."""
   sequences: int = 0

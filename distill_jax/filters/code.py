@@ -52,7 +52,7 @@ class Filter(_base.Filter):
   """Rejects programs that fail their tests."""
 
   prompt: str = "prompt"
-  """Field of the prompt's line with the beginning of the program. If it holds chat messages, the
+  """Field of the prompt's line with the beginning of the program. If it contains chat messages, the
   sample must be the whole program."""
   test: str = "test"
   """Field of the prompt's line with the test, Python code that defines check(candidate)."""

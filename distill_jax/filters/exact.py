@@ -18,7 +18,7 @@ class Filter(SampleFilter):
   """Rejects answers that differ from the answer key."""
 
   key: str = "answer"
-  """Field of the prompt's line that holds the answer key."""
+  """Field of the prompt's line that contains the answer key."""
   of: str = "text"
   r"""Part of the text after the reasoning to compare: "text" (all of it), "last line", or "final"
   (the content of the last \boxed{…}, else the text after "####", else the last number)."""

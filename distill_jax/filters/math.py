@@ -35,8 +35,8 @@ class Filter(_base.Filter):
   """Rejects answers that are not mathematically equal to the answer key."""
 
   key: str = "answer"
-  r"""Field of the prompt's line that holds the answer key: the answer alone, or a solution with the
-  answer in \boxed{…} or after "####"."""
+  r"""Field of the prompt's line with the answer key: the answer alone, or a solution that contains
+  the answer in \boxed{…} or after "####"."""
   box_only: bool = False
   r"""True to accept answers only in \boxed{…}; False to accept also the text after "####" or,
   without one, the last number."""

@@ -10,7 +10,7 @@ class FilterOptions:
   """The samples that the command `filter` reads, and the order in which it applies `filters`."""
 
   samples: str = ""
-  """File of samples written by `generate`, or the folder that holds it. "": the workdir."""
+  """File of samples written by `generate`, or the folder that contains it. "": the workdir."""
   order: tuple[str, ...] = ()
   """Names of all entries of `filters`, in the order in which they are applied. (): allowed if
   there is only one."""
