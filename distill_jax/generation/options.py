@@ -68,8 +68,8 @@ class GenerateOptions(DecodingOptions):
   """File of prompts: a .jsonl file with one JSON object per line, or a text file with one prompt
   per line."""
   field: str = "prompt"
-  """Field of the JSON objects with the prompt: text or a list of chat messages. Set to "text" to use
-  a filtered sample's completion as the next prompt; its answer key is carried over."""
+  """Field of the JSON objects with the prompt: text or a list of chat messages. Set to "text" to
+  use a filtered sample's completion as the next prompt; its answer key is carried over."""
   template: str = ""
   """Template applied to the prompt (or to its last message); must contain {prompt}. Example:
   "Rephrase and keep all numbers:\\n{prompt}". "": prompts are used unchanged."""
