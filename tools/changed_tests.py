@@ -1,7 +1,7 @@
 """Runs the tests of the files that differ from main: `tools/changed_tests.py COMMAND...`.
 
 A file of the package has the tests of the same path: for distill_jax/nn/fused_head.py, all of
-tests/nn/test_fused_head*.py. Where there are none, all tests of its folder run. A changed test
+tests/nn/test_fused_head*.py. If it has no such tests, all tests of its folder run. A changed test
 file is run itself. A changed helper of the tests, such as tests/tiny.py, runs the files that
 import it.
 """
