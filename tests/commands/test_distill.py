@@ -120,7 +120,7 @@ def test_two_processes_make_the_same_student(models, whole):
 def test_the_single_verbs_take_its_config(models, whole, capsys, monkeypatch):
   """`train` finds its run finished; the config is that of the run."""
   config = f"--config={models}/whole/config.py"
-  argv = ["distill-jax", "train", config, f"--workdir={models}/whole/train"]
+  argv = ["distill-jax", "train", config, f"--workdir={models}/whole/train", "--nojson"]
   monkeypatch.setattr(sys, "argv", argv)
   cli.main(argv)
   assert "step: 5\n" in capsys.readouterr().out
