@@ -54,7 +54,6 @@ DIALECT = {
 DIALECT_PATTERNS = [(re.compile(rf"\b({p})\b", re.I), plain) for p, plain in DIALECT.items()]
 
 # Files that are not rewritten yet, as path prefixes. This list shrinks to nothing.
-PENDING: tuple[str, ...] = ("distill_jax/records/",)
 
 
 def config_keys(tree, prefix="") -> Iterator[str]:
