@@ -53,8 +53,6 @@ DIALECT = {
 }
 DIALECT_PATTERNS = [(re.compile(rf"\b({p})\b", re.I), plain) for p, plain in DIALECT.items()]
 
-# Files that are not rewritten yet, as path prefixes. This list shrinks to nothing.
-
 
 def config_keys(tree, prefix="") -> Iterator[str]:
   """Yields every dotted key of a config."""
@@ -146,10 +144,6 @@ def faults(path: Path) -> list[str]:
   return sorted(found, key=lambda fault: int(fault.split(":")[0]))
 
 
-def is_pending(path: Path) -> bool:
-  return str(path.relative_to(ROOT)).startswith(PENDING)
-
-
 def folder(path: Path) -> str:
   """Returns the first two parts of a file's path, such as "distill_jax/nn"."""
   return "/".join(path.relative_to(ROOT).parts[:2])
@@ -157,7 +151,7 @@ def folder(path: Path) -> str:
 
 @pytest.mark.parametrize("name", sorted({folder(path) for path in FILES}))
 def test_reads_as_plain_english(name):
-  checked = [path for path in FILES if folder(path) == name and not is_pending(path)]
+  checked = [path for path in FILES if folder(path) == name]
   found = [f"{path.relative_to(ROOT)}:{fault}" for path in checked for fault in faults(path)]
   assert not found, "\n".join(found)
 
