@@ -158,8 +158,8 @@ def test_training_errors_keep_the_old_file(tmp_path):
   out = tmp_path / "a.model"
   out.write_bytes(b"kept")
   for docs, size, kind, message in [
-    ([], 300, "unigram", "holds no text"),
-    (["", "\n"], 300, "bpe", "holds no text"),
+    ([], 300, "unigram", "has no text"),
+    (["", "\n"], 300, "bpe", "has no text"),
     (["abc"], 5000, "unigram", "5000 pieces.*too high"),
     (["abc"], 10, "bpe", "10 pieces"),
     (["abc"], 300, "word", "model_type is 'word'"),

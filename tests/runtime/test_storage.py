@@ -15,8 +15,6 @@ from distill_jax.records.store import open_store
 from distill_jax.runtime import storage
 from distill_jax.training.metric_writer import read_metrics
 
-pytestmark = pytest.mark.smoke
-
 ROOT = Path(__file__).parents[2]
 
 
