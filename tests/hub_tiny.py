@@ -1,4 +1,4 @@
-"""Small checkpoints for the hub's tests, written by other people's writers."""
+"""Small checkpoints for the tests of hub/, written by other libraries."""
 
 import json
 import pathlib
@@ -23,7 +23,7 @@ CONFIG = llama.Config(
 
 
 def torch_shapes(c: llama.Config) -> dict[str, tuple[int, ...]]:
-  """What transformers calls the tensors, written out by hand."""
+  """Returns the tensors under the names of transformers, written by hand."""
   D, F, q, kv = (
     c.hidden_size,
     c.intermediate_size,
@@ -90,7 +90,7 @@ GGUF_NAMES = {
 
 
 def permute(x: np.ndarray, heads: int) -> np.ndarray:
-  """What llama.cpp's converter does to the rows of q and k."""
+  """Permutes the rows of q and k as the converter of llama.cpp does."""
   return x.reshape(heads, 2, x.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(x.shape)
 
 
@@ -102,7 +102,7 @@ def write_gguf(
   meta: dict | None = None,
   tokens: int | None = None,
 ) -> dict[str, np.ndarray]:
-  """Writes with the gguf package; returns the tensors that a right reader gives."""
+  """Writes a file with the gguf package; returns the tensors that a correct reader returns."""
   kind = gguf.GGMLQuantizationType[quant]
   w = gguf.GGUFWriter(path, "llama")
   w.add_context_length(c.max_position_embeddings)

@@ -24,7 +24,7 @@ WIDE = dataclasses.replace(CONFIG, hidden_size=64, intermediate_size=80)
 
 
 def quantised(seed: int = 0, block=BLOCK) -> tuple[dict, dict]:
-  """(tensors as they are stored, their true values); matrices of layers only, as DeepSeek's."""
+  """Returns (stored tensors, their values); only matrices of layers are quantized, as in DeepSeek."""
   rng, stored, true = np.random.default_rng(seed), {}, {}
   for name, x in tensors(WIDE).items():
     stored[name] = true[name] = x
@@ -81,8 +81,8 @@ def test_transformers_reads_the_same(tmp_path):
   )
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   ours = load.load_model(open_model(str(path)), mesh, layers.ComputeConfig())
-  # Four layers where parity's models have three, and another processor adds in another order:
-  # below 1.3e-5 on one machine, 1.9e-5 on another. Twice that.
+  # Twice the error on the worst machine (1.3e-5 on one, 1.9e-5 on another). The error is larger
+  # than in parity.py, whose models have three layers instead of four.
   assert max(parity.forward_errors(theirs, ours, parity.tokens() % 48)) < 3.8e-5
 
 

@@ -40,7 +40,7 @@ def mutate(data: bytes, header: int, rng: np.random.Generator) -> bytes:
     return data[:at] + some + data[at:]
   if kind == 3:  # bytes lost
     return data[:at] + data[at + len(some) :]
-  if kind == 4:  # cut short
+  if kind == 4:  # truncated
     return data[: int(rng.integers(len(data)))]
   other = int(rng.integers(end))  # a piece copied elsewhere
   return data[:at] + data[other : other + 16] + data[at + 16 :]

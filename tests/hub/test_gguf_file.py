@@ -87,7 +87,7 @@ def test_other_files_raise(tmp_path):
 
 
 def test_a_huge_count_raises_immediately(tmp_path):
-  """The gguf package's own reader would walk such an array for hours."""
+  """The reader of the gguf package would read such an array for hours."""
   head = b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little")
   key = (1).to_bytes(8, "little") + b"k" + (9).to_bytes(4, "little")
   for inner in (0, 8, 9, 77):

@@ -145,7 +145,7 @@ def test_host_memory_is_the_parameters_and_one_tensor(tmp_path):
   tracemalloc.stop()
   largest = 4 * c.vocab_size * c.hidden_size
   assert peak < 4 * params.count(model) + 1.1 * largest + 2**20
-  # numpy's memory is what is traced; that it is also jax's needs its address.
+  # Only memory of numpy is traced. The address shows that jax uses the same memory.
   buffers = [x.addressable_data(0).unsafe_buffer_pointer() for x in jax.tree.leaves(model)]
   assert all(b % 64 == 0 for b in buffers)
 

@@ -86,7 +86,7 @@ def test_flops_agree_with_xla_for_one_layer(monkeypatch):
       37.6,
     ),  # arXiv:2412.19437: 37 activated, with one embedding table
     ("qwen3", "qwen3-30b-a3b", 3.35),  # arXiv:2505.09388: 3.3 activated
-    ("qwen2", "qwen2.5-7b", 7.61),  # all of it, arXiv:2412.15115
+    ("qwen2", "qwen2.5-7b", 7.61),  # all parameters, arXiv:2412.15115
   ],
 )
 def test_active_weights_agree_with_published_numbers(family, shape, billions):
@@ -216,7 +216,7 @@ R1 = [
   (path, seq_len)
   for path in sorted(CONFIGS.glob("r1_*.py"))
   for seq_len in ("4096", "32768")
-  if seq_len == "32768" or "r1_sft" not in path.stem  # those have one length
+  if seq_len == "32768" or "r1_sft" not in path.stem  # configs/r1_sft_*.py have one length
 ]
 
 
@@ -465,7 +465,9 @@ def test_the_smallest_slice_can_have_another_mesh(monkeypatch):
 def test_libtpu_prints_nothing_without_a_tpu():
   script = "from distill_jax import cli; cli.hush_libtpu(); import jax; jax.devices()"
   env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_PLATFORMS", "TPU_"))}
-  env["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"  # else another process's lock would silence it
+  env["ALLOW_MULTIPLE_LIBTPU_LOAD"] = (
+    "true"  # otherwise the lock of another process would suppress the output
+  )
   ran = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
   assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
