@@ -29,7 +29,7 @@ def scaled(weights: Weights, quantization: Any, path: pathlib.Path) -> Weights:
     path: the folder, for errors.
 
   Raises:
-    InputError: The weights have another quantization, or a matrix and its scales do not fit
+    InputError: The weights have another quantisation, or a matrix and its scales do not fit
       together.
   """
   if quantization is None:
@@ -37,8 +37,8 @@ def scaled(weights: Weights, quantization: Any, path: pathlib.Path) -> Weights:
   method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
   if method != "fp8":
     raise InputError(
-      f"{path} is quantized by {method!r:.60}, but only block-scaled 'fp8' can be read. Use the "
-      "weights before quantization."
+      f"{path} is quantised by {method!r:.60}, but only block-scaled 'fp8' can be read. Use the "
+      "weights before quantisation."
     )
   block = quantization.get("weight_block_size")
   whole = isinstance(block, list) and all(type(n) is int and 0 < n < 2**31 for n in block)

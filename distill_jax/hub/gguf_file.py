@@ -331,7 +331,7 @@ class _Cursor:
     if kind not in known or not (plain or hasattr(quants, known[kind].name)):
       raise InputError(
         f"{self.path}: {name} has type {kind}, which the gguf package cannot read. Use a file with "
-        "another quantization."
+        "another quantisation."
       )
     return known[kind]
 

@@ -24,7 +24,7 @@ WIDE = dataclasses.replace(CONFIG, hidden_size=64, intermediate_size=80)
 
 
 def quantised(seed: int = 0, block=BLOCK) -> tuple[dict, dict]:
-  """Returns (stored tensors, their values); only matrices of layers are quantized, as in DeepSeek."""
+  """Returns (stored tensors, their values); only matrices of layers are scaled, as in DeepSeek."""
   rng, stored, true = np.random.default_rng(seed), {}, {}
   for name, x in tensors(WIDE).items():
     stored[name] = true[name] = x
@@ -118,14 +118,14 @@ def test_tensors_that_do_not_fit_their_scales_raise(case, tmp_path):
 @pytest.mark.parametrize(
   "change, word",
   [
-    ({"quant_method": "gptq"}, "quantized by 'gptq'"),
+    ({"quant_method": "gptq"}, "quantised by 'gptq'"),
     ({"weight_block_size": None}, "weight_block_size is None"),
     ({"weight_block_size": [128]}, "weight_block_size"),
     ({"weight_block_size": [0, 128]}, "weight_block_size"),
     ({"weight_block_size": [True, 128]}, "weight_block_size"),
   ],
 )
-def test_another_quantization_raises(change, word, tmp_path):
+def test_another_quantisation_raises(change, word, tmp_path):
   with pytest.raises(InputError, match=word):
     open_model(str(folder_of(tmp_path, quantised()[0], **change)))
 
