@@ -42,10 +42,8 @@ PyTree = Any  # a tree of arrays, or of a value for each array, such as its shap
 Tree = TypeVar("Tree")  # a PyTree; the function returns one of the same structure
 QKV = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys, values
 JsonObject = dict[str, Any]  # a parsed JSON object, or a dict to write as one
-# A divergence: (log p, log q) -> the terms of its sum, elementwise over the last axis.
-Terms = Callable[[jax.Array, jax.Array], jax.Array]
-# Sentinel class count of contrastive tasks, whose "classes" are the other examples of the batch;
-# larger than any batch.
+Terms = Callable[[jax.Array, jax.Array], jax.Array]  # (log p, log q) -> a divergence's terms
+# Sentinel class count, above any batch, of contrastive tasks: their classes are a batch's examples.
 IN_BATCH_CLASSES = 2**20
 
 
@@ -62,11 +60,9 @@ class Inputs(struct.PyTreeNode):
 
   @classmethod
   def of(cls, tokens_BT: Any, segments_BT: Any = None) -> Inputs:
-    """Returns the inputs of packed rows, with positions that begin at 0 in each segment.
+    """Returns the inputs for numpy or jax arrays, with positions from 0 in each segment.
 
-    Args:
-      tokens_BT: Token ids, as a numpy or jax array.
-      segments_BT: Documents of each row, numbered from 1; 0 is padding. None: one document a row.
+    Without `segments_BT`, each row is one document.
     """
     xp: Any = jnp if isinstance(tokens_BT, jax.Array) else np
     tokens_BT = xp.asarray(tokens_BT, np.int32)
@@ -132,10 +128,7 @@ class Targets(struct.PyTreeNode, kw_only=True):
   ) -> jax.Array:
     """Returns the divergence between these targets and the student's logits, float32 [B, C].
 
-    Args:
-      terms: the divergence; see losses/divergences.py.
-      logits_BCV: the student's logits for the same chunk of positions as these targets.
-      temperature: the temperature of both distributions.
+    `terms` is from losses/divergences.py, and `temperature` applies to both distributions.
     """
     raise NotImplementedError
 
@@ -170,8 +163,7 @@ class Recorded:
   Attributes:
     temperature: the temperature of the recorded distribution.
     missing_mass: the convention for the probability mass outside top-k records.
-    taps: the layers whose features are recorded, in order.
-    tap_kind: the kind of these features, "hidden" or "qkv".
+    taps: the layers whose features are recorded, in order; `tap_kind` is "hidden" or "qkv".
   """
 
   temperature: float = 1.0
@@ -210,9 +202,7 @@ class Batch(struct.PyTreeNode):
   def model_inputs(self) -> ModelInputs:
     """The model's inputs; raises InputError if they are None."""
     if self.inputs is None:
-      raise bad_value(
-        "Batch.inputs", None, "the inputs of a model", "Make the batch with its model's inputs"
-      )
+      raise bad_value("Batch.inputs", None, "a model's inputs", "Make the batch with them")
     return self.inputs
 
   def mask_for_teacher_losses(self) -> jax.Array:
@@ -230,9 +220,8 @@ class Batch(struct.PyTreeNode):
   def with_contrastive_labels(self) -> Batch:
     """Returns the batch with labels for a contrastive head: rows for B texts, then for B images.
 
-    Row i of the batch has two positions. Its image, position 0, has label i among the first B rows
-    of the head; its text, position 1, has label B + i among the others. The batch must be global:
-    call this in jit but outside shard_map.
+    Position 0 of row i, its image, has label i among the first B rows of the head; position 1, its
+    text, has label B + i among the others. The batch must be global, i.e. not in shard_map.
     """
     B = len(self.mask_BT)
     first_2 = jnp.array([0, B], jnp.int32)
@@ -252,10 +241,8 @@ class Output(struct.PyTreeNode):
     head_VD: [V, D], the unembedding: logits = hidden @ head.T.
     soft_cap: the soft cap of the logits; see fused_head.soft_cap.
     taps_PBTD: the residual stream after each tapped layer.
-    embedding_BTD: the embedding of each position's whole input (an image or a text), for families
-      that compute one.
-    contrastive: whether the rows of the head are the examples of the batch. If so,
-      Batch.with_contrastive_labels sets the labels.
+    embedding_BTD: the embedding of each position's whole image or text, if the family has one.
+    contrastive: whether the head's rows are the batch's examples; see with_contrastive_labels.
   """
 
   hidden_BTD: jax.Array
