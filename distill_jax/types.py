@@ -43,8 +43,7 @@ Tree = TypeVar("Tree")  # a PyTree; the function returns one of the same structu
 QKV = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys, values
 JsonObject = dict[str, Any]  # a parsed JSON object, or a dict to write as one
 Terms = Callable[[jax.Array, jax.Array], jax.Array]  # (log p, log q) -> a divergence's terms
-# Sentinel class count, above any batch, of contrastive tasks: their classes are a batch's examples.
-IN_BATCH_CLASSES = 2**20
+IN_BATCH_CLASSES = 2**20  # class count of contrastive tasks: above the size of any batch
 
 
 class Inputs(struct.PyTreeNode):
@@ -60,10 +59,7 @@ class Inputs(struct.PyTreeNode):
 
   @classmethod
   def of(cls, tokens_BT: Any, segments_BT: Any = None) -> Inputs:
-    """Returns the inputs for numpy or jax arrays, with positions from 0 in each segment.
-
-    Without `segments_BT`, each row is one document.
-    """
+    """Returns inputs with positions from 0 in each segment; by default, a row is one segment."""
     xp: Any = jnp if isinstance(tokens_BT, jax.Array) else np
     tokens_BT = xp.asarray(tokens_BT, np.int32)
     ones_BT = xp.ones_like(tokens_BT)
