@@ -19,6 +19,7 @@ A config file starts from `config.base()`, which holds every key with its defaul
 ```python
 from distill_jax import config
 
+
 def get_config():
   c = config.base()
   c.teacher.source = "models/teacher"
