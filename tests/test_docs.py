@@ -38,8 +38,6 @@ def blocks(page, language):
 
 # Links, commands, keys and files.
 
-PENDING = {"smoke", "test-changed"}  # in the making
-
 
 @pytest.fixture(scope="module", params=PAGES, ids=lambda path: path.name)
 def page(request):
@@ -65,8 +63,6 @@ def test_links_lead_to_pages_and_headings(page):
       continue
     name, _, anchor = target.partition("#")
     linked = path.parent / name if name else path
-    if linked.name in PENDING:
-      continue
     assert linked.exists(), f"{path.name} links to {target}"
     if anchor:
       found = anchors(linked.read_text(encoding="utf-8"))
@@ -122,7 +118,7 @@ def test_commands_name_verbs_flags_and_keys(page):
     if verb.startswith("--"):
       assert verb in ("--help", "--version"), where
       continue
-    assert verb in VERBS or verb in PENDING, where
+    assert verb in VERBS, where
     for argument in arguments:
       flag, _, value = argument.partition("=")
       if flag.startswith("--config."):
@@ -162,13 +158,13 @@ def test_make_targets_exist(page):
   targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
   for line in code(text):
     if match := re.match(r"make ([a-z -]+?)(?: +#.*)?$", line.strip()):
-      assert set(match[1].split()) <= targets | PENDING, f"{path.name}: {line}"
+      assert set(match[1].split()) <= targets, f"{path.name}: {line}"
 
 
 def test_every_page_is_in_the_navigation():
   nav = (ROOT / "mkdocs.yml").read_text()
   named = set(re.findall(r"[\w-]+\.md", nav.partition("\nnav:")[2]))
-  assert named - PENDING == {path.name for path in DOCS.glob("*.md")} - PENDING
+  assert named == {path.name for path in DOCS.glob("*.md")}
 
 
 def test_no_page_needs_the_network(page):
