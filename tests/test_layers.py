@@ -1,6 +1,7 @@
 """The import rules of the package: what may import what."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,10 @@ def test_a_file_is_short_and_formatted_throughout(name):
   texts = {path: path.read_text() for path in modules(name)}
   assert not [path for path, text in texts.items() if len(text.splitlines()) > 350]
   assert not [path for path, text in texts.items() if "# fmt:" in text]
+
+
+def test_no_test_file_imports_another_and_all_are_short():
+  texts = {path: path.read_text() for path in Path(__file__).parent.rglob("*.py")}
+  imports = re.compile(r"^\s*(from|import) (\w+\.)*test_\w+", re.M)
+  assert not [path for path, text in texts.items() if imports.search(text)]
+  assert not [path for path, text in texts.items() if len(text.splitlines()) > 400]

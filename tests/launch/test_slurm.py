@@ -1,0 +1,42 @@
+"""launch/slurm.sbatch: arguments, exit codes, and a stopped run that is queued again."""
+
+import json
+import os
+import sys
+
+import pytest
+from launcher import ROOT, VERB, executable, run
+
+
+def slurm(tmp_path, code, *words, env=None, expect=0):
+  """Runs the script with fake srun and scontrol."""
+  show = (
+    f"#!{sys.executable}\nimport json, pathlib, sys\n"
+    f"pathlib.Path({str(tmp_path)!r}, '{{name}}').write_text(json.dumps(sys.argv[1:]))\n"
+    "sys.exit({code})\n"
+  )
+  executable(tmp_path / "srun", show.format(name="srun.json", code=code))
+  executable(tmp_path / "scontrol", show.format(name="scontrol.json", code=0))
+  path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **(env or {})}
+  return run(["bash", ROOT / "launch/slurm.sbatch", *words], env=path, code=expect)
+
+
+def test_slurm_passes_arguments_and_requeues_a_stopped_run(tmp_path):
+  slurm(tmp_path, 75, *VERB)
+  said = json.loads((tmp_path / "srun.json").read_text())
+  assert said == ["--kill-on-bad-exit=0", "distill-jax", *VERB, "--distributed=auto"]
+  assert json.loads((tmp_path / "scontrol.json").read_text()) == ["requeue", "7"]
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_slurm_exits_with_the_code_of_the_run(tmp_path, code):
+  slurm(tmp_path, code, *VERB, expect=code)
+  assert not (tmp_path / "scontrol.json").exists()
+
+
+def test_slurm_dry_run(tmp_path):
+  said = slurm(tmp_path, 0, *VERB, env={"DRY_RUN": "1"}).stdout
+  assert not (tmp_path / "srun.json").exists()
+  words = run(["bash", "-c", f"printf '%s\\0' {said.strip()}"]).stdout.split("\0")[:-1]
+  assert words == ["srun", "--kill-on-bad-exit=0", "distill-jax", *VERB, "--distributed=auto"]
+  assert "There is nothing to run" in slurm(tmp_path, 0, expect=2).stderr

@@ -1,0 +1,108 @@
+"""The programs that preflight compiles have the arguments, and so the bytes, of a run."""
+
+import importlib.util
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from preflight_config import CONFIGS, model_config
+
+from distill_jax import config
+from distill_jax.commands import record
+from distill_jax.models import loading
+from distill_jax.nn import params, sharding
+from distill_jax.preflight import (
+  chips,
+  estimate,
+  programs,
+)
+from distill_jax.training import loader
+from distill_jax.training import stores as training_stores
+
+
+@pytest.mark.parametrize(
+  "records",
+  [
+    {"logp": True},
+    {"kind": "topk", "taps": (1,), "taps_width": 8},
+  ],
+)
+def test_the_planned_batch_has_the_shapes_of_the_loader(tmp_path, records):
+  c = tiny.tiny(tmp_path)
+  c.teacher.source = ""
+  c.records.update(records)
+  c = config.resolve(c)
+  (tmp_path / "records").mkdir()
+  record.run(c, tmp_path / "records")
+  stores = training_stores.open_stores(c)
+  real = next(loader.batches(stores, batch_size=4, seed=0))
+  mesh = sharding.make_mesh(fsdp=4)
+  about = programs.planned_manifest(c)
+  ours = programs.planned_batch(about, programs.placeholder_text(about), ["teacher"], None, 4, mesh)
+  shape = lambda x: (x.shape, np.dtype(x.dtype))
+  assert jax.tree.map(shape, ours) == jax.tree.map(shape, real)
+
+
+@pytest.mark.parametrize(
+  "verb, changes",
+  [
+    ("record", {}),
+    ("train", {"train.online": True}),
+    ("train", {"student.train": "lora", "student.lora.rank": 2}),
+  ],
+)
+def test_argument_bytes_agree_with_the_compiler(verb, changes):
+  c = model_config()
+  c.update_from_flattened_dict(changes)
+  program = programs.lower(config.resolve(c), verb, sharding.make_mesh(fsdp=2, tensor=2))
+  memory = program.lowered.compile().memory_analysis()
+  given = sum(program.arguments.values())
+  assert given == pytest.approx(memory.argument_size_in_bytes, abs=200)  # scalars and keys
+
+
+def test_argument_bytes_without_compiling():
+  mesh = sharding.make_mesh(fsdp=2, tensor=2)
+  for rank in (0, 2):
+    c = model_config()
+    c.student.train, c.student.lora.rank = "lora" if rank else "whole", rank
+    c = config.resolve(c)
+    for verb in ("train", "record"):
+      told = programs.lower(c, verb, mesh).arguments
+      want = sum(n for name, n in told.items() if name != "batch")
+      assert estimate.argument_bytes(c, verb, mesh) == pytest.approx(want, rel=0.01)
+
+
+def test_a_named_shape_replaces_the_source():
+  c = model_config()
+  c.teacher.source = "hub:somebody/model"
+  c = programs.without_weights(config.resolve(c))
+  assert c.teacher.source == "" and params.count(loading.open_source(c.teacher).abstract)
+
+
+R1 = [
+  (path, seq_len)
+  for path in sorted(CONFIGS.glob("r1_*.py"))
+  for seq_len in ("4096", "32768")
+  if seq_len == "32768" or "r1_sft" not in path.stem  # configs/r1_sft_*.py have one length
+]
+
+
+@pytest.mark.parametrize(("path", "seq_len"), R1, ids=lambda x: getattr(x, "stem", x))
+def test_the_r1_configs_fit_the_slices_in_their_docstrings(path, seq_len, monkeypatch):
+  """The slice has the size of the mesh, and the batch is divisible by it."""
+  monkeypatch.syspath_prepend(CONFIGS)
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  made = module.get_config() if "r1_sft" in path.stem else module.get_config(seq_len)
+  c = programs.without_weights(config.resolve(made))
+  verb = "record" if path.stem == "r1_record" else "train"
+  model = c.teacher if verb == "record" else c.student
+  assert c.data.seq_len == int(seq_len) <= loading.open_source(model).config.max_position_embeddings
+  assert estimate.total_tokens(c, verb) == 2**33 >> (verb == "record")
+  size = chips.parse(re.search(r"--topology=(\S+)", module.__doc__)[1])[1]
+  data, fsdp, tensor = sharding.mesh_shape(**vars(c.mesh), devices=size)
+  rows = c.records.batch_size if verb == "record" else c.train.batch_size
+  assert rows % (data * fsdp) == 0 and data * fsdp * tensor == size
