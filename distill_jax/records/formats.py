@@ -1,6 +1,6 @@
-"""Records in the form that trainers take: shifted labels, positions, segments, top-k arrays.
+"""Records in the formats of trainers: shifted labels, positions, segments and top-k arrays.
 
-All of this is numpy. grain, Tunix and jax are imported where a dataset for them is made.
+The functions use numpy. grain, Tunix and jax are imported only to make a dataset for them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
   from distill_jax.types import Batch
 
 FORMATS = ("plain", "maxtext", "tunix", "batch")
-UNUSED = -1e4  # the logit of entries that a position does not use; its exponential is 0
+UNUSED = -1e4  # logit of unused entries; its exponential is 0
 
 
 def example(record: Record, m: Manifest) -> Record:
@@ -63,11 +63,11 @@ def example(record: Record, m: Manifest) -> Record:
 
 
 def top_k(record: Record) -> tuple[np.ndarray, np.ndarray]:
-  """Returns a record's entries as top-k arrays: distinct ids, int32 [T, K], and logits, float32.
+  """Returns a record's entries as top-k arrays: distinct ids, int32 [T, K], and float32 logits.
 
-  The logits are log-probabilities of top-k and dense records, and logarithms of the weights of
-  sampled ones. Unused entries have the logit -1e4 and ids that the position does not use, so that
-  the arrays can be scattered into a row of the vocabulary.
+  The logits are log-probabilities for "topk" and "dense" records, and logarithms of the weights for
+  "sampled" ones. Unused entries have the logit -1e4 and ids that do not occur at the position, so
+  that the arrays can be scattered into a row of the vocabulary.
   """
   ids_TK = record[IDS.read]
   if WEIGHT.read in record:
@@ -77,25 +77,27 @@ def top_k(record: Record) -> tuple[np.ndarray, np.ndarray]:
     logits_TK = record[LOGP.read]
   used_TK = logits_TK > -np.inf
   T, K = ids_TK.shape
-  # Among the first 2 K ids at least K are free; fewer where the vocabulary is smaller than that,
-  # and then K - M of them are free all the same, where M entries are used.
+  # At least K of the first 2 K ids are free. In a smaller vocabulary fewer are, but always enough
+  # for the K - M unused entries of a position with M used ones.
   taken = np.zeros((T, 2 * K), bool)
   t_TK = np.broadcast_to(np.arange(T)[:, None], (T, K))
   low_TK = used_TK & (ids_TK < 2 * K)
   taken[t_TK[low_TK], ids_TK[low_TK]] = True
   free_TK = np.argsort(taken, axis=1, kind="stable")[:, :K]
-  place_TK = np.maximum(np.cumsum(~used_TK, axis=1) - 1, 0)  # of each unused entry among them
+  place_TK = np.maximum(
+    np.cumsum(~used_TK, axis=1) - 1, 0
+  )  # index of each unused entry among the unused ones
   filled_TK = np.take_along_axis(free_TK, place_TK, 1)
   ids_TK = np.where(used_TK, ids_TK, filled_TK).astype(np.int32)
   return ids_TK, np.where(used_TK, logits_TK, UNUSED).astype(np.float32)
 
 
 def maxtext(record: Record, m: Manifest) -> Record:
-  """Returns a record under the keys that MaxText's trainers read.
+  """Returns a record with the keys of MaxText's trainers.
 
   Returns:
     inputs, inputs_position, inputs_segmentation, targets, targets_position, targets_segmentation,
-    int32 [T]; of a store with targets also top_k_indices int32 and top_k_logits float32 [T, K].
+    int32 [T]; for stores with targets also top_k_indices int32 and top_k_logits float32 [T, K].
   """
   whole = example(record, m)
   names = [f"{side}{part}" for side in ("inputs", "targets") for part in ("", "_position")]
@@ -107,10 +109,10 @@ def maxtext(record: Record, m: Manifest) -> Record:
 
 
 def tunix_fields(record: Record, m: Manifest) -> dict[str, Any]:
-  """Returns the arrays of a TunixInput, under its fields' names; see `tunix_input_class`."""
+  """Returns the fields of a TunixInput, by name; see `tunix_input_class`."""
   whole = maxtext(record, m)
   mask_T = np.zeros_like(record["mask_T"])
-  mask_T[1:] = record["mask_T"][:-1]  # Tunix masks tokens, and not the positions before them
+  mask_T[1:] = record["mask_T"][:-1]  # Tunix masks tokens, not the positions before them
   out: dict[str, Any] = {
     "input_tokens": whole["inputs"],
     "input_mask": mask_T,
@@ -123,11 +125,11 @@ def tunix_fields(record: Record, m: Manifest) -> dict[str, Any]:
 
 @functools.cache
 def tunix_input_class() -> Any:
-  """Returns the dataclass of Tunix batches: its distillation TrainingInput and two more fields.
+  """Returns the dataclass of Tunix batches, a subclass of its distillation TrainingInput.
 
-  Its fields are input_tokens, input_mask (True at tokens that are trained on) and teacher_output, a
-  dict of top_k_indices and top_k_logits, of Tunix; positions and segment_ids are added, because
-  rows are packed.
+  The fields of Tunix are input_tokens, input_mask (True at tokens that are trained on) and
+  teacher_output, a dict of top_k_indices and top_k_logits. The subclass adds positions and
+  segment_ids, because rows are packed.
   """
   try:
     trainer = importlib.import_module("tunix.distillation.distillation_trainer")
@@ -177,14 +179,14 @@ def as_dataset(
 
 
 def batch_function(m: Manifest) -> Callable[[Sequence[Record]], Batch]:
-  """Returns the function from records of a store to a Batch of numpy arrays, with its targets."""
+  """Returns a function from records of a store to a Batch of numpy arrays with targets."""
   from distill_jax.records import collate
 
   return functools.partial(collate.collate, recorded=collate.recorded_of(m))
 
 
 class _Make:
-  """A function from a dict of fields to a dataclass, which grain may pickle by its name."""
+  """A function from a dict of fields to a dataclass, which grain can pickle."""
 
   def __init__(self, cls: Any):
     self._cls = cls

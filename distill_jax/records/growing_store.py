@@ -1,4 +1,4 @@
-"""Writing a store whose number of sequences need not be known before its end."""
+"""Writing of a store whose number of sequences may be unknown until its end."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from distill_jax.records.store import Store, Writer, unfinished_store
 
 
 class GrowingStore:
-  """Writes records in order, each shard in the background once it is full; resumes.
+  """Writer of records in order, which writes full shards in the background and resumes.
 
   Args:
     folder: The folder of the store.
-    manifest: The manifest without corpus and extents, which are those of the records.
-    sequences: Number of records in all; None if it is not known.
+    manifest: The manifest. Its corpus and extents are replaced by those of the records.
+    sequences: Total number of records; None if it is not known.
   """
 
   def __init__(self, folder: Path, manifest: Manifest, sequences: int | None):
     self._folder, self._manifest, self._sequences = folder, manifest, sequences
     self._writer: Writer | None = None
-    self._found: Store | None = None  # the shards that earlier runs have finished
+    self._found: Store | None = None  # shards that earlier runs finished
     self._background = ThreadPoolExecutor(1)
     self._writing: Future[Any] | None = None
-    self._shard: list[Record] = []  # the records of the shard that is being filled
+    self._shard: list[Record] = []  # records of the current shard
     self._added = 0
 
   def stored(self, first: int, rows: Sequence[Record]) -> list[bool]:
-    """Returns which rows are stored already by earlier runs.
+    """Returns True for each row that earlier runs have stored.
 
     Args:
-      first: Number of the first row.
+      first: Index of the first row.
       rows: Rows, with or without targets.
 
     Raises:
@@ -59,7 +59,7 @@ class GrowingStore:
     return [any(i in shard for shard in shards) for i in range(first, past)]
 
   def add(self, records: Sequence[Record]) -> None:
-    """Adds records. Those that are stored already need no targets."""
+    """Adds records. Records that are already stored may lack targets."""
     for record in records:
       if self._writer is None and self._sequences is not None:
         self._open(record, self._sequences)
@@ -73,7 +73,7 @@ class GrowingStore:
     """Writes the last shard and completes the store.
 
     Raises:
-      InputError: There are fewer records than planned, or none.
+      InputError: There are fewer records than planned, or no records.
     """
     if self._sequences is not None and self._added < self._sequences:
       expected = f"the number of rows that were added, {self._added}"
@@ -107,13 +107,13 @@ class GrowingStore:
     return self._writer
 
   def _end_of_shard(self, first: int) -> int:
-    """Returns the number after the last record of the shard that begins with record `first`."""
+    """Returns the index after the last record of the shard that begins at `first`."""
     ranges = self._writer.manifest.ranges if self._writer else []
     planned = {r.start: r.stop for r in ranges}
     return planned.get(first, first + self._manifest.sequences_per_shard)
 
   def _write_shard(self) -> None:
-    """Starts to write the records in `_shard`, if they are not stored already."""
+    """Starts writing the records of the current shard, unless they are already stored."""
     records, self._shard = self._shard, []
     rows = range(self._added - len(records), self._added)
     self._wait()

@@ -1,6 +1,6 @@
-"""Recording any JAX teacher without a config: `distill_jax.Recorder`.
+"""Recording of any JAX teacher without a config: `distill_jax.Recorder`.
 
-It reduces and stores what a teacher outputs with the same functions as the command `record`.
+It uses the functions of the command `record` to reduce and store the teacher's outputs.
 """
 
 from __future__ import annotations
@@ -35,44 +35,45 @@ Targets = dict[str, jax.Array]
 
 
 class Recorder:
-  """Writes a store of what a teacher outputs, a batch of packed rows at a time.
+  """Context manager that writes a store of a teacher's outputs, one batch of packed rows at a time.
 
-  A context manager. On exit the store is finished, unless an exception ends the block; finished
-  shards are kept then, and another run that adds the same rows from the beginning resumes:
+  On exit the store is finished. If an exception ends the block, finished shards are kept, and a
+  later run that adds the same rows from the beginning resumes.
 
       with Recorder("records", vocab_size=V, seq_len=T, teacher="my teacher") as r:
         for tokens_BT, segments_BT in batches:
           r.add(tokens_BT, segments_BT, hidden=lambda: teacher(tokens_BT), head=head_VD)
       store = distill_jax.open_store("records")
 
-  The targets of a row depend on the teacher's outputs, the seed and the row's number only, not on
-  the batch size. Under `jax.set_mesh(mesh)`, rows are reduced where they are, over `batch_axes` and
-  `vocab_axis`. The same rows and outputs give the same bytes as the command `record`.
+  The targets of a row depend only on the teacher's outputs, the seed and the row's index, not on
+  the batch size. Under `jax.set_mesh(mesh)`, outputs may be sharded over `batch_axes` and
+  `vocab_axis`. The bytes are those that the command `record` writes for the same rows and outputs.
 
   Args:
     folder: The folder or URL of the store.
-    vocab_size: Number of tokens. Rows of the head from this one on are padding.
-    seq_len: Tokens in a row.
+    vocab_size: Number of tokens. Further rows of the head are padding.
+    seq_len: Number of tokens per row.
     kind: "sampled": `n` points of systematic sampling per position. "topk": the `n` most probable
       tokens. "dense": all, for small vocabularies. "text": the rows only, without a teacher.
     n: Number of sampled points or of most probable tokens.
-    logp: For "sampled", also stores exact log-probabilities of the sampled tokens.
-    nucleus: For "topk", entries end where their probabilities sum to this; 1 for no limit.
-    missing_mass: For "topk", how losses treat the other tokens: "tail_bucket" or "renormalise".
+    logp: True to store exact log-probabilities of the tokens of "sampled".
+    nucleus: Probability mass at which the entries of "topk" are cut; 1 for no cut.
+    missing_mass: Treatment of the mass outside the entries of "topk": "tail_bucket" or
+      "renormalise".
     temperature: Temperature of the stored distribution.
     teacher: Name of the teacher, or {"name": …, "digest": …}. A store is not continued with
       another teacher. Not used for kind "text".
-    tokenizer: The tokenizer, or its digest: stores and students with other digests do not fit.
-    sequences: Number of rows in all, if it is known; None: as many as are added.
-    sequences_per_shard: Rows in each file of the store.
-    seed: Seed of the sampling.
-    chunk: Positions of each row whose logits exist at once.
+    tokenizer: The tokenizer, or its digest. Students with another tokenizer cannot use the store.
+    sequences: Total number of rows; None if it is not known.
+    sequences_per_shard: Number of rows per file of the store.
+    seed: Random seed of the sampling.
+    chunk: Number of positions per row whose logits are in memory at once.
     soft_cap: Logits become soft_cap * tanh(logits / soft_cap); None for no cap. Only for `hidden`.
     batch_axes: Mesh axes over which rows are sharded.
     vocab_axis: Mesh axis, or axes, over which the vocabulary is sharded; None if it is not.
 
   Raises:
-    InputError: An argument has no such value, or the folder holds other records.
+    InputError: An argument is not valid, or the folder holds other records.
   """
 
   def __init__(
@@ -134,18 +135,18 @@ class Recorder:
     head: Array | None = None,
     logits: Outputs | None = None,
   ) -> None:
-    """Adds rows and what the teacher outputs on them.
+    """Adds rows with the teacher's outputs.
 
-    It returns once the devices have been given the work; they compute while the next batch is
-    prepared.
+    It returns after dispatching the computation, which runs while the next batch is prepared.
 
     Args:
       tokens_BT: Token ids.
-      segments_BT: Documents of each row, numbered from 1; 0 is padding. None: one document a row.
-      mask_BT: True at positions whose label, the next token, is trained on. None: all. Positions
-        without a next token in their document are masked in any case.
+      segments_BT: Documents of each row, numbered from 1, with 0 for padding; None for one document
+        per row.
+      mask_BT: True at positions whose label, the next token, is trained on; None for all positions.
+        Positions without a next token in their document are always masked.
       hidden: The teacher's hidden states after the final norm, [B, T, D], with `head`; or a
-        function that returns them. It is not called for rows that are stored already.
+        function that returns them, which is not called for rows that are already stored.
       head: The teacher's unembedding, [V, D].
       logits: The teacher's logits, [B, T, V], instead of `hidden` and `head`; or a function that
         returns them.
@@ -165,11 +166,11 @@ class Recorder:
 
   @property
   def added(self) -> int:
-    """Number of rows that were added, stored ones included."""
+    """Number of added rows, including those that were already stored."""
     return self._added
 
   def close(self) -> Manifest:
-    """Writes what is left and finishes the store; a `with` block does it.
+    """Writes the remaining rows and finishes the store. A `with` block calls it on exit.
 
     Returns:
       The manifest of the store.
@@ -231,14 +232,14 @@ class Recorder:
       if x.ndim != 3 or x.shape[:2] != (len(rows), T):
         expected = f"an array of shape [{len(rows)}, {T}, …]"
         raise bad_value(name.partition("_")[0], x.shape, expected, "Pass outputs of the same rows")
-      if missing := size - len(rows):  # all batches have one size, so that one program serves all
+      if missing := size - len(rows):  # pads to one batch size, to compile once
         outputs[name] = jnp.pad(x, ((0, missing), (0, 0), (0, 0)))
     index_B = np.arange(first, first + size, dtype=np.int32)
     return self._jitted(self._key, index_B, labels_BT, outputs)
 
   @functools.cached_property
   def _jitted(self) -> Callable[..., Targets]:
-    """`recorder.predicted`, compiled."""
+    """The jitted `recorder.predicted`."""
 
     def reduce(
       key: jax.Array, index_B: jax.Array, labels_BT: jax.Array, outputs: dict[str, Any]
@@ -261,7 +262,7 @@ class Recorder:
     return jax.jit(on_mesh)
 
   def _finish_pending(self) -> None:
-    """Stores the rows of the batch that was reduced last."""
+    """Stores the rows of the last batch."""
     if self._pending is not None:
       rows, targets = self._pending
       self._pending = None
@@ -280,7 +281,7 @@ def _digest(tokenizer: str | Tokenizer) -> str:
 
 
 def _arrays(hidden: Outputs | None, head: Array | None, logits: Outputs | None) -> dict[str, Any]:
-  """Returns the outputs that were given, computed."""
+  """Returns the given outputs, by name. Functions are called."""
   if (logits is None) == (hidden is None) or (hidden is None) != (head is None):
     given = [
       name for name, x in (("hidden", hidden), ("head", head), ("logits", logits)) if x is not None

@@ -91,14 +91,14 @@ class Store:
     """Returns the store as a grain dataset for a trainer.
 
     Args:
-      format: "plain": dicts, as `example` returns. "maxtext": dicts with the keys of MaxText's
-        loader, top_k_indices and top_k_logits included. "tunix": Tunix's TrainingInput, with
-        positions, segment_ids and, as teacher_output, the top-k arrays. "batch": a `Batch` for
+      format: "plain" for the dicts of `example`; "maxtext" for dicts with the keys of MaxText's
+        loader, including top_k_indices and top_k_logits; "tunix" for Tunix's TrainingInput with
+        positions, segment_ids and, as teacher_output, the top-k arrays; "batch" for the `Batch` of
         `fused_loss`.
-      batch_size: Number of examples of a batch; the last batch is dropped if it is not full. None:
-        single examples, for "plain" and "maxtext".
-      seed: Seed of the order, which is another one in each epoch; None: the order of the store.
-      epochs: Number of passes over the store; None: endless.
+      batch_size: Number of examples per batch; an incomplete last batch is dropped. None for single
+        examples, with "plain" and "maxtext".
+      seed: Random seed of the order, which differs between epochs; None for the order of the store.
+      epochs: Number of passes over the store; None for endless repetition.
 
     Raises:
       InputError: The format is unknown, does not exist for a task, or needs a package that is not
