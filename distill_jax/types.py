@@ -33,7 +33,6 @@ from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
 
 from distill_jax.errors import bad_value
@@ -335,13 +334,3 @@ class Mean(struct.PyTreeNode):
   def value(self) -> jax.Array:
     """Returns the mean, or 0 if the count is 0."""
     return self.total / jnp.maximum(self.count, 1.0)
-
-
-class TrainState(struct.PyTreeNode):
-  """The state that a training step updates."""
-
-  step: jax.Array  # int32
-  params: PyTree  # the trained parameters of the student: see models/trainables.py
-  adapters: dict[str, PyTree]  # the losses' own parameters, by loss; they are not exported
-  opt: optax.OptState
-  balance: dict[str, jax.Array] = struct.field(default_factory=dict)  # factors of loss weights

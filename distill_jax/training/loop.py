@@ -24,7 +24,8 @@ from distill_jax.training.run_log import Log, Profile
 from distill_jax.training.state import online_teachers, prepare
 from distill_jax.training.step import Step
 from distill_jax.training.stores import Stores, batches, open_stores, recorded, teacher_manifest
-from distill_jax.types import JsonObject, TrainState
+from distill_jax.training.train_state import TrainState
+from distill_jax.types import JsonObject
 
 
 def train(config: Config, workdir: Path) -> JsonObject:

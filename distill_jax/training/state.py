@@ -17,7 +17,8 @@ from distill_jax.runtime import checkpoint, extras
 from distill_jax.training.outputs import Teachers
 from distill_jax.training.step import Step
 from distill_jax.training.stores import Stores, batches, teacher_manifest
-from distill_jax.types import JsonObject, Model, PyTree, TrainState
+from distill_jax.training.train_state import TrainState
+from distill_jax.types import JsonObject, Model, PyTree
 
 with extras.needed("train"):
   import orbax.checkpoint as ocp

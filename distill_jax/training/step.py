@@ -22,6 +22,7 @@ from distill_jax.training.outputs import (
   recorded_features,
   run_teacher,
 )
+from distill_jax.training.train_state import TrainState
 from distill_jax.types import (
   Batch,
   FamilyConfig,
@@ -31,7 +32,6 @@ from distill_jax.types import (
   PyTree,
   Recorded,
   Targets,
-  TrainState,
 )
 
 Weights = dict[str, jax.Array]  # weights of the losses, by name
