@@ -195,7 +195,7 @@ class Batch(struct.PyTreeNode):
 
   @property
   def model_inputs(self) -> ModelInputs:
-    """The model's inputs; raises InputError if they are None."""
+    """The model's inputs; a batch without them raises InputError."""
     if self.inputs is None:
       raise bad_value("Batch.inputs", None, "a model's inputs", "Make the batch with them")
     return self.inputs
