@@ -61,11 +61,10 @@ class Inputs(struct.PyTreeNode):
     """Returns inputs with positions from 0 in each segment; by default, a row is one segment."""
     xp: Any = jnp if isinstance(tokens_BT, jax.Array) else np
     tokens_BT = xp.asarray(tokens_BT, np.int32)
-    ones_BT = xp.ones_like(tokens_BT)
-    segments_BT = ones_BT if segments_BT is None else xp.asarray(segments_BT, np.int32)
-    t_BT = xp.cumsum(ones_BT, axis=1) - 1
+    segments_BT = tokens_BT * 0 + 1 if segments_BT is None else xp.asarray(segments_BT, np.int32)
+    t_BT = xp.cumsum(xp.ones_like(tokens_BT), axis=1) - 1
     starts_BT = xp.where(segments_BT[:, 1:] != segments_BT[:, :-1], t_BT[:, 1:], 0)
-    starts_BT = xp.concatenate([xp.zeros_like(t_BT[:, :1]), starts_BT], axis=1)
+    starts_BT = xp.pad(starts_BT, ((0, 0), (1, 0)))
     positions_BT = t_BT - xp.maximum.accumulate(starts_BT, axis=1)
     return cls(tokens_BT, positions_BT.astype(np.int32), segments_BT)
 
