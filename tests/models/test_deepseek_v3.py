@@ -103,7 +103,7 @@ def test_multi_token_prediction_layers_are_skipped(tmp_path):
   for a, b in zip(jax.tree.leaves(read()), jax.tree.leaves(ours), strict=True):
     np.testing.assert_array_equal(a, b)
   save_file(tensors | {"model.layers.4.eh_proj.weight": extra}, path)  # config.json has 1
-  with pytest.raises(InputError, match="holds model.layers.4.eh_proj.weight"):
+  with pytest.raises(InputError, match="contains model.layers.4.eh_proj.weight"):
     read()
   # A layer that is missing in config.json must not be dropped silently.
   save_file(tensors, path)
@@ -111,7 +111,7 @@ def test_multi_token_prediction_layers_are_skipped(tmp_path):
   (tmp_path / "config.json").write_text(
     json.dumps(hf | {"num_hidden_layers": 2, "num_nextn_predict_layers": 0, "num_mtp_layers": 0})
   )
-  with pytest.raises(InputError, match="holds model.layers.2"):
+  with pytest.raises(InputError, match="contains model.layers.2"):
     read()
 
 
