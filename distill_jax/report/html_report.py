@@ -44,7 +44,7 @@ def write_report(
       ce, kl, entropy (nats per token), perplexity, agreement (0 to 1), parameters, bytes and
       tokens_per_second. None reads workdir/evaluation.json.
     runs: the run folders by name. None: each folder in workdir with a metrics.jsonl.
-    records: {"kind", "n", "bytes_per_token", "entries_per_token", "vocab_size"}.
+    records: {"kind", "n", "bytes_per_token", "entries_per_target", "vocab_size"}.
     export_dir: the exported Hugging Face folder.
     out: the file name of the page.
 
@@ -102,7 +102,7 @@ def _numbers(evaluation: Mapping[str, Any], model: str) -> dict[str, float | Non
 
 
 def _about(evaluation: Mapping[str, Any]) -> str:
-  tokens, corpus = evaluation.get("tokens"), evaluation.get("corpus")
+  tokens, corpus = evaluation.get("tokens"), results.corpus_name(evaluation)
   counted = "an unknown number of" if tokens is None else f"{int(tokens):,}"
   return f"Evaluated on {counted} held-out tokens" + (f" of {corpus}." if corpus else ".")
 

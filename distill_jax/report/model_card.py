@@ -8,6 +8,7 @@ from typing import Any
 
 from distill_jax.config import Config
 from distill_jax.report import benchmarks
+from distill_jax.report.results import corpus_name
 from distill_jax.schedules import Schedule
 
 COLUMNS = ("ce", "perplexity", "kl", "agreement", "parameters")
@@ -78,7 +79,7 @@ def _measured(evaluation: Mapping[str, Any] | None) -> list[str]:
   if not evaluation["models"]:
     return rows
   rows += [
-    f"Evaluated on {evaluation['tokens']:,.0f} held-out tokens of {evaluation['corpus']}. "
+    f"Evaluated on {evaluation['tokens']:,.0f} held-out tokens of {corpus_name(evaluation)}. "
     "Cross-entropy (ce) and KL divergence (kl) are in nats per token; kl and top-1 agreement "
     "compare with the teacher.",
     "",

@@ -50,7 +50,7 @@ def render(
     sections = [
       ("Held-out results", charts.dots(labels, models) + _table(labels, models)),
       *sections,
-      ("Closed part of the gap to the teacher", _gaps(gaps)),
+      ("Gap to the teacher closed by distillation", _gaps(gaps)),
     ]
   sections += [
     ("Training", charts.curves(labels, runs)),
@@ -140,10 +140,10 @@ def _records(records: Mapping[str, Any] | None) -> str:
   if not records or records.get("bytes_per_token") is None:
     return '<p class="bad">The size of the records was not measured.</p>'
   ours, vocab = float(records["bytes_per_token"]), records.get("vocab_size")
-  entries = records.get("entries_per_token")
+  entries = records.get("entries_per_target")
   contents = f"Kind {records.get('kind')}, n = {records.get('n')}"
   if entries is not None:
-    contents += f"; {text(float(entries), 1)} entries per token on average"
+    contents += f"; {text(float(entries), 1)} entries per target on average"
   costs = [("These records", ours), ("Top 64 as int32 ids and float32 log-probabilities", 64 * 8.0)]
   if vocab is not None:
     costs.append((f"All {int(vocab):,} logits as float32", 4.0 * int(vocab)))

@@ -51,6 +51,11 @@ def number(evaluation: Mapping[str, Any], model: str, key: str) -> float | None:
   return None if value is None else float(value)
 
 
+def corpus_name(evaluation: Mapping[str, Any]) -> str:
+  """Returns the name of the corpus, without the word that marks its held-out part."""
+  return " ".join(str(evaluation.get("corpus") or "").removesuffix("heldout").split())
+
+
 def gaps(evaluation: Mapping[str, Any]) -> tuple[Gap, Gap, Gap]:
   """Returns three gaps, with the fraction of each that distillation closed.
 

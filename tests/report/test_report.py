@@ -43,7 +43,7 @@ RECORDS = {
   "kind": "sampled",
   "n": 63,
   "bytes_per_token": 64.0,
-  "entries_per_token": 17.25,
+  "entries_per_target": 17.25,
   "vocab_size": 49152,
 }
 
@@ -137,7 +137,7 @@ def test_the_numbers_are_on_the_page(workdir):
     "40.0%",
     "20.0%",
     "85.0%",
-    "17.2 ",
+    "17.2 entries per target",
     "out/export",
     "92b2f46c2c8e-dirty",
     "jax 0.10.2",
@@ -150,6 +150,11 @@ def test_the_numbers_are_on_the_page(workdir):
     assert part in words, part
   assert words.index("a b/hard'") < words.index("a b/distilled'")  # in the order they were started
   assert numbers == summary(EVALUATION, RECORDS, "out/export")
+
+
+def test_the_name_of_the_corpus(workdir):
+  page, _ = render(workdir, changed() | {"corpus": "pydoc  heldout"})
+  assert "Evaluated on 6,753 held-out tokens of pydoc." in page.words
 
 
 def test_the_page_is_small_and_loads_no_other_resource(workdir):
