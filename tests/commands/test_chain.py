@@ -172,10 +172,13 @@ def other_words(c, path):
       change(student={"shrink": {"layers": 2}, "peak_lr": -1.0}),
       "links.student.peak_lr is -1.0; expected",
     ),
-    (change(student={"shrink": {"heads": 3}}), "links.student: .*3 heads over 2 key/value heads"),
+    (
+      change(student={"shrink": {"heads": 3}}),
+      "links.student: shrink.heads is 3; expected a multiple of 2 up to 4",
+    ),
     (
       change(student={"shrink": {"layers": 4, "layers_by": "ends"}}),
-      "layers is 4 and the teacher h",
+      "shrink.layers is 4; expected at most 3, the teacher",
     ),
     (
       of(shape="tinny", source="", keep_layers=()),

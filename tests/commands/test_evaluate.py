@@ -84,7 +84,7 @@ def test_generative_benchmarks(whole):
   ]
   assert verdicts[1]["why"].startswith("wrong: ") and verdicts[0]["why"] is None
   left = {r["question"][-6:]: r["reason"] for r in lines(at / "left_out.jsonl")}
-  assert "no field 'question'" in left["line 5"] and "generate.cache_len 64" in left["line 4"]
+  assert "no field 'question'" in left["line 5"] and "generate.cache_len is 64" in left["line 4"]
   assert result["models"] == {}
   assert json.loads((folder / "run/evaluation.json").read_text()) == result
 
