@@ -11,8 +11,8 @@ import difflib
 import errno
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,6 @@ from distill_jax import registry
 from distill_jax.errors import InputError, Preempted
 
 if TYPE_CHECKING:
-  from ml_collections import ConfigDict
-
   from distill_jax.config import Config
   from distill_jax.types import JsonObject
 
@@ -164,7 +162,6 @@ def run_configured(command: Any, argv: list[str]) -> JsonObject:
   """Runs a command that makes its own config from flags, with the overrides of the user."""
   from absl import flags as absl_flags
 
-  from distill_jax import config as configs
   from distill_jax import flags
   from distill_jax.runtime import distributed, storage
   from distill_jax.runtime.workdir import Workdir
@@ -173,7 +170,7 @@ def run_configured(command: Any, argv: list[str]) -> JsonObject:
   try:
     rest = absl_flags.FLAGS([arg for arg in argv if arg not in overrides])
   except absl_flags.Error as error:
-    raise InputError(_flag_error(argv, error, configs.base())) from error
+    raise InputError(_flag_error(argv, error)) from error
   if len(rest) > 1:
     raise InputError(f"{rest[1]!r} is neither a verb nor a flag. Flags begin with --.")
   for name in ("teacher", "data", "workdir"):
@@ -202,6 +199,8 @@ def check_verb(verb: str) -> None:
     return
   near = difflib.get_close_matches(verb, verbs, 1)
   hint = f"Did you mean {near[0]!r}?" if near else "`distill-jax help` explains them."
+  if verb.startswith("-"):
+    hint = "Put flags after the verb."
   raise InputError(f"{verb!r} is not a verb; expected one of {', '.join(verbs)}. {hint}")
 
 
@@ -231,7 +230,7 @@ def parse(argv: list[str]) -> Config:
     rest = absl_flags.FLAGS(argv)
     config = flags.CONFIG.value
   except (absl_flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    raise InputError(_flag_error(argv, error, configs.base())) from error
+    raise InputError(_flag_error(argv, error)) from error
   except (OSError, ImportError, SyntaxError) as error:
     raise InputError(f"The config {named[-1]} does not run: {_one_line(error)}.") from error
   if len(rest) > 1:
@@ -260,32 +259,49 @@ def summary(verb: str, result: JsonObject) -> str:
 
 def _nearest_file(file: Path) -> str:
   """Returns what to do about a config file that does not exist."""
-  there = [str(path) for folder in (file.parent, Path("configs")) for path in folder.glob("*.py")]
+  folders = (file, file.parent, Path("configs"))
+  files = (path for folder in folders for path in folder.glob("*.py"))
+  there = [str(path) for path in files if not path.name.startswith("_")]
   near = difflib.get_close_matches(str(file), there, 1)
   return f"Did you mean {near[0]}?" if near else "Name a file such as configs/demo.py."
 
 
-def _flag_error(argv: list[str], error: Exception, base: ConfigDict) -> str:
-  """Returns the message for an error of absl's: the first unknown config key that it names."""
-  known = sorted(_dotted_keys(base, "config"))
+def _flag_error(argv: list[str], error: Exception) -> str:
+  """Returns the message for an error of absl's: the first config key or value that it names."""
+  from distill_jax import config_reference as reference
+
+  text = str(error)
   for arg in argv:
-    key = arg.lstrip("-").split("=")[0]
-    if key.startswith("config.") and key not in known and key.split(".")[-1] in str(error):
-      near = difflib.get_close_matches(key, known, 1)
-      hint = f"Did you mean --{near[0]}?" if near else "`distill-jax help config` lists the keys."
-      return f"Config key {key.removeprefix('config.')!r} does not exist. {hint}"
+    key, _, value = arg.removeprefix("--config.").partition("=")
+    if not arg.startswith("--config.") or not any(part in text for part in key.split(".")):
+      continue
+    field = reference.settable(key)
+    if field is None:
+      near = reference.nearest_setting(key)
+      hint = f"Did you mean --config.{near}?" if near else "`distill-jax help config` lists keys."
+      return f"Config key {key!r} does not exist. {hint}"
+    if f"--config.{key}=" in text:
+      kind = reference.type_of(field)
+      return f"{key} is {value!r}; expected {kind}. `distill-jax help {key}` explains it."
+    entry = key.rpartition(".")[0]
+    if f"'{entry.rpartition('.')[2]}'" in text:  # a key of an entry that the config lacks
+      near = re.search(r'Did you mean "(\w+)"', text)
+      hint = f"Did you mean {near[1]!r}?" if near else "The config file names the entries."
+      return f"Config key {key!r} does not exist: the config has no entry {entry!r}. {hint}"
+  if "Traceback" in text:  # the config file raised it
+    reason = text.strip().splitlines()[-1]
+    named = next((arg for arg in argv if arg.startswith("--config=")), "--config")
+    return f"The config {named.partition('=')[2]} does not run: {reason}"
+  if "get_config" in text:
+    return "The config file has no function get_config. Start from a file such as configs/demo.py."
+  if unknown := re.match(r"Unknown command line flag '([^']*)'(?:.*: (\w+))?", text):
+    hint = f"Did you mean --{unknown[2]}?" if unknown[2] else "`distill-jax help` lists the flags."
+    return f"--{unknown[1]} is not a flag. {hint}"
   return _one_line(error)
 
 
 def _one_line(error: Exception) -> str:
   return " ".join(str(error).split())
-
-
-def _dotted_keys(tree: ConfigDict, prefix: str) -> Iterator[str]:
-  for key, value in tree.items():
-    yield f"{prefix}.{key}"
-    if hasattr(value, "items"):
-      yield from _dotted_keys(value, f"{prefix}.{key}")
 
 
 if __name__ == "__main__":

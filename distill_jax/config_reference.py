@@ -23,6 +23,13 @@ from distill_jax.registry import ENTRY_CLASSES
 
 ROOT = Path(__file__).parent
 PACKAGE = ROOT.name
+TYPES = {
+  "bool": "True or False",
+  "int": "an integer",
+  "float": "a number",
+  "str": "a string",
+  "Schedule": "a number",
+}
 LEAVES = ("Schedule",)  # dataclasses that a config file writes as one value
 
 
@@ -191,6 +198,10 @@ def find(name: str) -> list[str]:
   known = [*(key.dotted for key in all_keys()), *sections(), *ENTRY_CLASSES]
   if name in known:
     return [name]
+  package, _, rest = name.partition(".")
+  if package in ENTRY_CLASSES and "." in rest:  # with the user's own name of an entry
+    own = rest.partition(".")[2]
+    return [k for k in known if k.startswith(f"{package}.") and k.split(".", 2)[2:] == [own]]
   named = [entry for entry in sections() if entry.endswith(f".{name}")]
   if entry_names := [e for e in named if e.partition(".")[0] in ENTRY_CLASSES]:
     return entry_names
@@ -208,6 +219,39 @@ def nearest(name: str, extra: tuple[str, ...] = ()) -> list[str]:
   if "." not in name:
     known |= {dotted.rpartition(".")[2] for dotted in known}
   return difflib.get_close_matches(name, sorted(known), 3)
+
+
+def settable(key: str) -> Field | None:
+  """Returns the field that --config.KEY sets, or None for an unknown key.
+
+  The name of an entry is the user's: "losses.soft.weight" is a key of any of the losses.
+  """
+  package, _, rest = key.partition(".")
+  name, _, own = rest.partition(".")
+  if package not in ENTRY_CLASSES and package != "links":
+    return next((k.field for k in all_keys() if k.dotted == key), None)
+  if package == "links":
+    return next((k.field for k in all_keys() if k.dotted == f"links.NAME.{own}"), None)
+  fields = (f for entry in entries(package) for f in fields_of(entry_class(package, entry)))
+  return next((field for field in fields if field.name == own), None) if name else None
+
+
+def nearest_setting(key: str) -> str:
+  """Returns the key that --config.KEY resembles most; "" without one."""
+  package, _, rest = key.partition(".")
+  name, _, own = rest.partition(".")
+  if package in ENTRY_CLASSES:
+    names = {f.name for e in entries(package) for f in fields_of(entry_class(package, e))}
+    near = difflib.get_close_matches(own, sorted(names), 1)
+    return f"{package}.{name}.{near[0]}" if near else ""
+  known = [k.dotted for k in all_keys() if k.dotted.partition(".")[0] not in ENTRY_CLASSES]
+  near = difflib.get_close_matches(key, known, 1)
+  return near[0] if near else ""
+
+
+def type_of(field: Field) -> str:
+  """Returns the type of a field in words, e.g. "an integer"."""
+  return TYPES.get(field.type, field.type)
 
 
 @functools.cache
