@@ -270,7 +270,7 @@ def _flag_error(argv: list[str], error: Exception) -> str:
   """Returns the message for an error of absl's: the first config key or value that it names."""
   from distill_jax import config_reference as reference
 
-  text = str(error)
+  text = " ".join(map(str, error.args)) or str(error)
   for arg in argv:
     key, _, value = arg.removeprefix("--config.").partition("=")
     if not arg.startswith("--config.") or not any(part in text for part in key.split(".")):

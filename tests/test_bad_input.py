@@ -72,6 +72,7 @@ def test_no_verb_no_config_no_workdir(capsys, monkeypatch):
     (["distill-jax", "recrod", "--config=x"], "report, shrink, train. Did you mean 'record'?"),
     (["distill-jax", "record"], "--config is missing. Name a file"),
     (["distill-jax", "record", "--config=nowhere.py"], "The config nowhere.py does not exist."),
+    (["distill-jax", "--workdir=x", "record"], "'--workdir=x' is not a verb; expected one of"),
     (["distill-jax", "record", "--config=configs/dmo.py"], "Did you mean configs/demo.py?"),
     (["distill-jax", "record", "--config", "nowhere.py"], "The config nowhere.py does not exist."),
   ):
@@ -119,6 +120,46 @@ def test_the_oldest_versions_are_those_of_the_package():
 def test_unknown_key_on_the_command_line(at):
   said = at("record", flags=["--config.data.seqlen=8"])
   assert "'data.seqlen' does not exist. Did you mean --config.data.seq_len?" in said
+
+
+@pytest.mark.parametrize(
+  "flag, message",
+  [
+    ("--config.trian.steps=8", "'trian.steps' does not exist. Did you mean --config.train.steps?"),
+    ("--config.train.steps=1.5", "train.steps is '1.5'; expected an integer."),
+    ("--config.losses.soft.weight=x", "losses.soft.weight is 'x'; expected a number."),
+    (
+      "--config.losses.soft.weigth=1",
+      "'losses.soft.weigth' does not exist. Did you mean --config.losses.soft.weight?",
+    ),
+    ("--config.losses.sotf.weight=1", "the config has no entry 'losses.sotf'. Did you mean 'soft'"),
+    ("--workdri=x", "--workdri is not a flag. Did you mean --workdir?"),
+    ("--nothing_like_it=x", "--nothing_like_it is not a flag. `distill-jax help` lists the flags."),
+    ("word", "'word' is neither a verb nor a flag."),
+  ],
+)
+def test_a_wrong_flag(at, flag, message):
+  assert message in at("record", RANDOM, flags=[flag])
+
+
+@pytest.mark.parametrize(
+  "source, message",
+  [
+    ("x = 1\n", "The config file has no function get_config."),
+    ("def get_config(:\n", "does not run: invalid syntax"),
+    ("import nothing_of_this_name\n", "No module named 'nothing_of_this_name'"),
+    ("def get_config():\n  raise ValueError('No.')\n", "conf.py does not run: ValueError: No."),
+  ],
+)
+def test_a_config_file_that_does_not_run(source, message, tmp_path, capsys, monkeypatch):
+  monkeypatch.delitem(sys.modules, "config_config", raising=False)  # of an earlier test
+  (tmp_path / "conf.py").write_text(source)
+  with pytest.raises(SystemExit) as stop:
+    cli.main(["distill-jax", "record", f"--config={tmp_path}/conf.py", f"--workdir={tmp_path}/out"])
+  assert stop.value.code == 2
+  said = capsys.readouterr().err
+  assert message in said
+  assert "Traceback" not in said
 
 
 def test_the_topology_for_preflight_is_a_flag_or_a_key(tmp_path, monkeypatch):

@@ -63,6 +63,7 @@ def test_a_word_stands_for_the_keys_that_end_with_it():
   assert config_reference.find("kd") == ["losses.kd"]
   assert config_reference.find("evals.math500.stop") == ["evals.math500.stop"]
   assert config_reference.find("nothing") == []
+  assert "losses.kd.temperature" in config_reference.find("losses.soft.temperature")
   assert config_reference.nearest("train.stpes")[0] == "train.steps"
 
 
