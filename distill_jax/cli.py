@@ -285,13 +285,13 @@ def _flag_error(argv: list[str], error: Exception) -> str:
       return f"{key} is {value!r}; expected {kind}. `distill-jax help {key}` explains it."
     entry = key.rpartition(".")[0]
     if f"'{entry.rpartition('.')[2]}'" in text:  # a key of an entry that the config lacks
-      near = re.search(r'Did you mean "(\w+)"', text)
-      hint = f"Did you mean {near[1]!r}?" if near else "The config file names the entries."
+      named = re.search(r'Did you mean "(\w+)"', text)
+      hint = f"Did you mean {named[1]!r}?" if named else "The config file names the entries."
       return f"Config key {key!r} does not exist: the config has no entry {entry!r}. {hint}"
   if "Traceback" in text:  # the config file raised it
     reason = text.strip().splitlines()[-1]
-    named = next((arg for arg in argv if arg.startswith("--config=")), "--config")
-    return f"The config {named.partition('=')[2]} does not run: {reason}"
+    file = next((arg for arg in argv if arg.startswith("--config=")), "--config")
+    return f"The config {file.partition('=')[2]} does not run: {reason}"
   if "get_config" in text:
     return "The config file has no function get_config. Start from a file such as configs/demo.py."
   if unknown := re.match(r"Unknown command line flag '([^']*)'(?:.*: (\w+))?", text):
