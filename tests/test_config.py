@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from published import PUBLISHED
 
 from distill_jax import config, registry, schedules
 from distill_jax.commands import chain
@@ -131,6 +132,9 @@ def test_every_config_is_valid_at_full_size(path, monkeypatch):
     c = next(iter(chain.plan(c, Path("runs")).values())).config
   student = loading.open_source(c.student).abstract
   assert params.count(student) <= params.count(teacher)
+  for options, model in ((c.teacher, teacher), (c.student, student)):
+    if options.shape and not options.source:  # the full size of a published model
+      assert params.count(model) == PUBLISHED[options.family, options.shape]
   manifest = Manifest(
     kind=c.records.kind,
     n=c.records.n,

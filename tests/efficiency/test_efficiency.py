@@ -317,8 +317,10 @@ def test_the_printed_table(measured):
 def test_a_workdir_can_be_measured_with_other_options(measured):
   workdir, _ = measured
   c = read_config(workdir)
-  with Workdir(workdir, dataclasses.replace(c, efficiency=config.EfficiencyOptions())):
-    pass
+  others = dataclasses.replace(c, efficiency=config.EfficiencyOptions())
+  assert others.efficiency != c.efficiency
+  with Workdir(workdir, others) as path:
+    assert path == workdir
 
 
 def test_a_context_too_short_for_a_measurement_is_refused(measured, tmp_path):

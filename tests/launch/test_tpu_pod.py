@@ -211,6 +211,7 @@ def test_bad_commands_of_a_pod_raise():
 
 
 def test_the_scripts_have_help():
-  run([sys.executable, "launch/tpu_pod.py", "--help"])
-  run([sys.executable, "launch/gke.py", "--help"])
+  for script in ("tpu_pod", "gke"):
+    text = run([sys.executable, f"launch/{script}.py", "--help"]).stdout
+    assert text.startswith("usage: ") and "--topology" in text
   run(["bash", "-n", "launch/slurm.sbatch"])
