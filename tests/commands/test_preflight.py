@@ -139,7 +139,7 @@ def test_commands_for_a_slice_run_at_the_same_time(tmp_path):
   assert r["store_bytes"] == pytest.approx(100 * 128 * r["store_bytes_per_token"], rel=0.01)
   assert r["chip_hours"] == pytest.approx(10 * r["step_seconds_bound"] * 4 / 3600)
   assert words.startswith("Fits: ") and "records take about" in words
-  assert "mesh.data is 1 and there are 2 slices" in refused
+  assert "mesh.data is 1; expected a multiple of 2, the number of slices" in refused
   slow = json.loads(two.splitlines()[-1])
   assert slow["chips"] == 8 and slow["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
   assert set(r["collectives"]) | {"dcn all-reduce"} == set(slow["collectives"])
