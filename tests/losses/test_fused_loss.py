@@ -130,5 +130,5 @@ def test_losses_that_cannot_be_computed_are_refused():
 
 def test_a_batch_without_inputs_names_what_is_missing():
   _, _, batch = problem()
-  with pytest.raises(InputError, match="Batch.inputs is None; expected the inputs of a model"):
+  with pytest.raises(InputError, match="Batch.inputs is None; expected a model.s inputs"):
     _ = batch.model_inputs
