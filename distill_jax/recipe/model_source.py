@@ -65,7 +65,8 @@ def full_source(flag: str, given: str) -> str:
     return f"{RUN}{path}" if given.startswith(RUN) or is_run else str(path)
   if HUB_ID.fullmatch(given) and not given.endswith(".gguf"):
     return f"hub:{given}"
-  raise bad_value(flag, given, EXPECTED, "Check the path")
+  fractions = f", or {', '.join(FRACTIONS)}" if flag == "--student" else ""
+  raise bad_value(flag, given, EXPECTED + fractions, "Check the path")
 
 
 def kept_layers(fraction: float, layers: int) -> tuple[int, ...]:

@@ -135,6 +135,11 @@ def test_sources_of_models(folder, monkeypatch):
       full(wrong)
 
 
+def test_a_fraction_that_is_unknown():
+  with pytest.raises(InputError, match="--student is 'fifth'; expected .*, half, third, quarter"):
+    model_source.full_source("--student", "fifth")
+
+
 def test_layers_are_not_taken_from_a_run(folder):
   request = plan.Request(f"run:{folder / 'teacher'}", "half", "pydoc", "run")
   with pytest.raises(InputError, match="from which no layers can be taken"):
