@@ -21,6 +21,7 @@ from distill_jax.runtime.json_io import read_object, write_json
 from distill_jax.types import JsonObject
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
+OWN_FILES = {".lock", "config.json", "versions.json"}
 DAMAGED = "Restore the file, or choose another --workdir"
 # Keys that may change between calls, because they do not affect the training run.
 MAY_CHANGE = (
@@ -38,7 +39,9 @@ MAY_CHANGE = (
 class Workdir:
   """Context manager that locks a folder for one run: `with Workdir(path, config) as folder:`.
 
-  It writes config.json and versions.json. A run of several processes holds one lock.
+  It writes config.json and versions.json. A run of several processes holds one lock. If the first
+  command in a folder raises InputError before it has written anything there, the two files are
+  removed, so that the corrected command can use the folder.
 
   Args:
     path: The folder, which is created if it does not exist.
@@ -54,6 +57,7 @@ class Workdir:
 
   def __enter__(self) -> Path:
     self._lock: IO[str] | None = None
+    self._before: set[str] | None = None  # the files in a folder that held no run
     distributed.run_on_process_0(self._take)
     return self.path
 
@@ -80,13 +84,22 @@ class Workdir:
     self._lock.flush()
     write_json(self.path / "versions.json", versions())
 
-  def __exit__(self, *_: object) -> None:
-    if self._lock is not None:
-      self._lock.close()
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    if self._lock is None:
+      return
+    if kind is not None and issubclass(kind, InputError) and self._before == self._files():
+      (self.path / "config.json").unlink()
+      (self.path / "versions.json").unlink()
+    self._lock.close()
+
+  def _files(self) -> set[str]:
+    """Returns the names in the folder, except those that this class writes."""
+    return {entry.name for entry in self.path.iterdir()} - OWN_FILES
 
   def _check(self) -> None:
     file = self.path / "config.json"
     if not file.exists():
+      self._before = self._files()
       write_json(file, self.config)
       return
     for key, was, now in _differences(read_object(file, DAMAGED), self.config, ""):

@@ -1,0 +1,46 @@
+"""The folder of a run."""
+
+import pytest
+
+from distill_jax import config
+from distill_jax.errors import InputError
+from distill_jax.runtime.workdir import Workdir
+
+
+def a_config(seed):
+  c = config.base()
+  c.seed = seed
+  return config.resolve(c)
+
+
+def test_a_refused_command_leaves_the_folder_to_the_corrected_one(tmp_path):
+  (tmp_path / "notes.txt").write_text("of the user")
+  with pytest.raises(InputError, match="wrong"), Workdir(tmp_path, a_config(seed=1)):
+    raise InputError("A key is wrong.")
+  assert {p.name for p in tmp_path.iterdir()} == {".lock", "notes.txt"}
+  with Workdir(tmp_path, a_config(seed=2)):
+    assert (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("error", [InputError, FloatingPointError, KeyboardInterrupt])
+def test_a_run_that_has_written_something_keeps_its_folder(tmp_path, error):
+  with pytest.raises(error), Workdir(tmp_path, a_config(seed=1)) as folder:
+    (folder / "metrics.jsonl").write_text("")
+    raise error
+  with pytest.raises(InputError, match="holds a run with seed=1, but this config has 2"):
+    Workdir(tmp_path, a_config(seed=2)).__enter__()
+
+
+def test_a_crash_keeps_the_config(tmp_path):
+  with pytest.raises(RuntimeError), Workdir(tmp_path, a_config(seed=1)):
+    raise RuntimeError
+  assert (tmp_path / "config.json").exists()
+
+
+def test_a_refused_command_in_the_folder_of_a_run_changes_nothing(tmp_path):
+  with Workdir(tmp_path, a_config(seed=1)):
+    pass
+  before = (tmp_path / "config.json").read_bytes()
+  with pytest.raises(InputError, match="wrong"), Workdir(tmp_path, a_config(seed=1)):
+    raise InputError("A key is wrong.")
+  assert (tmp_path / "config.json").read_bytes() == before
