@@ -7,7 +7,11 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, e.g. configs/demo.py")
 TEACHER = flags.DEFINE_string("teacher", None, "distill: the model to distil from")
-STUDENT = flags.DEFINE_string("student", "half", "distill: the model to train, or a fraction")
+STUDENT = flags.DEFINE_string(
+  "student",
+  "half",
+  "distill: the model to train, or half (the default), third, … of the teacher's layers",
+)
 DATA = flags.DEFINE_string("data", None, "distill: a file or folder of text, or JSON lines")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; a path or a URL such as gs://…")
 JSON = flags.DEFINE_bool("json", False, "prints the result as one JSON object on the last line")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_jax.report.numbers import percent
@@ -17,11 +17,13 @@ def text(result: Mapping[str, Any]) -> str:
   """Returns the table, a sample, the path of the student, and how to load it."""
   parts = [table(result["models"], result["tokens"])]
   if result["samples"]:
-    parts.append(sample(result["samples"][0]))
+    parts.append(sample(_first_with_text(result["samples"])))
   parts.append(
     f"The student is in {result['export_dir']}. To use it with transformers:\n\n"
     "  from transformers import pipeline\n"
-    f"  generate = pipeline('text-generation', model={str(result['export_dir'])!r})"
+    f"  generate = pipeline('text-generation', model={str(result['export_dir'])!r})\n"
+    "  print(generate('The')[0]['generated_text'])\n\n"
+    "This needs `pip install transformers torch`."
   )
   parts.append(f"Report: {result['report']}\nConfig: {result['config']}")
   return "\n\n".join(parts)
@@ -38,6 +40,11 @@ def table(models: Mapping[str, Mapping[str, float]], tokens: float) -> str:
       cells = (number(row["ce"]), kl, percent(row["agreement"]), f"{row['parameters']:,.0f}")
       lines.append(f"{label:<16}" + "".join(f"{cell:>19}" for cell in cells))
   return "\n".join(lines)
+
+
+def _first_with_text(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+  """Returns the first sample in which both continuations are more than white space, if any."""
+  return next((row for row in rows if row["teacher"].strip() and row["student"].strip()), rows[0])
 
 
 def sample(row: Mapping[str, Any]) -> str:

@@ -88,7 +88,7 @@ def _prompts(config: Config, tokenizer: Tokenizer, room: int) -> list[Any]:
   if data.kind != "chat":
     tokens = min(PROMPT_TOKENS, room)
     texts = itertools.islice(documents, PROMPTS)
-    return [tokenizer.decode(tokenizer.encode(text.strip())[:tokens]) for text in texts]
+    return [tokenizer.decode(tokenizer.encode(text.strip())[:tokens]).strip() for text in texts]
   found = []
   for line in itertools.islice(documents, CHATS):
     try:

@@ -63,9 +63,16 @@ def _trained(config: Config) -> list[str]:
 
 def _entry(kind: str, name: str, entry: Any) -> str:
   """Returns a line about a task or a loss of the config: its module and its keys."""
-  values = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}
-  keys = (f"{k} {v.values if isinstance(v, Schedule) else v}" for k, v in values.items())
+  values = {f.name: _plain(getattr(entry, f.name)) for f in dataclasses.fields(entry)}
+  keys = (f"{key} {value}" for key, value in values.items() if value not in ("", (), {}))
   return f"- {kind} `{name}` ({type(entry).__module__.rpartition('.')[2]}): {', '.join(keys)}"
+
+
+def _plain(value: Any) -> Any:
+  """Returns a value of an entry; the number of a constant schedule, else its points."""
+  if not isinstance(value, Schedule):
+    return value
+  return value.points[0][1] if len(value.points) == 1 else value.points
 
 
 def _measured(evaluation: Mapping[str, Any] | None) -> list[str]:
