@@ -6,12 +6,13 @@ import dataclasses
 import re
 from pathlib import Path
 
-from distill_jax.config import Config
 from distill_jax.errors import InputError, bad_value
 from distill_jax.models import DecoderConfig, loading
 from distill_jax.models.loading import ModelSource
+from distill_jax.models.options import ModelOptions
 from distill_jax.models.runs import RUN
 from distill_jax.nn import params
+from distill_jax.report import numbers
 from distill_jax.runtime import storage
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\w[\w./-]*)?")
@@ -76,35 +77,30 @@ def kept_layers(fraction: float, layers: int) -> tuple[int, ...]:
   return (*range(first), *range(layers - (kept - first), layers))
 
 
-def open_models(config: Config, is_cut: bool) -> Models:
-  """Opens both models of a config and checks that they fit together.
+def open_decoder(flag: str, options: ModelOptions, seed: int) -> ModelSource:
+  """Opens a model of a config.
+
+  Args:
+    flag: The flag that names it, for errors.
+    options: The section of the config.
+    seed: Random seed of the run.
 
   Raises:
-    InputError: A model cannot be read, or is not a decoder-only language model.
+    InputError: The model cannot be read, or is not a decoder-only language model.
   """
-  teacher = loading.open_source(config.teacher, config.seed)
-  student = loading.open_source(config.student, config.seed)
-  for flag, source in (("--teacher", teacher), ("--student", student)):
-    if not isinstance(source.config, DecoderConfig):
-      expected = "a decoder-only language model such as Llama, Qwen or Gemma"
-      action = "Start from configs/sentiment.py, configs/fashion.py or another config for its task"
-      raise bad_value(flag, f"{source.name}, a {source.family} model", expected, action)
-  return Models(teacher, student, is_cut)
+  source = loading.open_source(options, seed)
+  if not isinstance(source.config, DecoderConfig):
+    expected = "a decoder-only language model such as Llama, Qwen or Gemma"
+    action = "Start from configs/sentiment.py, configs/fashion.py or another config for its task"
+    raise bad_value(flag, f"{source.name}, a {source.family} model", expected, action)
+  return source
 
 
 def describe(source: ModelSource) -> str:
   """Returns e.g. "a llama model with 30 layers and 134.5 M parameters"."""
   layers = source.decoder_config.num_hidden_layers
-  count = size(params.count(source.abstract))
+  count = numbers.size(params.count(source.abstract))
   return f"a {source.family} model with {layers} layers and {count} parameters"
-
-
-def size(count: float) -> str:
-  """Returns a large number in words, e.g. "134.5 M"."""
-  for power, unit in ((9, "G"), (6, "M"), (3, "k")):
-    if count >= 10**power:
-      return f"{count / 10**power:.1f} {unit}"
-  return f"{count:.0f}"
 
 
 def check_not_a_run(source: str) -> None:

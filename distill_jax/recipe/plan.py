@@ -14,6 +14,7 @@ from distill_jax.models.runs import RUN
 from distill_jax.recipe import data_source, model_source, sizes, tokens
 from distill_jax.recipe.machine import Machine
 from distill_jax.recipe.model_source import Models
+from distill_jax.report import numbers
 
 DATA_COMMENTS = {
   "heldout_fraction": "about 100 documents, at most a tenth",
@@ -139,17 +140,18 @@ def _plan_models(result: Plan, request: Request, machine: Machine) -> Models:
   if not machine.is_cpu:
     for key in ("teacher.dtype", "student.dtype", "teacher.param_dtype"):
       result.set(key, "bfloat16")
-  models = model_source.open_models(result.config, request.is_cut)
+  seed = result.config.seed
+  teacher = model_source.open_decoder("--teacher", result.config.teacher, seed)
+  origin = request.student
   if request.is_cut:
-    layers = models.teacher.decoder_config.num_hidden_layers
+    layers = teacher.decoder_config.num_hidden_layers
     kept = model_source.kept_layers(model_source.FRACTIONS[request.student], layers)
     result.set("student.keep_layers", kept, f"of the teacher's {layers} layers")
-    models = model_source.open_models(result.config, request.is_cut)
-  teacher, student = model_source.describe(models.teacher), model_source.describe(models.student)
-  result.sentences.append(f"Teacher: {request.teacher}, {teacher}.")
-  origin = "layers of the teacher" if request.is_cut else request.student
-  result.sentences.append(f"Student: {origin}, {student}.")
-  return models
+    origin = "layers of the teacher"
+  student = model_source.open_decoder("--student", result.config.student, seed)
+  result.sentences.append(f"Teacher: {request.teacher}, {model_source.describe(teacher)}.")
+  result.sentences.append(f"Student: {origin}, {model_source.describe(student)}.")
+  return Models(teacher, student, request.is_cut)
 
 
 def _plan_sizes(
@@ -233,7 +235,7 @@ def _describe_training(result: Plan, sequences: int) -> None:
   seen = steps * size / max(1, sequences)
   micro = f", in {c.optim.accumulate} microbatches" if c.optim.accumulate > 1 else ""
   plural = "sequence" if size == 1 else "sequences"
-  total = model_source.size(sequences * c.data.seq_len)
+  total = numbers.size(sequences * c.data.seq_len)
   result.sentences.append(
     f"Training for {steps:,} steps of {size} {plural}{micro}: {seen:.3g} epochs of {total} tokens, "
     f"with peak learning rate {c.optim.peak_lr:g}."

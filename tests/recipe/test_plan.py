@@ -99,7 +99,10 @@ def test_memory_is_kept_by_recomputing_and_by_microbatches(folder):
 def planned_models(folder):
   c = config.base()
   c.teacher.source, c.student.source = str(folder / "teacher"), str(folder / "student")
-  return model_source.open_models(config.resolve(c), is_cut=False)
+  c = config.resolve(c)
+  teacher = model_source.open_decoder("--teacher", c.teacher, c.seed)
+  student = model_source.open_decoder("--student", c.student, c.seed)
+  return model_source.Models(teacher, student, is_cut=False)
 
 
 def test_rows_of_chats_are_counted_as_they_are_packed():
