@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.errors import InputError, bad_value
+from distill_jax.losses import features
 from distill_jax.losses._base import FeatureLoss
 from distill_jax.losses.features import Features, FeatureSpec, Pairs
 from distill_jax.nn import layers
@@ -73,15 +74,8 @@ class Loss(FeatureLoss):
     """
     del pairs
     D = student.embedding_size
-    if (width == D) != (self.projection == "none"):
-      expected = "'none'" if width == D else "'orthogonal'"
-      raise bad_value(
-        "projection",
-        self.projection,
-        f"{expected} for student embeddings of width {D} and teacher embeddings of width {width}",
-        f"Set it to {expected}",
-      )
-    if width == D:
+    widths = f"student embeddings of width {D} and teacher embeddings of width {width}"
+    if not features.needs_projection(self.projection, width != D, "'orthogonal'", widths):
       return {}
     project = param(key, f"embed:{D} teacher_embed:{width}", "", init="zeros")
     return {"project": project.replace(jax.nn.initializers.orthogonal()(key, (D, width)))}

@@ -59,6 +59,24 @@ class Features(struct.PyTreeNode):
   embedding_BTD: jax.Array | None = None
 
 
+def needs_projection(projection: str, widths_differ: bool, trained: str, widths: str) -> bool:
+  """Returns whether a loss projects the student's features to the teacher's width.
+
+  Args:
+    projection: The key `projection` of the loss.
+    widths_differ: True if the two widths differ.
+    trained: The values of `projection` for different widths, for the error.
+    widths: The two widths, for the error.
+
+  Raises:
+    InputError: The key does not fit the widths.
+  """
+  if widths_differ == (projection == "none"):
+    expected = trained if widths_differ else "'none'"
+    raise bad_value("projection", projection, f"{expected} for {widths}", f"Set it to {expected}")
+  return widths_differ
+
+
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
   """Layers whose features are extracted from a model: hidden states, and (q, k, v)."""

@@ -66,15 +66,9 @@ class Loss(LayerPairLoss):
       InputError: The key `projection` does not fit the widths.
     """
     D, n = student.hidden_size, len(pairs)
-    if (width == D) != (self.projection == "none"):
-      expected = "'none'" if width == D else "'orthogonal' or 'least_squares'"
-      raise bad_value(
-        "projection",
-        self.projection,
-        f"{expected} for hidden states of width {D} (student) and {width} (teacher)",
-        f"Set it to {expected}",
-      )
-    if width == D:
+    widths = f"hidden states of width {D} (student) and {width} (teacher)"
+    trained = "'orthogonal' or 'least_squares'"
+    if not features.needs_projection(self.projection, width != D, trained, widths):
       return {}
     project = param(key, f"pairs:{n} embed:{D} teacher_embed:{width}", "", init="zeros")
     keys = jax.random.split(key, n)

@@ -29,10 +29,11 @@ class GrowingStore:
     self._folder, self._manifest, self._sequences = folder, manifest, sequences
     self._writer: Writer | None = None
     self._found: Store | None = None  # shards that earlier runs finished
+    self._stored: dict[int, range] = {}  # their ranges, by first row
     self._background = ThreadPoolExecutor(1)
     self._writing: Future[Any] | None = None
     self._shard: list[Record] = []  # records of the current shard
-    self._added = 0
+    self._added = self._end = 0  # number of records; the index after the current shard
 
   def stored(self, first: int, rows: Sequence[Record]) -> list[bool]:
     """Returns True for each row that earlier runs have stored.
@@ -52,21 +53,21 @@ class GrowingStore:
       self._open(rows[0], manifest_lib.load(self._folder).total)
     if self._found is None:
       return [False] * len(rows)
-    shards = [range(s.first, s.first + s.count) for s in self._found.manifest.shards]
-    for shard in shards:
+    for shard in self._stored.values():
       if shard[-1] in range(first, past):
         recorder.check_same_row(self._found, shard[-1], rows[shard[-1] - first])
-    return [any(i in shard for shard in shards) for i in range(first, past)]
+    return [any(i in shard for shard in self._stored.values()) for i in range(first, past)]
 
   def add(self, records: Sequence[Record]) -> None:
     """Adds records. Records that are already stored may lack targets."""
     for record in records:
       if self._writer is None and self._sequences is not None:
         self._open(record, self._sequences)
-      first = self._added - len(self._shard)
+      if not self._shard:
+        self._end = self._end_of_shard(self._added)
       self._shard.append(record)
       self._added += 1
-      if self._added == self._end_of_shard(first):
+      if self._added == self._end:
         self._write_shard()
 
   def finish(self) -> Manifest:
@@ -104,6 +105,9 @@ class GrowingStore:
     )
     self._writer = Writer(self._folder, manifest)
     self._found = unfinished_store(self._writer)
+    if self._found is not None:
+      shards = self._found.manifest.shards
+      self._stored = {s.first: range(s.first, s.first + s.count) for s in shards}
     return self._writer
 
   def _end_of_shard(self, first: int) -> int:
@@ -120,7 +124,7 @@ class GrowingStore:
     writer = self._writer or self._open(records[0], len(records))
     if rows.stop > writer.manifest.total:
       writer.lengthen(rows.stop)
-    if rows.start not in writer.finished():
+    if rows.start not in self._stored:
       self._writing = self._background.submit(writer.write_shard, rows, records)
 
   def _wait(self) -> None:
