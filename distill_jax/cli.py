@@ -1,7 +1,7 @@
 """`distill-jax VERB --config=FILE --workdir=DIR --config.key=value [--json]`.
 
-Only the standard library is imported at the top: `--help` and `--version` answer at once, and an
-interpreter or a jax that is too old is reported before anything that needs a newer one is read.
+Only the standard library is imported at the top. So `--help` and `--version` are fast, and a Python
+or jax that is too old is reported before any module that needs a newer one is imported.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ PACKAGES = {"jax": (0, 10, 2), "flax": (0, 12, 8)}  # the oldest versions, as in
 def main(argv: list[str] | None = None) -> None:
   """Runs one command. If it stops early, one sentence on standard error explains why.
 
-  Exit codes: 2, the input cannot be used; 75 (EX_TEMPFAIL of sysexits.h), told to stop, run the
-  command again; 1, training has gone wrong.
+  Exit codes: 2, the input cannot be used; 75 (EX_TEMPFAIL of sysexits.h), the run was interrupted
+  and resumes when the command is run again; 1, training diverged.
   """
   argv = list(sys.argv if argv is None else argv)
   try:
@@ -167,12 +167,7 @@ def run_configured(command: Any, argv: list[str]) -> JsonObject:
   from distill_jax.runtime.workdir import Workdir
 
   overrides = [arg for arg in argv if arg.startswith("--config.")]
-  try:
-    rest = absl_flags.FLAGS([arg for arg in argv if arg not in overrides])
-  except absl_flags.Error as error:
-    raise InputError(_flag_error(argv, error)) from error
-  if len(rest) > 1:
-    raise InputError(f"{rest[1]!r} is neither a verb nor a flag. Flags begin with --.")
+  _read_flags([arg for arg in argv if arg not in overrides])
   for name in ("teacher", "data", "workdir"):
     if not absl_flags.FLAGS[name].value:
       raise InputError(f"--{name} is missing. `distill-jax help distill` explains the flags.")
@@ -227,14 +222,9 @@ def parse(argv: list[str]) -> Config:
   for name in [name for name in absl_flags.FLAGS if name.startswith("config.")]:
     delattr(absl_flags.FLAGS, name)  # an override of a config that was read before
   try:
-    rest = absl_flags.FLAGS(argv)
-    config = flags.CONFIG.value
-  except (absl_flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    raise InputError(_flag_error(argv, error)) from error
+    config = _read_flags(argv)
   except (OSError, ImportError, SyntaxError) as error:
     raise InputError(f"The config {named[-1]} does not run: {_one_line(error)}.") from error
-  if len(rest) > 1:
-    raise InputError(f"{rest[1]!r} is neither a verb nor a flag. Flags begin with --.")
   resolved = configs.resolve(config)
   flags_given: dict[str, Any] = {
     "topology": flags.TOPOLOGY.value,
@@ -247,6 +237,26 @@ def parse(argv: list[str]) -> Config:
     profile_steps=flags.PROFILE_STEPS.value or resolved.profile_steps,
     preflight=dataclasses.replace(resolved.preflight, **flags_given),
   )
+
+
+def _read_flags(argv: list[str]) -> Any:
+  """Sets the flags of a command line; returns the ConfigDict of --config, or None without it.
+
+  Raises:
+    InputError: A flag, key or value is wrong, or a word is not a flag.
+  """
+  from absl import flags as absl_flags
+
+  from distill_jax import flags
+
+  try:
+    rest = absl_flags.FLAGS(argv)
+    config = flags.CONFIG.value
+  except (absl_flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    raise InputError(_flag_error(argv, error)) from error
+  if len(rest) > 1:
+    raise InputError(f"{rest[1]!r} is neither a verb nor a flag. Flags begin with --.")
+  return config
 
 
 def summary(verb: str, result: JsonObject) -> str:
