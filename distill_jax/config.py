@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from distill_jax import registry
+from distill_jax.config_reference import TYPE_NAMES
 from distill_jax.data.options import DataOptions
 from distill_jax.efficiency.options import EfficiencyOptions
 from distill_jax.errors import InputError, bad_value
@@ -32,15 +33,6 @@ from distill_jax.registry import ENTRY_CLASSES
 from distill_jax.schedules import Schedule
 from distill_jax.training.options import OptimOptions, TrainOptions
 from distill_jax.types import JsonObject
-
-TYPE_NAMES = {
-  bool: "True or False",
-  int: "an integer",
-  float: "a number",
-  str: "a string",
-  tuple: "a tuple",
-  dict: "a dictionary",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,7 +320,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
   if type(value) is hint:  # isinstance would accept True as an int
     return value
   found = type(value).__name__
-  expected = TYPE_NAMES.get(container or hint, "a section with keys")
+  expected = TYPE_NAMES.get((container or hint).__name__, "a section with keys")
   raise bad_value(path, value, f"{expected}, not a value of type {found}", "Correct the value")
 
 

@@ -23,11 +23,13 @@ from distill_jax.registry import ENTRY_CLASSES
 
 ROOT = Path(__file__).parent
 PACKAGE = ROOT.name
-TYPES = {
+TYPE_NAMES = {
   "bool": "True or False",
   "int": "an integer",
   "float": "a number",
   "str": "a string",
+  "tuple": "a tuple",
+  "dict": "a dictionary",
   "Schedule": "a number",
 }
 LEAVES = ("Schedule",)  # dataclasses that a config file writes as one value
@@ -251,7 +253,7 @@ def nearest_setting(key: str) -> str:
 
 def type_of(field: Field) -> str:
   """Returns the type of a field in words, e.g. "an integer"."""
-  return TYPES.get(field.type, field.type)
+  return TYPE_NAMES.get(field.type, field.type)
 
 
 @functools.cache

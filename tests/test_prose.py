@@ -68,15 +68,15 @@ A_KEY = re.compile(r"(?<![\w./-])(" + "|".join(map(re.escape, KEYS)) + r")(?![\w
 OF_A_KEY = re.compile(r"^\S+( \S+)? is .+; expected .+\. .+[.?}]$", re.S)
 
 
-def docstrings(tree: ast.AST) -> Iterator[tuple[int, str, ast.AST]]:
-  """Yields (line, text, node) of every docstring, those of attributes included."""
+def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
+  """Yields (line, text) of every docstring, those of attributes included."""
   for node in ast.walk(tree):
     if not isinstance(body := getattr(node, "body", None), list):
       continue
-    for before, statement in zip([None, *body], body, strict=False):
+    for statement in body:
       value = statement.value if isinstance(statement, ast.Expr) else None
       if isinstance(value, ast.Constant) and isinstance(value.value, str):
-        yield statement.lineno, value.value, node if before is None else before
+        yield statement.lineno, value.value
 
 
 def template(node: ast.expr) -> str | None:
@@ -116,7 +116,7 @@ def faults(path: Path) -> list[str]:
   tree = ast.parse(source)
   found = []
   prose = list(comments(source))
-  for line, text, _ in docstrings(tree):
+  for line, text in docstrings(tree):
     prose.append((line, text))
     first = text.strip().split("\n\n")[0].strip()
     word = re.split(r"[\s,:.]", first)[0]
