@@ -42,7 +42,7 @@ class Stops:
 
     Args:
       tokens: The tokens of the text.
-      old: The number of tokens in which no end was found before.
+      old: The number of tokens that earlier calls searched without finding an end.
 
     Returns:
       The number of tokens up to the end and the reason, "stop" or "repetition"; or None.

@@ -275,7 +275,7 @@ def splash(
   queries are scaled in float32 and rounded once more.
   """
   T = segments_BT.shape[1]
-  padding = -T % LANES  # positions after the last one, which no position attends to
+  padding = -T % LANES  # The mask is causal, so no token attends to the padding after it.
 
   def padded_heads(x_BTHh: jax.Array) -> jax.Array:
     return jnp.pad(x_BTHh.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))

@@ -107,6 +107,6 @@ def check_not_a_run(source: str) -> None:
   """Refuses to take layers from a training run, which is loaded whole."""
   if source.startswith(RUN):
     raise InputError(
-      f"--teacher is {source!r}, a training run, from which no layers can be taken. Export it and "
-      "name the exported folder, or name a model with --student."
+      f"--teacher is {source!r}, a training run; a student cannot be made of its layers. Export it "
+      "and name the exported folder, or name a model with --student."
     )

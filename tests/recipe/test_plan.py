@@ -145,7 +145,7 @@ def test_a_fraction_that_is_unknown():
 
 def test_layers_are_not_taken_from_a_run(folder):
   request = plan.Request(f"run:{folder / 'teacher'}", "half", "pydoc", "run")
-  with pytest.raises(InputError, match="from which no layers can be taken"):
+  with pytest.raises(InputError, match="a training run; a student cannot be made of its layers"):
     request.full()
 
 
