@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +59,7 @@ def changed(pixels_WWM: np.ndarray, name: str, strength: float, fill: int = 0) -
   if name in WARPS:
     H, W = pixels_WWM.shape[:2]
     return _pixels.warped(pixels_WWM, WARPS[name](strength, H, W), fill)
-  return _pixels.to_pixels(_tones()[name](_pixels.to_pillow(pixels_WWM), strength))
+  return _pixels.to_pixels(TONES[name](_pixels.to_pillow(pixels_WWM), strength))
 
 
 def _rotate(s: float, H: int, W: int) -> np.ndarray:
@@ -77,32 +78,27 @@ WARPS: dict[str, Callable[[float, int, int], np.ndarray]] = {
 
 
 @functools.cache
-def _tones() -> dict[str, Callable[[Any, float], Any]]:
-  """Returns the changes of grey levels and colours, functions of a Pillow image and a strength."""
+def _pillow(module: str) -> Any:
+  """Returns a module of Pillow, "ImageOps" or "ImageEnhance"."""
   with extras.needed("images"):
-    from PIL import ImageEnhance, ImageOps
-  return {
-    "identity": lambda image, s: image,
-    "auto_contrast": lambda image, s: ImageOps.autocontrast(image),
-    "equalize": lambda image, s: ImageOps.equalize(image),
-    "posterize": lambda image, s: ImageOps.posterize(image, 8 - round(4 * abs(s))),
-    "solarize": lambda image, s: ImageOps.solarize(image, round(256 * (1 - abs(s)))),
-    "brightness": lambda image, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s),
-    "contrast": lambda image, s: ImageEnhance.Contrast(image).enhance(1 + 0.9 * s),
-    "sharpness": lambda image, s: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * s),
-    "colour": lambda image, s: ImageEnhance.Color(image).enhance(1 + 0.9 * s),
-  }
+    return importlib.import_module(f"PIL.{module}")
 
 
-TONES = (
-  "identity",
-  "auto_contrast",
-  "equalize",
-  "posterize",
-  "solarize",
-  "brightness",
-  "contrast",
-  "sharpness",
-  "colour",
-)
+def _enhanced(image: Any, kind: str, s: float) -> Any:
+  """Returns an image with a property of PIL.ImageEnhance, e.g. "Color", multiplied by 1 + 0.9 s."""
+  return getattr(_pillow("ImageEnhance"), kind)(image).enhance(1 + 0.9 * s)
+
+
+# Changes of grey levels and colours: functions of a Pillow image and a strength.
+TONES: dict[str, Callable[[Any, float], Any]] = {
+  "identity": lambda image, s: image,
+  "auto_contrast": lambda image, s: _pillow("ImageOps").autocontrast(image),
+  "equalize": lambda image, s: _pillow("ImageOps").equalize(image),
+  "posterize": lambda image, s: _pillow("ImageOps").posterize(image, 8 - round(4 * abs(s))),
+  "solarize": lambda image, s: _pillow("ImageOps").solarize(image, round(256 * (1 - abs(s)))),
+  "brightness": lambda image, s: _enhanced(image, "Brightness", s),
+  "contrast": lambda image, s: _enhanced(image, "Contrast", s),
+  "sharpness": lambda image, s: _enhanced(image, "Sharpness", s),
+  "colour": lambda image, s: _enhanced(image, "Color", s),
+}
 CHANGES = (*WARPS, *TONES)
