@@ -14,7 +14,6 @@ from distill_jax.data import image_files, sources
 from distill_jax.errors import InputError, bad_value
 from distill_jax.models import FamilyConfig
 from distill_jax.tasks._jsonl_task import JsonlTask, is_text, read_media
-from distill_jax.tasks._model_configs import VisionConfig
 from distill_jax.types import JsonObject
 
 
@@ -121,14 +120,6 @@ class ImageTextTask(JsonlTask):
     if pixels is None or hashlib.sha256(raw).hexdigest() != pair.digest:
       raise InputError(f"{pair.image} has changed since the run began. Start the run again.")
     return pixels
-
-  def check_images(self, vision: VisionConfig) -> None:
-    """Raises InputError if a vision tower reads images of another size or other channels."""
-    if self.size != (n := vision.image_size):
-      raise bad_value(f"{self.kind}.size", self.size, f"{n}, the model's image size", "Set it so")
-    if self.channels != (n := vision.num_channels):
-      expected = f"{n}, the model's number of channels"
-      raise bad_value(f"{self.kind}.channels", self.channels, expected, "Set it so")
 
   def hub_files(self, config: FamilyConfig) -> JsonObject:
     """Returns the config of transformers' CLIPImageProcessor."""

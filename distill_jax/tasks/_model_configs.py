@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 
 
 @runtime_checkable
@@ -110,4 +110,37 @@ def wrong_kind(kind: str, expected: str, config: object) -> InputError:
   return InputError(
     f"The task {kind} needs {expected}, but this model is of the family {family}. Choose another "
     "model."
+  )
+
+
+def check_as_in_model(
+  kind: str, key: str, value: int, of_model: int, meaning: str = "as in the model"
+) -> None:
+  """Raises InputError if a number of a task is not that of the model.
+
+  Args:
+    kind: Name of the task in the registry.
+    key: The task's key.
+    value: The value of the key.
+    of_model: The model's number.
+    meaning: The end of the message's part "expected 28, the model's image size".
+  """
+  if value != of_model:
+    raise bad_value(f"{kind}.{key}", value, f"{of_model}, {meaning}", "Set it so")
+
+
+def check_images(
+  kind: str, size: int, channels: int, model: ImageEncoderConfig | VisionConfig
+) -> None:
+  """Raises InputError if a model reads images of another size or other channels.
+
+  Args:
+    kind: Name of the task in the registry.
+    size: The width and height of the task's images in pixels.
+    channels: The number of channels of the task's images.
+    model: The config of the model, or of its vision tower.
+  """
+  check_as_in_model(kind, "size", size, model.image_size, "the model's image size")
+  check_as_in_model(
+    kind, "channels", channels, model.num_channels, "the model's number of channels"
   )

@@ -18,7 +18,12 @@ from distill_jax.models import FamilyConfig
 from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Example, Stack
 from distill_jax.tasks._image_text_pairs import ImageTextPair, ImageTextTask
-from distill_jax.tasks._model_configs import ImageDecoderConfig, wrong_kind
+from distill_jax.tasks._model_configs import (
+  ImageDecoderConfig,
+  check_as_in_model,
+  check_images,
+  wrong_kind,
+)
 from distill_jax.types import Images, ImageText
 
 
@@ -57,15 +62,11 @@ class Task(ImageTextTask):
   def check(self, config: FamilyConfig) -> None:
     if not isinstance(config, ImageDecoderConfig):
       raise wrong_kind(self.kind, "a decoder that reads images, e.g. llava", config)
-    for key, value, of_model in (
-      ("patches", self.patches, config.vision.num_patches),
-      ("image_token", self.image_token, config.image_token),
-      ("vocab_size", self.vocab_size, config.head_rows),
-    ):
-      if value != of_model:
-        raise bad_value(f"{self.kind}.{key}", value, f"{of_model}, as in the model", "Set it so")
+    check_as_in_model(self.kind, "patches", self.patches, config.vision.num_patches)
+    check_as_in_model(self.kind, "image_token", self.image_token, config.image_token)
+    check_as_in_model(self.kind, "vocab_size", self.vocab_size, config.head_rows)
     _texts.check_length(self.kind, self.max_tokens, config)
-    self.check_images(config.vision)
+    check_images(self.kind, self.size, self.channels, config.vision)
 
 
 class CaptionedImages:

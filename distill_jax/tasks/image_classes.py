@@ -19,7 +19,7 @@ from distill_jax.tasks import _base
 from distill_jax.tasks._base import Example, Stack
 from distill_jax.tasks._class_names import as_hub_config, check_names
 from distill_jax.tasks._jsonl_task import BadExamples
-from distill_jax.tasks._model_configs import ImageEncoderConfig, wrong_kind
+from distill_jax.tasks._model_configs import ImageEncoderConfig, check_images, wrong_kind
 from distill_jax.types import Images, JsonObject
 
 PIXELS = "pixels_WWM"
@@ -136,11 +136,7 @@ class Task(_base.Task):
   def check(self, config: FamilyConfig) -> None:
     if not isinstance(config, ImageEncoderConfig):
       raise wrong_kind(self.kind, "an image classifier, e.g. vit", config)
-    if self.size != (n := config.image_size):
-      raise bad_value(f"{self.kind}.size", self.size, f"{n}, the model's image size", "Set it so")
-    if self.channels != (n := config.num_channels):
-      expected = f"{n}, the model's number of channels"
-      raise bad_value(f"{self.kind}.channels", self.channels, expected, "Set it so")
+    check_images(self.kind, self.size, self.channels, config)
 
   def hub_files(self, config: FamilyConfig) -> JsonObject:
     del config

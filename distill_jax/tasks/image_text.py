@@ -18,7 +18,7 @@ from distill_jax.models import FamilyConfig
 from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Example, Stack
 from distill_jax.tasks._image_text_pairs import ImageTextPair, ImageTextTask
-from distill_jax.tasks._model_configs import ImageTextConfig, wrong_kind
+from distill_jax.tasks._model_configs import ImageTextConfig, check_images, wrong_kind
 from distill_jax.types import IN_BATCH_CLASSES, Images, ImageText
 
 
@@ -46,7 +46,7 @@ class Task(ImageTextTask):
       raise wrong_kind(self.kind, "a model of images and texts, e.g. clip", config)
     image_text_config = cast(ImageTextConfig, config)  # head_rows identifies it
     _texts.check_length(self.kind, self.max_tokens, image_text_config)
-    self.check_images(image_text_config.vision)
+    check_images(self.kind, self.size, self.channels, image_text_config.vision)
     if self.tokenizer:
       self._check_tokenizer(load_tokenizer(self.tokenizer), image_text_config)
 

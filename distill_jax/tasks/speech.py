@@ -20,7 +20,12 @@ from distill_jax.runtime import extras
 from distill_jax.tasks import _scores, _seq2seq_targets
 from distill_jax.tasks._base import Example, PseudoLabels, Stack, TextTask
 from distill_jax.tasks._jsonl_task import BadExamples, JsonlTask, is_text, read_media
-from distill_jax.tasks._model_configs import Seq2SeqConfig, SpeechConfig, wrong_kind
+from distill_jax.tasks._model_configs import (
+  Seq2SeqConfig,
+  SpeechConfig,
+  check_as_in_model,
+  wrong_kind,
+)
 from distill_jax.types import JsonObject, Sounds, SourceTarget
 
 
@@ -124,12 +129,8 @@ class Task(JsonlTask, TextTask):
   def check(self, config: FamilyConfig) -> None:
     if not isinstance(config, SpeechConfig):
       raise wrong_kind(self.kind, "a speech model, e.g. whisper", config)
-    for key, value, of_model in (
-      ("bins", self.bins, config.num_mel_bins),
-      ("frames", self.frames, 2 * config.max_source_positions),
-    ):
-      if value != of_model:
-        raise bad_value(f"{self.kind}.{key}", value, f"{of_model}, as in the model", "Set it so")
+    check_as_in_model(self.kind, "bins", self.bins, config.num_mel_bins)
+    check_as_in_model(self.kind, "frames", self.frames, 2 * config.max_source_positions)
     if self.positions > (limit := config.max_target_positions):
       most = limit - (len(self.prompt) - 1)
       expected = f"at most {most}, because the model outputs up to {limit} tokens with the prompt"
