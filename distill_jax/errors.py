@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,16 @@ def bad_value(key: str, value: Any, expected: str, action: str) -> InputError:
   """
   found = str(value) if isinstance(value, Path) else repr(value)
   return InputError(f"{key} is {found}; expected {expected}. {action}.")
+
+
+def check_choice(key: str, value: Any, choices: Collection[str], action: str) -> None:
+  """Raises the error of `bad_value` if the value of a key is not one of the choices.
+
+  Args:
+    key: A config key, flag, argument or field.
+    value: The value found.
+    choices: The valid values.
+    action: What the user should do, as an imperative without a full stop.
+  """
+  if value not in choices:
+    raise bad_value(key, value, f"one of {', '.join(choices)}", action)

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from distill_jax.errors import bad_value
+from distill_jax.errors import bad_value, check_choice
 
 SHAPES = ("linear", "cosine", "step")
 
@@ -34,9 +34,7 @@ class Schedule:
     if not steps or steps != sorted(set(steps)) or steps[0] < 0:
       expected = "(step, value) pairs with rising steps, the first at least 0"
       raise bad_value("points", self.points, expected, "Change them")
-    if self.shape not in SHAPES:
-      expected = f"one of {', '.join(SHAPES)}"
-      raise bad_value("shape", self.shape, expected, "Choose one")
+    check_choice("shape", self.shape, SHAPES, "Choose one")
 
   def __call__(self, step: jax.Array | int) -> jax.Array:
     """Returns the value at a step, a float32 scalar."""

@@ -91,13 +91,14 @@ def template(node: ast.expr) -> str | None:
 def messages(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
   """Yields (line, text, is_whole) of every message of an InputError or ValueError.
 
-  The arguments of `bad_value` are parts of a message (is_whole is False): it adds the key.
+  The arguments of `bad_value` and `check_choice` are parts of a message (is_whole is False): they
+  add the key.
   """
   for node in ast.walk(tree):
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
       if node.func.id in ("InputError", "ValueError") and (text := template(node.args[0])):
         yield node.lineno, text, True
-      if node.func.id == "bad_value":
+      if node.func.id in ("bad_value", "check_choice"):
         for argument in node.args[2:]:
           if text := template(argument):
             yield node.lineno, text + ".", False

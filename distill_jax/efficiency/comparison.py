@@ -8,7 +8,7 @@ from pathlib import Path
 from distill_jax.efficiency import formulas
 from distill_jax.efficiency.formulas import ServingCost
 from distill_jax.efficiency.options import EfficiencyOptions
-from distill_jax.errors import InputError, bad_value
+from distill_jax.errors import InputError, bad_value, check_choice
 from distill_jax.models.loading import ModelSource
 from distill_jax.preflight.chips import CHIPS, Chip
 from distill_jax.runtime import json_io
@@ -27,18 +27,14 @@ def check(options: EfficiencyOptions, models: Mapping[str, ModelSource]) -> None
   Raises:
     InputError: an option is invalid, or the context is longer than a model supports.
   """
-  if options.chip not in CHIPS:
-    expected = f"one of {', '.join(CHIPS)}"
-    raise bad_value("efficiency.chip", options.chip, expected, "Choose one")
+  check_choice("efficiency.chip", options.chip, CHIPS, "Choose one")
   dtypes = {
     "teacher_dtype": options.teacher_dtype,
     "student_dtype": options.student_dtype,
     "cache_dtype": options.cache_dtype,
   }
   for key, dtype in dtypes.items():
-    if dtype not in formulas.DTYPES:
-      expected = f"one of {', '.join(formulas.DTYPES)}"
-      raise bad_value(f"efficiency.{key}", dtype, expected, "Choose one")
+    check_choice(f"efficiency.{key}", dtype, formulas.DTYPES, "Choose one")
   if not options.batch_sizes or min(options.batch_sizes) < 1:
     expected = "one or more positive numbers"
     raise bad_value("efficiency.batch_sizes", options.batch_sizes, expected, "Change them")

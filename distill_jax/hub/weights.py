@@ -8,7 +8,7 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
-from distill_jax.errors import InputError, bad_value
+from distill_jax.errors import InputError, check_choice
 from distill_jax.runtime import json_io
 from distill_jax.types import JsonObject
 
@@ -40,8 +40,7 @@ class Weights(Protocol):
 
 def float_dtype(name: str) -> np.dtype:
   """Returns the numpy dtype for "float32", "bfloat16" or "float16"; others raise InputError."""
-  if name not in FLOATS:
-    raise bad_value("dtype", name, f"one of {', '.join(FLOATS)}", "Choose one of them")
+  check_choice("dtype", name, FLOATS, "Choose one of them")
   return FLOATS[name]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from distill_jax.errors import bad_value
+from distill_jax.errors import bad_value, check_choice
 from distill_jax.types import Terms
 
 
@@ -131,8 +131,7 @@ def named(name: str, parameters: Mapping[str, float] | None = None) -> Terms:
     InputError: The name or a parameter is unknown, or a value is out of range.
   """
   parameters = dict(parameters or {})
-  if name not in ALL:
-    raise bad_value("divergence", name, f"one of {', '.join(ALL)}", "Correct the name")
+  check_choice("divergence", name, ALL, "Correct the name")
   known = list(inspect.signature(ALL[name]).parameters)[2:]
   if unknown := [key for key in parameters if key not in known]:
     raise bad_value(

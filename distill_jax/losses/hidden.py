@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from distill_jax.errors import bad_value
+from distill_jax.errors import bad_value, check_choice
 from distill_jax.losses import features
 from distill_jax.losses._base import LayerPairLoss
 from distill_jax.losses.features import Features, Pairs
@@ -49,10 +49,7 @@ class Loss(LayerPairLoss):
     super().__post_init__()
     if self.distance not in DISTANCES:
       raise bad_value("distance", self.distance, " or ".join(map(repr, DISTANCES)), "Correct it")
-    if self.projection not in PROJECTIONS:
-      raise bad_value(
-        "projection", self.projection, f"one of {', '.join(PROJECTIONS)}", "Correct it"
-      )
+    check_choice("projection", self.projection, PROJECTIONS, "Correct it")
 
   def adapter_width(self, teacher: FamilyConfig, recorded_width: int | None) -> int:
     return teacher.hidden_size if recorded_width is None else recorded_width

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from distill_jax.errors import InputError, bad_value
+from distill_jax.errors import InputError, bad_value, check_choice
 from distill_jax.losses import kd
 from distill_jax.losses._base import TokenLoss
 from distill_jax.nn import fused_head
@@ -52,8 +52,7 @@ class Loss(TokenLoss):
   def __post_init__(self) -> None:
     super().__post_init__()
     self._kd(self.teachers[0] if self.teachers else "")
-    if self.by not in BY:
-      raise bad_value("by", self.by, f"one of {', '.join(BY)}", "Correct it")
+    check_choice("by", self.by, BY, "Correct it")
     if not 0 <= self.label_trust <= 1:
       raise bad_value("label_trust", self.label_trust, "a number from 0 to 1", "Correct it")
     if not self.sharpness > 0:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax.errors import bad_value
+from distill_jax.errors import bad_value, check_choice
 from distill_jax.models._declare import Declare
 from distill_jax.models._family import FamilyDefaults, check_numbers
 from distill_jax.nn import attention, layers
@@ -43,8 +43,7 @@ def check_activation(name: str) -> None:
   Raises:
     InputError: it is not one of ACTIVATIONS.
   """
-  if name not in ACTIVATIONS:
-    raise bad_value("hidden_act", name, f"one of {', '.join(ACTIVATIONS)}", "Use another model")
+  check_choice("hidden_act", name, ACTIVATIONS, "Use another model")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from distill_jax.errors import bad_value
+from distill_jax.errors import bad_value, check_choice
 from distill_jax.nn.layer_sharing import ShareOptions
 from distill_jax.nn.lora import LoraOptions
 from distill_jax.nn.quantise import QuantiseOptions
@@ -79,8 +79,7 @@ class StudentOptions(ModelOptions):
   ("model.encoder.",), for student.train="frozen"."""
 
   def __post_init__(self) -> None:
-    if self.train not in TRAIN:
-      raise bad_value("student.train", self.train, f"one of {', '.join(TRAIN)}", "Choose one")
+    check_choice("student.train", self.train, TRAIN, "Choose one")
     defaults = {f.name: f.default for f in dataclasses.fields(self)}
     for part in ("lora", "share", "quantise", "frozen"):
       if part not in TRAIN[self.train] and getattr(self, part) != defaults[part]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jax.sharding import PartitionSpec
 
-from distill_jax.errors import InputError, bad_value
+from distill_jax.errors import InputError, bad_value, check_choice
 from distill_jax.nn import sharding
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
@@ -190,8 +190,7 @@ def choose_kernel(kernel: str, q_BTHh: jax.Array) -> str:
   Raises:
     InputError: the kernel is unknown, or does not support these queries or devices.
   """
-  if kernel not in KERNELS:
-    raise bad_value("attention", kernel, f"one of {', '.join(KERNELS)}", "Choose one")
+  check_choice("attention", kernel, KERNELS, "Choose one")
   platform_name, unsupported = platform(), cudnn_limitation(q_BTHh)
   if kernel == "auto":
     fits = {"splash": True, "cudnn": not unsupported}

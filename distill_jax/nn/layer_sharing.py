@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
-from distill_jax.errors import bad_value
+from distill_jax.errors import bad_value, check_choice
 from distill_jax.nn import lora, params
 from distill_jax.nn.layers import LayerStack
 from distill_jax.types import FamilyConfig, Model
@@ -90,9 +90,8 @@ def check(spec: ShareOptions, model: Model) -> None:
   Raises:
     InputError: they do not.
   """
-  for key, choices in (("order", ORDERS), ("start", STARTS)):
-    if (value := getattr(spec, key)) not in choices:
-      raise bad_value(f"student.share.{key}", value, f"one of {', '.join(choices)}", "Choose one")
+  check_choice("student.share.order", spec.order, ORDERS, "Choose one")
+  check_choice("student.share.start", spec.start, STARTS, "Choose one")
   if not isinstance(model, ModelOfStacks):
     expected = "another choice, because only layers of decoders can share weights"
     raise bad_value("student.train", "shared", expected, "Set student.train='whole'")

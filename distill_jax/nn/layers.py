@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distill_jax.errors import InputError, bad_value
+from distill_jax.errors import InputError, bad_value, check_choice
 from distill_jax.nn import lora, params, sharding
 from distill_jax.nn.quantise import QuantiseOptions, rounded
 from distill_jax.types import Tree
@@ -71,8 +71,7 @@ class ComputeConfig:
 
   def checkpoint(self, fn: Callable) -> Callable:
     """Returns the function with `jax.checkpoint` applied, as configured by `remat`."""
-    if self.remat not in REMAT:
-      raise bad_value("remat", self.remat, f"one of {', '.join(REMAT)}", "Choose one")
+    check_choice("remat", self.remat, REMAT, "Choose one")
     if self.remat == "none":
       return fn
     policies = jax.checkpoint_policies

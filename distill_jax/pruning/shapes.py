@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from distill_jax import registry
-from distill_jax.errors import bad_value
+from distill_jax.errors import bad_value, check_choice
 from distill_jax.models import DecoderConfig, DecoderModel
 from distill_jax.nn import params
 from distill_jax.pruning.options import ShrinkOptions
@@ -103,8 +103,7 @@ def check(options: ShrinkOptions, family: str, config: DecoderConfig) -> None:
 def _check_options(options: ShrinkOptions) -> None:
   """Checks the options that do not depend on the teacher."""
   for key, choices in CHOICES.items():
-    if (choice := getattr(options, key)) not in choices:
-      raise bad_value(f"shrink.{key}", choice, f"one of {', '.join(choices)}", "Choose one")
+    check_choice(f"shrink.{key}", getattr(options, key), choices, "Choose one")
   if options.window < 0:
     expected = "a positive number, or 0 for the teacher's attention"
     raise bad_value("shrink.window", options.window, expected, "Change it")

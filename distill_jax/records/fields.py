@@ -15,7 +15,7 @@ import functools
 
 import numpy as np
 
-from distill_jax.errors import bad_value
+from distill_jax.errors import bad_value, check_choice
 
 Record = dict[str, np.ndarray]  # one sequence, or one example of a task, by field
 KINDS = ("sampled", "topk", "dense", "text")
@@ -103,8 +103,7 @@ class RecordSpec:
   entropy: bool = True
 
   def __post_init__(self) -> None:
-    if self.kind not in KINDS:
-      raise bad_value("records.kind", self.kind, f"one of {', '.join(KINDS)}", "Correct it")
+    check_choice("records.kind", self.kind, KINDS, "Correct it")
     if not 1 <= self.vocab_size <= 1 << 20:
       raise bad_value(
         "vocab_size", self.vocab_size, f"from 1 to {1 << 20}", "Use another tokenizer"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill_jax.data import packing
-from distill_jax.errors import InputError, bad_value
+from distill_jax.errors import InputError, bad_value, check_choice
 from distill_jax.records import fields
 from distill_jax.records.fields import IDS, LOGP, SMOOTHING, WEIGHT, Record
 from distill_jax.records.manifest import Manifest
@@ -148,8 +148,7 @@ def as_dataset(
   store: Store, form: str, batch_size: int | None, seed: int | None, epochs: int | None
 ) -> grain.MapDataset:
   """Returns a store as a grain dataset; see `Store.as_dataset`."""
-  if form not in FORMATS:
-    raise bad_value("format", form, f"one of {', '.join(FORMATS)}", "Correct it")
+  check_choice("format", form, FORMATS, "Correct it")
   m = store.manifest
   if m.labels and form != "plain":
     raise bad_value("format", form, "'plain' for a store of a task", "Use it")

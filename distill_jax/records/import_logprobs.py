@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from distill_jax.data import jsonl
-from distill_jax.errors import InputError, bad_value
+from distill_jax.errors import InputError, check_choice
 from distill_jax.records.fields import ARGMAX, IDS, LABEL_LOGP, LOGP, Record
 from distill_jax.runtime import json_io
 from distill_jax.types import JsonObject
@@ -62,9 +62,7 @@ def sequences(
   Raises:
     InputError: A line cannot be used; the message names it.
   """
-  if fmt not in FORMATS:
-    expected = f"one of {', '.join(FORMATS)}"
-    raise bad_value("records.logprobs_format", fmt, expected, "Correct it")
+  check_choice("records.logprobs_format", fmt, FORMATS, "Correct it")
   row: list[Document] = []
   for number, response in _lines(path):
     at = f"{path}, line {number}"

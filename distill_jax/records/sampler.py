@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from distill_jax.errors import bad_value
+from distill_jax.errors import bad_value, check_choice
 from distill_jax.nn import chunks, fused_head, mesh_in_use, sharding
 from distill_jax.nn.sharding import MeshAxes
 from distill_jax.records import selection
@@ -63,8 +63,7 @@ class SamplerSpec:
     """
     vocab_size = rows if self.vocab_size is None else self.vocab_size
     n = vocab_size if self.kind == "dense" else self.n
-    if self.kind not in KINDS:
-      raise bad_value("kind", self.kind, f"one of {', '.join(KINDS)}", "Correct it")
+    check_choice("kind", self.kind, KINDS, "Correct it")
     if self.kind == "sampled" and not with_offsets:
       expected = "a uniform offset per position for kind 'sampled'"
       raise bad_value("u_BT", None, expected, "Pass offsets in [0, 1)")

@@ -12,7 +12,7 @@ import numpy as np
 from distill_jax.data import labelled_images
 from distill_jax.data.image_files import normalised
 from distill_jax.data.labelled_images import ImageSpec, LabelledImages
-from distill_jax.errors import InputError, bad_value
+from distill_jax.errors import InputError, bad_value, check_choice
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.models import FamilyConfig
 from distill_jax.tasks import _base
@@ -79,8 +79,7 @@ class Task(_base.Task):
     if min(self.std) <= 0:
       raise bad_value("std", self.std, "numbers above 0", "Correct it")
     BadExamples(self.kind, self.on_bad)  # checks on_bad
-    if self.which not in WHICH:
-      raise bad_value("which", self.which, f"one of {', '.join(WHICH)}", "Correct it")
+    check_choice("which", self.which, WHICH, "Correct it")
     if not 0 < self.labelled <= 1:
       raise bad_value("labelled", self.labelled, "a fraction above 0 and at most 1", "Correct it")
     if not 0 < self.heldout_fraction < 1:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distill_jax.errors import bad_value
+from distill_jax.errors import bad_value, check_choice
 from distill_jax.nn import params
 from distill_jax.training.options import OptimOptions
 from distill_jax.types import PyTree
@@ -28,8 +28,7 @@ def learning_rate(c: OptimOptions, steps: int) -> optax.Schedule:
   Raises:
     InputError: The schedule is unknown, or the warm-up is not shorter than the training.
   """
-  if c.schedule not in SCHEDULES:
-    raise bad_value("optim.schedule", c.schedule, f"one of {', '.join(SCHEDULES)}", "Correct it")
+  check_choice("optim.schedule", c.schedule, SCHEDULES, "Correct it")
   if not 0 <= c.warmup_steps < steps:
     expected = f"at least 0 and below train.steps ({steps})"
     raise bad_value("optim.warmup_steps", c.warmup_steps, expected, "Correct it")
