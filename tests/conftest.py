@@ -10,7 +10,13 @@ import os
 
 import compile_cache
 
+DEVICES = 4
 os.environ["JAX_PLATFORMS"] = "cpu"
+# All devices share one pool of threads, by default one per device or core. A collective blocks its
+# thread until the other devices arrive, and a device that runs its operations out of order can
+# block several threads: with one per device, the last device may find none. A device has at most
+# four workers (XLA's ExecuteSession::kMaxWorkers).
+os.environ.setdefault("PJRT_NPROC", str(max(4 * DEVICES, os.cpu_count() or 1)))
 compile_cache.use()
 # Compiling the many small programs takes as long as the few large ones: all of them are kept.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -27,11 +33,8 @@ os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *Q
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Two programs in flight on four virtual devices share one small pool of threads. On a loaded
-# machine with two cores, training steps have been seen to wait for each other forever.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -171,7 +171,6 @@ def test_a_run_with_unknown_config_keys_raises_with_its_file(tmp_path):
     read_config(tmp_path)
 
 
-@pytest.mark.slow  # XLA's CPU collectives hang in it at times; the cause is not known
 @pytest.mark.parametrize(
   "kind, options, losses",
   [
