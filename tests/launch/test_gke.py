@@ -10,40 +10,22 @@ from launcher import ROOT, VERB, executable, gke
 # What the CustomResourceDefinition of jobset.x-k8s.io/v1alpha2 (kubernetes-sigs/jobset,
 # config/components/crd/bases, made from api/jobset/v1alpha2/jobset_types.go) and Kubernetes'
 # batch/v1 and core/v1 OpenAPI schemas list as `required`, on the way to a container.
+JOB = ("spec", "replicatedJobs", 0, "template", "spec")
+RULES = (*JOB, "podFailurePolicy", "rules")
+POD = (*JOB, "template", "spec")
 REQUIRED = {
   (): ("apiVersion", "kind", "metadata", "spec"),
   ("metadata",): ("name",),
   ("spec",): ("replicatedJobs",),
   ("spec", "failurePolicy", "rules", 0): ("name", "action"),
   ("spec", "replicatedJobs", 0): ("name", "template"),
-  ("spec", "replicatedJobs", 0, "template", "spec"): ("template",),
-  ("spec", "replicatedJobs", 0, "template", "spec", "podFailurePolicy"): ("rules",),
-  ("spec", "replicatedJobs", 0, "template", "spec", "podFailurePolicy", "rules", 0): ("action",),
-  (
-    "spec",
-    "replicatedJobs",
-    0,
-    "template",
-    "spec",
-    "podFailurePolicy",
-    "rules",
-    0,
-    "onExitCodes",
-  ): ("operator", "values"),
-  (
-    "spec",
-    "replicatedJobs",
-    0,
-    "template",
-    "spec",
-    "podFailurePolicy",
-    "rules",
-    1,
-    "onPodConditions",
-    0,
-  ): ("type", "status"),
-  ("spec", "replicatedJobs", 0, "template", "spec", "template", "spec"): ("containers",),
-  ("spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "containers", 0): ("name",),
+  JOB: ("template",),
+  (*JOB, "podFailurePolicy"): ("rules",),
+  (*RULES, 0): ("action",),
+  (*RULES, 0, "onExitCodes"): ("operator", "values"),
+  (*RULES, 1, "onPodConditions", 0): ("type", "status"),
+  POD: ("containers",),
+  (*POD, "containers", 0): ("name",),
 }
 GKE = ["--name=r1", "--image=registry.example/distill:1", "--dry_run"]
 
