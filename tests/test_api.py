@@ -6,7 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from hub_tiny import CONFIG, tensors, write_folder
+from tiny_checkpoints import CONFIG, tensors, write_folder
 
 import distill_jax as dj
 from distill_jax.nn import sharding

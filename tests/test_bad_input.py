@@ -45,9 +45,9 @@ def refused(folder, capsys, monkeypatch, *args, **kwargs) -> str:
     cli.main(argv)
   assert stop.value.code == 2
   assert snapshot(folder) == before
-  said = capsys.readouterr().err.strip().splitlines()
-  assert len(said) == 1, said
-  return said[0]
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert len(lines) == 1, lines
+  return lines[0]
 
 
 def snapshot(folder):
@@ -67,7 +67,7 @@ RANDOM = "c.teacher.source = ''"
 
 
 def test_no_verb_no_config_no_workdir(capsys, monkeypatch):
-  for argv, said in (
+  for argv, message in (
     (["distill-jax", "recrod", "--config=x"], "'recrod' is not a verb; expected one of chain, "),
     (["distill-jax", "recrod", "--config=x"], "report, shrink, train. Did you mean 'record'?"),
     (["distill-jax", "record"], "--config is missing. Name a file"),
@@ -80,7 +80,7 @@ def test_no_verb_no_config_no_workdir(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
       cli.main(argv)
     assert stop.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_python_that_is_too_old(capsys, monkeypatch):
@@ -105,9 +105,9 @@ def test_a_package_that_is_too_old_or_missing(package, oldest, found, capsys, mo
   with pytest.raises(SystemExit) as stop:
     cli.main(["distill-jax", "train", "--config=configs/demo.py"])
   assert stop.value.code == 2
-  said = capsys.readouterr().err
-  assert f"{package} is {found or 'not installed'}; expected {oldest} or newer." in said
-  assert f"pip install '{package}>={oldest}'" in said
+  err = capsys.readouterr().err
+  assert f"{package} is {found or 'not installed'}; expected {oldest} or newer." in err
+  assert f"pip install '{package}>={oldest}'" in err
 
 
 def test_the_oldest_versions_are_those_of_the_package():
@@ -118,8 +118,8 @@ def test_the_oldest_versions_are_those_of_the_package():
 
 
 def test_unknown_key_on_the_command_line(at):
-  said = at("record", flags=["--config.data.seqlen=8"])
-  assert "'data.seqlen' does not exist. Did you mean --config.data.seq_len?" in said
+  error = at("record", flags=["--config.data.seqlen=8"])
+  assert "'data.seqlen' does not exist. Did you mean --config.data.seq_len?" in error
 
 
 @pytest.mark.parametrize(
@@ -157,9 +157,9 @@ def test_a_config_file_that_does_not_run(source, message, tmp_path, capsys, monk
   with pytest.raises(SystemExit) as stop:
     cli.main(["distill-jax", "record", f"--config={tmp_path}/conf.py", f"--workdir={tmp_path}/out"])
   assert stop.value.code == 2
-  said = capsys.readouterr().err
-  assert message in said
-  assert "Traceback" not in said
+  err = capsys.readouterr().err
+  assert message in err
+  assert "Traceback" not in err
 
 
 def test_the_topology_for_preflight_is_a_flag_or_a_key(tmp_path, monkeypatch):
@@ -175,8 +175,8 @@ def test_unknown_key_in_the_file(at):
 
 
 def test_missing_weight_file(at, tmp_path):
-  said = at("record", f"c.teacher.source = {str(tmp_path / 'none.gguf')!r}")
-  assert "none.gguf" in said
+  error = at("record", f"c.teacher.source = {str(tmp_path / 'none.gguf')!r}")
+  assert "none.gguf" in error
 
 
 def test_truncated_weight_file(at, tmp_path):
@@ -193,42 +193,42 @@ def test_tokenizer_larger_than_the_vocabulary(at, tmp_path):
   big = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
   big.add_tokens(["zzzz"])
   big.save(str(tmp_path / "big.json"))
-  said = at("record", f"{RANDOM}; c.data.tokenizer = {str(tmp_path / 'big.json')!r}")
-  assert "has 257 tokens, but the model's embedding has 256 rows" in said
+  error = at("record", f"{RANDOM}; c.data.tokenizer = {str(tmp_path / 'big.json')!r}")
+  assert "has 257 tokens, but the model's embedding has 256 rows" in error
 
 
 def test_empty_corpus(at, tmp_path):
   (tmp_path / "empty.txt").write_text("")
-  said = at("record", f"{RANDOM}; c.data.path = {str(tmp_path / 'empty.txt')!r}")
-  assert "empty.txt" in said
+  error = at("record", f"{RANDOM}; c.data.path = {str(tmp_path / 'empty.txt')!r}")
+  assert "empty.txt" in error
 
 
 def test_text_that_is_not_utf8(at, tmp_path):
   (tmp_path / "latin.txt").write_bytes("so weit, so gut: \xfc".encode("latin-1"))
-  said = at("record", f"{RANDOM}; c.data.path = {str(tmp_path / 'latin.txt')!r}")
-  assert "latin.txt" in said
-  assert "UTF-8" in said
-  assert "17" in said  # the byte
+  error = at("record", f"{RANDOM}; c.data.path = {str(tmp_path / 'latin.txt')!r}")
+  assert "latin.txt" in error
+  assert "UTF-8" in error
+  assert "17" in error  # the byte
 
 
 def test_sequence_longer_than_the_model_reads(at):
-  said = at("record", f"{RANDOM}; c.data.seq_len = 129")
-  assert "data.seq_len is 129; expected at most 128, the model's limit" in said
+  error = at("record", f"{RANDOM}; c.data.seq_len = 129")
+  assert "data.seq_len is 129; expected at most 128, the model's limit" in error
 
 
 def test_batch_that_does_not_divide(at):
-  said = at("record", f"{RANDOM}; c.records.batch_size = 3")
-  assert "records.batch_size is 3; expected a positive multiple of 4 (4 devices)" in said
+  error = at("record", f"{RANDOM}; c.records.batch_size = 3")
+  assert "records.batch_size is 3; expected a positive multiple of 4 (4 devices)" in error
 
 
 def test_mesh_that_does_not_fit(at):
   assert "whose product is 4, the number of devices" in at(
     "record", f"{RANDOM}; c.mesh.data = 3; c.mesh.fsdp = 1"
   )
-  said = at("record", f"{RANDOM}; c.mesh.fsdp = 1; c.mesh.tensor = 4", workdir="other")
+  error = at("record", f"{RANDOM}; c.mesh.fsdp = 1; c.mesh.tensor = 4", workdir="other")
   assert (
     "layers.k: axis 'kv_heads' of size 2 is not divisible by 4, the size of mesh axis 'tensor'"
-    in said
+    in error
   )
 
 
@@ -253,8 +253,8 @@ def test_a_damaged_shard_is_found_before_training(at, tmp_path, monkeypatch):
   cli.main(argv)
   shard = sorted((tmp_path / "records").glob("*.array_record"))[1]
   shard.write_bytes(shard.read_bytes()[:1000])
-  said = at("train")
-  assert shard.name in said
+  error = at("train")
+  assert shard.name in error
 
 
 def test_a_second_process_in_one_workdir(tmp_path):

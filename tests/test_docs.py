@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_store
+from json_lines import write_lines
 
 from distill_jax import config, flags, registry
 from distill_jax.commands import evaluate, record
@@ -309,11 +310,11 @@ def test_a_new_loss_is_what_the_page_states(load):
 
 def test_a_new_filter_filters(load, tmp_path):
   load("new-filter.md", "filters")
-  lines = [
+  rows = [
     {"id": i, "sample": 0, "prompt": "p", "text": text, "reason": "eos", "about": {}}
     for i, text in enumerate(("plain", "see https://example.com"))
   ]
-  (tmp_path / "samples.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+  write_lines(tmp_path / "samples.jsonl", rows)
   c = get_config("new-filter.md")
   c.filter.samples = str(tmp_path)
   result = filter_command.run(config.resolve(c), tmp_path)

@@ -40,10 +40,13 @@ def write_tokenizer(path: Path) -> Path:
   return path
 
 
+def sentences(count: int = 120) -> list[str]:
+  """Sentences that differ, so that no two sequences are alike."""
+  return [f"{i} times {i + 3} is {i * (i + 3)}, as anyone can see." for i in range(count)]
+
+
 def write_text(path: Path, lines: int = 120) -> Path:
-  """Paragraphs that differ, so that no two sequences are alike."""
-  text = "\n".join(f"{i} times {i + 3} is {i * (i + 3)}, as anyone can see." for i in range(lines))
-  path.write_text(text, encoding="utf-8")
+  path.write_text("\n".join(sentences(lines)), encoding="utf-8")
   return path
 
 

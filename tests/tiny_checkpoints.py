@@ -1,4 +1,4 @@
-"""Small checkpoints for the tests of hub/, written by other libraries."""
+"""Tiny checkpoints of a llama, written by safetensors and gguf without transformers."""
 
 import json
 import pathlib

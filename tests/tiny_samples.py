@@ -34,7 +34,3 @@ def kinds(name, samples, **fields):
 
 def write(path, rows):
   path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows))
-
-
-def lines(path):
-  return [json.loads(line) for line in path.read_text().splitlines()]

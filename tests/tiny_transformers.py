@@ -1,6 +1,5 @@
-"""Tiny Hugging Face folders that transformers writes, and data for them."""
+"""Tiny Hugging Face folders, written by transformers."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -42,12 +41,3 @@ def write_tokenizer(folder: Path, template: str = TEMPLATE, extra: str = "<e>") 
     tokenizer.chat_template = template
   tokenizer.save_pretrained(folder)
   file.unlink()
-
-
-def sentences(count: int = 120) -> list[str]:
-  return [f"{i} times {i + 3} is {i * (i + 3)}, as anyone can see." for i in range(count)]
-
-
-def write_lines(path: Path, rows) -> Path:
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-  return path

@@ -4,11 +4,11 @@ import dataclasses
 import json
 import shutil
 
-import hub_tiny
 import jax
 import numpy as np
 import pytest
 import tiny
+import tiny_checkpoints
 
 from distill_jax import config
 from distill_jax.commands import chain, record
@@ -20,15 +20,15 @@ from distill_jax.runtime import checkpoint
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loader, loop
 
-SHAPE = dataclasses.replace(hub_tiny.CONFIG, vocab_size=256, tie_word_embeddings=True)
+SHAPE = dataclasses.replace(tiny_checkpoints.CONFIG, vocab_size=256, tie_word_embeddings=True)
 
 
 def tiny_chain(path):
   """A teacher of 4 layers, an assistant with 3 of them, and a student with 2 of the teacher's."""
   c = tiny.tiny(path)
   if not (path / "teacher").exists():
-    weights = {n: 0.2 * x + ("norm" in n) for n, x in hub_tiny.tensors(SHAPE).items()}
-    hub_tiny.write_folder(path / "teacher", SHAPE, weights)
+    weights = {n: 0.2 * x + ("norm" in n) for n, x in tiny_checkpoints.tensors(SHAPE).items()}
+    tiny_checkpoints.write_folder(path / "teacher", SHAPE, weights)
   c.teacher.source, c.teacher.shape = str(path / "teacher"), ""
   c.train.records, c.train.steps, c.data.sequences = (), 3, 8
   c.evaluate.sequences = c.evaluate.batch_size = 4
@@ -133,8 +133,8 @@ def of(**fields):
 
 def other_words(c, path):
   small = dataclasses.replace(SHAPE, vocab_size=200)
-  hub_tiny.write_folder(path / "words", small)
-  hub_tiny.write_folder(path / "teacher", SHAPE)
+  tiny_checkpoints.write_folder(path / "words", small)
+  tiny_checkpoints.write_folder(path / "teacher", SHAPE)
   c.data.tokenizer, c.links.student.student.source = "", str(path / "words")
 
 

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
-import tiny_hub
+import tiny
+import tiny_transformers
+from json_lines import write_lines
 
 from distill_jax import cli
 from distill_jax.commands import distill, evaluate, export, record, report, train
@@ -20,9 +22,9 @@ COMMON = ("--config.train.steps=6", "--nojson")  # a flag keeps its value within
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
   path = tmp_path_factory.mktemp("distill")
-  tiny_hub.write_model(path / "teacher", layers=4)
-  tiny_hub.write_model(path / "student", layers=2, seed=1)
-  (path / "notes.txt").write_text("\n".join(tiny_hub.sentences()))
+  tiny_transformers.write_model(path / "teacher", layers=4)
+  tiny_transformers.write_model(path / "student", layers=2, seed=1)
+  tiny.write_text(path / "notes.txt")
   return path
 
 
@@ -176,7 +178,7 @@ def test_overrides_are_written_into_the_config(models, whole, capsys):
 
 def test_half_of_the_teacher_on_chats_as_json(models, capsys):
   rows = [{"prompt": f"{i} + 1?", "completion": f"It is {i + 1}."} for i in range(60)]
-  tiny_hub.write_lines(models / "pairs.jsonl", rows)
+  write_lines(models / "pairs.jsonl", rows)
   argv = command(models, "chats", "--json", student="half", data="pairs.jsonl")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "argv", argv)
@@ -186,12 +188,11 @@ def test_half_of_the_teacher_on_chats_as_json(models, capsys):
   assert result["samples"][0]["prompt"][0]["content"].endswith("+ 1?")
   assert "layers of the teacher, a llama model with 2 layers" in err
   assert "the teacher's 4 layers" in (models / "chats" / "config.py").read_text()
-  cli_text = distill.text(result)
-  assert "+ 1?" in cli_text
+  assert "+ 1?" in distill.text(result)
 
 
 def test_a_workdir_of_another_run(models, whole, capsys):
-  tiny_hub.write_model(models / "other", layers=2, seed=2)
+  tiny_transformers.write_model(models / "other", layers=2, seed=2)
   err = refused(capsys, command(models, "whole", student="other"))
   assert f"--student is '{models}/other'; expected '{models}/student'" in err
   assert "Choose another --workdir" in err
@@ -201,20 +202,21 @@ def test_a_workdir_of_another_run(models, whole, capsys):
 
 
 def test_what_does_not_fit_is_refused_before_anything_runs(models, capsys):
-  def said(*flags, **kwargs):
+  def error_of(*flags, **kwargs):
+    """Returns the last line of the error output."""
     err = refused(capsys, command(models, "refused", *flags, **kwargs))
     assert "Traceback" not in err
     assert not (models / "refused" / "records").exists()
     return err.splitlines()[-1]
 
-  assert "--student is" in said(student="nowhere")
-  tiny_hub.write_model(models / "foreign", layers=2, extra="<foreign>")
-  assert "have different tokenizers" in said(student="foreign")
+  assert "--student is" in error_of(student="nowhere")
+  tiny_transformers.write_model(models / "foreign", layers=2, extra="<foreign>")
+  assert "have different tokenizers" in error_of(student="foreign")
   (models / "empty.txt").write_text("")
-  assert "empty.txt, which is empty" in said(data="empty.txt")
-  assert "Did you mean --config.train.steps?" in said("--config.train.stpes=3")
-  assert "neither a verb nor a flag" in said("word")
-  assert "'--techer'" in said("--techer=x") or "techer" in said("--techer=x")
+  assert "empty.txt, which is empty" in error_of(data="empty.txt")
+  assert "Did you mean --config.train.steps?" in error_of("--config.train.stpes=3")
+  assert "neither a verb nor a flag" in error_of("word")
+  assert error_of("--techer=x") == "error: --techer is not a flag. Did you mean --teacher?"
 
 
 @pytest.mark.parametrize("flag", ["teacher", "data", "workdir"])
@@ -232,7 +234,7 @@ def test_a_teacher_that_is_not_a_decoder(models, tmp_path, capsys):
     vocab_size=258, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
   )
   transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "teacher")
-  tiny_hub.write_tokenizer(tmp_path / "teacher")
+  tiny_transformers.write_tokenizer(tmp_path / "teacher")
   (tmp_path / "notes.txt").symlink_to(models / "notes.txt")
   err = refused(capsys, command(tmp_path, student="half"))
   assert "expected a decoder-only language model" in err

@@ -6,6 +6,7 @@ from pathlib import Path
 import bad_server
 import pytest
 import tiny
+from json_lines import read_lines, write_lines
 
 from distill_jax import cli, config
 from distill_jax.commands import evaluate as evaluation
@@ -21,15 +22,6 @@ QUESTIONS = ["3 times 6 is", "hello", "0 times 3"]
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
   monkeypatch.setattr(http_client, "FIRST_WAIT_S", 0.02)
-
-
-def write(path: Path, rows) -> str:
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  return str(path)
-
-
-def lines(path: Path) -> list[dict]:
-  return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def made(folder: Path, **changes):
@@ -51,18 +43,20 @@ def whole(tmp_path_factory):
   folder = tmp_path_factory.mktemp("evaluate")
   c = made(folder, on_bad="skip")
   rows = [{"question": q, "answer": "?"} for q in [*QUESTIONS, "x" * 70]] + [{}]
-  c.evals.words = config.benchmark("jsonl", path=write(folder / "w.jsonl", rows), score="exact")
+  c.evals.words = config.benchmark(
+    "jsonl", path=str(write_lines(folder / "w.jsonl", rows)), score="exact"
+  )
   first = run(c, folder / "run")["evals"]["words"]["teacher"]
   assert first["pass@1"]["value"] == 0 and first["cut_off"] == 1 and first["tokens"] == 6
-  said = {r["id"]: r["text"] for r in lines(folder / "run/evals/teacher/words/samples.jsonl")}
+  texts = {r["id"]: r["text"] for r in read_lines(folder / "run/evals/teacher/words/samples.jsonl")}
   for i in (0, 2):
-    rows[i]["answer"] = said[i]
-  write(folder / "w.jsonl", rows)
+    rows[i]["answer"] = texts[i]
+  write_lines(folder / "w.jsonl", rows)
   choices = [
     {"question": q, "choices": ["18, as", "no"], "label": i % 2} for i, q in enumerate(QUESTIONS)
   ]
   choices += [{"question": "x" * 130, "choices": ["a", "b"], "label": 0}]
-  path = write(folder / "c.jsonl", choices)
+  path = str(write_lines(folder / "c.jsonl", choices))
   c.evals.choices = config.benchmark("jsonl", path=path, score="choice")
   with pytest.MonkeyPatch.context() as patch:  # finished answers are not sampled again
     patch.setattr(local, "make_scheduler", None)
@@ -76,14 +70,14 @@ def test_generative_benchmarks(whole):
   assert words["pass@1"]["value"] == pytest.approx(2 / 3)
   assert 0 <= words["pass@1"]["low"] < 2 / 3 < words["pass@1"]["high"] <= 1
   at = folder / "run/evals/teacher/words"
-  verdicts = lines(at / "verdicts.jsonl")
+  verdicts = read_lines(at / "verdicts.jsonl")
   assert [(v["id"], v["sample"], v["right"]) for v in verdicts] == [
     (0, 0, True),
     (1, 0, False),
     (2, 0, True),
   ]
   assert verdicts[1]["why"].startswith("wrong: ") and verdicts[0]["why"] is None
-  left = {r["question"][-6:]: r["reason"] for r in lines(at / "left_out.jsonl")}
+  left = {r["question"][-6:]: r["reason"] for r in read_lines(at / "left_out.jsonl")}
   assert "no field 'question'" in left["line 5"] and "generate.cache_len is 64" in left["line 4"]
   assert result["models"] == {}
   assert json.loads((folder / "run/evaluation.json").read_text()) == result
@@ -103,14 +97,14 @@ def test_bad_rows_and_prompts_stop_the_run(whole):
 
 def test_multiple_choice_compares_likelihoods(whole):
   folder, _, result = whole
-  verdicts = lines(folder / "run/evals/teacher/choices/verdicts.jsonl")
+  verdicts = read_lines(folder / "run/evals/teacher/choices/verdicts.jsonl")
   best = lambda v, weights: max(range(2), key=lambda i: v["logps"][i] / weights[i])
   for v in verdicts:
     assert all(x < 0 for x in v["logps"])
     assert v["chosen"] == best(v, (1, 1)) and v["chosen_norm"] == best(v, (6, 2))
   row = result["evals"]["choices"]["teacher"]
   assert (row["questions"], row["left_out"]) == (3, 1)
-  (left,) = lines(folder / "run/evals/teacher/choices/left_out.jsonl")
+  (left,) = read_lines(folder / "run/evals/teacher/choices/left_out.jsonl")
   assert "longer than the model's limit, 128 tokens" in left["reason"]
   assert left["question"].endswith("line 4")
   for name, chosen in (("acc", "chosen"), ("acc_norm", "chosen_norm")):
@@ -137,8 +131,8 @@ def test_results_in_the_report_and_the_model_card(whole, tmp_path):
   assert numbers["evals"] == result["evals"] and numbers["teacher"]["ce"] is None
   assert "words pass@1" in page and "66.7% (0.0% to 100.0%)" in page and "2 skipped" in page
   assert "choices acc_norm" in page and "Held-out results" not in page
-  said = cli.summary("evaluate", result)
-  assert "words pass@1, 3 questions, 2 skipped" in said and "teacher 66.7% (0.0% to" in said
+  summary = cli.summary("evaluate", result)
+  assert "words pass@1, 3 questions, 2 skipped" in summary and "teacher 66.7% (0.0% to" in summary
   text = model_card.card(config.resolve(c), 1, result)
   assert "| words pass@1, 3 questions, " in text and "66.7% (" in text
 
@@ -150,10 +144,10 @@ def server_says(texts):
   def answer(body):
     prompt = bad_server.text_of(body)
     n = count[prompt] = count.get(prompt, -1) + 1
-    said = next(t for q, t in texts.items() if q in prompt)[n]
+    content = next(t for q, t in texts.items() if q in prompt)[n]
     return {
       "id": "x",
-      "choices": [{"finish_reason": "stop", "message": {"content": said}}],
+      "choices": [{"finish_reason": "stop", "message": {"content": content}}],
       "usage": {"prompt_tokens": 3, "completion_tokens": 7},
     }
 
@@ -173,7 +167,7 @@ def test_several_samples_from_a_server(tmp_path):
   ]
   c = made(tmp_path, temperature=0.6, top_p=0.95, samples=4, on_bad="skip")
   c.generate.chat, c.generate.server.in_flight = True, 1
-  c.evals.aime = config.benchmark("aime", path=write(tmp_path / "a.jsonl", rows))
+  c.evals.aime = config.benchmark("aime", path=str(write_lines(tmp_path / "a.jsonl", rows)))
   with bad_server.Server(answer=server_says(texts)) as server:
     server.faults[c.evals.aime.prompt.replace("{question}", "refused")] = ["400"] * 4
     c.evaluate.models = {"big": f"{server.url}#big", "again": f"{server.url}#big"}
@@ -190,9 +184,9 @@ def test_several_samples_from_a_server(tmp_path):
   assert row["pass@1"]["value"] == pytest.approx((3 / 4 + 1 / 4) / 2)
   assert row["pass@4"]["value"] == 1 and row["maj@4"]["value"] == 0.5
   assert row["tokens"] == 7 and row["cut_off"] == 0
-  answers = [v["answer"] for v in lines(tmp_path / "w/evals/big/aime/verdicts.jsonl")]
+  answers = [v["answer"] for v in read_lines(tmp_path / "w/evals/big/aime/verdicts.jsonl")]
   assert answers == ["1/2", "1/2", "1/2", "3", "336", "12", "12", "12"]
-  left = lines(tmp_path / "w/evals/big/aime/left_out.jsonl")
+  left = read_lines(tmp_path / "w/evals/big/aime/left_out.jsonl")
   assert [r["question"][-16:] for r in left] == [f"line 3, sample {i}" for i in range(4)]
 
 
@@ -215,7 +209,9 @@ def test_bad_configs_raise(tmp_path, changes, says):
   c = made(tmp_path, **changes)
   if score:
     row = {"question": "q", "answer": "a", "choices": ["u", "v"], "label": 0}
-    c.evals.x = config.benchmark("jsonl", path=write(tmp_path / "x.jsonl", [row]), score=score)
+    c.evals.x = config.benchmark(
+      "jsonl", path=str(write_lines(tmp_path / "x.jsonl", [row])), score=score
+    )
   with pytest.raises(InputError, match=says):
     run(c, tmp_path / "w")
 
@@ -226,7 +222,9 @@ def test_benchmarks_together_with_heldout_text(tmp_path, monkeypatch):
   monkeypatch.setattr(heldout, "measure", lambda *_: dict(text))
   c = made(tmp_path, heldout=True, models={"s": ""})
   rows = [{"question": "q", "choices": ["u", "v"], "label": 0}]
-  c.evals.x = config.benchmark("jsonl", path=write(tmp_path / "x.jsonl", rows), score="choice")
+  c.evals.x = config.benchmark(
+    "jsonl", path=str(write_lines(tmp_path / "x.jsonl", rows)), score="choice"
+  )
   result = run(c, tmp_path / "w")
   assert {k: result[k] for k in text} == text and list(result["evals"]["x"]) == ["s"]
   write_report(tmp_path / "w")

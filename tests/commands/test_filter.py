@@ -6,7 +6,8 @@ import random
 from collections import Counter
 
 import pytest
-from tiny_samples import a_sample, group, lines, write
+from json_lines import read_lines
+from tiny_samples import a_sample, group, write
 
 from distill_jax import config, filters, registry
 from distill_jax.commands.filter import run as filter_samples
@@ -45,7 +46,7 @@ def test_filters_run_in_order_and_keep_or_reject_every_sample(tmp_path):
     rate=config.filter("pass_rate", at_most=0.9),
     vote=config.filter("votes", one=True),
   )
-  kept, rejected = lines(tmp_path / "kept.jsonl"), lines(tmp_path / "rejected.jsonl")
+  kept, rejected = read_lines(tmp_path / "kept.jsonl"), read_lines(tmp_path / "rejected.jsonl")
   assert [(r["id"], r["sample"], r["agreement"]) for r in kept] == [(0, 0, 0.5)]
   by = {
     "short": {"too long": 1},
@@ -107,7 +108,7 @@ def test_every_filter_keeps_or_rejects_every_sample(name, tmp_path):
   }
   made = config.filter(name, **need.get(name, {}))
   result = verb(tmp_path, rows, "skip", it=made)
-  out = lines(tmp_path / "kept.jsonl") + lines(tmp_path / "rejected.jsonl")
+  out = read_lines(tmp_path / "kept.jsonl") + read_lines(tmp_path / "rejected.jsonl")
   assert result["samples"] == len(out) == len(rows) - 1
   assert result["rejected_by"]["read"] == {"not a sample": 1, "not JSON": 1}
   good = [r for r in rows if isinstance(r, dict)]

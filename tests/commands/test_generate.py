@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import transformers
+from json_lines import read_lines, write_lines
 from tokenizers import Tokenizer, processors
 
 from distill_jax import config
@@ -59,10 +60,6 @@ def job_of(c) -> GenerationJob:
   return GenerationJob.from_config(config.resolve(c))
 
 
-def lines(path: Path) -> list[dict]:
-  return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
   """(folder, result) of a run with records."""
@@ -73,7 +70,7 @@ def whole(tmp_path_factory):
 
 def test_samples_are_complete_and_in_order(whole):
   folder, result = whole
-  rows = lines(folder / "whole" / "samples.jsonl")
+  rows = read_lines(folder / "whole" / "samples.jsonl")
   assert [(r["id"], r["sample"]) for r in rows] == [(p, s) for p in range(5) for s in range(3)]
   tokenizer = load_tokenizer(folder / "tokenizer.json")
   for r in rows:
@@ -92,7 +89,7 @@ def test_records_equal_those_of_record(whole):
   """Compares with `record` on packed texts, with offsets by (seed, prompt, sample, position)."""
   folder, _ = whole
   c = config.resolve(made(folder))
-  store, rows = open_store(folder / "records"), lines(folder / "whole" / "samples.jsonl")
+  store, rows = open_store(folder / "records"), read_lines(folder / "whole" / "samples.jsonl")
   tokenizer = load_tokenizer(folder / "tokenizer.json")
   docs = [tokenizer.encode(r["prompt"]) + r["tokens"] for r in rows]
   keys = runs.keys(c.seed)
@@ -182,8 +179,8 @@ def chat_folder(folder: Path, template: str) -> Path:
   folder.mkdir()
   tokenizer = Tokenizer.from_file(str(tiny.write_tokenizer(folder / "tokenizer.json")))
   assert tokenizer.get_vocab_size() == 256
-  said = {"chat_template": template, "tokenizer_class": "PreTrainedTokenizerFast"}
-  (folder / "tokenizer_config.json").write_text(json.dumps(said))
+  settings = {"chat_template": template, "tokenizer_class": "PreTrainedTokenizerFast"}
+  (folder / "tokenizer_config.json").write_text(json.dumps(settings))
   return folder
 
 
@@ -214,8 +211,8 @@ def test_chats_stops_and_rejected_prompts(tmp_path):
   path = Path(c.generate.prompts)
   path.write_text("\n".join(map(json.dumps, rows)) + "\n\nno json\n")
   result = run(c, tmp_path / "one")
-  got = {r["id"]: r for r in lines(tmp_path / "one" / "samples.jsonl")}
-  why = {r["id"]: r["reason"] for r in lines(tmp_path / "one" / "samples.rejected.jsonl")}
+  got = {r["id"]: r for r in read_lines(tmp_path / "one" / "samples.jsonl")}
+  why = {r["id"]: r["reason"] for r in read_lines(tmp_path / "one" / "samples.rejected.jsonl")}
   assert got.keys() == {0, 1, 5} and why.keys() == {2, 3, 4, 6, 7, 8}
   assert (result["prompts"], result["rejected"]) == (3, 6)
   assert got[0]["tokens"] == got[1]["tokens"] != got[5]["tokens"]
@@ -232,7 +229,7 @@ def test_chats_stops_and_rejected_prompts(tmp_path):
   c.generate.stop = (stop,)
   c.generate.records_dir = ""
   run(c, tmp_path / "two")
-  ended = lines(tmp_path / "two" / "samples.jsonl")[-1]
+  ended = read_lines(tmp_path / "two" / "samples.jsonl")[-1]
   assert ended["reason"] == "stop" and ended["text"] == got[5]["text"].partition(stop)[0]
   c.generate.on_bad = "stop"
   with pytest.raises(InputError, match="line 3: The prompt has"):
@@ -244,7 +241,7 @@ def test_text_starts_with_the_bos_token_of_the_tokenizer(tmp_path, bos):
   """Text starts as in transformers and as documents do, a chat as in its template."""
   c = tiny.tiny(tmp_path)
   path = tmp_path / "tokenizer.json"
-  said = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": GOOD}
+  settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": GOOD}
   if bos:
     backend = Tokenizer.from_file(str(path))
     backend.add_special_tokens([bos])
@@ -253,12 +250,12 @@ def test_text_starts_with_the_bos_token_of_the_tokenizer(tmp_path, bos):
       single=f"{bos} $A", special_tokens=special
     )
     backend.save(str(path))
-  (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
   c.generate.prompts = str(tmp_path / "prompts.jsonl")
   hi = [{"role": "user", "content": "hi"}]
   rows = [{"prompt": "ünï"}, {"prompt": hi}]
-  Path(c.generate.prompts).write_text("".join(json.dumps(r) + "\n" for r in rows))
+  write_lines(Path(c.generate.prompts), rows)
   tokenizer = load_tokenizer(path)
   ids = read_prompts(job_of(c), tokenizer).ids
   assert ids[0] == theirs("ünï").input_ids and (ids[0][0] == 256) == bool(bos)

@@ -125,8 +125,8 @@ def test_commands_for_a_slice_run_at_the_same_time(tmp_path):
     start(path, "--topology=v5e:2x2", "--num_slices=2"),
     start(path, "--topology=v5e:2x2", "--num_slices=2", "--config.mesh.data=2", "--json"),
   )
-  said = [p.communicate(timeout=200) for p in both]
-  (out, err), (words, more), (_, refused), (two, _) = said
+  outputs = [p.communicate(timeout=200) for p in both]
+  (out, err), (words, more), (_, refused), (two, _) = outputs
   assert [p.returncode for p in both] == [0, 0, 2, 0], err + more
   r = json.loads(out.splitlines()[-1])
   assert all(r[key] is not None for key in KEYS) and r["fits"] and r["chips"] == 4

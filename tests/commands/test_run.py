@@ -144,8 +144,8 @@ def test_evaluate_export_report(tiny_run, tmp_path):
 def test_the_workdir_has_config_and_versions(tiny_run):
   saved = json.loads((tiny_run / "whole" / "config.json").read_text())
   assert config.from_dict(saved) == config.resolve(tiny.tiny(tiny_run))
-  said = json.loads((tiny_run / "whole" / "versions.json").read_text())
-  assert said["packages"]["jax"] == jax.__version__
+  versions = json.loads((tiny_run / "whole" / "versions.json").read_text())
+  assert versions["packages"]["jax"] == jax.__version__
   assert list((tiny_run / "whole").glob("events.out.tfevents.*"))
 
 

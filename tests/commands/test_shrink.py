@@ -3,9 +3,9 @@
 import dataclasses
 import json
 
-import hub_tiny
 import pytest
 import tiny
+import tiny_checkpoints
 
 from distill_jax import config, registry
 from distill_jax.commands import shrink as command
@@ -19,15 +19,15 @@ from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop
 from distill_jax.training.metric_writer import read_metrics
 
-SHAPE = dataclasses.replace(hub_tiny.CONFIG, vocab_size=256, tie_word_embeddings=True)
+SHAPE = dataclasses.replace(tiny_checkpoints.CONFIG, vocab_size=256, tie_word_embeddings=True)
 
 
 def tiny_config(path, **asked):
   """Returns a config with a teacher in a folder, since random weights would be compiled."""
   c = tiny.tiny(path)
   if not (path / "teacher").exists():
-    weights = {n: 0.2 * x + ("norm" in n) for n, x in hub_tiny.tensors(SHAPE).items()}
-    hub_tiny.write_folder(path / "teacher", SHAPE, weights)
+    weights = {n: 0.2 * x + ("norm" in n) for n, x in tiny_checkpoints.tensors(SHAPE).items()}
+    tiny_checkpoints.write_folder(path / "teacher", SHAPE, weights)
   c.teacher.source, c.teacher.shape = str(path / "teacher"), ""
   c.shrink.dtype = "float32"
   c.shrink.sequences = c.evaluate.sequences = c.evaluate.batch_size = 4
@@ -59,8 +59,8 @@ def test_a_student_and_its_table(tmp_path):
   assert len(kept["layers"]["numbers"]) == 2 and kept["heads"]["of"] == 4
   factors = result["factorised"]["layers.o"]
   assert factors["bytes"] == 4 * 2 * 32 * 16 > factors["bytes_as_factors"] == 4 * 2 * 4 * (32 + 16)
-  said = table.text(result)
-  assert "heads: 2 of 4" in said and "rank 4 of 16" in said and "hidden" not in said
+  text = table.text(result)
+  assert "heads: 2 of 4" in text and "rank 4 of 16" in text and "hidden" not in text
   card = (tmp_path / "run" / "model" / "README.md").read_text()
   assert "heads: 2 of 4" in card and f"{models['student']['ce']:.4g}" in card
   before = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns

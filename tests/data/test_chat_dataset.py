@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import tokenizers
+from json_lines import write_lines
 
 from distill_jax import config
 from distill_jax.commands.record import run as record
@@ -55,7 +56,7 @@ def folder(tmp_path):
 
 
 def write(folder, lines):
-  (folder / "chats.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+  write_lines(folder / "chats.jsonl", lines)
 
 
 def data(folder, **changes):

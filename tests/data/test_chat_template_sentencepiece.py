@@ -93,7 +93,7 @@ def test_a_missing_special_token_is_an_error(pieces):
 
 def test_transformers_reads_an_exported_template(folder, pieces, tmp_path):
   import jax
-  from hub_tiny import CONFIG
+  from tiny_checkpoints import CONFIG
 
   from distill_jax.hub.export import export_model
   from distill_jax.models import llama

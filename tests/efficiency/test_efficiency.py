@@ -212,8 +212,8 @@ def test_r1_against_seven_billion(tmp_path):
   assert latency["own_chips"] == pytest.approx(latency["same_chips"] / t[0]["chips"])
   assert r["measured"] is r["quality"] is None
   assert json.loads((tmp_path / "efficiency.json").read_text()) == r
-  said = table.text(r)
-  assert said.startswith(
+  text = table.text(r)
+  assert text.startswith(
     "memory: 1/88.1 at equal dtype, 1/44.2 when served (float8 for the teacher, "
   )
 
@@ -271,8 +271,8 @@ def measured(tmp_path_factory):
   (path / "conf.py").write_text(CONFIG.format(model=str(path / "model")))
   (path / "run").mkdir()
   sums = {"small": {"acc": {"value": 0.5, "low": 0.25, "high": 0.75}}}
-  said = {"models": {"teacher": {"ce": 1.5, "bytes": 9}}, "evals": {"sums": sums}}
-  (path / "run" / "evaluation.json").write_text(json.dumps(said))
+  evaluation = {"models": {"teacher": {"ce": 1.5, "bytes": 9}}, "evals": {"sums": sums}}
+  (path / "run" / "evaluation.json").write_text(json.dumps(evaluation))
   argv = ["distill-jax", "efficiency", f"--config={path}/conf.py", f"--workdir={path}/run"]
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "argv", argv)

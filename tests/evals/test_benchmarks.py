@@ -6,6 +6,7 @@ import importlib.util
 import json
 
 import pytest
+from json_lines import write_lines
 
 from distill_jax import config, registry
 from distill_jax.errors import InputError
@@ -19,13 +20,8 @@ def of(name, path="", **keys):
   return config.resolve(c).evals[name]
 
 
-def write(path, rows):
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  return path
-
-
 def read(name, path, rows, on_bad="stop", **keys):
-  return read_questions(name, of(name, write(path, rows), **keys), on_bad)
+  return read_questions(name, of(name, write_lines(path, rows), **keys), on_bad)
 
 
 def good(*args, **keys):
@@ -186,7 +182,7 @@ def test_unusable_questions_are_reported_and_counted(tmp_path):
 
 
 def test_messages_never_quote_questions_of_gpqa(tmp_path):
-  file = write(
+  file = write_lines(
     tmp_path / "q.jsonl", [{"Question": "SECRET", "Correct Answer": "SECRET", "X": "SECRET"}]
   )
   with pytest.raises(InputError) as e:
@@ -210,8 +206,8 @@ def test_a_missing_file_is_an_error(name, keys, message):
 
 
 def test_files(tmp_path, monkeypatch):
-  write(tmp_path / "b.jsonl", [{"question": "b", "answer": "1"}])
-  write(tmp_path / "a.jsonl", [{"question": "a", "answer": "1"}])
+  write_lines(tmp_path / "b.jsonl", [{"question": "b", "answer": "1"}])
+  write_lines(tmp_path / "a.jsonl", [{"question": "a", "answer": "1"}])
   (tmp_path / "README.md").write_text("no rows")
   both = read_questions("aime", of("aime", tmp_path), "stop").usable
   assert [q["prompt"][0] for _, q in both] == ["a", "b"]

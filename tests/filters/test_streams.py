@@ -1,10 +1,10 @@
 """Filters that compare a sample with others: votes, pass rates, duplicates, decontamination."""
 
-import json
 import random
 
 import numpy as np
 import pytest
+from json_lines import write_lines
 from tiny_samples import a_sample, group, judge, kind, kinds
 
 from distill_jax import registry
@@ -82,8 +82,7 @@ def test_near_duplicates():
 def test_decontaminate(tmp_path, capsys):
   question = [f"q{i}" for i in range(20)]
   rows = [{"question": " ".join(question), "answer": "4"}, {"question": "one " * 9}]
-  path = tmp_path / "gsm8k.jsonl"
-  path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+  path = write_lines(tmp_path / "gsm8k.jsonl", rows)
   inside = "So, " + ", ".join(question[3:16]).upper() + "!"
   texts = [inside, " ".join(question[3:15]) + " q16 q17", "fine", "One, " * 9]
   samples = [a_sample(t) for t in texts] + [a_sample(prompt=[{"role": "user", "content": inside}])]

@@ -6,7 +6,8 @@ import time
 
 import pytest
 from bad_server import Server
-from remote_runs import lines, made, run, times_asked
+from json_lines import read_lines
+from remote_runs import made, run, times_asked
 
 from distill_jax.errors import InputError
 from distill_jax.generation.http_client import Client, RequestFailed
@@ -41,7 +42,7 @@ def test_faults_do_not_change_the_samples(tmp_path):
   one, two = ([(tmp_path / f / n).read_bytes() for n in names] for f in ("calm", "wild"))
   assert one == two and want["retried"] == 0 and got["retried"] >= len(FAULTS)
   assert not any(wild.faults.values()) and set(wild.answered.values()) == {1}
-  rows = lines(tmp_path / "wild" / "samples.jsonl")
+  rows = read_lines(tmp_path / "wild" / "samples.jsonl")
   assert [(r["id"], r["sample"]) for r in rows] == [(p, s) for p in range(13) for s in range(2)]
   assert len({r["text"] for r in rows}) == 26  # each sample has a different seed
   assert rows[2]["prompt"] == prompts[1] and rows[2]["about"] == {"answer": 7}

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tiny
 from bad_server import Server
-from remote_runs import lines, made, run
+from json_lines import read_lines
+from remote_runs import made, run
 
 from distill_jax import config
 from distill_jax.commands.record import run as record
@@ -130,11 +131,11 @@ def test_log_probabilities_become_records(tmp_path, vllm, chat):
     result = run(c, tmp_path / "w")
   assert result["length"] == 18 and "logprobs" in server.bodies[0]
   assert server.bodies[0].get("return_token_ids", False) == vllm
-  rows = lines(tmp_path / "w" / "samples.jsonl")
+  rows = read_lines(tmp_path / "w" / "samples.jsonl")
   assert all(r["logprob"] == pytest.approx(3 * np.log(0.25)) for r in rows)
   if vllm:
     assert all(r["tokens"] == tokenizer.encode(r["text"]) for r in rows)
-  responses = lines(tmp_path / "w" / "responses.jsonl")
+  responses = read_lines(tmp_path / "w" / "responses.jsonl")
   assert [(r["id"], r["sample"]) for r in responses] == [(r["id"], r["sample"]) for r in rows]
 
   c.records.kind, c.records.n, c.records.logprobs_format = "topk", 4, "openai"

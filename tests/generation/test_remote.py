@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from bad_server import KEY, Server
-from remote_runs import lines, made, run, times_asked
+from json_lines import read_lines
+from remote_runs import made, run, times_asked
 
 from distill_jax.errors import InputError
 from distill_jax.generation import openai_api
@@ -35,10 +36,10 @@ def test_refused_requests_stop_the_run_or_are_skipped(tmp_path):
     c = made(tmp_path, server, prompts, in_flight=2, retries=1, on_bad="skip", samples=4)
     result = run(c, tmp_path / "skip")
   assert result["prompts"] == 5 and result["samples"] == 8 and result["rejected"] == 12
-  rejected = lines(tmp_path / "skip" / "samples.rejected.jsonl")
+  rejected = read_lines(tmp_path / "skip" / "samples.rejected.jsonl")
   why = {r["id"]: r["reason"] for r in rejected}
   assert "maximum context" in why[1] and "'content_filter'" in why[2] and "500" in why[3]
-  assert {r["id"] for r in lines(tmp_path / "skip" / "samples.jsonl")} == {0, 4}
+  assert {r["id"] for r in read_lines(tmp_path / "skip" / "samples.jsonl")} == {0, 4}
 
 
 def test_a_server_that_refuses_all_requests_stops_the_run(tmp_path):
@@ -141,7 +142,7 @@ def test_resuming_after_kill_sigterm_and_errors_without_leaking_the_key(job, mon
     wait_for(part, 20, killed)
     killed.send_signal(signal.SIGKILL)
     outputs = [killed.stderr.read()]
-  kept = [(f"p{r['prompt']}", r["text"]) for r in lines(part)[1:]]
+  kept = [(f"p{r['prompt']}", r["text"]) for r in read_lines(part)[1:]]
   before = times_asked(server)
   with part.open("ab") as f:
     f.write(b'{"prompt": 4, "sam')
@@ -152,7 +153,7 @@ def test_resuming_after_kill_sigterm_and_errors_without_leaking_the_key(job, mon
     outputs += told.communicate(timeout=60)
   between = times_asked(server)
   assert told.returncode == os.EX_TEMPFAIL and "received SIGTERM" in outputs[-1]
-  again = [(f"p{r['prompt']}", r["text"]) for r in lines(part)[1:]]
+  again = [(f"p{r['prompt']}", r["text"]) for r in read_lines(part)[1:]]
   assert len(kept) == 20 and len(again) == 40 and again[:20] == kept
 
   server.faults.clear()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from bad_server import Server
+from json_lines import read_lines, write_lines
 
 from distill_jax import config
 from distill_jax.commands import generate
@@ -54,10 +55,6 @@ def teacher(body):
   }
 
 
-def lines(path):
-  return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def asked(c, folder, **changes):
   folder.mkdir()
   c.generate.update(changes)
@@ -67,7 +64,7 @@ def asked(c, folder, **changes):
 def kept(c, folder, **filters):
   c.filters, c.filter.order = filters, tuple(filters)
   filter_samples(config.resolve(c), folder)
-  return lines(folder / "kept.jsonl")
+  return read_lines(folder / "kept.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +74,8 @@ def made(tmp_path_factory):
   c = tiny.tiny(folder)
   c.teacher.source = ""
   (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-  prompts = folder / "prompts.jsonl"
   rows = [{"question": f"{i} + 3", "answer": i + 3} for i in range(10)]
-  prompts.write_text("".join(json.dumps(r) + "\n" for r in rows))
+  prompts = write_lines(folder / "prompts.jsonl", rows)
   with Server(answer=teacher) as server:
     c.generate.server.url, c.generate.chat = server.url, True
     asked(c, folder / "re", prompts=str(prompts), field="question", template=REWRITE)
@@ -95,7 +91,7 @@ def test_rewritten_prompts_keep_their_answers(made):
   assert questions.count("Say this in other words, with all numbers:\n4 + 3") == 1
   new = "Tell me what 4 + 3 equals.\nEnd with \\boxed{} around the number."
   assert questions.count(new) == 6  # without the reasoning
-  rows = lines(folder / "so" / "samples.jsonl")
+  rows = read_lines(folder / "so" / "samples.jsonl")
   assert len(rows) == 60 and rows[24]["prompt"] == new
   assert all(row["about"] == {"answer": row["id"] + 3} for row in rows)
 
@@ -105,7 +101,7 @@ def test_votes_become_label_smoothing(made):
   folder, c, _ = made
   rows = kept(c, folder / "so", vote=config.filter("votes"), right=config.filter("math"))
   votes = {}
-  for row in lines(folder / "so" / "samples.jsonl"):
+  for row in read_lines(folder / "so" / "samples.jsonl"):
     votes.setdefault(row["id"], []).append(f"{{{row['about']['answer']}}}" in row["text"])
   want = [np.mean(v) for v in votes.values() if np.mean(v) > 0.5 for _ in range(sum(v))]
   assert [row["agreement"] for row in rows] == want and len(set(want)) > 1
@@ -161,7 +157,7 @@ def test_pseudo_labels_are_kept_if_the_teacher_is_confident(tmp_path):
     ("fine", "good"),
   ]
   assert [r["confidence"] for r in rows] == pytest.approx([0.875] * 2)
-  (other,) = lines(tmp_path / "w" / "rejected.jsonl")
+  (other,) = read_lines(tmp_path / "w" / "rejected.jsonl")
   assert other["rejected"]["why"] == "low confidence" and other["confidence"] == pytest.approx(0.5)
 
 

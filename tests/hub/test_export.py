@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hub_tiny import CONFIG, tensors, torch_shapes, write_folder
 from safetensors import safe_open
+from tiny_checkpoints import CONFIG, tensors, torch_shapes, write_folder
 
 from distill_jax.errors import InputError
 from distill_jax.hub import export as export_module

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import parity
 import pytest
-from hub_tiny import CONFIG, tensors, write_folder
+from tiny_checkpoints import CONFIG, tensors, write_folder
 
 from distill_jax.errors import InputError
 from distill_jax.hub import load

@@ -10,7 +10,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from hub_tiny import CONFIG, tensors, torch_shapes, write_folder, write_gguf
+from tiny_checkpoints import CONFIG, tensors, torch_shapes, write_folder, write_gguf
 
 from distill_jax.errors import InputError
 from distill_jax.hub import load

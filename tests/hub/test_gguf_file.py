@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hub_tiny import CONFIG, tensors, write_gguf
+from tiny_checkpoints import CONFIG, tensors, write_gguf
 
 from distill_jax.errors import InputError
 from distill_jax.hub.gguf_file import GGUFFile

@@ -9,8 +9,8 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from hub_tiny import CONFIG, tensors, tokenizer_json, write_folder, write_gguf
 from safetensors.numpy import save_file
+from tiny_checkpoints import CONFIG, tensors, tokenizer_json, write_folder, write_gguf
 
 from distill_jax.errors import InputError
 from distill_jax.hub import load

@@ -23,8 +23,8 @@ def slurm(tmp_path, code, *words, env=None, expect=0):
 
 def test_slurm_passes_arguments_and_requeues_a_stopped_run(tmp_path):
   slurm(tmp_path, 75, *VERB)
-  said = json.loads((tmp_path / "srun.json").read_text())
-  assert said == ["--kill-on-bad-exit=0", "distill-jax", *VERB, "--distributed=auto"]
+  words = json.loads((tmp_path / "srun.json").read_text())
+  assert words == ["--kill-on-bad-exit=0", "distill-jax", *VERB, "--distributed=auto"]
   assert json.loads((tmp_path / "scontrol.json").read_text()) == ["requeue", "7"]
 
 
@@ -35,8 +35,8 @@ def test_slurm_exits_with_the_code_of_the_run(tmp_path, code):
 
 
 def test_slurm_dry_run(tmp_path):
-  said = slurm(tmp_path, 0, *VERB, env={"DRY_RUN": "1"}).stdout
+  printed = slurm(tmp_path, 0, *VERB, env={"DRY_RUN": "1"}).stdout
   assert not (tmp_path / "srun.json").exists()
-  words = run(["bash", "-c", f"printf '%s\\0' {said.strip()}"]).stdout.split("\0")[:-1]
+  words = run(["bash", "-c", f"printf '%s\\0' {printed.strip()}"]).stdout.split("\0")[:-1]
   assert words == ["srun", "--kill-on-bad-exit=0", "distill-jax", *VERB, "--distributed=auto"]
   assert "There is nothing to run" in slurm(tmp_path, 0, expect=2).stderr

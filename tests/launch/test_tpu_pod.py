@@ -6,6 +6,7 @@ import shlex
 import sys
 
 import pytest
+from json_lines import read_lines
 from launcher import VERB, executable, pod, run
 
 POD = ["--name=r1", "--zone=us-east5-a", "--topology=v5p:2x2x2", "--poll=0"]
@@ -66,7 +67,7 @@ def gcloud(tmp_path):
 
 
 def logged(tmp_path):
-  lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+  lines = read_lines(tmp_path / "log.jsonl")
   what = lambda words: words[3] if words[2] == "queued-resources" else words[2]
   return [what(words) for words in lines if words[3] != "list"], lines
 
@@ -170,8 +171,8 @@ def test_every_value_is_one_argument_of_the_command(gcloud, tmp_path):
 
 
 def test_a_dry_run_prints_the_commands_and_runs_none(gcloud, tmp_path):
-  said = pod("up", *POD, "--spot", "--dry_run", "--", *VERB, env=gcloud([])).stdout
-  lines = [shlex.split(line) for line in said.splitlines()]
+  printed = pod("up", *POD, "--spot", "--dry_run", "--", *VERB, env=gcloud([])).stdout
+  lines = [shlex.split(line) for line in printed.splitlines()]
   assert [line[0] for line in lines] == [
     "gcloud",
     "git",

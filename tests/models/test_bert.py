@@ -57,13 +57,13 @@ def test_a_classifier_matches_transformers(tmp_path):
   ours = load.load_model(open_model(str(tmp_path / "theirs")), MESH, layers.ComputeConfig())
   tokens, segments, inputs = batch()
   labels = np.array([0, 2, 1])
-  said = model(
+  expected = model(
     torch.tensor(tokens).long(),
     attention_mask=torch.tensor(segments),
     labels=torch.tensor(labels),
     output_hidden_states=True,
   )
-  said.loss.backward()
+  expected.loss.backward()
   want = {name: p.grad.numpy() for name, p in model.named_parameters()}
 
   def loss(m):
@@ -74,8 +74,9 @@ def test_a_classifier_matches_transformers(tmp_path):
   grads, (out, logp) = jax.jit(jax.grad(loss, has_aux=True))(ours)
   seen = segments > 0
   for i in range(3):
-    assert error(out.taps_PBTD[i][seen], said.hidden_states[i + 1].detach().numpy()[seen]) < FORWARD
-  assert error(logp, torch.log_softmax(said.logits, -1).detach().numpy()) < FORWARD
+    hidden = expected.hidden_states[i + 1].detach().numpy()
+    assert error(out.taps_PBTD[i][seen], hidden[seen]) < FORWARD
+  assert error(logp, torch.log_softmax(expected.logits, -1).detach().numpy()) < FORWARD
   got = {
     name: declared.Layout(v).to_stored(np.asarray(v[...])[at], np.dtype(np.float32))
     for _, v in params.named_params(grads)

@@ -175,10 +175,10 @@ def test_teacher_and_student_have_the_same_rows(both):
   # In float64, from transformers' own logits: the mean over both directions and all pairs.
   other = another(model)
   got, _ = gradient(("ce", "kd", "embedding"), model, b, {"teacher": other})
-  out, said = (m(b.inputs, layers.ComputeConfig()) for m in (model, other))
+  both_out = [m(b.inputs, layers.ComputeConfig()) for m in (model, other)]
   expected = []
   for at, rows in ((0, slice(0, B)), (1, slice(B, 2 * B))):
-    z, t = (np.asarray(o.hidden_BTD[:, at] @ o.head_VD[rows].T, np.float64) for o in (out, said))
+    z, t = (np.asarray(o.hidden_BTD[:, at] @ o.head_VD[rows].T, np.float64) for o in both_out)
     log_softmax = lambda x: x - np.log(np.exp(x).sum(-1, keepdims=True))
     q, p = log_softmax(z), log_softmax(t)
     expected.append((np.exp(p) * (p - q)).sum(-1).mean())

@@ -135,12 +135,12 @@ def test_the_soft_cap_is_applied_wherever_logits_are_used():
     assert parity.error(a, b) < parity.GRADIENT
 
   np.testing.assert_allclose(lm.score(model, batch, compute, 5).value(), want, rtol=1e-5)
-  said, _ = outputs.run_teacher(model, inputs, compute)
-  means = lm.compare({"teacher": said, "student": said}, batch, 5)
+  teacher_out, _ = outputs.run_teacher(model, inputs, compute)
+  means = lm.compare({"teacher": teacher_out, "student": teacher_out}, batch, 5)
   for name in ("teacher", "student"):
     np.testing.assert_allclose(means[name]["ce"].value(), want, rtol=1e-5)
   capped_BTV = fused_head.soft_cap(raw_BTV, out.soft_cap)
-  dense, own = said.log_probs(capped_BTV)
+  dense, own = teacher_out.log_probs(capped_BTV)
   np.testing.assert_allclose(dense, own, rtol=1e-5, atol=1e-5)
   spec = sampler.SamplerSpec(4, "topk")
   recorded = sampler.summarise(

@@ -6,8 +6,8 @@ import io
 import pathlib
 
 import pytest
-from hub_tiny import CONFIG, write_folder
 from tiny import tiny, write_tokenizer
+from tiny_checkpoints import CONFIG, write_folder
 
 from distill_jax import config
 from distill_jax.commands import record

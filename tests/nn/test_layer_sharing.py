@@ -293,7 +293,7 @@ def test_preflight_counts_the_deltas(base):
 
 
 @pytest.mark.parametrize(
-  "changes, said",
+  "changes, message",
   [
     ({"layers": 4}, r"layers is 4; expected a number from 1 to 3 for this student"),
     ({"layers": -1}, r"layers is -1"),
@@ -304,10 +304,10 @@ def test_preflight_counts_the_deltas(base):
     ({"lora": {"rank": 2, "targets": ("x",)}}, r"student.share.lora.targets is 'x'"),
   ],
 )
-def test_invalid_share_options_are_refused(base, changes, said):
+def test_invalid_share_options_are_refused(base, changes, message):
   c = shared_config(base)
   c.student.share.update(changes)
-  with pytest.raises(InputError, match=said):
+  with pytest.raises(InputError, match=message):
     validate.check_run(config.resolve(c), [])
 
 

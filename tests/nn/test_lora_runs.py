@@ -183,7 +183,7 @@ def test_a_random_bfloat16_base_with_a_trained_projection(folder):
 
 
 @pytest.mark.parametrize(
-  "changes, said",
+  "changes, message",
   [
     ({"rank": -1}, "lora.rank is -1; expected at least 1"),
     ({"alpha": 0.0}, "lora.alpha is 0.0; expected a positive number"),
@@ -200,12 +200,12 @@ def test_a_random_bfloat16_base_with_a_trained_projection(folder):
     ({"targets": ("lm_head",)}, "targets is 'lm_head'; expected modules among"),
   ],
 )
-def test_adapters_that_do_not_fit_are_refused_before_anything_runs(folder, changes, said):
+def test_adapters_that_do_not_fit_are_refused_before_anything_runs(folder, changes, message):
   c = lora_config(folder)
   for key, value in changes.items():
     c.student.lora[key] = value
-  with pytest.raises(InputError, match=said):
-    train(c, folder / f"refused-{abs(hash(said))}")
+  with pytest.raises(InputError, match=message):
+    train(c, folder / f"refused-{abs(hash(message))}")
 
 
 def test_a_teacher_has_no_adapters(folder):
@@ -231,15 +231,15 @@ def test_another_base_is_refused(folder, tmp_path, another_norm):
   """A run with a changed base is not resumed, exported or used as a teacher."""
   run, c = shutil.copytree(folder / "whole", tmp_path / "run"), lora_config(folder)
   shutil.rmtree(run / "checkpoints" / "6")
-  said = "were trained on .*base with digest .*, but its digest is now"
-  with pytest.raises(InputError, match=said):
+  message = "were trained on .*base with digest .*, but its digest is now"
+  with pytest.raises(InputError, match=message):
     train(c, run)
   c.export.dir = str(tmp_path / "out")
   for compute in ("merged", "peft", "base"):
     c.export.lora = compute
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
       export.run(config.resolve(c), run)
-  with pytest.raises(InputError, match=said):
+  with pytest.raises(InputError, match=message):
     loading.open_source(config.ModelOptions(source=f"run:{run}")).load(
       sharding.make_mesh(), jax.random.key(0)
     )
@@ -250,18 +250,18 @@ def test_another_base_is_refused(folder, tmp_path, another_norm):
 
 
 @pytest.mark.parametrize(
-  "compute, rank, said",
+  "compute, rank, message",
   [
     ("adapter", 4, "export.lora is 'adapter'; expected 'merged', 'peft' or 'base'"),
     ("peft", 0, "export.lora is 'peft'; expected 'merged', because this run has not"),
   ],
 )
-def test_invalid_exports_are_refused(folder, compute, rank, said):
+def test_invalid_exports_are_refused(folder, compute, rank, message):
   c = lora_config(folder)
   c.export.lora, c.export.dir = compute, str(folder / "none")
   if not rank:
     c.student.train, c.student.lora = "whole", config.base().student.lora
-  with pytest.raises(InputError, match=said):
+  with pytest.raises(InputError, match=message):
     export.run(config.resolve(c), folder / "whole")
   assert not (folder / "none").exists()
 

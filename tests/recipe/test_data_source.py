@@ -3,7 +3,8 @@
 import json
 
 import pytest
-import tiny_hub
+import tiny
+from json_lines import write_lines
 
 from distill_jax.data import sources
 from distill_jax.errors import InputError
@@ -29,7 +30,7 @@ def prepared(path, folder):
 
 
 def test_a_text_file_is_cut_into_parts(tmp_path):
-  lines = tiny_hub.sentences(400)
+  lines = tiny.sentences(400)
   path = tmp_path / "notes.txt"
   path.write_text("\n".join(lines))
   found, data, texts = prepared(path, tmp_path / "data")
@@ -47,41 +48,41 @@ def test_parts_are_cut_where_the_text_has_a_place(text):
 
 
 def test_a_folder_of_many_text_files_is_read_directly(tmp_path):
-  for i, line in enumerate(tiny_hub.sentences(30)):
+  for i, line in enumerate(tiny.sentences(30)):
     (tmp_path / f"{i}.txt").write_text(line)
   found, data, texts = prepared(tmp_path, tmp_path / "data")
   assert "holds 30 text files, each a document" in found.sentence
   assert (data.kind, data.path) == ("text", str(tmp_path))
-  assert sorted(texts) == sorted(tiny_hub.sentences(30))
+  assert sorted(texts) == sorted(tiny.sentences(30))
 
 
 def test_a_folder_with_folders_and_other_suffixes_is_joined(tmp_path):
   (tmp_path / "notes" / "deep").mkdir(parents=True)
-  for i, line in enumerate(tiny_hub.sentences(30)):
+  for i, line in enumerate(tiny.sentences(30)):
     (tmp_path / "notes" / ("deep" if i % 2 else "") / f"{i}.md").write_text(line)
   (tmp_path / "notes" / ".hidden.txt").write_text("not read")
   _, data, texts = prepared(tmp_path / "notes", tmp_path / "data")
   assert data.path == str(tmp_path / "data" / "documents.jsonl")
-  assert sorted(texts) == sorted(tiny_hub.sentences(30))
+  assert sorted(texts) == sorted(tiny.sentences(30))
 
 
 def test_json_lines_of_texts(tmp_path):
-  rows = [{"id": i, "text": line} for i, line in enumerate(tiny_hub.sentences(40))]
-  path = tiny_hub.write_lines(tmp_path / "a.jsonl", rows)
+  rows = [{"id": i, "text": line} for i, line in enumerate(tiny.sentences(40))]
+  path = write_lines(tmp_path / "a.jsonl", rows)
   found, data, _ = prepared(path, tmp_path / "data")
   assert (data.kind, data.path, data.field) == ("jsonl", str(path), "text")
   assert "'text'" in found.sentence
 
 
 def test_the_only_field_with_text_is_taken(tmp_path):
-  rows = [{"id": i, "body": line} for i, line in enumerate(tiny_hub.sentences(40))]
-  _, data, _ = prepared(tiny_hub.write_lines(tmp_path / "a.jsonl", rows), tmp_path / "data")
+  rows = [{"id": i, "body": line} for i, line in enumerate(tiny.sentences(40))]
+  _, data, _ = prepared(write_lines(tmp_path / "a.jsonl", rows), tmp_path / "data")
   assert data.field == "body"
 
 
 def test_chats(tmp_path):
   rows = [{"messages": [*CHAT, {"role": "user", "content": str(i)}]} for i in range(30)]
-  path = tiny_hub.write_lines(tmp_path / "chats.jsonl", rows)
+  path = write_lines(tmp_path / "chats.jsonl", rows)
   found, data, _ = prepared(path, tmp_path / "data")
   assert (data.kind, data.path, data.on_bad) == ("chat", str(path), "skip")
   assert "chats" in found.sentence
@@ -90,7 +91,7 @@ def test_chats(tmp_path):
 @pytest.mark.parametrize("prompt, completion", [("prompt", "completion"), ("question", "answer")])
 def test_prompts_with_completions_become_chats(tmp_path, prompt, completion):
   rows = [{prompt: f"{i} + 1?", completion: str(i + 1)} for i in range(30)]
-  path = tiny_hub.write_lines(tmp_path / "pairs.jsonl", rows)
+  path = write_lines(tmp_path / "pairs.jsonl", rows)
   _, data, lines = prepared(path, tmp_path / "data")
   assert data.kind == "chat"
   chats = sorted((json.loads(line) for line in lines), key=lambda row: int(row["text"]))
@@ -99,7 +100,7 @@ def test_prompts_with_completions_become_chats(tmp_path, prompt, completion):
 
 def test_an_instruction_may_have_an_input(tmp_path):
   rows = [{"instruction": "Add", "input": f"{i} and 1", "output": str(i + 1)} for i in range(30)]
-  path = tiny_hub.write_lines(tmp_path / "pairs.jsonl", rows)
+  path = write_lines(tmp_path / "pairs.jsonl", rows)
   _, _, lines = prepared(path, tmp_path / "data")
   assert any(json.loads(line)["prompt"] == "Add\n\n7 and 1" for line in lines)
 
@@ -136,12 +137,12 @@ def test_what_cannot_be_used_is_refused(tmp_path):
   (tmp_path / "folder" / "a.parquet").write_bytes(b"PAR1")
   assert "with 1 files; expected" in refused(tmp_path / "folder")
   rows = [{"title": "a", "body": "b"}] * 3
-  said = refused(tiny_hub.write_lines(tmp_path / "two.jsonl", rows))
-  assert "whose fields are 'title', 'body'; expected a field 'text'" in said
+  error = refused(write_lines(tmp_path / "two.jsonl", rows))
+  assert "whose fields are 'title', 'body'; expected a field 'text'" in error
 
 
 def test_the_held_out_part_is_a_tenth_of_little_and_less_of_much(tmp_path):
-  few = tiny_hub.write_lines(tmp_path / "few.jsonl", [{"text": str(i)} for i in range(40)])
-  many = tiny_hub.write_lines(tmp_path / "many.jsonl", [{"text": str(i)} for i in range(20_000)])
+  few = write_lines(tmp_path / "few.jsonl", [{"text": str(i)} for i in range(40)])
+  many = write_lines(tmp_path / "many.jsonl", [{"text": str(i)} for i in range(20_000)])
   assert prepared(few, tmp_path)[1].heldout_fraction == 0.1
   assert prepared(many, tmp_path)[1].heldout_fraction == 0.005

@@ -3,7 +3,9 @@
 import dataclasses
 
 import pytest
-import tiny_hub
+import tiny
+import tiny_transformers
+from json_lines import write_lines
 
 from distill_jax import config
 from distill_jax.errors import InputError
@@ -16,9 +18,9 @@ TPUS = machine.Machine("tpu", devices=8, processes=2, memory=16 * 10**9, cores=1
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp("plan")
-  tiny_hub.write_model(path / "teacher", layers=8)
-  tiny_hub.write_model(path / "student", layers=2, seed=1)
-  (path / "notes.txt").write_text("\n".join(tiny_hub.sentences(300)))
+  tiny_transformers.write_model(path / "teacher", layers=8)
+  tiny_transformers.write_model(path / "student", layers=2, seed=1)
+  tiny.write_text(path / "notes.txt", 300)
   return path
 
 
@@ -151,7 +153,7 @@ def test_layers_are_not_taken_from_a_run(folder):
 
 def test_equal_tokenizers_of_other_spelling(tmp_path, folder):
   """A pre-tokenizer setting that changes no text: another digest, the same tokens."""
-  tiny_hub.write_model(tmp_path / "student", layers=2)
+  tiny_transformers.write_model(tmp_path / "student", layers=2)
   file = tmp_path / "student" / "tokenizer.json"
   file.write_text(file.read_text().replace('"use_regex": true', '"use_regex": false'))
   (tmp_path / "teacher").symlink_to(folder / "teacher")
@@ -160,7 +162,7 @@ def test_equal_tokenizers_of_other_spelling(tmp_path, folder):
 
 
 def test_tokenizers_that_differ_are_refused(tmp_path, folder):
-  tiny_hub.write_model(tmp_path / "student", layers=2, extra="<other>")
+  tiny_transformers.write_model(tmp_path / "student", layers=2, extra="<other>")
   (tmp_path / "teacher").symlink_to(folder / "teacher")
   (tmp_path / "notes.txt").symlink_to(folder / "notes.txt")
   with pytest.raises(InputError, match=r"have different tokenizers.*records\.kind=text"):
@@ -168,9 +170,9 @@ def test_tokenizers_that_differ_are_refused(tmp_path, folder):
 
 
 def test_chats_need_a_chat_template(tmp_path, folder):
-  tiny_hub.write_model(tmp_path / "teacher", layers=4, template="")
+  tiny_transformers.write_model(tmp_path / "teacher", layers=4, template="")
   (tmp_path / "student").symlink_to(folder / "student")
   rows = [{"prompt": str(i), "completion": str(i + 1)} for i in range(40)]
-  tiny_hub.write_lines(tmp_path / "chats.jsonl", rows)
+  write_lines(tmp_path / "chats.jsonl", rows)
   with pytest.raises(InputError, match="holds chats, and the teacher .* has no chat template"):
     planned(tmp_path, data="chats.jsonl")

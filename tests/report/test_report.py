@@ -7,6 +7,7 @@ import math
 import re
 
 import pytest
+from json_lines import read_lines, write_lines
 
 from distill_jax.errors import InputError
 from distill_jax.report.html_report import write_report
@@ -260,10 +261,10 @@ def test_nan_and_missing_are_shown(workdir):
 
 def test_nan_in_a_curve_is_a_gap_and_is_counted(workdir):
   path = workdir / "hard" / "metrics.jsonl"
-  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  rows = read_lines(path)
   for row in rows[10:13]:
     row["ce"] = "NaN"
-  path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+  write_lines(path, rows)
   page, _ = render(workdir)
   raw = next(a for t, a in page.tags if t == "path")
   assert raw["d"].count("M") == 2 and "nan" not in raw["d"].lower()

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from json_lines import read_lines
 from tiny_seq2seq_tasks import IDS, record_and_train, two_steps, write_tokenizer
 from tiny_sounds import write_wav
 
@@ -114,7 +115,7 @@ def test_generate_writes_pseudo_labels_in_the_format_of_the_task(tmp_path):
   c = configured(tmp_path)
   with Workdir(tmp_path / "texts", config.resolve(c)) as folder:
     made = generate.run(config.resolve(c), folder)
-  lines = [json.loads(line) for line in (tmp_path / "texts/pairs.jsonl").read_text().splitlines()]
+  lines = read_lines(tmp_path / "texts/pairs.jsonl")
   source = config.resolve(c).tasks["main"].open("train", None)
   assert made["kept"] == len(lines) and made["kept"] + made["left_out"] == len(source)
   assert made["wer"] > 0

@@ -196,14 +196,14 @@ def test_entries_are_distinct_ids(case):
 
 def test_bytes_of_other_kinds(case):
   _, batch, teacher, _ = case
-  said = fidelity.rivals(teacher, 8, seed=0)
-  record = tf_example_pb2.Example.FromString(fidelity.maxtext_example(batch, said, 1))
+  stored = fidelity.rivals(teacher, 8, seed=0)
+  record = tf_example_pb2.Example.FromString(fidelity.maxtext_example(batch, stored, 1))
   feature = record.features.feature
   assert list(feature["inputs"].int64_list.value) == batch.inputs.tokens_BT[1].tolist()
   ids = np.array(feature["top_k_indices"].int64_list.value).reshape(T, 64)
-  np.testing.assert_array_equal(ids, said["ids_BTK"][1])
+  np.testing.assert_array_equal(ids, stored["ids_BTK"][1])
   logits = np.array(feature["top_k_logits"].float_list.value, np.float32).reshape(T, 64)
-  np.testing.assert_allclose(logits, said["logits_BTK"][1], rtol=2**-8)
+  np.testing.assert_allclose(logits, stored["logits_BTK"][1], rtol=2**-8)
   assert not np.any(logits.view(np.uint32) & 0xFFFF)  # as bfloat16 has them
   # 10 entries of 16 + 6 bits, a byte, a token of 16 bits.
   assert fidelity.iid_bytes(10, 50, 49_152) == 10 * 22 / 8 + 1 + 2
