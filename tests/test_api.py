@@ -92,6 +92,14 @@ def test_a_changed_model_takes_its_tokenizer_from_a_source(tmp_path):
   assert again.tokenizer.digest == student.tokenizer.digest
 
 
+def test_a_run_gives_its_tokenizer(tmp_path, tiny_run):
+  """The model of the run has no tokenizer of its own: the run's config names one."""
+  run = f"run:{tiny_run / 'whole'}"
+  loaded = dj.load_model(run)
+  dj.export_model(loaded.model, tmp_path / "out", like=run, dtype="float32")
+  assert dj.load_model(tmp_path / "out").tokenizer.digest == loaded.tokenizer.digest
+
+
 def test_a_model_is_loaded_onto_a_mesh(tmp_path):
   folder = write_folder(tmp_path / "source")
   mesh = dj.make_mesh(data=1, fsdp=2, tensor=2)

@@ -116,15 +116,12 @@ def load_model(
     )
   spec = ModelOptions(source=str(source), dtype=dtype, param_dtype=param_dtype, **options)
   opened = loading.open_source(spec, seed)
-  files = opened.tokenizer
-  if opened.run is not None:
-    files = corpus.files_of(opened.run.config.data, opened.pretrained)
   loaded = opened.load(mesh, runs.keys(seed)["teacher"])
   fields = {field.name: getattr(loaded, field.name) for field in dataclasses.fields(loaded)}
   return StandaloneModel(
     **fields,
     source=opened.name,
-    tokenizer_files=files,
+    tokenizer_files=_tokenizer_files(opened),
     generation=opened.generation,
     opened=opened,
   )
@@ -162,7 +159,7 @@ def export_model(
     files, generation = like.tokenizer_files, like.generation
   elif like is not None:
     opened = loading.open_source(ModelOptions(source=str(like)))
-    files, generation = opened.tokenizer, opened.generation
+    files, generation = _tokenizer_files(opened), opened.generation
   bare = model.model if isinstance(model, LoadedModel) else model
   name = str(folder).rstrip("/").rpartition("/")[2]
   with storage.new_folder(folder) as target:
@@ -175,3 +172,10 @@ def export_model(
       dtype=dtype,
     )
   return {"export_dir": str(folder), "parameters": params.count(bare)}
+
+
+def _tokenizer_files(opened: ModelSource) -> TokenizerFiles | None:
+  """Returns the files of a source's tokenizer, which the config of a run may name, or None."""
+  if opened.run is None:
+    return opened.tokenizer
+  return corpus.files_of(opened.run.config.data, opened.pretrained)
