@@ -116,12 +116,13 @@ def load_model(
     )
   spec = ModelOptions(source=str(source), dtype=dtype, param_dtype=param_dtype, **options)
   opened = loading.open_source(spec, seed)
+  files = _tokenizer_files(opened)
   loaded = opened.load(mesh, runs.keys(seed)["teacher"])
   fields = {field.name: getattr(loaded, field.name) for field in dataclasses.fields(loaded)}
   return StandaloneModel(
     **fields,
     source=opened.name,
-    tokenizer_files=_tokenizer_files(opened),
+    tokenizer_files=files,
     generation=opened.generation,
     opened=opened,
   )
