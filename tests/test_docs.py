@@ -1,5 +1,6 @@
 """The documentation: its examples run, its links and commands name what exists."""
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -18,8 +19,9 @@ from json_lines import write_lines
 from distill_jax import config, flags, registry
 from distill_jax.commands import evaluate, record
 from distill_jax.commands import filter as filter_command
+from distill_jax.errors import InputError
 from distill_jax.hub.export import export_model
-from distill_jax.losses import SampledTargets
+from distill_jax.losses import KD, SampledTargets, divergences
 from distill_jax.records import tf_example
 from distill_jax.records.manifest import Manifest
 from distill_jax.runtime.workdir import Workdir
@@ -172,6 +174,34 @@ def test_no_page_needs_the_network(page):
   assert not re.search(r"!\[[^\]]*\]\(https?://|<(?:script|link|img)\b", page[1])
 
 
+# Losses.
+
+KINDS = {  # (kind, has_logp, temperature, missing_mass) by the table's column
+  "`sampled`": ("sampled", False, 1.0, "none"),
+  "`sampled` with `logp`": ("sampled", True, 1.0, "none"),
+  "`topk`, `tail_bucket`": ("topk", False, 1.0, "tail_bucket"),
+  "`topk`, `renormalise`": ("topk", False, 1.0, "renormalise"),
+  "`dense`": ("dense", False, 1.0, "renormalise"),
+}
+
+
+def accepted(divergence, records):
+  """Returns the temperatures of `kd` that are accepted: "any", "recorded" or "no"."""
+  for temperature, cell in ((2.0, "any"), (1.0, "recorded")):
+    with contextlib.suppress(InputError):
+      KD(divergence=divergence, temperature=temperature).check_records(*records)
+      return cell
+  return "no"
+
+
+def test_the_table_of_divergences_is_what_the_losses_accept():
+  rows = [["divergence", *KINDS], ["---"] * (1 + len(KINDS))]
+  for name in divergences.ALL:
+    rows.append([f"`{name}`", *(accepted(name, records) for records in KINDS.values())])
+  table = "".join(f"| {' | '.join(row)} |\n" for row in rows).replace(" --- ", "---")
+  assert f"\n{table}\n" in (DOCS / "losses.md").read_text(encoding="utf-8"), table
+
+
 # Record format.
 
 
@@ -306,6 +336,12 @@ def test_a_new_loss_is_what_the_page_states(load):
   np.testing.assert_allclose(found, (entropy - 0.5) ** 2, rtol=1e-5)
   gradient = jax.grad(lambda z: jnp.sum(loss.token_loss(z, batch, 0)))(jnp.asarray(logits))
   assert np.all(np.isfinite(gradient))
+  with pytest.raises(InputError, match="The loss 'entropy_match' needs entropies"):
+    without = batch.replace(targets={"teacher": targets.replace(entropy_BT=None)})
+    loss.token_loss(jnp.asarray(logits), without, 0)
+  loss.check_records("sampled", False, 1.0, "none")
+  with pytest.raises(InputError, match="records.temperature is 2.0; expected 1, the temperature"):
+    loss.check_records("sampled", False, 2.0, "none")
 
 
 def test_a_new_filter_filters(load, tmp_path):
