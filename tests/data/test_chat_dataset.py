@@ -7,6 +7,7 @@ import pytest
 import tiny
 import tokenizers
 from json_lines import write_lines
+from tiny_run import train
 
 from distill_jax import config
 from distill_jax.commands.record import run as record
@@ -14,9 +15,7 @@ from distill_jax.data import chat_dataset, corpus, packing
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.records.store import open_store
-from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loader
-from distill_jax.training import loop as training
 
 CHATML = (
   "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -159,12 +158,6 @@ def stores(tmp_path_factory):
   c.data.sequences = 0
   record(config.resolve(c), folder / "chats")
   return folder, c
-
-
-def train(c, workdir):
-  resolved = config.resolve(c)
-  with Workdir(workdir, resolved) as path:
-    return training.train(resolved, path)
 
 
 def test_fine_tuning_on_chats(stores):

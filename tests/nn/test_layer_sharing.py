@@ -11,6 +11,7 @@ import parity
 import pytest
 import steps as training_steps
 import tiny
+from tiny_run import train
 
 from distill_jax import config
 from distill_jax.commands import export
@@ -23,8 +24,6 @@ from distill_jax.nn import layer_sharing, layers, params, sharding
 from distill_jax.nn.layer_sharing import ShareOptions
 from distill_jax.nn.lora import LoraOptions
 from distill_jax.preflight import flops
-from distill_jax.runtime.workdir import Workdir
-from distill_jax.training import loop as training
 from distill_jax.training import validate
 from distill_jax.training.metric_writer import read_metrics
 
@@ -195,12 +194,6 @@ def test_mesh_does_not_change_training():
       assert row[name] == pytest.approx(want[name], rel=1e-5), name
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-4)  # 1% of one of Adam's first updates
-
-
-def train(c, workdir):
-  resolved = config.resolve(c)
-  with Workdir(workdir, resolved) as path:
-    return training.train(resolved, path)
 
 
 def shared_config(folder):

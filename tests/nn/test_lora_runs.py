@@ -11,6 +11,7 @@ import parity
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
+from tiny_run import train
 
 from distill_jax import config
 from distill_jax.commands import export
@@ -22,19 +23,11 @@ from distill_jax.hub.pretrained import open_model
 from distill_jax.models import llama, loading, runs
 from distill_jax.nn import layers, lora, params, sharding
 from distill_jax.runtime import checkpoint
-from distill_jax.runtime.workdir import Workdir
-from distill_jax.training import loop as training
 from distill_jax.training.metric_writer import read_metrics
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-
-
-def train(c, workdir):
-  resolved = config.resolve(c)
-  with Workdir(workdir, resolved) as path:
-    return training.train(resolved, path)
 
 
 def lora_config(folder):

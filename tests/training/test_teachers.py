@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny_run import train
 
 from distill_jax import config
 from distill_jax.commands.record import run as record
@@ -13,19 +14,11 @@ from distill_jax.errors import InputError
 from distill_jax.losses import DenseTargets, kd, mixture
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import open_store
-from distill_jax.runtime.workdir import Workdir
-from distill_jax.training.loop import train as run_training
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.types import Batch, Inputs
 
 B, C, V, D = 2, 3, 11, 5
 NAMES = ("a", "b")
-
-
-def train(c, folder):
-  resolved = config.resolve(c)
-  with Workdir(folder, resolved) as workdir:
-    return run_training(resolved, workdir)
 
 
 # ---------------------------------------------------------------- the loss
