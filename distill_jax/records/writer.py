@@ -1,9 +1,9 @@
 """Writing of stores, by any number of processes that may be killed and resumed at any time.
 
-A shard is written under a hidden name, checked, synced and renamed. Then it is registered in a
-small file, `NAME.json`. Registered shards are never written again. When all planned shards are
-registered, `complete` merges them into the manifest and writes the files for tfds. Any process may
-call it, also repeatedly.
+A shard is written under a hidden name, checked, synced and renamed, and its index is written (see
+shard_index.py). Then it is registered in a small file, `NAME.json`. Registered shards are never
+written again. When all planned shards are registered, `complete` merges them into the manifest and
+writes the files for tfds. Any process may call it, also repeatedly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import IO
 from array_record.python import array_record_module
 
 from distill_jax.errors import InputError, bad_value
-from distill_jax.records import codec, tf_example, tfds_info
+from distill_jax.records import codec, shard_index, tf_example, tfds_info
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest, Shard
@@ -36,7 +36,8 @@ def array_record_options(seq_len: int) -> str:
   chunk: a record of one label with ten classes takes 36 instead of 285 bytes, and reading is as
   fast.
   """
-  return "group_size:64,zstd:1" if seq_len < 8 else "group_size:1,uncompressed"
+  indexed = shard_index.has_index(seq_len)
+  return "group_size:1,uncompressed" if indexed else "group_size:64,zstd:1"
 
 
 class Writer:
@@ -155,6 +156,7 @@ class Writer:
     with _writing(path):
       part.unlink(missing_ok=True)
       totals = self._write(part, sequences_of, sequences)
+      index = self._index(part, len(sequences_of))
       shard = Shard(
         name=path.name,
         first=sequences_of.start,
@@ -163,7 +165,7 @@ class Writer:
         sha256=digest(part),
         **totals,
       )
-      self._publish(part, path, shard, number)
+      self._publish(part, path, shard, number, index)
     return shard
 
   def _write(self, part: Path, sequences_of: range, sequences: Iterable[Record]) -> dict:
@@ -194,16 +196,26 @@ class Writer:
         f"Shard {part.name} got {count} records; expected {len(sequences_of)}. Pass one per "
         "sequence."
       )
-    reader = array_record_module.ArrayRecordReader(str(part))
-    if not reader.ok() or reader.num_records() != count:
-      raise InputError(
-        f"{part} is incomplete; the disk may be full. Free space and run the command again."
-      )
     with part.open("rb") as f:
       os.fsync(f.fileno())
     return {"tokens": tokens, "targets": targets, "entries": entries, "fields": fields}
 
-  def _publish(self, part: Path, path: Path, shard: Shard, number: int) -> None:
+  def _index(self, part: Path, count: int) -> bytes | None:
+    """Checks a shard and returns its index; None for a shard without one."""
+    try:
+      if shard_index.has_index(self.manifest.seq_len):
+        return shard_index.to_bytes(shard_index.build(part, count))
+      shard_index.open_shard(part, count).close()
+    except ValueError as e:
+      raise InputError(
+        f"{part} is incomplete ({str(e).rstrip('.')}); the disk may be full. Free space and run "
+        "the command again."
+      ) from e
+    return None
+
+  def _publish(
+    self, part: Path, path: Path, shard: Shard, number: int, index: bytes | None
+  ) -> None:
     # A writer with another process count may have registered this shard.
     if (other := self.finished().get(shard.first)) is not None:
       part.unlink()
@@ -215,6 +227,8 @@ class Writer:
       return
     part.replace(path)
     atomic_io.fsync_dir(self.folder)
+    if index is not None:
+      atomic_io.atomic_write(self.folder / shard_index.name_of(path.name), index)
     atomic_io.atomic_write(self._registration(number), json.dumps(dataclasses.asdict(shard)) + "\n")
 
   def _registration(self, number: int) -> Path:
