@@ -41,7 +41,7 @@ def get_config(student: str = "distilled"):
   c.train.records = ("runs/demo/records",)
   c.train.batch_size = 2
   c.train.chunk = c.evaluate.chunk = 256
-  c.train.steps = c.train.checkpoint_every = 64
+  c.train.steps = 64
   c.train.keep = 1
   c.optim.warmup_steps = 5
 

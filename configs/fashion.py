@@ -90,11 +90,11 @@ def get_config(role: str = "distilled"):
   c.augmentations.flip = config.augmentation("flip")
 
   c.teacher.source = f"run:{RUNS}/teacher"
-  c.records.kind, c.records.batch_size, c.records.sequences_per_shard = "dense", 250, 20_000
+  c.records.kind, c.records.batch_size = "dense", 250
   c.student.family, c.student.shape, c.student.changes = "vit", "tiny", VIT
   c.optim.peak_lr, c.optim.weight_decay, c.optim.warmup_steps = 2e-3, 0.05, 50
   c.train.batch_size = 128
-  c.train.steps = c.train.checkpoint_every = 3000 if role == "teacher" else 2000
+  c.train.steps = 3000 if role == "teacher" else 2000
   c.train.keep = 1
 
   if role == "teacher":

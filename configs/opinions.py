@@ -66,7 +66,7 @@ def get_config(role: str = "distilled"):
   c.records.kind = "dense"
   c.records.batch_size = c.train.batch_size = c.evaluate.batch_size = 32
   c.train.mixture = (0.5, 0.5)
-  c.train.steps = c.train.checkpoint_every = 200
+  c.train.steps = 200
   c.train.keep = 1
   c.losses.hard = config.loss("ce")
   c.optim.peak_lr, c.optim.warmup_steps, c.optim.weight_decay = 2e-4, 16, 0.01

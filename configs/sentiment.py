@@ -45,7 +45,7 @@ def get_config(student: str = "distilled"):
   c.student.changes, c.student.new = {"num_labels": 2}, ("classifier",)
   c.records.kind = "dense"  # two log-probabilities per text
   c.records.batch_size = c.train.batch_size = c.evaluate.batch_size = 32
-  c.train.steps = c.train.checkpoint_every = 160
+  c.train.steps = 160
   c.train.keep = 1
   c.optim.warmup_steps, c.optim.weight_decay = 16, 0.01
 

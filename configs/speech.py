@@ -50,7 +50,7 @@ def get_config(student: str = "teacher"):
   c.student.train, c.student.frozen = "frozen", ("model.encoder.",)
   c.records.n, c.records.batch_size = 63, 8
   c.train.batch_size = c.evaluate.batch_size = 8
-  c.train.steps = c.train.checkpoint_every = 60
+  c.train.steps = 60
   c.train.keep, c.train.chunk, c.evaluate.chunk = 1, 32, 32
   c.optim.peak_lr, c.optim.warmup_steps, c.optim.weight_decay = 3e-4, 5, 0.01
   if student in ("records", "distilled"):

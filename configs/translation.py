@@ -61,7 +61,7 @@ def get_config(student: str = "words"):
   }
   c.records.kind, c.records.n, c.records.batch_size = "sampled", 63, 64
   c.train.batch_size = c.evaluate.batch_size = 64
-  c.train.steps = c.train.checkpoint_every = 900 if student == "teacher" else 600
+  c.train.steps = 900 if student == "teacher" else 600
   c.train.keep, c.train.chunk, c.evaluate.chunk = 1, 16, 16
   c.optim.peak_lr, c.optim.warmup_steps = 3e-3, 100
   c.losses.hard = config.loss("ce", label_smoothing=0.1)

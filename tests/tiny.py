@@ -63,7 +63,7 @@ def tiny(folder: Path) -> ml_collections.ConfigDict:
   c.data.sequences = 20
   c.records.n = 15
   c.records.batch_size = 4
-  c.records.sequences_per_shard = 6
+  c.records.tokens_per_shard = 6 * SEQ_LEN
   c.records.chunk = 16
   c.losses.soft = config.loss("kd", weight=0.7)
   c.losses.hard = config.loss("ce", weight=0.3)

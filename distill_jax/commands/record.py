@@ -31,6 +31,7 @@ from distill_jax.models import loading, runs
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.records import collate, import_logprobs, recorder, tap_features
+from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.recorder import Corpus, Record, TeacherPass
 from distill_jax.records.shard_buffer import ShardBuffer
@@ -63,10 +64,11 @@ def run(config: Config, folder: Path) -> JsonObject:
   corpus = open_corpus(config, teacher)
   width = feature_width(options, teacher)
   manifest = recorder.manifest_of(options, corpus, _identity(options, teacher), width)
+  manifest = manifest_lib.with_shards_of(folder, manifest)
   if jax.process_count() > len(manifest.ranges):
     raise bad_value(
-      "records.sequences_per_shard",
-      options.sequences_per_shard,
+      "records.tokens_per_shard",
+      options.tokens_per_shard,
       f"a size that makes at least {jax.process_count()} shards, one per process, instead of "
       f"{len(manifest.ranges)}",
       "Lower it, or start fewer processes",

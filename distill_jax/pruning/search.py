@@ -141,7 +141,6 @@ def _distil_config(config: Config, folder: Path) -> Config:
     train=dataclasses.replace(
       config.train,
       steps=steps,
-      checkpoint_every=min(config.train.checkpoint_every, steps),
       keep=1,
     ),
     losses=config.losses or {"soft": kd.Loss()},

@@ -204,7 +204,6 @@ def _plan_training(
   result.set("student.remat", batch.remat, "activations do not fit into the memory")
   steps = max(1, -(-sequences * passes // size))
   steps = result.set("train.steps", steps, f"{passes} epochs of {sequences:,} sequences")
-  result.set("train.checkpoint_every", max(10, min(500, -(-steps // 10))))
   rows = max(1, size // (machine.devices * result.config.optim.accumulate))
   result.set("train.chunk", sizes.chunk(length, rows, models, machine), "bounds the logits")
   origin = "cut from its teacher" if models.is_cut else "with its own weights"
@@ -216,7 +215,8 @@ def _plan_training(
     result.set(f"{section}.batch_size", forward, "fits into the memory")
     result.set(f"{section}.chunk", chunk)
   shard = min(1024, max(8, -(-sequences // 16)), -(-sequences // machine.processes))
-  result.set("records.sequences_per_shard", max(1, shard), "finished shards survive a stop")
+  tokens = max(1, shard) * length
+  result.set("records.tokens_per_shard", tokens, "finished shards survive a stop")
   most = MAX_EVALUATED["cpu" if machine.is_cpu else "accelerator"]
   result.set("evaluate.sequences", most, "held-out sequences, at most")
 

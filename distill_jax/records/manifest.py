@@ -290,6 +290,16 @@ def load(folder: str | os.PathLike) -> Manifest:
     ) from e
 
 
+def with_shards_of(folder: str | os.PathLike, want: Manifest) -> Manifest:
+  """Returns the manifest of a run with the size of the shards that are in the folder, if any.
+
+  So a store is resumed with the shards that it has when records.tokens_per_shard was changed.
+  """
+  if not (Path(folder) / NAME).exists():
+    return want
+  return dataclasses.replace(want, sequences_per_shard=load(folder).sequences_per_shard)
+
+
 def require_same(want: Manifest, found: Manifest, folder: Path) -> None:
   """Raises InputError if two recordings cannot share a folder.
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from distill_jax.errors import bad_value
+
+MAX_SEQUENCES = 2**14  # of a shard: an example of a task may have a single token
+
 
 @dataclasses.dataclass(frozen=True)
 class RecordsOptions:
@@ -45,8 +49,23 @@ class RecordsOptions:
   """Number of sequences per batch, over all devices."""
   chunk: int = 128
   """Number of positions per sequence whose logits are in memory at once."""
-  sequences_per_shard: int = 1024
-  """Number of sequences per shard file."""
+  tokens_per_shard: int = 2**20
+  """Number of tokens per shard file, rounded down to whole sequences, of which it has at least one
+  and at most 16,384.
+
+  A command that is stopped loses the shards that it has begun, at most one per process. The default
+  makes shards of about 32 MB. A store that is resumed or extended keeps the size of its shards.
+  """
+
+  def sequences_per_shard(self, positions: int) -> int:
+    """Returns the number of sequences of `positions` tokens that make a shard.
+
+    Raises:
+      InputError: `tokens_per_shard` is not positive.
+    """
+    if (tokens := self.tokens_per_shard) < 1:
+      raise bad_value("records.tokens_per_shard", tokens, "at least 1", "Raise it")
+    return min(max(1, tokens // positions), MAX_SEQUENCES)
 
 
 @dataclasses.dataclass(frozen=True)

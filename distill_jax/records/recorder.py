@@ -338,7 +338,7 @@ def planned_manifest(
     tokenizer="",
     corpus="",
     entropy=spec.entropy,
-    sequences_per_shard=c.sequences_per_shard,
+    sequences_per_shard=c.sequences_per_shard(positions),
     extents=(sequences,),
     taps=stored_taps,
     missing_mass={"topk": c.missing_mass, "dense": "renormalise"}.get(c.kind, "none"),

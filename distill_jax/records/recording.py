@@ -65,7 +65,7 @@ class Recorder:
       another teacher. Not used for kind "text".
     tokenizer: The tokenizer, or its digest. Students with another tokenizer cannot use the store.
     sequences: Total number of rows; None if it is not known.
-    sequences_per_shard: Number of rows per file of the store.
+    tokens_per_shard: Number of tokens per file of the store; see RecordsOptions.
     seed: Random seed of the sampling.
     chunk: Number of positions per row whose logits are in memory at once.
     soft_cap: Logits become soft_cap * tanh(logits / soft_cap); None for no cap. Only for `hidden`.
@@ -91,7 +91,7 @@ class Recorder:
     teacher: str | Mapping[str, Any] = "",
     tokenizer: str | Tokenizer = "unknown",
     sequences: int | None = None,
-    sequences_per_shard: int = 1024,
+    tokens_per_shard: int = 2**20,
     seed: int = 0,
     chunk: int = 128,
     soft_cap: float | None = None,
@@ -110,7 +110,7 @@ class Recorder:
       missing_mass=missing_mass,
       temperature=temperature,
       chunk=chunk,
-      sequences_per_shard=sequences_per_shard,
+      tokens_per_shard=tokens_per_shard,
     )
     self._spec = SamplerSpec.of(self._options, vocab_size)
     self._soft_cap = soft_cap

@@ -21,9 +21,9 @@ from distill_jax.runtime.json_io import read_object, write_json
 from distill_jax.types import JsonObject
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
-OWN_FILES = {".lock", "config.json", "versions.json"}
+OWN_FILES = {".lock", "config.json", "versions.json", ".jax_cache"}
 DAMAGED = "Restore the file, or choose another --workdir"
-# Keys that may change between calls, because they do not affect the training run.
+# Sections and keys that may change between calls, because they do not affect the results.
 MAY_CHANGE = (
   "mesh",
   "evaluate",
@@ -33,6 +33,11 @@ MAY_CHANGE = (
   "inspect",
   "preflight",
   "profile_steps",
+  "records.tokens_per_shard",  # a store keeps its own
+  "train.checkpoint_every",
+  "train.checkpoint_minutes",
+  "train.keep",
+  "train.keep_every",
 )
 
 
@@ -102,8 +107,8 @@ class Workdir:
       self._before = self._files()
       write_json(file, self.config)
       return
-    for key, was, now in _differences(read_object(file, DAMAGED), self.config, ""):
-      if key.split(".")[0] not in MAY_CHANGE:
+    for key, was, now in _differences(_read(file), self.config, ""):
+      if key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE:
         raise InputError(
           f"{self.path} holds a run with {key}={was!r}, but this config has {now!r}. Choose "
           "another --workdir, or use the same config."
@@ -119,7 +124,7 @@ def read_config(path: str | Path) -> configs.Config:
   file = Path(path) / "config.json"
   if not file.exists():
     raise InputError(f"{path} does not hold a run: {file.name} is missing. Train there first.")
-  tree = read_object(file, DAMAGED)
+  tree = _read(file)
   try:
     return configs.from_dict(tree)
   except InputError as error:
@@ -127,6 +132,15 @@ def read_config(path: str | Path) -> configs.Config:
       f"{file} does not fit this version of distill_jax: {error} Train again in another "
       "--workdir, or use the version in versions.json."
     ) from error
+
+
+def _read(file: Path) -> JsonObject:
+  """Returns a config.json with the keys of this version."""
+  tree = read_object(file, DAMAGED)
+  records = tree.get("records", {})
+  if (sequences := records.pop("sequences_per_shard", 0)) and "seq_len" in tree.get("data", {}):
+    records["tokens_per_shard"] = sequences * tree["data"]["seq_len"]
+  return tree
 
 
 def versions() -> JsonObject:

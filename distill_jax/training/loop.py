@@ -21,6 +21,7 @@ from distill_jax.tasks.dataset import RecordedTask
 from distill_jax.training import optim, validate
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.training.run_log import Log, Profile
+from distill_jax.training.save_schedule import SaveSchedule
 from distill_jax.training.state import online_teachers, prepare
 from distill_jax.training.step import Step
 from distill_jax.training.stores import Stores, batches, open_stores, recorded, teacher_manifest
@@ -69,6 +70,7 @@ def train(config: Config, workdir: Path) -> JsonObject:
     if start == c.steps:
       return read_metrics(workdir)[-1]  # already finished
     step_fn = jitted(step, state, mesh)
+    schedule = SaveSchedule(c, start)
     rows, shardings = batches(config, stores, start), sharding.batch_sharding(mesh)
     with Log(workdir, start, c.steps, began) as log:
       for n in range(start, c.steps):
@@ -78,7 +80,7 @@ def train(config: Config, workdir: Path) -> JsonObject:
           state, metrics = step_fn(state, batch, inputs.teachers, base=inputs.base)
         log.step(n, metrics)  # blocks on the metrics of the previous step only
         stop = preemption.reached(n + 1)
-        if stop or (n + 1) % c.checkpoint_every == 0 or n + 1 == c.steps:
+        if schedule.due(n + 1, log.flush) or stop:
           log.flush()  # raises if the loss is not finite, before the state is saved
           checkpoint.save(saves, n + 1, state, metadata)
           log.saved()

@@ -65,9 +65,11 @@ class TrainOptions:
   """Number of sequences per step, over all devices."""
   chunk: int = 128
   """Number of positions per sequence whose logits are in memory at once."""
-  checkpoint_every: int = 500
-  """Number of steps between checkpoints."""
+  checkpoint_minutes: float = 10.0
+  """Minutes between checkpoints, by the clock of process 0; 0 for none by time."""
+  checkpoint_every: int = 0
+  """Number of steps between additional checkpoints; 0 for none by steps."""
   keep: int = 2
   """Number of most recent checkpoints to keep."""
   keep_every: int = 0
-  """Interval in steps of checkpoints that are kept besides the most recent ones; 0 for none."""
+  """Interval in steps of additional checkpoints that are all kept; 0 for none."""

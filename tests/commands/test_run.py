@@ -266,8 +266,9 @@ def test_a_store_is_extended_by_a_longer_corpus_and_not_by_another(tiny_run, tmp
   record(c, tmp_path / "short")
   first = sorted((tmp_path / "short").glob("*.array_record"))[0]
   before = first.read_bytes()
-  c.data.sequences = 14
-  again = record(c, tmp_path / "short")
+  c.data.sequences, c.records.tokens_per_shard = 14, 4 * tiny.SEQ_LEN
+  again = record(c, tmp_path / "short")  # with the size of the shards that the store has
+  assert [s.count for s in open_store(tmp_path / "short").manifest.shards] == [6, 2, 6]
   assert (again["sequences"], again["recorded_now"]) == (14, 6)
   assert first.read_bytes() == before
   text = (tiny_run / "text.txt").read_text()

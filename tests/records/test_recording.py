@@ -52,7 +52,7 @@ def settings(**changes):
     "seq_len": T,
     "n": 7,
     "teacher": "a table",
-    "sequences_per_shard": S,
+    "tokens_per_shard": S * T,
     "chunk": 3,
   } | changes
 
@@ -90,7 +90,7 @@ def test_the_store_is_that_of_the_command_record_byte_for_byte(tmp_path):
     n=15,
     teacher={"name": "llama tiny", "digest": "random, seed 0"},
     tokenizer=text.tokenizer,
-    sequences_per_shard=6,
+    tokens_per_shard=6 * tiny.SEQ_LEN,
     chunk=16,
   ) as r:
     for i in range(0, len(rows), 4):

@@ -1,10 +1,12 @@
 """The folder of a run."""
 
+import json
+
 import pytest
 
 from distill_jax import config
 from distill_jax.errors import InputError
-from distill_jax.runtime.workdir import Workdir
+from distill_jax.runtime.workdir import Workdir, read_config
 
 
 def a_config(seed):
@@ -44,3 +46,16 @@ def test_a_refused_command_in_the_folder_of_a_run_changes_nothing(tmp_path):
   with pytest.raises(InputError, match="wrong"), Workdir(tmp_path, a_config(seed=1)):
     raise InputError("A key is wrong.")
   assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_is_read(tmp_path):
+  """Its config.json has shards by sequences, and lacks a key that does not change results."""
+  with Workdir(tmp_path, a_config(seed=1)):
+    pass
+  tree = json.loads((tmp_path / "config.json").read_text())
+  tree["records"]["sequences_per_shard"] = 6
+  del tree["records"]["tokens_per_shard"], tree["train"]["checkpoint_minutes"]
+  (tmp_path / "config.json").write_text(json.dumps(tree))
+  with Workdir(tmp_path, a_config(seed=1)):
+    pass
+  assert read_config(tmp_path).records.tokens_per_shard == 6 * tree["data"]["seq_len"]

@@ -234,7 +234,7 @@ def test_positions_are_complete_rows(tmp_path):
 def test_overhead_records_complete_shards(tmp_path):
   c = tiny.tiny(tmp_path)
   c.teacher.source, c.teacher.shape = "", "tiny"
-  c.data.sequences = c.records.sequences_per_shard = 8
+  c.data.sequences, c.records.tokens_per_shard = 8, 8 * tiny.SEQ_LEN
   c = config.resolve(c)
   tokenizer = corpus.tokenizer_of(c.data, loading.open_source(c.teacher).pretrained)
   rows = list(corpus.sequences(c.data, tokenizer))

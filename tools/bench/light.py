@@ -93,7 +93,7 @@ def config_of(args: argparse.Namespace) -> Config:
   c.data.kind, c.data.seq_len, c.data.sequences = "pydoc", args.seq_len, args.sequences
   c.records.batch_size = c.train.batch_size = c.evaluate.batch_size = 2
   c.train.records, c.train.chunk = (str(args.workdir / "records"),), 128
-  c.train.steps = c.train.checkpoint_every = args.steps
+  c.train.steps = args.steps
   c.losses.soft = configs.loss("kd", weight=0.9)
   c.losses.hard = configs.loss("ce", weight=0.1)
   c.optim.peak_lr, c.optim.warmup_steps = args.peak_lr, min(4, args.steps // 2)

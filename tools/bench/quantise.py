@@ -60,7 +60,7 @@ def config_of(args: argparse.Namespace) -> Config:
   c.records.batch_size = c.train.batch_size = 2
   c.train.records = (str(args.workdir / "records"),)
   c.train.chunk = c.evaluate.chunk = c.shrink.chunk = 256
-  c.train.steps = c.train.checkpoint_every = args.steps
+  c.train.steps = args.steps
   c.train.keep = c.evaluate.batch_size = 1
   c.losses.soft = configs.loss("kd", weight=0.9)
   c.losses.hard = configs.loss("ce", weight=0.1)

@@ -152,7 +152,9 @@ def main() -> None:
   c = config.Config(
     teacher=config.ModelOptions(source=SOURCE),
     data=config.DataOptions(kind="pydoc", seq_len=args.seq_len, sequences=per_shard),
-    records=config.RecordsOptions(batch_size=args.batch_size, sequences_per_shard=per_shard),
+    records=config.RecordsOptions(
+      batch_size=args.batch_size, tokens_per_shard=per_shard * args.seq_len
+    ),
   )
   try:
     tokenizer = corpus.tokenizer_of(c.data, loading.open_source(c.teacher).pretrained)

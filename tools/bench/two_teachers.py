@@ -95,7 +95,7 @@ class Bench:
     c.optim.peak_lr = self.args.learn_lr
     c.losses.hard = configs.loss("ce")
     c.train.records = (str(self.at / "text" / name),)
-    c.train.steps = c.train.checkpoint_every = self.args.learn
+    c.train.steps = self.args.learn
     config = configs.resolve(c)
     record.run(config, self.at / "text" / name)
     self._train(config, self.at / "teachers" / name)
@@ -122,7 +122,7 @@ class Bench:
       c.losses.soft = configs.loss("mixture", weight=0.9, teachers=BOTH, **MIXTURES[kind])
     c.losses.hard = configs.loss("ce", weight=0.1)
     c.optim.peak_lr = args.peak_lr
-    c.train.steps = c.train.checkpoint_every = args.steps
+    c.train.steps = args.steps
     folder = self.at / "students" / f"{kind}_{seed}"
     self._train(configs.resolve(c), folder)
     return folder
