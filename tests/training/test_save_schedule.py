@@ -78,7 +78,9 @@ def get_config():
 
 def test_only_the_clock_of_process_0_counts(tiny_run, tmp_path):
   """A clock of process 1 that passes a day per step changes neither steps nor losses."""
-  (tmp_path / "config.py").write_text(CONFIG.format(tests=str(ROOT / "tests"), folder=str(tiny_run)))
+  (tmp_path / "config.py").write_text(
+    CONFIG.format(tests=str(ROOT / "tests"), folder=str(tiny_run))
+  )
   line = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--", "train"]
   rows = []
   for minutes in (0.5, 0.0):
