@@ -15,7 +15,8 @@ or 16 of 32,768:
 Times are lower bounds from published peaks, not forecasts. Gathering the weights takes at least 0.6
 seconds per batch, so smaller batches would be slower per token. The store takes about 135 GB, 31.5
 bytes per token. Shards of 262,144 tokens (8 MB) cost a SIGTERM at most a minute: at 94,000 tokens/s
-16 hosts finish one each every 45 seconds. Students must have R1's tokenizer; others can only be trained on its text.
+16 hosts finish one each every 45 seconds. Students must have R1's tokenizer; others can only be
+trained on its text.
 """
 
 from distill_jax import config

@@ -1,6 +1,5 @@
 """When checkpoints are saved: by steps and by minutes, on all processes at the same steps."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +90,7 @@ def test_only_the_clock_of_process_0_counts(tiny_run, tmp_path):
       [*line, *where, *flags], capture_output=True, text=True, cwd=ROOT, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    saves = sorted(int(name) for name in os.listdir(workdir / "checkpoints") if name.isdigit())
+    saves = sorted(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*"))
     # The clock of process 0 advances 7 seconds at each decision and at each save.
     assert saves == ([5, 10, 12] if minutes else [12])
     rows.append([{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(workdir)])
