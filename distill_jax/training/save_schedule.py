@@ -1,4 +1,4 @@
-"""Decides after which steps a checkpoint is saved, alike on all processes."""
+"""Decides after which steps all processes save a checkpoint."""
 
 from __future__ import annotations
 
