@@ -16,7 +16,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -30,7 +30,7 @@ from distill_jax.errors import InputError, bad_value
 from distill_jax.models import loading, runs
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
-from distill_jax.records import collate, import_logprobs, recorder, tap_features
+from distill_jax.records import batch_plan, collate, import_logprobs, recorder, tap_features
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.recorder import Corpus, Record, TeacherPass
@@ -65,22 +65,24 @@ def run(config: Config, folder: Path) -> JsonObject:
   width = feature_width(options, teacher)
   manifest = recorder.manifest_of(options, corpus, _identity(options, teacher), width)
   manifest = manifest_lib.with_shards_of(folder, manifest)
-  if jax.process_count() > len(manifest.ranges):
+  rows = sharding.rows(mesh, options.batch_size)
+  if (writers := len(np.unique(rows.writer_B))) > len(manifest.ranges):
     raise bad_value(
       "records.tokens_per_shard",
       options.tokens_per_shard,
-      f"a size that makes at least {jax.process_count()} shards, one per process, instead of "
+      f"a size that makes at least {writers} shards, one for each process that writes, instead of "
       f"{len(manifest.ranges)}",
       "Lower it, or start fewer processes",
     )
   with Writer(folder, manifest, jax.process_index(), jax.process_count()) as writer:
     _check_same_corpus(writer, corpus.rows)
-    todo = writer.missing()
-    # Processes whose shards are finished still compute together with the others.
-    if distributed.max_over_processes(len(todo)):
+    missing = _missing(writer)
+    if missing:
+      shards = batch_plan.divide(missing, rows)
       with jax.set_mesh(mesh):
-        batches = _batches(config, teacher, corpus, todo, mesh)
-        _write(batches, corpus.positions, todo, writer)
+        batches = _batches(config, teacher, corpus, batch_plan.batches(shards, rows), mesh)
+        with Progress("record", sum(map(len, missing)) * corpus.positions, "tokens") as progress:
+          _write(batches, shards.get(rows.process, []), writer, progress, corpus.positions)
     distributed.barrier("recorded")
     if jax.process_count() > 1 and (url := storage.remote_of(folder)):  # disks may not be shared
       storage.publish(folder)
@@ -93,7 +95,7 @@ def run(config: Config, folder: Path) -> JsonObject:
       "again with all processes."
     )
   sums = {k: sum(getattr(s, k) for s in done.shards) for k in ("tokens", "entries", "bytes")}
-  return {"sequences": done.total, "recorded_now": sum(map(len, todo)), **sums}
+  return {"sequences": done.total, "recorded_now": sum(map(len, missing)), **sums}
 
 
 def runs_teacher(options: RecordsOptions) -> bool:
@@ -126,49 +128,50 @@ def feature_width(options: RecordsOptions, teacher: ModelSource) -> int:
   return tap_features.feature_width(teacher.config, options.tap_kind) if options.taps else 0
 
 
+def _missing(writer: Writer) -> list[range]:
+  """Returns the shards that no process finds finished, so that all processes record the same."""
+  ranges, missing = writer.manifest.ranges, set(writer.missing())
+  finished = distributed.max_over_processes(np.array([r not in missing for r in ranges]))
+  return [r for r, done in zip(ranges, finished.tolist(), strict=True) if not done]
+
+
 def _batches(
-  config: Config,
-  teacher: ModelSource,
-  corpus: Corpus,
-  shards: Sequence[range],
-  mesh: Mesh,
-) -> Iterator[Sequence[Record]]:
-  """Returns the records of these shards, in order, in batches that each lie within one shard.
+  config: Config, teacher: ModelSource, corpus: Corpus, plan: Iterable[np.ndarray], mesh: Mesh
+) -> Iterator[tuple[np.ndarray, list[Record]]]:
+  """Yields the batches of a plan (see batch_plan), with the records that this process writes.
 
   The teacher computes the next batch while one is read.
   """
-  size = config.records.batch_size // jax.process_count()
-  parts = recorder.split(shards, size)
-  if not runs_teacher(config.records):
-    return (corpus.rows[part.start : part.stop] for part in parts)
-  dispatch = dispatcher(config, teacher, corpus, size, mesh)
-  # All processes compute together, so processes with fewer batches continue on padding.
-  parts += [range(0)] * (distributed.max_over_processes(len(parts)) - len(parts))
-  return recorder.recorded(dispatch, corpus.rows, parts)
+  rows = sharding.rows(mesh, config.records.batch_size)
+  if runs_teacher(config.records):
+    yield from recorder.recorded(dispatcher(config, teacher, corpus, mesh), plan, rows)
+    return
+  for index_B in plan:
+    own = index_B[rows.written]
+    yield index_B, [corpus.rows[i] for i in own[own != batch_plan.PADDING].tolist()]
 
 
 def dispatcher(
-  config: Config,
-  teacher: ModelSource,
-  corpus: Corpus,
-  size: int,
-  mesh: Mesh,
-) -> Callable[[range], dict[str, jax.Array]]:
-  """Loads the teacher; returns a function that starts its computation on at most `size` rows."""
+  config: Config, teacher: ModelSource, corpus: Corpus, mesh: Mesh
+) -> Callable[[np.ndarray], tuple[list[Record], dict[str, jax.Array]]]:
+  """Loads the teacher; returns a function that starts its computation on a batch of a plan.
+
+  The function returns the rows that this process holds, and the targets of the global batch.
+  """
   keys, options = runs.keys(config.seed), config.records
   loaded = teacher.load(mesh, keys["teacher"])
   width = feature_width(options, teacher)
   run = TeacherPass(options, loaded.compute, corpus.classes, corpus.first_class, width).jitted
-  where = sharding.batch_sharding(mesh)
+  rows = sharding.rows(mesh, options.batch_size)
   read = _reader(config)
   padding = {name: np.zeros_like(x) for name, x in corpus.rows[0].items()}
 
-  def dispatch(part: range) -> dict[str, jax.Array]:
-    rows = corpus.rows[part.start : part.stop]
-    padded = [*rows, *[padding] * (size - len(rows))]
-    index = np.arange(part.start, part.start + size, dtype=np.int32)
-    batch, index_B = collate.to_device((collate.collate(padded, read=read), index), where)
-    return run(loaded.model, keys["records"], batch, index_B)
+  def dispatch(index_B: np.ndarray) -> tuple[list[Record], dict[str, jax.Array]]:
+    own_B = index_B[rows.held]
+    held = [padding if i == batch_plan.PADDING else corpus.rows[i] for i in own_B.tolist()]
+    own = collate.collate(held, read=read), np.maximum(own_B, 0).astype(np.int32)
+    batch, index_B = collate.to_device(own, rows)
+    return held, run(loaded.model, keys["records"], batch, index_B)
 
   return dispatch
 
@@ -182,17 +185,17 @@ def _reader(config: Config) -> collate.Read | None:
 
 
 def _write(
-  batches: Iterator[Sequence[Record]], positions: int, shards: list[range], writer: Writer
+  batches: Iterable[tuple[np.ndarray, list[Record]]],
+  shards: list[range],
+  writer: Writer,
+  progress: Progress,
+  positions: int,
 ) -> None:
-  """Writes the records of the missing shards while they are computed."""
-  with (
-    ShardBuffer(writer, shards) as buffer,
-    Progress("record", sum(map(len, shards)) * positions, "tokens") as progress,
-    distributed.Preemption() as preemption,
-  ):
-    for n, records in enumerate(batches):
+  """Writes this process's shards while their records are computed."""
+  with ShardBuffer(writer, shards) as buffer, distributed.Preemption() as preemption:
+    for n, (index_B, records) in enumerate(batches):
       buffer.add(records)
-      progress.add(len(records) * positions)
+      progress.add(int((index_B != batch_plan.PADDING).sum()) * positions)
       if preemption.reached(n):
         break
   if distributed.max_over_processes(buffer.unfinished):
@@ -238,9 +241,6 @@ def _check(c: RecordsOptions, of_task: bool) -> None:
   if of_task and c.taps:
     action = "Remove the key, and set train.online=True for losses that compare features"
     raise bad_value("records.taps", c.taps, "() with tasks, whose features are not stored", action)
-  if c.batch_size % (processes := jax.process_count()):
-    expected = f"a multiple of {processes}, the number of processes"
-    raise bad_value("records.batch_size", c.batch_size, expected, "Change it")
   if c.tap_kind not in ("hidden", "qkv"):
     raise bad_value("records.tap_kind", c.tap_kind, "'hidden' or 'qkv'", "Choose one of them")
   if c.tap_kind == "qkv" and c.taps_width:

@@ -133,7 +133,7 @@ def _measure(
   The teacher runs once per batch.
   """
   chunk, size = config.evaluate.chunk, config.evaluate.batch_size
-  batch_sharding = sharding.batch_sharding(mesh)
+  rows = sharding.rows(mesh, size)
   forward = {
     n: jax.jit(functools.partial(run_teacher, compute=m.compute)) for n, m in models.items()
   }
@@ -146,18 +146,18 @@ def _measure(
   positions = len(data.examples[0]["mask_T"])
   batches = -(-len(data.examples) // size)
   with Progress("evaluate", batches * size * positions, "tokens") as progress:
-    for own in collate.padded_batches(data.examples, size, dataset.reader(config.tasks)):
-      batch = collate.to_device(own, batch_sharding)
+    for own in collate.padded_batches(data.examples, rows, dataset.reader(config.tasks)):
+      batch = collate.to_device(own, rows)
       outputs = {n: forward[n](m.model, batch.inputs)[0] for n, m in models.items()}
       means = jax.device_get(compare(outputs, batch))
       if embeddings is not None:
         embeddings.add(outputs, batch)
       totals = jax.tree.map(np.add, totals, means) if totals else means
       progress.add(batch.mask_BT.size)
-  rows = {n: _row(totals[n]) | _size(m) | _speed(m, batch, chunk) for n, m in models.items()}
+  results = {n: _row(totals[n]) | _size(m) | _speed(m, batch, chunk) for n, m in models.items()}
   if embeddings is None:
-    return rows
-  return {n: row | embeddings.row(n) for n, row in rows.items()}
+    return results
+  return {n: row | embeddings.row(n) for n, row in results.items()}
 
 
 def _embedding_metrics(classes: int) -> Retrieval | Similarity | None:

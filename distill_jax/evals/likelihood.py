@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,13 +47,11 @@ class PairBatch(NamedTuple):
   """A batch of pairs.
 
   Attributes:
-    number_B: int32, the index of each pair; -1 for padding.
     inputs: The tokens of both parts, except for the last token.
     positions_BC: int32, the positions whose outputs predict the scored tokens.
     labels_BC: int32, the scored tokens; -1 for padding.
   """
 
-  number_B: Any
   inputs: Inputs
   positions_BC: Any
   labels_BC: Any
@@ -124,7 +122,6 @@ def score(
     vocab_size: The number of tokens; further rows of the head are padding.
 
   Returns:
-    number: int32 [B], see `PairBatch`.
     logp: float32 [B], the log-probability of the scored tokens in nats.
     greedy: bool [B], see `Scored`.
   """
@@ -142,7 +139,7 @@ def score(
   no_label_BC = batch.labels_BC < 0
   logp_BC = jnp.where(no_label_BC, 0.0, summary["label_logp"])
   greedy_BC = no_label_BC | (summary["argmax"] == batch.labels_BC)
-  return {"number": batch.number_B, "logp": logp_BC.sum(-1), "greedy": greedy_BC.all(-1)}
+  return {"logp": logp_BC.sum(-1), "greedy": greedy_BC.all(-1)}
 
 
 class Scorer:
@@ -173,7 +170,7 @@ class Scorer:
     sharding.check_batch("evaluate.batch_size", batch_size, mesh)
     check_vocabulary(tokenizer.vocab_size, loaded.text_config.vocab_size, tokenizer.where)
     self.max_len: int = loaded.text_config.max_position_embeddings
-    self._model, self._mesh, self._batch_size = loaded.model, mesh, batch_size
+    self._model, self._mesh, self._rows = loaded.model, mesh, sharding.rows(mesh, batch_size)
     self._score = jax.jit(
       functools.partial(
         score, compute=loaded.compute, chunk=chunk, vocab_size=tokenizer.vocab_size
@@ -194,17 +191,13 @@ class Scorer:
     lengths = [padded_len(len(p.given) + len(p.scored) - 1, self.max_len) for p in pairs]
     order = sorted(range(len(pairs)), key=lambda i: (-lengths[i], -len(pairs[i].scored)))
     scored: list[Scored] = [Scored(0.0, False)] * len(pairs)
-    batch_sharding = sharding.batch_sharding(self._mesh)
     with jax.set_mesh(self._mesh), Progress("score", len(pairs), "texts") as progress:
-      for first in range(0, len(order), self._batch_size):
-        numbers = order[first : first + self._batch_size]
-        batch = self._batch({i: pairs[i] for i in numbers}, lengths[numbers[0]])
-        results = jax.device_get(self._score(self._model, to_device(batch, batch_sharding)))
-        for i, logp, greedy in zip(
-          *(results[k] for k in ("number", "logp", "greedy")), strict=True
-        ):
-          if i >= 0:
-            scored[i] = Scored(float(logp), bool(greedy))
+      for first in range(0, len(order), self._rows.size):
+        numbers = order[first : first + self._rows.size]
+        batch = self._batch([pairs[i] for i in numbers], lengths[numbers[0]])
+        results = jax.device_get(self._score(self._model, to_device(batch, self._rows)))
+        for row, i in enumerate(numbers):
+          scored[i] = Scored(float(results["logp"][row]), bool(results["greedy"][row]))
         progress.add(len(numbers))
     for i, s in enumerate(scored):
       if not np.isfinite(s.logp):
@@ -214,19 +207,17 @@ class Scorer:
         )
     return scored
 
-  def _batch(self, pairs: Mapping[int, Pair], T: int) -> PairBatch:
-    """Returns this process's rows of a batch, given its pairs by index. Other rows are padding."""
-    B, C = self._batch_size, padded_len(max(len(p.scored) for p in pairs.values()), T)
-    number_B = np.full(B, -1, np.int32)
+  def _batch(self, pairs: Sequence[Pair], T: int) -> PairBatch:
+    """Returns this process's rows of a batch of these pairs. Further rows are padding."""
+    B, C = self._rows.size, padded_len(max(len(p.scored) for p in pairs), T)
     tokens_BT, segments_BT, position_BT = (np.zeros((B, T), np.int32) for _ in range(3))
     positions_BC, labels_BC = np.zeros((B, C), np.int32), np.full((B, C), -1, np.int32)
     position_BT[:] = np.arange(T)
-    for row, (number, (given, scored)) in enumerate(pairs.items()):
+    for row, (given, scored) in enumerate(pairs):
       read = [*given, *scored][:-1]
-      number_B[row] = number
       tokens_BT[row, : len(read)], segments_BT[row, : len(read)] = read, 1
       positions_BC[row, : len(scored)] = np.arange(len(given) - 1, len(read))
       labels_BC[row, : len(scored)] = scored
     arrays: Any = (tokens_BT, position_BT, segments_BT)  # numpy arrays until to_device
-    batch = PairBatch(number_B, Inputs(*arrays), positions_BC, labels_BC)
-    return jax.tree.map(lambda x: x[jax.process_index() :: jax.process_count()], batch)
+    batch = PairBatch(Inputs(*arrays), positions_BC, labels_BC)
+    return jax.tree.map(lambda x: x[self._rows.held], batch)

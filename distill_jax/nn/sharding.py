@@ -8,11 +8,13 @@ of the compute column.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
@@ -145,7 +147,9 @@ def make_mesh(
 ) -> Mesh:
   """Returns a mesh with axes (data, fsdp, tensor).
 
-  With devices in several slices, only the data axis crosses the slow network between slices.
+  With TPUs in several slices, only the data axis crosses the slow network between slices. Other
+  devices are in the order of their processes, and any axis may cross processes: the slice_index of
+  a GPU is the number of its node or of its NVLink domain.
 
   Args:
     data: the size of the data axis. One of the three sizes may be -1, for all remaining devices.
@@ -158,6 +162,9 @@ def make_mesh(
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = mesh_shape(data, fsdp, tensor, len(devices))
+  if devices[0].platform != "tpu":
+    grid = np.array(sorted(devices, key=lambda d: (d.process_index, d.id))).reshape(shape)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
   slices = len({getattr(d, "slice_index", None) for d in devices})
   if shape[0] % slices:
     expected = f"a multiple of {slices}, the number of slices, which only this axis spans"
@@ -272,6 +279,65 @@ def check_batch(name: str, size: int, mesh: Mesh, accumulate: int = 1) -> None:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of a batch: the first axis over the mesh axes BATCH."""
   return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """The rows of a batch that one process holds, and those that it writes.
+
+  Row i of a batch is row i of the global array, on every mesh and any number of processes. A
+  process holds the rows that its devices need. Where the tensor axis crosses processes, several
+  processes hold a row: all of them read it, and one of them, its writer, writes what is computed
+  from it. A process may hold parts of several groups of devices: on v5p:4x4x4 with the mesh
+  (1, 16, 4), each of the 16 hosts holds 2 of 16 blocks of rows, shares both with another host, and
+  writes one.
+
+  Attributes:
+    sharding: The sharding of a batch.
+    process: Index of the process.
+    held: Indices of the rows that the process holds, in order.
+    writer_B: The process that writes each row of the batch. The rows are divided evenly among the
+      processes that hold them, if they can be. Process 0 is one of the writers.
+  """
+
+  sharding: NamedSharding
+  process: int
+  held: np.ndarray
+  writer_B: np.ndarray
+
+  @property
+  def size(self) -> int:
+    """Number of rows of the batch."""
+    return len(self.writer_B)
+
+  @property
+  def written(self) -> np.ndarray:
+    """Indices of the rows that the process writes, in order."""
+    return np.flatnonzero(self.writer_B == self.process)
+
+
+def rows(mesh: Mesh, size: int, process: int | None = None) -> Rows:
+  """Returns the rows of a batch that a process holds and writes.
+
+  Args:
+    mesh: The mesh.
+    size: Number of rows of the batch; see `check_batch`.
+    process: Index of the process; None for this process.
+  """
+  process = jax.process_index() if process is None else process
+  holders: dict[tuple[int, int], set[int]] = collections.defaultdict(set)
+  index_of = batch_sharding(mesh).devices_indices_map((size,))
+  for device in mesh.devices.flat:
+    start, stop, _ = index_of[device][0].indices(size)
+    holders[start, stop].add(device.process_index)
+  held, writer_B = np.zeros(size, bool), np.zeros(size, np.int32)
+  blocks: collections.Counter[int] = collections.Counter()  # number of blocks per writer
+  for (start, stop), processes in sorted(holders.items()):
+    writer = min(processes, key=lambda p: (blocks[p], p))
+    blocks[writer] += 1
+    writer_B[start:stop] = writer
+    held[start:stop] = process in processes
+  return Rows(batch_sharding(mesh), process, np.flatnonzero(held), writer_B)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

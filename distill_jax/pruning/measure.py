@@ -17,6 +17,7 @@ import numpy as np
 from distill_jax.models import DecoderBlock, DecoderModel, Experts
 from distill_jax.nn import fused_head, layers, params, sharding
 from distill_jax.nn.layers import ComputeConfig
+from distill_jax.runtime import distributed
 from distill_jax.types import Batch, Inputs, JsonObject, Mean
 
 Importance = dict[str, dict[str, np.ndarray]]  # by stack and statistic; see `importance`
@@ -55,7 +56,8 @@ def importance(
   watch = jax.jit(functools.partial(_sums, compute=compute, within_experts=within_experts))
   total: Any = None
   for batch in batches:
-    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), watch(model, batch.inputs))
+    sums = watch(model, batch.inputs)
+    sums = jax.tree.map(lambda x: distributed.to_host(x).astype(np.float64), sums)
     total = sums if total is None else jax.tree.map(np.add, total, sums)
     on_batch(batch.mask_BT.size)
   count = total[""].pop("positions")

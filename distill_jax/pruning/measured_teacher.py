@@ -65,8 +65,8 @@ class MeasuredTeacher:
   def _batches(self, rows: Sequence[dict[str, np.ndarray]]) -> list[Batch]:
     if not rows:
       raise InputError("`data` has no sequences to measure on. Choose a larger corpus.")
-    place = sharding.batch_sharding(self.mesh)
-    return [collate.to_device(b, place) for b in collate.padded_batches(rows, self._size)]
+    held = sharding.rows(self.mesh, self._size)
+    return [collate.to_device(b, held) for b in collate.padded_batches(rows, held)]
 
   @functools.cached_property
   def calibration(self) -> list[Batch]:

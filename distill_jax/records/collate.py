@@ -9,7 +9,9 @@ import jax
 import numpy as np
 
 from distill_jax.data import packing
+from distill_jax.errors import InputError
 from distill_jax.losses import SampledTargets, TopKTargets
+from distill_jax.nn.sharding import Rows
 from distill_jax.records import fields, taps
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest
@@ -85,29 +87,65 @@ def _targets(records: Sequence[Record], prefix: str, recorded: Recorded) -> Targ
 
 
 def padded_batches(
-  rows: Sequence[dict[str, np.ndarray]], size: int, read: Read | None = None
+  examples: Sequence[dict[str, np.ndarray]], rows: Rows, read: Read | None = None
 ) -> Iterator[Batch]:
-  """Yields this process's rows of batches in order, without targets.
+  """Yields this process's rows of batches of all examples in order, without targets.
 
   Args:
-    rows: All rows.
-    size: Size of the global batch. The last one is padded with rows of zeros.
+    examples: The examples.
+    rows: The rows that this process holds. The last batch is padded with rows of zeros.
     read: See `collate`.
   """
-  padding = {name: np.zeros_like(x) for name, x in rows[0].items()}
-  for i in range(0, len(rows), size):
-    chunk = rows[i : i + size]
-    whole = [*chunk, *[padding] * (size - len(chunk))]
-    yield collate(whole[jax.process_index() :: jax.process_count()], read=read)
+  padding = {name: np.zeros_like(x) for name, x in examples[0].items()}
+  for first in range(0, len(examples), rows.size):
+    held = (first + rows.held).tolist()
+    yield collate([examples[i] if i < len(examples) else padding for i in held], read=read)
 
 
-def to_device(batch: Tree, sharding: jax.sharding.Sharding) -> Tree:
-  """Returns a global batch, or any tree of rows, from the rows of each process."""
+def to_device(batch: Tree, rows: Rows) -> Tree:
+  """Returns a global batch, or any tree of rows, from the rows that each process holds.
+
+  Args:
+    batch: A tree of arrays with the rows `rows.held` of the batch.
+    rows: The rows of the batch.
+
+  Raises:
+    InputError: An array has another number of rows.
+  """
 
   def global_array(x: np.ndarray) -> jax.Array:
-    return jax.make_array_from_process_local_data(sharding, x)
+    if len(x) != len(rows.held):
+      raise InputError(
+        f"Process {rows.process} has {len(x)} rows of a batch of {rows.size}; expected the "
+        f"{len(rows.held)} rows that its devices hold. Read the rows of sharding.rows."
+      )
+
+    def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None
+      start, stop, _ = index[0].indices(rows.size)
+      first = int(np.searchsorted(rows.held, start))
+      return x[first : first + stop - start]
+
+    return jax.make_array_from_callback((rows.size, *x.shape[1:]), rows.sharding, of_device)
 
   return jax.tree.map(global_array, batch)
+
+
+def local_rows(x: jax.Array, index_B: np.ndarray) -> np.ndarray:
+  """Returns some rows of a global array, all of which are on devices of this process.
+
+  Args:
+    x: An array of which only the first axis is sharded.
+    index_B: Indices of the rows, in order.
+  """
+  parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+  chosen = []
+  for start, part in sorted(parts.items()):
+    first, past = np.searchsorted(index_B, [start, start + len(part)])
+    if first < past:
+      assert part.shape[1:] == x.shape[1:], (part.shape, x.shape)
+      chosen.append(np.asarray(part)[index_B[first:past] - start])
+  return np.concatenate(chosen)
 
 
 def _stack_padded(arrays: list[np.ndarray], fill: float) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
@@ -21,8 +22,8 @@ from distill_jax.losses.features import FeatureSpec, flat_qkv
 from distill_jax.models import runs
 from distill_jax.nn import sharding
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.nn.sharding import MeshAxes
-from distill_jax.records import fields, sampler, tap_features, taps
+from distill_jax.nn.sharding import MeshAxes, Rows
+from distill_jax.records import batch_plan, collate, fields, sampler, tap_features, taps
 from distill_jax.records.fields import Record, RecordSpec
 from distill_jax.records.manifest import Manifest, Taps, format_of
 from distill_jax.records.options import RecordsOptions
@@ -146,8 +147,8 @@ class TeacherPass:
 
   @functools.cached_property
   def jitted(self) -> jax.stages.Wrapped:
-    """The jitted `targets`."""
-    return jax.jit(self.targets)
+    """The jitted `targets`, for use under `jax.set_mesh`."""
+    return jax.jit(self.targets, out_shardings=PartitionSpec(sharding.BATCH))
 
   def targets(
     self, model: Model, key: jax.Array, batch: Batch, index_B: jax.Array
@@ -189,25 +190,30 @@ class TeacherPass:
     return taps.projection(TAPS_SEED, self.feature_width, to) if to else None
 
 
-def local_records(rows: Sequence[Record], targets: Mapping[str, jax.Array]) -> list[Record]:
-  """Returns the records of this process, i.e. its rows with their targets.
+def local_records(
+  rows: Sequence[Record], targets: Mapping[str, jax.Array], index_B: np.ndarray | None = None
+) -> list[Record]:
+  """Returns rows of a batch with their targets.
 
   Args:
-    rows: This process's rows of the batch, without padding.
+    rows: Rows that are on devices of this process, without padding.
     targets: Targets of the global batch, from `TeacherPass.targets`.
+    index_B: Indices of the rows in the batch, in order; None for the first rows.
   """
+  index_B = np.arange(len(rows)) if index_B is None else index_B
+  if not len(index_B):
+    return []
   recorded = (*fields.PREDICTED, *fields.TAPPED)
-  local = {f.record: _local(targets[f.device]) for f in recorded if f.device in targets}
+  local = {
+    f.record: collate.local_rows(targets[f.device], index_B)
+    for f in recorded
+    if f.device in targets
+  }
   return [
     {name: row[name] for name in fields.WITHOUT_TARGETS if name in row}
     | {name: x[i] for name, x in local.items()}
     for i, row in enumerate(rows)
   ]
-
-
-def _local(x_B: jax.Array) -> np.ndarray:
-  parts = {s.index[0].start or 0: s for s in x_B.addressable_shards}  # one copy of replicas
-  return np.concatenate([np.asarray(parts[start].data) for start in sorted(parts)])
 
 
 def check_same_row(store: Store, index: int, row: Record) -> None:
@@ -236,30 +242,23 @@ def overlap(fn: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[tup
     yield before
 
 
-def split(shards: Sequence[range], size: int) -> list[range]:
-  """Cuts each shard into parts of at most `size` rows."""
-  return [
-    range(first, min(first + size, shard.stop))
-    for shard in shards
-    for first in range(shard.start, shard.stop, size)
-  ]
-
-
 def recorded(
-  dispatch: Callable[[range], Mapping[str, jax.Array]],
-  rows: Sequence[Record],
-  parts: Iterable[range],
-) -> Iterator[list[Record]]:
-  """Yields the records of each part of the rows.
+  dispatch: Callable[[np.ndarray], tuple[Sequence[Record], Mapping[str, jax.Array]]],
+  plan: Iterable[np.ndarray],
+  rows: Rows,
+) -> Iterator[tuple[np.ndarray, list[Record]]]:
+  """Yields each batch of a plan with the records in it that this process writes.
 
   Args:
-    dispatch: Starts the teacher's computation for this process's part of a batch, and returns the
-      targets of the global batch.
-    rows: Records without targets.
-    parts: Ranges of the rows. All processes pass the same number, with range(0) after their last.
+    dispatch: Starts the teacher's computation on a batch of the plan. Returns the records without
+      targets that this process holds, and the targets of the global batch.
+    plan: The batches, from `batch_plan.batches`.
+    rows: The rows of a batch.
   """
-  for part, targets in overlap(dispatch, parts):
-    yield local_records(rows[part.start : part.stop], targets)
+  for index_B, (held, targets) in overlap(dispatch, plan):
+    written = rows.written[index_B[rows.written] != batch_plan.PADDING]
+    own = [held[i] for i in np.searchsorted(rows.held, written)]
+    yield index_B, local_records(own, targets, written)
 
 
 def feature_spec(options: RecordsOptions) -> FeatureSpec:

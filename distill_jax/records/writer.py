@@ -48,7 +48,7 @@ class Writer:
     manifest: The manifest of this run, whose `extents` holds the total number of sequences. A
       folder with fewer sequences is extended; its finished shards are kept.
     process_index: Index of this process.
-    process_count: Number of processes. Shard s belongs to process s % process_count.
+    process_count: Number of processes, each of which writes shards of its own.
 
   Attributes:
     folder: The folder of the store.
@@ -71,7 +71,6 @@ class Writer:
       raise bad_value("process_index", process_index, expected, "Correct it")
     self.folder = Path(folder)
     self._process = f"{process_index}-of-{process_count}"
-    self._own_shards = slice(process_index, None, process_count)
     with _writing(self.folder):
       self.folder.mkdir(parents=True, exist_ok=True)
       self._lock = _lock(self.folder / f".lock-{self._process}")
@@ -118,12 +117,12 @@ class Writer:
       self.manifest.save(self.folder)
 
   def missing(self) -> list[range]:
-    """Returns the ranges of sequences that this process still has to write, in order.
+    """Returns the ranges of sequences that are still to be written, in order.
 
     Registered shards whose files are missing or have another size are included.
     """
     done = self.finished()
-    return [r for r in self.manifest.ranges[self._own_shards] if r.start not in done]
+    return [r for r in self.manifest.ranges if r.start not in done]
 
   def finished(self) -> dict[int, Shard]:
     """Returns the registered shards of all processes whose files exist, by first sequence."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -79,11 +80,15 @@ def _broadcast_text(text: str) -> str:
   return received.tobytes().rstrip(b"\0").decode(errors="replace")
 
 
-def max_over_processes(n: int) -> int:
-  """Returns the maximum of `n` over all processes."""
+N = TypeVar("N", int, np.ndarray)
+
+
+def max_over_processes(n: N) -> N:
+  """Returns the maximum of `n` over all processes; of an array, that of each element."""
   if jax.process_count() == 1:
     return n
-  return int(np.max(multihost_utils.process_allgather(np.int32(n))))
+  largest = np.max(multihost_utils.process_allgather(np.asarray(n)), 0)
+  return int(largest) if isinstance(n, int) else largest
 
 
 def broadcast_from_process_0(x: np.ndarray) -> np.ndarray:

@@ -54,17 +54,16 @@ def decode_texts(
   sharding.check_batch(f"{task.kind}.batch_size", size, mesh)
   generation = model.pretrained.generation if model.pretrained else {}
   spec = task.search(cast(Seq2SeqConfig, model.config), source, generation)
-  batch_sharding = sharding.batch_sharding(mesh)
+  rows = sharding.rows(mesh, size)
   jitted_search = _jitted_search(sharding.replicated(mesh))
   texts: list[str] = []
   with Progress("decode", n, "texts") as progress:
     for first in range(0, n, size):
       # The last batch is padded with its own first example.
-      rows = [source[i if i < n else first] for i in range(first, first + size)]
-      per_process = size // jax.process_count()
-      own = rows[jax.process_index() * per_process :][:per_process]  # the order on the devices
+      held = (first + rows.held).tolist()
+      own = [source[i if i < n else first] for i in held]
       inputs = task.inputs(functools.partial(_stack, own))
-      source_inputs = collate.to_device(inputs.source, batch_sharding)
+      source_inputs = collate.to_device(inputs.source, rows)
       outputs = jitted_search(model.model, source_inputs, compute=model.compute, spec=spec)
       tokens_BN, _ = jax.device_get(outputs)
       tokens_BN = tokens_BN[: min(size, n - first)]

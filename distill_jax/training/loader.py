@@ -1,5 +1,7 @@
 """The data loader: batch n is a function of (stores, seed, n), for any number of processes.
 
+A process reads the rows of it that its devices hold.
+
 grain's datasets have random access: after shuffling, repeating and mixing, element i can still be
 read without the elements before it. The loader therefore has no state to save except the step.
 """
@@ -30,8 +32,7 @@ def batches(
   start: int = 0,
   mixture: Sequence[float] = (),
   targets: bool = True,
-  process_index: int = 0,
-  process_count: int = 1,
+  held: np.ndarray | None = None,
   read: Read | None = None,
   recorded: Recorded | None = None,
 ) -> Iterator[Batch]:
@@ -39,27 +40,18 @@ def batches(
 
   Args:
     stores: Random-access sources of records with equal sequence lengths.
-    batch_size: Size of the global batch. Process p reads rows p, p + P, ... of it.
+    batch_size: Size of the global batch.
     seed: Random seed of the order, which differs between epochs.
     start: The first step.
     mixture: Sampling weights of the stores; empty for weights in proportion to their sizes.
     targets: False to ignore the recorded targets of "teacher", for an online teacher.
-    process_index: Index of this process.
-    process_count: Number of processes, P.
+    held: Indices of the rows of every batch that this process holds (sharding.Rows); None for all.
     read: See `collate`.
     recorded: See `collate`.
 
   Raises:
-    InputError: The batch size is not divisible by the number of processes, `mixture` has another
-      length than `stores`, or a store is empty.
+    InputError: `mixture` has another length than `stores`, or a store is empty.
   """
-  if batch_size % process_count:
-    raise bad_value(
-      "train.batch_size",
-      batch_size,
-      f"a multiple of {process_count}, the number of processes",
-      "Correct it",
-    )
   if mixture and len(mixture) != len(stores):
     expected = f"{len(stores)} weights, one for each store"
     raise bad_value("train.mixture", mixture, expected, "Correct it")
@@ -72,9 +64,14 @@ def batches(
   weights = list(mixture) or [len(store) for store in stores]
   ds = rows[0] if len(rows) == 1 else grain.MapDataset.mix(rows, weights=weights)
   to_batch = functools.partial(collate, with_targets=targets, read=read, recorded=recorded)
-  ds = ds[process_index::process_count].batch(batch_size // process_count, batch_fn=to_batch)
+  own = list(range(batch_size)) if held is None else held.tolist()
+
+  def batch(n: int) -> Batch:
+    return to_batch([ds[n * batch_size + i] for i in own])
+
   ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-  return iter(ds[start:].to_iter_dataset(ahead))
+  steps = grain.MapDataset.range(start, len(ds) // batch_size)
+  return iter(steps.map(batch).to_iter_dataset(ahead))
 
 
 def _empty_targets(first: Sequence[Record]) -> Record:

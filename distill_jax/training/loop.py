@@ -71,10 +71,11 @@ def train(config: Config, workdir: Path) -> JsonObject:
       return read_metrics(workdir)[-1]  # already finished
     step_fn = jitted(step, state, mesh)
     schedule = SaveSchedule(c, start)
-    rows, shardings = batches(config, stores, start), sharding.batch_sharding(mesh)
+    rows = sharding.rows(mesh, c.batch_size)
+    own_rows = batches(config, stores, start, rows.held)
     with Log(workdir, start, c.steps, began) as log:
       for n in range(start, c.steps):
-        batch = collate.to_device(next(rows), shardings)
+        batch = collate.to_device(next(own_rows), rows)
         profile.step(n)
         with jax.transfer_guard("disallow"):
           state, metrics = step_fn(state, batch, inputs.teachers, base=inputs.base)

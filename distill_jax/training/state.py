@@ -84,7 +84,8 @@ def prepare(
   trained = _start(student, base, mesh, keys)
   adapters = _adapters(step, stores, keys["adapters"])
   if any(fn.fits_adapters and name in adapters for name, fn in step.feature_losses.items()):
-    batch = collate.to_device(next(batches(config, stores)), sharding.batch_sharding(mesh))
+    rows = sharding.rows(mesh, config.train.batch_size)
+    batch = collate.to_device(next(batches(config, stores, held=rows.held)), rows)
     adapters |= jax.jit(step.fit)((trained, adapters), batch, teachers, base)
   init = jax.jit(step.init, out_shardings=shardings, donate_argnums=0)
   return TrainInputs(init(trained, adapters), teachers, base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import jax
+import numpy as np
 
 from distill_jax.config import Config
 from distill_jax.errors import bad_value
@@ -98,8 +98,17 @@ def recorded(config: Config, stores: Stores) -> Recorded:
   return recorded_of(dataclasses.replace(manifest, taps=None) if config.train.online else manifest)
 
 
-def batches(config: Config, stores: Stores, start: int = 0) -> Iterator[Batch]:
-  """Yields this process's rows of every global batch from step `start` on, as numpy arrays."""
+def batches(
+  config: Config, stores: Stores, start: int = 0, held: np.ndarray | None = None
+) -> Iterator[Batch]:
+  """Yields this process's rows of every global batch from step `start` on, as numpy arrays.
+
+  Args:
+    config: The config of the run.
+    stores: The stores it trains on.
+    start: The first step.
+    held: Indices of the rows that this process holds (sharding.Rows); None for all.
+  """
   c = config.train
   return loader.batches(
     stores,
@@ -108,8 +117,7 @@ def batches(config: Config, stores: Stores, start: int = 0) -> Iterator[Batch]:
     start=start,
     mixture=c.mixture,
     targets=not c.online,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    held=held,
     read=dataset.reader(config.tasks),
     recorded=recorded(config, stores),
   )

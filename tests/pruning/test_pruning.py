@@ -38,10 +38,9 @@ TOKENS = parity.tokens()[:, :24]
 
 def batch(tokens_BT=TOKENS):
   row = lambda t: {"tokens_T": t, "segments_T": np.ones_like(t), "mask_T": np.ones(len(t), bool)}
-  return collate.to_device(
-    collate.collate([row(t) for t in tokens_BT]),
-    jax.sharding.SingleDeviceSharding(jax.devices()[0]),
-  )
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  rows = sharding.rows(mesh, len(tokens_BT))
+  return collate.to_device(collate.collate([row(t) for t in tokens_BT]), rows)
 
 
 def kill(weights: dict, s: ShrinkOptions, c) -> None:

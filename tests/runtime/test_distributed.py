@@ -148,8 +148,8 @@ def test_four_processes_of_two_devices(folder):
 def test_more_processes_than_shards_are_refused(folder):
   flag = "--config.records.tokens_per_shard=100000"
   output = run([*launch(folder, "record", "one_shard"), flag], code=2)
-  expected = "expected a size that makes at least 2 shards, one per process, instead of 1"
-  assert f"records.tokens_per_shard is 100000; {expected}" in output
+  expected = "at least 2 shards, one for each process that writes, instead of 1"
+  assert f"records.tokens_per_shard is 100000; expected a size that makes {expected}" in output
 
 
 def test_two_processes_evaluate_and_export_the_same_model(folder):

@@ -38,12 +38,12 @@ V5P_HOST = 0.5 * V5P_FLOPS * CHIPS / (6 * STUDENT)  # tokens per second
 
 def load(stores: list, seconds: float, batch_size: int = 8) -> float:
   """Returns the loader's tokens per second, without the first batch."""
-  where = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1]))
+  rows = sharding.rows(sharding.make_mesh(devices=jax.devices()[:1]), batch_size)
   batches = loader.batches(stores, batch_size=batch_size, seed=0)
-  first = collate.to_device(next(batches), where)
+  first = collate.to_device(next(batches), rows)
   start, n = time.perf_counter(), 0
   while time.perf_counter() - start < seconds:
-    jax.block_until_ready(collate.to_device(next(batches), where))
+    jax.block_until_ready(collate.to_device(next(batches), rows))
     n += first.mask_BT.size
   return n / (time.perf_counter() - start)
 

