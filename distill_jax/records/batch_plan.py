@@ -1,8 +1,8 @@
 """The order in which the processes of a run record the rows of a corpus.
 
-Each process that writes rows of a batch (sharding.Rows) writes shards of its own: it records them
-one after the other in its rows of each batch. All processes compute the same plan, because rows
-that several processes hold must be read alike by all of them.
+Each process that writes rows of a batch (sharding.Rows) has its own shards, and records them one
+after the other in its rows of each batch. All processes compute the same plan, so that processes
+that hold the same rows of a batch read the same rows of the corpus.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Writer:
     manifest: The manifest of this run, whose `extents` holds the total number of sequences. A
       folder with fewer sequences is extended; its finished shards are kept.
     process_index: Index of this process.
-    process_count: Number of processes, each of which writes shards of its own.
+    process_count: Number of processes. Each writes its own shards.
 
   Attributes:
     folder: The folder of the store.
