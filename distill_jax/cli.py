@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_jax import registry
-from distill_jax.errors import InputError, Preempted
+from distill_jax.errors import InputError, Preempted, Unavailable
 
 if TYPE_CHECKING:
   from distill_jax.config import Config
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
   """Runs one command. If it stops early, one sentence on standard error explains why.
 
   Exit codes: 2, the input cannot be used; 75 (EX_TEMPFAIL of sysexits.h), the run was interrupted
-  and resumes when the command is run again; 1, training diverged.
+  or a store is unavailable, and the same command resumes it; 1, training diverged.
   """
   argv = list(sys.argv if argv is None else argv)
   try:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     result = run(argv)
   except InputError as error:
     sys.exit(_stop(2, f"error: {error}"))
-  except Preempted as error:
+  except (Preempted, Unavailable) as error:
     sys.exit(_stop(os.EX_TEMPFAIL, str(error)))
   except FloatingPointError as error:
     sys.exit(_stop(1, f"error: {error}"))

@@ -20,6 +20,10 @@ class Preempted(Exception):
   """The machine is being reclaimed. All work is saved; the same command resumes the run."""
 
 
+class Unavailable(Exception):
+  """A store or server that did not become available. Finished work is kept; run again later."""
+
+
 def bad_value(key: str, value: Any, expected: str, action: str) -> InputError:
   """Returns the error for a key whose value cannot be used.
 

@@ -1,0 +1,119 @@
+"""Retries of requests to a store or server, with growing delays.
+
+Each retry is reported on standard error. Errors that cannot pass, such as a missing file or refused
+access, are raised at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from distill_jax.errors import InputError, Unavailable
+
+RETRY_SECONDS = float(os.environ.get("DISTILL_JAX_RETRY_SECONDS", "600"))
+MAX_DELAY = 30.0  # longest time between two tries, in seconds
+NETWORK_PACKAGES = {
+  "aiobotocore",
+  "aiohttp",
+  "botocore",
+  "gcsfs",
+  "google",
+  "httpcore",
+  "httpx",
+  "huggingface_hub",
+  "requests",
+  "urllib3",
+}
+LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE)
+REFUSED = ("forbidden", "unauthorized", "access denied", "accessdenied", "permission denied")
+NOT_PASSING = (
+  FileExistsError,
+  FileNotFoundError,
+  IsADirectoryError,
+  NotADirectoryError,
+  PermissionError,
+)
+Result = TypeVar("Result")
+
+
+def retry(failure: str, fn: Callable[[], Result]) -> Result:
+  """Returns fn(), which is called again after errors that may pass.
+
+  Args:
+    failure: A clause that names the failure, e.g. "gs://b/x cannot be read".
+    fn: The function.
+
+  Raises:
+    InputError: The store refuses access.
+    Unavailable: The error has not passed after RETRY_SECONDS.
+  """
+  started, delay = time.monotonic(), 0.5
+  while True:
+    try:
+      return fn()
+    except (InputError, *NOT_PASSING[:-1]):
+      raise
+    except Exception as e:
+      if is_refused(e):
+        raise refused(failure, e) from e
+      if not may_pass(e):
+        raise
+      if time.monotonic() - started + delay > RETRY_SECONDS:
+        raise Unavailable(
+          f"{failure} ({reason(e)}); {RETRY_SECONDS:.0f} seconds of retries have not helped. Run "
+          "the command again when the store is available; finished work is kept."
+        ) from e
+      print(f"{failure} ({reason(e)}). The next try is in {delay:.1f} s.", file=sys.stderr)
+      time.sleep(delay * random.uniform(0.8, 1.2))  # so that hosts do not retry in step
+      delay = min(2 * delay, MAX_DELAY)
+
+
+def _status(e: BaseException) -> int:
+  """Returns the HTTP status of an exception; 0 if it has none."""
+  for holder in (e, getattr(e, "response", None)):
+    for name in ("code", "status", "status_code"):
+      value = getattr(holder, name, None)
+      if isinstance(value, (int, str)) and str(value).isdigit():
+        return int(value)
+  return 0
+
+
+def is_refused(e: BaseException) -> bool:
+  """Returns True for an exception that means missing credentials or permissions."""
+  text = str(e).lower()
+  return (
+    isinstance(e, PermissionError)
+    or _status(e) in (401, 403)
+    or (isinstance(e, OSError) and text.startswith(REFUSED))
+  )
+
+
+def refused(failure: str, e: BaseException) -> InputError:
+  """Returns the error for a store that refuses access; see `retry`."""
+  return InputError(
+    f"{failure}: the store refuses access ({reason(e)}). Check the address and your credentials."
+  )
+
+
+def may_pass(e: BaseException) -> bool:
+  """Returns True for errors of the network or of a busy server."""
+  if isinstance(e, (InputError, Unavailable, *NOT_PASSING)):
+    return False
+  if isinstance(e, OSError) and e.errno in LOCAL_FAULTS:
+    return False
+  status = _status(e)
+  if 400 <= status < 500:
+    return status in (408, 425, 429)
+  package = type(e).__module__.partition(".")[0]
+  return isinstance(e, (OSError, EOFError)) or package in NETWORK_PACKAGES
+
+
+def reason(e: BaseException) -> str:
+  """Returns the text of an exception on one line."""
+  return " ".join(str(e).split())[:200].rstrip(".") or type(e).__name__
