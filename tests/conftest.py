@@ -32,6 +32,7 @@ os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *Q
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from object_stores import gcs, gcs_server, object_store, s3, s3_server  # noqa: E402, F401
 
 jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -255,6 +255,9 @@ class _RemoteReader(io.RawIOBase):
   def tell(self) -> int:
     return self._at
 
+  def readall(self) -> bytes:
+    return b"".join(iter(lambda: self.read(STREAM_BYTES) or b"", b""))
+
   def readinto(self, buffer: Any) -> int:
     stop = min(self._at + len(buffer), self._found.size)
     if stop <= self._at:

@@ -51,6 +51,15 @@ def _file_system(scheme: str) -> Any:
     ) from e
 
 
+def forget() -> None:
+  """Forgets the connections, so that the next call uses fsspec's present configuration."""
+  import fsspec
+
+  _file_system.cache_clear()
+  for name in fsspec.registry:
+    fsspec.get_filesystem_class(name).clear_instance_cache()
+
+
 def resolve(url: str) -> tuple[Any, str]:
   """Returns the file system of a URL, and the name in it."""
   fs = _file_system(url.partition("://")[0])
