@@ -1,6 +1,6 @@
 """Object stores on this machine, S3 by moto and GCS by fake-gcs-server, behind counting proxies.
 
-Every process of an emulated pod reads and writes through a proxy of its own, which counts requests
+Every process of an emulated pod reads and writes through its own proxy, which counts requests
 and bytes, and can delay, throttle and fail requests:
 
   with Store("s3") as store, Proxy(store.port) as proxy:
