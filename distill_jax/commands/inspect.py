@@ -1,11 +1,12 @@
 """Describes a store of records: its settings, its size, and single sequences.
 
 inspect.sequence=N shows one sequence token by token. inspect.verify=True checks the digest of every
-shard and decodes every record.
+shard and decodes every record. Shards of earlier versions have no indices (see
+records/shard_index.py); they are written.
 
 Reads: the store in the workdir. With inspect.sequence, also the tokenizer of the teacher.
 
-Writes: nothing but standard output.
+Writes: standard output, and the indices of shards that have none.
 
 Config: inspect, data, teacher.
 
@@ -22,8 +23,9 @@ from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError, bad_value
 from distill_jax.models import loading
-from distill_jax.records import describe
+from distill_jax.records import describe, manifest, shards
 from distill_jax.records.store import open_store
+from distill_jax.runtime import storage
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import JsonObject
 
@@ -35,7 +37,9 @@ def run(config: Config, workdir: Path) -> JsonObject:
     InputError: The workdir does not contain a store, a record is damaged, or inspect.sequence
       cannot be shown.
   """
-  store = open_store(workdir)
+  folder = storage.remote_of(workdir) or workdir
+  written = shards.write_missing_indices(folder, manifest.load(folder))
+  store = open_store(folder)
   if config.inspect.verify:
     with Progress("verify", len(store), "sequences") as progress:
       store.verify(lambda done, total: progress.add(done - progress.done))
@@ -62,4 +66,4 @@ def run(config: Config, workdir: Path) -> JsonObject:
         "store."
       )
     print(describe.show(store, config.inspect.sequence, tokenizer.decode), file=sys.stderr)
-  return describe.describe(store)
+  return {**describe.describe(store), "indices_written": written}

@@ -57,7 +57,7 @@ def _parse_plain(data: bytes) -> dict[str, bytes] | None:
       entry = at
       size, at = _varint(data, entry + 1, end)
       after, key, value = at + size, at + 2, at + 2 + data[at + 1]
-      if data[entry] != FIRST[0] or data[at] != FIRST[0] or data[at + 1] > 0x7F:
+      if data[entry] != FIRST[0] or data[at] != FIRST[0] or data[at + 1] > 0x7F or after > end:
         return None
       name = data[key:value].decode()
       for tag in (SECOND[0], FIRST[0], FIRST[0]):  # Feature, BytesList and value, nested

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
   import grain
 
   from distill_jax.records.store import Store
-  from distill_jax.types import Batch
 
 FORMATS = ("plain", "maxtext", "tunix", "batch")
 UNUSED = -1e4  # logit of unused entries; its exponential is 0
@@ -154,48 +153,44 @@ def as_dataset(
     raise bad_value("format", form, "'plain' for a store of a task", "Use it")
   if form in ("tunix", "batch") and batch_size is None:
     raise bad_value("batch_size", None, f"a number for format={form!r}", "Pass it")
-  convert = {
-    "plain": functools.partial(example, m=m),
-    "maxtext": functools.partial(maxtext, m=m),
-    "tunix": functools.partial(tunix_fields, m=m),
-    "batch": None,
-  }[form]
-  after = _Make(tunix_input_class()) if form == "tunix" else None
+  if form == "tunix":
+    tunix_input_class()  # refused here and not at the first batch
   with extras.needed("train"):
     import grain
 
-  dataset = grain.MapDataset.source(store)
+  indices = grain.MapDataset.range(len(store))
   if seed is not None:
-    dataset = dataset.shuffle(seed=seed)
+    indices = indices.shuffle(seed=seed)
   if epochs != 1:
-    dataset = dataset.repeat(epochs)
-  if convert is not None:
-    dataset = dataset.map(convert)
-  if batch_size is not None:
-    collate = {"batch_fn": batch_function(m)} if form == "batch" else {}
-    dataset = dataset.batch(batch_size, drop_remainder=True, **collate)
-  return dataset if after is None else dataset.map(after)
+    indices = indices.repeat(epochs)
+  if batch_size is None:
+    return indices.map(functools.partial(_read, store=store, form=form))
+  batches = indices.batch(batch_size, drop_remainder=True, batch_fn=list)
+  return batches.map(functools.partial(_read_batch, store=store, form=form))
 
 
-def batch_function(m: Manifest) -> Callable[[Sequence[Record]], Batch]:
-  """Returns a function from records of a store to a Batch of numpy arrays with targets."""
-  from distill_jax.records import collate
-
-  return functools.partial(collate.collate, recorded=collate.recorded_of(m))
+def _read(index: int, store: Store, form: str) -> dict[str, Any]:
+  """Returns the example of an index."""
+  return _convert(store[index], form, store.manifest)
 
 
-class _Make:
-  """A function from a dict of fields to a dataclass, which grain can pickle."""
+def _read_batch(indices: Sequence[int], store: Store, form: str) -> Any:
+  """Returns the batch of some indices, whose records are read at once."""
+  records, m = store.read_many(indices), store.manifest
+  if form == "batch":
+    from distill_jax.records import collate
 
-  def __init__(self, cls: Any):
-    self._cls = cls
-
-  def __call__(self, values: dict[str, Any]) -> Any:
-    return self._cls(**values)
-
-  def __reduce__(self) -> Any:
-    return _make_tunix, ()
+    return collate.collate(records, recorded=collate.recorded_of(m))
+  batch = _stack([_convert(record, form, m) for record in records])
+  return tunix_input_class()(**batch) if form == "tunix" else batch
 
 
-def _make_tunix() -> _Make:
-  return _Make(tunix_input_class())
+def _convert(record: Record, form: str, m: Manifest) -> dict[str, Any]:
+  return {"plain": example, "maxtext": maxtext, "tunix": tunix_fields}[form](record, m)
+
+
+def _stack(rows: Sequence[Any]) -> Any:
+  """Returns dicts of arrays, which may be nested, as one dict of stacked arrays."""
+  if isinstance(rows[0], dict):
+    return {name: _stack([row[name] for row in rows]) for name in rows[0]}
+  return np.stack(rows)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from distill_jax.errors import InputError, bad_value
 from distill_jax.records.fields import RecordSpec
-from distill_jax.runtime import json_io
+from distill_jax.runtime import files, json_io
 from distill_jax.runtime.atomic_io import atomic_write
 
 if TYPE_CHECKING:  # reading a store must not import jax
@@ -256,16 +256,16 @@ def shard_name(number: int) -> str:
 
 
 def load(folder: str | os.PathLike) -> Manifest:
-  """Reads the manifest of a folder.
+  """Reads the manifest of a folder or URL.
 
   Raises:
     InputError: The manifest is missing or damaged, or has an unknown format version.
   """
-  path = Path(folder) / NAME
+  path = files.join(folder, NAME)
+  if files.info(path) is None:
+    raise InputError(f"{folder} has no {NAME}. Name a folder that `record` wrote.")
   try:
-    fields = json_io.parse(path.read_bytes())
-  except FileNotFoundError as e:
-    raise InputError(f"{folder} has no {NAME}. Name a folder that `record` wrote.") from e
+    fields = json_io.parse(files.read(path))
   except (OSError, InputError) as e:
     why = str(e).rstrip(".")
     raise InputError(f"{path} cannot be read ({why}). Delete it and run `record` again.") from e

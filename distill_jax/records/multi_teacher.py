@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import SupportsIndex
 
 import numpy as np
 
 from distill_jax.errors import InputError
-from distill_jax.records.fields import WITHOUT_TARGETS
+from distill_jax.records.fields import WITHOUT_TARGETS, Record
 from distill_jax.records.store import Store
 
 # Manifest fields that must be equal in the stores of all teachers.
@@ -56,8 +57,8 @@ class MultiTeacherStore:
         )
 
   @property
-  def folder(self) -> Path:
-    """The folder of the first store."""
+  def folder(self) -> str | Path:
+    """The folder or URL of the first store."""
     return self.first.folder
 
   @property
@@ -68,16 +69,22 @@ class MultiTeacherStore:
   def __len__(self) -> int:
     return len(self.first)
 
-  def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
-    row = self.first[index]
-    out = dict(row)
+  def __getitem__(self, index: SupportsIndex) -> Record:
+    return self.read_many([index])[0]
+
+  def read_many(self, indices: Sequence[SupportsIndex]) -> list[Record]:
+    """Returns the records of some indices."""
+    records = self.first.read_many(indices)
+    out = [dict(record) for record in records]
     ids = self.manifest.ids_name
     for name, store in self.others.items():
-      theirs = store[index]
-      if not np.array_equal(theirs[ids], row[ids]):
-        raise InputError(
-          f"The text of sequence {index} differs between {store.folder} and {self.folder}. Record "
-          "again."
-        )
-      out |= {f"{name}/{field}": x for field, x in theirs.items() if field not in WITHOUT_TARGETS}
+      for index, ours, theirs, row in zip(
+        indices, records, store.read_many(indices), out, strict=True
+      ):
+        if not np.array_equal(theirs[ids], ours[ids]):
+          raise InputError(
+            f"The text of sequence {index} differs between {store.folder} and {self.folder}. "
+            "Record again."
+          )
+        row |= {f"{name}/{key}": x for key, x in theirs.items() if key not in WITHOUT_TARGETS}
     return out

@@ -22,6 +22,8 @@ from typing import BinaryIO
 import numpy as np
 from array_record.python import array_record_module
 
+from distill_jax.runtime import files
+
 LONG = 8  # positions of a record from which on each record has its own chunk
 MAGIC, VERSION = b"DJIX", 1
 HEADER = struct.Struct("<4sIII")  # magic, version, number of records, crc32 of the entries
@@ -57,7 +59,7 @@ def build(path: Path, count: int) -> np.ndarray:
   """
   entries = np.zeros(count, ENTRY)
   at = CHUNK_HEADER  # after the chunk that marks the beginning of a file
-  with path.open("rb") as f:
+  with files.open_read(path) as f:
     for i, record in enumerate(_records(path, count)):
       size = int.from_bytes(_read(f, at, CHUNK_HEADER)[8:16], "little")
       at += CHUNK_HEADER + size
@@ -73,7 +75,7 @@ def open_shard(path: Path, count: int) -> array_record_module.ArrayRecordReader:
 
   Raises:
     ValueError: The shard is damaged or holds another number of records.
-    OSError: The file cannot be opened, e.g. because too many are open.
+    InputError: The file cannot be opened, e.g. because too many are open.
   """
   try:
     reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
@@ -81,7 +83,7 @@ def open_shard(path: Path, count: int) -> array_record_module.ArrayRecordReader:
   except RuntimeError as e:
     raise ValueError(f"The file cannot be opened, {e}") from e
   if found != count:
-    path.open("rb").close()  # array_record does not tell that a file could not be opened
+    files.open_read(path).close()  # array_record does not tell if too many files are open
     raise ValueError(f"The file holds {found} records; expected {count}.")
   return reader
 

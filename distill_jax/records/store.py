@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
 import numpy as np
-from array_record.python import array_record_module
 
 from distill_jax.errors import InputError
-from distill_jax.records import formats, tf_example
+from distill_jax.records import formats, shards, tf_example
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest, Shard, Taps
-from distill_jax.records.writer import Writer, digest
+from distill_jax.records.writer import Writer
+from distill_jax.runtime import files
 
 if TYPE_CHECKING:  # reading a store must not import jax
   import grain
@@ -25,6 +24,7 @@ if TYPE_CHECKING:  # reading a store must not import jax
   from distill_jax.types import JsonObject
 
 __all__ = ["Manifest", "RecordSource", "Shard", "Store", "Taps", "Writer", "open_store"]
+AT_ONCE = 32  # records that `verify` reads and decodes at once
 
 
 class RecordSource(Protocol):
@@ -33,8 +33,8 @@ class RecordSource(Protocol):
   def __len__(self) -> int:
     """Returns the number of records."""
 
-  def __getitem__(self, index: int, /) -> Record:
-    """Returns one record."""
+  def read_many(self, indices: Sequence[int], /) -> Sequence[Record]:
+    """Returns some records, in the order of their indices."""
 
 
 class Store:
@@ -44,31 +44,49 @@ class Store:
   task, labels_T and mask_T), and the targets that `codec.decode_targets` returns. The shapes are
   equal for all i. A store can be pickled, and threads can share it.
 
+  Args:
+    folder: The folder or URL of the store.
+    manifest: Its manifest.
+
   Attributes:
-    folder: The folder of the store.
+    folder: The folder or URL of the store.
     manifest: Its manifest.
   """
 
-  def __init__(self, folder: Path, manifest: Manifest):
+  def __init__(self, folder: str | Path, manifest: Manifest):
     self.folder, self.manifest = folder, manifest
     self._firsts = np.array([s.first for s in manifest.shards])
-    self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
-    self._lock = threading.Lock()
+    self._shards = shards.open_shards(folder, manifest)
 
   def __len__(self) -> int:
     return self.manifest.total
 
   def __getitem__(self, index: SupportsIndex) -> Record:
-    i = index.__index__()
+    return self.read_many([index])[0]
+
+  def read_many(self, indices: Sequence[SupportsIndex]) -> list[Record]:
+    """Returns the records of some indices. Records of a URL are read at once, not in turn.
+
+    Raises:
+      InputError: A record is damaged or cannot be read.
+    """
+    numbers = [index.__index__() for index in indices]
+    places = [(self._shard_of(i), i) for i in numbers]
+    data = self._shards.read(places)
+    return [self._decode(*place, x) for place, x in zip(places, data, strict=True)]
+
+  def _shard_of(self, i: int) -> Shard:
     if not 0 <= i < len(self):
       raise IndexError(f"Record {i} is not in a store of {len(self)} records.")
-    shard, data = self.read(i)
+    return self.manifest.shards[int(np.searchsorted(self._firsts, i, side="right")) - 1]
+
+  def _decode(self, shard: Shard, i: int, data: bytes) -> Record:
     try:
       return tf_example.decode(i, tf_example.parse(data), self.manifest)
     except InputError as e:
       raise InputError(
-        f"{self.folder / shard.name} is damaged at record {i} ({str(e).rstrip('.')}). Delete it "
-        "and run `record` again."
+        f"{files.join(self.folder, shard.name)} is damaged at record {i} ({str(e).rstrip('.')}). "
+        "Delete it and run `record` again."
       ) from e
 
   def example(self, index: SupportsIndex) -> Record:
@@ -106,26 +124,6 @@ class Store:
     """
     return formats.as_dataset(self, format, batch_size, seed, epochs)
 
-  def read(self, i: int) -> tuple[Shard, bytes]:
-    """Returns the shard of record i, and the encoded record.
-
-    Raises:
-      InputError: The shard is damaged.
-    """
-    number = int(np.searchsorted(self._firsts, i, side="right")) - 1
-    shard = self.manifest.shards[number]
-    with self._lock:
-      if number not in self._readers:
-        self._readers[number] = _reader(self.folder, shard)
-      reader = self._readers[number]
-    try:
-      return shard, reader.read([i - shard.first])[0]
-    except (RuntimeError, ValueError, IndexError) as e:
-      raise InputError(
-        f"{self.folder / shard.name} is damaged at record {i} ({str(e).split(';')[0]}). Delete it "
-        "and run `record` again."
-      ) from e
-
   def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
     """Checks every shard's digest and decodes every record.
 
@@ -136,15 +134,16 @@ class Store:
       InputError: A shard or record is damaged.
     """
     for shard in self.manifest.shards:
-      if (found := digest(self.folder / shard.name)) != shard.sha256:
+      if (found := shards.digest(self.folder, shard)) != shard.sha256:
         raise InputError(
-          f"{self.folder / shard.name} has digest {found[:12]}; expected {shard.sha256[:12]}. "
-          "Delete it and run `record` again."
+          f"{files.join(self.folder, shard.name)} has digest {found[:12]}; expected "
+          f"{shard.sha256[:12]}. Delete it and run `record` again."
         )
-      for i in range(shard.first, shard.first + shard.count):
-        self[i]
-        if progress is not None:
-          progress(i + 1, len(self))
+      end = shard.first + shard.count
+      for first in range(shard.first, end, AT_ONCE):
+        for i, _ in enumerate(self.read_many(range(first, min(first + AT_ONCE, end))), first):
+          if progress is not None:
+            progress(i + 1, len(self))
 
   def __reduce__(self):
     return Store, (self.folder, self.manifest)
@@ -158,22 +157,22 @@ def unfinished_store(writer: Writer) -> Store:
 
 
 def open_store(folder: str | os.PathLike[str], expect: JsonObject | None = None) -> Store:
-  """Opens a finished store, after checking its manifest and the size and count of every shard.
+  """Opens a finished store, after checking its manifest and the sizes of its files.
+
+  The manifest and one listing of the folder are read, and no shard is opened. Records are read, and
+  checked, when they are needed.
 
   Args:
-    folder: The folder or URL that `record` or a Recorder wrote. A URL is fetched to this machine.
+    folder: The folder or URL that `record` or a Recorder wrote.
     expect: Expected values of manifest fields, e.g. {"tokenizer": digest, "vocab_size": V}. A
       string for "teacher" is its digest.
 
   Raises:
     InputError: The store is missing, damaged or unfinished, or a field differs from `expect`.
   """
-  if "://" in str(folder):
-    from distill_jax.runtime import storage  # imports fsspec
-
-    folder = storage.local(str(folder))
-  folder = Path(folder)
-  m = manifest_lib.load(folder)
+  text = str(folder).removeprefix("file://")
+  where: str | Path = text.rstrip("/") if files.is_remote(text) else Path(text)
+  m = manifest_lib.load(where)
   for key, want in (expect or {}).items():
     if not hasattr(m, key):
       raise InputError(f"A manifest does not have the field {key!r}. Remove it from `expect`.")
@@ -182,35 +181,14 @@ def open_store(folder: str | os.PathLike[str], expect: JsonObject | None = None)
       found = found.get("digest")
     if found != want:
       raise InputError(
-        f"{folder} has {key}={found!r}, but this run has {want!r}. Use the settings of the "
+        f"{where} has {key}={found!r}, but this run has {want!r}. Use the settings of the "
         "records, or record again."
       )
   planned = m.ranges
   if [range(s.first, s.first + s.count) for s in m.shards] != planned:
     raise InputError(
-      f"{folder} is not finished: it holds {len(m.shards)} of {len(planned)} shards. Run `record` "
+      f"{where} is not finished: it holds {len(m.shards)} of {len(planned)} shards. Run `record` "
       "again to finish it."
     )
-  for shard in m.shards:
-    _reader(folder, shard)
-  return Store(folder, m)
-
-
-def _reader(folder: Path, shard: Shard) -> array_record_module.ArrayRecordReader:
-  """Opens a shard and checks its size and count, because array_record opens damaged files."""
-  path = folder / shard.name
-  found = path.stat().st_size if path.is_file() else None
-  if found != shard.bytes:
-    fault = "is missing" if found is None else f"has {found} bytes; expected {shard.bytes}"
-    action = "Run" if found is None else "Delete it and run"
-    raise InputError(f"{path} {fault}. {action} `record` again.")
-  try:
-    reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
-    count = reader.num_records() if reader.ok() else 0
-  except (RuntimeError, ValueError) as e:
-    raise InputError(f"{path} cannot be opened ({e}). Delete it and run `record` again.") from e
-  if count != shard.count:
-    raise InputError(
-      f"{path} holds {count} records; expected {shard.count}. Delete it and run `record` again."
-    )
-  return reader
+  shards.check(where, m)
+  return Store(where, m)

@@ -149,13 +149,21 @@ class RecordedTask(Sequence):
   def __getitem__(self, index: Any) -> Any:
     if isinstance(index, slice):
       return [self[i] for i in range(*index.indices(len(self)))]
+    return self.read_many([operator.index(index)])[0]
+
+  def read_many(self, indices: Sequence[int]) -> list[Record]:
+    """Returns the rows of some indices."""
+    records = self._records.read_many(indices) if self._records else [{} for _ in indices]
+    return [self._joined(i, record) for i, record in zip(indices, records, strict=True)]
+
+  def _joined(self, index: int, record: Record) -> Record:
+    """Returns an example with its recorded targets."""
     row = dict(self.examples[index])
     if self._records is not None:
-      record = self._records[index]
       if not all(np.array_equal(record[name], row[name]) for name in TASK):
         raise InputError(
-          f"The labels of row {operator.index(index)} differ from those recorded in "
-          f"{self._records.folder}: the task's data has changed. Record again."
+          f"The labels of row {index} differ from those recorded in {self._records.folder}: the "
+          "task's data has changed. Record again."
         )
       row |= {name: x for name, x in record.items() if name not in WITHOUT_TARGETS}
     return row if self.class_range is None else _in_shared_head(row, self.class_range)

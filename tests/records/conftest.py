@@ -5,6 +5,8 @@ import shutil
 import pytest
 from tiny_store import record
 
+from distill_jax.runtime import files
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -17,3 +19,14 @@ def whole(tmp_path_factory):
 def copy(whole, tmp_path):
   shutil.copytree(whole, tmp_path / "s")
   return tmp_path / "s"
+
+
+@pytest.fixture
+def memory_store(whole):
+  """The URL of a copy of the store in fsspec's memory."""
+  url = "memory://records/s"
+  for path in whole.iterdir():
+    if not path.name.startswith("."):
+      files.write(files.join(url, path.name), path.read_bytes())
+  yield url
+  files.remove_tree(url)

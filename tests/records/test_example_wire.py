@@ -59,6 +59,13 @@ def test_any_order_and_unknown_fields_are_read(features, rng):
   assert {k: f.bytes_list.value[0] for k, f in example.features.feature.items()} == features
 
 
+def test_a_feature_that_is_cut_off_with_its_last_byte_is_refused():
+  raw = bytearray(example_wire.serialize({"name": b"\0"}))
+  raw[1] -= 1  # the length of all features
+  with pytest.raises(InputError, match="longer than its message"):
+    example_wire.parse(bytes(raw[:-1]))
+
+
 @settings(max_examples=300, deadline=None)
 @given(FEATURES.filter(bool), st.data())
 def test_damaged_bytes_are_an_input_error_or_other_features(features, data):

@@ -1,5 +1,8 @@
 """Tests of the index of a shard: every record is one range of its file, verified by a checksum."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from array_record.python import array_record_module
@@ -47,6 +50,19 @@ def test_every_record_is_one_range_wherever_the_headers_of_blocks_fall(tmp_path)
     firsts.add(int(check(shard(tmp_path / "s", records), records)[1]["offset"]))
   assert BLOCK - 1 in firsts
   assert BLOCK + shard_index.BLOCK_HEADER in firsts
+
+
+def test_the_page_of_the_format_has_the_bytes_of_an_index_and_reads_records(tmp_path):
+  page = (Path(__file__).parents[2] / "docs/record-format.md").read_text(encoding="utf-8")
+  section = page.partition("## The index of a shard")[2]
+  records = [bytes(70_000), b"hello"]
+  path, index = shard(tmp_path / "s", records), tmp_path / "i"
+  index.write_bytes(bytes.fromhex(re.search(r"```text\n(.*?)```", section, re.S)[1]))
+  assert index.read_bytes() == shard_index.to_bytes(shard_index.build(path, 2))
+  scope = {}
+  exec(re.search(r"```python\n(.*?)```", section, re.S)[1], scope)
+  with path.open("rb") as a, index.open("rb") as b:
+    assert [scope["read_record"](a, b, i) for i in range(2)] == records
 
 
 def test_a_flipped_byte_of_a_record_or_an_index_is_detected(tmp_path):

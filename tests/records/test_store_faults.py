@@ -8,8 +8,9 @@ import pytest
 from tiny_store import N, V, contents, manifest, record, same
 
 from distill_jax.errors import InputError
-from distill_jax.records import store
+from distill_jax.records import shard_index, shards, store
 from distill_jax.records.manifest import NAME, shard_name
+from distill_jax.runtime import files
 
 pytestmark = pytest.mark.smoke
 
@@ -91,21 +92,58 @@ def test_truncated_empty_and_missing_shards_are_refused(copy):
   path.write_bytes(b"")
   refused(copy, path.name, "0 bytes")
   path.write_bytes(bytes(len(data)))
-  refused(copy, path.name)
+  refused(copy, path.name, "damaged at record 6", read=True)
   path.unlink()
   refused(copy, path.name, "missing")
 
 
+def put(source, number, folder, name):
+  """Copies a shard and its index into another folder."""
+  shutil.copy(source / shard_name(number), folder / name)
+  index_of = shard_index.name_of
+  shutil.copy(source / index_of(shard_name(number)), folder / index_of(name))
+
+
 def test_a_shard_of_another_store_with_the_right_name_is_refused(copy, tmp_path):
-  record(tmp_path / "other", manifest(corpus="another"))
-  shutil.copy(tmp_path / "other" / shard_name(1), copy / shard_name(1))
-  refused(copy, shard_name(1), "the tag", "expected", read=True)
+  other, name = tmp_path / "other", shard_name(1)
+  record(other, manifest(corpus="another"))
+  shutil.copy(other / name, copy / name)
+  refused(copy, name, "damaged at record 3", "differs from the index", read=True)
+  put(other, 1, copy, name)
+  refused(copy, name, "the tag", "expected", read=True)
   with pytest.raises(InputError, match="digest"):
     store.open_store(copy).verify()
-  shutil.copy(
-    copy / shard_name(0), copy / shard_name(1)
-  )  # a shard of this store under another name
-  refused(copy, shard_name(1), "the index 0", "expected 3", read=True)
+  put(copy, 0, copy, name)  # a shard of this store under another name
+  refused(copy, name, "the index 0", "expected 3", read=True)
+
+
+def test_a_damaged_index_is_named_and_a_missing_one_is_made_from_the_shard(copy):
+  path = copy / shard_index.name_of(shard_name(1))
+  good = path.read_bytes()
+  for bad in (good[:-1], b"", good + b"x", good[:-1] + bytes([good[-1] ^ 1])):
+    path.write_bytes(bad)
+    refused(copy, path.name, "inspect --workdir", read=True)
+  path.unlink()
+  s = store.open_store(copy)
+  for i in range(10):
+    same(s[i], i)
+  assert not path.exists()  # readers do not write
+  shard = copy / shard_name(1)
+  data = bytearray(shard.read_bytes())
+  data[2000] ^= 1
+  shard.write_bytes(data)
+  refused(copy, shard.name, "is damaged", read=True)
+
+
+def test_a_store_of_an_earlier_version_at_a_url_needs_inspect_once(memory_store):
+  files.remove(files.join(memory_store, shard_index.name_of(shard_name(2))))
+  refused(
+    memory_store, "records-00002.array_record has no index", f"inspect --workdir={memory_store}"
+  )
+  m = store.manifest_lib.load(memory_store)
+  assert shards.write_missing_indices(memory_store, m) == 1
+  same(store.open_store(memory_store)[7], 7)
+  assert shards.write_missing_indices(memory_store, m) == 0
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ class Store:
   def __len__(self):
     return self.n
 
-  def __getitem__(self, i):
-    tokens = np.full(4, self.first + int(i), np.int32)
-    return {"tokens_T": tokens, "segments_T": np.ones(4, np.int32), "mask_T": np.ones(4, bool)}
+  def read_many(self, indices):
+    ones = {"segments_T": np.ones(4, np.int32), "mask_T": np.ones(4, bool)}
+    return [{"tokens_T": np.full(4, self.first + i, np.int32), **ones} for i in indices]
 
 
 def read(stores, n, **options):
@@ -81,9 +81,11 @@ def test_different_numbers_of_entries_are_padded():
     "weight_TK": np.ones((4, K), np.float32),
     "logp_TK": np.zeros((4, K), np.float32),
   }
-  batch = collate.collate([Store(1)[0] | ids(2), Store(1)[0] | ids(3)])
+  batch = collate.collate(
+    [Store(1).read_many([0])[0] | ids(2), Store(1).read_many([0])[0] | ids(3)]
+  )
   t = batch.targets["teacher"]
   assert t.ids_BTK.shape == (2, 4, 3)
   assert not t.weight_BTK[0, :, 2].any()
   assert np.all(t.logp_BTK[0, :, 2] == -np.inf)
-  assert collate.collate([Store(1)[0] | ids(2)], with_targets=False).targets == {}
+  assert collate.collate([Store(1).read_many([0])[0] | ids(2)], with_targets=False).targets == {}
