@@ -1,4 +1,4 @@
-"""What the verdicts on all segments say together, and the filters that compare all samples.
+"""Summary of the verdicts on all segments, and the filters that compare all samples.
 
 Memory: 8 bytes per prompt and 24 while they are compared. With comparing filters, also 20 bytes per
 sample that the other filters kept and 12 per dropped one, besides what the filters take. Signatures

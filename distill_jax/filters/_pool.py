@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from distill_jax import filters
-from distill_jax.errors import InputError
+from distill_jax.errors import bad_value
 
 ATTEMPTS = 3  # times that a task is run before its death ends the run
 POLL_SECONDS = 0.5
@@ -86,9 +86,11 @@ class Pool:
       except BrokenProcessPool as e:
         deaths += 1
         if deaths == ATTEMPTS:
-          raise InputError(
-            f"Processes of filter were killed {ATTEMPTS} times, perhaps because the machine has "
-            f"too little memory for filter.workers={self._workers}. Set it to a smaller number."
+          raise bad_value(
+            "filter.workers",
+            self._workers,
+            f"a number for which memory suffices, but a worker was killed {ATTEMPTS} times",
+            "Set it to a smaller number",
           ) from e
         print("filter: a worker process was killed; its work is repeated.", file=sys.stderr)
         self._end()

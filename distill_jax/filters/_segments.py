@@ -2,7 +2,7 @@
 
 A range from byte `start` to byte `stop` of a file has the prompts whose first lines begin there,
 roughly: it begins after the prompt of the first sample at or after `start`, and ends after the
-prompt of the first sample at or after `stop`. So neighbouring ranges meet, wherever a file is cut,
+prompt of the first sample at or after `stop`. So neighbouring ranges meet at any place of a file,
 and a range is read without the rest of its file.
 """
 
@@ -79,19 +79,7 @@ def find(samples: str) -> list[Segment]:
   Raises:
     InputError: There is no such file.
   """
-  found = {}
-  if (info := files.info(samples)) is not None:
-    found = {samples: info}
-  else:
-    for folder in (files.join(samples, "samples"), samples):
-      listing = files.listing(folder, "*.jsonl")
-      found = {
-        files.join(folder, name): info
-        for name, info in listing.items()
-        if not name.endswith(".rejected.jsonl")
-      }
-      if found:
-        break
+  found = _listed(samples)
   if not found:
     expected = "an existing file of samples, a folder of .jsonl files, or a workdir of generate"
     raise bad_value("filter.samples", samples, expected, "Run generate first, or correct the path")
@@ -100,6 +88,17 @@ def find(samples: str) -> list[Segment]:
     for piece in pieces(Range(path, 0, info.size, info.size), SEGMENT_BYTES):
       segments.append(Segment(len(segments), piece, info.version))
   return segments
+
+
+def _listed(samples: str) -> dict[str, files.FileInfo]:
+  """Returns the files of filter.samples by path or URL."""
+  for path in (samples, files.join(samples, "samples.jsonl")):
+    if (info := files.info(path)) is not None:
+      return {path: info}
+  for folder in (files.join(samples, "samples"), samples):
+    if found := files.listing(folder, "*.jsonl"):
+      return {files.join(folder, name): info for name, info in found.items()}
+  return {}
 
 
 def pieces(whole: Range, size: int) -> list[Range]:
@@ -113,7 +112,7 @@ def prompts(where: Range) -> Iterator[list[Line]]:
   """Yields the lines of each prompt of a range. Lines that are not samples belong to the prompt
   before.
 
-  Blank lines are left out.
+  Blank lines are skipped.
   """
   group: list[Line] = []
   current = None

@@ -65,7 +65,8 @@ class Filter(ComparingFilter):
     # The kept texts of a bucket are a linked list: its last entry, and the entry before each one.
     last, before_E = np.full(bucket_E.max(initial=-1) + 1, -1, np.int32), np.full_like(row_E, -1)
     texts, starts = np.unique(row_E, return_index=True)
-    for row, start, stop in zip(texts, starts, [*starts[1:], len(row_E)], strict=True):
+    stops = np.append(starts, len(row_E))[1:]
+    for row, start, stop in zip(texts, starts, stops, strict=True):
       near = set()
       for bucket in bucket_E[start:stop]:
         entry = last[bucket]

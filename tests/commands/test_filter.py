@@ -13,7 +13,6 @@ from distill_jax import config, filters, registry
 from distill_jax.commands.filter import run as filter_samples
 from distill_jax.errors import InputError
 
-
 OUTPUTS = ("kept", "rejected")
 KEPT, REJECTED = "kept/00000.jsonl", "rejected/00000.jsonl"
 
