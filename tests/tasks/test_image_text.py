@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
-from tokenizers import Tokenizer, processors
+from tiny_image_text import configured
+from tokenizers import Tokenizer
 
 from distill_jax import config
 from distill_jax.commands import evaluate, export
@@ -18,48 +18,10 @@ from distill_jax.tasks import dataset
 from distill_jax.training import loop, validate
 from distill_jax.training import stores as training_stores
 
-TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-TOWER |= {"num_attention_heads": 2}
-TEXT = {**TOWER, "vocab_size": 256, "max_position_embeddings": 16}
-TEXT |= {"bos_token_id": 0, "eos_token_id": 93}  # "~" of the bytes that tiny's tokenizer has
-VISION = {**TOWER, "image_size": 8, "patch_size": 4, "num_channels": 1}
-
-
-def write_tokenizer(path):
-  """Writes a tokenizer with one token per byte and an end token."""
-  made = Tokenizer.from_file(str(tiny.write_tokenizer(path)))
-  made.post_processor = processors.TemplateProcessing("$A ~", None, [("~", made.token_to_id("~"))])
-  made.save(str(path))
-  return str(path)
-
 
 @pytest.fixture
 def c(tmp_path):
-  """Writes twelve grey squares; each text names the shade."""
-  lines = []
-  for i in range(12):
-    Image.new("L", (8, 8), 20 * i).save(tmp_path / f"{i}.png")
-    lines.append(json.dumps({"image": f"{i}.png", "text": f"shade {i}"}))
-  (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-  c = config.base()
-  for model in (c.teacher, c.student):
-    model.family, model.shape = "clip", "tiny"
-    model.changes = {"text": TEXT, "vision": VISION, "projection_dim": 8}
-  c.teacher.changes.projection_dim = 12
-  c.tasks.pairs = config.task(
-    "image_text",
-    path=str(tmp_path / "pairs.jsonl"),
-    heldout_fraction=0.4,
-    size=8,
-    channels=1,
-    mean=(0.5,),
-    std=(0.25,),
-    max_tokens=16,
-    tokenizer=write_tokenizer(tmp_path / "t.json"),
-  )
-  c.losses.hard = config.loss("ce")
-  c.train.steps, c.train.batch_size, c.evaluate.batch_size = 2, 4, 4
-  return c
+  return configured(tmp_path)
 
 
 def rows(c, split="train"):

@@ -1,0 +1,75 @@
+"""Runs verbs on several meshes in one of several processes: `python mesh_worker.py JOBS FLAG`.
+
+JOBS is a JSON file with a list of (verb, workdir, config). FLAG is that of --distributed. A process
+that runs all verbs starts jax once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+Job = tuple[str, Path, object]  # verb, workdir, resolved config
+
+
+def run(jobs: Sequence[Job], file: Path, processes: int, devices: int) -> None:
+  """Runs jobs in processes with this number of devices each; raises if a process fails."""
+  from distill_jax import config
+
+  file.write_text(json.dumps([(verb, str(path), config.to_dict(c)) for verb, path, c in jobs]))
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    port = s.getsockname()[1]
+  flags = [f"localhost:{port},{processes},{i}" if processes > 1 else "" for i in range(processes)]
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+  env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{env.get('PYTHONPATH', '')}"
+  workers = []
+  for i, flag in enumerate(flags):
+    with Path(f"{file}.{i}.log").open("w") as log:
+      line = [sys.executable, __file__, str(file), flag]
+      workers.append(subprocess.Popen(line, stdout=log, stderr=log, env=env))
+  deadline = time.monotonic() + 500
+  while any(w.poll() is None for w in workers):
+    if any(w.poll() for w in workers) or time.monotonic() > deadline:
+      time.sleep(1)  # the other processes may report the same error
+      for w in workers:
+        w.kill()
+    time.sleep(0.05)
+  codes = [w.wait() for w in workers]
+  logs = [Path(f"{file}.{i}.log").read_text()[-3000:] for i in range(processes)]
+  assert codes == [0] * processes, (codes, *logs)
+
+
+def main(jobs: Path, flag: str) -> None:
+  from distill_jax.runtime import distributed
+
+  distributed.initialize(flag)
+  from distill_jax import config
+  from distill_jax.commands import evaluate, generate, record, shrink
+  from distill_jax.runtime.workdir import Workdir
+  from distill_jax.training import loop
+
+  verbs = {
+    "record": record.run,
+    "train": loop.train,
+    "evaluate": evaluate.run,
+    "generate": generate.run,
+    "shrink": shrink.run,
+  }
+  for verb, path, tree in json.loads(jobs.read_text()):
+    c = config.from_dict(tree)
+    began = time.monotonic()
+    with Workdir(Path(path), c) as folder:
+      verbs[verb](c, folder)
+    print(f"{verb} {path}: {time.monotonic() - began:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+  main(Path(sys.argv[1]), sys.argv[2])
