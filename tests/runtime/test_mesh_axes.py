@@ -66,7 +66,9 @@ def more(folder, where, axis):
   c.records.kind, c.records.n, c.records.taps, c.records.tap_kind = "topk", 8, (1,), "qkv"
   jobs = [("record", where / "topk", config.resolve(c))]
   c = across(tiny_seq2seq_tasks.two_steps(folder, "t5", num_decoder_layers=1, num_layers=1), axis)
-  pairs = write_lines(folder / "pairs.jsonl", ({"en": f"no {i}", "de": f"{i}"} for i in range(6)))
+  pairs = write_lines(
+    folder / "translations.jsonl", ({"en": f"no {i}", "de": f"{i}"} for i in range(6))
+  )
   c.tasks.main = config.task(
     "translation",
     path=str(pairs),
