@@ -1,0 +1,107 @@
+"""A store has more shards than a process may have open files; `ulimit -n` runs out elsewhere."""
+
+import dataclasses
+import hashlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from array_record.python import array_record_module
+from tiny_store import manifest, sequence
+
+from distill_jax.records import shard_index, tf_example, writer
+from distill_jax.records.manifest import Shard, shard_name
+
+
+def many_shards(folder, count):
+  """Writes a store of one record per shard, as holes where a shard has zeros."""
+  m = manifest(count, sequences_per_shard=1)
+  shards, part = [], folder / "part"
+  for i in range(count):
+    record_i = tf_example.encode(i, sequence(i), m)
+    out = array_record_module.ArrayRecordWriter(str(part), writer.array_record_options(m.seq_len))
+    out.write(tf_example.serialize(record_i))
+    out.close()
+    name, data = shard_name(i), part.read_bytes()
+    index = shard_index.to_bytes(shard_index.build(part, 1))
+    (folder / shard_index.name_of(name)).write_bytes(index)
+    with (folder / name).open("wb") as f:
+      for at in range(0, len(data), shard_index.BLOCK):
+        f.seek(at)
+        f.write(data[at : at + shard_index.BLOCK].rstrip(b"\0"))
+      f.truncate(len(data))
+    shards.append(Shard(name, i, 1, len(data), hashlib.sha256(data).hexdigest(), 28, 28, 0, {}))
+  part.unlink()
+  dataclasses.replace(m, shards=tuple(shards)).save(folder)
+
+
+READ = """
+  import resource
+  import sys
+  import numpy as np
+
+  folder, limit, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+  from distill_jax.records.store import open_store
+  from distill_jax.training import loader
+
+  resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+  store = open_store(folder)
+  tokens = [store[int(i)]["tokens_T"] for i in np.random.default_rng(0).permutation(count)]
+  batches = loader.batches([store], batch_size=20, seed=0)
+  rows = np.concatenate([next(batches).inputs.tokens_BT for _ in range(count // 20)])
+  assert len(np.unique(rows, axis=0)) == len(np.unique(tokens, axis=0)) == count
+  store.verify()
+"""
+
+
+def run(code, *args):
+  command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
+  return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+  ("shards", "limit"), [(200, 64), pytest.param(5000, 256, marks=pytest.mark.slow)]
+)
+def test_more_shards_than_files_may_be_open(tmp_path, shards, limit):
+  many_shards(tmp_path, shards)
+  done = run(READ, tmp_path, limit, shards)
+  assert done.returncode == 0, done.stderr[-2000:]
+
+
+EXHAUST = """
+  import os
+  import resource
+  import sys
+
+  from distill_jax.records.store import open_store
+
+  store = open_store(sys.argv[1])
+  resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+  try:
+    while True:
+      os.open("/", os.O_RDONLY)
+  except OSError:
+    pass
+  try:
+    store[5]
+  except Exception as e:
+    print(type(e).__name__, e)
+"""
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+@pytest.mark.parametrize("seq_len", [4, 32])
+def test_too_many_open_files_is_called_that(tmp_path, seq_len, has_index):
+  m = manifest(10, seq_len=seq_len)
+  with writer.Writer(tmp_path, m) as w:
+    for r in w.missing():
+      w.write_shard(r, ({name: x[:seq_len] for name, x in sequence(i).items()} for i in r))
+    w.complete()
+  if not has_index:
+    for path in tmp_path.glob("*.index"):
+      path.unlink()
+  found = run(EXHAUST, tmp_path).stdout
+  assert found.startswith(f"InputError {tmp_path}/records-00001."), found
+  assert "too many files are open. Raise the limit with `ulimit -n`." in found
+  assert "elete" not in found
