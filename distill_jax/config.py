@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from distill_jax import registry
 from distill_jax.config_reference import TYPE_NAMES
-from distill_jax.data.options import DataOptions
+from distill_jax.data.options import DataOptions, PackOptions
 from distill_jax.efficiency.options import EfficiencyOptions
 from distill_jax.errors import InputError, bad_value
 from distill_jax.evals.options import EvaluateOptions
@@ -64,6 +64,9 @@ class Config:
 
   data: DataOptions = DataOptions()
   """The text corpus, its tokenizer and the sequence length."""
+
+  pack: PackOptions = PackOptions()
+  """Settings of `pack`: how many processes tokenize the corpus."""
 
   records: RecordsOptions = RecordsOptions()
   """Settings of `record`: which teacher outputs are stored."""

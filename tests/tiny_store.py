@@ -64,4 +64,5 @@ def same(got, i):
 
 def contents(folder):
   """Returns the bytes of the files of a store, by name."""
-  return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
+  files = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+  return {p.name: p.read_bytes() for p in files}

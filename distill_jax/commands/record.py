@@ -4,11 +4,13 @@ Students are trained on this store, without the teacher. Each token takes a few 
 sample or the top-k of the teacher's distribution (records.kind). Finished shards are skipped when
 the command is run again. records.logprobs imports the outputs of a served teacher instead.
 
+Text is read from a store that `pack` made (data.packed), or is packed into WORKDIR/packed first.
+
 Reads: the teacher (`teacher`), and the corpus in `data` or the examples of `tasks`.
 
 Writes: a store in the workdir: manifest.json and shards (*.array_record).
 
-Config: seed, mesh, teacher, data, records, tasks.
+Config: seed, mesh, teacher, data, pack, records, tasks.
 
 Example:
   distill-jax record --config=configs/demo.py --workdir=runs/demo/records
@@ -16,13 +18,17 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from distill_jax.commands import pack
 from distill_jax.config import Config
 from distill_jax.data import corpus as text_corpus
 from distill_jax.data.tokenizers import Tokenizer
@@ -32,14 +38,19 @@ from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.records import batch_plan, collate, import_logprobs, recorder, tap_features
 from distill_jax.records import manifest as manifest_lib
+from distill_jax.records.growing_store import GrowingStore
+from distill_jax.records.manifest import Manifest
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.recorder import Corpus, Record, TeacherPass
 from distill_jax.records.shard_buffer import ShardBuffer
 from distill_jax.records.store import Writer, unfinished_store
-from distill_jax.runtime import distributed, storage
+from distill_jax.runtime import distributed, files, storage
 from distill_jax.runtime.progress import Progress
 from distill_jax.tasks import dataset
 from distill_jax.types import JsonObject
+
+PACKED = "packed"  # the folder of the text in the workdir
+CHECKED_AT_ONCE = 16  # rows that are read to compare a corpus with finished shards
 
 
 def run(config: Config, folder: Path) -> JsonObject:
@@ -53,15 +64,17 @@ def run(config: Config, folder: Path) -> JsonObject:
     InputError: Teacher, tokenizer and corpus do not fit together, or the folder contains other
       records. It is raised before anything is compiled.
   """
-  mesh = sharding.make_mesh(**vars(config.mesh))
   teacher = loading.open_source(config.teacher, config.seed)
+  if not config.tasks and not runs_teacher(config.records):
+    return _store_text(config, teacher, folder)
+  mesh = sharding.make_mesh(**vars(config.mesh))
   if runs_teacher(config.records):
     sharding.shardings(teacher.abstract, mesh, teacher.compute.rules)  # raises if it cannot be
   options = config.records
   _check(options, of_task=bool(config.tasks))
   sharding.check_batch("records.batch_size", options.batch_size, mesh)
   teacher.check_digest()
-  corpus = open_corpus(config, teacher)
+  corpus = open_corpus(config, teacher, folder)
   width = feature_width(options, teacher)
   manifest = recorder.manifest_of(options, corpus, _identity(options, teacher), width)
   manifest = manifest_lib.with_shards_of(folder, manifest)
@@ -75,7 +88,7 @@ def run(config: Config, folder: Path) -> JsonObject:
       "Lower it, or start fewer processes",
     )
   with Writer(folder, manifest, jax.process_index(), jax.process_count()) as writer:
-    _check_same_corpus(writer, corpus.rows)
+    _check_same_corpus(writer, corpus)
     missing = _missing(writer)
     if missing:
       shards = batch_plan.divide(missing, rows)
@@ -103,8 +116,28 @@ def runs_teacher(options: RecordsOptions) -> bool:
   return options.kind != "text" and not options.logprobs
 
 
-def open_corpus(config: Config, teacher: ModelSource) -> Corpus:
+def _store_text(config: Config, teacher: ModelSource, folder: Path) -> JsonObject:
+  """Writes a store that needs no model: of packed text, or of a served teacher's outputs."""
+  if config.records.logprobs:
+    done, now = _import(config, teacher, folder)
+  elif config.data.packed:
+    expected = "'' with records.kind='text', because `train` reads that store"
+    action = "Add it to train.records instead of recording"
+    raise bad_value("data.packed", config.data.packed, expected, action)
+  else:
+    store, now = pack.make(config, teacher, folder)
+    done = store.manifest
+  sums = {k: sum(getattr(s, k) for s in done.shards) for k in ("tokens", "entries", "bytes")}
+  return {"sequences": done.total, "recorded_now": now, **sums}
+
+
+def open_corpus(config: Config, teacher: ModelSource, folder: Path) -> Corpus:
   """Opens the text or the task of a config.
+
+  Args:
+    config: The config.
+    teacher: The teacher.
+    folder: The workdir, in which text is packed.
 
   Raises:
     InputError: The data does not exist, or the teacher cannot read it.
@@ -113,14 +146,8 @@ def open_corpus(config: Config, teacher: ModelSource) -> Corpus:
   if config.tasks:
     recorded = config.records.kind != "text"
     return dataset.open_corpus(config, pretrained, teacher.config if recorded else None)
-  tokenizer = text_corpus.tokenizer_of(config.data, pretrained)
-  if config.records.logprobs:
-    text = list(_dump(config, tokenizer))
-  else:
-    shape = teacher.text_config
-    text_corpus.check(config.data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
-    text = list(text_corpus.sequences(config.data, tokenizer, pretrained))
-  return Corpus.of_text(text, tokenizer, config.data.seq_len)
+  rows, tokenizer = pack.open_rows(config, teacher, folder / PACKED)
+  return Corpus.of_text(rows, tokenizer, config.data.seq_len)
 
 
 def feature_width(options: RecordsOptions, teacher: ModelSource) -> int:
@@ -168,7 +195,8 @@ def dispatcher(
 
   def dispatch(index_B: np.ndarray) -> tuple[list[Record], dict[str, jax.Array]]:
     own_B = index_B[rows.held]
-    held = [padding if i == batch_plan.PADDING else corpus.rows[i] for i in own_B.tolist()]
+    kept = iter(corpus.read(own_B[own_B != batch_plan.PADDING].tolist()))
+    held = [padding if i == batch_plan.PADDING else next(kept) for i in own_B.tolist()]
     own = collate.collate(held, read=read), np.maximum(own_B, 0).astype(np.int32)
     batch, index_B = collate.to_device(own, rows)
     return held, run(loaded.model, keys["records"], batch, index_B)
@@ -206,17 +234,40 @@ def _identity(options: RecordsOptions, teacher: ModelSource) -> JsonObject:
   """Returns the teacher's name and digest, for the manifest."""
   if options.kind == "text":
     return {}
-  if options.logprobs:
-    return {"name": options.logprobs_format, "digest": "unknown: behind a server"}
   return teacher.identity
+
+
+def _import(config: Config, teacher: ModelSource, folder: Path) -> tuple[Manifest, int]:
+  """Stores a served teacher's responses on process 0, one shard at a time.
+
+  Returns:
+    The manifest, and the number of sequences that this process stored.
+  """
+  tokenizer = text_corpus.tokenizer_of(config.data, teacher.pretrained)
+  planned = recorder.planned_manifest(
+    config.records, tokenizer.vocab_size, 1, config.data.seq_len, feature_width=0
+  )
+  identity = {"name": config.records.logprobs_format, "digest": "unknown: behind a server"}
+  planned = dataclasses.replace(planned, teacher=identity, tokenizer=tokenizer.digest)
+  planned = manifest_lib.with_shards_of(folder, planned)
+  stored: list[int] = []
+
+  def import_rows() -> None:
+    with contextlib.closing(GrowingStore(folder, planned, None)) as store:
+      for n, row in enumerate(_dump(config, tokenizer)):
+        stored.append(not store.stored(n, [row])[0])
+        store.add([row])
+      store.finish()
+
+  distributed.run_on_process_0(import_rows)
+  return manifest_lib.load(folder), sum(stored)
 
 
 def _dump(config: Config, tokenizer: Tokenizer) -> Iterator[Record]:
   """Reads a served teacher's responses with their log-probabilities."""
   c = config.records
-  path = Path(c.logprobs)
-  if not path.is_file():
-    raise bad_value("records.logprobs", path, "an existing JSONL file", "Correct the path")
+  if files.info(c.logprobs) is None:
+    raise bad_value("records.logprobs", c.logprobs, "an existing JSONL file", "Correct the path")
   if c.kind != "topk":
     expected = "'topk' with records.logprobs, because servers return the top log-probabilities"
     raise bad_value("records.kind", c.kind, expected, "Set it to 'topk'")
@@ -226,7 +277,7 @@ def _dump(config: Config, tokenizer: Tokenizer) -> Iterator[Record]:
     return ids[0] if len(ids) == 1 else tokenizer.token_id(token)
 
   return import_logprobs.sequences(
-    path,
+    c.logprobs,
     c.logprobs_format,
     n=c.n,
     seq_len=config.data.seq_len,
@@ -254,9 +305,19 @@ def _check(c: RecordsOptions, of_task: bool) -> None:
     raise bad_value("records.taps_width", c.taps_width, expected, "Add layers to records.taps")
 
 
-def _check_same_corpus(writer: Writer, rows: Sequence[Record]) -> None:
-  """Raises InputError if the finished shards in a folder were recorded from another corpus."""
-  store = unfinished_store(writer)
-  for shard in store.manifest.shards:
-    last = shard.first + shard.count - 1
-    recorder.check_same_row(store, last, rows[last])
+def _check_same_corpus(writer: Writer, corpus: Corpus) -> None:
+  """Raises InputError if the finished shards in a folder were recorded from another corpus.
+
+  Each process compares the last rows of its share of the shards, several at once.
+  """
+  store, errors = unfinished_store(writer), []
+  shards = store.manifest.shards[jax.process_index() :: jax.process_count()]
+  with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+    lasts = [shard.first + shard.count - 1 for shard in shards]
+    try:
+      list(pool.map(lambda i: recorder.check_same_row(store, i, corpus.rows[i]), lasts))
+    except InputError as e:
+      errors.append(e)
+  if distributed.max_over_processes(len(errors)):
+    elsewhere = f"{store.folder} was recorded from another corpus, as another process reports."
+    raise errors[0] if errors else InputError(f"{elsewhere} Choose another folder.")

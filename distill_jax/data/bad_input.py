@@ -67,6 +67,12 @@ class BadInputPolicy:
     if len(self.examples[reason]) < MAX_EXAMPLES:
       self.examples[reason].append(where)
 
+  def merge(self, other: BadInputPolicy) -> None:
+    """Adds the counts and examples of inputs that come after those of this policy."""
+    self.counts.update(other.counts)
+    for reason, places in other.examples.items():
+      self.examples[reason] = [*self.examples[reason], *places][:MAX_EXAMPLES]
+
   def report(self, source: str, used: int, units: str) -> None:
     """Prints the number of skipped inputs on standard error, one line per reason.
 

@@ -8,76 +8,86 @@ turn.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from distill_jax.data.bad_input import BadInputPolicy
 from distill_jax.data.chat_template import ChatTemplate
-from distill_jax.data.packing import MaskedDocument
-from distill_jax.data.sources import DocumentSource, documents
+from distill_jax.data.sources import Document
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.runtime import json_io
-from distill_jax.types import JsonObject
+
+if TYPE_CHECKING:  # the workers of `pack` must not import jax
+  from distill_jax.types import JsonObject
 
 
-def tokenized_chats(
-  source: DocumentSource,
-  tokenizer: Tokenizer,
-  template: ChatTemplate,
-  max_tokens: int,
-  on_bad: str,
-  trust: str = "",
-) -> Iterator[MaskedDocument]:
-  """Yields each chat of a source as tokens, with the mask to train on and the label smoothing.
+@dataclasses.dataclass(frozen=True)
+class ChatTokenizer:
+  """Turns chats into tokens with a mask and label smoothing. It can be pickled.
 
-  A chat cannot be used if its line is not a chat, the template rejects it, it is longer than
-  `max_tokens`, it has no assistant turn to train on, or its field `trust` is not in [0, 1]. The
-  number of skipped chats is printed on standard error at the end.
-
-  Args:
-    source: A source of kind "chat".
+  Attributes:
     tokenizer: The tokenizer that belongs to the template.
     template: The chat template.
     max_tokens: The maximum length of a chat.
-    on_bad: "stop" at a chat that cannot be used, or "skip" it.
     trust: The field with the confidence in a chat's labels; label smoothing is 1 - confidence.
       "": no smoothing.
-
-  Raises:
-    InputError: If a chat cannot be used and on_bad is "stop", or if no chat can be used.
   """
-  bad = BadInputPolicy("data.on_bad", on_bad)
-  used = unmarked = 0
-  for number, line in enumerate(documents(source), 1):
-    where = f"{source.path}, chat {number} of split {source.split!r}"
-    try:
-      messages, tools = parse(line)
-      smoothing = 1 - confidence(line, trust) if trust else 0.0
-      ids, mask = template.tokens_and_mask(tokenizer, messages, tools)
-      unmarked += len(template.mark(tokenizer, messages, tools).unmarked)
-    except InputError as error:
-      bad.reject(where, str(error))
-      continue
-    if len(ids) > max_tokens:
-      bad.reject_subject(where, f"is longer than the {max_tokens} tokens of data.seq_len")
-    elif not any(mask):
-      bad.reject_subject(where, "has no assistant turn to train on")
-    else:
-      used += 1
-      yield MaskedDocument(ids, mask, smoothing)
-  bad.report(source.path, used, "chats")
-  if unmarked:
-    print(
-      f"{source.path}: {unmarked} assistant turns are not trained on, since the template renders "
-      "them differently when messages follow. To train on such a turn, add a chat that ends with "
-      "it.",
-      file=sys.stderr,
-    )
-  if not used:
-    raise InputError(
-      f"{source.path} has no chat that can be used. The lines above give the reasons."
-    )
+
+  tokenizer: Tokenizer
+  template: ChatTemplate
+  max_tokens: int
+  trust: str = ""
+
+  def chats(self, documents: Iterable[Document], bad: BadInputPolicy) -> Iterator[TokenizedChat]:
+    """Yields each chat that can be used.
+
+    A chat cannot be used if its line is not a chat, the template rejects it, it is longer than
+    `max_tokens`, it has no assistant turn to train on, or its field `trust` is not in [0, 1].
+
+    Args:
+      documents: The lines.
+      bad: The policy for chats that cannot be used.
+
+    Raises:
+      InputError: If a chat cannot be used and the policy is to stop.
+    """
+    for line, where, _ in documents:
+      try:
+        chat = self._chat(line)
+      except InputError as error:
+        bad.reject(where, str(error))
+        continue
+      if len(chat.ids) > self.max_tokens:
+        bad.reject_subject(where, f"is longer than the {self.max_tokens} tokens of data.seq_len")
+      elif not any(chat.mask):
+        bad.reject_subject(where, "has no assistant turn to train on")
+      else:
+        yield chat
+
+  def _chat(self, line: str) -> TokenizedChat:
+    messages, tools = parse(line)
+    smoothing = 1 - confidence(line, self.trust) if self.trust else 0.0
+    marked = self.template.mark(self.tokenizer, messages, tools)
+    ids, mask = self.template.tokens_of(self.tokenizer, marked)
+    return TokenizedChat(ids, mask, smoothing, len(marked.unmarked))
+
+
+class TokenizedChat(NamedTuple):
+  """A chat as tokens.
+
+  Attributes:
+    ids: The token ids.
+    mask: True for tokens that are trained on.
+    smoothing: The label smoothing.
+    unmarked: The number of assistant turns that are not trained on; see chat_template.Marked.
+  """
+
+  ids: list[int]
+  mask: list[bool]
+  smoothing: float
+  unmarked: int
 
 
 def parse(line: str) -> tuple[list[JsonObject], list[JsonObject] | None]:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill_jax.data import sandboxed_jinja
 from distill_jax.data.chat_turns import Draw, Message, TurnFinder, prompted
 from distill_jax.data.tokenizers import Tokenizer, special_pattern
 from distill_jax.errors import InputError, bad_value
-from distill_jax.hub.tokenizer import TokenizerFiles
-from distill_jax.types import JsonObject
+
+if TYPE_CHECKING:  # the workers of `pack` must not import jax
+  from distill_jax.hub.tokenizer import TokenizerFiles
+  from distill_jax.types import JsonObject
 
 NAMED = tuple(f"{r}_token" for r in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # Tokenizer classes without default special tokens in transformers' code.
@@ -53,6 +55,7 @@ class ChatTemplate:
     added: Further tokens that the tokenizer's config adds to the vocabulary.
     tool_use: The Jinja source for chats with tools; None if it is `source`.
     where: The name of the template, for messages.
+    now: The date and time that the template may write; None for the current one.
   """
 
   source: str
@@ -60,6 +63,7 @@ class ChatTemplate:
   added: tuple[str, ...] = ()
   tool_use: str | None = None
   where: str = "The chat template"
+  now: datetime.datetime | None = None
 
   @classmethod
   def of(cls, files: TokenizerFiles, name: str) -> ChatTemplate:
@@ -168,6 +172,14 @@ class ChatTemplate:
     tools: Sequence[Message] | None = None,
     **extra: Any,
   ) -> tuple[list[int], list[bool]]:
+    """Returns the token ids and the mask of `tokens_of`, for a chat that is not rendered yet.
+
+    Raises:
+      InputError: See `mark` and `tokens_of`.
+    """
+    return self.tokens_of(tokenizer, self.mark(tokenizer, messages, tools, **extra))
+
+  def tokens_of(self, tokenizer: Tokenizer, marked: Marked) -> tuple[list[int], list[bool]]:
     """Returns a chat's token ids and the mask of the tokens that the model has to generate.
 
     The ids equal those of transformers' `apply_chat_template(tokenize=True)`. The mask is True for
@@ -176,17 +188,14 @@ class ChatTemplate:
 
     Args:
       tokenizer: The tokenizer that belongs to the template.
-      messages: See `render`.
-      tools: See `render`.
-      extra: See `render`.
+      marked: The rendered chat, from `mark`.
 
     Returns:
       (ids, mask), two lists of the same length.
 
     Raises:
-      InputError: See `mark`; or if the tokenizer lacks a special token of the text.
+      InputError: If the tokenizer lacks a special token of the text.
     """
-    marked = self.mark(tokenizer, messages, tools, **extra)
     special = [*dict(self.tokens).values(), *self.added]
     ids, places = tokenizer.encode_places(marked.text, special)
     mask, spans = [], list(marked.spans)
@@ -208,7 +217,7 @@ class ChatTemplate:
       raise InputError("A tool is not a JSON schema. Give each tool as a dict.")
     if reserved := [k for k in RESERVED if k in extra]:
       raise InputError(f"{reserved[0]} is not a variable of the chat template. Remove it.")
-    now, source = datetime.datetime.now(), self._source(tools)
+    now, source = self.now or datetime.datetime.now(), self._source(tools)
     names = {
       "strftime_now": lambda form: now.strftime(form),
       **dict(self.tokens),

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill_jax.data import sandboxed_jinja
 from distill_jax.errors import InputError
-from distill_jax.types import JsonObject
+
+if TYPE_CHECKING:  # the workers of `pack` must not import jax
+  from distill_jax.types import JsonObject
 
 PROBE = "probe"  # content of a test message, to see the text that a template writes around it
 

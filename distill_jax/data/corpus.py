@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from distill_jax.data import chat_dataset, packing, sources, tokenizers
+from distill_jax.data import packing, sources, tokenizers
+from distill_jax.data.block_tokenizer import BlockTokenizer
+from distill_jax.data.chat_dataset import ChatTokenizer
 from distill_jax.data.chat_template import ChatTemplate
+from distill_jax.data.corpus_stream import CorpusStream
 from distill_jax.data.options import DataOptions
 from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.hub.tokenizer import TokenizerFiles, check_vocabulary, read_tokenizer
-
-BATCH = 256  # number of documents that are tokenized at once
 
 
 def tokenizer_of(data: DataOptions, pretrained: Pretrained | None) -> tokenizers.Tokenizer:
@@ -75,44 +76,68 @@ def files_of(data: DataOptions, pretrained: Pretrained | None) -> TokenizerFiles
   return read_tokenizer(path if path.is_dir() else path.parent)
 
 
-def sequences(
+def block_tokenizer(
   data: DataOptions, tokenizer: tokenizers.Tokenizer, pretrained: Pretrained | None = None
-) -> Iterator[dict[str, np.ndarray]]:
-  """Yields at most `data.sequences` packed sequences in corpus order, as records without targets.
+) -> BlockTokenizer:
+  """Returns what turns the blocks of a config's corpus into tokens.
 
-  Chats are rendered by the template that belongs to data.tokenizer or `pretrained`. They are never
-  cut, and only the assistant's tokens are trained on.
-
-  Other documents begin with the tokens that the tokenizer puts before a text, as prompts do
-  (generation/prompts.py), and end with the end-of-document token.
+  Chats are rendered by the template that belongs to data.tokenizer or `pretrained`.
 
   Args:
     data: The config section `data`.
     tokenizer: The tokenizer.
     pretrained: The model whose chat template is used unless data.tokenizer is set.
 
-  Yields:
-    Dicts with tokens_T int32 [T], segments_T int32 [T] and mask_T bool [T], where mask_T is True at
-    positions whose label (the next token) is trained on. With data.trust, also smoothing_T
-    float32 [T].
-
   Raises:
-    InputError: If the corpus cannot be read, or data.trust is set for a corpus without chats.
+    InputError: If data.trust is set for a corpus without chats, or there is no chat template.
   """
   if data.trust and data.kind != "chat":
     raise bad_value(
       "data.trust", data.trust, f"'' for data.kind={data.kind!r}", "Use it only for chats"
     )
+  chats = None
   if data.kind == "chat":
     template = template_of(data, pretrained)
-    chats = chat_dataset.tokenized_chats(
-      source_of(data), tokenizer, template, data.seq_len, data.on_bad, data.trust
-    )
-    packed = packing.pack(chats, data.seq_len, None, whole=True)
-  else:
-    packed = packing.pack(_tokens(data, tokenizer), data.seq_len, tokenizer.eos_id)
-  for row in itertools.islice(packed, data.sequences or None):
-    yield row.record() | ({"smoothing_T": row.smoothing_T} if data.trust else {})
+    chats = ChatTokenizer(tokenizer, template, data.seq_len, data.trust)
+  return BlockTokenizer(source_of(data), tokenizer, chats, data.on_bad)
+
+
+def packer(data: DataOptions) -> packing.Packer:
+  """Returns what packs the tokens of a corpus into rows. Chats are never cut."""
+  return packing.Packer(data.seq_len, whole=data.kind == "chat")
+
+
+def record(row: packing.PackedRow, data: DataOptions) -> dict[str, np.ndarray]:
+  """Returns a row as a record without targets.
+
+  It has tokens_T int32 [T], segments_T int32 [T] and mask_T bool [T], where mask_T is True at
+  positions whose label (the next token) is trained on. With data.trust, also smoothing_T
+  float32 [T].
+  """
+  return row.record() | ({"smoothing_T": row.smoothing_T} if data.trust else {})
+
+
+def sequences(
+  data: DataOptions, tokenizer: tokenizers.Tokenizer, pretrained: Pretrained | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields at most `data.sequences` packed sequences in corpus order, in this process.
+
+  `records/packed_text.py` packs a large corpus with several processes into a store of these rows.
+
+  Args:
+    data: The config section `data`.
+    tokenizer: The tokenizer.
+    pretrained: See `block_tokenizer`.
+
+  Yields:
+    See `record`.
+
+  Raises:
+    InputError: If the corpus cannot be read.
+  """
+  stream = CorpusStream(block_tokenizer(data, tokenizer, pretrained), packer(data))
+  for row in itertools.islice(stream.rows(), data.sequences or None):
+    yield record(row, data)
 
 
 def check(data: DataOptions, tokenizer: tokenizers.Tokenizer, rows: int, max_len: int) -> None:
@@ -132,9 +157,3 @@ def check(data: DataOptions, tokenizer: tokenizers.Tokenizer, rows: int, max_len
     raise bad_value(
       "data.seq_len", data.seq_len, f"at most {max_len}, the model's limit", "Reduce it"
     )
-
-
-def _tokens(data: DataOptions, tokenizer: tokenizers.Tokenizer) -> Iterator[list[int]]:
-  documents = sources.documents(source_of(data))
-  while batch := list(itertools.islice(documents, BATCH)):
-    yield from ([*tokenizer.begin, *ids] for ids in tokenizer.encode_batch(batch))

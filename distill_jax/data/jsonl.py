@@ -5,14 +5,19 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill_jax.errors import InputError
+from distill_jax.runtime import files as file_io
 from distill_jax.runtime import json_io
 from distill_jax.runtime.atomic_io import atomic_write
-from distill_jax.types import JsonObject
+from distill_jax.runtime.files import FileInfo
+
+if TYPE_CHECKING:  # the workers of `pack` must not import jax
+  from distill_jax.types import JsonObject
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,13 +26,13 @@ class Line:
 
   Attributes:
     raw: The line's bytes, including the line end.
-    file: The file.
+    file: The file's path or URL.
     number: The line's number in the file, from 1.
     offset: The offset of the line's first byte in the file.
   """
 
   raw: bytes
-  file: Path
+  file: str | os.PathLike[str]
   number: int
   offset: int
 
@@ -56,24 +61,63 @@ class Line:
     return parse_object(self.text(), self.where)
 
 
-def read_lines(*files: Path, skip_bom: bool = False) -> Iterator[Line]:
-  """Yields the lines of files in order, except blank lines.
+def read_lines(*files: str | os.PathLike[str], skip_bom: bool = False) -> Iterator[Line]:
+  """Yields the lines of files in order, except blank lines. One file is open at a time.
 
   Args:
-    files: The files.
+    files: The paths or URLs of the files.
     skip_bom: True to skip a UTF-8 byte order mark at the start of a file. Otherwise it is part of
       the first line, which then is not JSON.
+
+  Raises:
+    InputError: If a file does not exist or cannot be read.
   """
   for file in files:
-    with file.open("rb") as lines:
-      offset = 0
-      if skip_bom and lines.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
-        offset = len(codecs.BOM_UTF8)
-      lines.seek(offset)
-      for number, raw in enumerate(lines, 1):
-        if raw.strip():
-          yield Line(raw, file, number, offset)
-        offset += len(raw)
+    with file_io.open_read(file) as stream:
+      yield from split_lines(stream, file, skip_bom=skip_bom)
+
+
+def split_lines(
+  raw: Iterable[bytes],
+  file: str | os.PathLike[str],
+  number: int = 1,
+  offset: int = 0,
+  skip_bom: bool = False,
+) -> Iterator[Line]:
+  """Yields the lines of a part of a file, except blank lines.
+
+  Args:
+    raw: The bytes of each line, e.g. a binary stream.
+    file: The file's path or URL.
+    number: The number of the first line.
+    offset: The offset of the first line in the file.
+    skip_bom: See `read_lines`.
+  """
+  for line in raw:
+    if skip_bom and not offset and line.startswith(codecs.BOM_UTF8):
+      offset, line = len(codecs.BOM_UTF8), line.removeprefix(codecs.BOM_UTF8)
+    if line.strip():
+      yield Line(line, file, number, offset)
+    number, offset = number + 1, offset + len(line)
+
+
+def find_files(path: str, suffix: str) -> dict[str, FileInfo]:
+  """Returns the named file, or the files with a suffix that are directly in the named folder.
+
+  Args:
+    path: The path or URL of a file or folder.
+    suffix: The suffix of the files in a folder, e.g. ".jsonl".
+
+  Raises:
+    InputError: If the path does not exist, or the folder has no such files.
+  """
+  if (one := file_io.info(path)) is not None:
+    return {path: one}
+  if found := file_io.listing(path, f"*{suffix}"):
+    return {file_io.join(path, name): info for name, info in found.items()}
+  if file_io.listing(path) or ("://" not in path and Path(path).is_dir()):
+    raise InputError(f"{path} is a folder without {suffix} files. Name another folder.")
+  raise InputError(f"{path} does not exist. Name a {suffix} file or a folder of them.")
 
 
 def parse_object(text: str, where: str = "The line") -> JsonObject:

@@ -14,8 +14,12 @@ class DataOptions:
   (one JSON chat per line), "tfds" (a TensorFlow dataset in array_record format), or "pydoc"
   (Python's language reference, which every Python installation contains)."""
   path: str = ""
-  """File or folder of the corpus; "" for "pydoc". For "tfds", a prepared dataset's folder,
-  DATA_DIR/NAME[:VERSION], or the NAME of a dataset in TFDS's default folder."""
+  """File or folder of the corpus, as a path or URL; "" for "pydoc". Of a folder, the files directly
+  in it are read. For "tfds", a prepared dataset's folder, DATA_DIR/NAME[:VERSION], or the NAME of a
+  dataset in TFDS's default folder."""
+  packed: str = ""
+  """Store that `pack` made of the corpus, as a path or URL, whose rows `record` reads by index. "":
+  `record` first packs the corpus into WORKDIR/packed."""
   split: str = "train"
   """Split to read: "train" or "heldout"; for "tfds", any split of the dataset, e.g.
   "train[:90%]"."""
@@ -26,8 +30,8 @@ class DataOptions:
   hash of its text. 0 puts every document into both splits, for a corpus with a separate held-out
   file. Not used for "tfds"."""
   tokenizer: str = ""
-  """Tokenizer: a tokenizer.json file, a sentencepiece .model file, or a folder with one of them.
-  "": the model's tokenizer."""
+  """Tokenizer: the path or URL of a tokenizer.json file, a sentencepiece .model file, or a folder
+  with one of them. "": the model's tokenizer."""
   seq_len: int = 1024
   """Length of the packed sequences, in tokens."""
   sequences: int = 0
@@ -37,3 +41,12 @@ class DataOptions:
   trust: str = ""
   """Name of a per-chat confidence field in [0, 1], e.g. "agreement", which the filter `votes`
   writes. 1 - confidence is used as label smoothing. "": no label smoothing. For "chat" only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackOptions:
+  """Options of the `pack` command, and of the packing that `record` begins with."""
+
+  workers: int = 0
+  """Number of processes that tokenize the corpus; 0 for one per CPU core. The result does not
+  depend on it."""

@@ -42,12 +42,14 @@ class PackedRow:
     mask_T: bool, True for tokens that are trained on. The first token of a segment is never
       trained on, since no position predicts it (see `label_mask`).
     smoothing_T: float32, the label smoothing, equal for all tokens of a document.
+    stop: The number of tokens in this row and all rows before it, without padding.
   """
 
   tokens_T: np.ndarray
   segments_T: np.ndarray
   mask_T: np.ndarray
   smoothing_T: np.ndarray
+  stop: int
 
   def record(self) -> dict[str, np.ndarray]:
     """Returns a record without targets; its mask is True at positions whose label is trained on."""
@@ -103,50 +105,105 @@ def pack(
 def _rows(
   documents: Iterable[Document], seq_len: int, eos_id: int | None, whole: bool
 ) -> Iterator[PackedRow]:
-  row, is_empty = _OpenRow(seq_len), True
+  packer, is_empty = Packer(seq_len, whole), True
   for number, document in enumerate(documents):
     ids, mask, smoothing = _arrays(document, number, eos_id)
     is_empty &= not len(ids)
-    if whole and row.filled and row.room < len(ids):
-      yield row.row
-      row = _OpenRow(seq_len)
-    taken = 0
-    while taken < len(ids):
-      taken += row.add(ids[taken:], mask[taken:], smoothing)
-      if not row.room:
-        yield row.row
-        row = _OpenRow(seq_len)
-  if row.filled:
-    yield row.row
-  elif is_empty:
+    yield from packer.add(
+      TokenBlock(ids, np.array([len(ids)]), mask, np.array([smoothing], np.float32))
+    )
+  yield from packer.finish()
+  if is_empty:
     raise InputError("The documents contain no tokens. Use a corpus that contains text.")
 
 
-class _OpenRow:
-  """A row that is not full yet.
+class TokenBlock(NamedTuple):
+  """Consecutive documents as tokens.
 
   Attributes:
-    row: The row's arrays.
-    filled: The number of tokens in the row.
+    ids_X: int32, the tokens of all documents.
+    lengths_n: The number of tokens of each document.
+    mask_X: bool, True for tokens that are trained on; None for all.
+    smoothing_n: float32, the label smoothing of each document; None for none.
   """
 
-  def __init__(self, seq_len: int):
-    self.row = PackedRow(*(np.zeros(seq_len, t) for t in (np.int32, np.int32, bool, np.float32)))
-    self.filled = self._segments = 0
+  ids_X: np.ndarray
+  lengths_n: np.ndarray
+  mask_X: np.ndarray | None = None
+  smoothing_n: np.ndarray | None = None
 
-  @property
-  def room(self) -> int:
-    return len(self.row.tokens_T) - self.filled
+  def after(self, tokens: int) -> TokenBlock:
+    """Returns the block without its first tokens, which may begin inside a document."""
+    kept_n = np.minimum(self.lengths_n, np.maximum(np.cumsum(self.lengths_n) - tokens, 0))
+    mask_X = None if self.mask_X is None else self.mask_X[tokens:]
+    return TokenBlock(self.ids_X[tokens:], kept_n, mask_X, self.smoothing_n)
 
-  def add(self, ids: np.ndarray, mask: np.ndarray, smoothing: float) -> int:
-    """Adds the first tokens as a segment, up to the row's end, and returns their number."""
-    n = min(self.room, len(ids))
-    part = slice(self.filled, self.filled + n)
-    self._segments += 1
-    self.row.tokens_T[part], self.row.mask_T[part] = ids[:n], mask[:n]
-    self.row.segments_T[part], self.row.smoothing_T[part] = self._segments, smoothing
-    self.filled += n
-    return n
+
+class Packer:
+  """Packs blocks of documents into rows, in order. Less than one row stays in memory.
+
+  Args:
+    seq_len: The number of tokens per row, T.
+    whole: See `pack`.
+  """
+
+  def __init__(self, seq_len: int, whole: bool):
+    self._seq_len, self._whole, self._stop = seq_len, whole, 0
+    # The tokens that are not in a row yet: their ids, documents, mask and smoothing.
+    types = (np.int32, np.int32, bool, np.float32)
+    self._rest: tuple[np.ndarray, ...] = tuple(np.zeros(0, t) for t in types)
+    self._documents = 0
+
+  def add(self, block: TokenBlock) -> Iterator[PackedRow]:
+    """Yields the rows that are full after a block has been added."""
+    lengths_n = block.lengths_n[block.lengths_n > 0]
+    document_n = np.arange(self._documents, self._documents + len(lengths_n), dtype=np.int32)
+    self._documents += len(lengths_n)
+    mask_X, smoothing_X = block.mask_X, np.zeros(len(block.ids_X), np.float32)
+    if block.smoothing_n is not None:
+      smoothing_X = np.repeat(block.smoothing_n[block.lengths_n > 0], lengths_n)
+    if mask_X is None:
+      mask_X = np.ones(len(block.ids_X), bool)
+    added = (block.ids_X, np.repeat(document_n, lengths_n), mask_X, smoothing_X)
+    new = tuple(np.concatenate([a, b]) for a, b in zip(self._rest, added, strict=True))
+    ends = self._whole_ends(new[1]) if self._whole else self._full_ends(len(new[0]))
+    start = 0
+    for stop in ends:
+      yield self._row(*(x[start:stop] for x in new))
+      start = stop
+    self._rest = tuple(x[start:] for x in new)
+
+  def finish(self) -> Iterator[PackedRow]:
+    """Yields the last row, which is padded, if there are tokens left."""
+    if len(self._rest[0]):
+      yield self._row(*self._rest)
+
+  def _full_ends(self, tokens: int) -> range:
+    """Returns the ends of full rows."""
+    return range(self._seq_len, tokens + 1, self._seq_len)
+
+  def _whole_ends(self, document_X: np.ndarray) -> Iterator[int]:
+    """Yields the ends of rows that no document extends into, unless it is longer than a row."""
+    start, T = 0, self._seq_len
+    if not len(document_X):
+      return
+    starts = np.flatnonzero(np.diff(document_X, prepend=-1)).tolist()
+    for first, end in zip(starts, [*starts[1:], len(document_X)], strict=True):
+      if end - start > T and first > start:
+        yield first
+        start = first
+      while end - start >= T:
+        start += T
+        yield start
+
+  def _row(
+    self, ids: np.ndarray, documents: np.ndarray, mask: np.ndarray, smoothing: np.ndarray
+  ) -> PackedRow:
+    segments = documents - documents[0] + 1
+    self._stop += len(ids)
+    padding = (0, self._seq_len - len(ids))
+    arrays = [np.pad(x, padding) for x in (ids, segments, mask, smoothing)]
+    return PackedRow(arrays[0], arrays[1], arrays[2], arrays[3], self._stop)
 
 
 def label_mask(segments: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -10,11 +10,13 @@ import functools
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill_jax.errors import InputError
 from distill_jax.runtime import extras
-from distill_jax.types import JsonObject
+
+if TYPE_CHECKING:  # the workers of `pack` must not import jax
+  from distill_jax.types import JsonObject
 
 with extras.needed("train"):
   import jinja2

@@ -8,14 +8,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill_jax.errors import InputError
 from distill_jax.runtime import extras, json_io
-from distill_jax.types import JsonObject
+
+if TYPE_CHECKING:  # the workers of `pack` must not import jax
+  from distill_jax.types import JsonObject
 
 with extras.needed("train"):
   import sentencepiece
@@ -127,9 +130,13 @@ class Tokenizer:
     return ids, places
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of each text, as `encode` does, using all cores."""
+    """Returns the ids of each text, as `encode` does.
+
+    All cores are used unless the environment has TOKENIZERS_PARALLELISM=false.
+    """
     if self.kind == "sentencepiece":
-      return self._backend.encode(list(texts))
+      threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else -1
+      return self._backend.encode(list(texts), num_threads=threads)
     batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
     return [e.ids for e in batch]
 

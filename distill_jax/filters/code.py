@@ -20,12 +20,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError, bad_value
-from distill_jax.filters._base import SampleFilter
-from distill_jax.filters.samples import Sample, Unjudgeable, answer_part, text_field
+from distill_jax.filters import _base
+from distill_jax.filters.samples import (
+  Judged,
+  Sample,
+  Unjudgeable,
+  answer_part,
+  judge_in_parallel,
+  text_field,
+)
 from distill_jax.types import JsonObject
 
 JAIL, RUNNER = (Path(__file__).with_name(name) for name in ("_jail.py", "_runner.py"))
@@ -40,7 +48,7 @@ ENV = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter(SampleFilter):
+class Filter(_base.Filter):
   """Rejects programs that fail their tests."""
 
   prompt: str = "prompt"
@@ -67,6 +75,8 @@ class Filter(SampleFilter):
   programs that you trust."""
   python: str = ""
   """Python interpreter for the programs. "": the running one."""
+  workers: int = 2
+  """Number of programs that run in parallel."""
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -74,14 +84,14 @@ class Filter(SampleFilter):
       if isinstance(value, int | float) and field.name != "isolated" and value <= 0:
         raise bad_value(field.name, value, "a positive number", "Increase it")
 
-  def prepare(self) -> str:
+  def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
     if reason := self.run("def one(): return 1", "def check(f): assert f() == 1", "one"):
       raise InputError(
         f"The sandbox fails on a correct program ({reason}). Raise the limits of the code filter."
       )
-    return ""
+    yield from judge_in_parallel(self._reject_reason, samples, self.workers)
 
-  def reject_reason(self, sample: Sample) -> str | None:
+  def _reject_reason(self, sample: Sample) -> str | None:
     test, entry = text_field(sample, self.test), text_field(sample, self.entry_point)
     for part in (test, entry):
       if isinstance(part, Unjudgeable):

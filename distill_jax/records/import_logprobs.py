@@ -18,7 +18,6 @@ masked, and the mass outside the entries follows the convention `missing_mass` o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ TokenIds = Callable[[str], int | None]
 
 
 def sequences(
-  path: Path,
+  path: str,
   fmt: str,
   *,
   n: int,
@@ -50,7 +49,7 @@ def sequences(
   Each sequence packs as many whole documents as fit, in order.
 
   Args:
-    path: The JSONL file.
+    path: The path or URL of the JSONL file.
     fmt: "vllm", "sglang" or "openai".
     n: Maximum number of entries per position; the most probable ones are kept.
     seq_len: Number of tokens per sequence, and maximum length of a document.
@@ -85,13 +84,10 @@ def sequences(
   yield _pack(row, n, seq_len)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+def _lines(path: str) -> Iterator[tuple[int, Any]]:
   """Yields (line number, JSON value) for each line."""
-  try:
-    for line in jsonl.read_lines(path):
-      yield line.number, json_io.parse(line.text(), line.where, "Write one response per line")
-  except OSError as e:
-    raise InputError(f"{path} cannot be read ({e}). Name a JSONL file in UTF-8.") from e
+  for line in jsonl.read_lines(path):
+    yield line.number, json_io.parse(line.text(), line.where, "Write one response per line")
 
 
 def _check(document: Document, vocab_size: int, seq_len: int, at: str) -> None:

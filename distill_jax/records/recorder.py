@@ -27,6 +27,7 @@ from distill_jax.records import batch_plan, collate, fields, sampler, tap_featur
 from distill_jax.records.fields import Record, RecordSpec
 from distill_jax.records.manifest import Manifest, Taps, format_of
 from distill_jax.records.options import RecordsOptions
+from distill_jax.records.packed_rows import PackedRows
 from distill_jax.records.sampler import SamplerSpec
 from distill_jax.records.store import Store
 from distill_jax.types import Batch, JsonObject, Model, Output
@@ -57,6 +58,11 @@ class Corpus:
   digest: str
   first_class: int = 0
 
+  def read(self, indices: Sequence[int]) -> list[Record]:
+    """Returns some rows, in the order of their indices. Packed rows are read at once."""
+    rows = self.rows
+    return rows.read_many(indices) if isinstance(rows, PackedRows) else [rows[i] for i in indices]
+
   @property
   def is_task(self) -> bool:
     """True for the examples of a task, False for packed text."""
@@ -64,11 +70,7 @@ class Corpus:
 
   @classmethod
   def of_text(cls, rows: Sequence[Record], tokenizer: Tokenizer, positions: int) -> Corpus:
-    """Returns the corpus of packed text.
-
-    The digest covers only the first row, so that a corpus can grow. `commands/record.py` compares
-    the other rows with the shards that are already written.
-    """
+    """Returns the corpus of packed text. The digest covers the first row: a corpus can grow."""
     return cls(rows, positions, tokenizer.vocab_size, tokenizer.digest, text_digest(rows[0]))
 
 

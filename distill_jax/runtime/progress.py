@@ -25,7 +25,7 @@ class Progress:
 
   Args:
     verb: First word of the line, e.g. "train".
-    total: Number of units in the whole job.
+    total: Number of units in the whole job; None if it is not known.
     unit: Name of the units.
     start: Number of units done before this process started, for a resumed job. They do not count
       towards the rate.
@@ -39,7 +39,7 @@ class Progress:
   def __init__(
     self,
     verb: str,
-    total: int,
+    total: int | None,
     unit: str = "tokens",
     start: int = 0,
     every: float = 5.0,
@@ -72,9 +72,8 @@ class Progress:
     then, before = self._lines[0]
     self._lines.append((now, self.done))
     rate = (self.done - before) / (now - then) if now > then else 0.0
-    left = (
-      _duration((self.total - self.done) / rate) if rate and self.total >= self.done else "unknown"
-    )
+    rest = -1 if self.total is None else self.total - self.done
+    left = _duration(rest / rate) if rate and rest >= 0 else "unknown"
     self._print(rate, f"left {left}")
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -85,11 +84,12 @@ class Progress:
   def _print(self, rate: float, time_part: str) -> None:
     if not self.shown:
       return
+    of = "" if self.total is None else f"/{self.total:,}"
     share = f"{100 * self.done // self.total}%" if self.total else "100%"
     parts = [
       self.verb,
-      f"{self.done:,}/{self.total:,} {self.unit}",
-      share,
+      f"{self.done:,}{of} {self.unit}",
+      *([share] if of else []),
       f"{_number(rate)} {self.unit}/s",
       time_part,
       *(f"{name} {_number(value)}" for name, value in self._numbers.items()),

@@ -31,10 +31,9 @@ MAY_CHANGE = (
   "export",
   "efficiency",
   "inspect",
+  "pack",
   "preflight",
   "profile_steps",
-  "filter.slice",
-  "filter.workers",
   "records.tokens_per_shard",  # a store keeps its own
   "train.checkpoint_every",
   "train.checkpoint_minutes",

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from distill_jax.data import corpus
+from distill_jax.data import corpus, jsonl, sources
 from distill_jax.data.bad_input import ON_BAD, BadInputPolicy
-from distill_jax.data.sources import DocumentSource, lines
+from distill_jax.data.sources import DocumentSource
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.pretrained import Pretrained
@@ -103,7 +103,7 @@ class JsonlTask(Task):
 
 def read_objects(source: DocumentSource, bad: BadExamples) -> Iterator[tuple[JsonObject, str]]:
   """Yields (JSON object, place) for each line of a source's files, for both splits."""
-  for line in lines(source):
+  for line in jsonl.read_lines(*sources.find(source)):
     try:
       value = json_io.parse(line.raw)
     except InputError:

@@ -275,7 +275,7 @@ def test_a_store_is_extended_by_a_longer_corpus_and_not_by_another(tiny_run, tmp
   c.data.path = str(tmp_path / "other.txt")
   (tmp_path / "other.txt").write_text(text[:200] + "Something else." + text[200:])
   c.data.sequences = 20
-  with pytest.raises(InputError, match="was recorded from another corpus: sequence 7 differs"):
+  with pytest.raises(InputError, match="has changed since its first 14 sequences were packed"):
     record(c, tmp_path / "short")
 
 

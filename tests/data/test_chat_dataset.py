@@ -91,7 +91,7 @@ def test_labels_are_the_assistants_turns(folder):
 def test_unusable_chats_are_reported_or_skipped(folder, capsys):
   bad = [{"messages": ask(9, "x" * 200)}, {"messages": ask(9, "y")[:1]}, {"answer": 1}]
   write(folder, [LINES[0], *bad])
-  with pytest.raises(InputError, match="chat 2 of split 'train' is longer than the 80 tokens"):
+  with pytest.raises(InputError, match="line 2 is longer than the 80 tokens"):
     rows(data(folder))
   assert len(rows(data(folder, on_bad="skip"))) == 1
   err = capsys.readouterr().err
