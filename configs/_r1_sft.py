@@ -43,7 +43,7 @@ def student(family, name, shape, fsdp, peak_lr):
   c.filters.new = config.filter("decontaminate", against=EVALUATIONS)
   c.filter.order = ("format", "right", "fresh", "new")
 
-  c.data.kind, c.data.path = "chat", "runs/r1_sft/filtered/kept.jsonl"
+  c.data.kind, c.data.path = "chat", "runs/r1_sft/filtered/kept"
   c.data.seq_len, c.data.on_bad = SEQ_LEN, "skip"
   c.data.heldout_fraction = 0.01
   c.records.kind = "text"

@@ -46,11 +46,11 @@ def get_config(student: str = "small"):
   c.filter.samples = f"{RUN}/generated"
   c.filters.ended = config.filter("length")
   c.filters.right = config.filter("math")
-  c.filters.new = config.filter("near_duplicates", threshold=0.9)
   c.filters.unseen = config.filter("decontaminate", against=(f"{RUN}/heldout.jsonl",))
-  c.filter.order = ("ended", "right", "new", "unseen")
+  c.filters.new = config.filter("near_duplicates", threshold=0.9)
+  c.filter.order = ("ended", "right", "unseen", "new")
 
-  c.data.kind, c.data.path = "chat", f"{RUN}/filtered/kept.jsonl"
+  c.data.kind, c.data.path = "chat", f"{RUN}/filtered/kept"
   c.data.seq_len, c.data.heldout_fraction = 512, 0.05
   c.records.kind, c.records.n, c.records.batch_size = "sampled", 63, 4
   c.train.records = (f"{RUN}/records",)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import bad_value
-from distill_jax.filters import Filter
+from distill_jax.filters import SampleFilter
 from distill_jax.types import JsonObject
 
 # DeepSeek-R1's instruction for mathematics, from "Usage Recommendations" in its model card.
@@ -69,7 +69,7 @@ class Benchmark(abc.ABC):
     """
 
   @abc.abstractmethod
-  def judge(self) -> Filter | None:
+  def judge(self) -> SampleFilter | None:
     """Returns the filter that accepts correct answers, or None for multiple-choice questions."""
 
 

@@ -13,9 +13,10 @@ from distill_jax.data import jsonl
 from distill_jax.errors import InputError, bad_value
 from distill_jax.evals import _option_letter, _scores
 from distill_jax.evals._base import GenerativeBenchmark
+from distill_jax.evals._judging import judge_in_parallel
 from distill_jax.evals.model_slot import ModelSlot
 from distill_jax.evals.questions import Questions
-from distill_jax.filters import Filter, answers, code, exact
+from distill_jax.filters import SampleFilter, answers, code, exact
 from distill_jax.filters.samples import Sample, Unjudgeable, answer_part
 from distill_jax.generation import dispatch, outputs
 from distill_jax.generation.job import GenerationJob
@@ -168,7 +169,7 @@ def _judge(benchmark: GenerativeBenchmark, questions: Questions, folder: Path) -
     sample | {"about": questions.usable[sample["id"]].content}
     for sample in _objects(folder / outputs.SAMPLES)
   )
-  for sample, verdict in judge.select(samples):
+  for sample, verdict in judge_in_parallel(judge, samples):
     tally.add(sample, verdict)
   jsonl.write(folder / VERDICTS, tally.verdicts, ensure_ascii=True)
   jsonl.write(folder / LEFT_OUT, tally.left_out, ensure_ascii=True)
@@ -242,7 +243,7 @@ class Tally:
     }
 
 
-def _spelling(judge: Filter) -> Callable[[Sample], str] | None:
+def _spelling(judge: SampleFilter) -> Callable[[Sample], str] | None:
   """Returns a function for the spelling of answers that a judge considers equal (see `Tally`)."""
   if isinstance(judge, code.Filter):
     return None

@@ -9,7 +9,7 @@ from distill_jax.errors import bad_value
 from distill_jax.evals._base import BenchmarkRow, Choice, GenerativeBenchmark, PromptLine
 from distill_jax.evals._option_letter import Judge, with_options
 from distill_jax.evals._rows import LETTERS, field, find, make_choice, text
-from distill_jax.filters import Filter, code, exact, math
+from distill_jax.filters import SampleFilter, code, exact, math
 
 SCORES = ("math", "exact", "code", "letter", "choice")
 
@@ -66,7 +66,7 @@ class Benchmark(GenerativeBenchmark):
   def _choice(self, row: BenchmarkRow, context: str) -> Choice:
     return make_choice(context, field(row, self.choices_field), field(row, self.label_field))
 
-  def judge(self) -> Filter | None:
+  def judge(self) -> SampleFilter | None:
     match self.score:
       case "math":
         return math.Filter()

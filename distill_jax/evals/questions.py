@@ -11,7 +11,8 @@ from distill_jax.data.bad_input import BadInputPolicy
 from distill_jax.errors import InputError
 from distill_jax.evals import _rows
 from distill_jax.evals._base import Benchmark, Choice, PromptLine
-from distill_jax.filters import Filter, Sample, Unjudgeable
+from distill_jax.evals._judging import judge_in_parallel
+from distill_jax.filters import Sample, SampleFilter, Unjudgeable
 from distill_jax.runtime import distributed
 
 ON_BAD = "evaluate.on_bad"  # the config key
@@ -105,7 +106,7 @@ def read_questions(name: str, benchmark: Benchmark, on_bad: str) -> Questions:
   return questions
 
 
-def _check_keys(judge: Filter, questions: Questions) -> None:
+def _check_keys(judge: SampleFilter, questions: Questions) -> None:
   """Skips questions whose answer key cannot be used, before any answer is sampled.
 
   Judges read the answer key first, so they are called with empty answers.
@@ -113,7 +114,7 @@ def _check_keys(judge: Filter, questions: Questions) -> None:
   reasons = [""] * len(questions.usable)
 
   def judge_empty_answers() -> None:
-    for sample, reason in judge.select(map(_empty_answer, enumerate(questions.usable))):
+    for sample, reason in judge_in_parallel(judge, map(_empty_answer, enumerate(questions.usable))):
       if isinstance(reason, Unjudgeable):
         reasons[sample["id"]] = reason
 

@@ -1,14 +1,16 @@
-"""A pool of processes that compare two answers; a process that hangs or crashes is replaced."""
+"""A pool of processes that compare two answers with sympy."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import os
 import queue
 import select
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 from distill_jax.errors import InputError
@@ -18,8 +20,22 @@ START_SECONDS = 120.0  # maximum time for a worker to import sympy
 SLACK = 10.0  # a worker is killed after this many wall-clock seconds per second of its CPU limit
 
 
+@functools.lru_cache(2**12)
+def equal(key: str, answer: str, seconds: float) -> str:
+  """Returns the verdict of a pool of this process; see `Pool.equal`. Recent verdicts are kept."""
+  return _pool(seconds).equal(key, answer)
+
+
+@functools.cache
+def _pool(seconds: float) -> Pool:
+  return Pool(seconds)
+
+
 class Pool:
-  """A context manager with one worker process per thread that calls `equal`.
+  """One worker process per thread that calls `equal`.
+
+  A worker imports sympy once, in about 3 seconds, and ends with its input. A comparison that takes
+  too long or crashes ends a fork of the worker, which is replaced in milliseconds.
 
   Args:
     seconds: The CPU time limit of one comparison.
@@ -28,18 +44,6 @@ class Pool:
   def __init__(self, seconds: float):
     self._seconds = seconds
     self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-    self._all: set[subprocess.Popen[bytes]] = set()
-    self._lock = threading.Lock()
-
-  def __enter__(self) -> Pool:
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    with self._lock:
-      for worker in self._all:
-        worker.kill()
-        worker.communicate()
-      self._all.clear()
 
   def equal(self, key: str, answer: str) -> str:
     """Compares an answer with the answer key.
@@ -65,25 +69,32 @@ class Pool:
       self._idle.put(worker)
       return verdict
     out_of_time = worker.poll() is None
-    worker.kill()
-    worker.communicate()
-    with self._lock:
-      self._all.discard(worker)
-    return "timeout" if out_of_time or worker.returncode == -signal.SIGPROF else "crashed"
+    _kill(worker)
+    return "timeout" if out_of_time else "crashed"
 
   def _start(self) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-I", str(WORKER), str(self._seconds)]
     worker = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+      command,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      bufsize=0,
+      start_new_session=True,  # a group of processes, for _kill
     )
-    with self._lock:
-      self._all.add(worker)
     if _line(worker, START_SECONDS) != "ready":
       raise InputError(
         f"math-verify did not start within {START_SECONDS:.0f} s. Run `{' '.join(command)}` to see "
         "the reason."
       )
     return worker
+
+
+def _kill(worker: subprocess.Popen[bytes]) -> None:
+  """Ends a worker and its fork."""
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(worker.pid, signal.SIGKILL)
+  worker.communicate()
 
 
 def _line(worker: subprocess.Popen[bytes], seconds: float) -> str:

@@ -20,20 +20,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError, bad_value
-from distill_jax.filters import _base
-from distill_jax.filters.samples import (
-  Judged,
-  Sample,
-  Unjudgeable,
-  answer_part,
-  judge_in_parallel,
-  text_field,
-)
+from distill_jax.filters._base import SampleFilter
+from distill_jax.filters.samples import Sample, Unjudgeable, answer_part, text_field
 from distill_jax.types import JsonObject
 
 JAIL, RUNNER = (Path(__file__).with_name(name) for name in ("_jail.py", "_runner.py"))
@@ -48,7 +40,7 @@ ENV = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter(_base.Filter):
+class Filter(SampleFilter):
   """Rejects programs that fail their tests."""
 
   prompt: str = "prompt"
@@ -75,8 +67,6 @@ class Filter(_base.Filter):
   programs that you trust."""
   python: str = ""
   """Python interpreter for the programs. "": the running one."""
-  workers: int = 2
-  """Number of programs that run in parallel."""
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -84,14 +74,14 @@ class Filter(_base.Filter):
       if isinstance(value, int | float) and field.name != "isolated" and value <= 0:
         raise bad_value(field.name, value, "a positive number", "Increase it")
 
-  def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
+  def prepare(self) -> str:
     if reason := self.run("def one(): return 1", "def check(f): assert f() == 1", "one"):
       raise InputError(
         f"The sandbox fails on a correct program ({reason}). Raise the limits of the code filter."
       )
-    yield from judge_in_parallel(self._reject_reason, samples, self.workers)
+    return ""
 
-  def _reject_reason(self, sample: Sample) -> str | None:
+  def reject_reason(self, sample: Sample) -> str | None:
     test, entry = text_field(sample, self.test), text_field(sample, self.entry_point)
     for part in (test, entry):
       if isinstance(part, Unjudgeable):

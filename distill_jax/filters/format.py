@@ -64,11 +64,16 @@ class Filter(SampleFilter):
     return "" if answer.strip() else "no answer after the reasoning"
 
   def _language(self, text: str) -> str:
-    letters = [c for c in text if c.isalpha()] if self.scripts else []
-    other = [c for c in letters if _script(c) not in self.scripts]
-    if not letters or len(other) <= self.other_share * len(letters):
+    if not self.scripts:
       return ""
-    return f"mixed language: {len(other)} of {len(letters)} letters, e.g. {other[0]!r}"
+    other = {c for c in set(text) if c.isalpha() and _script(c) not in self.scripts}
+    if not other:
+      return ""
+    letters, others = sum(map(str.isalpha, text)), sum(map(text.count, other))
+    if others <= self.other_share * letters:
+      return ""
+    first = next(c for c in text if c in other)
+    return f"mixed language: {others} of {letters} letters, e.g. {first!r}"
 
 
 @functools.lru_cache(4096)

@@ -1,37 +1,30 @@
 """Keeps answers that are mathematically equal to the answer key.
 
-Fractions, units, degrees, sets and \\boxed{…} are understood. `math-verify` compares the answers
-with sympy, in worker processes. A comparison that takes too long is ended and its sample rejected;
-a new worker takes the next sample.
+Fractions, units, degrees, sets and \\boxed{…} are understood. Integers are compared directly; for
+all other answers `math-verify` compares with sympy, in a worker process. A comparison that takes
+too long is ended and its sample rejected.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
 
 from distill_jax.errors import bad_value
-from distill_jax.filters import _base, answers
-from distill_jax.filters._math_pool import Pool
+from distill_jax.filters import _math_pool, answers
+from distill_jax.filters._base import SampleFilter
 from distill_jax.filters.exact import plain
-from distill_jax.filters.samples import (
-  Judged,
-  Sample,
-  Unjudgeable,
-  answer_part,
-  judge_in_parallel,
-  text_field,
-)
+from distill_jax.filters.samples import Sample, Unjudgeable, answer_part, text_field
 from distill_jax.runtime import extras
 
 # Answers in words, which are compared as text: sympy would parse a product of letters.
 WORDS = re.compile(r"(?:no|[^\W\d_]{3,})(?:[\s'-]+[^\W\d_]+)*\.?", re.IGNORECASE)
+INTEGER = re.compile(r"-?[0-9]{1,15}")
 UNIT = re.compile(rf"(\$?-?(?:{answers.DIGITS})(?:/\d+)?)\s+[^\W\d_]+(?:\s+[^\W\d_]+)*\.?")
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter(_base.Filter):
+class Filter(SampleFilter):
   """Rejects answers that are not mathematically equal to the answer key."""
 
   key: str = "answer"
@@ -42,26 +35,17 @@ class Filter(_base.Filter):
   without one, the last number."""
   seconds: float = 5.0
   """CPU time limit for comparing one answer, in seconds."""
-  workers: int = 2
-  """Number of answers that are compared in parallel."""
 
   def __post_init__(self):
     if self.seconds <= 0:
       raise bad_value("seconds", self.seconds, "a positive number", "Increase it")
-    if self.workers < 1:
-      raise bad_value("workers", self.workers, "a positive integer", "Increase it")
 
-  def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
+  def prepare(self) -> str:
     if extras.not_installed("math_verify"):
       raise extras.missing("math_verify", "data")
-    with Pool(self.seconds) as pool:
+    return ""
 
-      def reject_reason(sample: Sample) -> str | None:
-        return self._reject_reason(sample, pool)
-
-      yield from judge_in_parallel(reject_reason, samples, self.workers)
-
-  def _reject_reason(self, sample: Sample, pool: Pool) -> str | None:
+  def reject_reason(self, sample: Sample) -> str | None:
     whole_key = text_field(sample, self.key)
     if isinstance(whole_key, Unjudgeable):
       return whole_key
@@ -74,7 +58,7 @@ class Filter(_base.Filter):
       same = plain(answer) == plain(key)
       return None if same else f"wrong: {answer!r:.80}, but the key is {key!r}"
     # The key is compared even without an answer, so that an invalid key is always reported.
-    verdict = pool.equal(_without_unit(key), _without_unit(answer or ""))
+    verdict = _compare(_without_unit(key), _without_unit(answer or ""), self.seconds)
     if verdict == "key":
       return Unjudgeable(f"the key cannot be parsed: {whole_key!r:.80}")
     if answer is None:
@@ -83,6 +67,13 @@ class Filter(_base.Filter):
       return None
     kind = "wrong" if verdict == "other" else verdict
     return f"{kind}: {answer!r:.80}, but the key is {key!r:.80}"
+
+
+def _compare(key: str, answer: str, seconds: float) -> str:
+  """Returns a verdict of `_math_pool.Pool.equal`; integers need no worker."""
+  if INTEGER.fullmatch(key) and INTEGER.fullmatch(answer):
+    return "equal" if int(key) == int(answer) else "other"
+  return _math_pool.equal(key, answer, seconds)
 
 
 def _without_unit(answer: str) -> str:

@@ -8,11 +8,11 @@ a pass rate of 0 and nothing left to reject.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from distill_jax.errors import bad_value
 from distill_jax.filters import _base
-from distill_jax.filters.samples import Judged, Sample, by_prompt
+from distill_jax.filters.samples import Judged, Sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +31,12 @@ class Filter(_base.Filter):
       expected = f"a fraction from at_least ({self.at_least}) to 1"
       raise bad_value("at_most", self.at_most, expected, "Correct it")
 
-  def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
-    for group in by_prompt(samples):
-      passed, of = len(group), group[0]["of"]
-      rate, why = passed / of, None
-      if rate < self.at_least:
-        why = f"too hard: {passed} of {of} passed"
-      elif rate > self.at_most:
-        why = f"too easy: {passed} of {of} passed"
-      for sample in group:
-        yield Judged(sample | {"pass_rate": rate}, why)
+  def select(self, samples: Sequence[Sample]) -> Iterator[Judged]:
+    passed, of = len(samples), samples[0]["of"]
+    rate, why = passed / of, None
+    if rate < self.at_least:
+      why = f"too hard: {passed} of {of} passed"
+    elif rate > self.at_most:
+      why = f"too easy: {passed} of {of} passed"
+    for sample in samples:
+      yield Judged(sample | {"pass_rate": rate}, why)

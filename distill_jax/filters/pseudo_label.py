@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from distill_jax.errors import bad_value
 from distill_jax.filters import _base
@@ -38,9 +38,12 @@ class Filter(_base.Filter):
     if not 0 <= self.confidence <= 1:
       raise bad_value("confidence", self.confidence, "a number in [0, 1]", "Correct it")
 
-  def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
+  def prepare(self) -> str:
     if not self.labels:
       raise bad_value("labels", self.labels, "the possible labels", "Name at least one")
+    return ""
+
+  def select(self, samples: Sequence[Sample]) -> Iterator[Judged]:
     return (self._judged(sample) for sample in samples)
 
   def _judged(self, sample: Sample) -> Judged:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+
+import numpy as np
 
 from distill_jax.errors import bad_value
 from distill_jax.filters._base import SampleFilter
+from distill_jax.filters._ngrams import run_hashes, word_hashes
 from distill_jax.filters.samples import Sample
 
 
@@ -41,13 +43,14 @@ class Filter(SampleFilter):
     return None
 
 
-def repeated(words: Sequence[Hashable], n: int) -> float:
+def repeated(words: Sequence[str], n: int) -> float:
   """Returns the fraction of words that are in a run of `n` words which occurred earlier."""
-  seen: Counter[tuple] = Counter()
-  marked = [False] * len(words)
-  for at in range(len(words) - n + 1):
-    run = tuple(words[at : at + n])
-    if seen[run]:
-      marked[at : at + n] = [True] * n
-    seen[run] += 1
-  return sum(marked) / len(words) if words else 0.0
+  hashes = run_hashes(word_hashes(words), n)
+  _, first = np.unique(hashes, return_index=True)
+  if len(first) == len(hashes):
+    return 0.0
+  again = np.setdiff1d(np.arange(len(hashes)), first, assume_unique=True)
+  starts_and_ends = np.zeros(len(words) + 1, np.int64)
+  np.add.at(starts_and_ends, again, 1)
+  np.add.at(starts_and_ends, again + n, -1)
+  return float(np.mean(np.cumsum(starts_and_ends[:-1]) > 0))

@@ -1,16 +1,10 @@
-"""Helpers for filters: fields of samples, grouping by prompt, and judging in parallel."""
+"""Helpers for filters: the fields of samples."""
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from distill_jax.types import JsonObject
-
-Sample = JsonObject
+Sample = dict[str, Any]
 THINK_END = "</think>"
 
 
@@ -64,34 +58,3 @@ def prompt_text(sample: Sample) -> str:
 def answer_part(text: str) -> str:
   """Returns the part of a text after its reasoning (after the last "</think>")."""
   return text.rpartition(THINK_END)[2]
-
-
-def by_prompt(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
-  """Yields the samples of each prompt as a list."""
-  for _, group in itertools.groupby(samples, key=lambda s: s["id"]):
-    yield list(group)
-
-
-def judge_in_parallel(
-  reject_reason: Callable[[Sample], str | None], samples: Iterable[Sample], workers: int
-) -> Iterator[Judged]:
-  """Judges samples in parallel and yields them in order.
-
-  Args:
-    reject_reason: Returns the reason to reject a sample, or None. Runs in a thread.
-    samples: The samples.
-    workers: The number of threads.
-  """
-  pool = ThreadPoolExecutor(workers)
-  waiting: deque[tuple[Sample, Future[str | None]]] = deque()
-  try:
-    for sample in samples:
-      waiting.append((sample, pool.submit(reject_reason, sample)))
-      if len(waiting) > 2 * workers:
-        first, reason = waiting.popleft()
-        yield Judged(first, reason.result())
-    while waiting:
-      first, reason = waiting.popleft()
-      yield Judged(first, reason.result())
-  finally:
-    pool.shutdown(cancel_futures=True)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from distill_jax.errors import bad_value
 from distill_jax.filters import _base, answers
 from distill_jax.filters.exact import plain
-from distill_jax.filters.samples import Judged, Sample, answer_part, by_prompt
+from distill_jax.filters.samples import Judged, Sample, answer_part
 
 OF = ("final", "text")
 
@@ -37,27 +37,26 @@ class Filter(_base.Filter):
     if not 0 <= self.at_least <= 1:
       raise bad_value("at_least", self.at_least, "a fraction in [0, 1]", "Correct it")
 
-  def select(self, samples: Iterable[Sample]) -> Iterator[Judged]:
-    for group in by_prompt(samples):
-      answers = [self._answer(sample["text"]) for sample in group]
-      best = Counter(answer for answer in answers if answer).most_common(2)
-      tie = len(best) == 2 and best[0][1] == best[1][1]
-      winner, votes = best[0] if best else ("", 0)
-      agreement, chosen = votes / group[0]["of"], False
-      for sample, answer in zip(group, answers, strict=True):
-        why = None
-        if not answer:
-          why = "no answer"
-        elif tie:
-          why = f"tie: {votes} votes each for {winner!r:.40} and {best[1][0]!r:.40}"
-        elif agreement < self.at_least:
-          why = f"low agreement: {votes} of {group[0]['of']}"
-        elif answer != winner:
-          why = f"outvoted: {answer!r:.40} by {winner!r:.40}"
-        elif self.one and chosen:
-          why = "another sample with this answer is kept"
-        chosen = chosen or why is None
-        yield Judged(sample | ({"agreement": agreement} if why is None else {}), why)
+  def select(self, samples: Sequence[Sample]) -> Iterator[Judged]:
+    answers = [self._answer(sample["text"]) for sample in samples]
+    best = Counter(answer for answer in answers if answer).most_common(2)
+    tie = len(best) == 2 and best[0][1] == best[1][1]
+    winner, votes = best[0] if best else ("", 0)
+    agreement, chosen = votes / samples[0]["of"], False
+    for sample, answer in zip(samples, answers, strict=True):
+      why = None
+      if not answer:
+        why = "no answer"
+      elif tie:
+        why = f"tie: {votes} votes each for {winner!r:.40} and {best[1][0]!r:.40}"
+      elif agreement < self.at_least:
+        why = f"low agreement: {votes} of {samples[0]['of']}"
+      elif answer != winner:
+        why = f"outvoted: {answer!r:.40} by {winner!r:.40}"
+      elif self.one and chosen:
+        why = "another sample with this answer is kept"
+      chosen = chosen or why is None
+      yield Judged(sample | ({"agreement": agreement} if why is None else {}), why)
 
   def _answer(self, text: str) -> str:
     text = answer_part(text)

@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from distill_jax.errors import InputError
-from distill_jax.runtime import extras, storage
+from distill_jax.runtime import extras, orbax_s3, storage
 from distill_jax.types import JsonObject, PyTree
 
 with extras.needed("train"):
@@ -39,7 +39,7 @@ def manager(workdir: Path, keep: int = 1, every: int = 0) -> ocp.CheckpointManag
     every: Interval in steps of checkpoints that are kept besides; 0 for none.
   """
   options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=every or None)
-  return ocp.CheckpointManager(epath.Path(storage.checkpoints(workdir)), options=options)
+  return ocp.CheckpointManager(_directory(workdir), options=options)
 
 
 def save(saves: ocp.CheckpointManager, step: int, state: PyTree, metadata: JsonObject) -> None:
@@ -203,9 +203,17 @@ def _sha256(tree: PyTree) -> str:
   return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
+def _directory(workdir: str | Path) -> epath.Path:
+  """Returns the folder of a run's checkpoints, which may be at a URL."""
+  path = storage.checkpoints(workdir)
+  if path.startswith("s3://"):
+    orbax_s3.enable()
+  return epath.Path(path)
+
+
 @contextmanager
 def _open(workdir: str | Path) -> Iterator[ocp.CheckpointManager]:
-  folder = epath.Path(storage.checkpoints(workdir))
+  folder = _directory(workdir)
   if not folder.is_dir():
     raise InputError(f"{workdir} does not hold checkpoints. Train there first.")
   with ocp.CheckpointManager(folder) as saves:

@@ -34,6 +34,8 @@ MAY_CHANGE = (
   "pack",
   "preflight",
   "profile_steps",
+  "filter.slice",
+  "filter.workers",
   "records.tokens_per_shard",  # a store keeps its own
   "train.checkpoint_every",
   "train.checkpoint_minutes",

@@ -13,6 +13,9 @@ from distill_jax import config, filters, registry
 from distill_jax.commands.filter import run as filter_samples
 from distill_jax.errors import InputError
 
+OUTPUTS = ("kept", "rejected")
+KEPT, REJECTED = "kept/00000.jsonl", "rejected/00000.jsonl"
+
 
 def raw(number, texts, **fields):
   return [
@@ -24,6 +27,7 @@ def verb(tmp_path, rows, on_bad="stop", **filters):
   tmp_path.mkdir(exist_ok=True)
   write(tmp_path / "samples.jsonl", rows)
   c = config.base()
+  c.filter.samples = str(tmp_path / "samples.jsonl")
   c.filter.on_bad = on_bad
   c.filter.order = tuple(filters)
   for name, made in filters.items():
@@ -46,7 +50,7 @@ def test_filters_run_in_order_and_keep_or_reject_every_sample(tmp_path):
     rate=config.filter("pass_rate", at_most=0.9),
     vote=config.filter("votes", one=True),
   )
-  kept, rejected = read_lines(tmp_path / "kept.jsonl"), read_lines(tmp_path / "rejected.jsonl")
+  kept, rejected = read_lines(tmp_path / KEPT), read_lines(tmp_path / REJECTED)
   assert [(r["id"], r["sample"], r["agreement"]) for r in kept] == [(0, 0, 0.5)]
   by = {
     "short": {"too long": 1},
@@ -56,18 +60,20 @@ def test_filters_run_in_order_and_keep_or_reject_every_sample(tmp_path):
   }
   assert result == {"samples": 9, "kept": 1, "rejected": 8, "rejected_by": by}
   assert {
-    k: v for k, v in json.loads((tmp_path / "filter.json").read_text()).items() if k != "of"
+    k: v
+    for k, v in json.loads((tmp_path / "filter.json").read_text()).items()
+    if k not in ("of", "source")
   } == result
   counted = Counter((r["rejected"]["by"], r["rejected"]["why"]) for r in rejected)
   assert counted == {(f, w): n for f, whys in by.items() for w, n in whys.items()}
   bare = lambda r: json.dumps({k: r[k] for k in rows[0]}, sort_keys=True)
   assert Counter(map(bare, kept + rejected)) == Counter(map(bare, rows))
-  assert not list(tmp_path.glob(".*part"))
-  before = (tmp_path / "kept.jsonl").read_bytes(), (tmp_path / "rejected.jsonl").read_bytes()
+  assert {p.name for p in tmp_path.iterdir()} == {*OUTPUTS, "samples.jsonl", "filter.json"}
+  before = (tmp_path / KEPT).read_bytes(), (tmp_path / REJECTED).read_bytes()
   assert filter_again(tmp_path, rows) == result
   assert before == (
-    (tmp_path / "kept.jsonl").read_bytes(),
-    (tmp_path / "rejected.jsonl").read_bytes(),
+    (tmp_path / KEPT).read_bytes(),
+    (tmp_path / REJECTED).read_bytes(),
   )
 
 
@@ -108,7 +114,7 @@ def test_every_filter_keeps_or_rejects_every_sample(name, tmp_path):
   }
   made = config.filter(name, **need.get(name, {}))
   result = verb(tmp_path, rows, "skip", it=made)
-  out = read_lines(tmp_path / "kept.jsonl") + read_lines(tmp_path / "rejected.jsonl")
+  out = read_lines(tmp_path / KEPT) + read_lines(tmp_path / REJECTED)
   assert result["samples"] == len(out) == len(rows) - 1
   assert result["rejected_by"]["read"] == {"not a sample": 1, "not JSON": 1}
   good = [r for r in rows if isinstance(r, dict)]
@@ -122,7 +128,7 @@ def test_a_bad_key_stops_or_is_counted(tmp_path):
   rows = raw(0, ["4", "4"], answer="\\frac{") + raw(1, ["4"], answer="4")
   with pytest.raises(InputError, match="prompt 0, sample 0: .*key cannot be parsed.*frac"):
     verb(tmp_path, rows, right=config.filter("math"))
-  assert not (tmp_path / "kept.jsonl").exists() and not (tmp_path / "filter.json").exists()
+  assert not (tmp_path / KEPT).exists() and not (tmp_path / "filter.json").exists()
   result = verb(tmp_path, rows, "skip", right=config.filter("math"))
   assert result["kept"] == 1
   assert result["rejected_by"] == {"right": {"the key cannot be parsed": 2}}
@@ -146,6 +152,15 @@ def test_bad_configs_and_samples_raise(tmp_path):
     config.filter("lenght")
   with pytest.raises(InputError, match="did you mean 'max_chars'"):
     config.filter("length", max_char=3)
+  c = config.base()
+  c.filters.a, c.filters.b = config.filter("near_duplicates"), length
+  c.filter.order = ("a", "b")
+  with pytest.raises(InputError, match=r"filter.order is .* last \(a\). Set it to \('b', 'a'\)"):
+    filter_samples(config.resolve(c), tmp_path)
+  for part in ("3", "2/2", "-1/4", "0/0", "1/2/3"):
+    with pytest.raises(InputError, match="filter.slice is .*e.g. 3/16"):
+      c.filter.order, c.filter.slice = ("b", "a"), part
+      filter_samples(config.resolve(c), tmp_path)
   (tmp_path / "samples.jsonl").unlink()
   with pytest.raises(InputError, match="filter.samples is .*expected an existing file"):
     c = config.base()
@@ -163,6 +178,11 @@ def test_every_filter_has_a_docstring_and_a_filter_class():
   for name in registry.names("filters"):
     module = registry.load("filters", name)
     assert module.__doc__ and dataclasses.is_dataclass(module.Filter)
-    assert issubclass(module.Filter, filters.Filter)
-    assert ("select" in vars(module.Filter)) != issubclass(module.Filter, filters.SampleFilter)
+    methods = {
+      filters.SampleFilter: "reject_reason",
+      filters.ComparingFilter: "compare",
+      filters.Filter: "select",
+    }
+    kind = next(kind for kind in methods if issubclass(module.Filter, kind))
+    assert methods[kind] in vars(module.Filter)
     assert config.filter(name)["filter"] == name

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 from json_lines import write_lines
-from tiny_samples import a_sample, group, judge, kind, kinds
+from tiny_samples import a_sample, by_prompt, group, judge, kind, kinds
 
 from distill_jax import registry
 from distill_jax.errors import InputError
@@ -19,7 +19,7 @@ def test_votes():
   samples = group(0, [r"\boxed{0.5}", "1/2", r"\boxed{\frac{1}{2}}", "it is 3", "nothing"])
   samples += group(1, ["1", "2"]) + group(2, ["no", "no"]) + group(3, ["8"], of=4)
   made = registry.load("filters", "votes").Filter()
-  out = list(made.select(samples))
+  out = by_prompt(made, samples)
   want = [None] * 3 + ["outvoted", "no answer"] + ["tie"] * 2 + ["no answer"] * 2 + [None]
   assert [kind(why) for _, why in out] == want
   assert [s["agreement"] for s, why in out if not why] == [0.6, 0.6, 0.6, 0.25]
@@ -57,7 +57,8 @@ def test_minhash_estimates_the_jaccard_similarity():
     common = [rng.randbytes(8) for _ in range(int(400 * share))]
     a, b = (set(common + [rng.randbytes(8) for _ in range(400 - len(common))]) for _ in "ab")
     exact = len(a & b) / len(a | b)
-    got = np.mean(near_duplicates.signature(a) == near_duplicates.signature(b))
+    signatures = [near_duplicates.signature(np.frombuffer(b"".join(x), np.uint64)) for x in (a, b)]
+    got = np.mean(signatures[0] == signatures[1])
     errors.append((got - exact) / np.sqrt(exact * (1 - exact) / near_duplicates.PERMUTATIONS))
   assert np.abs(errors).max() < 4 and abs(np.mean(errors)) < 1 and np.std(errors) > 0.3
 

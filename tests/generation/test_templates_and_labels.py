@@ -64,7 +64,7 @@ def asked(c, folder, **changes):
 def kept(c, folder, **filters):
   c.filters, c.filter.order = filters, tuple(filters)
   filter_samples(config.resolve(c), folder)
-  return read_lines(folder / "kept.jsonl")
+  return read_lines(folder / "kept/00000.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def made(tmp_path_factory):
     c.generate.server.url, c.generate.chat = server.url, True
     asked(c, folder / "re", prompts=str(prompts), field="question", template=REWRITE)
     kept(c, folder / "re", form=config.filter("format"), new=config.filter("near_duplicates"))
-    more = {"prompts": str(folder / "re" / "kept.jsonl"), "field": "text", "template": ASK}
+    more = {"prompts": str(folder / "re/kept/00000.jsonl"), "field": "text", "template": ASK}
     asked(c, folder / "so", samples=6, **more)
     questions = [bad_server.text_of(body) for body in server.bodies]
   return folder, c, questions
@@ -106,7 +106,7 @@ def test_votes_become_label_smoothing(made):
   want = [np.mean(v) for v in votes.values() if np.mean(v) > 0.5 for _ in range(sum(v))]
   assert [row["agreement"] for row in rows] == want and len(set(want)) > 1
 
-  c.data.kind, c.data.path, c.records.kind = "chat", str(folder / "so" / "kept.jsonl"), "text"
+  c.data.kind, c.data.path, c.records.kind = "chat", str(folder / "so" / "kept"), "text"
   c.data.trust, c.data.sequences, c.data.seq_len = "agreement", 0, 128
   record(config.resolve(c), folder / "chats")
   store, tokenizer = open_store(folder / "chats"), load_tokenizer(c.data.tokenizer)
@@ -157,7 +157,7 @@ def test_pseudo_labels_are_kept_if_the_teacher_is_confident(tmp_path):
     ("fine", "good"),
   ]
   assert [r["confidence"] for r in rows] == pytest.approx([0.875] * 2)
-  (other,) = read_lines(tmp_path / "w" / "rejected.jsonl")
+  (other,) = read_lines(tmp_path / "w/rejected/00000.jsonl")
   assert other["rejected"]["why"] == "low confidence" and other["confidence"] == pytest.approx(0.5)
 
 
