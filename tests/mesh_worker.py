@@ -1,7 +1,9 @@
-"""Runs verbs on several meshes in one of several processes: `python mesh_worker.py JOBS FLAG`.
+"""Runs verbs on several meshes in one of several processes: python mesh_worker.py JOBS FLAG ORDER.
 
-JOBS is a JSON file with a list of (verb, workdir, config). FLAG is that of --distributed. A process
-that runs all verbs starts jax once.
+JOBS is a JSON file with a list of (verb, workdir, config). FLAG is that of --distributed. ORDER is
+"pod" for meshes of two groups of two devices in which each process of two devices has a part of
+both groups, as the hosts of v5p:4x4x4 have with the mesh (1, 16, 4). A process that runs all verbs
+starts jax once.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 Job = tuple[str, Path, object]  # verb, workdir, resolved config
 
 
-def run(jobs: Sequence[Job], file: Path, processes: int, devices: int) -> None:
+def run(jobs: Sequence[Job], file: Path, processes: int, devices: int, order: str = "") -> None:
   """Runs jobs in processes with this number of devices each; raises if a process fails."""
   from distill_jax import config
 
@@ -33,7 +35,7 @@ def run(jobs: Sequence[Job], file: Path, processes: int, devices: int) -> None:
   workers = []
   for i, flag in enumerate(flags):
     with Path(f"{file}.{i}.log").open("w") as log:
-      line = [sys.executable, __file__, str(file), flag]
+      line = [sys.executable, __file__, str(file), flag, order]
       workers.append(subprocess.Popen(line, stdout=log, stderr=log, env=env))
   deadline = time.monotonic() + 500
   while any(w.poll() is None for w in workers):
@@ -47,7 +49,24 @@ def run(jobs: Sequence[Job], file: Path, processes: int, devices: int) -> None:
   assert codes == [0] * processes, (codes, *logs)
 
 
-def main(jobs: Path, flag: str) -> None:
+def use_order_of_a_pod() -> None:
+  """Makes the tensor axis cross processes where a process has devices of several groups."""
+  import numpy as np
+  from jax.sharding import Mesh
+
+  from distill_jax.nn import sharding
+
+  real = sharding.make_mesh
+
+  def make_mesh(*args: int, **sizes: int) -> Mesh:
+    mesh = real(*args, **sizes)
+    grid = np.transpose(mesh.devices.reshape(2, 2)).reshape(mesh.devices.shape)
+    return Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)
+
+  sharding.make_mesh = make_mesh
+
+
+def main(jobs: Path, flag: str, order: str) -> None:
   from distill_jax.runtime import distributed
 
   distributed.initialize(flag)
@@ -56,6 +75,8 @@ def main(jobs: Path, flag: str) -> None:
   from distill_jax.runtime.workdir import Workdir
   from distill_jax.training import loop
 
+  if order == "pod":
+    use_order_of_a_pod()
   verbs = {
     "record": record.run,
     "train": loop.train,
@@ -72,4 +93,4 @@ def main(jobs: Path, flag: str) -> None:
 
 
 if __name__ == "__main__":
-  main(Path(sys.argv[1]), sys.argv[2])
+  main(Path(sys.argv[1]), *sys.argv[2:])

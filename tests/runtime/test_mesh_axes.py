@@ -25,12 +25,13 @@ from distill_jax.training.metric_writer import read_metrics
 from distill_jax.training.run_log import CLOCK
 
 AXES = {"data": (2, 1, 1), "fsdp": (1, 2, 1), "tensor": (1, 1, 2)}
+POD = {"pod": (1, 2, 2)}  # see mesh_worker.py
 SHAPE = dataclasses.replace(tiny_checkpoints.CONFIG, vocab_size=256, tie_word_embeddings=True)
 
 
 def across(c, axis):
   """Returns the config on a mesh of two devices, on one axis."""
-  c.mesh.data, c.mesh.fsdp, c.mesh.tensor = AXES[axis]
+  c.mesh.data, c.mesh.fsdp, c.mesh.tensor = (AXES | POD)[axis]
   return c
 
 
@@ -109,7 +110,9 @@ def run_twice(folder, jobs, axes):
       where = folder / axis / f"{processes}"
       todo += jobs(folder, where, axis)
       folders.setdefault(axis, []).append(where)
-    mesh_worker.run(todo, folder / f"jobs{processes}.json", processes, 2 // processes)
+    devices = 4 if axes == ["pod"] else 2
+    file = folder / f"jobs{processes}.json"
+    mesh_worker.run(todo, file, processes, devices // processes, axes[0])
   return folders
 
 
@@ -165,6 +168,13 @@ def test_the_tensor_axis_crosses_processes(tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_have_parts_of_several_groups(tmp_path):
+  """Two processes of two devices hold parts of both groups, and each writes the rows of one."""
+  for one, two in run_twice(tmp_path, core, ["pod"]).values():
+    compare_core(one, two)
+
+
+@pytest.mark.slow
 def test_every_axis_crosses_processes(tmp_path):
   folders = run_twice(tmp_path, core, ["data", "fsdp"])
   for one, two in folders.values():
@@ -185,5 +195,5 @@ def resume_record(folder, one):
 
 @pytest.mark.slow
 def test_every_axis_crosses_processes_in_other_verbs(tmp_path):
-  for one, two in run_twice(tmp_path, more, AXES).values():
+  for one, two in run_twice(tmp_path, more, [*AXES]).values():
     compare_more(one, two)
