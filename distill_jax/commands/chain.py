@@ -30,7 +30,7 @@ from distill_jax.commands import export, record
 from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError, bad_value
-from distill_jax.hub.export import check_new
+from distill_jax.hub.export_folder import check_new
 from distill_jax.models import DecoderConfig, loading, runs
 from distill_jax.models.loading import ModelSource
 from distill_jax.models.options import ModelOptions, StudentOptions
@@ -39,7 +39,7 @@ from distill_jax.pruning import choose, factorise, search, shapes
 from distill_jax.pruning.measured_teacher import MeasuredTeacher
 from distill_jax.pruning.options import LinkOptions, ShrinkOptions
 from distill_jax.report.benchmarks import text  # noqa: F401
-from distill_jax.runtime import distributed, json_io, storage
+from distill_jax.runtime import distributed, json_io
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop, optim, validate
 from distill_jax.types import JsonObject
@@ -254,8 +254,7 @@ def _check(
   sharding.check_batch("train.batch_size", config.train.batch_size, mesh, accumulate)
   sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, mesh)
   evaluation.check(measuring)
-  is_local = bool(config.export.dir) and not storage.is_remote(config.export.dir)
-  if is_local and not (workdir / EXPORTED).exists():
+  if config.export.dir and not (workdir / EXPORTED).exists():
     check_new(config.export.dir)
   _check_models(config, planned)
 

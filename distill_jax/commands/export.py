@@ -6,7 +6,12 @@ model card with results, also export.evaluation.
 Writes: export.dir, a new folder: config.json, safetensors weights, the tokenizer and README.md (the
 model card). A LoRA run is exported merged, as a PEFT adapter or as its base model (export.lora).
 
-Config: mesh, export.
+A student that was trained whole is copied from its checkpoint, slice by slice: no accelerator is
+needed, and memory does not grow with it. Several processes write the weight files side by side. Run
+the same command again after an interruption; finished weight files are kept. Students whose
+weights are computed (adapters, shared layers, integers) are made in the memory of the mesh first.
+
+Config: mesh (for such students), export.
 
 Example:
   distill-jax export --config=configs/demo.py:distilled --workdir=runs/demo/distilled
@@ -14,6 +19,8 @@ Example:
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -22,6 +29,7 @@ from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import bad_value
 from distill_jax.hub.export import export_model
+from distill_jax.hub.export_folder import check_new
 from distill_jax.hub.options import ExportOptions
 from distill_jax.hub.peft import export_adapters
 from distill_jax.models import FamilyConfig, loading, runs, trainables
@@ -29,7 +37,7 @@ from distill_jax.models.options import ModelOptions
 from distill_jax.models.runs import RUN, Run
 from distill_jax.nn import params, quantise, sharding
 from distill_jax.report import model_card
-from distill_jax.runtime import json_io, storage
+from distill_jax.runtime import json_io, saved_arrays
 from distill_jax.types import JsonObject, Model
 
 LORA_FORMS = ("merged", "peft", "base")
@@ -52,42 +60,53 @@ def run(config: Config, workdir: Path) -> JsonObject:
   if options.evaluation:
     action = "run evaluate first, or set export.evaluation to an empty string"
     evaluation = json_io.read_object(Path(options.evaluation), action)
-  mesh = sharding.make_mesh(**vars(config.mesh))
+  check_new(options.dir)
   card = model_card.card(config, options.step or config.train.steps, evaluation)
   trained = loading.open_run(workdir)
   student = trained.student
   tokenizer = corpus.files_of(config.data, student.pretrained)
-  with storage.new_folder(options.dir) as target, jax.set_mesh(mesh):
-    if options.lora == "peft":
-      trained.check_base()
+  if options.lora == "peft":
+    mesh = sharding.make_mesh(**vars(config.mesh))
+    trained.check_base()
+    with jax.set_mesh(mesh):
       model = trained.restore(mesh, options.step or None)
+      base = _base(config.student)
       export_adapters(
-        model,
-        lora,
-        target,
-        base=_base(config.student),
-        tokenizer=tokenizer,
-        card=card,
-        dtype=options.dtype,
+        model, lora, options.dir, base=base, tokenizer=tokenizer, card=card, dtype=options.dtype
       )
-    else:
-      model = _load(trained, options, mesh)
-      export_model(
-        model,
-        target,
-        tokenizer=tokenizer,
-        generation=student.generation,
-        card=card,
-        dtype=options.dtype,
-        shard_bytes=options.shard_bytes,
-        extra=_task_files(config, student.config),
-      )
+  else:
+    write = functools.partial(
+      export_model,
+      target=options.dir,
+      tokenizer=tokenizer,
+      generation=student.generation,
+      card=card,
+      dtype=options.dtype,
+      shard_bytes=options.shard_bytes,
+      extra=_task_files(config, student.config),
+    )
+    model = _export(trained, config, write)
   summary = {"export_dir": options.dir, "parameters": params.count(model)}
   if config.student.share.layers:  # the folder has a copy of a shared layer for each use
     summary["shared_parameters"] = params.count(student.abstract_trainable)
   if config.student.quantise.bits:  # the folder has the weights in export.dtype
     summary["integer_bytes"] = quantise.nbytes(model, config.student.quantise)
   return summary
+
+
+def _export(trained: Run, config: Config, write: Callable[..., None]) -> Model:
+  """Writes a run, from its checkpoint where that has the model itself; returns it or its shapes."""
+  step = config.export.step or None
+  if trained.student.trainable.is_model:
+    model = trained.student.abstract_trainable
+    with saved_arrays.open_arrays(trained.folder, step) as saved:
+      write(model, saved=saved)
+    return model
+  mesh = sharding.make_mesh(**vars(config.mesh))
+  with jax.set_mesh(mesh):
+    model = _load(trained, config.export, mesh)
+    write(model)
+  return model
 
 
 def _check(options: ExportOptions, adapters: bool) -> None:

@@ -167,13 +167,30 @@ class Layout:
     else:
       out[...] = grouped.transpose(np.argsort(self._order))
 
+  def row_parts(self, max_elements: int) -> Iterator[Index]:
+    """Yields the slices, in our axes, of consecutive ranges of stored rows.
+
+    Args:
+      max_elements: the largest size of a part, unless one index of the first axis has more.
+    """
+    if not self.ours:
+      yield ()
+      return
+    axis = self._groups[0][0]
+    size = self.ours[axis]
+    step = max(1, max_elements * size // max(1, math.prod(self.ours)))
+    whole = [slice(0, n) for n in self.ours]
+    for i in range(0, size, step):
+      yield (*whole[:axis], slice(i, min(i + step, size)), *whole[axis + 1 :])
+
   def to_stored(self, ours: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Returns a complete tensor in the layout of the checkpoint."""
+    """Returns a tensor, or a part from `row_parts`, in the layout of the checkpoint."""
+    shape = tuple(math.prod(ours.shape[i] for i in group) for group in self._groups)
     if not self._swaps:
       grouped = ours.transpose(self._order)
-      return np.ascontiguousarray(grouped.reshape(self.shape), dtype)
-    out = np.empty(self.shape, dtype)
-    _transpose(ours.reshape(self.shape[::-1]), out)
+      return np.ascontiguousarray(grouped.reshape(shape), dtype)
+    out = np.empty(shape, dtype)
+    _transpose(ours.reshape(shape[::-1]), out)
     return out
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-import pathlib
 
-from distill_jax.hub.export import new_folder, tensor_sources, write_shard, write_tokenizer
+from distill_jax.hub import export_folder
+from distill_jax.hub.export import tokenizer_files
+from distill_jax.hub.export_folder import Content
+from distill_jax.hub.tensors import InMemory, Shard, in_order, tensors_of
 from distill_jax.hub.tokenizer import TokenizerFiles
-from distill_jax.hub.weights import float_dtype, write_hf_json
+from distill_jax.hub.weights import float_dtype, hf_json
 from distill_jax.nn.lora import Adapters, LoraOptions
 
 
@@ -20,7 +22,7 @@ def export_adapters(
   tokenizer: TokenizerFiles | None,
   card: str,
   dtype: str = "bfloat16",
-) -> pathlib.Path:
+) -> None:
   """Writes a folder for `peft.PeftModel.from_pretrained(base_model, dir)`.
 
   The folder appears only when it is complete.
@@ -35,32 +37,23 @@ def export_adapters(
     card: see hub.export.export_model.
     dtype: see hub.export.export_model.
 
-  Returns:
-    The absolute path of the folder.
-
   Raises:
     InputError: The target exists, the disk is full, or a value is too large for the dtype.
   """
-  tensors = tensor_sources(adapters, float_dtype(dtype))
-  with new_folder(target, tensors) as work:
-    if work is not None:
-      with (work / "adapter_model.safetensors").open("wb") as f:
-        write_shard(f, tensors)
-      write_hf_json(
-        work / "adapter_config.json",
-        {
-          "peft_type": "LORA",
-          "task_type": "CAUSAL_LM",
-          "base_model_name_or_path": base[0] if base else None,
-          "revision": (base[1] or None) if base else None,
-          "r": spec.rank,
-          "lora_alpha": spec.alpha,
-          "target_modules": list(spec.targets),
-          "lora_dropout": 0.0,
-          "bias": "none",
-          "fan_in_fan_out": False,
-          "inference_mode": True,
-        },
-      )
-      write_tokenizer(work, tokenizer, card)
-  return pathlib.Path(target).absolute()
+  tensors = in_order(tensors_of(adapters, float_dtype(dtype)))
+  about = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": base[0] if base else None,
+    "revision": (base[1] or None) if base else None,
+    "r": spec.rank,
+    "lora_alpha": spec.alpha,
+    "target_modules": list(spec.targets),
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+  }
+  texts = tokenizer_files(tokenizer, card) | {"adapter_config.json": hf_json(about)}
+  shard = Shard("adapter_model.safetensors", tuple(tensors))
+  export_folder.write(target, Content([shard], InMemory(), texts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from typing import Protocol
 
@@ -54,9 +55,9 @@ def read_hf_json(path: pathlib.Path) -> JsonObject:
   return parse_hf_json(path.read_bytes(), str(path))
 
 
-def write_hf_json(path: pathlib.Path, value: JsonObject) -> None:
-  """Writes JSON in the style of the Hugging Face libraries: indented by 2, keys not sorted."""
-  json_io.write_json(path, value, indent=2, sort_keys=False, ensure_ascii=False)
+def hf_json(value: JsonObject) -> bytes:
+  """Returns JSON in the style of the Hugging Face libraries: indented by 2, keys not sorted."""
+  return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_text(path: pathlib.Path) -> str:

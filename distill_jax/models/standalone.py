@@ -19,7 +19,6 @@ from distill_jax.models import loading, runs
 from distill_jax.models.loading import LoadedModel, ModelSource
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import params, sharding
-from distill_jax.runtime import storage
 from distill_jax.types import JsonObject, Model, ModelInputs, Output
 
 CARD = """---
@@ -163,15 +162,14 @@ def export_model(
     files, generation = _tokenizer_files(opened), opened.generation
   bare = model.model if isinstance(model, LoadedModel) else model
   name = str(folder).rstrip("/").rpartition("/")[2]
-  with storage.new_folder(folder) as target:
-    export.export_model(
-      bare,
-      target,
-      tokenizer=files,
-      generation=generation,
-      card=card or CARD.format(name=name),
-      dtype=dtype,
-    )
+  export.export_model(
+    bare,
+    folder,
+    tokenizer=files,
+    generation=generation,
+    card=card or CARD.format(name=name),
+    dtype=dtype,
+  )
   return {"export_dir": str(folder), "parameters": params.count(bare)}
 
 

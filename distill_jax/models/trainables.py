@@ -33,10 +33,12 @@ class Trainable:
   Attributes:
     frozen: prefixes of Hugging Face names of parameters that are not updated.
     has_base: whether the model itself is not trained. It is then the argument `base` below.
+    is_model: whether the trained parameters are the model in its family's ordinary form.
   """
 
   frozen: tuple[str, ...] = ()
   has_base = False
+  is_model = True
 
   def check(self, model: Model) -> None:
     """Checks that the options fit the student.
@@ -123,6 +125,7 @@ class Lora(Trainable):
 
   options: lora.LoraOptions = lora.LoraOptions()
   has_base = True
+  is_model = False
 
   def init(self, model: Model, key: jax.Array, pretrained: bool) -> PyTree:
     del pretrained
@@ -150,6 +153,7 @@ class Quantised(Trainable):
   """Training of every parameter, with linear weights rounded to integers ("quantised")."""
 
   options: quantise.QuantiseOptions = quantise.QuantiseOptions()
+  is_model = False
 
   def check(self, model: Model) -> None:
     quantise.check(self.options, model)
@@ -171,6 +175,7 @@ class LayerSharing(Trainable):
 
   options: layer_sharing.ShareOptions = layer_sharing.ShareOptions()
   integers: quantise.QuantiseOptions = quantise.QuantiseOptions()
+  is_model = False
 
   def check(self, model: Model) -> None:
     quantise.check(self.integers, model)

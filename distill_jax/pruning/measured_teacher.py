@@ -16,14 +16,14 @@ from distill_jax import registry
 from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError
-from distill_jax.hub.export import check_new, export_model
+from distill_jax.hub.export import export_model
+from distill_jax.hub.export_folder import check_new
 from distill_jax.hub.weights import float_dtype
 from distill_jax.models import DecoderConfig, DecoderModel, loading, runs
 from distill_jax.nn import params, sharding
 from distill_jax.pruning import choose, cut, experts, factorise, measure, shapes, table, windows
 from distill_jax.pruning.options import ShrinkOptions
 from distill_jax.records import collate
-from distill_jax.runtime import storage
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import Batch, JsonObject, Model
 
@@ -147,8 +147,7 @@ class MeasuredTeacher:
       InputError: the family does not support the sizes, or the folder exists.
     """
     narrowed = self._check(options)
-    if not storage.is_remote(target):
-      check_new(target)
+    check_new(target)
     teacher, compute = self.source.decoder_config, self.source.compute
     with jax.set_mesh(self.mesh):
       layers = self.layers(options.layers or teacher.num_hidden_layers, options.layers_by)
@@ -167,16 +166,15 @@ class MeasuredTeacher:
         "heldout_labels": self.labels,
         "corpus": f"{self.config.data.kind} {self.config.data.path}",
       }
-      with storage.new_folder(target) as folder:
-        export_model(
-          cast(Model, student),
-          folder,
-          tokenizer=corpus.files_of(self.config.data, self.source.pretrained),
-          generation=self.source.generation,
-          card=table.card(self.config.teacher, result),
-          dtype=self.config.shrink.dtype,
-          shard_bytes=self.config.shrink.shard_bytes,
-        )
+      export_model(
+        cast(Model, student),
+        target,
+        tokenizer=corpus.files_of(self.config.data, self.source.pretrained),
+        generation=self.source.generation,
+        card=table.card(self.config.teacher, result),
+        dtype=self.config.shrink.dtype,
+        shard_bytes=self.config.shrink.shard_bytes,
+      )
     return result
 
   def _check(self, options: ShrinkOptions) -> DecoderConfig:

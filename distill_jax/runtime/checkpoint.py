@@ -4,13 +4,16 @@ A state is saved as a flat mapping from dotted path to array, so that a checkpoi
 without the classes that wrote it. The position of the loader is the step number
 (training/loader.py), so state and data stay consistent. The metadata, named `about`, holds the
 checksums and values from the caller, e.g. digests of the records.
+
+Arrays are stored in chunks of at most CHUNK_BYTES, and each layer or expert in separate chunks, so
+that `saved_arrays` reads one layer, or a part of it, without the others.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,9 @@ from distill_jax.types import JsonObject, PyTree
 with extras.needed("train"):
   import orbax.checkpoint as ocp
 
+PARAMS = "params."  # prefix of the paths of the trained parameters
 STATE, ABOUT = "state", "about"
+CHUNK_BYTES = 8 * 2**20
 
 
 def manager(workdir: Path, keep: int = 1, every: int = 0) -> ocp.CheckpointManager:
@@ -57,7 +62,7 @@ def save(saves: ocp.CheckpointManager, step: int, state: PyTree, metadata: JsonO
   flat = dict(_leaves_by_path(state))
   stored = {**metadata, "arrays": _array_records(flat)}
   items = ocp.args.Composite(
-    state=ocp.args.StandardSave(flat),
+    state=ocp.args.StandardSave(flat, _chunks(state)),
     about=ocp.args.JsonSave({**stored, "sha256": _sha256(stored)}),
   )
   with _writing(saves):
@@ -94,8 +99,8 @@ def restore(
     InputError: The checkpoint does not exist, is damaged, is of another model, or was saved with
       other metadata.
   """
-  step = _existing_step(saves, step)
-  stored = _read_metadata(saves, step)
+  step = existing_step(saves, step)
+  stored = read_metadata(saves, step)
   for name, expected in metadata.items():
     if stored[name] != expected:
       raise InputError(
@@ -107,15 +112,15 @@ def restore(
 
 def restore_params(workdir: str | Path, abstract: PyTree, step: int | None = None) -> PyTree:
   """Returns the trained parameters of a run, without the optimizer state; see `restore`."""
-  with _open(workdir) as saves:
-    return _read(saves, _existing_step(saves, step), "params.", abstract)
+  with open_run(workdir) as saves:
+    return _read(saves, existing_step(saves, step), PARAMS, abstract)
 
 
 def digest(workdir: str | Path) -> str:
   """Returns the sha256, in hex, of the checksums of a run's trained parameters at its last step."""
-  with _open(workdir) as saves:
-    arrays = _read_metadata(saves, _existing_step(saves, None))["arrays"]
-  return _sha256({path: x for path, x in arrays.items() if path.startswith("params.")})
+  with open_run(workdir) as saves:
+    arrays = read_metadata(saves, existing_step(saves, None))["arrays"]
+  return _sha256({path: x for path, x in arrays.items() if path.startswith(PARAMS)})
 
 
 def checksums(tree: PyTree) -> PyTree:
@@ -127,15 +132,21 @@ def checksums(tree: PyTree) -> PyTree:
   """
   # One array at a time: arrays of one shape share a program, and concurrent programs over all
   # devices can deadlock on CPU.
-  return jax.tree.map(lambda x: np.asarray(_sums(x)), tree)
+  return jax.tree.map(lambda x: np.asarray(part_sums(x)), tree)
 
 
 @jax.jit
-def _sums(x: jax.Array) -> jax.Array:
+def part_sums(x: jax.Array, start: jax.Array | None = None) -> jax.Array:
+  """Returns the part of an array's checksum that its elements from index `start` on make up.
+
+  The checksum of the array is the sum, modulo 2^32, of those of its parts.
+  """
   bits = x.view(f"uint{8 * x.dtype.itemsize}") if x.dtype != bool else x
   bits = bits.astype(jnp.uint32)
   for axis in range(x.ndim):
     place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    if start is not None:
+      place = place + start[axis]
     bits = _scramble(bits + place * jnp.uint32(0x9E3779B1))
   return jnp.stack([jnp.sum(_scramble(x), dtype=jnp.uint32) for x in (bits, bits ^ 1)])
 
@@ -151,11 +162,32 @@ def _read(saves: ocp.CheckpointManager, step: int, prefix: str, abstract: PyTree
   """Returns the arrays under a prefix in the structure of `abstract`, after checking them."""
   expected = {prefix + path: leaf for path, leaf in _leaves_by_path(abstract)}
   folder = saves.directory / str(step)
-  saved = {
-    path: record
-    for path, record in _read_metadata(saves, step)["arrays"].items()
-    if path.startswith(prefix)
-  }
+  arrays = read_metadata(saves, step)["arrays"]
+  saved = {path: record for path, record in arrays.items() if path.startswith(prefix)}
+  check_same_model(folder, saved, expected)
+  args = ocp.args.PyTreeRestore(
+    expected,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(expected),
+    partial_restore=True,
+  )
+  with reading(saves, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    flat = reader.restore(folder / STATE, args=args)
+  for path, record in _array_records(flat).items():
+    if record != saved[path]:
+      raise damage_error(saves, step, f"the checksum of {path} differs")
+  return jax.tree.unflatten(jax.tree.structure(abstract), [flat[p] for p in expected])
+
+
+def check_same_model(
+  folder: epath.Path, saved: Mapping[str, JsonObject], expected: Mapping[str, Any]
+) -> None:
+  """Raises InputError if the arrays of a checkpoint have other names, dtypes or shapes.
+
+  Args:
+    folder: The checkpoint.
+    saved: Its metadata of the arrays, by path.
+    expected: The arrays, or their shapes, by path.
+  """
   for path in sorted(saved.keys() | expected.keys()):
     found = saved[path]["is"] if path in saved else "missing"
     wanted = _dtype_and_shape(expected[path]) if path in expected else "missing"
@@ -164,21 +196,26 @@ def _read(saves: ocp.CheckpointManager, step: int, prefix: str, abstract: PyTree
         f"{folder} is of another model: {path} is {found} in the checkpoint and {wanted} in this "
         "model. Choose another --workdir, or the model that was saved."
       )
-  args = ocp.args.PyTreeRestore(
-    expected,
-    restore_args=ocp.checkpoint_utils.construct_restore_args(expected),
-    partial_restore=True,
-  )
-  with _reading(saves, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    flat = reader.restore(folder / STATE, args=args)
-  for path, record in _array_records(flat).items():
-    if record != saved[path]:
-      raise _damage_error(saves, step, f"the checksum of {path} differs")
-  return jax.tree.unflatten(jax.tree.structure(abstract), [flat[p] for p in expected])
 
 
-def _read_metadata(saves: ocp.CheckpointManager, step: int) -> JsonObject:
-  with _reading(saves, step):
+def _chunks(state: PyTree) -> dict[str, ocp.SaveArgs]:
+  """Returns how each array is cut into chunks, by path.
+
+  The axes with numbers in Hugging Face's names, e.g. layers, are cut first. One chunk is enough
+  for a small array.
+  """
+  chunks = {}
+  for path, v in _leaves_by_path(state, is_leaf=lambda x: hasattr(x, "get_metadata")):
+    about = v.get_metadata() if hasattr(v, "get_metadata") else {}
+    axes = enumerate(about.get("axes", ()))
+    numbered = tuple(i for i, axis in axes if "{" + axis + "}" in about.get("hf", ""))
+    large = v.size * v.dtype.itemsize > CHUNK_BYTES
+    chunks[path] = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=numbered if large else ())
+  return chunks
+
+
+def read_metadata(saves: ocp.CheckpointManager, step: int) -> JsonObject:
+  with reading(saves, step):
     items = ocp.args.Composite(about=ocp.args.JsonRestore())
     metadata = dict(saves.restore(step, args=items)[ABOUT])
     if metadata.pop("sha256") != _sha256(metadata):
@@ -212,7 +249,7 @@ def _directory(workdir: str | Path) -> epath.Path:
 
 
 @contextmanager
-def _open(workdir: str | Path) -> Iterator[ocp.CheckpointManager]:
+def open_run(workdir: str | Path) -> Iterator[ocp.CheckpointManager]:
   folder = _directory(workdir)
   if not folder.is_dir():
     raise InputError(f"{workdir} does not hold checkpoints. Train there first.")
@@ -220,7 +257,7 @@ def _open(workdir: str | Path) -> Iterator[ocp.CheckpointManager]:
     yield saves
 
 
-def _existing_step(saves: ocp.CheckpointManager, step: int | None) -> int:
+def existing_step(saves: ocp.CheckpointManager, step: int | None) -> int:
   """Returns the step, or the last one for None; raises InputError if it is not saved."""
   steps = sorted(saves.all_steps())
   if not steps or (step is not None and step not in steps):
@@ -244,17 +281,17 @@ def _writing(saves: ocp.CheckpointManager) -> Iterator[None]:
 
 
 @contextmanager
-def _reading(saves: ocp.CheckpointManager, step: int) -> Iterator[None]:
+def reading(saves: ocp.CheckpointManager, step: int) -> Iterator[None]:
   """Turns any error that orbax raises on a damaged checkpoint into an InputError."""
   try:
     yield
   except Exception as e:  # orbax raises many classes on flipped bytes, Exception included
     cause = e.__cause__ or e
     why = " ".join(str(cause).split())[:200] or type(cause).__name__
-    raise _damage_error(saves, step, why.removesuffix(".")) from e
+    raise damage_error(saves, step, why.removesuffix(".")) from e
 
 
-def _damage_error(saves: ocp.CheckpointManager, step: int, why: str) -> InputError:
+def damage_error(saves: ocp.CheckpointManager, step: int, why: str) -> InputError:
   earlier = [s for s in sorted(saves.all_steps()) if s < step]
   then = f"resume from checkpoint {earlier[-1]}" if earlier else "start again"
   return InputError(
@@ -262,10 +299,12 @@ def _damage_error(saves: ocp.CheckpointManager, step: int, why: str) -> InputErr
   )
 
 
-def _leaves_by_path(tree: PyTree) -> list[tuple[str, Any]]:
+def _leaves_by_path(
+  tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[str, Any]]:
   """Returns (dotted path, leaf) for each leaf, in tree order."""
   leaves = []
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     leaves.append((name.removesuffix(".value"), leaf))
   return leaves

@@ -9,11 +9,13 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
-from distill_jax.errors import InputError, Preempted, bad_value
+from distill_jax.errors import InputError, Preempted, Unavailable, bad_value
 from distill_jax.runtime.progress import Progress
 
+LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000  # for processes with more work
 MAX_MESSAGE_BYTES = 2000  # maximum size of an error that process 0 sends to the others
 
 
@@ -102,6 +104,38 @@ def barrier(name: str) -> None:
   """Waits until every process has called this with the same name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def run_on_all_processes(name: str, fn: Callable[[], None]) -> None:
+  """Runs `fn` on every process, which may take hours, and waits until all have finished.
+
+  The processes wait in jax's coordination service: no device computes meanwhile, and a process
+  that dies is noticed by its heartbeat.
+
+  Args:
+    name: A name that no other call has.
+    fn: The function.
+
+  Raises:
+    InputError, Unavailable: `fn` raised it on one process; it is raised on every process.
+  """
+  raised: Exception | None = None
+  try:
+    fn()
+  except (InputError, Unavailable, OSError) as error:
+    raised = error
+  client = global_state.client
+  if jax.process_count() > 1 and client is not None:
+    if raised is not None:
+      passes = isinstance(raised, Unavailable)
+      client.key_value_set(f"{name}/{jax.process_index()}", f"{int(passes)}{raised}")
+    client.wait_at_barrier(name, LONGEST_WAIT_MS)
+    failures = client.key_value_dir_get(f"{name}/")
+    if raised is None and failures:
+      message = failures[0][1]
+      raise Unavailable(message[1:]) if message[0] == "1" else InputError(message[1:])
+  if raised is not None:
+    raise raised
 
 
 def to_host(x: jax.Array) -> np.ndarray:

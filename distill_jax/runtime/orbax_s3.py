@@ -23,12 +23,12 @@ _kvstore_of_gcs = gcs_utils.get_kvstore_for_gcs
 def enable() -> None:
   """Makes orbax accept s3:// URLs in this process. Calling it again has no effect."""
   gcs_utils._GCS_PATH_PREFIX = SCHEMES
-  gcs_utils.get_kvstore_for_gcs = _kvstore
+  gcs_utils.get_kvstore_for_gcs = kvstore
   tensorstore_utils._use_gcs_driver = _is_remote
   tensorstore_utils._normalize_path = _normalize
 
 
-def _kvstore(path: str) -> dict[str, Any]:
+def kvstore(path: str) -> dict[str, Any]:
   """Returns tensorstore's spec of a folder at a gs:// or s3:// URL."""
   if not path.startswith("s3://"):
     return _kvstore_of_gcs(path)

@@ -12,10 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,28 +120,6 @@ def publish(folder: Path, published: dict[str, Version] | None = None) -> None:
       fs.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
       fs.put_file(str(path), f"{root}/{name}")
     published[name] = version
-
-
-@contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-  """Yields the folder to write: the path, or a temporary folder that is then copied to the URL.
-
-  Raises:
-    InputError: The URL is not empty.
-  """
-  if not is_remote(path):
-    yield Path(path)
-    return
-  fs, root = _open(str(path))
-  if _listing(fs, root):
-    raise InputError(f"{path} exists, and export does not overwrite it. Choose another folder.")
-  with tempfile.TemporaryDirectory() as tmp:
-    folder = Path(tmp) / "made"
-    yield folder
-    # Largest first, so that config.json is copied after the weights.
-    for source in sorted(folder.glob("*"), key=lambda p: -p.stat().st_size):
-      fs.makedirs(root, exist_ok=True)
-      fs.put_file(str(source), f"{root}/{source.name}")
 
 
 class Synced:

@@ -103,7 +103,7 @@ def test_transformers_reads_an_exported_template(folder, pieces, tmp_path):
   for name, files in {"bpe": bpe, "pieces": read_tokenizer(pieces)}.items():
     config = dataclasses.replace(CONFIG, vocab_size=max(files.size(), 8))
     model = llama.Model(config, jax.random.key(0))
-    out = export_model(model, tmp_path / name, tokenizer=files, generation={}, card="")
+    export_model(model, out := tmp_path / name, tokenizer=files, generation={}, card="")
     assert read_tokenizer(out) == files
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     want = ChatTemplate.of(files, "m").render(TWO)

@@ -12,9 +12,7 @@ from safetensors import safe_open
 from tiny_checkpoints import CONFIG, tensors, torch_shapes, write_folder
 
 from distill_jax.errors import InputError
-from distill_jax.hub import export as export_module
-from distill_jax.hub import load
-from distill_jax.hub.export import export_model
+from distill_jax.hub import export, export_folder, load
 from distill_jax.hub.pretrained import open_model
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.hub.weights import FLOATS
@@ -32,6 +30,11 @@ def model_of(folder, mesh=None):
 @pytest.fixture
 def model(tmp_path):
   return model_of(write_folder(tmp_path / "source"))
+
+
+def export_model(model, to, **kwargs):
+  export.export_model(model, to, **kwargs)
+  return to
 
 
 def stored(folder) -> dict[str, np.ndarray]:
@@ -127,12 +130,12 @@ def test_an_existing_folder_raises(model, tmp_path):
   assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("at", ["weights", "texts"])
+@pytest.mark.parametrize("at", ["_write_shard", "_finish"])
 def test_a_failure_leaves_no_files(at, model, tmp_path, monkeypatch):
   def fail(*args):
     raise OSError("no space left")
 
-  monkeypatch.setattr(export_module, f"_write_{at}", fail)
+  monkeypatch.setattr(export_folder, at, fail)
   before = list(tmp_path.iterdir())
   with pytest.raises(OSError, match="no space"):
     export_model(model, tmp_path / "out", **EXTRA)

@@ -135,5 +135,5 @@ def test_an_export_has_no_quantization_config(tmp_path):
   model = load.load_model(
     opened, sharding.make_mesh(devices=jax.devices()[:1]), layers.ComputeConfig()
   )
-  out = export_model(model, tmp_path / "out", tokenizer=None, generation={}, card="")
+  export_model(model, out := tmp_path / "out", tokenizer=None, generation={}, card="")
   assert "quantization_config" not in json.loads((out / "config.json").read_text())

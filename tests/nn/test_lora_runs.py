@@ -260,12 +260,12 @@ def test_invalid_exports_are_refused(folder, compute, rank, message):
 
 
 def test_a_failed_export_leaves_nothing(folder, monkeypatch):
-  from distill_jax.hub import peft as module
+  from distill_jax.hub import export_folder
 
   def full(*_):
     raise OSError("no space left")
 
-  monkeypatch.setattr(module, "write_shard", full)
+  monkeypatch.setattr(export_folder, "_write_file", full)
   c = lora_config(folder)
   c.export.dir, c.export.lora = str(folder / "failed"), "peft"
   with pytest.raises(OSError, match="no space"):

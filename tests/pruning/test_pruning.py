@@ -128,9 +128,8 @@ def test_removing_dead_parts_does_not_change_outputs(case):
   if s.experts:  # merging unused experts has no effect
     merged = experts.merge(ours, kept, measured)
     jax.tree.map(np.testing.assert_array_equal, merged, ours)
-  target = export.export_model(
-    student, folder / "student", tokenizer=None, generation={}, card="", dtype="float32"
-  )
+  target = folder / "student"
+  export.export_model(student, target, tokenizer=None, generation={}, card="", dtype="float32")
   from_folder = lambda f: transformers.AutoModelForCausalLM.from_pretrained(
     f, attn_implementation="eager", output_loading_info=True
   )

@@ -74,20 +74,6 @@ def test_files_written_before_an_error_are_published(bucket):
   assert bucket.cat("/bucket/run/shard") == b"1"
 
 
-def test_an_export_is_copied_to_an_empty_url_only(bucket):
-  with storage.new_folder("memory://bucket/export") as made:
-    made.mkdir()
-    (made / "config.json").write_text("{}")
-    (made / "model.safetensors").write_bytes(b"x" * 1000)
-  assert set(bucket.find("/bucket/export")) == {
-    "/bucket/export/config.json",
-    "/bucket/export/model.safetensors",
-  }
-  again = storage.new_folder("memory://bucket/export")
-  with pytest.raises(InputError, match="exists, and export does not overwrite it"), again:
-    pass
-
-
 def test_an_address_that_cannot_be_opened_is_refused(bucket):
   with pytest.raises(InputError, match="fsspec does not know the file system 'nowhere'"):
     storage.fetch("nowhere://bucket/run")
