@@ -150,4 +150,5 @@ def _kvstore(folder: str) -> JsonObject:
   """Returns tensorstore's description of a folder or URL."""
   if not folder.startswith(orbax_s3.SCHEMES):
     return {"driver": "file", "path": f"{folder}/"}
-  return orbax_s3.kvstore(f"{folder}/")
+  spec = orbax_s3.kvstore(folder)
+  return {**spec, "path": spec["path"].rstrip("/") + "/"}
