@@ -35,7 +35,7 @@ def find(path: str, *packaged: str, other: str = "") -> list[Path]:
   if not path and not packaged:
     raise bad_value("path", path, "a file, since no package contains this benchmark", other)
   try:
-    files = [locate(p) for p in ([path] if path else [f"package:{p}" for p in packaged])]
+    files = [Path(locate(p)) for p in ([path] if path else [f"package:{p}" for p in packaged])]
   except InputError as e:
     raise InputError(f"{str(e).rstrip('.')}. Or set `path` to the benchmark's file.") from e
   if files[0].is_dir():

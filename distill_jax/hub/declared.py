@@ -122,6 +122,8 @@ class Layout:
   Attributes:
     ours: the shape in our axes.
     shape: the stored shape.
+    grouped: the shape in grouped axes.
+    axes: the permutation of the grouped axes that gives ours.
   """
 
   def __init__(self, v: nnx.Variable):
@@ -134,6 +136,8 @@ class Layout:
     self._order = [i for group in self._groups for i in group]
     self.ours: tuple[int, ...] = v.shape[loops:]
     self.shape = tuple(math.prod(self.ours[i] for i in group) for group in self._groups)
+    self.grouped = tuple(self.ours[i] for i in self._order)
+    self.axes = tuple(int(i) for i in np.argsort(self._order))
     # The common case of two groups in reverse order is a transposition.
     in_place = self._order == sorted(self._order)
     self._swaps = len(self._groups) == 2 and not in_place and sorted(self._order) == rest + first
@@ -165,7 +169,7 @@ class Layout:
       rows = math.prod(grouped.shape[: len(self._groups[0])])
       _transpose(grouped.reshape(rows, -1), out.reshape(-1, rows))
     else:
-      out[...] = grouped.transpose(np.argsort(self._order))
+      out[...] = grouped.transpose(self.axes)
 
   def row_parts(self, max_elements: int) -> Iterator[Index]:
     """Yields the slices, in our axes, of consecutive ranges of stored rows.

@@ -6,7 +6,6 @@ float32, with one scale for each block of 128 x 128 values (arXiv:2412.19437, se
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 import ml_dtypes
@@ -20,20 +19,18 @@ SUFFIX = "_scale_inv"
 VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
-def scaled(weights: Weights, quantization: Any, path: pathlib.Path) -> Weights:
-  """Returns a reader of the dequantised weights.
+def block_size(quantization: Any, path: str) -> tuple[int, int] | None:
+  """Returns the rows and columns of a block with one scale; None for weights without scales.
 
   Args:
-    weights: the reader of the stored weights.
-    quantization: `quantization_config` in config.json; None: `weights` is returned.
+    quantization: `quantization_config` in config.json, or None.
     path: the folder, for errors.
 
   Raises:
-    InputError: The weights have another quantisation, or a matrix and its scales do not fit
-      together.
+    InputError: The weights have another quantisation.
   """
   if quantization is None:
-    return weights
+    return None
   method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
   if method != "fp8":
     raise InputError(
@@ -47,13 +44,16 @@ def scaled(weights: Weights, quantization: Any, path: pathlib.Path) -> Weights:
       f"{path}: weight_block_size is {block!r:.60}; expected [rows, columns] of a block. Download "
       "config.json again."
     )
-  return BlockScaled(weights, (block[0], block[1]))
+  return block[0], block[1]
 
 
 class BlockScaled:
   """A reader that multiplies float8 matrices with their scales, which gives float32.
 
   Other tensors are unchanged.
+
+  Raises:
+    InputError: A matrix and its scales do not fit together.
   """
 
   def __init__(self, weights: Weights, block: tuple[int, int]):

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distill_jax.errors import InputError
-from distill_jax.hub.weights import Index
-from distill_jax.runtime import extras
+from distill_jax.hub.weights import Index, WeightFile
+from distill_jax.runtime import extras, files
 from distill_jax.types import JsonObject
 
 with extras.needed("gguf"):
@@ -84,7 +84,6 @@ class GGUFFile:
 
   def __init__(self, path: pathlib.Path):
     self.path = path
-    self.files: tuple[pathlib.Path, ...] = (path,)
     cursor = _Cursor(path)
     count, keys = cursor.start()
     self.meta = cursor.metadata(keys)
@@ -95,6 +94,8 @@ class GGUFFile:
       )
     self._entries = self._named(cursor.tensors(count, self.meta.get("general.alignment", 32)))
     self._map = np.frombuffer(cursor.data, np.uint8)
+    info = files.FileInfo(cursor.size, str(path.stat().st_mtime_ns))
+    self.files: tuple[WeightFile, ...] = (WeightFile(str(path), info, ""),)
 
   def number(self, key: str, default: Any = None, kind: type[int] | type[float] = int) -> Any:
     """Returns the number `llama.{key}` of the metadata.

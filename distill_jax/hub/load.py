@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.tree_util import KeyPath
+from jax.sharding import Mesh
 
 from distill_jax import registry
 from distill_jax.errors import InputError, bad_value
-from distill_jax.hub import declared
+from distill_jax.hub import declared, identity, read_once, read_shards
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.hub.weights import FLOATS, Weights, float_dtype
 from distill_jax.nn import layers, params, sharding
+from distill_jax.runtime import distributed, files
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import FamilyConfig, Model, PyTree
 
 HEAD = "lm_head.weight"
-
-Spans = tuple[tuple[int, int], ...]  # (start, stop) along each axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +52,9 @@ def load_model(
 ) -> Model:
   """Loads a model, with each parameter in `dtype` and in its storage sharding on `mesh`.
 
-  Only slices for the devices of this process are read. Besides the parameters, host memory holds at
-  most two tensors of the checkpoint and, if the devices have their own memory, one shard.
+  From files on this machine, one process reads the slices for its devices (read_shards.py). From a
+  store, or on several processes, every byte is read once and the devices exchange the values
+  (read_once.py). The parameters are bit-identical.
 
   Args:
     pretrained: the checkpoint.
@@ -84,21 +80,17 @@ def load_model(
   _check_tensors(pretrained.weights, whole, pretrained, overrides)
   model = abstract(config.keep_layers(keep_layers) if keep_layers else config)
   shardings, numpy_dtype = sharding.shardings(model, mesh, compute.rules), float_dtype(dtype)
-  random = _random_params(family, model, shardings, overrides, numpy_dtype)
-  with (
-    Progress("load", _bytes_here(model, shardings, numpy_dtype), "bytes") as progress,
-    ThreadPoolExecutor(2) as pool,  # reads one tensor while another is transposed
-  ):
-    filler = _Filler(pretrained.weights, numpy_dtype, keep_layers, progress, pool)
-
-    def value(path: KeyPath, v: nnx.Variable, variable: nnx.Variable) -> nnx.Variable:
-      name = jax.tree_util.keystr(path, simple=True, separator=".")
-      if name in random:
-        progress.add(random[name].nbytes)
-        return v.replace(random[name])
-      return filler.fill(v, variable.get_value())
-
-    return jax.tree_util.tree_map_with_path(value, model, shardings, is_leaf=params.is_param)
+  values = _random_params(family, model, shardings, overrides, numpy_dtype)
+  named = zip(params.named_params(model), jax.tree.leaves(shardings), strict=True)
+  stored = {name: (v, place) for (name, v), place in named if name not in values}
+  weights, places = pretrained.weights, list(stored.values())
+  is_shared = jax.process_count() > 1 or any(files.is_remote(f.path) for f in weights.files)
+  reading = read_once if is_shared else read_shards
+  with Progress("load", reading.nbytes(places, numpy_dtype), "bytes") as progress:
+    arrays = reading.arrays(places, weights, numpy_dtype, keep_layers, progress)
+    values |= zip(stored, arrays, strict=True)
+  identity.check_unchanged(weights.files)
+  return params.replace(model, values)
 
 
 def check_layers(pretrained: Pretrained, keep_layers: tuple[int, ...]) -> None:
@@ -142,15 +134,6 @@ def _random_params(
 
   out_shardings = {path: v.get_value() for path, v in named if path in chosen}
   return jax.jit(init, out_shardings=out_shardings)(overrides.key)
-
-
-def _bytes_here(model: Model, shardings: PyTree, dtype: np.dtype) -> int:
-  """Returns the bytes of the distinct parts of all parameters on this process's devices."""
-  total = 0
-  for v, place in zip(_leaves(model), jax.tree.leaves(shardings), strict=True):
-    part = math.prod(place.shard_shape(v.shape)) * declared.dtype_of(v, dtype).itemsize
-    total += part * len(shards_here(v, place))
-  return total
 
 
 def _leaves(model: Model) -> list[nnx.Variable]:
@@ -199,82 +182,17 @@ def _check_tensors(
 
 
 def _check_tied(weights: Weights, source: str, table: str, rows: int = 4096) -> None:
-  """Raises InputError if the stored head of a tied model differs from the embedding table."""
+  """Raises InputError if the stored head of a tied model differs from the embedding table.
+
+  Each process compares its share of the rows.
+  """
   same = weights.shape(HEAD) == weights.shape(table)
-  for i in range(0, weights.shape(table)[0] if same else 0, rows):
+  first, step = jax.process_index() * rows, jax.process_count() * rows
+  for i in range(first, weights.shape(table)[0] if same else 0, step):
     at = (slice(i, i + rows), slice(None))
     same = same and np.array_equal(weights.read(HEAD, at), weights.read(table, at), equal_nan=True)
-  if not same:
+  if distributed.max_over_processes(not same):
     raise InputError(
       f"{source} ties its embeddings, but its {HEAD} differs from the embedding table. Set "
       "tie_word_embeddings to false in config.json if the head is separate."
     )
-
-
-@dataclasses.dataclass
-class _Filler:
-  """A reader of parameters from the tensors of a checkpoint."""
-
-  weights: Weights
-  dtype: np.dtype
-  keep_layers: tuple[int, ...]
-  progress: Progress
-  pool: ThreadPoolExecutor
-
-  def fill(self, v: nnx.Variable, place: NamedSharding) -> nnx.Variable:
-    """Returns the abstract parameter `v` with its value, in its sharding.
-
-    Shards are read one at a time. jax.make_array_from_callback would hold all of this process's
-    shards of a stacked parameter on the host at once.
-    """
-    arrays: dict[jax.Device, jax.Array] = {}
-    for spans, devices in shards_here(v, place).items():
-      x = self._read_shard(v, spans)
-      arrays |= {d: jax.device_put(x, d).block_until_ready() for d in devices}
-    order = place.addressable_devices_indices_map(v.shape)
-    return v.replace(
-      jax.make_array_from_single_device_arrays(v.shape, place, [arrays[d] for d in order])
-    )
-
-  def _read_shard(self, v: nnx.Variable, spans: Spans) -> np.ndarray:
-    """Returns the part of `v` at `spans`.
-
-    For example, a parameter with axes (layers, embed, mlp) has one tensor per layer. For a shard
-    with layers 2 and 3, the tensor of layer 3 is read into `out[1]`.
-    """
-    index = tuple(slice(start, stop) for start, stop in spans)
-    shape = tuple(stop - start for start, stop in spans)
-    out = _aligned_empty(shape, declared.dtype_of(v, self.dtype))
-    layout, loops = declared.Layout(v), len(declared.loop_axes(v))
-    cut = layout.cut(index[loops:])
-
-    def read_tensor(named: tuple[str, tuple[int, ...]]) -> int:
-      name, loop_index = named
-      within: tuple[Any, ...] = tuple(
-        i - start for i, (start, _) in zip(loop_index, spans, strict=False)
-      )
-      part = out[(*within, ...)]  # with the ellipsis, a view even of a single number
-      layout.to_ours(self.weights.read(name, cut.stored), cut, part)
-      return part.nbytes
-
-    for nbytes in self.pool.map(read_tensor, declared.tensors(v, index, self.keep_layers)):
-      self.progress.add(nbytes)
-    return out
-
-
-def shards_here(v: nnx.Variable, place: NamedSharding) -> dict[Spans, list[jax.Device]]:
-  """Returns the distinct parts of `v` on this process's devices, each with its devices."""
-  parts: dict[Spans, list[jax.Device]] = {}
-  for device, index in place.addressable_devices_indices_map(v.shape).items():
-    assert index is not None  # devices of this process have one
-    spans = tuple(s.indices(n)[:2] for s, n in zip(index, v.shape, strict=True))
-    parts.setdefault(spans, []).append(device)
-  return parts
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """Returns an array aligned to 64 bytes, which jax uses on CPU without a copy."""
-  nbytes = math.prod(shape) * dtype.itemsize
-  raw = np.empty(nbytes + 64, np.uint8)
-  start = -raw.ctypes.data % 64
-  return raw[start : start + nbytes].view(dtype).reshape(shape)

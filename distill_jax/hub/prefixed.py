@@ -7,8 +7,6 @@ transformers saves a BertModel as "encoder.layer.0…", but the same body in a c
 
 from __future__ import annotations
 
-import pathlib
-
 import numpy as np
 
 from distill_jax.hub.weights import Index, Weights
@@ -32,7 +30,7 @@ class Prefixed:
   """A reader that inserts a prefix into the names of weights; see `prefixed`."""
 
   def __init__(self, weights: Weights, prefix: str, after: str = ""):
-    self.files: tuple[pathlib.Path, ...] = weights.files
+    self.files = weights.files
     self._weights, self._from, self._to = weights, after, after + prefix
 
   def _theirs(self, name: str) -> str:

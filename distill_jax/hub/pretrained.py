@@ -1,23 +1,27 @@
-"""Opens a checkpoint, a Hugging Face folder or a GGUF file, and reads everything but weights."""
+"""Opens a checkpoint, a Hugging Face folder or a GGUF file, and reads everything but weights.
+
+The tokenizer, the config and the generation settings are small files, which are read by
+themselves. The files of weights are first touched when weights are read: their headers, and then
+the ranges of the tensors.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import cast
 
 from distill_jax import registry
 from distill_jax.errors import InputError
-from distill_jax.hub import float8, prefixed, timm_vit
+from distill_jax.hub import float8, identity, prefixed, timm_vit
 from distill_jax.hub.gguf_tokenizer import tokenizer_files
 from distill_jax.hub.locate import locate
 from distill_jax.hub.safetensors_folder import SafetensorsFolder
 from distill_jax.hub.tokenizer import TokenizerFiles, check_vocabulary, read_tokenizer
 from distill_jax.hub.weights import Weights, read_hf_json
+from distill_jax.runtime import files
 from distill_jax.types import FamilyConfig, JsonObject, TextConfig
 
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -31,7 +35,7 @@ class Pretrained:
     source: its source in the config.
     family: the module in distill_jax.models.
     config: the architecture config.
-    weights: the reader of its tensors.
+    open_weights: opens the files of weights, and reads their headers.
     tokenizer: the files of its tokenizer; None if it lacks one.
     generation: the content of generation_config.json, with the ids of special tokens.
   """
@@ -39,27 +43,23 @@ class Pretrained:
   source: str
   family: str
   config: FamilyConfig
-  weights: Weights
+  open_weights: Callable[[], Weights]
   tokenizer: TokenizerFiles | None
   generation: JsonObject
 
   @functools.cached_property
+  def weights(self) -> Weights:
+    """The reader of its tensors."""
+    return self.open_weights()
+
+  @functools.cached_property
   def digest(self) -> str:
-    """The SHA-256 digest, in hex, of the config and of the weight files in order of their names."""
-
-    def file_sha256(path: pathlib.Path) -> bytes:
-      with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").digest()
-
-    total = hashlib.sha256(json.dumps(self.config.to_hf(), sort_keys=True).encode())
-    with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
-      for file_digest in pool.map(file_sha256, self.weights.files):
-        total.update(file_digest)
-    return total.hexdigest()
+    """The SHA-256 digest, in hex, of its content; see identity.py."""
+    return identity.digest(self.config, self.weights.files)
 
 
 def open_model(source: str) -> Pretrained:
-  """Opens a model and reads everything but its weights.
+  """Opens a model and reads everything but its weights, once per process while it is unchanged.
 
   Args:
     source: the source of a .gguf file or a Hugging Face folder; see `locate`.
@@ -68,40 +68,83 @@ def open_model(source: str) -> Pretrained:
     InputError: The model does not exist or cannot be read, its architecture is not supported, or
       its tokenizer does not fit the weights.
   """
-  path = locate(source)
-  if path.is_dir():
-    if not (path / "config.json").exists():
-      raise InputError(
-        f"{path} does not contain a config.json. Use a Hugging Face folder or a .gguf file."
-      )
-    hf = read_hf_json(path / "config.json")
-    from_timm = timm_vit.is_plain_vit(hf)
-    family = "vit" if from_timm else _family(hf, path)
-    weights: Weights = float8.scaled(SafetensorsFolder(path), hf.get("quantization_config"), path)
-    if from_timm:
-      hf, weights = timm_vit.read(weights, path)
-    tokenizer = read_tokenizer(path)
-    extra = path / "generation_config.json"
-    generation = read_hf_json(extra) if extra.exists() else {}
-  elif path.suffix == ".gguf":
-    from distill_jax.hub.gguf_file import GGUFFile  # needs an extra
+  location = locate(source)
+  there = files.listing(location)
+  if there or pathlib.Path(location).is_dir():
+    return _open_folder(str(source), location, tuple(there.items()))
+  if location.endswith(".gguf") and not files.is_remote(location):
+    return _open_gguf(str(source), location, cast(files.FileInfo, files.info(location)))
+  raise InputError(
+    f"{location} is neither a Hugging Face folder nor a .gguf file on this machine. Use one of "
+    "them."
+  )
 
-    weights = file = GGUFFile(path)
-    hf, tokenizer, generation = file.config(), tokenizer_files(file.meta, path), {}
-    family = _family(hf, path)
-  else:
-    raise InputError(f"{path} is neither a folder nor a .gguf file. Use one of them.")
-  config = _config(family, hf, path)
+
+@functools.lru_cache(maxsize=16)
+def _open_folder(
+  source: str, folder: str, there: tuple[tuple[str, files.FileInfo], ...]
+) -> Pretrained:
+  """Opens a Hugging Face folder; `there` are its files, which are part of the key of the cache."""
+  names = dict(there)
+  if "config.json" not in names:
+    raise InputError(
+      f"{folder} does not contain a config.json. Use a Hugging Face folder or a .gguf file."
+    )
+  hf = read_hf_json(files.join(folder, "config.json"))
+  tokenizer = read_tokenizer(folder)
+  extra = "generation_config.json"
+  generation = read_hf_json(files.join(folder, extra)) if extra in names else {}
+
+  block = float8.block_size(hf.get("quantization_config"), folder)
+
+  def open_weights() -> Weights:
+    weights = SafetensorsFolder(folder)
+    return float8.BlockScaled(weights, block) if block else weights
+
+  if timm_vit.is_plain_vit(hf):  # its sizes are in the headers of the weights
+    hf, renamed = timm_vit.read(open_weights(), folder)
+    return _opened(source, folder, hf, lambda: renamed, tokenizer, generation)
+  return _opened(source, folder, hf, open_weights, tokenizer, generation)
+
+
+@functools.lru_cache(maxsize=16)
+def _open_gguf(source: str, path: str, version: files.FileInfo) -> Pretrained:
+  """Opens a GGUF file; its version is part of the key of the cache."""
+  del version
+  from distill_jax.hub.gguf_file import GGUFFile  # needs an extra
+
+  file = GGUFFile(pathlib.Path(path))
+  tokenizer = tokenizer_files(file.meta, pathlib.Path(path))
+  return _opened(source, path, file.config(), lambda: file, tokenizer, {})
+
+
+def _opened(
+  source: str,
+  location: str,
+  hf: JsonObject,
+  open_weights: Callable[[], Weights],
+  tokenizer: TokenizerFiles | None,
+  generation: JsonObject,
+) -> Pretrained:
+  """Returns a checkpoint with the content `hf` of its config.json."""
+  family = _family(hf, location)
+  config = _config(family, hf, location)
   module = registry.load("models", family)
   prefix, after = (getattr(module, name, "") for name in ("PREFIX", "AFTER"))
-  weights = prefixed.prefixed(weights, prefix, after)
   if tokenizer is not None:
     check_vocabulary(tokenizer.size(), cast(TextConfig, config).vocab_size)
   ids = {k: hf[k] for k in IDS if hf.get(k) is not None}
-  return Pretrained(str(source), family, config, weights, tokenizer, {**ids, **generation})
+  return Pretrained(
+    source,
+    family,
+    config,
+    lambda: prefixed.prefixed(open_weights(), prefix, after),
+    tokenizer,
+    {**ids, **generation},
+  )
 
 
-def _family(hf: JsonObject, path: pathlib.Path) -> str:
+def _family(hf: JsonObject, path: str) -> str:
   """Returns the module in distill_jax.models for the model_type in a config.json."""
   families = {
     model_type: name
@@ -116,7 +159,7 @@ def _family(hf: JsonObject, path: pathlib.Path) -> str:
   return families[model_type]
 
 
-def _config(family: str, hf: JsonObject, path: pathlib.Path) -> FamilyConfig:
+def _config(family: str, hf: JsonObject, path: str) -> FamilyConfig:
   try:
     return registry.load("models", family).Config.from_hf(hf)
   except InputError as e:

@@ -1,13 +1,16 @@
 """Reads the weights in a Hugging Face folder: one safetensors file, or shards with an index.
 
-A safetensors file starts with the length of the header (8 bytes). The header is a JSON object with
-the dtype, shape and byte range of each tensor. Then follow the tensors, without gaps, in
-little-endian order.
+The folder is local or in an object store, from which only the ranges of bytes that are asked for
+are read. A safetensors file starts with the length of the header (8 bytes). The header is a JSON
+object with the dtype, shape and byte range of each tensor. Then follow the tensors, without gaps,
+in little-endian order.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import pathlib
 from typing import BinaryIO, NamedTuple, TypeGuard
 
@@ -15,7 +18,9 @@ import ml_dtypes
 import numpy as np
 
 from distill_jax.errors import InputError
-from distill_jax.hub.weights import Index, parse_hf_json, read_hf_json
+from distill_jax.hub.weights import Index, WeightFile, parse_hf_json, read_hf_json
+from distill_jax.runtime import files
+from distill_jax.runtime.files import FileInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -42,11 +47,16 @@ DTYPES = {
 class SafetensorsTensor(NamedTuple):
   """The dtype, shape and position of a tensor."""
 
-  path: pathlib.Path
+  path: str
   dtype: np.dtype
   shape: tuple[int, ...]
   begin: int  # in bytes from the start of the file
   end: int
+
+  @property
+  def file(self) -> str:
+    """The name of the file."""
+    return self.path.rpartition("/")[2]
 
 
 class SafetensorsFolder:
@@ -57,26 +67,32 @@ class SafetensorsFolder:
       or does not agree with the index; or a tensor occurs twice.
   """
 
-  def __init__(self, folder: pathlib.Path):
-    self.files, index = _shards(folder)
+  def __init__(self, folder: str | os.PathLike[str]):
+    names, infos, index = _shards(str(folder))
+    paths = [files.join(folder, name) for name in names]
+    headers = _read_headers(paths, infos)
+    self.files = tuple(
+      WeightFile(path, info, hashlib.sha256(header).hexdigest())
+      for path, info, header in zip(paths, infos, headers, strict=True)
+    )
     self._entries: dict[str, SafetensorsTensor] = {}
-    for path in self.files:
-      for name, entry in read_header(path).items():
+    for file, header in zip(self.files, headers, strict=True):
+      for name, entry in _parse_header(file.path, file.info.size, header).items():
         if name in self._entries:
-          first = self._entries[name].path.name
-          raise InputError(f"{name} is in both {first} and {path.name}. Download the files again.")
+          first = self._entries[name].file
+          raise InputError(f"{name} is in both {first} and {entry.file}. Download the files again.")
         self._entries[name] = entry
     if index is not None:
-      self._check_index(folder / INDEX, index)
+      self._check_index(files.join(folder, INDEX), index)
 
-  def _check_index(self, path: pathlib.Path, index: dict[str, str]) -> None:
+  def _check_index(self, path: str, index: dict[str, str]) -> None:
     for name, shard in index.items():
-      if name not in self._entries or self._entries[name].path.name != shard:
+      if name not in self._entries or self._entries[name].file != shard:
         raise InputError(
           f"{path} lists {name} in {shard}, but it is not in this file. Download both again."
         )
     if extra := sorted(self._entries.keys() - index.keys()):
-      where = self._entries[extra[0]].path.name
+      where = self._entries[extra[0]].file
       raise InputError(
         f"{where} contains {extra[0]}, which {path} does not list. Download both again."
       )
@@ -99,44 +115,51 @@ class SafetensorsFolder:
     e = self._entries[name]
     first, last, _ = index[0].indices(e.shape[0]) if index and e.shape else (0, 1, 1)
     rows = (last - first, *e.shape[1:]) if index and e.shape else e.shape
-    x = np.empty(rows, e.dtype)
     row = (e.end - e.begin) // e.shape[0] if index and e.shape and e.shape[0] else 0
-    with e.path.open("rb", buffering=0) as f:
-      f.seek(e.begin + first * row)
-      _fill(f, x.reshape(-1).view(np.uint8).data, e.path)
+    begin = e.begin + first * row
+    if files.is_remote(e.path):
+      stop = begin + math.prod(rows) * e.dtype.itemsize
+      (data,) = files.read_ranges([(e.path, begin, stop)])
+      x = np.frombuffer(data, e.dtype).reshape(rows)
+    else:
+      x = np.empty(rows, e.dtype)
+      with pathlib.Path(e.path).open("rb", buffering=0) as f:
+        f.seek(begin)
+        _fill(f, x.reshape(-1).view(np.uint8).data, e.path)
     return x if not index else x[(slice(None), *index[1:])]
 
 
-def _fill(f: BinaryIO, into: memoryview, path: pathlib.Path) -> None:
+def _fill(f: BinaryIO, into: memoryview, path: str) -> None:
   while len(into):
     if not (n := f.readinto(into)):  # type: ignore[attr-defined]
       raise InputError(f"{path} has become shorter since it was opened. Download it again.")
     into = into[n:]
 
 
-def _shards(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], dict[str, str] | None]:
-  """Returns the files to read, and the index or None."""
-  single, index = folder / SINGLE, folder / INDEX
-  if index.exists():
+def _shards(folder: str) -> tuple[list[str], list[FileInfo], dict[str, str] | None]:
+  """Returns the names and versions of the files to read, and the index or None."""
+  there = files.listing(folder)
+  if INDEX in there:
+    index = files.join(folder, INDEX)
     weight_map = read_hf_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
       raise InputError(f"{index} has no weight_map from tensor names to files. Download it again.")
-    files = sorted(set(weight_map.values()))
-    for name in files:
+    names = sorted(set(weight_map.values()))
+    for name in names:
       # Only the name is checked, because files in the cache of the Hub are links to its blobs.
       if not name.endswith(".safetensors") or "/" in name or "\\" in name or "\0" in name:
         raise InputError(
           f"{index} lists {name!r}, which is not a safetensors file in its folder. Download it "
           "again."
         )
-      if not (folder / name).is_file():
+      if name not in there:
         raise InputError(f"{index} lists {name}, which is not in the folder. Download that file.")
-    if single.exists() and SINGLE not in files:
+    if SINGLE in there and SINGLE not in names:
       raise InputError(f"{folder} contains both {SINGLE} and {INDEX}. Delete one of them.")
-    return tuple(folder / f for f in files), weight_map
-  if single.is_file():
-    return (single,), None
-  if pickles := sorted(p.name for p in folder.glob("*.bin")):
+    return names, [there[name] for name in names], weight_map
+  if SINGLE in there:
+    return [SINGLE], [there[SINGLE]], None
+  if pickles := [name for name in there if name.endswith(".bin")]:
     raise InputError(
       f"{folder} contains {pickles[0]}, a pickle, which can run code; expected safetensors. Save "
       "the model again with save_pretrained(dir, safe_serialization=True)."
@@ -144,20 +167,26 @@ def _shards(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], dict[str, s
   raise InputError(f"{folder} contains neither {SINGLE} nor {INDEX}. Use a folder with weights.")
 
 
-def read_header(path: pathlib.Path) -> dict[str, SafetensorsTensor]:
-  """Returns the tensors of a file; all lengths, types and byte ranges are checked."""
-  size = path.stat().st_size
-  with path.open("rb") as f:
-    n = int.from_bytes(f.read(8), "little")
+def _read_headers(paths: list[str], infos: list[FileInfo]) -> list[bytes]:
+  """Returns the headers of the files; two ranges of each are read."""
+  sizes = [info.size for info in infos]
+  firsts = files.read_ranges([(p, 0, min(8, n)) for p, n in zip(paths, sizes, strict=True)])
+  lengths = [int.from_bytes(first, "little") for first in firsts]
+  for path, size, n in zip(paths, sizes, lengths, strict=True):
     if size < 8 or n > min(MAX_HEADER, size - 8):
       raise InputError(
         f"{path} has {size} bytes, but its header claims {n} bytes: it is truncated or not a "
         "safetensors file. Download it again."
       )
-    header = parse_hf_json(f.read(n), f"The header of {path}")
+  return files.read_ranges([(p, 8, 8 + n) for p, n in zip(paths, lengths, strict=True)])
+
+
+def _parse_header(path: str, size: int, text: bytes) -> dict[str, SafetensorsTensor]:
+  """Returns the tensors of a file; all lengths, types and byte ranges are checked."""
+  header = parse_hf_json(text, f"The header of {path}")
   header.pop("__metadata__", None)
-  entries = {name: _entry(path, name, raw, 8 + n) for name, raw in header.items()}
-  at = 8 + n
+  at = 8 + len(text)
+  entries = {name: _entry(path, name, raw, at) for name, raw in header.items()}
   for name, e in sorted(entries.items(), key=lambda item: item[1][3:]):
     if e.begin != at:
       raise InputError(
@@ -176,7 +205,7 @@ def _is_sizes(x: object) -> TypeGuard[list[int]]:
   return isinstance(x, list) and all(type(n) is int and 0 <= n < 2**63 for n in x)
 
 
-def _entry(path: pathlib.Path, name: str, raw: object, start: int) -> SafetensorsTensor:
+def _entry(path: str, name: str, raw: object, start: int) -> SafetensorsTensor:
   if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
     raise InputError(
       f"{path}: {name} does not have dtype, shape and data_offsets. Download the file again."

@@ -7,7 +7,6 @@ shapes of the tensors. Queries, keys and values are one matrix in timm, which is
 from __future__ import annotations
 
 import math
-import pathlib
 import re
 
 import numpy as np
@@ -40,7 +39,7 @@ def is_plain_vit(hf: JsonObject) -> bool:
   return isinstance(name, str) and re.fullmatch(r"vit_[a-z]+_patch\d+_\d+", name) is not None
 
 
-def read(weights: Weights, path: pathlib.Path) -> tuple[JsonObject, Weights]:
+def read(weights: Weights, path: str) -> tuple[JsonObject, Weights]:
   """Returns (the content of a Hugging Face config.json, the weights under Hugging Face names).
 
   Raises:

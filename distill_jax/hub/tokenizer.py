@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
+import os
 
 from distill_jax.errors import InputError
 from distill_jax.hub.weights import parse_hf_json, read_hf_json, read_text
-from distill_jax.runtime import extras
+from distill_jax.runtime import extras, files
 from distill_jax.types import JsonObject
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -56,26 +56,27 @@ class TokenizerFiles:
       raise InputError(f"tokenizer.json has no vocabulary ({e!r}). Download the file again.") from e
 
 
-def _read_optional(path: pathlib.Path) -> JsonObject:
-  return read_hf_json(path) if path.exists() else {}
+def read_tokenizer(folder: str | os.PathLike[str]) -> TokenizerFiles | None:
+  """Returns the tokenizer in a Hugging Face folder, a path or URL; None if the folder lacks one."""
+  there = files.listing(folder)
 
+  def read_optional(name: str) -> JsonObject:
+    return read_hf_json(files.join(folder, name)) if name in there else {}
 
-def read_tokenizer(folder: pathlib.Path) -> TokenizerFiles | None:
-  """Returns the tokenizer in a Hugging Face folder; None if the folder lacks one."""
-  text, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
-  if not text.exists() and not pieces.exists():
+  text, pieces = "tokenizer.json", "tokenizer.model"
+  if text not in there and pieces not in there:
     return None
-  config = _read_optional(folder / "tokenizer_config.json")
-  named = _read_optional(folder / "special_tokens_map.json")  # of older versions of transformers
+  config = read_optional("tokenizer_config.json")
+  named = read_optional("special_tokens_map.json")  # of older versions of transformers
   for role in ROLES:
     if role in named and config.get(role) is None:
       token = named[role]
       config[role] = token["content"] if isinstance(token, dict) and "content" in token else token
-  if (template := folder / "chat_template.jinja").exists():
-    config["chat_template"] = read_text(template)
+  if (template := "chat_template.jinja") in there:
+    config["chat_template"] = read_text(files.join(folder, template))
   return TokenizerFiles(
-    json=read_text(text) if text.exists() else None,
-    sentencepiece=pieces.read_bytes() if pieces.exists() else None,
+    json=read_text(files.join(folder, text)) if text in there else None,
+    sentencepiece=files.read(files.join(folder, pieces)) if pieces in there else None,
     config=config,
   )
 

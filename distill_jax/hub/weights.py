@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
 
 from distill_jax.errors import InputError, check_choice
-from distill_jax.runtime import json_io
+from distill_jax.runtime import files, json_io
 from distill_jax.types import JsonObject
 
 # The dtypes of stored parameters. Other dtypes need a reader that applies their scales.
@@ -23,10 +23,24 @@ FLOATS = {
 Index = tuple[slice, ...]
 
 
+class WeightFile(NamedTuple):
+  """A file of weights.
+
+  Attributes:
+    path: its path or URL.
+    info: its size and version when it was opened.
+    header: the SHA-256 digest, in hex, of the names, shapes and places of its tensors.
+  """
+
+  path: str
+  info: files.FileInfo
+  header: str
+
+
 class Weights(Protocol):
   """A reader of tensors, or slices of them, by Hugging Face name."""
 
-  files: tuple[pathlib.Path, ...]
+  files: tuple[WeightFile, ...]
 
   def names(self) -> set[str]: ...
 
@@ -50,9 +64,9 @@ def parse_hf_json(text: bytes | str, subject: str) -> JsonObject:
   return json_io.parse_object(text, subject, "Download or write the file again", unique_keys=True)
 
 
-def read_hf_json(path: pathlib.Path) -> JsonObject:
-  """Reads the JSON object in a file of a checkpoint."""
-  return parse_hf_json(path.read_bytes(), str(path))
+def read_hf_json(path: str) -> JsonObject:
+  """Reads the JSON object in a file of a checkpoint, by path or URL."""
+  return parse_hf_json(files.read(path), path)
 
 
 def hf_json(value: JsonObject) -> bytes:
@@ -60,9 +74,9 @@ def hf_json(value: JsonObject) -> bytes:
   return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def read_text(path: pathlib.Path) -> str:
-  """Reads a UTF-8 text file of a checkpoint."""
+def read_text(path: str) -> str:
+  """Reads a UTF-8 text file of a checkpoint, by path or URL."""
   try:
-    return json_io.decode_utf8(path.read_bytes())
+    return json_io.decode_utf8(files.read(path))
   except InputError as e:
     raise InputError(f"{path}: {e} Download the file again.") from e

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from tiny_checkpoints import CONFIG, tensors, tokenizer_json, write_folder, write_gguf
 
 from distill_jax.errors import InputError
-from distill_jax.hub import load
+from distill_jax.hub import load, read_shards
 from distill_jax.hub.pretrained import open_model
 from distill_jax.nn import layers, params, sharding
 from distill_jax.runtime.progress import Progress
@@ -98,7 +98,7 @@ def test_only_necessary_slices_are_read_and_replicas_once(tmp_path, monkeypatch)
 
   monkeypatch.setattr(load, "Progress", Seen)
   model = load.load_model(
-    dataclasses.replace(opened, weights=counted), sharding.make_mesh(2, 1, 2), HOW
+    dataclasses.replace(opened, open_weights=lambda: counted), sharding.make_mesh(2, 1, 2), HOW
   )
   # `data` and an axis that is not sharded replicate: every value is still read once.
   assert counted.values == params.count(model)
@@ -151,7 +151,7 @@ def test_host_memory_is_the_parameters_and_one_tensor(tmp_path):
 
 
 def test_aligned_shards_are_not_copied():
-  x = load._aligned_empty((3, 5), np.dtype(np.float32))
+  x = read_shards._aligned_empty((3, 5), np.dtype(np.float32))
   assert jax.device_put(x, jax.devices()[0]).unsafe_buffer_pointer() == x.ctypes.data
 
 

@@ -1,17 +1,27 @@
-"""Sources of models: the paths they are resolved to, and errors."""
+"""Sources of models: the paths and URLs they are resolved to, and errors."""
 
+import shutil
 import sys
 
+import fake_hub
+import jax
+import numpy as np
 import pytest
+from tiny_checkpoints import tokenizer_json, write_folder
 
 from distill_jax.errors import InputError
+from distill_jax.hub import load
+from distill_jax.hub import locate as locating
 from distill_jax.hub.locate import locate
+from distill_jax.hub.pretrained import open_model
+from distill_jax.nn import layers, sharding
+from distill_jax.runtime import remote_files
 
 pytestmark = pytest.mark.smoke
 
 
 def test_a_local_path(tmp_path):
-  assert locate(str(tmp_path)) == tmp_path
+  assert locate(str(tmp_path)) == str(tmp_path)
   with pytest.raises(InputError, match="does not exist"):
     locate(str(tmp_path / "absent"))
 
@@ -22,7 +32,7 @@ def test_a_file_in_a_package_is_found_without_importing_it(tmp_path, monkeypatch
   (package / "__init__.py").write_text("raise RuntimeError('imported')")
   (package / "w.gguf").write_bytes(b"")
   monkeypatch.syspath_prepend(str(tmp_path))
-  assert locate("package:some_weights/w.gguf") == package / "w.gguf"
+  assert locate("package:some_weights/w.gguf") == str(package / "w.gguf")
   assert "some_weights" not in sys.modules
   with pytest.raises(InputError, match="does not contain 'other.gguf'"):
     locate("package:some_weights/other.gguf")
@@ -42,30 +52,84 @@ def test_a_bad_package_raises(source, word):
     locate(source)
 
 
-def test_the_hub(tmp_path, monkeypatch):
-  hub = pytest.importorskip("huggingface_hub")
-  asked = {}
-
-  def download(repo, **kwargs):
-    asked.update(repo=repo, **kwargs)
-    return str(tmp_path)
-
-  monkeypatch.setattr(hub, "snapshot_download", download)
-  assert locate("hub:org/name@v1") == tmp_path
-  assert (asked["repo"], asked["revision"]) == ("org/name", "v1")
-  assert "*.safetensors" in asked["allow_patterns"]
-  assert not any(p.endswith(".bin") for p in asked["allow_patterns"])
+URL = f"hf://org/name@{fake_hub.COMMIT}"
 
 
-def test_the_hub_without_network_or_with_a_bad_name_raises(tmp_path, monkeypatch):
-  hub = pytest.importorskip("huggingface_hub")
-  real = hub.snapshot_download
-  offline = lambda *a, **k: real(*a, **k, cache_dir=tmp_path, local_files_only=True)
-  monkeypatch.setattr(hub, "snapshot_download", offline)
-  with pytest.raises(InputError, match="hub:org/absent cannot be downloaded"):
-    locate("hub:org/absent")
-  with pytest.raises(InputError, match="a/b/c cannot be downloaded"):
-    locate("hub:a/b/c")
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+  """A server of the Hub with a tiny model, and an empty cache."""
+  constants = pytest.importorskip("huggingface_hub.constants")
+  folder = write_folder(tmp_path / "repository")
+  (folder / "tokenizer.json").write_text(tokenizer_json(48))
+  with fake_hub.Hub(folder) as server:
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    remote_files.forget()
+    locating._on_hub.cache_clear()
+    yield server
+    remote_files.forget()
+    locating._on_hub.cache_clear()
+
+
+def in_cache(tmp_path, folder):
+  cached = tmp_path / "cache/models--org--name/snapshots" / fake_hub.COMMIT
+  shutil.copytree(folder, cached)
+  (cached.parents[1] / "refs").mkdir()
+  (cached.parents[1] / "refs/main").write_text(fake_hub.COMMIT)
+  return cached
+
+
+def test_a_model_on_the_hub_is_read_by_ranges_of_one_commit(hub):
+  assert locate("hub:org/name") == locate("hub:org/name@main") == URL
+  opened = open_model("hub:org/name")
+  assert opened.tokenizer.size() == 48 and opened.config.hidden_size == 32
+  assert not [path for _, path, _ in hub.asked if "safetensors" in path]
+  # The Hub knows the hash of each file, so the digest is that of the same files on a disk.
+  assert opened.digest == open_model(str(hub.folder)).digest
+  size = (hub.folder / "model.safetensors").stat().st_size
+  assert hub.ranges() < size / 10
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  model, want = (
+    load.load_model(m, mesh, layers.ComputeConfig()) for m in (opened, open_model(str(hub.folder)))
+  )
+  for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(want), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert hub.ranges() == size
+
+
+def test_a_complete_copy_in_the_cache_is_used(hub, tmp_path):
+  cached = in_cache(tmp_path, hub.folder)
+  assert locate("hub:org/name") == str(cached)
+  locating._on_hub.cache_clear()
+  (cached / "model.safetensors").unlink()
+  assert locate("hub:org/name") == URL
+
+
+def test_without_network_the_cache_is_used(hub, tmp_path, monkeypatch, capsys):
+  from huggingface_hub import constants
+
+  monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+  with pytest.raises(InputError, match=r"hub:org/name cannot be opened \(Connect"):
+    locate("hub:org/name")
+  cached = in_cache(tmp_path, hub.folder)
+  assert locate("hub:org/name") == str(cached)
+  assert f"Its copy in {cached} is used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_model_names_the_token(status, hub):
+  hub.status = status
+  with pytest.raises(InputError, match=f"refuses access .status {status}.*HF_TOKEN to a token"):
+    locate("hub:org/name")
+
+
+def test_a_bad_name_on_the_hub_raises(hub):
+  for name in ("org/absent", "a/b/c"):
+    with pytest.raises(InputError, match=f"{name} cannot be opened"):
+      locate(f"hub:{name}")
 
 
 def test_the_hub_without_its_package_raises(monkeypatch):

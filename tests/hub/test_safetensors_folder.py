@@ -1,6 +1,7 @@
 """The safetensors reader: agreement with the safetensors library, and errors."""
 
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -59,7 +60,7 @@ def test_one_file_and_its_slices(tmp_path):
 def test_shards(tmp_path):
   two(tmp_path)
   weights = SafetensorsFolder(tmp_path)
-  assert [f.name for f in weights.files] == ["1.safetensors", "2.safetensors"]
+  assert [Path(f.path).name for f in weights.files] == ["1.safetensors", "2.safetensors"]
   for name in "ab":
     np.testing.assert_array_equal(weights.read(name), TENSORS[name])
 
