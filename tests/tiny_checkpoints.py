@@ -1,7 +1,9 @@
 """Tiny checkpoints of a llama, written by safetensors and gguf without transformers."""
 
+import dataclasses
 import json
 import pathlib
+import threading
 
 import gguf
 import numpy as np
@@ -71,6 +73,24 @@ def write_folder(
   save_file(tensors(c) if weights is None else weights, folder / "model.safetensors")
   (folder / "tokenizer.json").write_text(tokenizer_json(c.vocab_size))
   return folder
+
+
+@dataclasses.dataclass
+class Counted:
+  """A reader that counts the values that are read."""
+
+  inner: object
+  values: int = 0
+  lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+  def __getattr__(self, name):
+    return getattr(self.inner, name)
+
+  def read(self, name, index=None):
+    x = self.inner.read(name, index)
+    with self.lock:
+      self.values += x.size
+    return x
 
 
 GGUF_NAMES = {

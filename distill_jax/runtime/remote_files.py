@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from distill_jax.errors import InputError
-from distill_jax.runtime import extras
+from distill_jax.runtime import extras, retries
 
 IN_FLIGHT = 32  # requests at once
 # By scheme, the package that fsspec opens it with, and the extra that installs it.
@@ -72,16 +72,24 @@ def cat_ranges(ranges: list[Range]) -> list[Any]:
   names = [fs._strip_protocol(str(path)) for path, _, _ in ranges]
   starts, stops = [r[1] for r in ranges], [r[2] for r in ranges]
   if fs.async_impl:
-    return fs.cat_ranges(names, starts, stops, batch_size=IN_FLIGHT, on_error="return")
+    found = fs.cat_ranges(names, starts, stops, batch_size=IN_FLIGHT, on_error="return")
+    return [b"" if _is_past_end(data) else data for data in found]
 
   def fetch(name: str, start: int, stop: int) -> Any:
     try:
-      return fs.cat_file(name, start=start, end=stop)
+      return fs.cat_file(name, start=start, end=stop, cache_type="none")  # reads nothing ahead
     except Exception as e:
       return e
 
   with ThreadPoolExecutor(min(IN_FLIGHT, len(names))) as pool:
     return list(pool.map(fetch, names, starts, stops))
+
+
+def _is_past_end(data: object) -> bool:
+  """Returns True for the error of a range that starts after the end of its file (status 416)."""
+  if not isinstance(data, Exception):
+    return False
+  return retries.status_of(data) == 416 or "range is not satisfiable" in str(data)
 
 
 def info_of(found: dict[str, Any]) -> FileInfo:

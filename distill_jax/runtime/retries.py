@@ -25,7 +25,9 @@ NETWORK_PACKAGES = {
   "gcsfs",
   "google",
   "httpcore",
+  "httpcore2",
   "httpx",
+  "httpx2",
   "huggingface_hub",
   "requests",
   "urllib3",
@@ -74,7 +76,7 @@ def retry(failure: str, fn: Callable[[], Result]) -> Result:
       delay = min(2 * delay, MAX_DELAY)
 
 
-def _status(e: BaseException) -> int:
+def status_of(e: BaseException) -> int:
   """Returns the HTTP status of an exception; 0 if it has none."""
   for holder in (e, getattr(e, "response", None)):
     for name in ("code", "status", "status_code"):
@@ -89,7 +91,7 @@ def is_refused(e: BaseException) -> bool:
   text = str(e).lower()
   return (
     isinstance(e, PermissionError)
-    or _status(e) in (401, 403)
+    or status_of(e) in (401, 403)
     or (isinstance(e, OSError) and text.startswith(REFUSED))
   )
 
@@ -107,7 +109,7 @@ def may_pass(e: BaseException) -> bool:
     return False
   if isinstance(e, OSError) and e.errno in LOCAL_FAULTS:
     return False
-  status = _status(e)
+  status = status_of(e)
   if 400 <= status < 500:
     return status in (408, 425, 429)
   package = type(e).__module__.partition(".")[0]

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tiny_checkpoints import CONFIG, tensors, tokenizer_json, write_folder, write_gguf
+from tiny_checkpoints import CONFIG, Counted, tensors, tokenizer_json, write_folder, write_gguf
 
 from distill_jax.errors import InputError
 from distill_jax.hub import load, read_shards
@@ -69,22 +69,6 @@ def test_a_mesh_and_one_device_load_the_same_values(shape, kind, tmp_path):
   assert same(there, read(path))
   want = jax.tree.leaves(sharding.shardings(there, mesh, HOW.rules))
   assert [x.sharding for x in jax.tree.leaves(there)] == want
-
-
-@dataclasses.dataclass
-class Counted:
-  """A reader that counts the bytes that are read."""
-
-  inner: object
-  values: int = 0
-
-  def __getattr__(self, name):
-    return getattr(self.inner, name)
-
-  def read(self, name, index=None):
-    x = self.inner.read(name, index)
-    self.values += x.size
-    return x
 
 
 def test_only_necessary_slices_are_read_and_replicas_once(tmp_path, monkeypatch):
@@ -241,7 +225,7 @@ def test_a_folder_that_is_not_a_model_raises(tmp_path):
   with pytest.raises(InputError, match="does not contain a config.json"):
     open_model(str(tmp_path))
   (tmp_path / "notes.txt").write_text("")
-  with pytest.raises(InputError, match="neither a folder nor a .gguf file"):
+  with pytest.raises(InputError, match="neither a Hugging Face folder nor a .gguf"):
     open_model(str(tmp_path / "notes.txt"))
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(InputError, match="config.json is not JSON"):
@@ -318,7 +302,7 @@ def test_a_truncated_shard_raises(tmp_path):
   data = (path / "model.safetensors").read_bytes()
   (path / "model.safetensors").write_bytes(data[:-4])
   with pytest.raises(InputError, match="truncated"):
-    open_model(str(path))
+    read(path)
   save_file({"x": np.ones(1)}, path / "model.safetensors")
   with pytest.raises(InputError, match="lacks the tensor"):
     read(path)
