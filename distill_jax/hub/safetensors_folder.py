@@ -1,7 +1,6 @@
 """Reads the weights in a Hugging Face folder: one safetensors file, or shards with an index.
 
-The folder is local or in an object store, from which only the ranges of bytes that are asked for
-are read. A safetensors file starts with the length of the header (8 bytes). The header is a JSON
+The folder is local or in an object store, from which only the necessary ranges of bytes are read. A safetensors file starts with the length of the header (8 bytes). The header is a JSON
 object with the dtype, shape and byte range of each tensor. Then follow the tensors, without gaps,
 in little-endian order.
 """
