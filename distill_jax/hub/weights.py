@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from typing import NamedTuple, Protocol
 
 import ml_dtypes
