@@ -1,8 +1,9 @@
 """Reads the weights in a Hugging Face folder: one safetensors file, or shards with an index.
 
-The folder is local or in an object store, from which only the necessary ranges of bytes are read. A safetensors file starts with the length of the header (8 bytes). The header is a JSON
-object with the dtype, shape and byte range of each tensor. Then follow the tensors, without gaps,
-in little-endian order.
+The folder is local or in an object store, from which only the necessary ranges of bytes are read. A
+safetensors file starts with the length of the header (8 bytes). The header is a JSON object with
+the dtype, shape and byte range of each tensor. Then follow the tensors, without gaps, in little-
+endian order.
 """
 
 from __future__ import annotations
