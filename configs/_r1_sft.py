@@ -33,7 +33,7 @@ def student(family, name, shape, fsdp, peak_lr):
   g.prompts, g.chat, g.on_bad = "data/problems.jsonl", True, "skip"
   g.samples, g.max_new_tokens = 4, 32_768
   g.temperature, g.top_p = 0.6, 0.95
-  g.server.url, g.server.model = "http://localhost:8000/v1", "deepseek-ai/DeepSeek-R1"
+  g.server.urls, g.server.model = ("http://localhost:8000/v1",), "deepseek-ai/DeepSeek-R1"
   g.server.in_flight = 256
 
   c.filter.samples, c.filter.on_bad = "runs/r1_sft/generated", "skip"

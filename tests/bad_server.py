@@ -22,6 +22,7 @@ class Server(ThreadingHTTPServer):
     owner: The owner of its model. "": it does not list its models.
     key: The API key that requests must have. None: no key.
     answer: Returns the JSON of a response, given a request's body. None: `plain`.
+    streams: False for a server that ignores `stream`.
 
   Attributes:
     faults: The faults of a prompt's next requests, by prompt. With `forever`, the first one stays.
@@ -36,9 +37,9 @@ class Server(ThreadingHTTPServer):
   daemon_threads = True
   request_queue_size = 64
 
-  def __init__(self, owner="somebody", key=None, answer=None):
-    super().__init__(("127.0.0.1", 0), Handler)
-    self.owner, self.key, self.make = owner, key, answer or plain
+  def __init__(self, owner="somebody", key=None, answer=None, streams=True, port=0):
+    super().__init__(("127.0.0.1", port), Handler)
+    self.owner, self.key, self.make, self.streams = owner, key, answer or plain, streams
     self.together: threading.Barrier | None = None
     self.faults: dict[str, list[str]] = collections.defaultdict(list)
     self.forever, self.model = False, "big"
@@ -79,6 +80,34 @@ def plain(body: dict[str, Any]) -> dict[str, Any]:
   }
 
 
+def events(answer: dict[str, Any]) -> list[dict[str, Any]]:
+  """Returns the events of a streamed response: one per three characters or token, then the end."""
+  (choice,) = answer["choices"]
+  choice = dict(choice)
+  logprobs, ids = choice.pop("logprobs", None) or {}, choice.pop("token_ids", None) or []
+  fields = choice.pop("message", None) or {"text": choice.pop("text")}
+  kind = (lambda part: part) if "text" in fields else (lambda part: {"delta": part})
+  parts = [
+    {key: text[i : i + 3]}
+    for key, text in fields.items()
+    if text is not None
+    for i in range(0, len(text), 3)
+  ]
+  lists = {"logprobs": logprobs, "token_ids": ids}
+  count = max([len(parts), len(ids), *map(len, logprobs.values())])
+  rest = {k: v for k, v in answer.items() if k not in ("choices", "usage")}
+  out = []
+  for i in range(count):
+    one = kind(parts[i] if i < len(parts) else {}) | {"index": 0, "finish_reason": None}
+    if logprobs:
+      one["logprobs"] = {key: values[i : i + 1] for key, values in lists["logprobs"].items()}
+    if ids:
+      one["token_ids"] = ids[i : i + 1]
+    out.append({**(rest if not i else {"id": answer.get("id")}), "choices": [one]})
+  out.append({"choices": [kind({} if "text" not in fields else {"text": ""}) | choice]})
+  return [*out, {"choices": [], "usage": answer.get("usage")}]
+
+
 class Handler(BaseHTTPRequestHandler):
   protocol_version = "HTTP/1.1"
   server: Server
@@ -108,14 +137,33 @@ class Handler(BaseHTTPRequestHandler):
     try:
       if s.together:
         s.together.wait(60)
-      self._fault(fault) if fault else self._answer(body)
+      self._fault(fault, body) if fault else self._answer(body)
     finally:
       with s.lock:
         s.now -= 1
 
   def _answer(self, body):
     self.server.answered[text_of(body), body["seed"]] += 1
-    self._send(200, self.server.make(body))
+    answer = self.server.make(body)
+    if body.get("stream") and self.server.streams:
+      self._stream([json.dumps(event) for event in events(answer)] + ["[DONE]"])
+    else:
+      self._send(200, answer)
+
+  def _stream(self, data: list[str], pause: float = 0.0):
+    """Sends events; the connection stays usable only after the last one, "[DONE]"."""
+    with contextlib.suppress(OSError):
+      self.send_response(200)
+      self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+      self.send_header("Transfer-Encoding", "chunked")
+      self.end_headers()
+      for one in data:
+        raw = f": ping\n\ndata: {one}\n\n".encode()
+        self.wfile.write(f"{len(raw):x}\r\n".encode() + raw + b"\r\n")
+        self.wfile.flush()
+        time.sleep(pause)
+      if data[-1] == "[DONE]":
+        self.wfile.write(b"0\r\n\r\n")
 
   def _let_in(self) -> bool:
     if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
@@ -124,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
       return False
     return True
 
-  def _fault(self, fault: str):
+  def _fault(self, fault: str, body):
     if fault.startswith("429 "):
       after = fault.removeprefix("429 ")
       if after == "date":
@@ -141,19 +189,26 @@ class Handler(BaseHTTPRequestHandler):
       self._raw(200, half, len(whole) if fault == "cut" else len(half))
       self.close_connection = True
     elif fault == "silent":
-      with contextlib.suppress(OSError):
-        self.connection.settimeout(300)
-        self.connection.recv(1)  # wait until the client closes the connection
-      self.close_connection = True
+      self._wait_for_the_end()
     elif fault == "drip":
       self.send_response(200)
       self.send_header("Content-Length", "1000")
       self.end_headers()
       with contextlib.suppress(OSError):
-        for _ in range(200):
+        for _ in range(40):
           self.wfile.write(b" ")
           time.sleep(0.05)
       self.close_connection = True
+    elif fault in ("stalls", "breaks off"):
+      some = [json.dumps(event) for event in events(plain({"prompt": "no", "seed": 0}))][:2]
+      self._stream(some)
+      if fault == "stalls":
+        self._wait_for_the_end()
+      self.close_connection = True
+    elif fault == "slow":
+      self._stream([json.dumps(e) for e in events(self.server.make(body))] + ["[DONE]"], 0.1)
+    elif fault == "engine died":
+      self._stream([json.dumps({"error": {"message": "EngineDeadError", "code": 500}}), "[DONE]"])
     elif fault == "half":
       answer = plain({"prompt": "no", "seed": 0})
       answer["choices"][0]["text"] = "\ud83d"
@@ -164,6 +219,12 @@ class Handler(BaseHTTPRequestHandler):
       self._send(200, {"choices": [{"text": "no", "finish_reason": "content_filter"}]})
     else:
       self._send(200, {"error": fault})
+
+  def _wait_for_the_end(self):
+    with contextlib.suppress(OSError):
+      self.connection.settimeout(300)
+      self.connection.recv(1)  # wait until the client closes the connection
+    self.close_connection = True
 
   def _send(self, status: int, tree: Any, headers: dict[str, str] | None = None, no: bool = False):
     raw = json.dumps(tree).encode()

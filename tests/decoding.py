@@ -10,7 +10,7 @@ import numpy as np
 from distill_jax.generation.engine import Engine, EngineSpec
 from distill_jax.generation.options import DecodingOptions
 from distill_jax.generation.sampling import Sampling
-from distill_jax.generation.scheduler import Scheduler
+from distill_jax.generation.scheduler import Scheduler, Task
 from distill_jax.generation.stops import Stops
 from distill_jax.generation.unrolled import unroll
 from distill_jax.models import runs
@@ -63,9 +63,10 @@ def run(engine, mesh, read, wanted=None, rows=3, fill=2, eos=(), stops=None):
   """Decodes samples of prompts in chunks of 8 tokens, and returns them by (prompt, sample)."""
   wanted = wanted or [(p, 0) for p in read]
   options = DecodingOptions(cache_len=SIZE, batch_size=rows, prefill_rows=fill, prefill_chunk=8)
-  scheduler = Scheduler(engine, read, stops or Stops(Numbers()), eos, options, NEW)
+  scheduler = Scheduler(engine, stops or Stops(Numbers()), eos, options, NEW)
+  tasks = [Task(p, s, read[p]) for p, s in wanted]
   with jax.set_mesh(mesh):
-    done = [s for finished, _ in scheduler.run(wanted) for s in finished]
+    done = [s for finished, _ in scheduler.run(tasks) for s in finished]
   assert sorted(s.key for s in done) == sorted(wanted)
   return {s.key: s for s in done}
 

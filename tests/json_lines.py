@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 def read_lines(path: Path) -> list:
-  return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+  """Returns the values of a file, or of the files of a folder, which may be missing."""
+  files = [path] if path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))
+  lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
+  return [json.loads(line) for line in lines]
 
 
 def write_lines(path: Path, rows: Iterable) -> Path:

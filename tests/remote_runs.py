@@ -16,8 +16,9 @@ def made(folder: Path, server: Server, prompts, /, **changes):
   c.teacher.source = ""
   rows = (p if isinstance(p, dict) else {"prompt": p, "answer": 7} for p in prompts)
   c.generate.prompts = str(write_lines(folder / "prompts.jsonl", rows))
-  c.generate.server.url = server.url
-  c.generate.server.timeout_s = 20.0  # longer than any response takes on a busy machine
+  c.generate.server.urls = (server.url,)
+  c.generate.server.silence_s = 20.0  # longer than any response takes on a busy machine
+  c.generate.server.first_byte_s = 20.0
   c.generate.server.retries = 3
   for name, value in changes.items():
     section = c.generate if hasattr(c.generate, name) else c.generate.server

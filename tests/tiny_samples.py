@@ -12,7 +12,7 @@ from distill_jax.filters import ComparingFilter
 def a_sample(text="so it is 4", **fields):
   about = {k: fields.pop(k) for k in list(fields) if k in ("answer", "test", "entry_point")}
   sample = {"id": 0, "sample": 0, "prompt": "2 + 2?", "about": about, "text": text, "of": 1}
-  return sample | {"tokens": [1, 2, 3], "reason": "eos", "logprob_mean": -0.1} | fields
+  return sample | {"token_count": 3, "reason": "eos", "logprob_mean": -0.1} | fields
 
 
 def group(number, texts, of=None, **fields):

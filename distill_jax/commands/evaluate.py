@@ -136,7 +136,7 @@ def _check_served(config: Config, benchmarked: Mapping[str, ModelOptions]) -> No
       f"False, because {served[0]!r} is served and servers do not return the likelihood of a text",
       "Set it to False, or remove that model",
     )
-  if config.generate.server.url:
+  if config.generate.server.urls:
     served.append("teacher")
   served = [name for name in served if name in benchmarked]
   for name, benchmark in config.evals.items():

@@ -6,10 +6,10 @@ instead (pseudo-labels).
 Reads: generate.prompts, and the teacher (`teacher`, or generate.server for a served one). With
 `tasks`: the examples of the task.
 
-Writes: in the workdir: samples.jsonl (one completion per line) and generate.json (a summary).
-Prompts that cannot be used are written to samples.rejected.jsonl. With generate.records_dir: a
-store of the same texts. With `tasks`: pairs.jsonl. Finished samples are kept when the command is
-interrupted.
+Writes: in the workdir: samples/00000.jsonl and so on (one completion per line, in files of 64 MB)
+and generate.json (a summary). Prompts that cannot be used are written to the folder
+samples.rejected. With generate.records_dir: a store of the same texts. With `tasks`: pairs.jsonl.
+Finished samples are kept when the command is interrupted.
 
 Config: seed, mesh, teacher, data, generate, records, tasks.
 
@@ -30,7 +30,7 @@ from distill_jax.types import JsonObject
 
 
 def run(config: Config, folder: Path) -> JsonObject:
-  """Writes samples.jsonl into `folder`; with `tasks`, pseudo-labels for a task's examples.
+  """Writes samples into `folder`; with `tasks`, pseudo-labels for a task's examples.
 
   Results and errors are those of `dispatch.generate` and `pseudo_labels.write_pseudo_labels`.
   """

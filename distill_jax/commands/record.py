@@ -266,8 +266,9 @@ def _import(config: Config, teacher: ModelSource, folder: Path) -> tuple[Manifes
 def _dump(config: Config, tokenizer: Tokenizer) -> Iterator[Record]:
   """Reads a served teacher's responses with their log-probabilities."""
   c = config.records
-  if files.info(c.logprobs) is None:
-    raise bad_value("records.logprobs", c.logprobs, "an existing JSONL file", "Correct the path")
+  if files.info(c.logprobs) is None and not files.listing(c.logprobs, "*.jsonl"):
+    expected = "an existing JSONL file or folder of them"
+    raise bad_value("records.logprobs", c.logprobs, expected, "Correct the path")
   if c.kind != "topk":
     expected = "'topk' with records.logprobs, because servers return the top log-probabilities"
     raise bad_value("records.kind", c.kind, expected, "Set it to 'topk'")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from distill_jax.config import Config
@@ -41,7 +41,7 @@ def measure(
 
   An interrupted run is resumed. These files are written into `folder`:
     prompts.jsonl: The questions.
-    samples.jsonl: The answers; see generation/local.py.
+    samples/00000.jsonl, …: The answers; see generation/local.py.
     verdicts.jsonl: {id, sample, right, why, answer} for each judged sample.
     left_out.jsonl: {question, reason} for each skipped question or sample.
 
@@ -71,7 +71,8 @@ def measure(
   try:
     job = generation_job(config, model, benchmark, folder)
     distributed.run_on_process_0(lambda: _check_same_settings(job, folder))
-    jsonl.write(folder / PROMPTS, (q.content for q in questions.usable), ensure_ascii=True)
+    asked = ({"prompt": q.content["prompt"]} for q in questions.usable)  # without answer keys
+    jsonl.write(folder / PROMPTS, asked, ensure_ascii=True)
     dispatch.generate(job, folder, model.unrolled)
   except InputError as e:
     raise InputError(f"evals.{questions.name}: {e}") from e
@@ -94,7 +95,7 @@ def generation_job(
   c, server = config.evaluate, ServerOptions()
   if is_served(model.options):
     url, _, name = model.options.source.partition("#")
-    server = dataclasses.replace(config.generate.server, url=url, model=name, top_logprobs=0)
+    server = dataclasses.replace(config.generate.server, urls=(url,), model=name, top_logprobs=0)
   elif model.is_teacher:
     server = config.generate.server
   samples = benchmark.samples or c.samples
@@ -162,12 +163,11 @@ def _judge(benchmark: GenerativeBenchmark, questions: Questions, folder: Path) -
   judge = benchmark.judge()
   assert judge is not None
   tally = Tally(questions, _spelling(judge))
-  for row in _objects(folder / outputs.REJECTED):
+  for row in outputs.read(folder, outputs.REJECTED):
     tally.skip(row["id"], row.get("sample"), row["reason"])
-  # Samples are judged with the benchmark's current answer keys, not with those in samples.jsonl.
+  # Samples are judged with the benchmark's current answer keys, not with those of the samples.
   samples = (
-    sample | {"about": questions.usable[sample["id"]].content}
-    for sample in _objects(folder / outputs.SAMPLES)
+    sample | {"about": questions.usable[sample["id"]].content} for sample in outputs.read(folder)
   )
   for sample, verdict in judge_in_parallel(judge, samples):
     tally.add(sample, verdict)
@@ -227,7 +227,7 @@ class Tally:
     self.verdicts.append(line)
     self._right[number].append(is_right)
     self._cut_off += sample["reason"] == "length"
-    self._tokens += sample.get("token_count", len(sample.get("tokens", ())))
+    self._tokens += sample["token_count"]
 
   def row(self) -> JsonObject:
     """Returns the results; see `measure`."""
@@ -268,7 +268,3 @@ def _last_line(sample: Sample) -> str:
 
 def _final_answer(sample: Sample) -> str:
   return answers.canonical(answers.final(answer_part(sample["text"])) or "")
-
-
-def _objects(path: Path) -> Iterator[JsonObject]:
-  return (line.object() for line in jsonl.read_lines(path))

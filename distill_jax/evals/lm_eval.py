@@ -25,6 +25,7 @@ from distill_jax.generation import local
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.options import DecodingOptions
 from distill_jax.generation.sampling import Sampling
+from distill_jax.generation.scheduler import Task
 from distill_jax.generation.stops import Stops
 from distill_jax.nn import sharding
 from distill_jax.runtime import extras
@@ -183,12 +184,10 @@ class Adapter(LM):
     job = self._job(settings, max(map(len, ids.values())), self.max_length - max_prompt)
     stops = Stops(self.tokens, job.stop)
     with jax.set_mesh(self.mesh):
-      scheduler = local.make_scheduler(
-        job, self.mesh, self.tokens, stops, ids, *self._model.unrolled()
-      )
-      for finished, _ in scheduler.run((i, 0) for i in ids):
+      scheduler = local.make_scheduler(job, self.mesh, self.tokens, stops, *self._model.unrolled())
+      for finished, _ in scheduler.run(Task(i, 0, x) for i, x in ids.items()):
         for s in finished:
-          yield s.prompt, stops.text(s.text_tokens)
+          yield s.task.prompt, stops.text(s.text_tokens)
 
   def _job(self, settings: JsonObject, prompt_tokens: int, max_new_tokens: int) -> GenerationJob:
     """Returns a job with lm-eval's settings.

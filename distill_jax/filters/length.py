@@ -38,12 +38,12 @@ class Filter(SampleFilter):
     if self.finished and sample.get("reason") == "length":
       return "cut off"
     if self.min_tokens or self.max_tokens:
-      tokens = sample.get("tokens")
-      if not isinstance(tokens, list):
+      tokens = sample.get("token_count")
+      if not isinstance(tokens, int):
         return Unjudgeable(
-          "no tokens: the sample has no field 'tokens'; set min_chars and max_chars instead"
+          "no tokens: the sample has no field 'token_count'; set min_chars and max_chars instead"
         )
-      if why := _out_of_range(len(tokens), self.min_tokens, self.max_tokens, "tokens"):
+      if why := _out_of_range(tokens, self.min_tokens, self.max_tokens, "tokens"):
         return why
     return _out_of_range(len(sample["text"].strip()), self.min_chars, self.max_chars, "characters")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill_jax.errors import bad_value
-from distill_jax.generation import local, openai_api
+from distill_jax.generation import local
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.to_records import GeneratedStore
 from distill_jax.types import JsonObject
@@ -32,14 +32,14 @@ def generate(
     InputError: If a store is requested for a model on a server. See also the two functions.
     Preempted: If SIGTERM was received. Finished samples are kept.
   """
-  if not job.server.url:
+  if not job.server.urls:
     return local.generate(job, folder, load_model, store)
   if store is not None:
     raise bad_value(
       "generate.records_dir",
       store.config.generate.records_dir,
       "'' for a teacher on a server",
-      f"Leave it empty, and run `record` on the server's {openai_api.RESPONSES}",
+      "Leave it empty, set generate.server.top_logprobs, and run `record` on the responses",
     )
   from distill_jax.generation import remote  # needs an extra
 

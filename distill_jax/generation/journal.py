@@ -1,141 +1,287 @@
-"""An append-only journal of finished samples that survives kill -9.
+"""The finished samples of a run, which survive kill -9 at any point: a log, and what reads it.
 
-The first line of samples.part.jsonl describes the prompts and the model; each further line is a
-sample. samples.part.bin has a binary record of each token, in the same order. The binary records of
-a sample are synced before its line, so a complete line always has its data, and only the last line
-can be truncated. If a copy of the folder was made between the two writes, lines without data are
-dropped.
+Finished samples are appended to the log in pieces, files that are written once. The log's readers
+take whole prompts in the order of prompts: `segments.Segments` writes the result and
+`to_records.StoreWriter` a store. Each has a frontier, the first prompt that it still needs from the
+log, and a piece is deleted when all of its samples are before all frontiers.
+
+All files are in FOLDER/samples/.log, a folder or a URL:
+  state.json: The origin of the samples, and the durable state of each reader.
+  00000000.piece, …: A line of JSON with the columns of `Place` for each sample, then their bytes.
+
+In memory are one `Place` for each sample that is finished and not yet behind all frontiers (about
+1 KB: 2.6 MB for a segment of samples of 25 KB), and one segment while it is written. A sample is
+uploaded twice: in a piece, and in a segment.
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import collections
+import dataclasses
+import json
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
-import numpy as np
-
-from distill_jax.data import jsonl
 from distill_jax.errors import InputError
-from distill_jax.runtime import json_io
+from distill_jax.generation.finished import ALL, PARTS, Counts, Done, Finished, Place
+from distill_jax.runtime import files, json_io, remote_files
 from distill_jax.types import JsonObject
 
-LINES, BINARY = "samples.part.jsonl", "samples.part.bin"
+LOG, STATE = "samples/.log", "state.json"
+RESTART = "Restore the file, or choose another --workdir"
+HEADER_BYTES = 2**16  # first read of a piece, whose header is usually shorter
+
+
+class Reader(Protocol):
+  """A reader of the log.
+
+  Attributes:
+    name: The key of its state.
+    frontier: The first prompt that it still needs from the log.
+    count: The number of files that it has written.
+  """
+
+  name: str
+  frontier: int
+  count: int
+
+  def restore(self, state: JsonObject) -> None:
+    """Continues from the durable state of an earlier run."""
+
+  def state(self) -> JsonObject:
+    """Returns the durable state."""
+
+  def add(self, journal: SampleJournal, places: Sequence[Place]) -> None:
+    """Takes the samples of the next prompt."""
+
+  def finish(self, journal: SampleJournal) -> None:
+    """Writes what is left, after the last prompt."""
 
 
 class SampleJournal:
-  """The finished samples of a workdir; a context manager.
+  """The finished samples of a run.
 
   Args:
-    folder: The workdir.
-    origin: A description of the prompts and the model. A journal with another origin is refused.
-    record: The dtype of a token's binary record. None: tokens have no records.
+    folder: The path or URL of the workdir.
+    origin: A description of the prompts and the model. Samples of another origin are refused.
+    samples: The number of samples per prompt.
+    readers: The readers of the log.
 
   Attributes:
-    rows: The samples' lines.
+    folder: See Args.
+    model: The name of a served model, or "".
+    counts: The numbers of all finished samples.
 
   Raises:
-    InputError: If the journal is damaged or has another origin.
+    InputError: If the folder has samples of another origin, or files are missing or damaged.
   """
 
-  def __init__(self, folder: Path, origin: JsonObject, record: np.dtype | None):
-    self._folder, self._record = folder, record
-    self.rows: list[JsonObject] = []
-    self._token_ends: np.ndarray | None = None
-    path = folder / LINES
-    self._lines, self._binary = path.open("a+b"), (folder / BINARY).open("a+b")
+  def __init__(self, folder: str, origin: JsonObject, samples: int, readers: Sequence[Reader]):
+    self.folder, self.model, self.counts = folder, "", Counts()
+    self._origin, self._samples, self._readers = origin, samples, readers
+    self._log = files.join(folder, LOG)
+    self._places: dict[int, dict[int, Place]] = {}  # by prompt and sample, from the frontiers on
+    self._last: dict[int, int] = {}  # by piece: its last prompt
+    self._settled = Counts()  # of the prompts before `_ready`
+    self._ready = 0  # the first prompt that is not complete
+    self._next_piece = 0
+    self._has_failed = False
+    if files.info(self._state_file) is None:
+      if files.listing(self._log, "*.piece"):
+        raise self._damaged(f"{STATE} is missing")
+      self._save()
+    else:
+      self._restore()
+
+  @property
+  def _state_file(self) -> str:
+    return files.join(self._log, STATE)
+
+  def _restore(self) -> None:
+    state = json_io.parse_object(files.read(self._state_file), self._state_file, RESTART)
+    _check_origin(self.folder, state["of"], self._origin)
+    self.model = state["model"]
+    for reader in self._readers:
+      reader.restore(state["readers"][reader.name])
+    # The counts of the state are those of the prompts before the first frontier.
+    self._ready, self._settled = self._needed(), Counts(**state["counts"])
+    pieces = {int(name.partition(".")[0]): info for name, info in self._pieces().items()}
+    heads = files.read_ranges(
+      [(self._piece(n), 0, min(info.size, HEADER_BYTES)) for n, info in pieces.items()]
+    )
+    for (n, info), head in zip(pieces.items(), heads, strict=True):
+      if b"\n" not in head:
+        head = files.read(self._piece(n))
+      self._index(n, head[: head.find(b"\n") + 1], info.size)
+      self._next_piece = n + 1
+    self.counts = dataclasses.replace(self._settled, reasons={**self._settled.reasons})
+    for places in self._places.values():
+      self.counts.add(places.values())
+    self._advance()
+
+  def _pieces(self) -> dict[str, files.FileInfo]:
+    return files.listing(self._log, "*.piece")
+
+  def _piece(self, number: int) -> str:
+    return files.join(self._log, f"{number:08d}.piece")
+
+  def _index(self, number: int, header: bytes, size: int) -> None:
+    """Adds the samples of a piece to the index."""
     try:
-      self._read(path, origin)
-    except BaseException:
-      self.close()
-      raise
+      rows, offset = json.loads(header), len(header)
+      places = []
+      for prompt, sample, reason, tokens, length, sizes, checksums in rows:
+        place = Place(
+          prompt, sample, reason, tokens, length, tuple(sizes), tuple(checksums), number, offset
+        )
+        places.append(place)
+        offset += sum(sizes)
+    except (ValueError, TypeError) as e:
+      raise self._damaged(f"{self._piece(number)} is damaged") from e
+    if offset != size:
+      raise self._damaged(f"{self._piece(number)} has {size} bytes; expected {offset}")
+    self._last[number] = max(place.prompt for place in places)
+    for place in places:
+      if place.prompt >= self._needed():
+        self._places.setdefault(place.prompt, {}).setdefault(place.sample, place)
 
-  def _read(self, path: Path, origin: JsonObject) -> None:
-    """Reads the samples that have data, and truncates the files after them."""
-    self._lines.seek(0)
-    line_bytes = record_bytes = 0
-    token_bytes = 0 if self._record is None else self._record.itemsize
-    binary_bytes = os.fstat(self._binary.fileno()).st_size
-    for number, raw in enumerate(self._lines):
-      if not raw.endswith(b"\n"):
-        break
-      try:
-        row = json_io.parse_object(raw)
-      except InputError as e:
-        raise InputError(
-          f"{path}, line {number + 1} is damaged ({str(e).rstrip('.')}). Delete the file and run "
-          "`generate` again."
-        ) from e
-      if number:
-        size = token_bytes * len(row["tokens"])
-        if record_bytes + size > binary_bytes:  # a copy made between the two writes
-          break
-        record_bytes += size
-        self.rows.append(row)
-      else:
-        _check_origin(path, row, origin)
-      line_bytes += len(raw)
-    self._lines.truncate(line_bytes)
-    if not line_bytes:
-      self._append([origin])
-    self._binary.truncate(record_bytes)
+  def done(self) -> Done:
+    """Returns the samples that are finished, for the choice of those that are missing."""
+    later = (p for p in self._places if p >= self._ready)
+    return Done(self._ready, frozenset((p, s) for p in later for s in self._places[p]))
 
-  def add(self, rows: list[JsonObject], records: list[dict[str, list[np.ndarray]]]) -> None:
-    """Adds samples with the records of their tokens, and returns when they are on disk.
+  def set_model(self, name: str) -> None:
+    """Stores the name of the served model, which must be that of the earlier samples.
 
-    Args:
-      rows: The samples' lines.
-      records: For each sample, the recorded arrays of all its tokens by field.
+    Raises:
+      InputError: If the earlier samples are from another model.
     """
-    if not rows:
+    if self.counts.samples and self.model != name:
+      raise InputError(
+        f"{self.folder} has samples from the model {self.model}, but the server has {name}. Serve "
+        "the old model, or choose another --workdir."
+      )
+    if self.model != name:
+      self.model = name
+      self._save()
+
+  def add(self, finished: Sequence[Finished]) -> None:
+    """Adds samples, and returns when they are stored."""
+    if not finished:
       return
-    if self._record is not None:
-      for row, recorded in zip(rows, records, strict=True):
-        record = np.zeros(len(row["tokens"]), self._record)
-        for name in self._record.names or ():
-          record[name] = recorded[name]
-        self._binary.write(record.tobytes())
-      self._binary.flush()
-      os.fsync(self._binary.fileno())
-    self._append(rows)
-    self.rows += rows
+    parts = [[f.parts.get(part, b"") for part in PARTS] for f in finished]
+    rows = [
+      [f.prompt, f.sample, f.reason, f.tokens, f.length, [*map(len, p)], [*map(zlib.crc32, p)]]
+      for f, p in zip(finished, parts, strict=True)
+    ]
+    header = json.dumps(rows, separators=(",", ":")).encode() + b"\n"
+    data = b"".join([header, *(x for p in parts for x in p)])
+    number, self._next_piece = self._next_piece, self._next_piece + 1
+    files.write(self._piece(number), data)
+    self._index(number, header, len(data))
+    self.counts.add(finished)
+    self._advance()
 
-  def _append(self, rows: list[JsonObject]) -> None:
-    self._lines.write(b"".join(jsonl.to_line(row, ensure_ascii=True) for row in rows))
-    self._lines.flush()
-    os.fsync(self._lines.fileno())
+  def _advance(self) -> None:
+    """Passes the prompts that are complete to the readers, and deletes pieces without use.
 
-  def records(self, number: int) -> np.ndarray:
-    """Returns the records of the tokens of sample `rows[number]`, when all samples are finished."""
-    assert self._record is not None
-    if self._token_ends is None:
-      self._token_ends = np.cumsum([0] + [len(row["tokens"]) for row in self.rows])
-    start, end = (int(x) for x in self._token_ends[number : number + 2])
-    self._binary.seek(start * self._record.itemsize)
-    return np.frombuffer(self._binary.read((end - start) * self._record.itemsize), self._record)
+    After an error of a reader, samples are only added to the log, and the next run continues.
+    """
+    if self._has_failed:
+      return
+    self._has_failed, before = True, self._progress()
+    while self._is_complete(self._ready):
+      places = self._places[self._ready]
+      ordered = [places[sample] for sample in sorted(places)]
+      self._settled.add(ordered)
+      self._ready += 1
+      for reader in self._readers:
+        if reader.frontier < self._ready:
+          reader.add(self, ordered)
+    if self._progress() != before:
+      self._save()
+      self._forget()
+    self._has_failed = False
 
-  def close(self) -> None:
-    """Closes the files, and keeps them for the next run."""
-    self._lines.close()
-    self._binary.close()
+  def _is_complete(self, prompt: int) -> bool:
+    places = self._places.get(prompt, {})
+    return ALL in places or len(places) == self._samples
+
+  def _progress(self) -> tuple[int, list[int]]:
+    """Returns what is worth a write of the state: pieces without use, or files that are written."""
+    return self._needed(), [reader.count for reader in self._readers]
+
+  def _needed(self) -> int:
+    """Returns the first prompt that a reader still needs."""
+    return min((reader.frontier for reader in self._readers), default=self._ready)
+
+  def _save(self) -> None:
+    """Stores the state, with the counts of the prompts that no reader needs."""
+    counts = dataclasses.replace(self._settled, reasons=collections.Counter(self._settled.reasons))
+    for prompt in range(self._needed(), self._ready):
+      for place in self._places[prompt].values():
+        counts.samples -= bool(place.reason)
+        counts.rejected -= not place.reason
+        counts.tokens -= place.tokens
+        counts.reasons[place.reason] -= bool(place.reason)
+    state = {
+      "of": self._origin,
+      "model": self.model,
+      "readers": {reader.name: reader.state() for reader in self._readers},
+      "counts": vars(counts) | {"reasons": {k: n for k, n in counts.reasons.items() if n}},
+    }
+    files.write(self._state_file, json.dumps(state, indent=1).encode())
+
+  def _forget(self) -> None:
+    """Deletes the pieces whose samples no reader needs."""
+    needed = self._needed()
+    for prompt in [p for p in self._places if p < needed]:
+      del self._places[prompt]
+    unused = [number for number, last in self._last.items() if last < needed]
+    for number in unused:
+      del self._last[number]
+    with ThreadPoolExecutor(remote_files.IN_FLIGHT) as pool:
+      list(pool.map(files.remove, map(self._piece, unused)))
+
+  def read(self, places: Sequence[Place], part: str) -> list[bytes]:
+    """Returns a part of each sample.
+
+    Raises:
+      InputError: If a piece is missing or damaged.
+    """
+    index = PARTS.index(part)
+    ranges = []
+    for place in places:
+      start = place.offset + sum(place.sizes[:index])
+      ranges.append((self._piece(place.piece), start, start + place.sizes[index]))
+    found = files.read_ranges(ranges)
+    for place, data in zip(places, found, strict=True):
+      if zlib.crc32(data) != place.checksums[index]:
+        raise self._damaged(f"{self._piece(place.piece)} is damaged at byte {place.offset}")
+    return found
+
+  def finish(self) -> None:
+    """Lets the readers write what is left, when all samples are finished."""
+    for reader in self._readers:
+      reader.finish(self)
+    self._save()
+    self._forget()
 
   def remove(self) -> None:
-    """Closes and deletes the files, when the output files are written."""
-    self.close()
-    for name in (LINES, BINARY):
-      (self._folder / name).unlink(missing_ok=True)
+    """Deletes the log, when the result is written."""
+    files.remove_tree(self._log)
 
-  def __enter__(self) -> SampleJournal:
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self.close()
+  def _damaged(self, what: str) -> InputError:
+    return InputError(f"{what}. {RESTART}.")
 
 
-def _check_origin(path: Path, recorded: JsonObject, origin: JsonObject) -> None:
-  """Raises InputError if the journal has samples for other prompts or from another model."""
+def _check_origin(folder: str, recorded: Any, origin: JsonObject) -> None:
+  """Raises InputError if a folder has samples of other prompts or from another model."""
   if recorded != origin:
     key = next(k for k in {**origin, **recorded} if origin.get(k) != recorded.get(k))
     raise InputError(
-      f"{path} has samples with {key}={recorded.get(key)!r}, but this run has {origin.get(key)!r}. "
-      "Restore the old setting, or choose another --workdir."
+      f"{folder} has samples with {key}={recorded.get(key)!r}, but this run has "
+      f"{origin.get(key)!r}. Restore the old setting, or choose another --workdir."
     )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -17,10 +16,11 @@ from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import bad_value
 from distill_jax.generation import outputs
 from distill_jax.generation.engine import Engine, EngineSpec
+from distill_jax.generation.finished import ALL, Done
 from distill_jax.generation.job import GenerationJob
-from distill_jax.generation.journal import SampleJournal
-from distill_jax.generation.prompts import Prompts, read_prompts
-from distill_jax.generation.scheduler import GeneratedSample, Scheduler
+from distill_jax.generation.local_writer import LocalWriter
+from distill_jax.generation.prompts import Prompt, Prompts, Summary, missing_samples
+from distill_jax.generation.scheduler import Scheduler, Task
 from distill_jax.generation.stops import Stops
 from distill_jax.generation.to_records import GeneratedStore
 from distill_jax.generation.unrolled import Unrolled, unroll
@@ -42,22 +42,21 @@ def generate(
   load_model: LoadModel | None = None,
   store: GeneratedStore | None = None,
 ) -> JsonObject:
-  """Samples texts and writes them to samples.jsonl in `folder`, ordered by prompt and sample.
+  """Samples texts and writes them to `folder`, ordered by prompt and sample; see outputs.py.
 
-  Each line is a sample with these fields:
+  A line of the samples has these fields:
     id, sample: The indices of the prompt and of the sample.
     prompt: The prompt, as text or messages.
     about: The other fields of the prompt's line.
     text: The text, without the stop string or token that ended it.
-    tokens: The tokens, including the one that ended the text.
+    token_count: The number of tokens, including the one that ended the text.
     reason: Why the text ended: "stop", "eos", "length" or "repetition".
     logprob, logprob_mean: The sum and the mean of the tokens' log-probabilities in nats, under the
       model without temperature and truncation.
-  Prompts that cannot be used are written to samples.rejected.jsonl with the reason.
 
   A text depends only on (seed, prompt, sample), except for floating-point ties, which may be broken
   differently with other batch sizes or devices. An interrupted run is resumed, with the same
-  result.
+  result. All processes decode all rows; the first one writes.
 
   Args:
     job: The job.
@@ -77,29 +76,25 @@ def generate(
   mesh = sharding.make_mesh(**vars(job.mesh))
   tokenizer = corpus.tokenizer_of(job.data, job.source.pretrained)
   stops = _check(job, tokenizer, mesh, store)
-  prompts = read_prompts(job, tokenizer)
-  origin = {
-    "prompts": _digest(prompts.ids),
-    "teacher": job.source.identity,
-  }
+  prompts = Prompts(job, tokenizer)
+  summary = prompts.summary()
+  origin = {"prompts": summary.digest, "teacher": job.source.identity}
   result: JsonObject = {}
   distributed.run_on_process_0(lambda: result.update(outputs.finished_result(folder, origin) or {}))
   if distributed.max_over_processes(len(result)):
     return result
-  journals: list[SampleJournal] = []  # one on the first process, none on others
-  token_record = store.token_record(tokenizer.vocab_size) if store else None
-  distributed.run_on_process_0(lambda: journals.append(SampleJournal(folder, origin, token_record)))
+  writers: list[LocalWriter] = []  # one on the first process, none on others
+  distributed.run_on_process_0(
+    lambda: writers.append(LocalWriter(job, folder, origin, tokenizer, stops, store))
+  )
   try:
     load_model = load_model or (lambda: _load(job, mesh))
-    rate = _decode(job, mesh, tokenizer, stops, prompts, journals, load_model, store)
-    result = {"prompts": len(prompts.ids), "rejected": len(prompts.rejected)}
-    distributed.run_on_process_0(
-      lambda: result.update(_publish(folder, tokenizer, prompts, journals[0], store))
-    )
+    rate = _decode(job, mesh, tokenizer, stops, prompts, summary, writers, load_model, store)
+    result = {"prompts": summary.prompts}
+    distributed.run_on_process_0(lambda: result.update(writers[0].finish(result)))
   finally:
-    for journal in journals:
-      journal.close()
-  distributed.run_on_process_0(lambda: outputs.finish(folder, origin, result, journals[0]))
+    for writer in writers:
+      writer.close()
   return result | {"tokens_per_second": rate}
 
 
@@ -154,39 +149,64 @@ def _decode(
   tokenizer: Tokenizer,
   stops: Stops,
   prompts: Prompts,
-  journals: Sequence[SampleJournal],
+  summary: Summary,
+  writers: Sequence[LocalWriter],
   load_model: LoadModel,
   store: GeneratedStore | None,
 ) -> float:
-  """Generates the missing samples and returns the tokens per second.
-
-  All processes decode all rows; the first one writes the journal.
-  """
-  sample_keys = [(p, s) for p in prompts.ids for s in range(job.samples)]
-  have = {outputs.sample_key(row) for journal in journals for row in journal.rows}
-  is_missing = distributed.broadcast_from_process_0(np.array([k not in have for k in sample_keys]))
-  missing = [k for k, is_missed in zip(sample_keys, is_missing, strict=True) if is_missed]
-  if not missing:
+  """Generates the missing samples and returns the tokens per second."""
+  done = _done(writers)
+  total = summary.prompts * job.samples
+  start = sum(writer.journal.counts.samples for writer in writers)
+  missing = missing_samples(prompts.read(done.first), job.samples, done)
+  tasks = _tasks(missing, writers)
+  if (first := next(tasks, None)) is None:
+    for writer in writers:
+      writer.flush()
     return 0.0
-  tokens, done = 0, len(sample_keys) - len(missing)
+  tokens = 0
   with (
     jax.set_mesh(mesh),
     distributed.Preemption() as preemption,
-    Progress("generate", len(sample_keys), "samples", start=done) as progress,
+    Progress("generate", total, "samples", start=start) as progress,
   ):
     model, compute = load_model()
     scheduler = make_scheduler(
-      job, mesh, tokenizer, stops, prompts.ids, model, compute, store.records if store else None
+      job, mesh, tokenizer, stops, model, compute, store.records if store else None
     )
-    start = time.perf_counter()
-    for n, (finished, new_tokens) in enumerate(scheduler.run(missing)):
-      tokens += new_tokens
-      for journal in journals:
-        journal.add([_journal_row(s, stops) for s in finished], [s.records for s in finished])
-      progress.add(len(finished), tokens_per_second=tokens / (time.perf_counter() - start))
-      if preemption.reached(n):
-        raise distributed.Preemption.stop("generate", "finished samples are kept")
-  return tokens / (time.perf_counter() - start)
+    began = time.perf_counter()
+    try:
+      for n, (finished, new_tokens) in enumerate(scheduler.run(itertools.chain([first], tasks))):
+        tokens += new_tokens
+        for writer in writers:
+          writer.add(finished)
+        progress.add(len(finished), tokens_per_second=tokens / (time.perf_counter() - began))
+        if preemption.reached(n):
+          raise distributed.Preemption.stop("generate", "finished samples are kept")
+    finally:
+      for writer in writers:
+        writer.flush()
+  return tokens / (time.perf_counter() - began)
+
+
+def _tasks(missing: Iterable[tuple[Prompt, int]], writers: Sequence[LocalWriter]) -> Iterator[Task]:
+  """Yields the samples to generate, and passes prompts that cannot be used to the writer."""
+  for prompt, sample in missing:
+    if sample != ALL:
+      yield Task(prompt.number, sample, prompt.ids, prompt)
+    else:
+      for writer in writers:
+        writer.reject(prompt)
+
+
+def _done(writers: Sequence[LocalWriter]) -> Done:
+  """Returns the finished samples, which the first process knows, on all processes."""
+  own = writers[0].journal.done() if writers else Done(0, frozenset())
+  first, count = distributed.broadcast_from_process_0(np.array([own.first, len(own.keys)]))
+  keys = np.zeros((count, 2), np.int64)
+  keys[: len(own.keys)] = sorted(own.keys) if own.keys else 0
+  pairs = distributed.broadcast_from_process_0(keys).tolist()
+  return Done(int(first), frozenset((p, s) for p, s in pairs))
 
 
 def _load(job: GenerationJob, mesh: Mesh) -> tuple[Unrolled, ComputeConfig]:
@@ -199,7 +219,6 @@ def make_scheduler(
   mesh: Mesh,
   tokenizer: Tokenizer,
   stops: Stops,
-  prompts: Mapping[int, Sequence[int]],
   model: Unrolled,
   compute: ComputeConfig,
   records: RecordsOptions | None = None,
@@ -211,7 +230,6 @@ def make_scheduler(
     mesh: The devices.
     tokenizer: The tokenizer.
     stops: The end conditions of texts.
-    prompts: The tokens of each prompt, by index.
     model: The model with unrolled layers.
     compute: The compute settings.
     records: Settings for recording the distribution of each token. None: nothing is recorded.
@@ -228,41 +246,4 @@ def make_scheduler(
   )
   use = {name: run_keys[name] for name in ("generate", "records")}
   engine = Engine(model, mesh, spec, c.batch_size, c.prefill_rows, c.cache_len, use)
-  return Scheduler(engine, prompts, stops, spec.eos, c, job.max_new_tokens)
-
-
-def _journal_row(s: GeneratedSample, stops: Stops) -> outputs.JournalRow:
-  """Returns a sample's line of the journal."""
-  return {
-    "prompt": s.prompt,
-    "sample": s.sample,
-    "text": stops.text(s.text_tokens),
-    "tokens": s.tokens,
-    "reason": s.reason,
-    "logprob": sum(s.logps),
-    "logprob_mean": sum(s.logps) / len(s.logps),
-  }
-
-
-def _publish(
-  folder: Path,
-  tokenizer: Tokenizer,
-  prompts: Prompts,
-  journal: SampleJournal,
-  store: GeneratedStore | None,
-) -> JsonObject:
-  """Writes the output files from the journal, in order, and returns their counts."""
-  order = sorted(range(len(journal.rows)), key=lambda i: outputs.sample_key(journal.rows[i]))
-  rows = [journal.rows[i] for i in order]
-  outputs.write_rejected(folder, prompts)
-  stored: JsonObject = {}
-  if store is not None:
-    stored = store.write(tokenizer, prompts.ids, rows, lambda i: journal.records(order[i]))
-    stored["record_tokens"] = stored.pop("tokens")
-  outputs.write_samples(folder, rows, prompts)
-  tokens = sum(len(row["tokens"]) for row in rows)
-  return {"samples": len(rows), "tokens": tokens, **outputs.count_reasons(rows), **stored}
-
-
-def _digest(prompts: Mapping[int, Sequence[int]]) -> str:
-  return hashlib.sha256(json.dumps(list(prompts.items())).encode()).hexdigest()
+  return Scheduler(engine, stops, spec.eos, c, job.max_new_tokens)

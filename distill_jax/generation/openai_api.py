@@ -1,31 +1,23 @@
-"""The request and response formats of OpenAI-compatible servers, and the file of responses."""
+"""The request and response formats of OpenAI-compatible servers."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import math
-import os
-import re
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from distill_jax.data import corpus, jsonl
+from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError, bad_value
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.prompts import Message, PromptEncoder, model_input
 from distill_jax.generation.request_errors import RequestRefused
-from distill_jax.generation.scheduler import SampleKey
-from distill_jax.runtime import atomic_io, json_io
+from distill_jax.runtime import json_io
 from distill_jax.types import JsonObject
 
-RESPONSES, PART = "responses.jsonl", "responses.part.jsonl"
-PREFIX = re.compile(rb'\{"id": (\d+), "sample": (\d+), ')  # start of a line of responses.jsonl
 EXTENDED_SERVERS = ("vllm", "sglang")  # values of `owned_by` of servers with more request fields
-TOKEN_ID = "token_id:"  # prefix of token names if vLLM returns tokens as ids
-REASONS = {"stop": "eos", "length": "length"}  # finish_reason: reason in samples.jsonl
+REASONS = {"stop": "eos", "length": "length"}  # finish_reason: reason of a sample
 BROKEN_OFF = (None, "abort", "error")  # finish_reason of an incomplete response
 
 TokenLogprobs = list[JsonObject]  # one object per token, in the format of chat completions
@@ -84,6 +76,8 @@ def request(
     "temperature": sampling.temperature,
     "top_p": sampling.top_p,
     "seed": int.from_bytes(digest[:4], "big") >> 1,  # some servers accept only 31 bits
+    "stream": True,  # so that a silent server is noticed; see http_client.py
+    "stream_options": {"include_usage": True},
   }
   if job.stop:
     body["stop"] = list(job.stop)
@@ -93,12 +87,10 @@ def request(
     body |= {"top_k": sampling.top_k or -1, "min_p": sampling.min_p, "repetition_penalty": 1.0}
   else:  # other servers may reject fields that OpenAI's API does not have
     body |= {k: v for k, v in (("top_k", sampling.top_k), ("min_p", sampling.min_p)) if v}
-  if served.server == "vllm":
-    body["return_token_ids"] = True
   if top:
     body |= {"logprobs": top} if is_text else {"logprobs": True, "top_logprobs": top}
     if served.server == "vllm":
-      body["return_tokens_as_token_ids"] = True
+      body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
   body = {k: v for k, v in (body | job.server.extra).items() if v is not None}
   return "completions" if is_text else "chat/completions", body
 
@@ -111,7 +103,7 @@ def parse(answer: Any, stop: tuple[str, ...]) -> tuple[JsonObject, TokenLogprobs
     stop: The stop strings of the request.
 
   Returns:
-    The fields of the sample in samples.jsonl, and the log-probabilities of its tokens or None.
+    The fields of the sample's line, and the log-probabilities of its tokens or None.
 
   Raises:
     RequestRefused: If a content filter or a tool call ended the text.
@@ -128,10 +120,10 @@ def parse(answer: Any, stop: tuple[str, ...]) -> tuple[JsonObject, TokenLogprobs
   if json_io.lone_surrogate(text):
     raise ValueError("The text contains half a surrogate pair.")
   token_logprobs = _token_logprobs(choice)
-  tokens = _tokens(choice, token_logprobs or [])
   usage = (answer.get("usage") or {}).get("completion_tokens")
-  count = len(tokens or token_logprobs or []) if usage is None else int(usage)
-  row = {"text": text, "tokens": tokens, "token_count": count, "reason": REASONS[finish]}
+  tokens = choice.get("token_ids") or token_logprobs or []
+  count = len(tokens) if usage is None else int(usage)
+  row = {"text": text, "token_count": count, "reason": REASONS[finish]}
   if finish == "stop" and _is_stop_string(choice, stop):
     row["reason"] = "stop"
   if token_logprobs:
@@ -150,16 +142,6 @@ def _text(message: JsonObject) -> str:
     return content
   unclosed = "<think>\n" + reasoning.strip("\n")
   return f"{unclosed}\n</think>\n\n" + content.lstrip("\n") if content else unclosed
-
-
-def _tokens(choice: JsonObject, token_logprobs: TokenLogprobs) -> list[int]:
-  """Returns the ids of a text's tokens, or [] if the response does not contain them."""
-  if ids := choice.get("token_ids"):
-    return ids
-  names = [x["token"] for x in token_logprobs]
-  if not all(name.startswith(TOKEN_ID) for name in names):
-    return []
-  return [int(name.removeprefix(TOKEN_ID)) for name in names]
 
 
 def _is_stop_string(choice: JsonObject, stop: tuple[str, ...]) -> bool:
@@ -233,76 +215,3 @@ class PromptIds:
       return corpus.tokenizer_of(data, pretrained)
     except InputError as e:
       raise InputError(f"The server does not return the tokens of prompts. {e}") from e
-
-
-class Responses:
-  """The responses of a run so far; a context manager.
-
-  A response is on disk before its sample. Each line begins with the indices of the prompt and the
-  sample. If a run was killed between the two writes, the request is made again, and the last of two
-  lines with the same indices is valid.
-
-  Args:
-    folder: The workdir.
-
-  Raises:
-    InputError: If the file is damaged.
-  """
-
-  def __init__(self, folder: Path):
-    self._folder, self._file = folder, (folder / PART).open("a+b")
-    self._spans: dict[SampleKey, tuple[int, int]] = {}  # (offset, length) of each line
-    self._end = 0
-    self._file.seek(0)
-    for line in self._file:
-      if not line.endswith(b"\n"):
-        self._file.truncate(self._end)
-        break
-      self._index(line)
-
-  def _index(self, line: bytes) -> None:
-    if not (match := PREFIX.match(line)):
-      raise InputError(
-        f"{self._folder / PART} is damaged at byte {self._end}. Choose another --workdir."
-      )
-    self._spans[int(match[1]), int(match[2])] = self._end, len(line)
-    self._end += len(line)
-
-  def check(self, samples: Iterable[SampleKey]) -> None:
-    """Raises InputError if the response to a finished sample is missing."""
-    if lost := [key for key in samples if key not in self._spans]:
-      raise InputError(
-        f"{self._folder} has {len(lost)} samples whose responses are missing in {PART}. Restore "
-        "the file, or choose another --workdir."
-      )
-
-  def add(self, answers: list[JsonObject]) -> None:
-    """Appends responses, and returns when they are on disk."""
-    lines = [jsonl.to_line(answer, ensure_ascii=True) for answer in answers]
-    self._file.write(b"".join(lines))
-    self._file.flush()
-    os.fsync(self._file.fileno())
-    for line in lines:
-      self._index(line)
-
-  def publish(self, order: Iterable[SampleKey]) -> None:
-    """Writes responses.jsonl atomically, with the responses to these samples in order."""
-    part = self._folder / f".{RESPONSES}.part"
-    with part.open("wb") as f:
-      for offset, size in (self._spans[key] for key in order):
-        self._file.seek(offset)
-        f.write(self._file.read(size))
-      f.flush()
-      os.fsync(f.fileno())
-    part.replace(self._folder / RESPONSES)
-    atomic_io.fsync_dir(self._folder)
-
-  def remove(self) -> None:
-    """Deletes the file of responses so far."""
-    (self._folder / PART).unlink()
-
-  def __enter__(self) -> Responses:
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self._file.close()

@@ -9,26 +9,32 @@ from distill_jax.types import JsonObject
 
 @dataclasses.dataclass(frozen=True)
 class ServerOptions:
-  """An OpenAI-compatible server that serves the teacher, such as vLLM or SGLang."""
+  """OpenAI-compatible servers that serve the teacher, such as vLLM or SGLang."""
 
-  url: str = ""
-  """Address of the server, e.g. "http://localhost:8000/v1". "": the teacher runs on the local
-  devices."""
+  urls: tuple[str, ...] = ()
+  """Addresses of servers of one model, e.g. ("http://localhost:8000/v1",). A request goes to the
+  server with the fewest requests in flight. (): the teacher runs on the local devices."""
   model: str = ""
-  """Name of the model on the server. "": the only model that the server has."""
+  """Name of the model on the servers. "": the only model that a server has."""
   api_key_env: str = ""
   """Name of the environment variable that contains the API key. "": no key is sent."""
   in_flight: int = 32
-  """Maximum number of concurrent requests."""
+  """Maximum number of concurrent requests, to all servers together."""
   requests_per_minute: float = 0.0
   """Maximum number of requests per minute. 0: no limit."""
-  timeout_s: float = 600.0
-  """Timeout of one request, in seconds."""
+  silence_s: float = 120.0
+  """Timeout of a response that has begun, in seconds without a byte. Responses are streamed."""
+  first_byte_s: float = 1800.0
+  """Timeout of the first byte of a response, in seconds. It is longer, because a request can wait
+  in the server's queue, and servers that do not stream send nothing before the end."""
+  timeout_s: float = 0.0
+  """Timeout of a whole response, in seconds. 0: none."""
   retries: int = 8
-  """Maximum number of retries of a request. The waits between them grow exponentially."""
+  """Maximum number of retries of a request. The waits between them grow exponentially. A timeout is
+  retried once."""
   top_logprobs: int = 0
-  """Number of log-probabilities per token to request. They are stored in responses.jsonl, which
-  `record` can read. 0: none."""
+  """Number of log-probabilities per token to request. They are stored in the folder responses,
+  which `record` can read. 0: none."""
   extra: JsonObject = dataclasses.field(default_factory=dict)
   """Additional fields of each request's JSON body. A field set to None is removed from the body."""
 
@@ -65,8 +71,8 @@ class GenerateOptions(DecodingOptions):
   """
 
   prompts: str = ""
-  """File of prompts: a .jsonl file with one JSON object per line, or a text file with one prompt
-  per line."""
+  """Path or URL of the prompts: a .jsonl file with one JSON object per line, a text file with one
+  prompt per line, or a folder of .jsonl or .txt files."""
   field: str = "prompt"
   """Field of the JSON objects with the prompt: text or a list of chat messages. Set to "text" to
   use a filtered sample's completion as the next prompt; its answer key is carried over."""
@@ -102,4 +108,4 @@ class GenerateOptions(DecodingOptions):
   """Folder or URL of a store that receives the samples, with the teacher's distributions recorded
   as set in `records`. "": none."""
   server: ServerOptions = ServerOptions()
-  """Server that runs the teacher."""
+  """Servers that run the teacher."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from distill_jax.data import corpus, jsonl
@@ -13,8 +13,9 @@ from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError, bad_value
 from distill_jax.filters.samples import answer_part
+from distill_jax.generation.finished import ALL, Done
 from distill_jax.generation.job import GenerationJob
-from distill_jax.runtime import json_io, storage
+from distill_jax.runtime import files, json_io
 from distill_jax.types import JsonObject
 
 SAMPLE_FIELDS = {"id", "sample", "text", "about"}  # fields of a line that `generate` wrote
@@ -24,34 +25,40 @@ Message = JsonObject  # a chat message with `role` and `content`
 
 
 class Prompt(NamedTuple):
-  """A prompt.
+  """A prompt, or the reason why it cannot be used.
 
   Attributes:
+    number: The index of the prompt, which counts the lines that are not blank, from 0. The files of
+      a folder are counted together, in the order of their names.
     content: Text or chat messages, with generate.template applied.
     about: The other fields of the prompt's line.
+    ids: The tokens; () if the job is read without a tokenizer.
+    rejected: The reason why the prompt cannot be used; "" if it can.
   """
 
+  number: int
   content: str | list[Message]
   about: JsonObject
+  ids: Sequence[int] = ()
+  rejected: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-  """The prompts of a file by index. The index counts the lines that are not blank, from 0.
+class Summary(NamedTuple):
+  """The numbers and the digest of all prompts.
 
   Attributes:
-    ids: The tokens of each prompt that can be used; empty if they were not requested.
-    prompts: The prompts that can be used.
-    rejected: The reason for each prompt that cannot be used.
+    prompts: The number of prompts that can be used.
+    rejected: The number of prompts that cannot be used.
+    digest: The sha256 of the prompts that can be used, in hex.
   """
 
-  ids: dict[int, list[int]]
-  prompts: dict[int, Prompt]
-  rejected: dict[int, str]
+  prompts: int
+  rejected: int
+  digest: str
 
 
-def read_prompts(job: GenerationJob, tokenizer: Tokenizer | None = None) -> Prompts:
-  """Reads the prompts of a job's file.
+class Prompts:
+  """The prompts of a job, which are read as a stream; no more than one is in memory.
 
   A line may be a sample of an earlier run. With generate.field="text", its text without the
   reasoning is the prompt. Its `about` is carried over, so that e.g. a question that a teacher has
@@ -62,33 +69,82 @@ def read_prompts(job: GenerationJob, tokenizer: Tokenizer | None = None) -> Prom
     tokenizer: The tokenizer. None: prompts are not tokenized and may have any length.
 
   Raises:
-    InputError: If the file cannot be read, if a prompt cannot be used and on_bad is "stop", or if
-      no prompt can be used.
+    InputError: If the template is invalid or there is no file of prompts.
   """
-  path, policy = _check(job), BadInputPolicy(job.key("on_bad"), job.on_bad)
-  prompts = Prompts({}, {}, {})
-  encoder = PromptEncoder(job)
-  for n, line in enumerate(jsonl.read_lines(path)):
-    try:
-      text = json_io.decode_utf8(line.raw.rstrip(b"\r\n"))
-      prompt = _parse(text, job.field) if path.suffix == ".jsonl" else Prompt(text, {})
-      prompt = prompt._replace(content=_apply_template(job, prompt.content))
-      if tokenizer is not None:
-        prompts.ids[n] = _check_length(encoder(tokenizer, prompt.content), job.decoding.cache_len)
-      prompts.prompts[n] = prompt
-    except InputError as error:
-      policy.reject(line.where, str(error))
-      prompts.rejected[n] = f"line {line.number}: {error}"
-  if not prompts.prompts:
-    if not prompts.rejected:
-      raise InputError(f"{path} is empty. Add prompts to it.")
-    first = next(iter(prompts.rejected.values())).rstrip(".")
-    raise InputError(f"{path} has no prompt that can be used. The first problem: {first}.")
-  return prompts
+
+  def __init__(self, job: GenerationJob, tokenizer: Tokenizer | None = None):
+    self._job, self._tokenizer = job, tokenizer
+    self._encoder = PromptEncoder(job)
+    self._files = _files(job)
+
+  def summary(self) -> Summary:
+    """Reads all prompts once.
+
+    Raises:
+      InputError: If the file cannot be read, if a prompt cannot be used and on_bad is "stop", or if
+        no prompt can be used.
+    """
+    policy = BadInputPolicy(self._job.key("on_bad"), self._job.on_bad)
+    digest, used, first = hashlib.sha256(), 0, ""
+    for prompt, where in self._read(0):
+      if prompt.rejected:
+        policy.reject(where, prompt.rejected.partition(": ")[2])
+        first = first or prompt.rejected.rstrip(".")
+        continue
+      used += 1
+      asked = list(prompt.ids) if self._tokenizer else prompt.content
+      digest.update(json.dumps([prompt.number, asked, prompt.about]).encode() + b"\n")
+    if not used:
+      if not first:
+        raise InputError(f"{self._job.prompts} is empty. Add prompts to it.")
+      raise InputError(
+        f"{self._job.prompts} has no prompt that can be used. The first problem: {first}."
+      )
+    return Summary(used, policy.counts.total(), digest.hexdigest())
+
+  def read(self, first: int = 0) -> Iterator[Prompt]:
+    """Yields the prompts with an index of at least `first`, including those that cannot be used."""
+    return (prompt for prompt, _ in self._read(first))
+
+  def _read(self, first: int) -> Iterator[tuple[Prompt, str]]:
+    """Yields prompts with their places, for messages."""
+    for n, line in enumerate(jsonl.read_lines(*self._files)):
+      if n < first:
+        continue
+      try:
+        yield self._parse(n, line), line.where
+      except InputError as error:
+        yield Prompt(n, "", {}, rejected=f"line {line.number}: {error}"), line.where
+
+  def _parse(self, n: int, line: jsonl.Line) -> Prompt:
+    job = self._job
+    text = json_io.decode_utf8(line.raw.rstrip(b"\r\n"))
+    value, about = _parse(text, job.field) if str(line.file).endswith(".jsonl") else (text, {})
+    content = _apply_template(job, value)
+    if self._tokenizer is None:
+      return Prompt(n, content, about)
+    ids = _check_length(self._encoder(self._tokenizer, content), job.decoding.cache_len)
+    return Prompt(n, content, about, ids)
 
 
-def _check(job: GenerationJob) -> Path:
-  """Returns the file of prompts, after checking the job's settings for prompts."""
+def missing_samples(
+  prompts: Iterable[Prompt], samples: int, done: Done
+) -> Iterator[tuple[Prompt, int]]:
+  """Yields the samples that are not finished; for a prompt that cannot be used, (prompt, ALL).
+
+  Args:
+    prompts: The prompts.
+    samples: The number of samples per prompt.
+    done: The finished samples.
+  """
+  for prompt in prompts:
+    for sample in (ALL,) if prompt.rejected else range(samples):
+      if not done.has((prompt.number, sample)):
+        yield prompt, sample
+
+
+def _files(job: GenerationJob) -> list[str]:
+  """Returns the files of prompts, after checking the job's settings for prompts."""
   if job.template and PLACEHOLDER not in job.template:
     raise bad_value(
       "generate.template",
@@ -96,10 +152,18 @@ def _check(job: GenerationJob) -> Path:
       f"a template that contains {PLACEHOLDER}",
       f"Add {PLACEHOLDER} to it",
     )
-  path = storage.file(job.prompts)
-  if not job.prompts or not path.is_file():
-    raise bad_value("generate.prompts", job.prompts, "an existing file", "Name a file of prompts")
-  return path
+  if job.prompts and files.info(job.prompts) is not None:
+    return [job.prompts]
+  found = files.listing(job.prompts) if job.prompts else {}
+  for suffix in (".jsonl", ".txt"):
+    if names := [name for name in found if name.endswith(suffix)]:
+      return [files.join(job.prompts, name) for name in names]
+  raise bad_value(
+    "generate.prompts",
+    job.prompts,
+    "an existing file, or a folder of .jsonl or .txt files",
+    "Name a file of prompts",
+  )
 
 
 def model_input(job: GenerationJob, content: str | list[Message]) -> str | list[Message]:
@@ -175,10 +239,10 @@ def _check_length(ids: list[int], cache_len: int) -> list[int]:
   return ids
 
 
-def _parse(text: str, field: str) -> Prompt:
-  """Returns the prompt in a field of a line, unchecked.
+def _parse(text: str, field: str) -> tuple[Any, JsonObject]:
+  """Returns the prompt in a field of a line, unchecked, and what is to be kept about it.
 
-  Its `about` is that of a sample, or the other fields of another line.
+  This is the `about` of a sample, or the other fields of another line.
 
   Raises:
     InputError: If the line is not a JSON object with this field.
@@ -193,7 +257,7 @@ def _parse(text: str, field: str) -> Prompt:
     raise InputError(f"The line contains half a surrogate pair, {half!r}.")
   value = row.pop(field)
   if not row.keys() | {field} >= SAMPLE_FIELDS or not isinstance(row["about"], dict):
-    return Prompt(value, row)
+    return value, row
   if field == "text" and isinstance(value, str):
     value = answer_part(value).strip()
-  return Prompt(value, row["about"])
+  return value, row["about"]

@@ -8,8 +8,6 @@ server determines whether the text is identical too.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 from pathlib import Path
 
 import jax
@@ -17,10 +15,9 @@ import jax
 from distill_jax.errors import InputError, bad_value
 from distill_jax.generation import outputs
 from distill_jax.generation.job import GenerationJob
-from distill_jax.generation.journal import SampleJournal
-from distill_jax.generation.openai_api import Responses
-from distill_jax.generation.prompts import read_prompts
+from distill_jax.generation.prompts import Prompts
 from distill_jax.generation.remote_sampler import RemoteSampler
+from distill_jax.generation.segments import Segments
 from distill_jax.runtime import extras
 from distill_jax.types import JsonObject
 
@@ -29,21 +26,22 @@ with extras.needed("serve"):
 
 
 def generate(job: GenerationJob, folder: Path) -> JsonObject:
-  """Samples texts from a server and writes them to samples.jsonl in `folder`.
+  """Samples texts from servers and writes them to `folder`; see outputs.py.
 
   The format is that of `local.generate`, with these differences:
-    model, token_count: Additional fields from the server.
-    tokens, logprob, logprob_mean: Present only if the server returns them.
+    model: The name of the model, an additional field.
+    token_count: The number of tokens as the server counts them.
+    logprob, logprob_mean: Present only if the server returns them.
     text: Reasoning in a separate field is put before the text in DeepSeek-R1's format,
       "<think>\\n…\\n</think>\\n\\n…". Without an answer, the reasoning is not closed.
     reason: "stop", "eos" or "length". If the server does not tell whether a stop string or the
       model ended the text, the reason is "stop" if the job has stop strings.
-  With server.top_logprobs, the responses are written to responses.jsonl, which `record` reads with
-  records.logprobs and records.logprobs_format="openai".
+  With server.top_logprobs, the responses are written to responses/00000.jsonl and so on, which
+  `record` reads with records.logprobs and records.logprobs_format="openai".
 
-  samples.rejected.jsonl contains the prompts that cannot be used and, with on_bad="skip", the
-  samples that the server refuses or fails on while it answers other requests. An interrupted run is
-  resumed: finished samples are not requested again.
+  With on_bad="skip", the samples that the server refuses, or fails on while it answers other
+  requests, are rejected. An interrupted run is resumed: finished and rejected samples are not
+  requested again.
 
   Args:
     job: The job.
@@ -54,40 +52,27 @@ def generate(job: GenerationJob, folder: Path) -> JsonObject:
     reason, the number of retried requests, and tokens_per_second of this run.
 
   Raises:
-    InputError: If the job is invalid, the server refuses a request, does not respond, or its
-      responses lack required fields. Finished samples are kept.
+    InputError: If the job is invalid, the server refuses a request, or its responses lack required
+      fields. Finished samples are kept.
+    Unavailable: If no server answers. Finished samples are kept.
     Preempted: If SIGTERM was received. Finished samples are kept.
   """
   _check(job)
-  prompts = read_prompts(job)
-  digest = hashlib.sha256(json.dumps([*prompts.prompts.items()]).encode()).hexdigest()
-  origin = {"prompts": digest, "teacher": {"served": job.server.model}}
+  prompts = Prompts(job)
+  summary = prompts.summary()
+  origin = {"prompts": summary.digest, "teacher": {"served": job.server.model}}
   if result := outputs.finished_result(folder, origin):
     return result
-  with SampleJournal(folder, origin, None) as journal, Responses(folder) as responses:
-    sampler = RemoteSampler(job, folder, prompts, journal, responses)
-    rate = asyncio.run(sampler.run())
-    rejected = [{"id": p, "sample": s, "reason": w} for (p, s), w in sampler.rejected.items()]
-    rows = sorted(journal.rows, key=outputs.sample_key)
-    expected = len(prompts.prompts) * job.samples
-    assert len(rows) + len(rejected) == expected, "a sample is lost"
-    if not rows:
-      reason = str(rejected[-1]["reason"]).rstrip(".")
-      raise InputError(f"The server rejected all requests. The last reason: {reason}.")
-    if job.server.top_logprobs:
-      responses.publish([outputs.sample_key(row) for row in rows])
-    result = {
-      "prompts": len(prompts.prompts),
-      "rejected": outputs.write_rejected(folder, prompts, rejected),
-      "samples": len(rows),
-      "tokens": sum(row["token_count"] for row in rows),
-      **outputs.count_reasons(rows),
-      "retried": sampler.retried,
-    }
-    outputs.write_samples(folder, rows, prompts)
-    outputs.finish(folder, origin, result, journal)
-    responses.remove()
-  return result | {"tokens_per_second": rate}
+  responses = (Segments(outputs.RESPONSES),) if job.server.top_logprobs else ()
+  journal = outputs.open_journal(folder, origin, job.samples, responses)
+  sampler = RemoteSampler(job, folder, prompts, summary, journal)
+  rate = asyncio.run(sampler.run())
+  if not journal.counts.samples:
+    reason = sampler.last_reason.rstrip(".")
+    raise InputError(f"The server rejected all requests. The last reason: {reason}.")
+  journal.finish()
+  result = {"prompts": summary.prompts, "retried": sampler.retried}
+  return outputs.finish(folder, origin, journal, result) | {"tokens_per_second": rate}
 
 
 def _check(job: GenerationJob) -> None:
@@ -97,18 +82,22 @@ def _check(job: GenerationJob) -> None:
     (job.key("samples"), job.samples, 1),
     (job.key("max_new_tokens"), job.max_new_tokens, 1),
     ("generate.server.in_flight", s.in_flight, 1),
-    ("generate.server.timeout_s", s.timeout_s, 1e-3),
+    ("generate.server.silence_s", s.silence_s, 1e-3),
+    ("generate.server.first_byte_s", s.first_byte_s, 1e-3),
+    ("generate.server.timeout_s", s.timeout_s, 0),
     ("generate.server.retries", s.retries, 0),
     ("generate.server.top_logprobs", s.top_logprobs, 0),
     ("generate.server.requests_per_minute", s.requests_per_minute, 0),
   ):
     if value < minimum:
       raise bad_value(key, value, f"at least {minimum}", "Increase it")
-  if not _is_address(s.url):  # the message does not contain the URL, which may have a password
+  if not all(map(_is_address, s.urls)):  # no URL in the message, since it may have a password
     raise InputError(
-      "generate.server.url is invalid; expected an address like http://localhost:8000/v1. Set the "
+      "generate.server.urls is invalid; expected addresses like http://localhost:8000/v1. Set the "
       "key with generate.server.api_key_env."
     )
+  if len({url.rstrip("/") for url in s.urls}) < len(s.urls):
+    raise bad_value("generate.server.urls", s.urls, "different addresses", "Remove one of them")
   if job.repetition:
     raise bad_value(
       "generate.repetition",

@@ -6,15 +6,32 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from distill_jax.generation.engine import Engine, RowState
+from distill_jax.generation.finished import SampleKey
 from distill_jax.generation.options import DecodingOptions
 from distill_jax.generation.stops import Stops
 
-SampleKey = tuple[int, int]  # indices of the prompt and the sample
 RECORD = "record_"  # prefix of recorded fields in the engine's outputs
+
+
+class Task(NamedTuple):
+  """A sample to generate.
+
+  Attributes:
+    prompt: The index of the prompt.
+    sample: The index of the sample.
+    ids: The tokens of the prompt.
+    about: What the caller wants to find in the finished sample.
+  """
+
+  prompt: int
+  sample: int
+  ids: Sequence[int]
+  about: Any = None
 
 
 @dataclasses.dataclass
@@ -22,18 +39,14 @@ class GeneratedSample:
   """A text that is being generated or is finished.
 
   Attributes:
-    prompt: The index of the prompt.
-    sample: The index of the sample.
-    length: The length of the prompt in tokens.
+    task: What is generated.
     tokens: The generated tokens, including the one that ended the text.
     logps: The tokens' log-probabilities under the model, without temperature and truncation.
     records: The recorded arrays of each token, by field.
     reason: The reason why the text ended, "stop", "eos", "length" or "repetition"; "" before that.
   """
 
-  prompt: int
-  sample: int
-  length: int
+  task: Task
   tokens: list[int] = dataclasses.field(default_factory=list)
   logps: list[float] = dataclasses.field(default_factory=list)
   records: dict[str, list[np.ndarray]] = dataclasses.field(
@@ -44,7 +57,7 @@ class GeneratedSample:
   @property
   def key(self) -> SampleKey:
     """The indices of the prompt and the sample."""
-    return self.prompt, self.sample
+    return self.task.prompt, self.task.sample
 
   @property
   def text_tokens(self) -> list[int]:
@@ -85,8 +98,8 @@ class GeneratedSample:
     if not np.isfinite(logps).all():
       raise FloatingPointError(
         f"The log-probability of token {old + int(np.argmin(np.isfinite(logps)))} of prompt "
-        f"{self.prompt}, sample {self.sample} is not finite. The model's weights are damaged, or "
-        "too large for its dtype."
+        f"{self.task.prompt}, sample {self.task.sample} is not finite. The model's weights are "
+        "damaged, or too large for its dtype."
       )
     self.logps += logps.tolist()
     for name, x in outputs.items():
@@ -101,7 +114,6 @@ class Scheduler:
 
   Args:
     engine: The engine.
-    prompts: The tokens of each prompt, by index.
     stops: The end conditions of texts.
     eos: Tokens that end a text.
     options: The decoding settings.
@@ -111,26 +123,26 @@ class Scheduler:
   def __init__(
     self,
     engine: Engine,
-    prompts: Mapping[int, Sequence[int]],
     stops: Stops,
     eos: tuple[int, ...],
     options: DecodingOptions,
     max_new_tokens: int,
   ):
-    self._engine, self._prompts, self._stops, self._eos = engine, prompts, stops, eos
+    self._engine, self._stops, self._eos = engine, stops, eos
     self._cache_len, self._max_new_tokens = options.cache_len, max_new_tokens
     self._prefill_rows, self._prefill_chunk = options.prefill_rows, options.prefill_chunk
     self._rows: list[GeneratedSample | None] = [None] * options.batch_size
     self._prefilled: list[int] = []  # indices of the prompts in the engine's prompt cache
 
-  def run(self, keys: Iterable[SampleKey]) -> Iterator[tuple[list[GeneratedSample], int]]:
+  def run(self, tasks: Iterable[Task]) -> Iterator[tuple[list[GeneratedSample], int]]:
     """Yields the newly finished samples and the number of new tokens after each engine call.
 
     Args:
-      keys: The samples to generate.
+      tasks: The samples to generate; only as many are read as rows of a batch can wait.
     """
-    queue = collections.deque(keys)
+    waiting, queue = iter(tasks), collections.deque[Task]()
     while True:
+      queue.extend(itertools.islice(waiting, len(self._rows) - len(queue)))
       free = [i for i, s in enumerate(self._rows) if s is None]
       # A prefill costs the same for 1 and for `prefill_rows` prompts, so wait for enough free rows.
       if queue and len(free) >= min(self._prefill_rows, len(queue)):
@@ -148,55 +160,55 @@ class Scheduler:
       yield finished, int((outputs["token"] >= 0).sum())
 
   def _max_tokens(self, s: GeneratedSample) -> int:
-    return min(self._max_new_tokens, self._cache_len - s.length)
+    return min(self._max_new_tokens, self._cache_len - len(s.task.ids))
 
   def _state(self) -> RowState:
     rows = RowState(*(np.zeros(len(self._rows), np.int32) for _ in dataclasses.fields(RowState)))
     alive_B = np.array([s is not None for s in self._rows])
     for i, s in enumerate(self._rows):
       if s is not None:
-        rows.token_B[i] = s.tokens[-1] if s.tokens else self._prompts[s.prompt][-1]
-        rows.position_B[i] = s.length + len(s.tokens) - 1
-        rows.last_B[i] = s.length + self._max_tokens(s) - 1
+        length = len(s.task.ids)
+        rows.token_B[i] = s.tokens[-1] if s.tokens else s.task.ids[-1]
+        rows.position_B[i] = length + len(s.tokens) - 1
+        rows.last_B[i] = length + self._max_tokens(s) - 1
         rows.prompt_B[i], rows.sample_B[i] = s.key
     return rows.replace(alive_B=alive_B)
 
-  def _refill(self, free: list[int], queue: collections.deque[SampleKey]) -> None:
+  def _refill(self, free: list[int], queue: collections.deque[Task]) -> None:
     """Moves samples from the queue into free rows. Samples of one prompt share its prefill."""
     while free and queue:
-      if queue[0][0] not in self._prefilled:
-        self._prefilled = self._next_prompts(queue, len(free))
-        self._prefill(self._prefilled)
+      if queue[0].prompt not in self._prefilled:
+        prompts = self._next_prompts(queue, len(free))
+        self._prefilled = list(prompts)
+        self._prefill([*prompts.values()])
       self._insert(self._next_samples(free, queue))
 
-  def _next_prompts(self, queue: collections.deque[SampleKey], n: int) -> list[int]:
-    """Returns the first `prefill_rows` different prompts of the next n samples."""
-    prompts = dict.fromkeys(prompt for prompt, _ in itertools.islice(queue, n))
-    return list(prompts)[: self._prefill_rows]
+  def _next_prompts(self, queue: collections.deque[Task], n: int) -> dict[int, Sequence[int]]:
+    """Returns the tokens of the first `prefill_rows` different prompts of the next n samples."""
+    prompts = {task.prompt: task.ids for task in itertools.islice(queue, n)}
+    return dict(itertools.islice(prompts.items(), self._prefill_rows))
 
-  def _next_samples(
-    self, free: list[int], queue: collections.deque[SampleKey]
-  ) -> dict[int, SampleKey]:
+  def _next_samples(self, free: list[int], queue: collections.deque[Task]) -> dict[int, Task]:
     """Returns the next samples of prefilled prompts by row, at most `prefill_rows` of them."""
-    begin: dict[int, SampleKey] = {}
-    while free and queue and queue[0][0] in self._prefilled and len(begin) < self._prefill_rows:
+    begin: dict[int, Task] = {}
+    while free and queue and queue[0].prompt in self._prefilled and len(begin) < self._prefill_rows:
       begin[free.pop(0)] = queue.popleft()
     return begin
 
-  def _insert(self, begin: Mapping[int, SampleKey]) -> None:
+  def _insert(self, begin: Mapping[int, Task]) -> None:
     """Starts samples by copying their prompts from the prompt cache into their rows."""
     no_row = len(self._rows)
     from_P = np.zeros(self._prefill_rows, np.int32)
     to_P = np.full(self._prefill_rows, no_row, np.int32)
-    for i, (row, (prompt, sample)) in enumerate(begin.items()):
-      from_P[i], to_P[i] = self._prefilled.index(prompt), row
-      self._rows[row] = GeneratedSample(prompt, sample, len(self._prompts[prompt]))
+    for i, (row, task) in enumerate(begin.items()):
+      from_P[i], to_P[i] = self._prefilled.index(task.prompt), row
+      self._rows[row] = GeneratedSample(task)
     self._engine.insert(from_P, to_P)
 
-  def _prefill(self, numbers: Sequence[int]) -> None:
+  def _prefill(self, asked: Sequence[Sequence[int]]) -> None:
     """Prefills prompts without their last tokens, which the first decode step reads."""
     P, C = self._prefill_rows, self._prefill_chunk
-    prompts = [self._prompts[n][:-1] for n in numbers]
+    prompts = [ids[:-1] for ids in asked]
     for first in range(0, max(map(len, prompts)), C):
       tokens_PC, count_P = np.zeros((P, C), np.int32), np.zeros(P, np.int32)
       for row, ids in enumerate(prompts):

@@ -78,7 +78,7 @@ def _generate(
   dispatch.generate(job, folder / name)
   if not distributed.is_process_0():
     return []
-  return [line.object()["text"] for line in jsonl.read_lines(folder / name / outputs.SAMPLES)]
+  return [sample["text"] for sample in outputs.read(folder / name)]
 
 
 def _prompts(config: Config, tokenizer: Tokenizer, room: int) -> list[Any]:

@@ -49,7 +49,7 @@ def sequences(
   Each sequence packs as many whole documents as fit, in order.
 
   Args:
-    path: The path or URL of the JSONL file.
+    path: The path or URL of the JSONL file, or of a folder of them.
     fmt: "vllm", "sglang" or "openai".
     n: Maximum number of entries per position; the most probable ones are kept.
     seq_len: Number of tokens per sequence, and maximum length of a document.
@@ -86,7 +86,7 @@ def sequences(
 
 def _lines(path: str) -> Iterator[tuple[int, Any]]:
   """Yields (line number, JSON value) for each line."""
-  for line in jsonl.read_lines(path):
+  for line in jsonl.read_lines(*jsonl.find_files(path, ".jsonl")):
     yield line.number, json_io.parse(line.text(), line.where, "Write one response per line")
 
 

@@ -42,7 +42,8 @@ class RecordsOptions:
   taps_width: int = 0
   """Width of a fixed random projection of the tapped features; 0 for no projection."""
   logprobs: str = ""
-  """Path of a JSONL dump of a served teacher's responses to import; "" runs the teacher."""
+  """Path of a JSONL dump of a served teacher's responses to import, a file or a folder of files; ""
+  runs the teacher."""
   logprobs_format: str = "vllm"
   """Format of `logprobs`: "vllm", "sglang" or "openai"."""
   batch_size: int = 8

@@ -56,6 +56,11 @@ def remote_of(folder: str | os.PathLike[str]) -> str:
   return file.read_text() if file.is_file() else ""
 
 
+def location(folder: str | os.PathLike[str]) -> str:
+  """Returns where the large files of a folder are: the URL of a mirror, or the folder itself."""
+  return str(folder) if is_remote(folder) else remote_of(folder) or str(folder)
+
+
 def checkpoints(workdir: str | os.PathLike[str]) -> str:
   """Returns the path or URL of a run's checkpoints, for orbax."""
   url = remote_of(workdir).removeprefix("file://")

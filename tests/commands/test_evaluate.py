@@ -48,7 +48,7 @@ def whole(tmp_path_factory):
   )
   first = run(c, folder / "run")["evals"]["words"]["teacher"]
   assert first["pass@1"]["value"] == 0 and first["cut_off"] == 1 and first["tokens"] == 6
-  texts = {r["id"]: r["text"] for r in read_lines(folder / "run/evals/teacher/words/samples.jsonl")}
+  texts = {r["id"]: r["text"] for r in read_lines(folder / "run/evals/teacher/words/samples")}
   for i in (0, 2):
     rows[i]["answer"] = texts[i]
   write_lines(folder / "w.jsonl", rows)

@@ -1,7 +1,6 @@
 """`generate`: samples and records from prompts, interrupted runs, and errors."""
 
 import json
-import os
 from pathlib import Path
 
 import fsspec
@@ -18,9 +17,11 @@ from distill_jax.commands import generate
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
+from distill_jax.generation import local_writer
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.journal import SampleJournal
-from distill_jax.generation.prompts import read_prompts
+from distill_jax.generation.local_writer import LocalWriter
+from distill_jax.generation.prompts import Prompt, Prompts
 from distill_jax.models import loading, runs
 from distill_jax.nn import sharding
 from distill_jax.records import sampler
@@ -62,36 +63,45 @@ def job_of(c) -> GenerationJob:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """(folder, result) of a run with records."""
+  """(folder, result, tokens by (prompt, sample)) of a run with records."""
   folder = tmp_path_factory.mktemp("generate")
   c = made(folder, records_dir=str(folder / "records"))
-  return folder, run(c, folder / "whole")
+  tokens = {}
+  with pytest.MonkeyPatch.context() as spied:
+    finished = LocalWriter._finished
+
+    def spy(self, s):
+      tokens[s.key] = list(s.tokens)
+      return finished(self, s)
+
+    spied.setattr(LocalWriter, "_finished", spy)
+    return folder, run(c, folder / "whole"), tokens
 
 
 def test_samples_are_complete_and_in_order(whole):
-  folder, result = whole
-  rows = read_lines(folder / "whole" / "samples.jsonl")
+  folder, result, tokens = whole
+  rows = read_lines(folder / "whole" / "samples")
   assert [(r["id"], r["sample"]) for r in rows] == [(p, s) for p in range(5) for s in range(3)]
   tokenizer = load_tokenizer(folder / "tokenizer.json")
   for r in rows:
-    assert r["text"] == tokenizer.decode(r["tokens"]) and len(r["tokens"]) == 20
+    assert r["text"] == tokenizer.decode(tokens[r["id"], r["sample"]]) and r["token_count"] == 20
     assert r["reason"] == "length" and r["logprob"] < 0
     assert r["logprob_mean"] == pytest.approx(r["logprob"] / 20)
   assert len({r["text"] for r in rows}) == len(rows)
   assert result["samples"] == result["length"] == 15 and result["tokens"] == 300
-  assert (folder / "whole" / "samples.rejected.jsonl").read_text() == ""
-  assert not list((folder / "whole").glob("*.part.*"))
+  names = {path.name for path in (folder / "whole").rglob("*")}
+  assert names == {"samples", "00000.jsonl", "generate.json"}  # no log, and nothing is rejected
   again = run(made(folder, records_dir=str(folder / "records")), folder / "whole")
   assert again["samples"] == 15 and again["tokens_per_second"] == 0
 
 
 def test_records_equal_those_of_record(whole):
   """Compares with `record` on packed texts, with offsets by (seed, prompt, sample, position)."""
-  folder, _ = whole
+  folder, _, tokens = whole
   c = config.resolve(made(folder))
-  store, rows = open_store(folder / "records"), read_lines(folder / "whole" / "samples.jsonl")
+  store, rows = open_store(folder / "records"), read_lines(folder / "whole" / "samples")
   tokenizer = load_tokenizer(folder / "tokenizer.json")
-  docs = [tokenizer.encode(r["prompt"]) + r["tokens"] for r in rows]
+  docs = [tokenizer.encode(r["prompt"]) + tokens[r["id"], r["sample"]] for r in rows]
   keys = runs.keys(c.seed)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   built = loading.open_source(c.teacher).load(mesh, keys["teacher"])
@@ -137,42 +147,44 @@ class Killed(BaseException):
   pass
 
 
-def test_an_interrupted_run_continues_from_any_point(whole, tmp_path, monkeypatch):
-  """Interrupted in the middle of a line, a run writes the same samples and the same records.
+@pytest.mark.parametrize("written", [4, 11])
+def test_an_interrupted_run_continues_from_any_point(whole, tmp_path, monkeypatch, written):
+  """A run that is killed writes the same samples and the same records, in shards of two rows.
 
   The files are the same as after kill -9, which test_remote.py sends.
   """
-  folder, _ = whole
+  folder, _, _ = whole
   add = SampleJournal.add
 
-  def some(self, rows, records):
-    add(self, rows, records)
-    if len(self.rows) >= 4:
-      raise Killed
+  def some(self, finished):
+    for one in finished:
+      add(self, [one])
+      if self.counts.samples >= written:
+        raise Killed
 
   c = made(folder, records_dir=str(tmp_path / "records"))
+  c.records.tokens_per_shard = 2 * c.data.seq_len
+  monkeypatch.setattr(local_writer, "WRITE_EVERY_S", 0.0)
   with monkeypatch.context() as stopped, pytest.raises(Killed):
     stopped.setattr(SampleJournal, "add", some)
     run(c, tmp_path / "killed")
-  part = tmp_path / "killed" / "samples.part.jsonl"
-  before = part.read_bytes().splitlines(keepends=True)
-  assert 5 <= len(before) < 16
-  part.write_bytes(b"".join(before) + b'{"prompt": 4, "sam')
-  with (tmp_path / "killed" / "samples.part.bin").open("ab") as f:
-    f.write(b"half of a record")
+  pieces = list((tmp_path / "killed" / "samples/.log").glob("*.piece"))
+  assert 0 < len(pieces) <= written and not (tmp_path / "killed" / "generate.json").exists()
   run(c, tmp_path / "killed")
-  one, two = (f / "samples.jsonl" for f in (folder / "whole", tmp_path / "killed"))
+  one, two = (f / "samples/00000.jsonl" for f in (folder / "whole", tmp_path / "killed"))
   assert one.read_bytes() == two.read_bytes()
-  a, b = open_store(folder / "records").manifest, open_store(tmp_path / "records").manifest
-  assert a.digest == b.digest and os.fspath(folder) != os.fspath(tmp_path)
+  whole_store, store = open_store(folder / "records"), open_store(tmp_path / "records")
+  assert len(store.manifest.shards) == 3 and len(whole_store.manifest.shards) == 5
+  for i in range(len(whole_store)):
+    for name, values in whole_store[i].items():
+      np.testing.assert_array_equal(store[i][name], values, name)
 
 
 def test_an_unfinished_run_with_other_settings_raises(tmp_path):
-  folder = tmp_path / "w"
-  folder.mkdir()
-  (folder / "samples.part.jsonl").write_text('{"prompts": "other", "teacher": {}}\n')
+  c = made(tmp_path)
+  SampleJournal(str(tmp_path / "w"), {"prompts": "other", "teacher": {}}, 3, ())
   with pytest.raises(InputError, match="has samples with prompts='other', but this run has"):
-    run(made(tmp_path), folder)
+    run(c, tmp_path / "w")
 
 
 def chat_folder(folder: Path, template: str) -> Path:
@@ -211,11 +223,11 @@ def test_chats_stops_and_rejected_prompts(tmp_path):
   path = Path(c.generate.prompts)
   path.write_text("\n".join(map(json.dumps, rows)) + "\n\nno json\n")
   result = run(c, tmp_path / "one")
-  got = {r["id"]: r for r in read_lines(tmp_path / "one" / "samples.jsonl")}
-  why = {r["id"]: r["reason"] for r in read_lines(tmp_path / "one" / "samples.rejected.jsonl")}
+  got = {r["id"]: r for r in read_lines(tmp_path / "one" / "samples")}
+  why = {r["id"]: r["reason"] for r in read_lines(tmp_path / "one" / "samples.rejected")}
   assert got.keys() == {0, 1, 5} and why.keys() == {2, 3, 4, 6, 7, 8}
   assert (result["prompts"], result["rejected"]) == (3, 6)
-  assert got[0]["tokens"] == got[1]["tokens"] != got[5]["tokens"]
+  assert got[0]["text"] == got[1]["text"] != got[5]["text"]
   reasons = {2: "most 39", 3: "no field 'q'", 4: "messages", 6: "half", 7: "half", 8: "line 10"}
   for n, reason in reasons.items():
     assert reason in why[n]
@@ -223,13 +235,13 @@ def test_chats_stops_and_rejected_prompts(tmp_path):
   assert store.manifest.kind == "text"
   read = load_tokenizer(tmp_path / "t").decode(store[0]["tokens_T"].tolist())
   assert read.startswith("[user]hi\n[assistant]")
-  assert store[0]["mask_T"].sum() == sum(len(r["tokens"]) for r in got.values())
-  assert len(got[5]["tokens"]) == 40 - len("[user]hi\n[user]hi\n[assistant]")  # the cache ends
+  assert store[0]["mask_T"].sum() == sum(r["token_count"] for r in got.values())
+  assert got[5]["token_count"] == 40 - len("[user]hi\n[user]hi\n[assistant]")  # the cache ends
   stop = got[5]["text"][5:8]
   c.generate.stop = (stop,)
   c.generate.records_dir = ""
   run(c, tmp_path / "two")
-  ended = read_lines(tmp_path / "two" / "samples.jsonl")[-1]
+  ended = read_lines(tmp_path / "two" / "samples")[-1]
   assert ended["reason"] == "stop" and ended["text"] == got[5]["text"].partition(stop)[0]
   c.generate.on_bad = "stop"
   with pytest.raises(InputError, match="line 3: The prompt has"):
@@ -257,7 +269,7 @@ def test_text_starts_with_the_bos_token_of_the_tokenizer(tmp_path, bos):
   rows = [{"prompt": "ünï"}, {"prompt": hi}]
   write_lines(Path(c.generate.prompts), rows)
   tokenizer = load_tokenizer(path)
-  ids = read_prompts(job_of(c), tokenizer).ids
+  ids = [prompt.ids for prompt in Prompts(job_of(c), tokenizer).read()]
   assert ids[0] == theirs("ünï").input_ids and (ids[0][0] == 256) == bool(bos)
   chat = theirs.apply_chat_template(hi, add_generation_prompt=True, return_dict=False)
   assert ids[1] == chat
@@ -268,13 +280,19 @@ def test_text_starts_with_the_bos_token_of_the_tokenizer(tmp_path, bos):
 
 def test_prompts_in_a_bucket(tmp_path, monkeypatch):
   monkeypatch.setenv("DISTILL_JAX_CACHE", str(tmp_path))
-  fsspec.filesystem("memory").pipe("/bucket/asked/p.txt", b"one\n\ntwo\n")
+  fs = fsspec.filesystem("memory")
+  fs.pipe("/bucket/asked/p.txt", b"one\n\ntwo\n")
+  fs.pipe("/bucket/asked/q.txt", b"three\n")
   c = config.base()
   c.generate.prompts = "memory://bucket/asked/p.txt"
-  assert read_prompts(job_of(c)).prompts == {0: ("one", {}), 1: ("two", {})}
-  c.generate.prompts = "memory://bucket/asked/q.txt"
-  with pytest.raises(InputError, match="q.txt'; expected an existing file"):
-    read_prompts(job_of(c))
+  two = [Prompt(0, "one", {}), Prompt(1, "two", {})]
+  assert [*Prompts(job_of(c)).read()] == two
+  c.generate.prompts = "memory://bucket/asked"
+  assert [*Prompts(job_of(c)).read()] == [*two, Prompt(2, "three", {})]
+  assert [*Prompts(job_of(c)).read(2)] == [Prompt(2, "three", {})]
+  c.generate.prompts = "memory://bucket/asked/r.txt"
+  with pytest.raises(InputError, match="r.txt'; expected an existing file, or a folder"):
+    Prompts(job_of(c))
 
 
 def test_a_template_without_a_generation_prompt(tmp_path):
@@ -303,24 +321,3 @@ def test_bad_configs_raise(tmp_path, changes, says):
     c.data.seq_len = 64
   with pytest.raises(InputError, match=says):
     run(c, tmp_path / "w")
-
-
-def test_a_line_without_its_binary_record_is_sampled_again(tmp_path):
-  """This happens in a copy of a workdir that was made during a run."""
-  record, about = np.dtype([("ids", "<i4", (3,))]), {"prompts": "p", "teacher": {}}
-  rows = [{"prompt": i, "sample": 0, "tokens": [1] * (i + 1)} for i in range(3)]
-  kept = [{"ids": [np.full(3, i, np.int32)] * (i + 1)} for i in range(3)]
-  with SampleJournal(tmp_path, about, record) as f:
-    f.add(rows, kept)
-  with (tmp_path / "samples.part.bin").open("r+b") as b:
-    b.truncate(5 * record.itemsize + 1)
-  with SampleJournal(tmp_path, about, record) as f:
-    assert f.rows == rows[:2]
-    f.add(rows[2:], kept[2:])
-  with SampleJournal(tmp_path, about, record) as f:
-    assert f.rows == rows
-    for i in range(3):
-      assert f.records(i)["ids"].tolist() == [[i] * 3] * (i + 1)
-  (tmp_path / "samples.part.jsonl").write_text(json.dumps(about) + "\n{broken\n")
-  with pytest.raises(InputError, match="line 2 is damaged"):
-    SampleJournal(tmp_path, about, record)

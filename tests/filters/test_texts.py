@@ -34,7 +34,7 @@ def test_length():
   samples = [a_sample("ab"), a_sample("abc" * 9), a_sample("abcd", reason="length"), a_sample(" ")]
   assert kinds("length", samples, max_chars=9) == [None, "too long", "cut off", "too short"]
   assert kinds("length", [a_sample()], min_tokens=4) == ["too short"]
-  assert isinstance(judge("length", [a_sample(tokens=None)], max_tokens=4)[0], Unjudgeable)
+  assert isinstance(judge("length", [a_sample(token_count=None)], max_tokens=4)[0], Unjudgeable)
 
 
 def test_repetition():

@@ -1,6 +1,8 @@
 """Requests to a server that fails: retries, waits and limits."""
 
 import asyncio
+import collections
+import resource
 import threading
 import time
 
@@ -9,7 +11,8 @@ from bad_server import Server
 from json_lines import read_lines
 from remote_runs import made, run, times_asked
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, Unavailable
+from distill_jax.generation import http_client
 from distill_jax.generation.http_client import Client, RequestFailed
 from distill_jax.generation.options import ServerOptions
 
@@ -23,6 +26,9 @@ FAULTS = (
   "cut",
   "truncated",
   "silent",
+  "stalls",
+  "breaks off",
+  "engine died",
   "drip",
   "half",
   "abort",
@@ -36,23 +42,27 @@ def test_faults_do_not_change_the_samples(tmp_path):
     for prompt, fault in zip(prompts, FAULTS, strict=True):
       wild.faults[prompt] = [fault]
     want = run(made(tmp_path, calm, prompts, samples=2), tmp_path / "calm")
-    c = made(tmp_path, wild, prompts, samples=2, timeout_s=2.0)
+    c = made(tmp_path, wild, prompts, samples=2, silence_s=2.0, first_byte_s=2.0)
     got = run(c, tmp_path / "wild")
-  names = ("samples.jsonl", "samples.rejected.jsonl")
-  one, two = ([(tmp_path / f / n).read_bytes() for n in names] for f in ("calm", "wild"))
+  one, two = ((tmp_path / f / "samples/00000.jsonl").read_bytes() for f in ("calm", "wild"))
   assert one == two and want["retried"] == 0 and got["retried"] >= len(FAULTS)
   assert not any(wild.faults.values()) and set(wild.answered.values()) == {1}
-  rows = read_lines(tmp_path / "wild" / "samples.jsonl")
-  assert [(r["id"], r["sample"]) for r in rows] == [(p, s) for p in range(13) for s in range(2)]
-  assert len({r["text"] for r in rows}) == 26  # each sample has a different seed
+  rows = read_lines(tmp_path / "wild" / "samples")
+  n = len(FAULTS)
+  assert [(r["id"], r["sample"]) for r in rows] == [(p, s) for p in range(n) for s in range(2)]
+  assert len({r["text"] for r in rows}) == 2 * n  # each sample has a different seed
   assert rows[2]["prompt"] == prompts[1] and rows[2]["about"] == {"answer": 7}
   assert rows[0]["reason"] == "eos" and rows[0]["token_count"] == 7
   assert not {"tokens", "logprob", "logprob_mean"} & set(rows[0])  # not in the responses
-  assert got["samples"] == 26 and got["eos"] == 26 and got["tokens"] == 26 * 7
-  assert not list((tmp_path / "wild").glob("*part*"))
-  n = len(wild.asked)
-  assert run(made(tmp_path, wild, prompts, samples=2), tmp_path / "wild")["samples"] == 26
-  assert len(wild.asked) == n  # the server has stopped and is not needed
+  assert got["samples"] == 2 * n and got["eos"] == 2 * n and got["tokens"] == 2 * n * 7
+  assert {path.name for path in (tmp_path / "wild").rglob("*")} == {
+    "samples",
+    "00000.jsonl",
+    "generate.json",
+  }
+  asked = len(wild.asked)
+  assert run(made(tmp_path, wild, prompts, samples=2), tmp_path / "wild")["samples"] == 2 * n
+  assert len(wild.asked) == asked  # the server has stopped and is not needed
 
 
 @pytest.mark.parametrize("after, least", [("0.4", 0.4), ("date", 1.0)])
@@ -93,9 +103,9 @@ def test_requests_per_minute_are_limited(tmp_path):
 @pytest.mark.parametrize("others", [1, 0])
 def test_a_busy_server_that_answers_others_is_not_a_failure(monkeypatch, others):
   """A request is rejected five times as busy, although only three retries are allowed."""
-  asking, times = Client(ServerOptions(url="http://a/v1", retries=3), 0), 0
+  asking, times = Client(ServerOptions(urls=("http://a/v1",), retries=3), 0), 0
 
-  async def once(path, body):
+  async def once(server, path, body):
     nonlocal times
     times += 1
     asking.answered += others  # other requests that were answered since the last attempt
@@ -113,25 +123,103 @@ def test_a_busy_server_that_answers_others_is_not_a_failure(monkeypatch, others)
     assert times == 4
 
 
-@pytest.mark.parametrize("fault", ["silent", "500", "close"])
+@pytest.mark.parametrize("fault", ["silent", "stalls", "500", "close"])
 def test_a_server_that_never_answers_stops_the_run_and_samples_are_kept(tmp_path, fault):
   prompts = [f"p{i}" for i in range(8)]
   with Server() as server:
     server.faults["p5"], server.forever = [fault], True
     c = made(tmp_path, server, prompts, in_flight=1, retries=1)
-    if fault == "silent":
-      c.generate.server.timeout_s = 0.5
-    with pytest.raises(InputError) as error:
+    if fault in ("silent", "stalls"):
+      c.generate.server.silence_s = c.generate.server.first_byte_s = 0.5
+      c.generate.server.retries = 8  # not used: a timeout is retried once
+    with pytest.raises(Unavailable) as error:
       run(c, tmp_path / "w")
     message = str(error.value)
     assert f"The server at {server.url}" in message and "2 times in a row" in message
-    assert f"5 samples are kept in {tmp_path / 'w'} and 3 are missing" in message
+    assert f"5 of 8 samples are kept in {tmp_path / 'w'}" in message
     server.faults.clear()
     server.model = "small"
     with pytest.raises(InputError, match="samples from the model big, but the server has small"):
       run(c, tmp_path / "w")
-    server.model, c.generate.server.timeout_s = "big", 20.0
+    server.model, c.generate.server.silence_s, c.generate.server.first_byte_s = "big", 20.0, 20.0
     result = run(c, tmp_path / "w")
   assert result["samples"] == 8 and set(server.answered.values()) == {1}
   asked = times_asked(server)
   assert sorted(asked.values()) == [1] * 7 + [3]
+
+
+def test_a_long_response_is_not_a_timeout_as_long_as_it_goes_on(tmp_path):
+  """A response of 1 s with a timeout of 0.5 s of silence: it is streamed, and not asked twice."""
+  with Server() as server:
+    server.faults["a"], server.forever = ["slow"], True
+    changes = {"silence_s": 0.5, "first_byte_s": 0.5}
+    assert run(made(tmp_path, server, ["a"], **changes), tmp_path / "w")["retried"] == 0
+    assert server.bodies[-1]["stream"] and len(server.asked) == 1
+    with pytest.raises(Unavailable, match=r"did not finish .* within 0.3 s, 2 times in a row"):
+      run(made(tmp_path, server, ["a"], timeout_s=0.3, **changes), tmp_path / "whole")
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_server_may_ignore_streaming(tmp_path, streams):
+  texts = [], []
+  for found, kind in zip(texts, (True, streams), strict=True):
+    with Server(streams=kind) as server:
+      run(made(tmp_path, server, ["a", "b"]), tmp_path / str(len(server.url) + kind))
+    found += read_lines(tmp_path / str(len(server.url) + kind) / "samples")
+  assert texts[0] == texts[1] != []
+
+
+def test_requests_go_to_the_servers_with_the_fewest(tmp_path, capfd):
+  """One of three servers is down and one dies: both are skipped, and no sample is lost."""
+  prompts = [f"p{i}" for i in range(60)]
+  with Server() as down:
+    pass
+  with Server() as good, Server() as dying:
+    c = made(tmp_path, good, prompts, in_flight=6)
+    c.generate.server.urls = (down.url, good.url, dying.url)
+    dying.faults |= {p: ["close"] for p in prompts[20:]}
+    dying.forever = True
+    result = run(c, tmp_path / "w")
+  assert result["samples"] == 60
+  served = [{prompt for prompt, _ in s.answered} for s in (good, dying)]
+  assert not served[0] & served[1] and len(served[0] | served[1]) == 60
+  assert 5 <= len(served[1]) <= 20 and dying.most <= 3 + 1
+  said = capfd.readouterr().err
+  assert said.count(f"{down.url} cannot be reached") == 1 and "It is skipped for a while." in said
+  assert said.count(f"{dying.url} cannot be reached or closed the connection") >= 1
+
+
+def test_a_server_that_comes_back_is_used_again(tmp_path, capfd):
+  prompts = [f"p{i}" for i in range(40)]
+  with Server() as gone:
+    port = gone.server_address[1]
+  with Server() as good:
+    good.faults, good.forever = {p: ["slow"] for p in prompts}, True
+    good.faults = collections.defaultdict(list, good.faults)
+    c = made(tmp_path, good, prompts, in_flight=2)
+    c.generate.server.urls = (good.url, gone.url)
+    timer = threading.Timer(1.0, lambda: revived.append(Server(port=port).__enter__()))
+    revived: list[Server] = []
+    timer.start()
+    assert run(c, tmp_path / "w")["samples"] == 40
+  assert len(revived[0].answered) > 5 and f"{gone.url} answers again." in capfd.readouterr().err
+  revived[0].__exit__()
+
+
+def test_servers_of_different_models_are_refused(tmp_path):
+  with Server() as one, Server() as two:
+    two.model = "small"
+    c = made(tmp_path, one, ["a"])
+    c.generate.server.urls = (one.url, two.url)
+    with pytest.raises(InputError, match=r"serves big .* serves small .*expected the same"):
+      run(c, tmp_path / "w")
+
+
+def test_the_limit_of_open_files_is_raised_if_it_is_needed():
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+  try:
+    asyncio.run(Client(ServerOptions(urls=("http://a/v1",), in_flight=1000), 0).__aexit__())
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 1000 + http_client.OTHER_FILES
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

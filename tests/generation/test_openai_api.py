@@ -131,15 +131,14 @@ def test_log_probabilities_become_records(tmp_path, vllm, chat):
     result = run(c, tmp_path / "w")
   assert result["length"] == 18 and "logprobs" in server.bodies[0]
   assert server.bodies[0].get("return_token_ids", False) == vllm
-  rows = read_lines(tmp_path / "w" / "samples.jsonl")
+  rows = read_lines(tmp_path / "w" / "samples")
   assert all(r["logprob"] == pytest.approx(3 * np.log(0.25)) for r in rows)
-  if vllm:
-    assert all(r["tokens"] == tokenizer.encode(r["text"]) for r in rows)
-  responses = read_lines(tmp_path / "w" / "responses.jsonl")
+  assert all(r["token_count"] == 3 for r in rows)
+  responses = read_lines(tmp_path / "w" / "responses")
   assert [(r["id"], r["sample"]) for r in responses] == [(r["id"], r["sample"]) for r in rows]
 
   c.records.kind, c.records.n, c.records.logprobs_format = "topk", 4, "openai"
-  c.records.logprobs = str(tmp_path / "w" / "responses.jsonl")
+  c.records.logprobs = str(tmp_path / "w" / "responses")
   record(config.resolve(c), tmp_path / "records")
   store, seen = open_store(tmp_path / "records"), 0
   texts = iter(rows)

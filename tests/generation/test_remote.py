@@ -1,5 +1,6 @@
 """Sampling from a teacher on a server: what is refused, and runs that are stopped and resumed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from bad_server import KEY, Server
 from json_lines import read_lines
 from remote_runs import made, run, times_asked
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, Unavailable
 from distill_jax.generation import openai_api
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def test_an_unreachable_server_is_an_error(tmp_path):
   with Server() as server:
     pass
-  with pytest.raises(InputError, match=r"cannot be reached.*\. 0 samples are kept .* 2 are missi"):
+  with pytest.raises(Unavailable, match=r"cannot be reached.*\. 0 of 2 samples are kept in"):
     run(made(tmp_path, server, ["a", "b"], retries=1), tmp_path / "w")
 
 
@@ -36,10 +37,10 @@ def test_refused_requests_stop_the_run_or_are_skipped(tmp_path):
     c = made(tmp_path, server, prompts, in_flight=2, retries=1, on_bad="skip", samples=4)
     result = run(c, tmp_path / "skip")
   assert result["prompts"] == 5 and result["samples"] == 8 and result["rejected"] == 12
-  rejected = read_lines(tmp_path / "skip" / "samples.rejected.jsonl")
+  rejected = read_lines(tmp_path / "skip" / "samples.rejected")
   why = {r["id"]: r["reason"] for r in rejected}
   assert "maximum context" in why[1] and "'content_filter'" in why[2] and "500" in why[3]
-  assert {r["id"] for r in read_lines(tmp_path / "skip" / "samples.jsonl")} == {0, 4}
+  assert {r["id"] for r in read_lines(tmp_path / "skip" / "samples")} == {0, 4}
 
 
 def test_a_server_that_refuses_all_requests_stops_the_run(tmp_path):
@@ -57,16 +58,18 @@ def test_a_server_that_refuses_all_requests_stops_the_run(tmp_path):
 @pytest.mark.parametrize(
   "changes, message",
   [
-    ({"url": "localhost:8000"}, "server.url is invalid; expected an address"),
-    ({"url": "http://me:secret@host/v1"}, "server.url is invalid; expected an address"),
-    ({"url": "http://[::1/v1"}, "server.url is invalid; expected an address"),
+    ({"urls": ("localhost:8000",)}, "server.urls is invalid; expected addresses"),
+    ({"urls": ("http://me:secret@host/v1",)}, "server.urls is invalid"),
+    ({"urls": ("http://a/v1", "http://[::1/v1")}, "server.urls is invalid"),
+    ({"urls": ("http://a/v1", "http://a/v1/")}, "expected different addresses"),
     ({"in_flight": 0}, "in_flight is 0"),
-    ({"timeout_s": 0.0}, "timeout_s is 0.0"),
+    ({"silence_s": 0.0}, "silence_s is 0.0"),
+    ({"in_flight": 10**9}, "in_flight is 1000000000; expected at most"),
     ({"repetition": 40}, "repetition is 40; expected 0 for a model on a server"),
     ({"records_dir": "r"}, "records_dir is 'r'; expected '' for a teacher on a server"),
     ({"temperature": -1.0}, "temperature is -1"),
     ({"on_bad": "perhaps"}, "on_bad is 'perhaps'"),
-    ({"prompts": "nowhere.jsonl"}, "expected an existing file"),
+    ({"prompts": "nowhere.jsonl"}, "expected an existing file, or a folder"),
     ({"field": "question"}, "no field 'question'"),
     ({"api_key_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE'; expected an environment variable"),
   ],
@@ -103,7 +106,8 @@ def job(tmp_path, monkeypatch):
   monkeypatch.setenv("TEACHER_KEY", KEY)
   with Server(key=KEY) as server:
     prompts = [f"p{i}" for i in range(60)]
-    c = made(tmp_path, server, prompts, in_flight=4, api_key_env="TEACHER_KEY", timeout_s=300.0)
+    c = made(tmp_path, server, prompts, in_flight=4, api_key_env="TEACHER_KEY", silence_s=300.0)
+    c.generate.server.first_byte_s = 300.0
     file = tmp_path / "served.py"
     file.write_text(
       "from ml_collections import ConfigDict\n"
@@ -120,16 +124,24 @@ def job(tmp_path, monkeypatch):
     yield c, server, tmp_path / "w", start
 
 
-def wait_for(part: Path, rows: int, job) -> None:
-  while not part.exists() or part.read_bytes().count(b"\n") <= rows:
+def logged(folder: Path) -> list[tuple[str, str]]:
+  """Returns the prompt and text of each sample in the log, in the order of the log."""
+  found = []
+  for piece in sorted((folder / "samples/.log").glob("*.piece")):
+    _, *lines = piece.read_text().splitlines()
+    found += [(f"p{row['id']}", row["text"]) for row in map(json.loads, lines)]
+  return found
+
+
+def wait_for(folder: Path, count: int, job) -> None:
+  while len(logged(folder)) < count:
     assert job.poll() is None
     time.sleep(0.01)
 
 
 def test_resuming_after_kill_sigterm_and_errors_without_leaking_the_key(job, monkeypatch, capfd):
-  """A run ends by kill -9 with half a line on disk, SIGTERM, a wrong key, and an echoed key."""
+  """A run ends by kill -9 while it writes, SIGTERM, a wrong key, and an echoed key."""
   c, server, folder, start = job
-  part = folder / "samples.part.jsonl"
 
   def silent_from(first: int) -> None:
     """Makes the server silent from this prompt on, so that no run finishes by itself."""
@@ -139,21 +151,20 @@ def test_resuming_after_kill_sigterm_and_errors_without_leaking_the_key(job, mon
   server.forever = True
   silent_from(20)
   with start() as killed:
-    wait_for(part, 20, killed)
+    wait_for(folder, 20, killed)
     killed.send_signal(signal.SIGKILL)
     outputs = [killed.stderr.read()]
-  kept = [(f"p{r['prompt']}", r["text"]) for r in read_lines(part)[1:]]
+  kept = logged(folder)
   before = times_asked(server)
-  with part.open("ab") as f:
-    f.write(b'{"prompt": 4, "sam')
+  (folder / "samples/.log/.00000099.piece.host.1.part").write_bytes(b'[[4,0,"eos"')
   silent_from(40)
   with start() as told:
-    wait_for(part, 40, told)
+    wait_for(folder, 40, told)
     told.send_signal(signal.SIGTERM)
     outputs += told.communicate(timeout=60)
   between = times_asked(server)
   assert told.returncode == os.EX_TEMPFAIL and "received SIGTERM" in outputs[-1]
-  again = [(f"p{r['prompt']}", r["text"]) for r in read_lines(part)[1:]]
+  again = logged(folder)
   assert len(kept) == 20 and len(again) == 40 and again[:20] == kept
 
   server.faults.clear()

@@ -77,7 +77,7 @@ def made(tmp_path_factory):
   rows = [{"question": f"{i} + 3", "answer": i + 3} for i in range(10)]
   prompts = write_lines(folder / "prompts.jsonl", rows)
   with Server(answer=teacher) as server:
-    c.generate.server.url, c.generate.chat = server.url, True
+    c.generate.server.urls, c.generate.chat = (server.url,), True
     asked(c, folder / "re", prompts=str(prompts), field="question", template=REWRITE)
     kept(c, folder / "re", form=config.filter("format"), new=config.filter("near_duplicates"))
     more = {"prompts": str(folder / "re/kept/00000.jsonl"), "field": "text", "template": ASK}
@@ -91,7 +91,7 @@ def test_rewritten_prompts_keep_their_answers(made):
   assert questions.count("Say this in other words, with all numbers:\n4 + 3") == 1
   new = "Tell me what 4 + 3 equals.\nEnd with \\boxed{} around the number."
   assert questions.count(new) == 6  # without the reasoning
-  rows = read_lines(folder / "so" / "samples.jsonl")
+  rows = read_lines(folder / "so" / "samples")
   assert len(rows) == 60 and rows[24]["prompt"] == new
   assert all(row["about"] == {"answer": row["id"] + 3} for row in rows)
 
@@ -101,7 +101,7 @@ def test_votes_become_label_smoothing(made):
   folder, c, _ = made
   rows = kept(c, folder / "so", vote=config.filter("votes"), right=config.filter("math"))
   votes = {}
-  for row in read_lines(folder / "so" / "samples.jsonl"):
+  for row in read_lines(folder / "so" / "samples"):
     votes.setdefault(row["id"], []).append(f"{{{row['about']['answer']}}}" in row["text"])
   want = [np.mean(v) for v in votes.values() if np.mean(v) > 0.5 for _ in range(sum(v))]
   assert [row["agreement"] for row in rows] == want and len(set(want)) > 1
@@ -146,7 +146,7 @@ def test_pseudo_labels_are_kept_if_the_teacher_is_confident(tmp_path):
   texts = tmp_path / "texts.txt"
   texts.write_text("a fine film\na film\nfine\n")
   with Server(answer=teacher) as server:
-    c.generate.server.url, c.generate.chat = server.url, True
+    c.generate.server.urls, c.generate.chat = (server.url,), True
     c.generate.server.top_logprobs = 1
     fields = {"prompts": str(texts), "template": "Is it good or bad? {prompt}"}
     asked(c, tmp_path / "w", **fields)
@@ -165,7 +165,7 @@ def test_pseudo_labels_are_kept_if_the_teacher_is_confident(tmp_path):
 def test_a_template_without_a_placeholder_is_an_error(tmp_path, template):
   c = tiny.tiny(tmp_path)
   c.generate.prompts = c.data.path
-  c.generate.server.url = "http://localhost:1/v1"
+  c.generate.server.urls = ("http://localhost:1/v1",)
   with pytest.raises(InputError, match="expected a template that contains {prompt}"):
     asked(c, tmp_path / "w", template=template)
 

@@ -60,7 +60,7 @@ def ours(folder: Path, prompts: list[list[int]], new: int):
   from distill_jax.generation.engine import Engine, EngineSpec
   from distill_jax.generation.options import DecodingOptions
   from distill_jax.generation.sampling import Sampling
-  from distill_jax.generation.scheduler import Scheduler
+  from distill_jax.generation.scheduler import Scheduler, Task
   from distill_jax.generation.stops import Stops
   from distill_jax.generation.unrolled import unroll
   from distill_jax.hub import load
@@ -80,10 +80,10 @@ def ours(folder: Path, prompts: list[list[int]], new: int):
   engine = Engine(model, mesh, spec, rows, c.prefill_rows, c.cache_len, runs.keys(0))
 
   def run() -> list[list[int]]:
-    scheduler = Scheduler(engine, dict(enumerate(prompts)), stops, (), c, new)
-    keys = [(i, 0) for i in range(rows)]
-    done = [s for finished, _ in scheduler.run(keys) for s in finished]
-    return [s.tokens for s in sorted(done, key=lambda s: s.prompt)]
+    scheduler = Scheduler(engine, stops, (), c, new)
+    tasks = [Task(i, 0, ids) for i, ids in enumerate(prompts)]
+    done = [s for finished, _ in scheduler.run(tasks) for s in finished]
+    return [s.tokens for s in sorted(done, key=lambda s: s.key)]
 
   return run
 
