@@ -99,7 +99,7 @@ def test_every_filter_keeps_or_rejects_every_sample(name, tmp_path):
     for i in range(rng.randrange(1, 4)):
       row = a_sample("".join(rng.choices(pieces, k=rng.randrange(12))), id=number, sample=i)
       row["about"] = {"answer": rng.choice(["4", "", None, "\\frac{"])}
-      for field in ("tokens", "logprob_mean", "reason", "prompt"):
+      for field in ("token_count", "logprob_mean", "reason", "prompt"):
         if rng.random() < 0.2:
           row[field] = rng.choice([None, "x", -1.0, [], [{"role": "user"}]])
       row.pop("of")
