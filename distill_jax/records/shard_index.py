@@ -47,6 +47,12 @@ def size_of(count: int) -> int:
   return HEADER.size + count * ENTRY.itemsize
 
 
+def place_of(number: int) -> tuple[int, int]:
+  """Returns where the entry of a record begins and ends in the index of its shard."""
+  start = size_of(number)
+  return start, start + ENTRY.itemsize
+
+
 def build(path: Path, count: int) -> np.ndarray:
   """Returns the entries of the index of a local shard, each compared with array_record's record.
 

@@ -24,7 +24,7 @@ from distill_jax.records import shard_index
 from distill_jax.records.manifest import Manifest, Shard
 from distill_jax.runtime import files
 
-INDEXED_RECORDS = 2**22  # records whose entries are kept in memory, 16 bytes each: 64 MB
+INDEXED_RECORDS = 2**22  # up to this number of records, indices are kept in memory: 64 MB
 OPEN_READERS = 16  # shards of short records that are open at once
 Place = tuple[Shard, int]  # a shard, and the index of a record in the store
 
@@ -32,18 +32,19 @@ Place = tuple[Shard, int]  # a shard, and the index of a record in the store
 class IndexedShards:
   """Long records, each of which is read as one range of its shard.
 
-  The entries of at most INDEXED_RECORDS records stay in memory, 64 MB. The index of a shard is read
-  when one of its records is needed for the first time: 16 bytes for each record of the shard, e.g.
-  16 MB for a million records of 129 KB. A local shard without an index, of an earlier version, is
-  read once to make its entries.
+  The index of a shard is read when one of its records is needed for the first time, and kept: 16
+  bytes per record, i.e. 16 MB for a million records of 129 KB. In a store of more than
+  INDEXED_RECORDS records only the entry of a record is read, by a separate request, each time.
+  A local shard without an index, of an earlier version, is read once to make its entries.
 
   Args:
     folder: The folder or URL of the store.
+    m: The manifest of the store.
   """
 
-  def __init__(self, folder: str | Path):
-    self._folder = folder
-    self._entries: OrderedDict[str, np.ndarray] = OrderedDict()  # the last one was used last
+  def __init__(self, folder: str | Path, m: Manifest):
+    self._folder, self._keeps_indices = folder, m.total <= INDEXED_RECORDS
+    self._entries: dict[str, np.ndarray] = {}  # by name of the shard
     self._lock = threading.Lock()
 
   def read(self, places: Sequence[Place]) -> list[bytes]:
@@ -52,54 +53,54 @@ class IndexedShards:
     Raises:
       InputError: A shard or an index is damaged or cannot be read.
     """
-    indices = self._indices({shard.name: shard for shard, _ in places})
-    entries = [indices[shard.name][i - shard.first] for shard, i in places]
-    data = files.read_ranges(
-      [
-        (
-          files.join(self._folder, shard.name),
-          int(e["offset"]),
-          int(e["offset"]) + int(e["length"]),
-        )
-        for (shard, _), e in zip(places, entries, strict=True)
-      ]
-    )
+    entries = self._entries_of(places)
+    ranges = [
+      (files.join(self._folder, shard.name), int(e["offset"]), int(e["offset"]) + int(e["length"]))
+      for (shard, _), e in zip(places, entries, strict=True)
+    ]
     records = []
-    for place, entry, part in zip(places, entries, data, strict=True):
+    for place, entry, data in zip(places, entries, files.read_ranges(ranges), strict=True):
       with _damaged(self._folder, *place):
-        records.append(shard_index.record_of(part, entry))
+        records.append(shard_index.record_of(data, entry))
     return records
 
-  def _indices(self, shards: dict[str, Shard]) -> dict[str, np.ndarray]:
-    """Returns the entries of some shards, by name, and keeps them in memory."""
+  def _entries_of(self, places: Sequence[Place]) -> list[np.void]:
+    """Returns the entries of records, after reading those that are not in memory."""
     with self._lock:
-      missing = [shard for name, shard in shards.items() if name not in self._entries]
-      self._entries.update(self._load(missing))
-      for name in shards:
-        self._entries.move_to_end(name)
-      found = {name: self._entries[name] for name in shards}
-      while len(self._entries) > len(found) and self._size() > INDEXED_RECORDS:
-        self._entries.popitem(last=False)
-      return found
-
-  def _size(self) -> int:
-    return sum(map(len, self._entries.values()))
-
-  def _load(self, shards: Sequence[Shard]) -> dict[str, np.ndarray]:
-    """Reads the indices of some shards, all at once."""
-    paths = {s.name: files.join(self._folder, shard_index.name_of(s.name)) for s in shards}
-    old = [
-      s for s in shards if not files.is_remote(self._folder) and files.info(paths[s.name]) is None
+      shards = {s.name: s for s, _ in places if s.name not in self._entries}
+      for shard in shards.values():
+        if not self._has_index(shard):
+          self._entries[shard.name] = build(self._folder, shard)
+      if self._keeps_indices:
+        self._load([s for name, s in shards.items() if name not in self._entries])
+    alone = {
+      i: (self._index(shard), *shard_index.place_of(i - shard.first))
+      for shard, i in places
+      if shard.name not in self._entries
+    }
+    read = dict(zip(alone, files.read_ranges(list(alone.values())), strict=True))
+    return [
+      np.frombuffer(read[i], shard_index.ENTRY)[0]
+      if i in read
+      else self._entries[shard.name][i - shard.first]
+      for shard, i in places
     ]
-    new = [s for s in shards if s not in old]
-    data = files.read_ranges([(paths[s.name], 0, shard_index.size_of(s.count)) for s in new])
-    entries = {s.name: build(self._folder, s) for s in old}
-    for shard, contents in zip(new, data, strict=True):
+
+  def _load(self, shards: Sequence[Shard]) -> None:
+    """Reads the indices of shards, all at once."""
+    data = files.read_ranges([(self._index(s), 0, shard_index.size_of(s.count)) for s in shards])
+    for shard, contents in zip(shards, data, strict=True):
       try:
-        entries[shard.name] = shard_index.parse(contents, shard.count)
+        self._entries[shard.name] = shard_index.parse(contents, shard.count)
       except ValueError as e:
         raise _bad_index(self._folder, shard, str(e).rstrip(".")) from e
-    return entries
+
+  def _has_index(self, shard: Shard) -> bool:
+    """Returns True if the index exists; that of a URL always does, see `check`."""
+    return files.is_remote(self._folder) or files.info(self._index(shard)) is not None
+
+  def _index(self, shard: Shard) -> str:
+    return files.join(self._folder, shard_index.name_of(shard.name))
 
 
 class GroupedShards:
@@ -153,7 +154,8 @@ class GroupedShards:
 
 def open_shards(folder: str | Path, m: Manifest) -> IndexedShards | GroupedShards:
   """Returns the reader of the shards of a store."""
-  return (IndexedShards if shard_index.has_index(m.seq_len) else GroupedShards)(folder)
+  indexed = shard_index.has_index(m.seq_len)
+  return IndexedShards(folder, m) if indexed else GroupedShards(folder)
 
 
 def check(folder: str | Path, m: Manifest) -> None:

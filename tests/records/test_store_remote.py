@@ -8,7 +8,7 @@ from array_record.python import array_record_module
 from tiny_store import manifest, record, same, sequence
 
 from distill_jax.errors import InputError
-from distill_jax.records import shard_index, store
+from distill_jax.records import shard_index, shards, store
 from distill_jax.records.manifest import shard_name
 from distill_jax.runtime import files
 from distill_jax.training import loader
@@ -66,6 +66,20 @@ def test_training_reads_its_rows_and_little_else(texts, object_store):
   assert len(indices) == len(set(indices)) == ROWS // SHARD  # each is read once
   records = [r for r in requests if r.endswith(".array_record")]
   assert len(rows) <= len(records) <= len(rows) * (1 + 2 * ahead) + 1
+
+
+def test_a_store_of_very_many_records_does_not_keep_indices(texts, s3, monkeypatch):
+  url, proxy = upload(texts, s3.url), s3.proxy
+  monkeypatch.setattr(shards, "INDEXED_RECORDS", ROWS - 1)
+  opened = store.open_store(url)
+  proxy.requests.clear()
+  for _ in range(2):
+    for i, row in zip((3, 40, 9), opened.read_many([3, 40, 9]), strict=True):
+      np.testing.assert_array_equal(row["tokens_T"], text(i)["tokens_T"])
+  sizes_read = [r.read_bytes for r in proxy.requests if r.path.endswith(".index")]
+  assert sizes_read == [16] * 6  # the entries alone
+  here = store.open_store(texts)
+  np.testing.assert_array_equal(here[40]["tokens_T"], text(40)["tokens_T"])
 
 
 def test_a_busy_store_and_lost_connections_delay_a_batch_and_do_not_change_it(texts, s3, capfd):

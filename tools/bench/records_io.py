@@ -61,7 +61,7 @@ def write_ours(folder: Path, data: list[dict[str, np.ndarray]]) -> None:
     vocab_size=V,
     seq_len=len(data[0]["tokens_T"]),
     teacher={},
-    tokenizer="",
+    tokenizer="random",  # without one it would be a task
     corpus="",
     sequences_per_shard=len(data),
     extents=(len(data),),
