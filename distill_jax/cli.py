@@ -143,6 +143,7 @@ def run(argv: list[str]) -> JsonObject:
   check_verb(argv[1])
   from distill_jax import flags
   from distill_jax.runtime import distributed, storage
+  from distill_jax.runtime.claim import claimed
   from distill_jax.runtime.workdir import Workdir
 
   command = registry.load("commands", argv[1])
@@ -154,7 +155,8 @@ def run(argv: list[str]) -> JsonObject:
   if not flags.WORKDIR.value:
     raise InputError("--workdir is missing. Name the folder of the run, e.g. --workdir=runs/demo.")
   distributed.initialize(flags.DISTRIBUTED.value)
-  with storage.Synced(flags.WORKDIR.value) as folder, Workdir(folder, config) as workdir:
+  path = flags.WORKDIR.value
+  with claimed(path), storage.Synced(path) as folder, Workdir(folder, config) as workdir:
     return command.run(config, workdir)
 
 
@@ -164,6 +166,7 @@ def run_configured(command: Any, argv: list[str]) -> JsonObject:
 
   from distill_jax import flags
   from distill_jax.runtime import distributed, storage
+  from distill_jax.runtime.claim import claimed
   from distill_jax.runtime.workdir import Workdir
 
   overrides = [arg for arg in argv if arg.startswith("--config.")]
@@ -179,7 +182,7 @@ def run_configured(command: Any, argv: list[str]) -> JsonObject:
     workdir=flags.WORKDIR.value,
     overridden=frozenset(a.split("=")[0].removeprefix("--config.") for a in overrides),
   )
-  with storage.Synced(request.workdir) as folder:
+  with claimed(request.workdir), storage.Synced(request.workdir) as folder:
     config = command.configure(
       request, folder, lambda file: parse([argv[0], f"--config={file}", *overrides])
     )

@@ -20,9 +20,7 @@ Example:
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
-import shutil
 from pathlib import Path
 
 from distill_jax.commands import evaluate as evaluation
@@ -39,7 +37,7 @@ from distill_jax.pruning import choose, factorise, search, shapes
 from distill_jax.pruning.measured_teacher import MeasuredTeacher
 from distill_jax.pruning.options import LinkOptions, ShrinkOptions
 from distill_jax.report.benchmarks import text  # noqa: F401
-from distill_jax.runtime import distributed, json_io
+from distill_jax.runtime import distributed, files, json_io, storage
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop, optim, validate
 from distill_jax.types import JsonObject
@@ -60,7 +58,7 @@ class PlannedLink:
   @property
   def source(self) -> str:
     """The model source of the trained link."""
-    return runs.RUN + str(self.folder / "run")
+    return runs.RUN + storage.location(self.folder / "run")
 
 
 def run(config: Config, workdir: Path) -> JsonObject:
@@ -152,7 +150,7 @@ def _link_config(config: Config, link: LinkOptions, teacher: ModelOptions, folde
   """Returns the config of a link's run, whose folder is `folder`."""
   student = link.student
   if not (student.source or student.shape):
-    student = dataclasses.replace(student, source=str(folder / "model"))
+    student = dataclasses.replace(student, source=storage.location(folder / "model"))
   return dataclasses.replace(
     config,
     teacher=teacher,
@@ -161,7 +159,9 @@ def _link_config(config: Config, link: LinkOptions, teacher: ModelOptions, folde
     chain=(),
     links={},
     train=dataclasses.replace(
-      config.train, records=(str(folder / "records"),), steps=link.steps or config.train.steps
+      config.train,
+      records=(storage.location(folder / "records"),),
+      steps=link.steps or config.train.steps,
     ),
     optim=dataclasses.replace(config.optim, peak_lr=link.peak_lr or config.optim.peak_lr),
     export=dataclasses.replace(config.export, dir=""),
@@ -324,9 +324,9 @@ def _run(link: PlannedLink) -> JsonObject:
   """Runs the unfinished parts of a link; returns the metrics of its last training step."""
   record.run(link.config, link.folder / "records")
   if link.is_cut and not (link.folder / MADE).exists():
-    model = link.folder / "model"
+    model = storage.location(link.folder / "model")
     # A folder without MADE was left by an interrupted command.
-    distributed.run_on_process_0(functools.partial(shutil.rmtree, model, ignore_errors=True))
+    distributed.run_on_process_0(lambda: files.remove_tree(model))
     summary = MeasuredTeacher(link.config).make(link.config.shrink, model, random=False)
     json_io.write_json_once(link.folder / MADE, summary)
   with Workdir(link.folder / "run", link.config) as workdir:

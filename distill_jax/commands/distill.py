@@ -43,6 +43,7 @@ from distill_jax.recipe.plan import Request
 from distill_jax.recipe.result import text  # noqa: F401
 from distill_jax.runtime import distributed, json_io, storage
 from distill_jax.runtime.atomic_io import atomic_write
+from distill_jax.runtime.claim import claimed
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.types import JsonObject
 
@@ -70,10 +71,7 @@ def configure(request: Request, folder: Path, read: ReadConfig) -> Config:
   """
   request, folder = request.full(), folder.absolute()
   distributed.run_on_process_0(lambda: _prepare(request, folder, read))
-  if (url := storage.remote_of(folder)) and distributed.max_over_processes(0) == 0:
-    storage.publish(folder)
-    distributed.barrier("configured")
-    storage.fetch(url)
+  storage.share(folder / CONFIG)
   return read(folder / CONFIG)
 
 
@@ -185,7 +183,7 @@ def _stage(workdir: Path, name: str, doing: str, work: Callable[[], JsonObject])
 
 def _inside(run: Callable[[Config, Path], JsonObject], config: Config, path: str) -> JsonObject:
   """Runs a command in a workdir, as the command line does."""
-  with storage.Synced(path) as folder, Workdir(folder, config) as workdir:
+  with claimed(path), storage.Synced(path) as folder, Workdir(folder, config) as workdir:
     return run(config, workdir)
 
 

@@ -28,7 +28,7 @@ from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
 from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.report.benchmarks import text  # noqa: F401
-from distill_jax.runtime import distributed, json_io
+from distill_jax.runtime import json_io
 from distill_jax.types import JsonObject
 
 RESULTS = "evals"  # the folder of answers and grades, by model and benchmark
@@ -82,7 +82,7 @@ def run(config: Config, folder: Path) -> JsonObject:
       for name, row in rows.items():
         results[name][model] = row
     evaluation["evals"] = results
-  distributed.run_on_process_0(lambda: json_io.write_json(folder / "evaluation.json", evaluation))
+  json_io.write_json_once(folder / "evaluation.json", evaluation)
   return evaluation
 
 

@@ -37,7 +37,7 @@ def run(config: Config, workdir: Path) -> JsonObject:
     InputError: The workdir does not contain a store, a record is damaged, or inspect.sequence
       cannot be shown.
   """
-  folder = storage.remote_of(workdir) or workdir
+  folder = storage.location(workdir)
   written = shards.write_missing_indices(folder, manifest.load(folder))
   store = open_store(folder)
   if config.inspect.verify:

@@ -67,11 +67,7 @@ def make(config: Config, teacher: ModelSource, folder: Path) -> tuple[Store, int
   """
   packed: list[int] = []
   distributed.run_on_process_0(lambda: packed.append(_pack(config, teacher, folder)))
-  if (url := storage.remote_of(folder)) and distributed.max_over_processes(0) == 0:
-    storage.publish(folder)
-    distributed.barrier("packed")
-    storage.fetch(url)
-  return open_store(folder), sum(packed)
+  return open_store(storage.location(folder)), sum(packed)
 
 
 def _pack(config: Config, teacher: ModelSource, folder: Path) -> int:
@@ -81,7 +77,7 @@ def _pack(config: Config, teacher: ModelSource, folder: Path) -> int:
   planned = dataclasses.replace(
     planned, tokenizer=tokenizer.digest, smoothing=bool(data.trust), teacher={}
   )
-  planned = manifest_lib.with_shards_of(folder, planned)
+  planned = manifest_lib.with_shards_of(storage.location(folder), planned)
   work = corpus.block_tokenizer(data, tokenizer, teacher.pretrained)
   return packed_text.pack(data, work, planned, folder, config.pack.workers)[1]
 

@@ -58,7 +58,7 @@ def run(config: Config, folder: Path) -> JsonObject:
 
   Returns:
     sequences, tokens, entries and bytes of the whole store, and recorded_now, the number of
-    sequences that this call recorded.
+    sequences that this call recorded; tokens, entries and bytes on process 0 only.
 
   Raises:
     InputError: Teacher, tokenizer and corpus do not fit together, or the folder contains other
@@ -77,7 +77,7 @@ def run(config: Config, folder: Path) -> JsonObject:
   corpus = open_corpus(config, teacher, folder)
   width = feature_width(options, teacher)
   manifest = recorder.manifest_of(options, corpus, _identity(options, teacher), width)
-  manifest = manifest_lib.with_shards_of(folder, manifest)
+  manifest = manifest_lib.with_shards_of(storage.location(folder), manifest)
   rows = sharding.rows(mesh, options.batch_size)
   if (writers := len(np.unique(rows.writer_B))) > len(manifest.ranges):
     raise bad_value(
@@ -87,6 +87,7 @@ def run(config: Config, folder: Path) -> JsonObject:
       f"{len(manifest.ranges)}",
       "Lower it, or start fewer processes",
     )
+  done: list[Manifest] = []
   with Writer(folder, manifest, jax.process_index(), jax.process_count()) as writer:
     _check_same_corpus(writer, corpus)
     missing = _missing(writer)
@@ -97,18 +98,21 @@ def run(config: Config, folder: Path) -> JsonObject:
         with Progress("record", sum(map(len, missing)) * corpus.positions, "tokens") as progress:
           _write(batches, shards.get(rows.process, []), writer, progress, corpus.positions)
     distributed.barrier("recorded")
-    if jax.process_count() > 1 and (url := storage.remote_of(folder)):  # disks may not be shared
-      storage.publish(folder)
-      distributed.barrier("published")
-      storage.fetch(url)
-    done = writer.complete()
-  if done is None:
+    distributed.run_on_process_0(lambda: done.append(_complete(writer)))
+  sums = {
+    k: sum(getattr(s, k) for m in done for s in m.shards) for k in ("tokens", "entries", "bytes")
+  }
+  return {"sequences": manifest.total, "recorded_now": sum(map(len, missing)), **sums}
+
+
+def _complete(writer: Writer) -> Manifest:
+  """Finishes the store."""
+  if (done := writer.complete()) is None:
     raise InputError(
-      f"{folder} still lacks shards of a process that is not part of this run. Run the command "
-      "again with all processes."
+      f"{writer.folder} still lacks shards of a process that is not part of this run. Run the "
+      "command again with all processes."
     )
-  sums = {k: sum(getattr(s, k) for s in done.shards) for k in ("tokens", "entries", "bytes")}
-  return {"sequences": done.total, "recorded_now": sum(map(len, missing)), **sums}
+  return done
 
 
 def runs_teacher(options: RecordsOptions) -> bool:
@@ -157,8 +161,8 @@ def feature_width(options: RecordsOptions, teacher: ModelSource) -> int:
 
 def _missing(writer: Writer) -> list[range]:
   """Returns the shards that no process finds finished, so that all processes record the same."""
-  ranges, missing = writer.manifest.ranges, set(writer.missing())
-  finished = distributed.max_over_processes(np.array([r not in missing for r in ranges]))
+  ranges, found = writer.manifest.ranges, {shard.first for shard in writer.finished()}
+  finished = distributed.max_over_processes(np.array([r.start in found for r in ranges]))
   return [r for r, done in zip(ranges, finished.tolist(), strict=True) if not done]
 
 
@@ -249,7 +253,7 @@ def _import(config: Config, teacher: ModelSource, folder: Path) -> tuple[Manifes
   )
   identity = {"name": config.records.logprobs_format, "digest": "unknown: behind a server"}
   planned = dataclasses.replace(planned, teacher=identity, tokenizer=tokenizer.digest)
-  planned = manifest_lib.with_shards_of(folder, planned)
+  planned = manifest_lib.with_shards_of(storage.location(folder), planned)
   stored: list[int] = []
 
   def import_rows() -> None:
@@ -260,7 +264,7 @@ def _import(config: Config, teacher: ModelSource, folder: Path) -> tuple[Manifes
       store.finish()
 
   distributed.run_on_process_0(import_rows)
-  return manifest_lib.load(folder), sum(stored)
+  return manifest_lib.load(storage.location(folder)), sum(stored)
 
 
 def _dump(config: Config, tokenizer: Tokenizer) -> Iterator[Record]:
@@ -309,12 +313,11 @@ def _check(c: RecordsOptions, of_task: bool) -> None:
 def _check_same_corpus(writer: Writer, corpus: Corpus) -> None:
   """Raises InputError if the finished shards in a folder were recorded from another corpus.
 
-  Each process compares the last rows of its share of the shards, several at once.
+  Each process compares the last rows of the shards that it looks up, several at once.
   """
   store, errors = unfinished_store(writer), []
-  shards = store.manifest.shards[jax.process_index() :: jax.process_count()]
   with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
-    lasts = [shard.first + shard.count - 1 for shard in shards]
+    lasts = [shard.first + shard.count - 1 for shard in store.manifest.shards]
     try:
       list(pool.map(lambda i: recorder.check_same_row(store, i, corpus.rows[i]), lasts))
     except InputError as e:

@@ -29,7 +29,7 @@ from distill_jax.models import loading
 from distill_jax.pruning import search, shapes
 from distill_jax.pruning.measured_teacher import MeasuredTeacher
 from distill_jax.pruning.table import text  # noqa: F401
-from distill_jax.runtime import json_io
+from distill_jax.runtime import json_io, storage
 from distill_jax.types import JsonObject
 
 RESULT = "shrink.json"
@@ -80,7 +80,9 @@ def run(config: Config, workdir: Path) -> JsonObject:
   if targets:
     result = _search(config, workdir, targets[0])
   else:
-    result = MeasuredTeacher(config).make(options, options.dir or str(workdir / "model"))
+    result = MeasuredTeacher(config).make(
+      options, options.dir or storage.location(workdir / "model")
+    )
   json_io.write_json_once(workdir / RESULT, result)
   return result
 
@@ -109,5 +111,5 @@ def with_records(config: Config, workdir: Path) -> Config:
   text_store = workdir / "text"
   options = dataclasses.replace(config.records, kind="text", logprobs="", taps=())
   record.run(dataclasses.replace(config, records=options), text_store)
-  train = dataclasses.replace(config.train, records=(str(text_store),), online=True)
+  train = dataclasses.replace(config.train, records=(storage.location(text_store),), online=True)
   return dataclasses.replace(config, train=train)

@@ -15,7 +15,7 @@ from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.nn import sharding
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.runtime import checkpoint, json_io, storage
+from distill_jax.runtime import checkpoint, distributed, json_io, storage
 from distill_jax.types import Model, PyTree
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def keys(seed: int) -> dict[str, jax.Array]:
 
 def run_folder(source: str) -> Path:
   """Returns the local folder for a source "run:WORKDIR"."""
-  return storage.local(source.removeprefix(RUN))
+  return storage.run_folder(source.removeprefix(RUN))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +88,15 @@ class Run:
   def pin_base(self) -> None:
     """Writes the identity of the adapters' base model on the first call, and checks it later.
 
+    All processes must call it.
+
     Raises:
       InputError: the base model is not the one in the file.
     """
+    distributed.run_on_process_0(self._pin_base)
+    storage.share(self.folder / BASE)
+
+  def _pin_base(self) -> None:
     if not (self.folder / BASE).exists():
       json_io.write_json(self.folder / BASE, self.student.identity)
     self.check_base()

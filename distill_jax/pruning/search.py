@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import shutil
 from pathlib import Path
 
 import jax
@@ -29,7 +28,7 @@ from distill_jax.pruning import candidates, shapes
 from distill_jax.pruning.candidates import Target
 from distill_jax.pruning.measured_teacher import MeasuredTeacher
 from distill_jax.pruning.options import ShrinkOptions
-from distill_jax.runtime import distributed, json_io
+from distill_jax.runtime import distributed, files, json_io, storage
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop
 from distill_jax.types import JsonObject
@@ -108,11 +107,10 @@ def make(
   teacher = MeasuredTeacher(config, source)
   for name in todo:
     folder = folders[name]
+    model = storage.location(folder / "model")
     # Without MADE, a previous attempt was interrupted.
-    distributed.run_on_process_0(
-      functools.partial(shutil.rmtree, folder / "model", ignore_errors=True)
-    )
-    summary = teacher.make(proposed[name], folder / "model", random=False)
+    distributed.run_on_process_0(functools.partial(files.remove_tree, model))
+    summary = teacher.make(proposed[name], model, random=False)
     json_io.write_json_once(folder / MADE, summary)
 
 
@@ -130,7 +128,7 @@ def _distil_config(config: Config, folder: Path) -> Config:
     config,
     student=dataclasses.replace(
       config.student,
-      source=str(folder / "model"),
+      source=storage.location(folder / "model"),
       shape="",
       digest="",
       keep_layers=(),
@@ -166,7 +164,7 @@ def score(config: Config, source: ModelSource, folders: dict[str, Path], rates: 
 
 def trained(config: Config, mesh: jax.sharding.Mesh, folder: Path) -> LoadedModel:
   """Returns a candidate after training."""
-  spec = config.student.as_trained(f"{runs.RUN}{folder / 'run'}")
+  spec = config.student.as_trained(f"{runs.RUN}{storage.location(folder / 'run')}")
   with jax.set_mesh(mesh):
     source = loading.open_source(spec, config.seed)
     return source.load(mesh, runs.keys(config.seed)["student"])
@@ -209,7 +207,7 @@ def summary(config: Config, folders: dict[str, Path], key: str) -> JsonObject:
     rows[name] = {
       "kept": student_summary["kept"],
       "dir": student_summary["dir"],
-      "run": str(folder / "run"),
+      "run": storage.location(folder / "run"),
       "parameters": student["parameters"],
       "bytes": student["bytes"],
       "ce_before": student["ce"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from distill_jax.records import recorder
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.store import Store, Writer, unfinished_store
+from distill_jax.runtime import files, storage
 
 
 class GrowingStore:
@@ -29,7 +31,7 @@ class GrowingStore:
     self._folder, self._manifest, self._sequences = folder, manifest, sequences
     self._writer: Writer | None = None
     self._found: Store | None = None  # shards that earlier runs finished
-    self._stored: dict[int, range] = {}  # their ranges, by first row
+    self._stored: list[range] = []  # their ranges, in order
     self._background = ThreadPoolExecutor(1)
     self._writing: Future[Any] | None = None
     self._shard: list[Record] = []  # records of the current shard
@@ -49,14 +51,21 @@ class GrowingStore:
     if self._sequences is not None and past > self._sequences:
       expected = f"at least the number of rows that are added, {past}"
       raise bad_value("sequences", self._sequences, expected, "Raise it")
-    if self._writer is None and (self._folder / manifest_lib.NAME).exists():
-      self._open(rows[0], manifest_lib.load(self._folder).total)
+    if self._writer is None and first == 0:
+      folder = storage.location(self._folder)
+      if files.info(files.join(folder, manifest_lib.NAME)) is not None:
+        self._open(rows[0], manifest_lib.load(folder).total)
     if self._found is None:
       return [False] * len(rows)
-    for shard in self._stored.values():
-      if shard[-1] in range(first, past):
+    after = bisect_right(self._stored, first, key=lambda shard: shard.stop)
+    before = bisect_left(self._stored, past, key=lambda shard: shard.start)
+    stored = [False] * len(rows)
+    for shard in self._stored[after:before]:  # those with some of the rows
+      if shard[-1] < past:
         recorder.check_same_row(self._found, shard[-1], rows[shard[-1] - first])
-    return [any(i in shard for shard in self._stored.values()) for i in range(first, past)]
+      for i in range(max(first, shard.start), min(past, shard.stop)):
+        stored[i - first] = True
+    return stored
 
   def add(self, records: Sequence[Record]) -> None:
     """Adds records. Records that are already stored may lack targets."""
@@ -107,14 +116,15 @@ class GrowingStore:
     self._found = unfinished_store(self._writer)
     if self._found is not None:
       shards = self._found.manifest.shards
-      self._stored = {s.first: range(s.first, s.first + s.count) for s in shards}
+      self._stored = [range(s.first, s.first + s.count) for s in shards]
     return self._writer
 
   def _end_of_shard(self, first: int) -> int:
     """Returns the index after the last record of the shard that begins at `first`."""
     ranges = self._writer.manifest.ranges if self._writer else []
-    planned = {r.start: r.stop for r in ranges}
-    return planned.get(first, first + self._manifest.sequences_per_shard)
+    at = bisect_left(ranges, first, key=lambda shard: shard.start)
+    is_planned = at < len(ranges) and ranges[at].start == first
+    return ranges[at].stop if is_planned else first + self._manifest.sequences_per_shard
 
   def _write_shard(self) -> None:
     """Starts writing the records of the current shard, unless they are already stored."""
@@ -124,7 +134,7 @@ class GrowingStore:
     writer = self._writer or self._open(records[0], len(records))
     if rows.stop > writer.manifest.total:
       writer.lengthen(rows.stop)
-    if rows.start not in self._stored:
+    if rows not in self._stored:
       self._writing = self._background.submit(writer.write_shard, rows, records)
 
   def _wait(self) -> None:

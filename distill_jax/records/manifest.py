@@ -7,13 +7,11 @@ import functools
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_jax.errors import InputError, bad_value
 from distill_jax.records.fields import RecordSpec
 from distill_jax.runtime import files, json_io
-from distill_jax.runtime.atomic_io import atomic_write
 
 if TYPE_CHECKING:  # reading a store must not import jax
   from distill_jax.types import JsonObject
@@ -161,7 +159,7 @@ class Manifest:
     """Total number of sequences, finished or not."""
     return sum(self.extents)
 
-  @property
+  @functools.cached_property
   def ranges(self) -> list[range]:
     """The range of sequences of every shard, in order."""
     out, first = [], 0
@@ -205,10 +203,10 @@ class Manifest:
     text = json.dumps({**self.identity, "shards": [s.sha256 for s in self.shards]}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
-  def save(self, folder: Path) -> None:
-    """Writes the manifest to a folder, atomically."""
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """Writes the manifest to a folder, a path or a URL, atomically."""
     text = json.dumps(self._json(), indent=1)
-    atomic_write(folder / NAME, text + "\n")
+    files.write(files.join(folder, NAME), (text + "\n").encode())
 
 
 def format_of(kind: str, labels: bool) -> int:
@@ -290,17 +288,17 @@ def load(folder: str | os.PathLike) -> Manifest:
     ) from e
 
 
-def with_shards_of(folder: str | os.PathLike, want: Manifest) -> Manifest:
+def with_shards_of(folder: str, want: Manifest) -> Manifest:
   """Returns the manifest of a run with the size of the shards that are in the folder, if any.
 
   So a store is resumed with the shards that it has when records.tokens_per_shard was changed.
   """
-  if not (Path(folder) / NAME).exists():
+  if files.info(files.join(folder, NAME)) is None:
     return want
   return dataclasses.replace(want, sequences_per_shard=load(folder).sequences_per_shard)
 
 
-def require_same(want: Manifest, found: Manifest, folder: Path) -> None:
+def require_same(want: Manifest, found: Manifest, folder: str) -> None:
   """Raises InputError if two recordings cannot share a folder.
 
   Args:

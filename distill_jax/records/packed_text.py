@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import hashlib
 import itertools
+import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from distill_jax.records import recorder
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest, Shard
 from distill_jax.records.store import Store, Writer, unfinished_store
-from distill_jax.runtime import json_io
+from distill_jax.runtime import files, json_io, storage
 from distill_jax.runtime.distributed import Preemption
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import JsonObject
@@ -63,7 +64,7 @@ def pack(
     Preempted: SIGTERM was received; finished shards are kept.
   """
   with _Shards(planned, folder, data.sequences) as shards:
-    cursor, work = _resume(data, work, folder, shards.resume_at())
+    cursor, work = _resume(data, work, storage.location(folder), shards.resume_at())
     if not (cursor.is_end or cursor.row == data.sequences > 0):
       _write(CorpusStream(work, corpus.packer(data), workers, cursor), shards, data)
     return shards.complete(), shards.packed
@@ -89,31 +90,30 @@ def _write(stream: CorpusStream, shards: _Shards, data: DataOptions) -> None:
 
 
 def _resume(
-  data: DataOptions, work: BlockTokenizer, folder: Path, row: int
+  data: DataOptions, work: BlockTokenizer, folder: str, row: int
 ) -> tuple[Cursor, BlockTokenizer]:
   """Returns the cursor at which to continue, and `work` with the date on which packing began.
 
   Args:
     data: The config section `data`.
     work: What tokenizes the corpus.
-    folder: The folder of the store.
+    folder: The path or URL of the store.
     row: The first row that is missing.
 
   Raises:
     InputError: The settings or the corpus have changed.
   """
   state = _state(data, work)
-  file, cursor = folder / STATE, Cursor()
-  if file.is_file() and (folder / manifest_lib.NAME).exists():
-    before = json_io.read_object(file, ACTION)
+  file, cursor = files.join(folder, STATE), Cursor()
+  if _exists(file) and _exists(files.join(folder, manifest_lib.NAME)):
+    before = json_io.parse_object(files.read(file), file, ACTION)
     _check_settings(before["settings"], state["settings"], folder)
     cursor = _load_cursor(folder, row)
     changed = cursor.row and before["files"] != state["files"]
     if changed and not corpus_stream.is_same(work.source, cursor):
       raise cursor.changed(work.source)
     state["date"] = before["date"]
-  folder.mkdir(parents=True, exist_ok=True)
-  json_io.write_json(file, state)
+  files.write(file, json.dumps(state, indent=1).encode())
   if work.chats is None:
     return cursor, work
   date = datetime.datetime.fromisoformat(state["date"])
@@ -135,7 +135,7 @@ def _state(data: DataOptions, work: BlockTokenizer) -> JsonObject:
   }
 
 
-def _check_settings(before: JsonObject, now: JsonObject, folder: Path) -> None:
+def _check_settings(before: JsonObject, now: JsonObject, folder: str) -> None:
   for key in {**before, **now}:
     if before.get(key) != now.get(key):
       raise InputError(
@@ -144,16 +144,20 @@ def _check_settings(before: JsonObject, now: JsonObject, folder: Path) -> None:
       )
 
 
-def _load_cursor(folder: Path, row: int) -> Cursor:
+def _load_cursor(folder: str, row: int) -> Cursor:
   """Returns the cursor of a row, or the beginning of the corpus if it is missing."""
-  if not (file := _cursor_file(folder, row)).is_file():
+  if not _exists(file := _cursor_file(folder, row)):
     return Cursor()
-  fields = json_io.read_object(file, ACTION)
+  fields = json_io.parse_object(files.read(file), file, ACTION)
   return Cursor(**{**fields, "place": sources.Place(*fields["place"])})
 
 
-def _cursor_file(folder: Path, row: int) -> Path:
-  return folder / PLACES / f"{row:09d}.json"
+def _cursor_file(folder: str, row: int) -> str:
+  return files.join(folder, f"{PLACES}/{row:09d}.json")
+
+
+def _exists(path: str) -> bool:
+  return files.info(path) is not None
 
 
 class _Shards:
@@ -179,8 +183,9 @@ class _Shards:
     self.packed = 0
 
   def __enter__(self) -> _Shards:
-    if (self._folder / manifest_lib.NAME).exists():
-      found = manifest_lib.load(self._folder)
+    folder = storage.location(self._folder)
+    if _exists(files.join(folder, manifest_lib.NAME)):
+      found = manifest_lib.load(folder)
       self._open(found.corpus, min(found.total, self._limit or found.total))
     return self
 
@@ -218,9 +223,8 @@ class _Shards:
     writer = self._writer
     if writer is None:
       writer = self._open(recorder.text_digest(rows[0]), len(rows))
-    file = _cursor_file(self._folder, after.row)
-    file.parent.mkdir(exist_ok=True)
-    json_io.write_json(file, dataclasses.asdict(after))
+    cursor = json.dumps(dataclasses.asdict(after), indent=1)
+    files.write(_cursor_file(writer.folder, after.row), cursor.encode())
     if not rows:
       return
     first = after.row - len(rows)

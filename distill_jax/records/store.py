@@ -150,10 +150,9 @@ class Store:
 
 
 def unfinished_store(writer: Writer) -> Store:
-  """Returns a store of the finished shards of a store that is still being written."""
-  finished = writer.finished()
-  shards = tuple(finished[first] for first in sorted(finished))
-  return Store(writer.folder, dataclasses.replace(writer.manifest, shards=shards))
+  """Returns a store of the finished shards of a writer's process."""
+  manifest = dataclasses.replace(writer.manifest, shards=tuple(writer.finished()))
+  return Store(writer.folder, manifest)
 
 
 def open_store(folder: str | os.PathLike[str], expect: JsonObject | None = None) -> Store:

@@ -7,12 +7,12 @@ without it.
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING
 
 from distill_jax.records import tf_example
 from distill_jax.records.manifest import Manifest
-from distill_jax.runtime.atomic_io import atomic_write
+from distill_jax.runtime import files
 
 if TYPE_CHECKING:  # reading a store must not import jax
   from distill_jax.types import JsonObject
@@ -23,13 +23,14 @@ TEMPLATE = "{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"
 FEATURES = "tensorflow_datasets.core.features"
 
 
-def write(folder: Path, m: Manifest) -> None:
+def write(folder: str | os.PathLike[str], m: Manifest) -> None:
   """Describes the shards of a manifest. Each file is replaced as a whole."""
   for name, contents, indent in (
     ("features.json", features(m), 4),
     ("dataset_info.json", dataset_info(m), 2),
   ):
-    atomic_write(folder / name, json.dumps(contents, indent=indent, sort_keys=True))
+    text = json.dumps(contents, indent=indent, sort_keys=True)
+    files.write(files.join(folder, name), text.encode())
 
 
 def features(m: Manifest) -> JsonObject:

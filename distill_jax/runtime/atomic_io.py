@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from distill_jax.runtime import files
+
 
 def atomic_write(path: Path, data: bytes | str) -> None:
   """Writes a file under a temporary name, syncs and renames it.
@@ -16,7 +18,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     data: The contents; text is written as UTF-8.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f".{path.name}.{os.getpid()}.part")
+  part = files.temporary(path)
   with part.open("wb") as f:
     f.write(data.encode() if isinstance(data, str) else data)
     f.flush()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import jax
 import numpy as np
@@ -51,6 +52,11 @@ def initialize(flag: str) -> None:
   Progress.shown = is_process_0()
 
 
+def process_count() -> int:
+  """Returns the number of processes of the run."""
+  return jax.process_count()
+
+
 def is_process_0() -> bool:
   """Returns True on process 0, which writes the files of a run."""
   return jax.process_index() == 0
@@ -60,21 +66,25 @@ def run_on_process_0(fn: Callable[[], None]) -> None:
   """Runs `fn` on process 0 and waits for it on all processes.
 
   Raises:
-    InputError: `fn` raised an InputError; it is raised on every process.
+    InputError: `fn` raised it on process 0; so does every process.
+    Unavailable: The same.
   """
-  error = ""
+  stopped: InputError | Unavailable | None = None
   if is_process_0():
     try:
       fn()
-    except InputError as e:
-      error = str(e)
+    except (InputError, Unavailable) as e:
+      stopped = e
   if jax.process_count() > 1:
-    error = _broadcast_text(error)
-  if error:
-    raise InputError(error)
+    kind = "" if stopped is None else type(stopped).__name__
+    kind, _, message = text_of_process_0(f"{kind}:{stopped or ''}").partition(":")
+    if kind and stopped is None:
+      stopped = Unavailable(message) if kind == Unavailable.__name__ else InputError(message)
+  if stopped is not None:
+    raise stopped
 
 
-def _broadcast_text(text: str) -> str:
+def text_of_process_0(text: str) -> str:
   """Returns the text of process 0 on every process, truncated to MAX_MESSAGE_BYTES."""
   encoded = text.encode()[:MAX_MESSAGE_BYTES]
   buffer = np.frombuffer(encoded.ljust(MAX_MESSAGE_BYTES, b"\0"), np.uint8)
@@ -91,6 +101,13 @@ def max_over_processes(n: N) -> N:
     return n
   largest = np.max(multihost_utils.process_allgather(np.asarray(n)), 0)
   return int(largest) if isinstance(n, int) else largest
+
+
+def over_processes(n: int) -> list[int]:
+  """Returns the number `n` of every process, in order."""
+  if jax.process_count() == 1:
+    return [n]
+  return [int(x) for x in multihost_utils.process_allgather(np.int32(n))]
 
 
 def broadcast_from_process_0(x: np.ndarray) -> np.ndarray:
@@ -157,8 +174,11 @@ class Preemption:
   stops all of them at the same step.
   """
 
+  _active: ClassVar[set[Preemption]] = set()
+
   def __enter__(self) -> Preemption:
     self._signalled = False
+    self._active.add(self)
     self._single = jax.process_count() == 1
     self._handles = self._single and threading.current_thread() is threading.main_thread()
     if self._handles:
@@ -166,11 +186,20 @@ class Preemption:
     return self
 
   def __exit__(self, *_: object) -> None:
+    self._active.discard(self)
     if self._handles:
       signal.signal(signal.SIGTERM, self._previous_handler)
 
   def _on_signal(self, *_: object) -> None:
     self._signalled = True
+
+  @classmethod
+  def request(cls) -> None:
+    """Asks all processes to stop at their next step, as SIGTERM does."""
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)  # to jax's preemption service
+    for preemption in cls._active:
+      preemption._signalled = True
 
   def reached(self, step: int) -> bool:
     """Returns True to save and stop now. Every process must call this at every step."""

@@ -16,7 +16,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -60,20 +60,40 @@ def listing(folder: str | os.PathLike[str], pattern: str = "*") -> dict[str, Fil
     folder: The folder.
     pattern: The names to return, as a shell pattern, e.g. "*.jsonl".
   """
+  found = _children(folder)[0]
+  return {name: found[name] for name in sorted(found) if fnmatch.fnmatchcase(name, pattern)}
+
+
+def tree(folder: str | os.PathLike[str], is_skipped: Callable[[str], bool]) -> dict[str, FileInfo]:
+  """Returns the files in a folder and in its subfolders, by relative path; {} for an empty folder.
+
+  Args:
+    folder: The folder.
+    is_skipped: Returns True for the name of a file or subfolder to skip, which is not listed.
+  """
+  found, subfolders = _children(folder)
+  result = {name: found[name] for name in sorted(found) if not is_skipped(name)}
+  for name in sorted(subfolders):
+    if not is_skipped(name):
+      below = tree(join(folder, name), is_skipped)
+      result |= {f"{name}/{path}": info for path, info in below.items()}
+  return result
+
+
+def _children(folder: str | os.PathLike[str]) -> tuple[dict[str, FileInfo], list[str]]:
+  """Returns the files of a folder, by name, and the names of its subfolders."""
   if (local := _local(folder)) is not None:
     if not local.is_dir():
-      return {}
+      return {}, []
     with os.scandir(local) as entries:
-      found = {e.name: s for e in entries if e.is_file() and (s := _entry_stat(e)) is not None}
-  else:
-    fs, root = remote_files.resolve(str(folder))
-    try:
-      rows = retry(f"{folder} cannot be listed", lambda: fs.ls(root, detail=True))
-    except (FileNotFoundError, NotADirectoryError):
-      return {}
-    files = [row for row in rows if row["type"] == "file" and row["name"].rstrip("/") != root]
-    found = {row["name"].rpartition("/")[2]: remote_files.info_of(row) for row in files}
-  return {name: found[name] for name in sorted(found) if fnmatch.fnmatchcase(name, pattern)}
+      children = list(entries)
+    stats = {e.name: _entry_stat(e) for e in children if e.is_file()}
+    found = {name: stat for name, stat in stats.items() if stat is not None}
+    return found, [e.name for e in children if e.is_dir()]
+  try:
+    return retry(f"{folder} cannot be listed", lambda: remote_files.children(str(folder)))
+  except (FileNotFoundError, NotADirectoryError):
+    return {}, []
 
 
 def read(path: str | os.PathLike[str]) -> bytes:

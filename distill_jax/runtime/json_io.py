@@ -123,11 +123,12 @@ def write_json(
 
 
 def write_json_once(path: Path, tree: Any) -> None:
-  """Writes a tree of plain values to a JSON file, on the first process only.
+  """Writes a tree of plain values to a JSON file, on process 0 only, for all to read.
 
   Raises:
     InputError: If the first process cannot write it; raised on all processes.
   """
-  from distill_jax.runtime import distributed  # imports jax
+  from distill_jax.runtime import distributed, storage  # imports jax
 
   distributed.run_on_process_0(lambda: write_json(path, tree))
+  storage.share(path)

@@ -66,6 +66,16 @@ def resolve(url: str) -> tuple[Any, str]:
   return fs, fs._strip_protocol(url).rstrip("/")
 
 
+def children(url: str) -> tuple[dict[str, FileInfo], list[str]]:
+  """Returns the files of a folder, by name, and the names of its subfolders."""
+  fs, root = resolve(url)
+  rows = {row["name"].rstrip("/"): row for row in fs.ls(root, detail=True)}
+  rows.pop(root, None)  # some stores list the folder itself
+  names = {path.rpartition("/")[2]: row for path, row in rows.items()}
+  found = {name: info_of(row) for name, row in names.items() if row["type"] == "file"}
+  return found, [name for name, row in names.items() if row["type"] == "directory"]
+
+
 def cat_ranges(ranges: list[Range]) -> list[Any]:
   """Returns the bytes, or the exception, of each range of one remote file system."""
   fs, _ = resolve(str(ranges[0][0]))

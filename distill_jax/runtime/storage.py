@@ -1,59 +1,40 @@
-"""Remote folders: gs://, s3:// and every other file system that fsspec supports.
-
-A remote folder has a local mirror, and all other code uses the mirror: files are fetched before
-they are read, and published after they are written. Checkpoints are an exception, because they may
-not fit on one machine: orbax reads and writes them at the URL. Files are written under temporary
-names that begin with a dot and then renamed. Other files are therefore complete and can be
-published at any moment; names that begin with a dot are not published.
-"""
+"""Workdirs at URLs: where their files are, and how files come and go; see mirror.py."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
-import threading
+import shutil
+import tempfile
 from pathlib import Path
-from typing import Any
 
-import fsspec
+from distill_jax.runtime import files, mirror
+from distill_jax.runtime.files import is_remote
+from distill_jax.runtime.mirror import REMOTE, Synced
 
-from distill_jax.errors import InputError
-from distill_jax.runtime import extras
+__all__ = [
+  "CHECKPOINTS",
+  "Synced",
+  "checkpoints",
+  "fetched",
+  "hand_over",
+  "is_remote",
+  "location",
+  "remote_of",
+  "run_folder",
+  "share",
+]
 
-REMOTE = ".remote"  # file in a mirror that holds its URL
 CHECKPOINTS = "checkpoints"
-PUBLISH_EVERY = 30.0  # seconds between copies of a folder in use
-# Smaller files (in bytes) are always copied, because they may be rewritten with the same size.
-# Larger ones are copied if their size differs.
-ALWAYS_COPIED_BELOW = 2**20
-# By scheme, the package that fsspec opens it with, and the extra that installs it.
-EXTRAS = {"gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
-Version = tuple[int, int]  # size of a file, and time of its last change in nanoseconds
-
-
-def is_remote(path: str | os.PathLike[str]) -> bool:
-  """Returns True for a URL."""
-  return "://" in str(path)
-
-
-def mirror(path: str | os.PathLike[str]) -> Path:
-  """Returns the local folder: the path itself, or the mirror of a URL."""
-  if not is_remote(path):
-    return Path(path)
-  url = str(path).rstrip("/")
-  cache = os.environ.get("DISTILL_JAX_CACHE", "~/.cache/distill_jax")
-  name = f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
-  folder = Path(cache).expanduser() / "mirrors" / name
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / REMOTE).write_text(url)
-  return folder
 
 
 def remote_of(folder: str | os.PathLike[str]) -> str:
-  """Returns the URL of a mirror; "" for any other folder."""
-  file = Path(folder) / REMOTE
-  return file.read_text() if file.is_file() else ""
+  """Returns the URL of a mirror or of a folder in a mirror; "" for any other folder."""
+  folder = Path(folder).absolute()
+  for parent in (folder, *folder.parents):
+    if (parent / REMOTE).is_file():
+      url, rest = (parent / REMOTE).read_text(), folder.relative_to(parent).as_posix()
+      return url if rest == "." else files.join(url, rest)
+  return ""
 
 
 def location(folder: str | os.PathLike[str]) -> str:
@@ -64,137 +45,82 @@ def location(folder: str | os.PathLike[str]) -> str:
 def checkpoints(workdir: str | os.PathLike[str]) -> str:
   """Returns the path or URL of a run's checkpoints, for orbax."""
   url = remote_of(workdir).removeprefix("file://")
-  return f"{url}/{CHECKPOINTS}" if url else str((Path(workdir) / CHECKPOINTS).absolute())
+  return files.join(url or Path(workdir).absolute(), CHECKPOINTS)
 
 
-def fetch(path: str | os.PathLike[str]) -> Path:
-  """Returns the local folder, after copying the files of a URL to it, except checkpoints.
+def run_folder(path: str | os.PathLike[str]) -> Path:
+  """Returns a local folder with the small files of a run.
 
-  Raises:
-    InputError: The URL cannot be read, or needs a package that is not installed.
+  It is the path itself, the mirror of a URL that a command of this process is writing, or a copy.
   """
-  folder = mirror(path)
   if not is_remote(path):
-    return folder
-  fs, root = _open(str(path))
-  for name, size in _listing(fs, root).items():
-    copy = folder / name
-    if size >= ALWAYS_COPIED_BELOW and copy.is_file() and copy.stat().st_size == size:
-      continue
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    part = copy.with_name(f".{copy.name}.{os.getpid()}.part")
-    fs.get_file(f"{root}/{name}", str(part))
-    part.replace(copy)
-  return folder
+    return Path(path)
+  return mirror.open_at(str(path).rstrip("/")) or _copy(str(path).rstrip("/"))
 
 
-@functools.cache
-def local(path: str | os.PathLike[str]) -> Path:
-  """Fetches a folder once per process, for folders that no longer change."""
-  return fetch(path)
+def _copy(url: str) -> Path:
+  copy = tempfile.TemporaryDirectory(prefix="distill_jax-")
+  _COPIES.append(copy)
+  mirror.fill(url, Path(copy.name))
+  return Path(copy.name)
 
 
-def file(path: str | os.PathLike[str]) -> Path:
-  """Returns the local path of a file. The whole folder of a URL is fetched."""
-  folder, _, name = str(path).rpartition("/")
-  return local(folder) / name if is_remote(path) else Path(path)
+_COPIES: list[tempfile.TemporaryDirectory[str]] = []  # deleted when the process ends
 
 
-def publish(folder: Path, published: dict[str, Version] | None = None) -> None:
-  """Copies the files of a mirror to its URL, oldest first; does nothing for other folders.
+def fetched(path: Path) -> Path:
+  """Returns the path of a file, after copying it to the mirror if it is only at the URL."""
+  if not path.exists() and (url := remote_of(path.parent)):
+    source = files.join(url, path.name)
+    if files.info(source) is not None:
+      _download(source, path)
+      if (synced := mirror.synced_of(path)) is not None:
+        synced.set_published(path, mirror.version_of(path))
+  return path
+
+
+def hand_over(path: Path) -> str:
+  """Uploads a finished file, which does not change any more, and removes it from the mirror.
 
   Args:
-    folder: The folder.
-    published: Versions of the files that earlier calls have copied, by name. It is updated.
+    path: The file. In other folders than mirrors it stays where it is.
 
-  Raises:
-    InputError: The URL cannot be read, or needs a package that is not installed.
+  Returns:
+    The path or URL of the file.
   """
-  if not (url := remote_of(folder)):
+  if not (url := remote_of(path.parent)):
+    return str(path)
+  target, synced = files.join(url, path.name), mirror.synced_of(path)
+  if synced is None:
+    files.upload(path, target)
+    path.unlink()
+  else:
+    synced.hand_over(path, target)
+  return target
+
+
+def share(path: Path) -> None:
+  """Publishes a file that process 0 has just written, and copies it to the other processes.
+
+  All processes must call it. It does nothing in other folders than mirrors.
+  """
+  from distill_jax.runtime import distributed  # imports jax
+
+  if not (url := remote_of(path.parent)):
     return
-  published = {} if published is None else published
-  fs, root = _open(url)
-  remote_sizes = _listing(fs, root) if not published else {}
-  files = [p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder))]
-  for path in sorted(files, key=lambda p: (p.stat().st_mtime_ns, p.name)):
-    name, stat = path.relative_to(folder).as_posix(), path.stat()
-    version = stat.st_size, stat.st_mtime_ns
-    same_size = remote_sizes.get(name) == stat.st_size
-    is_there = same_size and stat.st_size >= ALWAYS_COPIED_BELOW
-    if published.get(name) != version and not is_there:
-      fs.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
-      fs.put_file(str(path), f"{root}/{name}")
-    published[name] = version
+  source = files.join(url, path.name)
+
+  def publish() -> None:
+    files.upload(path, source)
+    if (synced := mirror.synced_of(path)) is not None:
+      synced.set_published(path, mirror.version_of(path))
+
+  distributed.run_on_process_0(publish)
+  if not distributed.is_process_0():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(files.read(source))
 
 
-class Synced:
-  """Context manager for a working folder, with a mirror that is published regularly for a URL.
-
-  On exit all files are published, also after an exception.
-  """
-
-  def __init__(self, path: str | os.PathLike[str]):
-    self._path = path
-
-  def __enter__(self) -> Path:
-    self._folder = fetch(self._path)
-    self._published = _versions_after_fetch(self._path)
-    self._stopped = threading.Event()
-    self._thread = threading.Thread(target=self._publish_regularly, daemon=True)
-    if is_remote(self._path):
-      self._thread.start()
-    return self._folder
-
-  def _publish_regularly(self) -> None:
-    while not self._stopped.wait(PUBLISH_EVERY):
-      publish(self._folder, self._published)
-
-  def __exit__(self, *_: object) -> None:
-    self._stopped.set()
-    if self._thread.is_alive():
-      self._thread.join()
-    publish(self._folder, self._published)
-
-
-def _versions_after_fetch(path: str | os.PathLike[str]) -> dict[str, Version]:
-  """Returns the versions of the files of a folder just fetched, which need no publishing."""
-  if not is_remote(path):
-    return {}
-  stats = {name: (mirror(path) / name).stat() for name in _listing(*_open(str(path)))}
-  return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-
-
-def _open(url: str) -> tuple[Any, str]:
-  scheme = url.partition("://")[0]
-  try:
-    fs, root = fsspec.core.url_to_fs(url.rstrip("/"))
-  except ImportError as e:
-    if scheme in EXTRAS:
-      raise extras.missing(*EXTRAS[scheme]) from e
-    raise InputError(f"{url} needs a package that is not installed ({e}). Install it.") from e
-  except ValueError as e:
-    raise InputError(
-      f"{url} cannot be opened: fsspec does not know the file system {scheme!r} ({e}). Correct the "
-      "address."
-    ) from e
-  return fs, root.rstrip("/")
-
-
-def _listing(fs: Any, root: str) -> dict[str, int]:
-  """Returns the sizes of the files under a folder, by relative name, except checkpoints."""
-  try:
-    fs.invalidate_cache()
-    files = fs.find(root, detail=True)
-  except FileNotFoundError:
-    return {}
-  except OSError as e:
-    raise InputError(
-      f"{root} cannot be listed ({e}). Check the address and your permissions."
-    ) from e
-  sizes = {path.removeprefix(root).lstrip("/"): info["size"] for path, info in files.items()}
-  return {name: size for name, size in sizes.items() if name and not _hidden(Path(name))}
-
-
-def _hidden(name: Path) -> bool:
-  """Returns True for files that are not mirrored: checkpoints and names with a leading dot."""
-  return name.parts[0] == CHECKPOINTS or any(part.startswith(".") for part in name.parts)
+def _download(url: str, path: Path) -> None:
+  with files.open_read(url) as found, files.open_write(path) as copy:
+    shutil.copyfileobj(found, copy)

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from distill_jax import config as configs
 from distill_jax.errors import InputError
-from distill_jax.runtime import distributed
+from distill_jax.runtime import distributed, storage
 from distill_jax.runtime.json_io import read_object, write_json
 from distill_jax.types import JsonObject
 
@@ -67,6 +67,7 @@ class Workdir:
     self._lock: IO[str] | None = None
     self._before: set[str] | None = None  # the files in a folder that held no run
     distributed.run_on_process_0(self._take)
+    storage.share(self.path / "config.json")
     return self.path
 
   def _take(self) -> None:
@@ -113,8 +114,8 @@ class Workdir:
     for key, was, now in _differences(_read(file), self.config, ""):
       if key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE:
         raise InputError(
-          f"{self.path} holds a run with {key}={was!r}, but this config has {now!r}. Choose "
-          "another --workdir, or use the same config."
+          f"{storage.location(self.path)} holds a run with {key}={was!r}, but this config has "
+          f"{now!r}. Choose another --workdir, or use the same config."
         )
 
 

@@ -55,7 +55,7 @@ def train(config: Config, workdir: Path) -> JsonObject:
   step = make_step(config, stores, student, online.get("teacher"))
   validate.check_features(config, step, stores)
   if step.trainable.has_base:
-    distributed.run_on_process_0(Run(workdir, config, student).pin_base)
+    Run(workdir, config, student).pin_base()
   metadata = {"records": [digest for store in stores for digest in store.digests]}
   profile = Profile(config.profile_steps, workdir)
   with (

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import SupportsFloat
 
 from distill_jax.errors import InputError
-from distill_jax.runtime import extras, json_io
+from distill_jax.runtime import extras, json_io, storage
 from distill_jax.runtime.atomic_io import atomic_write
 
 with extras.needed("train"):
@@ -42,7 +42,7 @@ class MetricsWriter:
   def __init__(self, dir: str | Path, purge_step: int | None = None):
     folder = Path(dir)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE
+    path = storage.fetched(folder / FILE)
     self._last = _clean(path, purge_step)
     self._file = path.open("a", encoding="utf-8")
     # tensorboardX names files by the second, and would overwrite a file of the same second.
@@ -89,7 +89,7 @@ def read_metrics(dir: str | Path) -> list[dict[str, float]]:
   Raises:
     InputError: metrics.jsonl does not exist, or a line has another format.
   """
-  path = Path(dir) / FILE
+  path = storage.fetched(Path(dir) / FILE)
   if not path.is_file():
     raise InputError(f"{path} does not exist. Name the folder of a training run.")
   return [row for row, _ in _rows(path)]

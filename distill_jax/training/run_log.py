@@ -12,7 +12,7 @@ from types import TracebackType
 import jax
 
 from distill_jax.errors import bad_value
-from distill_jax.runtime import distributed
+from distill_jax.runtime import distributed, storage
 from distill_jax.runtime.progress import Progress
 from distill_jax.training.metric_writer import MetricsWriter
 
@@ -150,3 +150,5 @@ class Profile:
     if self._running:
       jax.profiler.stop_trace()
       self._running = False
+      for path in [path for path in self._folder.rglob("*") if path.is_file()]:
+        storage.hand_over(path)

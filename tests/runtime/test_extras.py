@@ -142,7 +142,7 @@ def tfds():
   next(sources.documents(sources.DocumentSource("tfds", "nowhere")))
 def gcs():
   from distill_jax.runtime import storage
-  storage.fetch("gs://bucket/folder")
+  storage.run_folder("gs://bucket/folder")
 
 for site in (tokenizer, hub, training, metrics, checkpoints, chat, gguf, images, serve, tfds, gcs):
   try:
