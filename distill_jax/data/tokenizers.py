@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_jax.errors import InputError
-from distill_jax.runtime import extras, json_io
+from distill_jax.runtime import extras, files, json_io
 
 if TYPE_CHECKING:  # the workers of `pack` must not import jax
   from distill_jax.types import JsonObject
@@ -252,8 +252,8 @@ def load_tokenizer(
   """Loads a tokenizer.json or a sentencepiece model.
 
   Args:
-    source: The file, a folder that contains tokenizer.json or tokenizer.model (in this order), or
-      the text of a tokenizer.json.
+    source: The path or URL of the file, or of a folder that contains tokenizer.json or
+      tokenizer.model (in this order); or the text of a tokenizer.json.
     eos: The token that ends a document, or its id. None: the token in tokenizer_config.json next to
       the file, else the first of `EOS` in the vocabulary, else no token.
     bos: The token that begins a text, or its id. None: chosen like `eos`, from `BOS`.
@@ -263,21 +263,36 @@ def load_tokenizer(
   """
   if isinstance(source, str) and source.lstrip()[:1] == "{":
     return Tokenizer(source.encode(), "the JSON tokenizer", eos, bos)
-  path = Path(source)
-  if path.is_dir():
-    if not (files := [path / name for name in FILES.values() if (path / name).is_file()]):
-      raise InputError(f"{path} has no {' or '.join(FILES.values())}. Name a tokenizer's folder.")
-    path = files[0]
-  if not path.is_file():
-    raise InputError(
-      f"{path} does not exist. Name a tokenizer.json, a .model file, or a folder with one of them."
-    )
-  named = _named_tokens(path.parent / "tokenizer_config.json")
+  folder, name = locate(source)
+  named = _named_tokens(files.join(folder, "tokenizer_config.json"))
   return Tokenizer(
-    path.read_bytes(),
-    str(path),
+    files.read(files.join(folder, name)),
+    files.join(folder, name),
     named.get("eos_token") if eos is None else eos,
     named.get("bos_token") if bos is None else bos,
+  )
+
+
+def locate(source: str | Path) -> tuple[str, str]:
+  """Returns the folder of a tokenizer and the name of its file.
+
+  Args:
+    source: The path or URL of the file, or of a folder with tokenizer.json or tokenizer.model.
+
+  Raises:
+    InputError: If it does not exist.
+  """
+  path = str(source).rstrip("/")
+  if files.info(path) is not None:
+    folder, _, name = path.rpartition("/")
+    return folder or ("/" if path.startswith("/") else "."), name
+  there = files.listing(path)
+  if found := [name for name in FILES.values() if name in there]:
+    return path, found[0]
+  if there or (not files.is_remote(path) and Path(path).is_dir()):
+    raise InputError(f"{path} has no {' or '.join(FILES.values())}. Name a tokenizer's folder.")
+  raise InputError(
+    f"{path} does not exist. Name a tokenizer.json, a .model file, or a folder with one of them."
   )
 
 
@@ -318,11 +333,11 @@ def _sentencepiece(raw: bytes, where: str) -> sentencepiece.SentencePieceProcess
     ) from e
 
 
-def _named_tokens(config: Path) -> dict[str, str]:
+def _named_tokens(config: str) -> dict[str, str]:
   """Returns the eos_token and bos_token in a tokenizer_config.json."""
-  if not config.is_file():
+  if files.info(config) is None:
     return {}
-  fields = json_io.parse_object(config.read_bytes(), str(config), "Correct or remove it")
+  fields = json_io.parse_object(files.read(config), config, "Correct or remove it")
   tokens = {k: fields.get(k) for k in ("eos_token", "bos_token")}
   # A token is a string, or an object with the string as its "content".
   return {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items() if v}

@@ -1,0 +1,78 @@
+"""Packing in this process or in one that kills itself; used by test_packed_text.py."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import tiny
+from tiny_store import contents
+
+from distill_jax import config
+from distill_jax.commands import pack
+from distill_jax.data import sources
+from distill_jax.records.writer import Writer
+
+BLOCK = 500  # bytes, so that a small corpus has many blocks
+SHARD = 16  # rows
+
+
+def write_corpus(path, documents=40):
+  """Writes documents of very different lengths; some are blank."""
+  with Path(path).open("w") as file:
+    for i in range(documents):
+      text = " ".join(tiny.sentences(1 + i % 13))
+      file.write(json.dumps({"text": f"{i}: {text}" if i % 11 else " "}) + "\n" * (1 + i % 2))
+  return str(path)
+
+
+def made(folder, path, **data):
+  """Returns the config of a corpus, with a shard for every SHARD rows."""
+  folder.mkdir(parents=True, exist_ok=True)
+  c = tiny.tiny(folder)
+  c.teacher.source = ""
+  c.data.kind, c.data.path, c.data.sequences = "jsonl", str(path), 0
+  c.records.tokens_per_shard = SHARD * tiny.SEQ_LEN
+  for key, value in data.items():
+    setattr(c.data, key, value)
+  return c
+
+
+def run(c, folder, workers=1):
+  """Packs with small blocks; returns the result of the command."""
+  c.pack.workers = workers
+  before, sources.BLOCK_BYTES = sources.BLOCK_BYTES, BLOCK
+  try:
+    return pack.run(config.resolve(c), folder)
+  finally:
+    sources.BLOCK_BYTES = before
+
+
+def store_bytes(folder):
+  """Returns the bytes of a store, without the notes about the corpus."""
+  return {k: v for k, v in contents(folder).items() if k != "packing.json"}
+
+
+def kill_in_shard(number, phase):
+  """Kills this process with SIGKILL before or after a shard is registered."""
+  write = Writer.write_shard
+  written = 0
+
+  def write_shard(self, rows, records):
+    nonlocal written
+    if (is_last := written == number) and phase == "before":
+      os.kill(os.getpid(), signal.SIGKILL)
+    shard = write(self, rows, records)
+    written += 1
+    if is_last:
+      os.kill(os.getpid(), signal.SIGKILL)
+    return shard
+
+  Writer.write_shard = write_shard
+
+
+if __name__ == "__main__":
+  folder, path, workers, number, phase = sys.argv[1:]
+  kill_in_shard(int(number), phase)
+  run(made(Path(folder), path), Path(folder) / "packed", int(workers))
