@@ -59,7 +59,7 @@ def run(config: Config, workdir: Path) -> JsonObject:
   evaluation = None
   if options.evaluation:
     action = "run evaluate first, or set export.evaluation to an empty string"
-    evaluation = json_io.read_object(Path(options.evaluation), action)
+    evaluation = json_io.read_object(options.evaluation, action)
   check_new(options.dir)
   card = model_card.card(config, options.step or config.train.steps, evaluation)
   trained = loading.open_run(workdir)

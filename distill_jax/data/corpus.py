@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -72,8 +71,7 @@ def files_of(data: DataOptions, pretrained: Pretrained | None) -> TokenizerFiles
   """Returns the files of the tokenizer set in data.tokenizer, or of the model's, or None."""
   if not data.tokenizer:
     return pretrained.tokenizer if pretrained else None
-  path = Path(data.tokenizer)
-  return read_tokenizer(path if path.is_dir() else path.parent)
+  return read_tokenizer(tokenizers.locate(data.tokenizer)[0])
 
 
 def block_tokenizer(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_jax.errors import InputError
+from distill_jax.runtime import files
 from distill_jax.runtime.atomic_io import atomic_write
 
 if TYPE_CHECKING:  # reading a store must not import jax
@@ -93,20 +95,20 @@ def _message(problem: str, action: str) -> str:
   return f"{problem}. {action[0].upper()}{action[1:]}." if action else f"{problem}."
 
 
-def read_object(path: Path, action: str, unique_keys: bool = False) -> JsonObject:
+def read_object(path: str | os.PathLike[str], action: str, unique_keys: bool = False) -> JsonObject:
   """Reads the JSON object in a file.
 
   Args:
-    path: The file.
+    path: The path or URL of the file.
     action: The advice if the file is missing or damaged, e.g. "Run the step that writes it".
     unique_keys: See `parse`.
 
   Raises:
     InputError: If the file does not exist or does not contain a JSON object.
   """
-  if not path.is_file():
+  if files.info(path) is None:
     raise InputError(_message(f"{path} does not exist", action))
-  return parse_object(path.read_bytes(), str(path), action, unique_keys)
+  return parse_object(files.read(path), str(path), action, unique_keys)
 
 
 def write_json(
