@@ -16,8 +16,8 @@ class ModelOptions:
   """A model: its source, its architecture, and how its outputs are computed."""
 
   source: str = ""
-  """Source of the weights: a Hugging Face folder, also at a URL such as gs://bucket/model; a `.gguf`
-  file; "package:NAME/PATH" (a file in an installed Python package); "hub:ORG/NAME",
+  """Source of the weights: a Hugging Face folder, also at a URL such as gs://bucket/model; a
+  `.gguf` file; "package:NAME/PATH" (a file in an installed Python package); "hub:ORG/NAME",
   "hub:ORG/NAME@REVISION"; or "run:WORKDIR" (the last checkpoint of a training run). "": random
   weights of `family` and `shape`."""
   family: str = "llama"
