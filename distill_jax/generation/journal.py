@@ -9,9 +9,10 @@ All files are in FOLDER/samples/.log, a folder or a URL:
   state.json: The origin of the samples, and the durable state of each reader.
   00000000.piece, …: A line of JSON with the columns of `Place` for each sample, then their bytes.
 
-In memory are one `Place` for each sample that is finished and not yet behind all frontiers (about
-1 KB: 2.6 MB for a segment of samples of 25 KB), and one segment while it is written. A sample is
-uploaded twice: in a piece, and in a segment.
+The log holds the samples of one segment with all their parts, of one shard of the store, and those
+that wait for a slower sample of an earlier prompt. In memory are one `Place` for each of them
+(about 1 KB: 2.6 MB for a segment of samples of 25 KB), and one segment while it is written. A
+sample is uploaded twice: in a piece, and in a segment.
 """
 
 from __future__ import annotations

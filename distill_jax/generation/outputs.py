@@ -3,6 +3,7 @@
 samples/00000.jsonl, …: The samples in the order of (prompt, sample), one per line.
 samples.rejected/00000.jsonl, …: The prompts and samples that cannot be generated, in the same
   order: {"id", "sample" (only of a sample), "reason"}.
+responses/00000.jsonl, …: With server.top_logprobs, the responses of the servers.
 generate.json: The result, which is written last.
 """
 
@@ -17,11 +18,10 @@ from distill_jax.errors import InputError
 from distill_jax.generation.finished import ALL, Finished
 from distill_jax.generation.journal import Reader, SampleJournal
 from distill_jax.generation.prompts import Prompt
-from distill_jax.generation.segments import Segments
+from distill_jax.generation.segments import REJECTED, SAMPLES, Segments
 from distill_jax.runtime import files, json_io, storage
 from distill_jax.types import JsonObject
 
-SAMPLES, REJECTED, RESPONSES = "samples", "samples.rejected", "responses"
 SUMMARY = "generate.json"
 
 
@@ -68,10 +68,9 @@ def open_journal(
   """
   (folder / SAMPLES).mkdir(parents=True, exist_ok=True)  # marks a mirror as in use
   where = storage.location(folder)
-  segments = [Segments(SAMPLES), Segments(REJECTED)]
-  journal = SampleJournal(where, origin, samples, (*segments, *more))
-  for one in segments:
-    one.check(where)
+  segments = Segments()
+  journal = SampleJournal(where, origin, samples, (segments, *more))
+  segments.check(where)
   return journal
 
 

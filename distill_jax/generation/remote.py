@@ -17,7 +17,6 @@ from distill_jax.generation import outputs
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.prompts import Prompts
 from distill_jax.generation.remote_sampler import RemoteSampler
-from distill_jax.generation.segments import Segments
 from distill_jax.runtime import extras
 from distill_jax.types import JsonObject
 
@@ -63,8 +62,7 @@ def generate(job: GenerationJob, folder: Path) -> JsonObject:
   origin = {"prompts": summary.digest, "teacher": {"served": job.server.model}}
   if result := outputs.finished_result(folder, origin):
     return result
-  responses = (Segments(outputs.RESPONSES),) if job.server.top_logprobs else ()
-  journal = outputs.open_journal(folder, origin, job.samples, responses)
+  journal = outputs.open_journal(folder, origin, job.samples)
   sampler = RemoteSampler(job, folder, prompts, summary, journal)
   rate = asyncio.run(sampler.run())
   if not journal.counts.samples:

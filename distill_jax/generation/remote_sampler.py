@@ -19,6 +19,7 @@ from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.journal import SampleJournal
 from distill_jax.generation.openai_api import PromptIds, ServedModel
 from distill_jax.generation.prompts import Prompt, Prompts, Summary, missing_samples
+from distill_jax.generation.segments import RESPONSES
 from distill_jax.generation.servers import Server
 from distill_jax.runtime import distributed
 from distill_jax.runtime.progress import Progress
@@ -172,7 +173,7 @@ class RemoteSampler:
         logprobs = {"logprobs": {"content": token_logprobs}}
         response["choices"] = [answer["choices"][0] | logprobs]
         response["prompt_token_ids"] = self._prompt_ids(content, answer)
-        parts[outputs.RESPONSES] = jsonl.to_line(response)
+        parts[RESPONSES] = jsonl.to_line(response)
       return outputs.finished_sample(prompt, sample, {"model": self._served.name, **row}, parts)
 
     path, body = openai_api.request(self._job, self._served, content, prompt.number, sample)
