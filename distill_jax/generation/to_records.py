@@ -27,7 +27,7 @@ from distill_jax.records.fields import ARGMAX, IDS, LOGP, WEIGHT, Record, Record
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.store import Writer
-from distill_jax.runtime import storage
+from distill_jax.runtime import files, storage
 from distill_jax.types import JsonObject
 
 PART = "records"  # of finished.PARTS
@@ -107,6 +107,7 @@ class StoreWriter:
     self._next = (0, 0)  # the same for all texts
     self._open = contextlib.ExitStack()
     self._writer: Writer | None = None
+    self._finished: set[int] = set()  # the first rows of the shards of earlier runs
 
   def restore(self, state: JsonObject) -> None:
     """Continues from the durable state of an earlier run."""
@@ -172,7 +173,7 @@ class StoreWriter:
     writer = self._writer or self._open_writer(journal)
     if sequences.stop > writer.manifest.total:
       writer.lengthen(sequences.stop)
-    if sequences.start not in writer.finished():
+    if sequences.start not in self._finished:
       writer.write_shard(sequences, (self._record(journal, row) for row in rows))
     self.count += 1
     self._rows = []
@@ -184,9 +185,9 @@ class StoreWriter:
     if not self.count:
       self._corpus = recorder.text_digest(self._record(journal, self._rows[0]))
     folder = self._open.enter_context(storage.Synced(c.generate.records_dir))
-    total = len(self._rows)
-    if (folder / manifest_lib.NAME).exists():
-      total = manifest_lib.load(folder).total
+    where, total = storage.location(folder), len(self._rows)
+    if files.info(files.join(where, manifest_lib.NAME)) is not None:
+      total = manifest_lib.load(where).total
     manifest = dataclasses.replace(
       recorder.planned_manifest(c.records, self._spec.vocab_size, total, self._seq_len),
       teacher=self._store.teacher.identity if self._store.records else {},
@@ -194,6 +195,7 @@ class StoreWriter:
       corpus=self._corpus,
     )
     self._writer = self._open.enter_context(Writer(folder, manifest))
+    self._finished = {shard.first for shard in self._writer.finished()}
     return self._writer
 
   def _record(self, journal: SampleJournal, row: Sequence[Place]) -> Record:

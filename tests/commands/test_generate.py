@@ -1,5 +1,6 @@
 """`generate`: samples and records from prompts, interrupted runs, and errors."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from distill_jax.models import loading, runs
 from distill_jax.nn import sharding
 from distill_jax.records import sampler
 from distill_jax.records.store import open_store
+from distill_jax.runtime import files, storage
 from distill_jax.types import Inputs
 
 PROMPTS = ["3 times 6 is", "hello", "a", "0 times 3 is 0, as anyone can see.", "ünï"]
@@ -175,6 +177,44 @@ def test_an_interrupted_run_continues_from_any_point(whole, tmp_path, monkeypatc
   assert one.read_bytes() == two.read_bytes()
   whole_store, store = open_store(folder / "records"), open_store(tmp_path / "records")
   assert len(store.manifest.shards) == 3 and len(whole_store.manifest.shards) == 5
+  for i in range(len(whole_store)):
+    for name, values in whole_store[i].items():
+      np.testing.assert_array_equal(store[i][name], values, name)
+
+
+def test_a_run_and_its_store_at_urls_continue_on_another_machine(whole, tmp_path, monkeypatch, s3):
+  """Nothing on the disk of a killed run is needed, resets and 503s lose nothing, and the samples
+  and records are those of a run without interruptions in local folders."""
+  folder, _, _ = whole
+  url, add = s3.url, SampleJournal.add
+  c = made(tmp_path, records_dir=f"{url}/records")
+  c.records.tokens_per_shard = 2 * c.data.seq_len
+  monkeypatch.setattr(local_writer, "WRITE_EVERY_S", 0.0)
+
+  def some(self, finished):
+    add(self, finished)
+    if self.counts.samples >= 8:
+      raise Killed
+
+  def once():
+    with storage.Synced(f"{url}/run") as mirror:
+      return generate.run(config.resolve(c), mirror)
+
+  monkeypatch.setenv("DISTILL_JAX_CACHE", str(tmp_path / "one"))
+  with monkeypatch.context() as stopped, pytest.raises(Killed):
+    stopped.setattr(SampleJournal, "add", some)
+    once()
+  monkeypatch.setenv("DISTILL_JAX_CACHE", str(tmp_path / "two"))
+  faults = itertools.cycle([*[None] * 12, 503, *[None] * 12, "reset_request"])
+  s3.proxy.fault = lambda method, path: next(faults)
+  result = once()
+  s3.proxy.fault = lambda method, path: None
+  want = (folder / "whole" / "samples/00000.jsonl").read_bytes()
+  assert files.read(f"{url}/run/samples/00000.jsonl") == want and result["samples"] == 15
+  assert not files.listing(f"{url}/run/samples/.log")
+  assert once()["tokens_per_second"] == 0  # it is finished
+  whole_store, store = open_store(folder / "records"), open_store(f"{url}/records")
+  assert len(store.manifest.shards) == 3
   for i in range(len(whole_store)):
     for name, values in whole_store[i].items():
       np.testing.assert_array_equal(store[i][name], values, name)
