@@ -142,7 +142,7 @@ def run(argv: list[str]) -> JsonObject:
   """Parses the command line and runs the command inside its workdir."""
   check_verb(argv[1])
   from distill_jax import flags
-  from distill_jax.runtime import distributed, storage
+  from distill_jax.runtime import compile_cache, distributed, storage
   from distill_jax.runtime.claim import claimed
   from distill_jax.runtime.workdir import Workdir
 
@@ -156,6 +156,7 @@ def run(argv: list[str]) -> JsonObject:
     raise InputError("--workdir is missing. Name the folder of the run, e.g. --workdir=runs/demo.")
   distributed.initialize(flags.DISTRIBUTED.value)
   path = flags.WORKDIR.value
+  compile_cache.use(path)
   with claimed(path), storage.Synced(path) as folder, Workdir(folder, config) as workdir:
     return command.run(config, workdir)
 
@@ -165,7 +166,7 @@ def run_configured(command: Any, argv: list[str]) -> JsonObject:
   from absl import flags as absl_flags
 
   from distill_jax import flags
-  from distill_jax.runtime import distributed, storage
+  from distill_jax.runtime import compile_cache, distributed, storage
   from distill_jax.runtime.claim import claimed
   from distill_jax.runtime.workdir import Workdir
 
@@ -182,6 +183,7 @@ def run_configured(command: Any, argv: list[str]) -> JsonObject:
     workdir=flags.WORKDIR.value,
     overridden=frozenset(a.split("=")[0].removeprefix("--config.") for a in overrides),
   )
+  compile_cache.use(request.workdir)
   with claimed(request.workdir), storage.Synced(request.workdir) as folder:
     config = command.configure(
       request, folder, lambda file: parse([argv[0], f"--config={file}", *overrides])
