@@ -39,8 +39,7 @@ def use(workdir: str | os.PathLike[str]) -> None:
   if jax.config.jax_compilation_cache_dir or (remote and not url.startswith(("gs://", "s3://"))):
     return
   folder = f"{url if remote else Path(url).absolute()}/{FOLDER}/{processor()}"
-  if distributed.is_process_0():
-    empty_if_full(folder)
+  distributed.run_on_process_0(lambda: empty_if_full(folder))
   if remote:  # XLA's own cache of tuned kernels does not write to URLs
     jax.config.update("jax_persistent_cache_enable_xla_caches", "")
   jax.config.update("jax_compilation_cache_dir", folder)
