@@ -36,7 +36,8 @@ def use(workdir: str | os.PathLike[str]) -> None:
   """
   url = str(workdir).removeprefix("file://").rstrip("/")
   remote = files.is_remote(url)
-  if jax.config.jax_compilation_cache_dir or (remote and not url.startswith(("gs://", "s3://"))):
+  chosen = jax.config.values["jax_compilation_cache_dir"]
+  if chosen or (remote and not url.startswith(("gs://", "s3://"))):
     return
   folder = f"{url if remote else Path(url).absolute()}/{FOLDER}/{processor()}"
   distributed.run_on_process_0(lambda: empty_if_full(folder))
