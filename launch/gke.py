@@ -4,10 +4,15 @@
       [--num_slices=2] [--queue=multislice-queue] [--dry_run] -- \\
       train --config=configs/r1_qwen_7b.py --workdir=gs://BUCKET/r1
 
-The image must have distill-jax on its PATH and this repository as its working folder. --queue is a
-Kueue queue; clusters created by xpk have multislice-queue. A pod that is preempted or exits with
-code 75 is started again and resumes from its last checkpoint. Exit code 2 ends the JobSet. If the
-name is in use, first run `kubectl delete jobset NAME`.
+launch/Dockerfile builds the image: distill-jax on its PATH and this repository as its working
+folder. --queue is a Kueue queue; clusters created by xpk have multislice-queue. A pod that is
+preempted or exits with code 75 is started again and resumes from its last checkpoint. Exit code 2
+ends the JobSet. If the name is in use, first run `kubectl delete jobset NAME`.
+
+The workdir and everything that the command reads must be at URLs, which is checked (--shared_disk
+skips the check). --secret names a Kubernetes secret, whose entries become environment variables,
+e.g. HF_TOKEN; --service_account names a Kubernetes account with access to the object store
+(Workload Identity). Models, records and checkpoints are streamed, so a pod asks for 20 GB of disk.
 """
 
 from __future__ import annotations
@@ -21,9 +26,11 @@ from typing import Any
 
 import yaml
 
+from distill_jax import cli
 from distill_jax.errors import InputError, bad_value
-from distill_jax.preflight import chips
+from distill_jax.preflight import addresses, chips
 
+ROOT = Path(__file__).parent.parent
 TEMPLATE = Path(__file__).with_name("gke_jobset.yaml")
 # Labels of node pools: docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
 ACCELERATORS = {
@@ -91,7 +98,13 @@ def render(args: argparse.Namespace) -> str:
     pod["tolerations"].append(
       {"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"}
     )
+  if args.service_account:
+    pod["serviceAccountName"] = Text(args.service_account)
+  if args.num_slices > 1:  # the network of the host is the fast one between slices
+    pod |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
   [main] = pod["containers"]
+  if args.secret:
+    main["envFrom"] = [{"secretRef": {"name": Text(args.secret)}}]
   main["image"] = Text(args.image)
   # Kubernetes replaces $(NAME) in arguments, and $$ by $.
   main["args"] = [Text(word.replace("$", "$$")) for word in (*args.verb, "--distributed=auto")]
@@ -111,11 +124,14 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--spot", action="store_true", help="use node pools of spot machines")
   parser.add_argument("--namespace", default="", help="default: the namespace of kubectl")
   parser.add_argument("--queue", default="", help="name of a Kueue queue")
+  parser.add_argument("--secret", default="", help="name of a secret with environment variables")
+  parser.add_argument("--service_account", default="", help="default: that of the namespace")
+  parser.add_argument("--shared_disk", action="store_true", help="all pods share local paths")
   parser.add_argument("--max_restarts", type=int, default=10)
   parser.add_argument("--dry_run", action="store_true", help="only print the JobSet")
   parser.add_argument("verb", nargs="+", help="after --: a verb and its flags")
   args = parser.parse_args(argv)
-  for flag in ("name", "namespace", "queue"):
+  for flag in ("name", "namespace", "queue", "secret", "service_account"):
     value = getattr(args, flag)
     if value and not re.fullmatch(NAME, value):
       expected = "at most 40 lower-case letters, digits and -"
@@ -129,6 +145,8 @@ def main(argv: list[str] | None = None) -> None:
   if args.max_restarts < 0:
     parser.error(str(bad_value("--max_restarts", args.max_restarts, "at least 0", "Correct it")))
   try:
+    if not args.shared_disk:
+      addresses.check(args.verb, cli.parse(["distill-jax", *args.verb[1:]]), ROOT)
     jobset = render(args)
   except InputError as error:
     parser.error(str(error))

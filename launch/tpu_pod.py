@@ -6,11 +6,18 @@
 
 `up` creates the slices, installs the last commit on all hosts, runs the command on them, downloads
 their logs to logs/NAME/ and deletes the slices (unless --keep is set). Preempted slices are created
-again, and the command resumes from its last checkpoint. So the workdir must be on storage that all
-hosts share and that is not deleted with them. After any other failure, `up` prints the end of the
-log and stops. The run continues without the launcher: Ctrl-C stops only the launcher, `up` waits
-for the run again, and `delete` ends it. The steps can be run one by one: create, install, run,
-logs, delete. TPU7x does not have queued resources; use launch/gke.py.
+again, and the command resumes from its last checkpoint. So the workdir and everything that the
+command reads must be at URLs, which is checked (--shared_disk skips the check). After any other
+failure, `up` prints the end of the log and stops; if the run had made progress, the slices are
+kept. The run continues without the launcher: Ctrl-C stops only the launcher, `up` waits for the run
+again, and `delete` ends it. The steps can be run one by one: create, install, run, logs, delete.
+TPU7x does not have queued resources; use launch/gke.py.
+
+--env=HF_TOKEN passes an environment variable of this machine to the hosts, in a file that only the
+user can read. Hosts read the object store with the service account of the slice
+(--service_account), so that no credentials are copied. Models, records and checkpoints are streamed
+from the store and to it, so the boot disk of 100 GB only holds the image and the packages;
+--boot_disk sets another size.
 """
 
 from __future__ import annotations
@@ -26,8 +33,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from distill_jax import cli
 from distill_jax.errors import InputError, bad_value
-from distill_jax.preflight import chips
+from distill_jax.preflight import addresses, chips
 
 ROOT = Path(__file__).parent.parent
 TRIES = 3  # attempts of commands that depend on the network
@@ -56,15 +64,21 @@ EVERYWHERE = ("--node=all", "--worker=all", "--batch-size=all")
 
 # Remote scripts get their values as "$1" and "$@", so that a value is never run as code.
 INSTALL = (
-  'test -e "$1/.installed" || { tar -xzf "$1.tar.gz" && cd "$1" && sudo apt-get update -q && '
-  'sudo apt-get install -qy "$2-venv" && "$2" -m venv .venv && '
-  '.venv/bin/pip install -q -c tools/constraints.txt ".[all,gcs,tpu]" && touch .installed; }'
+  'test -e "$1/.installed" || { tar -xzf "$1.tar.gz" && cd "$1" && sudo apt-get $3 update -q && '
+  'sudo apt-get $3 install -qy "$2-venv" && "$2" -m venv .venv && '
+  '.venv/bin/pip install -q -c tools/constraints.txt ".[all,gcs,s3,tpu]" && touch .installed; }'
 )
+# After the first boot, unattended upgrades hold the lock of apt for minutes.
+APT = "-o DPkg::Lock::Timeout=600"
 # The lock: after a lost connection, the second command waits for the end of the first.
 RUN = (
-  "trap '' HUP && exec 9>distill.lock && flock 9 && cd \"$1\" && shift && set -o pipefail && "
+  "trap '' HUP && exec 9>distill.lock && flock 9 && ulimit -n \"$(ulimit -Hn)\" && "
+  'if [ -f distill.env ]; then . ./distill.env; fi && cd "$1" && shift && set -o pipefail && '
   '.venv/bin/distill-jax "$@" --distributed=auto 2>&1 | tee -ap ../distill.log'
 )
+ENVIRONMENT = "distill.env"  # file on the hosts with the variables of --env
+# Progress lines begin with the verb and a number of units (distill_jax/runtime/progress.py).
+PROGRESSED = 'grep -Eq "^[a-z]+ +[0-9,]*[1-9][0-9,]*/" distill.log'
 
 
 def gcloud(args: argparse.Namespace, *words: str) -> list[str]:
@@ -91,7 +105,25 @@ def create(args: argparse.Namespace) -> list[str]:
     if args.num_slices == 1
     else [f"--node-count={args.num_slices}", f"--node-prefix={args.name}"]
   )
-  return gcloud(args, "queued-resources", "create", args.name, *what, *["--spot"] * args.spot)
+  what += ["--spot"] * args.spot
+  if args.boot_disk:
+    what += [f"--boot-disk=disk-size={args.boot_disk}"]
+  if args.service_account:
+    what += [f"--service-account={args.service_account}"]
+  return gcloud(args, "queued-resources", "create", args.name, *what)
+
+
+def environment_file(args: argparse.Namespace) -> Path:
+  """Returns the local path of the script that sets the variables of --env."""
+  return Path(tempfile.gettempdir()) / f".{args.name}.{os.getpid()}.env"
+
+
+def write_environment(args: argparse.Namespace) -> Path:
+  """Writes the variables of --env as a shell script that only this user can read."""
+  path = environment_file(args)
+  path.touch(mode=0o600)
+  path.write_text("".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in args.env))
+  return path
 
 
 def plan(args: argparse.Namespace) -> dict[str, list[list[str]]]:
@@ -102,12 +134,18 @@ def plan(args: argparse.Namespace) -> dict[str, list[list[str]]]:
   archive = f"{tempfile.gettempdir()}/{folder}.tar.gz"
   logs = f"logs/{args.name}"
   fetch = ssh(args, "cat distill.log", more=(f"--output-directory={logs}",))
+  environment = str(environment_file(args))
+
+  def copy(source: str, target: str = "") -> list[str]:
+    return gcloud(args, "queued-resources", "scp", source, f"{args.name}:{target}", *EVERYWHERE)
+
   return {
     "create": [create(args)],
     "install": [
       [*git, "archive", f"--prefix={folder}/", f"--output={archive}", "HEAD"],
-      gcloud(args, "queued-resources", "scp", archive, f"{args.name}:", *EVERYWHERE),
-      ssh(args, INSTALL, folder, args.python),
+      copy(archive),
+      *([copy(environment, ENVIRONMENT)] if args.env else []),
+      ssh(args, INSTALL, folder, args.python, APT),
     ],
     "run": [ssh(args, RUN, folder, *args.verb)],
     "logs": [["mkdir", "-p", logs], fetch],
@@ -189,6 +227,13 @@ def up(args: argparse.Namespace, steps: dict[str, list[list[str]]]) -> int:
     if code != LOST_CONNECTION:
       call(ssh(args, "hostname; tail -n 50 distill.log"))
       print(f"error: {args.verb[0]} exited with code {code}. Its log is above.", file=sys.stderr)
+      if call(ssh(args, PROGRESSED)).returncode == 0:
+        print(
+          f"{args.name} is kept, because the run had made progress. It costs money until you run "
+          "`up` again after a correction, or `delete`.",
+          file=sys.stderr,
+        )
+        args.keep = True
       break
     lost = lost + 1 if time.monotonic() - began < 10 * args.poll else 0
     if lost == TRIES:
@@ -239,6 +284,10 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--num_slices", type=int, default=1)
   parser.add_argument("--project", type=name, help="default: the project of gcloud")
   parser.add_argument("--spot", action="store_true", help="cheaper, but can be preempted")
+  parser.add_argument("--boot_disk", type=int, help="size of the hosts' disk in GB; default: 100")
+  parser.add_argument("--service_account", help="default: that of Compute Engine")
+  parser.add_argument("--env", action="append", default=[], help="e.g. HF_TOKEN; may be repeated")
+  parser.add_argument("--shared_disk", action="store_true", help="all hosts share local paths")
   parser.add_argument("--runtime", type=name, help="default: the usual image for the chip")
   parser.add_argument("--python", type=name, default="python3.11", help="name of the apt package")
   parser.add_argument("--poll", type=float, default=30, help="seconds between status checks")
@@ -252,11 +301,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.error("There is nothing to run. Add a verb and its flags after --, e.g. -- train ….")
   if odd := [word for word in args.verb if not word.isprintable()]:
     parser.error(f"The argument {odd[0]!r} contains a line break or control character. Remove it.")
+  if unset := [name for name in args.env if name not in os.environ]:
+    parser.error(f"--env is {unset[0]}; expected a variable that is set here. Export it.")
+  if args.step in ("up", "run") and not args.shared_disk:
+    try:
+      addresses.check(args.verb, cli.parse(["distill-jax", *args.verb[1:]]), ROOT)
+    except InputError as error:
+      parser.error(str(error))
   steps = plan(args)
   if args.dry_run:
+    if args.env:
+      print(f"# {ENVIRONMENT} on the hosts: {', '.join(args.env)}")
     for step in steps if args.step == "up" else [args.step]:
       print(*map(shlex.join, steps[step]), sep="\n")
     return
+  secrets = write_environment(args) if args.env else None
   try:
     if args.step == "up":
       sys.exit(up(args, steps))
@@ -266,6 +325,9 @@ def main(argv: list[str] | None = None) -> None:
       f"{args.name} still exists and costs money. Run `up` again to continue, or `delete` to end "
       "it."
     )
+  finally:
+    if secrets is not None:
+      secrets.unlink()
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def launcher(name):
       contextlib.chdir(cwd),
       mock.patch("tempfile.tempdir", str(cwd)),  # where the archive goes
       mock.patch.dict(os.environ, env or {}),
+      mock.patch("sys.argv", [name, *map(str, flags)]),  # ml_collections reads overrides there
       contextlib.redirect_stdout(out),
       contextlib.redirect_stderr(err),
     ):

@@ -27,7 +27,7 @@ REQUIRED = {
   POD: ("containers",),
   (*POD, "containers", 0): ("name",),
 }
-GKE = ["--name=r1", "--image=registry.example/distill:1", "--dry_run"]
+GKE = ["--name=r1", "--image=registry.example/distill:1", "--dry_run", "--shared_disk"]
 
 
 def rendered(*flags):
@@ -66,6 +66,7 @@ def test_the_jobset_has_what_its_schema_requires():
     ("v5e:2x4", ["--chips_per_host=8"], 1, "tpu-v5-lite-podslice"),
     ("v6e:16x16", [], 64, "tpu-v6e-slice"),
     ("v4:2x2x2", [], 2, "tpu-v4-podslice"),
+    ("tpu7x:4x4x4", [], 16, "tpu7x"),
   ],
 )
 def test_a_pod_for_each_host_of_a_slice(topology, flags, hosts, accelerator):
@@ -76,7 +77,7 @@ def test_a_pod_for_each_host_of_a_slice(topology, flags, hosts, accelerator):
   assert where["cloud.google.com/gke-tpu-accelerator"] == accelerator
   assert where["cloud.google.com/gke-tpu-topology"] == topology.partition(":")[2]
   asked_for = pod_spec["containers"][0]["resources"]
-  assert asked_for["requests"] == asked_for["limits"]
+  assert asked_for["requests"] == asked_for["limits"] | {"ephemeral-storage": "20Gi"}
 
 
 def test_every_value_is_one_yaml_scalar():
@@ -134,3 +135,23 @@ def test_the_jobset_is_passed_to_kubectl(tmp_path):
   gke(*flags, "--topology=v5e:2x2", "--", *VERB, env=env, code=3)
   assert (tmp_path / "args").read_text() == "apply -f -\n"
   assert yaml.safe_load((tmp_path / "in").read_text()) == rendered("--topology=v5e:2x2")
+
+
+def test_secrets_and_the_account_reach_the_pods():
+  flags = ["--secret=keys", "--service_account=reader"]
+  spec = job(rendered("--topology=v5p:2x2x2", *flags))["template"]["spec"]
+  assert spec["serviceAccountName"] == "reader"
+  assert spec["containers"][0]["envFrom"] == [{"secretRef": {"name": "keys"}}]
+
+
+def test_only_several_slices_use_the_network_of_the_hosts():
+  one, two = (
+    job(rendered("--topology=v5p:2x2x2", f"--num_slices={n}"))["template"]["spec"] for n in (1, 2)
+  )
+  assert "hostNetwork" not in one and two["hostNetwork"] is True
+
+
+def test_a_local_workdir_is_refused():
+  flags = [flag for flag in GKE if flag != "--shared_disk"] + ["--topology=v5p:2x2x2"]
+  train = ["train", "--config=configs/r1_qwen_7b.py", "--workdir=runs/x"]
+  assert "--workdir is 'runs/x'; expected a URL" in gke(*flags, "--", *train, code=2).stderr

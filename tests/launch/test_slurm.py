@@ -24,7 +24,8 @@ def slurm(tmp_path, code, *words, env=None, expect=0):
 def test_slurm_passes_arguments_and_requeues_a_stopped_run(tmp_path):
   slurm(tmp_path, 75, *VERB)
   words = json.loads((tmp_path / "srun.json").read_text())
-  assert words == ["--kill-on-bad-exit=0", "distill-jax", *VERB, "--distributed=auto"]
+  cpus = "--cpus-per-task=1"
+  assert words == ["--kill-on-bad-exit=0", cpus, "distill-jax", *VERB, "--distributed=auto"]
   assert json.loads((tmp_path / "scontrol.json").read_text()) == ["requeue", "7"]
 
 
@@ -38,5 +39,21 @@ def test_slurm_dry_run(tmp_path):
   printed = slurm(tmp_path, 0, *VERB, env={"DRY_RUN": "1"}).stdout
   assert not (tmp_path / "srun.json").exists()
   words = run(["bash", "-c", f"printf '%s\\0' {printed.strip()}"]).stdout.split("\0")[:-1]
-  assert words == ["srun", "--kill-on-bad-exit=0", "distill-jax", *VERB, "--distributed=auto"]
+  assert words[:2] == ["srun", "--kill-on-bad-exit=0"]
+  assert words[3:] == ["distill-jax", *VERB, "--distributed=auto"]
   assert "There is nothing to run" in slurm(tmp_path, 0, expect=2).stderr
+
+
+def test_the_processes_of_a_node_share_its_cores(tmp_path):
+  env = {"SLURM_CPUS_ON_NODE": "96", "SLURM_NTASKS_PER_NODE": "4"}
+  slurm(tmp_path, 0, *VERB, env=env)
+  assert "--cpus-per-task=24" in json.loads((tmp_path / "srun.json").read_text())
+
+
+def test_several_nodes_need_a_shared_workdir(tmp_path):
+  nodes = {"SLURM_JOB_NUM_NODES": "4"}
+  refused = slurm(tmp_path, 0, "train", "--workdir=/scratch/r1", env=nodes, expect=2)
+  assert "--workdir is '/scratch/r1'; expected a URL" in refused.stderr
+  assert not (tmp_path / "srun.json").exists()
+  slurm(tmp_path, 0, "train", "--workdir=/scratch/r1", env=nodes | {"SHARED_DISK": "1"})
+  slurm(tmp_path, 0, "train", "--workdir=gs://b/r1", env=nodes)

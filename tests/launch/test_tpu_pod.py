@@ -9,7 +9,9 @@ import pytest
 from json_lines import read_lines
 from launcher import VERB, executable, pod, run
 
-POD = ["--name=r1", "--zone=us-east5-a", "--topology=v5p:2x2x2", "--poll=0"]
+# The paths of VERB are on no host.
+POD = ["--name=r1", "--zone=us-east5-a", "--topology=v5p:2x2x2", "--poll=0", "--shared_disk"]
+URLS = ["--workdir=gs://b/r1", "--config.train.records=gs://b/records,"]
 
 
 GCLOUD = """#!{python}
@@ -40,6 +42,9 @@ elif words[:2] == ["tpu-vm", "list"]:
   print(json.dumps([{{"name": "x/" + n, "state": s}} for n, s in memory["nodes"].items()]))
 elif words[1] == "ssh" and any("distill-jax" in w and "exec 9" in w for w in words):
   code = memory["runs"].pop(0)
+  if code == "progressed":
+    memory["progressed"] = True
+    leave(2)
   if code == "preempted":
     memory["nodes"][max(memory["nodes"])] = "PREEMPTED"
     leave(255)
@@ -47,6 +52,10 @@ elif words[1] == "ssh" and any("distill-jax" in w and "exec 9" in w for w in wor
     memory["state"] = "SUSPENDED"
     leave(1)
   leave(code)
+if words[1] == "ssh" and any("grep" in w for w in words):
+  leave(0 if memory.get("progressed") else 1)
+if words[1] == "scp" and "distill.env" in words[-4] + words[-3]:
+  memory["env"] = pathlib.Path(words[2]).read_text()
 leave()
 """
 
@@ -151,6 +160,56 @@ def test_any_other_failure_stops_with_the_log(gcloud, tmp_path):
   steps, lines = logged(tmp_path)
   assert steps[-1] == "delete"
   assert any("tail -n 50" in word for line in lines for word in line)
+
+
+def test_a_slice_whose_run_made_progress_is_kept(gcloud, tmp_path):
+  done = pod("up", *POD, "--", *VERB, env=gcloud(["progressed"]), code=2, cwd=tmp_path)
+  assert "r1 is kept, because the run had made progress" in done.stderr
+  assert "delete" not in logged(tmp_path)[0]
+
+
+def test_variables_reach_the_hosts_in_a_file_and_in_no_command(gcloud, tmp_path):
+  env = gcloud([0]) | {"HF_TOKEN": "hf_'secret"}
+  pod("up", *POD, "--env=HF_TOKEN", "--", *VERB, env=env, cwd=tmp_path)
+  assert "secret" not in (tmp_path / "log.jsonl").read_text()
+  memory = json.loads((tmp_path / "memory.json").read_text())
+  assert memory["env"] == f"export HF_TOKEN={shlex.quote(env['HF_TOKEN'])}\n"
+  assert not list(tmp_path.glob(".r1.*.env"))
+  unset = pod("up", *POD, "--env=NOT_SET", "--dry_run", "--", *VERB, code=2)
+  assert "--env is NOT_SET; expected a variable that is set here" in unset.stderr
+
+
+def test_the_disk_and_the_account_of_the_slices(gcloud):
+  flags = ["--boot_disk=500", "--service_account=me@p.example", "--env=HOME", "--dry_run"]
+  printed = pod("up", *POD, *flags, "--", *VERB, env=gcloud([])).stdout
+  assert printed.startswith("# distill.env on the hosts: HOME\n")
+  assert "--boot-disk=disk-size=500 --service-account=me@p.example" in printed
+  assert "DPkg::Lock::Timeout=600" in printed and "ulimit -n" in printed
+
+
+@pytest.mark.parametrize(
+  "words, message",
+  [
+    (["--workdir=runs/x"], "--workdir is 'runs/x'; expected a URL such as gs://BUCKET/FOLDER"),
+    (URLS[:1], "train.records is 'records'; expected a URL such as gs://BUCKET/NAME"),
+  ],
+)
+def test_files_of_this_machine_are_refused(words, message):
+  flags = [flag for flag in POD if flag != "--shared_disk"]
+  train = ["train", "--config=configs/r1_qwen_7b.py", *words]
+  assert message in pod("up", *flags, "--dry_run", "--", *train, code=2).stderr
+
+
+def test_urls_and_files_of_the_repository_are_accepted():
+  flags = [flag for flag in POD if flag != "--shared_disk"]
+  train = ["train", "--config=configs/r1_qwen_7b.py", *URLS]
+  pod("up", *flags, "--dry_run", "--", *train, "--config.data.tokenizer=README.md")
+
+
+def test_commands_without_accelerators_are_refused():
+  flags = [flag for flag in POD if flag != "--shared_disk"]
+  words = ["filter", "--config=configs/r1_sft_qwen_7b.py", "--workdir=gs://b/f"]
+  assert "filter does not use accelerators" in pod("up", *flags, "--", *words, code=2).stderr
 
 
 def test_every_value_is_one_argument_of_the_command(gcloud, tmp_path):
