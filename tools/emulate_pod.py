@@ -24,6 +24,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import random
 import sys
 import tempfile
@@ -119,6 +120,7 @@ class Rig:
   def __init__(self, store: Store, axis: str, processes: int):
     self.store, self.axis, self.processes = store, axis, processes
     self.usages: dict[str, list[Usage]] = {}
+    os.environ.update(store.environment())
     self.fs = fsspec.filesystem(store.kind, **store.options(), use_listings_cache=False)
 
   def prepare(self, name: str, rows: int) -> str:
