@@ -17,7 +17,6 @@ def get_config(argument):
   for name in ("data", "fsdp", "tensor"):
     setattr(c.mesh, name, -1 if name == axis else 1)
   c.teacher.source, c.student.source = f"{url}/teacher", f"{url}/student"
-  c.teacher.chunk = c.student.chunk = 64
   c.data.kind = "jsonl"
   c.data.path = f"{url}/corpus"
   c.data.packed = f"{url}/packed"
