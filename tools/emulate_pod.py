@@ -135,7 +135,7 @@ class Rig:
       for path in folder.rglob("*"):
         if path.is_file():
           self.fs.put_file(str(path), f"{url}/{path.relative_to(folder)}")
-    self.step(f"{name}: pack", ["pack"], url, url, "packed", 1, Limits())
+    self.step(f"{name}: pack", ["pack", "--config.data.packed="], url, url, "packed", 1, Limits())
     return url
 
   def step(

@@ -53,7 +53,7 @@ class Limits:
 
 @dataclasses.dataclass
 class Usage:
-  """What one process has used.
+  """The resources that one process has used.
 
   Attributes:
     code: Its exit code; negative for a signal.
@@ -84,7 +84,7 @@ def run(
   limits: Limits | None = None,
   kill_when: Callable[[], bool] | None = None,
 ) -> list[Usage]:
-  """Runs a command of distill-jax on several processes, and returns what each has used.
+  """Runs a command of distill-jax on several processes, and returns the usage of each.
 
   Args:
     store: The object store, which each process reaches through its own proxy.
