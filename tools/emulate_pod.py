@@ -11,7 +11,7 @@ with every file in an object store (local_stores.py), 4 MiB of private disk, 256
 GiB of memory per process (pod_processes.py). All devices lie on one mesh axis, which therefore
 crosses the processes. With --growth the corpus and the store are also made ten times larger.
 
-It prints one JSON object: `digests_equal` says for records, losses, evaluation and exported tensors
+It prints one JSON object: `digests_equal` has for records, losses, evaluation and exported tensors
 whether they equal those of a single process with the same mesh; `max_open_files`, `max_disk_bytes`
 and `peak_rss_bytes` are maxima over processes; the ratios are the bytes that the busiest process
 read over what it needs; `growth` has the quotients of the large run and the small one. The exit
