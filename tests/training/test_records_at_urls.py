@@ -1,0 +1,46 @@
+"""Training from records in an object store, without copies of them on this machine."""
+
+import shutil
+
+import tiny
+from tiny_run import train
+
+from distill_jax import config
+from distill_jax.commands import inspect
+from distill_jax.records import shard_index
+from distill_jax.records.store import open_store
+from distill_jax.runtime import files
+
+
+def upload(folder, url):
+  for path in folder.iterdir():
+    if path.is_file() and not path.name.startswith("."):
+      files.upload(path, files.join(url, path.name))
+  return url
+
+
+def test_a_run_is_the_same_as_from_a_folder(tiny_run, tmp_path, s3, monkeypatch):
+  monkeypatch.setenv("DISTILL_JAX_CACHE", str(tmp_path / "cache"))
+  c = tiny.tiny(tiny_run)
+  url = upload(tiny_run / "records", s3.url)
+  c.train.records = (url,)
+  s3.proxy.requests.clear()
+  train(c, tmp_path / "run")
+  assert tiny.measured(tmp_path / "run") == tiny.measured(tiny_run / "whole")
+  assert not (tmp_path / "cache").exists()
+  whole = [r for r in s3.proxy.requests if r.path.endswith(".array_record") and r.status == 200]
+  assert not whole  # ranges have the status 206
+
+
+def test_inspect_writes_the_indices_that_earlier_versions_did_not_write(tiny_run, tmp_path):
+  folder = tmp_path / "records"
+  shutil.copytree(tiny_run / "records", folder)
+  shards = open_store(folder).manifest.shards
+  indices = [folder / shard_index.name_of(s.name) for s in shards]
+  before = [path.read_bytes() for path in indices]
+  for path in indices[1:]:
+    path.unlink()
+  c = config.resolve(tiny.tiny(tiny_run))
+  assert inspect.run(c, folder)["indices_written"] == len(indices) - 1
+  assert [path.read_bytes() for path in indices] == before
+  assert inspect.run(c, folder)["indices_written"] == 0
