@@ -1,12 +1,17 @@
 """Training from records in an object store, without copies of them on this machine."""
 
+import os
 import shutil
+import subprocess
+import sys
 
+import pytest
 import tiny
 from tiny_run import train
 
 from distill_jax import config
 from distill_jax.commands import inspect
+from distill_jax.errors import InputError
 from distill_jax.records import shard_index
 from distill_jax.records.store import open_store
 from distill_jax.runtime import files
@@ -44,3 +49,24 @@ def test_inspect_writes_the_indices_that_earlier_versions_did_not_write(tiny_run
   assert inspect.run(c, folder)["indices_written"] == len(indices) - 1
   assert [path.read_bytes() for path in indices] == before
   assert inspect.run(c, folder)["indices_written"] == 0
+
+
+def test_inspect_at_a_url_makes_an_old_store_readable(tiny_run, tmp_path, s3):
+  url = upload(tiny_run / "records", s3.url)
+  names = [s.name for s in open_store(url).manifest.shards]
+  for name in names:
+    files.remove(files.join(url, shard_index.name_of(name)))
+  with pytest.raises(InputError, match=f"inspect --workdir={url}"):
+    open_store(url)
+  (tmp_path / "c.py").write_text("from distill_jax.config import base as get_config\n")
+  command = ["inspect", f"--config={tmp_path / 'c.py'}", f"--workdir={url}"]
+  done = subprocess.run(
+    [sys.executable, "-m", "distill_jax.cli", *command],
+    env=os.environ | s3.environment() | {"DISTILL_JAX_CACHE": str(tmp_path / "cache")},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert f"indices_written: {len(names)}\n" in done.stdout
+  assert open_store(url)[0]["tokens_T"].any()
+  assert not list((tmp_path / "cache").rglob("*.array_record"))
