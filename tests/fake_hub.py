@@ -17,13 +17,15 @@ class Hub(ThreadingHTTPServer):
   Attributes:
     asked: The (method, path, Range header) of each request.
     status: The status of every response instead of the right one; 0: none.
+    is_gated: Whether files, but not their list, need a token.
+    signature: The number in valid addresses of weights; other addresses have expired.
   """
 
   daemon_threads = True
 
   def __init__(self, folder: Path):
     super().__init__(("127.0.0.1", 0), _Handler)
-    self.folder, self.status = folder, 0
+    self.folder, self.status, self.signature, self.is_gated = folder, 0, 0, False
     self.asked: list[tuple[str, str, str | None]] = []
 
   @property
@@ -40,7 +42,8 @@ class Hub(ThreadingHTTPServer):
 
   def ranges(self) -> int:
     """Returns the bytes of safetensors that were asked for."""
-    spans = [r.removeprefix("bytes=").split("-") for _, p, r in self.asked if r and "safet" in p]
+    asked = [r for _, path, r in self.asked if r and path.startswith("/content/")]
+    spans = [r.removeprefix("bytes=").split("-") for r in asked]
     return sum(int(last) - int(first) + 1 for first, last in spans)
 
 
@@ -72,9 +75,22 @@ class _Handler(BaseHTTPRequestHandler):
     if path == api or path.startswith(f"{api}/revision/"):
       return self._json({"id": "org/name", "sha": COMMIT, "siblings": []})
     prefix = f"/org/name/resolve/{COMMIT}/"
-    file = self.server.folder / path.removeprefix(prefix)
-    if not path.startswith(prefix) or not file.is_file():
-      return self._send(404, b"")
+    if path.startswith("/content/"):
+      _, _, signature, name = path.split("/")
+      file = self.server.folder / name
+      if signature != str(self.server.signature) or "Authorization" in self.headers:
+        return self._send(403, b"")
+    else:
+      file = self.server.folder / path.removeprefix(prefix)
+      if self.server.is_gated:
+        return self._send(403, b"", {"X-Error-Code": "GatedRepo"})
+      if not path.startswith(prefix) or not file.is_file():
+        return self._send(404, b"")
+      if file.suffix == ".safetensors":
+        address = f"http://127.0.0.1:{self.server.server_address[1]}"
+        address = address.replace("127.0.0.1", "localhost")  # another host than the Hub
+        where = {"Location": f"{address}/content/{self.server.signature}/{file.name}"}
+        return self._send(302, b"", where)
     data = file.read_bytes()
     if not (span := self.headers.get("Range")):
       return self._send(200, data)

@@ -100,9 +100,8 @@ def _commit(rest: str, repo: str, revision: str) -> str:
       raise  # the Hub is busy
     if status in (401, 403):
       raise InputError(
-        f"hub:{rest} is gated, private or misspelt: the Hub refuses access (status {status}). "
-        "Accept the model's terms on the Hub, and set the environment variable HF_TOKEN to a token "
-        "of that account."
+        f"hub:{rest} cannot be opened: the Hub refuses access (status {status}). Check the name. "
+        f"{retries.GATED}."
       ) from e
     if retries.may_pass(e) or isinstance(e, (OSError, ValueError)):
       raise InputError(

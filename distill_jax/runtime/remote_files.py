@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from distill_jax.errors import InputError
-from distill_jax.runtime import extras, retries
+from distill_jax.runtime import extras, hub_ranges, retries
 
 IN_FLIGHT = 32  # requests at once
 # By scheme, the package that fsspec opens it with, and the extra that installs it.
@@ -87,6 +87,8 @@ def cat_ranges(ranges: list[Range]) -> list[Any]:
 
   def fetch(name: str, start: int, stop: int) -> Any:
     try:
+      if str(ranges[0][0]).startswith("hf://"):
+        return hub_ranges.read(fs, name, start, stop)
       return fs.cat_file(name, start=start, end=stop, cache_type="none")  # reads nothing ahead
     except Exception as e:
       return e

@@ -41,6 +41,10 @@ NOT_PASSING = (
   NotADirectoryError,
   PermissionError,
 )
+GATED = (
+  "If the repository is gated or private, accept its terms on the Hub and set the environment "
+  "variable HF_TOKEN to a token of that account"
+)
 Result = TypeVar("Result")
 
 
@@ -98,9 +102,8 @@ def is_refused(e: BaseException) -> bool:
 
 def refused(failure: str, e: BaseException) -> InputError:
   """Returns the error for a store that refuses access; see `retry`."""
-  return InputError(
-    f"{failure}: the store refuses access ({reason(e)}). Check the address and your credentials."
-  )
+  action = GATED if failure.startswith("hf://") else "Check the address and your credentials"
+  return InputError(f"{failure}: the store refuses access ({reason(e)}). {action}.")
 
 
 def may_pass(e: BaseException) -> bool:

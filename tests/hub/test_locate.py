@@ -10,12 +10,12 @@ import pytest
 from tiny_checkpoints import tokenizer_json, write_folder
 
 from distill_jax.errors import InputError
-from distill_jax.hub import load
+from distill_jax.hub import load, pretrained
 from distill_jax.hub import locate as locating
 from distill_jax.hub.locate import locate
 from distill_jax.hub.pretrained import open_model
 from distill_jax.nn import layers, sharding
-from distill_jax.runtime import remote_files
+from distill_jax.runtime import hub_ranges, remote_files
 
 pytestmark = pytest.mark.smoke
 
@@ -67,8 +67,11 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")  # the server's other address refuses it
     remote_files.forget()
     locating._on_hub.cache_clear()
+    hub_ranges._addresses.clear()
+    pretrained._open_folder.cache_clear()
     yield server
     remote_files.forget()
     locating._on_hub.cache_clear()
@@ -98,6 +101,19 @@ def test_a_model_on_the_hub_is_read_by_ranges_of_one_commit(hub):
   for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(want), strict=True):
     np.testing.assert_array_equal(a, b)
   assert hub.ranges() == size
+  # The Hub limits requests for addresses, so there is one for each file.
+  addresses = [path for _, path, _ in hub.asked if "/resolve/" in path and "safetensors" in path]
+  assert len(addresses) == 1
+
+
+def test_an_expired_address_is_renewed(hub):
+  opened = open_model("hub:org/name")
+  assert opened.weights.names()
+  hub.signature = 1
+  np.testing.assert_array_equal(
+    opened.weights.read("model.norm.weight"),
+    open_model(str(hub.folder)).weights.read("model.norm.weight"),
+  )
 
 
 def test_a_complete_copy_in_the_cache_is_used(hub, tmp_path):
@@ -124,6 +140,12 @@ def test_a_gated_model_names_the_token(status, hub):
   hub.status = status
   with pytest.raises(InputError, match=f"refuses access .status {status}.*HF_TOKEN to a token"):
     locate("hub:org/name")
+
+
+def test_a_gated_model_that_everyone_can_list_names_the_token(hub):
+  hub.is_gated = True
+  with pytest.raises(InputError, match=r"config.json cannot be read.*HF_TOKEN to a token"):
+    open_model("hub:org/name")
 
 
 def test_a_bad_name_on_the_hub_raises(hub):

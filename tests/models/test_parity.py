@@ -64,15 +64,17 @@ def ours(pretrained):
 
 @pytest.fixture(scope="module")
 def exported(pretrained, ours, tmp_path_factory):
-  return export.export_model(
+  folder = tmp_path_factory.mktemp("hub") / "smollm2"
+  export.export_model(
     ours,
-    tmp_path_factory.mktemp("hub") / "smollm2",
+    folder,
     tokenizer=pretrained.tokenizer,
     generation=pretrained.generation,
     card="# SmolLM2\n",
     dtype="float32",
     shard_bytes=200 * 10**6,
   )
+  return folder
 
 
 @pytest.fixture(scope="module")
