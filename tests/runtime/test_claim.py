@@ -1,0 +1,122 @@
+"""Tests of the first seconds of a run: a workdir that all processes see, and that no other uses."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from distill_jax.errors import InputError, Unavailable
+from distill_jax.runtime import claim, distributed, files, mirror, storage
+from distill_jax.runtime.claim import claimed
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def url(tmp_path, monkeypatch):
+  monkeypatch.setenv("DISTILL_JAX_CACHE", str(tmp_path / "cache"))
+  monkeypatch.setattr(claim, "BEAT", 0.1)
+  monkeypatch.setattr(claim, "WATCH", 1.0)
+  return f"file://{tmp_path / 'bucket'}"
+
+
+def left_behind(url):
+  """Writes the lease of a run that was killed."""
+  files.write(
+    files.join(url, claim.LEASE), json.dumps({"run": "x", "by": "process 1 of a"}).encode()
+  )
+
+
+def test_a_second_run_at_a_url_is_refused_while_the_first_is_alive(url, capsys):
+  with claimed(url):
+    with pytest.raises(InputError, match=f"{url} is in use by process {os.getpid()} of .* Wait"):
+      claimed(url).__enter__()
+    assert "Whether that run is alive is known in 1 s." in capsys.readouterr().err
+  assert files.info(files.join(url, claim.LEASE)) is None
+  with claimed(url):
+    pass
+
+
+def test_the_lease_of_a_killed_run_is_taken(url):
+  left_behind(url)
+  with claimed(url):
+    assert json.loads(files.read(files.join(url, claim.LEASE)))["run"] != "x"
+
+
+def test_a_run_that_ends_while_it_is_watched_is_told(url):
+  """The mirror of the new run would be of the time before its last files."""
+  left_behind(url)
+  threading.Timer(0.2, files.remove, [files.join(url, claim.LEASE)]).start()
+  with pytest.raises(Unavailable, match="has just ended"):
+    claimed(url).__enter__()
+
+
+def test_a_run_whose_lease_was_taken_publishes_nothing_more_and_stops(url, tmp_path, capsys):
+  with claimed(url), storage.Synced(url) as folder, distributed.Preemption() as preemption:
+    left_behind(url)
+    deadline = time.monotonic() + 20
+    while not preemption.reached(0):
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    (folder / "late").write_text("1")
+  assert f"Another run has taken {url}. This run stops." in capsys.readouterr().err
+  assert files.info(files.join(url, "late")) is None
+  assert json.loads(files.read(files.join(url, claim.LEASE)))["run"] == "x"
+  assert not mirror._OPEN
+
+
+CONFIG = """
+import pathlib, sys
+sys.path.insert(0, {tests!r})
+import tiny
+def get_config():
+  c = tiny.tiny(pathlib.Path({folder!r}))
+  c.teacher.source = ""
+  return c
+"""
+
+
+def processes(tmp_path, workdirs, verb="record"):
+  """Runs a command in two processes, each with its own folders; returns codes and outputs."""
+  config = tmp_path / "config.py"
+  config.write_text(CONFIG.format(tests=str(ROOT / "tests"), folder=str(tmp_path)))
+  port = free_port()
+  started = []
+  for i, workdir in enumerate(workdirs):
+    (home := tmp_path / f"host{i}").mkdir(exist_ok=True)
+    line = [sys.executable, "-m", "distill_jax.cli", verb, f"--config={config}", "--json"]
+    line += [f"--workdir={workdir}", f"--distributed=localhost:{port},{len(workdirs)},{i}"]
+    env = os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "JAX_NUM_CPU_DEVICES": "2",
+      "DISTILL_JAX_CACHE": str(home / "cache"),
+      "PYTHONPATH": str(ROOT),
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started.append(subprocess.Popen(line, env=env, cwd=home, **pipes))
+  outputs = [process.communicate(timeout=240)[0] for process in started]
+  return [process.returncode for process in started], outputs
+
+
+def free_port():
+  import local_stores
+
+  return local_stores.free_port()
+
+
+def test_a_workdir_that_not_all_processes_see_is_refused_at_once(tmp_path):
+  codes, outputs = processes(tmp_path, ["runs/x", "runs/x"])  # each in its own folder
+  assert codes == [2, 2], outputs
+  for output in outputs:
+    last = [line for line in output.splitlines() if line.startswith("error")]
+    assert last == [
+      "error: --workdir is 'runs/x'; expected a URL, or a folder on a disk that all 2 processes "
+      "share, but what process 0 writes there is not seen by process 1. Name such a folder."
+    ]
+  assert not list(tmp_path.glob("host*/runs/x/*"))
+  assert not list(tmp_path.glob("host*/runs/x/.*"))
