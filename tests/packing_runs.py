@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from tiny_store import contents
 from distill_jax import config
 from distill_jax.commands import pack
 from distill_jax.data import sources
+from distill_jax.models import loading
 from distill_jax.records.writer import Writer
 
 BLOCK = 500  # bytes, so that a small corpus has many blocks
@@ -72,7 +74,22 @@ def kill_in_shard(number, phase):
   Writer.write_shard = write_shard
 
 
+def peak_bytes(folder, documents):
+  """Packs short documents and opens their rows; returns the largest resident size."""
+  folder.mkdir()
+  with (folder / "many.jsonl").open("w") as file:
+    file.writelines(json.dumps({"text": f"document {i}"}) + "\n" for i in range(documents))
+  c = made(folder, folder / "many.jsonl")
+  c.records.tokens_per_shard = 2**16
+  resolved = config.resolve(c)
+  pack.open_rows(resolved, loading.open_source(resolved.teacher), folder / "packed")
+  return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 if __name__ == "__main__":
-  folder, path, workers, number, phase = sys.argv[1:]
-  kill_in_shard(int(number), phase)
-  run(made(Path(folder), path), Path(folder) / "packed", int(workers))
+  if len(sys.argv) == 3:
+    print(peak_bytes(Path(sys.argv[1]), int(sys.argv[2])))
+  else:
+    folder, path, workers, number, phase = sys.argv[1:]
+    kill_in_shard(int(number), phase)
+    run(made(Path(folder), path), Path(folder) / "packed", int(workers))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -35,11 +36,11 @@ class HeldOut(NamedTuple):
   """The held-out data of a task or of the corpus.
 
   Attributes:
-    examples: Records without targets.
+    examples: Records without targets; for text, a stream of them.
     classes: The number of rows of the models' heads that are classes or tokens; others are padding.
   """
 
-  examples: Sequence[dict[str, np.ndarray]]
+  examples: Sequence[dict[str, np.ndarray]] | Iterator[dict[str, np.ndarray]]
   classes: int
 
 
@@ -96,13 +97,14 @@ def _load(
 
 
 def _corpus(config: Config, teacher: LoadedModel) -> HeldOut:
-  """Returns the held-out part of the corpus as packed sequences."""
+  """Returns the held-out part of the corpus as packed sequences, which are read when needed."""
   data = dataclasses.replace(config.data, split="heldout", sequences=config.evaluate.sequences)
   tokenizer = corpus.tokenizer_of(data, teacher.pretrained)
   shape = teacher.text_config
   corpus.check(data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
-  sequences = list(corpus.sequences(data, tokenizer, teacher.pretrained))
-  return HeldOut(sequences, tokenizer.vocab_size)
+  sequences = corpus.sequences(data, tokenizer, teacher.pretrained)
+  first = next(sequences)  # raises before the models are compiled
+  return HeldOut(itertools.chain([first], sequences), tokenizer.vocab_size)
 
 
 def _tasks(config: Config, teacher: LoadedModel) -> dict[str, HeldOut]:
@@ -143,10 +145,14 @@ def _measure(
   )
   totals: dict[str, dict[str, Mean]] = {}
   embeddings = _embedding_metrics(data.classes)
-  positions = len(data.examples[0]["mask_T"])
-  batches = -(-len(data.examples) // size)
-  with Progress("evaluate", batches * size * positions, "tokens") as progress:
-    for own in collate.padded_batches(data.examples, rows, dataset.reader(config.tasks)):
+  if isinstance(data.examples, Sequence):
+    positions = len(data.examples[0]["mask_T"])
+    total: int | None = -(-len(data.examples) // size) * size * positions
+    batches = collate.padded_batches(data.examples, rows, dataset.reader(config.tasks))
+  else:
+    total, batches = None, collate.streamed_batches(data.examples, rows)
+  with Progress("evaluate", total, "tokens") as progress:
+    for own in batches:
       batch = collate.to_device(own, rows)
       outputs = {n: forward[n](m.model, batch.inputs)[0] for n, m in models.items()}
       means = jax.device_get(compare(outputs, batch))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from distill_jax.data import jsonl, sources
 from distill_jax.data.options import DataOptions
 from distill_jax.errors import InputError, bad_value
-from distill_jax.runtime import json_io
+from distill_jax.recipe import beginning
+from distill_jax.runtime import files, json_io
 from distill_jax.types import JsonObject
 
 EXPECTED = "a text file, a folder of text files, or JSON lines"
@@ -36,7 +37,7 @@ class FoundData:
     sentence: What was found, e.g. "notes.txt is a text file.".
     convert: How each file becomes lines of a prepared file: "" if the data is read directly,
       "texts" for documents, "parts" for parts of documents, "chats" for pairs of two fields.
-    files: The files to convert.
+    files: The paths or URLs of the files to convert.
     pair: The names of the two fields, for "chats".
   """
 
@@ -45,7 +46,7 @@ class FoundData:
   field: str
   sentence: str
   convert: str = ""
-  files: tuple[Path, ...] = ()
+  files: tuple[str, ...] = ()
   pair: tuple[str, str] = ("", "")
 
 
@@ -53,106 +54,125 @@ def find(given: str) -> FoundData:
   """Recognises the data.
 
   Args:
-    given: A file or a folder, or "pydoc": Python's own language reference.
+    given: The path or URL of a file or a folder, or "pydoc": Python's own language reference. Of a
+      URL's folder, only the files directly in it are read.
 
   Raises:
     InputError: It does not exist, is empty, is not text, or has fields with other names.
   """
-  path = Path(given).expanduser().absolute()
-  if given == "pydoc" and not path.exists():
+  path = full_path(given)
+  if (one := files.info(path)) is not None:
+    found = {path: one.size}
+    return _find_lines(path, path, found) if _is_jsonl(path) else _find_texts(path, path, found)
+  found = _files_in(path)
+  if given == "pydoc" and not found:
     return FoundData("pydoc", "", "text", "The data is Python's own language reference.")
-  if not path.exists():
+  if not found and (files.is_remote(path) or not Path(path).is_dir()):
     raise _refused(repr(given), "Check the path")
-  if path.is_file():
-    return _find_lines(path, [path]) if _is_jsonl(path) else _find_texts(path, [path])
-  files = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
-  lines = [p for p in files if p.suffix == ".jsonl"]
-  if lines:
-    return _find_lines(path, lines)
-  texts = [p for p in files if p.suffix in TEXT_SUFFIXES]
+  if lines := {p: size for p, size in found.items() if p.endswith(".jsonl")}:
+    return _find_lines(path, "", lines)
+  texts = {p: size for p, size in found.items() if PurePosixPath(p).suffix in TEXT_SUFFIXES}
   if not texts:
     action = f"Name the files {', '.join(TEXT_SUFFIXES)} or .jsonl, or name one file"
-    raise _refused(f"{path}, with {len(files)} files", action)
-  return _find_texts(path, texts)
+    raise _refused(f"{path}, with {len(found)} files", action)
+  return _find_texts(path, "", texts)
+
+
+def full_path(given: str) -> str:
+  """Returns a URL unchanged, and a path from the root."""
+  return given if files.is_remote(given) else str(Path(given).expanduser().absolute())
+
+
+def _files_in(folder: str) -> dict[str, int]:
+  """Returns the sizes of the files in a folder, in order; of a local one, also in its folders."""
+  if files.is_remote(folder):
+    return {files.join(folder, n): i.size for n, i in files.listing(folder).items() if n[0] != "."}
+  inside = sorted(p for p in Path(folder).rglob("*") if p.is_file())
+  shown = [p for p in inside if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
+  return {str(p): p.stat().st_size for p in shown}
 
 
 def _refused(found: str, action: str, expected: str = EXPECTED) -> InputError:
   return InputError(f"--data is {found}; expected {expected}. {action}.")
 
 
-def _is_hidden(file: Path, folder: Path) -> bool:
-  return any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
-def _is_jsonl(path: Path) -> bool:
+def _is_jsonl(path: str) -> bool:
   """Returns whether a file has a JSON object on its first line; refuses other JSON."""
-  if path.suffix == ".jsonl":
+  if path.endswith(".jsonl"):
     return True
-  with path.open("rb") as file:
-    start = next((line.strip() for line in file if line.strip()), b"")
-  if path.suffix == ".json" and not start.endswith(b"}"):
+  if not path.endswith(".json"):
+    return False
+  start = next((line.raw.strip() for line in jsonl.read_lines(path)), b"")
+  if not start.endswith(b"}"):
     action = 'Write one object per line, e.g. {"text": "…"}, into a .jsonl file'
     raise _refused(f"{path}, one JSON value", action)
-  return path.suffix == ".json"
+  return True
 
 
-def _find_texts(path: Path, files: list[Path]) -> FoundData:
-  """Recognises text: a file is a document, and few documents are cut into parts."""
-  total = 0
-  for file in files:
+def _find_texts(path: str, one: str, found: Mapping[str, int]) -> FoundData:
+  """Recognises text: a file is a document, and few documents are cut into parts.
+
+  Args:
+    path: The data.
+    one: `path` for a file, "" for a folder.
+    found: The sizes of the files.
+  """
+  for file in found:
     _check_utf8(file)
-    total += file.stat().st_size
-  if not total:
+  if not sum(found.values()):
     raise _refused(f"{path}, which is empty", "Name a file with text in it")
-  few = len(files) < FEW
-  holds = "is a text file" if path.is_file() else f"holds {_text_files(len(files))}"
-  if few:
+  holds = "is a text file" if one else f"holds {_text_files(len(found))}"
+  if len(found) < FEW:
     sentence = f"{path} {holds}, cut into parts, each a document."
-    return FoundData("jsonl", "", "text", sentence, "parts", tuple(files))
+    return FoundData("jsonl", "", "text", sentence, "parts", tuple(found))
   name = f"{path} {holds}"
-  if path.is_dir() and all(p.parent == path and p.suffix == ".txt" for p in files):
-    return FoundData("text", str(path), "text", f"{name}, each a document.")
-  return FoundData("jsonl", "", "text", f"{name}, each a document.", "texts", tuple(files))
+  if all(_folder(p) == path and p.endswith(".txt") for p in found):
+    return FoundData("text", path, "text", f"{name}, each a document.")
+  return FoundData("jsonl", "", "text", f"{name}, each a document.", "texts", tuple(found))
 
 
-def _find_lines(path: Path, files: list[Path]) -> FoundData:
-  """Recognises JSON lines by the fields of the first ones."""
-  rows = [line.object() for line in itertools.islice(_lines(files), LOOKED_AT)]
+def _folder(file: str) -> str:
+  return file.rpartition("/")[0]
+
+
+def _find_lines(path: str, one: str, found: Mapping[str, int]) -> FoundData:
+  """Recognises JSON lines by the fields of the first ones; see `_find_texts` for the arguments."""
+  rows = [line.object() for line in itertools.islice(_lines(found), LOOKED_AT)]
   if not rows:
     raise _refused(f"{path}, which is empty", "Name a file with text in it")
   name = f"{path} holds JSON lines"
   shared = [key for key in rows[0] if all(key in row for row in rows)]
-  is_flat = path.is_file() or all(p.parent == path for p in files)
+  is_flat = all(p == one or _folder(p) == path for p in found)
   if "messages" in shared or {"prompt", "text"} <= set(shared):
     sentence = f"{name}: chats, of which the assistant's turns are trained on."
     if is_flat:
-      return FoundData("chat", str(path), "text", sentence)
-    return FoundData("chat", "", "text", sentence, "lines", tuple(files))
+      return FoundData("chat", path, "text", sentence)
+    return FoundData("chat", "", "text", sentence, "lines", tuple(found))
   texts = [key for key in shared if all(isinstance(row[key], str) for row in rows)]
   for prompt, completion in PAIRS:
     if prompt in texts and completion in texts:
       sentence = f"{name}: chats of one {prompt!r} and one {completion!r} each."
-      return FoundData("chat", "", "text", sentence, "chats", tuple(files), (prompt, completion))
+      return FoundData("chat", "", "text", sentence, "chats", tuple(found), (prompt, completion))
   if "text" not in texts and len(texts) != 1:
-    found = ", ".join(map(repr, rows[0])) or "none"
+    fields = ", ".join(map(repr, rows[0])) or "none"
     expected = "a field 'text', 'messages', or 'prompt' and 'completion'"
-    raise _refused(f"{path}, whose fields are {found}", "Rename the fields", expected)
+    raise _refused(f"{path}, whose fields are {fields}", "Rename the fields", expected)
   field = "text" if "text" in texts else texts[0]
   sentence = f"{name}: texts in the field {field!r}."
   few = len(rows) < FEW
   if is_flat and not few:
-    return FoundData("jsonl", str(path), field, sentence)
+    return FoundData("jsonl", path, field, sentence)
   convert = "parts" if few else "texts"
-  return FoundData("jsonl", "", "text", sentence, convert, tuple(files), (field, ""))
+  return FoundData("jsonl", "", "text", sentence, convert, tuple(found), (field, ""))
 
 
 def _text_files(count: int) -> str:
   return "1 text file" if count == 1 else f"{count:,} text files"
 
 
-def _check_utf8(file: Path) -> None:
+def _check_utf8(file: str) -> None:
   """Refuses a file that is not text, by its first megabyte."""
-  with file.open("rb") as opened:
+  with files.open_read(file) as opened:
     start = opened.read(2**20)
   if b"\0" in start:
     raise _refused(f"{file}, which is not text", "Convert it to UTF-8 text")
@@ -160,15 +180,15 @@ def _check_utf8(file: Path) -> None:
     _text(file)
 
 
-def _text(file: Path) -> str:
+def _text(file: str) -> str:
   try:
-    return json_io.decode_utf8(file.read_bytes()).removeprefix("\ufeff")
+    return json_io.decode_utf8(files.read(file)).removeprefix("\ufeff")
   except InputError as e:
     raise InputError(f"{file} is not UTF-8 text. {e} Convert the file to UTF-8.") from e
 
 
-def _lines(files: list[Path] | tuple[Path, ...]) -> Iterator[jsonl.Line]:
-  return jsonl.read_lines(*files, skip_bom=True)
+def _lines(found: Iterable[str]) -> Iterator[jsonl.Line]:
+  return jsonl.read_lines(*found, skip_bom=True)
 
 
 def prepare(found: FoundData, folder: Path) -> DataOptions:
@@ -251,20 +271,21 @@ def parts(text: str, length: int) -> Iterator[str]:
 def heldout_fraction(data: DataOptions) -> float:
   """Returns the fraction of documents to hold out: about 100 of them, at most a tenth.
 
-  Of few documents, more are held out, until both parts have one.
+  Of few documents, more are held out, until both parts have one. The number of documents is
+  estimated if there is much text; see `beginning.read`.
 
   Raises:
     InputError: There are too few documents.
   """
   whole = sources.DocumentSource(data.kind, data.path, field=data.field, heldout_fraction=0.0)
-  count = sum(1 for _ in sources.documents(whole))
+  found = beginning.read(whole)
+  count = round(len(found.documents) * found.scale)
   if count >= 200:
     return round(max(0.002, min(0.1, 100 / count)), 4)
-  documents = list(sources.documents(whole))
   for fraction in (0.1, 0.2, 0.3, 0.5):
     source = dataclasses.replace(whole, heldout_fraction=fraction, split="heldout")
-    held = sum(sources.in_split(document, source) for document in documents)
-    if 0 < held < count:
+    held = sum(sources.in_split(document, source) for document in found.documents)
+    if 0 < held < len(found.documents):
       return fraction
   raise InputError(
     f"--data holds {count} documents that differ, too few to hold one out for evaluation. Add more "

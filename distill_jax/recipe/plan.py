@@ -58,7 +58,7 @@ class Request:
       model_source.check_not_a_run(teacher)
     else:
       student = model_source.full_source("--student", self.student)
-    data = str(Path(self.data).expanduser().absolute())
+    data = data_source.full_path(self.data)
     data = self.data if self.data == "pydoc" and not Path(data).exists() else data
     workdir = self.workdir if "://" in self.workdir else str(Path(self.workdir).absolute())
     return dataclasses.replace(self, teacher=teacher, student=student, data=data, workdir=workdir)

@@ -12,10 +12,9 @@ from distill_jax.data.options import DataOptions
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.models.loading import ModelSource
+from distill_jax.recipe import beginning
 from distill_jax.recipe.model_source import Models
 
-BATCH = 256  # documents tokenized at once
-ENOUGH = 16_000_000  # characters: more data is estimated from this much of it
 SAMPLE = 200  # documents on which two tokenizers are compared
 
 
@@ -52,42 +51,24 @@ class TokenCount:
 
 def count(data: DataOptions, tokenizer: Tokenizer, teacher: ModelSource) -> TokenCount:
   """Counts the tokens of the training split, or of its beginning if there is much of it."""
-  documents, seen = 0, 0
-  lengths: list[int] = []
-  chunks = _lengths(data, tokenizer, teacher)
-  for characters, batch in chunks:
-    lengths += batch
-    seen += characters
-    documents += len(batch)
-    if seen >= ENOUGH:
-      break
-  rest = 0
-  if seen >= ENOUGH:
-    rest = sum(1 for _ in sources.documents(corpus.source_of(data))) - documents
-  return TokenCount(lengths, 1 + max(0, rest) / max(1, documents), data.kind == "chat")
-
-
-def _lengths(
-  data: DataOptions, tokenizer: Tokenizer, teacher: ModelSource
-) -> Iterator[tuple[int, list[int]]]:
-  """Yields (characters, tokens of each document) of some documents at a time."""
+  found = beginning.read(corpus.source_of(data))
   if data.kind == "chat":
-    for chat in _chats(data, tokenizer, teacher):
-      yield 4 * len(chat), [len(chat)]
-    return
-  documents = sources.documents(corpus.source_of(data))
+    lengths = list(_chat_lengths(found.documents, data, tokenizer, teacher))
+    return TokenCount(lengths, found.scale, is_whole=True)
   added = len(tokenizer.begin) + (tokenizer.eos_id is not None)
-  while batch := list(itertools.islice(documents, BATCH)):
-    yield sum(map(len, batch)), [len(ids) + added for ids in tokenizer.encode_batch(batch)]
+  lengths = [len(ids) + added for ids in tokenizer.encode_batch(found.documents)]
+  return TokenCount(lengths, found.scale, is_whole=False)
 
 
-def _chats(data: DataOptions, tokenizer: Tokenizer, teacher: ModelSource) -> Iterator[list[int]]:
-  """Yields the tokens of every chat that can be used, however long."""
+def _chat_lengths(
+  lines: list[str], data: DataOptions, tokenizer: Tokenizer, teacher: ModelSource
+) -> Iterator[int]:
+  """Yields the number of tokens of every chat that can be used, however long."""
   template = corpus.template_of(data, teacher.pretrained)
-  for line in sources.documents(corpus.source_of(data)):
+  for line in lines:
     try:
       messages, tools = chat_dataset.parse(line)
-      yield template.tokens_and_mask(tokenizer, messages, tools)[0]
+      yield len(template.tokens_and_mask(tokenizer, messages, tools)[0])
     except InputError:  # skipped, and counted, when the data is recorded
       continue
 

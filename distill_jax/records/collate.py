@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -100,6 +101,17 @@ def padded_batches(
   for first in range(0, len(examples), rows.size):
     held = (first + rows.held).tolist()
     yield collate([examples[i] if i < len(examples) else padding for i in held], read=read)
+
+
+def streamed_batches(examples: Iterable[dict[str, np.ndarray]], rows: Rows) -> Iterator[Batch]:
+  """Yields this process's rows of batches of packed text, as `padded_batches` does for a sequence.
+
+  Only one batch of the text is in memory.
+  """
+  stream = iter(examples)
+  while taken := list(itertools.islice(stream, rows.size)):
+    padding = {name: np.zeros_like(x) for name, x in taken[0].items()}
+    yield collate([taken[i] if i < len(taken) else padding for i in rows.held.tolist()])
 
 
 def to_device(batch: Tree, rows: Rows) -> Tree:

@@ -8,7 +8,8 @@ from json_lines import write_lines
 
 from distill_jax.data import sources
 from distill_jax.errors import InputError
-from distill_jax.recipe import data_source
+from distill_jax.recipe import beginning, data_source
+from distill_jax.runtime import files
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
@@ -146,3 +147,31 @@ def test_the_held_out_part_is_a_tenth_of_little_and_less_of_much(tmp_path):
   many = write_lines(tmp_path / "many.jsonl", [{"text": str(i)} for i in range(20_000)])
   assert prepared(few, tmp_path)[1].heldout_fraction == 0.1
   assert prepared(many, tmp_path)[1].heldout_fraction == 0.005
+
+
+def test_data_at_a_url_is_recognised_and_read(tmp_path):
+  """A folder of a URL holds what is directly in it; a small file is prepared in the workdir."""
+  lines = [json.dumps({"body": text}) for text in tiny.sentences(60)]
+  files.write("memory://recipe/corpus/a.jsonl", "\n".join(lines[:30]).encode())
+  files.write("memory://recipe/corpus/b.jsonl", "\n".join(lines[30:]).encode())
+  files.write("memory://recipe/corpus/deep/c.jsonl", b"not read")
+  files.write("memory://recipe/notes.txt", "\n".join(tiny.sentences(200)).encode())
+  found, data, texts = prepared("memory://recipe/corpus", tmp_path / "data")
+  assert (data.kind, data.path, data.field) == ("jsonl", "memory://recipe/corpus", "body")
+  assert sorted(texts) == sorted(tiny.sentences(60)) and not found.convert
+  found, data, texts = prepared("memory://recipe/notes.txt", tmp_path / "data")
+  assert data.path == str(tmp_path / "data" / "documents.jsonl")
+  assert "\n".join(sorted(texts)) and "is a text file, cut into parts" in found.sentence
+  with pytest.raises(InputError, match="--data is 'memory://recipe/gone'; expected a text file"):
+    data_source.find("memory://recipe/gone")
+
+
+def test_the_number_of_documents_is_estimated_from_the_beginning(tmp_path, monkeypatch):
+  path = write_lines(tmp_path / "a.jsonl", [{"text": f"{i:06}"} for i in range(4000)])
+  source = sources.DocumentSource("jsonl", str(path), heldout_fraction=0.0)
+  assert len(beginning.read(source).documents) == 4000 and beginning.read(source).scale == 1
+  monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
+  monkeypatch.setattr(beginning, "ENOUGH", 20_000)
+  found = beginning.read(source)
+  assert len(found.documents) < 1500
+  assert len(found.documents) * found.scale == pytest.approx(4000, rel=0.05)

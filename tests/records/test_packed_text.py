@@ -20,7 +20,7 @@ from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError, Preempted
 from distill_jax.records.store import open_store
 from distill_jax.records.writer import Writer
-from distill_jax.runtime import distributed, files
+from distill_jax.runtime import distributed, files, storage
 
 SCRIPT = Path(packing_runs.__file__)
 
@@ -257,3 +257,34 @@ def test_workers_read_text_files_from_an_object_store(tmp_path, object_store):
   run(made(tmp_path, tmp_path / "texts", kind="text"), tmp_path / "local")
   run(made(tmp_path, f"{object_store.url}/texts", kind="text"), tmp_path / "packed", workers=2)
   assert store_bytes(tmp_path / "packed") == store_bytes(tmp_path / "local")
+
+
+def test_a_store_at_a_url_is_continued_by_another_machine(whole, tmp_path, s3, monkeypatch):
+  _, path, want = whole
+  c = made(tmp_path, path)
+
+  def on_machine(name):
+    monkeypatch.setenv("DISTILL_JAX_CACHE", str(tmp_path / name))
+    with storage.Synced(f"{s3.url}/packed") as folder:
+      return run(c, folder)
+
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="stopped"):
+    stopped_after(3, patch)
+    on_machine("first")
+  done = on_machine("second")
+  assert done["packed_now"] == done["sequences"] - 3 * SHARD
+  found = {name: files.read(f"{s3.url}/packed/{name}") for name in want}
+  assert found == want
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+  """Ten times as many documents take as much memory, also when record's rows are opened."""
+  tests = SCRIPT.parent
+  env = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}"}
+  peaks = []
+  for documents in (20_000, 200_000):
+    command = [sys.executable, SCRIPT, tmp_path / str(documents), documents]
+    done = subprocess.run([str(x) for x in command], env=env, check=True, capture_output=True)
+    peaks.append(int(done.stdout))
+  assert peaks[1] < 1.1 * peaks[0], peaks

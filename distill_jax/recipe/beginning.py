@@ -1,0 +1,45 @@
+"""The beginning of a corpus, from which the size of the whole corpus is estimated."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from distill_jax.data import sources
+from distill_jax.data.sources import DocumentSource
+
+ENOUGH = 16_000_000  # bytes
+
+
+class Beginning(NamedTuple):
+  """The documents at the beginning of a corpus.
+
+  Attributes:
+    documents: The documents of the source's split.
+    scale: The number of all documents per document that was read; 1 if all of them were.
+  """
+
+  documents: list[str]
+  scale: float
+
+
+def read(source: DocumentSource) -> Beginning:
+  """Reads the first ENOUGH bytes of a source.
+
+  Raises:
+    InputError: A document cannot be read, or all of the source was read and has no document.
+  """
+  sizes: dict[str, int] = {}
+  if source.kind in sources.SUFFIXES:
+    sizes = {path: found.size for path, found in sources.find(source).items()}
+  documents, seen, done = [], 0, 0
+  for block in sources.blocks(source):
+    content = list(block.read(source.kind))
+    for document in sources.parse(block, content, source):
+      seen += 1
+      if document.in_split:
+        documents.append(document.text)
+    done += sum(map(len, content))
+    if documents and done >= ENOUGH and sizes:
+      return Beginning(documents, max(1.0, sum(sizes.values()) / done))
+  sources.check_counts(source, seen, len(documents))
+  return Beginning(documents, 1.0)
