@@ -27,7 +27,7 @@ from distill_jax.runtime import checkpoint, distributed, saved_arrays, storage
 
 verb, run, target, flag = sys.argv[1:]
 distributed.initialize(flag)
-workdir = storage.mirror(run)
+workdir = storage.run_folder(run)
 init = lambda: llama.Model(CONFIG, jax.random.key(0))
 if verb == "save":
   with checkpoint.manager(workdir) as saves:

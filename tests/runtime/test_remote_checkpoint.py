@@ -10,7 +10,7 @@ import jax, jax.numpy as jnp
 from distill_jax.runtime import checkpoint, storage
 from distill_jax.errors import InputError
 
-workdir = storage.mirror(sys.argv[1])
+workdir = storage.run_folder(sys.argv[1])
 state = {"a": jnp.arange(100_000.0), "b": jnp.ones((3, 4))}
 if sys.argv[2] == "save":
   with checkpoint.manager(workdir) as saves:
