@@ -6,6 +6,7 @@ from pathlib import Path
 
 import fsspec
 import jax
+import mesh_worker
 import numpy as np
 import pytest
 import tiny
@@ -180,6 +181,39 @@ def test_an_interrupted_run_continues_from_any_point(whole, tmp_path, monkeypatc
   for i in range(len(whole_store)):
     for name, values in whole_store[i].items():
       np.testing.assert_array_equal(store[i][name], values, name)
+
+
+@pytest.mark.slow
+def test_two_processes_continue_the_run_of_one(tmp_path, monkeypatch):
+  """Two processes find out from the first which samples are missing, and it alone writes."""
+  c = made(tmp_path)
+  c.mesh.fsdp, c.mesh.data = 2, 1
+  jobs = {}
+  for n in (1, 2):
+    c.generate.records_dir = str(tmp_path / f"records{n}")
+    jobs[n] = [("generate", tmp_path / f"run{n}", config.resolve(c))]
+  mesh_worker.run(jobs[1], tmp_path / "one.json", 1, 2)
+  add = SampleJournal.add
+
+  def some(self, finished):
+    add(self, finished)
+    if self.counts.samples >= 4:
+      raise Killed
+
+  monkeypatch.setattr(local_writer, "WRITE_EVERY_S", 0.0)
+  with monkeypatch.context() as stopped, pytest.raises(Killed):
+    stopped.setattr(SampleJournal, "add", some)
+    c.mesh.data = 2
+    run(c, tmp_path / "run2")
+  mesh_worker.run(jobs[2], tmp_path / "two.json", 2, 1)
+  one, two = (tmp_path / f"run{n}" / "samples/00000.jsonl" for n in (1, 2))
+  assert [json.loads(x)["text"] for x in one.read_text().splitlines()] == [
+    json.loads(x)["text"] for x in two.read_text().splitlines()
+  ]
+  one, two = (open_store(tmp_path / f"records{n}") for n in (1, 2))
+  assert len(one) == len(two) > 4
+  for i in range(len(one)):
+    np.testing.assert_array_equal(one[i]["tokens_T"], two[i]["tokens_T"])
 
 
 def test_a_run_and_its_store_at_urls_continue_on_another_machine(whole, tmp_path, monkeypatch, s3):
