@@ -111,7 +111,7 @@ def serve(port: Any, asked: Any, size: int) -> None:
 
 
 class Servers:
-  """Two stand-in servers in processes of their own; a context manager."""
+  """Two stand-in servers in separate processes; a context manager."""
 
   def __init__(self, size: int):
     self.asked = multiprocessing.Value("q", 0)
