@@ -185,15 +185,16 @@ class Rig:
       json.loads(line) for line in self.fs.cat_file(f"{root}/student/metrics.jsonl").splitlines()
     ]
     return {
-      "records": self._hashes(f"{out}/records", (".array_record", ".index")),
+      "records": self.hashes(f"{out}/records", (".array_record", ".index")),
       "losses": [{k: v for k, v in row.items() if k not in CLOCK} for row in rows],
       "evaluation": json.loads(
         self.fs.cat_file(f"{root}/evaluation/evaluation.json").replace(root.encode(), b"OUT")
       ),
-      "exported": self._hashes(f"{out}/export", (".safetensors",)),
+      "exported": self.hashes(f"{out}/export", (".safetensors",)),
     }
 
-  def _hashes(self, folder: str, endings: tuple[str, ...]) -> dict[str, str]:
+  def hashes(self, folder: str, endings: tuple[str, ...]) -> dict[str, str]:
+    """Returns the sha256 of the files below a folder with one of these endings, by name."""
     paths = [path for path in self._find(folder) if path.endswith(endings)]
     return {
       path.rpartition("/")[2]: hashlib.sha256(self.fs.cat_file(path)).hexdigest() for path in paths
@@ -274,6 +275,12 @@ def main() -> None:
     chain(rig, url, f"{url}/one", None)
     chain(rig, url, f"{url}/pod", Limits())
     expected, found = rig.digests(f"{url}/one"), rig.digests(f"{url}/pod")
+    for name in expected:
+      if found[name] != expected[name]:
+        print(
+          f"{name} of one process: {expected[name]}\n{name} of the pod: {found[name]}",
+          file=sys.stderr,
+        )
     result: dict[str, Any] = {
       "store": args.store,
       "axis": args.axis,
