@@ -24,7 +24,7 @@ def student(family, name, shape, fsdp, peak_lr):
     peak_lr: the peak learning rate.
   """
   c = config.base()
-  for model in (c.student, c.teacher):  # `record` uses the teacher's tokenizer and chat template
+  for model in (c.student, c.teacher):  # `pack` uses the teacher's tokenizer and chat template
     model.source, model.shape, model.family = f"hub:{name}", shape, family
     model.dtype, model.remat = "bfloat16", "full"
   c.mesh.data, c.mesh.fsdp = -1, fsdp

@@ -1,7 +1,8 @@
 """Records the outputs of DeepSeek-R1 671B on a corpus, with 63 samples per token.
 
   distill-jax preflight --config=configs/r1_record.py --topology=v5p:4x4x4 --verb=record
-  distill-jax record    --config=configs/r1_record.py --workdir=records
+  distill-jax pack      --config=configs/r1_record.py --workdir=packed    # on CPUs
+  distill-jax record    --config=configs/r1_record.py --workdir=records --config.data.packed=packed
 
 With configs/r1_record.py:32768 the sequences have 32,768 tokens. The corpus has 4.3 billion tokens.
 Weights are in bfloat16. Experts, heads and vocabulary are split over 4 chips, and parameters over

@@ -4,7 +4,7 @@
   distill-jax preflight --config=$C --topology=v5p:4x4x4
   distill-jax generate  --config=$C --workdir=runs/r1_sft/generated   # R1 on a vLLM server
   distill-jax filter    --config=$C --workdir=runs/r1_sft/filtered
-  distill-jax record    --config=$C --workdir=records                 # packs text, without teacher
+  distill-jax pack      --config=$C --workdir=records                 # on CPUs, without teacher
   distill-jax train     --config=$C --workdir=runs/r1_sft_qwen_32b
 
 Estimates of preflight for a step on v5p:4x4x4, 64 sequences of 32,768 tokens (one per device):

@@ -13,7 +13,7 @@ from distill_jax.data.sources import DocumentSource
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.pretrained import Pretrained
-from distill_jax.runtime import json_io
+from distill_jax.runtime import files, json_io
 from distill_jax.tasks._base import Task
 from distill_jax.types import JsonObject
 
@@ -57,7 +57,7 @@ class JsonlTask(Task):
   """A task whose examples are lines of JSON."""
 
   path: str = ""
-  """A .jsonl file, or a folder of .jsonl files."""
+  """A .jsonl file, or a folder of .jsonl files, as a path or URL (of texts only)."""
   heldout_fraction: float = 0.1
   """Fraction of the examples that is held out, chosen by a hash of each example."""
   tokenizer: str = ""
@@ -141,6 +141,9 @@ def read_media(
     list_media: Returns the media files of a folder, in order.
     bad: Policy for lines that are not JSON.
   """
+  if files.is_remote(source.path):
+    expected = "a local path, because images and sounds are not read from URLs"
+    raise bad_value("path", source.path, expected, "Copy the data to a disk")
   path = Path(source.path)
   if path.is_dir():
     for file in list_media(path):

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import packing_runs
 import pytest
@@ -18,6 +20,7 @@ from distill_jax.commands import record
 from distill_jax.data import block_tokenizer, corpus, sources
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError, Preempted
+from distill_jax.records import collate
 from distill_jax.records.store import open_store
 from distill_jax.records.writer import Writer
 from distill_jax.runtime import distributed, files, storage
@@ -288,3 +291,15 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     done = subprocess.run([str(x) for x in command], env=env, check=True, capture_output=True)
     peaks.append(int(done.stdout))
   assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+def test_held_out_text_is_batched_without_holding_it(whole):
+  """The batches are those of all rows at once, and only one batch has been read."""
+  store = open_store(whole[0] / "packed")
+  all_rows, rows = store.read_many(range(10)), SimpleNamespace(size=4, held=np.array([1, 2]))
+  read = []
+  stream = collate.streamed_batches((read.append(row) or row for row in all_rows), rows)
+  for n, want in enumerate(collate.padded_batches(all_rows, rows), 1):
+    got = next(stream)
+    assert len(read) == min(4 * n, 10)
+    assert jax.tree.all(jax.tree.map(np.array_equal, got, want))

@@ -11,10 +11,12 @@ from tokenizers import Tokenizer
 from distill_jax import config
 from distill_jax.commands import evaluate, export
 from distill_jax.data import image_files
+from distill_jax.data.sources import DocumentSource
 from distill_jax.errors import InputError
 from distill_jax.evals import retrieval
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.tasks import dataset
+from distill_jax.tasks._jsonl_task import BadExamples, read_media
 from distill_jax.training import loop, validate
 from distill_jax.training import stores as training_stores
 
@@ -146,3 +148,9 @@ def test_what_does_not_fit_is_refused(c):
   c.student.family = "bert"
   c.student.changes = {}
   refused("image_text needs a model of images and texts.*of the family bert")
+
+
+def test_images_at_a_url_are_refused():
+  source = DocumentSource("jsonl", "gs://bucket/pairs.jsonl")
+  with pytest.raises(InputError, match="path is 'gs://bucket/pairs.jsonl'; expected a local path"):
+    next(read_media(source, "image", list, BadExamples("image_text_pairs", "stop")))
