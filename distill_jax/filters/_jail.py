@@ -2,14 +2,17 @@
 
 Its argument is a JSON object with the fields of code.Filter and:
   folder: The working folder of the program.
+  python, visible: The interpreter, and the paths that the program may read; see code.visible.
+  links: Symbolic links that it needs outside of these folders, as pairs (path, target).
   runner: The source of the program, which is _runner.py.
   fds: Two file descriptors. The program reads its job from the first and writes its report to the
     second.
 
 The script has two processes. The outer process creates the namespaces and waits. The inner process
-is PID 1 of a new PID namespace, so killing it kills every descendant. It has no network, no devices
-except DEVICES, a read-only file system except for a tmpfs, a seccomp filter, and no capability
-except CAP_DAC_READ_SEARCH. Then it execs the program.
+is PID 1 of a new PID namespace, so killing it kills every descendant. It has no network, a seccomp
+filter, no capabilities, and a file system of its own: a tmpfs with the folder of the program,
+DEVICES, and what `visible` names, read-only. So it sees no files of other users, not even their
+names, whoever starts the script. Then it execs the program.
 
 The outer process exits with 125 if the sandbox cannot be created, 124 if the program exceeded its
 CPU time, and 1 if the program was killed for another reason.
@@ -33,15 +36,14 @@ CLONE = {
   "NEWNET": 0x40000000,
 }
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 0x4000, 0x40000
-MS_BIND = 0x1000
+MS_BIND, MNT_DETACH = 0x1000, 2
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
+PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
-PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 8, 38, 47
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 PR_SET_SECCOMP, AF_UNIX, EACCES, IO_URING_SETUP = 22, 1, 13, 425
 # Machine: (AUDIT_ARCH, number of the system call socket, number of the system call shmget).
 ARCHITECTURES = {"x86_64": (0xC000003E, 41, 29), "aarch64": (0xC00000B7, 198, 194)}
-CAP_VERSION, CAP_DAC_READ_SEARCH = 0x20080522, 2
-COVERED = ("/proc", "/run")  # hidden, since they show other processes and the sockets of services
 DEVICES = ("/dev/null", "/dev/urandom")  # the only devices that can be opened
 NOBODY = 65534
 
@@ -94,18 +96,35 @@ def set_mount(path, flags, attributes, cleared=0):
   call("syscall", ctypes.c_long(MOUNT_SETATTR), AT_FDCWD, path.encode(), flags, mount_attr, 32)
 
 
-def restrict_files(folder, disk):
-  """Makes all files read-only, hides COVERED and the devices, and mounts a tmpfs on `folder`."""
+def restrict_files(job):
+  """Makes a file system with what the program may read, and makes it the root.
+
+  It is mounted over the folder of the program, whose place in the new root is the same.
+  """
   call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
-  for path in DEVICES:
-    call("mount", path.encode(), path.encode(), None, MS_BIND, None)
-  set_mount("/", AT_RECURSIVE, ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV)
-  for path in DEVICES:
-    set_mount(path, 0, 0, ATTR_NODEV)
-  for path in COVERED:
+  root = job["folder"]
+  mount_tmpfs(root, b"size=1m,mode=0755", 0)
+  for path, target in job["links"]:
+    Path(root + path).parent.mkdir(parents=True, exist_ok=True)
+    Path(root + path).symlink_to(target)
+  for path in [*job["visible"], *DEVICES]:
+    place = Path(root + path)
     if Path(path).is_dir():
-      mount_tmpfs(path, b"size=4k,mode=0555", MS_RDONLY | MS_NOEXEC)
-  mount_tmpfs(folder, f"size={disk},nr_inodes=1000,mode=0777".encode(), 0)
+      place.mkdir(parents=True, exist_ok=True)
+    else:
+      place.parent.mkdir(parents=True, exist_ok=True)
+      place.touch()
+    call("mount", os.fsencode(path), os.fsencode(place), None, MS_BIND | MS_REC, None)
+  Path(root + root).mkdir(parents=True, exist_ok=True)
+  set_mount(root, AT_RECURSIVE, ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV)
+  for path in DEVICES:
+    set_mount(root + path, 0, 0, ATTR_NODEV)
+  options = f"size={job['disk']},nr_inodes=1000,mode=0777"
+  mount_tmpfs(root + root, options.encode(), 0)
+  os.chdir(root)
+  call("syscall", ctypes.c_long(PIVOT_ROOT[platform.machine()]), b".", b".")
+  call("umount2", b".", MNT_DETACH)  # the old root, which is mounted over the new one
+  os.chdir("/")
 
 
 def set_limits(job, extra):
@@ -129,17 +148,10 @@ def set_limits(job, extra):
 
 
 def become_user(user):
-  """Changes from root to a dedicated user, since the kernel does not limit root's processes.
-
-  CAP_DAC_READ_SEARCH is kept, because Python may be installed where only root can read.
-  """
-  call("prctl", PR_SET_KEEPCAPS, 1, 0, 0, 0)
+  """Changes from root to a dedicated user, since the kernel does not limit root's processes."""
   os.setgroups([])
   os.setresgid(user, user, user)
   os.setresuid(user, user, user)
-  bit = 1 << CAP_DAC_READ_SEARCH
-  call("capset", (ctypes.c_uint32 * 2)(CAP_VERSION, 0), (ctypes.c_uint32 * 6)(bit, bit, bit))
-  call("prctl", PR_CAP_AMBIENT, 2, CAP_DAC_READ_SEARCH, 0, 0)  # 2: raise, so that exec keeps it
 
 
 def install_seccomp():
@@ -199,7 +211,7 @@ def install_seccomp():
 def exec_program(job, root):
   """Restricts the inner process and replaces it with the program."""
   if job["isolated"]:
-    restrict_files(job["folder"], job["disk"])
+    restrict_files(job)
   os.chdir(job["folder"])
   null = os.open("/dev/null", os.O_RDWR)
   os.dup2(null, 1)

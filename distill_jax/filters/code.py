@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from distill_jax.types import JsonObject
 
 JAIL, RUNNER = (Path(__file__).with_name(name) for name in ("_jail.py", "_runner.py"))
 FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/alternatives", "/etc/ld.so.cache")
 MAX_REPORT = 4096  # maximum length of a program's report, in bytes
 ENV = {
   "PATH": "/usr/bin:/bin",
@@ -62,8 +64,9 @@ class Filter(SampleFilter):
   """Maximum size of the files that one program writes, in bytes. They are kept in memory and
   deleted with the program."""
   isolated: bool = True
-  """True to run programs in Linux namespaces, without network, files or processes other than their
-  own; some machines do not permit this. False to limit only time, memory and file sizes, for
+  """True to run programs in Linux namespaces, as a user without rights, without network and
+  processes other than their own, and with no files but their own, Python's and /usr; some machines
+  do not permit this. False to limit only time, memory and file sizes, for
   programs that you trust."""
   python: str = ""
   """Python interpreter for the programs. "": the running one."""
@@ -123,7 +126,7 @@ class Filter(SampleFilter):
           "folder": folder,
           "fds": [job_file.fileno(), report_to],
         }
-        limits |= {"python": self.python or sys.executable, "runner": RUNNER.read_text()}
+        limits |= {"runner": RUNNER.read_text(), **visible(self.python or sys.executable)}
         try:
           ended = self._jail(limits, job_file.fileno(), report_to)
         finally:
@@ -171,6 +174,49 @@ class Filter(SampleFilter):
     if process.returncode == 124:
       return f"timeout: {self.cpu_seconds} s of CPU time"
     return "killed" if process.returncode else ""
+
+
+@functools.cache
+def visible(python: str) -> JsonObject:
+  """Returns what a program may read: SYSTEM, and the folders in which its Python is installed.
+
+  Args:
+    python: The command of the interpreter.
+
+  Returns:
+    `python`, the path of the interpreter; `visible`, the paths that may be read; and `links`, the
+    symbolic links that lead to them, as pairs (path, target).
+
+  Raises:
+    InputError: The interpreter does not run.
+  """
+  script = "import json, sys; print(json.dumps([sys.executable, sys.prefix, sys.base_prefix]))"
+  try:
+    found = subprocess.run([python, "-I", "-c", script], env=ENV, capture_output=True, check=True)
+  except (OSError, subprocess.CalledProcessError) as e:
+    raise bad_value("python", python, "a Python interpreter that runs", "Correct the path") from e
+  executable, *prefixes = json.loads(found.stdout)
+  links: dict[str, str] = {}
+  places = {_follow(path, links) for path in (*SYSTEM, *prefixes)}
+  places = {place for place in places if Path(place).exists() and place != "/"}
+  _follow(executable, links)
+  outer = [p for p in places if not any(p.startswith(f"{other}/") for other in places)]
+  inside = tuple(f"{place}/" for place in outer)
+  needed = [(path, target) for path, target in links.items() if not path.startswith(inside)]
+  return {"python": executable, "visible": sorted(outer), "links": sorted(needed)}
+
+
+def _follow(path: str, links: dict[str, str]) -> str:
+  """Returns a path without symbolic links; adds the links that it meets, with their targets."""
+  place, parts = Path("/"), [*Path(path).parts]
+  while parts:
+    part, *parts = parts
+    place = place.parent if part == ".." else place / part
+    if place.is_symlink():
+      target = place.readlink()
+      links[str(place)] = str(target)
+      place, parts = place.parent, [*target.parts, *parts]
+  return str(place)
 
 
 def program(prompt: Any, text: str, entry: str) -> str:

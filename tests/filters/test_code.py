@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import venv
 from collections import Counter
 from pathlib import Path
 
@@ -52,7 +53,7 @@ PROGRAMS = {  # body of f: the reason why it is rejected
   "import os\n  while os.fork() or True: pass": "raised",
   "import os; os.fork() or (os.setsid(), __import__('time').sleep(60)); return x * x": None,
   "import os; os.kill(-1, 9); return x * x": "raised",
-  "import os; return x * x + len(os.listdir('/proc'))": None,
+  "import os; return x * x + len(os.listdir('/proc'))": "raised",
   "return f(x)": "raised",
   "import ctypes; ctypes.string_at(0)": "killed",
   "import os; [os.write(fd, b'x' * 40000) for fd in range(3, 9)]; return 0": "raised",
@@ -125,6 +126,50 @@ def _parent(stat):
     return -1
 
 
+def read_by_a_program(body, python=sys.executable):
+  """Returns what a program's function f returns, as text."""
+  test = "def check(f):\n  raise type(str(f()), (Exception,), {})"
+  reason = code.Filter(**LIMITS, python=python).run(f"def f():\n  {body}", test, "f")
+  return reason.removeprefix("raised: ")
+
+
+@needs_namespaces
+def test_a_program_reads_no_file_of_this_machine_even_if_root_starts_it(tmp_path, monkeypatch):
+  """Not those of root, of another user, of the system, and not the environment of its parents."""
+  monkeypatch.setenv("HF_TOKEN", "secret-of-the-environment")
+  secret, readable = tmp_path / "secret", tmp_path / "readable"
+  for path, mode in ((secret, 0o600), (readable, 0o666)):
+    path.write_text("secret")
+    path.chmod(mode)
+  home = Path("~").expanduser() / ".distill-jax-test-secret"
+  home.write_text("secret")
+  paths = [secret, readable, home, "/etc/shadow", "/etc/passwd", "/proc/1/environ", __file__]
+  try:
+    for path in paths:
+      assert read_by_a_program(f"return open({str(path)!r}).read()") == "FileNotFoundError", path
+  finally:
+    home.unlink()
+  assert "secret" not in read_by_a_program("import os; return dict(os.environ)")
+  listed = read_by_a_program("import os; return sorted(os.listdir('/tmp'))")
+  names = {path.name for path in Path("/tmp").iterdir()}
+  assert {name for name in names if f"'{name}'" in listed} == names & {*sys.prefix.split("/")}
+  assert int(read_by_a_program("import os; return os.getuid()")) > 2**15
+  for call in ("os.setuid(0)", "os.chroot('/usr')", "os.mknod('x', 0o20666, 259)"):
+    assert read_by_a_program(f"import os; return {call}") == "PermissionError"
+
+
+@needs_namespaces
+def test_a_python_behind_links_in_a_closed_folder_runs(tmp_path):
+  closed = tmp_path / "closed"
+  venv.create(closed / "real", symlinks=True)
+  (closed / "link").symlink_to("real")
+  closed.chmod(0o700)
+  python = str(closed / "link/bin/python")
+  assert read_by_a_program("import sys; return sys.prefix", python) == str(closed / "link")
+  with pytest.raises(InputError, match="python is '/no/python'; expected a Python interpreter"):
+    code.Filter(python="/no/python").run("", TEST, "f")
+
+
 @needs_namespaces
 def test_programs_as_models_write_them():
   begin = "from typing import List\n\n\ndef f(x: int) -> int:\n  '''Squares.'''\n"
@@ -178,9 +223,11 @@ def test_the_sandbox_of_a_user_who_is_not_root(tmp_path):
     text=True,
     cwd=Path(__file__).parents[2],
   )
-  assert done.stdout.split("\n")[:3] == ["None", "raised: OSError", "raised: ProcessLookupError"], (
-    done.stderr
-  )
+  assert done.stdout.split("\n")[:3] == [
+    "None",
+    "raised: FileNotFoundError",
+    "raised: ProcessLookupError",
+  ], done.stderr
   assert not (tmp_path / "x").exists()
 
 
