@@ -155,9 +155,13 @@ def run(argv: list[str]) -> JsonObject:
   if not flags.WORKDIR.value:
     raise InputError("--workdir is missing. Name the folder of the run, e.g. --workdir=runs/demo.")
   distributed.initialize(flags.DISTRIBUTED.value)
-  path = flags.WORKDIR.value
+  path, part = flags.WORKDIR.value, command.part(config) if "part" in vars(command) else ""
   compile_cache.use(path)
-  with claimed(path), storage.Synced(path) as folder, Workdir(folder, config) as workdir:
+  with (
+    claimed(path, part),
+    storage.Synced(path, part) as folder,
+    Workdir(folder, config, part) as workdir,
+  ):
     return command.run(config, workdir)
 
 

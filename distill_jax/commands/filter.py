@@ -55,13 +55,18 @@ def run(config: Config, folder: Path) -> JsonObject:
       "it without --distributed; to use several machines, give each a share of the segments, e.g. "
       "--config.filter.slice=0/16."
     )
-  root = storage.remote_of(folder) or str(folder)
+  root = storage.location(folder)
   samples = config.filter.samples or root
   for name in pipeline.OUTPUTS:
     if f"{samples.rstrip('/')}/".startswith(f"{files.join(root, name)}/"):
       expected = "samples that this command does not replace"
       raise bad_value("filter.samples", samples, expected, "Choose another --workdir")
   return pipeline.Run(filters, config.filter, samples, folder, root)()
+
+
+def part(config: Config) -> str:
+  """Returns the part of the work of a call; calls of other parts may run at the same time."""
+  return f"-{config.filter.slice.replace('/', '-')}" if config.filter.slice else ""
 
 
 def _ordered(config: Config) -> dict[str, Filter | ComparingFilter]:

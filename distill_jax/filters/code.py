@@ -27,7 +27,6 @@ from typing import Any
 from distill_jax.errors import InputError, bad_value
 from distill_jax.filters._base import SampleFilter
 from distill_jax.filters.samples import Sample, Unjudgeable, answer_part, text_field
-from distill_jax.types import JsonObject
 
 JAIL, RUNNER = (Path(__file__).with_name(name) for name in ("_jail.py", "_runner.py"))
 FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
@@ -143,7 +142,7 @@ class Filter(SampleFilter):
       return f"timeout: {self.cpu_seconds} s of CPU time"
     return ended or _reason(report)
 
-  def _jail(self, limits: JsonObject, *fds: int) -> str:
+  def _jail(self, limits: dict[str, Any], *fds: int) -> str:
     """Runs the sandbox until the program ends or is killed.
 
     Returns:
@@ -177,7 +176,7 @@ class Filter(SampleFilter):
 
 
 @functools.cache
-def visible(python: str) -> JsonObject:
+def visible(python: str) -> dict[str, Any]:
   """Returns what a program may read: SYSTEM, and the folders in which its Python is installed.
 
   Args:

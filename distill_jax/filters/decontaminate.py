@@ -14,7 +14,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from distill_jax.errors import InputError, bad_value
 from distill_jax.filters._base import SampleFilter
 from distill_jax.filters._ngrams import run_hashes, word_hashes
 from distill_jax.filters.samples import Sample, prompt_text
-from distill_jax.runtime import json_io
+from distill_jax.runtime import files, json_io
 
 MIN_WORDS = 8
 WORD = re.compile(r"\w+")
@@ -35,7 +35,7 @@ class Filter(SampleFilter):
   """Rejects samples that share a run of words with an evaluation set."""
 
   against: tuple[str, ...] = ()
-  """Evaluation sets: .jsonl files with one example per line."""
+  """Evaluation sets: .jsonl files with one example per line, by path or URL."""
   fields: tuple[str, ...] = ()
   """Fields of the examples to compare with. (): all their text."""
   ngram: int = 13
@@ -68,15 +68,15 @@ class Filter(SampleFilter):
       )
     runs = Runs()
     for path in self.against:
-      self._add(Path(path), runs)
+      self._add(path, runs)
     return runs
 
-  def _add(self, path: Path, runs: Runs) -> None:
-    if not path.is_file():
+  def _add(self, path: str, runs: Runs) -> None:
+    if files.info(path) is None:
       raise bad_value("against", path, "an existing file", "Name a .jsonl file")
     examples = short = 0
     for line in jsonl.read_lines(path, skip_bom=True):
-      where = f"{path.stem}, line {line.number}"
+      where = f"{PurePosixPath(path).stem}, line {line.number}"
       for text in self._texts(line):
         text_words = words(text)
         examples, short = examples + 1, short + (len(text_words) < MIN_WORDS)

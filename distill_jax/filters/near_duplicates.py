@@ -9,7 +9,8 @@ compared with probability 1 - (1 - s^ROWS)^BANDS: 0.95 at s = 0.8, and 0.9998 at
 
 Memory: a signature is 512 bytes, in a file. Finding the texts to compare takes 24 bytes per text
 while one band is sorted, and 12 bytes for each band of a text that agrees with another text; most
-texts agree with none. So 8 million texts take a file of 4 GB and about 200 MB of memory.
+texts agree with none. If a tenth are near-duplicates, that is 107 bytes per text
+(tools/bench/filter.py), or 0.9 GB for 8 million texts, whose signatures take 4 GB of disk.
 
 Axes: N, the texts; S, the n-grams of a text; P, the permutations; E, pairs of a text and a band.
 """

@@ -29,15 +29,19 @@ PATIENCE = 10.0  # seconds in which a file must be seen by other hosts
 
 
 @contextlib.contextmanager
-def claimed(workdir: str | os.PathLike[str]) -> Iterator[None]:
+def claimed(workdir: str | os.PathLike[str], part: str = "") -> Iterator[None]:
   """A context manager in which this run alone writes a workdir. All processes must use it.
+
+  Args:
+    workdir: The folder, a path or URL.
+    part: The part of the work of this run, for runs of different parts in one workdir.
 
   Raises:
     InputError: Not all processes see the folder, it cannot be written, or another run uses it.
     Unavailable: Another run has just ended there.
   """
   _check_shared(str(workdir))
-  lease = _Lease(str(workdir).rstrip("/"))
+  lease = _Lease(str(workdir).rstrip("/"), part)
   if not files.is_remote(workdir):
     yield
     return
@@ -87,8 +91,9 @@ def _sees(file: str) -> bool:
 class _Lease:
   """The lease of a run at a URL."""
 
-  def __init__(self, url: str):
-    self._url, self._file, self._run = url, files.join(url, LEASE), uuid.uuid4().hex
+  def __init__(self, url: str, part: str):
+    self._url, self._run = url, uuid.uuid4().hex
+    self._file = files.join(url, LEASE + part)
     self._beats, self._ended = 0, threading.Event()
     self._thread = threading.Thread(target=self._beat_regularly, daemon=True)
 

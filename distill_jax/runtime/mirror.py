@@ -46,6 +46,9 @@ ELSEWHERE = (
   "features.json",
   "dataset_info.json",
   "packing*",
+  "verdicts",  # these three: filters/pipeline.py
+  "kept",
+  "rejected",
 )
 SMALL = 2**20  # size in bytes of the files that are copied at the start, exclusive
 PUBLISH_EVERY = 30.0  # seconds between copies of a folder in use
@@ -60,12 +63,17 @@ class Synced:
   On exit all files are published, also after an exception. After `retries.RETRY_SECONDS` in which
   publishing fails, all processes stop at their next step.
 
+  Args:
+    path: The folder, a path or URL.
+    part: The part of the work of this run, for runs of different parts in one folder.
+
   Raises:
     InputError: The URL cannot be read or written, or a command of this machine uses it.
     Unavailable: The URL cannot be read, or on exit: written, for `retries.RETRY_SECONDS`.
   """
 
-  def __init__(self, path: str | os.PathLike[str]):
+  def __init__(self, path: str | os.PathLike[str], part: str = ""):
+    self._part = part
     self._path, self.url = path, str(path).rstrip("/")
     self._published: dict[str, Version | None] = {}  # None: handed over, and not in the mirror
     self._due: dict[str, float] = {}  # when a file may be copied again
@@ -79,7 +87,7 @@ class Synced:
       return Path(self._path)
     import jax
 
-    self.folder = folder_of(self.url, jax.process_index())
+    self.folder = folder_of(self.url, f"{jax.process_index()}{self._part}")
     self._lock = _lock(self.folder, self.url)
     try:
       shutil.rmtree(self.folder, ignore_errors=True)
@@ -191,7 +199,7 @@ def abandon(url: str) -> None:
       synced.is_abandoned = True
 
 
-def folder_of(url: str, process: int) -> Path:
+def folder_of(url: str, process: str) -> Path:
   """Returns the folder of a process of this host; the cache may be shared by hosts."""
   cache = Path(os.environ.get("DISTILL_JAX_CACHE", "~/.cache/distill_jax")).expanduser().absolute()
   name = f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -12,7 +13,7 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from distill_jax import config as configs
 from distill_jax.errors import InputError
@@ -21,7 +22,7 @@ from distill_jax.runtime.json_io import read_object, write_json
 from distill_jax.types import JsonObject
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
-OWN_FILES = {".lock", "config.json", "versions.json", ".jax_cache"}
+OWN_FILES = {"config.json", "versions.json", ".jax_cache"}
 DAMAGED = "Restore the file, or choose another --workdir"
 # Sections and keys that may change between calls, because they do not affect the results.
 MAY_CHANGE = (
@@ -54,17 +55,19 @@ class Workdir:
   Args:
     path: The folder, which is created if it does not exist.
     config: The config of the run.
+    part: The part of the work of this run: runs of different parts share the folder, as long as no
+      run of the whole uses it.
 
   Raises:
     InputError: Another run holds the lock, or the folder holds a run with another config.
   """
 
-  def __init__(self, path: str | Path, config: configs.Config):
-    self.path = Path(path)
+  def __init__(self, path: str | Path, config: configs.Config, part: str = ""):
+    self.path, self._part = Path(path), part
     self.config = json.loads(json.dumps(configs.to_dict(config)))  # as in the file
 
   def __enter__(self) -> Path:
-    self._lock: IO[str] | None = None
+    self._locks: contextlib.ExitStack | None = None
     self._before: set[str] | None = None  # the files in a folder that held no run
     distributed.run_on_process_0(self._take)
     storage.share(self.path / "config.json")
@@ -72,38 +75,43 @@ class Workdir:
 
   def _take(self) -> None:
     self.path.mkdir(parents=True, exist_ok=True)
-    self._lock = (self.path / ".lock").open("a+")
+    locks = contextlib.ExitStack()
+    with locks:
+      if self._part:
+        self._locked(locks, ".lock", fcntl.LOCK_SH)
+      self._locked(locks, f".lock{self._part}", fcntl.LOCK_EX)
+      self._check()
+      self._locks = locks.pop_all()
+    write_json(self.path / "versions.json", versions())
+
+  def _locked(self, locks: contextlib.ExitStack, name: str, mode: int) -> None:
+    """Locks a file until `locks` is closed, and writes this process into it."""
+    lock = locks.enter_context((self.path / name).open("a+"))
     try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(lock, mode | fcntl.LOCK_NB)
     except BlockingIOError:
-      self._lock.seek(0)
-      holder = self._lock.read().strip() or "unknown"
-      self._lock.close()
+      lock.seek(0)
+      holder = lock.read().strip() or "unknown"
       raise InputError(
         f"{self.path} is in use by another process (pid {holder}). Wait for it, or choose another "
         "--workdir."
       ) from None
-    try:
-      self._check()
-    except BaseException:
-      self._lock.close()
-      raise
-    self._lock.truncate(0)
-    self._lock.write(str(os.getpid()))
-    self._lock.flush()
-    write_json(self.path / "versions.json", versions())
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    if self._lock is None:
+    if self._locks is None:
       return
     if kind is not None and issubclass(kind, InputError) and self._before == self._files():
       (self.path / "config.json").unlink()
       (self.path / "versions.json").unlink()
-    self._lock.close()
+    self._locks.close()
 
   def _files(self) -> set[str]:
     """Returns the names in the folder, except those that this class writes."""
-    return {entry.name for entry in self.path.iterdir()} - OWN_FILES
+    names = {entry.name for entry in self.path.iterdir()}
+    return {name for name in names if not name.startswith(".lock")} - OWN_FILES
 
   def _check(self) -> None:
     file = self.path / "config.json"

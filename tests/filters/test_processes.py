@@ -1,5 +1,6 @@
 """`filter` in several processes, which are killed."""
 
+import itertools
 import json
 import os
 import signal
@@ -13,9 +14,12 @@ from json_lines import write_lines
 from tiny_samples import a_sample
 
 from distill_jax import config, filters, registry
+from distill_jax.commands import filter as filter_command
 from distill_jax.commands.filter import run as filter_samples
 from distill_jax.errors import InputError
 from distill_jax.filters import pipeline
+from distill_jax.runtime import files
+from distill_jax.runtime.workdir import Workdir
 
 FILES, PROMPTS = 6, 30
 # A filter that notes its process, waits, and kills its process at a text if a file does not exist.
@@ -146,3 +150,66 @@ def test_a_killed_command_leaves_no_process_and_continues(folder, number):
   assert result == filter_samples(config.resolve(c), folder / "one")
   assert outputs(folder / "work") == outputs(folder / "one")
   assert not list((folder / "work").glob(".*part"))
+
+
+def test_slices_share_a_workdir_and_the_whole_run_has_it_alone(folder):
+  c = config.base()
+  whole = config.resolve(c)
+  slices = []
+  for text in ("0/2", "1/2"):
+    c.filter.slice = text
+    slices.append((config.resolve(c), filter_command.part(config.resolve(c))))
+  with Workdir(folder / "work", *slices[0]), Workdir(folder / "work", *slices[1]):
+    for resolved, part in ((whole, ""), slices[0]):
+      with pytest.raises(InputError, match="in use by another process"):
+        Workdir(folder / "work", resolved, part).__enter__()
+  with Workdir(folder / "work", whole), pytest.raises(InputError, match="in use by another"):
+    Workdir(folder / "work", *slices[0]).__enter__()
+
+
+def test_slices_at_a_store_that_fails_at_times(folder, s3):
+  """Two calls at the same time in one workdir at a URL, then the call that merges them."""
+  for path in (folder / "samples").iterdir():
+    files.upload(path, files.join(s3.url, f"samples/{path.name}"))
+  (folder / "config.py").write_text(
+    CONFIG.format(
+      folder=str(folder / "filters"), samples=f"{s3.url}/samples", notes=str(folder / "notes")
+    )
+  )
+
+  def start(*options):
+    command = [sys.executable, "-m", "distill_jax.cli", "filter", f"--config={folder}/config.py"]
+    command += [f"--workdir={s3.url}/work", "--json", *options]
+    environment = os.environ | s3.environment() | {"DISTILL_JAX_CACHE": str(folder / "cache")}
+    return subprocess.Popen(
+      command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+  numbers = itertools.count(1)
+  s3.proxy.fault = lambda method, path: None if next(numbers) % 7 else 503
+  slices = [start(f"--config.filter.slice={i}/2") for i in range(2)]
+  for command in slices:
+    out, error = command.communicate(timeout=200)
+    assert command.returncode == 0, error
+    assert json.loads(out.splitlines()[-1])["samples"] == FILES * PROMPTS // 2
+  out, error = start().communicate(timeout=200)
+  c = config.base()
+  c.filter.samples, c.filter.workers = str(folder), 1
+  c.filters.slow = config.filter("slow_filter", folder=str(folder / "notes"), seconds=0.02)
+  assert json.loads(out.splitlines()[-1]) == filter_samples(config.resolve(c), folder / "one"), (
+    error
+  )
+  for name, data in outputs(folder / "one").items():
+    kind, number = name[:-11], name[-11:]
+    assert files.read(files.join(s3.url, f"work/{kind}/{number}")) == data
+  assert files.listing(f"{s3.url}/work/verdicts") == {}
+  assert "filter.json" in files.listing(f"{s3.url}/work")
+
+
+def test_a_process_of_the_pool_does_not_import_jax():
+  code = (
+    "import sys\nfrom distill_jax import registry\nfrom distill_jax.filters import _judge, _pool\n"
+    "for name in registry.names('filters'): registry.load('filters', name)\n"
+    "assert 'jax' not in sys.modules"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,6 +11,7 @@ from distill_jax import registry
 from distill_jax.errors import InputError
 from distill_jax.filters import near_duplicates
 from distill_jax.filters.samples import Unjudgeable
+from distill_jax.runtime import files
 
 pytestmark = pytest.mark.smoke
 
@@ -92,6 +93,8 @@ def test_decontaminate(tmp_path, capsys):
   assert " ".join(question[3:16]) in whys[0] and "line 1" in whys[0]
   assert "1 of 3 texts have fewer than 8 words" in capsys.readouterr().err
   assert kinds("decontaminate", samples, against=(str(path),), prompt=False)[4] is None
+  files.write("memory://sets/gsm8k.jsonl", path.read_bytes())
+  assert judge("decontaminate", samples, against=("memory://sets/gsm8k.jsonl",)) == whys
   for fields, match in (
     ({"fields": ("x",)}, "line 1 has no field 'x'"),
     ({"ngram": 7}, "ngram is 7; expected at least 8"),

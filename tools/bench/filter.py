@@ -1,6 +1,7 @@
 """Measures `filter` on samples of 5,000 tokens, and how long 800,000 of them take on 16 cores.
 
-  python tools/bench/filter.py [--prompts=250] [--workers=0]
+  python tools/bench/filter.py [--prompts=250] [--workers=2]
+  python tools/bench/filter.py --compare=800000
 
 The samples are synthetic: 3,200 words of reasoning (18 kB) and an answer, four for each prompt. Of
 the answers, 70% are integers, 30% other expressions; a third of them are wrong, and 0.5% let sympy
@@ -25,12 +26,16 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
+import tracemalloc
 from pathlib import Path
+
+import numpy as np
 
 from distill_jax import config, registry
 from distill_jax.commands import filter as filter_command
 from distill_jax.data import jsonl
-from distill_jax.filters import ComparingFilter, _segments
+from distill_jax.filters import ComparingFilter, _segments, near_duplicates
 
 SAMPLES, CORES = 800_000, 16
 WORDS, VOCABULARY = 3200, 20_000
@@ -116,6 +121,40 @@ def chain(path: Path, against: Path, workers: int) -> None:
     filter_command.run(config.resolve(c), Path(folder))
 
 
+def compare(texts: int) -> None:
+  """Compares signatures with near_duplicates, of which a tenth are near an earlier one.
+
+  The last line is a JSON object: the number of rejected texts, the seconds, and how many bytes of
+  memory the comparison takes per text, without the file of signatures.
+  """
+  one_filter = near_duplicates.Filter()
+  shape, rng = (texts, near_duplicates.PERMUTATIONS), np.random.default_rng(0)
+  with tempfile.NamedTemporaryFile() as f:
+    for at in range(0, texts, 2**16):
+      block = rng.integers(0, 2**32, (min(2**16, texts - at), shape[1]), np.uint32)
+      copies = rng.integers(1, len(block), len(block) // 10)
+      block[copies, 8:] = block[copies // 2, 8:]
+      f.write(block.tobytes())
+    f.flush()
+    signatures = np.memmap(f.name, np.uint32, "r", shape=shape)
+    tracemalloc.start()
+    start = time.process_time()
+    found = one_filter.compare(signatures, np.zeros(texts, np.uint64), np.arange(texts))
+    rejected = sum(1 for _ in found)
+    seconds = time.process_time() - start
+    peak = tracemalloc.get_traced_memory()[1]
+  print(
+    json.dumps(
+      {
+        "texts": texts,
+        "rejected": rejected,
+        "seconds": round(seconds, 1),
+        "bytes_per_text": round(peak / texts),
+      }
+    )
+  )
+
+
 def cpu_seconds(*arguments: object) -> float:
   """Returns the CPU time of this script with other arguments and of all processes that it starts.
 
@@ -139,11 +178,15 @@ def main() -> None:
   parser.add_argument("--prompts", type=int, default=250)
   parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
   parser.add_argument("--judge")
+  parser.add_argument("--compare", type=int)
   parser.add_argument("--chain", action="store_true")
   parser.add_argument("files", nargs="*", type=Path)
   arguments = parser.parse_args()
   if arguments.chain:
     chain(*arguments.files, arguments.workers)
+    return
+  if arguments.compare:
+    compare(arguments.compare)
     return
   if arguments.judge is not None:
     judge(arguments.judge, *arguments.files)
