@@ -89,13 +89,13 @@ def test_what_was_deleted_does_not_come_back(bucket):
   """Deletions in the mirror are repeated at the URL; the mirror of a killed run does not count."""
   url = "memory://bucket/run"
   with storage.Synced(url) as here:
-    for name in ("kept", "deleted", "sub/deleted"):
+    for name in ("stays", "deleted", "sub/deleted"):
       (here / name).parent.mkdir(exist_ok=True)
       (here / name).write_text("1")
   with storage.Synced(url) as here:
     (here / "deleted").unlink()
     shutil.rmtree(here / "sub")
-  assert names(bucket, "bucket/run") == {"kept"}
+  assert names(bucket, "bucket/run") == {"stays"}
   (here / "left by kill -9").write_text("1")
   bucket.rm("/bucket/run", recursive=True)
   with storage.Synced(url) as here:
