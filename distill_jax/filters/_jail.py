@@ -10,7 +10,7 @@ Its argument is a JSON object with the fields of code.Filter and:
 
 The script has two processes. The outer process creates the namespaces and waits. The inner process
 is PID 1 of a new PID namespace, so killing it kills every descendant. It has no network, a seccomp
-filter, no capabilities, and a file system of its own: a tmpfs with the folder of the program,
+filter, no capabilities, and its own file system: a tmpfs with the folder of the program,
 DEVICES, and what `visible` names, read-only. So it sees no files of other users, not even their
 names, whoever starts the script. Then it execs the program.
 
