@@ -16,7 +16,7 @@ from distill_jax.runtime import checkpoint
 
 ROOT = Path(__file__).parents[2]
 LARGE = dataclasses.replace(
-  CONFIG, vocab_size=8192, hidden_size=512, intermediate_size=2048, num_hidden_layers=8
+  CONFIG, vocab_size=8192, hidden_size=512, intermediate_size=2048, num_hidden_layers=14
 )
 MB = 2**20
 SCRIPT = """
@@ -53,7 +53,7 @@ print(peak() - before)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  """The checkpoints of a tiny model and of one of 42 million parameters."""
+  """The checkpoints of a tiny model and of one of 52 million parameters."""
   folder = tmp_path_factory.mktemp("runs")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(checkpoint, "CHUNK_BYTES", 2**20)
