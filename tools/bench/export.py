@@ -3,7 +3,7 @@
   python tools/bench/export.py [--millions=400] [--rounds=3] [--folder=/tmp]
 
 A llama of about this many million parameters is saved in float32, and exported in bfloat16 by a
-process of its own for each measurement. `memory` restores the model on one device and writes it,
+separate process for each measurement. `memory` restores the model on one device and writes it,
 as a LoRA student is exported; `stream` copies the checkpoint by slices, checksums included. Seconds
 and MB/s of what is written are medians over rounds, without the start of the process; peak RSS is
 above that of the same process after it exported a tiny model. The last line is a JSON object with
