@@ -28,6 +28,7 @@ Example:
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable
@@ -105,7 +106,11 @@ def _prepare(request: Request, folder: Path, read: ReadConfig) -> None:
     say(sentence)
   path = f"{request.workdir}/{CONFIG}"
   say(f"The config is {path}. The single commands take it: distill-jax train --config={path} …")
-  _write_config(folder, chosen.config, chosen.comments)
+  config = chosen.config
+  if storage.remote_of(folder) and Path(config.data.path).is_relative_to(folder):
+    prepared = storage.hand_over(Path(config.data.path))  # for all hosts
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=prepared))
+  _write_config(folder, config, chosen.comments)
   json_io.write_json(folder / REQUEST, named)
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from distill_jax.errors import InputError, Unavailable
+from distill_jax.records.store import open_store
 from distill_jax.runtime import claim, distributed, files, mirror, storage
 from distill_jax.runtime.claim import claimed
+from distill_jax.training.metric_writer import read_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +83,7 @@ def get_config():
 """
 
 
-def processes(tmp_path, workdirs, verb="record"):
+def processes(tmp_path, workdirs, verb="record", flags=()):
   """Runs a command in two processes, each with its own folders; returns codes and outputs."""
   config = tmp_path / "config.py"
   config.write_text(CONFIG.format(tests=str(ROOT / "tests"), folder=str(tmp_path)))
@@ -89,7 +91,7 @@ def processes(tmp_path, workdirs, verb="record"):
   started = []
   for i, workdir in enumerate(workdirs):
     (home := tmp_path / f"host{i}").mkdir(exist_ok=True)
-    line = [sys.executable, "-m", "distill_jax.cli", verb, f"--config={config}", "--json"]
+    line = [sys.executable, "-m", "distill_jax.cli", verb, f"--config={config}", "--json", *flags]
     line += [f"--workdir={workdir}", f"--distributed=localhost:{port},{len(workdirs)},{i}"]
     env = os.environ | {
       "JAX_PLATFORMS": "cpu",
@@ -120,3 +122,22 @@ def test_a_workdir_that_not_all_processes_see_is_refused_at_once(tmp_path):
     ]
   assert not list(tmp_path.glob("host*/runs/x/*"))
   assert not list(tmp_path.glob("host*/runs/x/.*"))
+
+
+@pytest.mark.slow
+def test_two_hosts_with_private_disks_share_a_url(tmp_path):
+  """Each has its own mirror; a resumed run, with one shard deleted, records that shard alone."""
+  bucket = f"file://{tmp_path / 'bucket'}"
+  config = ["--config.records.tokens_per_shard=128", f"--config.train.records=('{bucket}/r',)"]
+  for now in (20, 4, 0):
+    codes, outputs = processes(tmp_path, [f"{bucket}/r"] * 2, "record", config)
+    assert codes == [0, 0], outputs
+    assert f'"recorded_now": {now}' in "".join(outputs)
+    if now == 20:
+      (tmp_path / "bucket" / "r" / "records-00001.array_record").unlink()
+  on_hosts = [p for p in tmp_path.glob("host*/**/*") if "array_record" in p.name]
+  assert not on_hosts
+  assert len(open_store(f"{bucket}/r")) == 20
+  codes, outputs = processes(tmp_path, [f"{bucket}/t"] * 2, "train", config)
+  assert codes == [0, 0], outputs
+  assert [row["step"] for row in read_metrics(tmp_path / "bucket" / "t")] == list(range(6))
