@@ -35,6 +35,8 @@ def student(family, name, shape, fsdp, peak_lr):
   g.temperature, g.top_p = 0.6, 0.95
   g.server.urls, g.server.model = ("http://localhost:8000/v1",), "deepseek-ai/DeepSeek-R1"
   g.server.in_flight = 256
+  # For the own decoder, without a server, and for `evaluate`: two rows per device of v5p:4x4x4.
+  g.batch_size, g.prefill_rows, g.cache_len = 128, 64, SEQ_LEN
 
   c.filter.samples, c.filter.on_bad = "runs/r1_sft/generated", "skip"
   c.filters.format = config.filter("format")

@@ -55,21 +55,7 @@ class WeightBytes:
 
   def distinct_experts(self, batch: int) -> float:
     """Returns the expected number of a layer's experts that a decode step of `batch` rows reads."""
-    return distinct(self.num_experts, self.experts_per_token, batch)
-
-
-def distinct(n: int, chosen: int, batch: int) -> float:
-  """Returns the expected number of distinct experts in a batch: n (1 - (1 - chosen / n) ** batch).
-
-  This assumes that all experts are equally likely and that tokens choose independently. With uneven
-  use, the number is smaller.
-
-  Args:
-    n: the number of experts.
-    chosen: the number of experts that each token chooses.
-    batch: the number of tokens.
-  """
-  return n * (1 - (1 - chosen / n) ** batch)
+    return flops.distinct(self.num_experts, self.experts_per_token, batch)
 
 
 def weight_bytes(source: ModelSource, dtype: str) -> WeightBytes:
@@ -112,19 +98,9 @@ def param_bytes(v: nnx.Variable, dtype: str) -> int:
   return count + 4 * copies * math.ceil(rows / BLOCK) * math.ceil(columns / BLOCK)
 
 
-def attended_positions(c: DecoderConfig, layer: int, context: int) -> int:
-  """Returns the number of positions that the last of `context` positions attends to in a layer."""
-  return flops.attended_pairs(c, layer, context) - flops.attended_pairs(c, layer, context - 1)
-
-
-def all_attended_positions(c: DecoderConfig, context: int) -> int:
-  """Returns `attended_positions`, summed over layers."""
-  return sum(attended_positions(c, layer, context) for layer in range(c.num_hidden_layers))
-
-
 def cache_numbers(c: DecoderConfig, context: int) -> int:
   """Returns the number of elements that a server caches for a row, and reads for its next token."""
-  return c.cache_width * all_attended_positions(c, context)
+  return c.cache_width * flops.all_attended_positions(c, context)
 
 
 def allocated_cache_numbers(c: DecoderConfig, context: int) -> int:
@@ -136,14 +112,6 @@ def prefill_flops(source: ModelSource, context: int) -> float:
   """Returns operations per token for a prompt of `context` tokens, with logits of the last one."""
   forward = flops.forward_flops(source, 1, context)
   return (forward.weights + forward.attention + forward.head / context) / context
-
-
-def decode_flops(source: ModelSource, context: int) -> float:
-  """Returns the operations to decode one token at position `context` - 1."""
-  c = source.decoder_config
-  attended = all_attended_positions(c, context)
-  attention = 2.0 * attended * c.num_attention_heads * c.decode_attention_width
-  return 2.0 * flops.active_params(source) + attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +167,7 @@ def serving_cost(source: ModelSource, context: int, dtype: str, cache_dtype: str
   """Returns the cost of serving a model in `dtype`, for rows of `context` positions."""
   c = source.decoder_config
   cache = DTYPES[cache_dtype] * cache_numbers(c, context)
-  return ServingCost(weight_bytes(source, dtype), cache, decode_flops(source, context))
+  return ServingCost(weight_bytes(source, dtype), cache, flops.decode_flops(source, context))
 
 
 def model_costs(

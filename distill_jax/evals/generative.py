@@ -73,7 +73,7 @@ def measure(
     distributed.run_on_process_0(lambda: _check_same_settings(job, folder))
     asked = ({"prompt": q.content["prompt"]} for q in questions.usable)  # without answer keys
     jsonl.write(folder / PROMPTS, asked, ensure_ascii=True)
-    dispatch.generate(job, folder, model.unrolled)
+    dispatch.generate(job, folder, lambda: model.unrolled(job.decoding))
   except InputError as e:
     raise InputError(f"evals.{questions.name}: {e}") from e
   distributed.run_on_process_0(lambda: row.update(_judge(benchmark, questions, folder)))

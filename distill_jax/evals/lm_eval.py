@@ -184,7 +184,8 @@ class Adapter(LM):
     job = self._job(settings, max(map(len, ids.values())), self.max_length - max_prompt)
     stops = Stops(self.tokens, job.stop)
     with jax.set_mesh(self.mesh):
-      scheduler = local.make_scheduler(job, self.mesh, self.tokens, stops, *self._model.unrolled())
+      unrolled = self._model.unrolled(job.decoding)
+      scheduler = local.make_scheduler(job, self.mesh, self.tokens, stops, *unrolled)
       for finished, _ in scheduler.run(Task(i, 0, x) for i, x in ids.items()):
         for s in finished:
           yield s.task.prompt, stops.text(s.text_tokens)

@@ -9,7 +9,9 @@ import jax
 from distill_jax.data import corpus
 from distill_jax.data.options import DataOptions
 from distill_jax.data.tokenizers import Tokenizer
-from distill_jax.generation.unrolled import Unrolled, unroll
+from distill_jax.generation import placement
+from distill_jax.generation.options import DecodingOptions
+from distill_jax.generation.unrolled import Unrolled
 from distill_jax.models import loading, runs
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn.layers import ComputeConfig
@@ -56,10 +58,14 @@ class ModelSlot:
     """Frees the weights. They are loaded again at the next use."""
     self._stacked = self._unrolled = None
 
-  def unrolled(self) -> tuple[Unrolled, ComputeConfig]:
-    """Returns the model with unrolled layers, and its compute settings; loads it if necessary."""
+  def unrolled(self, decoding: DecodingOptions) -> tuple[Unrolled, ComputeConfig]:
+    """Returns the model with unrolled layers, and its compute settings; loads it if necessary.
+
+    The first call decides where the weights are; see placement.py.
+    """
     if self._unrolled is None:
       loaded = self.stacked()
       self._stacked = None
-      self._unrolled = unroll(loaded.model, loaded.compute), loaded.compute
+      unrolled = placement.place(loaded.model, loaded.compute, self.mesh, decoding)
+      self._unrolled = unrolled, loaded.compute
     return self._unrolled

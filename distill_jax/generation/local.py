@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import bad_value
-from distill_jax.generation import outputs
+from distill_jax.generation import outputs, placement
 from distill_jax.generation.engine import Engine, EngineSpec
 from distill_jax.generation.finished import ALL, Done
 from distill_jax.generation.job import GenerationJob
@@ -23,7 +23,7 @@ from distill_jax.generation.prompts import Prompt, Prompts, Summary, missing_sam
 from distill_jax.generation.scheduler import Scheduler, Task
 from distill_jax.generation.stops import Stops
 from distill_jax.generation.to_records import GeneratedStore
-from distill_jax.generation.unrolled import Unrolled, unroll
+from distill_jax.generation.unrolled import Unrolled
 from distill_jax.hub.tokenizer import check_vocabulary
 from distill_jax.models.runs import keys
 from distill_jax.nn import kv_cache, sharding
@@ -106,11 +106,14 @@ def _check(
   for key, value in (
     (job.key("samples"), job.samples),
     (job.key("max_new_tokens"), job.max_new_tokens),
+    ("generate.batch_size", c.batch_size),
+    ("generate.prefill_rows", c.prefill_rows),
     ("generate.prefill_chunk", c.prefill_chunk),
     ("generate.steps", c.steps),
   ):
     if value < 1:
       raise bad_value(key, value, "a positive integer", "Increase it")
+  placement.check(c)
   if c.cache_dtype not in kv_cache.DTYPES:
     raise bad_value(
       "generate.cache_dtype",
@@ -126,8 +129,6 @@ def _check(
       "Correct it",
     )
   check_vocabulary(tokenizer.vocab_size, shape.vocab_size, tokenizer.where)
-  sharding.check_batch("generate.batch_size", c.batch_size, mesh)
-  sharding.check_batch("generate.prefill_rows", c.prefill_rows, mesh)
   sharding.shardings(job.source.abstract, mesh, job.source.compute.rules)  # raises if invalid
   if store is not None:
     store.check()
@@ -211,7 +212,7 @@ def _done(writers: Sequence[LocalWriter]) -> Done:
 
 def _load(job: GenerationJob, mesh: Mesh) -> tuple[Unrolled, ComputeConfig]:
   loaded = job.source.load(mesh, keys(job.seed)["teacher"])
-  return unroll(loaded.model, loaded.compute), loaded.compute
+  return placement.place(loaded.model, loaded.compute, mesh, job.decoding), loaded.compute
 
 
 def make_scheduler(
@@ -234,7 +235,7 @@ def make_scheduler(
     compute: The compute settings.
     records: Settings for recording the distribution of each token. None: nothing is recorded.
   """
-  c, run_keys = job.decoding, keys(job.seed)
+  c, run_keys = placement.divisible(job.decoding, mesh), keys(job.seed)
   spec = EngineSpec(
     compute,
     job.sampling,

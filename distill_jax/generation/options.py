@@ -52,14 +52,20 @@ class DecodingOptions:
   cache_dtype: str = ""
   """Dtype of the KV cache: "int8", or "" for the compute dtype. "int8" changes outputs slightly."""
   batch_size: int = 32
-  """Number of sequences that are decoded at once."""
+  """Number of sequences that are decoded at once. It is rounded up to a multiple of the number of
+  devices on the mesh axes data and fsdp. `preflight --verb=generate` prints how many fit."""
   prefill_rows: int = 4
-  """Number of prompts that are prefilled at once."""
+  """Number of prompts that are prefilled at once, rounded up like `batch_size`."""
   prefill_chunk: int = 64
   """Number of tokens of each prompt that one prefill call processes."""
   steps: int = 8
   """Number of tokens that one decode call generates per sequence. Stop strings are checked after
   each call."""
+  gather: str = "auto"
+  """Time at which weights that are spread over the mesh axis fsdp are gathered: "once", before the
+  first token; "per_token", which needs less memory and is slow; or "auto": once if weights and
+  caches take at most 90% of the memory that the devices report, otherwise per token, with a line on
+  stderr."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ that these copies would dominate. Decoding therefore uses unrolled layers, each 
 from __future__ import annotations
 
 import functools
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,52 +40,110 @@ class Unrolled(struct.PyTreeNode):
     return self.rest.decode_step(self.blocks, inputs, cache, compute)
 
 
-def unroll(model: Model, compute: ComputeConfig) -> Unrolled:
+def unroll(model: Model, compute: ComputeConfig, column: str = "storage") -> Unrolled:
   """Unrolls a model. The arrays of `model` are deleted, so it cannot be used afterwards.
 
-  The weights are converted to the compute dtype and keep their sharding. At most one stacked
-  parameter is in memory twice at a time.
+  The weights are converted to the compute dtype. At most one stacked parameter is in memory twice
+  at a time.
+
+  Args:
+    model: The model.
+    compute: The compute settings.
+    column: The column of the rules by which the weights are sharded afterwards: "storage" keeps
+      their sharding, "compute" gathers them; see placement.py.
   """
   decoder = cast(DecoderModel, model)
-  stacks = [(getattr(model, name), n) for name, _, n in decoder.layer_stacks(decoder.config)]
   blocks: list[DecoderBlock] = []
-  for stack, n in stacks:
-    leaves, tree = jax.tree.flatten(stack, is_leaf=params.is_param)
-    parts = [_split_layers(v, compute) for v in leaves]
+  for name, _, n in decoder.layer_stacks(decoder.config):
+    leaves, tree = jax.tree.flatten(getattr(model, name), is_leaf=params.is_param)
+    parts = [_split_layers(v, compute, column) for v in leaves]
     blocks += [jax.tree.unflatten(tree, [p[i] for p in parts]) for i in range(n)]
-  rest = params.map_params(lambda v: v, model)  # a copy of the tree, not of its arrays
-  for name, _, _ in decoder.layer_stacks(decoder.config):
+  rest = _without_stacks(model)
+  place = functools.partial(_cast, compute=compute, column=column)
+  return Unrolled(params.map_params(place, rest), tuple(blocks))
+
+
+def unrolled_shapes(model: Model, compute: ComputeConfig, mesh: Mesh, column: str) -> Unrolled:
+  """Returns the shapes of a model after `unroll`, with shardings.
+
+  Args:
+    model: The model, or its shapes.
+    compute: The compute settings.
+    mesh: The devices.
+    column: See `unroll`.
+  """
+
+  def shape_of(v: nnx.Variable, stacked: bool = False) -> nnx.Variable:
+    axes, shape = v.get_metadata()["axes"][stacked:], v.shape[stacked:]
+    where = NamedSharding(mesh, compute.rules.spec(axes, column))
+    x = jax.ShapeDtypeStruct(shape, _dtype(v, compute), sharding=where)
+    return v.replace(x, axes=axes)
+
+  decoder = cast(DecoderModel, model)
+  blocks: list[DecoderBlock] = []
+  for name, _, n in decoder.layer_stacks(decoder.config):
+    of_layer = functools.partial(shape_of, stacked=True)
+    blocks += [params.map_params(of_layer, getattr(model, name))] * n
+  return Unrolled(params.map_params(shape_of, _without_stacks(model)), tuple(blocks))
+
+
+def _without_stacks(model: Model) -> DecoderModel:
+  """Returns a model without its stacks of layers: a copy of the tree, not of its arrays."""
+  rest = cast(DecoderModel, params.map_params(lambda v: v, model))
+  for name, _, _ in rest.layer_stacks(rest.config):
     setattr(rest, name, None)
-  return Unrolled(params.map_params(functools.partial(_cast, compute=compute), rest), tuple(blocks))
+  return rest
 
 
-def _split_layers(v: nnx.Variable, compute: ComputeConfig) -> list[nnx.Variable]:
+def _dtype(v: nnx.Variable, compute: ComputeConfig) -> str:
+  return "float32" if v.get_metadata()["exact"] else compute.dtype
+
+
+def _split_layers(v: nnx.Variable, compute: ComputeConfig, column: str) -> list[nnx.Variable]:
   """Returns the parameter of each layer from a stacked one, which is deleted."""
-  x, axes = v[...], v.get_metadata()["axes"][1:]
-  dtype = "float32" if v.get_metadata()["exact"] else compute.dtype
-  layer_sharding = None
-  if isinstance(x.sharding, NamedSharding):
-    layer_sharding = NamedSharding(x.sharding.mesh, compute.rules.spec(axes, "storage"))
+  x, axes, dtype = v[...], v.get_metadata()["axes"][1:], _dtype(v, compute)
 
   def split(x: jax.Array) -> list[jax.Array]:
     return [x[i].astype(dtype) for i in range(x.shape[0])]
 
-  parts = jax.block_until_ready(jax.jit(split, out_shardings=layer_sharding)(x))
+  where = _sharding(x, axes, compute, column)
+  parts = jax.block_until_ready(jax.jit(split, out_shardings=where)(x))
   x.delete()
   return [v.replace(part, axes=axes) for part in parts]
 
 
-def _cast(v: nnx.Variable, compute: ComputeConfig) -> nnx.Variable:
-  return v if v.get_metadata()["exact"] else v.replace(v[...].astype(compute.dtype))
+def _cast(v: nnx.Variable, compute: ComputeConfig, column: str) -> nnx.Variable:
+  x, dtype = v[...], _dtype(v, compute)
+  where = _sharding(x, v.get_metadata()["axes"], compute, column)
+  if where is None or x.sharding.is_equivalent_to(where, x.ndim):
+    return v.replace(x.astype(dtype))
+  return v.replace(jax.jit(lambda x: x.astype(dtype), out_shardings=where)(x))
+
+
+def _sharding(
+  x: jax.Array, axes: tuple[str, ...], compute: ComputeConfig, column: str
+) -> NamedSharding | None:
+  """Returns the sharding of a weight of `axes`; None if `x` is not on a mesh."""
+  if not isinstance(x.sharding, NamedSharding):
+    return None
+  return NamedSharding(x.sharding.mesh, compute.rules.spec(axes, column))
 
 
 def empty_cache(
   unrolled: Unrolled, rows: int, size: int, compute: ComputeConfig, mesh: Mesh, dtype: str = ""
 ) -> Cache:
-  """Returns an empty cache, sharded by the rules of `compute`.
+  """Returns an empty cache; see `cache_shapes` for the arguments."""
+  shapes = cache_shapes(unrolled, rows, size, compute, mesh, dtype)
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
+
+
+def cache_shapes(
+  unrolled: Unrolled, rows: int, size: int, compute: ComputeConfig, mesh: Mesh, dtype: str = ""
+) -> Cache:
+  """Returns the shapes of a cache, sharded by the rules of `compute`.
 
   Args:
-    unrolled: The model.
+    unrolled: The model, or its shapes.
     rows: The number of sequences.
     size: The maximum number of positions per sequence.
     compute: The compute settings.
@@ -96,16 +154,18 @@ def empty_cache(
   angles, _ = unrolled.rest.position_inputs(Inputs(zero_11, zero_11, zero_11))(0)
   x_BTD = jax.ShapeDtypeStruct((1, 1, unrolled.rest.config.hidden_size), compute.dtype)
 
-  def zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, axes: str) -> jax.Array:
-    """Returns zeros for a cached array, given its shape for one row and one position."""
+  def array(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, axes: str) -> Any:
+    """Returns the shape of a cached array, given its shape for one row and one position."""
     names = tuple(axes.split())
     whole = [rows, *shape[2:]]
     whole.insert(names.index("seq"), size)
-    return jnp.zeros(whole, dtype, device=NamedSharding(mesh, compute.rules.spec(names, "compute")))
+    where = NamedSharding(mesh, compute.rules.spec(names, "compute"))
+    return jax.ShapeDtypeStruct(tuple(whole), dtype, sharding=where)
 
-  def layer_cache(block: DecoderBlock) -> dict[str, jax.Array]:
+  def layer_cache(block: DecoderBlock) -> kv_cache.LayerCache:
     _, cached = jax.eval_shape(lambda b, x: b.project_for_cache(x, angles), block, x_BTD)
     parts = (kv_cache.shapes(x, name, block.CACHE[name], dtype) for name, x in cached.items())
-    return {name: zeros(*part) for named in parts for name, part in named.items()}
+    return {name: array(*part) for named in parts for name, part in named.items()}
 
-  return tuple(layer_cache(block) for block in unrolled.blocks)
+  made = {id(block): layer_cache(block) for block in unrolled.blocks}  # shapes share blocks
+  return tuple(made[id(block)] for block in unrolled.blocks)

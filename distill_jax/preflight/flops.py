@@ -76,6 +76,38 @@ def attended_pairs(c: DecoderConfig, layer: int, seq_len: int) -> int:
   return w * (w + 1) // 2 + (seq_len - w) * w
 
 
+def attended_positions(c: DecoderConfig, layer: int, context: int) -> int:
+  """Returns the number of positions that the last of `context` positions attends to in a layer."""
+  return attended_pairs(c, layer, context) - attended_pairs(c, layer, context - 1)
+
+
+def all_attended_positions(c: DecoderConfig, context: int) -> int:
+  """Returns `attended_positions`, summed over layers."""
+  return sum(attended_positions(c, layer, context) for layer in range(c.num_hidden_layers))
+
+
+def decode_flops(source: ModelSource, context: int) -> float:
+  """Returns the operations to decode one token at position `context` - 1."""
+  c = source.decoder_config
+  attended = all_attended_positions(c, context)
+  attention = 2.0 * attended * c.num_attention_heads * c.decode_attention_width
+  return 2.0 * active_params(source) + attention
+
+
+def distinct(n: int, chosen: int, batch: float) -> float:
+  """Returns the expected number of distinct experts in a batch: n (1 - (1 - chosen / n) ** batch).
+
+  This assumes that all experts are equally likely and that tokens choose independently. With uneven
+  use, the number is smaller.
+
+  Args:
+    n: the number of experts.
+    chosen: the number of experts that each token chooses.
+    batch: the number of tokens; it may be a mean.
+  """
+  return n * (1 - (1 - chosen / n) ** batch)
+
+
 def step_flops(config: Config, verb: str, rows: int) -> dict[str, float]:
   """Returns the operations of one step over all devices, by purpose.
 

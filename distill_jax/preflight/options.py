@@ -16,4 +16,7 @@ class PreflightOptions:
   """Number of slices with this topology, connected by the data center network."""
 
   verb: str = "train"
-  """Command whose step is compiled: "train" or "record"."""
+  """Command to estimate: "train" or "record", whose step is compiled, or "generate", by formula."""
+
+  dollars_per_chip_hour: float = 0.0
+  """Price of a chip for one hour, for the cost of the run. 0: the cost is not printed."""

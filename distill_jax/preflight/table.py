@@ -10,17 +10,17 @@ GiB = 2**30
 def text(r: JsonObject) -> str:
   """Formats the result for the terminal, with the verdict first."""
   lines = [verdict(r), ""]
-  lines += [f"{r['verb']} on {_slices(r)}: {r['chips']} chips, mesh {_mesh(r)}", ""]
+  lines += [f"{r['verb']} on {slices(r)}: {r['chips']} chips, mesh {mesh(r)}", ""]
   lines.append("bytes per device")
-  lines += [f"  {name:<22}{_size(n):>12}" for name, n in r["bytes_per_device"].items()]
-  lines.append(f"  {'peak':<22}{_size(r['peak_bytes_per_device']):>12}")
-  lines.append(f"  {'memory':<22}{_size(r['hbm_bytes_per_device']):>12}")
+  lines += [f"  {name:<22}{size(n):>12}" for name, n in r["bytes_per_device"].items()]
+  lines.append(f"  {'peak':<22}{size(r['peak_bytes_per_device']):>12}")
+  lines.append(f"  {'memory':<22}{size(r['hbm_bytes_per_device']):>12}")
   if r["flops"] is not None:
     lines += ["", "operations per step"]
     lines += [f"  {name:<22}{n:>12.3e}" for name, n in r["flops"].items() if n]
   if r["collectives"] is not None:
     lines += ["", "bytes sent per device and step"]
-    lines += [f"  {name:<22}{_size(n):>12}" for name, n in r["collectives"].items()]
+    lines += [f"  {name:<22}{size(n):>12}" for name, n in r["collectives"].items()]
   if r["bounds"] is not None:
     lines += ["", "seconds per step (lower bounds)"]
     lines += [f"  {name:<22}{n:>12.4f}" for name, n in r["bounds"].items() if n]
@@ -29,7 +29,9 @@ def text(r: JsonObject) -> str:
       f"utilization of {100 * r['mfu_bound']:.1f}%.",
     ]
   if r["chip_hours"] is not None:
-    lines.append(f"  {r['tokens']:,} tokens take at least {r['chip_hours']:,.1f} chip-hours.")
+    lines.append(
+      f"  {r['tokens']:,} tokens take at least {r['chip_hours']:,.1f} chip-hours{cost(r)}."
+    )
   lines.append("")
   if r["store_bytes_per_token"] is not None:
     lines.append(_store(r))
@@ -40,8 +42,8 @@ def text(r: JsonObject) -> str:
 def verdict(r: JsonObject) -> str:
   """Returns one line: whether the config fits, and the largest part of the memory."""
   largest = max(r["bytes_per_device"], key=lambda name: r["bytes_per_device"][name])
-  largest_part = f"The largest part is {largest}, {_size(r['bytes_per_device'][largest])}."
-  peak, hbm = _size(r["peak_bytes_per_device"]), _size(r["hbm_bytes_per_device"])
+  largest_part = f"The largest part is {largest}, {size(r['bytes_per_device'][largest])}."
+  peak, hbm = size(r["peak_bytes_per_device"]), size(r["hbm_bytes_per_device"])
   if r["fits"]:
     return f"Fits: {peak} of {hbm} per device. {largest_part}"
   return f"Does not fit: {peak} needed, {hbm} available per device. {largest_part}"
@@ -55,10 +57,10 @@ def _store(r: JsonObject) -> str:
 def _smallest(r: JsonObject) -> str:
   slice_ = r["smallest"]
   if slice_ is None:
-    size = "smaller" if r["fits"] else "larger"
-    return f"This config does not fit on any {size} slice with the same batch size."
+    kind = "smaller" if r["fits"] else "larger"
+    return f"This config does not fit on any {kind} slice with the same batch size."
   if slice_["proven"]:
-    peak = _size(slice_["peak_bytes_per_device"])
+    peak = size(slice_["peak_bytes_per_device"])
     return f"The smallest slice that it fits on is {_on(slice_)}: compiled with a peak of {peak}."
   return (
     f"{slice_['tried']} slices were compiled and do not fit. {_on(slice_)} is the next one that is "
@@ -67,16 +69,26 @@ def _smallest(r: JsonObject) -> str:
 
 
 def _on(slice_: JsonObject) -> str:
-  return f"{slice_['topology']} with mesh {_mesh(slice_)}"
+  return f"{slice_['topology']} with mesh {mesh(slice_)}"
 
 
-def _slices(r: JsonObject) -> str:
+def slices(r: JsonObject) -> str:
+  """Returns the topology, with the number of slices if there are several."""
   return r["topology"] if r["slices"] == 1 else f"{r['slices']} slices of {r['topology']}"
 
 
-def _mesh(r: JsonObject) -> str:
+def mesh(r: JsonObject) -> str:
+  """Returns the sizes of the mesh axes, e.g. "data=1 fsdp=16 tensor=4"."""
   return " ".join(f"{axis}={n}" for axis, n in r["mesh"].items())
 
 
-def _size(n: float) -> str:
+def cost(r: JsonObject) -> str:
+  """Returns the cost of the chip-hours as a part of a sentence; "" if their price is not set."""
+  if not (price := r["dollars_per_chip_hour"]):
+    return ""
+  return f", ${r['chip_hours'] * price:,.2f} at ${price:.2f} each"
+
+
+def size(n: float) -> str:
+  """Returns a number of bytes in a readable unit."""
   return f"{n / GiB:.2f} GiB" if n >= GiB / 10 else f"{n / 2**20:.2f} MiB"

@@ -44,7 +44,9 @@ def test_unknown_topologies(name, message):
 
 
 def test_unknown_verb():
-  with pytest.raises(InputError, match="--verb is 'export'; expected 'train' or 'record'"):
+  with pytest.raises(
+    InputError, match="--verb is 'export'; expected 'train' or 'record' or 'generate'"
+  ):
     preflight.run(config.Config(preflight=config.PreflightOptions("v5e:2x2", verb="export")))
 
 

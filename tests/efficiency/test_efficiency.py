@@ -114,7 +114,7 @@ def test_distinct_experts_match_a_simulation():
   for n, chosen, batch in ((8, 3, 1), (8, 3, 4), (64, 8, 10)):
     draws = rng.random((2_000, batch, n)).argsort(-1)[..., :chosen].reshape(2_000, -1)
     seen = np.mean([len(np.unique(d)) for d in draws])
-    assert formulas.distinct(n, chosen, batch) == pytest.approx(seen, rel=0.01)
+    assert flops.distinct(n, chosen, batch) == pytest.approx(seen, rel=0.01)
 
 
 # ---------------------------------------------------------------- operations
@@ -157,7 +157,7 @@ def test_decode_flops_match_xla(family, shape, monkeypatch):
   cache = tuple({n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in kept.items()} for _ in "123")
   token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   counted = jax.jit(one).lower(model, cache, token).compile().cost_analysis()["flops"]
-  ours = formulas.decode_flops(opened(family, "wide"), S)
+  ours = flops.decode_flops(opened(family, "wide"), S)
   assert ours == pytest.approx(counted, rel=0.02)
 
 
