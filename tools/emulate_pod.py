@@ -181,15 +181,12 @@ class Rig:
   def digests(self, out: str) -> dict[str, Any]:
     """Returns what a chain of commands has written, without times and addresses."""
     root = out.partition("://")[2]
-    rows = [
-      json.loads(line) for line in self.fs.cat_file(f"{root}/student/metrics.jsonl").splitlines()
-    ]
+    metrics = self.fs.cat_file(f"{root}/student/metrics.jsonl").splitlines()
+    models = json.loads(self.fs.cat_file(f"{root}/evaluation/evaluation.json"))["models"]
     return {
       "records": self.hashes(f"{out}/records", (".array_record", ".index")),
-      "losses": [{k: v for k, v in row.items() if k not in CLOCK} for row in rows],
-      "evaluation": json.loads(
-        self.fs.cat_file(f"{root}/evaluation/evaluation.json").replace(root.encode(), b"OUT")
-      ),
+      "losses": [_without_clock(json.loads(row)) for row in metrics],
+      "evaluation": {name: _without_clock(figures) for name, figures in models.items()},
       "exported": self.hashes(f"{out}/export", (".safetensors",)),
     }
 
@@ -199,6 +196,10 @@ class Rig:
     return {
       path.rpartition("/")[2]: hashlib.sha256(self.fs.cat_file(path)).hexdigest() for path in paths
     }
+
+
+def _without_clock(figures: dict[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in figures.items() if name not in CLOCK}
 
 
 def chain(rig: Rig, url: str, out: str, limits: Limits | None) -> None:
