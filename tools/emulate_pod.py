@@ -41,6 +41,8 @@ from pod_config import ROWS_PER_SHARD, SEQ_LEN
 from pod_processes import Limits, Usage, run
 from safetensors.numpy import save_file
 
+from distill_jax.records import shard_index
+
 MAX_RATIO = 1.5  # bytes read over bytes needed
 MAX_GROWTH = 1.1
 ROWS = 192  # of the small corpus
@@ -174,9 +176,14 @@ class Rig:
     except FileNotFoundError:
       return []
 
-  def size(self, folder: str, ending: str) -> int:
-    """Returns the bytes of the files below a folder whose names have this ending."""
-    return sum(self.fs.size(path) for path in self._find(folder) if path.endswith(ending))
+  def row_bytes(self, folder: str) -> int:
+    """Returns the bytes of all records of a store, without the padding of its files."""
+    indices = [self.fs.cat_file(p) for p in self._find(folder) if p.endswith(".index")]
+    counts = [
+      (len(data) - shard_index.size_of(0)) // shard_index.ENTRY.itemsize for data in indices
+    ]
+    entries = (shard_index.parse(*found) for found in zip(indices, counts, strict=True))
+    return sum(int(entry["length"].sum()) for entry in entries)
 
   def digests(self, out: str) -> dict[str, Any]:
     """Returns what a chain of commands has written, without times and addresses."""
@@ -213,7 +220,7 @@ def chain(rig: Rig, url: str, out: str, limits: Limits | None) -> None:
 
   if limits:
     notes = ".array_record.json"
-    step("record", "records", several, ", killed", lambda: rig.count(f"{out}/records", notes) >= 4)
+    step("record", "records", several, ", killed", lambda: rig.count(f"{out}/records", notes) >= 2)
     step("record", "records", 1, ", resumed")
     step(
       "train",
@@ -238,23 +245,24 @@ def grow(rig: Rig, small: str, large: str) -> tuple[dict[str, float], dict[str, 
     of_record = rig.step(f"{url}: record", ["record"], url, out, "records", rig.processes, Limits())
     of_train = rig.step(f"{url}: train", ["train"], url, out, "student", rig.processes, Limits())
     groups = 1 if rig.axis == "tensor" else rig.processes
-    packed = rig.size(f"{url}/packed", ".array_record")
     rows = rig.count(f"{out}/records", ".array_record.json") * ROWS_PER_SHARD
-    records, trained = rig.size(f"{out}/records", ".array_record"), 60 * 8 / groups
-    weights = rig.size(f"{url}/teacher", ".safetensors") / rig.processes
+    trained = 60 * 8 / groups / rows  # the share of the store that a process trains on
+    weights = rig.fs.size(f"{url}/teacher/model.safetensors") / rig.processes
     ratios = {
-      "record_read_ratio": _busiest(of_record, "/packed/") / (packed / groups),
+      "record_read_ratio": _busiest(of_record, "/packed/")
+      / (rig.row_bytes(f"{url}/packed") / groups),
       "weights_read_ratio": _busiest(of_record, "model.safetensors") / weights,
-      "train_read_ratio": _busiest(of_train, "/records/") / (records / rows * trained),
+      "train_read_ratio": _busiest(of_train, "/records/")
+      / (rig.row_bytes(f"{out}/records") * trained),
     }
     both = of_record + of_train
     figures[url] = {
       "max_open_files": max(u.open_files for u in both),
       "max_disk_bytes": max(u.disk_bytes for u in both),
       "peak_rss_bytes": max(u.rss_bytes for u in both),
-      "train_read_bytes": _busiest(of_train, "/records/"),
+      **ratios,
     }
-  growth = {k: figures[large][k] / max(1, figures[small][k]) for k in figures[small]}
+  growth = {k: figures[large][k] / figures[small][k] for k in figures[small]}
   return ratios, growth
 
 

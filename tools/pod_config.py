@@ -7,8 +7,8 @@ tools/pod_config.py:s3://bucket/run,tensor,s3://bucket/run/out
 
 from distill_jax import config
 
-SEQ_LEN = 64
-ROWS_PER_SHARD = 8
+SEQ_LEN = 256
+ROWS_PER_SHARD = 32
 
 
 def get_config(argument):

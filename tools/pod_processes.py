@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -73,7 +74,8 @@ class Usage:
 
   def read_bytes(self, part: str) -> int:
     """Returns the bytes read from paths that contain a text."""
-    return sum(r.read_bytes for r in self.requests if r.method == "GET" and part in r.path)
+    paths = ((urllib.parse.unquote(r.path), r) for r in self.requests if r.method == "GET")
+    return sum(request.read_bytes for path, request in paths if part in path)
 
 
 def run(

@@ -10,7 +10,7 @@ from launcher import ROOT
 from local_stores import Store
 from pod_processes import Limits
 
-ROWS = 64
+ROWS = 160  # five shards
 
 
 @pytest.fixture(scope="module")
