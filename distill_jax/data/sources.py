@@ -312,7 +312,7 @@ def _string(record: JsonObject, field: str, where: str) -> str:
 def _tfds(source: DocumentSource) -> Iterator[str]:
   with extras.needed("tfds"):  # here, because it takes seconds
     import tensorflow_datasets as tfds
-    from etils import epath
+  from etils import epath
 
   if "://" in source.path and not source.path.startswith("gs://"):
     expected = "a local path or a gs:// URL for kind='tfds', because TFDS reads no others"
