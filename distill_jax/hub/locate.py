@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import pathlib
 import sys
@@ -71,8 +70,6 @@ def _in_package(rest: str) -> pathlib.Path:
 @functools.cache
 def _on_hub(rest: str) -> str:
   """Returns the location of a repository; a branch or tag is resolved once per process."""
-  with extras.needed("train"):
-    importlib.import_module("huggingface_hub")
   repo, _, revision = rest.partition("@")
   try:
     commit = retries.retry(f"hub:{rest} cannot be opened", lambda: _commit(rest, repo, revision))
@@ -90,7 +87,8 @@ def _on_hub(rest: str) -> str:
 
 def _commit(rest: str, repo: str, revision: str) -> str:
   """Returns the commit of a revision; "": of the main branch."""
-  import huggingface_hub
+  with extras.needed("train"):
+    import huggingface_hub
 
   try:
     return str(huggingface_hub.HfApi().model_info(repo, revision=revision or None).sha)
@@ -113,7 +111,8 @@ def _commit(rest: str, repo: str, revision: str) -> str:
 
 def _in_cache(repo: str, revision: str) -> str | None:
   """Returns the folder of a revision in the cache of huggingface_hub; None if it has none."""
-  import huggingface_hub
+  with extras.needed("train"):
+    import huggingface_hub
 
   try:
     return str(

@@ -11,6 +11,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from distill_jax.runtime import extras
+
 TIMEOUT = 60.0  # seconds without a byte
 EXPIRED = (401, 403)  # statuses of an address that is no longer valid
 
@@ -27,7 +29,8 @@ def read(fs: Any, name: str, start: int, stop: int) -> bytes:
     start: the first byte.
     stop: the byte after the last.
   """
-  from huggingface_hub.utils import get_session, hf_raise_for_status
+  with extras.needed("train"):
+    from huggingface_hub.utils import get_session, hf_raise_for_status
 
   url = fs.url(name)
   for first_try in (True, False):
@@ -53,7 +56,8 @@ def forget(url: str, address: str) -> None:
 
 def _address(fs: Any, url: str) -> str:
   """Returns the address of the content of a file."""
-  from huggingface_hub import get_hf_file_metadata
+  with extras.needed("train"):
+    from huggingface_hub import get_hf_file_metadata
 
   with _lock:  # other threads wait for the address instead of requesting it, too
     if url not in _addresses:
