@@ -101,6 +101,18 @@ def more(folder, where, axis):
   return [*jobs, ("train", where / "towers", c), ("evaluate", where / "towers-evaluated", c)]
 
 
+def samples(folder, where, axis):
+  """generate, with weights gathered once and for every token, and rows to round up."""
+  prompts = write_lines(folder / "prompts.jsonl", [{"prompt": p} for p in ("3 times", "a", "is 4")])
+  jobs = []
+  for gather in ("once", "per_token"):
+    c = text_config(folder, axis)
+    c.generate.update(prompts=str(prompts), samples=2, max_new_tokens=8, cache_len=32, steps=4)
+    c.generate.update(batch_size=3, prefill_rows=1, prefill_chunk=16, gather=gather)
+    jobs.append(("generate", where / gather, config.resolve(c)))
+  return jobs
+
+
 def run_twice(folder, jobs, axes):
   """Runs the jobs of each axis in one process and in two; returns the folders by axis."""
   folders = {}
@@ -197,3 +209,15 @@ def resume_record(folder, one):
 def test_every_axis_crosses_processes_in_other_verbs(tmp_path):
   for one, two in run_twice(tmp_path, more, [*AXES]).values():
     compare_more(one, two)
+
+
+@pytest.mark.slow
+def test_weights_are_gathered_once_over_processes(tmp_path):
+  for one, two in run_twice(tmp_path, samples, ["fsdp", "tensor"]).values():
+    same = [
+      f / gather / "samples/00000.jsonl" for f in (one, two) for gather in ("once", "per_token")
+    ]
+    rows = [read_lines(path) for path in same]
+    assert len(rows[0]) == 6
+    for other in rows[1:]:
+      compare_numbers(rows[0], other)
