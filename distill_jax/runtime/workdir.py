@@ -37,6 +37,9 @@ MAY_CHANGE = (
   "profile_steps",
   "filter.slice",
   "filter.workers",
+  "generate.batch_size",
+  "generate.gather",
+  "generate.prefill_rows",
   "records.tokens_per_shard",  # a store keeps its own
   "train.checkpoint_every",
   "train.checkpoint_minutes",

@@ -59,3 +59,17 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_read(tmp_path):
   with Workdir(tmp_path, a_config(seed=1)):
     pass
   assert read_config(tmp_path).records.tokens_per_shard == 6 * tree["data"]["seq_len"]
+
+
+def test_the_memory_of_decoding_may_change(tmp_path):
+  """A generate that runs out of memory goes on with fewer rows, and earlier runs lack `gather`."""
+  with Workdir(tmp_path, a_config(seed=1)):
+    pass
+  tree = json.loads((tmp_path / "config.json").read_text())
+  del tree["generate"]["gather"]
+  (tmp_path / "config.json").write_text(json.dumps(tree))
+  c = config.base()
+  c.seed = 1
+  c.generate.batch_size, c.generate.prefill_rows, c.generate.gather = 8, 2, "per_token"
+  with Workdir(tmp_path, config.resolve(c)):
+    pass
