@@ -137,7 +137,9 @@ class Rig:
       for path in folder.rglob("*"):
         if path.is_file():
           self.fs.put_file(str(path), f"{url}/{path.relative_to(folder)}")
-    self.step(f"{name}: pack", ["pack", "--config.data.packed="], url, url, "packed", 1, Limits())
+    shard = f"--config.records.tokens_per_shard={8 * ROWS_PER_SHARD * SEQ_LEN}"  # rows are small
+    pack = ["pack", "--config.data.packed=", shard]
+    self.step(f"{name}: pack", pack, url, url, "packed", 1, Limits())
     return url
 
   def step(
