@@ -9,9 +9,9 @@ model card). A LoRA run is exported merged, as a PEFT adapter or as its base mod
 A student that was trained whole is copied from its checkpoint, slice by slice: no accelerator is
 needed, and memory does not grow with it. Several processes write the weight files side by side. Run
 the same command again after an interruption; finished weight files are kept. Students whose
-weights are computed (adapters, shared layers, integers) are made in the memory of the mesh first.
+weights are computed (adapters, shared layers, integers) are made in the memory of `mesh` first.
 
-Config: mesh (for such students), export.
+Config: mesh, export.
 
 Example:
   distill-jax export --config=configs/demo.py:distilled --workdir=runs/demo/distilled

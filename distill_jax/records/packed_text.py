@@ -64,9 +64,15 @@ def pack(
     Preempted: SIGTERM was received; finished shards are kept.
   """
   with _Shards(planned, folder, data.sequences) as shards:
-    cursor, work = _resume(data, work, storage.location(folder), shards.resume_at())
-    if not (cursor.is_end or cursor.row == data.sequences > 0):
-      _write(CorpusStream(work, corpus.packer(data), workers, cursor), shards, data)
+    where = storage.location(folder)
+    try:
+      cursor, work = _resume(data, work, where, shards.resume_at())
+      if not (cursor.is_end or cursor.row == data.sequences > 0):
+        _write(CorpusStream(work, corpus.packer(data), workers, cursor), shards, data)
+    except InputError:
+      if not _exists(files.join(where, manifest_lib.NAME)):
+        files.remove(files.join(where, STATE))  # so that a corrected command can use the folder
+      raise
     return shards.complete(), shards.packed
 
 

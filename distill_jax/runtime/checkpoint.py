@@ -206,6 +206,8 @@ def _chunks(state: PyTree) -> dict[str, ocp.SaveArgs]:
   """
   chunks = {}
   for path, v in _leaves_by_path(state, is_leaf=lambda x: hasattr(x, "get_metadata")):
+    if not jax.tree.leaves(v):  # moments of a parameter that is not trained
+      continue
     about = v.get_metadata() if hasattr(v, "get_metadata") else {}
     axes = enumerate(about.get("axes", ()))
     numbered = tuple(i for i, axis in axes if "{" + axis + "}" in about.get("hf", ""))

@@ -21,7 +21,8 @@ class Progress:
   """Context manager that reports the progress of a long job.
 
   A line reads `record  12,288/65,536 tokens  18%  1,024 tokens/s  left 0m52s  loss 3.21`. The last
-  line, printed when the block ends or raises, has the total time and the mean rate.
+  line, printed when the block ends or raises, has the total time and the mean rate. A block that
+  raises before any unit is done prints nothing.
 
   Args:
     verb: First word of the line, e.g. "train".
@@ -77,6 +78,8 @@ class Progress:
     self._print(rate, f"left {left}")
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    if kind is not None and self.done == self._start_at and len(self._lines) == 1:
+      return  # the error is all that there is to report
     took = self._clock() - self._start
     rate = (self.done - self._start_at) / took if took else 0.0
     self._print(rate, f"{'stopped after' if kind else 'took'} {_duration(took)}")

@@ -54,7 +54,7 @@ elif words[1] == "ssh" and any("distill-jax" in w and "exec 9" in w for w in wor
   leave(code)
 if words[1] == "ssh" and any("grep" in w for w in words):
   leave(0 if memory.get("progressed") else 1)
-if words[1] == "scp" and "distill.env" in words[-4] + words[-3]:
+if words[1] == "scp" and any("distill.env" in w for w in words):
   memory["env"] = pathlib.Path(words[2]).read_text()
 leave()
 """
