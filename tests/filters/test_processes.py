@@ -167,6 +167,7 @@ def test_slices_share_a_workdir_and_the_whole_run_has_it_alone(folder):
     Workdir(folder / "work", *slices[0]).__enter__()
 
 
+@pytest.mark.slow
 def test_slices_at_a_store_that_fails_at_times(folder, s3):
   """Two calls at the same time in one workdir at a URL, then the call that merges them."""
   for path in (folder / "samples").iterdir():

@@ -86,7 +86,9 @@ def test_recording_text_writes_the_same_store(whole, tmp_path):
   assert record.run(config.resolve(c), tmp_path / "text") == {**done, "recorded_now": 0}
 
 
-@pytest.mark.parametrize("workers, number, phase", [(1, 2, "after"), (2, 4, "before")])
+@pytest.mark.parametrize(
+  "workers, number, phase", [(1, 2, "after"), pytest.param(2, 4, "before", marks=pytest.mark.slow)]
+)
 def test_a_killed_run_is_continued_by_another_number_of_processes(
   whole, tmp_path, workers, number, phase
 ):

@@ -75,6 +75,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_only_the_clock_of_process_0_counts(tiny_run, tmp_path):
   """A clock of process 1 that passes a day per step changes neither steps nor losses."""
   (tmp_path / "config.py").write_text(
