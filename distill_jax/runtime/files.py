@@ -251,7 +251,7 @@ def remove_tree(folder: str | os.PathLike[str]) -> None:
 
 
 def temporary(path: Path) -> Path:
-  """Returns a hidden name next to a local file, which no other process of any host uses."""
+  """Returns a hidden name next to a local file that is unique over all processes and hosts."""
   return path.with_name(f".{path.name}.{socket.gethostname()}.{uuid.uuid4().hex[:12]}.part")
 
 

@@ -184,9 +184,10 @@ def test_requests_go_to_the_servers_with_the_fewest(tmp_path, capfd):
   served = [{prompt for prompt, _ in s.answered} for s in (good, dying)]
   assert not served[0] & served[1] and len(served[0] | served[1]) == 60
   assert 5 <= len(served[1]) <= 20 and dying.most <= 3 + 1
-  said = capfd.readouterr().err
-  assert said.count(f"{down.url} cannot be reached") == 1 and "It is skipped for a while." in said
-  assert said.count(f"{dying.url} cannot be reached or closed the connection") >= 1
+  reported = capfd.readouterr().err
+  assert reported.count(f"{down.url} cannot be reached") == 1
+  assert "It is skipped for a while." in reported
+  assert reported.count(f"{dying.url} cannot be reached or closed the connection") >= 1
 
 
 def test_a_server_that_comes_back_is_used_again(tmp_path, capfd):

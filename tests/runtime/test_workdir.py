@@ -62,7 +62,7 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_read(tmp_path):
 
 
 def test_the_memory_of_decoding_may_change(tmp_path):
-  """A generate that runs out of memory goes on with fewer rows, and earlier runs lack `gather`."""
+  """`generate` may continue with fewer rows; the configs of earlier runs have no `gather`."""
   with Workdir(tmp_path, a_config(seed=1)):
     pass
   tree = json.loads((tmp_path / "config.json").read_text())
