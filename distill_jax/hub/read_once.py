@@ -58,10 +58,15 @@ class Part:
   dtype: np.dtype
   rows: NamedSharding
 
+  @functools.cached_property
+  def layout(self) -> declared.Layout:
+    """The layout of each tensor."""
+    return declared.Layout(self.v)
+
   @property
   def stored(self) -> tuple[int, ...]:
     """The stored shape of one tensor; a number counts as one row."""
-    return declared.Layout(self.v).shape or (1,)
+    return self.layout.shape or (1,)
 
   @property
   def total(self) -> int:
@@ -81,8 +86,9 @@ class Part:
     """The bytes of a row in memory."""
     return math.prod(self.stored[1:]) * self.dtype.itemsize
 
+  @functools.cached_property
   def spans(self) -> dict[jax.Device, tuple[int, int]]:
-    """Returns (first row, last row) for each device of this process, without padding."""
+    """The (first row, last row) of each device of this process, without padding."""
     spans = {}
     for device, index in self.rows.addressable_devices_indices_map(self.shape).items():
       assert index is not None  # devices of this process have one
@@ -92,7 +98,7 @@ class Part:
 
   def nbytes(self) -> int:
     """Returns the bytes that this process reads."""
-    return sum(last - first for first, last in self.spans().values()) * self.row_bytes
+    return sum(last - first for first, last in self.spans.values()) * self.row_bytes
 
 
 def nbytes(places: Sequence[Place], dtype: np.dtype) -> int:
@@ -154,7 +160,7 @@ def _parts(v: nnx.Variable, place: NamedSharding, dtype: np.dtype) -> Iterator[P
 
 def _placed(part: Part, place: NamedSharding, rows: jax.Array, into: jax.Array | None) -> jax.Array:
   """Returns the parameter `into` with the values of a part; None: a new one."""
-  layout, loops = declared.Layout(part.v), len(declared.loop_axes(part.v))
+  layout, loops = part.layout, len(declared.loop_axes(part.v))
   lead = (part.count, *part.v.shape[1:loops]) if loops else ()
   whole = part.count == _layers(part.v)
   move = _mover(lead, layout.grouped, layout.axes, place, whole)
@@ -223,7 +229,7 @@ class _Reader:
     names = [n for n, _ in declared.tensors(part.v, index[:loops], self.keep_layers)]
     blocks: Blocks = {}
     reads = []
-    for device, (first, last) in part.spans().items():
+    for device, (first, last) in part.spans.items():
       blocks[device] = np.zeros((part.shape[0] // part.rows.mesh.size, *part.shape[1:]), part.dtype)
       for at, name, rows in _pieces(part, names, first, last):
         into = blocks[device][at - first : at - first + len(rows)]
