@@ -10,15 +10,7 @@ from distill_jax.errors import bad_value
 from distill_jax.hub import export_folder
 from distill_jax.hub.export_folder import Content
 from distill_jax.hub.safetensors_folder import INDEX, SINGLE
-from distill_jax.hub.tensors import (
-  InCheckpoint,
-  InMemory,
-  Shard,
-  Source,
-  Tensor,
-  in_order,
-  tensors_of,
-)
+from distill_jax.hub.tensors import InCheckpoint, InMemory, Shard, Tensor, tensors_of
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.hub.weights import float_dtype, hf_json
 from distill_jax.nn import params
@@ -65,8 +57,7 @@ def export_model(
   if shard_bytes < 1:
     expected = "a positive number of bytes"
     raise bad_value("export.shard_bytes", shard_bytes, expected, "Correct it")
-  by_path = tensors_of(model, float_dtype(dtype))
-  shards = _shards(in_order(by_path), shard_bytes)
+  shards = _shards(tensors_of(model, float_dtype(dtype)), shard_bytes)
   others = dict(extra or {})
   ids = {k: v for k, v in generation.items() if k.endswith("_token_id")}
   # transformers 5 reads `dtype`; older versions and vLLM read `torch_dtype`.
@@ -79,13 +70,11 @@ def export_model(
   if len(shards) > 1:
     texts[INDEX] = hf_json(_index(shards))
   texts["config.json"] = hf_json(hf)
-  source: Source = InMemory()
-  if saved is not None:
-    saved.check_same_model(dict(params.named_params(model)))
-    source = InCheckpoint(saved, {t.name: path for path, ts in by_path.items() for t in ts})
-    content = Content(shards, source, texts, saved.digest, saved.check)
+  if saved is None:
+    content = Content(shards, InMemory(), texts)
   else:
-    content = Content(shards, source, texts)
+    saved.check_same_model(dict(params.named_params(model)))
+    content = Content(shards, InCheckpoint(saved), texts, saved.digest, saved.check)
   export_folder.write(target, content)
 
 

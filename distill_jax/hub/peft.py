@@ -7,7 +7,7 @@ import os
 from distill_jax.hub import export_folder
 from distill_jax.hub.export import tokenizer_files
 from distill_jax.hub.export_folder import Content
-from distill_jax.hub.tensors import InMemory, Shard, in_order, tensors_of
+from distill_jax.hub.tensors import InMemory, Shard, tensors_of
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.hub.weights import float_dtype, hf_json
 from distill_jax.nn.lora import Adapters, LoraOptions
@@ -40,7 +40,7 @@ def export_adapters(
   Raises:
     InputError: The target exists, the disk is full, or a value is too large for the dtype.
   """
-  tensors = in_order(tensors_of(adapters, float_dtype(dtype)))
+  tensors = tensors_of(adapters, float_dtype(dtype))
   about = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",

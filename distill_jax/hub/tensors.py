@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import re
@@ -40,26 +39,28 @@ class Tensor:
 
   Attributes:
     name: its name in the checkpoint.
+    path: the dotted path of the parameter.
     param: the parameter, or its shape.
     loop_index: the index along the loop axes of the parameter.
-    shape: its shape in the checkpoint.
+    layout: the layouts of the parameter and of the tensor.
     dtype: its dtype in the checkpoint.
   """
 
   name: str
+  path: str
   param: nnx.Variable
   loop_index: tuple[int, ...]
-  shape: tuple[int, ...]
+  layout: declared.Layout
   dtype: np.dtype
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape in the checkpoint."""
+    return self.layout.shape
 
   @property
   def nbytes(self) -> int:
     return math.prod(self.shape) * self.dtype.itemsize
-
-  @functools.cached_property
-  def layout(self) -> declared.Layout:
-    """The layouts of the parameter and of the tensor."""
-    return declared.Layout(self.param)
 
   def to_stored(self, ours: np.ndarray) -> np.ndarray:
     """Returns a part in the layout and dtype of the checkpoint.
@@ -107,47 +108,35 @@ class InCheckpoint:
 
   Attributes:
     arrays: the checkpoint.
-    paths: the path in it of the parameter of each tensor, by the tensor's name.
   """
 
   arrays: SavedArrays
-  paths: dict[str, str]
   together = False
 
   def reads(self, tensor: Tensor, sums: Sums) -> Iterator[Callable[[], Finish]]:
     loops = tuple(slice(i, i + 1) for i in tensor.loop_index)
 
     def start(index: tuple[slice, ...]) -> Finish:
-      path = self.paths[tensor.name]
-      finish = self.arrays.start_reading(path, loops + index, sums)
+      finish = self.arrays.start_reading(tensor.path, loops + index, sums)
       return lambda: tensor.to_stored(finish()[(0,) * len(loops)])
 
     for index in tensor.layout.row_parts(PART_BYTES // tensor.param.dtype.itemsize):
       yield functools.partial(start, index)
 
 
-def tensors_of(model: PyTree, dtype: np.dtype) -> dict[str, list[Tensor]]:
-  """Returns the tensors of a model's parameters (or their shapes) by dotted path.
+def tensors_of(model: PyTree, dtype: np.dtype) -> list[Tensor]:
+  """Returns the tensors of a model's parameters (or their shapes), layer by layer.
 
   Raises:
     ValueError: Two parameters declare the same name, which is a bug.
   """
-  found = {
-    path: [
-      Tensor(name, v, loop_index, declared.Layout(v).shape, declared.dtype_of(v, dtype))
-      for name, loop_index in declared.tensors(v)
-    ]
-    for path, v in params.named_params(model)
-  }
-  names = [t.name for tensors in found.values() for t in tensors]
-  if len(set(names)) < len(names):
+  tensors = []
+  for path, v in params.named_params(model):
+    layout, own = declared.Layout(v), declared.dtype_of(v, dtype)
+    tensors += [Tensor(name, path, v, i, layout, own) for name, i in declared.tensors(v)]
+  if len({t.name for t in tensors}) < len(tensors):
     raise ValueError("Two parameters declare the same Hugging Face name.")
-  return found
-
-
-def in_order(found: dict[str, list[Tensor]]) -> list[Tensor]:
-  """Returns the tensors layer by layer."""
-  return sorted(itertools.chain(*found.values()), key=lambda t: _natural_order(t.name))
+  return sorted(tensors, key=lambda t: _natural_order(t.name))
 
 
 def _natural_order(name: str) -> list[int | str]:
