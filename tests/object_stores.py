@@ -1,6 +1,8 @@
 """Fixtures: real S3 and GCS servers on this machine, behind a proxy that counts and fails requests.
 
 def test_it(s3): files.write(f"{s3.url}/x", b"..."); assert s3.proxy.written_bytes == 3
+
+`upload` and `contents` copy and read a folder at any URL.
 """
 
 import contextlib
@@ -32,21 +34,32 @@ class ObjectStore:
     return self.store.environment(port or self.proxy.port)
 
 
-@contextlib.contextmanager
-def _running(kind):
-  with Store(kind) as store:
-    yield store
+def upload(folder, url):
+  """Uploads the files of a local folder that are not hidden; returns the URL."""
+  from distill_jax.runtime import files
+
+  for path in folder.iterdir():
+    if path.is_file() and not path.name.startswith("."):
+      files.upload(path, files.join(url, path.name))
+  return url
+
+
+def contents(url):
+  """Returns the bytes of the files of a folder, by name."""
+  from distill_jax.runtime import files
+
+  return {name: files.read(files.join(url, name)) for name in files.listing(url)}
 
 
 @pytest.fixture(scope="session")
 def s3_server():
-  with _running("s3") as store:
+  with Store("s3") as store:
     yield store
 
 
 @pytest.fixture(scope="session")
 def gcs_server():
-  with _running("gs") as store:
+  with Store("gs") as store:
     yield store
 
 

@@ -41,12 +41,15 @@ def sequence(i):
   }
 
 
-def record(folder, m=None, shards=None, index=0, count=1):
-  """Writes what is missing (or that many shards of it), completes, returns the ranges."""
+def record(folder, m=None, shards=None, index=0, count=1, make=sequence):
+  """Writes what is missing (or that many shards of it), completes, returns the ranges.
+
+  `make` returns the sequence of an index.
+  """
   with store.Writer(folder, m or manifest(), index, count) as w:
     todo = w.missing()[:shards]
     for r in todo:
-      w.write_shard(r, map(sequence, r))
+      w.write_shard(r, map(make, r))
     w.complete()
   return todo
 

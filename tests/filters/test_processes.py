@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from json_lines import write_lines
+from object_stores import upload
 from tiny_samples import a_sample
 
 from distill_jax import config, filters, registry
@@ -170,8 +171,7 @@ def test_slices_share_a_workdir_and_the_whole_run_has_it_alone(folder):
 @pytest.mark.slow
 def test_slices_at_a_store_that_fails_at_times(folder, s3):
   """Two calls at the same time in one workdir at a URL, then the call that merges them."""
-  for path in (folder / "samples").iterdir():
-    files.upload(path, files.join(s3.url, f"samples/{path.name}"))
+  upload(folder / "samples", f"{s3.url}/samples")
   (folder / "config.py").write_text(
     CONFIG.format(
       folder=str(folder / "filters"), samples=f"{s3.url}/samples", notes=str(folder / "notes")

@@ -5,6 +5,7 @@ import os
 import random
 
 import fsspec
+import object_stores
 import pytest
 from json_lines import read_lines
 
@@ -55,8 +56,8 @@ def missing(journal, samples):
 def content(folder):
   found = {}
   for name in NAMES:
-    where = files.join(folder, name)
-    found |= {(name, file): files.read(files.join(where, file)) for file in files.listing(where)}
+    parts = object_stores.contents(files.join(folder, name))
+    found |= {(name, file): data for file, data in parts.items()}
   return found
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import jax
 import pytest
 from local_stores import free_port
+from object_stores import contents
 from tiny_checkpoints import CONFIG
 
 from distill_jax.hub import export
 from distill_jax.models import llama
-from distill_jax.runtime import checkpoint, files, saved_arrays
+from distill_jax.runtime import checkpoint, saved_arrays
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -76,9 +77,7 @@ def test_two_processes_export_from_a_store_to_it(object_store, tmp_path, expecte
   one, two = finish(*[start(object_store, tmp_path, "export", flag) for flag in flags])
   shards = sorted(name for name in expected if name.endswith(".safetensors"))
   assert (one, two) == (set(shards[::2]), set(shards[1::2]))
-  url = f"{object_store.url}/out"
-  found = {name: files.read(files.join(url, name)) for name in files.listing(url)}
-  assert found == expected
+  assert contents(f"{object_store.url}/out") == expected
 
 
 @pytest.mark.parametrize("fault", ["reset_request", 503])
@@ -100,5 +99,4 @@ def test_faults_in_the_middle_of_uploads(object_store, tmp_path, expected, fault
   with saved_arrays.open_arrays(tmp_path) as saved:
     export.export_model(jax.eval_shape(lambda: model), url, saved=saved, **extra)
   assert len(failed) == 3
-  found = {name: files.read(files.join(url, name)) for name in files.listing(url)}
-  assert found == expected
+  assert contents(url) == expected

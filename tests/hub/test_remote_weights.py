@@ -4,12 +4,12 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from local_stores import Proxy, free_port
+from object_stores import upload
 from tiny_checkpoints import CONFIG, tensors, write_folder
 
 from distill_jax.errors import InputError
@@ -20,12 +20,6 @@ from distill_jax.runtime import files
 
 HOW = layers.ComputeConfig()
 WEIGHTS = "model.safetensors"
-
-
-def upload(folder: Path, url: str) -> str:
-  for path in folder.iterdir():
-    files.upload(path, files.join(url, path.name))
-  return url
 
 
 def loaded(source, mesh=None):

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from object_stores import upload
 from tiny_store import record
 
 from distill_jax.runtime import files
@@ -24,9 +25,6 @@ def copy(whole, tmp_path):
 @pytest.fixture
 def memory_store(whole):
   """The URL of a copy of the store in fsspec's memory."""
-  url = "memory://records/s"
-  for path in whole.iterdir():
-    if not path.name.startswith("."):
-      files.write(files.join(url, path.name), path.read_bytes())
+  url = upload(whole, "memory://records/s")
   yield url
   files.remove_tree(url)

@@ -8,13 +8,12 @@ import textwrap
 import jax
 import numpy as np
 import pytest
-from tiny_store import N, T, V, manifest, sequence
+from tiny_store import N, T, V, manifest, record, sequence
 
 import distill_jax as dj
 from distill_jax.errors import InputError
 from distill_jax.records import formats
 from distill_jax.records.fields import Record
-from distill_jax.records.store import Writer
 
 MAXTEXT = {
   "inputs",
@@ -40,10 +39,7 @@ def topk_sequence(i) -> Record:
 def topk_store(tmp_path_factory):
   folder = tmp_path_factory.mktemp("topk")
   m = manifest(4, kind="topk", missing_mass="renormalise")
-  with Writer(folder, m) as w:
-    for r in w.missing():
-      w.write_shard(r, map(topk_sequence, r))
-    w.complete()
+  record(folder, m, make=topk_sequence)
   return dj.open_store(folder)
 
 

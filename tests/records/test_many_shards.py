@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 from array_record.python import array_record_module
-from tiny_store import manifest, sequence
+from tiny_store import manifest, record, sequence
 
 from distill_jax.records import shard_index, tf_example, writer
 from distill_jax.records.manifest import Shard, shard_name
@@ -94,10 +94,7 @@ EXHAUST = """
 @pytest.mark.parametrize("seq_len", [4, 32])
 def test_too_many_open_files_is_called_that(tmp_path, seq_len, has_index):
   m = manifest(10, seq_len=seq_len)
-  with writer.Writer(tmp_path, m) as w:
-    for r in w.missing():
-      w.write_shard(r, ({name: x[:seq_len] for name, x in sequence(i).items()} for i in r))
-    w.complete()
+  record(tmp_path, m, make=lambda i: {name: x[:seq_len] for name, x in sequence(i).items()})
   if not has_index:
     for path in tmp_path.glob("*.index"):
       path.unlink()

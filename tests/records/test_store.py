@@ -115,10 +115,7 @@ def test_every_kind(tmp_path, change):
     s["taps_scale_PT"] = rng.random((2, T)).astype(np.float32)
     return s
 
-  with store.Writer(tmp_path, m) as w:
-    for r in w.missing():
-      w.write_shard(r, map(seq, r))
-    w.complete()
+  record(tmp_path, m, make=seq)
   s = store.open_store(tmp_path)
   s.verify()
   got, want = s[1], seq(1)

@@ -5,6 +5,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from array_record.python import array_record_module
+from object_stores import upload
 from tiny_store import manifest, record, same, sequence
 
 from distill_jax.errors import InputError
@@ -21,22 +22,12 @@ def text(i):
   return {"tokens_T": tokens, "segments_T": np.ones(T, np.int32), "mask_T": np.ones(T, bool)}
 
 
-def upload(folder, url):
-  for path in folder.iterdir():
-    if not path.name.startswith("."):
-      files.upload(path, files.join(url, path.name))
-  return url
-
-
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
   """A local store of long texts."""
   folder = tmp_path_factory.mktemp("texts")
   m = manifest(ROWS, kind="text", n=0, vocab_size=50_000, seq_len=T, sequences_per_shard=SHARD)
-  with store.Writer(folder, m) as w:
-    for r in w.missing():
-      w.write_shard(r, map(text, r))
-    w.complete()
+  record(folder, m, make=text)
   return folder
 
 
@@ -116,10 +107,7 @@ def test_a_flipped_byte_names_shard_and_record(texts, s3):
 def test_shards_of_labels_are_copied_once(tmp_path, s3):
   """Short records share chunks, so whole shards are read; they are small."""
   m = manifest(30, seq_len=4, sequences_per_shard=5)
-  with store.Writer(tmp_path, m) as w:
-    for r in w.missing():
-      w.write_shard(r, ({name: x[:4] for name, x in sequence(i).items()} for i in r))
-    w.complete()
+  record(tmp_path, m, make=lambda i: {name: x[:4] for name, x in sequence(i).items()})
   assert not list(tmp_path.glob("*.index"))
   opened, proxy = store.open_store(upload(tmp_path, s3.url)), s3.proxy
   proxy.requests.clear()

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import object_stores
 import pytest
 from tiny_store import contents, manifest, record, sequence
 
@@ -38,11 +39,6 @@ def s3_url(s3):
 def record_at(url, *args):
   with storage.Synced(url) as folder:
     return record(folder, *args)
-
-
-def uploaded(url):
-  """Returns the bytes of the files of a store, by name."""
-  return {name: files.read(files.join(url, name)) for name in files.listing(url)}
 
 
 def on_disk(folder):
@@ -80,11 +76,11 @@ def test_shards_are_uploaded_when_they_finish_and_leave_the_disk(whole, url, obj
 def test_a_store_at_a_url_has_the_bytes_of_a_local_one(whole, url):
   assert record_at(url, None, 2) == [range(3), range(3, 6)]
   assert record_at(url) == [range(6, 9), range(9, 10)]
-  assert uploaded(url) == contents(whole)
+  assert object_stores.contents(url) == contents(whole)
   files.remove(files.join(url, shard_name(1)))
   files.write(files.join(url, shard_name(3)), b"cut")
   assert record_at(url) == [range(3, 6), range(9, 10)]
-  assert uploaded(url) == contents(whole)
+  assert object_stores.contents(url) == contents(whole)
   files.remove_tree(url)  # nothing that was deleted comes back
   with storage.Synced(url) as folder:
     assert [path.name for path in folder.iterdir()] == [".remote"]
@@ -104,7 +100,7 @@ def test_a_busy_store_and_lost_connections_do_not_change_the_store(whole, s3_url
   s3.proxy.fault = fault
   record_at(s3_url)
   s3.proxy.fault = lambda method, path: None
-  assert uploaded(s3_url) == contents(whole)
+  assert object_stores.contents(s3_url) == contents(whole)
   assert len(uploads) > 9
   assert len(store.open_store(s3_url)) == 10
 
@@ -119,7 +115,7 @@ def test_a_store_that_stays_down_ends_the_run_and_keeps_finished_shards(
     record_at(s3_url)
   s3.proxy.fault = lambda method, path: None
   assert record_at(s3_url) == [range(6, 9), range(9, 10)]
-  assert uploaded(s3_url) == contents(whole)
+  assert object_stores.contents(s3_url) == contents(whole)
 
 
 def test_a_bucket_that_refuses_writes_is_found_at_once(s3_url, s3):
@@ -168,7 +164,7 @@ def test_a_process_killed_while_it_uploads_is_resumed(whole, s3_url, s3, name):
   s3.proxy.fault = lambda method, path: None
   todo = record_at(s3_url)
   assert len(todo) == (0 if name == NAME else 3)
-  assert uploaded(s3_url) == contents(whole)
+  assert object_stores.contents(s3_url) == contents(whole)
 
 
 @pytest.mark.parametrize(("size", "fits"), [("400k", True), ("100k", False)])

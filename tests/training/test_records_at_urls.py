@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import tiny
+from object_stores import upload
 from tiny_run import train
 
 from distill_jax import config
@@ -15,13 +16,6 @@ from distill_jax.errors import InputError
 from distill_jax.records import shard_index
 from distill_jax.records.store import open_store
 from distill_jax.runtime import files
-
-
-def upload(folder, url):
-  for path in folder.iterdir():
-    if path.is_file() and not path.name.startswith("."):
-      files.upload(path, files.join(url, path.name))
-  return url
 
 
 def test_a_run_is_the_same_as_from_a_folder(tiny_run, tmp_path, s3, monkeypatch):
