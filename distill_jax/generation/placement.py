@@ -56,18 +56,13 @@ class DecodingMemory(NamedTuple):
     return self.gathered_once <= ROOM * limit
 
 
-def row_shards(mesh: Mesh) -> int:
-  """Returns the number of groups of devices that hold different rows."""
-  return math.prod(mesh.shape[axis] for axis in sharding.BATCH)
-
-
 def divisible(decoding: DecodingOptions, mesh: Mesh) -> DecodingOptions:
-  """Returns the options with batch_size and prefill_rows rounded up to multiples of `row_shards`.
+  """Returns the options; batch sizes are rounded up to multiples of `sharding.row_shards`.
 
   Texts do not depend on either, and on 64 devices the additional rows cost almost nothing: a decode
   step reads the same weights for them.
   """
-  n = row_shards(mesh)
+  n = sharding.row_shards(mesh)
   return dataclasses.replace(
     decoding,
     batch_size=n * -(-decoding.batch_size // n),

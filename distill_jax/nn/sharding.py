@@ -257,6 +257,11 @@ def constrain(x: jax.Array, axes: str, rules: Rules) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, rules.spec(tuple(axes.split()), "compute"))
 
 
+def row_shards(mesh: Mesh) -> int:
+  """Returns the number of groups of devices that hold different rows of a batch."""
+  return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
 def check_batch(name: str, size: int, mesh: Mesh, accumulate: int = 1) -> None:
   """Checks that a batch is divisible by the number of devices that hold different sequences.
 
@@ -269,7 +274,7 @@ def check_batch(name: str, size: int, mesh: Mesh, accumulate: int = 1) -> None:
   Raises:
     InputError: the batch is not divisible.
   """
-  ways = math.prod(mesh.shape[a] for a in BATCH)
+  ways = row_shards(mesh)
   if size < 1 or size % (ways * accumulate):
     microbatches = f" times {accumulate} microbatches" if accumulate > 1 else ""
     expected = f"a positive multiple of {ways * accumulate} ({ways} devices{microbatches})"

@@ -84,18 +84,18 @@ class Decoder:
   @property
   def largest_batch(self) -> int:
     """Maximum number of rows that fit, with the weights where they are."""
-    shards = placement.row_shards(self.mesh)
+    shards = sharding.row_shards(self.mesh)
     free = placement.ROOM * self.hardware.chip.hbm - self.weights - self.memory.prompt_cache
     return shards * max(0, math.floor(free / self.row_cache))
 
   @property
   def row_cache(self) -> float:
     """Bytes per device of the cache of one row."""
-    return self.memory.cache * placement.row_shards(self.mesh) / self.options.batch_size
+    return self.memory.cache * sharding.row_shards(self.mesh) / self.options.batch_size
 
   def bound(self, rows: int) -> roofline.Bound:
     """Returns the minimum seconds of a step that decodes one token for each of `rows` rows."""
-    own = rows / placement.row_shards(self.mesh)
+    own = rows / sharding.row_shards(self.mesh)
     c, n = self.source.decoder_config, self.mesh.shape["tensor"]
     if self.gather == ONCE:
       moved = self._weights_read(own)

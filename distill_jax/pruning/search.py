@@ -184,7 +184,7 @@ def _teacher_rate(config: Config, source: ModelSource, workdir: Path) -> float:
 def _decode_rate(config: Config, loaded: LoadedModel, mesh: jax.sharding.Mesh) -> float:
   """Returns the tokens per second of one text for each group of devices; consumes `loaded`."""
   options = config.shrink
-  rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+  rows = sharding.row_shards(mesh)
   with jax.set_mesh(mesh):
     unrolled = unroll(loaded.model, loaded.compute)
     model = BenchmarkedModel(

@@ -62,7 +62,7 @@ def _generate(
 ) -> list[str]:
   """Returns a continuation of each prompt; on other processes than the first, none."""
   mesh = sharding.make_mesh(**vars(config.mesh))
-  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = sharding.row_shards(mesh)
   size = rows * -(-PROMPTS // rows)
   job = GenerationJob(
     model=model,
