@@ -19,12 +19,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from distill_jax.hub import declared
+from distill_jax.hub.read_once import Place
 from distill_jax.hub.weights import Weights
 from distill_jax.runtime.progress import Progress
 
 THREADS = 2  # one tensor is read while another is transposed
 
-Place = tuple[nnx.Variable, NamedSharding]  # an abstract parameter and its storage sharding
 Spans = tuple[tuple[int, int], ...]  # (start, stop) along each axis
 
 
