@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from distill_jax.errors import InputError
 from distill_jax.hub.weights import WeightFile
-from distill_jax.runtime import files
+from distill_jax.runtime import files, mirror
 from distill_jax.types import FamilyConfig
 
 CACHED_FROM = 2**26  # bytes: smaller files are hashed in less than 0.1 seconds
@@ -77,8 +77,7 @@ def _sha256(path: str, size: int, version: str) -> bytes:
   if size < CACHED_FROM:
     return _hash(path)
   key = hashlib.sha256(json.dumps([os.path.realpath(path), size, version]).encode()).hexdigest()
-  folder = pathlib.Path(os.environ.get("DISTILL_JAX_CACHE", "~/.cache/distill_jax")).expanduser()
-  kept = folder / "digests" / key
+  kept = mirror.cache_folder() / "digests" / key
   kept.parent.mkdir(parents=True, exist_ok=True)
   with kept.open("a+") as f:
     fcntl.flock(f, fcntl.LOCK_EX)  # other processes of this machine wait for the result

@@ -199,11 +199,15 @@ def abandon(url: str) -> None:
       synced.is_abandoned = True
 
 
+def cache_folder() -> Path:
+  """Returns the folder of this user's cache, which hosts may share."""
+  return Path(os.environ.get("DISTILL_JAX_CACHE", "~/.cache/distill_jax")).expanduser().absolute()
+
+
 def folder_of(url: str, process: str) -> Path:
   """Returns the folder of a process of this host; the cache may be shared by hosts."""
-  cache = Path(os.environ.get("DISTILL_JAX_CACHE", "~/.cache/distill_jax")).expanduser().absolute()
   name = f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
-  return cache / "mirrors" / name / f"{socket.gethostname()}.{process}"
+  return cache_folder() / "mirrors" / name / f"{socket.gethostname()}.{process}"
 
 
 def _lock(folder: Path, url: str) -> IO[str]:
