@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
@@ -169,17 +168,15 @@ class _Host:
       stdout=self._output,
       stderr=subprocess.STDOUT,
     )
-    self._lock = threading.Lock()
 
   def running(self) -> bool:
-    if self._usage.rss_bytes:
+    if self._process.returncode is not None:
       return False
     pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
     if not pid:
       return True
-    self._usage.code = os.waitstatus_to_exitcode(status)
-    self._process.returncode = self._usage.code
-    self._usage.rss_bytes = max(1, usage.ru_maxrss * 1024)
+    self._usage.code = self._process.returncode = os.waitstatus_to_exitcode(status)
+    self._usage.rss_bytes = usage.ru_maxrss * 1024
     return False
 
   def failed(self) -> bool:
