@@ -27,7 +27,7 @@ from distill_jax.records.fields import ARGMAX, IDS, LOGP, WEIGHT, Record, Record
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.store import Writer
-from distill_jax.runtime import files, storage
+from distill_jax.runtime import storage
 from distill_jax.types import JsonObject
 
 PART = "records"  # of finished.PARTS
@@ -185,9 +185,8 @@ class StoreWriter:
     if not self.count:
       self._corpus = recorder.text_digest(self._record(journal, self._rows[0]))
     folder = self._open.enter_context(storage.Synced(c.generate.records_dir))
-    where, total = storage.location(folder), len(self._rows)
-    if files.info(files.join(where, manifest_lib.NAME)) is not None:
-      total = manifest_lib.load(where).total
+    found = manifest_lib.find(storage.location(folder))
+    total = len(self._rows) if found is None else found.total
     manifest = dataclasses.replace(
       recorder.planned_manifest(c.records, self._spec.vocab_size, total, self._seq_len),
       teacher=self._store.teacher.identity if self._store.records else {},

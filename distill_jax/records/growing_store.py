@@ -15,7 +15,7 @@ from distill_jax.records import recorder
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.store import Store, Writer, unfinished_store
-from distill_jax.runtime import files, storage
+from distill_jax.runtime import storage
 
 
 class GrowingStore:
@@ -52,9 +52,9 @@ class GrowingStore:
       expected = f"at least the number of rows that are added, {past}"
       raise bad_value("sequences", self._sequences, expected, "Raise it")
     if self._writer is None and first == 0:
-      folder = storage.location(self._folder)
-      if files.info(files.join(folder, manifest_lib.NAME)) is not None:
-        self._open(rows[0], manifest_lib.load(folder).total)
+      found = manifest_lib.find(storage.location(self._folder))
+      if found is not None:
+        self._open(rows[0], found.total)
     if self._found is None:
       return [False] * len(rows)
     after = bisect_right(self._stored, first, key=lambda shard: shard.stop)
@@ -114,9 +114,8 @@ class GrowingStore:
     )
     self._writer = Writer(self._folder, manifest)
     self._found = unfinished_store(self._writer)
-    if self._found is not None:
-      shards = self._found.manifest.shards
-      self._stored = [range(s.first, s.first + s.count) for s in shards]
+    shards = self._found.manifest.shards
+    self._stored = [range(s.first, s.first + s.count) for s in shards]
     return self._writer
 
   def _end_of_shard(self, first: int) -> int:

@@ -259,9 +259,16 @@ def load(folder: str | os.PathLike) -> Manifest:
   Raises:
     InputError: The manifest is missing or damaged, or has an unknown format version.
   """
+  if (found := find(folder)) is None:
+    raise InputError(f"{folder} has no {NAME}. Name a folder that `record` wrote.")
+  return found
+
+
+def find(folder: str | os.PathLike) -> Manifest | None:
+  """Reads the manifest of a folder or URL; returns None if it does not exist. See `load`."""
   path = files.join(folder, NAME)
   if files.info(path) is None:
-    raise InputError(f"{folder} has no {NAME}. Name a folder that `record` wrote.")
+    return None
   try:
     fields = json_io.parse(files.read(path))
   except (OSError, InputError) as e:
@@ -293,9 +300,9 @@ def with_shards_of(folder: str, want: Manifest) -> Manifest:
 
   So a store is resumed with the shards that it has when records.tokens_per_shard was changed.
   """
-  if files.info(files.join(folder, NAME)) is None:
+  if (found := find(folder)) is None:
     return want
-  return dataclasses.replace(want, sequences_per_shard=load(folder).sequences_per_shard)
+  return dataclasses.replace(want, sequences_per_shard=found.sequences_per_shard)
 
 
 def require_same(want: Manifest, found: Manifest, folder: str) -> None:

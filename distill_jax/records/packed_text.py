@@ -189,9 +189,7 @@ class _Shards:
     self.packed = 0
 
   def __enter__(self) -> _Shards:
-    folder = storage.location(self._folder)
-    if _exists(files.join(folder, manifest_lib.NAME)):
-      found = manifest_lib.load(folder)
+    if (found := manifest_lib.find(storage.location(self._folder))) is not None:
       self._open(found.corpus, min(found.total, self._limit or found.total))
     return self
 

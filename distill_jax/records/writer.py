@@ -92,10 +92,9 @@ class Writer:
 
   def _join(self, want: Manifest) -> Manifest:
     """Returns the manifest of the folder, created or extended for this run."""
-    if files.info(files.join(self.folder, manifest_lib.NAME)) is None:
+    if (found := manifest_lib.find(self.folder)) is None:
       found = dataclasses.replace(want, extents=(want.total,), shards=())
     else:
-      found = manifest_lib.load(self.folder)
       manifest_lib.require_same(want, found, self.folder)
       if want.total < found.total:
         raise InputError(
