@@ -17,13 +17,8 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     path: The file. Missing folders are created.
     data: The contents; text is written as UTF-8.
   """
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = files.temporary(path)
-  with part.open("wb") as f:
+  with files.open_write(path) as f:
     f.write(data.encode() if isinstance(data, str) else data)
-    f.flush()
-    os.fsync(f.fileno())
-  part.replace(path)
   fsync_dir(path.parent)
 
 
