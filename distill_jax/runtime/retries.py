@@ -63,8 +63,6 @@ def retry(failure: str, fn: Callable[[], Result]) -> Result:
   while True:
     try:
       return fn()
-    except (InputError, *NOT_PASSING[:-1]):
-      raise
     except Exception as e:
       if is_refused(e):
         raise refused(failure, e) from e
@@ -92,12 +90,10 @@ def status_of(e: BaseException) -> int:
 
 def is_refused(e: BaseException) -> bool:
   """Returns True for an exception that means missing credentials or permissions."""
+  if isinstance(e, (InputError, *NOT_PASSING)):
+    return isinstance(e, PermissionError)
   text = str(e).lower()
-  return (
-    isinstance(e, PermissionError)
-    or status_of(e) in (401, 403)
-    or (isinstance(e, OSError) and text.startswith(REFUSED))
-  )
+  return status_of(e) in (401, 403) or (isinstance(e, OSError) and text.startswith(REFUSED))
 
 
 def refused(failure: str, e: BaseException) -> InputError:
