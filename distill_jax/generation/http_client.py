@@ -31,7 +31,7 @@ from distill_jax.errors import InputError, bad_value
 from distill_jax.generation import event_stream
 from distill_jax.generation.options import ServerOptions
 from distill_jax.generation.request_errors import RequestFailed, RequestRefused
-from distill_jax.generation.servers import FIRST_WAIT_S, MAX_WAIT_S, Server, Servers
+from distill_jax.generation.servers import Server, Servers, retry_wait
 from distill_jax.runtime import extras
 
 with extras.needed("serve"):
@@ -146,8 +146,7 @@ class Client:
       if server is None and len(self.servers.all) > 1 and self.servers.ready():
         continue  # another server may be able to answer
       part = 0.5 + random.Random(f"{self._seed}/{name}/{attempt}").random() / 2
-      wait = min(MAX_WAIT_S, FIRST_WAIT_S * 2 ** max(attempt - 1, 0))
-      await asyncio.sleep(failed.after + part * wait)
+      await asyncio.sleep(failed.after + part * retry_wait(attempt))
 
   async def _once(
     self, server: Server, path: str, body: Any, parse: Callable[[Any], Answer]

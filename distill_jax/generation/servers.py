@@ -66,7 +66,7 @@ class Servers:
       await asyncio.sleep(max(0.0, min(s.ready for s in self.all) - time.monotonic()))
     server = min(ready, key=lambda s: s.in_flight)
     if server.is_out:  # others wait for the answer to this request
-      server.ready = time.monotonic() + _wait(server.failures)
+      server.ready = time.monotonic() + retry_wait(server.failures)
     return server
 
   def answered(self, server: Server) -> None:
@@ -83,12 +83,13 @@ class Servers:
     server.failures += 1
     if len(self.all) == 1 or (server.failures < FAILURES and not failure.unreachable):
       return
-    wait = _wait(server.failures)
+    wait = retry_wait(server.failures)
     server.ready = max(server.ready, time.monotonic() + wait)
     if not server.is_out:
       print(f"{server.url} {failure}. It is skipped for a while.", file=sys.stderr)
     server.is_out = True
 
 
-def _wait(failures: int) -> float:
+def retry_wait(failures: int) -> float:
+  """Returns the wait after a number of consecutive failures, in seconds."""
   return min(MAX_WAIT_S, FIRST_WAIT_S * 2.0 ** max(failures - 1, 0))

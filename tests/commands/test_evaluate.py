@@ -12,7 +12,7 @@ from distill_jax import cli, config
 from distill_jax.commands import evaluate as evaluation
 from distill_jax.errors import InputError
 from distill_jax.evals import heldout
-from distill_jax.generation import http_client, local
+from distill_jax.generation import local, servers
 from distill_jax.report import model_card
 from distill_jax.report.html_report import write_report
 
@@ -21,7 +21,7 @@ QUESTIONS = ["3 times 6 is", "hello", "0 times 3"]
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-  monkeypatch.setattr(http_client, "FIRST_WAIT_S", 0.02)
+  monkeypatch.setattr(servers, "FIRST_WAIT_S", 0.02)
 
 
 def made(folder: Path, **changes):

@@ -2,10 +2,9 @@
 
 import pytest
 
-from distill_jax.generation import http_client, servers
+from distill_jax.generation import servers
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-  monkeypatch.setattr(http_client, "FIRST_WAIT_S", 0.02)
   monkeypatch.setattr(servers, "FIRST_WAIT_S", 0.02)
