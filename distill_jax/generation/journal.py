@@ -17,7 +17,6 @@ sample is uploaded twice: in a piece, and in a segment.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import zlib
@@ -85,7 +84,7 @@ class SampleJournal:
     self._log = files.join(folder, LOG)
     self._places: dict[int, dict[int, Place]] = {}  # by prompt and sample, from the frontiers on
     self._last: dict[int, int] = {}  # by piece: its last prompt
-    self._settled = Counts()  # of the prompts before `_ready`
+    self._settled = Counts()  # of the prompts that no reader needs
     self._ready = 0  # the first prompt that is not complete
     self._next_piece = 0
     self._has_failed = False
@@ -106,7 +105,6 @@ class SampleJournal:
     self.model = state["model"]
     for reader in self._readers:
       reader.restore(state["readers"][reader.name])
-    # The counts of the state are those of the prompts before the first frontier.
     self._ready, self._settled = self._needed(), Counts(**state["counts"])
     pieces = {int(name.partition(".")[0]): info for name, info in self._pieces().items()}
     heads = files.read_ranges(
@@ -196,13 +194,11 @@ class SampleJournal:
     while self._is_complete(self._ready):
       places = self._places[self._ready]
       ordered = [places[sample] for sample in sorted(places)]
-      self._settled.add(ordered)
       self._ready += 1
       for reader in self._readers:
         if reader.frontier < self._ready:
           reader.add(self, ordered)
     if self._progress() != before:
-      self._save()
       self._forget()
     self._has_failed = False
 
@@ -220,26 +216,21 @@ class SampleJournal:
 
   def _save(self) -> None:
     """Stores the state, with the counts of the prompts that no reader needs."""
-    counts = dataclasses.replace(self._settled, reasons=collections.Counter(self._settled.reasons))
-    for prompt in range(self._needed(), self._ready):
-      for place in self._places[prompt].values():
-        counts.samples -= bool(place.reason)
-        counts.rejected -= not place.reason
-        counts.tokens -= place.tokens
-        counts.reasons[place.reason] -= bool(place.reason)
     state = {
       "of": self._origin,
       "model": self.model,
       "readers": {reader.name: reader.state() for reader in self._readers},
-      "counts": vars(counts) | {"reasons": {k: n for k, n in counts.reasons.items() if n}},
+      "counts": vars(self._settled),
     }
     files.write(self._state_file, json.dumps(state, indent=1).encode())
 
   def _forget(self) -> None:
-    """Deletes the pieces whose samples no reader needs."""
+    """Forgets the prompts that no reader needs, and deletes the pieces that have no others."""
     needed = self._needed()
-    for prompt in [p for p in self._places if p < needed]:
-      del self._places[prompt]
+    for prompt in sorted(p for p in self._places if p < needed):
+      places = self._places.pop(prompt)
+      self._settled.add(places[sample] for sample in sorted(places))
+    self._save()
     unused = [number for number, last in self._last.items() if last < needed]
     for number in unused:
       del self._last[number]
@@ -267,7 +258,6 @@ class SampleJournal:
     """Lets the readers write what is left, when all samples are finished."""
     for reader in self._readers:
       reader.finish(self)
-    self._save()
     self._forget()
 
   def remove(self) -> None:
