@@ -35,7 +35,7 @@ CLONE = {
   "NEWPID": 0x20000000,
   "NEWNET": 0x40000000,
 }
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 0x4000, 0x40000
+MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 2, 4, 0x4000, 0x40000
 MS_BIND, MNT_DETACH = 0x1000, 2
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
@@ -85,9 +85,9 @@ def enter_namespaces(root):
       Path(f"/proc/self/{name}").write_text(text)
 
 
-def mount_tmpfs(target, options, flags):
+def mount_tmpfs(target, options):
   """Mounts an empty tmpfs on a folder."""
-  call("mount", b"none", os.fsencode(target), b"tmpfs", flags | MS_NOSUID | MS_NODEV, options)
+  call("mount", b"none", os.fsencode(target), b"tmpfs", MS_NOSUID | MS_NODEV, options)
 
 
 def set_mount(path, flags, attributes, cleared=0):
@@ -103,7 +103,7 @@ def restrict_files(job):
   """
   call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
   root = job["folder"]
-  mount_tmpfs(root, b"size=1m,mode=0755", 0)
+  mount_tmpfs(root, b"size=1m,mode=0755")
   for path, target in job["links"]:
     Path(root + path).parent.mkdir(parents=True, exist_ok=True)
     Path(root + path).symlink_to(target)
@@ -120,7 +120,7 @@ def restrict_files(job):
   for path in DEVICES:
     set_mount(root + path, 0, 0, ATTR_NODEV)
   options = f"size={job['disk']},nr_inodes=1000,mode=0777"
-  mount_tmpfs(root + root, options.encode(), 0)
+  mount_tmpfs(root + root, options.encode())
   os.chdir(root)
   call("syscall", ctypes.c_long(PIVOT_ROOT[platform.machine()]), b".", b".")
   call("umount2", b".", MNT_DETACH)  # the old root, which is mounted over the new one
