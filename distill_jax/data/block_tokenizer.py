@@ -10,9 +10,7 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,6 +26,7 @@ from distill_jax.data.packing import TokenBlock
 from distill_jax.data.sources import Block, DocumentSource
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
+from distill_jax.runtime import pool_worker
 
 ALONE = 4  # a corpus of at most this many blocks is tokenized before workers would have started
 
@@ -210,20 +209,11 @@ _work_here: BlockTokenizer | None = None  # set in workers only
 
 
 def _start_worker(work: BlockTokenizer) -> None:
-  """Prepares a worker, which ends when its parent does."""
+  """Prepares a worker."""
   global _work_here
   _work_here = work
   os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core's share
-  for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them
-    signal.signal(number, signal.SIG_IGN)
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-  parent = multiprocessing.parent_process()
-  assert parent is not None
-  parent.join()
-  os._exit(1)
+  pool_worker.start()
 
 
 def _work(block: Block) -> TokenizedBlock:

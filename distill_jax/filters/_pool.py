@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import multiprocessing.connection
-import os
 import pickle
-import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -18,6 +14,7 @@ from typing import Any
 
 from distill_jax import filters
 from distill_jax.errors import bad_value
+from distill_jax.runtime import pool_worker
 
 ATTEMPTS = 3  # times that a task is run before its death ends the run
 POLL_SECONDS = 0.5
@@ -136,18 +133,9 @@ def _finished(future: Future[Any]) -> bool:
 
 
 def _start_worker(folders: list[str], shared: bytes) -> None:
-  for number in (signal.SIGTERM, signal.SIGINT):  # sent to the whole group: the parent handles it
-    signal.signal(number, signal.SIG_IGN)
-  threading.Thread(target=_end_with_parent, daemon=True).start()
+  pool_worker.start()
   filters.__path__[:] = folders  # includes those of registry.add_folder
   _shared[:] = [pickle.loads(shared)]
-
-
-def _end_with_parent() -> None:
-  parent = multiprocessing.parent_process()
-  assert parent is not None
-  multiprocessing.connection.wait([parent.sentinel])
-  os._exit(1)
 
 
 def _call(function: Callable[..., Any], task: tuple) -> Any:
