@@ -109,7 +109,9 @@ class Run:
 
   def _judge(self, stop: distributed.Preemption) -> None:
     """Writes the verdicts on the segments of this call that lack them."""
-    todo = [segment for segment in self._mine if not self._is_judged(segment)]
+    folder = self._path(VERDICTS)
+    found = {files.join(folder, name) for name in files.listing(folder)}
+    todo = [s for s in self._mine if self._verdicts_of(s) not in found or not self._is_judged(s)]
     total, size = _bytes(self._mine), _bytes(todo)
     block = min(MAX_BLOCK, max(MIN_BLOCK, size // (4 * self._workers)))
     tasks = [(s, piece) for s in todo for piece in _segments.pieces(s.range, block)]
@@ -135,9 +137,8 @@ class Run:
     verdicts.write(self._verdicts_of(segment))
 
   def _is_judged(self, segment: Segment) -> bool:
-    path = self._verdicts_of(segment)
     try:
-      return files.info(path) is not None and (_verdicts.read(path).source == self._source(segment))
+      return _verdicts.read(self._verdicts_of(segment)).source == self._source(segment)
     except InputError:  # damaged
       return False
 
