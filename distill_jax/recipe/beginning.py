@@ -28,9 +28,9 @@ def read(source: DocumentSource) -> Beginning:
   Raises:
     InputError: A document cannot be read, or all of the source was read and has no document.
   """
-  sizes: dict[str, int] = {}
+  total = 0  # bytes, where they are known
   if source.kind in sources.SUFFIXES:
-    sizes = {path: found.size for path, found in sources.find(source).items()}
+    total = sum(found.size for found in sources.find(source).values())
   documents, seen, done = [], 0, 0
   for block in sources.blocks(source):
     content = list(block.read(source.kind))
@@ -39,7 +39,7 @@ def read(source: DocumentSource) -> Beginning:
       if document.in_split:
         documents.append(document.text)
     done += sum(map(len, content))
-    if documents and done >= ENOUGH and sizes:
-      return Beginning(documents, max(1.0, sum(sizes.values()) / done))
+    if documents and done >= ENOUGH and total:
+      return Beginning(documents, max(1.0, total / done))
   sources.check_counts(source, seen, len(documents))
   return Beginning(documents, 1.0)
