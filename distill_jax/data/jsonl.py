@@ -115,7 +115,7 @@ def find_files(path: str, suffix: str) -> dict[str, FileInfo]:
     return {path: one}
   if found := file_io.listing(path, f"*{suffix}"):
     return {file_io.join(path, name): info for name, info in found.items()}
-  if file_io.listing(path) or ("://" not in path and Path(path).is_dir()):
+  if file_io.listing(path) or (not file_io.is_remote(path) and Path(path).is_dir()):
     raise InputError(f"{path} is a folder without {suffix} files. Name another folder.")
   raise InputError(f"{path} does not exist. Name a {suffix} file or a folder of them.")
 

@@ -314,7 +314,7 @@ def _tfds(source: DocumentSource) -> Iterator[str]:
     import tensorflow_datasets as tfds
   from etils import epath
 
-  if "://" in source.path and not source.path.startswith("gs://"):
+  if files.is_remote(source.path) and not source.path.startswith("gs://"):
     expected = "a local path or a gs:// URL for kind='tfds', because TFDS reads no others"
     raise bad_value("data.path", source.path, expected, "Copy the dataset")
   path = epath.Path(source.path)
