@@ -53,6 +53,13 @@ def test_round_trip_through_json():
       3,
       r"teacher.keep_layers is 3; expected a tuple, not a value of type int",
     ),
+    (
+      "data",
+      {"seq_len": 96, "buckets": (32, 48, 64)},
+      r"data.buckets is \(32, 48, 64\); expected ascending .* divides the last, 96 \(data.seq_len",
+    ),
+    ("data", {"seq_len": 96, "buckets": (48, 32, 96)}, r"data.buckets is \(48, 32, 96\); expected"),
+    ("data", {"seq_len": 96, "buckets": (64, 96)}, r"data.buckets is \(64, 96\); expected"),
     ("losses.soft", {"loss": "kdd"}, r"distill_jax/losses has no module 'kdd'. .*kd"),
     ("losses.soft", {"loss": "kd", "temprature": 1.0}, r"temprature' is unknown; did you mean"),
     (

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+
+from distill_jax.errors import bad_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,10 @@ class DataOptions:
   with one of them. "": the model's tokenizer."""
   seq_len: int = 1024
   """Length of the packed sequences, in tokens."""
+  buckets: tuple[int, ...] = ()
+  """Lengths of packed sequences in ascending order, of which each divides the last, data.seq_len. A
+  document is packed into sequences of the smallest length that holds it, and there is one store for
+  each length. (): one store with sequences of data.seq_len."""
   sequences: int = 0
   """Maximum number of packed sequences. 0: all."""
   on_bad: str = "stop"
@@ -41,6 +48,18 @@ class DataOptions:
   trust: str = ""
   """Name of a per-chat confidence field in [0, 1], e.g. "agreement", which the filter `votes`
   writes. 1 - confidence is used as label smoothing. "": no label smoothing. For "chat" only."""
+
+  def __post_init__(self) -> None:
+    lengths = self.buckets
+    ascend = all(a < b for a, b in itertools.pairwise((1, *lengths)))
+    if lengths and (
+      lengths[-1] != self.seq_len or not ascend or any(self.seq_len % n for n in lengths)
+    ):
+      expected = (
+        f"ascending lengths of at least 2 tokens, of which each divides the last, {self.seq_len} "
+        "(data.seq_len)"
+      )
+      raise bad_value("data.buckets", lengths, expected, "Correct them")
 
 
 @dataclasses.dataclass(frozen=True)
