@@ -7,21 +7,17 @@ products elsewhere. The first two never store the [T, T] scores.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jax.sharding import PartitionSpec
 
 from distill_jax.errors import InputError, bad_value, check_choice
-from distill_jax.nn import sharding
+from distill_jax.nn import sharding, splash
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
 RUNS_ON = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}
-LANES = 128  # splash attention's blocks are multiples of this number of positions
-BLOCKS = (512, 256, LANES)
 
 
 class OneOf(NamedTuple):
@@ -70,11 +66,13 @@ def attention(
   kernel = choose_kernel(kernel, q_BTHh)
   scale = q_BTHh.shape[-1] ** -0.5 if scale is None else scale
   sizes, at = window if isinstance(window, OneOf) else OneOf((window,), jnp.int32(0))
-  arrays = q_BTHh, k_BTGh, v_BTGh, segments_BT, at
+  T = segments_BT.shape[1]
+  index_T = jnp.arange(T, dtype=jnp.int32)
+  arrays = q_BTHh, k_BTGh, v_BTGh, segments_BT, segments_BT, index_T, at
   if kernel == "xla":
     return dense(*arrays, sizes, scale, "xla")
   if kernel == "splash":
-    run = functools.partial(splash, sizes=sizes, scale=scale)
+    run = functools.partial(splash.attention, sizes=sizes, scale=scale, chunk=T)
   else:
     run = functools.partial(dense, sizes=sizes, scale=scale, implementation="cudnn")
   if jax.sharding.get_abstract_mesh().empty:
@@ -88,12 +86,11 @@ def attention(
       f"by {heads} and keys by {kv_heads}. Shard 'heads' and 'kv_heads' over the same mesh axes, "
       "do not shard 'seq' and 'head_dim', or set attention to 'xla'."
     )
-  rows = rules.spec(("batch", "seq"), "compute")
+  rows, whole = rules.spec(("batch", "seq"), "compute"), PartitionSpec()
   # The kernels do not declare over which mesh axes their results vary. Without communication
   # between devices there is nothing to check.
-  return jax.shard_map(
-    run, in_specs=(heads, heads, heads, rows, PartitionSpec()), out_specs=heads, check_vma=False
-  )(*arrays)
+  specs = heads, heads, heads, rows, rows, whole, whole
+  return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(*arrays)
 
 
 def full(
@@ -225,92 +222,30 @@ def cudnn_limitation(q_BTHh: jax.Array) -> str:
 
 
 def dense(
-  q_BTHh: jax.Array,
-  k_BTGh: jax.Array,
-  v_BTGh: jax.Array,
-  segments_BT: jax.Array,
+  q_BQHh: jax.Array,
+  k_BKGh: jax.Array,
+  v_BKGh: jax.Array,
+  q_segments_BQ: jax.Array,
+  kv_segments_BK: jax.Array,
+  q_index_Q: jax.Array,
   at: jax.Array,
   sizes: tuple[int | None, ...],
   scale: float,
   implementation: Literal["xla", "cudnn"],
 ) -> jax.Array:
-  """Computes `attention` with a mask [B, T, T].
+  """Computes attention of the queries of each row to all its keys, with a mask [B, Q, K].
 
-  cuDNN adds the mask to the scores, the only way in which jax lets it handle segments. Its sliding
-  window cannot be combined with a mask, so the mask contains the window too.
+  The arguments are those of splash.attention. cuDNN adds the mask to the scores.
   """
-  T, width = segments_BT.shape[1], v_BTGh.shape[-1]
-  mask_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+  K, width = v_BKGh.shape[1], v_BKGh.shape[-1]
+  back_QK = q_index_Q[:, None] - jnp.arange(K, dtype=jnp.int32)[None]
+  seen_QK = back_QK >= 0
   if sizes != (None,):
-    window, t = jnp.asarray([w or T for w in sizes])[at], jnp.arange(T)
-    mask_BTS &= (t[:, None] - t[None, :] < window)[None]
-  if missing := q_BTHh.shape[-1] - width:  # jax needs values as wide as keys
-    v_BTGh = jnp.pad(v_BTGh, ((0, 0), (0, 0), (0, 0), (0, missing)))
-  a_BTHh = jax.nn.dot_product_attention(
-    q_BTHh,
-    k_BTGh,
-    v_BTGh,
-    mask=mask_BTS[:, None],
-    scale=scale,
-    is_causal=True,
-    implementation=implementation,
+    seen_QK &= back_QK < jnp.asarray([w or K for w in sizes])[at]
+  mask_BQK = seen_QK[None] & (q_segments_BQ[:, :, None] == kv_segments_BK[:, None, :])
+  if missing := q_BQHh.shape[-1] - width:  # jax needs values as wide as keys
+    v_BKGh = jnp.pad(v_BKGh, ((0, 0), (0, 0), (0, 0), (0, missing)))
+  a_BQHh = jax.nn.dot_product_attention(
+    q_BQHh, k_BKGh, v_BKGh, mask=mask_BQK[:, None], scale=scale, implementation=implementation
   )
-  return a_BTHh[..., :width]
-
-
-def splash(
-  q_BTHh: jax.Array,
-  k_BTGh: jax.Array,
-  v_BTGh: jax.Array,
-  segments_BT: jax.Array,
-  at: jax.Array,
-  sizes: tuple[int | None, ...],
-  scale: float,
-  interpret: bool = False,
-) -> jax.Array:
-  """Computes `attention` with Pallas.
-
-  The kernel's masks are static, so each window size has its own kernel. The kernel has no scale:
-  queries are scaled in float32 and rounded once more.
-  """
-  T = segments_BT.shape[1]
-  padding = -T % LANES  # The mask is causal, so no token attends to the padding after it.
-
-  def padded_heads(x_BTHh: jax.Array) -> jax.Array:
-    return jnp.pad(x_BTHh.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
-
-  q_BTHh = (q_BTHh.astype(jnp.float32) * scale).astype(q_BTHh.dtype)
-  segments_BT = jnp.pad(segments_BT, ((0, 0), (0, padding)))
-
-  def kernel_of(window: int | None) -> Callable[..., jax.Array]:
-    kernel = jax.vmap(_splash_kernel(T + padding, window, interpret))
-    return lambda q, k, v, s: kernel(q, k, v, pallas.SegmentIds(s, s))
-
-  branches = [kernel_of(window) for window in sizes]  # lax.switch calls a single branch directly
-  q_k_v = (padded_heads(x) for x in (q_BTHh, k_BTGh, v_BTGh))
-  a_BHTh = jax.lax.switch(at, branches, *q_k_v, segments_BT)
-  return a_BHTh[:, :, :T].swapaxes(1, 2)
-
-
-def _splash_kernel(T: int, window: int | None, interpret: bool) -> Callable[..., jax.Array]:
-  """Returns the kernel for any number of heads: all have the same mask, which Pallas caches."""
-  if window is None or window >= T:
-    mask: pallas.CausalMask | pallas.LocalMask = pallas.CausalMask((T, T))
-  else:
-    mask = pallas.LocalMask((T, T), (window - 1, 0), 0)
-  block = next(b for b in BLOCKS if T % b == 0)
-  blocks = pallas.BlockSizes(
-    block_q=block,
-    block_kv=block,
-    block_q_dkv=block,
-    block_kv_dkv=block,
-    block_q_dq=block,
-    block_kv_dq=block,
-  )
-  return pallas.make_splash_mha(
-    pallas.MultiHeadMask([mask]),
-    block_sizes=blocks,
-    head_shards=1,
-    q_seq_shards=1,
-    interpret=interpret,
-  )
+  return a_BQHh[..., :width]
