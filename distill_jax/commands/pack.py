@@ -5,11 +5,14 @@ any number of processes, and needs little memory; `train` and `evaluate` can rea
 corpus is tokenized by a pool of processes (pack.workers), and the bytes of the store do not depend
 on their number. When the command is run again, it continues after the last finished shard.
 
+With records.heldout_sequences, rows of the held-out split are packed too, for `record`.
+
 Reads: the corpus and the tokenizer (`data`), and the teacher's tokenizer and chat template.
 
-Writes: a store in the workdir: manifest.json and shards (*.array_record).
+Writes: a store in the workdir: manifest.json and shards (*.array_record); another one in
+WORKDIR/heldout.
 
-Config: teacher, data, pack, records.tokens_per_shard.
+Config: teacher, data, pack, records.tokens_per_shard, records.heldout_sequences.
 
 Example:
   distill-jax pack --config=configs/r1_record.py --workdir=gs://bucket/packed
@@ -28,7 +31,7 @@ from distill_jax.errors import bad_value
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.records import manifest as manifest_lib
-from distill_jax.records import packed_text, recorder
+from distill_jax.records import packed_text, planned_stores, recorder
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.packed_rows import PackedRows
 from distill_jax.records.store import Store, open_store
@@ -41,7 +44,7 @@ def run(config: Config, folder: Path) -> JsonObject:
 
   Returns:
     sequences, tokens and bytes of the whole store, and packed_now, the number of sequences that
-    this call packed.
+    this call packed. `heldout` has the same numbers of the held-out store, if it is packed.
 
   Raises:
     InputError: The corpus or the tokenizer cannot be used, or the folder contains other records.
@@ -51,9 +54,15 @@ def run(config: Config, folder: Path) -> JsonObject:
   if config.data.packed:
     expected = "'' for `pack`, which makes such a store"
     raise bad_value("data.packed", config.data.packed, expected, "Remove the key")
-  store, packed = make(config, loading.open_source(config.teacher, config.seed), folder)
+  planned = planned_stores.planned(config)
+  teacher = loading.open_source(config.teacher, config.seed)
+  sizes = {name: _sizes(*make(c, teacher, folder / name)) for name, c in planned.items()}
+  return sizes.pop("") | sizes
+
+
+def _sizes(store: Store, packed_now: int) -> JsonObject:
   sums = {k: sum(getattr(s, k) for s in store.manifest.shards) for k in ("tokens", "bytes")}
-  return {"sequences": len(store), "packed_now": packed, **sums}
+  return {"sequences": len(store), "packed_now": packed_now, **sums}
 
 
 def make(config: Config, teacher: ModelSource, folder: Path) -> tuple[Store, int]:
@@ -75,7 +84,11 @@ def _pack(config: Config, teacher: ModelSource, folder: Path) -> int:
   options = RecordsOptions(kind="text", tokens_per_shard=config.records.tokens_per_shard)
   planned = recorder.planned_manifest(options, tokenizer.vocab_size, 1, data.seq_len)
   planned = dataclasses.replace(
-    planned, tokenizer=tokenizer.digest, smoothing=bool(data.trust), teacher={}
+    planned,
+    tokenizer=tokenizer.digest,
+    smoothing=bool(data.trust),
+    teacher={},
+    heldout_fraction=data.fraction_of_split,
   )
   planned = manifest_lib.with_shards_of(storage.location(folder), planned)
   work = corpus.block_tokenizer(data, tokenizer, teacher.pretrained)
@@ -95,6 +108,7 @@ def open_rows(config: Config, teacher: ModelSource, folder: Path) -> tuple[Packe
       "labels": False,
       "tokenizer": tokenizer.digest,
       "seq_len": config.data.seq_len,
+      "heldout_fraction": config.data.fraction_of_split,
     }
     store = open_store(config.data.packed, expected)
   else:

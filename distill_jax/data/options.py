@@ -22,10 +22,10 @@ class DataOptions:
   dataset in TFDS's default folder."""
   packed: str = ""
   """Store that `pack` made of the corpus, as a path or URL, whose rows `record` reads by index. "":
-  `record` first packs the corpus into WORKDIR/packed."""
+  `record` first packs the corpus into WORKDIR/packed. Held-out rows are in its folder `heldout`."""
   split: str = "train"
-  """Split to read: "train" or "heldout"; for "tfds", any split of the dataset, e.g.
-  "train[:90%]"."""
+  """Split to read: "train" or "heldout"; for "tfds", any split of the dataset, e.g. "train[:90%]".
+  With `tasks`, the split that `record` reads."""
   field: str = "text"
   """Field that contains the text, for "jsonl" and "tfds"."""
   heldout_fraction: float = 0.1
@@ -60,6 +60,12 @@ class DataOptions:
         "(data.seq_len)"
       )
       raise bad_value("data.buckets", lengths, expected, "Correct them")
+
+  @property
+  def fraction_of_split(self) -> float:
+    """The fraction of the documents that are held out if they are those to read; otherwise 0."""
+    of_hash = self.split == "heldout" and self.kind != "tfds"
+    return self.heldout_fraction if of_hash else 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,6 +92,8 @@ class Manifest:
     taps: The stored features, or None.
     smoothing: True if documents have different label smoothing.
     labels: True if records hold labels_T of a task's examples instead of packed tokens.
+    heldout_fraction: Of a store of held-out documents, the fraction of documents that were held
+      out, which decides which ones are; 0 for other stores.
     format_version: Version of the format; see `format_of`.
     shards: The finished shards, in order.
   """
@@ -113,6 +115,7 @@ class Manifest:
   taps: Taps | None = None
   smoothing: bool = False
   labels: bool = False
+  heldout_fraction: float = 0.0
   format_version: int = 1
   shards: tuple[Shard, ...] = ()
 
@@ -180,6 +183,8 @@ class Manifest:
   def _json(self) -> JsonObject:
     """Returns all fields in the format of the file."""
     fields = _plain(dataclasses.asdict(self))
+    if not self.heldout_fraction:
+      del fields["heldout_fraction"]
     if self.format_version == 1:  # it stores labels of a task as "tokens"
       del fields["labels"]
     if fields["taps"]:
@@ -318,7 +323,7 @@ def require_same(want: Manifest, found: Manifest, folder: str) -> None:
       f"{folder} holds records of format {found.format_version}, but this run writes format "
       f"{want.format_version}. Train on the existing records, or record into another folder."
     )
-  a, b = ({"smoothing": False, **m.identity} for m in (want, found))
+  a, b = ({"smoothing": False, "heldout_fraction": 0.0, **m.identity} for m in (want, found))
   for key, planned in a.items():
     if planned != b[key]:
       if isinstance(planned, dict) and isinstance(b[key], dict):

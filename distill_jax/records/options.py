@@ -46,6 +46,9 @@ class RecordsOptions:
   runs the teacher."""
   logprobs_format: str = "vllm"
   """Format of `logprobs`: "vllm", "sglang" or "openai"."""
+  heldout_sequences: int = 0
+  """Maximum number of sequences of the held-out split that `record` and `pack` store too, in the
+  folder `heldout` of the workdir, for train.heldout; 0 for none."""
   batch_size: int = 8
   """Number of sequences per batch, over all devices."""
   chunk: int = 128

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -22,8 +22,8 @@ from distill_jax.losses.features import FeatureSpec, flat_qkv
 from distill_jax.models import runs
 from distill_jax.nn import sharding
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.nn.sharding import MeshAxes, Rows
-from distill_jax.records import batch_plan, collate, fields, sampler, tap_features, taps
+from distill_jax.nn.sharding import MeshAxes
+from distill_jax.records import collate, fields, sampler, tap_features, taps
 from distill_jax.records.fields import Record, RecordSpec
 from distill_jax.records.manifest import Manifest, Taps, format_of
 from distill_jax.records.options import RecordsOptions
@@ -49,6 +49,7 @@ class Corpus:
     tokenizer: Digest of the tokenizer; "" for a task, whose own digest covers it.
     digest: Digest of the first row of the text, or of the task.
     first_class: First row of the teacher's head for the classes; not 0 only with several tasks.
+    heldout_fraction: See Manifest.
   """
 
   rows: Sequence[Record]
@@ -57,6 +58,7 @@ class Corpus:
   tokenizer: str
   digest: str
   first_class: int = 0
+  heldout_fraction: float = 0.0
 
   def read(self, indices: Sequence[int]) -> list[Record]:
     """Returns some rows, in the order of their indices. Packed rows are read at once."""
@@ -69,9 +71,12 @@ class Corpus:
     return "labels_T" in self.rows[0]
 
   @classmethod
-  def of_text(cls, rows: Sequence[Record], tokenizer: Tokenizer, positions: int) -> Corpus:
+  def of_text(
+    cls, rows: Sequence[Record], tokenizer: Tokenizer, positions: int, heldout_fraction: float = 0.0
+  ) -> Corpus:
     """Returns the corpus of packed text. The digest covers the first row: a corpus can grow."""
-    return cls(rows, positions, tokenizer.vocab_size, tokenizer.digest, text_digest(rows[0]))
+    digest, vocab_size = text_digest(rows[0]), tokenizer.vocab_size
+    return cls(rows, positions, vocab_size, tokenizer.digest, digest, 0, heldout_fraction)
 
 
 def sampling_key(seed: int) -> jax.Array:
@@ -228,41 +233,6 @@ def check_same_row(store: Store, index: int, row: Record) -> None:
     )
 
 
-def overlap(fn: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[tuple[Part, Result]]:
-  """Yields (part, fn(part)) after fn has been called on the next part.
-
-  With a function that dispatches work to the devices, they compute a part while the caller
-  processes the previous one.
-  """
-  before: tuple[Part, Result] | None = None
-  for part in parts:
-    dispatched = part, fn(part)
-    if before is not None:
-      yield before
-    before = dispatched
-  if before is not None:
-    yield before
-
-
-def recorded(
-  dispatch: Callable[[np.ndarray], tuple[Sequence[Record], Mapping[str, jax.Array]]],
-  plan: Iterable[np.ndarray],
-  rows: Rows,
-) -> Iterator[tuple[np.ndarray, list[Record]]]:
-  """Yields each batch of a plan with the records in it that this process writes.
-
-  Args:
-    dispatch: Starts the teacher's computation on a batch of the plan. Returns the records without
-      targets that this process holds, and the targets of the global batch.
-    plan: The batches, from `batch_plan.batches`.
-    rows: The rows of a batch.
-  """
-  for index_B, (held, targets) in overlap(dispatch, plan):
-    written = rows.written[index_B[rows.written] != batch_plan.PADDING]
-    own = [held[i] for i in np.searchsorted(rows.held, written)]
-    yield index_B, local_records(own, targets, written)
-
-
 def feature_spec(options: RecordsOptions) -> FeatureSpec:
   """Returns the spec of the teacher's features to record."""
   if options.tap_kind == "hidden":
@@ -295,6 +265,7 @@ def manifest_of(
     tokenizer=corpus.tokenizer,
     corpus=corpus.digest,
     smoothing=fields.SMOOTHING in corpus.rows[0],
+    heldout_fraction=corpus.heldout_fraction,
   )
 
 

@@ -40,6 +40,7 @@ MAY_CHANGE = (
   "generate.batch_size",
   "generate.gather",
   "generate.prefill_rows",
+  "records.heldout_sequences",  # recorded into another folder
   "records.tokens_per_shard",  # a store keeps its own
   "train.checkpoint_every",
   "train.checkpoint_minutes",

@@ -225,10 +225,10 @@ def recorded_task(config: Config) -> str:
 def open_corpus(
   config: Config, pretrained: Pretrained | None, teacher: FamilyConfig | None
 ) -> Corpus:
-  """Opens the examples of the task to record.
+  """Opens the examples of the task to record, of the split data.split.
 
   Args:
-    config: The config, with the tasks.
+    config: The config, with the tasks. data.sequences limits the examples of the held-out split.
     pretrained: The teacher's checkpoint, or None.
     teacher: The teacher's architecture config, whose head must fit all tasks; None to record
       without a teacher.
@@ -237,7 +237,8 @@ def open_corpus(
     InputError: The task cannot be recorded, or the teacher does not fit it.
   """
   name = recorded_task(config)
-  every = {n: open_examples(config, n, "train", pretrained) for n in config.tasks}
+  split, most = config.data.split, config.data.sequences if config.data.split != "train" else 0
+  every = {n: open_examples(config, n, split, pretrained, most) for n in config.tasks}
   examples, classes = every[name], class_ranges(every)[name]
   source = examples.source
   if source.classes == IN_BATCH_CLASSES:

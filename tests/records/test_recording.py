@@ -82,7 +82,7 @@ def test_the_store_is_that_of_the_command_record_byte_for_byte(tmp_path):
   compute = ComputeConfig()
   run = jax.jit(lambda model, inputs: model(inputs, compute))
   text = record.open_corpus(
-    resolved, record.loading.open_source(resolved.teacher), tmp_path / "ours"
+    resolved, record.loading.open_source(resolved.teacher), tmp_path / "ours" / record.PACKED
   )
   rows = text.rows
   with dj.Recorder(

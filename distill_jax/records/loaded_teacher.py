@@ -1,0 +1,111 @@
+"""A teacher on the devices, which records the rows of several corpora one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from distill_jax.config import Config
+from distill_jax.models import runs
+from distill_jax.models.loading import ModelSource
+from distill_jax.nn.sharding import Rows
+from distill_jax.records import batch_plan, collate, recorder, tap_features
+from distill_jax.records.fields import Record
+from distill_jax.records.options import RecordsOptions
+from distill_jax.records.recorder import Corpus, TeacherPass
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+# Starts the computation on a batch of a plan. Returns the rows, without targets, that this process
+# holds, and the targets of the global batch.
+Dispatch = Callable[[np.ndarray], tuple[list[Record], Mapping[str, jax.Array]]]
+
+
+def feature_width(options: RecordsOptions, teacher: ModelSource) -> int:
+  """Returns the size of the teacher's recorded feature vectors; 0 without taps."""
+  return tap_features.feature_width(teacher.config, options.tap_kind) if options.taps else 0
+
+
+class LoadedTeacher:
+  """A teacher that is loaded once and computes the targets of any number of corpora.
+
+  Args:
+    config: The config, with the seed and the options of `records`.
+    teacher: The teacher.
+    mesh: The device mesh.
+    corpus: One of the corpora, which have the same classes.
+    read: See `collate`; None for text.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    teacher: ModelSource,
+    mesh: Mesh,
+    corpus: Corpus,
+    read: collate.Read | None = None,
+  ):
+    keys, options = runs.keys(config.seed), config.records
+    loaded = teacher.load(mesh, keys["teacher"])
+    width = feature_width(options, teacher)
+    teacher_pass = TeacherPass(options, loaded.compute, corpus.classes, corpus.first_class, width)
+    self._model, self._run = loaded.model, teacher_pass.jitted
+    self._key, self._read = keys["records"], read
+
+  def dispatcher(self, corpus: Corpus, rows: Rows) -> Dispatch:
+    """Returns a function that starts the computation on a batch of a corpus."""
+    padding = {name: np.zeros_like(x) for name, x in corpus.rows[0].items()}
+
+    def dispatch(index_B: np.ndarray) -> tuple[list[Record], dict[str, jax.Array]]:
+      own_B = index_B[rows.held]
+      kept = iter(corpus.read(own_B[own_B != batch_plan.PADDING].tolist()))
+      held = [padding if i == batch_plan.PADDING else next(kept) for i in own_B.tolist()]
+      own = collate.collate(held, read=self._read), np.maximum(own_B, 0).astype(np.int32)
+      batch, index_B = collate.to_device(own, rows)
+      return held, self._run(self._model, self._key, batch, index_B)
+
+    return dispatch
+
+  def recorded(
+    self, corpus: Corpus, plan: Iterable[np.ndarray], rows: Rows
+  ) -> Iterator[tuple[np.ndarray, list[Record]]]:
+    """Yields each batch of a plan with its records; see the function `recorded`."""
+    yield from recorded(self.dispatcher(corpus, rows), plan, rows)
+
+
+def recorded(
+  dispatch: Dispatch, plan: Iterable[np.ndarray], rows: Rows
+) -> Iterator[tuple[np.ndarray, list[Record]]]:
+  """Yields each batch of a plan with the records in it that this process writes.
+
+  The teacher computes the next batch while one is read.
+
+  Args:
+    dispatch: Starts the teacher's computation on a batch.
+    plan: The batches, from `batch_plan.batches`.
+    rows: The rows of a batch.
+  """
+  for index_B, (held, targets) in overlap(dispatch, plan):
+    written = rows.written[index_B[rows.written] != batch_plan.PADDING]
+    own = [held[i] for i in np.searchsorted(rows.held, written)]
+    yield index_B, recorder.local_records(own, targets, written)
+
+
+def overlap(fn: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[tuple[Part, Result]]:
+  """Yields (part, fn(part)) after fn has been called on the next part.
+
+  With a function that dispatches work to the devices, they compute a part while the caller
+  processes the previous one.
+  """
+  before: tuple[Part, Result] | None = None
+  for part in parts:
+    dispatched = part, fn(part)
+    if before is not None:
+      yield before
+    before = dispatched
+  if before is not None:
+    yield before

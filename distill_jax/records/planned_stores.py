@@ -1,0 +1,56 @@
+"""The stores that `record` and `pack` make: of training rows and of held-out rows.
+
+The training rows are in the workdir itself. With records.heldout_sequences, rows of the held-out
+split are in its folder `heldout`. A store of packed text has the same folders, so data.packed names
+both texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from distill_jax.config import Config
+from distill_jax.errors import bad_value
+from distill_jax.runtime import files
+
+HELDOUT = "heldout"
+
+
+def planned(config: Config) -> dict[str, Config]:
+  """Returns the config of each store, by its folder in the workdir; "" is the workdir itself.
+
+  The held-out store is the first to make: it is small, and its errors come at once.
+
+  Raises:
+    InputError: The corpus has no held-out rows that could be recorded too.
+  """
+  c, data = config, config.data
+  if c.records.heldout_sequences == 0:
+    return {"": c}
+  _check(c)
+  packed = files.join(data.packed, HELDOUT) if data.packed else ""
+  heldout = dataclasses.replace(
+    data, split=HELDOUT, sequences=c.records.heldout_sequences, packed=packed
+  )
+  return {HELDOUT: dataclasses.replace(c, data=heldout), "": c}
+
+
+def _check(config: Config) -> None:
+  """Raises InputError if held-out rows cannot be recorded with the training rows."""
+  key, heldout, data = "records.heldout_sequences", config.records.heldout_sequences, config.data
+  if heldout < 0:
+    raise bad_value(key, heldout, "at least 0", "Raise it")
+  if config.records.logprobs:
+    expected = "0 with records.logprobs, because the responses of a server have no splits"
+    action = "Import the held-out responses into another store"
+    raise bad_value(key, heldout, expected, action)
+  if data.split == HELDOUT:
+    expected = f"a split to train on with {key}={heldout}, which records the held-out rows too"
+    raise bad_value("data.split", data.split, expected, "Remove one of the two keys")
+  if not config.tasks and data.kind != "tfds" and data.heldout_fraction == 0:
+    raise bad_value(
+      key,
+      heldout,
+      "0 with data.heldout_fraction=0, which puts every document into both splits",
+      "Set data.heldout_fraction, or record the held-out file into another store",
+    )

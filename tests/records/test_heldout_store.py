@@ -1,0 +1,130 @@
+"""Stores of held-out rows, which `record` and `pack` make with those of the training rows."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import heldout_runs
+import pytest
+from heldout_runs import HELDOUT, ROWS, made, run
+from tiny_store import contents
+
+from distill_jax import config
+from distill_jax.commands import pack
+from distill_jax.data.tokenizers import load_tokenizer
+from distill_jax.errors import InputError
+from distill_jax.records.store import open_store
+from distill_jax.runtime import files, storage
+
+SCRIPT = Path(heldout_runs.__file__)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+  """The folder of a training and a held-out store that one command records."""
+  folder = tmp_path_factory.mktemp("both")
+  done = run(made(folder), folder / "records")
+  assert done["sequences"] == done["recorded_now"] == ROWS
+  assert done["heldout"]["sequences"] == done["heldout"]["recorded_now"] == HELDOUT
+  return folder
+
+
+def same(folder, want):
+  """Asserts that two folders hold the same training and held-out stores, byte for byte."""
+  for name in ("", "heldout"):
+    assert contents(folder / name) == contents(want / name)
+
+
+def test_the_stores_are_those_of_two_commands(both, tmp_path):
+  c = made(tmp_path, heldout=0)
+  assert "heldout" not in run(c, tmp_path / "train")
+  c.data.split, c.data.sequences = "heldout", HELDOUT
+  run(c, tmp_path / "heldout")
+  assert contents(tmp_path / "train") == contents(both / "records")
+  assert contents(tmp_path / "heldout") == contents(both / "records" / "heldout")
+
+
+def test_no_document_is_in_both_stores(both):
+  decode = load_tokenizer(both / "tokenizer.json").decode
+  stores = [open_store(both / "records" / name) for name in ("", "heldout")]
+  train, heldout = (
+    {m for row in store for m in re.findall(r"<\d+>", decode(row["tokens_T"].tolist()))}
+    for store in ([s[i] for i in range(len(s))] for s in stores)
+  )
+  assert len(train) > 10 and len(heldout) > 3 and not train & heldout
+  assert [s.manifest.heldout_fraction for s in stores] == [0, 0.3]
+  assert stores[0].manifest.corpus != stores[1].manifest.corpus
+
+
+@pytest.mark.parametrize(
+  "shard, missing",
+  [(6, (2, ROWS)), pytest.param(8, (0, 14), marks=pytest.mark.slow)],
+)
+def test_a_killed_command_is_continued(both, tmp_path, shard, missing):
+  """Shards 0 to 5 are packed; 6 and 7 are held-out records, 8 to 11 are training records."""
+  tests = SCRIPT.parent
+  env = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}"}
+  command = [sys.executable, str(SCRIPT), str(tmp_path), str(shard)]
+  killed = subprocess.run(command, env=env, check=False, capture_output=True)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+  done = run(made(tmp_path), tmp_path / "records")
+  assert (done["heldout"]["recorded_now"], done["recorded_now"]) == missing
+  same(tmp_path / "records", both / "records")
+
+
+def test_held_out_rows_are_added_to_a_finished_store(both, tmp_path):
+  run(made(tmp_path, heldout=0), tmp_path / "records")
+  for heldout, now in ((6, 6), (HELDOUT, 2)):
+    done = run(made(tmp_path, heldout), tmp_path / "records")
+    assert (done["heldout"]["recorded_now"], done["recorded_now"]) == (now, 0)
+  ours, want = (open_store(f / "records" / "heldout") for f in (tmp_path, both))
+  assert [s.sha256 for s in ours.manifest.shards] == [s.sha256 for s in want.manifest.shards]
+
+
+def test_record_reads_packed_text_of_both_splits(both, tmp_path):
+  c = made(tmp_path)
+  done = pack.run(config.resolve(c), tmp_path / "packed")
+  assert done["heldout"]["packed_now"] == HELDOUT
+  c.data.packed, c.data.path = str(tmp_path / "packed"), "not read"
+  run(c, tmp_path / "records")
+  same(tmp_path / "records", both / "records")
+  files.remove_tree(str(tmp_path / "packed" / "heldout"))
+  with pytest.raises(InputError, match=r"packed/heldout has no manifest.json"):
+    run(c, tmp_path / "again")
+  c.data.packed, c.records.heldout_sequences = str(both / "records/packed/heldout"), 0
+  with pytest.raises(InputError, match=r"has heldout_fraction=0.3, but this run has 0"):
+    run(c, tmp_path / "again")
+
+
+def test_text_is_stored_at_a_url(both, tmp_path, monkeypatch):
+  monkeypatch.setenv("DISTILL_JAX_CACHE", str(tmp_path / "cache"))
+  c = made(tmp_path)
+  c.records.kind = "text"
+  with storage.Synced("memory://heldout/text") as folder:
+    run(c, folder)
+    assert run(c, folder)["heldout"]["recorded_now"] == 0
+  for name in ("", "/heldout"):
+    assert open_store(f"memory://heldout/text{name}").manifest.digest == (
+      open_store(f"{both}/records/packed{name}").manifest.digest
+    )
+  files.remove_tree("memory://heldout/text")
+
+
+@pytest.mark.parametrize(
+  "changes, why",
+  [
+    ({"records.heldout_sequences": -1}, "records.heldout_sequences is -1; expected at least 0"),
+    ({"records.logprobs": "dump.jsonl"}, "expected 0 with records.logprobs, because"),
+    ({"data.split": "heldout"}, "data.split is 'heldout'; expected a split to train on"),
+    ({"data.heldout_fraction": 0.0}, "expected 0 with data.heldout_fraction=0, which puts every"),
+  ],
+)
+def test_bad_input(tmp_path, changes, why):
+  c = made(tmp_path)
+  c.update_from_flattened_dict(changes)
+  for command in (run, lambda c, folder: pack.run(config.resolve(c), folder)):
+    with pytest.raises(InputError, match=why):
+      command(c, tmp_path / "records")
