@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # or read-only
 WITHOUT_WORKDIR = ("preflight",)  # writes nothing
+WITHOUT_LOCK = ("report",)  # reads a workdir that another command may be using
 WITHOUT_CONFIG = ("completion", "help")  # print a text
 HELP_FLAGS = ("--help", "-h", "-help")
 PYTHON = (3, 11)
@@ -155,6 +156,9 @@ def run(argv: list[str]) -> JsonObject:
   if not flags.WORKDIR.value:
     raise InputError("--workdir is missing. Name the folder of the run, e.g. --workdir=runs/demo.")
   distributed.initialize(flags.DISTRIBUTED.value)
+  if argv[1] in WITHOUT_LOCK:
+    with storage.Synced(flags.WORKDIR.value, argv[1]) as folder:
+      return command.run(config, folder)
   path, part = flags.WORKDIR.value, command.part(config) if "part" in vars(command) else ""
   compile_cache.use(path)
   with (

@@ -1,7 +1,9 @@
-"""Writes one HTML page with the results and plots of a run.
+"""Writes one HTML page with the results and plots of a run, also while it is going.
 
-Reads: evaluation.json in the workdir, the runs in evaluate.models, and the first store in
-train.records.
+Reads: the runs in evaluate.models, and in the workdir itself; evaluation.json and examples.json in
+the workdir; and the first store in train.records. What does not exist yet is omitted or shown with
+its progress. The command changes nothing but the page, and takes no lock, so that it can be called
+while another command uses the workdir.
 
 Writes: report.html in the workdir. The page is a single file, without scripts or external images.
 
@@ -16,10 +18,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill_jax.config import Config
+from distill_jax.errors import InputError
 from distill_jax.models import runs
 from distill_jax.records import describe
 from distill_jax.records.store import open_store
 from distill_jax.report import html_report
+from distill_jax.runtime import storage
+from distill_jax.training.metric_writer import FILE
 from distill_jax.types import JsonObject
 
 
@@ -30,9 +35,14 @@ def run(config: Config, workdir: Path) -> JsonObject:
     for name, source in config.evaluate.models.items()
     if source.startswith(runs.RUN)
   }
+  if not folders and storage.fetched(workdir / FILE).is_file():
+    folders = {workdir.absolute().name: workdir}
   records = None
   if config.train.records:
-    records = describe.describe(open_store(config.train.records[0]))
+    try:
+      records = describe.describe(open_store(config.train.records[0]))
+    except InputError as error:  # not recorded yet, for example
+      records = {"problem": str(error)}
   return html_report.write_report(
-    workdir, runs=folders, records=records, export_dir=config.export.dir
+    workdir, runs=folders or None, records=records, export_dir=config.export.dir
   )

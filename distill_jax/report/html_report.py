@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import datetime
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,19 +12,11 @@ from distill_jax.errors import InputError
 from distill_jax.report import benchmarks, page, results
 from distill_jax.report.numbers import COLUMNS
 from distill_jax.report.results import MODELS
-from distill_jax.runtime import json_io
+from distill_jax.report.runs import ReportedRun, progress, read_runs
+from distill_jax.runtime import json_io, storage
 from distill_jax.runtime.atomic_io import atomic_write
-from distill_jax.training.metric_writer import FILE, read_metrics
+from distill_jax.training.metric_writer import FILE
 from distill_jax.types import JsonObject
-
-
-@dataclasses.dataclass(frozen=True)
-class ReportedRun:
-  """A training run, read from its folder."""
-
-  rows: list[dict[str, float]]  # metrics.jsonl
-  config: JsonObject  # config.json
-  versions: JsonObject  # versions.json
 
 
 def write_report(
@@ -34,40 +26,57 @@ def write_report(
   records: Mapping[str, Any] | None = None,
   export_dir: str = "",
   out: str = "report.html",
+  now: datetime.datetime | None = None,
 ) -> JsonObject:
   """Writes the page into `workdir` and returns `results.summary`.
+
+  While runs are going, it is the page so far: runs that are not finished are shown with their
+  progress, and results that do not exist yet are omitted.
 
   Args:
     workdir: the folder for the page.
     evaluation: {"models": {name: numbers}, "tokens": n, "corpus": text, "evals": {benchmark:
       {name: row}}}. Either "evals" or the other three can be missing. The numbers of a model are
       ce, kl, entropy (nats per token), perplexity, agreement (0 to 1), parameters, bytes and
-      tokens_per_second. None reads workdir/evaluation.json.
-    runs: the run folders by name. None: each folder in workdir with a metrics.jsonl.
-    records: {"kind", "n", "bytes_per_token", "entries_per_target", "vocab_size"}.
+      tokens_per_second. None reads workdir/evaluation.json if it exists.
+    runs: the run folders by name, which need not exist yet. None: each folder in workdir with a
+      metrics.jsonl.
+    records: {"kind", "n", "bytes_per_token", "entries_per_target", "vocab_size"}, or {"problem":
+      a sentence}.
     export_dir: the exported Hugging Face folder.
     out: the file name of the page.
+    now: the time of an unfinished page; None for the present.
 
   Raises:
-    InputError: The evaluation does not exist or has no models.
+    InputError: There is neither an evaluation nor a run that has begun, or a file is broken.
   """
   folder = Path(workdir)
-  if evaluation is None:
-    evaluation = _read(folder / "evaluation.json")
+  if runs is None:
+    runs = {p.parent.name: p.parent for p in sorted(folder.glob(f"*/{FILE}"))}
+  loaded = read_runs(runs)
+  evaluation = evaluation if evaluation is not None else _evaluation(folder)
   measured, evals = evaluation.get("models"), evaluation.get("evals") or {}
-  if not isinstance(measured, dict) or not (measured or evals):
+  if evaluation and (not isinstance(measured, dict) or not (measured or evals)):
     raise InputError(
       f"The evaluation for {folder} has {sorted(evaluation)} but no models. Run evaluate first."
     )
-  loaded = _runs(folder, runs)
+  if not evaluation and not any(run.rows for run in loaded.values()):
+    raise InputError(
+      f"{storage.location(folder)} has no evaluation.json, and none of its runs "
+      f"({', '.join(loaded) or 'none is known'}) has finished a step. Name the workdir of "
+      "`evaluate`, or train first."
+    )
+  evaluation = {"models": {}, **evaluation}
   # The hard-label student is optional; the other models of a run are shown even if not measured.
   has_hard = "hard" in (measured or {})
   names = [name for name in MODELS if has_hard or name != "hard"]
   models = {name: _numbers(evaluation, name) for name in [*names, *measured]} if measured else {}
+  is_final = bool(measured or evals) and all(run.is_finished for run in loaded.values())
+  now = now or datetime.datetime.now(datetime.UTC)
   html = page.render(
-    headline=results.headline(evaluation) if measured else benchmarks.headline(evals),
-    summary=_about(evaluation) if measured else "The loss on held-out data was not measured.",
-    labels={name: MODELS.get(name, name) for name in [*MODELS, *models]},
+    headline=_headline(evaluation, loaded),
+    summary=_about(evaluation) + ("" if is_final else f" As of {now:%Y-%m-%d %H:%M %Z}."),
+    labels={name: MODELS.get(name, name) for name in [*MODELS, *loaded, *models]},
     models=models,
     gaps=[gap for gap in results.gaps(evaluation) if has_hard or gap.baseline != "hard"],
     runs=loaded,
@@ -75,26 +84,29 @@ def write_report(
     export_dir=str(export_dir),
     commands=_commands(folder, loaded),
     evals=evals,
+    is_final=is_final,
   )
   atomic_write(folder / out, html)
   return results.summary(evaluation, records, export_dir)
 
 
-def _runs(folder: Path, runs: Mapping[str, str | Path] | None) -> dict[str, ReportedRun]:
-  """Reads the run folders: first those named in MODELS, in that order, then the others."""
-  if runs is None:
-    runs = {p.parent.name: p.parent for p in sorted(folder.glob(f"*/{FILE}"))}
-  order = [*MODELS, *runs]
-  return {name: _run(Path(runs[name])) for name in sorted(runs, key=order.index)}
+def _evaluation(folder: Path) -> JsonObject:
+  """Returns the content of evaluation.json; {} before `evaluate` has finished."""
+  path = storage.fetched(folder / "evaluation.json")
+  return _read(path) if path.is_file() else {}
 
 
-def _run(folder: Path) -> ReportedRun:
-  versions = folder / "versions.json"
-  return ReportedRun(
-    read_metrics(folder),
-    _read(folder / "config.json"),
-    _read(versions) if versions.is_file() else {},
-  )
+def _headline(evaluation: Mapping[str, Any], runs: Mapping[str, ReportedRun]) -> str:
+  """Returns the title of the page: the main result, or the progress of the run that is going."""
+  if evaluation["models"]:
+    return results.headline(evaluation)
+  if evaluation.get("evals"):
+    return benchmarks.headline(evaluation["evals"])
+  going = [(name, run) for name, run in runs.items() if run.rows and not run.is_finished]
+  if not going:
+    return "The runs that have begun are finished, and their models have not been evaluated yet"
+  name, run = going[-1]
+  return f"{MODELS.get(name, name)}: {progress(run)}"
 
 
 def _numbers(evaluation: Mapping[str, Any], model: str) -> dict[str, float | None]:
@@ -102,6 +114,9 @@ def _numbers(evaluation: Mapping[str, Any], model: str) -> dict[str, float | Non
 
 
 def _about(evaluation: Mapping[str, Any]) -> str:
+  if not evaluation["models"]:
+    is_measured = "evals" in evaluation
+    return "The loss on held-out data was not measured" + ("." if is_measured else " yet.")
   tokens, corpus = evaluation.get("tokens"), results.corpus_name(evaluation)
   counted = "an unknown number of" if tokens is None else f"{int(tokens):,}"
   return f"Evaluated on {counted} held-out tokens" + (f" of {corpus}." if corpus else ".")

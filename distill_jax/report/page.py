@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from distill_jax.report import benchmarks, charts
+from distill_jax.report import benchmarks, charts, curves
 from distill_jax.report.numbers import COLUMNS, cell, percent, text, tone
+from distill_jax.report.runs import ReportedRun, progress
 from distill_jax.report.style import CSS
 
 if TYPE_CHECKING:
-  from distill_jax.report.html_report import ReportedRun
   from distill_jax.report.results import Gap
 
 escape = html.escape
@@ -29,6 +29,7 @@ def render(
   export_dir: str,
   commands: Mapping[str, str],
   evals: benchmarks.Evals,
+  is_final: bool,
 ) -> str:
   """Returns the page.
 
@@ -44,6 +45,7 @@ def render(
     export_dir: the exported folder, or "".
     commands: the commands of runs and other steps, by name.
     evals: the results of benchmarks.
+    is_final: False if there are runs that are not finished, or results that do not exist yet.
   """
   sections = [("Benchmarks", benchmarks.table(labels, evals))] if evals else []
   if models:
@@ -52,8 +54,10 @@ def render(
       *sections,
       ("Gap to the teacher closed by distillation", _gaps(gaps)),
     ]
+  if not is_final and runs:
+    sections.insert(0, ("Progress", _progress(labels, runs)))
   sections += [
-    ("Training", charts.curves(labels, runs)),
+    *curves.sections(labels, runs),
     ("Teacher records", _records(records)),
     ("Reproduce", _reproduce(labels, runs, commands, export_dir)),
   ]
@@ -68,6 +72,20 @@ def render(
     f'<p class="about">{escape(summary)}</p>{tiles}</header>\n'
     f"{body}</main></body></html>\n"
   )
+
+
+def _progress(labels: Mapping[str, str], runs: Mapping[str, ReportedRun]) -> str:
+  """Returns a bar for each run, with its steps and the time that it still needs."""
+  rows = ""
+  for name, run in runs.items():
+    done = run.done / run.total if run.total else float(run.is_finished)
+    rows += (
+      f'<div class="gap"><div><strong>{escape(labels.get(name, name))}</strong>'
+      f"<small>{escape(progress(run))}</small></div>"
+      f'<div class="bar {tone(name)}"><i style="width:{100 * min(done, 1):.1f}%"></i></div>'
+      f"<b>{percent(done)}</b></div>"
+    )
+  return rows
 
 
 def _tiles(
@@ -122,7 +140,8 @@ def _gaps(gaps: Sequence[Gap]) -> str:
     rows += (
       f'<div class="gap"><div><strong>{escape(gap.name)}</strong>'
       f"<small>{escape(gap.meaning[0].upper() + gap.meaning[1:])}.</small></div>"
-      f'<div class="bar"><i style="width:{bar:.1f}%"></i></div>{share}<em>{escape(note)}</em></div>'
+      f'<div class="bar distilled"><i style="width:{bar:.1f}%"></i></div>{share}'
+      f"<em>{escape(note)}</em></div>"
     )
   return rows
 
@@ -138,7 +157,8 @@ def _in_words(share: float | None) -> str:
 def _records(records: Mapping[str, Any] | None) -> str:
   """Returns a table that compares the size of the records with full logits and with a top 64."""
   if not records or records.get("bytes_per_token") is None:
-    return '<p class="bad">The size of the records was not measured.</p>'
+    problem = (records or {}).get("problem", "The size of the records was not measured.")
+    return f'<p class="bad">{escape(problem)}</p>'
   ours, vocab = float(records["bytes_per_token"]), records.get("vocab_size")
   entries = records.get("entries_per_target")
   contents = f"Kind {records.get('kind')}, n = {records.get('n')}"

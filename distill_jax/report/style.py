@@ -45,7 +45,8 @@ small {
 }
 
 .panels, .charts { display: grid; grid-template-columns: repeat(3, 1fr); gap: 28px 44px; }
-.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); }
+.charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr)); gap: 32px 40px; }
+.charts figure { display: flex; flex-direction: column; }
 figure { margin: 0; min-width: 0; }
 figcaption { margin-bottom: 12px; font-weight: 600; font-size: 14px; }
 .row {
@@ -108,22 +109,24 @@ tbody tr:last-child > * { border-bottom: 0; }
 }
 .gap em:empty { display: none; }
 .bar { height: 8px; border-radius: 4px; background: var(--line); overflow: hidden; }
-.bar i { display: block; height: 100%; background: var(--distilled); }
+.bar i { display: block; height: 100%; background: currentColor; }
 
 .legend {
   display: flex; flex-wrap: wrap; gap: 4px 24px; margin: -8px 0 24px; font-size: 13px;
   color: var(--quiet);
 }
 .legend .dot { margin-right: 7px; }
-.plot { position: relative; height: 250px; margin: 0 0 26px 40px; }
+.plot { position: relative; height: 150px; margin: auto 0 26px 40px; }
 .plot svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
 .plot path {
   fill: none; stroke: currentColor; stroke-width: 1; vector-effect: non-scaling-stroke;
   stroke-linejoin: round;
 }
-.plot .raw { opacity: .3; } .plot .mean { stroke-width: 2.25; }
+.plot .raw { opacity: .3; } .plot .mean { stroke-width: 2; stroke-linecap: round; }
 .plot .grid { left: 0; right: 0; height: 1px; }
-.plot span { position: absolute; font-size: 12px; line-height: 1; color: var(--quiet); }
+.plot span {
+  position: absolute; font-size: 12px; line-height: 1; white-space: nowrap; color: var(--quiet);
+}
 .plot .y { right: calc(100% + 10px); transform: translateY(-50%); }
 .plot .x { top: calc(100% + 9px); transform: translateX(-50%); }
 

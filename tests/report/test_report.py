@@ -1,12 +1,12 @@
 """The report: its numbers and headline against arithmetic, and the HTML of the page."""
 
 import copy
-import html.parser
 import json
 import math
 import re
 
 import pytest
+from html_pages import Page
 from json_lines import read_lines, write_lines
 
 from distill_jax.errors import InputError
@@ -58,39 +58,6 @@ def changed(**models):
     else:
       out["models"][name].update(numbers)
   return out
-
-
-class Page(html.parser.HTMLParser):
-  """A parser that collects tags and the text of table rows, and checks that every tag is closed."""
-
-  VOID = ("meta", "br", "path", "link", "img")
-
-  def __init__(self, text):
-    super().__init__()
-    self.tags, self.open, self.words, self.rows = [], [], [], []
-    self.feed(text)
-    self.close()
-    assert not self.open, f"not closed: {self.open}"
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.append((tag, dict(attrs)))
-    if tag not in self.VOID:
-      self.open.append(tag)
-    if tag == "tr":
-      self.rows.append([])
-
-  def handle_endtag(self, tag):
-    if tag not in self.VOID:
-      assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    if self.open[-1:] != ["style"] and data.strip():
-      self.words.append(data.strip())
-      if "tr" in self.open:
-        self.rows[-1].append(data.strip())
-
-  def row(self, name):
-    return next(r for r in self.rows if r[:1] == [name])
 
 
 @pytest.fixture
@@ -179,7 +146,7 @@ def test_curves_show_the_metrics_of_the_runs(workdir):
     "mean hard",
     "raw distilled",
     "mean distilled",
-  ] * 2
+  ] * 3  # ce, kl/teacher, loss
   # From 4.9 at step 0 to 3.925 at step 39 on an axis from 3.5 to 5, 1000 high and wide.
   points = [tuple(map(float, p.split())) for p in re.split("[ML]", paths[0]["d"])[1:]]
   assert len(points) == 40
@@ -271,14 +238,15 @@ def test_nan_in_a_curve_is_a_gap_and_is_counted(workdir):
   assert "3 values are NaN or infinite" in " ".join(page.words)
 
 
-def test_runs_without_a_common_metric_and_missing_runs(workdir, tmp_path):
+def test_runs_without_known_metrics_and_missing_runs(workdir, tmp_path):
   page, _ = render(workdir, runs={})
   assert "There are no training curves" in " ".join(page.words)
-  (workdir / "hard" / "metrics.jsonl").write_text('{"step": 0, "other": 1.0}\n')
+  for name in ("hard", "distilled"):
+    (workdir / name / "metrics.jsonl").write_text('{"step": 0, "other": 1.0}\n')
   page, _ = render(workdir)
-  assert "The runs hard, distilled share no metric." in page.words
-  with pytest.raises(InputError, match=r"metrics\.jsonl does not exist"):
-    write_report(workdir, EVALUATION, runs={"hard": tmp_path / "gone"})
+  assert "The runs have no metric that can be drawn." in page.words
+  page, _ = render(workdir, runs={"hard": tmp_path / "gone"})
+  assert "has not begun" in page.words
 
 
 def test_names_are_escaped_and_other_models_are_shown(workdir):
@@ -301,6 +269,6 @@ def test_bad_evaluations_raise(workdir):
   with pytest.raises(InputError, match="evaluation.json is not JSON"):
     write_report(workdir)
   (workdir / "evaluation.json").unlink()
-  with pytest.raises(InputError, match="evaluation.json does not exist"):
-    write_report(workdir)
+  with pytest.raises(InputError, match=r"has no evaluation.json, and none of its runs \(gone\)"):
+    write_report(workdir, runs={"gone": workdir / "gone"})
   assert not (workdir / "report.html").exists()

@@ -1,0 +1,106 @@
+"""Training runs as the report reads them, also while they are going."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from distill_jax.report.results import MODELS
+from distill_jax.runtime import json_io, storage
+from distill_jax.training.metric_writer import FILE, read_metrics
+from distill_jax.types import JsonObject
+
+RECENT = 50  # the last steps, whose median time predicts the remaining time
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportedRun:
+  """A training run, read from its folder.
+
+  Attributes:
+    rows: The rows of metrics.jsonl; [] before the first step.
+    config: config.json; {} if the run has not begun.
+    versions: versions.json; {} if the run has not begun.
+  """
+
+  rows: Sequence[Mapping[str, float]]
+  config: JsonObject
+  versions: JsonObject
+
+  @property
+  def done(self) -> int:
+    """The number of finished steps."""
+    return int(self.rows[-1]["step"]) + 1 if self.rows else 0
+
+  @property
+  def total(self) -> int | None:
+    """The number of steps of the whole run; None if it is unknown."""
+    steps = self.config.get("train", {}).get("steps")
+    return steps if isinstance(steps, int) and steps > 0 else None
+
+  @property
+  def is_finished(self) -> bool:
+    """True if every step is finished. A run of unknown length counts as finished once it began."""
+    return self.done >= self.total if self.total is not None else bool(self.rows)
+
+  @property
+  def seconds_left(self) -> float | None:
+    """The time of the remaining steps at the median speed of recent ones; None if unknown."""
+    recent = [row.get("step_seconds", 0.0) for row in self.rows[-RECENT:]]
+    known = [x for x in recent if x > 0]  # 0 in the first row of a process
+    if not known or self.total is None:
+      return None
+    return max(self.total - self.done, 0) * statistics.median(known)
+
+  @functools.cached_property
+  def series(self) -> dict[str, np.ndarray]:
+    """The metrics by name, each as an array [n, 2] of steps and values."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in self.rows:
+      for key, value in row.items():
+        found.setdefault(key, []).append((row["step"], value))
+    return {key: np.array(pairs) for key, pairs in found.items() if key != "step"}
+
+
+def read_runs(folders: Mapping[str, str | Path]) -> dict[str, ReportedRun]:
+  """Reads runs: first those named in MODELS, in that order, then the others."""
+  order = [*MODELS, *folders]
+  return {name: _read_run(Path(folders[name])) for name in sorted(folders, key=order.index)}
+
+
+def _read_run(folder: Path) -> ReportedRun:
+  def read(name: str) -> JsonObject:
+    path = storage.fetched(folder / name)
+    return json_io.read_object(path, "restore the file") if path.is_file() else {}
+
+  has_begun = storage.fetched(folder / FILE).is_file()
+  rows = read_metrics(folder) if has_begun else []
+  return ReportedRun(rows, read("config.json"), read("versions.json"))
+
+
+def progress(run: ReportedRun) -> str:
+  """Returns how far a run is, e.g. "step 320 of 1,000, about 2 h left at its speed"."""
+  if not run.config and not run.rows:
+    return "has not begun"
+  if run.is_finished:
+    return f"finished, {run.done:,} steps"
+  of = f" of {run.total:,}" if run.total is not None else ""
+  left = run.seconds_left
+  return f"step {run.done:,}{of}" + (f", about {duration(left)} left at its speed" if left else "")
+
+
+def duration(seconds: float) -> str:
+  """Returns a time in the unit that fits, e.g. "40 s", "12 min", "3.5 h" or "2.1 days"."""
+  if not math.isfinite(seconds):
+    return "an unknown time"
+  for unit, size, limit in (("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, 172800.0)):
+    if seconds < limit:
+      x = seconds / size
+      return f"{x:.0f} {unit}" if x >= 10 else f"{x:.2g} {unit}"
+  return f"{seconds / 86400:.1f} days"
