@@ -1,10 +1,11 @@
-"""Describes a store of records: its settings, its size, and single sequences.
+"""Describes the stores of records in a workdir: their settings, sizes, and single sequences.
 
-inspect.sequence=N shows one sequence token by token. inspect.verify=True checks the digest of every
-shard and decodes every record. Shards of earlier versions have no indices (see
-records/shard_index.py); they are written.
+The numbers of a held-out store begin with heldout/, e.g. heldout/sequences, and those of stores of
+data.buckets with a length. inspect.sequence=N shows one sequence token by token.
+inspect.verify=True checks the digest of every shard and decodes every record. Shards of earlier
+versions have no indices (see records/shard_index.py); they are written.
 
-Reads: the store in the workdir. With inspect.sequence, also the tokenizer of the teacher.
+Reads: the stores in the workdir. With inspect.sequence, also the tokenizer of the teacher.
 
 Writes: standard output, and the indices of shards that have none.
 
@@ -23,47 +24,58 @@ from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError, bad_value
 from distill_jax.models import loading
-from distill_jax.records import describe, manifest, shards
-from distill_jax.records.store import open_store
+from distill_jax.records import describe, manifest, planned_stores, shards
+from distill_jax.records.store import Store, open_store
 from distill_jax.runtime import storage
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import JsonObject
 
 
 def run(config: Config, workdir: Path) -> JsonObject:
-  """Returns the description of the store in `workdir`; see `InspectOptions` for what else it does.
+  """Returns the description of the stores in `workdir`; see `InspectOptions` for what else it does.
 
   Raises:
     InputError: The workdir does not contain a store, a record is damaged, or inspect.sequence
       cannot be shown.
   """
-  folder = storage.location(workdir)
+  folders = planned_stores.found(storage.location(workdir), config.data)
+  found = {name: _describe(config, folder) for name, folder in folders.items()}
+  if config.inspect.sequence >= 0:
+    _show(config, open_store(next(iter(folders.values()))))
+  return planned_stores.flat(found)
+
+
+def _describe(config: Config, folder: str) -> JsonObject:
+  """Returns the description of a store, after checking it with inspect.verify."""
   written = shards.write_missing_indices(folder, manifest.load(folder))
   store = open_store(folder)
   if config.inspect.verify:
     with Progress("verify", len(store), "sequences") as progress:
       store.verify(lambda done, total: progress.add(done - progress.done))
-  if config.inspect.sequence >= 0:
-    if config.inspect.sequence >= len(store):
-      raise bad_value(
-        "inspect.sequence",
-        config.inspect.sequence,
-        f"a number below {len(store)}, the number of sequences in {workdir}",
-        "Choose another sequence",
-      )
-    if store.manifest.labels:
-      raise bad_value(
-        "inspect.sequence",
-        config.inspect.sequence,
-        f"-1, because {workdir} contains labels of a task and not sequences of text",
-        "Remove the key",
-      )
-    tokenizer = corpus.tokenizer_of(config.data, loading.open_source(config.teacher).pretrained)
-    if tokenizer.digest != store.manifest.tokenizer:
-      raise InputError(
-        f"{workdir} was recorded with tokenizer {store.manifest.tokenizer[:12]}, but "
-        f"{tokenizer.where} is {tokenizer.digest[:12]}. Set data.tokenizer to the tokenizer of the "
-        "store."
-      )
-    print(describe.show(store, config.inspect.sequence, tokenizer.decode), file=sys.stderr)
   return {**describe.describe(store), "indices_written": written}
+
+
+def _show(config: Config, store: Store) -> None:
+  """Prints the sequence inspect.sequence."""
+  if config.inspect.sequence >= len(store):
+    raise bad_value(
+      "inspect.sequence",
+      config.inspect.sequence,
+      f"a number below {len(store)}, the number of sequences in {store.folder}",
+      "Choose another sequence",
+    )
+  if store.manifest.labels:
+    raise bad_value(
+      "inspect.sequence",
+      config.inspect.sequence,
+      f"-1, because {store.folder} contains labels of a task and not sequences of text",
+      "Remove the key",
+    )
+  tokenizer = corpus.tokenizer_of(config.data, loading.open_source(config.teacher).pretrained)
+  if tokenizer.digest != store.manifest.tokenizer:
+    raise InputError(
+      f"{store.folder} was recorded with tokenizer {store.manifest.tokenizer[:12]}, but "
+      f"{tokenizer.where} is {tokenizer.digest[:12]}. Set data.tokenizer to the tokenizer of the "
+      "store."
+    )
+  print(describe.show(store, config.inspect.sequence, tokenizer.decode), file=sys.stderr)

@@ -44,7 +44,7 @@ def run(config: Config, folder: Path) -> JsonObject:
 
   Returns:
     sequences, tokens and bytes of the whole store, and packed_now, the number of sequences that
-    this call packed. `heldout` has the same numbers of the held-out store, if it is packed.
+    this call packed. Those of a held-out store begin with heldout/, e.g. heldout/sequences.
 
   Raises:
     InputError: The corpus or the tokenizer cannot be used, or the folder contains other records.
@@ -57,7 +57,7 @@ def run(config: Config, folder: Path) -> JsonObject:
   planned = planned_stores.planned(config)
   teacher = loading.open_source(config.teacher, config.seed)
   sizes = {name: _sizes(*make(c, teacher, folder / name)) for name, c in planned.items()}
-  return sizes.pop("") | sizes
+  return planned_stores.flat(sizes)
 
 
 def _sizes(store: Store, packed_now: int) -> JsonObject:

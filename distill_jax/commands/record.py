@@ -85,8 +85,8 @@ def run(config: Config, folder: Path) -> JsonObject:
 
   Returns:
     sequences, tokens, entries and bytes of the whole store, and recorded_now, the number of
-    sequences that this call recorded; tokens, entries and bytes on process 0 only. `heldout` has
-    the same numbers of the held-out store, if it is recorded.
+    sequences that this call recorded; tokens, entries and bytes on process 0 only. Those of a
+    held-out store begin with heldout/, e.g. heldout/sequences.
 
   Raises:
     InputError: Teacher, tokenizer and corpus do not fit together, or the folder contains other
@@ -96,7 +96,7 @@ def run(config: Config, folder: Path) -> JsonObject:
   planned = planned_stores.planned(config)
   if not config.tasks and not runs_teacher(config.records):
     made = {name: _store_text(c, teacher, folder / name) for name, c in planned.items()}
-    return _summary({name: _sizes(*of_store) for name, of_store in made.items()})
+    return planned_stores.flat({name: _sizes(*of_store) for name, of_store in made.items()})
   mesh = sharding.make_mesh(**vars(config.mesh))
   if runs_teacher(config.records):
     sharding.shardings(teacher.abstract, mesh, teacher.compute.rules)  # raises if it cannot be
@@ -117,7 +117,7 @@ def run(config: Config, folder: Path) -> JsonObject:
     _check_shards(options, parts)
     _record(config, teacher, parts, mesh)
   sizes = (_sizes(part.writer.manifest, sum(map(len, part.missing))) for part in parts)
-  return _summary(dict(zip(planned, sizes, strict=True)))
+  return planned_stores.flat(dict(zip(planned, sizes, strict=True)))
 
 
 def _record(config: Config, teacher: ModelSource, parts: Sequence[_Part], mesh: Mesh) -> None:
@@ -139,11 +139,6 @@ def _load(config: Config, teacher: ModelSource, corpus: Corpus, mesh: Mesh) -> L
   if not runs_teacher(config.records):
     return None
   return LoadedTeacher(config, teacher, mesh, corpus, _reader(config))
-
-
-def _summary(stores: dict[str, JsonObject]) -> JsonObject:
-  """Returns the numbers of the store in the workdir, with those of the others by their folders."""
-  return stores[""] | {name: sizes for name, sizes in stores.items() if name}
 
 
 def _sizes(manifest: Manifest, recorded_now: int) -> JsonObject:

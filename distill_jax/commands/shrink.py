@@ -109,7 +109,9 @@ def with_records(config: Config, workdir: Path) -> Config:
   if config.train.records:
     return config
   text_store = workdir / "text"
-  options = dataclasses.replace(config.records, kind="text", logprobs="", taps=())
+  options = dataclasses.replace(
+    config.records, kind="text", logprobs="", taps=(), heldout_sequences=0
+  )
   record.run(dataclasses.replace(config, records=options), text_store)
   train = dataclasses.replace(config.train, records=(storage.location(text_store),), online=True)
   return dataclasses.replace(config, train=train)

@@ -8,10 +8,14 @@ both texts.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from distill_jax.config import Config
+from distill_jax.data.options import DataOptions
 from distill_jax.errors import bad_value
+from distill_jax.records import manifest
 from distill_jax.runtime import files
+from distill_jax.types import JsonObject
 
 HELDOUT = "heldout"
 
@@ -33,6 +37,38 @@ def planned(config: Config) -> dict[str, Config]:
     data, split=HELDOUT, sequences=c.records.heldout_sequences, packed=packed
   )
   return {HELDOUT: dataclasses.replace(c, data=heldout), "": c}
+
+
+def found(folder: str, data: DataOptions) -> dict[str, str]:
+  """Returns the folders of the stores in a workdir, by their paths in it.
+
+  Args:
+    folder: The path or URL of the workdir.
+    data: The config section `data` of the stores.
+
+  Raises:
+    InputError: There is no store.
+  """
+  names = ["", *map(str, data.buckets)]
+  names += [HELDOUT, *(f"{HELDOUT}/{name}" for name in names[1:])]
+  folders = {name: files.join(folder, name) if name else folder for name in names}
+  stores = {name: at for name, at in folders.items() if manifest.find(at) is not None}
+  if not stores:
+    manifest.load(folder)  # raises
+  return stores
+
+
+def flat(numbers: Mapping[str, JsonObject]) -> JsonObject:
+  """Returns what is known of several stores as one object, with keys such as heldout/sequences.
+
+  Args:
+    numbers: What is known of each store, by its folder in the workdir.
+  """
+  return {
+    f"{name}/{key}" if name else key: value
+    for name in sorted(numbers)
+    for key, value in numbers[name].items()
+  }
 
 
 def _check(config: Config) -> None:

@@ -13,7 +13,7 @@ from heldout_runs import HELDOUT, ROWS, made, run
 from tiny_store import contents
 
 from distill_jax import config
-from distill_jax.commands import pack
+from distill_jax.commands import inspect, pack
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.records.store import open_store
@@ -28,7 +28,7 @@ def both(tmp_path_factory):
   folder = tmp_path_factory.mktemp("both")
   done = run(made(folder), folder / "records")
   assert done["sequences"] == done["recorded_now"] == ROWS
-  assert done["heldout"]["sequences"] == done["heldout"]["recorded_now"] == HELDOUT
+  assert done["heldout/sequences"] == done["heldout/recorded_now"] == HELDOUT
   return folder
 
 
@@ -40,11 +40,21 @@ def same(folder, want):
 
 def test_the_stores_are_those_of_two_commands(both, tmp_path):
   c = made(tmp_path, heldout=0)
-  assert "heldout" not in run(c, tmp_path / "train")
+  assert "heldout/sequences" not in run(c, tmp_path / "train")
   c.data.split, c.data.sequences = "heldout", HELDOUT
   run(c, tmp_path / "heldout")
   assert contents(tmp_path / "train") == contents(both / "records")
   assert contents(tmp_path / "heldout") == contents(both / "records" / "heldout")
+
+
+def test_both_stores_are_described(both):
+  found = inspect.run(config.resolve(made(both)), both / "records")
+  assert (found["sequences"], found["heldout/sequences"]) == (ROWS, HELDOUT)
+  assert found["heldout/heldout_fraction"] == 0.3 and "heldout_fraction" not in found
+  alone = inspect.run(config.resolve(made(both)), both / "records" / "heldout")
+  assert alone == {
+    k.removeprefix("heldout/"): v for k, v in found.items() if k.startswith("heldout/")
+  }
 
 
 def test_no_document_is_in_both_stores(both):
@@ -71,7 +81,7 @@ def test_a_killed_command_is_continued(both, tmp_path, shard, missing):
   killed = subprocess.run(command, env=env, check=False, capture_output=True)
   assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
   done = run(made(tmp_path), tmp_path / "records")
-  assert (done["heldout"]["recorded_now"], done["recorded_now"]) == missing
+  assert (done["heldout/recorded_now"], done["recorded_now"]) == missing
   same(tmp_path / "records", both / "records")
 
 
@@ -79,7 +89,7 @@ def test_held_out_rows_are_added_to_a_finished_store(both, tmp_path):
   run(made(tmp_path, heldout=0), tmp_path / "records")
   for heldout, now in ((6, 6), (HELDOUT, 2)):
     done = run(made(tmp_path, heldout), tmp_path / "records")
-    assert (done["heldout"]["recorded_now"], done["recorded_now"]) == (now, 0)
+    assert (done["heldout/recorded_now"], done["recorded_now"]) == (now, 0)
   ours, want = (open_store(f / "records" / "heldout") for f in (tmp_path, both))
   assert [s.sha256 for s in ours.manifest.shards] == [s.sha256 for s in want.manifest.shards]
 
@@ -87,7 +97,7 @@ def test_held_out_rows_are_added_to_a_finished_store(both, tmp_path):
 def test_record_reads_packed_text_of_both_splits(both, tmp_path):
   c = made(tmp_path)
   done = pack.run(config.resolve(c), tmp_path / "packed")
-  assert done["heldout"]["packed_now"] == HELDOUT
+  assert done["heldout/packed_now"] == HELDOUT
   c.data.packed, c.data.path = str(tmp_path / "packed"), "not read"
   run(c, tmp_path / "records")
   same(tmp_path / "records", both / "records")
@@ -105,7 +115,7 @@ def test_text_is_stored_at_a_url(both, tmp_path, monkeypatch):
   c.records.kind = "text"
   with storage.Synced("memory://heldout/text") as folder:
     run(c, folder)
-    assert run(c, folder)["heldout"]["recorded_now"] == 0
+    assert run(c, folder)["heldout/recorded_now"] == 0
   for name in ("", "/heldout"):
     assert open_store(f"memory://heldout/text{name}").manifest.digest == (
       open_store(f"{both}/records/packed{name}").manifest.digest
