@@ -1,20 +1,21 @@
 """Causal attention within packed segments, by the best kernel for the device.
 
 The kernels are splash attention (Pallas) on TPU, cuDNN's flash attention on GPU, and XLA's matrix
-products elsewhere. The first two never store the [T, T] scores.
+products elsewhere. The first two never store the [T, T] scores, and visit only the blocks of pairs
+within segments. All take queries and keys of different lengths (splash.attention).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from distill_jax.errors import InputError, bad_value, check_choice
-from distill_jax.nn import sharding, splash
+from distill_jax.nn import cudnn, dense, sharding, splash
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
 RUNS_ON = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}
@@ -70,11 +71,9 @@ def attention(
   index_T = jnp.arange(T, dtype=jnp.int32)
   arrays = q_BTHh, k_BTGh, v_BTGh, segments_BT, segments_BT, index_T, at
   if kernel == "xla":
-    return dense(*arrays, sizes, scale, "xla")
-  if kernel == "splash":
-    run = functools.partial(splash.attention, sizes=sizes, scale=scale, chunk=T)
-  else:
-    run = functools.partial(dense, sizes=sizes, scale=scale, implementation="cudnn")
+    return dense.attention(*arrays, sizes, scale)
+  inner = splash.attention if kernel == "splash" else cudnn.attention
+  run = functools.partial(inner, sizes=sizes, scale=scale, chunk=T)
   if jax.sharding.get_abstract_mesh().empty:
     return run(*arrays)
   heads, kv_heads = (
@@ -214,38 +213,8 @@ def cudnn_limitation(q_BTHh: jax.Array) -> str:
   _, T, _, h = q_BTHh.shape
   if q_BTHh.dtype not in (jnp.bfloat16, jnp.float16):
     return f"cuDNN needs bfloat16 or float16 and the compute dtype is {q_BTHh.dtype}"
-  major = getattr(jax.devices()[0], "compute_capability", "9.0").split(".")[0]
-  max_width = {"8": 128}.get(major, 0 if major in ("5", "6", "7") else 256)
+  major = cudnn.capability()
+  max_width = 256 if major >= 9 else 128 if major == 8 else 0
   if h % 8 or h > max_width:
     return f"on this GPU it needs head widths that are multiples of 8 up to {max_width}, not {h}"
   return f"it needs an even number of positions and sequences have {T}" if T % 2 else ""
-
-
-def dense(
-  q_BQHh: jax.Array,
-  k_BKGh: jax.Array,
-  v_BKGh: jax.Array,
-  q_segments_BQ: jax.Array,
-  kv_segments_BK: jax.Array,
-  q_index_Q: jax.Array,
-  at: jax.Array,
-  sizes: tuple[int | None, ...],
-  scale: float,
-  implementation: Literal["xla", "cudnn"],
-) -> jax.Array:
-  """Computes attention of the queries of each row to all its keys, with a mask [B, Q, K].
-
-  The arguments are those of splash.attention. cuDNN adds the mask to the scores.
-  """
-  K, width = v_BKGh.shape[1], v_BKGh.shape[-1]
-  back_QK = q_index_Q[:, None] - jnp.arange(K, dtype=jnp.int32)[None]
-  seen_QK = back_QK >= 0
-  if sizes != (None,):
-    seen_QK &= back_QK < jnp.asarray([w or K for w in sizes])[at]
-  mask_BQK = seen_QK[None] & (q_segments_BQ[:, :, None] == kv_segments_BK[:, None, :])
-  if missing := q_BQHh.shape[-1] - width:  # jax needs values as wide as keys
-    v_BKGh = jnp.pad(v_BKGh, ((0, 0), (0, 0), (0, 0), (0, missing)))
-  a_BQHh = jax.nn.dot_product_attention(
-    q_BQHh, k_BKGh, v_BKGh, mask=mask_BQK[:, None], scale=scale, implementation=implementation
-  )
-  return a_BQHh[..., :width]

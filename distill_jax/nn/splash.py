@@ -9,7 +9,7 @@ by segments and indices.
 
 The rows of a batch are concatenated, which makes a batch one call of the kernel. The list takes
 3 bytes of scalar memory (of 1 MiB) for each block of keys of each block of queries: 48 KiB for one
-row of 131,072 positions.
+row of 131,072 positions, so 16 such rows fit on a device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 LANES = 128  # the kernel's blocks are multiples of this number of positions
-BLOCKS = (512, 256, LANES)
+# A step without a visit takes about 0.35 us. With blocks of 512, a row of 32,768 has 4,096 steps
+# for each head, with blocks of 1,024 a quarter; blocks of 2,048 do not fit into vector memory.
+BLOCKS = {1_024: 16_384, 512: 0, 256: 0, LANES: 0}  # to the length of rows from which it is used
 
 
 def attention(
@@ -80,6 +82,11 @@ def attention(
   return a_HRh.reshape(H, B, Q + end[1], -1)[:, :, :Q].transpose(1, 2, 0, 3)
 
 
+def block_size(positions: int) -> int:
+  """Returns the size of the blocks of a row, whose length is a multiple of LANES."""
+  return next(b for b, least in BLOCKS.items() if positions % b == 0 and positions >= least)
+
+
 def visited_blocks(
   kv_segments_BK: jax.Array,
   q_index_Q: jax.Array,
@@ -122,20 +129,22 @@ def _kernel(
 ) -> Callable[..., Any]:
   """Returns the kernel for any number of heads: all have the same mask."""
   Q, K = len(q_index_Q), kv_segments_BK.shape[1]
-  block_q, block_kv = (next(b for b in BLOCKS if n % b == 0) for n in (Q, K))
+  block_q, block_kv = block_size(Q), block_size(K)
   first_BI, last_BI = visited_blocks(kv_segments_BK, q_index_Q, window, block_q, block_kv)
   queries, keys = Q // block_q, K // block_kv
   if window is not None and (chunk >= Q or chunk % block_q == 0):
     # A range of n positions touches at most 2 + (n - 2) // block blocks.
     queries = min(queries, 2 + (window + block_kv - 3) // block_q)
     keys = min(keys, 2 + (window + block_q - 3) // block_kv)
-  row_B1 = jnp.arange(len(first_BI), dtype=jnp.int32)[:, None]
+  B = len(kv_segments_BK)
+  index = jnp.int16 if B * max(Q // block_q, K // block_kv) < 2**15 else jnp.int32
+  row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
   q_sequence: Any = (row_B1 * K + q_index_Q[None]).reshape(-1)
   of_queries, of_keys = (
-    MaskInfo(next_, None, visited, None, q_sequence)
+    MaskInfo(next_.astype(index), None, visited.astype(jnp.int8), None, q_sequence)
     for next_, visited in (
-      _key_blocks(first_BI, last_BI, keys, K // block_kv),
-      _query_blocks(first_BI, last_BI, queries, K // block_kv),
+      key_blocks(first_BI, last_BI, keys, K // block_kv),
+      query_blocks(first_BI, last_BI, queries, K // block_kv),
     )
   )
   return pallas.SplashAttentionKernel(
@@ -160,7 +169,7 @@ def _kernel(
   )
 
 
-def _key_blocks(
+def key_blocks(
   first_BI: jax.Array, last_BI: jax.Array, steps: int, blocks: int
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the block of keys at each step of a block of queries, and whether it is visited.
@@ -176,10 +185,10 @@ def _key_blocks(
   block_BIS += row_B11 * blocks
   following_BI1 = jnp.roll(block_BIS[..., 0], -1).reshape(*first_BI.shape, 1)
   next_BIS = jnp.where(visited_BIS, block_BIS, following_BI1)
-  return _small(next_BIS.reshape(1, -1, steps), visited_BIS.reshape(1, -1, steps))
+  return next_BIS.reshape(1, -1, steps), visited_BIS.reshape(1, -1, steps)
 
 
-def _query_blocks(
+def query_blocks(
   first_BI: jax.Array, last_BI: jax.Array, steps: int, blocks: int
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the block of queries at each step of a block of keys, and whether it is visited.
@@ -196,13 +205,5 @@ def _query_blocks(
   # The next head begins again with the first visit. A block that no query sees has none.
   next_BSJ = jnp.where(visited_BSJ, order_BSJ, jnp.minimum(order_BSJ[:, :1], I - 1))
   next_BSJ += jnp.arange(B, dtype=jnp.int32)[:, None, None] * I
-  next_, visited = (
-    x_BSJ.transpose(1, 0, 2).reshape(1, steps, -1) for x_BSJ in (next_BSJ, visited_BSJ)
-  )
-  return _small(next_, visited)
-
-
-def _small(next_: jax.Array, visited: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns both arrays in small integers, since scalar memory is scarce."""
-  # Both kinds of blocks are fewer than the entries of the array.
-  return next_.astype(jnp.int16 if next_.size < 2**15 else jnp.int32), visited.astype(jnp.int8)
+  next_S, visited_S = (x.transpose(1, 0, 2).reshape(1, steps, -1) for x in (next_BSJ, visited_BSJ))
+  return next_S, visited_S

@@ -1,16 +1,12 @@
 """Every kernel against float64 by hand; those of hardware that is not here, compiled for it."""
 
 import functools
-import importlib.util
-import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo
+from attention_reference import arrays, by_hand, run
 
 from distill_jax import registry
 from distill_jax.errors import InputError
@@ -18,7 +14,6 @@ from distill_jax.nn import attention, layers, sharding, splash
 from distill_jax.nn.attention import OneOf
 from distill_jax.types import Inputs
 
-B, SCALE = 2, 0.3
 CASES = {  # T, heads, key/value heads, their width, that of values, window
   "grouped heads": (300, 4, 2, 24, 24, None),  # three blocks, the last not full
   "a window over blocks": (300, 2, 2, 8, 8, 140),
@@ -28,52 +23,6 @@ CASES = {  # T, heads, key/value heads, their width, that of values, window
   "the second of two windows": (300, 2, 1, 8, 8, OneOf((None, 140), jnp.int32(1))),
   "a window past the end": (128, 1, 1, 8, 8, 4_096),
 }
-
-
-def arrays(T, H, G, h, width):
-  """Returns queries, keys, values, a row of three segments with padding, and an output gradient."""
-  rng = np.random.default_rng(0)
-  normal = lambda n, w: rng.normal(size=(B, T, n, w)).astype(np.float32)
-  cuts = np.sort(rng.integers(1, T, (B, 3)), 1)
-  segments = 1 + (np.arange(T)[None, :, None] >= cuts[:, None]).sum(-1)
-  segments = np.where(segments == 4, 0, segments).astype(np.int32)
-  return normal(H, h), normal(G, h), normal(G, width), segments, normal(H, width)
-
-
-def by_hand(q, k, v, segments, out_grad, window):
-  """Computes attention and its gradients for q, k and v in float64, score by score."""
-  q, k, v, out_grad = (np.asarray(x, np.float64) for x in (q, k, v, out_grad))
-  (_, T, H, _), G = q.shape, k.shape[2]
-  k, v = np.repeat(k, H // G, 2), np.repeat(v, H // G, 2)
-  t = np.arange(T)
-  back = t[:, None] - t
-  sees = (back >= 0) & (back < (window or T)) & (segments[:, :, None] == segments[:, None])
-  s = np.where(sees[:, None], SCALE * np.einsum("bthd,bshd->bhts", q, k), -np.inf)
-  p = np.exp(s - s.max(-1, keepdims=True))
-  p /= p.sum(-1, keepdims=True)
-  p_grad = np.einsum("bthd,bshd->bhts", out_grad, v)
-  s_grad = SCALE * p * (p_grad - (p * p_grad).sum(-1, keepdims=True))
-  of_group = lambda x: x.reshape(*x.shape[:2], G, H // G, -1).sum(3)
-  return (
-    np.einsum("bhts,bshd->bthd", p, v),
-    np.einsum("bhts,bshd->bthd", s_grad, k),
-    of_group(np.einsum("bhts,bthd->bshd", s_grad, q)),
-    of_group(np.einsum("bhts,bthd->bshd", p, out_grad)),
-  )
-
-
-def run(q, k, v, segments, out_grad, window, kernel):
-  """Computes the same with the library, jitted, with `OneOf.at` traced."""
-  sizes, at = window if isinstance(window, OneOf) else ((window,), 0)
-
-  @jax.jit
-  def both(q, k, v, at):
-    choice = OneOf(sizes, at) if len(sizes) > 1 else sizes[0]
-    of = lambda q, k, v: attention.attention(q, k, v, segments, choice, SCALE, kernel)
-    out, pull = jax.vjp(of, q, k, v)
-    return out, *pull(out_grad)
-
-  return both(q, k, v, at)
 
 
 @pytest.fixture
@@ -186,63 +135,3 @@ def test_different_rules_for_queries_and_keys_are_refused(interpreted):
     pytest.raises(InputError, match="Shard 'heads' and 'kv_heads' over the same"),
   ):
     jax.jit(lambda *x: attention.attention(*x, kernel="splash", rules=rules))(q, k, v, segments)
-
-
-def test_cudnn_is_used_when_lowered_for_a_gpu(monkeypatch):
-  """Lowering for CUDA needs no GPU, only a cuDNN version: both passes call cuDNN."""
-  monkeypatch.setattr(attention, "platform", lambda: "cuda")
-  monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
-  monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
-  of = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
-  args = of((2, 64, 4, 24)), of((2, 64, 2, 24)), of((2, 64, 2, 16)), of((2, 64), jnp.int32)
-
-  def loss(q, k, v, segments):
-    return jnp.sum(attention.attention(q, k, v, segments, 5).astype(jnp.float32))
-
-  traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*args)
-  text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  calls = [line for line in text.splitlines() if "@__cudnn$fmha" in line]
-  assert ["Backward(" in line for line in calls] == [False, True]
-  assert all("tensor<2x1x64x64xbf16>" in line for line in calls)
-  assert "dot_general" not in text  # no scores outside cuDNN
-
-
-TPU = """
-from distill_jax.preflight import topology
-topology.prepare()
-import json, re, jax, jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
-from distill_jax.nn import attention
-from distill_jax.nn.sharding import MeshOptions
-mesh = topology.make_mesh(MeshOptions(fsdp=2, tensor=2), "v5e:2x2")
-of = lambda dtype, *shape, spec: jax.ShapeDtypeStruct(
-  shape, dtype, sharding=NamedSharding(mesh, spec))
-heads = lambda n, h: of(
-  jnp.bfloat16, 4, 1000, n, h, spec=P(("data", "fsdp"), None, "tensor", None))
-args = (heads(8, 192), heads(4, 192), heads(4, 128),
-  of(jnp.int32, 4, 1000, spec=P(("data", "fsdp"))), of(jnp.int32, spec=P()))
-def loss(q, k, v, segments, at):
-  a = attention.attention(q, k, v, segments, attention.OneOf((None, 512), at))
-  return jnp.sum(a.astype(jnp.float32) ** 2)
-with jax.set_mesh(mesh):
-  text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*args).compile().as_text()
-sent = r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\\("
-kernels = r"splash_mha_(?:fwd|dq|dkv)\\w*"
-print(json.dumps({
-  "sent": re.findall(sent, text),
-  "kernels": sorted(set(re.findall(kernels, text))),
-  "calls": text.count('custom_call_target="tpu_custom_call"'),
-}))
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_splash_compiles_for_a_tpu_without_communication():
-  """Covers four v5e chips, both passes, two windows, and values narrower than keys."""
-  done = subprocess.run([sys.executable, "-c", TPU], capture_output=True, text=True, timeout=300)
-  assert done.returncode == 0, done.stderr[-2000:]
-  found = json.loads(done.stdout.splitlines()[-1])
-  assert found["sent"] == []
-  assert [k.split("_")[2] for k in found["kernels"]] == ["dkv", "dq", "fwd"]
-  assert all("segmented" in k for k in found["kernels"])
-  assert found["calls"] == 6  # three kernels per window

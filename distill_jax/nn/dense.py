@@ -1,0 +1,65 @@
+"""Attention with a mask of all pairs of positions, by XLA or by cuDNN."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(
+  q_BQHh: jax.Array,
+  k_BKGh: jax.Array,
+  v_BKGh: jax.Array,
+  q_segments_BQ: jax.Array,
+  kv_segments_BK: jax.Array,
+  q_index_Q: jax.Array,
+  at: jax.Array,
+  sizes: tuple[int | None, ...],
+  scale: float,
+  implementation: Literal["xla", "cudnn"] = "xla",
+  causal: bool = False,
+) -> jax.Array:
+  """Computes attention of the queries of each row to all its keys, with a mask [B, Q, K].
+
+  XLA stores the scores [B, H, Q, K]. cuDNN does not: it adds the mask to them.
+
+  Args:
+    q_BQHh: queries.
+    k_BKGh: keys, in the order of the row.
+    v_BKGh: values; they may be narrower than keys.
+    q_segments_BQ: int32, the segment of each query.
+    kv_segments_BK: int32, the segment of each key.
+    q_index_Q: int32, the index of each query's own key, to which it attends.
+    at: index into `sizes`, which may be traced.
+    sizes: window sizes; None for no window.
+    scale: the factor of the scores.
+    implementation: the library that computes.
+    causal: whether `q_index_Q` counts from 0 to K - 1, which lets cuDNN skip half of the blocks.
+
+  Returns:
+    [B, Q, H, width of values].
+  """
+  K, width = v_BKGh.shape[1], v_BKGh.shape[-1]
+  back_QK = q_index_Q[:, None] - jnp.arange(K, dtype=jnp.int32)[None]
+  seen_QK = back_QK >= 0
+  if sizes != (None,):
+    seen_QK &= back_QK < jnp.asarray([w or K for w in sizes])[at]
+  mask_BQK = seen_QK[None] & (q_segments_BQ[:, :, None] == kv_segments_BK[:, None, :])
+  a_BQHh = jax.nn.dot_product_attention(
+    q_BQHh,
+    k_BKGh,
+    as_wide_as(v_BKGh, q_BQHh),  # jax needs values as wide as keys
+    mask=mask_BQK[:, None],
+    scale=scale,
+    is_causal=causal,
+    implementation=implementation,
+  )
+  return a_BQHh[..., :width]
+
+
+def as_wide_as(v_BKGh: jax.Array, q_BQHh: jax.Array) -> jax.Array:
+  """Returns the values with zeros after them, as wide as the queries."""
+  missing = q_BQHh.shape[-1] - v_BKGh.shape[-1]
+  return jnp.pad(v_BKGh, ((0, 0), (0, 0), (0, 0), (0, missing)))
