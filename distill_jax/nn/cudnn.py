@@ -1,4 +1,4 @@
-"""Attention on GPUs by cuDNN, which computes the segments of a row as sequences of their own.
+"""Attention on GPUs by cuDNN, which computes the segments of a row as separate sequences.
 
 cuDNN's packed layout takes the beginning and the length of each segment, so blocks between segments
 are never visited and no mask [B, T, T] exists: 34 GB for a row of 131,072 positions. It needs a GPU
@@ -82,7 +82,7 @@ def capability() -> int:
 def packed(
   q_BTHh: jax.Array, k_BTGh: jax.Array, v_BTGh: jax.Array, segments_BT: jax.Array, scale: float
 ) -> jax.Array:
-  """Computes causal attention within segments, each as a sequence of its own."""
+  """Computes causal attention within segments, each as a separate sequence."""
   # jax 0.10.2 computes the offsets of keys and values from the heads and the width of queries.
   repeats, width = q_BTHh.shape[2] // k_BTGh.shape[2], v_BTGh.shape[3]
   k_BTHh, v_BTHh = (
@@ -137,7 +137,7 @@ def _calls(number_BT: jax.Array) -> jax.Array:
 def _of_call(number_BT: jax.Array, i: int | jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
   """Returns `new` at the positions whose segments call i computes, and `old` elsewhere.
 
-  cuDNN leaves the other positions as they were in memory.
+  cuDNN writes nothing to the other positions of its results.
   """
   return jnp.where((number_BT // SEGMENTS == i)[..., None, None], new, old)
 

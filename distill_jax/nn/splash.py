@@ -24,9 +24,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 LANES = 128  # the kernel's blocks are multiples of this number of positions
+BLOCKS = (512, 256, LANES)
 # A step without a visit takes about 0.35 us. With blocks of 512, a row of 32,768 has 4,096 steps
-# for each head, with blocks of 1,024 a quarter; blocks of 2,048 do not fit into vector memory.
-BLOCKS = {1_024: 16_384, 512: 0, 256: 0, LANES: 0}  # to the length of rows from which it is used
+# for each head, with blocks of 1,024 a quarter; blocks of 2,048 do not fit into vector memory. With
+# a window, there are few steps anyway.
+LONG_ROW, LONG_BLOCK = 16_384, 1_024
 
 
 def attention(
@@ -82,9 +84,11 @@ def attention(
   return a_HRh.reshape(H, B, Q + end[1], -1)[:, :, :Q].transpose(1, 2, 0, 3)
 
 
-def block_size(positions: int) -> int:
+def block_size(positions: int, window: int | None) -> int:
   """Returns the size of the blocks of a row, whose length is a multiple of LANES."""
-  return next(b for b, least in BLOCKS.items() if positions % b == 0 and positions >= least)
+  if window is None and positions >= LONG_ROW and positions % LONG_BLOCK == 0:
+    return LONG_BLOCK
+  return next(b for b in BLOCKS if positions % b == 0)
 
 
 def visited_blocks(
@@ -129,7 +133,7 @@ def _kernel(
 ) -> Callable[..., Any]:
   """Returns the kernel for any number of heads: all have the same mask."""
   Q, K = len(q_index_Q), kv_segments_BK.shape[1]
-  block_q, block_kv = block_size(Q), block_size(K)
+  block_q, block_kv = block_size(Q, window), block_size(K, window)
   first_BI, last_BI = visited_blocks(kv_segments_BK, q_index_Q, window, block_q, block_kv)
   queries, keys = Q // block_q, K // block_kv
   if window is not None and (chunk >= Q or chunk % block_q == 0):

@@ -2,8 +2,9 @@
 
 A product of [m, k] and [k, n] counts as 2 m k n operations. Each position is multiplied with all
 weights of a decoder except the embedding table and, in an expert layer, with K of E experts.
-Attention is causal: position t attends to t + 1 positions, or to its window. Norms, softmax and
-rope are not counted. Masking between documents in one row is ignored.
+Attention is causal: position t of a document attends to t + 1 positions, or to its window. Kernels
+compute whole blocks of pairs: those that contain a pair that is attended to (nn/splash.py), or all
+pairs of the row ("xla"). Norms, softmax and rope are not counted.
 
 A backward pass has twice the operations of the forward pass: one product for the gradient of the
 inputs and one for that of the weights. The gradient of the head does not need a second forward pass
@@ -12,16 +13,18 @@ inputs and one for that of the weights. The gradient of the head does not need a
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from distill_jax.config import Config
 from distill_jax.models import DecoderConfig, loading
 from distill_jax.models.loading import ModelSource
-from distill_jax.nn import layer_sharing, lora, params
+from distill_jax.nn import layer_sharing, lora, params, splash
 from distill_jax.training import state
 
 
@@ -38,10 +41,17 @@ class ForwardFlops:
     return self.weights + self.attention + self.head
 
 
-def forward_flops(source: ModelSource, rows: int, seq_len: int) -> ForwardFlops:
-  """Returns the operations of one forward pass over `rows` sequences of `seq_len` positions."""
+def forward_flops(source: ModelSource, rows: int, seq_len: int, document: int = 0) -> ForwardFlops:
+  """Returns the operations of one forward pass over `rows` sequences of `seq_len` positions.
+
+  Args:
+    source: the model.
+    rows: number of sequences.
+    seq_len: positions per sequence.
+    document: tokens per document; 0 for one document per sequence.
+  """
   c, tokens = source.decoder_config, rows * seq_len
-  pairs = rows * sum(attended_pairs(c, layer, seq_len) for layer in range(c.num_hidden_layers))
+  pairs = rows * pairs_of_row(c, seq_len, document)
   return ForwardFlops(
     weights=2.0 * tokens * _active_layer_params(source),
     attention=2.0 * pairs * c.num_attention_heads * c.attention_width,
@@ -74,6 +84,39 @@ def attended_pairs(c: DecoderConfig, layer: int, seq_len: int) -> int:
   """Returns the number of (query, key) pairs of a layer in one sequence."""
   w = min(c.window_at(layer) or seq_len, seq_len)
   return w * (w + 1) // 2 + (seq_len - w) * w
+
+
+def pairs_of_row(c: DecoderConfig, seq_len: int, document: int = 0) -> int:
+  """Returns the number of pairs of all layers in a row of documents of this many tokens."""
+  document = min(document or seq_len, seq_len)
+  documents, rest = divmod(seq_len, document)
+  return sum(
+    documents * attended_pairs(c, layer, document) + attended_pairs(c, layer, rest)
+    for layer in range(c.num_hidden_layers)
+  )
+
+
+def computed_pairs_of_row(c: DecoderConfig, kernel: str, seq_len: int, document: int = 0) -> int:
+  """Returns the number of pairs of all layers that an attention kernel computes on a TPU.
+
+  Args:
+    c: the config of the decoder.
+    kernel: one of nn.attention.KERNELS.
+    seq_len: positions per sequence.
+    document: tokens per document; 0 for one document per sequence.
+  """
+  layers = collections.Counter(c.window_at(layer) for layer in range(c.num_hidden_layers))
+  if kernel == "xla":
+    return layers.total() * seq_len**2
+  positions = seq_len + -seq_len % splash.LANES
+  index_T = jnp.arange(positions, dtype=jnp.int32)
+  segments_1T = index_T[None] // (document or seq_len)
+  total = 0
+  for window, count in layers.items():
+    block = splash.block_size(positions, window)
+    first, last = splash.visited_blocks(segments_1T, index_T, window, block, block)
+    total += count * int((last - first + 1).sum()) * block**2
+  return total
 
 
 def attended_positions(c: DecoderConfig, layer: int, context: int) -> int:
@@ -112,36 +155,57 @@ def step_flops(config: Config, verb: str, rows: int) -> dict[str, float]:
   """Returns the operations of one step over all devices, by purpose.
 
   The purposes are "layers" (weights), "attention", "head", "teacher" (online teachers), "adapters"
-  (merging low-rank adapters) and "recomputed", which is not part of a model's FLOPs: layers that
-  remat computes again in the backward pass, and scores that the attention kernel computes again.
+  (merging low-rank adapters) and two that are not part of a model's FLOPs. "recomputed" are layers
+  that remat computes again in the backward pass, and scores that the attention kernel computes
+  again. "masked" are pairs that attention computes and does not use, in all passes.
   """
-  T = config.data.seq_len
+  T, document = config.data.seq_len, config.preflight.document_tokens
   if verb == "record":
-    forward = forward_flops(loading.open_source(config.teacher), rows, T)
-    return {"layers": forward.weights, "attention": forward.attention, "head": forward.head}
+    source = loading.open_source(config.teacher)
+    forward = forward_flops(source, rows, T, document)
+    unused = _unused_share(source.decoder_config, config.teacher.attention, T, document)
+    return {
+      "layers": forward.weights,
+      "attention": forward.attention,
+      "head": forward.head,
+      "masked": unused * forward.attention,
+    }
   student = config.student
   source = loading.open_source(student)
-  forward = forward_flops(source, rows, T)
+  forward = forward_flops(source, rows, T, document)
   flops = {
     "layers": 3 * forward.weights,
     "attention": 3 * forward.attention,
     "head": 3 * forward.head,
   }
+  scores_again = 0.0 if student.remat == "none" else forward.attention
+  if student.attention != "xla":  # flash kernels compute the scores again in the backward pass
+    scores_again += forward.attention / 2
+  flops["recomputed"] = scores_again + (forward.weights if student.remat == "full" else 0)
+  unused = _unused_share(source.decoder_config, student.attention, T, document)
+  flops["masked"] = unused * (flops["attention"] + scores_again)
   if online := state.online_teachers(config):
-    flops["teacher"] = sum(forward_flops(teacher, rows, T).total for teacher in online.values())
+    flops["teacher"] = 0.0
+    for teacher in online.values():
+      forward = forward_flops(teacher, rows, T, document)
+      unused = _unused_share(teacher.decoder_config, config.teacher.attention, T, document)
+      flops["teacher"] += forward.total
+      flops["masked"] += unused * forward.attention
   if rank := student.lora.rank or student.share.lora.rank:
     # The product A B, and the gradients of A and B.
     flops["adapters"] = 3 * 2.0 * rank * _adapted_params(source) * config.optim.accumulate
-  again = {"none": 0.0, "full": forward.weights + forward.attention}
-  flops["recomputed"] = again.get(student.remat, forward.attention)
-  if student.attention != "xla":  # flash kernels compute the scores again in the backward pass
-    flops["recomputed"] += forward.attention / 2
   return flops
 
 
+def _unused_share(c: DecoderConfig, kernel: str, seq_len: int, document: int) -> float:
+  """Returns the pairs that a kernel computes and does not use, divided by those it uses."""
+  computed = computed_pairs_of_row(c, kernel, seq_len, document)
+  return computed / pairs_of_row(c, seq_len, document) - 1
+
+
 def model_flops(step_flops: dict[str, float]) -> float:
-  """Returns the operations that model FLOPs utilization counts: all except recomputed ones."""
-  return sum(n for purpose, n in step_flops.items() if purpose != "recomputed")
+  """Returns the operations that model FLOPs utilization counts: all that give a result once."""
+  return sum(n for purpose, n in step_flops.items() if purpose not in ("recomputed", "masked"))
 
 
 def _adapted_params(student: ModelSource) -> int:

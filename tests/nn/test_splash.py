@@ -21,7 +21,7 @@ BLOCK = splash.LANES
 @pytest.fixture
 def small_blocks(monkeypatch):
   """Gives short rows several blocks."""
-  monkeypatch.setattr(splash, "BLOCKS", {BLOCK: 0})
+  monkeypatch.setattr(splash, "BLOCKS", (BLOCK,))
 
 
 def seen_pairs(segments_T, index_Q, window):

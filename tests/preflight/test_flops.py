@@ -4,17 +4,18 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from preflight_config import model_config
 
 from distill_jax import config
+from distill_jax.errors import InputError
 from distill_jax.models import llama, loading
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import fused_head
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.preflight import (
-  flops,
-)
+from distill_jax.preflight import flops
+from distill_jax.preflight.options import PreflightOptions
 from distill_jax.types import Inputs
 
 
@@ -101,6 +102,42 @@ def test_flops_of_a_step_computed_by_hand():
   assert again(attention="xla") == 0 and again() == want["attention"] / 6  # of 3 passes, 1 / 2
   assert again(attention="xla", remat="full") == (want["layers"] + want["attention"]) / 3
   assert again(attention="xla", remat="dots") == want["attention"] / 3
-  assert sum(flops.step_flops(c, "record", 4).values()) == sum(want.values()) / 3
+  assert flops.model_flops(flops.step_flops(c, "record", 4)) == sum(want.values()) / 3
   online = dataclasses.replace(c, train=dataclasses.replace(c.train, online=True))
   assert flops.step_flops(online, "train", 4)["teacher"] == sum(want.values()) / 3
+
+
+@pytest.mark.parametrize("family, shape", [("llama", "tiny-window"), ("gemma3", "tiny")])
+def test_pairs_of_documents_are_counted_one_by_one(family, shape):
+  """Rows of 300 with documents of 130: two whole ones and one of 40, in three blocks of 128."""
+  c = loading.open_source(ModelOptions(family=family, shape=shape)).decoder_config
+  T, document = 300, 130
+  back = np.arange(T)[:, None] - np.arange(T)
+  documents = np.arange(T) // document
+  pairs, blocks = 0, 0
+  for layer in range(c.num_hidden_layers):
+    seen = (back >= 0) & (back < (c.window_at(layer) or T)) & (documents[:, None] == documents)
+    pairs += seen.sum()
+    blocks += np.pad(seen, (0, 84)).reshape(3, 128, 3, 128).any((1, 3)).sum()
+  assert flops.pairs_of_row(c, T, document) == pairs
+  assert flops.computed_pairs_of_row(c, "auto", T, document) == blocks * 128**2
+  assert flops.computed_pairs_of_row(c, "xla", T, document) == c.num_hidden_layers * T**2
+
+
+def test_attention_of_short_documents_costs_less():
+  """Attention and what is computed around it are proportional to pairs and blocks of a row."""
+  c = config.resolve(model_config())
+  c = dataclasses.replace(c, data=dataclasses.replace(c.data, seq_len=1_024))
+  of = lambda n: flops.step_flops(
+    dataclasses.replace(c, preflight=PreflightOptions(document_tokens=n)), "train", 4
+  )
+  whole, short = of(0), of(64)
+  assert short["attention"] / whole["attention"] == (16 * 64 * 65) / (1_024 * 1_025)
+  computed = lambda f: f["attention"] * 7 / 6 + f["masked"]  # one of six products again
+  assert computed(short) / computed(whole) == pytest.approx(2 / 3)  # blocks of 512: 2 of 3
+  assert short["layers"] == whole["layers"] and of(2_000) == whole
+
+
+def test_a_negative_document_length_is_refused():
+  with pytest.raises(InputError, match="preflight.document_tokens is -1; expected at least 0"):
+    PreflightOptions(document_tokens=-1)
