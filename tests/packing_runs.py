@@ -12,12 +12,13 @@ from tiny_store import contents
 
 from distill_jax import config
 from distill_jax.commands import pack
-from distill_jax.data import sources
+from distill_jax.data import packing, sources
 from distill_jax.models import loading
 from distill_jax.records.writer import Writer
 
 BLOCK = 500  # bytes, so that a small corpus has many blocks
 SHARD = 16  # rows
+WINDOW = 4  # rows of the longest length
 
 
 def write_corpus(path, documents=40):
@@ -42,13 +43,14 @@ def made(folder, path, **data):
 
 
 def run(c, folder, workers=1):
-  """Packs with small blocks; returns the result of the command."""
+  """Packs with small blocks and windows; returns the result of the command."""
   c.pack.workers = workers
-  before, sources.BLOCK_BYTES = sources.BLOCK_BYTES, BLOCK
+  before = sources.BLOCK_BYTES, packing.WINDOW_ROWS
+  sources.BLOCK_BYTES, packing.WINDOW_ROWS = BLOCK, WINDOW
   try:
     return pack.run(config.resolve(c), folder)
   finally:
-    sources.BLOCK_BYTES = before
+    sources.BLOCK_BYTES, packing.WINDOW_ROWS = before
 
 
 def store_bytes(folder):
@@ -90,6 +92,6 @@ if __name__ == "__main__":
   if len(sys.argv) == 3:
     print(peak_bytes(Path(sys.argv[1]), int(sys.argv[2])))
   else:
-    folder, path, workers, number, phase = sys.argv[1:]
+    folder, path, workers, number, phase, data = sys.argv[1:]
     kill_in_shard(int(number), phase)
-    run(made(Path(folder), path), Path(folder) / "packed", int(workers))
+    run(made(Path(folder), path, **json.loads(data)), Path(folder) / "packed", int(workers))

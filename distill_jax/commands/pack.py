@@ -5,12 +5,15 @@ any number of processes, and needs little memory; `train` and `evaluate` can rea
 corpus is tokenized by a pool of processes (pack.workers), and the bytes of the store do not depend
 on their number. When the command is run again, it continues after the last finished shard.
 
-With records.heldout_sequences, rows of the held-out split are packed too, for `record`.
+Documents are concatenated and cut at the end of each sequence; chats, and other documents with
+data.whole, are packed whole by best fit. With data.buckets, short documents are packed into short
+sequences, in a store for each length. With records.heldout_sequences, rows of the held-out split
+are packed too, for `record`.
 
 Reads: the corpus and the tokenizer (`data`), and the teacher's tokenizer and chat template.
 
-Writes: a store in the workdir: manifest.json and shards (*.array_record); another one in
-WORKDIR/heldout.
+Writes: a store in the workdir: manifest.json and shards (*.array_record); with data.buckets, a
+store in the folder of each length, e.g. WORKDIR/4096. Held-out rows are in WORKDIR/heldout.
 
 Config: teacher, data, pack, records.tokens_per_shard, records.heldout_sequences.
 
@@ -21,6 +24,7 @@ Example:
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 from distill_jax.config import Config
@@ -35,7 +39,7 @@ from distill_jax.records import packed_text, planned_stores, recorder
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.packed_rows import PackedRows
 from distill_jax.records.store import Store, open_store
-from distill_jax.runtime import distributed, storage
+from distill_jax.runtime import distributed, files, storage
 from distill_jax.types import JsonObject
 
 
@@ -43,8 +47,9 @@ def run(config: Config, folder: Path) -> JsonObject:
   """Packs the corpus of a config into `folder`; finished shards are kept.
 
   Returns:
-    sequences, tokens and bytes of the whole store, and packed_now, the number of sequences that
-    this call packed. Those of a held-out store begin with heldout/, e.g. heldout/sequences.
+    sequences, tokens and bytes of all stores together, and packed_now, the number of sequences that
+    this call packed. With data.buckets also LENGTH/sequences, the number of sequences of a length.
+    Those of held-out rows begin with heldout/, e.g. heldout/sequences.
 
   Raises:
     InputError: The corpus or the tokenizer cannot be used, or the folder contains other records.
@@ -56,64 +61,98 @@ def run(config: Config, folder: Path) -> JsonObject:
     raise bad_value("data.packed", config.data.packed, expected, "Remove the key")
   planned = planned_stores.planned(config)
   teacher = loading.open_source(config.teacher, config.seed)
-  sizes = {name: _sizes(*make(c, teacher, folder / name)) for name, c in planned.items()}
+  sizes = {name: _sizes(c, *make(c, teacher, folder / name)) for name, c in planned.items()}
   return planned_stores.flat(sizes)
 
 
-def _sizes(store: Store, packed_now: int) -> JsonObject:
-  sums = {k: sum(getattr(s, k) for s in store.manifest.shards) for k in ("tokens", "bytes")}
-  return {"sequences": len(store), "packed_now": packed_now, **sums}
+def _sizes(config: Config, stores: dict[int, Store], packed_now: int) -> JsonObject:
+  shards = [shard for store in stores.values() for shard in store.manifest.shards]
+  sums = {k: sum(getattr(s, k) for s in shards) for k in ("tokens", "bytes")}
+  rows = {f"{length}/sequences": len(store) for length, store in stores.items()}
+  of_lengths = rows if config.data.buckets else {}
+  return {"sequences": sum(rows.values()), "packed_now": packed_now, **sums, **of_lengths}
 
 
-def make(config: Config, teacher: ModelSource, folder: Path) -> tuple[Store, int]:
+def make(config: Config, teacher: ModelSource, folder: Path) -> tuple[dict[int, Store], int]:
   """Packs the corpus of a config into `folder` on process 0, while the other processes wait.
 
   Returns:
-    The store, and the number of sequences that this process packed.
+    The stores that have rows, by length in ascending order, and the number of sequences that this
+    process packed. Without data.buckets, there is one store, in `folder` itself.
 
   Raises:
     InputError: See `run`.
   """
   packed: list[int] = []
   distributed.run_on_process_0(lambda: packed.append(_pack(config, teacher, folder)))
-  return open_store(storage.location(folder)), sum(packed)
+  return _open(config.data, storage.location(folder)), sum(packed)
+
+
+def _open(data: DataOptions, folder: str, expected: JsonObject | None = None) -> dict[int, Store]:
+  """Opens the stores in a folder that `pack` wrote, by length; those without rows are missing.
+
+  Args:
+    data: The config section `data`.
+    folder: The path or URL of the folder.
+    expected: See `open_store`.
+  """
+  if not data.buckets:
+    return {data.seq_len: open_store(folder, {**(expected or {}), "seq_len": data.seq_len})}
+  places = {length: files.join(folder, str(length)) for length in data.buckets}
+  found = {n: f for n, f in places.items() if manifest_lib.find(f) is not None}
+  if not found:
+    raise bad_value(
+      "data.buckets", data.buckets, f"the lengths of the stores in {folder}", "Correct them"
+    )
+  return {n: open_store(f, {**(expected or {}), "seq_len": n}) for n, f in found.items()}
 
 
 def _pack(config: Config, teacher: ModelSource, folder: Path) -> int:
   data, tokenizer = config.data, checked_tokenizer(config.data, teacher)
   options = RecordsOptions(kind="text", tokens_per_shard=config.records.tokens_per_shard)
-  planned = recorder.planned_manifest(options, tokenizer.vocab_size, 1, data.seq_len)
-  planned = dataclasses.replace(
-    planned,
-    tokenizer=tokenizer.digest,
-    smoothing=bool(data.trust),
-    teacher={},
-    heldout_fraction=data.fraction_of_split,
-  )
-  planned = manifest_lib.with_shards_of(storage.location(folder), planned)
+  planned = []
+  for length, place in packed_text.folders(data, folder).items():
+    manifest = dataclasses.replace(
+      recorder.planned_manifest(options, tokenizer.vocab_size, 1, length),
+      tokenizer=tokenizer.digest,
+      smoothing=bool(data.trust),
+      teacher={},
+      heldout_fraction=data.fraction_of_split,
+    )
+    planned.append(manifest_lib.with_shards_of(storage.location(place), manifest))
   work = corpus.block_tokenizer(data, tokenizer, teacher.pretrained)
-  return packed_text.pack(data, work, planned, folder, config.pack.workers)[1]
+  made, packed = packed_text.pack(data, work, planned, folder, config.pack.workers)
+  if empty := [length for length in data.buckets if length not in made]:
+    print(f"No document needs sequences of {empty} tokens, so no store has them.", file=sys.stderr)
+  return packed
 
 
-def open_rows(config: Config, teacher: ModelSource, folder: Path) -> tuple[PackedRows, Tokenizer]:
-  """Returns the packed rows of a config's corpus, which are made in `folder` without data.packed.
+def open_rows(
+  config: Config, teacher: ModelSource, folder: Path
+) -> tuple[dict[int, PackedRows], Tokenizer]:
+  """Returns the packed rows of a config's corpus by length, and its tokenizer.
+
+  They are those of data.packed, or are made in `folder`; see `make`. If the stores of data.packed
+  hold more than data.sequences, each contributes in proportion to its number of rows.
 
   Raises:
     InputError: See `run`; or if data.packed names a store of other tokens.
   """
-  tokenizer = checked_tokenizer(config.data, teacher)
-  if config.data.packed:
+  data, tokenizer = config.data, checked_tokenizer(config.data, teacher)
+  if data.packed:
     expected = {
       "kind": "text",
       "labels": False,
       "tokenizer": tokenizer.digest,
-      "seq_len": config.data.seq_len,
-      "heldout_fraction": config.data.fraction_of_split,
+      "heldout_fraction": data.fraction_of_split,
     }
-    store = open_store(config.data.packed, expected)
+    stores = _open(data, data.packed, expected)
   else:
-    store, _ = make(config, teacher, folder)
-  return PackedRows(store, config.data.sequences), tokenizer
+    stores, _ = make(config, teacher, folder)
+  held = sum(length * len(store) for length, store in stores.items())
+  limit = min(data.sequences * data.seq_len or held, held)
+  rows_of = {length: len(store) * limit // held for length, store in stores.items()}
+  return {n: PackedRows(stores[n], rows) for n, rows in rows_of.items() if rows}, tokenizer
 
 
 def checked_tokenizer(data: DataOptions, teacher: ModelSource) -> Tokenizer:

@@ -182,7 +182,8 @@ def _store_text(config: Config, teacher: ModelSource, folder: Path) -> tuple[Man
     expected = "'' with records.kind='text', because `train` reads that store"
     action = "Add it to train.records instead of recording"
     raise bad_value("data.packed", config.data.packed, expected, action)
-  store, now = pack.make(config, teacher, folder)
+  stores, now = pack.make(config, teacher, folder)
+  (store,) = stores.values()
   return store.manifest, now
 
 
@@ -201,9 +202,9 @@ def open_corpus(config: Config, teacher: ModelSource, packed: Path) -> Corpus:
   if config.tasks:
     recorded = config.records.kind != "text"
     return dataset.open_corpus(config, pretrained, teacher.config if recorded else None)
-  rows, tokenizer = pack.open_rows(config, teacher, packed)
-  data = config.data
-  return Corpus.of_text(rows, tokenizer, data.seq_len, data.fraction_of_split)
+  rows_of, tokenizer = pack.open_rows(config, teacher, packed)
+  ((length, rows),) = rows_of.items()
+  return Corpus.of_text(rows, tokenizer, length, config.data.fraction_of_split)
 
 
 def _missing(writer: Writer) -> list[range]:

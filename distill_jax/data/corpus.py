@@ -101,8 +101,14 @@ def block_tokenizer(
 
 
 def packer(data: DataOptions) -> packing.Packer:
-  """Returns what packs the tokens of a corpus into rows. Chats are never cut."""
-  return packing.Packer(data.seq_len, whole=data.kind == "chat")
+  """Returns what packs the tokens of a corpus into rows.
+
+  Text is concatenated and cut by default: no space is lost, and also half of a document can be
+  trained on. Chats are whole, because an answer means little without its question.
+  """
+  if data.buckets or data.whole or data.kind == "chat":
+    return packing.BestFitPacker(data.buckets or (data.seq_len,))
+  return packing.CutPacker(data.seq_len)
 
 
 def record(row: packing.PackedRow, data: DataOptions) -> dict[str, np.ndarray]:
@@ -118,9 +124,10 @@ def record(row: packing.PackedRow, data: DataOptions) -> dict[str, np.ndarray]:
 def sequences(
   data: DataOptions, tokenizer: tokenizers.Tokenizer, pretrained: Pretrained | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Yields at most `data.sequences` packed sequences in corpus order, in this process.
+  """Yields at most `data.sequences` packed sequences of `data.seq_len` tokens, in this process.
 
-  `records/packed_text.py` packs a large corpus with several processes into a store of these rows.
+  `records/packed_text.py` packs a large corpus with several processes into a store of these rows,
+  or into one store for each of data.buckets.
 
   Args:
     data: The config section `data`.
@@ -133,7 +140,9 @@ def sequences(
   Raises:
     InputError: If the corpus cannot be read.
   """
-  stream = CorpusStream(block_tokenizer(data, tokenizer, pretrained), packer(data))
+  one_length = data.buckets[-1:]  # as whole documents, like those of several lengths
+  packer_ = packer(dataclasses.replace(data, buckets=one_length))
+  stream = CorpusStream(block_tokenizer(data, tokenizer, pretrained), packer_)
   for row in itertools.islice(stream.rows(), data.sequences or None):
     yield record(row, data)
 

@@ -1,7 +1,8 @@
-"""The rows of a corpus from any row on, and the check that the corpus is still the same.
+"""The rows of a corpus from a place on, and the check that the corpus is still the same.
 
-A cursor names the place where a row begins: a block of the corpus, a number of its tokens, and a
-digest of all blocks before it. Packing continues from a cursor and does not read the blocks before.
+A cursor names a place from which packing can be repeated: a block of the corpus, a number of its
+tokens, and a digest of all blocks before it. Packing continues from a cursor and does not read the
+blocks before.
 """
 
 from __future__ import annotations
@@ -21,30 +22,23 @@ from distill_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Cursor:
-  """The place in a corpus where a row begins.
+  """A place in a corpus from which packing can be repeated.
 
   Attributes:
-    row: The index of the row.
+    rows: The number of rows of each length before the place; () for none.
     place: The place of a block.
-    skip: The number of tokens of the block before the row.
+    skip: The number of tokens of the block before the place.
     before: The digest of all blocks before the block; "" for none.
     block: The digest of the block; "" if it has not been read.
     is_end: True if the corpus ends there.
   """
 
-  row: int = 0
+  rows: tuple[int, ...] = ()
   place: Place = sources.BEGINNING
   skip: int = 0
   before: str = ""
   block: str = ""
   is_end: bool = False
-
-  def changed(self, source: DocumentSource) -> InputError:
-    """Returns the error for a corpus that is not the one that the cursor was made from."""
-    return InputError(
-      f"{source.path} has changed since its first {self.row} sequences were packed. Restore it, or "
-      "choose another folder."
-    )
 
 
 START = Cursor()
@@ -57,12 +51,13 @@ class CorpusStream:
     work: What tokenizes the blocks.
     packer: What packs them.
     workers: The number of processes; 0 for one per core.
-    start: The place of the first row.
+    start: The place at which to begin.
 
   Attributes:
     source: The corpus.
     counts: The documents that were read so far.
-    end: The cursor after the last row that was yielded.
+    rows_of: The number of rows of each length before and including the last that was yielded.
+    end: The last place before the next row from which packing can be repeated.
   """
 
   def __init__(
@@ -71,7 +66,10 @@ class CorpusStream:
     self._work, self._packer, self._workers, self._start = work, packer, workers, start
     self.source = work.source
     self._blocks: deque[tuple[int, Cursor]] = deque()  # tokens before a block, and its place
+    self._stop = 0
     self.counts, self.end = Counts("skip"), start
+    rows = start.rows or [0] * len(packer.lengths)
+    self.rows_of = dict(zip(packer.lengths, rows, strict=True))
 
   def rows(self) -> Generator[packing.PackedRow, None, None]:
     """Yields the rows.
@@ -85,8 +83,8 @@ class CorpusStream:
     try:
       for block, (tokens, counts, digest) in tokenized(blocks, self._work, self._workers):
         if not self._blocks and start.block not in ("", digest):
-          raise start.changed(source)
-        self._blocks.append((total, Cursor(0, block.place, 0, before, digest)))
+          raise changed(source, sum(start.rows))
+        self._blocks.append((total, Cursor((), block.place, 0, before, digest)))
         before = link(before, block, digest)
         self.counts.add(counts)
         for row in self._packer.add(tokens.after(-total) if total < 0 else tokens):
@@ -94,20 +92,32 @@ class CorpusStream:
         total += len(tokens.ids_X)
     finally:
       self.counts.report(source)
-    if start.row and not self._blocks:
-      raise start.changed(source)
-    if not start.row:
+    if start.rows and not self._blocks:
+      raise changed(source, sum(start.rows))
+    if not start.rows:
       self.counts.check(source)
     for row in self._packer.finish():
       yield self._yielded(row)
     self.end = dataclasses.replace(self.end, is_end=True)
 
   def _yielded(self, row: packing.PackedRow) -> packing.PackedRow:
-    while len(self._blocks) > 1 and self._blocks[1][0] <= row.stop:
-      self._blocks.popleft()
-    total, place = self._blocks[0]
-    self.end = dataclasses.replace(place, row=self.end.row + 1, skip=row.stop - total)
+    self.rows_of[len(row.tokens_T)] += 1
+    if row.stop > self._stop:
+      self._stop = row.stop
+      while len(self._blocks) > 1 and self._blocks[1][0] <= row.stop:
+        self._blocks.popleft()
+      total, place = self._blocks[0]
+      rows = tuple(self.rows_of.values())
+      self.end = dataclasses.replace(place, rows=rows, skip=row.stop - total)
     return row
+
+
+def changed(source: DocumentSource, rows: int) -> InputError:
+  """Returns the error for a corpus that is not the one of which `rows` rows are packed."""
+  return InputError(
+    f"{source.path} has changed since its first {rows} sequences were packed. Restore it, or "
+    "choose another folder."
+  )
 
 
 def link(before: str, block: Block, digest: str) -> str:

@@ -37,12 +37,17 @@ class DataOptions:
   with one of them. "": the model's tokenizer."""
   seq_len: int = 1024
   """Length of the packed sequences, in tokens."""
+  whole: bool = False
+  """True to cut only documents that are longer than a sequence, by best-fit packing, instead of
+  concatenating documents and cutting them at the end of each sequence. Chats are always whole, and
+  so are documents with `buckets`."""
   buckets: tuple[int, ...] = ()
-  """Lengths of packed sequences in ascending order, of which each divides the last, data.seq_len. A
-  document is packed into sequences of the smallest length that holds it, and there is one store for
-  each length. (): one store with sequences of data.seq_len."""
+  """Lengths of packed sequences in ascending order, of which each divides the last, data.seq_len.
+  There is one store for each length, in a folder of that name. A document is packed into a sequence
+  of the smallest length that holds it, or into the space that is left in a longer one. (): one
+  store with sequences of data.seq_len."""
   sequences: int = 0
-  """Maximum number of packed sequences. 0: all."""
+  """Maximum number of packed sequences, of which n tokens count as n / data.seq_len. 0: all."""
   on_bad: str = "stop"
   """Action at a chat that cannot be used: "stop" (raise an error) or "skip" (skip and count it)."""
   trust: str = ""

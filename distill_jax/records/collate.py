@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill_jax.data import packing
+from distill_jax.data import model_rows
 from distill_jax.errors import InputError
 from distill_jax.losses import SampledTargets, TopKTargets
 from distill_jax.nn.sharding import Rows
@@ -66,7 +66,7 @@ def recorded_of(m: Manifest) -> Recorded:
 def _packed(stack: Callable[[str], np.ndarray]) -> Batch:
   """Returns packed text as a batch. The label of a position is the next token."""
   mask: Any = stack("mask_T")
-  rows: Any = packing.to_inputs(stack("tokens_T"), stack("segments_T"), mask)
+  rows: Any = model_rows.to_inputs(stack("tokens_T"), stack("segments_T"), mask)
   return Batch(Inputs(rows.tokens, rows.positions, rows.segments), rows.labels, mask)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill_jax.data import packing
+from distill_jax.data import model_rows
 from distill_jax.errors import InputError, bad_value, check_choice
 from distill_jax.records import fields
 from distill_jax.records.fields import IDS, LOGP, SMOOTHING, WEIGHT, Record
@@ -45,7 +45,7 @@ def example(record: Record, m: Manifest) -> Record:
     out = {"labels": record["labels_T"], "mask": record["mask_T"]}
   else:
     mask_T = record["mask_T"]
-    rows = packing.to_inputs(record["tokens_T"], record["segments_T"], mask_T)
+    rows = model_rows.to_inputs(record["tokens_T"], record["segments_T"], mask_T)
     out = {
       "inputs": rows.tokens,
       "inputs_position": rows.positions,

@@ -1,12 +1,16 @@
-"""Packing of a corpus into a store of text, which `record` and `train` read by index.
+"""Packing of a corpus into stores of text, which `record` and `train` read by index.
 
 Blocks of the corpus are tokenized by a pool of processes and packed in order, so the bytes of the
-store do not depend on the number of processes. Memory holds a shard that is filled, a shard that is
-written, and a few blocks, whatever the size of the corpus.
+stores do not depend on the number of processes. Each length of rows has a store, and one pass over
+the corpus fills all of them. Memory holds a window of documents (packing.BestFitPacker), a few
+blocks, and for each length a shard that is filled and one that is written, whatever the size of the
+corpus.
 
-Before a shard is registered, `packing/ROW.json` is written with the place in the corpus where the
-next shard begins (corpus_stream.Cursor). A run that was stopped continues there. If the files of
-the corpus have changed since, the part that is already packed is read again and compared.
+A run that was stopped continues at the first place that one of the stores needs; see packed_shards.
+Rows from there on that are already stored are compared. So what is read again is at most a window,
+and with several lengths, the part of the corpus that filled the unfinished shard of the rarest
+length: 100 million tokens for a length with 1% of them and shards of a million tokens. If the files
+of the corpus have changed, the part before is read again, too, and compared.
 """
 
 from __future__ import annotations
@@ -15,111 +19,158 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import itertools
 import json
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 
-from distill_jax.data import corpus, corpus_stream, sources
+from distill_jax.data import corpus, corpus_stream, packing
 from distill_jax.data.block_tokenizer import BlockTokenizer
 from distill_jax.data.corpus_stream import CorpusStream, Cursor
 from distill_jax.data.options import DataOptions
 from distill_jax.errors import InputError
 from distill_jax.records import manifest as manifest_lib
-from distill_jax.records import recorder
-from distill_jax.records.fields import Record
-from distill_jax.records.manifest import Manifest, Shard
-from distill_jax.records.store import Store, Writer, unfinished_store
+from distill_jax.records.manifest import Manifest
+from distill_jax.records.packed_shards import PackedShards
 from distill_jax.runtime import files, json_io, storage
 from distill_jax.runtime.distributed import Preemption
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import JsonObject
 
-STATE, PLACES = "packing.json", "packing"
+STATE = "packing.json"
 ACTION = "Pack into another folder"
 # The settings that decide the rows of a corpus, besides those in the manifest.
 SETTINGS = ("kind", "split", "field", "heldout_fraction", "on_bad", "trust")
 
 
+def folders(data: DataOptions, folder: Path) -> dict[int, Path]:
+  """Returns the folder of the store of each length of rows, by length, in ascending order."""
+  if not data.buckets:
+    return {data.seq_len: folder}
+  return {length: folder / str(length) for length in data.buckets}
+
+
 def pack(
-  data: DataOptions, work: BlockTokenizer, planned: Manifest, folder: Path, workers: int = 1
-) -> tuple[Manifest, int]:
-  """Packs a corpus into a store. Shards that are finished are kept.
+  data: DataOptions,
+  work: BlockTokenizer,
+  planned: Sequence[Manifest],
+  folder: Path,
+  workers: int = 1,
+) -> tuple[dict[int, Manifest], int]:
+  """Packs a corpus into stores. Shards that are finished are kept.
 
   Args:
     data: The config section `data`.
     work: What tokenizes the corpus, from `corpus.block_tokenizer`.
-    planned: The manifest. Its corpus and extents are replaced by those of the rows.
-    folder: The folder of the store.
+    planned: The manifest of each of the `folders`. Their corpus and extents are replaced by those
+      of the rows.
+    folder: The folder of the run; see `folders`.
     workers: The number of processes that tokenize; 0 for one per core.
 
   Returns:
-    The manifest of the finished store, and the number of rows that this call packed.
+    The manifests of the finished stores that have rows, by length, and the number of rows that this
+    call packed.
 
   Raises:
     InputError: The corpus cannot be used, or has changed since it was partly packed, or the folder
       holds other records.
     Preempted: SIGTERM was received; finished shards are kept.
   """
-  with _Shards(planned, folder, data.sequences) as shards:
-    where = storage.location(folder)
+  where, found = storage.location(folder), folders(data, folder)
+  before = _before(where)
+  with contextlib.ExitStack() as stack:
+    stores = {
+      length: stack.enter_context(PackedShards(manifest, found[length]))
+      for length, manifest in zip(found, planned, strict=True)
+    }
     try:
-      cursor, work = _resume(data, work, where, shards.resume_at())
-      if not (cursor.is_end or cursor.row == data.sequences > 0):
-        _write(CorpusStream(work, corpus.packer(data), workers, cursor), shards, data)
+      cursor, work = _resume(data, work, where, before, list(stores.values()))
+      if not (cursor.is_end or _is_full(data, {n: s.missing for n, s in stores.items()})):
+        _write(CorpusStream(work, corpus.packer(data), workers, cursor), stores, data)
     except InputError:
-      if not _exists(files.join(where, manifest_lib.NAME)):
+      if before is None and not any(store.total for store in stores.values()):
         files.remove(files.join(where, STATE))  # so that a corrected command can use the folder
       raise
-    return shards.complete(), shards.packed
+    done = {length: store.complete() for length, store in stores.items()}
+    packed = sum(store.packed for store in stores.values())
+  return {length: manifest for length, manifest in done.items() if manifest}, packed
 
 
-def _write(stream: CorpusStream, shards: _Shards, data: DataOptions) -> None:
-  """Writes the rows of a stream."""
-  first, limit = stream.end.row, data.sequences
+def _is_full(data: DataOptions, rows_of: Mapping[int, int]) -> bool:
+  """Returns True if data.sequences leaves no space for another row of the largest length."""
+  tokens = sum(length * rows for length, rows in rows_of.items())
+  return 0 < data.sequences * data.seq_len < tokens + data.seq_len
+
+
+def _write(stream: CorpusStream, stores: Mapping[int, PackedShards], data: DataOptions) -> None:
+  """Writes the rows of a stream, and compares those that are already stored."""
   alone = jax.process_count() == 1  # otherwise, the other processes wait for this one
+  before, limit = sum(s.missing for s in stores.values()), 0 if data.buckets else data.sequences
   with (
     contextlib.closing(stream.rows()) as rows,
-    Progress("pack", limit or None, "sequences", first) as progress,
+    Progress("pack", limit or None, "sequences", before) as progress,
     Preemption() as preemption,
   ):
-    for row in itertools.islice(rows, limit - first if limit else None):
-      shards.add(corpus.record(row, data), stream.end)
-      progress.add(1)
-      if alone and preemption.reached(stream.end.row):
-        shards.wait()
+    for row in rows:
+      length, record = len(row.tokens_T), corpus.record(row, data)
+      store, stop = stores[length], stream.rows_of[length]
+      if stop > store.missing:
+        store.add(stop, record, stream.end)
+        progress.add(1)
+      elif not store.is_same(stop - 1, record):
+        raise corpus_stream.changed(stream.source, before)
+      if alone and preemption.reached(sum(stream.rows_of.values())):
+        for store in stores.values():
+          store.wait()
         raise Preemption.stop("pack", "finished shards are kept")
-  shards.flush(stream.end)
-  shards.wait()
+      if _is_full(data, stream.rows_of):
+        break
+  for length, store in stores.items():
+    store.flush(stream.rows_of[length], stream.end)
+  for store in stores.values():
+    store.wait()
+
+
+def _before(folder: str) -> JsonObject | None:
+  """Returns the state of an earlier run that has begun a store, or None."""
+  if not _exists(file := files.join(folder, STATE)):
+    return None
+  before = json_io.parse_object(files.read(file), file, ACTION)
+  of_lengths = [files.join(folder, str(n)) for n in before["settings"].get("lengths", ())]
+  begun = any(_exists(files.join(f, manifest_lib.NAME)) for f in (folder, *of_lengths))
+  return before if begun else None
 
 
 def _resume(
-  data: DataOptions, work: BlockTokenizer, folder: str, row: int
+  data: DataOptions,
+  work: BlockTokenizer,
+  folder: str,
+  before: JsonObject | None,
+  stores: Sequence[PackedShards],
 ) -> tuple[Cursor, BlockTokenizer]:
   """Returns the cursor at which to continue, and `work` with the date on which packing began.
 
   Args:
     data: The config section `data`.
     work: What tokenizes the corpus.
-    folder: The path or URL of the store.
-    row: The first row that is missing.
+    folder: The path or URL of the run.
+    before: The state of an earlier run, or None.
+    stores: The stores.
 
   Raises:
     InputError: The settings or the corpus have changed.
   """
-  state = _state(data, work)
-  file, cursor = files.join(folder, STATE), Cursor()
-  if _exists(file) and _exists(files.join(folder, manifest_lib.NAME)):
-    before = json_io.parse_object(files.read(file), file, ACTION)
+  state, cursor = _state(data, work), Cursor()
+  if before is not None:
     _check_settings(before["settings"], state["settings"], folder)
-    cursor = _load_cursor(folder, row)
-    changed = cursor.row and before["files"] != state["files"]
+    _check_total(data, folder, stores)
+    cursor = min((s.cursor() for s in stores), key=lambda c: (sum(c.rows), c.is_end))
+    changed = cursor.rows and before["files"] != state["files"]
     if changed and not corpus_stream.is_same(work.source, cursor):
-      raise cursor.changed(work.source)
+      raise corpus_stream.changed(work.source, sum(cursor.rows))
     state["date"] = before["date"]
-  files.write(file, json.dumps(state, indent=1).encode())
+  files.write(files.join(folder, STATE), json.dumps(state, indent=1).encode())
   if work.chats is None:
     return cursor, work
   date = datetime.datetime.fromisoformat(state["date"])
@@ -134,6 +185,9 @@ def _state(data: DataOptions, work: BlockTokenizer) -> JsonObject:
     template = work.chats.template
     text = f"{template.source}{template.tool_use}{template.tokens}"
     settings["chat template"] = hashlib.sha256(text.encode()).hexdigest()
+  if isinstance(packer := corpus.packer(data), packing.BestFitPacker):
+    settings["packing"] = f"best fit in windows of {packing.WINDOW_ROWS} rows"
+    settings["lengths"] = list(packer.lengths)
   return {
     "settings": settings,
     "files": corpus_stream.fingerprint(work.source),
@@ -150,105 +204,15 @@ def _check_settings(before: JsonObject, now: JsonObject, folder: str) -> None:
       )
 
 
-def _load_cursor(folder: str, row: int) -> Cursor:
-  """Returns the cursor of a row, or the beginning of the corpus if it is missing."""
-  if not _exists(file := _cursor_file(folder, row)):
-    return Cursor()
-  fields = json_io.parse_object(files.read(file), file, ACTION)
-  return Cursor(**{**fields, "place": sources.Place(*fields["place"])})
-
-
-def _cursor_file(folder: str, row: int) -> str:
-  return files.join(folder, f"{PLACES}/{row:09d}.json")
+def _check_total(data: DataOptions, folder: str, stores: Sequence[PackedShards]) -> None:
+  """Raises InputError if the stores hold more rows than data.sequences."""
+  tokens = sum(store.total * store.length for store in stores)
+  if 0 < data.sequences * data.seq_len < tokens:
+    raise InputError(
+      f"{folder} holds {tokens / data.seq_len:g} sequences, but this run packs {data.sequences}. "
+      "Stores can only be extended; choose another folder."
+    )
 
 
 def _exists(path: str) -> bool:
   return files.info(path) is not None
-
-
-class _Shards:
-  """The shards of a store whose length is not known. The last full one is written in background.
-
-  Args:
-    planned: See `pack`.
-    folder: The folder of the store.
-    limit: The maximum number of rows; 0 for no limit.
-
-  Attributes:
-    packed: The number of rows that were written.
-  """
-
-  def __init__(self, planned: Manifest, folder: Path, limit: int):
-    self._planned, self._folder, self._limit = planned, folder, limit
-    self._background = ThreadPoolExecutor(1)
-    self._writing: Future[Shard] | None = None
-    self._writer: Writer | None = None
-    self._found: dict[int, Store] = {}  # the store of the finished shards, by their first rows
-    self._ends: dict[int, int] = {}  # of the planned shards, by first row
-    self._shard: list[Record] = []
-    self.packed = 0
-
-  def __enter__(self) -> _Shards:
-    if (found := manifest_lib.find(storage.location(self._folder))) is not None:
-      self._open(found.corpus, min(found.total, self._limit or found.total))
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self._background.shutdown()
-    if self._writer is not None:
-      self._writer.close()
-
-  def _open(self, digest: str, rows: int) -> Writer:
-    manifest = dataclasses.replace(self._planned, corpus=digest, extents=(rows,))
-    self._writer = Writer(self._folder, manifest)
-    found = unfinished_store(self._writer)
-    self._found = {shard.first: found for shard in found.manifest.shards}
-    self._ends = {r.start: r.stop for r in self._writer.manifest.ranges}
-    return self._writer
-
-  def resume_at(self) -> int:
-    """Returns the first row that is missing."""
-    if self._writer is None:
-      return 0
-    missing = self._writer.missing()
-    return missing[0].start if missing else self._writer.manifest.total
-
-  def add(self, row: Record, after: Cursor) -> None:
-    """Adds a row, given the cursor after it."""
-    self._shard.append(row)
-    first = after.row - len(self._shard)
-    if after.row == self._ends.get(first, first + self._planned.sequences_per_shard):
-      self.flush(after)
-
-  def flush(self, after: Cursor) -> None:
-    """Starts writing the rows of the current shard, unless an earlier run has."""
-    rows, self._shard = self._shard, []
-    self.wait()
-    writer = self._writer
-    if writer is None:
-      writer = self._open(recorder.text_digest(rows[0]), len(rows))
-    cursor = json.dumps(dataclasses.asdict(after), indent=1)
-    files.write(_cursor_file(writer.folder, after.row), cursor.encode())
-    if not rows:
-      return
-    first = after.row - len(rows)
-    if after.row > writer.manifest.total:
-      writer.lengthen(after.row)
-    if first in self._found:
-      recorder.check_same_row(self._found[first], after.row - 1, rows[-1])
-    else:
-      self._writing = self._background.submit(writer.write_shard, range(first, after.row), rows)
-      self.packed += len(rows)
-
-  def wait(self) -> None:
-    """Waits for the shard that is being written."""
-    if self._writing is not None:
-      self._writing.result()
-      self._writing = None
-
-  def complete(self) -> Manifest:
-    """Completes the store."""
-    assert self._writer is not None
-    done = self._writer.complete()
-    assert done is not None
-    return done

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from distill_jax.data import packing
+from distill_jax.data import model_rows
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError, bad_value
 from distill_jax.nn import mesh_in_use, sharding
@@ -214,7 +214,7 @@ class Recorder:
       found = tokens_BT.shape, segments_BT.shape, mask_BT.shape
       raise bad_value("tokens_BT, segments_BT, mask_BT", found, expected, "Pack rows of seq_len")
     segments_BT = segments_BT.astype(np.int32)
-    mask_BT = mask_BT.astype(bool) & packing.label_mask(segments_BT, np.ones_like(mask_BT, bool))
+    mask_BT = mask_BT.astype(bool) & model_rows.label_mask(segments_BT, np.ones_like(mask_BT, bool))
     return [
       {"tokens_T": tokens_T, "segments_T": segments_T, "mask_T": mask_T}
       for tokens_T, segments_T, mask_T in zip(

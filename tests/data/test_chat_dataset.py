@@ -11,7 +11,7 @@ from tiny_run import train
 
 from distill_jax import config
 from distill_jax.commands.record import run as record
-from distill_jax.data import chat_dataset, corpus, packing
+from distill_jax.data import chat_dataset, corpus, model_rows
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.records.store import open_store
@@ -75,17 +75,18 @@ def rows(data):
 
 
 def test_labels_are_the_assistants_turns(folder):
-  """The trained labels are each answer and the token that ends it, chat by chat."""
+  """The trained labels are each answer and the token that ends it."""
   d = data(folder)
-  tokenizer, labels_read, starts = load_tokenizer(d.tokenizer), [], []
+  tokenizer, read = load_tokenizer(d.tokenizer), {}
   for row in rows(d):
-    _, _, _, labels, _ = packing.to_inputs(row["tokens_T"], row["segments_T"], row["mask_T"])
-    labels_read.append(tokenizer.decode(labels[row["mask_T"]].tolist()))
+    _, _, _, labels, _ = model_rows.to_inputs(row["tokens_T"], row["segments_T"], row["mask_T"])
     for s in range(1, row["segments_T"].max() + 1):
-      starts.append(tokenizer.decode(row["tokens_T"][row["segments_T"] == s].tolist()))
-  assert "".join(labels_read) == "2<|im_end|>3<|im_end|>two<|im_end|>6<|im_end|>7<|im_end|>"
-  assert len(starts) == 4  # chats are not cut
-  assert all(s.startswith("<|im_start|>") and s.endswith("<|im_end|>\n") for s in starts)
+      own = row["segments_T"] == s
+      chat = tokenizer.decode(row["tokens_T"][own].tolist())
+      assert chat.startswith("<|im_start|>") and chat.endswith("<|im_end|>\n")
+      read[chat] = tokenizer.decode(labels[own & row["mask_T"]].tolist())
+  labels_of = ["2<|im_end|>", "3<|im_end|>", "6<|im_end|>7<|im_end|>", "two<|im_end|>"]
+  assert sorted(read.values()) == labels_of  # chats are not cut
 
 
 def test_unusable_chats_are_reported_or_skipped(folder, capsys):
@@ -117,18 +118,6 @@ def test_unusable_chats_are_reported_or_skipped(folder, capsys):
 def test_lines_that_are_not_chats_are_errors(line, words):
   with pytest.raises(InputError, match=words):
     chat_dataset.parse(line)
-
-
-def test_a_document_that_does_not_fit_begins_the_next_row():
-  docs = [list(range(1, 6)), list(range(10, 14)), list(range(20, 32)), [40]]
-  got = list(packing.pack(docs, 8, None, whole=True))
-  assert [r.tokens_T.tolist() for r in got] == [
-    [1, 2, 3, 4, 5, 0, 0, 0],
-    [10, 11, 12, 13, 0, 0, 0, 0],
-    [20, 21, 22, 23, 24, 25, 26, 27],
-    [28, 29, 30, 31, 40, 0, 0, 0],
-  ]
-  assert [r.segments_T.max() for r in got] == [1, 1, 1, 2]
 
 
 # ------------------------------------------------------------------ fine-tuning

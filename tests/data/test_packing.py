@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_jax.data.packing import pack, to_inputs
+from distill_jax.data.model_rows import to_inputs
+from distill_jax.data.packing import pack
 from distill_jax.errors import InputError
 
 pytestmark = pytest.mark.smoke

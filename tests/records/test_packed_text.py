@@ -93,7 +93,7 @@ def test_a_killed_run_is_continued_by_another_number_of_processes(
   whole, tmp_path, workers, number, phase
 ):
   _, path, want = whole
-  command = [sys.executable, SCRIPT, tmp_path, path, workers, number, phase]
+  command = [sys.executable, SCRIPT, tmp_path, path, workers, number, phase, "{}"]
   tests = SCRIPT.parent
   env = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}"}
   killed = subprocess.run([str(x) for x in command], env=env, check=False, capture_output=True)

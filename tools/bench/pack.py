@@ -108,7 +108,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
   work = corpus.block_tokenizer(data, load_tokenizer(data.tokenizer))
   manifest = planned(work, data)
   start, began = time.process_time(), time.perf_counter()
-  done, _ = packed_text.pack(data, work, manifest, folder / "one", 1)
+  made, _ = packed_text.pack(data, work, [manifest], folder / "one", 1)
+  done = made[data.seq_len]
   one, one_wall = time.process_time() - start, time.perf_counter() - began
   blocks = list(sources.blocks(work.source))
   start = time.process_time()
@@ -117,10 +118,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
   tokenizing = time.process_time() - start
   del blocks
   tenth = dataclasses.replace(data, sequences=max(1, done.total // 10))
-  packed_text.pack(tenth, work, manifest, folder / "tenth", args.workers)
+  packed_text.pack(tenth, work, [manifest], folder / "tenth", args.workers)
   memory = peak_bytes()
   start = time.perf_counter()
-  packed_text.pack(data, work, manifest, folder / "pool", args.workers)
+  packed_text.pack(data, work, [manifest], folder / "pool", args.workers)
   pool = time.perf_counter() - start
   tokens = sum(shard.tokens for shard in done.shards)
   return {
