@@ -25,8 +25,8 @@ def assign(length_n: np.ndarray, sizes: Sequence[int]) -> list[Row]:
   """Assigns items to rows.
 
   The items are taken from the longest to the shortest. Each goes into the row with the least space
-  that holds it. If no row holds it, it opens a row of the smallest size that does. So the space that
-  is left in long rows is filled with shorter items before these open short rows.
+  that holds it. If no row holds it, it opens a row of the smallest size that does. So the space
+  that is left in long rows is filled with shorter items before these open short rows.
 
   The rows are in the order of the items that opened them. This order does not depend on lengths, so
   the first rows have the same mixture of lengths as all rows.
