@@ -8,6 +8,7 @@ within segments. All take queries and keys of different lengths (splash.attentio
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -70,11 +71,8 @@ def attention(
   T = segments_BT.shape[1]
   index_T = jnp.arange(T, dtype=jnp.int32)
   arrays = q_BTHh, k_BTGh, v_BTGh, segments_BT, segments_BT, index_T, at
-  if kernel == "xla":
-    return dense.attention(*arrays, sizes, scale)
-  inner = splash.attention if kernel == "splash" else cudnn.attention
-  run = functools.partial(inner, sizes=sizes, scale=scale, chunk=T)
-  if jax.sharding.get_abstract_mesh().empty:
+  run = functools.partial(on_a_device(kernel), sizes=sizes, scale=scale, chunk=T)
+  if kernel == "xla" or jax.sharding.get_abstract_mesh().empty:
     return run(*arrays)
   heads, kv_heads = (
     rules.spec(("batch", "seq", name, "head_dim"), "compute") for name in ("heads", "kv_heads")
@@ -90,6 +88,19 @@ def attention(
   # between devices there is nothing to check.
   specs = heads, heads, heads, rows, rows, whole, whole
   return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(*arrays)
+
+
+def on_a_device(kernel: str) -> Callable[..., jax.Array]:
+  """Returns the function of a kernel, for the queries of one device and the keys they attend to.
+
+  All of them have the arguments that splash.attention documents, up to `chunk`.
+  """
+  functions: dict[str, Callable[..., jax.Array]] = {
+    "xla": dense.attention,
+    "splash": splash.attention,
+    "cudnn": cudnn.attention,
+  }
+  return functions[kernel]
 
 
 def full(

@@ -57,8 +57,7 @@ def attention(
     [B, Q, H, width of values].
   """
   (B, Q, H, h), K = q_BQHh.shape, k_BKGh.shape[1]
-  natural = chunk >= K == Q
-  packs = natural and capability() >= 9 and B * Q * H * h < 2**31  # offsets are int32
+  packs = chunk >= K == Q and capability() >= 9 and B * Q * H * h < 2**31  # offsets are int32
 
   def of_window(window: int | None) -> Callable[..., jax.Array]:
     if packs and (window is None or window >= K):
@@ -67,8 +66,8 @@ def attention(
       *(q, k, v, q_segments_BQ, kv_segments_BK, q_index_Q, jnp.int32(0)),
       sizes=(window,),
       scale=scale,
+      chunk=chunk,
       implementation="cudnn",
-      causal=natural,
     )
 
   return jax.lax.switch(at, [of_window(window) for window in sizes], q_BQHh, k_BKGh, v_BKGh)

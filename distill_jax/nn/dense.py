@@ -18,8 +18,8 @@ def attention(
   at: jax.Array,
   sizes: tuple[int | None, ...],
   scale: float,
+  chunk: int = 1,
   implementation: Literal["xla", "cudnn"] = "xla",
-  causal: bool = False,
 ) -> jax.Array:
   """Computes attention of the queries of each row to all its keys, with a mask [B, Q, K].
 
@@ -35,8 +35,9 @@ def attention(
     at: index into `sizes`, which may be traced.
     sizes: window sizes; None for no window.
     scale: the factor of the scores.
+    chunk: `q_index_Q` consists of runs of this many consecutive indices. cuDNN skips the blocks
+      above the diagonal if that is the whole row.
     implementation: the library that computes.
-    causal: whether `q_index_Q` counts from 0 to K - 1, which lets cuDNN skip half of the blocks.
 
   Returns:
     [B, Q, H, width of values].
@@ -53,7 +54,7 @@ def attention(
     as_wide_as(v_BKGh, q_BQHh),  # jax needs values as wide as keys
     mask=mask_BQK[:, None],
     scale=scale,
-    is_causal=causal,
+    is_causal=chunk >= K == q_BQHh.shape[1],
     implementation=implementation,
   )
   return a_BQHh[..., :width]
