@@ -94,7 +94,10 @@ class Trainable:
 
 @dataclasses.dataclass(frozen=True)
 class Frozen(Trainable):
-  """Training of every parameter except some ("frozen")."""
+  """Training of every parameter except some ("frozen").
+
+  The training step differentiates with respect to the others only; see step.Step.
+  """
 
   def check(self, model: Model) -> None:
     names = sorted({v.get_metadata()["hf"] for _, v in params.named_params(model)})
@@ -109,14 +112,6 @@ class Frozen(Trainable):
     if all(n.startswith(self.frozen) for n in names):
       expected = f"prefixes that do not match all of the parameters {', '.join(names)}"
       raise bad_value("student.frozen", self.frozen, expected, "Remove a prefix")
-
-  def model(self, trained: PyTree, base: Model | None = None) -> Model:
-    del base
-
-    def leaf(x: jax.Array, trainable: bool) -> jax.Array:
-      return x if trainable else jax.lax.stop_gradient(x)
-
-    return jax.tree.map(leaf, trained, params.trainable_mask(trained, self.frozen))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,8 @@
 A loss over the vocabulary is a sum over positions. Its scale, the loss weights and the token count,
 is known before the forward pass. So the gradient of each chunk is computed in the forward pass,
 right after its logits. This takes three matrix products, as without chunks, computes nothing twice,
-and needs no memory proportional to positions times vocabulary.
+and needs no memory proportional to positions times vocabulary. A head that is not differentiated
+takes two products, and no array of its size.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from distill_jax.nn import chunks, mesh_in_use, sharding
@@ -49,7 +51,7 @@ ChunkFn = Callable[[jax.Array, Batch], PyTree]
 # differentiated; the metrics are a tree of arrays. Both are summed over chunks.
 ChunkLossFn = Callable[[jax.Array, Batch], tuple[jax.Array, PyTree]]
 SumOverBatch = Callable[[PyTree], PyTree]  # sums a tree over the devices that hold other sequences
-
+_float32_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 BLOCK_BYTES = 2**23  # maximum size of the part of the head's gradient that one product computes
 
 
@@ -108,7 +110,8 @@ def loss(
 
   Returns:
     (total loss, metrics), float32. The total is differentiable with respect to hidden_BTD and
-    head_VD, the metrics are not. The gradient of the head is summed in float32.
+    head_VD, the metrics are not. The gradient of the head is summed in float32, and is computed
+    only if it is asked for.
 
   Raises:
     InputError: the mesh lacks one of the axes, has Explicit ones, or is set by `with mesh:`.
@@ -119,19 +122,22 @@ def loss(
     return fold(loss_fn, hidden_BTD, head_VD, batch, chunk, vocab_size, batch_axes)
 
   def forward(hidden_BTD, head_VD):
+    head_is_trained, head_VD = head_VD.perturbed, head_VD.value
     shards = mesh_in_use.spread(vocab_axis, "vocab_axis")
-    scan = functools.partial(_scan_gradients, loss_fn, chunk, vocab_size, shards)
+    scan = functools.partial(_scan_gradients, loss_fn, chunk, vocab_size, shards, head_is_trained)
     out_specs = (P(), P(), P(batch_axes))
     sums, head_grad_VD, hidden_grad_BTD = _per_batch_shard(
-      scan, out_specs, batch_axes, hidden_BTD, head_VD, batch
+      scan, out_specs, batch_axes, hidden_BTD.value, head_VD, batch
     )
-    return sums, (hidden_grad_BTD, head_grad_VD.astype(head_VD.dtype))
+    return sums, (hidden_grad_BTD, jax.tree.map(lambda g: g.astype(head_VD.dtype), head_grad_VD))
 
   def backward(grads, cotangents):
     loss_cotangent, _ = cotangents  # metrics have no gradient
+    if isinstance(loss_cotangent, SymbolicZero):  # only metrics are differentiated
+      return None, None
     return jax.tree.map(lambda grad: (grad * loss_cotangent).astype(grad.dtype), grads)
 
-  total_loss.defvjp(forward, backward)
+  total_loss.defvjp(forward, backward, symbolic_zeros=True)
   return total_loss(hidden_BTD, head_VD)
 
 
@@ -164,11 +170,12 @@ def _scan_gradients(
   chunk: int,
   vocab_size: int | None,
   shards: int,
+  head_is_trained: bool,
   hidden_BTD: jax.Array,
   head_VD: jax.Array,
   batch: Batch,
   sum_over_batch: SumOverBatch,
-) -> tuple[tuple[jax.Array, PyTree], jax.Array, jax.Array]:
+) -> tuple[tuple[jax.Array, PyTree], jax.Array | None, jax.Array]:
   """Computes `loss` and its gradients for one device's sequences.
 
   The scan over chunks carries two sums and outputs a gradient for each chunk:
@@ -182,6 +189,7 @@ def _scan_gradients(
   Returns:
     ((loss, metrics), gradient of the head [V, D] float32, gradient of the hidden states [B, T, D]).
     The first two are sums over all devices' sequences, the last is for this device's sequences.
+    Without `head_is_trained` the gradient of the head is None everywhere.
   """
   pieces = _split(hidden_BTD, batch, chunk)
   head_svD, blocks = _shards_and_blocks(head_VD, shards)
@@ -200,17 +208,21 @@ def _scan_gradients(
     (sums, head_grad_svD), (hidden_BCD, piece) = carry, xs
     chunk_sums, grad_BCV = value_and_grad(hidden_BCD, piece)
     with jax.named_scope("head"):
-      hidden_grad_BCD, head_grad_svD = _pull_back(
-        grad_BCV, hidden_BCD, head_svD, head_grad_svD, blocks
-      )
+      if head_grad_svD is None:
+        hidden_grad_BCD = _float32_dot("BCV,VD->BCD", grad_BCV, head_VD).astype(head_VD.dtype)
+      else:
+        hidden_grad_BCD, head_grad_svD = _pull_back(
+          grad_BCV, hidden_BCD, head_svD, head_grad_svD, blocks
+        )
     return (jax.tree.map(jnp.add, sums, chunk_sums), head_grad_svD), hidden_grad_BCD
 
   zero_sums = _zeros_like_result(lambda *xs: value_and_grad(*xs)[0], pieces)
-  carry = zero_sums, jnp.zeros(head_svD.shape, jnp.float32)
+  carry = zero_sums, jnp.zeros(head_svD.shape, jnp.float32) if head_is_trained else None
   carry, hidden_grad_nBCD = jax.lax.scan(add_chunk, carry, (pieces.hidden_nBCD, pieces.batch))
   sums, head_grad_svD = carry
+  head_grad_VD = jax.tree.map(lambda grad: grad.reshape(head_VD.shape), head_grad_svD)
   # This sums over devices once per pass, not once per chunk.
-  sums, head_grad_VD = sum_over_batch((sums, head_grad_svD.reshape(head_VD.shape)))
+  sums, head_grad_VD = sum_over_batch((sums, head_grad_VD))
   return sums, head_grad_VD, chunks.join(hidden_grad_nBCD, hidden_BTD.shape[1])
 
 
@@ -244,7 +256,6 @@ def _pull_back(
   shards, rows, _ = head_svD.shape
   grad_sXv = jnp.moveaxis(grad_BCV.reshape(B * C, shards, rows), 1, 0)
   hidden_XD = hidden_BCD.reshape(B * C, D)
-  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   block_rows = rows // blocks
 
   def add_block(i, carry):
@@ -253,8 +264,8 @@ def _pull_back(
       jax.lax.dynamic_slice_in_dim, start_index=i * block_rows, slice_size=block_rows
     )
     block_sXv = block_of(grad_sXv, axis=2)
-    hidden_grad_sXD += dot("sXv,svD->sXD", block_sXv, block_of(head_svD, axis=1))
-    sum_svD = block_of(head_grad_svD, axis=1) + dot("sXv,XD->svD", block_sXv, hidden_XD)
+    hidden_grad_sXD += _float32_dot("sXv,svD->sXD", block_sXv, block_of(head_svD, axis=1))
+    sum_svD = block_of(head_grad_svD, axis=1) + _float32_dot("sXv,XD->svD", block_sXv, hidden_XD)
     return hidden_grad_sXD, jax.lax.dynamic_update_slice_in_dim(
       head_grad_svD, sum_svD, i * block_rows, 1
     )

@@ -123,19 +123,35 @@ def dotted(path: KeyPath) -> str:
   return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def trainable_mask(tree: PyTree, frozen: tuple[str, ...]) -> PyTree:
-  """Returns a tree of bools: False for parameters whose Hugging Face name starts with a prefix.
+def split(tree: Tree, frozen: tuple[str, ...]) -> tuple[Tree, Tree]:
+  """Splits parameters into trained ones and those whose Hugging Face name starts with a prefix.
 
   Args:
     tree: parameters.
     frozen: the prefixes.
+
+  Returns:
+    (trained, frozen), two trees like `tree`, each with None in place of the other's arrays.
   """
 
-  def mask_of(v: PyTree) -> PyTree:
-    hf = v.get_metadata()["hf"] if is_param(v) else ""
-    return jax.tree.map(lambda _: not hf.startswith(frozen), v)
+  def is_frozen(v: PyTree) -> bool:
+    return is_param(v) and v.get_metadata()["hf"].startswith(frozen)
 
-  return map_params(mask_of, tree)
+  def only(wanted: bool) -> Tree:
+    return map_params(
+      lambda v: v if is_frozen(v) == wanted else jax.tree.map(lambda _: None, v), tree
+    )
+
+  return only(False), only(True)
+
+
+def join(trained: Tree, frozen: Tree | None) -> Tree:
+  """Returns the tree that `split` has split; `frozen` may be None if it has no arrays."""
+  if frozen is None:
+    return trained
+  return jax.tree.map(
+    lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None
+  )
 
 
 def replace(tree: Tree, values: Mapping[str, PyTree]) -> Tree:

@@ -115,7 +115,7 @@ def make_step(
   return Step(
     losses=config.losses,
     learning_rate=optim.learning_rate(config.optim, config.train.steps),
-    optimizer=optim.optimizer(config.optim, student.trainable.frozen),
+    optimizer=optim.optimizer(config.optim),
     student=dataclasses.replace(student.compute, training=True),
     teacher=loading.compute_config(config.teacher),
     chunk=config.train.chunk,

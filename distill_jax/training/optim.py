@@ -57,17 +57,10 @@ def decay_mask(tree: PyTree) -> PyTree:
   return params.map_params(mask, tree)
 
 
-def optimizer(
-  c: OptimOptions, frozen: tuple[str, ...] = ()
-) -> optax.GradientTransformationExtraArgs:
+def optimizer(c: OptimOptions) -> optax.GradientTransformationExtraArgs:
   """Returns the optimizer without the learning rate, which the step applies and logs.
 
-  `update` takes `value=` (the loss) for reduce-on-plateau. Frozen parameters do not have optimizer
-  state, and their update is their gradient, which is 0.
-
-  Args:
-    c: The optimizer's options.
-    frozen: Prefixes of the names of frozen parameters.
+  `update` takes `value=` (the loss) for reduce-on-plateau.
   """
   transforms = [
     optax.clip_by_global_norm(c.clip_norm),
@@ -76,7 +69,4 @@ def optimizer(
   ]
   if c.plateau_patience:
     transforms.append(optax.contrib.reduce_on_plateau(factor=0.5, patience=c.plateau_patience))
-  update = optax.chain(*transforms)
-  if frozen:
-    update = optax.masked(update, lambda tree: params.trainable_mask(tree, frozen))
-  return optax.with_extra_args_support(update)
+  return optax.with_extra_args_support(optax.chain(*transforms))

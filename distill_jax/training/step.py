@@ -14,6 +14,7 @@ import optax
 from distill_jax.losses import BaseLoss, FeatureLoss, TokenLoss, count_labels, features, fused_loss
 from distill_jax.losses.features import Features, FeatureSpec
 from distill_jax.models.trainables import WHOLE, Trainable
+from distill_jax.nn import params
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.training import token_metrics
 from distill_jax.training.outputs import (
@@ -46,12 +47,14 @@ class Fixed(NamedTuple):
     step: The step number.
     label_count: Number of labels of the whole batch, by which sums over labels are divided.
     base: The base model of low-rank adapters, or None.
+    frozen: The student's frozen parameters (see `params.split`), or None.
   """
 
   teachers: Teachers
   step: jax.Array | int
   label_count: jax.Array | float
   base: Model | None = None
+  frozen: PyTree = None
 
 
 class Prepared(NamedTuple):
@@ -131,7 +134,8 @@ class Step:
     """
     adapters = adapters or {}
     balance = {name: jnp.ones(()) for name in self.losses} if self.balance_every else {}
-    opt = self.optimizer.init((trained, adapters))
+    differentiated, _ = params.split(trained, self.trainable.frozen)
+    opt = self.optimizer.init((differentiated, adapters))
     return TrainState(jnp.zeros((), jnp.int32), trained, adapters, opt, balance)
 
   def __call__(
@@ -152,11 +156,12 @@ class Step:
       The new state, and scalar metrics by name.
     """
     count = count_labels(batch)
-    fixed = Fixed(teachers, state.step, count, base)
-    trained = (state.params, state.adapters)
+    differentiated, frozen = params.split(state.params, self.trainable.frozen)
+    fixed = Fixed(teachers, state.step, count, base, frozen)
+    trained = (differentiated, state.adapters)
     pieces = jax.tree.map(self._microbatches, batch)
     weights = {name: fn.weight(state.step) for name, fn in self.losses.items()}
-    balance = self._balance(state, jax.tree.map(lambda x: x[0], pieces), fixed, weights)
+    balance = self._balance(state, trained, jax.tree.map(lambda x: x[0], pieces), fixed, weights)
     scaled = {name: w * balance.get(name, 1.0) for name, w in weights.items()}
     (loss, means), grads = self._gradient(trained, pieces, fixed, scaled)
 
@@ -164,7 +169,8 @@ class Step:
       rate = self.learning_rate(state.step)
       updates, opt = self.optimizer.update(grads, state.opt, trained, value=loss)
       updates = jax.tree.map(lambda u: -rate * u, updates)
-      new_params, adapters = optax.apply_updates(trained, updates)
+      updated, adapters = optax.apply_updates(trained, updates)
+      new_params = params.join(updated, frozen)
     metrics = {"loss": loss, "learning_rate": rate, "grad_norm": optax.tree.norm(grads)}
     metrics |= {name: mean.value() for name, mean in means.items()}
     metrics |= {"perplexity": jnp.exp(metrics["ce"]), "tokens": count}
@@ -212,8 +218,8 @@ class Step:
       fixed: The other arguments, constants in the gradient.
       weights: Weights of the losses, by name.
     """
-    trained_params, adapters = trained
-    model = self.trainable.model(trained_params, fixed.base)
+    differentiated, adapters = trained
+    model = self.trainable.model(params.join(differentiated, fixed.frozen), fixed.base)
     prepared = self._prepare(model, batch, fixed.teachers)
     total, means = self._token_losses(prepared, fixed, weights)
     for name, fn in self.feature_losses.items():
@@ -309,7 +315,7 @@ class Step:
     return targets, teacher_features
 
   def _balance(
-    self, state: TrainState, batch: Batch, fixed: Fixed, weights: Weights
+    self, state: TrainState, trained: PyTree, batch: Batch, fixed: Fixed, weights: Weights
   ) -> dict[str, jax.Array]:
     """Returns factors that bring the losses' gradient norms into the ratio of their weights.
 
@@ -324,7 +330,7 @@ class Step:
     def norm(one_hot: jax.Array) -> jax.Array:
       alone = dict(zip(names, one_hot, strict=True))
       grad = jax.grad(self.loss, has_aux=True)
-      grads, _ = grad((state.params, state.adapters), batch, fixed, alone)
+      grads, _ = grad(trained, batch, fixed, alone)
       return optax.tree.norm(grads)
 
     def measure() -> dict[str, jax.Array]:

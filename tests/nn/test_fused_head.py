@@ -44,7 +44,7 @@ def reference(hidden, rows, ids, weight, labels, mask, T_):
   return total, dz @ rows, np.einsum("btv,btd->vd", dz, hidden), kl, hard
 
 
-def fused(hidden, rows, ids, weight, labels, mask, chunk, T_, dtype=jnp.float32):
+def fused(hidden, rows, ids, weight, labels, mask, chunk, T_, dtype=jnp.float32, argnums=(0, 1)):
   f32 = lambda x: jnp.asarray(x, jnp.float32)
   entropy = f32(-(weight * np.log(weight)).sum(-1))
   targets = SampledTargets(ids_BTK=jnp.asarray(ids), weight_BTK=f32(weight), entropy_BT=entropy)
@@ -63,7 +63,7 @@ def fused(hidden, rows, ids, weight, labels, mask, chunk, T_, dtype=jnp.float32)
     return (SOFT * means["soft"].total + HARD * means["hard"].total) / count, means
 
   loss = lambda h, w: fused_head.loss(fn, h, w, batch, chunk)
-  grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+  grad = jax.jit(jax.value_and_grad(loss, argnums=argnums, has_aux=True))
   return grad(jnp.asarray(hidden, dtype), jnp.asarray(rows, dtype))
 
 
@@ -94,6 +94,20 @@ def test_bfloat16_inputs_keep_float32_reductions():
     assert got.dtype == jnp.bfloat16
     error = np.linalg.norm(np.float64(got) - truth) / np.linalg.norm(truth)
     assert error < 2**-8  # half a unit of bfloat16's 8 bits, twice
+
+
+def test_a_frozen_head_has_no_gradient():
+  """Neither its product nor its sum is in the program; the hidden states' gradient is the same."""
+  args = problem()
+  want, dh, *_ = reference(*args, TEMPERATURE)
+  (total, _), gh = fused(*args, 4, TEMPERATURE, argnums=0)
+  np.testing.assert_allclose(total, want, rtol=2e-6)
+  np.testing.assert_allclose(gh, dh, atol=5e-7 * np.abs(dh).max())
+  for argnums, sums in ((0, False), ((0, 1), True)):
+    traced = jax.make_jaxpr(
+      lambda h, w, argnums=argnums: fused(h, w, *args[2:], 4, 1.0, jnp.bfloat16, argnums)
+    )(*args[:2])
+    assert (f"f32[{V},{D}]" in str(traced.jaxpr.eqns)) == sums
 
 
 def test_nan_in_masked_positions_has_no_effect():

@@ -51,7 +51,7 @@ def problem():
   return hidden, rows, Batch(Inputs(labels, labels, labels), labels, mask, targets)
 
 
-def loss_and_grads(hidden_BTD, head_VD, batch):
+def loss_and_grads(hidden_BTD, head_VD, batch, argnums=(0, 1)):
   losses = {name: kd.Loss(teacher=name) for name in batch.targets} | {"hard": ce.Loss(z_loss=0.01)}
   count = jnp.sum(batch.mask_BT)
 
@@ -61,11 +61,11 @@ def loss_and_grads(hidden_BTD, head_VD, batch):
     return sum(m.total for m in means.values()) / count, means | {"agreement": agree}
 
   loss = lambda h, w: fused_head.loss(fn, h, w, batch, CHUNK, V - 2)
-  return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden_BTD, head_VD)
+  return jax.value_and_grad(loss, argnums=argnums, has_aux=True)(hidden_BTD, head_VD)
 
 
 @functools.cache
-def compiled(shape):
+def compiled(shape, argnums=(0, 1)):
   """Returns (result of the compiled function, its HLO) on a mesh, sharded as in training."""
   mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
   rows = NamedSharding(mesh, P(sharding.BATCH))
@@ -75,8 +75,10 @@ def compiled(shape):
   where.targets["dense"] = where.targets["dense"].replace(head_VD=vocab)
   with jax.set_mesh(mesh):
     args = jax.device_put((hidden, head_VD, batch), (rows, vocab, where))
-    out = ((NamedSharding(mesh, P()),) * 2, (rows, vocab))
-    program = jax.jit(loss_and_grads, out_shardings=out).lower(*args).compile()
+    grads = rows if argnums == 0 else (rows, vocab)
+    run = functools.partial(loss_and_grads, argnums=argnums)
+    out = ((NamedSharding(mesh, P()),) * 2, grads)
+    program = jax.jit(run, out_shardings=out).lower(*args).compile()
     return jax.device_get(program(*args)), program.as_text()
 
 
@@ -141,6 +143,19 @@ def test_collectives_between_devices(shape):
         assert math.prod(d) < V // S * D, (what, d)  # no head
   heads = [what for what, _, dims in found if (V // S, D) in dims]
   assert len(heads) == (math.prod(batch_axes) > 1)
+
+
+def test_a_frozen_head_is_not_sent():
+  """With the vocabulary over 2 devices, only the chunks' hidden gradients are summed over them."""
+  shape = (1, 2, 2)
+  (got, grad), hlo = compiled(shape, argnums=0)
+  (want, (want_grad, _)), _ = compiled((1, 1, 1))
+  np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+  np.testing.assert_allclose(grad, want_grad, atol=1e-6 * np.abs(want_grad).max())
+  for what, loops, dims in collectives(hlo):
+    assert loops <= 1, what
+    for d in dims:
+      assert math.prod(d) < V // 2 * D, (what, d)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 1), (1, 2, 2)])

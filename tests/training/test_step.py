@@ -1,20 +1,25 @@
 """Tests of the step: training does not depend on mesh, microbatches or padding."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import make_batch, make_step, run
+from steps import V, make_batch, make_step, run
 
 from distill_jax import config
 from distill_jax.errors import InputError
 from distill_jax.losses import kd
 from distill_jax.models import llama
+from distill_jax.models.trainables import Frozen, Lora
 from distill_jax.nn import params, sharding
 from distill_jax.nn.layers import ComputeConfig
+from distill_jax.nn.lora import LoraOptions
 from distill_jax.schedules import constant
 from distill_jax.training import optim
 from distill_jax.training.outputs import run_teacher
+from distill_jax.training.step import Fixed
 from distill_jax.types import Batch
 
 
@@ -141,6 +146,39 @@ def test_norms_do_not_decay():
   ):
     want = np.zeros(v.shape) if "norm" in path else 0.1 * np.asarray(v[...])
     np.testing.assert_allclose(u[...], want, rtol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize(
+  "trainable", [Frozen(("model.embed_tokens",)), Lora(options=LoraOptions(rank=2))]
+)
+def test_what_is_frozen_has_no_gradient(trainable):
+  """No operation has a result of the shape of the frozen embedding, which is also the head.
+
+  The gradient of what is trained is that of a program that differentiates everything.
+  """
+  model, batch = llama.Model(llama.TINY, jax.random.key(0)), make_batch()
+  step = make_step(trainable=trainable, accumulate=2)
+  trained = trainable.init(model, jax.random.key(1), pretrained=False)
+  base = model if trainable.has_base else None
+  part, rest = params.split(trained, trainable.frozen)
+  state = step.init(trained)
+  assert params.count(state.opt) == 2 * params.count(part) + 1
+  made = rf"f32\[{V},{llama.TINY.hidden_size}\](?: \w+:\S+)* = "
+  program = lambda fn, *args: str(jax.make_jaxpr(fn)(*args))
+  assert not re.search(made, program(step, state, batch, {}, base))
+  if trainable.has_base:
+    return
+
+  def loss(part, rest):
+    fixed = Fixed({}, 0, 80.0, frozen=rest)
+    weights = {name: fn.weight(0) for name, fn in step.losses.items()}
+    return step.loss((part, {}), batch, fixed, weights)[0]
+
+  whole = jax.grad(loss, argnums=(0, 1))
+  assert re.search(made, program(whole, part, rest))
+  got, want = jax.jit(jax.grad(loss))(part, rest), jax.jit(whole)(part, rest)[0]
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max())  # float32 sums
 
 
 def test_plateau_halves_the_rate():

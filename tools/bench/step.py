@@ -1,4 +1,4 @@
-"""Compares training steps on hard labels, on records, and with an online teacher.
+"""Compares training steps on hard labels, on records, with an online teacher, and a frozen head.
 
   python tools/bench/step.py [--rounds=5] [--layers=12] [--chunk=64] [--small]
 
@@ -7,11 +7,14 @@ sequences of 512 tokens per step. Every round runs one step of each, in varying 
 
   hard     only cross-entropy;
   records  kd on 63 sampled targets per token, and cross-entropy;
-  online   the same losses with a teacher of 30 layers in the step.
+  online   the same losses with a teacher of 30 layers in the step;
+  frozen   as records, but the embedding, which is the head too, is not trained;
+  lora     as records, with adapters of rank 8 on a base model that is not trained.
 
-Each is a step.Step, compiled as in training, with its metrics. `records_over_hard` and
-`online_over_hard` are medians over rounds, wall clock; `…_cpu_time` are the same ratios in CPU time
-of all threads, for machines with other work. The last line is a JSON object.
+Each is a step.Step, compiled as in training, with its metrics. `A_over_B` is the median over rounds
+of the ratio of two steps, wall clock; `…_cpu_time` is the same of the CPU time of all threads, for
+machines with other work, and `…_temp_bytes` of the compiled programs' temporary memory. The last
+line is a JSON object.
 """
 
 from __future__ import annotations
@@ -30,13 +33,20 @@ import numpy as np
 
 from distill_jax import config
 from distill_jax.losses import SampledTargets, ce, kd
-from distill_jax.models import llama
+from distill_jax.models import llama, trainables
 from distill_jax.nn.layers import ComputeConfig
+from distill_jax.nn.lora import LoraOptions
 from distill_jax.schedules import constant
 from distill_jax.training import optim
 from distill_jax.training.step import Step
 from distill_jax.types import Batch, Inputs
 
+RATIOS = (
+  ("records", "hard"),
+  ("online", "hard"),
+  ("frozen", "records"),
+  ("lora", "records"),
+)
 POINTS, ENTRIES = 63, 20  # points of systematic sampling, and distinct tokens among them
 
 
@@ -68,17 +78,21 @@ def batch_of(vocab_size: int, B: int, T: int) -> Batch:
 
 
 def contestants(student: llama.Config, teacher: llama.Config, batch: Batch, chunk: int):
-  """Returns [compiled step, initial state, batch, online teachers] by name."""
+  """Returns [compiled step, initial state, batch, online teachers, base model] by name."""
   soft, hard = kd.Loss(weight=constant(0.7)), ce.Loss(weight=constant(0.3))
   both = {"soft": soft, "hard": hard}
   plain, model = batch.replace(targets={}), llama.Model(student, jax.random.key(0))
   online = {"teacher": llama.Model(teacher, jax.random.key(1))}
+  frozen = trainables.Frozen(("model.embed_tokens",))
+  lora = trainables.Lora(options=LoraOptions(rank=8))
   o = config.OptimOptions()
   made = {}
-  for name, losses, given, teachers in (
-    ("hard", {"hard": ce.Loss()}, plain, {}),
-    ("records", both, batch, {}),
-    ("online", both, plain, online),
+  for name, losses, given, teachers, trainable in (
+    ("hard", {"hard": ce.Loss()}, plain, {}, trainables.WHOLE),
+    ("records", both, batch, {}, trainables.WHOLE),
+    ("online", both, plain, online, trainables.WHOLE),
+    ("frozen", both, batch, {}, frozen),
+    ("lora", both, batch, {}, lora),
   ):
     step = Step(
       losses=losses,
@@ -88,18 +102,21 @@ def contestants(student: llama.Config, teacher: llama.Config, batch: Batch, chun
       teacher=ComputeConfig(),
       chunk=chunk,
       vocab_size=student.vocab_size,
+      trainable=trainable,
     )
-    state = step.init(jax.tree.map(jnp.copy, model))  # a copy, because the step donates it
-    program = jax.jit(step, donate_argnums=0).lower(state, given, teachers).compile()
-    made[name] = [program, state, given, teachers]
+    trained = trainable.init(model, jax.random.key(2), pretrained=False)
+    state = step.init(jax.tree.map(jnp.copy, trained))  # a copy, because the step donates it
+    arguments = [state, given, teachers, model if trainable.has_base else None]
+    program = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+    made[name] = [program, *arguments]
   return made
 
 
 def run(contestant: list[Any]) -> tuple[float, float]:
   """Runs one step from the state of the last; returns its wall and CPU seconds."""
-  program, state, batch, teachers = contestant
+  program, *arguments = contestant
   start, cpu = time.perf_counter(), time.process_time()
-  contestant[1], metrics = program(state, batch, teachers)
+  contestant[1], metrics = program(*arguments)
   loss = float(metrics["loss"])
   seconds = time.perf_counter() - start, time.process_time() - cpu
   assert np.isfinite(loss), loss
@@ -121,22 +138,28 @@ def main() -> None:
   names = list(made)
   wall, cpu = ({n: [] for n in names} for _ in range(2))
   for i in range(args.rounds + 1):
-    for name in names[i % 3 :] + names[: i % 3]:
+    for name in names[i % len(names) :] + names[: i % len(names)]:
       seconds = run(made[name])
       if i:  # the first round warms up
         wall[name].append(seconds[0])
         cpu[name].append(seconds[1])
 
-  def ratio(times: dict[str, list[float]], a: str) -> float:
-    return statistics.median(x / y for x, y in zip(times[a], times["hard"], strict=True))
+  def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
+    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
 
-  figures = {f"{a}_over_hard": ratio(wall, a) for a in ("records", "online")}
-  figures |= {f"{a}_over_hard_cpu_time": ratio(cpu, a) for a in ("records", "online")}
+  temporary = {n: m[0].memory_analysis().temp_size_in_bytes for n, m in made.items()}
+  state_bytes = {n: sum(x.nbytes for x in jax.tree.leaves(m[1])) for n, m in made.items()}
+  figures = {}
+  for a, b in RATIOS:
+    figures[f"{a}_over_{b}"] = ratio(wall, a, b)
+    figures[f"{a}_over_{b}_cpu_time"] = ratio(cpu, a, b)
+    figures[f"{a}_over_{b}_temp_bytes"] = temporary[a] / temporary[b]
   figures |= {f"{n}_seconds": statistics.median(s) for n, s in wall.items()}
-  figures |= {f"{n}_temp_bytes": m[0].memory_analysis().temp_size_in_bytes for n, m in made.items()}
+  figures |= {f"{n}_temp_bytes": n_bytes for n, n_bytes in temporary.items()}
+  figures |= {f"{n}_state_bytes": n_bytes for n, n_bytes in state_bytes.items()}
   figures |= {"tokens": B * T, "student_layers": layers, "chunk": args.chunk}
   for name, value in figures.items():
-    print(f"{name:28}{value:16,.3f}")
+    print(f"{name:32}{value:18,.3f}")
   print(f"load {os.getloadavg()[0]:.1f}")
   print(json.dumps({k: round(v, 4) for k, v in figures.items()}))
 
