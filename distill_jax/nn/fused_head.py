@@ -111,7 +111,7 @@ def loss(
   Returns:
     (total loss, metrics), float32. The total is differentiable with respect to hidden_BTD and
     head_VD, the metrics are not. The gradient of the head is summed in float32, and is computed
-    only if it is asked for.
+    only if the head is differentiated.
 
   Raises:
     InputError: the mesh lacks one of the axes, has Explicit ones, or is set by `with mesh:`.

@@ -11,7 +11,7 @@ import numpy as np
 from distill_jax.config import Config
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
-from distill_jax.nn import sharding
+from distill_jax.nn import params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.preflight import programs
 from distill_jax.records.store import Manifest
@@ -80,7 +80,9 @@ def argument_bytes(config: Config, verb: str, mesh: jax.sharding.Mesh) -> int:
   trained = _placed_bytes(student.abstract_trainable, student.compute, mesh)
   width = jnp.dtype(config.student.param_dtype).itemsize
   base = _model_bytes(student, mesh) if student.trainable.has_base else 0
-  moments = trained * (4 + width) / width  # the first in float32, the second like the weights
+  part, _ = params.split(student.abstract_trainable, student.trainable.frozen)
+  # The first moments are in float32, the second like the weights.
+  moments = _placed_bytes(part, student.compute, mesh) * (4 + width) / width
   return round(teacher + base + trained + moments)
 
 

@@ -8,7 +8,7 @@ pairs of the row ("xla"). Norms, softmax and rope are not counted.
 
 A backward pass has twice the operations of the forward pass: one product for the gradient of the
 inputs and one for that of the weights. The gradient of the head does not need a second forward pass
-(nn/fused_head.py).
+(nn/fused_head.py), and a frozen head has no gradient of the weights.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def step_flops(config: Config, verb: str, rows: int) -> dict[str, float]:
   flops = {
     "layers": 3 * forward.weights,
     "attention": 3 * forward.attention,
-    "head": 3 * forward.head,
+    "head": (3 if _head_is_trained(source) else 2) * forward.head,
   }
   scores_again = 0.0 if student.remat == "none" else forward.attention
   if student.attention != "xla":  # flash kernels compute the scores again in the backward pass
@@ -206,6 +206,14 @@ def _unused_share(c: DecoderConfig, kernel: str, seq_len: int, document: int) ->
 def model_flops(step_flops: dict[str, float]) -> float:
   """Returns the operations that model FLOPs utilization counts: all that give a result once."""
   return sum(n for purpose, n in step_flops.items() if purpose not in ("recomputed", "masked"))
+
+
+def _head_is_trained(student: ModelSource) -> bool:
+  if student.trainable.has_base:
+    return False
+  part, _ = params.split(student.abstract, student.trainable.frozen)
+  by_name = {path.rpartition(".")[2]: v for path, v in params.named_params(part)}
+  return bool(jax.tree.leaves(by_name.get("head", by_name["embed"])))
 
 
 def _adapted_params(student: ModelSource) -> int:

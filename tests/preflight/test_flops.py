@@ -105,6 +105,11 @@ def test_flops_of_a_step_computed_by_hand():
   assert flops.model_flops(flops.step_flops(c, "record", 4)) == sum(want.values()) / 3
   online = dataclasses.replace(c, train=dataclasses.replace(c.train, online=True))
   assert flops.step_flops(online, "train", 4)["teacher"] == sum(want.values()) / 3
+  frozen = (("model.embed_tokens",), 2), (("model.layers",), 3)
+  for prefixes, products in frozen:  # the embedding is the head
+    student = dataclasses.replace(c.student, train="frozen", frozen=prefixes)
+    head = flops.step_flops(dataclasses.replace(c, student=student), "train", 4)["head"]
+    assert head == products * want["head"] / 3
 
 
 @pytest.mark.parametrize("family, shape", [("llama", "tiny-window"), ("gemma3", "tiny")])

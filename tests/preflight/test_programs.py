@@ -64,9 +64,13 @@ def test_argument_bytes_agree_with_the_compiler(verb, changes):
 
 def test_argument_bytes_without_compiling():
   mesh = sharding.make_mesh(fsdp=2, tensor=2)
-  for rank in (0, 2):
+  for changes in (
+    {},
+    {"student.train": "lora", "student.lora.rank": 2},
+    {"student.train": "frozen", "student.frozen": ("model.embed_tokens",)},
+  ):
     c = model_config()
-    c.student.train, c.student.lora.rank = "lora" if rank else "whole", rank
+    c.update_from_flattened_dict(changes)
     c = config.resolve(c)
     for verb in ("train", "record"):
       told = programs.lower(c, verb, mesh).arguments
