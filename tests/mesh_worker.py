@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -23,12 +22,12 @@ Job = tuple[str, Path, object]  # verb, workdir, resolved config
 
 def run(jobs: Sequence[Job], file: Path, processes: int, devices: int, order: str = "") -> None:
   """Runs jobs in processes with this number of devices each; raises if a process fails."""
+  from local_stores import free_port
+
   from distill_jax import config
 
   file.write_text(json.dumps([(verb, str(path), config.to_dict(c)) for verb, path, c in jobs]))
-  with socket.socket() as s:
-    s.bind(("localhost", 0))
-    port = s.getsockname()[1]
+  port = free_port()
   flags = [f"localhost:{port},{processes},{i}" if processes > 1 else "" for i in range(processes)]
   env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
   env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{env.get('PYTHONPATH', '')}"

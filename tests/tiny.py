@@ -76,6 +76,27 @@ def tiny(folder: Path) -> ml_collections.ConfigDict:
   return c
 
 
+def write_config(path: Path, folder: Path, *changes: str) -> Path:
+  """Writes the config of `tiny(folder)` as a file, for commands in other processes.
+
+  Args:
+    path: The config file.
+    folder: The folder of the files that the config names.
+    *changes: Lines of Python that change the config `c`.
+  """
+  lines = [
+    "import pathlib, sys",
+    f"sys.path.insert(0, {str(Path(__file__).parent)!r})",
+    "import tiny",
+    "def get_config():",
+    f"  c = tiny.tiny(pathlib.Path({str(folder)!r}))",
+    *(f"  {change}" for change in changes),
+    "  return c",
+  ]
+  path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+  return path
+
+
 def measured(workdir: Path) -> list[dict[str, float]]:
   """A run's rows without the wall clock, which no two runs share."""
   return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(workdir)]

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
+from local_stores import free_port
 
 from distill_jax.errors import InputError, Unavailable
 from distill_jax.records.store import open_store
@@ -72,21 +74,9 @@ def test_a_run_whose_lease_was_taken_publishes_nothing_more_and_stops(url, tmp_p
   assert not mirror._OPEN
 
 
-CONFIG = """
-import pathlib, sys
-sys.path.insert(0, {tests!r})
-import tiny
-def get_config():
-  c = tiny.tiny(pathlib.Path({folder!r}))
-  c.teacher.source = ""
-  return c
-"""
-
-
 def processes(tmp_path, workdirs, verb="record", flags=()):
   """Runs a command in two processes, each with its own folders; returns codes and outputs."""
-  config = tmp_path / "config.py"
-  config.write_text(CONFIG.format(tests=str(ROOT / "tests"), folder=str(tmp_path)))
+  config = tiny.write_config(tmp_path / "config.py", tmp_path, 'c.teacher.source = ""')
   port = free_port()
   started = []
   for i, workdir in enumerate(workdirs):
@@ -103,12 +93,6 @@ def processes(tmp_path, workdirs, verb="record", flags=()):
     started.append(subprocess.Popen(line, env=env, cwd=home, **pipes))
   outputs = [process.communicate(timeout=240)[0] for process in started]
   return [process.returncode for process in started], outputs
-
-
-def free_port():
-  import local_stores
-
-  return local_stores.free_port()
 
 
 def test_a_workdir_that_not_all_processes_see_is_refused_at_once(tmp_path):

@@ -8,19 +8,11 @@ from pathlib import Path
 
 import jax
 import pytest
+import tiny
 
 from distill_jax.runtime import compile_cache
 
 ROOT = Path(__file__).parents[2]
-CONFIG = """
-import pathlib, sys
-sys.path.insert(0, {tests!r})
-import tiny
-def get_config():
-  c = tiny.tiny(pathlib.Path({folder!r}))
-  c.train.steps, c.evaluate.batch_size = 2, 4
-  return c
-"""
 
 
 @pytest.fixture
@@ -34,19 +26,23 @@ def no_cache(monkeypatch):
     jax.config.update(key, value)
 
 
+def environment(**variables):
+  """Returns the environment of a process that keeps all of its programs where its run does."""
+  inherited = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+  return inherited | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | variables
+
+
 def programs(workdir):
   return {p.name for p in workdir.glob(f"{compile_cache.FOLDER}/*/*-cache")}
 
 
 def test_a_start_on_another_machine_compiles_nothing_again(tiny_run, tmp_path):
   """The workdir without its checkpoints, as at the start; then a resumed run."""
-  (tmp_path / "config.py").write_text(
-    CONFIG.format(tests=str(ROOT / "tests"), folder=str(tiny_run))
-  )
+  changes = "c.train.steps, c.evaluate.batch_size = 2, 4"
+  config = tiny.write_config(tmp_path / "config.py", tiny_run, changes)
   workdir = tmp_path / "run"
-  env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-  env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_LOG_COMPILES": "0"}
-  line = [sys.executable, "-m", "distill_jax.cli", "train", f"--config={tmp_path / 'config.py'}"]
+  env = environment(JAX_LOG_COMPILES="0")
+  line = [sys.executable, "-m", "distill_jax.cli", "train", f"--config={config}"]
 
   def train():
     done = subprocess.run(
@@ -99,8 +95,7 @@ print("hits", events.count("/jax/compilation_cache/cache_hits"))
 
 
 def test_programs_are_kept_at_object_stores(object_store, tmp_path):
-  env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-  env |= object_store.environment() | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  env = environment(**object_store.environment())
   line = [sys.executable, "-c", SCRIPT, object_store.url]
   outputs = []
   for _ in range(2):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file
 
 from distill_jax import config
@@ -24,25 +25,19 @@ from distill_jax.training.metric_writer import read_metrics
 from distill_jax.training.run_log import CLOCK
 
 ROOT = Path(__file__).parents[2]
-CONFIG = """
-import pathlib, sys
-sys.path.insert(0, {tests!r})
-import tiny
-def get_config():
-  c = tiny.tiny(pathlib.Path({folder!r}))
-  c.teacher.source = ""
-  c.train.steps = 12
-  c.evaluate.batch_size = 4
-  c.evaluate.models = {{"distilled": "run:" + {folder!r} + "/one"}}
-  return c
-"""
 
 
 def made(folder: Path):
   """Returns the same config in this process."""
-  (folder / "config.py").write_text(CONFIG.format(tests=str(ROOT / "tests"), folder=str(folder)))
+  changes = [
+    'c.teacher.source = ""',
+    "c.train.steps = 12",
+    "c.evaluate.batch_size = 4",
+    f'c.evaluate.models = {{"distilled": "run:{folder}/one"}}',
+  ]
+  file = tiny.write_config(folder / "config.py", folder, *changes)
   scope: dict = {}
-  exec((folder / "config.py").read_text(), scope)
+  exec(file.read_text(), scope)
   return scope["get_config"]()
 
 

@@ -217,25 +217,13 @@ def test_an_address_that_cannot_be_opened_is_refused(bucket):
     assert path == Path("plain/path") == storage.run_folder("plain/path")
 
 
-CONFIG = """
-import pathlib, sys
-sys.path.insert(0, {tests!r})
-import tiny
-def get_config():
-  c = tiny.tiny(pathlib.Path({folder!r}))
-  c.teacher.source = ""
-  c.train.records = ("file://{bucket}/records",)
-  return c
-"""
-
-
 @pytest.mark.slow
 def test_a_run_resumes_on_another_machine(tmp_path):
   """Records, checkpoints and metrics are only in the bucket; each verb runs on another machine."""
   bucket = tmp_path / "bucket"
   bucket.mkdir()
-  text = CONFIG.format(tests=str(ROOT / "tests"), folder=str(tmp_path), bucket=bucket)
-  (tmp_path / "config.py").write_text(text)
+  changes = ['c.teacher.source = ""', f"c.train.records = ('file://{bucket}/records',)"]
+  config = tiny.write_config(tmp_path / "config.py", tmp_path, *changes)
 
   def verb(name, workdir, *flags):
     cache = tmp_path / "cache"
@@ -245,7 +233,7 @@ def test_a_run_resumes_on_another_machine(tmp_path):
       "-m",
       "distill_jax.cli",
       name,
-      f"--config={tmp_path / 'config.py'}",
+      f"--config={config}",
       f"--workdir=file://{bucket}/{workdir}",
       *flags,
     ]

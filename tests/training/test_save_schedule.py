@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 from distill_jax.errors import InputError
 from distill_jax.training.metric_writer import read_metrics
@@ -57,35 +58,31 @@ def test_negative_intervals_are_refused():
     SaveSchedule(TrainOptions(checkpoint_every=-5), 0)
 
 
-CONFIG = """
-import itertools, pathlib, sys
-sys.path.insert(0, {tests!r})
-import tiny
+CLOCKS = """
+import itertools, sys
 from distill_jax.training import loop, save_schedule
 of_process_0 = any(arg.endswith(",2,0") for arg in sys.argv)
 ticks = itertools.count(step=7.0) if of_process_0 else itertools.count(step=1e5)
 Schedule = save_schedule.SaveSchedule
 loop.SaveSchedule = lambda options, start: Schedule(options, start, lambda: next(ticks))
-def get_config():
-  c = tiny.tiny(pathlib.Path({folder!r}))
-  c.teacher.source = ""
-  c.train.steps, c.train.checkpoint_every, c.train.keep = 12, 0, 12
-  c.train.checkpoint_minutes = 0.5
-  return c
 """
 
 
 @pytest.mark.slow
 def test_only_the_clock_of_process_0_counts(tiny_run, tmp_path):
   """A clock of process 1 that passes a day per step changes neither steps nor losses."""
-  (tmp_path / "config.py").write_text(
-    CONFIG.format(tests=str(ROOT / "tests"), folder=str(tiny_run))
-  )
+  changes = [
+    'c.teacher.source = ""',
+    "c.train.steps, c.train.checkpoint_every, c.train.keep = 12, 0, 12",
+    "c.train.checkpoint_minutes = 0.5",
+  ]
+  config = tiny.write_config(tmp_path / "config.py", tiny_run, *changes)
+  config.write_text(CLOCKS + config.read_text())
   line = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--", "train"]
   rows = []
   for minutes in (0.5, 0.0):
     workdir = tmp_path / f"run{minutes}"
-    where = [f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"]
+    where = [f"--config={config}", f"--workdir={workdir}"]
     flags = [f"--config.train.checkpoint_minutes={minutes}"]
     done = subprocess.run(
       [*line, *where, *flags], capture_output=True, text=True, cwd=ROOT, timeout=300
