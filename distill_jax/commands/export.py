@@ -1,6 +1,7 @@
 """Exports a trained student as a Hugging Face folder that `transformers` loads.
 
-Reads: the run in the workdir: its config and its last checkpoint, or that of export.step. For a
+Reads: the run in the workdir: its config and its last checkpoint, that of export.step, or the best
+one (export.best). For a
 model card with results, also export.evaluation.
 
 Writes: export.dir, a new folder: config.json, safetensors weights, the tokenizer and README.md (the
@@ -37,7 +38,7 @@ from distill_jax.models.options import ModelOptions
 from distill_jax.models.runs import RUN, Run
 from distill_jax.nn import params, quantise, sharding
 from distill_jax.report import model_card
-from distill_jax.runtime import json_io, saved_arrays
+from distill_jax.runtime import best_checkpoint, json_io, saved_arrays
 from distill_jax.types import JsonObject, Model
 
 LORA_FORMS = ("merged", "peft", "base")
@@ -61,15 +62,16 @@ def run(config: Config, workdir: Path) -> JsonObject:
     action = "run evaluate first, or set export.evaluation to an empty string"
     evaluation = json_io.read_object(options.evaluation, action)
   check_new(options.dir)
-  card = model_card.card(config, options.step or config.train.steps, evaluation)
-  trained = loading.open_run(workdir)
+  step = options.step or best_checkpoint.step_to_open(workdir, options.best)
+  card = model_card.card(config, step, evaluation)
+  trained = loading.open_run(workdir, step)
   student = trained.student
   tokenizer = corpus.files_of(config.data, student.pretrained)
   if options.lora == "peft":
     mesh = sharding.make_mesh(**vars(config.mesh))
     trained.check_base()
     with jax.set_mesh(mesh):
-      model = trained.restore(mesh, options.step or None)
+      model = trained.restore(mesh)
       base = _base(config.student)
       export_adapters(
         model, lora, options.dir, base=base, tokenizer=tokenizer, card=card, dtype=options.dtype
@@ -96,10 +98,9 @@ def run(config: Config, workdir: Path) -> JsonObject:
 
 def _export(trained: Run, config: Config, write: Callable[..., None]) -> Model:
   """Writes a run, from its checkpoint where that has the model itself; returns it or its shapes."""
-  step = config.export.step or None
   if trained.student.trainable.is_model:
     model = trained.student.abstract_trainable
-    with saved_arrays.open_arrays(trained.folder, step) as saved:
+    with saved_arrays.open_arrays(trained.folder, trained.step) as saved:
       write(model, saved=saved)
     return model
   mesh = sharding.make_mesh(**vars(config.mesh))
@@ -110,6 +111,8 @@ def _export(trained: Run, config: Config, write: Callable[..., None]) -> Model:
 
 
 def _check(options: ExportOptions, adapters: bool) -> None:
+  if options.best and options.step:
+    raise bad_value("export.step", options.step, "0 with export.best", "Remove one of the keys")
   if not options.dir:
     raise bad_value("export.dir", "", "the path of a new folder", "Set it")
   if options.lora not in LORA_FORMS:
@@ -128,7 +131,7 @@ def _load(trained: Run, options: ExportOptions, mesh: jax.sharding.Mesh) -> Mode
   """Returns the trained model or, for export.lora="base", the base model of its adapters."""
   student = trained.student
   if options.lora != "base":
-    return trained.load(mesh, student.compute, options.step or None)
+    return trained.load(mesh, student.compute)
   trained.check_base()
   return student.load(mesh, runs.keys(trained.config.seed)["student"]).model
 

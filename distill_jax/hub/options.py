@@ -15,6 +15,9 @@ class ExportOptions:
   step: int = 0
   """Step of the checkpoint to export; 0: the last one."""
 
+  best: bool = False
+  """True to export the best checkpoint by train.best_metric, False for that of `step`."""
+
   evaluation: str = ""
   """Path of an evaluation.json whose numbers are shown on the model card; "": no numbers."""
 

@@ -20,12 +20,12 @@ from distill_jax.hub.pretrained import Pretrained, open_model
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.models import DecoderConfig, DecoderModel, trainables
 from distill_jax.models.options import ModelOptions, StudentOptions
-from distill_jax.models.runs import RUN, Run, run_folder
+from distill_jax.models.runs import BEST, RUN, Run, run_folder
 from distill_jax.models.trainables import LayerSharing, Trainable
 from distill_jax.nn import params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.nn.quantise import QuantiseOptions
-from distill_jax.runtime import workdir
+from distill_jax.runtime import best_checkpoint, workdir
 from distill_jax.types import FamilyConfig, JsonObject, Model, PyTree, TextConfig
 
 ConfigT = TypeVar("ConfigT", bound=Any)  # a frozen dataclass: a family's Config or one inside it
@@ -169,7 +169,7 @@ class ModelSource:
     """Name and digest, for the manifest of a record store."""
     return {"name": self.name, "digest": self.digest}
 
-  def load(self, mesh: Mesh, key: jax.Array, step: int | None = None) -> LoadedModel:
+  def load(self, mesh: Mesh, key: jax.Array) -> LoadedModel:
     """Returns the model with its parameters in their storage sharding.
 
     With student.train="shared", layers have their shared values. Adapters are not attached, and
@@ -178,12 +178,11 @@ class ModelSource:
     Args:
       mesh: the mesh.
       key: PRNG key of parameters that are not in a checkpoint.
-      step: the step of a run's checkpoint; None for the last one.
 
     Raises:
       InputError: the weights do not fit the config, or do not have the digest `options.digest`.
     """
-    loaded = self.load_initial(mesh, key, step)
+    loaded = self.load_initial(mesh, key)
     if isinstance(self.options, StudentOptions) and isinstance(self.trainable, LayerSharing):
       shared = self.start_training(loaded.model, mesh, {"student": key})
       del loaded  # frees memory for the copy
@@ -202,11 +201,11 @@ class ModelSource:
     shardings = sharding.shardings(self.abstract_trainable, mesh, self.compute.rules)
     return self.trainable.start(model, keys, shardings, bool(self.options.source))
 
-  def load_initial(self, mesh: Mesh, key: jax.Array, step: int | None = None) -> LoadedModel:
+  def load_initial(self, mesh: Mesh, key: jax.Array) -> LoadedModel:
     """Returns the model as `load` does, but before layers are shared."""
     spec, compute, config = self.options, self.compute, self.config
     if self.run is not None:
-      model = self.run.load(mesh, compute, step)
+      model = self.run.load(mesh, compute)
     elif self.pretrained is not None:
       self.check_digest()
       changed = apply_changes(self.pretrained.config, spec.changes)
@@ -256,15 +255,22 @@ def open_source(options: ModelOptions, seed: int = 0) -> ModelSource:
       if value := getattr(options, key):
         expected = f"{default!r} because the source {options.source} is a run"
         raise bad_value(key, value, expected, "Export the run, and use the folder as the source")
-    run = open_run(run_folder(options.source))
+    folder = run_folder(options.source)
+    best = options.source.endswith(BEST)
+    run = open_run(folder, best_checkpoint.step_to_open(folder, best=True) if best else None)
     return ModelSource(options, seed, run.student.pretrained, run)
   return ModelSource(options, seed, open_model(options.source) if options.source else None)
 
 
-def open_run(folder: Path) -> Run:
-  """Opens the run in a local folder."""
+def open_run(folder: Path, step: int | None = None) -> Run:
+  """Opens the run in a local folder.
+
+  Args:
+    folder: the folder.
+    step: the step of the checkpoint; None for the last one.
+  """
   config = workdir.read_config(folder)
-  return Run(folder, config, open_source(config.student, config.seed))
+  return Run(folder, config, open_source(config.student, config.seed), step)
 
 
 def compute_config(options: ModelOptions) -> ComputeConfig:

@@ -21,7 +21,7 @@ from distill_jax.types import Model, PyTree
 if TYPE_CHECKING:
   from distill_jax.models.loading import ModelSource
 
-RUN = "run:"
+RUN, BEST = "run:", "@best"
 BASE = "base.json"  # in the folder of a run with adapters: name and digest of the base model
 
 
@@ -32,40 +32,43 @@ def keys(seed: int) -> dict[str, jax.Array]:
 
 
 def run_folder(source: str) -> Path:
-  """Returns the local folder for a source "run:WORKDIR"."""
-  return storage.run_folder(source.removeprefix(RUN))
+  """Returns the local folder for a source "run:WORKDIR" or "run:WORKDIR@best"."""
+  return storage.run_folder(source.removeprefix(RUN).removesuffix(BEST))
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A training run: its folder, its config, and the student before training."""
+  """A training run.
+
+  Attributes:
+    folder: the folder of the run.
+    config: its config.
+    student: the student before training.
+    step: the step of the checkpoint to read; None for the last one.
+  """
 
   folder: Path
   config: Config
   student: ModelSource
+  step: int | None = None
 
   @functools.cached_property
   def digest(self) -> str:
-    """SHA-256, in hex, of the last checkpoint; for adapters, also of their base model."""
-    trained = checkpoint.digest(self.folder)
+    """SHA-256, in hex, of the checkpoint; for adapters, also of their base model."""
+    trained = checkpoint.digest(self.folder, self.step)
     if not self.student.trainable.has_base:
       return trained
     return hashlib.sha256((trained + self.student.digest).encode()).hexdigest()
 
-  def restore(self, mesh: Mesh, step: int | None = None) -> PyTree:
-    """Returns the trained parameters: a model, shared layers, or adapters.
-
-    Args:
-      mesh: the mesh.
-      step: the step of the checkpoint; None for the last one.
-    """
+  def restore(self, mesh: Mesh) -> PyTree:
+    """Returns the trained parameters: a model, shared layers, or adapters."""
     abstract = self.student.abstract_trainable
     shardings = sharding.shardings(abstract, mesh, self.student.compute.rules)
     return checkpoint.restore_params(
-      self.folder, sharding.with_shardings(abstract, shardings), step
+      self.folder, sharding.with_shardings(abstract, shardings), self.step
     )
 
-  def load(self, mesh: Mesh, compute: ComputeConfig, step: int | None = None) -> Model:
+  def load(self, mesh: Mesh, compute: ComputeConfig) -> Model:
     """Returns the trained model in its family's ordinary form.
 
     Adapters are merged into the base, shared layers are copied, and weights that were trained as
@@ -74,12 +77,11 @@ class Run:
     Args:
       mesh: the mesh.
       compute: the settings of the computation.
-      step: the step of the checkpoint; None for the last one.
 
     Raises:
       InputError: adapters were trained on another base model.
     """
-    trainable, trained, base = self.student.trainable, self.restore(mesh, step), None
+    trainable, trained, base = self.student.trainable, self.restore(mesh), None
     if trainable.has_base:
       self.check_base()
       base = self.student.load(mesh, keys(self.config.seed)["student"]).model

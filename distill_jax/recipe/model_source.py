@@ -10,7 +10,7 @@ from distill_jax.errors import InputError, bad_value
 from distill_jax.models import DecoderConfig, loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.models.options import ModelOptions
-from distill_jax.models.runs import RUN
+from distill_jax.models.runs import BEST, RUN
 from distill_jax.nn import params
 from distill_jax.report import numbers
 from distill_jax.runtime import storage
@@ -60,10 +60,11 @@ def full_source(flag: str, given: str) -> str:
   """
   if given.startswith(PREFIXES) or storage.is_remote(given):
     return given
-  path = Path(given.removeprefix(RUN)).expanduser().absolute()
+  folder = given.removeprefix(RUN).removesuffix(BEST)
+  path, which = Path(folder).expanduser().absolute(), given[len(given.removesuffix(BEST)) :]
   if path.exists():
     is_run = (path / storage.CHECKPOINTS).is_dir() and not (path / "model.safetensors").exists()
-    return f"{RUN}{path}" if given.startswith(RUN) or is_run else str(path)
+    return f"{RUN}{path}{which}" if given.startswith(RUN) or is_run else str(path)
   if HUB_ID.fullmatch(given) and not given.endswith(".gguf"):
     return f"hub:{given}"
   fractions = f", or {', '.join(FRACTIONS)}" if flag == "--student" else ""

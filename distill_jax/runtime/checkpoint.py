@@ -11,9 +11,10 @@ that `saved_arrays` reads one layer, or a part of it, without the others.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,22 +30,40 @@ from distill_jax.types import JsonObject, PyTree
 
 with extras.needed("train"):
   import orbax.checkpoint as ocp
+  from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 PARAMS = "params."  # prefix of the paths of the trained parameters
 STATE, ABOUT = "state", "about"
 CHUNK_BYTES = 8 * 2**20
 
 
-def manager(workdir: Path, keep: int = 1, every: int = 0) -> ocp.CheckpointManager:
+def manager(
+  workdir: Path, keep: int = 1, every: int = 0, best: Callable[[], int | None] = lambda: None
+) -> ocp.CheckpointManager:
   """Returns a manager of asynchronous checkpoints under WORKDIR/checkpoints.
 
   Args:
     workdir: The folder of the run.
     keep: Number of most recent checkpoints to keep.
     every: Interval in steps of checkpoints that are kept besides; 0 for none.
+    best: Returns the step of one more checkpoint to keep, or None. An earlier one is deleted once
+      the next save is on disk.
   """
-  options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=every or None)
+  policies: list[Any] = [policy.LatestN(keep), _KeepBest(best)]
+  if every:
+    policies.append(policy.EveryNSteps(every))
+  options = ocp.CheckpointManagerOptions(preservation_policy=policy.AnyPreservationPolicy(policies))
   return ocp.CheckpointManager(_directory(workdir), options=options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _KeepBest:
+  """A policy of orbax that keeps the checkpoint of one step, which may change."""
+
+  step: Callable[[], int | None]
+
+  def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> list[bool]:
+    return [info.step == self.step() for info in checkpoints]
 
 
 def save(saves: ocp.CheckpointManager, step: int, state: PyTree, metadata: JsonObject) -> None:
@@ -54,7 +73,7 @@ def save(saves: ocp.CheckpointManager, step: int, state: PyTree, metadata: JsonO
     saves: The checkpoint manager.
     step: The step number.
     state: The state.
-    metadata: Plain values that must be equal when the state is restored.
+    metadata: Plain values, some of which must be equal when the state is restored.
 
   Raises:
     InputError: The step is already saved, or this or the previous checkpoint cannot be written.
@@ -116,10 +135,15 @@ def restore_params(workdir: str | Path, abstract: PyTree, step: int | None = Non
     return _read(saves, existing_step(saves, step), PARAMS, abstract)
 
 
-def digest(workdir: str | Path) -> str:
-  """Returns the sha256, in hex, of the checksums of a run's trained parameters at its last step."""
+def digest(workdir: str | Path, step: int | None = None) -> str:
+  """Returns the sha256, in hex, of the checksums of a run's trained parameters.
+
+  Args:
+    workdir: The folder of the run.
+    step: The step of the checkpoint; None for the last one.
+  """
   with open_run(workdir) as saves:
-    arrays = read_metadata(saves, existing_step(saves, None))["arrays"]
+    arrays = read_metadata(saves, existing_step(saves, step))["arrays"]
   return _sha256({path: x for path, x in arrays.items() if path.startswith(PARAMS)})
 
 

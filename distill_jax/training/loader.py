@@ -84,6 +84,39 @@ def batches(
   return iter(steps.map(batch).to_iter_dataset(ahead))
 
 
+def in_order(
+  store: RecordSource,
+  batch_size: int,
+  *,
+  held: np.ndarray,
+  first: Sequence[Record] = (),
+  targets: bool = True,
+  read: Read | None = None,
+  recorded: Recorded | None = None,
+) -> Iterator[Batch]:
+  """Yields this process's rows of batches of all records of a store, in order.
+
+  Args:
+    store: The store. Its last batch is padded with rows without labels.
+    batch_size: Size of the global batch.
+    held: See `batches`, as for `targets`, `read` and `recorded`.
+    first: The first record of each store with the same sequence length, some of which may lack
+      fields of targets that others have.
+  """
+  empty_targets = _empty_targets(first)
+  padding = {name: np.zeros_like(x) for name, x in store.read_many([0])[0].items()}
+  to_batch = functools.partial(collate, with_targets=targets, read=read, recorded=recorded)
+
+  def batch(n: int) -> Batch:
+    own = [n * batch_size + i for i in held.tolist()]
+    records = iter(store.read_many([i for i in own if i < len(store)]))
+    return to_batch([empty_targets | (next(records) if i < len(store) else padding) for i in own])
+
+  ahead = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BATCHES_AHEAD)
+  numbers = grain.MapDataset.range(-(-len(store) // batch_size))
+  return iter(numbers.map(batch).to_iter_dataset(ahead))
+
+
 def _place(store: int, index: int) -> Place:
   return store, int(index)
 

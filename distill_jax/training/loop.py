@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 
@@ -16,15 +17,24 @@ from distill_jax.models.loading import ModelSource
 from distill_jax.models.runs import Run
 from distill_jax.nn import sharding
 from distill_jax.records import collate
-from distill_jax.runtime import checkpoint, distributed
+from distill_jax.runtime import best_checkpoint, checkpoint, distributed
 from distill_jax.tasks.dataset import RecordedTask
-from distill_jax.training import optim, validate
+from distill_jax.training import optim, validate, validate_heldout
+from distill_jax.training.best import Best
+from distill_jax.training.heldout import Evaluation
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.training.run_log import Log, Profile
 from distill_jax.training.save_schedule import SaveSchedule
 from distill_jax.training.state import online_teachers, prepare
 from distill_jax.training.step import Step
-from distill_jax.training.stores import Stores, batches, open_stores, recorded, teacher_manifest
+from distill_jax.training.stores import (
+  Stores,
+  batches,
+  open_heldout,
+  open_stores,
+  recorded,
+  teacher_manifest,
+)
 from distill_jax.training.train_state import TrainState
 from distill_jax.types import JsonObject
 
@@ -37,7 +47,8 @@ def train(config: Config, workdir: Path) -> JsonObject:
     workdir: The folder of the run.
 
   Returns:
-    The metrics of the last step.
+    The metrics of the last step. With train.best_metric also `best_step` and `best_value`, and
+    `stopped_early`, True if train.patience ended the run.
 
   Raises:
     InputError: The config does not fit the data or models. It is checked before anything compiles.
@@ -46,29 +57,36 @@ def train(config: Config, workdir: Path) -> JsonObject:
   """
   began = time.monotonic()
   student = loading.open_source(config.student, config.seed)
-  stores = open_stores(config, student)
+  stores, heldout = open_stores(config, student), open_heldout(config, student)
   validate.check_run(config, stores, student)
+  validate_heldout.check(config, stores, heldout, student)
   mesh = sharding.make_mesh(**vars(config.mesh))
   c = config.train
   sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
   online = online_teachers(config)
   step = make_step(config, stores, student, online.get("teacher"))
   validate.check_features(config, step, stores)
+  evaluation = Evaluation(config, step, stores, heldout, mesh)
+  evaluation.check_metrics(student, online)
   if step.trainable.has_base:
     Run(workdir, config, student).pin_base()
   metadata = {"records": [digest for store in stores for digest in store.digests]}
+  if heldout:
+    metadata["heldout"] = [digest for store in heldout for digest in store.digests]
   profile = Profile(config.profile_steps, workdir)
   with (
     jax.set_mesh(mesh),
-    checkpoint.manager(workdir, c.keep, c.keep_every) as saves,
+    checkpoint.manager(workdir, c.keep, c.keep_every, lambda: best.step) as saves,
     distributed.Preemption() as preemption,
   ):
+    best = Best(c, best_checkpoint.read(saves))
     inputs = prepare(
       step, config, stores, student, online, mesh=mesh, saves=saves, metadata=metadata
     )
     state, start = inputs.state, int(inputs.state.step)
-    if start == c.steps:
-      return read_metrics(workdir)[-1]  # already finished
+    if start == c.steps or best.ended:
+      return read_metrics(workdir)[-1] | best.summary(start)  # already finished
+    evaluation.announce(workdir)
     step_fn = jitted(step, state, mesh)
     schedule = SaveSchedule(c, start)
     rows = sharding.rows(mesh, c.batch_size)
@@ -80,17 +98,25 @@ def train(config: Config, workdir: Path) -> JsonObject:
         with jax.transfer_guard("disallow"):
           state, metrics = step_fn(state, batch, inputs.teachers, base=inputs.base)
         log.step(n, metrics)  # blocks on the metrics of the previous step only
-        stop = preemption.reached(n + 1)
-        if schedule.due(n + 1, log.flush) or stop:
+        done = n + 1
+        stop = preemption.reached(done)
+        if evaluation.due(done):
+          log.flush(functools.partial(evaluation, state, inputs))
+          best.see(done, log.last)
+          if metric := config.optim.plateau_metric:
+            state = state.replace(opt=optim.observe(state.opt, log.last[metric]))
+        if schedule.due(done, log.flush) or stop or best.step == done or best.ended:
           log.flush()  # raises if the loss is not finite, before the state is saved
-          checkpoint.save(saves, n + 1, state, metadata)
+          checkpoint.save(saves, done, state, metadata | best.metadata)
           log.saved()
-        if stop and n + 1 < c.steps:
+        if best.ended:
+          break
+        if stop and done < c.steps:
           checkpoint.wait(saves)
-          raise distributed.Preemption.stop("train", f"step {n + 1} of {c.steps} is saved")
+          raise distributed.Preemption.stop("train", f"step {done} of {c.steps} is saved")
       profile.stop()
       checkpoint.wait(saves)
-    return log.last
+    return log.last | best.summary(done)
 
 
 def make_step(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from distill_jax.errors import bad_value, check_choice
 from distill_jax.nn import params
+from distill_jax.runtime import distributed
 from distill_jax.training.options import OptimOptions
 from distill_jax.types import PyTree
 
@@ -60,7 +64,8 @@ def decay_mask(tree: PyTree) -> PyTree:
 def optimizer(c: OptimOptions) -> optax.GradientTransformationExtraArgs:
   """Returns the optimizer without the learning rate, which the step applies and logs.
 
-  `update` takes `value=` (the loss) for reduce-on-plateau.
+  `update` takes `value=` (the loss) for reduce-on-plateau, unless that follows a held-out metric
+  (`observe`).
   """
   transforms = [
     optax.clip_by_global_norm(c.clip_norm),
@@ -68,5 +73,51 @@ def optimizer(c: OptimOptions) -> optax.GradientTransformationExtraArgs:
     optax.add_decayed_weights(c.weight_decay, mask=decay_mask),
   ]
   if c.plateau_patience:
-    transforms.append(optax.contrib.reduce_on_plateau(factor=0.5, patience=c.plateau_patience))
+    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=c.plateau_patience)
+    transforms.append(_at_evaluations(plateau) if c.plateau_metric else plateau)
   return optax.with_extra_args_support(optax.chain(*transforms))
+
+
+class HeldoutPlateau(NamedTuple):
+  """State of reduce-on-plateau that follows a held-out metric.
+
+  Attributes:
+    plateau: The state of reduce-on-plateau.
+    heldout_value: Value of an evaluation that no step has seen yet, else NaN.
+  """
+
+  plateau: optax.contrib.ReduceLROnPlateauState
+  heldout_value: jax.Array
+
+
+def _at_evaluations(
+  plateau: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+  """Returns reduce-on-plateau that counts evaluations instead of steps."""
+
+  def init(tree: PyTree) -> HeldoutPlateau:
+    return HeldoutPlateau(plateau.init(tree), jnp.full((), jnp.nan, jnp.float32))
+
+  def update(
+    updates: PyTree, state: HeldoutPlateau, tree: PyTree = None, **_: object
+  ) -> tuple[PyTree, HeldoutPlateau]:
+    del tree
+    _, after = plateau.update({}, state.plateau, value=state.heldout_value)
+    is_new = ~jnp.isnan(state.heldout_value)
+    now = jax.tree.map(lambda a, b: jnp.where(is_new, a, b), after, state.plateau)
+    scaled = jax.tree.map(lambda g: now.scale * g, updates)
+    return scaled, HeldoutPlateau(now, jnp.full_like(state.heldout_value, jnp.nan))
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def observe(opt: optax.OptState, value: float) -> optax.OptState:
+  """Returns the optimizer's state with the value of a held-out metric for the next step."""
+
+  def seen(node: PyTree) -> PyTree:
+    if not isinstance(node, HeldoutPlateau):
+      return node
+    of_host = distributed.from_host(np.asarray(value, np.float32), node.heldout_value.sharding)
+    return node._replace(heldout_value=of_host)
+
+  return jax.tree.map(seen, opt, is_leaf=lambda node: isinstance(node, HeldoutPlateau))

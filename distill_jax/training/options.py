@@ -23,7 +23,12 @@ class OptimOptions:
   end_fraction: float = 0.0
   """Learning rate at the last step, as a fraction of the peak."""
   plateau_patience: int = 0
-  """Number of steps without a lower loss after which the rate is halved; 0 for never."""
+  """Number of steps without a lower loss after which the rate is halved; 0 for never.
+
+  With `plateau_metric`, the number of evaluations without a lower value of that metric.
+  """
+  plateau_metric: str = ""
+  """Held-out metric that `plateau_patience` follows, e.g. "heldout/loss"; "": the training loss."""
   b1: float = 0.9
   """Adam's decay rate of the first moment."""
   b2: float = 0.95
@@ -57,6 +62,26 @@ class TrainOptions:
   """Sampling weights of the stores, one each; () for weights in proportion to their sizes."""
   teachers: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   """Further recorded teachers, by name: stores of the same text, one for each of `records`."""
+  heldout: tuple[str, ...] = ()
+  """Folders or URLs of the held-out stores on which the student is evaluated during training.
+
+  With `tasks`: one store for each task, in their order. Tasks trained without records are evaluated
+  on their own held-out examples if `eval_every` is above 0, and need no stores.
+  """
+  heldout_teachers: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  """Held-out stores of the further teachers in `teachers`, one for each of `heldout`."""
+  eval_every: int = 0
+  """Number of steps between evaluations; there is always one after the last step.
+
+  0: the smallest interval at which evaluation costs at most 2% of the computation.
+  """
+  best_metric: str = ""
+  """Held-out metric of the best checkpoint, which is kept, e.g. "heldout/loss"; "" for none.
+
+  Accuracy and agreement are maximised, all others are minimised.
+  """
+  patience: int = 0
+  """Number of evaluations without a better `best_metric` after which training ends; 0 for never."""
   online: bool = False
   """True to run the teacher in the training step and ignore its recorded targets."""
   steps: int = 1000
@@ -70,6 +95,6 @@ class TrainOptions:
   checkpoint_every: int = 0
   """Number of steps between additional checkpoints; 0 for none by steps."""
   keep: int = 2
-  """Number of most recent checkpoints to keep."""
+  """Number of most recent checkpoints to keep, besides the best one."""
   keep_every: int = 0
   """Interval in steps of additional checkpoints that are all kept; 0 for none."""

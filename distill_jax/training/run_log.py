@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -24,7 +24,7 @@ class Log:
 
   The metrics of a step are read from the device after the next step is dispatched. A row also holds
   `step_seconds`, `tokens_per_second` and `goodput`: the fraction of the time since the process
-  started the run that was spent in steps, not in compiling, waiting for data or saving.
+  started the run that was spent in steps, not in compiling, waiting for data, evaluating or saving.
 
   Args:
     workdir: The folder of the run.
@@ -50,6 +50,7 @@ class Log:
     self._workdir, self._start, self._steps = workdir, start, steps
     self._began, self._mark, self._good = began, math.nan, 0.0
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
+    self._shown: dict[str, float] = {}  # the numbers of the last evaluation, for progress lines
 
   def __enter__(self) -> Log:
     with contextlib.ExitStack() as stack:
@@ -80,8 +81,12 @@ class Log:
     self.flush()
     self._pending = n, metrics
 
-  def flush(self) -> None:
+  def flush(self, evaluate: Callable[[], Mapping[str, float]] | None = None) -> None:
     """Writes the pending row.
+
+    Args:
+      evaluate: Returns further values of the row, on held-out data. Its time is not part of the
+        time of a step.
 
     Raises:
       FloatingPointError: The loss is not finite.
@@ -96,13 +101,17 @@ class Log:
         f"{self._workdir}. Lower optim.peak_lr, or check the data of that step."
       )
     row |= self._clock(row["tokens"])
+    if evaluate is not None:
+      row |= evaluate()
+      self.saved()
+      self._shown["held-out loss"] = row["heldout/loss"]
     if self._writer is not None:
       self._writer.write(n, row)
-    self._progress.add(1, loss=row["loss"])
+    self._progress.add(1, loss=row["loss"], **self._shown)
     self.last = row
 
   def saved(self) -> None:
-    """Excludes the time since the last row, which was spent on saving, from the next step."""
+    """Excludes the time since the last row, which was not spent on steps, from the next step."""
     self._mark = self._now()
 
   def _clock(self, tokens: float) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -35,46 +35,84 @@ def open_stores(config: Config, student: ModelSource | None = None) -> Stores:
   Raises:
     InputError: A store is missing, or does not fit the others or its task.
   """
+  return _open(config, student, "train", "train.records", "train.teachers")
+
+
+def open_heldout(config: Config, student: ModelSource | None = None) -> Stores:
+  """Opens the held-out stores of a config as `open_stores` does; () if nothing is evaluated.
+
+  Tasks that are trained without records are evaluated on their own held-out examples.
+  """
+  c = config.train
+  if not c.heldout and not (config.tasks and c.eval_every):
+    return ()
+  return _open(config, student, "heldout", "train.heldout", "train.heldout_teachers")
+
+
+def _open(
+  config: Config, student: ModelSource | None, split: str, key: str, teachers_key: str
+) -> Stores:
+  """Opens stores. The keys are those of their folders, and of those of further teachers."""
+  paths, teachers = (getattr(config.train, k.removeprefix("train.")) for k in (key, teachers_key))
   if not config.tasks:
-    return _open_records(config)
-  tasks = open_tasks(config, student)
-  records = _open_records(config) if config.train.records else [None] * len(tasks)
-  if len(records) != len(tasks):
+    return _open_records(key, paths, teachers_key, teachers)
+  records = _open_records(key, paths, teachers_key, teachers) if paths else None
+  if records and len(records) != len(config.tasks):
     raise bad_value(
-      "train.records",
-      config.train.records,
-      f"(), or one store for each of the {len(tasks)} tasks, in their order",
+      key,
+      paths,
+      f"(), or one store for each of the {len(config.tasks)} tasks, in their order",
       "Correct it",
     )
+  given: Sequence[MultiTeacherStore | None] = records or [None] * len(config.tasks)
+  limits = [len(store) if store and split == "heldout" else 0 for store in given]
+  tasks = open_tasks(config, student, split, limits)
   ranges = dataset.class_ranges(tasks)
   return [
     RecordedTask(examples, store, ranges[name])
-    for store, (name, examples) in zip(records, tasks.items(), strict=True)
+    for store, (name, examples) in zip(given, tasks.items(), strict=True)
   ]
 
 
-def open_tasks(config: Config, student: ModelSource | None = None) -> dict[str, TaskExamples]:
-  """Opens the training examples of each task, and checks that the student fits them."""
+def open_tasks(
+  config: Config,
+  student: ModelSource | None = None,
+  split: str = "train",
+  limits: Sequence[int] = (),
+) -> dict[str, TaskExamples]:
+  """Opens the examples of each task, and checks that the student fits them.
+
+  Args:
+    config: The config of the run.
+    student: The model to train; None to open config.student.
+    split: "train" or "heldout".
+    limits: Maximum number of rows of each task; 0 for all.
+  """
   student = student or loading.open_source(config.student, config.seed)
   tasks = {
-    name: dataset.open_examples(config, name, "train", student.pretrained) for name in config.tasks
+    name: dataset.open_examples(config, name, split, student.pretrained, limit)
+    for name, limit in zip(config.tasks, limits or [0] * len(config.tasks), strict=True)
   }
   dataset.check_model(tasks, student.config)
   return tasks
 
 
-def _open_records(config: Config) -> list[MultiTeacherStore]:
-  paths, teachers = config.train.records, config.train.teachers
+def _open_records(
+  key: str,
+  paths: Sequence[str],
+  teachers_key: str,
+  teachers: Mapping[str, Sequence[str]],
+) -> list[MultiTeacherStore]:
   if not paths:
     expected = "one folder or more, with stores of records"
-    raise bad_value("train.records", paths, expected, "Run `record` and name its folder")
+    raise bad_value(key, paths, expected, "Run `record` and name its folder")
   stores = [open_store(path) for path in paths]
   for name, of_teacher in teachers.items():
     if len(of_teacher) != len(stores):
       raise bad_value(
-        f"train.teachers.{name}",
+        f"{teachers_key}.{name}",
         of_teacher,
-        f"{len(stores)} stores, one of the same text for each of train.records",
+        f"{len(stores)} stores, one of the same text for each of {key}",
         "Correct it",
       )
   others = {
