@@ -18,8 +18,8 @@ class ModelOptions:
   source: str = ""
   """Source of the weights: a Hugging Face folder, also at a URL such as gs://bucket/model; a
   `.gguf` file; "package:NAME/PATH" (a file in an installed Python package); "hub:ORG/NAME",
-  "hub:ORG/NAME@REVISION"; or "run:WORKDIR" (the last checkpoint of a training run). "": random
-  weights of `family` and `shape`."""
+  "hub:ORG/NAME@REVISION"; or "run:WORKDIR" (the last checkpoint of a training run, or the best
+  one: "run:WORKDIR@best"). "": random weights of `family` and `shape`."""
   family: str = "llama"
   """Model family of `shape`: a module of distill_jax/models. Only used together with `shape`."""
   shape: str = ""

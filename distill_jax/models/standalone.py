@@ -84,8 +84,8 @@ def load_model(
 
   Args:
     source: a Hugging Face folder, a .gguf file, "hub:ORG/NAME", "package:NAME/PATH",
-      "run:WORKDIR" for the student of a training run, or a URL. "": random weights of
-      `family` and `shape`.
+      "run:WORKDIR" for the student of a training run, "run:WORKDIR@best" for its best checkpoint,
+      or a URL. "": random weights of `family` and `shape`.
     mesh: the devices that hold the parameters, a mesh with axes (data, fsdp, tensor) such as
       `make_mesh()` returns; None: the first device. Call the model under `jax.set_mesh(mesh)`.
     dtype: dtype of matrix products and activations.

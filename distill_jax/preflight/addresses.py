@@ -66,7 +66,10 @@ def _addresses(verb: str, config: Config) -> Iterator[tuple[str, str]]:
     found["records.logprobs"] = config.records.logprobs
   if verb == "train":
     found["train.records"] = config.train.records
-    found |= {f"train.teachers.{name}": paths for name, paths in config.train.teachers.items()}
+    found["train.heldout"] = config.train.heldout
+    for key in ("teachers", "heldout_teachers"):
+      named = getattr(config.train, key).items()
+      found |= {f"train.{key}.{name}": paths for name, paths in named}
   if verb == "evaluate":
     found |= {f"evaluate.models.{name}": path for name, path in config.evaluate.models.items()}
   if verb == "generate":

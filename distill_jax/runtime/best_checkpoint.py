@@ -16,7 +16,7 @@ KEY = "best"  # of the metadata
 
 
 def read(saves: ocp.CheckpointManager) -> JsonObject:
-  """Returns what the last checkpoint says of the best one, with its "step".
+  """Returns the metadata of the last checkpoint about the best one, with its "step".
 
   It is {} without checkpoints, if the run has not evaluated yet or keeps no best checkpoint, or if
   that checkpoint was removed.

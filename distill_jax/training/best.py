@@ -16,8 +16,8 @@ NOT_COMPARED = ("tokens", "entropy", "teacher_ce", "teacher_entropy")  # neither
 
 
 def comparable(names: Iterable[str]) -> list[str]:
-  """Returns the metrics that say which of two models is better, with their prefix."""
-  return [PREFIX + name for name in names if _kind(name) not in NOT_COMPARED]
+  """Returns the metrics that order two models, with their prefix."""
+  return [PREFIX + name for name in sorted(names) if _kind(name) not in NOT_COMPARED]
 
 
 def is_maximised(metric: str) -> bool:
@@ -32,7 +32,7 @@ def _kind(metric: str) -> str:
 class Best:
   """The best evaluation so far by train.best_metric.
 
-  Its state is in the metadata of each checkpoint, so that a resumed run goes on exactly.
+  Its state is in the metadata of each checkpoint, so that a resumed run continues exactly.
 
   Args:
     options: The options of `train`.

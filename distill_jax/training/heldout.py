@@ -79,7 +79,7 @@ class Part(NamedTuple):
     store: The store.
     rows: Number of rows of a batch.
     batches: Number of batches. The last one is padded with rows without labels; for contrastive
-      tasks, whose rows are compared with each other, it is left out if it is not full.
+      tasks, whose rows are compared with each other, it is omitted if it is not full.
   """
 
   store: MultiTeacherStore | RecordedTask

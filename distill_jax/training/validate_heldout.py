@@ -39,16 +39,22 @@ def check(
   trained_on = {digest for store in stores for digest in store.digests}
   paths = c.heldout or tuple(config.tasks)
   lengths = {store.manifest.seq_len for store in stores}
+  like = stores if config.tasks else [stores[0]] * len(heldout)
+  for path, store, trained in zip(paths, heldout, like, strict=True):
+    found, expected = store.manifest.vocab_size, trained.manifest.vocab_size
+    if found != expected:
+      raise InputError(
+        f"The held-out records {path} have a vocabulary or classes of {found}, but those of "
+        f"training have {expected}. Record both with the same tokenizer or task."
+      )
   for path, store in zip(paths, heldout, strict=True):
     if trained_on & set(store.digests):
-      raise InputError(
-        f"The held-out records {path} are also in train.records. Record other text for them."
-      )
+      expected = "stores of other text than train.records"
+      raise bad_value("train.heldout", path, expected, "Record held-out text")
     if store.manifest.seq_len not in lengths:
       raise InputError(
-        f"The held-out records {path} have sequences of {store.manifest.seq_len} tokens, but those "
-        f"in train.records have {', '.join(map(str, sorted(lengths)))}. Record with the same "
-        "data.seq_len."
+        f"The held-out records {path} have sequences of {store.manifest.seq_len} tokens, but those of "
+        f"training have {', '.join(map(str, sorted(lengths)))}. Use the same data.seq_len for both."
       )
     manifests = {"": store.manifest} | {name: s.manifest for name, s in store.others.items()}
     for teacher, manifest in manifests.items():
