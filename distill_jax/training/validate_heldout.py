@@ -53,8 +53,9 @@ def check(
       raise bad_value("train.heldout", path, expected, "Record held-out text")
     if store.manifest.seq_len not in lengths:
       raise InputError(
-        f"The held-out records {path} have sequences of {store.manifest.seq_len} tokens, but those of "
-        f"training have {', '.join(map(str, sorted(lengths)))}. Use the same data.seq_len for both."
+        f"The held-out records {path} have sequences of {store.manifest.seq_len} tokens, but those "
+        f"of training have {', '.join(map(str, sorted(lengths)))}. Record both with the same "
+        "data.seq_len."
       )
     manifests = {"": store.manifest} | {name: s.manifest for name, s in store.others.items()}
     for teacher, manifest in manifests.items():
