@@ -49,8 +49,8 @@ def check(
       )
   for path, store in zip(paths, heldout, strict=True):
     if trained_on & set(store.digests):
-      expected = "stores of other text than train.records"
-      raise bad_value("train.heldout", path, expected, "Record held-out text")
+      other = "stores of other text than train.records"
+      raise bad_value("train.heldout", path, other, "Record held-out text")
     if store.manifest.seq_len not in lengths:
       raise InputError(
         f"The held-out records {path} have sequences of {store.manifest.seq_len} tokens, but those "
