@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import heldout_runs
+import object_stores
 import pytest
 from heldout_runs import HELDOUT, ROWS, made, run
 from tiny_store import contents
@@ -121,6 +122,34 @@ def test_text_is_stored_at_a_url(both, tmp_path, monkeypatch):
       open_store(f"{both}/records/packed{name}").manifest.digest
     )
   files.remove_tree("memory://heldout/text")
+
+
+CONFIG = """
+import pathlib, sys
+sys.path.insert(0, {tests!r})
+import heldout_runs
+def get_config():
+  return heldout_runs.made(pathlib.Path({folder!r}))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_record_both_stores_at_a_url(both, tmp_path, s3):
+  """Of the held-out store, which has two shards, each process writes one."""
+  file = tmp_path / "config.py"
+  file.write_text(CONFIG.format(tests=str(SCRIPT.parent), folder=str(tmp_path)))
+  line = [sys.executable, "launch/local.py", "--processes=2", "--devices=2", "--", "record"]
+  line += [f"--config={file}", f"--workdir={s3.url}/records"]
+  env = os.environ | s3.environment() | {"DISTILL_JAX_CACHE": str(tmp_path / "cache")}
+  for _ in range(2):  # the second time, nothing is missing
+    done = subprocess.run(
+      line, cwd=SCRIPT.parents[1], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+  for name in ("", "/heldout"):
+    want = contents(Path(f"{both}/records{name}"))
+    found = object_stores.contents(f"{s3.url}/records{name}")
+    assert {key: found[key] for key in want} == want
 
 
 @pytest.mark.parametrize(
