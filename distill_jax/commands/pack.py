@@ -66,11 +66,8 @@ def run(config: Config, folder: Path) -> JsonObject:
 
 
 def _sizes(config: Config, stores: dict[int, Store], packed_now: int) -> JsonObject:
-  shards = [shard for store in stores.values() for shard in store.manifest.shards]
-  sums = {k: sum(getattr(s, k) for s in shards) for k in ("tokens", "bytes")}
-  rows = {f"{length}/sequences": len(store) for length, store in stores.items()}
-  of_lengths = rows if config.data.buckets else {}
-  return {"sequences": sum(rows.values()), "packed_now": packed_now, **sums, **of_lengths}
+  named = {planned_stores.folder_of(config.data, n): s.manifest for n, s in stores.items()}
+  return planned_stores.sizes(named, ("tokens", "bytes")) | {"packed_now": packed_now}
 
 
 def make(config: Config, teacher: ModelSource, folder: Path) -> tuple[dict[int, Store], int]:

@@ -4,14 +4,14 @@ Students are trained on this store, without the teacher. Each token takes a few 
 sample or the top-k of the teacher's distribution (records.kind). Finished shards are skipped when
 the command is run again. records.logprobs imports the outputs of a served teacher instead.
 
-With records.heldout_sequences, rows of the held-out split are recorded too, by the same loaded
-teacher, into a second store. Text is read from stores that `pack` made (data.packed), or is
-packed into WORKDIR/packed first.
+With records.heldout_sequences, rows of the held-out split are recorded too, and with data.buckets
+each length of sequences has a store; the teacher is loaded once for all of them. Text is read from
+stores that `pack` made (data.packed), or is packed into WORKDIR/packed first.
 
 Reads: the teacher (`teacher`), and the corpus in `data` or the examples of `tasks`.
 
-Writes: a store in the workdir: manifest.json and shards (*.array_record); another one in
-WORKDIR/heldout.
+Writes: a store in the workdir: manifest.json and shards (*.array_record); with data.buckets, a
+store in the folder of each length, e.g. WORKDIR/4096. Held-out rows are in WORKDIR/heldout.
 
 Config: seed, mesh, teacher, data, pack, records, tasks.
 
@@ -25,7 +25,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,12 +63,16 @@ class _Part:
   """A store that this run records.
 
   Attributes:
+    split: The folder of its split in the workdir; "" for the training rows.
+    length: The folder of its length in that of the split; "" without data.buckets.
     corpus: Its sequences.
     writer: Its writer.
     rows: The rows of a batch.
     missing: The shards that are missing, the same on all processes.
   """
 
+  split: str
+  length: str
   corpus: Corpus
   writer: Writer
   rows: Rows
@@ -84,9 +88,10 @@ def run(config: Config, folder: Path) -> JsonObject:
   """Writes the stores of a corpus into `folder`; finished shards are skipped.
 
   Returns:
-    sequences, tokens, entries and bytes of the whole store, and recorded_now, the number of
-    sequences that this call recorded; tokens, entries and bytes on process 0 only. Those of a
-    held-out store begin with heldout/, e.g. heldout/sequences.
+    sequences, tokens, entries and bytes of the stores of all lengths together, and recorded_now,
+    the number of sequences that this call recorded; tokens, entries and bytes on process 0 only.
+    With data.buckets also LENGTH/sequences, the number of sequences of a length. Those of held-out
+    rows begin with heldout/, e.g. heldout/sequences.
 
   Raises:
     InputError: Teacher, tokenizer and corpus do not fit together, or the folder contains other
@@ -95,8 +100,8 @@ def run(config: Config, folder: Path) -> JsonObject:
   teacher = loading.open_source(config.teacher, config.seed)
   planned = planned_stores.planned(config)
   if not config.tasks and not runs_teacher(config.records):
-    made = {name: _store_text(c, teacher, folder / name) for name, c in planned.items()}
-    return planned_stores.flat({name: _sizes(*of_store) for name, of_store in made.items()})
+    stored = {split: _store_text(c, teacher, folder / split) for split, c in planned.items()}
+    return planned_stores.flat({split: _sizes(*of_split) for split, of_split in stored.items()})
   mesh = sharding.make_mesh(**vars(config.mesh))
   if runs_teacher(config.records):
     sharding.shardings(teacher.abstract, mesh, teacher.compute.rules)  # raises if it cannot be
@@ -105,19 +110,29 @@ def run(config: Config, folder: Path) -> JsonObject:
   sharding.check_batch("records.batch_size", options.batch_size, mesh)
   teacher.check_digest()
   packed = folder / PACKED
-  corpora = {name: open_corpus(c, teacher, packed / name) for name, c in planned.items()}
+  corpora = {split: open_corpora(c, teacher, packed / split) for split, c in planned.items()}
   _check_held_out(corpora)
-  rows = sharding.rows(mesh, options.batch_size)
   with contextlib.ExitStack() as stack:
     parts = []
-    for name, corpus in corpora.items():
-      writer = stack.enter_context(_writer(config, teacher, corpus, folder / name))
+    for split, length, corpus in ((s, n, x) for s, of in corpora.items() for n, x in of.items()):
+      writer = stack.enter_context(_writer(config, teacher, corpus, folder / split / length))
       _check_same_corpus(writer, corpus)
-      parts.append(_Part(corpus, writer, rows, _missing(writer)))
+      rows = sharding.rows(mesh, _batch_size(config, corpus))
+      parts.append(_Part(split, length, corpus, writer, rows, _missing(writer)))
     _check_shards(options, parts)
     _record(config, teacher, parts, mesh)
-  sizes = (_sizes(part.writer.manifest, sum(map(len, part.missing))) for part in parts)
-  return planned_stores.flat(dict(zip(planned, sizes, strict=True)))
+  sizes = {}
+  for split in planned:
+    made = {part.length: part for part in parts if part.split == split}
+    now = sum(len(shard) for part in made.values() for shard in part.missing)
+    sizes[split] = _sizes({name: part.writer.manifest for name, part in made.items()}, now)
+  return planned_stores.flat(sizes)
+
+
+def _batch_size(config: Config, corpus: Corpus) -> int:
+  """Returns the number of rows of a batch, whose tokens are those of the longest sequences."""
+  size = config.records.batch_size
+  return size if corpus.is_task else size * config.data.seq_len // corpus.positions
 
 
 def _record(config: Config, teacher: ModelSource, parts: Sequence[_Part], mesh: Mesh) -> None:
@@ -141,9 +156,10 @@ def _load(config: Config, teacher: ModelSource, corpus: Corpus, mesh: Mesh) -> L
   return LoadedTeacher(config, teacher, mesh, corpus, _reader(config))
 
 
-def _sizes(manifest: Manifest, recorded_now: int) -> JsonObject:
-  sums = {k: sum(getattr(s, k) for s in manifest.shards) for k in ("tokens", "entries", "bytes")}
-  return {"sequences": manifest.total, "recorded_now": recorded_now, **sums}
+def _sizes(stores: Mapping[str, Manifest], recorded_now: int) -> JsonObject:
+  """Returns the sizes of the stores of a split, by length."""
+  sizes = planned_stores.sizes(stores, ("tokens", "entries", "bytes"))
+  return sizes | {"recorded_now": recorded_now}
 
 
 def _writer(config: Config, teacher: ModelSource, corpus: Corpus, folder: Path) -> Writer:
@@ -170,24 +186,28 @@ def runs_teacher(options: RecordsOptions) -> bool:
   return options.kind != "text" and not options.logprobs
 
 
-def _store_text(config: Config, teacher: ModelSource, folder: Path) -> tuple[Manifest, int]:
-  """Writes a store that needs no model: of packed text, or of a served teacher's outputs.
+def _store_text(
+  config: Config, teacher: ModelSource, folder: Path
+) -> tuple[dict[str, Manifest], int]:
+  """Writes stores that need no model: of packed text, or of a served teacher's outputs.
 
   Returns:
-    The manifest, and the number of sequences that this process stored.
+    The manifests by length, "" without data.buckets, and the number of sequences that this process
+    stored.
   """
   if config.records.logprobs:
-    return served_store.make(config, teacher, folder)
+    manifest, now = served_store.make(config, teacher, folder)
+    return {"": manifest}, now
   if config.data.packed:
     expected = "'' with records.kind='text', because `train` reads that store"
     action = "Add it to train.records instead of recording"
     raise bad_value("data.packed", config.data.packed, expected, action)
   stores, now = pack.make(config, teacher, folder)
-  (store,) = stores.values()
-  return store.manifest, now
+  named = {planned_stores.folder_of(config.data, n): store for n, store in stores.items()}
+  return {name: store.manifest for name, store in named.items()}, now
 
 
-def open_corpus(config: Config, teacher: ModelSource, packed: Path) -> Corpus:
+def open_corpora(config: Config, teacher: ModelSource, packed: Path) -> dict[str, Corpus]:
   """Opens the text or the task of a config.
 
   Args:
@@ -195,16 +215,21 @@ def open_corpus(config: Config, teacher: ModelSource, packed: Path) -> Corpus:
     teacher: The teacher.
     packed: The folder in which text is packed.
 
+  Returns:
+    The corpora by length; the key of one without data.buckets, and of a task, is "".
+
   Raises:
     InputError: The data does not exist, or the teacher cannot read it.
   """
-  pretrained = teacher.pretrained
+  pretrained, data = teacher.pretrained, config.data
   if config.tasks:
     recorded = config.records.kind != "text"
-    return dataset.open_corpus(config, pretrained, teacher.config if recorded else None)
+    return {"": dataset.open_corpus(config, pretrained, teacher.config if recorded else None)}
   rows_of, tokenizer = pack.open_rows(config, teacher, packed)
-  ((length, rows),) = rows_of.items()
-  return Corpus.of_text(rows, tokenizer, length, config.data.fraction_of_split)
+  return {
+    planned_stores.folder_of(data, n): Corpus.of_text(rows, tokenizer, n, data.fraction_of_split)
+    for n, rows in rows_of.items()
+  }
 
 
 def _missing(writer: Writer) -> list[range]:
@@ -293,10 +318,11 @@ def _check_same_corpus(writer: Writer, corpus: Corpus) -> None:
     raise errors[0] if errors else InputError(f"{elsewhere} Choose another folder.")
 
 
-def _check_held_out(corpora: dict[str, Corpus]) -> None:
-  """Raises InputError if the held-out rows are rows to train on."""
-  heldout = corpora.get(planned_stores.HELDOUT)
-  if heldout is not None and heldout.digest == corpora[""].digest:
+def _check_held_out(corpora: Mapping[str, Mapping[str, Corpus]]) -> None:
+  """Raises InputError if the held-out rows are rows to train on, given the corpora by split."""
+  trained_on = {corpus.digest for corpus in corpora[""].values()}
+  heldout = corpora.get(planned_stores.HELDOUT, {})
+  if any(corpus.digest in trained_on for corpus in heldout.values()):
     raise InputError(
       "The held-out rows are the rows to train on. Name held-out data, or set "
       "records.heldout_sequences=0."

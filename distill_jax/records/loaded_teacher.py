@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
@@ -37,7 +38,7 @@ class LoadedTeacher:
     config: The config, with the seed and the options of `records`.
     teacher: The teacher.
     mesh: The device mesh.
-    corpus: One of the corpora, which have the same classes.
+    corpus: One of the corpora, which have the same classes. Their rows may have other lengths.
     read: See `collate`; None for text.
   """
 
@@ -52,12 +53,13 @@ class LoadedTeacher:
     keys, options = runs.keys(config.seed), config.records
     loaded = teacher.load(mesh, keys["teacher"])
     width = feature_width(options, teacher)
-    teacher_pass = TeacherPass(options, loaded.compute, corpus.classes, corpus.first_class, width)
-    self._model, self._run = loaded.model, teacher_pass.jitted
-    self._key, self._read = keys["records"], read
+    self._pass = TeacherPass(options, loaded.compute, corpus.classes, corpus.first_class, width)
+    self._runs: dict[int, jax.stages.Wrapped] = {}  # by the number of positions of a chunk
+    self._model, self._key, self._read = loaded.model, keys["records"], read
 
   def dispatcher(self, corpus: Corpus, rows: Rows) -> Dispatch:
     """Returns a function that starts the computation on a batch of a corpus."""
+    run = self._of_rows(rows.size)
     padding = {name: np.zeros_like(x) for name, x in corpus.rows[0].items()}
 
     def dispatch(index_B: np.ndarray) -> tuple[list[Record], dict[str, jax.Array]]:
@@ -66,9 +68,18 @@ class LoadedTeacher:
       held = [padding if i == batch_plan.PADDING else next(kept) for i in own_B.tolist()]
       own = collate.collate(held, read=self._read), np.maximum(own_B, 0).astype(np.int32)
       batch, index_B = collate.to_device(own, rows)
-      return held, self._run(self._model, self._key, batch, index_B)
+      return held, run(self._model, self._key, batch, index_B)
 
     return dispatch
+
+  def _of_rows(self, rows: int) -> jax.stages.Wrapped:
+    """Returns the jitted computation for batches of a size, with as many logits in memory."""
+    options = self._pass.options
+    chunk = max(1, options.chunk * options.batch_size // rows)
+    if chunk not in self._runs:
+      changed = dataclasses.replace(options, chunk=chunk)
+      self._runs[chunk] = dataclasses.replace(self._pass, options=changed).jitted
+    return self._runs[chunk]
 
   def recorded(
     self, corpus: Corpus, plan: Iterable[np.ndarray], rows: Rows

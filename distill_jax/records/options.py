@@ -50,9 +50,10 @@ class RecordsOptions:
   """Maximum number of sequences of the held-out split that `record` and `pack` store too, in the
   folder `heldout` of the workdir, for train.heldout; 0 for none."""
   batch_size: int = 8
-  """Number of sequences per batch, over all devices."""
+  """Number of sequences per batch, over all devices; of data.buckets, those of the longest
+  length."""
   chunk: int = 128
-  """Number of positions per sequence whose logits are in memory at once."""
+  """Number of positions per sequence, of the longest length, whose logits are in memory at once."""
   tokens_per_shard: int = 2**20
   """Number of tokens per shard file, rounded down to whole sequences, of which it has at least one
   and at most 16,384.

@@ -2,18 +2,20 @@
 
 The training rows are in the workdir itself. With records.heldout_sequences, rows of the held-out
 split are in its folder `heldout`. A store of packed text has the same folders, so data.packed names
-both texts.
+both texts. With data.buckets, each split has a store of each length in a folder of its name, e.g.
+`4096` and `heldout/4096`; a batch of shorter sequences has more of them, with as many tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from distill_jax.config import Config
 from distill_jax.data.options import DataOptions
 from distill_jax.errors import bad_value
 from distill_jax.records import manifest
+from distill_jax.records.manifest import Manifest
 from distill_jax.runtime import files
 from distill_jax.types import JsonObject
 
@@ -21,14 +23,17 @@ HELDOUT = "heldout"
 
 
 def planned(config: Config) -> dict[str, Config]:
-  """Returns the config of each store, by its folder in the workdir; "" is the workdir itself.
+  """Returns the config of each split, by its folder in the workdir; "" is the workdir itself.
 
-  The held-out store is the first to make: it is small, and its errors come at once.
+  The held-out split is the first to make: it is small, and its errors come at once.
 
   Raises:
     InputError: The corpus has no held-out rows that could be recorded too.
   """
   c, data = config, config.data
+  if c.records.logprobs and data.buckets:
+    expected = "() with records.logprobs, whose responses are stored in sequences of one length"
+    raise bad_value("data.buckets", data.buckets, expected, "Remove the key")
   if c.records.heldout_sequences == 0:
     return {"": c}
   _check(c)
@@ -56,6 +61,24 @@ def found(folder: str, data: DataOptions) -> dict[str, str]:
   if not stores:
     manifest.load(folder)  # raises
   return stores
+
+
+def folder_of(data: DataOptions, length: int) -> str:
+  """Returns the folder of the store of a length in that of its split."""
+  return str(length) if data.buckets else ""
+
+
+def sizes(stores: Mapping[str, Manifest], keys: Sequence[str]) -> JsonObject:
+  """Returns the sizes of the stores of a split together, and LENGTH/sequences of each length.
+
+  Args:
+    stores: The manifests by `folder_of` the length.
+    keys: The sums over all shards to return in addition to `sequences`.
+  """
+  shards = [shard for store in stores.values() for shard in store.shards]
+  sums = {key: sum(getattr(shard, key) for shard in shards) for key in keys}
+  of_lengths = {f"{name}/sequences": store.total for name, store in stores.items() if name}
+  return {"sequences": sum(store.total for store in stores.values()), **sums, **of_lengths}
 
 
 def flat(numbers: Mapping[str, JsonObject]) -> JsonObject:

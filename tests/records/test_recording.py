@@ -81,9 +81,9 @@ def test_the_store_is_that_of_the_command_record_byte_for_byte(tmp_path):
   model = jax.jit(lambda key: llama.Model(llama.TINY, key))(runs.keys(0)["teacher"])
   compute = ComputeConfig()
   run = jax.jit(lambda model, inputs: model(inputs, compute))
-  text = record.open_corpus(
+  (text,) = record.open_corpora(
     resolved, record.loading.open_source(resolved.teacher), tmp_path / "ours" / record.PACKED
-  )
+  ).values()
   rows = text.rows
   with dj.Recorder(
     tmp_path / "theirs",
