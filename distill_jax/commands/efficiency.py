@@ -53,7 +53,7 @@ def run(config: Config, folder: Path) -> JsonObject:
     "student": loading.open_source(shapes.student),
   }
   comparison.check(options, sources)
-  mesh = sharding.make_mesh(**vars(config.mesh)) if options.measure else None
+  mesh = sharding.make_mesh(**vars(config.mesh.whole_rows())) if options.measure else None
   if mesh is not None:
     measure.check(config, mesh)
   quality = comparison.quality(folder / "evaluation.json")

@@ -60,7 +60,8 @@ def run(config: Config, folder: Path) -> JsonObject:
     Preempted: SIGTERM was received while sampling; finished samples are kept.
   """
   models = check(config)
-  mesh = sharding.make_mesh(**vars(config.mesh))
+  axes = config.mesh.whole_rows() if config.evals or config.tasks else config.mesh
+  mesh = sharding.make_mesh(**vars(axes))
   sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, mesh)
   questions = {
     name: read_questions(name, benchmark, config.evaluate.on_bad)

@@ -61,7 +61,8 @@ def run(config: Config) -> JsonObject:
   hardware = topology.Hardware(options.topology, options.num_slices)
   topology.prepare()
   config = programs.without_weights(config)
-  mesh = topology.make_mesh(config.mesh, options.topology, options.num_slices)
+  axes = config.mesh.whole_rows() if verb == "generate" else config.mesh
+  mesh = topology.make_mesh(axes, options.topology, options.num_slices)
   price = {"dollars_per_chip_hour": options.dollars_per_chip_hour}
   if verb == "generate":
     return decoding.estimate(config, hardware, mesh) | price

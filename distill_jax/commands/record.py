@@ -36,7 +36,7 @@ from jax.sharding import Mesh
 from distill_jax.commands import pack
 from distill_jax.config import Config
 from distill_jax.errors import InputError, bad_value
-from distill_jax.models import loading
+from distill_jax.models import loading, long_context
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.nn.sharding import Rows
@@ -108,6 +108,8 @@ def run(config: Config, folder: Path) -> JsonObject:
   options = config.records
   _check(options, of_task=bool(config.tasks))
   sharding.check_batch("records.batch_size", options.batch_size, mesh)
+  positions = {name or "data": c.data.seq_len for name, c in planned.items()}
+  long_context.check(mesh, positions, [teacher], of_tasks=bool(config.tasks))
   teacher.check_digest()
   packed = folder / PACKED
   corpora = {split: open_corpora(c, teacher, packed / split) for split, c in planned.items()}

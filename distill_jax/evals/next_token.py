@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 
 from distill_jax.losses import DenseTargets
-from distill_jax.nn import fused_head
+from distill_jax.nn import fused_head, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.training import token_metrics
 from distill_jax.types import Batch, Mean, Model, Output
@@ -59,7 +59,9 @@ def compare(
   batch = batch.with_contrastive_labels() if reference.contrastive else batch
   batch = batch.replace(targets=others)
   hidden_BTD, head_VD = reference.hidden_BTD, reference.head_VD
-  return fused_head.fold(chunk_metrics, hidden_BTD, head_VD, batch, chunk, vocab_size)
+  return fused_head.fold(
+    chunk_metrics, hidden_BTD, head_VD, batch, chunk, vocab_size, seq_axis=sharding.SEQ
+  )
 
 
 def score(model: Model, batch: Batch, compute: ComputeConfig, chunk: int) -> Mean:
@@ -78,4 +80,4 @@ def score(model: Model, batch: Batch, compute: ComputeConfig, chunk: int) -> Mea
     logits_BCV = fused_head.cap_and_select(logits_BCV, out.soft_cap, piece.class_range_BT2)
     return Mean.of(-fused_head.label_logp(logits_BCV, piece.labels_BT), piece.mask_BT)
 
-  return fused_head.fold(ce, out.hidden_BTD, out.head_VD, batch, chunk)
+  return fused_head.fold(ce, out.hidden_BTD, out.head_VD, batch, chunk, seq_axis=sharding.SEQ)

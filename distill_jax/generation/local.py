@@ -73,7 +73,7 @@ def generate(
     InputError: If the job and the model are inconsistent; raised before compilation.
     Preempted: If SIGTERM was received. Finished samples are kept.
   """
-  mesh = sharding.make_mesh(**vars(job.mesh))
+  mesh = sharding.make_mesh(**vars(job.mesh.whole_rows()))
   tokenizer = corpus.tokenizer_of(job.data, job.source.pretrained)
   stops = _check(job, tokenizer, mesh, store)
   prompts = Prompts(job, tokenizer)

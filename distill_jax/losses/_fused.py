@@ -41,6 +41,7 @@ def fused_loss(
   weights: Mapping[str, Scalar] | None = None,
   metrics: Metrics | None = None,
   batch_axes: tuple[str, ...] = sharding.BATCH,
+  seq_axis: str | None = None,
   vocab_axis: MeshAxes = sharding.VOCAB,
 ) -> tuple[jax.Array, Means]:
   """Returns the weighted sum of losses, computed without ever holding [B, T, V] logits.
@@ -65,6 +66,7 @@ def fused_loss(
     weights: Weights by loss, instead of `weight(step)` of each.
     metrics: Computes further means of each chunk's logits.
     batch_axes: Mesh axes over which sequences are sharded.
+    seq_axis: Mesh axis over which positions are sharded; None if they are not.
     vocab_axis: Mesh axis, or axes, over which the rows of the head are sharded; None if they are
       not.
 
@@ -89,6 +91,7 @@ def fused_loss(
     soft_cap=soft_cap,
     metrics=metrics,
     batch_axes=batch_axes,
+    seq_axis=seq_axis,
     vocab_axis=vocab_axis,
   )
   batch = batch.replace(inputs=None, valid_BS=None)

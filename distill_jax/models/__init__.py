@@ -40,4 +40,4 @@ __all__ = [
   "Seq2SeqModel",
 ]
 
-SHARED = ("trainables", "loading", "runs", "standalone")
+SHARED = ("trainables", "loading", "long_context", "runs", "standalone")

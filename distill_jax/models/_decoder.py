@@ -19,7 +19,7 @@ from distill_jax.models import _rope
 from distill_jax.models._declare import Declare
 from distill_jax.models._decoder_config import TINY, Config
 from distill_jax.models._experts import Experts
-from distill_jax.nn import attention, kv_cache, layers, sharding
+from distill_jax.nn import attention, context, kv_cache, layers, sharding
 from distill_jax.nn.params import param, stack, take_layer
 from distill_jax.types import QKV, Inputs, Output
 
@@ -118,15 +118,15 @@ class Block(nnx.Module):
     segments_BT: jax.Array,
     compute: layers.ComputeConfig,
   ) -> jax.Array:
-    """Returns the output of the attention heads [B, T, H, h] for the layer's input."""
-    return attention.attention(
-      *self.qkv(x_BTD, angles),
-      segments_BT,
-      window,
-      self.config.attention_scale,
-      compute.attention,
-      compute.rules,
-    )
+    """Returns the output of the attention heads [B, T, H, h] for the layer's input.
+
+    On a mesh with a context axis, positions are in zig-zag order (see nn/context.py).
+    """
+    how = segments_BT, window, self.config.attention_scale, compute.attention, compute.rules
+    if context.devices() > 1:
+      q_BTHh, k_BTGh, v_BTGh = self.qkv(x_BTD, angles)
+      return context.attend(q_BTHh, (k_BTGh, v_BTGh), *how)
+    return attention.attention(*self.qkv(x_BTD, angles), *how)
 
   def project_heads(self, a_BTHh: jax.Array) -> jax.Array:
     """Returns the update of the residual by attention, given the output of its heads."""
@@ -242,6 +242,8 @@ class Model(nnx.Module):
     taps: tuple[int, ...] = (),
   ) -> Output:
     """Returns the model's Output for embeddings [B, T, D] that were computed by the caller."""
+    x_BTD = context.to_zigzag(x_BTD, "batch seq embed", compute.rules)
+    inputs = context.to_zigzag(inputs, "batch seq", compute.rules)
     position_inputs = self.position_inputs(inputs)
 
     def apply(layer: Block, i: jax.Array, x_BTD: jax.Array) -> jax.Array:
@@ -249,6 +251,8 @@ class Model(nnx.Module):
 
     stacks = [getattr(self, stack.name) for stack in self.layer_stacks(self.config)]
     x_BTD, taps_PBTD = layers.scan_layers(stacks, apply, x_BTD, taps, compute)
+    x_BTD = context.from_zigzag(x_BTD, "batch seq embed", compute.rules)
+    taps_PBTD = context.from_zigzag(taps_PBTD, "pairs batch seq embed", compute.rules)
     return self.output(x_BTD, embed_VD, compute, taps_PBTD)
 
   def position_inputs(self, inputs: Inputs) -> PositionInputs:

@@ -1,4 +1,4 @@
-"""Mixtures of experts: the parameters, and the softmax router."""
+"""Mixtures of experts: the parameters, and the choice of experts."""
 
 from __future__ import annotations
 
@@ -65,4 +65,38 @@ def softmax_top_k(logits_BTE: jax.Array, k: int, normalise: bool) -> tuple[jax.A
   weight_BTK, ids_BTK = jax.lax.top_k(jax.nn.softmax(logits_BTE), k)
   if normalise:
     weight_BTK /= weight_BTK.sum(-1, keepdims=True)
+  return ids_BTK, weight_BTK
+
+
+def grouped_top_k(
+  score_BTE: jax.Array,
+  balance_E: jax.Array,
+  k: int,
+  groups: int,
+  best_groups: int,
+  normalise: bool,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns (ids, weights) [B, T, K] of the k best experts in the best groups.
+
+  The E experts form groups (g) of e experts. A group's score is the sum of its two best experts'
+  scores (arXiv:2412.19437, 2.1.2).
+
+  Args:
+    score_BTE: sigmoid scores, float32.
+    balance_E: the bias added to scores when choosing.
+    k: the number of experts per position.
+    groups: the number of groups.
+    best_groups: the number of groups from which experts are chosen.
+    normalise: whether the weights are divided by their sum.
+  """
+  choice_BTE = score_BTE + balance_E[None, None]
+  choice_BTge = choice_BTE.reshape(*choice_BTE.shape[:2], groups, -1)
+  group_score_BTg = jax.lax.top_k(choice_BTge, 2)[0].sum(-1)
+  _, best_groups_BTK = jax.lax.top_k(group_score_BTg, best_groups)
+  chosen_BTg = jax.nn.one_hot(best_groups_BTK, groups, dtype=bool).any(2)
+  choice_BTge = jnp.where(chosen_BTg[..., None], choice_BTge, -jnp.inf)
+  _, ids_BTK = jax.lax.top_k(choice_BTge.reshape(score_BTE.shape), k)
+  weight_BTK = jnp.take_along_axis(score_BTE, ids_BTK, -1)
+  if normalise:
+    weight_BTK /= weight_BTK.sum(-1, keepdims=True) + 1e-20
   return ids_BTK, weight_BTK

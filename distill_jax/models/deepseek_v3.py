@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from distill_jax.errors import bad_value
 from distill_jax.models import _decoder, _rope
 from distill_jax.models._declare import Declare
-from distill_jax.models._experts import Experts, check_top_k
-from distill_jax.nn import attention, layers, sharding
+from distill_jax.models._experts import Experts, check_top_k, grouped_top_k
+from distill_jax.nn import attention, context, layers, sharding
 from distill_jax.types import QKV, JsonObject
 
 HF_MODEL_TYPES = ("deepseek_v3",)  # model_type in config.json
@@ -169,13 +169,49 @@ class Block(_decoder.Block):
 
   def qkv(self, x_BTD: jax.Array, angles: layers.Angles) -> QKV:
     """Returns queries and keys [B, T, H, h] and values [B, T, H, w] for the layer's input."""
-    c = self.config
     q_BTHh, kv_BTR, k_rope_BTr = self._latents(x_BTD, angles)
-    k_and_v_BTHh = jnp.einsum("BTR,RHh->BTHh", kv_BTR, self.kv_up[...])
+    return q_BTHh, *self._expand(kv_BTR, k_rope_BTr, self.kv_up[...])
+
+  def attend_heads(
+    self,
+    x_BTD: jax.Array,
+    angles: layers.Angles,
+    window: attention.Window,
+    segments_BT: jax.Array,
+    compute: layers.ComputeConfig,
+  ) -> jax.Array:
+    """Returns the output of the attention heads [B, T, H, w]; see _decoder.Block.
+
+    On a mesh with a context axis, devices gather the latents, which are 71 times narrower in R1
+    than keys and values, and each computes the keys and values of its heads from them.
+    """
+    if context.devices() == 1:
+      return super().attend_heads(x_BTD, angles, window, segments_BT, compute)
+    q_BTHh, *latents = self._latents(x_BTD, angles)
+    return context.attend(
+      q_BTHh,
+      latents,
+      segments_BT,
+      window,
+      self.config.attention_scale,
+      compute.attention,
+      compute.rules,
+      gathered_axes="batch seq latent",
+      expand=self._expand,
+      weights=[self.kv_up[...]],
+      weight_axes=["from_latent heads head_dim"],
+    )
+
+  def _expand(
+    self, kv_BTR: jax.Array, k_rope_BTr: jax.Array, up_RHh: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns keys [B, T, H, h] and values [B, T, H, w] of the heads of `up_RHh`."""
+    c = self.config
+    k_and_v_BTHh = jnp.einsum("BTR,RHh->BTHh", kv_BTR, up_RHh)
     k_BTHu, v_BTHw = jnp.split(k_and_v_BTHh, [c.qk_nope_head_dim], -1)
     # All heads share one rotated key.
     k_rope_BTHr = jnp.broadcast_to(k_rope_BTr[:, :, None], (*k_BTHu.shape[:3], c.qk_rope_head_dim))
-    return q_BTHh, jnp.concatenate([k_BTHu, k_rope_BTHr], -1), v_BTHw
+    return jnp.concatenate([k_BTHu, k_rope_BTHr], -1), v_BTHw
 
   def _latents(
     self, x_BTD: jax.Array, angles: layers.Angles
@@ -255,34 +291,16 @@ class SparseBlock(Block):
 
   def route(self, y_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns (ids, weights) [B, T, K] of the experts of each normed position."""
-    score_BTE = jax.nn.sigmoid(self.experts.logits(y_BTD))
-    return choose_experts(self.config, score_BTE, self.balance[...])
-
-
-def choose_experts(
-  c: Config, score_BTE: jax.Array, balance_E: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Returns (ids, weights) [B, T, K] of the best experts in the best groups.
-
-  The E experts form n_group groups (g) of e experts. A group's score is the sum of its two best
-  experts' scores (arXiv:2412.19437, 2.1.2).
-
-  Args:
-    c: the architecture.
-    score_BTE: sigmoid scores, float32.
-    balance_E: the bias added to scores when choosing.
-  """
-  choice_BTE = score_BTE + balance_E[None, None]
-  choice_BTge = choice_BTE.reshape(*choice_BTE.shape[:2], c.n_group, -1)
-  group_score_BTg = jax.lax.top_k(choice_BTge, 2)[0].sum(-1)
-  _, best_groups_BTK = jax.lax.top_k(group_score_BTg, c.topk_group)
-  chosen_BTg = jax.nn.one_hot(best_groups_BTK, c.n_group, dtype=bool).any(2)
-  choice_BTge = jnp.where(chosen_BTg[..., None], choice_BTge, -jnp.inf)
-  _, ids_BTK = jax.lax.top_k(choice_BTge.reshape(score_BTE.shape), c.num_experts_per_tok)
-  weight_BTK = jnp.take_along_axis(score_BTE, ids_BTK, -1)
-  if c.norm_topk_prob:
-    weight_BTK /= weight_BTK.sum(-1, keepdims=True) + 1e-20
-  return ids_BTK, weight_BTK * c.routed_scaling_factor
+    c, score_BTE = self.config, jax.nn.sigmoid(self.experts.logits(y_BTD))
+    ids_BTK, weight_BTK = grouped_top_k(
+      score_BTE,
+      self.balance[...],
+      c.num_experts_per_tok,
+      c.n_group,
+      c.topk_group,
+      c.norm_topk_prob,
+    )
+    return ids_BTK, weight_BTK * c.routed_scaling_factor
 
 
 class Model(_decoder.Model):

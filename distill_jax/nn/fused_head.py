@@ -50,8 +50,9 @@ ChunkFn = Callable[[jax.Array, Batch], PyTree]
 # (logits_BCV float32, a chunk of the batch) -> (loss, metrics). The loss is a scalar, which is
 # differentiated; the metrics are a tree of arrays. Both are summed over chunks.
 ChunkLossFn = Callable[[jax.Array, Batch], tuple[jax.Array, PyTree]]
-SumOverBatch = Callable[[PyTree], PyTree]  # sums a tree over the devices that hold other sequences
+SumOverBatch = Callable[[PyTree], PyTree]  # sums a tree over the devices with other positions
 _float32_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
 BLOCK_BYTES = 2**23  # maximum size of the part of the head's gradient that one product computes
 
 
@@ -63,6 +64,7 @@ def fold(
   chunk: int,
   vocab_size: int | None = None,
   batch_axes: tuple[str, ...] = sharding.BATCH,
+  seq_axis: str | None = None,
 ) -> PyTree:
   """Sums `chunk_fn(logits_BCV, chunk of the batch)` over chunks, for metrics.
 
@@ -74,7 +76,7 @@ def fold(
     The summed tree. To differentiate it, use `loss`.
   """
   scan = functools.partial(_scan_values, chunk_fn, chunk, vocab_size)
-  return _per_batch_shard(scan, P(), batch_axes, hidden_BTD, head_VD, batch)
+  return _per_shard(scan, P(), batch_axes, seq_axis, hidden_BTD, head_VD, batch)
 
 
 def loss(
@@ -85,6 +87,7 @@ def loss(
   chunk: int,
   vocab_size: int | None = None,
   batch_axes: tuple[str, ...] = sharding.BATCH,
+  seq_axis: str | None = None,
   vocab_axis: MeshAxes = sharding.VOCAB,
 ) -> tuple[jax.Array, PyTree]:
   """Sums a loss over chunks, and computes its gradient in the forward pass.
@@ -93,8 +96,8 @@ def loss(
   it by the number of tokens of the global batch, i.e. of all devices and microbatches, not of this
   chunk or device. The caller counts these tokens first, as training.step does.
 
-  On a mesh set with `jax.set_mesh`, each device processes its own sequences, and results are summed
-  over `batch_axes` once, at the end.
+  On a mesh set with `jax.set_mesh`, each device processes its own positions of its own sequences,
+  and results are summed over `batch_axes` and `seq_axis` once, at the end.
 
   Args:
     loss_fn: (logits_BCV float32, chunk of the batch) -> (loss, metrics). The loss is a scalar,
@@ -105,6 +108,7 @@ def loss(
     chunk: the number of positions of each sequence in a chunk. It need not divide T.
     vocab_size: the number of rows of the head that are not padding; None for all.
     batch_axes: the mesh axes over which sequences are sharded.
+    seq_axis: the mesh axis over which positions are sharded; None if they are not.
     vocab_axis: the mesh axis, or axes, over which the rows of the head are sharded; None if they
       are not.
 
@@ -119,15 +123,15 @@ def loss(
 
   @jax.custom_vjp
   def total_loss(hidden_BTD, head_VD):
-    return fold(loss_fn, hidden_BTD, head_VD, batch, chunk, vocab_size, batch_axes)
+    return fold(loss_fn, hidden_BTD, head_VD, batch, chunk, vocab_size, batch_axes, seq_axis)
 
   def forward(hidden_BTD, head_VD):
     head_is_trained, head_VD = head_VD.perturbed, head_VD.value
     shards = mesh_in_use.spread(vocab_axis, "vocab_axis")
     scan = functools.partial(_scan_gradients, loss_fn, chunk, vocab_size, shards, head_is_trained)
-    out_specs = (P(), P(), P(batch_axes))
-    sums, head_grad_VD, hidden_grad_BTD = _per_batch_shard(
-      scan, out_specs, batch_axes, hidden_BTD.value, head_VD, batch
+    out_specs = (P(), P(), P(batch_axes, seq_axis))
+    sums, head_grad_VD, hidden_grad_BTD = _per_shard(
+      scan, out_specs, batch_axes, seq_axis, hidden_BTD.value, head_VD, batch
     )
     return sums, (hidden_grad_BTD, jax.tree.map(lambda g: g.astype(head_VD.dtype), head_grad_VD))
 
@@ -150,7 +154,7 @@ def _scan_values(
   batch: Batch,
   sum_over_batch: SumOverBatch,
 ) -> PyTree:
-  """Computes `fold` for one device's sequences."""
+  """Computes `fold` for one device's positions."""
   pieces = _split(hidden_BTD, batch, chunk)
 
   def value_of(hidden_BCD, piece):
@@ -176,7 +180,7 @@ def _scan_gradients(
   batch: Batch,
   sum_over_batch: SumOverBatch,
 ) -> tuple[tuple[jax.Array, PyTree], jax.Array | None, jax.Array]:
-  """Computes `loss` and its gradients for one device's sequences.
+  """Computes `loss` and its gradients for one device's positions.
 
   The scan over chunks carries two sums and outputs a gradient for each chunk:
 
@@ -188,7 +192,7 @@ def _scan_gradients(
 
   Returns:
     ((loss, metrics), gradient of the head [V, D] float32, gradient of the hidden states [B, T, D]).
-    The first two are sums over all devices' sequences, the last is for this device's sequences.
+    The first two are sums over all devices' positions, the last is for this device's positions.
     Without `head_is_trained` the gradient of the head is None everywhere.
   """
   pieces = _split(hidden_BTD, batch, chunk)
@@ -278,34 +282,37 @@ def _pull_back(
   return hidden_grad_BCD.astype(head_svD.dtype), head_grad_svD
 
 
-def _per_batch_shard(
+def _per_shard(
   scan: Callable[..., PyTree],
   out_specs: PyTree,
   batch_axes: tuple[str, ...],
+  seq_axis: str | None,
   hidden_BTD: jax.Array,
   head_VD: jax.Array,
   batch: Batch,
 ) -> PyTree:
-  """Runs `scan(hidden, head, batch, sum_over_batch)` on each device's own sequences.
+  """Runs `scan(hidden, head, batch, sum_over_batch)` on each device's own positions.
 
   Without this, the partitioner would sum the head's gradient over devices after every chunk. The
   vocabulary is still sharded by the partitioner.
   """
   batch = batch.replace(inputs=None, valid_BS=None)  # unused by the head
-  mesh_in_use.check_axis_types(batch_axes)
-  if mesh_in_use.spread(batch_axes, "batch_axes") == 1:
+  axes = batch_axes if seq_axis is None else (*batch_axes, seq_axis)
+  mesh_in_use.check_axis_types(axes)
+  if mesh_in_use.spread(batch_axes, "batch_axes") * mesh_in_use.spread(seq_axis, "seq_axis") == 1:
     return scan(hidden_BTD, head_VD, batch, lambda tree: tree)
   mesh_in_use.divide(hidden_BTD.shape[0], batch_axes, "batch_axes", "The batch")
-  rows = P(batch_axes)
-  specs = jax.tree.map(lambda _: rows, batch)
+  mesh_in_use.divide(hidden_BTD.shape[1], seq_axis, "seq_axis", "The sequence")
+  positions = P(batch_axes, seq_axis)
+  specs = jax.tree.map(lambda _: positions, batch)
   for name, t in batch.targets.items():
-    if t.head_VD is not None:  # not sharded over the batch axes, like the student's head
+    if t.head_VD is not None:  # not sharded over these axes, like the student's head
       specs.targets[name] = specs.targets[name].replace(head_VD=P())
   return jax.shard_map(
-    functools.partial(scan, sum_over_batch=lambda tree: jax.lax.psum(tree, batch_axes)),
-    in_specs=(rows, P(), specs),
+    functools.partial(scan, sum_over_batch=lambda tree: jax.lax.psum(tree, axes)),
+    in_specs=(positions, P(), specs),
     out_specs=out_specs,
-    axis_names=set(batch_axes),
+    axis_names=set(axes),
     check_vma=False,
   )(hidden_BTD, head_VD, batch)
 

@@ -1,9 +1,8 @@
-"""The device mesh, and the table that maps logical axes to mesh axes.
+"""The table that maps logical axes to mesh axes, and the rows of a batch on each process.
 
-Models use logical axes only. The fused head takes the mesh axes of sequences and vocabulary as
-arguments, BATCH and VOCAB by default. A parameter is stored with the sharding of the storage
-column and gathered to that of the compute column where it is used. Activations have the sharding
-of the compute column.
+Models use logical axes only. The fused head takes the mesh axes of sequences, positions and
+vocabulary as arguments. A parameter is stored with the sharding of the storage column and gathered
+to that of the compute column where it is used. Activations have the sharding of the compute column.
 """
 
 from __future__ import annotations
@@ -11,36 +10,46 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 
 from distill_jax.errors import InputError, bad_value
 from distill_jax.nn import params
+from distill_jax.nn.mesh import MESH_AXES, MeshOptions, make_mesh, mesh_shape
 from distill_jax.types import PyTree
 
+__all__ = [
+  "BATCH",
+  "MESH_AXES",
+  "SEQ",
+  "STORED",
+  "TABLE",
+  "VOCAB",
+  "MeshAxes",
+  "MeshOptions",
+  "Rows",
+  "Rules",
+  "batch_sharding",
+  "check_batch",
+  "constrain",
+  "make_mesh",
+  "mesh_axis_names",
+  "mesh_shape",
+  "replicated",
+  "row_shards",
+  "rows",
+  "rules",
+  "shardings",
+  "with_shardings",
+]
 
-@dataclasses.dataclass(frozen=True)
-class MeshOptions:
-  """The device mesh: the number of devices on each axis."""
-
-  data: int = 1
-  """Devices on the data axis: sequences are split, parameters are copied. -1: all remaining
-  devices. Only this axis may span several slices."""
-  fsdp: int = -1
-  """Devices on the FSDP axis: sequences and stored parameters are split. -1: all remaining
-  devices."""
-  tensor: int = 1
-  """Devices on the tensor axis: heads, feed-forward channels, experts and the vocabulary are split.
-  -1: all remaining devices."""
-
-
-MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # mesh axes over which sequences are sharded
+SEQ = "context"  # mesh axis over which positions are sharded
+STORED = ("fsdp", "context")  # mesh axes over which stored parameters are sharded
 VOCAB = "tensor"  # mesh axis over which the vocabulary is sharded
 
 # The mesh axes over which one array axis is sharded: none, one, or several.
@@ -50,16 +59,16 @@ MeshAxes = str | tuple[str, ...] | None
 # `embed`, its rows would be looked up along the mesh axis over which the batch is sharded.
 TABLE: dict[str, tuple[MeshAxes, MeshAxes]] = {
   "batch": (None, BATCH),
-  "seq": (None, None),
-  "embed": ("fsdp", None),
-  "table": ("fsdp", None),
+  "seq": (None, SEQ),
+  "embed": (STORED, None),
+  "table": (STORED, None),
   "vocab": (VOCAB, VOCAB),
   "heads": ("tensor", "tensor"),
   "kv_heads": ("tensor", "tensor"),
   "head_dim": (None, None),
   "mlp": ("tensor", "tensor"),
   "latent": (None, None),  # the narrow output of a first product
-  "from_latent": ("fsdp", None),  # the same axis, as the input of a second product
+  "from_latent": (STORED, None),  # the same axis, as the input of a second product
   "norm": (None, None),
   "bias": (None, None),
   "experts": ("tensor", "tensor"),
@@ -142,65 +151,6 @@ def rules(changes: Mapping[str, tuple[str, ...]]) -> Rules:
   return Rules(tuple(table.items()))
 
 
-def make_mesh(
-  data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
-  """Returns a mesh with axes (data, fsdp, tensor).
-
-  With TPUs in several slices, only the data axis crosses the slow network between slices. Other
-  devices are in the order of their processes, and any axis may cross processes: the slice_index of
-  a GPU is the number of its node or of its NVLink domain.
-
-  Args:
-    data: the size of the data axis. One of the three sizes may be -1, for all remaining devices.
-    fsdp: the size of the fsdp axis.
-    tensor: the size of the tensor axis.
-    devices: the devices; None for all devices of jax.
-
-  Raises:
-    InputError: the sizes do not fit the number of devices or slices.
-  """
-  devices = list(jax.devices() if devices is None else devices)
-  shape = mesh_shape(data, fsdp, tensor, len(devices))
-  if devices[0].platform != "tpu":
-    grid = np.array(sorted(devices, key=lambda d: (d.process_index, d.id))).reshape(shape)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-  slices = len({getattr(d, "slice_index", None) for d in devices})
-  if shape[0] % slices:
-    expected = f"a multiple of {slices}, the number of slices, which only this axis spans"
-    raise bad_value("mesh.data", shape[0], expected, "Change mesh.data")
-  split = {"allow_split_physical_axes": True}
-  if slices == 1:
-    grid = mesh_utils.create_device_mesh(shape, devices, **split)
-  else:
-    within = (shape[0] // slices, *shape[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, **split)
-  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def mesh_shape(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
-  """Returns the sizes of the mesh axes for a number of devices, with a -1 resolved.
-
-  Raises:
-    InputError: the sizes do not fit the number of devices.
-  """
-  shape = [data, fsdp, tensor]
-  if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
-    expected = "positive sizes, of which one may be -1 (all remaining devices)"
-    raise bad_value("mesh", dict(zip(MESH_AXES, shape, strict=True)), expected, "Change the sizes")
-  if -1 in shape:
-    known = -math.prod(shape)
-    if devices % known:
-      sizes = dict(zip(MESH_AXES, shape, strict=True))
-      raise bad_value("mesh", sizes, f"sizes that divide {devices} devices", "Change the sizes")
-    shape[shape.index(-1)] = devices // known
-  if math.prod(shape) != devices:
-    sizes = dict(zip(MESH_AXES, shape, strict=True))
-    expected = f"sizes whose product is {devices}, the number of devices"
-    raise bad_value("mesh", sizes, expected, "Set mesh.fsdp=-1 to use all devices")
-  return shape[0], shape[1], shape[2]
-
-
 def shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
   """Returns the storage sharding of every leaf of a tree.
 
@@ -281,9 +231,16 @@ def check_batch(name: str, size: int, mesh: Mesh, accumulate: int = 1) -> None:
     raise bad_value(name, size, expected, "Change the batch size or the mesh")
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of a batch: the first axis over the mesh axes BATCH."""
-  return NamedSharding(mesh, PartitionSpec(BATCH))
+def batch_sharding(mesh: Mesh, seq_axis: int | None = None) -> NamedSharding:
+  """Returns the sharding of an array of a batch: the first axis over the mesh axes BATCH.
+
+  Args:
+    mesh: the mesh.
+    seq_axis: the array axis of positions, which is sharded over the mesh axis SEQ; None for none.
+  """
+  if seq_axis is None or mesh.shape[SEQ] == 1:
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+  return NamedSharding(mesh, PartitionSpec(BATCH, *(None,) * (seq_axis - 1), SEQ))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from distill_jax.config import Config
 from distill_jax.errors import bad_value
-from distill_jax.models import loading
+from distill_jax.models import loading, long_context
 from distill_jax.models.loading import ModelSource
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
@@ -122,8 +122,8 @@ def _train(config: Config, mesh: Mesh) -> LoweredStep:
     train=dataclasses.replace(c, records=c.records if config.tasks else ("records",)),
   )
   validate.check_run(without_files, opened, student)
-  sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
   online = state.online_teachers(config)
+  validate.check_mesh(without_files, opened, [student, *online.values()], mesh)
   step = loop.make_step(config, opened, student, online.get("teacher"))
   validate.check_features(config, step, opened)
   abstract = state.abstract_state(step, opened, student)
@@ -155,6 +155,8 @@ def _record(config: Config, mesh: Mesh) -> LoweredStep:
     raise bad_value(key, c.logprobs or c.kind, expected, "Run preflight with another config")
   sharding.check_batch("records.batch_size", c.batch_size, mesh)
   teacher = loading.open_source(config.teacher, config.seed)
+  positions = {"data": config.data.seq_len}
+  long_context.check(mesh, positions, [teacher], of_tasks=bool(config.tasks))
   if config.tasks:
     corpus = dataset.open_corpus(config, teacher.pretrained, teacher.config)
     manifest = planned_manifest(config, corpus.classes, corpus.positions)
@@ -221,12 +223,11 @@ def planned_batch(
     row |= {prefix + field: x for field, x in record.items() if field not in fields.WITHOUT_TARGETS}
   recorded = Recorded(temperature=manifest.temperature, missing_mass=manifest.missing_mass)
   batch = collate.collate([row], "teacher" in teachers, reader, recorded)
-  by_rows = sharding.batch_sharding(mesh)
 
-  def of_all_rows(x: np.ndarray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=by_rows)
+  def of_all_rows(x: np.ndarray, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding)
 
-  return jax.tree.map(of_all_rows, batch)
+  return jax.tree.map(of_all_rows, batch, collate.shardings(batch, mesh))
 
 
 def bytes_of(tree: PyTree) -> int:

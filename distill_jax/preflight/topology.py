@@ -87,6 +87,6 @@ def make_mesh(config: MeshOptions, topology: str, num_slices: int = 1) -> jax.sh
   if any(d.core_on_chip for d in described) and topology.startswith("v4:"):
     # A v4 chip is one device, but libtpu describes its two cores, which mesh_utils cannot place.
     shape = sharding.mesh_shape(**vars(config), devices=len(described))
-    axes = {"axis_types": (jax.sharding.AxisType.Auto,) * 3}
+    axes = {"axis_types": (jax.sharding.AxisType.Auto,) * len(sharding.MESH_AXES)}
     return jax.sharding.Mesh(np.reshape(described, shape), sharding.MESH_AXES, **axes)
   return sharding.make_mesh(**vars(config), devices=described)

@@ -61,7 +61,7 @@ def _generate(
   config: Config, model: ModelOptions, folder: Path, name: str, cache_len: int
 ) -> list[str]:
   """Returns a continuation of each prompt; on other processes than the first, none."""
-  mesh = sharding.make_mesh(**vars(config.mesh))
+  mesh = sharding.make_mesh(**vars(config.mesh.whole_rows()))
   rows = sharding.row_shards(mesh)
   size = rows * -(-PROMPTS // rows)
   job = GenerationJob(

@@ -8,10 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.tree_util import KeyPath
 
 from distill_jax.data import model_rows
 from distill_jax.errors import InputError
 from distill_jax.losses import SampledTargets, TopKTargets
+from distill_jax.nn import sharding
 from distill_jax.nn.sharding import Rows
 from distill_jax.records import fields, taps
 from distill_jax.records.fields import Record
@@ -114,8 +117,27 @@ def streamed_batches(examples: Iterable[dict[str, np.ndarray]], rows: Rows) -> I
     yield collate([taken[i] if i < len(taken) else padding for i in rows.held.tolist()])
 
 
+def shardings(batch: Tree, mesh: Mesh) -> Tree:
+  """Returns the sharding of each array of a batch: of its rows, and of its positions.
+
+  Args:
+    batch: A tree of arrays, or of their shapes, whose first axis is rows. With a context axis, the
+      second axis of every array with several is positions, or the third of features.
+    mesh: The mesh.
+  """
+
+  def of_array(path: KeyPath, x: jax.ShapeDtypeStruct) -> NamedSharding:
+    features = str(path[-1]).endswith(fields.TAPS.batch)
+    return sharding.batch_sharding(mesh, 2 if features else 1 if x.ndim > 1 else None)
+
+  return jax.tree_util.tree_map_with_path(of_array, batch)
+
+
 def to_device(batch: Tree, rows: Rows) -> Tree:
   """Returns a global batch, or any tree of rows, from the rows that each process holds.
+
+  With a context axis, a device gets its part of the positions. A process reads its rows whole:
+  where a sequence of 131,072 tokens spans 4 hosts, each reads 5 MB of records for it.
 
   Args:
     batch: A tree of arrays with the rows `rows.held` of the batch.
@@ -125,7 +147,7 @@ def to_device(batch: Tree, rows: Rows) -> Tree:
     InputError: An array has another number of rows.
   """
 
-  def global_array(x: np.ndarray) -> jax.Array:
+  def global_array(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
     if len(x) != len(rows.held):
       raise InputError(
         f"Process {rows.process} has {len(x)} rows of a batch of {rows.size}; expected the "
@@ -136,11 +158,11 @@ def to_device(batch: Tree, rows: Rows) -> Tree:
       assert index is not None
       start, stop, _ = index[0].indices(rows.size)
       first = int(np.searchsorted(rows.held, start))
-      return x[first : first + stop - start]
+      return x[first : first + stop - start, *index[1:]]
 
-    return jax.make_array_from_callback((rows.size, *x.shape[1:]), rows.sharding, of_device)
+    return jax.make_array_from_callback((rows.size, *x.shape[1:]), sharding, of_device)
 
-  return jax.tree.map(global_array, batch)
+  return jax.tree.map(global_array, batch, shardings(batch, rows.sharding.mesh))
 
 
 def local_rows(x: jax.Array, index_B: np.ndarray) -> np.ndarray:

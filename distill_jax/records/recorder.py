@@ -104,6 +104,7 @@ def predicted(
   chunk: int,
   soft_cap: float | None = None,
   batch_axes: tuple[str, ...] = sharding.BATCH,
+  seq_axis: str | None = None,
   vocab_axis: MeshAxes = sharding.VOCAB,
 ) -> dict[str, jax.Array]:
   """Returns the targets of a teacher's distributions, by field, with the batch axis first.
@@ -119,6 +120,7 @@ def predicted(
     chunk: See `sampler.summarise`.
     soft_cap: See `sampler.summarise`.
     batch_axes: See `sampler.summarise`.
+    seq_axis: See `sampler.summarise`; only with `hidden_BTD`.
     vocab_axis: See `sampler.summarise`.
   """
   T = labels_BT.shape[1]
@@ -128,6 +130,7 @@ def predicted(
     summary = sampler.summarise_logits(logits_BTV, labels_BT, u_BT, spec, chunk=chunk, **axes)
   else:
     assert hidden_BTD is not None and head_VD is not None
+    axes["seq_axis"] = seq_axis
     summary = sampler.summarise(
       hidden_BTD, head_VD, labels_BT, u_BT, spec, chunk=chunk, soft_cap=soft_cap, **axes
     )
@@ -183,6 +186,7 @@ class TeacherPass:
       head_VD=head_VD,
       chunk=c.chunk,
       soft_cap=out.soft_cap,
+      seq_axis=sharding.SEQ,
     )
     if c.taps:
       kept = features.extract(model, out, batch.model_inputs, self.compute)

@@ -86,12 +86,13 @@ def summarise(
   chunk: int,
   soft_cap: float | None = None,
   batch_axes: tuple[str, ...] = sharding.BATCH,
+  seq_axis: str | None = None,
   vocab_axis: MeshAxes = sharding.VOCAB,
 ) -> dict[str, jax.Array]:
   """Returns the targets of a teacher's outputs, without computing all [B, T, V] logits at once.
 
-  Under a mesh, B is sharded over `batch_axes` and V over `vocab_axis`. The sizes of the axes must
-  divide B and V.
+  Under a mesh, B is sharded over `batch_axes`, T over `seq_axis` and V over `vocab_axis`. The sizes
+  of the axes must divide B, T and V.
 
   Args:
     hidden_BTD: Hidden states after the final norm.
@@ -103,6 +104,7 @@ def summarise(
     chunk: Number of positions whose logits are in memory at once. It need not divide T.
     soft_cap: Soft cap of the logits, applied before the temperature.
     batch_axes: Names of the mesh axes of the batch.
+    seq_axis: Name of the mesh axis of positions; None if they are not sharded.
     vocab_axis: Names of the mesh axes of the vocabulary.
 
   Returns:
@@ -122,12 +124,13 @@ def summarise(
     if mesh_in_use.no_mesh():
       return scan(hidden_BTD, head_VD, labels_BT, u_BT)
     mesh_in_use.divide(hidden_BTD.shape[0], batch_axes, "batch_axes", "The batch")
+    mesh_in_use.divide(hidden_BTD.shape[1], seq_axis, "seq_axis", "The sequence")
     mesh_in_use.divide(head_VD.shape[0], vocab_axis, "vocab_axis", "The head")
-    batch, vocab = PartitionSpec(batch_axes), PartitionSpec(vocab_axis)
+    positions, vocab = PartitionSpec(batch_axes, seq_axis), PartitionSpec(vocab_axis)
     return jax.shard_map(
       functools.partial(scan, axis=vocab_axis),
-      in_specs=(batch, vocab, batch, batch),
-      out_specs=batch,
+      in_specs=(positions, vocab, positions, positions),
+      out_specs=positions,
       check_vma=False,
     )(hidden_BTD, head_VD, labels_BT, u_BT)
 
@@ -142,7 +145,7 @@ def _scan_chunks(
   soft_cap: float | None,
   axis: MeshAxes = None,
 ) -> dict[str, jax.Array]:
-  """Returns the output of `summarise` for one device's sequences and rows of the head.
+  """Returns the output of `summarise` for one device's positions and rows of the head.
 
   Args:
     hidden_BTD: See `summarise`.

@@ -62,8 +62,8 @@ def train(config: Config, workdir: Path) -> JsonObject:
   validate_heldout.check(config, stores, heldout, student)
   mesh = sharding.make_mesh(**vars(config.mesh))
   c = config.train
-  sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
   online = online_teachers(config)
+  validate.check_mesh(config, stores, [student, *online.values()], mesh)
   step = make_step(config, stores, student, online.get("teacher"))
   validate.check_features(config, step, stores)
   evaluation = Evaluation(config, step, stores, heldout, mesh)

@@ -14,7 +14,7 @@ import optax
 from distill_jax.losses import BaseLoss, FeatureLoss, TokenLoss, count_labels, features, fused_loss
 from distill_jax.losses.features import Features, FeatureSpec
 from distill_jax.models.trainables import WHOLE, Trainable
-from distill_jax.nn import params
+from distill_jax.nn import params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.training import token_metrics
 from distill_jax.training.outputs import (
@@ -259,6 +259,7 @@ class Step:
       vocab_size=self.vocab_size,
       soft_cap=out.soft_cap,
       weights=weights,
+      seq_axis=sharding.SEQ,
       metrics=functools.partial(token_metrics.means, first_classes=self.first_classes),
     )
 

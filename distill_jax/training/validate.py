@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from jax.sharding import Mesh
+
 from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError, bad_value
 from distill_jax.losses import BaseLoss, TokenLoss
-from distill_jax.models import loading
+from distill_jax.models import loading, long_context
 from distill_jax.models.loading import ModelSource
+from distill_jax.nn import sharding
 from distill_jax.records.manifest import Manifest
 from distill_jax.training.step import Step
 from distill_jax.training.stores import Stores
@@ -34,6 +39,22 @@ def check_run(config: Config, stores: Stores, student: ModelSource | None = None
   check_text_fits(config, student, stores)
   check_records(config, stores)
   check_schedules(config)
+
+
+def check_mesh(config: Config, stores: Stores, models: Sequence[ModelSource], mesh: Mesh) -> None:
+  """Raises InputError if a batch cannot be divided over the mesh.
+
+  Args:
+    config: The config of the run.
+    stores: The stores it trains on.
+    models: The student, and the teachers that run in the step.
+    mesh: The mesh.
+  """
+  c = config.train
+  sharding.check_batch("train.batch_size", c.batch_size, mesh, config.optim.accumulate)
+  names = c.records or tuple(config.tasks)
+  positions = {n: store.manifest.seq_len for n, store in zip(names, stores, strict=True)}
+  long_context.check(mesh, positions, models, of_tasks=bool(config.tasks))
 
 
 def check_losses(config: Config) -> None:

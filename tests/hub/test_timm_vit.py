@@ -77,7 +77,7 @@ def test_logits_are_those_of_transformers_on_one_device_and_four(case):
   assert parity.error((out.hidden_BTD @ out.head_VD.T)[:, 0], want) < 2e-6
   # Slices of the thirds, with heads and embeddings sharded over two devices each.
   spread = load.load_model(
-    pretrained, sharding.make_mesh(1, 2, 2, jax.devices()[:4]), layers.ComputeConfig()
+    pretrained, sharding.make_mesh(1, 2, 2, devices=jax.devices()[:4]), layers.ComputeConfig()
   )
   for (name, a), (_, b) in zip(params.named_params(spread), params.named_params(ours), strict=True):
     np.testing.assert_array_equal(np.asarray(a[...]), np.asarray(b[...]), err_msg=name)
