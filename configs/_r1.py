@@ -9,6 +9,13 @@ TEACHERS = {  # family: repository, shape
 }
 
 
+LONG = 131_072  # tokens; a sequence is spread over 16 devices
+YARN = {  # as Qwen's documentation prescribes for more than 32,768 tokens
+  "max_position_embeddings": LONG,
+  "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768},
+}
+
+
 def student(family, name, shape, seq_len, batch, fsdp, peak_lr):
   """Returns the config of a student.
 
@@ -33,6 +40,10 @@ def student(family, name, shape, seq_len, batch, fsdp, peak_lr):
   c.teacher.dtype = c.teacher.param_dtype = c.student.dtype = "bfloat16"
   c.student.remat = "full"
   c.mesh.data, c.mesh.fsdp = -1, fsdp
+  if int(seq_len) == LONG:
+    c.mesh.data, c.mesh.fsdp, c.mesh.context = 1, -1, 16
+    if family == "qwen2":
+      c.student.changes = c.teacher.changes = YARN
 
   c.data.kind = "jsonl"
   c.data.path = "data/r1.jsonl"

@@ -24,7 +24,7 @@ def get_config(seq_len="4096"):
     "meta-llama/Llama-3.3-70B-Instruct",
     "llama-3.3-70b",
     seq_len,
-    batch={4_096: 256, 32_768: 128},
+    batch={4_096: 256, 32_768: 128, 131_072: 4},
     fsdp=64,
     peak_lr=2e-5,
   )

@@ -24,7 +24,7 @@ def get_config(seq_len="4096"):
     "Qwen/Qwen2.5-7B",
     "qwen2.5-7b",
     seq_len,
-    batch={4_096: 256, 32_768: 64},
+    batch={4_096: 256, 32_768: 64, 131_072: 4},
     fsdp=32,
     peak_lr=8e-5,
   )

@@ -29,6 +29,8 @@ def get_config(seq_len="4096"):
   c.teacher.family, c.teacher.shape = "deepseek_v3", "deepseek-v3"
   c.teacher.dtype = c.teacher.param_dtype = "bfloat16"
   c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, -1, 4
+  if int(seq_len) == 131_072:
+    c.mesh.context = 8  # sequences are spread over 8 groups of 4 devices
 
   c.data.kind = "jsonl"
   c.data.path = "data/r1.jsonl"
@@ -37,6 +39,6 @@ def get_config(seq_len="4096"):
 
   c.records.kind = "sampled"
   c.records.n = 63
-  c.records.batch_size = {4_096: 64, 32_768: 16}[int(seq_len)]
+  c.records.batch_size = {4_096: 64, 32_768: 16, 131_072: 2}[int(seq_len)]
   c.records.tokens_per_shard = 2**18
   return c

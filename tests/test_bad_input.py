@@ -232,6 +232,16 @@ def test_mesh_that_does_not_fit(at):
   )
 
 
+def test_a_context_axis_that_does_not_fit(at):
+  spread = f"{RANDOM}; c.mesh.fsdp = 1; c.mesh.context = 4"
+  assert (
+    "mesh.context is 4; expected a divisor of 36 / 2, where 36 is the number of positions in a row "
+    "of data" in at("record", f"{spread}; c.data.seq_len = 36")
+  )
+  error = at("record", f"{spread}; c.teacher.family = 'bert'", workdir="other")
+  assert "mesh.context is 4; expected 1 with the family 'bert'" in error
+
+
 def test_missing_records(at):
   assert "records" in at("train")
 

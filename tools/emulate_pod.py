@@ -246,7 +246,7 @@ def grow(rig: Rig, small: str, large: str) -> tuple[dict[str, float], dict[str, 
     out = f"{url}/growth"
     of_record = rig.step(f"{url}: record", ["record"], url, out, "records", rig.processes, Limits())
     of_train = rig.step(f"{url}: train", ["train"], url, out, "student", rig.processes, Limits())
-    groups = 1 if rig.axis == "tensor" else rig.processes
+    groups = 1 if rig.axis in ("context", "tensor") else rig.processes
     rows = rig.count(f"{out}/records", ".array_record.json") * ROWS_PER_SHARD
     trained = 60 * 8 / groups / rows  # the share of the store that a process trains on
     weights = rig.fs.size(f"{url}/teacher/model.safetensors") / rig.processes
@@ -276,7 +276,7 @@ def main() -> None:
   """Runs the emulation and prints its result."""
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--store", choices=("s3", "gs"), default="s3")
-  parser.add_argument("--axis", choices=("data", "fsdp", "tensor"), default="tensor")
+  parser.add_argument("--axis", choices=("data", "fsdp", "context", "tensor"), default="tensor")
   parser.add_argument("--processes", type=int, default=2)
   parser.add_argument("--growth", action="store_true", help="also a corpus ten times larger")
   args = parser.parse_args()

@@ -14,7 +14,7 @@ ROWS_PER_SHARD = 32
 def get_config(argument):
   url, axis, out = argument.split(",")
   c = config.base()
-  for name in ("data", "fsdp", "tensor"):
+  for name in ("data", "fsdp", "context", "tensor"):
     setattr(c.mesh, name, -1 if name == axis else 1)
   c.teacher.source, c.student.source = f"{url}/teacher", f"{url}/student"
   c.data.kind = "jsonl"

@@ -18,7 +18,7 @@ from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.load import Overrides, check_layers, load_model
 from distill_jax.hub.pretrained import Pretrained, open_model
 from distill_jax.hub.tokenizer import TokenizerFiles
-from distill_jax.models import DecoderConfig, DecoderModel, trainables
+from distill_jax.models import DecoderConfig, DecoderModel, _rope, trainables
 from distill_jax.models.options import ModelOptions, StudentOptions
 from distill_jax.models.runs import BEST, RUN, Run, run_folder
 from distill_jax.models.trainables import LayerSharing, Trainable
@@ -289,7 +289,8 @@ def apply_changes(config: ConfigT, changes: JsonObject, prefix: str = "") -> Con
 
   Args:
     config: the Config, or a Config inside it.
-    changes: new values by field; for a Config inside the Config, a dict of its fields.
+    changes: new values by field; for a Config inside the Config, a dict of its fields; for
+      another rope scaling, a dict with its rope_type, as in config.json.
     prefix: the path of `config` in the family's Config, e.g. "vision.", for errors.
 
   Raises:
@@ -305,7 +306,9 @@ def apply_changes(config: ConfigT, changes: JsonObject, prefix: str = "") -> Con
         f"changes is {prefix + key!r}; expected fields of this model's config. {hint}"
       )
     values[key] = tuple(value) if isinstance(value, list) else value
-    if dataclasses.is_dataclass(inner := getattr(config, key)):
+    if key == "rope_scaling" and isinstance(value, dict) and "rope_type" in value:
+      values[key] = _rope.read(value)
+    elif dataclasses.is_dataclass(inner := getattr(config, key)):
       if not isinstance(value, dict):
         raise bad_value(f"changes.{prefix}{key}", value, "a dict of its fields", "Use a dict")
       values[key] = apply_changes(inner, value, f"{prefix}{key}.")

@@ -30,7 +30,9 @@ class ModelOptions:
   keep_layers: tuple[int, ...] = ()
   """Layers of the source to keep, numbered from 0, in this order. (): all layers."""
   changes: JsonObject = dataclasses.field(default_factory=dict)
-  """Overrides for fields of the architecture config, e.g. {"num_labels": 10}."""
+  """Overrides for fields of the architecture config, e.g. {"num_labels": 10}, or for longer texts
+  {"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+  "original_max_position_embeddings": 32768}}."""
   new: tuple[str, ...] = ()
   """Hugging Face parameter-name prefixes to initialise randomly instead of loading, e.g.
   ("classifier",)."""

@@ -77,7 +77,7 @@ def attention(
   heads, kv_heads = (
     rules.spec(("batch", "seq", name, "head_dim"), "compute") for name in ("heads", "kv_heads")
   )
-  if heads != kv_heads or heads[1] or heads[3]:
+  if heads != kv_heads or heads[1] not in (None, sharding.SEQ) or heads[3]:
     raise InputError(
       f"{kernel} attention runs on a device's own sequences and heads, but the rules shard queries "
       f"by {heads} and keys by {kv_heads}. Shard 'heads' and 'kv_heads' over the same mesh axes, "

@@ -132,7 +132,7 @@ def test_commands_for_a_slice_run_at_the_same_time(tmp_path):
   assert [p.returncode for p in both] == [0, 0, 2, 0], err + more
   r = json.loads(out.splitlines()[-1])
   assert all(r[key] is not None for key in KEYS) and r["fits"] and r["chips"] == 4
-  assert r["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
+  assert r["mesh"] == {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}
   parts, peak = sum(r["bytes_per_device"].values()), r["peak_bytes_per_device"]
   assert 0.9 * peak < parts <= peak  # the layouts of small arguments are padded
   twice = r["flops"]["recomputed"] + r["flops"]["masked"]
@@ -144,7 +144,7 @@ def test_commands_for_a_slice_run_at_the_same_time(tmp_path):
   assert words.startswith("Fits: ") and "records take about" in words
   assert "mesh.data is 1; expected a multiple of 2, the number of slices" in refused
   slow = json.loads(two.splitlines()[-1])
-  assert slow["chips"] == 8 and slow["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert slow["chips"] == 8 and slow["mesh"] == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
   assert set(r["collectives"]) | {"dcn all-reduce"} == set(slow["collectives"])
   # Each device sends its part of the gradient, once, and a few sums.
   gradient = slow["bytes_per_device"]["parameters"]
@@ -187,7 +187,7 @@ def test_the_smallest_slice_can_have_another_mesh(monkeypatch):
   found = slices.smallest_slice(config.resolve(c), "train", topology.Hardware("v5e:4x4"), fits=True)
   assert found == {
     "topology": "v5e:2x2",
-    "mesh": {"data": 1, "fsdp": 4, "tensor": 1},
+    "mesh": {"data": 1, "fsdp": 4, "context": 1, "tensor": 1},
     "proven": True,
     "peak_bytes_per_device": 2,
   }

@@ -72,6 +72,7 @@ POD = {  # mesh: (number of 64 rows that each of the 16 hosts holds, number of h
   (1, 1, 64): (64, 1),
   (2, 32, 1): (4, 16),  # configs/r1_qwen_7b.py
   (1, 32, 2): (4, 16),
+  (1, 4, 1, 16): (16, 4),  # configs/r1_qwen_7b.py:131072
 }
 
 
@@ -109,7 +110,7 @@ def test_the_advertised_job_on_four_nodes_passes_its_checks(monkeypatch):
   monkeypatch.syspath_prepend(ROOT / "configs")
   c = config.resolve(importlib.import_module("r1_qwen_7b").get_config())
   mesh = sharding.make_mesh(**vars(c.mesh), devices=devices)
-  assert dict(mesh.shape) == {"data": 1, "fsdp": 32, "tensor": 1}
+  assert dict(mesh.shape) == {"data": 1, "fsdp": 32, "context": 1, "tensor": 1}
   sharding.check_batch("train.batch_size", c.train.batch_size, mesh, c.optim.accumulate)
   check(mesh, c.train.batch_size)
 

@@ -24,14 +24,15 @@ from distill_jax.records.store import open_store
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.training.run_log import CLOCK
 
-AXES = {"data": (2, 1, 1), "fsdp": (1, 2, 1), "tensor": (1, 1, 2)}
-POD = {"pod": (1, 2, 2)}  # see mesh_worker.py
+AXES = {"data": (2, 1, 1, 1), "fsdp": (1, 2, 1, 1), "tensor": (1, 1, 2, 1)}
+CONTEXT = {"context": (1, 1, 1, 2)}
+POD = {"pod": (1, 2, 2, 1)}  # see mesh_worker.py
 SHAPE = dataclasses.replace(tiny_checkpoints.CONFIG, vocab_size=256, tie_word_embeddings=True)
 
 
 def across(c, axis):
   """Returns the config on a mesh of two devices, on one axis."""
-  c.mesh.data, c.mesh.fsdp, c.mesh.tensor = (AXES | POD)[axis]
+  c.mesh.data, c.mesh.fsdp, c.mesh.tensor, c.mesh.context = (AXES | CONTEXT | POD)[axis]
   return c
 
 
@@ -176,6 +177,12 @@ def compare_more(one, two):
 def test_the_tensor_axis_crosses_processes(tmp_path):
   """Before sharding.rows, `train` ended with half of the tokens, and no error."""
   for one, two in run_twice(tmp_path, core, ["tensor"]).values():
+    compare_core(one, two)
+
+
+@pytest.mark.slow
+def test_the_context_axis_crosses_processes(tmp_path):
+  for one, two in run_twice(tmp_path, core, ["context"]).values():
     compare_core(one, two)
 
 
