@@ -122,11 +122,12 @@ class Block(nnx.Module):
 
     On a mesh with a context axis, positions are in zig-zag order (see nn/context.py).
     """
-    how = segments_BT, window, self.config.attention_scale, compute.attention, compute.rules
+    q_BTHh, k_BTGh, v_BTGh = self.qkv(x_BTD, angles)
+    scale, kernel, rules = self.config.attention_scale, compute.attention, compute.rules
     if context.devices() > 1:
-      q_BTHh, k_BTGh, v_BTGh = self.qkv(x_BTD, angles)
-      return context.attend(q_BTHh, (k_BTGh, v_BTGh), *how)
-    return attention.attention(*self.qkv(x_BTD, angles), *how)
+      k_and_v = k_BTGh, v_BTGh
+      return context.attend(q_BTHh, k_and_v, segments_BT, window, scale, kernel, rules)
+    return attention.attention(q_BTHh, k_BTGh, v_BTGh, segments_BT, window, scale, kernel, rules)
 
   def project_heads(self, a_BTHh: jax.Array) -> jax.Array:
     """Returns the update of the residual by attention, given the output of its heads."""

@@ -96,7 +96,7 @@ def loss(
   it by the number of tokens of the global batch, i.e. of all devices and microbatches, not of this
   chunk or device. The caller counts these tokens first, as training.step does.
 
-  On a mesh set with `jax.set_mesh`, each device processes its own positions of its own sequences,
+  On a mesh set with `jax.set_mesh`, each device processes its part of the positions and sequences,
   and results are summed over `batch_axes` and `seq_axis` once, at the end.
 
   Args:

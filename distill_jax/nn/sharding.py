@@ -255,14 +255,14 @@ class Rows:
   writes one.
 
   Attributes:
-    sharding: The sharding of a batch.
+    mesh: The mesh.
     process: Index of the process.
     held: Indices of the rows that the process holds, in order.
     writer_B: The process that writes each row of the batch. The rows are divided evenly among the
       processes that hold them, if they can be. Process 0 is one of the writers.
   """
 
-  sharding: NamedSharding
+  mesh: Mesh
   process: int
   held: np.ndarray
   writer_B: np.ndarray
@@ -299,7 +299,7 @@ def rows(mesh: Mesh, size: int, process: int | None = None) -> Rows:
     blocks[writer] += 1
     writer_B[start:stop] = writer
     held[start:stop] = process in processes
-  return Rows(batch_sharding(mesh), process, np.flatnonzero(held), writer_B)
+  return Rows(mesh, process, np.flatnonzero(held), writer_B)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -162,7 +162,7 @@ def to_device(batch: Tree, rows: Rows) -> Tree:
 
     return jax.make_array_from_callback((rows.size, *x.shape[1:]), sharding, of_device)
 
-  return jax.tree.map(global_array, batch, shardings(batch, rows.sharding.mesh))
+  return jax.tree.map(global_array, batch, shardings(batch, rows.mesh))
 
 
 def local_rows(x: jax.Array, index_B: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """record, train and evaluate on a mesh with a context axis, against one without."""
 
+import heldout_runs
 import numpy as np
 import pytest
 import tiny
@@ -45,12 +46,13 @@ def test_record_and_train(tiny_run, tmp_path):
 def test_features_and_held_out_text(tiny_run, tmp_path):
   """Recorded features have their positions on the third axis."""
   rows = {}
-  for name, of in (("one", tiny.tiny), ("two", spread)):
-    c = of(tiny_run)
+  for name, axes in (("one", {}), ("two", {"fsdp": 1, "tensor": 2, "context": 2})):
+    c = heldout_runs.made(tmp_path / name, heldout=0)
+    c.mesh.update(axes)
     c.records.taps = (0, 2)
     c.losses.hidden = config.loss("hidden", layers="0:0 2:2")
     c.train.records, c.train.steps = (str(tmp_path / name / "records"),), 2
-    c.data.heldout_fraction, c.evaluate.sequences, c.evaluate.batch_size = 0.3, 4, 4
+    c.evaluate.sequences, c.evaluate.batch_size = 4, 4
     c.evaluate.models = {"student": f"run:{tmp_path / name / 'student'}"}
     record(c, tmp_path / name / "records")
     train(c, tmp_path / name / "student")

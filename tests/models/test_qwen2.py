@@ -6,7 +6,7 @@ import parity
 import pytest
 
 from distill_jax.errors import InputError
-from distill_jax.models import _rope, qwen2
+from distill_jax.models import _rope, loading, qwen2
 
 # Qwen2.5's recipe for long texts, with a length well below the positions up to 95.
 YARN = {
@@ -98,3 +98,10 @@ def test_kept_layers_keep_their_windows():
 def test_a_config_round_trips_through_config_json():
   scaled = dataclasses.replace(qwen2.TINY, rope_scaling=_rope.Yarn(4.0, 32, truncate=False))
   assert qwen2.Config.from_hf(scaled.to_hf()) == scaled
+
+
+def test_changes_can_set_another_rope_scaling():
+  rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+  changes = {"max_position_embeddings": 128, "rope_scaling": rope}
+  c = loading.apply_changes(qwen2.TINY, changes)
+  assert (c.max_position_embeddings, c.rope_scaling) == (128, _rope.Yarn(4.0, 32))
