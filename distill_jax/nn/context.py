@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from distill_jax.errors import InputError
-from distill_jax.nn import attention, sharding, splash
+from distill_jax.nn import attention, sharding
 from distill_jax.nn.sharding import SEQ
 from distill_jax.types import Tree
 
@@ -104,10 +104,9 @@ def attend(
     *gathered, segments_BK = [_gather(x) for x in (*to_gather, segments_BQ)]
     k_BKGh, v_BKGh = expand(*gathered, *weights)
     index_Q = _query_index(q_BQHh.shape[1])
-    given = q_BQHh, k_BKGh, v_BKGh, segments_BQ, segments_BK, index_Q, at, sizes, scale
-    if kernel == "splash":
-      return splash.attention(*given, chunk=len(index_Q) // 2)
-    return attention.dense(*given, "cudnn" if kernel == "cudnn" else "xla")
+    run = functools.partial(attention.on_a_device(kernel), sizes=sizes, scale=scale)
+    arrays = q_BQHh, k_BKGh, v_BKGh, segments_BQ, segments_BK, index_Q, at
+    return run(*arrays, chunk=len(index_Q) // 2)
 
   in_specs = (
     heads,
