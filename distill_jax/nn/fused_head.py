@@ -52,7 +52,6 @@ ChunkFn = Callable[[jax.Array, Batch], PyTree]
 ChunkLossFn = Callable[[jax.Array, Batch], tuple[jax.Array, PyTree]]
 SumOverBatch = Callable[[PyTree], PyTree]  # sums a tree over the devices with other positions
 _float32_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
 BLOCK_BYTES = 2**23  # maximum size of the part of the head's gradient that one product computes
 
 
@@ -66,14 +65,11 @@ def fold(
   batch_axes: tuple[str, ...] = sharding.BATCH,
   seq_axis: str | None = None,
 ) -> PyTree:
-  """Sums `chunk_fn(logits_BCV, chunk of the batch)` over chunks, for metrics.
+  """Returns the sum of `chunk_fn(logits_BCV, chunk of the batch)` over chunks, for metrics.
 
   Args:
     chunk_fn: (logits_BCV float32, chunk of the batch) -> a tree of arrays, which are summed.
-    hidden_BTD: see `loss`, as for all further arguments.
-
-  Returns:
-    The summed tree. To differentiate it, use `loss`.
+    hidden_BTD: see `loss`, as for all further arguments. To differentiate the sum, use `loss`.
   """
   scan = functools.partial(_scan_values, chunk_fn, chunk, vocab_size)
   return _per_shard(scan, P(), batch_axes, seq_axis, hidden_BTD, head_VD, batch)
@@ -100,8 +96,7 @@ def loss(
   and results are summed over `batch_axes` and `seq_axis` once, at the end.
 
   Args:
-    loss_fn: (logits_BCV float32, chunk of the batch) -> (loss, metrics). The loss is a scalar,
-      weighted and divided as described above; the metrics are a tree of arrays that are summed.
+    loss_fn: see ChunkLossFn. The loss is weighted and divided as described above.
     hidden_BTD: the hidden states after the final norm, float32 or bfloat16.
     head_VD: the unembedding, in the same dtype.
     batch: labels, mask and targets. Masked positions may hold any value, NaN included.
@@ -109,8 +104,7 @@ def loss(
     vocab_size: the number of rows of the head that are not padding; None for all.
     batch_axes: the mesh axes over which sequences are sharded.
     seq_axis: the mesh axis over which positions are sharded; None if they are not.
-    vocab_axis: the mesh axis, or axes, over which the rows of the head are sharded; None if they
-      are not.
+    vocab_axis: the mesh axes over which the rows of the head are sharded; None if they are not.
 
   Returns:
     (total loss, metrics), float32. The total is differentiable with respect to hidden_BTD and
