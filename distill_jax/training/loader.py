@@ -1,6 +1,8 @@
 """The data loader: batch n is a function of (stores, seed, n), for any number of processes.
 
-A process reads the rows of it that its devices hold.
+A process reads the rows of it that its devices hold. The rows of a batch have one length. If the
+stores have several, batches of each length have the same number of tokens, and the length of batch
+n depends on the same three.
 
 grain's datasets have random access: after shuffling, repeating and mixing, element i can still be
 read without the elements before it. The loader therefore has no state to save except the step.
@@ -14,7 +16,7 @@ a step of 2 s leaves 8 s for a batch that is slow.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -29,7 +31,7 @@ with extras.needed("train"):
   import grain
 
 THREADS, BATCHES_AHEAD = 2, 4
-Place = tuple[int, int]  # number of a store, and index of a record in it
+Place = tuple[int, int]  # number of a store or a length, and index of a record or batch of it
 
 
 def batches(
@@ -40,48 +42,104 @@ def batches(
   start: int = 0,
   mixture: Sequence[float] = (),
   targets: bool = True,
-  held: np.ndarray | None = None,
+  lengths: Sequence[int] = (),
+  held: Callable[[int], np.ndarray] | None = None,
   read: Read | None = None,
   recorded: Recorded | None = None,
 ) -> Iterator[Batch]:
   """Yields this process's rows of every global batch from step `start` on, as numpy arrays.
 
   Args:
-    stores: Random-access sources of records with equal sequence lengths.
-    batch_size: Size of the global batch.
+    stores: Random-access sources of records.
+    batch_size: Size of the global batch, in rows of the largest length.
     seed: Random seed of the order, which differs between epochs.
     start: The first step.
-    mixture: Sampling weights of the stores; empty for weights in proportion to their sizes.
+    mixture: Sampling weights of the stores, which are the shares of their tokens; empty for weights
+      in proportion to their sizes.
     targets: False to ignore the recorded targets of "teacher", for an online teacher.
-    held: Indices of the rows of every batch that this process holds (sharding.Rows); None for all.
+    lengths: The length of each store's rows; empty if all are equal.
+    held: Returns the indices of the rows of a batch that this process holds (sharding.Rows), given
+      the number of rows; None for all.
     read: See `collate`.
     recorded: See `collate`.
 
   Raises:
-    InputError: `mixture` has another length than `stores`, or a store is empty.
+    InputError: `mixture` has another length than `stores`, a store is empty, or the lengths cannot
+      be mixed.
   """
   if mixture and len(mixture) != len(stores):
     expected = f"{len(stores)} weights, one for each store"
     raise bad_value("train.mixture", mixture, expected, "Correct it")
   if not all(len(store) for store in stores):
     raise InputError("A record store is empty. Record it first.")
+  lengths = lengths or [1] * len(stores)
+  sizes = batch_sizes(lengths, batch_size)
   places = [
     grain.MapDataset.range(len(store)).shuffle(seed=seed).repeat().map(functools.partial(_place, n))
     for n, store in enumerate(stores)
   ]
   weights = list(mixture) or [len(store) for store in stores]
-  ds = places[0] if len(places) == 1 else grain.MapDataset.mix(places, weights=weights)
-  first = [store.read_many([0])[0] for store in stores] if targets else []
-  read_rows = functools.partial(_read, stores=stores, empty_targets=_empty_targets(first))
+  of_length = {n: [i for i, other in enumerate(lengths) if other == n] for n in sizes}
+  rows = {n: _mix([places[i] for i in of], [weights[i] for i in of]) for n, of in of_length.items()}
+  first = {n: [stores[i].read_many([0])[0] for i in of] for n, of in of_length.items() if targets}
+  empty_targets = {n: _empty_targets(records) for n, records in first.items()}
+  _check_targets(first)
   to_batch = functools.partial(collate, with_targets=targets, read=read, recorded=recorded)
-  own = list(range(batch_size)) if held is None else held.tolist()
+  own = {n: list(range(size)) if held is None else held(size).tolist() for n, size in sizes.items()}
+  tokens = [sum(weights[i] * (1 if mixture else n) for i in of) for n, of in of_length.items()]
+  numbers = [
+    grain.MapDataset.range(len(rows[n]) // size).map(functools.partial(_place, n))
+    for n, size in sizes.items()
+  ]
+  order = _mix(numbers, tokens)  # element n is the length of batch n, and its number among those
 
-  def batch(n: int) -> Batch:
-    return to_batch(read_rows([ds[n * batch_size + i] for i in own]))
+  def batch(place: Place) -> Batch:
+    length, n = place
+    chosen = [rows[length][n * sizes[length] + i] for i in own[length]]
+    return to_batch(_read(chosen, stores, empty_targets.get(length, {})))
 
   ahead = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BATCHES_AHEAD)
-  steps = grain.MapDataset.range(start, len(ds) // batch_size)
-  return iter(steps.map(batch).to_iter_dataset(ahead))
+  steps = grain.MapDataset.range(start, len(order)).map(lambda n: batch(order[n]))
+  return iter(steps.to_iter_dataset(ahead))
+
+
+def batch_sizes(lengths: Iterable[int], batch_size: int) -> dict[int, int]:
+  """Returns the number of rows of a batch of each length, so that all have the same tokens.
+
+  Args:
+    lengths: Lengths of rows.
+    batch_size: The number of rows of the largest length.
+
+  Raises:
+    InputError: A length does not divide the largest.
+  """
+  ascending = sorted(set(lengths)) or [1]
+  if wrong := [n for n in ascending if ascending[-1] % n]:
+    raise InputError(
+      f"The stores have sequences of {ascending} tokens, but {wrong[0]} does not divide "
+      f"{ascending[-1]}. Train on stores whose lengths divide the largest."
+    )
+  return {n: batch_size * ascending[-1] // n for n in ascending}
+
+
+def _mix(datasets: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain.MapDataset:
+  return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights=weights)
+
+
+def _check_targets(first: Mapping[int, Sequence[Record]]) -> None:
+  """Raises InputError if the stores of a length lack targets that those of another have.
+
+  Args:
+    first: The first record of each store, by length.
+  """
+  fields = {n: {name for record in of for name in record} for n, of in first.items()}
+  for n, names in fields.items():
+    for other, more in fields.items():
+      if missing := sorted(more - names):
+        raise InputError(
+          f"The stores with sequences of {n} tokens lack {missing[0]}, which those with sequences "
+          f"of {other} tokens have. Record them with the same settings."
+        )
 
 
 def in_order(
@@ -99,7 +157,10 @@ def in_order(
   Args:
     store: The store. Its last batch is padded with rows without labels.
     batch_size: Size of the global batch.
-    held: See `batches`, as for `targets`, `read` and `recorded`.
+    held: Indices of the rows of every batch that this process holds (sharding.Rows).
+    targets: See `batches`.
+    read: See `batches`.
+    recorded: See `batches`.
     first: The first record of each store with the same sequence length, some of which may lack
       fields of targets that others have.
   """

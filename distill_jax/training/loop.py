@@ -16,7 +16,6 @@ from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.models.runs import Run
 from distill_jax.nn import sharding
-from distill_jax.records import collate
 from distill_jax.runtime import best_checkpoint, checkpoint, distributed
 from distill_jax.tasks.dataset import RecordedTask
 from distill_jax.training import optim, validate, validate_heldout
@@ -29,7 +28,7 @@ from distill_jax.training.state import online_teachers, prepare
 from distill_jax.training.step import Step
 from distill_jax.training.stores import (
   Stores,
-  batches,
+  device_batches,
   open_heldout,
   open_stores,
   recorded,
@@ -89,11 +88,10 @@ def train(config: Config, workdir: Path) -> JsonObject:
     evaluation.announce(workdir)
     step_fn = jitted(step, state, mesh)
     schedule = SaveSchedule(c, start)
-    rows = sharding.rows(mesh, c.batch_size)
-    own_rows = batches(config, stores, start, rows.held)
+    batches = device_batches(config, stores, mesh, start)
     with Log(workdir, start, c.steps, began) as log:
       for n in range(start, c.steps):
-        batch = collate.to_device(next(own_rows), rows)
+        batch = next(batches)
         profile.step(n)
         with jax.transfer_guard("disallow"):
           state, metrics = step_fn(state, batch, inputs.teachers, base=inputs.base)

@@ -53,13 +53,15 @@ class TrainOptions:
   """Options of a training run: its data, length and checkpoints."""
 
   records: tuple[str, ...] = ()
-  """Folders or URLs of the record stores to train on; several are mixed.
+  """Folders or URLs of the record stores to train on; several are mixed, also those of different
+  sequence lengths.
 
   With `tasks`: one store for each task, in their order, or () to train on labels alone or from an
   online teacher.
   """
   mixture: tuple[float, ...] = ()
-  """Sampling weights of the stores, one each; () for weights in proportion to their sizes."""
+  """Sampling weights of the stores, one each; () for weights in proportion to their sizes. With
+  sequences of several lengths, they are the shares of the tokens."""
   teachers: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   """Further recorded teachers, by name: stores of the same text, one for each of `records`."""
   heldout: tuple[str, ...] = ()
@@ -87,7 +89,8 @@ class TrainOptions:
   steps: int = 1000
   """Number of training steps."""
   batch_size: int = 8
-  """Number of sequences per step, over all devices."""
+  """Number of sequences per step, over all devices. With stores of several lengths (data.buckets),
+  it is that of the longest; each batch has sequences of one length, and all have as many tokens."""
   chunk: int = 128
   """Number of positions per sequence whose logits are in memory at once."""
   checkpoint_minutes: float = 10.0

@@ -12,11 +12,10 @@ from distill_jax.config import Config
 from distill_jax.models import loading, runs
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
-from distill_jax.records import collate
 from distill_jax.runtime import checkpoint, extras
 from distill_jax.training.outputs import Teachers
 from distill_jax.training.step import Step
-from distill_jax.training.stores import Stores, batches, teacher_manifest
+from distill_jax.training.stores import Stores, device_batches, teacher_manifest
 from distill_jax.training.train_state import TrainState
 from distill_jax.types import JsonObject, Model, PyTree
 
@@ -84,8 +83,7 @@ def prepare(
   trained = _start(student, base, mesh, keys)
   adapters = _adapters(step, stores, keys["adapters"])
   if any(fn.fits_adapters and name in adapters for name, fn in step.feature_losses.items()):
-    rows = sharding.rows(mesh, config.train.batch_size)
-    batch = collate.to_device(next(batches(config, stores, held=rows.held)), rows)
+    batch = next(device_batches(config, stores, mesh))
     adapters |= jax.jit(step.fit)((trained, adapters), batch, teachers, base)
   init = jax.jit(step.init, out_shardings=shardings, donate_argnums=0)
   return TrainInputs(init(trained, adapters), teachers, base)

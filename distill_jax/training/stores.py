@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 
 from distill_jax.config import Config
 from distill_jax.errors import bad_value
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
-from distill_jax.records.collate import recorded_of
+from distill_jax.nn import sharding
+from distill_jax.records import collate
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import open_store
@@ -133,11 +136,40 @@ def teacher_manifest(stores: Stores) -> Manifest:
 def recorded(config: Config, stores: Stores) -> Recorded:
   """Returns metadata of the recorded targets in these stores."""
   manifest = teacher_manifest(stores)
-  return recorded_of(dataclasses.replace(manifest, taps=None) if config.train.online else manifest)
+  return collate.recorded_of(
+    dataclasses.replace(manifest, taps=None) if config.train.online else manifest
+  )
+
+
+def lengths(config: Config, stores: Stores) -> tuple[int, ...]:
+  """Returns the length of each store's sequences; () for tasks, whose batches have one form."""
+  return () if config.tasks else tuple(store.manifest.seq_len for store in stores)
+
+
+def device_batches(config: Config, stores: Stores, mesh: Mesh, start: int = 0) -> Iterator[Batch]:
+  """Returns every global batch from step `start` on, as arrays on the devices.
+
+  Args:
+    config: The config of the run.
+    stores: The stores it trains on.
+    mesh: The mesh.
+    start: The first step.
+  """
+  sizes = loader.batch_sizes(lengths(config, stores), config.train.batch_size)
+  rows = functools.cache(functools.partial(sharding.rows, mesh))
+
+  def global_batch(own: Batch) -> Batch:
+    size = sizes.get(own.labels_BT.shape[1], config.train.batch_size)
+    return collate.to_device(own, rows(size))
+
+  return map(global_batch, batches(config, stores, start, lambda size: rows(size).held))
 
 
 def batches(
-  config: Config, stores: Stores, start: int = 0, held: np.ndarray | None = None
+  config: Config,
+  stores: Stores,
+  start: int = 0,
+  held: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[Batch]:
   """Yields this process's rows of every global batch from step `start` on, as numpy arrays.
 
@@ -145,7 +177,7 @@ def batches(
     config: The config of the run.
     stores: The stores it trains on.
     start: The first step.
-    held: Indices of the rows that this process holds (sharding.Rows); None for all.
+    held: See `loader.batches`.
   """
   c = config.train
   return loader.batches(
@@ -155,6 +187,7 @@ def batches(
     start=start,
     mixture=c.mixture,
     targets=not c.online,
+    lengths=lengths(config, stores),
     held=held,
     read=dataset.reader(config.tasks),
     recorded=recorded(config, stores),

@@ -15,6 +15,8 @@ from distill_jax.models import loading, long_context
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.records.manifest import Manifest
+from distill_jax.training import loader
+from distill_jax.training import stores as stores_lib
 from distill_jax.training.step import Step
 from distill_jax.training.stores import Stores
 from distill_jax.types import IN_BATCH_CLASSES
@@ -38,6 +40,7 @@ def check_run(config: Config, stores: Stores, student: ModelSource | None = None
   check_student(student)
   check_text_fits(config, student, stores)
   check_records(config, stores)
+  loader.batch_sizes(stores_lib.lengths(config, stores), config.train.batch_size)  # raises
   check_schedules(config)
 
 
