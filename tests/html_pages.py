@@ -6,7 +6,7 @@ import html.parser
 class Page(html.parser.HTMLParser):
   """A parser that collects tags and the text of table rows, and checks that every tag is closed."""
 
-  VOID = ("meta", "br", "path", "link", "img")
+  VOID = ("meta", "br", "path", "link", "img", "input")
 
   def __init__(self, text):
     super().__init__()

@@ -16,7 +16,7 @@ take that file, and any key can be overridden here with --config.KEY=VALUE.
 Reads: the teacher, the student and the data.
 
 Writes: in the workdir: config.py; records/ and train/ with the stores and the checkpoints;
-evaluation.json; export/, the student as a Hugging Face folder; samples/; report.html. Finished
+evaluation.json; examples.json; export/, the student as a Hugging Face folder; report.html. Finished
 stages are skipped when the command is run again, and an interrupted stage continues.
 
 Config: data.seq_len, data.sequences, data.heldout_fraction, losses, optim.peak_lr, train.steps,
@@ -39,9 +39,10 @@ from distill_jax.commands import evaluate, export, record, report, train
 from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.models.runs import RUN
-from distill_jax.recipe import config_file, machine, plan, samples
+from distill_jax.recipe import config_file, machine, plan
 from distill_jax.recipe.plan import Request
 from distill_jax.recipe.result import text  # noqa: F401
+from distill_jax.report import examples
 from distill_jax.runtime import distributed, json_io, storage
 from distill_jax.runtime.atomic_io import atomic_write
 from distill_jax.runtime.claim import claimed
@@ -127,7 +128,7 @@ def run(config: Config, workdir: Path) -> JsonObject:
 
   Returns:
     config, export_dir and report, paths; models, the rows of evaluation.json; tokens, the number
-    of evaluated ones; samples, see recipe/samples.py; steps.
+    of evaluated ones; samples, the generations of teacher and student; steps.
 
   Raises:
     InputError: A stage cannot run.
@@ -147,12 +148,6 @@ def run(config: Config, workdir: Path) -> JsonObject:
     workdir, "evaluate", "evaluating on held-out data", lambda: evaluate.run(config, workdir)
   )
   _stage(workdir, "export", "exporting the student", lambda: _export(config, trained))
-  compared = _stage(
-    workdir,
-    "samples",
-    "generating samples",
-    lambda: _samples(config, workdir / "samples", student),
-  )
   distributed.run_on_process_0(lambda: _report(config, workdir))
   return {
     "config": str(workdir / CONFIG),
@@ -161,7 +156,10 @@ def run(config: Config, workdir: Path) -> JsonObject:
     "steps": config.train.steps,
     "models": evaluation.get("models", {}),
     "tokens": evaluation.get("tokens", 0),
-    "samples": compared.get("samples", []),
+    "samples": [
+      {"prompt": g.prompt, "teacher": g.texts["teacher"], "student": g.texts["distilled"]}
+      for g in examples.read(workdir).generations
+    ],
   }
 
 
@@ -201,15 +199,6 @@ def _export(config: Config, trained: str) -> JsonObject:
 
 def _report(config: Config, workdir: Path) -> None:
   report.run(config, workdir)
-
-
-def _samples(config: Config, folder: Path, student: str) -> JsonObject:
-  """Generates samples; data that no prompt can be made from has none."""
-  try:
-    return samples.write_samples(config, folder, student)
-  except InputError as error:
-    say(f"There are no samples: {error}")
-    return {"samples": []}
 
 
 def say(sentence: Any) -> None:

@@ -3,8 +3,10 @@
 Reads: the teacher, the student before training ("start"), and the models in evaluate.models; the
 held-out part of `data` or `tasks`; and the files of the benchmarks in `evals`.
 
-Writes: evaluation.json in the workdir. For benchmarks, also the generated answers and their grades,
-in evals/MODEL/BENCHMARK of the workdir. Finished samples are kept when the command is interrupted.
+Writes: evaluation.json in the workdir, and examples.json with predictions and generations of all
+models side by side, if evaluate.examples. For benchmarks, also the generated answers and their
+grades, in evals/MODEL/BENCHMARK of the workdir. Finished samples are kept when the command is
+interrupted.
 
 Config: seed, mesh, teacher, student, data, evaluate, evals, generate, tasks.
 
@@ -15,20 +17,24 @@ Example:
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
+
 from distill_jax.config import Config
-from distill_jax.errors import bad_value
-from distill_jax.evals import generative, heldout, multiple_choice
+from distill_jax.errors import InputError, bad_value
+from distill_jax.evals import generative, heldout, multiple_choice, side_by_side
 from distill_jax.evals.likelihood import Scorer
 from distill_jax.evals.model_slot import ModelSlot
 from distill_jax.evals.questions import Questions, read_questions
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
 from distill_jax.nn.quantise import QuantiseOptions
+from distill_jax.report import examples
 from distill_jax.report.benchmarks import text  # noqa: F401
-from distill_jax.runtime import json_io
+from distill_jax.runtime import distributed, json_io
 from distill_jax.types import JsonObject
 
 RESULTS = "evals"  # the folder of answers and grades, by model and benchmark
@@ -67,14 +73,16 @@ def run(config: Config, folder: Path) -> JsonObject:
     name: read_questions(name, benchmark, config.evaluate.on_bad)
     for name, benchmark in config.evals.items()
   }
+  whole_rows = sharding.make_mesh(**vars(config.mesh.whole_rows()))  # to generate on
   slots = {
-    name: ModelSlot(options, mesh, config.seed, is_teacher=options is config.teacher)
+    name: ModelSlot(options, whole_rows, config.seed, is_teacher=options is config.teacher)
     for name, options in all_models(config).items()
   }
   evaluation: JsonObject = {"models": {}}
+  found = examples.Examples()
   if config.evaluate.heldout:
     sources = {name: slot.source for name, slot in slots.items()}
-    evaluation = heldout.measure(config, sources, mesh)
+    evaluation, found = heldout.measure(config, sources, mesh)
   if config.evals:
     results: dict[str, JsonObject] = {name: {} for name in config.evals}
     for model in models:
@@ -84,7 +92,25 @@ def run(config: Config, folder: Path) -> JsonObject:
         results[name][model] = row
     evaluation["evals"] = results
   json_io.write_json_once(folder / "evaluation.json", evaluation)
+  if found.texts:  # of models that continue texts; others have no generations, or have them already
+    found = dataclasses.replace(found, generations=tuple(_generations(config, slots, whole_rows)))
+  # A file of an earlier evaluation would not belong to this one.
+  json_io.write_json_once(folder / examples.FILE, found.to_json())
   return evaluation
+
+
+def _generations(
+  config: Config, models: Mapping[str, ModelSlot], mesh: jax.sharding.Mesh
+) -> list[examples.Generation]:
+  """Returns continuations by all models; none if no prompt can be made from held-out data."""
+  try:
+    return side_by_side.generate(config, models, mesh)
+  except InputError as error:
+    if config.evaluate.prompts:
+      raise
+    if distributed.is_process_0():
+      print(f"{examples.FILE} has no generations: {error}", file=sys.stderr)
+    return []
 
 
 def check(config: Config) -> dict[str, ModelOptions]:

@@ -158,6 +158,11 @@ class Tokenizer:
       return self._backend.decode(ids)
     return self._backend.decode(ids, skip_special_tokens=False)
 
+  def piece(self, i: int) -> str | None:
+    """Returns the vocabulary's entry of an id (see token_bytes.py), or None without one."""
+    hugging = self.kind == "huggingface"
+    return self._backend.id_to_token(i) if hugging else self._backend.id_to_piece(i)
+
   def token_id(self, token: str) -> int | None:
     """Returns the id of a token, or None if the vocabulary lacks it."""
     if self.kind == "sentencepiece":

@@ -19,5 +19,7 @@ SHARED = (
   "next_token",
   "questions",
   "retrieval",
+  "side_by_side",
   "similarity",
+  "token_view",
 )

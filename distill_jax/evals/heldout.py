@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,10 +18,12 @@ from distill_jax.data import corpus
 from distill_jax.evals import next_token
 from distill_jax.evals.retrieval import Retrieval
 from distill_jax.evals.similarity import Similarity
+from distill_jax.evals.token_view import TokenView
 from distill_jax.models import runs
 from distill_jax.models.loading import LoadedModel, ModelSource
 from distill_jax.nn import params, sharding
 from distill_jax.records import collate
+from distill_jax.report.examples import Examples, Generation
 from distill_jax.runtime.progress import Progress
 from distill_jax.tasks import TextTask, dataset, pseudo_labels
 from distill_jax.training.outputs import run_teacher
@@ -46,7 +48,7 @@ class HeldOut(NamedTuple):
 
 def measure(
   config: Config, models: Mapping[str, ModelSource], mesh: jax.sharding.Mesh
-) -> JsonObject:
+) -> tuple[JsonObject, Examples]:
   """Evaluates models on held-out data.
 
   Args:
@@ -55,8 +57,8 @@ def measure(
     mesh: The devices.
 
   Returns:
-    A dict with the keys models, tokens, corpus and (with config.tasks) tasks; see
-    commands/evaluate.py.
+    A dict with the keys models, tokens, corpus and (with config.tasks) tasks, see
+    commands/evaluate.py; and examples of the models' outputs on the data.
 
   Raises:
     InputError: If config, models and data are inconsistent.
@@ -66,27 +68,46 @@ def measure(
     data = _tasks(config, teacher) if config.tasks else {"": _corpus(config, teacher)}
     others = {n: _load(config, models, n, mesh) for n in models if n != "teacher"}
     loaded = {"teacher": teacher, **others}
-    results = {name: _measure(config, loaded, part, mesh) for name, part in data.items()}
+    view = None if config.tasks else _token_view(config, teacher, loaded, mesh)
+    results = {name: _measure(config, loaded, part, mesh, view) for name, part in data.items()}
+    generations: list[Generation] = []
     for name, task in config.tasks.items():
       if isinstance(task, TextTask):
-        examples = data[name].examples
-        assert isinstance(examples, dataset.RecordedTask)
-        source, sequences = examples.examples.source, config.evaluate.sequences
+        held = data[name].examples
+        assert isinstance(held, dataset.RecordedTask)
+        source, sequences = held.examples.source, config.evaluate.sequences
+        outputs = {}
         for model, m in loaded.items():
           texts = pseudo_labels.decode_texts(m, task, source, mesh, sequences)
           results[name][model] |= task.scores(texts, source)
+          outputs[model] = texts
+        count = min(config.evaluate.examples, len(outputs["teacher"]))
+        for i, (prompt, reference) in enumerate(task.shown(source, count)):
+          by_model = {model: texts[i] for model, texts in outputs.items()}
+          generations.append(Generation(prompt, by_model, reference))
   tokens = {name: rows["teacher"]["tokens"] for name, rows in results.items()}
   for rows in results.values():
     for row in rows.values():
       del row["tokens"]
   first = next(iter(results))
-  evaluation = {"models": results[first], "tokens": tokens[first]}
+  evaluation: JsonObject = {"models": results[first], "tokens": tokens[first]}
+  examples = Examples(tuple(view.texts) if view else (), tuple(generations))
   if not config.tasks:
-    return evaluation | {"corpus": f"{config.data.kind} {config.data.path} heldout"}
-  return evaluation | {
+    return evaluation | {"corpus": f"{config.data.kind} {config.data.path} heldout"}, examples
+  evaluation |= {
     "corpus": f"{', '.join(results)} heldout",
     "tasks": {name: {"models": rows, "tokens": tokens[name]} for name, rows in results.items()},
   }
+  return evaluation, examples
+
+
+def _token_view(
+  config: Config, teacher: LoadedModel, models: Iterable[str], mesh: jax.sharding.Mesh
+) -> TokenView | None:
+  if not config.evaluate.examples:
+    return None
+  tokenizer = corpus.tokenizer_of(config.data, teacher.pretrained)
+  return TokenView(config.evaluate.examples, tokenizer, list(models), mesh)
 
 
 def _load(
@@ -129,10 +150,11 @@ def _measure(
   models: Mapping[str, LoadedModel],
   data: HeldOut,
   mesh: jax.sharding.Mesh,
+  view: TokenView | None,
 ) -> dict[str, ModelResults]:
   """Evaluates all models on all batches, and returns their results by name.
 
-  The teacher runs once per batch.
+  The teacher runs once per batch. `view` collects predictions of the first batches.
   """
   chunk, size = config.evaluate.chunk, config.evaluate.batch_size
   rows = sharding.rows(mesh, size)
@@ -158,6 +180,8 @@ def _measure(
       means = jax.device_get(compare(outputs, batch))
       if embeddings is not None:
         embeddings.add(outputs, batch)
+      if view is not None:
+        view.add(outputs, batch)
       totals = jax.tree.map(np.add, totals, means) if totals else means
       progress.add(batch.mask_BT.size)
   results = {n: _row(totals[n]) | _size(m) | _speed(m, batch, chunk) for n, m in models.items()}

@@ -27,6 +27,12 @@ class EvaluateOptions:
   """Batch size for held-out data and for the choices of multiple-choice benchmarks."""
   chunk: int = 128
   """Number of positions per sequence whose logits are in memory at once."""
+  examples: int = 3
+  """Number of texts and of prompts in examples.json: held-out texts with the predictions of all
+  models at each token, and prompts with a greedy continuation by each model. 0: none."""
+  prompts: str = ""
+  """Path or URL of the prompts for the examples, in a form of generate.prompts; the first
+  `examples` of them are used. "": the beginnings of held-out texts."""
   on: tuple[str, ...] = ()
   """Models to run the benchmarks on: names in `models`, "teacher" or "start". (): all of
   `models`, or the teacher if `models` is empty."""

@@ -37,7 +37,7 @@ class GenerationJob:
     stop: See GenerateOptions.
     repetition: See GenerateOptions.
     ignore_eos: See GenerateOptions.
-    section: The config section of samples, max_new_tokens and on_bad, for messages.
+    section: The config section of prompts, samples, max_new_tokens and on_bad, for messages.
     open_model: Returns the model if it may be open already. None: `model` is opened.
   """
 
@@ -91,5 +91,5 @@ class GenerationJob:
     return self.open_model() if self.open_model else open_source(self.model, self.seed)
 
   def key(self, name: str) -> str:
-    """Returns the config key of samples, max_new_tokens or on_bad, for messages."""
+    """Returns the config key of prompts, samples, max_new_tokens or on_bad, for messages."""
     return f"{self.section}.{name}"

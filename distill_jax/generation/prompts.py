@@ -159,7 +159,7 @@ def _files(job: GenerationJob) -> list[str]:
     if names := [name for name in found if name.endswith(suffix)]:
       return [files.join(job.prompts, name) for name in names]
   raise bad_value(
-    "generate.prompts",
+    job.key("prompts"),
     job.prompts,
     "an existing file, or a folder of .jsonl or .txt files",
     "Name a file of prompts",

@@ -49,10 +49,7 @@ def _first_with_text(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def sample(row: Mapping[str, Any]) -> str:
   """Returns a prompt with both continuations."""
-  prompt = row["prompt"]
-  if not isinstance(prompt, str):
-    prompt = prompt[-1].get("content")
-  shown = {"prompt": prompt, "teacher": row["teacher"], "student": row["student"]}
+  shown = {"prompt": row["prompt"], "teacher": row["teacher"], "student": row["student"]}
   lines = [f"  {name}:  {_short(text)}" for name, text in shown.items()]
   return "\n".join(["A held-out text, continued by both:", *lines])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError
-from distill_jax.report import benchmarks, page, results
+from distill_jax.report import benchmarks, examples, page, results
 from distill_jax.report.numbers import COLUMNS
 from distill_jax.report.results import MODELS
 from distill_jax.report.runs import ReportedRun, progress, read_runs
@@ -29,6 +29,8 @@ def write_report(
   now: datetime.datetime | None = None,
 ) -> JsonObject:
   """Writes the page into `workdir` and returns `results.summary`.
+
+  It shows workdir/examples.json too, if `evaluate` has written it.
 
   While runs are going, it is the page so far: runs that are not finished are shown with their
   progress, and results that do not exist yet are omitted.
@@ -84,6 +86,7 @@ def write_report(
     export_dir=str(export_dir),
     commands=_commands(folder, loaded),
     evals=evals,
+    examples=examples.read(folder) if evaluation.get("models") or evals else examples.Examples(),
     is_final=is_final,
   )
   atomic_write(folder / out, html)

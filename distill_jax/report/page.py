@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from distill_jax.report import benchmarks, charts, curves
+from distill_jax.report import benchmarks, charts, curves, examples_view
+from distill_jax.report.examples import Examples
 from distill_jax.report.numbers import COLUMNS, cell, percent, text, tone
 from distill_jax.report.runs import ReportedRun, progress
 from distill_jax.report.style import CSS
@@ -29,6 +30,7 @@ def render(
   export_dir: str,
   commands: Mapping[str, str],
   evals: benchmarks.Evals,
+  examples: Examples,
   is_final: bool,
 ) -> str:
   """Returns the page.
@@ -45,6 +47,7 @@ def render(
     export_dir: the exported folder, or "".
     commands: the commands of runs and other steps, by name.
     evals: the results of benchmarks.
+    examples: predictions and generations of the models.
     is_final: False if there are runs that are not finished, or results that do not exist yet.
   """
   sections = [("Benchmarks", benchmarks.table(labels, evals))] if evals else []
@@ -57,6 +60,7 @@ def render(
   if not is_final and runs:
     sections.insert(0, ("Progress", _progress(labels, runs)))
   sections += [
+    *examples_view.sections(labels, examples),
     *curves.sections(labels, runs),
     ("Teacher records", _records(records)),
     ("Reproduce", _reproduce(labels, runs, commands, export_dir)),

@@ -4,13 +4,13 @@ CSS = """
 :root {
   --paper: #fcfbf9; --ink: #1c1e21; --quiet: #6a6e74; --line: #e3e1dc; --wash: #f3f1ec;
   --teacher: #1c1e21; --start: #a9a59c; --hard: #c2701c; --distilled: #0f6f8c; --other: #7a5ea8;
-  --bad: #b3261e;
+  --bad: #b3261e; --heat: #f2803a;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14161a; --ink: #e9e7e2; --quiet: #9a9da3; --line: #2c3036; --wash: #1c1f24;
     --teacher: #e9e7e2; --start: #6f737a; --hard: #e59a4a; --distilled: #4fb6d6; --other: #b49be0;
-    --bad: #ff8a80;
+    --bad: #ff8a80; --heat: #b34714;
   }
 }
 * { box-sizing: border-box; }
@@ -130,6 +130,63 @@ tbody tr:last-child > * { border-bottom: 0; }
 .plot .y { right: calc(100% + 10px); transform: translateY(-50%); }
 .plot .x { top: calc(100% + 9px); transform: translateX(-50%); }
 
+.view > label { margin: 0 18px 0 4px; font-size: 13px; white-space: nowrap; }
+.view > label .dot { margin: 0 6px 0 3px; }
+.view > input { margin: 0; accent-color: var(--ink); }
+.scale { gap: 4px; margin: 16px 0 0; align-items: center; }
+.scale span:first-child { margin-right: 6px; }
+.scale .t { padding: 1px 7px; color: var(--ink); }
+.text {
+  position: relative; min-height: 236px; padding-right: 372px; font-size: 15px; line-height: 1.85;
+  white-space: pre-wrap; overflow-wrap: anywhere;
+}
+.t {
+  padding: 2px 0; border-radius: 3px; box-decoration-break: clone;
+  -webkit-box-decoration-break: clone;
+  background: color-mix(in srgb, var(--heat) calc(var(--k, 0) * 100%), transparent);
+}
+.text label { cursor: pointer; }
+.text input { position: absolute; width: 1px; height: 1px; margin: 0; opacity: 0; }
+.text label:hover .t { box-shadow: 0 0 0 1px var(--ink); }
+.text input:checked + .t { box-shadow: 0 2px 0 var(--ink); }
+.text input:focus-visible + .t { outline: 2px solid var(--ink); outline-offset: 1px; }
+q { quotes: none; opacity: .6; }
+.tip {
+  display: none; position: absolute; top: 0; right: 0; width: 340px; min-height: 236px;
+  padding: 12px 14px; grid-template-columns: 1fr 1fr; gap: 8px 18px; align-content: start;
+  background: var(--wash); border-radius: 6px; font-size: 13px; line-height: 1.45;
+  cursor: default;
+}
+.text input:checked ~ .tip { display: grid; }
+.text label:hover .tip { display: grid; z-index: 1; }
+.tip > b { grid-column: 1 / -1; font-weight: 600; font-size: 15px; }
+.tip u { text-decoration: none; font-weight: 600; }
+.tip small { min-height: 36px; margin-bottom: 6px; }
+.col { min-width: 0; }
+.col > i {
+  display: block; position: relative; padding-right: 50px; font-style: normal;
+  white-space: pre; overflow: hidden; text-overflow: ellipsis;
+}
+.col > i b { position: absolute; top: 0; right: 0; font-weight: 400; color: var(--quiet); }
+.col > .x { font-weight: 600; } .col > .x b { font-weight: 600; color: inherit; }
+.s0, .s1, .s2 { display: none; }
+#s0:checked ~ .text .s0, #s1:checked ~ .text .s1, #s2:checked ~ .text .s2 { display: block; }
+#s0:checked ~ .text .t { --k: var(--k0, 0); }
+#s1:checked ~ .text .t { --k: var(--k1, 0); }
+#s2:checked ~ .text .t { --k: var(--k2, 0); }
+
+.generation + .generation { margin-top: 36px; }
+blockquote {
+  margin: 0 0 14px; padding: 10px 14px; background: var(--wash); border-radius: 6px;
+  white-space: pre-wrap; overflow-wrap: anywhere;
+}
+.cards {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 18px 28px;
+}
+.cards h3 { margin: 0 0 4px; color: var(--ink); }
+.cards h3 .dot { margin-right: 7px; }
+.cards p { margin: 0; font-size: 14px; white-space: pre-wrap; overflow-wrap: anywhere; }
+
 .costs { max-width: 640px; }
 .costs thead th { color: var(--quiet); font-weight: 400; }
 pre, code { font: 12.5px/1.6 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
@@ -144,6 +201,8 @@ summary { cursor: pointer; font-weight: 500; font-size: 14px; }
 @media (max-width: 820px) {
   .panels { grid-template-columns: 1fr; }
   .tiles { grid-template-columns: repeat(2, 1fr); gap: 24px; }
+  .text { padding: 0 0 252px; }
+  .tip { top: auto; bottom: 0; left: 0; width: auto; }
 }
 @media (max-width: 560px) {
   main { padding: 32px 18px 64px; }

@@ -163,6 +163,15 @@ class TextTask(Task):
     """
 
   @abc.abstractmethod
+  def shown(self, source: Any, count: int) -> list[tuple[str, str]]:
+    """Returns what to show of the first examples: (the input or its file, the expected text).
+
+    Args:
+      source: The examples of this task, from `open`.
+      count: The number of examples, at most.
+    """
+
+  @abc.abstractmethod
   def pseudo_labels(self, outputs: Sequence[str], source: Any) -> PseudoLabels:
     """Returns generated texts as training data.
 

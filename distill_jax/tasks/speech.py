@@ -174,6 +174,10 @@ class Task(JsonlTask, TextTask):
   def scores(self, outputs: Sequence[str], source: TranscribedSounds) -> dict[str, float]:
     return _scores.word_error_rate(outputs, source.texts[: len(outputs)])
 
+  def shown(self, source: TranscribedSounds, count: int) -> list[tuple[str, str]]:
+    names = (Path(file).name for file in source.files)
+    return list(zip(names, source.texts[:count], strict=False))
+
   def pseudo_labels(self, outputs: Sequence[str], source: TranscribedSounds) -> PseudoLabels:
     """Returns the outputs with a word error rate of at most `max_wer`, as in Distil-Whisper.
 

@@ -117,6 +117,9 @@ class Task(JsonlTask, TextTask):
     references = [pair.target for pair in source.pairs[: len(outputs)]]
     return _scores.bleu_and_chrf(outputs, references)
 
+  def shown(self, source: EncodedPairs, count: int) -> list[tuple[str, str]]:
+    return [(pair.source, pair.target) for pair in source.pairs[:count]]
+
   def pseudo_labels(self, outputs: Sequence[str], source: EncodedPairs) -> PseudoLabels:
     """Returns the outputs that are not empty, as target texts."""
     lines = [

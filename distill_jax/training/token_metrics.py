@@ -66,16 +66,21 @@ def of_distributions(logp_BCV: jax.Array, logq_BCV: jax.Array, piece: Batch) -> 
     where p and q have the same most probable token.
   """
   top_BC, q_BCV = jnp.argmax(logq_BCV, -1), jnp.exp(logq_BCV)
-  real_BCV = logp_BCV > -jnp.inf  # padding rows have probability 0
-  safe = (jnp.where(real_BCV, x, 0) for x in (logp_BCV, logq_BCV))
   values = {
     "ce": -jnp.take_along_axis(logq_BCV, piece.labels_BT[..., None], -1)[..., 0],
     "entropy": -jnp.sum(q_BCV * jnp.where(q_BCV > 0, logq_BCV, 0), -1),
     "accuracy": top_BC == piece.labels_BT,
-    "kl": jnp.sum(jnp.where(real_BCV, divergences.forward_kl(*safe), 0), -1),
+    "kl": kl_of_distributions(logp_BCV, logq_BCV),
     "agreement": top_BC == jnp.argmax(logp_BCV, -1),
   }
   return {name: Mean.of(x_BC, piece.mask_BT) for name, x_BC in values.items()}
+
+
+def kl_of_distributions(logp: jax.Array, logq: jax.Array) -> jax.Array:
+  """Returns KL(p || q) over the last axis, where padding rows are -inf in both."""
+  is_real = logp > -jnp.inf
+  safe = (jnp.where(is_real, x, 0) for x in (logp, logq))
+  return jnp.sum(jnp.where(is_real, divergences.forward_kl(*safe), 0), -1)
 
 
 def _by_teacher(targets: Targets, logits_BCV: jax.Array, piece: Batch) -> dict[str, jax.Array]:

@@ -92,7 +92,6 @@ def test_running_it_again_does_nothing(models, whole, monkeypatch, capsys):
 
   for module in (record, train, evaluate, export):
     monkeypatch.setattr(module, "run", never)
-  monkeypatch.setattr(distill.samples, "write_samples", never)
   before = (models / "whole" / "config.py").read_bytes()
   assert run(models, "whole") == whole
   assert "continues" in capsys.readouterr().err
@@ -150,8 +149,8 @@ def test_stopped_in_every_stage_it_ends_as_if_it_had_not_been(models, whole):
     (ShardBuffer, "add", 2),
     (collate, "to_device", 6),
     (evaluate.heldout, "_measure", 1),
+    (evaluate.side_by_side.dispatch, "generate", 2),
     (export, "export_model", 1),
-    (distill.samples.dispatch, "generate", 2),
     (report, "run", 1),
   ):
     with pytest.MonkeyPatch.context() as patch:
@@ -185,7 +184,7 @@ def test_half_of_the_teacher_on_chats_as_json(models, capsys):
     cli.main(argv)
   out, err = capsys.readouterr()
   result = json.loads(out.splitlines()[-1])
-  assert result["samples"][0]["prompt"][0]["content"].endswith("+ 1?")
+  assert result["samples"][0]["prompt"].endswith("+ 1?")
   assert "layers of the teacher, a llama model with 2 layers" in err
   assert "the teacher's 4 layers" in (models / "chats" / "config.py").read_text()
   assert "+ 1?" in distill.text(result)

@@ -15,6 +15,7 @@ from distill_jax.commands import evaluate, export, generate
 from distill_jax.errors import InputError
 from distill_jax.models import loading, runs, t5, whisper
 from distill_jax.nn import params, sharding
+from distill_jax.report import examples
 from distill_jax.runtime import extras
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.tasks import _scores, dataset
@@ -67,6 +68,9 @@ def test_from_record_to_export(tmp_path, capsys):
   resolved, last = record_and_train(c, tmp_path)
   assert 0 < last["kl/teacher"] < 10
   row = evaluate.run(resolved, tmp_path)["models"]["student"]
+  shown = examples.read(tmp_path).generations
+  assert len(shown) == 3 and set(shown[0].texts) == {"teacher", "start", "student"}
+  assert shown[0].prompt and shown[0].reference
   if extras.not_installed("jiwer"):
     skipped = "Skipping wer. jiwer is not installed; expected the packages of the extra 'text'."
     assert skipped in capsys.readouterr().err

@@ -11,6 +11,7 @@ from distill_jax import config
 from distill_jax.commands import evaluate, export, generate
 from distill_jax.data import tokenizers as ours
 from distill_jax.errors import InputError
+from distill_jax.report import examples
 from distill_jax.runtime import extras
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.tasks import _scores, dataset, translation
@@ -57,6 +58,9 @@ def test_from_record_to_export(tmp_path, capsys):
   resolved, last = record_and_train(c, tmp_path)
   assert 0 < last["kl/teacher"] < 10
   rows = evaluate.run(resolved, tmp_path)["models"]
+  shown = examples.read(tmp_path).generations
+  assert len(shown) == 3 and set(shown[0].texts) == {"teacher", "start", "student"}
+  assert shown[0].prompt and shown[0].reference
   if extras.not_installed("sacrebleu"):
     skipped = "Skipping bleu and chrf. sacrebleu is not installed; expected the packages of the "
     assert skipped + "extra 'text'." in capsys.readouterr().err
