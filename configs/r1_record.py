@@ -13,6 +13,15 @@ or 16 of 32,768:
      4,096    24.6 of 95.74      359    0.75   100%     351,868        217
     32,768    27.8 of 95.74      403    2.77   100%     189,370        403
 
+With configs/r1_record.py:131072 each sequence is spread over 8 groups of 4 chips. Estimates for a
+batch on v5p:4x4x4, 2 sequences of 131,072 tokens, at a lower compiler effort:
+
+    tokens       GiB/device   GB sent  s/step   MFU    tokens/s  chip-hours
+   131,072    24.9 of 95.74      368    3.58   100%      73,304      1,042
+
+Each chip computes the keys and values of its heads from the latents of all positions. That takes 4%
+more operations than are counted here.
+
 Times are lower bounds from published peaks, not forecasts. Gathering the weights takes at least 0.6
 seconds per batch, so smaller batches would be slower per token. The store takes about 135 GB, 31.5
 bytes per token. Shards of 262,144 tokens (8 MB) cost a SIGTERM at most a minute: at 94,000 tokens/s

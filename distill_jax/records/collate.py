@@ -127,7 +127,7 @@ def shardings(batch: Tree, mesh: Mesh) -> Tree:
   """
 
   def of_array(path: KeyPath, x: jax.ShapeDtypeStruct) -> NamedSharding:
-    features = str(path[-1]).endswith(fields.TAPS.batch)
+    features = jax.tree_util.keystr(path).endswith(fields.TAPS.batch)
     return sharding.batch_sharding(mesh, 2 if features else 1 if x.ndim > 1 else None)
 
   return jax.tree_util.tree_map_with_path(of_array, batch)
