@@ -25,9 +25,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 LANES = 128  # the kernel's blocks are multiples of this number of positions
 BLOCKS = (512, 256, LANES)
-# A step without a visit takes about 0.35 us. With blocks of 512, a row of 32,768 has 4,096 steps
-# for each head, with blocks of 1,024 a quarter; blocks of 2,048 do not fit into vector memory. With
-# a window, there are few steps anyway.
+# A step without a visit takes time, too (not measured: no TPU was at hand). With blocks of 512, a
+# row of 32,768 has 4,096 steps for each head, with blocks of 1,024 a quarter; blocks of 2,048 do
+# not fit into vector memory. With a window, there are few steps anyway.
 LONG_ROW, LONG_BLOCK = 16_384, 1_024
 
 
@@ -75,7 +75,9 @@ def attention(
   segments = pallas.SegmentIds(q_segments_BQ.reshape(-1), kv_segments_BK.reshape(-1))
 
   def kernel_of(window: int | None) -> Callable[..., Any]:
-    return _kernel(kv_segments_BK, q_index_Q, window, Q if chunk >= Q else chunk, interpret)
+    window = None if window is None or window >= K else window
+    consecutive = len(q_index_Q) if chunk >= Q else chunk
+    return _kernel(kv_segments_BK, q_index_Q, window, consecutive, interpret)
 
   branches = [kernel_of(window) for window in sizes]  # lax.switch calls a single branch directly
   q_BQHh = (q_BQHh.astype(jnp.float32) * scale).astype(q_BQHh.dtype)
@@ -136,7 +138,7 @@ def _kernel(
   block_q, block_kv = block_size(Q, window), block_size(K, window)
   first_BI, last_BI = visited_blocks(kv_segments_BK, q_index_Q, window, block_q, block_kv)
   queries, keys = Q // block_q, K // block_kv
-  if window is not None and (chunk >= Q or chunk % block_q == 0):
+  if window is not None and chunk % block_q == 0:
     # A range of n positions touches at most 2 + (n - 2) // block blocks.
     queries = min(queries, 2 + (window + block_kv - 3) // block_q)
     keys = min(keys, 2 + (window + block_q - 3) // block_kv)

@@ -113,6 +113,7 @@ def computed_pairs_of_row(c: DecoderConfig, kernel: str, seq_len: int, document:
   segments_1T = index_T[None] // (document or seq_len)
   total = 0
   for window, count in layers.items():
+    window = None if window is None or window >= seq_len else window
     block = splash.block_size(positions, window)
     first, last = splash.visited_blocks(segments_1T, index_T, window, block, block)
     total += count * int((last - first + 1).sum()) * block**2

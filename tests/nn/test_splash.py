@@ -199,7 +199,7 @@ print(compiled.memory_analysis().temp_size_in_bytes)
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize("T", [4_096, 32_768, 131_072])
+@pytest.mark.parametrize("T", [32_768, 131_072])
 def test_long_rows_compile_for_a_tpu(T):
   """Both passes fit scalar and vector memory, and what they store grows with T, not its square."""
   done = subprocess.run(

@@ -12,8 +12,8 @@ each length of rows T it prints
                      jax's own mask computes with blocks of 512;
   T.attended_share   the pairs within documents, divided by those of the triangle, the least
                      possible;
-  T.step_share       the steps of the grid, of which those without a block take about 0.35 us,
-                     divided by those of jax's own mask;
+  T.step_share       the steps of the grid, with a block or without, divided by those of jax's own
+                     mask;
   T.windowed_share   the pairs in computed blocks with a window of 1,024, divided by those of
                      jax's own mask with this window.
 
