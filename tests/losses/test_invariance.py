@@ -70,8 +70,9 @@ class Toy(struct.PyTreeNode):
 
   @classmethod
   def init(cls, seed: int):
-    a, b = jax.random.split(jax.random.key(seed))
-    return cls(jax.random.normal(a, (V, D)), jax.random.normal(b, (2, D, D)) / D**0.5)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    rng = np.random.default_rng(seed)
+    return cls(draw(V, D), draw(2, D, D) / D**0.5)
 
   def __call__(self, inputs, compute, taps=()):
     del compute
@@ -183,10 +184,11 @@ def assert_same(got, want):
 
 @pytest.mark.parametrize("name", CASES)
 def test_accumulation_and_packing(name):
-  """The gradient is equal for 1, 2 and 4 microbatches, and for another order of documents."""
+  """The gradient is equal for 1 and 4 microbatches, and for another order of documents."""
   kind = CASES[name][1]
   want = gradient(name, packed(ROWS, kind))
-  for accumulate in (2, 4):
+  # Two rows each are another case only for losses that compare rows or weigh tokens.
+  for accumulate in (2, 4) if name in ("ce", "kd topk", "relational") else (4,):
     assert_same(gradient(name, packed(ROWS, kind), accumulate), want)
   other = [(7, 2), (1, 4), (0, 5), (6, 3)]
   assert_same(gradient(name, packed(other, kind)), want)
@@ -207,9 +209,9 @@ def test_a_row_without_labels_does_not_change_the_gradient(name):
 
 
 def features(seed: int) -> Features:
-  keys = jax.random.split(jax.random.key(seed), 4)
-  heads = (jax.random.normal(k, (B, T, 2, D // 2)) for k in keys[1:])
-  hidden_BTD = jax.random.normal(keys[0], (B, T, D))
+  rng = np.random.default_rng(seed)
+  heads = (np.float32(rng.normal(size=(B, T, 2, D // 2))) for _ in range(3))
+  hidden_BTD = np.float32(rng.normal(size=(B, T, D)))
   return Features({1: hidden_BTD}, {1: tuple(heads)}, hidden_BTD)
 
 
@@ -219,17 +221,17 @@ def whole_program(name: str):
   return jax.jit(jax.value_and_grad(loss))
 
 
-def put(tree: Features, where_BT: jax.Array, value: float) -> Features:
+def put(tree: Features, where_BT: np.ndarray, value: float) -> Features:
   at = lambda x: where_BT.reshape(B, T, *[1] * (x.ndim - 2))
-  return jax.tree.map(lambda x: jnp.where(at(x), value, x), tree)
+  return jax.tree.map(lambda x: np.where(at(x), np.float32(value), x), tree)
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_vectors_of_length_zero_give_no_nan(name):
   """Some or all vectors of the student, the teacher or both are zero."""
-  batch, some = packed(ROWS, ""), jnp.arange(T)[None] % 3 == 0
-  every = jnp.ones((B, T), bool)
-  for where in (jnp.broadcast_to(some, (B, T)), every):
+  batch, some = packed(ROWS, ""), np.arange(T)[None] % 3 == 0
+  every = np.ones((B, T), bool)
+  for where in (np.broadcast_to(some, (B, T)), every):
     for zero_s, zero_t in ((True, False), (False, True), (True, True)):
       s, t = features(0), features(1)
       s, t = (put(s, where, 0) if zero_s else s), (put(t, where, 0) if zero_t else t)
@@ -242,10 +244,11 @@ def test_vectors_of_length_zero_give_no_nan(name):
 def test_nan_in_masked_positions_does_not_reach_the_gradient(name):
   """NaN is in masked positions; for relations in padding, because masked tokens are attended to."""
   batch = packed(ROWS, "")
-  out = batch.inputs.segments_BT == 0 if name == "relations" else ~batch.mask_BT
+  inside = batch.inputs.segments_BT > 0 if name == "relations" else batch.mask_BT
+  out = ~np.asarray(inside)
   s, t = features(0), features(1)
   want_loss, want = whole_program(name)(s, t, batch)
-  loss, grads = whole_program(name)(put(s, out, jnp.nan), put(t, out, jnp.nan), batch)
+  loss, grads = whole_program(name)(put(s, out, np.nan), put(t, out, np.nan), batch)
   np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
   for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(g, w, atol=1e-7)

@@ -56,7 +56,8 @@ def test_gradients_match_transformers(case, tmp_path):
 
 def test_the_balance_bias_affects_only_the_choice_of_experts():
   # 8 experts in 4 groups; 3 experts in the best 2 groups
-  choose = functools.partial(grouped_top_k, k=3, groups=4, best_groups=2, normalise=True)
+  options = {"k": 3, "groups": 4, "best_groups": 2, "normalise": True}
+  choose = jax.jit(functools.partial(grouped_top_k, **options))
   score = np.array([0.9, 0.1, 0.8, 0.7, 0.2, 0.3, 0.6, 0.5], np.float32)[None, None]
   ids, weight = choose(score, np.zeros(8, np.float32))
   # Groups sum to 1.0, 1.5, 0.5 and 1.1, so the second and the last are chosen.

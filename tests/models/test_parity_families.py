@@ -93,7 +93,7 @@ def test_a_student_with_selected_layers(both):
   )
   assert student.config == ours.config.keep_layers((0, 2))
   inputs = parity.plain_inputs(parity.tokens()[:, :16] % 96)
-  taps = ours(inputs, layers.ComputeConfig(), (0,)).taps_PBTD
-  got = student(inputs, layers.ComputeConfig(), (0, 1)).taps_PBTD
+  taps_of = lambda at: jax.jit(lambda m, i: m(i, layers.ComputeConfig(), at).taps_PBTD)
+  taps, got = taps_of((0,))(ours, inputs), taps_of((0, 1))(student, inputs)
   assert parity.error(got[0], taps[0]) < parity.FORWARD  # layers 0 and 2 are kept
   assert student.config.num_hidden_layers == 2 and len(got) == 2

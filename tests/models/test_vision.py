@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -79,6 +80,7 @@ def torch_pixels(pixels_BYWM):
   return torch.from_numpy(np.ascontiguousarray(pixels_BYWM.transpose(0, 3, 1, 2)))
 
 
+@functools.partial(jax.jit, static_argnames="compute")
 def logits(model, pixels, compute=HOW):
   out = model(Images(jnp.asarray(pixels)), compute)
   return jnp.einsum("BTD,VD->BTV", out.hidden_BTD, out.head_VD)
@@ -162,7 +164,7 @@ def test_taps_are_the_layers_outputs(both):
     return
   with torch.no_grad():
     want = theirs(torch_pixels(pixels), output_hidden_states=True).hidden_states
-  got = ours(inputs, HOW, (1, 0)).taps_PBTD
+  got = jax.jit(lambda m, i: m(i, HOW, (1, 0)).taps_PBTD)(ours, inputs)
   # The last hidden state of transformers is the last layer's output.
   assert parity.error(got, torch.stack([want[2], want[1]])) < FORWARD
 
@@ -177,14 +179,15 @@ def test_a_mesh_computes_the_same(both):
   pixels = np.concatenate([pixels, pixels[:1]])
   with jax.set_mesh(mesh):
     inputs = jax.device_put(pixels, sharding.batch_sharding(mesh))
-    got = jax.jit(logits)(there, inputs)
+    got = logits(there, inputs)
   assert parity.error(got, logits(ours, pixels)) < FORWARD
 
 
 def test_both_depthwise_implementations_agree(monkeypatch):
-  x = jax.random.normal(jax.random.key(0), (2, 9, 5, 3))
-  w = jax.random.normal(jax.random.key(1), (3, 1, 7, 7))
-  grad = lambda: jax.value_and_grad(lambda *a: jnp.sum(convnext.depthwise(*a) ** 2), (0, 1))(x, w)
+  rng = np.random.default_rng(0)
+  x, w = np.float32(rng.normal(size=(2, 9, 5, 3))), np.float32(rng.normal(size=(3, 1, 7, 7)))
+  total = lambda *a: jnp.sum(convnext.depthwise(*a) ** 2)
+  grad = lambda: jax.jit(jax.value_and_grad(lambda *a: total(*a), (0, 1)))(x, w)  # traced anew
   few = grad()
   monkeypatch.setattr(convnext, "MATMUL_PLACES", 0)
   many = grad()

@@ -3,6 +3,8 @@
 The meshes are one with axes ("x", "y"), Tunix's ("fsdp", "tp") and MaxText's with its twelve axes.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,7 @@ MAXTEXT = (
   "expert",
   "autoregressive",
 )
+U_BT = np.full((B, T), 0.3, np.float32)
 LOSSES = {"soft": losses.KD(weight=0.7), "hard": losses.CE(weight=0.3, z_loss=0.01)}
 
 
@@ -63,6 +66,7 @@ FOREIGN = {
 }
 
 
+@functools.cache
 def problem():
   rng = np.random.default_rng(0)
   f32 = lambda x: jnp.asarray(x, jnp.float32)
@@ -92,10 +96,13 @@ def loss_and_gradients(hidden_BTD, head_VD, batch, **axes):
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden_BTD, head_VD)
 
 
+one_device = functools.cache(lambda: jax.device_get(jax.jit(loss_and_gradients)(*problem())))
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 def test_loss_and_gradients_are_those_of_one_device(name):
   make, batch_axes, vocab_axis = FOREIGN[name]
-  want = jax.jit(loss_and_gradients)(*problem())
+  want = one_device()
   with jax.set_mesh(make()) as _:
     args = placed(make(), batch_axes, vocab_axis)
     axes = {"batch_axes": batch_axes, "vocab_axis": vocab_axis}
@@ -104,22 +111,32 @@ def test_loss_and_gradients_are_those_of_one_device(name):
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("kind", ["sampled", "topk"])
-@pytest.mark.parametrize("name", FOREIGN)
+@functools.cache
+def records_of_one_device(kind):
+  return jax.device_get(jax.jit(functools.partial(summarise, kind))(*problem(), U_BT))
+
+
+def summarise(kind, hidden, head, batch, u, **axes):
+  spec = sampler.SamplerSpec(n=5, kind=kind, logp=True, vocab_size=V - 2)
+  return sampler.summarise(hidden, head, batch.labels_BT, u, spec, chunk=CHUNK, **axes)
+
+
+# The names of the axes and the kind of record do not influence one another.
+RECORDS = [(name, "sampled") for name in FOREIGN] + [
+  ("all four for the vocabulary", "topk"),
+  ("maxtext, its own axes", "topk"),
+]
+
+
+@pytest.mark.parametrize("name, kind", RECORDS)
 def test_records_are_those_of_one_device(name, kind):
   make, batch_axes, vocab_axis = FOREIGN[name]
-  spec = sampler.SamplerSpec(n=5, kind=kind, logp=True, vocab_size=V - 2)
-  u = jnp.full((B, T), 0.3)
-
-  def summarise(hidden, head, batch, u, **axes):
-    return sampler.summarise(hidden, head, batch.labels_BT, u, spec, chunk=CHUNK, **axes)
-
-  want = jax.jit(summarise)(*problem(), u)
+  want = records_of_one_device(kind)
   with jax.set_mesh(make()):
     args = placed(make(), batch_axes, vocab_axis)
-    u = jax.device_put(u, args[2].mask_BT.sharding)
+    u = jax.device_put(U_BT, args[2].mask_BT.sharding)
     axes = {"batch_axes": batch_axes, "vocab_axis": vocab_axis}
-    got = jax.jit(lambda *args: summarise(*args, **axes))(*args, u)
+    got = jax.jit(functools.partial(summarise, kind, **axes))(*args, u)
   for field, array in want.items():
     if array.dtype == jnp.int32:
       np.testing.assert_array_equal(got[field], array, err_msg=field)
@@ -205,5 +222,5 @@ def test_inside_shard_map():
       return jax.lax.psum(of_part(hidden, head, batch, **options)[0], "x")
 
     got = jax.jit(jax.shard_map(right, axis_names={"x"}, **specs))(hidden, head, batch)
-  want = of_part(hidden, head, batch)[0]
+  want = jax.jit(of_part)(hidden, head, batch)[0]
   np.testing.assert_allclose(got, want, rtol=1e-6)

@@ -26,8 +26,14 @@ def reference(logits, u, n):
   return (ends[..., None, :] <= x[..., None]).sum(-1)
 
 
+systematic = jax.jit(selection.systematic, static_argnums=2)
+dense_program = jax.jit(
+  lambda *args, spec: sampler.summarise(*args, spec, chunk=4), static_argnames="spec"
+)
+
+
 def draw(logits, u, n):
-  return np.asarray(selection.systematic(jnp.asarray(logits, jnp.float32), jnp.asarray(u), n))
+  return np.asarray(systematic(np.float32(logits), np.float32(u), n))
 
 
 LOGITS = {
@@ -45,7 +51,7 @@ def test_expected_counts_over_offsets_are_the_probabilities(name, n):
   p = softmax(LOGITS[name])
   breaks = np.unique(np.concatenate([[0, 1], np.cumsum(p) * n % 1]))
   middles = (breaks[1:] + breaks[:-1]) / 2
-  ids = draw(np.tile(LOGITS[name], (1, len(middles), 1)), middles[None].astype(np.float32), n)[0]
+  ids = draw(np.tile(LOGITS[name], (1, len(middles), 1)), middles[None], n)[0]
   counts = np.stack([np.bincount(row, minlength=len(p)) for row in ids])
   mean = (np.diff(breaks)[:, None] * counts).sum(0) / n
   np.testing.assert_allclose(mean, p, atol=3e-6)
@@ -122,7 +128,7 @@ def test_summarise_against_float64(chunk, vocab_size):
 def test_topk_and_temperature():
   hidden, head, labels, _ = example()
   spec = SamplerSpec(20, "topk", vocab_size=517, temperature=2.0)
-  out = sampler.summarise(hidden, head, labels, None, spec, chunk=4)
+  out = dense_program(hidden, head, labels, None, spec=spec)
   logp = np.log(softmax((hidden.astype(np.float64) @ head.T)[..., :517] / 2))
   want = np.argsort(-logp, -1)[..., :20]
   np.testing.assert_array_equal(out["ids"], want)
@@ -133,14 +139,15 @@ def test_topk_and_temperature():
 def test_top_k_is_that_of_jax_with_ties(V):
   x = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 5, V)).astype(np.float32))
   for k in (1, 2, 17):
-    for got, want in zip(selection.top_k(x, k), jax.lax.top_k(x, k), strict=True):
+    both = jax.jit(lambda x, k=k: (selection.top_k(x, k), jax.lax.top_k(x, k)))
+    for got, want in zip(*both(x), strict=True):
       np.testing.assert_array_equal(got, want)
 
 
 def test_nucleus_keeps_the_fewest_entries_that_hold_the_mass():
   hidden, head, labels, _ = example()
   spec = SamplerSpec(40, "topk", nucleus=0.6)
-  out = sampler.summarise(hidden, head / 3, labels, None, spec, chunk=4)
+  out = dense_program(hidden, head / 3, labels, None, spec=spec)
   p = np.sort(softmax(hidden.astype(np.float64) @ head.T / 3), -1)[..., ::-1]
   want = np.minimum((np.cumsum(p, -1) < 0.6).sum(-1) + 1, 40)
   got = np.isfinite(out["logp"]).sum(-1)
@@ -150,8 +157,8 @@ def test_nucleus_keeps_the_fewest_entries_that_hold_the_mass():
 
 def test_dense_is_top_k_of_all():
   hidden, head, labels, _ = example(V=30)
-  every = sampler.summarise(hidden, head, labels, None, SamplerSpec(1, "dense"), chunk=4)
-  top = sampler.summarise(hidden, head, labels, None, SamplerSpec(30, "topk"), chunk=4)
+  every = dense_program(hidden, head, labels, None, spec=SamplerSpec(1, "dense"))
+  top = dense_program(hidden, head, labels, None, spec=SamplerSpec(30, "topk"))
   jax.tree.map(np.testing.assert_array_equal, every, top)
 
 
@@ -166,7 +173,7 @@ def test_mesh_axes_of_other_names():
       lambda *a: sampler.summarise(*a, spec, chunk=4, batch_axes=("rows",), vocab_axis="vocab")
     )
     got = jax.device_get(run(*args))
-  want = sampler.summarise(*map(jnp.asarray, args), spec, chunk=4)
+  want = dense_program(*args, spec=spec)
   assert (got["ids"] != np.asarray(want["ids"])).mean() < 2e-3
   np.testing.assert_array_equal(got["argmax"], want["argmax"])
   np.testing.assert_allclose(got["entropy"], want["entropy"], rtol=1e-5, atol=1e-5)
@@ -217,7 +224,7 @@ def test_sharded_equals_dense(shape, vocab_size, kind):
     pytest.skip("wants 4 devices")
   spec = SamplerSpec(63, kind, vocab_size=vocab_size, logp=True)
   out, _ = on_mesh(shape, spec)
-  dense = sampler.summarise(*map(jnp.asarray, example(B=2, T=10, V=4096)), spec, chunk=4)
+  dense = dense_program(*example(B=2, T=10, V=4096), spec=spec)
   assert (out["ids"] != np.asarray(dense["ids"])).mean() < 2e-3
   assert out["ids"].max() < vocab_size
   assert np.all(np.diff(out["ids"], axis=-1) >= 0) or kind == "topk"
