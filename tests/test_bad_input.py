@@ -1,7 +1,7 @@
 """Bad input: one message on one line, exit code 2, and no file is overwritten."""
 
 import importlib.util
-import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -267,9 +267,7 @@ def test_a_damaged_shard_is_found_before_training(at, tmp_path, monkeypatch):
   assert shard.name in error
 
 
-def test_a_second_process_in_one_workdir(tmp_path):
-  tiny.tiny(tmp_path)
-  argv = command(tmp_path, "record", RANDOM)
+def test_a_second_process_in_one_workdir(at, tmp_path):
   hold = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, 2); f.write('123'); "
   hold += "f.flush(); print('held', flush=True); sys.stdin.read()"
   (tmp_path / "out").mkdir()
@@ -280,41 +278,30 @@ def test_a_second_process_in_one_workdir(tmp_path):
   )
   try:
     assert holder.stdout.readline() == b"held\n"
-    done = subprocess.run(
-      [shutil.which("distill-jax", path=str(Path(sys.executable).parent)), *argv[1:]],
-      capture_output=True,
-      text=True,
-      env={**os.environ, "JAX_PLATFORMS": "cpu"},
-      check=False,
-    )
+    assert "is in use by another process (pid 123)" in at("record", RANDOM)
   finally:
     holder.communicate()
-  assert done.returncode == 2
-  assert "is in use by another process (pid 123)" in done.stderr
   assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
 
 
-def test_a_workdir_on_a_full_disk(tmp_path):
+def test_a_workdir_on_a_full_disk(at, monkeypatch):
   """Limits the size of files to 0, for which the system raises an error as for a full disk."""
-  tiny.tiny(tmp_path)
-  argv = command(tmp_path, "record", RANDOM)
-  full = """
-import resource, sys
-from distill_jax import cli
-parse = cli.parse
-def and_then(argv):  # the config itself writes its corpus
-  config = parse(argv)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-  return config
-cli.parse = and_then
-cli.main(sys.argv)
-"""
-  done = subprocess.run(
-    [sys.executable, "-c", full, *argv[1:]],
-    capture_output=True,
-    text=True,
-    check=False,
-    env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"},
-  )
-  assert done.returncode == 2, done.stderr
-  assert "cannot be written (File too large). Make room and run again" in done.stderr
+  limits, parse = resource.getrlimit(resource.RLIMIT_FSIZE), cli.parse
+
+  def and_then(argv):  # the config itself writes its corpus
+    config = parse(argv)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    return config
+
+  monkeypatch.setattr(cli, "parse", and_then)
+  try:
+    error = at("record", RANDOM)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert "cannot be written (File too large). Make room and run again" in error
+
+
+def test_the_installed_command():
+  script = shutil.which("distill-jax", path=str(Path(sys.executable).parent))
+  done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+  assert done.stdout.strip()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import tiny_images
@@ -118,18 +119,17 @@ def start(path, *flags):
 
 @needs_libtpu
 def test_commands_for_a_slice_run_at_the_same_time(tmp_path):
-  """Runs the command line in four processes at once; checks the text and the JSON."""
+  """Runs the command line in three processes at once; checks the text and the JSON."""
   path = tmp_path / "c.py"
   path.write_text(CONFIG)
   both = (
     start(path, "--topology=v5e:2x2", "--json"),
     start(path, "--topology=v5e:2x2", "--verb=record"),
-    start(path, "--topology=v5e:2x2", "--num_slices=2"),
     start(path, "--topology=v5e:2x2", "--num_slices=2", "--config.mesh.data=2", "--json"),
   )
   outputs = [p.communicate(timeout=200) for p in both]
-  (out, err), (words, more), (_, refused), (two, _) = outputs
-  assert [p.returncode for p in both] == [0, 0, 2, 0], err + more
+  (out, err), (words, more), (two, _) = outputs
+  assert [p.returncode for p in both] == [0, 0, 0], err + more
   r = json.loads(out.splitlines()[-1])
   assert all(r[key] is not None for key in KEYS) and r["fits"] and r["chips"] == 4
   assert r["mesh"] == {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}
@@ -142,13 +142,20 @@ def test_commands_for_a_slice_run_at_the_same_time(tmp_path):
   assert r["store_bytes"] == pytest.approx(100 * 128 * r["store_bytes_per_token"], rel=0.01)
   assert r["chip_hours"] == pytest.approx(10 * r["step_seconds_bound"] * 4 / 3600)
   assert words.startswith("Fits: ") and "records take about" in words
-  assert "mesh.data is 1; expected a multiple of 2, the number of slices" in refused
   slow = json.loads(two.splitlines()[-1])
   assert slow["chips"] == 8 and slow["mesh"] == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
   assert set(r["collectives"]) | {"dcn all-reduce"} == set(slow["collectives"])
   # Each device sends its part of the gradient, once, and a few sums.
   gradient = slow["bytes_per_device"]["parameters"]
   assert gradient / 4 < slow["collectives"]["dcn all-reduce"] < 1.2 * gradient
+
+
+def test_only_the_data_axis_crosses_slices():
+  two = [types.SimpleNamespace(platform="tpu", slice_index=i // 4) for i in range(8)]
+  with pytest.raises(
+    InputError, match="mesh.data is 1; expected a multiple of 2, the number of slices"
+  ):
+    sharding.make_mesh(data=1, fsdp=8, devices=two)
 
 
 @pytest.mark.parametrize("verb", ["train", "record"])

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from json_lines import read_lines
-from launcher import VERB, executable, pod, run
+from launcher import VERB, executable, gke, pod, run
 
 # The paths of VERB are on no host.
 POD = ["--name=r1", "--zone=us-east5-a", "--topology=v5p:2x2x2", "--poll=0", "--shared_disk"]
@@ -271,7 +271,9 @@ def test_bad_commands_of_a_pod_raise():
 
 
 def test_the_scripts_have_help():
-  for script in ("tpu_pod", "gke"):
-    text = run([sys.executable, f"launch/{script}.py", "--help"]).stdout
+  for text in (
+    run([sys.executable, "launch/tpu_pod.py", "--help"]).stdout,
+    gke("--help").stdout,
+  ):
     assert text.startswith("usage: ") and "--topology" in text
   run(["bash", "-n", "launch/slurm.sbatch"])

@@ -64,6 +64,11 @@ def batch(rows: int = B, seed: int = 0) -> Batch:
   return Batch(inputs, labels, jnp.ones((rows, 2), bool))
 
 
+@jax.jit
+def run(model, inputs: ImageText):
+  return model(inputs, layers.ComputeConfig())
+
+
 def another(model):
   """A model of the same shape with other weights."""
   rng = np.random.default_rng(1)
@@ -108,7 +113,7 @@ def test_embeddings_logits_and_gradients_match_transformers(both):
   theirs, _, ours = both
   b = batch()
   want = theirs(**torch_inputs(b), return_loss=True)
-  out = ours(b.inputs, layers.ComputeConfig())
+  out = run(ours, b.inputs)
   image_BD, text_BD = out.embedding_BTD[:, 0], out.embedding_BTD[:, 1]
   assert parity.error(image_BD, want.image_embeds.detach()) < parity.FORWARD
   assert parity.error(text_BD, want.text_embeds.detach()) < parity.FORWARD
@@ -175,7 +180,7 @@ def test_teacher_and_student_have_the_same_rows(both):
   # In float64, from transformers' own logits: the mean over both directions and all pairs.
   other = another(model)
   got, _ = gradient(("ce", "kd", "embedding"), model, b, {"teacher": other})
-  both_out = [m(b.inputs, layers.ComputeConfig()) for m in (model, other)]
+  both_out = [run(m, b.inputs) for m in (model, other)]
   expected = []
   for at, rows in ((0, slice(0, B)), (1, slice(B, 2 * B))):
     z, t = (np.asarray(o.hidden_BTD[:, at] @ o.head_VD[rows].T, np.float64) for o in both_out)
@@ -188,11 +193,11 @@ def test_teacher_and_student_have_the_same_rows(both):
 def test_a_padding_row_is_not_a_negative(both):
   """The padding row has probability 0, and other rows are unchanged."""
   b, model = batch().inputs, both[2]
-  more = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x[:2])]), b)
-  want, got = (model(inputs, layers.ComputeConfig()) for inputs in (b, more))
-  z_B2V = jnp.einsum("BTD,VD->BTV", got.hidden_BTD[:B], got.head_VD)
-  plain_B2V = jnp.einsum("BTD,VD->BTV", want.hidden_BTD, want.head_VD)
-  real_V = jnp.arange(2 * B + 4) % (B + 2) < B
+  more = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:2])]), b)
+  want, got = jax.device_get([run(model, inputs) for inputs in (b, more)])
+  z_B2V = np.einsum("BTD,VD->BTV", got.hidden_BTD[:B], got.head_VD)
+  plain_B2V = np.einsum("BTD,VD->BTV", want.hidden_BTD, want.head_VD)
+  real_V = np.arange(2 * B + 4) % (B + 2) < B
   assert parity.error(z_B2V[..., real_V], plain_B2V) < parity.FORWARD
   assert np.all(np.exp(z_B2V[..., ~real_V] - z_B2V[..., :1]) == 0)
 

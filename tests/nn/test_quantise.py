@@ -1,5 +1,7 @@
 """Integer weights: the grid beside torch's own, the gradient, a run, its export."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,11 +24,18 @@ from distill_jax.training.loop import train
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.types import Inputs
 
-MODELS = {
-  "llama": lambda: llama.Model(llama.TINY, jax.random.key(0)),
-  "experts": lambda: qwen3.Model(qwen3.CONFIGS["tiny-moe"], jax.random.key(0)),
-  "latent": lambda: deepseek_v3.Model(deepseek_v3.TINY, jax.random.key(0)),
+KINDS = {
+  "llama": (llama, llama.TINY),
+  "experts": (qwen3, qwen3.CONFIGS["tiny-moe"]),
+  "latent": (deepseek_v3, deepseek_v3.TINY),
 }
+quantised_tree = jax.jit(quantise.tree, static_argnums=1)
+
+
+@functools.cache
+def random_model(name):
+  module, c = KINDS[name]
+  return jax.jit(lambda key: module.Model(c, key))(jax.random.key(0))
 
 
 def theirs(v):
@@ -39,11 +48,11 @@ def theirs(v):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [0, 8])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 def test_rounding_matches_torch(name, bits, group):
   """Compares each row, or group of a row, with torch's fake quantisation."""
-  model, spec, most = MODELS[name](), QuantiseOptions(bits, group), 2 ** (bits - 1) - 1
-  done = dict(params.named_params(quantise.tree(model, spec)))
+  model, spec, most = random_model(name), QuantiseOptions(bits, group), 2 ** (bits - 1) - 1
+  done = dict(params.named_params(quantised_tree(model, spec)))
   quantised = 0
   for path, v in params.named_params(model):
     if not quantise.is_quantised(v):
@@ -64,19 +73,20 @@ def test_rounding_matches_torch(name, bits, group):
 
 
 def test_the_gradient_passes_the_rounding():
-  model = MODELS["llama"]()
-  tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 256)
+  model = random_model("llama")
+  tokens = np.random.default_rng(1).integers(0, 256, (2, 9))
   inputs = Inputs(tokens, jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones_like(tokens))
   loss = lambda m, compute: jnp.sum(jnp.sin(m(inputs, compute).hidden_BTD))
   spec = QuantiseOptions(4, 8)
-  got = jax.grad(loss)(model, ComputeConfig(quantise=spec))
-  want = jax.grad(loss)(quantise.tree(model, spec), ComputeConfig())  # as if those were the weights
+  gradient = jax.jit(jax.grad(loss), static_argnums=1)
+  got = gradient(model, ComputeConfig(quantise=spec))
+  want = gradient(quantised_tree(model, spec), ComputeConfig())  # as if those were the weights
   for (path, a), (_, b) in zip(params.named_params(got), params.named_params(want), strict=True):
     np.testing.assert_allclose(a[...], b[...], rtol=1e-4, atol=1e-4, err_msg=path)
 
 
 def test_invalid_quantise_options_are_refused():
-  model = MODELS["llama"]()
+  model = random_model("llama")
   with pytest.raises(InputError, match=r"quantise.bits is 3; expected 4, 8, or 0"):
     quantise.check(QuantiseOptions(3), model)
   with pytest.raises(
