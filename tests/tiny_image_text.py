@@ -1,9 +1,7 @@
 """Image-text pairs of a few pixels, and a config that trains on them with an online teacher."""
 
-import json
-
 import tiny
-from PIL import Image
+import tiny_images
 from tokenizers import Tokenizer, processors
 
 from distill_jax import config
@@ -25,11 +23,6 @@ def write_tokenizer(path):
 
 def configured(folder):
   """Writes twelve grey squares, whose texts name the shade; returns the config of two towers."""
-  lines = []
-  for i in range(12):
-    Image.new("L", (8, 8), 20 * i).save(folder / f"{i}.png")
-    lines.append(json.dumps({"image": f"{i}.png", "text": f"shade {i}"}))
-  (folder / "pairs.jsonl").write_text("\n".join(lines))
   c = config.base()
   for model in (c.teacher, c.student):
     model.family, model.shape = "clip", "tiny"
@@ -37,7 +30,7 @@ def configured(folder):
   c.teacher.changes.projection_dim = 12
   c.tasks.pairs = config.task(
     "image_text",
-    path=str(folder / "pairs.jsonl"),
+    path=tiny_images.write_shades(folder, 12, 20),
     heldout_fraction=0.4,
     size=8,
     channels=1,

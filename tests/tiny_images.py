@@ -1,6 +1,7 @@
 """Small image files of three classes, and a run on them."""
 
 import gzip
+import json
 import struct
 
 import numpy as np
@@ -36,6 +37,16 @@ def write_folder(folder, n=4, channels=1):
     for i, x in enumerate(made[name]):
       Image.fromarray(x[..., 0] if channels == 1 else x).save(folder / name / f"{i}.png")
   return made
+
+
+def write_shades(folder, n, step):
+  """Writes n grey squares of 8 by 8 whose texts name their shade; returns the .jsonl of pairs."""
+  lines = []
+  for i in range(n):
+    Image.new("L", (8, 8), step * i).save(folder / f"{i}.png")
+    lines.append(json.dumps({"image": f"{i}.png", "text": f"shade {i}"}))
+  (folder / "pairs.jsonl").write_text("\n".join(lines))
+  return str(folder / "pairs.jsonl")
 
 
 def configured(folder):

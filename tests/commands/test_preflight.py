@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 
 import pytest
 import tiny_images
@@ -148,14 +147,6 @@ def test_commands_for_a_slice_run_at_the_same_time(tmp_path):
   # Each device sends its part of the gradient, once, and a few sums.
   gradient = slow["bytes_per_device"]["parameters"]
   assert gradient / 4 < slow["collectives"]["dcn all-reduce"] < 1.2 * gradient
-
-
-def test_only_the_data_axis_crosses_slices():
-  two = [types.SimpleNamespace(platform="tpu", slice_index=i // 4) for i in range(8)]
-  with pytest.raises(
-    InputError, match="mesh.data is 1; expected a multiple of 2, the number of slices"
-  ):
-    sharding.make_mesh(data=1, fsdp=8, devices=two)
 
 
 @pytest.mark.parametrize("verb", ["train", "record"])

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import tiny
-from PIL import Image
+import tiny_images
 from tokenizers import Tokenizer
 
 from distill_jax import config
@@ -23,11 +23,6 @@ PATCHES, IMAGE = llava.TINY.vision.num_patches, llava.TINY.image_token
 
 @pytest.fixture
 def c(tmp_path):
-  lines = []
-  for i in range(6):
-    Image.new("L", (8, 8), 40 * i).save(tmp_path / f"{i}.png")
-    lines.append(json.dumps({"image": f"{i}.png", "text": f"shade {i}"}))
-  (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
   tokens = tiny.write_tokenizer(tmp_path / "tokenizer.json")
   end = {"eos_token": "~"}
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(end))
@@ -36,7 +31,7 @@ def c(tmp_path):
   c.teacher.shape = c.student.shape = "tiny"
   c.tasks.captions = config.task(
     "image_captions",
-    path=str(tmp_path / "pairs.jsonl"),
+    path=tiny_images.write_shades(tmp_path, 6, 40),
     heldout_fraction=0.0,
     size=8,
     channels=1,

@@ -44,7 +44,8 @@ def shape(layers: int):
   )
 
 
-def write_source(folder: Path, layers: int) -> None:
+def write_source(folder: Path, shape, shard_bytes: int = 10**9) -> None:
+  """Writes a llama of this shape with random weights; remote_weights.py uses it, too."""
   import jax
   import jax.numpy as jnp
 
@@ -54,7 +55,7 @@ def write_source(folder: Path, layers: int) -> None:
 
   def make(key):
     return params.map_params(
-      lambda v: v.replace(v[...].astype(jnp.bfloat16)), llama.Model(shape(layers), key)
+      lambda v: v.replace(v[...].astype(jnp.bfloat16)), llama.Model(shape, key)
     )
 
   export.export_model(
@@ -64,7 +65,7 @@ def write_source(folder: Path, layers: int) -> None:
     generation={},
     card="",
     dtype=DTYPE,
-    shard_bytes=10**9,
+    shard_bytes=shard_bytes,
   )
 
 
@@ -143,7 +144,7 @@ def main() -> None:
     return
   with tempfile.TemporaryDirectory(dir=args.folder) as folder:
     source, target = Path(folder) / "source", Path(folder) / "target"
-    write_source(source, args.layers)
+    write_source(source, shape(args.layers))
     size = sum(p.stat().st_size for p in source.glob("*.safetensors"))
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
     for i in range(args.rounds):

@@ -29,12 +29,9 @@ SIDES = ("ranges", "download")
 
 
 def write_model(folder: Path, layers: int) -> None:
-  import jax
-  import jax.numpy as jnp
+  from hub import write_source
 
-  from distill_jax.hub import export
   from distill_jax.models import llama
-  from distill_jax.nn import params
 
   shape = llama.Config(
     vocab_size=32_768,
@@ -47,15 +44,7 @@ def write_model(folder: Path, layers: int) -> None:
     max_position_embeddings=4096,
     tie_word_embeddings=False,
   )
-
-  def make(key):
-    model = llama.Model(shape, key)
-    return params.map_params(lambda v: v.replace(v[...].astype(jnp.bfloat16)), model)
-
-  model = jax.jit(make)(jax.random.key(0))
-  export.export_model(
-    model, folder, tokenizer=None, generation={}, card="", dtype="bfloat16", shard_bytes=10**8
-  )
+  write_source(folder, shape, shard_bytes=10**8)
 
 
 def load(source: str) -> str:
