@@ -46,6 +46,7 @@ MAY_CHANGE = (
   "train.checkpoint_minutes",
   "train.keep",
   "train.keep_every",
+  "train.tracker",
 )
 
 

@@ -18,7 +18,7 @@ from distill_jax.models.runs import Run
 from distill_jax.nn import sharding
 from distill_jax.runtime import best_checkpoint, checkpoint, distributed
 from distill_jax.tasks.dataset import RecordedTask
-from distill_jax.training import optim, validate, validate_heldout
+from distill_jax.training import optim, trackers, validate, validate_heldout
 from distill_jax.training.best import Best
 from distill_jax.training.heldout import Evaluation
 from distill_jax.training.metric_writer import read_metrics
@@ -55,6 +55,7 @@ def train(config: Config, workdir: Path) -> JsonObject:
     Preempted: SIGTERM was received. The current step is saved.
   """
   began = time.monotonic()
+  trackers.check(config.train.tracker)
   student = loading.open_source(config.student, config.seed)
   stores, heldout = open_stores(config, student), open_heldout(config, student)
   validate.check_run(config, stores, student)
@@ -84,12 +85,14 @@ def train(config: Config, workdir: Path) -> JsonObject:
     )
     state, start = inputs.state, int(inputs.state.step)
     if start == c.steps or best.ended:
-      return read_metrics(workdir)[-1] | best.summary(start)  # already finished
+      with trackers.Follower(config, workdir, start):  # already finished
+        return read_metrics(workdir)[-1] | best.summary(start)
     evaluation.announce(workdir)
     step_fn = jitted(step, state, mesh)
     schedule = SaveSchedule(c, start)
     batches = device_batches(config, stores, mesh, start)
-    with Log(workdir, start, c.steps, began) as log:
+    follower = trackers.Follower(config, workdir, c.steps)
+    with Log(workdir, start, c.steps, began) as log, follower:
       for n in range(start, c.steps):
         batch = next(batches)
         profile.step(n)

@@ -101,3 +101,6 @@ class TrainOptions:
   """Number of most recent checkpoints to keep, besides the best one."""
   keep_every: int = 0
   """Interval in steps of additional checkpoints that are all kept; 0 for none."""
+  tracker: str = ""
+  """Tracker that gets the metrics too, if its package is installed: "trackio", "wandb" or "mlflow";
+  "" for none."""

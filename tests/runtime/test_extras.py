@@ -18,7 +18,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WITH_JAX = {"ml-dtypes", "scipy"}
 WITH_ETILS = {"fsspec"}
 # Extras for the command line of some machine or task, and not for the others.
-NOT_IN_ALL = {"all", "docs", "gcs", "lm-eval", "s3", "test", "tpu"}
+NOT_IN_ALL = {
+  *("all", "docs", "gcs", "lm-eval", "mlflow", "s3", "test", "tpu", "trackio", "wandb"),
+}
 
 
 def distributions(requirements):
