@@ -79,10 +79,14 @@ def run(config: Config, folder: Path) -> JsonObject:
     for name, options in all_models(config).items()
   }
   evaluation: JsonObject = {"models": {}}
-  found = examples.Examples()
+  found, shown = examples.Examples(), slots
   if config.evaluate.heldout:
     sources = {name: slot.source for name, slot in slots.items()}
     evaluation, found = heldout.measure(config, sources, mesh)
+  elif _shows_records(config):
+    students = {n: slot for n, slot in slots.items() if n != "teacher"}
+    shown = {n: slot for n, slot in students.items() if not generative.is_served(slot.options)}
+    found = heldout.recorded(config, {n: slot.source for n, slot in shown.items()}, mesh)
   if config.evals:
     results: dict[str, JsonObject] = {name: {} for name in config.evals}
     for model in models:
@@ -93,7 +97,7 @@ def run(config: Config, folder: Path) -> JsonObject:
     evaluation["evals"] = results
   json_io.write_json_once(folder / "evaluation.json", evaluation)
   if found.texts:  # of models that continue texts; others have no generations, or have them already
-    found = dataclasses.replace(found, generations=tuple(_generations(config, slots, whole_rows)))
+    found = dataclasses.replace(found, generations=tuple(_generations(config, shown, whole_rows)))
   # A file of an earlier evaluation would not belong to this one.
   json_io.write_json_once(folder / examples.FILE, found.to_json())
   return evaluation
@@ -113,13 +117,19 @@ def _generations(
     return []
 
 
+def _shows_records(config: Config) -> bool:
+  """Returns True if examples are made without the teacher, from a held-out store of text."""
+  c = config.evaluate
+  return bool(not c.heldout and c.examples and config.train.heldout and not config.tasks)
+
+
 def check(config: Config) -> dict[str, ModelOptions]:
   """Checks the config without reading a model or data; returns the models for the benchmarks.
 
   Raises:
     InputError: There is nothing to evaluate, or a model cannot be evaluated.
   """
-  if not config.evaluate.heldout and not config.evals:
+  if not config.evaluate.heldout and not config.evals and not _shows_records(config):
     raise bad_value(
       "evaluate.heldout",
       False,

@@ -15,6 +15,7 @@ import numpy as np
 
 from distill_jax.config import Config
 from distill_jax.data import corpus
+from distill_jax.errors import InputError
 from distill_jax.evals import next_token
 from distill_jax.evals.retrieval import Retrieval
 from distill_jax.evals.similarity import Similarity
@@ -23,6 +24,7 @@ from distill_jax.models import runs
 from distill_jax.models.loading import LoadedModel, ModelSource
 from distill_jax.nn import params, sharding
 from distill_jax.records import collate
+from distill_jax.records.store import open_store
 from distill_jax.report.examples import Examples, Generation
 from distill_jax.runtime.progress import Progress
 from distill_jax.tasks import TextTask, dataset, pseudo_labels
@@ -108,6 +110,52 @@ def _token_view(
     return None
   tokenizer = corpus.tokenizer_of(config.data, teacher.pretrained)
   return TokenView(config.evaluate.examples, tokenizer, list(models), mesh)
+
+
+def recorded(
+  config: Config, models: Mapping[str, ModelSource], mesh: jax.sharding.Mesh
+) -> Examples:
+  """Returns predictions on the store in train.heldout, whose records take the teacher's place.
+
+  Args:
+    config: The config.
+    models: Opened students by name.
+    mesh: The devices.
+
+  Raises:
+    InputError: The store has another tokenizer, or no probabilities that can be compared.
+  """
+  path = config.train.heldout[0]
+  store = open_store(path)
+  m = store.manifest
+  tokenizer = corpus.tokenizer_of(config.data, next(iter(models.values())).pretrained)
+  if m.tokenizer != tokenizer.digest:
+    raise InputError(
+      f"The held-out store {path} was made with another tokenizer than {tokenizer.where}. Name a "
+      "store of the students' tokenizer in train.heldout, or set evaluate.examples=0."
+    )
+  has_kl = m.kind == "topk" or (m.kind == "sampled" and (m.entropy or m.logp))
+  if not has_kl or m.temperature != 1:
+    raise InputError(
+      f"The held-out store {path} has the kind {m.kind!r} and temperature {m.temperature:g}; "
+      "expected 'topk', or 'sampled' with entropies, and temperature 1. Record such a store, or "
+      "set evaluate.examples=0."
+    )
+  count, shards = min(config.evaluate.examples, len(store)), sharding.row_shards(mesh)
+  rows = sharding.rows(mesh, shards * -(-count // shards))
+  # All rows are read by every process, so that their entries are padded to one number.
+  records = store.read_many([min(i, len(store) - 1) for i in range(rows.size)])
+  whole = collate.collate(records, recorded=collate.recorded_of(m))
+  view = TokenView(count, tokenizer, list(models), mesh)
+  with jax.set_mesh(mesh):
+    batch = collate.to_device(jax.tree.map(lambda x: x[rows.held], whole), rows)
+    outputs = {}
+    for name in view.students:
+      model = _load(config, models, name, mesh)
+      forward = jax.jit(functools.partial(run_teacher, compute=model.compute))
+      outputs[name] = forward(model.model, batch.inputs)[0]
+    view.add(outputs, batch)
+  return Examples(tuple(view.texts), samples=m.n if m.kind == "sampled" else 0)
 
 
 def _load(

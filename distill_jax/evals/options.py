@@ -29,7 +29,8 @@ class EvaluateOptions:
   """Number of positions per sequence whose logits are in memory at once."""
   examples: int = 3
   """Number of texts and of prompts in examples.json: held-out texts with the predictions of all
-  models at each token, and prompts with a greedy continuation by each model. 0: none."""
+  models at each token, and prompts with a greedy continuation by each model. 0: none. If `heldout`
+  is False, the texts are those of train.heldout, with the teacher's recorded predictions."""
   prompts: str = ""
   """Path or URL of the prompts for the examples, in a form of generate.prompts; the first
   `examples` of them are used. "": the beginnings of held-out texts."""

@@ -41,7 +41,7 @@ def generate(
 
   Args:
     config: The config. evaluate.examples is the number of prompts.
-    models: The models by name, including "teacher", with one tokenizer.
+    models: The models by name, with one tokenizer.
     mesh: The devices.
 
   Returns:
@@ -51,7 +51,7 @@ def generate(
     InputError: No prompt can be made from the data, or one cannot be used.
     Preempted: SIGTERM was received.
   """
-  tokenizer = models["teacher"].tokenizer(config.data)
+  tokenizer = next(iter(models.values())).tokenizer(config.data)
   shapes = [m.source.decoder_config for m in models.values()]
   room = min(CHAT_TOKENS + NEW_TOKENS, *(shape.max_position_embeddings for shape in shapes))
   prompts = _prompts(config, tokenizer, room - NEW_TOKENS)

@@ -58,7 +58,7 @@ def write_report(
   loaded = read_runs(runs)
   evaluation = evaluation if evaluation is not None else _evaluation(folder)
   measured, evals = evaluation.get("models"), evaluation.get("evals") or {}
-  if evaluation and (not isinstance(measured, dict) or not (measured or evals)):
+  if evaluation and not isinstance(measured, dict):
     raise InputError(
       f"The evaluation for {folder} has {sorted(evaluation)} but no models. Run evaluate first."
     )
@@ -86,7 +86,7 @@ def write_report(
     export_dir=str(export_dir),
     commands=_commands(folder, loaded),
     evals=evals,
-    examples=examples.read(folder) if evaluation.get("models") or evals else examples.Examples(),
+    examples=examples.read(folder),
     is_final=is_final,
   )
   atomic_write(folder / out, html)

@@ -13,7 +13,9 @@ import numpy as np
 
 from distill_jax.report.results import MODELS
 from distill_jax.runtime import json_io, storage
+from distill_jax.training.best import Best
 from distill_jax.training.metric_writer import FILE, read_metrics
+from distill_jax.training.options import TrainOptions
 from distill_jax.types import JsonObject
 
 RECENT = 50  # the last steps, whose median time predicts the remaining time
@@ -46,8 +48,22 @@ class ReportedRun:
 
   @property
   def is_finished(self) -> bool:
-    """True if every step is finished. A run of unknown length counts as finished once it began."""
+    """True if the run has ended. One of unknown length counts as finished once it has begun."""
+    if self.best.ended:
+      return True
     return self.done >= self.total if self.total is not None else bool(self.rows)
+
+  @functools.cached_property
+  def best(self) -> Best:
+    """The best evaluation on held-out data by the run's train.best_metric."""
+    known = self.config.get("train", {})
+    keys = ("steps", "best_metric", "patience")
+    options = TrainOptions(**{key: known[key] for key in keys if key in known})
+    best = Best(options, {})
+    for row in self.rows:
+      if options.best_metric in row:
+        best.see(int(row["step"]) + 1, row)
+    return best
 
   @property
   def seconds_left(self) -> float | None:
@@ -88,9 +104,11 @@ def progress(run: ReportedRun) -> str:
   """Returns how far a run is, e.g. "step 320 of 1,000, about 2 h left at its speed"."""
   if not run.config and not run.rows:
     return "has not begun"
+  of = f" of {run.total:,}" if run.total is not None else ""
+  if run.best.ended and run.done != run.total:
+    return f"stopped early after step {run.done:,}{of}; the best one was step {run.best.step:,}"
   if run.is_finished:
     return f"finished, {run.done:,} steps"
-  of = f" of {run.total:,}" if run.total is not None else ""
   left = run.seconds_left
   return f"step {run.done:,}{of}" + (f", about {duration(left)} left at its speed" if left else "")
 

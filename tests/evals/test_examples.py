@@ -13,7 +13,10 @@ from distill_jax.data import corpus, token_bytes, tokenizers
 from distill_jax.errors import InputError
 from distill_jax.evals import side_by_side
 from distill_jax.models import loading, runs
+from distill_jax.records import collate
+from distill_jax.records.store import open_store
 from distill_jax.report import examples
+from distill_jax.report.html_report import write_report
 from distill_jax.types import Inputs
 
 
@@ -84,6 +87,47 @@ def test_generations_are_the_most_probable_tokens(evaluated):
     at = np.arange(len(prompt) - 1, len(prompt) + len(new) - 1)
     # The decoder's logits may break a near tie differently.
     assert (logs[at].max(-1) - logs[at, new]).max() < 1e-3
+
+
+def test_a_recorded_teacher_is_shown_without_running_it(tiny_run, tmp_path, monkeypatch):
+  c = tiny.tiny(tiny_run)
+  c.teacher.source = "gone"
+  c.train.heldout = (str(tiny_run / "records"),)
+  c.evaluate.update(models={"distilled": f"run:{tiny_run / 'whole'}"}, heldout=False, examples=2)
+  resolved = config.resolve(c)
+  monkeypatch.setattr(evaluate.side_by_side, "generate", lambda _, models, mesh: [])
+  evaluate.run(resolved, tmp_path)
+  found = examples.read(tmp_path)
+  assert found.samples == 15 and len(found.texts) == 2
+  source = loading.open_source(evaluate.all_models(resolved)["distilled"], 0)
+  student = source.load(evaluate.sharding.make_mesh(), runs.keys(0)["student"])
+  store = open_store(tiny_run / "records")
+  tokenizer = corpus.tokenizer_of(resolved.data, None)
+  for i, text in enumerate(found.texts):
+    batch = collate.collate([store[i]])
+    p = batch.targets["teacher"]
+    logq = logp(student, store[i]["tokens_T"])
+    for t, token in enumerate(text[1:]):
+      if not batch.mask_BT[0, t]:
+        continue
+      ids, weight = p.ids_BTK[0, t], p.weight_BTK[0, t]
+      teacher = token.predictions["teacher"]
+      assert [x for _, x in teacher.top] == pytest.approx(
+        np.sort(weight[weight > 0])[::-1][:5], 1e-3
+      )
+      assert teacher.top[0][0] == tokenizer.decode([int(ids[weight.argmax()])])
+      assert teacher.p == pytest.approx(np.exp(p.label_logp_BT[0, t]), rel=1e-3)
+      kl = -np.float64(p.entropy_BT[0, t]) - (np.float64(weight) * logq[t, ids]).sum()
+      assert token.predictions["distilled"].kl == pytest.approx(kl, rel=2e-3, abs=1e-4)
+  write_report(tmp_path, runs={"distilled": tiny_run / "whole"})
+  assert "estimated from 15 samples" in (tmp_path / "report.html").read_text()
+  file = tiny.write_tokenizer(tmp_path / "tokenizer.json")
+  cut = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+  file.write_text(json.dumps(json.loads(file.read_text()) | {"truncation": cut}))
+  c.data.tokenizer = str(file)
+  expected = r"was made with another tokenizer than .*set evaluate\.examples=0"
+  with pytest.raises(InputError, match=expected):
+    evaluate.run(config.resolve(c), tmp_path)
 
 
 def test_prompts_of_a_file(tiny_run, tmp_path):

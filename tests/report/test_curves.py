@@ -13,7 +13,7 @@ from html_pages import Page
 from distill_jax import cli, config
 from distill_jax.report import axis, curves
 from distill_jax.report.html_report import write_report
-from distill_jax.report.runs import ReportedRun, duration
+from distill_jax.report.runs import ReportedRun, duration, progress
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training.metric_writer import MetricsWriter
 
@@ -181,6 +181,16 @@ def test_a_single_value_is_a_dot():
 def test_ticks_are_round(values, n, ticks):
   _, high, found = axis.axis(values, n)
   assert [axis.label(t, high) for t in found] == ticks
+
+
+def test_a_run_that_patience_has_ended_is_finished():
+  config = {"train": {"steps": 1000, "best_metric": "heldout/loss", "patience": 2}}
+  found = [{"step": 9, "heldout/loss": 2.0}, {"step": 19, "heldout/loss": 1.0}]
+  worse = [{"step": 29, "heldout/loss": 1.5}, {"step": 39, "heldout/loss": 1.2}]
+  assert not ReportedRun(found + worse[:1], config, {}).is_finished
+  run = ReportedRun(found + worse, config, {})
+  assert run.is_finished
+  assert progress(run) == "stopped early after step 40 of 1,000; the best one was step 20"
 
 
 def test_durations():
