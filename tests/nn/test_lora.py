@@ -187,7 +187,7 @@ def test_adapters_are_sharded_like_their_weight():
   base = jax.eval_shape(lambda: llama.Model(llama.TINY, jax.random.key(0)))
   adapters = lora.init(base, LoraOptions(rank=4, targets=("q_proj",)), jax.random.key(0))
   where = sharding.shardings(adapters, sharding.make_mesh(1, 2, 2), sharding.Rules())
-  assert where["layers.q"].a.get_value().spec == jax.P(None, "fsdp", None)
+  assert where["layers.q"].a.get_value().spec == jax.P(None, ("fsdp", "context"), None)
   assert where["layers.q"].b.get_value().spec == jax.P(None, None, "tensor", None)
 
 

@@ -118,6 +118,15 @@ def test_xla_partitions_a_step_without_replication(family, capfd):
   assert XLA_GAVE_UP not in capfd.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_afresh")
+@pytest.mark.parametrize("mesh_shape", [(1, 1, 2, 2), (1, 2, 1, 2)])
+@pytest.mark.parametrize("family", [("llama", "tiny"), ("deepseek_v3", "tiny")], ids=" ".join)
+def test_a_context_axis_causes_no_replication(family, mesh_shape, capfd):
+  compile_step(*family, sharding.Rules(), mesh_shape)
+  assert XLA_GAVE_UP not in capfd.readouterr().err
+
+
 @pytest.mark.usefixtures("compiled_afresh")
 def test_replication_would_be_detected(capfd):
   """Looking up a table that is sharded like the batch, which the rule `table` avoids."""
