@@ -47,11 +47,12 @@ def test_features_and_held_out_text(tiny_run, tmp_path):
   """Recorded features have their positions on the third axis."""
   rows = {}
   for name, axes in (("one", {}), ("two", {"fsdp": 1, "tensor": 2, "context": 2})):
-    c = heldout_runs.made(tmp_path / name, heldout=0)
+    c = heldout_runs.made(tmp_path / name)
     c.mesh.update(axes)
     c.records.taps = (0, 2)
     c.losses.hidden = config.loss("hidden", layers="0:0 2:2")
     c.train.records, c.train.steps = (str(tmp_path / name / "records"),), 2
+    c.train.heldout, c.train.eval_every = (str(tmp_path / name / "records/heldout"),), 1
     c.evaluate.sequences, c.evaluate.batch_size = 4, 4
     c.evaluate.models = {"student": f"run:{tmp_path / name / 'student'}"}
     record(c, tmp_path / name / "records")
@@ -61,6 +62,7 @@ def test_features_and_held_out_text(tiny_run, tmp_path):
     rows[name] = [*read_metrics(tmp_path / name / "student"), result]
   a, b = (open_store(tmp_path / name / "records")[3]["taps_PTD"] for name in rows)
   np.testing.assert_allclose(a, b, rtol=1e-3, atol=0.05)
+  assert "heldout/loss" in rows["two"][0]
   for a, b in zip(rows["one"], rows["two"], strict=True):
     keys = a.keys() - tiny.CLOCK
     assert {k: a[k] for k in keys} == pytest.approx({k: b[k] for k in keys}, rel=1e-3, abs=1e-4)
