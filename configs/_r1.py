@@ -48,14 +48,15 @@ def student(family, name, shape, seq_len, batch, fsdp, peak_lr):
   c.data.kind = "jsonl"
   c.data.path = "data/r1.jsonl"
   c.data.seq_len = int(seq_len)
+  c.data.heldout_fraction = 0.01
 
   c.records.kind = "sampled"
   c.records.n = 63
-  c.records.batch_size = batch[int(seq_len)]
+  c.records.batch_size = c.records.heldout_sequences = batch[int(seq_len)]
 
   c.losses.soft = config.loss("kd", weight=0.9)
   c.losses.hard = config.loss("ce", weight=0.1)
-  c.train.records = ("records",)
+  c.train.records, c.train.heldout = ("records",), ("records/heldout",)
   c.train.batch_size = batch[int(seq_len)]
   c.train.chunk = c.evaluate.chunk = 512
   c.train.steps = TOKENS // (int(seq_len) * batch[int(seq_len)])

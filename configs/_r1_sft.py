@@ -48,10 +48,10 @@ def student(family, name, shape, fsdp, peak_lr):
   c.data.kind, c.data.path = "chat", "runs/r1_sft/filtered/kept"
   c.data.seq_len, c.data.on_bad = SEQ_LEN, "skip"
   c.data.heldout_fraction = 0.01
-  c.records.kind = "text"
+  c.records.kind, c.records.heldout_sequences = "text", BATCH
 
   c.losses.hard = config.loss("ce")
-  c.train.records = ("records",)
+  c.train.records, c.train.heldout = ("records",), ("records/heldout",)
   c.train.batch_size = BATCH
   c.train.chunk = c.evaluate.chunk = 512
   c.train.steps = TOKENS // (SEQ_LEN * BATCH)

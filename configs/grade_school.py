@@ -53,7 +53,8 @@ def get_config(student: str = "small"):
   c.data.kind, c.data.path = "chat", f"{RUN}/filtered/kept"
   c.data.seq_len, c.data.heldout_fraction = 512, 0.05
   c.records.kind, c.records.n, c.records.batch_size = "sampled", 63, 4
-  c.train.records = (f"{RUN}/records",)
+  c.records.heldout_sequences = 16
+  c.train.records, c.train.heldout = (f"{RUN}/records",), (f"{RUN}/records/heldout",)
   c.train.batch_size = 4
   if student == "small":
     # The cross-entropy before training is 3.6; with other layers it is 4.3 to 7.5.

@@ -45,9 +45,11 @@ def get_config(seq_len="4096"):
   c.data.path = "data/r1.jsonl"
   c.data.seq_len = int(seq_len)
   c.data.sequences = 2**32 // int(seq_len)
+  c.data.heldout_fraction = 0.01
 
   c.records.kind = "sampled"
   c.records.n = 63
   c.records.batch_size = {4_096: 64, 32_768: 16, 131_072: 2}[int(seq_len)]
+  c.records.heldout_sequences = 2**20 // int(seq_len)
   c.records.tokens_per_shard = 2**18
   return c

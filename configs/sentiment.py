@@ -45,6 +45,7 @@ def get_config(student: str = "distilled"):
   c.student.changes, c.student.new = {"num_labels": 2}, ("classifier",)
   c.records.kind = "dense"  # two log-probabilities per text
   c.records.batch_size = c.train.batch_size = c.evaluate.batch_size = 32
+  c.records.heldout_sequences = 64
   c.train.steps = 160
   c.train.keep = 1
   c.optim.warmup_steps, c.optim.weight_decay = 16, 0.01
@@ -58,7 +59,7 @@ def get_config(student: str = "distilled"):
     if student == "hard":
       c.losses.hard = config.loss("ce")
     else:
-      c.train.records = (f"{AT}/records",)
+      c.train.records, c.train.heldout = (f"{AT}/records",), (f"{AT}/records/heldout",)
       c.losses.soft = config.loss("kd", temperature=2.0)
   else:
     roles = "teacher, hard or distilled"

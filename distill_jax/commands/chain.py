@@ -36,6 +36,7 @@ from distill_jax.nn import sharding
 from distill_jax.pruning import choose, factorise, search, shapes
 from distill_jax.pruning.measured_teacher import MeasuredTeacher
 from distill_jax.pruning.options import LinkOptions, ShrinkOptions
+from distill_jax.records import planned_stores
 from distill_jax.report.benchmarks import text  # noqa: F401
 from distill_jax.runtime import distributed, files, json_io, storage
 from distill_jax.runtime.workdir import Workdir
@@ -151,6 +152,7 @@ def _link_config(config: Config, link: LinkOptions, teacher: ModelOptions, folde
   student = link.student
   if not (student.source or student.shape):
     student = dataclasses.replace(student, source=storage.location(folder / "model"))
+  heldout = folder / "records" / planned_stores.HELDOUT
   return dataclasses.replace(
     config,
     teacher=teacher,
@@ -161,6 +163,7 @@ def _link_config(config: Config, link: LinkOptions, teacher: ModelOptions, folde
     train=dataclasses.replace(
       config.train,
       records=(storage.location(folder / "records"),),
+      heldout=(storage.location(heldout),) if config.records.heldout_sequences else (),
       steps=link.steps or config.train.steps,
     ),
     optim=dataclasses.replace(config.optim, peak_lr=link.peak_lr or config.optim.peak_lr),

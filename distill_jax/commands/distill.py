@@ -20,7 +20,8 @@ evaluation.json; examples.json; export/, the student as a Hugging Face folder; r
 stages are skipped when the command is run again, and an interrupted stage continues.
 
 Config: data.seq_len, data.sequences, data.heldout_fraction, losses, optim.peak_lr, train.steps,
-train.batch_size, evaluate.sequences, export.dtype.
+train.batch_size, records.heldout_sequences (0 to train without evaluation), evaluate.sequences,
+export.dtype.
 
 Example:
   distill-jax distill --teacher=models/teacher --student=half --data=notes.txt --workdir=runs/notes

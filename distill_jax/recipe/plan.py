@@ -14,6 +14,7 @@ from distill_jax.models.runs import RUN
 from distill_jax.recipe import data_source, model_source, sizes, tokens
 from distill_jax.recipe.machine import Machine
 from distill_jax.recipe.model_source import Models
+from distill_jax.records import planned_stores
 from distill_jax.report import numbers
 
 DATA_COMMENTS = {
@@ -219,11 +220,16 @@ def _plan_training(
   result.set("records.tokens_per_shard", tokens, "finished shards survive a stop")
   most = MAX_EVALUATED["cpu" if machine.is_cpu else "accelerator"]
   result.set("evaluate.sequences", most, "held-out sequences, at most")
+  if result.config.data.heldout_fraction:
+    heldout = sizes.heldout_sequences(sequences, most)
+    result.set("records.heldout_sequences", heldout, "evaluated in training; 2% of the sequences")
 
 
 def _plan_folders(result: Plan, request: Request) -> None:
   workdir = request.workdir.rstrip("/")
   result.set("train.records", (f"{workdir}/records",))
+  if result.config.records.heldout_sequences:
+    result.set("train.heldout", (f"{workdir}/records/{planned_stores.HELDOUT}",))
   result.set("evaluate.models", {"distilled": f"{RUN}{workdir}/train"})
   result.set("export.dir", f"{workdir}/export")
   result.set("export.evaluation", f"{workdir}/evaluation.json")
