@@ -36,7 +36,6 @@ def check(
   as_trained = dataclasses.replace(c, records=c.heldout, teachers=c.heldout_teachers)
   validate.check_text_fits(dataclasses.replace(config, train=as_trained), student, heldout)
   validate.check_records(dataclasses.replace(config, train=as_trained), heldout)
-  trained_on = {digest for store in stores for digest in store.digests}
   paths = c.heldout or tuple(config.tasks)
   lengths = {store.manifest.seq_len for store in stores}
   like = stores if config.tasks else [stores[0]] * len(heldout)
@@ -48,9 +47,7 @@ def check(
         f"training have {expected}. Record both with the same tokenizer or task."
       )
   for path, store in zip(paths, heldout, strict=True):
-    if trained_on & set(store.digests):
-      other = "stores of other text than train.records"
-      raise bad_value("train.heldout", path, other, "Record held-out text")
+    check_disjoint(config, path, store.manifest, stores)
     if store.manifest.seq_len not in lengths:
       raise InputError(
         f"The held-out records {path} have sequences of {store.manifest.seq_len} tokens, but those "
@@ -60,6 +57,35 @@ def check(
     manifests = {"": store.manifest} | {name: s.manifest for name, s in store.others.items()}
     for teacher, manifest in manifests.items():
       _check_same_teacher(config, path, teacher, manifest, stores)
+
+
+def check_disjoint(config: Config, path: str, heldout: Manifest, stores: Stores) -> None:
+  """Raises InputError if documents of a held-out store may be trained on.
+
+  Stores of the same documents have the same first row, of which the manifests have the digest. The
+  split of a document follows from its hash and the fraction of documents that are held out, which
+  the manifest of a held-out store has. So no row is read.
+
+  Args:
+    config: The config of the run.
+    path: The folder of the held-out store.
+    heldout: Its manifest.
+    stores: The stores of the run.
+  """
+  expected, action = "a store of text that is not trained on", "Record held-out text"
+  for trained in (store.manifest for store in stores):
+    both = trained.heldout_fraction and heldout.heldout_fraction
+    if heldout.corpus == trained.corpus or both:
+      raise bad_value("train.heldout", path, expected, action)
+  fraction = config.data.heldout_fraction
+  if heldout.heldout_fraction > fraction and not config.tasks:
+    raise bad_value(
+      "data.heldout_fraction",
+      fraction,
+      f"at least {heldout.heldout_fraction}, that of the held-out records {path}, of which some "
+      "documents are otherwise trained on",
+      "Record both with the same fraction",
+    )
 
 
 def _check_same_teacher(

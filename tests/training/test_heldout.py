@@ -40,7 +40,8 @@ def folder(tiny_run, tmp_path_factory):
   """Returns a folder with 6 held-out rows, and a run that is evaluated on them in batches of 4."""
   path = tmp_path_factory.mktemp("evaluated")
   c = tiny.tiny(tiny_run)
-  c.data.heldout_fraction, c.data.split, c.data.sequences = 0.3, "heldout", 6
+  (path / "other.txt").write_text("\n".join(reversed(tiny.sentences())))
+  c.data.path, c.data.sequences = str(path / "other.txt"), 6
   record(c, path / "heldout")
   train(made(tiny_run, path), path / "whole")
   return path
@@ -226,6 +227,7 @@ def test_bad_input_is_refused(folder, tiny_run, tmp_path):
     "heldout/agreement/teacher, heldout/ce, heldout/hard, heldout/kl/teacher, heldout/loss, "
   )
   other, own = (str(tiny_run / "text"),), (str(folder / "heldout"),)
+  trained_on = open_store(tiny_run / "records").manifest.corpus
   cases = [
     (
       keys(train_best_metric="heldout/mse"),
@@ -242,7 +244,7 @@ def test_bad_input_is_refused(folder, tiny_run, tmp_path):
     (keys(train_heldout=(), train_eval_every=0), "train.best_metric is .*; expected '' without"),
     (
       keys(train_heldout=(str(tiny_run / "records"),)),
-      "expected stores of other text than train.records",
+      "expected a store of text that is not trained on",
     ),
     (keys(train_heldout=other), "needs a teacher's targets, but the records"),
     (keys(train_heldout=(str(tmp_path),)), "manifest.json"),
@@ -255,6 +257,11 @@ def test_bad_input_is_refused(folder, tiny_run, tmp_path):
       "a vocabulary or classes of 200, but those of training have 256",
     ),
     (as_changed("temperature", 2.0), "temperature"),
+    (as_changed("corpus", trained_on), "expected a store of text that is not trained on"),
+    (
+      as_changed("heldout_fraction", 0.2),
+      "data.heldout_fraction is 0.0; expected at least 0.2, that of",
+    ),
     (as_changed("teacher", {"digest": "ab"}), "have teacher 'ab', but those of training have"),
   ]
   for i, (change, message) in enumerate(cases):
