@@ -14,6 +14,7 @@ from distill_jax.errors import InputError
 from distill_jax.evals import heldout
 from distill_jax.generation import local, servers
 from distill_jax.report import model_card
+from distill_jax.report.examples import Examples
 from distill_jax.report.html_report import write_report
 
 QUESTIONS = ["3 times 6 is", "hello", "0 times 3"]
@@ -219,7 +220,7 @@ def test_bad_configs_raise(tmp_path, changes, says):
 def test_benchmarks_together_with_heldout_text(tmp_path, monkeypatch):
   row = {"ce": 1.0, "perplexity": 2.7, "kl": 0.0, "agreement": 1.0, "parameters": 5}
   text = {"models": {"teacher": row}, "tokens": 9.0, "corpus": "text"}  # see test_run.py
-  monkeypatch.setattr(heldout, "measure", lambda *_: dict(text))
+  monkeypatch.setattr(heldout, "measure", lambda *_: (dict(text), Examples()))
   c = made(tmp_path, heldout=True, models={"s": ""})
   rows = [{"question": "q", "choices": ["u", "v"], "label": 0}]
   c.evals.x = config.benchmark(
