@@ -5,11 +5,11 @@ of train.heldout. The schedules of the losses have the values of the last traini
 are not balanced, so that all evaluations of a run can be compared.
 
 The cost: a training step computes about three times what its forward pass does, so that an
-evaluation of R rows costs as much as R / (3 * batch_size) steps (R / batch_size at most if a large
-teacher runs in both). It runs every `interval` steps. A batch has as many rows as a microbatch of
-the step, so that an evaluation needs less memory: the same parameters, batch and chunk of logits,
-but neither gradients nor activations for them. Per process, one batch and those being read ahead
-are in memory.
+evaluation of R rows costs as much as R / (3 * batch_size) steps, and more in the cases of
+`forward_share`. A batch has as many rows as a microbatch of the step, so that an evaluation needs
+less memory: the same parameters, batch and chunk of logits, but neither gradients nor activations
+for them. Per process, one batch, the next one and those being read ahead (loader.BATCHES_AHEAD) are
+in memory, whatever the size of the stores.
 """
 
 from __future__ import annotations
@@ -72,6 +72,17 @@ def evaluate(
   return {"loss": Mean(total, jnp.sum(batch.mask_BT, dtype=jnp.float32))} | means
 
 
+def forward_share(config: Config, step: Step) -> float:
+  """Returns the share of a step's computation that is its forward pass, at most.
+
+  The backward pass computes twice as much for weights that are trained, and as much for the base of
+  adapters. It may be short for a student with frozen layers, and teachers do not have one.
+  """
+  if config.train.online or config.teachers or step.trainable.frozen:
+    return 1.0
+  return 1 / 2 if step.trainable.has_base else 1 / 3
+
+
 class Part(NamedTuple):
   """The rows of one store.
 
@@ -128,8 +139,7 @@ class Evaluation:
     c, longest = config.train, max(store.manifest.seq_len for store in stores)
     self._parts = [Part.of(config, longest, store) for store in heldout]
     computed = sum(p.batches * p.rows * p.store.manifest.seq_len for p in self._parts)
-    forward = 1 if c.online or config.teachers else 1 / 3  # of the computation of a step, at most
-    self.cost = forward * computed / (c.batch_size * longest)
+    self.cost = forward_share(config, step) * computed / (c.batch_size * longest)
     self.every = (c.eval_every or math.ceil(self.cost / SHARE)) if heldout else 0
     self._evaluate = jax.jit(
       functools.partial(evaluate, step, c.steps - 1), out_shardings=sharding.replicated(mesh)

@@ -15,12 +15,17 @@ Each is a step.Step, compiled as in training, with its metrics. `A_over_B` is th
 of the ratio of two steps, wall clock; `…_cpu_time` is the same of the CPU time of all threads, for
 machines with other work, and `…_temp_bytes` of the compiled programs' temporary memory. The last
 line is a JSON object.
+
+`…_evaluation_over_step` is the CPU time of heldout.evaluate on the same batch over that of the
+step. `…_evaluation_share` is the share of the computation that evaluation costs at the default
+interval of train.eval_every, which is chosen for at most 2%.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -37,7 +42,7 @@ from distill_jax.models import llama, trainables
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.nn.lora import LoraOptions
 from distill_jax.schedules import constant
-from distill_jax.training import optim
+from distill_jax.training import heldout, optim
 from distill_jax.training.step import Step
 from distill_jax.types import Batch, Inputs
 
@@ -47,6 +52,7 @@ RATIOS = (
   ("frozen", "records"),
   ("lora", "records"),
 )
+FORWARD = {"records": 1 / 3, "lora": 1 / 2, "online": 1.0}  # see heldout.forward_share
 POINTS, ENTRIES = 63, 20  # points of systematic sampling, and distinct tokens among them
 
 
@@ -78,7 +84,7 @@ def batch_of(vocab_size: int, B: int, T: int) -> Batch:
 
 
 def contestants(student: llama.Config, teacher: llama.Config, batch: Batch, chunk: int):
-  """Returns [compiled step, initial state, batch, online teachers, base model] by name."""
+  """Returns [compiled step, initial state, batch, teachers, base model, evaluation] by name."""
   soft, hard = kd.Loss(weight=constant(0.7)), ce.Loss(weight=constant(0.3))
   both = {"soft": soft, "hard": hard}
   plain, model = batch.replace(targets={}), llama.Model(student, jax.random.key(0))
@@ -108,13 +114,23 @@ def contestants(student: llama.Config, teacher: llama.Config, batch: Batch, chun
     state = step.init(jax.tree.map(jnp.copy, trained))  # a copy, because the step donates it
     arguments = [state, given, teachers, model if trainable.has_base else None]
     program = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
-    made[name] = [program, *arguments]
+    of_step = functools.partial(heldout.evaluate, step, 999)
+    evaluation = jax.jit(of_step).lower((state.params, state.adapters), *arguments[1:]).compile()
+    made[name] = [program, *arguments, evaluation]
   return made
+
+
+def evaluate(contestant: list[Any]) -> float:
+  """Evaluates the state on the batch of the step; returns the CPU seconds."""
+  _, state, *arguments, evaluation = contestant
+  cpu = time.process_time()
+  jax.block_until_ready(evaluation((state.params, state.adapters), *arguments))
+  return time.process_time() - cpu
 
 
 def run(contestant: list[Any]) -> tuple[float, float]:
   """Runs one step from the state of the last; returns its wall and CPU seconds."""
-  program, *arguments = contestant
+  program, *arguments, _ = contestant
   start, cpu = time.perf_counter(), time.process_time()
   contestant[1], metrics = program(*arguments)
   loss = float(metrics["loss"])
@@ -136,13 +152,15 @@ def main() -> None:
   B, T = (2, 32) if args.small else (2, 512)
   made = contestants(student, teacher, batch_of(student.vocab_size, B, T), args.chunk)
   names = list(made)
-  wall, cpu = ({n: [] for n in names} for _ in range(2))
+  wall, cpu, evaluated = ({n: [] for n in names} for _ in range(3))
   for i in range(args.rounds + 1):
     for name in names[i % len(names) :] + names[: i % len(names)]:
       seconds = run(made[name])
       if i:  # the first round warms up
         wall[name].append(seconds[0])
         cpu[name].append(seconds[1])
+      if name in FORWARD:
+        evaluated[name].append(evaluate(made[name]))
 
   def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
     return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
@@ -154,12 +172,18 @@ def main() -> None:
     figures[f"{a}_over_{b}"] = ratio(wall, a, b)
     figures[f"{a}_over_{b}_cpu_time"] = ratio(cpu, a, b)
     figures[f"{a}_over_{b}_temp_bytes"] = temporary[a] / temporary[b]
+  for n, assumed in FORWARD.items():
+    share = statistics.median(x / y for x, y in zip(evaluated[n][1:], cpu[n], strict=True))
+    figures[f"{n}_evaluation_over_step"] = share
+    figures[f"{n}_evaluation_share"] = heldout.SHARE * share / assumed
+    bytes_of = made[n][-1].memory_analysis().temp_size_in_bytes
+    figures[f"{n}_evaluation_temp_bytes_over_step"] = bytes_of / temporary[n]
   figures |= {f"{n}_seconds": statistics.median(s) for n, s in wall.items()}
   figures |= {f"{n}_temp_bytes": n_bytes for n, n_bytes in temporary.items()}
   figures |= {f"{n}_state_bytes": n_bytes for n, n_bytes in state_bytes.items()}
   figures |= {"tokens": B * T, "student_layers": layers, "chunk": args.chunk}
   for name, value in figures.items():
-    print(f"{name:32}{value:18,.3f}")
+    print(f"{name:40}{value:18,.4f}")
   print(f"load {os.getloadavg()[0]:.1f}")
   print(json.dumps({k: round(v, 4) for k, v in figures.items()}))
 
