@@ -48,7 +48,11 @@ def text_config(folder, axis):
 def core(folder, where, axis):
   """record (sampled), train, and evaluate with held-out text and choices by likelihood."""
   c = text_config(folder, axis)
-  c.train.records = (str(where / "sampled"),)
+  c.train.records, c.train.heldout = (str(where / "sampled"),), (str(where / "sampled/heldout"),)
+  lines = ({"text": sentence} for sentence in tiny.sentences())
+  c.data.kind, c.data.path = "jsonl", str(write_lines(folder / "corpus.jsonl", lines))
+  c.data.heldout_fraction, c.records.heldout_sequences = 0.3, 7
+  c.train.best_metric, c.train.eval_every = "heldout/loss", 2
   c.evaluate.models = {"student": f"run:{where / 'student'}"}
   endings = ["1.", "is 4.", "b!", "c"]
   rows = [{"activity_label": "Sum", "ctx": "as", "endings": endings, "label": i} for i in range(3)]
@@ -154,6 +158,7 @@ def compare_core(one, two):
   compare_stores(one / "sampled", two / "sampled")
   metrics = read_metrics(one / "student")
   assert len(metrics) == 3 and all(row["tokens"] for row in metrics)
+  assert [i for i, row in enumerate(metrics) if "heldout/kl/teacher" in row] == [1, 2]
   compare_numbers(metrics, read_metrics(two / "student"))
   evaluations = [json.loads((f / "evaluated/evaluation.json").read_text()) for f in (one, two)]
   assert evaluations[0]["evals"]["hellaswag"]["student"] and evaluations[0]["models"]["student"]
