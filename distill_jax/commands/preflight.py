@@ -47,9 +47,10 @@ def run(config: Config) -> JsonObject:
     For `generate`, the result of decoding.estimate. For `train` and `record`, a dictionary with
     `fits`, `chips`, `peak_bytes_per_device`, `hbm_bytes_per_device`, `flops_per_step`,
     `collective_bytes_per_device`, `step_seconds_bound`, `mfu_bound`, `tokens_per_second_bound`,
-    `chip_hours` and others; preflight/table.py prints them. None stands for unknown numbers: the
-    collectives of a program that does not fit, the hours for a corpus whose length the config does
-    not contain and, with `tasks`, all numbers from the formulas for decoders.
+    `chip_hours` (with evaluation), `evaluation_share` and others; preflight/table.py prints them.
+    None stands for unknown numbers: the collectives of a program that does not fit, the hours for a
+    corpus whose length the config does not contain and, with `tasks`, all numbers from the formulas
+    for decoders.
 
   Raises:
     InputError: libtpu is not installed, the topology is unknown, or the config is not valid, or not
@@ -99,6 +100,7 @@ def run(config: Config) -> JsonObject:
       moved = memory.arguments + compiled.memory_analysis().output_size_in_bytes
       result |= roofline.speed(config, verb, hardware, mesh, step_flops, moved, sent)
   result |= estimate.store_size(config, verb)
+  result["evaluation_share"] = estimate.evaluation_share(config, verb)
   result["smallest"] = slices.smallest_slice(config, verb, hardware, fits)
   return result
 

@@ -15,7 +15,7 @@ from distill_jax.nn import params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.preflight import programs
 from distill_jax.records.store import Manifest
-from distill_jax.training import state
+from distill_jax.training import heldout, state
 from distill_jax.types import JsonObject, PyTree
 
 # Entries per token for n sampled points, measured on SmolLM2-135M at an entropy of 1.6 nats.
@@ -50,6 +50,25 @@ def total_tokens(config: Config, verb: str) -> int:
   if verb == "record":
     return config.data.sequences * config.data.seq_len
   return config.train.steps * config.train.batch_size * config.data.seq_len
+
+
+def evaluation_share(config: Config, verb: str) -> float | None:
+  """Returns the computation of evaluation as a share of that of training steps, at most.
+
+  An evaluation needs less memory than a step (training/heldout.py), so it is not compiled here.
+
+  Returns:
+    The share; 0 without train.heldout, and None if the config does not have the number of rows
+    (records.heldout_sequences).
+  """
+  c = config.train
+  if verb != "train" or not c.heldout:
+    return 0.0
+  if not c.eval_every:
+    return heldout.SHARE
+  rows = config.records.heldout_sequences
+  forward = heldout.forward_share(config, loading.open_source(config.student).trainable)
+  return forward * math.ceil(rows / c.batch_size) / c.eval_every if rows else None
 
 
 def store_size(config: Config, verb: str) -> JsonObject:

@@ -96,7 +96,7 @@ def speed(
   limit = bound(chip, chips, mesh.size, step_flops, hbm_bytes, sent)
   rows = config.records.batch_size if verb == "record" else config.train.batch_size
   rate = rows * config.data.seq_len / limit.seconds
-  total = estimate.total_tokens(config, verb)
+  total = estimate.total_tokens(config, verb) * (1 + (estimate.evaluation_share(config, verb) or 0))
   return {
     "bounds": vars(limit),
     "bound_by": limit.by,

@@ -32,6 +32,8 @@ def text(r: JsonObject) -> str:
     lines.append(
       f"  {r['tokens']:,} tokens take at least {r['chip_hours']:,.1f} chip-hours{cost(r)}."
     )
+    if r["evaluation_share"]:
+      lines.append(f"  They include {r['evaluation_share']:.1%} for evaluation on held-out rows.")
   lines.append("")
   if r["store_bytes_per_token"] is not None:
     lines.append(_store(r))

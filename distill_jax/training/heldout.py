@@ -30,6 +30,7 @@ from jax.sharding import Mesh
 from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.models.loading import ModelSource
+from distill_jax.models.trainables import Trainable
 from distill_jax.nn import sharding
 from distill_jax.records import collate
 from distill_jax.records.multi_teacher import MultiTeacherStore
@@ -72,15 +73,15 @@ def evaluate(
   return {"loss": Mean(total, jnp.sum(batch.mask_BT, dtype=jnp.float32))} | means
 
 
-def forward_share(config: Config, step: Step) -> float:
+def forward_share(config: Config, trainable: Trainable) -> float:
   """Returns the share of a step's computation that is its forward pass, at most.
 
   The backward pass computes twice as much for weights that are trained, and as much for the base of
   adapters. It may be short for a student with frozen layers, and teachers do not have one.
   """
-  if config.train.online or config.teachers or step.trainable.frozen:
+  if config.train.online or config.teachers or trainable.frozen:
     return 1.0
-  return 1 / 2 if step.trainable.has_base else 1 / 3
+  return 1 / 2 if trainable.has_base else 1 / 3
 
 
 class Part(NamedTuple):
@@ -139,7 +140,7 @@ class Evaluation:
     c, longest = config.train, max(store.manifest.seq_len for store in stores)
     self._parts = [Part.of(config, longest, store) for store in heldout]
     computed = sum(p.batches * p.rows * p.store.manifest.seq_len for p in self._parts)
-    self.cost = forward_share(config, step) * computed / (c.batch_size * longest)
+    self.cost = forward_share(config, step.trainable) * computed / (c.batch_size * longest)
     self.every = (c.eval_every or math.ceil(self.cost / SHARE)) if heldout else 0
     self._evaluate = jax.jit(
       functools.partial(evaluate, step, c.steps - 1), out_shardings=sharding.replicated(mesh)

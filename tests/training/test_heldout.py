@@ -16,6 +16,7 @@ from distill_jax.models import loading
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
 from distill_jax.nn.layers import ComputeConfig
+from distill_jax.preflight import estimate
 from distill_jax.records import collate
 from distill_jax.records.store import open_store
 from distill_jax.runtime import checkpoint, distributed
@@ -271,3 +272,19 @@ def test_bad_input_is_refused(folder, tiny_run, tmp_path):
     with pytest.raises(InputError, match=message):
       train(c, tmp_path / f"{i}" / "run")
     assert not (tmp_path / f"{i}" / "run" / "checkpoints").exists(), message
+
+
+def test_preflight_counts_evaluation():
+  """40 rows are 5 batches: 5 / 3 steps of 50; twice as many forward passes per LoRA step."""
+  c = config.base()
+  c.train.heldout, c.train.batch_size = ("held",), 8
+  share = lambda verb="train": estimate.evaluation_share(config.resolve(c), verb)
+  assert (share(), share("record")) == (heldout.SHARE, 0)
+  c.train.eval_every = 50
+  assert share() is None
+  c.records.heldout_sequences = 40
+  assert share() == pytest.approx(5 / 3 / 50)
+  c.student.train, c.student.lora.rank = "lora", 2
+  assert share() == pytest.approx(5 / 2 / 50)
+  c.train.online = True
+  assert share() == pytest.approx(5 / 50)
