@@ -191,7 +191,7 @@ class Model(nnx.Module):
       )
       x_BYWD = x_BYWD + over_places(compute.cast_and_gather(self.patch_bias)[...])
       x_BYWD = layers.layer_norm(x_BYWD, self.stem_norm[...], self.stem_norm_bias[...], EPS)
-      x_BYWD = sharding.constrain(x_BYWD, "batch seq seq embed", compute.rules)
+      x_BYWD = sharding.constrain(x_BYWD, "batch pixels pixels embed", compute.rules)
     for stage in self.stages:
       x_BYWD = stage(x_BYWD, compute)
     x_B1D = jnp.mean(x_BYWD, (1, 2), dtype=jnp.float32)[:, None].astype(x_BYWD.dtype)

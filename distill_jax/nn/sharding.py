@@ -77,7 +77,7 @@ TABLE: dict[str, tuple[MeshAxes, MeshAxes]] = {
   "classes": (None, None),
   "places": (None, None),  # learned positions, and segment types
   "channels": (None, None),  # channels of an image, or mel bins of audio
-  "pixels": (None, None),  # height or width of a patch
+  "pixels": (None, None),  # height or width of an image or a patch
   "one": (None, None),  # an axis of size 1 in the Hugging Face checkpoint
   "layers": (None, None),
   "encoder_layers": (None, None),  # layers of the encoder in an encoder-decoder
