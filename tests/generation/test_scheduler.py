@@ -110,20 +110,19 @@ def test_records_equal_those_of_the_recorder(kind):
   """The recorder uses the model without a cache, with offsets of the same keys."""
   model, read = random_model(), prompts(256, (6, 11))
   c = config.RecordsOptions(kind=kind, n=15, temperature=1.5 if kind == "sampled" else 1.0)
+  spec = sampler.SamplerSpec(c.n, kind, temperature=c.temperature)
+
+  @jax.jit
+  def recorded(model, inputs, labels_BT, u_BT):
+    out = model(inputs, COMPUTE)
+    return sampler.summarise(out.hidden_BTD, out.head_VD, labels_BT, u_BT, spec, chunk=16)
+
   for (p, number), s in decode(model, one_device(), DRAWN, read, records=c).items():
     ids = jnp.asarray([read[p] + s.tokens], jnp.int32)
     key = jax.random.fold_in(jax.random.fold_in(runs.keys(3)["records"], p), number)
     at = jnp.arange(ids.shape[1] - 1)
     u_BT = jax.vmap(lambda t, k=key: jax.random.uniform(jax.random.fold_in(k, t)))(at)[None]
-    out = model(parity.plain_inputs(np.asarray(ids[:, :-1])), COMPUTE)
-    want = sampler.summarise(
-      out.hidden_BTD,
-      out.head_VD,
-      ids[:, 1:],
-      u_BT,
-      sampler.SamplerSpec(c.n, kind, temperature=c.temperature),
-      chunk=16,
-    )
+    want = recorded(model, parity.plain_inputs(np.asarray(ids[:, :-1])), ids[:, 1:], u_BT)
     got = {name: np.array(x) for name, x in s.records.items()}
     assert got.keys() == want.keys()
     for name, x in want.items():

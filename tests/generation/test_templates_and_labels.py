@@ -198,7 +198,7 @@ def test_smoothed_labels_and_their_gradient():
     )
     return fused_head.loss(one, x, w, batch, chunk=4, vocab_size=V)[0]
 
-  got, (dx, dw) = jax.value_and_grad(total, (0, 1))(f32(x), f32(w))
+  got, (dx, dw) = jax.jit(jax.value_and_grad(total, (0, 1)))(f32(x), f32(w))
   np.testing.assert_allclose(got, want, rtol=1e-5)
   np.testing.assert_allclose(dx, dz @ w[:V], atol=1e-5)
   np.testing.assert_allclose(dw[:V], np.einsum("BTV,BTD->VD", dz, x), atol=1e-5)

@@ -42,7 +42,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def model():
-  return llama.Model(CONFIG, jax.random.key(0))
+  return jax.jit(lambda key: llama.Model(CONFIG, key))(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_a_wrong_value_is_found_by_the_checksum_of_all_slices(
 
 
 def test_another_model_is_refused(run, tmp_path):
-  other = llama.Model(CONFIG.keep_layers((0, 1)), jax.random.key(0))
+  other = jax.eval_shape(lambda: llama.Model(CONFIG.keep_layers((0, 1)), jax.random.key(0)))
   with pytest.raises(InputError, match="is of another model: layers"):
     export_saved(other, run, tmp_path / "out")
 

@@ -44,7 +44,7 @@ def check_same(a, b):
 )
 def test_values_are_read_once_and_equal_those_read_in_place(family, shape, tmp_path, monkeypatch):
   module = registry.load("models", family)
-  model = module.Model(module.CONFIGS[shape], jax.random.key(0))
+  model = jax.jit(lambda key: module.Model(module.CONFIGS[shape], key))(jax.random.key(0))
   export_model(
     model,
     tmp_path / "m",

@@ -89,12 +89,17 @@ def test_least_squares_is_the_best_projection(mask):
   t[~mask] = 1e3  # must not influence the fit
   shape = dataclasses.replace(llama.TINY, hidden_size=D, num_hidden_layers=1)
   loss = hidden.Loss(projection="least_squares", layers="last")
-  adapters = loss.init(jax.random.key(0), ((0, 0),), shape, E)
-  assert adapters["project"].shape == (1, D, E)
   student, teacher = Features({0: jnp.float32(s)}, {}), Features({0: jnp.float32(t)}, {})
-  start = loss.feature_loss(student, teacher, adapters, batch_of(mask), ((0, 0),)).value()
-  fitted = loss.fit(adapters, ((0, 0),), student, teacher, batch_of(mask))
-  end = loss.feature_loss(student, teacher, fitted, batch_of(mask), ((0, 0),)).value()
+
+  @jax.jit
+  def run(student, teacher, batch):
+    adapters = loss.init(jax.random.key(0), ((0, 0),), shape, E)
+    assert adapters["project"].shape == (1, D, E)
+    fitted = loss.fit(adapters, ((0, 0),), student, teacher, batch)
+    of = lambda adapters: loss.feature_loss(student, teacher, adapters, batch, ((0, 0),)).value()
+    return of(adapters), of(fitted)
+
+  start, end = run(student, teacher, batch_of(mask))
   assert start > 0.5
   assert end < 1e-6  # the error due to the ridge
 
@@ -102,8 +107,9 @@ def test_least_squares_is_the_best_projection(mask):
 def test_orthogonal_projection_keeps_lengths():
   shape = dataclasses.replace(llama.TINY, hidden_size=D, num_hidden_layers=2)
   loss = hidden.Loss(projection="orthogonal")
-  project = loss.init(jax.random.key(0), ((0, 0), (1, 1)), shape, E)["project"][...]
-  for p in np.asarray(project):
+  init = lambda key: loss.init(key, ((0, 0), (1, 1)), shape, E)["project"][...]
+  project = np.asarray(jax.jit(init)(jax.random.key(0)))
+  for p in project:
     np.testing.assert_allclose(p @ p.T, np.eye(D), atol=1e-6)
   assert not np.allclose(project[0], project[1])
 
@@ -131,31 +137,23 @@ def test_relations_loss_matches_its_formula(mask):
     p, q = relation(b), relation(a)
     ratio = np.where(sees[:, None], p / np.where(sees[:, None], q, 1), 1)
     per.append((p * np.log(np.where(ratio > 0, ratio, 1))).sum(-1).mean(1))
-  f32 = lambda qkv: tuple(map(jnp.float32, qkv))
+  f32 = lambda qkv: tuple(map(np.float32, qkv))
   loss = relations.Loss(heads=R)
   args = ({}, batch_of(mask, segments), ((1, 1),))
-  got = loss.feature_loss(Features({}, {1: f32(s)}), Features({}, {1: f32(t)}), *args)
-  np.testing.assert_allclose(got.value(), np.mean(per, 0)[mask].mean(), rtol=2e-6)
+  run = jax.jit(lambda s, t: loss.feature_loss(s, t, *args).value())
+  got = run(Features({}, {1: f32(s)}), Features({}, {1: f32(t)}))
+  np.testing.assert_allclose(got, np.mean(per, 0)[mask].mean(), rtol=2e-6)
 
 
 def test_relations_loss_does_not_depend_on_the_block_size(mask, monkeypatch):
-  make = lambda seed: tuple(jnp.float32(vectors(seed + i, 8)).reshape(B, T, 2, 4) for i in range(3))
-  run = jax.value_and_grad(
-    lambda q: (
-      relations.Loss()
-      .feature_loss(
-        Features({}, {1: (q, *make(1)[1:])}),
-        Features({}, {1: make(7)}),
-        {},
-        batch_of(mask),
-        ((1, 1),),
-      )
-      .total
-    )
-  )
-  whole = run(make(1)[0])
+  make = lambda seed: tuple(np.float32(vectors(seed + i, 8).reshape(B, T, 2, 4)) for i in range(3))
+  (q, *rest), teacher, batch = make(1), Features({}, {1: make(7)}), batch_of(mask)
+  student = lambda q: Features({}, {1: (q, *rest)})
+  total = lambda q: relations.Loss().feature_loss(student(q), teacher, {}, batch, ((1, 1),)).total
+  run = lambda: jax.jit(jax.value_and_grad(lambda q: total(q)))(q)  # a new function each time
+  whole = run()
   monkeypatch.setattr(relations, "QUERIES", 4)  # does not divide 9
-  blocks = run(make(1)[0])
+  blocks = run()
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, blocks)
 
 
@@ -186,7 +184,8 @@ def test_relational_loss_matches_its_formula(mask, monkeypatch, positions):
     want += huber(ds - dt).mean() + 2.0 * (huber(angle_s - angle_t).mean() if len(near) > 1 else 0)
   args = ({}, batch_of(mask, segments), ((0, 0),))
   one = lambda x: Features({0: jnp.float32(x)}, {})
-  got = relational.Loss(tokens=tokens).feature_loss(one(s), one(t), *args)
+  loss = relational.Loss(tokens=tokens)
+  got = jax.jit(lambda s, t: loss.feature_loss(s, t, *args))(one(s), one(t))
   np.testing.assert_allclose(got.total, want, rtol=1e-5)
   assert got.count == mask.sum()
 
@@ -201,8 +200,9 @@ def test_tokens_that_differ_only_by_rounding_have_no_direction(mask):
   args = ({}, batch_of(mask, segments), ((0, 0),))
   one = lambda x: Features({0: jnp.asarray(x)}, {})
   loss = lambda x: relational.Loss(tokens=4).feature_loss(one(x), one(t), *args).total
-  assert abs(loss(s)) < 1e-9
-  assert np.abs(jax.grad(loss)(jnp.asarray(s))).max() < 1e-4
+  value, gradient = jax.jit(jax.value_and_grad(loss))(s)
+  assert abs(value) < 1e-9
+  assert np.abs(gradient).max() < 1e-4
 
 
 # ------------------------------------------------------------------ maps and needs
@@ -244,18 +244,23 @@ def test_what_does_not_fit_is_refused(make, message):
 
 def test_recomputed_queries_keys_and_values_are_those_of_the_model():
   """The output of a layer follows from the queries, keys and values recomputed from a tap."""
-  model = llama.Model(llama.TINY, jax.random.key(0))
-  tokens = jax.random.randint(jax.random.key(1), (1, T), 0, 256)
+  model = jax.jit(lambda key: llama.Model(llama.TINY, key))(jax.random.key(0))
+  tokens = np.random.default_rng(1).integers(0, 256, (1, T))
   inputs = Inputs(tokens, jnp.arange(T)[None], jnp.ones((1, T), jnp.int32))
   needs, compute = FeatureSpec(hidden=(0,), qkv=(1,)), ComputeConfig()
-  got = needs.extract(model, model(inputs, compute, needs.taps), inputs, compute)
-  seen = []
+  extract = lambda m, i: needs.extract(m, m(i, compute, needs.taps), i, compute)
+  got = jax.jit(extract)(model, inputs)
   real = llama.Block.qkv
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(llama.Block, "qkv", lambda *args: seen.append(real(*args)) or seen[-1])
-    patch.setattr(jax.lax, "scan", lambda f, c, xs: unrolled(f, c, xs))
-    model(inputs, compute)
-  for a, b in zip(got.qkv[1], seen[1], strict=True):
+
+  def all_seen(model, inputs):
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(llama.Block, "qkv", lambda *args: seen.append(real(*args)) or seen[-1])
+      patch.setattr(jax.lax, "scan", lambda f, c, xs: unrolled(f, c, xs))
+      model(inputs, compute)
+    return seen
+
+  for a, b in zip(got.qkv[1], jax.jit(all_seen)(model, inputs)[1], strict=True):
     np.testing.assert_allclose(a, b, atol=5e-6)  # one of them is computed in a fused program
 
 
@@ -354,16 +359,15 @@ def test_balancing_brings_gradient_norms_into_the_ratio_of_the_weights(tmp_path)
   resolved = config.resolve(c)
   opened = stores.open_stores(resolved)
   step = training.make_step(resolved, opened)
-  student = llama.Model(llama.TINY, jax.random.key(0))
-  teacher = llama.Model(llama.TINY, jax.random.key(1))
+  make = jax.jit(lambda key: llama.Model(llama.TINY, key))
+  student, teacher = make(jax.random.key(0)), make(jax.random.key(1))
   batch = jax.tree.map(jnp.asarray, next(stores.batches(resolved, opened)))
   state, metrics = jax.jit(step)(step.init(student), batch, {"teacher": teacher})
   norms = {}
+  fixed = Fixed({"teacher": teacher}, 0, np.float32(np.sum(batch.mask_BT)))
+  grad = jax.jit(lambda s, weights: jax.grad(step.loss, has_aux=True)(s, batch, fixed, weights))
   for name in resolved.losses:
-    weights = {n: jnp.float32(n == name) for n in resolved.losses}
-    count = jnp.sum(batch.mask_BT, dtype=jnp.float32)
-    grad = jax.grad(step.loss, has_aux=True)
-    g, _ = grad((student, {}), batch, Fixed({"teacher": teacher}, 0, count), weights)
+    g, _ = grad((student, {}), {n: np.float32(n == name) for n in resolved.losses})
     norms[name] = float(np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(g))))
   asked = {"soft": 1.0, "hidden": 0.5, "relational": 0.1}
   got = {n: float(metrics[f"weight/{n}"]) * norms[n] for n in norms}

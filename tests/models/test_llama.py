@@ -1,6 +1,7 @@
 """The Llama family against transformers (torch, float32): every layer, logits, gradients."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def test_mistral_matches_transformers(case, tmp_path):
 def test_a_window_changes_outputs_at_these_positions(tmp_path):
   theirs = parity.torch_model("mistral", sliding_window=5)
   ours, inputs = parity.ours_from(theirs, tmp_path), parity.plain_inputs(parity.tokens())
-  hidden = lambda m: m(inputs, layers.ComputeConfig()).hidden_BTD
+  hidden = jax.jit(lambda m: m(inputs, layers.ComputeConfig()).hidden_BTD)
   other = _with_config(ours, dataclasses.replace(ours.config, sliding_window=6))
   assert parity.error(hidden(other), hidden(ours)) > 1000 * parity.FORWARD
 
@@ -68,7 +69,8 @@ def test_the_rope_scaling_changes_outputs_at_these_positions(tmp_path):
   """Otherwise the parity test would pass without the scaling."""
   theirs = parity.torch_model("llama", **CASES["llama 3 rope"])
   ours, inputs = parity.ours_from(theirs, tmp_path), parity.plain_inputs(parity.tokens())
-  hidden = lambda c: _with_config(ours, c)(inputs, layers.ComputeConfig()).hidden_BTD
+  of = jax.jit(lambda m: m(inputs, layers.ComputeConfig()).hidden_BTD)
+  hidden = lambda c: of(_with_config(ours, c))
   plain = dataclasses.replace(ours.config, rope_scaling=None)
   assert parity.error(hidden(plain), hidden(ours.config)) > 1000 * parity.FORWARD
 
@@ -93,9 +95,9 @@ def test_packed_documents_are_independent(tmp_path):
 
 def test_taps_are_in_the_given_order(tmp_path):
   ours = parity.ours_from(parity.torch_model("llama"), tmp_path)
-  run = lambda taps: (
-    ours(parity.plain_inputs(parity.tokens()), layers.ComputeConfig(), taps).taps_PBTD
-  )
+  inputs = parity.plain_inputs(parity.tokens())
+  of = lambda model, taps: model(inputs, layers.ComputeConfig(), taps).taps_PBTD
+  run = functools.partial(jax.jit(of, static_argnums=1), ours)
   np.testing.assert_array_equal(run((2, 0)), run((0, 2))[::-1])
   assert run(()) is None
 

@@ -1,5 +1,7 @@
 """Low-rank adapters: PEFT's numbers, and a base that stays."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,9 +32,17 @@ FAMILIES = {
 }
 
 
+@functools.cache
+def random_base():
+  return jax.jit(lambda key: llama.Model(llama.TINY, key))(jax.random.key(0))
+
+
+init = jax.jit(lora.init, static_argnums=1)
+
+
 def random_adapters(model, spec, seed=1):
   """Returns adapters with random factors, since with B = 0 the gradient of A is 0."""
-  adapters = lora.init(model, spec, jax.random.key(seed))
+  adapters = init(model, spec, jax.random.key(seed))
   rng = np.random.default_rng(seed)
   draw = lambda v: v.replace(jnp.asarray(rng.normal(0, 0.2, v.shape), jnp.float32))
   return params.map_params(draw, adapters)
@@ -93,8 +103,8 @@ def test_logits_and_gradients_match_peft(family, tmp_path):
 def test_before_training_outputs_are_those_of_the_base(dtype):
   """B is 0, so outputs equal the base's, bit for bit."""
   compute, tokens_BT = layers.ComputeConfig(dtype=dtype), parity.tokens()
-  base = jax.jit(lambda key: llama.Model(llama.TINY, key))(jax.random.key(0))
-  joined = lora.with_adapters(base, lora.init(base, LoraOptions(rank=2), jax.random.key(1)))
+  base = random_base()
+  joined = lora.with_adapters(base, init(base, LoraOptions(rank=2), jax.random.key(1)))
   np.testing.assert_array_equal(
     parity.plain_logits(joined, tokens_BT, compute), parity.plain_logits(base, tokens_BT, compute)
   )
@@ -102,10 +112,8 @@ def test_before_training_outputs_are_those_of_the_base(dtype):
 
 def test_a_is_initialised_like_peft():
   """A is uniform between -1/sqrt(inputs) and 1/sqrt(inputs), as in torch's Linear."""
-  base = llama.Model(llama.TINY, jax.random.key(0))
-  adapters = lora.init(
-    base, LoraOptions(rank=32, targets=("o_proj", "down_proj")), jax.random.key(1)
-  )
+  base = random_base()
+  adapters = init(base, LoraOptions(rank=32, targets=("o_proj", "down_proj")), jax.random.key(1))
   assert sorted(adapters) == ["layers.down", "layers.o"]
   for path, inputs in {"layers.o": 32, "layers.down": 64}.items():
     a, b = np.asarray(adapters[path].a[...]), np.asarray(adapters[path].b[...])
@@ -119,9 +127,10 @@ def test_a_is_initialised_like_peft():
 
 
 def test_merging_matches_the_dense_formula():
-  base = llama.Model(llama.TINY, jax.random.key(0))
+  base = random_base()
   adapters = random_adapters(base, LoraOptions(rank=3, alpha=5.0, targets=("q_proj", "o_proj")))
-  whole = lora.merge_adapters(base, adapters)
+  merge = jax.jit(lora.merge_adapters)
+  whole = merge(base, adapters)
   f = lambda v: np.float64(v[...])
   pair = adapters["layers.q"]
   q = f(base.layers.q) + 5 / 3 * np.einsum("LDr,LrHh->LDHh", f(pair.a), f(pair.b))
@@ -136,9 +145,7 @@ def test_merging_matches_the_dense_formula():
     if path not in adapters:
       np.testing.assert_array_equal(v[...], was[...])
   half = params.map_params(lambda v: v.replace(v[...].astype(jnp.bfloat16)), base)
-  assert {x.dtype for x in jax.tree.leaves(lora.merge_adapters(half, adapters))} == {
-    jnp.dtype("bfloat16")
-  }
+  assert {x.dtype for x in jax.tree.leaves(merge(half, adapters))} == {jnp.dtype("bfloat16")}
 
 
 def steps(mesh_shape=(1, 1, 1), spec=LoraOptions(rank=4), **changes):  # noqa: B008
@@ -151,9 +158,9 @@ def steps(mesh_shape=(1, 1, 1), spec=LoraOptions(rank=4), **changes):  # noqa: B
     where = sharding.shardings(shapes, mesh, step.student.rules)
     base = jax.jit(make, out_shardings=where)(jax.random.key(0))
     before = jax.device_get(base)
-    init = lambda key: step.init(lora.init(shapes, spec, key))
-    where = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), mesh, step.student.rules)
-    state = jax.jit(init, out_shardings=where)(jax.random.key(7))
+    begin = lambda key: step.init(lora.init(shapes, spec, key))
+    where = sharding.shardings(jax.eval_shape(begin, jax.random.key(0)), mesh, step.student.rules)
+    state = jax.jit(begin, out_shardings=where)(jax.random.key(7))
     step_fn = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
     rows = []
     for n in range(3):
@@ -198,13 +205,17 @@ def test_neither_microbatches_nor_remat_change_training(reference):
 
 
 def test_qkv_includes_the_adapters():
-  base = llama.Model(llama.TINY, jax.random.key(0))
+  base = random_base()
   adapters = random_adapters(base, LoraOptions(rank=2))
   inputs = parity.plain_inputs(parity.tokens())
   x_BTD = jax.random.normal(jax.random.key(1), (*inputs.tokens_BT.shape, 32))
   of = lambda model: model.qkv(1, x_BTD, inputs, layers.ComputeConfig())
-  joined, merged = of(lora.with_adapters(base, adapters)), of(lora.merge_adapters(base, adapters))
-  for a, b, was in zip(joined, merged, of(base), strict=True):
+  all_three = jax.jit(
+    lambda base, a: [
+      of(m) for m in (lora.with_adapters(base, a), lora.merge_adapters(base, a), base)
+    ]
+  )
+  for a, b, was in zip(*all_three(base, adapters), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
     assert np.abs(a - was).max() > 0.1
 
@@ -212,13 +223,14 @@ def test_qkv_includes_the_adapters():
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_no_second_copy_of_the_model_is_kept(remat):
   """Among the arrays kept for the backward pass, only the base's weights have a stack's shape."""
-  base = llama.Model(llama.TINY, jax.random.key(0))
+  base = random_base()
   adapters, compute = (
     random_adapters(base, LoraOptions(rank=2)),
     layers.ComputeConfig(remat=remat),
   )
   inputs = parity.plain_inputs(parity.tokens())
-  _, pull = jax.vjp(lambda a: lora.with_adapters(base, a)(inputs, compute).hidden_BTD, adapters)
+  hidden = lambda a: lora.with_adapters(base, a)(inputs, compute).hidden_BTD
+  _, pull = jax.jit(lambda a: jax.vjp(hidden, a))(adapters)
   weights = {path: np.asarray(v[...]) for path, v in params.named_params(base) if path in adapters}
   shapes = {w.shape for w in weights.values()}
   kept = [np.asarray(x) for x in jax.tree.leaves(pull) if x.shape in shapes]

@@ -200,7 +200,8 @@ def test_several_tasks_are_recorded_one_by_one_and_trained_together(c, tmp_path)
     teacher = loading.open_source(resolved.teacher).load(mesh, runs.keys(0)["teacher"])
     inputs = dataset.open_examples(resolved, name, "train", None)
     read = lambda field, rows=inputs: np.stack([rows[i][field] for i in range(3)])
-    out = teacher.model(resolved.tasks[name].inputs(read), teacher.compute)
+    run = jax.jit(lambda model, inputs, compute=teacher.compute: model(inputs, compute))
+    out = run(teacher.model, resolved.tasks[name].inputs(read))
     logits = np.float64(out.hidden_BTD[:, 0] @ out.head_VD.T)[:, 2 * i : 2 * i + 2]
     want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for n in range(3):
