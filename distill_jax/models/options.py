@@ -46,8 +46,9 @@ class ModelOptions:
   matrix products, "offload" keeps these in host memory, "full" keeps only each layer's input. What
   is not kept is recomputed."""
   attention: str = "auto"
-  """Attention kernel: "xla", "splash" (TPU), "cudnn" (GPU), or "auto" for the best one that the
-  device and the model support."""
+  """Attention kernel: "xla", "splash" (TPU), "cudnn" (GPU), "cudnn_packed" (GPU, not run on one
+  yet: it skips the blocks between documents and has no mask), or "auto" for the best of the first
+  three that the device and the model support."""
   rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   """Sharding rules that replace rows of nn/sharding.TABLE for this model: a pair (storage, compute)
   of mesh axes by logical axis, e.g. {"experts": ("fsdp", "tensor")}. "": not sharded."""

@@ -1,8 +1,9 @@
 """Causal attention within packed segments, by the best kernel for the device.
 
 The kernels are splash attention (Pallas) on TPU, cuDNN's flash attention on GPU, and XLA's matrix
-products elsewhere. The first two never store the [T, T] scores, and visit only the blocks of pairs
-within segments. All take queries and keys of different lengths (splash.attention).
+products elsewhere. The first two never store the [T, T] scores. Splash attention, and cuDNN's packed
+layout, visit only the blocks of pairs within segments. All take queries and keys of different
+lengths (splash.attention).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from jax.sharding import PartitionSpec
 from distill_jax.errors import InputError, bad_value, check_choice
 from distill_jax.nn import cudnn, dense, sharding, splash
 
-KERNELS = ("auto", "xla", "splash", "cudnn")
-RUNS_ON = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}
+KERNELS = ("auto", "xla", "splash", "cudnn", "cudnn_packed")
+GPU = ("gpu", "cuda")
+RUNS_ON = {"splash": ("tpu",), "cudnn": GPU, "cudnn_packed": GPU}
 
 
 class OneOf(NamedTuple):
@@ -56,7 +58,8 @@ def attention(
     window: the number of positions that a position attends to, itself included; None for all
       positions up to its own.
     scale: the factor of the scores, by default 1/sqrt(h).
-    kernel: one of KERNELS; "auto" selects the best one for the devices of the mesh in use.
+    kernel: one of KERNELS; "auto" selects the best one for the devices of the mesh in use, except
+      "cudnn_packed", which has not run on a GPU yet.
     rules: the sharding of sequences and heads, used by all kernels except "xla".
 
   Returns:
@@ -98,7 +101,8 @@ def on_a_device(kernel: str) -> Callable[..., jax.Array]:
   functions: dict[str, Callable[..., jax.Array]] = {
     "xla": dense.attention,
     "splash": splash.attention,
-    "cudnn": cudnn.attention,
+    "cudnn": functools.partial(dense.attention, implementation="cudnn"),
+    "cudnn_packed": cudnn.attention,
   }
   return functions[kernel]
 
@@ -200,12 +204,13 @@ def choose_kernel(kernel: str, q_BTHh: jax.Array) -> str:
   check_choice("attention", kernel, KERNELS, "Choose one")
   platform_name, unsupported = platform(), cudnn_limitation(q_BTHh)
   if kernel == "auto":
-    fits = {"splash": True, "cudnn": not unsupported}
-    return next((k for k, on in RUNS_ON.items() if platform_name in on and fits[k]), "xla")
+    if platform_name in GPU:
+      return "xla" if unsupported else "cudnn"
+    return "splash" if platform_name in RUNS_ON["splash"] else "xla"
   if kernel != "xla" and platform_name not in RUNS_ON[kernel]:
     needs = f"a kernel that runs on {platform_name}, while this one runs on {RUNS_ON[kernel][0]}"
     raise bad_value("attention", kernel, needs, "Set it to 'auto'")
-  if kernel == "cudnn" and unsupported:
+  if kernel in ("cudnn", "cudnn_packed") and unsupported:
     raise bad_value("attention", kernel, f"another kernel, since {unsupported}", "Set it to 'auto'")
   return kernel
 

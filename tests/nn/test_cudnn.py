@@ -52,7 +52,7 @@ def test_packed_calls_match_a_float64_reference(segments_a_call, gpu, monkeypatc
   segments = np.stack([np.ones(T), np.searchsorted([3, 4, 20, 38], t, side="right") + 1])
   segments[1, 38:] = 0
   given = q, k, v, segments.astype(np.int32), out_grad
-  for got, want in zip(run(*given, None, "cudnn"), by_hand(*given, None), strict=True):
+  for got, want in zip(run(*given, None, "cudnn_packed"), by_hand(*given, None), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -66,7 +66,8 @@ def lowered(monkeypatch, window, capability=9):
   args = of((2, 96, 4, 24)), of((2, 96, 2, 24)), of((2, 96, 2, 16)), of((2, 96), jnp.int32)
 
   def loss(q, k, v, segments):
-    return jnp.sum(attention.attention(q, k, v, segments, window).astype(jnp.float32))
+    out = attention.attention(q, k, v, segments, window, kernel="cudnn_packed")
+    return jnp.sum(out.astype(jnp.float32))
 
   traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*args)
   text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -92,15 +93,16 @@ def test_windows_and_older_gpus_have_a_mask(window, capability, monkeypatch):
 
 
 @pytest.mark.skipif(not ON_A_GPU, reason="compares cuDNN itself, which needs a GPU")
+@pytest.mark.parametrize("kernel", ["cudnn", "cudnn_packed"])
 @pytest.mark.parametrize("segments_a_call", [2, 32])
 @pytest.mark.parametrize("window", [None, 50])
-def test_cudnn_matches_a_float64_reference(window, segments_a_call, monkeypatch):
+def test_cudnn_matches_a_float64_reference(window, segments_a_call, kernel, monkeypatch):
   """Errors are 2**-9 per operand. Run this file on a GPU with --noconftest, which sets the CPU."""
   monkeypatch.setattr(cudnn, "SEGMENTS", segments_a_call)
   *given, out_grad = (
     jnp.asarray(x, jnp.bfloat16) if x.dtype == np.float32 else x for x in arrays(512, 4, 2, 64, 64)
   )
   for got, want in zip(
-    run(*given, out_grad, window, "cudnn"), by_hand(*given, out_grad, window), strict=True
+    run(*given, out_grad, window, kernel), by_hand(*given, out_grad, window), strict=True
   ):
     np.testing.assert_allclose(got.astype(np.float32), want, rtol=0.03, atol=0.03)
