@@ -1,8 +1,8 @@
 """Causal attention within packed segments, by the best kernel for the device.
 
 The kernels are splash attention (Pallas) on TPU, cuDNN's flash attention on GPU, and XLA's matrix
-products elsewhere. The first two never store the [T, T] scores. Splash attention, and cuDNN's packed
-layout, visit only the blocks of pairs within segments. All take queries and keys of different
+products elsewhere. The first two never store the [T, T] scores. Splash attention and cuDNN's packed
+layout visit only the blocks of pairs within segments. All take queries and keys of different
 lengths (splash.attention).
 """
 
