@@ -6,8 +6,8 @@ of the Hopper generation or later and rows in natural order. Elsewhere, and for 
 window, cuDNN adds a mask to the scores (dense.attention).
 
 The layout is not in jax's public API, and no GPU was at hand when this was written: the tests
-compare the calls of jax's function with an emulation, and lower both passes for CUDA. It therefore
-has a name of its own, "cudnn_packed", which "auto" does not select.
+compare the calls of jax's function with an emulation, and lower both passes for CUDA. It is
+therefore a separate kernel, "cudnn_packed", which "auto" does not select.
 """
 
 from __future__ import annotations
