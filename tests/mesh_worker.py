@@ -70,7 +70,7 @@ def main(jobs: Path, flag: str, order: str) -> None:
 
   distributed.initialize(flag)
   from distill_jax import config
-  from distill_jax.commands import evaluate, generate, record, shrink
+  from distill_jax.commands import evaluate, export, generate, record, shrink
   from distill_jax.runtime.workdir import Workdir
   from distill_jax.training import loop
 
@@ -80,6 +80,7 @@ def main(jobs: Path, flag: str, order: str) -> None:
     "record": record.run,
     "train": loop.train,
     "evaluate": evaluate.run,
+    "export": export.run,
     "generate": generate.run,
     "shrink": shrink.run,
   }
