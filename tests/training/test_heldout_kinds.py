@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_image_text
+from json_lines import write_lines
 from tiny_run import record, train
 
 from distill_jax import config
@@ -116,3 +118,42 @@ def test_kills_at_any_moment_change_no_row(folder, tmp_path):
   assert [result[k] for k in ("best_step", "best_value")] == [
     whole[k] for k in ("best_step", "best_value")
   ]
+
+
+def classes(folder):
+  """Returns a config of a task with 12 training and 5 held-out rows of records."""
+  c = config.base()
+  for model in (c.teacher, c.student):
+    model.family, model.shape, model.changes = "bert", "tiny", {"num_hidden_layers": 1}
+  lines = [{"text": f"number {i}", "label": "even" if i % 2 == 0 else "odd"} for i in range(40)]
+  c.tasks.parity = config.task(
+    "text_classes",
+    path=str(write_lines(folder / "numbers.jsonl", lines)),
+    classes=("odd", "even"),
+    max_tokens=32,
+    heldout_fraction=0.3,
+    tokenizer=str(tiny.write_tokenizer(folder / "tokenizer.json")),
+  )
+  c.records.kind, c.records.batch_size, c.records.heldout_sequences = "dense", 4, 5
+  c.losses.soft, c.losses.hard = config.loss("kd"), config.loss("ce")
+  c.train.records, c.train.heldout = ((str(folder / f"records{n}"),) for n in ("", "/heldout"))
+  c.train.steps, c.train.batch_size, c.train.eval_every = 2, 4, 1
+  return c
+
+
+@pytest.mark.slow
+def test_tasks_are_evaluated_on_records_or_on_their_own_examples(tmp_path):
+  c = classes(tmp_path)
+  record(c, tmp_path / "records")
+  result = train(c, tmp_path / "recorded")
+  assert result["heldout/tokens"] == 5 and result["heldout/soft"] > 0
+  del c.losses.soft
+  c.train.records = c.train.heldout = ()
+  result = train(c, tmp_path / "labels")
+  heldout = result["heldout/tokens"]
+  assert 5 < heldout < 20 and result["heldout/loss"] == result["heldout/hard"]
+  c = tiny_image_text.configured(tmp_path)  # contrastive: rows are compared in whole batches
+  c.train.online, c.train.eval_every = True, 1
+  c.losses.soft = config.loss("kd")
+  result = train(c, tmp_path / "pairs")
+  assert result["heldout/tokens"] % 8 == 0 and result["heldout/loss"] > 0
