@@ -13,6 +13,7 @@ from distill_jax import cli
 from distill_jax.commands import distill, evaluate, export, record, report, train
 from distill_jax.records import collate
 from distill_jax.records.shard_buffer import ShardBuffer
+from distill_jax.training.metric_writer import read_metrics
 
 transformers = pytest.importorskip("transformers")
 
@@ -74,6 +75,7 @@ def test_the_student_loads_in_transformers(models, whole):
   assert generate("3 times 6", max_new_tokens=4)[0]["generated_text"].startswith("3 times 6")
   for name in ("report.html", "evaluation.json", "config.py"):
     assert (models / "whole" / name).exists()
+  assert 0 < read_metrics(models / "whole" / "train")[-1]["heldout/loss"] < 10
   assert len(whole["samples"]) >= 1
   assert set(whole["samples"][0]) == {"prompt", "teacher", "student"}
 

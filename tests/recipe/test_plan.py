@@ -47,6 +47,8 @@ def test_the_choices_of_a_small_run(folder):
   assert "1 CPU device with 16.0 GB of memory" in text
   assert c.data.seq_len == 128
   assert c.train.records == (f"{folder}/run/records",)
+  assert c.train.heldout == (f"{folder}/run/records/heldout",)
+  assert 8 <= c.records.heldout_sequences <= c.evaluate.sequences == 16
   assert c.evaluate.models == {"distilled": f"run:{folder}/run/train"}
   assert c.teacher.dtype == "float32"
 
