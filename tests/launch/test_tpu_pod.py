@@ -12,6 +12,7 @@ from launcher import VERB, executable, gke, pod, run
 # The paths of VERB are on no host.
 POD = ["--name=r1", "--zone=us-east5-a", "--topology=v5p:2x2x2", "--poll=0", "--shared_disk"]
 URLS = ["--workdir=gs://b/r1", "--config.train.records=('gs://b/records',)"]
+URLS += ["--config.train.heldout=('gs://b/records/heldout',)"]
 
 
 GCLOUD = """#!{python}
