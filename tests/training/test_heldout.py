@@ -11,6 +11,7 @@ import tiny
 from tiny_run import record, train
 
 from distill_jax import config
+from distill_jax.commands import export
 from distill_jax.errors import InputError
 from distill_jax.models import loading
 from distill_jax.models.options import ModelOptions
@@ -151,6 +152,9 @@ def test_the_best_is_kept_and_patience_ends_the_run(folder, tiny_run, tmp_path, 
   )
   assert best.run.step == 2 and best.digest == checkpoint.digest(tmp_path, 2)
   assert last.run.step is None and last.digest == checkpoint.digest(tmp_path, 4) != best.digest
+  c.export.best, c.export.dir = True, str(tmp_path / "export")
+  export.run(config.resolve(c), tmp_path)
+  assert "for 2 steps" in (tmp_path / "export" / "README.md").read_text()
   line = "train evaluates 6 held-out rows every 1 steps (66.7% of the computation)"
   assert line in capsys.readouterr().err
   with pytest.raises(InputError, match="does not have a best checkpoint"):
