@@ -37,8 +37,12 @@ def get_config(student: str = "distilled"):
   c.records.kind = "sampled"
   c.records.n = 63
   c.records.batch_size = 2
+  c.records.heldout_sequences = 2
 
   c.train.records = ("runs/demo/records",)
+  c.train.heldout = (
+    "runs/demo/records/heldout",
+  )  # evaluated every 17 steps, 2% of the computation
   c.train.batch_size = 2
   c.train.chunk = c.evaluate.chunk = 256
   c.train.steps = 64

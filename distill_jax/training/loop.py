@@ -146,6 +146,7 @@ def make_step(
     student=dataclasses.replace(student.compute, training=True),
     teacher=loading.compute_config(config.teacher),
     chunk=config.train.chunk,
+    longest=None if config.tasks else max(store.manifest.seq_len for store in stores),
     accumulate=config.optim.accumulate,
     vocab_size=sum(sizes) if config.tasks else teacher_manifest(stores).vocab_size,
     student_config=student.config,

@@ -92,7 +92,8 @@ class TrainOptions:
   """Number of sequences per step, over all devices. With stores of several lengths (data.buckets),
   it is that of the longest; each batch has sequences of one length, and all have as many tokens."""
   chunk: int = 128
-  """Number of positions per sequence whose logits are in memory at once."""
+  """Number of positions per sequence whose logits are in memory at once. With stores of several
+  lengths, it is that of the longest; the logits of the others take as much memory."""
   checkpoint_minutes: float = 10.0
   """Minutes between checkpoints, by the clock of process 0; 0 for none by time."""
   checkpoint_every: int = 0

@@ -84,6 +84,7 @@ class Step:
     student: The student's compute config.
     teacher: The teachers' compute config.
     chunk: Number of positions per sequence whose logits are in memory at once.
+    longest: Length of sequences with such chunks; batches of shorter ones have shorter chunks.
     accumulate: Number of microbatches per step. The gradient is that of the whole batch.
     vocab_size: Number of tokens; further rows of the head are padding. None if no row is padding.
     student_config: The student's architecture config, for feature losses.
@@ -100,6 +101,7 @@ class Step:
   student: ComputeConfig
   teacher: ComputeConfig
   chunk: int
+  longest: int | None = None
   accumulate: int = 1
   vocab_size: int | None = None
   student_config: FamilyConfig | None = None
@@ -203,8 +205,7 @@ class Step:
     def add(total: PyTree, piece: Batch) -> tuple[PyTree, None]:
       return jax.tree.map(jnp.add, total, micro(piece)), None
 
-    shapes = jax.eval_shape(micro, first)
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(micro, first))
     return jax.lax.scan(add, zero, pieces)[0]
 
   def loss(
@@ -247,7 +248,7 @@ class Step:
     self, prepared: Prepared, fixed: Fixed, weights: Weights
   ) -> tuple[jax.Array, dict[str, Mean]]:
     """Returns (weighted sum of the token losses, means of losses and metrics)."""
-    out = prepared.out
+    out, T = prepared.out, prepared.batch.mask_BT.shape[1]
     return fused_loss(
       self.token_losses,
       out.hidden_BTD,
@@ -255,7 +256,7 @@ class Step:
       label_each_output(prepared.batch, out),
       step=fixed.step,
       label_count=fixed.label_count,
-      chunk=self.chunk,
+      chunk=max(1, self.chunk * T // (self.longest or T)),
       vocab_size=self.vocab_size,
       soft_cap=out.soft_cap,
       weights=weights,

@@ -15,9 +15,11 @@ from distill_jax.commands import pack
 from distill_jax.data.packing import BestFitPacker, TokenBlock
 from distill_jax.errors import InputError
 from distill_jax.losses import ce
+from distill_jax.models import llama
 from distill_jax.records import collate
 from distill_jax.schedules import constant
 from distill_jax.training.metric_writer import read_metrics
+from distill_jax.training.step import Fixed
 
 LENGTHS = (16, 32)
 
@@ -41,6 +43,20 @@ def test_documents_have_the_same_loss_and_gradient_in_rows_of_any_length():
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), state.params, other_state.params
   )
+
+
+def test_short_sequences_have_no_more_logits_in_memory():
+  """A row of 64 with chunks of 16, and eight rows of 8, need arrays of 16 * V logits at most."""
+  for length, rows in ((64, 1), (8, 8)):
+    step = steps.make_step(losses={"hard": ce.Loss(weight=constant(1.0))}, chunk=16, longest=64)
+    ones = np.ones(length, np.int32)
+    record = {"tokens_T": ones, "segments_T": ones, "mask_T": ones.astype(bool)}
+    batch = jax.tree.map(jax.numpy.asarray, collate.collate([record] * rows))
+    model = jax.eval_shape(lambda key: llama.Model(llama.TINY, key), jax.random.key(0))
+    arguments = (model, {}), batch, Fixed({}, 0, 1.0), {"hard": 1.0}
+    program = str(jax.make_jaxpr(step.loss)(*arguments))
+    assert f"f32[{rows},{16 // rows},{steps.V}]" in program
+    assert f"f32[{rows},{length},{steps.V}]" not in program
 
 
 @pytest.fixture(scope="module")
