@@ -1,8 +1,7 @@
 """Exports a trained student as a Hugging Face folder that `transformers` loads.
 
 Reads: the run in the workdir: its config and its last checkpoint, that of export.step, or the best
-one (export.best). For a
-model card with results, also export.evaluation.
+one (export.best). For a model card with results, also export.evaluation.
 
 Writes: export.dir, a new folder: config.json, safetensors weights, the tokenizer and README.md (the
 model card). A LoRA run is exported merged, as a PEFT adapter or as its base model (export.lora).

@@ -39,20 +39,28 @@ def run(config: Config, workdir: Path) -> JsonObject:
       cannot be shown.
   """
   folders = planned_stores.found(storage.location(workdir), config.data)
-  found = {name: _describe(config, folder) for name, folder in folders.items()}
-  if config.inspect.sequence >= 0:
-    _show(config, open_store(next(iter(folders.values()))))
-  return planned_stores.flat(found)
-
-
-def _describe(config: Config, folder: str) -> JsonObject:
-  """Returns the description of a store, after checking it with inspect.verify."""
-  written = shards.write_missing_indices(folder, manifest.load(folder))
-  store = open_store(folder)
+  written = {
+    name: shards.write_missing_indices(folder, manifest.load(folder))
+    for name, folder in folders.items()
+  }
+  stores = {name: open_store(folder) for name, folder in folders.items()}
   if config.inspect.verify:
-    with Progress("verify", len(store), "sequences") as progress:
-      store.verify(lambda done, total: progress.add(done - progress.done))
-  return {**describe.describe(store), "indices_written": written}
+    for store in stores.values():
+      _verify(store)
+  if config.inspect.sequence >= 0:
+    _show(config, next(iter(stores.values())))
+  return planned_stores.flat(
+    {
+      name: {**describe.describe(store), "indices_written": written[name]}
+      for name, store in stores.items()
+    }
+  )
+
+
+def _verify(store: Store) -> None:
+  """Checks every shard and every record of a store."""
+  with Progress("verify", len(store), "sequences") as progress:
+    store.verify(lambda done, total: progress.add(done - progress.done))
 
 
 def _show(config: Config, store: Store) -> None:

@@ -55,7 +55,9 @@ def run(config: Config, folder: Path) -> JsonObject:
     InputError: The corpus or the tokenizer cannot be used, or the folder contains other records.
   """
   if config.tasks:
-    raise bad_value("tasks", list(config.tasks), "no tasks, because they are not packed", "Remove")
+    raise bad_value(
+      "tasks", list(config.tasks), "no tasks, because they are not packed", "Remove them"
+    )
   if config.data.packed:
     expected = "'' for `pack`, which makes such a store"
     raise bad_value("data.packed", config.data.packed, expected, "Remove the key")
@@ -66,7 +68,7 @@ def run(config: Config, folder: Path) -> JsonObject:
 
 
 def _sizes(config: Config, stores: dict[int, Store], packed_now: int) -> JsonObject:
-  named = {planned_stores.folder_of(config.data, n): s.manifest for n, s in stores.items()}
+  named = {config.data.folder_of_length[n]: store.manifest for n, store in stores.items()}
   return planned_stores.sizes(named, ("tokens", "bytes")) | {"packed_now": packed_now}
 
 
@@ -93,22 +95,21 @@ def _open(data: DataOptions, folder: str, expected: JsonObject | None = None) ->
     folder: The path or URL of the folder.
     expected: See `open_store`.
   """
-  if not data.buckets:
-    return {data.seq_len: open_store(folder, {**(expected or {}), "seq_len": data.seq_len})}
-  places = {length: files.join(folder, str(length)) for length in data.buckets}
-  found = {n: f for n, f in places.items() if manifest_lib.find(f) is not None}
+  found = {data.seq_len: folder}
+  if data.buckets:
+    places = {n: files.join(folder, name) for n, name in data.folder_of_length.items()}
+    found = {n: place for n, place in places.items() if manifest_lib.find(place) is not None}
   if not found:
-    raise bad_value(
-      "data.buckets", data.buckets, f"the lengths of the stores in {folder}", "Correct them"
-    )
-  return {n: open_store(f, {**(expected or {}), "seq_len": n}) for n, f in found.items()}
+    expected_lengths = f"the lengths of the stores in {folder}"
+    raise bad_value("data.buckets", data.buckets, expected_lengths, "Correct them")
+  return {n: open_store(place, {**(expected or {}), "seq_len": n}) for n, place in found.items()}
 
 
 def _pack(config: Config, teacher: ModelSource, folder: Path) -> int:
   data, tokenizer = config.data, checked_tokenizer(config.data, teacher)
   options = RecordsOptions(kind="text", tokens_per_shard=config.records.tokens_per_shard)
   planned = []
-  for length, place in packed_text.folders(data, folder).items():
+  for length, name in data.folder_of_length.items():
     manifest = dataclasses.replace(
       recorder.planned_manifest(options, tokenizer.vocab_size, 1, length),
       tokenizer=tokenizer.digest,
@@ -116,7 +117,7 @@ def _pack(config: Config, teacher: ModelSource, folder: Path) -> int:
       teacher={},
       heldout_fraction=data.fraction_of_split,
     )
-    planned.append(manifest_lib.with_shards_of(storage.location(place), manifest))
+    planned.append(manifest_lib.with_shards_of(storage.location(folder / name), manifest))
   work = corpus.block_tokenizer(data, tokenizer, teacher.pretrained)
   made, packed = packed_text.pack(data, work, planned, folder, config.pack.workers)
   if empty := [length for length in data.buckets if length not in made]:

@@ -116,7 +116,10 @@ def run(config: Config, folder: Path) -> JsonObject:
   _check_held_out(corpora)
   with contextlib.ExitStack() as stack:
     parts = []
-    for split, length, corpus in ((s, n, x) for s, of in corpora.items() for n, x in of.items()):
+    by_store = [
+      (s, n, corpus) for s, by_length in corpora.items() for n, corpus in by_length.items()
+    ]
+    for split, length, corpus in by_store:
       writer = stack.enter_context(_writer(config, teacher, corpus, folder / split / length))
       _check_same_corpus(writer, corpus)
       rows = sharding.rows(mesh, _batch_size(config, corpus))
@@ -205,8 +208,7 @@ def _store_text(
     action = "Add it to train.records instead of recording"
     raise bad_value("data.packed", config.data.packed, expected, action)
   stores, now = pack.make(config, teacher, folder)
-  named = {planned_stores.folder_of(config.data, n): store for n, store in stores.items()}
-  return {name: store.manifest for name, store in named.items()}, now
+  return {config.data.folder_of_length[n]: s.manifest for n, s in stores.items()}, now
 
 
 def open_corpora(config: Config, teacher: ModelSource, packed: Path) -> dict[str, Corpus]:
@@ -229,7 +231,7 @@ def open_corpora(config: Config, teacher: ModelSource, packed: Path) -> dict[str
     return {"": dataset.open_corpus(config, pretrained, teacher.config if recorded else None)}
   rows_of, tokenizer = pack.open_rows(config, teacher, packed)
   return {
-    planned_stores.folder_of(data, n): Corpus.of_text(rows, tokenizer, n, data.fraction_of_split)
+    data.folder_of_length[n]: Corpus.of_text(rows, tokenizer, n, data.fraction_of_split)
     for n, rows in rows_of.items()
   }
 

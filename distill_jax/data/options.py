@@ -67,6 +67,11 @@ class DataOptions:
       raise bad_value("data.buckets", lengths, expected, "Correct them")
 
   @property
+  def folder_of_length(self) -> dict[int, str]:
+    """The folder of the store of each length of sequences, by length; "" without `buckets`."""
+    return {n: str(n) for n in self.buckets} or {self.seq_len: ""}
+
+  @property
   def fraction_of_split(self) -> float:
     """The fraction of the documents that are held out if they are those to read; otherwise 0."""
     of_hash = self.split == "heldout" and self.kind != "tfds"

@@ -223,7 +223,7 @@ class BestFitPacker:
   row is cut, into full rows and a rest.
 
   The last row of each window is half empty on average, which costs 1/256 = 0.4% of the space. In
-  all, 0.6% are lost with log-normal lengths around 5,000 in rows of 32,768
+  all, 0.7% are lost with log-normal lengths around 5,000 in rows of 32,768
   (tools/bench/packing.py). A window then has 4.2 million tokens and takes 21 MB, 5 bytes per token,
   and twice as much while its rows are made. To continue inside a window, it is tokenized again, in
   5 seconds on one core.

@@ -28,10 +28,10 @@ def check(
   """
   if (C := mesh.shape[SEQ]) == 1:
     return
-  only = {"tasks, whose rows are not spread": of_tasks}
+  only = {"tasks, whose rows stay whole": of_tasks}
   for model in models:
     is_decoder = isinstance(model.abstract, Decoder)
-    only[f"the family {model.family!r}, which is no decoder of text"] = not is_decoder
+    only[f"the family {model.family!r}, which is not a text decoder"] = not is_decoder
   for what, whole in only.items():
     if whole:
       raise bad_value("mesh.context", C, f"1 with {what}", "Set it to 1")

@@ -34,6 +34,11 @@ class OneOf(NamedTuple):
 Window = int | None | OneOf
 
 
+def one_of(window: Window) -> OneOf:
+  """Returns a window as a `OneOf`, with one size if it is the same for all layers."""
+  return window if isinstance(window, OneOf) else OneOf((window,), jnp.int32(0))
+
+
 def attention(
   q_BTHh: jax.Array,
   k_BTGh: jax.Array,
@@ -70,7 +75,7 @@ def attention(
   """
   kernel = choose_kernel(kernel, q_BTHh)
   scale = q_BTHh.shape[-1] ** -0.5 if scale is None else scale
-  sizes, at = window if isinstance(window, OneOf) else OneOf((window,), jnp.int32(0))
+  sizes, at = one_of(window)
   T = segments_BT.shape[1]
   index_T = jnp.arange(T, dtype=jnp.int32)
   arrays = q_BTHh, k_BTGh, v_BTGh, segments_BT, segments_BT, index_T, at
@@ -165,7 +170,7 @@ def cached(
     [B, T, H, width of values], in the dtype of the values.
   """
   (B, T, H, h), (_, G, _, Z) = q_BTHh.shape, k_BGhZ.shape
-  sizes, at = window if isinstance(window, OneOf) else OneOf((window,), jnp.int32(0))
+  sizes, at = one_of(window)
   slots_11Z = jnp.arange(Z, dtype=jnp.int32)[None, None]
   seen_BTZ = slots_11Z <= positions_BT[..., None]
   if sizes != (None,):

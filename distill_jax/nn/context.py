@@ -89,7 +89,7 @@ def attend(
   Returns:
     [B, T, H, width of values], in zig-zag order.
   """
-  sizes, at = window if isinstance(window, attention.OneOf) else ((window,), jnp.int32(0))
+  sizes, at = attention.one_of(window)
   spec = functools.partial(_spec, rules)
   heads, rows = spec("batch seq heads head_dim"), spec("batch seq")
   kernel = attention.choose_kernel(kernel, q_BTHh)

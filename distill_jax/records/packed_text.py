@@ -44,13 +44,6 @@ ACTION = "Pack into another folder"
 SETTINGS = ("kind", "split", "field", "heldout_fraction", "on_bad", "trust")
 
 
-def folders(data: DataOptions, folder: Path) -> dict[int, Path]:
-  """Returns the folder of the store of each length of rows, by length, in ascending order."""
-  if not data.buckets:
-    return {data.seq_len: folder}
-  return {length: folder / str(length) for length in data.buckets}
-
-
 def pack(
   data: DataOptions,
   work: BlockTokenizer,
@@ -63,9 +56,9 @@ def pack(
   Args:
     data: The config section `data`.
     work: What tokenizes the corpus, from `corpus.block_tokenizer`.
-    planned: The manifest of each of the `folders`. Their corpus and extents are replaced by those
-      of the rows.
-    folder: The folder of the run; see `folders`.
+    planned: The manifest of each length of rows, in ascending order. Their corpus and extents are
+      replaced by those of the rows.
+    folder: The folder of the run. The stores are in its data.folder_of_length.
     workers: The number of processes that tokenize; 0 for one per core.
 
   Returns:
@@ -77,12 +70,12 @@ def pack(
       holds other records.
     Preempted: SIGTERM was received; finished shards are kept.
   """
-  where, found = storage.location(folder), folders(data, folder)
+  where, names = storage.location(folder), data.folder_of_length
   before = _before(where)
   with contextlib.ExitStack() as stack:
     stores = {
-      length: stack.enter_context(PackedShards(manifest, found[length]))
-      for length, manifest in zip(found, planned, strict=True)
+      length: stack.enter_context(PackedShards(manifest, folder / name))
+      for (length, name), manifest in zip(names.items(), planned, strict=True)
     }
     try:
       cursor, work = _resume(data, work, where, before, list(stores.values()))

@@ -63,22 +63,17 @@ def found(folder: str, data: DataOptions) -> dict[str, str]:
   return stores
 
 
-def folder_of(data: DataOptions, length: int) -> str:
-  """Returns the folder of the store of a length in that of its split."""
-  return str(length) if data.buckets else ""
-
-
 def sizes(stores: Mapping[str, Manifest], keys: Sequence[str]) -> JsonObject:
   """Returns the sizes of the stores of a split together, and LENGTH/sequences of each length.
 
   Args:
-    stores: The manifests by `folder_of` the length.
+    stores: The manifests, by the folder of their length; see DataOptions.folder_of_length.
     keys: The sums over all shards to return in addition to `sequences`.
   """
   shards = [shard for store in stores.values() for shard in store.shards]
   sums = {key: sum(getattr(shard, key) for shard in shards) for key in keys}
-  of_lengths = {f"{name}/sequences": store.total for name, store in stores.items() if name}
-  return {"sequences": sum(store.total for store in stores.values()), **sums, **of_lengths}
+  by_length = {f"{name}/sequences": store.total for name, store in stores.items() if name}
+  return {"sequences": sum(store.total for store in stores.values()), **sums, **by_length}
 
 
 def flat(numbers: Mapping[str, JsonObject]) -> JsonObject:

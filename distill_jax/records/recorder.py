@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,6 @@ from distill_jax.records.store import Store
 from distill_jax.types import Batch, JsonObject, Model, Output
 
 TAPS_SEED = 0  # seed of the fixed projection, stored in the manifest
-Part = TypeVar("Part")
-Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)

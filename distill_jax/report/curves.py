@@ -18,10 +18,10 @@ import numpy as np
 from distill_jax.report.axis import axis, label
 from distill_jax.report.numbers import tone
 from distill_jax.report.runs import ReportedRun
+from distill_jax.training.best import PREFIX
 
 BUCKETS = 100  # per curve; a panel is about 300 pixels wide
 WINDOWS = 20  # the running mean covers one in WINDOWS of the rows
-HELD_OUT = "heldout/"
 escape = html.escape
 
 TITLES = {
@@ -58,7 +58,7 @@ def sections(labels: Mapping[str, str], runs: Mapping[str, ReportedRun]) -> list
   if not runs:
     return [("Training", '<p class="bad">There are no training curves: no run has begun.</p>')]
   groups = {
-    "Held-out data during training": list(_losses(labels, runs, HELD_OUT)),
+    "Held-out data during training": list(_losses(labels, runs, PREFIX)),
     "Training": [*_losses(labels, runs, ""), *_weights(runs)],
     "Optimisation and speed": [_plain(runs, key) for key in ("learning_rate", "grad_norm", *CLOCK)],
   }
@@ -118,8 +118,8 @@ def _divergence(key: str) -> str:
   """Returns the title of a metric such as "kl/teacher" or "kl_at_2/teacher"."""
   kind, _, teacher = key.partition("/")
   at = kind.partition("_at_")[2]
-  of = "the teacher" if teacher in ("", "teacher") else teacher
-  return f"KL to {of}" + (f" at temperature {at}" if at else "")
+  shown = "the teacher" if teacher in ("", "teacher") else teacher
+  return f"KL to {shown}" + (f" at temperature {at}" if at else "")
 
 
 def _weight(

@@ -104,13 +104,15 @@ def progress(run: ReportedRun) -> str:
   """Returns how far a run is, e.g. "step 320 of 1,000, about 2 h left at its speed"."""
   if not run.config and not run.rows:
     return "has not begun"
-  of = f" of {run.total:,}" if run.total is not None else ""
+  total = f" of {run.total:,}" if run.total is not None else ""
   if run.best.ended and run.done != run.total:
-    return f"stopped early after step {run.done:,}{of}; the best one was step {run.best.step:,}"
+    return f"stopped early after step {run.done:,}{total}; the best one was step {run.best.step:,}"
   if run.is_finished:
     return f"finished, {run.done:,} steps"
   left = run.seconds_left
-  return f"step {run.done:,}{of}" + (f", about {duration(left)} left at its speed" if left else "")
+  return f"step {run.done:,}{total}" + (
+    f", about {duration(left)} left at its speed" if left else ""
+  )
 
 
 def duration(seconds: float) -> str:

@@ -79,14 +79,16 @@ def batches(
     for n, store in enumerate(stores)
   ]
   weights = list(mixture) or [len(store) for store in stores]
-  of_length = {n: [i for i, other in enumerate(lengths) if other == n] for n in sizes}
-  rows = {n: _mix([places[i] for i in of], [weights[i] for i in of]) for n, of in of_length.items()}
-  first = {n: [stores[i].read_many([0])[0] for i in of] for n, of in of_length.items() if targets}
+  alike = {n: [i for i, other in enumerate(lengths) if other == n] for n in sizes}
+  rows = {
+    n: _mix([places[i] for i in some], [weights[i] for i in some]) for n, some in alike.items()
+  }
+  first = {n: [stores[i].read_many([0])[0] for i in some] for n, some in alike.items() if targets}
   empty_targets = {n: _empty_targets(records) for n, records in first.items()}
   _check_targets(first)
   to_batch = functools.partial(collate, with_targets=targets, read=read, recorded=recorded)
   own = {n: list(range(size)) if held is None else held(size).tolist() for n, size in sizes.items()}
-  tokens = [sum(weights[i] * (1 if mixture else n) for i in of) for n, of in of_length.items()]
+  tokens = [sum(weights[i] * (1 if mixture else n) for i in some) for n, some in alike.items()]
   numbers = [
     grain.MapDataset.range(len(rows[n]) // size).map(functools.partial(_place, n))
     for n, size in sizes.items()
@@ -132,7 +134,7 @@ def _check_targets(first: Mapping[int, Sequence[Record]]) -> None:
   Args:
     first: The first record of each store, by length.
   """
-  fields = {n: {name for record in of for name in record} for n, of in first.items()}
+  fields = {n: {name for record in records for name in record} for n, records in first.items()}
   for n, names in fields.items():
     for other, more in fields.items():
       if missing := sorted(more - names):

@@ -38,7 +38,8 @@ def open_stores(config: Config, student: ModelSource | None = None) -> Stores:
   Raises:
     InputError: A store is missing, or does not fit the others or its task.
   """
-  return _open(config, student, "train", "train.records", "train.teachers")
+  c = config.train
+  return _open(config, student, "train", "train.records", c.records, "train.teachers", c.teachers)
 
 
 def open_heldout(config: Config, student: ModelSource | None = None) -> Stores:
@@ -49,14 +50,20 @@ def open_heldout(config: Config, student: ModelSource | None = None) -> Stores:
   c = config.train
   if not c.heldout and not (config.tasks and c.eval_every):
     return ()
-  return _open(config, student, "heldout", "train.heldout", "train.heldout_teachers")
+  keys = "train.heldout", "train.heldout_teachers"
+  return _open(config, student, "heldout", keys[0], c.heldout, keys[1], c.heldout_teachers)
 
 
 def _open(
-  config: Config, student: ModelSource | None, split: str, key: str, teachers_key: str
+  config: Config,
+  student: ModelSource | None,
+  split: str,
+  key: str,
+  paths: Sequence[str],
+  teachers_key: str,
+  teachers: Mapping[str, Sequence[str]],
 ) -> Stores:
-  """Opens stores. The keys are those of their folders, and of those of further teachers."""
-  paths, teachers = (getattr(config.train, k.removeprefix("train.")) for k in (key, teachers_key))
+  """Opens the stores of a split, whose folders and those of further teachers two keys name."""
   if not config.tasks:
     return _open_records(key, paths, teachers_key, teachers)
   records = _open_records(key, paths, teachers_key, teachers) if paths else None

@@ -33,9 +33,10 @@ def check(
     return
   c = config.train
   student = student or loading.open_source(config.student, config.seed)
-  as_trained = dataclasses.replace(c, records=c.heldout, teachers=c.heldout_teachers)
-  validate.check_text_fits(dataclasses.replace(config, train=as_trained), student, heldout)
-  validate.check_records(dataclasses.replace(config, train=as_trained), heldout)
+  train = dataclasses.replace(c, records=c.heldout, teachers=c.heldout_teachers)
+  as_trained = dataclasses.replace(config, train=train)
+  validate.check_text_fits(as_trained, student, heldout)
+  validate.check_records(as_trained, heldout)
   paths = c.heldout or tuple(config.tasks)
   lengths = {store.manifest.seq_len for store in stores}
   like = stores if config.tasks else [stores[0]] * len(heldout)
@@ -47,7 +48,7 @@ def check(
         f"training have {expected}. Record both with the same tokenizer or task."
       )
   for path, store in zip(paths, heldout, strict=True):
-    check_disjoint(config, path, store.manifest, stores)
+    _check_disjoint(config, path, store.manifest, stores)
     if store.manifest.seq_len not in lengths:
       raise InputError(
         f"The held-out records {path} have sequences of {store.manifest.seq_len} tokens, but those "
@@ -59,7 +60,7 @@ def check(
       _check_same_teacher(config, path, teacher, manifest, stores)
 
 
-def check_disjoint(config: Config, path: str, heldout: Manifest, stores: Stores) -> None:
+def _check_disjoint(config: Config, path: str, heldout: Manifest, stores: Stores) -> None:
   """Raises InputError if documents of a held-out store may be trained on.
 
   Stores of the same documents have the same first row, of which the manifests have the digest. The
