@@ -116,14 +116,12 @@ def run(config: Config, folder: Path) -> JsonObject:
   _check_held_out(corpora)
   with contextlib.ExitStack() as stack:
     parts = []
-    by_store = [
-      (s, n, corpus) for s, by_length in corpora.items() for n, corpus in by_length.items()
-    ]
-    for split, length, corpus in by_store:
-      writer = stack.enter_context(_writer(config, teacher, corpus, folder / split / length))
-      _check_same_corpus(writer, corpus)
-      rows = sharding.rows(mesh, _batch_size(config, corpus))
-      parts.append(_Part(split, length, corpus, writer, rows, _missing(writer)))
+    for split, by_length in corpora.items():
+      for length, corpus in by_length.items():
+        writer = stack.enter_context(_writer(config, teacher, corpus, folder / split / length))
+        _check_same_corpus(writer, corpus)
+        rows = sharding.rows(mesh, _batch_size(config, corpus))
+        parts.append(_Part(split, length, corpus, writer, rows, _missing(writer)))
     _check_shards(options, parts)
     _record(config, teacher, parts, mesh)
   sizes = {}
