@@ -108,7 +108,7 @@ def run(config: Config, folder: Path) -> JsonObject:
   options = config.records
   _check(options, of_task=bool(config.tasks))
   sharding.check_batch("records.batch_size", options.batch_size, mesh)
-  positions = {name or "data": c.data.seq_len for name, c in planned.items()}
+  positions = long_context.positions(config.data)
   long_context.check(mesh, positions, [teacher], of_tasks=bool(config.tasks))
   teacher.check_digest()
   packed = folder / PACKED

@@ -6,10 +6,16 @@ from collections.abc import Mapping, Sequence
 
 from jax.sharding import Mesh
 
+from distill_jax.data.options import DataOptions
 from distill_jax.errors import bad_value
 from distill_jax.models._decoder import Model as Decoder
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn.sharding import SEQ
+
+
+def positions(data: DataOptions) -> dict[str, int]:
+  """Returns the argument `positions` of `check` for packed text."""
+  return {f"the store {name}" if name else "data": n for n, name in data.folder_of_length.items()}
 
 
 def check(

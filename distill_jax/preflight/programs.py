@@ -155,7 +155,7 @@ def _record(config: Config, mesh: Mesh) -> LoweredStep:
     raise bad_value(key, c.logprobs or c.kind, expected, "Run preflight with another config")
   sharding.check_batch("records.batch_size", c.batch_size, mesh)
   teacher = loading.open_source(config.teacher, config.seed)
-  positions = {"data": config.data.seq_len}
+  positions = long_context.positions(config.data)
   long_context.check(mesh, positions, [teacher], of_tasks=bool(config.tasks))
   if config.tasks:
     corpus = dataset.open_corpus(config, teacher.pretrained, teacher.config)
