@@ -40,7 +40,7 @@ from distill_jax.records import planned_stores
 from distill_jax.report.benchmarks import text  # noqa: F401
 from distill_jax.runtime import distributed, files, json_io, storage
 from distill_jax.runtime.workdir import Workdir
-from distill_jax.training import loop, optim, validate
+from distill_jax.training import loop, optim, validate, validate_heldout
 from distill_jax.types import JsonObject
 
 MADE, DONE, SCORES, EXPORTED = "made.json", "done.json", "evaluation.json", "exported.json"
@@ -237,6 +237,9 @@ def _check(
   itself = "because a chain records its teachers itself"
   if config.train.records:
     raise bad_value("train.records", config.train.records, f"(), {itself}", "Remove the key")
+  if config.train.heldout:
+    action = "Set records.heldout_sequences instead"
+    raise bad_value("train.heldout", config.train.heldout, f"(), {itself}", action)
   if config.train.online:
     raise bad_value("train.online", True, f"False, {itself}", "Remove the key")
   if config.records.logprobs:
@@ -251,6 +254,7 @@ def _check(
       "an empty section, because a chain trains on the text in `data`",
       "Remove the tasks, or run record and train for each link",
     )
+  planned_stores.check_one(config.data)
   mesh = sharding.make_mesh(**vars(config.mesh))
   sharding.check_batch("records.batch_size", config.records.batch_size, mesh)
   accumulate = config.optim.accumulate
@@ -281,6 +285,7 @@ def _check_models(config: Config, planned: dict[str, PlannedLink]) -> None:
       _check_tokenizer(config, origin, tokenizer.digest, teaches=name != config.chain[-1])
       train = dataclasses.replace(link.config.train, records=())
       validate.check_run(dataclasses.replace(link.config, train=train), [], student)
+      validate_heldout.check_options(link.config, bool(train.heldout))
       optim.learning_rate(link.config.optim, train.steps)  # raises if warm-up does not end
     except InputError as e:
       raise InputError(f"links.{name}: {e}") from e

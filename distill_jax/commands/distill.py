@@ -43,6 +43,7 @@ from distill_jax.models.runs import RUN
 from distill_jax.recipe import config_file, machine, plan
 from distill_jax.recipe.plan import Request
 from distill_jax.recipe.result import text  # noqa: F401
+from distill_jax.records import planned_stores
 from distill_jax.report import examples
 from distill_jax.runtime import distributed, json_io, storage
 from distill_jax.runtime.atomic_io import atomic_write
@@ -140,6 +141,7 @@ def run(config: Config, workdir: Path) -> JsonObject:
       "--teacher, --student and --data are missing, and the config was not written by distill. "
       "Name the models and the data, or take a single command such as train."
     )
+  planned_stores.check_one(config.data)
   distributed.run_on_process_0(lambda: _update_config(workdir, config))
   student = config.evaluate.models["distilled"]
   records, trained = config.train.records[0], student.removeprefix(RUN)

@@ -123,6 +123,7 @@ def plan(request: Request, config: Config, folder: Path, machine: Machine) -> Pl
   Raises:
     InputError: The models or the data cannot be used, or do not fit together.
   """
+  planned_stores.check_one(config.data)
   result = Plan(config, request.overridden)
   models = _plan_models(result, request, machine)
   found = data_source.find(request.data)

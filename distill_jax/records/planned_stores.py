@@ -76,6 +76,15 @@ def sizes(stores: Mapping[str, Manifest], keys: Sequence[str]) -> JsonObject:
   return {"sequences": sum(store.total for store in stores.values()), **sums, **by_length}
 
 
+def check_one(data: DataOptions) -> None:
+  """Raises InputError if there would be a store for each length, for verbs that train on one."""
+  if data.buckets:
+    expected = "(), because this verb records one store and trains on it"
+    raise bad_value(
+      "data.buckets", data.buckets, expected, "Remove the key, or run record and train"
+    )
+
+
 def flat(numbers: Mapping[str, JsonObject]) -> JsonObject:
   """Returns what is known of several stores as one object, with keys such as heldout/sequences.
 

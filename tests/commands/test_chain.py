@@ -198,6 +198,12 @@ def other_words(c, path):
       "tasks is 'films'; expected an empty section",
     ),
     (lambda c, path: c.records.update(kind="text"), "records.kind is 'text'"),
+    (
+      lambda c, path: c.data.update(buckets=(c.data.seq_len,)),
+      r"data.buckets is .*; expected \(\)",
+    ),
+    (lambda c, path: c.train.update(heldout=("x",)), r"train.heldout is \('x',\); expected \(\)"),
+    (lambda c, path: c.train.update(best_metric="heldout/loss"), "without train.heldout"),
     (lambda c, path: c.train.update(batch_size=0), "train.batch_size is 0"),
     (lambda c, path: c.evaluate.update(heldout=False), "there is nothing to evaluate"),
     (lambda c, path: c.export.update(dir=str(path)), "exists, and export does not overwrite"),

@@ -147,6 +147,11 @@ def test_a_fraction_that_is_unknown():
     model_source.full_source("--student", "fifth")
 
 
+def test_stores_of_several_lengths(folder):
+  with pytest.raises(InputError, match=r"data.buckets is \(1024,\); expected \(\), because"):
+    planned(folder, **{"data.buckets": (1024,)})
+
+
 def test_layers_are_not_taken_from_a_run(folder):
   request = plan.Request(f"run:{folder / 'teacher'}", "half", "pydoc", "run")
   with pytest.raises(InputError, match="a training run; a student cannot be made of its layers"):
