@@ -238,6 +238,9 @@ def test_a_context_axis_that_does_not_fit(at):
     "mesh.context is 4; expected a divisor of 36 / 2, where 36 is the number of positions in a row "
     "of data" in at("record", f"{spread}; c.data.seq_len = 36")
   )
+  assert "mesh.context is 4; expected a divisor of 36 / 2" in at(
+    "evaluate", f"{spread}; c.data.seq_len = 36", workdir="evaluated"
+  )
   buckets = f"{spread}; c.data.seq_len = 72; c.data.buckets = (36, 72)"
   assert "positions in a row of the store 36" in at("record", buckets, workdir="buckets")
   error = at("record", f"{spread}; c.teacher.family = 'bert'", workdir="other")

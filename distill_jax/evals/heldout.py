@@ -20,7 +20,7 @@ from distill_jax.evals import next_token
 from distill_jax.evals.retrieval import Retrieval
 from distill_jax.evals.similarity import Similarity
 from distill_jax.evals.token_view import TokenView
-from distill_jax.models import runs
+from distill_jax.models import long_context, runs
 from distill_jax.models.loading import LoadedModel, ModelSource
 from distill_jax.nn import params, sharding
 from distill_jax.records import collate
@@ -65,6 +65,8 @@ def measure(
   Raises:
     InputError: If config, models and data are inconsistent.
   """
+  sources = list(models.values())
+  long_context.check(mesh, {"data": config.data.seq_len}, sources, of_tasks=bool(config.tasks))
   with jax.set_mesh(mesh):
     teacher = _load(config, models, "teacher", mesh)
     data = _tasks(config, teacher) if config.tasks else {"": _corpus(config, teacher)}
@@ -141,6 +143,7 @@ def recorded(
       "expected 'topk', or 'sampled' with entropies, and temperature 1. Record such a store, or "
       "set evaluate.examples=0."
     )
+  long_context.check(mesh, {path: m.seq_len}, list(models.values()), of_tasks=False)
   count, shards = min(config.evaluate.examples, len(store)), sharding.row_shards(mesh)
   rows = sharding.rows(mesh, shards * -(-count // shards))
   # All rows are read by every process, so that their entries are padded to one number.
