@@ -57,9 +57,9 @@ class LoadedTeacher:
     self._runs: dict[int, jax.stages.Wrapped] = {}  # by the number of positions of a chunk
     self._model, self._key, self._read = loaded.model, keys["records"], read
 
-  def dispatcher(self, corpus: Corpus, rows: Rows) -> Dispatch:
+  def _dispatcher(self, corpus: Corpus, rows: Rows) -> Dispatch:
     """Returns a function that starts the computation on a batch of a corpus."""
-    run = self._of_rows(rows.size)
+    run = self._jitted(rows.size)
     padding = {name: np.zeros_like(x) for name, x in corpus.rows[0].items()}
 
     def dispatch(index_B: np.ndarray) -> tuple[list[Record], dict[str, jax.Array]]:
@@ -72,7 +72,7 @@ class LoadedTeacher:
 
     return dispatch
 
-  def _of_rows(self, rows: int) -> jax.stages.Wrapped:
+  def _jitted(self, rows: int) -> jax.stages.Wrapped:
     """Returns the jitted computation for batches of a size, with as many logits in memory."""
     options = self._pass.options
     chunk = max(1, options.chunk * options.batch_size // rows)
@@ -84,29 +84,22 @@ class LoadedTeacher:
   def recorded(
     self, corpus: Corpus, plan: Iterable[np.ndarray], rows: Rows
   ) -> Iterator[tuple[np.ndarray, list[Record]]]:
-    """Yields each batch of a plan with its records; see the function `recorded`."""
-    yield from recorded(self.dispatcher(corpus, rows), plan, rows)
+    """Yields each batch of a plan with the records in it that this process writes.
+
+    The teacher computes the next batch while one is read.
+
+    Args:
+      corpus: The corpus.
+      plan: The batches, from `batch_plan.batches`.
+      rows: The rows of a batch.
+    """
+    for index_B, (held, targets) in _overlap(self._dispatcher(corpus, rows), plan):
+      written = rows.written[index_B[rows.written] != batch_plan.PADDING]
+      own = [held[i] for i in np.searchsorted(rows.held, written)]
+      yield index_B, recorder.local_records(own, targets, written)
 
 
-def recorded(
-  dispatch: Dispatch, plan: Iterable[np.ndarray], rows: Rows
-) -> Iterator[tuple[np.ndarray, list[Record]]]:
-  """Yields each batch of a plan with the records in it that this process writes.
-
-  The teacher computes the next batch while one is read.
-
-  Args:
-    dispatch: Starts the teacher's computation on a batch.
-    plan: The batches, from `batch_plan.batches`.
-    rows: The rows of a batch.
-  """
-  for index_B, (held, targets) in overlap(dispatch, plan):
-    written = rows.written[index_B[rows.written] != batch_plan.PADDING]
-    own = [held[i] for i in np.searchsorted(rows.held, written)]
-    yield index_B, recorder.local_records(own, targets, written)
-
-
-def overlap(fn: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[tuple[Part, Result]]:
+def _overlap(fn: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[tuple[Part, Result]]:
   """Yields (part, fn(part)) after fn has been called on the next part.
 
   With a function that dispatches work to the devices, they compute a part while the caller
