@@ -24,10 +24,11 @@ import re
 from pathlib import Path
 
 from distill_jax.commands import evaluate as evaluation
-from distill_jax.commands import export, record
+from distill_jax.commands import export, record, train
 from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError, bad_value
+from distill_jax.evals import in_training
 from distill_jax.hub.export_folder import check_new
 from distill_jax.models import DecoderConfig, loading, runs
 from distill_jax.models.loading import ModelSource
@@ -40,7 +41,7 @@ from distill_jax.records import planned_stores
 from distill_jax.report.benchmarks import text  # noqa: F401
 from distill_jax.runtime import distributed, files, json_io, storage
 from distill_jax.runtime.workdir import Workdir
-from distill_jax.training import loop, optim, validate, validate_heldout
+from distill_jax.training import optim, validate, validate_heldout
 from distill_jax.types import JsonObject
 
 MADE, DONE, SCORES, EXPORTED = "made.json", "done.json", "evaluation.json", "exported.json"
@@ -286,6 +287,8 @@ def _check_models(config: Config, planned: dict[str, PlannedLink]) -> None:
       train = dataclasses.replace(link.config.train, records=())
       validate.check_run(dataclasses.replace(link.config, train=train), [], student)
       validate_heldout.check_options(link.config, bool(train.heldout))
+      if train.eval_benchmarks:
+        in_training.check(link.config, student)
       optim.learning_rate(link.config.optim, train.steps)  # raises if warm-up does not end
     except InputError as e:
       raise InputError(f"links.{name}: {e}") from e
@@ -338,4 +341,4 @@ def _run(link: PlannedLink) -> JsonObject:
     summary = MeasuredTeacher(link.config).make(link.config.shrink, model, random=False)
     json_io.write_json_once(link.folder / MADE, summary)
   with Workdir(link.folder / "run", link.config) as workdir:
-    return loop.train(link.config, workdir)
+    return train.run(link.config, workdir)

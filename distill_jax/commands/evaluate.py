@@ -25,10 +25,9 @@ import jax
 
 from distill_jax.config import Config
 from distill_jax.errors import InputError, bad_value
-from distill_jax.evals import generative, heldout, multiple_choice, side_by_side
-from distill_jax.evals.likelihood import Scorer
+from distill_jax.evals import benchmarks, generative, heldout, side_by_side
 from distill_jax.evals.model_slot import ModelSlot
-from distill_jax.evals.questions import Questions, read_questions
+from distill_jax.evals.questions import read_questions
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
 from distill_jax.nn.quantise import QuantiseOptions
@@ -90,7 +89,7 @@ def run(config: Config, folder: Path) -> JsonObject:
   if config.evals:
     results: dict[str, JsonObject] = {name: {} for name in config.evals}
     for model in models:
-      rows = _run_benchmarks(config, slots[model], questions, folder / RESULTS / model)
+      rows = benchmarks.run(config, slots[model], questions, folder / RESULTS / model)
       slots[model].release()
       for name, row in rows.items():
         results[name][model] = row
@@ -185,29 +184,3 @@ def _check_served(config: Config, benchmarked: Mapping[str, ModelOptions]) -> No
         f"and {served[0]!r} is served",
         "Remove the benchmark or the model",
       )
-
-
-def _run_benchmarks(
-  config: Config,
-  model: ModelSlot,
-  questions: Mapping[str, Questions],
-  folder: Path,
-) -> dict[str, JsonObject]:
-  """Runs one model on all benchmarks; returns the results by benchmark.
-
-  Multiple-choice benchmarks are first, because the others unroll the model's layers.
-  """
-  c = config.evaluate
-  rows: dict[str, JsonObject] = {}
-  choices = [name for name in questions if config.evals[name].judge() is None]
-  if choices:
-    tokenizer = model.tokenizer(config.data)
-    scorer = Scorer(model.stacked(), model.mesh, tokenizer, c.batch_size, c.chunk)
-    for name in choices:
-      rows[name] = multiple_choice.measure(scorer, tokenizer, questions[name], folder / name)
-    del scorer  # it holds the stacked layers
-  for name in questions:
-    if name not in choices:
-      benchmark = config.evals[name]
-      rows[name] = generative.measure(config, model, benchmark, questions[name], folder / name)
-  return {name: rows[name] for name in questions}

@@ -2,18 +2,31 @@
 
 A run resumes from its last checkpoint when the command is run again.
 
-Reads: the student (`student`), the stores in train.records and train.heldout and, for online
-teachers, `teacher` and `teachers`.
+Reads: the student (`student`), the stores in train.records and train.heldout, the files of the
+benchmarks in train.eval_benchmarks and, for online teachers, `teacher` and `teachers`.
 
 Writes: in the workdir: metrics.jsonl (the metrics of each step), event files for TensorBoard,
-checkpoints/ and, with held-out stores, heldout.json (how often they are evaluated).
+checkpoints/ and, with held-out stores, heldout.json (how often they are evaluated). With
+train.eval_benchmarks, also answers and grades, in evals/step-N/BENCHMARK.
 
-Config: seed, mesh, student, teacher, teachers, data, losses, optim, train, tasks, augmentations.
+Config: seed, mesh, student, teacher, teachers, data, losses, optim, train, tasks, augmentations;
+with train.eval_benchmarks also evals, evaluate and generate.
 
 Example:
   distill-jax train --config=configs/demo.py:distilled --workdir=runs/demo/distilled
 """
 
-from distill_jax.training.loop import train as run
+from __future__ import annotations
 
-__all__ = ["run"]
+from pathlib import Path
+
+from distill_jax.config import Config
+from distill_jax.evals.in_training import Benchmarks
+from distill_jax.training import loop
+from distill_jax.types import JsonObject
+
+
+def run(config: Config, workdir: Path) -> JsonObject:
+  """Trains the student; see `loop.train`, which evaluates it on train.eval_benchmarks too."""
+  benchmarks = Benchmarks(config, workdir) if config.train.eval_benchmarks else None
+  return loop.train(config, workdir, benchmarks)

@@ -10,8 +10,10 @@ from distill_jax.evals._base import Benchmark, Choice, GenerativeBenchmark, Prom
 __all__ = ["Benchmark", "Choice", "GenerativeBenchmark", "PromptLine"]
 
 SHARED = (
+  "benchmarks",
   "generative",
   "heldout",
+  "in_training",
   "likelihood",
   "lm_eval",
   "model_slot",

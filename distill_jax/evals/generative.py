@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from distill_jax.evals.model_slot import ModelSlot
 from distill_jax.evals.questions import Questions
 from distill_jax.filters import SampleFilter, answers, code, exact
 from distill_jax.filters.samples import Sample, Unjudgeable, answer_part
-from distill_jax.generation import dispatch, outputs
+from distill_jax.generation import dispatch, local, outputs
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.options import ServerOptions
 from distill_jax.generation.sampling import Sampling
@@ -71,13 +72,35 @@ def measure(
   try:
     job = generation_job(config, model, benchmark, folder)
     distributed.run_on_process_0(lambda: _check_same_settings(job, folder))
-    asked = ({"prompt": q.content["prompt"]} for q in questions.usable)  # without answer keys
-    jsonl.write(folder / PROMPTS, asked, ensure_ascii=True)
+    _write_prompts(questions, folder)
     dispatch.generate(job, folder, lambda: model.unrolled(job.decoding))
   except InputError as e:
     raise InputError(f"evals.{questions.name}: {e}") from e
   distributed.run_on_process_0(lambda: row.update(_judge(benchmark, questions, folder)))
   return row
+
+
+def check(
+  config: Config, model: ModelSlot, benchmark: GenerativeBenchmark, questions: Questions
+) -> None:
+  """Checks a benchmark of a local model without reading weights; see `measure`.
+
+  Raises:
+    InputError: If a setting does not fit the model, or if evaluate.on_bad is "stop" and a prompt is
+      too long.
+  """
+  with tempfile.TemporaryDirectory(prefix="distill_jax-") as name:
+    folder = Path(name)
+    try:
+      _write_prompts(questions, folder)
+      local.check(generation_job(config, model, benchmark, folder))
+    except InputError as e:
+      raise InputError(f"evals.{questions.name}: {e}") from e
+
+
+def _write_prompts(questions: Questions, folder: Path) -> None:
+  asked = ({"prompt": q.content["prompt"]} for q in questions.usable)  # without answer keys
+  jsonl.write(folder / PROMPTS, asked, ensure_ascii=True)
 
 
 def generation_job(

@@ -142,6 +142,11 @@ def score(
   return {"logp": logp_BC.sum(-1), "greedy": greedy_BC.all(-1)}
 
 
+def fits(pair: Pair, max_len: int) -> bool:
+  """Returns True if a pair without its last token is at most as long as `max_len`."""
+  return len(pair.given) + len(pair.scored) - 1 <= max_len
+
+
 class Scorer:
   """Scores pairs with a model.
 
@@ -180,7 +185,7 @@ class Scorer:
 
   def fits(self, pair: Pair) -> bool:
     """Returns True if a pair without its last token fits into the model's maximum length."""
-    return len(pair.given) + len(pair.scored) - 1 <= self.max_len
+    return fits(pair, self.max_len)
 
   def __call__(self, pairs: Sequence[Pair]) -> list[Scored]:
     """Scores pairs that fit and returns the scores in the same order.

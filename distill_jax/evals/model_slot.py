@@ -54,6 +54,10 @@ class ModelSlot:
         self._stacked = self.source.load(self.mesh, key)
     return self._stacked
 
+  def hold(self, loaded: loading.LoadedModel) -> None:
+    """Takes a model that is in memory, of which the slot may delete the arrays."""
+    self._stacked, self._unrolled = loaded, None
+
   def release(self) -> None:
     """Frees the weights. They are loaded again at the next use."""
     self._stacked = self._unrolled = None

@@ -45,19 +45,7 @@ def measure(
     InputError: If evaluate.on_bad is "stop" and a question is too long for the model, or if all
       questions are.
   """
-  fitting = Questions(questions.name, questions.policy, left_out=[*questions.left_out])
-  by_question: list[list[likelihood.Pair]] = []
-  for where, question in questions.usable:
-    try:
-      pairs = [likelihood.make_pair(tokenizer, question.context, c) for c in question.choices]
-      if not all(map(scorer.fits, pairs)):
-        raise InputError(f"The question is longer than the model's limit, {scorer.max_len} tokens.")
-    except InputError as e:
-      fitting.skip(where, str(e))
-      continue
-    fitting.add(where, question)
-    by_question.append(pairs)
-  fitting.check()
+  fitting, by_question = those_that_fit(scorer.max_len, tokenizer, questions)
   scored = iter(scorer([pair for pairs in by_question for pair in pairs]))
   verdicts = [
     verdict(i, question, [next(scored).logp for _ in question.choices])
@@ -75,6 +63,35 @@ def measure(
     "acc": _scores.interval([float(v["chosen"] == v["label"]) for v in verdicts]),
     "acc_norm": _scores.interval([float(v["chosen_norm"] == v["label"]) for v in verdicts]),
   }
+
+
+def those_that_fit(
+  max_len: int, tokenizer: Tokenizer, questions: Questions
+) -> tuple[Questions, list[list[likelihood.Pair]]]:
+  """Returns the questions that a model can read, and the choices of each with their context.
+
+  Args:
+    max_len: The model's maximum sequence length.
+    tokenizer: The model's tokenizer.
+    questions: The benchmark's questions.
+
+  Raises:
+    InputError: If evaluate.on_bad is "stop" and a question is too long, or if all questions are.
+  """
+  fitting = Questions(questions.name, questions.policy, left_out=[*questions.left_out])
+  by_question: list[list[likelihood.Pair]] = []
+  for where, question in questions.usable:
+    try:
+      pairs = [likelihood.make_pair(tokenizer, question.context, c) for c in question.choices]
+      if not all(likelihood.fits(pair, max_len) for pair in pairs):
+        raise InputError(f"The question is longer than the model's limit, {max_len} tokens.")
+    except InputError as e:
+      fitting.skip(where, str(e))
+      continue
+    fitting.add(where, question)
+    by_question.append(pairs)
+  fitting.check()
+  return fitting, by_question
 
 
 def verdict(number: int, question: Choice, logps: Sequence[float]) -> JsonObject:

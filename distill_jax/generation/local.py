@@ -98,6 +98,17 @@ def generate(
   return result | {"tokens_per_second": rate}
 
 
+def check(job: GenerationJob) -> None:
+  """Checks a job and its prompts without reading weights.
+
+  Raises:
+    InputError: If `generate` would raise it.
+  """
+  tokenizer = corpus.tokenizer_of(job.data, job.source.pretrained)
+  _check(job, tokenizer, sharding.make_mesh(**vars(job.mesh.whole_rows())), None)
+  Prompts(job, tokenizer).summary()
+
+
 def _check(
   job: GenerationJob, tokenizer: Tokenizer, mesh: Mesh, store: GeneratedStore | None
 ) -> Stops:

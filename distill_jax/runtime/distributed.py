@@ -171,16 +171,18 @@ class Preemption:
   """Context manager that turns SIGTERM into a flag, which is checked at every step.
 
   With several processes, jax's preemption service handles the signal: a SIGTERM to any process
-  stops all of them at the same step.
+  stops all of them at the same step. Within another one, e.g. of training that evaluates, it does
+  nothing: the outer one stops at its next step, whose numbers the service counts.
   """
 
   _active: ClassVar[set[Preemption]] = set()
 
   def __enter__(self) -> Preemption:
-    self._signalled = False
+    self._signalled, self._is_inner = False, bool(self._active)
     self._active.add(self)
     self._single = jax.process_count() == 1
-    self._handles = self._single and threading.current_thread() is threading.main_thread()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    self._handles = self._single and in_main_thread and not self._is_inner
     if self._handles:
       self._previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
     return self
@@ -203,6 +205,8 @@ class Preemption:
 
   def reached(self, step: int) -> bool:
     """Returns True to save and stop now. Every process must call this at every step."""
+    if self._is_inner:
+      return False
     return self._signalled if self._single else multihost_utils.reached_preemption_sync_point(step)
 
   @staticmethod

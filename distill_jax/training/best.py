@@ -20,9 +20,20 @@ def comparable(names: Iterable[str]) -> list[str]:
   return [PREFIX + name for name in sorted(names) if _kind(name) not in NOT_COMPARED]
 
 
-def is_maximised(metric: str) -> bool:
-  """Returns whether more is better."""
-  return _kind(metric) in MAXIMISED
+def of_benchmark(name: str) -> str:
+  """Returns the metric of a benchmark, without the prefix."""
+  return f"{name}/accuracy"
+
+
+def is_maximised(metric: str, benchmarks: Iterable[str]) -> bool:
+  """Returns whether more is better.
+
+  Args:
+    metric: The metric, with its prefix.
+    benchmarks: The names in train.eval_benchmarks.
+  """
+  name = metric.removeprefix(PREFIX)
+  return _kind(metric) in MAXIMISED or name in map(of_benchmark, benchmarks)
 
 
 def _kind(metric: str) -> str:
@@ -45,6 +56,7 @@ class Best:
   def __init__(self, options: TrainOptions, saved: JsonObject):
     self._metric, self._patience = options.best_metric, options.patience
     self._steps = options.steps
+    self._sign = 1 if is_maximised(options.best_metric, options.eval_benchmarks) else -1
     self.step: int | None = saved.get("step")
     self._value = float(saved.get("value", math.nan))
     self._since = int(saved.get("since", 0))  # evaluations
@@ -58,8 +70,7 @@ class Best:
     """
     if not self._metric:
       return
-    value = row[self._metric]
-    sign = 1 if is_maximised(self._metric) else -1
+    value, sign = row[self._metric], self._sign
     first = self.step is None and math.isfinite(value)
     if first or sign * value > sign * self._value:
       self.step, self._value, self._since = step, value, 0

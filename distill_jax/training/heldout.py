@@ -18,7 +18,7 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +48,9 @@ from distill_jax.types import IN_BATCH_CLASSES, Batch, JsonObject, Mean, Model, 
 SHARE = 0.02  # of the computation that evaluation costs at most with train.eval_every=0
 FILE = "heldout.json"  # in the folder of a run: the rows, the interval and the cost
 Means = dict[str, Mean]
+# (number of steps that are done, trained parameters, base model) -> metrics without the prefix; it
+# neither changes nor deletes the arrays. Evaluation of benchmarks is in a higher layer.
+Benchmarks = Callable[[int, PyTree, Model | None], dict[str, float]]
 
 
 def evaluate(
@@ -129,14 +132,24 @@ class Evaluation:
     stores: The stores it trains on.
     heldout: The held-out stores; () to evaluate never.
     mesh: The mesh.
+    benchmarks: Runs the benchmarks in train.eval_benchmarks; None for none.
 
   Attributes:
     every: Number of steps between evaluations; 0 without held-out stores.
     cost: Number of training steps that compute as much as one evaluation.
   """
 
-  def __init__(self, config: Config, step: Step, stores: Stores, heldout: Stores, mesh: Mesh):
+  def __init__(
+    self,
+    config: Config,
+    step: Step,
+    stores: Stores,
+    heldout: Stores,
+    mesh: Mesh,
+    benchmarks: Benchmarks | None = None,
+  ):
     self._config, self._step, self._stores, self._mesh = config, step, stores, mesh
+    self._benchmarks = benchmarks
     c, longest = config.train, max(store.manifest.seq_len for store in stores)
     self._parts = [Part.of(config, longest, store) for store in heldout]
     computed = sum(p.batches * p.rows * p.store.manifest.seq_len for p in self._parts)
@@ -194,8 +207,10 @@ class Evaluation:
     trained, batch = (state.params, state.adapters), self._abstract_batch(self._parts[0])
     with jax.set_mesh(self._mesh):
       names = jax.eval_shape(self._evaluate, trained, batch, teachers, base)
+    ran = c.train.eval_benchmarks if self._benchmarks else ()
+    accuracies = [best.of_benchmark(name) for name in ran]
     for key, metric in keys.items():
-      best.check_metric(key, metric, [*names, "perplexity"])
+      best.check_metric(key, metric, [*names, "perplexity", *accuracies])
 
   def _abstract_batch(self, part: Part) -> Batch:
     """Returns the shapes of a batch."""
@@ -239,7 +254,10 @@ class Evaluation:
         sums = _add(sums, means)
         with jax.transfer_guard("disallow"):
           means = self._evaluate(trained, batch, inputs.teachers, inputs.base)
-    return _values(_add(sums, means))
+    values = _values(_add(sums, means))
+    if self._benchmarks:
+      values |= self._benchmarks(int(state.step), state.params, inputs.base)
+    return {best.PREFIX + name: value for name, value in values.items()}
 
 
 def _add(sums: Means, means: Means | None) -> Means:
@@ -251,5 +269,7 @@ def _add(sums: Means, means: Means | None) -> Means:
 
 def _values(sums: Means) -> dict[str, float]:
   values = {name: float(mean.total) / max(float(mean.count), 1.0) for name, mean in sums.items()}
-  values |= {"perplexity": math.exp(min(values["ce"], 700)), "tokens": float(sums["loss"].count)}
-  return {best.PREFIX + name: value for name, value in values.items()}
+  return values | {
+    "perplexity": math.exp(min(values["ce"], 700)),
+    "tokens": float(sums["loss"].count),
+  }

@@ -20,7 +20,7 @@ from distill_jax.runtime import best_checkpoint, checkpoint, distributed
 from distill_jax.tasks.dataset import RecordedTask
 from distill_jax.training import optim, trackers, validate, validate_heldout
 from distill_jax.training.best import Best
-from distill_jax.training.heldout import Evaluation
+from distill_jax.training.heldout import Benchmarks, Evaluation
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.training.run_log import Log, Profile
 from distill_jax.training.save_schedule import SaveSchedule
@@ -38,12 +38,13 @@ from distill_jax.training.train_state import TrainState
 from distill_jax.types import JsonObject
 
 
-def train(config: Config, workdir: Path) -> JsonObject:
+def train(config: Config, workdir: Path, benchmarks: Benchmarks | None = None) -> JsonObject:
   """Trains the student, starting from the last checkpoint if there is one.
 
   Args:
     config: The config of the run.
     workdir: The folder of the run.
+    benchmarks: Runs the benchmarks in train.eval_benchmarks; None to run none.
 
   Returns:
     The metrics of the last step. With train.best_metric also `best_step` and `best_value`, and
@@ -66,7 +67,7 @@ def train(config: Config, workdir: Path) -> JsonObject:
   validate.check_mesh(config, stores, [student, *online.values()], mesh)
   step = make_step(config, stores, student, online.get("teacher"))
   validate.check_features(config, step, stores)
-  evaluation = Evaluation(config, step, stores, heldout, mesh)
+  evaluation = Evaluation(config, step, stores, heldout, mesh, benchmarks)
   evaluation.check_metrics(student, online)
   if step.trainable.has_base:
     Run(workdir, config, student).pin_base()

@@ -77,10 +77,14 @@ class TrainOptions:
 
   0: the smallest interval at which evaluation costs at most 2% of the computation.
   """
+  eval_benchmarks: tuple[str, ...] = ()
+  """Benchmarks, as names in `evals`, that evaluations also run on the student; small ones, because
+  their time is not part of the 2%. Their accuracy is the held-out metric "heldout/NAME/accuracy".
+  """
   best_metric: str = ""
   """Held-out metric of the best checkpoint, which is kept, e.g. "heldout/loss"; "" for none.
 
-  Accuracy and agreement are maximised, all others are minimised.
+  Accuracy (also of benchmarks) and agreement are maximised, all others are minimised.
   """
   patience: int = 0
   """Number of evaluations without a better `best_metric` after which training ends; 0 for never."""

@@ -140,6 +140,7 @@ def check_options(config: Config, evaluates: bool) -> None:
       (key, value, evaluates, "train.heldout")
       for key, value in (
         ("train.eval_every", c.eval_every),
+        ("train.eval_benchmarks", c.eval_benchmarks),
         ("train.best_metric", c.best_metric),
         ("optim.plateau_metric", o.plateau_metric),
       )
@@ -158,6 +159,6 @@ def check_options(config: Config, evaluates: bool) -> None:
       f"held-out stores of the same teachers as in train.teachers ({', '.join(c.teachers)})",
       "Add or remove teachers",
     )
-  if is_maximised(o.plateau_metric):
+  if is_maximised(o.plateau_metric, c.eval_benchmarks):
     expected = "a metric that is minimised, such as 'heldout/loss'"
     raise bad_value("optim.plateau_metric", o.plateau_metric, expected, "Choose another one")

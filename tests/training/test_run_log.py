@@ -79,3 +79,15 @@ def test_sigterm_is_caught_and_the_old_handler_is_restored():
     os.kill(os.getpid(), signal.SIGTERM)
     assert preemption.reached(1) and preemption.reached(2)
   assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_stops_the_outer_of_two_commands():
+  """An evaluation that samples finishes, and training stops after it."""
+  with distributed.Preemption() as outer:
+    with distributed.Preemption() as inner:
+      signal.raise_signal(signal.SIGTERM)
+      assert not inner.reached(0)
+    assert outer.reached(0)
+  with distributed.Preemption() as later:
+    distributed.Preemption.request()
+    assert later.reached(0)
