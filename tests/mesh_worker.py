@@ -70,15 +70,14 @@ def main(jobs: Path, flag: str, order: str) -> None:
 
   distributed.initialize(flag)
   from distill_jax import config
-  from distill_jax.commands import evaluate, export, generate, record, shrink
+  from distill_jax.commands import evaluate, export, generate, record, shrink, train
   from distill_jax.runtime.workdir import Workdir
-  from distill_jax.training import loop
 
   if order == "pod":
     use_order_of_a_pod()
   verbs = {
     "record": record.run,
-    "train": loop.train,
+    "train": train.run,
     "evaluate": evaluate.run,
     "export": export.run,
     "generate": generate.run,
