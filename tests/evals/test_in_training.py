@@ -77,6 +77,7 @@ def test_values_are_those_of_the_command_evaluate(folder, tiny_run):
   assert trained == tiny.measured(tiny_run / "whole")
 
 
+@pytest.mark.slow  # three runs; 6 s of CPU
 def test_an_interrupted_run_gets_the_same_values(folder, tiny_run, monkeypatch):
   """Killed in the second evaluation, whose answers are then damaged.
 
