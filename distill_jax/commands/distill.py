@@ -2,7 +2,8 @@
 
 The sizes of the run (steps, batch size, sequence length) are chosen from the amount of data and
 from the machine, and printed. The config is written to config.py in the workdir. The other verbs
-take that file, and any key can be overridden here with --config.KEY=VALUE.
+take that file, and any key can be overridden here with --config.KEY=VALUE, e.g.
+records.heldout_sequences=0 to train without evaluation.
 
   --teacher   the model to distil from: a Hugging Face folder, a .gguf file, a Hub id such as
               Qwen/Qwen2.5-0.5B, package:NAME/PATH, or run:WORKDIR
@@ -20,8 +21,7 @@ evaluation.json; examples.json; export/, the student as a Hugging Face folder; r
 stages are skipped when the command is run again, and an interrupted stage continues.
 
 Config: data.seq_len, data.sequences, data.heldout_fraction, losses, optim.peak_lr, train.steps,
-train.batch_size, records.heldout_sequences (0 to train without evaluation), evaluate.sequences,
-export.dtype.
+train.batch_size, records.heldout_sequences, evaluate.sequences, export.dtype.
 
 Example:
   distill-jax distill --teacher=models/teacher --student=half --data=notes.txt --workdir=runs/notes

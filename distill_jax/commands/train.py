@@ -3,14 +3,15 @@
 A run resumes from its last checkpoint when the command is run again.
 
 Reads: the student (`student`), the stores in train.records and train.heldout, the files of the
-benchmarks in train.eval_benchmarks and, for online teachers, `teacher` and `teachers`.
+benchmarks in train.eval_benchmarks (to which `evals`, `evaluate` and `generate` apply) and, for
+online teachers, `teacher` and `teachers`.
 
 Writes: in the workdir: metrics.jsonl (the metrics of each step), event files for TensorBoard,
 checkpoints/ and, with held-out stores, heldout.json (how often they are evaluated). With
 train.eval_benchmarks, also answers and grades, in evals/step-N/BENCHMARK.
 
-Config: seed, mesh, student, teacher, teachers, data, losses, optim, train, tasks, augmentations;
-with train.eval_benchmarks also evals, evaluate and generate.
+Config: seed, mesh, student, teacher, teachers, data, losses, optim, train, tasks, augmentations,
+evals, evaluate, generate.
 
 Example:
   distill-jax train --config=configs/demo.py:distilled --workdir=runs/demo/distilled
