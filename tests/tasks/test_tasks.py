@@ -292,6 +292,8 @@ def test_a_bad_line_stops_the_run_or_is_counted(c, tmp_path, capsys, line, why):
 
 
 def test_what_does_not_fit_is_refused(c):
+  c.train.records = ()
+
   def refused(match, **changes):
     for key, value in changes.items():
       setattr(c.tasks.parity, key, value)
