@@ -122,12 +122,19 @@ class Block(nnx.Module):
 
     On a mesh with a context axis, positions are in zig-zag order (see nn/context.py).
     """
-    q_BTHh, k_BTGh, v_BTGh = self.qkv(x_BTD, angles)
     scale, kernel, rules = self.config.attention_scale, compute.attention, compute.rules
     if context.devices() > 1:
-      k_and_v = k_BTGh, v_BTGh
-      return context.attend(q_BTHh, k_and_v, segments_BT, window, scale, kernel, rules)
-    return attention.attention(q_BTHh, k_BTGh, v_BTGh, segments_BT, window, scale, kernel, rules)
+      q_BTHh, to_gather, options = self.gathered_qkv(x_BTD, angles)
+      return context.attend(q_BTHh, to_gather, segments_BT, window, scale, kernel, rules, **options)
+    q_k_v = self.qkv(x_BTD, angles)
+    return attention.attention(*q_k_v, segments_BT, window, scale, kernel, rules)
+
+  def gathered_qkv(
+    self, x_BTD: jax.Array, angles: layers.Angles
+  ) -> tuple[jax.Array, Sequence[jax.Array], dict[str, Any]]:
+    """Returns queries, the arrays to gather, and further arguments of `context.attend`."""
+    q_BTHh, *k_and_v = self.qkv(x_BTD, angles)
+    return q_BTHh, k_and_v, {}
 
   def project_heads(self, a_BTHh: jax.Array) -> jax.Array:
     """Returns the update of the residual by attention, given the output of its heads."""

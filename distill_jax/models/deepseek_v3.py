@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Self
+from collections.abc import Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from distill_jax.errors import bad_value
 from distill_jax.models import _decoder, _rope
 from distill_jax.models._declare import Declare
 from distill_jax.models._experts import Experts, check_top_k, grouped_top_k
-from distill_jax.nn import attention, context, layers, sharding
+from distill_jax.nn import attention, layers, sharding
 from distill_jax.types import QKV, JsonObject
 
 HF_MODEL_TYPES = ("deepseek_v3",)  # model_type in config.json
@@ -172,34 +173,23 @@ class Block(_decoder.Block):
     q_BTHh, kv_BTR, k_rope_BTr = self._latents(x_BTD, angles)
     return q_BTHh, *self._expand(kv_BTR, k_rope_BTr, self.kv_up[...])
 
-  def attend_heads(
-    self,
-    x_BTD: jax.Array,
-    angles: layers.Angles,
-    window: attention.Window,
-    segments_BT: jax.Array,
-    compute: layers.ComputeConfig,
-  ) -> jax.Array:
-    """Returns the output of the attention heads [B, T, H, w]; see _decoder.Block.
+  def gathered_qkv(
+    self, x_BTD: jax.Array, angles: layers.Angles
+  ) -> tuple[jax.Array, Sequence[jax.Array], dict[str, Any]]:
+    """Returns queries, the latents to gather, and how each device expands those of its heads.
 
-    On a mesh with a context axis, devices gather the latents, which are 71 times narrower in R1
-    than keys and values, and each computes the keys and values of its heads from them.
+    The latents are 71 times narrower in R1 than keys and values.
     """
-    if context.devices() == 1:
-      return super().attend_heads(x_BTD, angles, window, segments_BT, compute)
     q_BTHh, *latents = self._latents(x_BTD, angles)
-    return context.attend(
+    return (
       q_BTHh,
       latents,
-      segments_BT,
-      window,
-      self.config.attention_scale,
-      compute.attention,
-      compute.rules,
-      gathered_axes="batch seq latent",
-      expand=self._expand,
-      weights=[self.kv_up[...]],
-      weight_axes=["from_latent heads head_dim"],
+      {
+        "gathered_axes": "batch seq latent",
+        "expand": self._expand,
+        "weights": [self.kv_up[...]],
+        "weight_axes": ["from_latent heads head_dim"],
+      },
     )
 
   def _expand(
