@@ -42,20 +42,7 @@ def attention(
 ) -> jax.Array:
   """Computes attention of the queries of each row to all its keys.
 
-  Args:
-    q_BQHh: queries.
-    k_BKGh: keys, in the order of the row.
-    v_BKGh: values; they may be narrower than keys.
-    q_segments_BQ: int32, the segment of each query.
-    kv_segments_BK: int32, the segment of each key. The keys of a segment are consecutive.
-    q_index_Q: int32, the index of each query's own key, to which it attends.
-    at: index into `sizes`, which may be traced.
-    sizes: window sizes; None for no window.
-    scale: the factor of the scores.
-    chunk: `q_index_Q` consists of runs of this many consecutive indices.
-
-  Returns:
-    [B, Q, H, width of values].
+  Arguments and result are those of `splash.attention`.
   """
   (B, Q, H, h), K = q_BQHh.shape, k_BKGh.shape[1]
   packs = chunk >= K == Q and capability() >= 9 and B * Q * H * h < 2**31  # offsets are int32

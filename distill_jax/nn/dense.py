@@ -25,22 +25,8 @@ def attention(
 
   XLA stores the scores [B, H, Q, K]. cuDNN does not: it adds the mask to them.
 
-  Args:
-    q_BQHh: queries.
-    k_BKGh: keys, in the order of the row.
-    v_BKGh: values; they may be narrower than keys.
-    q_segments_BQ: int32, the segment of each query.
-    kv_segments_BK: int32, the segment of each key.
-    q_index_Q: int32, the index of each query's own key, to which it attends.
-    at: index into `sizes`, which may be traced.
-    sizes: window sizes; None for no window.
-    scale: the factor of the scores.
-    chunk: `q_index_Q` consists of runs of this many consecutive indices. cuDNN skips the blocks
-      above the diagonal if that is the whole row.
-    implementation: the library that computes.
-
-  Returns:
-    [B, Q, H, width of values].
+  Arguments and result are those of `splash.attention`, but for `implementation`, the library that
+  computes. cuDNN skips the blocks above the diagonal if `chunk` is the whole row.
   """
   K, width = v_BKGh.shape[1], v_BKGh.shape[-1]
   back_QK = q_index_Q[:, None] - jnp.arange(K, dtype=jnp.int32)[None]
