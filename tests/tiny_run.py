@@ -22,6 +22,15 @@ def train(c, workdir: Path) -> dict[str, float]:
     return loop.train(resolved, path)
 
 
+def record_heldout(folder: Path, workdir: Path) -> None:
+  """Writes workdir/heldout, 6 rows of another text, by the teacher of `tiny.tiny(folder)`."""
+  c = tiny.tiny(folder)
+  text = workdir / "other.txt"
+  text.write_text("\n".join(reversed(tiny.sentences())))
+  c.data.path, c.data.sequences = str(text), 6
+  record(c, workdir / "heldout")
+
+
 def make(folder: Path) -> None:
   """Writes the run of `tiny.tiny(folder)` and all that it reads.
 

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 from json_lines import read_lines, write_lines
-from tiny_run import record
+from tiny_run import record_heldout
 
 from distill_jax import config
 from distill_jax.commands import evaluate, train
@@ -43,10 +43,7 @@ def made(data, folder):
 def folder(tiny_run, tmp_path_factory):
   """Returns a folder with a run, evaluated with answer keys that no answer equals."""
   path = tmp_path_factory.mktemp("in_training")
-  c = tiny.tiny(tiny_run)
-  (path / "other.txt").write_text("\n".join(reversed(tiny.sentences())))
-  c.data.path, c.data.sequences = str(path / "other.txt"), 6
-  record(c, path / "heldout")
+  record_heldout(tiny_run, path)
   write_words(path, "???")  # one key each
   choices = [
     {"question": q, "choices": [" 18, as", " no"], "label": i % 2} for i, q in enumerate(QUESTIONS)

@@ -135,7 +135,7 @@ def get_config():
 
 @pytest.mark.slow
 def test_two_processes_record_both_stores_at_a_url(both, tmp_path, s3):
-  """Of the held-out store, which has two shards, each process writes one."""
+  """Each process writes one of the two shards of the held-out store."""
   file = tmp_path / "config.py"
   file.write_text(CONFIG.format(tests=str(SCRIPT.parent), folder=str(tmp_path)))
   line = [sys.executable, "launch/local.py", "--processes=2", "--devices=2", "--", "record"]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from tiny_run import record, train
+from tiny_run import record_heldout, train
 
 from distill_jax import config
 from distill_jax.commands import export
@@ -41,10 +41,7 @@ def made(tiny_run, folder):
 def folder(tiny_run, tmp_path_factory):
   """Returns a folder with 6 held-out rows, and a run that is evaluated on them in batches of 4."""
   path = tmp_path_factory.mktemp("evaluated")
-  c = tiny.tiny(tiny_run)
-  (path / "other.txt").write_text("\n".join(reversed(tiny.sentences())))
-  c.data.path, c.data.sequences = str(path / "other.txt"), 6
-  record(c, path / "heldout")
+  record_heldout(tiny_run, path)
   train(made(tiny_run, path), path / "whole")
   return path
 
