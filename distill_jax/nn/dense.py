@@ -25,7 +25,7 @@ def attention(
 
   XLA stores the scores [B, H, Q, K]. cuDNN does not: it adds the mask to them.
 
-  Arguments and result are those of `splash.attention`, but for `implementation`, the library that
+  Arguments and result are those of `splash.attention`, except `implementation`, the library that
   computes. cuDNN skips the blocks above the diagonal if `chunk` is the whole row.
   """
   K, width = v_BKGh.shape[1], v_BKGh.shape[-1]
