@@ -30,6 +30,7 @@ from distill_jax.preflight.options import PreflightOptions
 from distill_jax.pruning.options import LinkOptions, ShrinkOptions
 from distill_jax.records.options import InspectOptions, RecordsOptions
 from distill_jax.registry import ENTRY_CLASSES
+from distill_jax.retarget.options import RetargetOptions
 from distill_jax.schedules import Schedule
 from distill_jax.training.options import OptimOptions, TrainOptions
 from distill_jax.types import JsonObject
@@ -70,6 +71,9 @@ class Config:
 
   records: RecordsOptions = RecordsOptions()
   """Settings of `record`: which teacher outputs are stored."""
+
+  retarget: RetargetOptions = RetargetOptions()
+  """Settings of `retarget`: the records to convert to the student's tokenizer."""
 
   losses: dict[str, Any] = dataclasses.field(default_factory=dict)
   """Training losses by name, made with config.loss("MODULE", ...)."""

@@ -23,7 +23,7 @@ LAYERS = (
   ("models",),
   ("losses",),
   ("records",),
-  ("augmentations", "filters"),
+  ("augmentations", "filters", "retarget"),
   ("generation",),
   ("tasks",),
   ("training",),

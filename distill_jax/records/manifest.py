@@ -94,6 +94,10 @@ class Manifest:
     labels: True if records hold labels_T of a task's examples instead of packed tokens.
     heldout_fraction: Of a store of held-out documents, the fraction of documents that were held
       out, which decides which ones are; 0 for other stores.
+    retargeted: For records of a teacher with another tokenizer: "tokenizer", the digest of the
+      teacher's tokenizer; "method", "samples" for records that `retarget` converted, or "exact" for
+      projected distributions that `record` sampled; "store", the digest of the converted store, ""
+      for "exact"; and "min_mass", see RetargetOptions. {} for other stores.
     format_version: Version of the format; see `format_of`.
     shards: The finished shards, in order.
   """
@@ -116,6 +120,7 @@ class Manifest:
   smoothing: bool = False
   labels: bool = False
   heldout_fraction: float = 0.0
+  retargeted: JsonObject = dataclasses.field(default_factory=dict)
   format_version: int = 1
   shards: tuple[Shard, ...] = ()
 
@@ -183,8 +188,9 @@ class Manifest:
   def _json(self) -> JsonObject:
     """Returns all fields in the format of the file."""
     fields = _plain(dataclasses.asdict(self))
-    if not self.heldout_fraction:
-      del fields["heldout_fraction"]
+    for name in ("heldout_fraction", "retargeted"):  # older manifests lack these fields
+      if not fields[name]:
+        del fields[name]
     if self.format_version == 1:  # it stores labels of a task as "tokens"
       del fields["labels"]
     if fields["taps"]:
@@ -323,7 +329,8 @@ def require_same(want: Manifest, found: Manifest, folder: str) -> None:
       f"{folder} holds records of format {found.format_version}, but this run writes format "
       f"{want.format_version}. Train on the existing records, or record into another folder."
     )
-  a, b = ({"smoothing": False, "heldout_fraction": 0.0, **m.identity} for m in (want, found))
+  defaults = {"smoothing": False, "heldout_fraction": 0.0, "retargeted": {}}
+  a, b = ({**defaults, **m.identity} for m in (want, found))
   for key, planned in a.items():
     if planned != b[key]:
       if isinstance(planned, dict) and isinstance(b[key], dict):

@@ -1,0 +1,36 @@
+"""Config section `retarget`: the records to convert, and the tokenizer to convert them to."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class RetargetOptions:
+  """The records that the command `retarget` converts to a student's tokenizer."""
+
+  records: str = ""
+  """Store of records in the teacher's tokens, a path or URL. Its folders `heldout` and those of
+  data.buckets are converted too."""
+  tokenizer: str = ""
+  """Tokenizer of the student: a tokenizer.json, a sentencepiece model, or a folder with one of
+  them; a path, URL or Hub id. "": that of student.source."""
+  seq_len: int = 0
+  """Length of the sequences of the result. Tokens of a sequence that do not fit are cut, and
+  counted. 0: the smallest multiple of 128 that holds every row of a sample of the store; with equal
+  tokenizers, the length of the store."""
+  min_mass: float = 0.1
+  """Smallest probability mass of a position inside a teacher's token. Where the teacher's tokens
+  that begin with its bytes have less mass together, their share is known too poorly, and the
+  position gets its label as its target."""
+  roles: dict[str, str] = dataclasses.field(default_factory=dict)
+  """Special tokens of the teacher and the student's tokens with the same role, as texts, e.g.
+  {"<|call|>": "<tool_call>"}. Ends of text and of turns, and padding, are matched without it."""
+  workers: int = 0
+  """Number of processes. 0: one per core. The result does not depend on it."""
+  slice: str = ""
+  """Share of the shards to convert in this call, e.g. "3/16" for those whose number modulo 16 is 3,
+  so that several machines can work in one workdir. "": all that are missing, and the statistics."""
+  dry_run: bool = False
+  """True to print the statistics of a sample of the store, and what the whole would take, and write
+  nothing."""
