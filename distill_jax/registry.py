@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -65,3 +66,13 @@ def add_folder(package: str, folder: str | Path) -> None:
   search_path = importlib.import_module(f"distill_jax.{package}").__path__
   if path not in search_path:
     search_path.append(path)
+
+
+def use_folders(package: str, folders: Sequence[str]) -> None:
+  """Makes the entries of `distill_jax.<package>` those of some folders, in another process.
+
+  Args:
+    package: The package.
+    folders: Its folders, with those of `add_folder`.
+  """
+  importlib.import_module(f"distill_jax.{package}").__path__[:] = folders

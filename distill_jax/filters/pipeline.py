@@ -11,6 +11,7 @@ the files are. The samples are read twice.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -18,15 +19,17 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from distill_jax import filters as filters_package
+from distill_jax import registry
 from distill_jax.errors import InputError, bad_value
 from distill_jax.filters import _compare, _judge, _segments, _verdicts
 from distill_jax.filters._base import ComparingFilter, Filter
 from distill_jax.filters._judge import OUTPUTS, Chain
-from distill_jax.filters._pool import Pool
 from distill_jax.filters._segments import Segment
 from distill_jax.filters.options import FilterOptions
 from distill_jax.runtime import distributed, files, json_io
 from distill_jax.runtime.progress import Progress
+from distill_jax.runtime.worker_pool import Pool
 from distill_jax.types import JsonObject
 
 VERDICTS, COMPARED, SUMMARY = "verdicts", "compared.json", "filter.json"
@@ -181,7 +184,9 @@ class Run:
   def _pool(self, stop: distributed.Preemption, tasks: int) -> Pool:
     kept = "the segments that it has finished are kept"
     stopped = distributed.Preemption.stop("filter", kept)
-    return Pool(min(self._workers, tasks), self._chain, lambda: stop.reached(0), stopped)
+    folders = functools.partial(registry.use_folders, "filters", [*filters_package.__path__])
+    workers = min(self._workers, tasks)
+    return Pool(workers, self._chain, lambda: stop.reached(0), stopped, "filter", folders)
 
   def _path(self, *names: str) -> str:
     return files.join(self._root, "/".join(names))

@@ -14,36 +14,21 @@ requests and 80 reads for 5,000 shards and 64 processes. A shard costs a lookup 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
-from array_record.python import array_record_module
-
 from distill_jax.errors import InputError, bad_value
-from distill_jax.records import codec, registration, shard_index, tf_example, tfds_info
 from distill_jax.records import manifest as manifest_lib
+from distill_jax.records import registration, tfds_info
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest, Shard
-from distill_jax.runtime import atomic_io, files, storage
-
-
-def array_record_options(seq_len: int) -> str:
-  """Returns the options of array_record for records of `seq_len` positions.
-
-  Long records have one chunk each, for random access, without compression, because their bits are
-  already packed. Short records consist mostly of field names, so 64 of them share a compressed
-  chunk: a record of one label with ten classes takes 36 instead of 285 bytes, and reading is as
-  fast.
-  """
-  indexed = shard_index.has_index(seq_len)
-  return "group_size:1,uncompressed" if indexed else "group_size:64,zstd:1"
+from distill_jax.records.shard_writer import ShardWriter, writing
+from distill_jax.runtime import storage
 
 
 class Writer:
@@ -81,7 +66,7 @@ class Writer:
     self.folder = storage.location(folder)
     self._process = f"{process_index}-of-{process_count}"
     self._index, self._count = process_index, process_count
-    with _writing(self._disk):
+    with writing(self._disk):
       self._disk.mkdir(parents=True, exist_ok=True)
       self._lock = _lock(self._disk / f".lock-{self._process}")
     try:
@@ -105,7 +90,7 @@ class Writer:
         return found
       found = dataclasses.replace(found, extents=(*found.extents, want.total - found.total))
     if self._index == 0:  # the others have made the same
-      with _writing(self.folder):
+      with writing(self.folder):
         found.save(self.folder)
     return found
 
@@ -122,7 +107,7 @@ class Writer:
     # After a full shard the extent can grow without changing its ranges.
     whole = last % self.manifest.sequences_per_shard == 0
     extents = (*before, last + more) if whole else (*before, last, more)
-    with _writing(self.folder):
+    with writing(self.folder):
       self.manifest = dataclasses.replace(self.manifest, extents=extents)
       self.manifest.save(self.folder)
 
@@ -148,106 +133,19 @@ class Writer:
     return registration.find(self.folder, self.manifest, numbers)
 
   def write_shard(self, sequences_of: range, sequences: Iterable[Record]) -> Shard:
-    """Writes a shard; returns when it is on disk and registered.
+    """Writes a shard; returns when it is on disk and registered. See `ShardWriter.write`.
 
     Args:
       sequences_of: The range of sequences, one of `missing()`.
       sequences: The records of the range, in order; see codec.encode_targets.
-
-    Raises:
-      InputError: The range is not a planned shard, the number of records differs, the disk is full,
-        or another writer has registered different bytes for this shard.
     """
-    ranges = self.manifest.ranges
-    if sequences_of not in ranges:
-      raise InputError(
-        f"The range {sequences_of.start} to {sequences_of.stop} is not a shard of {self.folder}. "
-        "Write the ranges of missing()."
-      )
-    number = ranges.index(sequences_of)
-    name = manifest_lib.shard_name(number)
-    part = self._disk / f".writing-{number:05d}-{self._process}"
-    with _writing(files.join(self.folder, name)):
-      part.unlink(missing_ok=True)
-      totals = self._write(part, sequences_of, sequences)
-      index = self._index_of(part, len(sequences_of))
-      shard = Shard(
-        name=name,
-        first=sequences_of.start,
-        count=len(sequences_of),
-        bytes=part.stat().st_size,
-        sha256=digest(part),
-        **totals,
-      )
-      self._publish(part, shard, number, index)
-      self._finished[shard.first] = shard
+    shard = self.shard_writer().write(sequences_of, sequences)
+    self._finished[shard.first] = shard
     return shard
 
-  def _write(self, part: Path, sequences_of: range, sequences: Iterable[Record]) -> dict:
-    fields: dict[str, int] = dict.fromkeys(tf_example.names(self.manifest), 0)
-    tokens = targets = entries = count = 0
-    writer = array_record_module.ArrayRecordWriter(
-      str(part), array_record_options(self.manifest.seq_len)
-    )
-    try:
-      for seq in sequences:
-        if count == len(sequences_of):
-          raise InputError(
-            f"Shard {part.name} got more than {count} records. Pass one per sequence."
-          )
-        record = tf_example.encode(sequences_of[count], seq, self.manifest)
-        writer.write(tf_example.serialize(record))
-        count += 1
-        tokens += int((tf_example.segments(seq, self.manifest) > 0).sum())
-        if self.manifest.kind != "text":
-          targets += int(seq["mask_T"].sum())
-          entries += codec.count_entries(record)
-        for name, value in record.items():
-          fields[name] += len(value)
-    finally:
-      writer.close()
-    if count != len(sequences_of):
-      raise InputError(
-        f"Shard {part.name} got {count} records; expected {len(sequences_of)}. Pass one per "
-        "sequence."
-      )
-    with part.open("rb") as f:
-      os.fsync(f.fileno())
-    return {"tokens": tokens, "targets": targets, "entries": entries, "fields": fields}
-
-  def _index_of(self, part: Path, count: int) -> bytes | None:
-    """Checks a shard and returns its index; None for a shard without one."""
-    try:
-      if shard_index.has_index(self.manifest.seq_len):
-        return shard_index.to_bytes(shard_index.build(part, count))
-      shard_index.open_shard(part, count).close()
-    except ValueError as e:
-      raise InputError(
-        f"{part} is incomplete ({str(e).rstrip('.')}); the disk may be full. Free space and run "
-        "the command again."
-      ) from e
-    return None
-
-  def _publish(self, part: Path, shard: Shard, number: int, index: bytes | None) -> None:
-    path = files.join(self.folder, shard.name)
-    # A writer with another process count may have registered this shard.
-    if (other := registration.find_one(self.folder, number)) is not None:
-      part.unlink()
-      if other.sha256 != shard.sha256:
-        raise InputError(
-          f"{path} was finished by another writer with digest {other.sha256[:12]}, but this writer "
-          f"has digest {shard.sha256[:12]}. Stop one of the two recordings."
-        )
-      return
-    if files.is_remote(self.folder):
-      files.upload(part, path)
-      part.unlink()
-    else:
-      part.replace(path)
-      atomic_io.fsync_dir(self._disk)
-    if index is not None:
-      files.write(files.join(self.folder, shard_index.name_of(shard.name)), index)
-    registration.write(self.folder, number, shard)
+  def shard_writer(self) -> ShardWriter:
+    """Returns what writes the shards, which can be sent to another process of this command."""
+    return ShardWriter(self._disk, self.folder, self.manifest, self._process)
 
   def complete(self) -> Manifest | None:
     """Merges the registered shards into the manifest, if all planned shards are registered.
@@ -262,7 +160,7 @@ class Writer:
     if len(shards) < len(self.manifest.ranges):
       return None
     done = dataclasses.replace(self.manifest, shards=tuple(shards[k] for k in sorted(shards)))
-    with _writing(self.folder):
+    with writing(self.folder):
       tfds_info.write(self.folder, done)
       done.save(self.folder)  # last, because it marks the folder as complete
       for stale in self._disk.glob(".writing-*"):
@@ -280,12 +178,6 @@ class Writer:
     self.close()
 
 
-def digest(path: Path) -> str:
-  """Returns the sha256 of a file, in hex."""
-  with path.open("rb") as f:
-    return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _lock(path: Path) -> IO[str]:
   """Returns a locked file. Closing it or the end of the process releases the lock."""
   f = path.open("a+")
@@ -300,18 +192,3 @@ def _lock(path: Path) -> IO[str]:
   f.write(f"process {os.getpid()}")
   f.flush()
   return f
-
-
-@contextlib.contextmanager
-def _writing(path: str | Path) -> Iterator[None]:
-  """Turns errors of the system and of array_record on writing into InputErrors."""
-  try:
-    yield
-  except InputError:
-    raise
-  except (OSError, RuntimeError) as e:
-    why = getattr(e, "strerror", None) or str(e).split(";")[0]
-    raise InputError(
-      f"{path} cannot be written ({why}). Free space or choose another folder, and run again; "
-      "finished shards are kept."
-    ) from e

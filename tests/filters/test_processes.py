@@ -209,7 +209,8 @@ def test_slices_at_a_store_that_fails_at_times(folder, s3):
 
 def test_a_process_of_the_pool_does_not_import_jax():
   code = (
-    "import sys\nfrom distill_jax import registry\nfrom distill_jax.filters import _judge, _pool\n"
+    "import sys\nfrom distill_jax import registry\nfrom distill_jax.filters import _judge\n"
+    "from distill_jax.runtime import worker_pool\n"
     "for name in registry.names('filters'): registry.load('filters', name)\n"
     "assert 'jax' not in sys.modules"
   )

@@ -10,7 +10,7 @@ import pytest
 from array_record.python import array_record_module
 from tiny_store import manifest, record, sequence
 
-from distill_jax.records import shard_index, tf_example, writer
+from distill_jax.records import shard_index, shard_writer, tf_example
 from distill_jax.records.manifest import Shard, shard_name
 
 
@@ -20,7 +20,9 @@ def many_shards(folder, count):
   shards, part = [], folder / "part"
   for i in range(count):
     record_i = tf_example.encode(i, sequence(i), m)
-    out = array_record_module.ArrayRecordWriter(str(part), writer.array_record_options(m.seq_len))
+    out = array_record_module.ArrayRecordWriter(
+      str(part), shard_writer.array_record_options(m.seq_len)
+    )
     out.write(tf_example.serialize(record_i))
     out.close()
     name, data = shard_name(i), part.read_bytes()

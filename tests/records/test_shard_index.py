@@ -9,7 +9,7 @@ from array_record.python import array_record_module
 from tiny_store import manifest, record
 
 from distill_jax.errors import InputError
-from distill_jax.records import shard_index, store, writer
+from distill_jax.records import shard_index, shard_writer, store
 
 pytestmark = pytest.mark.smoke
 BLOCK = shard_index.BLOCK
@@ -17,7 +17,7 @@ BLOCK = shard_index.BLOCK
 
 def shard(path, records, options=None):
   out = array_record_module.ArrayRecordWriter(
-    str(path), options or writer.array_record_options(100)
+    str(path), options or shard_writer.array_record_options(100)
   )
   for data in records:
     out.write(data)

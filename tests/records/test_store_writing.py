@@ -69,7 +69,7 @@ KILL = """
   from pathlib import Path
   import tiny_store
   from distill_jax.runtime import atomic_io
-  from distill_jax.records import writer
+  from distill_jax.records import shard_writer
   countdown = {at}
   def maybe_die(fn):
     def wrapped(*a, **k):
@@ -80,8 +80,8 @@ KILL = """
       return fn(*a, **k)
     return wrapped
   # All points at which the folder changes.
-  writer.tf_example.encode = maybe_die(writer.tf_example.encode)
-  writer.digest = maybe_die(writer.digest)
+  shard_writer.tf_example.encode = maybe_die(shard_writer.tf_example.encode)
+  shard_writer.digest = maybe_die(shard_writer.digest)
   Path.replace = maybe_die(Path.replace)
   Path.unlink = maybe_die(Path.unlink)
   atomic_io.fsync_dir = maybe_die(atomic_io.fsync_dir)

@@ -64,7 +64,7 @@ from distill_jax.hub.pretrained import open_model
 from distill_jax.losses import DenseTargets, SampledTargets, TopKTargets, kd
 from distill_jax.nn import fused_head, sharding
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.records import bits, codec, collate, sampler, tf_example, writer
+from distill_jax.records import bits, codec, collate, sampler, shard_writer, tf_example
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.sampler import SamplerSpec
@@ -387,7 +387,7 @@ def measure(
   for kind, n in KINDS.items():
     if kind.startswith("sampled"):
       targets, records, entries = sampled(batch, rows, teacher, n, chunk)
-      options, token_loss = writer.array_record_options(batch.labels_BT.shape[1]), ours
+      options, token_loss = shard_writer.array_record_options(batch.labels_BT.shape[1]), ours
     else:
       targets, entries_BT = rival_targets(kind, outputs)
       entries = float(entries_BT[mask].mean())

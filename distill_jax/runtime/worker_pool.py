@@ -1,4 +1,4 @@
-"""A pool of processes for the filters of a run."""
+"""A pool of processes for the work of a command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from distill_jax import filters
 from distill_jax.errors import bad_value
 from distill_jax.runtime import pool_worker
 
@@ -28,9 +27,11 @@ class Pool:
 
   Args:
     workers: The number of processes. 1: the functions are called in this process.
-    shared: The first argument of each call.
+    shared: The first argument of each call. Each process has a copy.
     stopped: Returns True to stop; then `map` raises `stop`.
     stop: An exception.
+    verb: The verb of the command, for messages.
+    prepare: Called at the start of each process, before `shared` is made in it.
   """
 
   def __init__(
@@ -39,8 +40,11 @@ class Pool:
     shared: Any,
     stopped: Callable[[], bool],
     stop: Exception,
+    verb: str,
+    prepare: Callable[[], None] | None = None,
   ):
     self._workers, self._shared = workers, shared
+    self._verb, self._prepare = verb, prepare
     self._stopped, self._stop = stopped, stop
     self._executor: ProcessPoolExecutor | None = None
 
@@ -84,12 +88,13 @@ class Pool:
         deaths += 1
         if deaths == ATTEMPTS:
           raise bad_value(
-            "filter.workers",
+            f"{self._verb}.workers",
             self._workers,
             f"a number for which memory suffices, but a worker was killed {ATTEMPTS} times",
             "Set it to a smaller number",
           ) from e
-        print("filter: a worker process was killed; its work is repeated.", file=sys.stderr)
+        message = f"{self._verb}: a worker process was killed; its work is repeated."
+        print(message, file=sys.stderr)
         self._end()
         self._start()
         waiting = deque((t, f if _finished(f) else self._submit(function, t)) for t, f in waiting)
@@ -115,7 +120,7 @@ class Pool:
         self._workers,
         multiprocessing.get_context("spawn"),
         _start_worker,
-        ([*filters.__path__], pickle.dumps(self._shared)),
+        (self._prepare, pickle.dumps(self._shared)),
       )
 
   def _end(self) -> None:
@@ -132,9 +137,10 @@ def _finished(future: Future[Any]) -> bool:
   return future.done() and not future.cancelled() and future.exception() is None
 
 
-def _start_worker(folders: list[str], shared: bytes) -> None:
+def _start_worker(prepare: Callable[[], None] | None, shared: bytes) -> None:
   pool_worker.start()
-  filters.__path__[:] = folders  # includes those of registry.add_folder
+  if prepare is not None:
+    prepare()
   _shared[:] = [pickle.loads(shared)]
 
 
