@@ -13,6 +13,7 @@ Losses can be used without a config: `losses.KD(temperature=2.0)`.
 
 from distill_jax.losses._base import BaseLoss, FeatureLoss, LayerPairLoss, TokenLoss
 from distill_jax.losses._fused import count_labels, fused_loss, logits_loss
+from distill_jax.losses.alm import Loss as ALM
 from distill_jax.losses.ce import Loss as CE
 from distill_jax.losses.embedding import Loss as Embedding
 from distill_jax.losses.hidden import Loss as Hidden
@@ -21,9 +22,10 @@ from distill_jax.losses.mixture import Loss as Mixture
 from distill_jax.losses.pseudo_label import Loss as PseudoLabel
 from distill_jax.losses.relational import Loss as Relational
 from distill_jax.losses.relations import Loss as Relations
-from distill_jax.losses.supports import DenseTargets, SampledTargets, TopKTargets
+from distill_jax.losses.supports import DenseTargets, SampledTargets, SpanTargets, TopKTargets
 
 __all__ = [
+  "ALM",
   "CE",
   "KD",
   "BaseLoss",
@@ -37,6 +39,7 @@ __all__ = [
   "Relational",
   "Relations",
   "SampledTargets",
+  "SpanTargets",
   "TokenLoss",
   "TopKTargets",
   "count_labels",

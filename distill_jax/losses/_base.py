@@ -23,6 +23,8 @@ class BaseLoss:
   schedule, so that `losses.KD(temperature=2.0)` works without a config.
   """
 
+  reads_spans: ClassVar[bool] = False  # True if the loss can use SpanTargets
+
   weight: Schedule = constant(1.0)
   """Weight of this loss in the sum that is minimised: a number or a schedule.
 

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from distill_jax.errors import InputError, bad_value
 from distill_jax.losses._base import BaseLoss, TokenLoss
-from distill_jax.losses.supports import SampledTargets, TopKTargets
-from distill_jax.nn import fused_head, mesh_in_use, sharding
+from distill_jax.losses.supports import SampledTargets, SpanTargets, TopKTargets
+from distill_jax.nn import fused_head, label_logp, mesh_in_use, sharding
 from distill_jax.nn.sharding import MeshAxes
 from distill_jax.types import Batch, Mean, Targets
 
@@ -124,6 +124,9 @@ def logits_loss(
   weights = _weights(token_losses, step) if weights is None else weights
   mask_BT1 = batch.mask_BT[..., None]
   logits_BTV = jnp.where(mask_BT1, logits_BTV.astype(jnp.float32), 0.0)
+  batch = _with_spans(
+    token_losses, batch, lambda: fused_head.label_logp(logits_BTV, batch.labels_BT)
+  )
   return _weighted_sum(token_losses, logits_BTV, batch, label_count, weights, step)
 
 
@@ -152,17 +155,52 @@ def _fused(
   weights: Mapping[str, Scalar],
   step: jax.Array | int,
   *,
+  chunk: int,
+  vocab_size: int | None,
   soft_cap: float | None,
   metrics: Metrics | None,
+  batch_axes: tuple[str, ...],
+  seq_axis: str | None,
   **options: Any,
 ) -> tuple[jax.Array, Means]:
+  where = (chunk, vocab_size, batch_axes, seq_axis)
+  label_logp_BT = functools.partial(
+    label_logp.of_rows, hidden_BTD, head_VD, batch, *where, soft_cap=soft_cap
+  )
+  batch = _with_spans(losses, batch, label_logp_BT)
+
   def chunk_loss(logits_BCV: jax.Array, piece: Batch) -> tuple[jax.Array, Means]:
     logits_BCV = fused_head.cap_and_select(logits_BCV, soft_cap, piece.class_range_BT2)
     total, means = _weighted_sum(losses, logits_BCV, piece, label_count, weights, step)
     more = metrics(jax.lax.stop_gradient(logits_BCV), piece) if metrics else {}
     return total, means | more
 
-  return fused_head.loss(chunk_loss, hidden_BTD, head_VD, batch, **options)
+  return fused_head.loss(chunk_loss, hidden_BTD, head_VD, batch, *where, **options)
+
+
+def _with_spans(
+  losses: Mapping[str, TokenLoss], batch: Batch, label_logp_BT: Callable[[], jax.Array]
+) -> Batch:
+  """Returns the batch with the student's log-probabilities of spans, if a loss reads them.
+
+  A span may cross chunks of positions and devices, so that they are computed for whole rows before
+  the losses. This costs one more product with the head, and one more pass over the logits.
+
+  Args:
+    losses: The losses, by name.
+    batch: The whole batch.
+    label_logp_BT: Computes the student's log-probability of each label.
+  """
+  read = {teacher for fn in losses.values() for teacher in fn.teacher_names}
+  spans = {
+    name: t for name, t in batch.targets.items() if isinstance(t, SpanTargets) and name in read
+  }
+  if not spans:
+    return batch
+  logq_BT = jax.lax.stop_gradient(label_logp_BT())
+  return batch.replace(
+    targets=batch.targets | {name: t.with_student(logq_BT) for name, t in spans.items()}
+  )
 
 
 def _weighted_sum(
@@ -212,6 +250,11 @@ def _check_targets(fn: TokenLoss, targets: Targets) -> None:
     fn.check_records("sampled", targets.logp_BTK is not None, targets.temperature, "none")
   elif isinstance(targets, TopKTargets):
     fn.check_records("topk", True, targets.temperature, targets.missing_mass)
+  elif isinstance(targets, SpanTargets) and not fn.reads_spans:
+    raise InputError(
+      f"The loss {type(fn).__module__.rpartition('.')[2]!r} needs targets in the student's tokens, "
+      "but these records are in the teacher's. Run `retarget`, or use the loss 'alm'."
+    )
 
 
 def _check_shapes(shape: tuple[int, ...], width: tuple[int, ...], batch: Batch) -> None:

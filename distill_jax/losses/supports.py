@@ -1,8 +1,9 @@
-"""The three kinds of targets, which differ in the outcomes that are compared.
+"""The four kinds of targets, which differ in the outcomes that are compared.
 
 DenseTargets    All tokens: logits of an online teacher, computed for one chunk at a time.
 TopKTargets     The k stored tokens, with a convention for the mass outside them.
 SampledTargets  The sampled tokens, each with an unbiased estimate of its probability.
+SpanTargets     The text alone: log-probabilities of its spans, by a teacher with other tokens.
 """
 
 from __future__ import annotations
@@ -175,6 +176,48 @@ class SampledTargets(Targets, kw_only=True):
 
   def present(self) -> jax.Array:
     return jnp.any(self.weight_BTK > 0, -1)
+
+
+class SpanTargets(Targets, kw_only=True):
+  """Log-probabilities of spans of the text, by a teacher with another tokenizer.
+
+  A span is a piece of text that begins and ends at a token's border in both tokenizations, and that
+  contains no other common border. It is one label of a row or several consecutive ones.
+
+  Attributes:
+    span_logp_BT: float32, the teacher's log-probability of the span that a label belongs to.
+    span_rest_BT: int32, the number of labels of the span that follow this one: 0 at its last label,
+      and -1 at labels without a span.
+    student_logp_BT: float32, the student's log-probability of the span; None until `fused_loss` or
+      `logits_loss` adds it.
+  """
+
+  span_logp_BT: jax.Array
+  span_rest_BT: jax.Array
+  student_logp_BT: jax.Array | None = None
+
+  def with_student(self, label_logp_BT: jax.Array) -> SpanTargets:
+    """Returns the targets with the student's log-probabilities of the spans.
+
+    Sums are over the labels of each span alone, in a fixed order, so that they neither lose digits
+    to the rest of a long row nor depend on the device.
+
+    Args:
+      label_logp_BT: The student's log-probability of each label of whole rows.
+    """
+    rest_BT = self.span_rest_BT
+    starts_BT = jnp.pad(rest_BT[:, :-1] <= 0, ((0, 0), (1, 0)), constant_values=True)
+
+    def join(left: tuple, right: tuple) -> tuple:
+      (a, a_starts), (b, b_starts) = left, right
+      return jnp.where(b_starts, b, a + b), a_starts | b_starts
+
+    sums_BT, _ = jax.lax.associative_scan(join, (label_logp_BT, starts_BT), axis=1)
+    last_BT = jnp.arange(rest_BT.shape[1])[None] + jnp.maximum(rest_BT, 0)
+    return self.replace(student_logp_BT=jnp.take_along_axis(sums_BT, last_BT, 1))
+
+  def present(self) -> jax.Array:
+    return self.span_rest_BT >= 0
 
 
 def check(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from distill_jax.losses import DenseTargets, SampledTargets, divergences
+from distill_jax.losses import DenseTargets, SampledTargets, SpanTargets, divergences
 from distill_jax.nn import fused_head
 from distill_jax.types import Batch, Mean, Targets
 
@@ -85,6 +85,8 @@ def kl_of_distributions(logp: jax.Array, logq: jax.Array) -> jax.Array:
 
 def _by_teacher(targets: Targets, logits_BCV: jax.Array, piece: Batch) -> dict[str, jax.Array]:
   """Returns the metrics of the student against one teacher."""
+  if isinstance(targets, SpanTargets):  # their sum over labels is that over spans
+    return {"teacher_ce": -jnp.where(targets.span_rest_BT == 0, targets.span_logp_BT, 0.0)}
   if isinstance(targets, DenseTargets):
     metrics = _online(targets, logits_BCV, piece)
   else:

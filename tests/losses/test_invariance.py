@@ -14,7 +14,9 @@ from distill_jax import registry
 from distill_jax.losses import (
   FeatureLoss,
   SampledTargets,
+  SpanTargets,
   TopKTargets,
+  alm,
   ce,
   embedding,
   hidden,
@@ -49,6 +51,7 @@ CASES = {  # name: (loss, the targets it reads)
   "kd topk": (kd.Loss(divergence="jensen_shannon"), "topk"),
   "kd online": (kd.Loss(divergence="reverse_kl", temperature=constant(2.0)), "online"),
   "mixture": (mixture.Loss(by="entropy", label_trust=0.5), "online"),
+  "alm": (alm.Loss(), "spans"),
   "pseudo_label": (pseudo_label.Loss(), "online"),
   "hidden mse": (hidden.Loss(layers="uniform"), "online"),
   "hidden cosine": (hidden.Loss(distance="cosine"), "online"),
@@ -103,16 +106,20 @@ def documents() -> list[dict[str, np.ndarray]]:
     n = rng.integers(5, 11)
     tokens = rng.integers(0, V, n)
     weight = rng.dirichlet(np.ones(K), n)
+    mask = rng.random(n) < 0.7
+    pairs = (np.arange(n) % 2 == 0) & mask & np.append(mask[1:], False)  # spans of two labels
     docs.append(
       {
         "tokens": tokens,
         "labels": np.roll(tokens, -1),
-        "mask": rng.random(n) < 0.7,
+        "mask": mask,
         "positions": np.arange(n),
         "ids": np.argsort(rng.random((n, V)), -1)[:, :K],
         "weight": weight,
         "entropy": -(weight * np.log(weight)).sum(-1),
         "logp": np.log(0.8 * weight),
+        "span_logp": -1.0 - np.arange(n) // 2,
+        "span_rest": np.where(mask, pairs.astype(int), -1),
       }
     )
   return docs
@@ -139,6 +146,7 @@ def packed(rows: list[tuple[int, int]], kind: str) -> Batch:
       temperature=CASES["kd sampled"][0].temperature.values[0],
     ),
     "topk": TopKTargets(ids_BTK=laid_out("ids"), logp_BTK=laid_out("logp")),
+    "spans": SpanTargets(span_logp_BT=laid_out("span_logp"), span_rest_BT=laid_out("span_rest")),
   }
   inputs = Inputs(laid_out("tokens"), laid_out("positions"), jnp.asarray(segments, jnp.int32))
   of_teachers = {"teacher": targets[kind]} if kind in targets else {}
