@@ -22,6 +22,7 @@ LAYERS = (
   ("data",),
   ("models",),
   ("losses",),
+  ("cross_tokenizer",),
   ("records",),
   ("augmentations", "filters", "retarget"),
   ("generation",),

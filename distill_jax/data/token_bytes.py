@@ -15,14 +15,18 @@ def reader(tokenizer: Tokenizer) -> Callable[[int], bytes]:
   Special tokens are spelled out. An id without a token has no bytes.
   """
   special, letters = set(tokenizer.special_tokens), _byte_letters()
-  decoder = json.loads(tokenizer.raw).get("decoder") if tokenizer.kind == "huggingface" else None
-  is_byte_level = '"ByteLevel"' in json.dumps(decoder)
+  parsed = json.loads(tokenizer.raw) if tokenizer.kind == "huggingface" else {}
+  parts = json.dumps([parsed.get("decoder"), parsed.get("pre_tokenizer")])
+  is_byte_level = '"ByteLevel"' in parts
+  # Added tokens are matched in the text as they are, so letters in them are no bytes.
+  added = {t["content"] for t in parsed.get("added_tokens", ())} if is_byte_level else set()
+  has_fallback = not parsed or parsed["model"].get("byte_fallback", False)
 
   def token_bytes(i: int) -> bytes:
     piece = tokenizer.piece(i)
-    if piece is None or piece in special:
+    if piece is None or piece in special or piece in added:
       return (piece or "").encode()
-    if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+    if has_fallback and (match := re.fullmatch("<0x([0-9A-F]{2})>", piece)):
       return bytes.fromhex(match[1])
     if is_byte_level and all(c in letters for c in piece):
       return bytes(letters[c] for c in piece)

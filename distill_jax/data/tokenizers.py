@@ -160,8 +160,9 @@ class Tokenizer:
 
   def piece(self, i: int) -> str | None:
     """Returns the vocabulary's entry of an id (see token_bytes.py), or None without one."""
-    hugging = self.kind == "huggingface"
-    return self._backend.id_to_token(i) if hugging else self._backend.id_to_piece(i)
+    if self.kind == "huggingface":
+      return self._backend.id_to_token(i)
+    return None if self._backend.is_unused(i) else self._backend.id_to_piece(i)
 
   def token_id(self, token: str) -> int | None:
     """Returns the id of a token, or None if the vocabulary lacks it."""
