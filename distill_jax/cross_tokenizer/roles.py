@@ -103,7 +103,7 @@ def _id(vocabulary: Vocabulary, token: str, whose: str, t: str, s: str) -> int:
     raise bad_value(
       "retarget.roles",
       f"{{{t!r}: {s!r}}}",
-      f"a token of {whose} vocabulary ({vocabulary.tokenizer.where}), and {token!r} is none",
+      f"tokens of both vocabularies, but {whose} ({vocabulary.tokenizer.where}) lacks {token!r}",
       "Correct it",
     )
   return i

@@ -5,7 +5,7 @@ have no bytes; they are the control tokens:
 
   - the tokens that end or begin a text, and the unknown token;
   - the other stop tokens that the caller names (a model's generation config, a chat template);
-  - special tokens, which decoders leave out of the text that users see;
+  - special tokens, which decoders omit from the text that users see;
   - ids without an entry in the vocabulary, such as the unused rows of an embedding.
 
 All other added tokens are literal text, e.g. <think>, <tool_call> and the runs of spaces of Gemma:

@@ -18,7 +18,7 @@ def reader(tokenizer: Tokenizer) -> Callable[[int], bytes]:
   parsed = json.loads(tokenizer.raw) if tokenizer.kind == "huggingface" else {}
   parts = json.dumps([parsed.get("decoder"), parsed.get("pre_tokenizer")])
   is_byte_level = '"ByteLevel"' in parts
-  # Added tokens are matched in the text as they are, so letters in them are no bytes.
+  # Added tokens are matched in the text itself, so their letters do not stand for bytes.
   added = {t["content"] for t in parsed.get("added_tokens", ())} if is_byte_level else set()
   has_fallback = not parsed or parsed["model"].get("byte_fallback", False)
 
