@@ -16,6 +16,7 @@ In memory are the bytes of the responses in flight: about 250 B per token, and 2
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import email.utils
 import math
@@ -118,7 +119,7 @@ class Client:
       name: The name of the request, which determines the random parts of its waits.
       parse: Parses the JSON of the response. It raises KeyError, IndexError, TypeError,
         AttributeError or ValueError for a malformed response.
-      server: The server to ask. None: the one with the fewest requests in flight.
+      server: The server to ask. None: `servers` chooses one for each attempt.
       retries: The maximum number of retries. None: that of the options.
 
     Raises:
@@ -129,21 +130,26 @@ class Client:
     """
     retries = self._options.retries if retries is None else retries
     attempt = timeouts = 0
-    answered = self.answered
+    answered, failed_at = self.answered, collections.Counter[Server]()
     while True:
+      asked = server or await self.servers.take(failed_at)
       try:
-        return await self._once(server or await self.servers.take(), path, body, parse)
+        return await self._once(asked, path, body, parse)
       except RequestFailed as e:
         failed = e
-      # A busy server that answers other requests meanwhile does not count as a failed attempt.
-      attempt += not (failed.busy and self.answered > answered)
-      answered, timeouts = self.answered, timeouts + failed.timed_out
+      failed_at[asked] += 1
+      # A busy server that answers other requests meanwhile does not count as a failed attempt, and
+      # neither does a server that fails all requests while another one works.
+      is_the_server = server is None and self.servers.others_work(asked)
+      if not is_the_server and not (failed.busy and self.answered > answered):
+        attempt, timeouts = attempt + 1, timeouts + failed.timed_out
+      answered = self.answered
       if attempt > retries or timeouts >= TIMEOUTS:
         raise RequestFailed(
           f"{failed}, {attempt} times in a row", timed_out=failed.timed_out
         ) from failed
       self.retried += 1
-      if server is None and len(self.servers.all) > 1 and self.servers.ready():
+      if server is None and any(failed_at[s] < failed_at[asked] for s in self.servers.ready()):
         continue  # another server may be able to answer
       part = 0.5 + random.Random(f"{self._seed}/{name}/{attempt}").random() / 2
       await asyncio.sleep(failed.after + part * retry_wait(attempt))

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from distill_jax.generation.request_errors import RequestFailed
 
@@ -60,14 +60,25 @@ class Servers:
     now = time.monotonic()
     return [server for server in self.all if server.ready <= now]
 
-  async def take(self) -> Server:
-    """Returns the server for the next request, as soon as there is one."""
+  async def take(self, failed_at: Mapping[Server, int]) -> Server:
+    """Returns the server for a request, as soon as there is one.
+
+    It is the one with the fewest requests in flight, among those at which the request has failed
+    least often: a server that fails at once has few requests in flight and would get each again.
+
+    Args:
+      failed_at: The number of times that the request has failed, by server.
+    """
     while not (ready := self.ready()):
       await asyncio.sleep(max(0.0, min(s.ready for s in self.all) - time.monotonic()))
-    server = min(ready, key=lambda s: s.in_flight)
+    server = min(ready, key=lambda s: (failed_at.get(s, 0), s.in_flight))
     if server.is_out:  # others wait for the answer to this request
       server.ready = time.monotonic() + retry_wait(server.failures)
     return server
+
+  def others_work(self, server: Server) -> bool:
+    """Returns True if a server is skipped and another one is not."""
+    return server.is_out and not all(s.is_out for s in self.all)
 
   def answered(self, server: Server) -> None:
     """Notes that a server has answered."""
