@@ -1,0 +1,170 @@
+"""Trains the students of configs/cross_tokenizer.py and measures their bits per byte.
+
+  nice python tools/cross_tokenizer_evidence.py runs/evidence [--targets=same_hard,same_soft]
+
+For each target, seed 0 is trained with the learning rates of RATES, and with further ones while the
+best is the lowest or the highest of those tried; seeds 1 and 2 with the best. Each seed has its own
+folder, in which the commands of the config's docstring run, with its own records.
+
+Each finished run appends one line to results.jsonl and is not run again, so that the command can be
+stopped at any time; an unfinished run resumes from its checkpoint. Checkpoints are removed once
+they are measured.
+
+All models are measured on the same bytes: the held-out topics in pieces of at most PIECE bytes, of
+which the first words are only read, because no student is trained to predict the beginning of a
+row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill_jax import config
+from distill_jax.data import corpus, sources
+from distill_jax.evals import likelihood
+from distill_jax.evals.model_slot import ModelSlot
+from distill_jax.models.options import StudentOptions
+from distill_jax.nn import sharding
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "cross_tokenizer.py"
+RUNS = Path("runs/cross_tokenizer")  # in the folder of a seed
+SEEDS = (0, 1, 2)
+RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 1.5e-4)
+PIECE = 1_500  # bytes; about a row of 512 tokens
+FIRST = 16  # characters that are read before the first scored word
+TARGETS: dict[str, tuple[tuple[str, ...], ...]] = {  # (command, config's argument, folder) before
+  "same_hard": (("record", "same_hard", "records"),),
+  "same_soft": (("record", "same_hard", "records"),),
+}
+
+
+def pieces() -> Iterator[str]:
+  """Yields the held-out topics, cut at the ends of lines."""
+  for text in sources.documents(sources.DocumentSource(kind="pydoc", split="heldout")):
+    piece = ""
+    for line in text.splitlines(keepends=True):
+      if piece and len((piece + line).encode()) > PIECE:
+        yield piece
+        piece = ""
+      piece += line
+    yield piece
+
+
+def measure(source: str, **options: object) -> tuple[float, int]:
+  """Returns the bits per byte of a model on the held-out topics, and the number of bytes."""
+  c = config.resolve(config.base())
+  mesh = sharding.make_mesh(**vars(c.mesh))
+  slot = ModelSlot(StudentOptions(source=source, **options), mesh, seed=0)  # type: ignore[arg-type]
+  tokenizer = corpus.tokenizer_of(c.data, slot.source.pretrained)
+  scorer = likelihood.Scorer(slot.stacked(), mesh, tokenizer, batch_size=2, chunk=128)
+  pairs, size = [], 0
+  for piece in pieces():
+    # Before a single space between words every tokenizer begins a token.
+    if not (word := re.compile(r"\S(?= \S)").search(piece, FIRST)):
+      continue
+    given, whole = tokenizer.encode(piece[: word.end()]), tokenizer.encode(piece)
+    if whole[: len(given)] != given:
+      raise ValueError(f"{tokenizer.where} does not begin a token after {piece[: word.end()]!r}.")
+    pairs.append(likelihood.Pair(given, whole[len(given) :]))
+    size += len(piece[word.end() :].encode())
+  return -sum(s.logp for s in scorer(pairs)) / math.log(2) / size, size
+
+
+class Evidence:
+  """The runs in a folder.
+
+  Args:
+    folder: The folder; it is made if necessary.
+  """
+
+  def __init__(self, folder: Path):
+    self.folder = folder
+    folder.mkdir(parents=True, exist_ok=True)
+    self.file = folder / "results.jsonl"
+    lines = self.file.read_text().splitlines() if self.file.exists() else []
+    self.done = {self._key(r): r for r in map(json.loads, lines)}
+
+  @staticmethod
+  def _key(r: dict) -> tuple[str, float, int]:
+    return r["target"], r["rate"], r["seed"]
+
+  def write(self, **result: object) -> None:
+    """Appends a result."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    result |= {"commit": commit, "time": time.strftime("%Y-%m-%d %H:%M")}
+    with self.file.open("a") as f:
+      f.write(json.dumps(result) + "\n")
+    print(json.dumps(result), flush=True)
+    self.done[self._key(result)] = result
+
+  def command(self, verb: str, target: str, seed: int, workdir: Path, *flags: str) -> None:
+    """Runs a command in the folder of a seed; one that is finished does nothing."""
+    place = self.folder / f"seed-{seed}"
+    place.mkdir(exist_ok=True)
+    line = [sys.executable, "-m", "distill_jax.cli", verb, f"--config={CONFIG}:{target}"]
+    line += [f"--workdir={workdir}", f"--config.seed={seed}", *flags]
+    with (self.folder / "log.txt").open("a") as log:
+      subprocess.run(line, cwd=place, stdout=log, stderr=log, check=True)
+
+  def run(self, target: str, rate: float, seed: int) -> float:
+    """Returns the bits per byte of one run, which is made unless it is finished."""
+    if found := self.done.get((target, rate, seed)):
+      return found["bits_per_byte"]
+    for verb, argument, folder in TARGETS[target]:
+      self.command(verb, argument, seed, RUNS / folder)
+    name, begin = RUNS / f"{target}-{rate:g}", time.monotonic()
+    self.command("train", target, seed, name, f"--config.optim.peak_lr={rate}")
+    seconds, workdir = time.monotonic() - begin, self.folder / f"seed-{seed}" / name
+    bits, size = measure(f"run:{workdir.resolve()}")
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    self.write(
+      target=target,
+      rate=rate,
+      seed=seed,
+      bits_per_byte=bits,
+      bytes=size,
+      seconds=seconds,
+      last=last,
+    )
+    shutil.rmtree(workdir / "checkpoints")
+    return bits
+
+  def tune(self, target: str) -> float:
+    """Returns the best rate for seed 0 of a target."""
+    rates = sorted(RATES)
+    bits = {rate: self.run(target, rate, 0) for rate in RATES[:3]}
+    while True:
+      best = min(bits, key=bits.__getitem__)
+      at = rates.index(best)
+      near = [r for r in rates[max(at - 1, 0) : at + 2] if r not in bits]
+      if not near:
+        return best
+      bits[near[0]] = self.run(target, near[0], 0)
+
+
+def main() -> None:
+  """Makes the runs that are missing."""
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("folder", type=Path)
+  parser.add_argument("--targets", default=",".join(TARGETS))
+  args = parser.parse_args()
+  evidence = Evidence(args.folder)
+  for target in args.targets.split(","):
+    rate = evidence.tune(target)
+    for seed in SEEDS[1:]:
+      evidence.run(target, rate, seed)
+
+
+if __name__ == "__main__":
+  main()
