@@ -2,9 +2,9 @@
 
   nice python tools/cross_tokenizer_evidence.py runs/evidence [--targets=same_hard,same_soft]
 
-For each target, seed 0 is trained with the learning rates of RATES, and with further ones while the
-best is the lowest or the highest of those tried; seeds 1 and 2 with the best. Each seed has its own
-folder, in which the commands of the config's docstring run, with its own records.
+For each target, seed 0 is trained with the learning rates of FIRST_RATES, and with the next ones of
+RATES until both neighbours of the best have been tried; seeds 1 and 2 with the best. Each seed has
+its own folder, in which the commands of the config's docstring run, with its own records.
 
 Each finished run appends one line to results.jsonl and is not run again, so that the command can be
 stopped at any time; an unfinished run resumes from its checkpoint. Checkpoints are removed once
@@ -39,7 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "cross_tokenizer.py"
 RUNS = Path("runs/cross_tokenizer")  # in the folder of a seed
 SEEDS = (0, 1, 2)
-RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 1.5e-4)
+RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
+FIRST_RATES = (6e-4, 1.2e-3)
 PIECE = 1_500  # bytes; about a row of 512 tokens
 FIRST = 16  # characters that are read before the first scored word
 TARGETS: dict[str, tuple[tuple[str, ...], ...]] = {  # (command, config's argument, folder) before
@@ -142,12 +143,11 @@ class Evidence:
 
   def tune(self, target: str) -> float:
     """Returns the best rate for seed 0 of a target."""
-    rates = sorted(RATES)
-    bits = {rate: self.run(target, rate, 0) for rate in RATES[:3]}
+    bits = {rate: self.run(target, rate, 0) for rate in FIRST_RATES}
     while True:
       best = min(bits, key=bits.__getitem__)
-      at = rates.index(best)
-      near = [r for r in rates[max(at - 1, 0) : at + 2] if r not in bits]
+      at = RATES.index(best)
+      near = [r for r in RATES[max(at - 1, 0) : at + 2] if r not in bits]
       if not near:
         return best
       bits[near[0]] = self.run(target, near[0], 0)
