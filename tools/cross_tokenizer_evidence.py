@@ -94,6 +94,8 @@ class Evidence:
     self.file = folder / "results.jsonl"
     lines = self.file.read_text().splitlines() if self.file.exists() else []
     self.done = {self._key(r): r for r in map(json.loads, lines)}
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    self.commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
   @staticmethod
   def _key(r: dict) -> tuple[str, float, int]:
@@ -101,9 +103,7 @@ class Evidence:
 
   def write(self, **result: object) -> None:
     """Appends a result."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    result |= {"commit": commit, "time": time.strftime("%Y-%m-%d %H:%M")}
+    result |= {"commit": self.commit, "time": time.strftime("%Y-%m-%d %H:%M")}
     with self.file.open("a") as f:
       f.write(json.dumps(result) + "\n")
     print(json.dumps(result), flush=True)
@@ -123,8 +123,11 @@ class Evidence:
     if found := self.done.get((target, rate, seed)):
       return found["bits_per_byte"]
     for verb, argument, folder in TARGETS[target]:
-      self.command(verb, argument, seed, RUNS / folder)
-    name, begin = RUNS / f"{target}-{rate:g}", time.monotonic()
+      finished = self.folder / f"seed-{seed}" / f"{folder}.finished"
+      if not finished.exists():  # a later version of the code has other config keys
+        self.command(verb, argument, seed, RUNS / folder)
+        finished.touch()
+    name, begin = RUNS / f"{target}-{rate:g}-{self.commit}", time.monotonic()
     self.command("train", target, seed, name, f"--config.optim.peak_lr={rate}")
     seconds, workdir = time.monotonic() - begin, self.folder / f"seed-{seed}" / name
     bits, size = measure(f"run:{workdir.resolve()}")
