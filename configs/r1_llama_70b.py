@@ -1,8 +1,10 @@
-"""Trains Llama 3.3 70B on sampled records of R1-Distill-Llama-70B, a model of the same size.
+"""Trains Llama 3.3 70B on the records of DeepSeek-R1 671B, which has another tokenizer.
 
   distill-jax preflight --config=configs/r1_llama_70b.py --topology=v5p:4x4x8
-  distill-jax record    --config=configs/r1_llama_70b.py --workdir=records
+  distill-jax retarget  --config=configs/r1_llama_70b.py --workdir=retargeted/llama
   distill-jax train     --config=configs/r1_llama_70b.py --workdir=runs/r1_llama_70b
+
+The records to retarget are those of configs/r1_record.py; configs/_r1.py has the cost.
 
 With configs/r1_llama_70b.py:32768 the sequences have 32,768 tokens. Estimates of preflight
 for a step on v5p:4x4x8, with 256 sequences of 4,096 tokens or 128 of 32,768 (one per

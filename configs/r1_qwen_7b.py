@@ -1,8 +1,10 @@
-"""Trains Qwen2.5 7B on sampled records of R1-Distill-Qwen-32B.
+"""Trains Qwen2.5 7B on the records of DeepSeek-R1 671B, which has another tokenizer.
 
   distill-jax preflight --config=configs/r1_qwen_7b.py --topology=v5p:4x4x4
-  distill-jax record    --config=configs/r1_qwen_7b.py --workdir=records
+  distill-jax retarget  --config=configs/r1_qwen_7b.py --workdir=retargeted/qwen2
   distill-jax train     --config=configs/r1_qwen_7b.py --workdir=runs/r1_qwen_7b
+
+The records to retarget are those of configs/r1_record.py; configs/_r1.py has the cost.
 
 With configs/r1_qwen_7b.py:32768 the sequences have 32,768 tokens. Estimates of preflight
 for a step on v5p:4x4x4, with 256 sequences of 4,096 tokens or 64 of 32,768 (one per

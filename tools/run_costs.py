@@ -25,6 +25,7 @@ PACKED_BYTES = 1.9  # per token; measured (tools/bench/pack.py)
 CORPUS_BYTES = 4.73  # per token; measured (tools/bench/pack.py)
 PACK_SECONDS = 1.1e-6  # core seconds per token; measured (tools/bench/pack.py)
 PACK_SERIAL = 0.1e-6  # seconds per token that only one process can do; measured
+RETARGET_SECONDS = 20e-6  # core seconds per token; measured (tools/bench/cross_tokenizer.py)
 FILTER_SECONDS = 0.072  # core seconds per sample of 5,000 tokens with filters of r1_sft: the limit
 STATE_BYTES = 12  # per parameter in a checkpoint: float32 value and two moments
 MINUTES_PER_CHECKPOINT = 10
@@ -75,6 +76,14 @@ def record(tokens: float, row: int, weights: float, chip_hours: float, chips: in
   return Cost(read, tokens * RECORD_BYTES, reads, 3 * shards, hours, chips * CHIP_HOUR)
 
 
+def retarget(tokens: float, cores: int) -> Cost:
+  """Returns the cost of converting records to another tokenizer on one machine."""
+  size, shards = tokens * RECORD_BYTES, tokens / 2**18
+  hours = tokens * RETARGET_SECONDS / cores / 3600
+  reads = size / STREAM_BYTES + shards
+  return Cost(size, size, reads, 3 * shards, hours, cores * CORE_HOUR)
+
+
 def train(
   tokens: float, epochs: int, row: int, parameters: float, chip_hours: float, chips: int
 ) -> Cost:
@@ -110,6 +119,7 @@ def steps() -> dict[str, Cost]:
   return {
     "pack R1's corpus (16 cores)": pack(corpus, 16),
     "record R1 (v5p:4x4x4)": record(corpus, seq_len, 688e9, 217, 64),
+    "retarget to Qwen's tokenizer (16 cores)": retarget(corpus, 16),
     "train 7B (v5p:4x4x4)": train(corpus, 2, seq_len, 7.6e9, 308, 64),
     "train 70B (v5p:4x4x8)": train(corpus, 2, seq_len, 70.6e9, 3005, 128),
     "filter 800,000 samples (16 cores)": filter_samples(800_000, 5_000, 16),

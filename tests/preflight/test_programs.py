@@ -1,5 +1,6 @@
 """The programs that preflight compiles have the arguments, and so the bytes, of a run."""
 
+import importlib
 import importlib.util
 import math
 import re
@@ -90,6 +91,7 @@ LONG = ("r1_qwen_7b", "r1_qwen_32b", "r1_llama_70b", "r1_record")
 R1 = [
   (path, seq_len)
   for path in sorted(CONFIGS.glob("r1_*.py"))
+  if path.stem != "r1_standin"  # its steps are those of the others
   for seq_len in ("4096", "32768", "131072")
   if seq_len == "32768" or "r1_sft" not in path.stem  # configs/r1_sft_*.py have one length
   if seq_len != "131072" or path.stem in LONG
@@ -114,3 +116,21 @@ def test_the_r1_configs_fit_the_slices_in_their_docstrings(path, seq_len, monkey
   shape = sharding.mesh_shape(**vars(c.mesh), devices=size)
   rows = c.records.batch_size if verb == "record" else c.train.batch_size
   assert rows % (shape[0] * shape[1]) == 0 and math.prod(shape) == size
+
+
+@pytest.mark.parametrize(
+  "student", ["qwen_1_5b", "qwen_7b", "qwen_14b", "qwen_32b", "llama_8b", "llama_70b"]
+)
+@pytest.mark.parametrize("seq_len", ["4096", "32768"])
+def test_a_stand_in_for_r1_changes_nothing_of_the_step(student, seq_len, monkeypatch):
+  """So the estimates in the docstrings of the students hold for both teachers."""
+  monkeypatch.syspath_prepend(CONFIGS)
+  read = lambda name, given: importlib.import_module(name).get_config(given).to_dict()
+  ours = read(f"r1_{student}", seq_len)
+  stands_in = read("r1_standin", f"{student}:{seq_len}")
+  assert ours["teacher"]["family"] == "deepseek_v3" != stands_in["teacher"]["family"]
+  assert ours["train"]["records"] == (ours["train"]["heldout"][0].removesuffix("/heldout"),)
+  for c in (ours, stands_in):
+    del c["teacher"], c["retarget"], c["train"]["records"], c["train"]["heldout"]
+    del c["records"]["batch_size"], c["records"]["heldout_sequences"]
+  assert ours == stands_in
