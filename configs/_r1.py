@@ -12,7 +12,7 @@ At 50,000 of R1's tokens per second and core, 4.3 billion take 24 core-hours: an
 Rows have as many tokens as those of the records, so a step is that of any store with 63 samples per
 token. What does not fit is cut: Qwen's tokenizer makes 0.86 to 1.01 times as many tokens as R1's of
 a row of prose or code, but 1.1 to 1.2 times as many of one of GSM8K, because it splits numbers into
-single digits; Llama's makes 0.84 to 1.004 times as many. retarget.dry_run prints how much of a store.
+single digits; Llama's makes 0.84 to 1.004 times as many. retarget.dry_run prints what is cut.
 """
 
 from distill_jax import config
