@@ -206,7 +206,7 @@ def _align_text(
   try:
     text = data[head:].decode()
   except UnicodeDecodeError as e:
-    if not is_last or len(data) - head - e.start > _CONTINUATION:
+    if not is_last or e.reason != "unexpected end of data":
       return CUT
     text = data[head : head + e.start].decode()
   if not text:
