@@ -14,7 +14,8 @@ import numpy as np
 from distill_jax.cross_tokenizer import align as align_lib
 from distill_jax.cross_tokenizer.align import Aligned
 from distill_jax.cross_tokenizer.tables import PairTables
-from distill_jax.records.fields import Record
+
+Record = dict[str, np.ndarray]  # see records/fields.py
 
 
 @dataclasses.dataclass(frozen=True)

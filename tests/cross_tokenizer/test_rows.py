@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from toy_vocabularies import Toy
 
-from distill_jax.cross_tokenizer import targets
 from distill_jax.cross_tokenizer.align import CONTROL, CUT
+from distill_jax.cross_tokenizer.project import project
 from distill_jax.cross_tokenizer.rows import align_rows
 from distill_jax.cross_tokenizer.statistics import Statistics
 from distill_jax.cross_tokenizer.tables import PairTables
-from distill_jax.cross_tokenizer.targets import project_rows
 from distill_jax.cross_tokenizer.vocabulary import Vocabulary
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.records import codec, store, tf_example
 from distill_jax.records.fields import RecordSpec
+from distill_jax.records.projected_rows import project_rows, teacher_rows
 
 LETTERS = (b"a", b"b", b"c", b" ")
 BOS, EOS = 7, 8
@@ -177,8 +177,8 @@ def test_scalars_of_exact_counts_are_those_of_the_projection():
   rows = [source_row(text("abca b ab cab"), seed=i) for i in range(5)]
   records, _ = convert(rows)
   aligned = align_rows(TABLES, rows, 32)
-  teacher = targets.teacher_rows(aligned, rows, N)
-  exact = targets.project(TABLES, aligned.aligned, teacher, aligned.token_X, 0.1)
+  teacher = teacher_rows(aligned, rows, N)
+  exact = project(TABLES, aligned.aligned, teacher, aligned.token_X, 0.1)
   owner = np.repeat(np.arange(len(aligned.token_X)), np.diff(exact.start_X))
   p = np.zeros((len(aligned.token_X), STUDENT.size))
   p[owner, exact.id_E] = exact.weight_E
