@@ -102,7 +102,7 @@ def _id(vocabulary: Vocabulary, token: str, whose: str, t: str, s: str) -> int:
   if (i := vocabulary.tokenizer.token_id(token)) is None:
     raise bad_value(
       "retarget.roles",
-      f"{{{t!r}: {s!r}}}",
+      {t: s},
       f"tokens of both vocabularies, but {whose} ({vocabulary.tokenizer.where}) lacks {token!r}",
       "Correct it",
     )

@@ -18,8 +18,9 @@ def reader(tokenizer: Tokenizer) -> Callable[[int], bytes]:
   parsed = json.loads(tokenizer.raw) if tokenizer.kind == "huggingface" else {}
   parts = json.dumps([parsed.get("decoder"), parsed.get("pre_tokenizer")])
   is_byte_level = '"ByteLevel"' in parts
-  # Added tokens are matched in the text itself, so their letters do not stand for bytes.
+  # Tokens that are not the model's are matched in the text itself: their letters are not bytes.
   added = {t["content"] for t in parsed.get("added_tokens", ())} if is_byte_level else set()
+  added -= set(parsed["model"]["vocab"]) if added else set()
   has_fallback = not parsed or parsed["model"].get("byte_fallback", False)
 
   def token_bytes(i: int) -> bytes:
