@@ -31,6 +31,7 @@ from distill_jax.pruning.options import LinkOptions, ShrinkOptions
 from distill_jax.records.options import InspectOptions, RecordsOptions
 from distill_jax.registry import ENTRY_CLASSES
 from distill_jax.retarget.options import RetargetOptions
+from distill_jax.retokenize.options import RetokenizeOptions
 from distill_jax.schedules import Schedule
 from distill_jax.training.options import OptimOptions, TrainOptions
 from distill_jax.types import JsonObject
@@ -114,6 +115,9 @@ class Config:
 
   shrink: ShrinkOptions = ShrinkOptions()
   """Settings of `shrink`: the sizes or the target of the smaller model."""
+
+  retokenize: RetokenizeOptions = RetokenizeOptions()
+  """Settings of `retokenize`: the tokenizer whose tokens the student gets rows for."""
 
   chain: tuple[str, ...] = ()
   """Names in `links` in the order in which `chain` trains them; the last is the final student."""

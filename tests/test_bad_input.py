@@ -69,7 +69,7 @@ RANDOM = "c.teacher.source = ''"
 def test_no_verb_no_config_no_workdir(capsys, monkeypatch):
   for argv, message in (
     (["distill-jax", "recrod", "--config=x"], "'recrod' is not a verb; expected one of chain, "),
-    (["distill-jax", "recrod", "--config=x"], "report, shrink, train. Did you mean 'record'?"),
+    (["distill-jax", "recrod", "--config=x"], "retokenize, shrink, train. Did you mean 'record'?"),
     (["distill-jax", "record"], "--config is missing. Name a file"),
     (["distill-jax", "record", "--config=nowhere.py"], "The config nowhere.py does not exist."),
     (["distill-jax", "--workdir=x", "record"], "'--workdir=x' is not a verb; expected one of"),

@@ -29,7 +29,7 @@ LAYERS = (
   ("tasks",),
   ("training",),
   ("preflight", "report"),
-  ("evals", "efficiency", "pruning", "recipe"),
+  ("evals", "efficiency", "pruning", "recipe", "retokenize"),
   ("commands",),
   ("flags",),
   ("cli",),

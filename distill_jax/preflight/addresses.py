@@ -55,7 +55,7 @@ def _addresses(verb: str, config: Config) -> Iterator[tuple[str, str]]:
   found: dict[str, str | tuple[str, ...]] = {}
   if verb in ("record", "evaluate", "generate", "distill"):
     found["teacher.source"] = config.teacher.source
-  if verb in ("train", "evaluate", "shrink"):
+  if verb in ("train", "evaluate", "shrink", "retokenize"):
     found["student.source"] = config.student.source
   if verb in ("record", "evaluate") and not config.tasks:
     found["data.path"] = "" if verb == "record" and config.data.packed else config.data.path
@@ -76,6 +76,9 @@ def _addresses(verb: str, config: Config) -> Iterator[tuple[str, str]]:
     found["generate.prompts"] = config.generate.prompts
   if verb == "export":
     found["export.dir"] = config.export.dir
+  if verb == "retokenize":
+    found["retokenize.tokenizer"] = config.retokenize.tokenizer
+    found["retokenize.dir"] = config.retokenize.dir
   for key, value in found.items():
     for address in (value,) if isinstance(value, str) else value:
       if address:

@@ -1,0 +1,1 @@
+"""A new vocabulary for a model: embedding and head for another tokenizer, from the old rows."""
