@@ -21,6 +21,7 @@ Example:
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import jax
 
@@ -39,7 +40,7 @@ from distill_jax.nn import params, sharding
 from distill_jax.retokenize import model as new_model
 from distill_jax.retokenize.rows import KINDS, special_tokens, spell
 from distill_jax.runtime import json_io, storage
-from distill_jax.types import JsonObject
+from distill_jax.types import JsonObject, Model
 
 RESULT = "retokenize.json"
 MEANINGS = {
@@ -98,7 +99,7 @@ def run(config: Config, workdir: Path) -> JsonObject:
       "chat_template": files.chat_template is not None,
     }
     export_model(
-      made,
+      cast(Model, made),
       target,
       tokenizer=files,
       generation=new_model.generation(source.generation, tokenizer, files.config, path),
