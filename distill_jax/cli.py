@@ -151,7 +151,8 @@ def run(argv: list[str]) -> JsonObject:
   if "configure" in vars(command) and not any(arg.startswith("--config=") for arg in argv):
     return run_configured(command, argv[:1] + argv[2:])
   config = parse(argv[:1] + argv[2:])
-  if argv[1] in WITHOUT_WORKDIR:
+  writes = "needs_workdir" not in vars(command) or command.needs_workdir(config)
+  if argv[1] in WITHOUT_WORKDIR or not writes:
     return command.run(config)
   if not flags.WORKDIR.value:
     raise InputError("--workdir is missing. Name the folder of the run, e.g. --workdir=runs/demo.")

@@ -1,7 +1,8 @@
 """Describes the stores of records in a workdir: their settings, sizes, and single sequences.
 
 The numbers of a held-out store begin with heldout/, e.g. heldout/sequences, and those of stores of
-data.buckets with a length. inspect.sequence=N shows one sequence token by token.
+data.buckets with a length. The statistics of a store that `retarget` made (retarget.json) begin
+with retarget., e.g. retarget.share.exact. inspect.sequence=N shows one sequence token by token.
 inspect.verify=True checks the digest of every shard and decodes every record. Shards of earlier
 versions have no indices (see records/shard_index.py); they are written.
 
@@ -26,6 +27,7 @@ from distill_jax.errors import InputError, bad_value
 from distill_jax.models import loading
 from distill_jax.records import describe, manifest, planned_stores, shards
 from distill_jax.records.store import Store, open_store
+from distill_jax.retarget import summary
 from distill_jax.runtime import storage
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import JsonObject
@@ -51,7 +53,11 @@ def run(config: Config, workdir: Path) -> JsonObject:
     _show(config, next(iter(stores.values())))
   return planned_stores.flat(
     {
-      name: {**describe.describe(store), "indices_written": written[name]}
+      name: {
+        **describe.describe(store),
+        **summary.describe(store.folder),
+        "indices_written": written[name],
+      }
       for name, store in stores.items()
     }
   )

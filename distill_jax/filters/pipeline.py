@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,14 +26,13 @@ from distill_jax.filters._base import ComparingFilter, Filter
 from distill_jax.filters._judge import OUTPUTS, Chain
 from distill_jax.filters._segments import Segment
 from distill_jax.filters.options import FilterOptions
-from distill_jax.runtime import distributed, files, json_io
+from distill_jax.runtime import distributed, files, json_io, slices
 from distill_jax.runtime.progress import Progress
 from distill_jax.runtime.worker_pool import Pool
 from distill_jax.types import JsonObject
 
 VERDICTS, COMPARED, SUMMARY = "verdicts", "compared.json", "filter.json"
 MIN_BLOCK, MAX_BLOCK = 2**16, 2**22  # bytes of samples that a process judges at a time
-SLICE = re.compile(r"([0-9]+)/([1-9][0-9]*)")
 
 
 class Run:
@@ -62,7 +60,8 @@ class Run:
     self._samples, self._folder, self._root = samples, folder, root
     self._segments = _segments.find(samples)
     self._slice = options.slice
-    self._mine = _slice(self._segments, options.slice)
+    index, count = slices.parse("filter.slice", options.slice)
+    self._mine = [s for s in self._segments if s.number % count == index]
     self._workers = options.workers or len(os.sched_getaffinity(0))
 
   def __call__(self) -> JsonObject:
@@ -207,16 +206,6 @@ def _chain(filters: Mapping[str, Filter | ComparingFilter], on_bad: str) -> Chai
     raise bad_value("filter.order", tuple(names), expected, f"Set it to {order}")
   others = {name: f for name, f in filters.items() if isinstance(f, Filter)}
   return Chain(others, comparing, on_bad)
-
-
-def _slice(segments: list[Segment], text: str) -> list[Segment]:
-  if not text:
-    return segments
-  match = SLICE.fullmatch(text)
-  if not match or int(match[1]) >= int(match[2]):
-    expected = "INDEX/COUNT with an index below the count, e.g. 3/16"
-    raise bad_value("filter.slice", text, expected, "Correct it")
-  return [s for s in segments if s.number % int(match[2]) == int(match[1])]
 
 
 def _not_together(segment: Segment, prompt: int) -> InputError:

@@ -36,8 +36,9 @@ from distill_jax.errors import InputError, Preempted
 from distill_jax.runtime import files, remote_files
 
 REMOTE = ".remote"  # file in a mirror that holds its URL
-# Names in a workdir that are not mirrored: checkpoints (orbax), stores (records/writer.py) and the
-# places in a corpus at which their shards begin (records/packed_text.py).
+# Names in a workdir that are not mirrored: checkpoints (orbax), stores (records/writer.py), the
+# places in a corpus at which their shards begin (records/packed_text.py), and the statistics of
+# their shards (retarget/summary.py).
 ELSEWHERE = (
   ".*",
   "checkpoints",
@@ -46,6 +47,7 @@ ELSEWHERE = (
   "features.json",
   "dataset_info.json",
   "packing*",
+  "retarget*",
   "verdicts",  # these three: filters/pipeline.py
   "kept",
   "rejected",

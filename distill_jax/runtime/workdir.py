@@ -42,6 +42,9 @@ MAY_CHANGE = (
   "generate.prefill_rows",
   "records.heldout_sequences",  # recorded into another folder
   "records.tokens_per_shard",  # a store keeps its own
+  "retarget.dry_run",
+  "retarget.slice",
+  "retarget.workers",
   "train.checkpoint_every",
   "train.checkpoint_minutes",
   "train.keep",

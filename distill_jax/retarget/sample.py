@@ -1,0 +1,89 @@
+"""A sample of a store: the length of its rows in the student's tokens, and what a run would do.
+
+It has blocks of consecutive rows at equal distances, of SAMPLE_TOKENS tokens together or a single
+row, so it takes seconds for any store, and is the same in every call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from distill_jax.cross_tokenizer.rows import align_rows
+from distill_jax.cross_tokenizer.statistics import Statistics
+from distill_jax.cross_tokenizer.tables import PairTables
+from distill_jax.errors import InputError
+from distill_jax.records import tf_example
+from distill_jax.records.manifest import Manifest
+from distill_jax.records.store import Store
+from distill_jax.retarget import convert
+from distill_jax.retarget.convert import Conversion
+
+SAMPLE_TOKENS = 2**18
+BLOCKS = 16
+MULTIPLE = 128  # of the lengths of rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """The conversion of a sample.
+
+  Attributes:
+    statistics: The statistics of its rows.
+    bytes: The size of its records.
+    seconds: The time that it took in one process.
+  """
+
+  statistics: Statistics
+  bytes: int
+  seconds: float
+
+
+def blocks(store: Store) -> list[range]:
+  """Returns the rows of the sample of a store."""
+  total = len(store)
+  rows = max(1, min(total, SAMPLE_TOKENS // store.manifest.seq_len))
+  if rows == total:
+    return convert.batches(range(total), store.manifest.seq_len)
+  count = min(BLOCKS, rows)
+  size = rows // count
+  starts = [i * (total - size) // max(count - 1, 1) for i in range(count)]
+  wholes = [range(start, start + size) for start in starts]
+  return [part for whole in wholes for part in convert.batches(whole, store.manifest.seq_len)]
+
+
+def length(tables: PairTables, store: Store) -> int:
+  """Returns the smallest multiple of 128 that holds the rows of the sample in the student's tokens.
+
+  Raises:
+    InputError: The student's tokenizer spells no text of the sample.
+  """
+  own, longest, skipped, segments = store.manifest.seq_len, 0, 0, 0
+  for rows in blocks(store):
+    aligned = align_rows(tables, store.read_many(rows), own)
+    longest = max(longest, *aligned.lengths)
+    skipped += aligned.skipped.total()
+    segments += len(set(aligned.aligned.segment_G.tolist())) + aligned.skipped.total()
+  if segments and segments == skipped:
+    raise InputError(
+      f"{tables.student.tokenizer.where} spells none of the {segments} texts of a sample of "
+      f"{store.folder} back. Use a tokenizer that does not change texts."
+    )
+  return own if tables.same else max(1, -(-longest // MULTIPLE)) * MULTIPLE
+
+
+def measure(conversion: Conversion, store: Store, target: Manifest) -> Measured:
+  """Converts the sample of a store, and writes nothing.
+
+  Args:
+    conversion: How rows are converted.
+    store: The store in the teacher's tokens.
+    target: The manifest of the store in the student's tokens.
+  """
+  total, size, start = Statistics(), 0, time.perf_counter()
+  for rows in blocks(store):
+    records, statistics = conversion.rows(store, rows, target.seq_len)
+    total += statistics
+    for i, record in zip(rows, records, strict=True):
+      size += len(tf_example.serialize(tf_example.encode(i, record, target)))
+  return Measured(total, size, time.perf_counter() - start)
