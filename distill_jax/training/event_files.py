@@ -3,7 +3,7 @@
 An event file consists of frames: the length of a message as uint64, the checksum of the length, the
 message, and the checksum of the message. The messages are protocol buffers (event.proto and
 summary.proto of TensorFlow). The few fields that scalars need are encoded here: packages that write
-event files import torch or TensorFlow wherever one is installed, for seconds at each start.
+event files import torch or TensorFlow if it is installed, which takes seconds at each start.
 """
 
 from __future__ import annotations
