@@ -106,7 +106,8 @@ class Targets(struct.PyTreeNode, kw_only=True):
     label_logp_BT: float32, log p(label) in nats.
     argmax_BT: int32, the most probable token.
     taps_BPTD: features of the tapped layers.
-    head_VD: the unembedding of an online teacher. It is the only array without a position axis.
+    head_VD: the unembedding of an online teacher, or a tree with it. Its arrays are the only ones
+      without a position axis.
     temperature: the temperature of the stored distribution.
   """
 
@@ -114,7 +115,7 @@ class Targets(struct.PyTreeNode, kw_only=True):
   label_logp_BT: jax.Array | None = None
   argmax_BT: jax.Array | None = None
   taps_BPTD: jax.Array | None = None
-  head_VD: jax.Array | None = None
+  head_VD: PyTree = None
   temperature: float = struct.field(pytree_node=False, default=1.0)
 
   def divergence(

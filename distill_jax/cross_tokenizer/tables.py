@@ -94,6 +94,13 @@ class PairTables:
     """Returns the states after a teacher token that follows a state, or -1."""
     return self._states.step(state, token)
 
+  def state_pieces(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the number of states, and what `look` knows of them as ranges of ranks.
+
+    The ranges are those of (state, first rank, the rank after the last, student token), int64.
+    """
+    return self._states.pieces()
+
   def range_of(self, prefix: bytes) -> tuple[int, int]:
     """Returns the range [low, high) of ranks of the tokens that begin with some bytes."""
     low = bisect.bisect_left(self._sorted, prefix)
@@ -218,6 +225,13 @@ class _States:
           open_.append((high, u))
     keys = sorted(words)
     return np.array(keys, np.int64), np.array([words[k] for k in keys], np.int64)
+
+  def pieces(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    state, first = np.divmod(self._look_keys, self._ranks)
+    past = np.append(first[1:], 0)  # the last key of a state has no word
+    has_word = self._look_words >= 0
+    ranges = (x[has_word] for x in (state, first, past, self._look_words))
+    return int(state.max(initial=-1)) + 1, *ranges
 
   def look(self, state: np.ndarray, rank: np.ndarray) -> np.ndarray:
     if not len(self._look_keys):

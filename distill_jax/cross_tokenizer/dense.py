@@ -1,0 +1,244 @@
+"""The exact projection of a teacher's distributions to a student's vocabulary, on the devices.
+
+It computes what `project.py` estimates from samples, from the teacher's whole distributions: one
+chunk of student positions at a time, and of each the levels of its chain (`chains.py`) one after
+the other. A level takes the logits of one teacher position, in the order of the tokens' bytes, so
+that all tokens that lead to one student token are a few ranges of it, the pieces of a split. The
+mass of a range is a difference of two cumulative sums. These are sums of integers, of 2^31 units
+for the mass of the whole level, which float32 would round to 2^23: differences are exact, whatever
+lies before the range, and the same on any mesh.
+
+The largest arrays are [positions of a chunk, vocabulary]. The logits of DEPTH positions are
+computed for each student position, so the head takes DEPTH times as long as for the teacher's own
+tokens.
+
+In this module,
+
+  X  student positions of a chunk
+  V  the teacher's tokens in the order of their bytes, and rows of its head that are padding, last
+  S  the student's tokens
+  P  the pieces of all splits
+  L  levels of a chain
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from distill_jax.cross_tokenizer.chains import Splits
+from distill_jax.cross_tokenizer.tables import PairTables
+
+UNITS = 2.0**31
+BLOCK = 4096  # pieces that are looked up at once
+SMALLEST = float(np.finfo(np.float32).tiny)  # probability whose logarithm is finite
+
+
+class DenseTables(struct.PyTreeNode):
+  """The tables of a pair of tokenizers on the devices.
+
+  Attributes:
+    order_V: int32, the teacher's tokens in the order of their bytes.
+    phi_V: int32, the student token of each at a token boundary; the number of student tokens for
+      none.
+    first_S1: int32, the first piece of each split, and the number of pieces.
+    start_P: int32, the first rank of each piece.
+    end_P: int32, the rank after its last.
+    token_P: int32, its student token.
+    length_S: int32, the number of bytes of each student token.
+  """
+
+  order_V: np.ndarray | jax.Array
+  phi_V: np.ndarray | jax.Array
+  first_S1: np.ndarray | jax.Array
+  start_P: np.ndarray | jax.Array
+  end_P: np.ndarray | jax.Array
+  token_P: np.ndarray | jax.Array
+  length_S: np.ndarray | jax.Array
+
+  @classmethod
+  def of(cls, tables: PairTables, splits: Splits) -> Self:
+    """Returns the tables of a pair, as numpy arrays."""
+    phi_V = tables.phi_P[tables.offset_V[splits.order]]
+    return cls(
+      order_V=splits.order,
+      phi_V=np.where(phi_V < 0, tables.student.size, phi_V).astype(np.int32),
+      first_S1=splits.first,
+      start_P=splits.start,
+      end_P=splits.end,
+      token_P=splits.token,
+      length_S=tables.student.length_V.astype(np.int32),
+    )
+
+  def sort_head(self, head_VD: jax.Array) -> jax.Array:
+    """Returns the rows of the teacher's head in the order of the tokens' bytes, padding last."""
+    tokens = len(self.order_V)
+    return jnp.concatenate([head_VD[self.order_V], head_VD[tokens:]])
+
+
+class Links(struct.PyTreeNode):
+  """The chains of student positions, int32 [..., L]; see chains.Chains for the meaning.
+
+  Attributes:
+    place: The teacher's position, in its row; -1 after the last level.
+    real: See Chains.
+    split: See Chains.
+    base: See Chains.
+    low: See Chains.
+    high: See Chains.
+  """
+
+  place: jax.Array
+  real: jax.Array
+  split: jax.Array
+  base: jax.Array
+  low: jax.Array
+  high: jax.Array
+
+
+class Projected(NamedTuple):
+  """The distributions of student positions.
+
+  Attributes:
+    p_XS: float32, the probabilities of the student's tokens.
+    hard_X: bool, True where the label has probability 1, because the possible tokens have too little
+      mass.
+    lost_X: float32, the mass that reached no student token, before the rest was scaled to 1.
+  """
+
+  p_XS: jax.Array
+  hard_X: jax.Array
+  lost_X: jax.Array
+
+
+def project(
+  logits: Callable[[jax.Array], jax.Array],
+  hidden_LXD: jax.Array,
+  links_LX: Links,
+  labels_X: jax.Array,
+  tables: DenseTables,
+  min_mass: float,
+) -> Projected:
+  """Returns the distributions of some student positions.
+
+  Args:
+    logits: Returns the teacher's logits [X, V] for its hidden states [X, D], float32, in the order
+      of `DenseTables.sort_head`; -inf in rows that are padding.
+    hidden_LXD: The teacher's hidden states at the levels' positions.
+    links_LX: The chains, with the level first.
+    labels_X: int32, the student's labels.
+    tables: The tables.
+    min_mass: Positions inside a teacher token get their label as target where the tokens that are
+      possible have less mass.
+  """
+  tables = jax.tree.map(jnp.asarray, tables)
+  first = jax.tree.map(lambda x: x[0], links_LX)
+  others_XV, real_X = _others(logits(hidden_LXD[0]), first.real)
+  inside_X = first.split >= 0
+  others_XV = jnp.where(_between(others_XV, first), others_XV, 0.0)
+  mass_X = jnp.where(inside_X, real_X + jnp.sum(others_XV, -1), 1.0)
+  scale_X = 1 / jnp.maximum(mass_X, SMALLEST)
+  target_XS = _segment_sum(jnp.where(inside_X[:, None], 0.0, others_XV), tables)
+  alone = first.replace(low=jnp.zeros_like(first.low), high=jnp.zeros_like(first.high))
+  target_XS = _split(target_XS, others_XV, scale_X, alone, labels_X, tables)
+
+  def read(carry: tuple[jax.Array, jax.Array], level: tuple[jax.Array, Links]):
+    target_XS, left_X = carry
+    hidden_XD, link = level
+    others_XV, real_X = _others(logits(hidden_XD), link.real)
+    used_X = link.place >= 0
+    weight_X = jnp.where(used_X, left_X, 0.0)
+    target_XS = _split(target_XS, others_XV, weight_X, link, labels_X, tables)
+    return (target_XS, jnp.where(used_X, left_X * real_X, left_X)), None
+
+  rest = jax.tree.map(lambda x: x[1:], links_LX)
+  (target_XS, left_X), _ = jax.lax.scan(read, (target_XS, real_X * scale_X), (hidden_LXD[1:], rest))
+  x_X = jnp.arange(len(labels_X))
+  target_XS = target_XS.at[x_X, labels_X].add(jnp.maximum(left_X, SMALLEST))
+  total_X = jnp.sum(target_XS, -1)
+  hard_X = (first.place < 0) | (mass_X < min_mass)
+  label_XS = jax.nn.one_hot(labels_X, target_XS.shape[-1], dtype=jnp.float32)
+  p_XS = jnp.where(hard_X[:, None], label_XS, target_XS / total_X[:, None])
+  return Projected(p_XS, hard_X, jnp.where(hard_X, 0.0, jnp.maximum(1 - total_X, 0.0)))
+
+
+def _others(logits_XV: jax.Array, real_X: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the probabilities of the tokens that are not in the text, and of the one that is."""
+  p_XV = jax.nn.softmax(logits_XV)
+  is_real = jnp.arange(p_XV.shape[-1])[None] == real_X[:, None]
+  at_real_X = jnp.take_along_axis(p_XV, real_X[:, None], -1)[:, 0]
+  return jnp.where(is_real, 0.0, p_XV), at_real_X
+
+
+def _between(x_XV: jax.Array, link: Links) -> jax.Array:
+  rank_1V = jnp.arange(x_XV.shape[-1])[None]
+  return (rank_1V >= link.low[:, None]) & (rank_1V < link.high[:, None])
+
+
+def _segment_sum(p_XV: jax.Array, tables: DenseTables) -> jax.Array:
+  """Returns the mass of each student token at a token boundary, [X, S]."""
+  tokens, students = len(tables.phi_V), len(tables.length_S)
+  zero_SX = jnp.zeros((students, len(p_XV)), jnp.float32)
+  return zero_SX.at[tables.phi_V].add(p_XV[:, :tokens].T, mode="drop").T
+
+
+def _split(
+  target_XS: jax.Array,
+  others_XV: jax.Array,
+  weight_X: jax.Array,
+  link: Links,
+  labels_X: jax.Array,
+  tables: DenseTables,
+) -> jax.Array:
+  """Adds a weight times the mass of a level's other tokens to the student tokens that they lead to.
+
+  The pieces of all positions are one list, of which BLOCK are looked up at once. So the work is
+  that of the pieces there are; a state has a few on average, and up to thousands.
+  """
+  students = len(tables.length_S)
+  mass_X = jnp.sum(others_XV, -1)
+  share_XV = others_XV / jnp.maximum(mass_X, SMALLEST)[:, None] * UNITS
+  ends_XV = jnp.cumsum((share_XV + 0.5).astype(jnp.uint32), -1, dtype=jnp.uint32)
+  total_X = ends_XV[:, -1]
+  unit_X = weight_X * mass_X / jnp.maximum(total_X, 1).astype(jnp.float32)
+
+  def before(x: jax.Array, rank: jax.Array) -> jax.Array:
+    """Returns the units of the tokens before a rank."""
+    return jnp.where(rank > 0, ends_XV[x, jnp.maximum(rank - 1, 0)], 0)
+
+  has = (link.split >= 0) & (weight_X > 0)
+  first_X = tables.first_S1[jnp.maximum(link.split, 0)]
+  pieces_X = jnp.where(has, tables.first_S1[jnp.maximum(link.split, 0) + 1] - first_X, 0)
+  past_X = jnp.cumsum(pieces_X)
+  count, block = past_X[-1], min(BLOCK, 64 * len(labels_X))
+  length_X = tables.length_S[labels_X]
+
+  def add(carry):
+    """Adds the mass of some pieces. Those that are shorter than the label keep what it leaves."""
+    at, target_XS, kept_X, label_X = carry
+    n = at + jnp.arange(block, dtype=jnp.int32)
+    x = jnp.minimum(jnp.searchsorted(past_X, n, side="right"), len(past_X) - 1).astype(jnp.int32)
+    piece = jnp.where(n < count, first_X[x] + n - past_X[x] + pieces_X[x], 0)
+    start, end, token = (table[piece] for table in (tables.start_P, tables.end_P, tables.token_P))
+    mass = before(x, end) - before(x, start)
+    low, high = link.low[x], link.high[x]
+    inner = before(x, jnp.clip(end, low, high)) - before(x, jnp.clip(start, low, high))
+    longer = tables.length_S[token] >= length_X[x]
+    mass = jnp.where(n < count, jnp.where(longer, mass, mass - inner), 0)
+    inner = jnp.where((n < count) & longer, inner, 0)
+    target_XS = target_XS.at[x, token].add(mass.astype(jnp.float32) * unit_X[x])
+    return at + block, target_XS, kept_X.at[x].add(mass), label_X.at[x].add(-inner)
+
+  x_X = jnp.arange(len(labels_X))
+  label_X = before(x_X, link.high) - before(x_X, link.low)
+  carry = (jnp.zeros((), jnp.int32), target_XS, jnp.zeros_like(total_X), label_X)
+  _, target_XS, kept_X, label_X = jax.lax.while_loop(lambda c: c[0] < count, add, carry)
+  target_XS = target_XS.at[x_X, labels_X].add(label_X.astype(jnp.float32) * unit_X)
+  base_X = jnp.where(link.base < 0, students, link.base)
+  rest_X = (total_X - kept_X - label_X).astype(jnp.float32)
+  return target_XS.at[x_X, base_X].add(rest_X * unit_X, mode="drop")
