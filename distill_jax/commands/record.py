@@ -40,7 +40,15 @@ from distill_jax.models import loading, long_context
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.nn.sharding import Rows
-from distill_jax.records import batch_plan, collate, planned_stores, recorder, served_store
+from distill_jax.records import (
+  batch_plan,
+  collate,
+  planned_stores,
+  recorder,
+  served_store,
+  student_corpus,
+  tap_features,
+)
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.fields import Record
 from distill_jax.records.loaded_teacher import LoadedTeacher, feature_width
@@ -98,6 +106,7 @@ def run(config: Config, folder: Path) -> JsonObject:
       records. It is raised before anything is compiled.
   """
   teacher = loading.open_source(config.teacher, config.seed)
+  student_corpus.check(config)
   planned = planned_stores.planned(config)
   if not config.tasks and not runs_teacher(config.records):
     stored = {split: _store_text(c, teacher, folder / split) for split, c in planned.items()}
@@ -106,7 +115,7 @@ def run(config: Config, folder: Path) -> JsonObject:
   if runs_teacher(config.records):
     sharding.shardings(teacher.abstract, mesh, teacher.compute.rules)  # raises if it cannot be
   options = config.records
-  _check(options, of_task=bool(config.tasks))
+  tap_features.check(options, of_task=bool(config.tasks))
   sharding.check_batch("records.batch_size", options.batch_size, mesh)
   positions = long_context.positions(config.data)
   long_context.check(mesh, positions, [teacher], of_tasks=bool(config.tasks))
@@ -135,7 +144,7 @@ def run(config: Config, folder: Path) -> JsonObject:
 def _batch_size(config: Config, corpus: Corpus) -> int:
   """Returns the number of rows of a batch, whose tokens are those of the longest sequences."""
   size = config.records.batch_size
-  return size if corpus.is_task else size * config.data.seq_len // corpus.positions
+  return size if corpus.is_task else size * config.data.seq_len // corpus.teacher_positions
 
 
 def _record(config: Config, teacher: ModelSource, parts: Sequence[_Part], mesh: Mesh) -> None:
@@ -228,6 +237,8 @@ def open_corpora(config: Config, teacher: ModelSource, packed: Path) -> dict[str
     recorded = config.records.kind != "text"
     return {"": dataset.open_corpus(config, pretrained, teacher.config if recorded else None)}
   rows_of, tokenizer = pack.open_rows(config, teacher, packed)
+  if config.records.student_tokenizer:
+    return student_corpus.corpora(config, teacher, rows_of, tokenizer)
   return {
     data.folder_of_length[n]: Corpus.of_text(rows, tokenizer, n, data.fraction_of_split)
     for n, rows in rows_of.items()
@@ -283,24 +294,6 @@ def _without_targets(
   for index_B in plan:
     own = index_B[part.rows.written]
     yield index_B, [part.corpus.rows[i] for i in own[own != batch_plan.PADDING].tolist()]
-
-
-def _check(c: RecordsOptions, of_task: bool) -> None:
-  """Raises InputError for options that records do not support."""
-  if of_task and c.taps:
-    action = "Remove the key, and set train.online=True for losses that compare features"
-    raise bad_value("records.taps", c.taps, "() with tasks, whose features are not stored", action)
-  if c.tap_kind not in ("hidden", "qkv"):
-    raise bad_value("records.tap_kind", c.tap_kind, "'hidden' or 'qkv'", "Choose one of them")
-  if c.tap_kind == "qkv" and c.taps_width:
-    expected = "0 with records.tap_kind='qkv', which is not projected"
-    raise bad_value("records.taps_width", c.taps_width, expected, "Remove the key")
-  if c.tap_kind == "qkv" and 0 in c.taps:
-    expected = "layers from 1 with records.tap_kind='qkv', because 0 is the embedding"
-    raise bad_value("records.taps", c.taps, expected, "Remove layer 0")
-  if c.taps_width and not c.taps:
-    expected = "0 without records.taps"
-    raise bad_value("records.taps_width", c.taps_width, expected, "Add layers to records.taps")
 
 
 def _check_same_corpus(writer: Writer, corpus: Corpus) -> None:

@@ -22,6 +22,7 @@ from distill_jax.nn import sharding
 from distill_jax.records import collate, fields, multi_teacher, recorder, tap_features, tf_example
 from distill_jax.records.fields import Record
 from distill_jax.records.store import Manifest, Store
+from distill_jax.records.teacher_pass import TeacherPass
 from distill_jax.tasks import dataset
 from distill_jax.training import loop, state, stores, validate
 from distill_jax.types import Batch, Model, PyTree, Recorded
@@ -153,6 +154,10 @@ def _record(config: Config, mesh: Mesh) -> LoweredStep:
     key = "records.logprobs" if c.logprobs else "records.kind"
     expected = "a config that runs a teacher, because otherwise nothing is compiled"
     raise bad_value(key, c.logprobs or c.kind, expected, "Run preflight with another config")
+  if c.student_tokenizer:
+    expected = "'' for `preflight`, which compiles for the teacher's own tokens"
+    action = "Remove the key; its head takes four times as long with another tokenizer"
+    raise bad_value("records.student_tokenizer", c.student_tokenizer, expected, action)
   sharding.check_batch("records.batch_size", c.batch_size, mesh)
   teacher = loading.open_source(config.teacher, config.seed)
   positions = long_context.positions(config.data)
@@ -171,9 +176,7 @@ def _record(config: Config, mesh: Mesh) -> LoweredStep:
   by_rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   key = sharding.with_shardings(jax.eval_shape(jax.random.key, 0), replicated)
   index_B = jax.ShapeDtypeStruct((c.batch_size,), jnp.int32, sharding=by_rows)
-  run = recorder.TeacherPass(
-    c, teacher.compute, manifest.vocab_size, first_class, _feature_width(config)
-  )
+  run = TeacherPass(c, teacher.compute, manifest.vocab_size, first_class, _feature_width(config))
   with jax.set_mesh(mesh):
     lowered = run.jitted.lower(model, key, batch, index_B)
   return LoweredStep(lowered, {"teacher": bytes_of(model), "batch": bytes_of(batch)}, c.batch_size)

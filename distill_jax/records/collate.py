@@ -53,7 +53,7 @@ def collate(
     if prefix + fields.IDS.read in records[0]
   }
   smoothing: Any = stack(fields.SMOOTHING) if fields.SMOOTHING in records[0] else None
-  return batch.replace(targets=targets, smoothing_BT=smoothing)
+  return batch.replace(targets=batch.targets | targets, smoothing_BT=smoothing)
 
 
 def recorded_of(m: Manifest) -> Recorded:

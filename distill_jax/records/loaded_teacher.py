@@ -11,13 +11,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill_jax.config import Config
+from distill_jax.cross_tokenizer.dense import DenseTables
 from distill_jax.models import runs
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn.sharding import Rows
-from distill_jax.records import batch_plan, collate, recorder, tap_features
+from distill_jax.records import batch_plan, collate, recorder, student_rows, tap_features
 from distill_jax.records.fields import Record
 from distill_jax.records.options import RecordsOptions
-from distill_jax.records.recorder import Corpus, TeacherPass
+from distill_jax.records.recorder import Corpus
+from distill_jax.records.student_rows import StudentRows
+from distill_jax.records.teacher_pass import TeacherPass
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -52,8 +55,17 @@ class LoadedTeacher:
   ):
     keys, options = runs.keys(config.seed), config.records
     loaded = teacher.load(mesh, keys["teacher"])
-    width = feature_width(options, teacher)
-    self._pass = TeacherPass(options, loaded.compute, corpus.classes, corpus.first_class, width)
+    self._pass = TeacherPass(
+      options,
+      loaded.compute,
+      corpus.classes,
+      corpus.first_class,
+      feature_width(options, teacher),
+      config.retarget.min_mass,
+    )
+    self._tables: tuple[DenseTables, ...] = ()
+    if isinstance(corpus.rows, StudentRows):
+      self._tables, read = (corpus.rows.on_devices(mesh),), student_rows.read
     self._runs: dict[int, jax.stages.Wrapped] = {}  # by the number of positions of a chunk
     self._model, self._key, self._read = loaded.model, keys["records"], read
 
@@ -68,7 +80,7 @@ class LoadedTeacher:
       held = [padding if i == batch_plan.PADDING else next(kept) for i in own_B.tolist()]
       own = collate.collate(held, read=self._read), np.maximum(own_B, 0).astype(np.int32)
       batch, index_B = collate.to_device(own, rows)
-      return held, run(self._model, self._key, batch, index_B)
+      return held, run(self._model, self._key, batch, index_B, *self._tables)
 
     return dispatch
 
@@ -78,7 +90,8 @@ class LoadedTeacher:
     chunk = max(1, options.chunk * options.batch_size // rows)
     if chunk not in self._runs:
       changed = dataclasses.replace(options, chunk=chunk)
-      self._runs[chunk] = dataclasses.replace(self._pass, options=changed).jitted
+      of_chunk = dataclasses.replace(self._pass, options=changed)
+      self._runs[chunk] = of_chunk.jitted_projection if self._tables else of_chunk.jitted
     return self._runs[chunk]
 
   def recorded(

@@ -1,4 +1,4 @@
-"""Recording of a teacher: targets computed from its outputs, and the manifest of the store.
+"""Recording of a teacher: its corpus, targets of its distributions, and the manifest of the store.
 
 This module does not read configs or corpora; `commands/record.py` does.
 """
@@ -6,31 +6,27 @@ This module does not read configs or corpora; `commands/record.py` does.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
-from distill_jax.losses.features import FeatureSpec, flat_qkv
 from distill_jax.models import runs
 from distill_jax.nn import sharding
-from distill_jax.nn.layers import ComputeConfig
 from distill_jax.nn.sharding import MeshAxes
-from distill_jax.records import collate, fields, sampler, tap_features, taps
+from distill_jax.records import collate, fields, sampler
 from distill_jax.records.fields import Record, RecordSpec
 from distill_jax.records.manifest import Manifest, Taps, format_of
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.packed_rows import PackedRows
 from distill_jax.records.sampler import SamplerSpec
 from distill_jax.records.store import Store
-from distill_jax.types import Batch, JsonObject, Model, Output
+from distill_jax.records.student_rows import StudentRows
+from distill_jax.types import JsonObject
 
 TAPS_SEED = 0  # seed of the fixed projection, stored in the manifest
 
@@ -48,6 +44,7 @@ class Corpus:
     digest: Digest of the first row of the text, or of the task.
     first_class: First row of the teacher's head for the classes; not 0 only with several tasks.
     heldout_fraction: See Manifest.
+    retargeted: See Manifest; for the rows of a student with another tokenizer.
   """
 
   rows: Sequence[Record]
@@ -57,11 +54,20 @@ class Corpus:
   digest: str
   first_class: int = 0
   heldout_fraction: float = 0.0
+  retargeted: JsonObject = dataclasses.field(default_factory=dict)
 
   def read(self, indices: Sequence[int]) -> list[Record]:
     """Returns some rows, in the order of their indices. Packed rows are read at once."""
     rows = self.rows
-    return rows.read_many(indices) if isinstance(rows, PackedRows) else [rows[i] for i in indices]
+    if isinstance(rows, PackedRows | StudentRows):
+      return rows.read_many(indices)
+    return [rows[i] for i in indices]
+
+  @property
+  def teacher_positions(self) -> int:
+    """Number of positions of a row as the teacher reads it."""
+    rows = self.rows
+    return rows.teacher_positions if isinstance(rows, StudentRows) else self.positions
 
   @property
   def is_task(self) -> bool:
@@ -121,8 +127,7 @@ def predicted(
     seq_axis: See `sampler.summarise`; only with `hidden_BTD`.
     vocab_axis: See `sampler.summarise`.
   """
-  T = labels_BT.shape[1]
-  u_BT = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (T,)))(index_B)
+  u_BT = offsets(key, index_B, labels_BT.shape[1])
   axes: Any = {"batch_axes": batch_axes, "vocab_axis": vocab_axis}
   if logits_BTV is not None:
     summary = sampler.summarise_logits(logits_BTV, labels_BT, u_BT, spec, chunk=chunk, **axes)
@@ -132,71 +137,17 @@ def predicted(
     summary = sampler.summarise(
       hidden_BTD, head_VD, labels_BT, u_BT, spec, chunk=chunk, soft_cap=soft_cap, **axes
     )
+  return by_field(summary)
+
+
+def offsets(key: jax.Array, index_B: jax.Array, positions: int) -> jax.Array:
+  """Returns the sampling offsets of rows, float32 [B, positions]."""
+  return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (positions,)))(index_B)
+
+
+def by_field(summary: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Returns the output of `sampler.summarise` under the names of its fields on the device."""
   return {f.device: summary[f.name] for f in fields.PREDICTED if f.name in summary}
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherPass:
-  """Computes the targets to store from a teacher's outputs on a batch, on the device.
-
-  Attributes:
-    options: The options of `records`, with any kind except "text".
-    compute: The teacher's compute config.
-    vocab_size: Number of tokens or classes.
-    first_class: First row of the teacher's head for them.
-    feature_width: Width of a tapped vector before projection; see tap_features.feature_width.
-  """
-
-  options: RecordsOptions
-  compute: ComputeConfig
-  vocab_size: int
-  first_class: int = 0
-  feature_width: int = 0
-
-  @functools.cached_property
-  def jitted(self) -> jax.stages.Wrapped:
-    """The jitted `targets`, for use under `jax.set_mesh`."""
-    return jax.jit(self.targets, out_shardings=PartitionSpec(sharding.BATCH))
-
-  def targets(
-    self, model: Model, key: jax.Array, batch: Batch, index_B: jax.Array
-  ) -> dict[str, jax.Array]:
-    """Returns the targets to store, by field, with the batch axis first.
-
-    Args:
-      model: The teacher.
-      key: Random key. The sampling offsets of a row depend only on it and the row's index.
-      batch: The rows, without targets.
-      index_B: int32 index of each row in the store.
-    """
-    c = self.options
-    features = feature_spec(c)
-    out: Output = model(batch.model_inputs, self.compute, features.taps)
-    # Moves the rows of the head of other tasks to the end, where they count as padding.
-    first = self.first_class
-    head_VD = jnp.roll(out.head_VD, -first, 0) if first else out.head_VD
-    targets = predicted(
-      SamplerSpec.of(c, self.vocab_size),
-      key,
-      index_B,
-      batch.labels_BT,
-      hidden_BTD=out.hidden_BTD,
-      head_VD=head_VD,
-      chunk=c.chunk,
-      soft_cap=out.soft_cap,
-      seq_axis=sharding.SEQ,
-    )
-    if c.taps:
-      kept = features.extract(model, out, batch.model_inputs, self.compute)
-      flat = [kept.hidden[i] if i in kept.hidden else flat_qkv(kept.qkv[i]) for i in c.taps]
-      q_PBTD, scale_PBT = tap_features.quantise(jnp.stack(flat), self._projection())
-      targets[fields.TAPS.device] = jnp.moveaxis(q_PBTD, 0, 1)
-      targets[fields.TAPS_SCALE.device] = jnp.moveaxis(scale_PBT, 0, 1)
-    return targets
-
-  def _projection(self) -> np.ndarray | None:
-    to = self.options.taps_width
-    return taps.projection(TAPS_SEED, self.feature_width, to) if to else None
 
 
 def local_records(
@@ -235,13 +186,6 @@ def check_same_row(store: Store, index: int, row: Record) -> None:
     )
 
 
-def feature_spec(options: RecordsOptions) -> FeatureSpec:
-  """Returns the spec of the teacher's features to record."""
-  if options.tap_kind == "hidden":
-    return FeatureSpec(hidden=options.taps)
-  return FeatureSpec(qkv=options.taps)
-
-
 def manifest_of(
   options: RecordsOptions, corpus: Corpus, teacher: JsonObject, feature_width: int = 0
 ) -> Manifest:
@@ -251,7 +195,7 @@ def manifest_of(
     options: The options of `records`.
     corpus: The sequences to record.
     teacher: Name and digest of the teacher (ModelSource.identity); {} for kind "text".
-    feature_width: See `TeacherPass`.
+    feature_width: See teacher_pass.TeacherPass.
   """
   planned = planned_manifest(
     options,
@@ -268,6 +212,7 @@ def manifest_of(
     corpus=corpus.digest,
     smoothing=fields.SMOOTHING in corpus.rows[0],
     heldout_fraction=corpus.heldout_fraction,
+    retargeted=corpus.retargeted,
   )
 
 
@@ -293,7 +238,7 @@ def planned_manifest(
     vocab_size: Number of tokens, or of classes of a task.
     sequences: Number of sequences.
     positions: Number of positions of a sequence, T.
-    feature_width: See `TeacherPass`.
+    feature_width: See teacher_pass.TeacherPass.
     labels: True if the sequences are examples of a task.
   """
   c, stored_taps = options, None

@@ -167,7 +167,7 @@ def _scan_chunks(
       preferred_element_type=jnp.float32,
     )
     logits_BCV = fused_head.soft_cap(logits_BCV, soft_cap)
-    return carry, _of_logits(logits_BCV, labels_BC, u_BC, spec, axis)
+    return carry, of_shard(logits_BCV, labels_BC, u_BC, spec, axis)
 
   xs = jax.tree.map(lambda x: chunks.split(x, chunk), (hidden_BTD, labels_BT, u_BT))
   _, out = jax.lax.scan(summarise_chunk, None, xs)
@@ -198,12 +198,12 @@ def of_logits(
   """
   spec = spec.check(logits_BCV.shape[-1], with_offsets=True)
   if mesh_in_use.no_mesh():
-    return _of_logits(logits_BCV, labels_BC, u_BC, spec, None)
+    return of_shard(logits_BCV, labels_BC, u_BC, spec)
   mesh_in_use.divide(logits_BCV.shape[0], batch_axes, "batch_axes", "The batch")
   mesh_in_use.divide(logits_BCV.shape[-1], vocab_axis, "vocab_axis", "The logits")
   rows, vocab = PartitionSpec(batch_axes), PartitionSpec(batch_axes, None, vocab_axis)
   return jax.shard_map(
-    functools.partial(_of_logits, spec=spec, axis=vocab_axis),
+    functools.partial(of_shard, spec=spec, axis=vocab_axis),
     in_specs=(vocab, rows, rows),
     out_specs=rows,
     check_vma=False,
@@ -249,12 +249,12 @@ def summarise_logits(
   return jax.tree.map(lambda x: chunks.join(x, logits_BTV.shape[1]), out)
 
 
-def _of_logits(
+def of_shard(
   logits_BCV: jax.Array,
   labels_BC: jax.Array,
   u_BC: jax.Array,
   spec: SamplerSpec,
-  axis: MeshAxes,
+  axis: MeshAxes = None,
 ) -> dict[str, jax.Array]:
   """Returns the output of `summarise` for one chunk's logits of this shard of the vocabulary."""
   dist = _Distribution.of(logits_BCV, spec, axis)

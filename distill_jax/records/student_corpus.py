@@ -1,0 +1,121 @@
+"""The corpus of `record` for a student with another tokenizer (records.student_tokenizer)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from distill_jax.config import Config
+from distill_jax.cross_tokenizer.chains import Splits
+from distill_jax.cross_tokenizer.roles import match_roles, stop_set
+from distill_jax.cross_tokenizer.rows import align_rows
+from distill_jax.cross_tokenizer.tables import PairTables
+from distill_jax.cross_tokenizer.vocabulary import Vocabulary
+from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
+from distill_jax.errors import bad_value
+from distill_jax.models.loading import ModelSource
+from distill_jax.records import recorder
+from distill_jax.records.packed_rows import PackedRows
+from distill_jax.records.recorder import Corpus
+from distill_jax.records.student_rows import Source, StudentRows
+
+SAMPLE = 256  # rows from whose lengths the length of the student's rows is chosen
+MULTIPLE = 128  # of the length of the student's rows
+
+
+def check(config: Config) -> None:
+  """Raises InputError if records.student_tokenizer is set and other keys do not allow it."""
+  c = config.records
+  if not c.student_tokenizer:
+    return
+  why = "with records.student_tokenizer"
+  if config.tasks:
+    expected = f"no tasks {why}, because only text is aligned"
+    raise bad_value("tasks", list(config.tasks), expected, "Remove one of the two keys")
+  if c.taps:
+    expected = f"() {why}, because features belong to the teacher's tokens"
+    raise bad_value("records.taps", c.taps, expected, "Remove one of the two keys")
+  if c.temperature != 1:
+    expected = f"1 {why}, because a chain of tokens needs the teacher's own probabilities"
+    raise bad_value("records.temperature", c.temperature, expected, "Set it to 1")
+  if c.kind == "text":
+    expected = f"a kind with targets {why}"
+    action = "Run `pack` with data.tokenizer to store the text alone"
+    raise bad_value("records.kind", c.kind, expected, action)
+  if c.logprobs:
+    expected = f"'' {why}, which needs whole distributions"
+    action = "Import the dump without it"
+    raise bad_value("records.logprobs", c.logprobs, expected, action)
+  if config.data.trust:
+    expected = f"() {why}, because label smoothing belongs to the teacher's tokens"
+    raise bad_value("data.trust", config.data.trust, expected, "Remove one of the two keys")
+  if config.data.buckets and config.retarget.seq_len:
+    expected = "0 with data.buckets, whose stores have several lengths"
+    raise bad_value("retarget.seq_len", config.retarget.seq_len, expected, "Remove the key")
+  if not 0 <= config.retarget.min_mass < 1:
+    expected = "a number from 0 to below 1"
+    raise bad_value("retarget.min_mass", config.retarget.min_mass, expected, "Correct it")
+
+
+def corpora(
+  config: Config, teacher: ModelSource, rows_of: Mapping[int, PackedRows], tokenizer: Tokenizer
+) -> dict[str, Corpus]:
+  """Returns the rows of the student by the folder of their length, as `open_corpora` does.
+
+  Args:
+    config: The config.
+    teacher: The teacher.
+    rows_of: The teacher's rows by length.
+    tokenizer: The tokenizer of these rows.
+  """
+  student = load_tokenizer(config.records.student_tokenizer)
+  tables = open_tables(config, teacher, tokenizer, student)
+  splits = Splits.of(tables)
+  out = {}
+  for length, rows in rows_of.items():
+    positions = config.retarget.seq_len or length_of(rows, tables, length)
+    out[config.data.folder_of_length[length]] = Corpus(
+      rows=StudentRows(rows, tables, splits, positions, length),
+      positions=positions,
+      classes=student.vocab_size,
+      tokenizer=student.digest,
+      digest=recorder.text_digest(rows[0]),
+      heldout_fraction=config.data.fraction_of_split,
+      retargeted={
+        "tokenizer": tokenizer.digest,
+        "store": "",
+        "method": "exact",
+        "min_mass": config.retarget.min_mass,
+      },
+    )
+  return out
+
+
+def open_tables(
+  config: Config, teacher: ModelSource, tokenizer: Tokenizer, student: Tokenizer
+) -> PairTables:
+  """Returns the tables of a teacher's and a student's tokenizer.
+
+  Args:
+    config: The config, with the pairs of tokens in retarget.roles.
+    teacher: The teacher. Its tokens that end a text are those of its generation config.
+    tokenizer: Its tokenizer, or that of data.tokenizer.
+    student: The student's tokenizer.
+  """
+  own = not config.data.tokenizer
+  stops = stop_set(tokenizer, teacher.generation) if own else set()
+  theirs, ours = Vocabulary(tokenizer, stops), Vocabulary(student)
+  return PairTables(theirs, ours, match_roles(theirs, ours, config.retarget.roles))
+
+
+def length_of(rows: Source, tables: PairTables, teacher_length: int) -> int:
+  """Returns the smallest multiple of MULTIPLE that holds all of some rows of a text.
+
+  With equal tokenizers it is the length of the teacher's rows.
+  """
+  if tables.same:
+    return teacher_length
+  indices = np.unique(np.linspace(0, len(rows) - 1, SAMPLE).astype(int)).tolist()
+  longest = max(align_rows(tables, rows.read_many(indices), 1).lengths)
+  return max(-(-longest // MULTIPLE), 1) * MULTIPLE

@@ -1,0 +1,115 @@
+"""Rows of text in a teacher's tokens, read as the rows of a student with another tokenizer.
+
+Row i has the text of row i of the teacher. It is aligned when it is read, in about the time that
+tokenizing it takes, and nothing is kept: `record` reads the next batch while the devices compute,
+and training in the threads of its loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from distill_jax.cross_tokenizer.chains import Splits, chains
+from distill_jax.cross_tokenizer.dense import DenseTables
+from distill_jax.cross_tokenizer.dense_targets import TeacherText
+from distill_jax.cross_tokenizer.rows import align_rows
+from distill_jax.cross_tokenizer.tables import PairTables
+from distill_jax.data import model_rows
+from distill_jax.nn import sharding
+from distill_jax.records.fields import TEXT, Record
+from distill_jax.types import Batch, Inputs
+
+TEACHER = "teacher"
+PREFIX = "teacher_"  # of the fields of the teacher's row in a record
+LINKS = "links_TLF"  # the chains of a record; F are the fields of dense.Links
+
+
+class Source(Protocol):
+  """A source of rows of text, e.g. packed_rows.PackedRows or a store."""
+
+  def __len__(self) -> int: ...
+
+  def read_many(self, indices: Sequence[int]) -> list[Record]:
+    """Returns some rows, in the order of their indices."""
+
+
+class StudentRows(Sequence):
+  """The student's rows of a text.
+
+  A record has the fields of the student's text, those of the teacher's with PREFIX, and LINKS.
+
+  Args:
+    rows: The teacher's rows.
+    tables: The tables of both tokenizers.
+    splits: Their splits.
+    positions: Number of positions of a student row. Tokens that do not fit are cut.
+    teacher_positions: Number of positions of a teacher row.
+
+  Attributes:
+    rows: See Args.
+    tables: See Args.
+    splits: See Args.
+    positions: See Args.
+    teacher_positions: See Args.
+  """
+
+  def __init__(
+    self, rows: Source, tables: PairTables, splits: Splits, positions: int, teacher_positions: int
+  ):
+    self.rows, self.tables, self.splits = rows, tables, splits
+    self.positions, self.teacher_positions = positions, teacher_positions
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def __getitem__(self, index: Any) -> Any:
+    indices = range(len(self))[index]
+    return self.read_many(indices) if isinstance(index, slice) else self.read_many([indices])[0]
+
+  def read_many(self, indices: Sequence[int]) -> list[Record]:
+    """Returns some rows, in the order of their indices."""
+    return [self._aligned(row) for row in self.rows.read_many(indices)]
+
+  @property
+  def dense_tables(self) -> DenseTables:
+    """The tables as numpy arrays."""
+    return DenseTables.of(self.tables, self.splits)
+
+  def on_devices(self, mesh: Mesh) -> DenseTables:
+    """Returns the tables on every device of a mesh."""
+    replicated = sharding.replicated(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+      return jax.make_array_from_callback(x.shape, replicated, lambda index: x[index])
+
+    return jax.tree.map(put, self.dense_tables)
+
+  def _aligned(self, row: Record) -> Record:
+    aligned = align_rows(self.tables, [row], self.positions)
+    at = aligned.token_X
+    of = chains(self.tables, self.splits, aligned.aligned, at, aligned.known_G)
+    place = np.where(of.place < 0, -1, aligned.position_G[of.place] - 1)
+    fields_XLF = np.stack([place, of.real, of.split, of.base, of.low, of.high], -1)
+    links_TLF = np.zeros((self.positions, *fields_XLF.shape[1:]), np.int32)
+    links_TLF[..., :4] = -1
+    links_TLF[aligned.position_X] = fields_XLF
+    teacher = {PREFIX + name: row[name] for name in TEXT}
+    return aligned.records[0] | teacher | {LINKS: links_TLF}
+
+
+def read(stack: Callable[[str], np.ndarray]) -> Batch:
+  """Returns the student's rows as a batch, with the teacher's text as the targets of TEACHER."""
+  tokens, segments, mask = (stack(name) for name in TEXT)
+  ours: Any = model_rows.to_inputs(tokens, segments, mask)
+  mask_BT: Any = mask
+  links_BTLF: Any = stack(LINKS)
+  theirs: Any = model_rows.to_inputs(*(stack(PREFIX + name) for name in TEXT))
+  read = Inputs(theirs.tokens, theirs.positions, theirs.segments)
+  text = TeacherText(inputs=read, links_BTLF=links_BTLF)
+  inputs = Inputs(ours.tokens, ours.positions, ours.segments)
+  return Batch(inputs, ours.labels, mask_BT, {TEACHER: text})
