@@ -106,8 +106,8 @@ class Projected(NamedTuple):
 
   Attributes:
     p_XS: float32, the probabilities of the student's tokens.
-    hard_X: bool, True where the label has probability 1, because the possible tokens have too little
-      mass.
+    hard_X: bool, True where the label has probability 1, because the possible tokens have too
+      little mass.
     lost_X: float32, the mass that reached no student token, before the rest was scaled to 1.
   """
 

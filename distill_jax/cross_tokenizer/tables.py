@@ -230,8 +230,8 @@ class _States:
     state, first = np.divmod(self._look_keys, self._ranks)
     past = np.append(first[1:], 0)  # the last key of a state has no word
     has_word = self._look_words >= 0
-    ranges = (x[has_word] for x in (state, first, past, self._look_words))
-    return int(state.max(initial=-1)) + 1, *ranges
+    states, words = int(state.max(initial=-1)) + 1, self._look_words[has_word]
+    return states, state[has_word], first[has_word], past[has_word], words
 
   def look(self, state: np.ndarray, rank: np.ndarray) -> np.ndarray:
     if not len(self._look_keys):

@@ -33,15 +33,12 @@ from distill_jax.models.loading import ModelSource
 from distill_jax.models.trainables import Trainable
 from distill_jax.nn import sharding
 from distill_jax.records import collate
-from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.runtime import distributed, json_io
-from distill_jax.tasks import dataset
-from distill_jax.tasks.dataset import RecordedTask
 from distill_jax.training import best, loader
 from distill_jax.training.outputs import Teachers
-from distill_jax.training.state import TrainInputs, abstract_state
+from distill_jax.training.state import TrainInputs, abstract_state, with_tables
 from distill_jax.training.step import Fixed, Step
-from distill_jax.training.stores import Stores, recorded
+from distill_jax.training.stores import OneStore, Stores, reader, recorded
 from distill_jax.training.train_state import TrainState
 from distill_jax.types import IN_BATCH_CLASSES, Batch, JsonObject, Mean, Model, PyTree
 
@@ -97,12 +94,12 @@ class Part(NamedTuple):
       tasks, whose rows are compared with each other, it is omitted if it is not full.
   """
 
-  store: MultiTeacherStore | RecordedTask
+  store: OneStore
   rows: int
   batches: int
 
   @classmethod
-  def of(cls, config: Config, longest: int, store: MultiTeacherStore | RecordedTask) -> Part:
+  def of(cls, config: Config, longest: int, store: OneStore) -> Part:
     """Returns the part of a store, with the tokens of a microbatch of training in each batch.
 
     Args:
@@ -202,7 +199,8 @@ class Evaluation:
     if not self._parts or not any(keys.values()):
       return
     state = abstract_state(self._step, self._stores, student)
-    teachers = {name: source.abstract for name, source in online.items()}
+    abstract = {name: source.abstract for name, source in online.items()}
+    teachers = with_tables(abstract, c, self._stores)
     base = student.abstract if self._step.trainable.has_base else None
     trained, batch = (state.params, state.adapters), self._abstract_batch(self._parts[0])
     with jax.set_mesh(self._mesh):
@@ -229,7 +227,7 @@ class Evaluation:
       held=held,
       first=[store.read_many([0])[0] for store in alike] if targets else [],
       targets=targets,
-      read=dataset.reader(self._config.tasks),
+      read=reader(self._config, self._stores),
       recorded=recorded(self._config, self._stores),
     )
     return itertools.islice(batches, part.batches)

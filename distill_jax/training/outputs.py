@@ -6,14 +6,62 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
+from distill_jax.cross_tokenizer.dense import DenseTables
+from distill_jax.cross_tokenizer.dense_targets import TeacherText
 from distill_jax.losses import DenseTargets, features
 from distill_jax.losses.features import Features, FeatureSpec
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.types import Batch, FamilyConfig, Model, ModelInputs, Output, PyTree, Recorded
 
 NO_FEATURES = FeatureSpec()
-Teachers = Mapping[str, Model]  # online teachers, by name
+
+
+class OtherTokenizer(struct.PyTreeNode):
+  """An online teacher whose tokenizer is not the student's.
+
+  Attributes:
+    model: The teacher.
+    tables: The tables of both tokenizers.
+    min_mass: See dense.project.
+  """
+
+  model: Model
+  tables: DenseTables
+  min_mass: float = struct.field(pytree_node=False)
+
+
+Teachers = Mapping[str, Model | OtherTokenizer]  # online teachers, by name
+
+
+def teacher_outputs(
+  teacher: Model | OtherTokenizer,
+  name: str,
+  batch: Batch,
+  compute: ComputeConfig,
+  spec: FeatureSpec,
+) -> tuple[DenseTargets, Features]:
+  """Runs an online teacher on a batch, or on the teacher's own tokens of its text.
+
+  Args:
+    teacher: The teacher.
+    name: Its name in the batch.
+    batch: The batch.
+    compute: The teacher's compute config.
+    spec: The features to extract; none of a teacher with another tokenizer.
+
+  Returns:
+    See `run_teacher`.
+  """
+  if not isinstance(teacher, OtherTokenizer):
+    return run_teacher(teacher, batch.model_inputs, compute, spec)
+  text = batch.targets[name]
+  assert isinstance(text, TeacherText) and not spec.taps
+  with jax.named_scope("teacher"):
+    out = teacher.model(text.inputs, compute)
+    targets = text.of_output(out, batch.labels_BT, teacher.tables, teacher.min_mass)
+    return jax.lax.stop_gradient(targets), Features({}, {})
 
 
 def run_teacher(

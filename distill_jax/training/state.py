@@ -12,8 +12,10 @@ from distill_jax.config import Config
 from distill_jax.models import loading, runs
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
+from distill_jax.records.student_rows import TEACHER
 from distill_jax.runtime import checkpoint, extras
-from distill_jax.training.outputs import Teachers
+from distill_jax.training.aligned_store import AlignedStore
+from distill_jax.training.outputs import OtherTokenizer, Teachers
 from distill_jax.training.step import Step
 from distill_jax.training.stores import Stores, device_batches, teacher_manifest
 from distill_jax.training.train_state import TrainState
@@ -73,7 +75,8 @@ def prepare(
     InputError: The checkpoint is damaged or does not fit this run.
   """
   keys = runs.keys(config.seed)
-  teachers = {name: source.load(mesh, keys["teacher"]).model for name, source in online.items()}
+  loaded = {name: source.load(mesh, keys["teacher"]).model for name, source in online.items()}
+  teachers = with_tables(loaded, config, stores, mesh)
   base = student.load(mesh, keys["student"]).model if step.trainable.has_base else None
   abstract = abstract_state(step, stores, student)
   shardings = sharding.shardings(abstract, mesh, step.student.rules)
@@ -87,6 +90,25 @@ def prepare(
     adapters |= jax.jit(step.fit)((trained, adapters), batch, teachers, base)
   init = jax.jit(step.init, out_shardings=shardings, donate_argnums=0)
   return TrainInputs(init(trained, adapters), teachers, base)
+
+
+def with_tables(
+  models: Mapping[str, Model], config: Config, stores: Stores, mesh: Mesh | None = None
+) -> Teachers:
+  """Returns online teachers with the tables of another tokenizer, where the stores need them.
+
+  Args:
+    models: The teachers by name.
+    config: The config of the run.
+    stores: The stores it trains on.
+    mesh: The mesh whose devices hold the tables; None to keep them on the host.
+  """
+  store = stores[0]
+  if not isinstance(store, AlignedStore):
+    return models
+  tables = store.rows.dense_tables if mesh is None else store.rows.on_devices(mesh)
+  other = OtherTokenizer(models[TEACHER], tables, config.retarget.min_mass)
+  return {**models, TEACHER: other}
 
 
 def _start(

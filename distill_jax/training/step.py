@@ -21,7 +21,7 @@ from distill_jax.training.outputs import (
   Teachers,
   label_each_output,
   recorded_features,
-  run_teacher,
+  teacher_outputs,
 )
 from distill_jax.training.train_state import TrainState
 from distill_jax.types import (
@@ -312,8 +312,8 @@ class Step:
         teacher_features[name] = recorded_features(t.taps_BPTD, self.recorded, self.teacher_config)
         targets[name] = t.replace(taps_BPTD=None)
     for name, model in teachers.items():
-      inputs = batch.model_inputs
-      targets[name], teacher_features[name] = run_teacher(model, inputs, self.teacher, spec)
+      outputs = teacher_outputs(model, name, batch, self.teacher, spec)
+      targets[name], teacher_features[name] = outputs
     return targets, teacher_features
 
   def _balance(

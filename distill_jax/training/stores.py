@@ -14,16 +14,18 @@ from distill_jax.errors import bad_value
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
-from distill_jax.records import collate
+from distill_jax.records import collate, student_rows
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import open_store
 from distill_jax.tasks import dataset
 from distill_jax.tasks.dataset import RecordedTask, TaskExamples
-from distill_jax.training import loader
+from distill_jax.training import aligned_store, loader
+from distill_jax.training.aligned_store import AlignedStore
 from distill_jax.types import Batch, Recorded
 
-Stores = Sequence[MultiTeacherStore | RecordedTask]
+OneStore = MultiTeacherStore | RecordedTask | AlignedStore
+Stores = Sequence[OneStore]
 
 
 def open_stores(config: Config, student: ModelSource | None = None) -> Stores:
@@ -65,7 +67,8 @@ def _open(
 ) -> Stores:
   """Opens the stores of a split, whose folders and those of further teachers two keys name."""
   if not config.tasks:
-    return _open_records(key, paths, teachers_key, teachers)
+    stores = _open_records(key, paths, teachers_key, teachers)
+    return aligned_store.align(config, student, key, stores)
   records = _open_records(key, paths, teachers_key, teachers) if paths else None
   if records and len(records) != len(config.tasks):
     raise bad_value(
@@ -148,6 +151,13 @@ def recorded(config: Config, stores: Stores) -> Recorded:
   )
 
 
+def reader(config: Config, stores: Stores) -> collate.Read | None:
+  """Returns the function that makes a batch of their fields; None for text in student tokens."""
+  if isinstance(stores[0], AlignedStore):
+    return student_rows.read
+  return dataset.reader(config.tasks)
+
+
 def lengths(config: Config, stores: Stores) -> tuple[int, ...]:
   """Returns the length of each store's sequences; () for tasks, whose batches have one form."""
   return () if config.tasks else tuple(store.manifest.seq_len for store in stores)
@@ -196,6 +206,6 @@ def batches(
     targets=not c.online,
     lengths=lengths(config, stores),
     held=held,
-    read=dataset.reader(config.tasks),
+    read=reader(config, stores),
     recorded=recorded(config, stores),
   )

@@ -17,6 +17,7 @@ from distill_jax.nn import sharding
 from distill_jax.records.manifest import Manifest
 from distill_jax.training import loader
 from distill_jax.training import stores as stores_lib
+from distill_jax.training.aligned_store import AlignedStore
 from distill_jax.training.step import Step
 from distill_jax.training.stores import Stores
 from distill_jax.types import IN_BATCH_CLASSES
@@ -127,6 +128,8 @@ def check_text_fits(config: Config, student: ModelSource, stores: Stores) -> Non
         f"The records {path} have sequences of {manifest.seq_len} tokens, but the student has "
         f"{shape.max_position_embeddings} positions. Record with a smaller data.seq_len."
       )
+    if isinstance(store, AlignedStore):
+      continue  # its rows are in the student's tokens
     if tokenizer is not None and tokenizer.digest != manifest.tokenizer:
       raise InputError(
         f"The records {path} were made with another tokenizer (digest {manifest.tokenizer[:12]}) "

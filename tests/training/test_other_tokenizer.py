@@ -1,0 +1,122 @@
+"""An online teacher with another tokenizer: its step beside a reference on dense targets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import tiny_pair
+import tiny_run
+
+from distill_jax import config
+from distill_jax.cross_tokenizer.rows import align_rows
+from distill_jax.models import loading
+from distill_jax.nn import logits as logits_lib
+from distill_jax.nn import sharding
+from distill_jax.training import loop, state, stores
+from distill_jax.training.aligned_store import AlignedStore
+from distill_jax.training.step import Fixed
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  """The folder of a store of text in the teacher's tokens, and of the tokenizers."""
+  folder = tmp_path_factory.mktemp("text")
+  c = base(folder)
+  c.records.kind = "text"
+  tiny_run.record(c, folder / "text")
+  return folder
+
+
+def base(folder):
+  c = tiny.tiny(folder)
+  rng = np.random.default_rng(0)
+  (folder / "text.txt").write_text("".join(rng.choice([*tiny_pair.LETTERS], 1200)))
+  for name, merges in (("teacher", tiny_pair.TEACHER), ("student", tiny_pair.STUDENT)):
+    (folder / f"{name}.json").write_bytes(tiny_pair.raw(merges))
+  c.teacher.source = ""
+  c.data.tokenizer = str(folder / "teacher.json")
+  c.data.sequences = 8
+  return c
+
+
+def online(folder):
+  """A config that trains with the teacher in the step."""
+  c = base(folder)
+  c.retarget.tokenizer = str(folder / "student.json")
+  c.retarget.seq_len = LENGTH
+  c.train.online = True
+  c.train.records = (str(folder / "text"),)
+  c.train.batch_size, c.train.chunk = 4, 20
+  return c
+
+
+def test_the_gradient_is_that_of_the_enumerated_distributions(text):
+  """The loss and its gradient, with the targets of each position enumerated in float64."""
+  c = config.resolve(online(text))
+  opened = stores.open_stores(c)
+  (store,) = opened
+  assert isinstance(store, AlignedStore) and store.manifest.seq_len == LENGTH
+  mesh = sharding.make_mesh()
+  student = loading.open_source(c.student, 1)
+  models = {name: s.load(mesh, jax.random.key(0)).model for name, s in teachers(c).items()}
+  step = loop.make_step(c, opened, student)
+  batch = next(stores.batches(c, opened))
+  model = student.load(mesh, jax.random.key(1)).model
+  weights = {"soft": 0.7, "hard": 0.3}
+
+  @jax.jit
+  def ours(model, batch, teachers):
+    fixed = Fixed(teachers, 0, 1.0)
+    of = lambda model: step.loss((model, {}), batch, fixed, weights)[0]
+    return jax.value_and_grad(of)(model)
+
+  got, grad = ours(model, batch, state.with_tables(models, c, opened))
+  target_BTV, mask = enumerated(models["teacher"], batch, store.rows.tables, step.teacher)
+
+  @jax.jit
+  def wanted(model):
+    out = model(batch.inputs, step.student)
+    z_BTV = logits_lib.logits(out.hidden_BTD, out.head_VD)[..., : target_BTV.shape[-1]]
+    logq_BTV = jax.nn.log_softmax(z_BTV)
+    entropy = jnp.sum(jnp.where(target_BTV > 0, target_BTV * jnp.log(target_BTV), 0), -1)
+    kl_BT = entropy - jnp.sum(target_BTV * logq_BTV, -1)
+    ce_BT = -jnp.take_along_axis(logq_BTV, batch.labels_BT[..., None], -1)[..., 0]
+    return jnp.sum(jnp.where(mask, 0.7 * kl_BT + 0.3 * ce_BT, 0))
+
+  want, want_grad = jax.value_and_grad(wanted)(model)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(want_grad), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * np.abs(b).max())
+
+
+def teachers(c):
+  return state.online_teachers(c)
+
+
+def enumerated(teacher, batch, tables, compute):
+  """The targets of a batch, float32 [B, T, V], and its mask."""
+  inputs = batch.targets["teacher"].inputs
+  out = jax.jit(lambda model, inputs: model(inputs, compute))(teacher, inputs)
+  z_BTV = np.float64(logits_lib.logits(out.hidden_BTD, out.head_VD))[..., : tables.teacher.size]
+  p_BTV = np.exp(z_BTV) / np.exp(z_BTV).sum(-1, keepdims=True)
+  names = ("tokens_T", "segments_T")
+  rows = [
+    dict(zip(names, row, strict=True))
+    for row in zip(np.array(inputs.tokens_BT), np.array(inputs.segments_BT), strict=True)
+  ]
+  for row in rows:  # of one document
+    row["mask_T"] = np.append(row["segments_T"][1:] > 0, False)
+  aligned = align_rows(tables, rows, LENGTH)
+  p_GV = p_BTV[aligned.row_G, aligned.position_G - 1]
+  reference = tiny_pair.Enumeration(tables, aligned.aligned, p_GV, aligned.known_G)
+  target_BTV = np.zeros((*batch.labels_BT.shape, tables.student.size), np.float32)
+  mask = np.zeros(batch.labels_BT.shape, bool)
+  for x, i, t in zip(aligned.token_X, aligned.row_X, aligned.position_X, strict=True):
+    want, mass, _ = reference.target(x)
+    target_BTV[i, t] = want if mass >= 0.1 else np.eye(len(want))[batch.labels_BT[i, t]]
+    mask[i, t] = True
+  np.testing.assert_array_equal(mask, batch.mask_BT)
+  return target_BTV, mask
