@@ -43,9 +43,19 @@ RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
 FIRST_RATES = (6e-4, 1.2e-3)
 PIECE = 1_500  # bytes; about a row of 512 tokens
 FIRST = 16  # characters that are read before the first scored word
-TARGETS: dict[str, tuple[tuple[str, ...], ...]] = {  # (command, config's argument, folder) before
-  "same_hard": (("record", "same_hard", "records"),),
-  "same_soft": (("record", "same_hard", "records"),),
+STORES = {  # folder: command, argument of the config
+  "records": ("record", "same_soft"),
+  "start": ("retokenize", "same_soft"),
+  "retargeted": ("retarget", "retargeted"),
+  "exact": ("record", "exact"),
+}
+TARGETS = {  # the folders that each needs, in order
+  "same_hard": ("records",),
+  "same_soft": ("records",),
+  "hard": ("records", "start", "retargeted"),
+  "retargeted": ("records", "start", "retargeted"),
+  "exact": ("start", "exact"),
+  "alm": ("records", "start"),
 }
 
 
@@ -122,10 +132,10 @@ class Evidence:
     """Returns the bits per byte of one run, which is made unless it is finished."""
     if found := self.done.get((target, rate, seed)):
       return found["bits_per_byte"]
-    for verb, argument, folder in TARGETS[target]:
+    for folder in TARGETS[target]:
       finished = self.folder / f"seed-{seed}" / f"{folder}.finished"
       if not finished.exists():  # a later version of the code has other config keys
-        self.command(verb, argument, seed, RUNS / folder)
+        self.command(*STORES[folder], seed, RUNS / folder)
         finished.touch()
     name, begin = RUNS / f"{target}-{rate:g}-{self.commit}", time.monotonic()
     self.command("train", target, seed, name, f"--config.optim.peak_lr={rate}")
