@@ -31,7 +31,7 @@ class Measured:
   Attributes:
     statistics: The statistics of its rows.
     bytes: The size of its records.
-    seconds: The time that it took in one process.
+    seconds: The processor time that it took.
   """
 
   statistics: Statistics
@@ -80,10 +80,10 @@ def measure(conversion: Conversion, store: Store, target: Manifest) -> Measured:
     store: The store in the teacher's tokens.
     target: The manifest of the store in the student's tokens.
   """
-  total, size, start = Statistics(), 0, time.perf_counter()
+  total, size, start = Statistics(), 0, time.process_time()
   for rows in blocks(store):
     records, statistics = conversion.rows(store, rows, target.seq_len)
     total += statistics
     for i, record in zip(rows, records, strict=True):
       size += len(tf_example.serialize(tf_example.encode(i, record, target)))
-  return Measured(total, size, time.perf_counter() - start)
+  return Measured(total, size, time.process_time() - start)
