@@ -18,8 +18,6 @@ and the bias, O(1/N), is a tenth of that of counts. (With exact probabilities fo
 would not be 1, or the result biased if the others are scaled; measured at N = 63, neither is closer
 to the exact gradient, and both have to be drawn anew.)
 
-Weights are integers in units of POINT, a sampled point, so that sums do not depend on the order.
-
 In this module, X are the student tokens that are projected, E are entries; see also align.py.
 """
 
@@ -32,8 +30,7 @@ import numpy as np
 
 from distill_jax.cross_tokenizer.align import Aligned
 from distill_jax.cross_tokenizer.tables import PairTables
-
-POINT = 1 << 40  # the weight of one sampled point
+from distill_jax.cross_tokenizer.weights import POINT, entries_of, group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +54,9 @@ class TeacherRows:
   logp_G: np.ndarray
 
   def entries(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the entries of some tokens: the index into g of each, its id and its count."""
-    start, size = self.start_G[g], self.end_G[g] - self.start_G[g]
-    owner = np.repeat(np.arange(len(g)), size)
-    at = np.arange(len(owner)) + np.repeat(start - (np.cumsum(size) - size), size)
-    return owner, self.id_E[at].astype(np.int64), self.count_E[at]
+    """Returns the entries of some tokens: their ids, counts, and the number of them per token."""
+    at, size = entries_of(self.start_G[g], self.end_G[g])
+    return self.id_E[at], self.count_E[at], size
 
 
 class Projected(NamedTuple):
@@ -70,7 +65,8 @@ class Projected(NamedTuple):
   Attributes:
     start_X: int64 [X + 1], index of the first entry of each, and the number of entries.
     id_E: int64, ids of the student's tokens, ascending within a distribution.
-    weight_E: int64, their weights in units of POINT; n of them are a whole.
+    weight_E: int64, their weights in units of POINT; a distribution that lost no mass has n.
+    is_whole_X: bool, True where all weights are whole counts and none is lost.
     label_logp_X: float64, the log-probability of the token in the text, from exact probabilities of
       the teacher's tokens in the text.
     mass_X: float64, the mass D of the teacher's tokens that begin with the bytes before; 1 at
@@ -87,6 +83,7 @@ class Projected(NamedTuple):
   start_X: np.ndarray
   id_E: np.ndarray
   weight_E: np.ndarray
+  is_whole_X: np.ndarray
   label_logp_X: np.ndarray
   mass_X: np.ndarray
   lost_X: np.ndarray
@@ -144,30 +141,26 @@ class _Projection:
     self.opened, self.beyond = np.zeros(X), np.zeros(X)
     self.others = np.zeros(X)  # the label's mass that does not come from the token in the text
     self.logp = rows.logp_G[self.g].copy()  # that which does
-    self.out: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # x, id, weight
+    self.parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # x, id, weight
 
   def run(self, min_mass: float) -> Projected:
-    aligned = np.flatnonzero(self.offset == 0)
-    paths = [self._at_boundaries(aligned)]
-    if len(aligned) < len(self.g):
-      paths.append(self._inside(np.flatnonzero(self.offset > 0)))
-    rest = _Paths(*map(np.concatenate, zip(*paths, strict=True)))
-    while len(rest.x):
-      rest = self._next(rest)
-    x, u, weight = map(np.concatenate, zip(*self.out, strict=True))
-    if len(none := np.flatnonzero(u < 0)):
-      self.lost += np.bincount(x[none], weight[none] / self.whole, len(self.g))
-      x, u, weight = (np.delete(a, none) for a in (x, u, weight))
-    hard = self.mass < min_mass
-    hard[self._sum(x, weight) == 0] = True
-    if len(some := np.flatnonzero(hard)):
-      keep = ~hard[x]
-      x, u = np.append(x[keep], some), np.append(u[keep], self.u[some])
-      weight = np.append(weight[keep], np.full(len(some), self.whole))
+    X, vocab_size = len(self.g), self.tables.student.size
+    whole, at_boundaries = self._at_boundaries(np.flatnonzero(self.offset == 0))
+    inside = self._inside(np.flatnonzero(self.offset > 0))
+    paths = _Paths(*map(np.concatenate, zip(at_boundaries, inside, strict=True)))
+    while len(paths.x):
+      paths = self._next(paths)
+    whole = self._drop_lost(*whole, 1 / self.rows.n)
+    parts = self._drop_lost(*map(np.concatenate, zip(*self.parts, strict=True)), 1 / self.whole)
+    parts, hard = self._with_hard_labels(parts, min_mass)
+    is_whole = self.lost == 0
+    is_whole[parts[0]] = False
+    is_whole[hard] = True
     with np.errstate(divide="ignore"):
       label_logp = np.minimum(np.logaddexp(self.logp, np.log(self.others)), 0)
     return Projected(
-      *_group(x, u, weight, len(self.g), self.tables.student.size),
+      *group(whole, parts, X, vocab_size),
+      is_whole,
       label_logp,
       self.mass,
       self.lost,
@@ -177,51 +170,85 @@ class _Projection:
       hard,
     )
 
-  def _at_boundaries(self, x: np.ndarray) -> _Paths:
-    """Projects rows at boundaries of teacher tokens; returns those whose next rows are needed."""
-    owner, t, count = self.rows.entries(self.g[x])
-    is_label = t == self.aligned.token_G[self.g[x]][owner]
-    goes = self._goes(x)
-    owner_x = x[owner]
-    u = self.tables.phi_P[self.tables.offset_V[t]].astype(np.int64)
-    self._count_others(owner_x, u, count / self.rows.n, ~is_label)
-    u = np.where(is_label, self.u[owner_x], u)
-    weight = count.astype(np.int64) * POINT
-    open_ = np.flatnonzero((self.tables.state_V[t] >= 0) & ~is_label)
-    self.unresolved += self._sum(owner_x[open_], count[open_] / self.rows.n)
+  def _at_boundaries(
+    self, x: np.ndarray
+  ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], _Paths]:
+    """Projects rows at boundaries of teacher tokens.
+
+    Returns:
+      The entries with whole counts (x, id, count), and the rows that need further distributions.
+    """
+    token = self.aligned.token_G[self.g[x]]
+    t, count, size = self.rows.entries(self.g[x])
+    row = np.repeat(np.arange(len(x)), size)
+    of = x[row]
+    hit = np.flatnonzero(t == token.astype(t.dtype)[row])  # the tokens in the text
+    u = self.tables.phi_V[t]
+    to_label = np.flatnonzero(u == self.u[x].astype(u.dtype)[row])
+    to_label = to_label[t[to_label] != token[row[to_label]]]
+    self.others += self._sum(of[to_label], count[to_label] / self.rows.n)
+    u[hit] = self.u[of[hit]]
     label = np.zeros(len(x))
-    label[owner[is_label]] = count[is_label] / self.rows.n
-    keep = ~(is_label & goes[owner])
-    self.out.append((owner_x[keep], u[keep], weight[keep]))
-    state = self.tables.state_V[self.aligned.token_G[self.g[x]]]
-    return self._begin(x[goes], label[goes], state[goes])
+    label[row[hit]] = count[hit] / self.rows.n
+
+    state = self.tables.state_V[token]
+    is_open = self.tables.is_open_V[t] * count
+    is_open[hit] = 0
+    self.unresolved[x] = np.bincount(row, is_open, len(x)) / self.rows.n
+    goes = self._needs_next(x, self.g[x], state)
+    count[hit[goes[row[hit]]]] = 0  # these go to the next distribution
+    return (of, u, count), self._begin(x[goes], label[goes], state[goes])
 
   def _inside(self, x: np.ndarray) -> _Paths:
-    """Projects rows inside of teacher tokens; returns those whose next rows are needed."""
+    """Projects rows inside of teacher tokens; returns those whose next distributions are needed."""
     tables, g, r = self.tables, self.g[x], self.offset[x]
-    owner, t, count = self.rows.entries(g)
-    place = tables.offset_V[self.aligned.token_G[g]] + r
-    rank = tables.rank_V[t]
+    token = self.aligned.token_G[g]
+    t, count, size = self.rows.entries(g)
+    owner = np.repeat(np.arange(len(g)), size)
+    place, rank = tables.offset_V[token] + r, tables.rank_V[t]
     is_longer = (rank >= tables.longer_P[place][owner]) & (rank < tables.high_P[place][owner])
-    keep = np.flatnonzero(is_longer & (t != self.aligned.token_G[g][owner]))
+    keep = np.flatnonzero(is_longer & (t != token[owner]))
     owner, t, share = owner[keep], t[keep], count[keep] / self.rows.n
     p = np.exp(self.rows.logp_G[g])
     self.mass[x] = np.maximum(p + np.bincount(owner, share, len(x)), 1e-300)
     share = share / self.mass[x][owner]
     u = tables.phi_P[tables.offset_V[t] + r[owner]].astype(np.int64)
-    self._count_others(x[owner], u, share)
+    self._add_others(x[owner], u, share)
     self._emit(x[owner], u, share)
     self.logp[x] -= np.log(self.mass[x])
-    goes = self._goes(x)
+    none = np.full(len(x), -1)
+    goes = self._needs_next(x, g, none)
     over = x[~goes]
     self._emit(over, self.u[over], p[~goes] / self.mass[over])
-    return self._begin(x[goes], (p / self.mass[x])[goes], np.full(int(goes.sum()), -1))
+    return self._begin(x[goes], (p / self.mass[x])[goes], none[goes])
+
+  def _drop_lost(
+    self, x: np.ndarray, u: np.ndarray, weight: np.ndarray, unit: float
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns entries without those that reach no student token, which are counted."""
+    lost = np.flatnonzero(u < 0)
+    if len(lost):
+      self.lost += self._sum(x[lost], weight[lost] * unit)
+      x, u, weight = (np.delete(a, lost) for a in (x, u, weight))
+    return x, u, weight
+
+  def _with_hard_labels(
+    self, parts: tuple[np.ndarray, np.ndarray, np.ndarray], min_mass: float
+  ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    """Returns parts in which rows with little mass are the label, and True for these rows."""
+    x, u, weight = parts
+    hard = (self.mass < min_mass) | (self.lost > 1 - 0.5 / self.rows.n)
+    some = np.flatnonzero(hard)
+    keep = ~hard[x]
+    x, u = np.append(x[keep], some), np.append(u[keep], self.u[some])
+    return (x, u, np.append(weight[keep], np.full(len(some), self.whole))), hard
 
   def _next(self, paths: _Paths) -> _Paths:
     """Reads the next distribution of rows; returns those that need another."""
     aligned, tables = self.aligned, self.tables
     x, g = paths.x, paths.g
-    owner, t, count = self.rows.entries(g)
+    t, count, size = self.rows.entries(g)
+    owner = np.repeat(np.arange(len(x)), size)
     is_label = t == aligned.token_G[g][owner]
     share = count / self.rows.n
     label = np.zeros(len(x))
@@ -231,7 +258,7 @@ class _Projection:
     u = np.where(word >= 0, word, paths.base[owner])
     of = x[owner]
     self._emit(of, u, share * paths.mass[owner])
-    self._count_others(of, u, share * np.exp(paths.logp)[owner])
+    self._add_others(of, u, share * np.exp(paths.logp)[owner])
     longer, open_ = word >= 0, tables.step(paths.state[owner], t) >= 0
     self.beyond += self._sum(of[longer], (share * paths.mass[owner])[longer])
     self.unresolved += self._sum(of[open_], (share * paths.mass[owner])[open_])
@@ -271,12 +298,6 @@ class _Projection:
     is_longer = (word < 0) | (length_U[np.maximum(word, 0)] < length_U[u])
     return np.where(spells_u & is_longer, u, word)
 
-  def _goes(self, x: np.ndarray) -> np.ndarray:
-    """Returns True for rows whose next distribution is needed after the first."""
-    g = self.g[x]
-    state = np.where(self.offset[x] == 0, self.tables.state_V[self.aligned.token_G[g]], -1)
-    return self._needs_next(x, g, state)
-
   def _needs_next(self, x: np.ndarray, g: np.ndarray, state: np.ndarray) -> np.ndarray:
     """Returns True where u or a word may continue after g, and the next distribution is there."""
     aligned, rows = self.aligned, self.rows
@@ -294,38 +315,12 @@ class _Projection:
     return _Paths(x, g + 1, mass, self.logp[x], state, base)
 
   def _emit(self, x: np.ndarray, u: np.ndarray, mass: np.ndarray) -> None:
-    self.out.append((x, u, np.rint(mass * self.whole).astype(np.int64)))
+    self.parts.append((x, u, np.rint(mass * self.whole).astype(np.int64)))
 
-  def _count_others(
-    self, x: np.ndarray, u: np.ndarray, mass: np.ndarray, where: np.ndarray | None = None
-  ) -> None:
+  def _add_others(self, x: np.ndarray, u: np.ndarray, mass: np.ndarray) -> None:
     """Adds the mass of other tokens that go to u, the label."""
-    is_u = u == self.u[x]
-    hit = np.flatnonzero(is_u if where is None else is_u & where)
-    if len(hit):
-      self.others += self._sum(x[hit], mass[hit])
+    hit = np.flatnonzero(u == self.u[x])
+    self.others += self._sum(x[hit], mass[hit])
 
   def _sum(self, x: np.ndarray, mass: np.ndarray) -> np.ndarray:
     return np.bincount(x, mass, len(self.g))
-
-
-def _group(
-  x: np.ndarray, u: np.ndarray, weight: np.ndarray, rows: int, vocab_size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Sums the weights of equal (x, u).
-
-  Returns:
-    start_X, id_E and weight_E, as in Projected.
-  """
-  # The index of an entry is in the low bits: sorting integers is several times faster than argsort.
-  bits = max(len(weight) - 1, 1).bit_length()
-  key = (x * vocab_size + u) << bits
-  key |= np.arange(len(weight))
-  key.sort()
-  weight = weight[key & ((1 << bits) - 1)]
-  key >>= bits
-  first = np.flatnonzero(np.append(True, key[1:] != key[:-1])) if len(key) else np.zeros(0, int)
-  weight, key = np.add.reduceat(weight, first) if len(first) else weight, key[first]
-  keep = np.flatnonzero(weight)
-  weight, key = weight[keep], key[keep]
-  return np.searchsorted(key, np.arange(rows + 1) * vocab_size), key % vocab_size, weight

@@ -40,6 +40,7 @@ class PairTables:
     offset_V: int64, first place of each token among P.
     phi_P: int32, at offset_V[t] + r: the student token to which a teacher token t goes at a
       position that is r bytes inside of it, or -1 (see `_fill_phi`).
+    phi_V: int32, phi_P at the beginning of each token.
     rank_V: int64, index of each token among L, len(L) for tokens without bytes.
     low_P: int64, at offset_V[t] + r, r > 0: the first rank of the tokens that begin with the first
       r bytes of t.
@@ -48,6 +49,7 @@ class PairTables:
     low_V: int64, the first rank of the tokens that begin with all bytes of t, t included.
     high_V: int64, likewise the rank after the last of them.
     state_V: int64, the state after the token t at a token boundary, or -1.
+    is_open_V: uint8, 1 where there is such a state.
   """
 
   def __init__(self, teacher: Vocabulary, student: Vocabulary, roles: Mapping[int, int]):
@@ -63,6 +65,7 @@ class PairTables:
       self.phi_P[self.offset_V] = np.arange(teacher.size)
     else:
       self._fill_phi(spelt)
+    self.phi_V = self.phi_P[self.offset_V]
     by_bytes = sorted((b, t) for t, b in enumerate(spelt) if b)
     self._sorted = [b for b, _ in by_bytes]
     self.rank_V = np.full(teacher.size, len(by_bytes), np.int64)
@@ -70,6 +73,7 @@ class PairTables:
     self._find_ranges(spelt)
     self.state_V = np.full(teacher.size, -1, np.int64)
     self._states = _States(self, [] if self.same else spanning_words(teacher, student))
+    self.is_open_V = (self.state_V >= 0).astype(np.uint8)
 
   def overlap(self) -> tuple[float, float]:
     """Returns the shares of the student's and of the teacher's tokens with bytes that both have."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.records import bits, elias_fano, numbers
-from distill_jax.records.fields import ARGMAX, IDS, LOGP, WEIGHT, Record, RecordSpec
+from distill_jax.records.fields import ARGMAX, ENTRIES, IDS, LOGP, WEIGHT, Record, RecordSpec
 
 
 def encode_targets(seq: Record, spec: RecordSpec) -> dict[str, bytes]:
@@ -30,8 +30,8 @@ def encode_targets(seq: Record, spec: RecordSpec) -> dict[str, bytes]:
 
   Args:
     seq: The sequence: mask_T bool; ids_TN int ("sampled": nondecreasing points; "topk": any
-      order); argmax_T int; label_logp_T and entropy_T float; logp_TN float ("topk": -inf in unused
-      entries).
+      order), or fields.ENTRIES; argmax_T int; label_logp_T and entropy_T float; logp_TN float
+      ("topk": -inf in unused entries).
     spec: The contents of a record.
 
   Returns:
@@ -44,9 +44,12 @@ def encode_targets(seq: Record, spec: RecordSpec) -> dict[str, bytes]:
   # Checked first, because ids are meaningless where a teacher outputs NaN.
   halves = [numbers.half(np.asarray(seq[f.record])[mask], f.record) for f in spec.scalars]
   out = {"scalars": b"".join(halves)}
-  ids_SN = numbers.integers(np.asarray(seq[IDS.record])[mask], spec.vocab_size, IDS.record)
   argmax = np.asarray(seq[ARGMAX.record])
   argmax_S = numbers.integers(argmax[mask], spec.vocab_size, ARGMAX.record)
+  if ENTRIES[0] in seq:
+    ids, M_S, counts = _given_entries(seq, spec, len(argmax_S))
+    return out | elias_fano.encode(ids, M_S, argmax_S, counts, spec.n, spec.vocab_size)
+  ids_SN = numbers.integers(np.asarray(seq[IDS.record])[mask], spec.vocab_size, IDS.record)
   if ids_SN.ndim != 2 or ids_SN.shape[1] != spec.n:
     shape = np.shape(seq[IDS.record])
     raise InputError(
@@ -71,6 +74,32 @@ def encode_targets(seq: Record, spec: RecordSpec) -> dict[str, bytes]:
   if spec.has_logp:
     out["logp"] = numbers.half(logp_SN[keep_SN], LOGP.record)
   return out
+
+
+def _given_entries(
+  seq: Record, spec: RecordSpec, positions: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns the ids, their number per position, and the counts of a record with fields.ENTRIES."""
+  ids, counts, M_S = (np.asarray(seq[name]).astype(np.int64) for name in ENTRIES)
+  numbers.integers(ids, spec.vocab_size, ENTRIES[0])
+  ends = np.cumsum(M_S)
+  fits = (
+    (spec.kind, spec.logp) == ("sampled", False)
+    and len(M_S) == positions
+    and len(ids) == len(counts) == M_S.sum()
+    and (not positions or M_S.min() > 0)
+  )
+  if fits and positions:
+    rises = ids[1:] > ids[:-1]
+    rises[ends[:-1] - 1] = True  # the next position begins
+    sums = np.add.reduceat(counts, ends - M_S)
+    fits = rises.all() and counts.min() > 0 and (sums == spec.n).all()
+  if not fits:
+    raise InputError(
+      f"The entries of a record are inconsistent. Expected ascending ids with positive counts that "
+      f'sum to {spec.n} at each of {positions} positions, for kind "sampled" without logp.'
+    )
+  return ids, M_S, counts
 
 
 def decode_targets(fields: Mapping[str, bytes], mask_T: np.ndarray, spec: RecordSpec) -> Record:

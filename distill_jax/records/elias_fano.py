@@ -62,7 +62,7 @@ def encode(
   starts, S, E = np.cumsum(M_S) - M_S, len(M_S), len(ids)
   table = _buckets(ids, S, bits.width(vocab_size))
   base = np.cumsum(1 << table.astype(np.int64)) - (1 << table.astype(np.int64))
-  bucket = np.searchsorted(base, ids, side="right") - 1
+  bucket = _bucket_of(ids, table)
   gaps = np.diff(bucket, prepend=0)
   gaps[starts] = bucket[starts]
   slot_S, stray_S = _argmax_slot(ids, M_S, starts, argmax_S, counts)
@@ -92,7 +92,7 @@ def _buckets(ids: np.ndarray, S: int, id_bits: int) -> np.ndarray:
     return np.array([id_bits], np.uint8)
   levels = [np.bincount(ids, minlength=1 << id_bits)]
   while len(levels[-1]) > 1:
-    levels.append(levels[-1].reshape(-1, 2).sum(1))
+    levels.append(levels[-1][::2] + levels[-1][1::2])
   limit = len(ids) / max(1.2 * len(ids) / S, 1)
   out, todo = [], [(id_bits, 0)]
   while todo:
@@ -102,6 +102,17 @@ def _buckets(ids: np.ndarray, S: int, id_bits: int) -> np.ndarray:
     else:
       out.append(level)
   return np.array(out, np.uint8)
+
+
+def _bucket_of(ids: np.ndarray, table: np.ndarray) -> np.ndarray:
+  """Returns the index of the piece that holds each id, int64.
+
+  Pieces consist of blocks of the size of the smallest piece, for which a table takes a quarter of
+  the time of a binary search.
+  """
+  smallest = int(table.min())
+  blocks = np.repeat(np.arange(len(table)), 1 << (table.astype(np.int64) - smallest))
+  return blocks[ids >> smallest]
 
 
 def _argmax_slot(

@@ -26,12 +26,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from distill_jax.cross_tokenizer.align import KINDS
-from distill_jax.cross_tokenizer.project import POINT, Projected, TeacherRows, project
-from distill_jax.cross_tokenizer.resample import resample
+from distill_jax.cross_tokenizer.project import Projected, TeacherRows, project
 from distill_jax.cross_tokenizer.rows import AlignedRows, align_rows
 from distill_jax.cross_tokenizer.statistics import Statistics
 from distill_jax.cross_tokenizer.tables import PairTables
-from distill_jax.records.fields import ARGMAX, ENTROPY, IDS, LABEL_LOGP, WEIGHT, Field, Record
+from distill_jax.cross_tokenizer.weights import POINT, POINT_BITS, entries_of, resample
+from distill_jax.records.fields import (
+  ARGMAX,
+  ENTRIES,
+  ENTROPY,
+  IDS,
+  LABEL_LOGP,
+  WEIGHT,
+  Field,
+  Record,
+)
 
 
 def project_rows(
@@ -62,15 +71,15 @@ def project_rows(
   teacher = teacher_rows(aligned, rows, n)
   projected = project(tables, aligned.aligned, teacher, aligned.token_X, min_mass)
   u_X = _offsets(seed, first, len(rows), length)[aligned.row_X, aligned.position_X]
-  count_E = resample(projected.start_X, projected.weight_E, n, u_X)
-  values = {
-    IDS: np.repeat(projected.id_E, count_E).reshape(-1, n),
+  drawn = np.flatnonzero(~projected.is_whole_X)
+  count_E = resample(projected.start_X, projected.weight_E, drawn, n, u_X[drawn])
+  scalars = {
     ARGMAX: _argmax(tables, aligned, rows, projected),
     LABEL_LOGP: projected.label_logp_X,
   }
   if ENTROPY.read in rows[0]:
-    values[ENTROPY] = _entropy(aligned, rows, teacher, projected)
-  _write(aligned, values)
+    scalars[ENTROPY] = _entropy(aligned, rows, teacher, projected)
+  _write(aligned, projected, count_E, scalars)
   return aligned.records, _statistics(aligned, rows, projected)
 
 
@@ -108,25 +117,24 @@ def _argmax(
   tables: PairTables, aligned: AlignedRows, rows: Sequence[Record], projected: Projected
 ) -> np.ndarray:
   """Returns the most probable student token of each position, int64 [X]."""
-  start_X, weight_E = projected.start_X, projected.weight_E
-  owner_E = np.repeat(np.arange(len(start_X) - 1), np.diff(start_X))
-  if not len(owner_E):
+  start_X, id_E, weight_E = projected.start_X, projected.id_E, projected.weight_E
+  size_X = np.diff(start_X)
+  X, owner_E = len(size_X), np.repeat(np.arange(len(size_X)), size_X)
+  if not X:
     return np.zeros(0, np.int64)
   most_X = np.maximum.reduceat(weight_E, start_X[:-1])
   at = np.flatnonzero(weight_E == most_X[owner_E])[::-1]
-  best_X = np.zeros(len(most_X), np.int64)
-  best_X[owner_E[at]] = projected.id_E[at]  # the first of equals
+  best_X = np.zeros(X, np.int64)
+  best_X[owner_E[at]] = id_E[at]  # the first of equals
 
   top_X = _of_teacher(ARGMAX, aligned, rows).astype(np.int64)
-  g_X, h_X = aligned.aligned.g_H[aligned.token_X], aligned.token_X
-  is_label_X = top_X == aligned.aligned.token_G[g_X]
-  label_X = np.where(projected.opened_X > 0, -1, aligned.aligned.id_H[h_X])
-  phi_X = tables.phi_P[tables.offset_V[top_X]].astype(np.int64)
-  given_X = np.where(is_label_X, label_X, phi_X)
+  is_label_X = top_X == aligned.aligned.token_G[aligned.aligned.g_H[aligned.token_X]]
+  label_X = np.where(projected.opened_X > 0, -1, aligned.aligned.id_H[aligned.token_X])
+  given_X = np.where(is_label_X, label_X, tables.phi_V[top_X])
   given_X[(aligned.offset_X > 0) | projected.hard_X] = -1
-  is_given_E = projected.id_E == given_X[owner_E]
-  given_weight_X = np.zeros(len(most_X), np.int64)
-  given_weight_X[owner_E[is_given_E]] = weight_E[is_given_E]
+  at = np.flatnonzero(id_E == given_X[owner_E])
+  given_weight_X = np.zeros(X, np.int64)
+  given_weight_X[owner_E[at]] = weight_E[at]
   return np.where((given_X >= 0) & (most_X - given_weight_X <= POINT), given_X, best_X)
 
 
@@ -134,36 +142,51 @@ def _entropy(
   aligned: AlignedRows, rows: Sequence[Record], teacher: TeacherRows, projected: Projected
 ) -> np.ndarray:
   """Returns estimates of the entropies of the projected distributions, float64 [X]."""
-  size_X = np.diff(projected.start_X)
-  total_X = np.bincount(np.repeat(np.arange(len(size_X)), size_X), projected.weight_E, len(size_X))
-  plug_in_X = _plug_in(projected.weight_E, size_X, total_X)
-  size_G = teacher.end_G - teacher.start_G
+  n = teacher.n
+  # Counts c of n points have the entropy log n - sum(c log c) / n. In integers, the sums of equal
+  # counts are equal.
+  table = np.rint(2**32 * np.arange(n + 1) * np.log(np.maximum(np.arange(n + 1), 1)))
+  table = table.astype(np.int64)
+  sums = np.append(0, np.cumsum(table[teacher.count_E]))
   g_X = aligned.aligned.g_H[aligned.token_X]
-  owner, _, count = teacher.entries(g_X)
-  del owner
-  source_X = _plug_in(count, size_G[g_X], np.full(len(g_X), float(teacher.n)))
+  source_X = sums[teacher.end_G[g_X]] - sums[teacher.start_G[g_X]]
+  count_E = np.minimum(projected.weight_E >> POINT_BITS, n)
+  sums = np.append(0, np.cumsum(table[count_E]))
+  change_X = (source_X - np.diff(sums[projected.start_X])) / (n * 2.0**32)
+
+  drawn = np.flatnonzero(~projected.is_whole_X)
+  at, size = entries_of(projected.start_X[drawn], projected.start_X[drawn + 1])
+  row = np.repeat(np.arange(len(drawn)), size)
+  p = projected.weight_E[at] / np.bincount(row, projected.weight_E[at], len(drawn))[row]
+  plug_in = np.bincount(row, -p * np.log(p), len(drawn))
+  inside = (aligned.offset_X > 0)[drawn]
+  source = np.log(n) - source_X[drawn] / (n * 2.0**32)
+  change_X[drawn] = np.where(inside, plug_in, plug_in - source)
   exact_X = _of_teacher(ENTROPY, aligned, rows).astype(np.float64)
-  at_boundary = np.maximum(exact_X + (plug_in_X - source_X), 0)
-  return np.where((aligned.offset_X > 0) | projected.hard_X, plug_in_X, at_boundary)
+  out = np.maximum(np.where(aligned.offset_X > 0, 0, exact_X) + change_X, 0)
+  return np.where(projected.hard_X, 0, out)
 
 
-def _plug_in(weight_E: np.ndarray, size_X: np.ndarray, total_X: np.ndarray) -> np.ndarray:
-  """Returns the entropies of distributions that are given by weights, float64 [X]."""
-  owner_E = np.repeat(np.arange(len(size_X)), size_X)
-  p_E = weight_E / total_X[owner_E]
-  return np.bincount(owner_E, -p_E * np.log(p_E), len(size_X))
-
-
-def _write(aligned: AlignedRows, values: dict[Field, np.ndarray]) -> None:
+def _write(
+  aligned: AlignedRows,
+  projected: Projected,
+  count_E: np.ndarray,
+  scalars: dict[Field, np.ndarray],
+) -> None:
   """Writes the targets into the records of student rows."""
-  length = len(aligned.records[0]["mask_T"])
-  for i, record in enumerate(aligned.records):
-    x = slice(*np.searchsorted(aligned.row_X, [i, i + 1]))
-    at = aligned.position_X[x]
-    for field, values_X in values.items():
-      out = np.zeros((length, *values_X.shape[1:]), field.dtype)
-      out[at] = values_X[x]
-      record[field.record] = out
+  id_E, start_X = projected.id_E, projected.start_X
+  if not count_E.all():
+    used = count_E > 0
+    start_X = np.append(0, np.cumsum(used))[start_X]
+    id_E, count_E = id_E[used], count_E[used]
+  cuts = np.searchsorted(aligned.row_X, np.arange(len(aligned.records) + 1)).tolist()
+  for record, a, b in zip(aligned.records, cuts[:-1], cuts[1:], strict=True):
+    entries = slice(start_X[a], start_X[b])
+    values = (id_E[entries], count_E[entries], np.diff(start_X[a : b + 1]))
+    record |= dict(zip(ENTRIES, values, strict=True))
+    for field, values_X in scalars.items():
+      record[field.record] = np.zeros(len(record["mask_T"]), field.dtype)
+      record[field.record][aligned.position_X[a:b]] = values_X[a:b]
 
 
 def _statistics(aligned: AlignedRows, rows: Sequence[Record], projected: Projected) -> Statistics:
