@@ -22,8 +22,8 @@ KINDS = ("sampled", "topk", "dense", "text")
 TEXT = ("tokens_T", "segments_T", "mask_T")  # fields of packed text
 TASK = ("labels_T", "mask_T")  # fields of an example of a task
 SMOOTHING = "smoothing_T"  # label smoothing, if documents or examples differ in it
-# Instead of ids_TN, a record of kind "sampled" to be written may hold its distinct ids (in ascending
-# order at a position), their counts, and their number at each position of mask_T.
+# A record of kind "sampled" to be written may hold its distinct ids (ascending at a position),
+# their counts, and their number at each position of mask_T, in place of ids_TN.
 ENTRIES = ("entry_ids_E", "entry_counts_E", "entries_S")
 WITHOUT_TARGETS = (*TEXT, *TASK, SMOOTHING)  # fields of a record that are not from a teacher
 
