@@ -151,7 +151,8 @@ class _Projection:
     while len(paths.x):
       paths = self._next(paths)
     whole = self._drop_lost(*whole, 1 / self.rows.n)
-    parts = self._drop_lost(*map(np.concatenate, zip(*self.parts, strict=True)), 1 / self.whole)
+    x, u, weight = map(np.concatenate, zip(*self.parts, strict=True))
+    parts = self._drop_lost(x, u, weight, 1 / self.whole)
     parts, hard = self._with_hard_labels(parts, min_mass)
     is_whole = self.lost == 0
     is_whole[parts[0]] = False

@@ -47,8 +47,8 @@ def encode_targets(seq: Record, spec: RecordSpec) -> dict[str, bytes]:
   argmax = np.asarray(seq[ARGMAX.record])
   argmax_S = numbers.integers(argmax[mask], spec.vocab_size, ARGMAX.record)
   if ENTRIES[0] in seq:
-    ids, M_S, counts = _given_entries(seq, spec, len(argmax_S))
-    return out | elias_fano.encode(ids, M_S, argmax_S, counts, spec.n, spec.vocab_size)
+    ids, M_S, given = _given_entries(seq, spec, len(argmax_S))
+    return out | elias_fano.encode(ids, M_S, argmax_S, given, spec.n, spec.vocab_size)
   ids_SN = numbers.integers(np.asarray(seq[IDS.record])[mask], spec.vocab_size, IDS.record)
   if ids_SN.ndim != 2 or ids_SN.shape[1] != spec.n:
     shape = np.shape(seq[IDS.record])
