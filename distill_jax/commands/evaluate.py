@@ -25,7 +25,7 @@ import jax
 
 from distill_jax.config import Config
 from distill_jax.errors import InputError, bad_value
-from distill_jax.evals import benchmarks, generative, heldout, side_by_side
+from distill_jax.evals import benchmarks, bits_per_byte, generative, heldout, side_by_side
 from distill_jax.evals.model_slot import ModelSlot
 from distill_jax.evals.questions import read_questions
 from distill_jax.models.options import ModelOptions
@@ -55,6 +55,8 @@ def run(config: Config, folder: Path) -> JsonObject:
       contrastive tasks, ce, kl, agreement and accuracy are computed within a batch, and recall over
       all pairs (evals/retrieval.py). Text-generation tasks add bleu and chrf, or wer, against the
       references.
+    texts: bits per byte of the same held-out texts, by model, also for models with different
+      tokenizers; see evals/bits_per_byte.py.
     evals: by benchmark and model: questions, left_out, and numbers as {value, low, high}; see
       evals/generative.py and evals/multiple_choice.py. Benchmarks do not use the teacher, and each
       model has its own tokenizer.
@@ -81,11 +83,13 @@ def run(config: Config, folder: Path) -> JsonObject:
   found, shown = examples.Examples(), slots
   if config.evaluate.heldout:
     sources = {name: slot.source for name, slot in slots.items()}
-    evaluation, found = heldout.measure(config, sources, mesh)
+    evaluation, found = heldout.measure(config, heldout.comparable(config, sources), mesh)
   elif _shows_records(config):
     students = {n: slot for n, slot in slots.items() if n != "teacher"}
     shown = {n: slot for n, slot in students.items() if not generative.is_served(slot.options)}
     found = heldout.recorded(config, {n: slot.source for n, slot in shown.items()}, mesh)
+  if config.evaluate.texts:
+    evaluation["texts"] = bits_per_byte.measure(config, slots)
   if config.evals:
     results: dict[str, JsonObject] = {name: {} for name in config.evals}
     for model in models:
@@ -128,7 +132,8 @@ def check(config: Config) -> dict[str, ModelOptions]:
   Raises:
     InputError: There is nothing to evaluate, or a model cannot be evaluated.
   """
-  if not config.evaluate.heldout and not config.evals and not _shows_records(config):
+  c = config.evaluate
+  if not c.heldout and not c.texts and not config.evals and not _shows_records(config):
     raise bad_value(
       "evaluate.heldout",
       False,
@@ -165,13 +170,15 @@ def _benchmarked_models(config: Config) -> dict[str, ModelOptions]:
 def _check_served(config: Config, benchmarked: Mapping[str, ModelOptions]) -> None:
   """Raises InputError if a served model is to be evaluated by likelihood, which servers lack."""
   served = [n for n, options in all_models(config).items() if generative.is_served(options)]
-  if served and config.evaluate.heldout:
-    raise bad_value(
-      "evaluate.heldout",
-      True,
-      f"False, because {served[0]!r} is served and servers do not return the likelihood of a text",
-      "Set it to False, or remove that model",
-    )
+  for key, unset in (("heldout", False), ("texts", 0)):
+    if served and (value := getattr(config.evaluate, key)):
+      raise bad_value(
+        f"evaluate.{key}",
+        value,
+        f"{unset}, because {served[0]!r} is served and servers do not return the likelihood of a "
+        "text",
+        f"Set it to {unset}, or remove that model",
+      )
   if config.generate.server.urls:
     served.append("teacher")
   served = [name for name in served if name in benchmarked]

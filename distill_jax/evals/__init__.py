@@ -11,6 +11,7 @@ __all__ = ["Benchmark", "Choice", "GenerativeBenchmark", "PromptLine"]
 
 SHARED = (
   "benchmarks",
+  "bits_per_byte",
   "generative",
   "heldout",
   "in_training",

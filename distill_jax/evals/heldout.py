@@ -15,11 +15,12 @@ import numpy as np
 
 from distill_jax.config import Config
 from distill_jax.data import corpus
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.evals import next_token
 from distill_jax.evals.retrieval import Retrieval
 from distill_jax.evals.similarity import Similarity
 from distill_jax.evals.token_view import TokenView
+from distill_jax.hub.tokenizer import check_vocabulary
 from distill_jax.models import long_context, runs
 from distill_jax.models.loading import LoadedModel, ModelSource
 from distill_jax.nn import params, sharding
@@ -103,6 +104,42 @@ def measure(
     "tasks": {name: {"models": rows, "tokens": tokens[name]} for name, rows in results.items()},
   }
   return evaluation, examples
+
+
+def comparable(config: Config, models: Mapping[str, ModelSource]) -> dict[str, ModelSource]:
+  """Returns the models that can be compared with the teacher token by token.
+
+  These are the models with the teacher's tokenizer; all of them if data.tokenizer is set, or the
+  data are tasks.
+
+  Args:
+    config: The config.
+    models: Opened models by name, including "teacher".
+
+  Raises:
+    InputError: A model lacks tokens of data.tokenizer, or has another tokenizer than the teacher
+      although evaluate.texts is 0.
+  """
+  if config.tasks or config.data.tokenizer:
+    for model in () if config.tasks else models.values():
+      tokenizer = corpus.tokenizer_of(config.data, None)
+      check_vocabulary(tokenizer.vocab_size, model.text_config.vocab_size, tokenizer.where)
+    return dict(models)
+  digests = {
+    name: corpus.of_files(model.tokenizer, model.name).digest
+    for name, model in models.items()
+    if model.tokenizer is not None
+  }
+  others = [n for n, digest in digests.items() if digest != digests.get("teacher", digest)]
+  if others and not config.evaluate.texts:
+    raise bad_value(
+      "evaluate.texts",
+      0,
+      f"a positive number, because the tokenizer of {others[0]!r} is not the teacher's, and losses "
+      "per token cannot be compared",
+      "Set it, e.g. to 100, to compare bits per byte",
+    )
+  return {name: model for name, model in models.items() if name not in others}
 
 
 def _token_view(

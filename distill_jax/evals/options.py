@@ -27,6 +27,9 @@ class EvaluateOptions:
   """Batch size for held-out data and for the choices of multiple-choice benchmarks."""
   chunk: int = 128
   """Number of positions per sequence whose logits are in memory at once."""
+  texts: int = 0
+  """Number of held-out texts of `data` on which the bits per byte of all models are computed, each
+  with its own tokenizer. 0: none. Needed for models whose tokenizer is not the teacher's."""
   examples: int = 3
   """Number of texts and of prompts in examples.json: held-out texts with the predictions of all
   models at each token, and prompts with a greedy continuation by each model. 0: none. If `heldout`

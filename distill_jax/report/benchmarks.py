@@ -82,6 +82,11 @@ def text(evaluation: Mapping[str, Any]) -> str:
   lines = []
   for model, row in evaluation["models"].items():
     lines.append(f"{model}: " + ", ".join(f"{name} {x:,.4g}" for name, x in row.items()))
+  if texts := evaluation.get("texts"):
+    rows = (f"{model} {row['bits_per_byte']:.4f}" for model, row in texts["models"].items())
+    lines.append(
+      f"bits per byte, {texts['texts']} texts, {texts['bytes']:,} bytes: {'; '.join(rows)}"
+    )
   evals = evaluation.get("evals", {})
   for name, number in numbers(evals):
     values = (f"{model} {value(row, number)}" for model, row in evals[name].items())
