@@ -28,7 +28,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from distill_jax import config
@@ -218,8 +218,32 @@ class Evidence:
       bits[near[0]] = self.run(target, near[0], 0)
 
 
+def table(results: Iterable[dict]) -> str:
+  """Returns a table in Markdown of the best rate of each target, and its share of the gain.
+
+  The gain of soft targets over the text is that with the same tokenizer.
+  """
+  lines = ["| target | rate (tried) | bits per byte, mean | of each seed |", "|---|---|---|---|"]
+  bits: dict[str, dict[float, dict[int, float]]] = {}
+  for r in results:
+    bits.setdefault(r["target"], {}).setdefault(r["rate"], {})[r["seed"]] = r["bits_per_byte"]
+  means = {}
+  for target, of_rates in bits.items():
+    best = min(of_rates, key=lambda rate: of_rates[rate][0])
+    seeds = of_rates[best]
+    means[target] = sum(seeds.values()) / len(seeds)
+    tried = ", ".join(f"{rate:g}: {of_rates[rate][0]:.3f}" for rate in sorted(of_rates))
+    each = ", ".join(f"{seeds[seed]:.3f}" for seed in sorted(seeds))
+    lines.append(f"| {target} | {best:g} ({tried}) | {means[target]:.3f} | {each} |")
+  if {"same_hard", "same_soft", "hard"} <= means.keys():
+    control = means["same_hard"] - means["same_soft"]
+    for target in [t for t in means if t not in ("same_hard", "same_soft", "hard")]:
+      lines.append(f"{target}: {(means['hard'] - means[target]) / control:.0%} of the gain")
+  return "\n".join(lines)
+
+
 def main() -> None:
-  """Makes the runs that are missing."""
+  """Makes the runs that are missing, and prints the table."""
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("folder", type=Path)
   parser.add_argument("--targets", default=",".join(TARGETS))
@@ -232,6 +256,7 @@ def main() -> None:
   for seed in SEEDS[1:]:
     for target, rate in rates.items():
       evidence.run(target, rate, seed)
+  print(table(evidence.done.values()))
 
 
 if __name__ == "__main__":

@@ -35,3 +35,19 @@ def test_all_tokenizers_are_measured_on_the_same_bytes():
   pieces = list(evidence.pieces())
   assert max(len(piece.encode()) for piece in pieces) <= evidence.PIECE
   assert sum(len(piece.encode()) for piece in pieces) > 20_000
+
+
+def test_the_table_has_the_best_rate_and_the_share_of_the_gain():
+  bits = {"same_hard": 1.4, "same_soft": 1.2, "hard": 1.5, "retargeted": 1.34}
+  results = [
+    {"target": target, "rate": rate, "seed": seed, "bits_per_byte": b + worse + 0.01 * seed}
+    for target, b in bits.items()
+    for rate, worse in ((3e-4, 0.1), (6e-4, 0.0))
+    for seed in (0, 1, 2)
+    if seed == 0 or not worse
+  ]
+  lines = evidence.table(results).splitlines()
+  assert lines[2] == (
+    "| same_hard | 0.0006 (0.0003: 1.500, 0.0006: 1.400) | 1.410 | 1.400, 1.410, 1.420 |"
+  )
+  assert lines[-1] == "retargeted: 80% of the gain"
