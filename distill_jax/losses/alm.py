@@ -70,7 +70,7 @@ class Loss(TokenLoss):
     logq_BC = targets.student_logp_BT + logq_BC - jax.lax.stop_gradient(logq_BC)
     loss_BC = self._divergence(targets.span_logp_BT, logq_BC)
     # The value of a span counts once, at its last label.
-    counted_BC = jnp.where(targets.span_rest_BT > 0, jax.lax.stop_gradient(loss_BC), 0.0)
+    counted_BC = jnp.where(targets.span_left_BT > 1, jax.lax.stop_gradient(loss_BC), 0.0)
     return jnp.where(targets.present(), loss_BC - counted_BC, 0.0)
 
   def _divergence(self, logp: jax.Array, logq: jax.Array) -> jax.Array:

@@ -186,14 +186,14 @@ class SpanTargets(Targets, kw_only=True):
 
   Attributes:
     span_logp_BT: float32, the teacher's log-probability of the span that a label belongs to.
-    span_rest_BT: int32, the number of labels of the span that follow this one: 0 at its last label,
-      and -1 at labels without a span.
+    span_left_BT: int32, the number of labels of the span from this one on: 1 at its last label, and
+      0 at labels without a span.
     student_logp_BT: float32, the student's log-probability of the span; None until `fused_loss` or
       `logits_loss` adds it.
   """
 
   span_logp_BT: jax.Array
-  span_rest_BT: jax.Array
+  span_left_BT: jax.Array
   student_logp_BT: jax.Array | None = None
 
   def with_student(self, label_logp_BT: jax.Array) -> SpanTargets:
@@ -205,19 +205,19 @@ class SpanTargets(Targets, kw_only=True):
     Args:
       label_logp_BT: The student's log-probability of each label of whole rows.
     """
-    rest_BT = self.span_rest_BT
-    starts_BT = jnp.pad(rest_BT[:, :-1] <= 0, ((0, 0), (1, 0)), constant_values=True)
+    left_BT = self.span_left_BT
+    starts_BT = jnp.pad(left_BT[:, :-1] <= 1, ((0, 0), (1, 0)), constant_values=True)
 
     def join(left: tuple, right: tuple) -> tuple:
       (a, a_starts), (b, b_starts) = left, right
       return jnp.where(b_starts, b, a + b), a_starts | b_starts
 
     sums_BT, _ = jax.lax.associative_scan(join, (label_logp_BT, starts_BT), axis=1)
-    last_BT = jnp.arange(rest_BT.shape[1])[None] + jnp.maximum(rest_BT, 0)
+    last_BT = jnp.arange(left_BT.shape[1])[None] + jnp.maximum(left_BT - 1, 0)
     return self.replace(student_logp_BT=jnp.take_along_axis(sums_BT, last_BT, 1))
 
   def present(self) -> jax.Array:
-    return self.span_rest_BT >= 0
+    return self.span_left_BT > 0
 
 
 def check(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import KeyPath
 
+from distill_jax.cross_tokenizer import spans
 from distill_jax.data import model_rows
 from distill_jax.errors import InputError
-from distill_jax.losses import SampledTargets, TopKTargets
+from distill_jax.losses import SampledTargets, SpanTargets, TopKTargets
 from distill_jax.nn import sharding
 from distill_jax.nn.sharding import Rows
 from distill_jax.records import fields, taps
@@ -52,6 +53,9 @@ def collate(
     for name, prefix in prefixes.items()
     if prefix + fields.IDS.read in records[0]
   }
+  if with_targets and spans.LOGP in records[0]:
+    logp_BT, left_BT = (cast(Any, stack(name)) for name in (spans.LOGP, spans.LEFT))
+    targets["teacher"] = SpanTargets(span_logp_BT=logp_BT, span_left_BT=left_BT)
   smoothing: Any = stack(fields.SMOOTHING) if fields.SMOOTHING in records[0] else None
   return batch.replace(targets=batch.targets | targets, smoothing_BT=smoothing)
 

@@ -20,18 +20,21 @@ from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import open_store
 from distill_jax.tasks import dataset
 from distill_jax.tasks.dataset import RecordedTask, TaskExamples
-from distill_jax.training import aligned_store, loader
+from distill_jax.training import aligned_store, loader, span_store
 from distill_jax.training.aligned_store import AlignedStore
+from distill_jax.training.span_store import SpanStore
 from distill_jax.types import Batch, Recorded
 
-OneStore = MultiTeacherStore | RecordedTask | AlignedStore
+OneStore = MultiTeacherStore | RecordedTask | AlignedStore | SpanStore
 Stores = Sequence[OneStore]
 
 
 def open_stores(config: Config, student: ModelSource | None = None) -> Stores:
   """Opens and checks the stores of a config, with the records of all teachers joined.
 
-  Tasks have their own data and only need records for a teacher's outputs.
+  Tasks have their own data and only need records for a teacher's outputs. Text in the tokens of a
+  teacher with another tokenizer is read in the student's tokens: for the teacher in the step, or,
+  of records, with its probabilities of spans.
 
   Args:
     config: The config of the run.
@@ -44,16 +47,22 @@ def open_stores(config: Config, student: ModelSource | None = None) -> Stores:
   return _open(config, student, "train", "train.records", c.records, "train.teachers", c.teachers)
 
 
-def open_heldout(config: Config, student: ModelSource | None = None) -> Stores:
+def open_heldout(config: Config, student: ModelSource | None = None, stores: Stores = ()) -> Stores:
   """Opens the held-out stores of a config as `open_stores` does; () if nothing is evaluated.
 
   Tasks that are trained without records are evaluated on their own held-out examples.
+
+  Args:
+    config: The config of the run.
+    student: See `open_stores`.
+    stores: The stores it trains on, whose lengths held-out text in the teacher's tokens gets.
   """
   c = config.train
   if not c.heldout and not (config.tasks and c.eval_every):
     return ()
   keys = "train.heldout", "train.heldout_teachers"
-  return _open(config, student, "heldout", keys[0], c.heldout, keys[1], c.heldout_teachers)
+  trained = lengths(config, stores)
+  return _open(config, student, "heldout", keys[0], c.heldout, keys[1], c.heldout_teachers, trained)
 
 
 def _open(
@@ -64,11 +73,15 @@ def _open(
   paths: Sequence[str],
   teachers_key: str,
   teachers: Mapping[str, Sequence[str]],
+  trained: Sequence[int] = (),
 ) -> Stores:
   """Opens the stores of a split, whose folders and those of further teachers two keys name."""
   if not config.tasks:
     stores = _open_records(key, paths, teachers_key, teachers)
-    return aligned_store.align(config, student, key, stores)
+    if config.train.online:
+      return aligned_store.align(config, student, key, stores)
+    student = student or loading.open_source(config.student, config.seed)
+    return span_store.align(config, student, key, stores, trained)
   records = _open_records(key, paths, teachers_key, teachers) if paths else None
   if records and len(records) != len(config.tasks):
     raise bad_value(

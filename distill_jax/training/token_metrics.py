@@ -86,7 +86,7 @@ def kl_of_distributions(logp: jax.Array, logq: jax.Array) -> jax.Array:
 def _by_teacher(targets: Targets, logits_BCV: jax.Array, piece: Batch) -> dict[str, jax.Array]:
   """Returns the metrics of the student against one teacher."""
   if isinstance(targets, SpanTargets):  # their sum over labels is that over spans
-    return {"teacher_ce": -jnp.where(targets.span_rest_BT == 0, targets.span_logp_BT, 0.0)}
+    return {"teacher_ce": -jnp.where(targets.span_left_BT == 1, targets.span_logp_BT, 0.0)}
   if isinstance(targets, DenseTargets):
     metrics = _online(targets, logits_BCV, piece)
   else:

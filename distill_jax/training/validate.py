@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from distill_jax.config import Config
-from distill_jax.data import corpus
-from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError, bad_value
 from distill_jax.losses import BaseLoss, TokenLoss
 from distill_jax.models import loading, long_context
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.records.manifest import Manifest
-from distill_jax.training import loader
+from distill_jax.training import loader, span_store
 from distill_jax.training import stores as stores_lib
 from distill_jax.training.aligned_store import AlignedStore
+from distill_jax.training.span_store import SpanStore
 from distill_jax.training.step import Step
 from distill_jax.training.stores import Stores
 from distill_jax.types import IN_BATCH_CLASSES
@@ -115,7 +114,7 @@ def check_text_fits(config: Config, student: ModelSource, stores: Stores) -> Non
   """Raises InputError if recorded text does not fit the student's tokenizer or positions."""
   if config.tasks:
     return
-  tokenizer, shape = _tokenizer(config, student), student.text_config
+  tokenizer, shape = span_store.tokenizer_of(config, student), student.text_config
   for path, store in zip(config.train.records, stores, strict=True):
     manifest = store.manifest
     if manifest.vocab_size > shape.vocab_size:
@@ -134,15 +133,9 @@ def check_text_fits(config: Config, student: ModelSource, stores: Stores) -> Non
       raise InputError(
         f"The records {path} were made with another tokenizer (digest {manifest.tokenizer[:12]}) "
         f"than {tokenizer.where} (digest {tokenizer.digest[:12]}). Record with the student's "
-        "tokenizer, or set data.tokenizer to that of the records."
+        "tokenizer, set data.tokenizer to that of the records if the student has it, or name the "
+        "teacher in teacher.source to read its records in the student's tokens."
       )
-
-
-def _tokenizer(config: Config, student: ModelSource) -> Tokenizer | None:
-  """Returns the student's tokenizer; None for a random student without data.tokenizer."""
-  if not config.data.tokenizer and student.tokenizer is None:
-    return None
-  return corpus.tokenizer_of(config.data, student.pretrained)
 
 
 def check_records(config: Config, stores: Stores) -> None:
@@ -160,6 +153,11 @@ def check_records(config: Config, stores: Stores) -> None:
         "Name the records of the right teacher",
       )
     for name, fn in config.losses.items():
+      if isinstance(store, SpanStore) and fn.teacher_names and not fn.reads_spans:
+        raise InputError(
+          f"losses.{name} needs targets in the student's tokens, but the records {path} are in the "
+          "teacher's. Run `retarget` and train on its records, or use the losses alm and ce."
+        )
       for teacher in fn.teacher_names:
         if teacher == "teacher" and not config.train.online:
           _check_loss(name, fn, path, manifest, kinds)

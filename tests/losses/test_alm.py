@@ -14,11 +14,11 @@ from distill_jax.nn import sharding
 from distill_jax.types import Batch
 
 B, T, D, V = 2, 12, 6, 23
-# -1: no span. Spans of 1, 2, 3 and 5 labels; with chunks of 4 positions, two spans cross them.
-REST = np.array(
-  [[-1, 0, 1, 0, 2, 1, 0, -1, -1, 0, 0, -1], [4, 3, 2, 1, 0, -1, 0, 1, 0, 2, 1, 0]], np.int32
+# 0: no span. Spans of 1, 2, 3 and 5 labels; with chunks of 4 positions, two spans cross them.
+LEFT = np.array(
+  [[0, 1, 2, 1, 3, 2, 1, 0, 0, 1, 1, 0], [5, 4, 3, 2, 1, 0, 1, 2, 1, 3, 2, 1]], np.int32
 )
-MASK = REST >= 0
+MASK = LEFT > 0
 MASK[0, 7] = True  # a label that is trained on, without a span
 TEMPERATURE = 100.0
 
@@ -31,7 +31,7 @@ def problem():
   for row, start, end in spans():
     logp_BT[row, start : end + 1] = -rng.exponential(3.0 * (end + 1 - start))
   labels = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
-  targets = SpanTargets(span_logp_BT=f32(logp_BT), span_rest_BT=jnp.asarray(REST))
+  targets = SpanTargets(span_logp_BT=f32(logp_BT), span_left_BT=jnp.asarray(LEFT))
   return hidden, head, Batch(None, labels, jnp.asarray(MASK), {"teacher": targets})
 
 
@@ -40,9 +40,9 @@ def spans():
   for row in range(B):
     start = 0
     for t in range(T):
-      if REST[row, t] == 0:
+      if LEFT[row, t] == 1:
         yield row, start, t
-      if REST[row, t] <= 0:
+      if LEFT[row, t] <= 1:
         start = t + 1
 
 
@@ -99,7 +99,7 @@ def test_chunks_of_the_head_and_logits_that_exist_do_not_change_it():
 def test_spans_of_one_label_are_the_labels_of_records_in_the_same_tokens():
   hidden, head, batch = problem()
   logp_BT = jnp.asarray(-np.random.default_rng(1).exponential(2.0, (B, T)), jnp.float32)
-  ones = SpanTargets(span_logp_BT=logp_BT, span_rest_BT=jnp.where(MASK, 0, -1))
+  ones = SpanTargets(span_logp_BT=logp_BT, span_left_BT=jnp.asarray(MASK, jnp.int32))
   shape = (B, T, 1)
   records = SampledTargets(
     ids_BTK=jnp.zeros(shape, jnp.int32), weight_BTK=jnp.ones(shape), label_logp_BT=logp_BT

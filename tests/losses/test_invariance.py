@@ -119,7 +119,7 @@ def documents() -> list[dict[str, np.ndarray]]:
         "entropy": -(weight * np.log(weight)).sum(-1),
         "logp": np.log(0.8 * weight),
         "span_logp": -1.0 - np.arange(n) // 2,
-        "span_rest": np.where(mask, pairs.astype(int), -1),
+        "span_left": mask + pairs.astype(int),
       }
     )
   return docs
@@ -146,7 +146,7 @@ def packed(rows: list[tuple[int, int]], kind: str) -> Batch:
       temperature=CASES["kd sampled"][0].temperature.values[0],
     ),
     "topk": TopKTargets(ids_BTK=laid_out("ids"), logp_BTK=laid_out("logp")),
-    "spans": SpanTargets(span_logp_BT=laid_out("span_logp"), span_rest_BT=laid_out("span_rest")),
+    "spans": SpanTargets(span_logp_BT=laid_out("span_logp"), span_left_BT=laid_out("span_left")),
   }
   inputs = Inputs(laid_out("tokens"), laid_out("positions"), jnp.asarray(segments, jnp.int32))
   of_teachers = {"teacher": targets[kind]} if kind in targets else {}

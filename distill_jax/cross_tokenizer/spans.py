@@ -1,0 +1,52 @@
+"""Spans of the text that begin and end with a token in both tokenizations, for the loss `alm`.
+
+The teacher's log-probability of a span is the sum of those of its tokens, which records hold
+exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from distill_jax.cross_tokenizer.rows import AlignedRows
+
+LOGP, LEFT = "span_logp_T", "span_left_T"  # fields of a record; see losses.SpanTargets
+
+
+def add_spans(rows: AlignedRows, label_logp: Sequence[np.ndarray]) -> None:
+  """Adds span_logp_T and span_left_T to the records of some rows.
+
+  A span is skipped if the teacher did not predict all of its tokens, or the student does not
+  predict all of them: the first span of a segment, spans of which a part is masked or cut, and what
+  follows the last common border of a segment.
+
+  Args:
+    rows: The aligned rows.
+    label_logp: The teacher's log-probability of the label of each position, float [T], of each row.
+  """
+  aligned, H = rows.aligned, len(rows.aligned.id_H)
+  # A span has the number of the common border at its end. Tokens after the last border of a segment
+  # have the number of the next segment's first span, which is skipped in any case.
+  ends = np.intersect1d(aligned.end_G, aligned.end_H)
+  span_G, span_H = np.searchsorted(ends, aligned.end_G), np.searchsorted(ends, aligned.end_H)
+  count = len(ends) + 1
+  is_label_H = np.zeros(H, bool)
+  is_label_H[rows.token_X] = True
+  whole = (np.bincount(span_G, ~rows.known_G, count) == 0) & (
+    np.bincount(span_H, ~is_label_H, count) == 0
+  )
+  whole[-1] = False
+  at = np.stack([np.append(0.0, logp[:-1]) for logp in label_logp])[rows.row_G, rows.position_G]
+  logp = np.bincount(span_G, np.where(rows.known_G, at, 0.0), count)
+  last = np.searchsorted(span_H, np.arange(count), "right") - 1  # of each span, among H
+  for record in rows.records:
+    record[LOGP] = np.zeros(len(record["mask_T"]), np.float32)
+    record[LEFT] = np.zeros(len(record["mask_T"]), np.int32)
+  span_X = span_H[rows.token_X]
+  left_X = last[span_X] + 1 - rows.token_X
+  for i, record in enumerate(rows.records):
+    of_row = (rows.row_X == i) & whole[span_X]
+    record[LOGP][rows.position_X[of_row]] = logp[span_X[of_row]]
+    record[LEFT][rows.position_X[of_row]] = left_X[of_row]
