@@ -59,6 +59,8 @@ class Job:
     slices.parse("retarget.slice", options.slice)  # raises
     if options.seq_len < 0:
       raise bad_value("retarget.seq_len", options.seq_len, "at least 0", "Correct it")
+    if options.workers < 0:
+      raise bad_value("retarget.workers", options.workers, "at least 0", "Correct it")
     if not 0 <= options.min_mass <= 1:
       raise bad_value("retarget.min_mass", options.min_mass, "a number from 0 to 1", "Correct it")
     stores = source.open_stores(config)
@@ -110,13 +112,14 @@ class Job:
       for name, store in self.stores.items():
         measured = sample.measure(self.conversion, store, self.target(name))
         s, whole = measured.statistics, len(store) / measured.statistics.rows
+        workers = min(self.workers, len(store.manifest.ranges))
         progress.add(s.teacher_tokens)
         out[name] = {
           "sampled_share": 1 / whole,
           **summary.table(s, overlap),
           "estimate.tokens": round(s.tokens * whole),
           "estimate.bytes": round(measured.bytes * whole),
-          "estimate.seconds": round(measured.seconds * whole / self.workers, 1),
+          "estimate.seconds": round(measured.seconds * whole / workers, 1),
         }
     return out
 

@@ -65,6 +65,7 @@ def test_a_store_that_cannot_be_converted(source, tmp_path, change, match):
     ({"tokenizer": "nowhere"}, "nowhere does not exist"),
     ({"slice": "2/2"}, "retarget.slice is '2/2'; expected INDEX/COUNT"),
     ({"seq_len": -1}, "retarget.seq_len is -1; expected at least 0"),
+    ({"workers": -1}, "retarget.workers is -1; expected at least 0"),
     ({"min_mass": 1.5}, "retarget.min_mass is 1.5; expected a number from 0 to 1"),
     ({"roles": {END: "<none>"}}, "retarget.roles"),
   ],
