@@ -181,23 +181,26 @@ class _Projection:
     """
     token = self.aligned.token_G[self.g[x]]
     t, count, size = self.rows.entries(self.g[x])
-    row = np.repeat(np.arange(len(x)), size)
-    of = x[row]
-    hit = np.flatnonzero(t == token.astype(t.dtype)[row])  # the tokens in the text
+    if not len(x):
+      return (x, t, count), self._begin(x, np.zeros(0), x)
+    of = np.repeat(x, size)
+    label_E = np.repeat(token.astype(t.dtype), size)  # the token in the text
+    hit = np.flatnonzero(t == label_E)
+    row = np.searchsorted(x, of[hit])
     u = self.tables.phi_V[t]
-    to_label = np.flatnonzero(u == self.u[x].astype(u.dtype)[row])
-    to_label = to_label[t[to_label] != token[row[to_label]]]
+    to_label = np.flatnonzero(u == np.repeat(self.u[x].astype(u.dtype), size))
+    to_label = to_label[t[to_label] != label_E[to_label]]
     self.others += self._sum(of[to_label], count[to_label] / self.rows.n)
     u[hit] = self.u[of[hit]]
     label = np.zeros(len(x))
-    label[row[hit]] = count[hit] / self.rows.n
+    label[row] = count[hit] / self.rows.n
 
     state = self.tables.state_V[token]
     is_open = self.tables.is_open_V[t] * count
     is_open[hit] = 0
-    self.unresolved[x] = np.bincount(row, is_open, len(x)) / self.rows.n
+    self.unresolved[x] = np.add.reduceat(is_open, np.cumsum(size) - size) / self.rows.n
     goes = self._needs_next(x, self.g[x], state)
-    count[hit[goes[row[hit]]]] = 0  # these go to the next distribution
+    count[hit[goes[row]]] = 0  # these go to the next distribution
     return (of, u, count), self._begin(x[goes], label[goes], state[goes])
 
   def _inside(self, x: np.ndarray) -> _Paths:

@@ -87,7 +87,11 @@ class Vocabulary:
   def spell(self, ids: Sequence[int] | np.ndarray) -> bytes:
     """Returns the bytes of ids. Control tokens, and ids from `size` on, spell nothing."""
     ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
-    return b"".join([self.bytes_V[i] or b"" if i < self.size else b"" for i in ids])
+    bytes_V = self.bytes_V
+    try:
+      return b"".join([bytes_V[i] for i in ids])  # type: ignore[misc]
+    except (IndexError, TypeError):
+      return b"".join([bytes_V[i] or b"" if i < self.size else b"" for i in ids])
 
   def locate(self, text: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Returns the tokens of a text and their places among its bytes.

@@ -37,7 +37,10 @@ def group(
   # several times faster than argsort, and no weight has to be looked up.
   counts, id_bits = 1 << 15, int(vocab_size).bit_length()
   bits = (counts + len(parts[0])).bit_length()
-  key = (whole[0] << id_bits | whole[1]) << bits | whole[2]
+  key = whole[0] << id_bits
+  key |= whole[1]
+  key <<= bits
+  key |= whole[2]
   if not whole[2].all():
     key = key[whole[2] > 0]
   part_key = (parts[0] << id_bits | parts[1]) << bits | np.arange(counts, counts + len(parts[0]))
