@@ -187,7 +187,8 @@ def _align_text(
   """Returns the student's tokens of a text, int64 [n], and their places in its bytes, int64 [n+1].
 
   Segments are cut at the ends of rows, so the first and the last text of a segment may begin and
-  end inside of a character, which has no student tokens.
+  end inside of a character, which has no student tokens. Neither has the dummy space of a teacher
+  such as Llama 2; the student's tokens may begin with their own.
 
   Args:
     tables: The tables of both tokenizers.
@@ -203,6 +204,8 @@ def _align_text(
   if is_first:
     cut = min(_CONTINUATION, len(data))
     head = next((i for i in range(cut) if data[i] & 0xC0 != 0x80), cut)
+  if tables.teacher_space and data[:1] == b" ":
+    head = 1
   try:
     text = data[head:].decode()
   except UnicodeDecodeError as e:

@@ -1,6 +1,7 @@
 """Records in another tokenizer's tokens: identity, masks, roles, order, statistics."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -150,6 +151,32 @@ def test_bytes_that_are_not_text_are_skipped():
   aligned = align_rows(tables, [row], 8)
   assert aligned.skipped == {CUT: 1}
   np.testing.assert_array_equal(aligned.records[0]["tokens_T"][:2], [0, 1])
+
+
+class Spaced(Toy):
+  """A vocabulary that puts a dummy space before a text, as Llama 2."""
+
+  def locate(self, text):
+    ids, places = super().locate(" " + text)
+    return ids, places - 1
+
+
+@pytest.mark.parametrize(
+  "teacher_type, student_type", [*itertools.product([Toy, Spaced], repeat=2)]
+)
+def test_a_dummy_space_is_not_part_of_the_text(teacher_type, student_type):
+  pieces = (b" ", b"a", b"b", b" a", b"ab", None)
+  teacher, student = teacher_type(*pieces), student_type(*pieces, b"ba", None)
+  tables = PairTables(teacher, student, {5: 7})
+  has_space = teacher_type is Spaced
+  tokens = np.array([3, 2, 1, 5] if has_space else [1, 2, 1, 5])  # "aba", with or without it
+  row = {"tokens_T": tokens, "segments_T": np.ones(4, int), "mask_T": np.ones(4, bool)}
+  aligned = align_rows(tables, [row], 8)
+  record = aligned.records[0]
+  own_space = student_type is Spaced
+  np.testing.assert_array_equal(record["tokens_T"][:3], [3, 6, 7] if own_space else [4, 1, 7])
+  np.testing.assert_array_equal(aligned.aligned.end_H[-2:], has_space + np.array([3, 4]))
+  np.testing.assert_array_equal(aligned.position_X, [0, 1])
 
 
 def test_a_row_without_text_is_padding():

@@ -7,7 +7,7 @@ import pytest
 
 from distill_jax.errors import InputError
 from distill_jax.records import bits, codec, tap_features, taps, token_codec
-from distill_jax.records.fields import RecordSpec
+from distill_jax.records.fields import ENTRIES, RecordSpec
 from distill_jax.records.manifest import Taps
 
 pytestmark = pytest.mark.smoke
@@ -253,3 +253,33 @@ def test_projection_keeps_lengths_and_never_changes():
 
 
 GOLDEN = "-+++-+-++++++++-"  # of Philox, which numpy promises not to change
+
+
+def with_entries(seq, spec):
+  """Returns a sampled sequence with fields.ENTRIES instead of its points."""
+  found = [np.unique(ids, return_counts=True) for ids in seq["ids_TN"][seq["mask_T"]]]
+  values = (
+    np.concatenate([ids for ids, _ in found]),
+    np.concatenate([counts for _, counts in found]),
+    np.array([len(ids) for ids, _ in found]),
+  )
+  return {k: v for k, v in seq.items() if k != "ids_TN"} | dict(zip(ENTRIES, values, strict=True))
+
+
+def test_entries_have_the_bytes_of_their_points():
+  spec = RecordSpec("sampled", 31, 5000)
+  seq = sequence(spec, 200)
+  assert codec.encode_targets(with_entries(seq, spec), spec) == codec.encode_targets(seq, spec)
+
+
+@pytest.mark.parametrize("name, change", [*zip(ENTRIES, (4999, 2, 9), strict=True)])
+def test_inconsistent_entries_are_refused(name, change):
+  spec = RecordSpec("sampled", 31, 5000)
+  seq = with_entries(sequence(spec, 200), spec)
+  seq[name] = seq[name].copy()
+  seq[name][0] = change + (name == "entry_counts_E") * seq[name][0]
+  with pytest.raises(InputError, match="entries of a record are inconsistent. Expected ascending"):
+    codec.encode_targets(seq, spec)
+  seq["entry_ids_E"] = seq["entry_ids_E"] + 5000
+  with pytest.raises(InputError, match="entry_ids_E is int64 from"):
+    codec.encode_targets(seq, spec)
