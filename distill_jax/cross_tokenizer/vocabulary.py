@@ -30,6 +30,7 @@ import numpy as np
 
 from distill_jax.data import token_bytes
 from distill_jax.data.tokenizers import EOS, Tokenizer
+from distill_jax.runtime import extras
 
 if TYPE_CHECKING:  # worker processes must not import jax
   from distill_jax.types import JsonObject
@@ -122,7 +123,8 @@ class Vocabulary:
     """The tokenizer without its dummy prefix."""
     whole = self.tokenizer
     if whole.kind == "sentencepiece":
-      from sentencepiece import sentencepiece_model_pb2
+      with extras.needed("train"):
+        from sentencepiece import sentencepiece_model_pb2
 
       proto: Any = sentencepiece_model_pb2
       model = proto.ModelProto.FromString(whole.raw)
