@@ -133,7 +133,8 @@ def _opened(
   prefix, after = (getattr(module, name, "") for name in ("PREFIX", "AFTER"))
   if tokenizer is not None:
     check_vocabulary(tokenizer.size(), cast(TextConfig, config).vocab_size)
-  ids = {k: hf[k] for k in IDS if hf.get(k) is not None}
+  # An id that is null stays null in exports; transformers replaces a missing id by its default.
+  ids = {k: hf[k] for k in IDS if k in hf}
   return Pretrained(
     source,
     family,

@@ -83,15 +83,18 @@ def text(evaluation: Mapping[str, Any]) -> str:
   for model, row in evaluation["models"].items():
     lines.append(f"{model}: " + ", ".join(f"{name} {x:,.4g}" for name, x in row.items()))
   if texts := evaluation.get("texts"):
-    rows = (f"{model} {row['bits_per_byte']:.4f}" for model, row in texts["models"].items())
-    lines.append(
-      f"bits per byte, {texts['texts']} texts, {texts['bytes']:,} bytes: {'; '.join(rows)}"
-    )
+    lines.append(bits_per_byte(texts))
   evals = evaluation.get("evals", {})
   for name, number in numbers(evals):
     values = (f"{model} {value(row, number)}" for model, row in evals[name].items())
     lines.append(f"{name} {number}, {note(evals[name])}: " + "; ".join(values))
   return "\n".join(lines)
+
+
+def bits_per_byte(texts: Mapping[str, Any]) -> str:
+  """Returns the bits per byte of all models, given "texts" of an evaluation.json."""
+  rows = (f"{model} {row['bits_per_byte']:.4f}" for model, row in texts["models"].items())
+  return f"bits per byte, {texts['texts']:,} texts, {texts['bytes']:,} bytes: {'; '.join(rows)}"
 
 
 def markdown(evals: Evals) -> list[str]:

@@ -73,7 +73,8 @@ def write_report(
   has_hard = "hard" in (measured or {})
   names = [name for name in MODELS if has_hard or name != "hard"]
   models = {name: _numbers(evaluation, name) for name in [*names, *measured]} if measured else {}
-  is_final = bool(measured or evals) and all(run.is_finished for run in loaded.values())
+  is_measured = bool(measured or evals or evaluation.get("texts"))
+  is_final = is_measured and all(run.is_finished for run in loaded.values())
   now = now or datetime.datetime.now(datetime.UTC)
   html = page.render(
     headline=_headline(evaluation, loaded),
@@ -103,6 +104,8 @@ def _headline(evaluation: Mapping[str, Any], runs: Mapping[str, ReportedRun]) ->
   """Returns the title of the page: the main result, or the progress of the run that is going."""
   if evaluation["models"]:
     return results.headline(evaluation)
+  if texts := evaluation.get("texts"):
+    return benchmarks.bits_per_byte(texts).capitalize()
   if evaluation.get("evals"):
     return benchmarks.headline(evaluation["evals"])
   going = [(name, run) for name, run in runs.items() if run.rows and not run.is_finished]
@@ -118,11 +121,13 @@ def _numbers(evaluation: Mapping[str, Any], model: str) -> dict[str, float | Non
 
 def _about(evaluation: Mapping[str, Any]) -> str:
   if not evaluation["models"]:
-    is_measured = "evals" in evaluation
+    is_measured = "evals" in evaluation or "texts" in evaluation
     return "The loss on held-out data was not measured" + ("." if is_measured else " yet.")
   tokens, corpus = evaluation.get("tokens"), results.corpus_name(evaluation)
   counted = "an unknown number of" if tokens is None else f"{int(tokens):,}"
-  return f"Evaluated on {counted} held-out tokens" + (f" of {corpus}." if corpus else ".")
+  about = f"Evaluated on {counted} held-out tokens" + (f" of {corpus}." if corpus else ".")
+  texts = evaluation.get("texts")
+  return f"{about} {benchmarks.bits_per_byte(texts).capitalize()}." if texts else about
 
 
 def _commands(folder: Path, runs: Mapping[str, ReportedRun]) -> dict[str, str]:

@@ -83,6 +83,8 @@ def _measured(evaluation: Mapping[str, Any] | None) -> list[str]:
     ]
   evals = evaluation.get("evals")
   rows = [*benchmarks.markdown(evals), ""] if evals else []
+  if texts := evaluation.get("texts"):
+    rows += [f"On {corpus_name(texts)}: {benchmarks.bits_per_byte(texts)}.", ""]
   if not evaluation["models"]:
     return rows
   rows += [

