@@ -18,11 +18,13 @@ with two tokenizers: in parts of at most SEQ_LEN tokens, without the first token
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -179,8 +181,10 @@ class Evidence:
         finished.touch()
     name, begin = RUNS / f"{target}-{rate:g}-{self.commit}", time.monotonic()
     self.command("train", target, seed, name, f"--config.optim.peak_lr={rate}")
-    seconds, workdir = time.monotonic() - begin, self.folder / f"seed-{seed}" / name
-    bits = measure(f"run:{workdir.resolve()}")
+    seconds, place = time.monotonic() - begin, self.folder / f"seed-{seed}"
+    workdir = place / name
+    with contextlib.chdir(place):  # the paths in the config of a run are relative
+      bits = measure(f"run:{name}")
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     self.write(
       target=target,
@@ -237,7 +241,9 @@ def main() -> None:
   parser.add_argument("folder", type=Path)
   parser.add_argument("--targets", default=",".join(TARGETS))
   args = parser.parse_args()
-  evidence = Evidence(args.folder)
+  # Commands run in the folders of the seeds.
+  os.environ["MISTRAL_TOKENIZER"] = str(Path(settings().MISTRAL).resolve())
+  evidence = Evidence(args.folder.resolve())
   targets = args.targets.split(",")
   for target in targets:  # a first look at all of them
     evidence.run(target, settings().RATES[target], 0)
