@@ -44,8 +44,9 @@ demo: .venv/.ready
 clean-demo:
 	rm -rf $(DEMO)
 
-# --durations: the slowest tests, so that slowness is seen where it begins.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
+# --durations: the slowest tests, so that slowness is seen where it begins. The order of the files is
+# that of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 test: .venv/.test
 	$(PYTEST)

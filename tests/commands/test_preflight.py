@@ -117,21 +117,19 @@ def start(path, *flags):
 
 
 @needs_libtpu
-def test_commands_for_a_slice_run_at_the_same_time(tmp_path):
-  """Runs the command line in three processes at once; checks the text and the JSON."""
+def test_commands_run_at_the_same_time(tmp_path):
+  """Two processes: training on two slices as JSON, and recording on one slice as text."""
   path = tmp_path / "c.py"
   path.write_text(CONFIG)
   both = (
-    start(path, "--topology=v5e:2x2", "--json"),
-    start(path, "--topology=v5e:2x2", "--verb=record"),
     start(path, "--topology=v5e:2x2", "--num_slices=2", "--config.mesh.data=2", "--json"),
+    start(path, "--topology=v5e:2x2", "--verb=record"),
   )
-  outputs = [p.communicate(timeout=200) for p in both]
-  (out, err), (words, more), (two, _) = outputs
-  assert [p.returncode for p in both] == [0, 0, 0], err + more
+  (out, err), (words, more) = (p.communicate(timeout=200) for p in both)
+  assert [p.returncode for p in both] == [0, 0], err + more
   r = json.loads(out.splitlines()[-1])
-  assert all(r[key] is not None for key in KEYS) and r["fits"] and r["chips"] == 4
-  assert r["mesh"] == {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}
+  assert all(r[key] is not None for key in KEYS) and r["fits"] and r["chips"] == 8
+  assert r["mesh"] == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
   parts, peak = sum(r["bytes_per_device"].values()), r["peak_bytes_per_device"]
   assert 0.9 * peak < parts <= peak  # the layouts of small arguments are padded
   twice = r["flops"]["recomputed"] + r["flops"]["masked"]
@@ -139,14 +137,12 @@ def test_commands_for_a_slice_run_at_the_same_time(tmp_path):
   assert 0 < r["mfu_bound"] <= 1
   assert r["tokens_per_second_bound"] == pytest.approx(8 * 128 / r["step_seconds_bound"])
   assert r["store_bytes"] == pytest.approx(100 * 128 * r["store_bytes_per_token"], rel=0.01)
-  assert r["chip_hours"] == pytest.approx(10 * r["step_seconds_bound"] * 4 / 3600)
+  assert r["chip_hours"] == pytest.approx(10 * r["step_seconds_bound"] * 8 / 3600)
   assert words.startswith("Fits: ") and "records take about" in words
-  slow = json.loads(two.splitlines()[-1])
-  assert slow["chips"] == 8 and slow["mesh"] == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
-  assert set(r["collectives"]) | {"dcn all-reduce"} == set(slow["collectives"])
-  # Each device sends its part of the gradient, once, and a few sums.
-  gradient = slow["bytes_per_device"]["parameters"]
-  assert gradient / 4 < slow["collectives"]["dcn all-reduce"] < 1.2 * gradient
+  # Each device sends its part of the gradient to the other slice, once, and a few sums.
+  gradient = r["bytes_per_device"]["parameters"]
+  assert gradient / 4 < r["collectives"]["dcn all-reduce"] < 1.2 * gradient
+  assert {"all-gather", "reduce-scatter"} & r["collectives"].keys()
 
 
 @pytest.mark.parametrize("verb", ["train", "record"])

@@ -69,11 +69,11 @@ def test_tokens_do_not_depend_on_the_batch():
   """Neither the number of rows nor the number of prefilled prompts changes them."""
   model, read = random_model(), prompts(256)
   wanted = [(p, s) for p in read for s in range(2)]
-  first, *others = (
+  first, other = (
     {k: s.tokens for k, s in decode(model, one_device(), DRAWN, read, wanted, rows, fill).items()}
-    for rows, fill in ((8, 2), (3, 3), (1, 1))
+    for rows, fill in ((8, 2), (1, 1))
   )
-  assert all(other == first for other in others)
+  assert other == first
   assert first[4, 0] != first[4, 1]
 
 

@@ -45,6 +45,10 @@ else:
 """
 
 
+def slow(*values):
+  return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def start(store, tmp_path, verb, flag="", **env):
   env = os.environ | store.environment() | {"DISTILL_JAX_CACHE": str(tmp_path / verb), **env}
   env |= {"JAX_PLATFORMS": "cpu"}
@@ -70,6 +74,7 @@ def expected(tmp_path):
   return {p.name: p.read_bytes() for p in (tmp_path / "expected").iterdir()}
 
 
+@pytest.mark.parametrize("object_store", ["s3", slow("gcs")], indirect=True)
 def test_two_processes_export_from_a_store_to_it(object_store, tmp_path, expected):
   finish(start(object_store, tmp_path, "save"))
   port = free_port()
@@ -80,7 +85,11 @@ def test_two_processes_export_from_a_store_to_it(object_store, tmp_path, expecte
   assert contents(f"{object_store.url}/out") == expected
 
 
-@pytest.mark.parametrize("fault", ["reset_request", 503])
+@pytest.mark.parametrize(
+  "object_store, fault",
+  [("s3", "reset_request"), ("gcs", 503), slow("s3", 503), slow("gcs", "reset_request")],
+  indirect=["object_store"],
+)
 def test_faults_in_the_middle_of_uploads(object_store, tmp_path, expected, fault):
   with checkpoint.manager(tmp_path) as saves:
     model = llama.Model(CONFIG, jax.random.key(0))

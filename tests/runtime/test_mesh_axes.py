@@ -45,25 +45,33 @@ def text_config(folder, axis):
   return c
 
 
-def core(folder, where, axis):
-  """record (sampled), train, and evaluate with held-out text and choices by likelihood."""
+def core_config(folder, where, axis):
+  """Returns the config of `core`, with held-out text."""
   c = text_config(folder, axis)
   c.train.records, c.train.heldout = (str(where / "sampled"),), (str(where / "sampled/heldout"),)
   lines = ({"text": sentence} for sentence in tiny.sentences())
   c.data.kind, c.data.path = "jsonl", str(write_lines(folder / "corpus.jsonl", lines))
   c.data.heldout_fraction, c.records.heldout_sequences = 0.3, 7
   c.train.best_metric, c.train.eval_every = "heldout/loss", 2
+  return c
+
+
+def core(folder, where, axis):
+  """record (sampled), and train with evaluations."""
+  c = config.resolve(core_config(folder, where, axis))
+  return [("record", where / "sampled", c), ("train", where / "student", c)]
+
+
+def core_evaluated(folder, where, axis):
+  """core, and evaluate with held-out text and choices by likelihood."""
+  c = core_config(folder, where, axis)
   c.evaluate.models = {"student": f"run:{where / 'student'}"}
   endings = ["1.", "is 4.", "b!", "c"]
   rows = [{"activity_label": "Sum", "ctx": "as", "endings": endings, "label": i} for i in range(3)]
   questions = write_lines(folder / "hellaswag.jsonl", rows)
   c.evals.hellaswag = config.benchmark("hellaswag", path=str(questions))
-  c = config.resolve(c)
-  return [
-    ("record", where / "sampled", c),
-    ("train", where / "student", c),
-    ("evaluate", where / "evaluated", c),
-  ]
+  evaluate = ("evaluate", where / "evaluated", config.resolve(c))
+  return [*core(folder, where, axis), evaluate]
 
 
 def more(folder, where, axis):
@@ -160,6 +168,10 @@ def compare_core(one, two):
   assert len(metrics) == 3 and all(row["tokens"] for row in metrics)
   assert [i for i, row in enumerate(metrics) if "heldout/kl/teacher" in row] == [1, 2]
   compare_numbers(metrics, read_metrics(two / "student"))
+
+
+def compare_core_evaluated(one, two):
+  compare_core(one, two)
   evaluations = [json.loads((f / "evaluated/evaluation.json").read_text()) for f in (one, two)]
   assert evaluations[0]["evals"]["hellaswag"]["student"] and evaluations[0]["models"]["student"]
   compare_numbers(*evaluations)
@@ -187,22 +199,22 @@ def test_the_tensor_axis_crosses_processes(tmp_path):
 
 @pytest.mark.slow
 def test_the_context_axis_crosses_processes(tmp_path):
-  for one, two in run_twice(tmp_path, core, ["context"]).values():
-    compare_core(one, two)
+  for one, two in run_twice(tmp_path, core_evaluated, ["context"]).values():
+    compare_core_evaluated(one, two)
 
 
 @pytest.mark.slow
 def test_processes_have_parts_of_several_groups(tmp_path):
   """Two processes of two devices hold parts of both groups, and each writes the rows of one."""
-  for one, two in run_twice(tmp_path, core, ["pod"]).values():
-    compare_core(one, two)
+  for one, two in run_twice(tmp_path, core_evaluated, ["pod"]).values():
+    compare_core_evaluated(one, two)
 
 
 @pytest.mark.slow
 def test_every_axis_crosses_processes(tmp_path):
-  folders = run_twice(tmp_path, core, ["data", "fsdp"])
+  folders = run_twice(tmp_path, core_evaluated, [*AXES])
   for one, two in folders.values():
-    compare_core(one, two)
+    compare_core_evaluated(one, two)
   resume_record(tmp_path, folders["data"][0])
 
 
