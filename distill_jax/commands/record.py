@@ -57,6 +57,8 @@ from distill_jax.records.options import RecordsOptions
 from distill_jax.records.recorder import Corpus
 from distill_jax.records.shard_buffer import ShardBuffer
 from distill_jax.records.store import Writer, unfinished_store
+from distill_jax.records.student_rows import StudentRows
+from distill_jax.retarget import summary
 from distill_jax.runtime import distributed, storage
 from distill_jax.runtime.progress import Progress
 from distill_jax.tasks import dataset
@@ -158,7 +160,7 @@ def _record(config: Config, teacher: ModelSource, parts: Sequence[_Part], mesh: 
       if part.missing:
         _write(part, loaded, progress, steps)
       distributed.barrier("recorded")
-      distributed.run_on_process_0(functools.partial(_complete, part.writer))
+      distributed.run_on_process_0(functools.partial(_complete, part))
 
 
 def _load(config: Config, teacher: ModelSource, corpus: Corpus, mesh: Mesh) -> LoadedTeacher | None:
@@ -184,8 +186,11 @@ def _writer(config: Config, teacher: ModelSource, corpus: Corpus, folder: Path) 
   return Writer(folder, manifest, jax.process_index(), jax.process_count())
 
 
-def _complete(writer: Writer) -> None:
+def _complete(part: _Part) -> None:
   """Finishes the store."""
+  writer, rows = part.writer, part.corpus.rows
+  if isinstance(rows, StudentRows):
+    summary.merge(writer.folder, len(writer.manifest.ranges), rows.tables)
   if writer.complete() is None:
     raise InputError(
       f"{writer.folder} still lacks shards of a process that is not part of this run. Run the "
@@ -276,7 +281,9 @@ def _write(
   if teacher is None:
     batches = _without_targets(part, plan)
   else:
-    batches = teacher.recorded(part.corpus, plan, part.rows)
+    statistics = summary.ShardStatistics(part.writer.folder, part.writer.manifest.ranges)
+    see = statistics.add if part.corpus.retargeted else None
+    batches = teacher.recorded(part.corpus, plan, part.rows, see)
   with ShardBuffer(part.writer, own) as buffer, distributed.Preemption() as preemption:
     for index_B, records in batches:
       buffer.add(records)

@@ -46,6 +46,7 @@ class DenseTables(struct.PyTreeNode):
     order_V: int32, the teacher's tokens in the order of their bytes.
     phi_V: int32, the student token of each at a token boundary; the number of student tokens for
       none.
+    open_V: bool, True where a longer student token begins with the bytes of one.
     first_S1: int32, the first piece of each split, and the number of pieces.
     start_P: int32, the first rank of each piece.
     end_P: int32, the rank after its last.
@@ -55,6 +56,7 @@ class DenseTables(struct.PyTreeNode):
 
   order_V: np.ndarray | jax.Array
   phi_V: np.ndarray | jax.Array
+  open_V: np.ndarray | jax.Array
   first_S1: np.ndarray | jax.Array
   start_P: np.ndarray | jax.Array
   end_P: np.ndarray | jax.Array
@@ -68,10 +70,11 @@ class DenseTables(struct.PyTreeNode):
     return cls(
       order_V=splits.order,
       phi_V=np.where(phi_V < 0, tables.student.size, phi_V).astype(np.int32),
+      open_V=tables.state_V[splits.order] >= 0,
       first_S1=splits.first,
-      start_P=splits.start,
-      end_P=splits.end,
-      token_P=splits.token,
+      start_P=np.append(splits.start, 0).astype(np.int32),  # indexing needs one piece
+      end_P=np.append(splits.end, 0).astype(np.int32),
+      token_P=np.append(splits.token, 0).astype(np.int32),
       length_S=tables.student.length_V.astype(np.int32),
     )
 
@@ -109,11 +112,18 @@ class Projected(NamedTuple):
     hard_X: bool, True where the label has probability 1, because the possible tokens have too
       little mass.
     lost_X: float32, the mass that reached no student token, before the rest was scaled to 1.
+    unresolved_X: float32, the mass of the first level's tokens that a longer student token could
+      have begun with. The distribution after them is not known, so phi gets it.
+    opened_X: float32, the mass of the token in the text if the next distribution is read.
+    beyond_X: float32, what student tokens that end after it get of that.
   """
 
   p_XS: jax.Array
   hard_X: jax.Array
   lost_X: jax.Array
+  unresolved_X: jax.Array
+  opened_X: jax.Array
+  beyond_X: jax.Array
 
 
 def project(
@@ -144,27 +154,39 @@ def project(
   mass_X = jnp.where(inside_X, real_X + jnp.sum(others_XV, -1), 1.0)
   scale_X = 1 / jnp.maximum(mass_X, SMALLEST)
   target_XS = _segment_sum(jnp.where(inside_X[:, None], 0.0, others_XV), tables)
+  open_1V = tables.open_V[None]
+  open_X = jnp.sum(jnp.where(open_1V, others_XV[:, : open_1V.shape[-1]], 0.0), -1)
   alone = first.replace(low=jnp.zeros_like(first.low), high=jnp.zeros_like(first.high))
-  target_XS = _split(target_XS, others_XV, scale_X, alone, labels_X, tables)
+  target_XS, _ = _split(target_XS, others_XV, scale_X, alone, labels_X, tables)
 
-  def read(carry: tuple[jax.Array, jax.Array], level: tuple[jax.Array, Links]):
-    target_XS, left_X = carry
+  def read(carry: tuple[jax.Array, ...], level: tuple[jax.Array, Links]):
+    target_XS, left_X, beyond_X = carry
     hidden_XD, link = level
     others_XV, real_X = _others(logits(hidden_XD), link.real)
     used_X = link.place >= 0
     weight_X = jnp.where(used_X, left_X, 0.0)
-    target_XS = _split(target_XS, others_XV, weight_X, link, labels_X, tables)
-    return (target_XS, jnp.where(used_X, left_X * real_X, left_X)), None
+    target_XS, pieces_X = _split(target_XS, others_XV, weight_X, link, labels_X, tables)
+    left_X = jnp.where(used_X, left_X * real_X, left_X)
+    return (target_XS, left_X, beyond_X + pieces_X), None
 
   rest = jax.tree.map(lambda x: x[1:], links_LX)
-  (target_XS, left_X), _ = jax.lax.scan(read, (target_XS, real_X * scale_X), (hidden_LXD[1:], rest))
+  begun_X = real_X * scale_X
+  carry = target_XS, begun_X, jnp.zeros_like(begun_X)
+  (target_XS, left_X, beyond_X), _ = jax.lax.scan(read, carry, (hidden_LXD[1:], rest))
   x_X = jnp.arange(len(labels_X))
   target_XS = target_XS.at[x_X, labels_X].add(jnp.maximum(left_X, SMALLEST))
   total_X = jnp.sum(target_XS, -1)
   hard_X = (first.place < 0) | (mass_X < min_mass)
   label_XS = jax.nn.one_hot(labels_X, target_XS.shape[-1], dtype=jnp.float32)
   p_XS = jnp.where(hard_X[:, None], label_XS, target_XS / total_X[:, None])
-  return Projected(p_XS, hard_X, jnp.where(hard_X, 0.0, jnp.maximum(1 - total_X, 0.0)))
+  goes_on_X, longer_X = rest.place[0] >= 0, rest.base[0] != labels_X
+  masses = (
+    jnp.maximum(1 - total_X, 0.0),
+    jnp.where(inside_X, 0.0, open_X),
+    jnp.where(goes_on_X, begun_X, 0.0),
+    beyond_X + jnp.where(goes_on_X & longer_X, left_X, 0.0),
+  )
+  return Projected(p_XS, hard_X, *(jnp.where(hard_X, 0.0, x) for x in masses))
 
 
 def _others(logits_XV: jax.Array, real_X: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -194,11 +216,14 @@ def _split(
   link: Links,
   labels_X: jax.Array,
   tables: DenseTables,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
   """Adds a weight times the mass of a level's other tokens to the student tokens that they lead to.
 
   The pieces of all positions are one list, of which BLOCK are looked up at once. So the work is
   that of the pieces there are; a state has a few on average, and up to thousands.
+
+  Returns:
+    The sums [X, S], and what the pieces and the range of the label got, [X].
   """
   students = len(tables.length_S)
   mass_X = jnp.sum(others_XV, -1)
@@ -214,16 +239,16 @@ def _split(
   has = (link.split >= 0) & (weight_X > 0)
   first_X = tables.first_S1[jnp.maximum(link.split, 0)]
   pieces_X = jnp.where(has, tables.first_S1[jnp.maximum(link.split, 0) + 1] - first_X, 0)
-  past_X = jnp.cumsum(pieces_X)
-  count, block = past_X[-1], min(BLOCK, 64 * len(labels_X))
+  ends_X = jnp.cumsum(pieces_X)
+  count, block = ends_X[-1], min(BLOCK, 64 * len(labels_X))
   length_X = tables.length_S[labels_X]
 
   def add(carry):
     """Adds the mass of some pieces. Those that are shorter than the label keep what it leaves."""
     at, target_XS, kept_X, label_X = carry
     n = at + jnp.arange(block, dtype=jnp.int32)
-    x = jnp.minimum(jnp.searchsorted(past_X, n, side="right"), len(past_X) - 1).astype(jnp.int32)
-    piece = jnp.where(n < count, first_X[x] + n - past_X[x] + pieces_X[x], 0)
+    x = jnp.minimum(jnp.searchsorted(ends_X, n, side="right"), len(ends_X) - 1).astype(jnp.int32)
+    piece = jnp.where(n < count, first_X[x] + n - ends_X[x] + pieces_X[x], 0)
     start, end, token = (table[piece] for table in (tables.start_P, tables.end_P, tables.token_P))
     mass = before(x, end) - before(x, start)
     low, high = link.low[x], link.high[x]
@@ -240,5 +265,7 @@ def _split(
   _, target_XS, kept_X, label_X = jax.lax.while_loop(lambda c: c[0] < count, add, carry)
   target_XS = target_XS.at[x_X, labels_X].add(label_X.astype(jnp.float32) * unit_X)
   base_X = jnp.where(link.base < 0, students, link.base)
-  rest_X = (total_X - kept_X - label_X).astype(jnp.float32)
-  return target_XS.at[x_X, base_X].add(rest_X * unit_X, mode="drop")
+  past_X = kept_X + label_X
+  rest_X = (total_X - past_X).astype(jnp.float32) * unit_X
+  target_XS = target_XS.at[x_X, base_X].add(rest_X, mode="drop")
+  return target_XS, past_X.astype(jnp.float32) * unit_X

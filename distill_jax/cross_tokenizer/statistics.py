@@ -21,6 +21,7 @@ class Statistics:
     cut_targets: Number of labels with a distribution among them.
     kinds: Number of targets by kind (align.KINDS).
     skipped: Number of segments without student tokens, by reason (align.REASONS).
+    cut_chains: Number of targets of exact records whose chain is cut at chains.DEPTH.
     hard_targets: Number of targets that are the hard label.
     lost_mass: Sum over targets of the mass that reached no student token.
     unresolved_mass: See project.Projected, summed over targets.
@@ -38,6 +39,7 @@ class Statistics:
   cut_targets: int = 0
   kinds: Counter[str] = dataclasses.field(default_factory=Counter)
   skipped: Counter[str] = dataclasses.field(default_factory=Counter)
+  cut_chains: int = 0
   hard_targets: int = 0
   lost_mass: float = 0.0
   unresolved_mass: float = 0.0

@@ -12,10 +12,18 @@ from jax.sharding import Mesh
 
 from distill_jax.config import Config
 from distill_jax.cross_tokenizer.dense import DenseTables
+from distill_jax.cross_tokenizer.statistics import Statistics
 from distill_jax.models import runs
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn.sharding import Rows
-from distill_jax.records import batch_plan, collate, recorder, student_rows, tap_features
+from distill_jax.records import (
+  batch_plan,
+  collate,
+  projection,
+  recorder,
+  student_rows,
+  tap_features,
+)
 from distill_jax.records.fields import Record
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.recorder import Corpus
@@ -95,7 +103,11 @@ class LoadedTeacher:
     return self._runs[chunk]
 
   def recorded(
-    self, corpus: Corpus, plan: Iterable[np.ndarray], rows: Rows
+    self,
+    corpus: Corpus,
+    plan: Iterable[np.ndarray],
+    rows: Rows,
+    see: Callable[[int, Statistics], None] | None = None,
   ) -> Iterator[tuple[np.ndarray, list[Record]]]:
     """Yields each batch of a plan with the records in it that this process writes.
 
@@ -105,10 +117,15 @@ class LoadedTeacher:
       corpus: The corpus.
       plan: The batches, from `batch_plan.batches`.
       rows: The rows of a batch.
+      see: Receives the first index, and the statistics, of the rows of a student with another
+        tokenizer, before they are yielded.
     """
     for index_B, (held, targets) in _overlap(self._dispatcher(corpus, rows), plan):
       written = rows.written[index_B[rows.written] != batch_plan.PADDING]
       own = [held[i] for i in np.searchsorted(rows.held, written)]
+      if see is not None and own:
+        read = {k: collate.local_rows(targets[k], written) for k in projection.STATISTICS}
+        see(int(index_B[written[0]]), student_rows.statistics(own, read))
       yield index_B, recorder.local_records(own, targets, written)
 
 

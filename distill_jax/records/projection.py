@@ -22,7 +22,14 @@ from distill_jax.nn.sharding import MeshAxes
 from distill_jax.records import sampler
 from distill_jax.records.sampler import SamplerSpec
 
-HARD, LOST = "hard_BT", "lost_BT"  # statistics in the result of `summarise`
+# Fields of dense.Projected in the result of `summarise`, and their names in Statistics.
+STATISTICS = {
+  "hard_BT": "hard_targets",
+  "lost_BT": "lost_mass",
+  "unresolved_BT": "unresolved_mass",
+  "opened_BT": "opened_mass",
+  "beyond_BT": "beyond_mass",
+}
 
 
 def summarise(
@@ -47,8 +54,7 @@ def summarise(
     vocab_axis: See `sampler.summarise`.
 
   Returns:
-    See `sampler.summarise`. Further HARD, bool [B, T], and LOST, float32 [B, T]; see
-    dense.Projected.
+    See `sampler.summarise`. Further STATISTICS [B, T]; see dense.Projected.
   """
   spec = spec.check(len(targets.head_VD.tables.length_S), with_offsets=True)
   scan = functools.partial(
@@ -100,7 +106,7 @@ def _scan(
     )
     p = dense.project(logits, hidden_LXD, links_LX, labels_1X[0], tables, min_mass)
     out = sampler.of_shard(jnp.log(p.p_XS)[None], labels_1X, u_1X, spec)
-    out |= {HARD: p.hard_X[None], LOST: p.lost_X[None]}
+    out |= {name: x[None] for name, x in zip(STATISTICS, p[1:], strict=True)}
     return carry, jax.tree.map(lambda x: _all(x, axis)[:, : B * C].reshape(B, C, *x.shape[2:]), out)
 
   xs = jax.tree.map(lambda x: chunks.split(x, chunk), by_position)

@@ -7,26 +7,36 @@ and training in the threads of its loader.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from distill_jax.cross_tokenizer.align import KINDS, REASONS
 from distill_jax.cross_tokenizer.chains import Splits, chains
 from distill_jax.cross_tokenizer.dense import DenseTables
 from distill_jax.cross_tokenizer.dense_targets import TeacherText
 from distill_jax.cross_tokenizer.rows import align_rows
+from distill_jax.cross_tokenizer.statistics import Statistics
 from distill_jax.cross_tokenizer.tables import PairTables
 from distill_jax.data import model_rows
 from distill_jax.nn import sharding
+from distill_jax.records import projection
 from distill_jax.records.fields import TEXT, Record
 from distill_jax.types import Batch, Inputs
 
 TEACHER = "teacher"
 PREFIX = "teacher_"  # of the fields of the teacher's row in a record
 LINKS = "links_TLF"  # the chains of a record; F are the fields of dense.Links
+COUNTS = "counts"  # numbers of a row, in the order of NUMBERS, align.KINDS and align.REASONS
+NUMBERS = (
+  *("teacher_tokens", "teacher_targets", "tokens", "targets"),
+  *("cut_tokens", "cut_targets", "cut_chains"),
+)
 
 
 class Source(Protocol):
@@ -99,7 +109,36 @@ class StudentRows(Sequence):
     links_TLF[..., :4] = -1
     links_TLF[aligned.position_X] = fields_XLF
     teacher = {PREFIX + name: row[name] for name in TEXT}
-    return aligned.records[0] | teacher | {LINKS: links_TLF}
+    tokens, kept = (np.sum(r["segments_T"] > 0) for r in (row, aligned.records[0]))
+    numbers = [tokens, np.sum(row["mask_T"]), kept, len(at), aligned.lengths[0] - kept]
+    numbers += [aligned.cut_targets, np.sum(of.cut)]
+    numbers += np.bincount(aligned.kind_X, minlength=len(KINDS)).tolist()
+    numbers += [aligned.skipped[reason] for reason in REASONS]
+    return aligned.records[0] | teacher | {LINKS: links_TLF, COUNTS: np.array(numbers)}
+
+
+def statistics(rows: Sequence[Record], targets: Mapping[str, np.ndarray]) -> Statistics:
+  """Returns the statistics of some rows.
+
+  Args:
+    rows: Rows of StudentRows.
+    targets: What `projection.summarise` returned for them.
+  """
+  sums = np.sum([row[COUNTS] for row in rows], 0).tolist()
+  first, second = len(NUMBERS), len(NUMBERS) + len(KINDS)
+  mask_BT = np.stack([row["mask_T"] for row in rows])
+  masses = {
+    name: float(np.sum(targets[key][mask_BT])) for key, name in projection.STATISTICS.items()
+  }
+  out = Statistics(
+    rows=len(rows),
+    positions=mask_BT.size,
+    kinds=Counter(dict(zip(KINDS, sums[first:second], strict=True))),
+    skipped=+Counter(dict(zip(REASONS, sums[second:], strict=True))),
+  )
+  changes: dict[str, Any] = masses | dict(zip(NUMBERS, sums[:first], strict=True))
+  changes["hard_targets"] = int(masses["hard_targets"])
+  return dataclasses.replace(out, **changes)
 
 
 def read(stack: Callable[[str], np.ndarray]) -> Batch:

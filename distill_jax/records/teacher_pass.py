@@ -64,7 +64,7 @@ class TeacherPass:
       tables: The tables of both tokenizers.
 
     Returns:
-      The targets by field, and projection.HARD and projection.LOST.
+      The targets by field, and projection.STATISTICS.
     """
     text = batch.targets[student_rows.TEACHER]
     assert isinstance(text, TeacherText)
@@ -76,7 +76,7 @@ class TeacherPass:
       chunk=self.options.chunk,
       seq_axis=sharding.SEQ,
     )
-    return recorder.by_field(summary) | {k: summary[k] for k in (projection.HARD, projection.LOST)}
+    return recorder.by_field(summary) | {name: summary[name] for name in projection.STATISTICS}
 
   def targets(
     self, model: Model, key: jax.Array, batch: Batch, index_B: jax.Array

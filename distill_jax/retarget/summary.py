@@ -8,6 +8,7 @@ import json
 import operator
 import os
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from distill_jax.cross_tokenizer.statistics import Statistics
@@ -25,6 +26,29 @@ def write_shard(folder: str, number: int, statistics: Statistics) -> None:
   """Writes the statistics of a shard."""
   text = json.dumps(_plain(statistics)) + "\n"
   files.write(files.join(folder, _name(number)), text.encode())
+
+
+class ShardStatistics:
+  """Writes the statistics of shards whose rows are recorded in order, one shard after another.
+
+  The statistics of a shard are written before its last rows are given to the writer of the shard.
+
+  Args:
+    folder: The folder or URL of the store.
+    ranges: The sequences of each shard of the store.
+  """
+
+  def __init__(self, folder: str, ranges: Sequence[range]):
+    self._folder, self._numbers = folder, {r.start: (n, len(r)) for n, r in enumerate(ranges)}
+    self._number, self._rows, self._sum = 0, 0, Statistics()
+
+  def add(self, first: int, statistics: Statistics) -> None:
+    """Adds the statistics of the rows from index `first` on, which are of one shard."""
+    if first in self._numbers:
+      (self._number, self._rows), self._sum = self._numbers[first], Statistics()
+    self._sum += statistics
+    if self._sum.rows == self._rows:
+      write_shard(self._folder, self._number, self._sum)
 
 
 def merge(folder: str, shards: int, tables: PairTables) -> Statistics:
@@ -83,7 +107,8 @@ def table(s: Statistics, overlap: tuple[float, float]) -> JsonObject:
     begin inside a teacher's token. fell_back: the share that has its label as its target, see
     RetargetOptions.min_mass. lost_mass: the mean mass that reached no student token.
     misplaced_mass: an estimate of the mean mass that a shorter token got instead of a longer one.
-    skipped.REASON: the number of segments without tokens. padding: the share of positions.
+    skipped.REASON: the number of segments without tokens. cut_chains: see Statistics; only if there
+    are any. padding: the share of positions.
   """
   kinds, targets = s.kinds, max(s.targets, 1)
   shares = {name: kinds[name] for name in ("exact", "within", "spanning")}
@@ -103,6 +128,7 @@ def table(s: Statistics, overlap: tuple[float, float]) -> JsonObject:
     **{f"skipped.{reason}": s.skipped[reason] for reason in sorted(s.skipped)},
     "cut_tokens": s.cut_tokens,
     "cut_targets": s.cut_targets,
+    **({"cut_chains": s.cut_chains} if s.cut_chains else {}),
     "padding": _digits(1 - s.tokens / max(s.positions, 1)),
   }
 

@@ -92,10 +92,11 @@ def test_projected_samples_agree_with_it_in_the_mean(problem, splits):
   is 1/R of the variance, up to the noise of some hundred tokens. Inside, the bias is O(1/n)."""
   pair, aligned, logits_GV, known, at = problem
   p_GV = np.exp(logits_GV) / np.exp(logits_GV).sum(-1, keepdims=True)
-  want = np.float64(project(problem, splits).p_XS)
+  exact = project(problem, splits)
+  want = np.float64(exact.p_XS)
   real = np.log(p_GV[np.arange(len(p_GV)), aligned.token_G])
   rng, n, R = np.random.default_rng(1), 5, 300
-  total, squares = np.zeros_like(want), np.zeros_like(want)
+  total, squares, masses = np.zeros_like(want), np.zeros_like(want), np.zeros((3, len(at)))
   for _ in range(R):
     counts, ids, ends = draw(p_GV, n, known, rng)
     rows = TeacherRows(n, ids, counts, ends[:-1], ends[1:], real)
@@ -105,11 +106,16 @@ def test_projected_samples_agree_with_it_in_the_mean(problem, splits):
     p /= p.sum(-1, keepdims=True)
     total += p
     squares += p**2
+    masses += [got.opened_X, got.beyond_X, got.unresolved_X]
   mean = total / R
   variance = (squares / R - mean**2) * R / (R - 1)
   begins = aligned.offset_H[at] == 0
   error = (mean - want)[begins] ** 2
   assert error.sum() == pytest.approx(variance[begins].sum() / R, rel=0.3)
+  for mean_X, exact_X in zip(masses / R, (exact.opened_X, exact.beyond_X), strict=False):
+    assert mean_X[begins].mean() == pytest.approx(exact_X[begins].mean(), rel=0.05)
+  first_level = masses[2][begins].mean() / R  # and what is unresolved at further levels
+  assert exact.unresolved_X[begins].mean() < first_level < 1.3 * exact.unresolved_X[begins].mean()
   inside = ~begins & ~project(problem, splits, min_mass=0.3).hard_X
   assert inside.sum() > 5
   np.testing.assert_allclose(mean[inside], want[inside], atol=0.02)

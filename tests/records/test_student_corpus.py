@@ -11,6 +11,7 @@ import tiny_run
 from tiny_store import contents
 
 from distill_jax import config
+from distill_jax.cross_tokenizer.align import KINDS
 from distill_jax.cross_tokenizer.rows import align_rows
 from distill_jax.errors import InputError
 from distill_jax.models import loading, runs
@@ -19,6 +20,7 @@ from distill_jax.nn import sharding
 from distill_jax.preflight import programs
 from distill_jax.records import collate
 from distill_jax.records.store import open_store
+from distill_jax.retarget import summary
 
 ROWS, LENGTH = 8, 32
 
@@ -80,10 +82,12 @@ def test_a_store_is_the_enumeration_of_the_teachers_distributions(recorded):
   p_GV = p_BTV[aligned.row_G, aligned.position_G - 1]
   reference = tiny_pair.Enumeration(tables, aligned.aligned, p_GV, aligned.known_G)
   assert np.bincount(aligned.kind_X).min() > 0 and len(aligned.token_X) > 100
+  hard = 0
   for x, row, position in zip(aligned.token_X, aligned.row_X, aligned.position_X, strict=True):
     want, mass, _ = reference.target(x)
     record, label = store[row], aligned.aligned.id_H[x]
     if mass < 0.1:
+      hard += 1
       want = np.eye(len(want))[label]
     got = dense(record)[position]
     np.testing.assert_allclose(got, want, rtol=2e-3, atol=1e-6)  # stored as float16
@@ -93,15 +97,30 @@ def test_a_store_is_the_enumeration_of_the_teachers_distributions(recorded):
     entropy = -sum(p * np.log(p) for p in want if p > 0)
     assert record["entropy_T"][position] == pytest.approx(entropy, rel=1e-3, abs=1e-5)
     assert want[record["argmax_T"][position]] == pytest.approx(want.max(), rel=1e-5)
+  check_statistics(recorded, aligned, hard)
   for i, record in enumerate(aligned.records):
     for name, x in record.items():
       np.testing.assert_array_equal(store[i][name], x)
 
 
+def check_statistics(folder, aligned, hard):
+  """The numbers that `inspect` prints are those of the rows."""
+  numbers, targets = summary.describe(folder / "records"), len(aligned.token_X)
+  kinds = dict(zip(KINDS, np.bincount(aligned.kind_X, minlength=5) / targets, strict=True))
+  assert numbers["retarget.rows"] == ROWS and numbers["retarget.targets"] == targets > 100
+  assert numbers["retarget.tokens"] == sum(np.sum(r["segments_T"] > 0) for r in aligned.records)
+  assert numbers["retarget.fell_back"] == pytest.approx(hard / targets, rel=1e-3)
+  for kind in ("exact", "within", "spanning"):
+    assert numbers[f"retarget.share.{kind}"] == pytest.approx(kinds[kind], rel=1e-3)
+  assert 0 < numbers["retarget.misplaced_mass"] < 0.5
+
+
 def test_a_lost_shard_is_recorded_again_bit_for_bit(recorded, tmp_path):
   shutil.copytree(recorded / "records", tmp_path / "records")
-  for shard in sorted((tmp_path / "records").glob("*-00001.*")):
-    shard.unlink()
+  lost = sorted((tmp_path / "records").glob("*-00001.*"))
+  assert len(lost) > 1
+  for file in lost:
+    file.unlink()
   again = tiny_run.record(base(recorded), tmp_path / "records")
   assert again["recorded_now"] == 3
   assert contents(tmp_path / "records") == contents(recorded / "records")
