@@ -6,14 +6,15 @@ the command is run again. records.logprobs imports the outputs of a served teach
 
 With records.heldout_sequences, rows of the held-out split are recorded too, and with data.buckets
 each length of sequences has a store; the teacher is loaded once for all of them. Text is read from
-stores that `pack` made (data.packed), or is packed into WORKDIR/packed first.
+stores that `pack` made (data.packed), or is packed into WORKDIR/packed first. With
+records.student_tokenizer, the store is in the tokens of a student with another tokenizer.
 
 Reads: the teacher (`teacher`), and the corpus in `data` or the examples of `tasks`.
 
 Writes: a store in the workdir: manifest.json and shards (*.array_record); with data.buckets, a
 store in the folder of each length, e.g. WORKDIR/4096. Held-out rows are in WORKDIR/heldout.
 
-Config: seed, mesh, teacher, data, pack, records, tasks.
+Config: seed, mesh, teacher, data, pack, records, retarget, tasks.
 
 Example:
   distill-jax record --config=configs/demo.py --workdir=runs/demo/records

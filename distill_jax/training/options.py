@@ -89,7 +89,11 @@ class TrainOptions:
   patience: int = 0
   """Number of evaluations without a better `best_metric` after which training ends; 0 for never."""
   online: bool = False
-  """True to run the teacher in the training step and ignore its recorded targets."""
+  """True to run the teacher in the training step and ignore its recorded targets.
+
+  The text can be in the tokens of a teacher with another tokenizer than the student's, which is
+  that of student.source or retarget.tokenizer.
+  """
   steps: int = 1000
   """Number of training steps."""
   batch_size: int = 8

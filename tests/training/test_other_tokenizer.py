@@ -10,10 +10,13 @@ import tiny_run
 
 from distill_jax import config
 from distill_jax.cross_tokenizer.rows import align_rows
+from distill_jax.errors import InputError
 from distill_jax.models import loading
 from distill_jax.nn import logits as logits_lib
 from distill_jax.nn import sharding
-from distill_jax.training import loop, state, stores
+from distill_jax.records.multi_teacher import MultiTeacherStore
+from distill_jax.records.store import open_store
+from distill_jax.training import aligned_store, loop, state, stores
 from distill_jax.training.aligned_store import AlignedStore
 from distill_jax.training.step import Fixed
 
@@ -53,6 +56,7 @@ def online(folder):
   return c
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_enumerated_distributions(text):
   """The loss and its gradient, with the targets of each position enumerated in float64."""
   c = config.resolve(online(text))
@@ -120,3 +124,63 @@ def enumerated(teacher, batch, tables, compute):
     mask[i, t] = True
   np.testing.assert_array_equal(mask, batch.mask_BT)
   return target_BTV, mask
+
+
+def test_stores_in_the_students_tokens_stay_as_they_are(text):
+  c = online(text)
+  c.retarget.tokenizer = c.data.tokenizer
+  (store,) = stores.open_stores(config.resolve(c))
+  assert not isinstance(store, AlignedStore)
+
+
+def test_what_is_refused(text, tmp_path):
+  c = online(text)
+  c.data.tokenizer = str(tiny.write_tokenizer(tmp_path / "bytes.json"))
+  with pytest.raises(InputError, match="in train.records has tokens of digest .*; expected those"):
+    stores.open_stores(config.resolve(c))
+  c = online(text)
+  c.losses.hidden = config.loss("hidden")
+  with pytest.raises(InputError, match="losses.hidden is .*; expected a loss of logits for an onl"):
+    stores.open_stores(config.resolve(c))
+  c = online(text)
+  plain = MultiTeacherStore(open_store(text / "text"), {})
+  c.train.teachers = {"other": (str(text / "text"),)}
+  with pytest.raises(InputError, match="train.teachers is .*; expected {} for an online teacher"):
+    aligned_store.align(config.resolve(c), None, "train.records", [plain])
+
+
+@pytest.mark.slow
+def test_a_run_learns_resumes_and_does_not_depend_on_the_mesh(text, tmp_path):
+  """The student comes near the teacher, which is random, and its cross-entropy does not fall."""
+  heldout = base(tmp_path)
+  heldout.records.kind = "text"
+  (tmp_path / "text.txt").write_text("ab ba aab bbab " * 30)
+  tiny_run.record(heldout, tmp_path / "heldout")
+  c = online(text)
+  c.train.steps, c.train.checkpoint_every, c.optim.peak_lr = 12, 6, 3e-3
+  c.train.heldout, c.train.eval_every = (str(tmp_path / "heldout"),), 6
+  whole = tiny_run.train(c, tmp_path / "whole")
+  rows = tiny.measured(tmp_path / "whole")
+  kl = [row["kl/teacher"] for row in rows if "kl/teacher" in row]
+  assert kl[-1] < 0.7 * kl[0] and whole["heldout/kl/teacher"] < 0.8 * kl[0]
+
+  stopped = stores.loader.batches
+  calls = []
+
+  def some(*args, **kwargs):
+    for n, batch in enumerate(stopped(*args, **kwargs)):
+      if n == 8 and not calls:
+        calls.append(n)
+        raise KeyboardInterrupt
+      yield batch
+
+  with pytest.MonkeyPatch.context() as m:
+    m.setattr(stores.loader, "batches", some)
+    with pytest.raises(KeyboardInterrupt):
+      tiny_run.train(c, tmp_path / "stopped")
+    tiny_run.train(c, tmp_path / "stopped")
+  assert tiny.measured(tmp_path / "stopped") == rows
+  c.mesh.update({"data": 2, "tensor": 2})
+  spread = tiny_run.train(c, tmp_path / "spread")
+  for name in ("loss", "kl/teacher", "teacher_entropy/teacher"):
+    assert spread[name] == pytest.approx(whole[name], rel=1e-3), name
