@@ -208,6 +208,7 @@ class _States:
     self._look_keys, self._look_words = self._intervals(tables, rests)
     self._step_keys = np.array(sorted(steps), np.int64)
     self._step_states = np.array([steps[k] for k in sorted(steps)], np.int64)
+    self._find_extent()
 
   def _intervals(
     self, tables: PairTables, rests: Sequence[Sequence[tuple[bytes, int]]]
@@ -240,16 +241,31 @@ class _States:
     states, words = int(state.max(initial=-1)) + 1, self._look_words[has_word]
     return states, state[has_word], first[has_word], past[has_word], words
 
+  def _find_extent(self) -> None:
+    """Finds, by state, the range of ranks with a word, and whether there are steps.
+
+    Most of the tokens that are looked up are outside of it. The last entry is for the state -1.
+    """
+    state, rank = np.divmod(self._look_keys, self._ranks)
+    states = int(state.max(initial=-1)) + 1
+    self._low, self._high = np.zeros(states + 1, np.int64), np.zeros(states + 1, np.int64)
+    with_word = np.flatnonzero(self._look_words >= 0)[::-1]
+    self._low[state[with_word]] = rank[with_word]  # the first of a state is written last
+    self._high[state] = rank
+    self._has_steps = np.zeros(states + 1, bool)
+    self._has_steps[self._step_keys // self._tokens] = True
+
   def look(self, state: np.ndarray, rank: np.ndarray) -> np.ndarray:
-    if not len(self._look_keys):
-      return np.full(len(state), -1, np.int64)
-    key = np.maximum(state, 0) * self._ranks + rank
-    at = np.searchsorted(self._look_keys, key, "right") - 1
-    return np.where(state >= 0, self._look_words[at], -1)
+    out = np.full(len(state), -1, np.int64)
+    near = np.flatnonzero((rank >= self._low[state]) & (rank < self._high[state]))
+    key = state[near] * self._ranks + rank[near]
+    out[near] = self._look_words[np.searchsorted(self._look_keys, key, "right") - 1]
+    return out
 
   def step(self, state: np.ndarray, token: np.ndarray) -> np.ndarray:
-    if not len(self._step_keys):
-      return np.full(len(state), -1, np.int64)
-    key = state * self._tokens + token
+    out = np.full(len(state), -1, np.int64)
+    some = np.flatnonzero(self._has_steps[state])
+    key = state[some] * self._tokens + token[some]
     at = np.minimum(np.searchsorted(self._step_keys, key), len(self._step_keys) - 1)
-    return np.where((state >= 0) & (self._step_keys[at] == key), self._step_states[at], -1)
+    out[some] = np.where(self._step_keys[at] == key, self._step_states[at], -1)
+    return out

@@ -2,8 +2,7 @@
 
 A record depends on nothing but the record with its index and the seed, so results are the same in
 any order, batch size and number of processes. Memory is that of the records of a call: about 2 KB
-per teacher token for N = 63. Calls with 4 to 64 rows of 2,048 tokens are fastest, because their
-arrays stay in the processor's cache.
+per teacher token for N = 63. Calls with 2,000 to 16,000 tokens take the same time per token.
 
 The fields of a projected position:
 
@@ -16,6 +15,14 @@ The fields of a projected position:
   entropy      an estimate: the teacher's exact entropy plus what the projection changes in the
                entropy of the counts; inside of teacher tokens that of the counts, which is too low.
                0 below min_mass.
+
+Measured against the projection of the teacher's dense distributions (a 12-layer SmolLM2 on pydoc
+topics, N = 63, 358 positions at token boundaries; the first number is for Mistral's tokenizer, the
+second for Llama 3.1's): the entropies of 3.18 and 3.40 nats are estimated as 3.23 and 3.41, with a
+mean error of 0.05 and 0.02 per position (the teacher's own entropy: 0.13 and 0.08; that of the
+counts is 2.33 and 2.49); argmax is right at 99% and 98%; label_logp has a mean error of 0.02 and
+0.01 nats. Inside of tokens (21 positions), the entropies are 0.65 and 0.88 nats, and the estimates
+0.29 and 0.60.
 """
 
 from __future__ import annotations

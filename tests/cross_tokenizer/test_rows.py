@@ -179,15 +179,17 @@ def test_a_dummy_space_is_not_part_of_the_text(teacher_type, student_type):
   np.testing.assert_array_equal(aligned.position_X, [0, 1])
 
 
-def test_a_row_without_text_is_padding():
-  records, statistics = convert([source_row(text("ab", 9) + text("c")), source_row(text("ab"))])
+@pytest.mark.parametrize("others", [["ab"], []])
+def test_a_row_without_text_is_padding(others):
+  rows = [source_row(text("ab", 9) + text("c")), *(source_row(text(other)) for other in others)]
+  records, statistics = convert(rows)
   assert not records[0]["segments_T"].any() and not records[0]["mask_T"].any()
   spec = RecordSpec("sampled", N, STUDENT.size)
   for record in records:
     fields = codec.encode_targets(record, spec)
     read = codec.decode_targets(fields, record["mask_T"], spec)
     np.testing.assert_allclose(read["weight_TK"].sum(1), record["mask_T"], atol=1e-6)
-  assert statistics.rows == 2
+  assert statistics.rows == len(rows)
 
 
 def test_tokens_that_do_not_fit_are_cut_and_counted():
