@@ -77,10 +77,11 @@ def test_a_student_trains_on_the_result(tmp_path):
   student = tiny.write_tokenizer(tmp_path / "source" / "student.json")
   run(made(tmp_path / "source", seq_len=32, roles={END: "!"}), tmp_path / "records")
   c = tiny.tiny(tmp_path)
-  c.data.tokenizer, c.train.steps = str(student), 1
+  c.data.tokenizer = str(tmp_path / "source" / "teacher.json")  # as for `retarget`
+  c.retarget.tokenizer, c.train.steps, c.teacher.source = str(student), 1, ""
   metrics = tiny_run.train(c, tmp_path / "run")
   assert np.isfinite(metrics["loss"])
-  c.data.tokenizer = str(tmp_path / "source" / "teacher.json")
+  c.retarget.tokenizer = ""
   with pytest.raises(InputError, match="made with another tokenizer"):
     tiny_run.train(c, tmp_path / "other")
 
