@@ -192,7 +192,7 @@ def test_the_disk_and_the_account_of_the_slices(gcloud):
   "words, message",
   [
     (["--workdir=runs/x"], "--workdir is 'runs/x'; expected a URL such as gs://BUCKET/FOLDER"),
-    (URLS[:1], "train.records is 'records'; expected a URL such as gs://BUCKET/NAME"),
+    (URLS[:1], "train.records is 'retargeted/qwen2'; expected a URL such as gs://BUCKET/NAME"),
   ],
 )
 def test_files_of_this_machine_are_refused(words, message):
