@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -125,13 +126,14 @@ def align(
 
   Args:
     tables: The tables of both tokenizers.
-    segments: The teacher's tokens of each segment, integers.
+    segments: The teacher's tokens of each segment, integers. Chats are aligned by tables.chats.
 
   Returns:
     The tokens on one axis, and the number of skipped segments by reason. A skipped segment has no
     tokens.
   """
-  results = [align_segment(tables, np.asarray(s, np.int64)) for s in segments]
+  one = tables.chats or functools.partial(align_segment, tables)
+  results = [one(np.asarray(s, np.int64)) for s in segments]
   skipped = collections.Counter(r for r in results if isinstance(r, str))
   return join([r if isinstance(r, Segment) else None for r in results]), skipped
 

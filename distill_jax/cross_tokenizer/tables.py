@@ -15,7 +15,8 @@ t1 .. t1 + .. + t(m-1): there the teacher's next distribution tells how much of 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,11 +30,13 @@ class PairTables:
     teacher: The teacher's vocabulary.
     student: The student's vocabulary.
     roles: The student's token of each of the teacher's control tokens that has one.
+    chats: What aligns a segment of chats, a `chats.ChatAligner`; None for other texts.
 
   Attributes:
     teacher: See Args.
     student: See Args.
     roles: See Args. With one tokenizer, every control token has its own role.
+    chats: See Args.
     teacher_space: True if the teacher's tokenizer puts a dummy space before a text.
     same: True if both have the same tokenizer, so that every token stays itself.
     length_V: int64, number of places of each teacher token: its bytes, or 1 without bytes.
@@ -53,8 +56,15 @@ class PairTables:
     is_open_V: uint8, 1 where there is such a state.
   """
 
-  def __init__(self, teacher: Vocabulary, student: Vocabulary, roles: Mapping[int, int]):
+  def __init__(
+    self,
+    teacher: Vocabulary,
+    student: Vocabulary,
+    roles: Mapping[int, int],
+    chats: Callable[[np.ndarray], Any] | None = None,
+  ):
     self.teacher, self.student, self.roles = teacher, student, dict(roles)
+    self.chats = chats
     self.same = teacher.digest == student.digest
     letter = teacher.locate("a")
     self.teacher_space = letter is not None and bool(letter[1][0] < 0)

@@ -4,7 +4,8 @@ An id has bytes if the tokenizer's own decoder writes it as text and no role cla
 have no bytes; they are the control tokens:
 
   - the tokens that end or begin a text, and the unknown token;
-  - the other stop tokens that the caller names (a model's generation config, a chat template);
+  - the stop tokens that the caller names (a model's generation config), and the tokens that a chat
+    template writes around messages, such as DeepSeek's <｜User｜>;
   - special tokens, which decoders omit from the text that users see;
   - ids without an entry in the vocabulary, such as the unused rows of an embedding.
 
@@ -52,6 +53,7 @@ class Vocabulary:
     stops: Further ids that end a text, e.g. from `roles.stop_set`.
     end: The id that ends what the model writes in the texts at hand: in chats the token that ends
       a turn. None: the tokenizer's EOS.
+    markers: The ids that the chat template writes around messages; see `chat_markers`.
 
   Attributes:
     tokenizer: See Args.
@@ -67,14 +69,20 @@ class Vocabulary:
     stops: All ids that end a text, including `end`.
   """
 
-  def __init__(self, tokenizer: Tokenizer, stops: Iterable[int] = (), end: int | None = None):
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    stops: Iterable[int] = (),
+    end: int | None = None,
+    markers: Iterable[int] = (),
+  ):
     self.tokenizer, self.digest = tokenizer, tokenizer.digest
     self.size = tokenizer.vocab_size
     self.end = tokenizer.eos_id if end is None else end
     own = {i for i in (self.end, tokenizer.eos_id) if i is not None}
     self.stops = frozenset(_stops(tokenizer) | own | {*stops})
     special = {tokenizer.token_id(token) for token in tokenizer.special_tokens}
-    roles = self.stops | special | {tokenizer.bos_id, _unknown(tokenizer)}
+    roles = self.stops | special | {*markers} | {tokenizer.bos_id, _unknown(tokenizer)}
     of = token_bytes.reader(tokenizer)
     self.bytes_V = [None if i in roles else of(i) or None for i in range(self.size)]
     self.length_V = np.array([len(b or b"") for b in self.bytes_V], np.int32)

@@ -8,12 +8,14 @@ import numpy as np
 
 from distill_jax.config import Config
 from distill_jax.cross_tokenizer.chains import Splits
-from distill_jax.cross_tokenizer.roles import match_roles, stop_set
+from distill_jax.cross_tokenizer.pair import pair_tables, side
+from distill_jax.cross_tokenizer.roles import stop_set
 from distill_jax.cross_tokenizer.rows import align_rows
 from distill_jax.cross_tokenizer.tables import PairTables
-from distill_jax.cross_tokenizer.vocabulary import Vocabulary
-from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
+from distill_jax.data import corpus
+from distill_jax.data.tokenizers import Tokenizer, load_tokenizer, locate
 from distill_jax.errors import bad_value
+from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
 from distill_jax.models.loading import ModelSource
 from distill_jax.records import recorder
 from distill_jax.records.packed_rows import PackedRows
@@ -69,8 +71,9 @@ def corpora(
     rows_of: The teacher's rows by length.
     tokenizer: The tokenizer of these rows.
   """
-  student = load_tokenizer(config.records.student_tokenizer)
-  tables = open_tables(config, teacher, tokenizer, student)
+  named = config.records.student_tokenizer
+  student = load_tokenizer(named)
+  tables = open_tables(config, teacher, tokenizer, student, read_tokenizer(locate(named)[0]))
   splits = Splits.of(tables)
   out = {}
   for length, rows in rows_of.items():
@@ -93,7 +96,11 @@ def corpora(
 
 
 def open_tables(
-  config: Config, teacher: ModelSource, tokenizer: Tokenizer, student: Tokenizer
+  config: Config,
+  teacher: ModelSource,
+  tokenizer: Tokenizer,
+  student: Tokenizer,
+  found: TokenizerFiles | None,
 ) -> PairTables:
   """Returns the tables of a teacher's and a student's tokenizer.
 
@@ -102,11 +109,17 @@ def open_tables(
     teacher: The teacher. Its tokens that end a text are those of its generation config.
     tokenizer: Its tokenizer, or that of data.tokenizer.
     student: The student's tokenizer.
+    found: Its files, with the chat template that aligns chats (data.kind="chat").
+
+  Raises:
+    InputError: A tokenizer has no bytes or no chat template for chats.
   """
   own = not config.data.tokenizer
   stops = stop_set(tokenizer, teacher.generation) if own else set()
-  theirs, ours = Vocabulary(tokenizer, stops), Vocabulary(student)
-  return PairTables(theirs, ours, match_roles(theirs, ours, config.retarget.roles))
+  is_chat = config.data.kind == "chat"
+  theirs = side(tokenizer, corpus.files_of(config.data, teacher.pretrained), stops, is_chat)
+  ours = side(student, found, (), is_chat)
+  return pair_tables(theirs, ours, config.retarget.roles)
 
 
 def length_of(rows: Source, tables: PairTables, teacher_length: int) -> int:

@@ -19,8 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distill_jax.config import Config
-from distill_jax.cross_tokenizer.roles import match_roles
-from distill_jax.cross_tokenizer.tables import PairTables
+from distill_jax.cross_tokenizer.pair import pair_tables
 from distill_jax.errors import InputError, bad_value
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.store import Store
@@ -64,9 +63,8 @@ class Job:
     if not 0 <= options.min_mass <= 1:
       raise bad_value("retarget.min_mass", options.min_mass, "a number from 0 to 1", "Correct it")
     stores = source.open_stores(config)
-    student = source.student_vocabulary(config)
-    teacher = source.teacher_vocabulary(config, stores)
-    tables = PairTables(teacher, student, match_roles(teacher, student, options.roles))
+    student, teacher = source.student_side(config), source.teacher_side(config, stores)
+    tables = pair_tables(teacher, student, options.roles)
     return cls(options, Conversion(tables, config.seed, options.min_mass), stores)
 
   @property

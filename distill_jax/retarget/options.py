@@ -26,6 +26,9 @@ class RetargetOptions:
   roles: dict[str, str] = dataclasses.field(default_factory=dict)
   """Special tokens of the teacher and the student's tokens with the same role, as texts, e.g.
   {"<|call|>": "<tool_call>"}. Ends of text and of turns, and padding, are matched without it."""
+  chat: bool = False
+  """True for texts that were generated with generate.chat. As with data.kind="chat", turns are then
+  aligned by role, between the texts of the teacher's and the student's chat template."""
   workers: int = 0
   """Number of processes. 0: one per core. The result does not depend on it."""
   slice: str = ""

@@ -6,9 +6,11 @@ row, so it takes seconds for any store, and is the same in every call.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 
+from distill_jax.cross_tokenizer.align import SPELLING
 from distill_jax.cross_tokenizer.rows import align_rows
 from distill_jax.cross_tokenizer.statistics import Statistics
 from distill_jax.cross_tokenizer.tables import PairTables
@@ -58,18 +60,30 @@ def length(tables: PairTables, store: Store) -> int:
   Raises:
     InputError: The student's tokenizer spells no text of the sample.
   """
-  own, longest, skipped, segments = store.manifest.seq_len, 0, 0, 0
+  own, longest, segments = store.manifest.seq_len, 0, 0
+  skipped: collections.Counter[str] = collections.Counter()
   for rows in blocks(store):
     aligned = align_rows(tables, store.read_many(rows), own)
     longest = max(longest, *aligned.lengths)
-    skipped += aligned.skipped.total()
+    skipped += aligned.skipped
     segments += len(set(aligned.aligned.segment_G.tolist())) + aligned.skipped.total()
-  if segments and segments == skipped:
-    raise InputError(
-      f"{tables.student.tokenizer.where} spells none of the {segments} texts of a sample of "
-      f"{store.folder} back. Use a tokenizer that does not change texts."
-    )
+  if segments and segments == skipped.total():
+    raise InputError(_nothing(tables.student.tokenizer.where, store, skipped))
   return own if tables.same else max(1, -(-longest // MULTIPLE)) * MULTIPLE
+
+
+def _nothing(student: str, store: Store, skipped: collections.Counter[str]) -> str:
+  """Returns the message for a sample without any text in the student's tokens."""
+  (reason, count), total = skipped.most_common(1)[0], skipped.total()
+  if reason == SPELLING:
+    return (
+      f"{student} spells none of the {total} texts of a sample of {store.folder} back. Use a "
+      "tokenizer that does not change texts."
+    )
+  return (
+    f"None of the {total} texts of a sample of {store.folder} can be aligned: {count} are skipped "
+    f"with the reason {reason!r}. Use {student} for other texts, or set retarget.chat for chats."
+  )
 
 
 def measure(conversion: Conversion, store: Store, target: Manifest) -> Measured:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-
 from distill_jax.config import Config
-from distill_jax.cross_tokenizer import roles
-from distill_jax.cross_tokenizer.vocabulary import Vocabulary
+from distill_jax.cross_tokenizer import pair, roles
+from distill_jax.cross_tokenizer.pair import Side
 from distill_jax.data import corpus, tokenizers
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.locate import locate
+from distill_jax.hub.tokenizer import read_tokenizer
 from distill_jax.models import loading
 from distill_jax.records import planned_stores
 from distill_jax.records.store import Store, open_store
 from distill_jax.runtime import files
 
 KINDS = ("sampled", "text")
-WITHOUT_BYTES = ("WordPiece", "WordLevel")  # kinds of vocabularies whose tokens drop white space
 
 
 def open_stores(config: Config) -> dict[str, Store]:
@@ -61,11 +59,17 @@ def _check(store: Store) -> None:
     raise bad_value(key, folder, expected, "Record without data.trust")
 
 
-def teacher_vocabulary(config: Config, stores: dict[str, Store]) -> Vocabulary:
-  """Returns the vocabulary of the teacher, whose tokens the stores hold.
+def holds_chats(config: Config) -> bool:
+  """Returns True if the stores hold chats in the form of a chat template."""
+  return config.data.kind == "chat" or config.retarget.chat
+
+
+def teacher_side(config: Config, stores: dict[str, Store]) -> Side:
+  """Returns the tokens of the teacher, which the stores hold.
 
   Raises:
-    InputError: The stores were recorded with another tokenizer.
+    InputError: The stores were recorded with another tokenizer, or hold chats whose template is
+      unknown.
   """
   pretrained = loading.open_source(config.teacher, config.seed).pretrained
   tokenizer = corpus.tokenizer_of(config.data, pretrained)
@@ -78,38 +82,26 @@ def teacher_vocabulary(config: Config, stores: dict[str, Store]) -> Vocabulary:
   configs = [pretrained.generation] if pretrained else []
   if (found_files := corpus.files_of(config.data, pretrained)) is not None:
     configs.append(found_files.config)
-  return _vocabulary(tokenizer, roles.stop_set(tokenizer, *configs))
+  stops = roles.stop_set(tokenizer, *configs)
+  return pair.side(tokenizer, found_files, stops, holds_chats(config))
 
 
-def student_vocabulary(config: Config) -> Vocabulary:
-  """Returns the vocabulary of the student.
+def student_side(config: Config) -> Side:
+  """Returns the tokens of the student.
 
   Raises:
-    InputError: The student has no tokenizer, or its tokens have no bytes.
+    InputError: The student has no tokenizer, its tokens have no bytes, or the stores hold chats and
+      it has no chat template.
   """
-  return _vocabulary(_student_tokenizer(config), ())
-
-
-def _student_tokenizer(config: Config) -> Tokenizer:
   if named := config.retarget.tokenizer:
     folder, name = tokenizers.locate(locate(named))
     where = files.join(folder, name)
-    return Tokenizer(files.read(where), where, None, None)  # as that of student.source
+    # As that of student.source: documents end with the vocabulary's end of a document.
+    tokenizer = Tokenizer(files.read(where), where, None, None)
+    return pair.side(tokenizer, read_tokenizer(folder), (), holds_chats(config))
   pretrained = loading.open_source(config.student, config.seed).pretrained
   if pretrained is None or pretrained.tokenizer is None:
     expected = "the student's tokenizer, because student.source has none"
     raise bad_value("retarget.tokenizer", named, expected, "Name its file or folder")
-  return corpus.of_files(pretrained.tokenizer, pretrained.source)
-
-
-def _vocabulary(tokenizer: Tokenizer, stops: set[int] | tuple[()]) -> Vocabulary:
-  """Returns the vocabulary of a tokenizer, if its tokens have bytes."""
-  is_json = tokenizer.kind == "huggingface"
-  model = json.loads(tokenizer.raw)["model"].get("type", "BPE") if is_json else "sentencepiece"
-  vocabulary = Vocabulary(tokenizer, stops)
-  if model in WITHOUT_BYTES or not vocabulary.id_of:
-    raise InputError(
-      f"{tokenizer.where} has tokens without bytes (its model is {model}), so texts cannot be "
-      "aligned. Use a student with a byte-level BPE or a sentencepiece vocabulary."
-    )
-  return vocabulary
+  tokenizer = corpus.of_files(pretrained.tokenizer, pretrained.source)
+  return pair.side(tokenizer, pretrained.tokenizer, (), holds_chats(config))

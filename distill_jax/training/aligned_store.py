@@ -13,8 +13,9 @@ from typing import SupportsIndex
 from distill_jax.config import Config
 from distill_jax.cross_tokenizer.chains import Splits
 from distill_jax.data import corpus
-from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
+from distill_jax.data.tokenizers import Tokenizer, load_tokenizer, locate
 from distill_jax.errors import InputError, bad_value
+from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
 from distill_jax.losses import FeatureLoss
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
@@ -100,7 +101,8 @@ def align(
   theirs = corpus.tokenizer_of(config.data, teacher.pretrained)
   for store in stores:
     _check_store(key, store, teacher, theirs, ours)
-  tables = student_corpus.open_tables(config, teacher, theirs, ours)
+  found = _student_files(config, student)
+  tables = student_corpus.open_tables(config, teacher, theirs, ours, found)
   splits, out = Splits.of(tables), []
   for store in stores:
     length = store.manifest.seq_len
@@ -118,6 +120,13 @@ def _student_tokenizer(config: Config, student: ModelSource | None) -> Tokenizer
   if student.tokenizer is None or student.pretrained is None:
     return None
   return corpus.of_files(student.tokenizer, student.pretrained.source)
+
+
+def _student_files(config: Config, student: ModelSource | None) -> TokenizerFiles | None:
+  """Returns the files of the student's tokenizer."""
+  if named := config.retarget.tokenizer:
+    return read_tokenizer(locate(named)[0])
+  return (student or loading.open_source(config.student, config.seed)).tokenizer
 
 
 def _check(config: Config) -> None:

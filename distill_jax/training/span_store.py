@@ -19,7 +19,7 @@ from typing import SupportsIndex
 
 from distill_jax.config import Config
 from distill_jax.cross_tokenizer import spans
-from distill_jax.cross_tokenizer.roles import match_roles
+from distill_jax.cross_tokenizer.pair import pair_tables
 from distill_jax.cross_tokenizer.rows import align_rows
 from distill_jax.cross_tokenizer.tables import PairTables
 from distill_jax.data import corpus
@@ -111,13 +111,12 @@ def align(
     return list(stores)
   if not config.teacher.source and not config.retarget.tokenizer:
     return list(stores)
-  teacher = source.teacher_vocabulary(config, {})
-  other = [s for s in stores if s.manifest.tokenizer == teacher.digest]
+  teacher = source.teacher_side(config, {})
+  other = [s for s in stores if s.manifest.tokenizer == teacher.vocabulary.digest]
   if not other:
     return list(stores)
   _check(key, other)
-  ours = source.student_vocabulary(config)
-  tables = PairTables(teacher, ours, match_roles(teacher, ours, config.retarget.roles))
+  tables = pair_tables(teacher, source.student_side(config), config.retarget.roles)
 
   def read(store: MultiTeacherStore) -> MultiTeacherStore | SpanStore:
     if store not in other:
@@ -143,7 +142,7 @@ def _check(key: str, stores: Sequence[MultiTeacherStore]) -> None:
 def tokenizer_of(config: Config, student: ModelSource) -> Tokenizer | None:
   """Returns the student's tokenizer; None for a random student if no key names one."""
   if config.retarget.tokenizer:
-    return source.student_vocabulary(config).tokenizer
+    return source.student_side(config).vocabulary.tokenizer
   if not config.data.tokenizer and student.tokenizer is None:
     return None
   return corpus.tokenizer_of(config.data, student.pretrained)
