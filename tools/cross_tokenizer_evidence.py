@@ -33,6 +33,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
+import sorted_records
+
 from distill_jax import config
 from distill_jax.cross_tokenizer.roles import match_roles
 from distill_jax.cross_tokenizer.tables import PairTables
@@ -45,6 +47,7 @@ from distill_jax.models.loading import open_source
 from distill_jax.models.options import StudentOptions
 from distill_jax.nn import sharding
 from distill_jax.records import store
+from distill_jax.records.manifest import Manifest
 from distill_jax.records.projected_rows import project_rows
 from distill_jax.records.writer import Writer
 
@@ -68,6 +71,7 @@ TARGETS = {  # the folders that each needs, in order
   "exact": ("start", "exact"),
   "alm": ("records", "start"),
   "shared": ("records", "start", "retargeted", "shared"),
+  "uld": ("records", "start", "retargeted", "sorted"),
 }
 
 
@@ -105,6 +109,21 @@ def measure(source: str) -> float:
   return nats / math.log(2) / texts().bytes
 
 
+def opened(root: Path) -> tuple[store.Store, Manifest, PairTables]:
+  """Returns the store `records`, the manifest of `retargeted`, and the tokenizers' tables."""
+  rows, like = store.open_store(root / "records"), store.open_store(root / "retargeted").manifest
+  teacher = Vocabulary(teacher_tokenizer())
+  student = Vocabulary(load_tokenizer(settings().MISTRAL))
+  tables = PairTables(teacher, student, match_roles(teacher, student, {}))
+  return rows, like, tables
+
+
+def write_sorted(root: Path) -> None:
+  """Writes the store `sorted` from the stores `records` and `retargeted` of a folder."""
+  rows, like, tables = opened(root)
+  sorted_records.write(root / "sorted", rows, tables, like)
+
+
 def write_shared(root: Path, seed: int) -> None:
   """Writes the store `shared` from the stores `records` and `retargeted` of a folder.
 
@@ -112,10 +131,8 @@ def write_shared(root: Path, seed: int) -> None:
   text to the student's, and what is left to none; then the distribution is normalised. A position
   inside of a teacher's token gets its label.
   """
-  rows, like = store.open_store(root / "records"), store.open_store(root / "retargeted").manifest
-  teacher = Vocabulary(teacher_tokenizer())
-  student = Vocabulary(load_tokenizer(settings().MISTRAL))
-  tables = PairTables(teacher, student, match_roles(teacher, student, {}))
+  rows, like, tables = opened(root)
+  teacher, student = tables.teacher, tables.student
   tables.phi_P[:] = tables.state_V[:] = -1
   tables.phi_P[tables.offset_V] = [student.id_of.get(b, -1) if b else -1 for b in teacher.bytes_V]
   for t, u in tables.roles.items():
@@ -174,8 +191,11 @@ class Evidence:
     for folder in TARGETS[target]:
       finished = self.folder / f"seed-{seed}" / f"{folder}.finished"
       if not finished.exists():  # a later version of the code has other config keys
+        root = self.folder / f"seed-{seed}" / RUNS
         if folder == "shared":
-          write_shared(self.folder / f"seed-{seed}" / RUNS, seed)
+          write_shared(root, seed)
+        elif folder == "sorted":
+          write_sorted(root)
         else:
           self.command(*STORES[folder], seed, RUNS / folder)
         finished.touch()
