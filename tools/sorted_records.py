@@ -3,7 +3,7 @@
 The targets of a position that begins with a token of the teacher are the counts of that token's
 distribution in descending order, with their ranks as ids. Other positions have the last id of the
 vocabulary alone, which the loss skips. Nothing tells which tokens the probabilities belong to, so
-this is no part of the product: it is one of the students in configs/cross_tokenizer.py.
+this is not part of the product: it is one of the students in configs/cross_tokenizer.py.
 """
 
 from __future__ import annotations

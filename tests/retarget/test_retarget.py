@@ -45,7 +45,7 @@ def test_the_result_is_an_ordinary_store_of_the_same_texts(whole):
     "tokenizer": teacher.digest,
     "store": source.manifest.digest,
     "method": "samples",
-    "min_mass": 0.1,
+    "min_mass": 0.0,
   }
   store.verify()
   for i in range(ROWS):
