@@ -6,7 +6,7 @@ The records of configs/r1_record.py, in R1's tokens, become records in those of 
   distill-jax retarget --config=configs/r1_llama_8b.py --workdir=retargeted/llama  # for both Llama
 
 It runs on CPUs, once for each tokenizer, and several machines can share the work (retarget.slice).
-At 50,000 of R1's tokens per second and core, 4.3 billion take 24 core-hours: an hour and a half on
+At 60,000 of R1's tokens per second and core, 4.3 billion take 20 core-hours: 76 minutes on
 16 cores. A store has about as many bytes as the records, 135 GB.
 
 Rows have as many tokens as those of the records, so a step is that of any store with 63 samples per
