@@ -1,6 +1,5 @@
 """Records in another tokenizer's tokens: identity, masks, roles, order, statistics."""
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -233,5 +232,4 @@ def test_statistics_add_up():
   a = Statistics(rows=1, targets=4, unresolved_mass=2.0, opened_mass=1.0, beyond_mass=0.5)
   a.kinds["exact"] = 3
   total = a + a
-  assert dataclasses.replace(total, rows=1) == dataclasses.replace(total, rows=1)
   assert total.rows == 2 and total.kinds == {"exact": 6} and total.misplaced_mass == 0.25
