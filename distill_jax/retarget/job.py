@@ -72,19 +72,19 @@ class Job:
     """The number of processes."""
     return self.options.workers or len(os.sched_getaffinity(0))
 
-  def target(self, name: str) -> Manifest:
-    """Returns the manifest of a store in the student's tokens.
+  @functools.cached_property
+  def lengths(self) -> dict[str, int]:
+    """The length of the student's rows of each store; see `sample.lengths`."""
+    return sample.lengths(self.conversion.tables, self.stores, self.options.seq_len)
 
-    Raises:
-      InputError: The student's tokenizer does not spell the texts of the store.
-    """
+  def target(self, name: str) -> Manifest:
+    """Returns the manifest of a store in the student's tokens."""
     store, tables = self.stores[name], self.conversion.tables
     m = store.manifest
-    needed = sample.length(tables, store)
     return dataclasses.replace(
       m,
       vocab_size=tables.student.size,
-      seq_len=self.options.seq_len or needed,
+      seq_len=self.lengths[name],
       tokenizer=tables.student.digest,
       logp=False,
       extents=(m.total,),

@@ -17,8 +17,9 @@ class RetargetOptions:
   them; a path, URL or Hub id. "": that of student.source."""
   seq_len: int = 0
   """Length of the sequences of the result. Tokens of a sequence that do not fit are cut, and
-  counted. 0: the smallest multiple of 128 that holds every row of a sample of the store; with equal
-  tokenizers, the length of the store."""
+  counted. 0: the smallest multiple of 128 that holds every row of a sample of the stores; with
+  equal tokenizers, the length of the store. With data.buckets, it is the length of the longest
+  sequences, and the others have the same share of it as before."""
   min_mass: float = 0.0
   """Smallest probability mass of a position inside a teacher's token. Where the teacher's tokens
   that begin with its bytes have less mass together, the position gets its label as its target. By

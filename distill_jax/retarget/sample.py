@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import time
+from collections.abc import Mapping
 
 from distill_jax.cross_tokenizer.align import SPELLING
 from distill_jax.cross_tokenizer.rows import align_rows
 from distill_jax.cross_tokenizer.statistics import Statistics
 from distill_jax.cross_tokenizer.tables import PairTables
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.records import tf_example
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.store import Store
@@ -60,6 +62,45 @@ def length(tables: PairTables, store: Store) -> int:
   Raises:
     InputError: The student's tokenizer spells no text of the sample.
   """
+  longest = _longest(tables, store)
+  return longest if tables.same else max(1, -(-longest // MULTIPLE)) * MULTIPLE
+
+
+def lengths(tables: PairTables, stores: Mapping[str, Store], largest: int) -> dict[str, int]:
+  """Returns the length of the student's rows of each store.
+
+  Their ratios are those of the stores, so held-out rows have a length that is trained on, and
+  batches of all lengths have the same number of tokens.
+
+  Args:
+    tables: The tables of both tokenizers.
+    stores: The stores by name.
+    largest: The length of the rows of the longest store; 0: the smallest multiple of 128 with which
+      the rows of all samples fit, or with equal tokenizers, that of the store.
+
+  Raises:
+    InputError: The student's tokenizer spells no text of a sample, or `largest` cannot be divided.
+  """
+  own = {name: store.manifest.seq_len for name, store in stores.items()}
+  needed = {name: _longest(tables, store) for name, store in stores.items()}
+  top = max(own.values())
+  parts = math.lcm(*(top // math.gcd(top, n) for n in own.values()))
+  if largest % parts:
+    expected = f"a multiple of {parts}, because the stores have rows of {sorted(set(own.values()))}"
+    raise bad_value("retarget.seq_len", largest, f"{expected} tokens", "Correct it")
+  if not largest and tables.same:
+    return own
+  fits = max(-(-needed[name] * top // own[name]) for name in own)
+  unit = math.lcm(MULTIPLE, parts)
+  largest = largest or max(1, -(-fits // unit)) * unit
+  return {name: largest * n // top for name, n in own.items()}
+
+
+def _longest(tables: PairTables, store: Store) -> int:
+  """Returns the number of the student's tokens of the longest row of a sample.
+
+  With equal tokenizers it is the length of the rows.
+  """
   own, longest, segments = store.manifest.seq_len, 0, 0
   skipped: collections.Counter[str] = collections.Counter()
   for rows in blocks(store):
@@ -69,7 +110,7 @@ def length(tables: PairTables, store: Store) -> int:
     segments += len(set(aligned.aligned.segment_G.tolist())) + aligned.skipped.total()
   if segments and segments == skipped.total():
     raise InputError(_nothing(tables.student.tokenizer.where, store, skipped))
-  return own if tables.same else max(1, -(-longest // MULTIPLE)) * MULTIPLE
+  return own if tables.same else longest
 
 
 def _nothing(student: str, store: Store, skipped: collections.Counter[str]) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import retarget_runs
 import tokenizers
@@ -13,6 +14,7 @@ from tokenizers import models, normalizers
 from distill_jax.errors import InputError
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.store import Taps
+from distill_jax.retarget import sample
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,29 @@ def test_a_flipped_byte_and_a_missing_shard(source, tmp_path):
   refused(c, tmp_path / "out", r"records-00001.array_record is damaged at record 6")
   shard.unlink()
   refused(c, tmp_path / "out", r"records-00001.array_record is missing. Run `record` again.")
+
+
+def test_lengths_have_the_ratios_of_the_stores(source, tmp_path, monkeypatch):
+  """So held-out rows have a length that is trained on, though they have more tokens."""
+  monkeypatch.setattr(sample, "MULTIPLE", 1)
+  teacher, folder = source / "teacher.json", tmp_path / "records"
+  rows = records(teacher, 0, 6)
+  pad = lambda x: np.pad(x, [(0, x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+  for name, of_name in (("32", rows), ("heldout/32", records(teacher, 20, 4))):
+    write_store(folder / name, teacher, of_name)
+  longer = [{name: pad(array) for name, array in row.items()} for row in rows]
+  write_store(folder / "64", teacher, longer, seq_len=64)
+  c = made(source, records=str(folder))
+  c.data.buckets, c.data.seq_len = (32, 64), 64
+  found = run(c, tmp_path / "out")
+  lengths = {n: manifest_lib.load(tmp_path / "out" / n).seq_len for n in ("32", "heldout/32", "64")}
+  assert lengths["32"] == lengths["heldout/32"] == lengths["64"] / 2
+  assert not any(count for name, count in found.items() if name.endswith("cut_tokens"))
+  c.retarget.seq_len = lengths["64"] - 2
+  cut = run(c, tmp_path / "shorter")
+  assert cut["heldout/32/cut_tokens"] > 0 and not cut["64/cut_tokens"]
+  c.retarget.seq_len = 63
+  refused(c, tmp_path / "odd", "retarget.seq_len is 63; expected a multiple of 2, because")
 
 
 def test_rows_that_do_not_fit_are_cut_and_counted(source, tmp_path):
