@@ -9,6 +9,7 @@ collector would look through all modules again and again: it is told to leave th
 import collections
 import gc
 import importlib.metadata
+import itertools
 import os
 
 import compile_cache
@@ -39,6 +40,8 @@ from object_stores import gcs, gcs_server, object_store, s3, s3_server  # noqa: 
 
 jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+FILES = itertools.count(1)  # that have ended
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -73,9 +76,13 @@ def pytest_runtest_teardown(item, nextitem):
   """Frees what the tests of a file made, compiled programs included, at its end.
 
   What survives is held by the caches of jax and by modules. It is excluded from the collector too:
-  otherwise each of 200 files takes longer than the one before, up to several seconds.
+  otherwise each of 200 files takes longer than the one before, up to several seconds. A program
+  needs about 1 MB, and some are used in many files: the caches are emptied after every 20 files.
   """
   if nextitem is None or nextitem.path != item.path:
+    if next(FILES) % 20 == 0:
+      jax.clear_caches()
+      gc.unfreeze()
     gc.collect()
     gc.freeze()
 
