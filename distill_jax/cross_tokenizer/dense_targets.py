@@ -44,7 +44,7 @@ class TeacherText(Targets, kw_only=True):
       min_mass: See `dense.project`.
     """
     B, T = labels_BT.shape
-    place_BT = jnp.maximum(self.links_BTLF[..., 0], 0).reshape(B, -1)
+    place_BT = jnp.maximum(self.links_BTLF[..., 0] - 1, 0).reshape(B, -1)
     hidden_BTD = jnp.take_along_axis(out.hidden_BTD, place_BT[..., None], 1)
     return ProjectedTargets(
       hidden_BTD=hidden_BTD.reshape(B, T, -1),

@@ -90,7 +90,7 @@ def _scan(
   is_token_V = jnp.arange(len(head_VD) * _shards(axis)) < len(tables.order_V)
 
   def logits(hidden_XD: jax.Array) -> jax.Array:
-    hidden_1XD = hidden_XD[None].astype(head_VD.dtype)
+    hidden_1XD = _all(hidden_XD[None].astype(head_VD.dtype), axis)
     z_XV = fused_head.soft_cap(fused_head.logits(hidden_1XD, head_VD), soft_cap)[0]
     if axis is not None:
       z_XV = jax.lax.all_to_all(z_XV, axis, 0, 1, tiled=True)
@@ -100,10 +100,9 @@ def _scan(
     hidden_BCD, links_BCLF, labels_BC, u_BC = xs
     B, C, L = links_BCLF.shape[:3]
     own = functools.partial(jax.tree.map, lambda x: _own(_padded(x, axis), axis))
-    hidden_LXD = _padded(levels_first(hidden_BCD.reshape(B, C, L, -1)), axis)
-    links_LX, labels_1X, u_1X = own(
-      (links_of(links_BCLF), labels_BC.reshape(1, -1), u_BC.reshape(1, -1))
-    )
+    hidden_LXD = levels_first(hidden_BCD.reshape(B, C, L, -1))
+    flat = (hidden_LXD, links_of(links_BCLF), labels_BC.reshape(1, -1), u_BC.reshape(1, -1))
+    hidden_LXD, links_LX, labels_1X, u_1X = own(flat)
     p = dense.project(logits, hidden_LXD, links_LX, labels_1X[0], tables, min_mass)
     out = sampler.of_shard(jnp.log(p.p_XS)[None], labels_1X, u_1X, spec)
     out |= {name: x[None] for name, x in zip(STATISTICS, p[1:], strict=True)}

@@ -55,8 +55,8 @@ def check(config: Config) -> None:
   if config.data.buckets and config.retarget.seq_len:
     expected = "0 with data.buckets, whose stores have several lengths"
     raise bad_value("retarget.seq_len", config.retarget.seq_len, expected, "Remove the key")
-  if not 0 <= config.retarget.min_mass < 1:
-    expected = "a number from 0 to below 1"
+  if not 0 <= config.retarget.min_mass <= 1:
+    expected = "a number from 0 to 1"
     raise bad_value("retarget.min_mass", config.retarget.min_mass, expected, "Correct it")
 
 

@@ -103,10 +103,9 @@ class StudentRows(Sequence):
     aligned = align_rows(self.tables, [row], self.positions)
     at = aligned.token_X
     of = chains(self.tables, self.splits, aligned.aligned, at, aligned.known_G)
-    place = np.where(of.place < 0, -1, aligned.position_G[of.place] - 1)
+    place = np.where(of.place < 0, 0, aligned.position_G[of.place])
     fields_XLF = np.stack([place, of.real, of.split, of.base, of.low, of.high], -1)
     links_TLF = np.zeros((self.positions, *fields_XLF.shape[1:]), np.int32)
-    links_TLF[..., :4] = -1
     links_TLF[aligned.position_X] = fields_XLF
     teacher = {PREFIX + name: row[name] for name in TEXT}
     tokens, kept = (np.sum(r["segments_T"] > 0) for r in (row, aligned.records[0]))

@@ -51,6 +51,7 @@ def project(problem, splits, padding=3, min_mass=0.0):
 
   names = ("place", "real", "split", "base", "low", "high")
   links = dense.Links(**{name: getattr(of, name).T for name in names})
+  links = links.replace(place=links.place + 1)
   hidden = jnp.asarray(logits_GV[np.maximum(of.place.T, 0)], jnp.float32)
   return jax.device_get(run(hidden, links, aligned.id_H[at]))
 

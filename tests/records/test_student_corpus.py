@@ -38,7 +38,7 @@ def base(folder):
   c.records.student_tokenizer = str(folder / "student.json")
   c.records.kind, c.records.tokens_per_shard = "dense", 3 * LENGTH
   c.records.chunk = 20
-  c.retarget.seq_len = LENGTH
+  c.retarget.seq_len, c.retarget.min_mass = LENGTH, 0.1
   return c
 
 
@@ -147,7 +147,7 @@ def test_a_mesh_records_the_same(recorded, tmp_path, mesh):
     ("records.temperature", 2.0, "records.temperature is 2.0; expected 1 with records.student"),
     ("records.kind", "text", "records.kind is 'text'; expected a kind with targets"),
     ("records.logprobs", "x.jsonl", "records.logprobs is 'x.jsonl'; expected ''"),
-    ("retarget.min_mass", 1.0, "retarget.min_mass is 1.0; expected a number from 0 to below 1"),
+    ("retarget.min_mass", 1.5, "retarget.min_mass is 1.5; expected a number from 0 to 1"),
   ],
 )
 def test_what_is_refused(tmp_path, key, value, message):

@@ -49,7 +49,7 @@ def online(folder):
   """A config that trains with the teacher in the step."""
   c = base(folder)
   c.retarget.tokenizer = str(folder / "student.json")
-  c.retarget.seq_len = LENGTH
+  c.retarget.seq_len, c.retarget.min_mass = LENGTH, 0.1
   c.train.online = True
   c.train.records = (str(folder / "text"),)
   c.train.batch_size, c.train.chunk = 4, 20
