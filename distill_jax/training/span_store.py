@@ -5,8 +5,8 @@ teacher's log-probabilities of spans of the text (cross_tokenizer/spans.py), for
 loss `ce` needs none. `retarget` makes a store with distributions over the student's tokens, and
 aligned_store.py reads text for a teacher in the training step.
 
-Rows are aligned when they are read, in the loader's threads, at about 100,000 of the teacher's
-tokens per second and core. The tables of the two tokenizers take 1 to 3 seconds and 15 MB per
+Rows are aligned when they are read, in the loader's threads, at more than 100,000 of the teacher's
+tokens per second and core. The tables of the two tokenizers take 2 to 6 seconds and 15 MB per
 process. Nothing else is kept.
 """
 

@@ -141,6 +141,16 @@ def test_batches_after_a_stop_are_the_same(folder):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+def test_heldout_rows_have_a_length_of_training(folder):
+  c = make_config(folder)
+  c.train.heldout = (str(folder / "records"),)
+  short = config.resolve(c)
+  c.retarget.seq_len = 384
+  longer = stores.open_stores(config.resolve(c))
+  (held,) = stores.open_heldout(short, None, longer)
+  assert held.manifest.seq_len == longer[0].manifest.seq_len == 384
+
+
 @pytest.mark.slow  # it compiles a training step and an evaluation
 def test_training_and_its_evaluation_lower_both_losses(folder, tmp_path):
   c = make_config(folder)
