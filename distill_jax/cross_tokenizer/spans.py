@@ -7,10 +7,12 @@ exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distill_jax.cross_tokenizer.rows import AlignedRows
+if TYPE_CHECKING:  # training needs the names of the fields, and no tokenizer
+  from distill_jax.cross_tokenizer.rows import AlignedRows
 
 LOGP, LEFT = "span_logp_T", "span_left_T"  # fields of a record; see losses.SpanTargets
 
