@@ -8,9 +8,11 @@ import pytest
 import small_tokenizers
 
 from distill_jax.cross_tokenizer.chats import CHANGED, FORM, REFUSED, ChatAligner, chat_vocabulary
+from distill_jax.cross_tokenizer.pair import side
 from distill_jax.cross_tokenizer.roles import match_roles
 from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.errors import InputError
+from distill_jax.hub.tokenizer import TokenizerFiles
 
 pytestmark = pytest.mark.smoke
 
@@ -229,6 +231,22 @@ def test_templates_that_cannot_be_used_are_refused(tokenizers):
   ):
     with pytest.raises(InputError, match=message):
       chat_vocabulary(tokenizers[0], template(source))
+
+
+def test_tokens_around_messages_are_control_tokens_whatever_their_flag():
+  tokenizer = small_tokenizers.byte_level(
+    special=("<s>", "</s>"), literal=["<｜User｜>", "<｜Assistant｜>", "<think>", "  "]
+  )
+  source = chats.TEMPLATES["r1"].replace("<|User|>", "<｜User｜>  ").replace("<|Assis", "<｜Assis")
+  source = source.replace("tant|>", "tant｜>")
+  folder = TokenizerFiles(tokenizer.raw.decode(), None, {"chat_template": source} | dict(NAMED))
+  ids = {tokenizer.token_id(t) for t in ("<｜User｜>", "<｜Assistant｜>")}
+  for is_chat in (True, False):  # also in texts, where the template is not used
+    made = side(tokenizer, folder, (), is_chat).vocabulary
+    assert ids < made.control
+    assert made.bytes_V[tokenizer.token_id("<think>")] == b"<think>"
+    assert made.bytes_V[tokenizer.token_id("  ")] == b"  "
+  assert not ids & side(tokenizer, None, (), False).vocabulary.control
 
 
 def test_an_aligner_can_be_pickled(aligner, tokenizers):
