@@ -114,12 +114,11 @@ class Vocabulary:
       do not spell the text: the tokenizer changes it, or makes a control token from it.
     """
     ids = np.array(self.tokenizer.encode(text), np.int64)
-    lengths = self.length_V[ids]
     raw, spelt = text.encode(), self.spell(ids)
-    if not lengths.all() or (spelt != raw and spelt != b" " + raw):
+    if spelt not in (raw, b" " + raw):
       return None
     ends = np.zeros(len(ids) + 1, np.int64)
-    np.cumsum(lengths, out=ends[1:])
+    np.cumsum(self.length_V[ids], out=ends[1:])
     return ids, ends - (len(spelt) - len(raw))
 
   def encode_inner(self, text: str) -> list[int]:
