@@ -30,8 +30,7 @@ class Markers:
 
   Attributes:
     begin: By role of the first message, the text before its content.
-    begin_pattern: The same as regular expressions that match any date, without the system's if
-      it is that of the user.
+    begin_pattern: The same as regular expressions that match any date.
     between: By role, the text from the end of a content to the beginning of the next one. The text
       after an assistant's content begins with `before_end` and `end`.
     last: By role, the text after the content of the last message.
@@ -81,11 +80,9 @@ def find_markers(template: ChatTemplate, tokenizer: Tokenizer) -> Markers:
   begins, between = {"user": begin}, {"user": ua, "assistant": au}
   with contextlib.suppress(InputError):  # some templates have no system messages
     begins["system"], between["system"], *_ = _split(dated(template), ["system", *turns[:3]])
-  # A system message that is written as a part of the user's is parsed as that.
-  apart = {role: text for role, text in begins.items() if role == "user" or text != begin}
   return Markers(
     begin=begins,
-    begin_pattern={role: _pattern(template, role, text) for role, text in apart.items()},
+    begin_pattern={role: _pattern(template, role, text) for role, text in begins.items()},
     between=between,
     last={"user": _split(dated(template), turns[:3])[-1], "assistant": end},
     before_end=au[: found.start()],

@@ -102,6 +102,7 @@ class ChatAligner:
     same_form = teacher_template.source == student_template.source
     self._is_same = same_form and teacher.digest == student.digest
     self._special = [*dict(student_template.tokens).values(), *student_template.added]
+    # Where a system message is a part of the user's, it is parsed as that: of equals, the user's.
     begins = sorted(self._teacher.begin_pattern.items(), key=lambda x: -len(x[1]))
     self._begins = [(role, re.compile(pattern.encode())) for role, pattern in begins]
     student.tokenizer.encode_places("a", self._special)  # raises if it cannot

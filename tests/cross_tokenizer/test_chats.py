@@ -180,6 +180,38 @@ def test_thoughts_that_the_prompt_begins_are_kept(aligner, tokenizers):
   assert check(made, cut, mask_G[:-4], text + tokenizer.decode(ids[:-4])[len(prompt) :])
 
 
+def test_a_token_that_also_spells_the_template_is_not_aligned(aligner, tokenizers):
+  ends_in_text = chats.CHATML.replace("+ '<|im_end|>'", "+ 'e<|im_end|>'")
+  chat = [chats.user("a"), chats.reply("is th")]
+  token_G, mask_G = packed(tokenizers, "chatml", chat)
+  made = aligner("chatml", ends_in_text)
+  text = made._template.render(chat)
+  the = tokenizers[1].token_id("Ġthe")
+  assert the in tokenizers[1].encode(text)
+  assert check(made, token_G, mask_G, text) == b"is\xff"
+
+
+def test_a_student_with_a_dummy_prefix(tokenizers):
+  """Its tokenizer puts a space after each control token, which has no place in a content."""
+  gemma = small_tokenizers.metaspace(prefix=True)
+  source = chats.CHATML.replace("|im_start|", "start_of_turn").replace("|im_end|", "end_of_turn")
+  source = source.replace("+ '\\n' + message", "+ '\\n<start_of_turn>' + message")
+  source = source.replace("assistant\\n'", "assistant\\n<start_of_turn>'")
+  sides = [template("chatml"), template(source)]
+  a, b = (chat_vocabulary(t, s) for t, s in zip((tokenizers[0], gemma), sides, strict=True))
+  chat = [chats.user("a"), chats.reply("the 漢 é")]
+  token_G, _ = packed(tokenizers, "chatml", chat)
+  segment = ChatAligner(a, b, *sides)(token_G)
+  axis = b"".join(a.bytes_V[i] or b"\xff" for i in token_G.tolist())
+  answer = axis.index("the 漢 é".encode())
+  spelt = b""
+  for i, start, end in zip(segment.id_H, segment.start_H, segment.end_H, strict=True):
+    if end > start >= answer:
+      spelt += b.bytes_V[i] or b"\xff"
+  # The first token, "▁t", begins with the dummy space, before the content.
+  assert spelt == "he 漢 é".encode() + b"\xff"
+
+
 def test_other_forms_are_skipped(aligner, tokenizers):
   made = aligner("chatml", "llama")
   encode = lambda text: np.array(tokenizers[0].encode(text))
