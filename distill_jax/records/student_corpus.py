@@ -12,15 +12,17 @@ from distill_jax.cross_tokenizer.pair import pair_tables, side
 from distill_jax.cross_tokenizer.roles import stop_set
 from distill_jax.cross_tokenizer.rows import align_rows
 from distill_jax.cross_tokenizer.tables import PairTables
-from distill_jax.data import corpus
-from distill_jax.data.tokenizers import Tokenizer, load_tokenizer, locate
+from distill_jax.data import corpus, tokenizers
+from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import bad_value
+from distill_jax.hub.locate import locate
 from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
 from distill_jax.models.loading import ModelSource
 from distill_jax.records import recorder
 from distill_jax.records.packed_rows import PackedRows
 from distill_jax.records.recorder import Corpus
 from distill_jax.records.student_rows import Source, StudentRows
+from distill_jax.runtime import files
 
 SAMPLE = 256  # rows from whose lengths the length of the student's rows is chosen
 MULTIPLE = 128  # of the length of the student's rows
@@ -71,9 +73,8 @@ def corpora(
     rows_of: The teacher's rows by length.
     tokenizer: The tokenizer of these rows.
   """
-  named = config.records.student_tokenizer
-  student = load_tokenizer(named)
-  tables = open_tables(config, teacher, tokenizer, student, read_tokenizer(locate(named)[0]))
+  student, found = named_tokenizer(config.records.student_tokenizer)
+  tables = open_tables(config, teacher, tokenizer, student, found)
   splits = Splits.of(tables)
   out = {}
   for length, rows in rows_of.items():
@@ -95,6 +96,16 @@ def corpora(
   return out
 
 
+def named_tokenizer(name: str) -> tuple[Tokenizer, TokenizerFiles | None]:
+  """Returns the tokenizer of a file or folder, a path, URL or Hub id, and the files next to it.
+
+  Documents end with the vocabulary's end of a document, as with the tokenizer of a model.
+  """
+  folder, file = tokenizers.locate(locate(name))
+  where = files.join(folder, file)
+  return Tokenizer(files.read(where), where, None, None), read_tokenizer(folder)
+
+
 def open_tables(
   config: Config,
   teacher: ModelSource,
@@ -106,7 +117,7 @@ def open_tables(
 
   Args:
     config: The config, with the pairs of tokens in retarget.roles.
-    teacher: The teacher. Its tokens that end a text are those of its generation config.
+    teacher: The teacher. Its tokens that end a text are those of its configs.
     tokenizer: Its tokenizer, or that of data.tokenizer.
     student: The student's tokenizer.
     found: Its files, with the chat template that aligns chats (data.kind="chat").
@@ -114,10 +125,11 @@ def open_tables(
   Raises:
     InputError: A tokenizer has no bytes or no chat template for chats.
   """
-  own = not config.data.tokenizer
-  stops = stop_set(tokenizer, teacher.generation) if own else set()
+  files_of_teacher = corpus.files_of(config.data, teacher.pretrained)
+  configs = [] if config.data.tokenizer else [teacher.generation]
+  configs += [files_of_teacher.config] if files_of_teacher else []
   is_chat = config.data.kind == "chat"
-  theirs = side(tokenizer, corpus.files_of(config.data, teacher.pretrained), stops, is_chat)
+  theirs = side(tokenizer, files_of_teacher, stop_set(tokenizer, *configs), is_chat)
   ours = side(student, found, (), is_chat)
   return pair_tables(theirs, ours, config.retarget.roles)
 

@@ -13,9 +13,9 @@ from typing import SupportsIndex
 from distill_jax.config import Config
 from distill_jax.cross_tokenizer.chains import Splits
 from distill_jax.data import corpus
-from distill_jax.data.tokenizers import Tokenizer, load_tokenizer, locate
+from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError, bad_value
-from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
+from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.losses import FeatureLoss
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
@@ -113,7 +113,7 @@ def align(
 
 def _student_tokenizer(config: Config, student: ModelSource | None) -> Tokenizer | None:
   if config.retarget.tokenizer:
-    return load_tokenizer(config.retarget.tokenizer)
+    return student_corpus.named_tokenizer(config.retarget.tokenizer)[0]
   if config.data.tokenizer:
     return None
   student = student or loading.open_source(config.student, config.seed)
@@ -125,7 +125,7 @@ def _student_tokenizer(config: Config, student: ModelSource | None) -> Tokenizer
 def _student_files(config: Config, student: ModelSource | None) -> TokenizerFiles | None:
   """Returns the files of the student's tokenizer."""
   if named := config.retarget.tokenizer:
-    return read_tokenizer(locate(named)[0])
+    return student_corpus.named_tokenizer(named)[1]
   return (student or loading.open_source(config.student, config.seed)).tokenizer
 
 
