@@ -264,9 +264,13 @@ def main() -> None:
   # Commands run in the folders of the seeds.
   os.environ["MISTRAL_TOKENIZER"] = str(Path(settings().MISTRAL).resolve())
   evidence = Evidence(args.folder.resolve())
-  targets = args.targets.split(",")
-  for target in targets:  # a first look at all of them
-    evidence.run(target, settings().RATES[target], 0)
+  targets = []
+  for target in args.targets.split(","):  # a first look at all of them
+    try:
+      evidence.run(target, settings().RATES[target], 0)
+      targets.append(target)
+    except subprocess.CalledProcessError as error:  # a later call repeats it
+      print(f"{target} is left out: {error}. See {evidence.folder / 'log.txt'}.", flush=True)
   rates = {target: evidence.tune(target) for target in targets}
   for seed in SEEDS[1:]:
     for target, rate in rates.items():
