@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pod_processes
 import pytest
 from emulate_pod import MAX_GROWTH, MAX_RATIO, Rig
 from launcher import ROOT
@@ -21,7 +22,8 @@ def rig():
     yield found, found.prepare("small", ROWS)
 
 
-def test_a_pod_that_loses_a_process_records_what_one_process_records(rig):
+def test_a_pod_that_loses_a_process_records_what_one_process_records(rig, monkeypatch):
+  monkeypatch.setattr(pod_processes, "GRACE_SECONDS", 1)
   rig, url = rig
   one, pod, limits = f"{url}/one", f"{url}/pod", Limits()
   rig.step("one: record", ["record"], url, one, "records", 1, None)
