@@ -126,6 +126,8 @@ def run(config: Config, folder: Path) -> JsonObject:
   packed = folder / PACKED
   corpora = {split: open_corpora(c, teacher, packed / split) for split, c in planned.items()}
   _check_held_out(corpora)
+  if config.records.student_tokenizer:
+    corpora = student_corpus.corpora(config, teacher, corpora)
   with contextlib.ExitStack() as stack:
     parts = []
     for split, by_length in corpora.items():
@@ -243,8 +245,6 @@ def open_corpora(config: Config, teacher: ModelSource, packed: Path) -> dict[str
     recorded = config.records.kind != "text"
     return {"": dataset.open_corpus(config, pretrained, teacher.config if recorded else None)}
   rows_of, tokenizer = pack.open_rows(config, teacher, packed)
-  if config.records.student_tokenizer:
-    return student_corpus.corpora(config, teacher, rows_of, tokenizer)
   return {
     data.folder_of_length[n]: Corpus.of_text(rows, tokenizer, n, data.fraction_of_split)
     for n, rows in rows_of.items()

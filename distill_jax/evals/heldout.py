@@ -158,21 +158,24 @@ def recorded(
 
   Args:
     config: The config.
-    models: Opened students by name.
+    models: Opened students by name. Those with the tokenizer of the store are shown.
     mesh: The devices.
 
   Raises:
-    InputError: The store has another tokenizer, or no probabilities that can be compared.
+    InputError: No student has the store's tokenizer, or no probabilities that can be compared.
   """
   path = config.train.heldout[0]
   store = open_store(path)
   m = store.manifest
-  tokenizer = corpus.tokenizer_of(config.data, next(iter(models.values())).pretrained)
-  if m.tokenizer != tokenizer.digest:
+  tokenizers = {name: corpus.tokenizer_of(config.data, s.pretrained) for name, s in models.items()}
+  models = {name: s for name, s in models.items() if tokenizers[name].digest == m.tokenizer}
+  if not models:
+    first = next(iter(tokenizers.values()))
     raise InputError(
-      f"The held-out store {path} was made with another tokenizer than {tokenizer.where}. Name a "
+      f"The held-out store {path} was made with another tokenizer than {first.where}. Name a "
       "store of the students' tokenizer in train.heldout, or set evaluate.examples=0."
     )
+  tokenizer = tokenizers[next(iter(models))]
   has_kl = m.kind == "topk" or (m.kind == "sampled" and (m.entropy or m.logp))
   if not has_kl or m.temperature != 1:
     raise InputError(

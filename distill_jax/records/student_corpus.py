@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
-import numpy as np
-
 from distill_jax.config import Config
+from distill_jax.cross_tokenizer import sides
 from distill_jax.cross_tokenizer.chains import Splits
-from distill_jax.cross_tokenizer.pair import pair_tables, side
-from distill_jax.cross_tokenizer.roles import stop_set
-from distill_jax.cross_tokenizer.rows import align_rows
-from distill_jax.cross_tokenizer.tables import PairTables
-from distill_jax.data import corpus, tokenizers
-from distill_jax.data.tokenizers import Tokenizer
+from distill_jax.cross_tokenizer.pair import pair_tables
+from distill_jax.cross_tokenizer.student_lengths import Rows, student_lengths
+from distill_jax.data import corpus
 from distill_jax.errors import bad_value
-from distill_jax.hub.locate import locate
-from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
 from distill_jax.models.loading import ModelSource
-from distill_jax.records import recorder
 from distill_jax.records.packed_rows import PackedRows
 from distill_jax.records.recorder import Corpus
-from distill_jax.records.student_rows import Source, StudentRows
-from distill_jax.runtime import files
+from distill_jax.records.student_rows import StudentRows
 
-SAMPLE = 256  # rows from whose lengths the length of the student's rows is chosen
-MULTIPLE = 128  # of the length of the student's rows
+KEY = "records.student_tokenizer"
 
 
 def check(config: Config) -> None:
@@ -33,7 +25,7 @@ def check(config: Config) -> None:
   c = config.records
   if not c.student_tokenizer:
     return
-  why = "with records.student_tokenizer"
+  why = f"with {KEY}"
   if config.tasks:
     expected = f"no tasks {why}, because only text is aligned"
     raise bad_value("tasks", list(config.tasks), expected, "Remove one of the two keys")
@@ -54,93 +46,59 @@ def check(config: Config) -> None:
   if config.data.trust:
     expected = f"() {why}, because label smoothing belongs to the teacher's tokens"
     raise bad_value("data.trust", config.data.trust, expected, "Remove one of the two keys")
-  if config.data.buckets and config.retarget.seq_len:
-    expected = "0 with data.buckets, whose stores have several lengths"
-    raise bad_value("retarget.seq_len", config.retarget.seq_len, expected, "Remove the key")
+  if config.retarget.seq_len < 0:
+    raise bad_value("retarget.seq_len", config.retarget.seq_len, "at least 0", "Correct it")
   if not 0 <= config.retarget.min_mass <= 1:
     expected = "a number from 0 to 1"
     raise bad_value("retarget.min_mass", config.retarget.min_mass, expected, "Correct it")
 
 
 def corpora(
-  config: Config, teacher: ModelSource, rows_of: Mapping[int, PackedRows], tokenizer: Tokenizer
-) -> dict[str, Corpus]:
-  """Returns the rows of the student by the folder of their length, as `open_corpora` does.
+  config: Config, teacher: ModelSource, stores: Mapping[str, Mapping[str, Corpus]]
+) -> dict[str, dict[str, Corpus]]:
+  """Returns the student's rows of the teacher's packed text.
 
   Args:
     config: The config.
-    teacher: The teacher.
-    rows_of: The teacher's rows by length.
-    tokenizer: The tokenizer of these rows.
-  """
-  student, found = named_tokenizer(config.records.student_tokenizer)
-  tables = open_tables(config, teacher, tokenizer, student, found)
-  splits = Splits.of(tables)
-  out = {}
-  for length, rows in rows_of.items():
-    positions = config.retarget.seq_len or length_of(rows, tables, length)
-    out[config.data.folder_of_length[length]] = Corpus(
-      rows=StudentRows(rows, tables, splits, positions, length),
-      positions=positions,
-      classes=student.vocab_size,
-      tokenizer=student.digest,
-      digest=recorder.text_digest(rows[0]),
-      heldout_fraction=config.data.fraction_of_split,
-      retargeted={
-        "tokenizer": tokenizer.digest,
-        "store": "",
-        "method": "exact",
-        "min_mass": config.retarget.min_mass,
-      },
-    )
-  return out
-
-
-def named_tokenizer(name: str) -> tuple[Tokenizer, TokenizerFiles | None]:
-  """Returns the tokenizer of a file or folder, a path, URL or Hub id, and the files next to it.
-
-  Documents end with the vocabulary's end of a document, as with the tokenizer of a model.
-  """
-  folder, file = tokenizers.locate(locate(name))
-  where = files.join(folder, file)
-  return Tokenizer(files.read(where), where, None, None), read_tokenizer(folder)
-
-
-def open_tables(
-  config: Config,
-  teacher: ModelSource,
-  tokenizer: Tokenizer,
-  student: Tokenizer,
-  found: TokenizerFiles | None,
-) -> PairTables:
-  """Returns the tables of a teacher's and a student's tokenizer.
-
-  Args:
-    config: The config, with the pairs of tokens in retarget.roles.
-    teacher: The teacher. Its tokens that end a text are those of its configs.
-    tokenizer: Its tokenizer, or that of data.tokenizer.
-    student: The student's tokenizer.
-    found: Its files, with the chat template that aligns chats (data.kind="chat").
+    teacher: The teacher. Its tokens that end a text are those of its generation config, too.
+    stores: The teacher's rows by split, and by the folder of their length.
 
   Raises:
-    InputError: A tokenizer has no bytes or no chat template for chats.
+    InputError: A tokenizer has no bytes or no chat template for chats, or the lengths do not fit.
   """
-  files_of_teacher = corpus.files_of(config.data, teacher.pretrained)
-  configs = [] if config.data.tokenizer else [teacher.generation]
-  configs += [files_of_teacher.config] if files_of_teacher else []
-  is_chat = config.data.kind == "chat"
-  theirs = side(tokenizer, files_of_teacher, stop_set(tokenizer, *configs), is_chat)
-  ours = side(student, found, (), is_chat)
-  return pair_tables(theirs, ours, config.retarget.roles)
+  named, is_chat = config.records.student_tokenizer, config.data.kind == "chat"
+  own = corpus.tokenizer_of(config.data, teacher.pretrained)
+  theirs = sides.teacher_side(config.data, teacher.pretrained, own, is_chat)
+  ours = sides.student_side(KEY, named, None, is_chat)
+  tables = pair_tables(theirs, ours, config.retarget.roles)
+  splits = Splits.of(tables)
+  rows = {
+    f"{split}/{length}": Rows(_packed(c), c.positions, "the packed text")
+    for split, by_length in stores.items()
+    for length, c in by_length.items()
+  }
+  length_of = student_lengths(tables, rows, config.retarget.seq_len)
+  return {
+    split: {
+      length: dataclasses.replace(
+        c,
+        rows=StudentRows(_packed(c), tables, splits, length_of[f"{split}/{length}"], c.positions),
+        positions=length_of[f"{split}/{length}"],
+        classes=tables.student.size,
+        tokenizer=tables.student.digest,
+        retargeted={
+          "tokenizer": tables.teacher.digest,
+          "store": "",
+          "method": "exact",
+          "min_mass": config.retarget.min_mass,
+        },
+      )
+      for length, c in by_length.items()
+    }
+    for split, by_length in stores.items()
+  }
 
 
-def length_of(rows: Source, tables: PairTables, teacher_length: int) -> int:
-  """Returns the smallest multiple of MULTIPLE that holds all of some rows of a text.
-
-  With equal tokenizers it is the length of the teacher's rows.
-  """
-  if tables.same:
-    return teacher_length
-  indices = np.unique(np.linspace(0, len(rows) - 1, SAMPLE).astype(int)).tolist()
-  longest = max(align_rows(tables, rows.read_many(indices), 1).lengths)
-  return max(-(-longest // MULTIPLE), 1) * MULTIPLE
+def _packed(text: Corpus) -> PackedRows:
+  assert isinstance(text.rows, PackedRows)
+  return text.rows

@@ -126,9 +126,7 @@ def statistics(rows: Sequence[Record], targets: Mapping[str, np.ndarray]) -> Sta
   sums = np.sum([row[COUNTS] for row in rows], 0).tolist()
   first, second = len(NUMBERS), len(NUMBERS) + len(KINDS)
   mask_BT = np.stack([row["mask_T"] for row in rows])
-  masses = {
-    name: float(np.sum(targets[key][mask_BT])) for key, name in projection.STATISTICS.items()
-  }
+  masses = {name: _sum(targets[key][mask_BT]) for key, name in projection.STATISTICS.items()}
   out = Statistics(
     rows=len(rows),
     positions=mask_BT.size,
@@ -138,6 +136,14 @@ def statistics(rows: Sequence[Record], targets: Mapping[str, np.ndarray]) -> Sta
   changes: dict[str, Any] = masses | dict(zip(NUMBERS, sums[:first], strict=True))
   changes["hard_targets"] = int(masses["hard_targets"])
   return dataclasses.replace(out, **changes)
+
+
+def _sum(values_X: np.ndarray) -> float:
+  """Returns the sum of values in steps of 2^-24, which does not depend on how rows are grouped.
+
+  Sums of such numbers up to 2^29 are exact in float64.
+  """
+  return float(np.rint(np.float64(values_X) * 2**24).sum() / 2**24)
 
 
 def read(stack: Callable[[str], np.ndarray]) -> Batch:

@@ -1,7 +1,7 @@
 """Conversion of shards of records to the student's tokens. It runs in worker processes.
 
 Shard k of the source becomes shard k of the result. Rows are read, converted and written in batches
-of about BATCH_TOKENS tokens, so a process holds the tables (`PairTables`) and one batch, whatever
+of about 8,192 tokens, so a process holds the tables (`PairTables`) and one batch, whatever
 the size of a shard. A record depends on the record with its index and on the seed alone.
 """
 
@@ -14,15 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from distill_jax.cross_tokenizer.align import KINDS
 from distill_jax.cross_tokenizer.rows import align_rows
 from distill_jax.cross_tokenizer.statistics import Statistics
+from distill_jax.cross_tokenizer.student_lengths import batches
 from distill_jax.cross_tokenizer.tables import PairTables
 from distill_jax.records.fields import Record
 from distill_jax.records.projected_rows import project_rows
 from distill_jax.records.shard_writer import ShardWriter
 from distill_jax.records.store import Store
 from distill_jax.retarget import summary
-
-BATCH_TOKENS = 2**13  # more tokens need more memory, 5 KB each, and are not faster
-MAX_BATCH = 64  # rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +98,6 @@ def convert(work: Work, name: str, rows: range) -> None:
     summary.write_shard(writer.folder, writer.manifest.ranges.index(rows), total)
 
   writer.write(rows, converted())
-
-
-def batches(rows: range, length: int) -> list[range]:
-  """Returns a range of rows of `length` tokens in batches."""
-  size = max(1, min(MAX_BATCH, BATCH_TOKENS // length))
-  return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def _text_rows(

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from distill_jax.config import Config
 from distill_jax.cross_tokenizer.pair import pair_tables
+from distill_jax.cross_tokenizer.student_lengths import Rows, student_lengths
 from distill_jax.errors import InputError, bad_value
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.store import Store
@@ -74,8 +75,12 @@ class Job:
 
   @functools.cached_property
   def lengths(self) -> dict[str, int]:
-    """The length of the student's rows of each store; see `sample.lengths`."""
-    return sample.lengths(self.conversion.tables, self.stores, self.options.seq_len)
+    """The length of the student's rows of each store; see `student_lengths`."""
+    rows = {
+      name: Rows(store, store.manifest.seq_len, str(store.folder))
+      for name, store in self.stores.items()
+    }
+    return student_lengths(self.conversion.tables, rows, self.options.seq_len)
 
   def target(self, name: str) -> Manifest:
     """Returns the manifest of a store in the student's tokens."""

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from distill_jax.config import Config
-from distill_jax.cross_tokenizer import pair, roles
+from distill_jax.cross_tokenizer import sides
 from distill_jax.cross_tokenizer.pair import Side
-from distill_jax.data import corpus, tokenizers
-from distill_jax.data.tokenizers import Tokenizer
+from distill_jax.data import corpus
 from distill_jax.errors import InputError, bad_value
-from distill_jax.hub.locate import locate
-from distill_jax.hub.tokenizer import read_tokenizer
 from distill_jax.models import loading
 from distill_jax.records import planned_stores
 from distill_jax.records.store import Store, open_store
-from distill_jax.runtime import files
 
 KINDS = ("sampled", "text")
 
@@ -79,11 +75,7 @@ def teacher_side(config: Config, stores: dict[str, Store]) -> Side:
         f"{store.folder} was recorded with tokenizer {found[:12]}, but {tokenizer.where} is "
         f"{tokenizer.digest[:12]}. Set teacher.source, or data.tokenizer, to that of the records."
       )
-  configs = [pretrained.generation] if pretrained else []
-  if (found_files := corpus.files_of(config.data, pretrained)) is not None:
-    configs.append(found_files.config)
-  stops = roles.stop_set(tokenizer, *configs)
-  return pair.side(tokenizer, found_files, stops, holds_chats(config))
+  return sides.teacher_side(config.data, pretrained, tokenizer, holds_chats(config))
 
 
 def student_side(config: Config) -> Side:
@@ -93,15 +85,6 @@ def student_side(config: Config) -> Side:
     InputError: The student has no tokenizer, its tokens have no bytes, or the stores hold chats and
       it has no chat template.
   """
-  if named := config.retarget.tokenizer:
-    folder, name = tokenizers.locate(locate(named))
-    where = files.join(folder, name)
-    # As that of student.source: documents end with the vocabulary's end of a document.
-    tokenizer = Tokenizer(files.read(where), where, None, None)
-    return pair.side(tokenizer, read_tokenizer(folder), (), holds_chats(config))
-  pretrained = loading.open_source(config.student, config.seed).pretrained
-  if pretrained is None or pretrained.tokenizer is None:
-    expected = "the student's tokenizer, because student.source has none"
-    raise bad_value("retarget.tokenizer", named, expected, "Name its file or folder")
-  tokenizer = corpus.of_files(pretrained.tokenizer, pretrained.source)
-  return pair.side(tokenizer, pretrained.tokenizer, (), holds_chats(config))
+  named = config.retarget.tokenizer
+  pretrained = None if named else loading.open_source(config.student, config.seed).pretrained
+  return sides.student_side("retarget.tokenizer", named, pretrained, holds_chats(config))

@@ -72,10 +72,6 @@ def special_tokens(new: Vocabulary, old: Vocabulary, given: Mapping[str, str]) -
   return found | {_id(new, a, given): _id(old, b, given) for a, b in given.items()}
 
 
-def _turn_ends(vocabulary: Vocabulary) -> list[int]:
-  return sorted(i for i in vocabulary.stops if vocabulary.tokenizer.piece(i) in TURN_ENDS)
-
-
 def _id(vocabulary: Vocabulary, token: str, given: Mapping[str, str]) -> int:
   if (i := vocabulary.tokenizer.token_id(token)) is None:
     expected = f"tokens of the two tokenizers, but {vocabulary.tokenizer.where} has no {token!r}"

@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from typing import SupportsIndex
 
 from distill_jax.config import Config
+from distill_jax.cross_tokenizer import sides
 from distill_jax.cross_tokenizer.chains import Splits
+from distill_jax.cross_tokenizer.pair import pair_tables
+from distill_jax.cross_tokenizer.student_lengths import Rows, student_lengths
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError, bad_value
-from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.losses import FeatureLoss
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
-from distill_jax.records import student_corpus
 from distill_jax.records.fields import Record
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.student_rows import StudentRows
@@ -76,6 +77,7 @@ def align(
   student: ModelSource | None,
   key: str,
   stores: Sequence[MultiTeacherStore],
+  lengths: Sequence[int] = (),
 ) -> Sequence[MultiTeacherStore | AlignedStore]:
   """Returns the stores, as the student's rows if the online teacher has another tokenizer.
 
@@ -87,6 +89,7 @@ def align(
     student: The model to train; None to open config.student.
     key: The config key of the stores.
     stores: The stores of text or records, in the teacher's tokens.
+    lengths: Lengths of the stores that are trained on, for held-out stores; see `student_lengths`.
 
   Raises:
     InputError: The stores are in other tokens, or the config has what only one tokenizer allows.
@@ -101,32 +104,31 @@ def align(
   theirs = corpus.tokenizer_of(config.data, teacher.pretrained)
   for store in stores:
     _check_store(key, store, teacher, theirs, ours)
-  found = _student_files(config, student)
-  tables = student_corpus.open_tables(config, teacher, theirs, ours, found)
-  splits, out = Splits.of(tables), []
-  for store in stores:
-    length = store.manifest.seq_len
-    positions = config.retarget.seq_len or student_corpus.length_of(store, tables, length)
-    out.append(AlignedStore(store, StudentRows(store, tables, splits, positions, length)))
-  return out
+  is_chat, named = config.data.kind == "chat", config.retarget.tokenizer
+  opened = None
+  if not named:
+    opened = (student or loading.open_source(config.student, config.seed)).pretrained
+  tables = pair_tables(
+    sides.teacher_side(config.data, teacher.pretrained, theirs, is_chat),
+    sides.student_side("retarget.tokenizer", named, opened, is_chat),
+    config.retarget.roles,
+  )
+  rows = {str(i): Rows(s, s.manifest.seq_len, str(s.folder)) for i, s in enumerate(stores)}
+  length_of = student_lengths(tables, rows, config.retarget.seq_len, lengths)
+  splits = Splits.of(tables)
+  return [
+    AlignedStore(s, StudentRows(s, tables, splits, length_of[str(i)], s.manifest.seq_len))
+    for i, s in enumerate(stores)
+  ]
 
 
 def _student_tokenizer(config: Config, student: ModelSource | None) -> Tokenizer | None:
   if config.retarget.tokenizer:
-    return student_corpus.named_tokenizer(config.retarget.tokenizer)[0]
+    return sides.student_tokenizer(config.retarget.tokenizer, None)
   if config.data.tokenizer:
     return None
   student = student or loading.open_source(config.student, config.seed)
-  if student.tokenizer is None or student.pretrained is None:
-    return None
-  return corpus.of_files(student.tokenizer, student.pretrained.source)
-
-
-def _student_files(config: Config, student: ModelSource | None) -> TokenizerFiles | None:
-  """Returns the files of the student's tokenizer."""
-  if named := config.retarget.tokenizer:
-    return student_corpus.named_tokenizer(named)[1]
-  return (student or loading.open_source(config.student, config.seed)).tokenizer
+  return sides.student_tokenizer("", student.pretrained)
 
 
 def _check(config: Config) -> None:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import SupportsIndex
 
 from distill_jax.config import Config
-from distill_jax.cross_tokenizer import spans
+from distill_jax.cross_tokenizer import sides, spans
 from distill_jax.cross_tokenizer.pair import pair_tables
 from distill_jax.cross_tokenizer.rows import align_rows
+from distill_jax.cross_tokenizer.student_lengths import Rows, student_lengths
 from distill_jax.cross_tokenizer.tables import PairTables
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
@@ -29,7 +30,7 @@ from distill_jax.models.loading import ModelSource
 from distill_jax.records.fields import LABEL_LOGP, Record
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import Store
-from distill_jax.retarget import sample, source
+from distill_jax.retarget import source
 
 
 class SpanStore:
@@ -100,8 +101,7 @@ def align(
     student: The model to train.
     key: The config key of the stores, for messages.
     stores: The stores.
-    lengths: Lengths of the stores that are trained on, for held-out stores: rows have the smallest
-      one that holds them. (): they have retarget.seq_len, or the length of a sample of the store.
+    lengths: Lengths of the stores that are trained on, for held-out stores; see `student_lengths`.
 
   Raises:
     InputError: The teacher's tokenizer is unknown, or other options do not allow it.
@@ -118,14 +118,10 @@ def align(
   _check(key, other)
   tables = pair_tables(teacher, source.student_side(config), config.retarget.roles)
 
-  def read(store: MultiTeacherStore) -> MultiTeacherStore | SpanStore:
-    if store not in other:
-      return store
-    length = config.retarget.seq_len or sample.length(tables, store.first)
-    fitting = [n for n in lengths if n >= length] or [max(lengths, default=length)]
-    return SpanStore(store.first, tables, min(fitting))
-
-  return [read(store) for store in stores]
+  rows = {str(i): Rows(s.first, s.manifest.seq_len, str(s.folder)) for i, s in enumerate(other)}
+  length_of = student_lengths(tables, rows, config.retarget.seq_len, lengths)
+  read = iter([SpanStore(s.first, tables, length_of[str(i)]) for i, s in enumerate(other)])
+  return [next(read) if store in other else store for store in stores]
 
 
 def _check(key: str, stores: Sequence[MultiTeacherStore]) -> None:
@@ -142,7 +138,7 @@ def _check(key: str, stores: Sequence[MultiTeacherStore]) -> None:
 def tokenizer_of(config: Config, student: ModelSource) -> Tokenizer | None:
   """Returns the student's tokenizer; None for a random student if no key names one."""
   if config.retarget.tokenizer:
-    return source.student_side(config).vocabulary.tokenizer
+    return sides.student_tokenizer(config.retarget.tokenizer, None)
   if not config.data.tokenizer and student.tokenizer is None:
     return None
   return corpus.tokenizer_of(config.data, student.pretrained)

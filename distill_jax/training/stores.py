@@ -79,7 +79,7 @@ def _open(
   if not config.tasks:
     stores = _open_records(key, paths, teachers_key, teachers)
     if config.train.online:
-      return aligned_store.align(config, student, key, stores)
+      return aligned_store.align(config, student, key, stores, trained)
     student = student or loading.open_source(config.student, config.seed)
     return span_store.align(config, student, key, stores, trained)
   records = _open_records(key, paths, teachers_key, teachers) if paths else None

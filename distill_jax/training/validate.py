@@ -18,7 +18,7 @@ from distill_jax.training import stores as stores_lib
 from distill_jax.training.aligned_store import AlignedStore
 from distill_jax.training.span_store import SpanStore
 from distill_jax.training.step import Step
-from distill_jax.training.stores import Stores
+from distill_jax.training.stores import OneStore, Stores
 from distill_jax.types import IN_BATCH_CLASSES
 
 
@@ -125,7 +125,7 @@ def check_text_fits(config: Config, student: ModelSource, stores: Stores) -> Non
     if manifest.seq_len > shape.max_position_embeddings:
       raise InputError(
         f"The records {path} have sequences of {manifest.seq_len} tokens, but the student has "
-        f"{shape.max_position_embeddings} positions. Record with a smaller data.seq_len."
+        f"{shape.max_position_embeddings} positions. {_shorter(store)}."
       )
     if isinstance(store, AlignedStore):
       continue  # its rows are in the student's tokens
@@ -136,6 +136,15 @@ def check_text_fits(config: Config, student: ModelSource, stores: Stores) -> Non
         "tokenizer, set data.tokenizer to that of the records if the student has it, or name the "
         "teacher in teacher.source to read its records in the student's tokens."
       )
+
+
+def _shorter(store: OneStore) -> str:
+  """Returns what makes the rows of a store shorter."""
+  if isinstance(store, AlignedStore | SpanStore):
+    return "Set retarget.seq_len to that number"
+  if store.manifest.retargeted:
+    return "Convert the records, or record, with retarget.seq_len set to that number"
+  return "Record with a smaller data.seq_len"
 
 
 def check_records(config: Config, stores: Stores) -> None:

@@ -11,10 +11,10 @@ import tokenizers
 from retarget_runs import END, made, records, run, write_store
 from tokenizers import models, normalizers
 
+from distill_jax.cross_tokenizer import student_lengths
 from distill_jax.errors import InputError
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.store import Taps
-from distill_jax.retarget import sample
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_flipped_byte_and_a_missing_shard(source, tmp_path):
 
 def test_lengths_have_the_ratios_of_the_stores(source, tmp_path, monkeypatch):
   """So held-out rows have a length that is trained on, though they have more tokens."""
-  monkeypatch.setattr(sample, "MULTIPLE", 1)
+  monkeypatch.setattr(student_lengths, "MULTIPLE", 1)
   teacher, folder = source / "teacher.json", tmp_path / "records"
   rows = records(teacher, 0, 6)
   pad = lambda x: np.pad(x, [(0, x.shape[0])] + [(0, 0)] * (x.ndim - 1))
