@@ -35,7 +35,7 @@ from types import ModuleType
 
 import sorted_records
 
-from distill_jax import config
+from distill_jax import config, registry
 from distill_jax.cross_tokenizer.roles import match_roles
 from distill_jax.cross_tokenizer.tables import PairTables
 from distill_jax.cross_tokenizer.vocabulary import Vocabulary
@@ -53,6 +53,7 @@ from distill_jax.records.writer import Writer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "cross_tokenizer.py"
+RIVALS = ROOT / "tools" / "rival_losses"
 RUNS = Path("runs/cross_tokenizer")  # in the folder of a seed
 SEEDS = (0, 1, 2)
 RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
@@ -100,6 +101,7 @@ def texts() -> bits_per_byte.SharedTexts:
 
 def measure(source: str) -> float:
   """Returns the bits per byte of a model, as `evaluate` with evaluate.texts computes them."""
+  registry.add_folder("losses", RIVALS)  # the config that a run has stored may name one of them
   c = config.resolve(config.base())
   mesh = sharding.make_mesh(**vars(c.mesh))
   slot = ModelSlot(StudentOptions(source=source), mesh, seed=0)
