@@ -92,6 +92,8 @@ def student_lengths(
   own = {name: rows.length for name, rows in stores.items()}
   top = max(own.values())
   parts = math.lcm(*(top // math.gcd(top, n) for n in own.values()))
+  if 0 < largest * min(own.values()) // top < 2:
+    raise bad_value("retarget.seq_len", largest, "rows of 2 tokens or more", "Raise it")
   if largest % parts:
     expected = f"a multiple of {parts}, because the stores have rows of {sorted(set(own.values()))}"
     raise bad_value("retarget.seq_len", largest, f"{expected} tokens", "Correct it")

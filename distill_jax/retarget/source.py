@@ -10,6 +10,7 @@ from distill_jax.errors import InputError, bad_value
 from distill_jax.models import loading
 from distill_jax.records import planned_stores
 from distill_jax.records.store import Store, open_store
+from distill_jax.runtime import files
 
 KINDS = ("sampled", "text")
 
@@ -27,6 +28,10 @@ def open_stores(config: Config) -> dict[str, Store]:
   stores = {
     name: open_store(path) for name, path in planned_stores.found(folder, config.data).items()
   }
+  names = [str(length) for length in config.data.buckets] or [""]
+  for at in (files.join(folder, name) if name else folder for name in names if name not in stores):
+    if files.listing(at, "*.array_record"):  # held-out rows are finished before the others
+      raise InputError(f"{at} holds shards but no manifest.json. Finish it: run `record` again.")
   for store in stores.values():
     _check(store)
   return stores

@@ -122,6 +122,14 @@ def test_a_flipped_byte_and_a_missing_shard(source, tmp_path):
   refused(c, tmp_path / "out", r"records-00001.array_record is missing. Run `record` again.")
 
 
+def test_an_unfinished_store_beside_finished_heldout_rows(source, tmp_path):
+  shutil.copytree(source / "records", tmp_path / "records")
+  (tmp_path / "records" / "manifest.json").unlink()
+  c = made(source, records=str(tmp_path / "records"))
+  refused(c, tmp_path / "out", "records holds shards but no manifest.json. Finish it")
+  refused(made(source, seq_len=1), tmp_path / "out", "retarget.seq_len is 1; expected rows of 2")
+
+
 def test_lengths_have_the_ratios_of_the_stores(source, tmp_path, monkeypatch):
   """So held-out rows have a length that is trained on, though they have more tokens."""
   monkeypatch.setattr(student_lengths, "MULTIPLE", 1)
