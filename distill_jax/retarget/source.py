@@ -29,9 +29,9 @@ def open_stores(config: Config) -> dict[str, Store]:
     name: open_store(path) for name, path in planned_stores.found(folder, config.data).items()
   }
   names = [str(length) for length in config.data.buckets] or [""]
-  for at in (files.join(folder, name) if name else folder for name in names if name not in stores):
-    if files.listing(at, "*.array_record"):  # held-out rows are finished before the others
-      raise InputError(f"{at} holds shards but no manifest.json. Finish it: run `record` again.")
+  for name in [n for n in names if n not in stores]:  # held-out rows may be finished before them
+    at = files.join(folder, name) if name else folder
+    raise InputError(f"{at} has no finished store of training rows. Run `record` again.")
   for store in stores.values():
     _check(store)
   return stores

@@ -126,7 +126,7 @@ def test_an_unfinished_store_beside_finished_heldout_rows(source, tmp_path):
   shutil.copytree(source / "records", tmp_path / "records")
   (tmp_path / "records" / "manifest.json").unlink()
   c = made(source, records=str(tmp_path / "records"))
-  refused(c, tmp_path / "out", "records holds shards but no manifest.json. Finish it")
+  refused(c, tmp_path / "out", "records has no finished store of training rows. Run")
   refused(made(source, seq_len=1), tmp_path / "out", "retarget.seq_len is 1; expected rows of 2")
 
 
