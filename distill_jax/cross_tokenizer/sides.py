@@ -1,4 +1,4 @@
-"""The tokens of a teacher and a student, as the keys of a config name them.
+"""The tokens of a teacher and a student, as the keys of a config name them, and their tables.
 
 The student's texts end with its vocabulary's end of a document, never with the end of a turn that a
 tokenizer_config.json may name as its eos_token. Both sides end texts with all tokens that the
@@ -7,20 +7,42 @@ model's generation config and tokenizer config name, too.
 
 from __future__ import annotations
 
-from distill_jax.cross_tokenizer.pair import Side, side
-from distill_jax.cross_tokenizer.roles import stop_set
+import contextlib
+import json
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from distill_jax.cross_tokenizer.chat_markers import find_markers
+from distill_jax.cross_tokenizer.chats import ChatAligner, chat_vocabulary
+from distill_jax.cross_tokenizer.roles import match_roles, stop_set
+from distill_jax.cross_tokenizer.tables import PairTables
+from distill_jax.cross_tokenizer.vocabulary import Vocabulary
 from distill_jax.data import corpus, tokenizers
+from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.data.options import DataOptions
 from distill_jax.data.tokenizers import Tokenizer
-from distill_jax.errors import bad_value
+from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.locate import locate
 from distill_jax.hub.pretrained import Pretrained
-from distill_jax.hub.tokenizer import read_tokenizer
+from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
 from distill_jax.hub.weights import read_hf_json
 from distill_jax.runtime import files
 from distill_jax.types import JsonObject
 
 GENERATION = "generation_config.json"
+WITHOUT_BYTES = ("WordPiece", "WordLevel")  # kinds of vocabularies whose tokens drop white space
+
+
+class Side(NamedTuple):
+  """The teacher's or the student's tokens.
+
+  Attributes:
+    vocabulary: The bytes of its tokens.
+    template: Its chat template, if the texts are chats; otherwise None.
+  """
+
+  vocabulary: Vocabulary
+  template: ChatTemplate | None
 
 
 def teacher_side(
@@ -35,7 +57,7 @@ def teacher_side(
     is_chat: True if the texts are chats.
 
   Raises:
-    InputError: See `pair.side` and `roles.stop_set`.
+    InputError: See `side` and `roles.stop_set`.
   """
   found = corpus.files_of(data, pretrained)
   configs = [found.config] if found else []
@@ -73,7 +95,7 @@ def student_side(key: str, named: str, pretrained: Pretrained | None, is_chat: b
     is_chat: True if the texts are chats.
 
   Raises:
-    InputError: The student has no tokenizer; or see `pair.side` and `roles.stop_set`.
+    InputError: The student has no tokenizer; or see `side` and `roles.stop_set`.
   """
   if (tokenizer := student_tokenizer(named, pretrained)) is None:
     expected = "the student's tokenizer, because student.source has none"
@@ -86,6 +108,69 @@ def student_side(key: str, named: str, pretrained: Pretrained | None, is_chat: b
     found, generation = pretrained.tokenizer, pretrained.generation
   configs = [generation, found.config if found else {}]
   return side(tokenizer, found, stop_set(tokenizer, *configs), is_chat)
+
+
+def pair_tables(teacher: Side, student: Side, given: Mapping[str, str]) -> PairTables:
+  """Returns the tables of a teacher and a student, which align chats by turns if the texts are.
+
+  Args:
+    teacher: The teacher's tokens.
+    student: The student's tokens.
+    given: Pairs of tokens with the same role (retarget.roles).
+
+  Raises:
+    InputError: See `roles.match_roles` and `chats.ChatAligner`.
+  """
+  a, b = teacher.vocabulary, student.vocabulary
+  chats = None
+  if teacher.template is not None and student.template is not None:
+    chats = ChatAligner(a, b, teacher.template, student.template)
+  return PairTables(a, b, match_roles(a, b, given), chats)
+
+
+def side(
+  tokenizer: Tokenizer, found: TokenizerFiles | None, stops: Collection[int], is_chat: bool
+) -> Side:
+  """Returns the tokens of a teacher or a student.
+
+  Args:
+    tokenizer: The tokenizer.
+    found: Its files, with the chat template, if it has a folder.
+    stops: Further ids that end a text.
+    is_chat: True if the texts are chats in the form of the chat template.
+
+  Raises:
+    InputError: If the tokens have no bytes, or the texts are chats and the template is missing or
+      cannot be used.
+  """
+  is_json = tokenizer.kind == "huggingface"
+  model = json.loads(tokenizer.raw)["model"].get("type", "BPE") if is_json else "sentencepiece"
+  out = _chat_side(tokenizer, found, stops) if is_chat else _text_side(tokenizer, found, stops)
+  if model in WITHOUT_BYTES or not out.vocabulary.id_of:
+    raise InputError(
+      f"{tokenizer.where} has tokens without bytes (its model is {model}), so texts cannot be "
+      "aligned. Use a student with a byte-level BPE or a sentencepiece vocabulary."
+    )
+  return out
+
+
+def _chat_side(tokenizer: Tokenizer, found: TokenizerFiles | None, stops: Collection[int]) -> Side:
+  if found is None:
+    raise InputError(
+      f"{tokenizer.where} has no chat template, but the texts are chats. Use the folder with its "
+      "tokenizer_config.json."
+    )
+  template = ChatTemplate.of(found, tokenizer.where)
+  return Side(chat_vocabulary(tokenizer, template, stops), template)
+
+
+def _text_side(tokenizer: Tokenizer, found: TokenizerFiles | None, stops: Collection[int]) -> Side:
+  """Returns the tokens of a model. Those around the messages of chats are control tokens."""
+  markers: Collection[int] = ()
+  with contextlib.suppress(InputError):  # a template that is not used may be unusable
+    if found is not None and found.chat_template:
+      markers = find_markers(ChatTemplate.of(found, tokenizer.where), tokenizer).ids
+  return Side(Vocabulary(tokenizer, stops, markers=markers), None)
 
 
 def _is_own(tokenizer: Tokenizer, pretrained: Pretrained) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from distill_jax.config import Config
 from distill_jax.cross_tokenizer import sides
 from distill_jax.cross_tokenizer.chains import Splits
-from distill_jax.cross_tokenizer.pair import pair_tables
 from distill_jax.cross_tokenizer.student_lengths import Rows, student_lengths
 from distill_jax.data import corpus
 from distill_jax.errors import bad_value
@@ -70,7 +69,7 @@ def corpora(
   own = corpus.tokenizer_of(config.data, teacher.pretrained)
   theirs = sides.teacher_side(config.data, teacher.pretrained, own, is_chat)
   ours = sides.student_side(KEY, named, None, is_chat)
-  tables = pair_tables(theirs, ours, config.retarget.roles)
+  tables = sides.pair_tables(theirs, ours, config.retarget.roles)
   splits = Splits.of(tables)
   rows = {
     f"{split}/{length}": Rows(_packed(c), c.positions, "the packed text")

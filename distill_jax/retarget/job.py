@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distill_jax.config import Config
-from distill_jax.cross_tokenizer.pair import pair_tables
+from distill_jax.cross_tokenizer.sides import pair_tables
 from distill_jax.cross_tokenizer.student_lengths import Rows, student_lengths
 from distill_jax.errors import InputError, bad_value
 from distill_jax.records.manifest import Manifest

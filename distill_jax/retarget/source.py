@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distill_jax.config import Config
 from distill_jax.cross_tokenizer import sides
-from distill_jax.cross_tokenizer.pair import Side
+from distill_jax.cross_tokenizer.sides import Side
 from distill_jax.data import corpus
 from distill_jax.errors import InputError, bad_value
 from distill_jax.models import loading

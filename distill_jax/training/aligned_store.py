@@ -13,7 +13,6 @@ from typing import SupportsIndex
 from distill_jax.config import Config
 from distill_jax.cross_tokenizer import sides
 from distill_jax.cross_tokenizer.chains import Splits
-from distill_jax.cross_tokenizer.pair import pair_tables
 from distill_jax.cross_tokenizer.student_lengths import Rows, student_lengths
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
@@ -108,7 +107,7 @@ def align(
   opened = None
   if not named:
     opened = (student or loading.open_source(config.student, config.seed)).pretrained
-  tables = pair_tables(
+  tables = sides.pair_tables(
     sides.teacher_side(config.data, teacher.pretrained, theirs, is_chat),
     sides.student_side("retarget.tokenizer", named, opened, is_chat),
     config.retarget.roles,

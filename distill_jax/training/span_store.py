@@ -19,7 +19,6 @@ from typing import SupportsIndex
 
 from distill_jax.config import Config
 from distill_jax.cross_tokenizer import sides, spans
-from distill_jax.cross_tokenizer.pair import pair_tables
 from distill_jax.cross_tokenizer.rows import align_rows
 from distill_jax.cross_tokenizer.student_lengths import Rows, student_lengths
 from distill_jax.cross_tokenizer.tables import PairTables
@@ -116,7 +115,7 @@ def align(
   if not other:
     return list(stores)
   _check(key, other)
-  tables = pair_tables(teacher, source.student_side(config), config.retarget.roles)
+  tables = sides.pair_tables(teacher, source.student_side(config), config.retarget.roles)
 
   rows = {str(i): Rows(s.first, s.manifest.seq_len, str(s.folder)) for i, s in enumerate(other)}
   length_of = student_lengths(tables, rows, config.retarget.seq_len, lengths)

@@ -8,8 +8,8 @@ import pytest
 import small_tokenizers
 
 from distill_jax.cross_tokenizer.chats import CHANGED, FORM, REFUSED, ChatAligner, chat_vocabulary
-from distill_jax.cross_tokenizer.pair import side
 from distill_jax.cross_tokenizer.roles import match_roles
+from distill_jax.cross_tokenizer.sides import side
 from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.errors import InputError
 from distill_jax.hub.tokenizer import TokenizerFiles
