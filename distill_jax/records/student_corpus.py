@@ -45,11 +45,6 @@ def check(config: Config) -> None:
   if config.data.trust:
     expected = f"() {why}, because label smoothing belongs to the teacher's tokens"
     raise bad_value("data.trust", config.data.trust, expected, "Remove one of the two keys")
-  if config.retarget.seq_len < 0:
-    raise bad_value("retarget.seq_len", config.retarget.seq_len, "at least 0", "Correct it")
-  if not 0 <= config.retarget.min_mass <= 1:
-    expected = "a number from 0 to 1"
-    raise bad_value("retarget.min_mass", config.retarget.min_mass, expected, "Correct it")
 
 
 def corpora(

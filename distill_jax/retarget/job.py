@@ -21,7 +21,7 @@ from pathlib import Path
 from distill_jax.config import Config
 from distill_jax.cross_tokenizer.sides import pair_tables
 from distill_jax.cross_tokenizer.student_lengths import Rows, student_lengths
-from distill_jax.errors import InputError, bad_value
+from distill_jax.errors import InputError
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.store import Store
 from distill_jax.records.writer import Writer
@@ -57,12 +57,6 @@ class Job:
     """
     options = config.retarget
     slices.parse("retarget.slice", options.slice)  # raises
-    if options.seq_len < 0:
-      raise bad_value("retarget.seq_len", options.seq_len, "at least 0", "Correct it")
-    if options.workers < 0:
-      raise bad_value("retarget.workers", options.workers, "at least 0", "Correct it")
-    if not 0 <= options.min_mass <= 1:
-      raise bad_value("retarget.min_mass", options.min_mass, "a number from 0 to 1", "Correct it")
     stores = source.open_stores(config)
     student, teacher = source.student_side(config), source.teacher_side(config, stores)
     tables = pair_tables(teacher, student, options.roles)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from distill_jax.errors import bad_value
+
 
 @dataclasses.dataclass(frozen=True)
 class RetargetOptions:
@@ -38,3 +40,10 @@ class RetargetOptions:
   dry_run: bool = False
   """True to print the statistics of a sample of the store, and what the whole would take, and write
   nothing."""
+
+  def __post_init__(self) -> None:
+    for name in ("seq_len", "workers"):
+      if (n := getattr(self, name)) < 0:
+        raise bad_value(f"retarget.{name}", n, "at least 0", "Correct it")
+    if not 0 <= self.min_mass <= 1:
+      raise bad_value("retarget.min_mass", self.min_mass, "a number from 0 to 1", "Correct it")
