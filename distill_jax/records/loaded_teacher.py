@@ -19,7 +19,7 @@ from distill_jax.nn.sharding import Rows
 from distill_jax.records import (
   batch_plan,
   collate,
-  projection,
+  projected_sampler,
   recorder,
   student_rows,
   tap_features,
@@ -124,7 +124,7 @@ class LoadedTeacher:
       written = rows.written[index_B[rows.written] != batch_plan.PADDING]
       own = [held[i] for i in np.searchsorted(rows.held, written)]
       if see is not None and own:
-        read = {k: collate.local_rows(targets[k], written) for k in projection.STATISTICS}
+        read = {k: collate.local_rows(targets[k], written) for k in projected_sampler.STATISTICS}
         see(int(index_B[written[0]]), student_rows.statistics(own, read))
       yield index_B, recorder.local_records(own, targets, written)
 

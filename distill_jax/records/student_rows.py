@@ -25,7 +25,7 @@ from distill_jax.cross_tokenizer.statistics import Statistics
 from distill_jax.cross_tokenizer.tables import PairTables
 from distill_jax.data import model_rows
 from distill_jax.nn import sharding
-from distill_jax.records import projection
+from distill_jax.records import projected_sampler
 from distill_jax.records.fields import TEXT, Record
 from distill_jax.types import Batch, Inputs
 
@@ -121,12 +121,12 @@ def statistics(rows: Sequence[Record], targets: Mapping[str, np.ndarray]) -> Sta
 
   Args:
     rows: Rows of StudentRows.
-    targets: What `projection.summarise` returned for them.
+    targets: What `projected_sampler.summarise` returned for them.
   """
   sums = np.sum([row[COUNTS] for row in rows], 0).tolist()
   first, second = len(NUMBERS), len(NUMBERS) + len(KINDS)
   mask_BT = np.stack([row["mask_T"] for row in rows])
-  masses = {name: _sum(targets[key][mask_BT]) for key, name in projection.STATISTICS.items()}
+  masses = {name: _sum(targets[key][mask_BT]) for key, name in projected_sampler.STATISTICS.items()}
   out = Statistics(
     rows=len(rows),
     positions=mask_BT.size,

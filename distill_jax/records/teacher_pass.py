@@ -15,7 +15,14 @@ from distill_jax.cross_tokenizer.dense_targets import TeacherText
 from distill_jax.losses.features import FeatureSpec, flat_qkv
 from distill_jax.nn import sharding
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.records import fields, projection, recorder, student_rows, tap_features, taps
+from distill_jax.records import (
+  fields,
+  projected_sampler,
+  recorder,
+  student_rows,
+  tap_features,
+  taps,
+)
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.sampler import SamplerSpec
 from distill_jax.types import Batch, Model, Output
@@ -64,19 +71,21 @@ class TeacherPass:
       tables: The tables of both tokenizers.
 
     Returns:
-      The targets by field, and projection.STATISTICS.
+      The targets by field, and projected_sampler.STATISTICS.
     """
     text = batch.targets[student_rows.TEACHER]
     assert isinstance(text, TeacherText)
     out: Output = model(text.inputs, self.compute)
-    summary = projection.summarise(
+    summary = projected_sampler.summarise(
       text.of_output(out, batch.labels_BT, tables, self.min_mass),
       recorder.offsets(key, index_B, batch.labels_BT.shape[1]),
       SamplerSpec.of(self.options, self.vocab_size),
       chunk=self.options.chunk,
       seq_axis=sharding.SEQ,
     )
-    return recorder.by_field(summary) | {name: summary[name] for name in projection.STATISTICS}
+    return recorder.by_field(summary) | {
+      name: summary[name] for name in projected_sampler.STATISTICS
+    }
 
   def targets(
     self, model: Model, key: jax.Array, batch: Batch, index_B: jax.Array
