@@ -13,6 +13,7 @@ import numpy as np
 
 from distill_jax.cross_tokenizer import align as align_lib
 from distill_jax.cross_tokenizer.align import Aligned
+from distill_jax.cross_tokenizer.statistics import Statistics
 from distill_jax.cross_tokenizer.tables import PairTables
 
 Record = dict[str, np.ndarray]  # see records/fields.py
@@ -68,6 +69,27 @@ class AlignedRows:
   def kind_X(self) -> np.ndarray:
     """The kind of each label as an index of align.KINDS, int8."""
     return self.aligned.kind_of(self.token_X)
+
+  def statistics(self, rows: Sequence[Record]) -> Statistics:
+    """Returns the numbers of tokens and targets.
+
+    Args:
+      rows: The rows in the teacher's tokens.
+    """
+    kinds = np.bincount(self.kind_X, minlength=len(align_lib.KINDS)).tolist()
+    kept = sum(int((r["segments_T"] > 0).sum()) for r in self.records)
+    return Statistics(
+      rows=len(rows),
+      teacher_tokens=sum(int((row["segments_T"] > 0).sum()) for row in rows),
+      teacher_targets=sum(int(row["mask_T"].sum()) for row in rows),
+      tokens=kept,
+      targets=len(self.token_X),
+      positions=sum(len(r["mask_T"]) for r in self.records),
+      cut_tokens=sum(self.lengths) - kept,
+      cut_targets=self.cut_targets,
+      kinds=Counter(dict(zip(align_lib.KINDS, kinds, strict=True))),
+      skipped=self.skipped,
+    )
 
 
 def align_rows(tables: PairTables, rows: Sequence[Record], length: int) -> AlignedRows:

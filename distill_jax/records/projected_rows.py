@@ -27,12 +27,11 @@ counts is 2.33 and 2.49); argmax is right at 99% and 98%; label_logp has a mean 
 
 from __future__ import annotations
 
-from collections import Counter
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-from distill_jax.cross_tokenizer.align import KINDS
 from distill_jax.cross_tokenizer.project import Projected, TeacherRows, project
 from distill_jax.cross_tokenizer.rows import AlignedRows, align_rows
 from distill_jax.cross_tokenizer.statistics import Statistics
@@ -197,19 +196,8 @@ def _write(
 
 
 def _statistics(aligned: AlignedRows, rows: Sequence[Record], projected: Projected) -> Statistics:
-  kinds = np.bincount(aligned.kind_X, minlength=len(KINDS)).tolist()
-  kept = sum(int((r["segments_T"] > 0).sum()) for r in aligned.records)
-  return Statistics(
-    rows=len(rows),
-    teacher_tokens=sum(int((row["segments_T"] > 0).sum()) for row in rows),
-    teacher_targets=sum(int(row["mask_T"].sum()) for row in rows),
-    tokens=kept,
-    targets=len(aligned.token_X),
-    positions=sum(len(r["mask_T"]) for r in aligned.records),
-    cut_tokens=sum(aligned.lengths) - kept,
-    cut_targets=aligned.cut_targets,
-    kinds=Counter(dict(zip(KINDS, kinds, strict=True))),
-    skipped=aligned.skipped,
+  return dataclasses.replace(
+    aligned.statistics(rows),
     hard_targets=int(projected.hard_X.sum()),
     lost_mass=float(projected.lost_X.sum()),
     unresolved_mass=float(projected.unresolved_X.sum()),

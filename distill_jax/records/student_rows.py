@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from distill_jax.cross_tokenizer.dense import DenseTables
 from distill_jax.cross_tokenizer.dense_targets import TeacherText
 from distill_jax.cross_tokenizer.rows import align_rows
 from distill_jax.cross_tokenizer.statistics import Statistics
+from distill_jax.cross_tokenizer.student_lengths import Source
 from distill_jax.cross_tokenizer.tables import PairTables
 from distill_jax.data import model_rows
 from distill_jax.nn import sharding
@@ -34,24 +35,16 @@ PREFIX = "teacher_"  # of the fields of the teacher's row in a record
 LINKS = "links_TLF"  # the chains of a record; F are the fields of dense.Links
 COUNTS = "counts"  # numbers of a row, in the order of NUMBERS, align.KINDS and align.REASONS
 NUMBERS = (
-  *("teacher_tokens", "teacher_targets", "tokens", "targets"),
+  *("rows", "teacher_tokens", "teacher_targets", "tokens", "targets", "positions"),
   *("cut_tokens", "cut_targets", "cut_chains"),
 )
-
-
-class Source(Protocol):
-  """A source of rows of text, e.g. packed_rows.PackedRows or a store."""
-
-  def __len__(self) -> int: ...
-
-  def read_many(self, indices: Sequence[int]) -> list[Record]:
-    """Returns some rows, in the order of their indices."""
 
 
 class StudentRows(Sequence):
   """The student's rows of a text.
 
-  A record has the fields of the student's text, those of the teacher's with PREFIX, and LINKS.
+  A record has the fields of the student's text, those of the teacher's with PREFIX, LINKS, and
+  COUNTS.
 
   Args:
     rows: The teacher's rows.
@@ -108,11 +101,10 @@ class StudentRows(Sequence):
     links_TLF = np.zeros((self.positions, *fields_XLF.shape[1:]), np.int32)
     links_TLF[aligned.position_X] = fields_XLF
     teacher = {PREFIX + name: row[name] for name in TEXT}
-    tokens, kept = (np.sum(r["segments_T"] > 0) for r in (row, aligned.records[0]))
-    numbers = [tokens, np.sum(row["mask_T"]), kept, len(at), aligned.lengths[0] - kept]
-    numbers += [aligned.cut_targets, np.sum(of.cut)]
-    numbers += np.bincount(aligned.kind_X, minlength=len(KINDS)).tolist()
-    numbers += [aligned.skipped[reason] for reason in REASONS]
+    counts = dataclasses.replace(aligned.statistics([row]), cut_chains=int(of.cut.sum()))
+    numbers = [getattr(counts, name) for name in NUMBERS]
+    numbers += [counts.kinds[kind] for kind in KINDS]
+    numbers += [counts.skipped[reason] for reason in REASONS]
     return aligned.records[0] | teacher | {LINKS: links_TLF, COUNTS: np.array(numbers)}
 
 
@@ -127,15 +119,13 @@ def statistics(rows: Sequence[Record], targets: Mapping[str, np.ndarray]) -> Sta
   first, second = len(NUMBERS), len(NUMBERS) + len(KINDS)
   mask_BT = np.stack([row["mask_T"] for row in rows])
   masses = {name: _sum(targets[key][mask_BT]) for key, name in projected_sampler.STATISTICS.items()}
-  out = Statistics(
-    rows=len(rows),
-    positions=mask_BT.size,
+  given: dict[str, Any] = masses | dict(zip(NUMBERS, sums[:first], strict=True))
+  given["hard_targets"] = int(masses["hard_targets"])
+  return Statistics(
     kinds=Counter(dict(zip(KINDS, sums[first:second], strict=True))),
     skipped=+Counter(dict(zip(REASONS, sums[second:], strict=True))),
+    **given,
   )
-  changes: dict[str, Any] = masses | dict(zip(NUMBERS, sums[:first], strict=True))
-  changes["hard_targets"] = int(masses["hard_targets"])
-  return dataclasses.replace(out, **changes)
 
 
 def _sum(values_X: np.ndarray) -> float:

@@ -83,9 +83,8 @@ class TeacherPass:
       chunk=self.options.chunk,
       seq_axis=sharding.SEQ,
     )
-    return recorder.by_field(summary) | {
-      name: summary[name] for name in projected_sampler.STATISTICS
-    }
+    masses = {name: summary[name] for name in projected_sampler.STATISTICS}
+    return recorder.by_field(summary) | masses
 
   def targets(
     self, model: Model, key: jax.Array, batch: Batch, index_B: jax.Array

@@ -7,11 +7,9 @@ the size of a shard. A record depends on the record with its index and on the se
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
-from distill_jax.cross_tokenizer.align import KINDS
 from distill_jax.cross_tokenizer.rows import align_rows
 from distill_jax.cross_tokenizer.statistics import Statistics
 from distill_jax.cross_tokenizer.student_lengths import batches
@@ -47,7 +45,8 @@ class Conversion:
     """
     read = store.read_many(rows)
     if store.manifest.kind == "text":
-      return _text_rows(self.tables, read, length)
+      aligned = align_rows(self.tables, read, length)
+      return aligned.records, aligned.statistics(read)
     return project_rows(
       self.tables,
       read,
@@ -98,24 +97,3 @@ def convert(work: Work, name: str, rows: range) -> None:
     summary.write_shard(writer.folder, writer.manifest.ranges.index(rows), total)
 
   writer.write(rows, converted())
-
-
-def _text_rows(
-  tables: PairTables, rows: Sequence[Record], length: int
-) -> tuple[Sequence[Record], Statistics]:
-  """Returns rows of text without targets in the student's tokens, and their statistics."""
-  aligned = align_rows(tables, rows, length)
-  kinds = [KINDS[k] for k in aligned.kind_X.tolist()]
-  kept = sum(int((r["segments_T"] > 0).sum()) for r in aligned.records)
-  return aligned.records, Statistics(
-    rows=len(rows),
-    teacher_tokens=sum(int((row["segments_T"] > 0).sum()) for row in rows),
-    teacher_targets=sum(int(row["mask_T"].sum()) for row in rows),
-    tokens=kept,
-    targets=len(kinds),
-    positions=length * len(rows),
-    cut_tokens=sum(aligned.lengths) - kept,
-    cut_targets=aligned.cut_targets,
-    kinds=collections.Counter(kinds),
-    skipped=aligned.skipped,
-  )
