@@ -282,8 +282,9 @@ def _write(
   if teacher is None:
     batches = _without_targets(part, plan)
   else:
-    statistics = summary.ShardStatistics(part.writer.folder, part.writer.manifest.ranges)
-    see = statistics.add if part.corpus.retargeted else None
+    see = None
+    if isinstance(part.corpus.rows, StudentRows):
+      see = summary.ShardStatistics(part.writer.folder, part.writer.manifest.ranges).add
     batches = teacher.recorded(part.corpus, plan, part.rows, see)
   with ShardBuffer(part.writer, own) as buffer, distributed.Preemption() as preemption:
     for index_B, records in batches:

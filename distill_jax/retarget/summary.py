@@ -64,7 +64,7 @@ def merge(folder: str, shards: int, tables: PairTables) -> Statistics:
   if missing := [name for name in names if name not in found]:
     raise InputError(
       f"{files.join(folder, missing[0])} is missing. Delete the shard with the same number and its "
-      "registration, and run `retarget` again."
+      "registration, and run the command again."
     )
   paths = [(files.join(folder, name), 0, found[name].size) for name in names]
   texts = files.read_ranges(paths)
@@ -84,13 +84,14 @@ def describe(folder: str | os.PathLike[str]) -> JsonObject:
   path = files.join(folder, NAME)
   if files.info(path) is None:
     return {}
-  found = json_io.parse_object(files.read(path), path, "Delete it and run `retarget` again")
+  action = "Delete it and run the command that made the store again"
+  found = json_io.parse_object(files.read(path), path, action)
   try:
     overlap = found["vocabulary_overlap"]
     statistics = Statistics(**_counters(found["statistics"]))
     numbers = table(statistics, (overlap["student"], overlap["teacher"]))
-  except (KeyError, TypeError) as e:
-    raise InputError(f"{path} is not complete ({e}). Delete it and run `retarget` again.") from e
+  except (KeyError, TypeError, AttributeError) as e:
+    raise InputError(f"{path} is not complete ({e}). {action}.") from e
   return {f"retarget.{name}": value for name, value in numbers.items()}
 
 
