@@ -16,11 +16,14 @@ import numpy as np
 from distill_jax.cross_tokenizer.tables import PairTables
 
 KINDS = ("exact", "within", "spanning", "mid", "crossing")
-# The reasons for which a segment is skipped.
+# The reasons for which a segment is skipped. The last three are for chats; see chats.py.
 CONTROL = "control token without a role"
 CUT = "not text"
 SPELLING = "not spelt back"
-REASONS = (CONTROL, CUT, SPELLING)
+FORM = "not in the form of the teacher's chat template"
+CHANGED = "changed by the student's chat template"
+REFUSED = "refused by the student's chat template"
+REASONS = (CONTROL, CUT, SPELLING, FORM, CHANGED, REFUSED)
 _CONTINUATION = 3  # bytes of a character after its first, at most
 
 

@@ -18,17 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distill_jax.cross_tokenizer.align import CUT, SPELLING, Segment
+from distill_jax.cross_tokenizer.align import CHANGED, CUT, FORM, REFUSED, SPELLING, Segment
 from distill_jax.cross_tokenizer.chat_markers import AFTER, dated, find_markers
 from distill_jax.cross_tokenizer.vocabulary import Vocabulary
 from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
-
-# Further reasons for which a segment is skipped.
-FORM = "not in the form of the teacher's chat template"
-CHANGED = "changed by the student's chat template"
-REFUSED = "refused by the student's chat template"
 
 
 class Turn(NamedTuple):

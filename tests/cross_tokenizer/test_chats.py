@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import small_tokenizers
 
-from distill_jax.cross_tokenizer.chats import CHANGED, FORM, REFUSED, ChatAligner, chat_vocabulary
+from distill_jax.cross_tokenizer.align import CHANGED, FORM, REFUSED
+from distill_jax.cross_tokenizer.chats import ChatAligner, chat_vocabulary
 from distill_jax.cross_tokenizer.roles import match_roles
 from distill_jax.cross_tokenizer.sides import side
 from distill_jax.data.chat_template import ChatTemplate

@@ -1,5 +1,6 @@
 """`record` for a student with another tokenizer: exact distributions, resumed, on a mesh."""
 
+import copy
 import shutil
 
 import jax
@@ -11,15 +12,17 @@ import tiny_run
 from tiny_store import contents
 
 from distill_jax import config
-from distill_jax.cross_tokenizer.align import KINDS
+from distill_jax.cross_tokenizer.align import KINDS, REASONS
+from distill_jax.cross_tokenizer.chains import Splits
 from distill_jax.cross_tokenizer.rows import align_rows
 from distill_jax.errors import InputError
 from distill_jax.models import loading, runs
 from distill_jax.nn import logits as logits_lib
 from distill_jax.nn import sharding
 from distill_jax.preflight import programs
-from distill_jax.records import collate
+from distill_jax.records import collate, projected_sampler, student_rows
 from distill_jax.records.store import open_store
+from distill_jax.records.student_rows import StudentRows
 from distill_jax.retarget import summary
 
 ROWS, LENGTH = 8, 32
@@ -48,6 +51,13 @@ def recorded(tmp_path_factory):
   folder = tmp_path_factory.mktemp("record")
   assert tiny_run.record(base(folder), folder / "records")["sequences"] == ROWS
   return folder
+
+
+class FewRows(list):
+  """A source of rows in memory."""
+
+  def read_many(self, indices):
+    return [self[i] for i in indices]
 
 
 def probabilities(c, rows):
@@ -124,6 +134,20 @@ def test_a_lost_shard_is_recorded_again_bit_for_bit(recorded, tmp_path):
   again = tiny_run.record(base(recorded), tmp_path / "records")
   assert again["recorded_now"] == 3
   assert contents(tmp_path / "records") == contents(recorded / "records")
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_skipped_texts_and_chats_are_counted_by_reason(reason):
+  tables = copy.copy(tiny_pair.tables())
+  tables.chats = lambda token_G: reason
+  row = {
+    "tokens_T": np.ones(6, int),
+    "segments_T": np.arange(6) // 3 + 1,
+    "mask_T": np.ones(6, bool),
+  }
+  aligned = StudentRows(FewRows([row]), tables, Splits.of(tables), 8, 6).read_many([0])
+  masses = {name: np.zeros((1, 8)) for name in projected_sampler.STATISTICS}
+  assert student_rows.statistics(aligned, masses).skipped == {reason: 2}
 
 
 @pytest.mark.slow

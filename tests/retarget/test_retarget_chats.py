@@ -10,7 +10,7 @@ import retarget_runs
 import small_tokenizers
 from retarget_runs import N, made, run
 
-from distill_jax.cross_tokenizer.chats import CHANGED, FORM
+from distill_jax.cross_tokenizer.align import CHANGED, FORM
 from distill_jax.data.chat_template import ChatTemplate
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
