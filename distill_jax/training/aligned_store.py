@@ -13,7 +13,6 @@ from typing import SupportsIndex
 from distill_jax.config import Config
 from distill_jax.cross_tokenizer import sides
 from distill_jax.cross_tokenizer.chains import Splits
-from distill_jax.cross_tokenizer.student_lengths import Rows, student_lengths
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError, bad_value
@@ -23,6 +22,9 @@ from distill_jax.models.loading import ModelSource
 from distill_jax.records.fields import Record
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.student_rows import StudentRows
+from distill_jax.retarget import source
+from distill_jax.training import pairing
+from distill_jax.training.pairing import TrainedStore
 
 
 class AlignedStore:
@@ -73,10 +75,10 @@ class AlignedStore:
 
 def align(
   config: Config,
-  student: ModelSource | None,
+  student: ModelSource,
   key: str,
   stores: Sequence[MultiTeacherStore],
-  lengths: Sequence[int] = (),
+  trained: Sequence[TrainedStore] = (),
 ) -> Sequence[MultiTeacherStore | AlignedStore]:
   """Returns the stores, as the student's rows if the online teacher has another tokenizer.
 
@@ -85,49 +87,35 @@ def align(
 
   Args:
     config: The config of the run.
-    student: The model to train; None to open config.student.
+    student: The model to train.
     key: The config key of the stores.
     stores: The stores of text or records, in the teacher's tokens.
-    lengths: Lengths of the stores that are trained on, for held-out stores; see `student_lengths`.
+    trained: The stores that are trained on, if these are held out; see `pairing`.
 
   Raises:
     InputError: The stores are in other tokens, or the config has what only one tokenizer allows.
   """
-  if not config.train.online:
-    return stores
-  ours = _student_tokenizer(config, student)
+  ours = pairing.student_tokenizer(config, student)
   if ours is None or all(store.manifest.tokenizer == ours.digest for store in stores):
     return stores
-  _check(config)
   teacher = loading.open_source(config.teacher, config.seed)
   theirs = corpus.tokenizer_of(config.data, teacher.pretrained)
   for store in stores:
     _check_store(key, store, teacher, theirs, ours)
-  is_chat, named = config.data.kind == "chat", config.retarget.tokenizer
-  opened = None
-  if not named:
-    opened = (student or loading.open_source(config.student, config.seed)).pretrained
-  tables = sides.pair_tables(
-    sides.teacher_side(config.data, teacher.pretrained, theirs, is_chat),
-    sides.student_side("retarget.tokenizer", named, opened, is_chat),
-    config.retarget.roles,
-  )
-  rows = {str(i): Rows(s, s.manifest.seq_len, str(s.folder)) for i, s in enumerate(stores)}
-  length_of = student_lengths(tables, rows, config.retarget.seq_len, lengths)
-  splits = Splits.of(tables)
+  _check(config)
+  same = [s.rows for s in trained if isinstance(s, AlignedStore)]
+  if same:
+    tables, splits = same[0].tables, same[0].splits
+  else:
+    is_chat = source.holds_chats(config)
+    side = sides.teacher_side(config.data, teacher.pretrained, theirs, is_chat)
+    tables = pairing.make_tables(config, student, side)
+    splits = Splits.of(tables)
+  lengths = pairing.row_lengths(config, tables, stores, trained)
   return [
-    AlignedStore(s, StudentRows(s, tables, splits, length_of[str(i)], s.manifest.seq_len))
-    for i, s in enumerate(stores)
+    AlignedStore(s, StudentRows(s, tables, splits, length, s.manifest.seq_len))
+    for s, length in zip(stores, lengths, strict=True)
   ]
-
-
-def _student_tokenizer(config: Config, student: ModelSource | None) -> Tokenizer | None:
-  if config.retarget.tokenizer:
-    return sides.student_tokenizer(config.retarget.tokenizer, None)
-  if config.data.tokenizer:
-    return None
-  student = student or loading.open_source(config.student, config.seed)
-  return sides.student_tokenizer("", student.pretrained)
 
 
 def _check(config: Config) -> None:

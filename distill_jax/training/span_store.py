@@ -18,18 +18,17 @@ from pathlib import Path
 from typing import SupportsIndex
 
 from distill_jax.config import Config
-from distill_jax.cross_tokenizer import sides, spans
+from distill_jax.cross_tokenizer import spans
 from distill_jax.cross_tokenizer.rows import align_rows
-from distill_jax.cross_tokenizer.student_lengths import Rows, student_lengths
 from distill_jax.cross_tokenizer.tables import PairTables
-from distill_jax.data import corpus
-from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import bad_value
 from distill_jax.models.loading import ModelSource
 from distill_jax.records.fields import LABEL_LOGP, Record
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import Store
 from distill_jax.retarget import source
+from distill_jax.training import pairing
+from distill_jax.training.pairing import TrainedStore
 
 
 class SpanStore:
@@ -42,13 +41,14 @@ class SpanStore:
 
   Attributes:
     store: See Args.
+    tables: See Args.
     manifest: The manifest of the store, with the tokenizer, the size of the vocabulary and the
       length of the rows that are read.
     others: {}, as there are no targets of further teachers.
   """
 
   def __init__(self, store: Store, tables: PairTables, length: int):
-    self.store, self._tables = store, tables
+    self.store, self.tables = store, tables
     self.others: Mapping[str, Store] = {}
     self.manifest = dataclasses.replace(
       store.manifest,
@@ -66,7 +66,7 @@ class SpanStore:
   @property
   def digests(self) -> list[str]:
     """The digests of the store and of the student's tokenizer."""
-    return [self.store.manifest.digest, self._tables.student.digest]
+    return [self.store.manifest.digest, self.tables.student.digest]
 
   def __len__(self) -> int:
     return len(self.store)
@@ -77,7 +77,7 @@ class SpanStore:
   def read_many(self, indices: Sequence[SupportsIndex]) -> list[Record]:
     """Returns the records of some indices."""
     rows = self.store.read_many(indices)
-    aligned = align_rows(self._tables, rows, self.manifest.seq_len)
+    aligned = align_rows(self.tables, rows, self.manifest.seq_len)
     if LABEL_LOGP.read in rows[0]:
       spans.add_spans(aligned, [row[LABEL_LOGP.read] for row in rows])
     return aligned.records
@@ -88,7 +88,7 @@ def align(
   student: ModelSource,
   key: str,
   stores: Sequence[MultiTeacherStore],
-  lengths: Sequence[int] = (),
+  trained: Sequence[TrainedStore] = (),
 ) -> list[MultiTeacherStore | SpanStore]:
   """Returns stores, of which those in a teacher's tokens are read in the student's.
 
@@ -100,12 +100,12 @@ def align(
     student: The model to train.
     key: The config key of the stores, for messages.
     stores: The stores.
-    lengths: Lengths of the stores that are trained on, for held-out stores; see `student_lengths`.
+    trained: The stores that are trained on, if these are held out; see `pairing`.
 
   Raises:
     InputError: The teacher's tokenizer is unknown, or other options do not allow it.
   """
-  tokenizer = tokenizer_of(config, student)
+  tokenizer = pairing.student_tokenizer(config, student)
   if tokenizer is None or all(s.manifest.tokenizer == tokenizer.digest for s in stores):
     return list(stores)
   if not config.teacher.source and not config.retarget.tokenizer:
@@ -115,12 +115,10 @@ def align(
   if not other:
     return list(stores)
   _check(key, other)
-  tables = sides.pair_tables(teacher, source.student_side(config), config.retarget.roles)
-
-  rows = {str(i): Rows(s.first, s.manifest.seq_len, str(s.folder)) for i, s in enumerate(other)}
-  length_of = student_lengths(tables, rows, config.retarget.seq_len, lengths)
-  read = iter([SpanStore(s.first, tables, length_of[str(i)]) for i, s in enumerate(other)])
-  return [next(read) if store in other else store for store in stores]
+  same = [s.tables for s in trained if isinstance(s, SpanStore)]
+  tables = same[0] if same else pairing.make_tables(config, student, teacher)
+  lengths = iter(pairing.row_lengths(config, tables, other, trained))
+  return [SpanStore(s.first, tables, next(lengths)) if s in other else s for s in stores]
 
 
 def _check(key: str, stores: Sequence[MultiTeacherStore]) -> None:
@@ -132,12 +130,3 @@ def _check(key: str, stores: Sequence[MultiTeacherStore]) -> None:
   if any(store.manifest.smoothing for store in stores):
     expected = "records without label smoothing, which belongs to the teacher's tokens"
     raise bad_value(key, folders, expected, "Record without data.trust")
-
-
-def tokenizer_of(config: Config, student: ModelSource) -> Tokenizer | None:
-  """Returns the student's tokenizer; None for a random student if no key names one."""
-  if config.retarget.tokenizer:
-    return sides.student_tokenizer(config.retarget.tokenizer, None)
-  if not config.data.tokenizer and student.tokenizer is None:
-    return None
-  return corpus.tokenizer_of(config.data, student.pretrained)

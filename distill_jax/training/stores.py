@@ -55,14 +55,13 @@ def open_heldout(config: Config, student: ModelSource | None = None, stores: Sto
   Args:
     config: The config of the run.
     student: See `open_stores`.
-    stores: The stores it trains on, whose lengths held-out text in the teacher's tokens gets.
+    stores: The stores it trains on. Held-out text in the teacher's tokens gets their lengths.
   """
   c = config.train
   if not c.heldout and not (config.tasks and c.eval_every):
     return ()
   keys = "train.heldout", "train.heldout_teachers"
-  trained = lengths(config, stores)
-  return _open(config, student, "heldout", keys[0], c.heldout, keys[1], c.heldout_teachers, trained)
+  return _open(config, student, "heldout", keys[0], c.heldout, keys[1], c.heldout_teachers, stores)
 
 
 def _open(
@@ -73,15 +72,14 @@ def _open(
   paths: Sequence[str],
   teachers_key: str,
   teachers: Mapping[str, Sequence[str]],
-  trained: Sequence[int] = (),
+  trained: Stores = (),
 ) -> Stores:
   """Opens the stores of a split, whose folders and those of further teachers two keys name."""
   if not config.tasks:
     stores = _open_records(key, paths, teachers_key, teachers)
-    if config.train.online:
-      return aligned_store.align(config, student, key, stores, trained)
     student = student or loading.open_source(config.student, config.seed)
-    return span_store.align(config, student, key, stores, trained)
+    align = aligned_store.align if config.train.online else span_store.align
+    return align(config, student, key, stores, trained)
   records = _open_records(key, paths, teachers_key, teachers) if paths else None
   if records and len(records) != len(config.tasks):
     raise bad_value(

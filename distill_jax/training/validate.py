@@ -13,7 +13,7 @@ from distill_jax.models import loading, long_context
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.records.manifest import Manifest
-from distill_jax.training import loader, span_store
+from distill_jax.training import loader, pairing
 from distill_jax.training import stores as stores_lib
 from distill_jax.training.aligned_store import AlignedStore
 from distill_jax.training.span_store import SpanStore
@@ -114,7 +114,7 @@ def check_text_fits(config: Config, student: ModelSource, stores: Stores) -> Non
   """Raises InputError if recorded text does not fit the student's tokenizer or positions."""
   if config.tasks:
     return
-  tokenizer, shape = span_store.tokenizer_of(config, student), student.text_config
+  tokenizer, shape = pairing.student_tokenizer(config, student), student.text_config
   for path, store in zip(config.train.records, stores, strict=True):
     manifest = store.manifest
     if manifest.vocab_size > shape.vocab_size:

@@ -146,7 +146,8 @@ def test_what_is_refused(text, tmp_path):
   plain = MultiTeacherStore(open_store(text / "text"), {})
   c.train.teachers = {"other": (str(text / "text"),)}
   with pytest.raises(InputError, match="train.teachers is .*; expected {} for an online teacher"):
-    aligned_store.align(config.resolve(c), None, "train.records", [plain])
+    student = loading.open_source(c.student, 0)
+    aligned_store.align(config.resolve(c), student, "train.records", [plain])
 
 
 @pytest.mark.slow

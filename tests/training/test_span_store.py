@@ -149,6 +149,7 @@ def test_heldout_rows_have_a_length_of_training(folder):
   longer = stores.open_stores(config.resolve(c))
   (held,) = stores.open_heldout(short, None, longer)
   assert held.manifest.seq_len == longer[0].manifest.seq_len == 384
+  assert held.tables is longer[0].tables
 
 
 @pytest.mark.slow  # it compiles a training step and an evaluation
