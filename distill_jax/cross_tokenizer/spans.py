@@ -40,9 +40,19 @@ def add_spans(rows: AlignedRows, label_logp: Sequence[np.ndarray]) -> None:
     np.bincount(span_H, ~is_label_H, count) == 0
   )
   whole[-1] = False
+  first, last = np.zeros(count, np.int64), np.zeros(count, np.int64)  # of each span, among H
+  last[span_H] = np.arange(H)
+  first[span_H[::-1]] = np.arange(H)[::-1]
+  # The tokens that a chat template prompts the student with have the first place of their segment,
+  # even if they reach into a content. A span from which such a token has taken bytes is skipped.
+  whole &= np.bincount(span_H, minlength=count) == last - first + 1
+  some = np.flatnonzero(whole)
+  border = np.append(-1, ends)[some]  # where each begins
+  whole[some] = (aligned.start_H[first[some]] == border) | (
+    aligned.end_H[first[some] - 1] == border
+  )
   at = np.stack([np.append(0.0, logp[:-1]) for logp in label_logp])[rows.row_G, rows.position_G]
   logp = np.bincount(span_G, np.where(rows.known_G, at, 0.0), count)
-  last = np.searchsorted(span_H, np.arange(count), "right") - 1  # of each span, among H
   for record in rows.records:
     record[LOGP] = np.zeros(len(record["mask_T"]), np.float32)
     record[LEFT] = np.zeros(len(record["mask_T"]), np.int32)

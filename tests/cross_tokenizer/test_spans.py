@@ -2,13 +2,18 @@
 
 import itertools
 
+import chats
 import numpy as np
 import pytest
+import small_tokenizers
 from toy_vocabularies import Toy
 
+from distill_jax.cross_tokenizer.chats import ChatAligner, chat_vocabulary
+from distill_jax.cross_tokenizer.roles import match_roles
 from distill_jax.cross_tokenizer.rows import align_rows
 from distill_jax.cross_tokenizer.spans import add_spans
 from distill_jax.cross_tokenizer.tables import PairTables
+from distill_jax.data.chat_template import ChatTemplate
 
 TEACHER = Toy(None, b"a", b"b", b"c", b" ", b"ab", b"bc", b"ca", b" a")
 STUDENT = Toy(b"a", b"b", b"c", b" ", b"abc", b"b ", b"cab", b" ab", b"aaa", None)
@@ -97,3 +102,57 @@ def test_random_rows_equal_an_enumeration(seed):
           want[h[0], h[-1]] = source["label_logp_T"][t].sum()
       position += len(ours)
     assert spans_of(record) == want
+
+
+NAMED = (("bos_token", "<s>"), ("eos_token", "</s>"))
+CHAT = [
+  chats.user("Is 12 times 7\n84?"),
+  chats.reply("Fine é漢😀! the other one"),
+  chats.user("then"),
+  chats.reply("def f(x):\n    return x"),
+]
+BLANKS = [{**m, "content": f"\n{m['content']}e\n"} for m in CHAT]  # some templates strip them
+
+
+# A student's template with text at both sides of a content, of which tokens reach into it.
+SPACED = """{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '\\n<|end|>' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+  """Returns the teacher's and the student's tokenizer, which have all special tokens."""
+  special = [t for t in chats.SPECIAL if t != "<s>"]
+  return (
+    small_tokenizers.byte_level(450, special=["<s>", *special], literal=["e\n"]),
+    small_tokenizers.byte_level(330, special=[*reversed(special), "<s>"], literal=["\n\n"]),
+  )
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+  ("teacher", "student"), [("chatml", "llama"), ("llama", "phi"), ("r1", "chatml"), ("phi", SPACED)]
+)
+def test_spans_of_chats_have_the_same_bytes(teacher, student, masked, tokenizers):
+  """Each sum of log-probabilities is that of the teacher's tokens with the span's bytes."""
+  templates = [ChatTemplate(chats.TEMPLATES.get(t, t), NAMED) for t in (teacher, student)]
+  a, b = (chat_vocabulary(t, s) for t, s in zip(tokenizers, templates, strict=True))
+  tables = PairTables(a, b, match_roles(a, b, {}), ChatAligner(a, b, *templates))
+  chat = BLANKS if student == SPACED else CHAT
+  ids, taught = templates[0].tokens_and_mask(tokenizers[0], chat)
+  source = row(ids * 2, np.repeat([1, 2], len(ids)))
+  if masked:
+    source["mask_T"] &= np.append(taught * 2, 0)[1:] > 0
+  logp = -np.random.default_rng(0).random(2 * len(ids))
+  aligned = align_rows(tables, [source], 512)
+  add_spans(aligned, [logp])
+  spell = lambda v, ids: b"".join(v.bytes_V[i] or b"\xff" for i in ids)
+  texts = {}  # by the sum of log-probabilities
+  for i in range(2 * len(ids)):
+    for j in range(i + 1, min(i + 20, 2 * len(ids))):
+      texts[round(logp[i:j].sum(), 5)] = spell(a, (ids * 2)[i + 1 : j + 1])
+  found = spans_of(aligned.records[0])
+  assert len(found) > 30
+  for (start, last), total in found.items():
+    ours = spell(b, aligned.records[0]["tokens_T"][start + 1 : last + 2])
+    assert texts[round(total, 5)] == ours
