@@ -14,6 +14,7 @@ NOT_ON_PODS = {
   "filter": "Run it on one machine, or as an array of jobs with filter.slice",
   "pack": "Run it on one machine with many cores",
   "report": "Run it on one machine",
+  "retarget": "Run it on one machine, or as an array of jobs with retarget.slice",
 }
 
 
@@ -64,7 +65,9 @@ def _addresses(verb: str, config: Config) -> Iterator[tuple[str, str]]:
     found["data.tokenizer"] = config.data.tokenizer
   if verb == "record":
     found["records.logprobs"] = config.records.logprobs
+    found["records.student_tokenizer"] = config.records.student_tokenizer
   if verb == "train":
+    found["retarget.tokenizer"] = config.retarget.tokenizer
     found["train.records"] = config.train.records
     found["train.heldout"] = config.train.heldout
     for key in ("teachers", "heldout_teachers"):

@@ -1,1 +1,1 @@
-"""Conversion of records to another tokenizer, on the host; see `pipeline`."""
+"""Conversion of records to another tokenizer, on the host; see `job`."""
