@@ -115,7 +115,11 @@ def _planned_stores(config: Config) -> stores.Stores:
 
 def _train(config: Config, mesh: Mesh) -> LoweredStep:
   opened, student = _planned_stores(config), loading.open_source(config.student, config.seed)
-  c = config.train
+  c, named = config.train, config.retarget.tokenizer
+  if c.online and named:
+    expected = "'' for `preflight`, which compiles for the online teacher's own tokens"
+    action = "Remove the key; with it, the teacher's head takes about twice as long"
+    raise bad_value("retarget.tokenizer", named, expected, action)
   # The tokenizer and the stores can be missing, so their files are not checked.
   without_files = dataclasses.replace(
     config,

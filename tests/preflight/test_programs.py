@@ -13,6 +13,7 @@ from preflight_config import CONFIGS, model_config
 
 from distill_jax import config
 from distill_jax.commands import record
+from distill_jax.errors import InputError
 from distill_jax.models import loading
 from distill_jax.nn import params, sharding
 from distill_jax.preflight import (
@@ -62,6 +63,13 @@ def test_argument_bytes_agree_with_the_compiler(verb, changes):
   memory = program.lowered.compile().memory_analysis()
   given = sum(program.arguments.values())
   assert given == pytest.approx(memory.argument_size_in_bytes, abs=200)  # scalars and keys
+
+
+def test_an_online_teacher_with_another_tokenizer_is_refused():
+  c = model_config()
+  c.train.online, c.retarget.tokenizer = True, "hub:a/b"
+  with pytest.raises(InputError, match="retarget.tokenizer is 'hub:a/b'; expected '' for `pref"):
+    programs.lower(config.resolve(c), "train", sharding.make_mesh())
 
 
 def test_argument_bytes_without_compiling():
