@@ -26,7 +26,7 @@ from distill_jax.models import loading
 from distill_jax.nn import params, sharding
 from distill_jax.retokenize import rows
 from distill_jax.runtime.workdir import Workdir
-from distill_jax.training import span_store
+from distill_jax.training import pairing
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -190,7 +190,7 @@ def test_the_student_fits_records_in_the_new_tokens(pieces, tmp_path):
   c.student.source = str(tmp_path / "run" / "model")
   resolved = config.resolve(c)
   student = loading.open_source(resolved.student)
-  assert span_store.tokenizer_of(resolved, student).digest == load_tokenizer(pieces).digest
+  assert pairing.student_tokenizer(resolved, student).digest == load_tokenizer(pieces).digest
 
 
 @pytest.mark.parametrize(
