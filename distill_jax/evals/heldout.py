@@ -120,9 +120,11 @@ def comparable(config: Config, models: Mapping[str, ModelSource]) -> dict[str, M
     InputError: A model lacks tokens of data.tokenizer, or has another tokenizer than the teacher
       although evaluate.texts is 0.
   """
-  if config.tasks or config.data.tokenizer:
-    for model in () if config.tasks else models.values():
-      tokenizer = corpus.tokenizer_of(config.data, None)
+  if config.tasks:
+    return dict(models)
+  if config.data.tokenizer:
+    tokenizer = corpus.tokenizer_of(config.data, None)
+    for model in models.values():
       check_vocabulary(tokenizer.vocab_size, model.text_config.vocab_size, tokenizer.where)
     return dict(models)
   digests = {
