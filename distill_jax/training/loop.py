@@ -65,6 +65,7 @@ def train(config: Config, workdir: Path, benchmarks: Benchmarks | None = None) -
   mesh = sharding.make_mesh(**vars(config.mesh))
   c = config.train
   online = online_teachers(config)
+  validate.check_online(config, [*stores, *heldout], online)
   validate.check_mesh(config, stores, [student, *online.values()], mesh)
   step = make_step(config, stores, student, online.get("teacher"))
   validate.check_features(config, step, stores)

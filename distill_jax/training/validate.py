@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jax.sharding import Mesh
 
 from distill_jax.config import Config
+from distill_jax.data import corpus
 from distill_jax.errors import InputError, bad_value
 from distill_jax.losses import BaseLoss, TokenLoss
 from distill_jax.models import loading, long_context
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.records.manifest import Manifest
+from distill_jax.records.student_rows import TEACHER
 from distill_jax.training import loader, pairing
 from distill_jax.training import stores as stores_lib
 from distill_jax.training.aligned_store import AlignedStore
@@ -98,6 +100,36 @@ def check_teachers(config: Config) -> None:
         f"{', '.join(sorted(known))}. Add it to train.teachers with its records, or to `teachers` "
         "with its source."
       )
+
+
+def check_online(config: Config, stores: Stores, online: Mapping[str, ModelSource]) -> None:
+  """Raises InputError if an online teacher would read tokens of another tokenizer than its own.
+
+  data.tokenizer is the tokenizer of all models, unless retarget.tokenizer is that of the student.
+
+  Args:
+    config: The config of the run.
+    stores: The stores that it trains on, and the held-out stores.
+    online: The online teachers, by name.
+  """
+  if config.tasks or (config.data.tokenizer and not config.retarget.tokenizer):
+    return
+  for name, teacher in online.items():
+    if name == TEACHER and config.data.tokenizer:
+      own = corpus.tokenizer_of(config.data, None)
+    elif teacher.tokenizer is not None:
+      own = corpus.of_files(teacher.tokenizer, teacher.name)
+    else:  # random weights
+      continue
+    for store in stores:
+      is_own = store.manifest.tokenizer == own.digest
+      if not is_own and not (name == TEACHER and isinstance(store, AlignedStore)):
+        raise InputError(
+          f"The online teacher {name!r} has the tokenizer {own.where} (digest {own.digest[:12]}), "
+          f"but would read text in tokens of digest {store.manifest.tokenizer[:12]}. Pack all text "
+          "with the tokenizer of config.teacher, or set data.tokenizer to that of the text if both "
+          "models have it."
+        )
 
 
 def check_student(student: ModelSource) -> None:

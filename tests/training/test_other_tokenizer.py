@@ -1,5 +1,7 @@
 """An online teacher with another tokenizer: its step beside a reference on dense targets."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from distill_jax.nn import logits as logits_lib
 from distill_jax.nn import sharding
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import open_store
-from distill_jax.training import aligned_store, loop, state, stores
+from distill_jax.training import aligned_store, loop, state, stores, validate
 from distill_jax.training.aligned_store import AlignedStore
 from distill_jax.training.step import Fixed
 
@@ -148,6 +150,20 @@ def test_what_is_refused(text, tmp_path):
   with pytest.raises(InputError, match="train.teachers is .*; expected {} for an online teacher"):
     student = loading.open_source(c.student, 0)
     aligned_store.align(config.resolve(c), student, "train.records", [plain])
+
+
+def test_a_teacher_does_not_read_tokens_of_another_tokenizer(text):
+  """Its text must be in its own tokens, also the held-out text."""
+  c = online(text)
+  resolved = config.resolve(c)
+  aligned, models = stores.open_stores(resolved), teachers(resolved)
+  validate.check_online(resolved, aligned, models)
+  other = MultiTeacherStore(open_store(text / "text"), {})
+  other.manifest = dataclasses.replace(other.manifest, tokenizer=aligned[0].manifest.tokenizer)
+  with pytest.raises(InputError, match="The online teacher 'teacher' has the tok.* but would"):
+    validate.check_online(resolved, [*aligned, other], models)
+  c.retarget.tokenizer, c.data.tokenizer = "", c.retarget.tokenizer
+  validate.check_online(config.resolve(c), [other], models)
 
 
 @pytest.mark.slow
