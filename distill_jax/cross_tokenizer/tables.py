@@ -232,9 +232,11 @@ class _States:
     for state, some in enumerate(rests):
       base = state * self._ranks
       words[base] = -1
-      spans = sorted(((*tables.range_of(rest), u) for rest, u in some), key=lambda s: (s[0], -s[1]))
+      # Of equal intervals, the last one has the longest word.
+      spans = [(*tables.range_of(rest), u) for rest, u in sorted(some, key=lambda s: len(s[0]))]
+      spans = sorted((s for s in spans if s[0] < s[1]), key=lambda s: (s[0], -s[1]))
       open_: list[tuple[int, int]] = []  # (end, word), the innermost last
-      for low, high, u in [*((s) for s in spans if s[0] < s[1]), (self._ranks, 0, -1)]:
+      for low, high, u in [*spans, (self._ranks, 0, -1)]:
         while open_ and open_[-1][0] <= low:
           end, _ = open_.pop()
           words[base + end] = open_[-1][1] if open_ else -1

@@ -3,6 +3,7 @@
 import pickle
 
 import numpy as np
+import pytest
 from toy_vocabularies import Toy
 
 from distill_jax.cross_tokenizer.align import align
@@ -48,6 +49,16 @@ def test_tables_can_be_pickled():
   again = pickle.loads(pickle.dumps(tables))
   state, token = np.array([0, 0, -1]), np.array([1, 0, 1])
   assert again.look(state, token).tolist() == tables.look(state, token).tolist() == [2, -1, -1]
+
+
+@pytest.mark.parametrize("words", [(b"xab", b"xabc"), (b"xabc", b"xab")])
+def test_the_longest_word_has_the_mass_in_any_order_of_ids(words):
+  """All of the teacher's tokens that complete xab complete xabc."""
+  teacher = Toy(b"x", b"a", b"b", b"c", b"abc")
+  student = Toy(b"x", b"a", b"b", b"c", *words)
+  tables = PairTables(teacher, student, {})
+  found = tables.look(tables.state_V[[0]], np.array([4]))
+  assert found.tolist() == [student.id_of[b"xabc"]]
 
 
 def test_misplaced_mass_is_estimated_from_the_tokens_in_the_text():
