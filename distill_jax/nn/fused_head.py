@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
-from distill_jax.nn import chunks, mesh_in_use, sharding
+from distill_jax.nn import chunks, head_chunks, mesh_in_use, sharding
+from distill_jax.nn.head_chunks import HeadChunks, SumOverBatch
 from distill_jax.nn.logits import (
   cap_and_select,
   fit_rows,
@@ -50,7 +50,6 @@ ChunkFn = Callable[[jax.Array, Batch], PyTree]
 # (logits_BCV float32, a chunk of the batch) -> (loss, metrics). The loss is a scalar, which is
 # differentiated; the metrics are a tree of arrays. Both are summed over chunks.
 ChunkLossFn = Callable[[jax.Array, Batch], tuple[jax.Array, PyTree]]
-SumOverBatch = Callable[[PyTree], PyTree]  # sums a tree over the devices with other positions
 _float32_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 BLOCK_BYTES = 2**23  # maximum size of the part of the head's gradient that one product computes
 
@@ -72,7 +71,7 @@ def fold(
     hidden_BTD: see `loss`, as for all further arguments. To differentiate the sum, use `loss`.
   """
   scan = functools.partial(_scan_values, chunk_fn, chunk, vocab_size)
-  return _per_shard(scan, P(), batch_axes, seq_axis, hidden_BTD, head_VD, batch)
+  return head_chunks.per_shard(scan, P(), batch_axes, seq_axis, hidden_BTD, head_VD, batch)
 
 
 def loss(
@@ -124,7 +123,7 @@ def loss(
     shards = mesh_in_use.spread(vocab_axis, "vocab_axis")
     scan = functools.partial(_scan_gradients, loss_fn, chunk, vocab_size, shards, head_is_trained)
     out_specs = (P(), P(), P(batch_axes, seq_axis))
-    sums, head_grad_VD, hidden_grad_BTD = _per_shard(
+    sums, head_grad_VD, hidden_grad_BTD = head_chunks.per_shard(
       scan, out_specs, batch_axes, seq_axis, hidden_BTD.value, head_VD, batch
     )
     return sums, (hidden_grad_BTD, jax.tree.map(lambda g: g.astype(head_VD.dtype), head_grad_VD))
@@ -149,7 +148,7 @@ def _scan_values(
   sum_over_batch: SumOverBatch,
 ) -> PyTree:
   """Computes `fold` for one device's positions."""
-  pieces = _split(hidden_BTD, batch, chunk)
+  pieces = head_chunks.split(hidden_BTD, batch, chunk)
 
   def value_of(hidden_BCD, piece):
     with jax.named_scope("head"):
@@ -189,7 +188,7 @@ def _scan_gradients(
     The first two are sums over all devices' positions, the last is for this device's positions.
     Without `head_is_trained` the gradient of the head is None everywhere.
   """
-  pieces = _split(hidden_BTD, batch, chunk)
+  pieces = head_chunks.split(hidden_BTD, batch, chunk)
   head_svD, blocks = _shards_and_blocks(head_VD, shards)
 
   def value_and_grad(hidden_BCD, piece):
@@ -276,73 +275,7 @@ def _pull_back(
   return hidden_grad_BCD.astype(head_svD.dtype), head_grad_svD
 
 
-def _per_shard(
-  scan: Callable[..., PyTree],
-  out_specs: PyTree,
-  batch_axes: tuple[str, ...],
-  seq_axis: str | None,
-  hidden_BTD: jax.Array,
-  head_VD: jax.Array,
-  batch: Batch,
-) -> PyTree:
-  """Runs `scan(hidden, head, batch, sum_over_batch)` on each device's own positions.
-
-  Without this, the partitioner would sum the head's gradient over devices after every chunk. The
-  vocabulary is still sharded by the partitioner.
-  """
-  batch = batch.replace(inputs=None, valid_BS=None)  # unused by the head
-  axes = batch_axes if seq_axis is None else (*batch_axes, seq_axis)
-  mesh_in_use.check_axis_types(axes)
-  if mesh_in_use.spread(batch_axes, "batch_axes") * mesh_in_use.spread(seq_axis, "seq_axis") == 1:
-    return scan(hidden_BTD, head_VD, batch, lambda tree: tree)
-  mesh_in_use.divide(hidden_BTD.shape[0], batch_axes, "batch_axes", "The batch")
-  mesh_in_use.divide(hidden_BTD.shape[1], seq_axis, "seq_axis", "The sequence")
-  positions = P(batch_axes, seq_axis)
-  specs = jax.tree.map(lambda _: positions, batch)
-  for name, t in batch.targets.items():
-    if t.head_VD is not None:  # not sharded over these axes, like the student's head
-      specs.targets[name] = specs.targets[name].replace(head_VD=P())
-  return jax.shard_map(
-    functools.partial(scan, sum_over_batch=lambda tree: jax.lax.psum(tree, axes)),
-    in_specs=(positions, P(), specs),
-    out_specs=out_specs,
-    axis_names=set(axes),
-    check_vma=False,
-  )(hidden_BTD, head_VD, batch)
-
-
-class _Chunks(NamedTuple):
-  """The inputs of the scan: arrays with the n chunks as their first axis."""
-
-  hidden_nBCD: jax.Array
-  batch: Batch  # its arrays are [n, B, C, ...]
-  teacher_heads: dict[str, jax.Array | None]  # have no position axis and belong to every chunk
-
-  def with_heads(self, piece: Batch) -> Batch:
-    """Returns one chunk of the batch with the heads of online teachers."""
-    parts = {name: t.replace(head_VD=self.teacher_heads[name]) for name, t in piece.targets.items()}
-    return piece.replace(targets=parts)
-
-
-def _split(hidden_BTD: jax.Array, batch: Batch, chunk: int) -> _Chunks:
-  """Splits hidden states and batch into chunks of positions.
-
-  Masked positions are set to zero here, since `0 * NaN` is NaN in the gradient of the head. The
-  last chunk is padded with masked positions.
-  """
-
-  def cut(x_BT):
-    mask = batch.mask_BT.reshape(batch.mask_BT.shape + (1,) * (x_BT.ndim - 2))
-    return chunks.split(jnp.where(mask, x_BT, jnp.zeros((), x_BT.dtype)), chunk)
-
-  # Arrays without a position axis are not scanned over; `with_heads` adds them to every chunk.
-  heads = {name: t.head_VD for name, t in batch.targets.items()}
-  targets = {n: t.replace(head_VD=None, taps_BPTD=None) for n, t in batch.targets.items()}
-  batch_nBC = jax.tree.map(cut, batch.replace(inputs=None, targets=targets))
-  return _Chunks(cut(hidden_BTD), batch_nBC, heads)
-
-
-def _zeros_like_result(fn: Callable[[jax.Array, Batch], PyTree], pieces: _Chunks) -> PyTree:
+def _zeros_like_result(fn: Callable[[jax.Array, Batch], PyTree], pieces: HeadChunks) -> PyTree:
   """Returns zeros with the shapes and dtypes of the result of `fn(hidden, batch)` for a chunk."""
   first = jax.tree.map(lambda x: x[0], (pieces.hidden_nBCD, pieces.batch))
   shapes = jax.eval_shape(fn, *first)

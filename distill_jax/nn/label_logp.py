@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jax.sharding import PartitionSpec as P
 
-from distill_jax.nn import chunks, fused_head, sharding
+from distill_jax.nn import chunks, fused_head, head_chunks, sharding
 from distill_jax.types import Batch
 
 
@@ -32,7 +32,7 @@ def of_rows(
 
   def scan(hidden_BTD, head_VD, batch, sum_over_batch):
     del sum_over_batch
-    pieces = fused_head._split(hidden_BTD, batch, chunk)
+    pieces = head_chunks.split(hidden_BTD, batch, chunk)
 
     def of_chunk(_, xs):
       hidden_BCD, piece = xs
@@ -46,4 +46,4 @@ def of_rows(
 
   hidden_BTD, head_VD = jax.lax.stop_gradient((hidden_BTD, head_VD))
   out = P(batch_axes, seq_axis)
-  return fused_head._per_shard(scan, out, batch_axes, seq_axis, hidden_BTD, head_VD, batch)
+  return head_chunks.per_shard(scan, out, batch_axes, seq_axis, hidden_BTD, head_VD, batch)
