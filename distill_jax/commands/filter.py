@@ -15,13 +15,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
-
 from distill_jax.config import Config
 from distill_jax.data.bad_input import BadInputPolicy
 from distill_jax.errors import InputError, bad_value
 from distill_jax.filters import ComparingFilter, Filter, pipeline
-from distill_jax.runtime import files, storage
+from distill_jax.runtime import distributed, files, storage
 from distill_jax.types import JsonObject
 
 
@@ -49,12 +47,7 @@ def run(config: Config, folder: Path) -> JsonObject:
   """
   BadInputPolicy("filter.on_bad", config.filter.on_bad)  # checks the value
   filters = _ordered(config)
-  if jax.process_count() > 1:
-    raise InputError(
-      f"filter is a run of {jax.process_count()} processes, but uses the cores of one machine. Run "
-      "it without --distributed; to use several machines, give each a share of the segments, e.g. "
-      "--config.filter.slice=0/16."
-    )
+  distributed.require_one_process("filter", "segments")
   root = storage.location(folder)
   samples = config.filter.samples or root
   for name in pipeline.OUTPUTS:

@@ -26,12 +26,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
-
 from distill_jax.config import Config
-from distill_jax.errors import InputError
 from distill_jax.records import planned_stores
 from distill_jax.retarget.job import Job
+from distill_jax.runtime import distributed
 from distill_jax.types import JsonObject
 
 
@@ -51,12 +49,7 @@ def run(config: Config, folder: Path | None = None) -> JsonObject:
       records. It is raised before anything is converted, except for a damaged record.
     Preempted: SIGTERM was received; finished shards are kept.
   """
-  if jax.process_count() > 1:
-    raise InputError(
-      f"retarget is a run of {jax.process_count()} processes, but uses the cores of one machine. "
-      "Run it without --distributed; to use several machines, give each a share of the shards, "
-      "e.g. --config.retarget.slice=0/16."
-    )
+  distributed.require_one_process("retarget", "shards")
   job = Job.of(config)
   if config.retarget.dry_run:
     return planned_stores.flat(job.measure())

@@ -57,6 +57,21 @@ def process_count() -> int:
   return jax.process_count()
 
 
+def require_one_process(verb: str, parts: str) -> None:
+  """Raises InputError if a command that uses the cores of one machine has several processes.
+
+  Args:
+    verb: The verb of the command, which has a key `slice`.
+    parts: What machines share, e.g. "shards".
+  """
+  if (count := jax.process_count()) > 1:
+    raise InputError(
+      f"{verb} is a run of {count} processes, but uses the cores of one machine. Run it without "
+      f"--distributed; to use several machines, give each a share of the {parts}, e.g. "
+      f"--config.{verb}.slice=0/16."
+    )
+
+
 def is_process_0() -> bool:
   """Returns True on process 0, which writes the files of a run."""
   return jax.process_index() == 0
