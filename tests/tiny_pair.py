@@ -4,6 +4,7 @@ import functools
 import json
 
 import numpy as np
+import tiny
 
 from distill_jax.cross_tokenizer.roles import match_roles
 from distill_jax.cross_tokenizer.tables import PairTables
@@ -45,6 +46,19 @@ def vocabulary(merges, letters=LETTERS) -> Vocabulary:
 def tables(teacher=TEACHER, student=STUDENT) -> PairTables:
   teacher, student = vocabulary(teacher), vocabulary(student)
   return PairTables(teacher, student, match_roles(teacher, student, {}))
+
+
+def teacher_config(folder, characters: int):
+  """A config of a random teacher and a random text of LETTERS, with both tokenizers in `folder`."""
+  c = tiny.tiny(folder)
+  rng = np.random.default_rng(0)
+  (folder / "text.txt").write_text("".join(rng.choice([*LETTERS], characters)))
+  for name, merges in (("teacher", TEACHER), ("student", STUDENT)):
+    (folder / f"{name}.json").write_bytes(raw(merges))
+  c.teacher.source = ""
+  c.data.tokenizer = str(folder / "teacher.json")
+  c.data.sequences = 8
+  return c
 
 
 class Enumeration:

@@ -130,11 +130,11 @@ def test_uniform_models_need_the_bits_of_their_tokens(compared, folder, tmp_path
     assert row["bits_per_byte"] == pytest.approx(want, rel=1e-6)
     assert row["bytes_per_token"] == pytest.approx(n_bytes / n_tokens)
   assert json.loads((tmp_path / "evaluation.json").read_text()) == result
-  said = f"its per byte, 4 texts, {n_bytes:,} bytes: teacher"
-  assert said in evaluate.text(result)
-  assert said in model_card.card(config.resolve(c), 1, result)
+  heading = f"its per byte, 4 texts, {n_bytes:,} bytes: teacher"
+  assert heading in evaluate.text(result)
+  assert heading in model_card.card(config.resolve(c), 1, result)
   write_report(tmp_path)
-  assert said.partition("teacher")[0] in (tmp_path / "report.html").read_text()
+  assert heading.partition("teacher")[0] in (tmp_path / "report.html").read_text()
 
 
 def test_tokens_are_those_of_the_whole_text(folder):

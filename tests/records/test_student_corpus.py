@@ -6,7 +6,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny
 import tiny_pair
 import tiny_run
 from tiny_store import contents
@@ -30,14 +29,7 @@ ROWS, LENGTH = 8, 32
 
 def base(folder):
   """A config that records a random text of tiny_pair's letters."""
-  c = tiny.tiny(folder)
-  rng = np.random.default_rng(0)
-  (folder / "text.txt").write_text("".join(rng.choice([*tiny_pair.LETTERS], 1500)))
-  for name, merges in (("teacher", tiny_pair.TEACHER), ("student", tiny_pair.STUDENT)):
-    (folder / f"{name}.json").write_bytes(tiny_pair.raw(merges))
-  c.teacher.source = ""
-  c.data.tokenizer = str(folder / "teacher.json")
-  c.data.sequences = ROWS
+  c = tiny_pair.teacher_config(folder, 1500)
   c.records.student_tokenizer = str(folder / "student.json")
   c.records.kind, c.records.tokens_per_shard = "dense", 3 * LENGTH
   c.records.chunk = 20

@@ -14,7 +14,7 @@ from distill_jax.retokenize import rows
 from distill_jax.retokenize.rows import BYTES, EQUAL, REST, ROLE, TOKENS
 
 EMOJI = ["😀😁😂😃😄😅😆 漢字漢語 é è ê" * 3] * 9
-OTHER = ["Every number can be divided by one, said the numberless teacher to 12 students."] * 9
+OTHER = ["Every number can be divided by one, which the teacher explains to 12 students."] * 9
 
 
 def bpe(path, texts, size, special):

@@ -29,27 +29,15 @@ LENGTH = 32
 def text(tmp_path_factory):
   """The folder of a store of text in the teacher's tokens, and of the tokenizers."""
   folder = tmp_path_factory.mktemp("text")
-  c = base(folder)
+  c = tiny_pair.teacher_config(folder, 1200)
   c.records.kind = "text"
   tiny_run.record(c, folder / "text")
   return folder
 
 
-def base(folder):
-  c = tiny.tiny(folder)
-  rng = np.random.default_rng(0)
-  (folder / "text.txt").write_text("".join(rng.choice([*tiny_pair.LETTERS], 1200)))
-  for name, merges in (("teacher", tiny_pair.TEACHER), ("student", tiny_pair.STUDENT)):
-    (folder / f"{name}.json").write_bytes(tiny_pair.raw(merges))
-  c.teacher.source = ""
-  c.data.tokenizer = str(folder / "teacher.json")
-  c.data.sequences = 8
-  return c
-
-
 def online(folder):
   """A config that trains with the teacher in the step."""
-  c = base(folder)
+  c = tiny_pair.teacher_config(folder, 1200)
   c.retarget.tokenizer = str(folder / "student.json")
   c.retarget.seq_len, c.retarget.min_mass = LENGTH, 0.1
   c.train.online = True
@@ -169,7 +157,7 @@ def test_a_teacher_does_not_read_tokens_of_another_tokenizer(text):
 @pytest.mark.slow
 def test_a_run_learns_resumes_and_does_not_depend_on_the_mesh(text, tmp_path):
   """The student comes near the teacher, which is random, and its cross-entropy does not fall."""
-  heldout = base(tmp_path)
+  heldout = tiny_pair.teacher_config(tmp_path, 1200)
   heldout.records.kind = "text"
   (tmp_path / "text.txt").write_text("ab ba aab bbab " * 30)
   tiny_run.record(heldout, tmp_path / "heldout")
