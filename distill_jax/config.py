@@ -26,6 +26,7 @@ from distill_jax.generation.options import GenerateOptions
 from distill_jax.hub.options import ExportOptions
 from distill_jax.models.options import ModelOptions, StudentOptions
 from distill_jax.nn.sharding import MeshOptions
+from distill_jax.on_policy.options import OnPolicyOptions
 from distill_jax.preflight.options import PreflightOptions
 from distill_jax.pruning.options import LinkOptions, ShrinkOptions
 from distill_jax.records.options import InspectOptions, RecordsOptions
@@ -84,6 +85,9 @@ class Config:
 
   train: TrainOptions = TrainOptions()
   """Settings of `train`: the length of the run, its records and checkpoints."""
+
+  on_policy: OnPolicyOptions = OnPolicyOptions()
+  """Settings of `on_policy`: rounds of sampled texts, on which `train` is run."""
 
   evaluate: EvaluateOptions = EvaluateOptions()
   """Settings of `evaluate`: the models to evaluate and how benchmarks are sampled."""

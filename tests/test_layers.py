@@ -28,6 +28,7 @@ LAYERS = (
   ("generation",),
   ("tasks",),
   ("training",),
+  ("on_policy",),
   ("preflight", "report"),
   ("evals", "efficiency", "pruning", "recipe", "retokenize"),
   ("commands",),

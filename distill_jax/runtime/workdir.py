@@ -40,6 +40,11 @@ MAY_CHANGE = (
   "generate.batch_size",
   "generate.gather",
   "generate.prefill_rows",
+  "on_policy.keep_rounds",
+  "on_policy.max_drift",
+  "on_policy.max_repetition",
+  "on_policy.max_truncated",
+  "on_policy.min_overlap",
   "records.heldout_sequences",  # recorded into another folder
   "records.tokens_per_shard",  # a store keeps its own
   "retarget.dry_run",
