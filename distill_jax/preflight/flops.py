@@ -9,6 +9,9 @@ pairs of the row ("xla"). Norms, softmax and rope are not counted.
 A backward pass has twice the operations of the forward pass: one product for the gradient of the
 inputs and one for that of the weights. The gradient of the head does not need a second forward pass
 (nn/fused_head.py), and a frozen head has no gradient of the weights.
+
+For a student with another tokenizer, the head of a teacher that runs is computed for the positions
+of the chains (cross_tokenizer/dense.py), which are PROJECTED_HEAD times as many as the student's.
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ from distill_jax.config import Config
 from distill_jax.models import DecoderConfig, loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import layer_sharing, lora, params, splash
+from distill_jax.preflight import other_tokenizer
 from distill_jax.training import state
+
+PROJECTED_HEAD = 1.75  # blocks of the second to fourth level included; see cross_tokenizer/dense.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,12 +174,14 @@ def step_flops(config: Config, verb: str, rows: int) -> dict[str, float]:
     return {
       "layers": forward.weights,
       "attention": forward.attention,
-      "head": forward.head,
+      "head": _teacher_head(config, config.records.student_tokenizer, forward),
       "masked": unused * forward.attention,
     }
   student = config.student
   source = loading.open_source(student)
-  forward = forward_flops(source, rows, T, document)
+  named = config.retarget.tokenizer if config.train.online else ""
+  own = other_tokenizer.positions(config) if named else T
+  forward = forward_flops(source, rows, own, document)
   flops = {
     "layers": 3 * forward.weights,
     "attention": 3 * forward.attention,
@@ -183,19 +191,26 @@ def step_flops(config: Config, verb: str, rows: int) -> dict[str, float]:
   if student.attention != "xla":  # flash kernels compute the scores again in the backward pass
     scores_again += forward.attention / 2
   flops["recomputed"] = scores_again + (forward.weights if student.remat == "full" else 0)
-  unused = _unused_share(source.decoder_config, student.attention, T, document)
+  unused = _unused_share(source.decoder_config, student.attention, own, document)
   flops["masked"] = unused * (flops["attention"] + scores_again)
   if online := state.online_teachers(config):
     flops["teacher"] = 0.0
     for teacher in online.values():
       forward = forward_flops(teacher, rows, T, document)
       unused = _unused_share(teacher.decoder_config, config.teacher.attention, T, document)
-      flops["teacher"] += forward.total
+      flops["teacher"] += forward.total - forward.head + _teacher_head(config, named, forward)
       flops["masked"] += unused * forward.attention
   if rank := student.lora.rank or student.share.lora.rank:
     # The product A B, and the gradients of A and B.
     flops["adapters"] = 3 * 2.0 * rank * _adapted_params(source) * config.optim.accumulate
   return flops
+
+
+def _teacher_head(config: Config, student_tokenizer: str, forward: ForwardFlops) -> float:
+  """Returns the operations of a teacher's head; "" for a student with the same tokenizer."""
+  if not student_tokenizer:
+    return forward.head
+  return forward.head * PROJECTED_HEAD * other_tokenizer.positions(config) / config.data.seq_len
 
 
 def _unused_share(c: DecoderConfig, kernel: str, seq_len: int, document: int) -> float:

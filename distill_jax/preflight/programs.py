@@ -14,17 +14,30 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from distill_jax.config import Config
+from distill_jax.cross_tokenizer.dense import DenseTables
 from distill_jax.errors import bad_value
 from distill_jax.models import loading, long_context
 from distill_jax.models.loading import ModelSource
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
-from distill_jax.records import collate, fields, multi_teacher, recorder, tap_features, tf_example
+from distill_jax.preflight import other_tokenizer
+from distill_jax.records import (
+  collate,
+  fields,
+  recorder,
+  student_corpus,
+  student_rows,
+  tap_features,
+  tf_example,
+)
 from distill_jax.records.fields import Record
+from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import Manifest, Store
 from distill_jax.records.teacher_pass import TeacherPass
 from distill_jax.tasks import dataset
-from distill_jax.training import loop, state, stores, validate
+from distill_jax.training import aligned_store, loop, state, stores, validate
+from distill_jax.training.aligned_store import AlignedStore
+from distill_jax.training.outputs import OtherTokenizer
 from distill_jax.types import Batch, Model, PyTree, Recorded
 
 ModelT = TypeVar("ModelT", bound=ModelOptions)
@@ -94,11 +107,22 @@ def _feature_width(config: Config) -> int:
   return tap_features.feature_width(teacher, config.records.tap_kind)
 
 
+def _planned_store(config: Config) -> MultiTeacherStore:
+  """Returns a store of text that is not recorded yet."""
+  store = Store(Path("preflight"), planned_manifest(config))
+  return MultiTeacherStore(store, dict.fromkeys(config.train.teachers, store))
+
+
 def _planned_stores(config: Config) -> stores.Stores:
   """Returns stores like those that `train` opens, without recorded files."""
   if not config.tasks:
-    store = Store(Path("preflight"), planned_manifest(config))
-    return [multi_teacher.MultiTeacherStore(store, dict.fromkeys(config.train.teachers, store))]
+    store = _planned_store(config)
+    if not (config.train.online and config.retarget.tokenizer):
+      return [store]
+    aligned_store.check_options(config)
+    models = (loading.open_source(spec, config.seed) for spec in (config.student, config.teacher))
+    tables = aligned_store.make_tables(config, *models)
+    return [AlignedStore(store, other_tokenizer.planned_rows(config, store, tables))]
   tasks = stores.open_tasks(config)
   ranges = dataset.class_ranges(tasks)
   recorded = []
@@ -115,11 +139,7 @@ def _planned_stores(config: Config) -> stores.Stores:
 
 def _train(config: Config, mesh: Mesh) -> LoweredStep:
   opened, student = _planned_stores(config), loading.open_source(config.student, config.seed)
-  c, named = config.train, config.retarget.tokenizer
-  if c.online and named:
-    expected = "'' for `preflight`, which compiles for the online teacher's own tokens"
-    action = "Remove the key; with it, the teacher's head takes about twice as long"
-    raise bad_value("retarget.tokenizer", named, expected, action)
+  c = config.train
   # The tokenizer and the stores can be missing, so their files are not checked.
   without_files = dataclasses.replace(
     config,
@@ -135,10 +155,19 @@ def _train(config: Config, mesh: Mesh) -> LoweredStep:
   shardings = sharding.shardings(abstract, mesh, step.student.rules)
   trained = sharding.with_shardings(abstract, shardings)
   manifest = opened[0].manifest
-  row = opened[0][0] if config.tasks else placeholder_text(manifest)
+  row, reader = placeholder_text(manifest), stores.reader(config, opened)
+  teachers: dict[str, Any] = {name: _model(source, mesh) for name, source in online.items()}
+  if config.tasks:
+    row = opened[0][0]
+  elif isinstance(opened[0], AlignedStore):
+    rows = opened[0].rows
+    row = student_rows.placeholder(rows.positions, rows.teacher_positions)
+    tables = other_tokenizer.table_shapes(rows, mesh)
+    teachers[student_rows.TEACHER] = OtherTokenizer(
+      teachers[student_rows.TEACHER], tables, config.retarget.min_mass
+    )
   recorded = [*(() if c.online else ("teacher",)), *c.teachers]
-  batch = planned_batch(manifest, row, recorded, dataset.reader(config.tasks), c.batch_size, mesh)
-  teachers = {name: _model(source, mesh) for name, source in online.items()}
+  batch = planned_batch(manifest, row, recorded, reader, c.batch_size, mesh)
   base = _model(student, mesh) if step.trainable.has_base else None
   with jax.set_mesh(mesh):
     lowered = loop.jitted(step, trained, mesh).lower(trained, batch, teachers, base=base)
@@ -158,20 +187,25 @@ def _record(config: Config, mesh: Mesh) -> LoweredStep:
     key = "records.logprobs" if c.logprobs else "records.kind"
     expected = "a config that runs a teacher, because otherwise nothing is compiled"
     raise bad_value(key, c.logprobs or c.kind, expected, "Run preflight with another config")
-  if c.student_tokenizer:
-    expected = "'' for `preflight`, which compiles for the teacher's own tokens"
-    action = "Remove the key; with it, the head takes about twice as long"
-    raise bad_value("records.student_tokenizer", c.student_tokenizer, expected, action)
+  student_corpus.check(config)
   sharding.check_batch("records.batch_size", c.batch_size, mesh)
   teacher = loading.open_source(config.teacher, config.seed)
   positions = long_context.positions(config.data)
   long_context.check(mesh, positions, [teacher], of_tasks=bool(config.tasks))
+  projected: tuple[DenseTables, ...] = ()
   if config.tasks:
     corpus = dataset.open_corpus(config, teacher.pretrained, teacher.config)
     manifest = planned_manifest(config, corpus.classes, corpus.positions)
     name = dataset.recorded_task(config)
     reader = dataset.reader({name: config.tasks[name]})
     row, first_class = corpus.rows[0], corpus.first_class
+  elif c.student_tokenizer:
+    tables = student_corpus.make_tables(config, teacher)
+    rows = other_tokenizer.planned_rows(config, _planned_store(config), tables)
+    projected = (other_tokenizer.table_shapes(rows, mesh),)
+    manifest = planned_manifest(config, tables.student.size, rows.positions)
+    reader, first_class = student_rows.read, 0
+    row = student_rows.placeholder(rows.positions, rows.teacher_positions)
   else:
     manifest = planned_manifest(config, teacher.text_config.vocab_size)
     reader, row, first_class = None, placeholder_text(manifest), 0
@@ -180,10 +214,13 @@ def _record(config: Config, mesh: Mesh) -> LoweredStep:
   by_rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   key = sharding.with_shardings(jax.eval_shape(jax.random.key, 0), replicated)
   index_B = jax.ShapeDtypeStruct((c.batch_size,), jnp.int32, sharding=by_rows)
-  run = TeacherPass(c, teacher.compute, manifest.vocab_size, first_class, _feature_width(config))
+  width, min_mass = _feature_width(config), config.retarget.min_mass
+  run = TeacherPass(c, teacher.compute, manifest.vocab_size, first_class, width, min_mass)
   with jax.set_mesh(mesh):
-    lowered = run.jitted.lower(model, key, batch, index_B)
-  return LoweredStep(lowered, {"teacher": bytes_of(model), "batch": bytes_of(batch)}, c.batch_size)
+    jitted = run.jitted_projection if projected else run.jitted
+    lowered = jitted.lower(model, key, batch, index_B, *projected)
+  arguments = {"teacher": bytes_of((model, projected)), "batch": bytes_of(batch)}
+  return LoweredStep(lowered, arguments, c.batch_size)
 
 
 def _model(source: ModelSource, mesh: Mesh) -> Model:

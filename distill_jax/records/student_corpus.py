@@ -9,6 +9,7 @@ from distill_jax.config import Config
 from distill_jax.cross_tokenizer import sides
 from distill_jax.cross_tokenizer.chains import Splits
 from distill_jax.cross_tokenizer.student_lengths import Rows, student_lengths
+from distill_jax.cross_tokenizer.tables import PairTables
 from distill_jax.data import corpus
 from distill_jax.errors import bad_value
 from distill_jax.models.loading import ModelSource
@@ -47,6 +48,23 @@ def check(config: Config) -> None:
     raise bad_value("data.trust", config.data.trust, expected, "Remove one of the two keys")
 
 
+def make_tables(config: Config, teacher: ModelSource) -> PairTables:
+  """Returns the tables of the teacher's tokens and those of records.student_tokenizer.
+
+  Args:
+    config: The config.
+    teacher: The teacher. Its tokens that end a text are those of its generation config, too.
+
+  Raises:
+    InputError: A tokenizer has no bytes, or no chat template for chats.
+  """
+  named, is_chat = config.records.student_tokenizer, config.data.kind == "chat"
+  own = corpus.tokenizer_of(config.data, teacher.pretrained)
+  theirs = sides.teacher_side(config.data, teacher.pretrained, own, is_chat)
+  ours = sides.student_side(KEY, named, None, is_chat)
+  return sides.pair_tables(theirs, ours, config.retarget.roles)
+
+
 def corpora(
   config: Config, teacher: ModelSource, stores: Mapping[str, Mapping[str, Corpus]]
 ) -> dict[str, dict[str, Corpus]]:
@@ -54,17 +72,13 @@ def corpora(
 
   Args:
     config: The config.
-    teacher: The teacher. Its tokens that end a text are those of its generation config, too.
+    teacher: The teacher; see `make_tables`.
     stores: The teacher's rows by split, and by the folder of their length.
 
   Raises:
-    InputError: A tokenizer has no bytes or no chat template for chats, or the lengths do not fit.
+    InputError: See `make_tables`, or the lengths do not fit.
   """
-  named, is_chat = config.records.student_tokenizer, config.data.kind == "chat"
-  own = corpus.tokenizer_of(config.data, teacher.pretrained)
-  theirs = sides.teacher_side(config.data, teacher.pretrained, own, is_chat)
-  ours = sides.student_side(KEY, named, None, is_chat)
-  tables = sides.pair_tables(theirs, ours, config.retarget.roles)
+  tables = make_tables(config, teacher)
   splits = Splits.of(tables)
   rows = {
     f"{split}/{length}": Rows(_packed(c), c.positions, "the packed text")

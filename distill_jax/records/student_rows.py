@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill_jax.cross_tokenizer.align import KINDS, REASONS
-from distill_jax.cross_tokenizer.chains import Splits, chains
-from distill_jax.cross_tokenizer.dense import DenseTables
+from distill_jax.cross_tokenizer.chains import DEPTH, Splits, chains
+from distill_jax.cross_tokenizer.dense import DenseTables, Links
 from distill_jax.cross_tokenizer.dense_targets import TeacherText
 from distill_jax.cross_tokenizer.rows import align_rows
 from distill_jax.cross_tokenizer.statistics import Statistics
@@ -106,6 +106,17 @@ class StudentRows(Sequence):
     numbers += [counts.kinds[kind] for kind in KINDS]
     numbers += [counts.skipped[reason] for reason in REASONS]
     return aligned.records[0] | teacher | {LINKS: links_TLF, COUNTS: np.array(numbers)}
+
+
+def placeholder(positions: int, teacher_positions: int) -> Record:
+  """Returns a record of StudentRows whose values have no meaning, for the shapes of a batch."""
+
+  def text(prefix: str, length: int) -> Record:
+    return {prefix + name: np.ones(length, bool if name == "mask_T" else np.int32) for name in TEXT}
+
+  links = {LINKS: np.zeros((positions, DEPTH, len(dataclasses.fields(Links))), np.int32)}
+  counts = {COUNTS: np.zeros(len(NUMBERS) + len(KINDS) + len(REASONS), np.int64)}
+  return text("", positions) | text(PREFIX, teacher_positions) | links | counts
 
 
 def statistics(rows: Sequence[Record], targets: Mapping[str, np.ndarray]) -> Statistics:

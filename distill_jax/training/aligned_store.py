@@ -13,6 +13,7 @@ from typing import SupportsIndex
 from distill_jax.config import Config
 from distill_jax.cross_tokenizer import sides
 from distill_jax.cross_tokenizer.chains import Splits
+from distill_jax.cross_tokenizer.tables import PairTables
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError, bad_value
@@ -102,14 +103,12 @@ def align(
   theirs = corpus.tokenizer_of(config.data, teacher.pretrained)
   for store in stores:
     _check_store(key, store, teacher, theirs, ours)
-  _check(config)
+  check_options(config)
   same = [s.rows for s in trained if isinstance(s, AlignedStore)]
   if same:
     tables, splits = same[0].tables, same[0].splits
   else:
-    is_chat = source.holds_chats(config)
-    side = sides.teacher_side(config.data, teacher.pretrained, theirs, is_chat)
-    tables = pairing.make_tables(config, student, side)
+    tables = make_tables(config, student, teacher)
     splits = Splits.of(tables)
   lengths = pairing.row_lengths(config, tables, stores, trained)
   return [
@@ -118,7 +117,19 @@ def align(
   ]
 
 
-def _check(config: Config) -> None:
+def make_tables(config: Config, student: ModelSource, teacher: ModelSource) -> PairTables:
+  """Returns the tables of an online teacher's tokens and the student's.
+
+  Raises:
+    InputError: The student's tokens cannot be aligned with the teacher's.
+  """
+  theirs = corpus.tokenizer_of(config.data, teacher.pretrained)
+  is_chat = source.holds_chats(config)
+  side = sides.teacher_side(config.data, teacher.pretrained, theirs, is_chat)
+  return pairing.make_tables(config, student, side)
+
+
+def check_options(config: Config) -> None:
   """Raises InputError for options that need one tokenizer."""
   why = "for an online teacher with another tokenizer than the student's"
   for name, fn in config.losses.items():

@@ -18,7 +18,6 @@ from distill_jax.errors import InputError
 from distill_jax.models import loading, runs
 from distill_jax.nn import logits as logits_lib
 from distill_jax.nn import sharding
-from distill_jax.preflight import programs
 from distill_jax.records import collate, projected_sampler, student_rows
 from distill_jax.records.store import open_store
 from distill_jax.records.student_rows import StudentRows
@@ -175,11 +174,8 @@ def test_what_is_refused(tmp_path, key, value, message):
   assert not (tmp_path / "records").exists()
 
 
-def test_tasks_and_preflight_are_refused(tmp_path):
+def test_tasks_are_refused(tmp_path):
   c = base(tmp_path)
   c.tasks = {"images": config.task("image_classes")}
   with pytest.raises(InputError, match="tasks is .'images'.; expected no tasks with records.stud"):
     tiny_run.record(c, tmp_path / "records")
-  c = base(tmp_path)
-  with pytest.raises(InputError, match="records.student_tokenizer is .*; expected '' for `preflig"):
-    programs.lower(config.resolve(c), "record", sharding.make_mesh())
