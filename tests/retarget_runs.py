@@ -16,10 +16,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from distill_jax import config
 from distill_jax.commands import retarget
+from distill_jax.cross_tokenizer import summary
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.records import registration, shard_writer, tfds_info
 from distill_jax.records.store import Manifest, Writer
-from distill_jax.retarget import summary
 
 T, N, ROWS, HELDOUT, PER_SHARD = 32, 15, 20, 4, 6
 END = "<|endoftext|>"

@@ -22,12 +22,12 @@ import sys
 from pathlib import Path
 
 from distill_jax.config import Config
+from distill_jax.cross_tokenizer import summary
 from distill_jax.data import corpus
 from distill_jax.errors import InputError, bad_value
 from distill_jax.models import loading
 from distill_jax.records import describe, manifest, planned_stores, shards
 from distill_jax.records.store import Store, open_store
-from distill_jax.retarget import summary
 from distill_jax.runtime import storage
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import JsonObject

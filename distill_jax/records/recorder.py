@@ -1,6 +1,6 @@
 """Recording of a teacher: its corpus, targets of its distributions, and the manifest of the store.
 
-This module does not read configs or corpora; `commands/record.py` does.
+This module does not read configs or corpora; `commands/record.py` does, and job.py writes.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
+from distill_jax.cross_tokenizer import summary
 from distill_jax.cross_tokenizer.rows import align_rows
 from distill_jax.cross_tokenizer.statistics import Statistics
 from distill_jax.cross_tokenizer.student_lengths import batches
@@ -18,7 +19,6 @@ from distill_jax.records.fields import Record
 from distill_jax.records.projected_rows import project_rows
 from distill_jax.records.shard_writer import ShardWriter
 from distill_jax.records.store import Store
-from distill_jax.retarget import summary
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,13 +19,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distill_jax.config import Config
+from distill_jax.cross_tokenizer import summary
 from distill_jax.cross_tokenizer.sides import pair_tables
 from distill_jax.cross_tokenizer.student_lengths import Rows, student_lengths
 from distill_jax.errors import InputError
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.store import Store
 from distill_jax.records.writer import Writer
-from distill_jax.retarget import convert, sample, source, summary
+from distill_jax.retarget import convert, sample, source
 from distill_jax.retarget.convert import Conversion, Work
 from distill_jax.retarget.options import RetargetOptions
 from distill_jax.runtime import distributed, slices

@@ -38,7 +38,7 @@ from distill_jax.runtime import files, remote_files
 REMOTE = ".remote"  # file in a mirror that holds its URL
 # Names in a workdir that are not mirrored: checkpoints (orbax), stores (records/writer.py), the
 # places in a corpus at which their shards begin (records/packed_text.py), and the statistics of
-# their shards (retarget/summary.py).
+# their shards (cross_tokenizer/summary.py).
 ELSEWHERE = (
   ".*",
   "checkpoints",

@@ -11,6 +11,7 @@ import tiny_run
 from tiny_store import contents
 
 from distill_jax import config
+from distill_jax.cross_tokenizer import summary
 from distill_jax.cross_tokenizer.align import KINDS, REASONS
 from distill_jax.cross_tokenizer.chains import Splits
 from distill_jax.cross_tokenizer.rows import align_rows
@@ -21,7 +22,6 @@ from distill_jax.nn import sharding
 from distill_jax.records import collate, projected_sampler, student_rows
 from distill_jax.records.store import open_store
 from distill_jax.records.student_rows import StudentRows
-from distill_jax.retarget import summary
 
 ROWS, LENGTH = 8, 32
 

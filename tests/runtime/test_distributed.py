@@ -18,10 +18,10 @@ from safetensors.numpy import load_file
 
 from distill_jax import config
 from distill_jax.commands import export
-from distill_jax.commands import record as record_command
 from distill_jax.commands.evaluate import run as evaluate
 from distill_jax.commands.record import run as record
 from distill_jax.errors import InputError
+from distill_jax.records import job
 from distill_jax.records.store import open_store
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop as training
@@ -152,7 +152,7 @@ def test_more_writers_than_shards_are_refused():
   store = SimpleNamespace(manifest=SimpleNamespace(ranges=[range(40)]))
   part = SimpleNamespace(rows=SimpleNamespace(writer_B=np.array([0, 0, 1, 1])), writer=store)
   with pytest.raises(InputError, match=REFUSAL):
-    record_command._check_shards(config.RecordsOptions(tokens_per_shard=100_000), [part])
+    job.check_shards(config.RecordsOptions(tokens_per_shard=100_000), [part])
 
 
 @pytest.mark.slow

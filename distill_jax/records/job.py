@@ -1,0 +1,217 @@
+"""Recording of stores whose rows are known: what is missing is computed, written and completed.
+
+The caller opens the stores as parts, and gives a teacher that is loaded, or loads it if anything is
+missing. Of S shards of B batches, each of P processes looks up S/P and writes as many; the memory
+is that of two batches and of the shard that is being filled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from distill_jax.cross_tokenizer import summary
+from distill_jax.errors import InputError, bad_value
+from distill_jax.models.loading import ModelSource
+from distill_jax.nn import sharding
+from distill_jax.nn.sharding import Rows
+from distill_jax.records import batch_plan, recorder
+from distill_jax.records import manifest as manifest_lib
+from distill_jax.records.fields import Record
+from distill_jax.records.loaded_teacher import LoadedTeacher, feature_width
+from distill_jax.records.options import RecordsOptions
+from distill_jax.records.recorder import Corpus
+from distill_jax.records.shard_buffer import ShardBuffer
+from distill_jax.records.store import Writer, unfinished_store
+from distill_jax.records.student_rows import StudentRows
+from distill_jax.runtime import distributed, storage
+from distill_jax.runtime.progress import Progress
+
+CHECKED_AT_ONCE = 16  # rows that are read to compare a corpus with finished shards
+# Loads the teacher; returns None if the rows are stored without one.
+Load = Callable[[], LoadedTeacher | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A store that a run records.
+
+  Attributes:
+    corpus: Its sequences.
+    writer: Its writer.
+    rows: The rows of a batch.
+    missing: The shards that are missing, the same on all processes.
+  """
+
+  corpus: Corpus
+  writer: Writer
+  rows: Rows
+  missing: list[range]
+
+  @property
+  def tokens(self) -> int:
+    """Number of tokens to record."""
+    return sum(map(len, self.missing)) * self.corpus.positions
+
+
+@contextlib.contextmanager
+def open_part(
+  options: RecordsOptions,
+  teacher: ModelSource,
+  corpus: Corpus,
+  folder: Path,
+  mesh: Mesh,
+  batch_size: int,
+) -> Iterator[Part]:
+  """Opens a store for writing.
+
+  Args:
+    options: The options of `records`.
+    teacher: The teacher. Its digest is that of the store, unless only the rows are stored.
+    corpus: The sequences.
+    folder: The folder of the store, or the mirror of a URL.
+    mesh: The device mesh.
+    batch_size: Number of rows of a batch.
+
+  Raises:
+    InputError: The folder holds other records.
+  """
+  identity = {} if options.kind == "text" else teacher.identity
+  width = feature_width(options, teacher)
+  manifest = recorder.manifest_of(options, corpus, identity, width)
+  manifest = manifest_lib.with_shards_of(storage.location(folder), manifest)
+  with Writer(folder, manifest, jax.process_index(), jax.process_count()) as writer:
+    _check_same_corpus(writer, corpus)
+    yield Part(corpus, writer, sharding.rows(mesh, batch_size), _missing(writer))
+
+
+def runs_teacher(options: RecordsOptions) -> bool:
+  """Returns whether recording runs a model: not for text alone, nor for a served teacher's dump."""
+  return options.kind != "text" and not options.logprobs
+
+
+def record(verb: str, parts: Sequence[Part], load: Load, mesh: Mesh) -> None:
+  """Records what is missing, and completes one store after the other.
+
+  Args:
+    verb: The command, for the line of progress.
+    parts: The stores.
+    load: Loads the teacher. It is called once, if anything is missing.
+    mesh: The device mesh.
+
+  Raises:
+    InputError: A process of an earlier run has not written its shards.
+    Preempted: SIGTERM arrived; finished shards are kept.
+  """
+  total, steps = sum(part.tokens for part in parts), itertools.count()
+  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    if total:
+      progress = stack.enter_context(Progress(verb, total, "tokens"))
+      loaded = load()
+    for part in parts:
+      if part.missing:
+        _write(verb, part, loaded, progress, steps)
+      distributed.barrier("recorded")
+      distributed.run_on_process_0(functools.partial(_complete, part))
+
+
+def check_shards(options: RecordsOptions, parts: Sequence[Part]) -> None:
+  """Raises InputError if the largest store has too few shards for all processes to write.
+
+  Of a smaller store, e.g. of held-out rows, some processes may write none: all then wait for the
+  time of at most one shard, which is less than that of one shard per process in the largest store.
+  """
+  writers = len(np.unique(parts[0].rows.writer_B))
+  if writers > (shards := max(len(part.writer.manifest.ranges) for part in parts)):
+    raise bad_value(
+      "records.tokens_per_shard",
+      options.tokens_per_shard,
+      f"a size that makes at least {writers} shards, one for each process that writes, instead of "
+      f"{shards}",
+      "Lower it, or start fewer processes",
+    )
+
+
+def _complete(part: Part) -> None:
+  """Finishes the store."""
+  writer, rows = part.writer, part.corpus.rows
+  if isinstance(rows, StudentRows):
+    summary.merge(writer.folder, len(writer.manifest.ranges), rows.tables)
+  if writer.complete() is None:
+    raise InputError(
+      f"{writer.folder} still lacks shards of a process that is not part of this run. Run the "
+      "command again with all processes."
+    )
+
+
+def _missing(writer: Writer) -> list[range]:
+  """Returns the shards that no process finds finished, so that all processes record the same."""
+  ranges, found = writer.manifest.ranges, {shard.first for shard in writer.finished()}
+  finished = distributed.max_over_processes(np.array([r.start in found for r in ranges]))
+  return [r for r, done in zip(ranges, finished.tolist(), strict=True) if not done]
+
+
+def _write(
+  verb: str, part: Part, teacher: LoadedTeacher | None, progress: Progress, steps: Iterator[int]
+) -> None:
+  """Writes this process's shards of a store while their records are computed.
+
+  Args:
+    verb: The command, for the message of a stop.
+    part: The store.
+    teacher: The teacher; None for rows without one.
+    progress: Counts the tokens.
+    steps: Numbers the batches of the run.
+  """
+  shards = batch_plan.divide(part.missing, part.rows)
+  plan, own = batch_plan.batches(shards, part.rows), shards.get(part.rows.process, [])
+  if teacher is None:
+    batches = _without_targets(part, plan)
+  else:
+    see = None
+    if isinstance(part.corpus.rows, StudentRows):
+      see = summary.ShardStatistics(part.writer.folder, part.writer.manifest.ranges).add
+    batches = teacher.recorded(part.corpus, plan, part.rows, see)
+  with ShardBuffer(part.writer, own) as buffer, distributed.Preemption() as preemption:
+    for index_B, records in batches:
+      buffer.add(records)
+      progress.add(int((index_B != batch_plan.PADDING).sum()) * part.corpus.positions)
+      if preemption.reached(next(steps)):
+        break
+  if distributed.max_over_processes(buffer.unfinished):
+    raise distributed.Preemption.stop(verb, "finished shards are kept")
+
+
+def _without_targets(
+  part: Part, plan: Iterable[np.ndarray]
+) -> Iterator[tuple[np.ndarray, list[Record]]]:
+  """Yields the batches of a plan, with the rows that this process writes."""
+  for index_B in plan:
+    own = index_B[part.rows.written]
+    yield index_B, [part.corpus.rows[i] for i in own[own != batch_plan.PADDING].tolist()]
+
+
+def _check_same_corpus(writer: Writer, corpus: Corpus) -> None:
+  """Raises InputError if the finished shards in a folder were recorded from another corpus.
+
+  Each process compares the last rows of the shards that it looks up, several at once.
+  """
+  store, errors = unfinished_store(writer), []
+  with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+    lasts = [shard.first + shard.count - 1 for shard in store.manifest.shards]
+    try:
+      list(pool.map(lambda i: recorder.check_same_row(store, i, corpus.rows[i]), lasts))
+    except InputError as e:
+      errors.append(e)
+  if distributed.max_over_processes(len(errors)):
+    elsewhere = f"{store.folder} was recorded from another corpus, as another process reports."
+    raise errors[0] if errors else InputError(f"{elsewhere} Choose another folder.")
