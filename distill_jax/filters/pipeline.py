@@ -185,7 +185,7 @@ class Run:
     stopped = distributed.Preemption.stop("filter", kept)
     folders = functools.partial(registry.use_folders, "filters", [*filters_package.__path__])
     workers = min(self._workers, tasks)
-    return Pool(workers, self._chain, lambda: stop.reached(0), stopped, "filter", folders)
+    return Pool(workers, self._chain, stop.reached, stopped, "filter", folders)
 
   def _path(self, *names: str) -> str:
     return files.join(self._root, "/".join(names))

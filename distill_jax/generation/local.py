@@ -188,12 +188,12 @@ def _decode(
     )
     began = time.perf_counter()
     try:
-      for n, (finished, new_tokens) in enumerate(scheduler.run(itertools.chain([first], tasks))):
+      for finished, new_tokens in scheduler.run(itertools.chain([first], tasks)):
         tokens += new_tokens
         for writer in writers:
           writer.add(finished)
         progress.add(len(finished), tokens_per_second=tokens / (time.perf_counter() - began))
-        if preemption.reached(n):
+        if preemption.reached():
           raise distributed.Preemption.stop("generate", "finished samples are kept")
     finally:
       for writer in writers:

@@ -250,7 +250,7 @@ class RemoteSampler:
             workers -= result is None
             self._take(result)
       await asyncio.to_thread(self._write)
-      if workers and preemption.reached(self._tokens):
+      if workers and preemption.reached():
         raise distributed.Preemption.stop("generate", "finished samples are kept")
 
   def _take(self, result: Finished | Unanswered | Exception | None) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -112,14 +111,14 @@ def record(verb: str, parts: Sequence[Part], load: Load, mesh: Mesh) -> None:
     InputError: A process of an earlier run has not written its shards.
     Preempted: SIGTERM arrived; finished shards are kept.
   """
-  total, steps = sum(part.tokens for part in parts), itertools.count()
+  total = sum(part.tokens for part in parts)
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     if total:
       progress = stack.enter_context(Progress(verb, total, "tokens"))
       loaded = load()
     for part in parts:
       if part.missing:
-        _write(verb, part, loaded, progress, steps)
+        _write(verb, part, loaded, progress)
       distributed.barrier("recorded")
       distributed.run_on_process_0(functools.partial(_complete, part))
 
@@ -160,9 +159,7 @@ def _missing(writer: Writer) -> list[range]:
   return [r for r, done in zip(ranges, finished.tolist(), strict=True) if not done]
 
 
-def _write(
-  verb: str, part: Part, teacher: LoadedTeacher | None, progress: Progress, steps: Iterator[int]
-) -> None:
+def _write(verb: str, part: Part, teacher: LoadedTeacher | None, progress: Progress) -> None:
   """Writes this process's shards of a store while their records are computed.
 
   Args:
@@ -170,7 +167,6 @@ def _write(
     part: The store.
     teacher: The teacher; None for rows without one.
     progress: Counts the tokens.
-    steps: Numbers the batches of the run.
   """
   shards = batch_plan.divide(part.missing, part.rows)
   plan, own = batch_plan.batches(shards, part.rows), shards.get(part.rows.process, [])
@@ -185,7 +181,7 @@ def _write(
     for index_B, records in batches:
       buffer.add(records)
       progress.add(int((index_B != batch_plan.PADDING).sum()) * part.corpus.positions)
-      if preemption.reached(next(steps)):
+      if preemption.reached():
         break
   if distributed.max_over_processes(buffer.unfinished):
     raise distributed.Preemption.stop(verb, "finished shards are kept")

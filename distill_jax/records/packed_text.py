@@ -113,7 +113,7 @@ def _write(stream: CorpusStream, stores: Mapping[int, PackedShards], data: DataO
         progress.add(1)
       elif not store.is_same(stop - 1, record):
         raise corpus_stream.changed(stream.source, before)
-      if alone and preemption.reached(sum(stream.rows_of.values())):
+      if alone and preemption.reached():
         for store in stores.values():
           store.wait()
         raise Preemption.stop("pack", "finished shards are kept")

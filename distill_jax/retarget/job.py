@@ -160,7 +160,7 @@ class Job:
       Pool(
         min(self.workers, len(shards)),
         work,
-        functools.partial(stop.reached, 0),
+        stop.reached,
         distributed.Preemption.stop("retarget", "finished shards are kept"),
         "retarget",
       ) as pool,

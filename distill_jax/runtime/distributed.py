@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar, TypeVar
 
 import jax
@@ -186,43 +187,60 @@ class Preemption:
   """Context manager that turns SIGTERM into a flag, which is checked at every step.
 
   With several processes, jax's preemption service handles the signal: a SIGTERM to any process
-  stops all of them at the same step. Within another one, e.g. of training that evaluates, it does
-  nothing: the outer one stops at its next step, whose numbers the service counts.
+  stops all of them at the same check. Such contexts can be nested, e.g. that of sampling in that of
+  training: the inner one sees the signal too, and the outer one saves what is done.
   """
 
-  _active: ClassVar[set[Preemption]] = set()
+  _active: ClassVar[list[Preemption]] = []
+  _checks: ClassVar[int] = 0  # in this process so far, by which the service numbers them
+  _deferred: ClassVar[bool] = False
 
   def __enter__(self) -> Preemption:
-    self._signalled, self._is_inner = False, bool(self._active)
-    self._active.add(self)
+    is_inner = bool(self._active)
+    self._signalled: bool = any(outer._signalled for outer in self._active)
+    self._active.append(self)
     self._single = jax.process_count() == 1
     in_main_thread = threading.current_thread() is threading.main_thread()
-    self._handles = self._single and in_main_thread and not self._is_inner
+    self._handles = self._single and in_main_thread and not is_inner
     if self._handles:
       self._previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._active.discard(self)
+    self._active.remove(self)
     if self._handles:
       signal.signal(signal.SIGTERM, self._previous_handler)
 
   def _on_signal(self, *_: object) -> None:
-    self._signalled = True
+    for preemption in self._active:
+      preemption._signalled = True
 
   @classmethod
   def request(cls) -> None:
-    """Asks all processes to stop at their next step, as SIGTERM does."""
+    """Asks all processes to stop at their next check, as SIGTERM does."""
     if jax.process_count() > 1:
       os.kill(os.getpid(), signal.SIGTERM)  # to jax's preemption service
     for preemption in cls._active:
       preemption._signalled = True
 
-  def reached(self, step: int) -> bool:
-    """Returns True to save and stop now. Every process must call this at every step."""
-    if self._is_inner:
+  @classmethod
+  @contextlib.contextmanager
+  def deferred(cls) -> Iterator[None]:
+    """Context manager in which `reached` is False: what it runs, e.g. an evaluation, finishes."""
+    before, Preemption._deferred = cls._deferred, True
+    try:
+      yield
+    finally:
+      Preemption._deferred = before
+
+  def reached(self) -> bool:
+    """Returns True to save and stop now. All processes must call this equally often."""
+    if self._deferred:
       return False
-    return self._signalled if self._single else multihost_utils.reached_preemption_sync_point(step)
+    if self._single:
+      return self._signalled
+    Preemption._checks += 1
+    return multihost_utils.reached_preemption_sync_point(Preemption._checks)
 
   @staticmethod
   def stop(verb: str, kept: str) -> Preempted:

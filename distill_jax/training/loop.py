@@ -103,9 +103,10 @@ def train(config: Config, workdir: Path, benchmarks: Benchmarks | None = None) -
           state, metrics = step_fn(state, batch, inputs.teachers, base=inputs.base)
         log.step(n, metrics)  # blocks on the metrics of the previous step only
         done = n + 1
-        stop = preemption.reached(done)
+        stop = preemption.reached()
         if evaluation.due(done):
-          log.flush(functools.partial(evaluation, state, inputs))
+          with distributed.Preemption.deferred():
+            log.flush(functools.partial(evaluation, state, inputs))
           best.see(done, log.last)
           if metric := config.optim.plateau_metric:
             state = state.replace(opt=optim.observe(state.opt, log.last[metric]))

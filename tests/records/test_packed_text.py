@@ -1,5 +1,6 @@
 """Packing: the same bytes for any number of processes and after any stop; a changed corpus."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -119,7 +120,8 @@ def test_a_resumed_run_reads_only_what_is_not_packed(whole, tmp_path, monkeypatc
 
 def test_sigterm_keeps_the_finished_shards(whole, tmp_path, monkeypatch):
   _, path, want = whole
-  monkeypatch.setattr(distributed.Preemption, "reached", lambda self, n: n == 2 * SHARD + 5)
+  rows = itertools.count(1)
+  monkeypatch.setattr(distributed.Preemption, "reached", lambda self: next(rows) == 2 * SHARD + 5)
   with pytest.raises(Preempted, match="finished shards are kept"):
     run(made(tmp_path, path), tmp_path / "packed")
   monkeypatch.undo()

@@ -121,7 +121,7 @@ def test_a_killed_run_is_continued_to_the_same_stores(whole, tmp_path, call):
 
 def test_sigterm_keeps_the_finished_shards(whole, tmp_path, monkeypatch):
   seen = iter([False, False, True])
-  monkeypatch.setattr(distributed.Preemption, "reached", lambda self, n: next(seen))
+  monkeypatch.setattr(distributed.Preemption, "reached", lambda self: next(seen))
   with pytest.raises(Preempted, match="finished shards are kept"):
     run(made(whole / "source"), tmp_path)
   monkeypatch.undo()

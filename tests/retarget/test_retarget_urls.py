@@ -32,7 +32,7 @@ def test_a_store_at_a_url_is_converted_at_a_url(object_store, tmp_path, monkeypa
   assert converted("-1-2", slice="1/2")["retargeted_now"] == 8
   with monkeypatch.context() as stopping:
     seen = iter([False, True])
-    stopping.setattr(distributed.Preemption, "reached", lambda self, n: next(seen))
+    stopping.setattr(distributed.Preemption, "reached", lambda self: next(seen))
     with pytest.raises(Preempted):
       converted("")
   assert "retarget.json" not in files.listing(target)

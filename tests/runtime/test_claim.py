@@ -64,7 +64,7 @@ def test_a_run_whose_lease_was_taken_publishes_nothing_more_and_stops(url, tmp_p
   with claimed(url), storage.Synced(url) as folder, distributed.Preemption() as preemption:
     left_behind(url)
     deadline = time.monotonic() + 20
-    while not preemption.reached(0):
+    while not preemption.reached():
       assert time.monotonic() < deadline
       time.sleep(0.01)
     (folder / "late").write_text("1")

@@ -153,11 +153,11 @@ def test_a_failure_of_publishing_stops_the_run_and_is_raised_at_its_end(
     storage.Synced("memory://bucket/run") as here,
     distributed.Preemption() as preemption,
   ):
-    assert not preemption.reached(0)
+    assert not preemption.reached()
     monkeypatch.setattr(mirror.files, "write", fails)
     (here / "file").write_text("1")
     deadline = time.monotonic() + 20
-    while not preemption.reached(1):
+    while not preemption.reached():
       assert time.monotonic() < deadline
       time.sleep(0.01)
   assert "memory://bucket/run is not up to date: the store is down." in capsys.readouterr().err

@@ -75,19 +75,22 @@ def test_invalid_profile_steps_are_refused(tmp_path, steps):
 def test_sigterm_is_caught_and_the_old_handler_is_restored():
   before = signal.getsignal(signal.SIGTERM)
   with distributed.Preemption() as preemption:
-    assert not preemption.reached(0)
+    assert not preemption.reached()
     os.kill(os.getpid(), signal.SIGTERM)
-    assert preemption.reached(1) and preemption.reached(2)
+    assert preemption.reached() and preemption.reached()
   assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_sigterm_stops_the_outer_of_two_commands():
-  """An evaluation that samples finishes, and training stops after it."""
+def test_sigterm_stops_sampling_in_training_but_not_its_evaluation():
   with distributed.Preemption() as outer:
     with distributed.Preemption() as inner:
       signal.raise_signal(signal.SIGTERM)
-      assert not inner.reached(0)
-    assert outer.reached(0)
+      with distributed.Preemption.deferred():
+        assert not inner.reached() and not outer.reached()
+      assert inner.reached()
+    with distributed.Preemption() as another:
+      assert another.reached()
+    assert outer.reached()
   with distributed.Preemption() as later:
     distributed.Preemption.request()
-    assert later.reached(0)
+    assert later.reached()
