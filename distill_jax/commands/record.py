@@ -23,7 +23,6 @@ Example:
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -95,8 +94,7 @@ def run(config: Config, folder: Path) -> JsonObject:
         parts[split][length] = stack.enter_context(opened)
     together = [part for by_length in parts.values() for part in by_length.values()]
     job.check_shards(options, together)
-    load = functools.partial(_load, config, teacher, together[0].corpus, mesh)
-    job.record("record", together, load, mesh)
+    job.record("record", together, _runner(config, teacher, together[0].corpus, mesh), mesh)
   sizes = {}
   for split, by_name in parts.items():
     now = sum(len(shard) for part in by_name.values() for shard in part.missing)
@@ -110,8 +108,10 @@ def _batch_size(config: Config, corpus: Corpus) -> int:
   return size if corpus.is_task else size * config.data.seq_len // corpus.teacher_positions
 
 
-def _load(config: Config, teacher: ModelSource, corpus: Corpus, mesh: Mesh) -> LoadedTeacher | None:
-  """Loads the teacher; returns None if none runs."""
+def _runner(
+  config: Config, teacher: ModelSource, corpus: Corpus, mesh: Mesh
+) -> LoadedTeacher | None:
+  """Returns the teacher that computes the targets of all corpora; None if none runs."""
   if not job.runs_teacher(config.records):
     return None
   return LoadedTeacher(config, teacher, mesh, corpus, _reader(config))

@@ -1,8 +1,8 @@
 """Recording of stores whose rows are known: what is missing is computed, written and completed.
 
-The caller opens the stores as parts, and gives a teacher that is loaded, or loads it if anything is
-missing. Of S shards of B batches, each of P processes looks up S/P and writes as many; the memory
-is that of two batches and of the shard that is being filled.
+The caller opens the stores as parts. The teacher is loaded if anything is missing. Of S shards,
+each of P processes looks up S/P and writes as many; its memory is that of two batches and of the
+shard that is being filled.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,8 +36,6 @@ from distill_jax.runtime import distributed, storage
 from distill_jax.runtime.progress import Progress
 
 CHECKED_AT_ONCE = 16  # rows that are read to compare a corpus with finished shards
-# Loads the teacher; returns None if the rows are stored without one.
-Load = Callable[[], LoadedTeacher | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +96,21 @@ def runs_teacher(options: RecordsOptions) -> bool:
   return options.kind != "text" and not options.logprobs
 
 
-def record(verb: str, parts: Sequence[Part], load: Load, mesh: Mesh) -> None:
+def record(
+  verb: str,
+  parts: Sequence[Part],
+  teacher: LoadedTeacher | None,
+  mesh: Mesh,
+  unit: str = "tokens",
+) -> None:
   """Records what is missing, and completes one store after the other.
 
   Args:
-    verb: The command, for the line of progress.
+    verb: The command, for the lines of progress.
     parts: The stores.
-    load: Loads the teacher. It is called once, if anything is missing.
+    teacher: The teacher of all of them; None for rows that are stored without one.
     mesh: The device mesh.
+    unit: The unit of the lines of progress.
 
   Raises:
     InputError: A process of an earlier run has not written its shards.
@@ -114,11 +119,10 @@ def record(verb: str, parts: Sequence[Part], load: Load, mesh: Mesh) -> None:
   total = sum(part.tokens for part in parts)
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     if total:
-      progress = stack.enter_context(Progress(verb, total, "tokens"))
-      loaded = load()
+      progress = stack.enter_context(Progress(verb, total, unit))
     for part in parts:
       if part.missing:
-        _write(verb, part, loaded, progress)
+        _write(verb, part, teacher, progress)
       distributed.barrier("recorded")
       distributed.run_on_process_0(functools.partial(_complete, part))
 

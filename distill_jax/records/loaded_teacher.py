@@ -1,4 +1,4 @@
-"""A teacher on the devices, which records the rows of several corpora one after the other."""
+"""A teacher that records the rows of several corpora, on the devices from the first row on."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from distill_jax.records.options import RecordsOptions
 from distill_jax.records.recorder import Corpus
 from distill_jax.records.student_rows import StudentRows
 from distill_jax.records.teacher_pass import TeacherPass
+from distill_jax.types import Model
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -43,7 +44,9 @@ def feature_width(options: RecordsOptions, teacher: ModelSource) -> int:
 
 
 class LoadedTeacher:
-  """A teacher that is loaded once and computes the targets of any number of corpora.
+  """A teacher that computes the targets of any number of corpora, and is loaded when it is needed.
+
+  Its compiled programs outlive its weights, so that teachers can take turns on the devices.
 
   Args:
     config: The config, with the seed and the options of `records`.
@@ -61,25 +64,36 @@ class LoadedTeacher:
     corpus: Corpus,
     read: collate.Read | None = None,
   ):
-    keys, options = runs.keys(config.seed), config.records
-    loaded = teacher.load(mesh, keys["teacher"])
+    options = config.records
     self._pass = TeacherPass(
       options,
-      loaded.compute,
+      teacher.compute,
       corpus.classes,
       corpus.first_class,
       feature_width(options, teacher),
       config.retarget.min_mass,
     )
-    self._tables: tuple[DenseTables, ...] = ()
-    if isinstance(corpus.rows, StudentRows):
-      self._tables, read = (corpus.rows.on_devices(mesh),), student_rows.read
+    self._source, self._mesh, self._keys = teacher, mesh, runs.keys(config.seed)
+    self._student_rows = corpus.rows if isinstance(corpus.rows, StudentRows) else None
+    self._read = student_rows.read if self._student_rows else read
     self._runs: dict[int, jax.stages.Wrapped] = {}  # by the number of positions of a chunk
-    self._model, self._key, self._read = loaded.model, keys["records"], read
+    self._on_devices: tuple[Model, tuple[DenseTables, ...]] | None = None
+
+  def release(self) -> None:
+    """Frees the memory of the weights. They are loaded again if rows are recorded."""
+    self._on_devices = None
+
+  def _load(self) -> tuple[Model, tuple[DenseTables, ...]]:
+    """Returns the model, and the tables for a student with another tokenizer."""
+    if self._on_devices is None:
+      model = self._source.load(self._mesh, self._keys["teacher"]).model
+      rows = self._student_rows
+      self._on_devices = model, (rows.on_devices(self._mesh),) if rows else ()
+    return self._on_devices
 
   def _dispatcher(self, corpus: Corpus, rows: Rows) -> Dispatch:
     """Returns a function that starts the computation on a batch of a corpus."""
-    run = self._jitted(rows.size)
+    run, (model, tables) = self._jitted(rows.size), self._load()
     padding = {name: np.zeros_like(x) for name, x in corpus.rows[0].items()}
 
     def dispatch(index_B: np.ndarray) -> tuple[list[Record], dict[str, jax.Array]]:
@@ -88,7 +102,7 @@ class LoadedTeacher:
       held = [padding if i == batch_plan.PADDING else next(kept) for i in own_B.tolist()]
       own = collate.collate(held, read=self._read), np.maximum(own_B, 0).astype(np.int32)
       batch, index_B = collate.to_device(own, rows)
-      return held, run(self._model, self._key, batch, index_B, *self._tables)
+      return held, run(model, self._keys["records"], batch, index_B, *tables)
 
     return dispatch
 
@@ -99,7 +113,7 @@ class LoadedTeacher:
     if chunk not in self._runs:
       changed = dataclasses.replace(options, chunk=chunk)
       of_chunk = dataclasses.replace(self._pass, options=changed)
-      self._runs[chunk] = of_chunk.jitted_projection if self._tables else of_chunk.jitted
+      self._runs[chunk] = of_chunk.jitted_projection if self._student_rows else of_chunk.jitted
     return self._runs[chunk]
 
   def recorded(
