@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from distill_jax.data import corpus, jsonl
@@ -68,6 +68,9 @@ class Prompts:
     job: The job.
     tokenizer: The tokenizer. None: prompts are not tokenized and may have any length.
 
+  Attributes:
+    files: The paths or URLs of the files of prompts.
+
   Raises:
     InputError: If the template is invalid or there is no file of prompts.
   """
@@ -75,10 +78,13 @@ class Prompts:
   def __init__(self, job: GenerationJob, tokenizer: Tokenizer | None = None):
     self._job, self._tokenizer = job, tokenizer
     self._encoder = PromptEncoder(job)
-    self._files = _files(job)
+    self.files = _files(job)
 
-  def summary(self) -> Summary:
+  def summary(self, visit: Callable[[Prompt, jsonl.Line], None] | None = None) -> Summary:
     """Reads all prompts once.
+
+    Args:
+      visit: Called with each prompt, and its line. None: not called.
 
     Raises:
       InputError: If the file cannot be read, if a prompt cannot be used and on_bad is "stop", or if
@@ -86,9 +92,11 @@ class Prompts:
     """
     policy = BadInputPolicy(self._job.key("on_bad"), self._job.on_bad)
     digest, used, first = hashlib.sha256(), 0, ""
-    for prompt, where in self._read(0):
+    for prompt, line in self._read(0):
+      if visit is not None:
+        visit(prompt, line)
       if prompt.rejected:
-        policy.reject(where, prompt.rejected.partition(": ")[2])
+        policy.reject(line.where, prompt.rejected.partition(": ")[2])
         first = first or prompt.rejected.rstrip(".")
         continue
       used += 1
@@ -106,15 +114,17 @@ class Prompts:
     """Yields the prompts with an index of at least `first`, including those that cannot be used."""
     return (prompt for prompt, _ in self._read(first))
 
-  def _read(self, first: int) -> Iterator[tuple[Prompt, str]]:
-    """Yields prompts with their places, for messages."""
-    for n, line in enumerate(jsonl.read_lines(*self._files)):
-      if n < first:
-        continue
-      try:
-        yield self._parse(n, line), line.where
-      except InputError as error:
-        yield Prompt(n, "", {}, rejected=f"line {line.number}: {error}"), line.where
+  def _read(self, first: int) -> Iterator[tuple[Prompt, jsonl.Line]]:
+    for n, line in enumerate(jsonl.read_lines(*self.files)):
+      if n >= first:
+        yield self.parse(n, line), line
+
+  def parse(self, n: int, line: jsonl.Line) -> Prompt:
+    """Returns the prompt with index `n`, which is on `line`."""
+    try:
+      return self._parse(n, line)
+    except InputError as error:
+      return Prompt(n, "", {}, rejected=f"line {line.number}: {error}")
 
   def _parse(self, n: int, line: jsonl.Line) -> Prompt:
     job = self._job
