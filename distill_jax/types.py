@@ -167,6 +167,18 @@ class Recorded:
   tap_kind: str = "hidden"
 
 
+class Rollout(struct.PyTreeNode):
+  """Numbers of the texts of a batch that a student wrote.
+
+  Attributes:
+    behaviour_logp_BT: float32, log q(label) at temperature 1 of the student that sampled the label.
+    reward_BT: float32, the reward of the text, equal at all its positions; None without one.
+  """
+
+  behaviour_logp_BT: jax.Array
+  reward_BT: jax.Array | None = None
+
+
 class Batch(struct.PyTreeNode):
   """One global training batch.
 
@@ -182,6 +194,7 @@ class Batch(struct.PyTreeNode):
       True at positions that are not padding ([B, 1] if a batch never has padding).
     distill_token_BT: for students with a distillation token (models/deit.py): bool [B, T], True
       where a position is trained on teachers only, False where it is trained on labels only.
+    rollout: for texts that a student wrote; None for others.
   """
 
   inputs: ModelInputs | None
@@ -192,6 +205,7 @@ class Batch(struct.PyTreeNode):
   class_range_BT2: jax.Array | None = None
   valid_BS: jax.Array | None = None
   distill_token_BT: jax.Array | None = None
+  rollout: Rollout | None = None
 
   @property
   def model_inputs(self) -> ModelInputs:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from distill_jax.data import token_bytes
 from distill_jax.data.tokenizers import Tokenizer
-from distill_jax.losses import DenseTargets, SampledTargets, TopKTargets
+from distill_jax.losses import DenseTargets, LabelTargets, SampledTargets, TopKTargets
 from distill_jax.nn import fused_head, sharding
 from distill_jax.report.examples import STUDENTS, TEACHER, TOKENS, TOP, Prediction, Token
 from distill_jax.training import token_metrics
@@ -164,13 +164,16 @@ def predictions(
 
 def _recorded(targets: Targets) -> PyTree:
   """Returns the predictions of a recorded teacher for one row; unused entries have p = 0."""
-  if isinstance(targets, SampledTargets):
-    p_PK = targets.weight_BTK
+  if isinstance(targets, LabelTargets):
+    p_PK = jnp.zeros((*targets.label_logp_BT.shape, 1))
+    ids_PK = p_PK.astype(jnp.int32)
+  elif isinstance(targets, SampledTargets):
+    p_PK, ids_PK = targets.weight_BTK, targets.ids_BTK
   else:
     assert isinstance(targets, TopKTargets)
-    p_PK = jnp.exp(targets.logp_BTK)
+    p_PK, ids_PK = jnp.exp(targets.logp_BTK), targets.ids_BTK
   top_p, at = jax.lax.top_k(p_PK, min(TOP, p_PK.shape[-1]))
-  top_ids = jnp.take_along_axis(targets.ids_BTK, at, -1)
+  top_ids = jnp.take_along_axis(ids_PK, at, -1)
   found = {"top_ids": top_ids, "top_p": top_p, "kl": jnp.zeros_like(p_PK[:, 0])}
   if targets.label_logp_BT is not None:
     found["p"] = jnp.exp(targets.label_logp_BT)

@@ -250,6 +250,9 @@ def _targets(fields: Mapping[str, bytes], positions: int, spec: RecordSpec) -> R
   Numbers that are stored as float16 are rounded; encoding them again gives the same bytes.
   """
   read = codec.decode_targets(fields, np.ones(positions, bool), spec)
+  scalars = {f.record: read[f.read] for f in spec.scalars}
+  if spec.kind == "labels":
+    return scalars
   ids_TK, logp_TK = read[IDS.read], read.get(LOGP.read)
   if spec.kind == "sampled":  # an id with a count of 2 is two points
     counts = np.rint(read[WEIGHT.read] * spec.n).astype(int).ravel()
@@ -259,4 +262,4 @@ def _targets(fields: Mapping[str, bytes], positions: int, spec: RecordSpec) -> R
   out = {IDS.record: ids_TK, ARGMAX.record: read[ARGMAX.read]}
   if logp_TK is not None:
     out[LOGP.record] = logp_TK
-  return out | {f.record: read[f.read] for f in spec.scalars}
+  return out | scalars

@@ -22,7 +22,13 @@ from distill_jax.losses.mixture import Loss as Mixture
 from distill_jax.losses.pseudo_label import Loss as PseudoLabel
 from distill_jax.losses.relational import Loss as Relational
 from distill_jax.losses.relations import Loss as Relations
-from distill_jax.losses.supports import DenseTargets, SampledTargets, SpanTargets, TopKTargets
+from distill_jax.losses.supports import (
+  DenseTargets,
+  LabelTargets,
+  SampledTargets,
+  SpanTargets,
+  TopKTargets,
+)
 
 __all__ = [
   "ALM",
@@ -33,6 +39,7 @@ __all__ = [
   "Embedding",
   "FeatureLoss",
   "Hidden",
+  "LabelTargets",
   "LayerPairLoss",
   "Mixture",
   "PseudoLabel",

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from distill_jax.errors import InputError, bad_value
 from distill_jax.losses._base import BaseLoss, TokenLoss
-from distill_jax.losses.supports import SampledTargets, SpanTargets, TopKTargets
+from distill_jax.losses.supports import LabelTargets, SampledTargets, SpanTargets, TopKTargets
 from distill_jax.nn import fused_head, label_logp, mesh_in_use, sharding
 from distill_jax.nn.sharding import MeshAxes
 from distill_jax.types import Batch, Mean, Targets
@@ -250,6 +250,8 @@ def _check_targets(fn: TokenLoss, targets: Targets) -> None:
     fn.check_records("sampled", targets.logp_BTK is not None, targets.temperature, "none")
   elif isinstance(targets, TopKTargets):
     fn.check_records("topk", True, targets.temperature, targets.missing_mass)
+  elif isinstance(targets, LabelTargets):
+    fn.check_records("labels", False, targets.temperature, "none")
   elif isinstance(targets, SpanTargets) and not fn.reads_spans:
     raise InputError(
       f"The loss {type(fn).__module__.rpartition('.')[2]!r} needs targets in the student's tokens, "

@@ -23,6 +23,12 @@ class Loss(TokenLoss):
   def teacher_names(self) -> tuple[str, ...]:
     return (self.teacher,)
 
+  def check_records(self, kind: str, has_logp: bool, temperature: float, missing_mass: str) -> None:
+    if kind == "labels":
+      raise InputError(
+        "Records of kind 'labels' lack the most probable token. Record with another records.kind."
+      )
+
   def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array | int) -> jax.Array:
     del step
     argmax_BC = batch.targets[self.teacher].argmax(logits_BCV)

@@ -1,8 +1,9 @@
-"""The four kinds of targets, which differ in the outcomes that are compared.
+"""The five kinds of targets, which differ in the outcomes that are compared.
 
 DenseTargets    All tokens: logits of an online teacher, computed for one chunk at a time.
 TopKTargets     The k stored tokens, with a convention for the mass outside them.
 SampledTargets  The sampled tokens, each with an unbiased estimate of its probability.
+LabelTargets    The labels alone, with their exact log-probabilities.
 SpanTargets     The text alone: log-probabilities of its spans, by a teacher with other tokens.
 """
 
@@ -178,6 +179,18 @@ class SampledTargets(Targets, kw_only=True):
     return jnp.any(self.weight_BTK > 0, -1)
 
 
+class LabelTargets(Targets, kw_only=True):
+  """The log-probability of the label at each position, and no distribution.
+
+  Enough for losses that compare it with the student's: policy_gradient, log_ratio and alm.
+
+  Attributes:
+    label_logp_BT: float32, log p(label) in nats.
+  """
+
+  label_logp_BT: jax.Array
+
+
 class SpanTargets(Targets, kw_only=True):
   """Log-probabilities of spans of the text, by a teacher with another tokenizer.
 
@@ -239,6 +252,12 @@ def check(
   Raises:
     InputError: The estimate would be biased.
   """
+  if kind == "labels":
+    raise InputError(
+      f"{divergence} compares distributions, but records of kind 'labels' hold only the labels' "
+      "log-probabilities. Use the loss policy_gradient, log_ratio or alm, or record with another "
+      "records.kind."
+    )
   if kind == "sampled" and divergence == "adaptive_kl":
     raise InputError(
       "adaptive_kl ranks all outcomes, but sampled records hold a random subset. Record with "

@@ -27,13 +27,16 @@ def record_bytes_per_token(manifest: Manifest) -> float:
 
   From measurements (records/elias_fano.py): an id takes about 3 bits less than the width of the
   vocabulary, a count about 2 bits, a log-probability 16 bits, entropy and label together 4 bytes,
-  and the token itself the width of the vocabulary. The number of entries depends on the entropy of
-  the teacher; 1.6 nats is assumed.
+  a scalar of a rollout 2 bytes, and the token itself the width of the vocabulary. The number of
+  entries depends on the entropy of the teacher; 1.6 nats is assumed.
   """
   width = math.ceil(math.log2(manifest.vocab_size))
+  rollout = 2 * len(manifest.spec.rollout)
   if manifest.kind == "text":
-    return width / 8
-  if manifest.kind in ("topk", "dense"):
+    return width / 8 + rollout
+  if manifest.kind == "labels":
+    entries, bits = 0.0, 0
+  elif manifest.kind in ("topk", "dense"):
     entries, bits = float(manifest.n), width - 3 + 16
   else:
     points = np.log(list(_ENTRIES)), np.log(list(_ENTRIES.values()))
@@ -42,7 +45,7 @@ def record_bytes_per_token(manifest: Manifest) -> float:
     entries = min(manifest.n, math.exp(np.interp(math.log(manifest.n), *points) + beyond))
     bits = width - 3 + 2 + 16 * manifest.logp
   taps = len(manifest.taps.layers) * (manifest.taps.width + 4) if manifest.taps else 0
-  return (width + entries * bits) / 8 + 2 + 2 * manifest.entropy + taps
+  return (width + entries * bits) / 8 + 2 + 2 * manifest.entropy + taps + rollout
 
 
 def total_tokens(config: Config, verb: str) -> int:

@@ -15,14 +15,23 @@ That saves 1.2 of 40 bytes, but tokens would depend on targets, so it is not don
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.records import bits, elias_fano, numbers
-from distill_jax.records.fields import ARGMAX, ENTRIES, IDS, LOGP, WEIGHT, Record, RecordSpec
+from distill_jax.records.fields import (
+  ARGMAX,
+  ENTRIES,
+  IDS,
+  LOGP,
+  WEIGHT,
+  Field,
+  Record,
+  RecordSpec,
+)
 
 
 def encode_targets(seq: Record, spec: RecordSpec) -> dict[str, bytes]:
@@ -42,8 +51,9 @@ def encode_targets(seq: Record, spec: RecordSpec) -> dict[str, bytes]:
   """
   mask = seq["mask_T"]
   # Checked first, because ids are meaningless where a teacher outputs NaN.
-  halves = [numbers.half(np.asarray(seq[f.record])[mask], f.record) for f in spec.scalars]
-  out = {"scalars": b"".join(halves)}
+  out = {"scalars": encode_scalars(seq, spec.scalars)}
+  if spec.kind == "labels":
+    return out
   argmax = np.asarray(seq[ARGMAX.record])
   argmax_S = numbers.integers(argmax[mask], spec.vocab_size, ARGMAX.record)
   if ENTRIES[0] in seq:
@@ -112,12 +122,15 @@ def decode_targets(fields: Mapping[str, bytes], mask_T: np.ndarray, spec: Record
 
   Returns:
     ids_TK int32 (ascending), argmax_T int32, label_logp_T float32; if stored, entropy_T float32 and
-    logp_TK float32 (-inf in unused entries); for "sampled", weight_TK float32 (counts over n).
-    Where mask_T is not set, all are 0 (logp_TK is -inf).
+    logp_TK float32 (-inf in unused entries); for "sampled", weight_TK float32 (counts over n); for
+    "labels", only label_logp_T and entropy_T. Where mask_T is not set, all are 0 (logp_TK is -inf).
 
   Raises:
     InputError: The fields are inconsistent.
   """
+  scalars = decode_scalars(fields["scalars"], mask_T, spec.scalars)
+  if spec.kind == "labels":
+    return scalars
   head = _Head.of(fields["head"])
   layout = _layout(head, fields, mask_T, spec)
   ids_E = _ids(head, fields, layout, spec)
@@ -126,7 +139,35 @@ def decode_targets(fields: Mapping[str, bytes], mask_T: np.ndarray, spec: Record
     IDS.read: layout.padded(ids_E, IDS.dtype),
     ARGMAX.read: layout.spread(argmax_S, ARGMAX.dtype),
   }
-  return out | _values(fields, layout, slot_S, spec) | _scalars(fields, layout, spec)
+  return out | _values(fields, layout, slot_S, spec) | scalars
+
+
+def encode_scalars(seq: Record, stored: Sequence[Field]) -> bytes:
+  """Encodes fields with one number per position, one after another, where mask_T is set.
+
+  Raises:
+    InputError: A field is missing, or a number is not finite.
+  """
+  if missing := [f.record for f in stored if f.record not in seq]:
+    raise InputError(f"A record lacks {missing[0]}, which its store holds. Pass it.")
+  return b"".join(numbers.half(np.asarray(seq[f.record])[seq["mask_T"]], f.record) for f in stored)
+
+
+def decode_scalars(data: bytes, mask_T: np.ndarray, stored: Sequence[Field]) -> Record:
+  """Returns the fields from `encode_scalars`, float32 [T], 0 where mask_T is not set.
+
+  Raises:
+    InputError: The number of bytes is not that of these fields.
+  """
+  at_S = np.flatnonzero(mask_T)
+  elias_fano.whole("bytes of scalars", len(data), 2 * len(at_S) * len(stored))
+  out = {}
+  for field, values_S in zip(
+    stored, np.frombuffer(data, "<f2").reshape(len(stored), len(at_S)), strict=True
+  ):
+    out[field.read] = np.zeros(len(mask_T), field.dtype)
+    out[field.read][at_S] = values_S
+  return out
 
 
 class _Head(NamedTuple):
@@ -271,17 +312,6 @@ def _values(
   return out
 
 
-def _scalars(fields: Mapping[str, bytes], layout: EntryLayout, spec: RecordSpec) -> Record:
-  """Returns the fields with one number per position."""
-  S = len(layout.at_S)
-  elias_fano.whole("bytes of scalars", len(fields["scalars"]), 2 * S * len(spec.scalars))
-  numbers = np.frombuffer(fields["scalars"], "<f2").reshape(len(spec.scalars), S)
-  return {
-    field.read: layout.spread(numbers_S, field.dtype)
-    for field, numbers_S in zip(spec.scalars, numbers, strict=True)
-  }
-
-
 def _weights(n: int) -> np.ndarray:
   return (np.arange(n + 1) / n).astype(np.float32)
 
@@ -307,5 +337,7 @@ def _by_id(ids_SN: np.ndarray, logp_SN: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def count_entries(fields: dict[str, bytes]) -> int:
-  """Returns the number of entries of encoded targets."""
+  """Returns the number of entries of encoded targets; 0 for kinds without entries."""
+  if "head" not in fields:
+    return 0
   return struct.unpack_from("<II", fields["head"])[1]

@@ -14,13 +14,13 @@ from jax.tree_util import KeyPath
 from distill_jax.cross_tokenizer import spans
 from distill_jax.data import model_rows
 from distill_jax.errors import InputError
-from distill_jax.losses import SampledTargets, SpanTargets, TopKTargets
+from distill_jax.losses import LabelTargets, SampledTargets, SpanTargets, TopKTargets
 from distill_jax.nn import sharding
 from distill_jax.nn.sharding import Rows
 from distill_jax.records import fields, taps
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest
-from distill_jax.types import Batch, Inputs, Recorded, Targets, Tree
+from distill_jax.types import Batch, Inputs, Recorded, Rollout, Targets, Tree
 
 # Makes a batch without targets, given a function from a field's name to the field [B, ...].
 Read = Callable[[Callable[[str], np.ndarray]], Batch]
@@ -51,13 +51,18 @@ def collate(
   targets = {
     name: _targets(records, prefix, recorded)
     for name, prefix in prefixes.items()
-    if prefix + fields.IDS.read in records[0]
+    if prefix + fields.LABEL_LOGP.read in records[0]
   }
   if with_targets and spans.LOGP in records[0]:
     logp_BT, left_BT = (cast(Any, stack(name)) for name in (spans.LOGP, spans.LEFT))
     targets["teacher"] = SpanTargets(span_logp_BT=logp_BT, span_left_BT=left_BT)
   smoothing: Any = stack(fields.SMOOTHING) if fields.SMOOTHING in records[0] else None
-  return batch.replace(targets=batch.targets | targets, smoothing_BT=smoothing)
+  stored: dict[str, Any] = {f.batch: stack(f.read) for f in fields.ROLLOUT if f.read in records[0]}
+  return batch.replace(
+    targets=batch.targets | targets,
+    smoothing_BT=smoothing,
+    rollout=Rollout(**stored) if stored else None,
+  )
 
 
 def recorded_of(m: Manifest) -> Recorded:
@@ -91,6 +96,8 @@ def _targets(records: Sequence[Record], prefix: str, recorded: Recorded) -> Targ
   stored["temperature"] = recorded.temperature
   if fields.WEIGHT.batch in stored:
     return SampledTargets(**stored)
+  if fields.IDS.batch not in stored:
+    return LabelTargets(**stored)
   return TopKTargets(**stored, missing_mass=recorded.missing_mass)
 
 

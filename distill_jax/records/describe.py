@@ -6,7 +6,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from distill_jax.records.fields import ARGMAX, ENTROPY, IDS, LABEL_LOGP, LOGP, WEIGHT, Record
+from distill_jax.records.fields import (
+  ARGMAX,
+  BEHAVIOUR_LOGP,
+  ENTROPY,
+  IDS,
+  LABEL_LOGP,
+  LOGP,
+  WEIGHT,
+  Record,
+)
 from distill_jax.records.store import Store
 from distill_jax.types import JsonObject
 
@@ -43,7 +52,8 @@ def show(store: Store, i: int, decode: Callable[[list[int]], str], top: int = 5)
 
   A line holds the position, segment and token. At positions with targets it also holds the
   teacher's entropy and log p(label), in nats, and candidates with their probabilities. `>` marks
-  the label and `*` the teacher's argmax.
+  the label and `*` the teacher's argmax. In a text that a student wrote, it holds the student's
+  log-probability of the label, too.
 
   Args:
     store: The store.
@@ -60,12 +70,15 @@ def show(store: Store, i: int, decode: Callable[[list[int]], str], top: int = 5)
   lines = []
   for t in np.flatnonzero(seq["segments_T"] > 0):
     line = f"{t:5d} {seq['segments_T'][t]:3d} {piece(tokens[t]):<16}"
-    if mask[t] and IDS.read in seq:
+    if mask[t] and BEHAVIOUR_LOGP.read in seq:
+      line += f" student={seq[BEHAVIOUR_LOGP.read][t]:.2f}"
+    if mask[t] and LABEL_LOGP.read in seq:
       label = int(tokens[t + 1]) if t + 1 < len(tokens) else None
       if ENTROPY.read in seq:
         line += f" H={seq[ENTROPY.read][t]:.2f}"
       line += f" label={seq[LABEL_LOGP.read][t]:.2f} "
-      line += "  ".join(_candidates(seq, int(t), label, top, piece))
+      if IDS.read in seq:
+        line += "  ".join(_candidates(seq, int(t), label, top, piece))
     lines.append(line.rstrip())
   return "\n".join(lines)
 

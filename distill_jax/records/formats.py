@@ -39,7 +39,8 @@ def example(record: Record, m: Manifest) -> Record:
     For a task, labels and mask.
 
     The teacher's arrays are added as teacher_ids, teacher_weight or teacher_logp [T, K], and
-    teacher_argmax, teacher_entropy and teacher_label_logp [T], as the store holds them.
+    teacher_argmax, teacher_entropy and teacher_label_logp [T], as the store holds them; those of
+    a text that a student wrote as behaviour_logp and reward [T].
   """
   if m.labels:
     out = {"labels": record["labels_T"], "mask": record["mask_T"]}
@@ -57,6 +58,7 @@ def example(record: Record, m: Manifest) -> Record:
     }
   if SMOOTHING in record:
     out["smoothing"] = record[SMOOTHING]
+  out |= {f.name: record[f.read] for f in fields.ROLLOUT if f.read in record}
   stored = (*fields.PREDICTED, *fields.TAPPED)
   return out | {f"teacher_{f.name}": record[f.read] for f in stored if f.read in record}
 

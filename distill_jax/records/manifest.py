@@ -9,18 +9,16 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from distill_jax.errors import InputError, bad_value
+from distill_jax.errors import InputError
+from distill_jax.records import manifest_checks
 from distill_jax.records.fields import RecordSpec
 from distill_jax.runtime import files, json_io
 
 if TYPE_CHECKING:  # reading a store must not import jax
   from distill_jax.types import JsonObject
 
-FORMAT = 2  # format of stores of tasks and of kind "dense"; others have format 1
-FORMATS = (1, 2)
+FORMATS = (1, 2, 3)
 NAME = "manifest.json"
-# Conventions for the mass outside the entries, by kind; the other kinds lack none in expectation.
-CONVENTIONS = {"topk": ("tail_bucket", "renormalise"), "dense": ("renormalise",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +96,9 @@ class Manifest:
       teacher's tokenizer; "method", "samples" for records that `retarget` converted, or "exact" for
       projected distributions that `record` sampled; "store", the digest of the converted store, ""
       for "exact"; and "min_mass", see RetargetOptions. {} for other stores.
+    rollout: For texts that a student wrote: "round", their number in its training; "student", its
+      fingerprint; "sampling", the options with which it wrote them; and "scalars", the names of
+      the stored fields of fields.ROLLOUT. {} for other stores; see `with_rollout`.
     format_version: Version of the format; see `format_of`.
     shards: The finished shards, in order.
   """
@@ -121,46 +122,18 @@ class Manifest:
   labels: bool = False
   heldout_fraction: float = 0.0
   retargeted: JsonObject = dataclasses.field(default_factory=dict)
+  rollout: JsonObject = dataclasses.field(default_factory=dict)
   format_version: int = 1
   shards: tuple[Shard, ...] = ()
 
   def __post_init__(self):
-    RecordSpec(self.kind, self.n, self.vocab_size, self.logp, self.entropy)
-    if self.kind == "dense" and self.n != self.vocab_size:
-      expected = f"{self.vocab_size}, the number of classes, for kind 'dense'"
-      raise bad_value("n", self.n, expected, "Correct it")
-    conventions = CONVENTIONS.get(self.kind, ("none",))
-    if self.missing_mass not in conventions:
-      expected = f"{' or '.join(map(repr, conventions))} for kind {self.kind!r}"
-      raise bad_value("records.missing_mass", self.missing_mass, expected, "Correct it")
-    if self.temperature != 1.0 and self.kind == "dense":
-      raise bad_value(
-        "records.temperature",
-        self.temperature,
-        "1 for kind 'dense', because losses apply their own temperature to dense records",
-        "Set it to 1",
-      )
-    if self.temperature != 1.0 and self.missing_mass == "renormalise":
-      raise bad_value(
-        "records.temperature",
-        self.temperature,
-        "1 for missing_mass 'renormalise', because the omitted mass is unknown at others",
-        "Set it to 1, or set records.missing_mass=tail_bucket",
-      )
-    if self.sequences_per_shard < 1:
-      raise bad_value(
-        "records.sequences_per_shard", self.sequences_per_shard, "at least 1", "Raise it"
-      )
-    if self.seq_len < 1:
-      raise bad_value("seq_len", self.seq_len, "at least 1", "Raise it")
-    if min(self.extents, default=0) < 1:
-      expected = "numbers of sequences of at least 1"
-      raise bad_value("extents", self.extents, expected, "Record a corpus that is not empty")
+    manifest_checks.check(self)
 
   @functools.cached_property
   def spec(self) -> RecordSpec:
     """The contents of a record."""
-    return RecordSpec(self.kind, self.n, self.vocab_size, self.logp, self.entropy)
+    scalars = tuple(self.rollout.get("scalars", ()))
+    return RecordSpec(self.kind, self.n, self.vocab_size, self.logp, self.entropy, scalars)
 
   @property
   def total(self) -> int:
@@ -188,7 +161,7 @@ class Manifest:
   def _json(self) -> JsonObject:
     """Returns all fields in the format of the file."""
     fields = _plain(dataclasses.asdict(self))
-    for name in ("heldout_fraction", "retargeted"):  # older manifests lack these fields
+    for name in ("heldout_fraction", "retargeted", "rollout"):  # older manifests lack these fields
       if not fields[name]:
         del fields[name]
     if self.format_version == 1:  # it stores labels of a task as "tokens"
@@ -220,17 +193,32 @@ class Manifest:
     files.write(files.join(folder, NAME), (text + "\n").encode())
 
 
-def format_of(kind: str, labels: bool) -> int:
+def format_of(kind: str, labels: bool, rollout: bool = False) -> int:
   """Returns the format version of a new store.
 
   Format 2 adds labels_T (format 1 stores labels of a task as tokens) and kind "dense" (format 1
-  stores it as renormalised "topk"). Other stores keep format 1, so that their bytes do not change.
+  stores it as renormalised "topk"). Format 3 adds kind "labels" and the scalars of rollouts. Other
+  stores keep format 1, so that their bytes do not change.
 
   Args:
     kind: Kind of the records.
     labels: True for a store of a task.
+    rollout: True for a store with scalars of rollouts.
   """
-  return FORMAT if labels or kind == "dense" else 1
+  if kind == "labels" or rollout:
+    return 3
+  return 2 if labels or kind == "dense" else 1
+
+
+def with_rollout(m: Manifest, rollout: JsonObject) -> Manifest:
+  """Returns the manifest of a store of rollouts, in the format of such stores.
+
+  Args:
+    m: A manifest without them.
+    rollout: See Manifest; {} for no rollouts.
+  """
+  version = format_of(m.kind, m.labels, bool(rollout))
+  return dataclasses.replace(m, rollout=rollout, format_version=version)
 
 
 def without_targets(
@@ -255,7 +243,7 @@ def without_targets(
     sequences_per_shard=sequences,
     extents=(sequences,),
     labels=True,
-    format_version=FORMAT,
+    format_version=format_of("text", labels=True),
   )
 
 
@@ -289,7 +277,7 @@ def find(folder: str | os.PathLike) -> Manifest | None:
   if version not in FORMATS:
     raise InputError(
       f"{path} has format {version!r}, but this version of distill_jax reads the formats "
-      f"{' and '.join(map(str, FORMATS))}. Record again."
+      f"{FORMATS[0]} to {FORMATS[-1]}. Record again."
     )
   try:
     fields["extents"] = tuple(fields["extents"])
@@ -329,7 +317,7 @@ def require_same(want: Manifest, found: Manifest, folder: str) -> None:
       f"{folder} holds records of format {found.format_version}, but this run writes format "
       f"{want.format_version}. Train on the existing records, or record into another folder."
     )
-  defaults = {"smoothing": False, "heldout_fraction": 0.0, "retargeted": {}}
+  defaults = {"smoothing": False, "heldout_fraction": 0.0, "retargeted": {}, "rollout": {}}
   a, b = ({**defaults, **m.identity} for m in (want, found))
   for key, planned in a.items():
     if planned != b[key]:

@@ -14,10 +14,11 @@ class RecordsOptions:
   """Options for recording: the stored targets, the source of the outputs, and the batches."""
 
   kind: str = "sampled"
-  """Targets stored per token: "sampled", "topk", "dense" (all classes) or "text" (none).
+  """Targets stored per token: "sampled", "topk", "dense" (all classes), "labels" or "text" (none).
 
   "sampled" stores tokens drawn from the teacher's distribution, which gives unbiased estimates of
-  the KL divergence. "dense" is for tasks with few classes.
+  the KL divergence. "dense" is for tasks with few classes. "labels" stores the log-probability of
+  each label alone, for the losses policy_gradient, log_ratio and alm.
   """
   task: str = ""
   """Name of the entry of `tasks` to record; "" for the only one."""

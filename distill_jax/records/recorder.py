@@ -19,6 +19,7 @@ from distill_jax.models import runs
 from distill_jax.nn import sharding
 from distill_jax.nn.sharding import MeshAxes
 from distill_jax.records import collate, fields, sampler
+from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.fields import Record, RecordSpec
 from distill_jax.records.manifest import Manifest, Taps, format_of
 from distill_jax.records.options import RecordsOptions
@@ -45,6 +46,7 @@ class Corpus:
     first_class: First row of the teacher's head for the classes; not 0 only with several tasks.
     heldout_fraction: See Manifest.
     retargeted: See Manifest; for the rows of a student with another tokenizer.
+    rollout: See Manifest; for rows that a student wrote, which hold its scalars.
   """
 
   rows: Sequence[Record]
@@ -55,6 +57,7 @@ class Corpus:
   first_class: int = 0
   heldout_fraction: float = 0.0
   retargeted: JsonObject = dataclasses.field(default_factory=dict)
+  rollout: JsonObject = dataclasses.field(default_factory=dict)
 
   def read(self, indices: Sequence[int]) -> list[Record]:
     """Returns some rows, in the order of their indices. Packed rows are read at once."""
@@ -205,7 +208,7 @@ def manifest_of(
     feature_width,
     labels=corpus.is_task,
   )
-  return dataclasses.replace(
+  complete = dataclasses.replace(
     planned,
     teacher=teacher,
     tokenizer=corpus.tokenizer,
@@ -214,12 +217,14 @@ def manifest_of(
     heldout_fraction=corpus.heldout_fraction,
     retargeted=corpus.retargeted,
   )
+  return manifest_lib.with_rollout(complete, corpus.rollout) if corpus.rollout else complete
 
 
 def record_spec(options: RecordsOptions, vocab_size: int) -> RecordSpec:
   """Returns the contents of a record for a number of tokens or classes."""
   c = options
-  n = {"text": 0, "dense": vocab_size}.get(c.kind, c.n)
+  n = dict.fromkeys(fields.WITHOUT_ENTRIES, 0).get(c.kind, c.n)
+  n = vocab_size if c.kind == "dense" else n
   return RecordSpec(c.kind, n, vocab_size, c.logp, entropy=not c.logprobs)
 
 

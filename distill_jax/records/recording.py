@@ -54,7 +54,8 @@ class Recorder:
     vocab_size: Number of tokens. Further rows of the head are padding.
     seq_len: Number of tokens per row.
     kind: "sampled": `n` points of systematic sampling per position. "topk": the `n` most probable
-      tokens. "dense": all, for small vocabularies. "text": the rows only, without a teacher.
+      tokens. "dense": all, for small vocabularies. "labels": the label's log-probability only.
+      "text": the rows only, without a teacher.
     n: Number of sampled points or of most probable tokens.
     logp: True to store exact log-probabilities of the tokens of "sampled".
     nucleus: Probability mass at which the entries of "topk" are cut; 1 for no cut.

@@ -20,7 +20,7 @@ from distill_jax.records import selection
 from distill_jax.records.fields import ARGMAX, ENTROPY, IDS, LABEL_LOGP, LOGP
 from distill_jax.records.options import RecordsOptions
 
-KINDS = ("sampled", "topk", "dense")
+KINDS = ("sampled", "topk", "dense", "labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,9 @@ class SamplerSpec:
   """The targets to compute from the logits of a position.
 
   Attributes:
-    n: Number of points or entries per position; not used for "dense".
-    kind: "sampled" (n points), "topk" (the n most probable tokens) or "dense" (all tokens).
+    n: Number of points or entries per position; not used for "dense" and "labels".
+    kind: "sampled" (n points), "topk" (the n most probable tokens), "dense" (all tokens) or
+      "labels" (none, only the log-probability of the label and the entropy).
     logp: True to add the exact log-probabilities of the ids for "sampled".
     temperature: All outputs describe softmax(logits / temperature).
     nucleus: Probability mass at which the entries of "topk" are cut; entries after it get logp
@@ -70,7 +71,7 @@ class SamplerSpec:
     if not 0 < vocab_size <= rows:
       expected = f"from 1 to {rows}, the number of rows of the head"
       raise bad_value("vocab_size", vocab_size, expected, "Correct it")
-    if n < 1 or (self.kind != "sampled" and n > vocab_size):
+    if self.kind != "labels" and (n < 1 or (self.kind != "sampled" and n > vocab_size)):
       limit = "" if self.kind == "sampled" else f" and at most {vocab_size}, the vocabulary"
       raise bad_value("n", n, f"at least 1{limit}", "Correct it")
     return dataclasses.replace(self, n=n, vocab_size=vocab_size)
@@ -110,7 +111,7 @@ def summarise(
   Returns:
     "ids", int32 [B, T, n] (nondecreasing for "sampled", else the most probable one first); "logp",
     float32 [B, T, n] (for "sampled" only if spec.logp is set); "entropy" and "label_logp", float32
-    [B, T], in nats; and "argmax", int32 [B, T].
+    [B, T], in nats; and "argmax", int32 [B, T]. For "labels", only "entropy" and "label_logp".
 
   Raises:
     InputError: The kind is unknown, u_BT is missing, or a size is out of range.
@@ -261,8 +262,10 @@ def of_shard(
   out = {
     ENTROPY.name: dist.entropy_BC(),
     LABEL_LOGP.name: dist.logp(labels_BC[..., None])[..., 0],
-    ARGMAX.name: dist.argmax_BC,
   }
+  if spec.kind == "labels":
+    return out
+  out[ARGMAX.name] = dist.argmax_BC
   return out | (_sampled_ids(dist, u_BC, spec) if spec.kind == "sampled" else _topk_ids(dist, spec))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from distill_jax.errors import InputError
 from distill_jax.records import codec, taps, token_codec
 from distill_jax.records.example_wire import parse, serialize
-from distill_jax.records.fields import Record
+from distill_jax.records.fields import WITHOUT_ENTRIES, Record
 from distill_jax.records.manifest import Manifest
 
 __all__ = ["FIELDS", "decode", "encode", "key", "names", "parse", "segments", "serialize"]
@@ -31,6 +31,7 @@ FIELDS = {
   "counts": "sample counts of the other entries, in unary",
   "logp": "float16 log-probabilities of the entries",
   "scalars": "float16 log-probabilities of labels, then float16 entropies, in nats",
+  "rollout": "float16 log-probabilities of labels under the student that wrote them, then rewards",
   "smoothing": "float16 label smoothing of each segment",
   "taps": "int8 features, then a float32 scale per vector",
 }
@@ -39,9 +40,11 @@ FIELDS = {
 def names(m: Manifest) -> list[str]:
   """Returns the names of the features of a record of a store."""
   out = ["key", _ids_feature(m)]
-  if m.kind != "text":
-    out += ["head", "lengths", "high", "low", "argmax", "scalars"]
-    out += ["counts"] * (m.kind == "sampled") + ["logp"] * m.spec.has_logp
+  if m.kind not in WITHOUT_ENTRIES:
+    out += ["head", "lengths", "high", "low", "argmax"]
+  out += ["scalars"] * (m.kind != "text")
+  out += ["counts"] * (m.kind == "sampled") + ["logp"] * m.spec.has_logp
+  out += ["rollout"] * bool(m.spec.rollout)
   return out + ["smoothing"] * m.smoothing + ["taps"] * (m.taps is not None)
 
 
@@ -78,6 +81,8 @@ def encode(index: int, seq: Record, m: Manifest) -> dict[str, bytes]:
   fields = {"key": key(index, m), _ids_feature(m): encode_ids(seq, m.spec)}
   if m.kind != "text":
     fields |= codec.encode_targets(seq, m.spec)
+  if m.spec.rollout:
+    fields["rollout"] = codec.encode_scalars(seq, m.spec.rollout_scalars)
   if m.smoothing:
     fields["smoothing"] = token_codec.encode_smoothing({**seq, "segments_T": segments(seq, m)})
   if m.taps is not None:
@@ -108,6 +113,8 @@ def decode(index: int, fields: dict[str, bytes], m: Manifest) -> Record:
   seq = decode_ids(fields[_ids_feature(m)], m.spec)
   if m.kind != "text":
     seq |= codec.decode_targets(fields, seq["mask_T"], m.spec)
+  if m.spec.rollout:
+    seq |= codec.decode_scalars(fields["rollout"], seq["mask_T"], m.spec.rollout_scalars)
   if m.smoothing:
     seq["smoothing_T"] = token_codec.decode_smoothing(fields["smoothing"], segments(seq, m))
   if m.taps is not None:

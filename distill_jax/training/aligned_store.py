@@ -61,6 +61,7 @@ class AlignedStore:
       vocab_size=student.size,
       tokenizer=student.digest,
       seq_len=rows.positions,
+      rollout={},
     )
 
   def __len__(self) -> int:

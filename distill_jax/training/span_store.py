@@ -56,6 +56,7 @@ class SpanStore:
       vocab_size=tables.student.size,
       seq_len=length,
       taps=None,
+      rollout={},
     )
 
   @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from distill_jax.losses import DenseTargets, SampledTargets, SpanTargets, divergences
+from distill_jax.losses import DenseTargets, LabelTargets, SampledTargets, SpanTargets, divergences
 from distill_jax.nn import fused_head
 from distill_jax.types import Batch, Mean, Targets
 
@@ -124,6 +124,8 @@ def _recorded(targets: Targets, logits_BCV: jax.Array) -> dict[str, jax.Array]:
 
 def _kl(targets: Targets, logits_BCV: jax.Array) -> jax.Array | None:
   """Returns KL(p || q) at the temperature of the targets, or None if they do not allow it."""
+  if isinstance(targets, LabelTargets):
+    return None
   if isinstance(targets, SampledTargets):
     has_entropy = targets.entropy_BT is not None
     return targets.forward_kl(logits_BCV, targets.temperature) if has_entropy else None

@@ -67,10 +67,13 @@ def check(seq, out, spec):
   if spec.kind == "text":
     return
   m = seq["mask_T"]
-  for name in ("argmax_T",) + ("entropy_T",) * spec.entropy + ("label_logp_T",):
+  entries = spec.kind != "labels"
+  assert ("ids_TK" in out) == ("argmax_T" in out) == entries
+  assert ("entropy_T" in out) == spec.entropy
+  for name in ("argmax_T",) * entries + ("entropy_T",) * spec.entropy + ("label_logp_T",):
     want = seq[name] if name == "argmax_T" else half(seq[name])
     np.testing.assert_array_equal(out[name], np.where(m, want, 0))
-  for t in range(len(m)):
+  for t in range(len(m) * entries):
     if not m[t]:
       want = {}
     elif spec.kind == "sampled":
@@ -102,6 +105,8 @@ SPECS = [
   RecordSpec("topk", 1, 2),
   RecordSpec("topk", 3, 3),
   RecordSpec("dense", 5, 5),
+  RecordSpec("labels", 0, 300),
+  RecordSpec("labels", 0, 300, entropy=False),
   RecordSpec("text", 0, 50_000),
 ]
 

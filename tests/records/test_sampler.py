@@ -181,7 +181,7 @@ def test_mesh_axes_of_other_names():
 
 def test_bad_input():
   hidden, head, labels, u = example()
-  with pytest.raises(InputError, match="kind is 'text'; expected one of sampled, topk, dense"):
+  with pytest.raises(InputError, match="kind is 'text'; expected one of sampled, topk"):
     sampler.summarise(hidden, head, labels, u, SamplerSpec(4, "text"), chunk=4)
   with pytest.raises(InputError, match="u_BT is None; expected a uniform offset per position"):
     sampler.summarise(hidden, head, labels, None, SamplerSpec(4), chunk=4)

@@ -96,6 +96,7 @@ def test_grain_reads_it(whole):
   "change",
   [
     {"kind": "text", "n": 0},
+    {"kind": "labels", "n": 0, "format_version": 3},
     {"kind": "topk", "missing_mass": "tail_bucket"},
     {"logp": True},
     {"taps": store.Taps((0, 1), 8, 3)},
@@ -119,7 +120,7 @@ def test_every_kind(tmp_path, change):
   s = store.open_store(tmp_path)
   s.verify()
   got, want = s[1], seq(1)
-  assert ("ids_TK" in got) == (m.kind != "text")
+  assert ("ids_TK" in got) == (m.kind not in ("text", "labels"))
   if m.spec.has_logp:
     keep = want["mask_T"]
     np.testing.assert_allclose(got["logp_TK"][keep], want["logp_TN"][keep], atol=2e-3)

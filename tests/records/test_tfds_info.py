@@ -54,6 +54,12 @@ def sampled(tmp_path_factory):
 CHANGES = {
   "sampled": {},
   "a name that is not ASCII": {"teacher": {"name": 'Größe "7B"'}},
+  "labels of rollouts": {
+    "kind": "labels",
+    "n": 0,
+    "rollout": {"round": 0, "student": "s", "sampling": {}, "scalars": ["behaviour_logp"]},
+    "format_version": 3,
+  },
   "text without a teacher": {"kind": "text", "n": 0, "teacher": {}},
   "top-k with features": {
     "kind": "topk",
