@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
 from distill_jax.config import Config
+from distill_jax.errors import Preempted
 from distill_jax.losses import FeatureLoss
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
@@ -20,17 +22,16 @@ from distill_jax.runtime import best_checkpoint, checkpoint, distributed
 from distill_jax.tasks.dataset import RecordedTask
 from distill_jax.training import optim, trackers, validate, validate_heldout
 from distill_jax.training.best import Best
+from distill_jax.training.feed import Feed, StoredFeed
 from distill_jax.training.heldout import Benchmarks, Evaluation
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.training.run_log import Log, Profile
 from distill_jax.training.save_schedule import SaveSchedule
-from distill_jax.training.state import online_teachers, prepare
+from distill_jax.training.state import prepare
 from distill_jax.training.step import Step
 from distill_jax.training.stores import (
   Stores,
-  device_batches,
   open_heldout,
-  open_stores,
   recorded,
   teacher_manifest,
 )
@@ -38,13 +39,19 @@ from distill_jax.training.train_state import TrainState
 from distill_jax.types import JsonObject
 
 
-def train(config: Config, workdir: Path, benchmarks: Benchmarks | None = None) -> JsonObject:
+def train(
+  config: Config,
+  workdir: Path,
+  benchmarks: Benchmarks | None = None,
+  open_feed: Callable[[ModelSource], Feed] | None = None,
+) -> JsonObject:
   """Trains the student, starting from the last checkpoint if there is one.
 
   Args:
     config: The config of the run.
     workdir: The folder of the run.
     benchmarks: Runs the benchmarks in train.eval_benchmarks; None to run none.
+    open_feed: Returns the source of its batches for a student; None for the stores of the config.
 
   Returns:
     The metrics of the last step. With train.best_metric also `best_step` and `best_value`, and
@@ -58,13 +65,13 @@ def train(config: Config, workdir: Path, benchmarks: Benchmarks | None = None) -
   began = time.monotonic()
   trackers.check(config.train.tracker)
   student = loading.open_source(config.student, config.seed)
-  stores = open_stores(config, student)
+  feed: Feed = open_feed(student) if open_feed else StoredFeed(config, student)
+  config, stores, online = feed.config, feed.stores, feed.online
   heldout = open_heldout(config, student, stores)
   validate.check_run(config, stores, student)
   validate_heldout.check(config, stores, heldout, student)
   mesh = sharding.make_mesh(**vars(config.mesh))
   c = config.train
-  online = online_teachers(config)
   validate.check_online(config, [*stores, *heldout], online)
   validate.check_mesh(config, stores, [student, *online.values()], mesh)
   step = make_step(config, stores, student, online.get("teacher"))
@@ -93,15 +100,34 @@ def train(config: Config, workdir: Path, benchmarks: Benchmarks | None = None) -
     evaluation.announce(workdir)
     step_fn = jitted(step, state, mesh)
     schedule = SaveSchedule(c, start)
-    batches = device_batches(config, stores, mesh, start)
+    feed.open(mesh, inputs, start, checkpoint.read_metadata(saves, start) if start else {})
     follower = trackers.Follower(config, workdir, c.steps)
     with Log(workdir, start, c.steps, began) as log, follower:
+      saved = start
+
+      def save(done: int) -> None:
+        nonlocal saved
+        log.flush()  # raises if the loss is not finite, before the state is saved
+        checkpoint.save(saves, done, state, metadata | best.metadata | feed.metadata())
+        saved = done
+        log.saved()
+
       for n in range(start, c.steps):
-        batch = next(batches)
+        if feed.due(n):
+          log.flush()  # on CPUs, two programs that communicate at a time can block each other
+          try:
+            feed.begin(n, state)
+          except Preempted:
+            if n > saved:
+              save(n)
+              checkpoint.wait(saves)
+            raise
+          log.saved()
+        fed = feed.next(n)
         profile.step(n)
         with jax.transfer_guard("disallow"):
-          state, metrics = step_fn(state, batch, inputs.teachers, base=inputs.base)
-        log.step(n, metrics)  # blocks on the metrics of the previous step only
+          state, metrics = step_fn(state, fed.batch, fed.teachers, base=inputs.base)
+        log.step(n, metrics | fed.metrics)  # blocks on the metrics of the previous step only
         done = n + 1
         stop = preemption.reached()
         if evaluation.due(done):
@@ -111,9 +137,7 @@ def train(config: Config, workdir: Path, benchmarks: Benchmarks | None = None) -
           if metric := config.optim.plateau_metric:
             state = state.replace(opt=optim.observe(state.opt, log.last[metric]))
         if schedule.due(done, log.flush) or stop or best.step == done or best.ended:
-          log.flush()  # raises if the loss is not finite, before the state is saved
-          checkpoint.save(saves, done, state, metadata | best.metadata)
-          log.saved()
+          save(done)
         if best.ended:
           break
         if stop and done < c.steps:

@@ -1,0 +1,108 @@
+"""Feeds: the sources of the batches of a training run; by default, the stores of its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+from jax.sharding import Mesh
+
+from distill_jax.config import Config
+from distill_jax.models.loading import ModelSource
+from distill_jax.training import stores
+from distill_jax.training.outputs import Teachers
+from distill_jax.training.state import TrainInputs, online_teachers
+from distill_jax.training.stores import Stores
+from distill_jax.training.train_state import TrainState
+from distill_jax.types import Batch, JsonObject
+
+
+class Fed(NamedTuple):
+  """The data of a step.
+
+  Attributes:
+    batch: The global batch, on the devices.
+    teachers: The online teachers, by name.
+    metrics: Further metrics of the step.
+  """
+
+  batch: Batch
+  teachers: Teachers
+  metrics: Mapping[str, float] = {}
+
+
+class Feed(Protocol):
+  """The source of a run's batches: functions of the config, the step and the state before it.
+
+  Attributes:
+    config: The config of the run, in which train.records names `stores`.
+    stores: The stores that it trains on; of stores that are made during the run, their manifests.
+    online: The teachers that run in the step, by their names in a batch.
+  """
+
+  config: Config
+  stores: Stores
+  online: Mapping[str, ModelSource]
+
+  def open(self, mesh: Mesh, inputs: TrainInputs, start: int, saved: JsonObject) -> None:
+    """Prepares the batches from a step on.
+
+    Args:
+      mesh: The mesh.
+      inputs: The arguments of the step.
+      start: The first step.
+      saved: The metadata of the checkpoint of that step; {} without one.
+    """
+
+  def due(self, step: int) -> bool:
+    """Returns whether `begin` is to be called before this step."""
+
+  def begin(self, step: int, state: TrainState) -> None:
+    """Prepares the next batches with the state before a step, while no device computes.
+
+    Raises:
+      Preempted: SIGTERM was received. What is finished is kept.
+    """
+
+  def next(self, step: int) -> Fed:
+    """Returns the batch of a step. Steps are in order, without gaps."""
+
+  def metadata(self) -> JsonObject:
+    """Returns values for the metadata of a checkpoint, with which `open` continues."""
+
+
+class StoredFeed:
+  """The batches of the stores in train.records, or of a task's data; a `Feed`.
+
+  Args:
+    config: The config of the run.
+    student: The model to train.
+  """
+
+  def __init__(self, config: Config, student: ModelSource):
+    self.config = config
+    self.stores: Stores = stores.open_stores(config, student)
+    self.online: Mapping[str, ModelSource] = online_teachers(config)
+
+  def open(self, mesh: Mesh, inputs: TrainInputs, start: int, saved: JsonObject) -> None:
+    """Starts to read batches; see `Feed.open`."""
+    del saved
+    self._teachers = inputs.teachers
+    self._batches = stores.device_batches(self.config, self.stores, mesh, start)
+
+  def due(self, step: int) -> bool:
+    """Returns False: records are there already."""
+    del step
+    return False
+
+  def begin(self, step: int, state: TrainState) -> None:
+    """Does nothing."""
+
+  def next(self, step: int) -> Fed:
+    """Returns the batch of a step; see `Feed.next`."""
+    del step
+    return Fed(next(self._batches), self._teachers)
+
+  def metadata(self) -> JsonObject:
+    """Returns {}: the position in the stores is the number of the step."""
+    return {}
