@@ -34,6 +34,7 @@ from distill_jax.types import Batch, PyTree
 
 __all__ = [
   "cap_and_select",
+  "each",
   "fit_rows",
   "fold",
   "label_logp",
@@ -72,6 +73,43 @@ def fold(
   """
   scan = functools.partial(_scan_values, chunk_fn, chunk, vocab_size)
   return head_chunks.per_shard(scan, P(), batch_axes, seq_axis, hidden_BTD, head_VD, batch)
+
+
+def each(
+  chunk_fn: ChunkFn,
+  hidden_BTD: jax.Array,
+  head_VD: jax.Array,
+  batch: Batch,
+  chunk: int,
+  vocab_size: int | None = None,
+  batch_axes: tuple[str, ...] = sharding.BATCH,
+  seq_axis: str | None = None,
+) -> PyTree:
+  """Returns `chunk_fn(logits_BCV, chunk of the batch)` at all positions, without a gradient.
+
+  Values at masked positions have no meaning.
+
+  Args:
+    chunk_fn: (logits_BCV float32, chunk of the batch) -> a tree of arrays [B, C, ...]. The arrays
+      of the result are [B, T, ...].
+    hidden_BTD: see `loss`, as for all further arguments.
+  """
+
+  def scan(hidden_BTD, head_VD, batch, sum_over_batch):
+    del sum_over_batch
+    pieces = head_chunks.split(hidden_BTD, batch, chunk)
+
+    def of_chunk(_, xs):
+      hidden_BCD, piece = xs
+      with jax.named_scope("head"):
+        return None, chunk_fn(logits(hidden_BCD, head_VD, vocab_size), pieces.with_heads(piece))
+
+    _, values = jax.lax.scan(of_chunk, None, (pieces.hidden_nBCD, pieces.batch))
+    return jax.tree.map(lambda x_nBC: chunks.join(x_nBC, hidden_BTD.shape[1]), values)
+
+  hidden_BTD, head_VD = jax.lax.stop_gradient((hidden_BTD, head_VD))
+  out = P(batch_axes, seq_axis)
+  return head_chunks.per_shard(scan, out, batch_axes, seq_axis, hidden_BTD, head_VD, batch)
 
 
 def loss(

@@ -161,7 +161,7 @@ class Step:
     differentiated, frozen = params.split(state.params, self.trainable.frozen)
     fixed = Fixed(teachers, state.step, count, base, frozen)
     trained = (differentiated, state.adapters)
-    pieces = jax.tree.map(self._microbatches, batch)
+    pieces = jax.tree.map(self.microbatches, batch)
     weights = {name: fn.weight(state.step) for name, fn in self.losses.items()}
     balance = self._balance(state, trained, jax.tree.map(lambda x: x[0], pieces), fixed, weights)
     scaled = {name: w * balance.get(name, 1.0) for name, w in weights.items()}
@@ -221,7 +221,7 @@ class Step:
     """
     differentiated, adapters = trained
     model = self.trainable.model(params.join(differentiated, fixed.frozen), fixed.base)
-    prepared = self._prepare(model, batch, fixed.teachers)
+    prepared = self.prepare(model, batch, fixed.teachers)
     total, means = self._token_losses(prepared, fixed, weights)
     for name, fn in self.feature_losses.items():
       with jax.named_scope(name):
@@ -235,7 +235,7 @@ class Step:
         total += weights[name] / fixed.label_count * means[name].total
     return total, means
 
-  def _prepare(self, model: Model, batch: Batch, teachers: Teachers) -> Prepared:
+  def prepare(self, model: Model, batch: Batch, teachers: Teachers) -> Prepared:
     """Runs the student and the online teachers, and reads the recorded ones."""
     ours, theirs = self.feature_specs()
     out = model(batch.model_inputs, self.student, ours.taps)
@@ -277,7 +277,7 @@ class Step:
     """
     trained_params, adapters = trained
     model = self.trainable.model(trained_params, base)
-    prepared = self._prepare(model, batch, teachers)
+    prepared = self.prepare(model, batch, teachers)
     return {
       name: fn.fit(
         adapters[name],
@@ -344,7 +344,7 @@ class Step:
 
     return jax.lax.cond(state.step % self.balance_every == 0, measure, lambda: state.balance)
 
-  def _microbatches(self, x_B: jax.Array) -> jax.Array:
+  def microbatches(self, x_B: jax.Array) -> jax.Array:
     """Reshapes [B, ...] to [accumulate, B / accumulate, ...], with the sharding of B in each."""
     rows = x_B.reshape(x_B.shape[0] // self.accumulate, self.accumulate, *x_B.shape[1:])
     return jnp.moveaxis(rows, 1, 0)
