@@ -3,8 +3,8 @@
 The cost: an evaluation copies the weights, because those of the training state are updated by the
 next step while decoding has another form of them and deletes what it converts. A step has a
 gradient in the place of the copy, and activations in that of the KV cache; with low-rank adapters,
-whose base has no gradient, the copy of the base comes on top. The decoding programs are compiled
-for each evaluation; after the first one they are in the compile cache.
+whose base has no gradient, the copy of the base comes on top. The decoding programs are compiled at
+the first evaluation.
 """
 
 from __future__ import annotations

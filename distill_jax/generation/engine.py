@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
+from jax.tree_util import PyTreeDef
 
 from distill_jax.generation.sampling import Sampling, choose
 from distill_jax.generation.unrolled import Unrolled, empty_cache
@@ -75,6 +77,9 @@ class Engine:
   calls have the same shapes and rows are independent, so the result of a row depends neither on its
   index nor on the other rows.
 
+  The weights are arguments of the compiled programs, which a process keeps: an engine for other
+  weights of the same model, e.g. those of a later step of training, compiles nothing.
+
   Args:
     model: The model.
     mesh: The devices.
@@ -100,31 +105,51 @@ class Engine:
       empty_cache, model, size=size, compute=spec.compute, mesh=mesh, dtype=spec.cache_dtype
     )
     self._cache, self._prompt_cache = make(rows=rows), make(rows=prefill_rows)
-    cache_sharding = jax.tree.map(lambda x: x.sharding, self._cache)
-    self._prefill = jax.jit(
-      functools.partial(prefill, compute=spec.compute),
-      donate_argnums=1,
-      out_shardings=jax.tree.map(lambda x: x.sharding, self._prompt_cache),
-    )
-    self._insert = jax.jit(insert, donate_argnums=0, out_shardings=cache_sharding)
-    self._decode = jax.jit(
-      functools.partial(decode_steps, spec=spec),
-      donate_argnums=1,
-      out_shardings=(cache_sharding, sharding.replicated(mesh)),
-    )
+    leaves, tree = jax.tree.flatten((self._cache, self._prompt_cache))
+    self._programs = _programs(spec, mesh, tree, tuple(x.sharding for x in leaves))
 
   def prefill(self, tokens_PC: np.ndarray, first_P: np.ndarray, count_P: np.ndarray) -> None:
     """Prefills tokens of each prompt into the prompt cache; see the function `prefill`."""
-    self._prompt_cache = self._prefill(self._model, self._prompt_cache, tokens_PC, first_P, count_P)
+    self._prompt_cache = self._programs.prefill(
+      self._model, self._prompt_cache, tokens_PC, first_P, count_P
+    )
 
   def insert(self, from_P: np.ndarray, to_P: np.ndarray) -> None:
     """Copies rows of the prompt cache into the decoding cache; see the function `insert`."""
-    self._cache = self._insert(self._cache, self._prompt_cache, from_P, to_P)
+    self._cache = self._programs.insert(self._cache, self._prompt_cache, from_P, to_P)
 
   def decode(self, rows: RowState) -> dict[str, np.ndarray]:
     """Generates the next tokens of each row, and returns the arrays of `decode_steps`."""
-    self._cache, outputs = self._decode(self._model, self._cache, rows, self._keys)
+    self._cache, outputs = self._programs.decode(self._model, self._cache, rows, self._keys)
     return jax.device_get(outputs)
+
+
+class _Programs(NamedTuple):
+  prefill: Callable[..., Cache]
+  insert: Callable[..., Cache]
+  decode: Callable[..., tuple[Cache, dict[str, jax.Array]]]
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(
+  spec: EngineSpec, mesh: Mesh, tree: PyTreeDef, shardings: tuple[Sharding, ...]
+) -> _Programs:
+  """Returns the compiled functions of an engine, which jax compiles for each model's shapes.
+
+  Args:
+    spec: The static settings.
+    mesh: The devices.
+    tree: The structure of the two caches, of rows and of prompts.
+    shardings: The shardings of their arrays.
+  """
+  cache, prompt_cache = jax.tree.unflatten(tree, shardings)
+  fill = functools.partial(prefill, compute=spec.compute)
+  steps = functools.partial(decode_steps, spec=spec)
+  return _Programs(
+    jax.jit(fill, donate_argnums=1, out_shardings=prompt_cache),
+    jax.jit(insert, donate_argnums=0, out_shardings=cache),
+    jax.jit(steps, donate_argnums=1, out_shardings=(cache, sharding.replicated(mesh))),
+  )
 
 
 def prefill(

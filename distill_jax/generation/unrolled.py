@@ -8,6 +8,7 @@ that these copies would dominate. Decoding therefore uses unrolled layers, each 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -20,6 +21,8 @@ from distill_jax.models import DecoderCache as Cache
 from distill_jax.nn import kv_cache, params
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.types import Inputs, Model, Output
+
+PROGRAMS = 256  # compiled functions that convert weights, which a process keeps for the next time
 
 
 class Unrolled(struct.PyTreeNode):
@@ -101,13 +104,9 @@ def _dtype(v: nnx.Variable, compute: ComputeConfig) -> str:
 
 def _split_layers(v: nnx.Variable, compute: ComputeConfig, column: str) -> list[nnx.Variable]:
   """Returns the parameter of each layer from a stacked one, which is deleted."""
-  x, axes, dtype = v[...], v.get_metadata()["axes"][1:], _dtype(v, compute)
-
-  def split(x: jax.Array) -> list[jax.Array]:
-    return [x[i].astype(dtype) for i in range(x.shape[0])]
-
+  x, axes = v[...], v.get_metadata()["axes"][1:]
   where = _sharding(x, axes, compute, column)
-  parts = jax.block_until_ready(jax.jit(split, out_shardings=where)(x))
+  parts = jax.block_until_ready(_splitter(_dtype(v, compute), where)(x))
   x.delete()
   return [v.replace(part, axes=axes) for part in parts]
 
@@ -117,7 +116,17 @@ def _cast(v: nnx.Variable, compute: ComputeConfig, column: str) -> nnx.Variable:
   where = _sharding(x, v.get_metadata()["axes"], compute, column)
   if where is None or x.sharding.is_equivalent_to(where, x.ndim):
     return v.replace(x.astype(dtype))
-  return v.replace(jax.jit(lambda x: x.astype(dtype), out_shardings=where)(x))
+  return v.replace(_caster(dtype, where)(x))
+
+
+@functools.lru_cache(maxsize=PROGRAMS)
+def _splitter(dtype: str, where: NamedSharding | None) -> Callable[[jax.Array], list[jax.Array]]:
+  return jax.jit(lambda x: [x[i].astype(dtype) for i in range(x.shape[0])], out_shardings=where)
+
+
+@functools.lru_cache(maxsize=PROGRAMS)
+def _caster(dtype: str, where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(lambda x: x.astype(dtype), out_shardings=where)
 
 
 def _sharding(

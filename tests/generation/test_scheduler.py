@@ -154,3 +154,15 @@ def test_texts_end_at_stop_strings_eos_and_length():
   at = tokens.index(tokens[5])
   ended = run(engine_of(model, mesh, GREEDY, eos=(tokens[5],)), mesh, read, eos=(tokens[5],))[3, 0]
   assert (ended.tokens, ended.reason) == (tokens[: at + 1], "eos")
+
+
+def test_other_weights_compile_nothing(caplog):
+  first, other = random_model(), map_params(lambda v: v.replace(v[...] * 0.9), random_model())
+  read = prompts(first.config.vocab_size)
+  mesh = one_device()
+  before = decode(first, mesh, DRAWN, read)
+  jax.block_until_ready(jax.tree.leaves(other))
+  with jax.log_compiles(), caplog.at_level("WARNING"):
+    after = decode(other, mesh, DRAWN, read)
+  assert [r.message for r in caplog.records if "compil" in r.message.lower()] == []
+  assert [s.tokens for s in before.values()] != [s.tokens for s in after.values()]
