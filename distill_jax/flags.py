@@ -23,4 +23,4 @@ PROFILE_STEPS = flags.DEFINE_string(
 )
 TOPOLOGY = flags.DEFINE_string("topology", None, "preflight: the TPU slice, e.g. v5p:4x4x4")
 NUM_SLICES = flags.DEFINE_integer("num_slices", None, "preflight: number of such slices")
-VERB = flags.DEFINE_string("verb", None, "preflight: train, record or generate")
+VERB = flags.DEFINE_string("verb", None, "preflight: train, record, generate or on_policy")

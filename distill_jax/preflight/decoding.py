@@ -47,6 +47,7 @@ class Decoder:
     mesh: The devices.
     options: The decoding settings, divisible by the mesh.
     memory: The bytes per device with these settings.
+    resident: The bytes per device that something else takes at the same time.
   """
 
   source: ModelSource
@@ -54,10 +55,16 @@ class Decoder:
   mesh: jax.sharding.Mesh
   options: DecodingOptions
   memory: DecodingMemory
+  resident: int = 0
 
   @classmethod
   def of(
-    cls, config: Config, source: ModelSource, hardware: Hardware, mesh: jax.sharding.Mesh
+    cls,
+    config: Config,
+    source: ModelSource,
+    hardware: Hardware,
+    mesh: jax.sharding.Mesh,
+    resident: int = 0,
   ) -> Decoder:
     """Returns the decoder of a config.
 
@@ -67,14 +74,19 @@ class Decoder:
     sharding.shardings(source.abstract, mesh, source.compute.rules)
     options = placement.divisible(config.generate, mesh)
     memory = placement.memory(source.abstract, source.compute, mesh, options)
-    return cls(source, hardware, mesh, options, memory)
+    return cls(source, hardware, mesh, options, memory, resident)
+
+  @property
+  def room(self) -> float:
+    """Bytes per device for weights and caches."""
+    return placement.ROOM * self.hardware.chip.hbm - self.resident
 
   @property
   def gather(self) -> str:
     """The time at which weights are gathered: ONCE or PER_TOKEN."""
     if self.options.gather != placement.AUTO:
       return self.options.gather
-    return ONCE if self.memory.fits(self.hardware.chip.hbm) else PER_TOKEN
+    return ONCE if self.memory.gathered_once <= self.room else PER_TOKEN
 
   @property
   def weights(self) -> int:
@@ -85,7 +97,7 @@ class Decoder:
   def largest_batch(self) -> int:
     """Maximum number of rows that fit, with the weights where they are."""
     shards = sharding.row_shards(self.mesh)
-    free = placement.ROOM * self.hardware.chip.hbm - self.weights - self.memory.prompt_cache
+    free = self.room - self.weights - self.memory.prompt_cache
     return shards * max(0, math.floor(free / self.row_cache))
 
   @property
@@ -96,12 +108,9 @@ class Decoder:
   def bound(self, rows: int) -> roofline.Bound:
     """Returns the minimum seconds of a step that decodes one token for each of `rows` rows."""
     own = rows / sharding.row_shards(self.mesh)
-    c, n = self.source.decoder_config, self.mesh.shape["tensor"]
     if self.gather == ONCE:
       moved = self._weights_read(own)
-      # Two sums of activations over the tensor axis in each layer, in 2 bytes per number.
-      sums = 2 * c.num_hidden_layers * own * c.hidden_size * 2
-      sent = {"all-reduce": int(sums * 2 * (n - 1) / n)}
+      sent = {"all-reduce": tensor_sums(self.source, self.mesh, own)}
     else:  # stored weights are read; gathered weights are written once and read once
       moved = self.memory.stored + 2.0 * self.memory.gathered
       sent = {"all-gather": self.memory.gathered - self.memory.stored}
@@ -148,6 +157,20 @@ class Decoder:
     return total
 
 
+def tensor_sums(source: ModelSource, mesh: jax.sharding.Mesh, tokens: float) -> int:
+  """Returns the bytes that a device sends for the sums over the tensor axis in a forward pass.
+
+  Each layer has two sums of activations, in 2 bytes per number.
+
+  Args:
+    source: The model.
+    mesh: The devices.
+    tokens: The number of tokens of a device.
+  """
+  c, n = source.decoder_config, mesh.shape["tensor"]
+  return int(2 * c.num_hidden_layers * tokens * c.hidden_size * 2 * 2 * (n - 1) / n)
+
+
 def estimate(config: Config, hardware: Hardware, mesh: jax.sharding.Mesh) -> JsonObject:
   """Returns the result of `preflight --verb=generate`; preflight/decoding_table.py prints it.
 
@@ -157,7 +180,7 @@ def estimate(config: Config, hardware: Hardware, mesh: jax.sharding.Mesh) -> Jso
     mesh: The devices.
 
   Returns:
-    A dict with `fits`, `chips`, `mesh`, `gather`, `bytes_per_device` and `hbm_bytes_per_device`;
+    A dict with `fits`, `gather`, `bytes_per_device` and `hbm_bytes_per_device`;
     `at`, the bounds with the config's batch; `largest`, those with the largest batch that fits
     (None if none fits); `best`, the mesh with the highest bound, its `largest` and its `gather`;
     `tokens`, the maximum for 1,000 prompts, and the `chip_hours` for them; and
@@ -178,13 +201,7 @@ def estimate(config: Config, hardware: Hardware, mesh: jax.sharding.Mesh) -> Jso
   tokens = PROMPTS * c.samples * min(c.max_new_tokens, c.cache_len)
   return {
     "fits": largest >= options.batch_size,
-    "verb": "generate",
     "model": source.name,
-    "topology": hardware.topology,
-    "slices": hardware.num_slices,
-    "chips": hardware.num_chips,
-    "devices": mesh.size,
-    "mesh": dict(mesh.shape),
     "gather": decoder.gather,
     "cache_len": options.cache_len,
     "bytes_per_device": {

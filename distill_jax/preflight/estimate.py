@@ -95,20 +95,21 @@ def store_size(config: Config, verb: str) -> JsonObject:
 def argument_bytes(config: Config, verb: str, mesh: jax.sharding.Mesh) -> int:
   """Computes the bytes per device of parameters, optimizer and teacher without compiling."""
   if verb == "record":
-    return _model_bytes(loading.open_source(config.teacher), mesh)
+    return model_bytes(loading.open_source(config.teacher), mesh)
   teachers = state.online_teachers(config)
-  teacher = sum(_model_bytes(source, mesh) for source in teachers.values())
+  teacher = sum(model_bytes(source, mesh) for source in teachers.values())
   student = loading.open_source(config.student)
   trained = _placed_bytes(student.abstract_trainable, student.compute, mesh)
   width = jnp.dtype(config.student.param_dtype).itemsize
-  base = _model_bytes(student, mesh) if student.trainable.has_base else 0
+  base = model_bytes(student, mesh) if student.trainable.has_base else 0
   part, _ = params.split(student.abstract_trainable, student.trainable.frozen)
   # The first moments are in float32, the second like the weights.
   moments = _placed_bytes(part, student.compute, mesh) * (4 + width) / width
   return round(teacher + base + trained + moments)
 
 
-def _model_bytes(source: ModelSource, mesh: jax.sharding.Mesh) -> int:
+def model_bytes(source: ModelSource, mesh: jax.sharding.Mesh) -> int:
+  """Returns the bytes per device of a model's parameters."""
   return _placed_bytes(source.abstract, source.compute, mesh)
 
 

@@ -18,7 +18,8 @@ class PreflightOptions:
   """Number of slices with this topology, connected by the data center network."""
 
   verb: str = "train"
-  """Command to estimate: "train" or "record", whose step is compiled, or "generate", by formula."""
+  """Command to estimate: "train" or "record", whose step is compiled; "generate", by formula; or
+  "on_policy", whose training step is compiled, with generation and scoring by formula."""
 
   dollars_per_chip_hour: float = 0.0
   """Price of a chip for one hour, for the cost of the run. 0: the cost is not printed."""

@@ -77,7 +77,7 @@ def lower(config: Config, verb: str, mesh: Mesh) -> LoweredStep:
     InputError: `verb` would raise it, e.g. for a batch or dimension that is not divisible, or for
       losses that the records do not support.
   """
-  return {"train": _train, "record": _record}[verb](config, mesh)
+  return {"train": _train, "on_policy": _train, "record": _record}[verb](config, mesh)
 
 
 def planned_manifest(config: Config, vocab_size: int = 0, positions: int = 0) -> Manifest:

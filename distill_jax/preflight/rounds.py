@@ -1,0 +1,293 @@
+"""Estimates rounds of `on_policy` on a slice: bytes per device, seconds by part, and the cost.
+
+A round has three parts, one after the other on the same devices:
+
+* generate: the student samples the texts of the round. In memory are the training state, a copy of
+  the student for decoding, and the KV caches. Bytes and bounds are by formula (decoding.py).
+* score: the teacher of stored scores reads the texts, records.batch_size at once. Bytes and bounds
+  are by formula, without activations. With train.online, the teacher is in the training step
+  instead, and `score` is its part of the step's operations. Servers score at their own speed.
+* train: the step is compiled, with rows of generate.cache_len positions.
+
+Every text has the maximum length, and every prompt the length that is left for it: shorter texts
+take less time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from distill_jax.config import Config
+from distill_jax.errors import bad_value
+from distill_jax.generation import placement
+from distill_jax.models import loading
+from distill_jax.nn import params, sharding
+from distill_jax.preflight import (
+  decoding,
+  estimate,
+  flops,
+  programs,
+  roofline,
+  step_estimate,
+  topology,
+)
+from distill_jax.preflight.decoding import Decoder
+from distill_jax.preflight.topology import Hardware
+from distill_jax.types import JsonObject
+
+GENERATE, SCORE, TRAIN = "generate", "score", "train"  # the parts of a round
+OF_STATE = ("parameters", "optimizer", "frozen base", "teacher")  # in memory in all parts
+OF_STEP = (
+  "flops_per_step",
+  "flops",
+  "collectives",
+  "collective_bytes_per_device",
+  "bounds",
+  "bound_by",
+  "step_seconds_bound",
+  "mfu_bound",
+)
+
+
+class Round(NamedTuple):
+  """The texts of the largest round of a run.
+
+  Attributes:
+    steps: Number of steps that train on them.
+    rows: Number of texts.
+    prompts: Number of prompts.
+    prompt_tokens: Number of tokens of a prompt for which a text of maximum length has room.
+    new_tokens: Maximum number of generated tokens of a text.
+  """
+
+  steps: int
+  rows: int
+  prompts: int
+  prompt_tokens: int
+  new_tokens: int
+
+  @classmethod
+  def of(cls, config: Config) -> Round:
+    """Returns the texts of a config's rounds."""
+    c, g = config.on_policy, config.generate
+    steps = c.every - math.floor(c.every * c.records_fraction)
+    rows, new_tokens = steps * config.train.batch_size, min(g.max_new_tokens, g.cache_len - 1)
+    return cls(steps, rows, -(-rows // g.samples), g.cache_len - new_tokens, new_tokens)
+
+
+class Scoring(NamedTuple):
+  """The teacher of stored scores on a slice; without one, all values are 0.
+
+  Attributes:
+    weights: Bytes per device of the teacher while it scores.
+    kept: Bytes per device of the teacher in the other parts. Several teachers take turns and are
+      not kept.
+    seconds: The lower bound for the texts of a round.
+  """
+
+  weights: int = 0
+  kept: int = 0
+  seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+  """The rounds of a run on a slice.
+
+  Attributes:
+    config: The config.
+    texts: The texts of a round.
+    step: The compiled training step; see step_estimate.estimate.
+    decoder: The student that decodes.
+    scoring: The teacher of stored scores.
+  """
+
+  config: Config
+  texts: Round
+  step: JsonObject
+  decoder: Decoder
+  scoring: Scoring
+
+  @classmethod
+  def of(cls, config: Config, hardware: Hardware, mesh: jax.sharding.Mesh) -> Rounds:
+    """Compiles the training step, and returns the rounds of a config.
+
+    Raises:
+      InputError: `on_policy` would raise it for the config, or the mesh does not divide a model.
+    """
+    if config.tasks:
+      expected = "'train' or 'record', because the config has tasks"
+      raise bad_value("--verb", "on_policy", expected, "Choose one of them")
+    run, texts = as_training(config), Round.of(config)
+    program = programs.lower(run, "on_policy", mesh)
+    step = step_estimate.estimate(run, TRAIN, program, hardware, mesh)
+    served = bool(config.generate.server.urls)
+    alone = config.train.online or served
+    scoring = Scoring() if alone else _scoring(config, texts, hardware, mesh)
+    student = loading.open_source(config.student, config.seed)
+    axes = config.mesh.whole_rows()
+    decoding_mesh = topology.make_mesh(axes, hardware.topology, hardware.num_slices)
+    resident = sum(_state(step).values()) + scoring.kept
+    decoder = Decoder.of(config, student, hardware, decoding_mesh, resident)
+    return cls(config, texts, step, decoder, scoring)
+
+  @property
+  def bytes_per_device(self) -> dict[str, dict[str, int]]:
+    """The bytes per device by part of a round and purpose."""
+    state, need = _state(self.step), self.decoder.memory
+    kept = {"teacher": self.scoring.kept} if self.scoring.kept else {}
+    copy = {"decode copy": self.decoder.weights}
+    found = {
+      GENERATE: {**state, **kept, **copy, "cache": need.cache, "prompt cache": need.prompt_cache}
+    }
+    if self.scoring.weights:
+      found[SCORE] = state | {"teacher": self.scoring.weights}
+    return found | {TRAIN: kept | self.step["bytes_per_device"]}
+
+  @property
+  def peaks(self) -> dict[str, int]:
+    """The bytes per device by part of a round."""
+    sums = {part: sum(sizes.values()) for part, sizes in self.bytes_per_device.items()}
+    return sums | {TRAIN: self.step["peak_bytes_per_device"] + self.scoring.kept}
+
+  @property
+  def fits(self) -> bool:
+    """True if all parts of a round fit; activations of those by formula have 1 - ROOM."""
+    hbm, peaks = self.decoder.hardware.chip.hbm, self.peaks
+    by_formula = max(n for part, n in peaks.items() if part != TRAIN)
+    return peaks[TRAIN] <= hbm and by_formula <= placement.ROOM * hbm
+
+  @property
+  def teacher_share(self) -> float:
+    """The online teachers' part of a step's operations."""
+    operations = self.step["flops"]
+    return operations.get("teacher", 0.0) / sum(operations.values())
+
+  def seconds(self) -> dict[str, float]:
+    """Returns the lower bounds of the parts of a round with a step that fits."""
+    steps = self.config.on_policy.every * self.step["step_seconds_bound"]
+    score = self.scoring.seconds or steps * self.teacher_share
+    train = steps * (1 - self.teacher_share)
+    return {GENERATE: self.generate_seconds, SCORE: score, TRAIN: train}
+
+  @property
+  def generate_seconds(self) -> float:
+    """The lower bound for a round's texts: copying the weights, prompts, and new tokens."""
+    decoder, texts, rows = self.decoder, self.texts, self.decoder.options.batch_size
+    chip, chips = decoder.hardware.chip, decoder.hardware.num_chips
+    gathered = decoder.weights - decoder.memory.stored
+    copy = gathered * decoder.mesh.size / chips / chip.ici
+    prompts = flops.forward_flops(decoder.source, texts.prompts, texts.prompt_tokens)
+    prefill = (prompts.total - prompts.head) / (chips * chip.flops)
+    batches = -(-texts.rows // rows)
+    return copy + prefill + batches * texts.new_tokens * decoder.bound(rows).seconds
+
+  def chip_hours(self) -> float:
+    """Returns the lower bound for the whole run, with evaluation, for a step that fits."""
+    steps = self.config.train.steps
+    sampled = steps - math.floor(steps * self.config.on_policy.records_fraction)
+    before = (self.generate_seconds + self.scoring.seconds) / self.texts.steps
+    evaluated = 1 + (estimate.evaluation_share(self.config, TRAIN) or 0)
+    seconds = sampled * before + steps * evaluated * self.step["step_seconds_bound"]
+    return seconds * self.decoder.hardware.num_chips / 3600
+
+
+def as_training(config: Config) -> Config:
+  """Returns the config of training on stored rows of the same length, generate.cache_len.
+
+  The teachers of stored scores are not in the step.
+  """
+  data = dataclasses.replace(config.data, seq_len=config.generate.cache_len, buckets=())
+  teachers = config.teachers if config.train.online else {}
+  return dataclasses.replace(config, data=data, teachers=teachers)
+
+
+def estimate_rounds(config: Config, hardware: Hardware, mesh: jax.sharding.Mesh) -> JsonObject:
+  """Returns the result of `preflight --verb=on_policy`; preflight/rounds_table.py prints it.
+
+  Args:
+    config: The config.
+    hardware: The slices.
+    mesh: The devices.
+
+  Returns:
+    A dict with
+
+    * `fits`; `bytes_per_device` by part of a round and purpose; `peak_bytes_per_device` by part;
+      and `hbm_bytes_per_device`;
+    * `every`, `rows_per_round`, `row_tokens` and `tokens_per_round`: the steps of a round, its
+      texts, the positions of a text, and the maximum of generated tokens of a round;
+    * `decode`: the bounds of a decode step, `gather`, and `largest_batch`, the maximum number of
+      rows that fit in addition to the state;
+    * the values of OF_STEP, of a training step;
+    * `seconds_per_round`, lower bounds by part; `round_seconds_bound`, their sum, without servers;
+      and `generate_seconds_assumed`, at the part of its bound that a decoder is assumed to reach;
+    * `tokens_per_second_bound`, of generated tokens; `chip_hours` of the whole run, with evaluation
+      (`evaluation_share`);
+    * `served`, True if servers score, and `lag`.
+
+    Values that depend on the speed of the step are None if it does not fit.
+
+  Raises:
+    InputError: `on_policy` would raise it for the config, or the mesh does not divide a model.
+  """
+  rounds = Rounds.of(config, hardware, mesh)
+  texts, decoder = rounds.texts, rounds.decoder
+  seconds = rounds.seconds() if rounds.step["step_seconds_bound"] else None
+  whole = sum(seconds.values()) if seconds else None
+  tokens = texts.rows * texts.new_tokens
+  room = {"gather": decoder.gather, "largest_batch": decoder.largest_batch}
+  return {
+    "fits": rounds.fits,
+    "bytes_per_device": rounds.bytes_per_device,
+    "peak_bytes_per_device": rounds.peaks,
+    "hbm_bytes_per_device": hardware.chip.hbm,
+    "every": config.on_policy.every,
+    "rows_per_round": texts.rows,
+    "row_tokens": config.generate.cache_len,
+    "tokens_per_round": tokens,
+    "decode": decoder.speed(decoder.options.batch_size) | room,
+    **{key: rounds.step[key] for key in OF_STEP},
+    "seconds_per_round": seconds,
+    "round_seconds_bound": whole,
+    "generate_seconds_assumed": rounds.generate_seconds / decoding.REACHED,
+    "tokens_per_second_bound": tokens / whole if whole else None,
+    "chip_hours": rounds.chip_hours() if whole else None,
+    "evaluation_share": estimate.evaluation_share(config, TRAIN),
+    "served": bool(config.generate.server.urls) and not config.train.online,
+    "lag": config.on_policy.lag,
+  }
+
+
+def _state(step: JsonObject) -> dict[str, int]:
+  """Returns the bytes per device that are in memory in all parts of a round."""
+  return {name: n for name, n in step["bytes_per_device"].items() if name in OF_STATE}
+
+
+def _scoring(config: Config, texts: Round, hardware: Hardware, mesh: jax.sharding.Mesh) -> Scoring:
+  """Returns the teacher that scores on these devices.
+
+  A pass over records.batch_size rows gathers the weights over fsdp, and sums activations over the
+  tensor axis.
+  """
+  run, rows = as_training(config), config.records.batch_size
+  source = loading.open_source(config.teacher, config.seed)
+  sharding.check_batch("records.batch_size", rows, mesh)
+  weights = estimate.model_bytes(source, mesh)
+  dtype = jnp.dtype(run.teacher.dtype)
+  used = params.count(source.abstract) * dtype.itemsize / mesh.shape["tensor"]
+  shards = mesh.shape["fsdp"] * mesh.shape["context"]
+  own_tokens = rows / sharding.row_shards(mesh) * run.data.seq_len / mesh.shape["context"]
+  sent = {
+    "all-gather": int(used * (shards - 1) / shards),
+    "all-reduce": decoding.tensor_sums(source, mesh, own_tokens),
+  }
+  operations = flops.step_flops(run, "record", rows)
+  bound = roofline.speed(run, "record", hardware, mesh, operations, weights, sent)
+  seconds = -(-texts.rows // rows) * bound["step_seconds_bound"]
+  return Scoring(weights, 0 if config.teachers else weights, seconds)

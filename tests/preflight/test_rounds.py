@@ -1,0 +1,163 @@
+"""`preflight --verb=on_policy`: bytes, bounds and cost by hand."""
+
+import dataclasses
+
+import jax
+import pytest
+from preflight_config import model_config
+
+from distill_jax import config
+from distill_jax.commands import preflight
+from distill_jax.errors import InputError
+from distill_jax.generation import placement
+from distill_jax.models import loading
+from distill_jax.nn import params, sharding
+from distill_jax.preflight import chips, flops, rounds, step_estimate, topology
+
+CHIP = chips.CHIPS["v5e"]
+CHIPS = 4
+STEP_S = 0.25  # seconds of the step, as if it had been compiled
+TEMPORARIES = 2**20
+
+
+def stub_of_compiling(c, verb, program, hardware, mesh):
+  """The estimate of a step that takes STEP_S seconds."""
+  operations = flops.step_flops(c, verb, program.rows)
+  sizes = program.arguments | {"outputs": 0, "temporaries": TEMPORARIES}
+  return dict.fromkeys(rounds.OF_STEP) | {
+    "fits": True,
+    "bytes_per_device": sizes,
+    "peak_bytes_per_device": sum(sizes.values()),
+    "flops": operations,
+    "step_seconds_bound": STEP_S,
+    "mfu_bound": 0.5,
+  }
+
+
+def estimated(monkeypatch, **changes):
+  """Returns the estimate for a tiny pair on four virtual devices, and its config."""
+  monkeypatch.setattr(topology, "prepare", lambda: None)
+  monkeypatch.setattr(step_estimate, "estimate", stub_of_compiling)
+  devices = jax.devices()[:CHIPS]
+  make = lambda axes, *a: sharding.make_mesh(**vars(axes), devices=devices)
+  monkeypatch.setattr(topology, "make_mesh", make)
+  c = model_config()
+  c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, 2, 2
+  c.teacher.dtype = c.student.dtype = "bfloat16"
+  c.generate.update(cache_len=64, batch_size=4, samples=2, max_new_tokens=48)
+  c.on_policy.every, c.train.batch_size, c.train.steps = 3, 4, 30
+  c.train.online = True
+  c.update_from_flattened_dict(changes)
+  asked = config.PreflightOptions("v5e:2x2", verb="on_policy", dollars_per_chip_hour=2.0)
+  c = dataclasses.replace(config.resolve(c), preflight=asked)
+  return preflight.run(c), c
+
+
+@pytest.fixture(scope="module")
+def live():
+  """The estimate with the teacher in the step, and its config."""
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    return estimated(monkeypatch)
+
+
+def test_live_rounds_by_hand(live):
+  r, c = live
+  student = loading.open_source(c.student)
+  sizes = r["bytes_per_device"]
+  assert set(sizes) == {"generate", "train"} and r["fits"]
+  assert r["rows_per_round"] == 12 and r["tokens_per_round"] == 12 * 48
+  numbers = params.count(student.abstract)
+  assert sizes["generate"]["decode copy"] == pytest.approx(2 * numbers / 2, rel=0.05)
+  row = 2 * student.decoder_config.cache_width * student.decoder_config.num_hidden_layers * 64
+  assert sizes["generate"]["cache"] == 2 * row / 2  # 4 rows over fsdp=2, and half of the heads
+  for name in ("parameters", "optimizer", "teacher"):
+    assert sizes["generate"][name] == sizes["train"][name] > 0
+  assert r["peak_bytes_per_device"]["train"] == sum(sizes["train"].values())
+
+  step, generate = r["decode"]["step_seconds_bound"], r["seconds_per_round"]["generate"]
+  copy = (sizes["generate"]["decode copy"] - numbers * 2 / 4) / CHIP.ici
+  prompts = flops.forward_flops(student, 6, 16)
+  prefill = (prompts.weights + prompts.attention) / (CHIPS * CHIP.flops)
+  assert generate == pytest.approx(3 * 48 * step + prefill + copy, rel=1e-3)
+  assert r["generate_seconds_assumed"] == 4 * generate
+
+  share = r["flops"]["teacher"] / sum(r["flops"].values())
+  assert r["seconds_per_round"]["score"] == pytest.approx(3 * STEP_S * share)
+  assert r["seconds_per_round"]["train"] == pytest.approx(3 * STEP_S * (1 - share))
+  whole = generate + 3 * STEP_S
+  assert r["round_seconds_bound"] == pytest.approx(whole)
+  assert r["tokens_per_second_bound"] == pytest.approx(12 * 48 / whole)
+  assert r["chip_hours"] == pytest.approx(10 * whole * CHIPS / 3600)
+  text = preflight.text(r)
+  assert (
+    text.startswith("Fits: at most ") and "$" in text and "seconds per round of 3 steps" in text
+  )
+
+
+def test_operations_are_those_of_the_rows_that_are_sampled(live):
+  """The rows of a round have generate.cache_len positions; data.seq_len is 32."""
+  r, c = live
+  forward = flops.forward_flops(loading.open_source(c.student), 4, 64)
+  assert r["flops"]["layers"] == 3 * forward.weights
+
+
+def test_the_teacher_of_stored_scores_has_its_own_part(monkeypatch):
+  stored = {"train.online": False, "records.batch_size": 8}
+  r, c = estimated(monkeypatch, **stored)
+  sizes = r["bytes_per_device"]
+  teacher = loading.open_source(c.teacher)
+  weights = params.count(teacher.abstract) * 4 / 4
+  for part in ("generate", "score", "train"):
+    assert sizes[part]["teacher"] == pytest.approx(weights, rel=0.05)
+  assert r["peak_bytes_per_device"]["train"] == sum(sizes["train"].values())
+  # Two passes over 8 rows. A device sends its half of the gathered weights, and, for each layer,
+  # its part of two sums over tensor=2 of the activations of 4 rows, in bfloat16.
+  shape = teacher.decoder_config
+  sums = 2 * shape.num_hidden_layers * 4 * 64 * shape.hidden_size * 2
+  sent = 2 * params.count(teacher.abstract) / 2 / 2 + sums
+  assert r["seconds_per_round"]["score"] == pytest.approx(2 * sent / CHIP.ici, rel=1e-3)
+  assert r["seconds_per_round"]["train"] == 3 * STEP_S
+  assert "score" in preflight.text(r)
+
+
+def test_several_teachers_take_turns(monkeypatch):
+  r, _ = estimated(monkeypatch, **{"train.online": False, "teachers": {"maths": ""}})
+  sizes = r["bytes_per_device"]
+  assert sizes["score"]["teacher"] and "teacher" not in sizes["generate"]
+
+
+def test_servers_score_at_their_own_speed(monkeypatch):
+  served = {"train.online": False, "generate.server.urls": ("http://localhost:8000/v1",)}
+  r, _ = estimated(monkeypatch, **served)
+  assert set(r["bytes_per_device"]) == {"generate", "train"}
+  assert r["seconds_per_round"]["score"] == 0
+  rate = f"{12 * 64 / r['round_seconds_bound']:,.0f} tokens per second"
+  assert "is not included, and the rounds wait for them. With on_policy.lag=1" in preflight.text(r)
+  r, _ = estimated(monkeypatch, **served, **{"on_policy.lag": 1})
+  assert f"Servers that score {rate} keep up" in preflight.text(r)
+
+
+def test_steps_on_records_generate_nothing(live, monkeypatch):
+  whole, _ = live
+  r, _ = estimated(monkeypatch, **{"on_policy.records_fraction": 1 / 3})
+  assert r["rows_per_round"] == 8  # of two steps
+  per_row = whole["seconds_per_round"]["generate"] / 12
+  assert r["seconds_per_round"]["generate"] == pytest.approx(8 * per_row, rel=0.01)
+  seconds = 20 * 4 * per_row + 30 * STEP_S
+  assert r["chip_hours"] == pytest.approx(seconds * CHIPS / 3600, rel=0.01)
+
+
+def test_what_does_not_fit_is_told(monkeypatch):
+  monkeypatch.setattr(placement, "ROOM", 1e-6)
+  r, _ = estimated(monkeypatch)
+  text = preflight.text(r)
+  assert not r["fits"] and text.startswith("Does not fit: at most ")
+  assert "at most 0 rows can be decoded" in text
+
+
+def test_tasks_are_refused(monkeypatch):
+  monkeypatch.setattr(topology, "prepare", lambda: None)
+  monkeypatch.setattr(topology, "make_mesh", lambda axes, *a: sharding.make_mesh(**vars(axes)))
+  asked = config.PreflightOptions("v5e:2x2", verb="on_policy")
+  with pytest.raises(InputError, match="--verb is 'on_policy'; expected 'train' or 'record'"):
+    preflight.run(config.Config(tasks={"things": None}, preflight=asked))
