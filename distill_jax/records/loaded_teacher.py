@@ -94,6 +94,9 @@ class LoadedTeacher:
   def _dispatcher(self, corpus: Corpus, rows: Rows) -> Dispatch:
     """Returns a function that starts the computation on a batch of a corpus."""
     run, (model, tables) = self._jitted(rows.size), self._load()
+    key = self._keys["records"]
+    if corpus.rollout:  # the noise of rows with the same index differs between rounds
+      key = jax.random.fold_in(key, corpus.rollout["round"])
     padding = {name: np.zeros_like(x) for name, x in corpus.rows[0].items()}
 
     def dispatch(index_B: np.ndarray) -> tuple[list[Record], dict[str, jax.Array]]:
@@ -102,7 +105,7 @@ class LoadedTeacher:
       held = [padding if i == batch_plan.PADDING else next(kept) for i in own_B.tolist()]
       own = collate.collate(held, read=self._read), np.maximum(own_B, 0).astype(np.int32)
       batch, index_B = collate.to_device(own, rows)
-      return held, run(model, self._keys["records"], batch, index_B, *tables)
+      return held, run(model, key, batch, index_B, *tables)
 
     return dispatch
 
