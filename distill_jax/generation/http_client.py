@@ -114,7 +114,8 @@ class Client:
     """Makes a request, with retries, and returns its parsed response.
 
     Args:
-      path: The path after the server's URL.
+      path: The path after the server's URL; with a slash at its beginning, the path on the server's
+        host, without the /v1 at the end of the URL.
       body: The JSON body of a POST. None: a GET.
       name: The name of the request, which determines the random parts of its waits.
       parse: Parses the JSON of the response. It raises KeyError, IndexError, TypeError,
@@ -202,7 +203,7 @@ class Client:
     try:
       async with (
         asyncio.timeout_at(min(end, clock() + first)) as limit,
-        self._http.stream(verb, f"{server.url}/{path}", json=body) as response,
+        self._http.stream(verb, _address(server, path), json=body) as response,
       ):
         async for chunk in response.aiter_bytes():
           due = min(end, clock() + options.silence_s)
@@ -273,6 +274,12 @@ class Client:
   def _without_key(self, text: str) -> str:
     """Replaces the API key in a server's text, so that messages never contain it."""
     return text.replace(self._key, "***") if self._key else text
+
+
+def _address(server: Server, path: str) -> str:
+  if path.startswith("/"):
+    return server.url.removesuffix("/v1") + path
+  return f"{server.url}/{path}"
 
 
 def _allow_connections(count: int) -> None:

@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from typing import Any
 
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
-from distill_jax.errors import InputError, bad_value
+from distill_jax.errors import InputError
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.prompts import Message, PromptEncoder, model_input
 from distill_jax.generation.request_errors import RequestRefused
+from distill_jax.generation.served_model import ServedModel
 from distill_jax.runtime import json_io
 from distill_jax.types import JsonObject
 
-EXTENDED_SERVERS = ("vllm", "sglang")  # values of `owned_by` of servers with more request fields
 REASONS = {"stop": "eos", "length": "length"}  # finish_reason: reason of a sample
 BROKEN_OFF = (None, "abort", "error")  # finish_reason of an incomplete response
 
 TokenLogprobs = list[JsonObject]  # one object per token, in the format of chat completions
-
-
-@dataclasses.dataclass(frozen=True)
-class ServedModel:
-  """A model on a server.
-
-  Attributes:
-    name: The model's name on the server.
-    server: The kind of server: "vllm", "sglang", or "" for others.
-  """
-
-  name: str
-  server: str = ""
-
-  @classmethod
-  def from_answer(cls, answer: Any, name: str) -> ServedModel:
-    """Returns a model from the response to the request `models`.
-
-    Args:
-      answer: The JSON of the response.
-      name: The model's name. "": the only model of the server.
-
-    Raises:
-      InputError: If `name` is empty and the server does not have exactly one model.
-    """
-    owners = {m["id"]: m.get("owned_by") for m in answer["data"]}
-    if not name and len(owners) != 1:
-      models = f"one of the server's {len(owners)} models ({', '.join([*owners][:5])})"
-      raise bad_value("generate.server.model", name, models, "Name the model")
-    model = name or next(iter(owners))
-    return cls(model, owners[model] if owners.get(model) in EXTENDED_SERVERS else "")
 
 
 def request(

@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 
 from distill_jax.data import jsonl
 from distill_jax.errors import InputError, Unavailable, bad_value
-from distill_jax.generation import openai_api, outputs
+from distill_jax.generation import openai_api, outputs, served_model
 from distill_jax.generation.finished import ALL, Finished, SampleKey
 from distill_jax.generation.http_client import Client, RequestFailed, RequestRefused
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.journal import SampleJournal
-from distill_jax.generation.openai_api import PromptIds, ServedModel
+from distill_jax.generation.openai_api import PromptIds
 from distill_jax.generation.prompts import Prompt, Prompts, Summary, missing_samples
 from distill_jax.generation.segments import RESPONSES
-from distill_jax.generation.servers import Server
 from distill_jax.runtime import distributed
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import JsonObject
@@ -121,7 +120,10 @@ class RemoteSampler:
     self, tasks: Iterator[tuple[Prompt, int]], preemption: distributed.Preemption
   ) -> None:
     """Requests samples with workers that take one after another from a shared iterator."""
-    self._served = await self._served_model()
+    try:
+      self._served = await served_model.find(self._client, self._job.server.model)
+    except RequestFailed as e:
+      raise self._stopped(e, others_answer=False) from e
     self._journal.set_model(self._served.name)
     count = self._job.server.in_flight
     workers = [asyncio.create_task(self._work(tasks)) for _ in range(count)]
@@ -178,56 +180,6 @@ class RemoteSampler:
 
     path, body = openai_api.request(self._job, self._served, content, prompt.number, sample)
     return await self._client.request(path, body, f"{prompt.number}/{sample}", parse)
-
-  async def _served_model(self) -> ServedModel:
-    """Returns the model of the servers that answer; at least one has to.
-
-    Raises:
-      InputError: If the servers have different models.
-      Unavailable: If no server answers.
-    """
-    servers = self._client.servers.all
-    if len(servers) > 1:
-      asked = (self._model_of(server, retries=0) for server in servers)
-      found = dict(zip(servers, await asyncio.gather(*asked, return_exceptions=True), strict=True))
-      for error in found.values():
-        if isinstance(error, BaseException) and not isinstance(error, RequestFailed):
-          raise error
-      models = {m: s.url for s, m in found.items() if isinstance(m, ServedModel)}
-      if len(models) > 1:
-        (a, at_a), (b, at_b), *_ = models.items()
-        raise InputError(
-          f"{at_a} serves {a.name} ({a.server or 'unknown software'}) and {at_b} serves {b.name} "
-          f"({b.server or 'unknown software'}); expected the same. Correct generate.server.urls."
-        )
-      if models:
-        return next(iter(models))
-    try:
-      return await self._model_of(None, None)
-    except RequestFailed as e:
-      raise self._stopped(e, others_answer=False) from e
-
-  async def _model_of(self, server: Server | None, retries: int | None) -> ServedModel:
-    """Returns the model of a server; None: of any server."""
-    name = self._job.server.model
-    try:
-      return await self._client.request(
-        "models",
-        None,
-        "models",
-        lambda answer: ServedModel.from_answer(answer, name),
-        server,
-        retries,
-      )
-    except RequestRefused as e:
-      if not name:
-        raise bad_value(
-          "generate.server.model",
-          name,
-          f"a name, since the server does not list its models ({str(e).rstrip('.')})",
-          "Name the model",
-        ) from e
-      return ServedModel(name)
 
   async def _is_alive(self) -> bool:
     """Returns True if a server responds, so that only the current request fails."""

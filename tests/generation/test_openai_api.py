@@ -15,6 +15,7 @@ from distill_jax.errors import InputError
 from distill_jax.generation import openai_api
 from distill_jax.generation.http_client import RequestRefused
 from distill_jax.generation.job import GenerationJob
+from distill_jax.generation.served_model import ServedModel
 from distill_jax.records.store import open_store
 
 
@@ -24,7 +25,7 @@ def test_request_bodies(tmp_path):
   with Server(owner="vllm") as server:
     c = made(tmp_path, server, [{"prompt": chat}, "and text"], chat=True, **changes)
     c.generate.server.extra = {"chat_template_kwargs": {"enable_thinking": False}, "seed": None}
-    vllm = openai_api.ServedModel("big", "vllm")
+    vllm = ServedModel("big", "vllm")
     job = GenerationJob.from_config(config.resolve(c))
     path, body = openai_api.request(job, vllm, chat, 0, 0)
     assert path == "chat/completions" and "seed" not in body
@@ -45,7 +46,7 @@ def test_request_bodies(tmp_path):
   }
   assert want.items() <= a.items() and "logprobs" not in a
   job = GenerationJob.from_config(config.resolve(made(tmp_path, server, ["a"])))
-  path, body = openai_api.request(job, openai_api.ServedModel("m"), "once upon", 1, 0)
+  path, body = openai_api.request(job, ServedModel("m"), "once upon", 1, 0)
   assert path == "completions" and body["prompt"] == "once upon"
   assert not {"top_k", "min_p", "repetition_penalty"} & set(body)  # only fields of OpenAI's API
 

@@ -14,7 +14,7 @@ from json_lines import read_lines
 from remote_runs import made, run, times_asked
 
 from distill_jax.errors import InputError, Unavailable
-from distill_jax.generation import openai_api
+from distill_jax.generation.served_model import ServedModel
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,7 +97,7 @@ def test_the_model_must_be_named_if_the_server_does_not_list_one(tmp_path):
     assert server.bodies[0]["model"] == "my"
   two = {"data": [{"id": "a"}, {"id": "b"}]}
   with pytest.raises(InputError, match=r"2 models \(a, b\)"):
-    openai_api.ServedModel.from_answer(two, "")
+    ServedModel.from_answer(two, "")
 
 
 @pytest.fixture
