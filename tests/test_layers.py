@@ -26,6 +26,7 @@ LAYERS = (
   ("records",),
   ("augmentations", "filters", "retarget"),
   ("generation",),
+  ("served",),
   ("tasks",),
   ("training",),
   ("on_policy",),

@@ -106,7 +106,7 @@ def _open(data: DataOptions, folder: str, expected: JsonObject | None = None) ->
 
 
 def _pack(config: Config, teacher: ModelSource, folder: Path) -> int:
-  data, tokenizer = config.data, checked_tokenizer(config.data, teacher)
+  data, tokenizer = config.data, checked_tokenizer(config, teacher)
   options = RecordsOptions(kind="text", tokens_per_shard=config.records.tokens_per_shard)
   planned = []
   for length, name in data.folder_of_length.items():
@@ -136,7 +136,7 @@ def open_rows(
   Raises:
     InputError: See `run`; or if data.packed names a store of other tokens.
   """
-  data, tokenizer = config.data, checked_tokenizer(config.data, teacher)
+  data, tokenizer = config.data, checked_tokenizer(config, teacher)
   if data.packed:
     expected = {
       "kind": "text",
@@ -153,13 +153,15 @@ def open_rows(
   return {n: PackedRows(stores[n], rows) for n, rows in rows_of.items() if rows}, tokenizer
 
 
-def checked_tokenizer(data: DataOptions, teacher: ModelSource) -> Tokenizer:
+def checked_tokenizer(config: Config, teacher: ModelSource) -> Tokenizer:
   """Returns the tokenizer of the corpus.
 
   Raises:
     InputError: The teacher cannot read its tokens, or data.seq_len is above the teacher's limit.
   """
+  data = config.data
   tokenizer = corpus.tokenizer_of(data, teacher.pretrained)
-  shape = teacher.text_config
-  corpus.check(data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
+  if not config.records.served:  # a teacher on servers is checked there
+    shape = teacher.text_config
+    corpus.check(data, tokenizer, shape.vocab_size, shape.max_position_embeddings)
   return tokenizer

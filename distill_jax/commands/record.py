@@ -2,7 +2,8 @@
 
 Students are trained on this store, without the teacher. Each token takes a few dozen bytes: a
 sample or the top-k of the teacher's distribution (records.kind). Finished shards are skipped when
-the command is run again. records.logprobs imports the outputs of a served teacher instead.
+the command is run again. With records.served, servers run the teacher: they get the tokens and give
+the log-probabilities. records.logprobs imports the outputs of a served teacher instead.
 
 With records.heldout_sequences, rows of the held-out split are recorded too, and with data.buckets
 each length of sequences has a store; the teacher is loaded once for all of them. Text is read from
@@ -14,7 +15,7 @@ Reads: the teacher (`teacher`), and the corpus in `data` or the examples of `tas
 Writes: a store in the workdir: manifest.json and shards (*.array_record); with data.buckets, a
 store in the folder of each length, e.g. WORKDIR/4096. Held-out rows are in WORKDIR/heldout.
 
-Config: seed, mesh, teacher, data, pack, records, retarget, tasks.
+Config: seed, mesh, teacher, data, pack, records, generate.server, retarget, tasks.
 
 Example:
   distill-jax record --config=configs/demo.py --workdir=runs/demo/records
@@ -25,11 +26,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh
 
 from distill_jax.commands import pack
 from distill_jax.config import Config
+from distill_jax.data import corpus as corpus_lib
 from distill_jax.errors import InputError, bad_value
 from distill_jax.models import loading, long_context
 from distill_jax.models.loading import ModelSource
@@ -48,6 +51,9 @@ from distill_jax.records.manifest import Manifest
 from distill_jax.records.recorder import Corpus
 from distill_jax.tasks import dataset
 from distill_jax.types import JsonObject
+
+if TYPE_CHECKING:
+  from distill_jax.served.teacher import ServedTeacher
 
 PACKED = "packed"  # the folder of the text in the workdir
 
@@ -68,33 +74,40 @@ def run(config: Config, folder: Path) -> JsonObject:
   teacher = loading.open_source(config.teacher, config.seed)
   student_corpus.check(config)
   planned = planned_stores.planned(config)
-  if not config.tasks and not job.runs_teacher(config.records):
+  if not (config.tasks or config.records.served or job.runs_teacher(config.records)):
     stored = {split: _store_text(c, teacher, folder / split) for split, c in planned.items()}
     return planned_stores.flat({split: _sizes(*of_split) for split, of_split in stored.items()})
-  mesh = sharding.make_mesh(**vars(config.mesh))
-  if job.runs_teacher(config.records):
-    sharding.shardings(teacher.abstract, mesh, teacher.compute.rules)  # raises if it cannot be
-  options = config.records
-  tap_features.check(options, of_task=bool(config.tasks))
-  sharding.check_batch("records.batch_size", options.batch_size, mesh)
-  positions = long_context.positions(config.data)
-  long_context.check(mesh, positions, [teacher], of_tasks=bool(config.tasks))
-  teacher.check_digest()
-  packed = folder / PACKED
-  corpora = {split: open_corpora(c, teacher, packed / split) for split, c in planned.items()}
-  _check_held_out(corpora)
-  if config.records.student_tokenizer:
-    corpora = student_corpus.corpora(config, teacher, corpora)
   with contextlib.ExitStack() as stack:
+    served = None
+    if config.records.served:
+      served = stack.enter_context(_served_teacher(config, teacher))
+    mesh = sharding.make_mesh(**vars(config.mesh))
+    if job.runs_teacher(config.records):
+      sharding.shardings(teacher.abstract, mesh, teacher.compute.rules)  # raises if it cannot be
+    options = config.records
+    tap_features.check(options, of_task=bool(config.tasks))
+    sharding.check_batch("records.batch_size", options.batch_size, mesh)
+    positions = long_context.positions(config.data)
+    long_context.check(mesh, positions, [teacher], of_tasks=bool(config.tasks))
+    teacher.check_digest()
+    packed = folder / PACKED
+    corpora = {split: open_corpora(c, teacher, packed / split) for split, c in planned.items()}
+    _check_held_out(corpora)
+    if config.records.student_tokenizer:
+      corpora = student_corpus.corpora(config, teacher, corpora)
     parts: dict[str, dict[str, Part]] = {split: {} for split in planned}
     for split, by_length in corpora.items():
       for length, c in by_length.items():
         at, size = folder / split / length, _batch_size(config, c)
-        opened = job.open_part(options, teacher, c, at, mesh, size)
+        identity = served.identity if served else None
+        opened = job.open_part(options, teacher, c, at, mesh, size, identity)
         parts[split][length] = stack.enter_context(opened)
     together = [part for by_length in parts.values() for part in by_length.values()]
     job.check_shards(options, together)
-    job.record("record", together, _runner(config, teacher, together[0].corpus, mesh), mesh)
+    if served:
+      served.check(together)
+    runner = served or _runner(config, teacher, together[0].corpus, mesh)
+    job.record("record", together, runner, mesh)
   sizes = {}
   for split, by_name in parts.items():
     now = sum(len(shard) for part in by_name.values() for shard in part.missing)
@@ -106,6 +119,19 @@ def _batch_size(config: Config, corpus: Corpus) -> int:
   """Returns the number of rows of a batch, whose tokens are those of the longest sequences."""
   size = config.records.batch_size
   return size if corpus.is_task else size * config.data.seq_len // corpus.teacher_positions
+
+
+def _served_teacher(config: Config, teacher: ModelSource) -> ServedTeacher:
+  """Returns the teacher on servers, of which `teacher` has the tokenizer."""
+  from distill_jax.served.teacher import ServedTeacher  # needs an extra
+
+  if config.tasks:
+    expected = "no tasks with records.served, because servers score text"
+    raise bad_value("tasks", list(config.tasks), expected, "Remove one of the two keys")
+  data, is_chat = config.data, config.data.kind == "chat"
+  tokenizer = corpus_lib.tokenizer_of(data, teacher.pretrained)
+  template = corpus_lib.template_of(data, teacher.pretrained) if is_chat else None
+  return ServedTeacher(config, tokenizer, template)
 
 
 def _runner(

@@ -35,6 +35,10 @@ class ServerOptions:
   top_logprobs: int = 0
   """Number of log-probabilities per token to request. They are stored in the folder responses,
   which `record` can read. 0: none."""
+  max_disagreement: float = 0.05
+  """Maximum mean difference between the log-probabilities that servers give to one text in two
+  requests, in nats per token, before `record` and `on_policy` let them score texts. Servers that
+  compute in bfloat16 differ by about 0.01."""
   extra: JsonObject = dataclasses.field(default_factory=dict)
   """Additional fields of each request's JSON body. A field set to None is removed from the body."""
 

@@ -207,10 +207,14 @@ class PromptEncoder:
     if self._template is None:
       pretrained = None if self._job.data.tokenizer else self._job.source.pretrained
       self._template = corpus.template_of(self._job.data, pretrained)
-    template = self._template
-    text = template.render(prompt, add_generation_prompt=True)
-    special = [*dict(template.tokens).values(), *template.added]
-    return tokenizer.encode_places(text, special)[0]
+    return chat_tokens(tokenizer, self._template, prompt)
+
+
+def chat_tokens(tokenizer: Tokenizer, template: ChatTemplate, messages: list[Message]) -> list[int]:
+  """Returns the tokens of a chat, up to where the assistant's next message begins."""
+  text = template.render(messages, add_generation_prompt=True)
+  special = [*dict(template.tokens).values(), *template.added]
+  return tokenizer.encode_places(text, special)[0]
 
 
 def _apply_template(job: GenerationJob, content: Any) -> str | list[Message]:

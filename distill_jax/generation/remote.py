@@ -13,15 +13,11 @@ from pathlib import Path
 import jax
 
 from distill_jax.errors import InputError, bad_value
-from distill_jax.generation import outputs
+from distill_jax.generation import outputs, server_checks
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.prompts import Prompts
 from distill_jax.generation.remote_sampler import RemoteSampler
-from distill_jax.runtime import extras
 from distill_jax.types import JsonObject
-
-with extras.needed("serve"):
-  import httpx2
 
 
 def generate(job: GenerationJob, folder: Path) -> JsonObject:
@@ -75,27 +71,10 @@ def generate(job: GenerationJob, folder: Path) -> JsonObject:
 
 def _check(job: GenerationJob) -> None:
   """Checks the settings of a job for a server."""
-  s = job.server
-  for key, value, minimum in (
-    (job.key("samples"), job.samples, 1),
-    (job.key("max_new_tokens"), job.max_new_tokens, 1),
-    ("generate.server.in_flight", s.in_flight, 1),
-    ("generate.server.silence_s", s.silence_s, 1e-3),
-    ("generate.server.first_byte_s", s.first_byte_s, 1e-3),
-    ("generate.server.timeout_s", s.timeout_s, 0),
-    ("generate.server.retries", s.retries, 0),
-    ("generate.server.top_logprobs", s.top_logprobs, 0),
-    ("generate.server.requests_per_minute", s.requests_per_minute, 0),
-  ):
-    if value < minimum:
-      raise bad_value(key, value, f"at least {minimum}", "Increase it")
-  if not all(map(_is_address, s.urls)):  # no URL in the message, since it may have a password
-    raise InputError(
-      "generate.server.urls is invalid; expected addresses like http://localhost:8000/v1. Set the "
-      "key with generate.server.api_key_env."
-    )
-  if len({url.rstrip("/") for url in s.urls}) < len(s.urls):
-    raise bad_value("generate.server.urls", s.urls, "different addresses", "Remove one of them")
+  for name in ("samples", "max_new_tokens"):
+    if (value := getattr(job, name)) < 1:
+      raise bad_value(job.key(name), value, "at least 1", "Increase it")
+  server_checks.check(job.server)
   if job.repetition:
     raise bad_value(
       "generate.repetition",
@@ -109,11 +88,3 @@ def _check(job: GenerationJob) -> None:
     )
   if jax.process_count() > 1:
     raise InputError("Only one process can send requests to a server. Remove --distributed.")
-
-
-def _is_address(url: str) -> bool:
-  try:
-    parsed = httpx2.URL(url)
-  except httpx2.InvalidURL:
-    return False
-  return parsed.scheme in ("http", "https") and bool(parsed.host) and not parsed.userinfo

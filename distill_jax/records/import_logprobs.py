@@ -17,6 +17,7 @@ masked, and the mass outside the entries follows the convention `missing_mass` o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,6 +97,21 @@ def _check(document: Document, vocab_size: int, seq_len: int, at: str) -> None:
       f"{at} has {len(document)} tokens; expected 2 to {seq_len}. Remove the line, or raise "
       "data.seq_len."
     )
+  check_values(document, vocab_size, at, "Remove the line")
+
+
+def check_values(document: Document, vocab_size: int, at: str, action: str) -> None:
+  """Checks the ids and log-probabilities of a document.
+
+  Args:
+    document: The document.
+    vocab_size: Number of tokens of the vocabulary.
+    at: The place of the document, for messages.
+    action: What to do about a wrong number.
+
+  Raises:
+    InputError: An id is outside the vocabulary, or a number is not a log-probability.
+  """
   for i, (token, top) in enumerate(document):
     for t, logp in {token: -1.0, **(top or {})}.items():
       if not 0 <= t < vocab_size:
@@ -103,15 +119,15 @@ def _check(document: Document, vocab_size: int, seq_len: int, at: str) -> None:
           f"{at} has the token id {t}, but the vocabulary has {vocab_size} tokens. Use the "
           "teacher's tokenizer."
         )
-      if not (np.isfinite(logp) and logp <= 1e-3):
+      if not (math.isfinite(logp) and logp <= 1e-3):
         raise InputError(
           f"{at}, token {i} has log-probability {logp}; expected a finite number of at most 0. "
-          "Remove the line."
+          f"{action}."
         )
-    if top and (mass := sum(np.exp(list(top.values())))) > 1.01:
+    if top and (mass := sum(map(math.exp, top.values()))) > 1.01:
       raise InputError(
         f"{at}, token {i} has candidates whose probabilities sum to {mass:.3f}; expected at most "
-        "1. Remove the line."
+        f"1. {action}."
       )
 
 
@@ -126,7 +142,7 @@ def _pack(documents: list[Document], n: int, seq_len: int) -> Record:
     for i, (token, top) in enumerate(document):
       tokens[t], segments[t] = token, segment
       if i and top and token in top:  # skipped if the label's log-probability is missing
-        best = sorted(top, key=lambda k: (-top[k], k))[:n]
+        best = most_probable(top, n)
         ids[t - 1, : len(best)] = best
         logp[t - 1, : len(best)] = [min(top[k], 0.0) for k in best]
         argmax[t - 1], label_logp[t - 1], mask[t - 1] = best[0], min(top[token], 0.0), True
@@ -140,6 +156,11 @@ def _pack(documents: list[Document], n: int, seq_len: int) -> Record:
     ARGMAX.record: argmax,
     LABEL_LOGP.record: label_logp,
   }
+
+
+def most_probable(top: dict[int, float], n: int) -> list[int]:
+  """Returns the ids of the n most probable candidates, in this order; of equal ones, by id."""
+  return sorted(top, key=lambda k: (-top[k], k))[:n]
 
 
 def _resolver(token_id: TokenIds | None, missing_mass: str, at: str) -> Callable:
@@ -163,7 +184,8 @@ def _resolver(token_id: TokenIds | None, missing_mass: str, at: str) -> Callable
   return resolve
 
 
-def _vllm(response: JsonObject, _: Callable) -> Document:
+def vllm(response: JsonObject, _: Callable | None = None) -> Document:
+  """Returns the document of a response of vLLM."""
   holder = response if "prompt_logprobs" in response else response["choices"][0]
   tokens = holder.get("prompt_token_ids") or response["prompt_token_ids"]
   logprobs = holder["prompt_logprobs"]
@@ -179,7 +201,8 @@ def _vllm(response: JsonObject, _: Callable) -> Document:
   ]
 
 
-def _sglang(response: JsonObject, _: Callable) -> Document:
+def sglang(response: JsonObject, _: Callable | None = None) -> Document:
+  """Returns the document of a response of SGLang."""
   info, document = response["meta_info"], []
   for side in ("input", "output"):
     own = info.get(f"{side}_token_logprobs") or []
@@ -208,4 +231,4 @@ def _openai(response: JsonObject, resolve: Callable) -> Document:
   return document
 
 
-_PARSE = {"vllm": _vllm, "sglang": _sglang, "openai": _openai}
+_PARSE: dict[str, Callable[..., Document]] = {"vllm": vllm, "sglang": sglang, "openai": _openai}

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from distill_jax.nn.sharding import Rows
 from distill_jax.records import batch_plan, recorder
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.fields import Record
-from distill_jax.records.loaded_teacher import LoadedTeacher, feature_width
+from distill_jax.records.loaded_teacher import See, feature_width
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.recorder import Corpus
 from distill_jax.records.shard_buffer import ShardBuffer
@@ -34,6 +35,7 @@ from distill_jax.records.store import Writer, unfinished_store
 from distill_jax.records.student_rows import StudentRows
 from distill_jax.runtime import distributed, storage
 from distill_jax.runtime.progress import Progress
+from distill_jax.types import JsonObject
 
 CHECKED_AT_ONCE = 16  # rows that are read to compare a corpus with finished shards
 
@@ -60,6 +62,15 @@ class Part:
     return sum(map(len, self.missing)) * self.corpus.positions
 
 
+class Teacher(Protocol):
+  """A teacher that computes the targets of rows: a LoadedTeacher or a ServedTeacher."""
+
+  def recorded(
+    self, corpus: Corpus, plan: Iterable[np.ndarray], rows: Rows, see: See | None = None
+  ) -> Iterator[tuple[np.ndarray, list[Record]]]:
+    """Yields each batch of a plan with its records; see LoadedTeacher.recorded."""
+
+
 @contextlib.contextmanager
 def open_part(
   options: RecordsOptions,
@@ -68,6 +79,7 @@ def open_part(
   folder: Path,
   mesh: Mesh,
   batch_size: int,
+  identity: JsonObject | None = None,
 ) -> Iterator[Part]:
   """Opens a store for writing.
 
@@ -78,11 +90,13 @@ def open_part(
     folder: The folder of the store, or the mirror of a URL.
     mesh: The device mesh.
     batch_size: Number of rows of a batch.
+    identity: Name and digest of a teacher on servers; None for `teacher`.
 
   Raises:
     InputError: The folder holds other records.
   """
-  identity = {} if options.kind == "text" else teacher.identity
+  if identity is None:
+    identity = {} if options.kind == "text" else teacher.identity
   width = feature_width(options, teacher)
   manifest = recorder.manifest_of(options, corpus, identity, width)
   manifest = manifest_lib.with_shards_of(storage.location(folder), manifest)
@@ -92,14 +106,14 @@ def open_part(
 
 
 def runs_teacher(options: RecordsOptions) -> bool:
-  """Returns whether recording runs a model: not for text alone, nor for a served teacher's dump."""
-  return options.kind != "text" and not options.logprobs
+  """Returns whether recording runs a model: not for text alone, nor for a served teacher."""
+  return options.kind != "text" and not options.logprobs and not options.served
 
 
 def record(
   verb: str,
   parts: Sequence[Part],
-  teacher: LoadedTeacher | None,
+  teacher: Teacher | None,
   mesh: Mesh,
   unit: str = "tokens",
 ) -> None:
@@ -163,7 +177,7 @@ def _missing(writer: Writer) -> list[range]:
   return [r for r, done in zip(ranges, finished.tolist(), strict=True) if not done]
 
 
-def _write(verb: str, part: Part, teacher: LoadedTeacher | None, progress: Progress) -> None:
+def _write(verb: str, part: Part, teacher: Teacher | None, progress: Progress) -> None:
   """Writes this process's shards of a store while their records are computed.
 
   Args:

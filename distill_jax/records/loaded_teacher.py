@@ -36,6 +36,8 @@ Result = TypeVar("Result")
 # Starts the computation on a batch of a plan. Returns the rows, without targets, that this process
 # holds, and the targets of the global batch.
 Dispatch = Callable[[np.ndarray], tuple[list[Record], Mapping[str, jax.Array]]]
+# Receives the first index of some rows, and their statistics.
+See = Callable[[int, Statistics], None]
 
 
 def feature_width(options: RecordsOptions, teacher: ModelSource) -> int:
@@ -124,7 +126,7 @@ class LoadedTeacher:
     corpus: Corpus,
     plan: Iterable[np.ndarray],
     rows: Rows,
-    see: Callable[[int, Statistics], None] | None = None,
+    see: See | None = None,
   ) -> Iterator[tuple[np.ndarray, list[Record]]]:
     """Yields each batch of a plan with the records in it that this process writes.
 

@@ -52,6 +52,9 @@ class RecordsOptions:
   runs the teacher."""
   logprobs_format: str = "vllm"
   """Format of `logprobs`: "vllm", "sglang" or "openai"."""
+  served: bool = False
+  """True if the servers in generate.server run the teacher: they get the tokens of the text, and
+  give the log-probabilities for "topk" or "labels"."""
   heldout_sequences: int = 0
   """Maximum number of sequences of the held-out split that `record` and `pack` store too, in the
   folder `heldout` of the workdir, for train.heldout; 0 for none."""

@@ -225,7 +225,7 @@ def record_spec(options: RecordsOptions, vocab_size: int) -> RecordSpec:
   c = options
   n = dict.fromkeys(fields.WITHOUT_ENTRIES, 0).get(c.kind, c.n)
   n = vocab_size if c.kind == "dense" else n
-  return RecordSpec(c.kind, n, vocab_size, c.logp, entropy=not c.logprobs)
+  return RecordSpec(c.kind, n, vocab_size, c.logp, entropy=not (c.logprobs or c.served))
 
 
 def planned_manifest(

@@ -18,6 +18,7 @@ from distill_jax.records.fields import Record
 from distill_jax.records.growing_store import GrowingStore
 from distill_jax.records.manifest import Manifest
 from distill_jax.runtime import distributed, files, storage
+from distill_jax.types import JsonObject
 
 
 def make(config: Config, teacher: ModelSource, folder: Path) -> tuple[Manifest, int]:
@@ -38,8 +39,8 @@ def make(config: Config, teacher: ModelSource, folder: Path) -> tuple[Manifest, 
   planned = recorder.planned_manifest(
     config.records, tokenizer.vocab_size, 1, config.data.seq_len, feature_width=0
   )
-  identity = {"name": config.records.logprobs_format, "digest": "unknown: behind a server"}
-  planned = dataclasses.replace(planned, teacher=identity, tokenizer=tokenizer.digest)
+  teacher_of = identity(config.records.logprobs_format)
+  planned = dataclasses.replace(planned, teacher=teacher_of, tokenizer=tokenizer.digest)
   planned = manifest_lib.with_shards_of(storage.location(folder), planned)
   stored: list[int] = []
 
@@ -52,6 +53,11 @@ def make(config: Config, teacher: ModelSource, folder: Path) -> tuple[Manifest, 
 
   distributed.run_on_process_0(import_rows)
   return manifest_lib.load(storage.location(folder)), sum(stored)
+
+
+def identity(name: str) -> JsonObject:
+  """Returns the name and digest of a teacher behind a server, for a manifest."""
+  return {"name": name, "digest": "unknown: behind a server"}
 
 
 def _rows(config: Config, tokenizer: Tokenizer) -> Iterator[Record]:

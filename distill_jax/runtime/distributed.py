@@ -242,6 +242,12 @@ class Preemption:
     Preemption._checks += 1
     return multihost_utils.reached_preemption_sync_point(Preemption._checks)
 
+  @classmethod
+  def signalled(cls) -> bool:
+    """Returns True if the only process of a run shall stop, for work that waits for others."""
+    is_single = jax.process_count() == 1 and not cls._deferred
+    return is_single and any(preemption._signalled for preemption in cls._active)
+
   @staticmethod
   def stop(verb: str, kept: str) -> Preempted:
     """Returns the exception to raise once all work is saved.

@@ -1,0 +1,1 @@
+"""Teachers on vLLM or SGLang servers that score given tokens."""

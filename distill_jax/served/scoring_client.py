@@ -1,0 +1,110 @@
+"""A client that asks servers for the log-probabilities of texts, whatever their API."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+from typing import Any
+
+from distill_jax.generation import served_model
+from distill_jax.generation.http_client import Client
+from distill_jax.generation.options import ServerOptions
+from distill_jax.generation.served_model import ServedModel
+from distill_jax.generation.servers import Server
+from distill_jax.records.import_logprobs import Document
+from distill_jax.served import requests
+from distill_jax.served.requests import PROMPT_LOGPROBS, SGLANG, TOKEN_IDS, Text
+from distill_jax.types import JsonObject
+
+
+class ScoringClient:
+  """A client of the servers of one teacher. Call `open` first.
+
+  Args:
+    server: The options of the servers.
+    k: Number of the most probable tokens to ask for; 0 for the text's own tokens alone.
+    vocab_size: Number of tokens of the vocabulary.
+    seed: The seed for the random parts of waits.
+
+  Attributes:
+    http: The client of the servers.
+    model: The model, once it is open.
+    way: How texts are scored; see requests.py.
+  """
+
+  def __init__(self, server: ServerOptions, k: int, vocab_size: int, seed: int):
+    self.http = Client(server, seed)
+    self.way = PROMPT_LOGPROBS
+    self.k = k
+    self._server, self._vocab_size = server, vocab_size
+    self._slots = asyncio.Semaphore(
+      server.in_flight
+    )  # the time before a request is not part of its timeout
+    self._numbers = itertools.count()
+
+  async def open(self) -> ServedModel:
+    """Finds the model.
+
+    Raises:
+      InputError: The servers have different models, or several and none is named.
+      RequestFailed: No server answers.
+    """
+    self.model = await served_model.find(self.http, self._server.model)
+    self.way = SGLANG if self.model.server == "sglang" else PROMPT_LOGPROBS
+    return self.model
+
+  async def close(self) -> None:
+    await self.http.__aexit__()
+
+  async def score(
+    self, text: Text, way: str = "", server: Server | None = None, retries: int | None = None
+  ) -> Document:
+    """Returns the scored tokens of a text; see `requests.parse`.
+
+    Args:
+      text: The text.
+      way: How to ask; "" for `way`.
+      server: The server to ask; None for any.
+      retries: See Client.request.
+
+    Raises:
+      RequestFailed, RequestRefused, InputError: See Client.request.
+    """
+    way = way or self.way
+    path, body = requests.request(way, self.model.name, text, 0 if way == TOKEN_IDS else self.k)
+    parse = functools.partial(requests.parse, way, text=text, vocab_size=self._vocab_size)
+    return await self._ask(path, body, parse, server, retries)
+
+  async def tokens(self, text: str) -> list[int]:
+    """Returns the tokens of a text as the server tokenizes it. It may put a BOS before them."""
+    path, body = requests.request_of_text(self.way, self.model.name, text)
+    return await self._ask(path, body, functools.partial(requests.tokens_of, self.way))
+
+  async def chat(self, messages: list[JsonObject]) -> tuple[int, list[int] | None]:
+    """Returns the number of tokens of a chat in the server's template, and the tokens.
+
+    They end where the assistant's next message begins; None if the server does not return them.
+    """
+    body = {
+      "model": self.model.name,
+      "messages": messages,
+      "max_tokens": 1,
+      "temperature": 1.0,
+      "return_token_ids": True,
+      "stream": False,
+    }
+
+    def parse(answer: Any) -> tuple[int, list[int] | None]:
+      ids = answer.get("prompt_token_ids") or answer["choices"][0].get("prompt_token_ids")
+      return (len(ids), ids) if ids else (int(answer["usage"]["prompt_tokens"]), None)
+
+    return await self._ask("chat/completions", body, parse)
+
+  async def _ask(
+    self, path: str, body: JsonObject, parse: Any, server: Server | None = None, retries=None
+  ) -> Any:
+    body = {k: v for k, v in (body | self._server.extra).items() if v is not None}
+    async with self._slots:
+      name = str(next(self._numbers))
+      return await self.http.request(path, body, name, parse, server, retries)

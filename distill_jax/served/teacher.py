@@ -1,0 +1,263 @@
+"""A teacher on servers, which scores rows as `LoadedTeacher` does on the devices.
+
+Rows are scored concurrently and yielded in order. Memory holds the rows whose texts are at the
+servers and those that wait for an earlier one: AHEAD times `in_flight` rows, of which each takes
+8 bytes per position and entry, e.g. 42 MB for 64 rows of 4,096 positions with 20 entries.
+
+Every process sends the rows of the shards that it writes, and has an equal part of the requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import functools
+import threading
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from distill_jax.config import Config
+from distill_jax.data.chat_template import ChatTemplate
+from distill_jax.data.tokenizers import Tokenizer
+from distill_jax.errors import InputError, Unavailable, bad_value, check_choice
+from distill_jax.generation import server_checks
+from distill_jax.generation.http_client import RequestFailed, RequestRefused
+from distill_jax.nn.sharding import Rows
+from distill_jax.records import batch_plan, recorder, served_store
+from distill_jax.records.fields import LABEL_LOGP, Record
+from distill_jax.records.job import Part
+from distill_jax.records.recorder import Corpus
+from distill_jax.records.store import unfinished_store
+from distill_jax.runtime import distributed
+from distill_jax.served import probes, row_texts
+from distill_jax.served.requests import Text
+from distill_jax.served.scoring_client import ScoringClient
+from distill_jax.types import JsonObject
+
+KINDS = ("topk", "labels")  # of the records that servers can give
+AHEAD = 2  # rows that are scored or wait for an earlier one, per request in flight
+
+Label = TypeVar("Label")
+Result = TypeVar("Result")
+
+
+class ServedTeacher:
+  """A teacher on servers; a context manager.
+
+  Args:
+    config: The config: the servers, the options of `records`, and the seed.
+    tokenizer: The tokenizer of the rows.
+    template: The chat template of the rows; None for texts without one.
+
+  Raises:
+    InputError: The servers' options are invalid, or servers cannot give what is to be recorded.
+  """
+
+  def __init__(self, config: Config, tokenizer: Tokenizer, template: ChatTemplate | None = None):
+    server, count = config.generate.server, jax.process_count()
+    _check(config)
+    own = dataclasses.replace(
+      server,
+      in_flight=-(-server.in_flight // count),
+      requests_per_minute=server.requests_per_minute / count,
+    )
+    options = dataclasses.replace(config.records, served=True)
+    self._spec = recorder.record_spec(options, tokenizer.vocab_size)
+    self._tokenizer, self._template = tokenizer, template
+    self._server, self._limit, self._ahead = server, server.max_disagreement, AHEAD * own.in_flight
+    self._client = ScoringClient(own, self._spec.n, tokenizer.vocab_size, config.seed)
+    self._loop = asyncio.new_event_loop()
+    self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+  def __enter__(self) -> ServedTeacher:
+    self._thread.start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._start(self._stop()).result()
+    self._loop.call_soon_threadsafe(self._loop.stop)
+    self._thread.join()
+    self._loop.close()
+
+  @functools.cached_property
+  def identity(self) -> JsonObject:
+    """Name and digest of the teacher, for the manifest of a store.
+
+    The servers give the name unless generate.server.model is set.
+
+    Raises:
+      InputError: The servers have different models, or several.
+      Unavailable: No server answers.
+    """
+    name = self._server.model or self._wait(self._client.open()).name
+    return served_store.identity(name)
+
+  def check(self, parts: Sequence[Part]) -> None:
+    """Checks that the servers can score the rows of stores. Every process must call it first.
+
+    No request is made if nothing is missing.
+
+    Args:
+      parts: The stores. A row that one of them holds is scored again, and compared.
+
+    Raises:
+      InputError: The servers have another tokenizer, template, vocabulary or model, disagree with
+        each other, or do not give the log-probabilities.
+      Unavailable: No server answers.
+    """
+    missing = [part for part in parts if part.missing]
+    if not missing:
+      return
+    self._wait(self._client.open())
+    way = ""
+
+    def probe() -> None:
+      nonlocal way
+      way = self._wait(self._probe(_row_of(missing[0])))
+
+    distributed.run_on_process_0(probe)
+    self._client.way = distributed.text_of_process_0(way)
+
+  async def _probe(self, row: Record) -> str:
+    """Makes the requests of probes.py, and returns how to ask for log-probabilities."""
+    client, stored = self._client, None
+    await probes.check_length(client, len(row["tokens_T"]))
+    await probes.check_tokenizer(client, self._tokenizer)
+    if self._template is not None:
+      await probes.check_chat(client, self._tokenizer, self._template)
+    if places := row_texts.texts_of(row):
+      place = max(places, key=lambda p: len(p.text.tokens))
+      text = place.text
+      if LABEL_LOGP.read in row:
+        at = place.positions
+        stored = np.where(row["mask_T"][at], row[LABEL_LOGP.read][at], np.nan)
+    else:
+      longest = client.model.max_len or len(row["tokens_T"])
+      text = Text(probes.probe_text(self._tokenizer, longest - 1)[1], 1)
+    await probes.check_agreement(client, text, self._limit, stored)
+    return client.way if client.k else await probes.find_way(client, text, self._limit)
+
+  def recorded(
+    self, corpus: Corpus, plan: Iterable[np.ndarray], rows: Rows, see: object = None
+  ) -> Iterator[tuple[np.ndarray, list[Record]]]:
+    """Yields each batch of a plan with the records in it that this process writes.
+
+    It has the interface of LoadedTeacher.recorded.
+
+    Args:
+      corpus: The corpus, of text.
+      plan: The batches, from `batch_plan.batches`.
+      rows: The rows of a batch.
+      see: Not used; there are no rows of a student with another tokenizer.
+    """
+    written = rows.written
+
+    def batches() -> Iterator[tuple[np.ndarray, list[Record]]]:
+      for index_B in plan:
+        own = index_B[written]
+        yield index_B, corpus.read(own[own != batch_plan.PADDING].tolist())
+
+    return self.scored(batches())
+
+  def scored(
+    self, groups: Iterable[tuple[Label, Sequence[Record]]]
+  ) -> Iterator[tuple[Label, list[Record]]]:
+    """Yields groups of rows with their targets, in order, while later ones are scored.
+
+    Args:
+      groups: Groups of rows, each with a label that is yielded with it.
+
+    Raises:
+      InputError: A server refuses a text, or its response cannot be used.
+      Unavailable: No server answers.
+      Preempted: SIGTERM arrived while no server answered; only in a run of one process.
+    """
+    waiting: collections.deque[tuple[Label, list[Future[Record]]]] = collections.deque()
+    for label, group in groups:
+      waiting.append((label, [self._start(self._record(row)) for row in group]))
+      while sum(len(started) for _, started in waiting) > self._ahead:
+        yield self._next(waiting)
+    while waiting:
+      yield self._next(waiting)
+
+  def _next(
+    self, waiting: collections.deque[tuple[Label, list[Future[Record]]]]
+  ) -> tuple[Label, list[Record]]:
+    label, group = waiting.popleft()
+    return label, [self._result(future) for future in group]
+
+  async def _record(self, row: Record) -> Record:
+    """Returns a row with its targets."""
+    places = row_texts.texts_of(row)
+    documents = await asyncio.gather(*(self._client.score(place.text) for place in places))
+    return row_texts.filled(row, zip(places, documents, strict=True), self._spec)
+
+  async def _stop(self) -> None:
+    """Cancels all requests and closes the connections."""
+    requests = asyncio.all_tasks() - {asyncio.current_task()}
+    for request in requests:
+      request.cancel()
+    await asyncio.gather(*requests, return_exceptions=True)
+    await self._client.close()
+
+  def _start(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
+    return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+  def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
+    return self._result(self._start(work))
+
+  def _result(self, future: Future[Result]) -> Result:
+    """Returns the result of work for the servers, with errors that end the run.
+
+    Raises:
+      InputError: A server refuses the request.
+      Unavailable: No server answers.
+      Preempted: SIGTERM arrived while no server answered.
+    """
+    try:
+      while not future.done() and not distributed.Preemption.signalled():
+        futures.wait([future], timeout=1.0)
+      if not future.done():
+        raise distributed.Preemption.stop("The scoring", "finished shards are kept")
+      return future.result()
+    except RequestFailed as e:
+      raise Unavailable(
+        f"{self._client.http.servers.names} {e}. Finished shards are kept. Check the server and "
+        "run the same command again."
+      ) from e
+    except RequestRefused as e:
+      raise InputError(
+        f"{self._client.http.servers.names} refuses to score a text ({str(e).rstrip('.')}). "
+        "Correct the texts, or the limits of the server."
+      ) from e
+
+
+def _row_of(part: Part) -> Record:
+  """Returns a row of a store, with its targets if this process finds one that is recorded."""
+  store = unfinished_store(part.writer)
+  shards = store.manifest.shards
+  return store[shards[0].first] if shards else part.corpus.rows[part.missing[0].start]
+
+
+def _check(config: Config) -> None:
+  """Raises InputError if servers cannot give what is to be recorded."""
+  server_checks.check(config.generate.server)
+  c, why = config.records, "for a teacher on servers"
+  if not config.generate.server.urls:
+    raise bad_value("generate.server.urls", (), f"an address {why}", "Set it")
+  check_choice("records.kind", c.kind, KINDS, "Set it, since servers give log-probabilities alone")
+  for name, value in (
+    ("temperature", 1.0),
+    ("nucleus", 1.0),
+    ("taps", ()),
+    ("student_tokenizer", ""),
+    ("logprobs", ""),
+  ):
+    if (found := getattr(c, name)) != value:
+      raise bad_value(f"records.{name}", found, f"{value!r} {why}", "Remove the key")
