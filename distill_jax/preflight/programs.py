@@ -31,6 +31,7 @@ from distill_jax.records import (
   tf_example,
 )
 from distill_jax.records.fields import Record
+from distill_jax.records.manifest import with_rollout
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import Manifest, Store
 from distill_jax.records.teacher_pass import TeacherPass
@@ -38,7 +39,7 @@ from distill_jax.tasks import dataset
 from distill_jax.training import aligned_store, loop, state, stores, validate
 from distill_jax.training.aligned_store import AlignedStore
 from distill_jax.training.outputs import OtherTokenizer
-from distill_jax.types import Batch, Model, PyTree, Recorded
+from distill_jax.types import Batch, JsonObject, Model, PyTree, Recorded
 
 ModelT = TypeVar("ModelT", bound=ModelOptions)
 
@@ -71,13 +72,20 @@ def without_weights(config: Config) -> Config:
 
 
 def lower(config: Config, verb: str, mesh: Mesh) -> LoweredStep:
-  """Returns the step of `train` or `record`, lowered for this mesh.
+  """Returns the step of `train`, `record` or `on_policy`, lowered for this mesh.
+
+  That of `on_policy` is the step of `train` on texts that the student wrote.
 
   Raises:
     InputError: `verb` would raise it, e.g. for a batch or dimension that is not divisible, or for
       losses that the records do not support.
   """
-  return {"train": _train, "on_policy": _train, "record": _record}[verb](config, mesh)
+  if verb == "record":
+    return _record(config, mesh)
+  rewards = ["reward"] if config.on_policy.reward else []
+  scalars = {"scalars": ["behaviour_logp", *rewards]}
+  rollout: JsonObject = {"round": 0, "student": "", "sampling": {}} | scalars
+  return _train(config, mesh, rollout if verb == "on_policy" else {})
 
 
 def planned_manifest(config: Config, vocab_size: int = 0, positions: int = 0) -> Manifest:
@@ -107,16 +115,16 @@ def _feature_width(config: Config) -> int:
   return tap_features.feature_width(teacher, config.records.tap_kind)
 
 
-def _planned_store(config: Config) -> MultiTeacherStore:
-  """Returns a store of text that is not recorded yet."""
-  store = Store(Path("preflight"), planned_manifest(config))
+def _planned_store(config: Config, rollout: JsonObject) -> MultiTeacherStore:
+  """Returns a store of text that is not recorded yet; `rollout` is that of its manifest."""
+  store = Store(Path("preflight"), with_rollout(planned_manifest(config), rollout))
   return MultiTeacherStore(store, dict.fromkeys(config.train.teachers, store))
 
 
-def _planned_stores(config: Config) -> stores.Stores:
+def _planned_stores(config: Config, rollout: JsonObject) -> stores.Stores:
   """Returns stores like those that `train` opens, without recorded files."""
   if not config.tasks:
-    store = _planned_store(config)
+    store = _planned_store(config, rollout)
     if not (config.train.online and config.retarget.tokenizer):
       return [store]
     aligned_store.check_options(config)
@@ -137,8 +145,11 @@ def _planned_stores(config: Config) -> stores.Stores:
   return recorded
 
 
-def _train(config: Config, mesh: Mesh) -> LoweredStep:
-  opened, student = _planned_stores(config), loading.open_source(config.student, config.seed)
+def _train(config: Config, mesh: Mesh, rollout: JsonObject) -> LoweredStep:
+  opened, student = (
+    _planned_stores(config, rollout),
+    loading.open_source(config.student, config.seed),
+  )
   c = config.train
   # The tokenizer and the stores can be missing, so their files are not checked.
   without_files = dataclasses.replace(
@@ -201,7 +212,7 @@ def _record(config: Config, mesh: Mesh) -> LoweredStep:
     row, first_class = corpus.rows[0], corpus.first_class
   elif c.student_tokenizer:
     tables = student_corpus.make_tables(config, teacher)
-    rows = other_tokenizer.planned_rows(config, _planned_store(config), tables)
+    rows = other_tokenizer.planned_rows(config, _planned_store(config, {}), tables)
     projected = (other_tokenizer.table_shapes(rows, mesh),)
     manifest = planned_manifest(config, tables.student.size, rows.positions)
     reader, first_class = student_rows.read, 0
@@ -236,6 +247,7 @@ def placeholder_text(manifest: Manifest) -> Record:
     "tokens_T": np.zeros(T, np.int32),
     "segments_T": np.ones(T, np.int32),
     "mask_T": np.ones(T, bool),
+    **{field.record: np.zeros(T, field.dtype) for field in manifest.spec.rollout_scalars},
   }
 
 

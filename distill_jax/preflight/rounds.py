@@ -84,14 +84,11 @@ class Scoring(NamedTuple):
   """The teacher of stored scores on a slice; without one, all values are 0.
 
   Attributes:
-    weights: Bytes per device of the teacher while it scores.
-    kept: Bytes per device of the teacher in the other parts. Several teachers take turns and are
-      not kept.
-    seconds: The lower bound for the texts of a round.
+    weights: Bytes per device of the teacher. One of several is in memory at a time.
+    seconds: The lower bound for the texts of a round, without the time to load several teachers.
   """
 
   weights: int = 0
-  kept: int = 0
   seconds: float = 0.0
 
 
@@ -132,28 +129,26 @@ class Rounds:
     student = loading.open_source(config.student, config.seed)
     axes = config.mesh.whole_rows()
     decoding_mesh = topology.make_mesh(axes, hardware.topology, hardware.num_slices)
-    resident = sum(_state(step).values()) + scoring.kept
+    resident = sum(_state(step).values()) + scoring.weights
     decoder = Decoder.of(config, student, hardware, decoding_mesh, resident)
     return cls(config, texts, step, decoder, scoring)
 
   @property
   def bytes_per_device(self) -> dict[str, dict[str, int]]:
     """The bytes per device by part of a round and purpose."""
-    state, need = _state(self.step), self.decoder.memory
-    kept = {"teacher": self.scoring.kept} if self.scoring.kept else {}
+    teacher = {"teacher": self.scoring.weights} if self.scoring.weights else {}
+    state, need = _state(self.step) | teacher, self.decoder.memory
     copy = {"decode copy": self.decoder.weights}
-    found = {
-      GENERATE: {**state, **kept, **copy, "cache": need.cache, "prompt cache": need.prompt_cache}
-    }
+    found = {GENERATE: state | copy | {"cache": need.cache, "prompt cache": need.prompt_cache}}
     if self.scoring.weights:
-      found[SCORE] = state | {"teacher": self.scoring.weights}
-    return found | {TRAIN: kept | self.step["bytes_per_device"]}
+      found[SCORE] = state
+    return found | {TRAIN: teacher | self.step["bytes_per_device"]}
 
   @property
   def peaks(self) -> dict[str, int]:
     """The bytes per device by part of a round."""
     sums = {part: sum(sizes.values()) for part, sizes in self.bytes_per_device.items()}
-    return sums | {TRAIN: self.step["peak_bytes_per_device"] + self.scoring.kept}
+    return sums | {TRAIN: self.step["peak_bytes_per_device"] + self.scoring.weights}
 
   @property
   def fits(self) -> bool:
@@ -290,4 +285,4 @@ def _scoring(config: Config, texts: Round, hardware: Hardware, mesh: jax.shardin
   operations = flops.step_flops(run, "record", rows)
   bound = roofline.speed(run, "record", hardware, mesh, operations, weights, sent)
   seconds = -(-texts.rows // rows) * bound["step_seconds_bound"]
-  return Scoring(weights, 0 if config.teachers else weights, seconds)
+  return Scoring(weights, seconds)
