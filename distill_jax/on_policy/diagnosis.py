@@ -41,7 +41,7 @@ from distill_jax.types import Batch, Inputs, Mean, Model, PyTree, Targets
 EVERY = 10  # steps between two diagnoses, at least
 TOP = 16  # most probable tokens of the two models that are compared
 TENTHS = 10
-TEXTS, SHOWN = 3, 5  # texts that are shown token by token, and the most probable tokens shown
+TEXTS, SHOWN = 3, 3  # texts that are shown token by token, and the most probable tokens shown
 OF_TOKENS = ("overlap", "student_mass", "teacher_mass", "reverse_kl")  # metrics of each teacher
 
 

@@ -32,6 +32,14 @@ TITLES = {
   "tokens_per_second": ("Tokens per second", "of all devices"),
   "goodput": ("Goodput", "fraction of the time spent in steps"),
 }
+# Metrics of the student's own texts (on_policy/diagnosis.py); "/TEACHER" may follow.
+OWN = {
+  "reverse_kl": ("Reverse KL", "KL(student || teacher), nats per token"),
+  "overlap": ("Overlap", "share of the teacher's top tokens among the student's"),
+  "student_mass": ("Student's mass", "probability of the teacher's top tokens"),
+  "teacher_mass": ("Teacher's mass", "probability of the student's top tokens"),
+  "drift": ("Drift", "mean |log q in training - log q in sampling|, nats"),
+}
 CLOCK = ("tokens_per_second", "goodput")  # 0 in the first row of a process
 SMOOTH = ("learning_rate", "goodput")  # drawn as one line
 
@@ -59,6 +67,7 @@ def sections(labels: Mapping[str, str], runs: Mapping[str, ReportedRun]) -> list
     return [("Training", '<p class="bad">There are no training curves: no run has begun.</p>')]
   groups = {
     "Held-out data during training": list(_losses(labels, runs, PREFIX)),
+    "Student and teacher on the student's own texts": list(_own(runs)),
     "Training": [*_losses(labels, runs, ""), *_weights(runs)],
     "Optimisation and speed": [_plain(runs, key) for key in ("learning_rate", "grad_norm", *CLOCK)],
   }
@@ -112,6 +121,15 @@ def _losses(
     curves = _curves(runs, prefix + name)
     yield Panel(f"Loss {name}", _weight(labels, runs, name, curves), curves)
   yield Panel(*TITLES["loss"], _curves(runs, f"{prefix}loss"))
+
+
+def _own(runs: Mapping[str, ReportedRun]) -> Iterator[Panel]:
+  """Yields panels of the metrics of the student's own texts, by teacher."""
+  for key in _keys(runs):
+    kind, _, teacher = key.partition("/")
+    if kind in OWN:
+      title, note = OWN[kind]
+      yield Panel(f"{title}, {teacher}" if teacher else title, note, _curves(runs, key), True)
 
 
 def _divergence(key: str) -> str:

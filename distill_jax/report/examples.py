@@ -100,7 +100,7 @@ def read(folder: Path) -> Examples:
   tree = json_io.read_object(path, "run evaluate again")
   try:
     return Examples(
-      tuple(tuple(map(_token, text)) for text in tree["texts"]),
+      tuple(tuple(map(token_of, text)) for text in tree["texts"]),
       tuple(
         Generation(_text(g["prompt"]), _texts(g["texts"]), _text(g["reference"]))
         for g in tree["generations"]
@@ -114,7 +114,12 @@ def read(folder: Path) -> Examples:
     ) from error
 
 
-def _token(tree: JsonObject) -> Token:
+def token_of(tree: JsonObject) -> Token:
+  """Returns a token of a file.
+
+  Raises:
+    KeyError, TypeError, ValueError, AttributeError: The tree has another form.
+  """
   return Token(_text(tree["text"]), {m: _prediction(x) for m, x in tree["predictions"].items()})
 
 

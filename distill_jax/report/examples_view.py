@@ -11,6 +11,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from distill_jax.report.examples import TEACHER, Examples, Generation, Prediction, Token
 from distill_jax.report.numbers import text as number
@@ -21,6 +22,20 @@ HALF_HEAT = 1.0  # the KL in nats at which a token has half of the colour
 LEGEND = (0.1, 0.5, 1.0, 2.0, 5.0)  # nats
 SHOWN = 2000  # characters of a generation, at most
 SPACE, NEWLINE, TAB, PART = "·", "↵", "⇥", "⋯"  # PART: a part of a character
+
+
+class Student(NamedTuple):
+  """A student whose predictions are shown.
+
+  Attributes:
+    name: Its name in the predictions.
+    kind: The CSS class of its column, shown if its radio button is selected; "": always shown.
+    variable: The CSS variable of the colour of its KL; "--k" for the colour that is shown.
+  """
+
+  name: str
+  kind: str = ""
+  variable: str = "--k"
 
 
 def sections(labels: Mapping[str, str], examples: Examples) -> list[tuple[str, str]]:
@@ -36,42 +51,65 @@ def sections(labels: Mapping[str, str], examples: Examples) -> list[tuple[str, s
 
 def _texts(labels: Mapping[str, str], examples: Examples) -> str:
   names = dict.fromkeys(name for text in examples.texts for t in text for name in t.predictions)
-  students = [name for name in names if name != TEACHER]
-  students.sort(key=lambda name: name != "distilled")  # it is the one shown first
+  ordered = [name for name in names if name != TEACHER]
+  ordered.sort(key=lambda name: name != "distilled")  # it is the one shown first
+  students = [Student(name, f" s{i}", f"--k{i}") for i, name in enumerate(ordered)]
   picks = "".join(
     f'<input type="radio" name="student" id="s{i}"{" checked" if i == 0 else ""}>'
     f'<label for="s{i}"><i class="dot {tone(name)}"></i>{html.escape(labels.get(name, name))}'
     "</label>"
-    for i, name in enumerate(students)
+    for i, name in enumerate(ordered)
   )
-  scale = "".join(f'<span class="t" style="--k:{_heat(kl):.2f}">{kl:g}</span>' for kl in LEGEND)
   teacher = "The teacher's probabilities are exact."
   if examples.samples:
     teacher = f"The teacher's probabilities are estimated from {examples.samples} samples."
-  texts = "".join(_text(labels, students, i, text) for i, text in enumerate(examples.texts))
+  texts = "".join(
+    text_of_tokens(labels, students, f"Text {i + 1}", f"t{i}", text)
+    for i, text in enumerate(examples.texts)
+  )
   return (
     '<p class="facts">Held-out texts. The colour of a token is the KL divergence between teacher '
     "and student where they predict it. Point at a token, tap it, or use the arrow keys, to see "
     f"what the models predict. {teacher}</p>"
-    f'<div class="view">{picks}<p class="legend scale"><span>KL in nats</span>{scale}</p>'
-    f"{texts}</div>"
+    f'<div class="view">{picks}{scale()}{texts}</div>'
   )
 
 
-def _text(labels: Mapping[str, str], students: Sequence[str], n: int, text: Sequence[Token]) -> str:
-  """Returns a text. At first, the token with the greatest KL of the first student is selected."""
-  first = [_kl(token, students[0]) if students else 0.0 for token in text]
+def scale() -> str:
+  """Returns the colours of some KL divergences."""
+  shown = "".join(f'<span class="t" style="--k:{_heat(kl):.2f}">{kl:g}</span>' for kl in LEGEND)
+  return f'<p class="legend scale"><span>KL in nats</span>{shown}</p>'
+
+
+def text_of_tokens(
+  labels: Mapping[str, str],
+  students: Sequence[Student],
+  title: str,
+  group: str,
+  text: Sequence[Token],
+) -> str:
+  """Returns a text. At first, the token with the greatest KL of the first student is selected.
+
+  Args:
+    labels: The displayed names of models.
+    students: The students of the text.
+    title: The title of the text.
+    group: The name of its radio buttons, which no other text on the page has.
+    text: The tokens.
+  """
+  first = [_kl(token, students[0].name) if students else 0.0 for token in text]
   chosen = max(range(len(text)), key=lambda i: -1.0 if math.isnan(first[i]) else first[i])
   tokens = "".join(
-    _token(labels, students, token, f"t{n}", i == chosen) for i, token in enumerate(text)
+    _token(labels, students, token, group, i == chosen) for i, token in enumerate(text)
   )
   means = ", ".join(
-    f"{labels.get(name, name)} {_mean([_kl(t, name) for t in text if t.predictions])}"
-    for name in students
+    f"{labels.get(s.name, s.name)} {_mean([_kl(t, s.name) for t in text if t.predictions])}"
+    for s in students
   )
   return (
-    f"<h3>Text {n + 1}: mean KL {html.escape(means)}</h3>"
-    f'<div class="text" role="radiogroup" aria-label="Tokens of text {n + 1}">{tokens}</div>'
+    f"<h3>{html.escape(title)}: mean KL {html.escape(means)}</h3>"
+    f'<div class="text" role="radiogroup" aria-label="Tokens of {html.escape(title)}">{tokens}'
+    "</div>"
   )
 
 
@@ -89,13 +127,13 @@ def _heat(kl: float) -> float:
 
 
 def _token(
-  labels: Mapping[str, str], students: Sequence[str], token: Token, group: str, is_chosen: bool
+  labels: Mapping[str, str], students: Sequence[Student], token: Token, group: str, is_chosen: bool
 ) -> str:
   shown = _visible(token.text, in_text=True)
   if not token.predictions:
     return f'<span class="t">{shown}</span>'
-  heat = ";".join(f"--k{i}:{_heat(_kl(token, name)):.2g}" for i, name in enumerate(students))
-  models = [(TEACHER, ""), *((name, f" s{i}") for i, name in enumerate(students))]
+  heat = ";".join(f"{s.variable}:{_heat(_kl(token, s.name)):.2g}" for s in students)
+  models = [(TEACHER, ""), *((s.name, s.kind) for s in students)]
   columns = "".join(
     _column(labels.get(name, name), kind, token.text, token.predictions[name], name == TEACHER)
     for name, kind in models

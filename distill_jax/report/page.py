@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from distill_jax.report import benchmarks, charts, curves, examples_view
+from distill_jax.report import benchmarks, charts, curves, examples_view, own_texts_view
 from distill_jax.report.examples import Examples
 from distill_jax.report.numbers import COLUMNS, cell, percent, text, tone
 from distill_jax.report.runs import ReportedRun, progress
@@ -61,6 +61,7 @@ def render(
     sections.insert(0, ("Progress", _progress(labels, runs)))
   sections += [
     *examples_view.sections(labels, examples),
+    *own_texts_view.sections(labels, runs),
     *curves.sections(labels, runs),
     ("Teacher records", _records(records)),
     ("Reproduce", _reproduce(labels, runs, commands, export_dir)),

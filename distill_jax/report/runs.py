@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from distill_jax.report import own_texts
+from distill_jax.report.own_texts import OwnText
 from distill_jax.report.results import MODELS
 from distill_jax.runtime import json_io, storage
 from distill_jax.training.best import Best
@@ -29,11 +31,13 @@ class ReportedRun:
     rows: The rows of metrics.jsonl; [] before the first step.
     config: config.json; {} if the run has not begun.
     versions: versions.json; {} if the run has not begun.
+    own_texts: texts that the student has sampled, of a run of `on_policy`.
   """
 
   rows: Sequence[Mapping[str, float]]
   config: JsonObject
   versions: JsonObject
+  own_texts: Sequence[OwnText] = ()
 
   @property
   def done(self) -> int:
@@ -97,7 +101,7 @@ def _read_run(folder: Path) -> ReportedRun:
 
   has_begun = storage.fetched(folder / FILE).is_file()
   rows = read_metrics(folder) if has_begun else []
-  return ReportedRun(rows, read("config.json"), read("versions.json"))
+  return ReportedRun(rows, read("config.json"), read("versions.json"), own_texts.read(folder))
 
 
 def progress(run: ReportedRun) -> str:
