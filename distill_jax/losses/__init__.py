@@ -18,7 +18,9 @@ from distill_jax.losses.ce import Loss as CE
 from distill_jax.losses.embedding import Loss as Embedding
 from distill_jax.losses.hidden import Loss as Hidden
 from distill_jax.losses.kd import Loss as KD
+from distill_jax.losses.log_ratio import Loss as LogRatio
 from distill_jax.losses.mixture import Loss as Mixture
+from distill_jax.losses.policy_gradient import Loss as PolicyGradient
 from distill_jax.losses.pseudo_label import Loss as PseudoLabel
 from distill_jax.losses.relational import Loss as Relational
 from distill_jax.losses.relations import Loss as Relations
@@ -41,7 +43,9 @@ __all__ = [
   "Hidden",
   "LabelTargets",
   "LayerPairLoss",
+  "LogRatio",
   "Mixture",
+  "PolicyGradient",
   "PseudoLabel",
   "Relational",
   "Relations",

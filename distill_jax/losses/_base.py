@@ -42,6 +42,11 @@ class BaseLoss:
     """Names of the teachers this loss uses; () for a loss that only needs labels."""
     return ()
 
+  @property
+  def rollout_scalars(self) -> tuple[str, ...]:
+    """Names of the fields of types.Rollout that this loss needs, without axes; () for none."""
+    return ()
+
   def schedules(self) -> dict[str, Schedule]:
     """Returns the fields that are schedules, by name."""
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -242,6 +242,10 @@ def _checked(losses: Mapping[str, BaseLoss], batch: Batch) -> dict[str, TokenLos
         expected = f"one of the teachers in batch.targets, {tuple(batch.targets)}"
         raise bad_value(f"losses[{name!r}].teacher", teacher, expected, "Correct its name")
       _check_targets(fn, batch.targets[teacher])
+    for scalar in fn.rollout_scalars:
+      if getattr(batch.rollout, f"{scalar}_BT", None) is None:
+        expected = f"the {scalar} of texts that the student wrote, for losses[{name!r}]"
+        raise bad_value(f"Batch.rollout.{scalar}_BT", None, expected, "Add it to the batch")
   return checked
 
 

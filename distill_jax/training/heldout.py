@@ -14,6 +14,7 @@ in memory, whatever the size of the stores.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -29,6 +30,7 @@ from jax.sharding import Mesh
 
 from distill_jax.config import Config
 from distill_jax.errors import InputError
+from distill_jax.losses import BaseLoss
 from distill_jax.models.loading import ModelSource
 from distill_jax.models.trainables import Trainable
 from distill_jax.nn import sharding
@@ -60,6 +62,8 @@ def evaluate(
 ) -> Means:
   """Returns "loss", the weighted sum of the losses, and the losses and metrics of a batch.
 
+  Losses of texts that the student wrote are omitted for other texts, and then "loss" is, too.
+
   Args:
     step: The training step.
     at: The step number at which schedules are evaluated.
@@ -68,9 +72,18 @@ def evaluate(
     teachers: The online teachers, by name.
     base: The base model of low-rank adapters, or None.
   """
-  weights = {name: fn.weight(at) for name, fn in step.losses.items()}
+  losses = losses_of(step.losses, batch.rollout is not None)
+  if is_part := len(losses) < len(step.losses):
+    step = dataclasses.replace(step, losses=losses)
+  weights = {name: fn.weight(at) for name, fn in losses.items()}
   total, means = step.loss(trained, batch, Fixed(teachers, at, 1.0, base), weights)
-  return {"loss": Mean(total, jnp.sum(batch.mask_BT, dtype=jnp.float32))} | means
+  whole = Mean(total, jnp.sum(batch.mask_BT, dtype=jnp.float32))
+  return means if is_part else {"loss": whole} | means
+
+
+def losses_of(losses: Mapping[str, BaseLoss], is_rollout: bool) -> dict[str, BaseLoss]:
+  """Returns the losses that can be computed on texts that the student wrote, or on others."""
+  return {name: fn for name, fn in losses.items() if is_rollout or not fn.rollout_scalars}
 
 
 def forward_share(config: Config, trainable: Trainable) -> float:
@@ -269,5 +282,5 @@ def _values(sums: Means) -> dict[str, float]:
   values = {name: float(mean.total) / max(float(mean.count), 1.0) for name, mean in sums.items()}
   return values | {
     "perplexity": math.exp(min(values["ce"], 700)),
-    "tokens": float(sums["loss"].count),
+    "tokens": float(sums.get("loss", sums["ce"]).count),
   }

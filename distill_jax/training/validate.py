@@ -42,6 +42,7 @@ def check_run(config: Config, stores: Stores, student: ModelSource | None = None
   check_student(student)
   check_text_fits(config, student, stores)
   check_records(config, stores)
+  check_rollouts(config, stores)
   loader.batch_sizes(stores_lib.lengths(config, stores), config.train.batch_size)  # raises
   check_schedules(config)
 
@@ -208,13 +209,31 @@ def check_records(config: Config, stores: Stores) -> None:
   reads_targets = any(
     isinstance(fn, TokenLoss) and "teacher" in fn.teacher_names for fn in config.losses.values()
   )
-  conventions = {manifest.missing_mass for manifest in kept.values()}
+  if len({bool(store.manifest.rollout) for store in stores}) > 1:
+    raise InputError(
+      f"Some of the stores {', '.join(map(str, paths))} hold texts that a student wrote, with "
+      "scalars of its rollouts, others do not. Train on them in different runs, or use on_policy."
+    )
+  conventions = {(m.missing_mass, m.kind == "labels") for m in kept.values()}
   if len(conventions) > 1 and reads_targets and not config.train.online:
     named = ", ".join(f"{path} ({m.kind}, {m.missing_mass})" for path, m in kept.items())
     raise InputError(
       f"The stores to mix are {named}; expected the same kind and missing_mass in all. Record them "
       "with the same settings."
     )
+
+
+def check_rollouts(config: Config, stores: Stores) -> None:
+  """Raises InputError if a loss needs scalars of rollouts that a store lacks."""
+  paths = config.train.records or tuple(config.tasks)
+  for name, fn in config.losses.items():
+    for path, store in zip(paths, stores, strict=True):
+      if missing := [s for s in fn.rollout_scalars if s not in store.manifest.spec.rollout]:
+        action = "Set on_policy.reward" if missing == ["reward"] else "Train with `on_policy`"
+        raise InputError(
+          f"losses.{name} needs the {missing[0]} of texts that the student wrote, which the "
+          f"records {path} lack. {action}, or remove the loss."
+        )
 
 
 def _check_loss(name: str, fn: BaseLoss, path: str, manifest: Manifest, kinds: set[str]) -> None:

@@ -11,6 +11,7 @@ from distill_jax.models.loading import ModelSource
 from distill_jax.records.manifest import Manifest
 from distill_jax.training import validate
 from distill_jax.training.best import is_maximised
+from distill_jax.training.heldout import losses_of
 from distill_jax.training.stores import Stores, teacher_manifest
 
 
@@ -34,7 +35,8 @@ def check(
   c = config.train
   student = student or loading.open_source(config.student, config.seed)
   train = dataclasses.replace(c, records=c.heldout, teachers=c.heldout_teachers)
-  as_trained = dataclasses.replace(config, train=train)
+  losses = losses_of(config.losses, all(store.manifest.rollout for store in heldout))
+  as_trained = dataclasses.replace(config, train=train, losses=losses)
   validate.check_text_fits(as_trained, student, heldout)
   validate.check_records(as_trained, heldout)
   paths = c.heldout or tuple(config.tasks)

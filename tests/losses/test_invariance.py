@@ -13,6 +13,7 @@ from flax import struct
 from distill_jax import registry
 from distill_jax.losses import (
   FeatureLoss,
+  LabelTargets,
   SampledTargets,
   SpanTargets,
   TopKTargets,
@@ -21,7 +22,9 @@ from distill_jax.losses import (
   embedding,
   hidden,
   kd,
+  log_ratio,
   mixture,
+  policy_gradient,
   pseudo_label,
   relational,
   relations,
@@ -31,7 +34,7 @@ from distill_jax.models import llama
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.schedules import constant
 from distill_jax.training.step import Step
-from distill_jax.types import Batch, Inputs, Output
+from distill_jax.types import Batch, Inputs, Output, Rollout
 
 B, T, D, K, V = 4, 20, 8, 5, 64
 
@@ -52,6 +55,8 @@ CASES = {  # name: (loss, the targets it reads)
   "kd online": (kd.Loss(divergence="reverse_kl", temperature=constant(2.0)), "online"),
   "mixture": (mixture.Loss(by="entropy", label_trust=0.5), "online"),
   "alm": (alm.Loss(), "spans"),
+  "policy_gradient": (policy_gradient.Loss(reward_weight=0.5), "labels"),
+  "log_ratio": (log_ratio.Loss(), "online"),
   "pseudo_label": (pseudo_label.Loss(), "online"),
   "hidden mse": (hidden.Loss(layers="uniform"), "online"),
   "hidden cosine": (hidden.Loss(distance="cosine"), "online"),
@@ -118,6 +123,9 @@ def documents() -> list[dict[str, np.ndarray]]:
         "weight": weight,
         "entropy": -(weight * np.log(weight)).sum(-1),
         "logp": np.log(0.8 * weight),
+        "label_logp": -rng.gamma(2, 2, n),
+        "behaviour_logp": -rng.gamma(2, 2, n),
+        "reward": np.full(n, rng.random()),
         "span_logp": -1.0 - np.arange(n) // 2,
         "span_left": mask + pairs.astype(int),
       }
@@ -146,11 +154,13 @@ def packed(rows: list[tuple[int, int]], kind: str) -> Batch:
       temperature=CASES["kd sampled"][0].temperature.values[0],
     ),
     "topk": TopKTargets(ids_BTK=laid_out("ids"), logp_BTK=laid_out("logp")),
+    "labels": LabelTargets(label_logp_BT=laid_out("label_logp")),
     "spans": SpanTargets(span_logp_BT=laid_out("span_logp"), span_left_BT=laid_out("span_left")),
   }
   inputs = Inputs(laid_out("tokens"), laid_out("positions"), jnp.asarray(segments, jnp.int32))
   of_teachers = {"teacher": targets[kind]} if kind in targets else {}
-  return Batch(inputs, laid_out("labels"), laid_out("mask"), of_teachers)
+  rollout = Rollout(laid_out("behaviour_logp"), laid_out("reward"))
+  return Batch(inputs, laid_out("labels"), laid_out("mask"), of_teachers, rollout=rollout)
 
 
 ROWS = [(0, 1), (2, 3), (4, 5), (6, 7)]
