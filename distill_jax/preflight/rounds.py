@@ -80,12 +80,13 @@ class Round(NamedTuple):
     return cls(steps, rows, -(-rows // g.samples), g.cache_len - new_tokens, new_tokens)
 
 
-class Scoring(NamedTuple):
-  """The teacher of stored scores on a slice; without one, all values are 0.
+class OtherTeachers(NamedTuple):
+  """The teachers that are not an argument of the training step.
 
   Attributes:
-    weights: Bytes per device of the teacher. One of several is in memory at a time.
-    seconds: The lower bound for the texts of a round, without the time to load several teachers.
+    weights: Bytes per device. With train.online, the teachers in `teachers` are in memory too;
+      otherwise one teacher is, from its scores until those of another one.
+    seconds: The lower bound for the scores of a round, without the time to load several teachers.
   """
 
   weights: int = 0
@@ -101,14 +102,14 @@ class Rounds:
     texts: The texts of a round.
     step: The compiled training step; see step_estimate.estimate.
     decoder: The student that decodes.
-    scoring: The teacher of stored scores.
+    others: The teachers outside the training step.
   """
 
   config: Config
   texts: Round
   step: JsonObject
   decoder: Decoder
-  scoring: Scoring
+  others: OtherTeachers
 
   @classmethod
   def of(cls, config: Config, hardware: Hardware, mesh: jax.sharding.Mesh) -> Rounds:
@@ -123,32 +124,31 @@ class Rounds:
     run, texts = as_training(config), Round.of(config)
     program = programs.lower(run, "on_policy", mesh)
     step = step_estimate.estimate(run, TRAIN, program, hardware, mesh)
-    served = bool(config.generate.server.urls)
-    alone = config.train.online or served
-    scoring = Scoring() if alone else _scoring(config, texts, hardware, mesh)
+    others = _others(config, texts, hardware, mesh)
     student = loading.open_source(config.student, config.seed)
     axes = config.mesh.whole_rows()
     decoding_mesh = topology.make_mesh(axes, hardware.topology, hardware.num_slices)
-    resident = sum(_state(step).values()) + scoring.weights
+    resident = sum(_state(step).values()) + others.weights
     decoder = Decoder.of(config, student, hardware, decoding_mesh, resident)
-    return cls(config, texts, step, decoder, scoring)
+    return cls(config, texts, step, decoder, others)
 
   @property
   def bytes_per_device(self) -> dict[str, dict[str, int]]:
     """The bytes per device by part of a round and purpose."""
-    teacher = {"teacher": self.scoring.weights} if self.scoring.weights else {}
-    state, need = _state(self.step) | teacher, self.decoder.memory
+    state, need, others = _state(self.step), self.decoder.memory, self.others
+    if others.weights:
+      state["teachers" if "teacher" in state else "teacher"] = others.weights
     copy = {"decode copy": self.decoder.weights}
     found = {GENERATE: state | copy | {"cache": need.cache, "prompt cache": need.prompt_cache}}
-    if self.scoring.weights:
+    if others.seconds:
       found[SCORE] = state
-    return found | {TRAIN: teacher | self.step["bytes_per_device"]}
+    return found | {TRAIN: state | self.step["bytes_per_device"]}
 
   @property
   def peaks(self) -> dict[str, int]:
     """The bytes per device by part of a round."""
     sums = {part: sum(sizes.values()) for part, sizes in self.bytes_per_device.items()}
-    return sums | {TRAIN: self.step["peak_bytes_per_device"] + self.scoring.weights}
+    return sums | {TRAIN: self.step["peak_bytes_per_device"] + self.others.weights}
 
   @property
   def fits(self) -> bool:
@@ -166,7 +166,7 @@ class Rounds:
   def seconds(self) -> dict[str, float]:
     """Returns the lower bounds of the parts of a round with a step that fits."""
     steps = self.config.on_policy.every * self.step["step_seconds_bound"]
-    score = self.scoring.seconds or steps * self.teacher_share
+    score = self.others.seconds or steps * self.teacher_share
     train = steps * (1 - self.teacher_share)
     return {GENERATE: self.generate_seconds, SCORE: score, TRAIN: train}
 
@@ -186,7 +186,7 @@ class Rounds:
     """Returns the lower bound for the whole run, with evaluation, for a step that fits."""
     steps = self.config.train.steps
     sampled = steps - math.floor(steps * self.config.on_policy.records_fraction)
-    before = (self.generate_seconds + self.scoring.seconds) / self.texts.steps
+    before = (self.generate_seconds + self.others.seconds) / self.texts.steps
     evaluated = 1 + (estimate.evaluation_share(self.config, TRAIN) or 0)
     seconds = sampled * before + steps * evaluated * self.step["step_seconds_bound"]
     return seconds * self.decoder.hardware.num_chips / 3600
@@ -195,11 +195,10 @@ class Rounds:
 def as_training(config: Config) -> Config:
   """Returns the config of training on stored rows of the same length, generate.cache_len.
 
-  The teachers of stored scores are not in the step.
+  Each step has the texts of one teacher, so `teachers` are not in it.
   """
   data = dataclasses.replace(config.data, seq_len=config.generate.cache_len, buckets=())
-  teachers = config.teachers if config.train.online else {}
-  return dataclasses.replace(config, data=data, teachers=teachers)
+  return dataclasses.replace(config, data=data, teachers={})
 
 
 def estimate_rounds(config: Config, hardware: Hardware, mesh: jax.sharding.Mesh) -> JsonObject:
@@ -264,16 +263,22 @@ def _state(step: JsonObject) -> dict[str, int]:
   return {name: n for name, n in step["bytes_per_device"].items() if name in OF_STATE}
 
 
-def _scoring(config: Config, texts: Round, hardware: Hardware, mesh: jax.sharding.Mesh) -> Scoring:
-  """Returns the teacher that scores on these devices.
+def _others(
+  config: Config, texts: Round, hardware: Hardware, mesh: jax.sharding.Mesh
+) -> OtherTeachers:
+  """Returns the teachers outside the training step.
 
-  A pass over records.batch_size rows gathers the weights over fsdp, and sums activations over the
-  tensor axis.
+  To score, a pass over records.batch_size rows gathers the weights over fsdp, and sums activations
+  over the tensor axis.
   """
-  run, rows = as_training(config), config.records.batch_size
+  if config.generate.server.urls and not config.train.online:
+    return OtherTeachers()
   source = loading.open_source(config.teacher, config.seed)
-  sharding.check_batch("records.batch_size", rows, mesh)
   weights = estimate.model_bytes(source, mesh)
+  if config.train.online:
+    return OtherTeachers(weights * len(config.teachers))
+  run, rows = as_training(config), config.records.batch_size
+  sharding.check_batch("records.batch_size", rows, mesh)
   dtype = jnp.dtype(run.teacher.dtype)
   used = params.count(source.abstract) * dtype.itemsize / mesh.shape["tensor"]
   shards = mesh.shape["fsdp"] * mesh.shape["context"]
@@ -285,4 +290,4 @@ def _scoring(config: Config, texts: Round, hardware: Hardware, mesh: jax.shardin
   operations = flops.step_flops(run, "record", rows)
   bound = roofline.speed(run, "record", hardware, mesh, operations, weights, sent)
   seconds = -(-texts.rows // rows) * bound["step_seconds_bound"]
-  return Scoring(weights, seconds)
+  return OtherTeachers(weights, seconds)

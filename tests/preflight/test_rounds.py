@@ -120,10 +120,20 @@ def test_the_teacher_of_stored_scores_has_its_own_part(monkeypatch):
   assert "score" in preflight.text(r)
 
 
-def test_one_of_several_teachers_is_in_memory(monkeypatch):
+def test_one_of_several_teachers_of_stored_scores_is_in_memory(monkeypatch):
   one, _ = estimated(monkeypatch, **{"train.online": False})
   two, _ = estimated(monkeypatch, **{"train.online": False, "teachers": {"maths": ""}})
   assert two["bytes_per_device"] == one["bytes_per_device"]
+
+
+def test_all_online_teachers_are_in_memory_and_one_is_in_a_step(live, monkeypatch):
+  one, _ = live
+  two, _ = estimated(monkeypatch, teachers={"maths": ""})
+  assert two["flops"] == one["flops"]
+  teacher = one["bytes_per_device"]["train"]["teacher"]
+  for part in ("generate", "train"):
+    assert two["bytes_per_device"][part]["teachers"] == teacher
+    assert two["peak_bytes_per_device"][part] == one["peak_bytes_per_device"][part] + teacher
 
 
 def test_servers_score_at_their_own_speed(monkeypatch):
