@@ -82,7 +82,20 @@ def check(config: Config, student: ModelSource, teachers: Mapping[str, ModelSour
     _check_turn_end(corpus.template_of(config.data, _own(config, student)), side)
   for name, teacher in teachers.items():
     notes += _check_teacher(config, side, student, name, teacher)
+    if not config.train.online:
+      notes += earlier_teacher(student, teacher)
   return notes
+
+
+def earlier_teacher(student: ModelSource, teacher: ModelSource) -> list[str]:
+  """Returns a sentence if the student is a run with another teacher than that of the rounds."""
+  earlier = student.run.config.teacher.source if student.run else ""
+  if earlier in ("", teacher.options.source):
+    return []
+  return [
+    f"{student.name} was trained with the teacher {earlier}, and {teacher.name} scores its texts: "
+    "with stored scores, such a student keeps a bias however long it is trained (arXiv:2604.13010)."
+  ]
 
 
 def _check_options(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import chats
 import pytest
@@ -148,6 +149,21 @@ def test_another_beginning_of_texts_is_refused(pair):
 def test_other_sampling_is_told(pair):
   notes = pair(**{"generate.temperature": 0.7, "generate.top_p": 0.95})
   assert len(notes) == 1 and "generate.temperature=0.7, generate.top_p=0.95" in notes[0]
+
+
+def test_another_earlier_teacher_is_told():
+  source = lambda name, run=None: types.SimpleNamespace(
+    name=name, run=run, options=types.SimpleNamespace(source=name)
+  )
+  run = types.SimpleNamespace(config=config.resolve(config.base()))
+  earlier = lambda name: dataclasses.replace(
+    run.config, teacher=dataclasses.replace(run.config.teacher, source=name)
+  )
+  student = source("run:a", types.SimpleNamespace(config=earlier("old")))
+  (note,) = checks.earlier_teacher(student, source("new"))
+  assert "run:a was trained with the teacher old, and new scores its texts" in note
+  assert checks.earlier_teacher(student, source("old")) == []
+  assert checks.earlier_teacher(source("folder"), source("new")) == []
 
 
 @pytest.mark.parametrize(
