@@ -14,10 +14,9 @@ from distill_jax.data import jsonl
 from distill_jax.errors import InputError, bad_value
 from distill_jax.evals import _option_letter, _scores
 from distill_jax.evals._base import GenerativeBenchmark
-from distill_jax.evals._judging import judge_in_parallel
 from distill_jax.evals.model_slot import ModelSlot
 from distill_jax.evals.questions import Questions
-from distill_jax.filters import SampleFilter, answers, code, exact
+from distill_jax.filters import SampleFilter, answers, code, exact, judge_in_parallel
 from distill_jax.filters.samples import Sample, Unjudgeable, answer_part
 from distill_jax.generation import dispatch, local, outputs
 from distill_jax.generation.job import GenerationJob

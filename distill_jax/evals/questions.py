@@ -11,8 +11,7 @@ from distill_jax.data.bad_input import BadInputPolicy
 from distill_jax.errors import InputError
 from distill_jax.evals import _rows
 from distill_jax.evals._base import Benchmark, Choice, PromptLine
-from distill_jax.evals._judging import judge_in_parallel
-from distill_jax.filters import Sample, SampleFilter, Unjudgeable
+from distill_jax.filters import Sample, SampleFilter, Unjudgeable, judge_in_parallel
 from distill_jax.runtime import distributed
 
 ON_BAD = "evaluate.on_bad"  # the config key

@@ -7,8 +7,17 @@ additional key `of`, the number of samples of its prompt.
 """
 
 from distill_jax.filters._base import ComparingFilter, Filter, SampleFilter
+from distill_jax.filters._parallel import judge_in_parallel
 from distill_jax.filters.samples import Judged, Sample, Unjudgeable
 
-__all__ = ["ComparingFilter", "Filter", "Judged", "Sample", "SampleFilter", "Unjudgeable"]
+__all__ = [
+  "ComparingFilter",
+  "Filter",
+  "Judged",
+  "Sample",
+  "SampleFilter",
+  "Unjudgeable",
+  "judge_in_parallel",
+]
 
 SHARED = ("answers", "pipeline", "samples")

@@ -75,7 +75,7 @@ def generate(
   """
   mesh = sharding.make_mesh(**vars(job.mesh.whole_rows()))
   tokenizer = corpus.tokenizer_of(job.data, job.source.pretrained)
-  stops = _check(job, tokenizer, mesh, store)
+  stops = check_settings(job, tokenizer, mesh, store)
   prompts = Prompts(job, tokenizer)
   summary = prompts.summary()
   origin = {"prompts": summary.digest, "teacher": job.source.identity}
@@ -105,14 +105,14 @@ def check(job: GenerationJob) -> None:
     InputError: If `generate` would raise it.
   """
   tokenizer = corpus.tokenizer_of(job.data, job.source.pretrained)
-  _check(job, tokenizer, sharding.make_mesh(**vars(job.mesh.whole_rows())), None)
+  check_settings(job, tokenizer, sharding.make_mesh(**vars(job.mesh.whole_rows())))
   Prompts(job, tokenizer).summary()
 
 
-def _check(
-  job: GenerationJob, tokenizer: Tokenizer, mesh: Mesh, store: GeneratedStore | None
+def check_settings(
+  job: GenerationJob, tokenizer: Tokenizer, mesh: Mesh, store: GeneratedStore | None = None
 ) -> Stops:
-  """Checks the job before weights are read, and returns its end conditions."""
+  """Checks a job, except for its prompts, and returns its end conditions. No weights are read."""
   c, shape = job.decoding, job.source.text_config
   for key, value in (
     (job.key("samples"), job.samples),
@@ -234,6 +234,7 @@ def make_scheduler(
   model: Unrolled,
   compute: ComputeConfig,
   records: RecordsOptions | None = None,
+  fold: int | None = None,
 ) -> Scheduler:
   """Returns the scheduler that decodes a job.
 
@@ -245,6 +246,7 @@ def make_scheduler(
     model: The model with unrolled layers.
     compute: The compute settings.
     records: Settings for recording the distribution of each token. None: nothing is recorded.
+    fold: A number on which the sampled tokens depend too, e.g. that of a round. None: none.
   """
   c, run_keys = placement.divisible(job.decoding, mesh), keys(job.seed)
   spec = EngineSpec(
@@ -257,5 +259,7 @@ def make_scheduler(
     c.cache_dtype,
   )
   use = {name: run_keys[name] for name in ("generate", "records")}
+  if fold is not None:
+    use["generate"] = jax.random.fold_in(use["generate"], fold)
   engine = Engine(model, mesh, spec, c.batch_size, c.prefill_rows, c.cache_len, use)
   return Scheduler(engine, stops, spec.eos, c, job.max_new_tokens)

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from distill_jax.filters import Judged, Sample, SampleFilter
+from distill_jax.filters._base import SampleFilter
+from distill_jax.filters.samples import Judged, Sample
 
 
 def judge_in_parallel(judge: SampleFilter, samples: Iterable[Sample]) -> Iterator[Judged]:

@@ -1,0 +1,244 @@
+"""Rollouts: the stores of a round, stopped and resumed rounds, rewards and limits."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from json_lines import write_lines
+from tokenizers import decoders, pre_tokenizers
+
+from distill_jax import config
+from distill_jax.data import model_rows
+from distill_jax.errors import InputError, Preempted
+from distill_jax.models import loading, runs
+from distill_jax.nn import sharding
+from distill_jax.on_policy.rollouts import Rollouts, delete_round, folder_of
+from distill_jax.on_policy.round_writer import RoundWriter
+from distill_jax.records.store import open_store
+from distill_jax.runtime import distributed
+from distill_jax.types import Inputs
+
+PROMPTS = ["3 times 6 is", "hello", "a", "0 times 3 is 0", "ünï", "x = 1"]
+LEN, SHARD = 32, 4
+
+
+def made(folder, **changes):
+  """Returns a config: rounds of 2 steps of 8 texts; every second prompt is of the teacher b."""
+  c = tiny.tiny(folder)
+  rows = ({"prompt": p, "route": ("", "b")[i % 2], "key": p[0]} for i, p in enumerate(PROMPTS))
+  path = write_lines(folder / "prompts.jsonl", rows)
+  c.teachers = {"b": "elsewhere"}
+  c.generate.update(prompts=str(path), samples=2, max_new_tokens=12, cache_len=LEN)
+  c.generate.update(batch_size=4, prefill_rows=4, prefill_chunk=16, steps=4)
+  c.records.tokens_per_shard = SHARD * LEN
+  c.train.steps, c.train.batch_size, c.on_policy.every = 8, 8, 2
+  for key, value in changes.items():
+    *section, name = key.split("__")
+    (c[section[0]] if section else c)[name] = value
+  return c
+
+
+class Run:
+  """Rollouts of a config in a folder; counts how often the student was loaded."""
+
+  def __init__(self, c, folder, mesh=None, seed=0):
+    resolved = config.resolve(c)
+    self.mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+    self.student = loading.open_source(resolved.student, resolved.seed)
+    self.rollouts = Rollouts(resolved, self.student, self.mesh, folder)
+    self.rollouts.check()
+    self.loaded, self._seed = 0, seed
+
+  def model(self):
+    self.loaded += 1
+    with jax.set_mesh(self.mesh):
+      return self.student.load(self.mesh, runs.keys(self._seed)["student"])
+
+  def __call__(self, number=0, fingerprint="f"):
+    return self.rollouts.generate(number, fingerprint, self.model)
+
+
+def spelt(tokens):
+  """Returns the text of tokens of tiny's tokenizer."""
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  return decoders.ByteLevel().decode([alphabet[i] for i in tokens])
+
+
+def digests(stores):
+  return {name: [s.sha256 for s in store.manifest.shards] for name, store in stores.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("rollouts")
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+  """(the run, its stores) of round 0, which nothing interrupted."""
+  run = Run(made(folder), folder / "whole")
+  return run, run()
+
+
+def test_rows_are_prompts_with_the_student_s_texts(whole):
+  run, stores = whole
+  planned = run.rollouts.plan.of_round(0).rows
+  assert {name: len(store) for name, store in stores.items()} == {"teacher": 8, "b": 8}
+  for name, store in stores.items():
+    seen = set()
+    for row, (number, _) in zip(store, planned[name], strict=True):
+      prompt = list(PROMPTS[number].encode())
+      at, end = np.flatnonzero(row["mask_T"]), int((row["segments_T"] > 0).sum())
+      assert spelt(row["tokens_T"][: len(prompt)]) == PROMPTS[number]
+      assert at.tolist() == list(range(len(prompt) - 1, end - 1)) and len(at) == 12
+      assert not row["tokens_T"][end:].any() and not row["behaviour_logp_T"][~row["mask_T"]].any()
+      seen.add(row["tokens_T"].tobytes())
+    assert len(seen) == len(store)
+  rollout = stores["b"].manifest.rollout
+  assert (rollout["round"], rollout["student"]) == (0, "f")
+  assert rollout["scalars"] == ["behaviour_logp"]
+  assert rollout["sampling"]["temperature"] == 1 and rollout["sampling"]["max_new_tokens"] == 12
+
+
+def test_behaviour_logp_is_that_of_the_whole_model_without_a_cache(whole):
+  run, stores = whole
+  loaded = run.model()
+  rows = stores["teacher"].read_many(range(8))
+  stack = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+  x = model_rows.to_inputs(stack["tokens_T"], stack["segments_T"], stack["mask_T"])
+  inputs = Inputs(*(jax.numpy.asarray(a) for a in (x.tokens, x.positions, x.segments)))
+  out = jax.jit(lambda m, i: m(i, loaded.compute))(loaded.model, inputs)
+  z = np.float64(out.hidden_BTD) @ np.float64(out.head_VD).T
+  logp = z - np.log(np.exp(z).sum(-1, keepdims=True))
+  want = np.take_along_axis(logp, x.labels[..., None], -1)[..., 0]
+  mask = stack["mask_T"]
+  found = stack["behaviour_logp_T"]
+  assert mask.sum() == 8 * 12
+  np.testing.assert_allclose(found[mask], want[mask], rtol=2**-10)  # stored as float16
+
+
+def test_the_numbers_of_a_round(whole):
+  run, _ = whole
+  found = run.rollouts.summary(0)
+  assert found["round"] == 0 and found["texts"] == 16 and found["tokens"] == 16 * 12
+  assert found["reasons"] == {"length": 16} and found["truncated"] == 1
+  assert found["length"] == {"mean": 12, "median": 12, "p90": 12, "max": 12}
+  assert found["seconds"] > 0 and found["repetition"] == 0 and "reward" not in found
+  assert [n["texts"] for n in found["teachers"].values()] == [8, 8]
+
+
+def test_a_finished_round_needs_no_model(whole):
+  run, stores = whole
+  before = run.loaded
+  assert digests(run()) == digests(stores)
+  assert run.loaded == before
+
+
+class Stop(Exception):
+  pass
+
+
+@pytest.mark.parametrize("how", ["killed", "preempted"])
+def test_a_stopped_round_continues_with_the_missing_shards(whole, folder, monkeypatch, how):
+  """It stops while the third of four shards is begun; rows are then decoded with other rows."""
+  run = Run(made(folder), folder / how)
+  add, calls = RoundWriter.add, iter(range(100))
+
+  def stop_later(self, samples):
+    add(self, samples)
+    if next(calls) >= 6:
+      if how == "killed":
+        raise Stop
+      distributed.Preemption.request()
+
+  with monkeypatch.context() as patch:
+    patch.setattr(RoundWriter, "add", stop_later)
+    with pytest.raises(Stop if how == "killed" else Preempted):
+      run()
+  kept = {p: p.stat().st_mtime_ns for p in (folder / how / "rounds").rglob("*.array_record")}
+  assert 0 < len(kept) < 4
+  stores = Run(made(folder), folder / how)()
+  assert digests(stores) == digests(whole[1])
+  assert all(p.stat().st_mtime_ns == t for p, t in kept.items())
+  numbers = Run(made(folder), folder / how).rollouts.summary(0)
+  assert numbers["tokens"] == 16 * 12
+
+
+def test_texts_of_other_weights_are_sampled_again(whole, folder, capsys):
+  path = folder / "again"
+  run = Run(made(folder), path, seed=1)
+  old = digests(run())
+  scores = folder_of(path, 0, "teacher") / "records"
+  scores.mkdir()
+  assert old != digests(whole[1])
+  run._seed = 0
+  stores = run(fingerprint="g")
+  assert "are of other weights of the student" in capsys.readouterr().err
+  assert not scores.exists() and stores["b"].manifest.rollout["student"] == "g"
+  same = open_store(folder_of(folder / "whole", 0, "b") / "rollouts")
+  assert [row["tokens_T"].tolist() for row in stores["b"]] == [
+    row["tokens_T"].tolist() for row in same
+  ]
+  delete_round(path, 0)
+  assert not folder_of(path, 0).exists()
+
+
+def test_another_round_samples_other_texts_and_compiles_nothing(folder, caplog):
+  c = made(folder, train__batch_size=12)  # a round has each prompt twice
+  run = Run(c, folder / "rounds")
+  first = run(0)
+  loaded = run.model()
+  run.model = lambda: loaded
+  with jax.log_compiles(), caplog.at_level("WARNING"):
+    second = run(1)
+  assert [r.message for r in caplog.records if "compil" in r.message.lower()] == []
+  texts = [row["tokens_T"].tobytes() for s in (first, second) for st in s.values() for row in st]
+  assert len(set(texts)) == len(texts) == 48
+
+
+def test_a_round_whose_texts_are_cut_off_stops_the_run(folder):
+  run = Run(made(folder, on_policy__max_truncated=0.3), folder / "truncated")
+  for _ in range(2):  # also when it is run again
+    with pytest.raises(
+      InputError, match="max_truncated is 0.3; expected at least 0.*texts of round 0 that are cut"
+    ):
+      run()
+
+
+def test_verdicts_of_a_filter_are_rewards(folder):
+  c = made(folder, on_policy__reward="vowels")
+  c.filters.vowels = config.filter("regex", must=("[a-z]",))
+  run = Run(c, folder / "reward")
+  stores, total = run(), []
+  for store in stores.values():
+    assert store.manifest.rollout["scalars"] == ["behaviour_logp", "reward"]
+    for row in store:
+      text = spelt(row["tokens_T"][1:][row["mask_T"][:-1]])
+      want = float(any("a" <= letter <= "z" for letter in text))
+      assert (row["reward_T"] == np.where(row["mask_T"], want, 0)).all()
+      total.append(want)
+  assert run.rollouts.summary(0)["reward"] == np.mean(total)
+
+
+def test_prompts_without_an_answer_key_are_found_at_the_start(folder):
+  c = made(folder, on_policy__reward="same")
+  c.filters.same = config.filter("exact", key="answer")
+  with pytest.raises(InputError, match="Prompt 0 has no reward: no answer.*generate.on_bad=skip"):
+    Run(c, folder / "keys")
+
+
+@pytest.mark.parametrize(
+  ("changes", "text"),
+  [
+    ({"on_policy__reward": "x"}, "on_policy.reward is 'x'; expected one of"),
+    ({"on_policy__max_truncated": 2.0}, "on_policy.max_truncated is 2.0; expected a fraction"),
+    ({"train__batch_size": 5}, "train.batch_size is 5; expected a multiple"),
+    ({"generate__cache_len": 8}, "has 12 tokens"),
+    ({"mesh__context": 2}, "mesh.context is 2; expected 1"),
+    ({"teachers": {}}, "route is 'b'; expected '' or the name of a teacher"),
+  ],
+)
+def test_what_does_not_fit_is_found_before_anything_is_loaded(folder, tmp_path, changes, text):
+  c = made(folder, **changes)
+  with pytest.raises(InputError, match=text):
+    Run(c, tmp_path)
