@@ -245,6 +245,8 @@ def _check(
     raise bad_value("train.online", True, f"False, {itself}", "Remove the key")
   if config.records.logprobs:
     raise bad_value("records.logprobs", config.records.logprobs, f"'', {itself}", "Remove the key")
+  if config.records.served:
+    raise bad_value("records.served", True, f"False, {itself}", "Remove the key")
   if config.records.kind == "text":
     kinds = "'sampled' or 'topk', because the links are trained on their teachers' outputs"
     raise bad_value("records.kind", config.records.kind, kinds, "Choose one of them")

@@ -24,6 +24,7 @@ from distill_jax.preflight import other_tokenizer
 from distill_jax.records import (
   collate,
   fields,
+  job,
   recorder,
   student_corpus,
   student_rows,
@@ -194,10 +195,11 @@ def _train(config: Config, mesh: Mesh, rollout: JsonObject) -> LoweredStep:
 
 def _record(config: Config, mesh: Mesh) -> LoweredStep:
   c = config.records
-  if c.kind == "text" or c.logprobs:
-    key = "records.logprobs" if c.logprobs else "records.kind"
-    expected = "a config that runs a teacher, because otherwise nothing is compiled"
-    raise bad_value(key, c.logprobs or c.kind, expected, "Run preflight with another config")
+  if not job.runs_teacher(c):
+    name = "served" if c.served else "logprobs" if c.logprobs else "kind"
+    expected = "a config that runs a teacher here, because otherwise nothing is compiled"
+    action = "Run preflight with another config"
+    raise bad_value(f"records.{name}", getattr(c, name), expected, action)
   student_corpus.check(config)
   sharding.check_batch("records.batch_size", c.batch_size, mesh)
   teacher = loading.open_source(config.teacher, config.seed)

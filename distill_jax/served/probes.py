@@ -64,7 +64,7 @@ async def check_agreement(
   found = {}
   for i, answer in enumerate(answers):
     if isinstance(answer, RequestRefused):
-      raise _refused(client, answer) from answer
+      raise _refused(client, client.k, answer) from answer
     if isinstance(answer, BaseException) and not isinstance(answer, RequestFailed):
       raise answer
     if not isinstance(answer, BaseException):
@@ -118,7 +118,7 @@ async def check_tokenizer(client: ScoringClient, tokenizer: Tokenizer) -> None:
   try:
     theirs = await client.tokens(text)
   except RequestRefused as e:
-    raise _refused(client, e) from e
+    raise _refused(client, 0, e) from e
   begin = tokenizer.begin
   if begin and theirs[: len(begin)] == begin and ours[: len(begin)] != begin:
     theirs = theirs[len(begin) :]
@@ -187,14 +187,15 @@ def _apart(a: Sequence[float] | np.ndarray, b: np.ndarray) -> float:
   return float(np.nanmean(np.abs(np.asarray(a) - b)))
 
 
-def _refused(client: ScoringClient, refused: RequestRefused) -> InputError:
+def _refused(client: ScoringClient, k: int, refused: RequestRefused) -> InputError:
+  """Returns the error for a server that refuses to give k log-probabilities per token."""
   reason = str(refused).rstrip(".")
-  if not client.k:
+  if not k:
     return InputError(
       f"{client.http.servers.names} refuses to score a text ({reason}). Use vLLM or SGLang."
     )
   return InputError(
-    f"{client.http.servers.names} refuses to give {client.k} log-probabilities per token "
+    f"{client.http.servers.names} refuses to give {k} log-probabilities per token "
     f"({reason}). Lower records.n, or start the servers with a higher limit (vLLM: "
     "--max-logprobs)."
   )

@@ -101,7 +101,7 @@ def parse(way: str, answer: Any, text: Text, vocab_size: int) -> Document:
   elif way == SGLANG:
     document = _sglang_document(answer["meta_info"], text, vocab_size)
   else:
-    document = _vllm_document(answer["choices"][0], text)
+    document = _vllm_document(_choice(answer), text)
   document = [(token, _possible(token, top or {})) for token, top in document]
   import_logprobs.check_values(document, vocab_size, "A response of the server", CHECK)
   return document
@@ -115,7 +115,7 @@ def tokens_of(way: str, answer: Any) -> list[int]:
   """
   if way == SGLANG:
     return [int(token) for _, token, *_ in answer["meta_info"]["input_token_logprobs"]]
-  return [token for token, _ in import_logprobs.vllm(answer["choices"][0])]
+  return [token for token, _ in import_logprobs.vllm(_choice(answer))]
 
 
 def first_difference(sent: list[int], read: list[int], vocab_size: int) -> int | None:
@@ -152,6 +152,20 @@ def _sglang(model: str, prompt: JsonObject, start: int, k: int) -> tuple[str, Js
     "stream": False,
   }
   return "/generate", body
+
+
+def _choice(answer: JsonObject) -> JsonObject:
+  """Returns the `choices[0]` of a response of vLLM.
+
+  Raises:
+    InputError: It has no log-probabilities, as of servers that ignore the field.
+  """
+  choice = answer["choices"][0]
+  if not choice.get("prompt_logprobs"):
+    raise InputError(
+      "The server does not give the log-probabilities of a prompt. Use vLLM or SGLang, which do."
+    )
+  return choice
 
 
 def _vllm_document(choice: JsonObject, text: Text) -> Document:
