@@ -9,11 +9,12 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from distill_jax.cross_tokenizer.tables import PairTables
+from distill_jax.cross_tokenizer.vocabulary import Vocabulary
 
 KINDS = ("exact", "within", "spanning", "mid", "crossing")
 # The reasons for which a segment is skipped. The last three are for chats; see chats.py.
@@ -25,6 +26,18 @@ CHANGED = "changed by the student's chat template"
 REFUSED = "refused by the student's chat template"
 REASONS = (CONTROL, CUT, SPELLING, FORM, CHANGED, REFUSED)
 _CONTINUATION = 3  # bytes of a character after its first, at most
+
+
+class Pair(Protocol):
+  """The properties of a pair of tokenizers that align one segment; see PairTables."""
+
+  teacher: Vocabulary
+  student: Vocabulary
+  roles: dict[int, int]
+  same: bool
+  teacher_space: bool
+  length_V: np.ndarray
+  control_V: np.ndarray
 
 
 class Segment(NamedTuple):
@@ -141,7 +154,7 @@ def align(
   return join([r if isinstance(r, Segment) else None for r in results]), skipped
 
 
-def align_segment(tables: PairTables, token_G: np.ndarray) -> Segment | str:
+def align_segment(tables: Pair, token_G: np.ndarray) -> Segment | str:
   """Aligns the student's tokens of one segment's text with the teacher's.
 
   Text is tokenized by the student. A control token becomes the student's token of the same role.
@@ -187,7 +200,7 @@ def align_segment(tables: PairTables, token_G: np.ndarray) -> Segment | str:
 
 
 def _align_text(
-  tables: PairTables, tokens: np.ndarray, is_first: bool, is_last: bool
+  tables: Pair, tokens: np.ndarray, is_first: bool, is_last: bool
 ) -> tuple[np.ndarray, np.ndarray] | str:
   """Returns the student's tokens of a text, int64 [n], and their places in its bytes, int64 [n+1].
 

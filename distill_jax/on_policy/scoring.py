@@ -2,7 +2,8 @@
 
 The store of a teacher's scores has the rows of its texts, with their rollout scalars, and is
 written and resumed as by `record`. It belongs to one store of texts: if these were sampled again,
-the scores are deleted and computed again.
+the scores are deleted and computed again. Servers score the texts if generate.server.urls is set. A
+teacher with other tokens than the student reads its own tokens of the texts; see other_tokens.py.
 
 A process holds one teacher and two batches. It writes a shard in P of a store, where P is the
 number of processes that write, and looks up as many.
@@ -10,11 +11,13 @@ number of processes that write, and looks up as many.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jax.sharding import Mesh
@@ -26,13 +29,20 @@ from distill_jax.hub.tokenizer import check_vocabulary
 from distill_jax.models import loading, long_context
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
+from distill_jax.on_policy import other_tokens
+from distill_jax.on_policy.other_tokens import OtherTokens
 from distill_jax.on_policy.rollouts import folder_of
 from distill_jax.records import job, manifest, tap_features
+from distill_jax.records.job import Teacher
 from distill_jax.records.loaded_teacher import LoadedTeacher
+from distill_jax.records.options import RecordsOptions
 from distill_jax.records.packed_rows import PackedRows
 from distill_jax.records.recorder import Corpus
 from distill_jax.records.store import Store, open_store
 from distill_jax.runtime import distributed, files, storage
+
+if TYPE_CHECKING:
+  from distill_jax.served.teacher import ServedTeacher
 
 FOLDER = "records"  # in the folder of a teacher's round
 TEACHER = "teacher"  # the name of config.teacher
@@ -53,28 +63,32 @@ class Scorer:
 
   def __init__(self, config: Config, student: ModelSource, mesh: Mesh, folder: Path):
     self._config, self._student, self._mesh, self._folder = config, student, mesh, folder
+    self._is_served = bool(config.generate.server.urls)
     # By what the teachers' keys name, which several may share.
     self._sources: dict[str, ModelSource] = {}
+    self._others: dict[str, OtherTokens | None] = {}
     self._runners: dict[str, LoadedTeacher] = {}
 
-  def check(self, teachers: Iterable[str]) -> None:
+  def check(self, teachers: Sequence[str]) -> None:
     """Checks everything that can be checked before weights are read. All processes call it.
 
     Args:
       teachers: The names of the teachers that score texts.
 
     Raises:
-      InputError: The config and the teachers do not fit together.
+      InputError: The config and the teachers do not fit together, or servers cannot score texts.
+      Unavailable: No server answers.
     """
     options, mesh = self._config.records, self._mesh
-    _check_options(self._config)
+    _check_options(options)
     sharding.check_batch("records.batch_size", options.batch_size, mesh)
+    if self._is_served:
+      self._check_served(teachers)
+      return
     for name in teachers:
       source = self.source(name)
       sharding.shardings(source.abstract, mesh, source.compute.rules)  # raises if it cannot be
       self._check_text(source)
-      positions = {"the sampled texts": self._config.generate.cache_len}
-      long_context.check(mesh, positions, [source], of_tasks=False)
       source.check_digest()
 
   def source(self, teacher: str) -> ModelSource:
@@ -96,29 +110,46 @@ class Scorer:
 
     Raises:
       InputError: The texts cannot be scored.
+      Unavailable: No server answers.
       Preempted: SIGTERM was received. Finished shards are kept.
     """
     folder = folder_of(self._folder, number, teacher) / FOLDER
-    source, texts = self.source(teacher), _corpus(rollouts)
-    distributed.run_on_process_0(functools.partial(_delete_others, folder, texts.digest))
-    options, size = self._config.records, self._config.records.batch_size
-    # Fewer tokens per shard than in the config, so that every process has one to write.
-    writers = len(np.unique(sharding.rows(self._mesh, size).writer_B))
-    tokens = -(-len(texts.rows) // writers) * texts.positions
-    options = dataclasses.replace(options, tokens_per_shard=min(options.tokens_per_shard, tokens))
-    with job.open_part(options, source, texts, folder, self._mesh, size) as part:
-      job.record("on_policy", [part], self._runner(source, texts), self._mesh, "tokens scored")
-    return open_store(storage.location(folder), {"corpus": texts.digest})
+    digest = rollouts.manifest.digest
+    distributed.run_on_process_0(functools.partial(_delete_others, folder, digest))
+    source, mesh, size = self.source(teacher), self._mesh, self._config.records.batch_size
+    with contextlib.ExitStack() as stack:
+      served = stack.enter_context(self._served()) if self._is_served else None
+      texts = self._corpus(source, rollouts)
+      identity = served.identity if served else None
+      opened = job.open_part(self._options(texts), source, texts, folder, mesh, size, identity)
+      part = stack.enter_context(opened)
+      if served:
+        served.check([part])
+      runner: Teacher = served or self._runner(source, texts)
+      job.record("on_policy", [part], runner, mesh, "tokens scored")
+    return open_store(storage.location(folder), {"corpus": digest})
 
-  def _check_text(self, teacher: ModelSource) -> None:
-    """Raises InputError if a teacher cannot read the student's texts."""
-    tokenizer = corpora.tokenizer_of(self._config.data, self._student.pretrained)
-    shape = teacher.text_config
-    check_vocabulary(tokenizer.vocab_size, shape.vocab_size, tokenizer.where)
-    length, limit = self._config.generate.cache_len, shape.max_position_embeddings
-    if length > limit:
-      expected = f"at most {limit}, the number of positions of the teacher {teacher.name}"
-      raise bad_value("generate.cache_len", length, expected, "Reduce it")
+  def _options(self, texts: Corpus) -> RecordsOptions:
+    """Returns the options of a store, with a shard to write for every process."""
+    options = self._config.records
+    writers = len(np.unique(sharding.rows(self._mesh, options.batch_size).writer_B))
+    tokens = min(options.tokens_per_shard, -(-len(texts.rows) // writers) * texts.positions)
+    return dataclasses.replace(options, tokens_per_shard=tokens, served=self._is_served)
+
+  def _corpus(self, teacher: ModelSource, rollouts: Store) -> Corpus:
+    """Returns the texts of a round as the rows to record."""
+    other = None if self._is_served else self._other_tokens(teacher)
+    if other is not None:
+      return other.corpus(rollouts)
+    m, rows = rollouts.manifest, PackedRows(rollouts)
+    return Corpus(rows, m.seq_len, m.vocab_size, m.tokenizer, m.digest, rollout=m.rollout)
+
+  def _other_tokens(self, teacher: ModelSource) -> OtherTokens | None:
+    """Returns what a teacher with other tokens than the student's needs; None for others."""
+    named = teacher.options.source
+    if named not in self._others:
+      self._others[named] = other_tokens.find(self._config, self._student, teacher)
+    return self._others[named]
 
   def _runner(self, source: ModelSource, texts: Corpus) -> LoadedTeacher:
     """Returns a teacher, after freeing the memory of the others."""
@@ -130,12 +161,39 @@ class Scorer:
       self._runners[own] = LoadedTeacher(self._config, source, self._mesh, texts)
     return self._runners[own]
 
+  def _served(self) -> ServedTeacher:
+    """Returns the teacher on servers."""
+    from distill_jax.served.teacher import ServedTeacher  # needs an extra
 
-def _corpus(rollouts: Store) -> Corpus:
-  """Returns the texts of a round as the rows to record."""
-  m = rollouts.manifest
-  rows = PackedRows(rollouts)
-  return Corpus(rows, m.seq_len, m.vocab_size, m.tokenizer, m.digest, rollout=m.rollout)
+    data, pretrained = self._config.data, self._student.pretrained
+    is_chat = other_tokens.is_chats(self._config)
+    template = corpora.template_of(data, pretrained) if is_chat else None
+    return ServedTeacher(self._config, corpora.tokenizer_of(data, pretrained), template)
+
+  def _check_served(self, teachers: Sequence[str]) -> None:
+    """Raises InputError if servers cannot score the texts."""
+    generate = self._config.generate
+    if len(teachers) > 1:
+      expected = f"() with the {len(teachers)} teachers of the prompts, of which servers have one"
+      action = "Remove the key, or use one teacher"
+      raise bad_value("generate.server.urls", generate.server.urls, expected, action)
+    with self._served() as served:
+      served.check_before(generate.cache_len)
+
+  def _check_text(self, teacher: ModelSource) -> None:
+    """Raises InputError if a teacher cannot read the student's texts."""
+    config, shape = self._config, teacher.text_config
+    length, limit = config.generate.cache_len, shape.max_position_embeddings
+    if (other := self._other_tokens(teacher)) is not None:
+      length = other.positions
+    else:
+      tokenizer = corpora.tokenizer_of(config.data, self._student.pretrained)
+      check_vocabulary(tokenizer.vocab_size, shape.vocab_size, tokenizer.where)
+    if length > limit:
+      expected = f"at most {limit}, the number of positions of the teacher {teacher.name}"
+      raise bad_value("generate.cache_len", length, expected, "Reduce it")
+    positions = {"the sampled texts": length}
+    long_context.check(self._mesh, positions, [teacher], of_tasks=False)
 
 
 def _delete_others(folder: Path, digest: str) -> None:
@@ -147,14 +205,14 @@ def _delete_others(folder: Path, digest: str) -> None:
     files.remove_tree(where)
 
 
-def _check_options(config: Config) -> None:
+def _check_options(options: RecordsOptions) -> None:
   """Raises InputError for options of `records` that do not fit sampled texts."""
-  c = config.records
-  if c.kind == "text":
+  if options.kind == "text":
     expected = "a kind with the teacher's targets with train.online=False"
-    raise bad_value("records.kind", c.kind, expected, "Set it to 'sampled', 'topk' or 'labels'")
+    action = "Set it to 'sampled', 'topk' or 'labels'"
+    raise bad_value("records.kind", options.kind, expected, action)
   why = "for `on_policy`, whose texts are the student's"
   for key in ("logprobs", "student_tokenizer"):
-    if found := getattr(c, key):
+    if found := getattr(options, key):
       raise bad_value(f"records.{key}", found, f"'' {why}", "Remove the key")
-  tap_features.check(c, of_task=False)
+  tap_features.check(options, of_task=False)

@@ -1,8 +1,9 @@
 """Rows of text in a teacher's tokens, read as the rows of a student with another tokenizer.
 
-Row i has the text of row i of the teacher. It is aligned when it is read, in about the time that
-tokenizing it takes, and nothing is kept: `record` reads the next batch while the devices compute,
-and training in the threads of its loader.
+Row i has the text of row i of the teacher. Or, of texts that the student wrote, the rows are given
+in the student's tokens, and get those of the teacher. A row is aligned when it is read, in about
+the time that tokenizing it takes, and nothing is kept: `record` reads the next batch while the
+devices compute, and training in the threads of its loader.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from distill_jax.cross_tokenizer.align import KINDS, REASONS
 from distill_jax.cross_tokenizer.chains import DEPTH, Splits, chains
 from distill_jax.cross_tokenizer.dense import DenseTables, Links
 from distill_jax.cross_tokenizer.dense_targets import TeacherText
-from distill_jax.cross_tokenizer.rows import align_rows
+from distill_jax.cross_tokenizer.rows import AlignedRows, align_rows
 from distill_jax.cross_tokenizer.statistics import Statistics
 from distill_jax.cross_tokenizer.student_lengths import Source
+from distill_jax.cross_tokenizer.student_texts import StudentTexts
 from distill_jax.cross_tokenizer.tables import PairTables
 from distill_jax.data import model_rows
 from distill_jax.nn import sharding
@@ -41,17 +43,18 @@ NUMBERS = (
 
 
 class StudentRows(Sequence):
-  """The student's rows of a text.
+  """The student's rows of a text, and the teacher's.
 
   A record has the fields of the student's text, those of the teacher's with PREFIX, LINKS, and
   COUNTS.
 
   Args:
-    rows: The teacher's rows.
+    rows: The teacher's rows; with `texts` the student's.
     tables: The tables of both tokenizers.
     splits: Their splits.
     positions: Number of positions of a student row. Tokens that do not fit are cut.
     teacher_positions: Number of positions of a teacher row.
+    texts: What aligns texts that the student wrote; None for the teacher's rows.
 
   Attributes:
     rows: See Args.
@@ -59,13 +62,20 @@ class StudentRows(Sequence):
     splits: See Args.
     positions: See Args.
     teacher_positions: See Args.
+    texts: See Args.
   """
 
   def __init__(
-    self, rows: Source, tables: PairTables, splits: Splits, positions: int, teacher_positions: int
+    self,
+    rows: Source,
+    tables: PairTables,
+    splits: Splits,
+    positions: int,
+    teacher_positions: int,
+    texts: StudentTexts | None = None,
   ):
     self.rows, self.tables, self.splits = rows, tables, splits
-    self.positions, self.teacher_positions = positions, teacher_positions
+    self.positions, self.teacher_positions, self.texts = positions, teacher_positions, texts
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -92,16 +102,22 @@ class StudentRows(Sequence):
 
     return jax.tree.map(put, self.dense_tables)
 
+  def _both(self, row: Record) -> tuple[AlignedRows, Record]:
+    """Returns a row in the student's tokens, and in the teacher's."""
+    if self.texts is not None:
+      return self.texts.align(row)
+    return align_rows(self.tables, [row], self.positions), row
+
   def _aligned(self, row: Record) -> Record:
-    aligned = align_rows(self.tables, [row], self.positions)
+    aligned, theirs = self._both(row)
     at = aligned.token_X
     of = chains(self.tables, self.splits, aligned.aligned, at, aligned.known_G)
     place = np.where(of.place < 0, 0, aligned.position_G[of.place])
     fields_XLF = np.stack([place, of.real, of.split, of.base, of.low, of.high], -1)
     links_TLF = np.zeros((self.positions, *fields_XLF.shape[1:]), np.int32)
     links_TLF[aligned.position_X] = fields_XLF
-    teacher = {PREFIX + name: row[name] for name in TEXT}
-    counts = dataclasses.replace(aligned.statistics([row]), cut_chains=int(of.cut.sum()))
+    teacher = {PREFIX + name: theirs[name] for name in TEXT}
+    counts = dataclasses.replace(aligned.statistics([theirs]), cut_chains=int(of.cut.sum()))
     numbers = [getattr(counts, name) for name in NUMBERS]
     numbers += [counts.kinds[kind] for kind in KINDS]
     numbers += [counts.skipped[reason] for reason in REASONS]

@@ -21,7 +21,10 @@ class RetargetOptions:
   """Length of the sequences of the result. Tokens of a sequence that do not fit are cut, and
   counted. 0: the smallest multiple of 128 that holds every row of a sample of the stores; with
   equal tokenizers, the length of the store. With data.buckets, it is the length of the longest
-  sequences, and the others have the same share of it as before."""
+  sequences, and the others have the same share of it as before.
+
+  For `on_policy`, it is the length of the rows of a teacher with other tokens than the student. 0:
+  1.25 times generate.cache_len, rounded up to a multiple of 128."""
   min_mass: float = 0.0
   """Smallest probability mass of a position inside a teacher's token. Where the teacher's tokens
   that begin with its bytes have less mass together, the position gets its label as its target. By

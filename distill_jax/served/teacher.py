@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import functools
 import threading
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ from distill_jax.generation import server_checks
 from distill_jax.generation.http_client import RequestFailed, RequestRefused
 from distill_jax.nn.sharding import Rows
 from distill_jax.records import batch_plan, recorder, served_store
-from distill_jax.records.fields import LABEL_LOGP, Record
+from distill_jax.records.fields import LABEL_LOGP, TEXT, Record
 from distill_jax.records.job import Part
 from distill_jax.records.recorder import Corpus
 from distill_jax.records.store import unfinished_store
@@ -112,14 +112,20 @@ class ServedTeacher:
       Unavailable: No server answers.
     """
     missing = [part for part in parts if part.missing]
-    if not missing:
-      return
+    if missing:
+      self._check(lambda: _row_of(missing[0]))
+
+  def check_before(self, positions: int) -> None:
+    """Makes the checks of `check` before there are rows, of this number of positions."""
+    self._check(lambda: dict.fromkeys(TEXT, np.zeros(positions, np.int32)))
+
+  def _check(self, row: Callable[[], Record]) -> None:
     self._wait(self._client.open())
     way = ""
 
     def probe() -> None:
       nonlocal way
-      way = self._wait(self._probe(_row_of(missing[0])))
+      way = self._wait(self._probe(row()))
 
     distributed.run_on_process_0(probe)
     self._client.way = distributed.text_of_process_0(way)

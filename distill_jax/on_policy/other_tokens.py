@@ -1,0 +1,155 @@
+"""Teachers with other tokens than the student, on the student's texts.
+
+The student's tokens are those that it sampled. The teacher reads its own tokens of the same text,
+which are aligned when a row is read, and its distributions are projected to the student's tokens
+(docs/cross-tokenizer.md). It works for scores that are stored and for a teacher in the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax.sharding import Mesh
+
+from distill_jax.config import Config
+from distill_jax.cross_tokenizer import sides
+from distill_jax.cross_tokenizer.chains import Splits
+from distill_jax.cross_tokenizer.student_texts import StudentTexts
+from distill_jax.data import corpus
+from distill_jax.data.tokenizers import Tokenizer
+from distill_jax.errors import InputError, bad_value
+from distill_jax.losses import FeatureLoss
+from distill_jax.models.loading import ModelSource
+from distill_jax.on_policy.checks import compare_tokens
+from distill_jax.records.recorder import Corpus
+from distill_jax.records.store import Store
+from distill_jax.records.student_rows import StudentRows
+from distill_jax.training.outputs import OtherTokenizer
+from distill_jax.types import Model
+
+MULTIPLE = 128  # of the length of the teacher's rows
+MORE = 1.25  # tokens of the teacher that are expected per token of the student, at most
+SAMPLE = 8  # texts of a round, of which one has to be aligned
+
+
+def teacher_tokenizer(teacher: ModelSource, ours: Tokenizer) -> Tokenizer:
+  """Returns the tokenizer of a teacher; a model without one reads the student's tokens."""
+  files = teacher.tokenizer
+  return ours if files is None else corpus.of_files(files, teacher.name)
+
+
+class OtherTokens:
+  """A teacher with other tokens than the student's.
+
+  The tables of a pair take 2 to 6 seconds and 15 MB. A text is aligned in about the time that
+  tokenizing it takes.
+
+  Args:
+    config: The config of the run.
+    student: The student, without weights.
+    teacher: The teacher, without weights.
+
+  Raises:
+    InputError: The tokens of one have no bytes, or the config has what only one tokenizer allows.
+  """
+
+  def __init__(self, config: Config, student: ModelSource, teacher: ModelSource):
+    check_options(config, teacher.name)
+    self._config, self._name, is_chat = config, teacher.name, is_chats(config)
+    ours = corpus.tokenizer_of(config.data, student.pretrained)
+    own = dataclasses.replace(config.data, tokenizer="")
+    theirs = sides.teacher_side(own, teacher.pretrained, teacher_tokenizer(teacher, ours), is_chat)
+    named = config.data.tokenizer
+    side = sides.student_side("data.tokenizer", named, student.pretrained, is_chat)
+    self._tables = sides.pair_tables(theirs, side, config.retarget.roles)
+    self._splits = Splits.of(self._tables)
+    length = config.retarget.seq_len or -(-config.generate.cache_len * MORE // MULTIPLE) * MULTIPLE
+    self._length = min(int(length), teacher.text_config.max_position_embeddings)
+    self._texts = StudentTexts(self._tables, theirs, side, self._length)
+
+  @property
+  def positions(self) -> int:
+    """The number of positions of a row of the teacher."""
+    return self._length
+
+  def rows(self, texts: Store) -> StudentRows:
+    """Returns the rows of a round's texts, with the teacher's tokens.
+
+    Raises:
+      InputError: None of a few texts can be aligned.
+    """
+    m = texts.manifest
+    rows = StudentRows(texts, self._tables, self._splits, m.seq_len, self._length, self._texts)
+    skipped = [
+      self._texts.align(row)[0].skipped for row in texts.read_many(range(min(SAMPLE, len(texts))))
+    ]
+    reasons = sorted({reason for counts in skipped for reason in counts})
+    if all(skipped):
+      raise InputError(
+        f"None of the first {len(skipped)} texts of {texts.folder} can be aligned with the tokens "
+        f"of the teacher {self._name}: {', '.join(reasons)}. Set retarget.chat for prompts in the "
+        "form of a chat template, or use a teacher with the student's tokenizer."
+      )
+    return rows
+
+  def corpus(self, texts: Store) -> Corpus:
+    """Returns a round's texts as the rows to record; see `rows`."""
+    m = texts.manifest
+    retargeted = {
+      "tokenizer": self._tables.teacher.digest,
+      "store": "",
+      "method": "exact",
+      "min_mass": self._config.retarget.min_mass,
+    }
+    return Corpus(
+      self.rows(texts),
+      m.seq_len,
+      m.vocab_size,
+      m.tokenizer,
+      m.digest,
+      retargeted=retargeted,
+      rollout=m.rollout,
+    )
+
+  def in_step(self, model: Model, rows: StudentRows, mesh: Mesh) -> OtherTokenizer:
+    """Returns the teacher as the training step runs it.
+
+    Args:
+      model: The teacher.
+      rows: Rows from `rows`, of any round.
+      mesh: The mesh.
+    """
+    return OtherTokenizer(model, rows.on_devices(mesh), self._config.retarget.min_mass)
+
+
+def find(config: Config, student: ModelSource, teacher: ModelSource) -> OtherTokens | None:
+  """Returns what a teacher with other tokens needs; None for one with the student's.
+
+  Raises:
+    InputError: See OtherTokens.
+  """
+  ours = corpus.tokenizer_of(config.data, student.pretrained)
+  different, _ = compare_tokens(ours, teacher_tokenizer(teacher, ours))
+  return OtherTokens(config, student, teacher) if different else None
+
+
+def is_chats(config: Config) -> bool:
+  """Returns whether prompts are in the form of a chat template."""
+  return config.generate.chat or config.retarget.chat
+
+
+def check_options(config: Config, teacher: str) -> None:
+  """Raises InputError for options that need one tokenizer."""
+  why = f"for the teacher {teacher}, whose tokens are not the student's"
+  for name, fn in config.losses.items():
+    if isinstance(fn, FeatureLoss):
+      expected = f"a loss of logits {why}"
+      raise bad_value(f"losses.{name}", type(fn).__module__, expected, "Remove the loss")
+  for key, value in (("taps", ()), ("temperature", 1.0)):
+    if (found := getattr(config.records, key)) != value:
+      raise bad_value(f"records.{key}", found, f"{value!r} {why}", "Remove the key")
+  if config.train.online and config.on_policy.records_fraction:
+    expected = f"0 {why}: the steps on records need the teacher's tokens too"
+    raise bad_value(
+      "on_policy.records_fraction", config.on_policy.records_fraction, expected, "Remove the key"
+    )

@@ -1,0 +1,152 @@
+"""A teacher with other tokens than the student's, on texts that the student sampled."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny_checkpoints
+import tiny_pair
+import tiny_store
+
+from distill_jax import config
+from distill_jax.errors import InputError
+from distill_jax.losses.features import FeatureSpec
+from distill_jax.models import loading
+from distill_jax.nn import logits as logits_lib
+from distill_jax.nn import sharding
+from distill_jax.on_policy import other_tokens
+from distill_jax.on_policy.rollouts import folder_of
+from distill_jax.on_policy.scoring import Scorer
+from distill_jax.records import collate, manifest, student_rows
+from distill_jax.records.store import open_store
+from distill_jax.training.outputs import teacher_outputs
+from distill_jax.types import Inputs
+
+ROWS, T, LENGTH = 6, 24, 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A folder with a teacher of its own tokens, and the student's tokenizer."""
+  folder = tmp_path_factory.mktemp("models")
+  shape = dataclasses.replace(tiny_checkpoints.CONFIG, vocab_size=16)
+  weights = {k: x * 0.3 for k, x in tiny_checkpoints.tensors(shape).items()}
+  tiny_checkpoints.write_folder(folder / "teacher", shape, weights)
+  (folder / "teacher" / "tokenizer.json").write_bytes(tiny_pair.raw(tiny_pair.TEACHER))
+  (folder / "student.json").write_bytes(tiny_pair.raw(tiny_pair.STUDENT))
+  return folder
+
+
+def resolved(folder, **changes):
+  c = config.base()
+  c.teacher.source, c.student.shape = str(folder / "teacher"), "tiny"
+  c.data.tokenizer = str(folder / "student.json")
+  c.records.kind, c.records.batch_size, c.records.chunk = "dense", 4, 10
+  c.records.tokens_per_shard, c.generate.cache_len = 4 * T, T
+  c.retarget.seq_len = LENGTH
+  c.update_from_flattened_dict(changes)
+  return config.resolve(c)
+
+
+def text(i):
+  """A text of random tokens; those of an odd number end."""
+  rng, student = np.random.default_rng(i), tiny_pair.tables().student
+  t, prompt, n = np.arange(T), 3 + i % 2, 12 + i
+  tokens = np.where(t < n, rng.choice(np.flatnonzero(student.length_V), T), 0).astype(np.int32)
+  if i % 2:
+    tokens[n - 1] = student.end
+  logp, reward = -rng.gamma(1, 2, T).astype(np.float32), np.full(T, i % 3 == 0, np.float32)
+  mask = (t >= prompt - 1) & (t < n - 1)
+  named = {"tokens_T": tokens, "segments_T": (t < n).astype(np.int32), "mask_T": mask}
+  return named | {"behaviour_logp_T": logp, "reward_T": reward}
+
+
+@pytest.fixture(scope="module")
+def texts(folder):
+  rollout = {"round": 2, "student": "abc", "sampling": {}, "scalars": ["behaviour_logp", "reward"]}
+  student = tiny_pair.tables().student
+  plain = tiny_store.manifest(
+    ROWS, kind="text", n=0, vocab_size=student.size, seq_len=T, tokenizer=student.digest, teacher={}
+  )
+  at = folder_of(folder / "run", 2, "teacher") / "rollouts"
+  tiny_store.record(at, manifest.with_rollout(plain, rollout), make=text)
+  return open_store(at)
+
+
+def opened(c):
+  student, teacher = (loading.open_source(m) for m in (c.student, c.teacher))
+  found = other_tokens.find(c, student, teacher)
+  assert found is not None
+  return student, teacher, found
+
+
+def test_scores_are_the_enumeration_of_the_projected_distributions(folder, texts):
+  """The student's tokens are kept, and most are not those that its tokenizer would make."""
+  c = resolved(folder)
+  student, teacher, other = opened(c)
+  scorer = Scorer(c, student, sharding.make_mesh(), folder / "run")
+  scorer.check(["teacher"])
+  store = scorer.score(2, "teacher", texts)
+  store.verify()
+  m, tables = store.manifest, tiny_pair.tables()
+  assert (m.tokenizer, m.rollout) == (tables.student.digest, texts.manifest.rollout)
+  assert m.retargeted["tokenizer"] == tables.teacher.digest
+  loaded = teacher.load(sharding.make_mesh(), jax.random.key(0))
+  rows = other.rows(texts)
+  batch = collate.collate(rows.read_many(range(ROWS)), read=student_rows.read)
+
+  @jax.jit
+  def live(in_step, batch):
+    targets, _ = teacher_outputs(in_step, "teacher", batch, loaded.compute, FeatureSpec())
+    return jax.nn.softmax(targets.logits())
+
+  live_BTS = np.asarray(live(other.in_step(loaded.model, rows, sharding.make_mesh()), batch))
+  checked = 0
+  for i, got in enumerate(store):
+    for name, x in texts[i].items():
+      np.testing.assert_array_equal(got[name], x, name)
+    aligned, theirs = rows.texts.align(texts[i])
+    inputs = Inputs.of(*(theirs[k][None] for k in ("tokens_T", "segments_T")))
+    out = loaded.model(inputs, loaded.compute)
+    z_TV = np.float64(logits_lib.logits(out.hidden_BTD, out.head_VD))[0, :, : tables.teacher.size]
+    p_TV = np.exp(z_TV) / np.exp(z_TV).sum(-1, keepdims=True)
+    p_GV = p_TV[aligned.position_G - 1]
+    reference = tiny_pair.Enumeration(tables, aligned.aligned, p_GV, aligned.known_G)
+    for x, t in zip(aligned.token_X, aligned.position_X, strict=True):
+      want, _, _ = reference.target(x)
+      stored = np.zeros_like(want)
+      np.add.at(stored, got["ids_TK"][t], np.exp(got["logp_TK"][t]))
+      np.testing.assert_allclose(stored, want, rtol=2e-3, atol=1e-6)  # stored as float16
+      np.testing.assert_allclose(live_BTS[i, t], want, rtol=2e-5, atol=1e-7)
+      label = want[texts[i]["tokens_T"][t + 1]]
+      assert got["label_logp_T"][t] == pytest.approx(np.log(label), rel=1e-3, abs=1e-3)
+      checked += 1
+  assert checked == sum(int(text(i)["mask_T"].sum()) for i in range(ROWS)) > 60
+
+
+WRONG = {
+  "records.taps": ((1,), r"records.taps is \(1,\); expected \(\) for the teacher"),
+  "records.temperature": (2.0, "records.temperature is 2.0; expected 1.0 for the teacher"),
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_what_needs_one_tokenizer_is_refused(key, folder):
+  value, message = WRONG[key]
+  with pytest.raises(InputError, match=message):
+    opened(resolved(folder, **{key: value}))
+
+
+def test_texts_that_cannot_be_aligned_are_refused(folder, texts, monkeypatch):
+  c = resolved(folder)
+  _, _, other = opened(c)
+  monkeypatch.setattr(other._texts, "_text", lambda tokens: "not text")
+  with pytest.raises(InputError, match="None of the first 6 texts .* can be aligned .* not text"):
+    other.rows(texts)
+
+
+def test_a_teacher_with_the_students_tokens_needs_nothing(folder):
+  c = resolved(folder, **{"data.tokenizer": str(folder / "teacher" / "tokenizer.json")})
+  student, teacher = (loading.open_source(m) for m in (c.student, c.teacher))
+  assert other_tokens.find(c, student, teacher) is None
