@@ -9,7 +9,7 @@ import tiny_store
 
 from distill_jax.errors import InputError
 from distill_jax.losses import LabelTargets
-from distill_jax.records import collate, manifest, store, tf_example
+from distill_jax.records import collate, describe, formats, manifest, store, tf_example
 
 pytestmark = pytest.mark.smoke
 
@@ -113,3 +113,14 @@ def test_bad_records_are_refused():
   cut["rollout"] = cut["rollout"][:-2]
   with pytest.raises(InputError, match="bytes of scalars"):
     tf_example.decode(0, cut, m)
+
+
+def test_they_are_shown_and_given_to_trainers(tmp_path):
+  tiny_store.record(tmp_path, written("labels"), make=rollout)
+  read, want = store.open_store(tmp_path), rollout(1)
+  line = describe.show(read, 1, lambda ids: f"<{ids[0]}>").splitlines()[3]
+  for name, value in (("student", "behaviour_logp"), ("label", "label_logp"), ("H", "entropy")):
+    assert f" {name}={np.float16(want[f'{value}_T'][3]):.2f}" in line
+  example = formats.example(read[1], read.manifest)
+  np.testing.assert_array_equal(example["reward"], want["mask_T"] * 1.0)
+  assert {"behaviour_logp", "teacher_label_logp"} <= example.keys()
