@@ -3,7 +3,7 @@
 Each check is of a failure that others have reported: training continues and its loss falls, but
 the texts grow without end, or the teacher scores something else than the student wrote. Nothing is
 loaded or compiled. The checks read the files of the tokenizers, the configs of the models and the
-first COMPARED prompts; comparing two vocabularies of 150,000 tokens takes about a second.
+first COMPARED prompts; comparing two vocabularies of 150,000 tokens takes some seconds.
 """
 
 from __future__ import annotations

@@ -83,6 +83,25 @@ def _numbers(counts: JsonObject) -> JsonObject:
   }
 
 
+def metrics(summary: JsonObject) -> dict[str, float]:
+  """Returns the metrics of a round's texts, from `summary`.
+
+  Returns:
+    text_length, text_length_p90 (in tokens), truncated, repetition (fractions of the texts) and
+    reward (the mean; only with rewards); with several teachers, also of each, as METRIC/TEACHER.
+  """
+  teachers = summary["teachers"] if len(summary["teachers"]) > 1 else {}
+  return _metrics(summary) | {
+    f"{key}/{name}": x for name, numbers in teachers.items() for key, x in _metrics(numbers).items()
+  }
+
+
+def _metrics(numbers: JsonObject) -> dict[str, float]:
+  length = numbers["length"]
+  found = {"text_length": length["mean"], "text_length_p90": float(length["p90"])}
+  return found | {k: numbers[k] for k in ("truncated", "repetition", "reward") if k in numbers}
+
+
 def check_options(c: OnPolicyOptions) -> None:
   """Raises InputError if a limit is not a fraction."""
   for key in LIMITS:

@@ -32,14 +32,23 @@ TITLES = {
   "tokens_per_second": ("Tokens per second", "of all devices"),
   "goodput": ("Goodput", "fraction of the time spent in steps"),
 }
-# Metrics of the student's own texts (on_policy/diagnosis.py); "/TEACHER" may follow.
+# Metrics of the student's own texts; "/TEACHER" may follow. See on_policy/diagnosis.py and
+# on_policy/round_counts.py; the entropies are of every step.
 OWN = {
   "reverse_kl": ("Reverse KL", "KL(student || teacher), nats per token"),
   "overlap": ("Overlap", "share of the teacher's top tokens among the student's"),
   "student_mass": ("Student's mass", "probability of the teacher's top tokens"),
   "teacher_mass": ("Teacher's mass", "probability of the student's top tokens"),
   "drift": ("Drift", "mean |log q in training - log q in sampling|, nats"),
+  "entropy": ("Entropy of the student", "nats per token"),
+  "teacher_entropy": ("Entropy of the teacher", "nats per token"),
+  "text_length": ("Length of texts", "mean, in tokens"),
+  "text_length_p90": ("Length of texts, 90% quantile", "in tokens"),
+  "truncated": ("Truncated", "fraction of the texts"),
+  "repetition": ("Ended in a loop", "fraction of the texts"),
+  "reward": ("Reward", "mean over the texts"),
 }
+ROUND = "round"  # the metric of all runs of on_policy
 CLOCK = ("tokens_per_second", "goodput")  # 0 in the first row of a process
 SMOOTH = ("learning_rate", "goodput")  # drawn as one line
 
@@ -125,11 +134,14 @@ def _losses(
 
 def _own(runs: Mapping[str, ReportedRun]) -> Iterator[Panel]:
   """Yields panels of the metrics of the student's own texts, by teacher."""
-  for key in _keys(runs):
-    kind, _, teacher = key.partition("/")
-    if kind in OWN:
-      title, note = OWN[kind]
-      yield Panel(f"{title}, {teacher}" if teacher else title, note, _curves(runs, key), True)
+  runs = {name: run for name, run in runs.items() if ROUND in run.series}
+  for kind, (title, note) in OWN.items():
+    for key in _keys(runs):
+      if key.partition("/")[0] == kind:
+        teacher = key.partition("/")[2]
+        shown = f"{title}, {teacher}" if teacher not in ("", "teacher") else title
+        is_sparse = not kind.endswith("entropy")
+        yield Panel(shown, note, _curves(runs, key), is_sparse)
 
 
 def _divergence(key: str) -> str:

@@ -108,6 +108,7 @@ def write_run(folder, tokenizer, steps=(0, 10)):
       tenths = {f"reverse_kl_tenth_{n + 1}/teacher": n + step for n in range(9)}
       tenths["reverse_kl_tenth_10/teacher"] = math.nan
       row = {"loss": 1.0, "overlap/teacher": 0.25, "student_mass/teacher": 0.5, "drift": 0.01}
+      row |= {"round": step, "entropy": 2.0, "text_length": 30.0, "truncated/math": 0.5}
       metrics.write(step, row | tenths)
   shown.write(folder, steps[-1], texts(tokenizer), tokenizer)
 
@@ -120,7 +121,8 @@ def test_the_report_shows_them(tokenizer, tmp_path):
   assert page.row("before step 0")[1:] == [*(f"{n}.00" for n in range(9)), "—"]
   assert page.row("before step 10")[1:4] == ["10.00", "11.00", "12.00"]
   assert "Text 1, before step 10: mean KL student 1.50" in page.words
-  assert "Overlap, teacher" in page.words and "Drift" in page.words
+  titles = {"Overlap", "Drift", "Entropy of the student", "Length of texts", "Truncated, math"}
+  assert titles < set(page.words)
   groups = [attrs["name"] for tag, attrs in page.tags if tag == "input"]
   assert set(groups) == {"own0-0"}
   kinds = [attrs.get("class") for tag, attrs in page.tags if tag == "span"]
@@ -129,9 +131,10 @@ def test_the_report_shows_them(tokenizer, tmp_path):
 
 def test_a_run_of_train_has_no_such_section(tokenizer, tmp_path):
   with MetricsWriter(tmp_path / "distilled") as metrics:
-    metrics.write(0, {"loss": 1.0})
+    metrics.write(0, {"loss": 1.0, "entropy": 2.0})
   write_report(tmp_path)
-  assert "own texts" not in (tmp_path / "report.html").read_text()
+  html = (tmp_path / "report.html").read_text()
+  assert "own texts" not in html and "Entropy" not in html
 
 
 def test_three_texts_are_shown_of_different_teachers_first():
