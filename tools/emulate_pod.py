@@ -47,7 +47,8 @@ MAX_RATIO = 1.5  # bytes read over bytes needed
 MAX_GROWTH = 1.1
 ROWS = 192  # of the small corpus
 LARGER = 10
-CLOCK = ("step_seconds", "tokens_per_second", "goodput")  # columns that differ between runs
+# Columns that differ between runs.
+CLOCK = ("step_seconds", "tokens_per_second", "goodput", "generate_seconds", "score_seconds")
 
 
 def write_model(folder: Path, width: int, layers: int) -> None:

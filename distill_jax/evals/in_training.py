@@ -1,19 +1,13 @@
 """Benchmarks of the student at the evaluations of its training (train.eval_benchmarks).
 
-The cost: an evaluation copies the weights, because those of the training state are updated by the
-next step while decoding has another form of them and deletes what it converts. A step has a
-gradient in the place of the copy, and activations in that of the KV cache; with low-rank adapters,
-whose base has no gradient, the copy of the base comes on top. The decoding programs are compiled at
-the first evaluation.
+The cost: an evaluation copies the weights; see training/decoding_copy.py. The decoding programs are
+compiled at the first evaluation.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from distill_jax.config import Config
@@ -23,11 +17,11 @@ from distill_jax.evals.model_slot import ModelSlot
 from distill_jax.evals.questions import Questions, read_questions
 from distill_jax.hub.tokenizer import check_vocabulary
 from distill_jax.models import DecoderConfig, loading
-from distill_jax.models.loading import LoadedModel, ModelSource
+from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
-from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.runtime import distributed, files, storage
 from distill_jax.training import best
+from distill_jax.training.decoding_copy import decoding_copy
 from distill_jax.types import Model, PyTree
 
 FOLDER = "evals"  # in the folder of a run: answers and grades, by step and benchmark
@@ -95,7 +89,7 @@ class Benchmarks:
     folder = self._folder / f"step-{step}"
     left = storage.location(folder)
     distributed.run_on_process_0(lambda: files.remove_tree(left))
-    self._slot.hold(self._copy(trained, base))
+    self._slot.hold(decoding_copy(self._slot.source, trained, base, self._mesh))
     try:
       rows = benchmarks.run(self._config, self._slot, self._questions, folder)
     finally:
@@ -107,17 +101,6 @@ class Benchmarks:
     # As integers, because jax would round float64.
     values = distributed.broadcast_from_process_0(values.view(np.int32)).view(np.float64)
     return dict(zip(map(best.of_benchmark, rows), values.tolist(), strict=True))
-
-  def _copy(self, trained: PyTree, base: Model | None) -> LoadedModel:
-    """Returns a copy of the trained model in its family's ordinary form."""
-    source = self._slot.source
-    compute = dataclasses.replace(source.compute, quantise=QuantiseOptions())  # already rounded
-    both = (trained, base)
-    shardings = jax.tree.map(lambda x: x.sharding, both)
-    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
-    trained, base = copy(both)
-    model = source.trainable.merge(trained, base, self._mesh, compute)
-    return LoadedModel(model, source.config, compute, source.pretrained)
 
 
 def check(config: Config, student: ModelSource) -> None:

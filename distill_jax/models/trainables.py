@@ -159,9 +159,11 @@ class Quantised(Trainable):
   def merge(self, trained: PyTree, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
     """Returns the model with its linear weights rounded."""
     del base
-    round_to_grid = functools.partial(quantise.tree, spec=self.options)
     shardings = sharding.shardings(trained, mesh, compute.rules)
-    return jax.jit(round_to_grid, out_shardings=shardings, donate_argnums=0)(trained)
+    rounded = jax.jit(
+      quantise.tree, out_shardings=shardings, donate_argnums=0, static_argnames="spec"
+    )
+    return rounded(trained, spec=self.options)
 
 
 @dataclasses.dataclass(frozen=True)

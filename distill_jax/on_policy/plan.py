@@ -92,7 +92,7 @@ class Plan:
     """Returns the plan of round `n`, from 0. It takes time and memory for this round only."""
     numbers = range(n * self.every, min((n + 1) * self.every, self.steps))
     sampled = [i for i in numbers if not uses_records(i, self.records_fraction)]
-    turns = sorted(self._turns[i - _records_before(i, self.records_fraction)] for i in sampled)
+    turns = sorted(self._turns[i - records_before(i, self.records_fraction)] for i in sampled)
     rows: dict[str, list[tuple[int, int]]] = {}
     at = {}
     for step, (teacher, turn) in zip(sampled, turns, strict=True):
@@ -163,10 +163,10 @@ def check(config: Config) -> None:
 
 def uses_records(step: int, fraction: float) -> bool:
   """Returns True if a step trains on train.records; these steps are spread evenly over the run."""
-  return _records_before(step + 1, fraction) > _records_before(step, fraction)
+  return records_before(step + 1, fraction) > records_before(step, fraction)
 
 
-def _records_before(step: int, fraction: float) -> int:
+def records_before(step: int, fraction: float) -> int:
   """Returns the number of steps before `step` that train on train.records."""
   return int(step * Fraction(fraction).limit_denominator(10**6))  # 0.1 as 1/10, so exactly
 

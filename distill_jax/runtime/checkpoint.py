@@ -147,6 +147,11 @@ def digest(workdir: str | Path, step: int | None = None) -> str:
   return _sha256({path: x for path, x in arrays.items() if path.startswith(PARAMS)})
 
 
+def params_digest(params: PyTree) -> str:
+  """Returns the digest of trained parameters in memory, which is that of a checkpoint of them."""
+  return _sha256(_array_records({PARAMS + path: x for path, x in _leaves_by_path(params)}))
+
+
 def checksums(tree: PyTree) -> PyTree:
   """Returns a checksum of each array: two uint32, the sums of hashed elements.
 

@@ -52,9 +52,7 @@ def info(path: str | os.PathLike[str]) -> FileInfo | None:
 
 
 def listing(folder: str | os.PathLike[str], pattern: str = "*") -> dict[str, FileInfo]:
-  """Returns the files directly in a folder, by name, sorted; {} if it does not exist.
-
-  A store lists 1,000 files per request.
+  """Returns the files directly in a folder, sorted by name (1,000 per request); {} without it.
 
   Args:
     folder: The folder.
@@ -62,6 +60,11 @@ def listing(folder: str | os.PathLike[str], pattern: str = "*") -> dict[str, Fil
   """
   found = _children(folder)[0]
   return {name: found[name] for name in sorted(found) if fnmatch.fnmatchcase(name, pattern)}
+
+
+def folders(folder: str | os.PathLike[str]) -> list[str]:
+  """Returns the names of the folders directly in a folder, sorted; [] if it does not exist."""
+  return sorted(_children(folder)[1])
 
 
 def tree(folder: str | os.PathLike[str], is_skipped: Callable[[str], bool]) -> dict[str, FileInfo]:

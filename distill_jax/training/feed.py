@@ -12,6 +12,7 @@ from distill_jax.models.loading import ModelSource
 from distill_jax.training import stores
 from distill_jax.training.outputs import Teachers
 from distill_jax.training.state import TrainInputs, online_teachers
+from distill_jax.training.step import Step
 from distill_jax.training.stores import Stores
 from distill_jax.training.train_state import TrainState
 from distill_jax.types import Batch, JsonObject
@@ -24,11 +25,13 @@ class Fed(NamedTuple):
     batch: The global batch, on the devices.
     teachers: The online teachers, by name.
     metrics: Further metrics of the step.
+    teacher: The name of its teacher, if steps have different ones.
   """
 
   batch: Batch
   teachers: Teachers
   metrics: Mapping[str, float] = {}
+  teacher: str = ""
 
 
 class Feed(Protocol):
@@ -44,11 +47,11 @@ class Feed(Protocol):
   stores: Stores
   online: Mapping[str, ModelSource]
 
-  def open(self, mesh: Mesh, inputs: TrainInputs, start: int, saved: JsonObject) -> None:
+  def open(self, step: Step, inputs: TrainInputs, start: int, saved: JsonObject) -> None:
     """Prepares the batches from a step on.
 
     Args:
-      mesh: The mesh.
+      step: The training step.
       inputs: The arguments of the step.
       start: The first step.
       saved: The metadata of the checkpoint of that step; {} without one.
@@ -67,8 +70,8 @@ class Feed(Protocol):
   def next(self, step: int) -> Fed:
     """Returns the batch of a step. Steps are in order, without gaps."""
 
-  def metadata(self) -> JsonObject:
-    """Returns values for the metadata of a checkpoint, with which `open` continues."""
+  def metadata(self, step: int) -> JsonObject:
+    """Returns what the metadata of a checkpoint before a step has for `open`."""
 
 
 class StoredFeed:
@@ -77,18 +80,19 @@ class StoredFeed:
   Args:
     config: The config of the run.
     student: The model to train.
+    mesh: The mesh.
   """
 
-  def __init__(self, config: Config, student: ModelSource):
-    self.config = config
+  def __init__(self, config: Config, student: ModelSource, mesh: Mesh):
+    self.config, self._mesh = config, mesh
     self.stores: Stores = stores.open_stores(config, student)
     self.online: Mapping[str, ModelSource] = online_teachers(config)
 
-  def open(self, mesh: Mesh, inputs: TrainInputs, start: int, saved: JsonObject) -> None:
+  def open(self, step: Step, inputs: TrainInputs, start: int, saved: JsonObject) -> None:
     """Starts to read batches; see `Feed.open`."""
-    del saved
+    del step, saved
     self._teachers = inputs.teachers
-    self._batches = stores.device_batches(self.config, self.stores, mesh, start)
+    self._batches = stores.device_batches(self.config, self.stores, self._mesh, start)
 
   def due(self, step: int) -> bool:
     """Returns False: records are there already."""
@@ -103,6 +107,7 @@ class StoredFeed:
     del step
     return Fed(next(self._batches), self._teachers)
 
-  def metadata(self) -> JsonObject:
+  def metadata(self, step: int) -> JsonObject:
     """Returns {}: the position in the stores is the number of the step."""
+    del step
     return {}

@@ -100,9 +100,14 @@ def batches(
     chosen = [rows[length][n * sizes[length] + i] for i in own[length]]
     return to_batch(_read(chosen, stores, empty_targets.get(length, {})))
 
+  return read_ahead(lambda n: batch(order[n]), range(start, len(order)))
+
+
+def read_ahead(batch: Callable[[int], Batch], numbers: range) -> Iterator[Batch]:
+  """Yields the batches of some numbers, which threads read before they are needed."""
   ahead = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BATCHES_AHEAD)
-  steps = grain.MapDataset.range(start, len(order)).map(lambda n: batch(order[n]))
-  return iter(steps.to_iter_dataset(ahead))
+  source = grain.MapDataset.range(numbers.start, numbers.stop).map(batch)
+  return iter(source.to_iter_dataset(ahead))
 
 
 def batch_sizes(lengths: Iterable[int], batch_size: int) -> dict[int, int]:
@@ -175,9 +180,7 @@ def in_order(
     records = iter(store.read_many([i for i in own if i < len(store)]))
     return to_batch([empty_targets | (next(records) if i < len(store) else padding) for i in own])
 
-  ahead = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BATCHES_AHEAD)
-  numbers = grain.MapDataset.range(-(-len(store) // batch_size))
-  return iter(numbers.map(batch).to_iter_dataset(ahead))
+  return read_ahead(batch, range(-(-len(store) // batch_size)))
 
 
 def _place(store: int, index: int) -> Place:

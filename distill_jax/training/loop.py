@@ -43,7 +43,7 @@ def train(
   config: Config,
   workdir: Path,
   benchmarks: Benchmarks | None = None,
-  open_feed: Callable[[ModelSource], Feed] | None = None,
+  open_feed: Callable[[ModelSource, Mesh], Feed] | None = None,
 ) -> JsonObject:
   """Trains the student, starting from the last checkpoint if there is one.
 
@@ -51,7 +51,8 @@ def train(
     config: The config of the run.
     workdir: The folder of the run.
     benchmarks: Runs the benchmarks in train.eval_benchmarks; None to run none.
-    open_feed: Returns the source of its batches for a student; None for the stores of the config.
+    open_feed: Returns the source of its batches, given the student and the mesh; None for the
+      stores of the config.
 
   Returns:
     The metrics of the last step. With train.best_metric also `best_step` and `best_value`, and
@@ -65,12 +66,12 @@ def train(
   began = time.monotonic()
   trackers.check(config.train.tracker)
   student = loading.open_source(config.student, config.seed)
-  feed: Feed = open_feed(student) if open_feed else StoredFeed(config, student)
+  mesh = sharding.make_mesh(**vars(config.mesh))
+  feed: Feed = (open_feed or functools.partial(StoredFeed, config))(student, mesh)
   config, stores, online = feed.config, feed.stores, feed.online
   heldout = open_heldout(config, student, stores)
   validate.check_run(config, stores, student)
   validate_heldout.check(config, stores, heldout, student)
-  mesh = sharding.make_mesh(**vars(config.mesh))
   c = config.train
   validate.check_online(config, [*stores, *heldout], online)
   validate.check_mesh(config, stores, [student, *online.values()], mesh)
@@ -100,7 +101,7 @@ def train(
     evaluation.announce(workdir)
     step_fn = jitted(step, state, mesh)
     schedule = SaveSchedule(c, start)
-    feed.open(mesh, inputs, start, checkpoint.read_metadata(saves, start) if start else {})
+    feed.open(step, inputs, start, checkpoint.read_metadata(saves, start) if start else {})
     follower = trackers.Follower(config, workdir, c.steps)
     with Log(workdir, start, c.steps, began) as log, follower:
       saved = start
@@ -108,7 +109,7 @@ def train(
       def save(done: int) -> None:
         nonlocal saved
         log.flush()  # raises if the loss is not finite, before the state is saved
-        checkpoint.save(saves, done, state, metadata | best.metadata | feed.metadata())
+        checkpoint.save(saves, done, state, metadata | best.metadata | feed.metadata(done))
         saved = done
         log.saved()
 
@@ -127,6 +128,8 @@ def train(
         profile.step(n)
         with jax.transfer_guard("disallow"):
           state, metrics = step_fn(state, fed.batch, fed.teachers, base=inputs.base)
+        if fed.teacher:
+          metrics |= {f"loss/{fed.teacher}": metrics["loss"]}
         log.step(n, metrics | fed.metrics)  # blocks on the metrics of the previous step only
         done = n + 1
         stop = preemption.reached()

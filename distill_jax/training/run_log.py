@@ -16,7 +16,8 @@ from distill_jax.runtime import distributed, storage
 from distill_jax.runtime.progress import Progress
 from distill_jax.training.metric_writer import MetricsWriter
 
-CLOCK = ("step_seconds", "tokens_per_second", "goodput")  # not reproducible between runs
+OF_STEP = ("step_seconds", "tokens_per_second", "goodput")
+CLOCK = (*OF_STEP, "generate_seconds", "score_seconds")  # not reproducible between runs
 
 
 class Log:
@@ -118,10 +119,10 @@ class Log:
     now = self._now()
     took, self._mark = now - self._mark, now
     if math.isnan(took):  # the first row of a process includes compilation
-      return dict.fromkeys(CLOCK, 0.0)
+      return dict.fromkeys(OF_STEP, 0.0)
     self._good += took
     goodput = self._good / (now - self._began)
-    return dict(zip(CLOCK, (took, tokens / took, goodput), strict=True))
+    return dict(zip(OF_STEP, (took, tokens / took, goodput), strict=True))
 
 
 class Profile:

@@ -1,0 +1,203 @@
+"""The texts of rounds as the batches of a training run.
+
+Before the first step of a round, the student samples its texts and the teachers score them, unless
+they run in the step. Texts and scores are stores on disk, which are kept if the run is killed: it
+continues from its last checkpoint, and a store is used again if its texts are those of the student
+that the repeated steps lead to. A checkpoint within a round names the students of the texts that
+the round still needs, because they cannot be sampled again.
+
+A process holds the rows of the batches that are read ahead, and the disk the last
+on_policy.keep_rounds rounds besides those that the last checkpoints need.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from distill_jax.config import Config
+from distill_jax.data import corpus
+from distill_jax.errors import InputError
+from distill_jax.models import runs
+from distill_jax.models.loading import LoadedModel, ModelSource
+from distill_jax.nn import sharding
+from distill_jax.on_policy import checks, diagnosis, inputs, order, plan, shown
+from distill_jax.on_policy.inputs import TEACHER
+from distill_jax.on_policy.order import Order
+from distill_jax.on_policy.plan import StepRows
+from distill_jax.on_policy.rollouts import Rollouts
+from distill_jax.on_policy.round_folders import RoundFolders
+from distill_jax.on_policy.scoring import Scorer
+from distill_jax.records import collate
+from distill_jax.records.store import Store
+from distill_jax.runtime import checkpoint, distributed
+from distill_jax.training import loader, stores
+from distill_jax.training.decoding_copy import decoding_copy
+from distill_jax.training.feed import Fed
+from distill_jax.training.outputs import Teachers
+from distill_jax.training.state import TrainInputs
+from distill_jax.training.step import Step
+from distill_jax.training.stores import Stores
+from distill_jax.training.train_state import TrainState
+from distill_jax.types import Batch, JsonObject
+
+SAMPLED = "sampled"  # in the metadata of a checkpoint: the students of rounds' texts
+
+
+class RoundsFeed:
+  """The batches of rounds; a `training.feed.Feed`.
+
+  Args:
+    config: The config of the run.
+    folder: The folder of the run.
+    student: The model to train.
+    mesh: The mesh.
+
+  Raises:
+    InputError: The config, the models and the prompts do not fit together.
+  """
+
+  def __init__(self, config: Config, folder: Path, student: ModelSource, mesh: Mesh):
+    order.check(config)
+    inputs.check(config)
+    self._options, self._records_config, self._folder = config.on_policy, config, folder
+    self._tokenizer = corpus.tokenizer_of(config.data, student.pretrained)
+    self._student, self._mesh, self._keys = student, mesh, runs.keys(config.seed)
+    self._rollouts = Rollouts(config, student, mesh, folder)
+    self._rollouts.check()
+    self._plan = self._rollouts.plan
+    self._order = Order(config.on_policy.every, config.on_policy.lag, self._plan.rounds)
+    names = [name for name, count in self._plan.prompts.counts.items() if count]
+    self._sources = inputs.sources(config, {TEACHER: None} | dict.fromkeys(names))
+    self._several = len(names) > 1
+    self._scorer = None if config.train.online else Scorer(config, student, mesh, folder)
+    if self._scorer is not None:
+      self._scorer.check(names)
+    for sentence in checks.check(config, student, {name: self._sources[name] for name in names}):
+      if distributed.is_process_0():
+        print(sentence, file=sys.stderr)
+    self._records = inputs.open_records(config, student)
+    texts = inputs.planned_store(config, self._tokenizer, folder, self._plan.prompts.digest)
+    self.config = inputs.as_training(config, folder)
+    self.stores: Stores = [texts, *self._records]
+    online = {TEACHER: self._sources[TEACHER]} if config.train.online else {}
+    self.online: Mapping[str, ModelSource] = online
+    self._folders = RoundFolders(folder, config.on_policy.keep_rounds, config.train.keep)
+    self._batch_rows = sharding.rows(mesh, config.train.batch_size)
+
+  def open(self, step: Step, train_inputs: TrainInputs, start: int, saved: JsonObject) -> None:
+    """Loads further teachers of the step, and begins to read records; see `Feed.open`."""
+    self._start, self._base, self._fixed = start, train_inputs.base, train_inputs.teachers
+    self._teachers = {name: self._loaded(name) for name in self._sources}
+    self._diagnose = diagnosis.jitted(step, self._mesh)
+    # The fingerprint of the student that samples or has sampled the texts of a round, by round.
+    self._students = {int(number): digest for number, digest in saved.get(SAMPLED, {}).items()}
+    self._folders.open()
+    self._folders.protect(self._order.carried(start))
+    if self._records:
+      before = plan.records_before(start, self._options.records_fraction)
+      self._of_records = stores.device_batches(
+        self._records_config, self._records, self._mesh, before
+      )
+
+  def _loaded(self, name: str) -> Teachers:
+    """Returns the teachers in the steps of a teacher's texts, by their names in a batch."""
+    if not self.online or name == TEACHER:
+      return self._fixed
+    loaded = self._sources[name].load(self._mesh, self._keys["teacher"])
+    return {TEACHER: loaded.model}
+
+  def due(self, step: int) -> bool:
+    """Returns whether a step is the first of its round, or the first of this process."""
+    return self._order.begins(step) or step == self._start
+
+  def begin(self, step: int, state: TrainState) -> None:
+    """Samples and scores the texts that are missing; see `Feed.begin`."""
+    number = self._order.round_of(step)
+    began = time.perf_counter()
+    texts = {i: self._sample(i, step, state) for i in self._order.needed(step)}
+    sampled = time.perf_counter()
+    found = texts[number]
+    if self._scorer is not None:
+      found = {name: self._scorer.score(number, name, store) for name, store in found.items()}
+    self._about = {
+      "generate_seconds": sampled - began,
+      "score_seconds": time.perf_counter() - sampled,
+    }
+    self._number, self._round, self._texts = number, self._plan.of_round(number), found
+    first = step - number * self._order.every
+    self._batches = self._read(first)
+    self._ahead: list[Batch] = []
+    if self._order.begins(step) and diagnosis.due(step, self._order.every):
+      self._about |= self._diagnosed(step, state)
+    self._students = {i: self._students[i] for i in self._order.needed(step)}
+    self._folders.delete_before(number)
+
+  def _sample(self, number: int, step: int, state: TrainState) -> dict[str, Store]:
+    """Returns the texts of a round by teacher, those that are missing after sampling them."""
+    is_now = self._order.sampled_before(number) == step
+    if is_now:
+      self._students[number] = checkpoint.params_digest(state.params)
+
+    def student() -> LoadedModel:
+      if is_now:
+        return decoding_copy(self._student, state.params, self._base, self._mesh)
+      raise InputError(
+        f"Texts of round {number} are missing, which were sampled before step "
+        f"{self._order.sampled_before(number)}. Restore the folder, or move the checkpoints after "
+        "that step away to continue from an earlier one."
+      )
+
+    return self._rollouts.generate(number, self._students[number], student)
+
+  def _read(self, first: int) -> Iterator[Batch]:
+    """Returns this process's rows of the batches of the round's texts, from a step of it on."""
+    rows = [r for r in self._round.steps[first:] if r is not None]
+    return loader.read_ahead(lambda i: self._of_rows(rows[i]), range(len(rows)))
+
+  def _of_rows(self, rows: StepRows) -> Batch:
+    store = self._texts[rows.teacher]
+    records = store.read_many([rows.first + i for i in self._batch_rows.held.tolist()])
+    recorded = collate.recorded_of(store.manifest)
+    return collate.collate(records, with_targets=not self.online, recorded=recorded)
+
+  def _next_batch(self) -> Batch:
+    if self._ahead:
+      return self._ahead.pop()
+    return collate.to_device(next(self._batches), self._batch_rows)
+
+  def _diagnosed(self, step: int, state: TrainState) -> dict[str, float]:
+    """Returns the metrics of the diagnosis of the round's first batch of texts."""
+    name = next((rows.teacher for rows in self._round.steps if rows is not None), None)
+    if name is None:
+      return {}
+    self._ahead.append(self._next_batch())
+    found = self._diagnose(state, self._ahead[0], self._teachers[name], self._base)
+    found = jax.device_get(found)
+    metrics = {key.replace(f"/{TEACHER}", f"/{name}"): float(x) for key, x in found.metrics.items()}
+    diagnosis.check_limits(self._options, metrics, step)
+    if distributed.is_process_0():
+      texts = found.texts | {"teachers": {name: found.texts["teachers"][TEACHER]}}
+      shown.write(self._folder, step, texts, self._tokenizer)
+    return metrics
+
+  def next(self, step: int) -> Fed:
+    """Returns the batch of a step; see `Feed.next`."""
+    rows = self._round.steps[step - self._number * self._order.every]
+    metrics, self._about = {"round": self._number} | self._about, {}
+    if rows is None:
+      return Fed(next(self._of_records), self._fixed, metrics)
+    metrics["lag"] = step - self._order.sampled_before(self._number)
+    teachers = self._teachers[rows.teacher]
+    return Fed(self._next_batch(), teachers, metrics, rows.teacher if self._several else "")
+
+  def metadata(self, step: int) -> JsonObject:
+    """Returns the students whose texts a checkpoint before a step needs."""
+    carried = self._order.carried(step)
+    self._folders.protect(carried)
+    return {SAMPLED: {str(i): self._students[i] for i in carried}}

@@ -1,0 +1,107 @@
+"""The inputs of a run besides its prompts: the teachers, records, and the plan of the texts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+from distill_jax.config import Config
+from distill_jax.data.tokenizers import Tokenizer
+from distill_jax.errors import InputError, bad_value
+from distill_jax.losses import FeatureLoss
+from distill_jax.models import loading
+from distill_jax.models.loading import ModelSource
+from distill_jax.on_policy.rollouts import FOLDER
+from distill_jax.records import fields, manifest, recorder
+from distill_jax.records.multi_teacher import MultiTeacherStore
+from distill_jax.records.store import Store
+from distill_jax.training import stores
+from distill_jax.training.stores import Stores
+
+TEACHER = "teacher"  # the name of config.teacher
+
+
+def check(config: Config) -> None:
+  """Checks the keys of other sections that rounds cannot be combined with.
+
+  Raises:
+    InputError: A key has such a value.
+  """
+  c = config.train
+  if config.tasks:
+    expected = "{} with `on_policy`, whose student continues texts"
+    raise bad_value("tasks", list(config.tasks), expected, "Remove the tasks")
+  if c.teachers:
+    expected = "{} with `on_policy`, where the prompts name their teachers"
+    raise bad_value("train.teachers", c.teachers, expected, "Use `teachers`")
+  if bool(c.records) != bool(config.on_policy.records_fraction):
+    expected = "a fraction above 0 with train.records" if c.records else "0 without train.records"
+    action = "Set the fraction of steps that train on records, or remove train.records"
+    raise bad_value(
+      "on_policy.records_fraction", config.on_policy.records_fraction, expected, action
+    )
+  if c.online and config.generate.server.urls:
+    expected = "() with train.online=True, where the teacher runs in the step"
+    action = "Remove one of the two"
+    raise bad_value("generate.server.urls", config.generate.server.urls, expected, action)
+  for name, fn in config.losses.items():
+    if isinstance(fn, FeatureLoss) and fn.fits_adapters:
+      raise InputError(
+        f"losses.{name} fits its projections to a first batch, which `on_policy` does not have "
+        "before the student is loaded. Choose another projection."
+      )
+
+
+def sources(config: Config, names: Iterable[str]) -> dict[str, ModelSource]:
+  """Opens some of the teachers, by name."""
+  options = {
+    name: dataclasses.replace(config.teacher, source=s) for name, s in config.teachers.items()
+  }
+  options |= {TEACHER: config.teacher}
+  return {name: loading.open_source(options[name], config.seed) for name in names}
+
+
+def as_training(config: Config, folder: Path) -> Config:
+  """Returns the config of training on the texts of rounds, which train.records names first.
+
+  The teachers of `teachers` take turns as the one teacher of a step.
+  """
+  train = dataclasses.replace(config.train, records=(str(folder / FOLDER), *config.train.records))
+  return dataclasses.replace(config, teachers={}, train=train)
+
+
+def open_records(config: Config, student: ModelSource) -> Stores:
+  """Opens the stores in train.records; () without them."""
+  return stores.open_stores(config, student) if config.train.records else ()
+
+
+def planned_store(
+  config: Config, tokenizer: Tokenizer, folder: Path, prompts: str
+) -> MultiTeacherStore:
+  """Returns a stand-in for the stores of the rounds: their manifest, without records.
+
+  Args:
+    config: The config of the run.
+    tokenizer: The student's tokenizer.
+    folder: The folder of the run.
+    prompts: The digest of the prompts.
+  """
+  options = config.records
+  if config.train.online:
+    options = dataclasses.replace(options, kind="text", taps=())
+  rows = config.train.batch_size * config.on_policy.every
+  planned = recorder.planned_manifest(
+    options, tokenizer.vocab_size, rows, config.generate.cache_len
+  )
+  digest = config.teacher.digest
+  planned = dataclasses.replace(
+    planned,
+    tokenizer=tokenizer.digest,
+    corpus=prompts,
+    teacher={"digest": digest} if digest and options.kind != "text" else {},
+  )
+  scalars = [f.name for f in fields.ROLLOUT][: 2 if config.on_policy.reward else 1]
+  rollout = {"round": 0, "student": "", "sampling": {}, "scalars": scalars}
+  where = folder / FOLDER
+  return MultiTeacherStore(Store(where, manifest.with_rollout(planned, rollout)), {})

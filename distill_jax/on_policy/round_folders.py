@@ -1,0 +1,45 @@
+"""The folders of rounds, of which the old ones are deleted."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Collection
+from pathlib import Path
+
+from distill_jax.on_policy.rollouts import FOLDER, delete_round
+from distill_jax.runtime import distributed, files, storage
+
+
+class RoundFolders:
+  """The folders of a run's rounds.
+
+  Args:
+    folder: The folder of the run.
+    keep: Number of the last rounds that are kept; 0 for all.
+    saves: Number of checkpoints that are kept. One that is being written comes on top.
+  """
+
+  def __init__(self, folder: Path, keep: int, saves: int):
+    self._folder, self._keep = folder, keep
+    self._needed: collections.deque[Collection[int]] = collections.deque(maxlen=saves + 1)
+    self._there: set[int] = set()
+
+  def open(self) -> None:
+    """Looks up the rounds that an earlier process has left."""
+    if self._keep and distributed.is_process_0():
+      names = files.folders(files.join(storage.location(self._folder), FOLDER))
+      self._there = {int(name) for name in names if name.isdecimal()}
+
+  def protect(self, rounds: Collection[int]) -> None:
+    """Keeps the rounds that a new checkpoint needs until later ones replace it."""
+    self._needed.append(rounds)
+
+  def delete_before(self, number: int) -> None:
+    """Deletes what a run does not need any more once the texts of a round are there."""
+    self._there.add(number)
+    if not self._keep or not distributed.is_process_0():
+      return
+    needed = {i for rounds in self._needed for i in rounds}
+    for old in sorted(i for i in self._there - needed if i <= number - self._keep):
+      delete_round(self._folder, old)
+      self._there.remove(old)

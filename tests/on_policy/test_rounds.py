@@ -1,0 +1,169 @@
+"""Runs of `on_policy`: rounds, what they continue from after a stop, and what they keep."""
+
+import shutil
+
+import pytest
+import tiny
+import tiny_on_policy
+
+from distill_jax.errors import InputError, Preempted
+from distill_jax.on_policy import feed, round_folders, scoring
+from distill_jax.records import writer
+from distill_jax.records.store import open_store
+from distill_jax.runtime import checkpoint, distributed
+
+
+class Killed(BaseException):
+  """An exception that no part of the code handles."""
+
+
+def kill(*_, **__):
+  raise Killed
+
+
+def stop_at(monkeypatch, owner, name, call, stop=kill):
+  """Runs `stop` before a call of owner.name, counted from 1."""
+  real, calls = getattr(owner, name), []
+
+  def counted(*args, **kwargs):
+    calls.append(args)
+    if len(calls) == call:
+      stop()
+    return real(*args, **kwargs)
+
+  monkeypatch.setattr(owner, name, counted)
+  return calls
+
+
+def live(folder):
+  """Two rounds of two steps, with a checkpoint after each step, and texts in shards of four."""
+  c = tiny_on_policy.on_policy_config(folder)
+  c.on_policy.every, c.on_policy.keep_rounds, c.train.keep = 2, 0, 4
+  c.records.tokens_per_shard = 4 * tiny_on_policy.LENGTH
+  return c
+
+
+def late(folder):
+  """As `live`, with stored scores of texts of the student one round before."""
+  c = live(folder)
+  c.train.online, c.on_policy.lag, c.train.steps = False, 1, 6
+  c.records.kind, c.records.n = "topk", 8
+  return c
+
+
+def result(workdir):
+  return tiny.measured(workdir), checkpoint.digest(workdir)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("on_policy")
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+  """The workdir of a live run that nothing has stopped."""
+  tiny_on_policy.run(live(folder), folder / "whole")
+  return folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def whole_late(folder):
+  tiny_on_policy.run(late(folder), folder / "late")
+  return folder / "late"
+
+
+def student_of(workdir, number):
+  """The fingerprint of the student that sampled the texts of a round."""
+  return open_store(workdir / f"rounds/{number:05d}/teacher/rollouts").manifest.rollout["student"]
+
+
+def test_a_live_run_trains_on_texts_of_its_student(whole):
+  rows, _ = result(whole)
+  assert [row["round"] for row in rows] == [0, 0, 1, 1]
+  assert [row["lag"] for row in rows] == [0, 1, 0, 1]
+  assert len(open_store(whole / "rounds/00001/teacher/rollouts")) == 2 * 4
+  # The fingerprint is the digest of the checkpoint before the round.
+  assert student_of(whole, 1) == checkpoint.digest(whole, 2)
+
+
+def resumed(c, workdir, monkeypatch, owner, name, call, stop, error):
+  """Runs until a stop and then to the end; returns the calls for copies of the student after it."""
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(error):
+    stop_at(patch, owner, name, call, stop)
+    tiny_on_policy.run(c, workdir)
+  copies = stop_at(monkeypatch, feed, "decoding_copy", 0)
+  tiny_on_policy.run(c, workdir)
+  return len(copies)
+
+
+def test_a_run_that_is_killed_within_a_round_continues_to_the_same_bits(
+  whole, folder, tmp_path, monkeypatch
+):
+  """Step 3 is repeated with the texts of round 1, which were sampled before the checkpoint."""
+  stop = (feed.RoundsFeed, "next", 4, kill, Killed)
+  assert resumed(live(folder), tmp_path / "run", monkeypatch, *stop) == 0
+  assert result(tmp_path / "run") == result(whole)
+
+
+STOPS = {
+  # Half of the texts of round 1 are stored.
+  "sampling": (writer.Writer, "write_shard", 4, kill, Killed, 1),
+  "before the first step of a round": (
+    round_folders.RoundFolders,
+    "delete_before",
+    2,
+    kill,
+    Killed,
+    0,
+  ),
+  # The steps 2 and 3 of the student are repeated, and lead to the texts that are there.
+  "saving": (checkpoint, "save", 3, kill, Killed, 0),
+  "a signal in sampling": (feed, "decoding_copy", 2, distributed.Preemption.request, Preempted, 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_run_that_is_stopped_elsewhere_continues_to_the_same_bits(
+  whole, folder, tmp_path, monkeypatch, stop
+):
+  *where, copies = STOPS[stop]
+  assert resumed(live(folder), tmp_path / "run", monkeypatch, *where) == copies
+  assert result(tmp_path / "run") == result(whole)
+
+
+LATE_STOPS = {
+  "scoring": (scoring.job, "record", 2, kill, Killed),
+  "a signal in scoring": (scoring.job, "record", 2, distributed.Preemption.request, Preempted),
+  "the second step of a round": (feed.RoundsFeed, "next", 4, kill, Killed),
+  "the first step of a round": (feed.RoundsFeed, "next", 5, kill, Killed),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", LATE_STOPS)
+def test_stored_scores_with_a_lag_continue_to_the_same_bits(
+  whole_late, folder, tmp_path, monkeypatch, stop
+):
+  resumed(late(folder), tmp_path / "run", monkeypatch, *LATE_STOPS[stop])
+  assert result(tmp_path / "run") == result(whole_late)
+
+
+@pytest.mark.slow
+def test_a_lag_trains_on_the_texts_of_the_student_one_round_before(whole_late):
+  rows, _ = result(whole_late)
+  assert [row["lag"] for row in rows] == [0, 1, 2, 3, 2, 3]
+  assert student_of(whole_late, 0) == student_of(whole_late, 1)
+  assert student_of(whole_late, 2) == checkpoint.digest(whole_late, 2)
+
+
+def test_texts_that_cannot_be_sampled_again_are_missed(whole, folder, tmp_path, monkeypatch):
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    stop_at(patch, feed.RoundsFeed, "next", 4)
+    tiny_on_policy.run(live(folder), tmp_path / "run")
+  shutil.rmtree(tmp_path / "run/rounds/00001")
+  with pytest.raises(
+    InputError, match="Texts of round 1 are missing, which were sampled before st"
+  ):
+    tiny_on_policy.run(live(folder), tmp_path / "run")

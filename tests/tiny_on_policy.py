@@ -1,0 +1,48 @@
+"""A config of rounds in seconds: a random teacher and student, and a few prompts."""
+
+import json
+from pathlib import Path
+
+import ml_collections
+import tiny
+
+from distill_jax import config
+from distill_jax.commands import on_policy
+from distill_jax.runtime.workdir import Workdir
+
+PROMPTS = 12
+LENGTH = 24  # of a prompt and its text together
+
+
+def on_policy_config(folder: Path, **routes: int) -> ml_collections.ConfigDict:
+  """A live config, its files under `folder`.
+
+  Args:
+    folder: The folder.
+    routes: The number of prompts of further teachers, by name.
+  """
+  c = tiny.tiny(folder)
+  names = [name for name, count in routes.items() for _ in range(count)]
+  lines = [
+    {"prompt": f"{i} + {i} =", "route": name}
+    for i, name in enumerate([*names, *[""] * (PROMPTS - len(names))])
+  ]
+  prompts = folder / "prompts.jsonl"
+  prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  c.teacher.source = ""
+  c.losses = {"soft": config.loss("kd", divergence="reverse_kl")}
+  g = c.generate
+  g.prompts, g.samples, g.max_new_tokens, g.cache_len = str(prompts), 2, 12, LENGTH
+  g.batch_size, g.prefill_rows, g.prefill_chunk, g.steps = 8, 4, 8, 4
+  g.stop = ("e",)
+  t = c.train
+  t.online, t.records, t.steps, t.batch_size, t.checkpoint_every = True, (), 4, 4, 1
+  t.checkpoint_minutes = 0.0
+  return c
+
+
+def run(c: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:
+  """Runs the command with a config that is not resolved yet; returns the last metrics."""
+  resolved = config.resolve(c)
+  with Workdir(workdir, resolved) as path:
+    return on_policy.run(resolved, path)
