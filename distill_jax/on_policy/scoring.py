@@ -26,7 +26,7 @@ from distill_jax.config import Config
 from distill_jax.data import corpus as corpora
 from distill_jax.errors import bad_value
 from distill_jax.hub.tokenizer import check_vocabulary
-from distill_jax.models import loading, long_context
+from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.on_policy import other_tokens
@@ -192,8 +192,6 @@ class Scorer:
     if length > limit:
       expected = f"at most {limit}, the number of positions of the teacher {teacher.name}"
       raise bad_value("generate.cache_len", length, expected, "Reduce it")
-    positions = {"the sampled texts": length}
-    long_context.check(self._mesh, positions, [teacher], of_tasks=False)
 
 
 def _delete_others(folder: Path, digest: str) -> None:
