@@ -11,6 +11,7 @@ spread over data and fsdp in both cases, and the computation is the same.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 from typing import NamedTuple
@@ -104,8 +105,7 @@ def place(model: Model, compute: ComputeConfig, mesh: Mesh, decoding: DecodingOp
   need = memory(model, compute, mesh, divisible(decoding, mesh))
   limit = _device_memory(mesh)
   if decoding.gather == AUTO and need.stored < need.gathered and not need.fits(limit):
-    if distributed.is_process_0():
-      print(_why_not(need, limit), file=sys.stderr)
+    _say_once(_why_not(need, limit))
     return unroll(model, compute)
   return unroll(model, compute, "storage" if decoding.gather == PER_TOKEN else "compute")
 
@@ -125,6 +125,13 @@ def _device_memory(mesh: Mesh) -> int:
   stats = [d.memory_stats() or {} for d in mesh.local_devices]
   own = min(s.get("bytes_limit", 0) for s in stats) // MiB  # bytes would not fit an int32
   return -distributed.max_over_processes(-own) * MiB
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+  """Prints a line, on process 0, also if several models or rounds are decoded."""
+  if distributed.is_process_0():
+    print(line, file=sys.stderr)
 
 
 def _why_not(need: DecodingMemory, limit: int) -> str:

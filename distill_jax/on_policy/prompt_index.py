@@ -10,6 +10,7 @@ import array
 import hashlib
 import io
 import json
+import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 
@@ -162,15 +163,22 @@ def _scan(prompts: Prompts, teachers: Sequence[str], judge: Judge | None) -> tup
   for number in judge(prompts) if judge else ():
     found[number] |= np.uint64(REJECTED << SHIFT)
   digest = hashlib.sha256(digest.encode() + (found >> np.uint64(SHIFT)).tobytes()).hexdigest()
-  if (_teachers(found) == REJECTED).all():
+  unused = np.flatnonzero(_teachers(found) == REJECTED)
+  if len(unused) == len(found):
     raise InputError(f"No prompt in {', '.join(prompts.files)} can be used. Correct them.")
+  if len(unused):
+    print(
+      f"{len(unused)} of {len(found)} prompts cannot be used and are skipped; the first is prompt "
+      f"{unused[0]}, counted from 0.",
+      file=sys.stderr,
+    )
   return found, digest
 
 
 def _route(about: JsonObject, teachers: Mapping[str, int], where: str) -> str:
   """Returns the name of a prompt's teacher."""
   name = about.get(ROUTE) or TEACHER
-  if name not in teachers:
+  if not isinstance(name, str) or name not in teachers:
     expected = f"'' or the name of a teacher ({', '.join(teachers)})"
     raise bad_value(f"{where}: {ROUTE}", name, expected, "Correct it, or add it to `teachers`")
   return name

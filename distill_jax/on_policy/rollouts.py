@@ -202,12 +202,13 @@ class Rollouts:
     model: Callable[[], LoadedModel],
   ) -> None:
     """Samples the texts of the missing shards."""
-    total, texts = sum(map(len, rows.values())), sum(len(shard) for _, shard in missing)
+    total = sum(map(len, rows.values()))
+    found = total - sum(len(shard) for _, shard in missing)
     reasons: Counter[str] = Counter()
     with (
       jax.set_mesh(self._mesh),
       distributed.Preemption() as preemption,
-      Progress(f"round {number}: sample", total, "texts", start=total - texts) as progress,
+      Progress(f"round {number}: sample", total, "texts", start=found, brief=True) as progress,
     ):
       scheduler = self._scheduler(number, model)
       for writer in writers:

@@ -31,6 +31,8 @@ class Progress:
     start: Number of units done before this process started, for a resumed job. They do not count
       towards the rate.
     every: Minimum number of seconds between lines.
+    brief: True to print nothing about a block that ends, without an error, before its first line
+      is due.
     file: Where lines are written; None for standard error.
     clock: Returns a monotonic time in seconds.
   """
@@ -44,12 +46,13 @@ class Progress:
     unit: str = "tokens",
     start: int = 0,
     every: float = 5.0,
+    brief: bool = False,
     file: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
   ):
     self.verb, self.total, self.unit, self.every = verb, total, unit, every
     self.done = self._start_at = start
-    self._file, self._clock = file, clock
+    self._brief, self._file, self._clock = brief, file, clock
     self._numbers: JsonObject = {}
 
   def __enter__(self) -> Progress:
@@ -78,9 +81,12 @@ class Progress:
     self._print(rate, f"left {left}")
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    if kind is not None and self.done == self._start_at and len(self._lines) == 1:
-      return  # the error is all that there is to report
     took = self._clock() - self._start
+    is_first = len(self._lines) == 1
+    if is_first and kind is not None and self.done == self._start_at:
+      return  # the error is all that there is to report
+    if is_first and kind is None and self._brief and took < self.every:
+      return
     rate = (self.done - self._start_at) / took if took else 0.0
     self._print(rate, f"{'stopped after' if kind else 'took'} {_duration(took)}")
 

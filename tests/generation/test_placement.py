@@ -116,6 +116,7 @@ def test_no_weights_are_gathered_in_a_step_on_tpus():
 
 @pytest.mark.parametrize("limit, once", [(0, False), (2**20, True), (1_000, False)])
 def test_auto_gathers_once_if_it_fits(limit, once, monkeypatch, capsys):
+  placement._say_once.cache_clear()
   model, mesh = random_model(), sharding.make_mesh(fsdp=4)
   monkeypatch.setattr(placement, "_device_memory", lambda mesh: limit)
   need = placement.memory(model, COMPUTE, mesh, OPTIONS)

@@ -59,17 +59,21 @@ def test_a_prompt_is_found_among_those_of_its_teacher(tmp_path, monkeypatch):
   assert [index.number("c", i) for i in range(5)] == [3, 7, 11, 15, 19]
 
 
-def test_prompts_that_cannot_be_used_are_left_out(tmp_path):
+def test_prompts_that_cannot_be_used_are_left_out(tmp_path, capsys):
   lines = {"a.jsonl": [*numbered(2), json.dumps({"prompt": "x" * 2000}), *numbered(3)]}
   with pytest.raises(InputError, match="has 2000 tokens"):
     index_of(tmp_path, lines)
   index = index_of(tmp_path, lines, on_bad="skip", judge=lambda prompts: {3})
   assert [index.number("teacher", i) for i in range(4)] == [0, 1, 4, 5]
+  assert "2 of 6 prompts cannot be used and are skipped; the first is prompt 2" in (
+    capsys.readouterr().err
+  )
 
 
-def test_an_unknown_route_is_refused(tmp_path):
-  with pytest.raises(InputError, match="route is 'c'; expected '' or the name of a teacher"):
-    index_of(tmp_path, {"a.jsonl": numbered(3, ("", "c"))}, ("teacher", "b"))
+@pytest.mark.parametrize("route", ["c", ["b"]])
+def test_an_unknown_route_is_refused(tmp_path, route):
+  with pytest.raises(InputError, match="line 2: route is .*; expected '' or the name of a teacher"):
+    index_of(tmp_path, {"a.jsonl": numbered(3, ("", route))}, ("teacher", "b"))
 
 
 def test_places_are_kept_until_the_prompts_change(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Rollouts: the stores of a round, stopped and resumed rounds, rewards and limits."""
 
+import gc
+
 import jax
 import numpy as np
 import pytest
@@ -242,3 +244,29 @@ def test_what_does_not_fit_is_found_before_anything_is_loaded(folder, tmp_path, 
   c = made(folder, **changes)
   with pytest.raises(InputError, match=text):
     Run(c, tmp_path)
+
+
+def test_the_devices_are_free_when_training_continues(whole, folder):
+  run = Run(made(folder), folder / "free")
+  loaded = run.model()
+  held = jax.tree.leaves(loaded.model)
+  before = {id(x) for x in jax.live_arrays()} - {id(x) for x in held}
+  run.model = lambda: loaded
+  run(3)
+  loaded = None
+  run.model = None
+  gc.collect()
+  after = [x for x in jax.live_arrays() if id(x) not in before and x.nbytes > 64]
+  assert [x.shape for x in after if not any(x is y for y in held)] == []
+  assert sum(x.is_deleted() for x in held) > len(held) // 2
+
+
+@pytest.mark.slow  # two meshes are compiled
+def test_texts_do_not_depend_on_the_mesh(whole, folder):
+  for name, axes in (("split", {"fsdp": 2, "tensor": 2}), ("data", {"data": 2, "fsdp": 2})):
+    c = made(folder, **{f"mesh__{axis}": size for axis, size in axes.items()})
+    stores = Run(c, folder / name, sharding.make_mesh(**vars(config.resolve(c).mesh)))()
+    for teacher, store in stores.items():
+      for row, want in zip(store, whole[1][teacher], strict=True):
+        np.testing.assert_array_equal(row["tokens_T"], want["tokens_T"])
+        np.testing.assert_allclose(row["behaviour_logp_T"], want["behaviour_logp_T"], rtol=2**-9)

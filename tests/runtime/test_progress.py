@@ -103,3 +103,16 @@ def test_standard_error_plain_and_flushed(capfd):
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("record  5/5 tokens  100%")
     assert err.endswith("\n") and "\r" not in err and "\x1b" not in err
+
+
+def test_brief_reports_nothing_that_ends_before_the_first_line(clock):
+  out = io.StringIO()
+  for seconds in (4, 6):
+    with Progress("sample", 8, "texts", brief=True, file=out, clock=clock) as p:
+      p.add(8)
+      clock.now += seconds
+  assert lines(out) == ["sample  8/8 texts  100%  1.33 texts/s  took 0m06s"]
+  with pytest.raises(ValueError), Progress("sample", 8, brief=True, file=out, clock=clock) as p:
+    p.add(2)
+    raise ValueError
+  assert len(lines(out)) == 2
