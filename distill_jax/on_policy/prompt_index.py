@@ -200,7 +200,8 @@ def _versions(prompts: Prompts) -> list[list]:
 
 def _changed(name: str) -> InputError:
   return InputError(
-    f"{name} has changed since the run began. Restore it, or choose another --workdir."
+    f"{name} has changed since its prompts were counted. Restore it and run the command again, or "
+    "choose another --workdir."
   )
 
 

@@ -89,7 +89,7 @@ def test_places_are_kept_until_the_prompts_change(tmp_path, monkeypatch):
   monkeypatch.undo()
   with pytest.raises(InputError, match="not those with which the run began"):
     index_of(tmp_path, {"a.jsonl": numbered(6)})
-  with pytest.raises(InputError, match=r"a\.jsonl has changed since the run began"):
+  with pytest.raises(InputError, match=r"a\.jsonl has changed since its prompts were counted"):
     first.read([1])
   (tmp_path / "prompts.npz").write_bytes(b"x")
   with pytest.raises(InputError, match="is damaged"):

@@ -1,12 +1,18 @@
 """Rollouts: the stores of a round, stopped and resumed rounds, rewards and limits."""
 
 import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny
 from json_lines import write_lines
+from local_stores import free_port
 from tokenizers import decoders, pre_tokenizers
 
 from distill_jax import config
@@ -17,11 +23,12 @@ from distill_jax.nn import sharding
 from distill_jax.on_policy.rollouts import Rollouts, delete_round, folder_of
 from distill_jax.on_policy.round_writer import RoundWriter
 from distill_jax.records.store import open_store
-from distill_jax.runtime import distributed
+from distill_jax.runtime import distributed, files, storage
 from distill_jax.types import Inputs
 
 PROMPTS = ["3 times 6 is", "hello", "a", "0 times 3 is 0", "ünï", "x = 1"]
 LEN, SHARD = 32, 4
+ROOT = Path(__file__).parents[2]
 
 
 def made(folder, **changes):
@@ -268,5 +275,53 @@ def test_texts_do_not_depend_on_the_mesh(whole, folder):
     stores = Run(c, folder / name, sharding.make_mesh(**vars(config.resolve(c).mesh)))()
     for teacher, store in stores.items():
       for row, want in zip(store, whole[1][teacher], strict=True):
+        np.testing.assert_array_equal(row["tokens_T"], want["tokens_T"])
+        np.testing.assert_allclose(row["behaviour_logp_T"], want["behaviour_logp_T"], rtol=2**-9)
+
+
+def test_a_round_in_a_workdir_at_a_url(whole, folder):
+  """It is stopped after some shards, continued in another mirror, and then sampled again."""
+  url = f"memory://rollouts/{folder.name}"
+  with storage.Synced(url) as here:
+    run = Run(made(folder, on_policy__max_truncated=0.4), here)
+    with pytest.raises(InputError, match="max_truncated"):
+      run()
+  found = sorted(path.rpartition("/")[2] for path in files.tree(url, lambda name: False))
+  assert "prompts.npz" in found and 0 < len([n for n in found if n.endswith(".array_record")]) < 4
+  with storage.Synced(url) as here:
+    stores = Run(made(folder), here)()
+    assert digests(stores) == digests(whole[1])
+    assert not [*here.rglob("records-*")]
+    again = Run(made(folder), here)(fingerprint="g")
+    assert again["b"].manifest.rollout["student"] == "g"
+  names = [name for name in files.tree(url, lambda name: False) if name.endswith("rollouts.json")]
+  assert names == ["rounds/00000/rollouts.json"]
+
+
+@pytest.mark.slow  # four processes
+def test_texts_do_not_depend_on_the_number_of_processes(folder, tmp_path):
+  c = config.resolve(made(folder, mesh__data=2, mesh__fsdp=2))
+  file = tmp_path / "config.json"
+  file.write_text(json.dumps(config.to_dict(c)))
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  for count in (1, 2):
+    port = free_port()
+    flags = [f"localhost:{port},{count},{i}" if count > 1 else "" for i in range(count)]
+    env["JAX_NUM_CPU_DEVICES"] = str(4 // count)
+    where = str(tmp_path / str(count))
+    line = [sys.executable, str(ROOT / "tests/rollouts_worker.py"), str(file), where]
+    workers = [
+      subprocess.Popen([*line, flag], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+      for flag in flags
+    ]
+    said = [worker.communicate(timeout=500) for worker in workers]
+    assert not any(worker.returncode for worker in workers), said
+  for number in range(2):
+    for name in ("teacher", "b"):
+      one, two = (
+        open_store(folder_of(tmp_path / str(count), number, name) / "rollouts") for count in (1, 2)
+      )
+      assert len(one) == len(two) == 8
+      for row, want in zip(two, one, strict=True):
         np.testing.assert_array_equal(row["tokens_T"], want["tokens_T"])
         np.testing.assert_allclose(row["behaviour_logp_T"], want["behaviour_logp_T"], rtol=2**-9)
