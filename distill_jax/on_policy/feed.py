@@ -26,7 +26,7 @@ from distill_jax.errors import InputError
 from distill_jax.models import runs
 from distill_jax.models.loading import LoadedModel, ModelSource
 from distill_jax.nn import sharding
-from distill_jax.on_policy import checks, diagnosis, inputs, order, plan, shown
+from distill_jax.on_policy import checks, diagnosis, inputs, order, plan, round_counts, shown
 from distill_jax.on_policy.inputs import TEACHER
 from distill_jax.on_policy.order import Order
 from distill_jax.on_policy.plan import StepRows
@@ -133,8 +133,10 @@ class RoundsFeed:
     first = step - number * self._order.every
     self._batches = self._read(first)
     self._ahead: list[Batch] = []
-    if self._order.begins(step) and diagnosis.due(step, self._order.every):
-      self._about |= self._diagnosed(step, state)
+    if self._order.begins(step) and found:  # not all steps of the round train on records
+      self._about |= round_counts.metrics(self._rollouts.summary(number))
+      if diagnosis.due(step, self._order.every):
+        self._about |= self._diagnosed(step, state)
     self._students = {i: self._students[i] for i in self._order.needed(step)}
     self._folders.delete_before(number)
 
@@ -173,9 +175,7 @@ class RoundsFeed:
 
   def _diagnosed(self, step: int, state: TrainState) -> dict[str, float]:
     """Returns the metrics of the diagnosis of the round's first batch of texts."""
-    name = next((rows.teacher for rows in self._round.steps if rows is not None), None)
-    if name is None:
-      return {}
+    name = next(rows.teacher for rows in self._round.steps if rows is not None)
     self._ahead.append(self._next_batch())
     found = self._diagnose(state, self._ahead[0], self._teachers[name], self._base)
     found = jax.device_get(found)

@@ -7,9 +7,10 @@ import tiny
 import tiny_on_policy
 
 from distill_jax.errors import InputError, Preempted
-from distill_jax.on_policy import feed, round_folders, scoring
+from distill_jax.on_policy import diagnosis, feed, round_folders, scoring
 from distill_jax.records import writer
 from distill_jax.records.store import open_store
+from distill_jax.report import own_texts
 from distill_jax.runtime import checkpoint, distributed
 
 
@@ -85,6 +86,28 @@ def test_a_live_run_trains_on_texts_of_its_student(whole):
   assert len(open_store(whole / "rounds/00001/teacher/rollouts")) == 2 * 4
   # The fingerprint is the digest of the checkpoint before the round.
   assert student_of(whole, 1) == checkpoint.digest(whole, 2)
+
+
+def test_the_first_step_of_a_round_has_the_numbers_of_its_texts(whole):
+  rows, _ = result(whole)
+  assert [("truncated" in row, "overlap/teacher" in row) for row in rows] == [
+    (True, True),  # a diagnosis every ten steps
+    (False, False),
+    (True, False),
+    (False, False),
+  ]
+  assert 0 < rows[0]["overlap/teacher"] <= 1 and rows[0]["reverse_kl/teacher"] > 0
+  assert rows[0]["drift"] < 1e-2  # of float16
+  texts = own_texts.read(whole)
+  assert [(own.teacher, own.step) for own in texts] == [("teacher", 0)] * diagnosis.TEXTS
+
+
+@pytest.mark.slow
+def test_a_student_too_far_from_its_teacher_stops_the_run(folder, tmp_path):
+  c = live(folder)
+  c.on_policy.min_overlap = 1.0
+  with pytest.raises(InputError, match="too far from the teacher"):
+    tiny_on_policy.run(c, tmp_path / "run")
 
 
 def resumed(c, workdir, monkeypatch, owner, name, call, stop, error):
