@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill_jax.config import Config
-from distill_jax.errors import bad_value
+from distill_jax.errors import InputError, bad_value
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
@@ -131,6 +131,7 @@ def _open_records(
     expected = "one folder or more, with stores of records"
     raise bad_value(key, paths, expected, "Run `record` and name its folder")
   stores = [open_store(path) for path in paths]
+  check_mixture(key, [store.manifest for store in stores])
   for name, of_teacher in teachers.items():
     if len(of_teacher) != len(stores):
       raise bad_value(
@@ -142,10 +143,33 @@ def _open_records(
   others = {
     name: [open_store(path) for path in of_teacher] for name, of_teacher in teachers.items()
   }
+  for name, opened in others.items():
+    check_mixture(f"{teachers_key}.{name}", [store.manifest for store in opened])
   return [
     MultiTeacherStore(store, {name: of_teacher[i] for name, of_teacher in others.items()})
     for i, store in enumerate(stores)
   ]
+
+
+def check_mixture(key: str, manifests: Sequence[Manifest]) -> None:
+  """Checks that rows of some stores can be in one batch, where missing fields would be zeros.
+
+  Args:
+    key: The config key of the stores, for messages.
+    manifests: Their manifests.
+
+  Raises:
+    InputError: A field that some stores lack would be read as a log-probability or reward of 0.
+  """
+  for what, has in (
+    ("records of kind 'labels'", {m.kind == "labels" for m in manifests}),
+    ("scalars of texts that a student wrote", {m.spec.rollout for m in manifests}),
+  ):
+    if len(has) > 1:
+      raise InputError(
+        f"Some of the stores in {key} hold {what}, others do not; expected all or none, because a "
+        "batch has rows of all stores. Train on them in different runs."
+      )
 
 
 def teacher_manifest(stores: Stores) -> Manifest:

@@ -209,12 +209,7 @@ def check_records(config: Config, stores: Stores) -> None:
   reads_targets = any(
     isinstance(fn, TokenLoss) and "teacher" in fn.teacher_names for fn in config.losses.values()
   )
-  if len({bool(store.manifest.rollout) for store in stores}) > 1:
-    raise InputError(
-      f"Some of the stores {', '.join(map(str, paths))} hold texts that a student wrote, with "
-      "scalars of its rollouts, others do not. Train on them in different runs, or use on_policy."
-    )
-  conventions = {(m.missing_mass, m.kind == "labels") for m in kept.values()}
+  conventions = {manifest.missing_mass for manifest in kept.values()}
   if len(conventions) > 1 and reads_targets and not config.train.online:
     named = ", ".join(f"{path} ({m.kind}, {m.missing_mass})" for path, m in kept.items())
     raise InputError(

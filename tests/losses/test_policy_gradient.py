@@ -15,6 +15,7 @@ from distill_jax.errors import InputError
 from distill_jax.losses import DenseTargets, LabelTargets, SampledTargets, SpanTargets, TopKTargets
 from distill_jax.models import llama
 from distill_jax.training import heldout, validate
+from distill_jax.training import stores as stores_lib
 from distill_jax.types import Batch, Rollout
 
 B, T, D, V, K = 2, 5, 6, 9, 3
@@ -285,8 +286,6 @@ LABELS = {"kind": "labels", "n": 0}
     ),
     (losses.LogRatio(), [{"temperature": 2.0}], "records.temperature is 2.0; expected 1"),
     (losses.LogRatio(), [of_rollouts("behaviour_logp", kind="text", n=0)], "only hold text"),
-    (losses.LogRatio(), [{}, of_rollouts("behaviour_logp")], "Train on them in different runs"),
-    (losses.LogRatio(), [{}, LABELS | {"format_version": 3}], "the same kind and missing_mass"),
     (losses.KD(), [LABELS | {"format_version": 3}], "forward_kl compares distributions"),
     (losses.KD(divergence="reverse_kl"), [of_rollouts("behaviour_logp")], "needs exact probab"),
     (losses.PseudoLabel(), [LABELS | {"format_version": 3}], "lack the most probable token"),
@@ -319,3 +318,21 @@ def test_evaluation_on_other_texts_omits_the_loss_that_needs_rollouts():
   written = batch.replace(rollout=Rollout(teacher.label_logp_BT))
   whole = jax.eval_shape(evaluate, model, written).keys()
   assert whole - found == {"loss", "on_policy"} and {"hard", "teacher_ce/teacher"} <= found
+
+
+@pytest.mark.parametrize(
+  "changes, what",
+  [
+    ([{}, of_rollouts("behaviour_logp")], "scalars of texts"),
+    ([of_rollouts("behaviour_logp"), of_rollouts("behaviour_logp", "reward")], "scalars of texts"),
+    ([{}, LABELS | {"format_version": 3}], "records of kind 'labels'"),
+    ([{"kind": "text", "n": 0}, LABELS | {"format_version": 3}], "records of kind 'labels'"),
+  ],
+)
+def test_stores_are_not_mixed_where_missing_numbers_would_be_zeros(changes, what):
+  with pytest.raises(
+    InputError, match=f"stores in train.records hold {what}.*expected all or none"
+  ):
+    stores_lib.check_mixture("train.records", [s.manifest for s in stores(*changes)])
+  for alike in (changes[:1] * 2, changes[1:] * 2, [{}, {"kind": "text", "n": 0}]):
+    stores_lib.check_mixture("train.records", [s.manifest for s in stores(*alike)])
