@@ -28,7 +28,8 @@ def on_policy_config(folder: Path, **routes: int) -> ml_collections.ConfigDict:
     for i, name in enumerate([*names, *[""] * (PROMPTS - len(names))])
   ]
   prompts = folder / "prompts.jsonl"
-  prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  if not prompts.exists():  # a run reads them again if they are written again
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
   c.teacher.source = ""
   c.losses = {"soft": config.loss("kd", divergence="reverse_kl")}
   g = c.generate
@@ -39,6 +40,13 @@ def on_policy_config(folder: Path, **routes: int) -> ml_collections.ConfigDict:
   t.online, t.records, t.steps, t.batch_size, t.checkpoint_every = True, (), 4, 4, 1
   t.checkpoint_minutes = 0.0
   return c
+
+
+def write_config(path: Path, folder: Path, *changes: str) -> Path:
+  """Writes the config of `on_policy_config(folder)` as a file; see tiny.write_config."""
+  on_policy_config(folder)
+  lines = ["import tiny_on_policy", "c = tiny_on_policy.on_policy_config(pathlib.Path({!r}))"]
+  return tiny.write_config(path, folder, lines[0], lines[1].format(str(folder)), *changes)
 
 
 def run(c: ml_collections.ConfigDict, workdir: Path) -> dict[str, float]:

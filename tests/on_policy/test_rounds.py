@@ -47,7 +47,7 @@ def live(folder):
 def late(folder):
   """As `live`, with stored scores of texts of the student one round before."""
   c = live(folder)
-  c.train.online, c.on_policy.lag, c.train.steps = False, 1, 6
+  c.train.online, c.on_policy.lag, c.train.steps, c.train.keep = False, 1, 6, 6
   c.records.kind, c.records.n = "topk", 8
   return c
 
