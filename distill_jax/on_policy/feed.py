@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -32,6 +32,7 @@ from distill_jax.on_policy.order import Order
 from distill_jax.on_policy.plan import StepRows
 from distill_jax.on_policy.rollouts import Rollouts
 from distill_jax.on_policy.round_folders import RoundFolders
+from distill_jax.on_policy.scores import Scores
 from distill_jax.on_policy.scoring import Scorer
 from distill_jax.records import collate
 from distill_jax.records.store import Store
@@ -75,9 +76,7 @@ class RoundsFeed:
     names = [name for name, count in self._plan.prompts.counts.items() if count]
     self._sources = inputs.sources(config, {TEACHER: None} | dict.fromkeys(names))
     self._several = len(names) > 1
-    self._scorer = None if config.train.online else Scorer(config, student, mesh, folder)
-    if self._scorer is not None:
-      self._scorer.check(names)
+    self._scores = None if config.train.online else self._open_scores(names, folder)
     for sentence in checks.check(config, student, {name: self._sources[name] for name in names}):
       if distributed.is_process_0():
         print(sentence, file=sys.stderr)
@@ -89,6 +88,16 @@ class RoundsFeed:
     self.online: Mapping[str, ModelSource] = online
     self._folders = RoundFolders(folder, config.on_policy.keep_rounds, config.train.keep)
     self._batch_rows = sharding.rows(mesh, config.train.batch_size)
+
+  def _open_scores(self, teachers: Sequence[str], folder: Path) -> Scores:
+    """Returns the scores of rounds, after checking that the teachers can score them."""
+    config = self._records_config
+    scorer = Scorer(config, self._student, self._mesh, folder)
+    scorer.check(teachers)
+    # The processes of a run talk to each other in order, so that only one can have two threads.
+    is_alone = distributed.process_count() == 1
+    is_served = bool(config.generate.server.urls)
+    return Scores(scorer.score, ahead=is_served and is_alone and config.on_policy.lag > 0)
 
   def open(self, step: Step, train_inputs: TrainInputs, start: int, saved: JsonObject) -> None:
     """Loads further teachers of the step, and begins to read records; see `Feed.open`."""
@@ -120,11 +129,15 @@ class RoundsFeed:
     """Samples and scores the texts that are missing; see `Feed.begin`."""
     number = self._order.round_of(step)
     began = time.perf_counter()
-    texts = {i: self._sample(i, step, state) for i in self._order.needed(step)}
+    texts = {}
+    for i in self._order.needed(step):
+      texts[i] = self._sample(i, step, state)
+      if self._scores is not None:
+        self._scores.begin(i, texts[i])
     sampled = time.perf_counter()
     found = texts[number]
-    if self._scorer is not None:
-      found = {name: self._scorer.score(number, name, store) for name, store in found.items()}
+    if self._scores is not None:
+      found = self._scores.get(number, found)
     self._about = {
       "generate_seconds": sampled - began,
       "score_seconds": time.perf_counter() - sampled,
