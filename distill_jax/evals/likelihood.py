@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -142,6 +142,15 @@ def score(
   return {"logp": logp_BC.sum(-1), "greedy": greedy_BC.all(-1)}
 
 
+@functools.lru_cache(maxsize=8)
+def _compiled(
+  compute: ComputeConfig, mesh: jax.sharding.Mesh, chunk: int, vocab_size: int
+) -> Callable[[Model, PairBatch], JsonObject]:
+  """Returns `score`, which is compiled once for the student of all evaluations in training."""
+  fn = functools.partial(score, compute=compute, chunk=chunk, vocab_size=vocab_size)
+  return jax.jit(fn, out_shardings=sharding.replicated(mesh))
+
+
 def fits(pair: Pair, max_len: int) -> bool:
   """Returns True if a pair without its last token is at most as long as `max_len`."""
   return len(pair.given) + len(pair.scored) - 1 <= max_len
@@ -176,12 +185,7 @@ class Scorer:
     check_vocabulary(tokenizer.vocab_size, loaded.text_config.vocab_size, tokenizer.where)
     self.max_len: int = loaded.text_config.max_position_embeddings
     self._model, self._mesh, self._rows = loaded.model, mesh, sharding.rows(mesh, batch_size)
-    self._score = jax.jit(
-      functools.partial(
-        score, compute=loaded.compute, chunk=chunk, vocab_size=tokenizer.vocab_size
-      ),
-      out_shardings=sharding.replicated(mesh),
-    )
+    self._score = _compiled(loaded.compute, mesh, chunk, tokenizer.vocab_size)
 
   def fits(self, pair: Pair) -> bool:
     """Returns True if a pair without its last token fits into the model's maximum length."""

@@ -8,7 +8,7 @@ that these copies would dominate. Decoding therefore uses unrolled layers, each 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import jax
@@ -176,5 +176,15 @@ def cache_shapes(
     parts = (kv_cache.shapes(x, name, block.CACHE[name], dtype) for name, x in cached.items())
     return {name: array(*part) for named in parts for name, part in named.items()}
 
-  made = {id(block): layer_cache(block) for block in unrolled.blocks}  # shapes share blocks
-  return tuple(made[id(block)] for block in unrolled.blocks)
+  made: dict[Hashable, kv_cache.LayerCache] = {}  # layers of one kind are traced once
+  kinds = [_kind(block) for block in unrolled.blocks]
+  for kind, block in zip(kinds, unrolled.blocks, strict=True):
+    if kind not in made:
+      made[kind] = layer_cache(block)
+  return tuple(made[kind] for kind in kinds)
+
+
+def _kind(block: DecoderBlock) -> Hashable:
+  """Returns what the shapes of a layer's cache depend on."""
+  leaves, tree = jax.tree.flatten(block)
+  return tree, tuple((x.shape, x.dtype) for x in leaves)

@@ -130,3 +130,12 @@ def test_invalid_batches_pairs_and_scores_are_errors(models):
   s._score = lambda *_: {"logp": [np.nan], "greedy": [True]}
   with pytest.raises(FloatingPointError, match="log-probability of text 0 is nan"):
     s([Pair([1], [2])])
+
+
+def test_other_weights_compile_nothing(models, pairs, caplog):
+  """The student of the next evaluation in training."""
+  scorer(models)(pairs[:4])
+  other = scorer(models)
+  with jax.log_compiles(), caplog.at_level("WARNING"):
+    other(pairs[:4])
+  assert [r.message for r in caplog.records if "compil" in r.message.lower()] == []
