@@ -13,8 +13,9 @@ microbatch of a round and compares the two models at each token:
   drift              mean of |log q(token) in training - log q(token) in sampling|: the two programs
                      and the two layouts of the weights should agree
 
-The cost is a forward pass of both models without a gradient, and memory for one chunk of logits and
-for some numbers of each token. `due` keeps it below one such pass per EVERY steps.
+The cost, for each teacher of a round, is a forward pass of both models without a gradient, and
+memory for one chunk of logits and some numbers of each token. `due` keeps it below one such pass
+per EVERY steps.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from distill_jax.losses import DenseTargets, SampledTargets, TopKTargets, diverg
 from distill_jax.nn import fused_head, sharding
 from distill_jax.on_policy.options import OnPolicyOptions
 from distill_jax.records import selection
+from distill_jax.records.student_rows import TEACHER
 from distill_jax.training.outputs import Teachers
 from distill_jax.training.step import Metrics, Step
 from distill_jax.training.train_state import TrainState
@@ -118,6 +120,19 @@ def jitted(step: Step, mesh: Mesh) -> jax.stages.Wrapped:
   return jax.jit(Diagnosis(step), out_shardings=sharding.replicated(mesh))
 
 
+def named(metrics: Mapping[str, jax.Array], teacher: str) -> dict[str, float]:
+  """Returns the metrics of a batch of one of several teachers, with its name.
+
+  Args:
+    metrics: Diagnosed.metrics, on the host, of a batch whose targets have the name TEACHER.
+    teacher: The name; TEACHER if it is the only one.
+  """
+  if teacher == TEACHER:
+    return {key: float(x) for key, x in metrics.items()}
+  kinds = {key: key.removesuffix(f"/{TEACHER}") for key in metrics}
+  return {f"{kinds[key]}/{teacher}": float(x) for key, x in metrics.items()}
+
+
 def due(step: int, every: int) -> bool:
   """Returns whether to diagnose before a step, the first one of a round.
 
@@ -139,23 +154,22 @@ def check_limits(options: OnPolicyOptions, metrics: Mapping[str, float], step: i
   Raises:
     InputError: A value is beyond its limit, or is not a number.
   """
-  drift, limit = metrics.get("drift"), options.max_drift
-  if limit and drift is not None and not drift <= limit:
-    raise InputError(
-      f"Before step {step}, the log-probabilities of the student's own tokens differ from those "
-      f"at their sampling by {drift:.3g} nats on average; expected at most {limit:g} "
-      "(on_policy.max_drift). Set generate.cache_dtype='' or lower on_policy.lag if they are set, "
-      "compute in float32 to find the cause, or raise the limit."
-    )
-  for key, overlap in metrics.items():
-    kind, _, teacher = key.partition("/")
-    if kind == "overlap" and options.min_overlap and not overlap >= options.min_overlap:
+  for key, value in metrics.items():
+    kind = key.partition("/")[0]
+    if kind == "drift" and options.max_drift and not value <= options.max_drift:
       raise InputError(
-        f"Before step {step}, {overlap:.0%} of the {TOP} most probable tokens of the teacher "
-        f"{teacher!r} are among those of the student; expected at least {options.min_overlap:.0%} "
-        "(on_policy.min_overlap). The student is too far from the teacher to learn from its own "
-        "texts: train it on texts of the teacher first (generate, filter, record and train), or "
-        "lower the limit."
+        f"Before step {step}, the log-probabilities of the student's own tokens differ from those "
+        f"at their sampling by {value:.3g} nats on average; expected at most "
+        f"{options.max_drift:g} (on_policy.max_drift). Set generate.cache_dtype='' or lower "
+        "on_policy.lag if they are set, compute in float32 to find the cause, or raise the limit."
+      )
+    if kind == "overlap" and options.min_overlap and not value >= options.min_overlap:
+      raise InputError(
+        f"Before step {step}, {value:.0%} of the {TOP} most probable tokens of the teacher "
+        f"{key.partition('/')[2]!r} are among those of the student; expected at least "
+        f"{options.min_overlap:.0%} (on_policy.min_overlap). The student is too far from the "
+        "teacher to learn from its own texts: train it on texts of the teacher first (generate, "
+        "filter, record and train), or lower the limit."
       )
 
 

@@ -145,7 +145,6 @@ class RoundsFeed:
     self._number, self._round, self._texts = number, self._plan.of_round(number), found
     first = step - number * self._order.every
     self._batches = self._read(first)
-    self._ahead: list[Batch] = []
     if self._order.begins(step) and found:  # not all steps of the round train on records
       self._about |= round_counts.metrics(self._rollouts.summary(number))
       if diagnosis.due(step, self._order.every):
@@ -181,22 +180,20 @@ class RoundsFeed:
     recorded = collate.recorded_of(store.manifest)
     return collate.collate(records, with_targets=not self.online, recorded=recorded)
 
-  def _next_batch(self) -> Batch:
-    if self._ahead:
-      return self._ahead.pop()
-    return collate.to_device(next(self._batches), self._batch_rows)
-
   def _diagnosed(self, step: int, state: TrainState) -> dict[str, float]:
-    """Returns the metrics of the diagnosis of the round's first batch of texts."""
-    name = next(rows.teacher for rows in self._round.steps if rows is not None)
-    self._ahead.append(self._next_batch())
-    found = self._diagnose(state, self._ahead[0], self._teachers[name], self._base)
-    found = jax.device_get(found)
-    metrics = {key.replace(f"/{TEACHER}", f"/{name}"): float(x) for key, x in found.metrics.items()}
+    """Returns the metrics of the diagnosis of each teacher's first batch in the round."""
+    first: dict[str, StepRows] = {}
+    for rows in filter(None, self._round.steps):
+      first.setdefault(rows.teacher, rows)
+    metrics: dict[str, float] = {}
+    for name, rows in first.items():
+      batch = collate.to_device(self._of_rows(rows), self._batch_rows)
+      found = jax.device_get(self._diagnose(state, batch, self._teachers[name], self._base))
+      metrics |= diagnosis.named(found.metrics, name if self._several else TEACHER)
+      if distributed.is_process_0():
+        texts = found.texts | {"teachers": {name: found.texts["teachers"][TEACHER]}}
+        shown.write(self._folder, step, texts, self._tokenizer)
     diagnosis.check_limits(self._options, metrics, step)
-    if distributed.is_process_0():
-      texts = found.texts | {"teachers": {name: found.texts["teachers"][TEACHER]}}
-      shown.write(self._folder, step, texts, self._tokenizer)
     return metrics
 
   def next(self, step: int) -> Fed:
@@ -206,8 +203,9 @@ class RoundsFeed:
     if rows is None:
       return Fed(next(self._of_records), self._fixed, metrics)
     metrics["lag"] = step - self._order.sampled_before(self._number)
+    batch = collate.to_device(next(self._batches), self._batch_rows)
     teachers = self._teachers[rows.teacher]
-    return Fed(self._next_batch(), teachers, metrics, rows.teacher if self._several else "")
+    return Fed(batch, teachers, metrics, rows.teacher if self._several else "")
 
   def metadata(self, step: int) -> JsonObject:
     """Returns the students whose texts a checkpoint before a step needs."""

@@ -203,7 +203,7 @@ def test_a_mesh_changes_nothing(problem, dense):
   ("options", "metrics", "message"),
   [
     ({"max_drift": 0.1}, {"drift": 0.2}, "differ from those at their sampling by 0.2 nats"),
-    ({"max_drift": 0.1}, {"drift": float("nan")}, "by nan nats on average"),
+    ({"max_drift": 0.1}, {"drift": 0.0, "drift/math": float("nan")}, "by nan nats on average"),
     ({"min_overlap": 0.5}, {"overlap/math": 0.25}, "25% of the 16 .* the teacher 'math'"),
     ({"min_overlap": 0.5}, {"overlap/math": float("nan")}, "nan% of the 16"),
   ],
@@ -222,3 +222,10 @@ def test_values_within_their_limits_pass():
 @pytest.mark.parametrize(("every", "steps"), [(1, [0, 10, 20]), (4, [0, 12, 20]), (25, [0, 25])])
 def test_rounds_are_diagnosed_once_in_ten_steps_at_most(every, steps):
   assert [s for s in range(0, 30, every) if diagnosis.due(s, every)] == steps
+
+
+def test_metrics_have_the_name_of_one_of_several_teachers():
+  metrics = {"drift": 0.5, "overlap/teacher": 1.0, "reverse_kl_tenth_1/teacher": 2.0}
+  assert diagnosis.named(metrics, "teacher") == metrics
+  named = {"drift/math": 0.5, "overlap/math": 1.0, "reverse_kl_tenth_1/math": 2.0}
+  assert diagnosis.named(metrics, "math") == named

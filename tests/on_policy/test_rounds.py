@@ -103,6 +103,19 @@ def test_the_first_step_of_a_round_has_the_numbers_of_its_texts(whole):
 
 
 @pytest.mark.slow
+def test_every_teacher_of_a_round_is_diagnosed(tmp_path):
+  c = tiny_on_policy.on_policy_config(tmp_path, code=6)
+  c.on_policy.every = c.train.steps = 2
+  c.teachers = {"code": ""}
+  tiny_on_policy.run(c, tmp_path / "run")
+  row = result(tmp_path / "run")[0][0]
+  kinds = "overlap", "reverse_kl_tenth_10", "truncated"
+  assert {f"{kind}/{name}" for kind in kinds for name in ("teacher", "code")} <= row.keys()
+  assert {"drift", "drift/code", "truncated"} <= row.keys()
+  assert {own.teacher for own in own_texts.read(tmp_path / "run")} == {"teacher", "code"}
+
+
+@pytest.mark.slow
 def test_a_student_too_far_from_its_teacher_stops_the_run(folder, tmp_path):
   c = live(folder)
   c.on_policy.min_overlap = 1.0
