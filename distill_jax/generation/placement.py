@@ -103,7 +103,7 @@ def place(model: Model, compute: ComputeConfig, mesh: Mesh, decoding: DecodingOp
   compute without each other, a line on stderr gives the reason.
   """
   need = memory(model, compute, mesh, divisible(decoding, mesh))
-  limit = _device_memory(mesh)
+  limit = _memory_to_decode(mesh, bytes_per_device(model))
   if decoding.gather == AUTO and need.stored < need.gathered and not need.fits(limit):
     _say_once(_why_not(need, limit))
     return unroll(model, compute)
@@ -120,10 +120,19 @@ def check(decoding: DecodingOptions) -> None:
     raise bad_value("generate.gather", decoding.gather, f"one of {GATHER}", "Choose one of them")
 
 
-def _device_memory(mesh: Mesh) -> int:
-  """Returns the memory of the smallest device of any process, or 0 if a device does not tell."""
+def _memory_to_decode(mesh: Mesh, model: int) -> int:
+  """Returns the memory that other arrays than the model leave, or 0 if a device does not tell.
+
+  It is that of the fullest device of any process. Others are there in training: its state, and the
+  teachers.
+
+  Args:
+    mesh: The devices.
+    model: The bytes per device of the model, which is deleted.
+  """
   stats = [d.memory_stats() or {} for d in mesh.local_devices]
-  own = min(s.get("bytes_limit", 0) for s in stats) // MiB  # bytes would not fit an int32
+  left = (s.get("bytes_limit", 0) - max(0, s.get("bytes_in_use", 0) - model) for s in stats)
+  own = max(0, min(left)) // MiB  # bytes would not fit an int32
   return -distributed.max_over_processes(-own) * MiB
 
 
@@ -143,6 +152,6 @@ def _why_not(need: DecodingMemory, limit: int) -> str:
     )
   return (
     "Weights are gathered for every token, which is slow: gathered once, weights and caches take "
-    f"{size} of {limit / GiB:.1f} GiB per device. Increase mesh.tensor, or decrease "
+    f"{size} of {limit / GiB:.1f} GiB that are left per device. Increase mesh.tensor, or decrease "
     "generate.batch_size or generate.cache_len."
   )

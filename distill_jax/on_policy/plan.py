@@ -139,7 +139,7 @@ class Plan:
 
 
 def check(config: Config) -> None:
-  """Checks the keys that determine the plan, before the prompts are read.
+  """Checks the keys that determine the plan, and the mesh, before the prompts are read.
 
   Raises:
     InputError: A key cannot be used.
@@ -159,6 +159,9 @@ def check(config: Config) -> None:
   if not 0 <= c.records_fraction < 1:
     expected = "at least 0 and less than 1"
     raise bad_value("on_policy.records_fraction", c.records_fraction, expected, "Correct it")
+  if config.mesh.context != 1:
+    expected = "1, because texts are sampled without the axis context"
+    raise bad_value("mesh.context", config.mesh.context, expected, "Set it to 1")
 
 
 def uses_records(step: int, fraction: float) -> bool:

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from distill_jax.config import Config
 from distill_jax.data import corpus
-from distill_jax.errors import InputError, bad_value
+from distill_jax.errors import InputError
 from distill_jax.generation import local, placement
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.options import ServerOptions
@@ -95,9 +95,6 @@ class Rollouts:
         f"on_policy needs a student that continues texts, but {self._student.name} does not. "
         "Choose another student."
       )
-    if c.mesh.context != 1:
-      expected = "1, because texts are sampled without the axis context"
-      raise bad_value("mesh.context", c.mesh.context, expected, "Set it to 1")
     self._judge = rewards.open_judge(c)
     self._tokenizer = corpus.tokenizer_of(c.data, self._student.pretrained)
     self._stops = local.check_settings(job, self._tokenizer, self._mesh)

@@ -79,7 +79,7 @@ class Decoder:
   @property
   def room(self) -> float:
     """Bytes per device for weights and caches."""
-    return placement.ROOM * self.hardware.chip.hbm - self.resident
+    return placement.ROOM * (self.hardware.chip.hbm - self.resident)
 
   @property
   def gather(self) -> str:

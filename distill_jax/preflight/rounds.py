@@ -16,17 +16,15 @@ take less time.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from distill_jax.config import Config
-from distill_jax.errors import bad_value
-from distill_jax.generation import placement
 from distill_jax.models import loading
 from distill_jax.nn import params, sharding
+from distill_jax.on_policy import inputs, order, plan
 from distill_jax.preflight import (
   decoding,
   estimate,
@@ -34,7 +32,6 @@ from distill_jax.preflight import (
   programs,
   roofline,
   step_estimate,
-  topology,
 )
 from distill_jax.preflight.decoding import Decoder
 from distill_jax.preflight.topology import Hardware
@@ -75,7 +72,7 @@ class Round(NamedTuple):
   def of(cls, config: Config) -> Round:
     """Returns the texts of a config's rounds."""
     c, g = config.on_policy, config.generate
-    steps = c.every - math.floor(c.every * c.records_fraction)
+    steps = c.every - plan.records_before(c.every, c.records_fraction)
     rows, new_tokens = steps * config.train.batch_size, min(g.max_new_tokens, g.cache_len - 1)
     return cls(steps, rows, -(-rows // g.samples), g.cache_len - new_tokens, new_tokens)
 
@@ -118,18 +115,16 @@ class Rounds:
     Raises:
       InputError: `on_policy` would raise it for the config, or the mesh does not divide a model.
     """
-    if config.tasks:
-      expected = "'train' or 'record', because the config has tasks"
-      raise bad_value("--verb", "on_policy", expected, "Choose one of them")
+    plan.check(config)
+    order.check(config)
+    inputs.check(config)
     run, texts = as_training(config), Round.of(config)
     program = programs.lower(run, "on_policy", mesh)
     step = step_estimate.estimate(run, TRAIN, program, hardware, mesh)
     others = _others(config, texts, hardware, mesh)
     student = loading.open_source(config.student, config.seed)
-    axes = config.mesh.whole_rows()
-    decoding_mesh = topology.make_mesh(axes, hardware.topology, hardware.num_slices)
     resident = sum(_state(step).values()) + others.weights
-    decoder = Decoder.of(config, student, hardware, decoding_mesh, resident)
+    decoder = Decoder.of(config, student, hardware, mesh, resident)
     return cls(config, texts, step, decoder, others)
 
   @property
@@ -152,10 +147,10 @@ class Rounds:
 
   @property
   def fits(self) -> bool:
-    """True if all parts of a round fit; activations of those by formula have 1 - ROOM."""
-    hbm, peaks = self.decoder.hardware.chip.hbm, self.peaks
-    by_formula = max(n for part, n in peaks.items() if part != TRAIN)
-    return peaks[TRAIN] <= hbm and by_formula <= placement.ROOM * hbm
+    """True if the step fits, and the rows to decode fit in what the state leaves."""
+    decoder = self.decoder
+    decodes = decoder.options.batch_size <= decoder.largest_batch
+    return decodes and self.peaks[TRAIN] <= decoder.hardware.chip.hbm
 
   @property
   def teacher_share(self) -> float:
@@ -182,11 +177,15 @@ class Rounds:
     batches = -(-texts.rows // rows)
     return copy + prefill + batches * texts.new_tokens * decoder.bound(rows).seconds
 
-  def chip_hours(self) -> float:
-    """Returns the lower bound for the whole run, with evaluation, for a step that fits."""
+  def chip_hours(self, generate_seconds: float) -> float:
+    """Returns the chip-hours of the whole run, with evaluation, for a step that fits.
+
+    Args:
+      generate_seconds: The time to generate the texts of a round.
+    """
     steps = self.config.train.steps
-    sampled = steps - math.floor(steps * self.config.on_policy.records_fraction)
-    before = (self.generate_seconds + self.others.seconds) / self.texts.steps
+    sampled = steps - plan.records_before(steps, self.config.on_policy.records_fraction)
+    before = (generate_seconds + self.others.seconds) / self.texts.steps
     evaluated = 1 + (estimate.evaluation_share(self.config, TRAIN) or 0)
     seconds = sampled * before + steps * evaluated * self.step["step_seconds_bound"]
     return seconds * self.decoder.hardware.num_chips / 3600
@@ -220,9 +219,10 @@ def estimate_rounds(config: Config, hardware: Hardware, mesh: jax.sharding.Mesh)
       rows that fit in addition to the state;
     * the values of OF_STEP, of a training step;
     * `seconds_per_round`, lower bounds by part; `round_seconds_bound`, their sum, without servers;
-      and `generate_seconds_assumed`, at the part of its bound that a decoder is assumed to reach;
     * `tokens_per_second_bound`, of generated tokens; `chip_hours` of the whole run, with evaluation
       (`evaluation_share`);
+    * `generate_seconds_assumed` and `chip_hours_assumed`, with a decoder that reaches
+      decoding.REACHED of its bound;
     * `served`, True if servers score, and `lag`.
 
     Values that depend on the speed of the step are None if it does not fit.
@@ -235,6 +235,7 @@ def estimate_rounds(config: Config, hardware: Hardware, mesh: jax.sharding.Mesh)
   seconds = rounds.seconds() if rounds.step["step_seconds_bound"] else None
   whole = sum(seconds.values()) if seconds else None
   tokens = texts.rows * texts.new_tokens
+  assumed = rounds.generate_seconds / decoding.REACHED
   room = {"gather": decoder.gather, "largest_batch": decoder.largest_batch}
   return {
     "fits": rounds.fits,
@@ -249,9 +250,10 @@ def estimate_rounds(config: Config, hardware: Hardware, mesh: jax.sharding.Mesh)
     **{key: rounds.step[key] for key in OF_STEP},
     "seconds_per_round": seconds,
     "round_seconds_bound": whole,
-    "generate_seconds_assumed": rounds.generate_seconds / decoding.REACHED,
+    "generate_seconds_assumed": assumed,
+    "chip_hours_assumed": rounds.chip_hours(assumed) if whole else None,
     "tokens_per_second_bound": tokens / whole if whole else None,
-    "chip_hours": rounds.chip_hours() if whole else None,
+    "chip_hours": rounds.chip_hours(rounds.generate_seconds) if whole else None,
     "evaluation_share": estimate.evaluation_share(config, TRAIN),
     "served": bool(config.generate.server.urls) and not config.train.online,
     "lag": config.on_policy.lag,

@@ -40,9 +40,9 @@ def _verdict(r: JsonObject) -> str:
   if r["fits"]:
     return f"Fits: at most {most}, of {hbm}."
   return (
-    f"Does not fit: at most {most}, of {hbm}. To generate and to score, {placement.ROOM:.0%} of "
-    f"the memory are for weights and caches: at most {r['decode']['largest_batch']} rows can be "
-    "decoded."
+    f"Does not fit: at most {most}, of {hbm}. While texts are generated, {placement.ROOM:.0%} of "
+    "what the training state leaves are for weights and caches: at most "
+    f"{r['decode']['largest_batch']} rows fit."
   )
 
 
@@ -64,10 +64,11 @@ def _seconds(r: JsonObject) -> list[str]:
   lines += [
     f"  A step takes {r['step_seconds_bound']:.2f}, with a model FLOPs utilization of "
     f"{100 * r['mfu_bound']:.1f}%.",
-    f"  At a quarter of its bound, which servers reach, the decoder takes "
-    f"{r['generate_seconds_assumed']:,.1f}.",
     f"  At most {r['tokens_per_second_bound']:,.0f} generated tokens per second.",
     f"  The run takes at least {r['chip_hours']:,.1f} chip-hours{table.cost(r)}.",
+    f"  At a quarter of its bound, which servers reach, the decoder takes "
+    f"{r['generate_seconds_assumed']:,.1f} seconds per round, and the run "
+    f"{r['chip_hours_assumed']:,.1f} chip-hours.",
   ]
   if r["evaluation_share"]:
     lines.append(f"  They include {r['evaluation_share']:.1%} for evaluation on held-out rows.")

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import decoding
@@ -118,14 +119,32 @@ def test_no_weights_are_gathered_in_a_step_on_tpus():
 def test_auto_gathers_once_if_it_fits(limit, once, monkeypatch, capsys):
   placement._say_once.cache_clear()
   model, mesh = random_model(), sharding.make_mesh(fsdp=4)
-  monkeypatch.setattr(placement, "_device_memory", lambda mesh: limit)
+  monkeypatch.setattr(placement, "_memory_to_decode", lambda mesh, model: limit)
   need = placement.memory(model, COMPUTE, mesh, OPTIONS)
   unrolled = placed(model, mesh, "auto")
   assert placement.bytes_per_device(unrolled) == (need.gathered if once else need.stored)
   assert need.stored < need.gathered < need.gathered_once < 0.9 * 2**20
   told = capsys.readouterr().err
-  reason = "" if once else "do not report" if limit == 0 else "0.0 GiB of 0.0 GiB per device"
+  reason = (
+    "" if once else "do not report" if limit == 0 else "0.0 GiB of 0.0 GiB that are left per device"
+  )
   assert reason in told and bool(told) != once
+
+
+def test_other_arrays_leave_less_memory():
+  """In training, the state and the teachers are in memory, and a copy of the student."""
+  GiB, mesh = placement.GiB, types.SimpleNamespace(local_devices=[])
+
+  def of_devices(*stats):
+    mesh.local_devices = [types.SimpleNamespace(memory_stats=lambda s=s: s) for s in stats]
+    return placement._memory_to_decode(mesh, 2 * GiB) / GiB
+
+  assert of_devices({"bytes_limit": 16 * GiB, "bytes_in_use": 2 * GiB}) == 16
+  training = {"bytes_limit": 16 * GiB, "bytes_in_use": 7 * GiB}
+  assert of_devices(training) == 11
+  assert of_devices(training, {"bytes_limit": 16 * GiB, "bytes_in_use": 9 * GiB}) == 9
+  assert of_devices({"bytes_limit": 16 * GiB}) == 16
+  assert of_devices(None) == 0
 
 
 def test_one_group_of_devices_has_nothing_to_gather(capsys):

@@ -149,7 +149,9 @@ def test_servers_score_at_their_own_speed(monkeypatch):
 
 def test_steps_on_records_generate_nothing(live, monkeypatch):
   whole, _ = live
-  r, _ = estimated(monkeypatch, **{"on_policy.records_fraction": 1 / 3})
+  r, _ = estimated(
+    monkeypatch, **{"on_policy.records_fraction": 1 / 3, "train.records": ("records",)}
+  )
   assert r["rows_per_round"] == 8  # of two steps
   per_row = whole["seconds_per_round"]["generate"] / 12
   assert r["seconds_per_round"]["generate"] == pytest.approx(8 * per_row, rel=0.01)
@@ -162,12 +164,15 @@ def test_what_does_not_fit_is_told(monkeypatch):
   r, _ = estimated(monkeypatch)
   text = preflight.text(r)
   assert not r["fits"] and text.startswith("Does not fit: at most ")
-  assert "at most 0 rows can be decoded" in text
+  assert text.splitlines()[0].endswith("at most 0 rows fit.")
 
 
-def test_tasks_are_refused(monkeypatch):
-  monkeypatch.setattr(topology, "prepare", lambda: None)
-  monkeypatch.setattr(topology, "make_mesh", lambda axes, *a: sharding.make_mesh(**vars(axes)))
-  asked = config.PreflightOptions("v5e:2x2", verb="on_policy")
-  with pytest.raises(InputError, match="--verb is 'on_policy'; expected 'train' or 'record'"):
-    preflight.run(config.Config(tasks={"things": None}, preflight=asked))
+def test_what_rounds_refuse_is_refused(monkeypatch):
+  for changes, message in (
+    ({"generate.samples": 3}, "train.batch_size is 4; expected a multiple of generate.samples"),
+    ({"mesh.context": 2, "mesh.fsdp": 1}, "mesh.context is 2; expected 1"),
+    ({"on_policy.lag": 2}, "on_policy.lag is 2; expected 0 or 1"),
+    ({"on_policy.records_fraction": 0.5}, "on_policy.records_fraction is 0.5; expected 0 without"),
+  ):
+    with pytest.raises(InputError, match=message):
+      estimated(monkeypatch, **changes)
