@@ -216,22 +216,30 @@ def compare_tokens(ours: Tokenizer, theirs: Tokenizer) -> tuple[list[int], list[
 
 
 def _other_tokenizer(config: Config, side: Side, name: str, theirs: Tokenizer, i: int) -> list[str]:
-  """Returns a sentence about a teacher with other tokens, whose scores are projected.
+  """Returns sentences about a teacher with other tokens, whose distributions are projected.
 
   Raises:
-    InputError: The teacher runs in the step, where its logits are compared token by token.
+    InputError: The teacher is on servers, which do not give whole distributions.
   """
   difference = (
     f"The teacher {name!r} has other tokens than the student: id {i} is "
     f"{side.tokenizer.piece(i)!r} in {side.tokenizer.where} and {theirs.piece(i)!r} in "
     f"{theirs.where}"
   )
-  if config.train.online:
+  if config.generate.server.urls:
     raise InputError(
-      f"{difference}. Set train.online=False, so that its scores are converted to the student's "
-      "tokens."
+      f"{difference}. Servers score the student's tokens alone: remove generate.server.urls, so "
+      "that the teacher runs here and its distributions are projected to the student's tokens."
     )
-  return [f"{difference}. Its scores are converted to the student's tokens."]
+  notes = [f"{difference}. Its distributions are projected to the student's tokens."]
+  for loss, fn in config.losses.items():
+    if getattr(fn, "divergence", "") == "reverse_kl":
+      notes.append(
+        f"losses.{loss} is of most effect on tokens of the student that no token of the teacher "
+        f"{name!r} leads to, whose probability is 1e-38. The divergences forward_kl and "
+        "jensen_shannon, and the losses policy_gradient and log_ratio, are not."
+      )
+  return notes
 
 
 def _ends_at(side: Side, tokenizer: Tokenizer, i: int) -> bool:

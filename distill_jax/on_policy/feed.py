@@ -26,7 +26,16 @@ from distill_jax.errors import InputError
 from distill_jax.models import runs
 from distill_jax.models.loading import LoadedModel, ModelSource
 from distill_jax.nn import sharding
-from distill_jax.on_policy import checks, diagnosis, inputs, order, plan, round_counts, shown
+from distill_jax.on_policy import (
+  checks,
+  diagnosis,
+  inputs,
+  order,
+  other_tokens,
+  plan,
+  round_counts,
+  shown,
+)
 from distill_jax.on_policy.inputs import TEACHER
 from distill_jax.on_policy.order import Order
 from distill_jax.on_policy.plan import StepRows
@@ -34,16 +43,17 @@ from distill_jax.on_policy.rollouts import Rollouts
 from distill_jax.on_policy.round_folders import RoundFolders
 from distill_jax.on_policy.scores import Scores
 from distill_jax.on_policy.scoring import Scorer
-from distill_jax.records import collate
+from distill_jax.records import collate, student_rows
 from distill_jax.records.store import Store
+from distill_jax.records.student_rows import StudentRows
 from distill_jax.runtime import checkpoint, distributed
 from distill_jax.training import loader, stores
 from distill_jax.training.decoding_copy import decoding_copy
 from distill_jax.training.feed import Fed
 from distill_jax.training.outputs import Teachers
-from distill_jax.training.state import TrainInputs
+from distill_jax.training.state import TrainInputs, with_tables
 from distill_jax.training.step import Step
-from distill_jax.training.stores import Stores
+from distill_jax.training.stores import OneStore, Stores
 from distill_jax.training.train_state import TrainState
 from distill_jax.types import Batch, JsonObject
 
@@ -81,11 +91,12 @@ class RoundsFeed:
       if distributed.is_process_0():
         print(sentence, file=sys.stderr)
     self._records = inputs.open_records(config, student)
-    texts = inputs.planned_store(config, self._tokenizer, folder, self._plan.prompts.digest)
+    self._planned = inputs.planned_store(config, self._tokenizer, folder, self._plan.prompts.digest)
     self.config = inputs.as_training(config, folder)
-    self.stores: Stores = [texts, *self._records]
     online = {TEACHER: self._sources[TEACHER]} if config.train.online else {}
     self.online: Mapping[str, ModelSource] = online
+    self._others = other_tokens.of_teachers(config, student, self._sources if online else {})
+    self.stores: Stores = [self._planned_of(TEACHER), *self._records]
     self._folders = RoundFolders(folder, config.on_policy.keep_rounds, config.train.keep)
     self._batch_rows = sharding.rows(mesh, config.train.batch_size)
 
@@ -118,8 +129,14 @@ class RoundsFeed:
     """Returns the teachers in the steps of a teacher's texts, by their names in a batch."""
     if not self.online or name == TEACHER:
       return self._fixed
-    loaded = self._sources[name].load(self._mesh, self._keys["teacher"])
-    return {TEACHER: loaded.model}
+    model = self._sources[name].load(self._mesh, self._keys["teacher"]).model
+    planned = [self._planned_of(name)]
+    return with_tables({TEACHER: model}, self._records_config, planned, self._mesh)
+
+  def _planned_of(self, name: str) -> OneStore:
+    """Returns a stand-in for the texts of a teacher, as a teacher in the step reads them."""
+    other = self._others.get(name)
+    return other.planned(self._planned) if other else self._planned
 
   def due(self, step: int) -> bool:
     """Returns whether a step is the first of its round, or the first of this process."""
@@ -135,9 +152,12 @@ class RoundsFeed:
       if self._scores is not None:
         self._scores.begin(i, texts[i])
     sampled = time.perf_counter()
-    found = texts[number]
+    found: Mapping[str, Store | StudentRows] = {
+      name: self._others[name].rows(store) if name in self._others else store
+      for name, store in texts[number].items()
+    }
     if self._scores is not None:
-      found = self._scores.get(number, found)
+      found = self._scores.get(number, texts[number])
     self._about = {
       "generate_seconds": sampled - began,
       "score_seconds": time.perf_counter() - sampled,
@@ -177,6 +197,8 @@ class RoundsFeed:
   def _of_rows(self, rows: StepRows) -> Batch:
     store = self._texts[rows.teacher]
     records = store.read_many([rows.first + i for i in self._batch_rows.held.tolist()])
+    if isinstance(store, StudentRows):
+      return collate.collate(records, with_targets=False, read=student_rows.read)
     recorded = collate.recorded_of(store.manifest)
     return collate.collate(records, with_targets=not self.online, recorded=recorded)
 

@@ -8,12 +8,12 @@ which are aligned when a row is read, and its distributions are projected to the
 from __future__ import annotations
 
 import dataclasses
-
-from jax.sharding import Mesh
+from collections.abc import Mapping
 
 from distill_jax.config import Config
 from distill_jax.cross_tokenizer import sides
 from distill_jax.cross_tokenizer.chains import Splits
+from distill_jax.cross_tokenizer.student_lengths import Source
 from distill_jax.cross_tokenizer.student_texts import StudentTexts
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
@@ -21,11 +21,12 @@ from distill_jax.errors import InputError, bad_value
 from distill_jax.losses import FeatureLoss
 from distill_jax.models.loading import ModelSource
 from distill_jax.on_policy.checks import compare_tokens
+from distill_jax.records.manifest import Manifest
+from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.recorder import Corpus
-from distill_jax.records.store import Store
+from distill_jax.records.store import Store, open_store
 from distill_jax.records.student_rows import StudentRows
-from distill_jax.training.outputs import OtherTokenizer
-from distill_jax.types import Model
+from distill_jax.training.aligned_store import AlignedStore
 
 MULTIPLE = 128  # of the length of the teacher's rows
 MORE = 1.25  # tokens of the teacher that are expected per token of the student, at most
@@ -72,14 +73,18 @@ class OtherTokens:
     """The number of positions of a row of the teacher."""
     return self._length
 
+  @property
+  def tokenizer(self) -> str:
+    """The digest of the teacher's tokenizer."""
+    return self._tables.teacher.digest
+
   def rows(self, texts: Store) -> StudentRows:
     """Returns the rows of a round's texts, with the teacher's tokens.
 
     Raises:
       InputError: None of a few texts can be aligned.
     """
-    m = texts.manifest
-    rows = StudentRows(texts, self._tables, self._splits, m.seq_len, self._length, self._texts)
+    rows = self._rows(texts, texts.manifest)
     skipped = [
       self._texts.align(row)[0].skipped for row in texts.read_many(range(min(SAMPLE, len(texts))))
     ]
@@ -92,11 +97,18 @@ class OtherTokens:
       )
     return rows
 
+  def planned(self, texts: MultiTeacherStore) -> AlignedStore:
+    """Returns the rows of texts that are not sampled yet, for a teacher in the step."""
+    return AlignedStore(texts, self._rows(texts, texts.manifest))
+
+  def _rows(self, texts: Source, m: Manifest) -> StudentRows:
+    return StudentRows(texts, self._tables, self._splits, m.seq_len, self._length, self._texts)
+
   def corpus(self, texts: Store) -> Corpus:
     """Returns a round's texts as the rows to record; see `rows`."""
     m = texts.manifest
     retargeted = {
-      "tokenizer": self._tables.teacher.digest,
+      "tokenizer": self.tokenizer,
       "store": "",
       "method": "exact",
       "min_mass": self._config.retarget.min_mass,
@@ -111,16 +123,6 @@ class OtherTokens:
       rollout=m.rollout,
     )
 
-  def in_step(self, model: Model, rows: StudentRows, mesh: Mesh) -> OtherTokenizer:
-    """Returns the teacher as the training step runs it.
-
-    Args:
-      model: The teacher.
-      rows: Rows from `rows`, of any round.
-      mesh: The mesh.
-    """
-    return OtherTokenizer(model, rows.on_devices(mesh), self._config.retarget.min_mass)
-
 
 def find(config: Config, student: ModelSource, teacher: ModelSource) -> OtherTokens | None:
   """Returns what a teacher with other tokens needs; None for one with the student's.
@@ -131,6 +133,26 @@ def find(config: Config, student: ModelSource, teacher: ModelSource) -> OtherTok
   ours = corpus.tokenizer_of(config.data, student.pretrained)
   different, _ = compare_tokens(ours, teacher_tokenizer(teacher, ours))
   return OtherTokens(config, student, teacher) if different else None
+
+
+def of_teachers(
+  config: Config, student: ModelSource, teachers: Mapping[str, ModelSource]
+) -> dict[str, OtherTokens]:
+  """Returns what the teachers in the step with other tokens need, by name; see `find`."""
+  found = {name: find(config, student, teacher) for name, teacher in teachers.items()}
+  others = {name: other for name, other in found.items() if other is not None}
+  for other in others.values():
+    check_heldout(config, other)
+  return others
+
+
+def check_heldout(config: Config, teacher: OtherTokens) -> None:
+  """Raises InputError if held-out text is not in the tokens of the teacher in the step."""
+  for path in config.train.heldout:
+    if (found := open_store(path).manifest.tokenizer) != teacher.tokenizer:
+      expected = f"stores in the tokens of the teacher, {teacher.tokenizer[:12]}"
+      action = f"Pack the text of {path} ({found[:12]}) with its tokenizer"
+      raise bad_value("train.heldout", config.train.heldout, expected, action)
 
 
 def is_chats(config: Config) -> bool:

@@ -104,7 +104,10 @@ def _scan(
     flat = (hidden_LXD, links_of(links_BCLF), labels_BC.reshape(1, -1), u_BC.reshape(1, -1))
     hidden_LXD, links_LX, labels_1X, u_1X = own(flat)
     p = dense.project(logits, hidden_LXD, links_LX, labels_1X[0], tables, min_mass)
-    out = sampler.of_shard(jnp.log(p.p_XS)[None], labels_1X, u_1X, spec)
+    p_XS = p.p_XS
+    if spec.kind == "dense":  # all tokens are outcomes, also those that nothing leads to
+      p_XS = jnp.maximum(p_XS, dense.SMALLEST)
+    out = sampler.of_shard(jnp.log(p_XS)[None], labels_1X, u_1X, spec)
     out |= {name: x[None] for name, x in zip(STATISTICS, p[1:], strict=True)}
     return carry, jax.tree.map(lambda x: _all(x, axis)[:, : B * C].reshape(B, C, *x.shape[2:]), out)
 

@@ -61,7 +61,7 @@ class AlignedStore:
       vocab_size=student.size,
       tokenizer=student.digest,
       seq_len=rows.positions,
-      rollout={},
+      rollout=store.manifest.rollout if rows.texts else {},
     )
 
   def __len__(self) -> int:

@@ -99,16 +99,25 @@ def test_a_teacher_without_a_template_is_told(pair):
   assert "no chat template, but the prompts are chats" in pair(theirs={"template": ""})[0]
 
 
-def test_other_tokens_are_refused_in_the_step_and_told_with_stored_scores(pair, tmp_path):
-  other = small_tokenizers.byte_level(size=300, special=ENDS[::-1])
-  with pytest.raises(InputError, match=r"id 0 is '<\|endoftext\|>' in .* Set train.online=False"):
-    pair(theirs={"tokenizer": other})
-
-
-def test_other_tokens_are_told_with_stored_scores(pair):
+@pytest.mark.parametrize("online", [True, False])
+def test_other_tokens_are_told(online, pair):
   other = small_tokenizers.byte_level(special=ENDS[::-1])
-  notes = pair(theirs={"tokenizer": other}, **{"train.online": False})
-  assert "converted to the student's tokens" in notes[0]
+  notes = pair(theirs={"tokenizer": other}, **{"train.online": online})
+  assert "projected to the student's tokens" in notes[0] and len(notes) == 1
+
+
+def test_the_reverse_kl_against_other_tokens_is_told(pair):
+  other = small_tokenizers.byte_level(special=ENDS[::-1])
+  losses = {"soft": config.loss("kd", divergence="reverse_kl")}
+  notes = pair(theirs={"tokenizer": other}, losses=losses)
+  assert "losses.soft is of most effect on tokens of the student that no token of the" in notes[1]
+
+
+def test_other_tokens_are_refused_on_servers(pair):
+  other = small_tokenizers.byte_level(size=300, special=ENDS[::-1])
+  urls = {"train.online": False, "generate.server.urls": ("http://localhost:1/v1",)}
+  with pytest.raises(InputError, match=r"id 0 is '<\|endoftext\|>' in .* remove generate.server"):
+    pair(theirs={"tokenizer": other}, **urls)
 
 
 def test_another_file_with_the_same_tokens_is_accepted_and_further_tokens_are_told(pair):

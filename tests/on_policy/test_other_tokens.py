@@ -1,11 +1,14 @@
 """A teacher with other tokens than the student's, on texts that the student sampled."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
+import tiny
 import tiny_checkpoints
+import tiny_on_policy
 import tiny_pair
 import tiny_store
 
@@ -19,8 +22,10 @@ from distill_jax.on_policy import other_tokens
 from distill_jax.on_policy.rollouts import folder_of
 from distill_jax.on_policy.scoring import Scorer
 from distill_jax.records import collate, manifest, student_rows
+from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import open_store
 from distill_jax.training.outputs import teacher_outputs
+from distill_jax.training.state import with_tables
 from distill_jax.types import Inputs
 
 ROWS, T, LENGTH = 6, 24, 32
@@ -92,7 +97,8 @@ def test_scores_are_the_enumeration_of_the_projected_distributions(folder, texts
   m, tables = store.manifest, tiny_pair.tables()
   assert (m.tokenizer, m.rollout) == (tables.student.digest, texts.manifest.rollout)
   assert m.retargeted["tokenizer"] == tables.teacher.digest
-  loaded = teacher.load(sharding.make_mesh(), jax.random.key(0))
+  mesh = sharding.make_mesh()
+  loaded = teacher.load(mesh, jax.random.key(0))
   rows = other.rows(texts)
   batch = collate.collate(rows.read_many(range(ROWS)), read=student_rows.read)
 
@@ -101,7 +107,9 @@ def test_scores_are_the_enumeration_of_the_projected_distributions(folder, texts
     targets, _ = teacher_outputs(in_step, "teacher", batch, loaded.compute, FeatureSpec())
     return jax.nn.softmax(targets.logits())
 
-  live_BTS = np.asarray(live(other.in_step(loaded.model, rows, sharding.make_mesh()), batch))
+  planned = other.planned(MultiTeacherStore(texts, {}))
+  teachers = with_tables({"teacher": loaded.model}, c, [planned], mesh)
+  live_BTS = np.asarray(live(teachers["teacher"], batch))
   checked = 0
   for i, got in enumerate(store):
     for name, x in texts[i].items():
@@ -118,6 +126,7 @@ def test_scores_are_the_enumeration_of_the_projected_distributions(folder, texts
       stored = np.zeros_like(want)
       np.add.at(stored, got["ids_TK"][t], np.exp(got["logp_TK"][t]))
       np.testing.assert_allclose(stored, want, rtol=2e-3, atol=1e-6)  # stored as float16
+      assert np.isfinite(got["logp_TK"][t]).all()  # tokens that nothing leads to are outcomes
       np.testing.assert_allclose(live_BTS[i, t], want, rtol=2e-5, atol=1e-7)
       label = want[texts[i]["tokens_T"][t + 1]]
       assert got["label_logp_T"][t] == pytest.approx(np.log(label), rel=1e-3, abs=1e-3)
@@ -150,3 +159,52 @@ def test_a_teacher_with_the_students_tokens_needs_nothing(folder):
   c = resolved(folder, **{"data.tokenizer": str(folder / "teacher" / "tokenizer.json")})
   student, teacher = (loading.open_source(m) for m in (c.student, c.teacher))
   assert other_tokens.find(c, student, teacher) is None
+
+
+def run_config(folder, run, **changes):
+  """A config of rounds, whose prompts are of tiny_pair's letters."""
+  run.mkdir()
+  c = tiny_on_policy.on_policy_config(run)
+  prompts = [{"prompt": text} for text in ("ab a", "ba ab", "b  ba", "aba b", "a b ab", " baa")]
+  (run / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
+  c.teacher.source, c.teacher.shape = str(folder / "teacher"), ""
+  c.data.tokenizer = str(folder / "student.json")
+  c.generate.stop, c.losses = (), {"soft": config.loss("kd", divergence="jensen_shannon")}
+  c.train.steps, c.retarget.seq_len = 2, LENGTH
+  c.update_from_flattened_dict(changes)
+  return c
+
+
+@pytest.mark.slow
+def test_live_and_stored_scores_train_on_the_same_targets(folder, tmp_path):
+  live, stored = tmp_path / "live", tmp_path / "stored"
+  tiny_on_policy.run(run_config(folder, live), live / "run")
+  dense = {"train.online": False, "records.kind": "dense"}
+  tiny_on_policy.run(run_config(folder, stored, **dense), stored / "run")
+  for a, b in zip(tiny.measured(live / "run"), tiny.measured(stored / "run"), strict=True):
+    assert a["tokens"] == b["tokens"] > 20
+    # Stored as float16; the second step begins from slightly different weights.
+    assert b["loss"] == pytest.approx(a["loss"], rel=2e-3)
+    assert {"overlap/teacher", "reverse_kl/teacher"} <= a.keys() or a["step"] > 0
+
+
+@pytest.mark.slow
+def test_scores_of_labels_alone_are_those_of_whole_distributions(folder, texts, tmp_path):
+  stores = []
+  for kind in ("dense", "labels"):
+    c = resolved(folder, **{"records.kind": kind})
+    student, _, _ = opened(c)
+    stores.append(
+      Scorer(c, student, sharding.make_mesh(), tmp_path / kind).score(2, "teacher", texts)
+    )
+  for a, b in zip(*stores, strict=True):
+    assert set(b) == set(a) - {"ids_TK", "logp_TK", "argmax_T"}
+    for name, x in b.items():
+      np.testing.assert_array_equal(x, a[name], name)
+
+
+@pytest.mark.slow
+def test_held_out_text_in_the_students_tokens_is_refused(folder, texts, tmp_path):
+  c = run_config(folder, tmp_path / "run", **{"train.heldout": (str(texts.folder),)})
+  with pytest.raises(InputError, match="train.heldout .* expected stores in the tokens"):
+    tiny_on_policy.run(c, tmp_path / "run" / "w")
