@@ -20,6 +20,7 @@ from distill_jax.data import model_rows
 from distill_jax.errors import InputError, Preempted
 from distill_jax.models import loading, runs
 from distill_jax.nn import sharding
+from distill_jax.on_policy import rewards
 from distill_jax.on_policy.rollouts import Rollouts, delete_round, folder_of
 from distill_jax.on_policy.round_writer import RoundWriter
 from distill_jax.records.store import open_store
@@ -325,3 +326,25 @@ def test_texts_do_not_depend_on_the_number_of_processes(folder, tmp_path):
       for row, want in zip(two, one, strict=True):
         np.testing.assert_array_equal(row["tokens_T"], want["tokens_T"])
         np.testing.assert_allclose(row["behaviour_logp_T"], want["behaviour_logp_T"], rtol=2**-9)
+
+
+@pytest.mark.slow  # starts worker processes
+@pytest.mark.parametrize("name", ["math", "code"])
+def test_answers_are_rewarded(folder, tmp_path, name, monkeypatch):
+  """The texts of half of the prompts are replaced by right answers before they are judged."""
+  c = made(folder, on_policy__reward=name)
+  right = {"math": "It is 12.", "code": "def f():\n  return 12\n"}[name]
+  test = {"start": "", "test": "def check(f):\n  assert f() == 12", "entry_point": "f"}
+  rows = ({"prompt": p, "answer": "12", "right": i % 2, **test} for i, p in enumerate(PROMPTS))
+  c.generate.prompts = str(write_lines(tmp_path / "prompts.jsonl", rows))
+  c.filters[name] = config.filter(name, **({"prompt": "start"} if name == "code" else {}))
+  of_texts = rewards.of_texts
+
+  def answered(judge, texts):
+    return of_texts(judge, (t | {"text": right} if t["about"]["right"] else t for t in texts))
+
+  monkeypatch.setattr(rewards, "of_texts", answered)
+  run = Run(c, tmp_path / "run")
+  (store,) = run().values()
+  for row, (number, _) in zip(store, run.rollouts.plan.of_round(0).rows["teacher"], strict=True):
+    assert row["reward_T"].max() == number % 2
