@@ -15,7 +15,7 @@ TRUNCATED, REPETITION = "length", "repetition"  # reasons why a text ended
 LIMITS = {"max_truncated": TRUNCATED, "max_repetition": REPETITION}  # by the key of `on_policy`
 ADVICE = {
   TRUNCATED: "Raise generate.max_new_tokens and generate.cache_len in another --workdir",
-  REPETITION: "Lower optimizer.lr in another --workdir",
+  REPETITION: "Lower optim.peak_lr in another --workdir",
 }
 
 
