@@ -83,6 +83,8 @@ def test_a_live_run_trains_on_texts_of_its_student(whole):
   rows, _ = result(whole)
   assert [row["round"] for row in rows] == [0, 0, 1, 1]
   assert [row["lag"] for row in rows] == [0, 1, 0, 1]
+  # The step sees the texts as the student has sampled them, up to float16 in the store.
+  assert rows[0]["drift"] < 2e-3
   assert len(open_store(whole / "rounds/00001/teacher/rollouts")) == 2 * 4
   # The fingerprint is the digest of the checkpoint before the round.
   assert student_of(whole, 1) == checkpoint.digest(whole, 2)
@@ -194,6 +196,7 @@ def test_a_lag_trains_on_the_texts_of_the_student_one_round_before(whole_late):
   assert student_of(whole_late, 2) == checkpoint.digest(whole_late, 2)
 
 
+@pytest.mark.slow
 def test_texts_that_cannot_be_sampled_again_are_missed(whole, folder, tmp_path, monkeypatch):
   with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
     stop_at(patch, feed.RoundsFeed, "next", 4)
