@@ -241,7 +241,7 @@ class Evaluation:
       first=[store.read_many([0])[0] for store in alike] if targets else [],
       targets=targets,
       read=reader(self._config, self._stores),
-      recorded=recorded(self._config, self._stores),
+      recorded=recorded(self._config, [p.store for p in self._parts]),
     )
     return itertools.islice(batches, part.batches)
 

@@ -105,7 +105,8 @@ class Log:
     if evaluate is not None:
       row |= evaluate()
       self.saved()
-      self._shown["held-out loss"] = row["heldout/loss"]
+      shown = "loss" if "heldout/loss" in row else "ce"  # see heldout.evaluate
+      self._shown[f"held-out {shown}"] = row[f"heldout/{shown}"]
     if self._writer is not None:
       self._writer.write(n, row)
     self._progress.add(1, loss=row["loss"], **self._shown)
