@@ -25,6 +25,10 @@ from distill_jax.served.scoring_client import ScoringClient
 
 CHAT = [{"role": "user", "content": "How many days has a year?"}]
 SENTENCES = "It costs 1,234.50 EUR.\n\tÜber 中文, naïve Ελληνικά и 'кириллица' — don't  panic! "
+PROSE = (  # ordinary text: the rounding of rare tokens' log-probabilities is coarser
+  "A year has twelve months. Most of them have thirty or thirty-one days, and one of them has only "
+  "twenty-eight, or twenty-nine in every fourth year. So a year has 365 days, or 366."
+)
 WORDS = 256  # tokens of the vocabulary that the text of `check_tokenizer` is made of, at most
 
 

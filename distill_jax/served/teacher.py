@@ -144,8 +144,7 @@ class ServedTeacher:
         at = place.positions
         stored = np.where(row["mask_T"][at], row[LABEL_LOGP.read][at], np.nan)
     else:
-      longest = client.model.max_len or len(row["tokens_T"])
-      text = Text(probes.probe_text(self._tokenizer, longest - 1)[1], 1)
+      text = Text(self._tokenizer.encode(probes.PROSE)[: len(row["tokens_T"])], 1)
     await probes.check_agreement(client, text, self._limit, stored)
     return client.way if client.k else await probes.find_way(client, text, self._limit)
 
