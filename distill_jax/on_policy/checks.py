@@ -114,6 +114,15 @@ def _check_options(config: Config) -> None:
       f"0 for scores of the kind {kind!r}, which lack the teacher's most probable tokens",
       "Set records.kind=topk or train.online=True, or set it to 0",
     )
+  missing = config.records.missing_mass
+  if kind == "topk" and missing == "renormalise":
+    raise bad_value(
+      "records.missing_mass",
+      missing,
+      "'tail_bucket' for the student's own texts, whose tokens are often not among the entries: "
+      "without a tail, the student's probability of all other tokens would not count",
+      "Set it to 'tail_bucket'",
+    )
   if generate.ignore_eos:
     expected = "False, since the student would never learn where a text ends"
     raise bad_value("generate.ignore_eos", True, expected, "Remove it")

@@ -183,6 +183,14 @@ def test_another_earlier_teacher_is_told():
     ({"on_policy.min_overlap": 1.5}, "on_policy.min_overlap is 1.5; expected a fraction"),
     ({"on_policy.max_drift": -1.0}, "on_policy.max_drift is -1.0; expected 0"),
     (
+      {
+        "train.online": False,
+        "records.kind": "topk",
+        "records.missing_mass": "renormalise",
+      },
+      "records.missing_mass is 'renormalise'; expected 'tail_bucket'",
+    ),
+    (
       {"on_policy.min_overlap": 0.3, "train.online": False, "records.kind": "labels"},
       "on_policy.min_overlap is 0.3; expected 0 for scores of the kind 'labels'",
     ),
