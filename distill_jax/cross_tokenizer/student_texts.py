@@ -94,7 +94,7 @@ class StudentTexts:
     known_G = (position_G > 0) & (position_G < self.length)
     taught_H = np.zeros(len(tokens_H), bool)
     if segment is not None:
-      taught_H = wanted_H & _is_covered(self._tables, aligned, known_G)
+      taught_H = wanted_H & _is_covered(aligned, known_G)
     token_X = np.flatnonzero(taught_H)
     mask_T = np.zeros_like(row["mask_T"])
     mask_T[token_X - 1] = True
@@ -182,12 +182,13 @@ def _in_order(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarra
   return np.where(is_empty, reach, start), np.where(is_empty, reach, end)
 
 
-def _is_covered(tables: PairTables, aligned: Aligned, known_G: np.ndarray) -> np.ndarray:
-  """Returns True for the student's tokens whose bytes are those of tokens that are predicted."""
+def _is_covered(aligned: Aligned, known_G: np.ndarray) -> np.ndarray:
+  """Returns True for the student's tokens whose bytes are those of tokens that are predicted.
+
+  Bytes of an answer that share a token with the teacher's chat template are not.
+  """
   start_H, end_H, g_H = aligned.start_H, aligned.end_H, aligned.g_H
   start_G, end_G = aligned.start_G, aligned.end_G
   last_H = np.maximum(np.searchsorted(start_G, end_H - 1, "right") - 1, 0)
-  inside = (start_G[g_H] <= start_H) & (start_H < end_G[g_H]) & (end_H <= end_G[last_H])
-  token = aligned.token_G[g_H]
-  is_role = aligned.id_H == tables.phi_P[tables.offset_V[token]]
-  return inside & known_G[g_H] & known_G[last_H] & (~tables.control_V[token] | is_role)
+  inside = (start_H < end_G[g_H]) & (end_H <= end_G[last_H])
+  return inside & known_G[g_H] & known_G[last_H]

@@ -30,7 +30,7 @@ def texts_of(tables, length=LENGTH):
 def accents():
   """A pair whose student has a token for each byte of é, and the teacher one for both."""
   teacher = tiny_pair.vocabulary((*tiny_pair.TEACHER, "Ã ©"), ACCENTS)
-  student = tiny_pair.vocabulary(tiny_pair.STUDENT, ACCENTS)
+  student = tiny_pair.vocabulary((*tiny_pair.STUDENT, "b Ã", "© ©"), ACCENTS)
   return PairTables(teacher, student, match_roles(teacher, student, {}))
 
 
@@ -82,27 +82,27 @@ def test_the_token_that_ends_a_text_has_a_target_and_what_follows_none():
 
 
 B, C3, A9 = (ACCENTS.index(c) for c in ("b", "Ã", "©"))  # the teacher merges no b b
+B_C3, A9_A9 = (accents().student.id_of[b] for b in (b"b\xc3", b"\xa9\xa9"))
 
 
 @pytest.mark.parametrize(
-  ("ids", "taught"),
+  ("ids", "taught", "text"),
   [
-    ([B, B, C3, A9, B], [1, 2, 3, 4]),  # a whole character in two tokens
-    ([B, B, C3], [1]),  # cut inside of a character
-    ([B, B, C3, B, B], [1]),  # bytes that are no text
-    ([B, A9, B], []),
+    ([B, B, C3, A9, B], [1, 2, 3, 4], "bbéb"),  # a whole character in two tokens
+    ([B, B, C3], [1], "bb"),  # cut inside of a character
+    ([B, B, C3, B, B], [1], "bb"),  # bytes that are no text
+    ([B, A9, B], [], "b"),
+    ([B, B, B_C3, A9_A9], [1], "bbb"),  # half of the character is in a token that is no text
   ],
 )
-def test_bytes_that_are_no_text_and_what_follows_them_have_no_targets(ids, taught):
+def test_bytes_that_are_no_text_and_what_follows_them_have_no_targets(ids, taught, text):
   tables = accents()
   aligned, theirs = texts_of(tables).align(row(ids))
   assert aligned.token_X.tolist() == taught
   assert aligned.cut_targets == len(ids) - 1 - len(taught)
   np.testing.assert_array_equal(aligned.records[0]["tokens_T"][: len(ids)], ids)
-  if taught:
-    text = tables.student.spell(ids[: taught[-1] + 1]).decode()
-    used = theirs["tokens_T"][theirs["segments_T"] > 0]
-    np.testing.assert_array_equal(used, tables.teacher.locate(text)[0])
+  used = theirs["tokens_T"][theirs["segments_T"] > 0]
+  np.testing.assert_array_equal(used, tables.teacher.locate(text)[0])
 
 
 def test_a_teacher_begins_a_text_with_its_own_tokens():
@@ -127,11 +127,15 @@ def test_what_the_teachers_row_does_not_hold_has_no_target():
   tables = tiny_pair.tables()
   one = row(sampled(tables, 2, 12))
   whole, theirs = texts_of(tables).align(one)
-  used = int(theirs["segments_T"].sum())
-  short, cut = texts_of(tables, used - 3).align(one)
-  np.testing.assert_array_equal(cut["tokens_T"], theirs["tokens_T"][: used - 3])
-  fits = [h for h in whole.token_X if whole.aligned.end_H[h] <= whole.aligned.end_G[used - 4]]
-  assert short.token_X.tolist() == fits and len(fits) < len(whole.token_X)
+  places, spanning = whole.aligned, 0
+  for length in range(2, int(theirs["segments_T"].sum())):
+    short, cut = texts_of(tables, length).align(one)
+    np.testing.assert_array_equal(cut["tokens_T"], theirs["tokens_T"][:length])
+    end = places.end_G[length - 1]
+    fits = [h for h in whole.token_X if places.end_H[h] <= end]
+    assert short.token_X.tolist() == fits and len(fits) < len(whole.token_X)
+    spanning += sum(places.start_H[h] < end < places.end_H[h] for h in whole.token_X)
+  assert spanning  # tokens that begin in the row and end after it
 
 
 def test_a_prompt_that_the_teacher_cannot_read_is_skipped():
@@ -150,13 +154,17 @@ def test_a_prompt_that_the_teacher_cannot_read_is_skipped():
 @pytest.fixture(scope="module")
 def chat_sides():
   """Returns the teacher's and the student's tokens of chats."""
+  return sides_of("llama", "chatml")
+
+
+def sides_of(*names):
   special = [t for t in chats.SPECIAL if t != "<s>"]
   tokenizers = (
     small_tokenizers.byte_level(450, special=["<s>", *special]),
     small_tokenizers.byte_level(330, special=[*reversed(special), "<s>"]),
   )
   named = (("bos_token", "<s>"), ("eos_token", "</s>"))
-  templates = [ChatTemplate(chats.TEMPLATES[name], named) for name in ("llama", "chatml")]
+  templates = [ChatTemplate(chats.TEMPLATES[name], named) for name in names]
   return [Side(chat_vocabulary(t, c), c) for t, c in zip(tokenizers, templates, strict=True)]
 
 
@@ -195,6 +203,23 @@ def test_a_chat_is_read_in_the_teachers_template(ends, chat_sides):
   assert aligned.token_X.tolist() == list(range(len(begin), len(begin) + 4))
   one["tokens_T"][:2] = ids[5]
   assert StudentTexts(tables, *chat_sides, 200).align(one)[0].skipped == {FORM: 1}
+
+
+def test_a_token_that_also_spells_the_template_has_no_target():
+  """The teacher reads the newline of its template and the first of the answer as one token."""
+  teacher, student = sides = sides_of("chatml", "phi")
+  a, b = teacher.vocabulary, student.vocabulary
+  prompt = student.template.render([chats.user("then")], add_generation_prompt=True)
+  begin, n = b.tokenizer.encode_places(prompt, [])[0], b.id_of[b"\n\n"]
+  ids = [*begin, n, *(b.id_of[bytes([x])] for x in b"Fine"), b.end]
+  length = np.zeros(len(ids), np.int32)
+  one = {"tokens_T": np.array(ids, np.int32), "segments_T": length + 1, "mask_T": length > 0}
+  one["mask_T"][len(begin) - 1 : -1] = True
+  tables = PairTables(a, b, match_roles(a, b, {}))
+  aligned, theirs = StudentTexts(tables, *sides, 200).align(one)
+  text = b"".join(a.bytes_V[i] or b"|" for i in theirs["tokens_T"][theirs["segments_T"] > 0])
+  assert text.endswith(b"assistant\n\n\nFine|\n") and a.id_of[b"\n\n"] in theirs["tokens_T"]
+  assert aligned.token_X.tolist() == list(range(len(begin) + 1, len(ids)))
 
 
 def test_it_can_be_pickled():
