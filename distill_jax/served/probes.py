@@ -137,7 +137,7 @@ async def check_tokenizer(client: ScoringClient, tokenizer: Tokenizer) -> None:
     i for i in reversed(range(tokenizer.vocab_size)) if tokenizer.piece(i) not in (None, *special)
   )
   try:
-    await client.score(Text([*ours[:8], last], len(ours[:8])))
+    await client.score(Text([*ours[:8], last], len(ours[:8])), k=0)
   except RequestRefused as e:
     raise InputError(
       f"{client.http.servers.names} refuses the last token of {tokenizer.where}, {last} "

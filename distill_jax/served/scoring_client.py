@@ -14,7 +14,7 @@ from distill_jax.generation.served_model import ServedModel
 from distill_jax.generation.servers import Server
 from distill_jax.records.import_logprobs import Document
 from distill_jax.served import requests
-from distill_jax.served.requests import PROMPT_LOGPROBS, SGLANG, TOKEN_IDS, Text
+from distill_jax.served.requests import PROMPT_LOGPROBS, SGLANG, Text
 from distill_jax.types import JsonObject
 
 
@@ -58,7 +58,12 @@ class ScoringClient:
     await self.http.__aexit__()
 
   async def score(
-    self, text: Text, way: str = "", server: Server | None = None, retries: int | None = None
+    self,
+    text: Text,
+    way: str = "",
+    server: Server | None = None,
+    retries: int | None = None,
+    k: int | None = None,
   ) -> Document:
     """Returns the scored tokens of a text; see `requests.parse`.
 
@@ -67,12 +72,13 @@ class ScoringClient:
       way: How to ask; "" for `way`.
       server: The server to ask; None for any.
       retries: See Client.request.
+      k: Number of the most probable tokens; None for `k` of the client.
 
     Raises:
       RequestFailed, RequestRefused, InputError: See Client.request.
     """
-    way = way or self.way
-    path, body = requests.request(way, self.model.name, text, 0 if way == TOKEN_IDS else self.k)
+    way, k = way or self.way, self.k if k is None else k
+    path, body = requests.request(way, self.model.name, text, k)
     parse = functools.partial(requests.parse, way, text=text, vocab_size=self._vocab_size)
     return await self._ask(path, body, parse, server, retries)
 

@@ -190,6 +190,15 @@ def test_an_invalid_config_is_an_error_before_any_request(tmp_path, changes, mes
   assert not server.asked
 
 
+def test_more_log_probabilities_than_the_servers_limit(tmp_path):
+  with (
+    Server() as server,
+    pytest.raises(InputError, match=r"refuses to give 40 .*Lower records\.n"),
+  ):
+    run(made(tmp_path, server, n=40), tmp_path / "w")
+  assert not digests(tmp_path / "w")
+
+
 def test_tasks_are_refused(tmp_path):
   with Server() as server:
     c = made(tmp_path, server)
