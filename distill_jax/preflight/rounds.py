@@ -35,6 +35,7 @@ from distill_jax.preflight import (
 )
 from distill_jax.preflight.decoding import Decoder
 from distill_jax.preflight.topology import Hardware
+from distill_jax.retarget.options import RetargetOptions
 from distill_jax.types import JsonObject
 
 GENERATE, SCORE, TRAIN = "generate", "score", "train"  # the parts of a round
@@ -194,10 +195,11 @@ class Rounds:
 def as_training(config: Config) -> Config:
   """Returns the config of training on stored rows of the same length, generate.cache_len.
 
-  Each step has the texts of one teacher, so `teachers` are not in it.
+  Each step has the texts of one teacher, so `teachers` are not in it. A teacher with other tokens
+  is computed as one with the student's.
   """
   data = dataclasses.replace(config.data, seq_len=config.generate.cache_len, buckets=())
-  return dataclasses.replace(config, data=data, teachers={})
+  return dataclasses.replace(config, data=data, teachers={}, retarget=RetargetOptions())
 
 
 def estimate_rounds(config: Config, hardware: Hardware, mesh: jax.sharding.Mesh) -> JsonObject:
