@@ -4,7 +4,7 @@
 
 A live run has rounds of one step, with the teacher in the step. An offline run has rounds of
 --every steps: the teacher's log-probabilities of the tokens are stored first, and the loss is the
-policy gradient. Both train a student of 12 layers on equally many of its own tokens, from a teacher
+policy gradient. Both train a student of 12 layers on equally many sampled tokens, from a teacher
 of 30 layers; the models are SmolLM2-135M with random weights. The first --every steps, which
 compile, are not counted.
 
