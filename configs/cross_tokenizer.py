@@ -40,7 +40,7 @@ ROOT = "runs/cross_tokenizer"
 RATES = {  # see RATES in tools/cross_tokenizer_evidence.py for those that are tried
   "same_hard": 6e-4,
   "same_soft": 1.2e-3,
-  "hard": 6e-4,
+  "hard": 1.2e-3,
   "retargeted": 1.2e-3,
   "exact": 1.2e-3,
   "alm": 6e-4,
