@@ -7,6 +7,7 @@ token there, and its rewards are computed when its shard is written.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -29,7 +30,7 @@ from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.store import Writer
-from distill_jax.runtime import files, json_io, storage
+from distill_jax.runtime import distributed, files, json_io, storage
 from distill_jax.types import JsonObject
 
 ROLLOUTS, COUNTS = "rollouts", "counts"  # folders in that of a teacher
@@ -103,7 +104,8 @@ class RoundWriter:
   ):
     self._folder, self._stops, self._judge = folder, stops, judge
     self._thread = ThreadPoolExecutor(1)
-    self._writing: list[Future[None]] = []
+    self._writing: collections.deque[Future[None]] = collections.deque()
+    self._failure: BaseException | None = None  # the first one of another thread
     self._begun: dict[tuple[str, int], _Shard] = {}  # by teacher and first row
     self._since = time.monotonic()
     self._writers: dict[str, Writer] = {}
@@ -126,7 +128,7 @@ class RoundWriter:
     """Takes finished samples, and starts to write the shards that are complete.
 
     Raises:
-      InputError: An earlier shard could not be written, or a text cannot be judged.
+      InputError: In a run of one process: an earlier shard failed, as in `finish`.
     """
     for s in samples:
       text = Text.of(s)
@@ -143,12 +145,18 @@ class RoundWriter:
     return self._begun.setdefault((row.teacher, rows.start), _Shard(rows))
 
   def _start_writing(self, teacher: str, shard: _Shard) -> None:
-    while len(self._writing) > MAX_WAITING or (self._writing and self._writing[0].done()):
-      self._writing.pop(0).result()
+    while self._writing and (len(self._writing) > MAX_WAITING or self._writing[0].done()):
+      self._wait_for_first()
+    if self._failure is not None and distributed.process_count() == 1:
+      raise self._failure  # others would wait for this process, so they learn of it in `finish`
     now = time.monotonic()
     seconds, self._since = now - self._since, now
     texts = [shard.texts[i] for i in shard.rows]
     self._writing.append(self._thread.submit(self._write, teacher, shard.rows, texts, seconds))
+
+  def _wait_for_first(self) -> None:
+    error = self._writing.popleft().exception()
+    self._failure = self._failure or error
 
   def _write(self, teacher: str, rows: range, texts: Sequence[Text], seconds: float) -> None:
     writer, judge = self._writers[teacher], self._judge
@@ -179,9 +187,15 @@ class RoundWriter:
     }
 
   def finish(self) -> JsonObject:
-    """Completes the stores, and returns the counts of each teacher's texts."""
-    for writing in self._writing:
-      writing.result()
+    """Completes the stores, and returns the counts of each teacher's texts.
+
+    Raises:
+      InputError: A shard could not be written, or a text cannot be judged.
+    """
+    while self._writing:
+      self._wait_for_first()
+    if self._failure is not None:
+      raise self._failure
     counts = {}
     for name, writer in self._writers.items():
       if len(writer.manifest.shards) < len(writer.manifest.ranges):

@@ -23,7 +23,7 @@ from distill_jax.nn import sharding
 from distill_jax.on_policy import rewards
 from distill_jax.on_policy.rollouts import Rollouts, delete_round, folder_of
 from distill_jax.on_policy.round_writer import RoundWriter
-from distill_jax.records.store import open_store
+from distill_jax.records.store import Writer, open_store
 from distill_jax.runtime import distributed, files, storage
 from distill_jax.types import Inputs
 
@@ -267,6 +267,25 @@ def test_the_devices_are_free_when_training_continues(whole, folder):
   after = [x for x in jax.live_arrays() if id(x) not in before and x.nbytes > 64]
   assert [x.shape for x in after if not any(x is y for y in held)] == []
   assert sum(x.is_deleted() for x in held) > len(held) // 2
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_shard_that_cannot_be_written_stops_the_round(whole, folder, monkeypatch, processes):
+  """With several processes at its end, where all of them learn of it."""
+  run, seen = Run(made(folder), folder / f"full{processes}"), []
+  add = RoundWriter.add
+  monkeypatch.setattr(RoundWriter, "add", lambda self, s: (add(self, s), seen.extend(s)))
+
+  def write(self, rows, records):
+    raise InputError("The disk is full.")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Writer, "write_shard", write)
+    patch.setattr(distributed, "process_count", lambda: processes)
+    with pytest.raises(InputError, match="The disk is full"):
+      run()
+  assert (len(seen) == 16) == (processes == 2)
+  assert digests(run()) == digests(whole[1])
 
 
 @pytest.mark.slow  # two meshes are compiled
