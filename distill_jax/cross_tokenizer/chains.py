@@ -16,6 +16,7 @@ per range of the look-ahead states.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,11 @@ class Splits:
   end: np.ndarray
   token: np.ndarray
   of_prefix: np.ndarray
+
+  @functools.cached_property
+  def rank_V(self) -> np.ndarray:
+    """The place of each token in `order`, int64. Rows are aligned one by one, so it is kept."""
+    return np.argsort(self.order)
 
   @classmethod
   def of(cls, tables: PairTables) -> Splits:
@@ -121,7 +127,7 @@ def chains(
   n, last = len(at), len(known) - 1
   place, split, base = (np.full((n, DEPTH), -1, np.int32) for _ in range(3))
   real, low, high = (np.zeros((n, DEPTH), np.int32) for _ in range(3))
-  rank_V = np.argsort(splits.order)
+  rank_V = splits.rank_V
   mine, stop, offset = aligned.id_H[at], aligned.end_H[at], aligned.offset_H[at]
   i, g, state, mass_of = np.arange(n), aligned.g_H[at], np.full(n, -1), np.full(n, -1)
   for level in range(DEPTH):
