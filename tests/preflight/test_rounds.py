@@ -1,10 +1,14 @@
 """`preflight --verb=on_policy`: bytes, bounds and cost by hand."""
 
 import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
 
 import jax
 import pytest
-from preflight_config import model_config
+from preflight_config import CONFIGS, model_config
 
 from distill_jax import config
 from distill_jax.commands import preflight
@@ -176,3 +180,27 @@ def test_what_rounds_refuse_is_refused(monkeypatch):
   ):
     with pytest.raises(InputError, match=message):
       estimated(monkeypatch, **changes)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.slow
+@pytest.mark.parametrize("scores", ["live", "stored"])
+def test_qwen3_8b_fits_on_64_chips(scores):
+  """The numbers are those in the docstring of the config."""
+  command = [sys.executable, "-m", "distill_jax.cli", "preflight", "--topology=v5p:4x4x4"]
+  path = CONFIGS / "qwen3_8b_on_policy.py"
+  command += [f"--config={path}:{scores}", "--verb=on_policy", "--json"]
+  run = subprocess.run(command, capture_output=True, text=True)
+  assert run.returncode == 0, run.stderr
+  r = json.loads(run.stdout.splitlines()[-1])
+  want = {"live": (1, 10.1, 3.1, 3.0, 43.2), "stored": (4, 23.6, 12.5, 11.9, 32.0)}[scores]
+  told = (r["every"], *r["seconds_per_round"].values(), r["chip_hours"])
+  assert r["fits"] and told == pytest.approx(want, rel=0.02)
+  tokens, answers = 5_120 * 256, r["rows_per_round"]
+  # 6 operations per weight of the student and token, 2 per weight of the teacher in the step, and
+  # those of attention.
+  weights = 6 * 7.57e9 + 2 * 32.0e9 * (scores == "live")
+  assert r["flops_per_step"] == pytest.approx(weights * tokens, rel=0.15)
+  # A decode step reads the weights (without the embedding table), and 36 layers of keys and values.
+  read = 2 * 7.57e9 / 4 + answers / 64 * 2 * 2 * 36 * 8 * 128 * 5_120
+  assert r["decode"]["step_seconds_bound"] == pytest.approx(read / 2.765e12, rel=0.01)
