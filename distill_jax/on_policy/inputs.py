@@ -98,6 +98,7 @@ def planned_store(
   planned = dataclasses.replace(
     planned,
     tokenizer=tokenizer.digest,
+    sequences_per_shard=rows,  # the size of shards may change between two calls
     corpus=prompts,
     teacher={"digest": digest} if digest and options.kind != "text" else {},
   )

@@ -212,7 +212,7 @@ class Preemption:
       signal.signal(signal.SIGTERM, self._previous_handler)
 
   def _on_signal(self, *_: object) -> None:
-    for preemption in self._active:
+    for preemption in list(self._active):  # other threads may end theirs
       preemption._signalled = True
 
   @classmethod
@@ -220,7 +220,7 @@ class Preemption:
     """Asks all processes to stop at their next check, as SIGTERM does."""
     if jax.process_count() > 1:
       os.kill(os.getpid(), signal.SIGTERM)  # to jax's preemption service
-    for preemption in cls._active:
+    for preemption in list(cls._active):
       preemption._signalled = True
 
   @classmethod

@@ -11,7 +11,7 @@ from distill_jax.on_policy import diagnosis, feed, round_folders, scoring
 from distill_jax.records import writer
 from distill_jax.records.store import open_store
 from distill_jax.report import own_texts
-from distill_jax.runtime import checkpoint, distributed
+from distill_jax.runtime import checkpoint, distributed, storage
 
 
 class Killed(BaseException):
@@ -194,6 +194,22 @@ def test_a_lag_trains_on_the_texts_of_the_student_one_round_before(whole_late):
   assert [row["lag"] for row in rows] == [0, 1, 2, 3, 2, 3]
   assert student_of(whole_late, 0) == student_of(whole_late, 1)
   assert student_of(whole_late, 2) == checkpoint.digest(whole_late, 2)
+
+
+@pytest.mark.slow
+def test_a_workdir_at_a_url_continues_elsewhere(whole, folder, tmp_path):
+  """The second process has another mirror of the workdir."""
+  url = f"file://{tmp_path / 'far'}"
+  c = live(folder)
+  c.on_policy.keep_rounds = 1
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    stop_at(patch, feed.RoundsFeed, "next", 4)
+    with storage.Synced(url) as here:
+      tiny_on_policy.run(c, here)
+  with storage.Synced(url) as here:
+    tiny_on_policy.run(c, here)
+  assert [p.name for p in sorted((tmp_path / "far/rounds").iterdir()) if p.is_dir()] == ["00001"]
+  assert result(tmp_path / "far") == result(whole)
 
 
 @pytest.mark.slow

@@ -95,10 +95,30 @@ def test_a_run_that_is_killed_in_every_phase_continues_to_the_same_bits(whole, f
   assert "00002" in left and "00000" not in left
 
 
-def test_two_processes_continue_the_run_of_one(whole, folder):
-  """Sums over devices differ in the order of float32 additions, so the last bits may differ."""
-  kill_when(folder, "two", "checkpoints/3")
-  finish(folder, "two", TOGETHER)
-  for a, b in zip(read_metrics(whole), read_metrics(folder / "two"), strict=True):
+def test_two_processes_stop_at_sigterm_while_they_sample(whole, folder):
+  """The signal comes before round 0, so that sampling notices it; then one process continues."""
+  with subprocess.Popen(
+    line(folder, "stopped", TOGETHER), cwd=ROOT, stdout=subprocess.PIPE, text=True
+  ) as running:
+    deadline = time.monotonic() + 200
+    while not list((folder / "stopped").glob("rounds/00000/teacher/rollouts")):
+      assert running.poll() is None and time.monotonic() < deadline
+      time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)
+    output, _ = running.communicate(timeout=200)
+  assert running.returncode == os.EX_TEMPFAIL, output
+  finish(folder, "stopped")
+  same_up_to_rounding(whole, folder / "stopped")
+
+
+def same_up_to_rounding(one, two):
+  """Sums over devices of two processes add float32 numbers in another order."""
+  for a, b in zip(read_metrics(one), read_metrics(two), strict=True):
     for name in a.keys() - CLOCK:
       assert a[name] == pytest.approx(b[name], rel=2e-5, abs=2e-6), (a["step"], name)
+
+
+def test_two_processes_continue_the_run_of_one(whole, folder):
+  kill_when(folder, "two", "checkpoints/3")
+  finish(folder, "two", TOGETHER)
+  same_up_to_rounding(whole, folder / "two")

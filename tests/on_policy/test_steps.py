@@ -5,8 +5,9 @@ import tiny
 import tiny_on_policy
 
 from distill_jax import config
+from distill_jax.data import corpus
 from distill_jax.errors import InputError
-from distill_jax.on_policy import feed
+from distill_jax.on_policy import feed, inputs
 from distill_jax.records.store import open_store
 from distill_jax.runtime import checkpoint
 
@@ -117,3 +118,15 @@ def test_config_keys_that_rounds_cannot_have(tmp_path, changes, message):
       c.update_from_flattened_dict({key: value})
   with pytest.raises(InputError, match=message):
     tiny_on_policy.run(c, tmp_path / "run")
+
+
+def test_the_size_of_shards_may_change_between_two_calls(tmp_path):
+  """A checkpoint has the digest of the plan of the texts, which must not depend on it."""
+  c = tiny_on_policy.on_policy_config(tmp_path)
+  tokenizer = corpus.tokenizer_of(config.resolve(c).data, None)
+  digests = set()
+  for tokens in (24, 48):
+    c.records.tokens_per_shard = tokens
+    planned = inputs.planned_store(config.resolve(c), tokenizer, tmp_path, "prompts")
+    digests.update(planned.digests)
+  assert len(digests) == 1
