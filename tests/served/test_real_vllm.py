@@ -1,7 +1,7 @@
 """`record` with a real vLLM server, against the same teacher on the local devices.
 
 It needs a vLLM of its own, because its packages do not fit those of this project: set VLLM to the
-path of its command, e.g. VLLM=/opt/vllm/bin/vllm. On 2 CPU cores, the server starts in 4 minutes.
+path of its command, e.g. VLLM=/opt/vllm/bin/vllm. On 2 CPU cores, the server starts in 2 minutes.
 """
 
 import asyncio
