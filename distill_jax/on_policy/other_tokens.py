@@ -8,6 +8,7 @@ which are aligned when a row is read, and its distributions are projected to the
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 
 from distill_jax.config import Config
@@ -26,11 +27,13 @@ from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.recorder import Corpus
 from distill_jax.records.store import Store, open_store
 from distill_jax.records.student_rows import StudentRows
+from distill_jax.runtime import distributed
 from distill_jax.training.aligned_store import AlignedStore
 
 MULTIPLE = 128  # of the length of the teacher's rows
 MORE = 1.25  # tokens of the teacher that are expected per token of the student, at most
 SAMPLE = 8  # texts of a round, of which one has to be aligned
+TOLD = 0.1  # share of their tokens without a target, above which it is printed
 
 
 def teacher_tokenizer(teacher: ModelSource, ours: Tokenizer) -> Tokenizer:
@@ -84,18 +87,24 @@ class OtherTokens:
     Raises:
       InputError: None of a few texts can be aligned.
     """
-    rows = self._rows(texts, texts.manifest)
-    skipped = [
-      self._texts.align(row)[0].skipped for row in texts.read_many(range(min(SAMPLE, len(texts))))
-    ]
-    reasons = sorted({reason for counts in skipped for reason in counts})
-    if all(skipped):
+    sample = texts.read_many(range(min(SAMPLE, len(texts))))
+    found = [self._texts.align(row)[0] for row in sample]
+    reasons = ", ".join(sorted({reason for rows in found for reason in rows.skipped}))
+    if all(rows.skipped for rows in found):
       raise InputError(
-        f"None of the first {len(skipped)} texts of {texts.folder} can be aligned with the tokens "
-        f"of the teacher {self._name}: {', '.join(reasons)}. Set retarget.chat for prompts in the "
-        "form of a chat template, or use a teacher with the student's tokenizer."
+        f"None of the first {len(found)} texts of {texts.folder} can be aligned with the tokens "
+        f"of the teacher {self._name}: {reasons}. Set retarget.chat for prompts in the form of a "
+        "chat template, or use a teacher with the student's tokenizer."
       )
-    return rows
+    lost, tokens = sum(r.cut_targets for r in found), sum(int(r["mask_T"].sum()) for r in sample)
+    if lost > TOLD * tokens and distributed.is_process_0():
+      why = reasons or f"their text is not in the {self._length} tokens that the teacher reads"
+      print(
+        f"{lost} of the {tokens} tokens of the first {len(found)} texts of {texts.folder} have no "
+        f"target of the teacher {self._name} ({why}).",
+        file=sys.stderr,
+      )
+    return self._rows(texts, texts.manifest)
 
   def planned(self, texts: MultiTeacherStore) -> AlignedStore:
     """Returns the rows of texts that are not sampled yet, for a teacher in the step."""

@@ -13,6 +13,7 @@ import tiny_pair
 import tiny_store
 
 from distill_jax import config
+from distill_jax.cross_tokenizer import summary
 from distill_jax.errors import InputError
 from distill_jax.losses.features import FeatureSpec
 from distill_jax.models import loading
@@ -24,6 +25,7 @@ from distill_jax.on_policy.scoring import Scorer
 from distill_jax.records import collate, manifest, student_rows
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import open_store
+from distill_jax.runtime import storage
 from distill_jax.training.outputs import teacher_outputs
 from distill_jax.training.state import with_tables
 from distill_jax.types import Inputs
@@ -155,6 +157,14 @@ def test_texts_that_cannot_be_aligned_are_refused(folder, texts, monkeypatch):
     other.rows(texts)
 
 
+def test_many_tokens_without_a_target_are_told(folder, texts, capsys):
+  for length, told in ((LENGTH, False), (8, True)):
+    _, _, other = opened(resolved(folder, **{"retarget.seq_len": length}))
+    assert len(other.rows(texts)) == ROWS
+    message = "have no target of the teacher"
+    assert (message in capsys.readouterr().err) == told
+
+
 def test_a_teacher_with_the_students_tokens_needs_nothing(folder):
   c = resolved(folder, **{"data.tokenizer": str(folder / "teacher" / "tokenizer.json")})
   student, teacher = (loading.open_source(m) for m in (c.student, c.teacher))
@@ -186,6 +196,19 @@ def test_live_and_stored_scores_train_on_the_same_targets(folder, tmp_path):
     # Stored as float16; the second step begins from slightly different weights.
     assert b["loss"] == pytest.approx(a["loss"], rel=2e-3)
     assert {"overlap/teacher", "reverse_kl/teacher"} <= a.keys() or a["step"] > 0
+
+
+@pytest.mark.slow
+def test_scores_at_a_url_have_their_statistics(folder, texts):
+  c = resolved(folder)
+  student, _, _ = opened(c)
+  with storage.Synced("memory://other_tokens") as at:
+    store = Scorer(c, student, sharding.make_mesh(), at).score(2, "teacher", texts)
+  assert store.folder == "memory://other_tokens/rounds/00002/teacher/records"
+  store.verify()
+  numbers = summary.describe(store.folder)
+  assert numbers["retarget.targets"] == sum(int(text(i)["mask_T"].sum()) for i in range(ROWS))
+  assert numbers["retarget.cut_targets"] == 0
 
 
 @pytest.mark.slow
