@@ -212,7 +212,8 @@ def _of_teacher(
   """Returns the values of a teacher at the labels of a chunk, as far as its targets allow.
 
   The reverse KL is exact where the teacher runs in the step. Otherwise it is log q(label) - log
-  p(label), whose mean over texts that the student has sampled is the reverse KL. Of top-k scores,
+  p(label). The mean over texts is then the reverse KL if the current student has sampled them, at
+  temperature 1 and without truncation. Of top-k scores,
   a token that is not stored has the teacher's mass 0; of sampled scores, the teacher's mass is an
   unbiased estimate.
 
