@@ -1,8 +1,9 @@
 """Writing of the texts of a round, by process 0, while the devices sample the next ones.
 
-A shard is written when its last text is finished. Texts are started in the order of their rows, so
-memory holds the texts of the shards that are begun: few more than one. A text takes 8 bytes per
-token there, and its rewards are computed when its shard is written.
+A shard is written when its last text is finished, also if the round is then stopped. Texts are
+started in the order of their rows, so memory holds those of generate.batch_size rows, those that end
+while the longest of them is sampled, and the shards that they begin: 8 bytes per token. Rewards are
+computed when a shard is written.
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ class RoundWriter:
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._thread.shutdown(cancel_futures=True)
+    self._thread.shutdown()  # writes the shards that wait
     self._open.close()
 
 
