@@ -1,9 +1,9 @@
 """Writing of the texts of a round, by process 0, while the devices sample the next ones.
 
 A shard is written when its last text is finished, also if the round is then stopped. Texts are
-started in the order of their rows, so memory holds those of generate.batch_size rows, those that end
-while the longest of them is sampled, and the shards that they begin: 8 bytes per token. Rewards are
-computed when a shard is written.
+started in the order of their rows. So memory holds the texts of generate.batch_size rows, those
+that end while the longest of them is sampled, and the shards that they begin: 8 bytes per token.
+Rewards are computed when a shard is written.
 """
 
 from __future__ import annotations
