@@ -1,0 +1,324 @@
+"""Trains the students of configs/grade_school_on_policy.py and measures them.
+
+  nice python tools/on_policy_evidence.py runs/evidence [--targets=supervised,live]
+
+The problems, the teacher, its answers and its records are made once, and the start of the students
+once for each of three seeds. Each target is then trained with seed 0 and the learning rate in the
+config, and with the next ones of RATES until both neighbours of the best have been tried. The best
+is that with the highest pass@1 on 160 validation problems, which no student is trained on. With it,
+all seeds are trained, and measured on the 160 held-out problems: 4 answers to each (pass@1, maj@4),
+and KL(student || teacher) on texts of the student, one for each problem, at temperature 1.
+
+Of each run, results.jsonl has one line for its training and one for each measurement, and none of
+them is made again. So the command can be stopped at any time, and continues when it is run again;
+what is unfinished resumes from its own files. Checkpoints that are not needed any more are removed:
+those of the teacher, of the starts, and of one run of each target remain, about 14 GB.
+
+The docstring of the config states what is equal for all targets. `tokens` in the results are those
+that are trained. The expected time, computed from that of a step and not measured, is five hours on
+two idle cores, if three rates of each target suffice: half an hour until the records, 20 minutes
+for the starts, three hours for 20 runs of the targets (4, 4, 9 and 15 minutes each), and an hour to
+measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+from on_policy_table import HELDOUT, OWN, SEEDS, TRAINED, VALIDATION, key_of, table
+
+from distill_jax import config
+from distill_jax.evals import _scores, next_token
+from distill_jax.models.loading import open_source
+from distill_jax.nn import sharding
+from distill_jax.on_policy.rollouts import Rollouts
+from distill_jax.records import collate
+from distill_jax.training.metric_writer import read_metrics
+from distill_jax.training.outputs import run_teacher
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "grade_school_on_policy.py"
+RATES = (1.25e-5, 2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
+PRACTICE = 640  # problems in train.jsonl to train on; the others are for validation
+STEPS = ("generate", "filter", "record")  # commands before training, with the folders they write
+FOLDERS = ("generated", "filtered", "records")
+DEFAULT = "supervised,off_policy,rounds,live"
+ROWS = 8  # texts of a batch in `own_kl`
+CLOCK = ("step_seconds", "generate_seconds", "score_seconds")
+
+
+@functools.cache
+def settings() -> ModuleType:
+  """Returns the config file as a module."""
+  sys.path.insert(0, str(CONFIG.parent))  # as the command line does
+  spec = importlib.util.spec_from_file_location(CONFIG.stem, CONFIG)
+  assert spec and spec.loader
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def write_problems(folder: Path) -> None:
+  """Writes the problems to train on, to choose the rates with, and to measure on."""
+  subprocess.run([sys.executable, str(ROOT / "tools" / "grade_school.py"), str(folder)], check=True)
+  lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+  (folder / "practice.jsonl").write_text("".join(lines[:PRACTICE]))
+  (folder / "validation.jsonl").write_text("".join(lines[PRACTICE:]))
+
+
+def own_kl(source: str, seed: int, prompts: Path, folder: Path) -> dict[str, float]:
+  """Returns KL(student || teacher) on texts of the student, exact at each token, and their tokens.
+
+  Args:
+    source: The student.
+    seed: The seed of the texts.
+    prompts: The prompts, for one text each.
+    folder: The folder for the texts.
+  """
+  c = settings().get_config("live")
+  c.student.source, c.generate.prompts, c.seed = source, str(prompts), seed
+  c.train.steps, c.train.batch_size = 1, len(prompts.read_text().splitlines())
+  c.generate.batch_size = 32
+  resolved = config.resolve(c)
+  mesh = sharding.make_mesh(**vars(resolved.mesh))
+  student, teacher = open_source(resolved.student, seed), open_source(resolved.teacher, seed)
+  rollouts, key = Rollouts(resolved, student, mesh, folder), jax.random.key(0)
+  rollouts.check()
+  store = rollouts.generate(0, student.digest, lambda: student.load(mesh, key))["teacher"]
+  with jax.set_mesh(mesh):
+    models = {"student": student.load(mesh, key), "teacher": teacher.load(mesh, key)}
+    forward = {
+      n: jax.jit(functools.partial(run_teacher, compute=m.compute)) for n, m in models.items()
+    }
+    # `compare` computes KL(p || q) with the p of its argument `teacher`: here, the student.
+    compare = jax.jit(functools.partial(next_token.compare, chunk=64, teacher="student"))
+    rows, totals = sharding.rows(mesh, ROWS), None
+    for own in collate.padded_batches(store.read_many(list(range(len(store)))), rows):
+      batch = collate.to_device(own, rows)
+      outputs = {n: forward[n](m.model, batch.inputs)[0] for n, m in models.items()}
+      means = jax.device_get(compare(outputs, batch))["teacher"]
+      totals = jax.tree.map(np.add, totals, means) if totals else means
+  return {"kl": float(totals["kl"].value()), "tokens": float(totals["kl"].count)}
+
+
+def scores_of(folder: Path) -> dict[str, object]:
+  """Returns the results of `evaluate` in a folder, and those of each problem.
+
+  `right` is the fraction of its answers that are correct, and `majority` the score of their vote.
+  """
+  row = json.loads((folder / "evaluation.json").read_text())["evals"]["problems"]["teacher"]
+  lines = (folder / "evals" / "teacher" / "problems" / "verdicts.jsonl").read_text().splitlines()
+  of: dict[int, list[dict]] = {}
+  for line in map(json.loads, lines):
+    of.setdefault(line["id"], []).append(line)
+  right = {i: [line["right"] for line in of[i]] for i in sorted(of)}
+  votes = {i: _scores.majority([line["answer"] for line in of[i]], right[i]) for i in right}
+  return row | {
+    "right": {str(i): sum(r) / len(r) for i, r in right.items()},
+    "majority": {str(i): vote for i, vote in votes.items()},
+  }
+
+
+def training_of(folder: Path) -> dict[str, object]:
+  """Returns the tokens and seconds of a run, from its metrics.
+
+  The first step of a process compiles, or is not timed, so all steps count as the median of them.
+  The seconds to sample and to score contain the compilation in the first round.
+  """
+  rows = read_metrics(folder)
+  steps, generate, score = ([r.get(key, 0.0) for r in rows] for key in CLOCK)
+  seconds = {
+    "train": len(rows) * float(np.median([s for s in steps if s])),
+    "generate": sum(generate),
+    "score": sum(score),
+  }
+  tokens = sum(r["tokens"] for r in rows)
+  return {"steps": len(rows), "tokens": tokens, "seconds": seconds, "last": rows[-1]}
+
+
+def best_of(scores: dict[float, float]) -> float:
+  """Returns the rate with the highest score, the lowest of equal ones."""
+  return max(scores, key=lambda rate: (scores[rate], -rate))
+
+
+class Evidence:
+  """The runs in a folder.
+
+  Args:
+    folder: The folder; it is made if necessary.
+  """
+
+  def __init__(self, folder: Path):
+    self.folder = folder
+    folder.mkdir(parents=True, exist_ok=True)
+    self.file = folder / "results.jsonl"
+    lines = self.file.read_text().splitlines() if self.file.exists() else []
+    self.done = {key_of(r): r for r in map(json.loads, lines)}
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    self.commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+
+  def write(self, **result: object) -> dict:
+    """Appends a result."""
+    result |= {"commit": self.commit, "time": time.strftime("%Y-%m-%d %H:%M")}
+    with self.file.open("a") as f:
+      f.write(json.dumps(result) + "\n")
+    shown = {k: v for k, v in result.items() if k not in ("right", "majority", "last")}
+    print(json.dumps(shown), flush=True)
+    self.done[key_of(result)] = result
+    return result
+
+  def command(self, verb: str, target: str, workdir: Path, *flags: str) -> None:
+    """Runs a command in the folder; one that is finished does nothing."""
+    line = [sys.executable, "-m", "distill_jax.cli", verb, f"--config={CONFIG}:{target}"]
+    line += [f"--workdir={workdir}", *flags]
+    with (self.folder / "log.txt").open("a") as log:
+      subprocess.run(line, cwd=self.folder, stdout=log, stderr=log, check=True)
+
+  def once(self, verb: str, target: str, workdir: Path, *flags: str) -> None:
+    """Runs a command unless it has finished before, with any version of the code."""
+    finished = self.folder / f"{workdir}.finished"
+    if not finished.exists():  # a later version of the code has other config keys
+      print(f"{verb} {workdir}", flush=True)
+      self.command(verb, target, workdir, *flags)
+      finished.touch()
+
+  def prepare(self) -> None:
+    """Makes what all runs share: problems, teacher, its answers and its records."""
+    base, root = Path(settings().BASE), Path(settings().ROOT)
+    if not (self.folder / base / "validation.jsonl").exists():
+      write_problems(self.folder / base)
+    for verb, name in zip(STEPS, FOLDERS, strict=True):
+      self.once(verb, "teacher", base / name)
+    self.once("train", "teacher", base / "same")
+    for verb, name in zip(STEPS, FOLDERS, strict=True):
+      self.once(verb, "start", root / name)
+
+  def start(self, seed: int) -> Path:
+    """Returns the folder of the start of a seed, which is trained unless it is finished."""
+    name = Path(settings().ROOT) / f"start-{seed}"
+    self.once("train", "start", name, f"--config.seed={seed}")
+    return name
+
+  def train(self, target: str, rate: float, seed: int) -> dict:
+    """Returns the line of a run's training, which is made unless it is finished."""
+    if found := self.done.get((TRAINED, target, rate, seed)):
+      return found
+    name = Path(settings().ROOT) / f"{target}-{rate:g}-{seed}-{self.commit}"
+    flags = [f"--config.optim.peak_lr={rate}", f"--config.seed={seed}"]
+    flags.append(f"--config.student.source=run:{self.start(seed)}")
+    self.command("on_policy" if target in settings().ON_POLICY else "train", target, name, *flags)
+    about = training_of(self.folder / name)
+    return self.write(what=TRAINED, target=target, rate=rate, seed=seed, run=str(name), **about)
+
+  def measure(self, what: str, target: str, rate: float, seed: int, run: str) -> dict:
+    """Returns the line of a measurement, which is made unless it is finished.
+
+    Args:
+      what: VALIDATION or HELDOUT: answers to these problems; or OWN: the divergence.
+      target: The target, or "teacher" or "start".
+      rate: The rate.
+      seed: The seed.
+      run: The folder of the run.
+    """
+    if found := self.done.get((what, target, rate, seed)):
+      return found
+    base, folder = Path(settings().BASE), Path(run) / f"{what.replace(' ', '_')}-{self.commit}"
+    problems = base / f"{VALIDATION if what == VALIDATION else HELDOUT}.jsonl"
+    if what == OWN:
+      with contextlib.chdir(self.folder):  # the paths in the config of a run are relative
+        found = own_kl(f"run:{run}", seed, problems, self.folder / folder)
+    else:
+      flags = [f"--config.teacher.source=run:{run}", f"--config.seed={seed}"]
+      self.command("evaluate", "start", folder, *flags, f"--config.evals.problems.path={problems}")
+      found = scores_of(self.folder / folder)
+    return self.write(what=what, target=target, rate=rate, seed=seed, run=run, **found)
+
+  def validate(self, target: str, rate: float) -> float:
+    """Returns the pass@1 of a rate with seed 0 on the validation problems.
+
+    Checkpoints of the target that are not those of its best rate are removed.
+    """
+    run = self.train(target, rate, 0)["run"]
+    self.measure(VALIDATION, target, rate, 0, run)
+    tried = {
+      key[2]: line["pass@1"]["value"]
+      for key, line in self.done.items()
+      if key[0] == VALIDATION and key[1] == target
+    }
+    for other in tried.keys() - {best_of(tried)}:
+      self.remove_checkpoints(self.done[TRAINED, target, other, 0]["run"])
+    return tried[rate]
+
+  def remove_checkpoints(self, run: str) -> None:
+    """Removes the checkpoints of a run that is measured."""
+    shutil.rmtree(self.folder / run / "checkpoints", ignore_errors=True)
+
+  def tune(self, target: str) -> float:
+    """Returns the best rate for seed 0 of a target."""
+    first = settings().RATES[target]
+    scores = {first: self.validate(target, first)}
+    while True:
+      best = best_of(scores)
+      at = RATES.index(best)
+      near = [r for r in RATES[max(at - 1, 0) : at + 2] if r not in scores]
+      if not near:
+        return best
+      scores[near[0]] = self.validate(target, near[0])
+
+  def final(self, target: str, rate: float, seed: int) -> None:
+    """Measures a run with the best rate, and removes its checkpoints."""
+    run = self.train(target, rate, seed)["run"]
+    for what in (HELDOUT, OWN):
+      self.measure(what, target, rate, seed, run)
+    self.remove_checkpoints(run)
+
+  def begin(self, seed: int) -> None:
+    """Measures what the students begin with: the teacher, and the start of a seed."""
+    if seed == 0:
+      self.measure(HELDOUT, "teacher", 0.0, 0, str(Path(settings().BASE) / "same"))
+    for what in (HELDOUT, OWN):
+      self.measure(what, "start", 0.0, seed, str(self.start(seed)))
+
+
+def main() -> None:
+  """Makes the runs that are missing, and prints the table."""
+  parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+  parser.add_argument("folder", type=Path)
+  parser.add_argument("--targets", default=DEFAULT)
+  args = parser.parse_args()
+  folder = args.folder.resolve()
+  compiled = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+  jax.config.update("jax_compilation_cache_dir", compiled)  # all commands share their programs
+  evidence = Evidence(folder)
+  evidence.prepare()
+  evidence.begin(0)
+  targets = []
+  for target in args.targets.split(","):  # a first look at all of them
+    try:
+      evidence.validate(target, settings().RATES[target])
+      targets.append(target)
+    except subprocess.CalledProcessError as error:  # a later call repeats it
+      print(f"{target} is left out: {error}. See {evidence.folder / 'log.txt'}.", flush=True)
+  rates = {target: evidence.tune(target) for target in targets}
+  for seed in SEEDS:
+    evidence.begin(seed)
+    for target, rate in rates.items():
+      evidence.final(target, rate, seed)
+  print(table(evidence.done.values()))
+
+
+if __name__ == "__main__":
+  main()
