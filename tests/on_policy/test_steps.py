@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import tiny_on_policy
+from json_lines import write_lines
 
 from distill_jax import config
 from distill_jax.data import corpus
@@ -130,3 +131,22 @@ def test_the_size_of_shards_may_change_between_two_calls(tmp_path):
     planned = inputs.planned_store(config.resolve(c), tokenizer, tmp_path, "prompts")
     digests.update(planned.digests)
   assert len(digests) == 1
+
+
+@pytest.mark.slow
+def test_rounds_are_evaluated_as_other_runs(tiny_run, tmp_path):
+  """On held-out records and on a benchmark, whose evaluation does not change the texts."""
+  c = tiny_on_policy.on_policy_config(tmp_path)
+  tiny_on_policy.run(c, tmp_path / "plain")
+  questions = tmp_path / "words.jsonl"
+  write_lines(questions, [{"question": f"{i} + {i} =", "answer": "?"} for i in range(3)])
+  c.train.heldout, c.train.eval_every = (str(tiny_run / "text"),), 2
+  c.train.eval_benchmarks, c.train.best_metric = ("words",), "heldout/loss"
+  c.evaluate.max_new_tokens = 6
+  c.evals.words = config.benchmark("jsonl", path=str(questions), score="exact")
+  result = tiny_on_policy.run(c, tmp_path / "run")
+  plain, rows = (tiny.measured(tmp_path / name) for name in ("plain", "run"))
+  assert [row["step"] for row in rows if "heldout/words/accuracy" in row] == [1, 3]
+  for a, b in zip(plain, rows, strict=True):
+    assert a == {name: x for name, x in b.items() if not name.startswith("heldout/")}
+  assert result["best_step"] in (2, 4)
