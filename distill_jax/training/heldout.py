@@ -113,15 +113,17 @@ class Part(NamedTuple):
 
   @classmethod
   def of(cls, config: Config, longest: int, store: OneStore) -> Part:
-    """Returns the part of a store, with the tokens of a microbatch of training in each batch.
+    """Returns the part of a store, with at most the tokens of a microbatch of training in a batch.
+
+    A batch of longer sequences has as many of them as a microbatch.
 
     Args:
       config: The config of the run.
       longest: Length of the longest sequences that it trains on.
       store: The store.
     """
-    tokens = config.train.batch_size // config.optim.accumulate * longest
-    rows = max(1, tokens // store.manifest.seq_len)
+    micro = config.train.batch_size // config.optim.accumulate  # which devices can divide
+    rows = micro * max(1, longest // store.manifest.seq_len)
     full, rest = divmod(len(store), rows)
     if store.manifest.vocab_size == IN_BATCH_CLASSES:
       rest = 0

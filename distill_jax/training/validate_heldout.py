@@ -51,7 +51,8 @@ def check(
       )
   for path, store in zip(paths, heldout, strict=True):
     _check_disjoint(config, path, store.manifest, stores)
-    if store.manifest.seq_len not in lengths:
+    # Rounds have the length of a prompt and its text; they are evaluated on rows of any length.
+    if store.manifest.seq_len not in lengths and not stores[0].manifest.rollout:
       raise InputError(
         f"The held-out records {path} have sequences of {store.manifest.seq_len} tokens, but those "
         f"of training have {', '.join(map(str, sorted(lengths)))}. Record both with the same "
