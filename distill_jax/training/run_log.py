@@ -114,7 +114,8 @@ class Log:
 
   def saved(self) -> None:
     """Excludes the time since the last row, which was not spent on steps, from the next step."""
-    self._mark = self._now()
+    if not math.isnan(self._mark):  # the first row of a process has no time
+      self._mark = self._now()
 
   def _clock(self, tokens: float) -> dict[str, float]:
     now = self._now()

@@ -23,6 +23,7 @@ def test_goodput_is_the_share_of_time_in_steps(tmp_path, monkeypatch):
   metrics = {"loss": jnp.float32(1.0), "tokens": jnp.float32(64.0)}
   monkeypatch.setattr(run_log, "Progress", lambda *_, **__: Silent())
   with Log(tmp_path, 0, 4, 100.0, lambda: next(times)) as it:
+    it.saved()  # before the first step, of a round
     for n in range(3):
       it.step(n, metrics)
     it.flush()
