@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from distill_jax.losses import _realised
+from distill_jax.losses import _label_log_probs
 from distill_jax.losses._base import TokenLoss
 from distill_jax.types import Batch
 
@@ -33,10 +33,10 @@ class Loss(TokenLoss):
     return (self.teacher,)
 
   def check_records(self, kind: str, has_logp: bool, temperature: float, missing_mass: str) -> None:
-    _realised.check_temperature(temperature)
+    _label_log_probs.check_temperature(temperature)
 
   def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array | int) -> jax.Array:
     del step
     targets = batch.targets[self.teacher]
-    logp_BC, logq_BC = _realised.log_probs(targets, logits_BCV, batch.labels_BT)
-    return _realised.where_present(targets, 0.5 * (logp_BC - logq_BC) ** 2)
+    logp_BC, logq_BC = _label_log_probs.log_probs(targets, logits_BCV, batch.labels_BT)
+    return _label_log_probs.where_present(targets, 0.5 * (logp_BC - logq_BC) ** 2)

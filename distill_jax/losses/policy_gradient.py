@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.errors import bad_value
-from distill_jax.losses import _realised
+from distill_jax.losses import _label_log_probs
 from distill_jax.losses._base import TokenLoss
 from distill_jax.types import Batch
 
@@ -59,13 +59,13 @@ class Loss(TokenLoss):
     return ("behaviour_logp", "reward") if self.reward_weight else ("behaviour_logp",)
 
   def check_records(self, kind: str, has_logp: bool, temperature: float, missing_mass: str) -> None:
-    _realised.check_temperature(temperature)
+    _label_log_probs.check_temperature(temperature)
 
   def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array | int) -> jax.Array:
     del step
     targets, rollout = batch.targets[self.teacher], batch.rollout
     assert rollout is not None
-    logp_BC, logq_BC = _realised.log_probs(targets, logits_BCV, batch.labels_BT)
+    logp_BC, logq_BC = _label_log_probs.log_probs(targets, logits_BCV, batch.labels_BT)
     advantage_BC = logp_BC - jax.lax.stop_gradient(logq_BC)
     if self.reward_weight:
       assert rollout.reward_BT is not None
@@ -76,4 +76,4 @@ class Loss(TokenLoss):
       jnp.minimum(ratio_BC, 1 + self.clip),
     )
     ratio_BC = jnp.where(advantage_BC > 0, high_BC, low_BC)
-    return _realised.where_present(targets, -ratio_BC * advantage_BC)
+    return _label_log_probs.where_present(targets, -ratio_BC * advantage_BC)

@@ -55,7 +55,7 @@ class Diagnosed(NamedTuple):
       the tenths of the texts as "reverse_kl_tenth_N/TEACHER", N from 1; and "drift". NaN is a mean
       over no token. What the targets do not allow is missing: see `_of_teacher`.
     texts: TEXTS rows, evenly spaced: arrays [TEXTS, T], and [TEXTS, T, SHOWN] of the most probable
-      tokens; see shown.py.
+      tokens; see own_texts_file.py.
   """
 
   metrics: Metrics

@@ -29,19 +29,19 @@ from distill_jax.nn import sharding
 from distill_jax.on_policy import (
   checks,
   diagnosis,
-  inputs,
-  order,
   other_tokens,
+  own_texts_file,
   plan,
   round_counts,
-  shown,
+  round_schedule,
+  run_setup,
 )
-from distill_jax.on_policy.inputs import TEACHER
-from distill_jax.on_policy.order import Order
 from distill_jax.on_policy.plan import StepRows
+from distill_jax.on_policy.prompt_index import TEACHER
 from distill_jax.on_policy.rollouts import Rollouts
 from distill_jax.on_policy.round_folders import RoundFolders
-from distill_jax.on_policy.scores import Scores
+from distill_jax.on_policy.round_schedule import RoundSchedule
+from distill_jax.on_policy.round_scores import RoundScores
 from distill_jax.on_policy.scoring import Scorer
 from distill_jax.records import collate, student_rows
 from distill_jax.records.store import Store
@@ -49,7 +49,7 @@ from distill_jax.records.student_rows import StudentRows
 from distill_jax.runtime import checkpoint, distributed
 from distill_jax.training import loader, stores
 from distill_jax.training.decoding_copy import decoding_copy
-from distill_jax.training.feed import Fed
+from distill_jax.training.feed import StepData
 from distill_jax.training.outputs import Teachers
 from distill_jax.training.state import TrainInputs, with_tables
 from distill_jax.training.step import Step
@@ -57,7 +57,7 @@ from distill_jax.training.stores import OneStore, Stores
 from distill_jax.training.train_state import TrainState
 from distill_jax.types import Batch, JsonObject
 
-SAMPLED = "sampled"  # in the metadata of a checkpoint: the students of rounds' texts
+SAMPLED = "sampled"  # key in a checkpoint's metadata: the students that sampled texts, by round
 
 
 class RoundsFeed:
@@ -74,41 +74,43 @@ class RoundsFeed:
   """
 
   def __init__(self, config: Config, folder: Path, student: ModelSource, mesh: Mesh):
-    order.check(config)
-    inputs.check(config)
-    self._options, self._records_config, self._folder = config.on_policy, config, folder
+    round_schedule.check(config)
+    run_setup.check(config)
+    self._options, self._run_config, self._folder = config.on_policy, config, folder
     self._tokenizer = corpus.tokenizer_of(config.data, student.pretrained)
     self._student, self._mesh, self._keys = student, mesh, runs.keys(config.seed)
     self._rollouts = Rollouts(config, student, mesh, folder)
     self._rollouts.check()
     self._plan = self._rollouts.plan
-    self._order = Order(config.on_policy.every, config.on_policy.lag, self._plan.rounds)
+    self._schedule = RoundSchedule(config.on_policy.every, config.on_policy.lag, self._plan.rounds)
     names = [name for name, count in self._plan.prompts.counts.items() if count]
-    self._sources = inputs.sources(config, {TEACHER: None} | dict.fromkeys(names))
-    self._several = len(names) > 1
+    self._sources = run_setup.sources(config, {TEACHER: None} | dict.fromkeys(names))
+    self._several_teachers = len(names) > 1
     self._scores = None if config.train.online else self._open_scores(names, folder)
     for sentence in checks.check(config, student, {name: self._sources[name] for name in names}):
       if distributed.is_process_0():
         print(sentence, file=sys.stderr)
-    self._records = inputs.open_records(config, student)
-    self._planned = inputs.planned_store(config, self._tokenizer, folder, self._plan.prompts.digest)
-    self.config = inputs.as_training(config, folder)
+    self._records = run_setup.open_records(config, student)
+    self._planned = run_setup.planned_store(
+      config, self._tokenizer, folder, self._plan.prompts.digest
+    )
+    self.config = run_setup.as_training(config, folder)
     online = {TEACHER: self._sources[TEACHER]} if config.train.online else {}
     self.online: Mapping[str, ModelSource] = online
-    self._others = other_tokens.of_teachers(config, student, self._sources if online else {})
+    self._other_tokens = other_tokens.of_teachers(config, student, self._sources if online else {})
     self.stores: Stores = [self._planned_of(TEACHER), *self._records]
     self._folders = RoundFolders(folder, config.on_policy.keep_rounds, config.train.keep)
     self._batch_rows = sharding.rows(mesh, config.train.batch_size)
 
-  def _open_scores(self, teachers: Sequence[str], folder: Path) -> Scores:
+  def _open_scores(self, teachers: Sequence[str], folder: Path) -> RoundScores:
     """Returns the scores of rounds, after checking that the teachers can score them."""
-    config = self._records_config
+    config = self._run_config
     scorer = Scorer(config, self._student, self._mesh, folder)
     scorer.check(teachers)
     # The processes of a run talk to each other in order, so that only one can have two threads.
     is_alone = distributed.process_count() == 1
     is_served = bool(config.generate.server.urls)
-    return Scores(scorer.score, ahead=is_served and is_alone and config.on_policy.lag > 0)
+    return RoundScores(scorer.score, ahead=is_served and is_alone and config.on_policy.lag > 0)
 
   def open(self, step: Step, train_inputs: TrainInputs, start: int, saved: JsonObject) -> None:
     """Loads further teachers of the step, and begins to read records; see `Feed.open`."""
@@ -118,12 +120,10 @@ class RoundsFeed:
     # The fingerprint of the student that samples or has sampled the texts of a round, by round.
     self._students = {int(number): digest for number, digest in saved.get(SAMPLED, {}).items()}
     self._folders.open()
-    self._folders.protect(self._order.carried(start))
+    self._folders.protect(self._schedule.already_sampled(start))
     if self._records:
       before = plan.records_before(start, self._options.records_fraction)
-      self._of_records = stores.device_batches(
-        self._records_config, self._records, self._mesh, before
-      )
+      self._of_records = stores.device_batches(self._run_config, self._records, self._mesh, before)
 
   def _loaded(self, name: str) -> Teachers:
     """Returns the teachers in the steps of a teacher's texts, by their names in a batch."""
@@ -131,60 +131,59 @@ class RoundsFeed:
       return self._fixed
     model = self._sources[name].load(self._mesh, self._keys["teacher"]).model
     planned = [self._planned_of(name)]
-    return with_tables({TEACHER: model}, self._records_config, planned, self._mesh)
+    return with_tables({TEACHER: model}, self._run_config, planned, self._mesh)
 
   def _planned_of(self, name: str) -> OneStore:
     """Returns a stand-in for the texts of a teacher, as a teacher in the step reads them."""
-    other = self._others.get(name)
+    other = self._other_tokens.get(name)
     return other.planned(self._planned) if other else self._planned
 
   def due(self, step: int) -> bool:
     """Returns whether a step is the first of its round, or the first of this process."""
-    return self._order.begins(step) or step == self._start
+    return self._schedule.begins(step) or step == self._start
 
   def begin(self, step: int, state: TrainState) -> None:
     """Samples and scores the texts that are missing; see `Feed.begin`."""
-    number = self._order.round_of(step)
+    number = self._schedule.round_of(step)
     began = time.perf_counter()
     texts = {}
-    for i in self._order.needed(step):
+    for i in self._schedule.needed(step):
       texts[i] = self._sample(i, step, state)
       if self._scores is not None:
         self._scores.begin(i, texts[i])
     sampled = time.perf_counter()
-    found: Mapping[str, Store | StudentRows] = {
-      name: self._others[name].rows(store) if name in self._others else store
+    stored: Mapping[str, Store | StudentRows] = {
+      name: self._other_tokens[name].rows(store) if name in self._other_tokens else store
       for name, store in texts[number].items()
     }
     if self._scores is not None:
-      found = self._scores.get(number, texts[number])
-    self._about = {
+      stored = self._scores.get(number, texts[number])
+    self._metrics = {
       "generate_seconds": sampled - began,
       "score_seconds": time.perf_counter() - sampled,
     }
-    self._number, self._round, self._texts = number, self._plan.of_round(number), found
-    first = step - number * self._order.every
+    self._number, self._round, self._texts = number, self._plan.of_round(number), stored
+    first = step - number * self._schedule.every
     self._batches = self._read(first)
-    if self._order.begins(step) and found:  # not all steps of the round train on records
-      self._about |= round_counts.metrics(self._rollouts.summary(number))
-      if diagnosis.due(step, self._order.every):
-        self._about |= self._diagnosed(step, state)
-    self._students = {i: self._students[i] for i in self._order.needed(step)}
+    if self._schedule.begins(step) and stored:  # not all steps of the round train on records
+      self._metrics |= round_counts.metrics(self._rollouts.summary(number))
+      if diagnosis.due(step, self._schedule.every):
+        self._metrics |= self._diagnosed(step, state)
+    self._students = {i: self._students[i] for i in self._schedule.needed(step)}
     self._folders.delete_before(number)
 
   def _sample(self, number: int, step: int, state: TrainState) -> dict[str, Store]:
     """Returns the texts of a round by teacher, those that are missing after sampling them."""
-    is_now = self._order.sampled_before(number) == step
-    if is_now:
+    sampled_before = self._schedule.sampled_before(number)
+    if step == sampled_before:
       self._students[number] = checkpoint.params_digest(state.params)
 
     def student() -> LoadedModel:
-      if is_now:
+      if step == sampled_before:
         return decoding_copy(self._student, state.params, self._base, self._mesh)
       raise InputError(
-        f"Texts of round {number} are missing, which were sampled before step "
-        f"{self._order.sampled_before(number)}. Restore the folder, or move the checkpoints after "
-        "that step away to continue from an earlier one."
+        f"Round {number} lacks texts, which were sampled before step {sampled_before}. Restore the "
+        "folder, or move the checkpoints after that step away to continue from an earlier one."
       )
 
     return self._rollouts.generate(number, self._students[number], student)
@@ -210,27 +209,27 @@ class RoundsFeed:
     metrics: dict[str, float] = {}
     for name, rows in first.items():
       batch = collate.to_device(self._of_rows(rows), self._batch_rows)
-      found = jax.device_get(self._diagnose(state, batch, self._teachers[name], self._base))
-      metrics |= diagnosis.named(found.metrics, name if self._several else TEACHER)
+      diagnosed = jax.device_get(self._diagnose(state, batch, self._teachers[name], self._base))
+      metrics |= diagnosis.named(diagnosed.metrics, name if self._several_teachers else TEACHER)
       if distributed.is_process_0():
-        texts = found.texts | {"teachers": {name: found.texts["teachers"][TEACHER]}}
-        shown.write(self._folder, step, texts, self._tokenizer)
+        texts = diagnosed.texts | {"teachers": {name: diagnosed.texts["teachers"][TEACHER]}}
+        own_texts_file.write(self._folder, step, texts, self._tokenizer)
     diagnosis.check_limits(self._options, metrics, step)
     return metrics
 
-  def next(self, step: int) -> Fed:
+  def next(self, step: int) -> StepData:
     """Returns the batch of a step; see `Feed.next`."""
-    rows = self._round.steps[step - self._number * self._order.every]
-    metrics, self._about = {"round": self._number} | self._about, {}
+    rows = self._round.steps[step - self._number * self._schedule.every]
+    metrics, self._metrics = {"round": self._number} | self._metrics, {}
     if rows is None:
-      return Fed(next(self._of_records), self._fixed, metrics)
-    metrics["lag"] = step - self._order.sampled_before(self._number)
+      return StepData(next(self._of_records), self._fixed, metrics)
+    metrics["lag"] = step - self._schedule.sampled_before(self._number)
     batch = collate.to_device(next(self._batches), self._batch_rows)
     teachers = self._teachers[rows.teacher]
-    return Fed(batch, teachers, metrics, rows.teacher if self._several else "")
+    return StepData(batch, teachers, metrics, rows.teacher if self._several_teachers else "")
 
   def metadata(self, step: int) -> JsonObject:
     """Returns the students whose texts a checkpoint before a step needs."""
-    carried = self._order.carried(step)
-    self._folders.protect(carried)
-    return {SAMPLED: {str(i): self._students[i] for i in carried}}
+    sampled = self._schedule.already_sampled(step)
+    self._folders.protect(sampled)
+    return {SAMPLED: {str(i): self._students[i] for i in sampled}}

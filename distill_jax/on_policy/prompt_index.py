@@ -22,7 +22,7 @@ from distill_jax.generation.prompts import Prompt, Prompts
 from distill_jax.runtime import distributed, files
 from distill_jax.types import JsonObject
 
-TEACHER = "teacher"  # the teacher of a prompt without `route`
+TEACHER = "teacher"  # the name of config.teacher, which has the prompts without `route`
 ROUTE = "route"  # the field of a prompt's line with the name of its teacher
 SHIFT = 56  # the highest byte of a place is the teacher's number; the others are the offset
 REJECTED = 255  # in the place of a teacher's number: the prompt cannot be used

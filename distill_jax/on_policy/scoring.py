@@ -31,6 +31,7 @@ from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.on_policy import other_tokens
 from distill_jax.on_policy.other_tokens import OtherTokens
+from distill_jax.on_policy.prompt_index import TEACHER
 from distill_jax.on_policy.rollouts import folder_of
 from distill_jax.records import job, manifest, tap_features
 from distill_jax.records.job import Teacher
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
   from distill_jax.served.teacher import ServedTeacher
 
 FOLDER = "records"  # in the folder of a teacher's round
-TEACHER = "teacher"  # the name of config.teacher
 
 
 class Scorer:

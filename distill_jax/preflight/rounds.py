@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from distill_jax.config import Config
 from distill_jax.models import loading
 from distill_jax.nn import params, sharding
-from distill_jax.on_policy import inputs, order, plan
+from distill_jax.on_policy import plan, round_schedule, run_setup
 from distill_jax.preflight import (
   decoding,
   estimate,
@@ -117,8 +117,8 @@ class Rounds:
       InputError: `on_policy` would raise it for the config, or the mesh does not divide a model.
     """
     plan.check(config)
-    order.check(config)
-    inputs.check(config)
+    round_schedule.check(config)
+    run_setup.check(config)
     run, texts = as_training(config), Round.of(config)
     program = programs.lower(run, "on_policy", mesh)
     step = step_estimate.estimate(run, TRAIN, program, hardware, mesh)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distill_jax.errors import InputError
-from distill_jax.on_policy.shown import FILE
+from distill_jax.on_policy.own_texts_file import FILE
 from distill_jax.report.examples import Token, token_of
 from distill_jax.runtime import json_io, storage
 

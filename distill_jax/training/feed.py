@@ -18,7 +18,7 @@ from distill_jax.training.train_state import TrainState
 from distill_jax.types import Batch, JsonObject
 
 
-class Fed(NamedTuple):
+class StepData(NamedTuple):
   """The data of a step.
 
   Attributes:
@@ -67,7 +67,7 @@ class Feed(Protocol):
       Preempted: SIGTERM was received. What is finished is kept.
     """
 
-  def next(self, step: int) -> Fed:
+  def next(self, step: int) -> StepData:
     """Returns the batch of a step. Steps are in order, without gaps."""
 
   def metadata(self, step: int) -> JsonObject:
@@ -102,10 +102,10 @@ class StoredFeed:
   def begin(self, step: int, state: TrainState) -> None:
     """Does nothing."""
 
-  def next(self, step: int) -> Fed:
+  def next(self, step: int) -> StepData:
     """Returns the batch of a step; see `Feed.next`."""
     del step
-    return Fed(next(self._batches), self._teachers)
+    return StepData(next(self._batches), self._teachers)
 
   def metadata(self, step: int) -> JsonObject:
     """Returns {}: the position in the stores is the number of the step."""

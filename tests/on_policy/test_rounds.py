@@ -218,7 +218,5 @@ def test_texts_that_cannot_be_sampled_again_are_missed(whole, folder, tmp_path, 
     stop_at(patch, feed.RoundsFeed, "next", 4)
     tiny_on_policy.run(live(folder), tmp_path / "run")
   shutil.rmtree(tmp_path / "run/rounds/00001")
-  with pytest.raises(
-    InputError, match="Texts of round 1 are missing, which were sampled before st"
-  ):
+  with pytest.raises(InputError, match="Round 1 lacks texts, which were sampled before step"):
     tiny_on_policy.run(live(folder), tmp_path / "run")

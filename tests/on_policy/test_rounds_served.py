@@ -9,7 +9,7 @@ from scoring_server import Server
 
 from distill_jax import config
 from distill_jax.data.tokenizers import load_tokenizer
-from distill_jax.on_policy import feed, scores
+from distill_jax.on_policy import feed, round_scores
 from distill_jax.runtime import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -47,9 +47,9 @@ def test_scores_ahead_give_the_same_bits(server, tmp_path, monkeypatch):
     tiny_on_policy.run(c, tmp_path / "ahead")
   assert waited == [0, 2]
 
-  init = scores.Scores.__init__
+  init = round_scores.RoundScores.__init__
   monkeypatch.setattr(
-    scores.Scores, "__init__", lambda self, score, ahead: init(self, score, False)
+    round_scores.RoundScores, "__init__", lambda self, score, ahead: init(self, score, False)
   )
   tiny_on_policy.run(c, tmp_path / "in turn")
   assert tiny.measured(tmp_path / "ahead") == tiny.measured(tmp_path / "in turn")

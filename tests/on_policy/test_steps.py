@@ -8,7 +8,7 @@ from json_lines import write_lines
 from distill_jax import config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError
-from distill_jax.on_policy import feed, inputs
+from distill_jax.on_policy import feed, run_setup
 from distill_jax.records.store import open_store
 from distill_jax.runtime import checkpoint
 
@@ -128,7 +128,7 @@ def test_the_size_of_shards_may_change_between_two_calls(tmp_path):
   digests = set()
   for tokens in (24, 48):
     c.records.tokens_per_shard = tokens
-    planned = inputs.planned_store(config.resolve(c), tokenizer, tmp_path, "prompts")
+    planned = run_setup.planned_store(config.resolve(c), tokenizer, tmp_path, "prompts")
     digests.update(planned.digests)
   assert len(digests) == 1
 

@@ -9,7 +9,7 @@ from html_pages import Page
 
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
-from distill_jax.on_policy import shown
+from distill_jax.on_policy import own_texts_file
 from distill_jax.report import own_texts, own_texts_view
 from distill_jax.report.html_report import write_report
 from distill_jax.report.own_texts import OwnText
@@ -47,11 +47,11 @@ def texts(tokenizer, **teacher):
 
 
 def test_the_file_holds_the_end_of_the_prompt_and_the_text(tokenizer, tmp_path):
-  shown.write(tmp_path, 30, texts(tokenizer), tokenizer)
+  own_texts_file.write(tmp_path, 30, texts(tokenizer), tokenizer)
   (own,) = own_texts.read(tmp_path)  # the row of padding is not a text
   assert (own.teacher, own.step) == ("teacher", 30)
   prompt = [t.text for t in own.tokens if not t.predictions]
-  assert "".join(prompt) == PROMPT[-shown.CONTEXT :]
+  assert "".join(prompt) == PROMPT[-own_texts_file.CONTEXT :]
   sampled = [t for t in own.tokens if t.predictions]
   assert "".join(t.text for t in sampled) == TEXT
   assert sampled[0].text == ""  # the first of the two bytes of Ü
@@ -64,7 +64,7 @@ def test_the_file_holds_the_end_of_the_prompt_and_the_text(tokenizer, tmp_path):
 
 def test_a_teacher_whose_scores_lack_numbers(tokenizer, tmp_path):
   stored = texts(tokenizer, logp=None, top_ids=None, top_p=None, reverse_kl=None)
-  shown.write(tmp_path, 0, stored, tokenizer)
+  own_texts_file.write(tmp_path, 0, stored, tokenizer)
   (own,) = own_texts.read(tmp_path)
   teacher = own.tokens[-1].predictions["teacher"]
   assert teacher.p is None and teacher.top == ()
@@ -73,10 +73,10 @@ def test_a_teacher_whose_scores_lack_numbers(tokenizer, tmp_path):
 
 def test_teachers_keep_their_latest_texts(tokenizer, tmp_path):
   first = texts(tokenizer)
-  shown.write(tmp_path, 0, first, tokenizer)
+  own_texts_file.write(tmp_path, 0, first, tokenizer)
   other = first | {"teachers": {"math": first["teachers"]["teacher"]}}
-  shown.write(tmp_path, 10, other, tokenizer)
-  shown.write(tmp_path, 20, other, tokenizer)
+  own_texts_file.write(tmp_path, 10, other, tokenizer)
+  own_texts_file.write(tmp_path, 20, other, tokenizer)
   assert [(o.teacher, o.step) for o in own_texts.read(tmp_path)] == [("teacher", 0), ("math", 20)]
 
 
@@ -88,16 +88,16 @@ def test_long_texts_are_cut(tokenizer, tmp_path):
     "teacher": {n: wide(x) for n, x in texts(tokenizer)["teachers"]["teacher"].items()}
   }
   long |= {key: wide(long[key]) for key in ("token", "label", "mask")}
-  shown.write(tmp_path, 0, long, tokenizer)
+  own_texts_file.write(tmp_path, 0, long, tokenizer)
   (own,) = own_texts.read(tmp_path)
-  assert len(own.tokens) == shown.TOKENS
+  assert len(own.tokens) == own_texts_file.TOKENS
 
 
 @pytest.mark.parametrize(
   "text", ['{"teacher": 3}', '{"teacher": {"step": 1, "texts": [[3]]}}', "[1]", "{"]
 )
 def test_a_broken_file_is_refused(text, tmp_path):
-  (tmp_path / shown.FILE).write_text(text)
+  (tmp_path / own_texts_file.FILE).write_text(text)
   with pytest.raises(InputError, match=r"own_texts.json .*[Dd]elete the file\."):
     own_texts.read(tmp_path)
 
@@ -110,7 +110,7 @@ def write_run(folder, tokenizer, steps=(0, 10)):
       row = {"loss": 1.0, "overlap/teacher": 0.25, "student_mass/teacher": 0.5, "drift": 0.01}
       row |= {"round": step, "entropy": 2.0, "text_length": 30.0, "truncated/math": 0.5}
       metrics.write(step, row | tenths)
-  shown.write(folder, steps[-1], texts(tokenizer), tokenizer)
+  own_texts_file.write(folder, steps[-1], texts(tokenizer), tokenizer)
 
 
 def test_the_report_shows_them(tokenizer, tmp_path):

@@ -1,4 +1,4 @@
-"""The inputs of a run besides its prompts: the teachers, records, and the plan of the texts."""
+"""The set-up of a run in rounds: checks of its config, its teachers, and its stores."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from distill_jax.errors import InputError, bad_value
 from distill_jax.losses import FeatureLoss
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
+from distill_jax.on_policy.prompt_index import TEACHER
 from distill_jax.on_policy.rollouts import FOLDER
 from distill_jax.records import fields, manifest, recorder
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import Store
 from distill_jax.training import stores
 from distill_jax.training.stores import Stores
-
-TEACHER = "teacher"  # the name of config.teacher
 
 
 def check(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""The order of sampling and training: which student samples the texts of a round, and when."""
+"""The schedule of rounds: when the texts of a round are sampled, and when steps train on them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from distill_jax.errors import bad_value
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
-  """The order of a run's rounds.
+class RoundSchedule:
+  """The schedule of a run's rounds.
 
-  Round r has the steps r * every up to (r + 1) * every. Its texts are sampled before the first
-  step of round r - lag, by the student of that time; those of round 0 before step 0.
+  Round r has the steps from r * every to (r + 1) * every - 1. Its texts are sampled by the student
+  before the first step of round r - lag; those of round 0 before step 0.
 
   Attributes:
     every: Number of steps of a round.
@@ -38,20 +38,20 @@ class Order:
     return max(0, number - self.lag) * self.every
 
   def needed(self, step: int) -> range:
-    """Returns the rounds whose texts must be there before a step: its own and, with a lag, one."""
+    """Returns the rounds whose texts a step needs: its own and, with a lag, the next one."""
     number = self.round_of(step)
     return range(number, min(number + self.lag + 1, self.rounds))
 
-  def carried(self, step: int) -> list[int]:
-    """Returns the rounds that a checkpoint before a step needs, sampled by students before it.
+  def already_sampled(self, step: int) -> list[int]:
+    """Returns the rounds whose texts a step needs and an earlier student has sampled.
 
-    If their texts were deleted, they could not be sampled again.
+    A checkpoint before the step needs them: if they were deleted, they could not be sampled again.
     """
     return [number for number in self.needed(step) if self.sampled_before(number) < step]
 
 
 def check(config: Config) -> None:
-  """Checks the keys that determine the order.
+  """Checks the keys that determine the schedule.
 
   Raises:
     InputError: A key cannot be used.

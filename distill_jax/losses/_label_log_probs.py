@@ -1,4 +1,4 @@
-"""Log-probabilities of the labels, for losses that compare those of teacher and student alone."""
+"""The labels' log-probabilities, for losses that need nothing else of teacher and student."""
 
 from __future__ import annotations
 

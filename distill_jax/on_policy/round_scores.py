@@ -1,4 +1,4 @@
-"""The scores of the texts of rounds, with a lag while the student samples and trains."""
+"""The scores of rounds, computed when they are needed or ahead, in a thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Score = Callable[[int, str, Store], Store]  # see Scorer.score
 Result = TypeVar("Result")
 
 
-class Scores:
+class RoundScores:
   """The scores of rounds.
 
   Args:

@@ -1,4 +1,4 @@
-"""The order of sampling, scoring and training, and which rounds are kept."""
+"""The schedule of sampling, scoring and training, and which rounds are kept."""
 
 import threading
 import time
@@ -6,25 +6,25 @@ import time
 import pytest
 
 from distill_jax.errors import InputError
-from distill_jax.on_policy.order import Order
 from distill_jax.on_policy.round_folders import RoundFolders
-from distill_jax.on_policy.scores import Scores
+from distill_jax.on_policy.round_schedule import RoundSchedule
+from distill_jax.on_policy.round_scores import RoundScores
 
 
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("every", [1, 3])
 def test_every_text_is_sampled_once_before_it_is_needed(every, lag):
   """A loop over all steps, with a checkpoint before each."""
-  order, sampled = Order(every, lag, rounds=4), {}
+  schedule, sampled = RoundSchedule(every, lag, rounds=4), {}
   for step in range(4 * every):
-    carried = order.carried(step)
-    assert set(carried) <= set(sampled)
-    assert carried == [i for i in order.needed(step) if i in sampled]
-    for number in order.needed(step):
+    already = schedule.already_sampled(step)
+    assert set(already) <= set(sampled)
+    assert already == [i for i in schedule.needed(step) if i in sampled]
+    for number in schedule.needed(step):
       if number not in sampled:
-        assert order.begins(step) and order.sampled_before(number) == step
+        assert schedule.begins(step) and schedule.sampled_before(number) == step
         sampled[number] = step
-    assert sampled[order.round_of(step)] == max(0, order.round_of(step) - lag) * every
+    assert sampled[schedule.round_of(step)] == max(0, schedule.round_of(step) - lag) * every
   assert sorted(sampled) == [0, 1, 2, 3]
 
 
@@ -60,7 +60,7 @@ def test_scores_ahead_are_computed_in_order_while_the_caller_goes_on():
     order.append(number)
     return f"{texts} scored by {name}"
 
-  scores = Scores(score, ahead=True)
+  scores = RoundScores(score, ahead=True)
   for number in (0, 1, 1):
     scores.begin(number, {"teacher": f"texts {number}"})
   time.sleep(0.05)
@@ -75,7 +75,7 @@ def test_an_error_of_scoring_ahead_is_raised_where_the_scores_are_needed():
   def score(*_):
     raise InputError("No server answers.")
 
-  scores = Scores(score, ahead=True)
+  scores = RoundScores(score, ahead=True)
   scores.begin(0, {"teacher": "texts"})
   scores.begin(1, {"teacher": "texts"})
   for number in (0, 1):
@@ -85,7 +85,7 @@ def test_an_error_of_scoring_ahead_is_raised_where_the_scores_are_needed():
 
 def test_scores_of_local_teachers_are_computed_when_they_are_needed():
   scored = []
-  scores = Scores(lambda *args: scored.append(args), ahead=False)
+  scores = RoundScores(lambda *args: scored.append(args), ahead=False)
   scores.begin(0, {"teacher": "texts"})
   assert not scored
   scores.get(0, {"teacher": "texts"})
