@@ -24,8 +24,9 @@ compile, are not counted.
 The runs are processes of `distill-jax on_policy` on this machine's CPUs. Seconds are without the
 diagnosis of rounds. The last line is a JSON object. --small uses tiny models.
 
-With --rounds=1 on 2 busy cores: live over offline 1.36 (104 and 77 seconds for 4 steps); shares 0.16,
-0.13 and 0.71 of the offline run, and 0.46 for generation in the live run; 7.7 and 13.6 GB.
+With --rounds=1 on 2 busy cores, live takes 1.36 times as long as offline (104 and 77 seconds for 4
+steps); the offline run's shares are 0.16, 0.13 and 0.71, and generation is 0.46 of the live run.
+The live step takes 7.7 GB, and 13.6 GB with materialised logits.
 """
 
 from __future__ import annotations
