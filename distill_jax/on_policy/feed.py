@@ -12,6 +12,7 @@ on_policy.keep_rounds rounds besides those that the last checkpoints need.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -211,9 +212,9 @@ class RoundsFeed:
       batch = collate.to_device(self._of_rows(rows), self._batch_rows)
       diagnosed = jax.device_get(self._diagnose(state, batch, self._teachers[name], self._base))
       metrics |= diagnosis.named(diagnosed.metrics, name if self._several_teachers else TEACHER)
-      if distributed.is_process_0():
-        texts = diagnosed.texts | {"teachers": {name: diagnosed.texts["teachers"][TEACHER]}}
-        own_texts_file.write(self._folder, step, texts, self._tokenizer)
+      texts = diagnosed.texts | {"teachers": {name: diagnosed.texts["teachers"][TEACHER]}}
+      write = functools.partial(own_texts_file.write, self._folder, step, texts, self._tokenizer)
+      distributed.run_on_process_0(write)
     diagnosis.check_limits(self._options, metrics, step)
     return metrics
 

@@ -52,6 +52,7 @@ from distill_jax.types import JsonObject
 FOLDER = "rounds"  # in the folder of a run
 PROMPTS = "prompts.npz"  # in it: the places of the prompts
 SUMMARY = "rollouts.json"  # in the folder of a round
+DELETED = "deleted"  # in the folder of a round that is being deleted
 READ_AT_ONCE = 64  # texts whose prompts are read together
 
 Missing = list[tuple[str, range]]  # the shards to write: the teacher, and the rows
@@ -264,12 +265,20 @@ def delete_round(folder: Path, number: int) -> None:
 
 
 def _delete(folder: Path) -> None:
-  files.remove_tree(storage.location(folder))
+  """Deletes the folder of a round. If this is stopped, `_discard_others` ends it."""
+  where = storage.location(folder)
+  files.write(files.join(where, DELETED), b"")
+  for name in files.folders(where):  # before the file that marks them
+    files.remove_tree(files.join(where, name))
+  files.remove_tree(where)
   shutil.rmtree(folder, ignore_errors=True)  # the mirror of a URL
 
 
 def _discard_others(folder: Path, manifests: Mapping[str, Manifest]) -> None:
-  """Deletes a round whose texts were sampled by other weights, or for another plan."""
+  """Deletes a round whose texts were sampled by other weights, or that was partly deleted."""
+  if files.info(files.join(storage.location(folder), DELETED)) is not None:
+    _delete(folder)
+    return
   for name, want in manifests.items():
     found = manifest_lib.find(storage.location(folder / name / ROLLOUTS))
     if found is not None and found.rollout.get("student") != want.rollout["student"]:

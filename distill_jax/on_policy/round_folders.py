@@ -35,10 +35,18 @@ class RoundFolders:
     self._needed.append(rounds)
 
   def delete_before(self, number: int) -> None:
-    """Deletes what a run does not need any more once the texts of a round are there."""
+    """Deletes what a run does not need any more once the texts of a round are there.
+
+    All processes call it.
+
+    Raises:
+      Unavailable: A URL cannot be written.
+    """
     self._there.add(number)
-    if not self._keep or not distributed.is_process_0():
-      return
+    if self._keep:
+      distributed.run_on_process_0(lambda: self._delete_before(number))
+
+  def _delete_before(self, number: int) -> None:
     needed = {i for rounds in self._needed for i in rounds}
     for old in sorted(i for i in self._there - needed if i <= number - self._keep):
       delete_round(self._folder, old)

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,22 @@ def test_texts_of_other_weights_are_sampled_again(whole, folder, capsys):
   assert not folder_of(path, 0).exists()
 
 
+def test_a_round_that_is_partly_deleted_is_sampled_again(whole, folder, monkeypatch):
+  """A run deletes an old round, is killed, and comes to that round again from a checkpoint."""
+  path = folder / "partly"
+  shutil.copytree(folder / "whole", path)
+
+  def killed(where):
+    shutil.rmtree(next(Path(where).rglob("counts")))
+    raise Stop
+
+  with monkeypatch.context() as patch:
+    patch.setattr(files, "remove_tree", killed)
+    with pytest.raises(Stop):
+      delete_round(path, 0)
+  assert digests(Run(made(folder), path)()) == digests(whole[1])
+
+
 def test_another_round_samples_other_texts_and_compiles_nothing(folder, caplog):
   c = made(folder, train__batch_size=12)  # a round has each prompt twice
   run = Run(c, folder / "rounds")
@@ -314,6 +331,9 @@ def test_a_round_in_a_workdir_at_a_url(whole, folder):
     assert not [*here.rglob("records-*")]
     again = Run(made(folder), here)(fingerprint="g")
     assert again["b"].manifest.rollout["student"] == "g"
+  with storage.Synced(url) as here:
+    run = Run(made(folder), here)
+    assert digests(run(fingerprint="g")) == digests(again) and not run.loaded
   names = [name for name in files.tree(url, lambda name: False) if name.endswith("rollouts.json")]
   assert names == ["rounds/00000/rollouts.json"]
 
